@@ -1,0 +1,91 @@
+"""Rows are tokenised once. The cache is keyed by what they are made from and checked by what it holds.
+
+Key: content of the source, tokenizer, chat template and the settings that shape examples. A damaged entry is named and
+made again. One safetensors file and one JSON file an entry; written under another name and renamed when whole.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from ..errors import UserError
+from ..recipe import Data, Source
+from . import encode as encoding
+from .encode import Encoded
+from .sources import Rows
+
+VERSION = 1  # raise it when encode.py makes other tokens of the same rows
+
+
+def folder(data: Data) -> Path:
+    return Path(data.cache_dir or os.environ.get("LLMKD_CACHE") or Path.home() / ".cache" / "llmkd").expanduser() / "tokens"
+
+
+def tokenizer_hash(tokenizer) -> str:
+    """Vocabulary, merges, special tokens and template; not the padding state that a tokenizer carries about."""
+    state = json.loads(tokenizer.backend_tokenizer.to_str())
+    state.pop("padding", None)
+    state.pop("truncation", None)
+    named = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.chat_template]
+    return hashlib.sha256(json.dumps([state, named], sort_keys=True).encode()).hexdigest()
+
+
+def encoded(rows: Rows, source: Source, data: Data, tokenizer, setting: str, say=lambda text: print(text, file=sys.stderr)) -> Encoded:
+    """The source's examples, from the cache or made now. UserError when nothing is left to train on."""
+    made_from = [VERSION, rows.content, source.format, data.max_length, data.too_long, data.train_on_input, tokenizer_hash(tokenizer)]
+    entry = folder(data) / hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:32]
+    result = _load(entry, say)
+    if result is None:
+        if source.format == "chat" and not tokenizer.chat_template:
+            raise UserError(f"{setting}.format: found chat, and the tokenizer has no chat template; use another format or a tokenizer that has one")
+        from tqdm import tqdm
+
+        result = encoding.encode(rows, source.format, data, tokenizer, lambda x: tqdm(x, "tokenising", unit="x512", leave=False, disable=None))
+        if len(result):
+            _store(entry, result, say)
+    if not len(result):
+        c = result.counts
+        raise UserError(
+            f"{setting}: none of {source.path}'s {c['rows']} rows has a supervised token left ({c['too_long']} are longer than data.max_length = "
+            f"{data.max_length}, {c['unsupervised']} have no answer); raise data.max_length, or look at the rows and data.{setting.split('.')[-1]}.format"
+        )
+    return result
+
+
+def _load(entry: Path, say) -> Encoded | None:
+    if not (entry / "manifest.json").exists():
+        return None
+    try:
+        manifest = json.loads((entry / "manifest.json").read_text())
+        raw = (entry / "tokens.safetensors").read_bytes()
+        if hashlib.sha256(raw).hexdigest() != manifest["sha256"]:
+            raise ValueError("its content does not match its hash")
+        from safetensors.numpy import load
+
+        return Encoded(**load(raw), counts=manifest["counts"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        say(f"llmkd: the token cache {entry} is damaged ({error}); tokenising again")
+        shutil.rmtree(entry, ignore_errors=True)
+        return None
+
+
+def _store(entry: Path, result: Encoded, say) -> None:
+    """A cache that cannot be written is not worth a failed run: say so and go on."""
+    from safetensors.numpy import save
+
+    raw = save({name: np.ascontiguousarray(getattr(result, name)) for name in ("ids", "supervised", "offsets", "row")})
+    part = entry.with_name(f"{entry.name}.tmp-{os.getpid()}")
+    try:
+        part.mkdir(parents=True, exist_ok=True)
+        (part / "tokens.safetensors").write_bytes(raw)
+        (part / "manifest.json").write_text(json.dumps({"sha256": hashlib.sha256(raw).hexdigest(), "counts": result.counts}))
+        part.rename(entry)
+    except OSError as error:
+        shutil.rmtree(part, ignore_errors=True)
+        if not (entry / "manifest.json").exists():  # another process may have been first
+            say(f"llmkd: the token cache {entry.parent} cannot be written ({error.strerror}); going on without")

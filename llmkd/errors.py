@@ -1,0 +1,68 @@
+"""How a run ends when it does not end well: the exceptions and their exit codes."""
+
+import errno
+import os
+import sys
+import traceback
+
+
+class UserError(Exception):
+    """Something the user can mend. Each problem is one line: where, what was found, what to do."""
+
+    exit_code = 2
+
+    def __init__(self, *problems: str):
+        self.problems = problems
+        super().__init__("\n".join(problems))
+
+
+class NonFinite(Exception):
+    """Training met an infinity or a NaN at `step`, in `term`, and stopped before it reached the weights."""
+
+    exit_code = 3
+
+    def __init__(self, step: int, term: str, examples: list[int], text: str = ""):
+        self.step, self.term, self.examples = step, term, examples
+        super().__init__(text or f"step {step}: {term} is not finite")
+
+
+class Stopped(Exception):
+    """A signal asked the run to stop. What it had done is saved; `--resume` goes on from there."""
+
+    exit_code = 75
+
+
+_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+
+
+def is_disk_full(error: BaseException) -> bool:
+    """safetensors reports a full disk in its own exception, as text."""
+    return getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+
+
+def exit_code(action, *, debug: bool = False) -> int:
+    """Run `action()` and turn whatever comes out of it into one line per problem and an exit code.
+
+    0 done, 1 a bug, 2 the user can mend it, 3 stopped on a non-finite value, 75 stopped by a signal.
+    In a run of several processes only rank 0 speaks, except about bugs, which may be one rank's own.
+    """
+    speaks = os.environ.get("RANK", "0") == "0"
+    try:
+        action()
+        return 0
+    except (UserError, NonFinite, Stopped) as error:
+        lines, code = str(error).splitlines(), error.exit_code
+    except KeyboardInterrupt:
+        lines, code = ["interrupted; nothing was saved after the last checkpoint"], Stopped.exit_code
+    except Exception as error:
+        if is_disk_full(error) or (isinstance(error, OSError) and error.errno in _DISK):
+            where = f"{error.filename}: " if getattr(error, "filename", None) else ""
+            lines, code = [f"{where}{error}; make room or choose another output_dir, then --resume"], 2
+        else:
+            lines, code, speaks = [f"bug: {type(error).__name__}: {error} (--debug shows where)"], 1, True
+    if debug:
+        traceback.print_exc()
+    if speaks:
+        for line in lines:
+            print(f"llmkd: {line}", file=sys.stderr)
+    return code

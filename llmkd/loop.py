@@ -1,0 +1,135 @@
+"""The training loop, and nothing else.
+
+For every step: take the targets of one optimizer step, ask the teacher what it would have said at each target, ask the
+student, compare the two on just those targets, and move the student. The loop yields after every step; what is due
+then (logging, validation, saving, stopping) is its caller's business.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+from .distiller import Distiller
+from .errors import NonFinite
+from .order import Plan, derived_seed
+from .signals import Batch, Teacher
+
+
+@dataclass
+class Learner:
+    """One student being trained: its module (wrapped or not), its optimizer and its learning rate by step."""
+
+    distiller: nn.Module
+    optimizer: torch.optim.Optimizer
+    parameters: dict[str, nn.Parameter]
+    learning_rate: Callable[[int], float]
+    max_grad_norm: float | None = None
+
+
+@dataclass
+class Progress:
+    """What a step did. `terms` are means over its targets, {"ce": ..., "kd": ..., "loss": ...}, one dict a learner."""
+
+    step: int
+    epoch: int
+    targets: int
+    stop: bool
+    terms: list[dict[str, float]] = field(default_factory=list)
+    grad_norms: list[float] = field(default_factory=list)
+
+
+def train(
+    plan: Plan,
+    batch_of: Callable[[list[int]], Batch],
+    learners: list[Learner],
+    teacher: Teacher | None,
+    accelerator,
+    done: int = 0,
+    stop_asked: Callable[[], bool] = lambda: False,
+) -> Iterator[Progress]:
+    """Train from step `done` + 1 to the end of the plan. Raises NonFinite, on all ranks, before a step would spoil the weights.
+
+    With several learners each sees the same batches and the same teacher signal, which is computed once.
+    """
+    rank, ranks, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+    for step in plan.steps(done):
+        micro_batches = [batch_of(examples) for examples in step.micro_batches]
+        targets = count_targets(micro_batches, accelerator)
+        seen: list[list[dict[str, Tensor]]] = [[] for _ in learners]
+        for i, micro in enumerate(micro_batches):
+            micro = micro.to(device)
+            signal = teacher(micro) if teacher else None
+            for learner, rows in zip(learners, seen, strict=True):
+                torch.manual_seed(derived_seed(plan.seed, step.number, rank, i))
+                last = i == len(micro_batches) - 1
+                with contextlib.nullcontext() if last else accelerator.no_sync(learner.distiller):
+                    loss = learner.distiller(micro, signal)
+                    accelerator.backward(loss.total * (ranks / targets))  # ranks average gradients: this makes it a sum again
+                rows.append(loss.rows)
+        norms = [torch.nn.utils.get_total_norm([p.grad for p in learner.parameters.values() if p.grad is not None]) for learner in learners]
+        progress = reduce(step.number, step.epoch, targets, learners, seen, norms, stop_asked(), accelerator)
+        for k, learner in enumerate(learners):
+            if not all(map(is_finite, (*progress.terms[k].values(), progress.grad_norms[k]))):
+                raise blame(progress, k, micro_batches, seen[k], teacher, accelerator)
+            if learner.max_grad_norm is not None:
+                torch.nn.utils.clip_grads_with_norm_(learner.parameters.values(), learner.max_grad_norm, norms[k])
+            for group in learner.optimizer.param_groups:
+                group["lr"] = learner.learning_rate(step.number)
+            learner.optimizer.step()
+            learner.optimizer.zero_grad(set_to_none=True)
+        yield progress
+
+
+def count_targets(micro_batches: list[Batch], accelerator) -> int:
+    """The targets of the whole optimizer step: every micro-batch, every rank. At least 1."""
+    count = sum(micro.targets for micro in micro_batches)
+    if accelerator.num_processes > 1:
+        count = int(accelerator.reduce(torch.tensor(count, device=accelerator.device), "sum"))
+    return max(1, count)
+
+
+def reduce(step, epoch, targets, learners, seen, norms, stop: bool, accelerator) -> Progress:
+    """Sum every term over micro-batches and ranks, and let all ranks hear of a stop: one all-reduce, one read from the device."""
+    names = list(seen[0][0])
+    sums = [sum(rows[name].double().sum() for rows in one) for one in seen for name in names]
+    packed = torch.stack([*sums, torch.tensor(float(stop), dtype=torch.float64, device=sums[0].device)])
+    if accelerator.num_processes > 1:
+        packed = accelerator.reduce(packed, "sum")
+    values = torch.cat([packed, torch.stack(norms).double()]).tolist()
+    terms = []
+    for learner in learners:
+        term = {name: values.pop(0) / targets for name in names}
+        terms.append(term | {"loss": unwrapped(learner).objective.mix(term)})
+    return Progress(step, epoch, targets, values[0] > 0, terms, values[1:])
+
+
+def unwrapped(learner: Learner) -> Distiller:
+    return getattr(learner.distiller, "module", learner.distiller)
+
+
+def is_finite(value: float) -> bool:
+    return value - value == 0
+
+
+def blame(progress: Progress, k: int, micro_batches: list[Batch], seen: list[dict[str, Tensor]], teacher, accelerator) -> NonFinite:
+    """Which step, which term and which examples, from all ranks."""
+    term = next((name for name, value in progress.terms[k].items() if not is_finite(value)), "gradient")
+    examples, cause = set(), ""
+    for micro, rows in zip(micro_batches, seen, strict=True):
+        bad_N = (~torch.isfinite(rows[term])).nonzero().flatten().tolist() if term in rows else range(micro.targets)
+        examples |= {int(micro.example_N[n]) for n in bad_N}
+        if term == "kd" and bad_N and not cause:
+            log_p_V = teacher(micro.to(accelerator.device)).log_probs(slice(bad_N[0], bad_N[0] + 1))[0]
+            if torch.isnan(log_p_V).any():
+                cause = "teacher logits"
+            elif torch.isneginf(log_p_V).any():
+                cause = "kd (the teacher rules tokens out, where this divergence is infinite; forward_kl and generalized_jsd stay finite)"
+    if accelerator.num_processes > 1:
+        from accelerate.utils import gather_object
+
+        everyone = gather_object([(examples, cause)])
+        examples, cause = set().union(*(e for e, _ in everyone)), next((c for _, c in everyone if c), "")
+    return NonFinite(progress.step, cause or term, sorted(examples))

@@ -1,0 +1,160 @@
+"""How far a student q is from a teacher p, row by row: pure functions of two tensors of log-probabilities.
+
+Every function takes `log_q` (student) and `log_p` (teacher), both [N, E] and normalised over the last axis, and
+returns [N]. They know nothing of labels, masks, temperature, reduction or devices. `log_p` takes no gradient and
+may hold -inf (a teacher that rules tokens out); where the divergence is then infinite, so is the result.
+
+All of them are sums of terms that are each >= 0 by themselves, so that rounding cannot make the sum negative and a
+small divergence keeps its leading digits: sum a (log a - log b) is written sum a (log a - log b) - a + b, which is
+the same because a and b both sum to one, and has the same gradient on normalised inputs.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+Divergence = Callable[[Tensor, Tensor], Tensor]
+
+
+def forward_kl(log_q: Tensor, log_p: Tensor) -> Tensor:
+    """KL(p || q) = sum p (log p - log q). Hinton et al. 2015 (arXiv 1503.02531), up to the teacher's entropy."""
+    return _kl(log_p, log_q)
+
+
+def reverse_kl(log_q: Tensor, log_p: Tensor) -> Tensor:
+    """KL(q || p) = sum q (log q - log p). Gu et al. 2023, MiniLLM (arXiv 2306.08543), section 2.2, per token.
+
+    Infinite where the teacher rules out a token that the student does not.
+    """
+    return _kl(log_q, log_p)
+
+
+def symmetric_kl(log_q: Tensor, log_p: Tensor, forward_share: float = 0.5) -> Tensor:
+    """forward_share KL(p || q) + (1 - forward_share) KL(q || p). At one half, half of Jeffreys' divergence."""
+    return _mix(forward_share, lambda: forward_kl(log_q, log_p), lambda: reverse_kl(log_q, log_p))
+
+
+def generalized_jsd(log_q: Tensor, log_p: Tensor, beta: float = 0.5) -> Tensor:
+    """beta KL(p || m) + (1 - beta) KL(q || m), m = beta p + (1 - beta) q.
+
+    Agarwal et al. 2023, GKD (arXiv 2306.13649), section 2; the convention of TRL and Liger. beta = 0 is forward KL
+    and beta = 1 reverse KL *by definition*: the formula itself tends to 0 at both ends (like beta KL(p || q) and
+    (1 - beta) KL(q || p)), so the value jumps there. beta = 0.5 is the Jensen-Shannon divergence, at most log 2.
+    """
+    if beta == 0:
+        return forward_kl(log_q, log_p)
+    if beta == 1:
+        return reverse_kl(log_q, log_p)
+    log_m = _log_mix(beta, log_p, log_q)
+    return beta * _kl(log_p, log_m) + (1 - beta) * _kl(log_q, log_m)
+
+
+def skewed_forward_kl(log_q: Tensor, log_p: Tensor, alpha: float = 0.1) -> Tensor:
+    """KL(p || alpha p + (1 - alpha) q). Ko et al. 2024, DistiLLM (arXiv 2402.03898), section 3.1. alpha = 0 is forward KL."""
+    return _kl(log_p, _log_mix(alpha, log_p, log_q))
+
+
+def skewed_reverse_kl(log_q: Tensor, log_p: Tensor, alpha: float = 0.1) -> Tensor:
+    """KL(q || (1 - alpha) p + alpha q). Ko et al. 2024, DistiLLM (arXiv 2402.03898), section 3.1. alpha = 0 is reverse KL."""
+    return _kl(log_q, _log_mix(alpha, log_q, log_p))
+
+
+def adaptive_kl(log_q: Tensor, log_p: Tensor, head_mass: float = 0.5) -> Tensor:
+    """w KL(p || q) + (1 - w) KL(q || p), w = g_head / (g_head + g_tail).
+
+    Wu et al. 2024 (arXiv 2404.02657), section 4. The head is the smallest set of the teacher's likeliest events
+    that holds at least `head_mass`; g = sum |p - q| over head and tail. w takes no gradient; it is 1/2 at p = q.
+    """
+    with torch.no_grad():
+        p, gap = log_p.exp(), (log_p.exp() - log_q.exp()).abs()
+        ordered, order = p.sort(dim=-1, descending=True)
+        in_head = ordered.cumsum(-1) - ordered < head_mass
+        head = torch.zeros_like(p).scatter_(-1, order, in_head.to(p.dtype))
+        g_head, g_all = (gap * head).sum(-1), gap.sum(-1)
+        weight = torch.where(g_all > 0, g_head / g_all.clamp_min(torch.finfo(p.dtype).tiny), 0.5)
+    return weight * forward_kl(log_q, log_p) + (1 - weight) * reverse_kl(log_q, log_p)
+
+
+def total_variation(log_q: Tensor, log_p: Tensor) -> Tensor:
+    """1/2 sum |p - q|, at most 1. Wen et al. 2023, f-DISTILL (arXiv 2307.15190), section 3. Gradient 0 at p = q."""
+    return 0.5 * (log_q.exp() - log_p.exp()).abs().sum(-1)
+
+
+def alpha_beta(log_q: Tensor, log_p: Tensor, alpha: float = 0.2, beta: float = 0.7) -> Tensor:
+    """-1/(alpha beta) sum [p^alpha q^beta - alpha/(alpha+beta) p^(alpha+beta) - beta/(alpha+beta) q^(alpha+beta)].
+
+    Cichocki, Cruces, Amari 2011 (Entropy 13, 134-170), section 2, as used by Wang et al. 2025, ABKD
+    (arXiv 2505.04560). By continuity, alpha = 0 is 1/beta^2 sum [q^beta log(q^beta/p^beta) - q^beta + p^beta] and
+    beta = 0 the same with p and q exchanged: (1, 0) is forward and (0, 1) reverse KL. alpha, beta >= 0, not both 0.
+    """
+    if alpha == 0:
+        return _kl(beta * log_q, beta * log_p) / beta**2
+    if beta == 0:
+        return _kl(alpha * log_p, alpha * log_q) / alpha**2
+    total = alpha + beta
+    d, near = _ratio(log_q, log_p)
+    small = _power(log_p, total) * (beta / total * torch.expm1(total * d) - torch.expm1(beta * d))
+    large = alpha / total * _power(log_p, total) + beta / total * _power(log_q, total) - _power(log_p, alpha) * _power(log_q, beta)
+    return torch.where(near, small, large).clamp_min(0).sum(-1) / (alpha * beta)
+
+
+def named(name: str, **options: float) -> Divergence:
+    """The divergence of that name with its options fixed."""
+    return functools.partial(globals()[name], **options)
+
+
+def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
+    return _KL.apply(log_a, log_b)
+
+
+class _KL(torch.autograd.Function):
+    """sum a (log a - log b) - a + b for rows that each sum to one; the last two parts cancel in the sum.
+
+    With d = log b - log a the terms are (b - a) - a d, and b - a = +-max(a, b) (1 - exp(-|d|)) is taken without
+    cancellation. Written out because autograd would keep and visit some twenty tiles where the gradients,
+    -a d for log a and b - a for log b, are at hand already.
+    """
+
+    @staticmethod
+    def forward(ctx, log_a, log_b):
+        a, d = log_a.exp(), log_b - log_a
+        difference = torch.copysign(torch.maximum(log_a, log_b).exp_().mul_(d.abs().neg_().expm1_()), d)
+        weighted = d.mul_(a).nan_to_num_(0.0, math.inf, -math.inf)  # 0 log 0 = 0; a NaN of the inputs stays in `difference`
+        terms = torch.sub(difference, weighted, out=a).clamp_min_(0)
+        ctx.save_for_backward(weighted if ctx.needs_input_grad[0] else None, difference if ctx.needs_input_grad[1] else None)
+        return terms.sum(-1)
+
+    @staticmethod
+    def backward(ctx, grad):
+        weighted, difference = ctx.saved_tensors
+        grad_a = None if weighted is None else weighted * -grad[..., None]
+        grad_b = None if difference is None else difference * grad[..., None]
+        return grad_a, grad_b
+
+
+def _ratio(log_b: Tensor, log_a: Tensor) -> tuple[Tensor, Tensor]:
+    """log b - log a where it is small, else 0 (so that no gradient passes there), and where that is."""
+    d = log_b - log_a
+    near = d.abs() < 0.5  # false for the NaN of -inf minus -inf
+    return torch.where(near, d, 0.0), near
+
+
+def _log_mix(share: float, log_a: Tensor, log_b: Tensor) -> Tensor:
+    """log(share a + (1 - share) b)."""
+    if share in (0, 1):
+        return log_a if share else log_b
+    return torch.logaddexp(log_a + math.log(share), log_b + math.log1p(-share))
+
+
+def _mix(share: float, first: Callable[[], Tensor], second: Callable[[], Tensor]) -> Tensor:
+    """share * first + (1 - share) * second, without computing what has no weight (it may be infinite)."""
+    if share in (0, 1):
+        return first() if share else second()
+    return share * first() + (1 - share) * second()
+
+
+def _power(log_x: Tensor, exponent: float) -> Tensor:
+    return (exponent * log_x).exp()

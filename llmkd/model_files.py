@@ -1,0 +1,129 @@
+"""What lies in a model's or adapter's folder, read without loading it and without torch."""
+
+import hashlib
+import json
+import re
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+from .errors import UserError
+
+_HUB_ID = re.compile(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)?")
+_WANTED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt"]
+RECORD = "llmkd.json"  # beside an adapter: on which base it was trained
+
+
+@dataclass(frozen=True)
+class ModelFiles:
+    """A model: a base, and perhaps an adapter on it."""
+
+    base: Path
+    adapter: Path | None
+    config: dict  # the base's config.json
+
+
+def find(name: str, setting: str, revision: str | None = None, base: str | None = None) -> ModelFiles:
+    """The folders behind a model's or an adapter's name (a folder or a hub id). `base` overrides where an adapter's base is."""
+    folder = locate(name, setting, revision)
+    if not (folder / "adapter_config.json").exists():
+        if base is not None:
+            raise UserError(f"{setting}: {name} is not an adapter (it has no adapter_config.json), so it has no base to name")
+        return ModelFiles(folder, None, _config(folder, name, setting))
+    adapter = read_json(folder / "adapter_config.json", setting)
+    base_name = base or adapter.get("base_model_name_or_path")
+    if not base_name:
+        raise UserError(f"{setting}: {name}/adapter_config.json names no base model; set teacher.base to it")
+    if not (folder / "adapter_model.safetensors").exists():
+        raise UserError(f"{setting}: {name} has no adapter_model.safetensors (pickled weights are not loaded); save it with safetensors")
+    try:
+        base_folder = locate(base_name, setting, adapter.get("revision"))
+    except UserError as error:
+        raise UserError(f"{setting}: the adapter {name} was trained on a base that is not here: {error}") from None
+    files = ModelFiles(base_folder, folder, _config(base_folder, base_name, setting))
+    record = folder / RECORD
+    trained_on = read_json(record, setting).get("base_fingerprint") if record.exists() else None
+    if trained_on and trained_on != fingerprint(base_folder):
+        raise UserError(f"{setting}: the adapter {name} was trained on other weights than {base_name} holds; name the base that it was trained on")
+    return files
+
+
+def locate(name: str, setting: str, revision: str | None = None) -> Path:
+    """A folder as it is; a hub id downloaded (or taken from the cache). A mistyped path never goes to the network."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        raise UserError(f"{setting}: {name} is a file; name the folder that holds the model")
+    looks_local = name.startswith((".", "/", "~")) or (len(path.parts) > 1 and Path(path.parts[0]).is_dir())
+    if looks_local or not _HUB_ID.fullmatch(name):
+        raise UserError(f"{setting}: there is no folder {name}")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=_WANTED))
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise UserError(f"{setting}: {name} is no folder here and could not be had from the hub ({type(error).__name__}: {reason[:160]})") from None
+
+
+def read_json(path: Path, setting: str) -> dict:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{setting}: {path} cannot be read ({error})") from None
+
+
+def _config(folder: Path, name: str, setting: str) -> dict:
+    if not (folder / "config.json").exists():
+        raise UserError(f"{setting}: {name} has neither config.json nor adapter_config.json; it holds {_some(folder)}")
+    if not list(folder.glob("*.safetensors")):
+        pickled = [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]
+        why = f"only pickled weights ({pickled[0].name}), which are not loaded; convert them to safetensors" if pickled else f"no weights; it holds {_some(folder)}"
+        raise UserError(f"{setting}: {name} has {why}")
+    config = read_json(folder / "config.json", setting)
+    if "auto_map" in config:
+        raise UserError(f"{setting}: {name} wants to run code of its own (auto_map), which is not done; use a model whose architecture is in transformers")
+    return config
+
+
+def _some(folder: Path) -> str:
+    names = sorted(p.name for p in folder.iterdir())
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "") or "nothing"
+
+
+def tensors(path: Path) -> dict[str, dict]:
+    """The header of a safetensors file: {name: {dtype, shape, data_offsets}}. ValueError if it is damaged."""
+    with open(path, "rb") as file:
+        size = path.stat().st_size
+        prefix = file.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
+        if 8 + length > size:
+            raise ValueError(f"{path} is truncated")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    end = 8 + length + max((t["data_offsets"][1] for t in header.values()), default=0)
+    if end != size:
+        raise ValueError(f"{path} is {size} bytes and should be {end}")
+    return {name: dict(t, start=8 + length + t["data_offsets"][0], stop=8 + length + t["data_offsets"][1]) for name, t in header.items()}
+
+
+def fingerprint(folder: Path) -> str:
+    """A hash of names, shapes, types and three samples of every tensor: tells weights apart in a fraction of a second.
+
+    It does not depend on how the tensors are spread over files, nor on the type they are loaded in.
+    """
+    rows = []
+    for path in sorted(folder.glob("*.safetensors")):
+        try:
+            header = tensors(path)
+        except ValueError as error:
+            raise UserError(f"{error}; fetch or copy it again") from None
+        with open(path, "rb") as file:
+            for name, t in header.items():
+                digest = hashlib.sha256()
+                for where in (t["start"], (t["start"] + t["stop"]) // 2, max(t["start"], t["stop"] - 1024)):
+                    file.seek(where)
+                    digest.update(file.read(min(1024, t["stop"] - where)))
+                rows.append(f"{name} {t['dtype']} {t['shape']} {digest.hexdigest()}")
+    return hashlib.sha256("\n".join(sorted(rows)).encode()).hexdigest()

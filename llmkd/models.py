@@ -1,0 +1,247 @@
+"""Base models, adapters and their heads; and the one place that judges whether two vocabularies are the same."""
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .errors import UserError
+from .head import Head
+from .model_files import RECORD, ModelFiles, find, fingerprint, tensors
+from .recipe import Student as StudentSettings
+from .recipe import Teacher as TeacherSettings
+from .signals import View
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+class LanguageModel(nn.Module):
+    """A causal language model, with or without an adapter, parted into its body (`hidden`) and its `head`."""
+
+    def __init__(self, model: nn.Module, vocab: int):
+        super().__init__()
+        self.model = model
+        self.head = head_of(self.plain, vocab)
+
+    @property
+    def plain(self) -> nn.Module:
+        """The transformers model, with the adapter's layers in it but without PEFT's wrapper."""
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+
+    def hidden(self, view: View) -> Tensor:
+        """Last hidden states [N, H] at the view's rows."""
+        hidden_BTH = self.plain.get_decoder()(**view.inputs, use_cache=False)[0]
+        return hidden_BTH.flatten(0, 1).index_select(0, view.rows_N)
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+
+
+def head_of(model: nn.Module, vocab: int) -> Head:
+    """The model's head, with what its family does between hidden state and logits."""
+    config = model.config.get_text_config()
+    scale = 1.0
+    if config.model_type.startswith("granite"):
+        scale = 1 / config.logits_scaling
+    for name in ("logit_scale", "lm_head_multiplier"):
+        scale *= getattr(config, name, None) or 1.0
+    softcap = getattr(config, "final_logit_softcapping", None)
+    return Head(model.get_output_embeddings(), vocab, scale, softcap)
+
+
+def check_head(language_model: LanguageModel, setting: str) -> None:
+    """Compare `head.logits` with the model's own on a few tokens. UserError where they differ."""
+    model, vocab = language_model.plain, language_model.head.vocab
+    device = next(model.parameters()).device
+    ids_BT = torch.arange(24, device=device).reshape(2, 12) * 7 % vocab
+    was_training = model.training
+    model.eval()
+    with torch.no_grad():
+        own_NV = model(input_ids=ids_BT, use_cache=False).logits.flatten(0, 1)[:, :vocab]
+        rows = torch.arange(24, device=device)
+        ours_NV = language_model.head.logits(language_model.hidden(View({"input_ids": ids_BT}, rows)))
+    model.train(was_training)
+    rounding = {torch.float64: 1e-9, torch.float32: 1e-4}.get(next(model.parameters()).dtype, 3e-2)
+    gap = (own_NV.to(ours_NV.dtype) - ours_NV).abs().max().item()
+    size = own_NV.abs().max().item()
+    if not gap <= rounding * max(size, 1e-3):
+        what = "are not finite" if not math.isfinite(gap) else f"differ from the model's own by {gap:.2g} of {size:.2g}"
+        raise UserError(f"{setting}: the logits that llmkd computes for {model.config.model_type} {what}; this family's head is not supported")
+
+
+def load_teacher(settings: TeacherSettings, vocab: int, device) -> LanguageModel:
+    """The teacher, frozen and in eval mode. A model, or an unmerged adapter on its base."""
+    files = find(settings.model, "teacher.model", settings.revision, settings.base)
+    model = _load_base(files.base, "teacher.model", settings.dtype, settings.attention).to(device)
+    if files.adapter:
+        model = _load_adapter(model, files, "teacher.model")
+    teacher = LanguageModel(model, _fits(model, vocab, "teacher.model"))
+    teacher.requires_grad_(False).eval()
+    check_head(teacher, "teacher.model")
+    return teacher
+
+
+def load_student(settings: StudentSettings, vocab: int, device, seed: int) -> LanguageModel:
+    """The student in training mode; exactly what `method` names requires a gradient."""
+    torch.manual_seed(seed)
+    if settings.architecture is not None:
+        model = _new_model(settings, vocab)
+    else:
+        files = find(settings.model, "student.model", settings.revision)
+        if files.adapter:
+            raise UserError(f"student.model: {settings.model} is an adapter; name a base model (or export the run to a merged folder first)")
+        model = _load_base(files.base, "student.model", settings.dtype, settings.attention)
+    if settings.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if settings.method == "lora":
+        model = _add_lora(model, settings)
+    student = LanguageModel(model.to(device), _fits(model, vocab, "student.model"))
+    check_head(student, "student.model")
+    return student.train()
+
+
+def student_folder(run: str | Path) -> Path:
+    """Where a finished run keeps its student: `adapter` or `model`."""
+    for name in ("adapter", "model"):
+        if (Path(run) / name).is_dir():
+            return Path(run) / name
+    raise UserError(f"{run}: holds neither adapter nor model; is the run finished?")
+
+
+def save(model: LanguageModel, tokenizer, folder: Path) -> None:
+    """The student in Hugging Face's form: an adapter (PEFT) or a whole model, with tokenizer and generation config."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if hasattr(model.model, "peft_config"):
+        model.model.save_pretrained(folder, save_embedding_layers=False)
+        model.plain.generation_config.save_pretrained(folder)
+        base = Path(model.plain.config._name_or_path)
+        (folder / RECORD).write_text(json.dumps({"base_fingerprint": fingerprint(base)}, indent=1) + "\n")
+    else:
+        model.model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def merge(files: ModelFiles, dtype: str = "auto") -> nn.Module:
+    """The base with the adapter merged into it (in float32, then cast back): a plain transformers model."""
+    base = _load_base(files.base, "export", dtype, "sdpa")
+    kept = next(base.parameters()).dtype
+    wide = torch.promote_types(kept, torch.float32)
+    return _load_adapter(base.to(wide), files, "export").merge_and_unload().to(kept)
+
+
+def _load_base(folder: Path, setting: str, dtype: str, attention: str) -> nn.Module:
+    from transformers import AutoModelForCausalLM
+
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=DTYPES.get(dtype, "auto"), attn_implementation=attention, trust_remote_code=False, use_safetensors=True, output_loading_info=True
+        )
+    except Exception as error:
+        raise UserError(f"{setting}: {folder} cannot be loaded ({type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]})") from error
+    for what, keys in (("lacks", report["missing_keys"]), ("holds, beyond its architecture,", report["unexpected_keys"]), ("has wrong shapes of", report["mismatched_keys"])):
+        if keys:
+            raise UserError(f"{setting}: {folder} {what} {len(keys)} tensors, such as {sorted(map(str, keys))[0]}; its config.json and weights do not belong together")
+    return model
+
+
+def _load_adapter(base: nn.Module, files: ModelFiles, setting: str) -> nn.Module:
+    """PEFT loads an adapter of another depth or base without a word: the keys must match exactly, and be finite."""
+    from peft import PeftModel, get_peft_model_state_dict
+    from safetensors.torch import load_file
+
+    path = files.adapter / "adapter_model.safetensors"
+    try:
+        found = tensors(path)
+        weights = load_file(path)
+        model = PeftModel.from_pretrained(base, files.adapter, is_trainable=False)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"{setting}: the adapter {files.adapter} cannot be loaded ({type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]})") from error
+    expected = get_peft_model_state_dict(model, save_embedding_layers=False)
+    for what, keys in (("lacks", expected.keys() - found.keys()), ("holds left-over", found.keys() - expected.keys())):
+        if keys:
+            raise UserError(f"{setting}: the adapter {files.adapter} {what} {len(keys)} tensors for the base {files.base}, such as {min(keys)}; it belongs to another base")
+    for name, value in weights.items():
+        if not torch.isfinite(value).all():
+            raise UserError(f"{setting}: the adapter {files.adapter} holds values that are not finite, in {name}; train or copy it again")
+    return model
+
+
+def _add_lora(model: nn.Module, settings: StudentSettings) -> nn.Module:
+    from peft import LoraConfig, get_peft_model
+
+    lora = settings.lora
+    targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
+    config = LoraConfig(
+        task_type="CAUSAL_LM", r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets,
+        use_rslora=lora.rslora, use_dora=lora.dora, revision=settings.revision,
+    )
+    try:
+        model = get_peft_model(model, config)
+    except ValueError as error:
+        raise UserError(f"student.lora.target_modules: {str(error).splitlines()[0][:200]}") from error
+    path = Path(settings.model)
+    model.peft_config["default"].base_model_name_or_path = str(path.resolve()) if path.is_dir() else settings.model
+    return model
+
+
+def _new_model(settings: StudentSettings, vocab: int) -> nn.Module:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    wanted = {"vocab_size": vocab, **settings.architecture}
+    try:
+        config = AutoConfig.for_model(**wanted)
+        ignored = [k for k in wanted if k != "model_type" and not hasattr(type(config)(), k)]
+        if ignored:
+            raise UserError(f"student.architecture.{ignored[0]}: unknown to {wanted['model_type']}")
+        dtype = DTYPES.get(settings.dtype, torch.float32)
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=settings.attention)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"student.architecture: transformers refuses it ({type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]})") from error
+
+
+def _fits(model: nn.Module, vocab: int, setting: str) -> int:
+    rows = model.get_input_embeddings().weight.shape[0]
+    if rows < vocab:
+        raise UserError(f"{setting}: the tokenizer has {vocab} entries and the model's embedding {rows}; they do not belong together")
+    return vocab
+
+
+def load_tokenizer(name: str, setting: str, revision: str | None = None) -> Any:
+    """The tokenizer in a model's, adapter's or tokenizer's folder (or of a hub id)."""
+    from transformers import AutoTokenizer
+
+    from .model_files import locate
+
+    folder = locate(name, setting, revision)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:
+        raise UserError(f"{setting}: no tokenizer could be loaded from {name} ({type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]})") from error
+    if not tokenizer.is_fast:
+        raise UserError(f"{setting}: {name} has no tokenizer.json; only fast tokenizers are supported")
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{setting}: the tokenizer in {name} has no end-of-text token; set eos_token in its tokenizer_config.json")
+    return tokenizer
+
+
+_PROBES = ("Hello, world!\n\n### Response:\n", "  indented\tcode = f(x) + 12345.678e-9;", "naïve café — 你好 \U0001f600", "A\u00a0B\r\nC")
+
+
+def tokenizer_differences(ours, theirs) -> list[str]:
+    """Why two tokenizers are not the same: the first entries, special tokens or encodings that differ. Empty if equal."""
+    a, b = ours.get_vocab(), theirs.get_vocab()
+    out = [f"{token!r} is {a.get(token, 'absent')} here and {b.get(token, 'absent')} there" for token in sorted(a.keys() | b.keys()) if a.get(token) != b.get(token)]
+    for name in ("bos_token_id", "eos_token_id"):
+        if getattr(ours, name) != getattr(theirs, name):
+            out.append(f"{name} is {getattr(ours, name)} here and {getattr(theirs, name)} there")
+    for text in _PROBES:
+        if ours.encode(text, add_special_tokens=False) != theirs.encode(text, add_special_tokens=False):
+            out.append(f"{text!r} is encoded differently")
+    return out

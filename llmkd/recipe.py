@@ -1,0 +1,231 @@
+"""A run as data: every setting, its type, range, default and one sentence about it.
+
+Plain frozen dataclasses; `settings.py` reads them from YAML and the command line and writes them back.
+Nothing here imports torch: a recipe is checked before anything heavy is loaded.
+"""
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
+
+settings = dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True, allow_inf_nan=False))
+
+Count = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
+Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
+Attention = Literal["sdpa", "eager", "flash_attention_2", "flex_attention"]
+
+#: Each divergence with its options: (smallest, largest, default). `losses/divergences.py` holds the functions.
+DIVERGENCES: dict[str, dict[str, tuple[float, float, float]]] = {
+    "forward_kl": {},
+    "reverse_kl": {},
+    "symmetric_kl": {"forward_share": (0.0, 1.0, 0.5)},
+    "generalized_jsd": {"beta": (0.0, 1.0, 0.5)},
+    "skewed_forward_kl": {"alpha": (0.0, 1.0, 0.1)},
+    "skewed_reverse_kl": {"alpha": (0.0, 1.0, 0.1)},
+    "adaptive_kl": {"head_mass": (0.0, 1.0, 0.5)},
+    "total_variation": {},
+    "alpha_beta": {"alpha": (0.0, 4.0, 0.2), "beta": (0.0, 4.0, 0.7)},
+}
+
+
+@settings
+class Lora:
+    rank: Count = Field(16, description="Rank of the adapter matrices.")
+    alpha: float = Field(32.0, gt=0, description="Scale: the update is alpha / rank times B A (over sqrt(rank) with rslora).")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input while training.")
+    target_modules: Literal["all-linear"] | tuple[str, ...] = Field(
+        "all-linear", description="Modules that get an adapter: all-linear (all but the head) or a list of name endings."
+    )
+    rslora: bool = Field(False, description="Rank-stabilised scaling, alpha / sqrt(rank).")
+    dora: bool = Field(False, description="Weight-decomposed LoRA.")
+
+
+@settings
+class Student:
+    model: str | None = Field(None, description="Folder or hub id of the base model.")
+    revision: str | None = Field(None, description="Revision of a hub model.")
+    architecture: dict[str, Any] | None = Field(
+        None, description="Instead of model: a transformers configuration (model_type, hidden_size, ...) for new random weights."
+    )
+    tokenizer: str | None = Field(None, description="Folder or hub id of the tokenizer; by default the model's own.")
+    method: Literal["lora", "full"] = Field("lora", description="What trains: a LoRA adapter, or every weight.")
+    lora: Lora = Field(default_factory=Lora)
+    dtype: Dtype = Field("auto", description="Type the base is held in; auto is the type it was saved in. Adapters train in at least float32.")
+    attention: Attention = Field("sdpa", description="Attention implementation in transformers.")
+    gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass to save memory.")
+
+
+@settings
+class Teacher:
+    model: str = Field(description="Folder or hub id of a model, or of a LoRA adapter (its base is read from its own configuration).")
+    revision: str | None = Field(None, description="Revision of a hub model or adapter.")
+    base: str | None = Field(None, description="For an adapter: where its base is now, if not where the adapter says.")
+    dtype: Dtype = Field("auto", description="Type the teacher's weights are held in.")
+    attention: Attention = Field("sdpa", description="Attention implementation in transformers.")
+
+
+@settings
+class Source:
+    path: str = Field(description="A .json or .jsonl file, a hub data set, or builtin:skills (the generated demonstration corpus).")
+    format: Literal["alpaca", "chat", "text"] = Field(
+        "alpaca", description="alpaca: instruction, input, output; chat: messages of role and content; text: text."
+    )
+    name: str | None = Field(None, description="Configuration of a hub data set; for builtin:skills, chat-free 'questions' or 'prose'.")
+    split: str = Field("train", description="Split of a hub data set or of builtin:skills; a file has one split.")
+    revision: str | None = Field(None, description="Revision of a hub data set.")
+    limit: Count | None = Field(None, description="Use only the first so many rows.")
+
+
+@settings
+class Data:
+    train: Source | None = Field(None, description="What the student trains on.")
+    validation: Source | None = Field(None, description="Held-out rows; or set validation_share.")
+    validation_share: float = Field(0.0, ge=0, lt=1, description="Share of the training rows, drawn by seed, held out for validation.")
+    choices: Source | None = Field(
+        None, description="Multiple-choice questions in the same format, scored at the end: rows have choices (texts) and answer (an index)."
+    )
+    max_length: Annotated[int, Field(ge=2)] = Field(512, description="Longest example in tokens.")
+    too_long: Literal["drop", "truncate", "split", "refuse"] = Field(
+        "drop", description="What becomes of a longer one: drop it, cut its end off, split it into several (text only), or refuse the run."
+    )
+    train_on_input: bool = Field(False, description="Supervise the prompt's tokens too, not only the answer's.")
+    cache_dir: str | None = Field(None, description="Where tokenised data is kept; by default ~/.cache/llmkd, or LLMKD_CACHE.")
+
+
+@settings
+class Loss:
+    kd_ratio: Share | None = Field(
+        None, description="Weight of distillation: (1 - kd_ratio) CE + kd_ratio T^2 D. By default 0.5 with a teacher, 0 without; at 0 no teacher is loaded."
+    )
+    divergence: Literal[tuple(DIVERGENCES)] = Field("forward_kl", description="How student and teacher are compared.")
+    divergence_options: dict[str, float] = Field(
+        default_factory=dict, description="Options of the divergence: " + "; ".join(
+            f"{name}: " + ", ".join(f"{o} ({d:g})" for o, (_, _, d) in options.items()) for name, options in DIVERGENCES.items() if options) + "."
+    )
+    temperature: float = Field(1.0, gt=0, description="T: both models' logits are divided by it in the divergence, which is then scaled by T^2.")
+    chunk_rows: Count | None = Field(None, description="Supervised tokens per chunk of the head; by default as many as keep one float32 tile under 256 MiB on a GPU, 4 MiB on a CPU.")
+
+
+@settings
+class Optim:
+    lr: float = Field(2e-4, gt=0, description="Peak learning rate.")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay, on matrices only.")
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field((0.9, 0.999), description="AdamW's decay rates.")
+    eps: float = Field(1e-8, gt=0, description="AdamW's epsilon.")
+    max_grad_norm: float | None = Field(1.0, gt=0, description="Clip the gradient to this norm; null for never.")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Shape of the learning rate after warm-up.")
+    warmup_steps: Annotated[int, Field(ge=0)] | None = Field(None, description="Steps of linear warm-up.")
+    warmup_share: Share | None = Field(None, description="Instead: warm-up as a share of all steps.")
+    min_lr_share: Share = Field(0.0, description="Where the schedule ends, as a share of lr.")
+
+
+@settings
+class Train:
+    batch_size: Count = Field(32, description="Examples per optimizer step, over all processes: the result does not depend on how they are split.")
+    micro_batch_size: Count = Field(4, description="Examples per forward pass of one process; more is faster and takes more memory.")
+    epochs: Count | None = Field(None, description="Passes over the data (1 unless max_steps is set).")
+    max_steps: Count | None = Field(None, description="Instead of epochs: optimizer steps.")
+    length_group: Count = Field(1, description="Optimizer steps whose examples are sorted by length together: less padding. 1 leaves the batches as drawn.")
+    mixed_precision: Literal["no", "bf16"] = Field("no", description="bf16: autocast the forward passes of weights held in float32.")
+    log_every: Count = Field(1, description="Steps between records in metrics.jsonl.")
+
+
+@settings
+class Validation:
+    every: Count | None = Field(None, description="Steps between validations; null for only before the first step and after the last.")
+    micro_batch_size: Count = Field(8, description="Examples per forward pass.")
+
+
+@settings
+class Checkpoint:
+    every: Count | None = Field(None, description="Steps between checkpoints; null for only when stopped by a signal.")
+    keep: Count = Field(2, description="How many of the newest are kept.")
+    best_by: Literal["ce", "forward_kl", "reverse_kl", "agreement"] | None = Field(
+        None, description="Also keep the best by this validation figure; checkpoints are then written at every validation."
+    )
+
+
+@settings
+class Recipe:
+    output_dir: str = Field("", description="Where the run leaves everything.")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="Order of the data, new weights and dropout follow from it.")
+    student: Student = Field(default_factory=Student)
+    teacher: Teacher | None = Field(None, description="null for plain supervised fine-tuning.")
+    data: Data = Field(default_factory=Data)
+    loss: Loss = Field(default_factory=Loss)
+    optim: Optim = Field(default_factory=Optim)
+    train: Train = Field(default_factory=Train)
+    validation: Validation = Field(default_factory=Validation)
+    checkpoint: Checkpoint = Field(default_factory=Checkpoint)
+
+
+def contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
+    """Settings that are each right and together wrong: (path of the setting, what is wrong and how to mend it)."""
+    student, data, loss, optim, train = recipe.student, recipe.data, recipe.loss, recipe.optim, recipe.train
+    if not recipe.output_dir.strip() or "\0" in recipe.output_dir:
+        yield "output_dir", "not given; name the folder the run shall write, such as runs/first"
+    if student.model is None and student.architecture is None:
+        yield "student.model", "not given; name the base model's folder or hub id (or give student.architecture for new weights)"
+    if student.model is not None and student.architecture is not None:
+        yield "student.architecture", "given together with student.model; keep one of them"
+    if student.architecture is not None:
+        if student.tokenizer is None:
+            yield "student.tokenizer", "not given; new weights need it, a folder or hub id"
+        if "model_type" not in student.architecture:
+            yield "student.architecture", "has no model_type; give one, such as llama"
+        if student.method == "lora":
+            yield "student.method", "found lora with student.architecture; new random weights train with method: full"
+    if data.train is None:
+        yield "data.train", "not given; name what to train on, such as {path: train.jsonl, format: alpaca}"
+    if data.validation is not None and data.validation_share:
+        yield "data.validation_share", "given together with data.validation; keep one of them"
+    if data.too_long == "split" and any(s and s.format != "text" for s in (data.train, data.validation)):
+        yield "data.too_long", "found split, which only format: text can be; use drop or truncate"
+    for path, source in (("data.train", data.train), ("data.validation", data.validation), ("data.choices", data.choices)):
+        if source and source.path.startswith("builtin:") and source.path != "builtin:skills":
+            yield f"{path}.path", f"found {source.path!r}; the only built-in corpus is builtin:skills"
+    if loss.kd_ratio and recipe.teacher is None:
+        yield "loss.kd_ratio", f"found {loss.kd_ratio:g} without a teacher; give teacher.model, or set it to 0"
+    known = DIVERGENCES[loss.divergence]
+    for name, value in loss.divergence_options.items():
+        if name not in known:
+            allowed = ", ".join(known) or "none"
+            yield f"loss.divergence_options.{name}", f"{loss.divergence} has no such option; it has: {allowed}"
+        elif not known[name][0] <= value <= known[name][1]:
+            yield f"loss.divergence_options.{name}", f"found {value:g}, expected {known[name][0]:g} to {known[name][1]:g}"
+    if loss.divergence == "alpha_beta" and {"alpha": 0.2, "beta": 0.7, **loss.divergence_options}.items() >= {"alpha": 0, "beta": 0}.items():
+        yield "loss.divergence_options", "alpha and beta are both 0; at least one of them must be positive"
+    if optim.warmup_steps is not None and optim.warmup_share is not None:
+        yield "optim.warmup_share", "given together with optim.warmup_steps; keep one of them"
+    if train.epochs is not None and train.max_steps is not None:
+        yield "train.max_steps", "given together with train.epochs; keep one of them"
+    if train.max_steps and optim.warmup_steps and optim.warmup_steps > train.max_steps:
+        yield "optim.warmup_steps", f"found {optim.warmup_steps}, more than train.max_steps ({train.max_steps})"
+    if train.micro_batch_size > train.batch_size:
+        yield "train.micro_batch_size", f"found {train.micro_batch_size}, more than train.batch_size ({train.batch_size})"
+    held_out = data.validation is not None or data.validation_share > 0
+    if recipe.validation.every is not None and not held_out:
+        yield "validation.every", "given without held-out rows; set data.validation or data.validation_share"
+    if recipe.checkpoint.best_by is not None and not held_out:
+        yield "checkpoint.best_by", "given without held-out rows; set data.validation or data.validation_share"
+    if recipe.checkpoint.best_by not in (None, "ce") and not (recipe.teacher and loss.kd_ratio != 0):
+        yield "checkpoint.best_by", f"found {recipe.checkpoint.best_by}, which needs a teacher and loss.kd_ratio above 0; use ce"
+
+
+@settings
+class Stage:
+    recipe: str = Field(description="Recipe of this stage, relative to the study's file.")
+    set: dict[str, Any] = Field(default_factory=dict, description="Settings changed in it, by dotted path.")
+
+
+@settings
+class Study:
+    """Several recipes run in order, then their students compared with one teacher on the same held-out rows."""
+
+    output_dir: str = Field(min_length=1, description="Where the study is written: each stage in a folder of its name.")
+    stages: dict[str, Stage] = Field(min_length=1, description="Name of each stage and what it runs, in order.")
+    teacher: str = Field(description="Stage whose result is the teacher of the comparison.")
+    students: tuple[str, ...] = Field(description="Stages whose results are compared with it.")

@@ -1,0 +1,81 @@
+"""The folder a run writes: claimed by one run at a time, never silently overwritten, and what makes two runs the same."""
+
+import fcntl
+import json
+import os
+import socket
+from pathlib import Path
+
+from .errors import UserError
+from .recipe import Recipe
+from .settings import dump, flatten, load_recipe
+
+#: Settings that a resumed run may change: they do not touch what is learnt.
+_HARMLESS = ("output_dir", "train.log_every", "train.micro_batch_size", "validation.", "checkpoint.", "data.cache_dir", "data.choices", "loss.chunk_rows")
+
+
+class RunFolder:
+    """`check()` refuses, and changes nothing, before the costly part; `claim()` creates and locks."""
+
+    def __init__(self, recipe: Recipe, resume: bool):
+        self.recipe, self.resume = recipe, resume
+        self.path = Path(recipe.output_dir).expanduser()
+        self.checkpoints = self.path / "checkpoints"
+        self._lock = None
+
+    @property
+    def finished(self) -> bool:
+        return (self.path / "summary.json").exists()
+
+    def summary(self) -> dict:
+        return json.loads((self.path / "summary.json").read_text())
+
+    def check(self) -> None:
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"output_dir: {self.path} is a file; name a folder")
+        nearest = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
+        if not os.access(nearest, os.W_OK | os.X_OK):
+            raise UserError(f"output_dir: {nearest} cannot be written to; choose another folder")
+        if not self.resume:
+            if self.finished:
+                raise UserError(f"output_dir: {self.path} holds a finished run; choose another folder, or remove it")
+            if (self.path / "recipe.yaml").exists():
+                raise UserError(f"output_dir: {self.path} holds an unfinished run; go on with it by --resume, or choose another folder")
+        elif (self.path / "recipe.yaml").exists():
+            before, now = flatten(load_recipe(self.path / "recipe.yaml")), flatten(self.recipe)
+            changed = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k) and not k.startswith(_HARMLESS)]
+            if changed:
+                raise UserError(*(f"{k}: {before.get(k)!r} in the run that is to be resumed and {now.get(k)!r} now; give it as it was, or choose another output_dir" for k in changed))
+
+    def claim(self, identity: dict[str, str]) -> None:
+        """Create the folder, lock it for this process's life, and compare `identity` (hashes of data, models, tokenizer)."""
+        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock = open(self.path / ".lock", "a+")  # noqa: SIM115 held until the process ends
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            self._lock.seek(0)
+            raise UserError(f"output_dir: {self.path} is in use by {self._lock.read().strip() or 'another run'}; wait for it, or choose another folder") from None
+        self._lock.truncate(0)
+        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}")
+        self._lock.flush()
+        known = self.path / "identity.json"
+        if known.exists():
+            before = json.loads(known.read_text())
+            for what, value in identity.items():
+                if before.get(what) != value:
+                    raise UserError(f"{what} has changed since the run in {self.path} was started; give what it was, or choose another output_dir")
+        write(known, json.dumps(identity, indent=1))
+        write(self.path / "recipe.yaml", dump(self.recipe))
+
+    def release(self) -> None:
+        if self._lock:
+            self._lock.close()
+            (self.path / ".lock").unlink(missing_ok=True)
+
+
+def write(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    part = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)

@@ -1,0 +1,104 @@
+"""What a student is worth on held-out rows: cross-entropy, true KL both ways, agreement, entropies; multiple choice."""
+
+import math
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from .data.collate import collate
+from .data.encode import Encoded
+from .errors import Stopped
+from .losses.divergences import forward_kl, reverse_kl
+from .losses.fused import default_chunk
+from .models import LanguageModel
+from .order import deal
+from .signals import Batch, Signal, Teacher
+
+@torch.no_grad()
+def validate(student: LanguageModel, teacher: Teacher | None, data: Encoded, pad: int, micro_batch_size: int, accelerator, stop=None, progress=iter) -> dict[str, float]:
+    """Means over all targets of `data`, at temperature 1 and in nats, over all processes.
+
+    ce, perplexity and entropy of the student; with a teacher also forward_kl KL(p || q), reverse_kl KL(q || p),
+    agreement (share of targets where both find the same token likeliest), teacher_ce and teacher_entropy.
+    Changes neither weights nor training mode. Raises Stopped when a signal came meanwhile.
+    """
+    sums: dict[str, Tensor] = {}
+    for batch in _batches(student, data, pad, micro_batch_size, accelerator, stop, progress):
+        with accelerator.autocast():
+            hidden_NH, signal = student.hidden(batch.student), teacher(batch) if teacher else None
+        for rows in _figures(student, hidden_NH, batch, signal):
+            for name, value_n in rows.items():
+                sums[name] = sums.get(name, 0) + value_n.double().sum()
+    targets = int(data.supervised.sum())
+    names = ["ce", "entropy"] + (["forward_kl", "reverse_kl", "agreement", "teacher_ce", "teacher_entropy"] if teacher else [])
+    packed = torch.stack([torch.as_tensor(sums.get(name, 0.0), dtype=torch.float64, device=accelerator.device) for name in names])
+    if accelerator.num_processes > 1:
+        packed = accelerator.reduce(packed, "sum")
+    means = dict(zip(names, (packed / targets).tolist(), strict=True))
+    perplexity = math.exp(min(means["ce"], 700))
+    return {"ce": means.pop("ce"), "perplexity": perplexity} | means | {"targets": targets}
+
+
+@torch.no_grad()
+def accuracy(student: LanguageModel, data: Encoded, answers: list[int], choices: list[int], pad: int, micro_batch_size: int, accelerator, progress=iter) -> dict[str, float]:
+    """Multiple choice: the choice with the least cross-entropy, summed over its tokens, is the model's answer.
+
+    `data` holds, question by question, one example for each choice; `choices[i]` is question i's number of them.
+    The standard error is binomial, sqrt(a (1 - a) / (n - 1)).
+    """
+    totals = torch.zeros(len(data), dtype=torch.float64, device=accelerator.device)
+    for batch in _batches(student, data, pad, micro_batch_size, accelerator, None, progress):
+        with accelerator.autocast():
+            hidden_NH = student.hidden(batch.student)
+        for rows in _chunks(batch, student.head.vocab):
+            log_q_nV = torch.log_softmax(student.head.logits(hidden_NH[rows]), dim=-1)
+            ce_n = -log_q_nV.gather(-1, batch.labels_N[rows, None])[:, 0]
+            totals.index_add_(0, batch.example_N[rows], ce_n.double())
+    if accelerator.num_processes > 1:
+        totals = accelerator.reduce(totals, "sum")
+    ends = np.cumsum(choices)
+    right = [int(totals[end - n : end].argmin()) == answer for end, n, answer in zip(ends, choices, answers, strict=True)]
+    share, n = sum(right) / len(right), len(right)
+    return {"accuracy": share, "accuracy_stderr": math.sqrt(share * (1 - share) / max(1, n - 1)), "questions": n}
+
+
+def _batches(student, data: Encoded, pad: int, micro_batch_size: int, accelerator, stop, progress) -> Iterator[Batch]:
+    """Every example once, spread over the ranks, with the student in eval mode."""
+    was_training = student.training
+    student.eval()
+    try:
+        mine = deal(list(range(len(data))), data.lengths, micro_batch_size, accelerator.process_index, accelerator.num_processes)
+        for examples in progress(mine):
+            if stop and stop.anywhere(accelerator):
+                raise Stopped("stopped by a signal while validating")
+            yield collate(data, examples, pad).to(accelerator.device)
+    finally:
+        student.train(was_training)
+
+
+def _chunks(batch: Batch, vocab: int) -> Iterator[slice]:
+    chunk = default_chunk(vocab, batch.labels_N.device.type)
+    return (slice(start, start + chunk) for start in range(0, batch.targets, chunk))
+
+
+def _figures(student: LanguageModel, hidden_NH: Tensor, batch: Batch, signal: Signal | None) -> Iterator[dict[str, Tensor]]:
+    for rows in _chunks(batch, student.head.vocab):
+        labels_n1 = batch.labels_N[rows, None]
+        log_q_nV = torch.log_softmax(student.head.logits(hidden_NH[rows]), dim=-1)
+        out = {"ce": -log_q_nV.gather(-1, labels_n1), "entropy": _entropy(log_q_nV)}
+        if signal is not None:
+            log_p_nV = signal.log_probs(rows)
+            out |= {
+                "forward_kl": forward_kl(log_q_nV, log_p_nV),
+                "reverse_kl": reverse_kl(log_q_nV, log_p_nV),
+                "agreement": (log_q_nV.argmax(-1) == log_p_nV.argmax(-1)).float(),
+                "teacher_ce": -log_p_nV.gather(-1, labels_n1),
+                "teacher_entropy": _entropy(log_p_nV),
+            }
+        yield out
+
+
+def _entropy(log_p_nV: Tensor) -> Tensor:
+    return -torch.where(log_p_nV == -math.inf, 0.0, log_p_nV.exp() * log_p_nV).sum(-1)
