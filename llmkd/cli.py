@@ -1,5 +1,6 @@
 """The `llmkd` command. `llmkd train` is the same as `accelerate launch llmkd/train.py` on one process."""
 
+import logging
 import os
 import sys
 from pathlib import Path
@@ -92,6 +93,8 @@ def quiet() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if sys.stderr.isatty() else "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    for name in ("bitsandbytes", "torch.distributed.elastic.multiprocessing.redirects"):
+        logging.getLogger(name).setLevel(logging.ERROR)
 
 
 def _flag(argv: list[str], name: str) -> bool:

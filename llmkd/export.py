@@ -10,7 +10,8 @@ from .model_files import find, locate
 
 def export(run: Path, to: Path | None = None) -> Path:
     """Write `RUN/merged` (or `to`). `run` may be a run's folder, or an adapter's."""
-    from .models import load_tokenizer, merge, student_folder
+    from .data.tokenizer import load_tokenizer
+    from .models import merge, student_folder
 
     if not run.is_dir():
         raise UserError(f"{run}: no such folder; name a run's output_dir or an adapter")

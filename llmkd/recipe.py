@@ -50,7 +50,7 @@ class Student:
     architecture: dict[str, Any] | None = Field(
         None, description="Instead of model: a transformers configuration (model_type, hidden_size, ...) for new random weights."
     )
-    tokenizer: str | None = Field(None, description="Folder or hub id of the tokenizer; by default the model's own.")
+    tokenizer: str | None = Field(None, description="Folder or hub id of the tokenizer, or builtin:skills; by default the model's own.")
     method: Literal["lora", "full"] = Field("lora", description="What trains: a LoRA adapter, or every weight.")
     lora: Lora = Field(default_factory=Lora)
     dtype: Dtype = Field("auto", description="Type the base is held in; auto is the type it was saved in. Adapters train in at least float32.")
@@ -73,7 +73,7 @@ class Source:
     format: Literal["alpaca", "chat", "text"] = Field(
         "alpaca", description="alpaca: instruction, input, output; chat: messages of role and content; text: text."
     )
-    name: str | None = Field(None, description="Configuration of a hub data set; for builtin:skills, chat-free 'questions' or 'prose'.")
+    name: str | None = Field(None, description="Configuration of a hub data set; for builtin:skills, questions (conversations) or prose (plain text).")
     split: str = Field("train", description="Split of a hub data set or of builtin:skills; a file has one split.")
     revision: str | None = Field(None, description="Revision of a hub data set.")
     limit: Count | None = Field(None, description="Use only the first so many rows.")

@@ -16,8 +16,10 @@ class Tracker:
         from tqdm import tqdm
 
         self.path, self.main = folder / "metrics.jsonl", main
-        self.bar = tqdm(total=total_steps, initial=done, unit="step", disable=not main, dynamic_ncols=True, mininterval=0.5, file=sys.stderr)
-        self.started, self.targets_since, self.time_since = time.monotonic(), 0, time.monotonic()
+        self.lines = main and not sys.stderr.isatty()  # into a file: a line now and then instead of a bar
+        self.bar = tqdm(total=total_steps, initial=done, unit="step", disable=not main or self.lines, dynamic_ncols=True, mininterval=0.5, file=sys.stderr)
+        self.total, self.first, self.started, self.shown = total_steps, done, time.monotonic(), 0.0
+        self.targets_since, self.time_since = 0, self.started
         if main:
             self._keep_until(done)
 
@@ -33,6 +35,10 @@ class Tracker:
         self.write({"step": step, "epoch": epoch, **terms, "lr": lr, "grad_norm": grad_norm, "targets": targets, "targets_per_s": round(speed, 1), "peak_memory": memory})
         shown = {name: f"{value:.4f}" for name, value in terms.items()} | {"lr": f"{lr:.1e}", "targets/s": f"{speed:.0f}", "mem": f"{memory / 2**30:.1f}G"}
         self.bar.set_postfix(shown, refresh=False)
+        if self.lines and (now - self.shown > 10 or step == self.total):
+            self.shown = now
+            left = (now - self.started) / (step - self.first) * (self.total - step)
+            print(f"step {step}/{self.total}  " + "  ".join(f"{k} {v}" for k, v in shown.items()) + f"  {left:.0f} s left", file=sys.stderr, flush=True)
 
     def validation(self, step: int, figures: dict[str, float]) -> None:
         self.write({"step": step, "validation": figures})
@@ -46,7 +52,7 @@ class Tracker:
 
     def say(self, text: str) -> None:
         if self.main:
-            self.bar.write(text, file=sys.stderr)
+            self.bar.write(text, file=sys.stderr, nolock=True)
 
     def close(self) -> None:
         self.bar.close()

@@ -96,7 +96,7 @@ def prepare(recipe: Recipe) -> Prepared:
 
 
 def _tokenizer(recipe: Recipe, student: ModelFiles | None):
-    from .models import load_tokenizer
+    from .data.tokenizer import load_tokenizer
 
     if recipe.student.tokenizer:
         return load_tokenizer(recipe.student.tokenizer, "student.tokenizer")
@@ -104,7 +104,7 @@ def _tokenizer(recipe: Recipe, student: ModelFiles | None):
 
 
 def _same_tokenizer(tokenizer, teacher: ModelFiles, name: str) -> None:
-    from .models import load_tokenizer, tokenizer_differences
+    from .data.tokenizer import load_tokenizer, tokenizer_differences
 
     with_tokenizer = teacher.adapter if teacher.adapter and (teacher.adapter / "tokenizer.json").exists() else teacher.base
     differences = tokenizer_differences(tokenizer, load_tokenizer(str(with_tokenizer), "teacher.model"))

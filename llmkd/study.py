@@ -1,0 +1,79 @@
+"""A study: recipes run one after another, then their students compared with one teacher on the same held-out rows."""
+
+import json
+from pathlib import Path
+
+from .errors import UserError
+from .recipe import Recipe, Study, Teacher
+from .run_folder import write
+from .settings import load_recipe, load_study
+from .tracking import table
+from .training import Prepared, bar, prepare, run, say, start
+
+
+def run_study(config: str, overrides: dict, resume: bool) -> dict:
+    """Run every stage (with `resume`, those that are not finished), compare, and return the comparison."""
+    overrides = dict(overrides)
+    study = load_study(config, overrides.pop("output_dir", None))
+    recipes = stage_recipes(study, Path(config), overrides)
+    folder = Path(study.output_dir)
+    if (folder / "summary.json").exists() and not resume:
+        raise UserError(f"output_dir: {folder} holds a finished study; choose another folder by --output_dir, or remove it")
+    for number, (name, recipe) in enumerate(recipes.items(), 1):
+        say(f"\n[{number}/{len(recipes)}] {name}")
+        run(recipe, resume)
+    say(f"\ncomparing on {recipes[study.students[0]].data.validation.path}")
+    results = compare(study, recipes)
+    accelerator = start()
+    if accelerator.is_main_process:
+        write(folder / "summary.json", json.dumps(results, indent=1))
+        print("\n" + table([{"": name} | {k: v for k, v in figures.items()} for name, figures in results.items()]))
+        print(f"{folder / 'summary.json'}")
+    return results
+
+
+def stage_recipes(study: Study, config: Path, overrides: dict) -> dict[str, Recipe]:
+    """Every stage's recipe, all of them checked before the first runs. `{output_dir}` in a setting is the study's folder."""
+    recipes, problems = {}, []
+    for name, stage in study.stages.items():
+        changes = {k: v.replace("{output_dir}", study.output_dir) if isinstance(v, str) else v for k, v in stage.set.items()}
+        try:
+            recipes[name] = load_recipe(config.parent / stage.recipe, changes | overrides | {"output_dir": f"{study.output_dir}/{name}"})
+        except UserError as error:
+            problems += [f"stage {name}: {problem}" for problem in error.problems]
+    if problems:
+        raise UserError(*problems)
+    if recipes[study.students[0]].data.validation is None:
+        raise UserError(f"{config}: students: {study.students[0]} has no data.validation, on which the students are to be compared; give one")
+    return recipes
+
+
+def compare(study: Study, recipes: dict[str, Recipe]) -> dict[str, dict[str, float]]:
+    """Teacher and students on the first student's held-out rows and questions."""
+    from .models import load_teacher, student_folder
+    from .teachers.live import Live
+
+    first = recipes[study.students[0]]
+    prepared = prepare(first)
+    accelerator = start(first.train.mixed_precision)
+
+    def load(stage: str):
+        settings = Teacher(model=str(student_folder(recipes[stage].output_dir)), dtype=recipes[stage].student.dtype)
+        return load_teacher(settings, len(prepared.tokenizer), accelerator.device)
+
+    teacher = load(study.teacher)
+    names = {study.teacher: teacher} | {name: None for name in study.students}
+    return {name: measure(model or load(name), Live(teacher), prepared, first, accelerator) for name, model in names.items()}
+
+
+def measure(model, teacher, prepared: Prepared, recipe: Recipe, accelerator) -> dict[str, float]:
+    """ce, kl_to_teacher (forward, in nats), agreement; and accuracy with its standard error where there are questions."""
+    from .validate import accuracy, validate
+
+    pad, size, questions = prepared.tokenizer.eos_token_id, recipe.validation.micro_batch_size, prepared.questions
+    figures = validate(model, teacher, prepared.validation, pad, size, accelerator, None, bar("validation", accelerator))
+    out = {"ce": figures["ce"], "kl_to_teacher": figures["forward_kl"], "agreement": figures["agreement"]}
+    if questions:
+        scored = accuracy(model, questions.encoded, questions.answers, questions.counts, pad, size, accelerator, bar("questions", accelerator))
+        out |= {k: scored[k] for k in ("accuracy", "accuracy_stderr")}
+    return out

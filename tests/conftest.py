@@ -1,0 +1,100 @@
+"""A small world: one tokenizer, two tiny models that share it, an adapter on the larger one, ragged data."""
+
+import json
+import os
+from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from llmkd import settings
+from llmkd.training import run
+
+torch.set_num_threads(1)
+
+ANSWERS = "Yes. It is so. The answer is that nobody knows what a robin does in the garden at night. No! Perhaps the owl, the wren and the crow know.".split()
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setenv("LLMKD_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory) -> Path:
+    """Folders student, teacher (bases, float64), adapter (LoRA on teacher); train.jsonl of 37 ragged rows, held.jsonl of 9."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from llmkd.data.skills import tokenizer
+
+    root = tmp_path_factory.mktemp("world")
+    tok = tokenizer()
+    for name, width, seed in (("student", 16, 1), ("teacher", 24, 2), ("stranger", 24, 3)):
+        torch.manual_seed(seed)
+        config = LlamaConfig(
+            vocab_size=len(tok), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
+            max_position_embeddings=128, eos_token_id=1, bos_token_id=None, pad_token_id=0, initializer_range=0.3,
+        )
+        model = LlamaForCausalLM(config).double()
+        model.save_pretrained(root / name)
+        tok.save_pretrained(root / name)
+    base = LlamaForCausalLM.from_pretrained(root / "teacher")
+    adapted = get_peft_model(base, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear", init_lora_weights=False))
+    adapted.save_pretrained(root / "adapter")
+    for name, count, shift in (("train", 37, 0), ("held", 9, 40)):
+        write_rows(root / f"{name}.jsonl", count, shift)
+    return root
+
+
+def write_rows(path: Path, count: int, shift: int = 0) -> None:
+    rows = [{"instruction": f"Say {i}", "output": " ".join(ANSWERS[: 1 + (i * 7) % len(ANSWERS)])} for i in range(shift, shift + count)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+@pytest.fixture
+def make_recipe(world, tmp_path):
+    """A recipe of the small world, with overrides by dotted path."""
+
+    def make(out: str = "out", **changes):
+        path = tmp_path / "recipe.yaml"
+        path.write_text(json.dumps(plain_recipe(world, tmp_path / out)))
+        return settings.load_recipe(path, {k.replace("__", "."): v for k, v in changes.items()})
+
+    return make
+
+
+def plain_recipe(world: Path, out: Path) -> dict:
+    return {
+        "output_dir": str(out),
+        "student": {"model": str(world / "student"), "lora": {"rank": 4}},
+        "teacher": {"model": str(world / "adapter")},
+        "data": {"train": {"path": str(world / "train.jsonl")}, "max_length": 128},
+        "optim": {"lr": 1e-2, "warmup_steps": 2, "weight_decay": 0.01},
+        "train": {"batch_size": 8, "micro_batch_size": 4},
+    }
+
+
+@pytest.fixture
+def trained(make_recipe):
+    """Train a recipe of the small world and give its weights."""
+
+    def go(out: str, resume: bool = False, **changes) -> dict[str, torch.Tensor]:
+        recipe = make_recipe(out, **changes)
+        run(recipe, resume)
+        return weights(Path(recipe.output_dir))
+
+    return go
+
+
+def weights(out: Path) -> dict[str, torch.Tensor]:
+    return load_file(out / "adapter" / "adapter_model.safetensors") if (out / "adapter").exists() else load_file(out / "model" / "model.safetensors")
+
+
+def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
+    assert a.keys() == b.keys()
+    return max((a[k].double() - b[k].double()).abs().max().item() for k in a)

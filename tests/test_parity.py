@@ -1,0 +1,69 @@
+"""The first law of the project: how an optimizer step is cut into micro-batches and ranks changes nothing."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import distance, plain_recipe, weights
+
+REPO = Path(__file__).parents[1]
+BOUND = 1e-12  # float64, after five steps; the last window has 5 of 8 examples
+
+
+@pytest.fixture(scope="module")
+def reference(world, tmp_path_factory):
+    """One micro-batch of all eight examples, per method of training the student."""
+    from llmkd import settings
+    from llmkd.training import run
+
+    done = {}
+
+    def get(method: str):
+        if method not in done:
+            root = tmp_path_factory.mktemp(method)
+            (root / "r.yaml").write_text(json.dumps(plain_recipe(world, root / "out")))
+            run(settings.load_recipe(root / "r.yaml", {"train.micro_batch_size": 8, "student.method": method}))
+            done[method] = weights(root / "out")
+        return done[method]
+
+    return get
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("micro", [1, 3, 4])
+def test_micro_batches_do_not_matter(trained, reference, method, micro):
+    got = trained("cut", student__method=method, train__micro_batch_size=micro)
+    assert all(t.dtype.itemsize == 8 for t in got.values())
+    assert distance(got, reference(method)) < BOUND
+
+
+def test_chunks_of_the_head_do_not_matter(trained, reference):
+    assert distance(trained("chunk", train__micro_batch_size=8, loss__chunk_rows=5), reference("lora")) < BOUND
+
+
+def test_gradient_checkpointing_does_not_matter(trained, reference):
+    assert distance(trained("gc", train__micro_batch_size=8, student__gradient_checkpointing=True), reference("lora")) < BOUND
+
+
+def test_the_reference_moves(world, trained, reference):
+    """The laws above would hold for a trainer that does nothing."""
+    assert distance(trained("other", optim__lr=2e-2), reference("lora")) > 1e-4
+    assert distance(trained("ce", loss__kd_ratio=0.0), reference("lora")) > 1e-4
+
+
+def test_two_processes_are_one(world, reference, tmp_path):
+    """Ragged windows over two gloo ranks, also where a rank has no example left, and for a student trained in full."""
+    for name, changes in (("lora", []), ("lora3", ["--train.micro_batch_size", "3"]), ("full", ["--student.method", "full"])):
+        (tmp_path / f"{name}.yaml").write_text(json.dumps(plain_recipe(world, tmp_path / name)))
+        done = torchrun(2, ["--config", str(tmp_path / f"{name}.yaml"), *changes], tmp_path)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert distance(weights(tmp_path / name), reference(name.rstrip("3"))) < BOUND
+
+
+def torchrun(processes: int, arguments: list[str], cache: Path) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0", "--standalone", str(REPO / "llmkd/train.py")]
+    environment = os.environ | {"LLMKD_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment, timeout=300)
