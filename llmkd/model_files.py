@@ -43,7 +43,7 @@ def find(name: str, setting: str, revision: str | None = None, base: str | None 
     files = ModelFiles(base_folder, folder, _config(base_folder, base_name, setting))
     record = folder / RECORD
     trained_on = read_json(record, setting).get("base_fingerprint") if record.exists() else None
-    if trained_on and trained_on != fingerprint(base_folder):
+    if trained_on and trained_on != fingerprint(base_folder, setting):
         raise UserError(f"{setting}: the adapter {name} was trained on other weights than {base_name} holds; name the base that it was trained on")
     return files
 
@@ -108,7 +108,7 @@ def tensors(path: Path) -> dict[str, dict]:
     return {name: dict(t, start=8 + length + t["data_offsets"][0], stop=8 + length + t["data_offsets"][1]) for name, t in header.items()}
 
 
-def fingerprint(folder: Path) -> str:
+def fingerprint(folder: Path, setting: str) -> str:
     """A hash of names, shapes, types and three samples of every tensor: tells weights apart in a fraction of a second.
 
     It does not depend on how the tensors are spread over files, nor on the type they are loaded in.
@@ -118,7 +118,7 @@ def fingerprint(folder: Path) -> str:
         try:
             header = tensors(path)
         except ValueError as error:
-            raise UserError(f"{error}; fetch or copy it again") from None
+            raise UserError(f"{setting}: {error}; fetch or copy it again") from None
         with open(path, "rb") as file:
             for name, t in header.items():
                 digest = hashlib.sha256()

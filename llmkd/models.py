@@ -117,7 +117,7 @@ def save(model: LanguageModel, tokenizer, folder: Path) -> None:
         model.model.save_pretrained(folder, save_embedding_layers=False)
         model.plain.generation_config.save_pretrained(folder)
         base = Path(model.plain.config._name_or_path)
-        (folder / RECORD).write_text(json.dumps({"base_fingerprint": fingerprint(base)}, indent=1) + "\n")
+        (folder / RECORD).write_text(json.dumps({"base_fingerprint": fingerprint(base, "student.model")}, indent=1) + "\n")
     else:
         model.model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)

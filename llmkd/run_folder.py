@@ -49,13 +49,18 @@ class RunFolder:
 
     def claim(self, identity: dict[str, str]) -> None:
         """Create the folder, lock it for this process's life, and compare `identity` (hashes of data, models, tokenizer)."""
-        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"output_dir: {self.path} cannot be made ({error.strerror}); choose another folder") from None
         self._lock = open(self.path / ".lock", "a+")  # noqa: SIM115 held until the process ends
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             self._lock.seek(0)
-            raise UserError(f"output_dir: {self.path} is in use by {self._lock.read().strip() or 'another run'}; wait for it, or choose another folder") from None
+            owner = self._lock.read().strip() or "another run"
+            self._lock.close()
+            raise UserError(f"output_dir: {self.path} is in use by {owner}; wait for it, or choose another folder") from None
         self._lock.truncate(0)
         self._lock.write(f"process {os.getpid()} on {socket.gethostname()}")
         self._lock.flush()

@@ -53,11 +53,8 @@ def run(recipe: Recipe, resume: bool = False) -> dict:
     from .stopping import StopRequest
 
     with StopRequest() as stop:
-        accelerator = start(recipe.train.mixed_precision)
-        if accelerator.is_main_process:
-            folder.claim(prepared.identity)
         try:
-            return fit(recipe, prepared, folder, accelerator, stop)
+            return fit(recipe, prepared, folder, start(recipe.train.mixed_precision), stop)
         finally:
             folder.release()
 
@@ -88,9 +85,9 @@ def prepare(recipe: Recipe) -> Prepared:
     if held_out:
         report(held_out, "validation")
     identity = {"the training data": train_rows.content, "the tokenizer": token_cache.tokenizer_hash(tokenizer)}
-    for name, files in (("the student's base", student), ("the teacher", teacher)):
+    for name, setting, files in (("the student's base", "student.model", student), ("the teacher", "teacher.model", teacher)):
         if files:
-            identity[name] = fingerprint(files.base) + (fingerprint(files.adapter) if files.adapter else "")
+            identity[name] = " ".join(fingerprint(folder, setting) for folder in (files.base, files.adapter) if folder)
     questions = encode_choices(choice_rows, data.choices, data, tokenizer) if choice_rows else None
     return Prepared(tokenizer, train, [train_rows.places[i] for i in train.row], held_out, questions, teacher_wanted, identity)
 
@@ -193,6 +190,8 @@ def fit(recipe: Recipe, prepared: Prepared, folder: RunFolder, accelerator, stop
         recipe.train.length_group, accelerator.process_index, accelerator.num_processes,
     )
     learner.learning_rate = schedule(recipe, plan.total_steps)
+    if accelerator.is_main_process:
+        folder.claim(prepared.identity)
     saved = checkpoint.newest(folder.checkpoints, say) if folder.resume else None
     done, state = 0, {"best": None, "validated": -1}
     if saved:
@@ -236,7 +235,8 @@ def fit(recipe: Recipe, prepared: Prepared, folder: RunFolder, accelerator, stop
             save(step)
 
     try:
-        look(done)
+        if done == 0 or due(recipe.validation.every, done):
+            look(done)
         if stop.anywhere(accelerator):
             raise stopped(done)
         batches = functools.partial(collate, prepared.train, pad=pad)

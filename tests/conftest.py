@@ -38,7 +38,7 @@ def world(tmp_path_factory) -> Path:
         torch.manual_seed(seed)
         config = LlamaConfig(
             vocab_size=len(tok), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
-            max_position_embeddings=128, eos_token_id=1, bos_token_id=None, pad_token_id=0, initializer_range=0.3,
+            max_position_embeddings=256, eos_token_id=1, bos_token_id=None, pad_token_id=0, initializer_range=0.3,
         )
         model = LlamaForCausalLM(config).double()
         model.save_pretrained(root / name)
@@ -73,7 +73,7 @@ def plain_recipe(world: Path, out: Path) -> dict:
         "output_dir": str(out),
         "student": {"model": str(world / "student"), "lora": {"rank": 4}},
         "teacher": {"model": str(world / "adapter")},
-        "data": {"train": {"path": str(world / "train.jsonl")}, "max_length": 128},
+        "data": {"train": {"path": str(world / "train.jsonl")}, "max_length": 256},
         "optim": {"lr": 1e-2, "warmup_steps": 2, "weight_decay": 0.01},
         "train": {"batch_size": 8, "micro_batch_size": 4},
     }

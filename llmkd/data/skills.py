@@ -2,7 +2,7 @@
 
 It needs no download, is the same on every machine, and has several right wordings of most answers, so that a teacher's
 distribution says more than one label does. `prose` states the world (to pretrain base models on); `questions` asks
-about it, as a conversation. No question of one split is in another, though the fact it asks for may be in the prose.
+about it, as a conversation. No held-out question is among those to train on or in the prose; its fact may be.
 """
 
 import functools
@@ -10,7 +10,7 @@ import random
 from collections.abc import Callable, Iterator
 
 VERSION = 1
-SIZES = {"questions": {"train": 6000, "validation": 400, "test": 400}, "prose": {"train": 9000, "validation": 300}}
+SIZES = {"questions": {"train": 6000, "validation": 400, "test": 400}, "prose": {"train": 10000, "validation": 300}}
 
 _KINDS = {  # kind: (what it does, where it lives, things with their colour and size)
     "bird": ("flies", "a nest", "robin:brown:small owl:grey:big crow:black:big finch:yellow:small swan:white:big parrot:green:big wren:brown:small gull:white:big"),
@@ -166,7 +166,20 @@ def _about_people(rng: random.Random) -> str:
     return " ".join(told) + f" So {names[k]} is the one with the {objects[k]}."
 
 
-_SENTENCES = [_about, _about, _about_words, _about_numbers, _about_people]
+def _asked(rng: random.Random) -> str:
+    """A question with its answer, never one that is held out."""
+    while True:
+        question, right, _ = rng.choice(SKILLS)(rng)
+        if question not in _held_out():
+            return f"{question} It is {right}."
+
+
+@functools.cache
+def _held_out() -> set[str]:
+    return {question for split in ("validation", "test") for question, *_ in _questions()[split]}
+
+
+_SENTENCES = [_about, _about, _about_words, _about_numbers, _about_people, _asked, _asked, _asked]
 
 
 def tokenizer():

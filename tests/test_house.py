@@ -1,0 +1,82 @@
+"""Rules of the package's own shape: which layer may import which, and which names are free."""
+
+import ast
+import importlib.metadata
+import sys
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "llmkd"
+
+#: A unit is a module of llmkd or one of its folders. It imports only from layers above its own line.
+LAYERS = (
+    "__init__ errors order head",
+    "signals recipe",
+    "settings model_files",
+    "losses models data",
+    "teachers distiller",
+    "loop validate checkpoint tracking stopping run_folder card",
+    "training export",
+    "study",
+    "cli",
+    "train",
+)
+LAYER = {unit: number for number, units in enumerate(LAYERS) for unit in units.split()}
+
+
+def module_name(path: Path) -> str:
+    return ".".join(path.relative_to(PACKAGE.parent).with_suffix("").parts)
+
+
+MODULES = {module_name(path): path for path in sorted(PACKAGE.rglob("*.py"))}
+
+
+def imports(name: str, top_level_only: bool = False) -> set[str]:
+    """Full names of the modules that module `name` imports."""
+    path, found = MODULES[name], set()
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in tree.body if top_level_only else ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            package = name.split(".")[: -node.level] if node.level else []
+            base = ".".join([*package, *([node.module] if node.module else [])])
+            inner = {f"{base}.{alias.name}" for alias in node.names} & MODULES.keys()
+            found |= inner or {base}
+    return found
+
+
+def unit(name: str) -> str:
+    return (name.split(".") + ["__init__"])[1]
+
+
+def ours(names: set[str]) -> set[str]:
+    return {name for name in names if name.split(".")[0] == "llmkd"}
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_a_module_imports_only_from_lower_layers(name):
+    assert unit(name) in LAYER, f"{name}: give it a place in LAYERS"
+    for other in ours(imports(name)):
+        if unit(other) != unit(name):
+            assert LAYER[unit(other)] < LAYER[unit(name)], f"{name} imports {other}"
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_the_package_never_imports_the_evaluation(name):
+    assert not {other for other in imports(name) if "eval" in other.split(".")}
+
+
+def test_imports_at_load_time_have_no_cycle():
+    graph = {name.removesuffix(".__init__"): ours(imports(name, top_level_only=True)) for name in MODULES}
+    TopologicalSorter(graph).prepare()
+
+
+def test_no_name_at_the_top_shadows_a_module_that_python_would_import():
+    """`python llmkd/train.py` puts llmkd/ first on sys.path, where every file in it becomes a top-level module."""
+    installed = {top for top, owners in importlib.metadata.packages_distributions().items() if set(owners) != {"llmkd"}}
+    here = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or path.is_dir()} - {"__init__", "__pycache__"}
+    assert here, "no module found"
+    assert not here & (sys.stdlib_module_names | installed)

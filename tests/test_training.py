@@ -1,0 +1,386 @@
+"""Whole runs of the small world: what must be the same before and after, what is left behind, what is refused."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import distance, plain_recipe, weights, write_rows
+from safetensors.torch import load_file, save_file
+
+from llmkd import models, settings
+from llmkd.cli import main
+from llmkd.data.collate import collate
+from llmkd.distiller import Distiller
+from llmkd.errors import NonFinite, UserError
+from llmkd.recipe import Teacher
+from llmkd.teachers.live import Live
+from llmkd.tracking import read
+from llmkd.training import prepare, run
+
+SHORT = {"train__max_steps": 2}
+
+
+def said(capsys) -> str:
+    return capsys.readouterr().err
+
+
+@pytest.fixture
+def command(world, tmp_path, capsys):
+    """`llmkd train` on a recipe of the small world, in this process: exit code and the lines it said."""
+
+    def go(*arguments: str, out: str = "out") -> tuple[int, list[str]]:
+        (tmp_path / "r.yaml").write_text(json.dumps(plain_recipe(world, tmp_path / out)))
+        code = main(["train", "--config", str(tmp_path / "r.yaml"), *arguments])
+        return code, [line for line in said(capsys).splitlines() if line.startswith("llmkd: ")]
+
+    return go
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_only_the_students_own_parameters_train(make_recipe, world, monkeypatch, method):
+    built = []
+    real = models.load_student
+    monkeypatch.setattr(models, "load_student", lambda *a: built.append(real(*a)) or built[0])
+    teachers = []
+    real_teacher = models.load_teacher
+    monkeypatch.setattr(models, "load_teacher", lambda *a: teachers.append(real_teacher(*a)) or teachers[0])
+    run(make_recipe(student__method=method, **SHORT))
+    assert all(("lora_" in name) == p.requires_grad or method == "full" for name, p in built[0].model.named_parameters())
+    before = load_file(world / "student/model.safetensors")
+    after = {k.replace("base_layer.", ""): v for k, v in built[0].plain.state_dict().items() if "lora_" not in k}
+    assert before.keys() <= after.keys()
+    assert all(torch.equal(before[k], after[k]) for k in before) == (method == "lora")
+    assert built[0].training and not any(m.training for m in teachers[0].modules())
+    assert all(p.grad is None for p in teachers[0].parameters())
+    adapter = load_file(world / "adapter/adapter_model.safetensors")
+    now = {k.replace(".default", ""): v for k, v in teachers[0].model.state_dict().items() if "lora_" in k}
+    assert all(torch.equal(adapter[k], now[k]) for k in adapter)
+
+
+def test_each_target_is_trained_exactly_once_an_epoch(make_recipe, monkeypatch):
+    seen = Counter()
+    real = Distiller.forward
+
+    def forward(self, batch, signal):
+        seen.update(batch.example_N.tolist())
+        return real(self, batch, signal)
+
+    monkeypatch.setattr(Distiller, "forward", forward)
+    recipe = make_recipe(train__epochs=2, train__micro_batch_size=3)
+    run(recipe)
+    train = prepare(recipe).train
+    assert seen == {i: 2 * int(train.example(i)[1].sum()) for i in range(len(train))}
+
+
+def test_without_a_teacher_it_is_supervised_fine_tuning(trained, make_recipe, monkeypatch, tmp_path):
+    monkeypatch.setattr(models, "load_teacher", lambda *a: pytest.fail("a teacher was loaded"))
+    with_ratio_0 = trained("zero", loss__kd_ratio=0.0, **SHORT)
+    assert distance(trained("none", teacher=None, **SHORT), with_ratio_0) == 0
+    assert all("kd" not in r for r in read(tmp_path / "zero/metrics.jsonl"))
+
+
+def test_both_terms_are_logged_and_mixed(trained, tmp_path):
+    trained("log", loss__kd_ratio=0.25, loss__temperature=2.0, **SHORT)
+    for r in read(tmp_path / "log/metrics.jsonl"):
+        assert r["loss"] == pytest.approx(0.75 * r["ce"] + 0.25 * r["kd"], rel=1e-12)
+        assert {"step", "epoch", "lr", "grad_norm", "targets", "targets_per_s", "peak_memory"} <= r.keys()
+
+
+def test_temperature_and_divergence_reach_the_trainer(trained):
+    runs = [trained(str(i), **SHORT, **c) for i, c in enumerate((
+        {}, {"loss__temperature": 2.0}, {"loss__divergence": "reverse_kl"}, {"loss__divergence": "generalized_jsd"},
+        {"loss__divergence": "generalized_jsd", "loss__divergence_options": {"beta": 0.9}},
+    ))]
+    assert all(distance(a, b) > 1e-7 for i, a in enumerate(runs) for b in runs[:i])
+
+
+def test_an_unmerged_adapter_is_a_teacher_like_any_other(world, make_recipe):
+    from peft import PeftModel
+    from transformers import LlamaForCausalLM
+
+    teacher = models.load_teacher(Teacher(model=str(world / "adapter")), 640, "cpu")
+    reference = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(world / "teacher"), world / "adapter").eval()
+    batch = collate(prepare(make_recipe()).train, [0, 3, 5], pad=1)
+    with torch.no_grad():
+        expected = reference(**batch.teacher.inputs).logits.flatten(0, 1)[batch.teacher.rows_N].log_softmax(-1)
+    first, second = (Live(teacher)(batch).log_probs(slice(None)) for _ in range(2))
+    assert torch.equal(first, second)
+    torch.testing.assert_close(first, expected, rtol=0, atol=1e-12)
+
+
+def test_padded_vocabularies_are_cut_and_the_student_keeps_its_shape(world, make_recipe, trained, tmp_path):
+    expected = trained("plain", student__method="full", **SHORT)
+    for name, extra in (("student", 60), ("teacher", 24)):
+        shutil.copytree(world / name, tmp_path / name)
+        tensors = load_file(world / name / "model.safetensors")
+        for key in ("model.embed_tokens.weight", "lm_head.weight"):
+            tensors[key] = torch.cat([tensors[key], torch.randn(extra, tensors[key].shape[1], dtype=torch.float64)])
+        save_file(tensors, tmp_path / name / "model.safetensors", {"format": "pt"})
+        config = json.loads((tmp_path / name / "config.json").read_text()) | {"vocab_size": 640 + extra}
+        (tmp_path / name / "config.json").write_text(json.dumps(config))
+    got = trained("padded", student__method="full", student__model=str(tmp_path / "student"), teacher__base=str(tmp_path / "teacher"), **SHORT)
+    assert got["lm_head.weight"].shape[0] == 700
+    cut = {k: v[:640] if k in ("lm_head.weight", "model.embed_tokens.weight") else v for k, v in got.items()}
+    assert distance(cut, expected) < 1e-12
+
+
+def test_what_a_run_leaves_behind(make_recipe, world, tmp_path):
+    recipe = make_recipe(data__validation__path=str(world / "held.jsonl"), **SHORT)
+    summary = run(recipe)
+    out = tmp_path / "out"
+    assert settings.load_recipe(out / "recipe.yaml") == recipe
+    assert {"adapter", "metrics.jsonl", "loss.png", "recipe.yaml", "summary.json"} <= {p.name for p in out.iterdir()}
+    assert not list(out.rglob("*.tmp-*")) and not (out / ".lock").exists()
+    assert json.loads((out / "summary.json").read_text()) == summary
+    assert {"ce", "perplexity", "entropy", "forward_kl", "reverse_kl", "agreement", "teacher_ce", "teacher_entropy", "targets"} == summary["validation"].keys()
+    assert {"tokenizer.json", "chat_template.jinja", "generation_config.json", "README.md", "adapter_model.safetensors"} <= {p.name for p in (out / "adapter").iterdir()}
+    assert not list(out.rglob("*.bin")) + list(out.rglob("*.pt"))
+
+
+def test_validation_figures_from_the_models_own_logits(make_recipe, world, tmp_path):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    recipe = make_recipe(data__validation__path=str(world / "held.jsonl"), validation__micro_batch_size=2, **SHORT)
+    figures = run(recipe)["validation"]
+    held = prepare(recipe).validation
+    student = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(world / "student"), tmp_path / "out/adapter").eval()
+    teacher = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(world / "teacher"), world / "adapter").eval()
+    q, p, y = [], [], []
+    for i in range(len(held)):
+        ids, marks = (torch.from_numpy(x.copy()) for x in held.example(i))
+        with torch.no_grad():
+            lq, lp = (m(ids[None].long()).logits[0, :-1].log_softmax(-1) for m in (student, teacher))
+        q.append(lq[marks[1:]]), p.append(lp[marks[1:]]), y.append(ids[1:][marks[1:]].long())
+    q, p, y = torch.cat(q), torch.cat(p), torch.cat(y)[:, None]
+    expected = {
+        "ce": -q.gather(1, y).mean(), "teacher_ce": -p.gather(1, y).mean(), "forward_kl": (p.exp() * (p - q)).sum(-1).mean(), "reverse_kl": (q.exp() * (q - p)).sum(-1).mean(),
+        "agreement": (q.argmax(-1) == p.argmax(-1)).double().mean(), "entropy": -(q.exp() * q).sum(-1).mean(), "teacher_entropy": -(p.exp() * p).sum(-1).mean(),
+    }
+    assert {k: figures[k] for k in expected} == pytest.approx({k: v.item() for k, v in expected.items()}, rel=1e-10)
+    assert figures["targets"] == len(y)
+
+
+def test_export_loads_in_plain_transformers_and_says_the_same(make_recipe, world, tmp_path, capsys):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    run(make_recipe(**SHORT))
+    assert main(["export", str(tmp_path / "out")]) == 0
+    ids = torch.arange(20)[None]
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out/merged").eval()
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(world / "student"), tmp_path / "out/adapter").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, rtol=0, atol=1e-12)
+    for folder in ("merged", "adapter"):
+        assert AutoTokenizer.from_pretrained(tmp_path / "out" / folder).chat_template
+        assert (tmp_path / "out" / folder / "generation_config.json").exists()
+    capsys.readouterr()
+    assert main(["export", str(tmp_path / "out")]) == 2 and "exists" in said(capsys)
+
+
+def test_lm_eval_takes_adapter_and_merged_folder(make_recipe, world, tmp_path):
+    lm_eval = pytest.importorskip("lm_eval")
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
+    run(make_recipe(**SHORT))
+    assert main(["export", str(tmp_path / "out")]) == 0
+    rows = [{"q": f"Say {i}.", "choices": ["It is so.", "No!", "Perhaps the owl."], "gold": i % 3} for i in range(12)]
+    (tmp_path / "q.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    (tmp_path / "tasks").mkdir()
+    (tmp_path / "tasks/own.yaml").write_text(json.dumps({
+        "task": "own", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(tmp_path / "q.jsonl")}}, "test_split": "test", "output_type": "multiple_choice",
+        "doc_to_text": "{{q}}", "doc_to_choice": "{{choices}}", "doc_to_target": "gold", "metric_list": [{"metric": "acc"}],
+    }))
+    scores = []
+    for arguments in ({"pretrained": str(world / "student"), "peft": str(tmp_path / "out/adapter")}, {"pretrained": str(tmp_path / "out/merged")}):
+        model = HFLM(**arguments, device="cpu", dtype="float64", batch_size=4)
+        tasks = TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False)
+        results = lm_eval.simple_evaluate(model, tasks=["own"], task_manager=tasks, log_samples=True, bootstrap_iters=0)
+        scores.append([s["resps"] for s in results["samples"]["own"]])
+    assert scores[0] == pytest.approx(scores[1]) if not isinstance(scores[0][0], list) else str(scores[0])[:40] == str(scores[1])[:40]
+
+
+def test_a_nan_stops_the_run_before_the_weights(command, tmp_path, monkeypatch):
+    """The teacher turns NaN on one example in the second step: exit 3, that example named, one optimizer step done."""
+    real, steps = Live.__call__, []
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, f=torch.optim.AdamW.step: (steps.append(1), f(self)))
+
+    def poisoned(self, batch):
+        signal = real(self, batch)
+        if steps:
+            signal.hidden_NH[batch.example_N == batch.example_N.min()] = float("nan")
+        return signal
+
+    monkeypatch.setattr(Live, "__call__", poisoned)
+    code, lines = command()
+    assert code == 3 and len(steps) == 1 and len(lines) == 1
+    report = json.loads((tmp_path / "out/nonfinite.json").read_text())
+    assert report["step"] == 2 and report["term"] == "teacher logits" and all("train.jsonl:" in e for e in report["examples"])
+    assert "step 2: teacher logits" in lines[0] and report["examples"][0] in lines[0]
+    assert not (tmp_path / "out/adapter").exists()
+
+
+def test_an_infinite_gradient_stops_the_run(make_recipe, monkeypatch):
+    real = Distiller.forward
+
+    def forward(self, batch, signal):
+        loss = real(self, batch, signal)
+        return type(loss)(loss.total + 0 * loss.total * (loss.total - loss.total).sqrt(), loss.rows)
+
+    monkeypatch.setattr(Distiller, "forward", forward)
+    with pytest.raises(NonFinite, match="step 1: gradient is not finite"):
+        run(make_recipe())
+
+
+def test_the_teacher_gate_warns(make_recipe, world, capsys):
+    run(make_recipe(data__validation__path=str(world / "held.jsonl"), **SHORT))
+    assert "tune the teacher on this data first" in said(capsys)
+
+
+def test_two_runs_do_not_share_a_folder(command, tmp_path):
+    import fcntl
+
+    (tmp_path / "out").mkdir()
+    with open(tmp_path / "out/.lock", "w") as held:
+        held.write("process 1 on elsewhere")
+        held.flush()
+        fcntl.flock(held, fcntl.LOCK_EX)
+        code, lines = command()
+    assert code == 2 and "in use by process 1 on elsewhere" in lines[0]
+
+
+def other_depth(world: Path, to: Path) -> str:
+    tensors = load_file(world / "adapter/adapter_model.safetensors")
+    extra = {k.replace("layers.1", "layers.2"): v.clone() for k, v in tensors.items() if "layers.1" in k}
+    return _adapter(world, to, tensors | extra)
+
+
+def shallow(world: Path, to: Path) -> str:
+    return _adapter(world, to, {k: v for k, v in load_file(world / "adapter/adapter_model.safetensors").items() if "layers.1" not in k})
+
+
+def not_finite(world: Path, to: Path) -> str:
+    tensors = load_file(world / "adapter/adapter_model.safetensors")
+    next(iter(tensors.values()))[0, 0] = float("nan")
+    return _adapter(world, to, tensors)
+
+
+def truncated(world: Path, to: Path) -> str:
+    path = Path(_adapter(world, to, load_file(world / "adapter/adapter_model.safetensors"))) / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-100])
+    return str(to)
+
+
+def another_base(world: Path, to: Path) -> str:
+    from llmkd.model_files import fingerprint
+
+    _adapter(world, to, load_file(world / "adapter/adapter_model.safetensors"))
+    (to / "llmkd.json").write_text(json.dumps({"base_fingerprint": fingerprint(world / "stranger", "x")}))
+    return str(to)
+
+
+def pickled(world: Path, to: Path) -> str:
+    shutil.copytree(world / "teacher", to)
+    (to / "model.safetensors").rename(to / "pytorch_model.bin")
+    return str(to)
+
+
+def lacking(world: Path, to: Path) -> str:
+    shutil.copytree(world / "teacher", to)
+    tensors = load_file(to / "model.safetensors")
+    tensors.pop("model.layers.1.mlp.up_proj.weight")
+    save_file(tensors, to / "model.safetensors", {"format": "pt"})
+    return str(to)
+
+
+def other_tokenizer(world: Path, to: Path) -> str:
+    shutil.copytree(world / "teacher", to)
+    state = json.loads((to / "tokenizer.json").read_text())
+    vocab = state["model"]["vocab"]
+    a, b = sorted(vocab)[100:102]
+    vocab[a], vocab[b] = vocab[b], vocab[a]
+    (to / "tokenizer.json").write_text(json.dumps(state))
+    return str(to)
+
+
+def _adapter(world: Path, to: Path, tensors: dict) -> str:
+    shutil.copytree(world / "adapter", to)
+    save_file(tensors, to / "adapter_model.safetensors")
+    return str(to)
+
+
+@pytest.mark.parametrize(("make", "words"), [
+    (other_depth, "holds left-over"), (shallow, "lacks"), (not_finite, "not finite"), (truncated, "should be"), (another_base, "other weights"),
+    (pickled, "pickled"), (lacking, "lacks 1 tensors"), (other_tokenizer, "not the same"), (lambda w, to: str(to), "there is no folder"),
+    (lambda w, to: "nobody/nothing-of-the-kind", "could not be had from the hub"), (lambda w, to: str(w / "train.jsonl"), "is a file"), (lambda w, to: str(w), "neither config.json nor adapter_config.json"),
+])
+def test_a_teacher_that_does_not_fit_is_refused(command, world, tmp_path, make, words):
+    code, lines = command("--teacher.model", make(world, tmp_path / "bad"))
+    assert code == 2 and len(lines) == 1 and words in lines[0] and "teacher.model" in lines[0], lines
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (["--data.train.path", "nowhere.jsonl"], "nowhere.jsonl"),
+    (["--data.max_length", "1000"], "256 positions"),
+    (["--data.max_length", "5"], "none of"),
+    (["--student.lora.target_modules", "[nothing_like_it]"], "student.lora.target_modules"),
+    (["--data.train.format", "chat"], "no column 'messages'"),
+    (["--student.model", "/dev/null"], "student.model"),
+    (["--output_dir", "/proc/nowhere"], "output_dir"),
+    (["--data.validation_share", "0.001"], "validation_share"),
+])
+def test_mistakes_are_one_line_and_leave_nothing(command, tmp_path, arguments, words):
+    code, lines = command(*arguments)
+    assert code == 2 and lines and words in lines[0], lines
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_study_compares_its_students(world, tmp_path, capsys):
+    recipe = plain_recipe(world, tmp_path / "unused")
+    recipe["data"]["validation"] = {"path": str(world / "held.jsonl")}
+    rows = [{"instruction": f"Say {i}", "choices": ["Yes.", "No!", "It is so."], "answer": i % 3} for i in range(10)]
+    (tmp_path / "choices.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
+    recipe["data"]["choices"] = {"path": str(tmp_path / "choices.jsonl")}
+    (tmp_path / "r.yaml").write_text(json.dumps(recipe))
+    study = {
+        "output_dir": str(tmp_path / "study"), "teacher": "teacher", "students": ["sft", "kd"],
+        "stages": {
+            "teacher": {"recipe": "r.yaml", "set": {"teacher": None, "student.model": str(world / "teacher")}},
+            "sft": {"recipe": "r.yaml", "set": {"teacher": None}},
+            "kd": {"recipe": "r.yaml", "set": {"teacher.model": "{output_dir}/teacher/adapter"}},
+        },
+    }
+    (tmp_path / "study.yaml").write_text(json.dumps(study))
+    assert main(["train", "--config", str(tmp_path / "study.yaml"), "--train.epochs", "2"]) == 0, said(capsys)
+    results = json.loads((tmp_path / "study/summary.json").read_text())
+    assert list(results) == ["teacher", "sft", "kd"]
+    assert all(set(f) == {"ce", "kl_to_teacher", "agreement", "accuracy", "accuracy_stderr"} for f in results.values())
+    assert results["teacher"]["kl_to_teacher"] == 0 and results["teacher"]["agreement"] == 1
+    own = json.loads((tmp_path / "study/kd/summary.json").read_text())["validation"]
+    assert results["kd"]["kl_to_teacher"] == pytest.approx(own["forward_kl"], rel=1e-9) and results["kd"]["accuracy"] == own["accuracy"]
+    assert main(["train", "--config", str(tmp_path / "study.yaml")]) == 2
+    assert main(["train", "--config", str(tmp_path / "study.yaml"), "--train.epochs", "2", "--resume"]) == 0
+
+
+def test_a_real_signal_to_the_command(world, tmp_path):
+    """The process itself: SIGTERM gives 75 and a checkpoint, the same command with --resume ends with 0."""
+    write_rows(tmp_path / "rows.jsonl", 200)
+    (tmp_path / "r.yaml").write_text(json.dumps(plain_recipe(world, tmp_path / "out")))
+    command = [sys.executable, "-m", "llmkd.train", "--config", str(tmp_path / "r.yaml"), "--data.train.path", str(tmp_path / "rows.jsonl"), "--train.epochs", "40"]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    for line in process.stderr:
+        if line.startswith("step "):
+            process.send_signal(signal.SIGTERM)
+            break
+    rest = process.stderr.read()
+    assert process.wait() == 75 and "go on with --resume" in rest and "Traceback" not in rest
+    assert list((tmp_path / "out/checkpoints").glob("step-*"))
