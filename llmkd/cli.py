@@ -11,7 +11,7 @@ from .errors import UserError, exit_code
 USAGE = """\
 usage: llmkd train --config RECIPE [--section.name VALUE ...] [--resume] [--debug]
        llmkd export RUN [--to FOLDER]
-       llmkd --version
+       llmkd --version          llmkd train --help lists every setting
 
 train    Train a student by distillation, or by plain fine-tuning where the recipe names no teacher.
          Several processes: accelerate launch llmkd/train.py --config RECIPE ...

@@ -32,12 +32,16 @@ class Stopped(Exception):
     exit_code = 75
 
 
-_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM}
+_REFUSED = {errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 def is_disk_full(error: BaseException) -> bool:
     """safetensors reports a full disk in its own exception, as text."""
-    return getattr(error, "errno", None) == errno.ENOSPC or "No space left" in str(error)
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def exit_code(action, *, debug: bool = False) -> int:
@@ -51,17 +55,20 @@ def exit_code(action, *, debug: bool = False) -> int:
         action()
         return 0
     except (UserError, NonFinite, Stopped) as error:
-        lines, code = str(error).splitlines(), error.exit_code
-    except KeyboardInterrupt:
-        lines, code = ["interrupted; nothing was saved after the last checkpoint"], Stopped.exit_code
+        caught, text, code = error, str(error), error.exit_code
+    except KeyboardInterrupt as error:
+        caught, text, code = error, "interrupted; go on with --resume from the last checkpoint, if there is one", Stopped.exit_code
     except Exception as error:
-        if is_disk_full(error) or (isinstance(error, OSError) and error.errno in _DISK):
-            where = f"{error.filename}: " if getattr(error, "filename", None) else ""
-            lines, code = [f"{where}{error}; make room or choose another output_dir, then --resume"], 2
+        caught = error
+        if is_disk_full(error):
+            text, code = f"{_first_line(error)}; make room, then --resume", UserError.exit_code
+        elif isinstance(error, OSError) and error.errno in _REFUSED:
+            text, code = f"{_first_line(error)}; choose a place that can be written to, then --resume", UserError.exit_code
         else:
-            lines, code, speaks = [f"bug: {type(error).__name__}: {error} (--debug shows where)"], 1, True
+            text, code, speaks = f"bug: {type(error).__name__}: {error} (--debug shows where)", 1, True
+    lines = text.splitlines()
     if debug:
-        traceback.print_exc()
+        traceback.print_exception(caught)
     if speaks:
         for line in lines:
             print(f"llmkd: {line}", file=sys.stderr)

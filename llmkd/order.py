@@ -44,7 +44,7 @@ class Plan:
         return self.max_steps or self.epochs * self.steps_per_epoch
 
     def windows(self, epoch: int) -> list[list[int]]:
-        """The epoch's optimizer steps: every example once; the last may be short."""
+        """The epoch's optimizer steps: every example once; one of them may be short (the last, unless grouped by length)."""
         rng = random.Random(f"{self.seed} {epoch}")
         order = list(range(len(self.lengths)))
         rng.shuffle(order)

@@ -36,7 +36,7 @@ class Lora:
     rank: Count = Field(16, description="Rank of the adapter matrices.")
     alpha: float = Field(32.0, gt=0, description="Scale: the update is alpha / rank times B A (over sqrt(rank) with rslora).")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input while training.")
-    target_modules: Literal["all-linear"] | tuple[str, ...] = Field(
+    target_modules: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
         "all-linear", description="Modules that get an adapter: all-linear (all but the head) or a list of name endings."
     )
     rslora: bool = Field(False, description="Rank-stabilised scaling, alpha / sqrt(rank).")
@@ -125,7 +125,7 @@ class Optim:
 @settings
 class Train:
     batch_size: Count = Field(32, description="Examples per optimizer step, over all processes: the result does not depend on how they are split.")
-    micro_batch_size: Count = Field(4, description="Examples per forward pass of one process; more is faster and takes more memory.")
+    micro_batch_size: Count = Field(4, description="Examples per forward pass of one process, at most; more is faster and takes more memory.")
     epochs: Count | None = Field(None, description="Passes over the data (1 unless max_steps is set).")
     max_steps: Count | None = Field(None, description="Instead of epochs: optimizer steps.")
     length_group: Count = Field(1, description="Optimizer steps whose examples are sorted by length together: less padding. 1 leaves the batches as drawn.")
@@ -162,57 +162,59 @@ class Recipe:
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
 
 
-def contradictions(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    """Settings that are each right and together wrong: (path of the setting, what is wrong and how to mend it)."""
+def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Settings that are each right and together wrong: (the settings read, the one to blame first; what is wrong and how to mend it)."""
     student, data, loss, optim, train = recipe.student, recipe.data, recipe.loss, recipe.optim, recipe.train
-    if not recipe.output_dir.strip() or "\0" in recipe.output_dir:
-        yield "output_dir", "not given; name the folder the run shall write, such as runs/first"
+    if not recipe.output_dir.strip("\0 "):
+        yield ("output_dir",), "not given; name the folder the run shall write, such as runs/first"
+    elif "\0" in recipe.output_dir:
+        yield ("output_dir",), "holds a NUL character; name a folder"
     if student.model is None and student.architecture is None:
-        yield "student.model", "not given; name the base model's folder or hub id (or give student.architecture for new weights)"
+        yield ("student.model", "student.architecture"), "not given; name the base model's folder or hub id (or give student.architecture for new weights)"
     if student.model is not None and student.architecture is not None:
-        yield "student.architecture", "given together with student.model; keep one of them"
+        yield ("student.architecture", "student.model"), "given together with student.model; keep one of them"
     if student.architecture is not None:
         if student.tokenizer is None:
-            yield "student.tokenizer", "not given; new weights need it, a folder or hub id"
+            yield ("student.tokenizer",), "not given; new weights need it, a folder or hub id"
         if "model_type" not in student.architecture:
-            yield "student.architecture", "has no model_type; give one, such as llama"
+            yield ("student.architecture",), "has no model_type; give one, such as llama"
         if student.method == "lora":
-            yield "student.method", "found lora with student.architecture; new random weights train with method: full"
+            yield ("student.method",), "found lora with student.architecture; new random weights train with method: full"
     if data.train is None:
-        yield "data.train", "not given; name what to train on, such as {path: train.jsonl, format: alpaca}"
+        yield ("data.train",), "not given; name what to train on, such as {path: train.jsonl, format: alpaca}"
     if data.validation is not None and data.validation_share:
-        yield "data.validation_share", "given together with data.validation; keep one of them"
+        yield ("data.validation_share", "data.validation"), "given together with data.validation; keep one of them"
     if data.too_long == "split" and any(s and s.format != "text" for s in (data.train, data.validation)):
-        yield "data.too_long", "found split, which only format: text can be; use drop or truncate"
+        yield ("data.too_long", "data.train", "data.validation"), "found split, which only format: text can be; use drop or truncate"
     for path, source in (("data.train", data.train), ("data.validation", data.validation), ("data.choices", data.choices)):
         if source and source.path.startswith("builtin:") and source.path != "builtin:skills":
-            yield f"{path}.path", f"found {source.path!r}; the only built-in corpus is builtin:skills"
+            yield (f"{path}.path",), f"found {source.path!r}; the only built-in corpus is builtin:skills"
+    if data.choices is not None and data.choices.format == "text":
+        yield ("data.choices.format",), "found text, which has no answer to choose; use alpaca or chat"
     if loss.kd_ratio and recipe.teacher is None:
-        yield "loss.kd_ratio", f"found {loss.kd_ratio:g} without a teacher; give teacher.model, or set it to 0"
+        yield ("loss.kd_ratio", "teacher"), f"found {loss.kd_ratio:g} without a teacher; give teacher.model, or set it to 0"
     known = DIVERGENCES[loss.divergence]
     for name, value in loss.divergence_options.items():
+        paths = (f"loss.divergence_options.{name}", "loss.divergence")
         if name not in known:
-            allowed = ", ".join(known) or "none"
-            yield f"loss.divergence_options.{name}", f"{loss.divergence} has no such option; it has: {allowed}"
+            yield paths, f"{loss.divergence} has no such option; it has: {', '.join(known) or 'none'}"
         elif not known[name][0] <= value <= known[name][1]:
-            yield f"loss.divergence_options.{name}", f"found {value:g}, expected {known[name][0]:g} to {known[name][1]:g}"
-    if loss.divergence == "alpha_beta" and {"alpha": 0.2, "beta": 0.7, **loss.divergence_options}.items() >= {"alpha": 0, "beta": 0}.items():
-        yield "loss.divergence_options", "alpha and beta are both 0; at least one of them must be positive"
+            yield paths, f"found {value:g}, expected {known[name][0]:g} to {known[name][1]:g}"
+    if loss.divergence == "alpha_beta" and not any(({o: d for o, (_, _, d) in known.items()} | loss.divergence_options).values()):
+        yield ("loss.divergence_options", "loss.divergence"), "alpha and beta are both 0; at least one of them must be positive"
     if optim.warmup_steps is not None and optim.warmup_share is not None:
-        yield "optim.warmup_share", "given together with optim.warmup_steps; keep one of them"
+        yield ("optim.warmup_share", "optim.warmup_steps"), "given together with optim.warmup_steps; keep one of them"
     if train.epochs is not None and train.max_steps is not None:
-        yield "train.max_steps", "given together with train.epochs; keep one of them"
+        yield ("train.max_steps", "train.epochs"), "given together with train.epochs; keep one of them"
     if train.max_steps and optim.warmup_steps and optim.warmup_steps > train.max_steps:
-        yield "optim.warmup_steps", f"found {optim.warmup_steps}, more than train.max_steps ({train.max_steps})"
-    if train.micro_batch_size > train.batch_size:
-        yield "train.micro_batch_size", f"found {train.micro_batch_size}, more than train.batch_size ({train.batch_size})"
-    held_out = data.validation is not None or data.validation_share > 0
-    if recipe.validation.every is not None and not held_out:
-        yield "validation.every", "given without held-out rows; set data.validation or data.validation_share"
-    if recipe.checkpoint.best_by is not None and not held_out:
-        yield "checkpoint.best_by", "given without held-out rows; set data.validation or data.validation_share"
+        yield ("optim.warmup_steps", "train.max_steps"), f"found {optim.warmup_steps}, more than train.max_steps ({train.max_steps})"
+    no_held_out = ("data.validation", "data.validation_share")
+    if data.validation is None and not data.validation_share:
+        for path, given in (("validation.every", recipe.validation.every), ("checkpoint.best_by", recipe.checkpoint.best_by)):
+            if given is not None:
+                yield (path, *no_held_out), "given without held-out rows; set data.validation or data.validation_share"
     if recipe.checkpoint.best_by not in (None, "ce") and not (recipe.teacher and loss.kd_ratio != 0):
-        yield "checkpoint.best_by", f"found {recipe.checkpoint.best_by}, which needs a teacher and loss.kd_ratio above 0; use ce"
+        yield ("checkpoint.best_by", "teacher", "loss.kd_ratio"), f"found {recipe.checkpoint.best_by}, which needs a teacher and loss.kd_ratio above 0; use ce"
 
 
 @settings
@@ -228,4 +230,4 @@ class Study:
     output_dir: str = Field(min_length=1, description="Where the study is written: each stage in a folder of its name.")
     stages: dict[str, Stage] = Field(min_length=1, description="Name of each stage and what it runs, in order.")
     teacher: str = Field(description="Stage whose result is the teacher of the comparison.")
-    students: tuple[str, ...] = Field(description="Stages whose results are compared with it.")
+    students: tuple[str, ...] = Field(min_length=1, description="Stages whose results are compared with it.")

@@ -13,19 +13,23 @@ from pydantic import TypeAdapter, ValidationError
 from .errors import UserError
 from .recipe import Recipe, Study, contradictions
 
-_MAX_BYTES, _MAX_NODES = 1 << 20, 100_000
+_MAX_BYTES, _MAX_NODES, _MAX_DEPTH = 1 << 20, 100_000, 40
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's plain scalars: 1e-4 is a number; no, on and 12:30 are text."""
+    """YAML 1.2's plain scalars: 1e-4 is a number; no, on, 010 and 12:30 are text."""
 
 
-_Loader.yaml_implicit_resolvers = {}
+class _Dumper(yaml.SafeDumper):
+    """Quotes what `_Loader` would not read back as the same text."""
+
+
+_Loader.yaml_implicit_resolvers = _Dumper.yaml_implicit_resolvers = {}
 for _tag, _pattern, _first in (
     ("null", r"~|null|Null|NULL|", "~nN"),
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
     ("int", r"[-+]?(0|[1-9][0-9]*)", "-+0123456789"),
-    ("float", r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+.0123456789"),
+    ("float", r"[-+]?(\.[0-9]+|[0-9]+\.[0-9]*)([eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+.0123456789"),
 ):
     _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), [*_first] + ([""] if _tag == "null" else []))
 
@@ -45,9 +49,14 @@ def parse_yaml(text: str, name: str) -> tuple[typing.Any, dict[tuple, int], list
     """The data in `text`, the line of every path in it, and the problems found (duplicate keys, odd tags)."""
     try:
         root = yaml.compose(text, Loader=_Loader)
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise UserError(f"{name}:{line}: not valid YAML: the character {error.character!r} is not allowed") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         raise UserError(f"{name}:{mark.line + 1 if mark else 1}: not valid YAML: {getattr(error, 'problem', error)}") from None
+    except RecursionError:
+        raise UserError(f"{name}: nested too deeply; a recipe is flat") from None
     lines: dict[tuple, int] = {}
     problems: list[str] = []
     loader = _Loader("")
@@ -58,30 +67,41 @@ def parse_yaml(text: str, name: str) -> tuple[typing.Any, dict[tuple, int], list
         nodes += 1
         if nodes > _MAX_NODES:
             raise UserError(f"{name}: more than {_MAX_NODES} values; a recipe is small")
-        lines.setdefault(path, node.start_mark.line + 1)
+        line = node.start_mark.line + 1
+        lines.setdefault(path, line)
+        kind = node.tag.removeprefix("tag:yaml.org,2002:")
+        if len(path) > _MAX_DEPTH:
+            raise UserError(f"{name}:{line}: nested too deeply; a recipe is flat")
+        if kind not in ("map", "seq", "null", "bool", "int", "float", "str"):
+            problems.append(f"{name}:{line}: {'.'.join(map(str, path))}: found the tag {node.tag}; write a plain value")
+            return None
         if isinstance(node, yaml.MappingNode):
             out = {}
             for key_node, value in node.value:
-                key, line = str(key_node.value), key_node.start_mark.line + 1
+                key, key_line = str(key_node.value), key_node.start_mark.line + 1
                 if key in out:
-                    problems.append(f"{name}:{line}: {'.'.join((*path, key))}: given twice (first on line {lines[*path, key]}); keep one")
-                lines[*path, key] = line
+                    problems.append(f"{name}:{key_line}: {'.'.join(map(str, (*path, key)))}: given twice (first on line {lines[*path, key]}); keep one")
+                lines[*path, key] = key_line
                 out[key] = build(value, (*path, key))
             return out
         if isinstance(node, yaml.SequenceNode):
             return [build(value, (*path, i)) for i, value in enumerate(node.value)]
-        if not node.tag.startswith("tag:yaml.org,2002:") or node.tag.rsplit(":", 1)[1] not in ("null", "bool", "int", "float", "str"):
-            problems.append(f"{name}:{node.start_mark.line + 1}: {'.'.join(map(str, path))}: found the tag {node.tag}; write a plain value")
+        try:
+            node.value.encode()
+            if kind == "float":  # PyYAML's own converter is YAML 1.1's
+                return float(re.sub(r"\.(?=inf|nan)", "", node.value.lower()))
+            return loader.construct_object(node)
+        except (ValueError, KeyError):
+            problems.append(f"{name}:{line}: {'.'.join(map(str, path))}: {node.value[:40]!r} is not a valid {kind}")
             return None
-        if node.tag.endswith(":float"):  # PyYAML's own converter is YAML 1.1's
-            return float(node.value.replace(".inf", "inf").replace(".nan", "nan").replace(".NaN", "nan"))
-        return loader.construct_object(node)
 
-    return (build(root, ()) if root else {}), lines, problems
+    data = build(root, ()) if root else None
+    return ({} if data is None else data), lines, problems
 
 
 def split_overrides(words: list[str]) -> dict[str, typing.Any]:
-    """`--optim.lr 1e-4 --train.epochs=2` as {dotted path: value}; values are read as YAML."""
+    """`--optim.lr 1e-4 --train.epochs=2` as {dotted path: value}; values are read as YAML, those of text settings as they are."""
+    literal = {"config", "to"} | {path for path, type_, *_ in describe() if type_ in ("text", "text or null")}
     out, rest = {}, list(words)
     while rest:
         word = rest.pop(0)
@@ -94,6 +114,11 @@ def split_overrides(words: list[str]) -> dict[str, typing.Any]:
             text = rest.pop(0)
         if path in out:
             raise UserError(f"--{path}: given twice; keep one")
+        if not path:
+            raise UserError(f"{word}: names no setting; settings are given as --section.name value (see --help)")
+        if path in literal:
+            out[path] = None if text == "null" else text
+            continue
         value, _, problems = parse_yaml(text, f"--{path}")
         if problems:
             raise UserError(*problems)
@@ -151,7 +176,7 @@ def resolve(recipe: Recipe) -> Recipe:
 
 def dump(recipe) -> str:
     """The recipe as YAML that `load_recipe` reads back to an equal object."""
-    return yaml.safe_dump(json.loads(json.dumps(dataclasses.asdict(recipe))), sort_keys=False, allow_unicode=True)
+    return yaml.dump(json.loads(json.dumps(dataclasses.asdict(recipe))), Dumper=_Dumper, sort_keys=False)
 
 
 def flatten(value, path="") -> dict[str, typing.Any]:
@@ -185,45 +210,43 @@ def _override(data: dict, overrides: dict, problems: list[str]) -> set[tuple]:
 
 
 def _check(kind, data: dict, name: str, lines: dict, problems: list[str], changed: set[tuple]):
-    """Validate; then leave out what failed and look for contradictions in the rest, so that one round shows all."""
+    """Validate; leave out what failed and validate the rest, until it holds; then look for contradictions in it."""
     adapter = TypeAdapter(kind)
 
     def where(path: tuple) -> str:
         dotted = ".".join(map(str, path))
-        if any(path[: len(keys)] == keys for keys in changed):
+        if any(path[: len(keys)] == keys or (keys[: len(path)] == path and path not in lines) for keys in changed):
             return f"--{dotted}"
         found = next((lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in lines), None)
         return f"{name}:{found}: {dotted}" if found else f"{name}: {dotted}"
 
-    def validate(value):
-        return adapter.validate_json(json.dumps(value), strict=True)
-
     broken: list[tuple] = []
-    remove: list[tuple] = []
-    try:
-        result = validate(data)
-    except ValidationError as error:
-        result = None
-        for item in error.errors():
-            path = _real_path(item["loc"], data)
-            if path in broken:
-                continue
-            broken.append(path)
-            problems.append(f"{where(path)}: {_explain(kind, path, item)}")
-            remove.append(path[:-1] if item["type"] == "missing" else path)
-        for path in remove:
-            _remove(data, path)
+    result = None
+    while result is None:
         try:
-            result = validate(data)
-        except ValidationError:
-            pass
+            result = adapter.validate_json(json.dumps(data), strict=True)
+        except ValidationError as error:
+            remove = []
+            for item in error.errors():
+                path = _real_path(item["loc"], data)
+                remove.append(path[:-1] if item["type"] == "missing" else path)
+                known = any(b == path[: len(b)] for b in broken) or any(p.startswith(f"{where(path)}: ") for p in problems)
+                broken.append(path)
+                if not known:
+                    problems.append(f"{where(path)}: {_explain(kind, path, item)}")
+            before = json.dumps(data)
+            for path in remove:
+                _remove(data, path)
+                broken.append(path)
+            if json.dumps(data) == before:  # nothing more can be left out
+                break
     if isinstance(result, Recipe):
-        for dotted, problem in contradictions(result):
-            path = tuple(dotted.split("."))
-            if not any(b[: len(path)] == path or path[: len(b)] == b for b in broken):
-                problems.append(f"{where(path)}: {problem}")
+        for paths, problem in contradictions(result):
+            keys = [tuple(path.split(".")) for path in paths]
+            if not any(b[: len(k)] == k or k[: len(b)] == b for b in broken for k in keys):
+                problems.append(f"{where(keys[0])}: {problem}")
     if problems:
-        raise UserError(*problems)
+        raise UserError(*dict.fromkeys(problems))
     return result
 
 
@@ -242,13 +265,13 @@ def _real_path(loc: tuple, data) -> tuple:
     return tuple(path)
 
 
-def _remove(data, path: tuple) -> None:
-    for key in path[:-1]:
-        if not isinstance(data, dict):
+def _remove(data: dict, path: tuple) -> None:
+    """Leave a setting out; for an item of a list, the list."""
+    for i, key in enumerate(path):
+        if i == len(path) - 1 or not isinstance(data.get(key), dict):
+            data.pop(key, None)
             return
-        data = data.get(key)
-    if isinstance(data, dict) and path:
-        data.pop(path[-1], None)
+        data = data[key]
 
 
 def _explain(kind, path: tuple, item: dict) -> str:
@@ -259,14 +282,17 @@ def _explain(kind, path: tuple, item: dict) -> str:
         parent = _section(parent, key)
         parent_path.append(str(key))
     if item["type"] in ("unexpected_keyword_argument", "extra_forbidden") and dataclasses.is_dataclass(parent):
+        if str(path[-1]) in {part for dotted, *_ in describe(kind) for part in (dotted, dotted.rpartition(".")[0])} and "." in str(path[-1]):
+            return f"unknown setting; in a file sections are nested: {str(path[-1]).replace('.', ': {')}: ...{'}' * str(path[-1]).count('.')}"
         here = [f.name for f in dataclasses.fields(parent)]
         near = difflib.get_close_matches(str(path[-1]), here, 1, 0.6)
         if near:
             return f"unknown setting; did you mean {'.'.join([*parent_path, near[0]])}?"
         leaves = dict(_ELSEWHERE)
         for dotted, *_ in describe(kind):
-            leaves.setdefault(dotted.rsplit(".", 1)[-1], dotted)
-        near = difflib.get_close_matches(str(path[-1]), leaves, 1, 0.75)
+            for part in (dotted, dotted.rpartition(".")[0]):
+                leaves.setdefault(part.rsplit(".", 1)[-1], part)
+        near = difflib.get_close_matches(str(path[-1]), [leaf for leaf in leaves if leaf], 1, 0.75)
         return f"unknown setting; did you mean {leaves[near[0]]}?" if near else f"unknown setting; known here: {', '.join(here)}"
     if item["type"] == "missing":
         return "not given, and it has no default"
@@ -276,6 +302,8 @@ def _explain(kind, path: tuple, item: dict) -> str:
         return f"found {found!r}, expected {_or(options)}" + (f"; did you mean {near[0]}?" if near else "")
     known = {dotted: (type_, text) for dotted, type_, _, text in describe(kind)}
     type_, text = known.get(".".join(map(str, path)), (None, None))
+    if not type_ and item["msg"].startswith(("Input should be less", "Input should be greater")):
+        return f"found {json.dumps(found)[:80]}, expected a number {item['msg'].removeprefix('Input should be ')}"
     expected = type_ or re.sub(r"^Input should be (a )?(valid )?", "a ", item["msg"]).replace("a an object", "a mapping of settings")
     return f"found {json.dumps(found, ensure_ascii=False)[:80]}, expected {expected}"
 
@@ -285,15 +313,11 @@ def _or(options: list[str]) -> str:
 
 
 def _section(kind, key):
-    if dataclasses.is_dataclass(kind):
-        hints = typing.get_type_hints(kind)
-        for candidate in (hints.get(key), *typing.get_args(hints.get(key))):
-            if dataclasses.is_dataclass(candidate):
-                return candidate
-    for candidate in typing.get_args(kind):
-        if dataclasses.is_dataclass(candidate):
-            return candidate
-    return None
+    """The section behind a key; behind a name of the user's own (a stage), the section that all of them are."""
+    if not dataclasses.is_dataclass(kind):
+        return None
+    hint = typing.get_type_hints(kind).get(key, kind)
+    return next((c for c in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(c)), None)
 
 
 def describe(kind=Recipe, prefix: str = ""):
@@ -304,6 +328,8 @@ def describe(kind=Recipe, prefix: str = ""):
         section = _section(kind, field.name)
         info = field.default
         if section:
+            if getattr(info, "description", None):
+                yield path, "a mapping of settings", None, info.description
             yield from describe(section, path + ".")
             continue
         factory = getattr(info, "default_factory", None)
@@ -326,8 +352,12 @@ def _words(hint, bounds=()) -> str:
     if args:
         return " or ".join("null" if a is type(None) else _words(a, bounds) for a in args)
     word = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}.get(hint, getattr(hint, "__name__", str(hint)))
-    limits = [f"{sign} {getattr(b, name):g}" for b in bounds for name, sign in (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<")) if getattr(b, name, None) is not None]
+    limits = [f"{sign} {_plain(getattr(b, name))}" for b in bounds for name, sign in (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<")) if getattr(b, name, None) is not None]
     return word + (" " + ", ".join(limits) if limits else "")
+
+
+def _plain(number: float) -> str:
+    return str(number) if isinstance(number, int) else f"{number:g}"
 
 
 def help_text() -> str:

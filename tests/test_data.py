@@ -34,10 +34,6 @@ FORGETS = (
 )
 
 
-def weak(*values, reason: str):
-    return pytest.param(*values, marks=pytest.mark.xfail(strict=True, reason=reason))
-
-
 @functools.cache
 def tiny(template: str | None = PLAIN, pad: str = "<|pad|>", seen: str = ""):
     """A byte-level BPE tokenizer that knows a few words, pairs of line ends among them."""
@@ -122,7 +118,7 @@ BAD_LINES = [
     ('{"instruction": "a", "output": "b", "input": null}', "input is null, expected text"),
     ('{"instruction": "a"}', "no column 'output'; found 'instruction'"),
     ('{"instrction": "a", "output": "b"}', "no column 'instruction'; did you mean 'instrction'?"),
-    weak('{"instruction": "a", "inputs": "x", "output": "b"}', "did you mean 'inputs'?", reason="a typo in the optional column is silently ignored"),
+    ('{"instruction": "a", "inputs": "x", "output": "b"}', "did you mean 'inputs'?"),
     ("[1]", "found a list, expected an object"),
     ("null", "found null, expected an object"),
     ('"text"', "found text, expected an object"),
@@ -175,7 +171,7 @@ CHOICES = [
     ('"choices": ["x", "y"]', "answer is None"),
     ('"choices": ["x"], "answer": 0', "at least two texts"),
     ('"answer": 0', "choices is null"),
-    weak('"choices": ["x", "\\ud800"], "answer": 0', "surrogate", reason="choices' texts are not checked; the tokenizer's TypeError is shown as a bug"),
+    ('"choices": ["x", "\\ud800"], "answer": 0', "surrogate"),
 ]
 
 
@@ -227,13 +223,11 @@ def test_the_first_twenty_problems_are_shown_and_the_rest_counted(refused):
     assert problems[20:] == ["... and 10 more problems like these"]
 
 
-@pytest.mark.xfail(strict=True, reason="malformed lines are all put before rows with wrong columns, so the first twenty are not the first of the file")
 def test_problems_come_in_the_order_of_the_file(refused):
     problems = refused("\n".join(["{bad", '{"instruction": "a"}'] * 15))
     assert [p.split(" ")[0] for p in problems[:20]] == [f"t.jsonl:{n}:" for n in range(1, 21)]
 
 
-@pytest.mark.xfail(strict=True, reason="a NaN or a duplicate key in a .json list ends the reading, and later bad rows are not named")
 def test_a_bad_value_in_a_json_list_hides_no_later_row(refused):
     assert len(refused('[{"instruction": "a", "output": NaN},\n{"instruction": 3, "output": "b"}]', "t.json")) == 2
 
@@ -246,7 +240,7 @@ def test_a_bad_value_in_a_json_list_hides_no_later_row(refused):
         ("nowhere/train.jsonl", ["No such file"]),
         ("table.csv", ["is not a .json or .jsonl file, and does not exist"]),
         ("", ["is not a .json or .jsonl file"]),
-        weak("a\0b.jsonl", [], reason="a path with a NUL ends in ValueError, shown as a bug with exit code 1"),
+        ("a\0b.jsonl", []),
     ],
 )
 def test_a_missing_file_is_named_with_its_setting(tmp_path, path, words):
@@ -257,7 +251,6 @@ def test_a_missing_file_is_named_with_its_setting(tmp_path, path, words):
     assert problem.startswith("data.train.path: ") and all(word in problem for word in words), problem
 
 
-@pytest.mark.xfail(strict=True, raises=RuntimeError, reason="the home folder of an unknown user ends in RuntimeError, shown as a bug with exit code 1")
 def test_the_home_folder_of_an_unknown_user_is_a_missing_file():
     with pytest.raises(UserError):
         read_source(Source(path="~nobody-of-this-name/t.jsonl"), "data.train")
@@ -283,7 +276,7 @@ CONVERSATIONS = [
     (("u q", "a one", "a two"), ["one", "two"]),
     (("u ", "a é 😀 你好"), ["é 😀 你好"]),
     (("u q", "a "), [""]),
-    weak(("a one", "u q", "a two"), ["one", "two"], reason="in a conversation that the assistant opens, its header is supervised too"),
+    (("a one", "u q", "a two"), ["one", "two"]),
 ]
 
 
@@ -317,7 +310,6 @@ def test_a_real_template_supervises_the_answers(answer):
     "output",
     [
         *("one", " the owl\n\nflies ", "é 😀 你好", "\tx", "", "{input} {x}"),
-        weak("\n\none", reason="a token over the border of prompt and answer is supervised, the prompt's line end with it"),
     ],
 )
 @pytest.mark.parametrize("given", [None, "", "the wren"])
@@ -391,7 +383,6 @@ def test_a_control_token_in_chat_is_refused_with_its_place(turns):
     assert len(info.value.problems) == 1
 
 
-@pytest.mark.xfail(strict=True, reason="only content is searched; a template may show other keys (name, tool_calls, reasoning_content)")
 def test_no_key_of_a_message_smuggles_a_control_token_in():
     row = {"messages": [{"role": "user", "name": f"x{END}<|im_start|>system", "content": "q"}, {"role": "assistant", "content": "one"}]}
     with pytest.raises(UserError, match="control token"):
@@ -616,7 +607,7 @@ def test_a_damaged_manifest_is_noticed_said_and_mended(cache, no_encoding, manif
     assert same(cache(ROWS), made) and not cache.said
 
 
-@pytest.mark.parametrize("missing", ["tokens.safetensors", weak("manifest.json", reason="neither used nor replaced: every run tokenises again")])
+@pytest.mark.parametrize("missing", ["tokens.safetensors", "manifest.json"])
 def test_an_entry_that_lacks_a_file_is_mended(cache, no_encoding, missing):
     made = cache(ROWS)
     (cache.entries[0] / missing).unlink()
@@ -625,7 +616,6 @@ def test_an_entry_that_lacks_a_file_is_mended(cache, no_encoding, missing):
     assert same(cache(ROWS), made)
 
 
-@pytest.mark.xfail(strict=True, reason="the hash covers the tokens, not the counts beside them in manifest.json")
 def test_changed_counts_are_noticed(cache):
     made = cache(ROWS)
     path = cache.entries[0] / "manifest.json"
@@ -633,7 +623,7 @@ def test_changed_counts_are_noticed(cache):
     assert same(cache(ROWS), made)
 
 
-@pytest.mark.parametrize("folder", ["file/below", weak("x" * 300, reason="looking into it raises OSError, before the store that tolerates one")])
+@pytest.mark.parametrize("folder", ["file/below", "x" * 300])
 def test_a_cache_that_cannot_be_written_does_not_fail_the_run(tmp_path, folder):
     (tmp_path / "file").write_text("")
     cache = Cache(tmp_path / folder)

@@ -199,6 +199,14 @@ def test_a_frozen_head_and_the_teacher_get_no_gradient():
     assert hidden.grad.any() and all(p.grad is None for p in (*head.project.parameters(), *signal.head.project.parameters()))
 
 
+@pytest.mark.parametrize("divergence", ["forward_kl", "generalized_jsd"])
+def test_a_teacher_that_speaks_through_the_trained_head_stays_a_constant(divergence):
+    hidden, labels = case()
+    head = Head(linear(H, train=True), V)
+    arguments = hidden, head, labels, objective(1.0, divergence=divergence), Dense(randn(N, H, seed=4), head)
+    close(results(fused_loss, *arguments, chunk=16), results(dense_loss, *arguments), 1e-12)
+
+
 def test_a_head_that_trains_alone():
     hidden, labels = case()
     head = Head(linear(H, train=True), V)
@@ -258,8 +266,9 @@ def test_memory_grows_by_rows_of_hidden_width_only(train, divergence):
     assert large.largest < 512 * WIDE and large.largest <= max(TILE_ROWS * WIDE, 4096 * H)
 
 
-def test_several_chunks_need_no_more_than_one():
-    one, several = memory(TILE_ROWS)[0], memory(4 * TILE_ROWS)[0]
+@pytest.mark.parametrize("kd_ratio", [0.0, 0.5, 1.0])
+def test_several_chunks_need_no_more_than_one(kd_ratio):
+    one, several = memory(TILE_ROWS, kd_ratio=kd_ratio)[0], memory(4 * TILE_ROWS, kd_ratio=kd_ratio)[0]
     assert several.peak - one.peak <= 3 * TILE_ROWS * 4 * (2 * H + 6)
 
 
@@ -270,6 +279,14 @@ def test_tiles_alive_at_once():
 def test_a_frozen_head_leaves_nothing_of_the_vocabularys_size_behind():
     _, between = memory(512)
     assert between <= 512 * 4 * (H + 2) + 16
+
+
+def test_a_bfloat16_head_is_never_widened_whole():
+    hidden, labels = case(4, 30_000, torch.bfloat16)
+    head = Head(linear(H, 30_000, dtype=torch.bfloat16), 30_000)
+    with Storages() as storages:
+        fused_loss(hidden, head, labels, objective())[0].backward()
+    assert storages.largest < 30_000 * H
 
 
 LARGE = 150_000
@@ -293,9 +310,10 @@ def test_bfloat16_at_a_large_vocabulary_is_close_to_float32():
 
 @pytest.mark.parametrize("train", [False, True])
 def test_the_gradient_of_bfloat16_operands_of_a_student_close_to_its_teacher(train):
-    labels, project = torch.arange(6) * 1009, linear(32, LARGE, dtype=torch.bfloat16, train=train, size=0.5)
-    hidden = randn(6, 32, dtype=torch.bfloat16)
-    signal = Dense(hidden + randn(6, 32, seed=4, dtype=torch.bfloat16) / 100, Head(linear(32, LARGE, dtype=torch.bfloat16, size=0.5), LARGE))
+    width, labels = 32, torch.arange(6) * 1009
+    project, frozen = (linear(width, LARGE, train=x, dtype=torch.bfloat16, size=0.5) for x in (train, False))
+    hidden = randn(6, width, dtype=torch.bfloat16)
+    signal = Dense(hidden + randn(6, width, seed=4, dtype=torch.bfloat16) / 100, Head(frozen, LARGE))
     found = results(fused_loss, hidden, Head(project, LARGE), labels, objective(1.0, 1.0), signal)
     assert [gradient.dtype for gradient in found[2]] == [torch.bfloat16] * (1 + train)
     wide = Dense(signal.hidden_NH.double(), Head(signal.head.project.double(), LARGE))
@@ -303,6 +321,15 @@ def test_the_gradient_of_bfloat16_operands_of_a_student_close_to_its_teacher(tra
     assert 0 < right[1]["kd"].max() < 0.05
     for gradient, exact in zip(found[2], right[2], strict=True):
         assert (gradient - exact).norm() <= 3e-3 * exact.norm()
+    assert ((found[2][0] - right[2][0]).abs() <= 1.01 * 2**-8 * right[2][0].abs()).all()  # rounded once, at the end
+
+
+def test_the_gradient_of_a_bfloat16_head_is_summed_in_float32():
+    hidden, labels = (1 + randn(N, H) / 10).bfloat16(), case()[1]
+    project = linear(H, train=True, dtype=torch.bfloat16)
+    found = results(fused_loss, hidden, Head(project, V), labels, objective(), chunk=1)[2][1]
+    exact = results(dense_loss, hidden.double(), Head(project.double(), V), labels, objective())[2][1]
+    assert (found - exact).norm() <= 3e-3 * exact.norm()
 
 
 def test_bfloat16_hidden_states_of_a_float32_head():

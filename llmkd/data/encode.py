@@ -1,10 +1,11 @@
 """From rows to token ids and which of them are supervised. One function per format; no torch here.
 
 A whole text is encoded at once and its supervised part found by character offsets, so that a token is the same token
-that the model would meet in that text. Text that people wrote never becomes a control token: in alpaca and text it
+that the model would meet in that text; a token across the border of prompt and answer counts as answer. Text that people wrote never becomes a control token: in alpaca and text it
 is encoded as plain characters, in chat a row that contains one is refused.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -52,7 +53,8 @@ def chat(row: dict, tokenizer) -> list[Text]:
     does not put the answer behind its own generation prompt.
     """
     messages = row["messages"]
-    control = next((t for m in messages for t in _control_tokens(tokenizer) if t in m["content"]), None)
+    everything = "\n".join(_strings(messages))
+    control = next((t for t in _control_tokens(tokenizer) if t in everything), None)
     if control:
         raise ValueError(f"a message contains the control token {control!r}; remove it from the text")
 
@@ -62,7 +64,12 @@ def chat(row: dict, tokenizer) -> list[Text]:
     turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
     whole, parts = render(len(messages), False), []
     for i in turns:
-        before, after = render(i, True) if i else "", render(i + 1, False)
+        after = render(i + 1, False)
+        if i:
+            before = render(i, True)
+        else:  # templates refuse an empty conversation, so its header is found by the prompt that would come next
+            prompt = render(len(messages), True)[len(whole) :]
+            before = after[: after.find(prompt) + len(prompt)] if prompt in after else ""
         if not after.startswith(before):
             raise ValueError("the chat template does not put the assistant's answer behind its generation prompt")
         parts.append((after, (len(before), len(after.rstrip()))))
@@ -175,6 +182,15 @@ def _edges(tokenizer) -> tuple[list[int], list[int]]:
     bos = tokenizer.bos_token_id
     starts = bos is not None and tokenizer("", add_special_tokens=True)["input_ids"][:1] == [bos]
     return ([bos] if starts else []), [tokenizer.eos_token_id]
+
+
+def _strings(value) -> Iterator[str]:
+    """Every text in messages, whatever key a template may show it from."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict | list):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from _strings(inner)
 
 
 def _control_tokens(tokenizer) -> list[str]:

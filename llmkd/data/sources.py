@@ -6,6 +6,7 @@ line; the first twenty are shown together. Nothing is repaired, since a repair w
 
 import difflib
 import hashlib
+import itertools
 import json
 import re
 from collections.abc import Iterator
@@ -51,20 +52,21 @@ def read_source(source: Source, setting: str, choices: bool = False) -> Rows:
         found = [(f"builtin:skills[{source.split}]:{i + 1}", row) for i, row in enumerate(skills.rows(source.split, source.name or "questions"))]
         content = f"skills {skills.VERSION} {source.split} {source.name}"
     elif Path(source.path).suffix in (".json", ".jsonl"):
-        path = Path(source.path).expanduser()
-        raw = _bytes(path, source.path, setting)
-        reader = _jsonl if path.suffix == ".jsonl" else _json_array
-        found = list(reader(_text(raw, path), str(source.path), problems))
+        raw = _bytes(source.path, setting)
+        reader = _jsonl if source.path.endswith(".jsonl") else _json_array
+        found = reader(_text(raw, source.path), source.path, problems)
         content = hashlib.sha256(raw).hexdigest()
     else:
         found, content = _hub(source, setting)
-    found = found[: source.limit]
-    for place, row in found:
+    rows, places = [], []
+    for place, row in itertools.islice(found, source.limit):
         check_row(row, place, source.format, problems, choices)
+        rows.append(row)
+        places.append(place)
     problems.raise_if_any()
-    if not found:
+    if not rows:
         raise UserError(f"{setting}.path: {source.path} has no rows; name a file with at least one example")
-    return Rows([row for _, row in found], [place for place, _ in found], f"{content} limit={source.limit}")
+    return Rows(rows, places, f"{content} limit={source.limit}")
 
 
 def check_row(row, place: str, format: str, problems: Problems, choices: bool = False) -> None:
@@ -74,7 +76,12 @@ def check_row(row, place: str, format: str, problems: Problems, choices: bool = 
         return
     columns = {"alpaca": ("instruction", "input", "output"), "chat": ("messages",), "text": ("text",)}[format]
     for column in columns:
-        if column == "input" and column not in row or choices and column == "output":
+        if choices and column == "output":
+            continue
+        if column == "input" and column not in row:
+            near = difflib.get_close_matches(column, row.keys() - set(columns), 1, 0.8)
+            if near:
+                problems.add(f"{place}: no column 'input'; did you mean {near[0]!r}?")
             continue
         if column not in row:
             near = difflib.get_close_matches(column, row, 1, 0.6)
@@ -90,6 +97,8 @@ def check_row(row, place: str, format: str, problems: Problems, choices: bool = 
         options, answer = row.get("choices"), row.get("answer")
         if not isinstance(options, list) or len(options) < 2 or not all(isinstance(c, str) and c for c in options):
             problems.add(f"{place}: choices is {_kind(options)}, expected a list of at least two texts")
+        elif any(_has_surrogate(option) for option in options):
+            problems.add(f"{place}: choices holds half of a surrogate pair, which is no character; mend the file's encoding")
         elif type(answer) is not int or not 0 <= answer < len(options):
             problems.add(f"{place}: answer is {answer!r}, expected an index from 0 to {len(options) - 1}")
 
@@ -111,26 +120,35 @@ def _check_messages(messages, place: str, problems: Problems) -> None:
 
 
 def _check_text(text: str, where: str, problems: Problems) -> None:
+    if _has_surrogate(text):
+        problems.add(f"{where} holds half of a surrogate pair, which is no character; mend the file's encoding")
+
+
+def _has_surrogate(text: str) -> bool:
     try:
         text.encode()
     except UnicodeEncodeError:
-        problems.add(f"{where} holds half of a surrogate pair, which is no character; mend the file's encoding")
+        return True
+    return False
 
 
 def _kind(value) -> str:
     return "null" if value is None else {dict: "an object", list: "a list", str: "text", bool: "true or false"}.get(type(value), "a number")
 
 
-def _bytes(path: Path, name: str, setting: str) -> bytes:
+def _bytes(name: str, setting: str) -> bytes:
     try:
+        path = Path(name).expanduser()
         return path.read_bytes()
+    except (RuntimeError, ValueError) as error:  # a home that does not exist, a NUL
+        raise UserError(f"{setting}.path: {name!r} is no path ({error}); name a file") from None
     except OSError as error:
         near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.json*")] if path.parent.is_dir() else [], 1, 0.6)
         hint = f"; did you mean {path.parent / near[0]}?" if near else ""
         raise UserError(f"{setting}.path: {name}: {error.strerror}{hint}") from None
 
 
-def _text(raw: bytes, path: Path) -> str:
+def _text(raw: bytes, path: str) -> str:
     if raw.startswith(b"\xef\xbb\xbf"):
         raise UserError(f"{path}:1: starts with a byte order mark; save the file as plain UTF-8")
     try:
@@ -154,6 +172,7 @@ def _no_constant(name: str):
 
 
 _DECODER = json.JSONDecoder(object_pairs_hook=_once, parse_constant=_no_constant)
+_LENIENT = json.JSONDecoder()
 
 
 def _jsonl(text: str, name: str, problems: Problems) -> Iterator[tuple[str, object]]:
@@ -192,10 +211,14 @@ def _json_array(text: str, name: str, problems: Problems) -> Iterator[tuple[str,
         except json.JSONDecodeError as error:
             problems.add(f"{name}:{error.lineno}: not valid JSON ({error.msg})")
             return
-        except (ValueError, RecursionError) as error:
-            problems.add(f"{name}:{line}: not valid JSON ({error})")
+        except RecursionError:
+            problems.add(f"{name}:{line}: not valid JSON (nested too deeply)")
             return
-        yield f"{name}:{line}", value
+        except ValueError as error:  # a NaN or a key given twice: the row is bad, and where it ends is known
+            problems.add(f"{name}:{line}: not valid JSON ({error})")
+            _, end = _LENIENT.raw_decode(text, at)
+        else:
+            yield f"{name}:{line}", value
         line += text.count("\n", at, end)
         start, at = end, _SPACE.match(text, end).end()
         line += text.count("\n", start, at)

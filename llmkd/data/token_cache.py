@@ -58,12 +58,12 @@ def encoded(rows: Rows, source: Source, data: Data, tokenizer, setting: str, say
 
 
 def _load(entry: Path, say) -> Encoded | None:
-    if not (entry / "manifest.json").exists():
+    if not os.path.exists(entry / "manifest.json"):  # unlike Path.exists, false for a name that is too long
         return None
     try:
         manifest = json.loads((entry / "manifest.json").read_text())
         raw = (entry / "tokens.safetensors").read_bytes()
-        if hashlib.sha256(raw).hexdigest() != manifest["sha256"]:
+        if _hash(raw, manifest["counts"]) != manifest["sha256"]:
             raise ValueError("its content does not match its hash")
         from safetensors.numpy import load
 
@@ -72,6 +72,10 @@ def _load(entry: Path, say) -> Encoded | None:
         say(f"llmkd: the token cache {entry} is damaged ({error}); tokenising again")
         shutil.rmtree(entry, ignore_errors=True)
         return None
+
+
+def _hash(raw: bytes, counts: dict) -> str:
+    return hashlib.sha256(raw + json.dumps(counts, sort_keys=True).encode()).hexdigest()
 
 
 def _store(entry: Path, result: Encoded, say) -> None:
@@ -83,9 +87,11 @@ def _store(entry: Path, result: Encoded, say) -> None:
     try:
         part.mkdir(parents=True, exist_ok=True)
         (part / "tokens.safetensors").write_bytes(raw)
-        (part / "manifest.json").write_text(json.dumps({"sha256": hashlib.sha256(raw).hexdigest(), "counts": result.counts}))
+        (part / "manifest.json").write_text(json.dumps({"sha256": _hash(raw, result.counts), "counts": result.counts}))
+        if entry.exists() and not (entry / "manifest.json").exists():
+            shutil.rmtree(entry)
         part.rename(entry)
     except OSError as error:
         shutil.rmtree(part, ignore_errors=True)
-        if not (entry / "manifest.json").exists():  # another process may have been first
+        if not os.path.exists(entry / "manifest.json"):  # another process may have been first
             say(f"llmkd: the token cache {entry.parent} cannot be written ({error.strerror}); going on without")
