@@ -31,13 +31,23 @@ class Saved:
 
 
 def save(
-    folder: Path, step: int, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer, state: dict, keep: int = 2, best: int | None = None
+    folder: Path,
+    step: int,
+    parameters: dict[str, nn.Parameter],
+    optimizer: torch.optim.Optimizer,
+    state: dict,
+    keep: int = 2,
+    best: int | None = None,
 ) -> Path:
     """Write `folder/step-N`, then drop all but the newest `keep` and the step `best`."""
     from safetensors.torch import save_file
 
     weights = {name: p.detach().cpu().contiguous() for name, p in parameters.items()}
-    moments = {f"{name}/{key}": value.detach().cpu().contiguous() for name, p in parameters.items() for key, value in optimizer.state.get(p, {}).items()}
+    moments = {
+        f"{name}/{key}": value.detach().cpu().contiguous()
+        for name, p in parameters.items()
+        for key, value in optimizer.state.get(p, {}).items()
+    }
     _need_room(folder, sum(t.numel() * t.element_size() for t in (*weights.values(), *moments.values())))
     for leftover in folder.glob("*.tmp-*"):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -76,7 +86,9 @@ def newest(folder: Path, say: Callable[[str], None] = print) -> Saved | None:
             return Saved(path, step, json.loads((path / "state.json").read_text()))
         passed.append(f"{path} ({damage})")
     if passed:
-        raise UserError(*(f"the checkpoint {p}" for p in passed), f"no whole checkpoint is left in {folder}; start again in another output_dir")
+        raise UserError(
+            *(f"the checkpoint {p}" for p in passed), f"no whole checkpoint is left in {folder}; start again in another output_dir"
+        )
     return None
 
 
@@ -102,7 +114,9 @@ def load(saved: Saved, parameters: dict[str, nn.Parameter], optimizer: torch.opt
     from safetensors.torch import load_file
 
     weights = load_file(saved.path / "student.safetensors")
-    if weights.keys() != parameters.keys() or any(weights[n].shape != p.shape or weights[n].dtype != p.dtype for n, p in parameters.items()):
+    if weights.keys() != parameters.keys() or any(
+        weights[n].shape != p.shape or weights[n].dtype != p.dtype for n, p in parameters.items()
+    ):
         raise UserError(f"{saved.path} holds other weights than this recipe trains; resume with the recipe that wrote it")
     with torch.no_grad():
         for name, p in parameters.items():
@@ -114,7 +128,9 @@ def load(saved: Saved, parameters: dict[str, nn.Parameter], optimizer: torch.opt
             state.setdefault(parameter, {})[key] = value
         for name, p in parameters.items():
             if name in state:
-                optimizer.state[p] = {key: value.to(p.device) if key != "step" or p.is_cuda else value for key, value in state[name].items()}
+                optimizer.state[p] = {
+                    key: value.to(p.device) if key != "step" or p.is_cuda else value for key, value in state[name].items()
+                }
 
 
 def sha256(path: Path) -> str:
@@ -130,7 +146,9 @@ def _need_room(folder: Path, size: int) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     free = shutil.disk_usage(folder).free
     if free < 1.2 * size:
-        raise UserError(f"output_dir: {free >> 20} MB free at {folder}, {int(1.2 * size) >> 20} MB needed for a checkpoint; make room, then --resume")
+        raise UserError(
+            f"output_dir: {free >> 20} MB free at {folder}, {int(1.2 * size) >> 20} MB needed for a checkpoint; make room, then --resume"
+        )
 
 
 def _write(path: Path, text: str) -> None:

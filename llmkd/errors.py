@@ -1,9 +1,10 @@
 """How a run ends when it does not end well: the exceptions and their exit codes."""
 
 import errno
-import os
 import sys
 import traceback
+
+from .console import first_process
 
 
 class UserError(Exception):
@@ -50,7 +51,7 @@ def exit_code(action, *, debug: bool = False) -> int:
     0 done, 1 a bug, 2 the user can mend it, 3 stopped on a non-finite value, 75 stopped by a signal.
     In a run of several processes only rank 0 speaks, except about bugs, which may be one rank's own.
     """
-    speaks = os.environ.get("RANK", "0") == "0"
+    speaks = first_process()
     try:
         action()
         return 0

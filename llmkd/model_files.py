@@ -44,7 +44,9 @@ def find(name: str, setting: str, revision: str | None = None, base: str | None 
     record = folder / RECORD
     trained_on = read_json(record, setting).get("base_fingerprint") if record.exists() else None
     if trained_on and trained_on != fingerprint(base_folder, setting):
-        raise UserError(f"{setting}: the adapter {name} was trained on other weights than {base_name} holds; name the base that it was trained on")
+        raise UserError(
+            f"{setting}: the adapter {name} was trained on other weights than {base_name} holds; name the base that it was trained on"
+        )
     return files
 
 
@@ -64,7 +66,9 @@ def locate(name: str, setting: str, revision: str | None = None) -> Path:
         return Path(snapshot_download(name, revision=revision, allow_patterns=_WANTED))
     except Exception as error:
         reason = (str(error).strip().splitlines() or [""])[0]
-        raise UserError(f"{setting}: {name} is no folder here and could not be had from the hub ({type(error).__name__}: {reason[:160]})") from None
+        raise UserError(
+            f"{setting}: {name} is no folder here and could not be had from the hub ({type(error).__name__}: {reason[:160]})"
+        ) from None
 
 
 def read_json(path: Path, setting: str) -> dict:
@@ -79,11 +83,17 @@ def _config(folder: Path, name: str, setting: str) -> dict:
         raise UserError(f"{setting}: {name} has neither config.json nor adapter_config.json; it holds {_some(folder)}")
     if not list(folder.glob("*.safetensors")):
         pickled = [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]
-        why = f"only pickled weights ({pickled[0].name}), which are not loaded; convert them to safetensors" if pickled else f"no weights; it holds {_some(folder)}"
+        why = (
+            f"only pickled weights ({pickled[0].name}), which are not loaded; convert them to safetensors"
+            if pickled
+            else f"no weights; it holds {_some(folder)}"
+        )
         raise UserError(f"{setting}: {name} has {why}")
     config = read_json(folder / "config.json", setting)
     if "auto_map" in config:
-        raise UserError(f"{setting}: {name} wants to run code of its own (auto_map), which is not done; use a model whose architecture is in transformers")
+        raise UserError(
+            f"{setting}: {name} wants to run code of its own (auto_map), which is not done; use a model whose architecture is in transformers"
+        )
     return config
 
 

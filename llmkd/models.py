@@ -68,7 +68,9 @@ def check_head(language_model: LanguageModel, setting: str) -> None:
     size = own_NV.abs().max().item()
     if not gap <= rounding * max(size, 1e-3):
         what = "are not finite" if not math.isfinite(gap) else f"differ from the model's own by {gap:.2g} of {size:.2g}"
-        raise UserError(f"{setting}: the logits that llmkd computes for {model.config.model_type} {what}; this family's head is not supported")
+        raise UserError(
+            f"{setting}: the logits that llmkd computes for {model.config.model_type} {what}; this family's head is not supported"
+        )
 
 
 def load_teacher(settings: TeacherSettings, vocab: int, device) -> LanguageModel:
@@ -91,7 +93,9 @@ def load_student(settings: StudentSettings, vocab: int, device, seed: int) -> La
     else:
         files = find(settings.model, "student.model", settings.revision)
         if files.adapter:
-            raise UserError(f"student.model: {settings.model} is an adapter; name a base model (or export the run to a merged folder first)")
+            raise UserError(
+                f"student.model: {settings.model} is an adapter; name a base model (or export the run to a merged folder first)"
+            )
         model = _load_base(files.base, "student.model", settings.dtype, settings.attention)
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -136,13 +140,26 @@ def _load_base(folder: Path, setting: str, dtype: str, attention: str) -> nn.Mod
 
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=DTYPES.get(dtype, "auto"), attn_implementation=attention, trust_remote_code=False, use_safetensors=True, output_loading_info=True
+            folder,
+            dtype=DTYPES.get(dtype, "auto"),
+            attn_implementation=attention,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
         )
     except Exception as error:
-        raise UserError(f"{setting}: {folder} cannot be loaded ({type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]})") from error
-    for what, keys in (("lacks", report["missing_keys"]), ("holds, beyond its architecture,", report["unexpected_keys"]), ("has wrong shapes of", report["mismatched_keys"])):
+        raise UserError(
+            f"{setting}: {folder} cannot be loaded ({type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]})"
+        ) from error
+    for what, keys in (
+        ("lacks", report["missing_keys"]),
+        ("holds, beyond its architecture,", report["unexpected_keys"]),
+        ("has wrong shapes of", report["mismatched_keys"]),
+    ):
         if keys:
-            raise UserError(f"{setting}: {folder} {what} {len(keys)} tensors, such as {sorted(map(str, keys))[0]}; its config.json and weights do not belong together")
+            raise UserError(
+                f"{setting}: {folder} {what} {len(keys)} tensors, such as {sorted(map(str, keys))[0]}; its config.json and weights do not belong together"
+            )
     return model
 
 
@@ -159,11 +176,15 @@ def _load_adapter(base: nn.Module, files: ModelFiles, setting: str) -> nn.Module
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{setting}: the adapter {files.adapter} cannot be loaded ({type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]})") from error
+        raise UserError(
+            f"{setting}: the adapter {files.adapter} cannot be loaded ({type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]})"
+        ) from error
     expected = get_peft_model_state_dict(model, save_embedding_layers=False)
     for what, keys in (("lacks", expected.keys() - found.keys()), ("holds left-over", found.keys() - expected.keys())):
         if keys:
-            raise UserError(f"{setting}: the adapter {files.adapter} {what} {len(keys)} tensors for the base {files.base}, such as {min(keys)}; it belongs to another base")
+            raise UserError(
+                f"{setting}: the adapter {files.adapter} {what} {len(keys)} tensors for the base {files.base}, such as {min(keys)}; it belongs to another base"
+            )
     for name, value in weights.items():
         if not torch.isfinite(value).all():
             raise UserError(f"{setting}: the adapter {files.adapter} holds values that are not finite, in {name}; train or copy it again")
@@ -176,8 +197,14 @@ def _add_lora(model: nn.Module, settings: StudentSettings) -> nn.Module:
     lora = settings.lora
     targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
     config = LoraConfig(
-        task_type="CAUSAL_LM", r=lora.rank, lora_alpha=lora.alpha, lora_dropout=lora.dropout, target_modules=targets,
-        use_rslora=lora.rslora, use_dora=lora.dora, revision=settings.revision,
+        task_type="CAUSAL_LM",
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=targets,
+        use_rslora=lora.rslora,
+        use_dora=lora.dora,
+        revision=settings.revision,
     )
     try:
         model = get_peft_model(model, config)
@@ -202,7 +229,9 @@ def _new_model(settings: StudentSettings, vocab: int) -> nn.Module:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"student.architecture: transformers refuses it ({type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]})") from error
+        raise UserError(
+            f"student.architecture: transformers refuses it ({type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]})"
+        ) from error
 
 
 def _fits(model: nn.Module, vocab: int, setting: str) -> int:

@@ -50,7 +50,9 @@ class Plan:
         rng.shuffle(order)
         group = self.batch_size * self.length_group
         if self.length_group > 1:
-            order = [i for start in range(0, len(order), group) for i in sorted(order[start : start + group], key=lambda i: -self.lengths[i])]
+            order = [
+                i for start in range(0, len(order), group) for i in sorted(order[start : start + group], key=lambda i: -self.lengths[i])
+            ]
         windows = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
         if self.length_group > 1:
             rng.shuffle(windows)  # or every group would begin with its longest examples

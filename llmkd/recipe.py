@@ -53,7 +53,9 @@ class Student:
     tokenizer: str | None = Field(None, description="Folder or hub id of the tokenizer, or builtin:skills; by default the model's own.")
     method: Literal["lora", "full"] = Field("lora", description="What trains: a LoRA adapter, or every weight.")
     lora: Lora = Field(default_factory=Lora)
-    dtype: Dtype = Field("auto", description="Type the base is held in; auto is the type it was saved in. Adapters train in at least float32.")
+    dtype: Dtype = Field(
+        "auto", description="Type the base is held in; auto is the type it was saved in. Adapters train in at least float32."
+    )
     attention: Attention = Field("sdpa", description="Attention implementation in transformers.")
     gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass to save memory.")
 
@@ -73,7 +75,9 @@ class Source:
     format: Literal["alpaca", "chat", "text"] = Field(
         "alpaca", description="alpaca: instruction, input, output; chat: messages of role and content; text: text."
     )
-    name: str | None = Field(None, description="Configuration of a hub data set; for builtin:skills, questions (conversations) or prose (plain text).")
+    name: str | None = Field(
+        None, description="Configuration of a hub data set; for builtin:skills, questions (conversations) or prose (plain text)."
+    )
     split: str = Field("train", description="Split of a hub data set or of builtin:skills; a file has one split.")
     revision: str | None = Field(None, description="Revision of a hub data set.")
     limit: Count | None = Field(None, description="Use only the first so many rows.")
@@ -85,7 +89,8 @@ class Data:
     validation: Source | None = Field(None, description="Held-out rows; or set validation_share.")
     validation_share: float = Field(0.0, ge=0, lt=1, description="Share of the training rows, drawn by seed, held out for validation.")
     choices: Source | None = Field(
-        None, description="Multiple-choice questions in the same format, scored at the end: rows have choices (texts) and answer (an index)."
+        None,
+        description="Multiple-choice questions in the same format, scored at the end: rows have choices (texts) and answer (an index).",
     )
     max_length: Annotated[int, Field(ge=2)] = Field(512, description="Longest example in tokens.")
     too_long: Literal["drop", "truncate", "split", "refuse"] = Field(
@@ -98,22 +103,34 @@ class Data:
 @settings
 class Loss:
     kd_ratio: Share | None = Field(
-        None, description="Weight of distillation: (1 - kd_ratio) CE + kd_ratio T^2 D. By default 0.5 with a teacher, 0 without; at 0 no teacher is loaded."
+        None,
+        description="Weight of distillation: (1 - kd_ratio) CE + kd_ratio T^2 D. By default 0.5 with a teacher, 0 without; at 0 no teacher is loaded.",
     )
     divergence: Literal[tuple(DIVERGENCES)] = Field("forward_kl", description="How student and teacher are compared.")
     divergence_options: dict[str, float] = Field(
-        default_factory=dict, description="Options of the divergence: " + "; ".join(
-            f"{name}: " + ", ".join(f"{o} ({d:g})" for o, (_, _, d) in options.items()) for name, options in DIVERGENCES.items() if options) + "."
+        default_factory=dict,
+        description="Options of the divergence: "
+        + "; ".join(
+            f"{name}: " + ", ".join(f"{o} ({d:g})" for o, (_, _, d) in options.items()) for name, options in DIVERGENCES.items() if options
+        )
+        + ".",
     )
-    temperature: float = Field(1.0, gt=0, description="T: both models' logits are divided by it in the divergence, which is then scaled by T^2.")
-    chunk_rows: Count | None = Field(None, description="Supervised tokens per chunk of the head; by default as many as keep one float32 tile under 256 MiB on a GPU, 4 MiB on a CPU.")
+    temperature: float = Field(
+        1.0, gt=0, description="T: both models' logits are divided by it in the divergence, which is then scaled by T^2."
+    )
+    chunk_rows: Count | None = Field(
+        None,
+        description="Supervised tokens per chunk of the head; by default as many as keep one float32 tile under 256 MiB on a GPU, 4 MiB on a CPU.",
+    )
 
 
 @settings
 class Optim:
     lr: float = Field(2e-4, gt=0, description="Peak learning rate.")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay, on matrices only.")
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field((0.9, 0.999), description="AdamW's decay rates.")
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
+        (0.9, 0.999), description="AdamW's decay rates."
+    )
     eps: float = Field(1e-8, gt=0, description="AdamW's epsilon.")
     max_grad_norm: float | None = Field(1.0, gt=0, description="Clip the gradient to this norm; null for never.")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Shape of the learning rate after warm-up.")
@@ -124,11 +141,17 @@ class Optim:
 
 @settings
 class Train:
-    batch_size: Count = Field(32, description="Examples per optimizer step, over all processes: the result does not depend on how they are split.")
-    micro_batch_size: Count = Field(4, description="Examples per forward pass of one process, at most; more is faster and takes more memory.")
+    batch_size: Count = Field(
+        32, description="Examples per optimizer step, over all processes: the result does not depend on how they are split."
+    )
+    micro_batch_size: Count = Field(
+        4, description="Examples per forward pass of one process, at most; more is faster and takes more memory."
+    )
     epochs: Count | None = Field(None, description="Passes over the data (1 unless max_steps is set).")
     max_steps: Count | None = Field(None, description="Instead of epochs: optimizer steps.")
-    length_group: Count = Field(1, description="Optimizer steps whose examples are sorted by length together: less padding. 1 leaves the batches as drawn.")
+    length_group: Count = Field(
+        1, description="Optimizer steps whose examples are sorted by length together: less padding. 1 leaves the batches as drawn."
+    )
     mixed_precision: Literal["no", "bf16"] = Field("no", description="bf16: autocast the forward passes of weights held in float32.")
     log_every: Count = Field(1, description="Steps between records in metrics.jsonl.")
 
@@ -170,7 +193,10 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
     elif "\0" in recipe.output_dir:
         yield ("output_dir",), "holds a NUL character; name a folder"
     if student.model is None and student.architecture is None:
-        yield ("student.model", "student.architecture"), "not given; name the base model's folder or hub id (or give student.architecture for new weights)"
+        yield (
+            ("student.model", "student.architecture"),
+            "not given; name the base model's folder or hub id (or give student.architecture for new weights)",
+        )
     if student.model is not None and student.architecture is not None:
         yield ("student.architecture", "student.model"), "given together with student.model; keep one of them"
     if student.architecture is not None:
@@ -214,7 +240,10 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
             if given is not None:
                 yield (path, *no_held_out), "given without held-out rows; set data.validation or data.validation_share"
     if recipe.checkpoint.best_by not in (None, "ce") and not (recipe.teacher and loss.kd_ratio != 0):
-        yield ("checkpoint.best_by", "teacher", "loss.kd_ratio"), f"found {recipe.checkpoint.best_by}, which needs a teacher and loss.kd_ratio above 0; use ce"
+        yield (
+            ("checkpoint.best_by", "teacher", "loss.kd_ratio"),
+            f"found {recipe.checkpoint.best_by}, which needs a teacher and loss.kd_ratio above 0; use ce",
+        )
 
 
 @settings

@@ -11,7 +11,16 @@ from .recipe import Recipe
 from .settings import dump, flatten, load_recipe
 
 #: Settings that a resumed run may change: they do not touch what is learnt.
-_HARMLESS = ("output_dir", "train.log_every", "train.micro_batch_size", "validation.", "checkpoint.", "data.cache_dir", "data.choices", "loss.chunk_rows")
+_HARMLESS = (
+    "output_dir",
+    "train.log_every",
+    "train.micro_batch_size",
+    "validation.",
+    "checkpoint.",
+    "data.cache_dir",
+    "data.choices",
+    "loss.chunk_rows",
+)
 
 
 class RunFolder:
@@ -45,7 +54,12 @@ class RunFolder:
             before, now = flatten(load_recipe(self.path / "recipe.yaml")), flatten(self.recipe)
             changed = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k) and not k.startswith(_HARMLESS)]
             if changed:
-                raise UserError(*(f"{k}: {before.get(k)!r} in the run that is to be resumed and {now.get(k)!r} now; give it as it was, or choose another output_dir" for k in changed))
+                raise UserError(
+                    *(
+                        f"{k}: {before.get(k)!r} in the run that is to be resumed and {now.get(k)!r} now; give it as it was, or choose another output_dir"
+                        for k in changed
+                    )
+                )
 
     def claim(self, identity: dict[str, str]) -> None:
         """Create the folder, lock it for this process's life, and compare `identity` (hashes of data, models, tokenizer)."""
@@ -69,7 +83,9 @@ class RunFolder:
             before = json.loads(known.read_text())
             for what, value in identity.items():
                 if before.get(what) != value:
-                    raise UserError(f"{what} has changed since the run in {self.path} was started; give what it was, or choose another output_dir")
+                    raise UserError(
+                        f"{what} has changed since the run in {self.path} was started; give what it was, or choose another output_dir"
+                    )
         write(known, json.dumps(identity, indent=1))
         write(self.path / "recipe.yaml", dump(self.recipe))
 

@@ -29,19 +29,40 @@ for _tag, _pattern, _first in (
     ("null", r"~|null|Null|NULL|", "~nN"),
     ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
     ("int", r"[-+]?(0|[1-9][0-9]*)", "-+0123456789"),
-    ("float", r"[-+]?(\.[0-9]+|[0-9]+\.[0-9]*)([eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)", "-+.0123456789"),
+    (
+        "float",
+        r"[-+]?(\.[0-9]+|[0-9]+\.[0-9]*)([eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
 ):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), [*_first] + ([""] if _tag == "null" else []))
+    _Loader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), [*_first] + ([""] if _tag == "null" else [])
+    )
 
 
 #: What other trainers call some of our settings, for the hint at an unknown name.
 _ELSEWHERE = {
-    "learning_rate": "optim.lr", "num_train_epochs": "train.epochs", "num_epochs": "train.epochs", "total_epochs": "train.epochs",
-    "per_device_train_batch_size": "train.micro_batch_size", "gradient_accumulation_steps": "train.batch_size",
-    "max_seq_length": "data.max_length", "max_seq_len": "data.max_length", "lr_scheduler_type": "optim.schedule",
-    "warmup_ratio": "optim.warmup_share", "clip_grad_norm": "optim.max_grad_norm", "lora_rank": "student.lora.rank", "lora_r": "student.lora.rank",
-    "lora_alpha": "student.lora.alpha", "lora_dropout": "student.lora.dropout", "bf16": "train.mixed_precision", "save_steps": "checkpoint.every",
-    "eval_steps": "validation.every", "save_total_limit": "checkpoint.keep", "logging_steps": "train.log_every", "alpha": "loss.kd_ratio",
+    "learning_rate": "optim.lr",
+    "num_train_epochs": "train.epochs",
+    "num_epochs": "train.epochs",
+    "total_epochs": "train.epochs",
+    "per_device_train_batch_size": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.batch_size",
+    "max_seq_length": "data.max_length",
+    "max_seq_len": "data.max_length",
+    "lr_scheduler_type": "optim.schedule",
+    "warmup_ratio": "optim.warmup_share",
+    "clip_grad_norm": "optim.max_grad_norm",
+    "lora_rank": "student.lora.rank",
+    "lora_r": "student.lora.rank",
+    "lora_alpha": "student.lora.alpha",
+    "lora_dropout": "student.lora.dropout",
+    "bf16": "train.mixed_precision",
+    "save_steps": "checkpoint.every",
+    "eval_steps": "validation.every",
+    "save_total_limit": "checkpoint.keep",
+    "logging_steps": "train.log_every",
+    "alpha": "loss.kd_ratio",
 }
 
 
@@ -80,7 +101,9 @@ def parse_yaml(text: str, name: str) -> tuple[typing.Any, dict[tuple, int], list
             for key_node, value in node.value:
                 key, key_line = str(key_node.value), key_node.start_mark.line + 1
                 if key in out:
-                    problems.append(f"{name}:{key_line}: {'.'.join(map(str, (*path, key)))}: given twice (first on line {lines[*path, key]}); keep one")
+                    problems.append(
+                        f"{name}:{key_line}: {'.'.join(map(str, (*path, key)))}: given twice (first on line {lines[*path, key]}); keep one"
+                    )
                 lines[*path, key] = key_line
                 out[key] = build(value, (*path, key))
             return out
@@ -159,8 +182,10 @@ def load_study(path: str | Path, output_dir: str | None = None) -> Study:
     missing = [s for s in (study.teacher, *study.students) if s not in study.stages]
     bad = [s for s in study.stages if not re.fullmatch(r"[A-Za-z0-9._-]+", s) or s.startswith(".")]
     if missing or bad:
-        raise UserError(*(f"{path}: {s}: not a stage; the stages are {', '.join(study.stages)}" for s in missing),
-                        *(f"{path}:{lines['stages', s]}: stages.{s}: a stage's name has letters, digits, '.', '_' and '-' only" for s in bad))
+        raise UserError(
+            *(f"{path}: {s}: not a stage; the stages are {', '.join(study.stages)}" for s in missing),
+            *(f"{path}:{lines['stages', s]}: stages.{s}: a stage's name has letters, digits, '.', '_' and '-' only" for s in bad),
+        )
     return study
 
 
@@ -282,8 +307,12 @@ def _explain(kind, path: tuple, item: dict) -> str:
         parent = _section(parent, key)
         parent_path.append(str(key))
     if item["type"] in ("unexpected_keyword_argument", "extra_forbidden") and dataclasses.is_dataclass(parent):
-        if str(path[-1]) in {part for dotted, *_ in describe(kind) for part in (dotted, dotted.rpartition(".")[0])} and "." in str(path[-1]):
-            return f"unknown setting; in a file sections are nested: {str(path[-1]).replace('.', ': {')}: ...{'}' * str(path[-1]).count('.')}"
+        if str(path[-1]) in {part for dotted, *_ in describe(kind) for part in (dotted, dotted.rpartition(".")[0])} and "." in str(
+            path[-1]
+        ):
+            return (
+                f"unknown setting; in a file sections are nested: {str(path[-1]).replace('.', ': {')}: ...{'}' * str(path[-1]).count('.')}"
+            )
         here = [f.name for f in dataclasses.fields(parent)]
         near = difflib.get_close_matches(str(path[-1]), here, 1, 0.6)
         if near:
@@ -352,7 +381,12 @@ def _words(hint, bounds=()) -> str:
     if args:
         return " or ".join("null" if a is type(None) else _words(a, bounds) for a in args)
     word = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}.get(hint, getattr(hint, "__name__", str(hint)))
-    limits = [f"{sign} {_plain(getattr(b, name))}" for b in bounds for name, sign in (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<")) if getattr(b, name, None) is not None]
+    limits = [
+        f"{sign} {_plain(getattr(b, name))}"
+        for b in bounds
+        for name, sign in (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<"))
+        if getattr(b, name, None) is not None
+    ]
     return word + (" " + ", ".join(limits) if limits else "")
 
 

@@ -5,6 +5,7 @@ import signal
 
 import torch
 
+from .console import first_process
 from .errors import Stopped
 
 
@@ -31,7 +32,7 @@ class StopRequest:
         if self.asked:
             os._exit(Stopped.exit_code)
         self.asked = True
-        if os.environ.get("RANK", "0") == "0":
+        if first_process():
             os.write(2, b"\nllmkd: asked to stop; finishing this step and saving (a second signal ends at once)\n")
 
     def anywhere(self, accelerator) -> bool:

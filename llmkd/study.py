@@ -3,12 +3,14 @@
 import json
 from pathlib import Path
 
+from .console import bar, say
 from .errors import UserError
+from .prepare import Prepared, prepare
 from .recipe import Recipe, Study, Teacher
 from .run_folder import write
 from .settings import load_recipe, load_study
 from .tracking import table
-from .training import Prepared, bar, prepare, run, say, start
+from .training import run, start
 
 
 def run_study(config: str, overrides: dict, resume: bool) -> dict:
@@ -44,7 +46,9 @@ def stage_recipes(study: Study, config: Path, overrides: dict) -> dict[str, Reci
     if problems:
         raise UserError(*problems)
     if recipes[study.students[0]].data.validation is None:
-        raise UserError(f"{config}: students: {study.students[0]} has no data.validation, on which the students are to be compared; give one")
+        raise UserError(
+            f"{config}: students: {study.students[0]} has no data.validation, on which the students are to be compared; give one"
+        )
     return recipes
 
 
@@ -71,9 +75,9 @@ def measure(model, teacher, prepared: Prepared, recipe: Recipe, accelerator) -> 
     from .validate import accuracy, validate
 
     pad, size, questions = prepared.tokenizer.eos_token_id, recipe.validation.micro_batch_size, prepared.questions
-    figures = validate(model, teacher, prepared.validation, pad, size, accelerator, None, bar("validation", accelerator))
+    figures = validate(model, teacher, prepared.validation, pad, size, accelerator, None, bar("validation"))
     out = {"ce": figures["ce"], "kl_to_teacher": figures["forward_kl"], "agreement": figures["agreement"]}
     if questions:
-        scored = accuracy(model, questions.encoded, questions.answers, questions.counts, pad, size, accelerator, bar("questions", accelerator))
+        scored = accuracy(model, questions.encoded, questions.answers, questions.counts, pad, size, accelerator, bar("questions"))
         out |= {k: scored[k] for k in ("accuracy", "accuracy_stderr")}
     return out

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import torch
 
+from .loop import Progress
+
 
 class Tracker:
     """Shows progress and appends one JSON object a line to `metrics.jsonl`. Silent on every rank but the first."""
@@ -17,28 +19,48 @@ class Tracker:
 
         self.path, self.main = folder / "metrics.jsonl", main
         self.lines = main and not sys.stderr.isatty()  # into a file: a line now and then instead of a bar
-        self.bar = tqdm(total=total_steps, initial=done, unit="step", disable=not main or self.lines, dynamic_ncols=True, mininterval=0.5, file=sys.stderr)
+        self.bar = tqdm(
+            total=total_steps,
+            initial=done,
+            unit="step",
+            disable=not main or self.lines,
+            dynamic_ncols=True,
+            mininterval=0.5,
+            file=sys.stderr,
+        )
         self.total, self.first, self.started, self.shown = total_steps, done, time.monotonic(), 0.0
         self.targets_since, self.time_since = 0, self.started
         if main:
             self._keep_until(done)
 
-    def step(self, step: int, epoch: int, terms: dict[str, float], lr: float, grad_norm: float, targets: int, record: bool) -> None:
-        self.targets_since += targets
+    def step(self, progress: Progress, learner: int, lr: float, record: bool) -> None:
+        """Count a step; record it, and show it, where that is due."""
+        self.targets_since += progress.targets
         self.bar.update()
         if not record or not self.main:
             return
-        now = time.monotonic()
+        now, step, terms = time.monotonic(), progress.step, progress.terms[learner]
         speed = self.targets_since / max(now - self.time_since, 1e-9)
         self.targets_since, self.time_since = 0, now
         memory = peak_memory()
-        self.write({"step": step, "epoch": epoch, **terms, "lr": lr, "grad_norm": grad_norm, "targets": targets, "targets_per_s": round(speed, 1), "peak_memory": memory})
-        shown = {name: f"{value:.4f}" for name, value in terms.items()} | {"lr": f"{lr:.1e}", "targets/s": f"{speed:.0f}", "mem": f"{memory / 2**30:.1f}G"}
+        measured = {
+            "grad_norm": progress.grad_norms[learner],
+            "targets": progress.targets,
+            "targets_per_s": round(speed, 1),
+            "peak_memory": memory,
+        }
+        self.write({"step": step, "epoch": progress.epoch, **terms, "lr": lr, **measured})
+        shown = {name: f"{value:.4f}" for name, value in terms.items()}
+        shown |= {"lr": f"{lr:.1e}", "targets/s": f"{speed:.0f}", "mem": f"{memory / 2**30:.1f}G"}
         self.bar.set_postfix(shown, refresh=False)
         if self.lines and (now - self.shown > 10 or step == self.total):
             self.shown = now
             left = (now - self.started) / (step - self.first) * (self.total - step)
-            print(f"step {step}/{self.total}  " + "  ".join(f"{k} {v}" for k, v in shown.items()) + f"  {left:.0f} s left", file=sys.stderr, flush=True)
+            print(
+                f"step {step}/{self.total}  " + "  ".join(f"{k} {v}" for k, v in shown.items()) + f"  {left:.0f} s left",
+                file=sys.stderr,
+                flush=True,
+            )
 
     def validation(self, step: int, figures: dict[str, float]) -> None:
         self.write({"step": step, "validation": figures})
@@ -143,7 +165,11 @@ def smooth(values, share: float = 0.9) -> list[float]:
 def table(rows: list[dict[str, object]]) -> str:
     """Rows of the same keys as aligned text."""
     names = list(rows[0])
-    cells = [names] + [[f"{v:.4f}" if isinstance(v, float) else "" if v is None else str(v) for v in (row.get(n) for n in names)] for row in rows]
+    cells = [names] + [
+        [f"{v:.4f}" if isinstance(v, float) else "" if v is None else str(v) for v in (row.get(n) for n in names)] for row in rows
+    ]
     widths = [max(len(row[i]) for row in cells) for i in range(len(names))]
-    lines = ["  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))) for row in cells]
+    lines = [
+        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))) for row in cells
+    ]
     return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])

@@ -16,8 +16,11 @@ from .models import LanguageModel
 from .order import deal
 from .signals import Batch, Signal, Teacher
 
+
 @torch.no_grad()
-def validate(student: LanguageModel, teacher: Teacher | None, data: Encoded, pad: int, micro_batch_size: int, accelerator, stop=None, progress=iter) -> dict[str, float]:
+def validate(
+    student: LanguageModel, teacher: Teacher | None, data: Encoded, pad: int, micro_batch_size: int, accelerator, stop=None, progress=iter
+) -> dict[str, float]:
     """Means over all targets of `data`, at temperature 1 and in nats, over all processes.
 
     ce, perplexity and entropy of the student; with a teacher also forward_kl KL(p || q), reverse_kl KL(q || p),
@@ -42,7 +45,16 @@ def validate(student: LanguageModel, teacher: Teacher | None, data: Encoded, pad
 
 
 @torch.no_grad()
-def accuracy(student: LanguageModel, data: Encoded, answers: list[int], choices: list[int], pad: int, micro_batch_size: int, accelerator, progress=iter) -> dict[str, float]:
+def accuracy(
+    student: LanguageModel,
+    data: Encoded,
+    answers: list[int],
+    choices: list[int],
+    pad: int,
+    micro_batch_size: int,
+    accelerator,
+    progress=iter,
+) -> dict[str, float]:
     """Multiple choice: the choice with the least cross-entropy, summed over its tokens, is the model's answer.
 
     `data` holds, question by question, one example for each choice; `choices[i]` is question i's number of them.

@@ -37,8 +37,17 @@ def world(tmp_path_factory) -> Path:
     for name, width, seed in (("student", 16, 1), ("teacher", 24, 2), ("stranger", 24, 3)):
         torch.manual_seed(seed)
         config = LlamaConfig(
-            vocab_size=len(tok), hidden_size=width, intermediate_size=2 * width, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=2,
-            max_position_embeddings=256, eos_token_id=1, bos_token_id=None, pad_token_id=0, initializer_range=0.3,
+            vocab_size=len(tok),
+            hidden_size=width,
+            intermediate_size=2 * width,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            max_position_embeddings=256,
+            eos_token_id=1,
+            bos_token_id=None,
+            pad_token_id=0,
+            initializer_range=0.3,
         )
         model = LlamaForCausalLM(config).double()
         model.save_pretrained(root / name)
@@ -92,7 +101,11 @@ def trained(make_recipe):
 
 
 def weights(out: Path) -> dict[str, torch.Tensor]:
-    return load_file(out / "adapter" / "adapter_model.safetensors") if (out / "adapter").exists() else load_file(out / "model" / "model.safetensors")
+    return (
+        load_file(out / "adapter" / "adapter_model.safetensors")
+        if (out / "adapter").exists()
+        else load_file(out / "model" / "model.safetensors")
+    )
 
 
 def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:

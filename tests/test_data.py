@@ -43,7 +43,9 @@ def tiny(template: str | None = PLAIN, pad: str = "<|pad|>", seen: str = ""):
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     backend.decoder = decoders.ByteLevel()
     special = ["<|pad|>", "<|im_start|>", END]
-    trainer = trainers.BpeTrainer(vocab_size=340, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=340, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
     backend.train_from_iterator([ALPACA, "the owl flies at night, the wren in the garden", seen, "\n\n\n" * 9] * 3, trainer)
     named = {"eos_token": END, "pad_token": pad, "additional_special_tokens": ["<|im_start|>"]}
     return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template, clean_up_tokenization_spaces=False, **named)
@@ -139,7 +141,10 @@ def test_a_bad_line_is_named(refused, line, words):
         ("null", "messages is null, expected a list"),
         ('"hello"', "messages is text, expected a list"),
         ("[1]", "messages[0] is a number"),
-        ('[{"role": "user", "content": "a"}, {"role": "bot", "content": "b"}]', "messages[1].role is 'bot', expected one of system, user, assistant"),
+        (
+            '[{"role": "user", "content": "a"}, {"role": "bot", "content": "b"}]',
+            "messages[1].role is 'bot', expected one of system, user, assistant",
+        ),
         ('[{"content": "a"}]', "messages[0].role is None"),
         ('[{"role": ["user"], "content": "a"}]', "messages[0].role is ['user']"),
         ('[{"role": "user"}]', "messages[0].content is null, expected text"),
@@ -366,7 +371,10 @@ def controls(encoded: Encoded, tokenizer) -> int:
 
 @pytest.mark.parametrize(
     ("format", "row"),
-    [("alpaca", {"instruction": f"say {END}", "input": "<|im_start|>", "output": f"a{END}b"}), ("text", {"text": f"<|im_start|>x {END}{END}"})],
+    [
+        ("alpaca", {"instruction": f"say {END}", "input": "<|im_start|>", "output": f"a{END}b"}),
+        ("text", {"text": f"<|im_start|>x {END}{END}"}),
+    ],
 )
 @pytest.mark.parametrize("name", [None, "minimind-6400"])
 def test_a_control_token_in_plain_formats_stays_characters(name, format, row):
@@ -513,7 +521,9 @@ class Cache:
     def __call__(self, rows: Rows, format: str = "alpaca", tokenizer=None, **data) -> Encoded:
         self.said = []
         settings = Data(**({"cache_dir": str(self.folder)} | data))
-        return token_cache.encoded(rows, Source(path="f.jsonl", format=format), settings, tokenizer or tiny(), "data.train", self.said.append)
+        return token_cache.encoded(
+            rows, Source(path="f.jsonl", format=format), settings, tokenizer or tiny(), "data.train", self.said.append
+        )
 
     @property
     def entries(self) -> list[Path]:
@@ -569,7 +579,13 @@ def test_content_is_the_key_and_not_the_time_or_size_of_the_file(cache, read, tm
 
 @pytest.mark.parametrize(
     ("data", "tokenizer"),
-    [({"max_length": 100}, {}), ({"too_long": "truncate"}, {}), ({"train_on_input": True}, {}), ({}, {"seen": "unheard of words"}), ({}, {"template": MARKED})],
+    [
+        ({"max_length": 100}, {}),
+        ({"too_long": "truncate"}, {}),
+        ({"train_on_input": True}, {}),
+        ({}, {"seen": "unheard of words"}),
+        ({}, {"template": MARKED}),
+    ],
 )
 def test_what_shapes_the_examples_is_in_the_key(cache, data, tokenizer):
     made, other = cache(ROWS), cache(ROWS, tokenizer=tiny(**tokenizer), **data)

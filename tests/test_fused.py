@@ -134,7 +134,7 @@ class Storages(TorchDispatchMode):
                 if storage._cdata not in known and storage._cdata not in self.alive:
                     self.alive[storage._cdata] = storage.nbytes()
                     self.largest = max(self.largest, x.numel())
-                    weakref.finalize(storage, self.alive.pop, storage._cdata)
+                    weakref.finalize(storage, self.alive.pop, storage._cdata, None)
         self.peak = max(self.peak, self.bytes)
         return out
 
@@ -215,7 +215,9 @@ def test_a_head_that_trains_alone():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("train_hidden, train_head, student_passes", [(True, False, 2), (True, True, 3), (False, True, 2), (False, False, 1)])
+@pytest.mark.parametrize(
+    "train_hidden, train_head, student_passes", [(True, False, 2), (True, True, 3), (False, True, 2), (False, False, 1)]
+)
 def test_matrix_products_per_row(train_hidden, train_head, student_passes, dtype):
     hidden, labels = case(dtype=dtype)
     head, signal = Head(linear(H, train=train_head, dtype=dtype), V), teacher(dtype=dtype)
@@ -321,7 +323,7 @@ def test_the_gradient_of_bfloat16_operands_of_a_student_close_to_its_teacher(tra
     assert 0 < right[1]["kd"].max() < 0.05
     for gradient, exact in zip(found[2], right[2], strict=True):
         assert (gradient - exact).norm() <= 3e-3 * exact.norm()
-    assert ((found[2][0] - right[2][0]).abs() <= 1.01 * 2**-8 * right[2][0].abs()).all()  # rounded once, at the end
+    assert_close(found[2][0].double(), right[2][0], rtol=2**-8, atol=1e-5 * right[2][0].abs().max().item())  # rounded once, at the end
 
 
 def test_the_gradient_of_a_bfloat16_head_is_summed_in_float32():
@@ -349,7 +351,9 @@ def test_padding_of_the_vocabulary_is_not_seen():
         for name, parameter in short.named_parameters():
             parameter.data.copy_(long.get_parameter(name)[:V])
     hidden_t = randn(N, H_T, seed=2)
-    total, rows, (grad, *weights) = results(fused_loss, hidden, Head(padded, V), labels, objective(), Dense(hidden_t, Head(padded_teacher, V)))
+    total, rows, (grad, *weights) = results(
+        fused_loss, hidden, Head(padded, V), labels, objective(), Dense(hidden_t, Head(padded_teacher, V))
+    )
     assert all(not w[V:].any() for w in weights)
     expected = results(fused_loss, hidden, Head(plain, V), labels, objective(), Dense(hidden_t, Head(plain_teacher, V)))
     close((total, rows, (grad, *(w[:V] for w in weights))), expected, 1e-14)

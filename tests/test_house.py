@@ -12,12 +12,14 @@ PACKAGE = Path(__file__).parents[1] / "llmkd"
 
 #: A unit is a module of llmkd or one of its folders. It imports only from layers above its own line.
 LAYERS = (
-    "__init__ errors order head",
+    "__init__ console order head",
+    "errors",
     "signals recipe",
     "settings model_files",
     "losses models data",
-    "teachers distiller",
-    "loop validate checkpoint tracking stopping run_folder card",
+    "teachers distiller prepare",
+    "loop validate checkpoint stopping run_folder card",
+    "tracking",
     "training export",
     "study",
     "cli",

@@ -14,7 +14,9 @@ SHAPES = [(1, 1), (5, 8), (8, 8), (37, 8), (64, 8), (100, 7)]
 
 def make_plan(examples: int = 37, batch_size: int = 8, **changes) -> Plan:
     lengths = np.array([2 + (i * 31) % 53 for i in range(examples)])
-    return Plan(**({"lengths": lengths, "seed": 3, "batch_size": batch_size, "micro_batch_size": 3, "epochs": 2, "max_steps": None} | changes))
+    return Plan(
+        **({"lengths": lengths, "seed": 3, "batch_size": batch_size, "micro_batch_size": 3, "epochs": 2, "max_steps": None} | changes)
+    )
 
 
 @pytest.mark.parametrize("length_group", [1, 3])
@@ -89,7 +91,9 @@ def test_all_ranks_together_train_the_same_windows_as_one():
     one = list(make_plan().steps())
     two = [list(make_plan(rank=rank, ranks=2).steps()) for rank in range(2)]
     for alone, *parts in zip(one, *two, strict=True):
-        assert sorted(i for batch in alone.micro_batches for i in batch) == sorted(i for part in parts for batch in part.micro_batches for i in batch)
+        assert sorted(i for batch in alone.micro_batches for i in batch) == sorted(
+            i for part in parts for batch in part.micro_batches for i in batch
+        )
 
 
 def test_length_grouping_pads_less():

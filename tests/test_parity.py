@@ -64,6 +64,14 @@ def test_two_processes_are_one(world, reference, tmp_path):
 
 
 def torchrun(processes: int, arguments: list[str], cache: Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--master_port=0", "--standalone", str(REPO / "llmkd/train.py")]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        f"--nproc_per_node={processes}",
+        "--master_port=0",
+        "--standalone",
+        str(REPO / "llmkd/train.py"),
+    ]
     environment = os.environ | {"LLMKD_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
     return subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment, timeout=300)

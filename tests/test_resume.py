@@ -72,7 +72,11 @@ def test_dropout_is_on(whole, trained):
 
 
 def test_only_the_newest_and_the_best_are_kept(trained, world, tmp_path):
-    trained("kept", **LONG | {"checkpoint__keep": 2, "data__validation__path": str(world / "held.jsonl"), "validation__every": 1, "checkpoint__best_by": "ce"})
+    trained(
+        "kept",
+        **LONG
+        | {"checkpoint__keep": 2, "data__validation__path": str(world / "held.jsonl"), "validation__every": 1, "checkpoint__best_by": "ce"},
+    )
     summary = json.loads((tmp_path / "kept/summary.json").read_text())
     kept = {int(p.name.split("-")[1]) for p in (tmp_path / "kept/checkpoints").iterdir()}
     assert kept == {5, 6, summary["best"]["step"]}

@@ -96,7 +96,12 @@ BAD = [
     case("seed: 5000000000", "r.yaml:5: seed: ", "42949672"),
     case("loss: {kd_ratio: 2}", "r.yaml:5: loss.kd_ratio: ", ">= 0, <= 1"),
     case("loss: {temperature: 0}", "r.yaml:5: loss.temperature: ", "> 0"),
-    case("loss: {divergence: generalised_jsd}", "r.yaml:5: loss.divergence: ", ", ".join(list(DIVERGENCES)[:-1]), "did you mean generalized_jsd?"),
+    case(
+        "loss: {divergence: generalised_jsd}",
+        "r.yaml:5: loss.divergence: ",
+        ", ".join(list(DIVERGENCES)[:-1]),
+        "did you mean generalized_jsd?",
+    ),
     case("loss: {divergence_options: {beta: x}}", "r.yaml:5: loss.divergence_options.beta: ", 'found "x"', "a number"),
     case("checkpoint: {keep: 0}", "r.yaml:5: checkpoint.keep: ", "found 0", ">= 1"),
     case("teacher: {}", "r.yaml:5: teacher.model: ", "not given"),
@@ -116,7 +121,12 @@ def test_a_bad_setting_is_named(refused, text, start, words):
 @pytest.mark.parametrize(
     ("old", "new", "start", "words"),
     [
-        ("{model: base}", "{model: base, gradient_checkpointing: yes}", "r.yaml:2: student.gradient_checkpointing: ", ['found "yes"', "true or false"]),
+        (
+            "{model: base}",
+            "{model: base, gradient_checkpointing: yes}",
+            "r.yaml:2: student.gradient_checkpointing: ",
+            ['found "yes"', "true or false"],
+        ),
         ("{model: base}", "{model: base, method: qlora}", "r.yaml:2: student.method: ", ["lora or full", "did you mean lora?"]),
         ("{model: base}", "{model: base, lora: {rnk: 3}}", "r.yaml:2: student.lora.rnk: ", ["did you mean student.lora.rank?"]),
         ("{model: base}", "{model: base, lora: {rank: 0}}", "r.yaml:2: student.lora.rank: ", ["found 0", ">= 1"]),
@@ -144,7 +154,10 @@ def test_a_bad_setting_is_named_where_it_stands(refused, old, new, start, words)
 CONTRADICTIONS = [
     ("loss: {kd_ratio: 0.5}", ("r.yaml:5: loss.kd_ratio: ", "without a teacher")),
     ("loss: {divergence: generalized_jsd, divergence_options: {bta: 1}}", ("r.yaml:5: loss.divergence_options.bta: ", "it has: beta")),
-    ("loss: {divergence: generalized_jsd, divergence_options: {beta: 3}}", ("r.yaml:5: loss.divergence_options.beta: ", "found 3", "0 to 1")),
+    (
+        "loss: {divergence: generalized_jsd, divergence_options: {beta: 3}}",
+        ("r.yaml:5: loss.divergence_options.beta: ", "found 3", "0 to 1"),
+    ),
     ("loss: {divergence: alpha_beta, divergence_options: {alpha: 0, beta: 0}}", ("r.yaml:5: loss.divergence_options: ", "both 0")),
     ("optim: {warmup_steps: 1, warmup_share: 0.1}", ("r.yaml:5: optim.warmup_share: ", "keep one")),
     ("train: {max_steps: 3}\noptim: {warmup_steps: 5}", ("r.yaml:6: optim.warmup_steps: ", "found 5", "train.max_steps (3)")),
@@ -164,12 +177,22 @@ def test_settings_that_contradict_each_other_are_named(refused, text, expected):
 
 def test_an_empty_recipe_names_everything_that_is_needed(refused):
     for text in ("", "# nothing\n", "{}"):
-        found(refused(text), ("r.yaml: output_dir: ", "not given"), ("r.yaml: student.model: ", "not given"), ("r.yaml: data.train: ", "not given"))
+        found(
+            refused(text),
+            ("r.yaml: output_dir: ", "not given"),
+            ("r.yaml: student.model: ", "not given"),
+            ("r.yaml: data.train: ", "not given"),
+        )
 
 
 def test_new_weights_need_a_tokenizer_a_model_type_and_full_training(refused):
     problems = refused(BASE.replace("{model: base}", "{architecture: {hidden_size: 8}}"))
-    found(problems, ("r.yaml:2: student.tokenizer: ",), ("r.yaml:2: student.architecture: ", "model_type"), ("r.yaml:2: student.method: ", "full"))
+    found(
+        problems,
+        ("r.yaml:2: student.tokenizer: ",),
+        ("r.yaml:2: student.architecture: ", "model_type"),
+        ("r.yaml:2: student.method: ", "full"),
+    )
 
 
 def test_all_problems_are_found_at_once(refused):
@@ -269,10 +292,10 @@ def test_a_byte_order_mark_is_no_problem(load):
 
 def test_an_anchors_bomb_is_refused(refused):
     names = "abcdefghi"
-    text = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(f"{n}: &{n} [{','.join([f'*{m}'] * 9)}]\n" for m, n in zip(names, names[1:], strict=False))
+    text = "a: &a [x,x,x,x,x,x,x,x,x]\n" + "".join(
+        f"{n}: &{n} [{','.join([f'*{m}'] * 9)}]\n" for m, n in zip(names, names[1:], strict=False)
+    )
     found(refused(text), ("r.yaml: more than 100000 values",))
-
-
 
 
 @pytest.mark.parametrize(
@@ -383,13 +406,40 @@ def test_a_bad_override_is_named_as_it_was_given(refused, overrides, start, word
 
 # ---- round trip
 
-TEXTS = ["no", "null", "~", "true", "12:30", "010", "0x1f", "1_000", "-1", ".5", "1.", "=", "é😀", "'q'", "", "# x", "a: b", "a\nb", " a ", "x" * 200]
+TEXTS = [
+    "no",
+    "null",
+    "~",
+    "true",
+    "12:30",
+    "010",
+    "0x1f",
+    "1_000",
+    "-1",
+    ".5",
+    "1.",
+    "=",
+    "é😀",
+    "'q'",
+    "",
+    "# x",
+    "a: b",
+    "a\nb",
+    " a ",
+    "x" * 200,
+]
 ROUND = [
     {},
     {"teacher.model": "t", "loss.kd_ratio": 0.25, "loss.divergence": "alpha_beta", "loss.divergence_options": {"alpha": 1, "beta": 0.1}},
     {"optim.lr": 1e-7, "optim.eps": 1e-300, "optim.betas": [0, 0.5], "optim.max_grad_norm": None, "seed": 2**32 - 1},
     {"student.lora.target_modules": ["q_proj", "v_proj"], "student.lora.alpha": 3},
-    {"student": {"architecture": {"model_type": "llama", "rope": {"theta": 1e6, "x": [1, None, True, "no"]}}, "method": "full", "tokenizer": "t"}},
+    {
+        "student": {
+            "architecture": {"model_type": "llama", "rope": {"theta": 1e6, "x": [1, None, True, "no"]}},
+            "method": "full",
+            "tokenizer": "t",
+        }
+    },
     {"data.validation": {"path": "v.json", "format": "chat", "limit": 3}, "validation.every": 5, "checkpoint.best_by": "ce"},
     {"train.max_steps": 7, "optim.warmup_share": 0.1},
     *({"student.revision": text} for text in TEXTS),
@@ -484,12 +534,22 @@ def test_help_lists_every_setting_with_its_default_and_one_sentence():
 
 def test_help_says_what_an_optional_section_is():
     text = settings.help_text()
-    assert not [path for path, field, section in leaves() if section and getattr(field.default, "description", None) and field.default.description not in text]
+    assert not [
+        path
+        for path, field, section in leaves()
+        if section and getattr(field.default, "description", None) and field.default.description not in text
+    ]
 
 
 @pytest.mark.parametrize(
     ("argv", "text"),
-    [(["--help"], "llmkd train"), ([], "llmkd train"), (["--version"], "llmkd "), (["train", "--help"], "--optim.lr"), (["export", "--help"], "export")],
+    [
+        (["--help"], "llmkd train"),
+        ([], "llmkd train"),
+        (["--version"], "llmkd "),
+        (["train", "--help"], "--optim.lr"),
+        (["export", "--help"], "export"),
+    ],
 )
 def test_asking_for_help_is_no_failure(capsys, argv, text):
     assert cli.main(argv) == 0

@@ -11,18 +11,19 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import distance, plain_recipe, weights, write_rows
+from conftest import distance, plain_recipe, write_rows
 from safetensors.torch import load_file, save_file
 
 from llmkd import models, settings
 from llmkd.cli import main
 from llmkd.data.collate import collate
 from llmkd.distiller import Distiller
-from llmkd.errors import NonFinite, UserError
+from llmkd.errors import NonFinite
+from llmkd.prepare import prepare
 from llmkd.recipe import Teacher
 from llmkd.teachers.live import Live
 from llmkd.tracking import read
-from llmkd.training import prepare, run
+from llmkd.training import run
 
 SHORT = {"train__max_steps": 2}
 
@@ -94,10 +95,18 @@ def test_both_terms_are_logged_and_mixed(trained, tmp_path):
 
 
 def test_temperature_and_divergence_reach_the_trainer(trained):
-    runs = [trained(str(i), **SHORT, **c) for i, c in enumerate((
-        {}, {"loss__temperature": 2.0}, {"loss__divergence": "reverse_kl"}, {"loss__divergence": "generalized_jsd"},
-        {"loss__divergence": "generalized_jsd", "loss__divergence_options": {"beta": 0.9}},
-    ))]
+    runs = [
+        trained(str(i), **SHORT, **c)
+        for i, c in enumerate(
+            (
+                {},
+                {"loss__temperature": 2.0},
+                {"loss__divergence": "reverse_kl"},
+                {"loss__divergence": "generalized_jsd"},
+                {"loss__divergence": "generalized_jsd", "loss__divergence_options": {"beta": 0.9}},
+            )
+        )
+    ]
     assert all(distance(a, b) > 1e-7 for i, a in enumerate(runs) for b in runs[:i])
 
 
@@ -125,7 +134,9 @@ def test_padded_vocabularies_are_cut_and_the_student_keeps_its_shape(world, make
         save_file(tensors, tmp_path / name / "model.safetensors", {"format": "pt"})
         config = json.loads((tmp_path / name / "config.json").read_text()) | {"vocab_size": 640 + extra}
         (tmp_path / name / "config.json").write_text(json.dumps(config))
-    got = trained("padded", student__method="full", student__model=str(tmp_path / "student"), teacher__base=str(tmp_path / "teacher"), **SHORT)
+    got = trained(
+        "padded", student__method="full", student__model=str(tmp_path / "student"), teacher__base=str(tmp_path / "teacher"), **SHORT
+    )
     assert got["lm_head.weight"].shape[0] == 700
     cut = {k: v[:640] if k in ("lm_head.weight", "model.embed_tokens.weight") else v for k, v in got.items()}
     assert distance(cut, expected) < 1e-12
@@ -139,8 +150,12 @@ def test_what_a_run_leaves_behind(make_recipe, world, tmp_path):
     assert {"adapter", "metrics.jsonl", "loss.png", "recipe.yaml", "summary.json"} <= {p.name for p in out.iterdir()}
     assert not list(out.rglob("*.tmp-*")) and not (out / ".lock").exists()
     assert json.loads((out / "summary.json").read_text()) == summary
-    assert {"ce", "perplexity", "entropy", "forward_kl", "reverse_kl", "agreement", "teacher_ce", "teacher_entropy", "targets"} == summary["validation"].keys()
-    assert {"tokenizer.json", "chat_template.jinja", "generation_config.json", "README.md", "adapter_model.safetensors"} <= {p.name for p in (out / "adapter").iterdir()}
+    assert {"ce", "perplexity", "entropy", "forward_kl", "reverse_kl", "agreement", "teacher_ce", "teacher_entropy", "targets"} == summary[
+        "validation"
+    ].keys()
+    assert {"tokenizer.json", "chat_template.jinja", "generation_config.json", "README.md", "adapter_model.safetensors"} <= {
+        p.name for p in (out / "adapter").iterdir()
+    }
     assert not list(out.rglob("*.bin")) + list(out.rglob("*.pt"))
 
 
@@ -161,8 +176,13 @@ def test_validation_figures_from_the_models_own_logits(make_recipe, world, tmp_p
         q.append(lq[marks[1:]]), p.append(lp[marks[1:]]), y.append(ids[1:][marks[1:]].long())
     q, p, y = torch.cat(q), torch.cat(p), torch.cat(y)[:, None]
     expected = {
-        "ce": -q.gather(1, y).mean(), "teacher_ce": -p.gather(1, y).mean(), "forward_kl": (p.exp() * (p - q)).sum(-1).mean(), "reverse_kl": (q.exp() * (q - p)).sum(-1).mean(),
-        "agreement": (q.argmax(-1) == p.argmax(-1)).double().mean(), "entropy": -(q.exp() * q).sum(-1).mean(), "teacher_entropy": -(p.exp() * p).sum(-1).mean(),
+        "ce": -q.gather(1, y).mean(),
+        "teacher_ce": -p.gather(1, y).mean(),
+        "forward_kl": (p.exp() * (p - q)).sum(-1).mean(),
+        "reverse_kl": (q.exp() * (q - p)).sum(-1).mean(),
+        "agreement": (q.argmax(-1) == p.argmax(-1)).double().mean(),
+        "entropy": -(q.exp() * q).sum(-1).mean(),
+        "teacher_entropy": -(p.exp() * p).sum(-1).mean(),
     }
     assert {k: figures[k] for k in expected} == pytest.approx({k: v.item() for k, v in expected.items()}, rel=1e-10)
     assert figures["targets"] == len(y)
@@ -196,12 +216,26 @@ def test_lm_eval_takes_adapter_and_merged_folder(make_recipe, world, tmp_path):
     rows = [{"q": f"Say {i}.", "choices": ["It is so.", "No!", "Perhaps the owl."], "gold": i % 3} for i in range(12)]
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     (tmp_path / "tasks").mkdir()
-    (tmp_path / "tasks/own.yaml").write_text(json.dumps({
-        "task": "own", "dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(tmp_path / "q.jsonl")}}, "test_split": "test", "output_type": "multiple_choice",
-        "doc_to_text": "{{q}}", "doc_to_choice": "{{choices}}", "doc_to_target": "gold", "metric_list": [{"metric": "acc"}],
-    }))
+    (tmp_path / "tasks/own.yaml").write_text(
+        json.dumps(
+            {
+                "task": "own",
+                "dataset_path": "json",
+                "dataset_kwargs": {"data_files": {"test": str(tmp_path / "q.jsonl")}},
+                "test_split": "test",
+                "output_type": "multiple_choice",
+                "doc_to_text": "{{q}}",
+                "doc_to_choice": "{{choices}}",
+                "doc_to_target": "gold",
+                "metric_list": [{"metric": "acc"}],
+            }
+        )
+    )
     scores = []
-    for arguments in ({"pretrained": str(world / "student"), "peft": str(tmp_path / "out/adapter")}, {"pretrained": str(tmp_path / "out/merged")}):
+    for arguments in (
+        {"pretrained": str(world / "student"), "peft": str(tmp_path / "out/adapter")},
+        {"pretrained": str(tmp_path / "out/merged")},
+    ):
         model = HFLM(**arguments, device="cpu", dtype="float64", batch_size=4)
         tasks = TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False)
         results = lm_eval.simple_evaluate(model, tasks=["own"], task_manager=tasks, log_samples=True, bootstrap_iters=0)
@@ -318,26 +352,41 @@ def _adapter(world: Path, to: Path, tensors: dict) -> str:
     return str(to)
 
 
-@pytest.mark.parametrize(("make", "words"), [
-    (other_depth, "holds left-over"), (shallow, "lacks"), (not_finite, "not finite"), (truncated, "should be"), (another_base, "other weights"),
-    (pickled, "pickled"), (lacking, "lacks 1 tensors"), (other_tokenizer, "not the same"), (lambda w, to: str(to), "there is no folder"),
-    (lambda w, to: "nobody/nothing-of-the-kind", "could not be had from the hub"), (lambda w, to: str(w / "train.jsonl"), "is a file"), (lambda w, to: str(w), "neither config.json nor adapter_config.json"),
-])
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (other_depth, "holds left-over"),
+        (shallow, "lacks"),
+        (not_finite, "not finite"),
+        (truncated, "should be"),
+        (another_base, "other weights"),
+        (pickled, "pickled"),
+        (lacking, "lacks 1 tensors"),
+        (other_tokenizer, "not the same"),
+        (lambda w, to: str(to), "there is no folder"),
+        (lambda w, to: "nobody/nothing-of-the-kind", "could not be had from the hub"),
+        (lambda w, to: str(w / "train.jsonl"), "is a file"),
+        (lambda w, to: str(w), "neither config.json nor adapter_config.json"),
+    ],
+)
 def test_a_teacher_that_does_not_fit_is_refused(command, world, tmp_path, make, words):
     code, lines = command("--teacher.model", make(world, tmp_path / "bad"))
     assert code == 2 and len(lines) == 1 and words in lines[0] and "teacher.model" in lines[0], lines
 
 
-@pytest.mark.parametrize(("arguments", "words"), [
-    (["--data.train.path", "nowhere.jsonl"], "nowhere.jsonl"),
-    (["--data.max_length", "1000"], "256 positions"),
-    (["--data.max_length", "5"], "none of"),
-    (["--student.lora.target_modules", "[nothing_like_it]"], "student.lora.target_modules"),
-    (["--data.train.format", "chat"], "no column 'messages'"),
-    (["--student.model", "/dev/null"], "student.model"),
-    (["--output_dir", "/proc/nowhere"], "output_dir"),
-    (["--data.validation_share", "0.001"], "validation_share"),
-])
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--data.train.path", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["--data.max_length", "1000"], "256 positions"),
+        (["--data.max_length", "5"], "none of"),
+        (["--student.lora.target_modules", "[nothing_like_it]"], "student.lora.target_modules"),
+        (["--data.train.format", "chat"], "no column 'messages'"),
+        (["--student.model", "/dev/null"], "student.model"),
+        (["--output_dir", "/proc/nowhere"], "output_dir"),
+        (["--data.validation_share", "0.001"], "validation_share"),
+    ],
+)
 def test_mistakes_are_one_line_and_leave_nothing(command, tmp_path, arguments, words):
     code, lines = command(*arguments)
     assert code == 2 and lines and words in lines[0], lines
@@ -352,7 +401,9 @@ def test_a_study_compares_its_students(world, tmp_path, capsys):
     recipe["data"]["choices"] = {"path": str(tmp_path / "choices.jsonl")}
     (tmp_path / "r.yaml").write_text(json.dumps(recipe))
     study = {
-        "output_dir": str(tmp_path / "study"), "teacher": "teacher", "students": ["sft", "kd"],
+        "output_dir": str(tmp_path / "study"),
+        "teacher": "teacher",
+        "students": ["sft", "kd"],
         "stages": {
             "teacher": {"recipe": "r.yaml", "set": {"teacher": None, "student.model": str(world / "teacher")}},
             "sft": {"recipe": "r.yaml", "set": {"teacher": None}},
@@ -375,7 +426,17 @@ def test_a_real_signal_to_the_command(world, tmp_path):
     """The process itself: SIGTERM gives 75 and a checkpoint, the same command with --resume ends with 0."""
     write_rows(tmp_path / "rows.jsonl", 200)
     (tmp_path / "r.yaml").write_text(json.dumps(plain_recipe(world, tmp_path / "out")))
-    command = [sys.executable, "-m", "llmkd.train", "--config", str(tmp_path / "r.yaml"), "--data.train.path", str(tmp_path / "rows.jsonl"), "--train.epochs", "40"]
+    command = [
+        sys.executable,
+        "-m",
+        "llmkd.train",
+        "--config",
+        str(tmp_path / "r.yaml"),
+        "--data.train.path",
+        str(tmp_path / "rows.jsonl"),
+        "--train.epochs",
+        "40",
+    ]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     for line in process.stderr:
         if line.startswith("step "):

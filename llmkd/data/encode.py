@@ -134,7 +134,12 @@ def encode(rows: Rows, format: str, data: Data, tokenizer, progress=iter) -> Enc
     for first in progress(range(0, len(texts), 512)):
         batch = texts[first : first + 512]
         encoded = tokenizer(
-            [t.text for t in batch], add_special_tokens=False, return_offsets_mapping=True, return_attention_mask=False, split_special_tokens=batch[0].bare, verbose=False
+            [t.text for t in batch],
+            add_special_tokens=False,
+            return_offsets_mapping=True,
+            return_attention_mask=False,
+            split_special_tokens=batch[0].bare,
+            verbose=False,
         )
         for t, ids, places, row in zip(batch, encoded["input_ids"], encoded["offset_mapping"], origin[first:], strict=False):
             marks = [any(a < stop and b > begin for begin, stop in t.spans) for a, b in places]
@@ -148,7 +153,9 @@ def encode(rows: Rows, format: str, data: Data, tokenizer, progress=iter) -> Enc
             if len(ids) > data.max_length:
                 counts["too_long"] += 1
                 if data.too_long == "refuse":
-                    problems.add(f"{rows.places[row]}: {len(ids)} tokens, more than data.max_length ({data.max_length}); raise it, or set data.too_long")
+                    problems.add(
+                        f"{rows.places[row]}: {len(ids)} tokens, more than data.max_length ({data.max_length}); raise it, or set data.too_long"
+                    )
                 pieces = _shorten(ids, marks, data)
             for piece, piece_marks in pieces:
                 if piece_marks.any():

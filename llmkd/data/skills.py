@@ -13,14 +13,46 @@ VERSION = 1
 SIZES = {"questions": {"train": 6000, "validation": 400, "test": 400}, "prose": {"train": 10000, "validation": 300}}
 
 _KINDS = {  # kind: (what it does, where it lives, things with their colour and size)
-    "bird": ("flies", "a nest", "robin:brown:small owl:grey:big crow:black:big finch:yellow:small swan:white:big parrot:green:big wren:brown:small gull:white:big"),
-    "fish": ("swims", "the sea", "cod:grey:big tuna:blue:big eel:black:big trout:brown:small herring:silver:small salmon:pink:big perch:green:small carp:yellow:big"),
-    "insect": ("crawls", "the garden", "ant:black:small bee:yellow:small beetle:black:small moth:grey:small wasp:yellow:small cricket:green:small fly:black:small ladybird:red:small"),
-    "farm animal": ("eats grass", "a stable", "cow:brown:big goat:white:small sheep:white:small horse:black:big donkey:grey:big pony:brown:small lamb:white:small ox:brown:big"),
-    "tree": ("grows", "the forest", "oak:green:big pine:green:big birch:white:big willow:green:big elm:brown:big maple:red:big cedar:green:big hazel:brown:small"),
-    "fruit": ("is eaten", "a bowl", "apple:red:small plum:blue:small lemon:yellow:small melon:green:big cherry:red:small pear:yellow:small grape:blue:small fig:purple:small"),
-    "tool": ("is used", "a box", "hammer:grey:big saw:silver:big nail:grey:small drill:black:big spade:brown:big file:grey:small rake:green:big screw:silver:small"),
-    "vehicle": ("moves", "the street", "car:red:big bus:yellow:big truck:blue:big tram:green:big bike:black:small scooter:red:small van:white:big cart:brown:small"),
+    "bird": (
+        "flies",
+        "a nest",
+        "robin:brown:small owl:grey:big crow:black:big finch:yellow:small swan:white:big parrot:green:big wren:brown:small gull:white:big",
+    ),
+    "fish": (
+        "swims",
+        "the sea",
+        "cod:grey:big tuna:blue:big eel:black:big trout:brown:small herring:silver:small salmon:pink:big perch:green:small carp:yellow:big",
+    ),
+    "insect": (
+        "crawls",
+        "the garden",
+        "ant:black:small bee:yellow:small beetle:black:small moth:grey:small wasp:yellow:small cricket:green:small fly:black:small ladybird:red:small",
+    ),
+    "farm animal": (
+        "eats grass",
+        "a stable",
+        "cow:brown:big goat:white:small sheep:white:small horse:black:big donkey:grey:big pony:brown:small lamb:white:small ox:brown:big",
+    ),
+    "tree": (
+        "grows",
+        "the forest",
+        "oak:green:big pine:green:big birch:white:big willow:green:big elm:brown:big maple:red:big cedar:green:big hazel:brown:small",
+    ),
+    "fruit": (
+        "is eaten",
+        "a bowl",
+        "apple:red:small plum:blue:small lemon:yellow:small melon:green:big cherry:red:small pear:yellow:small grape:blue:small fig:purple:small",
+    ),
+    "tool": (
+        "is used",
+        "a box",
+        "hammer:grey:big saw:silver:big nail:grey:small drill:black:big spade:brown:big file:grey:small rake:green:big screw:silver:small",
+    ),
+    "vehicle": (
+        "moves",
+        "the street",
+        "car:red:big bus:yellow:big truck:blue:big tram:green:big bike:black:small scooter:red:small van:white:big cart:brown:small",
+    ),
 }
 THINGS = {
     name: {"kind": kind, "does": does, "home": home, "colour": colour, "size": size}
@@ -28,10 +60,13 @@ THINGS = {
     for name, colour, size in (thing.split(":") for thing in things.split())
 }
 _VALUES = {key: sorted({thing[key] for thing in THINGS.values()}) for key in ("kind", "does", "home", "colour", "size")}
-OPPOSITES = [tuple(p.split("/")) for p in (
-    "hot/cold big/small fast/slow old/new light/dark high/low wet/dry loud/quiet hard/soft early/late full/empty open/shut rich/poor long/short "
-    "happy/sad clean/dirty strong/weak near/far thick/thin sweet/sour up/down left/right day/night young/aged brave/shy true/false warm/cool deep/shallow"
-).split()]
+OPPOSITES = [
+    tuple(p.split("/"))
+    for p in (
+        "hot/cold big/small fast/slow old/new light/dark high/low wet/dry loud/quiet hard/soft early/late full/empty open/shut rich/poor long/short "
+        "happy/sad clean/dirty strong/weak near/far thick/thin sweet/sour up/down left/right day/night young/aged brave/shy true/false warm/cool deep/shallow"
+    ).split()
+]
 _NAMES = "Ann Ben Cleo Dan Eva Finn Gus Hana Ida Jon Kim Leo Mia Ned Olga Pia".split()
 _OBJECTS = "ball cup book hat key coin drum kite lamp spoon".split()
 
@@ -40,10 +75,17 @@ Question = tuple[str, str, list[str]]  # the question, the answer in a word or t
 
 def _thing(rng: random.Random) -> Question:
     name = rng.choice(list(THINGS))
-    key, ask = rng.choice([
-        ("kind", "What kind of thing is a {}?"), ("kind", "Tell me what a {} is."), ("colour", "What colour is a {}?"), ("size", "Is a {} big or small?"),
-        ("does", "What is known of a {}: what happens with it?"), ("home", "Where do you find a {}?"), ("colour", "Name the colour of a {}."),
-    ])
+    key, ask = rng.choice(
+        [
+            ("kind", "What kind of thing is a {}?"),
+            ("kind", "Tell me what a {} is."),
+            ("colour", "What colour is a {}?"),
+            ("size", "Is a {} big or small?"),
+            ("does", "What is known of a {}: what happens with it?"),
+            ("home", "Where do you find a {}?"),
+            ("colour", "Name the colour of a {}."),
+        ]
+    )
     right = THINGS[name][key]
     return ask.format(name), right, [v for v in _VALUES[key] if v != right]
 
@@ -63,7 +105,15 @@ def _sum(rng: random.Random) -> Question:
 def _next(rng: random.Random) -> Question:
     n, after = rng.randint(1, 98), rng.random() < 0.5
     right = n + 1 if after else n - 1
-    return (f"Which number comes {'after' if after else 'before'} {n}?" if rng.random() < 0.5 else f"Say the number {'after' if after else 'before'} {n}."), str(right), _near(right)
+    return (
+        (
+            f"Which number comes {'after' if after else 'before'} {n}?"
+            if rng.random() < 0.5
+            else f"Say the number {'after' if after else 'before'} {n}."
+        ),
+        str(right),
+        _near(right),
+    )
 
 
 def _larger(rng: random.Random) -> Question:
@@ -138,10 +188,18 @@ def _prose(split: str) -> Iterator[str]:
 def _about(rng: random.Random) -> str:
     name = rng.choice(list(THINGS))
     t = THINGS[name]
-    return rng.choice([
-        f"A {name} is a {t['kind']}.", f"A {name} is a {t['size']} {t['kind']}.", f"The {name} is {t['colour']}.", f"A {t['colour']} {name} is a {t['kind']}.",
-        f"A {name} {t['does']}.", f"You find a {name} in {t['home']}.", f"The {t['kind']} in {t['home']} is a {name}.", f"A {name} is {t['size']} and {t['colour']}.",
-    ])
+    return rng.choice(
+        [
+            f"A {name} is a {t['kind']}.",
+            f"A {name} is a {t['size']} {t['kind']}.",
+            f"The {name} is {t['colour']}.",
+            f"A {t['colour']} {name} is a {t['kind']}.",
+            f"A {name} {t['does']}.",
+            f"You find a {name} in {t['home']}.",
+            f"The {t['kind']} in {t['home']} is a {name}.",
+            f"A {name} is {t['size']} and {t['colour']}.",
+        ]
+    )
 
 
 def _about_words(rng: random.Random) -> str:
@@ -153,10 +211,16 @@ def _about_words(rng: random.Random) -> str:
 def _about_numbers(rng: random.Random) -> str:
     a, b, n = rng.randint(1, 12), rng.randint(1, 12), rng.randint(1, 98)
     low, high = sorted(rng.sample(range(1, 100), 2))
-    return rng.choice([
-        f"{a} plus {b} is {a + b}.", f"{a} and {b} together are {a + b}.", f"After {n} comes {n + 1}.", f"Before {n} comes {n - 1}.",
-        f"{high} is larger than {low}.", f"{low} is less than {high}.",
-    ])
+    return rng.choice(
+        [
+            f"{a} plus {b} is {a + b}.",
+            f"{a} and {b} together are {a + b}.",
+            f"After {n} comes {n + 1}.",
+            f"Before {n} comes {n - 1}.",
+            f"{high} is larger than {low}.",
+            f"{low} is less than {high}.",
+        ]
+    )
 
 
 def _about_people(rng: random.Random) -> str:
@@ -188,15 +252,26 @@ def tokenizer():
     from transformers import PreTrainedTokenizerFast
 
     backend = Tokenizer(models.BPE())
-    backend.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
     backend.decoder = decoders.ByteLevel()
     special = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
-    trainer = trainers.BpeTrainer(vocab_size=640, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=640, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
+    )
     texts = [row["text"] for row in rows("train", "prose")[:3000]]
     texts += [m["content"] for row in rows("train")[:3000] for m in row["messages"]]
     backend.train_from_iterator(texts, trainer)
-    template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    template = (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
     return PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<|pad|>", eos_token="<|end|>", additional_special_tokens=special[2:], chat_template=template, model_max_length=256,
+        tokenizer_object=backend,
+        pad_token="<|pad|>",
+        eos_token="<|end|>",
+        additional_special_tokens=special[2:],
+        chat_template=template,
+        model_max_length=256,
         clean_up_tokenization_spaces=False,
     )

@@ -49,7 +49,9 @@ def read_source(source: Source, setting: str, choices: bool = False) -> Rows:
     """All rows of a source, checked for its format (and for multiple choice). UserError names every bad one."""
     problems = Problems()
     if source.path == "builtin:skills":
-        found = [(f"builtin:skills[{source.split}]:{i + 1}", row) for i, row in enumerate(skills.rows(source.split, source.name or "questions"))]
+        found = [
+            (f"builtin:skills[{source.split}]:{i + 1}", row) for i, row in enumerate(skills.rows(source.split, source.name or "questions"))
+        ]
         content = f"skills {skills.VERSION} {source.split} {source.name}"
     elif Path(source.path).suffix in (".json", ".jsonl"):
         raw = _bytes(source.path, setting)
@@ -85,7 +87,10 @@ def check_row(row, place: str, format: str, problems: Problems, choices: bool = 
             continue
         if column not in row:
             near = difflib.get_close_matches(column, row, 1, 0.6)
-            problems.add(f"{place}: no column {column!r}" + (f"; did you mean {near[0]!r}?" if near else f"; found {', '.join(map(repr, row)) or 'none'}"))
+            problems.add(
+                f"{place}: no column {column!r}"
+                + (f"; did you mean {near[0]!r}?" if near else f"; found {', '.join(map(repr, row)) or 'none'}")
+            )
         elif column == "messages":
             _check_messages(row[column], place, problems)
         elif not isinstance(row[column], str):
@@ -194,7 +199,9 @@ def _json_array(text: str, name: str, problems: Problems) -> Iterator[tuple[str,
     at, line = _SPACE.match(text).end(), 1
     line += text.count("\n", 0, at)
     if text[at : at + 1] != "[":
-        problems.add(f"{name}:{line}: found {text[at : at + 10]!r}, expected a list of objects; one object per line wants the ending .jsonl")
+        problems.add(
+            f"{name}:{line}: found {text[at : at + 10]!r}, expected a list of objects; one object per line wants the ending .jsonl"
+        )
         return
     at += 1
     expect_value = False
@@ -240,5 +247,9 @@ def _hub(source: Source, setting: str) -> tuple[list[tuple[str, dict]], str]:
         data = load_dataset(source.path, source.name, split=source.split, revision=source.revision)
     except Exception as error:
         reason = (str(error).strip().splitlines() or [""])[0]
-        raise UserError(f"{setting}.path: {source.path} is no file here and could not be had from the hub ({type(error).__name__}: {reason[:160]})") from None
-    return [(f"{source.path}[{source.split}]:{i + 1}", row) for i, row in enumerate(data)], f"{source.path} {source.name} {source.split} {data._fingerprint}"
+        raise UserError(
+            f"{setting}.path: {source.path} is no file here and could not be had from the hub ({type(error).__name__}: {reason[:160]})"
+        ) from None
+    return [
+        (f"{source.path}[{source.split}]:{i + 1}", row) for i, row in enumerate(data)
+    ], f"{source.path} {source.name} {source.split} {data._fingerprint}"

@@ -8,11 +8,11 @@ import hashlib
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
 
 import numpy as np
 
+from ..console import bar, say
 from ..errors import UserError
 from ..recipe import Data, Source
 from . import encode as encoding
@@ -35,17 +35,17 @@ def tokenizer_hash(tokenizer) -> str:
     return hashlib.sha256(json.dumps([state, named], sort_keys=True).encode()).hexdigest()
 
 
-def encoded(rows: Rows, source: Source, data: Data, tokenizer, setting: str, say=lambda text: print(text, file=sys.stderr)) -> Encoded:
+def encoded(rows: Rows, source: Source, data: Data, tokenizer, setting: str, say=say) -> Encoded:
     """The source's examples, from the cache or made now. UserError when nothing is left to train on."""
     made_from = [VERSION, rows.content, source.format, data.max_length, data.too_long, data.train_on_input, tokenizer_hash(tokenizer)]
     entry = folder(data) / hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:32]
     result = _load(entry, say)
     if result is None:
         if source.format == "chat" and not tokenizer.chat_template:
-            raise UserError(f"{setting}.format: found chat, and the tokenizer has no chat template; use another format or a tokenizer that has one")
-        from tqdm import tqdm
-
-        result = encoding.encode(rows, source.format, data, tokenizer, lambda x: tqdm(x, "tokenising", unit="x512", leave=False, disable=None))
+            raise UserError(
+                f"{setting}.format: found chat, and the tokenizer has no chat template; use another format or a tokenizer that has one"
+            )
+        result = encoding.encode(rows, source.format, data, tokenizer, bar("tokenising"))
         if len(result):
             _store(entry, result, say)
     if not len(result):

@@ -17,7 +17,9 @@ def load_tokenizer(name: str, setting: str, revision: str | None = None) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
-        raise UserError(f"{setting}: no tokenizer could be loaded from {name} ({type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]})") from error
+        raise UserError(
+            f"{setting}: no tokenizer could be loaded from {name} ({type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]})"
+        ) from error
     if not tokenizer.is_fast:
         raise UserError(f"{setting}: {name} has no tokenizer.json; only fast tokenizers are supported")
     if tokenizer.eos_token_id is None:
@@ -31,7 +33,11 @@ _PROBES = ("Hello, world!\n\n### Response:\n", "  indented\tcode = f(x) + 12345.
 def tokenizer_differences(ours, theirs) -> list[str]:
     """Why two tokenizers are not the same: the first entries, special tokens or encodings that differ. Empty if equal."""
     a, b = ours.get_vocab(), theirs.get_vocab()
-    out = [f"{token!r} is {a.get(token, 'absent')} here and {b.get(token, 'absent')} there" for token in sorted(a.keys() | b.keys()) if a.get(token) != b.get(token)]
+    out = [
+        f"{token!r} is {a.get(token, 'absent')} here and {b.get(token, 'absent')} there"
+        for token in sorted(a.keys() | b.keys())
+        if a.get(token) != b.get(token)
+    ]
     for name in ("bos_token_id", "eos_token_id"):
         if getattr(ours, name) != getattr(theirs, name):
             out.append(f"{name} is {getattr(ours, name)} here and {getattr(theirs, name)} there")

@@ -62,7 +62,9 @@ class _Fused(torch.autograd.Function):
                 pieces.append([term.detach() for term in terms.values()])
                 del terms, chunk_total  # or this chunk's tiles would live on beside the next one's
         ctx.grads, ctx.dtypes = (grad_hidden, grad_weights), [w.dtype for w in weights]
-        rows_N = [torch.cat(column) for column in zip(*pieces, strict=True)] or [total.new_zeros(0) for _ in range(1 if signal is None else 2)]
+        rows_N = [torch.cat(column) for column in zip(*pieces, strict=True)] or [
+            total.new_zeros(0) for _ in range(1 if signal is None else 2)
+        ]
         ctx.mark_non_differentiable(*rows_N)
         return total, *rows_N
 

@@ -1,0 +1,126 @@
+"""Everything that is read and checked before a model is loaded: rows, tokenizers, model folders."""
+
+import random
+from dataclasses import dataclass
+
+import numpy as np
+
+from .console import say
+from .data import token_cache
+from .data.encode import Encoded, with_answer
+from .data.sources import Rows, read_source
+from .data.tokenizer import load_tokenizer, tokenizer_differences
+from .errors import UserError
+from .model_files import ModelFiles, find, fingerprint
+from .recipe import Data, Recipe, Source
+
+
+@dataclass(frozen=True)
+class Questions:
+    """Multiple choice: the encoded choices, how many each question has, and which is right."""
+
+    encoded: Encoded
+    counts: list[int]
+    answers: list[int]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """Everything that is read and checked before a model is loaded."""
+
+    tokenizer: object
+    train: Encoded
+    places: list[str]  # of each training example
+    validation: Encoded | None
+    questions: Questions | None
+    teacher_wanted: bool
+    identity: dict[str, str]
+
+
+def prepare(recipe: Recipe) -> Prepared:
+    """Read and check data, tokenizers and model folders. No weights are loaded."""
+    data = recipe.data
+    train_rows = read_source(data.train, "data.train")
+    held_rows = read_source(data.validation, "data.validation") if data.validation else None
+    choice_rows = read_source(data.choices, "data.choices", choices=True) if data.choices else None
+    teacher_wanted = recipe.teacher is not None and recipe.loss.kd_ratio > 0
+    student = find(recipe.student.model, "student.model", recipe.student.revision) if recipe.student.model else None
+    teacher = find(recipe.teacher.model, "teacher.model", recipe.teacher.revision, recipe.teacher.base) if teacher_wanted else None
+    for setting, files in (("student.model", student), ("teacher.model", teacher)):
+        longest = files.config.get("max_position_embeddings") if files else None
+        if longest and data.max_length > longest:
+            raise UserError(f"data.max_length: found {data.max_length}, and {setting} ({files.base}) has {longest} positions; lower it")
+
+    tokenizer = _tokenizer(recipe, student)
+    if teacher:
+        _same_tokenizer(tokenizer, teacher, recipe.teacher.model)
+    train = token_cache.encoded(train_rows, data.train, data, tokenizer, "data.train", say)
+    if held_rows:
+        held_out = token_cache.encoded(held_rows, data.validation, data, tokenizer, "data.validation", say)
+    else:
+        train, held_out = hold_out(train, data.validation_share, recipe.seed)
+    report(train, "train")
+    if held_out:
+        report(held_out, "validation")
+    identity = {"the training data": train_rows.content, "the tokenizer": token_cache.tokenizer_hash(tokenizer)}
+    for name, setting, files in (("the student's base", "student.model", student), ("the teacher", "teacher.model", teacher)):
+        if files:
+            identity[name] = " ".join(fingerprint(folder, setting) for folder in (files.base, files.adapter) if folder)
+    questions = encode_choices(choice_rows, data.choices, data, tokenizer) if choice_rows else None
+    return Prepared(tokenizer, train, [train_rows.places[i] for i in train.row], held_out, questions, teacher_wanted, identity)
+
+
+def _tokenizer(recipe: Recipe, student: ModelFiles | None):
+    if recipe.student.tokenizer:
+        return load_tokenizer(recipe.student.tokenizer, "student.tokenizer")
+    return load_tokenizer(str(student.base), "student.model")
+
+
+def _same_tokenizer(tokenizer, teacher: ModelFiles, name: str) -> None:
+    with_tokenizer = teacher.adapter if teacher.adapter and (teacher.adapter / "tokenizer.json").exists() else teacher.base
+    differences = tokenizer_differences(tokenizer, load_tokenizer(str(with_tokenizer), "teacher.model"))
+    if differences:
+        more = f" (and {len(differences) - 3} more)" if len(differences) > 3 else ""
+        raise UserError(
+            f"teacher.model: the student's tokenizer and {name}'s are not the same: {'; '.join(differences[:3])}{more}; token-by-token distillation needs one tokenizer"
+        )
+
+
+def hold_out(encoded: Encoded, share: float, seed: int) -> tuple[Encoded, Encoded | None]:
+    """Part off a share of the examples, drawn by seed."""
+    count = round(share * len(encoded))
+    if not count:
+        if share:
+            raise UserError(f"data.validation_share: {share:g} of {len(encoded)} examples is none; raise it")
+        return encoded, None
+    if count == len(encoded):
+        raise UserError(f"data.validation_share: {share:g} of {len(encoded)} examples leaves none to train on; lower it")
+    held = np.zeros(len(encoded), bool)
+    held[random.Random(f"validation {seed}").sample(range(len(encoded)), count)] = True
+    return encoded.subset(~held), encoded.subset(held)
+
+
+def encode_choices(rows: Rows, source: Source, data: Data, tokenizer) -> Questions:
+    """One example for each choice of each question; the answer's tokens are supervised."""
+    expanded = Rows(
+        [with_answer(row, source.format, choice) for row in rows.rows for choice in row["choices"]],
+        [place for row, place in zip(rows.rows, rows.places, strict=True) for _ in row["choices"]],
+        rows.content + " choices",
+    )
+    encoded = token_cache.encoded(expanded, source, data, tokenizer, "data.choices", say)
+    if len(encoded) != len(expanded.rows):
+        raise UserError(
+            f"data.choices: {len(expanded.rows) - len(encoded)} of {len(expanded.rows)} choices do not fit into data.max_length = {data.max_length}; raise it"
+        )
+    return Questions(encoded, [len(row["choices"]) for row in rows.rows], [row["answer"] for row in rows.rows])
+
+
+def report(encoded: Encoded, name: str) -> None:
+    c = encoded.counts
+    dropped = [
+        f"{c[k]} {words}" for k, words in (("too_long", "too long"), ("unsupervised", "with nothing supervised, dropped")) if c.get(k)
+    ]
+    say(
+        f"{name}: {len(encoded)} examples, {len(encoded.ids)} tokens, {int(encoded.supervised.sum())} targets"
+        + (f" ({', '.join(dropped)})" if dropped else "")
+    )
