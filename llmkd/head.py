@@ -2,6 +2,7 @@
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 
 class Head:
@@ -63,6 +64,7 @@ class _WideProduct(torch.autograd.Function):
         return out_NV
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad_NV: Tensor):
         hidden_NH, weight_VH = ctx.saved_tensors
         grad_hidden = grad_weight = None

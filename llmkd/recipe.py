@@ -23,9 +23,9 @@ DIVERGENCES: dict[str, dict[str, tuple[float, float, float]]] = {
     "reverse_kl": {},
     "symmetric_kl": {"forward_share": (0.0, 1.0, 0.5)},
     "generalized_jsd": {"beta": (0.0, 1.0, 0.5)},
-    "skewed_forward_kl": {"alpha": (0.0, 1.0, 0.1)},
-    "skewed_reverse_kl": {"alpha": (0.0, 1.0, 0.1)},
-    "adaptive_kl": {"head_mass": (0.0, 1.0, 0.5)},
+    "skewed_forward_kl": {"alpha": (0.0, 0.99, 0.1)},
+    "skewed_reverse_kl": {"alpha": (0.0, 0.99, 0.1)},
+    "adaptive_kl": {"head_mass": (0.0, 0.99, 0.5)},
     "total_variation": {},
     "alpha_beta": {"alpha": (0.0, 4.0, 0.2), "beta": (0.0, 4.0, 0.7)},
 }

@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 Divergence = Callable[[Tensor, Tensor], Tensor]
 
@@ -70,7 +71,7 @@ def adaptive_kl(log_q: Tensor, log_p: Tensor, head_mass: float = 0.5) -> Tensor:
     """
     with torch.no_grad():
         p, gap = log_p.exp(), (log_p.exp() - log_q.exp()).abs()
-        ordered, order = p.sort(dim=-1, descending=True)
+        ordered, order = p.sort(dim=-1, descending=True, stable=True)
         in_head = ordered.cumsum(-1) - ordered < head_mass
         head = torch.zeros_like(p).scatter_(-1, order, in_head.to(p.dtype))
         g_head, g_all = (gap * head).sum(-1), gap.sum(-1)
@@ -94,11 +95,7 @@ def alpha_beta(log_q: Tensor, log_p: Tensor, alpha: float = 0.2, beta: float = 0
         return _kl(beta * log_q, beta * log_p) / beta**2
     if beta == 0:
         return _kl(alpha * log_p, alpha * log_q) / alpha**2
-    total = alpha + beta
-    d, near = _ratio(log_q, log_p)
-    small = _power(log_p, total) * (beta / total * torch.expm1(total * d) - torch.expm1(beta * d))
-    large = alpha / total * _power(log_p, total) + beta / total * _power(log_q, total) - _power(log_p, alpha) * _power(log_q, beta)
-    return torch.where(near, small, large).clamp_min(0).sum(-1) / (alpha * beta)
+    return _AlphaBeta.apply(log_q, log_p, alpha, beta)
 
 
 def named(name: str, **options: float) -> Divergence:
@@ -120,7 +117,7 @@ class _KL(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, log_a, log_b):
-        a, d = log_a.exp(), log_b - log_a
+        a, d = log_a.exp(), (log_b - log_a).nan_to_num_(0.0, math.inf, -math.inf)  # ruled out by both is no difference
         difference = torch.copysign(torch.maximum(log_a, log_b).exp_().mul_(d.abs().neg_().expm1_()), d)
         weighted = d.mul_(a).nan_to_num_(0.0, math.inf, -math.inf)  # 0 log 0 = 0; a NaN of the inputs stays in `difference`
         terms = torch.sub(difference, weighted, out=a).clamp_min_(0)
@@ -128,6 +125,7 @@ class _KL(torch.autograd.Function):
         return terms.sum(-1)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, grad):
         weighted, difference = ctx.saved_tensors
         grad_a = None if weighted is None else weighted * -grad[..., None]
@@ -135,11 +133,29 @@ class _KL(torch.autograd.Function):
         return grad_a, grad_b
 
 
-def _ratio(log_b: Tensor, log_a: Tensor) -> tuple[Tensor, Tensor]:
-    """log b - log a where it is small, else 0 (so that no gradient passes there), and where that is."""
-    d = log_b - log_a
-    near = d.abs() < 0.5  # false for the NaN of -inf minus -inf
-    return torch.where(near, d, 0.0), near
+class _AlphaBeta(torch.autograd.Function):
+    """For alpha, beta > 0, exact also where they are small or p and q are close.
+
+    With s = -|log q - log p| <= 0 and r(e) = (exp(e s) - 1) / e a term is max(p, q)^t / t, t = alpha + beta, times
+    (1 + beta r(beta)) r(alpha) - r(beta) where q <= p, and the same with alpha and beta exchanged where q > p.
+    """
+
+    @staticmethod
+    def forward(ctx, log_q, log_p, alpha, beta):
+        below = log_q <= log_p
+        s = (log_q - log_p).abs().neg_().nan_to_num_(0.0, neginf=-math.inf)
+        size = torch.maximum(log_q, log_p).mul_(alpha + beta).exp_()
+        r_alpha, r_beta = (alpha * s).expm1_().div_(alpha), s.mul_(beta).expm1_().div_(beta)
+        terms = torch.where(below, (1 + beta * r_beta) * r_alpha - r_beta, (1 + alpha * r_alpha) * r_beta - r_alpha)
+        if ctx.needs_input_grad[0]:
+            ctx.save_for_backward(size * r_alpha * torch.where(below, 1 + beta * r_beta, -1.0))
+        return terms.mul_(size).clamp_min_(0).sum(-1) / (alpha + beta)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        (slope,) = ctx.saved_tensors
+        return slope * grad[..., None], None, None, None
 
 
 def _log_mix(share: float, log_a: Tensor, log_b: Tensor) -> Tensor:
@@ -154,7 +170,3 @@ def _mix(share: float, first: Callable[[], Tensor], second: Callable[[], Tensor]
     if share in (0, 1):
         return first() if share else second()
     return share * first() + (1 - share) * second()
-
-
-def _power(log_x: Tensor, exponent: float) -> Tensor:
-    return (exponent * log_x).exp()

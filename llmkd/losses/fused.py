@@ -8,6 +8,7 @@ trains), the teacher's one.
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from ..head import Head
 from ..signals import Signal
@@ -53,11 +54,12 @@ class _Fused(torch.autograd.Function):
                     terms = objective.rows(head.logits(h_nH), labels_N[rows], signal, rows)
                     chunk_total = objective.mix(terms).sum()
                 if train:
-                    grads = list(torch.autograd.grad(chunk_total, [h_nH, *weights] if needs_hidden else weights))
+                    grads = list(torch.autograd.grad(chunk_total, [h_nH, *weights] if needs_hidden else weights, allow_unused=True))
                     if needs_hidden:
                         grad_hidden[rows] = grads.pop(0)
                     for held, new in zip(grad_weights, grads, strict=True):
-                        held += new
+                        if new is not None:
+                            held += new
                 total += chunk_total.detach()
                 pieces.append([term.detach() for term in terms.values()])
                 del terms, chunk_total  # or this chunk's tiles would live on beside the next one's
@@ -69,6 +71,7 @@ class _Fused(torch.autograd.Function):
         return total, *rows_N
 
     @staticmethod
+    @once_differentiable
     def backward(ctx, scale, *_):
         grad_hidden, grad_weights = ctx.grads
         if grad_hidden is not None:  # scaled in float32: a bfloat16 scale would be wrong by up to 0.4 %
