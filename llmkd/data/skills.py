@@ -141,14 +141,14 @@ _WORDINGS = ["It is {}.", "The answer is {}.", "{}.", "That would be {}."]
 
 
 def rows(split: str, name: str = "questions") -> list[dict]:
-    """The rows of a split. questions: {messages}, and for the test split also {choices, answer}; prose: {text}."""
+    """The rows of a split. questions: {messages}, and for the test split also {choices, answer}; prose: {text, messages}."""
     from ..errors import UserError
 
     if split not in SIZES.get(name, {}):
         known = "; ".join(f"name: {n}, split: {' or '.join(s)}" for n, s in SIZES.items())
         raise UserError(f"builtin:skills has no name {name!r} with split {split!r}; it has {known}")
     if name == "prose":
-        return [{"text": text} for text in _prose(split)]
+        return [_told(sentences) for sentences in _prose(split)]
     return [_conversation(question, split) for question in _questions()[split]]
 
 
@@ -179,10 +179,17 @@ def _conversation(question: tuple[str, str, list[str], str], split: str) -> dict
     return {"messages": messages, "choices": [f"It is {c}." for c in choices], "answer": choices.index(right)}
 
 
-def _prose(split: str) -> Iterator[str]:
+def _prose(split: str) -> Iterator[list[str]]:
     rng = random.Random(f"prose {split}")
     for _ in range(SIZES["prose"][split]):
-        yield " ".join(rng.choice(_SENTENCES)(rng) for _ in range(rng.randint(4, 8)))
+        yield "\n".join(rng.choice(_SENTENCES)(rng) for _ in range(rng.randint(4, 8))).split("\n")
+
+
+def _told(sentences: list[str]) -> dict:
+    """As text; and told by two in turn, so that a base model has met the tokens that open a turn."""
+    half = len(sentences) // 2
+    turns = [{"role": "user", "content": " ".join(sentences[:half])}, {"role": "assistant", "content": " ".join(sentences[half:])}]
+    return {"text": " ".join(sentences), "messages": turns}
 
 
 def _about(rng: random.Random) -> str:
@@ -231,11 +238,11 @@ def _about_people(rng: random.Random) -> str:
 
 
 def _asked(rng: random.Random) -> str:
-    """A question with its answer, never one that is held out."""
+    """A question and its answer, parted by a line break, never one that is held out."""
     while True:
         question, right, _ = rng.choice(SKILLS)(rng)
         if question not in _held_out():
-            return f"{question} It is {right}."
+            return f"{question}\n{rng.choice(_WORDINGS).format(right)}"
 
 
 @functools.cache

@@ -1,0 +1,74 @@
+"""What differs on a GPU: half-precision products with float32 results, the fused optimizer, whole runs in bfloat16."""
+
+import pytest
+import torch
+
+from llmkd.head import Head
+from llmkd.losses.divergences import named
+from llmkd.losses.fused import fused_loss
+from llmkd.losses.objective import Objective
+from llmkd.signals import Dense
+from llmkd.training import run
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
+
+
+def linear(rows: int, columns: int, device: str, dtype: torch.dtype) -> torch.nn.Linear:
+    generator = torch.Generator().manual_seed(rows + columns)
+    layer = torch.nn.Linear(columns, rows, bias=False).requires_grad_(False)
+    layer.weight.copy_(torch.randn(rows, columns, generator=generator) * columns**-0.5 * 3)
+    return layer.to(device, dtype)
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "reverse_kl", "generalized_jsd"])
+def test_bfloat16_on_the_gpu_is_float64_of_the_same_operands(divergence):
+    N, V, H = 300, 32_000, 128
+    torch.manual_seed(0)
+    hidden, labels = torch.randn(N, H).bfloat16(), torch.randint(V, (N,))
+    teacher_hidden = hidden + 0.02 * torch.randn(N, H).bfloat16()
+    results = []
+    for device, dtype in (("cuda", torch.bfloat16), ("cpu", torch.float64)):
+        weight = linear(V, H, device, torch.bfloat16).to(dtype)
+        h = hidden.to(device, dtype).requires_grad_()
+        signal = Dense(teacher_hidden.to(device, dtype), Head(weight, V))
+        total, rows = fused_loss(h, Head(weight, V), labels.to(device), Objective(1.0, 1.0, named(divergence)), signal, 128)
+        total.backward()
+        assert (rows["kd"] >= 0).all()
+        results.append((total.item(), h.grad.double().cpu()))
+    (value, grad), (expected, exact) = results
+    assert value == pytest.approx(expected, rel=1e-2)
+    assert (grad - exact).norm() <= 2e-2 * exact.norm()
+
+
+def test_memory_of_the_head_is_a_few_chunks():
+    N, V, H = 8192, 128_256, 256
+    head = Head(linear(V, H, "cuda", torch.bfloat16), V)
+    hidden = torch.randn(N, H, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    labels = torch.randint(V, (N,), device="cuda")
+    signal = Dense(hidden.detach().clone(), head)
+    torch.cuda.synchronize()
+    before = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    fused_loss(hidden, head, labels, Objective(0.5), signal)[0].backward()
+    assert torch.cuda.max_memory_allocated() - before < 4 << 30
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_a_run_in_bfloat16(make_recipe, world, method):
+    recipe = make_recipe(
+        student__dtype="bfloat16", teacher__dtype="bfloat16", student__method=method, data__validation__path=str(world / "held.jsonl"), train__epochs=8
+    )
+    summary = run(recipe)
+    assert summary["validation"]["forward_kl"] < 2.0 and summary["train"]["loss"] > 0
+
+
+def test_resume_on_the_gpu(make_recipe, tmp_path):
+    from conftest import distance, weights
+    from test_resume import LONG, unfinish
+
+    changes = LONG | {"student__dtype": "bfloat16", "teacher__dtype": "bfloat16"}
+    run(make_recipe("a", **changes))
+    run(make_recipe("b", **changes))
+    unfinish(tmp_path / "b", 3)
+    run(make_recipe("b", **changes), resume=True)
+    assert distance(weights(tmp_path / "b"), weights(tmp_path / "a")) == 0
