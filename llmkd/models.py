@@ -18,11 +18,15 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 class LanguageModel(nn.Module):
-    """A causal language model, with or without an adapter, parted into its body (`hidden`) and its `head`."""
+    """A causal language model, with or without an adapter, parted into its body (`hidden`) and its `head`.
+
+    `autocast` is the type in which the body's products are computed, where that is not the weights' own.
+    """
 
     def __init__(self, model: nn.Module, vocab: int):
         super().__init__()
         self.model = model
+        self.autocast: torch.dtype | None = None
         self.head = head_of(self.plain, vocab)
 
     @property
@@ -32,7 +36,8 @@ class LanguageModel(nn.Module):
 
     def hidden(self, view: View) -> Tensor:
         """Last hidden states [N, H] at the view's rows."""
-        hidden_BTH = self.plain.get_decoder()(**view.inputs, use_cache=False)[0]
+        with torch.autocast(view.rows_N.device.type, self.autocast, enabled=self.autocast is not None):
+            hidden_BTH = self.plain.get_decoder()(**view.inputs, use_cache=False)[0]
         return hidden_BTH.flatten(0, 1).index_select(0, view.rows_N)
 
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -103,6 +108,7 @@ def load_student(settings: StudentSettings, vocab: int, device, seed: int) -> La
         model = _add_lora(model, settings)
     student = LanguageModel(model.to(device), _fits(model, vocab, "student.model"))
     check_head(student, "student.model")
+    student.autocast = torch.bfloat16 if settings.mixed_precision == "bf16" else None
     return student.train()
 
 

@@ -57,6 +57,7 @@ class Student:
         "auto", description="Type the base is held in; auto is the type it was saved in. Adapters train in at least float32."
     )
     attention: Attention = Field("sdpa", description="Attention implementation in transformers.")
+    mixed_precision: Literal["no", "bf16"] = Field("no", description="bf16: autocast the body's products of weights held in float32.")
     gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass to save memory.")
 
 
@@ -152,7 +153,6 @@ class Train:
     length_group: Count = Field(
         1, description="Optimizer steps whose examples are sorted by length together: less padding. 1 leaves the batches as drawn."
     )
-    mixed_precision: Literal["no", "bf16"] = Field("no", description="bf16: autocast the forward passes of weights held in float32.")
     log_every: Count = Field(1, description="Steps between records in metrics.jsonl.")
 
 

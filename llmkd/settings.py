@@ -57,7 +57,7 @@ _ELSEWHERE = {
     "lora_r": "student.lora.rank",
     "lora_alpha": "student.lora.alpha",
     "lora_dropout": "student.lora.dropout",
-    "bf16": "train.mixed_precision",
+    "bf16": "student.mixed_precision",
     "save_steps": "checkpoint.every",
     "eval_steps": "validation.every",
     "save_total_limit": "checkpoint.keep",

@@ -3,8 +3,6 @@
 import os
 import signal
 
-import torch
-
 from .console import first_process
 from .errors import Stopped
 
@@ -39,4 +37,6 @@ class StopRequest:
         """Whether any process was asked. Reached by all ranks alike."""
         if accelerator.num_processes == 1:
             return self.asked
+        import torch
+
         return bool(accelerator.reduce(torch.tensor(float(self.asked), device=accelerator.device), "sum") > 0)

@@ -59,7 +59,7 @@ def compare(study: Study, recipes: dict[str, Recipe]) -> dict[str, dict[str, flo
 
     first = recipes[study.students[0]]
     prepared = prepare(first)
-    accelerator = start(first.train.mixed_precision)
+    accelerator = start()
 
     def load(stage: str):
         settings = Teacher(model=str(student_folder(recipes[stage].output_dir)), dtype=recipes[stage].student.dtype)

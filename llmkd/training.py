@@ -14,6 +14,7 @@ from .order import Plan, learning_rate
 from .prepare import Prepared, prepare
 from .recipe import Recipe
 from .run_folder import RunFolder, write
+from .stopping import StopRequest
 
 
 def run(recipe: Recipe, resume: bool = False) -> dict:
@@ -23,19 +24,19 @@ def run(recipe: Recipe, resume: bool = False) -> dict:
     if resume and folder.finished:
         say(f"{folder.path} is finished; nothing to do")
         return folder.summary()
-    prepared = prepare(recipe)
-    from .stopping import StopRequest
-
     with StopRequest() as stop:
+        prepared = prepare(recipe)
+        if stop():
+            raise Stopped("stopped by a signal before anything was trained; go on with --resume")
         try:
-            session = Session(recipe, prepared, folder, start(recipe.train.mixed_precision), stop)
+            session = Session(recipe, prepared, folder, start(), stop)
             session.train()
             return session.finish()
         finally:
             folder.release()
 
 
-def start(mixed_precision: str = "no"):
+def start():
     """The Accelerator, with as many processes as were asked for; refused otherwise."""
     asked = int(os.environ.get("WORLD_SIZE", "1"))
     if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ and "ACCELERATE_USE_CPU" in os.environ:
@@ -51,7 +52,7 @@ def start(mixed_precision: str = "no"):
     if not torch.cuda.is_available() and "ACCELERATE_MIXED_PRECISION" in os.environ:  # accelerate launch sets OMP_NUM_THREADS=1
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     handlers = [DistributedDataParallelKwargs(broadcast_buffers=False), InitProcessGroupKwargs(timeout=timedelta(minutes=10))]
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision=mixed_precision, kwargs_handlers=handlers)
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no", kwargs_handlers=handlers)
     if accelerator.num_processes != asked:
         raise UserError(
             f"{asked} processes were asked for and {accelerator.num_processes} work together; start with accelerate launch --num_processes {asked} or torchrun"

@@ -29,8 +29,8 @@ def validate(
     """
     sums: dict[str, Tensor] = {}
     for batch in _batches(student, data, pad, micro_batch_size, accelerator, stop, progress):
-        with accelerator.autocast():
-            hidden_NH, signal = student.hidden(batch.student), teacher(batch) if teacher else None
+        hidden_NH = student.hidden(batch.student)
+        signal = teacher(batch) if teacher else None
         for rows in _figures(student, hidden_NH, batch, signal):
             for name, value_n in rows.items():
                 sums[name] = sums.get(name, 0) + value_n.double().sum()
@@ -62,8 +62,7 @@ def accuracy(
     """
     totals = torch.zeros(len(data), dtype=torch.float64, device=accelerator.device)
     for batch in _batches(student, data, pad, micro_batch_size, accelerator, None, progress):
-        with accelerator.autocast():
-            hidden_NH = student.hidden(batch.student)
+        hidden_NH = student.hidden(batch.student)
         for rows in _chunks(batch, student.head.vocab):
             log_q_nV = torch.log_softmax(student.head.logits(hidden_NH[rows]), dim=-1)
             ce_n = -log_q_nV.gather(-1, batch.labels_N[rows, None])[:, 0]

@@ -56,7 +56,11 @@ def test_memory_of_the_head_is_a_few_chunks():
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_a_run_in_bfloat16(make_recipe, world, method):
     recipe = make_recipe(
-        student__dtype="bfloat16", teacher__dtype="bfloat16", student__method=method, data__validation__path=str(world / "held.jsonl"), train__epochs=8
+        student__dtype="bfloat16",
+        teacher__dtype="bfloat16",
+        student__method=method,
+        data__validation__path=str(world / "held.jsonl"),
+        train__epochs=8,
     )
     summary = run(recipe)
     assert summary["validation"]["forward_kl"] < 2.0 and summary["train"]["loss"] > 0

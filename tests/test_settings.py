@@ -91,7 +91,7 @@ BAD = [
     case("train: {epochs: true}", "r.yaml:5: train.epochs: ", "found true", "a whole number"),
     case("train: {epochs: 12:30}", "r.yaml:5: train.epochs: ", 'found "12:30"', "a whole number"),
     case("train: {batch_size: 1_000}", "r.yaml:5: train.batch_size: ", 'found "1_000"', "a whole number"),
-    case("train: {mixed_precision: fp16}", "r.yaml:5: train.mixed_precision: ", "no or bf16", "did you mean bf16?"),
+    case("student.mixed_precision: fp16", "X: ", "no or bf16", "did you mean bf16?"),
     case("seed: -1", "r.yaml:5: seed: ", "found -1", "a whole number >= 0"),
     case("seed: 5000000000", "r.yaml:5: seed: ", "42949672"),
     case("loss: {kd_ratio: 2}", "r.yaml:5: loss.kd_ratio: ", ">= 0, <= 1"),

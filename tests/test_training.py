@@ -275,6 +275,67 @@ def test_an_infinite_gradient_stops_the_run(make_recipe, monkeypatch):
         run(make_recipe())
 
 
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"student__dtype": "float32", "teacher__dtype": "float32", "student__mixed_precision": "bf16"},
+        {"student__dtype": "bfloat16", "teacher__dtype": "bfloat16"},
+        {"student__dtype": "bfloat16", "teacher__dtype": "bfloat16", "student__method": "full"},
+        {"student__gradient_checkpointing": True, "train__length_group": 4},
+        {"student__lora__dora": True, "student__lora__rslora": True, "student__lora__target_modules": ("q_proj", "lm_head")},
+    ],
+)
+def test_the_settings_that_change_how_it_is_computed_work_and_stay_near(trained, tmp_path, changes):
+    """Not the same numbers, but the same first loss, to the rounding of bfloat16."""
+    trained("exact", train__batch_size=37, **SHORT)
+    got = trained("other", train__batch_size=37, **SHORT, **changes)
+    assert all(torch.isfinite(t).all() for t in got.values())
+    first, other = (read(tmp_path / name / "metrics.jsonl")[0] for name in ("exact", "other"))
+    assert [other[k] for k in ("ce", "kd", "targets")] == pytest.approx([first[k] for k in ("ce", "kd", "targets")], rel=2e-2)
+
+
+def test_a_tied_head_trains_in_full(world, trained, tmp_path):
+    shutil.copytree(world / "student", tmp_path / "tied")
+    tensors = load_file(tmp_path / "tied/model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, tmp_path / "tied/model.safetensors", {"format": "pt"})
+    config = json.loads((tmp_path / "tied/config.json").read_text()) | {"tie_word_embeddings": True}
+    (tmp_path / "tied/config.json").write_text(json.dumps(config))
+    runs = [
+        trained(str(n), student__model=str(tmp_path / "tied"), student__method="full", train__micro_batch_size=n, **SHORT) for n in (8, 3)
+    ]
+    assert "lm_head.weight" not in runs[0] and distance(*runs) < 1e-12
+    assert not torch.equal(runs[0]["model.embed_tokens.weight"], tensors["model.embed_tokens.weight"])
+
+
+POISONED = """
+import os, sys
+from llmkd.cli import main
+from llmkd.distiller import Distiller
+real, calls = Distiller.forward, [0]
+def forward(self, batch, signal):
+    loss = real(self, batch, signal)
+    calls[0] += 1
+    if os.environ["RANK"] == "1" and calls[0] == 3:
+        loss.rows["ce"][0] = float("nan")
+        loss = type(loss)(loss.total * float("nan"), loss.rows)
+    return loss
+Distiller.forward = forward
+sys.exit(main(["train", *sys.argv[1:]]))
+"""
+
+
+def test_a_nan_on_one_rank_stops_them_all(world, tmp_path):
+    (tmp_path / "poisoned.py").write_text(POISONED)
+    (tmp_path / "r.yaml").write_text(json.dumps(plain_recipe(world, tmp_path / "out")))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(tmp_path / "poisoned.py")]
+    command += ["--config", str(tmp_path / "r.yaml"), "--train.micro_batch_size", "2"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    report = json.loads((tmp_path / "out/nonfinite.json").read_text())
+    assert report["step"] == 2 and report["term"] == "ce" and len(report["examples"]) == 1
+    assert done.stderr.count("llmkd: step 2: ce is not finite") == 1
+
+
 def test_the_teacher_gate_warns(make_recipe, world, capsys):
     run(make_recipe(data__validation__path=str(world / "held.jsonl"), **SHORT))
     assert "tune the teacher on this data first" in said(capsys)
