@@ -3,6 +3,7 @@
 import logging
 import os
 import sys
+import warnings
 from pathlib import Path
 
 from . import __version__, settings
@@ -10,7 +11,7 @@ from .errors import UserError, exit_code
 
 USAGE = """\
 usage: llmkd train --config RECIPE [--section.name VALUE ...] [--resume] [--debug]
-       llmkd export RUN [--to FOLDER]
+       llmkd export RUN [--to FOLDER] [--checkpoint STEP|best]
        llmkd --version          llmkd train --help lists every setting
 
 train    Train a student by distillation, or by plain fine-tuning where the recipe names no teacher.
@@ -79,13 +80,13 @@ def export(argv: list[str]) -> None:
         return
     run = argv.pop(argv.index(places[0]))
     options = settings.split_overrides(argv)
-    to = options.pop("to", None)
+    to, checkpoint = options.pop("to", None), options.pop("checkpoint", None)
     if options:
-        raise UserError(f"--{next(iter(options))}: export has no such option; it has --to FOLDER")
+        raise UserError(f"--{next(iter(options))}: export has no such option; it has --to and --checkpoint")
     quiet()
     from .export import export as write_merged
 
-    print(write_merged(Path(run), Path(to) if to else None))
+    print(write_merged(Path(run), Path(to) if to else None, checkpoint))
 
 
 def quiet() -> None:
@@ -94,6 +95,7 @@ def quiet() -> None:
     Threads that wait, sleep: spinning ones cost a tenfold slowdown as soon as two runs share the cores of one machine.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is loaded
+    warnings.simplefilter("ignore", FutureWarning)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if sys.stderr.isatty() else "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -33,7 +33,7 @@ class Stopped(Exception):
     exit_code = 75
 
 
-_REFUSED = {errno.EROFS, errno.EACCES, errno.EPERM}
+_REFUSED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP}
 
 
 def is_disk_full(error: BaseException) -> bool:
@@ -57,6 +57,9 @@ def exit_code(action, *, debug: bool = False) -> int:
         return 0
     except (UserError, NonFinite, Stopped) as error:
         caught, text, code = error, str(error), error.exit_code
+    except BrokenPipeError:  # `| head` has seen enough
+        sys.stdout = None
+        return 0
     except KeyboardInterrupt as error:
         caught, text, code = error, "interrupted; go on with --resume from the last checkpoint, if there is one", Stopped.exit_code
     except Exception as error:
@@ -65,6 +68,11 @@ def exit_code(action, *, debug: bool = False) -> int:
             text, code = f"{_first_line(error)}; make room, then --resume", UserError.exit_code
         elif isinstance(error, OSError) and error.errno in _REFUSED:
             text, code = f"{_first_line(error)}; choose a place that can be written to, then --resume", UserError.exit_code
+        elif "OutOfMemory" in type(error).__name__ or "can't allocate memory" in str(error):
+            text, code = (
+                f"out of memory ({_first_line(error)}); lower train.micro_batch_size or data.max_length, then --resume",
+                UserError.exit_code,
+            )
         else:
             text, code, speaks = f"bug: {type(error).__name__}: {error} (--debug shows where)", 1, True
     lines = text.splitlines()

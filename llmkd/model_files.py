@@ -7,6 +7,7 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
+from .console import say
 from .errors import UserError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)?")
@@ -43,6 +44,8 @@ def find(name: str, setting: str, revision: str | None = None, base: str | None 
     files = ModelFiles(base_folder, folder, _config(base_folder, base_name, setting))
     record = folder / RECORD
     trained_on = read_json(record, setting).get("base_fingerprint") if record.exists() else None
+    if not trained_on:
+        say(f"note: {name} does not say which weights it was trained on; taking {base_name} as its base")
     if trained_on and trained_on != fingerprint(base_folder, setting):
         raise UserError(
             f"{setting}: the adapter {name} was trained on other weights than {base_name} holds; name the base that it was trained on"
@@ -80,7 +83,10 @@ def read_json(path: Path, setting: str) -> dict:
 
 def _config(folder: Path, name: str, setting: str) -> dict:
     if not (folder / "config.json").exists():
-        raise UserError(f"{setting}: {name} has neither config.json nor adapter_config.json; it holds {_some(folder)}")
+        inside = next(
+            (f"; did you mean {name}/{n}?" for n in ("adapter", "model", "merged") if (folder / n).is_dir()), f"; it holds {_some(folder)}"
+        )
+        raise UserError(f"{setting}: {name} has neither config.json nor adapter_config.json{inside}")
     if not list(folder.glob("*.safetensors")):
         pickled = [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]
         why = (

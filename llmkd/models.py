@@ -7,6 +7,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .console import say
 from .errors import UserError
 from .head import Head
 from .model_files import RECORD, ModelFiles, find, fingerprint, tensors
@@ -63,18 +64,23 @@ def check_head(language_model: LanguageModel, setting: str) -> None:
     ids_BT = torch.arange(24, device=device).reshape(2, 12) * 7 % vocab
     was_training = model.training
     model.eval()
-    with torch.no_grad():
-        own_NV = model(input_ids=ids_BT, use_cache=False).logits.flatten(0, 1)[:, :vocab]
-        rows = torch.arange(24, device=device)
-        ours_NV = language_model.head.logits(language_model.hidden(View({"input_ids": ids_BT}, rows)))
+    try:
+        with torch.no_grad():
+            own_NV = model(input_ids=ids_BT, use_cache=False).logits.flatten(0, 1)[:, :vocab]
+            rows = torch.arange(24, device=device)
+            ours_NV = language_model.head.logits(language_model.hidden(View({"input_ids": ids_BT}, rows)))
+    except Exception as error:
+        raise UserError(f"{setting}: {model.config.model_type} fails on a first small batch ({_brief(error)})") from error
     model.train(was_training)
     rounding = {torch.float64: 1e-9, torch.float32: 1e-4}.get(next(model.parameters()).dtype, 3e-2)
     gap = (own_NV.to(ours_NV.dtype) - ours_NV).abs().max().item()
     size = own_NV.abs().max().item()
     if not gap <= rounding * max(size, 1e-3):
-        what = "are not finite" if not math.isfinite(gap) else f"differ from the model's own by {gap:.2g} of {size:.2g}"
+        if not math.isfinite(size):
+            raise UserError(f"{setting}: its logits are not finite; its weights hold NaN or infinity, or its dtype is too narrow")
         raise UserError(
-            f"{setting}: the logits that llmkd computes for {model.config.model_type} {what}; this family's head is not supported"
+            f"{setting}: the logits that llmkd computes for {model.config.model_type} differ from the model's own by {gap:.2g} of {size:.2g}; "
+            "this family's head is not supported"
         )
 
 
@@ -102,6 +108,11 @@ def load_student(settings: StudentSettings, vocab: int, device, seed: int) -> La
                 f"student.model: {settings.model} is an adapter; name a base model (or export the run to a merged folder first)"
             )
         model = _load_base(files.base, "student.model", settings.dtype, settings.attention)
+    dtype = next(model.parameters()).dtype
+    if settings.method == "full" and dtype == torch.float16:
+        raise UserError("student.dtype: float16 weights cannot be trained in full; set float32, with mixed_precision: bf16 for speed")
+    if settings.method == "full" and dtype == torch.bfloat16:
+        say("note: bfloat16 weights lose updates below 1/256 of a weight; dtype: float32 with mixed_precision: bf16 keeps them")
     if settings.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if settings.method == "lora":
@@ -133,12 +144,51 @@ def save(model: LanguageModel, tokenizer, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def merge(files: ModelFiles, dtype: str = "auto") -> nn.Module:
-    """The base with the adapter merged into it (in float32, then cast back): a plain transformers model."""
-    base = _load_base(files.base, "export", dtype, "sdpa")
+def merge(files: ModelFiles, vocab: int, checkpoint: Path | None = None) -> nn.Module:
+    """The base with the adapter merged into it (in float32, then cast back): a plain transformers model.
+
+    With `checkpoint` the adapter's weights are those of that checkpoint. A tied head is untied where the adapter
+    changes the head or the embedding, since one merged tensor could not be both. UserError if the logits moved.
+    """
+    base = _load_base(files.base, "export", "auto", "auto")
     kept = next(base.parameters()).dtype
-    wide = torch.promote_types(kept, torch.float32)
-    return _load_adapter(base.to(wide), files, "export").merge_and_unload().to(kept)
+    base = base.to(torch.promote_types(kept, torch.float32))
+    head, embedding = base.get_output_embeddings(), base.get_input_embeddings()
+    names = {name.rsplit(".", 1)[-1] for name, module in base.named_modules() if module is head or module is embedding}
+    touched = any(f".{name}." in key for name in names for key in tensors(files.adapter / "adapter_model.safetensors"))
+    if head.weight is embedding.weight and touched:
+        head.weight = nn.Parameter(head.weight.detach().clone())
+        base.config.tie_word_embeddings = False
+    adapted = _load_adapter(base, files, "export").eval()
+    if checkpoint:
+        _put(adapted, checkpoint)
+    ids_BT = torch.arange(24).reshape(2, 12) * 7 % vocab
+    with torch.no_grad():
+        expected = adapted(input_ids=ids_BT, use_cache=False).logits
+        merged = adapted.merge_and_unload()
+        gap = (merged(input_ids=ids_BT, use_cache=False).logits - expected).abs().max().item()
+    if not gap <= 1e-3 * max(1.0, expected.abs().max().item()):
+        raise UserError(f"export: merging {files.adapter} moved its logits by {gap:.2g}; use the adapter unmerged")
+    return merged.to(kept)
+
+
+def restored(model_folder: Path, checkpoint: Path) -> nn.Module:
+    """A fully trained model as it was at a checkpoint."""
+    model = _load_base(model_folder, "export", "auto", "auto")
+    _put(model, checkpoint)
+    return model
+
+
+def _put(model: nn.Module, checkpoint: Path) -> None:
+    from safetensors.torch import load_file
+
+    parameters = dict(model.named_parameters())
+    weights = load_file(checkpoint / "student.safetensors")
+    if not weights.keys() <= parameters.keys():
+        raise UserError(f"export: {checkpoint} holds weights that this model does not have")
+    with torch.no_grad():
+        for name, value in weights.items():
+            parameters[name].copy_(value)
 
 
 def _load_base(folder: Path, setting: str, dtype: str, attention: str) -> nn.Module:
@@ -148,15 +198,13 @@ def _load_base(folder: Path, setting: str, dtype: str, attention: str) -> nn.Mod
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,
             dtype=DTYPES.get(dtype, "auto"),
-            attn_implementation=attention,
+            attn_implementation=None if attention == "auto" else attention,
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
         )
     except Exception as error:
-        raise UserError(
-            f"{setting}: {folder} cannot be loaded ({type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]})"
-        ) from error
+        raise UserError(f"{setting}: {folder} cannot be loaded ({_brief(error)})") from error
     for what, keys in (
         ("lacks", report["missing_keys"]),
         ("holds, beyond its architecture,", report["unexpected_keys"]),
@@ -182,11 +230,10 @@ def _load_adapter(base: nn.Module, files: ModelFiles, setting: str) -> nn.Module
     except UserError:
         raise
     except Exception as error:
-        raise UserError(
-            f"{setting}: the adapter {files.adapter} cannot be loaded ({type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]})"
-        ) from error
+        raise UserError(f"{setting}: the adapter {files.adapter} cannot be loaded ({_brief(error)})") from error
     expected = get_peft_model_state_dict(model, save_embedding_layers=False)
-    for what, keys in (("lacks", expected.keys() - found.keys()), ("holds left-over", found.keys() - expected.keys())):
+    copies = {name for name in found.keys() - expected.keys() if _is_base_weight(model, name, weights[name])}
+    for what, keys in (("lacks", expected.keys() - found.keys()), ("holds left-over", found.keys() - expected.keys() - copies)):
         if keys:
             raise UserError(
                 f"{setting}: the adapter {files.adapter} {what} {len(keys)} tensors for the base {files.base}, such as {min(keys)}; it belongs to another base"
@@ -195,6 +242,17 @@ def _load_adapter(base: nn.Module, files: ModelFiles, setting: str) -> nn.Module
         if not torch.isfinite(value).all():
             raise UserError(f"{setting}: the adapter {files.adapter} holds values that are not finite, in {name}; train or copy it again")
     return model
+
+
+def _is_base_weight(model: nn.Module, name: str, value: Tensor) -> bool:
+    """PEFT saves the base's own head or embedding beside an adapter on it; that is no left-over if it is the same."""
+    parameters = dict(model.named_parameters())
+    own = parameters.get(name, parameters.get(name.replace(".weight", ".base_layer.weight")))
+    return own is not None and own.shape == value.shape and torch.equal(own.cpu(), value.to(own.dtype))
+
+
+def _brief(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"
 
 
 def _add_lora(model: nn.Module, settings: StudentSettings) -> nn.Module:
@@ -231,13 +289,12 @@ def _new_model(settings: StudentSettings, vocab: int) -> nn.Module:
         if ignored:
             raise UserError(f"student.architecture.{ignored[0]}: unknown to {wanted['model_type']}")
         dtype = DTYPES.get(settings.dtype, torch.float32)
-        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=settings.attention)
+        attention = None if settings.attention == "auto" else settings.attention
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     except UserError:
         raise
     except Exception as error:
-        raise UserError(
-            f"student.architecture: transformers refuses it ({type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]})"
-        ) from error
+        raise UserError(f"student.architecture: transformers refuses it ({_brief(error)})") from error
 
 
 def _fits(model: nn.Module, vocab: int, setting: str) -> int:

@@ -1,5 +1,6 @@
 """Everything that is read and checked before a model is loaded: rows, tokenizers, model folders."""
 
+import dataclasses
 import random
 from dataclasses import dataclass
 
@@ -46,10 +47,14 @@ def prepare(recipe: Recipe) -> Prepared:
     teacher_wanted = recipe.teacher is not None and recipe.loss.kd_ratio > 0
     student = find(recipe.student.model, "student.model", recipe.student.revision) if recipe.student.model else None
     teacher = find(recipe.teacher.model, "teacher.model", recipe.teacher.revision, recipe.teacher.base) if teacher_wanted else None
-    for setting, files in (("student.model", student), ("teacher.model", teacher)):
-        longest = files.config.get("max_position_embeddings") if files else None
+    configs = {
+        "student.model": student.config if student else recipe.student.architecture,
+        "teacher.model": teacher.config if teacher else {},
+    }
+    for setting, config in configs.items():
+        longest = positions(config)
         if longest and data.max_length > longest:
-            raise UserError(f"data.max_length: found {data.max_length}, and {setting} ({files.base}) has {longest} positions; lower it")
+            raise UserError(f"data.max_length: found {data.max_length}, and {setting} has {longest} positions; lower it")
 
     tokenizer = _tokenizer(recipe, student)
     if teacher:
@@ -58,6 +63,8 @@ def prepare(recipe: Recipe) -> Prepared:
     if held_rows:
         held_out = token_cache.encoded(held_rows, data.validation, data, tokenizer, "data.validation", say)
     else:
+        if data.validation_share:
+            report(train, "rows to part")
         train, held_out = hold_out(train, data.validation_share, recipe.seed)
     report(train, "train")
     if held_out:
@@ -71,32 +78,48 @@ def prepare(recipe: Recipe) -> Prepared:
 
 
 def _tokenizer(recipe: Recipe, student: ModelFiles | None):
-    if recipe.student.tokenizer:
-        return load_tokenizer(recipe.student.tokenizer, "student.tokenizer")
-    return load_tokenizer(str(student.base), "student.model")
+    if not recipe.student.tokenizer:
+        return load_tokenizer(str(student.base), "student.model")
+    tokenizer = load_tokenizer(recipe.student.tokenizer, "student.tokenizer")
+    if student and (student.base / "tokenizer.json").exists():
+        _refuse_differences(
+            tokenizer, load_tokenizer(str(student.base), "student.model"), "student.tokenizer", "it", f"{student.base}'s own"
+        )
+    return tokenizer
 
 
 def _same_tokenizer(tokenizer, teacher: ModelFiles, name: str) -> None:
     with_tokenizer = teacher.adapter if teacher.adapter and (teacher.adapter / "tokenizer.json").exists() else teacher.base
-    differences = tokenizer_differences(tokenizer, load_tokenizer(str(with_tokenizer), "teacher.model"))
+    theirs = load_tokenizer(str(with_tokenizer), "teacher.model")
+    _refuse_differences(tokenizer, theirs, "teacher.model", "the student's tokenizer", f"{name}'s")
+
+
+def _refuse_differences(ours, theirs, setting: str, our_name: str, their_name: str) -> None:
+    differences = tokenizer_differences(ours, theirs)
     if differences:
         more = f" (and {len(differences) - 3} more)" if len(differences) > 3 else ""
         raise UserError(
-            f"teacher.model: the student's tokenizer and {name}'s are not the same: {'; '.join(differences[:3])}{more}; token-by-token distillation needs one tokenizer"
+            f"{setting}: {our_name} and {their_name} are not the same: {'; '.join(differences[:3])}{more}; token ids must mean the same to all models"
         )
 
 
+def positions(config: dict) -> int | None:
+    """How many positions a model has, by whatever name its family gives the number; None where it has no bound."""
+    config = config.get("text_config", config)
+    return next((config[name] for name in ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx") if config.get(name)), None)
+
+
 def hold_out(encoded: Encoded, share: float, seed: int) -> tuple[Encoded, Encoded | None]:
-    """Part off a share of the examples, drawn by seed."""
-    count = round(share * len(encoded))
+    """Part off a share of the rows, drawn by seed: pieces of one text, or turns of one conversation, stay together."""
+    rows = sorted(set(encoded.row.tolist()))
+    count = round(share * len(rows))
     if not count:
         if share:
-            raise UserError(f"data.validation_share: {share:g} of {len(encoded)} examples is none; raise it")
+            raise UserError(f"data.validation_share: {share:g} of {len(rows)} rows is none; raise it")
         return encoded, None
-    if count == len(encoded):
-        raise UserError(f"data.validation_share: {share:g} of {len(encoded)} examples leaves none to train on; lower it")
-    held = np.zeros(len(encoded), bool)
-    held[random.Random(f"validation {seed}").sample(range(len(encoded)), count)] = True
+    if count == len(rows):
+        raise UserError(f"data.validation_share: {share:g} of {len(rows)} rows leaves none to train on; lower it")
+    held = np.isin(encoded.row, random.Random(f"validation {seed}").sample(rows, count))
     return encoded.subset(~held), encoded.subset(held)
 
 
@@ -107,10 +130,11 @@ def encode_choices(rows: Rows, source: Source, data: Data, tokenizer) -> Questio
         [place for row, place in zip(rows.rows, rows.places, strict=True) for _ in row["choices"]],
         rows.content + " choices",
     )
-    encoded = token_cache.encoded(expanded, source, data, tokenizer, "data.choices", say)
+    whole = dataclasses.replace(data, too_long="refuse", train_on_input=False)  # a choice cut short would look the likelier
+    encoded = token_cache.encoded(expanded, source, whole, tokenizer, "data.choices", say)
     if len(encoded) != len(expanded.rows):
         raise UserError(
-            f"data.choices: {len(expanded.rows) - len(encoded)} of {len(expanded.rows)} choices do not fit into data.max_length = {data.max_length}; raise it"
+            f"data.choices: {len(expanded.rows) - len(encoded)} of {len(expanded.rows)} choices are empty; give every choice a text"
         )
     return Questions(encoded, [len(row["choices"]) for row in rows.rows], [row["answer"] for row in rows.rows])
 

@@ -15,7 +15,7 @@ settings = dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True,
 Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
-Attention = Literal["sdpa", "eager", "flash_attention_2", "flex_attention"]
+Attention = Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"]
 
 #: Each divergence with its options: (smallest, largest, default). `losses/divergences.py` holds the functions.
 DIVERGENCES: dict[str, dict[str, tuple[float, float, float]]] = {
@@ -56,7 +56,7 @@ class Student:
     dtype: Dtype = Field(
         "auto", description="Type the base is held in; auto is the type it was saved in. Adapters train in at least float32."
     )
-    attention: Attention = Field("sdpa", description="Attention implementation in transformers.")
+    attention: Attention = Field("auto", description="Attention implementation; auto leaves it to transformers.")
     mixed_precision: Literal["no", "bf16"] = Field("no", description="bf16: autocast the body's products of weights held in float32.")
     gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass to save memory.")
 
@@ -67,7 +67,7 @@ class Teacher:
     revision: str | None = Field(None, description="Revision of a hub model or adapter.")
     base: str | None = Field(None, description="For an adapter: where its base is now, if not where the adapter says.")
     dtype: Dtype = Field("auto", description="Type the teacher's weights are held in.")
-    attention: Attention = Field("sdpa", description="Attention implementation in transformers.")
+    attention: Attention = Field("auto", description="Attention implementation; auto leaves it to transformers.")
 
 
 @settings
@@ -206,6 +206,11 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
             yield ("student.architecture",), "has no model_type; give one, such as llama"
         if student.method == "lora":
             yield ("student.method",), "found lora with student.architecture; new random weights train with method: full"
+    if student.method == "full" and student.dtype == "float16":
+        yield (
+            ("student.dtype", "student.method"),
+            "found float16, in which all weights cannot be trained; use float32 with mixed_precision: bf16",
+        )
     if data.train is None:
         yield ("data.train",), "not given; name what to train on, such as {path: train.jsonl, format: alpaca}"
     if data.validation is not None and data.validation_share:

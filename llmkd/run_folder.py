@@ -45,6 +45,8 @@ class RunFolder:
         nearest = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
         if not os.access(nearest, os.W_OK | os.X_OK):
             raise UserError(f"output_dir: {nearest} cannot be written to; choose another folder")
+        if self.path.is_dir() and not (self.path / "recipe.yaml").exists() and {p.name for p in self.path.iterdir()} - {".lock"}:
+            raise UserError(f"output_dir: {self.path} is not empty and holds no run of llmkd; choose another folder")
         if not self.resume:
             if self.finished:
                 raise UserError(f"output_dir: {self.path} holds a finished run; choose another folder, or remove it")
@@ -75,6 +77,7 @@ class RunFolder:
             owner = self._lock.read().strip() or "another run"
             self._lock.close()
             raise UserError(f"output_dir: {self.path} is in use by {owner}; wait for it, or choose another folder") from None
+        self.check()  # another run may have come and gone meanwhile
         self._lock.truncate(0)
         self._lock.write(f"process {os.getpid()} on {socket.gethostname()}")
         self._lock.flush()
@@ -90,9 +93,9 @@ class RunFolder:
         write(self.path / "recipe.yaml", dump(self.recipe))
 
     def release(self) -> None:
-        if self._lock:
+        if self._lock and not self._lock.closed:
+            self._lock.truncate(0)
             self._lock.close()
-            (self.path / ".lock").unlink(missing_ok=True)
 
 
 def write(path: Path, text: str) -> None:

@@ -62,7 +62,11 @@ def compare(study: Study, recipes: dict[str, Recipe]) -> dict[str, dict[str, flo
     accelerator = start()
 
     def load(stage: str):
-        settings = Teacher(model=str(student_folder(recipes[stage].output_dir)), dtype=recipes[stage].student.dtype)
+        settings = Teacher(
+            model=str(student_folder(recipes[stage].output_dir)),
+            dtype=recipes[stage].student.dtype,
+            attention=recipes[stage].student.attention,
+        )
         return load_teacher(settings, len(prepared.tokenizer), accelerator.device)
 
     teacher = load(study.teacher)

@@ -92,7 +92,9 @@ class Session:
         if saved:
             checkpoint.load(saved, self.learner.parameters, self.learner.optimizer)
             self.done, self.best, self.validated = saved.step, saved.state["best"], saved.state["validated"]
-            say(f"resuming after step {self.done} of {self.plan.total_steps}")
+        if folder.resume:
+            where = f"resuming after step {self.done} of {self.plan.total_steps}"
+            say(where if saved else f"{folder.path} has no checkpoint to resume from; starting at step 1")
         self.written = self.done
         self.tracker = Tracker(folder.path, self.plan.total_steps, self.done, self.main)
         trained = sum(p.numel() for p in self.learner.parameters.values())
@@ -146,10 +148,10 @@ class Session:
                 "tune the teacher on this data first"
             )
         by = self.recipe.checkpoint.best_by
-        if by:
-            value = -figures[by] if by == "agreement" else figures[by]
-            if self.best is None or value < self.best["value"]:
-                self.best = {"step": step, "value": value}
+        if by and step:
+            sign = -1 if by == "agreement" else 1
+            if self.best is None or self.best["by"] != by or sign * figures[by] < sign * self.best["value"]:
+                self.best = {"by": by, "step": step, "value": figures[by]}
             self.save(step)
 
     def save(self, step: int) -> None:
@@ -252,6 +254,10 @@ def build_learner(recipe: Recipe, student, total_steps: int, accelerator):
 
 def schedule(recipe: Recipe, total: int):
     optim = recipe.optim
+    if optim.warmup_steps and optim.warmup_steps > total:
+        raise UserError(
+            f"optim.warmup_steps: found {optim.warmup_steps}, and the whole run has {total} steps; lower it, or use optim.warmup_share"
+        )
     warmup = optim.warmup_steps if optim.warmup_steps is not None else math.ceil((optim.warmup_share or 0) * total)
     return lambda step: learning_rate(step, total, optim.lr, optim.schedule, warmup, optim.min_lr_share)
 

@@ -280,7 +280,7 @@ CONVERSATIONS = [
     (("u q", "a one", "u unanswered"), ["one"]),
     (("u q", "a one", "a two"), ["one", "two"]),
     (("u ", "a é 😀 你好"), ["é 😀 你好"]),
-    (("u q", "a "), [""]),
+    (("u q", "a ", "u r", "a two"), ["two"]),
     (("a one", "u q", "a two"), ["one", "two"]),
 ]
 
@@ -314,7 +314,7 @@ def test_a_real_template_supervises_the_answers(answer):
 @pytest.mark.parametrize(
     "output",
     [
-        *("one", " the owl\n\nflies ", "é 😀 你好", "\tx", "", "{input} {x}"),
+        *("one", " the owl\n\nflies ", "é 😀 你好", "\tx", "{input} {x}"),
     ],
 )
 @pytest.mark.parametrize("given", [None, "", "the wren"])
@@ -328,7 +328,7 @@ def test_in_alpaca_the_output_with_the_end_token_is_supervised(pad, output, give
 
 
 @pytest.mark.parametrize("name", ["gpt2", "minimind-6400", "mistral-7b-v0.1"])
-@pytest.mark.parametrize("output", ["one", "the owl\n\nflies", "é 😀 你好", "tail \n", ""])
+@pytest.mark.parametrize("output", ["one", "the owl\n\nflies", "é 😀 你好", "tail \n"])
 def test_with_real_tokenizers_the_output_with_the_end_token_is_supervised(name, output):
     tokenizer = real(name)
     encoded = encode(rows_of({"instruction": "q", "output": output}), "alpaca", Data(), tokenizer)
@@ -352,9 +352,24 @@ def test_train_on_input_supervises_everything_but_the_first_token():
         assert encoded.supervised.tolist() == [False] + [True] * (len(encoded.ids) - 1)
 
 
+@pytest.mark.parametrize(
+    ("row", "format"),
+    [
+        ({"instruction": "q", "output": " \n"}, "alpaca"),
+        (talk("u q", "a "), "chat"),
+        ({"text": ""}, "text"),
+        (talk("u only asked"), "chat"),
+    ],
+)
+@pytest.mark.parametrize("train_on_input", [False, True])
+def test_an_example_without_an_answer_is_counted_and_dropped(row, format, train_on_input):
+    encoded = encode(rows_of(row), format, Data(train_on_input=train_on_input), tiny())
+    assert len(encoded) == 0 and encoded.counts["unsupervised"] == 1
+
+
 def test_examples_do_not_depend_on_their_neighbours():
     """600 rows are more than one batch of the tokenizer."""
-    rows = [{"instruction": f"q {i}", "output": "the owl " * (i % 5)} for i in range(600)]
+    rows = [{"instruction": f"q {i}", "output": "the owl " * (1 + i % 5)} for i in range(600)]
     together, alone = encode(rows_of(*rows), "alpaca", Data(), tiny()), encode(rows_of(rows[577]), "alpaca", Data(), tiny())
     assert together.row.tolist() == list(range(600)) and together.counts["rows"] == together.counts["examples"] == 600
     assert all((a == b).all() for a, b in zip(together.example(577), alone.example(0), strict=True))
@@ -543,7 +558,7 @@ def no_encoding(monkeypatch):
     return lambda: monkeypatch.setattr(token_cache.encoding, "encode", never)
 
 
-ROWS = rows_of(*({"instruction": f"q {i}", "output": "owl " * i} for i in range(9)))
+ROWS = rows_of(*({"instruction": f"q {i}", "output": "owl " * (i + 1)} for i in range(9)))
 
 
 def same(a: Encoded, b: Encoded) -> bool:

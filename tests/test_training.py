@@ -148,7 +148,7 @@ def test_what_a_run_leaves_behind(make_recipe, world, tmp_path):
     out = tmp_path / "out"
     assert settings.load_recipe(out / "recipe.yaml") == recipe
     assert {"adapter", "metrics.jsonl", "loss.png", "recipe.yaml", "summary.json"} <= {p.name for p in out.iterdir()}
-    assert not list(out.rglob("*.tmp-*")) and not (out / ".lock").exists()
+    assert not list(out.rglob("*.tmp-*")) and not (out / ".lock").read_text()
     assert json.loads((out / "summary.json").read_text()) == summary
     assert {"ce", "perplexity", "entropy", "forward_kl", "reverse_kl", "agreement", "teacher_ce", "teacher_entropy", "targets"} == summary[
         "validation"
@@ -295,17 +295,103 @@ def test_the_settings_that_change_how_it_is_computed_work_and_stay_near(trained,
 
 
 def test_a_tied_head_trains_in_full(world, trained, tmp_path):
-    shutil.copytree(world / "student", tmp_path / "tied")
-    tensors = load_file(tmp_path / "tied/model.safetensors")
-    del tensors["lm_head.weight"]
-    save_file(tensors, tmp_path / "tied/model.safetensors", {"format": "pt"})
-    config = json.loads((tmp_path / "tied/config.json").read_text()) | {"tie_word_embeddings": True}
-    (tmp_path / "tied/config.json").write_text(json.dumps(config))
+    tensors = tie(world, tmp_path / "tied")
     runs = [
         trained(str(n), student__model=str(tmp_path / "tied"), student__method="full", train__micro_batch_size=n, **SHORT) for n in (8, 3)
     ]
     assert "lm_head.weight" not in runs[0] and distance(*runs) < 1e-12
     assert not torch.equal(runs[0]["model.embed_tokens.weight"], tensors["model.embed_tokens.weight"])
+
+
+def head_adapter(base: Path, to: Path, *targets: str) -> str:
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaForCausalLM
+
+    torch.manual_seed(5)
+    config = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=list(targets), init_lora_weights=False)
+    get_peft_model(LlamaForCausalLM.from_pretrained(base), config).save_pretrained(to)
+    return str(to)
+
+
+@pytest.mark.parametrize("targets", [("q_proj", "lm_head"), ("embed_tokens", "up_proj")])
+def test_a_teachers_adapter_on_head_or_embedding_counts(world, make_recipe, tmp_path, targets):
+    """PEFT saves the base's own tensor beside such an adapter; it is no left-over, and the adapter is not ignored."""
+    from peft import PeftModel
+    from transformers import LlamaForCausalLM
+
+    path = head_adapter(world / "teacher", tmp_path / "adapter", *targets)
+    teacher = models.load_teacher(Teacher(model=path), 640, "cpu")
+    reference = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(world / "teacher"), path).eval()
+    batch = collate(prepare(make_recipe()).train, [0, 3], pad=1)
+    with torch.no_grad():
+        expected = reference(**batch.teacher.inputs).logits.flatten(0, 1)[batch.teacher.rows_N].log_softmax(-1)
+    torch.testing.assert_close(Live(teacher)(batch).log_probs(slice(None)), expected, rtol=0, atol=1e-12)
+
+
+def tie(world: Path, to: Path) -> dict[str, torch.Tensor]:
+    shutil.copytree(world / "student", to)
+    tensors = load_file(to / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, to / "model.safetensors", {"format": "pt"})
+    config = json.loads((to / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (to / "config.json").write_text(json.dumps(config))
+    return tensors
+
+
+def test_an_adapter_on_a_tied_head_merges_into_the_head_alone(world, trained, tmp_path):
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    tie(world, tmp_path / "tied")
+    trained("out", student__model=str(tmp_path / "tied"), student__lora__target_modules=("q_proj", "lm_head"), **SHORT)
+    assert main(["export", str(tmp_path / "out")]) == 0
+    ids = torch.arange(20)[None]
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out/merged").eval()
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "tied"), tmp_path / "out/adapter").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_export_of_the_best_checkpoint(world, trained, make_recipe, tmp_path, method, capsys):
+    from transformers import AutoModelForCausalLM
+
+    held = {
+        "data__validation__path": str(world / "held.jsonl"),
+        "validation__every": 1,
+        "checkpoint__best_by": "ce",
+        "student__method": method,
+    }
+    trained("out", train__max_steps=4, optim__lr=0.3, **held)
+    best = json.loads((tmp_path / "out/summary.json").read_text())["best"]
+    assert main(["export", str(tmp_path / "out"), "--checkpoint", "best"]) == 0
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out/merged-best").eval()
+    data = prepare(make_recipe(data__validation__path=str(world / "held.jsonl"))).validation
+    total = 0.0
+    for i in range(len(data)):
+        ids, marks = (torch.from_numpy(x.copy()) for x in data.example(i))
+        with torch.no_grad():
+            log_q = model(ids[None].long()).logits[0, :-1].log_softmax(-1)
+        total -= log_q[marks[1:]].gather(1, ids[1:][marks[1:]].long()[:, None]).sum().item()
+    assert total / int(data.supervised.sum()) == pytest.approx(best["value"], rel=1e-9)
+    capsys.readouterr()
+    assert main(["export", str(tmp_path / "out"), "--checkpoint", "99"]) == 2 and "has no checkpoint 99" in said(capsys)
+
+
+def test_a_folder_of_the_users_own_is_never_touched(command, tmp_path):
+    (tmp_path / "out/adapter").mkdir(parents=True)
+    (tmp_path / "out/adapter/precious.txt").write_text("mine")
+    code, lines = command()
+    assert code == 2 and "holds no run" in lines[0]
+    assert command("--resume")[0] == 2 and (tmp_path / "out/adapter/precious.txt").read_text() == "mine"
+
+
+def test_pieces_of_a_held_out_text_are_not_trained_on(make_recipe, tmp_path):
+    (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": f"{i} " * 60}) + "\n" for i in range(10)))
+    source = {"path": str(tmp_path / "t.jsonl"), "format": "text"}
+    prepared = prepare(make_recipe(data__train=source, data__too_long="split", data__max_length=16, data__validation_share=0.2))
+    assert set(prepared.validation.row) and not set(prepared.validation.row) & set(prepared.train.row)
+    assert len(set(prepared.validation.row)) == 2 and len(prepared.validation) > 2
 
 
 POISONED = """
@@ -446,6 +532,10 @@ def test_a_teacher_that_does_not_fit_is_refused(command, world, tmp_path, make, 
         (["--student.model", "/dev/null"], "student.model"),
         (["--output_dir", "/proc/nowhere"], "output_dir"),
         (["--data.validation_share", "0.001"], "validation_share"),
+        (["--optim.warmup_steps", "99"], "whole run has 5 steps"),
+        (["--student.tokenizer", "builtin:skills", "--student.model", "recipes/nowhere"], "student.model"),
+        (["--student.method", "full", "--student.dtype", "float16"], "student.dtype"),
+        (["--output_dir", "x" * 300], "File name too long"),
     ],
 )
 def test_mistakes_are_one_line_and_leave_nothing(command, tmp_path, arguments, words):

@@ -34,15 +34,15 @@ class Text:
 
 
 def alpaca(row: dict, tokenizer) -> list[Text]:
-    """instruction, input (may be empty or absent), output: Stanford Alpaca's prompt; the output is supervised."""
+    """instruction, input (may be empty or absent), output: Stanford Alpaca's prompt; the output is supervised, if there is one."""
     prompt = (ALPACA_WITH_INPUT if row.get("input") else ALPACA).format(instruction=row["instruction"], input=row.get("input", ""))
     text = prompt + row["output"]
-    return [Text(text, [(len(prompt), len(text))])]
+    return [Text(text, [(len(prompt), len(text))] if row["output"].strip() else [])]
 
 
 def text(row: dict, tokenizer) -> list[Text]:
     """text: all of it is supervised."""
-    return [Text(row["text"], [(0, len(row["text"]))])]
+    return [Text(row["text"], [(0, len(row["text"]))] if row["text"].strip() else [])]
 
 
 def chat(row: dict, tokenizer) -> list[Text]:
@@ -61,7 +61,7 @@ def chat(row: dict, tokenizer) -> list[Text]:
     def render(n: int, prompt: bool) -> str:
         return tokenizer.apply_chat_template(messages[:n], tokenize=False, add_generation_prompt=prompt)
 
-    turns = [i for i, m in enumerate(messages) if m["role"] == "assistant"]
+    turns = [i for i, m in enumerate(messages) if m["role"] == "assistant" and m["content"].strip()]
     whole, parts = render(len(messages), False), []
     for i in turns:
         after = render(i + 1, False)
@@ -144,9 +144,9 @@ def encode(rows: Rows, format: str, data: Data, tokenizer, progress=iter) -> Enc
         for t, ids, places, row in zip(batch, encoded["input_ids"], encoded["offset_mapping"], origin[first:], strict=False):
             marks = [any(a < stop and b > begin for begin, stop in t.spans) for a, b in places]
             if t.bare:
-                ids, marks = start + ids + end, [False] * len(start) + marks + [True] * len(end)
+                ids, marks = start + ids + end, [False] * len(start) + marks + [bool(t.spans)] * len(end)
             ids, marks = np.array(ids, np.int32), np.array(marks, bool)
-            if data.train_on_input:
+            if data.train_on_input and t.spans:
                 marks[:] = True
             marks[:1] = False  # nothing predicts the first token
             pieces = [(ids, marks)]

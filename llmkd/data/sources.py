@@ -148,7 +148,8 @@ def _bytes(name: str, setting: str) -> bytes:
     except (RuntimeError, ValueError) as error:  # a home that does not exist, a NUL
         raise UserError(f"{setting}.path: {name!r} is no path ({error}); name a file") from None
     except OSError as error:
-        near = difflib.get_close_matches(path.name, [p.name for p in path.parent.glob("*.json*")] if path.parent.is_dir() else [], 1, 0.6)
+        others = [p.name for p in path.parent.glob("*.json*") if p.name != path.name] if path.parent.is_dir() else []
+        near = difflib.get_close_matches(path.name, others, 1, 0.6)
         hint = f"; did you mean {path.parent / near[0]}?" if near else ""
         raise UserError(f"{setting}.path: {name}: {error.strerror}{hint}") from None
 
