@@ -90,11 +90,7 @@ def export(argv: list[str]) -> None:
 
 
 def quiet() -> None:
-    """Libraries' bars and advice are kept out of the console; what matters is said by llmkd itself.
-
-    Threads that wait, sleep: spinning ones cost a tenfold slowdown as soon as two runs share the cores of one machine.
-    """
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # read when torch is loaded
+    """Libraries' bars and advice are kept out of the console; what matters is said by llmkd itself."""
     warnings.simplefilter("ignore", FutureWarning)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "0" if sys.stderr.isatty() else "1")
