@@ -14,7 +14,7 @@ PACKAGE = Path(__file__).parents[1] / "llmkd"
 LAYERS = (
     "__init__ console order head",
     "errors",
-    "signals recipe",
+    "signals recipe yaml_lines",
     "settings model_files",
     "losses models data",
     "teachers distiller prepare",
