@@ -22,7 +22,9 @@ def export(run: Path, to: Path | None = None, checkpoint: str | None = None) -> 
     is_adapter = (student / "adapter_config.json").exists()
     if not is_adapter and not saved:
         raise UserError(f"{run}: was trained in full, so {student} is already a plain model; nothing to merge")
-    to = to or run.with_name(f"{run.name}-merged") if student == run else to or run / ("merged" + (f"-{checkpoint}" if checkpoint else ""))
+    if to is None:
+        name = f"merged-{checkpoint}" if checkpoint else "merged"
+        to = run.with_name(f"{run.name}-{name}") if student == run else run / name
     if to.exists():
         raise UserError(f"--to: {to} exists; choose another folder, or remove it")
     files = find(str(student), "export")

@@ -45,7 +45,7 @@ class RunFolder:
         nearest = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
         if not os.access(nearest, os.W_OK | os.X_OK):
             raise UserError(f"output_dir: {nearest} cannot be written to; choose another folder")
-        if self.path.is_dir() and not (self.path / "recipe.yaml").exists() and {p.name for p in self.path.iterdir()} - {".lock"}:
+        if self.path.is_dir() and not (self.path / "recipe.yaml").exists() and any(self._foreign()):
             raise UserError(f"output_dir: {self.path} is not empty and holds no run of llmkd; choose another folder")
         if not self.resume:
             if self.finished:
@@ -62,6 +62,10 @@ class RunFolder:
                         for k in changed
                     )
                 )
+
+    def _foreign(self):
+        """What lies in the folder beyond a lock and what a kill may leave of the very first writes."""
+        return (p for p in self.path.iterdir() if p.name != ".lock" and ".tmp-" not in p.name)
 
     def claim(self, identity: dict[str, str]) -> None:
         """Create the folder, lock it for this process's life, and compare `identity` (hashes of data, models, tokenizer)."""
@@ -89,8 +93,8 @@ class RunFolder:
                     raise UserError(
                         f"{what} has changed since the run in {self.path} was started; give what it was, or choose another output_dir"
                     )
+        write(self.path / "recipe.yaml", dump(self.recipe))  # first: it marks the folder as a run's, so that a kill here can be resumed
         write(known, json.dumps(identity, indent=1))
-        write(self.path / "recipe.yaml", dump(self.recipe))
 
     def release(self) -> None:
         if self._lock and not self._lock.closed:

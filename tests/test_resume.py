@@ -170,8 +170,9 @@ def _die_at(point: str) -> None:
         shutil.rmtree = lambda path, **kw: kill() if Path(path).name == "step-1" else real(path, **kw)
 
 
-def test_a_signal_saves_and_stops(make_recipe, trained, tmp_path, monkeypatch):
-    """SIGTERM in the second step: that step is finished and saved; the resumed run is the uninterrupted one."""
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_saves_and_stops(make_recipe, trained, tmp_path, monkeypatch, number):
+    """A signal in the second step: that step is finished and saved; the resumed run is the uninterrupted one."""
     from llmkd.distiller import Distiller
 
     expected = trained("straight", **LONG | {"checkpoint__every": None})
@@ -180,7 +181,7 @@ def test_a_signal_saves_and_stops(make_recipe, trained, tmp_path, monkeypatch):
     def forward(self, *args):
         calls[0] += 1
         if calls[0] == 4:
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
         return real(self, *args)
 
     monkeypatch.setattr(Distiller, "forward", forward)

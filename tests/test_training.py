@@ -188,17 +188,23 @@ def test_validation_figures_from_the_models_own_logits(make_recipe, world, tmp_p
     assert figures["targets"] == len(y)
 
 
-def test_export_loads_in_plain_transformers_and_says_the_same(make_recipe, world, tmp_path, capsys):
+def assert_merged_is_adapted(out: Path, base: Path) -> None:
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
+
+    ids = torch.arange(20)[None]
+    merged = AutoModelForCausalLM.from_pretrained(out / "merged").eval()
+    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), out / "adapter").eval()
+    with torch.no_grad():
+        torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, rtol=0, atol=1e-12)
+
+
+def test_export_loads_in_plain_transformers_and_says_the_same(make_recipe, world, tmp_path, capsys):
+    from transformers import AutoTokenizer
 
     run(make_recipe(**SHORT))
     assert main(["export", str(tmp_path / "out")]) == 0
-    ids = torch.arange(20)[None]
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out/merged").eval()
-    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(world / "student"), tmp_path / "out/adapter").eval()
-    with torch.no_grad():
-        torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, rtol=0, atol=1e-12)
+    assert_merged_is_adapted(tmp_path / "out", world / "student")
     for folder in ("merged", "adapter"):
         assert AutoTokenizer.from_pretrained(tmp_path / "out" / folder).chat_template
         assert (tmp_path / "out" / folder / "generation_config.json").exists()
@@ -339,17 +345,10 @@ def tie(world: Path, to: Path) -> dict[str, torch.Tensor]:
 
 
 def test_an_adapter_on_a_tied_head_merges_into_the_head_alone(world, trained, tmp_path):
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
     tie(world, tmp_path / "tied")
     trained("out", student__model=str(tmp_path / "tied"), student__lora__target_modules=("q_proj", "lm_head"), **SHORT)
     assert main(["export", str(tmp_path / "out")]) == 0
-    ids = torch.arange(20)[None]
-    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "out/merged").eval()
-    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "tied"), tmp_path / "out/adapter").eval()
-    with torch.no_grad():
-        torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, rtol=0, atol=1e-12)
+    assert_merged_is_adapted(tmp_path / "out", tmp_path / "tied")
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
@@ -376,6 +375,25 @@ def test_export_of_the_best_checkpoint(world, trained, make_recipe, tmp_path, me
     assert total / int(data.supervised.sum()) == pytest.approx(best["value"], rel=1e-9)
     capsys.readouterr()
     assert main(["export", str(tmp_path / "out"), "--checkpoint", "99"]) == 2 and "has no checkpoint 99" in said(capsys)
+
+
+def test_a_launch_that_starts_fewer_processes_is_refused(command, monkeypatch):
+    """What accelerate launch --cpu --num_processes 2 leaves in the environment of its one process."""
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "True"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    code, lines = command()
+    assert code == 2 and "--multi_gpu" in lines[0]
+
+
+def test_a_kill_while_the_folder_was_claimed_can_be_resumed(make_recipe, tmp_path):
+    recipe = make_recipe(**SHORT)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/recipe.yaml.tmp-123").write_text("seed")
+    run(recipe)
+    for name in ("identity.json", "summary.json"):
+        (tmp_path / "out" / name).unlink()
+    assert run(recipe, resume=True)["steps"] == 2
 
 
 def test_a_folder_of_the_users_own_is_never_touched(command, tmp_path):
