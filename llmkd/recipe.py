@@ -7,7 +7,7 @@ Nothing here imports torch: a recipe is checked before anything heavy is loaded.
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Field
+from pydantic import ConfigDict, Discriminator, Field, Tag
 from pydantic.dataclasses import dataclass
 
 settings = dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True, allow_inf_nan=False))
@@ -32,27 +32,39 @@ DIVERGENCES: dict[str, dict[str, tuple[float, float, float]]] = {
 
 
 @settings
+class Quantization:
+    """The base's linear layers in 4 or 8 bit, by bitsandbytes; embeddings, norms and the head keep `dtype`."""
+
+    type: Literal["nf4", "fp4", "int8"] = Field("nf4", description="Number format of the base's linear layers.")
+    double_quant: bool = Field(True, description="nf4 and fp4: quantise the quantisation constants too.")
+    compute_dtype: Dtype = Field("auto", description="nf4 and fp4: type the products are computed in; auto is dtype.")
+
+
+@settings
 class Lora:
     rank: Count = Field(16, description="Rank of the adapter matrices.")
     alpha: float = Field(32.0, gt=0, description="Scale: the update is alpha / rank times B A (over sqrt(rank) with rslora).")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input while training.")
-    target_modules: Literal["all-linear"] | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
-        "all-linear", description="Modules that get an adapter: all-linear (all but the head) or a list of name endings."
+    target_modules: str | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
+        "all-linear", description="Modules that get an adapter: all-linear (all but the head), a list of name endings, or a regular expression."
     )
+    modules_to_save: tuple[str, ...] = Field((), description="Modules that train in full beside the adapter, such as lm_head.")
     rslora: bool = Field(False, description="Rank-stabilised scaling, alpha / sqrt(rank).")
     dora: bool = Field(False, description="Weight-decomposed LoRA.")
 
 
 @settings
 class Student:
-    model: str | None = Field(None, description="Folder or hub id of the base model.")
-    revision: str | None = Field(None, description="Revision of a hub model.")
+    model: str | None = Field(None, description="Folder or hub id of a base model, or of a LoRA adapter to go on training.")
+    revision: str | None = Field(None, description="Revision of a hub model or adapter.")
+    base: str | None = Field(None, description="For an adapter: where its base is now, if not where the adapter says.")
     architecture: dict[str, Any] | None = Field(
         None, description="Instead of model: a transformers configuration (model_type, hidden_size, ...) for new random weights."
     )
     tokenizer: str | None = Field(None, description="Folder or hub id of the tokenizer, or builtin:skills; by default the model's own.")
     method: Literal["lora", "full"] = Field("lora", description="What trains: a LoRA adapter, or every weight.")
-    lora: Lora = Field(default_factory=Lora)
+    lora: Lora | None = Field(None, description="The adapter; null for its defaults, or for the settings of an adapter given as model.")
+    quantization: Quantization | None = Field(None, description="Hold the base in 4 or 8 bit (QLoRA); null for not.")
     dtype: Dtype = Field(
         "auto", description="Type the base is held in; auto is the type it was saved in. Adapters train in at least float32."
     )
@@ -66,28 +78,56 @@ class Teacher:
     model: str = Field(description="Folder or hub id of a model, or of a LoRA adapter (its base is read from its own configuration).")
     revision: str | None = Field(None, description="Revision of a hub model or adapter.")
     base: str | None = Field(None, description="For an adapter: where its base is now, if not where the adapter says.")
+    quantization: Quantization | None = Field(None, description="Hold the teacher in 4 or 8 bit; null for not.")
     dtype: Dtype = Field("auto", description="Type the teacher's weights are held in.")
     attention: Attention = Field("auto", description="Attention implementation; auto leaves it to transformers.")
 
 
 @settings
 class Source:
-    path: str = Field(description="A .json or .jsonl file, a hub data set, or builtin:skills (the generated demonstration corpus).")
-    format: Literal["alpaca", "chat", "text"] = Field(
-        "alpaca", description="alpaca: instruction, input, output; chat: messages of role and content; text: text."
+    path: str = Field(
+        description="A .json, .jsonl, .parquet, .arrow or .csv file, a folder of them, a hub data set, or builtin:skills (the generated corpus)."
+    )
+    format: Literal["alpaca", "chat", "prompt_completion", "text"] = Field(
+        "alpaca",
+        description="alpaca: instruction, input, output; chat: messages of role and content; prompt_completion: prompt, completion; text: text.",
+    )
+    fields: dict[str, str] = Field(
+        default_factory=dict,
+        description="What the file calls the format's columns, where it has other names: {messages: conversations, role: from, content: value}.",
+    )
+    roles: dict[str, str] = Field(
+        default_factory=dict, description="What the file calls the roles of a chat, where it has other names: {user: human, assistant: gpt}."
+    )
+    chat_template: bool = Field(
+        False, description="alpaca and prompt_completion: pass the prompt and the answer through the tokenizer's chat template."
     )
     name: str | None = Field(
         None, description="Configuration of a hub data set; for builtin:skills, questions (conversations) or prose (plain text)."
     )
-    split: str = Field("train", description="Split of a hub data set or of builtin:skills; a file has one split.")
+    split: str = Field("train", description="Split of a hub data set, of a folder whose files are named by split, or of builtin:skills.")
     revision: str | None = Field(None, description="Revision of a hub data set.")
-    limit: Count | None = Field(None, description="Use only the first so many rows.")
+    limit: Count | None = Field(None, description="Use only so many rows: the first ones, or with seed a random sample.")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] | None = Field(None, description="Draw the limit's rows by this seed.")
+    weight: float = Field(1.0, gt=0, description="Passes over this source in one epoch: 2 is twice, 0.5 a half, drawn anew each epoch.")
+
+
+#: One source or a list of them; the tag keeps pydantic from explaining what is wrong with the form that was not meant.
+Sources = Annotated[
+    Annotated[Source, Tag("one")] | Annotated[tuple[Source, ...], Tag("several")] | Annotated[None, Tag("none")],
+    Discriminator(lambda value: "none" if value is None else "several" if isinstance(value, list | tuple) else "one"),
+]
+
+
+def sources(setting: Source | tuple[Source, ...] | None) -> tuple[Source, ...]:
+    """The sources behind `data.train` or `data.validation`."""
+    return setting if isinstance(setting, tuple) else (setting,) if setting else ()
 
 
 @settings
 class Data:
-    train: Source | None = Field(None, description="What the student trains on.")
-    validation: Source | None = Field(None, description="Held-out rows; or set validation_share.")
+    train: Sources = Field(None, description="What the student trains on: a source, or a list of them.")
+    validation: Sources = Field(None, description="Held-out rows; or set validation_share.")
     validation_share: float = Field(0.0, ge=0, lt=1, description="Share of the training rows, drawn by seed, held out for validation.")
     choices: Source | None = Field(
         None,
@@ -98,6 +138,13 @@ class Data:
         "drop", description="What becomes of a longer one: drop it, cut its end off, split it into several (text only), or refuse the run."
     )
     train_on_input: bool = Field(False, description="Supervise the prompt's tokens too, not only the answer's.")
+    packing: bool = Field(
+        False, description="Concatenate a micro-batch's examples into one row without padding; they stay isolated, and the result is the same."
+    )
+    streaming: bool = Field(
+        False, description="Read and tokenise the training rows while training instead of before; needs train.max_steps."
+    )
+    shuffle_buffer: Count = Field(10_000, description="Streaming: rows that are shuffled together.")
     cache_dir: str | None = Field(None, description="Where tokenised data is kept; by default ~/.cache/llmkd, or LLMKD_CACHE.")
 
 
@@ -127,6 +174,9 @@ class Loss:
 
 @settings
 class Optim:
+    name: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = Field(
+        "adamw", description="AdamW of torch, or of bitsandbytes with 8-bit state, with state that may move to CPU memory, or with both."
+    )
     lr: float = Field(2e-4, gt=0, description="Peak learning rate.")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay, on matrices only.")
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
@@ -172,6 +222,12 @@ class Checkpoint:
 
 
 @settings
+class PushToHub:
+    repo: str = Field(description="Hub repository that the finished student is uploaded to: name or owner/name.")
+    private: bool = Field(True, description="Create the repository as a private one.")
+
+
+@settings
 class Recipe:
     output_dir: str = Field("", description="Where the run leaves everything.")
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="Order of the data, new weights and dropout follow from it.")
@@ -183,6 +239,10 @@ class Recipe:
     train: Train = Field(default_factory=Train)
     validation: Validation = Field(default_factory=Validation)
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = Field(
+        (), description="Accelerate's trackers that also get the figures of metrics.jsonl."
+    )
+    push_to_hub: PushToHub | None = Field(None, description="Upload the finished student to the hub; null for not.")
 
 
 def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
@@ -215,7 +275,8 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
         yield ("data.train",), "not given; name what to train on, such as {path: train.jsonl, format: alpaca}"
     if data.validation is not None and data.validation_share:
         yield ("data.validation_share", "data.validation"), "given together with data.validation; keep one of them"
-    if data.too_long == "split" and any(s and s.format != "text" for s in (data.train, data.validation)):
+    every = (*sources(data.train), *sources(data.validation))
+    if data.too_long == "split" and any(s.format != "text" for s in every):
         yield ("data.too_long", "data.train", "data.validation"), "found split, which only format: text can be; use drop or truncate"
     for path, source in (("data.train", data.train), ("data.validation", data.validation), ("data.choices", data.choices)):
         if source and source.path.startswith("builtin:") and source.path != "builtin:skills":

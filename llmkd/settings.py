@@ -11,7 +11,7 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from .errors import UserError
-from .recipe import Recipe, Study, contradictions
+from .recipe import Lora, Recipe, Study, contradictions
 from .yaml_lines import Dumper, parse_yaml
 
 _MAX_BYTES = 1 << 20
@@ -110,13 +110,15 @@ def load_study(path: str | Path, output_dir: str | None = None) -> Study:
 
 
 def resolve(recipe: Recipe) -> Recipe:
-    """Write out the defaults that depend on other settings."""
-    loss, train = recipe.loss, recipe.train
+    """Write out the defaults that depend on other settings. An adapter that is gone on with keeps its own."""
+    student, loss, train = recipe.student, recipe.loss, recipe.train
+    if student.method == "lora" and student.lora is None and student.model and not Path(student.model, "adapter_config.json").exists():
+        student = dataclasses.replace(student, lora=Lora())
     if loss.kd_ratio is None:
         loss = dataclasses.replace(loss, kd_ratio=0.5 if recipe.teacher else 0.0)
     if train.epochs is None and train.max_steps is None:
         train = dataclasses.replace(train, epochs=1)
-    return dataclasses.replace(recipe, loss=loss, train=train)
+    return dataclasses.replace(recipe, student=student, loss=loss, train=train)
 
 
 def dump(recipe) -> str:
