@@ -12,7 +12,8 @@ from .model_files import find
 
 def export(run: Path, to: Path | None = None, checkpoint: str | None = None) -> Path:
     """Write `RUN/merged` (or `to`). `run` may be a run's folder, or an adapter's; `checkpoint` is a step's number, or best."""
-    from .models import merge, restored, student_folder
+    from .merge import merge, restored
+    from .models import student_folder
 
     if not run.is_dir():
         raise UserError(f"{run}: no such folder; name a run's output_dir or an adapter")

@@ -46,7 +46,8 @@ class Lora:
     alpha: float = Field(32.0, gt=0, description="Scale: the update is alpha / rank times B A (over sqrt(rank) with rslora).")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input while training.")
     target_modules: str | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
-        "all-linear", description="Modules that get an adapter: all-linear (all but the head), a list of name endings, or a regular expression."
+        "all-linear",
+        description="Modules that get an adapter: all-linear (all but the head), a list of name endings, or a regular expression.",
     )
     modules_to_save: tuple[str, ...] = Field((), description="Modules that train in full beside the adapter, such as lm_head.")
     rslora: bool = Field(False, description="Rank-stabilised scaling, alpha / sqrt(rank).")
@@ -97,7 +98,8 @@ class Source:
         description="What the file calls the format's columns, where it has other names: {messages: conversations, role: from, content: value}.",
     )
     roles: dict[str, str] = Field(
-        default_factory=dict, description="What the file calls the roles of a chat, where it has other names: {user: human, assistant: gpt}."
+        default_factory=dict,
+        description="What the file calls the roles of a chat, where it has other names: {user: human, assistant: gpt}.",
     )
     chat_template: bool = Field(
         False, description="alpaca and prompt_completion: pass the prompt and the answer through the tokenizer's chat template."
@@ -139,7 +141,8 @@ class Data:
     )
     train_on_input: bool = Field(False, description="Supervise the prompt's tokens too, not only the answer's.")
     packing: bool = Field(
-        False, description="Concatenate a micro-batch's examples into one row without padding; they stay isolated, and the result is the same."
+        False,
+        description="Concatenate a micro-batch's examples into one row without padding; they stay isolated, and the result is the same.",
     )
     streaming: bool = Field(
         False, description="Read and tokenise the training rows while training instead of before; needs train.max_steps."

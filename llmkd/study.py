@@ -64,6 +64,7 @@ def compare(study: Study, recipes: dict[str, Recipe]) -> dict[str, dict[str, flo
     def load(stage: str):
         settings = Teacher(
             model=str(student_folder(recipes[stage].output_dir)),
+            quantization=recipes[stage].student.quantization,
             dtype=recipes[stage].student.dtype,
             attention=recipes[stage].student.attention,
         )

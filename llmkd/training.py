@@ -71,8 +71,9 @@ class Session:
         self.recipe, self.prepared, self.folder, self.accelerator, self.stop = recipe, prepared, folder, accelerator, stop
         self.main, self.pad = accelerator.is_main_process, prepared.tokenizer.eos_token_id
         vocab, device, train = len(prepared.tokenizer), accelerator.device, recipe.train
-        self.teacher = Live(models.load_teacher(recipe.teacher, vocab, device)) if prepared.teacher_wanted else None
-        self.student = models.load_student(recipe.student, vocab, device, recipe.seed)
+        packing = recipe.data.packing
+        self.teacher = Live(models.load_teacher(recipe.teacher, vocab, device, packing)) if prepared.teacher_wanted else None
+        self.student = models.load_student(recipe.student, vocab, device, recipe.seed, packing)
         self.plan = Plan(
             prepared.train.lengths,
             recipe.seed,
@@ -112,7 +113,7 @@ class Session:
                 self.validate(self.done)
             if self.stop.anywhere(self.accelerator):
                 raise self.stopped(self.done)
-            batch_of = functools.partial(collate, self.prepared.train, pad=self.pad)
+            batch_of = functools.partial(collate, self.prepared.train, pad=self.pad, packing=recipe.data.packing)
             for progress in train(self.plan, batch_of, [self.learner], self.teacher, self.accelerator, self.done, self.stop):
                 step, last = progress.step, progress.step == total
                 self.tracker.step(progress, 0, self.learner.learning_rate(step), last or due(recipe.train.log_every, step))
@@ -225,7 +226,7 @@ class Session:
         for leftover in self.folder.path.glob(f"{output.name}.tmp-*"):
             shutil.rmtree(leftover)
         part = output.with_name(f"{output.name}.tmp-{os.getpid()}")
-        models.save(self.student, self.prepared.tokenizer, part)
+        models.save(self.student, self.prepared.tokenizer, part, self.recipe.student.quantization)
         (part / "README.md").write_text(card(self.recipe, summary), encoding="utf-8")
         shutil.rmtree(output, ignore_errors=True)
         part.rename(output)
@@ -233,9 +234,8 @@ class Session:
 
 
 def build_learner(recipe: Recipe, student, total_steps: int, accelerator):
-    """The student with its objective, optimizer and schedule. Weight decay is for matrices; biases and norms go without."""
-    import torch
-
+    """The student with its objective, optimizer and schedule."""
+    from . import optimizers
     from .distiller import Distiller
     from .loop import Learner
     from .losses.divergences import named
@@ -244,10 +244,7 @@ def build_learner(recipe: Recipe, student, total_steps: int, accelerator):
     loss, optim = recipe.loss, recipe.optim
     objective = Objective(loss.kd_ratio, loss.temperature, named(loss.divergence, **loss.divergence_options))
     parameters = student.trainable()
-    decayed = [p for p in parameters.values() if p.ndim >= 2]
-    plain = [p for p in parameters.values() if p.ndim < 2]
-    groups = [{"params": decayed, "weight_decay": optim.weight_decay}] + ([{"params": plain, "weight_decay": 0.0}] if plain else [])
-    optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
+    optimizer = optimizers.build(optim, parameters)
     distiller = accelerator.prepare_model(Distiller(student, objective, loss.chunk_rows))
     return Learner(distiller, optimizer, parameters, schedule(recipe, total_steps), optim.max_grad_norm)
 
