@@ -32,7 +32,7 @@ def merge(files: ModelFiles, vocab: int, checkpoint: Path | None = None) -> nn.M
         base.config.tie_word_embeddings = False
     adapted = loading.adapter(base, files, "export").eval()
     if checkpoint:
-        _put(adapted, checkpoint)
+        put(adapted, checkpoint)
     ids_BT = torch.arange(24).reshape(2, 12) * 7 % vocab
     with torch.no_grad():
         expected = adapted(input_ids=ids_BT, use_cache=False).logits
@@ -46,11 +46,12 @@ def merge(files: ModelFiles, vocab: int, checkpoint: Path | None = None) -> nn.M
 def restored(model_folder: Path, checkpoint: Path) -> nn.Module:
     """A fully trained model as it was at a checkpoint."""
     model = loading.base(model_folder, "export")
-    _put(model, checkpoint)
+    put(model, checkpoint)
     return model
 
 
-def _put(model: nn.Module, checkpoint: Path) -> None:
+def put(model: nn.Module, checkpoint: Path) -> None:
+    """Give a model the trained weights of a checkpoint."""
     from safetensors.torch import load_file
 
     parameters = dict(model.named_parameters())

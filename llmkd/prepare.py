@@ -1,6 +1,7 @@
 """Everything that is read and checked before a model is loaded: rows, tokenizers, model folders."""
 
 import dataclasses
+import importlib.util
 import random
 from dataclasses import dataclass
 
@@ -40,12 +41,13 @@ class Prepared:
 
 def prepare(recipe: Recipe) -> Prepared:
     """Read and check data, tokenizers and model folders. No weights are loaded."""
+    check_packages(recipe)
     data = recipe.data
     train_rows = read_source(data.train, "data.train")
     held_rows = read_source(data.validation, "data.validation") if data.validation else None
     choice_rows = read_source(data.choices, "data.choices", choices=True) if data.choices else None
     teacher_wanted = recipe.teacher is not None and recipe.loss.kd_ratio > 0
-    student = find(recipe.student.model, "student.model", recipe.student.revision) if recipe.student.model else None
+    student = find(recipe.student.model, "student.model", recipe.student.revision, recipe.student.base) if recipe.student.model else None
     teacher = find(recipe.teacher.model, "teacher.model", recipe.teacher.revision, recipe.teacher.base) if teacher_wanted else None
     configs = {
         "student.model": student.config if student else recipe.student.architecture,
@@ -75,6 +77,20 @@ def prepare(recipe: Recipe) -> Prepared:
             identity[name] = " ".join(fingerprint(folder, setting) for folder in (files.base, files.adapter) if folder)
     questions = encode_choices(choice_rows, data.choices, data, tokenizer) if choice_rows else None
     return Prepared(tokenizer, train, [train_rows.places[i] for i in train.row], held_out, questions, teacher_wanted, identity)
+
+
+def check_packages(recipe: Recipe) -> None:
+    """What a recipe asks for and an installation may lack."""
+    wanted = {
+        "student.quantization": recipe.student.quantization,
+        "teacher.quantization": recipe.teacher and recipe.teacher.quantization,
+        "optim.name": recipe.optim.name != "adamw",
+    }
+    lacking = [setting for setting, value in wanted.items() if value and importlib.util.find_spec("bitsandbytes") is None]
+    if lacking:
+        raise UserError(
+            *(f"{setting}: needs bitsandbytes, which is not installed; pip install 'llmkd[quantization]'" for setting in lacking)
+        )
 
 
 def _tokenizer(recipe: Recipe, student: ModelFiles | None):

@@ -269,11 +269,20 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
             yield ("student.architecture",), "has no model_type; give one, such as llama"
         if student.method == "lora":
             yield ("student.method",), "found lora with student.architecture; new random weights train with method: full"
+        for name in ("revision", "base"):
+            if getattr(student, name) is not None:
+                yield (f"student.{name}", "student.architecture"), "given with student.architecture, which has none; leave it out"
+    if student.method == "full":
+        for name in ("lora", "quantization"):
+            if getattr(student, name) is not None:
+                yield (f"student.{name}", "student.method"), f"given with method: full; leave student.{name} out, or set method: lora"
     if student.method == "full" and student.dtype == "float16":
         yield (
             ("student.dtype", "student.method"),
             "found float16, in which all weights cannot be trained; use float32 with mixed_precision: bf16",
         )
+    if optim.name != "adamw" and student.dtype == "float64":
+        yield ("optim.name", "student.dtype"), f"found {optim.name}, which has no float64; use adamw, or student.dtype: float32"
     if data.train is None:
         yield ("data.train",), "not given; name what to train on, such as {path: train.jsonl, format: alpaca}"
     if data.validation is not None and data.validation_share:

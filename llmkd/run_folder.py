@@ -19,6 +19,7 @@ _HARMLESS = (
     "checkpoint.",
     "data.cache_dir",
     "data.choices",
+    "data.packing",
     "loss.chunk_rows",
 )
 

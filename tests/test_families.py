@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from families import V, tiny
 from torch.testing import assert_close
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from families import V, tiny
 from llmkd import selftest
 from llmkd.errors import UserError
 from llmkd.losses.divergences import reverse_kl
