@@ -194,6 +194,11 @@ def test_a_four_bit_run_resumes_bit_for_bit(single, trained, tmp_path, optimizer
     assert distance(trained("cut", resume=True, **changes), whole) == 0
 
 
+def test_a_packed_four_bit_run_is_the_unpacked_one(single, trained):
+    changes = qlora(single, **{"student.lora.dropout": 0.0, "teacher.quantization": {"type": "nf4", "compute_dtype": "float32"}})
+    assert distance(trained("packed", **changes, **{"data.packing": True}), trained("apart", **changes)) < 1e-4
+
+
 def test_merging_goes_into_the_unquantised_base_and_says_how_far_that_is(world, single, trained, tmp_path, capsys):
     from transformers import AutoModelForCausalLM
 
