@@ -11,8 +11,7 @@ import numpy as np
 from .console import say
 from .data.tokenizer import load_tokenizer
 from .errors import UserError
-from .model_files import RECORD, ModelFiles, find, read_json
-from .recipe import Quantization, Teacher
+from .model_files import RECORD, ModelFiles, find
 
 SAMPLE = 64  # examples on which the merged model is compared with the trained one
 
@@ -56,10 +55,11 @@ def drift(merged, files: ModelFiles, tokenizer, run: Path, saved: Path | None) -
 
     {"trained_on": the quantisation, "drift": ce and trained_ce, forward_kl (trained || merged), agreement}; None for others.
     """
-    record = read_json(files.adapter / RECORD, "export") if (files.adapter / RECORD).exists() else {}
-    quantization = record.get("quantization")
-    on_disk = files.config.get("quantization_config")
-    if not quantization and not on_disk:
+    from .models import as_trained
+
+    settings = as_trained(files.adapter, files.base)
+    trained_on = dataclasses.asdict(settings.quantization) if settings.quantization else files.config.get("quantization_config")
+    if not trained_on:
         return None
     from .merge import put
     from .models import LanguageModel, load_teacher
@@ -69,7 +69,6 @@ def drift(merged, files: ModelFiles, tokenizer, run: Path, saved: Path | None) -
 
     sample, where = _sample(run, tokenizer)
     accelerator, vocab = start(), len(tokenizer)
-    settings = Teacher(model=str(files.adapter), base=str(files.base), quantization=quantization and Quantization(**quantization))
     trained = load_teacher(settings, vocab, accelerator.device)
     if saved:
         put(trained.model, saved)
@@ -81,7 +80,7 @@ def drift(merged, files: ModelFiles, tokenizer, run: Path, saved: Path | None) -
         f"agreement {figures['agreement']:.3f}, CE {figures['ce']:.4f} (trained: {figures['trained_ce']:.4f})"
     )
     merged.to("cpu")
-    return {"trained_on": quantization or on_disk, "measured_on": where, "drift": figures}
+    return {"trained_on": trained_on, "measured_on": where, "drift": figures}
 
 
 def _sample(run: Path, tokenizer):

@@ -23,6 +23,14 @@ def decoder_of(model: nn.Module) -> nn.Module:
     return getattr(model, "model", model) if decoder is model else decoder
 
 
+def beside_text(model: nn.Module) -> list[nn.Parameter]:
+    """Parameters that text never meets: the eyes and ears of a model that has them. Nothing there can be trained on text."""
+    if model.config.get_text_config() is model.config:
+        return []
+    used = {id(p) for part in (decoder_of(model), model.get_output_embeddings()) for p in part.parameters()}
+    return [p for p in model.parameters() if id(p) not in used]
+
+
 def head_of(model: nn.Module, vocab: int) -> Head:
     """The head, with the scale and the soft cap that the model's configuration names; padding columns past `vocab` are cut."""
     config = model.config.get_text_config()

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import UserError
+from .families import beside_text
 from .model_files import ModelFiles, read_json, tensors
 from .recipe import Lora, Quantization
 from .recipe import Student as StudentSettings
@@ -113,6 +114,8 @@ def new_adapter(model: nn.Module, lora: Lora, revision: str | None) -> nn.Module
     """The base with a fresh LoRA adapter, which alone requires a gradient."""
     from peft import LoraConfig, get_peft_model
 
+    unused = {id(p) for p in beside_text(model)}
+    beside = [name for name, module in model.named_modules() if any(id(p) in unused for p in module.parameters(recurse=False))]
     targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
     config = LoraConfig(
         task_type="CAUSAL_LM",
@@ -120,6 +123,7 @@ def new_adapter(model: nn.Module, lora: Lora, revision: str | None) -> nn.Module
         lora_alpha=lora.alpha,
         lora_dropout=lora.dropout,
         target_modules=targets,
+        exclude_modules=beside or None,
         modules_to_save=list(lora.modules_to_save) or None,
         use_rslora=lora.rslora,
         use_dora=lora.dora,

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from . import loading, selftest
 from .console import say
 from .errors import UserError
-from .families import decoder_of, head_of
+from .families import beside_text, decoder_of, head_of
 from .head import Head
 from .model_files import RECORD, ModelFiles, find, fingerprint, read_json
 from .recipe import Lora, Quantization
@@ -96,6 +96,8 @@ def load_student(settings: StudentSettings, vocab: int, device, seed: int, packi
         model = loading.base(files.base, "student.model", settings.dtype, settings.attention, device, settings.quantization)
     if settings.method == "full":
         _check_full(model, files)
+        for parameter in beside_text(model):
+            parameter.requires_grad_(False)
     if settings.gradient_checkpointing:
         if not model.supports_gradient_checkpointing:
             raise UserError(f"student.gradient_checkpointing: {model.config.model_type} has none; set it to false")
@@ -152,19 +154,28 @@ def _kept_adapter(model: nn.Module, files: ModelFiles, settings: StudentSettings
 
 def note_quantization(files: ModelFiles, now: Quantization | None, who: str) -> None:
     """An adapter fits the base it was trained on, errors of its quantisation included."""
-    then, now = trained_in(files), now.type if now else None
-    if then is not None and (then or None) != now:
-        say(
-            f"note: {who}.quantization: the adapter {files.adapter} was trained on {then or 'an unquantised base'}, and is used on {now or 'an unquantised one'}"
-        )
+    then, now = record_of(files.adapter).get("quantization", now), now and now.type
+    then = then["type"] if isinstance(then, dict) else then and then.type
+    if then != now:
+        was, now = then or "an unquantised base", now or "an unquantised one"
+        say(f"note: {who}.quantization: the adapter {files.adapter} was trained on {was}, and is used on {now}")
 
 
-def trained_in(files: ModelFiles) -> str | None:
-    """The quantisation type that an adapter's own record names: "" for none, None where there is no record."""
-    record = files.adapter / RECORD if files.adapter else None
-    if not (record and record.exists()):
-        return None
-    return (read_json(record, "model").get("quantization") or {}).get("type", "")
+def as_trained(folder: Path, base: Path | None = None) -> TeacherSettings:
+    """A student, to be loaded for measuring it: an adapter on its base in the type and quantisation it was trained on."""
+    record = record_of(folder)
+    quantization = record.get("quantization")
+    return TeacherSettings(
+        model=str(folder),
+        base=base and str(base),
+        dtype=record.get("dtype", "auto"),
+        quantization=quantization and Quantization(**quantization),
+    )
+
+
+def record_of(adapter: Path) -> dict:
+    """What llmkd left beside an adapter that it trained: base_fingerprint, dtype, quantization. Empty for others'."""
+    return read_json(adapter / RECORD, "model") if (adapter / RECORD).exists() else {}
 
 
 def student_folder(run: str | Path) -> Path:
@@ -175,10 +186,10 @@ def student_folder(run: str | Path) -> Path:
     raise UserError(f"{run}: holds neither adapter nor model; is the run finished?")
 
 
-def save(model: LanguageModel, tokenizer, folder: Path, quantization: Quantization | None = None) -> None:
+def save(model: LanguageModel, tokenizer, folder: Path, settings: StudentSettings) -> None:
     """The student in Hugging Face's form: an adapter (PEFT) or a whole model, with tokenizer and generation config.
 
-    Beside an adapter stands what it was trained on: which base, and how that was quantised.
+    Beside an adapter stands what it was trained on: which base, and how that was held (`as_trained` reads it).
     """
     folder.mkdir(parents=True, exist_ok=True)
     if hasattr(model.model, "peft_config"):
@@ -186,7 +197,11 @@ def save(model: LanguageModel, tokenizer, folder: Path, quantization: Quantizati
         if model.plain.generation_config is not None:
             model.plain.generation_config.save_pretrained(folder)
         base = Path(model.plain.config._name_or_path)
-        record = {"base_fingerprint": fingerprint(base, "student.model"), "quantization": quantization and dataclasses.asdict(quantization)}
+        record = {
+            "base_fingerprint": fingerprint(base, "student.model"),
+            "dtype": settings.dtype,
+            "quantization": settings.quantization and dataclasses.asdict(settings.quantization),
+        }
         (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
     else:
         model.model.save_pretrained(folder)

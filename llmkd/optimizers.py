@@ -1,5 +1,7 @@
 """The optimizer that a recipe names: torch's AdamW, or bitsandbytes' with its state in 8 bit, or where it may be paged out."""
 
+import warnings
+
 import torch
 from torch import nn
 
@@ -22,10 +24,7 @@ def build(optim: Optim, parameters: dict[str, nn.Parameter]) -> torch.optim.Opti
         return torch.optim.AdamW(groups, fused=True, **options)
     if any(p.dtype == torch.float64 for p in parameters.values()):
         raise UserError(f"optim.name: found {optim.name}, which has no float64; use adamw, or student.dtype: float32")
-    import warnings
-
     import bitsandbytes
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # "Paged optimizers are not supported on CPU": said above
-        return getattr(bitsandbytes.optim, _BITSANDBYTES[optim.name])(groups, **options)
+    warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")  # as said above
+    return getattr(bitsandbytes.optim, _BITSANDBYTES[optim.name])(groups, **options)

@@ -1,12 +1,13 @@
 """A study: recipes run one after another, then their students compared with one teacher on the same held-out rows."""
 
+import dataclasses
 import json
 from pathlib import Path
 
 from .console import bar, say
 from .errors import UserError
 from .prepare import Prepared, prepare
-from .recipe import Recipe, Study, Teacher
+from .recipe import Recipe, Study
 from .run_folder import write
 from .settings import load_recipe, load_study
 from .tracking import table
@@ -54,7 +55,7 @@ def stage_recipes(study: Study, config: Path, overrides: dict) -> dict[str, Reci
 
 def compare(study: Study, recipes: dict[str, Recipe]) -> dict[str, dict[str, float]]:
     """Teacher and students on the first student's held-out rows and questions."""
-    from .models import load_teacher, student_folder
+    from .models import as_trained, load_teacher, student_folder
     from .teachers.live import Live
 
     first = recipes[study.students[0]]
@@ -62,12 +63,7 @@ def compare(study: Study, recipes: dict[str, Recipe]) -> dict[str, dict[str, flo
     accelerator = start()
 
     def load(stage: str):
-        settings = Teacher(
-            model=str(student_folder(recipes[stage].output_dir)),
-            quantization=recipes[stage].student.quantization,
-            dtype=recipes[stage].student.dtype,
-            attention=recipes[stage].student.attention,
-        )
+        settings = dataclasses.replace(as_trained(student_folder(recipes[stage].output_dir)), attention=recipes[stage].student.attention)
         return load_teacher(settings, len(prepared.tokenizer), accelerator.device)
 
     teacher = load(study.teacher)

@@ -226,7 +226,7 @@ class Session:
         for leftover in self.folder.path.glob(f"{output.name}.tmp-*"):
             shutil.rmtree(leftover)
         part = output.with_name(f"{output.name}.tmp-{os.getpid()}")
-        models.save(self.student, self.prepared.tokenizer, part, self.recipe.student.quantization)
+        models.save(self.student, self.prepared.tokenizer, part, self.recipe.student)
         (part / "README.md").write_text(card(self.recipe, summary), encoding="utf-8")
         shutil.rmtree(output, ignore_errors=True)
         part.rename(output)

@@ -63,7 +63,7 @@ def test_exactly_the_adapter_trains(world, variant, tmp_path):
 
     from llmkd.data.skills import tokenizer
 
-    models.save(model, tokenizer(), tmp_path / "adapter")
+    models.save(model, tokenizer(), tmp_path / "adapter", StudentSettings())
     again = models.load_teacher(TeacherSettings(model=str(tmp_path / "adapter")), 640, "cpu")
     with torch.no_grad():
         assert_close(again.head.logits(again.hidden(view)), own_NV.detach(), rtol=1e-12, atol=1e-12)
@@ -182,3 +182,19 @@ def test_padded_heads_are_cut_and_the_saved_student_keeps_its_shape(world, train
         trained(f"full{fill}", **changes, **{"student.method": "full", "student.lora": None})
         assert load_file(tmp_path / f"full{fill}/model/model.safetensors")["lm_head.weight"].shape[0] == rows[0]
     assert distance(results[0.0], results[5.0]) == 0
+
+
+@pytest.mark.parametrize("changes", [{}, {"lora": Lora(target_modules=("q_proj", "out_proj", "fc1"))}, {"method": "full"}])
+def test_what_a_model_sees_or_hears_with_is_left_alone(tmp_path, changes):
+    """Text gives it no gradient, and a parameter without one would stop several processes from agreeing."""
+    from families import tiny
+
+    from llmkd.data.skills import tokenizer
+
+    tiny("gemma3", vocab_size=640).save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    model = load(tmp_path, **changes)
+    assert model.trainable() and not [name for name in model.trainable() if "vision" in name or "projector" in name]
+    view, labels_N = View({"input_ids": torch.arange(20).reshape(2, 10)}, torch.arange(0, 20, 2)), torch.arange(10)
+    fused_loss(model.hidden(view), model.head, labels_N, Objective(), chunk=3)[0].backward()
+    assert all(p.grad is not None for p in model.trainable().values())
