@@ -64,7 +64,9 @@ class Student:
     )
     tokenizer: str | None = Field(None, description="Folder or hub id of the tokenizer, or builtin:skills; by default the model's own.")
     method: Literal["lora", "full"] = Field("lora", description="What trains: a LoRA adapter, or every weight.")
-    lora: Lora | None = Field(None, description="The adapter; null for its defaults, or for the settings of an adapter given as model.")
+    lora: Lora | None = Field(
+        None, description="The adapter of method: lora; null for its defaults, or for the settings of an adapter given as model."
+    )
     quantization: Quantization | None = Field(None, description="Hold the base in 4 or 8 bit (QLoRA); null for not.")
     dtype: Dtype = Field(
         "auto", description="Type the base is held in; auto is the type it was saved in. Adapters train in at least float32."
@@ -272,10 +274,11 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
         for name in ("revision", "base"):
             if getattr(student, name) is not None:
                 yield (f"student.{name}", "student.architecture"), "given with student.architecture, which has none; leave it out"
-    if student.method == "full":
-        for name in ("lora", "quantization"):
-            if getattr(student, name) is not None:
-                yield (f"student.{name}", "student.method"), f"given with method: full; leave student.{name} out, or set method: lora"
+    if student.method == "full" and student.quantization is not None:
+        yield (
+            ("student.quantization", "student.method"),
+            "given with method: full, and quantised weights cannot be trained; set method: lora",
+        )
     if student.method == "full" and student.dtype == "float16":
         yield (
             ("student.dtype", "student.method"),
