@@ -58,6 +58,8 @@ SINGLE = {"xlstm", "recurrent_gemma", "beam", "inkling_text", "mamba2", "falcon_
 
 
 def language_model(family: str, **changes) -> LanguageModel:
+    if family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        pytest.skip(f"this version of transformers has no {family}")
     return LanguageModel(tiny(family, **changes), REAL).eval()
 
 
