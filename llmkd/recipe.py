@@ -35,7 +35,9 @@ DIVERGENCES: dict[str, dict[str, tuple[float, float, float]]] = {
 class Quantization:
     """The base's linear layers in 4 or 8 bit, by bitsandbytes; embeddings, norms and the head keep `dtype`."""
 
-    type: Literal["nf4", "fp4", "int8"] = Field("nf4", description="Number format of the base's linear layers.")
+    type: Literal["nf4", "fp4", "int8"] = Field(
+        "nf4", description="Number format of the base's linear layers. int8 rounds activations too, in evaluation only."
+    )
     double_quant: bool = Field(True, description="nf4 and fp4: quantise the quantisation constants too.")
     compute_dtype: Dtype = Field("auto", description="nf4 and fp4: type the products are computed in; auto is dtype.")
 
