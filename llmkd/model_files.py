@@ -7,11 +7,13 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
 from .console import say
 from .errors import UserError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)?")
-_WANTED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt"]
+_WANTED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt", "README.md"]
 RECORD = "llmkd.json"  # beside an adapter: on which base it was trained
 
 
@@ -72,6 +74,23 @@ def locate(name: str, setting: str, revision: str | None = None) -> Path:
         raise UserError(
             f"{setting}: {name} is no folder here and could not be had from the hub ({type(error).__name__}: {reason[:160]})"
         ) from None
+
+
+def hub_origin(folder: Path) -> tuple[str, str] | None:
+    """The repository's id and the commit, of a folder in the hub's cache; None of any other."""
+    match = re.search(r"/models--([^/]+)/snapshots/([^/]+)$", folder.as_posix())
+    return (match[1].replace("--", "/"), match[2]) if match else None
+
+
+def licence(folder: Path) -> dict[str, str]:
+    """`license`, `license_name` and `license_link` as the folder's model card gives them; empty where it does not."""
+    try:
+        front_matter = re.match(r"\s*---\s*\n(.*?)\n---", (folder / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+        card = yaml.safe_load(front_matter[1]) if front_matter else {}
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    names = ("license", "license_name", "license_link")
+    return {name: card[name] for name in names if isinstance(card.get(name), str)} if isinstance(card, dict) else {}
 
 
 def read_json(path: Path, setting: str) -> dict:

@@ -199,6 +199,7 @@ class Session:
             last = next(r for r in reversed(records) if "loss" in r)
             held_out = [r["validation"] for r in records if "validation" in r] or [{}]
             summary |= {
+                "before": held_out[0],
                 "train": {k: last[k] for k in ("loss", "ce", "kd") if k in last},
                 "validation": held_out[-1] | scored,
                 "best": self.best,
@@ -226,7 +227,7 @@ class Session:
             shutil.rmtree(leftover)
         part = output.with_name(f"{output.name}.tmp-{os.getpid()}")
         models.save(self.student, self.prepared.tokenizer, part)
-        (part / "README.md").write_text(card(self.recipe, summary), encoding="utf-8")
+        (part / "README.md").write_text(card(self.recipe, summary, self.prepared.student, self.prepared.teacher), encoding="utf-8")
         shutil.rmtree(output, ignore_errors=True)
         part.rename(output)
         return output
