@@ -1,5 +1,6 @@
 """What lies in a model's or adapter's folder, read without loading it and without torch."""
 
+import contextlib
 import hashlib
 import json
 import re
@@ -13,7 +14,7 @@ from .console import say
 from .errors import UserError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)?")
-_WANTED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt", "README.md"]
+_WANTED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt"]
 RECORD = "llmkd.json"  # beside an adapter: on which base it was trained
 
 
@@ -68,12 +69,15 @@ def locate(name: str, setting: str, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=_WANTED))
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=_WANTED))
     except Exception as error:
         reason = (str(error).strip().splitlines() or [""])[0]
         raise UserError(
             f"{setting}: {name} is no folder here and could not be had from the hub ({type(error).__name__}: {reason[:160]})"
         ) from None
+    with contextlib.suppress(Exception):  # the card, for the licence: apart, since a cache filled by others may lack it
+        snapshot_download(name, revision=folder.name, allow_patterns=["README.md"])
+    return folder
 
 
 def hub_origin(folder: Path) -> tuple[str, str] | None:

@@ -20,6 +20,8 @@ _HARMLESS = (
     "data.cache_dir",
     "data.choices",
     "loss.chunk_rows",
+    "report_to",
+    "push_to_hub",
 )
 
 

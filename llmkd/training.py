@@ -7,8 +7,9 @@ import os
 import shutil
 from pathlib import Path
 
+from . import hub
 from .card import card
-from .console import bar, say
+from .console import bar, first_process, say
 from .errors import NonFinite, Stopped, UserError
 from .order import Plan, learning_rate
 from .prepare import Prepared, prepare
@@ -21,9 +22,10 @@ def run(recipe: Recipe, resume: bool = False) -> dict:
     """Train, and return the run's summary. Raises UserError, NonFinite or Stopped."""
     folder = RunFolder(recipe, resume)
     folder.check()
+    hub.check(recipe.push_to_hub)
     if resume and folder.finished:
-        say(f"{folder.path} is finished; nothing to do")
-        return folder.summary()
+        say(f"{folder.path} is finished; nothing to do" + (" but to upload it" if recipe.push_to_hub else ""))
+        return hub.publish(recipe, folder) if first_process() else folder.summary()
     with StopRequest() as stop:
         prepared = prepare(recipe)
         if stop():
@@ -31,7 +33,8 @@ def run(recipe: Recipe, resume: bool = False) -> dict:
         try:
             session = Session(recipe, prepared, folder, start(), stop)
             session.train()
-            return session.finish()
+            summary = session.finish()
+            return hub.publish(recipe, folder) if session.main and recipe.push_to_hub else summary
         finally:
             folder.release()
 

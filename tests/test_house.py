@@ -19,7 +19,7 @@ LAYERS = (
     "losses models data",
     "teachers distiller prepare",
     "loop validate checkpoint stopping run_folder card",
-    "tracking",
+    "tracking hub",
     "training export",
     "study",
     "cli",
