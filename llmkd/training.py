@@ -7,7 +7,7 @@ import os
 import shutil
 from pathlib import Path
 
-from . import hub
+from . import hub, trackers
 from .card import card
 from .console import bar, first_process, say
 from .errors import NonFinite, Stopped, UserError
@@ -23,6 +23,7 @@ def run(recipe: Recipe, resume: bool = False) -> dict:
     folder = RunFolder(recipe, resume)
     folder.check()
     hub.check(recipe.push_to_hub)
+    trackers.check(recipe.report_to)
     if resume and folder.finished:
         say(f"{folder.path} is finished; nothing to do" + (" but to upload it" if recipe.push_to_hub else ""))
         return hub.publish(recipe, folder) if first_process() else folder.summary()
@@ -99,7 +100,7 @@ class Session:
             where = f"resuming after step {self.done} of {self.plan.total_steps}"
             say(where if saved else f"{folder.path} has no checkpoint to resume from; starting at step 1")
         self.written = self.done
-        self.tracker = Tracker(folder.path, self.plan.total_steps, self.done, self.main)
+        self.tracker = Tracker(recipe, folder.path, self.plan.total_steps, self.done, self.main)
         trained = sum(p.numel() for p in self.learner.parameters.values())
         every = sum(p.numel() for p in self.student.parameters())
         self.tracker.say(f"student: {every:,} parameters, {trained:,} of them train; {self.plan.total_steps} steps")

@@ -18,7 +18,7 @@ LAYERS = (
     "settings model_files",
     "losses models data",
     "teachers distiller prepare",
-    "loop validate checkpoint stopping run_folder card",
+    "loop validate checkpoint stopping run_folder card trackers",
     "tracking hub",
     "training export",
     "study",
