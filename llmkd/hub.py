@@ -57,7 +57,7 @@ def upload(settings: PushToHub, student: Path) -> str:
     except Exception as error:
         reason = " ".join(str(error).split())
         reason = reason if isinstance(error, UserError) else f"{type(error).__name__}: {reason[:300]}"
-        command = f"hf upload {shlex.quote(settings.repo)} {shlex.quote(str(student))} ."
+        command = f"hf upload {'--private ' if settings.private else ''}{shlex.quote(settings.repo)} {shlex.quote(str(student))} ."
         raise UserError(
             f"push_to_hub: {settings.repo} could not be uploaded to ({reason}); the student is whole in {student}: "
             f"--resume tries again, and so does {command}"

@@ -15,6 +15,11 @@ from .errors import UserError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)?")
 _WANTED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt"]
+_MENDS = {
+    "GatedRepoError": "ask for access on its page at the hub, then log in by hf auth login or set HF_TOKEN",
+    "RepositoryNotFoundError": "check the name; a private one needs hf auth login or HF_TOKEN",
+    "RevisionNotFoundError": "check the revision",
+}
 RECORD = "llmkd.json"  # beside an adapter: on which base it was trained
 
 
@@ -71,10 +76,9 @@ def locate(name: str, setting: str, revision: str | None = None) -> Path:
     try:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=_WANTED))
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [""])[0]
-        raise UserError(
-            f"{setting}: {name} is no folder here and could not be had from the hub ({type(error).__name__}: {reason[:160]})"
-        ) from None
+        kind, reason = type(error).__name__, (str(error).strip().splitlines() or [""])[0]
+        mend = f"; {_MENDS[kind]}" if kind in _MENDS else ""
+        raise UserError(f"{setting}: {name} is no folder here and could not be had from the hub ({kind}: {reason[:160]}){mend}") from None
     with contextlib.suppress(Exception):  # the card, for the licence: apart, since a cache filled by others may lack it
         snapshot_download(name, revision=folder.name, allow_patterns=["README.md"])
     return folder

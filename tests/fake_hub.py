@@ -21,6 +21,7 @@ class FakeHub:
         self.repos: dict[tuple[str, str], dict[str, dict[str, bytes]]] = {}
         self.refs: dict[tuple[str, str, str], str] = {}
         self.private: dict[str, bool] = {}
+        self.gated: set[str] = set()  # what nobody has access to yet
         self.asked: list[str] = []
         self.refuses = ""  # a part of a path that is answered with 500
         hub = self
@@ -133,6 +134,8 @@ class FakeHub:
     def resolve(self, request, kind: str, name: str, revision: str, path: str) -> None:
         if (kind, name) not in self.repos:
             return self.missing(request, "RepoNotFound")
+        if name in self.gated:
+            return self.send(request, 403, b'{"error": "restricted"}', {"X-Error-Code": "GatedRepo"})
         commit = self.commit(kind, name, revision)
         if commit is None:
             return self.missing(request, "RevisionNotFound")

@@ -75,13 +75,16 @@ def test_a_model_and_a_data_set_by_revision(llmkd, hub, world, tmp_path):
 @pytest.mark.parametrize(
     ("student", "train", "words"),
     [
-        ({"model": "someone/none"}, {}, ["student.model: someone/none", "RepositoryNotFound"]),
-        ({"model": "someone/tiny", "revision": "v9"}, {}, ["student.model: someone/tiny", "RevisionNotFound"]),
+        ({"model": "someone/none"}, {}, ["student.model: someone/none", "RepositoryNotFound", "check the name"]),
+        ({"model": "someone/tiny", "revision": "v9"}, {}, ["student.model: someone/tiny", "RevisionNotFound", "check the revision"]),
+        ({"model": "someone/gated"}, {}, ["student.model: someone/gated", "GatedRepo", "ask for access"]),
         ({}, {"path": "someone/none"}, ["data.train.path: someone/none", "hub"]),
     ],
 )
 def test_what_the_hub_does_not_have_is_one_line(llmkd, hub, world, tmp_path, student, train, words):
     hub.add_folder("someone/tiny", world / "student")
+    hub.add_folder("someone/gated", world / "student")
+    hub.gated.add("someone/gated")
 
     def change(recipe):
         recipe["student"] |= student
@@ -114,12 +117,18 @@ def test_a_failed_upload_loses_nothing_and_resume_tries_again(llmkd, hub, tmp_pa
     code, said = llmkd(change=push)
     assert code == 2 and len(problems(said)) == 1, said
     student = tmp_path / "out/adapter"
-    assert f"hf upload someone/mine {student} ." in said and "500" in said and (student / "adapter_model.safetensors").exists()
+    command = f"hf upload --private someone/mine {student} ."
+    assert said.rstrip().endswith(command) and "500" in said and (student / "adapter_model.safetensors").exists()
     assert "pushed" not in json.loads((tmp_path / "out/summary.json").read_text())
     hub.refuses = ""
     code, said = llmkd("--resume", change=push)
     assert code == 0 and "uploaded" in said, said
     assert len(hub.repos["models", "someone/mine"]) == 2
+    environment = {**os.environ, **hub.environment(tmp_path / "home"), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    del hub.repos["models", "someone/mine"]
+    subprocess.run(command, shell=True, env=environment, check=True, timeout=60)  # what the message says works too
+    assert "README.md" in hub.repos["models", "someone/mine"][hub.commit("models", "someone/mine", "main")]
+    assert hub.private["someone/mine"]
 
 
 def test_a_public_repository_does_not_get_what_shall_be_private(llmkd, hub, tmp_path):
