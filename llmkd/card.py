@@ -6,6 +6,7 @@ Names and paths come from users: whatever they hold, the metadata stays YAML and
 import math
 import platform
 import re
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
@@ -27,11 +28,48 @@ METRICS = {
 }
 
 
-def card(recipe: Recipe, summary: dict, student: ModelFiles | None, teacher: ModelFiles | None) -> str:
-    """The card's Markdown. `summary` is the run's; `student` and `teacher` are None where there was no such model."""
-    metadata = yaml.safe_dump(metadata_of(recipe, summary, student, teacher), sort_keys=False, allow_unicode=True, width=140)
+@dataclass(frozen=True)
+class Used:
+    """A source of data, and what was found when it was read: path, name, split, resolved revision, rows."""
+
+    source: Source
+    found: dict
+
+    @property
+    def hub(self) -> bool:
+        """Whether it was had from the hub: `owner/name` or `name`, and nothing of the kind here."""
+        path = Path(self.source.path)
+        a_file = path.exists() or path.suffix in (".json", ".jsonl", ".parquet", ".arrow", ".csv")
+        return bool(re.fullmatch(r"[\w.-]+(/[\w.-]+)?", self.source.path)) and not a_file
+
+    @property
+    def revision(self) -> str | None:
+        """The commit that was read where it is known, else what the recipe asks for."""
+        return self.found.get("revision") or self.source.revision
+
+    def __str__(self) -> str:
+        """In one line of Markdown."""
+        s, rows = self.source, self.found.get("rows")
+        drawn = f", drawn by seed {s.seed}" if s.seed is not None else ", the first"
+        parts = [
+            code(s.path),
+            f"configuration {code(s.name)}" if s.name else "",
+            f"split {code(s.split)}" if self.hub or s.path.startswith("builtin:") else "",
+            f"revision {code(self.revision)}" if self.revision else "the default branch's head" if self.hub else "",
+            f"format {s.format}",
+            f"{rows:,} rows" if rows else "",
+            f"at most {s.limit:,}{drawn}" if s.limit else "",
+            f"{s.weight:g} passes an epoch" if s.weight != 1 else "",
+        ]
+        return ", ".join(part for part in parts if part)
+
+
+def card(recipe: Recipe, summary: dict, student: ModelFiles | None, teacher: ModelFiles | None, origins: dict[str, list[dict]]) -> str:
+    """The card's Markdown. `student` and `teacher` are None where there was no such model; `origins` are `Prepared`'s."""
+    data = used(recipe, origins)
+    metadata = yaml.safe_dump(metadata_of(recipe, summary, student, teacher, data), sort_keys=False, allow_unicode=True, width=140)
     packages = ["torch", "transformers", "peft", "accelerate", "datasets"]
-    if recipe.student.quantization or (teacher and recipe.teacher.quantization):
+    if recipe.student.quantization or (teacher and recipe.teacher.quantization) or recipe.optim.name != "adamw":
         packages.append("bitsandbytes")
     return "\n".join(
         [
@@ -41,7 +79,7 @@ def card(recipe: Recipe, summary: dict, student: ModelFiles | None, teacher: Mod
             "\n## Use\n",
             block(snippet(recipe, student), "python"),
             "\n## Data\n",
-            *(f"- {what}: {described(source)}" for what, source in every_source(recipe)),
+            *(f"- {what}: {one}" for what, group in data.items() for one in group),
             *([f"- {recipe.data.validation_share:.2%} of the training rows were held out."] if recipe.data.validation_share else []),
             "\n## Held-out figures\n",
             *figures(summary),
@@ -53,13 +91,23 @@ def card(recipe: Recipe, summary: dict, student: ModelFiles | None, teacher: Mod
     )
 
 
-def metadata_of(recipe: Recipe, summary: dict, student: ModelFiles | None, teacher: ModelFiles | None) -> dict:
+def used(recipe: Recipe, origins: dict[str, list[dict]]) -> dict[str, list[Used]]:
+    """The sources of the data by what they were for."""
+    out = {}
+    for what, name in (("trained on", "train"), ("held out", "validation"), ("questions", "choices")):
+        given = sources(getattr(recipe.data, name))
+        found = origins.get(f"data.{name}") or [{}] * len(given)
+        out[what] = [Used(source, origin) for source, origin in zip(given, found, strict=True)]
+    return out
+
+
+def metadata_of(recipe: Recipe, summary: dict, student: ModelFiles | None, teacher: ModelFiles | None, data: dict[str, list[Used]]) -> dict:
     """What the hub reads. Names of local folders and files are left out: they mean nothing there."""
     base = student and hub_origin(student.base)
-    lora, train = recipe.student.method == "lora", [s for s in sources(recipe.data.train) if is_hub(s)]
+    lora, train = recipe.student.method == "lora", [one.source.path for one in data["trained on"] if one.hub]
     results = [
         {"task": {"type": "text-generation"}, "dataset": dataset_of(where), "metrics": metrics}
-        for where, metrics in measured(recipe, summary)
+        for where, metrics in measured(summary, data)
         if metrics
     ]
     return {
@@ -68,12 +116,12 @@ def metadata_of(recipe: Recipe, summary: dict, student: ModelFiles | None, teach
         "library_name": "peft" if lora else "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["llmkd", *(["lora"] if lora else []), *(["distillation"] if teacher else [])],
-        **({"datasets": list(dict.fromkeys(s.path for s in train))} if train else {}),
+        **({"datasets": list(dict.fromkeys(train))} if train else {}),
         **({"model-index": [{"name": title(recipe), "results": results}]} if results else {}),
     }
 
 
-def measured(recipe: Recipe, summary: dict) -> list[tuple[list[Source], list[dict]]]:
+def measured(summary: dict, data: dict[str, list[Used]]) -> list[tuple[list[Used], list[dict]]]:
     """(the rows measured on, the figures in the hub's form): of the held-out rows, and of the questions."""
     found = {
         name: {"type": type_, "value": round(summary["validation"][name], 6), "name": text}
@@ -81,49 +129,15 @@ def measured(recipe: Recipe, summary: dict) -> list[tuple[list[Source], list[dic
         if math.isfinite(summary["validation"].get(name, math.nan))
     }
     questions = [found.pop("accuracy")] if "accuracy" in found else []
-    held_out = sources(recipe.data.validation) or sources(recipe.data.train)
-    return [(list(held_out), list(found.values())), ([recipe.data.choices] if recipe.data.choices else [], questions)]
+    return [(data["held out"] or data["trained on"], list(found.values())), (data["questions"], questions)]
 
 
-def dataset_of(rows: list[Source]) -> dict:
+def dataset_of(rows: list[Used]) -> dict:
     """A data set as a result's metadata names it: type is an id of the hub, or custom."""
-    hub = next((s for s in rows if is_hub(s)), None) if len(rows) == 1 else None
-    name = ", ".join(one_line(s.path if is_hub(s) else Path(s.path).name) for s in rows)
-    details = {"config": hub.name, "split": hub.split, "revision": revision_of(hub)} if hub else {}
-    return {"type": hub.path if hub else "custom", "name": f"{name} (held out)", **{k: v for k, v in details.items() if v}}
-
-
-def every_source(recipe: Recipe) -> list[tuple[str, Source]]:
-    data = recipe.data
-    groups = (("trained on", sources(data.train)), ("held out", sources(data.validation)), ("questions", sources(data.choices)))
-    return [(what, source) for what, group in groups for source in group]
-
-
-def is_hub(source: Source) -> bool:
-    """Whether a source was had from the hub: `owner/name` or `name`, and nothing of the kind here."""
-    path = Path(source.path)
-    a_file = path.exists() or path.suffix in (".json", ".jsonl", ".parquet", ".arrow", ".csv")
-    return bool(re.fullmatch(r"[\w.-]+(/[\w.-]+)?", source.path)) and not a_file
-
-
-def revision_of(source: Source) -> str | None:
-    """The revision of a source: for now what the recipe asks for."""
-    return source.revision
-
-
-def described(source: Source) -> str:
-    """A source in one line."""
-    rows = f"the first {source.limit} rows" if source.limit and source.seed is None else f"{source.limit} rows, drawn by seed {source.seed}"
-    parts = [
-        code(source.path),
-        f"configuration {code(source.name)}" if source.name else "",
-        f"split {code(source.split)}" if is_hub(source) or source.path.startswith("builtin:") else "",
-        f"revision {code(revision_of(source))}" if revision_of(source) else "the default branch's head" if is_hub(source) else "",
-        f"format {source.format}",
-        rows if source.limit else "",
-        f"{source.weight:g} passes an epoch" if source.weight != 1 else "",
-    ]
-    return ", ".join(part for part in parts if part)
+    hub = rows[0] if len(rows) == 1 and rows[0].hub else None
+    name = ", ".join(one_line(one.source.path if one.hub else Path(one.source.path).name) for one in rows)
+    details = {"config": hub.source.name, "split": hub.source.split, "revision": hub.revision} if hub else {}
+    return {"type": hub.source.path if hub else "custom", "name": f"{name} (held out)", **{k: v for k, v in details.items() if v}}
 
 
 def what_it_is(recipe: Recipe, student: ModelFiles | None, teacher: ModelFiles | None) -> list[str]:

@@ -231,7 +231,9 @@ class Session:
             shutil.rmtree(leftover)
         part = output.with_name(f"{output.name}.tmp-{os.getpid()}")
         models.save(self.student, self.prepared.tokenizer, part)
-        (part / "README.md").write_text(card(self.recipe, summary, self.prepared.student, self.prepared.teacher), encoding="utf-8")
+        prepared = self.prepared
+        text = card(self.recipe, summary, prepared.student, prepared.teacher, prepared.origins)
+        (part / "README.md").write_text(text, encoding="utf-8")
         shutil.rmtree(output, ignore_errors=True)
         part.rename(output)
         return output

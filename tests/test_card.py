@@ -38,8 +38,9 @@ def test_the_metadata_are_the_hubs(make_recipe, hub_student, world):
     )
     both = (Source(path="owner/rows", revision="abc", name="main", limit=5), Source(path="rows.jsonl", weight=2.0))
     recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, train=both))
+    origins = {"data.train": [{"revision": "abcdef", "rows": 5}, {"revision": None, "rows": 1234}]}
     summary = SUMMARY | {"validation": SUMMARY["validation"] | {"accuracy": 0.75, "accuracy_stderr": 0.1}}
-    made = ModelCard(card(recipe, summary, find(str(hub_student), "s"), find(str(world / "adapter"), "t")))
+    made = ModelCard(card(recipe, summary, find(str(hub_student), "s"), find(str(world / "adapter"), "t"), origins))
     data = made.data.to_dict()
     assert {k: v for k, v in data.items() if k not in ("model-index", "tags")} == {
         "base_model": "someone/tiny",
@@ -64,14 +65,17 @@ def test_the_metadata_are_the_hubs(make_recipe, hub_student, world):
     assert (questions.dataset_type, questions.dataset_name) == ("custom", "questions.jsonl (held out)")
     text = made.text
     assert f"`someone/tiny` (revision `{COMMIT}`)" in text and "`llama3.2` (`https://example.org/a:b`)" in text
-    assert "- trained on: `owner/rows`, configuration `main`, split `train`, revision `abc`, format alpaca, the first 5 rows\n" in text
-    assert "- trained on: `rows.jsonl`, format alpaca, 2 passes an epoch\n" in text
+    assert (
+        "- trained on: `owner/rows`, configuration `main`, split `train`, revision `abcdef`, format alpaca, 5 rows, at most 5, the first\n"
+        in text
+    )
+    assert "- trained on: `rows.jsonl`, format alpaca, 1,234 rows, 2 passes an epoch\n" in text
     assert "| ce (cross-entropy, nats per token) | 2.0000 | 1.5000 |" in text
     assert f"from_pretrained('someone/tiny', revision='{COMMIT}'" in text and "here = 'me/mine'" in text
 
 
 def test_local_folders_are_named_in_the_text_only(make_recipe, world):
-    made = ModelCard(card(make_recipe(teacher=None), SUMMARY, find(str(world / "student"), "s"), None))
+    made = ModelCard(card(make_recipe(teacher=None), SUMMARY, find(str(world / "student"), "s"), None, {}))
     assert not {"base_model", "base_model_relation", "license", "datasets"} & made.data.to_dict().keys()
     assert f"Base: `{world / 'student'}`" in made.text and "licence of the base is not known" in made.text
     assert "distil" not in made.content.split("## Recipe")[0]
@@ -79,7 +83,7 @@ def test_local_folders_are_named_in_the_text_only(make_recipe, world):
 
 def test_new_weights_have_no_base(make_recipe):
     recipe = make_recipe(student={"architecture": {"model_type": "llama"}, "tokenizer": "builtin:skills", "method": "full"}, teacher=None)
-    made = ModelCard(card(recipe, SUMMARY | {"validation": {}}, None, None))
+    made = ModelCard(card(recipe, SUMMARY | {"validation": {}}, None, None, {}))
     assert made.data.library_name == "transformers" and made.data.base_model is None and made.data.eval_results is None
     assert "new random weights" in made.text and "None were measured." in made.text
 
@@ -91,7 +95,7 @@ def test_names_that_users_choose_break_nothing(make_recipe, world, tmp_path):
     folder = tmp_path / NASTY.replace("/", "")
     shutil.copytree(world / "student", folder)
     recipe = make_recipe(output_dir=NASTY, student__model=str(folder), data__train={"path": NASTY, "split": NASTY, "revision": NASTY})
-    made = ModelCard(card(recipe, SUMMARY, find(str(folder), "s"), None))
+    made = ModelCard(card(recipe, SUMMARY, find(str(folder), "s"), None, {}))
     assert made.data.eval_results[0].metric_value == 1.5
     assert made.data["tags"] == ["llmkd", "lora"]
     lines = made.text.splitlines()
@@ -135,6 +139,6 @@ def test_the_snippet_of_a_quantised_student_quantises_its_base(make_recipe, worl
     plain = make_recipe(student__dtype="float32", train__max_steps=2)
     run(plain)
     recipe = dataclasses.replace(plain, student=dataclasses.replace(plain.student, quantization=Quantization(type=type_)))
-    made = ModelCard(card(recipe, SUMMARY, find(str(world / "student"), "s"), None))
+    made = ModelCard(card(recipe, SUMMARY, find(str(world / "student"), "s"), None, {}))
     assert any(type(m).__name__ == layer for m in use(made)["model"].modules())
     assert f"held in {type_} by bitsandbytes while it trained" in made.text and "bitsandbytes 0." in made.text
