@@ -11,6 +11,8 @@ from conftest import plain_recipe
 from fake_hub import FakeHub
 from huggingface_hub import ModelCard
 
+from llmkd.errors import UserError
+
 REPO = Path(__file__).parents[1]
 CARD = b"---\nlicense: apache-2.0\n---\n# Tiny\n"
 
@@ -49,7 +51,7 @@ def test_a_model_and_a_data_set_by_revision(llmkd, hub, world, tmp_path):
     commit = hub.add("models", "someone/tiny", old, ref="v1")
     hub.add("models", "someone/tiny", {"config.json": b"{}"})  # main is another model by now
     rows = (world / "train.jsonl").read_bytes()
-    hub.add("datasets", "someone/rows", {"data/train.jsonl": rows, "data/test.jsonl": rows.splitlines(True)[0]}, ref="v2")
+    read = hub.add("datasets", "someone/rows", {"data/train.jsonl": rows, "data/test.jsonl": rows.splitlines(True)[0]}, ref="v2")
     hub.add("datasets", "someone/rows", {"data/train.jsonl": b'{"other": 1}\n'})
 
     def change(recipe):
@@ -62,6 +64,7 @@ def test_a_model_and_a_data_set_by_revision(llmkd, hub, world, tmp_path):
     card = ModelCard.load(tmp_path / "out/adapter/README.md")
     assert (card.data.base_model, card.data.license, card.data.datasets) == ("someone/tiny", "apache-2.0", ["someone/rows"])
     assert f"`someone/tiny` (revision `{commit}`)" in card.text and f"'someone/tiny', revision='{commit}'" in card.text
+    assert "revision `v2`" in card.text or f"revision `{read}`" in card.text
     adapter = json.loads((tmp_path / "out/adapter/adapter_config.json").read_text())
     assert (adapter["base_model_name_or_path"], adapter["revision"]) == ("someone/tiny", "v1")
     assert not [a for a in hub.asked if "pytorch_model.bin" in a]
@@ -153,3 +156,12 @@ def test_what_cannot_be_uploaded_is_said_before_anything_is_loaded(llmkd, hub, t
     code, said = llmkd("--push_to_hub.repo", repo, "--student.model", "nowhere/at/all", **environment)
     assert code == 2 and len(problems(said)) == 1 and all(word in said for word in words), said
     assert not hub.asked and not (tmp_path / "out").exists()
+
+
+def test_two_stages_of_a_study_do_not_share_a_repository():
+    from llmkd.settings import load_study
+    from llmkd.study import stage_recipes
+
+    config = REPO / "recipes/quickstart.yaml"
+    with pytest.raises(UserError, match="several stages would upload to someone/mine"):
+        stage_recipes(load_study(config), config, {"push_to_hub.repo": "someone/mine"})
