@@ -37,6 +37,9 @@ class Prepared:
     questions: Questions | None
     teacher_wanted: bool
     identity: dict[str, str]
+    origins: dict[str, list[dict]]  # of each setting (data.train, ...) its sources: path, name, split, resolved revision, rows
+    student: ModelFiles | None  # None for new weights
+    teacher: ModelFiles | None
 
 
 def prepare(recipe: Recipe) -> Prepared:
@@ -76,7 +79,9 @@ def prepare(recipe: Recipe) -> Prepared:
         if files:
             identity[name] = " ".join(fingerprint(folder, setting) for folder in (files.base, files.adapter) if folder)
     questions = encode_choices(choice_rows, data.choices, data, tokenizer) if choice_rows else None
-    return Prepared(tokenizer, train, [train_rows.places[i] for i in train.row], held_out, questions, teacher_wanted, identity)
+    return Prepared(
+        tokenizer, train, [train_rows.places[i] for i in train.row], held_out, questions, teacher_wanted, identity, {}, student, teacher
+    )
 
 
 def check_packages(recipe: Recipe) -> None:

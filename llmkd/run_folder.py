@@ -21,6 +21,8 @@ _HARMLESS = (
     "data.choices",
     "data.packing",
     "loss.chunk_rows",
+    "report_to",
+    "push_to_hub",
 )
 
 

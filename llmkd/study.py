@@ -46,6 +46,9 @@ def stage_recipes(study: Study, config: Path, overrides: dict) -> dict[str, Reci
             problems += [f"stage {name}: {problem}" for problem in error.problems]
     if problems:
         raise UserError(*problems)
+    uploads = [recipe.push_to_hub.repo for recipe in recipes.values() if recipe.push_to_hub]
+    if len(set(uploads)) < len(uploads):
+        raise UserError(f"{config}: push_to_hub.repo: several stages would upload to {uploads[0]}; set it for one of them in its set:")
     if recipes[study.students[0]].data.validation is None:
         raise UserError(
             f"{config}: students: {study.students[0]} has no data.validation, on which the students are to be compared; give one"

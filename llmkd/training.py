@@ -7,8 +7,9 @@ import os
 import shutil
 from pathlib import Path
 
+from . import hub, trackers
 from .card import card
-from .console import bar, say
+from .console import bar, first_process, say
 from .errors import NonFinite, Stopped, UserError
 from .order import Plan, learning_rate
 from .prepare import Prepared, prepare
@@ -21,9 +22,11 @@ def run(recipe: Recipe, resume: bool = False) -> dict:
     """Train, and return the run's summary. Raises UserError, NonFinite or Stopped."""
     folder = RunFolder(recipe, resume)
     folder.check()
+    hub.check(recipe.push_to_hub)
+    trackers.check(recipe.report_to)
     if resume and folder.finished:
-        say(f"{folder.path} is finished; nothing to do")
-        return folder.summary()
+        say(f"{folder.path} is finished; nothing to do" + (" but to upload it" if recipe.push_to_hub else ""))
+        return hub.publish(recipe, folder) if first_process() else folder.summary()
     with StopRequest() as stop:
         prepared = prepare(recipe)
         if stop():
@@ -31,7 +34,8 @@ def run(recipe: Recipe, resume: bool = False) -> dict:
         try:
             session = Session(recipe, prepared, folder, start(), stop)
             session.train()
-            return session.finish()
+            summary = session.finish()
+            return hub.publish(recipe, folder) if session.main and recipe.push_to_hub else summary
         finally:
             folder.release()
 
@@ -97,7 +101,7 @@ class Session:
             where = f"resuming after step {self.done} of {self.plan.total_steps}"
             say(where if saved else f"{folder.path} has no checkpoint to resume from; starting at step 1")
         self.written = self.done
-        self.tracker = Tracker(folder.path, self.plan.total_steps, self.done, self.main)
+        self.tracker = Tracker(recipe, folder.path, self.plan.total_steps, self.done, self.main)
         trained = sum(p.numel() for p in self.learner.parameters.values())
         every = sum(p.numel() for p in self.student.parameters())
         self.tracker.say(f"student: {every:,} parameters, {trained:,} of them train; {self.plan.total_steps} steps")
@@ -200,6 +204,7 @@ class Session:
             last = next(r for r in reversed(records) if "loss" in r)
             held_out = [r["validation"] for r in records if "validation" in r] or [{}]
             summary |= {
+                "before": held_out[0],
                 "train": {k: last[k] for k in ("loss", "ce", "kd") if k in last},
                 "validation": held_out[-1] | scored,
                 "best": self.best,
@@ -227,7 +232,9 @@ class Session:
             shutil.rmtree(leftover)
         part = output.with_name(f"{output.name}.tmp-{os.getpid()}")
         models.save(self.student, self.prepared.tokenizer, part, self.recipe.student)
-        (part / "README.md").write_text(card(self.recipe, summary), encoding="utf-8")
+        prepared = self.prepared
+        text = card(self.recipe, summary, prepared.student, prepared.teacher, prepared.origins)
+        (part / "README.md").write_text(text, encoding="utf-8")
         shutil.rmtree(output, ignore_errors=True)
         part.rename(output)
         return output
