@@ -91,6 +91,27 @@ def card(recipe: Recipe, summary: dict, student: ModelFiles | None, teacher: Mod
     )
 
 
+def merged(text: str, folder: Path, drift: dict | None) -> str:
+    """The adapter's card made that of the plain model which its merging gave. `drift` is what `export.drift` measured."""
+    _, front_matter, body = text.split("---\n", 2)
+    metadata = yaml.safe_load(front_matter)
+    metadata |= {"library_name": "transformers"} | ({"base_model_relation": "finetune"} if "base_model" in metadata else {})
+    if drift:  # the figures are those of the adapter on its quantised base
+        metadata.pop("model-index", None)
+    notes = ["The adapter described here, merged into its base.\n"]
+    if drift:
+        rows = "".join(f"| {name} | {value:.4f} |\n" for name, value in drift["drift"].items())
+        notes.append(
+            "The adapter was trained on a quantised base, and merged into the unquantised one. The held-out figures below are of the model as it was "
+            f"trained; against that one, on {drift['measured_on']} (forward_kl is KL(trained, merged)):\n\n| figure | value |\n|---|---|\n{rows}"
+        )
+    head, _, rest = body.partition("\n## Use\n")
+    fence = re.search(r"^(`{3,})python\n.*?^\1$", rest, re.DOTALL | re.MULTILINE)
+    rest = rest[: fence.start()] + block(plain_snippet(repr(str(folder))), "python") + rest[fence.end() :]
+    metadata = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True, width=140)
+    return f"---\n{metadata}---\n{head}\n" + "\n".join(notes) + f"\n## Use\n{rest}"
+
+
 def used(recipe: Recipe, origins: dict[str, list[dict]]) -> dict[str, list[Used]]:
     """The sources of the data by what they were for."""
     out = {}
@@ -181,12 +202,7 @@ def snippet(recipe: Recipe, student: ModelFiles | None) -> str:
     here = push.repo if push and "/" in push.repo else str(Path(recipe.output_dir, "adapter" if lora else "model"))
     top = f"{here!r}  # this folder, or its id on the hub"
     if not lora:
-        return (
-            "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-            f"here = {top}\n"
-            'model = AutoModelForCausalLM.from_pretrained(here, dtype="auto")\n'
-            "tokenizer = AutoTokenizer.from_pretrained(here)"
-        )
+        return plain_snippet(top)
     origin, quantization = hub_origin(student.base), recipe.student.quantization
     dtype = "auto" if recipe.student.dtype == "auto" else recipe.student.dtype
     arguments = [repr(origin[0] if origin else str(student.base))] + ([f"revision={origin[1]!r}"] if origin else []) + [f"dtype={dtype!r}"]
@@ -199,6 +215,15 @@ def snippet(recipe: Recipe, student: ModelFiles | None) -> str:
         f"here = {top}\n"
         f"base = AutoModelForCausalLM.from_pretrained({', '.join(arguments)})\n"
         "model = PeftModel.from_pretrained(base, here)\n"
+        "tokenizer = AutoTokenizer.from_pretrained(here)"
+    )
+
+
+def plain_snippet(here: str) -> str:
+    return (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f"here = {here}\n"
+        'model = AutoModelForCausalLM.from_pretrained(here, dtype="auto")\n'
         "tokenizer = AutoTokenizer.from_pretrained(here)"
     )
 

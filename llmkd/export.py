@@ -18,6 +18,7 @@ SAMPLE = 64  # examples on which the merged model is compared with the trained o
 
 def export(run: Path, to: Path | None = None, checkpoint: str | None = None) -> Path:
     """Write `RUN/merged` (or `to`). `run` may be a run's folder, or an adapter's; `checkpoint` is a step's number, or best."""
+    from .card import merged as merged_card
     from .merge import merge, restored
     from .models import student_folder
 
@@ -42,6 +43,10 @@ def export(run: Path, to: Path | None = None, checkpoint: str | None = None) -> 
     try:
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)
+        if is_adapter and (student / "README.md").exists():
+            card = (student / "README.md").read_text(encoding="utf-8")
+            if "llmkd" in card:  # another's card is not ours to rewrite
+                (part / "README.md").write_text(merged_card(card, to, record), encoding="utf-8")
         if record:
             (part / RECORD).write_text(json.dumps(record, indent=1) + "\n")
         part.rename(to)

@@ -224,6 +224,15 @@ def test_merging_goes_into_the_unquantised_base_and_says_how_far_that_is(world, 
     assert gap < 1e-4 < far
     figures = json.loads((merged_folder / "llmkd.json").read_text())
     assert figures["trained_on"]["type"] == "nf4" and 0 < figures["drift"]["forward_kl"] < 1
+    from huggingface_hub import ModelCard
+
+    card = ModelCard.load(merged_folder / "README.md")
+    assert card.data.library_name == "transformers" and f"| forward_kl | {figures['drift']['forward_kl']:.4f} |" in card.text
+    code = card.text.split("```python\n")[1].split("```")[0]
+    assert "peft" not in code
+    found = {}
+    exec(code, found)
+    assert found["model"].config.vocab_size == 648
 
 
 def test_an_adapter_on_another_precision_than_it_was_trained_on_is_said(single, trained, tmp_path, capsys):
