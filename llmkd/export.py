@@ -5,7 +5,7 @@ import os
 import shutil
 from pathlib import Path
 
-from .data.tokenizer import load_tokenizer
+from .data.tokenizer import load_tokenizer, vocab_size
 from .errors import UserError
 from .model_files import find
 
@@ -29,7 +29,7 @@ def export(run: Path, to: Path | None = None, checkpoint: str | None = None) -> 
         raise UserError(f"--to: {to} exists; choose another folder, or remove it")
     files = find(str(student), "export")
     tokenizer = load_tokenizer(str(student if (student / "tokenizer.json").exists() else files.base), "export")
-    model = merge(files, len(tokenizer), saved) if is_adapter else restored(student, saved)
+    model = merge(files, vocab_size(tokenizer), saved) if is_adapter else restored(student, saved)
     part = to.with_name(f"{to.name}.tmp-{os.getpid()}")
     try:
         model.save_pretrained(part)

@@ -30,6 +30,15 @@ DIVERGENCES: dict[str, dict[str, tuple[float, float, float]]] = {
     "alpha_beta": {"alpha": (0.0, 4.0, 0.2), "beta": (0.0, 4.0, 0.7)},
 }
 
+#: The columns of each format, and what a message of a conversation holds; `Source.fields` renames them.
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "alpaca": ("instruction", "input", "output"),
+    "chat": ("messages", "tools", "role", "content"),
+    "prompt_completion": ("prompt", "completion", "tools", "role", "content"),
+    "text": ("text",),
+}
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
 
 @settings
 class Quantization:
@@ -46,7 +55,8 @@ class Lora:
     alpha: float = Field(32.0, gt=0, description="Scale: the update is alpha / rank times B A (over sqrt(rank) with rslora).")
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input while training.")
     target_modules: str | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
-        "all-linear", description="Modules that get an adapter: all-linear (all but the head), a list of name endings, or a regular expression."
+        "all-linear",
+        description="Modules that get an adapter: all-linear (all but the head), a list of name endings, or a regular expression.",
     )
     modules_to_save: tuple[str, ...] = Field((), description="Modules that train in full beside the adapter, such as lm_head.")
     rslora: bool = Field(False, description="Rank-stabilised scaling, alpha / sqrt(rank).")
@@ -97,7 +107,8 @@ class Source:
         description="What the file calls the format's columns, where it has other names: {messages: conversations, role: from, content: value}.",
     )
     roles: dict[str, str] = Field(
-        default_factory=dict, description="What the file calls the roles of a chat, where it has other names: {user: human, assistant: gpt}."
+        default_factory=dict,
+        description="What the file calls the roles of a chat, where it has other names: {user: human, assistant: gpt}.",
     )
     chat_template: bool = Field(
         False, description="alpaca and prompt_completion: pass the prompt and the answer through the tokenizer's chat template."
@@ -139,7 +150,8 @@ class Data:
     )
     train_on_input: bool = Field(False, description="Supervise the prompt's tokens too, not only the answer's.")
     packing: bool = Field(
-        False, description="Concatenate a micro-batch's examples into one row without padding; they stay isolated, and the result is the same."
+        False,
+        description="Concatenate a micro-batch's examples into one row without padding; they stay isolated, and the result is the same.",
     )
     streaming: bool = Field(
         False, description="Read and tokenise the training rows while training instead of before; needs train.max_steps."
@@ -271,18 +283,7 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
             ("student.dtype", "student.method"),
             "found float16, in which all weights cannot be trained; use float32 with mixed_precision: bf16",
         )
-    if data.train is None:
-        yield ("data.train",), "not given; name what to train on, such as {path: train.jsonl, format: alpaca}"
-    if data.validation is not None and data.validation_share:
-        yield ("data.validation_share", "data.validation"), "given together with data.validation; keep one of them"
-    every = (*sources(data.train), *sources(data.validation))
-    if data.too_long == "split" and any(s.format != "text" for s in every):
-        yield ("data.too_long", "data.train", "data.validation"), "found split, which only format: text can be; use drop or truncate"
-    for path, source in (("data.train", data.train), ("data.validation", data.validation), ("data.choices", data.choices)):
-        if source and source.path.startswith("builtin:") and source.path != "builtin:skills":
-            yield (f"{path}.path",), f"found {source.path!r}; the only built-in corpus is builtin:skills"
-    if data.choices is not None and data.choices.format == "text":
-        yield ("data.choices.format",), "found text, which has no answer to choose; use alpaca or chat"
+    yield from _data_contradictions(data, train)
     if loss.kd_ratio and recipe.teacher is None:
         yield ("loss.kd_ratio", "teacher"), f"found {loss.kd_ratio:g} without a teacher; give teacher.model, or set it to 0"
     known = DIVERGENCES[loss.divergence]
@@ -301,7 +302,7 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
     if train.max_steps and optim.warmup_steps and optim.warmup_steps > train.max_steps:
         yield ("optim.warmup_steps", "train.max_steps"), f"found {optim.warmup_steps}, more than train.max_steps ({train.max_steps})"
     no_held_out = ("data.validation", "data.validation_share")
-    if data.validation is None and not data.validation_share:
+    if not sources(data.validation) and not data.validation_share:
         for path, given in (("validation.every", recipe.validation.every), ("checkpoint.best_by", recipe.checkpoint.best_by)):
             if given is not None:
                 yield (path, *no_held_out), "given without held-out rows; set data.validation or data.validation_share"
@@ -309,6 +310,79 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
         yield (
             ("checkpoint.best_by", "teacher", "loss.kd_ratio"),
             f"found {recipe.checkpoint.best_by}, which needs a teacher and loss.kd_ratio above 0; use ce",
+        )
+
+
+def _data_contradictions(data: Data, train: Train) -> Iterator[tuple[tuple[str, ...], str]]:
+    if not sources(data.train):
+        yield ("data.train",), "not given; name what to train on, such as {path: train.jsonl, format: alpaca}"
+    if data.validation == ():
+        yield ("data.validation",), "found an empty list; name a source, or leave it out"
+    if sources(data.validation) and data.validation_share:
+        yield ("data.validation_share", "data.validation"), "given together with data.validation; keep one of them"
+    every = (*sources(data.train), *sources(data.validation))
+    if data.too_long == "split" and any(s.format != "text" for s in every):
+        yield ("data.too_long", "data.train", "data.validation"), "found split, which only format: text can be; use drop or truncate"
+    for setting, value in (("data.train", data.train), ("data.validation", data.validation), ("data.choices", data.choices)):
+        for i, source in enumerate(sources(value)):
+            for name, problem in _source_contradictions(source, setting):
+                path = f"{setting}.{i}" if isinstance(value, tuple) else setting
+                yield (f"{path}.{name}",), problem
+    if data.streaming:
+        yield from _streaming_contradictions(data, train)
+
+
+def _source_contradictions(source: Source, setting: str) -> Iterator[tuple[str, str]]:
+    choices = setting == "data.choices"
+    if source.path.startswith("builtin:") and source.path != "builtin:skills":
+        yield "path", f"found {source.path!r}; the only built-in corpus is builtin:skills"
+    if choices and source.format == "text":
+        yield "format", "found text, which has no answer to choose; use alpaca, chat or prompt_completion"
+    if source.weight != 1 and setting != "data.train":
+        yield "weight", f"found {source.weight:g}, and only training sources have weights; leave it out"
+    if source.seed is not None and source.limit is None:
+        yield "seed", "given without limit, whose rows it draws; give a limit, or leave it out"
+    if source.chat_template and source.format in ("chat", "text"):
+        why = "is always rendered by it" if source.format == "chat" else "has no turns to render"
+        yield "chat_template", f"found true with format: {source.format}, which {why}; leave it out"
+    known = COLUMNS[source.format] + (("choices", "answer") if choices else ())
+    for column in source.fields:
+        if column not in known:
+            yield f"fields.{column}", f"format {source.format} has no such column; it has {', '.join(known)}"
+    if source.roles and source.format not in ("chat", "prompt_completion"):
+        yield "roles", f"given with format: {source.format}, which has no roles; leave it out"
+    for role, name in source.roles.items():
+        if role not in ROLES:
+            yield f"roles.{role}", f"no such role; the roles are {', '.join(ROLES)}"
+        elif name in {source.roles.get(other, other) for other in ROLES if other != role}:
+            yield f"roles.{role}", f"found {name!r}, which also stands for another role; give each role its own name"
+
+
+def _streaming_contradictions(data: Data, train: Train) -> Iterator[tuple[tuple[str, ...], str]]:
+    if not train.max_steps:
+        yield ("data.streaming", "train.max_steps"), "found true without train.max_steps; the length of a stream is not known, so give it"
+    if data.validation_share:
+        yield (
+            ("data.validation_share", "data.streaming"),
+            "given with data.streaming, which reads no rows beforehand to part; use data.validation",
+        )
+    if isinstance(data.train, tuple) and len(data.train) > 1:
+        yield (
+            ("data.train", "data.streaming"),
+            "several sources with data.streaming, which reads one; write them to one folder, or set it to false",
+        )
+    for source in sources(data.train):
+        if source.weight != 1:
+            yield ("data.train", "data.streaming"), "a weight with data.streaming, which reads a source again and again; leave it out"
+        if source.seed is not None:
+            yield (
+                ("data.train", "data.streaming"),
+                "limit with seed and data.streaming, which cannot draw from rows it has not read; use the first",
+            )
+    if train.length_group > 1:
+        yield (
+            ("train.length_group", "data.streaming"),
+            f"found {train.length_group} with data.streaming, where lengths are not known; use 1",
         )
 
 

@@ -4,9 +4,10 @@ import json
 from pathlib import Path
 
 from .console import bar, say
+from .data.tokenizer import vocab_size
 from .errors import UserError
 from .prepare import Prepared, prepare
-from .recipe import Recipe, Study, Teacher
+from .recipe import Recipe, Study, Teacher, sources
 from .run_folder import write
 from .settings import load_recipe, load_study
 from .tracking import table
@@ -24,7 +25,8 @@ def run_study(config: str, overrides: dict, resume: bool) -> dict:
     for number, (name, recipe) in enumerate(recipes.items(), 1):
         say(f"\n[{number}/{len(recipes)}] {name}")
         run(recipe, resume)
-    say(f"\ncomparing on {recipes[study.students[0]].data.validation.path}")
+    held_out = ", ".join(source.path for source in sources(recipes[study.students[0]].data.validation))
+    say(f"\ncomparing on {held_out}")
     results = compare(study, recipes)
     accelerator = start()
     if accelerator.is_main_process:
@@ -45,7 +47,7 @@ def stage_recipes(study: Study, config: Path, overrides: dict) -> dict[str, Reci
             problems += [f"stage {name}: {problem}" for problem in error.problems]
     if problems:
         raise UserError(*problems)
-    if recipes[study.students[0]].data.validation is None:
+    if not sources(recipes[study.students[0]].data.validation):
         raise UserError(
             f"{config}: students: {study.students[0]} has no data.validation, on which the students are to be compared; give one"
         )
@@ -67,7 +69,7 @@ def compare(study: Study, recipes: dict[str, Recipe]) -> dict[str, dict[str, flo
             dtype=recipes[stage].student.dtype,
             attention=recipes[stage].student.attention,
         )
-        return load_teacher(settings, len(prepared.tokenizer), accelerator.device)
+        return load_teacher(settings, vocab_size(prepared.tokenizer), accelerator.device)
 
     teacher = load(study.teacher)
     names = {study.teacher: teacher} | {name: None for name in study.students}
