@@ -12,6 +12,7 @@ from .errors import UserError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)?")
 _WANTED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt"]
+TOKENIZER = ["*.json", "*.jinja", "*.model", "*.txt"]  # what of a model a tokenizer needs
 RECORD = "llmkd.json"  # beside an adapter: on which base it was trained
 
 
@@ -53,7 +54,7 @@ def find(name: str, setting: str, revision: str | None = None, base: str | None 
     return files
 
 
-def locate(name: str, setting: str, revision: str | None = None) -> Path:
+def locate(name: str, setting: str, revision: str | None = None, wanted: list[str] = _WANTED) -> Path:
     """A folder as it is; a hub id downloaded (or taken from the cache). A mistyped path never goes to the network."""
     path = Path(name).expanduser()
     if path.is_dir():
@@ -66,7 +67,7 @@ def locate(name: str, setting: str, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=_WANTED))
+        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
     except Exception as error:
         reason = (str(error).strip().splitlines() or [""])[0]
         raise UserError(

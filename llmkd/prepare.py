@@ -207,6 +207,12 @@ def report(encoded: Encoded, name: str) -> None:
         f"{name}: {len(encoded)} examples, {len(encoded.ids)} tokens, {int(encoded.supervised.sum())} targets"
         + (f" ({', '.join(dropped)})" if dropped else "")
     )
+    note(encoded, name)
+
+
+def note(encoded: Encoded, name: str) -> None:
+    """What a person should know of the examples, said once."""
+    c = encoded.counts
     for key, words in _NOTES.items():
         if c.get(key):
             say(f"note: {name}: {words.format(c[key])}")

@@ -20,7 +20,7 @@ LAYERS = (
     "teachers distiller prepare",
     "loop validate checkpoint stopping run_folder card",
     "tracking",
-    "training export",
+    "training export show",
     "study",
     "cli",
     "train",

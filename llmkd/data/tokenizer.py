@@ -3,7 +3,8 @@
 from typing import Any
 
 from ..errors import UserError
-from ..model_files import locate
+from ..model_files import TOKENIZER, locate, read_json
+from ..recipe import Student
 from . import skills
 
 
@@ -13,7 +14,7 @@ def load_tokenizer(name: str, setting: str, revision: str | None = None) -> Any:
         return skills.tokenizer()
     from transformers import AutoTokenizer
 
-    folder = locate(name, setting, revision)
+    folder = locate(name, setting, revision, TOKENIZER)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
@@ -25,6 +26,20 @@ def load_tokenizer(name: str, setting: str, revision: str | None = None) -> Any:
     if tokenizer.eos_token_id is None:
         raise UserError(f"{setting}: the tokenizer in {name} has no end-of-text token; set eos_token in its tokenizer_config.json")
     return tokenizer
+
+
+def student_tokenizer(student: Student) -> Any:
+    """The tokenizer a run would train with, without the weights: the student's own, or its base's where it is an adapter."""
+    if student.tokenizer:
+        return load_tokenizer(student.tokenizer, "student.tokenizer")
+    folder, revision = locate(student.model, "student.model", student.revision, TOKENIZER), None
+    if (folder / "adapter_config.json").exists():
+        adapter = read_json(folder / "adapter_config.json", "student.model")
+        name, revision = student.base or adapter.get("base_model_name_or_path"), adapter.get("revision")
+        if not name:
+            raise UserError(f"student.model: {student.model}/adapter_config.json names no base model; set student.base to it")
+        folder = locate(name, "student.model", revision, TOKENIZER)
+    return load_tokenizer(str(folder), "student.model")
 
 
 _PROBES = (
