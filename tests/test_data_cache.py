@@ -2,6 +2,9 @@
 
 import json
 import os
+import subprocess
+import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -172,3 +175,66 @@ def test_rows_with_nothing_to_train_on_are_refused_with_counts(cache, rows, form
 def test_chat_without_a_template_is_refused(cache):
     with pytest.raises(UserError, match=r"^data.train.format: found chat, and the tokenizer has no chat template"):
         cache(rows_of(talk("u q", "a x")), "chat", tokenizer=tiny(None))
+
+
+# ---- several processes
+
+WORKER = """
+import json, sys, time
+from pathlib import Path
+from llmkd.data import token_cache
+from llmkd.data.sources import Rows
+from llmkd.errors import UserError
+from llmkd.recipe import Data, Source
+import data_kit
+
+folder, number, how = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+real = token_cache.encoding.encode
+def slow(*args):
+    with open(folder / "made", "a") as log:
+        log.write(number + "\\n")
+    time.sleep(60 if how == "hang" else 0.5)
+    return real(*args)
+token_cache.encoding.encode = slow
+rows = [{"instruction": "q", "output": "" if how == "fail" else "owl"}] * 3
+while time.time() < float(sys.argv[4]):
+    time.sleep(0.01)
+try:
+    encoded = token_cache.encoded(Rows(rows, ["f:1"] * 3, "content"), Source(path="f.jsonl"), Data(cache_dir=str(folder)), data_kit.tiny(), "data.train")
+    print(encoded.ids.sum())
+except UserError as error:
+    print(error)
+"""
+
+
+def start_workers(folder: Path, count: int, how: str) -> list[subprocess.Popen]:
+    tests = str(Path(__file__).parent)
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([tests, str(Path(tests).parent)])}
+    start = str(time.time() + 3)
+    return [
+        subprocess.Popen([sys.executable, "-c", WORKER, str(folder), str(n), how, start], env=env, stdout=subprocess.PIPE, text=True)
+        for n in range(count)
+    ]
+
+
+def test_the_processes_of_a_launch_make_an_entry_once(tmp_path):
+    said = [worker.communicate(timeout=60)[0] for worker in start_workers(tmp_path, 2, "work")]
+    assert len(set(said)) == 1 and int(said[0]) > 0
+    assert len((tmp_path / "made").read_text().splitlines()) == 1
+
+
+def test_where_the_first_fails_the_others_try_and_fail_alike(tmp_path):
+    said = [worker.communicate(timeout=60)[0] for worker in start_workers(tmp_path, 2, "fail")]
+    assert len(set(said)) == 1 and "none of f.jsonl's 3 rows" in said[0]
+    assert len((tmp_path / "made").read_text().splitlines()) == 2
+
+
+def test_a_killed_process_leaves_no_lock(tmp_path):
+    (worker,) = start_workers(tmp_path, 1, "hang")
+    while not (tmp_path / "made").exists():
+        time.sleep(0.05)
+    worker.kill()
+    worker.wait()
+    start = time.perf_counter()
+    assert len(Cache(tmp_path)(rows_of({"instruction": "q", "output": "owl"}))) == 1
+    assert time.perf_counter() - start < 5

@@ -23,7 +23,7 @@ from .files import BadRow, Records, records
 from .rows import Problems, check_row
 from .sources import Rows, from_hub, hub_revision, local, no_rows
 
-_SAMPLE = 4096  # bytes of each file that tell one data set from another
+_SAMPLE = 512  # bytes at the start of each file that tell one data set from another
 
 
 class Stream:

@@ -1,5 +1,6 @@
 """Tokenizers, and the one place that judges whether two of them are the same."""
 
+import json
 from typing import Any
 
 from ..errors import UserError
@@ -77,6 +78,7 @@ def tokenizer_differences(ours, theirs) -> list[str]:
     control, also = ({t.content for t in tok.added_tokens_decoder.values() if t.special} - {tok.pad_token} for tok in (ours, theirs))
     paddings = {ours.pad_token, theirs.pad_token}
     out += [f"{token!r} is a control token {'here' if token in control else 'there'} only" for token in sorted((control ^ also) - paddings)]
+    out += _merges_differ(ours, theirs)
     probes = [*_PROBES, *(f"a {token}b{token} {token}" for token in sorted(control & also)[:64])]
     for text in probes:
         one, two = ours.encode(text, add_special_tokens=False), theirs.encode(text, add_special_tokens=False)
@@ -84,6 +86,21 @@ def tokenizer_differences(ours, theirs) -> list[str]:
             i = next((i for i, (x, y) in enumerate(zip(one, two, strict=False)) if x != y), min(len(one), len(two)))
             out.append(f"{text!r} is encoded differently (from token {i}: {_some(one, i, names)} here, {_some(two, i, names)} there)")
     return out
+
+
+def _merges_differ(ours, theirs) -> list[str]:
+    """Of two vocabularies built by merging, the first merge that differs: no probe text would meet each of them."""
+    one, two = (
+        [
+            merge if isinstance(merge, str) else " ".join(merge)
+            for merge in json.loads(tok.backend_tokenizer.to_str())["model"].get("merges", [])
+        ]
+        for tok in (ours, theirs)
+    )
+    first = next((i for i, (x, y) in enumerate(zip(one, two, strict=False)) if x != y), None)
+    if first is not None:
+        return [f"merge {first} joins {one[first]!r} here and {two[first]!r} there"]
+    return [f"merges are {len(one)} here and {len(two)} there"] if len(one) != len(two) else []
 
 
 def _token(i: int | None, names: dict[int, str]) -> str:
