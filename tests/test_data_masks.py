@@ -292,6 +292,13 @@ def test_tool_calls_are_part_of_the_answer(read, content):
     assert '[{"name": "look"}]' in shown(encoded, tokenizer)[0]
 
 
+def test_tool_calls_that_the_template_does_not_show_are_refused():
+    row = talk("u q", "a one")
+    row["messages"][1]["tool_calls"] = [{"name": "look", "arguments": {}}]
+    with pytest.raises(UserError, match=r"^f.jsonl:1: the chat template does not show the tool calls of messages\[1\]"):
+        encode(rows_of(row), "chat", Data(), tiny())
+
+
 @pytest.mark.parametrize("role", ["system", "developer"])
 def test_a_template_that_knows_no_system_role_says_so_with_the_place(role):
     template = (

@@ -74,6 +74,9 @@ class Look:
 def _texts(messages: list[dict], turns: list[int], look: Look) -> list[Text]:
     render, whole = look.render, look.render(messages)
     afters = [whole if i == len(messages) - 1 else render(messages[: i + 1]) for i in turns]
+    for i, after in zip(turns, afters, strict=True):
+        if messages[i].get("tool_calls") and after == render([*messages[:i], {k: v for k, v in messages[i].items() if k != "tool_calls"}]):
+            raise ValueError(f"the chat template does not show the tool calls of messages[{i}]; use a tokenizer whose template does")
     if all(whole.startswith(after) for after in afters):
         starts = _between(whole, messages, [i for i in turns if _only_says(messages[i])], look) or {}
         spans = [_span(messages, i, after, look, starts.get(i)) for i, after in zip(turns, afters, strict=True)]
