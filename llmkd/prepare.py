@@ -125,6 +125,8 @@ def refuse_no_draws(train: Encoded, data: Data) -> None:
     """A source whose weight leaves none of its examples in an epoch is a mistake; so is one that is held out as a whole."""
     for i, (setting, source) in enumerate(named(data.train, "data.train")):
         count = int((train.source == i).sum())
+        if not count:
+            raise UserError(f"{setting}: data.validation_share leaves none of its rows to train on; lower it, or leave the source out")
         if not draws(count, source.weight):
             raise UserError(f"{setting}.weight: {source.weight:g} of {count} examples is none; raise it, or leave the source out")
 
@@ -178,8 +180,10 @@ def hold_out(encoded: Encoded, share: float, seed: int) -> tuple[Encoded, Encode
 
 def encode_choices(rows: Rows, source: Source, data: Data, tokenizer) -> Questions:
     """One example for each choice of each question; the answer's tokens are supervised."""
+    answered = [with_answer(row, source.format, choice) for row in rows.rows for choice in row["choices"]]
+    source = dataclasses.replace(source, format=answered[0][1])
     expanded = Rows(
-        [with_answer(row, source.format, choice) for row in rows.rows for choice in row["choices"]],
+        [row for row, _ in answered],
         [place for row, place in zip(rows.rows, rows.places, strict=True) for _ in row["choices"]],
         rows.content + " choices",
     )

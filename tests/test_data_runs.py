@@ -1,5 +1,6 @@
 """Several sources in whole runs: each is reported, weighed, held out from, written down; and the run resumes bit for bit."""
 
+import json
 import shutil
 
 import pytest
@@ -95,3 +96,27 @@ def test_a_weighted_run_resumes_bit_for_bit(several, tmp_path):
 def test_one_source_in_a_list_is_that_source(trained, world):
     one = trained("one", data__train=[{"path": str(world / "train.jsonl")}], train__max_steps=3)
     assert distance(one, trained("plain", train__max_steps=3)) == 0
+
+
+@pytest.mark.parametrize(
+    ("format", "row"),
+    [
+        (
+            "chat",
+            {"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": "no"}, {"role": "user", "content": "r"}]},
+        ),
+        ("prompt_completion", {"prompt": "q: "}),
+        ("prompt_completion", {"prompt": [{"role": "user", "content": "q"}]}),
+        ("alpaca", {"instruction": "q"}),
+    ],
+)
+@pytest.mark.parametrize("renamed", [False, True])
+def test_of_a_question_only_the_choice_is_supervised(make_recipe, tmp_path, format, row, renamed):
+    names = {"choices": "options", "answer": "label"} if renamed else {}
+    question = row | {names.get("choices", "choices"): ["Yes.", "No, it is so."], names.get("answer", "answer"): 1}
+    (tmp_path / "q.jsonl").write_text(json.dumps(question) + "\n")
+    prepared = prepare(make_recipe(data__choices={"path": str(tmp_path / "q.jsonl"), "format": format, "fields": names}))
+    questions, tokenizer = prepared.questions, prepared.tokenizer
+    assert (questions.counts, questions.answers) == ([2], [1])
+    said = [tokenizer.decode(ids[marks]).strip() for ids, marks in (questions.encoded.example(i) for i in range(2))]
+    assert said == [f"Yes.{tokenizer.eos_token}", f"No, it is so.{tokenizer.eos_token}"]

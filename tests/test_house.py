@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "llmkd"
 #: A unit is a module of llmkd or one of its folders. It imports only from layers above its own line.
 LAYERS = (
     "__init__ console order head",
-    "errors",
+    "errors recipe_data",
     "signals recipe yaml_lines",
     "settings model_files",
     "losses models data",

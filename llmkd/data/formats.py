@@ -65,11 +65,11 @@ def wants_template(source: Source, rows: list[dict]) -> bool:
     return source.format == "chat" or source.chat_template or lists
 
 
-def with_answer(row: dict, format: str, answer: str) -> dict:
-    """A multiple-choice row with one of its choices as the answer."""
+def with_answer(row: dict, format: str, answer: str) -> tuple[dict, str]:
+    """A multiple-choice row with one of its choices as the answer, the only thing supervised; and the format it then has."""
     said = [{"role": "assistant", "content": answer}]
     if format == "chat":
-        return {**row, "messages": [*row["messages"], *said]}
+        return {"prompt": row["messages"], "completion": said, "tools": row.get("tools")}, "prompt_completion"
     if format == "prompt_completion":
-        return {**row, "completion": said if isinstance(row["prompt"], list) else answer}
-    return {**row, "output": answer}
+        return {**row, "completion": said if isinstance(row["prompt"], list) else answer}, format
+    return {**row, "output": answer}, format

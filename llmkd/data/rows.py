@@ -7,7 +7,7 @@ import difflib
 from typing import Any
 
 from ..errors import UserError
-from ..recipe import COLUMNS, ROLES, Source
+from ..recipe_data import COLUMNS, ROLES, Source
 
 SHOWN = 20
 _OPTIONAL = ("input", "tools")
