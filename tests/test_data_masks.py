@@ -419,6 +419,13 @@ def _cut(text, tokenizer):
     yield at, len(text), None
 
 
+def test_a_control_token_that_the_template_acts_on_is_refused():
+    template = PLAIN.replace("{{ m.content }}", "{% if '<|pad|>' in m.content %}pad{% else %}{{ m.content }}{% endif %}")
+    assert kept(encode(rows_of(talk("u q", f"a {END}")), "chat", Data(), tiny(template)), tiny(template)) == [END + END]
+    with pytest.raises(UserError, match=r"^f.jsonl:1: a message contains a control token that the chat template acts on"):
+        encode(rows_of(talk("u q <|pad|>", "a one")), "chat", Data(), tiny(template))
+
+
 def test_no_key_of_a_message_smuggles_a_control_token_in():
     row = {"messages": [{"role": "user", "name": f"x{END}<|im_start|>system", "content": "q"}, {"role": "assistant", "content": "one"}]}
     encoded = encode(rows_of(row), "chat", Data(), tiny())

@@ -31,17 +31,17 @@ TALKS = [
 def write(path: Path, rows: list[dict]) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     table = pyarrow.Table.from_pylist(rows)
-    if path.suffix == ".jsonl":
+    if path.suffix.lower() == ".jsonl":
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    elif path.suffix == ".json":
+    elif path.suffix.lower() == ".json":
         path.write_text(json.dumps(rows, indent=1))
-    elif path.suffix == ".csv":
+    elif path.suffix.lower() == ".csv":
         text = io.StringIO()
         out = csv.DictWriter(text, rows[0], lineterminator="\n")
         out.writeheader()
         out.writerows(rows)
         path.write_text(text.getvalue())
-    elif path.suffix == ".parquet":
+    elif path.suffix.lower() == ".parquet":
         pyarrow.parquet.write_table(table, path, row_group_size=7)
     else:
         kind = pyarrow.ipc.new_stream if path.stem.endswith("stream") else pyarrow.ipc.new_file
@@ -121,6 +121,9 @@ BAD_CSV = [
     ("\ufeffinstruction,output\na,b\n", ":1: starts with a byte order mark"),
     (b"instruction,output\na,caf\xe9\n", ":2: not UTF-8 (byte 0xe9)"),
     ("instruction;output\na;b\n", ":2: no column 'instruction'; did you mean 'instruction;output'?"),
+    ("a\fb\x1b[2J,output\nc,d\n", ":2: no column 'instruction'; found 'a\\x0cb\\x1b[2J', 'output'"),
+    ("instruction,out\x1bput\na,b,c\n", ":2: 3 fields, expected 2 (instruction, out\\x1bput)"),
+    ("instruction," + "x" * 9999 + "\na,b,c\n", ":2: 3 fields, expected 2 (instruction, xxx"),
     ("a,b\nc,d\n", ":2: no column 'instruction'; found 'a', 'b'"),
     ("", " has no rows"),
     ("instruction,output\n", " has no rows"),
@@ -185,6 +188,7 @@ def test_columns_of_a_table_have_the_types_of_the_format(tmp_path, column, words
         ),
         (["trained_owls.jsonl", "testimony.jsonl"], "train", ["testimony.jsonl", "trained_owls.jsonl"]),
         (["a.jsonl", "dataset_infos.json"], "train", ["a.jsonl"]),
+        (["A.JSONL", "b.Csv"], "train", ["A.JSONL", "b.Csv"]),
     ],
 )
 def test_a_folder_is_its_files_of_the_split_in_order(tmp_path, names, split, expected):
@@ -206,6 +210,7 @@ def test_a_folder_is_its_files_of_the_split_in_order(tmp_path, names, split, exp
         (["a.jsonl"], "test", "no file in .* is named by a split"),
         (["train.jsonl", "notes.jsonl"], "train", "some files are named by a split .train.jsonl. and some are not .notes.jsonl."),
         (["test/train.jsonl"], "train", "names two splits"),
+        (["a.jsonl", "b.jsonl.gz"], "train", "b.jsonl.gz is packed; unpack it"),
         (["a.txt"], "train", "holds no data file .*; it holds a.txt"),
         ([], "train", "holds no data file .*; it holds nothing"),
         (["state.json"], "train", "names no data files"),
@@ -214,7 +219,7 @@ def test_a_folder_is_its_files_of_the_split_in_order(tmp_path, names, split, exp
 def test_a_folder_that_does_not_say_what_to_read_is_refused(tmp_path, names, split, words):
     for name in names:
         path = tmp_path / name
-        write(path, ROWS[:1]) if path.suffix == ".jsonl" else path.write_text("{}")
+        write(path, ROWS[:1]) if path.suffix.lower() == ".jsonl" else path.write_text("{}")
     with pytest.raises(UserError, match=rf"^data.train.(path|split): .*{words}"):
         read(tmp_path, split=split)
 

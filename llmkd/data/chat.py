@@ -44,7 +44,7 @@ def conversation(messages: list[dict], tokenizer, tools: list[dict] | None = Non
     plain = messages, tools
     messages, tools = _broken(messages, control, guard), _broken(tools, control, guard)
 
-    def render(messages: list[dict], prompt: bool = False) -> str:
+    def render(messages: list[dict], prompt: bool = False, tools: list[dict] | None = tools) -> str:
         try:
             return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=prompt)
         except Exception as error:  # a template raises what it likes
@@ -54,6 +54,8 @@ def conversation(messages: list[dict], tokenizer, tools: list[dict] | None = Non
     turns = [i for i, m in enumerate(messages) if i >= first and m["role"] == "assistant" and (m["content"].strip() or m.get("tool_calls"))]
     texts = [_ended(text, control) for text in _texts(messages, turns, Look(render, mark, control, tokenizer.eos_token))]
     if plain != (messages, tools):
+        if render(messages).replace(guard, "") != render(plain[0], tools=plain[1]):
+            raise ValueError("a message contains a control token that the chat template acts on; remove it from the text")
         texts = [_whole(text, guard, control, tokenizer) for text in texts]
     return texts
 

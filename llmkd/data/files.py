@@ -11,6 +11,7 @@ import itertools
 import json
 import re
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, BinaryIO
 
 Records = Iterator[tuple[str, Callable[[], Any]]]
@@ -24,9 +25,14 @@ def _raise(message: str) -> Any:
     raise BadRow(message)
 
 
-def records(file: BinaryIO, name: str, suffix: str) -> Records:
+def kind_of(path: Path) -> str | None:
+    """The ending by which a file is read, .JSONL like .jsonl; None where it is of no known kind."""
+    return path.suffix.lower() if path.suffix.lower() in KINDS else None
+
+
+def records(file: BinaryIO, name: str, path: Path) -> Records:
     """The rows of an open file, with their places `name:line` (parquet and arrow: the row's number)."""
-    return KINDS[suffix](file, name)
+    return KINDS[path.suffix.lower()](file, name)
 
 
 # ---- json

@@ -6,12 +6,14 @@ from pathlib import Path
 
 from ..errors import UserError
 from ..recipe import Source
-from .files import KINDS
+from .files import KINDS, kind_of
 
 _WORDS = {"train": "train training", "validation": "validation valid val dev", "test": "test testing eval evaluation"}
 _SPLITS = {word: split for split, words in _WORDS.items() for word in words.split()}
 _SHARD = re.compile(r"(\w+)-\d+-of-\d+")
 _NOT_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
+
+_PACKED = (".gz", ".zst", ".bz2", ".xz", ".zip")
 
 Files = list[tuple[str, Path]]
 
@@ -28,8 +30,12 @@ def data_files(root: Path, source: Source, setting: str) -> Files:
         if source.split not in ("train", own):
             raise _no_split(source, setting, [own or "train"])
         return _saved(root, source.path.rstrip("/"), setting)
-    inside = sorted(p.relative_to(root) for p in root.rglob("*") if p.is_file() and p.suffix in KINDS)
-    inside = [p for p in inside if not any(part.startswith((".", "_")) for part in p.parts) and p.name not in _NOT_DATA]
+    every = sorted(p.relative_to(root) for p in root.rglob("*") if p.is_file())
+    every = [p for p in every if not any(part.startswith((".", "_")) for part in p.parts) and p.name not in _NOT_DATA]
+    packed = next((p for p in every if p.suffix.lower() in _PACKED and kind_of(p.with_suffix(""))), None)
+    if packed:
+        raise UserError(f"{setting}.path: {source.path}/{packed} is packed; unpack it, or name a file")
+    inside = [p for p in every if kind_of(p)]
     if not inside:
         there = ", ".join(sorted(p.name for p in root.iterdir())[:5]) or "nothing"
         raise UserError(f"{setting}.path: {source.path} holds no data file ({', '.join(KINDS)}); it holds {there}")

@@ -20,7 +20,9 @@ class Problems:
         self.found: list[str] = []
 
     def add(self, problem: str) -> None:
-        self.found.append(problem)
+        """One line, whatever the data had in it."""
+        line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in problem)
+        self.found.append(line if len(line) <= 600 else f"{line[:600]} ...")
 
     def raise_if_any(self) -> None:
         if self.found:

@@ -21,7 +21,7 @@ from typing import Any
 from ..errors import UserError
 from ..recipe import Source, sources
 from . import skills
-from .files import KINDS, BadRow, Records, records
+from .files import KINDS, BadRow, Records, kind_of, records
 from .folders import data_files
 from .rows import Problems, check_row
 
@@ -131,8 +131,8 @@ def local(source: Source, setting: str) -> list[tuple[str, Path]] | None:
     path, kinds = _path(source.path, setting), ", ".join(KINDS)
     if path.is_dir() and source.path.strip():
         files = data_files(path, source, setting)
-    elif path.suffix in KINDS or path.is_file():
-        if path.suffix not in KINDS:
+    elif kind_of(path) or path.is_file():
+        if not kind_of(path):
             raise UserError(f"{setting}.path: {source.path} is not a file of a known kind ({kinds}); convert it to one")
         if not path.is_file():
             raise UserError(f"{setting}.path: {source.path}: No such file or directory{_nearest(path)}")
@@ -164,7 +164,7 @@ def _path(name: str, setting: str) -> Path:
 
 
 def _nearest(path: Path) -> str:
-    others = [p.name for p in path.parent.iterdir() if p.suffix in KINDS or p.is_dir()] if path.parent.is_dir() else []
+    others = [p.name for p in path.parent.iterdir() if kind_of(p) or p.is_dir()] if path.parent.is_dir() else []
     near = difflib.get_close_matches(path.name, others, 1, 0.6)
     return f"; did you mean {path.parent / near[0]}?" if near else ""
 
@@ -177,7 +177,7 @@ class _Files:
 
     def records(self) -> Records:
         for name, path in self.files:
-            yield from records(io.BytesIO(self._bytes(name, path)), name, path.suffix)
+            yield from records(io.BytesIO(self._bytes(name, path)), name, path)
 
     def content(self) -> str:
         """Also of the files that a limit kept from being read."""

@@ -19,7 +19,7 @@ from ..order import Step, deal
 from ..recipe import Data, Source
 from . import skills
 from .encode import Encoded, encode
-from .files import BadRow, Records, records
+from .files import BadRow, Records, kind_of, records
 from .rows import Problems, check_row
 from .sources import Rows, from_hub, hub_revision, local, no_rows
 
@@ -36,7 +36,7 @@ class Stream:
         self.counts: dict[str, int] = {}
         self._pass_rows: int | None = None  # known after the first pass
         self.files = None if source.path == "builtin:skills" else local(source, self.setting)
-        listed = next((name for name, path in self.files or [] if path.suffix == ".json"), None)
+        listed = next((name for name, path in self.files or [] if kind_of(path) == ".json"), None)
         if listed:
             raise UserError(
                 f"data.streaming: {listed} is one list, which must be read whole; write its rows to a .jsonl file, or set it to false"
@@ -137,7 +137,7 @@ class Stream:
         for name, path in self.files:
             try:
                 with open(path, "rb") as file:
-                    yield from records(file, name, path.suffix)
+                    yield from records(file, name, path)
             except OSError as error:
                 raise UserError(f"{self.setting}.path: {name}: {error.strerror}") from None
 
