@@ -9,13 +9,13 @@ import numpy as np
 
 from .console import say
 from .data.encode import Encoded, merge
-from .data.sources import named
+from .data.sources import Rows, named
 from .data.stream import Stream
 from .data.token_cache import encoded
 from .data.tokenizer import student_tokenizer
 from .errors import UserError
 from .prepare import note, read_data
-from .recipe import Recipe
+from .recipe import Recipe, sources
 
 _MARKS = ("", "", "⟦", "⟧")  # around what is not supervised, and what is
 _COLOURS = ("\x1b[2m", "\x1b[0m", "\x1b[1;32m", "\x1b[0m")
@@ -26,38 +26,34 @@ def show(recipe: Recipe, count: int = 3, example: int | None = None, out: TextIO
     out = out or sys.stdout
     if hasattr(out, "reconfigure"):
         out.reconfigure(errors="backslashreplace")  # a terminal that lacks a character still shows something
-    rows = read_data(recipe.data)
-    tokenizer = student_tokenizer(recipe.student)
-    for setting, value in (("data.train", recipe.data.train), ("data.validation", recipe.data.validation)):
-        if recipe.data.streaming and setting == "data.train":
-            train = recipe.train
-            stream = Stream(value, recipe.data, tokenizer, recipe.seed, train.batch_size, train.micro_batch_size, train.max_steps)
-            print(f"{setting}: the first step of a stream", file=out)
-            parts, names, places = [stream.window], [value.path], [stream[i] for i in range(len(stream))]
-            places = dict(zip(stream.window.row.tolist(), places, strict=True))
-        else:
-            sources = named(value, setting)
-            parts = [
-                encoded(read, source, recipe.data, tokenizer, name, say)
-                for (name, source), read in zip(sources, rows[setting], strict=True)
-            ]
-            names, places = (
-                [f"{name} {source.path}" for name, source in sources],
-                [place for read in rows[setting] for place in read.places],
-            )
-        if not parts:
-            continue
-        print(table(parts, names), file=out)
-        for part, name in zip(parts, names, strict=True):
-            note(part, name)
-        if setting == "data.train":
-            whole, whole_places = merge(parts), places
+    rows, tokenizer = read_data(recipe.data), student_tokenizer(recipe.student)
+    train, places = _figures(recipe, "data.train", rows, tokenizer, out)
     if recipe.data.validation_share:
-        print(f"data.validation_share: {recipe.data.validation_share:g} of the training rows, drawn by seed, are held out", file=out)
-    for i in _chosen(whole, count, example, recipe.seed):
-        ids, marks = whole.example(i)
-        head = f"example {i} of {len(whole)}  {whole_places[int(whole.row[i])]}  {len(ids)} tokens, {int(marks.sum())} of them supervised"
+        print(f"data.validation_share: {recipe.data.validation_share:g} of these rows, drawn by seed, are held out", file=out)
+    if rows["data.validation"]:
+        _figures(recipe, "data.validation", rows, tokenizer, out)
+    for i in _chosen(train, count, example, recipe.seed):
+        ids, marks = train.example(i)
+        head = f"example {i} of {len(train)}  {places[int(train.row[i])]}  {len(ids)} tokens, {int(marks.sum())} of them supervised"
         print(f"\n{head}\n{marked(ids, marks, tokenizer, coloured(out))}", file=out)
+
+
+def _figures(recipe: Recipe, setting: str, rows: dict[str, list[Rows]], tokenizer, out: TextIO) -> tuple[Encoded, list[str]]:
+    """Print the figures of a setting's sources; its examples, and the place of every row."""
+    data, train = recipe.data, recipe.train
+    if setting == "data.train" and data.streaming:
+        (source,) = sources(data.train)
+        stream = Stream(source, data, tokenizer, recipe.seed, train.batch_size, train.micro_batch_size, train.max_steps)
+        print("the first step of a stream:", file=out)
+        parts, names, places = [stream.window], [f"{setting} {source.path}"], stream.places
+    else:
+        read, of_setting = rows[setting], named(data.train if setting == "data.train" else data.validation, setting)
+        parts = [encoded(r, source, data, tokenizer, name, say) for (name, source), r in zip(of_setting, read, strict=True)]
+        names, places = [f"{name} {source.path}" for name, source in of_setting], [place for r in read for place in r.places]
+    print(table(parts, names), file=out)
+    for part, name in zip(parts, names, strict=True):
+        note(part, name)
+    return merge(parts), places
 
 
 def _chosen(whole: Encoded, count: int, example: int | None, seed: int) -> list[int]:

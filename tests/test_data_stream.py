@@ -155,6 +155,26 @@ def test_the_hub_is_streamed_by_its_own_library(monkeypatch):
     assert feed[0].startswith("owner/rows[test]:") and feed.origin["revision"] == "v1"
 
 
+def test_a_network_that_fails_on_the_way_is_no_bug(monkeypatch):
+    import datasets
+
+    def rows():
+        yield from (row(i) for i in range(30))
+        raise ConnectionError("gone\nfor good")
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *args, **settings: datasets.IterableDataset.from_generator(rows))
+    steps = stream("owner/rows").steps()
+    assert [next(steps).number for _ in range(7)] == list(range(1, 8))
+    with pytest.raises(UserError, match=r"^owner/rows\[train\]: could not be read on \(ConnectionError: gone\); .* --resume$"):
+        next(steps)
+
+
+def test_a_chat_stream_without_a_template_is_refused(tmp_path):
+    path = write(tmp_path / "t.jsonl", [{"messages": [{"role": "user", "content": "q"}]}] * 9)
+    with pytest.raises(UserError, match=r"^data.train.format: found chat, and the tokenizer has no chat template"):
+        Stream(Source(path=str(path), format="chat"), Data(streaming=True), tiny(None), 0, 4, 2, 3)
+
+
 # ---- training on a stream
 
 

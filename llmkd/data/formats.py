@@ -4,6 +4,7 @@ Text that people wrote never becomes a control token: in the plain formats all o
 (see chat.py) only what the template itself writes is.
 """
 
+from ..errors import UserError
 from ..recipe import Source
 from .chat import Text, conversation
 
@@ -59,10 +60,20 @@ def _asked(prompt: str, answer: str, tokenizer) -> list[Text]:
     return conversation([{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}], tokenizer)
 
 
-def wants_template(source: Source, rows: list[dict]) -> bool:
-    """Whether the tokenizer's chat template is needed for these rows."""
+def refuse_without_template(source: Source, rows: list[dict], tokenizer, setting: str) -> None:
+    """UserError where these rows want a chat template and the tokenizer has none."""
+    if tokenizer.chat_template:
+        return
+    if source.chat_template:
+        raise UserError(
+            f"{setting}.chat_template: found true, and the tokenizer has no chat template; use one that has, or set it to false"
+        )
     lists = source.format == "prompt_completion" and any(isinstance(row["prompt"], list) for row in rows)
-    return source.format == "chat" or source.chat_template or lists
+    if source.format == "chat" or lists:
+        found = "lists of messages" if lists else "chat"
+        raise UserError(
+            f"{setting}.format: found {found}, and the tokenizer has no chat template; use another format or a tokenizer that has one"
+        )
 
 
 def with_answer(row: dict, format: str, answer: str) -> tuple[dict, str]:

@@ -20,6 +20,7 @@ from ..recipe import Data, Source
 from . import skills
 from .encode import Encoded, encode
 from .files import BadRow, Records, kind_of, records
+from .formats import refuse_without_template
 from .rows import Problems, check_row
 from .sources import Rows, from_hub, hub_revision, local, no_rows
 
@@ -42,6 +43,7 @@ class Stream:
                 f"data.streaming: {listed} is one list, which must be read whole; write its rows to a .jsonl file, or set it to false"
             )
         self.origin = {"path": source.path, "name": source.name, "split": source.split, "revision": source.revision, "rows": None}
+        self.places: list[str] = []  # of the step's rows
         self.window = self._first()
 
     def for_rank(self, rank: int, ranks: int) -> "Stream":
@@ -82,7 +84,7 @@ class Stream:
 
     def __getitem__(self, i: int) -> str:
         """The place of an example of the step at hand."""
-        return self._places[self.window.row[i]]
+        return self.places[self.window.row[i]]
 
     # ---- as a Plan
 
@@ -147,8 +149,13 @@ class Stream:
         else:
             rows = from_hub(self.source, self.setting, streaming=True)
             self.origin["revision"] = hub_revision(rows, self.source)
-        for i, row in enumerate(rows, 1):
-            yield f"{self.source.path}[{self.source.split}]:{i}", functools.partial(dict, row)
+        place = f"{self.source.path}[{self.source.split}]"
+        try:
+            for number, row in enumerate(rows, 1):
+                yield f"{place}:{number}", functools.partial(dict, row)
+        except Exception as error:  # the network may fail days into a run
+            reason = (str(error).strip().splitlines() or [""])[0]
+            raise UserError(f"{place}: could not be read on ({type(error).__name__}: {reason[:160]}); try again, with --resume") from None
 
     def _checked(self, taken: list[tuple[str, Any]]) -> Rows:
         problems, rows, places = Problems(), [], []
@@ -163,5 +170,6 @@ class Stream:
 
     def _encoded(self, taken: list[tuple[str, Any]]) -> Encoded:
         rows = self._checked(taken)
-        self._places = rows.places
+        self.places = rows.places
+        refuse_without_template(self.source, rows.rows, self.tokenizer, self.setting)
         return encode(rows, self.source, self.data, self.tokenizer)

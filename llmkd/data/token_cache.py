@@ -20,7 +20,7 @@ from ..errors import UserError
 from ..recipe import Data, Source
 from . import encode as encoding
 from .encode import Encoded
-from .formats import wants_template
+from .formats import refuse_without_template
 from .sources import Rows
 
 VERSION = 3  # raise it when chat.py, formats.py or encode.py make other tokens of the same rows
@@ -46,7 +46,8 @@ def encoded(rows: Rows, source: Source, data: Data, tokenizer, setting: str, say
     with _lock(entry):
         result = _load(entry, say)
         if result is None:
-            result = encode(rows, source, data, tokenizer, setting)
+            refuse_without_template(source, rows.rows, tokenizer, setting)
+            result = encoding.encode(rows, source, data, tokenizer, bar("tokenising"))
             if len(result):
                 _store(entry, result, say)
     if not len(result):
@@ -56,20 +57,6 @@ def encoded(rows: Rows, source: Source, data: Data, tokenizer, setting: str, say
             f"{data.max_length}, {c['unsupervised']} have no answer); raise data.max_length, or look at the rows and {setting}.format"
         )
     return result
-
-
-def encode(rows: Rows, source: Source, data: Data, tokenizer, setting: str) -> Encoded:
-    """The source's examples, made now; refused where the tokenizer lacks the chat template that they want."""
-    if not tokenizer.chat_template and wants_template(source, rows.rows):
-        if source.chat_template:
-            raise UserError(
-                f"{setting}.chat_template: found true, and the tokenizer has no chat template; use one that has, or set it to false"
-            )
-        raise UserError(
-            f"{setting}.format: found {source.format if source.format == 'chat' else 'lists of messages'}, and the tokenizer has no chat template; "
-            "use another format or a tokenizer that has one"
-        )
-    return encoding.encode(rows, source, data, tokenizer, bar("tokenising"))
 
 
 @contextlib.contextmanager
