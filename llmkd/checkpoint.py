@@ -43,11 +43,7 @@ def save(
     from safetensors.torch import save_file
 
     weights = {name: p.detach().cpu().contiguous() for name, p in parameters.items()}
-    moments = {
-        f"{name}/{key}": value.detach().cpu().contiguous()
-        for name, p in parameters.items()
-        for key, value in optimizer.state.get(p, {}).items()
-    }
+    moments = {f"{name}/{key}": _plain(value) for name, p in parameters.items() for key, value in optimizer.state.get(p, {}).items()}
     _need_room(folder, sum(t.numel() * t.element_size() for t in (*weights.values(), *moments.values())))
     for leftover in folder.glob("*.tmp-*"):
         shutil.rmtree(leftover, ignore_errors=True)
@@ -129,8 +125,15 @@ def load(saved: Saved, parameters: dict[str, nn.Parameter], optimizer: torch.opt
         for name, p in parameters.items():
             if name in state:
                 optimizer.state[p] = {
-                    key: value.to(p.device) if key != "step" or p.is_cuda else value for key, value in state[name].items()
+                    key: value.item() if value.dtype == torch.int64 else value.to(p.device) for key, value in state[name].items()
                 }
+
+
+def _plain(value: Tensor | int) -> Tensor:
+    """As safetensors takes it. bitsandbytes counts its steps in an int, and all parameters share its table of 8-bit values."""
+    if isinstance(value, int):
+        return torch.tensor(value)
+    return value.detach().cpu().clone(memory_format=torch.contiguous_format)
 
 
 def sha256(path: Path) -> str:

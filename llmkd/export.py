@@ -1,18 +1,25 @@
 """A finished run's student as one plain transformers model, which needs neither PEFT nor llmkd."""
 
+import dataclasses
 import json
 import os
 import shutil
 from pathlib import Path
 
+import numpy as np
+
+from .console import say
 from .data.tokenizer import load_tokenizer, vocab_size
 from .errors import UserError
-from .model_files import find
+from .model_files import RECORD, ModelFiles, find
+
+SAMPLE = 64  # examples on which the merged model is compared with the trained one
 
 
 def export(run: Path, to: Path | None = None, checkpoint: str | None = None) -> Path:
     """Write `RUN/merged` (or `to`). `run` may be a run's folder, or an adapter's; `checkpoint` is a step's number, or best."""
-    from .models import merge, restored, student_folder
+    from .merge import merge, restored
+    from .models import student_folder
 
     if not run.is_dir():
         raise UserError(f"{run}: no such folder; name a run's output_dir or an adapter")
@@ -30,14 +37,70 @@ def export(run: Path, to: Path | None = None, checkpoint: str | None = None) -> 
     files = find(str(student), "export")
     tokenizer = load_tokenizer(str(student if (student / "tokenizer.json").exists() else files.base), "export")
     model = merge(files, vocab_size(tokenizer), saved) if is_adapter else restored(student, saved)
+    record = drift(model, files, tokenizer, run, saved) if is_adapter else None
     part = to.with_name(f"{to.name}.tmp-{os.getpid()}")
     try:
         model.save_pretrained(part)
         tokenizer.save_pretrained(part)
+        if record:
+            (part / RECORD).write_text(json.dumps(record, indent=1) + "\n")
         part.rename(to)
     finally:
         shutil.rmtree(part, ignore_errors=True)
     return to
+
+
+def drift(merged, files: ModelFiles, tokenizer, run: Path, saved: Path | None) -> dict | None:
+    """For an adapter trained on a quantised base: how far the merged model, which has the unquantised one, is from it.
+
+    {"trained_on": the quantisation, "drift": ce and trained_ce, forward_kl (trained || merged), agreement}; None for others.
+    """
+    from .models import as_trained
+
+    settings = as_trained(files.adapter, files.base)
+    trained_on = dataclasses.asdict(settings.quantization) if settings.quantization else files.config.get("quantization_config")
+    if not trained_on:
+        return None
+    from .merge import put
+    from .models import LanguageModel, load_teacher
+    from .teachers.live import Live
+    from .training import start
+    from .validate import validate
+
+    sample, where = _sample(run, tokenizer)
+    accelerator, vocab = start(), vocab_size(tokenizer)
+    trained = load_teacher(settings, vocab, accelerator.device)
+    if saved:
+        put(trained.model, saved)
+    plain = LanguageModel(merged.to(accelerator.device), vocab).eval()
+    found = validate(plain, Live(trained), sample, tokenizer.eos_token_id, 4, accelerator)
+    figures = {"ce": found["ce"], "trained_ce": found["teacher_ce"], "forward_kl": found["forward_kl"], "agreement": found["agreement"]}
+    say(
+        f"merged into the unquantised base; on {where}, against the model as it was trained: KL {figures['forward_kl']:.4f} nats, "
+        f"agreement {figures['agreement']:.3f}, CE {figures['ce']:.4f} (trained: {figures['trained_ce']:.4f})"
+    )
+    merged.to("cpu")
+    return {"trained_on": trained_on, "measured_on": where, "drift": figures}
+
+
+def _sample(run: Path, tokenizer):
+    """Examples of the run's own data, held-out ones where there are any; random tokens where the data is not to be had."""
+    from .data.encode import Encoded
+    from .prepare import prepare
+    from .settings import load_recipe
+
+    try:
+        recipe = load_recipe(run / "recipe.yaml")
+        prepared = prepare(dataclasses.replace(recipe, teacher=None, loss=dataclasses.replace(recipe.loss, kd_ratio=0.0)))
+        encoded = prepared.validation or prepared.train
+        first = np.arange(len(encoded)) < SAMPLE
+        return encoded.subset(first), f"{first.sum()} {'held-out' if prepared.validation else 'training'} examples"
+    except UserError as error:
+        say(f"note: the run's data cannot be read ({error.problems[0]}); comparing on random tokens")
+    ids = np.random.default_rng(0).integers(0, vocab_size(tokenizer), (8, 64), np.int32)
+    marks = np.ones_like(ids, bool)
+    marks[:, 0] = False
+    return Encoded(ids.ravel(), marks.ravel(), np.arange(0, 513, 64), np.arange(8)), "8 rows of random tokens"
 
 
 def checkpoint_folder(run: Path, which: str) -> Path:

@@ -1,5 +1,6 @@
 """What lies in a model's or adapter's folder, read without loading it and without torch."""
 
+import contextlib
 import hashlib
 import json
 import re
@@ -7,12 +8,19 @@ import struct
 from dataclasses import dataclass
 from pathlib import Path
 
+import yaml
+
 from .console import say
 from .errors import UserError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)?")
 _WANTED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt"]
 TOKENIZER = ["*.json", "*.jinja", "*.model", "*.txt"]  # what of a model a tokenizer needs
+_MENDS = {
+    "GatedRepoError": "ask for access on its page at the hub, then log in by hf auth login or set HF_TOKEN",
+    "RepositoryNotFoundError": "check the name; a private one needs hf auth login or HF_TOKEN",
+    "RevisionNotFoundError": "check the revision",
+}
 RECORD = "llmkd.json"  # beside an adapter: on which base it was trained
 
 
@@ -67,12 +75,31 @@ def locate(name: str, setting: str, revision: str | None = None, wanted: list[st
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
     except Exception as error:
-        reason = (str(error).strip().splitlines() or [""])[0]
-        raise UserError(
-            f"{setting}: {name} is no folder here and could not be had from the hub ({type(error).__name__}: {reason[:160]})"
-        ) from None
+        kind, reason = type(error).__name__, (str(error).strip().splitlines() or [""])[0]
+        mend = f"; {_MENDS[kind]}" if kind in _MENDS else ""
+        raise UserError(f"{setting}: {name} is no folder here and could not be had from the hub ({kind}: {reason[:160]}){mend}") from None
+    with contextlib.suppress(Exception):  # the card, for the licence: apart, since a cache filled by others may lack it
+        snapshot_download(name, revision=folder.name, allow_patterns=["README.md"])
+    return folder
+
+
+def hub_origin(folder: Path) -> tuple[str, str] | None:
+    """The repository's id and the commit, of a folder in the hub's cache; None of any other."""
+    match = re.search(r"/models--([^/]+)/snapshots/([^/]+)$", folder.as_posix())
+    return (match[1].replace("--", "/"), match[2]) if match else None
+
+
+def licence(folder: Path) -> dict[str, str]:
+    """`license`, `license_name` and `license_link` as the folder's model card gives them; empty where it does not."""
+    try:
+        front_matter = re.match(r"\s*---\s*\n(.*?)\n---", (folder / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+        card = yaml.safe_load(front_matter[1]) if front_matter else {}
+    except (OSError, ValueError, yaml.YAMLError):
+        return {}
+    names = ("license", "license_name", "license_link")
+    return {name: card[name] for name in names if isinstance(card.get(name), str)} if isinstance(card, dict) else {}
 
 
 def read_json(path: Path, setting: str) -> dict:

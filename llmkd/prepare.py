@@ -1,6 +1,7 @@
 """Everything that is read and checked before a model is loaded: rows, tokenizers, model folders."""
 
 import dataclasses
+import importlib.util
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -41,14 +42,17 @@ class Prepared:
     teacher_wanted: bool
     identity: dict[str, str]
     origins: dict[str, list[dict]]  # of each setting (data.train, ...) its sources: path, name, split, resolved revision, rows
+    student: ModelFiles | None  # None for new weights
+    teacher: ModelFiles | None
 
 
 def prepare(recipe: Recipe) -> Prepared:
     """Read and check data, tokenizers and model folders. No weights are loaded."""
+    check_packages(recipe)
     data = recipe.data
     rows = read_data(data)
     teacher_wanted = recipe.teacher is not None and recipe.loss.kd_ratio > 0
-    student = find(recipe.student.model, "student.model", recipe.student.revision) if recipe.student.model else None
+    student = find(recipe.student.model, "student.model", recipe.student.revision, recipe.student.base) if recipe.student.model else None
     teacher = find(recipe.teacher.model, "teacher.model", recipe.teacher.revision, recipe.teacher.base) if teacher_wanted else None
     configs = {
         "student.model": student.config if student else recipe.student.architecture,
@@ -82,7 +86,7 @@ def prepare(recipe: Recipe) -> Prepared:
     origins = {setting: [source.origin for source in read] for setting, read in rows.items()}
     if isinstance(train, Stream):
         origins["data.train"] = [train.origin]
-    return Prepared(tokenizer, train, places, held_out, questions, teacher_wanted, identity, origins)
+    return Prepared(tokenizer, train, places, held_out, questions, teacher_wanted, identity, origins, student, teacher)
 
 
 def read_data(data: Data) -> dict[str, list[Rows]]:
@@ -129,6 +133,20 @@ def refuse_no_draws(train: Encoded, data: Data) -> None:
             raise UserError(f"{setting}: data.validation_share leaves none of its rows to train on; lower it, or leave the source out")
         if not draws(count, source.weight):
             raise UserError(f"{setting}.weight: {source.weight:g} of {count} examples is none; raise it, or leave the source out")
+
+
+def check_packages(recipe: Recipe) -> None:
+    """What a recipe asks for and an installation may lack."""
+    wanted = {
+        "student.quantization": recipe.student.quantization,
+        "teacher.quantization": recipe.teacher and recipe.teacher.quantization,
+        "optim.name": recipe.optim.name != "adamw",
+    }
+    lacking = [setting for setting, value in wanted.items() if value and importlib.util.find_spec("bitsandbytes") is None]
+    if lacking:
+        raise UserError(
+            *(f"{setting}: needs bitsandbytes, which is not installed; pip install 'llmkd[quantization]'" for setting in lacking)
+        )
 
 
 def _tokenizer(recipe: Recipe, student: ModelFiles | None):

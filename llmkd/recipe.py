@@ -34,7 +34,9 @@ DIVERGENCES: dict[str, dict[str, tuple[float, float, float]]] = {
 class Quantization:
     """The base's linear layers in 4 or 8 bit, by bitsandbytes; embeddings, norms and the head keep `dtype`."""
 
-    type: Literal["nf4", "fp4", "int8"] = Field("nf4", description="Number format of the base's linear layers.")
+    type: Literal["nf4", "fp4", "int8"] = Field(
+        "nf4", description="Number format of the base's linear layers. int8 rounds activations too, in evaluation only."
+    )
     double_quant: bool = Field(True, description="nf4 and fp4: quantise the quantisation constants too.")
     compute_dtype: Dtype = Field("auto", description="nf4 and fp4: type the products are computed in; auto is dtype.")
 
@@ -63,7 +65,9 @@ class Student:
     )
     tokenizer: str | None = Field(None, description="Folder or hub id of the tokenizer, or builtin:skills; by default the model's own.")
     method: Literal["lora", "full"] = Field("lora", description="What trains: a LoRA adapter, or every weight.")
-    lora: Lora | None = Field(None, description="The adapter; null for its defaults, or for the settings of an adapter given as model.")
+    lora: Lora | None = Field(
+        None, description="The adapter of method: lora; null for its defaults, or for the settings of an adapter given as model."
+    )
     quantization: Quantization | None = Field(None, description="Hold the base in 4 or 8 bit (QLoRA); null for not.")
     dtype: Dtype = Field(
         "auto", description="Type the base is held in; auto is the type it was saved in. Adapters train in at least float32."
@@ -201,11 +205,21 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
             yield ("student.architecture",), "has no model_type; give one, such as llama"
         if student.method == "lora":
             yield ("student.method",), "found lora with student.architecture; new random weights train with method: full"
+        for name in ("revision", "base"):
+            if getattr(student, name) is not None:
+                yield (f"student.{name}", "student.architecture"), "given with student.architecture, which has none; leave it out"
+    if student.method == "full" and student.quantization is not None:
+        yield (
+            ("student.quantization", "student.method"),
+            "given with method: full, and quantised weights cannot be trained; set method: lora",
+        )
     if student.method == "full" and student.dtype == "float16":
         yield (
             ("student.dtype", "student.method"),
             "found float16, in which all weights cannot be trained; use float32 with mixed_precision: bf16",
         )
+    if optim.name != "adamw" and student.dtype == "float64":
+        yield ("optim.name", "student.dtype"), f"found {optim.name}, which has no float64; use adamw, or student.dtype: float32"
     yield from data_contradictions(data, train.max_steps, train.length_group)
     if loss.kd_ratio and recipe.teacher is None:
         yield ("loss.kd_ratio", "teacher"), f"found {loss.kd_ratio:g} without a teacher; give teacher.model, or set it to 0"

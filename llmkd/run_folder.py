@@ -19,7 +19,10 @@ _HARMLESS = (
     "checkpoint.",
     "data.cache_dir",
     "data.choices",
+    "data.packing",
     "loss.chunk_rows",
+    "report_to",
+    "push_to_hub",
 )
 
 

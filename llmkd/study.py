@@ -1,5 +1,6 @@
 """A study: recipes run one after another, then their students compared with one teacher on the same held-out rows."""
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -7,7 +8,7 @@ from .console import bar, say
 from .data.tokenizer import vocab_size
 from .errors import UserError
 from .prepare import Prepared, prepare
-from .recipe import Recipe, Study, Teacher, sources
+from .recipe import Recipe, Study, sources
 from .run_folder import write
 from .settings import load_recipe, load_study
 from .tracking import table
@@ -47,6 +48,9 @@ def stage_recipes(study: Study, config: Path, overrides: dict) -> dict[str, Reci
             problems += [f"stage {name}: {problem}" for problem in error.problems]
     if problems:
         raise UserError(*problems)
+    uploads = [recipe.push_to_hub.repo for recipe in recipes.values() if recipe.push_to_hub]
+    if len(set(uploads)) < len(uploads):
+        raise UserError(f"{config}: push_to_hub.repo: several stages would upload to {uploads[0]}; set it for one of them in its set:")
     if not sources(recipes[study.students[0]].data.validation):
         raise UserError(
             f"{config}: students: {study.students[0]} has no data.validation, on which the students are to be compared; give one"
@@ -56,7 +60,7 @@ def stage_recipes(study: Study, config: Path, overrides: dict) -> dict[str, Reci
 
 def compare(study: Study, recipes: dict[str, Recipe]) -> dict[str, dict[str, float]]:
     """Teacher and students on the first student's held-out rows and questions."""
-    from .models import load_teacher, student_folder
+    from .models import as_trained, load_teacher, student_folder
     from .teachers.live import Live
 
     first = recipes[study.students[0]]
@@ -64,11 +68,7 @@ def compare(study: Study, recipes: dict[str, Recipe]) -> dict[str, dict[str, flo
     accelerator = start()
 
     def load(stage: str):
-        settings = Teacher(
-            model=str(student_folder(recipes[stage].output_dir)),
-            dtype=recipes[stage].student.dtype,
-            attention=recipes[stage].student.attention,
-        )
+        settings = dataclasses.replace(as_trained(student_folder(recipes[stage].output_dir)), attention=recipes[stage].student.attention)
         return load_teacher(settings, vocab_size(prepared.tokenizer), accelerator.device)
 
     teacher = load(study.teacher)

@@ -1,4 +1,4 @@
-"""What a run shows and keeps of its progress: the bar, metrics.jsonl, loss.png, and tables for the console."""
+"""What a run shows and keeps of its progress: the bar, metrics.jsonl, trackers, loss.png, and tables for the console."""
 
 import json
 import os
@@ -9,12 +9,17 @@ from pathlib import Path
 import torch
 
 from .loop import Progress
+from .recipe import Recipe
+from .trackers import Trackers
 
 
 class Tracker:
-    """Shows progress and appends one JSON object a line to `metrics.jsonl`. Silent on every rank but the first."""
+    """Shows progress, appends one JSON object a line to `metrics.jsonl`, and tells the recipe's trackers.
 
-    def __init__(self, folder: Path, total_steps: int, done: int, main: bool):
+    Silent on every rank but the first.
+    """
+
+    def __init__(self, recipe: Recipe, folder: Path, total_steps: int, done: int, main: bool):
         from tqdm import tqdm
 
         self.path, self.main = folder / "metrics.jsonl", main
@@ -32,6 +37,7 @@ class Tracker:
         self.targets_since, self.time_since = 0, self.started
         if main:
             self._keep_until(done)
+        self.trackers = Trackers(recipe, folder, done, self.say) if main else None
 
     def step(self, progress: Progress, learner: int, lr: float, record: bool) -> None:
         """Count a step; record it, and show it, where that is due."""
@@ -71,6 +77,7 @@ class Tracker:
         if self.main:
             with open(self.path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
+            self.trackers.log(record)
 
     def say(self, text: str) -> None:
         if self.main:
@@ -78,6 +85,8 @@ class Tracker:
 
     def close(self) -> None:
         self.bar.close()
+        if self.trackers:
+            self.trackers.finish()
 
     def _keep_until(self, step: int) -> None:
         """A resumed run writes on from its checkpoint: what was recorded after it is dropped."""

@@ -7,8 +7,9 @@ import os
 import shutil
 from pathlib import Path
 
+from . import hub, trackers
 from .card import card
-from .console import bar, say
+from .console import bar, first_process, say
 from .data.stream import Stream
 from .data.tokenizer import vocab_size
 from .errors import NonFinite, Stopped, UserError
@@ -23,9 +24,11 @@ def run(recipe: Recipe, resume: bool = False) -> dict:
     """Train, and return the run's summary. Raises UserError, NonFinite or Stopped."""
     folder = RunFolder(recipe, resume)
     folder.check()
+    hub.check(recipe.push_to_hub)
+    trackers.check(recipe.report_to)
     if resume and folder.finished:
-        say(f"{folder.path} is finished; nothing to do")
-        return folder.summary()
+        say(f"{folder.path} is finished; nothing to do" + (" but to upload it" if recipe.push_to_hub else ""))
+        return hub.publish(recipe, folder) if first_process() else folder.summary()
     with StopRequest() as stop:
         prepared = prepare(recipe)
         if stop():
@@ -33,7 +36,8 @@ def run(recipe: Recipe, resume: bool = False) -> dict:
         try:
             session = Session(recipe, prepared, folder, start(), stop)
             session.train()
-            return session.finish()
+            summary = session.finish()
+            return hub.publish(recipe, folder) if session.main and recipe.push_to_hub else summary
         finally:
             folder.release()
 
@@ -73,8 +77,9 @@ class Session:
         self.recipe, self.prepared, self.folder, self.accelerator, self.stop = recipe, prepared, folder, accelerator, stop
         self.main, self.pad = accelerator.is_main_process, prepared.tokenizer.eos_token_id
         vocab, device = vocab_size(prepared.tokenizer), accelerator.device
-        self.teacher = Live(models.load_teacher(recipe.teacher, vocab, device)) if prepared.teacher_wanted else None
-        self.student = models.load_student(recipe.student, vocab, device, recipe.seed)
+        packing = recipe.data.packing
+        self.teacher = Live(models.load_teacher(recipe.teacher, vocab, device, packing)) if prepared.teacher_wanted else None
+        self.student = models.load_student(recipe.student, vocab, device, recipe.seed, packing)
         self.plan = plan(recipe, prepared, accelerator.process_index, accelerator.num_processes)
         self.learner = build_learner(recipe, self.student, self.plan.total_steps, accelerator)
         if self.main:
@@ -88,7 +93,7 @@ class Session:
             where = f"resuming after step {self.done} of {self.plan.total_steps}"
             say(where if saved else f"{folder.path} has no checkpoint to resume from; starting at step 1")
         self.written = self.done
-        self.tracker = Tracker(folder.path, self.plan.total_steps, self.done, self.main)
+        self.tracker = Tracker(recipe, folder.path, self.plan.total_steps, self.done, self.main)
         trained = sum(p.numel() for p in self.learner.parameters.values())
         every = sum(p.numel() for p in self.student.parameters())
         self.tracker.say(f"student: {every:,} parameters, {trained:,} of them train; {self.plan.total_steps} steps")
@@ -104,7 +109,7 @@ class Session:
                 self.validate(self.done)
             if self.stop.anywhere(self.accelerator):
                 raise self.stopped(self.done)
-            batch_of = functools.partial(collate, self.prepared.train, pad=self.pad)
+            batch_of = functools.partial(collate, self.prepared.train, pad=self.pad, packing=recipe.data.packing)
             for progress in train(self.plan, batch_of, [self.learner], self.teacher, self.accelerator, self.done, self.stop):
                 step, last = progress.step, progress.step == total
                 self.tracker.step(progress, 0, self.learner.learning_rate(step), last or due(recipe.train.log_every, step))
@@ -194,6 +199,7 @@ class Session:
             last = next(r for r in reversed(records) if "loss" in r)
             held_out = [r["validation"] for r in records if "validation" in r] or [{}]
             summary |= {
+                "before": held_out[0],
                 "train": {k: last[k] for k in ("loss", "ce", "kd") if k in last},
                 "validation": held_out[-1] | scored,
                 "best": self.best,
@@ -220,8 +226,10 @@ class Session:
         for leftover in self.folder.path.glob(f"{output.name}.tmp-*"):
             shutil.rmtree(leftover)
         part = output.with_name(f"{output.name}.tmp-{os.getpid()}")
-        models.save(self.student, self.prepared.tokenizer, part)
-        (part / "README.md").write_text(card(self.recipe, summary), encoding="utf-8")
+        models.save(self.student, self.prepared.tokenizer, part, self.recipe.student)
+        prepared = self.prepared
+        text = card(self.recipe, summary, prepared.student, prepared.teacher, prepared.origins)
+        (part / "README.md").write_text(text, encoding="utf-8")
         shutil.rmtree(output, ignore_errors=True)
         part.rename(output)
         return output
@@ -248,9 +256,8 @@ def plan(recipe: Recipe, prepared: Prepared, rank: int, ranks: int):
 
 
 def build_learner(recipe: Recipe, student, total_steps: int, accelerator):
-    """The student with its objective, optimizer and schedule. Weight decay is for matrices; biases and norms go without."""
-    import torch
-
+    """The student with its objective, optimizer and schedule."""
+    from . import optimizers
     from .distiller import Distiller
     from .loop import Learner
     from .losses.divergences import named
@@ -259,10 +266,7 @@ def build_learner(recipe: Recipe, student, total_steps: int, accelerator):
     loss, optim = recipe.loss, recipe.optim
     objective = Objective(loss.kd_ratio, loss.temperature, named(loss.divergence, **loss.divergence_options))
     parameters = student.trainable()
-    decayed = [p for p in parameters.values() if p.ndim >= 2]
-    plain = [p for p in parameters.values() if p.ndim < 2]
-    groups = [{"params": decayed, "weight_decay": optim.weight_decay}] + ([{"params": plain, "weight_decay": 0.0}] if plain else [])
-    optimizer = torch.optim.AdamW(groups, lr=optim.lr, betas=optim.betas, eps=optim.eps, fused=True)
+    optimizer = optimizers.build(optim, parameters)
     distiller = accelerator.prepare_model(Distiller(student, objective, loss.chunk_rows))
     return Learner(distiller, optimizer, parameters, schedule(recipe, total_steps), optim.max_grad_norm)
 

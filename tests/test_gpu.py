@@ -76,3 +76,36 @@ def test_resume_on_the_gpu(make_recipe, tmp_path):
     unfinish(tmp_path / "b", 3)
     run(make_recipe("b", **changes), resume=True)
     assert distance(weights(tmp_path / "b"), weights(tmp_path / "a")) == 0
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "paged_adamw_8bit"])
+def test_qlora_with_an_eight_bit_teacher_resumes(make_recipe, world, tmp_path, optimizer):
+    pytest.importorskip("bitsandbytes")
+    from conftest import distance, weights
+    from test_resume import LONG, unfinish
+
+    changes = LONG | {
+        "student__dtype": "bfloat16",
+        "student__quantization": {"type": "nf4"},
+        "student__lora": {"rank": 64},
+        "teacher__dtype": "bfloat16",
+        "teacher__quantization": {"type": "int8"},
+        "optim__name": optimizer,
+    }
+    run(make_recipe("a", **changes))
+    run(make_recipe("b", **changes))
+    unfinish(tmp_path / "b", 3)
+    run(make_recipe("b", **changes), resume=True)
+    assert distance(weights(tmp_path / "b"), weights(tmp_path / "a")) == 0
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_packed_rows_on_the_gpu(make_recipe, tmp_path, attention):
+    from conftest import distance, weights
+
+    changes = {
+        f"{who}__{name}": value for who in ("student", "teacher") for name, value in (("dtype", "float32"), ("attention", attention))
+    }
+    run(make_recipe("a", **changes))
+    run(make_recipe("b", data__packing=True, **changes))
+    assert distance(weights(tmp_path / "a"), weights(tmp_path / "b")) < 1e-3

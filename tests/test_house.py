@@ -13,15 +13,16 @@ PACKAGE = Path(__file__).parents[1] / "llmkd"
 #: A unit is a module of llmkd or one of its folders. It imports only from layers above its own line.
 LAYERS = (
     "__init__ console order head",
-    "errors recipe_data",
+    "errors families recipe_data",
     "signals recipe yaml_lines",
     "settings model_files",
-    "losses models data",
+    "losses data loading selftest optimizers",
+    "models merge",
     "teachers distiller prepare",
-    "loop validate checkpoint stopping run_folder card",
-    "tracking",
-    "training export show",
-    "study",
+    "loop validate checkpoint stopping run_folder card trackers",
+    "tracking hub",
+    "training",
+    "export study show",
     "cli",
     "train",
 )

@@ -471,20 +471,6 @@ def test_resolved_defaults_are_written_out(load):
     assert settings.resolve(distilled) == distilled
 
 
-RECIPES = sorted(path for path in (REPO / "recipes").rglob("*") if path.suffix in (".yaml", ".yml"))
-
-
-@pytest.mark.parametrize("path", RECIPES, ids=lambda p: str(p.relative_to(REPO)))
-def test_every_recipe_of_the_repository_loads_and_survives_a_round_trip(load, path):
-    if "stages" in settings.read(path)[0]:
-        study = settings.load_study(path)
-        recipes = [settings.load_recipe(path.parent / stage.recipe, stage.set) for stage in study.stages.values()]
-    else:
-        recipes = [settings.load_recipe(path)]
-    for recipe in recipes:
-        assert load(settings.dump(recipe)) == recipe
-
-
 # ---- studies
 
 STUDY = "output_dir: r\nstages:\n  a: {recipe: a.yaml}\n  b: {recipe: b.yaml, set: {teacher.model: x}}\nteacher: a\nstudents: [b]\n"

@@ -75,6 +75,9 @@ class Stream:
     def example(self, i: int):
         return self.window.example(i)
 
+    def subset(self, keep) -> Encoded:
+        return self.window.subset(keep)
+
     @property
     def lengths(self):
         return self.window.lengths

@@ -1,0 +1,96 @@
+"""Every YAML under recipes/ loads, says what it needs, and names the other recipes' results rightly."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from llmkd import settings
+from llmkd.recipe import sources
+
+REPO = Path(__file__).parents[1]
+FILES = sorted(path for path in (REPO / "recipes").rglob("*") if path.suffix in (".yaml", ".yml"))
+README = (REPO / "recipes/README.md").read_text()
+
+
+def is_study(path: Path) -> bool:
+    return "stages" in settings.read(path)[0]
+
+
+RECIPES = [path for path in FILES if not is_study(path)]
+STUDIES = [path for path in FILES if is_study(path)]
+STAGED = [path for path in RECIPES if path.parent.name not in ("recipes", "quickstart")]
+
+
+def named(path: Path) -> str:
+    return str(path.relative_to(REPO))
+
+
+def test_there_are_some():
+    assert len(RECIPES) >= 16 and len(STUDIES) >= 2
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=named)
+def test_a_recipe_loads_and_survives_a_round_trip(path, tmp_path):
+    recipe = settings.load_recipe(path)
+    (tmp_path / "again.yaml").write_text(settings.dump(recipe))
+    assert settings.load_recipe(tmp_path / "again.yaml") == recipe
+
+
+@pytest.mark.parametrize("path", STUDIES, ids=named)
+def test_a_study_loads_and_its_stages_refer_to_earlier_ones(path, tmp_path):
+    from llmkd.study import stage_recipes
+
+    study = settings.load_study(path)
+    done = []
+    for name, recipe in stage_recipes(study, path, {}).items():
+        (tmp_path / "again.yaml").write_text(settings.dump(recipe))
+        assert settings.load_recipe(tmp_path / "again.yaml") == recipe
+        if recipe.teacher:
+            assert recipe.teacher.model in [f"{study.output_dir}/{stage}/adapter" for stage in done]
+        done.append(name)
+
+
+@pytest.mark.parametrize("path", FILES, ids=named)
+def test_the_first_three_lines_say_what_it_needs_what_it_does_and_the_command(path):
+    needs, does, run = path.read_text().splitlines()[:3]
+    assert re.match(r"# Needs: \S", needs) and re.search(r"\d GB", needs) and re.search("minute|hour", needs), needs
+    assert re.match(r"# Does: \S", does)
+    command = run.removeprefix("# Run: ")
+    starts = ("llmkd train --config ", "accelerate launch llmkd/train.py --config ")
+    assert command in [start + named(path) for start in starts], run
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=named)
+def test_a_stage_names_the_output_of_an_earlier_one(path):
+    recipe = settings.load_recipe(path)
+    for model in (recipe.student.model, recipe.teacher and recipe.teacher.model):
+        if model and model.startswith("runs/"):
+            earlier = [settings.load_recipe(other) for other in RECIPES if other.parent == path.parent and other < path]
+            assert model in [f"{e.output_dir}/{'adapter' if e.student.method == 'lora' else 'model'}" for e in earlier]
+
+
+def test_no_two_recipes_write_the_same_folder():
+    folders = [settings.load_recipe(path).output_dir for path in RECIPES] + [settings.load_study(path).output_dir for path in STUDIES]
+    assert len(folders) == len(set(folders))
+
+
+@pytest.mark.parametrize("path", STAGED, ids=named)
+def test_what_comes_from_the_hub_is_an_id_with_the_data_pinned(path):
+    recipe = settings.load_recipe(path)
+    assert recipe.output_dir == f"runs/{path.parent.name}/{path.stem}"
+    assert re.fullmatch(r"[\w.-]+/[\w.-]+", recipe.student.model)
+    for source in (*sources(recipe.data.train), *sources(recipe.data.validation)):
+        assert re.fullmatch(r"[\w.-]+/[\w.-]+", source.path) and re.fullmatch(r"[0-9a-f]{40}", source.revision)
+
+
+@pytest.mark.parametrize("path", STAGED, ids=named)
+def test_the_table_of_needs_adds_up_and_is_what_the_recipe_says(path):
+    stage = path.stem[0]
+    row = next(line for line in README.splitlines() if line.startswith(f"| `{path.parent.name}` {stage} |"))
+    *parts, total = [float(cell) for cell in row.strip("|").split("|")[1:] if cell.strip()]
+    assert sum(parts) == pytest.approx(total, abs=0.06)
+    said = re.search(r"\(estimate (\d+) GB\)", path.read_text().splitlines()[0])
+    assert int(said[1]) == round(total)
+    listed = next(line for line in README.splitlines() if line.startswith(f"| `{path.parent.name}` |")).split("|")
+    assert listed[int(stage) + 4].strip() == f"{round(total)} GB"
