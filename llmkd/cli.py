@@ -11,11 +11,13 @@ from .errors import UserError, exit_code
 
 USAGE = """\
 usage: llmkd train --config RECIPE [--section.name VALUE ...] [--resume] [--debug]
+       llmkd data --config RECIPE [--show N] [--example I] [--section.name VALUE ...]
        llmkd export RUN [--to FOLDER] [--checkpoint STEP|best]
        llmkd --version          llmkd train --help lists every setting
 
 train    Train a student by distillation, or by plain fine-tuning where the recipe names no teacher.
          Several processes: accelerate launch llmkd/train.py --config RECIPE ...
+data     Read and tokenise a recipe's data as a run would; print its figures and N examples (3) with the supervised tokens marked.
 export   Write a finished run's student as a plain transformers model (RUN/merged): an adapter is merged into its base.
 
 exit codes: 0 done, 1 a bug, 2 something to mend (one line each), 3 stopped on a non-finite value,
@@ -46,10 +48,12 @@ def dispatch(argv: list[str]) -> None:
         print(USAGE)
     elif command == "train":
         train(argv)
+    elif command == "data":
+        data(argv)
     elif command == "export":
         export(argv)
     else:
-        raise UserError(f"{command}: no such command; there are train and export (see llmkd --help)")
+        raise UserError(f"{command}: no such command; there are train, data and export (see llmkd --help)")
 
 
 def train(argv: list[str]) -> None:
@@ -71,6 +75,29 @@ def train(argv: list[str]) -> None:
         from .training import run
 
         run(recipe, resume)
+
+
+def data(argv: list[str]) -> None:
+    if _flag(argv, "--help") or _flag(argv, "-h"):
+        print(USAGE)
+        return
+    options = settings.split_overrides(argv)
+    config, count, example = options.pop("config", None), options.pop("show", 3), options.pop("example", None)
+    if not isinstance(config, str):
+        raise UserError("--config: not given; name a recipe")
+    for name, value in (("show", count), ("example", example)):
+        if value is not None and (type(value) is not int or value < 0):
+            raise UserError(f"--{name}: found {value!r}, expected a whole number >= 0")
+    stages = settings.read(config)[0].get("stages")
+    if stages is not None:
+        named = [str(stage.get("recipe")) for stage in stages.values() if isinstance(stage, dict)] if isinstance(stages, dict) else []
+        raise UserError(
+            f"--config {config}: is a study; name the recipe of one of its stages: {', '.join(dict.fromkeys(named)) or 'it has none'}"
+        )
+    quiet()
+    from .show import show
+
+    show(settings.load_recipe(config, options), count or 0, example)
 
 
 def export(argv: list[str]) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from .console import say
-from .data.tokenizer import load_tokenizer
+from .data.tokenizer import load_tokenizer, vocab_size
 from .errors import UserError
 from .model_files import RECORD, ModelFiles, find
 
@@ -37,7 +37,7 @@ def export(run: Path, to: Path | None = None, checkpoint: str | None = None) -> 
         raise UserError(f"--to: {to} exists; choose another folder, or remove it")
     files = find(str(student), "export")
     tokenizer = load_tokenizer(str(student if (student / "tokenizer.json").exists() else files.base), "export")
-    model = merge(files, len(tokenizer), saved) if is_adapter else restored(student, saved)
+    model = merge(files, vocab_size(tokenizer), saved) if is_adapter else restored(student, saved)
     record = drift(model, files, tokenizer, run, saved) if is_adapter else None
     part = to.with_name(f"{to.name}.tmp-{os.getpid()}")
     try:
@@ -73,7 +73,7 @@ def drift(merged, files: ModelFiles, tokenizer, run: Path, saved: Path | None) -
     from .validate import validate
 
     sample, where = _sample(run, tokenizer)
-    accelerator, vocab = start(), len(tokenizer)
+    accelerator, vocab = start(), vocab_size(tokenizer)
     trained = load_teacher(settings, vocab, accelerator.device)
     if saved:
         put(trained.model, saved)
@@ -102,7 +102,7 @@ def _sample(run: Path, tokenizer):
         return encoded.subset(first), f"{first.sum()} {'held-out' if prepared.validation else 'training'} examples"
     except UserError as error:
         say(f"note: the run's data cannot be read ({error.problems[0]}); comparing on random tokens")
-    ids = np.random.default_rng(0).integers(0, len(tokenizer), (8, 64), np.int32)
+    ids = np.random.default_rng(0).integers(0, vocab_size(tokenizer), (8, 64), np.int32)
     marks = np.ones_like(ids, bool)
     marks[:, 0] = False
     return Encoded(ids.ravel(), marks.ravel(), np.arange(0, 513, 64), np.arange(8)), "8 rows of random tokens"

@@ -15,6 +15,7 @@ from .errors import UserError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)?")
 _WANTED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt"]
+TOKENIZER = ["*.json", "*.jinja", "*.model", "*.txt"]  # what of a model a tokenizer needs
 _MENDS = {
     "GatedRepoError": "ask for access on its page at the hub, then log in by hf auth login or set HF_TOKEN",
     "RepositoryNotFoundError": "check the name; a private one needs hf auth login or HF_TOKEN",
@@ -61,7 +62,7 @@ def find(name: str, setting: str, revision: str | None = None, base: str | None 
     return files
 
 
-def locate(name: str, setting: str, revision: str | None = None) -> Path:
+def locate(name: str, setting: str, revision: str | None = None, wanted: list[str] = _WANTED) -> Path:
     """A folder as it is; a hub id downloaded (or taken from the cache). A mistyped path never goes to the network."""
     path = Path(name).expanduser()
     if path.is_dir():
@@ -74,7 +75,7 @@ def locate(name: str, setting: str, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        folder = Path(snapshot_download(name, revision=revision, allow_patterns=_WANTED))
+        folder = Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
     except Exception as error:
         kind, reason = type(error).__name__, (str(error).strip().splitlines() or [""])[0]
         mend = f"; {_MENDS[kind]}" if kind in _MENDS else ""

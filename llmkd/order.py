@@ -34,19 +34,34 @@ class Plan:
     length_group: int = 1
     rank: int = 0
     ranks: int = 1
+    sources: np.ndarray | None = None  # which source each example is of, where there are several
+    weights: tuple[float, ...] = (1.0,)  # passes over each source in an epoch
 
     @property
     def steps_per_epoch(self) -> int:
-        return math.ceil(len(self.lengths) / self.batch_size)
+        drawn = sum(draws(n, weight) for n, weight in zip(self._sizes(), self.weights, strict=True))
+        return math.ceil(drawn / self.batch_size)
+
+    def _sizes(self) -> list[int]:
+        if self.sources is None:
+            return [len(self.lengths)]
+        return np.bincount(self.sources, minlength=len(self.weights)).tolist()
 
     @property
     def total_steps(self) -> int:
         return self.max_steps or self.epochs * self.steps_per_epoch
 
     def windows(self, epoch: int) -> list[list[int]]:
-        """The epoch's optimizer steps: every example once; one of them may be short (the last, unless grouped by length)."""
+        """The epoch's optimizer steps: every example as often as its source weighs (once, by default).
+
+        One of them may be short: the last, unless grouped by length.
+        """
         rng = random.Random(f"{self.seed} {epoch}")
-        order = list(range(len(self.lengths)))
+        order = []
+        for source, weight in enumerate(self.weights):
+            examples = range(len(self.lengths)) if self.sources is None else np.flatnonzero(self.sources == source).tolist()
+            whole, part = divmod(draws(len(examples), weight), len(examples))
+            order += [*examples] * whole + (rng.sample(examples, part) if part else [])
         rng.shuffle(order)
         group = self.batch_size * self.length_group
         if self.length_group > 1:
@@ -67,6 +82,11 @@ class Plan:
                 windows = self.windows(epoch)
             window = windows[(number - 1) % self.steps_per_epoch]
             yield Step(number, epoch, deal(window, self.lengths, self.micro_batch_size, self.rank, self.ranks))
+
+
+def draws(examples: int, weight: float) -> int:
+    """How many examples an epoch takes of a source."""
+    return round(weight * examples)
 
 
 def deal(examples: list[int], lengths: np.ndarray, micro_batch_size: int, rank: int = 0, ranks: int = 1) -> list[list[int]]:

@@ -3,18 +3,22 @@
 import dataclasses
 import importlib.util
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from .console import say
 from .data import token_cache
-from .data.encode import Encoded, with_answer
-from .data.sources import Rows, read_source
+from .data.encode import Encoded, merge
+from .data.formats import with_answer
+from .data.sources import Rows, named, read_sources
+from .data.stream import Stream
 from .data.tokenizer import load_tokenizer, tokenizer_differences
 from .errors import UserError
 from .model_files import ModelFiles, find, fingerprint
-from .recipe import Data, Recipe, Source
+from .order import draws
+from .recipe import Data, Recipe, Source, sources
 
 
 @dataclass(frozen=True)
@@ -31,8 +35,8 @@ class Prepared:
     """Everything that is read and checked before a model is loaded."""
 
     tokenizer: object
-    train: Encoded
-    places: list[str]  # of each training example
+    train: Encoded | Stream
+    places: Sequence[str] | Stream  # of each training example
     validation: Encoded | None
     questions: Questions | None
     teacher_wanted: bool
@@ -46,9 +50,7 @@ def prepare(recipe: Recipe) -> Prepared:
     """Read and check data, tokenizers and model folders. No weights are loaded."""
     check_packages(recipe)
     data = recipe.data
-    train_rows = read_source(data.train, "data.train")
-    held_rows = read_source(data.validation, "data.validation") if data.validation else None
-    choice_rows = read_source(data.choices, "data.choices", choices=True) if data.choices else None
+    rows = read_data(data)
     teacher_wanted = recipe.teacher is not None and recipe.loss.kd_ratio > 0
     student = find(recipe.student.model, "student.model", recipe.student.revision, recipe.student.base) if recipe.student.model else None
     teacher = find(recipe.teacher.model, "teacher.model", recipe.teacher.revision, recipe.teacher.base) if teacher_wanted else None
@@ -64,24 +66,73 @@ def prepare(recipe: Recipe) -> Prepared:
     tokenizer = _tokenizer(recipe, student)
     if teacher:
         _same_tokenizer(tokenizer, teacher, recipe.teacher.model)
-    train = token_cache.encoded(train_rows, data.train, data, tokenizer, "data.train", say)
-    if held_rows:
-        held_out = token_cache.encoded(held_rows, data.validation, data, tokenizer, "data.validation", say)
-    else:
+    held_out = encode_sources(rows, "data.validation", data, tokenizer)
+    train, places = _training(recipe, rows, tokenizer)
+    if isinstance(train, Encoded):
         if data.validation_share:
             report(train, "rows to part")
-        train, held_out = hold_out(train, data.validation_share, recipe.seed)
-    report(train, "train")
+            train, held_out = hold_out(train, data.validation_share, recipe.seed)
+        refuse_no_draws(train, data)
+        report(train, "train")
+        places = [places[i] for i in train.row]
     if held_out:
         report(held_out, "validation")
-    identity = {"the training data": train_rows.content, "the tokenizer": token_cache.tokenizer_hash(tokenizer)}
+    content = train.content if isinstance(train, Stream) else "\n".join(source.content for source in rows["data.train"])
+    identity = {"the training data": content, "the tokenizer": token_cache.tokenizer_hash(tokenizer)}
     for name, setting, files in (("the student's base", "student.model", student), ("the teacher", "teacher.model", teacher)):
         if files:
             identity[name] = " ".join(fingerprint(folder, setting) for folder in (files.base, files.adapter) if folder)
-    questions = encode_choices(choice_rows, data.choices, data, tokenizer) if choice_rows else None
-    return Prepared(
-        tokenizer, train, [train_rows.places[i] for i in train.row], held_out, questions, teacher_wanted, identity, {}, student, teacher
-    )
+    questions = encode_choices(rows["data.choices"][0], data.choices, data, tokenizer) if data.choices else None
+    origins = {setting: [source.origin for source in read] for setting, read in rows.items()}
+    if isinstance(train, Stream):
+        origins["data.train"] = [train.origin]
+    return Prepared(tokenizer, train, places, held_out, questions, teacher_wanted, identity, origins, student, teacher)
+
+
+def read_data(data: Data) -> dict[str, list[Rows]]:
+    """The rows of every setting that names any, all of them checked; but those of a stream are read when they are trained on."""
+    wanted = {"data.train": None if data.streaming else data.train, "data.validation": data.validation, "data.choices": data.choices}
+    out, problems = {}, []
+    for setting, value in wanted.items():
+        try:
+            out[setting] = read_sources(value, setting, choices=setting == "data.choices")
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise UserError(*problems)
+    return out
+
+
+def encode_sources(rows: dict[str, list[Rows]], setting: str, data: Data, tokenizer, said=say) -> Encoded | None:
+    """A setting's examples, from all its sources; where there are several, each is reported."""
+    parts = []
+    of_setting = named(data.train if setting == "data.train" else data.validation, setting)
+    for (name, source), read in zip(of_setting, rows[setting], strict=True):
+        parts.append(token_cache.encoded(read, source, data, tokenizer, name, said))
+        if len(of_setting) > 1 and said:
+            report(parts[-1], f"{name} ({source.path})")
+    return merge(parts) if parts else None
+
+
+def _training(recipe: Recipe, rows: dict[str, list[Rows]], tokenizer) -> tuple[Encoded | Stream, Sequence[str] | Stream]:
+    """The training examples, or a stream of them; and the place of every row."""
+    data, train = recipe.data, recipe.train
+    if not data.streaming:
+        return encode_sources(rows, "data.train", data, tokenizer), [place for read in rows["data.train"] for place in read.places]
+    (source,) = sources(data.train)
+    stream = Stream(source, data, tokenizer, recipe.seed, train.batch_size, train.micro_batch_size, train.max_steps)
+    say(f"train: streaming {source.path}")
+    return stream, stream
+
+
+def refuse_no_draws(train: Encoded, data: Data) -> None:
+    """A source whose weight leaves none of its examples in an epoch is a mistake; so is one that is held out as a whole."""
+    for i, (setting, source) in enumerate(named(data.train, "data.train")):
+        count = int((train.source == i).sum())
+        if not count:
+            raise UserError(f"{setting}: data.validation_share leaves none of its rows to train on; lower it, or leave the source out")
+        if not draws(count, source.weight):
+            raise UserError(f"{setting}.weight: {source.weight:g} of {count} examples is none; raise it, or leave the source out")
 
 
 def check_packages(recipe: Recipe) -> None:
@@ -120,7 +171,8 @@ def _refuse_differences(ours, theirs, setting: str, our_name: str, their_name: s
     if differences:
         more = f" (and {len(differences) - 3} more)" if len(differences) > 3 else ""
         raise UserError(
-            f"{setting}: {our_name} and {their_name} are not the same: {'; '.join(differences[:3])}{more}; token ids must mean the same to all models"
+            f"{setting}: {our_name} and {their_name} are not the same: {'; '.join(differences[:3])}{more}; token ids must mean the same to all models; "
+            "use a teacher and a student of one tokenizer family"
         )
 
 
@@ -146,8 +198,10 @@ def hold_out(encoded: Encoded, share: float, seed: int) -> tuple[Encoded, Encode
 
 def encode_choices(rows: Rows, source: Source, data: Data, tokenizer) -> Questions:
     """One example for each choice of each question; the answer's tokens are supervised."""
+    answered = [with_answer(row, source.format, choice) for row in rows.rows for choice in row["choices"]]
+    source = dataclasses.replace(source, format=answered[0][1])
     expanded = Rows(
-        [with_answer(row, source.format, choice) for row in rows.rows for choice in row["choices"]],
+        [row for row, _ in answered],
         [place for row, place in zip(rows.rows, rows.places, strict=True) for _ in row["choices"]],
         rows.content + " choices",
     )
@@ -160,6 +214,12 @@ def encode_choices(rows: Rows, source: Source, data: Data, tokenizer) -> Questio
     return Questions(encoded, [len(row["choices"]) for row in rows.rows], [row["answer"] for row in rows.rows])
 
 
+_NOTES = {
+    "as_characters": "{} with the characters of a control token, which stay characters",
+    "endless": "{} that the chat template ends with no control token: the student will not learn from them where to stop",
+}
+
+
 def report(encoded: Encoded, name: str) -> None:
     c = encoded.counts
     dropped = [
@@ -169,3 +229,12 @@ def report(encoded: Encoded, name: str) -> None:
         f"{name}: {len(encoded)} examples, {len(encoded.ids)} tokens, {int(encoded.supervised.sum())} targets"
         + (f" ({', '.join(dropped)})" if dropped else "")
     )
+    note(encoded, name)
+
+
+def note(encoded: Encoded, name: str) -> None:
+    """What a person should know of the examples, said once."""
+    c = encoded.counts
+    for key, words in _NOTES.items():
+        if c.get(key):
+            say(f"note: {name}: {words.format(c[key])}")

@@ -7,12 +7,11 @@ Nothing here imports torch: a recipe is checked before anything heavy is loaded.
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, Discriminator, Field, Tag
-from pydantic.dataclasses import dataclass
+from pydantic import Field
 
-settings = dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True, allow_inf_nan=False))
+from .recipe_data import Count, Data, data_contradictions, settings, sources
+from .recipe_data import Source as Source
 
-Count = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0, le=1)]
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"]
@@ -86,73 +85,6 @@ class Teacher:
     quantization: Quantization | None = Field(None, description="Hold the teacher in 4 or 8 bit; null for not.")
     dtype: Dtype = Field("auto", description="Type the teacher's weights are held in.")
     attention: Attention = Field("auto", description="Attention implementation; auto leaves it to transformers.")
-
-
-@settings
-class Source:
-    path: str = Field(
-        description="A .json, .jsonl, .parquet, .arrow or .csv file, a folder of them, a hub data set, or builtin:skills (the generated corpus)."
-    )
-    format: Literal["alpaca", "chat", "prompt_completion", "text"] = Field(
-        "alpaca",
-        description="alpaca: instruction, input, output; chat: messages of role and content; prompt_completion: prompt, completion; text: text.",
-    )
-    fields: dict[str, str] = Field(
-        default_factory=dict,
-        description="What the file calls the format's columns, where it has other names: {messages: conversations, role: from, content: value}.",
-    )
-    roles: dict[str, str] = Field(
-        default_factory=dict,
-        description="What the file calls the roles of a chat, where it has other names: {user: human, assistant: gpt}.",
-    )
-    chat_template: bool = Field(
-        False, description="alpaca and prompt_completion: pass the prompt and the answer through the tokenizer's chat template."
-    )
-    name: str | None = Field(
-        None, description="Configuration of a hub data set; for builtin:skills, questions (conversations) or prose (plain text)."
-    )
-    split: str = Field("train", description="Split of a hub data set, of a folder whose files are named by split, or of builtin:skills.")
-    revision: str | None = Field(None, description="Revision of a hub data set.")
-    limit: Count | None = Field(None, description="Use only so many rows: the first ones, or with seed a random sample.")
-    seed: Annotated[int, Field(ge=0, lt=2**32)] | None = Field(None, description="Draw the limit's rows by this seed.")
-    weight: float = Field(1.0, gt=0, description="Passes over this source in one epoch: 2 is twice, 0.5 a half, drawn anew each epoch.")
-
-
-#: One source or a list of them; the tag keeps pydantic from explaining what is wrong with the form that was not meant.
-Sources = Annotated[
-    Annotated[Source, Tag("one")] | Annotated[tuple[Source, ...], Tag("several")] | Annotated[None, Tag("none")],
-    Discriminator(lambda value: "none" if value is None else "several" if isinstance(value, list | tuple) else "one"),
-]
-
-
-def sources(setting: Source | tuple[Source, ...] | None) -> tuple[Source, ...]:
-    """The sources behind `data.train` or `data.validation`."""
-    return setting if isinstance(setting, tuple) else (setting,) if setting else ()
-
-
-@settings
-class Data:
-    train: Sources = Field(None, description="What the student trains on: a source, or a list of them.")
-    validation: Sources = Field(None, description="Held-out rows; or set validation_share.")
-    validation_share: float = Field(0.0, ge=0, lt=1, description="Share of the training rows, drawn by seed, held out for validation.")
-    choices: Source | None = Field(
-        None,
-        description="Multiple-choice questions in the same format, scored at the end: rows have choices (texts) and answer (an index).",
-    )
-    max_length: Annotated[int, Field(ge=2)] = Field(512, description="Longest example in tokens.")
-    too_long: Literal["drop", "truncate", "split", "refuse"] = Field(
-        "drop", description="What becomes of a longer one: drop it, cut its end off, split it into several (text only), or refuse the run."
-    )
-    train_on_input: bool = Field(False, description="Supervise the prompt's tokens too, not only the answer's.")
-    packing: bool = Field(
-        False,
-        description="Concatenate a micro-batch's examples into one row without padding; they stay isolated, and the result is the same.",
-    )
-    streaming: bool = Field(
-        False, description="Read and tokenise the training rows while training instead of before; needs train.max_steps."
-    )
-    shuffle_buffer: Count = Field(10_000, description="Streaming: rows that are shuffled together.")
-    cache_dir: str | None = Field(None, description="Where tokenised data is kept; by default ~/.cache/llmkd, or LLMKD_CACHE.")
 
 
 @settings
@@ -288,18 +220,7 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
         )
     if optim.name != "adamw" and student.dtype == "float64":
         yield ("optim.name", "student.dtype"), f"found {optim.name}, which has no float64; use adamw, or student.dtype: float32"
-    if data.train is None:
-        yield ("data.train",), "not given; name what to train on, such as {path: train.jsonl, format: alpaca}"
-    if data.validation is not None and data.validation_share:
-        yield ("data.validation_share", "data.validation"), "given together with data.validation; keep one of them"
-    every = (*sources(data.train), *sources(data.validation))
-    if data.too_long == "split" and any(s.format != "text" for s in every):
-        yield ("data.too_long", "data.train", "data.validation"), "found split, which only format: text can be; use drop or truncate"
-    for path, source in (("data.train", data.train), ("data.validation", data.validation), ("data.choices", data.choices)):
-        if source and source.path.startswith("builtin:") and source.path != "builtin:skills":
-            yield (f"{path}.path",), f"found {source.path!r}; the only built-in corpus is builtin:skills"
-    if data.choices is not None and data.choices.format == "text":
-        yield ("data.choices.format",), "found text, which has no answer to choose; use alpaca or chat"
+    yield from data_contradictions(data, train.max_steps, train.length_group)
     if loss.kd_ratio and recipe.teacher is None:
         yield ("loss.kd_ratio", "teacher"), f"found {loss.kd_ratio:g} without a teacher; give teacher.model, or set it to 0"
     known = DIVERGENCES[loss.divergence]
@@ -318,7 +239,7 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
     if train.max_steps and optim.warmup_steps and optim.warmup_steps > train.max_steps:
         yield ("optim.warmup_steps", "train.max_steps"), f"found {optim.warmup_steps}, more than train.max_steps ({train.max_steps})"
     no_held_out = ("data.validation", "data.validation_share")
-    if data.validation is None and not data.validation_share:
+    if not sources(data.validation) and not data.validation_share:
         for path, given in (("validation.every", recipe.validation.every), ("checkpoint.best_by", recipe.checkpoint.best_by)):
             if given is not None:
                 yield (path, *no_held_out), "given without held-out rows; set data.validation or data.validation_share"

@@ -141,19 +141,33 @@ def flatten(value, path="") -> dict[str, typing.Any]:
 def _override(data: dict, overrides: dict, problems: list[str]) -> set[tuple]:
     changed = set()
     for dotted, value in overrides.items():
-        *parents, last = keys = tuple(dotted.split("."))
-        place = data
+        place: typing.Any = data
+        *parents, last = dotted.split(".")
+        keys: list = []
         for key in parents:
-            if place.get(key) is None:
+            key = _index(place, key)
+            if isinstance(place, dict) and place.get(key) is None:
                 place[key] = {}
-            place = place[key]
-            if not isinstance(place, dict):
+            keys.append(key)
+            place = place[key] if isinstance(place, dict) or isinstance(key, int) else None
+            if not isinstance(place, dict | list):
                 problems.append(f"--{dotted}: {key} is not a section")
                 break
         else:
+            last = _index(place, last)
+            if isinstance(place, list) and not isinstance(last, int):
+                problems.append(
+                    f"--{dotted}: {'.'.join(parents)} is a list of {len(place)}; say which, such as --{'.'.join(parents)}.0.{last}"
+                )
+                continue
             place[last] = value
-            changed.add(keys)
+            changed.add((*keys, last))
     return changed
+
+
+def _index(place, key: str) -> str | int:
+    """A list's items go by their numbers."""
+    return int(key) if isinstance(place, list) and key.isdigit() and int(key) < len(place) else key
 
 
 def _check(kind, data: dict, name: str, lines: dict, problems: list[str], changed: set[tuple]):
@@ -189,7 +203,7 @@ def _check(kind, data: dict, name: str, lines: dict, problems: list[str], change
                 break
     if isinstance(result, Recipe):
         for paths, problem in contradictions(result):
-            keys = [tuple(path.split(".")) for path in paths]
+            keys = [tuple(int(key) if key.isdigit() else key for key in path.split(".")) for path in paths]
             if not any(b[: len(k)] == k or k[: len(b)] == b for b in broken for k in keys):
                 problems.append(f"{where(keys[0])}: {problem}")
     if problems:
@@ -252,7 +266,7 @@ def _explain(kind, path: tuple, item: dict) -> str:
         near = difflib.get_close_matches(found, options, 1, 0.6)
         return f"found {found!r}, expected {_or(options)}" + (f"; did you mean {near[0]}?" if near else "")
     known = {dotted: (type_, text) for dotted, type_, _, text in describe(kind)}
-    type_, text = known.get(".".join(map(str, path)), (None, None))
+    type_, text = known.get(".".join(str(key) for key in path if not isinstance(key, int) or key == path[-1]), (None, None))
     if not type_ and item["msg"].startswith(("Input should be less", "Input should be greater")):
         return f"found {json.dumps(found)[:80]}, expected a number {item['msg'].removeprefix('Input should be ')}"
     expected = type_ or re.sub(r"^Input should be (a )?(valid )?", "a ", item["msg"]).replace("a an object", "a mapping of settings")
@@ -280,7 +294,8 @@ def describe(kind=Recipe, prefix: str = ""):
         info = field.default
         if section:
             if getattr(info, "description", None):
-                yield path, "a mapping of settings", None, info.description
+                several = any(typing.get_origin(a) is tuple for a in typing.get_args(typing.get_type_hints(kind)[field.name]))
+                yield path, "a mapping of settings" + (", or a list of them" if several else ""), None, info.description
             yield from describe(section, path + ".")
             continue
         factory = getattr(info, "default_factory", None)

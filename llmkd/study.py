@@ -5,9 +5,10 @@ import json
 from pathlib import Path
 
 from .console import bar, say
+from .data.tokenizer import vocab_size
 from .errors import UserError
 from .prepare import Prepared, prepare
-from .recipe import Recipe, Study
+from .recipe import Recipe, Study, sources
 from .run_folder import write
 from .settings import load_recipe, load_study
 from .tracking import table
@@ -25,7 +26,8 @@ def run_study(config: str, overrides: dict, resume: bool) -> dict:
     for number, (name, recipe) in enumerate(recipes.items(), 1):
         say(f"\n[{number}/{len(recipes)}] {name}")
         run(recipe, resume)
-    say(f"\ncomparing on {recipes[study.students[0]].data.validation.path}")
+    held_out = ", ".join(source.path for source in sources(recipes[study.students[0]].data.validation))
+    say(f"\ncomparing on {held_out}")
     results = compare(study, recipes)
     accelerator = start()
     if accelerator.is_main_process:
@@ -49,7 +51,7 @@ def stage_recipes(study: Study, config: Path, overrides: dict) -> dict[str, Reci
     uploads = [recipe.push_to_hub.repo for recipe in recipes.values() if recipe.push_to_hub]
     if len(set(uploads)) < len(uploads):
         raise UserError(f"{config}: push_to_hub.repo: several stages would upload to {uploads[0]}; set it for one of them in its set:")
-    if recipes[study.students[0]].data.validation is None:
+    if not sources(recipes[study.students[0]].data.validation):
         raise UserError(
             f"{config}: students: {study.students[0]} has no data.validation, on which the students are to be compared; give one"
         )
@@ -67,7 +69,7 @@ def compare(study: Study, recipes: dict[str, Recipe]) -> dict[str, dict[str, flo
 
     def load(stage: str):
         settings = dataclasses.replace(as_trained(student_folder(recipes[stage].output_dir)), attention=recipes[stage].student.attention)
-        return load_teacher(settings, len(prepared.tokenizer), accelerator.device)
+        return load_teacher(settings, vocab_size(prepared.tokenizer), accelerator.device)
 
     teacher = load(study.teacher)
     names = {study.teacher: teacher} | {name: None for name in study.students}

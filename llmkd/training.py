@@ -10,10 +10,12 @@ from pathlib import Path
 from . import hub, trackers
 from .card import card
 from .console import bar, first_process, say
+from .data.stream import Stream
+from .data.tokenizer import vocab_size
 from .errors import NonFinite, Stopped, UserError
 from .order import Plan, learning_rate
 from .prepare import Prepared, prepare
-from .recipe import Recipe
+from .recipe import Recipe, sources
 from .run_folder import RunFolder, write
 from .stopping import StopRequest
 
@@ -74,21 +76,11 @@ class Session:
 
         self.recipe, self.prepared, self.folder, self.accelerator, self.stop = recipe, prepared, folder, accelerator, stop
         self.main, self.pad = accelerator.is_main_process, prepared.tokenizer.eos_token_id
-        vocab, device, train = len(prepared.tokenizer), accelerator.device, recipe.train
+        vocab, device = vocab_size(prepared.tokenizer), accelerator.device
         packing = recipe.data.packing
         self.teacher = Live(models.load_teacher(recipe.teacher, vocab, device, packing)) if prepared.teacher_wanted else None
         self.student = models.load_student(recipe.student, vocab, device, recipe.seed, packing)
-        self.plan = Plan(
-            prepared.train.lengths,
-            recipe.seed,
-            train.batch_size,
-            train.micro_batch_size,
-            train.epochs,
-            train.max_steps,
-            train.length_group,
-            accelerator.process_index,
-            accelerator.num_processes,
-        )
+        self.plan = plan(recipe, prepared, accelerator.process_index, accelerator.num_processes)
         self.learner = build_learner(recipe, self.student, self.plan.total_steps, accelerator)
         if self.main:
             folder.claim(prepared.identity)
@@ -111,7 +103,7 @@ class Session:
         from .data.collate import collate
         from .loop import train
 
-        recipe, total = self.recipe, self.plan.total_steps
+        recipe, total, step = self.recipe, self.plan.total_steps, self.done
         try:
             if self.done == 0 or due(recipe.validation.every, self.done):
                 self.validate(self.done)
@@ -129,6 +121,9 @@ class Session:
                     raise self.stopped(step)
         except NonFinite as error:
             raise self.explained(error) from None
+        except UserError:  # a bad row of a stream: what was learnt so far is kept
+            self.save(step)
+            raise
         finally:
             self.tracker.close()
 
@@ -238,6 +233,26 @@ class Session:
         shutil.rmtree(output, ignore_errors=True)
         part.rename(output)
         return output
+
+
+def plan(recipe: Recipe, prepared: Prepared, rank: int, ranks: int):
+    """Which examples make up which step: of a stream, it follows from the rows' order alone."""
+    train = recipe.train
+    if isinstance(prepared.train, Stream):
+        return prepared.train.for_rank(rank, ranks)
+    return Plan(
+        prepared.train.lengths,
+        recipe.seed,
+        train.batch_size,
+        train.micro_batch_size,
+        train.epochs,
+        train.max_steps,
+        train.length_group,
+        rank,
+        ranks,
+        prepared.train.source,
+        tuple(source.weight for source in sources(recipe.data.train)),
+    )
 
 
 def build_learner(recipe: Recipe, student, total_steps: int, accelerator):

@@ -12,6 +12,9 @@ import torch
 from safetensors.torch import load_file
 
 from llmkd import settings
+from llmkd.data.sources import Rows, read_source
+from llmkd.errors import UserError
+from llmkd.recipe import Source
 from llmkd.training import run
 
 torch.set_num_threads(1)
@@ -111,3 +114,27 @@ def weights(out: Path) -> dict[str, torch.Tensor]:
 def distance(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> float:
     assert a.keys() == b.keys()
     return max((a[k].double() - b[k].double()).abs().max().item() for k in a)
+
+
+@pytest.fixture
+def read(tmp_path):
+    """Write a data file and read it as a source."""
+
+    def go(content: str | bytes, name: str = "t.jsonl", format: str = "alpaca", choices: bool = False, **settings) -> Rows:
+        path = tmp_path / name
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return read_source(Source(path=str(path), format=format, **settings), "data.train", choices)
+
+    return go
+
+
+@pytest.fixture
+def refused(read, tmp_path):
+    """The problems found in a data file, without the folder's name."""
+
+    def go(*args, **settings) -> list[str]:
+        with pytest.raises(UserError) as info:
+            read(*args, **settings)
+        return [problem.replace(f"{tmp_path}/", "") for problem in info.value.problems]
+
+    return go

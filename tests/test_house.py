@@ -13,7 +13,7 @@ PACKAGE = Path(__file__).parents[1] / "llmkd"
 #: A unit is a module of llmkd or one of its folders. It imports only from layers above its own line.
 LAYERS = (
     "__init__ console order head",
-    "errors families",
+    "errors families recipe_data",
     "signals recipe yaml_lines",
     "settings model_files",
     "losses data loading selftest optimizers",
@@ -22,7 +22,7 @@ LAYERS = (
     "loop validate checkpoint stopping run_folder card trackers",
     "tracking hub",
     "training",
-    "export study",
+    "export study show",
     "cli",
     "train",
 )

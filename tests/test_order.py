@@ -139,3 +139,37 @@ def test_seeds_derived_from_different_parts_differ():
     seeds = {derived_seed(0, step, rank, micro) for step in range(20) for rank in range(4) for micro in range(5)}
     assert len(seeds) == 400 and all(0 <= seed < 2**63 for seed in seeds)
     assert derived_seed(0, 1, 2, 3) == derived_seed(0, 1, 2, 3)
+
+
+# ---- several sources
+
+
+def weighted(*weights: float, sizes=(20, 10, 7), **changes) -> Plan:
+    return make_plan(sum(sizes), sources=np.repeat(np.arange(len(sizes)), sizes), weights=weights, **changes)
+
+
+@pytest.mark.parametrize("weights", [(1, 1, 1), (2, 1, 0.5), (0.3, 2.5, 1), (1, 1, 0.1)])
+def test_a_weight_is_how_often_a_source_is_passed_over_in_an_epoch(weights):
+    plan = weighted(*weights)
+    for epoch in range(3):
+        counts = np.bincount([i for window in plan.windows(epoch) for i in window], minlength=37)
+        for source, (weight, size) in enumerate(zip(weights, (20, 10, 7), strict=True)):
+            mine = counts[plan.sources == source]
+            assert mine.sum() == round(weight * size) and set(mine) <= {int(weight), int(weight) + 1}
+        assert len(plan.windows(epoch)) == plan.steps_per_epoch == math.ceil(counts.sum() / 8)
+
+
+def test_a_half_is_drawn_anew_each_epoch():
+    plan = weighted(0.5, 1, 1)
+    halves = [frozenset(i for window in plan.windows(epoch) for i in window if i < 20) for epoch in range(4)]
+    assert all(len(half) == 10 for half in halves) and len(set(halves)) == 4
+
+
+def test_weights_of_one_change_nothing():
+    assert weighted(1.0, 1.0, 1.0).windows(2) == make_plan(37).windows(2)
+
+
+def test_a_weighted_plan_goes_on_where_it_stopped():
+    plan = weighted(2, 0.5, 1)
+    whole = list(plan.steps())
+    assert all(list(plan.steps(done)) == whole[done:] for done in range(plan.total_steps + 1))

@@ -564,7 +564,7 @@ def test_mistakes_are_one_line_and_leave_nothing(command, tmp_path, arguments, w
 
 def test_a_study_compares_its_students(world, tmp_path, capsys):
     recipe = plain_recipe(world, tmp_path / "unused")
-    recipe["data"]["validation"] = {"path": str(world / "held.jsonl")}
+    recipe["data"]["validation"] = [{"path": str(world / "held.jsonl")}, {"path": "builtin:skills", "format": "chat", "limit": 3}]
     rows = [{"instruction": f"Say {i}", "choices": ["Yes.", "No!", "It is so."], "answer": i % 3} for i in range(10)]
     (tmp_path / "choices.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     recipe["data"]["choices"] = {"path": str(tmp_path / "choices.jsonl")}

@@ -1,9 +1,12 @@
 """Rows are tokenised once. The cache is keyed by what they are made from and checked by what it holds.
 
 Key: content of the source, tokenizer, chat template and the settings that shape examples. A damaged entry is named and
-made again. One safetensors file and one JSON file an entry; written under another name and renamed when whole.
+made again. One safetensors file and one JSON file an entry; written under another name and renamed when whole. The
+processes of a launch make an entry once: the first one does, the others wait and read.
 """
 
+import contextlib
+import fcntl
 import hashlib
 import json
 import os
@@ -17,9 +20,10 @@ from ..errors import UserError
 from ..recipe import Data, Source
 from . import encode as encoding
 from .encode import Encoded
+from .formats import refuse_without_template
 from .sources import Rows
 
-VERSION = 2  # raise it when encode.py makes other tokens of the same rows
+VERSION = 3  # raise it when chat.py, formats.py or encode.py make other tokens of the same rows
 
 
 def folder(data: Data) -> Path:
@@ -37,24 +41,38 @@ def tokenizer_hash(tokenizer) -> str:
 
 def encoded(rows: Rows, source: Source, data: Data, tokenizer, setting: str, say=say) -> Encoded:
     """The source's examples, from the cache or made now. UserError when nothing is left to train on."""
-    made_from = [VERSION, rows.content, source.format, data.max_length, data.too_long, data.train_on_input, tokenizer_hash(tokenizer)]
-    entry = folder(data) / hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:32]
-    result = _load(entry, say)
-    if result is None:
-        if source.format == "chat" and not tokenizer.chat_template:
-            raise UserError(
-                f"{setting}.format: found chat, and the tokenizer has no chat template; use another format or a tokenizer that has one"
-            )
-        result = encoding.encode(rows, source.format, data, tokenizer, bar("tokenising"))
-        if len(result):
-            _store(entry, result, say)
+    made_from = [VERSION, rows.content, source.format, source.chat_template, data.max_length, data.too_long, data.train_on_input]
+    entry = folder(data) / hashlib.sha256(json.dumps([*made_from, tokenizer_hash(tokenizer)]).encode()).hexdigest()[:32]
+    with _lock(entry):
+        result = _load(entry, say)
+        if result is None:
+            refuse_without_template(source, rows.rows, tokenizer, setting)
+            result = encoding.encode(rows, source, data, tokenizer, bar("tokenising"))
+            if len(result):
+                _store(entry, result, say)
     if not len(result):
         c = result.counts
         raise UserError(
             f"{setting}: none of {source.path}'s {c['rows']} rows has a supervised token left ({c['too_long']} are longer than data.max_length = "
-            f"{data.max_length}, {c['unsupervised']} have no answer); raise data.max_length, or look at the rows and data.{setting.split('.')[-1]}.format"
+            f"{data.max_length}, {c['unsupervised']} have no answer); raise data.max_length, or look at the rows and {setting}.format"
         )
     return result
+
+
+@contextlib.contextmanager
+def _lock(entry: Path):
+    """Held by one process of this machine at a time, and by none that was killed. Without a place to lock there is no cache either."""
+    try:
+        place = entry.parent.with_name("locks")
+        place.mkdir(parents=True, exist_ok=True)
+        file = open(place / entry.name, "a")  # noqa: SIM115 closed below
+    except OSError:
+        yield
+        return
+    with file:
+        with contextlib.suppress(OSError):  # a file system that cannot lock: every process then makes its own
+            fcntl.flock(file, fcntl.LOCK_EX)
+        yield
 
 
 def _load(entry: Path, say) -> Encoded | None:

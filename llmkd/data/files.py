@@ -1,0 +1,274 @@
+"""Reading one file: every row with its place, one kind of file after another.
+
+A reader yields (place, get): `get()` gives the row, or raises BadRow with what is wrong with it. So a row that is only
+passed over (a stream going on where it was stopped) costs no parsing, and a bad row does not hide the ones behind it.
+A file that is damaged as a whole ends with a last `get` that says so.
+"""
+
+import csv
+import functools
+import itertools
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, BinaryIO
+
+Records = Iterator[tuple[str, Callable[[], Any]]]
+
+
+class BadRow(ValueError):
+    """What is wrong with a row, in words."""
+
+
+def _raise(message: str) -> Any:
+    raise BadRow(message)
+
+
+def kind_of(path: Path) -> str | None:
+    """The ending by which a file is read, .JSONL like .jsonl; None where it is of no known kind."""
+    return path.suffix.lower() if path.suffix.lower() in KINDS else None
+
+
+def records(file: BinaryIO, name: str, path: Path) -> Records:
+    """The rows of an open file, with their places `name:line` (parquet and arrow: the row's number)."""
+    return KINDS[path.suffix.lower()](file, name)
+
+
+# ---- json
+
+
+def _once(pairs):
+    out = dict(pairs)
+    if len(out) < len(pairs):
+        seen: set[str] = set()
+        twice = next(k for k, _ in pairs if k in seen or seen.add(k))
+        raise ValueError(f"the key {twice!r} is given twice")
+    return out
+
+
+def _no_constant(name: str):
+    raise ValueError(f"{name} is not JSON")
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_once, parse_constant=_no_constant)
+_LENIENT = json.JSONDecoder()
+_SPACE = re.compile(r"[ \t\r\n]*")
+_MARK = b"\xef\xbb\xbf"
+
+
+def _text(raw: bytes) -> str:
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise BadRow(f"not UTF-8 (byte {raw[error.start]:#04x}); save the file as UTF-8") from None
+
+
+def _without_mark(file: BinaryIO) -> bool:
+    """Whether the file starts as text should; leaves it at its start."""
+    start = file.read(3)
+    file.seek(0)
+    return start != _MARK
+
+
+_HAS_MARK = functools.partial(_raise, "starts with a byte order mark; save the file as plain UTF-8")
+
+
+def _jsonl(file: BinaryIO, name: str) -> Records:
+    if not _without_mark(file):
+        yield f"{name}:1", _HAS_MARK
+        return
+    for number, line in enumerate(file, 1):
+        if line.strip():
+            yield f"{name}:{number}", functools.partial(_json_line, line)
+
+
+def _json_line(line: bytes) -> Any:
+    try:
+        return _DECODER.decode(_text(line))
+    except BadRow:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise BadRow(f"not valid JSON ({getattr(error, 'msg', error)})") from None
+
+
+def _json(file: BinaryIO, name: str) -> Records:
+    """The objects of one JSON list, each with the line it starts on."""
+    raw = file.read()
+    if raw.startswith(_MARK):
+        yield f"{name}:1", _HAS_MARK
+        return
+    try:
+        text = raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        yield f"{name}:{raw.count(10, 0, error.start) + 1}", functools.partial(_text, raw[error.start :])
+        return
+    for line, get in _json_values(text):
+        yield f"{name}:{line}", get
+
+
+def _json_values(text: str) -> Iterator[tuple[int, Callable[[], Any]]]:
+    at, line = _SPACE.match(text).end(), 1
+    line += text.count("\n", 0, at)
+    if text[at : at + 1] != "[":
+        found = f"found {text[at : at + 10]!r}, expected a list of objects; one object per line wants the ending .jsonl"
+        yield line, functools.partial(_raise, found)
+        return
+    at += 1
+    expect_value = False
+    while True:
+        start, at = at, _SPACE.match(text, at).end()
+        line += text.count("\n", start, at)
+        if text[at : at + 1] == "]" and not expect_value:
+            rest = text[at + 1 :].strip()
+            if rest:
+                yield line, functools.partial(_raise, f"text after the end of the list ({rest[:20]!r})")
+            return
+        try:
+            value, end = _DECODER.raw_decode(text, at)
+        except json.JSONDecodeError as error:
+            yield error.lineno, functools.partial(_raise, f"not valid JSON ({error.msg})")
+            return
+        except RecursionError:
+            yield line, functools.partial(_raise, "not valid JSON (nested too deeply)")
+            return
+        except ValueError as error:  # a NaN or a key given twice: the row is bad, and where it ends is known
+            yield line, functools.partial(_raise, f"not valid JSON ({error})")
+            _, end = _LENIENT.raw_decode(text, at)
+        else:
+            yield line, functools.partial(_same, value)
+        line += text.count("\n", at, end)
+        start, at = end, _SPACE.match(text, end).end()
+        line += text.count("\n", start, at)
+        expect_value = text[at : at + 1] == ","
+        if expect_value:
+            at += 1
+        elif text[at : at + 1] != "]":
+            yield line, functools.partial(_raise, "not valid JSON (expected ',' or ']' after an object)")
+            return
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+# ---- csv
+
+
+def _csv(file: BinaryIO, name: str) -> Records:
+    """Comma-separated, with a header; each row has as many fields as it. A row's place is the line it starts on."""
+    if not _without_mark(file):
+        yield f"{name}:1", _HAS_MARK
+        return
+    csv.field_size_limit(2**31 - 1)  # or a long text is refused as too large a field
+    rows = csv.reader(map(_text, file), strict=True)
+    header: list[str] = []
+    for _ in itertools.count():
+        start = rows.line_num + 1
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except BadRow as error:
+            yield f"{name}:{rows.line_num + 1}", functools.partial(_raise, str(error))
+            return
+        except csv.Error as error:  # what follows a broken quotation is guesswork
+            yield f"{name}:{start}", functools.partial(_raise, f"not valid CSV ({error})")
+            return
+        if not row:
+            continue
+        if any("\0" in value for value in row):
+            yield f"{name}:{start}", functools.partial(_raise, "holds a NUL character; mend the file's encoding")
+        elif header:
+            yield f"{name}:{start}", functools.partial(_csv_row, header, row)
+        else:
+            header = row
+            twice = next((column for column in header if header.count(column) > 1), None)
+            if twice is not None or "" in header:
+                wrong = "has a column without a name" if "" in header else f"has the column {twice!r} twice"
+                yield f"{name}:{start}", functools.partial(_raise, f"the header {wrong}; give each column its own name")
+                return
+
+
+def _csv_row(header: list[str], row: list[str]) -> dict[str, str]:
+    if len(row) != len(header):
+        raise BadRow(f"{len(row)} fields, expected {len(header)} ({', '.join(header)}); a field with a comma or a line break wants quotes")
+    return dict(zip(header, row, strict=True))
+
+
+# ---- parquet and arrow
+
+
+def _parquet(file: BinaryIO, name: str) -> Records:
+    def batches():
+        import pyarrow.parquet
+
+        yield from pyarrow.parquet.ParquetFile(file).iter_batches(1024)
+
+    return _table(batches(), name, "parquet")
+
+
+def _arrow(file: BinaryIO, name: str) -> Records:
+    def batches():
+        import pyarrow.ipc
+
+        start = file.read(6)
+        file.seek(0)
+        if start != b"ARROW1":
+            yield from pyarrow.ipc.open_stream(file)
+            return
+        reader = pyarrow.ipc.open_file(file)
+        for i in range(reader.num_record_batches):
+            yield reader.get_batch(i)
+
+    return _table(batches(), name, "Arrow")
+
+
+def _table(batches: Iterator, name: str, what: str) -> Records:
+    """Each row of record batches. A batch is validated first, since a damaged one may lead out of its memory."""
+    number = 0
+    while True:
+        try:
+            batch = next(batches, None)
+            if batch is None:
+                return
+            batch.validate(full=True)
+            rows = _Rows(batch)
+        except Exception as error:  # pyarrow raises its own and Python's alike
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            yield (
+                f"{name}:{number + 1}",
+                functools.partial(_raise, f"not readable as {what} ({reason[:160]}); fetch or write the file again"),
+            )
+            return
+        for i in range(batch.num_rows):
+            number += 1
+            yield f"{name}:{number}", functools.partial(rows.get, i)
+
+
+class _Rows:
+    """A record batch that becomes Python objects when the first of its rows is wanted."""
+
+    def __init__(self, batch):
+        names = batch.schema.names
+        twice = next((column for column in names if names.count(column) > 1), None)
+        if twice is not None:
+            raise BadRow(f"the column {twice!r} is there twice")
+        self.batch, self.rows = batch, None
+
+    def get(self, i: int) -> dict:
+        if self.rows is None:
+            try:
+                self.rows = self.batch.to_pylist()
+            except ValueError as error:  # text that is not UTF-8, a date out of range
+                raise BadRow(f"not readable ({error})") from None
+        return self.rows[i]
+
+
+KINDS: dict[str, Callable[[BinaryIO, str], Records]] = {
+    ".json": _json,
+    ".jsonl": _jsonl,
+    ".csv": _csv,
+    ".parquet": _parquet,
+    ".arrow": _arrow,
+}

@@ -1,0 +1,178 @@
+"""Training rows that are read and tokenised while training: the first batch within seconds, in constant memory.
+
+Optimizer step k (from 1) consumes rows (k - 1) * batch_size to k * batch_size of an endless stream: the source again and
+again, its rows shuffled inside blocks of `shuffle_buffer` by (seed, pass, block). Rows that are dropped as too long or
+without an answer only make their step smaller, which is exact, since the loss is divided by the step's targets. So
+which rows a step has is a pure function of its number, and going on at step k passes over rows without tokenising them.
+"""
+
+import functools
+import hashlib
+import itertools
+import random
+from collections.abc import Iterator
+from typing import Any
+
+from ..console import say
+from ..errors import UserError
+from ..order import Step, deal
+from ..recipe import Data, Source
+from . import skills
+from .encode import Encoded, encode
+from .files import BadRow, Records, kind_of, records
+from .formats import refuse_without_template
+from .rows import Problems, check_row
+from .sources import Rows, from_hub, hub_revision, local, no_rows
+
+_SAMPLE = 512  # bytes at the start of each file that tell one data set from another
+
+
+class Stream:
+    """Stands where `Plan` stands (which examples make up which step) and where `Encoded` stands, for the step at hand."""
+
+    def __init__(self, source: Source, data: Data, tokenizer, seed: int, batch_size: int, micro_batch_size: int, total_steps: int):
+        self.source, self.data, self.tokenizer, self.setting = source, data, tokenizer, "data.train"
+        self.seed, self.batch_size, self.micro_batch_size, self.total_steps = seed, batch_size, micro_batch_size, total_steps
+        self.rank, self.ranks = 0, 1
+        self.counts: dict[str, int] = {}
+        self._pass_rows: int | None = None  # known after the first pass
+        self.files = None if source.path == "builtin:skills" else local(source, self.setting)
+        listed = next((name for name, path in self.files or [] if kind_of(path) == ".json"), None)
+        if listed:
+            raise UserError(
+                f"data.streaming: {listed} is one list, which must be read whole; write its rows to a .jsonl file, or set it to false"
+            )
+        self.origin = {"path": source.path, "name": source.name, "split": source.split, "revision": source.revision, "rows": None}
+        self.places: list[str] = []  # of the step's rows
+        self.window = self._first()
+
+    def for_rank(self, rank: int, ranks: int) -> "Stream":
+        self.rank, self.ranks = rank, ranks
+        return self
+
+    def _first(self) -> Encoded:
+        """The first step's examples. All rows of the first block are checked on the way, before any model is loaded."""
+        block = list(itertools.islice(self._records(), self.data.shuffle_buffer))
+        if not block:
+            raise no_rows(self.source, self.setting)
+        self._checked(block)
+        return self._encoded([(place, get) for _, place, get in itertools.islice(self._rows(0), self.batch_size)])
+
+    @property
+    def content(self) -> str:
+        """What tells this data from other data, for a run that goes on: hashing all of it would take as long as reading it.
+
+        A row found bad is to be mended, so sizes are not in it.
+        """
+        digest = hashlib.sha256(repr([self.source.path, self.source.name, self.source.split, self.origin["revision"]]).encode())
+        for name, path in self.files or []:
+            with open(path, "rb") as file:
+                digest.update(name.encode("utf-8", "surrogatepass") + file.read(_SAMPLE))
+        return f"stream {digest.hexdigest()}"
+
+    # ---- as an Encoded, for the step at hand
+
+    def example(self, i: int):
+        return self.window.example(i)
+
+    def subset(self, keep) -> Encoded:
+        return self.window.subset(keep)
+
+    @property
+    def lengths(self):
+        return self.window.lengths
+
+    def __len__(self) -> int:
+        return len(self.window)
+
+    def __getitem__(self, i: int) -> str:
+        """The place of an example of the step at hand."""
+        return self.places[self.window.row[i]]
+
+    # ---- as a Plan
+
+    def steps(self, done: int = 0) -> Iterator[Step]:
+        """The steps after the first `done`. An example's number counts within its step."""
+        rows, barren = self._rows(done * self.batch_size), 0
+        for number in range(done + 1, self.total_steps + 1):
+            taken = list(itertools.islice(rows, self.batch_size))
+            self.window = self._encoded([(place, get) for _, place, get in taken])
+            for key, count in self.window.counts.items():
+                self.counts[key] = self.counts.get(key, 0) + count
+            barren = 0 if len(self.window) else barren + len(taken)
+            if self._pass_rows and barren >= self._pass_rows:
+                raise UserError(
+                    f"{self.setting}: none of {self.source.path}'s rows has a supervised token left; look at data.max_length and the rows"
+                )
+            micro_batches = deal(list(range(len(self.window))), self.window.lengths, self.micro_batch_size, self.rank, self.ranks)
+            yield Step(number, taken[0][0], micro_batches or [[]])
+        c = self.counts
+        if c:
+            say(
+                f"train: {c['rows']} rows streamed, {c['examples']} examples ({c['too_long']} too long, {c['unsupervised']} with nothing supervised)"
+            )
+
+    def _rows(self, skip: int) -> Iterator[tuple[int, str, Any]]:
+        """(pass, place, get) of the endless stream, from row `skip` on."""
+        turn = 0
+        while True:
+            source, count = self._records(), 0
+            for number in itertools.count():
+                block = list(itertools.islice(source, self.data.shuffle_buffer))
+                if not block:
+                    break
+                count += len(block)
+                if skip >= len(block):
+                    skip -= len(block)
+                    continue
+                random.Random(f"stream {self.seed} {turn} {number}").shuffle(block)
+                yield from ((turn, place, get) for place, get in block[skip:])
+                skip = 0
+            if not count:
+                raise no_rows(self.source, self.setting)
+            self._pass_rows = count
+            turn += 1 + skip // count
+            skip %= count
+
+    def _records(self) -> Records:
+        """One pass over the source."""
+        return itertools.islice(self._local() if self.files is not None else self._elsewhere(), self.source.limit)
+
+    def _local(self) -> Records:
+        for name, path in self.files:
+            try:
+                with open(path, "rb") as file:
+                    yield from records(file, name, path)
+            except OSError as error:
+                raise UserError(f"{self.setting}.path: {name}: {error.strerror}") from None
+
+    def _elsewhere(self) -> Records:
+        if self.source.path == "builtin:skills":
+            rows = skills.rows(self.source.split, self.source.name or "questions")
+        else:
+            rows = from_hub(self.source, self.setting, streaming=True)
+            self.origin["revision"] = hub_revision(rows, self.source)
+        place = f"{self.source.path}[{self.source.split}]"
+        try:
+            for number, row in enumerate(rows, 1):
+                yield f"{place}:{number}", functools.partial(dict, row)
+        except Exception as error:  # the network may fail days into a run
+            reason = (str(error).strip().splitlines() or [""])[0]
+            raise UserError(f"{place}: could not be read on ({type(error).__name__}: {reason[:160]}); try again, with --resume") from None
+
+    def _checked(self, taken: list[tuple[str, Any]]) -> Rows:
+        problems, rows, places = Problems(), [], []
+        for place, get in taken:
+            try:
+                rows.append(check_row(get(), place, self.source, problems))
+                places.append(place)
+            except BadRow as error:
+                problems.add(f"{place}: {error}")
+        problems.raise_if_any()
+        return Rows(rows, places, "")
+
+    def _encoded(self, taken: list[tuple[str, Any]]) -> Encoded:
+        rows = self._checked(taken)
+        self.places = rows.places
+        refuse_without_template(self.source, rows.rows, self.tokenizer, self.setting)
+        return encode(rows, self.source, self.data, self.tokenizer)

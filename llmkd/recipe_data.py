@@ -1,0 +1,161 @@
+"""The data's settings: where rows come from, what they are, what becomes of them. A part of `recipe.py`."""
+
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Discriminator, Field, Tag
+from pydantic.dataclasses import dataclass
+
+settings = dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True, allow_inf_nan=False))
+
+Count = Annotated[int, Field(ge=1)]
+
+#: The columns of each format, and what a message of a conversation holds; `Source.fields` renames them.
+COLUMNS: dict[str, tuple[str, ...]] = {
+    "alpaca": ("instruction", "input", "output"),
+    "chat": ("messages", "tools", "role", "content"),
+    "prompt_completion": ("prompt", "completion", "tools", "role", "content"),
+    "text": ("text",),
+}
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+@settings
+class Source:
+    path: str = Field(
+        description="A .json, .jsonl, .parquet, .arrow or .csv file, a folder of them, a hub data set, or builtin:skills (the generated corpus)."
+    )
+    format: Literal["alpaca", "chat", "prompt_completion", "text"] = Field(
+        "alpaca",
+        description="alpaca: instruction, input, output; chat: messages of role and content; prompt_completion: prompt, completion; text: text.",
+    )
+    fields: dict[str, str] = Field(
+        default_factory=dict,
+        description="What the file calls the format's columns, where it has other names: {messages: conversations, role: from, content: value}.",
+    )
+    roles: dict[str, str] = Field(
+        default_factory=dict,
+        description="What the file calls the roles of a chat, where it has other names: {user: human, assistant: gpt}.",
+    )
+    chat_template: bool = Field(
+        False, description="alpaca and prompt_completion: pass the prompt and the answer through the tokenizer's chat template."
+    )
+    name: str | None = Field(
+        None, description="Configuration of a hub data set; for builtin:skills, questions (conversations) or prose (plain text)."
+    )
+    split: str = Field("train", description="Split of a hub data set, of a folder whose files are named by split, or of builtin:skills.")
+    revision: str | None = Field(None, description="Revision of a hub data set.")
+    limit: Count | None = Field(None, description="Use only so many rows: the first ones, or with seed a random sample.")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] | None = Field(None, description="Draw the limit's rows by this seed.")
+    weight: float = Field(1.0, gt=0, description="Passes over this source in one epoch: 2 is twice, 0.5 a half, drawn anew each epoch.")
+
+
+#: One source or a list of them; the tag keeps pydantic from explaining what is wrong with the form that was not meant.
+Sources = Annotated[
+    Annotated[Source, Tag("one")] | Annotated[tuple[Source, ...], Tag("several")] | Annotated[None, Tag("none")],
+    Discriminator(lambda value: "none" if value is None else "several" if isinstance(value, list | tuple) else "one"),
+]
+
+
+def sources(setting: Source | tuple[Source, ...] | None) -> tuple[Source, ...]:
+    """The sources behind `data.train` or `data.validation`."""
+    return setting if isinstance(setting, tuple) else (setting,) if setting else ()
+
+
+@settings
+class Data:
+    train: Sources = Field(None, description="What the student trains on: a source, or a list of them.")
+    validation: Sources = Field(None, description="Held-out rows; or set validation_share.")
+    validation_share: float = Field(0.0, ge=0, lt=1, description="Share of the training rows, drawn by seed, held out for validation.")
+    choices: Source | None = Field(
+        None,
+        description="Multiple-choice questions in the same format, scored at the end: rows have choices (texts) and answer (an index).",
+    )
+    max_length: Annotated[int, Field(ge=2)] = Field(512, description="Longest example in tokens.")
+    too_long: Literal["drop", "truncate", "split", "refuse"] = Field(
+        "drop", description="What becomes of a longer one: drop it, cut its end off, split it into several (text only), or refuse the run."
+    )
+    train_on_input: bool = Field(False, description="Supervise the prompt's tokens too, not only the answer's.")
+    packing: bool = Field(
+        False,
+        description="Concatenate a micro-batch's examples into one row without padding; they stay isolated, and the result is the same.",
+    )
+    streaming: bool = Field(
+        False, description="Read and tokenise the training rows while training instead of before; needs train.max_steps."
+    )
+    shuffle_buffer: Count = Field(10_000, description="Streaming: rows that are shuffled together.")
+    cache_dir: str | None = Field(None, description="Where tokenised data is kept; by default ~/.cache/llmkd, or LLMKD_CACHE.")
+
+
+def data_contradictions(data: Data, max_steps: int | None, length_group: int) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Settings of the data that are each right and together wrong, as `recipe.contradictions` gives them."""
+    if not sources(data.train):
+        yield ("data.train",), "not given; name what to train on, such as {path: train.jsonl, format: alpaca}"
+    if data.validation == ():
+        yield ("data.validation",), "found an empty list; name a source, or leave it out"
+    if sources(data.validation) and data.validation_share:
+        yield ("data.validation_share", "data.validation"), "given together with data.validation; keep one of them"
+    every = (*sources(data.train), *sources(data.validation))
+    if data.too_long == "split" and any(s.format != "text" for s in every):
+        yield ("data.too_long", "data.train", "data.validation"), "found split, which only format: text can be; use drop or truncate"
+    for setting, value in (("data.train", data.train), ("data.validation", data.validation), ("data.choices", data.choices)):
+        for i, source in enumerate(sources(value)):
+            for name, problem in _source_contradictions(source, setting):
+                path = f"{setting}.{i}" if isinstance(value, tuple) else setting
+                yield (f"{path}.{name}",), problem
+    if data.streaming:
+        yield from _streaming_contradictions(data, max_steps, length_group)
+
+
+def _source_contradictions(source: Source, setting: str) -> Iterator[tuple[str, str]]:
+    choices = setting == "data.choices"
+    if source.path.startswith("builtin:") and source.path != "builtin:skills":
+        yield "path", f"found {source.path!r}; the only built-in corpus is builtin:skills"
+    if choices and source.format == "text":
+        yield "format", "found text, which has no answer to choose; use alpaca, chat or prompt_completion"
+    if source.weight != 1 and setting != "data.train":
+        yield "weight", f"found {source.weight:g}, and only training sources have weights; leave it out"
+    if source.seed is not None and source.limit is None:
+        yield "seed", "given without limit, whose rows it draws; give a limit, or leave it out"
+    if source.chat_template and source.format in ("chat", "text"):
+        why = "is always rendered by it" if source.format == "chat" else "has no turns to render"
+        yield "chat_template", f"found true with format: {source.format}, which {why}; leave it out"
+    known = COLUMNS[source.format] + (("choices", "answer") if choices else ())
+    for column in source.fields:
+        if column not in known:
+            yield f"fields.{column}", f"format {source.format} has no such column; it has {', '.join(known)}"
+    if source.roles and source.format not in ("chat", "prompt_completion"):
+        yield "roles", f"given with format: {source.format}, which has no roles; leave it out"
+    for role, name in source.roles.items():
+        if role not in ROLES:
+            yield f"roles.{role}", f"no such role; the roles are {', '.join(ROLES)}"
+        elif name in {source.roles.get(other, other) for other in ROLES if other != role}:
+            yield f"roles.{role}", f"found {name!r}, which also stands for another role; give each role its own name"
+
+
+def _streaming_contradictions(data: Data, max_steps: int | None, length_group: int) -> Iterator[tuple[tuple[str, ...], str]]:
+    if not max_steps:
+        yield ("data.streaming", "train.max_steps"), "found true without train.max_steps; the length of a stream is not known, so give it"
+    if data.validation_share:
+        yield (
+            ("data.validation_share", "data.streaming"),
+            "given with data.streaming, which reads no rows beforehand to part; use data.validation",
+        )
+    if isinstance(data.train, tuple) and len(data.train) > 1:
+        yield (
+            ("data.train", "data.streaming"),
+            "several sources with data.streaming, which reads one; write them to one folder, or set it to false",
+        )
+    for source in sources(data.train):
+        if source.weight != 1:
+            yield ("data.train", "data.streaming"), "a weight with data.streaming, which reads a source again and again; leave it out"
+        if source.seed is not None:
+            yield (
+                ("data.train", "data.streaming"),
+                "limit with seed and data.streaming, which cannot draw from rows it has not read; use the first",
+            )
+    if length_group > 1:
+        yield (
+            ("train.length_group", "data.streaming"),
+            f"found {length_group} with data.streaming, where lengths are not known; use 1",
+        )
