@@ -9,9 +9,10 @@ from pathlib import Path
 import numpy as np
 
 from .console import say
-from .data.tokenizer import load_tokenizer, vocab_size
+from .data.tokenizer import load_tokenizer, shared_vocab
 from .errors import UserError
 from .model_files import RECORD, ModelFiles, find
+from .prepare import prepare, rows_of
 
 SAMPLE = 64  # examples on which the merged model is compared with the trained one
 
@@ -37,8 +38,9 @@ def export(run: Path, to: Path | None = None, checkpoint: str | None = None) -> 
         raise UserError(f"--to: {to} exists; choose another folder, or remove it")
     files = find(str(student), "export")
     tokenizer = load_tokenizer(str(student if (student / "tokenizer.json").exists() else files.base), "export")
-    model = merge(files, vocab_size(tokenizer), saved) if is_adapter else restored(student, saved)
-    record = drift(model, files, tokenizer, run, saved) if is_adapter else None
+    vocab = shared_vocab(tokenizer, {"export": rows_of(files.config)})
+    model = merge(files, vocab, saved) if is_adapter else restored(student, saved)
+    record = drift(model, files, tokenizer, vocab, run, saved) if is_adapter else None
     part = to.with_name(f"{to.name}.tmp-{os.getpid()}")
     try:
         model.save_pretrained(part)
@@ -55,7 +57,7 @@ def export(run: Path, to: Path | None = None, checkpoint: str | None = None) -> 
     return to
 
 
-def drift(merged, files: ModelFiles, tokenizer, run: Path, saved: Path | None) -> dict | None:
+def drift(merged, files: ModelFiles, tokenizer, vocab: int, run: Path, saved: Path | None) -> dict | None:
     """For an adapter trained on a quantised base: how far the merged model, which has the unquantised one, is from it.
 
     {"trained_on": the quantisation, "drift": ce and trained_ce, forward_kl (trained || merged), agreement}; None for others.
@@ -72,8 +74,8 @@ def drift(merged, files: ModelFiles, tokenizer, run: Path, saved: Path | None) -
     from .training import start
     from .validate import validate
 
-    sample, where = _sample(run, tokenizer)
-    accelerator, vocab = start(), vocab_size(tokenizer)
+    sample, where = _sample(run, vocab)
+    accelerator = start()
     trained = load_teacher(settings, vocab, accelerator.device)
     if saved:
         put(trained.model, saved)
@@ -88,10 +90,9 @@ def drift(merged, files: ModelFiles, tokenizer, run: Path, saved: Path | None) -
     return {"trained_on": trained_on, "measured_on": where, "drift": figures}
 
 
-def _sample(run: Path, tokenizer):
+def _sample(run: Path, vocab: int):
     """Examples of the run's own data, held-out ones where there are any; random tokens where the data is not to be had."""
     from .data.encode import Encoded
-    from .prepare import prepare
     from .settings import load_recipe
 
     try:
@@ -102,7 +103,7 @@ def _sample(run: Path, tokenizer):
         return encoded.subset(first), f"{first.sum()} {'held-out' if prepared.validation else 'training'} examples"
     except UserError as error:
         say(f"note: the run's data cannot be read ({error.problems[0]}); comparing on random tokens")
-    ids = np.random.default_rng(0).integers(0, vocab_size(tokenizer), (8, 64), np.int32)
+    ids = np.random.default_rng(0).integers(0, vocab, (8, 64), np.int32)
     marks = np.ones_like(ids, bool)
     marks[:, 0] = False
     return Encoded(ids.ravel(), marks.ravel(), np.arange(0, 513, 64), np.arange(8)), "8 rows of random tokens"

@@ -14,7 +14,7 @@ from .data.encode import Encoded, merge
 from .data.formats import with_answer
 from .data.sources import Rows, named, read_sources
 from .data.stream import Stream
-from .data.tokenizer import load_tokenizer, tokenizer_differences
+from .data.tokenizer import load_tokenizer, shared_vocab, tokenizer_differences, vocab_size
 from .errors import UserError
 from .model_files import ModelFiles, find, fingerprint
 from .order import draws
@@ -35,6 +35,7 @@ class Prepared:
     """Everything that is read and checked before a model is loaded."""
 
     tokenizer: object
+    vocab: int  # entries that the tokenizer and all models have
     train: Encoded | Stream
     places: Sequence[str] | Stream  # of each training example
     validation: Encoded | None
@@ -66,8 +67,10 @@ def prepare(recipe: Recipe) -> Prepared:
     tokenizer = _tokenizer(recipe, student)
     if teacher:
         _same_tokenizer(tokenizer, teacher, recipe.teacher.model)
+    vocab = shared_vocab(tokenizer, {setting: rows_of(config) for setting, config in configs.items()})
     held_out = encode_sources(rows, "data.validation", data, tokenizer)
     train, places = _training(recipe, rows, tokenizer)
+    refuse_beyond(vocab, train, places, tokenizer)
     if isinstance(train, Encoded):
         if data.validation_share:
             report(train, "rows to part")
@@ -77,6 +80,8 @@ def prepare(recipe: Recipe) -> Prepared:
         places = [places[i] for i in train.row]
     if held_out:
         report(held_out, "validation")
+        if not data.validation_share:
+            refuse_beyond(vocab, held_out, [place for read in rows["data.validation"] for place in read.places], tokenizer)
     content = train.content if isinstance(train, Stream) else "\n".join(source.content for source in rows["data.train"])
     identity = {"the training data": content, "the tokenizer": token_cache.tokenizer_hash(tokenizer)}
     for name, setting, files in (("the student's base", "student.model", student), ("the teacher", "teacher.model", teacher)):
@@ -86,7 +91,7 @@ def prepare(recipe: Recipe) -> Prepared:
     origins = {setting: [source.origin for source in read] for setting, read in rows.items()}
     if isinstance(train, Stream):
         origins["data.train"] = [train.origin]
-    return Prepared(tokenizer, train, places, held_out, questions, teacher_wanted, identity, origins, student, teacher)
+    return Prepared(tokenizer, vocab, train, places, held_out, questions, teacher_wanted, identity, origins, student, teacher)
 
 
 def read_data(data: Data) -> dict[str, list[Rows]]:
@@ -180,6 +185,21 @@ def positions(config: dict) -> int | None:
     """How many positions a model has, by whatever name its family gives the number; None where it has no bound."""
     config = config.get("text_config", config)
     return next((config[name] for name in ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx") if config.get(name)), None)
+
+
+def rows_of(config: dict) -> int | None:
+    """How many tokens a model has rows for, as its configuration says."""
+    return config.get("text_config", config).get("vocab_size")
+
+
+def refuse_beyond(vocab: int, encoded: Encoded | Stream, places: Sequence[str] | Stream, tokenizer) -> None:
+    """Tokens that the tokenizer has and a model has not would be an index error, or on a GPU worse."""
+    for i in range(len(encoded)) if vocab < vocab_size(tokenizer) else ():
+        ids, _ = encoded.example(i)
+        if (ids >= vocab).any():
+            token = tokenizer.convert_ids_to_tokens(int(ids.max()))
+            place = encoded[i] if isinstance(encoded, Stream) else places[encoded.row[i]]
+            raise UserError(f"{place}: holds {token!r}, which the tokenizer knows and a model has no row for; remove it from the text")
 
 
 def hold_out(encoded: Encoded, share: float, seed: int) -> tuple[Encoded, Encoded | None]:

@@ -5,7 +5,6 @@ import json
 from pathlib import Path
 
 from .console import bar, say
-from .data.tokenizer import vocab_size
 from .errors import UserError
 from .prepare import Prepared, prepare
 from .recipe import Recipe, Study, sources
@@ -69,7 +68,7 @@ def compare(study: Study, recipes: dict[str, Recipe]) -> dict[str, dict[str, flo
 
     def load(stage: str):
         settings = dataclasses.replace(as_trained(student_folder(recipes[stage].output_dir)), attention=recipes[stage].student.attention)
-        return load_teacher(settings, vocab_size(prepared.tokenizer), accelerator.device)
+        return load_teacher(settings, prepared.vocab, accelerator.device)
 
     teacher = load(study.teacher)
     names = {study.teacher: teacher} | {name: None for name in study.students}

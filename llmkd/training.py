@@ -11,7 +11,6 @@ from . import hub, trackers
 from .card import card
 from .console import bar, first_process, say
 from .data.stream import Stream
-from .data.tokenizer import vocab_size
 from .errors import NonFinite, Stopped, UserError
 from .order import Plan, learning_rate
 from .prepare import Prepared, prepare
@@ -76,7 +75,7 @@ class Session:
 
         self.recipe, self.prepared, self.folder, self.accelerator, self.stop = recipe, prepared, folder, accelerator, stop
         self.main, self.pad = accelerator.is_main_process, prepared.tokenizer.eos_token_id
-        vocab, device = vocab_size(prepared.tokenizer), accelerator.device
+        vocab, device = prepared.vocab, accelerator.device
         packing = recipe.data.packing
         self.teacher = Live(models.load_teacher(recipe.teacher, vocab, device, packing)) if prepared.teacher_wanted else None
         self.student = models.load_student(recipe.student, vocab, device, recipe.seed, packing)

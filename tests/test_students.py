@@ -198,3 +198,41 @@ def test_what_a_model_sees_or_hears_with_is_left_alone(tmp_path, changes):
     view, labels_N = View({"input_ids": torch.arange(20).reshape(2, 10)}, torch.arange(0, 20, 2)), torch.arange(10)
     fused_loss(model.hidden(view), model.head, labels_N, Objective(), chunk=3)[0].backward()
     assert all(p.grad is not None for p in model.trainable().values())
+
+
+def test_an_added_token_that_a_model_has_no_row_for_is_left_out(world, trained, make_recipe, tmp_path):
+    """Gemma 3's tokenizer has an image token more than the 1B model has rows."""
+    from transformers import AutoTokenizer
+
+    from llmkd.data.tokenizer import vocab_size
+    from llmkd.prepare import prepare
+
+    changes = {}
+    for name in ("student", "teacher"):
+        shutil.copytree(world / name, tmp_path / name)
+        tokenizer = AutoTokenizer.from_pretrained(tmp_path / name)
+        assert vocab_size(tokenizer) == 640
+        tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+        tokenizer.add_tokens(["<note>"])
+        tokenizer.save_pretrained(tmp_path / name)
+        changes[f"{name}.model"] = str(tmp_path / name)
+    assert distance(trained("with", **changes), trained("without", **{"teacher.model": str(world / "teacher")})) == 0
+    from llmkd.export import export
+
+    export(tmp_path / "with")
+    (tmp_path / "bad.jsonl").write_text('{"instruction": "a", "output": "b"}\n{"instruction": "a <note>", "output": "b"}\n')
+    with pytest.raises(UserError, match=r"bad.jsonl:2: holds '<note>', which the tokenizer knows and a model has no row for"):
+        prepare(make_recipe(**changes, **{"data.train.path": str(tmp_path / "bad.jsonl")}))
+
+
+def test_a_tokenizer_with_ordinary_entries_beyond_the_model_is_refused(world, make_recipe, tmp_path):
+    from transformers import AutoModelForCausalLM
+
+    from llmkd.prepare import prepare
+
+    shutil.copytree(world / "student", tmp_path / "student")
+    model = AutoModelForCausalLM.from_pretrained(world / "student")
+    model.resize_token_embeddings(600)
+    model.save_pretrained(tmp_path / "student")
+    with pytest.raises(UserError, match="student.model: the tokenizer has 640 entries and the model 600 rows"):
+        prepare(make_recipe(**{"student.model": str(tmp_path / "student")}))

@@ -57,6 +57,22 @@ def vocab_size(tokenizer) -> int:
     return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 
+def shared_vocab(tokenizer, rows: dict[str, int | None]) -> int:
+    """How many entries all models have of the tokenizer's: `rows` are those of each setting's model, None where unknown.
+
+    Some tokenizers have more entries than their model: Gemma 3's names an image token that the 1B model has no row for.
+    Such added tokens are left out, and examples that hold one are refused by `prepare`; any other lack is a wrong tokenizer.
+    """
+    size = vocab_size(tokenizer)
+    for setting, count in rows.items():
+        lacking = [i for i in tokenizer.get_vocab().values() if count is not None and i >= count]
+        if any(i not in tokenizer.added_tokens_decoder for i in lacking):
+            raise UserError(f"{setting}: the tokenizer has {size} entries and the model {count} rows for them; they do not belong together")
+        if lacking:
+            size = min(size, count)
+    return size
+
+
 def tokenizer_differences(ours, theirs) -> list[str]:
     """Why two tokenizers are not the same: the first entries, special tokens or encodings that differ. Empty if equal.
 
