@@ -75,6 +75,19 @@ def test_a_model_and_a_data_set_by_revision(llmkd, hub, world, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+def test_a_data_set_of_the_hub_is_streamed(llmkd, hub, world):
+    rows = (world / "train.jsonl").read_bytes()
+    hub.add("datasets", "someone/rows", {"data/train.jsonl": rows}, ref="v2")
+
+    def change(recipe):
+        recipe["data"] = {"train": {"path": "someone/rows", "revision": "v2"}, "max_length": 256, "streaming": True}
+        recipe["train"] |= {"max_steps": 2}
+
+    code, said = llmkd(change=change)
+    assert code == 0, said
+    assert "train: streaming someone/rows" in said and "16 rows streamed, 16 examples" in said
+
+
 @pytest.mark.parametrize(
     ("student", "train", "words"),
     [
