@@ -228,7 +228,14 @@ def _hub(source: Source, setting: str) -> Opened:
 
 
 def hub_revision(data: Any, source: Source) -> str | None:
-    """The commit a hub data set was read at: as its files' addresses say, or else as the recipe does."""
+    """The commit a hub data set was read at: as its files' addresses or the hub say, or else as the recipe does."""
     addresses = " ".join(map(str, getattr(data.info, "download_checksums", None) or {}))
     commits = set(re.findall(r"@([0-9a-f]{40})/", addresses))
-    return commits.pop() if len(commits) == 1 else source.revision
+    if len(commits) == 1:
+        return commits.pop()
+    from huggingface_hub import dataset_info
+
+    try:
+        return dataset_info(source.path, revision=source.revision, timeout=10).sha
+    except Exception:  # offline, say; the rows were read all the same
+        return source.revision
