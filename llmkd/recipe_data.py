@@ -38,7 +38,8 @@ class Source:
         description="What the file calls the roles of a chat, where it has other names: {user: human, assistant: gpt}.",
     )
     chat_template: bool = Field(
-        False, description="alpaca and prompt_completion: pass the prompt and the answer through the tokenizer's chat template."
+        False,
+        description="alpaca and prompt_completion: the prompt is a user's turn and the answer an assistant's, in the tokenizer's chat template.",
     )
     name: str | None = Field(
         None, description="Configuration of a hub data set; for builtin:skills, questions (conversations) or prose (plain text)."

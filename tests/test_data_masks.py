@@ -333,16 +333,17 @@ def test_prompt_and_completion():
 
 
 @pytest.mark.parametrize(
-    ("format", "row"),
+    ("format", "row", "asked"),
     [
-        ("alpaca", {"instruction": "q", "input": "x", "output": "one"}),
-        ("prompt_completion", {"prompt": "q\n\nx", "completion": "one"}),
+        ("alpaca", {"instruction": "q", "input": "x", "output": "one"}, ALPACA_WITH_INPUT.format(instruction="q", input="x")),
+        ("alpaca", {"instruction": "q", "input": "", "output": "one"}, ALPACA.format(instruction="q")),
+        ("prompt_completion", {"prompt": "q\n\nx", "completion": "one"}, "q\n\nx"),
     ],
 )
-def test_plain_formats_through_the_chat_template(format, row):
+def test_plain_formats_through_the_chat_template(format, row, asked):
     tokenizer = tiny()
     encoded = encode(rows_of(row), format, Data(), tokenizer, chat_template=True)
-    assert same(encoded, encode(rows_of(talk("u q\n\nx", "a one")), "chat", Data(), tokenizer))
+    assert same(encoded, encode(rows_of(talk(f"u {asked}", "a one")), "chat", Data(), tokenizer))
 
 
 def test_a_conversation_as_prompt_and_completion_supervises_the_completion_only():

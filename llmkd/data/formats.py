@@ -22,13 +22,10 @@ ALPACA_WITH_INPUT = (
 def alpaca(row: dict, source: Source, tokenizer) -> list[Text]:
     """instruction, input (may be empty or absent), output: Stanford Alpaca's prompt; the output is supervised, if there is one.
 
-    Through a chat template the user's turn is the instruction, with the input behind an empty line.
+    Through a chat template that same prompt is the user's turn, as in torchtune's recipes.
     """
-    if source.chat_template:
-        asked = row["instruction"] + (f"\n\n{row['input']}" if row.get("input") else "")
-        return _asked(asked, row["output"], tokenizer)
     prompt = (ALPACA_WITH_INPUT if row.get("input") else ALPACA).format(instruction=row["instruction"], input=row.get("input", ""))
-    return _answered(prompt, row["output"])
+    return _asked(prompt, row["output"], tokenizer) if source.chat_template else _answered(prompt, row["output"])
 
 
 def prompt_completion(row: dict, source: Source, tokenizer) -> list[Text]:
