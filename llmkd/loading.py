@@ -5,6 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from .console import say
 from .errors import UserError
 from .families import beside_text
 from .model_files import ModelFiles, read_json, tensors
@@ -12,6 +13,11 @@ from .recipe import Lora, Quantization
 from .recipe import Student as StudentSettings
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+#: Masks and tables that older versions of transformers saved with the weights and newer ones compute.
+_OLD_BUFFERS = (".masked_bias", ".attn.bias", ".rotary_emb.inv_freq")
+#: PEFT's types that change what the model reads, or need PEFT's own forward pass, and not (only) its weights.
+_NO_WEIGHTS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "MULTITASK_PROMPT_TUNING", "CPT", "ADAPTION_PROMPT", "CARTRIDGE", "XLORA")
 
 
 def base(
@@ -41,7 +47,7 @@ def base(
         raise UserError(f"{setting}: {folder} cannot be loaded ({brief(error)})") from error
     for what, keys in (
         ("lacks", report["missing_keys"]),
-        ("holds, beyond its architecture,", report["unexpected_keys"]),
+        ("holds, beyond its architecture,", [k for k in report["unexpected_keys"] if not str(k).endswith(_OLD_BUFFERS)]),
         ("has wrong shapes of", report["mismatched_keys"]),
     ):
         if keys:
@@ -51,7 +57,23 @@ def base(
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):  # in eval mode it would repack the weights into a form without a gradient
             module.support_avx512bf16_for_cpu = False
+    if quantization:
+        _note_share(model, setting)
     return model if getattr(model, "is_loaded_in_8bit", False) else model.to(device)
+
+
+def _note_share(model: nn.Module, setting: str) -> None:
+    """Only linear layers are quantised; a mixture of experts may hold most of its weights otherwise."""
+    linear = {id(p) for m in model.modules() if hasattr(m.weight if hasattr(m, "weight") else None, "quant_state") for p in [m.weight]}
+    linear |= {id(p) for p in model.parameters() if p.dtype in (torch.int8, torch.uint8)}
+    held = {True: 0, False: 0}
+    for p in model.parameters():
+        held[id(p) in linear] += p.numel() * p.element_size()
+    if held[False] > 4 * held[True]:
+        say(
+            f"note: {setting}: quantisation holds {held[True] >> 20} MB of linear layers; the other {held[False] >> 20} MB (embeddings, head, experts "
+            "that are no linear layers) are as they were"
+        )
 
 
 def bitsandbytes_config(settings: Quantization, dtype: str, folder: Path, setting: str):
@@ -77,10 +99,11 @@ def adapter(model: nn.Module, files: ModelFiles, setting: str, trainable: bool =
     from safetensors.torch import load_file
 
     path = files.adapter / "adapter_model.safetensors"
-    kind = read_json(files.adapter / "adapter_config.json", setting).get("peft_type")
-    if kind in ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "MULTITASK_PROMPT_TUNING", "CPT", "ADAPTION_PROMPT"):
+    config = read_json(files.adapter / "adapter_config.json", setting)
+    kind = "aLoRA" if config.get("alora_invocation_tokens") else config.get("peft_type")
+    if kind == "aLoRA" or kind in _NO_WEIGHTS:
         raise UserError(
-            f"{setting}: {files.adapter} is an adapter of type {kind}, which changes the input; only adapters of weights, such as LORA, are supported"
+            f"{setting}: {files.adapter} is an adapter of type {kind}, which is more than a change of weights; only those, such as LORA, are supported"
         )
     try:
         found = tensors(path)
@@ -105,7 +128,7 @@ def adapter(model: nn.Module, files: ModelFiles, setting: str, trainable: bool =
 
 def _is_base_weight(model: nn.Module, name: str, value: Tensor) -> bool:
     """PEFT saves the base's own head or embedding beside an adapter on it; that is no left-over if it is the same."""
-    parameters = dict(model.named_parameters())
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     own = parameters.get(name, parameters.get(name.replace(".weight", ".base_layer.weight")))
     return own is not None and own.shape == value.shape and torch.equal(own.cpu(), value.to(own.dtype))
 
@@ -134,8 +157,13 @@ def new_adapter(model: nn.Module, lora: Lora, revision: str | None) -> nn.Module
         raise UserError(f"student.lora.modules_to_save: the model has no module {missing[0]!r}; leave it out")
     try:
         return get_peft_model(model, config)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"student.lora.target_modules: {str(error).splitlines()[0][:200]}") from error
+    except Exception as error:
+        outs = [name for name, _ in model.named_modules() if name.endswith((".out_proj", ".conv1d"))]
+        if "Mamba" in str(error) and targets == "all-linear" and not set(outs) & set(beside):
+            say("note: student.lora.target_modules: all-linear leaves out out_proj, whose weight Mamba's kernels use past any adapter")
+            config.exclude_modules = beside + outs
+            return get_peft_model(model, config)
+        raise UserError(f"student.lora: no such adapter can be put on {model.config.model_type} ({brief(error)})") from error
 
 
 def new_model(settings: StudentSettings, vocab: int) -> nn.Module:

@@ -6,6 +6,7 @@ then (logging, validation, saving, stopping) is its caller's business.
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 
@@ -58,6 +59,7 @@ def train(
     for step in plan.steps(done):
         micro_batches = [batch_of(examples) for examples in step.micro_batches]
         targets = count_targets(micro_batches, accelerator)
+        scale = 2.0 ** round(math.log2(targets))  # a power of two is exact; without it float16 would lose small gradients on their way
         seen: list[list[dict[str, Tensor]]] = [[] for _ in learners]
         for i, micro in enumerate(micro_batches):
             micro = micro.to(device)
@@ -67,9 +69,12 @@ def train(
                 last = i == len(micro_batches) - 1
                 with contextlib.nullcontext() if last else accelerator.no_sync(learner.distiller):
                     loss = learner.distiller(micro, signal)
-                    accelerator.backward(loss.total * (ranks / targets))  # ranks average gradients: this makes it a sum again
+                    accelerator.backward(loss.total * (scale * ranks / targets))  # ranks average gradients: this makes it a sum again
                 rows.append(loss.rows)
-        norms = [torch.nn.utils.get_total_norm([p.grad for p in learner.parameters.values() if p.grad is not None]) for learner in learners]
+        grads = [[p.grad for p in learner.parameters.values() if p.grad is not None] for learner in learners]
+        for own in grads:
+            torch._foreach_mul_(own, 1 / scale)
+        norms = [torch.nn.utils.get_total_norm(own) for own in grads]
         progress = reduce(step.number, step.epoch, targets, learners, seen, norms, stop_asked(), accelerator)
         for k, learner in enumerate(learners):
             if not all(map(is_finite, (*progress.terms[k].values(), progress.grad_norms[k]))):

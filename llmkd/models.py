@@ -31,6 +31,7 @@ class LanguageModel(nn.Module):
         self.model = model
         self.autocast: torch.dtype | None = None
         self.own_forward = False
+        self.untouched: list[str] = []  # trainable parameters that a small batch gave no gradient
         self.head = head_of(self.plain, vocab)
 
     @property
@@ -102,12 +103,18 @@ def load_student(settings: StudentSettings, vocab: int, device, seed: int, packi
         if not model.supports_gradient_checkpointing:
             raise UserError(f"student.gradient_checkpointing: {model.config.model_type} has none; set it to false")
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    if settings.mixed_precision == "bf16" and next(model.parameters()).dtype != torch.float32:
+        say("note: student.mixed_precision: bf16 is for weights held in float32; these are not, and it changes little or nothing")
     if settings.method == "lora":
         model.requires_grad_(False)
         model = (_kept_adapter(model, files, settings) if files.adapter else _fresh_adapter(model, files, settings)).to(device)
     student = LanguageModel(model, _fits(model, vocab, "student.model"))
     student.autocast = torch.bfloat16 if settings.mixed_precision == "bf16" else None
     selftest.check(student.train(), "student.model", packing)
+    student.untouched = selftest.untouched(student, "student.model")
+    if student.untouched:
+        some = f"{len(student.untouched)} of {len(student.trainable())} trainable tensors, such as {student.untouched[0]}"
+        say(f"note: student: {some}, get no gradient from a small batch; they are never used, or seldom")
     return student
 
 
@@ -137,19 +144,38 @@ def _kept_adapter(model: nn.Module, files: ModelFiles, settings: StudentSettings
     config = read_json(files.adapter / "adapter_config.json", "student.model")
     if config.get("peft_type") != "LORA":
         raise UserError(f"student.model: {settings.model} is an adapter of type {config.get('peft_type')}; only LORA can be trained on")
-    if settings.lora and settings.lora != Lora():
-        own = {"rank": config.get("r"), "alpha": config.get("lora_alpha"), "dropout": config.get("lora_dropout")}
-        for name, value in own.items():
-            if value is not None and float(value) != getattr(settings.lora, name):
-                raise UserError(
-                    f"student.lora.{name}: found {getattr(settings.lora, name):g}, and the adapter {settings.model} has {value:g}; leave student.lora out to train it on"
-                )
+    _refuse_other_settings(settings, config)
     note_quantization(files, settings.quantization, "student")
     adapted = loading.adapter(model, files, "student.model", trainable=True)
     if settings.base:
         adapted.peft_config["default"].base_model_name_or_path = str(files.base.resolve())
     say(f"student: going on with the adapter {settings.model} (rank {config.get('r')}, alpha {config.get('lora_alpha')})")
     return adapted
+
+
+def _refuse_other_settings(settings: StudentSettings, config: dict) -> None:
+    """An adapter keeps its own shape, so a recipe that gives it another one is refused; what was set first, then defaults."""
+    lora, default = settings.lora, Lora()
+    if lora is None or (lora == default and not Path(settings.model).is_dir()):  # a hub id's defaults were written out unasked
+        return
+    own = {
+        "rank": config.get("r"),
+        "alpha": config.get("lora_alpha"),
+        "dropout": config.get("lora_dropout"),
+        "target_modules": config.get("target_modules"),
+        "modules_to_save": config.get("modules_to_save") or (),
+        "rslora": config.get("use_rslora", False),
+        "dora": config.get("use_dora", False),
+    }
+    for name in sorted(own, key=lambda name: getattr(lora, name) == getattr(default, name)):
+        here, there = getattr(lora, name), own[name]
+        if name == "target_modules" and here == default.target_modules:
+            continue
+        same = set(here) == set(there) if isinstance(here, tuple) and isinstance(there, list | tuple) else here == there
+        if there is not None and not same:
+            raise UserError(
+                f"student.lora.{name}: is {here}, and the adapter {settings.model} has {there}; leave student.lora out to train it on"
+            )
 
 
 def note_quantization(files: ModelFiles, now: Quantization | None, who: str) -> None:

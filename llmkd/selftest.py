@@ -24,7 +24,7 @@ def check(model, setting: str, packing: bool = False) -> None:
     with _quiet(model):
         try:
             ids_BT = (torch.arange(24, device=model.device).reshape(2, 12) * 7 + 3) % model.head.vocab
-            own_NV = model.plain(input_ids=ids_BT, use_cache=False).logits.flatten(0, 1)[:, : model.head.vocab]
+            own_NV = model.model(input_ids=ids_BT, use_cache=False).logits.flatten(0, 1)[:, : model.head.vocab]
         except Exception as error:
             raise UserError(f"{setting}: {family} fails on a first small batch ({type(error).__name__}: {_first_line(error)})") from error
         size = own_NV.abs().max().item()
@@ -70,28 +70,50 @@ def _check_causal(model, ids_BT: Tensor, limit: float, setting: str) -> None:
 
 
 def _check_packing(model, ids_BT: Tensor, limit: float, setting: str) -> None:
-    """The second of two packed examples must not change with the first."""
-    B, T = ids_BT.shape
-    places_1T = torch.arange(T, device=ids_BT.device).repeat(B)[None]
-    apart_NV = _logits(model, ids_BT)
+    """The second of two packed examples is what it is apart, and does not change at all with the first.
+
+    "At all" is as exact as it is for two rows that cannot see each other: an 8-bit model rounds its activations by what
+    else is in the batch. So a leak is found that is smaller than the rounding between packed and apart.
+    """
+    other_BT = torch.cat([ids_BT[:1].flip(1), ids_BT[1:]])
+    second = slice(ids_BT.shape[1], None)
     try:
-        rows_N = torch.arange(B * T, device=ids_BT.device)
-        hidden_NH = model.hidden(View({"input_ids": ids_BT.reshape(1, -1), "position_ids": places_1T}, rows_N))
-        gap = _gap(model.head.logits(hidden_NH), apart_NV)
+        packed_NV, changed_NV = (_logits(model, ids, packed=True) for ids in (ids_BT, other_BT))
     except Exception as error:
         raise UserError(
             f"data.packing: {setting} ({model.plain.config.model_type}) takes no packed rows ({_first_line(error)}); set data.packing: false"
         ) from error
-    if not gap <= limit:
+    apart_NV = _logits(model, ids_BT)
+    noise = _gap(apart_NV[second], _logits(model, other_BT)[second])
+    leak, gap = _gap(packed_NV[second], changed_NV[second]), _gap(packed_NV, apart_NV)
+    if not (leak <= 3 * noise + 1e-6 * apart_NV.abs().max().item() and gap <= limit):
         raise UserError(
-            f"data.packing: in {setting} ({model.plain.config.model_type}) packed examples see one another: logits differ by {gap:.2g} "
+            f"data.packing: in {setting} ({model.plain.config.model_type}) packed examples see one another: logits differ by {max(leak, gap):.2g} "
             "from those of the same examples apart; set data.packing: false"
         )
 
 
-def _logits(model, ids_BT: Tensor) -> Tensor:
+def _logits(model, ids_BT: Tensor, packed: bool = False) -> Tensor:
     rows_N = torch.arange(ids_BT.numel(), device=ids_BT.device)
-    return model.head.logits(model.hidden(View({"input_ids": ids_BT}, rows_N)))
+    inputs = {"input_ids": ids_BT}
+    if packed:
+        B, T = ids_BT.shape
+        inputs = {"input_ids": ids_BT.reshape(1, -1), "position_ids": torch.arange(T, device=ids_BT.device).repeat(B)[None]}
+    return model.head.logits(model.hidden(View(inputs, rows_N)))
+
+
+def untouched(model, setting: str) -> list[str]:
+    """Trainable parameters that a small batch gives no gradient. UserError where there is no backward pass at all."""
+    ids_BT = (torch.arange(24, device=model.device).reshape(2, 12) * 7 + 3) % model.head.vocab
+    try:
+        with torch.enable_grad():
+            _logits(model, ids_BT).logsumexp(-1).sum().backward()
+    except Exception as error:
+        family = model.plain.config.model_type
+        raise UserError(f"{setting}: {family} fails in a first backward pass ({type(error).__name__}: {_first_line(error)})") from error
+    out = [name for name, p in model.trainable().items() if p.grad is None]
+    model.zero_grad(set_to_none=True)
+    return out
 
 
 def _gap(a_NV: Tensor, b_NV: Tensor) -> float:
