@@ -163,7 +163,8 @@ def new_adapter(model: nn.Module, lora: Lora, revision: str | None) -> nn.Module
             say("note: student.lora.target_modules: all-linear leaves out out_proj, whose weight Mamba's kernels use past any adapter")
             config.exclude_modules = beside + outs
             return get_peft_model(model, config)
-        raise UserError(f"student.lora: no such adapter can be put on {model.config.model_type} ({brief(error)})") from error
+        setting = "student.lora.target_modules" if "target modules" in str(error).lower() else "student.lora"
+        raise UserError(f"{setting}: no such adapter can be put on {model.config.model_type} ({brief(error)})") from error
 
 
 def new_model(settings: StudentSettings, vocab: int) -> nn.Module:

@@ -174,7 +174,7 @@ def _refuse_other_settings(settings: StudentSettings, config: dict) -> None:
         same = set(here) == set(there) if isinstance(here, tuple) and isinstance(there, list | tuple) else here == there
         if there is not None and not same:
             raise UserError(
-                f"student.lora.{name}: is {here}, and the adapter {settings.model} has {there}; leave student.lora out to train it on"
+                f"student.lora.{name}: found {here}, and the adapter {settings.model} has {there}; leave student.lora out to train it on"
             )
 
 

@@ -48,6 +48,7 @@ class FakeHub:
             "HF_HOME": str(home),
             "HF_TOKEN": TOKEN,
             "HF_HUB_OFFLINE": "0",
+            "HF_DATASETS_OFFLINE": "0",
             "HF_HUB_DISABLE_XET": "1",
             "HF_HUB_DISABLE_TELEMETRY": "1",
             "HF_HUB_DISABLE_PROGRESS_BARS": "1",
