@@ -64,15 +64,12 @@ def base(
 
 def _note_share(model: nn.Module, setting: str) -> None:
     """Only linear layers are quantised; a mixture of experts may hold most of its weights otherwise."""
-    linear = {id(p) for m in model.modules() if hasattr(m.weight if hasattr(m, "weight") else None, "quant_state") for p in [m.weight]}
-    linear |= {id(p) for p in model.parameters() if p.dtype in (torch.int8, torch.uint8)}
-    held = {True: 0, False: 0}
-    for p in model.parameters():
-        held[id(p) in linear] += p.numel() * p.element_size()
-    if held[False] > 4 * held[True]:
+    size = {p: p.numel() * p.element_size() for p in model.parameters()}
+    quantised = sum(bytes_ for p, bytes_ in size.items() if p.dtype in (torch.int8, torch.uint8))
+    if quantised < 0.2 * (total := sum(size.values())):
         say(
-            f"note: {setting}: quantisation holds {held[True] >> 20} MB of linear layers; the other {held[False] >> 20} MB (embeddings, head, experts "
-            "that are no linear layers) are as they were"
+            f"note: {setting}: quantised linear layers are {quantised / total:.0%} of what it still takes in memory; embeddings, head and "
+            "experts that are no linear layers are as they were"
         )
 
 

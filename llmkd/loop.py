@@ -59,7 +59,9 @@ def train(
     for step in plan.steps(done):
         micro_batches = [batch_of(examples) for examples in step.micro_batches]
         targets = count_targets(micro_batches, accelerator)
-        scale = 2.0 ** round(math.log2(targets))  # a power of two is exact; without it float16 would lose small gradients on their way
+        scale = 2.0 ** round(
+            math.log2(targets)
+        )  # taken back below; a power of two is exact, and float16 keeps small gradients on their way
         seen: list[list[dict[str, Tensor]]] = [[] for _ in learners]
         for i, micro in enumerate(micro_batches):
             micro = micro.to(device)

@@ -266,6 +266,8 @@ def build_learner(recipe: Recipe, student, total_steps: int, accelerator):
     objective = Objective(loss.kd_ratio, loss.temperature, named(loss.divergence, **loss.divergence_options))
     parameters = student.trainable()
     optimizer = optimizers.build(optim, parameters)
+    if student.untouched and accelerator.num_processes > 1:  # or the processes would wait for gradients that never come
+        accelerator.ddp_handler.find_unused_parameters = True
     distiller = accelerator.prepare_model(Distiller(student, objective, loss.chunk_rows))
     return Learner(distiller, optimizer, parameters, schedule(recipe, total_steps), optim.max_grad_norm)
 

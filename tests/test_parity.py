@@ -63,6 +63,24 @@ def test_two_processes_are_one(world, reference, tmp_path):
         assert distance(weights(tmp_path / name), reference(name.rstrip("3"))) < BOUND
 
 
+def test_two_processes_are_one_where_some_weights_are_never_used(world, trained, tmp_path):
+    """BART's decoder alone has an attention to an encoder that is not there: no gradient ever comes for it."""
+    from families import tiny
+
+    from llmkd.data.skills import tokenizer
+
+    student, changes = tmp_path / "bart", {"student.method": "full", "train.micro_batch_size": 2, "train.max_steps": 3}
+    tiny("bart", vocab_size=640, max_position_embeddings=256, dropout=0.0).save_pretrained(student)
+    tokenizer().save_pretrained(student)
+    one = trained("one", **changes, **{"student.model": str(student)})
+    (tmp_path / "two.yaml").write_text(json.dumps(plain_recipe(world, tmp_path / "two")))
+    words = [word for key, value in changes.items() for word in (f"--{key}", str(value))]
+    done = torchrun(2, ["--config", str(tmp_path / "two.yaml"), "--student.model", str(student), *words], tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "get no gradient from a small batch" in done.stderr
+    assert distance(weights(tmp_path / "two"), one) < BOUND
+
+
 def torchrun(processes: int, arguments: list[str], cache: Path) -> subprocess.CompletedProcess:
     command = [
         sys.executable,

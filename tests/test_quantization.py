@@ -235,6 +235,18 @@ def test_merging_goes_into_the_unquantised_base_and_says_how_far_that_is(world, 
     assert found["model"].config.vocab_size == 648
 
 
+def test_a_model_that_quantisation_hardly_makes_smaller_is_said(single, tmp_path, capsys):
+    from transformers import AutoModelForCausalLM
+
+    student(single, NF4)
+    assert "quantised linear layers are 10% of what" in capsys.readouterr().err
+    model = AutoModelForCausalLM.from_pretrained(single / "student", num_hidden_layers=2)
+    model.resize_token_embeddings(64)
+    model.save_pretrained(tmp_path / "small")
+    models.load_teacher(TeacherSettings(model=str(tmp_path / "small"), quantization=NF4), 64, "cpu")
+    assert "quantised linear layers" not in capsys.readouterr().err
+
+
 def test_an_adapter_on_another_precision_than_it_was_trained_on_is_said(single, trained, tmp_path, capsys):
     trained("out", **qlora(single))
     capsys.readouterr()

@@ -130,6 +130,10 @@ def test_an_adapter_of_another_hand_works(world, tmp_path):
 def test_a_recipe_that_contradicts_the_adapter_is_refused(world):
     with pytest.raises(UserError, match=r"student.lora.rank: found 7, and the adapter .* has 4; leave student.lora out"):
         load(world / "adapter", lora=Lora(rank=7))
+    with pytest.raises(UserError, match=r"student.lora.target_modules: found \('q_proj',\), and the adapter .* has \["):
+        load(world / "adapter", lora=Lora(rank=4, target_modules=("q_proj",)))
+    with pytest.raises(UserError, match=r"student.lora.rslora: found True, and the adapter .* has False"):
+        load(world / "adapter", lora=Lora(rank=4, rslora=True))
     with pytest.raises(UserError, match="student.method: found full, and .* is an adapter"):
         load(world / "adapter", method="full")
 
@@ -147,6 +151,40 @@ def test_an_adapter_that_is_no_change_of_weights_is_refused(world, tmp_path, who
             load(tmp_path / "prompt")
         else:
             models.load_teacher(TeacherSettings(model=str(tmp_path / "prompt")), 640, "cpu")
+
+
+def test_an_adapter_that_acts_from_a_mark_in_the_text_on_is_refused(world, tmp_path):
+    shutil.copytree(world / "adapter", tmp_path / "activated")
+    config = json.loads((tmp_path / "activated/adapter_config.json").read_text())
+    (tmp_path / "activated/adapter_config.json").write_text(json.dumps(config | {"alora_invocation_tokens": [5, 6]}))
+    with pytest.raises(UserError, match="is an adapter of type aLoRA, which is more than a change of weights"):
+        models.load_teacher(TeacherSettings(model=str(tmp_path / "activated")), 640, "cpu")
+
+
+def test_tables_that_older_versions_saved_with_the_weights_are_no_strangers(world, tmp_path):
+    from safetensors.torch import save_file
+
+    shutil.copytree(world / "student", tmp_path / "old")
+    weights = load_file(tmp_path / "old/model.safetensors")
+    for name, allowed in (("model.layers.0.self_attn.rotary_emb.inv_freq", True), ("model.layers.0.self_attn.extra", False)):
+        save_file(weights | {name: torch.ones(4)}, tmp_path / "old/model.safetensors", {"format": "pt"})
+        if allowed:
+            load(tmp_path / "old")
+        else:
+            with pytest.raises(UserError, match="holds, beyond its architecture, 1 tensors, such as model.layers.0.self_attn.extra"):
+                load(tmp_path / "old")
+
+
+def test_all_linear_leaves_out_what_mamba_reads_past_its_adapter(tmp_path, capsys):
+    from families import tiny
+
+    from llmkd.data.skills import tokenizer
+
+    tiny("mamba2", vocab_size=640).save_pretrained(tmp_path)
+    tokenizer().save_pretrained(tmp_path)
+    model = load(tmp_path)
+    assert model.trainable() and not [name for name in model.trainable() if "out_proj" in name]
+    assert "all-linear leaves out out_proj" in capsys.readouterr().err
 
 
 def test_gradient_checkpointing_is_refused_where_a_family_has_none(tmp_path):
