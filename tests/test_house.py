@@ -3,12 +3,14 @@
 import ast
 import importlib.metadata
 import sys
+import tomllib
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "llmkd"
+EVALUATION = PACKAGE.parent / "eval"  # installed as llmkd_eval
 
 #: A unit is a module of llmkd or one of its folders. It imports only from layers above its own line.
 LAYERS = (
@@ -67,9 +69,15 @@ def test_a_module_imports_only_from_lower_layers(name):
             assert LAYER[unit(other)] < LAYER[unit(name)], f"{name} imports {other}"
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_the_package_never_imports_the_evaluation(name):
-    assert not {other for other in imports(name) if "eval" in other.split(".")}
+def test_only_the_command_line_loads_the_evaluation_and_only_when_asked():
+    users = {name for name in MODULES for other in imports(name) if other.split(".")[0] in ("eval", "llmkd_eval")}
+    assert users <= {"llmkd.cli"}
+    assert not {other for other in imports("llmkd.cli", top_level_only=True) if other.split(".")[0] == "llmkd_eval"}
+
+
+def test_every_folder_of_the_package_is_installed():
+    listed = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    assert sorted(listed) == sorted({*(module_name(path.parent) for path in MODULES.values()), "llmkd_eval"})
 
 
 def test_imports_at_load_time_have_no_cycle():
@@ -77,9 +85,10 @@ def test_imports_at_load_time_have_no_cycle():
     TopologicalSorter(graph).prepare()
 
 
-def test_no_name_at_the_top_shadows_a_module_that_python_would_import():
+@pytest.mark.parametrize("folder", [PACKAGE, EVALUATION])
+def test_no_name_at_the_top_shadows_a_module_that_python_would_import(folder):
     """`python llmkd/train.py` puts llmkd/ first on sys.path, where every file in it becomes a top-level module."""
     installed = {top for top, owners in importlib.metadata.packages_distributions().items() if set(owners) != {"llmkd"}}
-    here = {path.stem for path in PACKAGE.iterdir() if path.suffix == ".py" or path.is_dir()} - {"__init__", "__pycache__"}
-    assert here, "no module found"
+    here = {path.stem for path in folder.iterdir() if path.suffix == ".py" or path.is_dir()} - {"__init__", "__pycache__"}
+    assert here or folder == EVALUATION, "no module found"
     assert not here & (sys.stdlib_module_names | installed)
