@@ -36,10 +36,8 @@ def save(
     parameters: dict[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
     state: dict,
-    keep: int = 2,
-    best: int | None = None,
 ) -> Path:
-    """Write `folder/step-N`, then drop all but the newest `keep` and the step `best`."""
+    """Write `folder/step-N`."""
     from safetensors.torch import save_file
 
     weights = {name: p.detach().cpu().contiguous() for name, p in parameters.items()}
@@ -65,27 +63,40 @@ def save(
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
-    for _, old in sorted(_steps(folder))[:-keep]:
-        if old != folder / f"step-{best}":
-            shutil.rmtree(old, ignore_errors=True)
     return whole
 
 
-def newest(folder: Path, say: Callable[[str], None] = print) -> Saved | None:
-    """The newest checkpoint that is whole; those passed over are named. None if there is none at all."""
-    passed = []
-    for step, path in sorted(_steps(folder), reverse=True):
-        damage = damaged(path)
-        if damage is None:
+def prune(folder: Path, keep: int, best: int | None = None) -> None:
+    """Drop all checkpoints but the newest `keep` and the step `best`."""
+    for _, old in sorted(_steps(folder))[:-keep]:
+        if old != folder / f"step-{best}":
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def newest(folders: list[Path], say: Callable[[str], None] = print) -> list[Saved]:
+    """The newest checkpoint that is whole, at a step that all the folders have; those passed over are named. Empty if there is none."""
+    passed, common = [], set.intersection(*({step for step, _ in _steps(folder)} for folder in folders))
+    for step in sorted(common, reverse=True):
+        paths = [folder / f"step-{step}" for folder in folders]
+        damages = [f"{path} ({damage})" for path in paths if (damage := damaged(path))]
+        if not damages:
             for p in passed:
                 say(f"passing over the damaged checkpoint {p}")
-            return Saved(path, step, json.loads((path / "state.json").read_text()))
-        passed.append(f"{path} ({damage})")
+            return [Saved(path, step, json.loads((path / "state.json").read_text())) for path in paths]
+        passed += damages
     if passed:
+        where = folders[0] if len(folders) == 1 else folders[0].parent.parent
         raise UserError(
-            *(f"the checkpoint {p}" for p in passed), f"no whole checkpoint is left in {folder}; start again in another output_dir"
+            *(f"the checkpoint {p}" for p in passed), f"no whole checkpoint is left in {where}; start again in another output_dir"
         )
-    return None
+    return []
+
+
+def drop_after(folder: Path, step: int) -> None:
+    """Checkpoints past the one that is gone on with: they will be written again."""
+    for number, path in _steps(folder):
+        if number > step:
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def damaged(path: Path) -> str | None:

@@ -11,12 +11,15 @@ from .errors import UserError, exit_code
 
 USAGE = """\
 usage: llmkd train --config RECIPE [--section.name VALUE ...] [--resume] [--debug]
+       llmkd sweep --config SWEEP [--section.name VALUE ...] [--resume]
        llmkd data --config RECIPE [--show N] [--example I] [--section.name VALUE ...]
        llmkd export RUN [--to FOLDER] [--checkpoint STEP|best]
        llmkd --version          llmkd train --help lists every setting
 
 train    Train a student by distillation, or by plain fine-tuning where the recipe names no teacher.
          Several processes: accelerate launch llmkd/train.py --config RECIPE ...
+sweep    Train every arm of a sweep (a recipe and a grid of changes), side by side before one teacher where they can; then
+         measure, compare and report them. A study's or sweep's file given to train runs it too, on several processes.
 data     Read and tokenise a recipe's data as a run would; print its figures and N examples (3) with the supervised tokens marked.
 export   Write a finished run's student as a plain transformers model (RUN/merged): an adapter is merged into its base.
 
@@ -26,7 +29,8 @@ exit codes: 0 done, 1 a bug, 2 something to mend (one line each), 3 stopped on a
 
 STUDY = """\
 A study (a file with stages:, such as recipes/quickstart.yaml) runs its stages in order and compares their students;
-every other setting given on the command line goes to all stages.
+every other setting given on the command line goes to all stages. A sweep (a file with grid: or arms:) trains its arms;
+a setting that is not its own goes to all arms.
 """
 
 
@@ -48,25 +52,25 @@ def dispatch(argv: list[str]) -> None:
         print(USAGE)
     elif command == "train":
         train(argv)
+    elif command == "sweep":
+        sweep(argv)
     elif command == "data":
         data(argv)
     elif command == "export":
         export(argv)
     else:
-        raise UserError(f"{command}: no such command; there are train, data and export (see llmkd --help)")
+        raise UserError(f"{command}: no such command; there are train, sweep, data and export (see llmkd --help)")
 
 
 def train(argv: list[str]) -> None:
     if _flag(argv, "--help") or _flag(argv, "-h"):
         print(USAGE + "\n" + STUDY + "\nsettings:\n" + settings.help_text())
         return
-    resume = _flag(argv, "--resume")
-    overrides = settings.split_overrides(argv)
-    config = overrides.pop("config", None)
-    if not isinstance(config, str):
-        raise UserError("--config: not given; name a recipe, such as --config recipes/quickstart.yaml")
-    quiet()
-    if "stages" in settings.read(config)[0]:
+    config, overrides, resume = _run_options(argv)
+    kind = settings.kind(config)
+    if kind == "sweep":
+        run_sweep(config, overrides, resume)
+    elif kind == "study":
         from .study import run_study
 
         run_study(config, overrides, resume)
@@ -75,6 +79,32 @@ def train(argv: list[str]) -> None:
         from .training import run
 
         run(recipe, resume)
+
+
+def sweep(argv: list[str]) -> None:
+    if _flag(argv, "--help") or _flag(argv, "-h"):
+        print(USAGE + "\n" + STUDY + "\nsettings of a sweep:\n" + settings.help_text(settings.Sweep))
+        return
+    config, overrides, resume = _run_options(argv)
+    if settings.kind(config) != "sweep":
+        raise UserError(f"--config {config}: is no sweep, which has grid: or arms:; llmkd train runs it")
+    run_sweep(config, overrides, resume)
+
+
+def run_sweep(config: str, overrides: dict, resume: bool) -> None:
+    from .sweep import run_sweep as train_arms
+
+    print(train_arms(config, overrides, resume) / "sweep.json")
+
+
+def _run_options(argv: list[str]) -> tuple[str, dict, bool]:
+    resume = _flag(argv, "--resume")
+    overrides = settings.split_overrides(argv)
+    config = overrides.pop("config", None)
+    if not isinstance(config, str):
+        raise UserError("--config: not given; name a recipe, such as --config recipes/quickstart.yaml")
+    quiet()
+    return config, overrides, resume
 
 
 def data(argv: list[str]) -> None:
@@ -88,11 +118,12 @@ def data(argv: list[str]) -> None:
     for name, value in (("show", count), ("example", example)):
         if value is not None and (type(value) is not int or value < 0):
             raise UserError(f"--{name}: found {value!r}, expected a whole number >= 0")
-    stages = settings.read(config)[0].get("stages")
-    if stages is not None:
-        named = [str(stage.get("recipe")) for stage in stages.values() if isinstance(stage, dict)] if isinstance(stages, dict) else []
+    if (kind := settings.kind(config)) != "recipe":
+        file = settings.read(config)[0]
+        stages = file["stages"].values() if isinstance(file.get("stages"), dict) else []
+        named = [str(one["recipe"]) for one in (file, *stages) if isinstance(one, dict) and one.get("recipe")]
         raise UserError(
-            f"--config {config}: is a study; name the recipe of one of its stages: {', '.join(dict.fromkeys(named)) or 'it has none'}"
+            f"--config {config}: is a {kind}; name the recipe of one of its runs: {', '.join(dict.fromkeys(named)) or 'it has none'}"
         )
     quiet()
     from .show import show

@@ -25,5 +25,6 @@ class Distiller(nn.Module):
 
     def forward(self, batch: Batch, signal: Signal | None) -> Loss:
         hidden_NH = self.student.hidden(batch.student)
+        signal = signal if self.objective.kd_ratio else None  # another student's, where several share a teacher
         total, rows = fused_loss(hidden_NH, self.student.head, batch.labels_N, self.objective, signal, self.chunk_rows)
         return Loss(total, rows)

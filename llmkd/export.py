@@ -80,7 +80,7 @@ def drift(merged, files: ModelFiles, tokenizer, vocab: int, run: Path, saved: Pa
     if saved:
         put(trained.model, saved)
     plain = LanguageModel(merged.to(accelerator.device), vocab).eval()
-    found = validate(plain, Live(trained), sample, tokenizer.eos_token_id, 4, accelerator)
+    found = validate([plain], Live(trained), sample, tokenizer.eos_token_id, 4, accelerator)[0].figures()
     figures = {"ce": found["ce"], "trained_ce": found["teacher_ce"], "forward_kl": found["forward_kl"], "agreement": found["agreement"]}
     say(
         f"merged into the unquantised base; on {where}, against the model as it was trained: KL {figures['forward_kl']:.4f} nats, "

@@ -31,8 +31,11 @@ def beside_text(model: nn.Module) -> list[nn.Parameter]:
     return [p for p in model.parameters() if id(p) not in used]
 
 
-def head_of(model: nn.Module, vocab: int) -> Head:
-    """The head, with the scale and the soft cap that the model's configuration names; padding columns past `vocab` are cut."""
+def head_of(model: nn.Module, vocab: int, adapter: str | None = None) -> Head:
+    """The head, with the scale and the soft cap that the model's configuration names; padding columns past `vocab` are cut.
+
+    Where several adapters are in the model, the head is what it is with `adapter` alone.
+    """
     config = model.config.get_text_config()
     scale = 1.0
     for name in _MULTIPLIERS:
@@ -41,7 +44,15 @@ def head_of(model: nn.Module, vocab: int) -> Head:
         value = _number(config, name, 1.0)
         scale *= value if name == "logits_scaling" and config.model_type in _MULTIPLY_BY_LOGITS_SCALING else 1 / value
     softcap = next((cap for name in _SOFTCAPS if (cap := _number(config, name, 0.0))), None)
-    return Head(model.get_output_embeddings(), vocab, scale, softcap)
+    return Head(_without_others(model.get_output_embeddings(), adapter), vocab, scale, softcap)
+
+
+def _without_others(module: nn.Module, adapter: str | None) -> nn.Module:
+    """A module on which PEFT has put other adapters than this one: the module itself."""
+    for inner, kept in (("base_layer", "lora_A"), ("base_layer", "lora_embedding_A"), ("original_module", "modules_to_save")):
+        if adapter and len(getattr(module, kept, ())) and adapter not in getattr(module, kept):
+            return getattr(module, inner)
+    return module
 
 
 def _number(config, name: str, default: float) -> float:

@@ -90,8 +90,11 @@ def bitsandbytes_config(settings: Quantization, dtype: str, folder: Path, settin
     )
 
 
-def adapter(model: nn.Module, files: ModelFiles, setting: str, trainable: bool = False) -> nn.Module:
-    """PEFT loads an adapter of another depth or base without a word: the keys must match exactly, and be finite."""
+def adapter(model: nn.Module, files: ModelFiles, setting: str, trainable: bool = False, name: str = "default") -> nn.Module:
+    """PEFT loads an adapter of another depth or base without a word: the keys must match exactly, and be finite.
+
+    A model that has adapters already gets this one beside them, as `name`.
+    """
     from peft import PeftModel, get_peft_model_state_dict
     from safetensors.torch import load_file
 
@@ -105,12 +108,16 @@ def adapter(model: nn.Module, files: ModelFiles, setting: str, trainable: bool =
     try:
         found = tensors(path)
         weights = load_file(path)
-        adapted = PeftModel.from_pretrained(model, files.adapter, is_trainable=trainable)
+        if isinstance(model, PeftModel):
+            model.load_adapter(files.adapter, adapter_name=name, is_trainable=trainable)
+            adapted = model
+        else:
+            adapted = PeftModel.from_pretrained(model, files.adapter, adapter_name=name, is_trainable=trainable)
     except UserError:
         raise
     except Exception as error:
         raise UserError(f"{setting}: the adapter {files.adapter} cannot be loaded ({brief(error)})") from error
-    expected = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    expected = get_peft_model_state_dict(adapted, adapter_name=name, save_embedding_layers=False)
     copies = {name for name in found.keys() - expected.keys() if _is_base_weight(adapted, name, weights[name])}
     for what, keys in (("lacks", expected.keys() - found.keys()), ("holds left-over", found.keys() - expected.keys() - copies)):
         if keys:
@@ -130,12 +137,14 @@ def _is_base_weight(model: nn.Module, name: str, value: Tensor) -> bool:
     return own is not None and own.shape == value.shape and torch.equal(own.cpu(), value.to(own.dtype))
 
 
-def new_adapter(model: nn.Module, lora: Lora, revision: str | None) -> nn.Module:
-    """The base with a fresh LoRA adapter, which alone requires a gradient."""
-    from peft import LoraConfig, get_peft_model
+def new_adapter(model: nn.Module, lora: Lora, revision: str | None, name: str = "default") -> nn.Module:
+    """The base with a fresh LoRA adapter, which alone requires a gradient; beside those that the model has already, as `name`."""
+    from peft import LoraConfig, PeftModel, get_peft_model
 
-    unused = {id(p) for p in beside_text(model)}
-    beside = [name for name, module in model.named_modules() if any(id(p) in unused for p in module.parameters(recurse=False))]
+    several = isinstance(model, PeftModel)
+    plain = model.get_base_model() if several else model
+    unused = {id(p) for p in beside_text(plain)}
+    beside = [name for name, module in plain.named_modules() if any(id(p) in unused for p in module.parameters(recurse=False))]
     targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
     config = LoraConfig(
         task_type="CAUSAL_LM",
@@ -149,19 +158,25 @@ def new_adapter(model: nn.Module, lora: Lora, revision: str | None) -> nn.Module
         use_dora=lora.dora,
         revision=revision,
     )
-    names = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules()}
+    names = {name.rsplit(".", 1)[-1] for name, _ in plain.named_modules()}
     if missing := [name for name in lora.modules_to_save if name.rsplit(".", 1)[-1] not in names]:
         raise UserError(f"student.lora.modules_to_save: the model has no module {missing[0]!r}; leave it out")
     try:
-        return get_peft_model(model, config)
+        if several:
+            if targets == "all-linear":  # PEFT would count the other adapters' matrices among the linear layers
+                first = next(iter(model.peft_config.values()))
+                config.target_modules, config.exclude_modules = first.target_modules, first.exclude_modules
+            model.add_adapter(name, config)
+            return model
+        return get_peft_model(model, config, adapter_name=name)
     except Exception as error:
-        outs = [name for name, _ in model.named_modules() if name.endswith((".out_proj", ".conv1d"))]
+        outs = [name for name, _ in plain.named_modules() if name.endswith((".out_proj", ".conv1d"))]
         if "Mamba" in str(error) and targets == "all-linear" and not set(outs) & set(beside):
             say("note: student.lora.target_modules: all-linear leaves out out_proj, whose weight Mamba's kernels use past any adapter")
             config.exclude_modules = beside + outs
-            return get_peft_model(model, config)
+            return get_peft_model(model, config, adapter_name=name)
         setting = "student.lora.target_modules" if "target modules" in str(error).lower() else "student.lora"
-        raise UserError(f"{setting}: no such adapter can be put on {model.config.model_type} ({brief(error)})") from error
+        raise UserError(f"{setting}: no such adapter can be put on {plain.config.model_type} ({brief(error)})") from error
 
 
 def new_model(settings: StudentSettings, vocab: int) -> nn.Module:

@@ -32,14 +32,19 @@ class Learner:
 
 @dataclass
 class Progress:
-    """What a step did. `terms` are means over its targets, {"ce": ..., "kd": ..., "loss": ...}, one dict a learner."""
+    """What a step did, by the learners' numbers; those that failed earlier are no longer in it.
+
+    `terms` are means over the step's targets, {"ce": ..., "kd": ..., "loss": ...}. A learner in `failures` met a value that is not
+    finite: its weights are as they were before the step, and it takes no further ones.
+    """
 
     step: int
     epoch: int
     targets: int
     stop: bool
-    terms: list[dict[str, float]] = field(default_factory=list)
-    grad_norms: list[float] = field(default_factory=list)
+    terms: dict[int, dict[str, float]] = field(default_factory=dict)
+    grad_norms: dict[int, float] = field(default_factory=dict)
+    failures: dict[int, NonFinite] = field(default_factory=dict)
 
 
 def train(
@@ -51,43 +56,57 @@ def train(
     done: int = 0,
     stop_asked: Callable[[], bool] = lambda: False,
 ) -> Iterator[Progress]:
-    """Train from step `done` + 1 to the end of the plan. Raises NonFinite, on all ranks, before a step would spoil the weights.
+    """Train from step `done` + 1 to the end of the plan, or until every learner has failed.
 
-    With several learners each sees the same batches and the same teacher signal, which is computed once.
+    With several learners each sees the same batches and the same teacher signal, which is computed once; each ends as it would alone.
     """
     rank, ranks, device = accelerator.process_index, accelerator.num_processes, accelerator.device
+    active = dict(enumerate(learners))
     for step in plan.steps(done):
         micro_batches = [batch_of(examples) for examples in step.micro_batches]
         targets = count_targets(micro_batches, accelerator)
         scale = 2.0 ** round(
             math.log2(targets)
         )  # taken back below; a power of two is exact, and float16 keeps small gradients on their way
-        seen: list[list[dict[str, Tensor]]] = [[] for _ in learners]
+        seen: dict[int, list[dict[str, Tensor]]] = {k: [] for k in active}
         for i, micro in enumerate(micro_batches):
             micro = micro.to(device)
             signal = teacher(micro) if teacher else None
-            for learner, rows in zip(learners, seen, strict=True):
+            for k, learner in active.items():
                 torch.manual_seed(derived_seed(plan.seed, step.number, rank, i))
                 last = i == len(micro_batches) - 1
                 with contextlib.nullcontext() if last else accelerator.no_sync(learner.distiller):
                     loss = learner.distiller(micro, signal)
                     accelerator.backward(loss.total * (scale * ranks / targets))  # ranks average gradients: this makes it a sum again
-                rows.append(loss.rows)
-        grads = [[p.grad for p in learner.parameters.values() if p.grad is not None] for learner in learners]
-        for own in grads:
-            torch._foreach_mul_(own, 1 / scale)
-        norms = [torch.nn.utils.get_total_norm(own) for own in grads]
-        progress = reduce(step.number, step.epoch, targets, learners, seen, norms, stop_asked(), accelerator)
-        for k, learner in enumerate(learners):
-            if not all(map(is_finite, (*progress.terms[k].values(), progress.grad_norms[k]))):
-                raise blame(progress, k, micro_batches, seen[k], teacher, accelerator)
-            if learner.max_grad_norm is not None:
-                torch.nn.utils.clip_grads_with_norm_(learner.parameters.values(), learner.max_grad_norm, norms[k])
-            for group in learner.optimizer.param_groups:
-                group["lr"] = learner.learning_rate(step.number)
-            learner.optimizer.step()
-            learner.optimizer.zero_grad(set_to_none=True)
+                seen[k].append(loss.rows)
+        norms = {k: scaled_norm(learner, 1 / scale) for k, learner in active.items()}
+        progress = reduce(step.number, step.epoch, targets, active, seen, norms, stop_asked(), accelerator)
+        for k, learner in list(active.items()):
+            if all(map(is_finite, (*progress.terms[k].values(), progress.grad_norms[k]))):
+                move(learner, step.number, norms[k])
+            else:
+                progress.failures[k] = blame(progress, k, micro_batches, seen[k], teacher, accelerator)
+                del active[k]
         yield progress
+        if not active:
+            return
+
+
+def scaled_norm(learner: Learner, factor: float) -> Tensor:
+    """Scale the gradients in place, and give their norm."""
+    grads = [p.grad for p in learner.parameters.values() if p.grad is not None]
+    torch._foreach_mul_(grads, factor)
+    return torch.nn.utils.get_total_norm(grads)
+
+
+def move(learner: Learner, step: int, norm: Tensor) -> None:
+    """One step of the optimizer along the clipped gradient."""
+    if learner.max_grad_norm is not None:
+        torch.nn.utils.clip_grads_with_norm_(learner.parameters.values(), learner.max_grad_norm, norm)
+    for group in learner.optimizer.param_groups:
+        group["lr"] = learner.learning_rate(step)
+    learner.optimizer.step()
+    learner.optimizer.zero_grad(set_to_none=True)
 
 
 def count_targets(micro_batches: list[Batch], accelerator) -> int:
@@ -98,19 +117,20 @@ def count_targets(micro_batches: list[Batch], accelerator) -> int:
     return max(1, count)
 
 
-def reduce(step, epoch, targets, learners, seen, norms, stop: bool, accelerator) -> Progress:
+def reduce(step, epoch, targets, active, seen, norms, stop: bool, accelerator) -> Progress:
     """Sum every term over micro-batches and ranks, and let all ranks hear of a stop: one all-reduce, one read from the device."""
-    names = list(seen[0][0])
-    sums = [sum(rows[name].double().sum() for rows in one) for one in seen for name in names]
+    names = [(k, name) for k in active for name in seen[k][0]]
+    sums = [sum(rows[name].double().sum() for rows in seen[k]) for k, name in names]
     packed = torch.stack([*sums, torch.tensor(float(stop), dtype=torch.float64, device=sums[0].device)])
     if accelerator.num_processes > 1:
         packed = accelerator.reduce(packed, "sum")
-    values = torch.cat([packed, torch.stack(norms).double()]).tolist()
-    terms = []
-    for learner in learners:
-        term = {name: values.pop(0) / targets for name in names}
-        terms.append(term | {"loss": unwrapped(learner).objective.mix(term)})
-    return Progress(step, epoch, targets, values[0] > 0, terms, values[1:])
+    values = torch.cat([packed, torch.stack(list(norms.values())).double()]).tolist()
+    terms: dict[int, dict[str, float]] = {k: {} for k in active}
+    for k, name in names:
+        terms[k][name] = values.pop(0) / targets
+    for k, learner in active.items():
+        terms[k]["loss"] = unwrapped(learner).objective.mix(terms[k])
+    return Progress(step, epoch, targets, values[0] > 0, terms, dict(zip(norms, values[1:], strict=True)))
 
 
 def unwrapped(learner: Learner) -> Distiller:

@@ -3,6 +3,8 @@
 import dataclasses
 import inspect
 import json
+import re
+import shutil
 from pathlib import Path
 
 import torch
@@ -23,16 +25,22 @@ from .signals import View
 class LanguageModel(nn.Module):
     """A causal language model, with or without an adapter, parted into its body (`hidden`) and its `head`.
 
-    `autocast` is the type in which the body's products are computed, where that is not the weights' own.
+    `autocast` is the type in which the body's products are computed, where that is not the weights' own. Several students may be
+    adapters on one base, side by side in `model`: then `adapter` is this one's name there, and it is switched to when it is used.
     """
 
-    def __init__(self, model: nn.Module, vocab: int):
+    def __init__(self, model: nn.Module, vocab: int, adapter: str | None = None):
         super().__init__()
-        self.model = model
+        self.model, self.adapter = model, adapter
         self.autocast: torch.dtype | None = None
         self.own_forward = False
         self.untouched: list[str] = []  # trainable parameters that a small batch gave no gradient
-        self.head = head_of(self.plain, vocab)
+        self.head = head_of(self.plain, vocab, adapter)
+
+    def activate(self) -> None:
+        """Of several adapters in `model`, this one alone is used, and requires a gradient."""
+        if self.adapter and self.model.active_adapter != self.adapter:
+            self.model.set_adapter(self.adapter)
 
     @property
     def plain(self) -> nn.Module:
@@ -55,6 +63,7 @@ class LanguageModel(nn.Module):
 
     def hidden(self, view: View) -> Tensor:
         """Last hidden states [N, H] at the view's rows."""
+        self.activate()
         with torch.autocast(view.rows_N.device.type, self.autocast, enabled=self.autocast is not None):
             if self.own_forward:
                 return self._logits(view)
@@ -71,7 +80,10 @@ class LanguageModel(nn.Module):
         return logits_BCV.flatten(0, 1).index_select(0, view.rows_N // T * len(columns) + wanted)
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        return {name: p for name, p in self.model.named_parameters() if p.requires_grad}
+        """What trains, by the names that it has where the student is alone."""
+        self.activate()
+        own = re.compile(rf"\.{self.adapter}(?=\.|$)")
+        return {own.sub(".default", name): p for name, p in self.model.named_parameters() if p.requires_grad}
 
 
 def load_teacher(settings: TeacherSettings, vocab: int, device, packing: bool = False) -> LanguageModel:
@@ -89,14 +101,20 @@ def load_teacher(settings: TeacherSettings, vocab: int, device, packing: bool = 
 
 def load_student(settings: StudentSettings, vocab: int, device, seed: int, packing: bool = False) -> LanguageModel:
     """The student in training mode; exactly what `method` names requires a gradient. `packing`: packed rows must be safe."""
+    return load_students([settings], vocab, device, seed, packing)[0]
+
+
+def load_students(many: list[StudentSettings], vocab: int, device, seed: int, packing: bool = False) -> list[LanguageModel]:
+    """Students that differ in their adapters only, on one base in memory: each as it would be alone. One may be of any method."""
+    settings = many[0]
+    found = [find(one.model, "student.model", one.revision, one.base) for one in many if one.model]
     torch.manual_seed(seed)
-    if settings.architecture is not None:
-        files, model = None, loading.new_model(settings, vocab).to(device)
+    if found:
+        model = loading.base(found[0].base, "student.model", settings.dtype, settings.attention, device, settings.quantization)
     else:
-        files = find(settings.model, "student.model", settings.revision, settings.base)
-        model = loading.base(files.base, "student.model", settings.dtype, settings.attention, device, settings.quantization)
+        model = loading.new_model(settings, vocab).to(device)
     if settings.method == "full":
-        _check_full(model, files)
+        _check_full(model, found[0] if found else None)
         for parameter in beside_text(model):
             parameter.requires_grad_(False)
     if settings.gradient_checkpointing:
@@ -105,17 +123,35 @@ def load_student(settings: StudentSettings, vocab: int, device, seed: int, packi
         model.gradient_checkpointing_enable({"use_reentrant": False})
     if settings.mixed_precision == "bf16" and next(model.parameters()).dtype != torch.float32:
         say("note: student.mixed_precision: bf16 is for weights held in float32; these are not, and it changes little or nothing")
+    names: list[str | None] = [None]
     if settings.method == "lora":
         model.requires_grad_(False)
-        model = (_kept_adapter(model, files, settings) if files.adapter else _fresh_adapter(model, files, settings)).to(device)
-    student = LanguageModel(model, _fits(model, vocab, "student.model"))
+        names = [f"arm{k}" for k in range(len(many))] if len(many) > 1 else ["default"]
+        model = _adapted(model, found, many, names, seed).to(device)
+    students = [LanguageModel(model, _fits(model, vocab, "student.model"), name) for name in names]
+    for student, own in zip(students, many, strict=True):
+        _ready(student, own, packing)
+    return students
+
+
+def _adapted(model: nn.Module, found: list[ModelFiles], many: list[StudentSettings], names: list[str], seed: int) -> nn.Module:
+    """One adapter after the other, each from the same seed. Those of all-linear come first: it means the layers of the bare base."""
+    order = sorted(range(len(many)), key=lambda k: (found[k].adapter is not None, (many[k].lora or Lora()).target_modules != "all-linear"))
+    for k in order:
+        torch.manual_seed(seed)
+        model = (_kept_adapter if found[k].adapter else _fresh_adapter)(model, found[k], many[k], names[k])
+    if len(many) > 1:
+        model.set_adapter(names[0])
+    return model
+
+
+def _ready(student: LanguageModel, settings: StudentSettings, packing: bool) -> None:
     student.autocast = torch.bfloat16 if settings.mixed_precision == "bf16" else None
     selftest.check(student.train(), "student.model", packing)
     student.untouched = selftest.untouched(student, "student.model")
     if student.untouched:
         some = f"{len(student.untouched)} of {len(student.trainable())} trainable tensors, such as {student.untouched[0]}"
         say(f"note: student: {some}, get no gradient from a small batch; they are never used, or seldom")
-    return student
 
 
 def _check_full(model: nn.Module, files: ModelFiles | None) -> None:
@@ -132,23 +168,23 @@ def _check_full(model: nn.Module, files: ModelFiles | None) -> None:
         say("note: bfloat16 weights lose updates below 1/256 of a weight; dtype: float32 with mixed_precision: bf16 keeps them")
 
 
-def _fresh_adapter(model: nn.Module, files: ModelFiles, settings: StudentSettings) -> nn.Module:
-    adapted = loading.new_adapter(model, settings.lora or Lora(), settings.revision)
+def _fresh_adapter(model: nn.Module, files: ModelFiles, settings: StudentSettings, name: str) -> nn.Module:
+    adapted = loading.new_adapter(model, settings.lora or Lora(), settings.revision, name)
     path = Path(settings.model)
-    adapted.peft_config["default"].base_model_name_or_path = str(path.resolve()) if path.is_dir() else settings.model
+    adapted.peft_config[name].base_model_name_or_path = str(path.resolve()) if path.is_dir() else settings.model
     return adapted
 
 
-def _kept_adapter(model: nn.Module, files: ModelFiles, settings: StudentSettings) -> nn.Module:
+def _kept_adapter(model: nn.Module, files: ModelFiles, settings: StudentSettings, name: str) -> nn.Module:
     """An adapter that exists is trained on, with its own rank and modules; a recipe that says otherwise is refused."""
     config = read_json(files.adapter / "adapter_config.json", "student.model")
     if config.get("peft_type") != "LORA":
         raise UserError(f"student.model: {settings.model} is an adapter of type {config.get('peft_type')}; only LORA can be trained on")
     _refuse_other_settings(settings, config)
     note_quantization(files, settings.quantization, "student")
-    adapted = loading.adapter(model, files, "student.model", trainable=True)
+    adapted = loading.adapter(model, files, "student.model", trainable=True, name=name)
     if settings.base:
-        adapted.peft_config["default"].base_model_name_or_path = str(files.base.resolve())
+        adapted.peft_config[name].base_model_name_or_path = str(files.base.resolve())
     say(f"student: going on with the adapter {settings.model} (rank {config.get('r')}, alpha {config.get('lora_alpha')})")
     return adapted
 
@@ -219,7 +255,10 @@ def save(model: LanguageModel, tokenizer, folder: Path, settings: StudentSetting
     """
     folder.mkdir(parents=True, exist_ok=True)
     if hasattr(model.model, "peft_config"):
-        model.model.save_pretrained(folder, save_embedding_layers=False)
+        model.model.save_pretrained(folder, selected_adapters=[model.adapter or "default"], save_embedding_layers=False)
+        for file in (folder / str(model.adapter)).glob("*"):  # PEFT gives an adapter with a name of its own a folder of its own
+            file.rename(folder / file.name)
+        shutil.rmtree(folder / str(model.adapter), ignore_errors=True)
         if model.plain.generation_config is not None:
             model.plain.generation_config.save_pretrained(folder)
         base = Path(model.plain.config._name_or_path)

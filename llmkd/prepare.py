@@ -39,12 +39,21 @@ class Prepared:
     train: Encoded | Stream
     places: Sequence[str] | Stream  # of each training example
     validation: Encoded | None
+    validation_places: Sequence[str]
     questions: Questions | None
     teacher_wanted: bool
     identity: dict[str, str]
     origins: dict[str, list[dict]]  # of each setting (data.train, ...) its sources: path, name, split, resolved revision, rows
     student: ModelFiles | None  # None for new weights
     teacher: ModelFiles | None
+
+    def of(self, recipe: Recipe) -> "Prepared":
+        """The same for a recipe that differs in its student, and perhaps learns without the teacher that others have."""
+        student, teacher = student_files(recipe), self.teacher if recipe.teacher and recipe.loss.kd_ratio else None
+        identity = self.identity | identity_of("the student's base", "student.model", student)
+        if teacher is None:
+            identity.pop("the teacher", None)
+        return dataclasses.replace(self, student=student, teacher=teacher, identity=identity)
 
 
 def prepare(recipe: Recipe) -> Prepared:
@@ -53,7 +62,7 @@ def prepare(recipe: Recipe) -> Prepared:
     data = recipe.data
     rows = read_data(data)
     teacher_wanted = recipe.teacher is not None and recipe.loss.kd_ratio > 0
-    student = find(recipe.student.model, "student.model", recipe.student.revision, recipe.student.base) if recipe.student.model else None
+    student = student_files(recipe)
     teacher = find(recipe.teacher.model, "teacher.model", recipe.teacher.revision, recipe.teacher.base) if teacher_wanted else None
     configs = {
         "student.model": student.config if student else recipe.student.architecture,
@@ -71,27 +80,40 @@ def prepare(recipe: Recipe) -> Prepared:
     held_out = encode_sources(rows, "data.validation", data, tokenizer)
     train, places = _training(recipe, rows, tokenizer)
     refuse_beyond(vocab, train, places, tokenizer)
+    held_out_places = [place for read in rows.get("data.validation", ()) for place in read.places]
     if isinstance(train, Encoded):
         if data.validation_share:
             report(train, "rows to part")
             train, held_out = hold_out(train, data.validation_share, recipe.seed)
+            held_out_places = places
         refuse_no_draws(train, data)
         report(train, "train")
         places = [places[i] for i in train.row]
     if held_out:
         report(held_out, "validation")
         if not data.validation_share:
-            refuse_beyond(vocab, held_out, [place for read in rows["data.validation"] for place in read.places], tokenizer)
+            refuse_beyond(vocab, held_out, held_out_places, tokenizer)
     content = train.content if isinstance(train, Stream) else "\n".join(source.content for source in rows["data.train"])
     identity = {"the training data": content, "the tokenizer": token_cache.tokenizer_hash(tokenizer)}
-    for name, setting, files in (("the student's base", "student.model", student), ("the teacher", "teacher.model", teacher)):
-        if files:
-            identity[name] = " ".join(fingerprint(folder, setting) for folder in (files.base, files.adapter) if folder)
+    identity |= identity_of("the student's base", "student.model", student) | identity_of("the teacher", "teacher.model", teacher)
+    held_out_places = [held_out_places[i] for i in held_out.row] if held_out else []
     questions = encode_choices(rows["data.choices"][0], data.choices, data, tokenizer) if data.choices else None
     origins = {setting: [source.origin for source in read] for setting, read in rows.items()}
     if isinstance(train, Stream):
         origins["data.train"] = [train.origin]
-    return Prepared(tokenizer, vocab, train, places, held_out, questions, teacher_wanted, identity, origins, student, teacher)
+    return Prepared(
+        tokenizer, vocab, train, places, held_out, held_out_places, questions, teacher_wanted, identity, origins, student, teacher
+    )
+
+
+def student_files(recipe: Recipe) -> ModelFiles | None:
+    student = recipe.student
+    return find(student.model, "student.model", student.revision, student.base) if student.model else None
+
+
+def identity_of(name: str, setting: str, files: ModelFiles | None) -> dict[str, str]:
+    """{name: fingerprints of a model's weights}; empty where there is no such model."""
+    return {name: " ".join(fingerprint(folder, setting) for folder in (files.base, files.adapter) if folder)} if files else {}
 
 
 def read_data(data: Data) -> dict[str, list[Rows]]:

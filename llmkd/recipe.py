@@ -248,19 +248,3 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
             ("checkpoint.best_by", "teacher", "loss.kd_ratio"),
             f"found {recipe.checkpoint.best_by}, which needs a teacher and loss.kd_ratio above 0; use ce",
         )
-
-
-@settings
-class Stage:
-    recipe: str = Field(description="Recipe of this stage, relative to the study's file.")
-    set: dict[str, Any] = Field(default_factory=dict, description="Settings changed in it, by dotted path.")
-
-
-@settings
-class Study:
-    """Several recipes run in order, then their students compared with one teacher on the same held-out rows."""
-
-    output_dir: str = Field(min_length=1, description="Where the study is written: each stage in a folder of its name.")
-    stages: dict[str, Stage] = Field(min_length=1, description="Name of each stage and what it runs, in order.")
-    teacher: str = Field(description="Stage whose result is the teacher of the comparison.")
-    students: tuple[str, ...] = Field(min_length=1, description="Stages whose results are compared with it.")

@@ -72,22 +72,8 @@ class RunFolder:
 
     def claim(self, identity: dict[str, str]) -> None:
         """Create the folder, lock it for this process's life, and compare `identity` (hashes of data, models, tokenizer)."""
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"output_dir: {self.path} cannot be made ({error.strerror}); choose another folder") from None
-        self._lock = open(self.path / ".lock", "a+")  # noqa: SIM115 held until the process ends
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            self._lock.seek(0)
-            owner = self._lock.read().strip() or "another run"
-            self._lock.close()
-            raise UserError(f"output_dir: {self.path} is in use by {owner}; wait for it, or choose another folder") from None
+        self._lock = lock(self.path)
         self.check()  # another run may have come and gone meanwhile
-        self._lock.truncate(0)
-        self._lock.write(f"process {os.getpid()} on {socket.gethostname()}")
-        self._lock.flush()
         known = self.path / "identity.json"
         if known.exists():
             before = json.loads(known.read_text())
@@ -103,6 +89,26 @@ class RunFolder:
         if self._lock and not self._lock.closed:
             self._lock.truncate(0)
             self._lock.close()
+
+
+def lock(folder: Path):
+    """Create the folder and hold it: for one process at a time, until the file that is returned is closed."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"output_dir: {folder} cannot be made ({error.strerror}); choose another folder") from None
+    held = open(folder / ".lock", "a+")  # noqa: SIM115 held until the process ends
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        held.seek(0)
+        owner = held.read().strip() or "another run"
+        held.close()
+        raise UserError(f"output_dir: {folder} is in use by {owner}; wait for it, or choose another folder") from None
+    held.truncate(0)
+    held.write(f"process {os.getpid()} on {socket.gethostname()}")
+    held.flush()
+    return held
 
 
 def write(path: Path, text: str) -> None:

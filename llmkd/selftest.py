@@ -21,6 +21,7 @@ _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4}
 def check(model, setting: str, packing: bool = False) -> None:
     """Compare what `models.LanguageModel` assumes; switch the model to its own forward pass where the head is not its own. UserError where it cannot be used."""
     family = model.plain.config.model_type
+    model.activate()
     with _quiet(model):
         try:
             ids_BT = (torch.arange(24, device=model.device).reshape(2, 12) * 7 + 3) % model.head.vocab

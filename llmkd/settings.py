@@ -11,7 +11,8 @@ import yaml
 from pydantic import TypeAdapter, ValidationError
 
 from .errors import UserError
-from .recipe import Lora, Recipe, Study, contradictions
+from .recipe import Lora, Recipe, contradictions
+from .recipe_study import Study, Sweep, sweep_contradictions
 from .yaml_lines import Dumper, parse_yaml
 
 _MAX_BYTES = 1 << 20
@@ -87,6 +88,12 @@ def read(path: str | Path) -> tuple[dict, dict[tuple, int], list[str]]:
     return data, lines, problems
 
 
+def kind(path: str | Path) -> str:
+    """What a file holds: a recipe, a study or a sweep."""
+    data = read(path)[0]
+    return "sweep" if data.keys() & {"grid", "arms"} else "study" if "stages" in data else "recipe"
+
+
 def load_recipe(path: str | Path, overrides: dict[str, typing.Any] | None = None) -> Recipe:
     """Read, override, check and resolve. Raises UserError with every problem, one line each."""
     data, lines, problems = read(path)
@@ -100,13 +107,33 @@ def load_study(path: str | Path, output_dir: str | None = None) -> Study:
     changed = _override(data, {"output_dir": output_dir} if output_dir else {}, problems)
     study = _check(Study, data, str(path), lines, problems, changed)
     missing = [s for s in (study.teacher, *study.students) if s not in study.stages]
-    bad = [s for s in study.stages if not re.fullmatch(r"[A-Za-z0-9._-]+", s) or s.startswith(".")]
-    if missing or bad:
-        raise UserError(
-            *(f"{path}: {s}: not a stage; the stages are {', '.join(study.stages)}" for s in missing),
-            *(f"{path}:{lines['stages', s]}: stages.{s}: a stage's name has letters, digits, '.', '_' and '-' only" for s in bad),
-        )
+    if problems := [f"{path}: {s}: not a stage; the stages are {', '.join(study.stages)}" for s in missing] + _bad_stages(
+        study, path, lines
+    ):
+        raise UserError(*problems)
     return study
+
+
+def _bad_stages(study: Study | Sweep, path: str | Path, lines: dict) -> list[str]:
+    return [
+        f"{path}:{lines['stages', s]}: stages.{s}: a stage's name has letters, digits, '.', '_' and '-' only"
+        for s in study.stages
+        if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", s)
+    ]
+
+
+def load_sweep(path: str | Path, overrides: dict[str, typing.Any] | None = None) -> Sweep:
+    """A sweep's file. An override that is none of the sweep's own settings is one for every arm."""
+    data, lines, problems = read(path)
+    own = {field.name for field in dataclasses.fields(Sweep)}
+    mine = {dotted: value for dotted, value in (overrides or {}).items() if dotted.partition(".")[0] in own}
+    changed = _override(data, mine, problems)
+    if isinstance(data.get("set", {}), dict):
+        data["set"] = (data.get("set") or {}) | {dotted: value for dotted, value in (overrides or {}).items() if dotted not in mine}
+    sweep = _check(Sweep, data, str(path), lines, problems, changed)
+    if bad := _bad_stages(sweep, path, lines):
+        raise UserError(*bad)
+    return sweep
 
 
 def resolve(recipe: Recipe) -> Recipe:
@@ -201,8 +228,9 @@ def _check(kind, data: dict, name: str, lines: dict, problems: list[str], change
                 broken.append(path)
             if json.dumps(data) == before:  # nothing more can be left out
                 break
-    if isinstance(result, Recipe):
-        for paths, problem in contradictions(result):
+    together = {Recipe: contradictions, Sweep: sweep_contradictions}.get(kind)
+    if together and result is not None:
+        for paths, problem in together(result):
             keys = [tuple(int(key) if key.isdigit() else key for key in path.split(".")) for path in paths]
             if not any(b[: len(k)] == k or k[: len(b)] == b for b in broken for k in keys):
                 problems.append(f"{where(keys[0])}: {problem}")
@@ -331,10 +359,10 @@ def _plain(number: float) -> str:
     return str(number) if isinstance(number, int) else f"{number:g}"
 
 
-def help_text() -> str:
+def help_text(kind=Recipe) -> str:
     """Every setting with its type, default and sentence, for --help."""
     lines = []
-    for path, type_, default, text in describe():
+    for path, type_, default, text in describe(kind):
         shown = "required" if default is ... or type(default).__name__ == "PydanticUndefinedType" else dump_value(default)
         lines.append(f"  --{path}  ({type_}; default {shown})\n      {text}")
     return "\n".join(lines)

@@ -7,7 +7,8 @@ from pathlib import Path
 from .console import bar, say
 from .errors import UserError
 from .prepare import Prepared, prepare
-from .recipe import Recipe, Study, sources
+from .recipe import Recipe, sources
+from .recipe_study import Study
 from .run_folder import write
 from .settings import load_recipe, load_study
 from .tracking import table
@@ -80,7 +81,7 @@ def measure(model, teacher, prepared: Prepared, recipe: Recipe, accelerator) -> 
     from .validate import accuracy, validate
 
     pad, size, questions = prepared.tokenizer.eos_token_id, recipe.validation.micro_batch_size, prepared.questions
-    figures = validate(model, teacher, prepared.validation, pad, size, accelerator, None, bar("validation"))
+    figures = validate([model], teacher, prepared.validation, pad, size, accelerator, None, bar("validation"))[0].figures()
     out = {"ce": figures["ce"], "kl_to_teacher": figures["forward_kl"], "agreement": figures["agreement"]}
     if questions:
         scored = accuracy(model, questions.encoded, questions.answers, questions.counts, pad, size, accelerator, bar("questions"))

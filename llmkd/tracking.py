@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -13,17 +14,46 @@ from .recipe import Recipe
 from .trackers import Trackers
 
 
-class Tracker:
-    """Shows progress, appends one JSON object a line to `metrics.jsonl`, and tells the recipe's trackers.
+class Record:
+    """One student's figures: a JSON object a line in `metrics.jsonl`, and the same to the recipe's trackers.
 
-    Silent on every rank but the first.
+    A resumed run writes on from its checkpoint: what was recorded after it is dropped.
     """
 
-    def __init__(self, recipe: Recipe, folder: Path, total_steps: int, done: int, main: bool):
+    def __init__(self, recipe: Recipe, folder: Path, done: int, say: Callable[[str], None]):
+        self.path = folder / "metrics.jsonl"
+        if self.path.exists():
+            kept = [r for r in read(self.path) if r["step"] <= done] if done else []
+            part = self.path.with_name(f"metrics.tmp-{os.getpid()}")
+            part.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
+            part.replace(self.path)
+        self.trackers = Trackers(recipe, folder, done, say)
+
+    def step(self, progress: Progress, learner: int, lr: float, speed: float) -> None:
+        measured = {
+            "grad_norm": progress.grad_norms[learner],
+            "targets": progress.targets,
+            "targets_per_s": round(speed, 1),
+            "peak_memory": peak_memory(),
+        }
+        self.write({"step": progress.step, "epoch": progress.epoch, **progress.terms[learner], "lr": lr, **measured})
+
+    def write(self, record: dict) -> None:
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        self.trackers.log(record)
+
+    def close(self) -> None:
+        self.trackers.finish()
+
+
+class Display:
+    """How far training is, on stderr: a bar on a terminal, a line now and then in a file. Silent on every rank but the first."""
+
+    def __init__(self, total_steps: int, done: int, main: bool):
         from tqdm import tqdm
 
-        self.path, self.main = folder / "metrics.jsonl", main
-        self.lines = main and not sys.stderr.isatty()  # into a file: a line now and then instead of a bar
+        self.main, self.lines = main, main and not sys.stderr.isatty()
         self.bar = tqdm(
             total=total_steps,
             initial=done,
@@ -35,49 +65,28 @@ class Tracker:
         )
         self.total, self.first, self.started, self.shown = total_steps, done, time.monotonic(), 0.0
         self.targets_since, self.time_since = 0, self.started
-        if main:
-            self._keep_until(done)
-        self.trackers = Trackers(recipe, folder, done, self.say) if main else None
 
-    def step(self, progress: Progress, learner: int, lr: float, record: bool) -> None:
-        """Count a step; record it, and show it, where that is due."""
-        self.targets_since += progress.targets
+    def count(self, targets: int) -> None:
+        """A step is done."""
+        self.targets_since += targets
         self.bar.update()
-        if not record or not self.main:
-            return
-        now, step, terms = time.monotonic(), progress.step, progress.terms[learner]
+
+    def speed(self) -> float:
+        """Targets a second since this was last asked."""
+        now = time.monotonic()
         speed = self.targets_since / max(now - self.time_since, 1e-9)
         self.targets_since, self.time_since = 0, now
-        memory = peak_memory()
-        measured = {
-            "grad_norm": progress.grad_norms[learner],
-            "targets": progress.targets,
-            "targets_per_s": round(speed, 1),
-            "peak_memory": memory,
-        }
-        self.write({"step": step, "epoch": progress.epoch, **terms, "lr": lr, **measured})
-        shown = {name: f"{value:.4f}" for name, value in terms.items()}
-        shown |= {"lr": f"{lr:.1e}", "targets/s": f"{speed:.0f}", "mem": f"{memory / 2**30:.1f}G"}
+        return speed
+
+    def show(self, step: int, shown: dict[str, str], speed: float) -> None:
+        shown = shown | {"targets/s": f"{speed:.0f}", "mem": f"{peak_memory() / 2**30:.1f}G"}
         self.bar.set_postfix(shown, refresh=False)
+        now = time.monotonic()
         if self.lines and (now - self.shown > 10 or step == self.total):
             self.shown = now
             left = (now - self.started) / (step - self.first) * (self.total - step)
-            print(
-                f"step {step}/{self.total}  " + "  ".join(f"{k} {v}" for k, v in shown.items()) + f"  {left:.0f} s left",
-                file=sys.stderr,
-                flush=True,
-            )
-
-    def validation(self, step: int, figures: dict[str, float]) -> None:
-        self.write({"step": step, "validation": figures})
-        self.say(f"validation at step {step}: " + "  ".join(f"{name} {value:.4f}" for name, value in figures.items() if name != "targets"))
-        self.targets_since, self.time_since = 0, time.monotonic()
-
-    def write(self, record: dict) -> None:
-        if self.main:
-            with open(self.path, "a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
-            self.trackers.log(record)
+            figures = "  ".join(f"{k} {v}" for k, v in shown.items())
+            print(f"step {step}/{self.total}  {figures}  {left:.0f} s left", file=sys.stderr, flush=True)
 
     def say(self, text: str) -> None:
         if self.main:
@@ -85,16 +94,6 @@ class Tracker:
 
     def close(self) -> None:
         self.bar.close()
-        if self.trackers:
-            self.trackers.finish()
-
-    def _keep_until(self, step: int) -> None:
-        """A resumed run writes on from its checkpoint: what was recorded after it is dropped."""
-        if self.path.exists():
-            kept = [r for r in read(self.path) if r["step"] <= step] if step else []
-            part = self.path.with_name(f"metrics.tmp-{os.getpid()}")
-            part.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
-            part.replace(self.path)
 
 
 def peak_memory() -> int:

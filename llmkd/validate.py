@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -14,34 +15,53 @@ from .losses.divergences import forward_kl, reverse_kl
 from .losses.fused import default_chunk
 from .models import LanguageModel
 from .order import deal
-from .signals import Batch, Signal, Teacher
+from .signals import Batch, Teacher
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What was measured on held-out examples, one by one: `sums[name]` [examples] over each example's `targets`, in nats."""
+
+    targets: np.ndarray
+    sums: dict[str, np.ndarray]
+
+    def figures(self) -> dict[str, float]:
+        """Means over all targets, with the perplexity and the number of targets."""
+        count = int(self.targets.sum())
+        means = {name: float(values.sum()) / count for name, values in self.sums.items()}
+        return {"ce": means.pop("ce"), "perplexity": math.exp(min(self.sums["ce"].sum() / count, 700))} | means | {"targets": count}
 
 
 @torch.no_grad()
 def validate(
-    student: LanguageModel, teacher: Teacher | None, data: Encoded, pad: int, micro_batch_size: int, accelerator, stop=None, progress=iter
-) -> dict[str, float]:
-    """Means over all targets of `data`, at temperature 1 and in nats, over all processes.
+    students: list[LanguageModel],
+    teacher: Teacher | None,
+    data: Encoded,
+    pad: int,
+    micro_batch_size: int,
+    accelerator,
+    stop=None,
+    progress=iter,
+) -> list[HeldOut]:
+    """Every student on all targets of `data`, at temperature 1 and over all processes; the teacher speaks once for all of them.
 
-    ce, perplexity and entropy of the student; with a teacher also forward_kl KL(p || q), reverse_kl KL(q || p),
-    agreement (share of targets where both find the same token likeliest), teacher_ce and teacher_entropy.
-    Changes neither weights nor training mode. Raises Stopped when a signal came meanwhile.
+    ce and entropy of the student; with a teacher also forward_kl KL(p || q), reverse_kl KL(q || p), agreement (1 where both find
+    the same token likeliest), teacher_ce and teacher_entropy. Changes neither weights nor training mode. Raises Stopped when a
+    signal came meanwhile.
     """
-    sums: dict[str, Tensor] = {}
-    for batch in _batches(student, data, pad, micro_batch_size, accelerator, stop, progress):
-        hidden_NH = student.hidden(batch.student)
-        signal = teacher(batch) if teacher else None
-        for rows in _figures(student, hidden_NH, batch, signal):
-            for name, value_n in rows.items():
-                sums[name] = sums.get(name, 0) + value_n.double().sum()
-    targets = int(data.supervised.sum())
     names = ["ce", "entropy"] + (["forward_kl", "reverse_kl", "agreement", "teacher_ce", "teacher_entropy"] if teacher else [])
-    packed = torch.stack([torch.as_tensor(sums.get(name, 0.0), dtype=torch.float64, device=accelerator.device) for name in names])
+    sums_FE = [torch.zeros(len(names), len(data), dtype=torch.float64, device=accelerator.device) for _ in students]
+    for batch in _batches(students, data, pad, micro_batch_size, accelerator, stop, progress):
+        signal = teacher(batch) if teacher else None
+        for student, sums in zip(students, sums_FE, strict=True):
+            hidden_NH = student.hidden(batch.student)
+            for rows in _chunks(batch, student.head.vocab):
+                figures = _figures(student, hidden_NH[rows], batch.labels_N[rows, None], signal and signal.log_probs(rows))
+                sums.index_add_(1, batch.example_N[rows], torch.stack([figures[name].flatten().double() for name in names]))
     if accelerator.num_processes > 1:
-        packed = accelerator.reduce(packed, "sum")
-    means = dict(zip(names, (packed / targets).tolist(), strict=True))
-    perplexity = math.exp(min(means["ce"], 700))
-    return {"ce": means.pop("ce"), "perplexity": perplexity} | means | {"targets": targets}
+        sums_FE = [accelerator.reduce(sums, "sum") for sums in sums_FE]
+    targets = np.add.reduceat(data.supervised.astype(np.int64), data.offsets[:-1])
+    return [HeldOut(targets, dict(zip(names, sums.cpu().numpy(), strict=True))) for sums in sums_FE]
 
 
 @torch.no_grad()
@@ -61,7 +81,7 @@ def accuracy(
     The standard error is binomial, sqrt(a (1 - a) / (n - 1)).
     """
     totals = torch.zeros(len(data), dtype=torch.float64, device=accelerator.device)
-    for batch in _batches(student, data, pad, micro_batch_size, accelerator, None, progress):
+    for batch in _batches([student], data, pad, micro_batch_size, accelerator, None, progress):
         hidden_NH = student.hidden(batch.student)
         for rows in _chunks(batch, student.head.vocab):
             log_q_nV = torch.log_softmax(student.head.logits(hidden_NH[rows]), dim=-1)
@@ -75,10 +95,11 @@ def accuracy(
     return {"accuracy": share, "accuracy_stderr": math.sqrt(share * (1 - share) / max(1, n - 1)), "questions": n}
 
 
-def _batches(student, data: Encoded, pad: int, micro_batch_size: int, accelerator, stop, progress) -> Iterator[Batch]:
-    """Every example once, spread over the ranks, with the student in eval mode."""
-    was_training = student.training
-    student.eval()
+def _batches(students, data: Encoded, pad: int, micro_batch_size: int, accelerator, stop, progress) -> Iterator[Batch]:
+    """Every example once, spread over the ranks, with the students in eval mode."""
+    modes = [student.training for student in students]
+    for student in students:
+        student.eval()
     try:
         mine = deal(list(range(len(data))), data.lengths, micro_batch_size, accelerator.process_index, accelerator.num_processes)
         for examples in progress(mine):
@@ -86,7 +107,8 @@ def _batches(student, data: Encoded, pad: int, micro_batch_size: int, accelerato
                 raise Stopped("stopped by a signal while validating")
             yield collate(data, examples, pad).to(accelerator.device)
     finally:
-        student.train(was_training)
+        for student, mode in zip(students, modes, strict=True):
+            student.train(mode)
 
 
 def _chunks(batch: Batch, vocab: int) -> Iterator[slice]:
@@ -94,21 +116,18 @@ def _chunks(batch: Batch, vocab: int) -> Iterator[slice]:
     return (slice(start, start + chunk) for start in range(0, batch.targets, chunk))
 
 
-def _figures(student: LanguageModel, hidden_NH: Tensor, batch: Batch, signal: Signal | None) -> Iterator[dict[str, Tensor]]:
-    for rows in _chunks(batch, student.head.vocab):
-        labels_n1 = batch.labels_N[rows, None]
-        log_q_nV = torch.log_softmax(student.head.logits(hidden_NH[rows]), dim=-1)
-        out = {"ce": -log_q_nV.gather(-1, labels_n1), "entropy": _entropy(log_q_nV)}
-        if signal is not None:
-            log_p_nV = signal.log_probs(rows)
-            out |= {
-                "forward_kl": forward_kl(log_q_nV, log_p_nV),
-                "reverse_kl": reverse_kl(log_q_nV, log_p_nV),
-                "agreement": (log_q_nV.argmax(-1) == log_p_nV.argmax(-1)).float(),
-                "teacher_ce": -log_p_nV.gather(-1, labels_n1),
-                "teacher_entropy": _entropy(log_p_nV),
-            }
-        yield out
+def _figures(student: LanguageModel, hidden_nH: Tensor, labels_n1: Tensor, log_p_nV: Tensor | None) -> dict[str, Tensor]:
+    log_q_nV = torch.log_softmax(student.head.logits(hidden_nH), dim=-1)
+    out = {"ce": -log_q_nV.gather(-1, labels_n1), "entropy": _entropy(log_q_nV)}
+    if log_p_nV is not None:
+        out |= {
+            "forward_kl": forward_kl(log_q_nV, log_p_nV),
+            "reverse_kl": reverse_kl(log_q_nV, log_p_nV),
+            "agreement": (log_q_nV.argmax(-1) == log_p_nV.argmax(-1)).float(),
+            "teacher_ce": -log_p_nV.gather(-1, labels_n1),
+            "teacher_entropy": _entropy(log_p_nV),
+        }
+    return out
 
 
 def _entropy(log_p_nV: Tensor) -> Tensor:

@@ -115,7 +115,7 @@ def test_no_whole_checkpoint_left_is_refused(whole, tmp_path):
     shutil.copytree(Path(whole.output_dir) / "checkpoints/step-1", tmp_path / "c/step-1")
     (tmp_path / "c/step-1/state.json").write_text("{}")
     with pytest.raises(UserError, match=r"step-1 \(state.json has 2 bytes"):
-        checkpoint.newest(tmp_path / "c")
+        checkpoint.newest([tmp_path / "c"])
 
 
 def save_points():
@@ -131,13 +131,14 @@ def test_a_kill_inside_a_save_leaves_a_whole_checkpoint(tmp_path, point):
     child = os.fork()
     if child == 0:
         _die_at(point)
-        checkpoint.save(tmp_path, 2, {"p": p}, optimizer, {}, keep=1)
+        checkpoint.save(tmp_path, 2, {"p": p}, optimizer, {})
+        checkpoint.prune(tmp_path, 1)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-    found = checkpoint.newest(tmp_path)
+    (found,) = checkpoint.newest([tmp_path])
     assert found.step == (2 if point in ("sync after", "delete old") else 1)
     checkpoint.save(tmp_path, 2, {"p": p}, optimizer, {})
-    assert checkpoint.newest(tmp_path).step == 2 and not list(tmp_path.glob("*.tmp-*"))
+    assert checkpoint.newest([tmp_path])[0].step == 2 and not list(tmp_path.glob("*.tmp-*"))
 
 
 def _die_at(point: str) -> None:

@@ -84,7 +84,7 @@ def test_settings_on_the_command_line_and_a_stream(command):
 def test_a_study_and_a_missing_recipe_are_refused(command, tmp_path, capsys):
     (tmp_path / "s.yaml").write_text("output_dir: o\nstages: {a: {recipe: a.yaml}, b: {recipe: b.yaml}}\nteacher: a\nstudents: [b]\n")
     assert cli.main(["data", "--config", str(tmp_path / "s.yaml")]) == 2
-    assert "is a study; name the recipe of one of its stages: a.yaml, b.yaml" in capsys.readouterr().err
+    assert "is a study; name the recipe of one of its runs: a.yaml, b.yaml" in capsys.readouterr().err
     assert cli.main(["data"]) == 2 and "--config: not given" in capsys.readouterr().err
 
 

@@ -47,8 +47,8 @@ def command(world, tmp_path, capsys):
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_only_the_students_own_parameters_train(make_recipe, world, monkeypatch, method):
     built = []
-    real = models.load_student
-    monkeypatch.setattr(models, "load_student", lambda *a: built.append(real(*a)) or built[0])
+    real = models.load_students
+    monkeypatch.setattr(models, "load_students", lambda *a: built.extend(real(*a)) or built)
     teachers = []
     real_teacher = models.load_teacher
     monkeypatch.setattr(models, "load_teacher", lambda *a: teachers.append(real_teacher(*a)) or teachers[0])

@@ -4,6 +4,7 @@ A whole text is encoded at once and its supervised part found by character offse
 that the model would meet in that text; a token across the border of prompt and answer counts as answer.
 """
 
+import hashlib
 import itertools
 from dataclasses import dataclass, field
 
@@ -39,6 +40,11 @@ class Encoded:
     def example(self, i: int) -> tuple[np.ndarray, np.ndarray]:
         part = slice(self.offsets[i], self.offsets[i + 1])
         return self.ids[part], self.supervised[part]
+
+    def identity(self, i: int) -> str:
+        """16 hex digits that tell an example, its tokens and what is supervised of them, from all others."""
+        ids, marks = self.example(i)
+        return hashlib.blake2b(ids.tobytes() + marks.tobytes(), digest_size=8).hexdigest()
 
     def subset(self, keep: np.ndarray) -> "Encoded":
         """The examples where the boolean `keep` is true."""

@@ -1,0 +1,152 @@
+"""What a run will cost, said before it starts: estimates from the models' shapes, the data and a measured matrix product."""
+
+import json
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from .data.stream import Stream
+from .model_files import ModelFiles, find, tensors
+from .order import Plan
+from .prepare import prepare, student_files
+from .recipe import Lora, Recipe
+
+EFFICIENCY = 0.4  # of the rate of a large matrix product that training reaches
+_BYTES = {"nf4": 0.516, "fp4": 0.516, "int8": 1.0}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model as arithmetic sees it: weights outside embedding and head, vocabulary, hidden size, layers."""
+
+    body: int
+    vocab: int
+    hidden: int
+    layers: int
+
+    @property
+    def all(self) -> int:
+        return self.body + self.vocab * self.hidden
+
+
+@dataclass(frozen=True)
+class Cost:
+    seconds: float
+    bytes: float
+
+    def __str__(self) -> str:
+        return f"about {duration(self.seconds)} and {self.bytes / 1e9:.1f} GB"
+
+
+def estimate(recipes: list[Recipe], sizes: dict) -> Cost | None:
+    """Of training the recipes' students side by side. `sizes` remembers data that was counted. None for a stream, or new weights."""
+    recipe = recipes[0]
+    files, train = student_files(recipe), recipe.train
+    key = json.dumps([repr(recipe.data), recipe.student.tokenizer])
+    if key not in sizes:
+        encoded = prepare(recipe).train
+        sizes[key] = None if isinstance(encoded, Stream) else (encoded.lengths, int(encoded.supervised.sum()))
+    if sizes[key] is None or files is None:
+        return None
+    lengths, supervised = sizes[key]
+    steps = Plan(lengths, 0, train.batch_size, train.micro_batch_size, train.epochs, train.max_steps).total_steps
+    share = min(steps * train.batch_size / len(lengths), steps * train.batch_size)
+    tokens, targets = share * int(lengths.sum()), share * supervised
+
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    taught = next((r for r in recipes if r.teacher and r.loss.kd_ratio > 0), None)
+    student, teacher = shape_of(files), None
+    bytes_ = student.all * weight_bytes(files, recipe.student.dtype, recipe.student.quantization)
+    if taught:
+        theirs = find(taught.teacher.model, "teacher.model", taught.teacher.revision, taught.teacher.base)
+        teacher = shape_of(theirs)
+        bytes_ += teacher.all * weight_bytes(theirs, taught.teacher.dtype, taught.teacher.quantization)
+    full, checkpointing = recipe.student.method == "full", recipe.student.gradient_checkpointing
+    trained = sum(student.all if full else trained_by(files, r.student.lora or Lora()) for r in recipes)
+    longest = int(np.sort(lengths)[-train.micro_batch_size :].sum())
+    operations = step_operations(student, teacher, len(recipes), tokens, targets, full, checkpointing)
+    return Cost(operations / (EFFICIENCY * rate(device)), bytes_ + memory(student, trained, longest, checkpointing))
+
+
+def shape_of(files: ModelFiles) -> Shape:
+    """Read from the headers of the weights; nothing is loaded."""
+    config = files.config.get("text_config", files.config)
+    sizes = {}
+    for path in sorted(files.base.glob("*.safetensors")):
+        sizes |= {name: int(np.prod(t["shape"])) for name, t in tensors(path).items()}
+    hidden = next(config[name] for name in ("hidden_size", "n_embd", "d_model") if name in config)
+    layers = next((config[name] for name in ("num_hidden_layers", "n_layer", "num_layers") if name in config), 1)
+    vocab = config["vocab_size"]
+    body = sum(
+        size for name, size in sizes.items() if not (size == vocab * hidden and ("embed" in name or "head" in name or "wte" in name))
+    )
+    return Shape(body, vocab, hidden, layers)
+
+
+def trained_by(files: ModelFiles, lora: Lora) -> int:
+    """Parameters of an adapter: rank x (inputs + outputs) of every matrix it is put on."""
+    total, named = 0, lora.target_modules if isinstance(lora.target_modules, tuple) else None
+    for path in sorted(files.base.glob("*.safetensors")):
+        for name, t in tensors(path).items():
+            module = name.removesuffix(".weight").rpartition(".")[2]
+            if len(t["shape"]) == 2 and (module in named if named else not any(word in name for word in ("embed", "head", "wte"))):
+                total += lora.rank * sum(t["shape"])
+    return total
+
+
+def step_operations(
+    student: Shape, teacher: Shape | None, students: int, tokens: float, targets: float, full: bool, checkpointing: bool
+) -> float:
+    """Multiplications and additions for `tokens` (without padding) with `targets` among them.
+
+    2 per weight and token in a forward pass, as many again for the gradient of the activations, and for that of the weights where
+    all of them train; the head on targets alone; the teacher's body once for all students, its head once for each.
+    """
+    passes = 4 + (2 if full else 0) + (2 if checkpointing else 0)
+    own = passes * student.body * tokens + (6 if full else 4) * student.vocab * student.hidden * targets
+    if teacher is None:
+        return students * own
+    return students * (own + 2 * teacher.vocab * teacher.hidden * targets) + 2 * teacher.body * tokens
+
+
+def memory(student: Shape, trained: int, tokens: int, checkpointing: bool) -> float:
+    """Bytes beside the weights: 16 for each of the `trained` parameters (weight, gradient, two moments), the activations of one
+    micro-batch of `tokens`, and half a gigabyte for the rest. recipes/README.md has finer formulas."""
+    kept = 2 * student.layers + 60 if checkpointing else 60 * student.layers
+    return 16.0 * trained + tokens * student.hidden * kept + 0.5e9
+
+
+def rate(device: str) -> float:
+    """Operations a second in a matrix product on this machine (bfloat16 on a GPU), measured for a fraction of a second."""
+    import torch
+
+    kind = torch.bfloat16 if device == "cuda" else torch.float32
+    n = 4096 if device == "cuda" else 512
+    a = torch.ones(n, n, device=device, dtype=kind)
+    best, until = 0.0, time.monotonic() + 0.3
+    while time.monotonic() < until:
+        start = time.monotonic()
+        b = a @ a
+        if device == "cuda":
+            torch.cuda.synchronize()
+        best = max(best, 2 * n**3 / (time.monotonic() - start))
+        del b
+    return best
+
+
+def duration(seconds: float) -> str:
+    for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
+        if seconds >= 1.5 * size:
+            return f"{seconds / size:.0f} {unit}" if seconds >= 10 * size else f"{seconds / size:.1f} {unit}"
+    return f"{seconds:.0f} seconds"
+
+
+def weight_bytes(files: ModelFiles, dtype: str, quantization) -> float:
+    """Bytes that a weight takes in memory."""
+    if quantization:
+        return _BYTES[quantization.type]
+    saved = files.config.get("dtype") or files.config.get("torch_dtype") or "float32"
+    return {"float64": 8, "float32": 4}.get(saved if dtype == "auto" else dtype, 2)

@@ -1,0 +1,320 @@
+"""Models, optimizers and folders together: trains one student, or several side by side before one teacher.
+
+`Session` holds what students share (teacher, data, plan, the bar) and does what falls due between steps; an `Arm` is one
+student with its own recipe and folder. An ordinary run is a session with one arm.
+"""
+
+import functools
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+
+from . import checkpoint, models, optimizers, tracking
+from .card import card
+from .console import bar, say
+from .data.collate import collate
+from .data.stream import Stream
+from .distiller import Distiller
+from .errors import NonFinite, Stopped, UserError
+from .loop import Learner, train
+from .losses.divergences import named
+from .losses.objective import Objective
+from .order import Plan, learning_rate
+from .prepare import Prepared
+from .recipe import Recipe, sources
+from .run_folder import RunFolder, write
+from .teachers.live import Live
+from .validate import HeldOut, accuracy, validate
+
+
+class Arm:
+    """One student: its recipe, folder and learner, what was measured of it, and what is written of it. Written by the first process."""
+
+    def __init__(self, recipe: Recipe, prepared: Prepared, folder: RunFolder, student: models.LanguageModel, learner: Learner, main: bool):
+        self.recipe, self.prepared, self.folder, self.student, self.learner, self.main = recipe, prepared, folder, student, learner, main
+        self.best, self.validated, self.record, self.failure = None, None, None, None
+
+    def begin(self, done: int, say) -> None:
+        if self.main:
+            self.record = tracking.Record(self.recipe, self.folder.path, done, say)
+
+    def restore(self, saved: checkpoint.Saved) -> None:
+        checkpoint.load(saved, self.learner.parameters, self.learner.optimizer)
+        self.best, self.validated = saved.state["best"], saved.state["validated"]
+
+    def measured(self, step: int, held_out: HeldOut) -> dict[str, float]:
+        """Keep what was measured on the held-out rows, and whether it is the best."""
+        figures, by = held_out.figures(), self.recipe.checkpoint.best_by
+        self.validated = step
+        if self.main:
+            self.record.write({"step": step, "validation": figures})
+            self.write_held_out(held_out)
+        if by and step:
+            sign = -1 if by == "agreement" else 1
+            if self.best is None or self.best["by"] != by or sign * figures[by] < sign * self.best["value"]:
+                self.best = {"by": by, "step": step, "value": figures[by]}
+        return figures
+
+    def write_held_out(self, held_out: HeldOut) -> None:
+        """held_out.jsonl: the sums of each example, so that two students can be compared example by example."""
+        data, places = self.prepared.validation, self.prepared.validation_places
+        lines = []
+        for i, targets in enumerate(held_out.targets.tolist()):
+            sums = {name: float(values[i]) for name, values in held_out.sums.items()}
+            lines.append(json.dumps({"id": i, "hash": data.identity(i), "place": places[i], "targets": targets, "sums": sums}) + "\n")
+        write(self.folder.path / "held_out.jsonl", "".join(lines))
+
+    def save(self, step: int) -> None:
+        state = {"best": self.best, "validated": self.validated}
+        checkpoint.save(self.folder.checkpoints, step, self.learner.parameters, self.learner.optimizer, state)
+
+    def prune(self) -> None:
+        checkpoint.prune(self.folder.checkpoints, self.recipe.checkpoint.keep, self.best["step"] if self.best else None)
+
+    def fail(self, error: NonFinite) -> None:
+        """The failure with the examples' places; also written to the run's folder."""
+        places = [self.prepared.places[i] for i in error.examples]
+        if self.main:
+            write(self.folder.path / "nonfinite.json", json.dumps({"step": error.step, "term": error.term, "examples": places}, indent=1))
+        shown = ", ".join(places[:8]) + (f" and {len(places) - 8} more" if len(places) > 8 else "")
+        text = f"step {error.step}: {error.term} is not finite at {shown}; the weights are as they were before it"
+        self.failure = NonFinite(error.step, error.term, error.examples, text)
+
+    def finish(self, steps: int, scored: dict[str, float]) -> Path:
+        """Write the student, the summary, the plot and the card. `scored` is the multiple-choice accuracy, where there are questions."""
+        records = tracking.read(self.folder.path / "metrics.jsonl")
+        last = next(r for r in reversed(records) if "loss" in r)
+        held_out = [r["validation"] for r in records if "validation" in r] or [{}]
+        summary = {
+            "steps": steps,
+            "output": "adapter" if self.recipe.student.method == "lora" else "model",
+            "before": held_out[0],
+            "train": {k: last[k] for k in ("loss", "ce", "kd") if k in last},
+            "validation": held_out[-1] | scored,
+            "best": self.best,
+        }
+        output = self.write_student(summary)
+        tracking.plot(self.folder.path)
+        write(self.folder.path / "summary.json", json.dumps(summary, indent=1))
+        return output
+
+    def write_student(self, summary: dict) -> Path:
+        """`adapter` or `model` in the run's folder, whole or not at all."""
+        output = self.folder.path / summary["output"]
+        for leftover in self.folder.path.glob(f"{output.name}.tmp-*"):
+            shutil.rmtree(leftover)
+        part = output.with_name(f"{output.name}.tmp-{os.getpid()}")
+        models.save(self.student, self.prepared.tokenizer, part, self.recipe.student)
+        text = card(self.recipe, summary, self.prepared.student, self.prepared.teacher, self.prepared.origins)
+        (part / "README.md").write_text(text, encoding="utf-8")
+        shutil.rmtree(output, ignore_errors=True)
+        part.rename(output)
+        return output
+
+
+class Session:
+    """Several recipes may differ in student.lora, loss and optim only, and in the adapter that student.model names on one base."""
+
+    def __init__(self, recipes: list[Recipe], prepared: Prepared, folders: list[RunFolder], accelerator, stop):
+        recipe = recipes[0]
+        self.recipe, self.prepared, self.accelerator, self.stop = recipe, prepared, accelerator, stop
+        self.main, self.pad = accelerator.is_main_process, prepared.tokenizer.eos_token_id
+        vocab, device, packing = prepared.vocab, accelerator.device, recipe.data.packing
+        self.teacher = Live(models.load_teacher(recipe.teacher, vocab, device, packing)) if prepared.teacher_wanted else None
+        students = models.load_students([r.student for r in recipes], vocab, device, recipe.seed, packing)
+        self.plan = plan(recipe, prepared, accelerator.process_index, accelerator.num_processes)
+        self.arms = []
+        for own, folder, student in zip(recipes, folders, students, strict=True):
+            learner = build_learner(own, student, self.plan.total_steps, accelerator)
+            self.arms.append(Arm(own, prepared.of(own) if len(recipes) > 1 else prepared, folder, student, learner, self.main))
+        if self.main:
+            for arm in self.arms:
+                arm.folder.claim(arm.prepared.identity)
+        self.done = self.written = self.resume(folders)
+        self.display = tracking.Display(self.plan.total_steps, self.done, self.main)
+        for arm in self.arms:
+            arm.begin(self.done, self.display.say)
+        trained, every = (sum(p.numel() for p in ps) for ps in (self.arms[0].learner.parameters.values(), students[0].parameters()))
+        others = f", beside {len(students) - 1} more students" if len(students) > 1 else ""
+        self.display.say(f"student: {every:,} parameters, {trained:,} of them train{others}; {self.plan.total_steps} steps")
+
+    def resume(self, folders: list[RunFolder]) -> int:
+        """Take up the newest checkpoint that all arms have; the step it stands at."""
+        if not folders[0].resume:
+            return 0
+        saved = checkpoint.newest([folder.checkpoints for folder in folders], say)
+        done = saved[0].step if saved else 0
+        for arm, one in zip(self.arms, saved, strict=False):
+            arm.restore(one)
+        if self.main:
+            for folder in folders:
+                checkpoint.drop_after(folder.checkpoints, done)
+        where = f"resuming after step {done} of {self.plan.total_steps}"
+        say(where if saved else f"{folders[0].path} has no checkpoint to resume from; starting at step 1")
+        return done
+
+    @property
+    def active(self) -> list[Arm]:
+        return [arm for arm in self.arms if not arm.failure]
+
+    def train(self) -> None:
+        """Every step from where the run stands, with validation, checkpoints and stops as they fall due."""
+        recipe, total, step = self.recipe, self.plan.total_steps, self.done
+        try:
+            if self.done == 0 or due(recipe.validation.every, self.done):
+                self.validate(self.done)
+            if self.stop.anywhere(self.accelerator):
+                raise self.stopped(self.done)
+            batch_of = functools.partial(collate, self.prepared.train, pad=self.pad, packing=recipe.data.packing)
+            learners = [arm.learner for arm in self.arms]
+            for progress in train(self.plan, batch_of, learners, self.teacher, self.accelerator, self.done, self.stop):
+                step, last = progress.step, progress.step == total
+                for k, error in progress.failures.items():
+                    self.arms[k].fail(error)
+                    if len(self.arms) > 1:
+                        self.display.say(f"{self.arms[k].folder.path.name} is given up: {self.arms[k].failure}")
+                self.show(progress, last)
+                if not self.active:
+                    return
+                if last or due(recipe.validation.every, step):
+                    self.validate(step)
+                if due(recipe.checkpoint.every, step) or (last and recipe.checkpoint.every):
+                    self.save(step)
+                if progress.stop and not last:
+                    raise self.stopped(step)
+        except UserError:  # a bad row of a stream: what was learnt so far is kept
+            self.save(step)
+            raise
+        finally:
+            self.display.close()
+            for arm in self.arms if self.main else ():
+                arm.record.close()
+
+    def show(self, progress, last: bool) -> None:
+        """Count the step; record and show it where that is due."""
+        self.display.count(progress.targets)
+        if not (last or due(self.recipe.train.log_every, progress.step)):
+            return
+        speed = self.display.speed()
+        going = [k for k in progress.terms if not self.arms[k].failure]
+        rates = {k: self.arms[k].learner.learning_rate(progress.step) for k in going}
+        for k in going if self.main else ():
+            self.arms[k].record.step(progress, k, rates[k], speed)
+        if len(self.arms) == 1 and going:
+            shown = {name: f"{value:.4f}" for name, value in progress.terms[0].items()} | {"lr": f"{rates[0]:.1e}"}
+        else:
+            losses = [progress.terms[k]["loss"] for k in going] or [math.nan]
+            shown = {"students": str(len(going)), "loss": f"{min(losses):.4f} to {max(losses):.4f}"}
+        self.display.show(progress.step, shown, speed)
+
+    def validate(self, step: int) -> None:
+        """Measure on the held-out rows, once a step; keep the best; warn where the teacher is worse than a student."""
+        waiting = [arm for arm in self.active if arm.validated != step]
+        if self.prepared.validation is None or not waiting:
+            return
+        size, students = self.recipe.validation.micro_batch_size, [arm.student for arm in waiting]
+        try:
+            found = validate(
+                students, self.teacher, self.prepared.validation, self.pad, size, self.accelerator, self.stop, bar("validation")
+            )
+        except Stopped:
+            raise self.stopped(step) from None
+        for arm, held_out in zip(waiting, found, strict=True):
+            figures = arm.measured(step, held_out)
+            name = f" of {arm.folder.path.name}" if len(self.arms) > 1 else ""
+            shown = "  ".join(f"{k} {v:.4f}" for k, v in figures.items() if k != "targets")
+            self.display.say(f"validation{name} at step {step}: {shown}")
+        if step == 0 and figures.get("teacher_ce", 0) > figures["ce"]:
+            self.display.say(
+                f"warning: on the held-out rows the teacher's CE ({figures['teacher_ce']:.3f}) is worse than the student's ({figures['ce']:.3f}); "
+                "tune the teacher on this data first"
+            )
+        self.display.speed()  # what was spent here is not training's
+        if self.recipe.checkpoint.best_by and step:
+            self.save(step)
+
+    def save(self, step: int) -> None:
+        """A checkpoint of every arm, unless this step has one; older ones go when all are written."""
+        if step <= self.written:
+            return
+        if self.main:
+            for arm in self.active:
+                arm.save(step)
+            for arm in self.active:
+                arm.prune()
+        self.accelerator.wait_for_everyone()
+        self.written = step
+
+    def stopped(self, step: int) -> Stopped:
+        self.save(step)
+        return Stopped(f"stopped by a signal after step {step} of {self.plan.total_steps}; go on with --resume")
+
+    def finish(self) -> None:
+        """Write every student; of a single one also print a short table."""
+        questions = self.prepared.questions
+        for arm in self.active:
+            scored = {}
+            if questions:
+                size = self.recipe.validation.micro_batch_size
+                args = (questions.encoded, questions.answers, questions.counts, self.pad, size, self.accelerator, bar("questions"))
+                scored = accuracy(arm.student, *args)
+            if self.main:
+                output = arm.finish(self.plan.total_steps, scored)
+                if len(self.arms) == 1:
+                    self.print(arm, output)
+        self.accelerator.wait_for_everyone()
+
+    def print(self, arm: Arm, output: Path) -> None:
+        summary, folder = arm.folder.summary(), arm.folder.path
+        after = {name: value for name, value in summary["validation"].items() if name != "targets"}
+        if after:
+            print(tracking.table([{"held-out": n, "before": summary["before"].get(n), "after": value} for n, value in after.items()]))
+        print(f"{output}  {folder / 'loss.png'}  {folder / 'metrics.jsonl'}")
+
+
+def plan(recipe: Recipe, prepared: Prepared, rank: int, ranks: int):
+    """Which examples make up which step: of a stream, it follows from the rows' order alone."""
+    train = recipe.train
+    if isinstance(prepared.train, Stream):
+        return prepared.train.for_rank(rank, ranks)
+    return Plan(
+        prepared.train.lengths,
+        recipe.seed,
+        train.batch_size,
+        train.micro_batch_size,
+        train.epochs,
+        train.max_steps,
+        train.length_group,
+        rank,
+        ranks,
+        prepared.train.source,
+        tuple(source.weight for source in sources(recipe.data.train)),
+    )
+
+
+def build_learner(recipe: Recipe, student, total_steps: int, accelerator):
+    """The student with its objective, optimizer and schedule."""
+    loss, optim = recipe.loss, recipe.optim
+    objective = Objective(loss.kd_ratio, loss.temperature, named(loss.divergence, **loss.divergence_options))
+    parameters = student.trainable()
+    optimizer = optimizers.build(optim, parameters)
+    if student.untouched and accelerator.num_processes > 1:  # or the processes would wait for gradients that never come
+        accelerator.ddp_handler.find_unused_parameters = True
+    distiller = accelerator.prepare_model(Distiller(student, objective, loss.chunk_rows))
+    return Learner(distiller, optimizer, parameters, schedule(recipe, total_steps), optim.max_grad_norm)
+
+
+def schedule(recipe: Recipe, total: int):
+    optim = recipe.optim
+    if optim.warmup_steps and optim.warmup_steps > total:
+        raise UserError(
+            f"optim.warmup_steps: found {optim.warmup_steps}, and the whole run has {total} steps; lower it, or use optim.warmup_share"
+        )
+    warmup = optim.warmup_steps if optim.warmup_steps is not None else math.ceil((optim.warmup_share or 0) * total)
+    return lambda step: learning_rate(step, total, optim.lr, optim.schedule, warmup, optim.min_lr_share)
+
+
+def due(every: int | None, step: int) -> bool:
+    return every is not None and step % every == 0
