@@ -13,12 +13,16 @@ USAGE = """\
 usage: llmkd train --config RECIPE [--section.name VALUE ...] [--resume] [--debug]
        llmkd data --config RECIPE [--show N] [--example I] [--section.name VALUE ...]
        llmkd export RUN [--to FOLDER] [--checkpoint STEP|best]
+       llmkd eval RUN_OR_MODEL... --tasks TASK[,TASK...] [--tasks_dir DIR] [...]     llmkd eval --help says more
+       llmkd tasks DATA_DIR [--to eval/tasks]
        llmkd --version          llmkd train --help lists every setting
 
 train    Train a student by distillation, or by plain fine-tuning where the recipe names no teacher.
          Several processes: accelerate launch llmkd/train.py --config RECIPE ...
 data     Read and tokenise a recipe's data as a run would; print its figures and N examples (3) with the supervised tokens marked.
 export   Write a finished run's student as a plain transformers model (RUN/merged): an adapter is merged into its base.
+eval     Evaluate runs and models by lm-evaluation-harness. Several processes: accelerate launch eval/run.py RUN_OR_MODEL... --tasks ...
+tasks    Write the task files that give the harness's tasks their data from a local folder.
 
 exit codes: 0 done, 1 a bug, 2 something to mend (one line each), 3 stopped on a non-finite value,
             75 stopped by a signal; --resume goes on. accelerate launch and torchrun turn all of them into 1.
@@ -52,8 +56,10 @@ def dispatch(argv: list[str]) -> None:
         data(argv)
     elif command == "export":
         export(argv)
+    elif command in ("eval", "tasks"):
+        evaluation(command, argv)
     else:
-        raise UserError(f"{command}: no such command; there are train, data and export (see llmkd --help)")
+        raise UserError(f"{command}: no such command; there are train, data, export, eval and tasks (see llmkd --help)")
 
 
 def train(argv: list[str]) -> None:
@@ -114,6 +120,16 @@ def export(argv: list[str]) -> None:
     from .export import export as write_merged
 
     print(write_merged(Path(run), Path(to) if to else None, checkpoint))
+
+
+def evaluation(command: str, argv: list[str]) -> None:
+    from llmkd_eval import run
+
+    if _flag(argv, "--help") or _flag(argv, "-h"):
+        print(run.USAGE)
+        return
+    quiet()
+    (run.evaluate if command == "eval" else run.tasks)(argv)
 
 
 def quiet() -> None:
