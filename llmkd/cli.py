@@ -14,6 +14,8 @@ usage: llmkd train --config RECIPE [--section.name VALUE ...] [--resume] [--debu
        llmkd sweep --config SWEEP [--section.name VALUE ...] [--resume]
        llmkd data --config RECIPE [--show N] [--example I] [--section.name VALUE ...]
        llmkd export RUN [--to FOLDER] [--checkpoint STEP|best]
+       llmkd eval RUN_OR_MODEL... --tasks TASK[,TASK...] [--tasks_dir DIR] [...]     llmkd eval --help says more
+       llmkd tasks DATA_DIR [--to eval/tasks]
        llmkd compare RUN|NAME=RUN[,RUN...] ... [--baseline NAME] [--tasks A,B] [--metrics A,B] [--common] [--json FILE]
        llmkd --version          llmkd train --help lists every setting
 
@@ -23,6 +25,8 @@ sweep    Train every arm of a sweep (a recipe and a grid of changes), side by si
          measure, compare and report them. A study's or sweep's file given to train runs it too, on several processes.
 data     Read and tokenise a recipe's data as a run would; print its figures and N examples (3) with the supervised tokens marked.
 export   Write a finished run's student as a plain transformers model (RUN/merged): an adapter is merged into its base.
+eval     Evaluate runs and models by lm-evaluation-harness. Several processes: accelerate launch eval/run.py RUN_OR_MODEL... --tasks ...
+tasks    Write the task files that give the harness's tasks their data from a local folder.
 compare  Compare evaluated runs with the first or --baseline, item by item, with intervals and tests; RUN,RUN are the seeds of one arm.
 
 exit codes: 0 done, 1 a bug, 2 something to mend (one line each), 3 stopped on a non-finite value,
@@ -47,7 +51,7 @@ def entry() -> None:
 
 
 def dispatch(argv: list[str]) -> None:
-    commands = {"train": train, "sweep": sweep, "data": data, "export": export, "compare": compare}
+    commands = {"train": train, "sweep": sweep, "data": data, "export": export, "eval": evaluate, "tasks": tasks, "compare": compare}
     command = argv.pop(0) if argv else "--help"
     if command == "--version":
         print(f"llmkd {__version__}")
@@ -142,6 +146,20 @@ def export(argv: list[str]) -> None:
     from .export import export as write_merged
 
     print(write_merged(Path(run), Path(to) if to else None, checkpoint))
+
+
+def evaluate(argv: list[str], what: str = "evaluate") -> None:
+    from llmkd_eval import run
+
+    if _flag(argv, "--help") or _flag(argv, "-h"):
+        print(run.USAGE)
+        return
+    quiet()
+    getattr(run, what)(argv)
+
+
+def tasks(argv: list[str]) -> None:
+    evaluate(argv, "tasks")
 
 
 def compare(argv: list[str]) -> None:

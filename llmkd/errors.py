@@ -41,6 +41,10 @@ def is_disk_full(error: BaseException) -> bool:
     return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    return "OutOfMemory" in type(error).__name__ or "can't allocate memory" in str(error)
+
+
 def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
@@ -68,7 +72,7 @@ def exit_code(action, *, debug: bool = False) -> int:
             text, code = f"{_first_line(error)}; make room, then --resume", UserError.exit_code
         elif isinstance(error, OSError) and error.errno in _REFUSED:
             text, code = f"{_first_line(error)}; choose a place that can be written to, then --resume", UserError.exit_code
-        elif "OutOfMemory" in type(error).__name__ or "can't allocate memory" in str(error):
+        elif is_out_of_memory(error):
             text, code = (
                 f"out of memory ({_first_line(error)}); lower train.micro_batch_size or data.max_length, then --resume",
                 UserError.exit_code,

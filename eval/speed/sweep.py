@@ -85,12 +85,16 @@ def report(times: dict[int, list[float]], operations: dict[int, float]) -> None:
     import torch
 
     one = statistics.median(times[1])
-    print("| students side by side | seconds (smallest to largest) | against one | against as many runs | operations against as many runs |")
+    print(
+        "| students side by side | seconds (smallest to largest) | against one | against as many runs | operations against as many runs |"
+    )
     print("|---|---|---|---|---|")
     for count, seconds in times.items():
         median = statistics.median(seconds)
         spread = f"{median:.2f} ({min(seconds):.2f} to {max(seconds):.2f})"
-        print(f"| {count} | {spread} | {median / one:.2f} | {median / (count * one):.2f} | {operations[count] / (count * operations[1]):.2f} |")
+        print(
+            f"| {count} | {spread} | {median / one:.2f} | {median / (count * one):.2f} | {operations[count] / (count * operations[1]):.2f} |"
+        )
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     print(f"\n{where}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}")
 
