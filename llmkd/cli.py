@@ -93,9 +93,13 @@ def sweep(argv: list[str]) -> None:
 
 
 def run_sweep(config: str, overrides: dict, resume: bool) -> None:
+    from llmkd_eval import after_sweep
+
+    wanted = settings.load_sweep(config, overrides).eval
+    after_sweep.check(wanted)
     from .sweep import run_sweep as train_arms
 
-    print(train_arms(config, overrides, resume) / "sweep.json")
+    after_sweep.finish(train_arms(config, overrides, resume), wanted)
 
 
 def _run_options(argv: list[str]) -> tuple[str, dict, bool]:
