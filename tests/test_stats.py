@@ -51,6 +51,12 @@ def test_a_paired_difference_has_the_brute_force_bootstrap_s_interval(rng, weigh
     assert got == stats.paired_difference(a, b, w) != stats.paired_difference(a, b, w, seed=1)
 
 
+def test_a_ratio_s_denominator_is_drawn_with_its_items():
+    w = np.arange(1.0, 81)
+    got = stats.paired_difference(0.3 * w, np.zeros(80), w)  # every sample of items has this ratio
+    assert got.interval == pytest.approx((0.3, 0.3)) and got.stderr == pytest.approx(0, abs=1e-12)
+
+
 def test_pairing_takes_out_what_makes_an_item_hard_for_both(rng):
     hard = rng.normal(0, 1, 500)
     a, b = hard + rng.normal(0, 0.1, 500), hard + rng.normal(0, 0.1, 500)
