@@ -84,7 +84,7 @@ def varied(sweep: SweepFolder) -> tuple[list[str], list[Arm]]:
             common = Counter(rest.values()).most_common(1)[0][0]
             inside = [arm for arm in arms if rest[arm.name] == common]
             several = all(len({repr(value_of(sweep, arm, key)) for arm in inside}) > 1 for key in chosen)
-            if several and len(inside) > max(2 * size - 1, len(arms) / 2, len(best[1])):
+            if several and len(inside) > max(1 + size, len(arms) / 2, len(best[1])):
                 best = (list(chosen), inside)
     return best
 

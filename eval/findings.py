@@ -9,7 +9,7 @@ from llmkd.errors import UserError
 from . import stats
 from .compare import HELD_OUT_METRICS, Row, compare
 from .compare_text import blocks, digits
-from .items import HELD_OUT, tasks_of
+from .items import HELD_OUT, read, tasks_of
 from .page import Span, Text
 
 #: A row of an arm that could not be compared with the baseline has this for a verdict.
@@ -34,16 +34,48 @@ def measure(arms: dict[str, list[Path]], baseline: str, say: Callable[[str], Non
         lacking = [arm for arm in arms if arm not in having]
         if lacking:
             say(f"{task}: not measured in every run of {', '.join(lacking)}")
+        if task == HELD_OUT:
+            having = _same_rows(having, baseline, say)
         try:
             found = compare(having, baseline, [task], say=say) if baseline in having and len(having) > 1 else []
         except UserError as error:
             say(f"{task}: not compared; {error}")
             found = []
         known = {(row.metric, row.arm) for row in found}
+        having = {arm: runs for arm, runs in having.items() if _has_more(arm, runs[0], task, known)}
         rows += found + [row for arm, runs in having.items() for row in _alone(arm, runs, task, say) if (row.metric, row.arm) not in known]
     order = {arm: i for i, arm in enumerate([baseline, *arms])} | {baseline: -1}
     metrics = list(dict.fromkeys([*HELD_OUT_METRICS, *(row.metric for row in rows)]))
     return sorted(rows, key=lambda row: (tasks.index(row.task), metrics.index(row.metric), order[row.arm]))
+
+
+def _same_rows(having: dict[str, list[Path]], baseline: str, say: Callable[[str], None]) -> dict[str, list[Path]]:
+    """Only the runs that held out the rows that the baseline's first did: data.validation_share draws others with every seed."""
+
+    def rows(run: Path) -> frozenset:
+        try:
+            return frozenset(read(run, HELD_OUT).keys)
+        except UserError:  # compare says what is wrong with it
+            return frozenset()
+
+    first = having.get(baseline) or next(iter(having.values()))
+    wanted = rows(first[0])
+    out = {arm: [run for run in runs if rows(run) == wanted] for arm, runs in having.items()}
+    if sum(map(len, out.values())) < sum(map(len, having.values())):
+        say(
+            f"held_out: only the runs that held out the same rows as {first[0].name}, since data.validation_share draws others with every seed; "
+            "name rows by data.validation to compare over seeds"
+        )
+    return {arm: runs for arm, runs in out.items() if runs}
+
+
+def _has_more(arm: str, run: Path, task: str, known: set[tuple[str, str]]) -> bool:
+    """Whether an arm measured what the comparison has no row of it for."""
+    try:
+        names = read(run, task).values
+    except UserError:
+        return True
+    return any((name, arm) not in known for name in names if task != HELD_OUT or name in ("ce", "forward_kl", "agreement"))
 
 
 def _alone(arm: str, runs: list[Path], task: str, say: Callable[[str], None]) -> list[Row]:

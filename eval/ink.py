@@ -6,7 +6,7 @@ import math
 
 WIDTH = 480
 TOP, BOTTOM, RIGHT = 34, 46, 14
-CHAR = 6.4  # width of a character of a tick, at 12 units
+CHAR = 7.0  # width of a character of a tick, at 12 units
 
 #: Okabe and Ito's palette (jfly.uni-koeln.de/color, 2008), told apart with every common colour blindness; darker in light, for contrast.
 SERIES = ("#0067a8", "#c04a00", "#007f5f", "#a8478a", "#8a6a00", "#2b86bd", "#404040")
@@ -43,6 +43,7 @@ svg.chart { display: block; width: 100%; height: auto; max-width: 40rem; font-fa
 .chart .tick, .chart .label, .chart .none { fill: var(--quiet); }
 .chart .grid { stroke: var(--rule); stroke-width: 1; }
 .chart .zero { stroke: var(--quiet); stroke-width: 1.2; stroke-dasharray: 2 3; }
+@media (max-width: 30rem) { .chart .tick, .chart .label, .chart .name { font-size: 13px; } }
 .line { fill: none; stroke-width: 1.8; stroke-linejoin: round; }
 .raw { fill: none; stroke-width: 1; opacity: .22; }
 .errors { stroke-width: 1.2; }

@@ -32,8 +32,10 @@ caption { text-align: left; color: var(--quiet); padding-bottom: .3rem; }
 th, td { padding: .28rem .55rem .28rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--rule); }
 th { font-weight: 600; vertical-align: bottom; border-bottom-color: var(--quiet); }
 td.number, th.number { text-align: right; white-space: nowrap; }
-td.name { min-width: min(13rem, 36vw); overflow-wrap: anywhere; }
-td.name:first-child:has(+ td.name) { min-width: min(9rem, 30vw); }
+td.name { min-width: 8.5rem; overflow-wrap: anywhere; }
+td.name code { white-space: nowrap; }
+td.name code.long { white-space: normal; }
+td.name:has(code.long) { min-width: 18rem; }
 td.words { min-width: 9rem; }
 .gallery { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 25rem), 1fr)); gap: 1rem; margin: .8rem 0; }
 figure { margin: 0; min-width: 0; }
@@ -48,6 +50,7 @@ footer { margin-top: 3rem; font-size: .84rem; color: var(--quiet); }
   nav { display: none; }
   h2, h3 { break-after: avoid; }
   figure, tr { break-inside: avoid; }
+  .legend { break-after: avoid; }
   .scroll { overflow: visible; }
   table { font-size: 8pt; }
   th, td { padding-right: .4rem; }
@@ -196,7 +199,7 @@ def _inline(text: Text) -> str:
         if isinstance(part, str):
             out.append(html.escape(part))
         elif part.kind == "code":
-            out.append(f"<code>{html.escape(part.text)}</code>")
+            out.append(f"<code{_class('long' * (len(part.text) > 44))}>{html.escape(part.text)}</code>")
         else:
             out.append(f'<span class="{part.kind}">{html.escape(part.text)}</span>')
     return "".join(out)

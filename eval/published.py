@@ -1,5 +1,6 @@
 """Published figures that ours can stand beside: torchtune's study of Llama-3.1-8B to Llama-3.2-1B. The only place they are kept."""
 
+import json
 import math
 import re
 from dataclasses import dataclass, field
@@ -78,7 +79,8 @@ ALWAYS = (
     "The published figures have no seeds and no error bars, and were made with lm-evaluation-harness of autumn 2024; its truthfulqa_mc2 was "
     "changed since (version 3 no longer takes the labels for sorted). Ours are made with the versions named in this report.",
     "Their loss was a mean over micro-batches of a mean over 8 chunks; ours is the exact mean over a step's targets.",
-    "Their adapters were bfloat16, ours are float32; their seed isn't known; their prompts had no chat template of the tokenizer.",
+    "Their adapters were bfloat16, ours are float32, and their seed isn't known.",
+    "The tokenizer's own chat template, where a recipe of ours uses it, adds a system block with two dates and trims turns; theirs did neither.",
 )
 #: What the study says of a teacher that isn't tuned, in our words.
 ADVICE = (
@@ -117,4 +119,8 @@ def like(row: Published, recipe: dict, teacher: str | None, tuned_before: bool) 
 
 def differing(base: dict) -> list[str]:
     """Where a base recipe leaves the study's conditions."""
-    return [f"{key}: here {base.get(key)!r}, there {value!r}" for key, value in CONDITIONS.items() if key in base and base[key] != value]
+    return [
+        f"{key}: here {json.dumps(base[key])}, there {json.dumps(value)}"
+        for key, value in CONDITIONS.items()
+        if key in base and base[key] != value
+    ]

@@ -33,7 +33,7 @@ def write(folder: Path) -> tuple[Path, Path]:
 
 def document(sweep: SweepFolder, rows: list[Row], notes: list[str]) -> list:
     held, tasks = ([row for row in rows if (row.task == HELD_OUT) == here] for here in (True, False))
-    out = summary(sweep, rows)
+    out = summary(sweep, rows, notes)
     out += sections.what_was_run(sweep)
     out += sections.teacher_gate(sweep)
     out += learning(sweep)
@@ -49,11 +49,11 @@ def document(sweep: SweepFolder, rows: list[Row], notes: list[str]) -> list:
     return out
 
 
-def summary(sweep: SweepFolder, rows: list[Row]) -> list:
+def summary(sweep: SweepFolder, rows: list[Row], notes: list[str]) -> list:
     """What the statistics support, made from the rows alone; then what is missing."""
     items = statements(rows, sweep.baseline)
     if not items:
-        items.append(why_nothing(sweep, rows))
+        items.append(why_nothing(sweep, rows, notes))
     open_ = [run for run in sweep.runs if run.status != "done"]
     for status, words in (("failed", "failed and count nowhere"), ("waiting", "not trained yet")):
         names = [run.name for run in open_ if run.status == status]
@@ -65,7 +65,7 @@ def summary(sweep: SweepFolder, rows: list[Row]) -> list:
     return [Heading("Summary", "summary"), Items(items, "summary")]
 
 
-def why_nothing(sweep: SweepFolder, rows: list[Row]) -> Text:
+def why_nothing(sweep: SweepFolder, rows: list[Row], notes: list[str]) -> Text:
     done = [arm for arm in sweep.arms.values() if arm.done]
     if not done:
         return "No arm is finished, so there is nothing to compare."
@@ -79,9 +79,9 @@ def why_nothing(sweep: SweepFolder, rows: list[Row]) -> Text:
         )
     if len(done) == 1:
         return ("No statement about differences: of the arms only the baseline ", Span(sweep.baseline), " is finished.")
-    if not rows:
+    if not rows and not notes:
         return "No statement about differences: the finished arms have neither held-out rows (data.validation or data.validation_share) nor benchmarks."
-    return "No statement about differences: no other arm could be compared with the baseline; the last section says why."
+    return "No statement about differences: no other arm could be compared with the baseline; the end of this report says why."
 
 
 def learning(sweep: SweepFolder) -> list:

@@ -37,7 +37,7 @@ def what_was_run(sweep: SweepFolder) -> list:
         ]
     out += [Heading("Arms, as differences to the base recipe")]
     out.append(Table(["arm", "differs in", "seeds", "status"], [_arm(sweep, arm) for arm in sweep.arms.values()], left=4))
-    return out
+    return out + _unfinished(sweep)
 
 
 def _stage(sweep: SweepFolder, name: str, stage: dict) -> list[Text]:
@@ -58,20 +58,29 @@ def _arm(sweep: SweepFolder, arm: Arm) -> list[Text]:
 
 
 def _status(arm: Arm) -> Text:
-    """ "done", or how many runs are, and why the others aren't."""
-    out: list[str | Span] = []
-    for run in arm.runs:
-        which = f"seed {run.seed} " if len(arm.runs) > 1 else ""
-        if run.status == "failed":
-            out += [*(["; "] if out else []), Span(f"{which}failed", "worse"), f": {_cut(run.reason or 'no reason recorded')}"]
-        elif run.status != "done":
-            out += [*(["; "] if out else []), Span(f"{which}{run.status}", "quiet")]
-    done = len(arm.done)
-    head = ["done"] if done == len(arm.runs) else [f"{done} of {len(arm.runs)} done; "] if len(arm.runs) > 1 else []
-    return tuple([*head, *out])
+    """ "done", or how many runs are what."""
+    counts = Counter(run.status for run in arm.runs)
+    if len(counts) == 1:
+        (status,) = counts
+        return Span(status, "worse") if status == "failed" else status if status == "done" else Span(status, "quiet")
+    return ", ".join(f"{count} {status}" for status, count in counts.items())
 
 
-def _cut(text: str, most: int = 240) -> str:
+def _unfinished(sweep: SweepFolder) -> list:
+    """Each failed run with its reason, and those that wait, by name."""
+    failed = [run for run in sweep.runs if run.status == "failed"]
+    waiting = [run for run in sweep.runs if run.status not in ("failed", "done")]
+    out: list = []
+    if failed:
+        items: list[Text] = [(Span(run.name), ": ", _cut(run.reason or "no reason recorded")) for run in failed]
+        out += [Heading("Runs that failed"), Items(items)]
+    if waiting:
+        names = [part for run in waiting for part in (", ", Span(run.name))][1:]
+        out += [Heading("Runs that wait"), Para((*names, ". llmkd sweep with --resume trains them."))]
+    return out
+
+
+def _cut(text: str, most: int = 400) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
@@ -216,7 +225,7 @@ def published_beside(sweep: SweepFolder, rows: list, versions: str) -> list:
             for (task, metric), figure in zip(published.COLUMNS, row.figures, strict=True):
                 own = ours.get((task, metric, arm.name)) if arm else None
                 error = f" ±{own.stderr:.4f}" if own and own.stderr is not None else ""
-                cells += [f"{figure:.4f}", f"{own.value:.4f}{error}" if own else "–"]
+                cells += [Span(f"{figure:.4f}", "quiet"), f"{own.value:.4f}{error}" if own else "–"]
             body.append([row.name, Span(arm.name) if arm else Span("none", "quiet"), *cells])
     heads = [text for task, metric in published.COLUMNS for text in (f"{task} {metric}, published", "ours")]
     out.append(Table(["published model", "our arm of its kind", *heads], body, left=2))

@@ -15,6 +15,7 @@ usage: llmkd train --config RECIPE [--section.name VALUE ...] [--resume] [--debu
        llmkd data --config RECIPE [--show N] [--example I] [--section.name VALUE ...]
        llmkd export RUN [--to FOLDER] [--checkpoint STEP|best]
        llmkd compare RUN|NAME=RUN[,RUN...] ... [--baseline NAME] [--tasks A,B] [--metrics A,B] [--common] [--json FILE]
+       llmkd report SWEEP_FOLDER
        llmkd --version          llmkd train --help lists every setting
 
 train    Train a student by distillation, or by plain fine-tuning where the recipe names no teacher.
@@ -24,6 +25,7 @@ sweep    Train every arm of a sweep (a recipe and a grid of changes), side by si
 data     Read and tokenise a recipe's data as a run would; print its figures and N examples (3) with the supervised tokens marked.
 export   Write a finished run's student as a plain transformers model (RUN/merged): an adapter is merged into its base.
 compare  Compare evaluated runs with the first or --baseline, item by item, with intervals and tests; RUN,RUN are the seeds of one arm.
+report   Write report.html and report.md of a sweep, finished or not: what was run, curves, comparisons, maps over settings, cost.
 
 exit codes: 0 done, 1 a bug, 2 something to mend (one line each), 3 stopped on a non-finite value,
             75 stopped by a signal; --resume goes on. accelerate launch and torchrun turn all of them into 1.
@@ -62,8 +64,10 @@ def dispatch(argv: list[str]) -> None:
         export(argv)
     elif command == "compare":
         compare(argv)
+    elif command == "report":
+        report(argv)
     else:
-        raise UserError(f"{command}: no such command; there are train, sweep, data, export and compare (see llmkd --help)")
+        raise UserError(f"{command}: no such command; there are train, sweep, data, export, compare and report (see llmkd --help)")
 
 
 def train(argv: list[str]) -> None:
@@ -175,6 +179,18 @@ def compare(argv: list[str]) -> None:
     if file:
         Path(file).parent.mkdir(parents=True, exist_ok=True)
         Path(file).write_text(as_json(rows) + "\n", encoding="utf-8")
+
+
+def report(argv: list[str]) -> None:
+    if _flag(argv, "--help") or _flag(argv, "-h") or not argv:
+        print(USAGE)
+        return
+    if len(argv) > 1 or argv[0].startswith("--"):
+        raise UserError(f"report: found {' '.join(argv)}, expected the folder of one sweep and nothing else")
+    from llmkd_eval.report import write
+
+    for path in write(Path(argv[0])):
+        print(path)
 
 
 def quiet() -> None:
