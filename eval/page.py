@@ -28,10 +28,12 @@ code { font: .88em ui-monospace, SFMono-Regular, Menlo, Consolas, monospace; bac
 .quiet { color: var(--quiet); }
 .scroll { overflow-x: auto; margin: .6rem 0; max-width: 100%; }
 table { border-collapse: collapse; font-size: .87rem; font-variant-numeric: tabular-nums; }
+table.wide { font-size: .79rem; }
 caption { text-align: left; color: var(--quiet); padding-bottom: .3rem; }
 th, td { padding: .28rem .55rem .28rem 0; text-align: left; vertical-align: top; border-bottom: 1px solid var(--rule); }
 th { font-weight: 600; vertical-align: bottom; border-bottom-color: var(--quiet); }
-td.number, th.number { text-align: right; white-space: nowrap; }
+td.number, th.number { text-align: right; }
+td.number { white-space: nowrap; }
 td.name { min-width: 8.5rem; overflow-wrap: anywhere; }
 td.name code { white-space: nowrap; }
 td.name code.long { white-space: normal; }
@@ -182,7 +184,7 @@ def _table(table: Table) -> str:
     caption = f"<caption>{html.escape(table.caption)}</caption>" if table.caption else ""
     top = f"<thead><tr>{head}</tr></thead>" if any(table.head) else ""
     body = "".join(f"<tr>{row}</tr>\n" for row in rows)
-    return f'<div class="scroll"><table>{caption}{top}\n<tbody>\n{body}</tbody></table></div>'
+    return f'<div class="scroll"><table{_class("wide" * (len(table.head) > 9))}>{caption}{top}\n<tbody>\n{body}</tbody></table></div>'
 
 
 def _class(kind: str) -> str:

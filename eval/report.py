@@ -13,7 +13,8 @@ from .items import HELD_OUT
 from .page import Heading, Items, Para, Span, Table, Text, as_html, as_markdown
 from .sweep_files import SweepFolder, read_json, read_sweep
 
-MARKS = "better, worse: what Holm's p shows to differ over items; with † the interval over seeds holds 0."
+MARKS = "Better and worse: what Holm's p shows to differ over items."
+DAGGER = " †: the interval over seeds holds 0."
 
 
 def write(folder: Path) -> tuple[Path, Path]:
@@ -113,15 +114,23 @@ def results(sweep: SweepFolder, rows: list[Row], prefix: str) -> list:
     if not rows:
         if prefix == "held":
             return [Para("No finished arm has held-out rows: data.validation or data.validation_share was not set.")]
-        return [Para("No finished arm has been measured on a benchmark: eval.tasks of the sweep names none, or llmkd eval has not run.")]
+        return [
+            Para("No finished arm has been measured on a benchmark: eval.tasks of the sweep names none, or it has not come to that yet.")
+        ]
     columns = list(dict.fromkeys((row.task, row.metric) for row in rows))
     found = {(row.task, row.metric, row.arm): row for row in rows}
     body: list[list[Text]] = []
     for arm in dict.fromkeys(row.arm for row in rows):
         body.append([Span(arm), *(overview(found.get((*column, arm))) for column in columns)])
     base = found.get((*columns[0], sweep.baseline))
-    caption = f"Baseline: {sweep.baseline}. " if base else ""
-    out: list = [Table(["arm", *(label(*column) for column in columns)], body, caption=caption + MARKS)]
+    caption = f"Baseline: {sweep.baseline}. " if base and compared(rows) else ""
+    out: list = [
+        Table(
+            ["arm", *(label(*column) for column in columns)],
+            body,
+            caption=caption + MARKS + DAGGER * any(row.seed_interval for row in rows),
+        )
+    ]
     for i, block in enumerate(blocks(rows)):
         out.append(Heading(title(block).replace(f"{block[0].task} {block[0].metric}", label(block[0].task, block[0].metric), 1)))
         chart = figures.intervals(block, f"{prefix}-{i}")
