@@ -23,9 +23,9 @@ _COLUMNS = 140  # names that would make a table wider than this stand on a line 
 
 def as_text(rows: list[Row]) -> str:
     """One block for each task and metric, then what the columns mean."""
-    blocks = []
-    for block in _blocks(rows):
-        head, *body = _cells(block)
+    out = []
+    for block in blocks(rows):
+        head, *body = cells(block)
         room = _COLUMNS - sum(2 + max(map(len, column)) for column in list(zip(head, *body, strict=True))[1:])
         long = {i: line[0] for i, line in enumerate(body, 1) if len(line[0]) > room}
         for i in long:
@@ -38,19 +38,19 @@ def as_text(rows: list[Row]) -> str:
         ]
         rule = "-" * max(map(len, lines))
         lines = [f"{long[i]}\n{line}" if i in long else line for i, line in enumerate(lines)]
-        blocks.append("\n".join([_title(block), lines[0], rule, *lines[1:], *_remarks(block)]))
-    return "\n\n".join([*blocks, "\n".join(EXPLANATION)])
+        out.append("\n".join([title(block), lines[0], rule, *lines[1:], *remarks(block)]))
+    return "\n\n".join([*out, "\n".join(EXPLANATION)])
 
 
 def as_markdown(rows: list[Row]) -> str:
     """The same in tables of Markdown."""
-    blocks = []
-    for block in _blocks(rows):
-        head, *body = [[cell.replace("|", "\\|") for cell in line] for line in _cells(block)]
+    out = []
+    for block in blocks(rows):
+        head, *body = [[cell.replace("|", "\\|") for cell in line] for line in cells(block)]
         rule = [":--", *["--:"] * (len(head) - 2), ":--"]
         table = "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *body))
-        blocks.append("\n\n".join([f"**{_title(block)}**", table, "\n".join(_remarks(block))]))
-    return "\n\n".join([*blocks, " ".join(EXPLANATION)])
+        out.append("\n\n".join([f"**{title(block)}**", table, "\n".join(remarks(block))]))
+    return "\n\n".join([*out, " ".join(EXPLANATION)])
 
 
 def as_json(rows: list[Row]) -> str:
@@ -68,20 +68,20 @@ def words(row: Row) -> str:
     return row.verdict + judged + (", not over seeds" if over_seeds else "")
 
 
-def _blocks(rows: list[Row]) -> list[list[Row]]:
+def blocks(rows: list[Row]) -> list[list[Row]]:
     return [list(block) for _, block in groupby(rows, key=lambda row: (row.task, row.metric))]
 
 
-def _title(block: list[Row]) -> str:
+def title(block: list[Row]) -> str:
     way = {True: ", higher is better", False: ", lower is better", None: ""}[block[0].higher_is_better]
     tests = list(dict.fromkeys(row.test for row in block if row.test))
     what = "rows" if block[0].task == HELD_OUT else "items"
-    return f"{block[0].task} {block[0].metric}: {block[0].n:,} {what}{way}; {' or '.join(tests)}"
+    return f"{block[0].task} {block[0].metric}: {block[0].n:,} {what}{way}" + (f"; {' or '.join(tests)}" if tests else "")
 
 
-def _cells(block: list[Row]) -> list[list[str]]:
+def cells(block: list[Row]) -> list[list[str]]:
     """Head and lines of a table."""
-    d, seeds = _digits(block), any(row.seeds > 1 for row in block)
+    d, seeds = digits(block), any(row.seeds > 1 for row in block)
     out = [["arm", "value", *["seeds"] * seeds, "difference", "95 % interval", "p", "Holm's p", ""]]
     for row in block:
         spread = f"{row.seeds}" if row.seed_spread is None else f"{row.seeds}, sd {row.seed_spread:.{d}f}"
@@ -94,9 +94,9 @@ def _cells(block: list[Row]) -> list[list[str]]:
     return out
 
 
-def _remarks(block: list[Row]) -> list[str]:
+def remarks(block: list[Row]) -> list[str]:
     """Below a table: how large a difference could have been seen, and what the seeds say."""
-    d, family = _digits(block), max(row.family for row in block)
+    d, family = digits(block), max(row.family for row in block)
     out, least = [], [row.detectable for row in block if row.detectable is not None]
     if least:
         low, high = f"{min(least):.{d}f}", f"{max(least):.{d}f}"
@@ -110,7 +110,7 @@ def _remarks(block: list[Row]) -> list[str]:
     return out
 
 
-def _digits(block: list[Row]) -> int:
+def digits(block: list[Row]) -> int:
     """Decimals that show two figures of the smallest standard error of a difference; four at least."""
     errors = [row.difference_stderr for row in block if row.difference_stderr]
     return min(8, max(4, 1 - math.floor(math.log10(min(errors))))) if errors else 4

@@ -17,6 +17,7 @@ usage: llmkd train --config RECIPE [--section.name VALUE ...] [--resume] [--debu
        llmkd eval RUN_OR_MODEL... --tasks TASK[,TASK...] [--tasks_dir DIR] [...]     llmkd eval --help says more
        llmkd tasks DATA_DIR [--to eval/tasks]
        llmkd compare RUN|NAME=RUN[,RUN...] ... [--baseline NAME] [--tasks A,B] [--metrics A,B] [--common] [--json FILE]
+       llmkd report SWEEP_FOLDER
        llmkd --version          llmkd train --help lists every setting
 
 train    Train a student by distillation, or by plain fine-tuning where the recipe names no teacher.
@@ -28,6 +29,7 @@ export   Write a finished run's student as a plain transformers model (RUN/merge
 eval     Evaluate runs and models by lm-evaluation-harness. Several processes: accelerate launch eval/run.py RUN_OR_MODEL... --tasks ...
 tasks    Write the task files that give the harness's tasks their data from a local folder.
 compare  Compare evaluated runs with the first or --baseline, item by item, with intervals and tests; RUN,RUN are the seeds of one arm.
+report   Write report.html and report.md of a sweep, finished or not: what was run, curves, comparisons, maps over settings, cost.
 
 exit codes: 0 done, 1 a bug, 2 something to mend (one line each), 3 stopped on a non-finite value,
             75 stopped by a signal; --resume goes on. accelerate launch and torchrun turn all of them into 1.
@@ -51,7 +53,8 @@ def entry() -> None:
 
 
 def dispatch(argv: list[str]) -> None:
-    commands = {"train": train, "sweep": sweep, "data": data, "export": export, "eval": evaluate, "tasks": tasks, "compare": compare}
+    commands = {"train": train, "sweep": sweep, "data": data, "export": export}
+    commands |= {"eval": evaluate, "tasks": tasks, "compare": compare, "report": report}
     command = argv.pop(0) if argv else "--help"
     if command == "--version":
         print(f"llmkd {__version__}")
@@ -190,6 +193,18 @@ def compare(argv: list[str]) -> None:
     if file:
         Path(file).parent.mkdir(parents=True, exist_ok=True)
         Path(file).write_text(as_json(rows) + "\n", encoding="utf-8")
+
+
+def report(argv: list[str]) -> None:
+    if _flag(argv, "--help") or _flag(argv, "-h") or not argv:
+        print(USAGE)
+        return
+    if len(argv) > 1 or argv[0].startswith("--"):
+        raise UserError(f"report: found {' '.join(argv)}, expected the folder of one sweep and nothing else")
+    from llmkd_eval.report import write
+
+    for path in write(Path(argv[0])):
+        print(path)
 
 
 def quiet() -> None:
