@@ -34,8 +34,6 @@ def measure(arms: dict[str, list[Path]], baseline: str, say: Callable[[str], Non
         lacking = [arm for arm in arms if arm not in having]
         if lacking:
             say(f"{task}: not measured in every run of {', '.join(lacking)}")
-        if task == HELD_OUT:
-            having = _same_rows(having, baseline, say)
         try:
             found = compare(having, baseline, [task], say=say) if baseline in having and len(having) > 1 else []
         except UserError as error:
@@ -47,26 +45,6 @@ def measure(arms: dict[str, list[Path]], baseline: str, say: Callable[[str], Non
     order = {arm: i for i, arm in enumerate([baseline, *arms])} | {baseline: -1}
     metrics = list(dict.fromkeys([*HELD_OUT_METRICS, *(row.metric for row in rows)]))
     return sorted(rows, key=lambda row: (tasks.index(row.task), metrics.index(row.metric), order[row.arm]))
-
-
-def _same_rows(having: dict[str, list[Path]], baseline: str, say: Callable[[str], None]) -> dict[str, list[Path]]:
-    """Only the runs that held out the rows that the baseline's first did: data.validation_share draws others with every seed."""
-
-    def rows(run: Path) -> frozenset:
-        try:
-            return frozenset(read(run, HELD_OUT).keys)
-        except UserError:  # compare says what is wrong with it
-            return frozenset()
-
-    first = having.get(baseline) or next(iter(having.values()))
-    wanted = rows(first[0])
-    out = {arm: [run for run in runs if rows(run) == wanted] for arm, runs in having.items()}
-    if sum(map(len, out.values())) < sum(map(len, having.values())):
-        say(
-            f"held_out: only the runs that held out the same rows as {first[0].name}, since data.validation_share draws others with every seed; "
-            "name rows by data.validation to compare over seeds"
-        )
-    return {arm: runs for arm, runs in out.items() if runs}
 
 
 def _has_more(arm: str, run: Path, task: str, known: set[tuple[str, str]]) -> bool:
