@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from . import loading
+from . import adapters, loading
 from .errors import UserError
 from .model_files import ModelFiles, tensors
 
@@ -30,7 +30,7 @@ def merge(files: ModelFiles, vocab: int, checkpoint: Path | None = None) -> nn.M
     if head.weight is embedding.weight and touched:
         head.weight = nn.Parameter(head.weight.detach().clone())
         base.config.tie_word_embeddings = False
-    adapted = loading.adapter(base, files, "export").eval()
+    adapted = adapters.load(base, files, "export").eval()
     if checkpoint:
         put(adapted, checkpoint)
     ids_BT = torch.arange(24).reshape(2, 12) * 7 % vocab

@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from . import loading, selftest
+from . import adapters, loading, selftest
 from .console import say
 from .errors import UserError
 from .families import beside_text, decoder_of, head_of
@@ -92,7 +92,7 @@ def load_teacher(settings: TeacherSettings, vocab: int, device, packing: bool = 
     model = loading.base(files.base, "teacher.model", settings.dtype, settings.attention, device, settings.quantization)
     if files.adapter:
         note_quantization(files, settings.quantization, "teacher")
-        model = loading.adapter(model, files, "teacher.model").to(device)
+        model = adapters.load(model, files, "teacher.model").to(device)
     teacher = LanguageModel(model, _fits(model, vocab, "teacher.model"))
     teacher.requires_grad_(False).eval()
     selftest.check(teacher, "teacher.model", packing)
@@ -169,7 +169,7 @@ def _check_full(model: nn.Module, files: ModelFiles | None) -> None:
 
 
 def _fresh_adapter(model: nn.Module, files: ModelFiles, settings: StudentSettings, name: str) -> nn.Module:
-    adapted = loading.new_adapter(model, settings.lora or Lora(), settings.revision, name)
+    adapted = adapters.fresh(model, settings.lora or Lora(), settings.revision, name)
     path = Path(settings.model)
     adapted.peft_config[name].base_model_name_or_path = str(path.resolve()) if path.is_dir() else settings.model
     return adapted
@@ -182,7 +182,7 @@ def _kept_adapter(model: nn.Module, files: ModelFiles, settings: StudentSettings
         raise UserError(f"student.model: {settings.model} is an adapter of type {config.get('peft_type')}; only LORA can be trained on")
     _refuse_other_settings(settings, config)
     note_quantization(files, settings.quantization, "student")
-    adapted = loading.adapter(model, files, "student.model", trainable=True, name=name)
+    adapted = adapters.load(model, files, "student.model", trainable=True, name=name)
     if settings.base:
         adapted.peft_config[name].base_model_name_or_path = str(files.base.resolve())
     say(f"student: going on with the adapter {settings.model} (rank {config.get('r')}, alpha {config.get('lora_alpha')})")
