@@ -1,5 +1,8 @@
 """Adapters from a folder, or fresh ones, onto a base by PEFT, strictly: what it would load without a word is refused here."""
 
+import shutil
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 
@@ -30,7 +33,7 @@ def load(model: nn.Module, files: ModelFiles, setting: str, trainable: bool = Fa
             f"{setting}: {files.adapter} is an adapter of type {kind}, which is more than a change of weights; only those, such as LORA, are supported"
         )
     try:
-        found = tensors(path)
+        tensors(path)  # whole
         weights = load_file(path)
         if isinstance(model, PeftModel):
             model.load_adapter(files.adapter, adapter_name=name, is_trainable=trainable)
@@ -41,17 +44,61 @@ def load(model: nn.Module, files: ModelFiles, setting: str, trainable: bool = Fa
         raise
     except Exception as error:
         raise UserError(f"{setting}: the adapter {files.adapter} cannot be loaded ({brief(error)})") from error
+    for name_, value in weights.items():
+        if not torch.isfinite(value).all():
+            raise UserError(f"{setting}: the adapter {files.adapter} holds values that are not finite, in {name_}; train or copy it again")
     expected = get_peft_model_state_dict(adapted, adapter_name=name, save_embedding_layers=False)
-    copies = {name for name in found.keys() - expected.keys() if _is_base_weight(adapted, name, weights[name])}
+    renamed = {key: key if key in expected else _renamed(adapted, key) for key in weights}
+    found = {renamed[key] if renamed[key] in expected else key: value for key, value in weights.items()}
+    copies = {key for key in found.keys() - expected.keys() if _is_base_weight(adapted, key, found[key])}
     for what, keys in (("lacks", expected.keys() - found.keys()), ("holds left-over", found.keys() - expected.keys() - copies)):
         if keys:
             raise UserError(
                 f"{setting}: the adapter {files.adapter} {what} {len(keys)} tensors for the base {files.base}, such as {min(keys)}; it belongs to another base"
             )
-    for name, value in weights.items():
-        if not torch.isfinite(value).all():
-            raise UserError(f"{setting}: the adapter {files.adapter} holds values that are not finite, in {name}; train or copy it again")
+    _read_in_full(adapted, {key: found[key] for key in expected}, name, f"{setting}: the adapter {files.adapter}")
     return adapted
+
+
+def _read_in_full(adapted: nn.Module, weights: dict[str, Tensor], name: str, whose: str) -> None:
+    """PEFT renames tensors as transformers does a checkpoint's, and leaves those at their initial values whose new name is none."""
+    from peft import get_peft_model_state_dict
+
+    for attempt in range(2):
+        own = get_peft_model_state_dict(adapted, adapter_name=name, save_embedding_layers=False)
+        lost = [key for key, value in weights.items() if not torch.equal(own[key].cpu(), value.to(own[key].dtype))]
+        if lost and attempt:
+            raise UserError(f"{whose} cannot be read: PEFT gives {len(lost)} tensors, such as {min(lost)}, other values than the file")
+        for key in lost:
+            own[key].copy_(weights[key])
+
+
+def save(adapted: nn.Module, folder: Path, name: str = "default") -> None:
+    """The adapter as PEFT saves it; and read back by PEFT, as whoever loads it will, since it may not find every tensor again."""
+    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    from safetensors.torch import load_file, save_file
+
+    adapted.save_pretrained(folder, selected_adapters=[name], save_embedding_layers=False)
+    for file in (folder / name).glob("*"):  # PEFT gives an adapter with a name of its own a folder of its own
+        file.rename(folder / file.name)
+    shutil.rmtree(folder / name, ignore_errors=True)
+    path = folder / "adapter_model.safetensors"
+    if set_peft_model_state_dict(adapted, load_file(path), adapter_name=name).unexpected_keys:
+        save_file({_renamed(adapted, key, back=True): value for key, value in load_file(path).items()}, path, {"format": "pt"})
+        if lost := set_peft_model_state_dict(adapted, load_file(path), adapter_name=name).unexpected_keys:
+            say(
+                f"note: {folder}: PEFT alone does not read back {len(lost)} of its tensors, such as {lost[0]}; llmkd does: "
+                "give others what llmkd export makes of it"
+            )
+
+
+def _renamed(model: nn.Module, key: str, back: bool = False) -> str:
+    """A tensor's name in the model for its name in a checkpoint of transformers, as PEFT renames an adapter's; or `back`."""
+    from transformers.conversion_mapping import get_model_conversion_mapping
+    from transformers.core_model_loading import WeightRenaming, apply_renamings
+
+    renamings = [r for r in get_model_conversion_mapping(model.get_base_model()) if isinstance(r, WeightRenaming)]
+    return apply_renamings(key, [r.reverse_transform() for r in reversed(renamings)] if back else renamings)
 
 
 def _is_base_weight(model: nn.Module, name: str, value: Tensor) -> bool:

@@ -4,7 +4,6 @@ import dataclasses
 import inspect
 import json
 import re
-import shutil
 from pathlib import Path
 
 import torch
@@ -255,10 +254,7 @@ def save(model: LanguageModel, tokenizer, folder: Path, settings: StudentSetting
     """
     folder.mkdir(parents=True, exist_ok=True)
     if hasattr(model.model, "peft_config"):
-        model.model.save_pretrained(folder, selected_adapters=[model.adapter or "default"], save_embedding_layers=False)
-        for file in (folder / str(model.adapter)).glob("*"):  # PEFT gives an adapter with a name of its own a folder of its own
-            file.rename(folder / file.name)
-        shutil.rmtree(folder / str(model.adapter), ignore_errors=True)
+        adapters.save(model.model, folder, model.adapter or "default")
         if model.plain.generation_config is not None:
             model.plain.generation_config.save_pretrained(folder)
         base = Path(model.plain.config._name_or_path)
