@@ -75,7 +75,7 @@ def _read_in_full(adapted: nn.Module, weights: dict[str, Tensor], name: str, who
 
 def save(adapted: nn.Module, folder: Path, name: str = "default") -> None:
     """The adapter as PEFT saves it; and read back by PEFT, as whoever loads it will, since it may not find every tensor again."""
-    from peft import get_peft_model_state_dict, set_peft_model_state_dict
+    from peft import set_peft_model_state_dict
     from safetensors.torch import load_file, save_file
 
     adapted.save_pretrained(folder, selected_adapters=[name], save_embedding_layers=False)

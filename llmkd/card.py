@@ -102,7 +102,7 @@ def merged(text: str, folder: Path, drift: dict | None) -> str:
     if drift:
         rows = "".join(f"| {name} | {value:.4f} |\n" for name, value in drift["drift"].items())
         notes.append(
-            "The adapter was trained on a quantised base, and merged into the unquantised one. The held-out figures below are of the model as it was "
+            f"The adapter was trained on a quantised base, and merged into the {drift['merged_into']} one. The held-out figures below are of the model as it was "
             f"trained; against that one, on {drift['measured_on']} (forward_kl is KL(trained, merged)):\n\n| figure | value |\n|---|---|\n{rows}"
         )
     head, _, rest = body.partition("\n## Use\n")

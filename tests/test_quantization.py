@@ -235,6 +235,28 @@ def test_merging_goes_into_the_unquantised_base_and_says_how_far_that_is(world, 
     assert found["model"].config.vocab_size == 648
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_an_adapter_on_a_base_that_is_quantised_on_disk_is_merged_into_the_dequantised_base(single, trained, tmp_path, capsys, bits):
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    from llmkd.data.skills import tokenizer
+    from llmkd.export import export
+
+    four = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
+    config = BitsAndBytesConfig(**{f"load_in_{bits}bit": True}, **(four if bits == 4 else {}))
+    AutoModelForCausalLM.from_pretrained(single / "student", quantization_config=config).save_pretrained(tmp_path / "base")
+    tokenizer().save_pretrained(tmp_path / "base")
+    trained("out", **{"student.model": str(tmp_path / "base"), "teacher": None})
+    merged = AutoModelForCausalLM.from_pretrained(export(tmp_path / "out"))
+    assert "merged into the dequantised base" in capsys.readouterr().err
+    assert merged.dtype == torch.float32 and not hasattr(merged.config, "quantization_config")
+    assert "merged into the dequantised one" in (tmp_path / "out/merged/README.md").read_text()
+    ids = batch()[0].inputs["input_ids"]
+    with torch.no_grad():
+        own = models.load_teacher(TeacherSettings(model=str(tmp_path / "out/adapter")), 640, "cpu").plain(ids).logits
+        assert (merged(ids).logits - own).abs().max() < (1e-4 if bits == 4 else 0.3)
+
+
 def test_a_model_that_quantisation_hardly_makes_smaller_is_said(single, tmp_path, capsys):
     from transformers import AutoModelForCausalLM
 
