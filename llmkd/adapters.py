@@ -7,9 +7,8 @@ import torch
 from torch import Tensor, nn
 
 from .console import say
-from .errors import UserError
+from .errors import UserError, brief
 from .families import beside_text
-from .loading import brief
 from .model_files import ModelFiles, read_json, tensors
 from .recipe import Lora
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from .console import say
-from .errors import UserError
+from .errors import UserError, brief
 from .model_files import read_json
 from .recipe import Quantization
 from .recipe import Student as StudentSettings
@@ -104,7 +104,3 @@ def new_model(settings: StudentSettings, vocab: int) -> nn.Module:
         raise
     except Exception as error:
         raise UserError(f"student.architecture: transformers refuses it ({brief(error)})") from error
-
-
-def brief(error: Exception) -> str:
-    return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:200]}"

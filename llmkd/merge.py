@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from . import adapters, loading
-from .errors import UserError
+from .errors import UserError, brief
 from .model_files import ModelFiles
 
 
@@ -35,7 +35,7 @@ def merge(files: ModelFiles, vocab: int, checkpoint: Path | None = None) -> nn.M
         try:
             merged = adapted.merge_and_unload()
         except Exception as error:
-            raise UserError(f"export: {files.adapter} cannot be merged ({loading.brief(error)}); use the adapter unmerged") from error
+            raise UserError(f"export: {files.adapter} cannot be merged ({brief(error)}); use the adapter unmerged") from error
         head, embedding = merged.get_output_embeddings(), merged.get_input_embeddings()
         if tied and torch.equal(head.weight, embedding.weight):
             head.weight, base.config.tie_word_embeddings = embedding.weight, True
