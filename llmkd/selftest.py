@@ -18,8 +18,11 @@ from .signals import View
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 
-def check(model, setting: str, packing: bool = False) -> None:
-    """Compare what `models.LanguageModel` assumes; switch the model to its own forward pass where the head is not its own. UserError where it cannot be used."""
+def check(model, setting: str, packing: int = 0) -> None:
+    """Compare what `models.LanguageModel` assumes; switch the model to its own forward pass where the head is not its own.
+
+    UserError where it cannot be used. `packing`: the most tokens that a packed row may hold, 0 without packing.
+    """
     family = model.plain.config.model_type
     model.activate()
     with _quiet(model):
@@ -47,7 +50,7 @@ def check(model, setting: str, packing: bool = False) -> None:
         limit = max(limit, 1e-5 * size)  # some families compute their attention in float32, whatever they are held in
         _check_causal(model, ids_BT, limit, setting)
         if packing:
-            _check_packing(model, ids_BT, limit, setting)
+            _check_packing(model, ids_BT, limit, setting, packing)
 
 
 def _gap_to(model, ids_BT: Tensor, own_NV: Tensor) -> tuple[float, Exception | None]:
@@ -77,7 +80,7 @@ def _check_causal(model, ids_BT: Tensor, limit: float, setting: str) -> None:
         )
 
 
-def _check_packing(model, ids_BT: Tensor, limit: float, setting: str) -> None:
+def _check_packing(model, ids_BT: Tensor, limit: float, setting: str, tokens: int) -> None:
     """The second of two packed examples is what it is apart, and does not change at all with the first.
 
     "At all" is as exact as it is for two rows that cannot see each other: an 8-bit model rounds its activations by what
@@ -99,6 +102,19 @@ def _check_packing(model, ids_BT: Tensor, limit: float, setting: str) -> None:
             f"data.packing: in {setting} ({model.plain.config.model_type}) packed examples see one another: logits differ by {max(leak, gap):.2g} "
             "from those of the same examples apart; set data.packing: false"
         )
+    T = ids_BT.shape[1]
+    table = max((b.shape[-1] for b in model.plain.buffers() if b.ndim > 1 and b.shape[-1] == b.shape[-2]), default=0)
+    if tokens > table > 0:  # a mask of its own may be as long as the longest example
+        long_BT = ids_BT[:1].repeat(table // T + 1, 1)
+        try:
+            gap = _gap(_logits(model, long_BT, packed=True)[-T:], apart_NV[:T])
+        except Exception:
+            gap = math.inf
+        if not gap <= limit:
+            raise UserError(
+                f"data.packing: in {setting} ({model.plain.config.model_type}) a packed row may hold {table} tokens, and micro_batch_size x max_length "
+                f"are {tokens}; lower one of them, or set data.packing: false"
+            )
 
 
 def _logits(model, ids_BT: Tensor, packed: bool = False) -> Tensor:

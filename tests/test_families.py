@@ -115,7 +115,7 @@ def test_the_fused_path_equals_the_models_own_logits(family, capsys):
 
 def test_weights_that_a_single_token_does_not_use_are_known():
     """A process without an example in a step runs one token, and others would wait for its gradients of RWKV's decay."""
-    assert selftest.untouched(language_model("rwkv"), "student.model") == [f"model.rwkv.blocks.{n}.attention.time_decay" for n in (0, 1)]
+    assert selftest.untouched(language_model("rwkv"), "student.model") == [f"rwkv.blocks.{n}.attention.time_decay" for n in (0, 1)]
     assert selftest.untouched(language_model("llama"), "student.model") == []
 
 
