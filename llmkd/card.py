@@ -27,6 +27,13 @@ METRICS = {
     "accuracy": ("accuracy", "accuracy on multiple-choice questions"),
 }
 
+#: What `loading.base` does too.
+REPACKING = (
+    "for module in base.modules():  # or bitsandbytes may turn weights on a CPU into a form that DoRA and gradients cannot do with\n"
+    "    if hasattr(module, 'support_avx512bf16_for_cpu'):\n"
+    "        module.support_avx512bf16_for_cpu = False\n"
+)
+
 
 @dataclass(frozen=True)
 class Used:
@@ -214,6 +221,7 @@ def snippet(recipe: Recipe, student: ModelFiles | None) -> str:
         f"from transformers import AutoModelForCausalLM, AutoTokenizer{more}\n\n"
         f"here = {top}\n"
         f"base = AutoModelForCausalLM.from_pretrained({', '.join(arguments)})\n"
+        f"{REPACKING if quantization and quantization.type != 'int8' else ''}"
         "model = PeftModel.from_pretrained(base, here)\n"
         "tokenizer = AutoTokenizer.from_pretrained(here)"
     )
