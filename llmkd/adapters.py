@@ -14,6 +14,8 @@ from .recipe import Lora
 
 #: PEFT's types that change what the model reads, or need PEFT's own forward pass, and not (only) its weights.
 _NO_WEIGHTS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "MULTITASK_PROMPT_TUNING", "CPT", "ADAPTION_PROMPT", "CARTRIDGE", "XLORA")
+#: Ways to initialise LoRA that take something out of the base's weights, whenever the adapter is loaded.
+_CHANGE_BASE = ("pissa", "olora", "OLORA", "corda", "loftq", "lora_ga", "mica")
 
 
 def load(model: nn.Module, files: ModelFiles, setting: str, trainable: bool = False, name: str = "default") -> nn.Module:
@@ -31,6 +33,15 @@ def load(model: nn.Module, files: ModelFiles, setting: str, trainable: bool = Fa
         raise UserError(
             f"{setting}: {files.adapter} is an adapter of type {kind}, which is more than a change of weights; only those, such as LORA, are supported"
         )
+    _refuse_dora_in_8bit(model, config.get("use_dora"), setting.removesuffix(".model"))
+    init = str(config.get("init_lora_weights"))
+    if init.startswith("pissa_niter"):
+        raise UserError(
+            f"{setting}: {files.adapter} was initialised by {init}, which changes the base by chance each time it is loaded; save it by PEFT's "
+            "save_pretrained(..., path_initial_model_for_weight_conversion=...) as a plain adapter"
+        )
+    if name != "default" and init in _CHANGE_BASE:
+        raise UserError(f"{setting}: {files.adapter} was initialised by {init}, which changes the base; train it alone, not beside others")
     try:
         tensors(path)  # whole
         weights = load_file(path)
@@ -113,8 +124,13 @@ def fresh(model: nn.Module, lora: Lora, revision: str | None, name: str = "defau
 
     several = isinstance(model, PeftModel)
     plain = model.get_base_model() if several else model
+    _refuse_dora_in_8bit(plain, lora.dora, "student")
     unused = {id(p) for p in beside_text(plain)}
     beside = [name for name, module in plain.named_modules() if any(id(p) in unused for p in module.parameters(recurse=False))]
+    if lora.target_modules == "all-linear" and (others := [name for name, module in plain.named_modules() if _is_no_product(module)]):
+        kinds = ", ".join(sorted({type(plain.get_submodule(name)).__name__ for name in others}))
+        say(f"note: student.lora.target_modules: all-linear leaves out {kinds}, which is more than a linear layer")
+        beside += others
     targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
     config = LoraConfig(
         task_type="CAUSAL_LM",
@@ -137,13 +153,50 @@ def fresh(model: nn.Module, lora: Lora, revision: str | None, name: str = "defau
                 first = next(iter(model.peft_config.values()))
                 config.target_modules, config.exclude_modules = first.target_modules, first.exclude_modules
             model.add_adapter(name, config)
-            return model
-        return get_peft_model(model, config, adapter_name=name)
+            return _checked(model, name)
+        return _checked(get_peft_model(model, config, adapter_name=name), name)
+    except UserError:
+        raise
     except Exception as error:
         outs = [name for name, _ in plain.named_modules() if name.endswith((".out_proj", ".conv1d"))]
         if "Mamba" in str(error) and targets == "all-linear" and not set(outs) & set(beside):
             say("note: student.lora.target_modules: all-linear leaves out out_proj, whose weight Mamba's kernels use past any adapter")
             config.exclude_modules = beside + outs
             return get_peft_model(model, config, adapter_name=name)
+        if "ParamWrapper" in str(error):  # PEFT's way to adapt what is no module
+            which = "dora" if lora.dora else "dropout"
+            raise UserError(
+                f"student.lora.{which}: found {getattr(lora, which)}, which is not to be had for experts that are no linear layers; leave it out, or "
+                "give student.lora.target_modules without the experts, such as [q_proj, k_proj, v_proj, o_proj]"
+            ) from error
         setting = "student.lora.target_modules" if "target modules" in str(error).lower() else "student.lora"
         raise UserError(f"{setting}: no such adapter can be put on {plain.config.model_type} ({brief(error)})") from error
+
+
+def _checked(adapted: nn.Module, name: str) -> nn.Module:
+    """DoRA divides each row of a weight by its norm."""
+    for where, module in adapted.named_modules():
+        norms = getattr(module, "lora_magnitude_vector", {})
+        if name in norms and not norms[name].weight.all():
+            raise UserError(
+                f"student.lora.dora: {where.removeprefix('base_model.model.')} has rows of zeros, by whose norm DoRA divides; "
+                "leave it out of student.lora.target_modules"
+            )
+    return adapted
+
+
+def _is_no_product(module: nn.Module) -> bool:
+    """A family's own kind of linear layer that gives something else, such as a router its choice: no adapter can be put on it."""
+    if not isinstance(module, nn.Linear) or not type(module).__module__.startswith("transformers.models."):
+        return False
+    try:
+        with torch.no_grad():
+            out = module(module.weight.new_zeros(2, module.in_features))
+    except Exception:
+        return True
+    return not (isinstance(out, Tensor) and out.shape == (2, module.out_features))
+
+
+def _refuse_dora_in_8bit(model: nn.Module, dora: bool | None, who: str) -> None:
+    if dora and getattr(model, "is_loaded_in_8bit", False):
+        raise UserError(f"{who}.quantization: found int8 with a DoRA adapter, whose second forward pass fails in PEFT; use nf4")

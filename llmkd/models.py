@@ -85,8 +85,8 @@ class LanguageModel(nn.Module):
         return {own.sub(".default", name): p for name, p in self.model.named_parameters() if p.requires_grad}
 
 
-def load_teacher(settings: TeacherSettings, vocab: int, device, packing: bool = False) -> LanguageModel:
-    """The teacher, frozen and in eval mode. A model, or an unmerged adapter on its base. `packing`: packed rows must be safe."""
+def load_teacher(settings: TeacherSettings, vocab: int, device, packing: int = 0) -> LanguageModel:
+    """The teacher, frozen and in eval mode. A model, or an unmerged adapter on its base. `packing`: packed rows of so many tokens must be safe."""
     files = find(settings.model, "teacher.model", settings.revision, settings.base)
     model = loading.base(files.base, "teacher.model", settings.dtype, settings.attention, device, settings.quantization)
     if files.adapter:
@@ -98,12 +98,12 @@ def load_teacher(settings: TeacherSettings, vocab: int, device, packing: bool = 
     return teacher
 
 
-def load_student(settings: StudentSettings, vocab: int, device, seed: int, packing: bool = False) -> LanguageModel:
-    """The student in training mode; exactly what `method` names requires a gradient. `packing`: packed rows must be safe."""
+def load_student(settings: StudentSettings, vocab: int, device, seed: int, packing: int = 0) -> LanguageModel:
+    """The student in training mode; exactly what `method` names requires a gradient. `packing`: packed rows of so many tokens must be safe."""
     return load_students([settings], vocab, device, seed, packing)[0]
 
 
-def load_students(many: list[StudentSettings], vocab: int, device, seed: int, packing: bool = False) -> list[LanguageModel]:
+def load_students(many: list[StudentSettings], vocab: int, device, seed: int, packing: int = 0) -> list[LanguageModel]:
     """Students that differ in their adapters only, on one base in memory: each as it would be alone. One may be of any method."""
     settings = many[0]
     found = [find(one.model, "student.model", one.revision, one.base) for one in many if one.model]
@@ -144,9 +144,10 @@ def _adapted(model: nn.Module, found: list[ModelFiles], many: list[StudentSettin
     return model
 
 
-def _ready(student: LanguageModel, settings: StudentSettings, packing: bool) -> None:
+def _ready(student: LanguageModel, settings: StudentSettings, packing: int) -> None:
     student.autocast = torch.bfloat16 if settings.mixed_precision == "bf16" else None
     selftest.check(student.train(), "student.model", packing)
+    _check_narrow(student, settings)
     student.untouched = selftest.untouched(student, "student.model")
     if student.untouched:
         some = f"{len(student.untouched)} of {len(student.trainable())} trainable tensors, such as {student.untouched[0]}"
@@ -165,6 +166,17 @@ def _check_full(model: nn.Module, files: ModelFiles | None) -> None:
         raise UserError("student.dtype: float16 weights cannot be trained in full; set float32, with mixed_precision: bf16 for speed")
     if dtype == torch.bfloat16:
         say("note: bfloat16 weights lose updates below 1/256 of a weight; dtype: float32 with mixed_precision: bf16 keeps them")
+
+
+def _check_narrow(student: LanguageModel, settings: StudentSettings) -> None:
+    """LoRA's own matrices are in float32 at least; copies of modules and biases are in the base's type, and train in it."""
+    narrow = {name: p.dtype for name, p in student.trainable().items() if p.dtype in (torch.bfloat16, torch.float16)}
+    if settings.method == "full" or not narrow:
+        return
+    some = f"{len(narrow)} tensors, such as {min(narrow)}"
+    if torch.float16 in narrow.values():
+        raise UserError(f"student.dtype: {some}, would train in float16; set student.dtype: float32, with mixed_precision: bf16 for speed")
+    say(f"note: student: {some}, train in bfloat16 and lose updates below 1/256 of a weight; student.dtype: float32 keeps them")
 
 
 def _fresh_adapter(model: nn.Module, files: ModelFiles, settings: StudentSettings, name: str) -> nn.Module:

@@ -290,3 +290,33 @@ def test_without_bitsandbytes_the_install_line_is_given(make_recipe, monkeypatch
     ):
         with pytest.raises(UserError, match=rf"{setting}: needs bitsandbytes.*pip install"):
             prepare(make_recipe(**changes))
+
+
+def test_int8_with_dora_is_refused_before_it_fails(single, trained, tmp_path, make_recipe):
+    with pytest.raises(UserError, match="student.lora.dora: given with quantization int8"):
+        make_recipe(**{"student.quantization": {"type": "int8"}, "student.lora.dora": True})
+    trained("out", **qlora(single, **{"student.lora.dora": True, "student.lora.dropout": 0.0}))
+    for load, settings, who in ((models.load_teacher, TeacherSettings, "teacher"), (models.load_student, StudentSettings, "student")):
+        given = settings(model=str(tmp_path / "out/adapter"), quantization=Quantization(type="int8"))
+        with pytest.raises(UserError, match=f"{who}.quantization: found int8 with a DoRA adapter"):
+            load(given, 640, "cpu", *([0] if who == "student" else []))
+
+
+def test_the_card_of_a_four_bit_dora_student_loads_it(single, trained, tmp_path, monkeypatch):
+    """Also on a CPU where bitsandbytes would repack the weights in evaluation."""
+    from bitsandbytes.nn import Linear4bit
+
+    trained("out", **qlora(single, **{"student.lora.dora": True, "student.lora.dropout": 0.0}))
+    real = Linear4bit.__init__
+
+    def capable(self, *a, **k):
+        real(self, *a, **k)
+        self.support_avx512bf16_for_cpu = True
+
+    monkeypatch.setattr(Linear4bit, "__init__", capable)
+    code, found = (tmp_path / "out/adapter/README.md").read_text().split("```python\n")[1].split("```")[0], {}
+    exec(code, found)
+    ids = batch()[0].inputs["input_ids"]
+    own = models.load_teacher(models.as_trained(tmp_path / "out/adapter"), 640, "cpu")
+    with torch.no_grad():
+        assert torch.equal(found["model"].eval()(ids).logits, own.plain(ids).logits)

@@ -37,7 +37,7 @@ def student_tokenizer(student: Student) -> Any:
     if (folder / "adapter_config.json").exists():
         adapter = read_json(folder / "adapter_config.json", "student.model")
         name, revision = student.base or adapter.get("base_model_name_or_path"), adapter.get("revision")
-        if not name:
+        if not name or not isinstance(name, str):
             raise UserError(f"student.model: {student.model}/adapter_config.json names no base model; set student.base to it")
         folder = locate(name, "student.model", revision, TOKENIZER)
     return load_tokenizer(str(folder), "student.model")
