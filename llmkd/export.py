@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from .console import say
-from .data.tokenizer import load_tokenizer, shared_vocab
+from .data.tokenizer import load_tokenizer, save_tokenizer, shared_vocab
 from .errors import UserError
 from .model_files import RECORD, ModelFiles, find
 from .prepare import prepare, rows_of
@@ -45,7 +45,7 @@ def export(run: Path, to: Path | None = None, checkpoint: str | None = None) -> 
     try:
         model.save_pretrained(part)
         read_back(model, part)
-        tokenizer.save_pretrained(part)
+        save_tokenizer(tokenizer, part)
         if is_adapter and (student / "README.md").exists():
             card = (student / "README.md").read_text(encoding="utf-8")
             if "llmkd" in card:  # another's card is not ours to rewrite

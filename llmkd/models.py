@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from . import adapters, loading, selftest
 from .console import say
+from .data.tokenizer import save_tokenizer
 from .errors import UserError
 from .families import beside_text, decoder_of, head_of
 from .head import Head
@@ -278,7 +279,7 @@ def save(model: LanguageModel, tokenizer, folder: Path, settings: StudentSetting
         (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
     else:
         model.model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
 
 
 def _fits(model: nn.Module, vocab: int, setting: str) -> int:

@@ -7,7 +7,7 @@ import pytest
 from data_kit import END, tiny
 from tokenizers import Tokenizer, normalizers
 
-from llmkd.data.tokenizer import tokenizer_differences, vocab_size
+from llmkd.data.tokenizer import load_tokenizer, save_tokenizer, tokenizer_differences, vocab_size
 
 
 def changed(change=None, **named):
@@ -157,3 +157,19 @@ def test_the_real_vocabulary_ends_at_the_highest_id():
     backend.normalizer = normalizers.NFC()
     gappy = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>")
     assert (len(gappy), vocab_size(gappy)) == (3, 10)
+
+
+def test_a_tokenizer_is_read_back_as_it_was(tmp_path, capsys):
+    """transformers forgets `legacy`, by which Mistral's puts a space before every piece of a text and not the first alone."""
+    from transformers import LlamaTokenizer
+
+    vocab = {t: i for i, t in enumerate(["<unk>", "<s>", "</s>", "\u2581", "a", "b"])}
+    mistral = LlamaTokenizer(vocab=vocab, merges=[], legacy=True)
+    mistral.save_pretrained(tmp_path / "lost")
+    assert any("prepend_scheme" in line for line in tokenizer_differences(mistral, load_tokenizer(str(tmp_path / "lost"), "x")))
+    for name, tokenizer in (("mistral", mistral), ("tiny", tiny())):
+        save_tokenizer(tokenizer, tmp_path / name)
+        again = load_tokenizer(str(tmp_path / name), "x")
+        assert tokenizer_differences(tokenizer, again) == [] and again.chat_template == tokenizer.chat_template
+        assert again.special_tokens_map == tokenizer.special_tokens_map
+    assert not capsys.readouterr().err

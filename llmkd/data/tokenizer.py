@@ -3,8 +3,10 @@
 import itertools
 import json
 import math
+from pathlib import Path
 from typing import Any
 
+from ..console import say
 from ..errors import UserError
 from ..model_files import TOKENIZER, locate, read_json
 from ..recipe import Student
@@ -43,6 +45,18 @@ def student_tokenizer(student: Student) -> Any:
             raise UserError(f"student.model: {student.model}/adapter_config.json names no base model; set student.base to it")
         folder = locate(name, "student.model", revision, TOKENIZER)
     return load_tokenizer(str(folder), "student.model")
+
+
+def save_tokenizer(tokenizer, folder: Path) -> None:
+    """As transformers saves it, and read back: of some (Mistral's, Llama 2's) it forgets a setting by which their class is built."""
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    for kind in (None, "PreTrainedTokenizerFast"):  # the latter takes tokenizer.json as it is
+        if kind:
+            path.write_text(json.dumps(read_json(path, str(folder)) | {"tokenizer_class": kind}, indent=2, ensure_ascii=False) + "\n")
+        if not (differences := tokenizer_differences(tokenizer, load_tokenizer(str(folder), str(folder)))):
+            return
+    say(f"note: {folder}: transformers reads the tokenizer back as another one ({differences[0]}); use the base's own")
 
 
 _PROBES = (
