@@ -14,6 +14,10 @@ usage: llmkd train --config RECIPE [--section.name VALUE ...] [--resume] [--debu
        llmkd sweep --config SWEEP [--section.name VALUE ...] [--resume]
        llmkd data --config RECIPE [--show N] [--example I] [--section.name VALUE ...]
        llmkd export RUN [--to FOLDER] [--checkpoint STEP|best]
+       llmkd eval RUN_OR_MODEL... --tasks TASK[,TASK...] [--tasks_dir DIR] [...]     llmkd eval --help says more
+       llmkd tasks DATA_DIR [--to eval/tasks]
+       llmkd compare RUN|NAME=RUN[,RUN...] ... [--baseline NAME] [--tasks A,B] [--metrics A,B] [--common] [--json FILE]
+       llmkd report SWEEP_FOLDER
        llmkd --version          llmkd train --help lists every setting
 
 train    Train a student by distillation, or by plain fine-tuning where the recipe names no teacher.
@@ -22,6 +26,10 @@ sweep    Train every arm of a sweep (a recipe and a grid of changes), side by si
          measure, compare and report them. A study's or sweep's file given to train runs it too, on several processes.
 data     Read and tokenise a recipe's data as a run would; print its figures and N examples (3) with the supervised tokens marked.
 export   Write a finished run's student as a plain transformers model (RUN/merged): an adapter is merged into its base.
+eval     Evaluate runs and models by lm-evaluation-harness. Several processes: accelerate launch eval/run.py RUN_OR_MODEL... --tasks ...
+tasks    Write the task files that give the harness's tasks their data from a local folder.
+compare  Compare evaluated runs with the first or --baseline, item by item, with intervals and tests; RUN,RUN are the seeds of one arm.
+report   Write report.html and report.md of a sweep, finished or not: what was run, curves, comparisons, maps over settings, cost.
 
 exit codes: 0 done, 1 a bug, 2 something to mend (one line each), 3 stopped on a non-finite value,
             75 stopped by a signal; --resume goes on. accelerate launch and torchrun turn all of them into 1.
@@ -45,21 +53,17 @@ def entry() -> None:
 
 
 def dispatch(argv: list[str]) -> None:
+    commands = {"train": train, "sweep": sweep, "data": data, "export": export}
+    commands |= {"eval": evaluate, "tasks": tasks, "compare": compare, "report": report}
     command = argv.pop(0) if argv else "--help"
     if command == "--version":
         print(f"llmkd {__version__}")
     elif command in ("--help", "-h", "help"):
         print(USAGE)
-    elif command == "train":
-        train(argv)
-    elif command == "sweep":
-        sweep(argv)
-    elif command == "data":
-        data(argv)
-    elif command == "export":
-        export(argv)
+    elif command in commands:
+        commands[command](argv)
     else:
-        raise UserError(f"{command}: no such command; there are train, sweep, data and export (see llmkd --help)")
+        raise UserError(f"{command}: no such command; there are {', '.join(commands)} (see llmkd --help)")
 
 
 def train(argv: list[str]) -> None:
@@ -92,9 +96,13 @@ def sweep(argv: list[str]) -> None:
 
 
 def run_sweep(config: str, overrides: dict, resume: bool) -> None:
+    from llmkd_eval import after_sweep
+
+    wanted = settings.load_sweep(config, overrides).eval
+    after_sweep.check(wanted)
     from .sweep import run_sweep as train_arms
 
-    print(train_arms(config, overrides, resume) / "sweep.json")
+    after_sweep.finish(train_arms(config, overrides, resume), wanted)
 
 
 def _run_options(argv: list[str]) -> tuple[str, dict, bool]:
@@ -145,6 +153,58 @@ def export(argv: list[str]) -> None:
     from .export import export as write_merged
 
     print(write_merged(Path(run), Path(to) if to else None, checkpoint))
+
+
+def evaluate(argv: list[str], what: str = "evaluate") -> None:
+    from llmkd_eval import run
+
+    if _flag(argv, "--help") or _flag(argv, "-h"):
+        print(run.USAGE)
+        return
+    quiet()
+    getattr(run, what)(argv)
+
+
+def tasks(argv: list[str]) -> None:
+    evaluate(argv, "tasks")
+
+
+def compare(argv: list[str]) -> None:
+    common, asked = _flag(argv, "--common"), _flag(argv, "--help") or _flag(argv, "-h")
+    before = ["", *argv]
+    places = [i for i, word in enumerate(argv) if not word.startswith("--") and (not before[i].startswith("--") or "=" in before[i])]
+    if asked or not places:
+        print(USAGE)
+        return
+    options = settings.split_overrides([word for i, word in enumerate(argv) if i not in places])
+    tasks, metrics = ((options.pop(name, None) or "").split(",") for name in ("tasks", "metrics"))
+    baseline, file = options.pop("baseline", None), options.pop("json", None)
+    if options:
+        raise UserError(f"--{next(iter(options))}: compare has no such option; it has --baseline, --tasks, --metrics, --common and --json")
+    from llmkd_eval import compare as comparison
+    from llmkd_eval.compare_text import as_json, as_text
+    from llmkd_eval.items import parse_arms
+
+    from .console import say
+
+    arms = parse_arms([argv[i] for i in places])
+    rows = comparison.compare(arms, baseline, list(filter(None, tasks)) or None, list(filter(None, metrics)) or None, common, say)
+    print(as_text(rows))
+    if file:
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        Path(file).write_text(as_json(rows) + "\n", encoding="utf-8")
+
+
+def report(argv: list[str]) -> None:
+    if _flag(argv, "--help") or _flag(argv, "-h") or not argv:
+        print(USAGE)
+        return
+    if len(argv) > 1 or argv[0].startswith("--"):
+        raise UserError(f"report: found {' '.join(argv)}, expected the folder of one sweep and nothing else")
+    from llmkd_eval.report import write
+
+    for path in write(Path(argv[0])):
+        print(path)
 
 
 def quiet() -> None:

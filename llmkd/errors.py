@@ -47,6 +47,10 @@ def brief(error: BaseException) -> str:
     return f"{type(error).__name__}: {f'{first} {more[0].strip()}' if first.endswith(':') and more else first}"[:320]
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    return "OutOfMemory" in type(error).__name__ or "can't allocate memory" in str(error)
+
+
 def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
@@ -74,7 +78,7 @@ def exit_code(action, *, debug: bool = False) -> int:
             text, code = f"{_first_line(error)}; make room, then --resume", UserError.exit_code
         elif isinstance(error, OSError) and error.errno in _REFUSED:
             text, code = f"{_first_line(error)}; choose a place that can be written to, then --resume", UserError.exit_code
-        elif "OutOfMemory" in type(error).__name__ or "can't allocate memory" in str(error):
+        elif is_out_of_memory(error):
             text, code = (
                 f"out of memory ({_first_line(error)}); lower train.micro_batch_size or data.max_length, then --resume",
                 UserError.exit_code,

@@ -84,7 +84,7 @@ def prepare(recipe: Recipe) -> Prepared:
     if isinstance(train, Encoded):
         if data.validation_share:
             report(train, "rows to part")
-            train, held_out = hold_out(train, data.validation_share, recipe.seed)
+            train, held_out = hold_out(train, data.validation_share)
             held_out_places = places
         refuse_no_draws(train, data)
         report(train, "train")
@@ -224,8 +224,11 @@ def refuse_beyond(vocab: int, encoded: Encoded | Stream, places: Sequence[str] |
             raise UserError(f"{place}: holds {token!r}, which the tokenizer knows and a model has no row for; remove it from the text")
 
 
-def hold_out(encoded: Encoded, share: float, seed: int) -> tuple[Encoded, Encoded | None]:
-    """Part off a share of the rows, drawn by seed: pieces of one text, or turns of one conversation, stay together."""
+def hold_out(encoded: Encoded, share: float) -> tuple[Encoded, Encoded | None]:
+    """Part off a share of the rows, the same ones whatever the run's seed, so that seeds can be compared on them.
+
+    Pieces of one text, or turns of one conversation, stay together.
+    """
     rows = sorted(set(encoded.row.tolist()))
     count = round(share * len(rows))
     if not count:
@@ -234,7 +237,7 @@ def hold_out(encoded: Encoded, share: float, seed: int) -> tuple[Encoded, Encode
         return encoded, None
     if count == len(rows):
         raise UserError(f"data.validation_share: {share:g} of {len(rows)} rows leaves none to train on; lower it")
-    held = np.isin(encoded.row, random.Random(f"validation {seed}").sample(rows, count))
+    held = np.isin(encoded.row, random.Random("held out").sample(rows, count))
     return encoded.subset(~held), encoded.subset(held)
 
 

@@ -45,7 +45,9 @@ _ELSEWHERE = {
 
 def split_overrides(words: list[str]) -> dict[str, typing.Any]:
     """`--optim.lr 1e-4 --train.epochs=2` as {dotted path: value}; values are read as YAML, those of text settings as they are."""
-    literal = {"config", "to", "checkpoint"} | {path for path, type_, *_ in describe() if type_ in ("text", "text or null")}
+    literal = {"config", "to", "checkpoint", "baseline", "tasks", "metrics", "json", "tasks_dir", "out", "dtype"} | {
+        path for path, type_, *_ in describe() if type_ in ("text", "text or null")
+    }
     out, rest = {}, list(words)
     while rest:
         word = rest.pop(0)

@@ -10,8 +10,8 @@ from .errors import Stopped
 class StopRequest:
     """Installed for as long as it is entered. Calling it tells whether this process was asked to stop."""
 
-    def __init__(self):
-        self.asked = False
+    def __init__(self, then: str = "finishing this step and saving"):
+        self.asked, self._then = False, then
         self._before: dict[int, object] = {}
 
     def __enter__(self) -> "StopRequest":
@@ -31,7 +31,7 @@ class StopRequest:
             os._exit(Stopped.exit_code)
         self.asked = True
         if first_process():
-            os.write(2, b"\nllmkd: asked to stop; finishing this step and saving (a second signal ends at once)\n")
+            os.write(2, f"\nllmkd: asked to stop; {self._then} (a second signal ends at once)\n".encode())
 
     def anywhere(self, accelerator) -> bool:
         """Whether any process was asked. Reached by all ranks alike."""

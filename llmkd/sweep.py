@@ -209,7 +209,7 @@ class State:
         first = next(iter(specs.values())).arm
         self.data = {"llmkd": __version__, "baseline": sweep.baseline or first, "base": {}, "stages": {}, "groups": [], "arms": arms}
         if not self.path.exists():
-            if folder.is_dir() and any(p.name != ".lock" for p in folder.iterdir()):
+            if folder.is_dir() and any(p.name not in (".lock", "stages") for p in folder.iterdir()):
                 raise UserError(f"output_dir: {folder} is not empty and holds no sweep; choose another folder")
             return
         if not resume:

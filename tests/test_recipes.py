@@ -13,13 +13,8 @@ FILES = sorted(path for path in (REPO / "recipes").rglob("*") if path.suffix in 
 README = (REPO / "recipes/README.md").read_text()
 
 
-def is_study(path: Path) -> bool:
-    return "stages" in settings.read(path)[0]
-
-
-RECIPES = [path for path in FILES if not is_study(path)]
-STUDIES = [path for path in FILES if is_study(path)]
-STAGED = [path for path in RECIPES if path.parent.name not in ("recipes", "quickstart")]
+RECIPES, STUDIES, SWEEPS = ([path for path in FILES if settings.kind(path) == kind] for kind in ("recipe", "study", "sweep"))
+STAGED = [path for path in RECIPES if path.parent.name not in ("recipes", "quickstart", "ablation_small")]
 
 
 def named(path: Path) -> str:
@@ -27,7 +22,7 @@ def named(path: Path) -> str:
 
 
 def test_there_are_some():
-    assert len(RECIPES) >= 16 and len(STUDIES) >= 2
+    assert len(RECIPES) >= 20 and len(STUDIES) >= 2 and len(SWEEPS) >= 2
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=named)
@@ -51,13 +46,30 @@ def test_a_study_loads_and_its_stages_refer_to_earlier_ones(path, tmp_path):
         done.append(name)
 
 
+@pytest.mark.parametrize("path", SWEEPS, ids=named)
+def test_a_sweep_loads_with_every_arm(path):
+    """And what its arms start from is what its stages, or the recipes beside them, leave."""
+    from llmkd.recipe_study import expand
+    from llmkd.sweep import Arms
+
+    sweep = settings.load_sweep(path)
+    arms = Arms(sweep, path, {spec.name: spec for spec in expand(sweep)})
+    recipes, stages = arms.recipes(), arms.stages()
+    assert len(recipes) == len(expand(sweep)) and sweep.baseline in {spec.arm for spec in expand(sweep)}
+    left = {f"{stage.output_dir}/{'adapter' if stage.student.method == 'lora' else 'model'}" for stage in stages.values()}
+    left |= {f"{settings.load_recipe(other).output_dir}/adapter" for other in RECIPES if not stages}
+    for recipe in (*recipes.values(), *stages.values()):
+        for model in (recipe.student.model, recipe.teacher and recipe.teacher.model):
+            assert not (model and model.startswith("runs/")) or model in left, model
+
+
 @pytest.mark.parametrize("path", FILES, ids=named)
 def test_the_first_three_lines_say_what_it_needs_what_it_does_and_the_command(path):
     needs, does, run = path.read_text().splitlines()[:3]
     assert re.match(r"# Needs: \S", needs) and re.search(r"\d GB", needs) and re.search("minute|hour", needs), needs
     assert re.match(r"# Does: \S", does)
     command = run.removeprefix("# Run: ")
-    starts = ("llmkd train --config ", "accelerate launch llmkd/train.py --config ")
+    starts = ("llmkd train --config ", "llmkd sweep --config ", "accelerate launch llmkd/train.py --config ")
     assert command in [start + named(path) for start in starts], run
 
 
@@ -72,6 +84,7 @@ def test_a_stage_names_the_output_of_an_earlier_one(path):
 
 def test_no_two_recipes_write_the_same_folder():
     folders = [settings.load_recipe(path).output_dir for path in RECIPES] + [settings.load_study(path).output_dir for path in STUDIES]
+    folders += [settings.load_sweep(path).output_dir for path in SWEEPS]
     assert len(folders) == len(set(folders))
 
 

@@ -1,0 +1,44 @@
+"""What follows the training of a sweep's arms: each is measured by the harness, then all are compared and reported."""
+
+import json
+from pathlib import Path
+
+from llmkd.console import first_process, say
+from llmkd.errors import UserError
+from llmkd.recipe_study import Evaluation
+
+
+def check(wanted: Evaluation) -> None:
+    """UserError for a task, or a harness, that cannot be had: hours before it is needed."""
+    if wanted.tasks:
+        from .benchmarks import find_tasks, need_harness
+
+        need_harness()
+        try:
+            find_tasks(list(wanted.tasks), wanted.tasks_dir, wanted.fewshot)
+        except UserError as error:
+            raise UserError(*(problem.replace("--tasks", "eval.tasks", 1) for problem in error.problems)) from None
+
+
+def finish(folder: Path, wanted: Evaluation) -> None:
+    """Evaluate every arm that is done, unless it was before, and write the report. What failed is said at the end."""
+    from . import report
+
+    arms = json.loads((folder / "sweep.json").read_text())["arms"]
+    done = [str(folder / arm["folder"]) for arm in arms.values() if arm["status"] == "done"]
+    problems: tuple[str, ...] = ()
+    if wanted.tasks and done:
+        from .harness import evaluate_all
+
+        say(f"\nmeasuring {len(done)} arms on {', '.join(wanted.tasks)}")
+        options = {"fewshot": wanted.fewshot, "limit": wanted.limit, "batch_size": wanted.batch_size or "auto"}
+        try:
+            evaluate_all(done, list(wanted.tasks), tasks_dir=wanted.tasks_dir, **options)
+        except UserError as error:
+            problems = error.problems
+    if first_process():
+        for path in report.write(folder):
+            print(path)
+    failed = [f"arm {name}: {arm['reason']}" for name, arm in arms.items() if arm["status"] == "failed"]
+    if failed or problems:
+        raise UserError(*failed, *problems)

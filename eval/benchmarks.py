@@ -1,0 +1,103 @@
+"""The harness's tasks by their names, with their data read: from a folder of task files, or else its own."""
+
+import difflib
+import functools
+import importlib.metadata
+import importlib.util
+import logging
+import os
+from pathlib import Path
+
+from llmkd.console import say
+from llmkd.errors import UserError
+
+
+def find_tasks(names: list[str], tasks_dir: Path | str | None, fewshot: int | None) -> dict:
+    """{name: the harness's task}, with its data read; a group or tag stands for its tasks. UserError for what cannot be had."""
+    tasks_dir = _task_folder(tasks_dir)
+    found = {}
+    for name in names:
+        found |= _load(name, tasks_dir, fewshot)
+    if not found:
+        raise UserError("--tasks: names no task; write --tasks hellaswag,commonsense_qa")
+    return found
+
+
+@functools.cache
+def _load(name: str, tasks_dir: Path | None, fewshot: int | None) -> dict:
+    """Kept for the next model; apart for each number of examples, which the harness writes into the task."""
+    _quiet()
+    known = _index_with(name, tasks_dir)
+    try:
+        tasks = known.load([name])["tasks"]
+        empty = [task for task in tasks.values() if not len(task.eval_docs)]
+    except Exception as error:
+        reason = (str(error).splitlines() or [""])[0][:200]
+        mend = "write its task file again (llmkd tasks)" if tasks_dir else "without a network, name local task files with --tasks_dir"
+        raise UserError(f"--tasks: {name}: its data cannot be had ({type(error).__name__}: {reason}); {mend}") from error
+    if empty:
+        raise UserError(f"--tasks: {name}: {empty[0].task_name} has no items")
+    for task in tasks.values():
+        if getattr(task, "UNSAFE_CODE", False):
+            raise UserError(f"--tasks: {task.task_name}: runs code that the model writes, which is not done here")
+        if fewshot and shots(task, fewshot) != fewshot:
+            say(f"note: {task.task_name} has its examples in its prompt; --fewshot {fewshot} does not change it")
+    return tasks
+
+
+def _index_with(name: str, tasks_dir: Path | None):
+    """The local index if it has the task, else the one with the harness's own tasks, which takes half a minute to make."""
+    if tasks_dir:
+        if name in (local := index(tasks_dir, False)).task_index:
+            return local
+        if (tasks_dir / f"{name}.yaml").exists():
+            raise UserError(f"--tasks_dir: {tasks_dir / name}.yaml cannot be read as a task; write it again (llmkd tasks)")
+        say(f"note: {tasks_dir} has no task {name}; looking among the harness's own")
+    every = index(tasks_dir, True)
+    if name not in every.task_index:
+        near = difflib.get_close_matches(name, every.all_tasks, 3)
+        also = f"; did you mean {' or '.join(near)}?" if near else "; lm-eval ls tasks lists them"
+        raise UserError(f"--tasks: {name}: lm-evaluation-harness {harness_version()} has no such task{also}")
+    return every
+
+
+@functools.cache
+def index(tasks_dir: Path | None, defaults: bool):
+    """Made once for all models that are evaluated in this process."""
+    from lm_eval.tasks import TaskManager
+
+    if defaults:
+        say("indexing the harness's own tasks, which takes half a minute")
+    return TaskManager(include_path=str(tasks_dir) if tasks_dir else None, include_defaults=defaults)
+
+
+def _task_folder(tasks_dir: Path | str | None) -> Path | None:
+    if tasks_dir is None:
+        return None
+    folder = Path(tasks_dir).expanduser().resolve()
+    if not folder.is_dir() or not list(folder.rglob("*.yaml")):
+        what = "holds no task files (*.yaml)" if folder.is_dir() else "is no folder"
+        raise UserError(f"--tasks_dir: {tasks_dir} {what}; llmkd tasks DATA_DIR --to {tasks_dir} writes them for local data")
+    return folder
+
+
+def shots(task, asked: int | None) -> int:
+    """How many examples the harness will give: a task that says 0 itself keeps it."""
+    own = task.get_config("num_fewshot")
+    return own or 0 if asked is None or own == 0 else asked
+
+
+def need_harness() -> None:
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UserError("eval: lm-evaluation-harness is not installed; pip install 'llmkd[eval]'")
+
+
+def harness_version() -> str:
+    return importlib.metadata.version("lm_eval")
+
+
+def _quiet() -> None:
+    """The harness speaks a line for every shortened request, and its bars and those of its libraries fill log files."""
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)

@@ -1,0 +1,253 @@
+"""Runs compared with a baseline, item by item: differences with standard errors, intervals, tests, and words that follow them."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from llmkd.errors import UserError
+
+from . import stats
+from .items import HELD_OUT, Measured, read, seed_of, tasks_of
+
+#: What must be the same for two evaluations to have measured the same thing.
+CONDITIONS = ("version", "harness", "fewshot", "limit", "seeds", "chat_template")
+#: Figures of held-out rows, and whether higher is better; the first three are compared unless others are asked for.
+HELD_OUT_METRICS = {"ce": False, "forward_kl": False, "agreement": True, "reverse_kl": False}
+_OF_TEACHER = ("forward_kl", "reverse_kl", "agreement")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One arm on one task and metric. What there is not is None: a baseline's difference, the spread of one seed, one item's error."""
+
+    task: str
+    metric: str
+    arm: str
+    n: int  # items; on held-out rows the rows
+    value: float  # mean over items, or per target on held-out rows, of the mean over seeds
+    stderr: float | None  # over items
+    seeds: int
+    seed_spread: float | None  # standard deviation of the value over seeds
+    higher_is_better: bool | None
+    difference: float | None = None  # the arm minus the baseline
+    difference_stderr: float | None = None  # over items, paired
+    interval: tuple[float, float] | None = None  # 95 %, over items
+    p: float | None = None
+    p_adjusted: float | None = None  # Holm, over the arms of this task and metric
+    family: int = 0  # their number
+    test: str | None = None  # "McNemar", "permutation" or "permutation, exact"
+    verdict: str = "baseline"  # or "no difference shown", "higher", "lower"
+    better: bool | None = None  # of a difference that is shown
+    within_one_stderr: bool | None = None
+    detectable: float | None = None  # the true difference that is shown 4 times in 5
+    seed_interval: tuple[float, float] | None = None  # 95 % for the difference, over seeds
+    seeds_matched: bool | None = None  # whether both arms have the same seeds
+
+
+def compare(
+    arms: dict[str, list[Path]],
+    baseline: str | None = None,
+    tasks: list[str] | None = None,
+    metrics: list[str] | None = None,
+    common: bool = False,
+    say: Callable[[str], None] = lambda text: None,
+) -> list[Row]:
+    """Every arm against the baseline (the first where none is named), on the tasks that all have (`tasks`: just these).
+
+    An arm is a list of runs that differ in their seed. Its value for an item is the mean over its seeds, and the test asks whether
+    the arms' means differ *on items like these, for these trained models*: items are drawn anew, seeds are not. More seeds make a
+    mean that depends less on one lucky run, but the test doesn't know how much runs differ; so the spread over seeds stands beside
+    it, and where both arms have two or more, the t interval of the difference over seeds, in which the items are fixed and
+    the seeds are drawn (paired where both have the same seeds). A difference that should hold for training again and for other
+    questions has to show in both. With one seed an arm nothing is known about training again. Arms with unequal numbers of seeds
+    are compared too: the permutation test then holds for many items only, since a mean of three varies less than a single value.
+
+    McNemar's exact test where both arms have one seed and the metric is 0 or 1; sign flips otherwise. Holm's correction over
+    the arms of one task and metric; tasks and metrics are not corrected for. Intervals are not corrected.
+
+    `common`: compare on the items that all arms have. Otherwise other items are refused, as are other conditions of measurement.
+    On held-out rows examples of one row of data are one draw, and arms whose teacher was another one than the baseline's
+    are left out of the divergences. What is left out is told to `say`. Raises UserError.
+    """
+    if len(arms) < 2:
+        raise UserError(f"compare: found {len(arms)} arm, expected two or more")
+    baseline = next(iter(arms)) if baseline is None else baseline
+    if baseline not in arms:
+        raise UserError(f"--baseline {baseline}: no such arm; there are {', '.join(arms)}")
+    seeds = {arm: [seed_of(run) for run in runs] for arm, runs in arms.items()}
+    rows, known = [], []
+    for task in _tasks(arms, tasks, say):
+        measured = {arm: [_measure(run, task, say) for run in runs] for arm, runs in arms.items()}
+        measured = _aligned(measured, baseline, task, common, say)
+        names = list(dict.fromkeys(name for runs in measured.values() for m in runs for name in m.values))
+        names = [name for name in HELD_OUT_METRICS if name in names] if task == HELD_OUT else names
+        known += names
+        for metric in names if metrics is None else [name for name in names if name in metrics]:
+            if metrics is None and task == HELD_OUT and metric == "reverse_kl":
+                continue
+            holders = {arm: runs for arm, runs in measured.items() if _has(arm, runs, measured[baseline][0], task, metric, say)}
+            if baseline in holders and len(holders) > 1:
+                rows += _rows(task, metric, holders, baseline, seeds)
+    missing = [name for name in metrics or [] if name not in known]
+    if missing:
+        raise UserError(f"--metrics {missing[0]}: no task has it; there are {', '.join(dict.fromkeys(known))}")
+    if not rows:
+        raise UserError("compare: the arms have no metric in common; see the lines above")
+    return rows
+
+
+def _tasks(arms: dict[str, list[Path]], wanted: list[str] | None, say) -> list[str]:
+    there = {run: tasks_of(run) for runs in arms.values() for run in runs}
+    every = sorted({task for tasks in there.values() for task in tasks}, key=lambda task: (task == HELD_OUT, task))
+    lacking = {task: [str(run) for run, tasks in there.items() if task not in tasks] for task in wanted or every}
+    for task, runs in lacking.items():
+        if runs and wanted:
+            file = f"{HELD_OUT}.jsonl" if task == HELD_OUT else f"eval/{task}.json with {task}.jsonl"
+            raise UserError(f"--tasks {task}: {runs[0]} has no {file}; it has {', '.join(there[Path(runs[0])]) or 'no results'}")
+        if runs:
+            say(f"{task}: left out; {', '.join(runs)} {'has' if len(runs) == 1 else 'have'} no results of it")
+    both = [task for task, runs in lacking.items() if not runs]
+    if not both:
+        have = "; ".join(f"{run}: {', '.join(tasks) or 'none'}" for run, tasks in there.items())
+        raise UserError(f"compare: the arms have no task in common; {have}")
+    return both
+
+
+def _measure(run: Path, task: str, say) -> Measured:
+    """A run's items of a task, with those metrics alone that are means over them: the record's figure is recomputed."""
+    m = read(run, task)
+    if task == HELD_OUT:
+        return m
+    kept = {}
+    for name, figure in m.record.get("metrics", {}).items():
+        stated = figure.get("value") if isinstance(figure, dict) else None
+        found = m.values[name].mean() if name in m.values else None
+        if isinstance(stated, int | float) and found is not None and abs(found - stated) <= 1e-4 * max(1, abs(stated)):
+            kept[name] = m.values[name]
+        else:
+            say(f"{task} {name}: left out for {run}; it is {stated}, and not the mean of one number an item ({found})")
+    return replace(m, values=kept)
+
+
+def _aligned(measured: dict[str, list[Measured]], baseline: str, task: str, common: bool, say) -> dict[str, list[Measured]]:
+    """The same items in the same order, or a refusal that says what differs."""
+    first = measured[baseline][0]
+    every = [m for runs in measured.values() for m in runs]
+    shared = set(first.keys)
+    for m in every:
+        for name in CONDITIONS:
+            if m.record.get(name) != first.record.get(name) and not (common and name == "limit"):
+                raise UserError(
+                    f"{task}: {first.run} was evaluated with {name} {first.record.get(name)}, {m.run} with {m.record.get(name)}; "
+                    "evaluate one of them again, or name other tasks with --tasks"
+                )
+        shared &= set(m.keys)
+        if not common and (len(m.keys) != len(first.keys) or len(shared) != len(first.keys)):
+            raise UserError(
+                f"{task}: {first.run} has {len(first.keys)} items, {m.run} {len(m.keys)}, and {len(shared)} are the same; "
+                "evaluate one of them again, name other tasks with --tasks, or compare on the same items with --common"
+            )
+    if not shared:
+        raise UserError(f"{task}: the arms have no item in common; name other tasks with --tasks")
+    for name, of in (("cut prompts", lambda m: m.record.get("cut")), ("dtype", lambda m: (m.record.get("model") or {}).get("dtype"))):
+        found = {str(of(m)) for m in every}
+        if len(found) > 1:
+            say(f"{task}: note that the {name} of the runs differ: {', '.join(sorted(found))}")
+    keys = [key for key in first.keys if key in shared]
+    if len(keys) < max(len(m.keys) for m in every):
+        say(f"{task}: compared on the {len(keys)} items that all runs have; they have {min(len(m.keys) for m in every)} and more")
+    out = {arm: [_ordered(m, keys) for m in runs] for arm, runs in measured.items()}
+    for m in (m for runs in out.values() for m in runs):
+        if m.weights is not None and not np.array_equal(m.weights, out[baseline][0].weights):
+            raise UserError(f"{task}: {m.run} and {first.run} count different targets in the same examples; measure one of them again")
+    return out
+
+
+def _ordered(m: Measured, keys: list) -> Measured:
+    place = {key: i for i, key in enumerate(m.keys)}
+    order = [place[key] for key in keys]
+    return replace(
+        m,
+        keys=keys,
+        values={name: x[order] for name, x in m.values.items()},
+        weights=None if m.weights is None else m.weights[order],
+        groups=None if m.groups is None else [m.groups[i] for i in order],
+    )
+
+
+def _has(arm: str, runs: list[Measured], first: Measured, task: str, metric: str, say) -> bool:
+    """Whether an arm has a metric in every seed, measured against the baseline's teacher where a teacher is part of it."""
+    lacking = [str(m.run) for m in runs if metric not in m.values]
+    if lacking:
+        say(f"{task} {metric}: {arm} left out; {', '.join(lacking)} did not measure it")
+    elif task == HELD_OUT and metric in _OF_TEACHER and not all(_same_teacher(m, first) for m in runs):
+        say(f"{task} {metric}: {arm} left out; its teacher is another one than {first.run}'s, by the teachers' own cross-entropy")
+        return False
+    return not lacking
+
+
+def _same_teacher(m: Measured, first: Measured) -> bool:
+    """A divergence from another teacher is another figure. The same teacher's cross-entropies differ by rounding, not by 1 %."""
+    a, b = m.values.get("teacher_ce"), first.values.get("teacher_ce")
+    return a is None or b is None or bool(np.abs(a - b).sum() <= 0.01 * np.abs(b).sum())
+
+
+def _rows(task: str, metric: str, measured: dict[str, list[Measured]], baseline: str, seeds: dict[str, list[int | None]]) -> list[Row]:
+    first = measured[baseline][0]
+    _, group = np.unique(first.groups, return_inverse=True) if first.groups else (None, np.arange(len(first.keys)))
+    w = None if first.weights is None else np.bincount(group, first.weights)
+    total = len(first.keys) if w is None else w.sum()
+    up = HELD_OUT_METRICS.get(metric) if task == HELD_OUT else first.record["metrics"][metric].get("higher_is_better")
+    x = {arm: np.stack([np.bincount(group, m.values[metric]) for m in runs]) for arm, runs in measured.items()}  # [seeds, n]
+    rows = []
+    for arm in measured:
+        value, stderr = stats.ratio_stderr(x[arm].mean(axis=0), np.ones(x[arm].shape[1]) if w is None else w)
+        spread = stats.seed_spread(x[arm].sum(axis=1) / total)[0]
+        row = Row(task, metric, arm, x[arm].shape[1], value, _real(stderr), len(x[arm]), _real(spread), up)
+        rows.append(row if arm == baseline else _against(row, x[arm], x[baseline], w, total, seeds[arm], seeds[baseline]))
+    others = [row for row in rows if row.arm != baseline]
+    adjusted = stats.holm(np.array([row.p for row in others]))
+    judged = {row.arm: _judged(row, float(p), len(others)) for row, p in zip(others, adjusted, strict=True)}
+    return [judged.get(row.arm, row) for row in rows]
+
+
+def _against(row: Row, a: np.ndarray, b: np.ndarray, w: np.ndarray | None, total: float, seeds_a: list, seeds_b: list) -> Row:
+    """A row with its difference, interval and test. a, b: [seeds, items]."""
+    mean_a, mean_b = a.mean(axis=0), b.mean(axis=0)
+    difference = stats.paired_difference(mean_a, mean_b, w)
+    if w is None and len(a) == len(b) == 1 and np.isin(a, (0, 1)).all() and np.isin(b, (0, 1)).all():
+        p, test = stats.mcnemar(mean_a, mean_b), "McNemar"
+    else:
+        p, exact = stats.sign_flip(mean_a - mean_b)
+        test = "permutation, exact" if exact else "permutation"
+    matched = None not in seeds_a and len(set(seeds_a)) == len(seeds_a) == len(seeds_b) and set(seeds_a) == set(seeds_b)
+    by_seed = [[x.sum() / total for _, x in sorted(zip(s, m, strict=True), key=lambda pair: pair[0])] if matched else m.sum(axis=1) / total
+               for s, m in ((seeds_a, a), (seeds_b, b))]  # fmt: skip
+    over_seeds = stats.seed_interval(*map(np.array, by_seed), paired=matched)
+    return replace(
+        row,
+        difference=difference.value,
+        difference_stderr=_real(difference.stderr),
+        interval=None if np.isnan(difference.interval[0]) else difference.interval,
+        p=p,
+        test=test,
+        within_one_stderr=bool(abs(difference.value) <= difference.stderr),
+        seed_interval=over_seeds,
+        seeds_matched=None if over_seeds is None else matched,
+    )
+
+
+def _judged(row: Row, p: float, family: int) -> Row:
+    """The words, from the adjusted p alone."""
+    verdict, better = "no difference shown", None
+    if p < stats.LEVEL:
+        verdict = "higher" if row.difference > 0 else "lower"
+        better = None if row.higher_is_better is None else row.higher_is_better == (row.difference > 0)
+    least = None if row.difference_stderr is None else stats.detectable(row.difference_stderr, family)
+    return replace(row, p_adjusted=p, family=family, verdict=verdict, better=better, detectable=least)
+
+
+def _real(x: float) -> float | None:
+    return None if np.isnan(x) else float(x)

@@ -1,0 +1,128 @@
+"""Rows of a comparison as text for a terminal, as Markdown for a report, and as JSON."""
+
+import json
+import math
+from dataclasses import asdict
+from itertools import groupby
+
+from llmkd import __version__
+
+from . import stats
+from .compare import Row
+from .items import HELD_OUT
+
+EXPLANATION = (
+    "A difference is the arm minus the baseline on the same items; ± is one standard error, the interval (95 %) a paired bootstrap over items.",
+    "p, two-sided: McNemar's exact test where both arms have one seed and the metric is 0 or 1, otherwise sign flips of the items' differences.",
+    'Holm\'s p is corrected for all arms of its task and metric, not for several tasks and metrics. "No difference shown": it is 0.05 or more;',
+    "there may be one that is smaller than these items can show. < 1 se: the difference is within one standard error of 0.",
+    "What is drawn anew is the items: the tests speak of these trained models. Whether training again would give the same, only seeds can tell.",
+)
+_COLUMNS = 140  # names that would make a table wider than this stand on a line of their own
+
+
+def as_text(rows: list[Row]) -> str:
+    """One block for each task and metric, then what the columns mean."""
+    out = []
+    for block in blocks(rows):
+        head, *body = cells(block)
+        room = _COLUMNS - sum(2 + max(map(len, column)) for column in list(zip(head, *body, strict=True))[1:])
+        long = {i: line[0] for i, line in enumerate(body, 1) if len(line[0]) > room}
+        for i in long:
+            body[i - 1][0] = ""
+        widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
+        left = (0, len(head) - 1)
+        lines = [
+            "  ".join(cell.ljust(w) if i in left else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))).rstrip()
+            for line in (head, *body)
+        ]
+        rule = "-" * max(map(len, lines))
+        lines = [f"{long[i]}\n{line}" if i in long else line for i, line in enumerate(lines)]
+        out.append("\n".join([title(block), lines[0], rule, *lines[1:], *remarks(block)]))
+    return "\n\n".join([*out, "\n".join(EXPLANATION)])
+
+
+def as_markdown(rows: list[Row]) -> str:
+    """The same in tables of Markdown."""
+    out = []
+    for block in blocks(rows):
+        head, *body = [[cell.replace("|", "\\|") for cell in line] for line in cells(block)]
+        rule = [":--", *["--:"] * (len(head) - 2), ":--"]
+        table = "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *body))
+        out.append("\n\n".join([f"**{title(block)}**", table, "\n".join(remarks(block))]))
+    return "\n\n".join([*out, " ".join(EXPLANATION)])
+
+
+def as_json(rows: list[Row]) -> str:
+    """Every figure unrounded, with what the tests rest on."""
+    conditions = {"llmkd": __version__, "level": stats.LEVEL, "power": stats.POWER, "resamples": stats.RESAMPLES, "seed": 0}
+    return json.dumps(conditions | {"explanation": " ".join(EXPLANATION), "rows": [asdict(row) for row in rows]}, indent=1, allow_nan=False)
+
+
+def words(row: Row) -> str:
+    """The verdict in a few words."""
+    if row.verdict == "no difference shown":
+        return row.verdict + (", < 1 se" if row.within_one_stderr else "")
+    judged = {True: ", better", False: ", worse", None: ""}[row.better]
+    over_seeds = row.seed_interval and row.seed_interval[0] <= 0 <= row.seed_interval[1]
+    return row.verdict + judged + (", not over seeds" if over_seeds else "")
+
+
+def blocks(rows: list[Row]) -> list[list[Row]]:
+    return [list(block) for _, block in groupby(rows, key=lambda row: (row.task, row.metric))]
+
+
+def title(block: list[Row]) -> str:
+    way = {True: ", higher is better", False: ", lower is better", None: ""}[block[0].higher_is_better]
+    tests = list(dict.fromkeys(row.test for row in block if row.test))
+    what = "rows" if block[0].task == HELD_OUT else "items"
+    return f"{block[0].task} {block[0].metric}: {block[0].n:,} {what}{way}" + (f"; {' or '.join(tests)}" if tests else "")
+
+
+def cells(block: list[Row]) -> list[list[str]]:
+    """Head and lines of a table."""
+    d, seeds = digits(block), any(row.seeds > 1 for row in block)
+    out = [["arm", "value", *["seeds"] * seeds, "difference", "95 % interval", "p", "Holm's p", ""]]
+    for row in block:
+        spread = f"{row.seeds}" if row.seed_spread is None else f"{row.seeds}, sd {row.seed_spread:.{d}f}"
+        line = [row.arm, _plus_minus(row.value, row.stderr, d, ""), *[spread] * seeds]
+        if row.difference is None:
+            out.append([*line, "", "", "", "", words(row)])
+            continue
+        between = _between(row.interval, d)
+        out.append([*line, _plus_minus(row.difference, row.difference_stderr, d, "+"), between, _p(row.p), _p(row.p_adjusted), words(row)])
+    return out
+
+
+def remarks(block: list[Row]) -> list[str]:
+    """Below a table: how large a difference could have been seen, and what the seeds say."""
+    d, family = digits(block), max(row.family for row in block)
+    out, least = [], [row.detectable for row in block if row.detectable is not None]
+    if least:
+        low, high = f"{min(least):.{d}f}", f"{max(least):.{d}f}"
+        after = f", after the correction for {family} arms" if family > 1 else ""
+        out.append(f"A true difference of {low if low == high else f'{low} to {high}'} would have been shown 4 times in 5{after}.")
+    for row in block:
+        if row.seed_interval:
+            kind = f"{row.seeds} matching seeds (paired t)" if row.seeds_matched else "seeds (Welch's t)"
+            zero = "holds 0" if row.seed_interval[0] <= 0 <= row.seed_interval[1] else "beyond 0"
+            out.append(f"{row.arm}: 95 % interval over {kind} {_between(row.seed_interval, d)}, {zero}.")
+    return out
+
+
+def digits(block: list[Row]) -> int:
+    """Decimals that show two figures of the smallest standard error of a difference; four at least."""
+    errors = [row.difference_stderr for row in block if row.difference_stderr]
+    return min(8, max(4, 1 - math.floor(math.log10(min(errors))))) if errors else 4
+
+
+def _plus_minus(value: float, stderr: float | None, d: int, sign: str) -> str:
+    return f"{value:{sign}.{d}f}" + ("" if stderr is None else f" ±{stderr:.{d}f}")
+
+
+def _between(interval: tuple[float, float] | None, d: int) -> str:
+    return "unknown" if interval is None else f"{interval[0]:+.{d}f} to {interval[1]:+.{d}f}"
+
+
+def _p(p: float) -> str:
+    return f"{p:.4f}" if p >= 0.00005 else f"{p:.0e}"

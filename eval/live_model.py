@@ -1,0 +1,134 @@
+"""The harness's own HFLM round a model that is already loaded, its requests shared by the processes of a launch."""
+
+import contextlib
+import functools
+import sys
+import time
+
+from llmkd.console import first_process, say
+from llmkd.errors import Stopped, UserError, is_out_of_memory
+
+
+@functools.cache
+def live_model_class():
+    """`LiveModel`, made when it is first wanted, since the harness takes seconds to load."""
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.models.utils import normalize_gen_kwargs
+
+    class LiveModel(HFLM):
+        """HFLM on `model` as it is: no resized embeddings, no weights tied anew.
+
+        To the harness it is one process. Each process of the launch answers the requests of its share of the documents and gets the
+        others' answers, so that all see every document in order: few-shot examples and sums are those of a single process.
+
+        `cut` holds the requests (as `request_key` gives them) that were longer than the model's context and lost their beginning.
+        """
+
+        def __init__(self, model, tokenizer, batch_size, accelerator, stop):
+            with _weights_as_they_are(model):
+                super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, backend="causal")
+            self.launch, self.stop, self.cut = accelerator, stop, set()
+
+        def loglikelihood(self, requests, disable_tqdm=False):
+            return self._shared(super().loglikelihood, requests)
+
+        def loglikelihood_rolling(self, requests, disable_tqdm=False):
+            return self._shared(super().loglikelihood_rolling, requests)
+
+        def generate_until(self, requests, disable_tqdm=False):
+            return self._shared(self._generate, requests)
+
+        def _generate(self, requests, disable_tqdm=False):
+            for context, options in (request.args for request in requests):
+                wanted = normalize_gen_kwargs(options, self.max_gen_toks)["max_gen_toks"]
+                if wanted >= self.max_length:
+                    raise UserError(f"up to {wanted} tokens are to be generated, and the model's context holds {self.max_length}")
+                if len(self.tok_encode(context)) > self.max_length - wanted:
+                    self.cut.add(request_key((context, options)))
+            return super().generate_until(requests, disable_tqdm=disable_tqdm)
+
+        def _loglikelihood_tokens(self, requests, **options):
+            longest = max((len(continuation) for _, _, continuation in requests), default=0)
+            if longest > self.max_length:
+                raise UserError(f"an answer has {longest} tokens, and the model's context holds {self.max_length}")
+            for words, context, continuation in requests:
+                if words is not None and len(context) + len(continuation) > self.max_length + 1:  # a piece of a rolling text has no words
+                    self.cut.add(request_key(words))
+            return super()._loglikelihood_tokens(requests, **options)
+
+        def get_model_info(self):
+            """Said by our own record; the harness would ask the hub for a model of this object's name."""
+            return {}
+
+        def _shared(self, answer, requests):
+            ranks, rank = self.launch.num_processes, self.launch.process_index
+            share = [i for i, request in enumerate(requests) if (request.doc_id or 0) % ranks == rank]
+            answers, problem = [], None
+            with _Progress(len(share), self.stop if ranks == 1 else None) as progress:
+                self.set_cache_hook(progress)
+                try:
+                    answers = answer([requests[i] for i in share], disable_tqdm=True) if share else []
+                except Exception as error:
+                    problem = _in_words(error)
+                    if problem is None and ranks == 1:
+                        raise
+                    problem = problem or f"{type(error).__name__}: {error}"  # the other processes wait to hear of it
+            if ranks > 1:
+                from accelerate.utils import gather_object
+
+                parts = gather_object([(share, answers, self.cut, problem)])
+            else:
+                parts = [(share, answers, self.cut, problem)]
+            if problem := next((part[3] for part in parts if part[3]), None):
+                raise UserError(problem)
+            self.cut = set().union(*(part[2] for part in parts))
+            found = {i: answer for share, answers, *_ in parts for i, answer in zip(share, answers, strict=True)}
+            return [found[i] for i in range(len(requests))]
+
+    return LiveModel
+
+
+def request_key(arguments: tuple) -> tuple:
+    """A request's identity: its text, and the continuation where there is one."""
+    return tuple(part for part in arguments if isinstance(part, str))
+
+
+@contextlib.contextmanager
+def _weights_as_they_are(model):
+    """HFLM calls `tie_weights`, which was done at loading, and which on an adapted head or embedding might undo what was loaded."""
+    model.tie_weights = lambda *_, **__: None
+    try:
+        yield
+    finally:
+        del model.tie_weights
+
+
+def _in_words(error: Exception) -> str | None:
+    if isinstance(error, UserError):
+        return str(error)
+    return "out of memory; give a smaller --batch_size" if is_out_of_memory(error) else None
+
+
+class _Progress:
+    """A cache hook, which HFLM tells of every answer: a bar, or now and then a line where the console is a file. Stops on a signal."""
+
+    def __init__(self, total: int, stop):
+        from tqdm import tqdm
+
+        self.stop, self.total, self.done, self.said = stop, total, 0, time.monotonic()
+        self.bar = tqdm(total=total, unit="request", leave=False, disable=None if first_process() else True, file=sys.stderr)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self.bar.close()
+
+    def add_partial(self, *_) -> None:
+        self.bar.update()
+        self.done += 1
+        if self.stop and self.stop():
+            raise Stopped("stopped by a signal")
+        if self.bar.disable and time.monotonic() - self.said > 30:
+            self.said = time.monotonic()
+            say(f"  {self.done} of {self.total} requests")

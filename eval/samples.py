@@ -1,0 +1,64 @@
+"""From what the harness returns of a task to its record and its items."""
+
+import datetime
+import math
+
+from llmkd.errors import UserError
+
+from .live_model import request_key
+
+
+def in_words(figure: dict) -> str:
+    """A metric with its standard error, where it has one."""
+    return f"{figure['value']:.4f}" + ("" if figure["stderr"] is None else f" ± {figure['stderr']:.4f}")
+
+
+def record_of(found: dict, name: str, items: list[dict], settings: dict, seconds: float) -> dict:
+    """A task's record out of what the harness returned."""
+    figures, better = found["results"][name], found["higher_is_better"].get(name, {})
+    metrics = {}
+    for key, value in figures.items():
+        metric, comma, how = key.partition(",")
+        if comma and not metric.endswith("_stderr") and isinstance(value, int | float):
+            error = figures.get(f"{metric}_stderr,{how}")
+            error = float(error) if isinstance(error, int | float) and math.isfinite(error) else None
+            metrics[_metric(metric, how)] = {"value": float(value), "stderr": error, "higher_is_better": better.get(metric)}
+    date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
+    return settings | {
+        "version": found["versions"][name],
+        "fewshot": found["n-shot"][name],
+        "n": len(items),
+        "metrics": metrics,
+        "cut": sum(item["cut_requests"] for item in items),
+        "items_sha256": None,
+        "date": date,
+        "seconds": round(seconds, 2),
+    }
+
+
+def items_of(samples: list[dict], cut: set) -> list[dict]:
+    """One item a document out of the harness's samples, of which there is one for each way to read an answer (filter)."""
+    items: dict[int, dict] = {}
+    for sample in samples:
+        requests = [request_key(arguments) for arguments in sample["arguments"]]
+        shortened = sum(key in cut for key in requests)
+        item = {"id": sample["doc_id"], "hash": sample["doc_hash"], "metrics": {}, "cut": shortened > 0, "cut_requests": shortened}
+        item = items.setdefault(sample["doc_id"], item)
+        for metric in sample["metrics"]:
+            if isinstance(sample[metric], int | float):  # some are pairs that only their aggregate makes a number of
+                item["metrics"][_metric(metric, sample["filter"])] = float(sample[metric])
+        answers = [answers[0] for answers in sample["resps"]]
+        if all(isinstance(answer, tuple | list | float) for answer in answers):
+            item["loglikelihoods"] = [float(answer[0] if isinstance(answer, tuple | list) else answer) for answer in answers]
+        else:
+            item["answers"] = answers
+        if isinstance(sample["target"], str | int):
+            item["target"] = sample["target"]
+        numbers = [*item["metrics"].values(), *item.get("loglikelihoods", [])]
+        if not all(map(math.isfinite, numbers)):
+            raise UserError(f"item {item['id']} has a figure that is not finite; look at the model, or try --dtype float32")
+    return [items[key] for key in sorted(items)]
+
+
+def _metric(name: str, how: str) -> str:
+    return name if how == "none" else f"{name},{how}"
