@@ -159,7 +159,7 @@ class _Work:
 
     def load(self, target: Target):
         """The model as it was trained, whatever its head's padding, for the harness."""
-        from llmkd import loading
+        from llmkd import adapters, loading
         from llmkd.data.tokenizer import load_tokenizer, shared_vocab
         from llmkd.prepare import rows_of
 
@@ -170,7 +170,7 @@ class _Work:
         dtype = self.options.dtype or target.settings.dtype
         model = loading.base(files.base, target.name, dtype, "auto", device, target.settings.quantization)
         if files.adapter:
-            model = loading.adapter(model, files, target.name).to(device)
+            model = adapters.load(model, files, target.name).to(device)
         batch = self.options.batch_size
         if str(batch).startswith("auto") and device.type == "cpu":
             batch = CPU_BATCH

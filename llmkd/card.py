@@ -27,6 +27,13 @@ METRICS = {
     "accuracy": ("accuracy", "accuracy on multiple-choice questions"),
 }
 
+#: What `loading.base` does too.
+REPACKING = (
+    "for module in base.modules():  # or bitsandbytes may turn weights on a CPU into a form that DoRA and gradients cannot do with\n"
+    "    if hasattr(module, 'support_avx512bf16_for_cpu'):\n"
+    "        module.support_avx512bf16_for_cpu = False\n"
+)
+
 
 @dataclass(frozen=True)
 class Used:
@@ -102,7 +109,7 @@ def merged(text: str, folder: Path, drift: dict | None) -> str:
     if drift:
         rows = "".join(f"| {name} | {value:.4f} |\n" for name, value in drift["drift"].items())
         notes.append(
-            "The adapter was trained on a quantised base, and merged into the unquantised one. The held-out figures below are of the model as it was "
+            f"The adapter was trained on a quantised base, and merged into the {drift['merged_into']} one. The held-out figures below are of the model as it was "
             f"trained; against that one, on {drift['measured_on']} (forward_kl is KL(trained, merged)):\n\n| figure | value |\n|---|---|\n{rows}"
         )
     head, _, rest = body.partition("\n## Use\n")
@@ -214,6 +221,7 @@ def snippet(recipe: Recipe, student: ModelFiles | None) -> str:
         f"from transformers import AutoModelForCausalLM, AutoTokenizer{more}\n\n"
         f"here = {top}\n"
         f"base = AutoModelForCausalLM.from_pretrained({', '.join(arguments)})\n"
+        f"{REPACKING if quantization and quantization.type != 'int8' else ''}"
         "model = PeftModel.from_pretrained(base, here)\n"
         "tokenizer = AutoTokenizer.from_pretrained(here)"
     )

@@ -41,6 +41,12 @@ def is_disk_full(error: BaseException) -> bool:
     return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
 
 
+def brief(error: BaseException) -> str:
+    """Another's exception in one line: its type and the first line of its text, with the next where that only announces it."""
+    first, *more = str(error).splitlines() or [""]
+    return f"{type(error).__name__}: {f'{first} {more[0].strip()}' if first.endswith(':') and more else first}"[:320]
+
+
 def is_out_of_memory(error: BaseException) -> bool:
     return "OutOfMemory" in type(error).__name__ or "can't allocate memory" in str(error)
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from .console import say
-from .data.tokenizer import load_tokenizer, shared_vocab
+from .data.tokenizer import load_tokenizer, save_tokenizer, shared_vocab
 from .errors import UserError
 from .model_files import RECORD, ModelFiles, find
 from .prepare import prepare, rows_of
@@ -20,7 +20,7 @@ SAMPLE = 64  # examples on which the merged model is compared with the trained o
 def export(run: Path, to: Path | None = None, checkpoint: str | None = None) -> Path:
     """Write `RUN/merged` (or `to`). `run` may be a run's folder, or an adapter's; `checkpoint` is a step's number, or best."""
     from .card import merged as merged_card
-    from .merge import merge, restored
+    from .merge import merge, read_back, restored
     from .models import student_folder
 
     if not run.is_dir():
@@ -44,7 +44,8 @@ def export(run: Path, to: Path | None = None, checkpoint: str | None = None) -> 
     part = to.with_name(f"{to.name}.tmp-{os.getpid()}")
     try:
         model.save_pretrained(part)
-        tokenizer.save_pretrained(part)
+        read_back(model, part)
+        save_tokenizer(tokenizer, part)
         if is_adapter and (student / "README.md").exists():
             card = (student / "README.md").read_text(encoding="utf-8")
             if "llmkd" in card:  # another's card is not ours to rewrite
@@ -58,9 +59,10 @@ def export(run: Path, to: Path | None = None, checkpoint: str | None = None) -> 
 
 
 def drift(merged, files: ModelFiles, tokenizer, vocab: int, run: Path, saved: Path | None) -> dict | None:
-    """For an adapter trained on a quantised base: how far the merged model, which has the unquantised one, is from it.
+    """For an adapter trained on a quantised base: how far the merged model is from it.
 
-    {"trained_on": the quantisation, "drift": ce and trained_ce, forward_kl (trained || merged), agreement}; None for others.
+    {"trained_on": the quantisation, "merged_into": the unquantised base, or the dequantised one where the folder holds no other,
+    "drift": ce and trained_ce, forward_kl (trained || merged), agreement}; None for adapters on others.
     """
     from .models import as_trained
 
@@ -82,12 +84,13 @@ def drift(merged, files: ModelFiles, tokenizer, vocab: int, run: Path, saved: Pa
     plain = LanguageModel(merged.to(accelerator.device), vocab).eval()
     found = validate([plain], Live(trained), sample, tokenizer.eos_token_id, 4, accelerator)[0].figures()
     figures = {"ce": found["ce"], "trained_ce": found["teacher_ce"], "forward_kl": found["forward_kl"], "agreement": found["agreement"]}
+    into = "unquantised" if settings.quantization else "dequantised"
     say(
-        f"merged into the unquantised base; on {where}, against the model as it was trained: KL {figures['forward_kl']:.4f} nats, "
+        f"merged into the {into} base; on {where}, against the model as it was trained: KL {figures['forward_kl']:.4f} nats, "
         f"agreement {figures['agreement']:.3f}, CE {figures['ce']:.4f} (trained: {figures['trained_ce']:.4f})"
     )
     merged.to("cpu")
-    return {"trained_on": trained_on, "measured_on": where, "drift": figures}
+    return {"trained_on": trained_on, "merged_into": into, "measured_on": where, "drift": figures}
 
 
 def _sample(run: Path, vocab: int):

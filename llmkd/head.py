@@ -24,7 +24,10 @@ class Head:
             logits_NV = _WideProduct.apply(hidden_NH, project.weight[: self.vocab])
             if project.bias is not None:
                 logits_NV = logits_NV + project.bias[: self.vocab]
-        else:
+        else:  # with an adapter, or quantised
+            weight = getattr(project, "weight", hidden_NH)
+            if weight.is_floating_point():
+                hidden_NH = hidden_NH.to(weight.dtype)
             logits_NV = widen(project(hidden_NH))[:, : self.vocab]
         if self.scale != 1.0:
             logits_NV = logits_NV * self.scale

@@ -42,8 +42,8 @@ def find(name: str, setting: str, revision: str | None = None, base: str | None 
         return ModelFiles(folder, None, _config(folder, name, setting))
     adapter = read_json(folder / "adapter_config.json", setting)
     base_name = base or adapter.get("base_model_name_or_path")
-    if not base_name:
-        raise UserError(f"{setting}: {name}/adapter_config.json names no base model; set teacher.base to it")
+    if not base_name or not isinstance(base_name, str):
+        raise UserError(f"{setting}: {name}/adapter_config.json names no base model; set {setting.removesuffix('.model')}.base to it")
     if not (folder / "adapter_model.safetensors").exists():
         raise UserError(f"{setting}: {name} has no adapter_model.safetensors (pickled weights are not loaded); save it with safetensors")
     try:
@@ -104,9 +104,12 @@ def licence(folder: Path) -> dict[str, str]:
 
 def read_json(path: Path, setting: str) -> dict:
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise UserError(f"{setting}: {path} cannot be read ({error})") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{setting}: {path} holds {type(found).__name__}, expected an object of settings; copy it again")
+    return found
 
 
 def _config(folder: Path, name: str, setting: str) -> dict:

@@ -4,14 +4,14 @@ import dataclasses
 import inspect
 import json
 import re
-import shutil
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from . import loading, selftest
+from . import adapters, loading, selftest
 from .console import say
+from .data.tokenizer import save_tokenizer
 from .errors import UserError
 from .families import beside_text, decoder_of, head_of
 from .head import Head
@@ -86,25 +86,25 @@ class LanguageModel(nn.Module):
         return {own.sub(".default", name): p for name, p in self.model.named_parameters() if p.requires_grad}
 
 
-def load_teacher(settings: TeacherSettings, vocab: int, device, packing: bool = False) -> LanguageModel:
-    """The teacher, frozen and in eval mode. A model, or an unmerged adapter on its base. `packing`: packed rows must be safe."""
+def load_teacher(settings: TeacherSettings, vocab: int, device, packing: int = 0) -> LanguageModel:
+    """The teacher, frozen and in eval mode. A model, or an unmerged adapter on its base. `packing`: packed rows of so many tokens must be safe."""
     files = find(settings.model, "teacher.model", settings.revision, settings.base)
     model = loading.base(files.base, "teacher.model", settings.dtype, settings.attention, device, settings.quantization)
     if files.adapter:
         note_quantization(files, settings.quantization, "teacher")
-        model = loading.adapter(model, files, "teacher.model").to(device)
+        model = adapters.load(model, files, "teacher.model").to(device)
     teacher = LanguageModel(model, _fits(model, vocab, "teacher.model"))
     teacher.requires_grad_(False).eval()
     selftest.check(teacher, "teacher.model", packing)
     return teacher
 
 
-def load_student(settings: StudentSettings, vocab: int, device, seed: int, packing: bool = False) -> LanguageModel:
-    """The student in training mode; exactly what `method` names requires a gradient. `packing`: packed rows must be safe."""
+def load_student(settings: StudentSettings, vocab: int, device, seed: int, packing: int = 0) -> LanguageModel:
+    """The student in training mode; exactly what `method` names requires a gradient. `packing`: packed rows of so many tokens must be safe."""
     return load_students([settings], vocab, device, seed, packing)[0]
 
 
-def load_students(many: list[StudentSettings], vocab: int, device, seed: int, packing: bool = False) -> list[LanguageModel]:
+def load_students(many: list[StudentSettings], vocab: int, device, seed: int, packing: int = 0) -> list[LanguageModel]:
     """Students that differ in their adapters only, on one base in memory: each as it would be alone. One may be of any method."""
     settings = many[0]
     found = [find(one.model, "student.model", one.revision, one.base) for one in many if one.model]
@@ -145,9 +145,10 @@ def _adapted(model: nn.Module, found: list[ModelFiles], many: list[StudentSettin
     return model
 
 
-def _ready(student: LanguageModel, settings: StudentSettings, packing: bool) -> None:
+def _ready(student: LanguageModel, settings: StudentSettings, packing: int) -> None:
     student.autocast = torch.bfloat16 if settings.mixed_precision == "bf16" else None
     selftest.check(student.train(), "student.model", packing)
+    _check_narrow(student, settings)
     student.untouched = selftest.untouched(student, "student.model")
     if student.untouched:
         some = f"{len(student.untouched)} of {len(student.trainable())} trainable tensors, such as {student.untouched[0]}"
@@ -168,8 +169,19 @@ def _check_full(model: nn.Module, files: ModelFiles | None) -> None:
         say("note: bfloat16 weights lose updates below 1/256 of a weight; dtype: float32 with mixed_precision: bf16 keeps them")
 
 
+def _check_narrow(student: LanguageModel, settings: StudentSettings) -> None:
+    """LoRA's own matrices are in float32 at least; copies of modules and biases are in the base's type, and train in it."""
+    narrow = {name: p.dtype for name, p in student.trainable().items() if p.dtype in (torch.bfloat16, torch.float16)}
+    if settings.method == "full" or not narrow:
+        return
+    some = f"{len(narrow)} tensors, such as {min(narrow)}"
+    if torch.float16 in narrow.values():
+        raise UserError(f"student.dtype: {some}, would train in float16; set student.dtype: float32, with mixed_precision: bf16 for speed")
+    say(f"note: student: {some}, train in bfloat16 and lose updates below 1/256 of a weight; student.dtype: float32 keeps them")
+
+
 def _fresh_adapter(model: nn.Module, files: ModelFiles, settings: StudentSettings, name: str) -> nn.Module:
-    adapted = loading.new_adapter(model, settings.lora or Lora(), settings.revision, name)
+    adapted = adapters.fresh(model, settings.lora or Lora(), settings.revision, name)
     path = Path(settings.model)
     adapted.peft_config[name].base_model_name_or_path = str(path.resolve()) if path.is_dir() else settings.model
     return adapted
@@ -182,7 +194,7 @@ def _kept_adapter(model: nn.Module, files: ModelFiles, settings: StudentSettings
         raise UserError(f"student.model: {settings.model} is an adapter of type {config.get('peft_type')}; only LORA can be trained on")
     _refuse_other_settings(settings, config)
     note_quantization(files, settings.quantization, "student")
-    adapted = loading.adapter(model, files, "student.model", trainable=True, name=name)
+    adapted = adapters.load(model, files, "student.model", trainable=True, name=name)
     if settings.base:
         adapted.peft_config[name].base_model_name_or_path = str(files.base.resolve())
     say(f"student: going on with the adapter {settings.model} (rank {config.get('r')}, alpha {config.get('lora_alpha')})")
@@ -255,10 +267,7 @@ def save(model: LanguageModel, tokenizer, folder: Path, settings: StudentSetting
     """
     folder.mkdir(parents=True, exist_ok=True)
     if hasattr(model.model, "peft_config"):
-        model.model.save_pretrained(folder, selected_adapters=[model.adapter or "default"], save_embedding_layers=False)
-        for file in (folder / str(model.adapter)).glob("*"):  # PEFT gives an adapter with a name of its own a folder of its own
-            file.rename(folder / file.name)
-        shutil.rmtree(folder / str(model.adapter), ignore_errors=True)
+        adapters.save(model.model, folder, model.adapter or "default")
         if model.plain.generation_config is not None:
             model.plain.generation_config.save_pretrained(folder)
         base = Path(model.plain.config._name_or_path)
@@ -270,7 +279,7 @@ def save(model: LanguageModel, tokenizer, folder: Path, settings: StudentSetting
         (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
     else:
         model.model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    save_tokenizer(tokenizer, folder)
 
 
 def _fits(model: nn.Module, vocab: int, setting: str) -> int:

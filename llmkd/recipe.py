@@ -48,9 +48,11 @@ class Lora:
     dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input while training.")
     target_modules: str | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
         "all-linear",
-        description="Modules that get an adapter: all-linear (all but the head), a list of name endings, or a regular expression.",
+        description="Modules that get an adapter: all-linear (all but the head; experts too), a list of name endings, or a regular expression.",
     )
-    modules_to_save: tuple[str, ...] = Field((), description="Modules that train in full beside the adapter, such as lm_head.")
+    modules_to_save: tuple[str, ...] = Field(
+        (), description="Modules that train in full beside the adapter, such as lm_head, in the base's type."
+    )
     rslora: bool = Field(False, description="Rank-stabilised scaling, alpha / sqrt(rank).")
     dora: bool = Field(False, description="Weight-decomposed LoRA.")
 
@@ -70,7 +72,7 @@ class Student:
     )
     quantization: Quantization | None = Field(None, description="Hold the base in 4 or 8 bit (QLoRA); null for not.")
     dtype: Dtype = Field(
-        "auto", description="Type the base is held in; auto is the type it was saved in. Adapters train in at least float32."
+        "auto", description="Type the base is held in; auto is the type it was saved in. Adapter matrices train in at least float32."
     )
     attention: Attention = Field("auto", description="Attention implementation; auto leaves it to transformers.")
     mixed_precision: Literal["no", "bf16"] = Field("no", description="bf16: autocast the body's products of weights held in float32.")
@@ -212,6 +214,11 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
         yield (
             ("student.quantization", "student.method"),
             "given with method: full, and quantised weights cannot be trained; set method: lora",
+        )
+    if student.quantization and student.quantization.type == "int8" and student.lora and student.lora.dora:
+        yield (
+            ("student.lora.dora", "student.quantization.type"),
+            "given with quantization int8, which PEFT's DoRA does not work with; use nf4",
         )
     if student.method == "full" and student.dtype == "float16":
         yield (

@@ -12,14 +12,17 @@ import torch
 from torch import Tensor
 
 from .console import say
-from .errors import UserError
+from .errors import UserError, brief
 from .signals import View
 
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 
-def check(model, setting: str, packing: bool = False) -> None:
-    """Compare what `models.LanguageModel` assumes; switch the model to its own forward pass where the head is not its own. UserError where it cannot be used."""
+def check(model, setting: str, packing: int = 0) -> None:
+    """Compare what `models.LanguageModel` assumes; switch the model to its own forward pass where the head is not its own.
+
+    UserError where it cannot be used. `packing`: the most tokens that a packed row may hold, 0 without packing.
+    """
     family = model.plain.config.model_type
     model.activate()
     with _quiet(model):
@@ -27,28 +30,35 @@ def check(model, setting: str, packing: bool = False) -> None:
             ids_BT = (torch.arange(24, device=model.device).reshape(2, 12) * 7 + 3) % model.head.vocab
             own_NV = model.model(input_ids=ids_BT, use_cache=False).logits.flatten(0, 1)[:, : model.head.vocab]
         except Exception as error:
-            raise UserError(f"{setting}: {family} fails on a first small batch ({type(error).__name__}: {_first_line(error)})") from error
+            raise UserError(f"{setting}: {family} fails on a first small batch ({brief(error)})") from error
         size = own_NV.abs().max().item()
         if not math.isfinite(size):
             raise UserError(f"{setting}: its logits are not finite; its weights hold NaN or infinity, or its dtype is too narrow")
         limit = tolerance(model, own_NV.dtype) * max(size, 1e-3)
-        try:
-            gap = _gap(_logits(model, ids_BT), own_NV)
-        except Exception:
-            gap = math.inf
+        gap, failed = _gap_to(model, ids_BT, own_NV)
         if not gap <= limit:
+            model.use_own_forward()
+            gap, again = _gap_to(model, ids_BT, own_NV)
+            if again:
+                raise UserError(f"{setting}: {family} fails on a second small batch ({brief(failed or again)}); it cannot be used")
             say(
                 f"note: {setting}: llmkd does not know {family}'s head; the model's own forward pass is used, "
                 "which is right and holds the logits of a whole micro-batch in memory"
             )
-            model.use_own_forward()
-            gap = _gap(_logits(model, ids_BT), own_NV)
             if not gap <= limit:
                 raise UserError(f"{setting}: {family}'s logits differ between two passes by {gap:.2g} of {size:.2g}; it cannot be used")
         limit = max(limit, 1e-5 * size)  # some families compute their attention in float32, whatever they are held in
         _check_causal(model, ids_BT, limit, setting)
         if packing:
-            _check_packing(model, ids_BT, limit, setting)
+            _check_packing(model, ids_BT, limit, setting, packing)
+
+
+def _gap_to(model, ids_BT: Tensor, own_NV: Tensor) -> tuple[float, Exception | None]:
+    """How far the logits are from the model's own; or infinity, and why there are none."""
+    try:
+        return _gap(_logits(model, ids_BT), own_NV), None
+    except Exception as error:
+        return math.inf, error
 
 
 def tolerance(model, *dtypes: torch.dtype) -> float:
@@ -70,7 +80,7 @@ def _check_causal(model, ids_BT: Tensor, limit: float, setting: str) -> None:
         )
 
 
-def _check_packing(model, ids_BT: Tensor, limit: float, setting: str) -> None:
+def _check_packing(model, ids_BT: Tensor, limit: float, setting: str, tokens: int) -> None:
     """The second of two packed examples is what it is apart, and does not change at all with the first.
 
     "At all" is as exact as it is for two rows that cannot see each other: an 8-bit model rounds its activations by what
@@ -82,7 +92,7 @@ def _check_packing(model, ids_BT: Tensor, limit: float, setting: str) -> None:
         packed_NV, changed_NV = (_logits(model, ids, packed=True) for ids in (ids_BT, other_BT))
     except Exception as error:
         raise UserError(
-            f"data.packing: {setting} ({model.plain.config.model_type}) takes no packed rows ({_first_line(error)}); set data.packing: false"
+            f"data.packing: {setting} ({model.plain.config.model_type}) takes no packed rows ({brief(error)}); set data.packing: false"
         ) from error
     apart_NV = _logits(model, ids_BT)
     noise = _gap(apart_NV[second], _logits(model, other_BT)[second])
@@ -92,6 +102,19 @@ def _check_packing(model, ids_BT: Tensor, limit: float, setting: str) -> None:
             f"data.packing: in {setting} ({model.plain.config.model_type}) packed examples see one another: logits differ by {max(leak, gap):.2g} "
             "from those of the same examples apart; set data.packing: false"
         )
+    T = ids_BT.shape[1]
+    table = max((b.shape[-1] for b in model.plain.buffers() if b.ndim > 1 and b.shape[-1] == b.shape[-2]), default=0)
+    if tokens > table > 0:  # a mask of its own may be as long as the longest example
+        long_BT = ids_BT[:1].repeat(table // T + 1, 1)
+        try:
+            gap = _gap(_logits(model, long_BT, packed=True)[-T:], apart_NV[:T])
+        except Exception:
+            gap = math.inf
+        if not gap <= limit:
+            raise UserError(
+                f"data.packing: in {setting} ({model.plain.config.model_type}) a packed row may hold {table} tokens, and micro_batch_size x max_length "
+                f"are {tokens}; lower one of them, or set data.packing: false"
+            )
 
 
 def _logits(model, ids_BT: Tensor, packed: bool = False) -> Tensor:
@@ -104,26 +127,23 @@ def _logits(model, ids_BT: Tensor, packed: bool = False) -> Tensor:
 
 
 def untouched(model, setting: str) -> list[str]:
-    """Trainable parameters that a small batch gives no gradient. UserError where there is no backward pass at all."""
+    """Trainable parameters that a small batch, or a single token, gives no gradient. UserError where there is no backward pass."""
     ids_BT = (torch.arange(24, device=model.device).reshape(2, 12) * 7 + 3) % model.head.vocab
-    try:
-        with torch.enable_grad():
-            _logits(model, ids_BT).logsumexp(-1).sum().backward()
-    except Exception as error:
-        family = model.plain.config.model_type
-        raise UserError(f"{setting}: {family} fails in a first backward pass ({type(error).__name__}: {_first_line(error)})") from error
-    out = [name for name, p in model.trainable().items() if p.grad is None]
-    model.zero_grad(set_to_none=True)
-    return out
+    out = {}
+    for batch_BT in (ids_BT, ids_BT[:1, :1]):
+        try:
+            with torch.enable_grad():
+                _logits(model, batch_BT).logsumexp(-1).sum().backward()
+        except Exception as error:
+            raise UserError(f"{setting}: {model.plain.config.model_type} fails in a first backward pass ({brief(error)})") from error
+        out |= {name: None for name, p in model.trainable().items() if p.grad is None}
+        model.zero_grad(set_to_none=True)
+    return list(out)
 
 
 def _gap(a_NV: Tensor, b_NV: Tensor) -> float:
     wide = torch.promote_types(a_NV.dtype, b_NV.dtype)
     return (a_NV.to(wide) - b_NV.to(wide)).abs().max().item()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [""])[0][:200]
 
 
 @contextlib.contextmanager

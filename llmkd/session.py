@@ -121,7 +121,8 @@ class Session:
         recipe = recipes[0]
         self.recipe, self.prepared, self.accelerator, self.stop = recipe, prepared, accelerator, stop
         self.main, self.pad = accelerator.is_main_process, prepared.tokenizer.eos_token_id
-        vocab, device, packing = prepared.vocab, accelerator.device, recipe.data.packing
+        vocab, device = prepared.vocab, accelerator.device
+        packing = recipe.data.packing * recipe.train.micro_batch_size * recipe.data.max_length
         self.teacher = Live(models.load_teacher(recipe.teacher, vocab, device, packing)) if prepared.teacher_wanted else None
         students = models.load_students([r.student for r in recipes], vocab, device, recipe.seed, packing)
         self.plan = plan(recipe, prepared, accelerator.process_index, accelerator.num_processes)

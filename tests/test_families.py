@@ -113,6 +113,12 @@ def test_the_fused_path_equals_the_models_own_logits(family, capsys):
     compare_with_own(model, 1e-4 if family in SINGLE else 1e-10)
 
 
+def test_weights_that_a_single_token_does_not_use_are_known():
+    """A process without an example in a step runs one token, and others would wait for its gradients of RWKV's decay."""
+    assert selftest.untouched(language_model("rwkv"), "student.model") == [f"rwkv.blocks.{n}.attention.time_decay" for n in (0, 1)]
+    assert selftest.untouched(language_model("llama"), "student.model") == []
+
+
 @pytest.mark.parametrize("family", UNKNOWN)
 def test_an_unknown_head_falls_back_to_the_models_own_forward(family, capsys):
     model = language_model(family)

@@ -19,6 +19,7 @@ LAYERS = (
     "signals recipe recipe_study yaml_lines",
     "settings model_files",
     "losses data loading selftest optimizers",
+    "adapters",
     "models merge",
     "teachers distiller prepare",
     "loop validate checkpoint stopping run_folder card trackers",

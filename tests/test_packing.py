@@ -86,3 +86,15 @@ def test_a_run_whose_model_leaks_is_refused_before_it_writes(world, make_recipe,
     with pytest.raises(UserError, match=rf"data.packing: in {who}.model \(opt\) packed examples see one another"):
         run(make_recipe(**{"data.packing": True, f"{who}.model": str(tmp_path / "opt")}))
     assert not (tmp_path / "out").exists()
+
+
+def test_a_packed_row_is_no_longer_than_a_model_takes():
+    """GPT-Neo's mask is a table of 128 x 128 here; where positions start again is of no concern to it."""
+    from llmkd import selftest
+
+    for family, tokens in (("gpt_neo", 128), ("llama", 512)):
+        selftest.check(LanguageModel(tiny(family), 90), "student.model", tokens)
+    with pytest.raises(
+        UserError, match=r"\(gpt_neo\) a packed row may hold 128 tokens, and micro_batch_size x max_length are 129; lower one of them"
+    ):
+        selftest.check(LanguageModel(tiny("gpt_neo"), 90), "student.model", 129)

@@ -235,6 +235,28 @@ def test_merging_goes_into_the_unquantised_base_and_says_how_far_that_is(world, 
     assert found["model"].config.vocab_size == 648
 
 
+@pytest.mark.parametrize("bits", [4, 8])
+def test_an_adapter_on_a_base_that_is_quantised_on_disk_is_merged_into_the_dequantised_base(single, trained, tmp_path, capsys, bits):
+    from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+
+    from llmkd.data.skills import tokenizer
+    from llmkd.export import export
+
+    four = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_compute_dtype": torch.float32}
+    config = BitsAndBytesConfig(**{f"load_in_{bits}bit": True}, **(four if bits == 4 else {}))
+    AutoModelForCausalLM.from_pretrained(single / "student", quantization_config=config).save_pretrained(tmp_path / "base")
+    tokenizer().save_pretrained(tmp_path / "base")
+    trained("out", **{"student.model": str(tmp_path / "base"), "teacher": None})
+    merged = AutoModelForCausalLM.from_pretrained(export(tmp_path / "out"))
+    assert "merged into the dequantised base" in capsys.readouterr().err
+    assert merged.dtype == torch.float32 and not hasattr(merged.config, "quantization_config")
+    assert "merged into the dequantised one" in (tmp_path / "out/merged/README.md").read_text()
+    ids = batch()[0].inputs["input_ids"]
+    with torch.no_grad():
+        own = models.load_teacher(TeacherSettings(model=str(tmp_path / "out/adapter")), 640, "cpu").plain(ids).logits
+        assert (merged(ids).logits - own).abs().max() < (1e-4 if bits == 4 else 0.3)
+
+
 def test_a_model_that_quantisation_hardly_makes_smaller_is_said(single, tmp_path, capsys):
     from transformers import AutoModelForCausalLM
 
@@ -268,3 +290,33 @@ def test_without_bitsandbytes_the_install_line_is_given(make_recipe, monkeypatch
     ):
         with pytest.raises(UserError, match=rf"{setting}: needs bitsandbytes.*pip install"):
             prepare(make_recipe(**changes))
+
+
+def test_int8_with_dora_is_refused_before_it_fails(single, trained, tmp_path, make_recipe):
+    with pytest.raises(UserError, match="student.lora.dora: given with quantization int8"):
+        make_recipe(**{"student.quantization": {"type": "int8"}, "student.lora.dora": True})
+    trained("out", **qlora(single, **{"student.lora.dora": True, "student.lora.dropout": 0.0}))
+    for load, settings, who in ((models.load_teacher, TeacherSettings, "teacher"), (models.load_student, StudentSettings, "student")):
+        given = settings(model=str(tmp_path / "out/adapter"), quantization=Quantization(type="int8"))
+        with pytest.raises(UserError, match=f"{who}.quantization: found int8 with a DoRA adapter"):
+            load(given, 640, "cpu", *([0] if who == "student" else []))
+
+
+def test_the_card_of_a_four_bit_dora_student_loads_it(single, trained, tmp_path, monkeypatch):
+    """Also on a CPU where bitsandbytes would repack the weights in evaluation."""
+    from bitsandbytes.nn import Linear4bit
+
+    trained("out", **qlora(single, **{"student.lora.dora": True, "student.lora.dropout": 0.0}))
+    real = Linear4bit.__init__
+
+    def capable(self, *a, **k):
+        real(self, *a, **k)
+        self.support_avx512bf16_for_cpu = True
+
+    monkeypatch.setattr(Linear4bit, "__init__", capable)
+    code, found = (tmp_path / "out/adapter/README.md").read_text().split("```python\n")[1].split("```")[0], {}
+    exec(code, found)
+    ids = batch()[0].inputs["input_ids"]
+    own = models.load_teacher(models.as_trained(tmp_path / "out/adapter"), 640, "cpu")
+    with torch.no_grad():
+        assert torch.equal(found["model"].eval()(ids).logits, own.plain(ids).logits)

@@ -1,8 +1,12 @@
 """Tokenizers, and the one place that judges whether two of them are the same."""
 
+import itertools
 import json
+import math
+from pathlib import Path
 from typing import Any
 
+from ..console import say
 from ..errors import UserError
 from ..model_files import TOKENIZER, locate, read_json
 from ..recipe import Student
@@ -37,10 +41,22 @@ def student_tokenizer(student: Student) -> Any:
     if (folder / "adapter_config.json").exists():
         adapter = read_json(folder / "adapter_config.json", "student.model")
         name, revision = student.base or adapter.get("base_model_name_or_path"), adapter.get("revision")
-        if not name:
+        if not name or not isinstance(name, str):
             raise UserError(f"student.model: {student.model}/adapter_config.json names no base model; set student.base to it")
         folder = locate(name, "student.model", revision, TOKENIZER)
     return load_tokenizer(str(folder), "student.model")
+
+
+def save_tokenizer(tokenizer, folder: Path) -> None:
+    """As transformers saves it, and read back: of some (Mistral's, Llama 2's) it forgets a setting by which their class is built."""
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    for kind in (None, "PreTrainedTokenizerFast"):  # the latter takes tokenizer.json as it is
+        if kind:
+            path.write_text(json.dumps(read_json(path, str(folder)) | {"tokenizer_class": kind}, indent=2, ensure_ascii=False) + "\n")
+        if not (differences := tokenizer_differences(tokenizer, load_tokenizer(str(folder), str(folder)))):
+            return
+    say(f"note: {folder}: transformers reads the tokenizer back as another one ({differences[0]}); use the base's own")
 
 
 _PROBES = (
@@ -74,9 +90,10 @@ def shared_vocab(tokenizer, rows: dict[str, int | None]) -> int:
 
 
 def tokenizer_differences(ours, theirs) -> list[str]:
-    """Why two tokenizers are not the same: the first entries, special tokens or encodings that differ. Empty if equal.
+    """Why two tokenizers are not the same: the first entries, control tokens, rules or encodings that differ. Empty if equal.
 
-    The token they pad with may differ: padding is masked, so nothing is learnt from it. Chat templates may, too: the student's
+    All that the encoding of a text follows from is compared: entries, merges, scores, normaliser, pre-tokenizer, how added tokens
+    are found. The token they pad with may differ: padding is masked, so nothing is learnt from it. Chat templates may, too: the student's
     is the one used.
     """
     a, b = ours.get_vocab(), theirs.get_vocab()
@@ -94,29 +111,66 @@ def tokenizer_differences(ours, theirs) -> list[str]:
     control, also = ({t.content for t in tok.added_tokens_decoder.values() if t.special} - {tok.pad_token} for tok in (ours, theirs))
     paddings = {ours.pad_token, theirs.pad_token}
     out += [f"{token!r} is a control token {'here' if token in control else 'there'} only" for token in sorted((control ^ also) - paddings)]
-    out += _merges_differ(ours, theirs)
+    out += _rules_differ(*(json.loads(tok.backend_tokenizer.to_str()) for tok in (ours, theirs)), paddings)
     probes = [*_PROBES, *(f"a {token}b{token} {token}" for token in sorted(control & also)[:64])]
-    for text in probes:
-        one, two = ours.encode(text, add_special_tokens=False), theirs.encode(text, add_special_tokens=False)
+    for text, special in [(_PROBES[0], True), *((text, False) for text in probes)]:  # the first also with what is put round a text
+        one, two = ours.encode(text, add_special_tokens=special), theirs.encode(text, add_special_tokens=special)
         if one != two:
             i = next((i for i, (x, y) in enumerate(zip(one, two, strict=False)) if x != y), min(len(one), len(two)))
             out.append(f"{text!r} is encoded differently (from token {i}: {_some(one, i, names)} here, {_some(two, i, names)} there)")
     return out
 
 
-def _merges_differ(ours, theirs) -> list[str]:
-    """Of two vocabularies built by merging, the first merge that differs: no probe text would meet each of them."""
-    one, two = (
-        [
-            merge if isinstance(merge, str) else " ".join(merge)
-            for merge in json.loads(tok.backend_tokenizer.to_str())["model"].get("merges", [])
-        ]
-        for tok in (ours, theirs)
-    )
+def _rules_differ(ours: dict, theirs: dict, paddings: set) -> list[str]:
+    """Of two tokenizers as JSON, the first merge, score and rule of each kind that differ: no probe text would meet each of them."""
+    out = []
+    one, two = ([m if isinstance(m, str) else " ".join(m) for m in tok["model"].get("merges", [])] for tok in (ours, theirs))
     first = next((i for i, (x, y) in enumerate(zip(one, two, strict=False)) if x != y), None)
     if first is not None:
-        return [f"merge {first} joins {one[first]!r} here and {two[first]!r} there"]
-    return [f"merges are {len(one)} here and {len(two)} there"] if len(one) != len(two) else []
+        out.append(f"merge {first} joins {one[first]!r} here and {two[first]!r} there")
+    elif len(one) != len(two):
+        out.append(f"merges are {len(one)} here and {len(two)} there")
+    if ours["model"]["type"] == theirs["model"]["type"] == "Unigram":
+        pairs = zip(ours["model"]["vocab"], theirs["model"]["vocab"], strict=False)
+        different = ((t, x, y) for (t, x), (u, y) in pairs if t == u and not math.isclose(x, y, rel_tol=1e-6))
+        out += [f"{token!r} has score {x:g} here and {y:g} there" for token, x, y in itertools.islice(different, 1)]
+    rules = [{"model": _model(tok), **{k: _plain(tok[k]) for k in ("normalizer", "pre_tokenizer")}} for tok in (ours, theirs)]
+    added = [{t["content"]: t for t in tok["added_tokens"]} for tok in (ours, theirs)]
+    flags = ["lstrip", "rstrip", "single_word"] + (["normalized"] if ours["normalizer"] else [])
+    for tokens, rule in zip(added, rules, strict=True):
+        rule |= {repr(t): {f: tokens[t][f] for f in flags} for t in added[0].keys() & added[1].keys() - paddings}
+    for name in rules[0]:
+        if found := _first_difference(rules[0][name], rules[1][name], name):
+            out.append("{} is {} here and {} there".format(*found))
+    return out
+
+
+def _model(tokenizer: dict) -> dict:
+    """What else than its entries a model's splitting follows from."""
+    out = {name: value or None for name, value in tokenizer["model"].items() if name not in ("vocab", "merges")}
+    if out["type"] == "BPE" and (out.get("byte_fallback") or "ByteLevel" in json.dumps(tokenizer["pre_tokenizer"])):
+        out["unk_token"] = out["fuse_unk"] = None  # where bytes can be had, nothing is unknown
+    return out
+
+
+def _plain(rule):
+    """A rule without what changes offsets only; sequences of one or none are what they do."""
+    if not isinstance(rule, dict):
+        return [_plain(each) for each in rule] if isinstance(rule, list) else rule
+    rule = {name: _plain(value) for name, value in rule.items() if name != "trim_offsets"}
+    parts = next((value for value in rule.values() if isinstance(value, list)), None) if rule.get("type") == "Sequence" else None
+    return rule if parts is None or len(parts) > 1 else (parts or [None])[0]
+
+
+def _first_difference(one, two, where: str) -> tuple[str, str, str] | None:
+    """The first value inside that differs: its path, and both as text."""
+    if isinstance(one, dict) and isinstance(two, dict) and one.keys() == two.keys():
+        pairs = [(f"{where}.{name}", one[name], two[name]) for name in one]
+    elif isinstance(one, list) and isinstance(two, list) and len(one) == len(two):
+        pairs = [(f"{where}.{i}", x, y) for i, (x, y) in enumerate(zip(one, two, strict=True))]
+    else:
+        return None if one == two else (where, *(json.dumps(x, ensure_ascii=False)[:80] for x in (one, two)))
+    return next((found for path, x, y in pairs if (found := _first_difference(x, y, path))), None)
 
 
 def _token(i: int | None, names: dict[int, str]) -> str:
