@@ -23,7 +23,7 @@ from .encode import Encoded
 from .formats import refuse_without_template
 from .sources import Rows
 
-VERSION = 4  # raise it when chat.py, formats.py or encode.py make other tokens of the same rows
+VERSION = 5  # raise it when chat.py, control.py, formats.py or encode.py make other tokens of the same rows
 
 
 def folder(data: Data) -> Path:
