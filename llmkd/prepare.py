@@ -83,7 +83,8 @@ def prepare(recipe: Recipe) -> Prepared:
         if not data.validation_share:
             refuse_beyond(vocab, held_out, [place for read in rows["data.validation"] for place in read.places], tokenizer)
     content = train.content if isinstance(train, Stream) else "\n".join(source.content for source in rows["data.train"])
-    identity = {"the training data": content, "the tokenizer": token_cache.tokenizer_hash(tokenizer)}
+    identity = {"the training data": content, "the held-out data": " ".join(source.content for source in rows["data.validation"])}
+    identity |= {"the tokenizer": token_cache.tokenizer_hash(tokenizer)}
     for name, setting, files in (("the student's base", "student.model", student), ("the teacher", "teacher.model", teacher)):
         if files:
             identity[name] = " ".join(fingerprint(folder, setting) for folder in (files.base, files.adapter) if folder)

@@ -88,6 +88,8 @@ class Session:
         if saved:
             checkpoint.load(saved, self.learner.parameters, self.learner.optimizer)
             self.done, self.best, self.validated = saved.step, saved.state["best"], saved.state["validated"]
+            if isinstance(prepared.train, Stream):
+                prepared.train.expect(saved.state.get("rows"))
         if folder.resume:
             where = f"resuming after step {self.done} of {self.plan.total_steps}"
             say(where if saved else f"{folder.path} has no checkpoint to resume from; starting at step 1")
@@ -161,6 +163,8 @@ class Session:
             return
         if self.main:
             state = {"best": self.best, "validated": self.validated}
+            if isinstance(self.prepared.train, Stream):
+                state["rows"] = self.prepared.train.passed(step)
             best = self.best["step"] if self.best else None
             checkpoint.save(
                 self.folder.checkpoints, step, self.learner.parameters, self.learner.optimizer, state, self.recipe.checkpoint.keep, best
