@@ -90,7 +90,8 @@ def data(argv: list[str]) -> None:
             raise UserError(f"--{name}: found {value!r}, expected a whole number >= 0")
     stages = settings.read(config)[0].get("stages")
     if stages is not None:
-        named = [str(stage.get("recipe")) for stage in stages.values() if isinstance(stage, dict)] if isinstance(stages, dict) else []
+        listed = [str(stage.get("recipe")) for stage in stages.values() if isinstance(stage, dict)] if isinstance(stages, dict) else []
+        named = [os.path.relpath(Path(config).parent / one) for one in listed]
         raise UserError(
             f"--config {config}: is a study; name the recipe of one of its stages: {', '.join(dict.fromkeys(named)) or 'it has none'}"
         )
@@ -106,7 +107,7 @@ def export(argv: list[str]) -> None:
         print(USAGE)
         return
     run = argv.pop(argv.index(places[0]))
-    options = settings.split_overrides(argv)
+    options = settings.split_overrides(argv, ("to", "checkpoint"))
     to, checkpoint = options.pop("to", None), options.pop("checkpoint", None)
     if options:
         raise UserError(f"--{next(iter(options))}: export has no such option; it has --to and --checkpoint")
@@ -131,3 +132,7 @@ def _flag(argv: list[str], name: str) -> bool:
     while name in argv:
         argv.remove(name)
     return found
+
+
+if __name__ == "__main__":
+    entry()

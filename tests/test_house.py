@@ -24,7 +24,7 @@ LAYERS = (
     "training",
     "export study show",
     "cli",
-    "train",
+    "train __main__",
 )
 LAYER = {unit: number for number, units in enumerate(LAYERS) for unit in units.split()}
 

@@ -351,6 +351,7 @@ def test_no_text_makes_a_bug_of_a_user_error(refused, text):
         (["--student.model", "a=b"], {"student.model": "a=b"}),
         (["--student.model=a=b"], {"student.model": "a=b"}),
         ([], {}),
+        (["--checkpoint", "{every: 2}"], {"checkpoint": {"every": 2}}),
         (["--output_dir", "runs/a #1"], {"output_dir": "runs/a #1"}),
     ],
 )
@@ -407,6 +408,7 @@ def test_an_override_replaces_one_setting(load, text, overrides, path, value):
         ({"output_dir.x": 3}, "--output_dir.x: ", ["not a section"]),
         ({"teacher.dtype": "float32"}, "", ["teacher.model: not given"]),
         ({"optim.lr.x": 3}, "--optim.lr", []),
+        ({"checkpoint": {"evry": 2}}, "--checkpoint.evry: ", ["did you mean checkpoint.every?"]),
         ({"optm.lr": 3}, "--optm", ["did you mean optim"]),
     ],
 )
@@ -575,6 +577,8 @@ def test_sources_on_the_command_line(load, refused):
     assert [s.path for s in recipe.data.train] == ["c.jsonl", "d.jsonl"] and recipe.data.validation.path == "v.jsonl"
     assert load(BASE, settings.split_overrides(["--data.train.path", "x.jsonl"])).data.train.path == "x.jsonl"
     assert load(several, settings.split_overrides(["--data.train.1.path", "x.jsonl"])).data.train[1].path == "x.jsonl"
+    for name in ("data.train.2.weight", "data.train.2"):
+        found(refused(several, {name: 3}), (f"--{name}: ", "data.train is a list of 2; it has no 2, but 0 and 1"))
     found(refused(several, {"data.train.path": "x"}), ("--data.train.path: ", "is a list of 2; say which, such as --data.train.0.path"))
     found(refused(several, {"data.train.1.format": "x"}), ("--data.train.1.format: ", "alpaca, chat"))
     found(refused(BASE, {"data.train": [{"path": "a"}, {"path": "b", "limit": 0}]}), ("--data.train.1.limit: ", "found 0"))
