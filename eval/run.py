@@ -45,7 +45,7 @@ def evaluate(argv: list[str]) -> None:
     force = "--force" in argv
     words = [word for word in argv if word != "--force"]
     first = next((i for i, word in enumerate(words) if word.startswith("--")), len(words))
-    targets, options = words[:first], split_overrides(words[first:])
+    targets, options = words[:first], split_overrides(words[first:], ("tasks", "tasks_dir", "out", "dtype"))
     tasks = [name for name in (options.pop("tasks", None) or "").split(",") if name]
     if not targets or not tasks:
         raise UserError(
@@ -85,7 +85,7 @@ def tasks(argv: list[str]) -> None:
 
     if not argv or argv[0].startswith("--"):
         raise UserError("tasks: names no folder of data; write llmkd tasks DATA_DIR [--to eval/tasks]")
-    options = split_overrides(argv[1:])
+    options = split_overrides(argv[1:], ("to",))
     to = Path(options.pop("to", None) or "eval/tasks")
     if options:
         raise UserError(f"--{next(iter(options))}: tasks has no such option; it has --to")

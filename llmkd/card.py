@@ -57,6 +57,7 @@ class Used:
     def __str__(self) -> str:
         """In one line of Markdown."""
         s, rows = self.source, self.found.get("rows")
+        dropped = rows - self.found.get("used", rows) if rows else 0
         drawn = f", drawn by seed {s.seed}" if s.seed is not None else ", the first"
         parts = [
             code(s.path),
@@ -65,6 +66,7 @@ class Used:
             f"revision {code(self.revision)}" if self.revision else "the default branch's head" if self.hub else "",
             f"format {s.format}",
             f"{rows:,} rows" if rows else "",
+            f"{dropped:,} of them dropped (too long, or without an answer)" if dropped else "",
             f"at most {s.limit:,}{drawn}" if s.limit else "",
             f"{s.weight:g} passes an epoch" if s.weight != 1 else "",
         ]

@@ -129,7 +129,11 @@ def data(argv: list[str]) -> None:
     if (kind := settings.kind(config)) != "recipe":
         file = settings.read(config)[0]
         stages = file["stages"].values() if isinstance(file.get("stages"), dict) else []
-        named = [str(one["recipe"]) for one in (file, *stages) if isinstance(one, dict) and one.get("recipe")]
+        named = [
+            os.path.relpath(Path(config).parent / str(one["recipe"]))
+            for one in (file, *stages)
+            if isinstance(one, dict) and one.get("recipe")
+        ]
         raise UserError(
             f"--config {config}: is a {kind}; name the recipe of one of its runs: {', '.join(dict.fromkeys(named)) or 'it has none'}"
         )
@@ -145,7 +149,7 @@ def export(argv: list[str]) -> None:
         print(USAGE)
         return
     run = argv.pop(argv.index(places[0]))
-    options = settings.split_overrides(argv)
+    options = settings.split_overrides(argv, ("to", "checkpoint"))
     to, checkpoint = options.pop("to", None), options.pop("checkpoint", None)
     if options:
         raise UserError(f"--{next(iter(options))}: export has no such option; it has --to and --checkpoint")
@@ -176,7 +180,7 @@ def compare(argv: list[str]) -> None:
     if asked or not places:
         print(USAGE)
         return
-    options = settings.split_overrides([word for i, word in enumerate(argv) if i not in places])
+    options = settings.split_overrides([word for i, word in enumerate(argv) if i not in places], ("baseline", "tasks", "metrics", "json"))
     tasks, metrics = ((options.pop(name, None) or "").split(",") for name in ("tasks", "metrics"))
     baseline, file = options.pop("baseline", None), options.pop("json", None)
     if options:
@@ -222,3 +226,7 @@ def _flag(argv: list[str], name: str) -> bool:
     while name in argv:
         argv.remove(name)
     return found
+
+
+if __name__ == "__main__":
+    entry()

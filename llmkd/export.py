@@ -122,7 +122,7 @@ def checkpoint_folder(run: Path, which: str) -> Path:
             raise UserError(f"--checkpoint: {run} kept no best checkpoint; it needs checkpoint.best_by in its recipe")
         which = str(best["step"])
     folder = run / "checkpoints" / f"step-{which}"
-    there = ", ".join(sorted(p.name.removeprefix("step-") for p in folder.parent.glob("step-*"))) or "none"
+    there = ", ".join(sorted((p.name.removeprefix("step-") for p in folder.parent.glob("step-*")), key=lambda n: (len(n), n))) or "none"
     if not folder.is_dir():
         raise UserError(f"--checkpoint: {run} has no checkpoint {which}; it has {there}")
     if damage := damaged(folder):

@@ -68,10 +68,7 @@ def prepare(recipe: Recipe) -> Prepared:
         "student.model": student.config if student else recipe.student.architecture,
         "teacher.model": teacher.config if teacher else {},
     }
-    for setting, config in configs.items():
-        longest = positions(config)
-        if longest and data.max_length > longest:
-            raise UserError(f"data.max_length: found {data.max_length}, and {setting} has {longest} positions; lower it")
+    refuse_too_long(data, configs)
 
     tokenizer = _tokenizer(recipe, student)
     if teacher:
@@ -94,7 +91,8 @@ def prepare(recipe: Recipe) -> Prepared:
         if not data.validation_share:
             refuse_beyond(vocab, held_out, held_out_places, tokenizer)
     content = train.content if isinstance(train, Stream) else "\n".join(source.content for source in rows["data.train"])
-    identity = {"the training data": content, "the tokenizer": token_cache.tokenizer_hash(tokenizer)}
+    identity = {"the training data": content, "the held-out data": " ".join(source.content for source in rows["data.validation"])}
+    identity |= {"the tokenizer": token_cache.tokenizer_hash(tokenizer)}
     identity |= identity_of("the student's base", "student.model", student) | identity_of("the teacher", "teacher.model", teacher)
     held_out_places = [held_out_places[i] for i in held_out.row] if held_out else []
     questions = encode_choices(rows["data.choices"][0], data.choices, data, tokenizer) if data.choices else None
@@ -127,7 +125,26 @@ def read_data(data: Data) -> dict[str, list[Rows]]:
             problems += error.problems
     if problems:
         raise UserError(*problems)
+    _warn_of_shared(out, data)
     return out
+
+
+def _warn_of_shared(rows: dict[str, list[Rows]], data: Data) -> None:
+    """Rows that are trained on say little when they are measured on as well."""
+
+    def read(setting: str, value) -> list[tuple[str, str, str]]:
+        of_setting = zip(named(value, setting), rows[setting], strict=False)  # a stream's rows are not read yet
+        return [(name, source.path, one.content.partition(" [")[0]) for (name, source), one in of_setting]  # whatever its limit
+
+    train, held_out = read("data.train", data.train), read("data.validation", data.validation)
+    pairs = [(a, b) for a in held_out for b in train]
+    if data.validation_share:
+        pairs += [(b, a) for i, a in enumerate(train) for b in train[i + 1 :]]
+    for (name, path, content), (other, _, others) in pairs:
+        if content == others:
+            say(
+                f"warning: {name} and {other} are read from the same data ({path}), so held-out figures would be of rows that are trained on"
+            )
 
 
 def encode_sources(rows: dict[str, list[Rows]], setting: str, data: Data, tokenizer, said=say) -> Encoded | None:
@@ -136,6 +153,7 @@ def encode_sources(rows: dict[str, list[Rows]], setting: str, data: Data, tokeni
     of_setting = named(data.train if setting == "data.train" else data.validation, setting)
     for (name, source), read in zip(of_setting, rows[setting], strict=True):
         parts.append(token_cache.encoded(read, source, data, tokenizer, name, said))
+        read.origin["used"] = len(set(parts[-1].row.tolist()))
         if len(of_setting) > 1 and said:
             report(parts[-1], f"{name} ({source.path})")
     return merge(parts) if parts else None
@@ -207,6 +225,14 @@ def positions(config: dict) -> int | None:
     """How many positions a model has, by whatever name its family gives the number; None where it has no bound."""
     config = config.get("text_config", config)
     return next((config[name] for name in ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx") if config.get(name)), None)
+
+
+def refuse_too_long(data: Data, configs: dict[str, dict]) -> None:
+    """Examples may not be longer than what a model has positions for; `configs` are those of each setting's model."""
+    for setting, config in configs.items():
+        longest = positions(config)
+        if longest and data.max_length > longest:
+            raise UserError(f"data.max_length: found {data.max_length}, and {setting} has {longest} positions; lower it")
 
 
 def rows_of(config: dict) -> int | None:

@@ -17,6 +17,7 @@ COLUMNS: dict[str, tuple[str, ...]] = {
     "prompt_completion": ("prompt", "completion", "tools", "role", "content"),
     "text": ("text",),
 }
+OPTIONAL = ("input", "tools")  # columns that a file need not have
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -48,7 +49,9 @@ class Source:
     revision: str | None = Field(None, description="Revision of a hub data set.")
     limit: Count | None = Field(None, description="Use only so many rows: the first ones, or with seed a random sample.")
     seed: Annotated[int, Field(ge=0, lt=2**32)] | None = Field(None, description="Draw the limit's rows by this seed.")
-    weight: float = Field(1.0, gt=0, description="Passes over this source in one epoch: 2 is twice, 0.5 a half, drawn anew each epoch.")
+    weight: float = Field(
+        1.0, gt=0, le=1000, description="Passes over this source in one epoch: 2 is twice, 0.5 a half, drawn anew each epoch."
+    )
 
 
 #: One source or a list of them; the tag keeps pydantic from explaining what is wrong with the form that was not meant.
@@ -125,6 +128,13 @@ def _source_contradictions(source: Source, setting: str) -> Iterator[tuple[str, 
     for column in source.fields:
         if column not in known:
             yield f"fields.{column}", f"format {source.format} has no such column; it has {', '.join(known)}"
+    unless = ("output", "completion") if choices else ()
+    for group in (("role", "content"), tuple(c for c in known if c not in ("role", "content", *unless))):
+        theirs = {c: source.fields.get(c, c) for c in group if c in source.fields or c not in OPTIONAL}
+        twice = next((c for c in source.fields if c in theirs and list(theirs.values()).count(theirs[c]) > 1), None)
+        if twice:
+            other = next(c for c in theirs if c != twice and theirs[c] == theirs[twice])
+            yield f"fields.{twice}", f"found {theirs[twice]!r}, which is also read as {other}; give each its own column"
     if source.roles and source.format not in ("chat", "prompt_completion"):
         yield "roles", f"given with format: {source.format}, which has no roles; leave it out"
     for role, name in source.roles.items():

@@ -43,6 +43,8 @@ class Arm:
     def restore(self, saved: checkpoint.Saved) -> None:
         checkpoint.load(saved, self.learner.parameters, self.learner.optimizer)
         self.best, self.validated = saved.state["best"], saved.state["validated"]
+        if isinstance(self.prepared.train, Stream):
+            self.prepared.train.expect(saved.state.get("rows"))
 
     def measured(self, step: int, held_out: HeldOut) -> dict[str, float]:
         """Keep what was measured on the held-out rows, and whether it is the best."""
@@ -68,6 +70,8 @@ class Arm:
 
     def save(self, step: int) -> None:
         state = {"best": self.best, "validated": self.validated}
+        if isinstance(self.prepared.train, Stream):
+            state["rows"] = self.prepared.train.passed(step)
         checkpoint.save(self.folder.checkpoints, step, self.learner.parameters, self.learner.optimizer, state)
 
     def prune(self) -> None:

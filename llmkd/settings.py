@@ -43,11 +43,9 @@ _ELSEWHERE = {
 }
 
 
-def split_overrides(words: list[str]) -> dict[str, typing.Any]:
-    """`--optim.lr 1e-4 --train.epochs=2` as {dotted path: value}; values are read as YAML, those of text settings as they are."""
-    literal = {"config", "to", "checkpoint", "baseline", "tasks", "metrics", "json", "tasks_dir", "out", "dtype"} | {
-        path for path, type_, *_ in describe() if type_ in ("text", "text or null")
-    }
+def split_overrides(words: list[str], options: tuple[str, ...] = ("config",)) -> dict[str, typing.Any]:
+    """`--optim.lr 1e-4 --train.epochs=2` as {dotted path: value}; values are read as YAML, those of text settings and `options` as they are."""
+    literal = {*options} | {path for path, type_, *_ in describe() if type_ in ("text", "text or null")}
     out, rest = {}, list(words)
     while rest:
         word = rest.pop(0)
@@ -178,20 +176,28 @@ def _override(data: dict, overrides: dict, problems: list[str]) -> set[tuple]:
             if isinstance(place, dict) and place.get(key) is None:
                 place[key] = {}
             keys.append(key)
-            place = place[key] if isinstance(place, dict) or isinstance(key, int) else None
+            if isinstance(place, list) and not isinstance(key, int):
+                problems.append(
+                    f"--{dotted}: {'.'.join(map(str, keys[:-1]))} is a list of {len(place)}; it has no {key}, but {_items(place)}"
+                )
+                break
+            place = place[key]
             if not isinstance(place, dict | list):
                 problems.append(f"--{dotted}: {key} is not a section")
                 break
         else:
             last = _index(place, last)
             if isinstance(place, list) and not isinstance(last, int):
-                problems.append(
-                    f"--{dotted}: {'.'.join(parents)} is a list of {len(place)}; say which, such as --{'.'.join(parents)}.0.{last}"
-                )
+                which = f"it has no {last}, but {_items(place)}" if last.isdigit() else f"say which, such as --{'.'.join(parents)}.0.{last}"
+                problems.append(f"--{dotted}: {'.'.join(parents)} is a list of {len(place)}; {which}")
                 continue
             place[last] = value
             changed.add((*keys, last))
     return changed
+
+
+def _items(place: list) -> str:
+    return _or([str(n) for n in range(len(place))]).replace(" or ", " and ")
 
 
 def _index(place, key: str) -> str | int:

@@ -1,8 +1,10 @@
 """`llmkd data`: what a recipe's rows become, in figures and as text with the supervised tokens marked, without a model."""
 
+import contextlib
 import os
 import random
 import sys
+from pathlib import Path
 from typing import TextIO
 
 import numpy as np
@@ -12,10 +14,11 @@ from .data.encode import Encoded, merge
 from .data.sources import Rows, named
 from .data.stream import Stream
 from .data.token_cache import encoded
-from .data.tokenizer import student_tokenizer
+from .data.tokenizer import student_base, student_tokenizer
 from .errors import UserError
-from .prepare import note, read_data
-from .recipe import Recipe, sources
+from .model_files import read_json
+from .prepare import hold_out, note, read_data, refuse_no_draws, refuse_too_long
+from .recipe import Recipe, Student, sources
 
 _MARKS = ("", "", "⟦", "⟧")  # around what is not supervised, and what is
 _COLOURS = ("\x1b[2m", "\x1b[0m", "\x1b[1;32m", "\x1b[0m")
@@ -27,7 +30,10 @@ def show(recipe: Recipe, count: int = 3, example: int | None = None, out: TextIO
     if hasattr(out, "reconfigure"):
         out.reconfigure(errors="backslashreplace")  # a terminal that lacks a character still shows something
     rows, tokenizer = read_data(recipe.data), student_tokenizer(recipe.student)
+    refuse_too_long(recipe.data, _configs(recipe))
     train, places = _figures(recipe, "data.train", rows, tokenizer, out)
+    if not recipe.data.streaming:
+        refuse_no_draws(hold_out(train, recipe.data.validation_share)[0], recipe.data)
     if recipe.data.validation_share:
         print(f"data.validation_share: {recipe.data.validation_share:g} of these rows, drawn by seed, are held out", file=out)
     if rows["data.validation"]:
@@ -36,6 +42,20 @@ def show(recipe: Recipe, count: int = 3, example: int | None = None, out: TextIO
         ids, marks = train.example(i)
         head = f"example {i} of {len(train)}  {places[int(train.row[i])]}  {len(ids)} tokens, {int(marks.sum())} of them supervised"
         print(f"\n{head}\n{marked(ids, marks, tokenizer, coloured(out))}", file=out)
+
+
+def _configs(recipe: Recipe) -> dict[str, dict]:
+    """The models' configurations, as far as they are here: a teacher may be yet to come."""
+    configs = {"student.model": recipe.student.architecture or _config(student_base(recipe.student))}
+    if recipe.teacher and recipe.loss.kd_ratio:
+        with contextlib.suppress(UserError):
+            teacher = Student(model=recipe.teacher.model, base=recipe.teacher.base, revision=recipe.teacher.revision)
+            configs["teacher.model"] = _config(student_base(teacher))
+    return configs
+
+
+def _config(folder: Path) -> dict:
+    return read_json(folder / "config.json", "student.model") if (folder / "config.json").exists() else {}
 
 
 def _figures(recipe: Recipe, setting: str, rows: dict[str, list[Rows]], tokenizer, out: TextIO) -> tuple[Encoded, list[str]]:

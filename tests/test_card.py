@@ -38,7 +38,7 @@ def test_the_metadata_are_the_hubs(make_recipe, hub_student, world):
     )
     both = (Source(path="owner/rows", revision="abc", name="main", limit=5), Source(path="rows.jsonl", weight=2.0))
     recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, train=both))
-    origins = {"data.train": [{"revision": "abcdef", "rows": 5}, {"revision": None, "rows": 1234}]}
+    origins = {"data.train": [{"revision": "abcdef", "rows": 5}, {"revision": None, "rows": 1234, "used": 1200}]}
     summary = SUMMARY | {"validation": SUMMARY["validation"] | {"accuracy": 0.75, "accuracy_stderr": 0.1}}
     made = ModelCard(card(recipe, summary, find(str(hub_student), "s"), find(str(world / "adapter"), "t"), origins))
     data = made.data.to_dict()
@@ -69,7 +69,10 @@ def test_the_metadata_are_the_hubs(make_recipe, hub_student, world):
         "- trained on: `owner/rows`, configuration `main`, split `train`, revision `abcdef`, format alpaca, 5 rows, at most 5, the first\n"
         in text
     )
-    assert "- trained on: `rows.jsonl`, format alpaca, 1,234 rows, 2 passes an epoch\n" in text
+    assert (
+        "- trained on: `rows.jsonl`, format alpaca, 1,234 rows, 34 of them dropped (too long, or without an answer), 2 passes an epoch\n"
+        in text
+    )
     assert "| ce (cross-entropy, nats per token) | 2.0000 | 1.5000 |" in text
     assert f"from_pretrained('someone/tiny', revision='{COMMIT}'" in text and "here = 'me/mine'" in text
 

@@ -1,5 +1,6 @@
 """Rows are tokenised once, keyed by what they are made from and checked by what is held."""
 
+import copy
 import json
 import os
 import subprocess
@@ -91,6 +92,13 @@ def test_what_shapes_the_examples_is_in_the_key(cache, data, tokenizer):
     made, other = cache(ROWS), cache(ROWS, tokenizer=tiny(**tokenizer), **data)
     assert len(cache.entries) == 2
     assert same(cache(ROWS), made) and same(cache(ROWS, tokenizer=tiny(**tokenizer), **data), other)
+
+
+def test_the_tokens_that_a_template_may_name_are_in_the_key(cache):
+    one, two = (copy.deepcopy(tiny("{% for m in messages %}{{ m.content }}{{ sep_token }}{% endfor %}")) for _ in range(2))
+    one.sep_token, two.sep_token = "<|im_end|>", "<|im_start|>"
+    rows = rows_of(talk("u q", "a one"))
+    assert not same(cache(rows, "chat", one), cache(rows, "chat", two)) and len(cache.entries) == 2
 
 
 def test_the_format_and_the_limit_are_in_the_key(cache, read):

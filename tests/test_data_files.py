@@ -29,6 +29,7 @@ BAD_LINES = [
     ('{"instruction": "a"}', "no column 'output'; found 'instruction'"),
     ('{"instrction": "a", "output": "b"}', "no column 'instruction'; did you mean 'instrction'?"),
     ('{"instruction": "a", "inputs": "x", "output": "b"}', "did you mean 'inputs'?"),
+    ('{"instruction": "a", "output": "b", "n": ' + "9" * 5000 + "}", "not valid JSON (a number of 5000 digits)"),
     ("[1]", "found a list, expected an object"),
     ("null", "found null, expected an object"),
     ('"text"', "found text, expected an object"),
@@ -78,6 +79,21 @@ def test_a_missing_column_is_named(refused, format, row, words):
     assert refused(row, format=format) == [f"t.jsonl:1: {words}"]
 
 
+def test_what_is_nested_too_deeply_is_named(refused):
+    deep = json.loads('{"x": ' * 700 + "1" + "}" * 700)
+    talk = [{"role": "user", "content": "q"} | deep, {"role": "assistant", "content": "a"}]
+    words = "t.jsonl:1: nested too deeply; give it fewer levels"
+    assert refused(json.dumps({"messages": talk}), format="chat") == [words]
+    assert refused(json.dumps({"messages": talk[1:], "tools": [deep]}), format="chat") == [words]
+
+
+def test_half_a_surrogate_pair_in_tools_is_named(refused):
+    row = '{"messages": [{"role": "user", "content": "a"}], "tools": [{"name": "\\ud800"}]}'
+    assert refused(row, format="chat") == [
+        "t.jsonl:1: tools holds half of a surrogate pair, which is no character; mend the file's encoding"
+    ]
+
+
 CHOICES = [
     ('"choices": ["x", "y"], "answer": 2', "answer is 2, expected an index from 0 to 1"),
     ('"choices": ["x", "y"], "answer": true', "answer is True"),
@@ -116,6 +132,8 @@ def test_a_bad_question_is_named(refused, columns, words):
         (f'[{GOOD},\n{{"instruction": "x", "output": NaN}}]', "t.json", "t.json:2: not valid JSON (NaN is not JSON)"),
         ("[1]", "t.json", "t.json:1: found a number, expected an object"),
         ("[" * 100_000, "t.json", "t.json:1: not valid JSON"),
+        ('[{"n": ' + "9" * 5000 + "}]", "t.json", "t.json:1: not valid JSON (a number of 5000 digits)"),
+        ('[{"x": NaN, "y": ' + "[" * 100_000 + "]" * 100_000 + "}]", "t.json", "t.json:1: not valid JSON (NaN is not JSON)"),
     ],
 )
 def test_a_bad_file_is_named(refused, content, name, start):

@@ -9,7 +9,8 @@ import pytest
 from data_kit import END, FORGETS, GOOD, MARKED, PLAIN, PROMPT, encode, kept, real, rows_of, same, shown, skills_tokenizer, talk, tiny
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
-from llmkd.data.chat import Text, conversation, piecewise
+from llmkd.data.chat import conversation
+from llmkd.data.control import Text, piecewise
 from llmkd.data.encode import Encoded
 from llmkd.data.formats import ALPACA, ALPACA_WITH_INPUT
 from llmkd.errors import UserError

@@ -93,6 +93,18 @@ def test_a_weighted_run_resumes_bit_for_bit(several, tmp_path):
         run(several("part", **settings | {"first": {"weight": 0.75}}), resume=True)
 
 
+def test_a_run_goes_on_with_the_held_out_rows_it_began_with(make_recipe, world, tmp_path):
+    held = tmp_path / "held.jsonl"
+    lines = (world / "held.jsonl").read_text().splitlines(keepends=True)
+    held.write_text("".join(lines))
+    settings = {"data__validation": {"path": str(held)}, "train__max_steps": 2, "checkpoint__every": 1}
+    run(make_recipe("held", **settings))
+    (tmp_path / "held/summary.json").unlink()
+    held.write_text(lines[0])
+    with pytest.raises(UserError, match="^the held-out data has changed since the run"):
+        run(make_recipe("held", **settings), resume=True)
+
+
 def test_one_source_in_a_list_is_that_source(trained, world):
     one = trained("one", data__train=[{"path": str(world / "train.jsonl")}], train__max_steps=3)
     assert distance(one, trained("plain", train__max_steps=3)) == 0

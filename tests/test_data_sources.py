@@ -78,9 +78,11 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path, name):
 
 @pytest.mark.parametrize("name", ["t.jsonl", "t.parquet", "t.arrow"])
 def test_what_parquet_adds_to_messages_is_not_there(tmp_path, name):
+    """A null that somebody wrote into an argument in JSON stays."""
     rows = read(write(tmp_path / name, TALKS), format="chat").rows
     assert rows[0]["messages"] == [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a 0"}]
-    assert rows[1]["messages"][1]["tool_calls"] == [{"name": "f", "arguments": {"x": 1}}]
+    written = {"y": None} if name == "t.jsonl" else {}
+    assert rows[1]["messages"][1]["tool_calls"] == [{"name": "f", "arguments": {"x": 1} | written}]
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -103,10 +105,44 @@ def test_a_truncated_table_is_one_line(tmp_path, name, keep):
     path = write(tmp_path / name, ROWS)
     raw = path.read_bytes()
     path.write_bytes(raw[: int(keep * len(raw)) if 0 < keep < 1 else keep])
-    if name == "t_stream.arrow" and keep == -1:
-        return  # its end is a mark that may be left out
     (problem,) = problems(path)
     assert problem.startswith(f"{path}:") and "not readable as" in problem and len(problem.splitlines()) == 1
+
+
+def test_an_arrow_stream_cut_between_two_batches_is_not_whole(tmp_path):
+    table = pyarrow.Table.from_pylist(ROWS)
+    for batches in (2, 3):
+        with pyarrow.ipc.new_stream(tmp_path / f"{batches}.arrow", table.schema) as out:
+            for n in range(batches):
+                out.write_table(table.slice(10 * n, 10))
+    whole, part = (tmp_path / "3.arrow").read_bytes(), (tmp_path / "2.arrow").read_bytes()[:-8]
+    assert whole.startswith(part) and len(read(tmp_path / "3.arrow").rows) == 30
+    (tmp_path / "3.arrow").write_bytes(part)
+    assert problems(tmp_path / "3.arrow") == [
+        f"{tmp_path}/3.arrow:1: not readable as Arrow (it stops before its end); fetch or write the file again"
+    ]
+
+
+@pytest.mark.parametrize("name", ["t.parquet", "t.arrow"])
+@pytest.mark.parametrize(
+    ("column", "words"),
+    [
+        (pyarrow.array([1], pyarrow.timestamp("us", "Mars/Phobos")), "the column 'when' is not readable (UnknownTimeZoneError: "),
+        (pyarrow.array([2**62], pyarrow.timestamp("s")), "the column 'when' is not readable ("),
+        (pyarrow.array([2**62], pyarrow.duration("s")), "the column 'when' is not readable (OverflowError: "),
+    ],
+)
+def test_a_column_that_has_no_values_is_named(tmp_path, name, column, words):
+    table = pyarrow.table({"instruction": ["x"], "output": ["y"], "when": column})
+    if name == "t.parquet":
+        if pyarrow.types.is_timestamp(column.type) and column.type.unit == "s":
+            pytest.skip("parquet cannot hold it")
+        pyarrow.parquet.write_table(table, tmp_path / name)
+    else:
+        with pyarrow.ipc.new_file(tmp_path / name, table.schema) as out:
+            out.write_table(table)
+    (problem,) = problems(tmp_path / name)
+    assert problem.startswith(f"{tmp_path}/{name}:1: {words}") and problem.endswith("; mend it, or write the file without it")
 
 
 BAD_CSV = [
@@ -127,7 +163,8 @@ BAD_CSV = [
     ("a,b\nc,d\n", ":2: no column 'instruction'; found 'a', 'b'"),
     ("", " has no rows"),
     ("instruction,output\n", " has no rows"),
-    ("instruction,output\na\rb,c\n", ":2: not valid CSV"),
+    ("instruction,output\na\rb,c\n", ":2: not valid CSV (a carriage return outside quotes; end lines by a line feed)"),
+    ("instruction,output\ra,b\rc,d\r", ":1: not valid CSV (a carriage return outside quotes; end lines by a line feed)"),
 ]
 
 
@@ -189,6 +226,14 @@ def test_columns_of_a_table_have_the_types_of_the_format(tmp_path, column, words
         (["trained_owls.jsonl", "testimony.jsonl"], "train", ["testimony.jsonl", "trained_owls.jsonl"]),
         (["a.jsonl", "dataset_infos.json"], "train", ["a.jsonl"]),
         (["A.JSONL", "b.Csv"], "train", ["A.JSONL", "b.Csv"]),
+        (["TRAIN.JSONL", "Test.JSONL"], "train", ["TRAIN.JSONL"]),
+        (["gsm_train.jsonl", "gsm_test.jsonl"], "train", ["gsm_train.jsonl"]),
+        (["gsm_train.jsonl", "gsm_test.jsonl"], "test", ["gsm_test.jsonl"]),
+        (["my-train.jsonl", "my-test.jsonl"], "train", ["my-train.jsonl"]),
+        (["Train.csv", "Test.csv"], "train", ["Train.csv"]),
+        (["myTrain.csv", "GSMTest.csv", "QADev2.csv"], "train", ["myTrain.csv"]),
+        (["owls.trainset.csv", "owls.testset.csv"], "train", ["owls.trainset.csv"]),
+        (["Train/a.jsonl", "my_test/a.jsonl"], "train", ["Train/a.jsonl"]),
     ],
 )
 def test_a_folder_is_its_files_of_the_split_in_order(tmp_path, names, split, expected):
@@ -210,6 +255,14 @@ def test_a_folder_is_its_files_of_the_split_in_order(tmp_path, names, split, exp
         (["a.jsonl"], "test", "no file in .* is named by a split"),
         (["train.jsonl", "notes.jsonl"], "train", "some files are named by a split .train.jsonl. and some are not .notes.jsonl."),
         (["test/train.jsonl"], "train", "names two splits"),
+        (["train_test.jsonl"], "train", "names two splits"),
+        (["owls.jsonl", "OwlsTest.jsonl"], "train", "some files are named by a split .OwlsTest.jsonl. and some are not .owls.jsonl."),
+        (
+            ["d/train-00000-of-00003.jsonl", "d/train-00002-of-00003.jsonl"],
+            "train",
+            "d/train-00001-of-00003.jsonl is missing, and 2 of its 3",
+        ),
+        (["train-00000-of-00001.jsonl", "test-00001-of-00002.jsonl"], "test", "test-00000-of-00002.jsonl is missing, and 1 of its 2"),
         (["a.jsonl", "b.jsonl.gz"], "train", "b.jsonl.gz is packed; unpack it"),
         (["a.txt"], "train", "holds no data file .*; it holds a.txt"),
         ([], "train", "holds no data file .*; it holds nothing"),
@@ -222,6 +275,12 @@ def test_a_folder_that_does_not_say_what_to_read_is_refused(tmp_path, names, spl
         write(path, ROWS[:1]) if path.suffix.lower() == ".jsonl" else path.write_text("{}")
     with pytest.raises(UserError, match=rf"^data.train.(path|split): .*{words}"):
         read(tmp_path, split=split)
+
+
+def test_a_link_to_nothing_is_no_file_to_pass_over(tmp_path):
+    write(tmp_path / "a.jsonl", ROWS[:1])
+    (tmp_path / "b.jsonl").symlink_to(tmp_path / "gone.jsonl")
+    assert problems(tmp_path) == [f"data.train.path: {tmp_path}/b.jsonl is a link to nothing, or no file; mend or remove it"]
 
 
 def test_a_folders_content_is_that_of_all_its_files_and_their_names(tmp_path):
@@ -301,6 +360,20 @@ def test_columns_and_roles_by_the_files_own_names(tmp_path):
     assert {k: found[k] for k in fields} == {"instruction": "q", "input": "c", "output": "a"}
     del asked["context"]
     assert "no column 'context'" in problems(write(tmp_path / "t.csv", [asked]), fields=fields)[0]
+
+
+def test_a_messages_fields_by_their_own_names_are_not_overwritten_by_ours(tmp_path):
+    row = {"conversations": [{"from": "user", "value": "q", "role": "system", "content": "zzz", "name": "n"}]}
+    fields = {"messages": "conversations", "role": "from", "content": "value"}
+    rows = read(write(tmp_path / "t.jsonl", [row]), format="chat", fields=fields).rows
+    assert rows[0]["messages"] == [{"role": "user", "content": "q", "name": "n"}]
+
+
+def test_a_column_is_not_read_twice(tmp_path):
+    path = write(tmp_path / "t.jsonl", [{"input": "q", "output": "a"}])
+    assert read(path, fields={"instruction": "input"}).rows == [{"instruction": "q", "output": "a"}]
+    path = write(tmp_path / "t.jsonl", [{"input": "q", "output": "a", "instruction": "i"}])
+    assert read(path, fields={"instruction": "input", "input": "instruction"}).rows == [{"instruction": "q", "input": "i", "output": "a"}]
 
 
 def test_every_bad_row_of_every_source_is_named(tmp_path):

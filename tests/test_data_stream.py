@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import shutil
 import time
 from pathlib import Path
 
@@ -189,8 +190,6 @@ STREAMING = {
 
 
 def test_a_resumed_stream_is_bit_for_bit_the_whole(trained, make_recipe, tmp_path):
-    import shutil
-
     whole = trained("whole", **STREAMING)
     for step in (1, 3, 5):
         out = tmp_path / f"resumed-{step}"
@@ -216,6 +215,67 @@ def test_a_bad_row_in_a_stream_ends_the_run_with_its_place_and_a_checkpoint(worl
     path.write_text("".join(lines[:30]) + lines[0] + "".join(lines[30:]))  # mended: go on
     run(make_recipe("bad", **settings), resume=True)
     assert distance(weights(tmp_path / "bad"), _fresh(make_recipe, tmp_path, settings)) == 0
+
+
+@pytest.mark.parametrize("row", [2, 5])
+def test_a_bad_row_is_mended_wherever_it_stands(world, make_recipe, tmp_path, row):
+    """Also in the first bytes of a file, and in the block that was being read."""
+    lines = (world / "train.jsonl").read_text().splitlines(keepends=True)
+    folder = tmp_path / "shards"
+    folder.mkdir()
+    for n in range(3):
+        (folder / f"train-{n:05}-of-00003.jsonl").write_text("".join(lines[12 * n : 12 * n + 12]))
+    path = folder / "train-00002-of-00003.jsonl"
+    good = path.read_text()
+    path.write_text("".join([*lines[24 : 24 + row], '{"instruction": 3}\n', *lines[25 + row : 36]]))
+    settings = STREAMING | {"data__train__path": str(folder), "checkpoint__every": None}
+    with pytest.raises(UserError, match="00002-of-00003.jsonl"):
+        run(make_recipe("bad", **settings))
+    path.write_text(good)
+    run(make_recipe("bad", **settings), resume=True)
+    assert distance(weights(tmp_path / "bad"), _fresh(make_recipe, tmp_path, settings)) == 0
+
+
+CHANGES = {
+    "removed": lambda rows: rows[:3] + rows[14:],
+    "changed": lambda rows: rows[:1] + [row(99)] + rows[2:],
+    "in another order": lambda rows: rows[::-1],
+    "added": lambda rows: [row(99), *rows],
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("name", ["t.jsonl", "t.csv", "t.parquet", "t.arrow"])
+@pytest.mark.parametrize("done", [1, 4, 11])
+def test_a_stream_goes_on_only_behind_the_rows_that_it_took(tmp_path, name, change, done):
+    rows = [row(i) for i in range(40)]
+    first = stream(write(tmp_path / name, rows), buffer=40)
+    steps = first.steps()
+    while next(steps).number < done + 1:
+        pass
+    kept = first.passed(done)
+    same = stream(tmp_path / name, buffer=40)
+    same.expect(kept)
+    assert next(same.steps(done)).number == done + 1 and same.passed(done + 1) == first.passed(done + 1)
+    other = stream(write(tmp_path / name, CHANGES[change](rows)), buffer=40)
+    other.expect(kept)
+    if done == 1 and change == "changed":  # the step may not have taken the row
+        return
+    with pytest.raises(UserError, match=f"^data.train: the rows that the first {done} steps took have changed since"):
+        next(other.steps(done))
+
+
+def test_a_resumed_run_notices_rows_that_are_gone(make_recipe, tmp_path):
+    path = write(tmp_path / "t.jsonl", [row(i) for i in range(40)])
+    settings = STREAMING | {"data__train__path": str(path), "data__shuffle_buffer": 40}
+    run(make_recipe("gone", **settings))
+    out = tmp_path / "gone"
+    (out / "summary.json").unlink()
+    for step in (4, 5, 6):
+        shutil.rmtree(out / f"checkpoints/step-{step}")
+    write(path, [row(i) for i in range(29)])
+    with pytest.raises(UserError, match="^data.train: the rows that the first 3 steps took have changed since"):
+        run(make_recipe("gone", **settings), resume=True)
 
 
 def _fresh(make_recipe, tmp_path: Path, settings: dict):

@@ -28,7 +28,7 @@ LAYERS = (
     "training cost",
     "export study show sweep",
     "cli",
-    "train",
+    "train __main__",
 )
 LAYER = {unit: number for number, units in enumerate(LAYERS) for unit in units.split()}
 

@@ -351,6 +351,7 @@ def test_no_text_makes_a_bug_of_a_user_error(refused, text):
         (["--student.model", "a=b"], {"student.model": "a=b"}),
         (["--student.model=a=b"], {"student.model": "a=b"}),
         ([], {}),
+        (["--checkpoint", "{every: 2}"], {"checkpoint": {"every": 2}}),
         (["--output_dir", "runs/a #1"], {"output_dir": "runs/a #1"}),
     ],
 )
@@ -407,6 +408,7 @@ def test_an_override_replaces_one_setting(load, text, overrides, path, value):
         ({"output_dir.x": 3}, "--output_dir.x: ", ["not a section"]),
         ({"teacher.dtype": "float32"}, "", ["teacher.model: not given"]),
         ({"optim.lr.x": 3}, "--optim.lr", []),
+        ({"checkpoint": {"evry": 2}}, "--checkpoint.evry: ", ["did you mean checkpoint.every?"]),
         ({"optm.lr": 3}, "--optm", ["did you mean optim"]),
     ],
 )
@@ -512,6 +514,7 @@ SOURCES = BASE.replace("  train: {path: t.jsonl}\n", "  train:\n    - {path: a.j
         ("fromat: chat", "r.yaml:7: data.train.1.fromat: ", ["did you mean data.train.1.format?"]),
         ("limit: 0", "r.yaml:7: data.train.1.limit: ", ["found 0", "a whole number >= 1"]),
         ("weight: 0", "r.yaml:7: data.train.1.weight: ", ["found 0", "a number > 0"]),
+        ("weight: 1000000000", "r.yaml:7: data.train.1.weight: ", ["found 1000000000", "a number > 0, <= 1000"]),
         ("seed: 3", "r.yaml:7: data.train.1.seed: ", ["without limit"]),
         ("chat_template: 3", "r.yaml:7: data.train.1.chat_template: ", ["found 3", "true or false"]),
         ("fields: [a]", "r.yaml:7: data.train.1.fields: ", ["a mapping"]),
@@ -540,6 +543,13 @@ SOURCE_CONTRADICTIONS = [
     ),
     ("  validation: {path: v, format: chat, roles: {user: assistant}}", "r.yaml:5: data.validation.roles.user: ", "another role"),
     ("  validation: {path: v, format: text, fields: {txt: x}}", "r.yaml:5: data.validation.fields.txt: ", "it has text"),
+    (
+        "  validation: {path: v, format: prompt_completion, fields: {prompt: text, completion: text}}",
+        "r.yaml:5: data.validation.fields.prompt: ",
+        "found 'text', which is also read as completion",
+    ),
+    ("  validation: {path: v, fields: {instruction: output}}", "r.yaml:5: data.validation.fields.instruction: ", "also read as output"),
+    ("  validation: {path: v, format: chat, fields: {role: content}}", "r.yaml:5: data.validation.fields.role: ", "also read as content"),
     ("  streaming: true", "r.yaml:5: data.streaming: ", "without train.max_steps"),
     ("  streaming: true\n  validation_share: 0.1\ntrain: {max_steps: 3}", "r.yaml:6: data.validation_share: ", "use data.validation"),
     ("  streaming: true\ntrain: {max_steps: 3, length_group: 2}", "r.yaml:6: train.length_group: ", "use 1"),
@@ -567,6 +577,8 @@ def test_sources_on_the_command_line(load, refused):
     assert [s.path for s in recipe.data.train] == ["c.jsonl", "d.jsonl"] and recipe.data.validation.path == "v.jsonl"
     assert load(BASE, settings.split_overrides(["--data.train.path", "x.jsonl"])).data.train.path == "x.jsonl"
     assert load(several, settings.split_overrides(["--data.train.1.path", "x.jsonl"])).data.train[1].path == "x.jsonl"
+    for name in ("data.train.2.weight", "data.train.2"):
+        found(refused(several, {name: 3}), (f"--{name}: ", "data.train is a list of 2; it has no 2, but 0 and 1"))
     found(refused(several, {"data.train.path": "x"}), ("--data.train.path: ", "is a list of 2; say which, such as --data.train.0.path"))
     found(refused(several, {"data.train.1.format": "x"}), ("--data.train.1.format: ", "alpaca, chat"))
     found(refused(BASE, {"data.train": [{"path": "a"}, {"path": "b", "limit": 0}]}), ("--data.train.1.limit: ", "found 0"))

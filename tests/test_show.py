@@ -81,11 +81,51 @@ def test_settings_on_the_command_line_and_a_stream(command):
     assert code == 0 and "the first step of a stream" in out and "example " in out
 
 
-def test_a_study_and_a_missing_recipe_are_refused(command, tmp_path, capsys):
+def test_a_study_and_a_missing_recipe_are_refused(command, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "s.yaml").write_text("output_dir: o\nstages: {a: {recipe: a.yaml}, b: {recipe: b.yaml}}\nteacher: a\nstudents: [b]\n")
     assert cli.main(["data", "--config", str(tmp_path / "s.yaml")]) == 2
     assert "is a study; name the recipe of one of its runs: a.yaml, b.yaml" in capsys.readouterr().err
+    monkeypatch.chdir(tmp_path.parent)  # by the names that they have from here
+    assert cli.main(["data", "--config", f"{tmp_path.name}/s.yaml"]) == 2
+    assert f"one of its runs: {tmp_path.name}/a.yaml, {tmp_path.name}/b.yaml" in capsys.readouterr().err
     assert cli.main(["data"]) == 2 and "--config: not given" in capsys.readouterr().err
+
+
+def test_what_a_run_refuses_of_the_data_is_refused(command, world, tmp_path):
+    for words, data, problem in (
+        (["--data.max_length", "257"], {}, "data.max_length: found 257, and student.model has 256 positions; lower it"),
+        (["--data.validation_share", "0.01"], {}, "data.validation_share: 0.01 of 37 rows is none; raise it"),
+        (
+            [],
+            {"train": [{"path": str(world / "train.jsonl")}, {"path": str(world / "held.jsonl"), "weight": 0.01}]},
+            "data.train.1.weight: 0.01 of 9 examples is none; raise it, or leave the source out",
+        ),
+    ):
+        code, _, err = command(*words, "--show", "0", **data)
+        assert (code, err) == (2, f"llmkd: {problem}\n")
+    config = json.loads((world / "teacher/config.json").read_text())
+    (tmp_path / "short").mkdir()
+    (tmp_path / "short/config.json").write_text(json.dumps(config | {"max_position_embeddings": 200}))
+    assert "and teacher.model has 200 positions" in command("--teacher.model", str(tmp_path / "short"))[2]
+    assert command("--teacher.model", str(tmp_path / "yet_to_come"), "--show", "0")[0] == 0
+
+
+def test_rows_that_are_both_trained_on_and_held_out_are_a_warning(command, world):
+    train = str(world / "train.jsonl")
+    for data, names in (
+        ({"validation": {"path": train, "limit": 5}}, "data.validation and data.train"),
+        ({"train": [{"path": train}, {"path": train, "weight": 2}], "validation_share": 0.3}, "data.train.1 and data.train.0"),
+    ):
+        code, _, err = command("--show", "0", **data)
+        assert code == 0 and f"warning: {names} are read from the same data ({train})" in err
+    assert not command("--show", "0", train=[{"path": train}, {"path": train}])[2]
+
+
+@pytest.mark.parametrize("module", ["llmkd", "llmkd.cli"])
+def test_the_command_as_a_module(module):
+    done = subprocess.run([sys.executable, "-m", module, "nothing"], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and "nothing: no such command" in done.stderr
 
 
 @pytest.mark.parametrize("answer", ["é", "😀", "你好", "a 😀", "\u200d"])

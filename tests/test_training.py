@@ -384,6 +384,9 @@ def test_export_of_the_best_checkpoint(world, trained, make_recipe, tmp_path, me
     assert total / int(data.supervised.sum()) == pytest.approx(best["value"], rel=1e-9)
     capsys.readouterr()
     assert main(["export", str(tmp_path / "out"), "--checkpoint", "99"]) == 2 and "has no checkpoint 99" in said(capsys)
+    for step in (100, 20):
+        (tmp_path / f"out/checkpoints/step-{step}").mkdir()
+    assert main(["export", str(tmp_path / "out"), "--checkpoint", "99"]) == 2 and "20, 100\n" in said(capsys)
 
 
 def test_a_launch_that_starts_fewer_processes_is_refused(command, monkeypatch):

@@ -1,35 +1,30 @@
 """Conversations through the tokenizer's own chat template, and which characters of them the assistant said.
 
 A template is a program: it may trim, merge, insert, drop earlier thinking, ignore what it is asked for. So nothing is
-taken from its source or its generation marks. It is rendered once more with every answer replaced by a mark, and what
-stands before and behind the mark is the template's own.
+taken from its source or its generation marks. It is rendered once more with a mark of its own in place of every answer and
+every thought, and what stands round the marks is the template's own.
 """
 
+import datetime
 import os
 import re
-import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-Span = tuple[int, int]
+from .control import Span, Text, broken, controls, refuse_unmarked, unused, whole
 
+#: A template that asks for today's date is told the day that Llama 3.1's own falls back on, or no run would repeat.
+_DAY = {f"%{letter}": datetime.datetime(2024, 7, 26).strftime(f"%{letter}") for letter in "aAbBcdDeFHIjlmMpSTuUwxXyYZ"}
+_DATED = (
+    "{% macro strftime_now(format) %}{{ format | replace('%-', '%')"
+    + "".join(f" | replace({code!r}, {said!r})" for code, said in _DAY.items())
+    + " }}{% endmacro %}\n"
+)
 #: Thinking that a template puts before an answer that has none. It is the template's word, not the assistant's.
 _EMPTY_THINKING = re.compile(r"\s*<think>\s*</think>\s*")
-_PATTERNS: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # a tokenizer's list of added tokens is slow to ask for
+_THINKING = re.compile(r"(\s*(?:<think>)?)(.*?)(</think>)(.*)", re.DOTALL)
 _REASONING = ("reasoning_content", "reasoning", "thinking")
-
-
-@dataclass(frozen=True)
-class Text:
-    """A text and the character spans of it that are supervised."""
-
-    text: str
-    spans: list[Span]
-    bare: bool = True  # still wants the tokenizer's start and end tokens, and holds no control token
-    ends: bool = True  # a control token ends what is supervised
-    #: Where the characters of a control token are to stay characters: (begin, stop, the control token's id or None).
-    pieces: tuple[tuple[int, int, int | None], ...] = ()
 
 
 def conversation(messages: list[dict], tokenizer, tools: list[dict] | None = None, first: int = 0) -> list[Text]:
@@ -39,28 +34,29 @@ def conversation(messages: list[dict], tokenizer, tools: list[dict] | None = Non
     example for each assistant turn, just as the model meets it when it answers. ValueError if the template raises, or
     if it cannot be told which part of its text is the answer.
     """
-    control = _pattern(tokenizer)
-    guard, mark = _unused(messages, tools)
+    control = controls(tokenizer)
+    refuse_unmarked([messages, tools], control)
+    guard, mark = unused(messages, tools, tokenizer.chat_template)
     plain = messages, tools
-    messages, tools = _broken(messages, control, guard), _broken(tools, control, guard)
+    messages, tools = broken(messages, control.any, guard), broken(tools, control.any, guard)
+
+    template = tokenizer.get_chat_template(tools=tools)
+    template = _DATED + template if "strftime_now" in template else template
 
     def render(messages: list[dict], prompt: bool = False, tools: list[dict] | None = tools) -> str:
         try:
-            return tokenizer.apply_chat_template(messages, tools=tools, tokenize=False, add_generation_prompt=prompt)
+            return tokenizer.apply_chat_template(messages, tools, chat_template=template, tokenize=False, add_generation_prompt=prompt)
         except Exception as error:  # a template raises what it likes
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ValueError(f"the chat template does not take this conversation: {reason}") from None
 
     turns = [i for i, m in enumerate(messages) if i >= first and m["role"] == "assistant" and (m["content"].strip() or m.get("tool_calls"))]
-    texts = [_ended(text, control) for text in _texts(messages, turns, Look(render, mark, control, tokenizer.eos_token))]
+    texts = _texts(messages, turns, Look(render, mark, control.any, tokenizer.eos_token))
     if plain != (messages, tools):
         if render(messages).replace(guard, "") != render(plain[0], tools=plain[1]):
             raise ValueError("a message contains a control token that the chat template acts on; remove it from the text")
-        texts = [_whole(text, guard, control, tokenizer) for text in texts]
+        texts = [whole(text, guard, control.any, tokenizer) for text in texts]
     return texts
-
-
-# ---- where the answers stand
 
 
 @dataclass(frozen=True)
@@ -72,77 +68,159 @@ class Look:
     control: re.Pattern
     end: str  # the end of text
 
+    def example(self, messages: list[dict]) -> str:
+        """The conversation as it is trained on: with no more control tokens than a neutral one of its shape."""
+        text, said = self.render(messages), ("content", *_REASONING)
+        neutral = [m | {key: "x" for key in said if isinstance(m.get(key), str) and m[key].strip()} for m in messages]
+        if self.control.findall(text) != self.control.findall(self.render(neutral)):
+            raise ValueError("the chat template makes control tokens out of a message's text; mend the row or the template")
+        return text
+
+    def ended(self, text: str, stop: int) -> bool:
+        return any(m.end() == stop for m in self.control.finditer(text, max(0, stop - 64), stop))
+
 
 def _texts(messages: list[dict], turns: list[int], look: Look) -> list[Text]:
-    render, whole = look.render, look.render(messages)
-    afters = [whole if i == len(messages) - 1 else render(messages[: i + 1]) for i in turns]
+    render, last = look.render, len(messages) - 1
+    text = look.example(messages)
+    afters = [text if i == last else render(messages[: i + 1]) for i in turns]
     for i, after in zip(turns, afters, strict=True):
         if messages[i].get("tool_calls") and after == render([*messages[:i], {k: v for k, v in messages[i].items() if k != "tool_calls"}]):
             raise ValueError(f"the chat template does not show the tool calls of messages[{i}]; use a tokenizer whose template does")
-    if all(whole.startswith(after) for after in afters):
-        starts = _between(whole, messages, [i for i in turns if _only_says(messages[i])], look) or {}
-        spans = [_span(messages, i, after, look, starts.get(i)) for i, after in zip(turns, afters, strict=True)]
-        return [Text(whole, spans, bare=False)]
-    return [Text(after, [_span(messages, i, after, look)], bare=False) for i, after in zip(turns, afters, strict=True)]
+    if all(text.startswith(after) for after in afters):
+        plain = [i for i in turns if messages[i]["content"].strip() and not any(messages[i].get(key) for key in _REASONING)]
+        places = _between(text, messages, [(i, "content", "{}", [messages[i]["content"]]) for i in plain], look)
+        known = dict(zip(plain, places, strict=True)) if places and all(places) else {}
+        spans = [_with_end(text, _span(messages, i, after, look, known.get(i)), look) for i, after in zip(turns, afters, strict=True)]
+        return [Text(text, spans, False, all(look.ended(text, stop) for _, stop in spans))]
+    out = []
+    for i in turns:
+        after = look.example(messages[: i + 1])
+        span = _span(messages, i, after, look)
+        out.append(Text(after, [span], False, look.ended(after, span[1])))
+    return out
+
+
+# ---- where a turn ends
 
 
 def _span(messages: list[dict], i: int, after: str, look: Look, known: Span | None = None) -> Span:
     """Turn i in `after`, the text that ends with it: from its first character to its end token.
 
-    The end is the control tokens that stand directly behind it, up to the end of text; where tools are called, or where
-    there is none, the end of the text.
+    The end is the first control token behind it, with the end of text where that follows at once; where tools are called,
+    or where there is none, the end of the text.
     """
-    start, stop = known or _turn(messages[: i + 1], after, look)
-    end = None if messages[i].get("tool_calls") else look.control.search(after, stop)
+    head, calls = messages[: i + 1], bool(messages[i].get("tool_calls"))
+    start, stop = known or _turn(head, after, look)
+    end = None if calls else look.control.search(after, stop)
     if not end:
-        return start, max(stop, len(after.rstrip()))
-    while end[0] != look.end and (further := look.control.match(after, end.end())):
-        end = further
-    return start, end.end()
+        return start, _without_prompt(head, after, stop, look, calls)
+    further = look.control.match(after, end.end())
+    return start, further.end() if further and further[0] == look.end != end[0] else end.end()
+
+
+def _without_prompt(head: list[dict], after: str, stop: int, look: Look, calls: bool) -> int:
+    """The end of the text, less the generation prompt of a template that always puts one: it is there before the turn too."""
+    tail = after[stop:].rstrip()
+    last = stop + len(tail)
+    if len(head) < 2 or look.render(head, True) != after:
+        return last
+    prompt = last - len(os.path.commonprefix([look.render(head[:-1]).rstrip()[::-1], tail[::-1]]))
+    end = next((m.end() for m in look.control.finditer(after, stop, last) if m.end() > prompt), None)
+    return end or (last if calls else prompt)
+
+
+def _with_end(text: str, span: Span, look: Look) -> Span:
+    """The end of text that a template writes only once another turn follows is the turn's own."""
+    gap = "" if look.ended(text, span[1]) else r"\s*"
+    end = re.compile(gap + re.escape(look.end)).match(text, span[1])
+    return (span[0], end.end()) if end and not text.endswith(look.end, *span) else span
+
+
+# ---- where a turn stands
 
 
 def _turn(head: list[dict], after: str, look: Look) -> Span:
     """The last turn of `head` in `after`, the text that ends with it, without its end token."""
-    content, thinks = head[-1]["content"].strip(), [key for key in _REASONING if head[-1].get(key)]
-    thinks = [key for key in thinks if _bones(head[-1][key]) in _bones(after)]
-    if content and not thinks and (found := _between(after, head, [len(head) - 1], look)):
-        return found[len(head) - 1]
+    i, message = len(head) - 1, head[-1]
+    content = message["content"].strip()
+    thoughts = [(i, key, "{}", [str(message[key])]) for key in _REASONING if message.get(key)]
     before = _prompted(head, after, look.render)
+    for answer in _ways(i, message["content"]):
+        slots = [*answer, *thoughts]
+        found = _between(after, head, slots, look) if slots else None
+        if found and all(found[: sum(len(slot[3]) for slot in answer)]):
+            places = [place for place in found if place]
+            if not places:
+                continue
+            start, stop = min(places)[0], max(place[1] for place in places)
+            thinks = len(places) > len(answer) or (answer and answer[0][2] != "{}")
+            return (before if thinks and before is not None and before <= start else start), stop
     if before is not None:
-        empty = None if content.startswith("<think>") else _EMPTY_THINKING.match(after, before)
-        start = empty.end() if empty and not thinks else before
-        if said := re.compile(r"\s*".join(map(re.escape, _bones(content)))).search(after, start):
-            return start, said.end() if content else start
-    if content:  # the template takes thinking apart and its prompt shows it differently: what depends on the message is the message
-        marked = look.render([*head[:-1], {**head[-1], **dict.fromkeys(["content", *thinks], look.mark)}])
-        behind = marked.rpartition(look.mark)[2]
-        start, stop = len(os.path.commonprefix([after, marked])), len(after) - len(behind)
-        if start <= stop and after.endswith(behind) and _bones(after[:stop]).endswith(_bones(content)):
+        empty = None if content.startswith("<think>") or thoughts else _EMPTY_THINKING.match(after, before)
+        start = empty.end() if empty else before
+        if not content:
+            return start, start
+        behind = look.render([*head[:-1], {**message, "content": look.mark}]).rpartition(look.mark)[2]
+        stop = len(after) - len(behind)
+        said = after[start:stop]
+        if after.endswith(behind) and _bones(said).endswith(_bones(content)) and not look.control.search(said):
             return start, stop
+    elif not content:  # the template always puts its prompt, or has none: its header is what stands before any answer
+        header = look.render([*head[:-1], {"role": "assistant", "content": look.mark}]).partition(look.mark)[0]
+        if after.startswith(header):
+            return len(header), len(header)
     raise ValueError(
-        f"the chat template changes the assistant's answer in messages[{len(head) - 1}], so its tokens cannot be told; mend the row or the template"
+        f"the chat template changes the assistant's answer in messages[{i}], so its tokens cannot be told; mend the row or the template"
     )
 
 
-def _between(text: str, messages: list[dict], turns: list[int], look: Look) -> dict[int, Span] | None:
-    """Where `text` has those turns' contents (whole or trimmed), if all the rest of it does not depend on them."""
-    if not turns:
-        return {}
-    marked = [{**m, "content": look.mark} if i in turns else m for i, m in enumerate(messages)]
-    fixed = look.render(marked).split(look.mark)
-    if len(fixed) != len(turns) + 1 or not text.startswith(fixed[0]):
+#: A part of a message that marks are put into: its number, the key, the text with {} for each mark, what stands there.
+Slot = tuple[int, str, str, list[str]]
+
+
+def _ways(i: int, content: str) -> list[list[Slot]]:
+    """How a template may take an answer: as it stands, or its thinking apart."""
+    if not content.strip():
+        return [[]]
+    ways: list[list[Slot]] = [[(i, "content", "{}", [content])]]
+    parts = _THINKING.fullmatch(content)
+    if parts:
+        said = [part for part in (parts[2], parts[4]) if part.strip()]
+        form = "".join("{}" if n in (2, 4) and parts[n].strip() else parts[n].replace("{", "{{").replace("}", "}}") for n in (1, 2, 3, 4))
+        ways += [[(i, "content", form, said)]] if said else []
+    return ways
+
+
+def _between(text: str, messages: list[dict], slots: list[Slot], look: Look) -> list[Span | None] | None:
+    """Where `text` has what stands in each slot (whole or trimmed), if all the rest of it is the same with marks in their place.
+
+    None in the list for what the template does not show; None for all where it shows something twice, or else depends on it.
+    """
+    marked, said = list(messages), []
+    for i, key, form, texts in slots:
+        marks = [f"{look.mark}{len(said) + n}{look.mark}" for n in range(len(texts))]
+        marked[i] = {**marked[i], key: form.format(*marks)}
+        said += texts
+    fixed = re.split(f"{look.mark}(\\d+){look.mark}", look.render(marked))
+    order = [int(n) for n in fixed[1::2]]
+    if len(set(order)) < len(order) or not text.startswith(fixed[0]):
         return None
-    found, at = {}, len(fixed[0])
-    for n, i in enumerate(turns):
-        content, behind = messages[i]["content"], fixed[n + 1]
-        for said in (content, content.strip(), content.lstrip(), content.rstrip()):
-            stop = at + len(said)
-            if text.startswith(said, at) and (text[stop:] == behind if n == len(turns) - 1 else text.startswith(behind, stop)):
-                found[i], at = (at, stop), stop + len(behind)
+    found: list[Span | None] = [None] * len(said)
+    at = len(fixed[0])
+    for place, (n, behind) in enumerate(zip(order, fixed[2::2], strict=True), 1):
+        for form in _trimmed(said[n]):
+            stop = at + len(form)
+            if text.startswith(form, at) and (text[stop:] == behind if place == len(order) else text.startswith(behind, stop)):
+                found[n], at = (at, stop), stop + len(behind)
                 break
         else:
             return None
     return found
+
+
+def _trimmed(text: str) -> dict[str, None]:
+    return dict.fromkeys(strip(text, *of) for of in ((), ("\n",)) for strip in (lambda t, *_: t, str.strip, str.lstrip, str.rstrip))
 
 
 def _prompted(head: list[dict], after: str, render: Callable[..., str]) -> int | None:
@@ -157,107 +235,6 @@ def _prompted(head: list[dict], after: str, render: Callable[..., str]) -> int |
         return None
 
 
-def _only_says(message: dict) -> bool:
-    return bool(message["content"].strip()) and not any(message.get(key) for key in _REASONING)
-
-
 def _bones(text: Any) -> str:
     """A text without its white space, which templates rearrange."""
     return "".join(str(text).split())
-
-
-def _ended(text: Text, control: re.Pattern) -> Text:
-    """Says whether every span ends with a control token, without which a student does not learn to stop."""
-    ends = all(any(m.end() == stop for m in control.finditer(text.text, max(0, stop - 64), stop)) for _, stop in text.spans)
-    return text if ends else Text(text.text, text.spans, text.bare, False)
-
-
-# ---- control tokens in what people wrote
-
-
-def _pattern(tokenizer) -> re.Pattern:
-    """Matches the tokenizer's control tokens, longest first as the tokenizer itself does."""
-    known = _PATTERNS.get(tokenizer)
-    if known is None:
-        tokens = {t.content for t in tokenizer.added_tokens_decoder.values() if t.special and t.content} | {tokenizer.eos_token}
-        known = _PATTERNS[tokenizer] = re.compile("|".join(re.escape(t) for t in sorted(tokens, key=lambda t: (-len(t), t))))
-    return known
-
-
-def _unused(*values) -> tuple[str, str]:
-    """Two characters for private use that occur nowhere in the values."""
-    used = set().union(*(set(text) for text in _strings(values)))
-    free = (c for c in map(chr, range(0xE000, 0xF8FF)) if c not in used)
-    return next(free), next(free)
-
-
-def _strings(value) -> Iterator[str]:
-    """Every text in messages, whatever key a template may show it from."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict):
-        for item in value.items():
-            yield from _strings(item)
-    elif isinstance(value, list | tuple):
-        for inner in value:
-            yield from _strings(inner)
-
-
-def _broken(value, control: re.Pattern, guard: str):
-    """The same with every control token in a text broken by the guard, so that those the template makes are told from them."""
-    if isinstance(value, str):
-        while control.search(value):
-            before = value
-            value = control.sub(lambda m: m[0][:1] + guard + m[0][1:], value)
-            if len(value) > 4 * len(before) + 64 or any(len(m[0]) < 2 for m in control.finditer(before)):
-                raise ValueError("a message contains a control token of one character; remove it from the text")
-        return value
-    if isinstance(value, dict):
-        return {_broken(k, control, guard): _broken(v, control, guard) for k, v in value.items()}
-    return [_broken(v, control, guard) for v in value] if isinstance(value, list) else value
-
-
-def _whole(text: Text, guard: str, control: re.Pattern, tokenizer) -> Text:
-    """The text without its guards, in pieces that keep people's characters characters and the template's tokens tokens.
-
-    That this is how the tokenizer treats a whole text is checked on the guarded one; where it is not (tokenizers that
-    put a space before every piece), the row is refused.
-    """
-    pieces, at = [], 0
-    for m in control.finditer(text.text):
-        pieces += [(at, m.start(), None), (m.start(), m.end(), tokenizer.convert_tokens_to_ids(m[0]))]
-        at = m.end()
-    pieces = [p for p in [*pieces, (at, len(text.text), None)] if p[1] > p[0]]
-    guarded = Text(text.text, [], False, True, tuple(pieces))
-    if piecewise(guarded, tokenizer)[0] != tokenizer(text.text, add_special_tokens=False, verbose=False)["input_ids"]:
-        token = control.search(text.text.replace(guard, ""))
-        raise ValueError(
-            f"a message contains a control token (the text has {token[0]!r}), which this tokenizer cannot keep as characters; remove it"
-        )
-
-    def moved(position: int) -> int:
-        return position - text.text.count(guard, 0, position)
-
-    return Text(
-        text.text.replace(guard, ""),
-        [(moved(a), moved(b)) for a, b in text.spans],
-        False,
-        text.ends,
-        tuple((moved(a), moved(b), token) for a, b, token in pieces),
-    )
-
-
-def piecewise(text: Text, tokenizer) -> tuple[list[int], list[Span]]:
-    """Ids and character offsets of a text in pieces."""
-    ids, offsets = [], []
-    for begin, stop, token in text.pieces:
-        if token is not None:
-            ids.append(token)
-            offsets.append((begin, stop))
-            continue
-        made = tokenizer(
-            text.text[begin:stop], add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=True, verbose=False
-        )
-        ids += made["input_ids"]
-        offsets += [(begin + a, begin + b) for a, b in made["offset_mapping"]]
-    return ids, offsets

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..recipe import Data, Source
-from .chat import Text, piecewise
+from .control import Span, Text, controls, piecewise, refuse_unmarked
 from .formats import FORMATS
 from .rows import Problems
 from .sources import Rows
@@ -79,12 +79,16 @@ def encode(rows: Rows, source: Source, data: Data, tokenizer, progress=iter) -> 
     `counts`: rows, examples, tokens and targets; too_long and unsupervised examples; as_characters, texts that hold the
     characters of a control token; endless, texts that a chat template ends without one.
     """
-    problems, texts, origin = Problems(), [], []
+    problems, texts, origin, control = Problems(), [], [], controls(tokenizer)
     for i, row in enumerate(rows.rows):
         try:
             new = FORMATS[source.format](row, source, tokenizer)
+            refuse_unmarked([text.text for text in new if text.bare], control)
         except ValueError as error:
             problems.add(f"{rows.places[i]}: {error}")
+            continue
+        except RecursionError:
+            problems.add(f"{rows.places[i]}: nested too deeply; give it fewer levels")
             continue
         texts += new
         origin += [i] * len(new)
@@ -136,7 +140,19 @@ def _tokens(texts: list[Text], data: Data, tokenizer) -> list[tuple[np.ndarray, 
         for i, ids, places in zip(group, encoded["input_ids"], encoded["offset_mapping"], strict=True):
             made[i] = ids, places
     start, end = _edges(tokenizer)
-    return [_marked(text, *one, start, end, data.train_on_input) for text, one in zip(texts, made, strict=True)]
+    wide = controls(tokenizer).wide
+    return [_marked(text, *_narrowed(text, *one, wide), start, end, data.train_on_input) for text, one in zip(texts, made, strict=True)]
+
+
+def _narrowed(text: Text, ids: list[int], places: list[Span], wide: dict[int, str]) -> tuple[list[int], list[Span]]:
+    """A control token that takes the white space beside it in stands where its own characters do."""
+    if wide:
+        places = list(places)
+        for n, i in enumerate(ids):
+            at = text.text.find(wide[i], *places[n]) if i in wide else -1
+            if at >= 0:
+                places[n] = at, at + len(wide[i])
+    return ids, places
 
 
 def _marked(text: Text, ids: list[int], places: list, start: list[int], end: list[int], all_of_it: bool) -> tuple[np.ndarray, np.ndarray]:

@@ -7,6 +7,7 @@ A file that is damaged as a whole ends with a last `get` that says so.
 
 import csv
 import functools
+import io
 import itertools
 import json
 import re
@@ -51,8 +52,14 @@ def _no_constant(name: str):
     raise ValueError(f"{name} is not JSON")
 
 
-_DECODER = json.JSONDecoder(object_pairs_hook=_once, parse_constant=_no_constant)
-_LENIENT = json.JSONDecoder()
+def _int(digits: str) -> int:
+    if len(digits) > 4000:  # Python's own limit is near, and its advice is for programmers
+        raise ValueError(f"a number of {len(digits)} digits")
+    return int(digits)
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_once, parse_constant=_no_constant, parse_int=_int)
+_LENIENT = json.JSONDecoder(parse_int=len)
 _SPACE = re.compile(r"[ \t\r\n]*")
 _MARK = b"\xef\xbb\xbf"
 
@@ -132,9 +139,12 @@ def _json_values(text: str) -> Iterator[tuple[int, Callable[[], Any]]]:
         except RecursionError:
             yield line, functools.partial(_raise, "not valid JSON (nested too deeply)")
             return
-        except ValueError as error:  # a NaN or a key given twice: the row is bad, and where it ends is known
+        except ValueError as error:  # a NaN or a key given twice: the row is bad, and where it ends can be known
             yield line, functools.partial(_raise, f"not valid JSON ({error})")
-            _, end = _LENIENT.raw_decode(text, at)
+            try:
+                _, end = _LENIENT.raw_decode(text, at)
+            except (ValueError, RecursionError):
+                return
         else:
             yield line, functools.partial(_same, value)
         line += text.count("\n", at, end)
@@ -173,7 +183,8 @@ def _csv(file: BinaryIO, name: str) -> Records:
             yield f"{name}:{rows.line_num + 1}", functools.partial(_raise, str(error))
             return
         except csv.Error as error:  # what follows a broken quotation is guesswork
-            yield f"{name}:{start}", functools.partial(_raise, f"not valid CSV ({error})")
+            wrong = "a carriage return outside quotes; end lines by a line feed" if "new-line character" in str(error) else error
+            yield f"{name}:{start}", functools.partial(_raise, f"not valid CSV ({wrong})")
             return
         if not row:
             continue
@@ -208,15 +219,23 @@ def _parquet(file: BinaryIO, name: str) -> Records:
     return _table(batches(), name, "parquet")
 
 
+_STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"  # without it a stream that was cut between two batches would look whole
+
+
 def _arrow(file: BinaryIO, name: str) -> Records:
     def batches():
         import pyarrow.ipc
 
         start = file.read(6)
-        file.seek(0)
         if start != b"ARROW1":
+            end = file.seek(0, io.SEEK_END)
+            file.seek(max(0, end - len(_STREAM_END)))
+            if file.read() != _STREAM_END:
+                raise ValueError("it stops before its end")
+            file.seek(0)
             yield from pyarrow.ipc.open_stream(file)
             return
+        file.seek(0)
         reader = pyarrow.ipc.open_file(file)
         for i in range(reader.num_record_batches):
             yield reader.get_batch(i)
@@ -254,15 +273,45 @@ class _Rows:
         twice = next((column for column in names if names.count(column) > 1), None)
         if twice is not None:
             raise BadRow(f"the column {twice!r} is there twice")
-        self.batch, self.rows = batch, None
+        self.batch, self.columns = batch, None
 
     def get(self, i: int) -> dict:
-        if self.rows is None:
-            try:
-                self.rows = self.batch.to_pylist()
-            except ValueError as error:  # text that is not UTF-8, a date out of range
-                raise BadRow(f"not readable ({error})") from None
-        return self.rows[i]
+        if self.columns is None:
+            self.columns = {name: _values(column) for name, column in zip(self.batch.schema.names, self.batch.columns, strict=True)}
+        for name, values in self.columns.items():
+            if isinstance(values, str):
+                raise BadRow(f"the column {name!r} is not readable ({values}); mend it, or write the file without it")
+        return row_of({name: values[i] for name, values in self.columns.items()})
+
+
+def _values(column) -> list | str:
+    """A column's values, or why it has none: text that is not UTF-8, a date out of range, a time zone that nobody knows."""
+    try:
+        return column.to_pylist()
+    except Exception as error:  # pyarrow raises its own and Python's alike
+        return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
+
+
+def without_nulls(value: Any) -> Any:
+    """Columnar files give every object all the fields that any has; those that are null were not there."""
+    if isinstance(value, dict):
+        return {k: without_nulls(v) for k, v in value.items() if v is not None}
+    return [without_nulls(v) for v in value] if isinstance(value, list) else value
+
+
+def row_of(columns: dict) -> dict:
+    """A row of a columnar source; the columns themselves stay, a null one too."""
+    return {name: without_nulls(value) for name, value in columns.items()}
+
+
+def raw(get: Callable[[], Any]) -> bytes:
+    """What tells a row from another; without parsing it, where that can be."""
+    if isinstance(get, functools.partial) and get.func in (_json_line, _csv_row):
+        return get.args[0].strip() if get.func is _json_line else repr(get.args).encode()
+    try:
+        return json.dumps(get(), sort_keys=True, default=repr).encode()
+    except BadRow as error:
+        return repr(error).encode("utf-8", "backslashreplace")
 
 
 KINDS: dict[str, Callable[[BinaryIO, str], Records]] = {

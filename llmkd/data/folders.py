@@ -8,9 +8,14 @@ from ..errors import UserError
 from ..recipe import Source
 from .files import KINDS, kind_of
 
-_WORDS = {"train": "train training", "validation": "validation valid val dev", "test": "test testing eval evaluation"}
+_WORDS = {
+    "train": "train training trainset",
+    "validation": "validation valid val dev valset devset",
+    "test": "test testing testset eval evaluation evalset",
+}
 _SPLITS = {word: split for split, words in _WORDS.items() for word in words.split()}
-_SHARD = re.compile(r"(\w+)-\d+-of-\d+")
+_SHARD = re.compile(r"(.+)-(\d+)-of-(\d+)")
+_WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")  # my-test, my_test, myTest
 _NOT_DATA = ("dataset_info.json", "dataset_infos.json", "dataset_dict.json", "state.json")
 
 _PACKED = (".gz", ".zst", ".bz2", ".xz", ".zip")
@@ -30,8 +35,11 @@ def data_files(root: Path, source: Source, setting: str) -> Files:
         if source.split not in ("train", own):
             raise _no_split(source, setting, [own or "train"])
         return _saved(root, source.path.rstrip("/"), setting)
-    every = sorted(p.relative_to(root) for p in root.rglob("*") if p.is_file())
+    every = sorted(p.relative_to(root) for p in root.rglob("*") if not p.is_dir())
     every = [p for p in every if not any(part.startswith((".", "_")) for part in p.parts) and p.name not in _NOT_DATA]
+    gone = next((p for p in every if kind_of(p) and not (root / p).is_file()), None)
+    if gone:
+        raise UserError(f"{setting}.path: {source.path}/{gone} is a link to nothing, or no file; mend or remove it")
     packed = next((p for p in every if p.suffix.lower() in _PACKED and kind_of(p.with_suffix(""))), None)
     if packed:
         raise UserError(f"{setting}.path: {source.path}/{packed} is packed; unpack it, or name a file")
@@ -39,7 +47,24 @@ def data_files(root: Path, source: Source, setting: str) -> Files:
     if not inside:
         there = ", ".join(sorted(p.name for p in root.iterdir())[:5]) or "nothing"
         raise UserError(f"{setting}.path: {source.path} holds no data file ({', '.join(KINDS)}); it holds {there}")
-    return [(f"{source.path.rstrip('/')}/{p}", root / p) for p in _of_split(inside, source, setting)]
+    chosen = _of_split(inside, source, setting)
+    _refuse_gaps(chosen, source, setting)
+    return [(f"{source.path.rstrip('/')}/{p}", root / p) for p in chosen]
+
+
+def _refuse_gaps(files: list[Path], source: Source, setting: str) -> None:
+    """Of files that say how many they are, all are there."""
+    there: dict[tuple[str, str, str], set[int]] = {}
+    for path in files:
+        if shard := _SHARD.fullmatch(path.stem):
+            there.setdefault((str(path.parent / shard[1]), shard[3], path.suffix), set()).add(int(shard[2]))
+    for (name, count, suffix), numbers in there.items():
+        lacking = next((n for n in range(int(count)) if n not in numbers), None)
+        if lacking is not None:
+            raise UserError(
+                f"{setting}.path: {source.path}/{name}-{lacking:0{len(count)}}-of-{count}{suffix} is missing, and {len(numbers)} of its "
+                f"{int(count)} parts are there; fetch it"
+            )
 
 
 def _of_split(inside: list[Path], source: Source, setting: str) -> list[Path]:
@@ -63,14 +88,14 @@ def _of_split(inside: list[Path], source: Source, setting: str) -> list[Path]:
 
 
 def _split_of(path: Path, source: Source, setting: str) -> str | None:
-    """The split that a file's name or one of its folders names: train-00000-of-00001, validation, test.part2, ..."""
+    """The split that a word of a file's name or of its folders' names: train-00000-of-00001, gsm_test, Validation.part2, ..."""
     shard = _SHARD.fullmatch(path.stem)
-    first = shard[1] if shard else re.split(r"[-_.\d]", path.stem)[0]
-    found = {_SPLITS[word] for word in (*path.parts[:-1], first) if word in _SPLITS}
+    name = shard[1] if shard else path.stem
+    found = {_SPLITS[word] for part in (*path.parts[:-1], name) for word in map(str.lower, _WORD.findall(part)) if word in _SPLITS}
     if len(found) > 1:
         raise UserError(f"{setting}.path: {source.path}/{path} names two splits ({' and '.join(sorted(found))}); rename it, or name a file")
-    if shard and shard[1] not in _SPLITS and shard[1] not in ("data", "part"):
-        return shard[1]  # a split of its own name, such as train_sft
+    if shard and name.lower() not in _SPLITS and name.lower() not in ("data", "part"):
+        return name  # a split of its own name, such as train_sft
     return found.pop() if found else None
 
 

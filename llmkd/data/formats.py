@@ -6,7 +6,8 @@ Text that people wrote never becomes a control token: in the plain formats all o
 
 from ..errors import UserError
 from ..recipe import Source
-from .chat import Text, conversation
+from .chat import conversation
+from .control import Text
 
 ALPACA = (
     "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"

@@ -7,10 +7,9 @@ import difflib
 from typing import Any
 
 from ..errors import UserError
-from ..recipe_data import COLUMNS, ROLES, Source
+from ..recipe_data import COLUMNS, OPTIONAL, ROLES, Source
 
 SHOWN = 20
-_OPTIONAL = ("input", "tools")
 
 
 class Problems:
@@ -32,16 +31,27 @@ class Problems:
 
 def check_row(row: Any, place: str, source: Source, problems: Problems, choices: bool = False) -> Any:
     """The row under the format's own names, with what is wrong with it added to `problems`."""
+    try:
+        return _checked(row, place, source, problems, choices)
+    except RecursionError:
+        problems.add(f"{place}: nested too deeply; give it fewer levels")
+        return row
+
+
+def _checked(row: Any, place: str, source: Source, problems: Problems, choices: bool) -> Any:
     if not isinstance(row, dict):
         problems.add(f"{place}: found {kind(row)}, expected an object with the columns of format {source.format}")
         return row
     columns = [c for c in COLUMNS[source.format] if c not in ("role", "content")]
     if choices:
         columns = [c for c in columns if c not in ("output", "completion")]
-    theirs = {column: source.fields.get(column, column) for column in columns}
-    found = row | {c: row[name] for c, name in source.fields.items() if c in ("choices", "answer") and name in row}
-    for column in columns:
-        name = theirs[column]
+    claimed = {name for column, name in source.fields.items() if column not in ("role", "content", name)}
+    absent = {c for c in columns if c in OPTIONAL and c in claimed and c not in source.fields}  # another column has its name
+    theirs = {column: source.fields.get(column, column) for column in columns if column not in absent}
+    found = {c: value for c, value in row.items() if c not in absent} | {
+        c: row[name] for c, name in source.fields.items() if c in ("choices", "answer") and name in row
+    }
+    for column, name in theirs.items():
         if name not in row:
             _missing(column, name, row, theirs, place, problems)
             continue
@@ -56,7 +66,7 @@ def check_row(row: Any, place: str, source: Source, problems: Problems, choices:
         else:
             _check_text(value, f"{place}: {name}", problems)
         found[column] = value
-    kinds = {isinstance(found[column], list) for column in ("prompt", "completion") if column in columns and column in found}
+    kinds = {isinstance(found[column], list) for column in ("prompt", "completion") if column in theirs and column in found}
     if len(kinds) > 1:
         problems.add(f"{place}: prompt and completion are of two kinds; give both as text or both as lists of messages")
     if choices:
@@ -65,7 +75,7 @@ def check_row(row: Any, place: str, source: Source, problems: Problems, choices:
 
 
 def _missing(column: str, name: str, row: dict, theirs: dict, place: str, problems: Problems) -> None:
-    if column in _OPTIONAL and column == name:  # but a name that was given in the recipe must be there
+    if column in OPTIONAL and column == name:  # but a name that was given in the recipe must be there
         near = difflib.get_close_matches(name, row.keys() - set(theirs.values()), 1, 0.8)
         if near:
             problems.add(f"{place}: no column {name!r}; did you mean {near[0]!r}?")
@@ -97,12 +107,12 @@ def _messages(messages: Any, name: str, source: Source, place: str, problems: Pr
         if not isinstance(content, str) and not said_elsewhere:
             problems.add(f"{where}.{content_name} is {kind(content)}, expected text")
             continue
-        rest = {k: v for k, v in message.items() if k not in (role_name, content_name) and v is not None}
+        rest = {k: v for k, v in message.items() if k not in (role_name, content_name, "role", "content") and v is not None}
         bad = _surrogate(rest)
         if bad is not None:
             problems.add(f"{where} holds half of a surrogate pair, which is no character; mend the file's encoding")
         _check_text(content or "", f"{where}.{content_name}", problems)
-        out.append({"role": roles[role], "content": content or "", **_without_nulls(rest)})
+        out.append({"role": roles[role], "content": content or "", **rest})
     return out
 
 
@@ -110,14 +120,9 @@ def _tools(tools: Any, name: str, place: str, problems: Problems) -> Any:
     """The functions a conversation may call: a list of objects, or nothing."""
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         problems.add(f"{place}: {name} is {kind(tools)}, expected a list of objects")
-    return _without_nulls(tools) if tools else None
-
-
-def _without_nulls(value: Any) -> Any:
-    """Columnar files give every object all the fields that any has; those that are null were not there."""
-    if isinstance(value, dict):
-        return {k: _without_nulls(v) for k, v in value.items() if v is not None}
-    return [_without_nulls(v) for v in value] if isinstance(value, list) else value
+    elif _surrogate(tools) is not None:
+        problems.add(f"{place}: {name} holds half of a surrogate pair, which is no character; mend the file's encoding")
+    return tools or None
 
 
 def _check_choices(row: dict, source: Source, place: str, problems: Problems) -> None:

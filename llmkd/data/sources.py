@@ -21,7 +21,7 @@ from typing import Any
 from ..errors import UserError
 from ..recipe import Source, sources
 from . import skills
-from .files import KINDS, BadRow, Records, kind_of, records
+from .files import KINDS, BadRow, Records, kind_of, records, row_of
 from .folders import data_files
 from .rows import Problems, check_row
 
@@ -222,7 +222,7 @@ def _hub(source: Source, setting: str) -> Opened:
     def found() -> Records:
         for i, row in enumerate(data):
             digest.update(json.dumps(row, sort_keys=True, default=repr).encode("utf-8", "surrogatepass"))
-            yield f"{source.path}[{source.split}]:{i + 1}", functools.partial(dict, row)
+            yield f"{source.path}[{source.split}]:{i + 1}", functools.partial(row_of, row)
 
     return Opened(found(), lambda: f"{source.path} {digest.hexdigest()}", source.split, hub_revision(data, source))
 

@@ -4,13 +4,15 @@ Optimizer step k (from 1) consumes rows (k - 1) * batch_size to k * batch_size o
 again, its rows shuffled inside blocks of `shuffle_buffer` by (seed, pass, block). Rows that are dropped as too long or
 without an answer only make their step smaller, which is exact, since the loss is divided by the step's targets. So
 which rows a step has is a pure function of its number, and going on at step k passes over rows without tokenising them.
+The rows of the first pass are hashed in the order in which they are taken: a run goes on only behind the same rows, while a
+bad row that ended it, which no step has taken, may be mended.
 """
 
 import functools
 import hashlib
 import itertools
 import random
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from ..console import say
@@ -19,12 +21,10 @@ from ..order import Step, deal
 from ..recipe import Data, Source
 from . import skills
 from .encode import Encoded, encode
-from .files import BadRow, Records, kind_of, records
+from .files import BadRow, Records, kind_of, raw, records, row_of
 from .formats import refuse_without_template
 from .rows import Problems, check_row
 from .sources import Rows, from_hub, hub_revision, local, no_rows
-
-_SAMPLE = 512  # bytes at the start of each file that tell one data set from another
 
 
 class Stream:
@@ -36,6 +36,8 @@ class Stream:
         self.rank, self.ranks = 0, 1
         self.counts: dict[str, int] = {}
         self._pass_rows: int | None = None  # known after the first pass
+        self._hashes: dict[int, str] = {}  # of the rows that the last few steps and all before them took
+        self._expected: str | None = None
         self.files = None if source.path == "builtin:skills" else local(source, self.setting)
         listed = next((name for name, path in self.files or [] if kind_of(path) == ".json"), None)
         if listed:
@@ -60,15 +62,17 @@ class Stream:
 
     @property
     def content(self) -> str:
-        """What tells this data from other data, for a run that goes on: hashing all of it would take as long as reading it.
+        """What names this data, for a run that goes on: hashing all of it would take as long as reading it. See `passed`."""
+        named = [self.source.path, self.source.name, self.source.split, self.origin["revision"], [name for name, _ in self.files or []]]
+        return f"stream {hashlib.sha256(repr(named).encode()).hexdigest()}"
 
-        A row found bad is to be mended, so sizes are not in it.
-        """
-        digest = hashlib.sha256(repr([self.source.path, self.source.name, self.source.split, self.origin["revision"]]).encode())
-        for name, path in self.files or []:
-            with open(path, "rb") as file:
-                digest.update(name.encode("utf-8", "surrogatepass") + file.read(_SAMPLE))
-        return f"stream {digest.hexdigest()}"
+    def passed(self, step: int) -> str | None:
+        """A hash of the rows that steps 1 to `step` took, to be kept with what was learnt from them; of the last few steps."""
+        return self._hashes.get(step)
+
+    def expect(self, passed: str | None) -> None:
+        """Going on, refuse other rows than those that gave this hash."""
+        self._expected = passed
 
     # ---- as an Encoded, for the step at hand
 
@@ -93,9 +97,20 @@ class Stream:
 
     def steps(self, done: int = 0) -> Iterator[Step]:
         """The steps after the first `done`. An example's number counts within its step."""
-        rows, barren = self._rows(done * self.batch_size), 0
+        digest = hashlib.sha256()
+
+        def arrived() -> None:
+            if self._expected not in (None, digest.hexdigest()):
+                raise UserError(
+                    f"{self.setting}: the rows that the first {done} steps took have changed since, or their order has; give {self.source.path} as it was "
+                    "(a bad row may be mended, not removed), or choose another output_dir"
+                )
+
+        rows, barren = self._rows(done * self.batch_size, digest, arrived if done else None), 0
         for number in range(done + 1, self.total_steps + 1):
             taken = list(itertools.islice(rows, self.batch_size))
+            self._hashes[number] = digest.hexdigest()
+            self._hashes.pop(number - 8, None)
             self.window = self._encoded([(place, get) for _, place, get in taken])
             for key, count in self.window.counts.items():
                 self.counts[key] = self.counts.get(key, 0) + count
@@ -112,22 +127,32 @@ class Stream:
                 f"train: {c['rows']} rows streamed, {c['examples']} examples ({c['too_long']} too long, {c['unsupervised']} with nothing supervised)"
             )
 
-    def _rows(self, skip: int) -> Iterator[tuple[int, str, Any]]:
-        """(pass, place, get) of the endless stream, from row `skip` on."""
+    def _rows(self, skip: int, digest=None, arrived: Callable[[], None] | None = None) -> Iterator[tuple[int, str, Any]]:
+        """(pass, place, get) of the endless stream, from row `skip` on; `arrived` is called there.
+
+        Rows of the first pass, skipped ones too, go into `digest` as they are taken.
+        """
         turn = 0
         while True:
-            source, count = self._records(), 0
+            source, count, hashed = self._records(), 0, digest is not None and turn == 0
             for number in itertools.count():
                 block = list(itertools.islice(source, self.data.shuffle_buffer))
                 if not block:
                     break
                 count += len(block)
-                if skip >= len(block):
+                if skip >= len(block) and not hashed:
                     skip -= len(block)
                     continue
                 random.Random(f"stream {self.seed} {turn} {number}").shuffle(block)
-                yield from ((turn, place, get) for place, get in block[skip:])
-                skip = 0
+                for place, get in block:
+                    if not skip and arrived:
+                        arrived, _ = None, arrived()
+                    if hashed:
+                        digest.update(raw(get) + b"\n")
+                    if skip:
+                        skip -= 1
+                    else:
+                        yield turn, place, get
             if not count:
                 raise no_rows(self.source, self.setting)
             self._pass_rows = count
@@ -155,7 +180,7 @@ class Stream:
         place = f"{self.source.path}[{self.source.split}]"
         try:
             for number, row in enumerate(rows, 1):
-                yield f"{place}:{number}", functools.partial(dict, row)
+                yield f"{place}:{number}", functools.partial(row_of, row)
         except Exception as error:  # the network may fail days into a run
             reason = (str(error).strip().splitlines() or [""])[0]
             raise UserError(f"{place}: could not be read on ({type(error).__name__}: {reason[:160]}); try again, with --resume") from None

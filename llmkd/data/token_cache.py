@@ -23,7 +23,7 @@ from .encode import Encoded
 from .formats import refuse_without_template
 from .sources import Rows
 
-VERSION = 4  # raise it when chat.py, formats.py or encode.py make other tokens of the same rows
+VERSION = 5  # raise it when chat.py, control.py, formats.py or encode.py make other tokens of the same rows
 
 
 def folder(data: Data) -> Path:
@@ -31,12 +31,12 @@ def folder(data: Data) -> Path:
 
 
 def tokenizer_hash(tokenizer) -> str:
-    """Vocabulary, merges, special tokens and template; not the padding state that a tokenizer carries about."""
+    """Vocabulary, merges, special tokens and their names (a template may use any) and template; not the padding state that a tokenizer carries about."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     state.pop("padding", None)
     state.pop("truncation", None)
-    named = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.chat_template]
-    return hashlib.sha256(json.dumps([state, named], sort_keys=True).encode()).hexdigest()
+    named = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.chat_template, tokenizer.special_tokens_map]
+    return hashlib.sha256(json.dumps([state, named], sort_keys=True, default=str).encode()).hexdigest()
 
 
 def encoded(rows: Rows, source: Source, data: Data, tokenizer, setting: str, say=say) -> Encoded:

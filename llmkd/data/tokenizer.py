@@ -37,6 +37,11 @@ def student_tokenizer(student: Student) -> Any:
     """The tokenizer a run would train with, without the weights: the student's own, or its base's where it is an adapter."""
     if student.tokenizer:
         return load_tokenizer(student.tokenizer, "student.tokenizer")
+    return load_tokenizer(str(student_base(student)), "student.model")
+
+
+def student_base(student: Student) -> Path:
+    """The folder of the student's model, or of its base where it is an adapter; of the hub's, without the weights."""
     folder, revision = locate(student.model, "student.model", student.revision, TOKENIZER), None
     if (folder / "adapter_config.json").exists():
         adapter = read_json(folder / "adapter_config.json", "student.model")
@@ -44,7 +49,7 @@ def student_tokenizer(student: Student) -> Any:
         if not name or not isinstance(name, str):
             raise UserError(f"student.model: {student.model}/adapter_config.json names no base model; set student.base to it")
         folder = locate(name, "student.model", revision, TOKENIZER)
-    return load_tokenizer(str(folder), "student.model")
+    return folder
 
 
 def save_tokenizer(tokenizer, folder: Path) -> None:

@@ -1,0 +1,165 @@
+"""Control tokens in what people wrote: they stay characters, or the row is refused.
+
+A tokenizer marks most of its control tokens special, and can be asked to leave those in a text as characters. Some mark
+their role tokens as ordinary added tokens, which it always takes for tokens: text that holds one is refused.
+"""
+
+import re
+import weakref
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+Span = tuple[int, int]
+
+_KNOWN: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # a tokenizer's list of added tokens is slow to ask for
+_NEUTRAL = [{"role": role, "content": "x"} for role in ("system", "user", "assistant")]
+
+
+@dataclass(frozen=True)
+class Text:
+    """A text and the character spans of it that are supervised."""
+
+    text: str
+    spans: list[Span]
+    bare: bool = True  # still wants the tokenizer's start and end tokens, and holds no control token
+    ends: bool = True  # a control token ends what is supervised
+    #: Where the characters of a control token are to stay characters: (begin, stop, the control token's id or None).
+    pieces: tuple[tuple[int, int, int | None], ...] = ()
+
+
+@dataclass(frozen=True)
+class Control:
+    """Patterns of a tokenizer's control tokens, longest first as the tokenizer itself matches them."""
+
+    any: re.Pattern
+    unmarked: re.Pattern | None  # role tokens that are not marked special
+    wide: dict[int, str]  # added tokens that take the white space beside them in
+
+
+def controls(tokenizer) -> Control:
+    """The tokens marked special, and those that only the chat template can mean: it names them, or writes them round any message."""
+    template = _template(tokenizer)
+    known = _KNOWN.get(tokenizer)
+    if known and known[0] == template:
+        return known[1]
+    added = tokenizer.added_tokens_decoder
+    marked = {t.content for t in added.values() if t.special and t.content} | {tokenizer.eos_token}
+    every = {t.content for t in added.values() if t.content}
+    written = template + "".join(_written(tokenizer, _NEUTRAL[first:]) for first in (0, 1)) if template else ""
+    unmarked = {t for t in every - marked if t in written and not _is_markup(t, every)}
+    wide = {i: t.content for i, t in added.items() if t.lstrip or t.rstrip}
+    control = Control(_pattern(marked | unmarked), _pattern(unmarked) if unmarked else None, wide)
+    _KNOWN[tokenizer] = template, control
+    return control
+
+
+def _template(tokenizer) -> str:
+    template = tokenizer.chat_template
+    return "".join(template.values()) if isinstance(template, dict) else template or ""
+
+
+def _written(tokenizer, messages: list[dict]) -> str:
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    except Exception:  # a template raises what it likes, such as at a system turn
+        return ""
+
+
+def _is_markup(token: str, every: set[str]) -> bool:
+    """<think> and </think>, say: tags that an assistant writes itself."""
+    name = re.fullmatch(r"</?(\w+)>", token)
+    return bool(name) and {f"<{name[1]}>", f"</{name[1]}>"} <= every
+
+
+def _pattern(tokens: set[str]) -> re.Pattern:
+    return re.compile("|".join(re.escape(t) for t in sorted(tokens, key=lambda t: (-len(t), t))))
+
+
+def refuse_unmarked(value, control: Control) -> None:
+    """ValueError where a text holds a role token that the tokenizer would take for one."""
+    found = next((m for text in _strings(value) if (m := control.unmarked.search(text))), None) if control.unmarked else None
+    if found:
+        raise ValueError(
+            f"the text has {found[0]!r}, which the chat template writes and this tokenizer cannot keep as characters; remove it from the text"
+        )
+
+
+def unused(*values) -> tuple[str, str]:
+    """Two characters for private use that occur nowhere in the values."""
+    used = set().union(*(set(text) for text in _strings(values)))
+    free = [c for c in map(chr, range(0xE000, 0xF8FF)) if c not in used]
+    if len(free) < 2:
+        raise ValueError("a conversation uses every character for private use (U+E000 to U+F8FF), of which two must be free; remove some")
+    return free[0], free[1]
+
+
+def _strings(value) -> Iterator[str]:
+    """Every text in messages, whatever key a template may show it from."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, dict):
+        for item in value.items():
+            yield from _strings(item)
+    elif isinstance(value, list | tuple):
+        for inner in value:
+            yield from _strings(inner)
+
+
+def broken(value, control: re.Pattern, guard: str):
+    """The same with every control token in a text broken by the guard, so that those the template makes are told from them."""
+    if isinstance(value, str):
+        while control.search(value):
+            before = value
+            value = control.sub(lambda m: m[0][:1] + guard + m[0][1:], value)
+            if len(value) > 4 * len(before) + 64 or any(len(m[0]) < 2 for m in control.finditer(before)):
+                raise ValueError("a message contains a control token of one character; remove it from the text")
+        return value
+    if isinstance(value, dict):
+        return {broken(k, control, guard): broken(v, control, guard) for k, v in value.items()}
+    return [broken(v, control, guard) for v in value] if isinstance(value, list) else value
+
+
+def whole(text: Text, guard: str, control: re.Pattern, tokenizer) -> Text:
+    """The text without its guards, in pieces that keep people's characters characters and the template's tokens tokens.
+
+    That this is how the tokenizer treats a whole text is checked on the guarded one; where it is not (tokenizers that
+    put a space before every piece), the row is refused.
+    """
+    pieces, at = [], 0
+    for m in control.finditer(text.text):
+        pieces += [(at, m.start(), None), (m.start(), m.end(), tokenizer.convert_tokens_to_ids(m[0]))]
+        at = m.end()
+    pieces = [p for p in [*pieces, (at, len(text.text), None)] if p[1] > p[0]]
+    guarded = Text(text.text, [], False, True, tuple(pieces))
+    if piecewise(guarded, tokenizer)[0] != tokenizer(text.text, add_special_tokens=False, verbose=False)["input_ids"]:
+        token = control.search(text.text.replace(guard, ""))
+        raise ValueError(
+            f"a message contains a control token (the text has {token[0]!r}), which this tokenizer cannot keep as characters; remove it"
+        )
+
+    def moved(position: int) -> int:
+        return position - text.text.count(guard, 0, position)
+
+    return Text(
+        text.text.replace(guard, ""),
+        [(moved(a), moved(b)) for a, b in text.spans],
+        False,
+        text.ends,
+        tuple((moved(a), moved(b), token) for a, b, token in pieces),
+    )
+
+
+def piecewise(text: Text, tokenizer) -> tuple[list[int], list[Span]]:
+    """Ids and character offsets of a text in pieces."""
+    ids, offsets = [], []
+    for begin, stop, token in text.pieces:
+        if token is not None:
+            ids.append(token)
+            offsets.append((begin, stop))
+            continue
+        made = tokenizer(
+            text.text[begin:stop], add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=True, verbose=False
+        )
+        ids += made["input_ids"]
+        offsets += [(begin + a, begin + b) for a, b in made["offset_mapping"]]
+    return ids, offsets
