@@ -7,17 +7,30 @@ from llmkd.console import first_process, say
 from llmkd.errors import UserError
 from llmkd.recipe_study import Evaluation
 
+from .results import read_record
 
-def check(wanted: Evaluation) -> None:
-    """UserError for a task, or a harness, that cannot be had: hours before it is needed."""
-    if wanted.tasks:
-        from .benchmarks import find_tasks, need_harness
 
-        need_harness()
-        try:
-            find_tasks(list(wanted.tasks), wanted.tasks_dir, wanted.fewshot)
-        except UserError as error:
-            raise UserError(*(problem.replace("--tasks", "eval.tasks", 1) for problem in error.problems)) from None
+def check(folder: Path, wanted: Evaluation) -> None:
+    """UserError for a task or harness that cannot be had, or arms that were measured otherwise: hours before it would be met."""
+    if not wanted.tasks:
+        return
+    from .benchmarks import find_tasks, need_harness
+
+    need_harness()
+    try:
+        find_tasks(list(wanted.tasks), wanted.tasks_dir, wanted.fewshot)
+    except UserError as error:
+        raise UserError(*(problem.replace("--tasks", "eval.tasks", 1) for problem in error.problems)) from None
+    for task in wanted.tasks:
+        for arm in sorted(folder.glob("arms/*")):
+            record = read_record(arm, task) or {}
+            for name in ("limit", "fewshot"):
+                asked = getattr(wanted, name)
+                if record and record.get(name) != asked and (name == "limit" or asked is not None):
+                    raise UserError(
+                        f"eval.{name}: found {asked}, and {arm.name} was measured on {task} with {record.get(name)}; "
+                        f"give that, or remove {folder}/arms/*/eval to measure all arms again"
+                    )
 
 
 def finish(folder: Path, wanted: Evaluation) -> None:

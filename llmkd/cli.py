@@ -98,11 +98,11 @@ def sweep(argv: list[str]) -> None:
 def run_sweep(config: str, overrides: dict, resume: bool) -> None:
     from llmkd_eval import after_sweep
 
-    wanted = settings.load_sweep(config, overrides).eval
-    after_sweep.check(wanted)
+    sweep = settings.load_sweep(config, overrides)
+    after_sweep.check(Path(sweep.output_dir).expanduser(), sweep.eval)
     from .sweep import run_sweep as train_arms
 
-    after_sweep.finish(train_arms(config, overrides, resume), wanted)
+    train_arms(config, overrides, resume, lambda folder: after_sweep.finish(folder, sweep.eval))
 
 
 def _run_options(argv: list[str]) -> tuple[str, dict, bool]:

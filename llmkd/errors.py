@@ -1,5 +1,6 @@
 """How a run ends when it does not end well: the exceptions and their exit codes."""
 
+import contextlib
 import errno
 import sys
 import traceback
@@ -31,6 +32,16 @@ class Stopped(Exception):
     """A signal asked the run to stop. What it had done is saved; `--resume` goes on from there."""
 
     exit_code = 75
+
+
+@contextlib.contextmanager
+def blamed_on(arm: int):
+    """What goes wrong in here is the fault of one of several students that train together: the exception's `arm` says of which."""
+    try:
+        yield
+    except Exception as error:
+        error.arm = arm
+        raise
 
 
 _REFUSED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP}

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import adapters, loading, selftest
 from .console import say
 from .data.tokenizer import save_tokenizer
-from .errors import UserError
+from .errors import UserError, blamed_on
 from .families import beside_text, decoder_of, head_of
 from .head import Head
 from .model_files import RECORD, ModelFiles, find, fingerprint, read_json
@@ -129,8 +129,9 @@ def load_students(many: list[StudentSettings], vocab: int, device, seed: int, pa
         names = [f"arm{k}" for k in range(len(many))] if len(many) > 1 else ["default"]
         model = _adapted(model, found, many, names, seed).to(device)
     students = [LanguageModel(model, _fits(model, vocab, "student.model"), name) for name in names]
-    for student, own in zip(students, many, strict=True):
-        _ready(student, own, packing)
+    for k, (student, own) in enumerate(zip(students, many, strict=True)):
+        with blamed_on(k):
+            _ready(student, own, packing)
     return students
 
 
@@ -139,7 +140,8 @@ def _adapted(model: nn.Module, found: list[ModelFiles], many: list[StudentSettin
     order = sorted(range(len(many)), key=lambda k: (found[k].adapter is not None, (many[k].lora or Lora()).target_modules != "all-linear"))
     for k in order:
         torch.manual_seed(seed)
-        model = (_kept_adapter if found[k].adapter else _fresh_adapter)(model, found[k], many[k], names[k])
+        with blamed_on(k):
+            model = (_kept_adapter if found[k].adapter else _fresh_adapter)(model, found[k], many[k], names[k])
     if len(many) > 1:
         model.set_adapter(names[0])
     return model

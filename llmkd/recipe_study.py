@@ -79,34 +79,47 @@ def expand(sweep: Sweep) -> list[ArmSpec]:
     grid, seeds = _leaves(sweep.grid), list(sweep.seeds)
     if "seed" in grid:
         seeds = grid.pop("seed")
-    short = {path: path.rpartition(".")[2] for path in grid}
-    names = {path: last if list(short.values()).count(last) == 1 else path for path, last in short.items()}
-    combined = {}
-    if grid:
-        for values in itertools.product(*grid.values()):
-            changes = dict(zip(grid, values, strict=True))
-            combined[",".join(f"{names[path]}={_text(value)}" for path, value in changes.items())] = changes
     out = []
-    for arm, changes in (combined | sweep.arms).items():
-        for seed in seeds or [None]:
+    for arm, changes in (_combined(grid, alone=not sweep.arms) | sweep.arms).items():
+        for seed in seeds or [changes.get("seed")]:
             own = {} if seed is None else {"seed": seed}
             out.append(ArmSpec(f"{arm},seed={seed}" if len(seeds) > 1 else arm, arm, seed, changes | own))
+    return out
+
+
+def _combined(grid: dict[str, Any], alone: bool) -> dict[str, dict[str, Any]]:
+    """The grid's arms by name; without a grid the recipe itself, if it is to be `alone`."""
+    if not grid:
+        return {"recipe": {}} if alone else {}
+    short = {path: path.rpartition(".")[2] for path in grid}
+    names = {path: last if list(short.values()).count(last) == 1 else path for path, last in short.items()}
+    texts = {path: _texts(values) for path, values in grid.items()}
+    out = {}
+    for places in itertools.product(*(range(len(values)) for values in grid.values())):
+        chosen = list(zip(grid, places, strict=True))
+        out[",".join(f"{names[path]}={texts[path][i]}" for path, i in chosen)] = {path: grid[path][i] for path, i in chosen}
     return out
 
 
 def sweep_contradictions(sweep: Sweep) -> Iterator[tuple[tuple[str, ...], str]]:
     """(the setting to blame; what is wrong and how to mend it), as for a recipe."""
     grid = _leaves(sweep.grid)
-    if not grid and not sweep.arms:
+    if not grid and not sweep.arms and not sweep.seeds:
         yield ("grid", "arms"), "neither is given; name values to combine, such as loss.kd_ratio: [0, 0.5], or arms by name"
     for path, values in grid.items():
         if not isinstance(values, list | tuple) or not values:
             yield (f"grid.{path}",), f"found {json.dumps(values)[:60]}, expected a list of values"
             return
-        if len({_text(value) for value in values}) < len(values):
+        if len({json.dumps(value, sort_keys=True) for value in values}) < len(values):
             yield (f"grid.{path}",), "has a value twice; keep one"
     if sweep.seeds and "seed" in grid:
         yield ("seeds", "grid"), "given together with seed in grid; keep one of them"
+    own = [arm for arm, changes in sweep.arms.items() if "seed" in changes]
+    if own and (sweep.seeds or "seed" in grid):
+        yield (f"arms.{own[0]}", "seeds", "grid"), "gives a seed of its own beside those of all arms; keep one of them"
+    same = sweep.arms.keys() & _combined({path: values for path, values in grid.items() if path != "seed"}, alone=False).keys()
+    if same:
+        yield (f"arms.{min(same)}", "grid"), "is the name of one of the grid's arms too; give it another"
     if len(set(sweep.seeds)) < len(sweep.seeds):
         yield ("seeds",), "has a seed twice; keep one"
     for name in ("output_dir", "push_to_hub"):
@@ -137,9 +150,16 @@ def _leaves(grid: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return out
 
 
-def _text(value: Any) -> str:
-    """A value in an arm's name: of a path its last part."""
+def _texts(values: list[Any]) -> list[str]:
+    """A setting's values in arms' names: short where that tells them apart, of a path its last part; else whole, or numbered."""
+    for write in (_short, lambda value: value if isinstance(value, str) else json.dumps(value)):
+        texts = [re.sub(r"[^A-Za-z0-9._+-]+", "-", write(value)).rstrip("-") or "none" for value in values]
+        if len(set(texts)) == len(texts):
+            return texts
+    return [f"{text}-{i}" for i, text in enumerate(texts, 1)]
+
+
+def _short(value: Any) -> str:
     if isinstance(value, float):
         return f"{value:g}"
-    text = value.rstrip("/").rpartition("/")[2] if isinstance(value, str) else json.dumps(value)
-    return re.sub(r"[^A-Za-z0-9._+-]+", "-", text).strip("-") or "none"
+    return value.rstrip("/").rpartition("/")[2] if isinstance(value, str) else json.dumps(value)

@@ -17,7 +17,7 @@ from .console import bar, say
 from .data.collate import collate
 from .data.stream import Stream
 from .distiller import Distiller
-from .errors import NonFinite, Stopped, UserError
+from .errors import NonFinite, Stopped, UserError, blamed_on
 from .loop import Learner, train
 from .losses.divergences import named
 from .losses.objective import Objective
@@ -119,23 +119,27 @@ class Arm:
 
 
 class Session:
-    """Several recipes may differ in student.lora, loss and optim only, and in the adapter that student.model names on one base."""
+    """Several recipes may differ in student.lora, loss and optim only, and in the adapter that student.model names on one base.
 
-    def __init__(self, recipes: list[Recipe], prepared: Prepared, folders: list[RunFolder], accelerator, stop):
+    `lead` is the recipe that `prepared` was made of, and that the teacher is of: where no student learns from it, it measures them.
+    """
+
+    def __init__(self, recipes: list[Recipe], lead: Recipe, prepared: Prepared, folders: list[RunFolder], accelerator, stop):
         recipe = recipes[0]
         self.recipe, self.prepared, self.accelerator, self.stop = recipe, prepared, accelerator, stop
         self.main, self.pad = accelerator.is_main_process, prepared.tokenizer.eos_token_id
         vocab, device = prepared.vocab, accelerator.device
         packing = recipe.data.packing * recipe.train.micro_batch_size * recipe.data.max_length
-        self.teacher = Live(models.load_teacher(recipe.teacher, vocab, device, packing)) if prepared.teacher_wanted else None
+        self.teacher = Live(models.load_teacher(lead.teacher, vocab, device, packing)) if prepared.teacher_wanted else None
         students = models.load_students([r.student for r in recipes], vocab, device, recipe.seed, packing)
         self.plan = plan(recipe, prepared, accelerator.process_index, accelerator.num_processes)
         self.arms = []
-        for own, folder, student in zip(recipes, folders, students, strict=True):
-            learner = build_learner(own, student, self.plan.total_steps, accelerator)
-            self.arms.append(Arm(own, prepared.of(own) if len(recipes) > 1 else prepared, folder, student, learner, self.main))
-        if self.main:
-            for arm in self.arms:
+        for k, (own, folder, student) in enumerate(zip(recipes, folders, students, strict=True)):
+            with blamed_on(k):
+                learner = build_learner(own, student, self.plan.total_steps, accelerator)
+                self.arms.append(Arm(own, prepared if own is lead else prepared.of(own), folder, student, learner, self.main))
+        for k, arm in enumerate(self.arms if self.main else ()):
+            with blamed_on(k):
                 arm.folder.claim(arm.prepared.identity)
         self.done = self.written = self.resume(folders)
         self.display = tracking.Display(self.plan.total_steps, self.done, self.main)
@@ -153,9 +157,8 @@ class Session:
         done = saved[0].step if saved else 0
         for arm, one in zip(self.arms, saved, strict=False):
             arm.restore(one)
-        if self.main:
-            for folder in folders:
-                checkpoint.drop_after(folder.checkpoints, done)
+        for folder in folders if self.main and saved else ():
+            checkpoint.drop_after(folder.checkpoints, done)
         where = f"resuming after step {done} of {self.plan.total_steps}"
         say(where if saved else f"{folders[0].path} has no checkpoint to resume from; starting at step 1")
         return done
@@ -168,13 +171,14 @@ class Session:
         """Every step from where the run stands, with validation, checkpoints and stops as they fall due."""
         recipe, total, step = self.recipe, self.plan.total_steps, self.done
         try:
-            if self.done == 0 or due(recipe.validation.every, self.done):
+            if self.done in (0, total) or due(recipe.validation.every, self.done):
                 self.validate(self.done)
             if self.stop.anywhere(self.accelerator):
                 raise self.stopped(self.done)
             batch_of = functools.partial(collate, self.prepared.train, pad=self.pad, packing=recipe.data.packing)
             learners = [arm.learner for arm in self.arms]
-            for progress in train(self.plan, batch_of, learners, self.teacher, self.accelerator, self.done, self.stop):
+            teacher = self.teacher if any(arm.recipe.loss.kd_ratio for arm in self.arms) else None
+            for progress in train(self.plan, batch_of, learners, teacher, self.accelerator, self.done, self.stop):
                 step, last = progress.step, progress.step == total
                 for k, error in progress.failures.items():
                     self.arms[k].fail(error)

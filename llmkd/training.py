@@ -28,15 +28,18 @@ def run(recipe: Recipe, resume: bool = False, stop: StopRequest | None = None) -
         return hub.publish(recipe, folder) if first_process() and recipe.push_to_hub else folder.summary()
 
 
-def train_together(recipes: list[Recipe], folders: list[RunFolder], stop: StopRequest) -> list[NonFinite | None]:
-    """Train the recipes' students side by side (see `session.Session` for what may differ); what stopped each, if something did."""
-    prepared = prepare(recipes[0])
+def train_together(
+    recipes: list[Recipe], folders: list[RunFolder], stop: StopRequest, lead: Recipe | None = None
+) -> list[NonFinite | None]:
+    """Train the recipes' students side by side; what stopped each, if something did. See `session.Session`."""
+    lead = lead or recipes[0]
+    prepared = prepare(lead)
     if stop():
         raise Stopped("stopped by a signal before anything was trained; go on with --resume")
     from .session import Session
 
     try:
-        session = Session(recipes, prepared, folders, start(), stop)
+        session = Session(recipes, lead, prepared, folders, start(), stop)
         session.train()
         session.finish()
         return [arm.failure for arm in session.arms]

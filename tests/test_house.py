@@ -26,7 +26,8 @@ LAYERS = (
     "tracking hub",
     "session",
     "training cost",
-    "export study show sweep",
+    "export study show sweep_state",
+    "sweep",
     "cli",
     "train __main__",
 )

@@ -111,8 +111,9 @@ def test_seeds_make_groups_of_their_own_and_names(sweep):
     recipes.config = Path(sweep())
     groups = grouped(recipes.recipes())
     assert sorted(len(g.arms) for g in groups) == [6, 6] and all(len({n[-1] for n in g.arms}) == 1 for g in groups)
-    assert [len(g.arms) for g in grouped(recipes.recipes(), 4)] == [4, 2, 4, 2]
-    one = grouped(recipes.recipes(), 1)
+    four = grouped(recipes.recipes(), side_by_side=4)
+    assert [len(g.arms) for g in four] == [3, 3, 3, 3] and all(sum("kd_ratio=0," in n for n in g.arms) == 1 for g in four)
+    one = grouped(recipes.recipes(), side_by_side=1)
     assert len(one) == 12 and {g.why for g in one} == {"side_by_side: 1"}
 
 
@@ -143,17 +144,23 @@ def test_a_failed_arm_does_not_stop_the_rest(sweep, tmp_path, monkeypatch, capsy
         return type(loss)(loss.total * float("nan"), loss.rows) if self.objective.temperature == 4 else loss
 
     monkeypatch.setattr(Distiller, "forward", forward)
-    arms = {"bad": {"loss.temperature": 4.0}, "good": {}, "worse": {"student.lora.target_modules": ["qproj"], "train.batch_size": 4}}
+    arms = {
+        "bad": {"loss.temperature": 4.0},
+        "good": {},
+        "worse": {"student.lora.target_modules": ["qproj"]},
+        "late": {"optim.warmup_steps": 99},
+    }
     path = sweep(grid={}, arms=arms)
     folder = run_sweep(path, {}, False)
     found = state(folder)["arms"]
-    assert [found[name]["status"] for name in arms] == ["failed", "done", "failed"]
+    assert [found[name]["status"] for name in arms] == ["failed", "done", "failed", "failed"]
     assert "step 1: gradient is not finite" in found["bad"]["reason"] and "student.lora.target_modules" in found["worse"]["reason"]
+    assert "optim.warmup_steps: found 99" in found["late"]["reason"]
     assert not (folder / "arms/bad/adapter").exists() and (folder / "arms/bad/nonfinite.json").exists()
     monkeypatch.undo()
     assert distance(weights(folder / "arms/good"), alone(folder, "good", tmp_path / "alone")) == 0
     run_sweep(path, {}, True)  # infinities would come again; the other may have been mended
-    assert "1 of 3 arms: worse" in capsys.readouterr().err and state(folder)["arms"]["bad"]["status"] == "failed"
+    assert "2 of 4 arms: worse, late" in capsys.readouterr().err and state(folder)["arms"]["bad"]["status"] == "failed"
 
 
 @pytest.mark.parametrize("kills", [2])
@@ -240,6 +247,8 @@ def test_stages_come_first_and_arms_may_start_from_what_they_leave(sweep, world,
         ({"seeds": [1, 1]}, "seeds: has a seed twice"),
         ({"seeds": [1], "grid": {"seed": [1, 2]}}, "seeds: given together with seed in grid"),
         ({"arms": {"a/b": {}}}, "a name has letters, digits"),
+        ({"arms": {"kd_ratio=1,lr=0.01": {}}}, "is the name of one of the grid's arms too"),
+        ({"arms": {"a": {"seed": 3}}, "seeds": [1]}, "gives a seed of its own beside those of all arms"),
         ({"set": {"output_dir": "x"}}, "set: changes output_dir"),
         ({"grdi": {}}, "grdi: unknown setting; did you mean grid?"),
         ({"stages": {"a": {"recipe": "nowhere.yaml"}}}, "nowhere.yaml: No such file"),
@@ -261,6 +270,84 @@ def test_another_sweeps_folder_is_not_gone_on_with(sweep, tmp_path):
     run_sweep(path, {"train.max_steps": 1}, True)
     more = sweep(grid={"loss.kd_ratio": [0.5, 1.0]})  # an arm more is welcome
     assert set(state(run_sweep(more, {"train.max_steps": 1}, True))["arms"]) == {"kd_ratio=0.5", "kd_ratio=1"}
-    with pytest.raises(UserError, match="arm a: .* in the sweep that is to be resumed"):
-        run_sweep(sweep(grid={}, arms={"a": {"optim.lr": 1e-3}}), {}, True)
-        run_sweep(sweep(grid={}, arms={"a": {"optim.lr": 2e-3}}), {}, True)
+    for changes in ({"optim.lr": 5e-4}, {"seeds": [3]}):
+        with pytest.raises(UserError, match="arm kd_ratio=0.5: (optim.lr|seed): .* in the run that is to be resumed"):
+            run_sweep(more, {"train.max_steps": 1, **changes}, True)
+
+
+def test_a_failure_that_a_kill_kept_from_the_list_is_known_and_the_others_go_on(sweep, tmp_path):
+    """Their last common step would be long gone."""
+    import shutil
+
+    path = sweep({"checkpoint": {"every": 1}}, grid={"loss.kd_ratio": [0.25, 0.75, 1.0]})
+    whole = run_sweep(path, {"output_dir": str(tmp_path / "whole")}, False)
+    folder = run_sweep(path, {}, False)
+    data = state(folder)
+    for name, arm in data["arms"].items():  # as they were when the first was given up at step 2, and the sweep killed at step 5
+        arm["status"] = "waiting"
+        for gone in ("summary.json", "adapter"):
+            target = folder / "arms" / name / gone
+            shutil.rmtree(target) if target.is_dir() else target.unlink()
+    bad = folder / "arms/kd_ratio=0.25"
+    shutil.rmtree(bad / "checkpoints")
+    (bad / "nonfinite.json").write_text('{"step": 2, "term": "kd", "examples": []}')
+    (folder / "sweep.json").write_text(json.dumps(data))
+    run_sweep(path, {}, True)
+    found = state(folder)["arms"]
+    assert [arm["status"] for arm in found.values()] == ["failed", "done", "done"]
+    assert found["kd_ratio=0.25"]["reason"] == "step 2: kd is not finite"
+    for name in ("kd_ratio=0.75", "kd_ratio=1"):
+        assert distance(weights(whole / "arms" / name), weights(folder / "arms" / name)) == 0
+        assert (folder / f"arms/{name}/metrics.jsonl").read_text().count('"loss"') == 5
+
+
+def test_a_signal_in_the_last_step_does_not_lose_the_last_validation(sweep, world, tmp_path, monkeypatch):
+    from llmkd import loop, session
+    from llmkd.errors import Stopped
+
+    recipe = {"data": {"train": {"path": str(world / "train.jsonl")}, "validation": {"path": str(world / "held.jsonl")}, "max_length": 256}}
+    path, real, sessions = sweep(recipe, grid={"loss.kd_ratio": [0.5, 1.0]}), loop.move, []
+    whole = run_sweep(path, {"output_dir": str(tmp_path / "whole")}, False)
+    real_init = session.Session.__init__
+    monkeypatch.setattr(session.Session, "__init__", lambda self, *a: sessions.append(self) or real_init(self, *a))
+
+    def move(learner, step, norm):
+        real(learner, step, norm)
+        sessions[-1].stop.asked = step == 5
+
+    monkeypatch.setattr(loop, "move", move)
+    with pytest.raises(Stopped):
+        run_sweep(path, {}, False)
+    monkeypatch.undo()
+    folder = run_sweep(path, {}, True)
+    for name in state(folder)["arms"]:
+        one, other = (json.loads((f / "arms" / name / "summary.json").read_text()) for f in (whole, folder))
+        assert one["validation"] == other["validation"]
+
+
+def test_an_arm_without_a_teacher_is_measured_against_the_others_even_alone(sweep, world, tmp_path):
+    data = {"train": {"path": str(world / "train.jsonl")}, "validation": {"path": str(world / "held.jsonl")}, "max_length": 256}
+    arms = {"sft": {"teacher": None, "loss.kd_ratio": 0}, "kd": {}}
+    together = run_sweep(sweep({"data": data}, grid={}, arms=arms), {"train.max_steps": 2}, False)
+    apart = run_sweep(
+        sweep({"data": data}, grid={}, arms=arms, side_by_side=1), {"train.max_steps": 2, "output_dir": str(tmp_path / "apart")}, False
+    )
+    for name in arms:
+        one, other = (json.loads((f / "arms" / name / "summary.json").read_text()) for f in (together, apart))
+        assert one == other and "forward_kl" in one["validation"], name
+    assert "kd" not in json.loads((apart / "arms/sft/summary.json").read_text())["train"]
+
+
+@pytest.mark.parametrize(
+    "grid, names",
+    [
+        ({"teacher.model": ["runs/t1/adapter", "runs/t2/adapter"]}, ["model=runs-t1-adapter", "model=runs-t2-adapter"]),
+        ({"teacher.model": ["runs/t1", "runs/t2"]}, ["model=t1", "model=t2"]),
+        ({"optim.lr": [1e-4, 1.0000001e-4]}, ["lr=0.0001", "lr=0.00010000001"]),
+        ({"data.x": [-1, 1]}, ["x=-1", "x=1"]),
+        ({"data.x": ["é", "è"]}, ["x=none-1", "x=none-2"]),
+        ({"seed": [1, 2]}, ["recipe,seed=1", "recipe,seed=2"]),
+    ],
+)
+def test_names_of_a_grids_arms_tell_them_apart(sweep, grid, names):
+    assert [spec.name for spec in expand(settings.load_sweep(sweep(grid=grid)))] == names

@@ -65,7 +65,7 @@ def trained(options, folder: Path, count: int) -> float:
 
     many = recipes(options, folder, count)
     with StopRequest() as stop:
-        session = Session(many, prepare(many[0]), [RunFolder(recipe, False) for recipe in many], start(), stop)
+        session = Session(many, many[0], prepare(many[0]), [RunFolder(recipe, False) for recipe in many], start(), stop)
         before = time.perf_counter()
         session.train()
         return time.perf_counter() - before
