@@ -3,6 +3,7 @@
 import json
 import math
 import re
+from pathlib import Path
 from collections import Counter
 
 from . import published
@@ -154,10 +155,15 @@ def teacher_gate(sweep: SweepFolder) -> list:
 def teacher_kind(sweep: SweepFolder, model: str) -> str:
     stage = re.search(r"/stages/([^/]+)/(adapter|model|merged)/?$", model)
     if stage and (stage[1] in (sweep.data.get("stages") or {}) or (sweep.path / "stages" / stage[1]).exists()):
-        return f"tuned by this sweep's stage {stage[1]}"
+        made = stage[2] == "model" and "architecture:\n" in _text(sweep.path / "stages" / stage[1] / "recipe.yaml")
+        return f"{'new weights, made' if made else 'tuned'} by this sweep's stage {stage[1]}"
     if published.adapter_base(model) or re.search(r"/adapter/?$", model):
         return "tuned: an adapter"
     return "a model as it is"
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8") if path.exists() else ""
 
 
 def short(sweep: SweepFolder, model: str) -> str:

@@ -90,6 +90,7 @@ class State:
 
     def base(self, recipe: Recipe) -> None:
         self.data["base"] = json.loads(json.dumps(flatten(recipe), default=dataclasses.asdict))
+        self._write()
 
     def plan(self, groups: list[Group], recipes: dict[str, Recipe]) -> None:
         """Say what will be done and what it costs, and keep it."""

@@ -267,7 +267,9 @@ def test_another_sweeps_folder_is_not_gone_on_with(sweep, tmp_path):
         run_sweep(path, {"train.max_steps": 1}, False)
     with pytest.raises(UserError, match="is not empty and holds no sweep"):
         run_sweep(path, {"output_dir": str(tmp_path)}, False)
+    known = state(tmp_path / "sweep")["base"]
     run_sweep(path, {"train.max_steps": 1}, True)
+    assert known["train.max_steps"] == 1 and state(tmp_path / "sweep")["base"] == known
     more = sweep(grid={"loss.kd_ratio": [0.5, 1.0]})  # an arm more is welcome
     assert set(state(run_sweep(more, {"train.max_steps": 1}, True))["arms"]) == {"kd_ratio=0.5", "kd_ratio=1"}
     for changes in ({"optim.lr": 5e-4}, {"seeds": [3]}):
