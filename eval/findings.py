@@ -8,7 +8,7 @@ from llmkd.errors import UserError
 
 from . import stats
 from .compare import HELD_OUT_METRICS, Row, compare
-from .compare_text import blocks, digits
+from .compare_text import blocks, digits, too_few
 from .items import HELD_OUT, read, tasks_of
 from .page import Span, Text
 
@@ -110,8 +110,13 @@ def _statement(block: list[Row], baseline: str) -> Text:
         parts[-1] += [" and ", Span(baseline), least] if not shown else [least]
     out: list[str | Span] = [label(block[0].task, block[0].metric), ": "]
     out += [piece for i, part in enumerate(parts) for piece in ([*(["; "] if i else []), *part])] + ["."]
-    if quiet and (least := [row.detectable for row in quiet if row.detectable]):
+    if none := too_few(others):
+        return (*out, f" {none}")
+    if least := [row.detectable for row in quiet if row.detectable is not None]:
         out.append(f" A true difference of {max(least):.{d}f} would have been shown 4 times in 5.")
+    if same := [row for row in quiet if row.same]:
+        verb, what = "is" if len(same) == 1 else "are", "row" if block[0].task == HELD_OUT else "item"
+        out += [" ", *_listed(same, len(others)), f" {verb} the same as ", Span(baseline), f" on every {what}."]
     return tuple(out)
 
 

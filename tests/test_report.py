@@ -227,6 +227,16 @@ def test_no_difference_is_said_to_be_none_shown(made):
     assert "`kd` is better" not in text and "No arm and the baseline both have two seeds or more" in text
 
 
+def test_too_few_items_and_equal_answers_are_said_to_tell_nothing(made):
+    folder = made({"sft": ({"loss.kd_ratio": 0}, 0.2), "kd": ({}, 0.9)}, items=4, held=False)
+    text = written(folder)[1]
+    assert text.count("4 items cannot show any difference: p cannot be below 0.1250.") == 2 and "would have been shown" not in text
+    again = made({"a": ({"loss.kd_ratio": 0}, 0.5), "b": ({}, 0.5)}, held=False)
+    text = written(again)[1]
+    assert "quiz acc: no difference shown between `b` and `a` (Holm's p 1.0000). `b` is the same as `a` on every item." in text
+    assert "would have been shown" not in text and "b: the same as the baseline on every item, so how large a difference" in text
+
+
 def test_many_arms_are_counted_and_seeds_are_asked(made):
     arms = {"sft": ({"loss.kd_ratio": 0}, 0.4)} | {f"lr{i}": ({"optim.lr": i / 1000}, 0.8) for i in range(1, 7)}
     html, text = written(made(arms, seeds=(1, 2, 3)))
