@@ -104,10 +104,14 @@ def _statement(block: list[Row], baseline: str) -> Text:
         figures = f" (difference {first.difference:+.{d}f}{_between(first, d)}, Holm's p {_p(first.p_adjusted)})"
         parts.append([*_listed(members, len(others)), " are " if several else " is ", judged, " than ", Span(baseline), *most, figures])
     if quiet:
-        names = _listed(quiet, len(others), "any of ")
         least = f" ({'smallest ' if len(quiet) > 1 else ''}Holm's p {_p(min(row.p_adjusted for row in quiet))})"
-        parts.append([*(["no difference shown between "] if not shown else ["no difference from it shown for "]), *names])
-        parts[-1] += [" and ", Span(baseline), least] if not shown else [least]
+        names = [f"any of the {len(quiet)} arms"] if len(others) == len(quiet) > 4 else _listed(quiet, len(others))
+        if 1 < len(quiet) <= 4:
+            names = ["any of ", *names]
+        if len(others) == 1:
+            parts.append(["no difference shown between ", *names, " and ", Span(baseline), least])
+        else:
+            parts.append(["no difference from the baseline ", Span(baseline), " shown for ", *names, least])
     out: list[str | Span] = [label(block[0].task, block[0].metric), ": "]
     out += [piece for i, part in enumerate(parts) for piece in ([*(["; "] if i else []), *part])] + ["."]
     if none := too_few(others):
@@ -148,11 +152,11 @@ def _over_seeds(rows: list[Row]) -> Text:
     return text + (" Two seeds can show next to nothing: t is 12.7." if fewest == 2 and lost else "")
 
 
-def _listed(rows: list[Row], of: int, before: str = "") -> list[str | Span]:
+def _listed(rows: list[Row], of: int) -> list[str | Span]:
     """Up to four names, or how many arms of `of`; with those of which the seeds don't say the same."""
     if len(rows) > 4:
         lost = sum(map(not_over_seeds, rows))
-        return [f"{before}{len(rows)} of {of} arms" + (f" ({lost} of them not over seeds)" if lost else "")]
+        return [f"{len(rows)} of {of} arms" + (f" ({lost} of them not over seeds)" if lost else "")]
     out: list[str | Span] = []
     for i, row in enumerate(rows):
         out += [

@@ -227,6 +227,26 @@ def test_no_difference_is_said_to_be_none_shown(made):
     assert "`kd` is better" not in text and "No arm and the baseline both have two seeds or more" in text
 
 
+@pytest.mark.parametrize(
+    ("goods", "words"),
+    [
+        ({"a": 0.5, "b": 0.5}, r"no difference from the baseline `sft` shown for any of `a` and `b` \(smallest Holm's p 1.0000\)\."),
+        (
+            {"a": 0.5, "b": 0.9},
+            r"`b` is better than `sft` \(.*?\); no difference from the baseline `sft` shown for `a` \(Holm's p 1.0000\)\.",
+        ),
+        (dict.fromkeys("abcde", 0.5), r"no difference from the baseline `sft` shown for any of the 5 arms \(smallest"),
+        (
+            dict.fromkeys("abcde", 0.5) | {"f": 0.9},
+            r"`f` is better than .*; no difference from the baseline `sft` shown for 5 of 6 arms \(",
+        ),
+    ],
+)
+def test_arms_that_show_no_difference_are_listed_apart_from_the_baseline(made, goods, words):
+    _, text = written(made({"sft": ({}, 0.5)} | {arm: ({"optim.lr": ord(arm)}, good) for arm, good in goods.items()}, held=False))
+    assert re.search("quiz acc: " + words, text), text[:900]
+
+
 def test_too_few_items_and_equal_answers_are_said_to_tell_nothing(made):
     folder = made({"sft": ({"loss.kd_ratio": 0}, 0.2), "kd": ({}, 0.9)}, items=4, held=False)
     text = written(folder)[1]
