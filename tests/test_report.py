@@ -489,6 +489,16 @@ def test_the_best_cell_is_framed_whichever_way_is_up():
         assert frame.get("x") == boxes[best].get("x") and boxes[strong].get("class") == f"h{len(ink.HEAT) - 1}"
 
 
+@pytest.mark.parametrize(
+    ("values", "low", "high"), [([0.0] * 3, -1, 1), ([0.0, 3e-17], -1, 1), ([2.0] * 3, 1.9, 2.1), ([-2.0, -2.0 + 1e-15], -2.1, -1.9), ([2e-7, 3e-7], 2e-7, 3e-7)]
+)  # fmt: skip
+def test_the_axis_of_a_constant_figure_has_a_sensible_range(values, low, high):
+    assert ink.limits(values) == pytest.approx((low, high))
+    picture = charts.lines("a", "t", "x", "y", [charts.Series("s", 0, list(enumerate(values)), "dots")])
+    words = [element.text for element in drawn(picture).iter("text")]
+    assert ("-1.0" in words and "1.0" in words) == (high == 1) and ("2.00" in words) == (high == 2.1), words
+
+
 def test_ticks_are_round_and_cover_the_range():
     for low, high in ((0, 1), (-3.7e-4, 9e-5), (12, 4300), (0.49, 0.51)):
         ticks = ink.nice_ticks(low, high)
