@@ -273,6 +273,41 @@ def test_values_over_seeds_are_means_of_the_seeds(made):
         assert any(row[0] == arm and row[1].startswith(f"{sum(means) / 2:.4f}") for row in page.rows)
 
 
+def groups(*given: tuple[str, float]) -> list[dict]:
+    return [{"arms": list(arms), "shared": len(arms) > 1, "why": "w", "estimate": None, "seconds": seconds} for arms, seconds in given]
+
+
+FOUR = {name: ({"optim.lr": i / 10} | ({"loss.kd_ratio": 0} if name == "a" else {}), 0.5) for i, name in enumerate("abcd", 1)}
+
+
+@pytest.mark.parametrize(
+    ("planned", "took", "passes", "rows"),
+    [
+        ([("abc", 9.0), ("d", 3.0)], "All arms took 12.0 seconds, the stages before them 7.0.", "2; one for each arm that distils would have been 3, so 1 were", ["1", "2"]),
+        # killed before anything was recorded, or failed, and planned again
+        ([("abc", 0.0), ("abcd", 8.0)], "All arms took 8.0 seconds, the stages", "1; one for each arm that distils would have been 3, so 2 were", ["2"]),
+        ([("abcd", 5.0), ("abcd", 8.0)], "All arms took 8.0 seconds, earlier attempts at them 5.0, the", "1; one for each arm that distils would have been 3, so 2 were", ["2"]),
+        # the first two ended in the first group, the others went on in a second
+        ([("abcd", 5.0), ("cd", 4.0)], "All arms took 9.0 seconds, the stages", "2; one for each arm that distils would have been 3, so 1 were", ["1", "2"]),
+        ([("ab", 5.0), ("cd", 0.0)], "All arms took at least 5.0 seconds, the stages", "at least 2; one for each arm that distils would have been 3, so at most 1 were", ["1", "2"]),
+    ],
+)  # fmt: skip
+def test_a_group_that_was_planned_again_is_counted_once(made, planned, took, passes, rows):
+    html, text = written(made(FOUR, groups=groups(*planned)))
+    assert took in text and f"Teacher passes over the training data: {passes} saved." in text
+    found = [row for row in checked(html).rows if len(row) == 8 and row[2].startswith(("side by side", "alone: w"))]
+    assert [row[0] for row in found] == rows
+    assert [row[5] for row in found if row[5] == "not recorded"] == ["not recorded"] * ("at least" in took)
+    assert ("the seconds were not recorded" in text) == ("at least" in took)
+
+
+def test_a_group_that_waits_is_not_said_to_have_been_trained(made):
+    folder = made(FOUR, groups=groups(("ab", 5.0), ("cd", 0.0)))
+    changed(folder, c="waiting", d="waiting")
+    _, text = written(folder)
+    assert "All arms took 5.0 seconds" in text and "training data: 1; one for each arm that distils would have been 1, so 0 were" in text
+
+
 NASTY = '<script>alert("1")</script>|`x`&amp;*a*'
 
 
