@@ -16,6 +16,7 @@ CONDITIONS = ("version", "harness", "fewshot", "limit", "seeds", "chat_template"
 #: Figures of held-out rows, and whether higher is better; the first three are compared unless others are asked for.
 HELD_OUT_METRICS = {"ce": False, "forward_kl": False, "agreement": True, "reverse_kl": False}
 _OF_TEACHER = ("forward_kl", "reverse_kl", "agreement")
+_ROUNDING = 1e-12
 
 
 @dataclass(frozen=True)
@@ -41,9 +42,14 @@ class Row:
     verdict: str = "baseline"  # or "no difference shown", "higher", "lower"
     better: bool | None = None  # of a difference that is shown
     within_one_stderr: bool | None = None
-    detectable: float | None = None  # the true difference that is shown 4 times in 5
+    detectable: float | None = None  # the true difference that is shown 4 times in 5; None where too few items, or no spread, tell
     seed_interval: tuple[float, float] | None = None  # 95 % for the difference, over seeds
     seeds_matched: bool | None = None  # whether both arms have the same seeds
+
+    @property
+    def same(self) -> bool:
+        """Whether arm and baseline have the same value for every item, up to rounding."""
+        return self.difference_stderr is not None and max(abs(self.difference), self.difference_stderr) <= _ROUNDING * abs(self.value)
 
 
 def compare(
@@ -245,8 +251,16 @@ def _judged(row: Row, p: float, family: int) -> Row:
     if p < stats.LEVEL:
         verdict = "higher" if row.difference > 0 else "lower"
         better = None if row.higher_is_better is None else row.higher_is_better == (row.difference > 0)
-    least = None if row.difference_stderr is None else stats.detectable(row.difference_stderr, family)
-    return replace(row, p_adjusted=p, family=family, verdict=verdict, better=better, detectable=least)
+    return replace(row, p_adjusted=p, family=family, verdict=verdict, better=better, detectable=_detectable(row, family))
+
+
+def _detectable(row: Row, family: int) -> float | None:
+    """None where so few items cannot show anything, or where a spread of 0 tells nothing about other items."""
+    error = row.difference_stderr
+    if error is None or stats.least_p(row.n, family) >= stats.LEVEL or error <= _ROUNDING * max(abs(row.value), abs(row.difference)):
+        return None
+    least = stats.detectable(error, family)
+    return min(1.0, least) if row.test == "McNemar" else least  # answers that are 0 or 1 differ by no more
 
 
 def _real(x: float) -> float | None:

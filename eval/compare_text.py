@@ -96,18 +96,41 @@ def cells(block: list[Row]) -> list[list[str]]:
 
 def remarks(block: list[Row]) -> list[str]:
     """Below a table: how large a difference could have been seen, and what the seeds say."""
-    d, family = digits(block), max(row.family for row in block)
-    out, least = [], [row.detectable for row in block if row.detectable is not None]
-    if least:
-        low, high = f"{min(least):.{d}f}", f"{max(least):.{d}f}"
-        after = f", after the correction for {family} arms" if family > 1 else ""
-        out.append(f"A true difference of {low if low == high else f'{low} to {high}'} would have been shown 4 times in 5{after}.")
+    d, out = digits(block), reach(block)
     for row in block:
         if row.seed_interval:
             kind = f"{row.seeds} matching seeds (paired t)" if row.seeds_matched else "seeds (Welch's t)"
             zero = "holds 0" if row.seed_interval[0] <= 0 <= row.seed_interval[1] else "beyond 0"
             out.append(f"{row.arm}: 95 % interval over {kind} {_between(row.seed_interval, d)}, {zero}.")
     return out
+
+
+def reach(block: list[Row]) -> list[str]:
+    """How large a difference could have been seen."""
+    others = [row for row in block if row.difference is not None]
+    if none := too_few(others):
+        return [none]
+    d, out, least = digits(block), [], [row.detectable for row in others if row.detectable is not None]
+    if least:
+        low, high, family = f"{min(least):.{d}f}", f"{max(least):.{d}f}", others[0].family
+        after = f", after the correction for {family} arms" if family > 1 else ""
+        out.append(f"A true difference of {low if low == high else f'{low} to {high}'} would have been shown 4 times in 5{after}.")
+    same = [row.arm for row in others if row.same]
+    if same:
+        names = ", ".join(same) if len(same) <= 4 else f"{len(same)} arms"
+        what = "row" if block[0].task == HELD_OUT else "item"
+        out.append(f"{names}: the same as the baseline on every {what}, so how large a difference could have been shown is not known.")
+    return out
+
+
+def too_few(others: list[Row]) -> str:
+    """The sentence on so few items that no difference could be shown, or ""."""
+    if not others or stats.least_p(others[0].n, others[0].family) < stats.LEVEL:
+        return ""
+    n, family = others[0].n, others[0].family
+    what = ("row" if others[0].task == HELD_OUT else "item") + "s" * (n > 1)
+    holm = f"Holm's p for {family} arms" if family > 1 else "p"
+    return f"{n} {what} cannot show any difference: {holm} cannot be below {stats.least_p(n, family):.4f}."
 
 
 def digits(block: list[Row]) -> int:

@@ -8,7 +8,7 @@ from llmkd.errors import UserError
 
 from . import stats
 from .compare import HELD_OUT_METRICS, Row, compare
-from .compare_text import blocks, digits
+from .compare_text import blocks, digits, too_few
 from .items import HELD_OUT, read, tasks_of
 from .page import Span, Text
 
@@ -104,14 +104,23 @@ def _statement(block: list[Row], baseline: str) -> Text:
         figures = f" (difference {first.difference:+.{d}f}{_between(first, d)}, Holm's p {_p(first.p_adjusted)})"
         parts.append([*_listed(members, len(others)), " are " if several else " is ", judged, " than ", Span(baseline), *most, figures])
     if quiet:
-        names = _listed(quiet, len(others), "any of ")
         least = f" ({'smallest ' if len(quiet) > 1 else ''}Holm's p {_p(min(row.p_adjusted for row in quiet))})"
-        parts.append([*(["no difference shown between "] if not shown else ["no difference from it shown for "]), *names])
-        parts[-1] += [" and ", Span(baseline), least] if not shown else [least]
+        names = [f"any of the {len(quiet)} arms"] if len(others) == len(quiet) > 4 else _listed(quiet, len(others))
+        if 1 < len(quiet) <= 4:
+            names = ["any of ", *names]
+        if len(others) == 1:
+            parts.append(["no difference shown between ", *names, " and ", Span(baseline), least])
+        else:
+            parts.append(["no difference from the baseline ", Span(baseline), " shown for ", *names, least])
     out: list[str | Span] = [label(block[0].task, block[0].metric), ": "]
     out += [piece for i, part in enumerate(parts) for piece in ([*(["; "] if i else []), *part])] + ["."]
-    if quiet and (least := [row.detectable for row in quiet if row.detectable]):
+    if none := too_few(others):
+        return (*out, f" {none}")
+    if least := [row.detectable for row in quiet if row.detectable is not None]:
         out.append(f" A true difference of {max(least):.{d}f} would have been shown 4 times in 5.")
+    if same := [row for row in quiet if row.same]:
+        verb, what = "is" if len(same) == 1 else "are", "row" if block[0].task == HELD_OUT else "item"
+        out += [" ", *_listed(same, len(others)), f" {verb} the same as ", Span(baseline), f" on every {what}."]
     return tuple(out)
 
 
@@ -143,11 +152,11 @@ def _over_seeds(rows: list[Row]) -> Text:
     return text + (" Two seeds can show next to nothing: t is 12.7." if fewest == 2 and lost else "")
 
 
-def _listed(rows: list[Row], of: int, before: str = "") -> list[str | Span]:
+def _listed(rows: list[Row], of: int) -> list[str | Span]:
     """Up to four names, or how many arms of `of`; with those of which the seeds don't say the same."""
     if len(rows) > 4:
         lost = sum(map(not_over_seeds, rows))
-        return [f"{before}{len(rows)} of {of} arms" + (f" ({lost} of them not over seeds)" if lost else "")]
+        return [f"{len(rows)} of {of} arms" + (f" ({lost} of them not over seeds)" if lost else "")]
     out: list[str | Span] = []
     for i, row in enumerate(rows):
         out += [

@@ -109,9 +109,13 @@ def tick_labels(ticks: list[float], sign: bool = False) -> list[str]:
 
 
 def limits(values: list[float]) -> tuple[float, float]:
-    """Never empty."""
+    """Never empty: round values that are the same, up to rounding, a twentieth of their size either way; round 0 from -1 to 1."""
     low, high = min(values), max(values)
-    return (low, high) if high > low else (low - max(abs(low), 1e-6) * 0.05, high + max(abs(high), 1e-6) * 0.05)
+    size = max(abs(low), abs(high))
+    if high - low > max(1e-9 * size, 1e-12):
+        return low, high
+    half = 0.05 * size if size > 1e-12 else 1.0
+    return low - half, high + half
 
 
 def widened(values: list[float]) -> tuple[float, float]:

@@ -7,7 +7,7 @@ from llmkd.run_folder import write as write_file
 
 from . import figures, sections
 from .compare import Row
-from .compare_text import EXPLANATION, blocks, cells, digits, remarks, title
+from .compare_text import EXPLANATION, blocks, cells, digits, reach, title
 from .findings import ALONE, compared, label, mark, measure, statements
 from .items import HELD_OUT
 from .page import Heading, Items, Para, Span, Table, Text, as_html, as_markdown
@@ -136,7 +136,7 @@ def results(sweep: SweepFolder, rows: list[Row], prefix: str) -> list:
         chart = figures.intervals(block, f"{prefix}-{i}")
         out += [chart] if chart else []
         out.append(statistics(block))
-        out += [Para(text, "small") for text in remarks(block)[:1] if any(row.detectable for row in block)]
+        out += [Para(text, "small") for text in reach(block)]
     return out
 
 

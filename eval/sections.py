@@ -186,24 +186,36 @@ def cost(sweep: SweepFolder) -> list:
     if not groups:
         return [*out, Para("No group of arms has been planned yet.")]
     rows: list[list[Text]] = []
+    last = {name: i for i, group in enumerate(groups, 1) for name in group["arms"]}  # a sweep that went on may have planned arms anew
+    passes = alone = 0
+    seconds, earlier, lost = 0.0, 0.0, False
     for i, group in enumerate(groups, 1):
+        own = [runs[name] for name in group["arms"] if last[name] == i and name in runs]
+        if i not in last.values():
+            earlier += group.get("seconds") or 0.0
+            continue
         names = ", ".join(group["arms"][:8]) + (f" and {len(group['arms']) - 8} more" if len(group["arms"]) > 8 else "")
         how = "side by side" if group.get("shared") else f"alone: {group.get('why') or 'no reason recorded'}"
         guess, took = (group.get("estimate") or {}), group.get("seconds") or 0.0
         planned = f"{guess['seconds']:.1f}" if "seconds" in guess else "none"
         memory = f"{guess['bytes'] / 1e9:.1f} GB" if "bytes" in guess else "none"
-        rows.append([str(i), names, how, str(len(group["arms"])), planned, f"{took:.1f}", f"{took / len(group['arms']):.1f}", memory])
+        unknown = not took and any(run.status == "done" for run in own)
+        actual = ["not recorded"] * 2 if unknown else [f"{took:.1f}", f"{took / len(group['arms']):.1f}"]
+        rows.append([str(i), names, how, str(len(group["arms"])), planned, *actual, memory])
+        if took or unknown:
+            taught = sum(run.distils for run in own)
+            passes, alone = passes + (taught > 0), alone + taught
+        seconds, lost = seconds + took, lost or unknown
     head: list[Text] = ["group", "arms", "how", "arms", "seconds, estimated", "actual", "an arm's share", "memory, estimated"]
-    trained = [g for g in groups if g.get("seconds")]
-    taught = [[runs[n] for n in g["arms"] if n in runs and runs[n].distils] for g in trained]
-    passes, alone = sum(1 for t in taught if t), sum(len(t) for t in taught)
-    seconds = sum(g.get("seconds") or 0.0 for g in groups)
     before = sum(stage.get("seconds") or 0.0 for stage in (sweep.data.get("stages") or {}).values())
     items: list[Text] = [
-        f"All arms took {seconds:.1f} seconds"
+        f"All arms took {'at least ' * lost}{seconds:.1f} seconds"
+        + (f", earlier attempts at them {earlier:.1f}" if earlier else "")
         + (f", the stages before them {before:.1f}" if before else "")
-        + ". Validation and saving are in it.",
-        f"Teacher passes over the training data: {passes}; one for each arm that distils would have been {alone}, so {alone - passes} were saved.",
+        + ". Validation and saving are in it."
+        + " Of some arms that are done the seconds were not recorded." * lost,
+        f"Teacher passes over the training data: {'at least ' * lost}{passes}; one for each arm that distils would have been {alone}, "
+        f"so {'at most ' * lost}{alone - passes} were saved.",
     ]
     out += [Items(items), Table(head, rows, left=3)]
     each: list[list[Text]] = [[Span(run.name), f"{run.seconds:.1f}", run.status] for run in sweep.runs]

@@ -204,6 +204,14 @@ def t_quantile(level: float, df: int) -> float:
     return math.sqrt(df) * math.tan(low)
 
 
+def least_p(n: int, family: int = 1) -> float:
+    """The smallest Holm's p that n items can give in a family: all differ one way, which one sign pattern of 2^(n - 1) does.
+
+    Holm multiplies the smallest p of a family by its size, and none comes out below that one.
+    """
+    return min(1.0, family * 0.5 ** (n - 1))
+
+
 def detectable(stderr: float, family: int = 1) -> float:
     """The true difference that a comparison with this standard error shows 4 times in 5.
 

@@ -27,6 +27,9 @@ METRICS = {
     "accuracy": ("accuracy", "accuracy on multiple-choice questions"),
 }
 
+#: Figures that a teacher is part of.
+OF_TEACHER = ("forward_kl", "reverse_kl", "agreement", "teacher_ce", "teacher_entropy")
+
 #: What `loading.base` does too.
 REPACKING = (
     "for module in base.modules():  # or bitsandbytes may turn weights on a CPU into a form that DoRA and gradients cannot do with\n"
@@ -76,6 +79,8 @@ class Used:
 def card(recipe: Recipe, summary: dict, student: ModelFiles | None, teacher: ModelFiles | None, origins: dict[str, list[dict]]) -> str:
     """The card's Markdown. `student` and `teacher` are None where there was no such model; `origins` are `Prepared`'s."""
     data = used(recipe, origins)
+    if recipe.teacher is None or not recipe.loss.kd_ratio:
+        summary = without_teacher(summary)
     metadata = yaml.safe_dump(metadata_of(recipe, summary, student, teacher, data), sort_keys=False, allow_unicode=True, width=140)
     packages = ["torch", "transformers", "peft", "accelerate", "datasets"]
     if recipe.student.quantization or (teacher and recipe.teacher.quantization) or recipe.optim.name != "adamw":
@@ -98,6 +103,11 @@ def card(recipe: Recipe, summary: dict, student: ModelFiles | None, teacher: Mod
             "",
         ]
     )
+
+
+def without_teacher(summary: dict) -> dict:
+    """Without the figures of a teacher, which a sweep measures of arms that learned from none: it is no part of such a student."""
+    return summary | {part: {k: v for k, v in summary.get(part, {}).items() if k not in OF_TEACHER} for part in ("before", "validation")}
 
 
 def merged(text: str, folder: Path, drift: dict | None) -> str:

@@ -337,6 +337,48 @@ def test_all_equal_arms_and_a_single_item(home):
     assert json.loads(as_json(list(rows.values())))["rows"] and "unknown" in as_text(list(rows.values()))
 
 
+def test_items_that_cannot_show_any_difference_are_said_to_be_too_few(home):
+    for run, x in (("a", [1, 0, 1, 0]), ("b", [0, 1, 0, 0])):
+        evaluated(run, {"acc": x})
+        evaluated(run, {"acc": x[:1]}, task="one")
+    rows = compare(arms("a", "b"))
+    text = as_text(rows)
+    assert all(row.detectable is None for row in rows) and "would have been shown" not in text
+    assert "4 items cannot show any difference: p cannot be below 0.1250." in text
+    assert "1 item cannot show any difference: p cannot be below 1.0000." in text
+    targets = np.full(6, 10)
+    for i, run in enumerate("pqrst"):
+        held_out(run, {"ce": targets * (2 + i + 0.1 * np.arange(6))}, targets)
+    rows = compare(arms(*"pqrst"))
+    assert {row.p_adjusted for row in rows[1:]} == {0.125} and {row.detectable for row in rows} == {None}
+    assert "6 rows cannot show any difference: Holm's p for 4 arms cannot be below 0.1250." in as_text(rows)
+    held_out("q", {"ce": targets * 3 + np.arange(6)}, targets)
+    _, q = compare(arms("p", "q"))  # one arm, and six rows are enough
+    assert q.p == 2 / 2**6 and q.verdict == "higher" and "cannot show" not in as_text([q])
+
+
+def test_a_spread_of_zero_says_nothing_of_what_could_have_been_shown(home):
+    x = answers(40, 0.5, 1)
+    for run, y in (("a", x), ("same", x), ("other", answers(40, 0.6, 2))):
+        evaluated(run, {"acc": y, "score": 0.1 + 0.7 * y})
+    evaluated("same", {"acc": x, "score": 0.4 + 0.7 * x})  # always 0.3 more, but for rounding
+    same, score = [row for row in compare(arms("a", "same")) if row.arm == "same"]
+    assert same.detectable is score.detectable is None and same.same and not score.same
+    assert score.verdict == "higher" and 0 < abs(score.difference - 0.3) + score.difference_stderr < 1e-12
+    text = as_text([same, score])
+    assert "would have been shown" not in text and text.count("same: the same as the baseline on every item, so how large") == 1
+    block = compare(arms("a", "same", "other"), metrics=["acc"])
+    assert block[1].detectable is None and f"A true difference of {block[2].detectable:.4f} would" in as_text(block)
+    assert "\nsame: the same as the baseline" in as_text(block)
+
+
+def test_no_larger_difference_than_there_can_be_is_named(home):
+    for run, y in (("a", [1, 0] * 4), ("b", [0, 1] * 4)):
+        evaluated(run, {"acc": y})
+    _, row = compare(arms("a", "b"))
+    assert row.test == "McNemar" and row.difference_stderr > 0.36 and row.detectable == 1
+
+
 @pytest.fixture
 def two(home):
     long = "a_name_that_is_longer_than_the_column_of_names"

@@ -227,6 +227,36 @@ def test_no_difference_is_said_to_be_none_shown(made):
     assert "`kd` is better" not in text and "No arm and the baseline both have two seeds or more" in text
 
 
+@pytest.mark.parametrize(
+    ("goods", "words"),
+    [
+        ({"a": 0.5, "b": 0.5}, r"no difference from the baseline `sft` shown for any of `a` and `b` \(smallest Holm's p 1.0000\)\."),
+        (
+            {"a": 0.5, "b": 0.9},
+            r"`b` is better than `sft` \(.*?\); no difference from the baseline `sft` shown for `a` \(Holm's p 1.0000\)\.",
+        ),
+        (dict.fromkeys("abcde", 0.5), r"no difference from the baseline `sft` shown for any of the 5 arms \(smallest"),
+        (
+            dict.fromkeys("abcde", 0.5) | {"f": 0.9},
+            r"`f` is better than .*; no difference from the baseline `sft` shown for 5 of 6 arms \(",
+        ),
+    ],
+)
+def test_arms_that_show_no_difference_are_listed_apart_from_the_baseline(made, goods, words):
+    _, text = written(made({"sft": ({}, 0.5)} | {arm: ({"optim.lr": ord(arm)}, good) for arm, good in goods.items()}, held=False))
+    assert re.search("quiz acc: " + words, text), text[:900]
+
+
+def test_too_few_items_and_equal_answers_are_said_to_tell_nothing(made):
+    folder = made({"sft": ({"loss.kd_ratio": 0}, 0.2), "kd": ({}, 0.9)}, items=4, held=False)
+    text = written(folder)[1]
+    assert text.count("4 items cannot show any difference: p cannot be below 0.1250.") == 2 and "would have been shown" not in text
+    again = made({"a": ({"loss.kd_ratio": 0}, 0.5), "b": ({}, 0.5)}, held=False)
+    text = written(again)[1]
+    assert "quiz acc: no difference shown between `b` and `a` (Holm's p 1.0000). `b` is the same as `a` on every item." in text
+    assert "would have been shown" not in text and "b: the same as the baseline on every item, so how large a difference" in text
+
+
 def test_many_arms_are_counted_and_seeds_are_asked(made):
     arms = {"sft": ({"loss.kd_ratio": 0}, 0.4)} | {f"lr{i}": ({"optim.lr": i / 1000}, 0.8) for i in range(1, 7)}
     html, text = written(made(arms, seeds=(1, 2, 3)))
@@ -241,6 +271,41 @@ def test_values_over_seeds_are_means_of_the_seeds(made):
         rows = [[json.loads(x) for x in (folder / f"arms/{arm},seed={seed}/held_out.jsonl").read_text().splitlines()] for seed in (1, 2)]
         means = [sum(row["sums"]["ce"] for row in some) / sum(row["targets"] for row in some) for some in rows]
         assert any(row[0] == arm and row[1].startswith(f"{sum(means) / 2:.4f}") for row in page.rows)
+
+
+def groups(*given: tuple[str, float]) -> list[dict]:
+    return [{"arms": list(arms), "shared": len(arms) > 1, "why": "w", "estimate": None, "seconds": seconds} for arms, seconds in given]
+
+
+FOUR = {name: ({"optim.lr": i / 10} | ({"loss.kd_ratio": 0} if name == "a" else {}), 0.5) for i, name in enumerate("abcd", 1)}
+
+
+@pytest.mark.parametrize(
+    ("planned", "took", "passes", "rows"),
+    [
+        ([("abc", 9.0), ("d", 3.0)], "All arms took 12.0 seconds, the stages before them 7.0.", "2; one for each arm that distils would have been 3, so 1 were", ["1", "2"]),
+        # killed before anything was recorded, or failed, and planned again
+        ([("abc", 0.0), ("abcd", 8.0)], "All arms took 8.0 seconds, the stages", "1; one for each arm that distils would have been 3, so 2 were", ["2"]),
+        ([("abcd", 5.0), ("abcd", 8.0)], "All arms took 8.0 seconds, earlier attempts at them 5.0, the", "1; one for each arm that distils would have been 3, so 2 were", ["2"]),
+        # the first two ended in the first group, the others went on in a second
+        ([("abcd", 5.0), ("cd", 4.0)], "All arms took 9.0 seconds, the stages", "2; one for each arm that distils would have been 3, so 1 were", ["1", "2"]),
+        ([("ab", 5.0), ("cd", 0.0)], "All arms took at least 5.0 seconds, the stages", "at least 2; one for each arm that distils would have been 3, so at most 1 were", ["1", "2"]),
+    ],
+)  # fmt: skip
+def test_a_group_that_was_planned_again_is_counted_once(made, planned, took, passes, rows):
+    html, text = written(made(FOUR, groups=groups(*planned)))
+    assert took in text and f"Teacher passes over the training data: {passes} saved." in text
+    found = [row for row in checked(html).rows if len(row) == 8 and row[2].startswith(("side by side", "alone: w"))]
+    assert [row[0] for row in found] == rows
+    assert [row[5] for row in found if row[5] == "not recorded"] == ["not recorded"] * ("at least" in took)
+    assert ("the seconds were not recorded" in text) == ("at least" in took)
+
+
+def test_a_group_that_waits_is_not_said_to_have_been_trained(made):
+    folder = made(FOUR, groups=groups(("ab", 5.0), ("cd", 0.0)))
+    changed(folder, c="waiting", d="waiting")
+    _, text = written(folder)
+    assert "All arms took 5.0 seconds" in text and "training data: 1; one for each arm that distils would have been 1, so 0 were" in text
 
 
 NASTY = '<script>alert("1")</script>|`x`&amp;*a*'
@@ -457,6 +522,16 @@ def test_the_best_cell_is_framed_whichever_way_is_up():
         boxes = [r for r in root.iter("rect") if r.get("class") != "best"]
         (frame,) = [r for r in root.iter("rect") if r.get("class") == "best"]
         assert frame.get("x") == boxes[best].get("x") and boxes[strong].get("class") == f"h{len(ink.HEAT) - 1}"
+
+
+@pytest.mark.parametrize(
+    ("values", "low", "high"), [([0.0] * 3, -1, 1), ([0.0, 3e-17], -1, 1), ([2.0] * 3, 1.9, 2.1), ([-2.0, -2.0 + 1e-15], -2.1, -1.9), ([2e-7, 3e-7], 2e-7, 3e-7)]
+)  # fmt: skip
+def test_the_axis_of_a_constant_figure_has_a_sensible_range(values, low, high):
+    assert ink.limits(values) == pytest.approx((low, high))
+    picture = charts.lines("a", "t", "x", "y", [charts.Series("s", 0, list(enumerate(values)), "dots")])
+    words = [element.text for element in drawn(picture).iter("text")]
+    assert ("-1.0" in words and "1.0" in words) == (high == 1) and ("2.00" in words) == (high == 2.1), words
 
 
 def test_ticks_are_round_and_cover_the_range():

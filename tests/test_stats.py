@@ -171,6 +171,14 @@ def test_a_detectable_difference_is_found_four_times_in_five(rng):
     assert 0.75 < found / 500 < 0.85  # three standard errors
 
 
+def test_no_items_give_a_smaller_p_than_the_least():
+    for n in range(1, 12):
+        assert stats.sign_flip(np.ones(n))[0] == stats.least_p(n) == 2 / 2**n
+        assert stats.mcnemar(np.ones(n), np.zeros(n)) == pytest.approx(2 / 2**n)
+    assert stats.least_p(6, 4) == stats.holm(np.full(4, stats.sign_flip(np.arange(1.0, 7))[0])).min() == 0.125
+    assert stats.least_p(2, 9) == 1 and stats.least_p(10_042) == 0
+
+
 @pytest.mark.parametrize("kind", ["normal", "answers", "ratio"])
 def test_the_interval_covers_95_times_in_100(kind, rng):
     n, times, covered = 40, 1000, 0
