@@ -3,8 +3,8 @@
 import json
 import math
 import re
-from pathlib import Path
 from collections import Counter
+from pathlib import Path
 
 from . import published
 from .page import Fold, Heading, Items, Para, Span, Table, Text
