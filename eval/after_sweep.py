@@ -7,7 +7,7 @@ from llmkd.console import first_process, say
 from llmkd.errors import UserError
 from llmkd.recipe_study import Evaluation
 
-from .results import read_record
+from .record_files import read_record
 
 
 def check(folder: Path, wanted: Evaluation) -> None:

@@ -17,7 +17,7 @@ from llmkd.console import first_process, say
 from llmkd.errors import Stopped, UserError
 from llmkd.stopping import StopRequest
 
-from . import results
+from . import record_files
 from .benchmarks import find_tasks, harness_version, index, need_harness, shots
 from .live_model import live_model_class
 from .samples import in_words, items_of, record_of
@@ -74,12 +74,12 @@ def _known(target: Target, tasks: dict, options: Options) -> dict[str, dict | No
     """What is there of each task: its record, or None where it is to be evaluated. UserError where other settings are there."""
     found, problems = {}, []
     for name, task in tasks.items():
-        record = None if options.force else results.read_record(target.out, name)
+        record = None if options.force else record_files.read_record(target.out, name)
         if record is not None and not _whole(target.out, name):
             say(f"note: {target.out / name}.jsonl is not whole; evaluating {name} again")
             record = None
         if record is not None:
-            differ = results.differences(record, _settings(target, task, options))
+            differ = record_files.differences(record, _settings(target, task, options))
             if not differ and not _same_items(target.out, name, task, options.limit):
                 differ = ["the task's items are others now"]
             if differ:
@@ -96,7 +96,7 @@ def _known(target: Target, tasks: dict, options: Options) -> dict[str, dict | No
 
 def _whole(folder: Path, task: str) -> bool:
     try:
-        return bool(results.read_items(folder, task))
+        return bool(record_files.read_items(folder, task))
     except (UserError, ValueError):
         return False
 
@@ -109,7 +109,7 @@ def _same_items(folder: Path, name: str, task, limit: int | None) -> bool:
         return hash_string(json.dumps(doc, indent=2, default=handle_non_serializable, ensure_ascii=False))
 
     return {(i, own(doc)) for i, doc in task.doc_iterator(limit=limit)} == {
-        (item["id"], item["hash"]) for item in results.read_items(folder, name)
+        (item["id"], item["hash"]) for item in record_files.read_items(folder, name)
     }
 
 
@@ -200,7 +200,7 @@ class _Work:
             try:
                 items = items_of(found["samples"][name], live.cut)
                 record = record_of(found, name, items, _settings(target, self.tasks[name], options), time.monotonic() - started)
-                record = results.write_task(target.out, record, items)
+                record = record_files.write_task(target.out, record, items)
                 self.tell(record, items, live.max_length)
             except UserError as error:
                 problem = str(error)

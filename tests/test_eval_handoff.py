@@ -16,7 +16,7 @@ import yaml
 
 pytest.importorskip("lm_eval")
 from conftest import plain_recipe
-from llmkd_eval import benchmarks, results
+from llmkd_eval import benchmarks, record_files
 from llmkd_eval.harness import _without_asides, evaluate, evaluate_all
 from llmkd_eval.local_tasks import write_tasks
 from test_real_data import SHARED
@@ -117,7 +117,7 @@ def trained(world, tmp_path, **changes) -> Path:
 
 
 def likelihoods(place: Path, task: str) -> list[list[float]]:
-    return [item["loglikelihoods"] for item in results.read_items(place, task)]
+    return [item["loglikelihoods"] for item in record_files.read_items(place, task)]
 
 
 def by_hand(folder: Path, tasks_dir: Path, name: str, **options) -> tuple[list[list[float]], dict]:
@@ -218,11 +218,11 @@ def test_a_record_says_what_was_measured_and_how(base, tmp_path, tasks_dir):
     from llmkd.data.skills import tokenizer
 
     record = evaluate(base, ["hellaswag"], tasks_dir=tasks_dir, fewshot=1, limit=6, seed=3, out=tmp_path / "out")["hellaswag"]
-    assert record == results.read_record(tmp_path / "out", "hellaswag") and results.tasks_of(tmp_path / "out") == ["hellaswag"]
+    assert record == record_files.read_record(tmp_path / "out", "hellaswag") and record_files.tasks_of(tmp_path / "out") == ["hellaswag"]
     assert list(record) == ("task version harness llmkd fewshot limit seeds model n metrics cut items_sha256 date seconds".split())
     assert (record["version"], record["fewshot"], record["limit"], record["n"], record["cut"]) == (1.0, 1, 6, 6, 0)
     assert record["seeds"] == dict.fromkeys(("random", "numpy", "torch", "fewshot"), 3)
-    items = results.read_items(tmp_path / "out", "hellaswag")
+    items = record_files.read_items(tmp_path / "out", "hellaswag")
     assert [item["id"] for item in items] == list(range(6)) and len({item["hash"] for item in items}) == 6
     plain, lengths = AutoModelForCausalLM.from_pretrained(base), [len(ending) for ending in hellaswag(0)["endings"]]
     right, normed = [], []
@@ -288,7 +288,7 @@ def test_nothing_is_evaluated_twice_or_mixed_up(base, small, tmp_path, tasks_dir
     assert code == 2 and "model.fingerprint" in err
     assert len(loaded) == 1 and (out / "commonsense_qa.json").read_bytes() == first and not (out / "hellaswag.json").exists()
     code, table, _ = eval_("commonsense_qa", "--limit", 4, "--dtype", "float32", "--force")
-    assert code == 0 and len(loaded) == 2 and results.read_record(out, "commonsense_qa")["model"]["dtype"] == "float32"
+    assert code == 0 and len(loaded) == 2 and record_files.read_record(out, "commonsense_qa")["model"]["dtype"] == "float32"
 
 
 def test_other_items_or_torn_files_are_no_result(base, tmp_path, tasks_dir, capsys):
@@ -302,7 +302,7 @@ def test_other_items_or_torn_files_are_no_result(base, tmp_path, tasks_dir, caps
     whole = (out / "commonsense_qa.jsonl").read_bytes()
     (out / "commonsense_qa.jsonl").write_bytes(whole[:-30])
     with pytest.raises(UserError, match="is not what commonsense_qa.json was made of"):
-        results.read_items(out, "commonsense_qa")
+        record_files.read_items(out, "commonsense_qa")
     code, _, err = command(capsys, *words, tasks_dir)
     assert code == 0 and "is not whole" in err and (out / "commonsense_qa.jsonl").read_bytes() == whole
 
@@ -371,7 +371,7 @@ def test_prompts_longer_than_the_context_are_counted_and_said(small, tmp_path, t
             marked.append(sum(len(encode(text)["input_ids"]) > 97 for text in texts))  # the last token is not read
         cut_of[name] = sum(marked)
         assert records[name]["cut"] == sum(marked)
-        assert [item["cut"] for item in results.read_items(tmp_path / "out", name)] == [n > 0 for n in marked]
+        assert [item["cut"] for item in record_files.read_items(tmp_path / "out", name)] == [n > 0 for n in marked]
     assert cut_of["truthfulqa_mc2"] == 20 and cut_of["hellaswag"] == 0
     assert len(said) == sum(n > 0 for n in cut_of.values())
     assert "20 requests, of 5 of 5 items, are longer than the model's context of 96 tokens" in said[-1]
@@ -396,33 +396,33 @@ def test_what_does_not_fit_into_the_context_fails_in_words_and_the_other_tasks_a
     assert code == 2 and len(refusals) == 2
     assert "long_answer: up to 96 tokens are to be generated, and the model's context holds 96" in refusals[0]
     assert "long_choice: an answer has " in refusals[1]
-    assert results.tasks_of(tmp_path / "out") == ["short_answer"]
-    items = results.read_items(tmp_path / "out", "short_answer")
+    assert record_files.tasks_of(tmp_path / "out") == ["short_answer"]
+    items = record_files.read_items(tmp_path / "out", "short_answer")
     assert [item["cut"] for item in items] == [False, True] and all(isinstance(item["answers"][0], str) for item in items)
 
 
 def test_a_signal_keeps_what_is_finished_and_the_same_command_goes_on(base, tmp_path, tasks_dir, monkeypatch, capsys):
-    out, real = tmp_path / "out", results.write_task
+    out, real = tmp_path / "out", record_files.write_task
 
     def write_and_signal(*a):
         record = real(*a)
         os.kill(os.getpid(), signal.SIGTERM)
         return record
 
-    monkeypatch.setattr(results, "write_task", write_and_signal)
+    monkeypatch.setattr(record_files, "write_task", write_and_signal)
     with pytest.raises(Stopped, match="1 of 3 evaluations done; the same command goes on"):
         evaluate(base, TASKS, tasks_dir=tasks_dir, out=out)
-    assert results.tasks_of(out) == TASKS[:1] and not list(out.glob("*.tmp-*"))
+    assert record_files.tasks_of(out) == TASKS[:1] and not list(out.glob("*.tmp-*"))
     kept = (out / f"{TASKS[0]}.json").read_bytes()
-    monkeypatch.setattr(results, "write_task", real)
+    monkeypatch.setattr(record_files, "write_task", real)
     monkeypatch.setattr(
         "llmkd_eval.live_model._Progress.add_partial", lambda self, *_: os.kill(os.getpid(), signal.SIGINT) or stop_now(self)
     )
     code, _, err = command(capsys, base, "--tasks", ",".join(TASKS), "--tasks_dir", tasks_dir, "--out", out)
-    assert code == 75 and "0 of 2 evaluations done" in err and results.tasks_of(out) == TASKS[:1]
+    assert code == 75 and "0 of 2 evaluations done" in err and record_files.tasks_of(out) == TASKS[:1]
     monkeypatch.undo()
     assert evaluate(base, TASKS, tasks_dir=tasks_dir, out=out).keys() == set(TASKS)
-    assert sorted(results.tasks_of(out)) == sorted(TASKS) and (out / f"{TASKS[0]}.json").read_bytes() == kept
+    assert sorted(record_files.tasks_of(out)) == sorted(TASKS) and (out / f"{TASKS[0]}.json").read_bytes() == kept
 
 
 def stop_now(progress) -> None:
@@ -435,9 +435,9 @@ def test_results_go_beside_a_run_and_elsewhere_for_other_models(world, base, sma
     monkeypatch.chdir(tmp_path)
     one = ["commonsense_qa"]
     evaluate(folder / "adapter", one, tasks_dir=tasks_dir)
-    assert results.tasks_of(folder) == one and (folder / "eval/commonsense_qa.json").exists()
+    assert record_files.tasks_of(folder) == one and (folder / "eval/commonsense_qa.json").exists()
     evaluate(base, one, tasks_dir=tasks_dir)
-    assert results.tasks_of(Path("runs/eval") / f"{base.parent.name}--student") == one
+    assert record_files.tasks_of(Path("runs/eval") / f"{base.parent.name}--student") == one
     found = evaluate_all([str(base), str(small)], one, tasks_dir=tasks_dir, out="both")
     assert len(found) == 2 and len(list(Path("both").glob("*/commonsense_qa.json"))) == 2
     made, real = [], __import__("lm_eval.tasks", fromlist=["TaskManager"]).TaskManager
@@ -484,12 +484,12 @@ def test_two_processes_find_what_one_finds(base, tmp_path, tasks_dir):
     assert done.stdout.count("commonsense_qa") == 1, "the table is the first process's"
     assert main(["eval", *words, str(tmp_path / "one")]) == 0
     for name in ("commonsense_qa", "truthfulqa_mc2"):
-        one, two = (results.read_record(tmp_path / out, name) for out in ("one", "two"))
+        one, two = (record_files.read_record(tmp_path / out, name) for out in ("one", "two"))
         timed = {"date": 0, "seconds": 0, "items_sha256": 0, "metrics": 0}
         assert one | timed == two | timed
         for metric, figure in one["metrics"].items():
             assert figure == pytest.approx(two["metrics"][metric], abs=1e-9)
-        for a, b in zip(results.read_items(tmp_path / "one", name), results.read_items(tmp_path / "two", name), strict=True):
+        for a, b in zip(record_files.read_items(tmp_path / "one", name), record_files.read_items(tmp_path / "two", name), strict=True):
             assert a["id"] == b["id"] and a["hash"] == b["hash"] and a["loglikelihoods"] == pytest.approx(b["loglikelihoods"], abs=1e-9)
 
 

@@ -6,7 +6,7 @@ import pytest
 
 pytest.importorskip("lm_eval")
 from conftest import plain_recipe
-from llmkd_eval import results
+from llmkd_eval import record_files
 from test_eval_handoff import base, tasks_dir  # noqa: F401 fixtures
 
 from llmkd.cli import main
@@ -35,8 +35,8 @@ def test_every_arm_is_measured_compared_and_reported(file, tmp_path, capsys):
     assert str(out / "report.html") in capsys.readouterr().out
     text = (out / "report.md").read_text()
     for name in ("kd_ratio=0,seed=1", "kd_ratio=1,seed=2"):
-        items = results.read_items(out / "arms" / name, "hellaswag")
-        record = results.read_record(out / "arms" / name, "hellaswag")
+        items = record_files.read_items(out / "arms" / name, "hellaswag")
+        record = record_files.read_record(out / "arms" / name, "hellaswag")
         assert len(items) == 9 and record["metrics"]["acc"]["value"] == pytest.approx(sum(i["metrics"]["acc"] for i in items) / 9)
     assert "kd_ratio=1" in text and "hellaswag" in text
     written = (out / "arms/kd_ratio=0,seed=1/eval/hellaswag.json").stat().st_mtime_ns
@@ -60,7 +60,7 @@ def test_a_failed_arm_is_said_at_the_end_and_the_others_are_measured(file, tmp_p
     monkeypatch.setattr(Distiller, "forward", forward)
     assert main(["sweep", "--config", file, "--seeds", "[1]"]) == 2
     assert "llmkd: arm kd_ratio=1: step 1: gradient is not finite" in capsys.readouterr().err
-    assert results.read_record(tmp_path / "sweep/arms/kd_ratio=0", "hellaswag")
+    assert record_files.read_record(tmp_path / "sweep/arms/kd_ratio=0", "hellaswag")
     assert "not finite" in (tmp_path / "sweep/report.md").read_text()
 
 
