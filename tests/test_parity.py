@@ -54,6 +54,7 @@ def test_the_reference_moves(world, trained, reference):
     assert distance(trained("ce", loss__kd_ratio=0.0), reference("lora")) > 1e-4
 
 
+@pytest.mark.slow
 def test_two_processes_are_one(world, reference, tmp_path):
     """Ragged windows over two gloo ranks, also where a rank has no example left, and for a student trained in full."""
     for name, changes in (("lora", []), ("lora3", ["--train.micro_batch_size", "3"]), ("full", ["--student.method", "full"])):
@@ -63,6 +64,7 @@ def test_two_processes_are_one(world, reference, tmp_path):
         assert distance(weights(tmp_path / name), reference(name.rstrip("3"))) < BOUND
 
 
+@pytest.mark.slow
 def test_two_processes_are_one_where_some_weights_are_never_used(world, trained, tmp_path):
     """BART's decoder alone has an attention to an encoder that is not there: no gradient ever comes for it."""
     from families import tiny

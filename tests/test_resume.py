@@ -226,6 +226,7 @@ def test_kill_9_in_the_middle_of_an_accumulation(world, trained, tmp_path, call)
     assert distance(weights(tmp_path / "killed"), expected) == 0
 
 
+@pytest.mark.slow
 def test_two_processes_resume_bit_for_bit(world, tmp_path):
     (tmp_path / "r.yaml").write_text(json.dumps(plain_recipe(world, tmp_path / "out")))
     changes = [w for k, v in LONG.items() for w in ("--" + k.replace("__", "."), str(v))]

@@ -163,6 +163,7 @@ def test_a_failed_arm_does_not_stop_the_rest(sweep, tmp_path, monkeypatch, capsy
     assert "2 of 4 arms: worse, late" in capsys.readouterr().err and state(folder)["arms"]["bad"]["status"] == "failed"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kills", [2])
 def test_a_sweep_that_is_killed_goes_on(sweep, world, tmp_path, kills):
     """Stopped by SIGKILL at one step, by SIGTERM at another, then whole: bit for bit the sweep that was not."""
@@ -215,6 +216,7 @@ def test_arms_at_different_steps_go_on_from_one_that_all_have(sweep, world, tmp_
         assert distance(weights(whole / "arms" / name), weights(folder / "arms" / name)) == 0
 
 
+@pytest.mark.slow
 def test_two_processes_share_a_teacher_too(sweep, tmp_path):
     from test_parity import torchrun
 
