@@ -209,7 +209,7 @@ def _rows(task: str, metric: str, measured: dict[str, list[Measured]], baseline:
     x = {arm: np.stack([np.bincount(group, m.values[metric]) for m in runs]) for arm, runs in measured.items()}  # [seeds, n]
     rows = []
     for arm in measured:
-        value, stderr = stats.ratio_stderr(x[arm].mean(axis=0), np.ones(x[arm].shape[1]) if w is None else w)
+        value, stderr = stats.ratio_stderr(x[arm].mean(axis=0), w)
         spread = stats.seed_spread(x[arm].sum(axis=1) / total)[0]
         row = Row(task, metric, arm, x[arm].shape[1], value, _real(stderr), len(x[arm]), _real(spread), up)
         rows.append(row if arm == baseline else _against(row, x[arm], x[baseline], w, total, seeds[arm], seeds[baseline]))

@@ -11,12 +11,6 @@ from llmkd.run_folder import write
 SAME = ("version", "harness", "fewshot", "limit", "seeds", "model.fingerprint", "model.dtype", "model.quantization")
 
 
-def tasks_of(place: Path | str) -> list[str]:
-    """The tasks that a run or folder has results of."""
-    found = (path for folder in (Path(place), Path(place) / "eval") for path in folder.glob("*.json"))
-    return sorted({path.stem for path in found if path.with_suffix(".jsonl").exists()})
-
-
 def read_record(place: Path | str, task: str) -> dict | None:
     """The record of a task; None if there is none."""
     path = _path(place, task, "json")

@@ -19,22 +19,15 @@ _CELLS = 1 << 22  # random numbers held at once
 _FEW = 64  # different values: then resampling is drawing how often each occurs
 
 
-def mean_stderr(x: np.ndarray) -> tuple[float, float]:
-    """Mean of x [n] and its standard error, s / sqrt(n) with s² = sum((x - mean)²) / (n - 1).
-
-    This is lm-evaluation-harness's `mean_stderr`. One item has no spread: NaN.
-    """
-    return ratio_stderr(x, np.ones(len(x)))
-
-
-def ratio_stderr(x: np.ndarray, w: np.ndarray) -> tuple[float, float]:
+def ratio_stderr(x: np.ndarray, w: np.ndarray | None = None) -> tuple[float, float]:
     """r = sum(x) / sum(w) over items, such as nats per token, and its standard error by the delta method.
 
     sqrt(n / (n - 1) · sum((x - r w)²)) / sum(w), the linearised variance of a ratio estimate (Cochran, Sampling Techniques, 3rd ed.,
     section 2.11, without the finite population's correction). The items are what is drawn, so a long example weighs more and also
-    varies more. With w = 1 it is `mean_stderr`. x, w: [n], w > 0. One item: NaN.
+    varies more. Without w it is the mean and s / sqrt(n), lm-evaluation-harness's `mean_stderr`. x, w: [n], w > 0. One item: NaN.
     """
-    x, w = np.asarray(x, float), np.asarray(w, float)
+    x = np.asarray(x, float)
+    w = np.ones(len(x)) if w is None else np.asarray(w, float)
     n, total = len(x), w.sum()
     ratio = x.sum() / total
     return float(ratio), float(np.sqrt(n / (n - 1) * np.square(x - ratio * w).sum()) / total) if n > 1 else math.nan
@@ -64,7 +57,7 @@ def paired_difference(a: np.ndarray, b: np.ndarray, w: np.ndarray | None = None,
     """
     d = np.asarray(a, float) - np.asarray(b, float)
     n = len(d)
-    value, stderr = ratio_stderr(d, np.ones(n) if w is None else w)
+    value, stderr = ratio_stderr(d, w)
     if n == 1:
         return Difference(value, stderr, (math.nan, math.nan))
     tail = NormalDist().cdf(-t_quantile(1 - LEVEL, n - 1) * math.sqrt(n / (n - 1)))

@@ -14,7 +14,7 @@ import yaml
 
 from . import __version__
 from .model_files import ModelFiles, hub_origin, licence
-from .recipe import Quantization, Recipe, Source, sources
+from .recipe import Quantization, Recipe, Source, distils, sources
 from .settings import dump
 
 #: Validation figures by the names that the hub's metrics have, where they have one, and what they are.
@@ -79,7 +79,7 @@ class Used:
 def card(recipe: Recipe, summary: dict, student: ModelFiles | None, teacher: ModelFiles | None, origins: dict[str, list[dict]]) -> str:
     """The card's Markdown. `student` and `teacher` are None where there was no such model; `origins` are `Prepared`'s."""
     data = used(recipe, origins)
-    if recipe.teacher is None or not recipe.loss.kd_ratio:
+    if not distils(recipe):
         summary = without_teacher(summary)
     metadata = yaml.safe_dump(metadata_of(recipe, summary, student, teacher, data), sort_keys=False, allow_unicode=True, width=140)
     packages = ["torch", "transformers", "peft", "accelerate", "datasets"]

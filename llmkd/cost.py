@@ -8,9 +8,8 @@ import numpy as np
 
 from .data.stream import Stream
 from .model_files import ModelFiles, find, tensors
-from .order import Plan
 from .prepare import prepare, student_files
-from .recipe import Lora, Recipe
+from .recipe import Lora, Recipe, distils
 
 EFFICIENCY = 0.4  # of the rate of a large matrix product that training reaches
 _BYTES = {"nf4": 0.516, "fp4": 0.516, "int8": 1.0}
@@ -50,14 +49,13 @@ def estimate(recipes: list[Recipe], sizes: dict) -> Cost | None:
     if sizes[key] is None or files is None:
         return None
     lengths, supervised = sizes[key]
-    steps = Plan(lengths, 0, train.batch_size, train.micro_batch_size, train.epochs, train.max_steps).total_steps
-    share = min(steps * train.batch_size / len(lengths), steps * train.batch_size)
-    tokens, targets = share * int(lengths.sum()), share * supervised
+    passes = train.epochs or train.max_steps * train.batch_size / len(lengths)
+    tokens, targets = passes * int(lengths.sum()), passes * supervised
 
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    taught = next((r for r in recipes if r.teacher and r.loss.kd_ratio > 0), None)
+    taught = next((r for r in recipes if distils(r)), None)
     student, teacher = shape_of(files), None
     bytes_ = student.all * weight_bytes(files, recipe.student.dtype, recipe.student.quantization)
     if taught:

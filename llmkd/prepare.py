@@ -18,7 +18,7 @@ from .data.tokenizer import load_tokenizer, shared_vocab, tokenizer_differences,
 from .errors import UserError
 from .model_files import ModelFiles, find, fingerprint
 from .order import draws
-from .recipe import Data, Recipe, Source, sources
+from .recipe import Data, Recipe, Source, distils, sources
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,6 @@ class Prepared:
     validation: Encoded | None
     validation_places: Sequence[str]
     questions: Questions | None
-    teacher_wanted: bool
     identity: dict[str, str]
     origins: dict[str, list[dict]]  # of each setting (data.train, ...) its sources: path, name, split, resolved revision, rows
     student: ModelFiles | None  # None for new weights
@@ -49,7 +48,7 @@ class Prepared:
 
     def of(self, recipe: Recipe) -> "Prepared":
         """The same for a recipe that differs in its student, and perhaps learns without the teacher that others have."""
-        student, teacher = student_files(recipe), self.teacher if recipe.teacher and recipe.loss.kd_ratio else None
+        student, teacher = student_files(recipe), self.teacher if distils(recipe) else None
         identity = self.identity | identity_of("the student's base", "student.model", student)
         if teacher is None:
             identity.pop("the teacher", None)
@@ -61,9 +60,8 @@ def prepare(recipe: Recipe) -> Prepared:
     check_packages(recipe)
     data = recipe.data
     rows = read_data(data)
-    teacher_wanted = recipe.teacher is not None and recipe.loss.kd_ratio > 0
     student = student_files(recipe)
-    teacher = find(recipe.teacher.model, "teacher.model", recipe.teacher.revision, recipe.teacher.base) if teacher_wanted else None
+    teacher = find(recipe.teacher.model, "teacher.model", recipe.teacher.revision, recipe.teacher.base) if distils(recipe) else None
     configs = {
         "student.model": student.config if student else recipe.student.architecture,
         "teacher.model": teacher.config if teacher else {},
@@ -99,9 +97,7 @@ def prepare(recipe: Recipe) -> Prepared:
     origins = {setting: [source.origin for source in read] for setting, read in rows.items()}
     if isinstance(train, Stream):
         origins["data.train"] = [train.origin]
-    return Prepared(
-        tokenizer, vocab, train, places, held_out, held_out_places, questions, teacher_wanted, identity, origins, student, teacher
-    )
+    return Prepared(tokenizer, vocab, train, places, held_out, held_out_places, questions, identity, origins, student, teacher)
 
 
 def student_files(recipe: Recipe) -> ModelFiles | None:

@@ -186,6 +186,11 @@ class Recipe:
     push_to_hub: PushToHub | None = Field(None, description="Upload the finished student to the hub; null for not.")
 
 
+def distils(recipe: Recipe) -> bool:
+    """Whether the student learns from a teacher. Otherwise none is loaded, whatever the recipe names."""
+    return recipe.teacher is not None and bool(recipe.loss.kd_ratio)
+
+
 def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
     """Settings that are each right and together wrong: (the settings read, the one to blame first; what is wrong and how to mend it)."""
     student, data, loss, optim, train = recipe.student, recipe.data, recipe.loss, recipe.optim, recipe.train

@@ -23,7 +23,7 @@ from .losses.divergences import named
 from .losses.objective import Objective
 from .order import Plan, learning_rate
 from .prepare import Prepared
-from .recipe import Recipe, sources
+from .recipe import Recipe, distils, sources
 from .run_folder import RunFolder, write
 from .teachers.live import Live
 from .validate import HeldOut, accuracy, validate
@@ -130,7 +130,7 @@ class Session:
         self.main, self.pad = accelerator.is_main_process, prepared.tokenizer.eos_token_id
         vocab, device = prepared.vocab, accelerator.device
         packing = recipe.data.packing * recipe.train.micro_batch_size * recipe.data.max_length
-        self.teacher = Live(models.load_teacher(lead.teacher, vocab, device, packing)) if prepared.teacher_wanted else None
+        self.teacher = Live(models.load_teacher(lead.teacher, vocab, device, packing)) if prepared.teacher else None
         students = models.load_students([r.student for r in recipes], vocab, device, recipe.seed, packing)
         self.plan = plan(recipe, prepared, accelerator.process_index, accelerator.num_processes)
         self.arms = []
@@ -138,9 +138,7 @@ class Session:
             with blamed_on(k):
                 learner = build_learner(own, student, self.plan.total_steps, accelerator)
                 self.arms.append(Arm(own, prepared if own is lead else prepared.of(own), folder, student, learner, self.main))
-        for k, arm in enumerate(self.arms if self.main else ()):
-            with blamed_on(k):
-                arm.folder.claim(arm.prepared.identity)
+        self.claim()
         self.done = self.written = self.resume(folders)
         self.display = tracking.Display(self.plan.total_steps, self.done, self.main)
         for arm in self.arms:
@@ -148,6 +146,23 @@ class Session:
         trained, every = (sum(p.numel() for p in ps) for ps in (self.arms[0].learner.parameters.values(), students[0].parameters()))
         others = f", beside {len(students) - 1} more students" if len(students) > 1 else ""
         self.display.say(f"student: {every:,} parameters, {trained:,} of them train{others}; {self.plan.total_steps} steps")
+
+    def claim(self) -> None:
+        """The first process takes the arms' folders, and all hear of one that cannot be had: else the others would wait for it."""
+        refused: list = [None]
+        for k, arm in enumerate(self.arms if self.main else ()):
+            try:
+                arm.folder.claim(arm.prepared.identity)
+            except UserError as error:
+                refused = [(k, error.problems)]
+                break
+        if self.accelerator.num_processes > 1:
+            from accelerate.utils import broadcast_object_list
+
+            broadcast_object_list(refused)
+        if refused[0]:
+            with blamed_on(refused[0][0]):
+                raise UserError(*refused[0][1])
 
     def resume(self, folders: list[RunFolder]) -> int:
         """Take up the newest checkpoint that all arms have; the step it stands at."""
@@ -177,7 +192,7 @@ class Session:
                 raise self.stopped(self.done)
             batch_of = functools.partial(collate, self.prepared.train, pad=self.pad, packing=recipe.data.packing)
             learners = [arm.learner for arm in self.arms]
-            teacher = self.teacher if any(arm.recipe.loss.kd_ratio for arm in self.arms) else None
+            teacher = self.teacher if any(distils(arm.recipe) for arm in self.arms) else None
             for progress in train(self.plan, batch_of, learners, teacher, self.accelerator, self.done, self.stop):
                 step, last = progress.step, progress.step == total
                 for k, error in progress.failures.items():

@@ -18,7 +18,7 @@ from .data.tokenizer import student_base, student_tokenizer
 from .errors import UserError
 from .model_files import read_json
 from .prepare import hold_out, note, read_data, refuse_no_draws, refuse_too_long
-from .recipe import Recipe, Student, sources
+from .recipe import Recipe, Student, distils, sources
 
 _MARKS = ("", "", "⟦", "⟧")  # around what is not supervised, and what is
 _COLOURS = ("\x1b[2m", "\x1b[0m", "\x1b[1;32m", "\x1b[0m")
@@ -47,7 +47,7 @@ def show(recipe: Recipe, count: int = 3, example: int | None = None, out: TextIO
 def _configs(recipe: Recipe) -> dict[str, dict]:
     """The models' configurations, as far as they are here: a teacher may be yet to come."""
     configs = {"student.model": recipe.student.architecture or _config(student_base(recipe.student))}
-    if recipe.teacher and recipe.loss.kd_ratio:
+    if distils(recipe):
         with contextlib.suppress(UserError):
             teacher = Student(model=recipe.teacher.model, base=recipe.teacher.base, revision=recipe.teacher.revision)
             configs["teacher.model"] = _config(student_base(teacher))

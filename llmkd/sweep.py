@@ -16,12 +16,12 @@ from .console import say
 from .errors import Stopped, UserError, blamed_on, is_out_of_memory
 from .model_files import ModelFiles, read_json
 from .prepare import student_files
-from .recipe import Recipe
+from .recipe import Recipe, distils
 from .recipe_study import ArmSpec, Sweep, expand
 from .run_folder import RunFolder
 from .settings import load_recipe, load_sweep
 from .stopping import StopRequest
-from .sweep_state import Group, State, distils
+from .sweep_state import Group, State
 from .training import run, start, train_together
 
 
@@ -35,8 +35,7 @@ def run_sweep(config: str, overrides: dict, resume: bool, then: Callable[[Path],
     state = State(folder, sweep, specs, resume)
     with StopRequest() as stop:
         accelerator = start()  # all processes are here before one of them writes
-        held = state.claim()
-        try:
+        with state.claim():
             stages = load.stages()
             if stages and not all(RunFolder(recipe, True).finished for recipe in stages.values()):
                 say(f"{len(stages)} stages first ({', '.join(stages)}), then {len(specs)} arms")
@@ -56,8 +55,6 @@ def run_sweep(config: str, overrides: dict, resume: bool, then: Callable[[Path],
                 train_group(group, recipes, state, resume, stop)
             accelerator.wait_for_everyone()  # and what the first process wrote is there for all
             then(folder)
-        finally:
-            held.close()
     return folder
 
 
@@ -86,7 +83,7 @@ def train_group(group: Group, recipes: dict[str, Recipe], state: State, resume: 
     ends: dict[str, tuple[str | None, bool]] = {}
     try:
         while names:
-            folders = [RunFolder(recipes[name], resume) for name in names]
+            folders = [RunFolder(recipes[name], resume or bool(ends)) for name in names]  # a first try may have begun them
             try:
                 for k, folder in enumerate(folders):
                     with blamed_on(k):
@@ -134,7 +131,7 @@ class Arms:
                 problems += [f"arm {name}: {problem}" for problem in error.problems]
         if problems:
             raise UserError(*dict.fromkeys(problems))
-        trackers.check(next(iter(out.values())).report_to)
+        trackers.check(tuple(dict.fromkeys(name for recipe in out.values() for name in recipe.report_to)))
         return out
 
     def stages(self) -> dict[str, Recipe]:

@@ -1,5 +1,6 @@
 """How a sweep stands: sweep.json, and what is to be done next."""
 
+import contextlib
 import dataclasses
 import datetime
 import json
@@ -10,7 +11,7 @@ from pathlib import Path
 from . import __version__
 from .console import first_process, say
 from .errors import UserError
-from .recipe import Recipe
+from .recipe import Recipe, distils
 from .recipe_study import ArmSpec, Sweep
 from .run_folder import lock, write
 from .settings import flatten
@@ -23,10 +24,6 @@ class Group:
     arms: list[str]
     why: str | None = None
     lead: str | None = None
-
-
-def distils(recipe: Recipe) -> bool:
-    return recipe.teacher is not None and recipe.loss.kd_ratio > 0
 
 
 class State:
@@ -65,10 +62,9 @@ class State:
                 arm |= {"status": "failed", "final": True, "reason": f"step {found['step']}: {found['term']} is not finite"}
 
     def claim(self):
-        """The folder, for one sweep at a time."""
-        self.folder.mkdir(parents=True, exist_ok=True)
+        """The folder, for one sweep at a time, as a context."""
         if not first_process():
-            return open("/dev/null")
+            return contextlib.nullcontext()
         held = lock(self.folder)
         self.data |= {
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),

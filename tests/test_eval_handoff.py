@@ -32,6 +32,12 @@ TASKS = ["hellaswag", "commonsense_qa", "truthfulqa_mc2"]
 NOUNS = "robin wren owl crow dove lark swan duck".split()
 
 
+def tasks_in(place: Path) -> list[str]:
+    """The tasks with both their files, in a run's folder or in the folder of results itself."""
+    found = (path for folder in (place, place / "eval") for path in folder.glob("*.json"))
+    return sorted({path.stem for path in found if path.with_suffix(".jsonl").exists()})
+
+
 def hellaswag(i: int) -> dict:
     endings = [f"sings to the {NOUNS[(i + j) % 8]}" + " again" * j + "." for j in range(4)]
     return {"activity_label": "Birds", "ctx_a": f"The {NOUNS[i % 8]} sits.", "ctx_b": "it", "endings": endings, "label": str(i % 4)}
@@ -218,7 +224,7 @@ def test_a_record_says_what_was_measured_and_how(base, tmp_path, tasks_dir):
     from llmkd.data.skills import tokenizer
 
     record = evaluate(base, ["hellaswag"], tasks_dir=tasks_dir, fewshot=1, limit=6, seed=3, out=tmp_path / "out")["hellaswag"]
-    assert record == record_files.read_record(tmp_path / "out", "hellaswag") and record_files.tasks_of(tmp_path / "out") == ["hellaswag"]
+    assert record == record_files.read_record(tmp_path / "out", "hellaswag") and tasks_in(tmp_path / "out") == ["hellaswag"]
     assert list(record) == ("task version harness llmkd fewshot limit seeds model n metrics cut items_sha256 date seconds".split())
     assert (record["version"], record["fewshot"], record["limit"], record["n"], record["cut"]) == (1.0, 1, 6, 6, 0)
     assert record["seeds"] == dict.fromkeys(("random", "numpy", "torch", "fewshot"), 3)
@@ -396,7 +402,7 @@ def test_what_does_not_fit_into_the_context_fails_in_words_and_the_other_tasks_a
     assert code == 2 and len(refusals) == 2
     assert "long_answer: up to 96 tokens are to be generated, and the model's context holds 96" in refusals[0]
     assert "long_choice: an answer has " in refusals[1]
-    assert record_files.tasks_of(tmp_path / "out") == ["short_answer"]
+    assert tasks_in(tmp_path / "out") == ["short_answer"]
     items = record_files.read_items(tmp_path / "out", "short_answer")
     assert [item["cut"] for item in items] == [False, True] and all(isinstance(item["answers"][0], str) for item in items)
 
@@ -412,17 +418,17 @@ def test_a_signal_keeps_what_is_finished_and_the_same_command_goes_on(base, tmp_
     monkeypatch.setattr(record_files, "write_task", write_and_signal)
     with pytest.raises(Stopped, match="1 of 3 evaluations done; the same command goes on"):
         evaluate(base, TASKS, tasks_dir=tasks_dir, out=out)
-    assert record_files.tasks_of(out) == TASKS[:1] and not list(out.glob("*.tmp-*"))
+    assert tasks_in(out) == TASKS[:1] and not list(out.glob("*.tmp-*"))
     kept = (out / f"{TASKS[0]}.json").read_bytes()
     monkeypatch.setattr(record_files, "write_task", real)
     monkeypatch.setattr(
         "llmkd_eval.live_model._Progress.add_partial", lambda self, *_: os.kill(os.getpid(), signal.SIGINT) or stop_now(self)
     )
     code, _, err = command(capsys, base, "--tasks", ",".join(TASKS), "--tasks_dir", tasks_dir, "--out", out)
-    assert code == 75 and "0 of 2 evaluations done" in err and record_files.tasks_of(out) == TASKS[:1]
+    assert code == 75 and "0 of 2 evaluations done" in err and tasks_in(out) == TASKS[:1]
     monkeypatch.undo()
     assert evaluate(base, TASKS, tasks_dir=tasks_dir, out=out).keys() == set(TASKS)
-    assert sorted(record_files.tasks_of(out)) == sorted(TASKS) and (out / f"{TASKS[0]}.json").read_bytes() == kept
+    assert sorted(tasks_in(out)) == sorted(TASKS) and (out / f"{TASKS[0]}.json").read_bytes() == kept
 
 
 def stop_now(progress) -> None:
@@ -435,9 +441,9 @@ def test_results_go_beside_a_run_and_elsewhere_for_other_models(world, base, sma
     monkeypatch.chdir(tmp_path)
     one = ["commonsense_qa"]
     evaluate(folder / "adapter", one, tasks_dir=tasks_dir)
-    assert record_files.tasks_of(folder) == one and (folder / "eval/commonsense_qa.json").exists()
+    assert tasks_in(folder) == one and (folder / "eval/commonsense_qa.json").exists()
     evaluate(base, one, tasks_dir=tasks_dir)
-    assert record_files.tasks_of(Path("runs/eval") / f"{base.parent.name}--student") == one
+    assert tasks_in(Path("runs/eval") / f"{base.parent.name}--student") == one
     found = evaluate_all([str(base), str(small)], one, tasks_dir=tasks_dir, out="both")
     assert len(found) == 2 and len(list(Path("both").glob("*/commonsense_qa.json"))) == 2
     made, real = [], __import__("lm_eval.tasks", fromlist=["TaskManager"]).TaskManager

@@ -15,9 +15,9 @@ def rng():
 
 
 def test_mean_and_standard_error_by_hand():
-    value, stderr = stats.mean_stderr(np.array([1.0, 0, 0, 1, 1]))
+    value, stderr = stats.ratio_stderr(np.array([1.0, 0, 0, 1, 1]))
     assert value == pytest.approx(0.6) and stderr == pytest.approx(math.sqrt(0.3 / 5))  # s² = (3 · 0.4² + 2 · 0.6²) / 4 = 0.3
-    value, stderr = stats.mean_stderr(np.array([0.25]))
+    value, stderr = stats.ratio_stderr(np.array([0.25]))
     assert value == 0.25 and math.isnan(stderr)
 
 
@@ -25,7 +25,7 @@ def test_a_ratio_by_hand_and_with_equal_weights():
     value, stderr = stats.ratio_stderr(np.array([2.0, 9.0]), np.array([1.0, 3.0]))
     assert value == 2.75 and stderr == pytest.approx(math.sqrt(2 * (0.75**2 + 0.75**2)) / 4)
     x = np.array([1.0, 4.0, 2.0])
-    assert stats.ratio_stderr(7 * x, np.full(3, 7.0)) == pytest.approx(stats.mean_stderr(x))
+    assert stats.ratio_stderr(7 * x, np.full(3, 7.0)) == pytest.approx(stats.ratio_stderr(x))
 
 
 def test_a_ratio_s_standard_error_is_the_bootstrap_s(rng):
@@ -60,7 +60,7 @@ def test_a_ratio_s_denominator_is_drawn_with_its_items():
 def test_pairing_takes_out_what_makes_an_item_hard_for_both(rng):
     hard = rng.normal(0, 1, 500)
     a, b = hard + rng.normal(0, 0.1, 500), hard + rng.normal(0, 0.1, 500)
-    apart = math.hypot(stats.mean_stderr(a)[1], stats.mean_stderr(b)[1])
+    apart = math.hypot(stats.ratio_stderr(a)[1], stats.ratio_stderr(b)[1])
     assert stats.paired_difference(a, b).stderr < apart / 5
 
 

@@ -12,6 +12,7 @@ from conftest import distance, plain_recipe, weights
 from llmkd import settings
 from llmkd.errors import UserError
 from llmkd.recipe_study import expand
+from llmkd.run_folder import RunFolder
 from llmkd.sweep import grouped, run_sweep
 from llmkd.training import run
 
@@ -226,6 +227,50 @@ def test_two_processes_share_a_teacher_too(sweep, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     for name in state(one)["arms"]:
         assert distance(weights(one / "arms" / name), weights(tmp_path / "two/arms" / name)) < 1e-12
+
+
+@pytest.mark.slow
+def test_a_folder_that_one_process_cannot_have_does_not_leave_the_others_waiting(sweep, tmp_path):
+    """Only the first process takes folders. The arm is left out on both, and the others train, also in the group that follows."""
+    import fcntl
+
+    from test_parity import torchrun
+
+    path = sweep(grid={}, arms={"held": {}, "free": {"optim.lr": 1e-3}, "later": {"train.batch_size": 4}})
+    (tmp_path / "sweep/arms/held").mkdir(parents=True)
+    (tmp_path / "sweep/stages").mkdir()
+    (tmp_path / "sweep/sweep.json").write_text(json.dumps({"arms": {}, "groups": [], "stages": {}}))
+    with open(tmp_path / "sweep/arms/held/.lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        done = torchrun(2, ["--config", path, "--train.max_steps", "2", "--resume"], tmp_path)
+    found = state(tmp_path / "sweep")["arms"]
+    assert [arm["status"] for arm in found.values()] == ["failed", "done", "done"], done.stderr[-3000:]
+    assert "is in use by" in found["held"]["reason"]
+    assert (tmp_path / "sweep/report.md").exists() and done.returncode != 0
+
+
+def test_a_folder_that_cannot_be_had_leaves_the_other_arms_to_a_second_try(sweep, tmp_path):
+    """The first try had begun the folder of an arm before it."""
+    import fcntl
+
+    path, held = sweep(grid={}, arms={"before": {}, "held": {"optim.lr": 1e-3}, "after": {"optim.lr": 2e-3}}), tmp_path / "sweep/stages"
+    held.mkdir(parents=True)
+    real = RunFolder.claim
+
+    def claim(self, identity):
+        if self.path.name == "held":
+            self.path.mkdir(exist_ok=True, parents=True)
+            with open(self.path / ".lock", "w") as file:
+                fcntl.flock(file, fcntl.LOCK_EX)
+                return real(self, identity)
+        return real(self, identity)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(RunFolder, "claim", claim)
+        folder = run_sweep(path, {"train.max_steps": 2}, False)
+    found = state(folder)["arms"]
+    assert [arm["status"] for arm in found.values()] == ["done", "failed", "done"], found
+    assert "is in use by" in found["held"]["reason"]
 
 
 def test_stages_come_first_and_arms_may_start_from_what_they_leave(sweep, world, tmp_path):

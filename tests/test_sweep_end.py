@@ -46,6 +46,10 @@ def test_every_arm_is_measured_compared_and_reported(file, tmp_path, capsys):
     runs = [f"{arm}={','.join(str(out / f'arms/{arm},seed={s}') for s in (1, 2))}" for arm in ("kd_ratio=0", "kd_ratio=1")]
     assert main(["compare", *[run.replace("kd_ratio=", "kd", 1) for run in runs]]) == 0
     assert "held_out ce" in (said := capsys.readouterr().out) and "hellaswag acc" in said
+    changed = out / "arms/kd_ratio=1,seed=2/eval/hellaswag.jsonl"
+    changed.write_text(changed.read_text().replace('"acc": 0.0', '"acc": 1.0', 1))
+    assert main(["compare", *[run.replace("kd_ratio=", "kd", 1) for run in runs], "--tasks", "hellaswag"]) == 2
+    assert f"{changed}: is not what hellaswag.json was made of" in capsys.readouterr().err
 
 
 def test_a_failed_arm_is_said_at_the_end_and_the_others_are_measured(file, tmp_path, capsys, monkeypatch):
