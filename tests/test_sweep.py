@@ -197,7 +197,7 @@ sys.exit(cli.main(['sweep', '--config', {path!r}] + {flags!r}))
     assert {arm["status"] for arm in state(folder)["arms"].values()} == {"done"}
 
 
-def test_arms_at_different_steps_go_on_from_one_that_all_have(sweep, world, tmp_path):
+def test_arms_at_different_steps_go_on_from_one_that_all_have(sweep, world, tmp_path, capsys):
     import shutil
 
     data = {"train": {"path": str(world / "train.jsonl")}, "validation": {"path": str(world / "held.jsonl")}, "max_length": 256}
@@ -212,7 +212,31 @@ def test_arms_at_different_steps_go_on_from_one_that_all_have(sweep, world, tmp_
     for arm in data["arms"].values():
         arm["status"] = "waiting"
     (folder / "sweep.json").write_text(json.dumps(data))
+    capsys.readouterr()
     run_sweep(path, {}, True)
+    assert "resuming after step 4 of 5" in (said := capsys.readouterr().err) and "damaged" not in said
+    for name in data["arms"]:
+        assert distance(weights(whole / "arms" / name), weights(folder / "arms" / name)) == 0
+
+
+def test_an_arm_that_joins_a_sweep_that_was_stopped_does_not_take_the_others_back(sweep, tmp_path, capsys):
+    import shutil
+
+    grid = {"loss.kd_ratio": [0.25, 0.75]}
+    path = sweep({"checkpoint": {"every": 1}}, grid=grid)
+    whole = run_sweep(path, {"output_dir": str(tmp_path / "whole")}, False)
+    folder = run_sweep(path, {}, False)
+    data = state(folder)
+    for name, arm in data["arms"].items():
+        arm["status"] = "waiting"
+        for gone in ("summary.json", "adapter", "checkpoints/step-5"):
+            target = folder / "arms" / name / gone
+            shutil.rmtree(target) if target.is_dir() else target.unlink()
+    (folder / "sweep.json").write_text(json.dumps(data))
+    capsys.readouterr()
+    run_sweep(sweep({"checkpoint": {"every": 1}}, grid={"loss.kd_ratio": [0.25, 0.75, 1.0]}), {}, True)
+    assert "resuming after step 4 of 5" in capsys.readouterr().err
+    assert {arm["status"] for arm in state(folder)["arms"].values()} == {"done"}
     for name in data["arms"]:
         assert distance(weights(whole / "arms" / name), weights(folder / "arms" / name)) == 0
 
