@@ -10,7 +10,7 @@ import numpy as np
 
 from .console import say
 from .data import token_cache
-from .data.encode import Encoded, merge
+from .data.encode import EVERYONE, Encoded, merge
 from .data.formats import with_answer
 from .data.sources import Rows, named, read_sources
 from .data.stream import Stream
@@ -18,7 +18,7 @@ from .data.tokenizer import load_tokenizer, shared_vocab, tokenizer_differences,
 from .errors import UserError
 from .model_files import ModelFiles, find, fingerprint
 from .order import draws
-from .recipe import Data, Recipe, Source, distils, sources
+from .recipe import Data, Recipe, Source, Teacher, distils, sources, teachers
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def prepare(recipe: Recipe) -> Prepared:
     if teacher:
         _same_tokenizer(tokenizer, teacher, recipe.teacher.model)
     vocab = shared_vocab(tokenizer, {setting: rows_of(config) for setting, config in configs.items()})
-    held_out = encode_sources(rows, "data.validation", data, tokenizer)
+    held_out = encode_sources(rows, "data.validation", data, tokenizer, teachers(recipe.teacher))
     train, places = _training(recipe, rows, tokenizer)
     refuse_beyond(vocab, train, places, tokenizer)
     held_out_places = [place for read in rows.get("data.validation", ()) for place in read.places]
@@ -143,25 +143,35 @@ def _warn_of_shared(rows: dict[str, list[Rows]], data: Data) -> None:
             )
 
 
-def encode_sources(rows: dict[str, list[Rows]], setting: str, data: Data, tokenizer, said=say) -> Encoded | None:
+def encode_sources(
+    rows: dict[str, list[Rows]], setting: str, data: Data, tokenizer, teachers: tuple[Teacher, ...] = (), said=say
+) -> Encoded | None:
     """A setting's examples, from all its sources; where there are several, each is reported."""
     parts = []
     of_setting = named(data.train if setting == "data.train" else data.validation, setting)
     for (name, source), read in zip(of_setting, rows[setting], strict=True):
         parts.append(token_cache.encoded(read, source, data, tokenizer, name, said))
+        parts[-1].taught_by[:] = taught_by(source, teachers)
         read.origin["used"] = len(set(parts[-1].row.tolist()))
         if len(of_setting) > 1 and said:
             report(parts[-1], f"{name} ({source.path})")
     return merge(parts) if parts else None
 
 
+def taught_by(source: Source, teachers: tuple[Teacher, ...]) -> int:
+    """The number of the teacher that a source's rows are left to, or EVERYONE."""
+    names = [teacher.name for teacher in teachers]
+    return names.index(source.teacher) if source.teacher in names and len(names) > 1 else EVERYONE
+
+
 def _training(recipe: Recipe, rows: dict[str, list[Rows]], tokenizer) -> tuple[Encoded | Stream, Sequence[str] | Stream]:
     """The training examples, or a stream of them; and the place of every row."""
-    data, train = recipe.data, recipe.train
+    data, train, who = recipe.data, recipe.train, teachers(recipe.teacher)
     if not data.streaming:
-        return encode_sources(rows, "data.train", data, tokenizer), [place for read in rows["data.train"] for place in read.places]
+        return encode_sources(rows, "data.train", data, tokenizer, who), [place for read in rows["data.train"] for place in read.places]
     (source,) = sources(data.train)
-    stream = Stream(source, data, tokenizer, recipe.seed, train.batch_size, train.micro_batch_size, train.max_steps)
+    asked = taught_by(source, who)
+    stream = Stream(source, data, tokenizer, recipe.seed, train.batch_size, train.micro_batch_size, train.max_steps, asked)
     say(f"train: streaming {source.path}")
     return stream, stream
 

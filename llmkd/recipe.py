@@ -11,10 +11,11 @@ from pydantic import Field
 
 from .recipe_data import Count, Data, data_contradictions, settings, sources
 from .recipe_data import Source as Source
+from .recipe_teacher import Attention, Dtype, Mixture, Quantization, Teachers, named, teacher_contradictions
+from .recipe_teacher import Teacher as Teacher
+from .recipe_teacher import teachers as teachers
 
 Share = Annotated[float, Field(ge=0, le=1)]
-Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
-Attention = Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"]
 
 #: Each divergence with its options: (smallest, largest, default). `losses/divergences.py` holds the functions.
 DIVERGENCES: dict[str, dict[str, tuple[float, float, float]]] = {
@@ -28,17 +29,6 @@ DIVERGENCES: dict[str, dict[str, tuple[float, float, float]]] = {
     "total_variation": {},
     "alpha_beta": {"alpha": (0.0, 4.0, 0.2), "beta": (0.0, 4.0, 0.7)},
 }
-
-
-@settings
-class Quantization:
-    """The base's linear layers in 4 or 8 bit, by bitsandbytes; embeddings, norms and the head keep `dtype`."""
-
-    type: Literal["nf4", "fp4", "int8"] = Field(
-        "nf4", description="Number format of the base's linear layers. int8 rounds activations too, in evaluation only."
-    )
-    double_quant: bool = Field(True, description="nf4 and fp4: quantise the quantisation constants too.")
-    compute_dtype: Dtype = Field("auto", description="nf4 and fp4: type the products are computed in; auto is dtype.")
 
 
 @settings
@@ -77,16 +67,6 @@ class Student:
     attention: Attention = Field("auto", description="Attention implementation; auto leaves it to transformers.")
     mixed_precision: Literal["no", "bf16"] = Field("no", description="bf16: autocast the body's products of weights held in float32.")
     gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass to save memory.")
-
-
-@settings
-class Teacher:
-    model: str = Field(description="Folder or hub id of a model, or of a LoRA adapter (its base is read from its own configuration).")
-    revision: str | None = Field(None, description="Revision of a hub model or adapter.")
-    base: str | None = Field(None, description="For an adapter: where its base is now, if not where the adapter says.")
-    quantization: Quantization | None = Field(None, description="Hold the teacher in 4 or 8 bit; null for not.")
-    dtype: Dtype = Field("auto", description="Type the teacher's weights are held in.")
-    attention: Attention = Field("auto", description="Attention implementation; auto leaves it to transformers.")
 
 
 @settings
@@ -173,7 +153,10 @@ class Recipe:
     output_dir: str = Field("", description="Where the run leaves everything.")
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="Order of the data, new weights and dropout follow from it.")
     student: Student = Field(default_factory=Student)
-    teacher: Teacher | None = Field(None, description="null for plain supervised fine-tuning.")
+    teacher: Teachers = Field(
+        None, description="Whom the student learns from: a teacher, or a list of them; null for plain supervised fine-tuning."
+    )
+    mixture: Mixture = Field(default_factory=Mixture)
     data: Data = Field(default_factory=Data)
     loss: Loss = Field(default_factory=Loss)
     optim: Optim = Field(default_factory=Optim)
@@ -188,7 +171,7 @@ class Recipe:
 
 def distils(recipe: Recipe) -> bool:
     """Whether the student learns from a teacher. Otherwise none is loaded, whatever the recipe names."""
-    return recipe.teacher is not None and bool(recipe.loss.kd_ratio)
+    return bool(teachers(recipe.teacher)) and bool(recipe.loss.kd_ratio)
 
 
 def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
@@ -233,6 +216,15 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
     if optim.name != "adamw" and student.dtype == "float64":
         yield ("optim.name", "student.dtype"), f"found {optim.name}, which has no float64; use adamw, or student.dtype: float32"
     yield from data_contradictions(data, train.max_steps, train.length_group)
+    yield from teacher_contradictions(recipe.teacher, data)
+    if recipe.mixture != Mixture() and len(teachers(recipe.teacher)) < 2:
+        yield ("mixture", "teacher"), "given without several teachers to mix; leave it out"
+    sampled = [path for path, one in named(recipe.teacher) if one.cache and one.cache.kind == "sampled"]
+    if sampled and loss.divergence != "forward_kl" and loss.kd_ratio:
+        yield (
+            ("loss.divergence", f"{sampled[0]}.cache.kind"),
+            f"found {loss.divergence} with a sampled cache, which is right on average for forward_kl alone; use that, or kind: topk or hidden",
+        )
     if loss.kd_ratio and recipe.teacher is None:
         yield ("loss.kd_ratio", "teacher"), f"found {loss.kd_ratio:g} without a teacher; give teacher.model, or set it to 0"
     known = DIVERGENCES[loss.divergence]

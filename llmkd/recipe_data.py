@@ -12,12 +12,12 @@ Count = Annotated[int, Field(ge=1)]
 
 #: The columns of each format, and what a message of a conversation holds; `Source.fields` renames them.
 COLUMNS: dict[str, tuple[str, ...]] = {
-    "alpaca": ("instruction", "input", "output"),
-    "chat": ("messages", "tools", "role", "content"),
-    "prompt_completion": ("prompt", "completion", "tools", "role", "content"),
-    "text": ("text",),
+    "alpaca": ("instruction", "input", "output", "teacher_context"),
+    "chat": ("messages", "tools", "role", "content", "teacher_context"),
+    "prompt_completion": ("prompt", "completion", "tools", "role", "content", "teacher_context"),
+    "text": ("text", "teacher_context"),
 }
-OPTIONAL = ("input", "tools")  # columns that a file need not have
+OPTIONAL = ("input", "tools", "teacher_context")  # columns that a file need not have
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
@@ -52,6 +52,7 @@ class Source:
     weight: float = Field(
         1.0, gt=0, le=1000, description="Passes over this source in one epoch: 2 is twice, 0.5 a half, drawn anew each epoch."
     )
+    teacher: str | None = Field(None, description="Name of the one teacher that these rows are left to; null for all of them together.")
 
 
 #: One source or a list of them; the tag keeps pydantic from explaining what is wrong with the form that was not meant.
@@ -80,6 +81,10 @@ class Data:
         "drop", description="What becomes of a longer one: drop it, cut its end off, split it into several (text only), or refuse the run."
     )
     train_on_input: bool = Field(False, description="Supervise the prompt's tokens too, not only the answer's.")
+    teacher_context: str | None = Field(
+        None,
+        description="Text that only the teacher reads before each example (a chat's system message); a row's own column teacher_context follows it.",
+    )
     packing: bool = Field(
         False,
         description="Concatenate a micro-batch's examples into one row without padding; they stay isolated, and the result is the same.",

@@ -13,6 +13,7 @@ from pydantic import TypeAdapter, ValidationError
 from .errors import UserError
 from .recipe import Lora, Recipe, contradictions
 from .recipe_study import Study, Sweep, sweep_contradictions
+from .recipe_teacher import teachers
 from .yaml_lines import Dumper, parse_yaml
 
 _MAX_BYTES = 1 << 20
@@ -142,7 +143,7 @@ def resolve(recipe: Recipe) -> Recipe:
     if student.method == "lora" and student.lora is None and student.model and not Path(student.model, "adapter_config.json").exists():
         student = dataclasses.replace(student, lora=Lora())
     if loss.kd_ratio is None:
-        loss = dataclasses.replace(loss, kd_ratio=0.5 if recipe.teacher else 0.0)
+        loss = dataclasses.replace(loss, kd_ratio=0.5 if teachers(recipe.teacher) else 0.0)
     if train.epochs is None and train.max_steps is None:
         train = dataclasses.replace(train, epochs=1)
     return dataclasses.replace(recipe, student=student, loss=loss, train=train)

@@ -1,9 +1,11 @@
 """The nouns that everything else passes around: batches and what a teacher says about their targets.
 
 Shape letters: B examples, T positions, N targets (supervised positions), n targets of one chunk, V entries of
-the real vocabulary, H hidden width, E events that two models are compared over (V, or fewer for a sparse signal).
+the real vocabulary, H hidden width, K entries that a sparse signal keeps, E events that two models are compared over
+(V, or fewer for a sparse signal).
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -13,6 +15,11 @@ from torch import Tensor
 from .head import Head
 
 IGNORE = -100
+
+#: From the log-probabilities of student and teacher over the same events, both [n, E]: how far apart they are, [n].
+Divergence = Callable[[Tensor, Tensor], Tensor]
+#: Which targets of a batch: a part of them, or their numbers.
+Rows = slice | Tensor
 
 
 @dataclass(frozen=True)
@@ -27,21 +34,33 @@ class View:
 
 
 @dataclass(frozen=True)
+class Example:
+    """What is known of one example of a batch: who it is (see `Encoded.identity`), its targets, and who teaches it."""
+
+    identity: str
+    targets: int
+    teacher: int  # its number among several, or -1 for all of them together
+
+
+@dataclass(frozen=True)
 class Batch:
     """Targets, and the views from which student and teacher predict them.
 
     `labels_N[i]` is the token that position `rows_N[i]` of either view must predict: aligned once, in the collator.
+    The targets of one example stand together, in the order of `examples`.
     """
 
     labels_N: Tensor
     example_N: Tensor  # which example of the data set each target belongs to
     student: View
     teacher: View
+    examples: tuple[Example, ...] = ()
 
     def to(self, device) -> "Batch":
         student = self.student.to(device)
         teacher = student if self.teacher is self.student else self.teacher.to(device)
-        return Batch(self.labels_N.to(device, non_blocking=True), self.example_N.to(device, non_blocking=True), student, teacher)
+        labels_N, example_N = self.labels_N.to(device, non_blocking=True), self.example_N.to(device, non_blocking=True)
+        return Batch(labels_N, example_N, student, teacher, self.examples)
 
     @property
     def targets(self) -> int:
@@ -51,31 +70,58 @@ class Batch:
 class Signal(Protocol):
     """What a teacher says about the N targets of a batch."""
 
-    def compare(self, rows: slice, log_q_nV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """Student and teacher log-probabilities at `temperature` over the same events: (log_q_nE, log_p_nE)."""
+    def divergence(self, divergence: Divergence, rows: Rows, log_q_nV: Tensor, temperature: float = 1.0) -> Tensor:
+        """How far the student is from this teacher at those targets, [n]; `log_q_nV` are its log-probabilities at `temperature`."""
 
-    def log_probs(self, rows: slice) -> Tensor:
-        """The teacher's log-probabilities at temperature 1 for those targets, [n, V]."""
+    def log_probs(self, rows: Rows, log_q_nV: Tensor | None = None, temperature: float = 1.0) -> Tensor:
+        """The teacher's log-probabilities at `temperature` for those targets, [n, V].
+
+        Where a signal knows only the mass of some tokens together, it is shared out as the student shares its own (`log_q_nV`).
+        """
+
+    def label_log_probs(self, rows: Rows, labels_n: Tensor) -> Tensor:
+        """The teacher's log-probability of each target's own token, at temperature 1, [n]."""
+
+    def stated(self, rows: Rows, labels_n: Tensor) -> dict[str, Tensor]:
+        """Those figures that it knows better than `log_probs` says, [n]: teacher_ce, teacher_entropy."""
+
+
+#: What can be told of a teacher and of a student before it; of one that is known by samples, fewer.
+FIGURES = ("forward_kl", "reverse_kl", "agreement", "teacher_ce", "teacher_entropy")
 
 
 class Teacher(Protocol):
     """A callable from a batch to a signal. Never trains, never keeps a gradient."""
 
+    figures: tuple[str, ...]  # which of FIGURES can be told of its signals
+
     def __call__(self, batch: Batch) -> Signal: ...
 
 
+class Known:
+    """A signal that knows the teacher's whole distribution: `log_probs` says all that there is."""
+
+    def log_probs(self, rows: Rows, log_q_nV: Tensor | None = None, temperature: float = 1.0) -> Tensor:
+        raise NotImplementedError
+
+    def divergence(self, divergence: Divergence, rows: Rows, log_q_nV: Tensor, temperature: float = 1.0) -> Tensor:
+        return divergence(log_q_nV, self.log_probs(rows, log_q_nV, temperature))
+
+    def label_log_probs(self, rows: Rows, labels_n: Tensor) -> Tensor:
+        return self.log_probs(rows).gather(-1, labels_n[:, None])[:, 0]
+
+    def stated(self, rows: Rows, labels_n: Tensor) -> dict[str, Tensor]:
+        return {}
+
+
 @dataclass(frozen=True)
-class Dense:
+class Dense(Known):
     """The teacher's last hidden states and its head: its exact distribution, computed a chunk at a time."""
 
     hidden_NH: Tensor
     head: Head
 
-    def compare(self, rows: slice, log_q_nV: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
+    def log_probs(self, rows: Rows, log_q_nV: Tensor | None = None, temperature: float = 1.0) -> Tensor:
         with torch.no_grad():
             logits_nV = self.head.logits(self.hidden_NH[rows])
-            return log_q_nV, torch.log_softmax(logits_nV if temperature == 1 else logits_nV / temperature, dim=-1)
-
-    def log_probs(self, rows: slice) -> Tensor:
-        with torch.no_grad():
-            return torch.log_softmax(self.head.logits(self.hidden_NH[rows]), dim=-1)
+            return torch.log_softmax(logits_nV if temperature == 1 else logits_nV / temperature, dim=-1)

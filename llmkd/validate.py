@@ -15,7 +15,7 @@ from .losses.divergences import forward_kl, reverse_kl
 from .losses.fused import default_chunk
 from .models import LanguageModel
 from .order import deal
-from .signals import Batch, Teacher
+from .signals import FIGURES, Batch, Signal, Teacher
 
 
 @dataclass(frozen=True)
@@ -46,18 +46,18 @@ def validate(
     """Every student on all targets of `data`, at temperature 1 and over all processes; the teacher speaks once for all of them.
 
     ce and entropy of the student; with a teacher also forward_kl KL(p || q), reverse_kl KL(q || p), agreement (1 where both find
-    the same token likeliest), teacher_ce and teacher_entropy. Changes neither weights nor training mode. Raises Stopped when a
+    the same token likeliest), teacher_ce and teacher_entropy, as far as they can be told of it. Changes neither weights nor training mode. Raises Stopped when a
     signal came meanwhile.
     """
-    names = ["ce", "entropy"] + (["forward_kl", "reverse_kl", "agreement", "teacher_ce", "teacher_entropy"] if teacher else [])
+    names = ["ce", "entropy"] + [name for name in FIGURES if teacher and name in teacher.figures]
     sums_FE = [torch.zeros(len(names), len(data), dtype=torch.float64, device=accelerator.device) for _ in students]
     for batch in _batches(students, data, pad, micro_batch_size, accelerator, stop, progress):
         signal = teacher(batch) if teacher else None
         for student, sums in zip(students, sums_FE, strict=True):
             hidden_NH = student.hidden(batch.student)
             for rows in _chunks(batch, student.head.vocab):
-                figures = _figures(student, hidden_NH[rows], batch.labels_N[rows, None], signal and signal.log_probs(rows))
-                sums.index_add_(1, batch.example_N[rows], torch.stack([figures[name].flatten().double() for name in names]))
+                figures = _figures(student, hidden_NH[rows], batch.labels_N[rows], signal, rows, names)
+                sums.index_add_(1, batch.example_N[rows], torch.stack([figures[name].double() for name in names]))
     if accelerator.num_processes > 1:
         sums_FE = [accelerator.reduce(sums, "sum") for sums in sums_FE]
     targets = np.add.reduceat(data.supervised.astype(np.int64), data.offsets[:-1])
@@ -116,18 +116,24 @@ def _chunks(batch: Batch, vocab: int) -> Iterator[slice]:
     return (slice(start, start + chunk) for start in range(0, batch.targets, chunk))
 
 
-def _figures(student: LanguageModel, hidden_nH: Tensor, labels_n1: Tensor, log_p_nV: Tensor | None) -> dict[str, Tensor]:
+def _figures(
+    student: LanguageModel, hidden_nH: Tensor, labels_n: Tensor, signal: Signal | None, rows: slice, names: list[str]
+) -> dict[str, Tensor]:
     log_q_nV = torch.log_softmax(student.head.logits(hidden_nH), dim=-1)
-    out = {"ce": -log_q_nV.gather(-1, labels_n1), "entropy": _entropy(log_q_nV)}
-    if log_p_nV is not None:
-        out |= {
-            "forward_kl": forward_kl(log_q_nV, log_p_nV),
-            "reverse_kl": reverse_kl(log_q_nV, log_p_nV),
-            "agreement": (log_q_nV.argmax(-1) == log_p_nV.argmax(-1)).float(),
-            "teacher_ce": -log_p_nV.gather(-1, labels_n1),
-            "teacher_entropy": _entropy(log_p_nV),
-        }
-    return out
+    out = {"ce": -log_q_nV.gather(-1, labels_n[:, None])[:, 0], "entropy": _entropy(log_q_nV)}
+    if signal is None:
+        return out
+    if "agreement" not in names:  # a teacher known by samples
+        return out | {"forward_kl": signal.divergence(forward_kl, rows, log_q_nV)} | signal.stated(rows, labels_n)
+    log_p_nV = signal.log_probs(rows, log_q_nV)
+    out |= {
+        "forward_kl": forward_kl(log_q_nV, log_p_nV),
+        "reverse_kl": reverse_kl(log_q_nV, log_p_nV),
+        "agreement": (log_q_nV.argmax(-1) == log_p_nV.argmax(-1)).float(),
+        "teacher_ce": -log_p_nV.gather(-1, labels_n[:, None])[:, 0],
+        "teacher_entropy": _entropy(log_p_nV),
+    }
+    return out | signal.stated(rows, labels_n)
 
 
 def _entropy(log_p_nV: Tensor) -> Tensor:

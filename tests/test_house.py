@@ -16,7 +16,8 @@ EVALUATION = PACKAGE.parent / "eval"  # installed as llmkd_eval
 LAYERS = (
     "__init__ console order head",
     "errors families recipe_data",
-    "signals recipe recipe_study yaml_lines",
+    "recipe_teacher signals",
+    "recipe recipe_study yaml_lines",
     "settings model_files",
     "losses data loading selftest optimizers",
     "adapters",

@@ -107,7 +107,7 @@ BAD = [
     case("teacher: {}", "r.yaml:5: teacher.model: ", "not given"),
     case("teacher: base", "r.yaml:5: teacher: ", 'found "base"', "a mapping of settings"),
     case("teacher: {model: t, dtyp: x}", "r.yaml:5: teacher.dtyp: ", "did you mean teacher.dtype?"),
-    case("teacher: {model: null}", "r.yaml:5: teacher.model: ", "found null", "text"),
+    case("teacher: {model: null}", "r.yaml:5: teacher.model: ", "not given"),
     case("seed: 1\nseed: 2", "r.yaml:6: seed: ", "given twice", "line 5"),
     case("optim:\n  lr: 1\n  eps: 1\n  lr: 1", "r.yaml:8: optim.lr: ", "given twice", "line 6"),
 ]

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from ..signals import IGNORE, Batch, View
+from ..signals import IGNORE, Batch, Example, View
 from .encode import Encoded
 
 
@@ -37,4 +37,8 @@ def collate(encoded: Encoded, examples: list[int], pad: int, packing: bool = Fal
     inputs["input_ids"] = torch.from_numpy(ids_BT)
     rows_N = np.flatnonzero(labels_BT != IGNORE)
     view = View(inputs, torch.from_numpy(rows_N))
-    return Batch(torch.from_numpy(labels_BT.reshape(-1)[rows_N]), torch.from_numpy(example_BT.reshape(-1)[rows_N]), view, view)
+    known = tuple(
+        Example(encoded.identity(i), int((y != IGNORE).sum()), int(encoded.taught_by[i])) for i, y in zip(examples, labels, strict=True)
+    )
+    labels_N, example_N = (torch.from_numpy(x_BT.reshape(-1)[rows_N]) for x_BT in (labels_BT, example_BT))
+    return Batch(labels_N, example_N, view, view, known)

@@ -17,6 +17,7 @@ from .rows import Problems
 from .sources import Rows
 
 _BATCH = 512
+EVERYONE = -1  # `Encoded.taught_by` of what all teachers teach together
 
 
 @dataclass
@@ -29,10 +30,13 @@ class Encoded:
     row: np.ndarray  # int64, [examples]: the row each example came from
     counts: dict[str, int] = field(default_factory=dict)  # see `encode`
     source: np.ndarray | None = None  # int64, [examples]: the source it came from, where there are several
+    taught_by: np.ndarray | None = None  # int64, [examples]: the number of its teacher, or EVERYONE
 
     def __post_init__(self):
         if self.source is None:
             self.source = np.zeros(len(self.row), np.int64)
+        if self.taught_by is None:
+            self.taught_by = np.full(len(self.row), EVERYONE, np.int64)
 
     def __len__(self) -> int:
         return len(self.row)
@@ -50,7 +54,7 @@ class Encoded:
         """The examples where the boolean `keep` is true."""
         chosen = np.repeat(keep, self.lengths)
         offsets = np.concatenate([[0], np.cumsum(self.lengths[keep])])
-        return Encoded(self.ids[chosen], self.supervised[chosen], offsets, self.row[keep], source=self.source[keep])
+        return Encoded(self.ids[chosen], self.supervised[chosen], offsets, self.row[keep], {}, self.source[keep], self.taught_by[keep])
 
     @property
     def lengths(self) -> np.ndarray:
@@ -70,6 +74,7 @@ def merge(parts: list[Encoded]) -> Encoded:
         np.concatenate([part.row + start for part, start in zip(parts, before, strict=False)]),
         {key: sum(part.counts[key] for part in parts) for key in parts[0].counts},
         np.repeat(np.arange(len(parts)), [len(part) for part in parts]),
+        np.concatenate([part.taught_by for part in parts]),
     )
 
 

@@ -20,7 +20,7 @@ from ..errors import UserError
 from ..order import Step, deal
 from ..recipe import Data, Source
 from . import skills
-from .encode import Encoded, encode
+from .encode import EVERYONE, Encoded, encode
 from .files import BadRow, Records, kind_of, raw, records, row_of
 from .formats import refuse_without_template
 from .rows import Problems, check_row
@@ -30,10 +30,20 @@ from .sources import Rows, from_hub, hub_revision, local, no_rows
 class Stream:
     """Stands where `Plan` stands (which examples make up which step) and where `Encoded` stands, for the step at hand."""
 
-    def __init__(self, source: Source, data: Data, tokenizer, seed: int, batch_size: int, micro_batch_size: int, total_steps: int):
+    def __init__(
+        self,
+        source: Source,
+        data: Data,
+        tokenizer,
+        seed: int,
+        batch_size: int,
+        micro_batch_size: int,
+        total_steps: int,
+        teacher: int = EVERYONE,
+    ):
         self.source, self.data, self.tokenizer, self.setting = source, data, tokenizer, "data.train"
         self.seed, self.batch_size, self.micro_batch_size, self.total_steps = seed, batch_size, micro_batch_size, total_steps
-        self.rank, self.ranks = 0, 1
+        self.teacher, self.rank, self.ranks = teacher, 0, 1
         self.counts: dict[str, int] = {}
         self._pass_rows: int | None = None  # known after the first pass
         self._hashes: dict[int, str] = {}  # of the rows that the last few steps and all before them took
@@ -78,6 +88,13 @@ class Stream:
 
     def example(self, i: int):
         return self.window.example(i)
+
+    def identity(self, i: int) -> str:
+        return self.window.identity(i)
+
+    @property
+    def taught_by(self):
+        return self.window.taught_by
 
     def subset(self, keep) -> Encoded:
         return self.window.subset(keep)
@@ -200,4 +217,6 @@ class Stream:
         rows = self._checked(taken)
         self.places = rows.places
         refuse_without_template(self.source, rows.rows, self.tokenizer, self.setting)
-        return encode(rows, self.source, self.data, self.tokenizer)
+        encoded = encode(rows, self.source, self.data, self.tokenizer)
+        encoded.taught_by[:] = self.teacher
+        return encoded

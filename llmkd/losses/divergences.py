@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-Divergence = Callable[[Tensor, Tensor], Tensor]
+from ..signals import Divergence
 
 
 def forward_kl(log_q: Tensor, log_p: Tensor) -> Tensor:

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..signals import Signal
-from .divergences import Divergence, forward_kl
+from ..signals import Divergence, Signal
+from .divergences import forward_kl
 
 
 @dataclass(frozen=True)
@@ -33,8 +33,7 @@ class Objective:
         if signal is not None:
             T = self.temperature
             soft_nV = log_q_nV if T == 1 else torch.log_softmax(logits_nV / T, dim=-1)
-            log_q_nE, log_p_nE = signal.compare(rows, soft_nV, T)
-            terms["kd"] = T * T * self.divergence(log_q_nE, log_p_nE)
+            terms["kd"] = T * T * signal.divergence(self.divergence, rows, soft_nV, T)
         return terms
 
     def mix(self, terms: dict[str, Tensor]) -> Tensor:

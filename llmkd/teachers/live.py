@@ -3,10 +3,12 @@
 import torch
 
 from ..models import LanguageModel
-from ..signals import Batch, Dense
+from ..signals import FIGURES, Batch, Dense
 
 
 class Live:
+    figures = FIGURES
+
     def __init__(self, model: LanguageModel):
         self.model = model
 
