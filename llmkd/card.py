@@ -16,6 +16,7 @@ from . import __version__
 from .model_files import ModelFiles, hub_origin, licence
 from .recipe import Quantization, Recipe, Source, distils, sources
 from .settings import dump
+from .taught import TeacherFiles
 
 #: Validation figures by the names that the hub's metrics have, where they have one, and what they are.
 METRICS = {
@@ -76,20 +77,22 @@ class Used:
         return ", ".join(part for part in parts if part)
 
 
-def card(recipe: Recipe, summary: dict, student: ModelFiles | None, teacher: ModelFiles | None, origins: dict[str, list[dict]]) -> str:
-    """The card's Markdown. `student` and `teacher` are None where there was no such model; `origins` are `Prepared`'s."""
+def card(
+    recipe: Recipe, summary: dict, student: ModelFiles | None, teachers: tuple[TeacherFiles, ...], origins: dict[str, list[dict]]
+) -> str:
+    """The card's Markdown. `student` is None for new weights; `teachers` and `origins` are `Prepared`'s."""
     data = used(recipe, origins)
     if not distils(recipe):
         summary = without_teacher(summary)
-    metadata = yaml.safe_dump(metadata_of(recipe, summary, student, teacher, data), sort_keys=False, allow_unicode=True, width=140)
+    metadata = yaml.safe_dump(metadata_of(recipe, summary, student, teachers, data), sort_keys=False, allow_unicode=True, width=140)
     packages = ["torch", "transformers", "peft", "accelerate", "datasets"]
-    if recipe.student.quantization or (teacher and recipe.teacher.quantization) or recipe.optim.name != "adamw":
+    if recipe.student.quantization or any(one.settings.quantization for one in teachers) or recipe.optim.name != "adamw":
         packages.append("bitsandbytes")
     return "\n".join(
         [
             f"---\n{metadata}---\n",
             f"# {escaped(title(recipe))}\n",
-            *what_it_is(recipe, student, teacher),
+            *what_it_is(recipe, student, teachers),
             "\n## Use\n",
             block(snippet(recipe, student), "python"),
             "\n## Data\n",
@@ -141,7 +144,9 @@ def used(recipe: Recipe, origins: dict[str, list[dict]]) -> dict[str, list[Used]
     return out
 
 
-def metadata_of(recipe: Recipe, summary: dict, student: ModelFiles | None, teacher: ModelFiles | None, data: dict[str, list[Used]]) -> dict:
+def metadata_of(
+    recipe: Recipe, summary: dict, student: ModelFiles | None, teachers: tuple[TeacherFiles, ...], data: dict[str, list[Used]]
+) -> dict:
     """What the hub reads. Names of local folders and files are left out: they mean nothing there."""
     base = student and hub_origin(student.base)
     lora, train = recipe.student.method == "lora", [one.source.path for one in data["trained on"] if one.hub]
@@ -155,7 +160,7 @@ def metadata_of(recipe: Recipe, summary: dict, student: ModelFiles | None, teach
         **(licence(student.base) if student else {}),
         "library_name": "peft" if lora else "transformers",
         "pipeline_tag": "text-generation",
-        "tags": ["llmkd", *(["lora"] if lora else []), *(["distillation"] if teacher else [])],
+        "tags": ["llmkd", *(["lora"] if lora else []), *(["distillation"] if teachers else [])],
         **({"datasets": list(dict.fromkeys(train))} if train else {}),
         **({"model-index": [{"name": title(recipe), "results": results}]} if results else {}),
     }
@@ -180,11 +185,11 @@ def dataset_of(rows: list[Used]) -> dict:
     return {"type": hub.source.path if hub else "custom", "name": f"{name} (held out)", **{k: v for k, v in details.items() if v}}
 
 
-def what_it_is(recipe: Recipe, student: ModelFiles | None, teacher: ModelFiles | None) -> list[str]:
+def what_it_is(recipe: Recipe, student: ModelFiles | None, teachers: tuple[TeacherFiles, ...]) -> list[str]:
     """A sentence each on the student, its base and licence, and the teacher."""
     loss, quantization = recipe.loss, recipe.student.quantization
     kind = "A LoRA adapter" if recipe.student.method == "lora" else "A model"
-    made = f"distilled ({loss.divergence}, kd_ratio {loss.kd_ratio:g}, temperature {loss.temperature:g})" if teacher else "fine-tuned"
+    made = f"distilled ({loss.divergence}, kd_ratio {loss.kd_ratio:g}, temperature {loss.temperature:g})" if teachers else "fine-tuned"
     lines = [f"{kind} {made} with llmkd.\n"]
     if student is None:
         return [*lines, "It was trained from new random weights.\n"]
@@ -202,11 +207,19 @@ def what_it_is(recipe: Recipe, student: ModelFiles | None, teacher: ModelFiles |
         if name
         else "- The licence of the base is not known: no model card lay beside it."
     )
-    if teacher:
-        held = f", held in {recipe.teacher.quantization.type}" if recipe.teacher.quantization else ""
-        tuned = f"the adapter {where(teacher.adapter)} on " if teacher.adapter else ""
-        lines.append(f"- Teacher: {tuned}{where(teacher.base)}{held}")
-    return lines
+    return lines + [f"- Teacher: {taught_by(teacher)}" for teacher in teachers]
+
+
+def taught_by(teacher: TeacherFiles) -> str:
+    """A teacher in one line of Markdown: its model, how it was held or kept, its share."""
+    one, files, parts = teacher.settings, teacher.files, []
+    if files:
+        parts.append((f"the adapter {where(files.adapter)} on " if files.adapter else "") + where(files.base))
+    if one.quantization:
+        parts.append(f"held in {one.quantization.type}")
+    if teacher.store:
+        parts.append(f"its answers read from {code(one.cache.path)} ({teacher.store.options['kind']})")
+    return ", ".join(parts + ([f"weight {one.weight:g}"] if one.weight != 1 else []))
 
 
 def where(folder: Path) -> str:

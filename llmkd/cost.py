@@ -10,6 +10,7 @@ from .data.stream import Stream
 from .model_files import ModelFiles, find, tensors
 from .prepare import prepare, student_files
 from .recipe import Lora, Recipe, distils
+from .recipe_teacher import named
 
 EFFICIENCY = 0.4  # of the rate of a large matrix product that training reaches
 _BYTES = {"nf4": 0.516, "fp4": 0.516, "int8": 1.0}
@@ -56,16 +57,18 @@ def estimate(recipes: list[Recipe], sizes: dict) -> Cost | None:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     taught = next((r for r in recipes if distils(r)), None)
-    student, teacher = shape_of(files), None
+    student, present = shape_of(files), []
     bytes_ = student.all * weight_bytes(files, recipe.student.dtype, recipe.student.quantization)
-    if taught:
-        theirs = find(taught.teacher.model, "teacher.model", taught.teacher.revision, taught.teacher.base)
-        teacher = shape_of(theirs)
-        bytes_ += teacher.all * weight_bytes(theirs, taught.teacher.dtype, taught.teacher.quantization)
+    for setting, one in named(taught.teacher) if taught else ():
+        if one.cache is None:
+            theirs = find(one.model, f"{setting}.model", one.revision, one.base)
+            present.append(shape_of(theirs))
+            shared = one.share_base and recipe.student.method == "lora" and theirs.base.resolve() == files.base.resolve()
+            bytes_ += 0 if shared else present[-1].all * weight_bytes(theirs, one.dtype, one.quantization)
     full, checkpointing = recipe.student.method == "full", recipe.student.gradient_checkpointing
     trained = sum(student.all if full else trained_by(files, r.student.lora or Lora()) for r in recipes)
     longest = int(np.sort(lengths)[-train.micro_batch_size :].sum())
-    operations = step_operations(student, teacher, len(recipes), tokens, targets, full, checkpointing)
+    operations = step_operations(student, present, len(recipes), tokens, targets, full, checkpointing)
     return Cost(operations / (EFFICIENCY * rate(device)), bytes_ + memory(student, trained, longest, checkpointing))
 
 
@@ -96,18 +99,18 @@ def trained_by(files: ModelFiles, lora: Lora) -> int:
 
 
 def step_operations(
-    student: Shape, teacher: Shape | None, students: int, tokens: float, targets: float, full: bool, checkpointing: bool
+    student: Shape, teachers: list[Shape], students: int, tokens: float, targets: float, full: bool, checkpointing: bool
 ) -> float:
     """Multiplications and additions for `tokens` (without padding) with `targets` among them.
 
     2 per weight and token in a forward pass, as many again for the gradient of the activations, and for that of the weights where
-    all of them train; the head on targets alone; the teacher's body once for all students, its head once for each.
+    all of them train; the head on targets alone; a teacher's body once for all students, its head once for each. What a store
+    answers costs next to nothing.
     """
     passes = 4 + (2 if full else 0) + (2 if checkpointing else 0)
     own = passes * student.body * tokens + (6 if full else 4) * student.vocab * student.hidden * targets
-    if teacher is None:
-        return students * own
-    return students * (own + 2 * teacher.vocab * teacher.hidden * targets) + 2 * teacher.body * tokens
+    asked = sum(students * 2 * teacher.vocab * teacher.hidden * targets + 2 * teacher.body * tokens for teacher in teachers)
+    return students * own + asked
 
 
 def memory(student: Shape, trained: int, tokens: int, checkpointing: bool) -> float:

@@ -19,6 +19,8 @@ from .errors import UserError
 from .model_files import ModelFiles, find, fingerprint
 from .order import draws
 from .recipe import Data, Recipe, Source, Teacher, distils, sources, teachers
+from .recipe_teacher import named as named_teachers
+from .taught import TeacherFiles, check_examples, check_store, find_teachers, made_of
 
 
 @dataclass(frozen=True)
@@ -44,34 +46,41 @@ class Prepared:
     identity: dict[str, str]
     origins: dict[str, list[dict]]  # of each setting (data.train, ...) its sources: path, name, split, resolved revision, rows
     student: ModelFiles | None  # None for new weights
-    teacher: ModelFiles | None
+    teachers: tuple[TeacherFiles, ...]
 
     def of(self, recipe: Recipe) -> "Prepared":
         """The same for a recipe that differs in its student, and perhaps learns without the teacher that others have."""
-        student, teacher = student_files(recipe), self.teacher if distils(recipe) else None
+        student, teachers = student_files(recipe), self.teachers if distils(recipe) else ()
         identity = self.identity | identity_of("the student's base", "student.model", student)
-        if teacher is None:
+        if not teachers:
             identity.pop("the teacher", None)
-        return dataclasses.replace(self, student=student, teacher=teacher, identity=identity)
+        return dataclasses.replace(self, student=student, teachers=teachers, identity=identity)
 
 
-def prepare(recipe: Recipe) -> Prepared:
-    """Read and check data, tokenizers and model folders. No weights are loaded."""
+def prepare(recipe: Recipe, stores: bool = True) -> Prepared:
+    """Read and check data, tokenizers, model folders and stores of teachers' answers. No weights are loaded.
+
+    Without `stores` these are left alone, being yet to be written.
+    """
     check_packages(recipe)
     data = recipe.data
     rows = read_data(data)
     student = student_files(recipe)
-    teacher = find(recipe.teacher.model, "teacher.model", recipe.teacher.revision, recipe.teacher.base) if distils(recipe) else None
-    configs = {
-        "student.model": student.config if student else recipe.student.architecture,
-        "teacher.model": teacher.config if teacher else {},
-    }
+    taught = find_teachers(recipe, stores)
+    configs = {"student.model": student.config if student else recipe.student.architecture}
+    configs |= {f"{teacher.setting}.model": teacher.files.config for teacher in taught if teacher.files}
     refuse_too_long(data, configs)
 
     tokenizer = _tokenizer(recipe, student)
-    if teacher:
-        _same_tokenizer(tokenizer, teacher, recipe.teacher.model)
-    vocab = shared_vocab(tokenizer, {setting: rows_of(config) for setting, config in configs.items()})
+    for teacher in taught:
+        if teacher.files:
+            _same_tokenizer(tokenizer, teacher)
+    rows_known = {setting: rows_of(config) for setting, config in configs.items()}
+    rows_known |= {f"{teacher.setting}.cache.path": teacher.store.vocab for teacher in taught if teacher.store}
+    vocab = shared_vocab(tokenizer, rows_known)
+    for teacher in taught:
+        if teacher.store:
+            check_store(recipe, teacher, tokenizer, vocab)
     held_out = encode_sources(rows, "data.validation", data, tokenizer, teachers(recipe.teacher))
     train, places = _training(recipe, rows, tokenizer)
     refuse_beyond(vocab, train, places, tokenizer)
@@ -90,14 +99,18 @@ def prepare(recipe: Recipe) -> Prepared:
             refuse_beyond(vocab, held_out, held_out_places, tokenizer)
     content = train.content if isinstance(train, Stream) else "\n".join(source.content for source in rows["data.train"])
     identity = {"the training data": content, "the held-out data": " ".join(source.content for source in rows["data.validation"])}
-    identity |= {"the tokenizer": token_cache.tokenizer_hash(tokenizer)}
-    identity |= identity_of("the student's base", "student.model", student) | identity_of("the teacher", "teacher.model", teacher)
     held_out_places = [held_out_places[i] for i in held_out.row] if held_out else []
+    for number, teacher in enumerate(taught):
+        if teacher.store:
+            parts = {"data.train": (train, places), "the held-out rows": (held_out, held_out_places)}
+            check_examples(teacher, number, parts, made_of(recipe, teacher, tokenizer, identity))
+    identity |= {"the tokenizer": token_cache.tokenizer_hash(tokenizer)} | identity_of("the student's base", "student.model", student)
+    identity |= {"the teacher": " ".join(teacher.identity for teacher in taught)} if taught else {}
     questions = encode_choices(rows["data.choices"][0], data.choices, data, tokenizer) if data.choices else None
     origins = {setting: [source.origin for source in read] for setting, read in rows.items()}
     if isinstance(train, Stream):
         origins["data.train"] = [train.origin]
-    return Prepared(tokenizer, vocab, train, places, held_out, held_out_places, questions, identity, origins, student, teacher)
+    return Prepared(tokenizer, vocab, train, places, held_out, held_out_places, questions, identity, origins, student, taught)
 
 
 def student_files(recipe: Recipe) -> ModelFiles | None:
@@ -190,9 +203,8 @@ def check_packages(recipe: Recipe) -> None:
     """What a recipe asks for and an installation may lack."""
     wanted = {
         "student.quantization": recipe.student.quantization,
-        "teacher.quantization": recipe.teacher and recipe.teacher.quantization,
         "optim.name": recipe.optim.name != "adamw",
-    }
+    } | {f"{setting}.quantization": teacher.quantization for setting, teacher in named_teachers(recipe.teacher)}
     lacking = [setting for setting, value in wanted.items() if value and importlib.util.find_spec("bitsandbytes") is None]
     if lacking:
         raise UserError(
@@ -211,10 +223,11 @@ def _tokenizer(recipe: Recipe, student: ModelFiles | None):
     return tokenizer
 
 
-def _same_tokenizer(tokenizer, teacher: ModelFiles, name: str) -> None:
-    with_tokenizer = teacher.adapter if teacher.adapter and (teacher.adapter / "tokenizer.json").exists() else teacher.base
-    theirs = load_tokenizer(str(with_tokenizer), "teacher.model")
-    _refuse_differences(tokenizer, theirs, "teacher.model", "the student's tokenizer", f"{name}'s")
+def _same_tokenizer(tokenizer, teacher: TeacherFiles) -> None:
+    files, setting = teacher.files, f"{teacher.setting}.model"
+    with_tokenizer = files.adapter if files.adapter and (files.adapter / "tokenizer.json").exists() else files.base
+    theirs = load_tokenizer(str(with_tokenizer), setting)
+    _refuse_differences(tokenizer, theirs, setting, "the student's tokenizer", f"{teacher.settings.model}'s")
 
 
 def _refuse_differences(ours, theirs, setting: str, our_name: str, their_name: str) -> None:

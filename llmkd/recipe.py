@@ -131,6 +131,9 @@ class Train:
 class Validation:
     every: Count | None = Field(None, description="Steps between validations; null for only before the first step and after the last.")
     micro_batch_size: Count = Field(8, description="Examples per forward pass.")
+    gate: Annotated[int, Field(ge=0)] = Field(
+        64, description="Training examples on which the teacher's CE is compared with the student's before the first step; 0 for none."
+    )
 
 
 @settings

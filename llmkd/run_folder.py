@@ -13,6 +13,8 @@ from .settings import dump, flatten, load_recipe
 #: Settings that a resumed run may change: they do not touch what is learnt.
 _HARMLESS = (
     "output_dir",
+    "teacher.device",
+    "teacher.share_base",
     "train.log_every",
     "train.micro_batch_size",
     "validation.",

@@ -15,9 +15,11 @@ from . import checkpoint, models, optimizers, tracking
 from .card import card
 from .console import bar, say
 from .data.collate import collate
+from .data.encode import Encoded
 from .data.stream import Stream
 from .distiller import Distiller
 from .errors import NonFinite, Stopped, UserError, blamed_on
+from .gate import some_of, verdict
 from .loop import Learner, train
 from .losses.divergences import named
 from .losses.objective import Objective
@@ -25,7 +27,10 @@ from .order import Plan, learning_rate
 from .prepare import Prepared
 from .recipe import Recipe, distils, sources
 from .run_folder import RunFolder, write
+from .signals import Teacher
+from .teachers.cached import Cached
 from .teachers.live import Live
+from .teachers.mixture import combined
 from .validate import HeldOut, accuracy, validate
 
 
@@ -111,7 +116,7 @@ class Arm:
             shutil.rmtree(leftover)
         part = output.with_name(f"{output.name}.tmp-{os.getpid()}")
         models.save(self.student, self.prepared.tokenizer, part, self.recipe.student)
-        text = card(self.recipe, summary, self.prepared.student, self.prepared.teacher, self.prepared.origins)
+        text = card(self.recipe, summary, self.prepared.student, self.prepared.teachers, self.prepared.origins)
         (part / "README.md").write_text(text, encoding="utf-8")
         shutil.rmtree(output, ignore_errors=True)
         part.rename(output)
@@ -130,8 +135,9 @@ class Session:
         self.main, self.pad = accelerator.is_main_process, prepared.tokenizer.eos_token_id
         vocab, device = prepared.vocab, accelerator.device
         packing = recipe.data.packing * recipe.train.micro_batch_size * recipe.data.max_length
-        self.teacher = Live(models.load_teacher(lead.teacher, vocab, device, packing)) if prepared.teacher else None
-        students = models.load_students([r.student for r in recipes], vocab, device, recipe.seed, packing)
+        live = [(one.setting, one.settings) for one in prepared.teachers if one.store is None]
+        students, spoken = models.load_together([r.student for r in recipes], live, vocab, device, recipe.seed, packing)
+        self.teacher = self.teachers(lead, spoken)
         self.plan = plan(recipe, prepared, accelerator.process_index, accelerator.num_processes)
         self.arms = []
         for k, (own, folder, student) in enumerate(zip(recipes, folders, students, strict=True)):
@@ -146,6 +152,13 @@ class Session:
         trained, every = (sum(p.numel() for p in ps) for ps in (self.arms[0].learner.parameters.values(), students[0].parameters()))
         others = f", beside {len(students) - 1} more students" if len(students) > 1 else ""
         self.display.say(f"student: {every:,} parameters, {trained:,} of them train{others}; {self.plan.total_steps} steps")
+
+    def teachers(self, recipe: Recipe, live: list[models.LanguageModel]) -> Teacher | None:
+        """Who answers: models in memory, and stores of what others have answered."""
+        found, rest = self.prepared.teachers, iter(live)
+        device = self.accelerator.device
+        each = [Cached(one.store, device) if one.store else Live(next(rest), device) for one in found]
+        return combined(each, [one.settings for one in found], recipe.mixture) if each else None
 
     def claim(self) -> None:
         """The first process takes the arms' folders, and all hear of one that cannot be had: else the others would wait for it."""
@@ -186,6 +199,8 @@ class Session:
         """Every step from where the run stands, with validation, checkpoints and stops as they fall due."""
         recipe, total, step = self.recipe, self.plan.total_steps, self.done
         try:
+            if self.done == 0:
+                self.gate()
             if self.done in (0, total) or due(recipe.validation.every, self.done):
                 self.validate(self.done)
             if self.stop.anywhere(self.accelerator):
@@ -233,28 +248,34 @@ class Session:
             shown = {"students": str(len(going)), "loss": f"{min(losses):.4f} to {max(losses):.4f}"}
         self.display.show(progress.step, shown, speed)
 
+    def gate(self) -> None:
+        """Before the first step: does the teacher know the rows that it is to teach, and better than the student?"""
+        if self.teacher is None or not self.recipe.validation.gate:
+            return
+        sample = some_of(self.prepared.train, self.recipe.validation.gate)
+        found = [one.figures() for one in self.measured([arm.student for arm in self.arms], sample, "gate", 0)]
+        for arm, figures in zip(self.arms if self.main else (), found, strict=False):
+            arm.record.write({"step": 0, "gate": {"examples": len(sample)} | {name: figures[name] for name in ("ce", "teacher_ce")}})
+        self.display.say(verdict(found, len(sample), self.prepared.teachers))
+
+    def measured(self, students: list, data: Encoded, name: str, step: int) -> list[HeldOut]:
+        size = self.recipe.validation.micro_batch_size
+        try:
+            return validate(students, self.teacher, data, self.pad, size, self.accelerator, self.stop, bar(name))
+        except Stopped:
+            raise self.stopped(step) from None
+
     def validate(self, step: int) -> None:
         """Measure on the held-out rows, once a step; keep the best; warn where the teacher is worse than a student."""
         waiting = [arm for arm in self.active if arm.validated != step]
         if self.prepared.validation is None or not waiting:
             return
-        size, students = self.recipe.validation.micro_batch_size, [arm.student for arm in waiting]
-        try:
-            found = validate(
-                students, self.teacher, self.prepared.validation, self.pad, size, self.accelerator, self.stop, bar("validation")
-            )
-        except Stopped:
-            raise self.stopped(step) from None
+        found = self.measured([arm.student for arm in waiting], self.prepared.validation, "validation", step)
         for arm, held_out in zip(waiting, found, strict=True):
             figures = arm.measured(step, held_out)
             name = f" of {arm.folder.path.name}" if len(self.arms) > 1 else ""
             shown = "  ".join(f"{k} {v:.4f}" for k, v in figures.items() if k != "targets")
             self.display.say(f"validation{name} at step {step}: {shown}")
-        if step == 0 and figures.get("teacher_ce", 0) > figures["ce"]:
-            self.display.say(
-                f"warning: on the held-out rows the teacher's CE ({figures['teacher_ce']:.3f}) is worse than the student's ({figures['ce']:.3f}); "
-                "tune the teacher on this data first"
-            )
         self.display.speed()  # what was spent here is not training's
         if self.recipe.checkpoint.best_by and step:
             self.save(step)

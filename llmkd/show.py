@@ -19,6 +19,7 @@ from .errors import UserError
 from .model_files import read_json
 from .prepare import hold_out, note, read_data, refuse_no_draws, refuse_too_long
 from .recipe import Recipe, Student, distils, sources
+from .recipe_teacher import named as named_teachers
 
 _MARKS = ("", "", "⟦", "⟧")  # around what is not supervised, and what is
 _COLOURS = ("\x1b[2m", "\x1b[0m", "\x1b[1;32m", "\x1b[0m")
@@ -47,10 +48,10 @@ def show(recipe: Recipe, count: int = 3, example: int | None = None, out: TextIO
 def _configs(recipe: Recipe) -> dict[str, dict]:
     """The models' configurations, as far as they are here: a teacher may be yet to come."""
     configs = {"student.model": recipe.student.architecture or _config(student_base(recipe.student))}
-    if distils(recipe):
+    for setting, one in named_teachers(recipe.teacher) if distils(recipe) else ():
         with contextlib.suppress(UserError):
-            teacher = Student(model=recipe.teacher.model, base=recipe.teacher.base, revision=recipe.teacher.revision)
-            configs["teacher.model"] = _config(student_base(teacher))
+            if one.model:
+                configs[f"{setting}.model"] = _config(student_base(Student(model=one.model, base=one.base, revision=one.revision)))
     return configs
 
 

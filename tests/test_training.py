@@ -454,7 +454,7 @@ def test_a_nan_on_one_rank_stops_them_all(world, tmp_path):
 
 def test_the_teacher_gate_warns(make_recipe, world, capsys):
     run(make_recipe(data__validation__path=str(world / "held.jsonl"), **SHORT))
-    assert "tune the teacher on this data first" in said(capsys)
+    assert "tune the teacher on the data first" in said(capsys)
 
 
 def test_two_runs_do_not_share_a_folder(command, tmp_path):

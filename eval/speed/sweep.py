@@ -50,6 +50,7 @@ def recipes(options, folder: Path, count: int) -> list:
         "data.validation": None,
         "data.choices": None,
         "validation.every": None,
+        "validation.gate": 0,
         "checkpoint.every": None,
         "train.log_every": options.steps,
     }
@@ -77,8 +78,8 @@ def counted(options, root: Path) -> dict[int, float]:
 
     prepared = prepare(recipes(options, root / "counted", 1)[0])
     tokens, targets = len(prepared.train.ids), int(prepared.train.supervised.sum())
-    student, teacher = cost.shape_of(prepared.student), cost.shape_of(prepared.teacher)
-    return {count: cost.step_operations(student, teacher, count, tokens, targets, False, False) for count in (1, 3, 9)}
+    student, teachers = cost.shape_of(prepared.student), [cost.shape_of(one.files) for one in prepared.teachers]
+    return {count: cost.step_operations(student, teachers, count, tokens, targets, False, False) for count in (1, 3, 9)}
 
 
 def report(times: dict[int, list[float]], operations: dict[int, float]) -> None:

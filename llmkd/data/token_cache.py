@@ -30,12 +30,12 @@ def folder(data: Data) -> Path:
     return Path(data.cache_dir or os.environ.get("LLMKD_CACHE") or Path.home() / ".cache" / "llmkd").expanduser() / "tokens"
 
 
-def tokenizer_hash(tokenizer) -> str:
+def tokenizer_hash(tokenizer, template: bool = True) -> str:
     """Vocabulary, merges, special tokens and their names (a template may use any) and template; not the padding state that a tokenizer carries about."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     state.pop("padding", None)
     state.pop("truncation", None)
-    named = [tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.chat_template, tokenizer.special_tokens_map]
+    named = [tokenizer.bos_token_id, tokenizer.eos_token_id, template and tokenizer.chat_template, tokenizer.special_tokens_map]
     return hashlib.sha256(json.dumps([state, named], sort_keys=True, default=str).encode()).hexdigest()
 
 

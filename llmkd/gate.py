@@ -1,0 +1,34 @@
+"""Before anything is trained: whether a teacher knows the rows that it is to teach."""
+
+import random
+from collections.abc import Sequence
+
+import numpy as np
+
+from .data.encode import Encoded
+from .data.stream import Stream
+from .taught import TeacherFiles
+
+#: As torchtune's study of the reference case found (https://pytorch.org/blog/llama-into-torchtune/).
+ADVICE = "Published advice: tune the teacher on the data first, as the 1_teacher.yaml of a recipe does; from a teacher that is not, the KD loss hardly moves."
+
+
+def some_of(train: Encoded | Stream, count: int) -> Encoded:
+    """So many training examples, the same ones for every run; of a stream, those of its first step."""
+    known = train.window if isinstance(train, Stream) else train
+    chosen = random.Random("gate").sample(range(len(known)), min(count, len(known)))
+    return known.subset(np.isin(np.arange(len(known)), chosen))
+
+
+def verdict(figures: list[dict[str, float]], examples: int, teachers: Sequence[TeacherFiles]) -> str:
+    """What `validate` found on the sample, for one student or several, in a line; with advice where the teacher seems not to be tuned."""
+    teacher_ce, ce = figures[0]["teacher_ce"], min(one["ce"] for one in figures)
+    found = f"gate: on {examples} training examples the teacher's CE is {teacher_ce:.4f} and the student's {ce:.4f}"
+    if not teacher_ce < ce:
+        return f"{found}\nwarning: the teacher knows these rows no better than the student. {ADVICE}"
+    untuned = [one.settings.model for one in teachers if one.files and not one.tuned]
+    return (
+        f"{found}\nnote: {untuned[0]} is neither an adapter nor a student of llmkd; was it tuned on these rows? {ADVICE}"
+        if untuned
+        else found
+    )

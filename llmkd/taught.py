@@ -1,0 +1,149 @@
+"""The teachers that a recipe names, found and checked before a model is loaded: a model's files, or a store of its answers."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .data import token_cache
+from .data.encode import EVERYONE, Encoded
+from .data.stream import Stream
+from .errors import UserError
+from .model_files import ModelFiles, find, fingerprint
+from .recipe import Recipe, distils
+from .recipe_teacher import CACHE_KINDS, Cache, Teacher, named
+from .teachers.store import Store
+
+
+@dataclass(frozen=True)
+class TeacherFiles:
+    """A teacher by its setting's name (teacher, or teacher.0, ...): its model's files, if it names one, and its store, if it has one."""
+
+    setting: str
+    settings: Teacher
+    files: ModelFiles | None
+    store: Store | None
+
+    @property
+    def tuned(self) -> bool:
+        """Whether it was trained by somebody for some task: an adapter, or what a run of llmkd left."""
+        return bool(self.files and (self.files.adapter or (self.files.base.parent / "summary.json").exists()))
+
+    @property
+    def identity(self) -> str:
+        """What tells its answers from another teacher's."""
+        if self.store is not None:
+            return self.store.identity
+        return " ".join(fingerprint(folder, f"{self.setting}.model") for folder in (self.files.base, self.files.adapter) if folder)
+
+
+def find_teachers(recipe: Recipe, stores: bool = True) -> tuple[TeacherFiles, ...]:
+    """Every teacher of a recipe that distils. Without `stores` those are not opened: they are yet to be written."""
+    out = []
+    for setting, one in named(recipe.teacher) if distils(recipe) else ():
+        files = find(one.model, f"{setting}.model", one.revision, one.base) if one.model else None
+        store = Store.open(one.cache.path, f"{setting}.cache.path") if one.cache and stores else None
+        out.append(TeacherFiles(setting, one, files, store))
+    return tuple(out)
+
+
+def options(cache: Cache) -> dict[str, object]:
+    """The kind of a store and its options, with the defaults of those that are not given."""
+    kind = cache.kind or "topk"
+    given = {name: getattr(cache, name) for name in CACHE_KINDS[kind]}
+    return {"kind": kind} | {name: default if given[name] is None else given[name] for name, default in CACHE_KINDS[kind].items()}
+
+
+def made_of(recipe: Recipe, teacher: TeacherFiles, tokenizer, contents: dict[str, str]) -> dict[str, dict]:
+    """What a store follows from. `contents` are the hashes of the data."""
+    one, files, data = teacher.settings, teacher.files, recipe.data
+    weights = (
+        {
+            name: folder and fingerprint(folder, f"{teacher.setting}.model")
+            for name, folder in (("base", files.base), ("adapter", files.adapter))
+        }
+        if files
+        else {}
+    )
+    template = hashlib.sha256(json.dumps(tokenizer.chat_template).encode()).hexdigest()
+    shaping = ("max_length", "too_long", "train_on_input", "teacher_context")
+    return {
+        "tokenizer": {"tokenizer": token_cache.tokenizer_hash(tokenizer, template=False), "chat_template": template},
+        "teacher": weights | {"dtype": one.dtype, "quantization": one.quantization and one.quantization.type},
+        "data": contents | {f"data.{name}": getattr(data, name) for name in shaping},
+    }
+
+
+_OTHER = {
+    "tokenizer": "with another tokenizer",
+    "chat_template": "with another chat template",
+    "base": "by a teacher on another base",
+    "adapter": "by a teacher with another adapter, or with none",
+}
+
+
+def check_store(recipe: Recipe, teacher: TeacherFiles, tokenizer, vocab: int) -> None:
+    """Refuse a store of another tokenizer, template, teacher or kind than the recipe's; every difference is named."""
+    store, setting, cache, loss = teacher.store, teacher.setting, teacher.settings.cache, recipe.loss
+    where, ours = f"{setting}.cache.path: {cache.path} was made", made_of(recipe, teacher, tokenizer, {})
+    problems = []
+    for part in ("tokenizer", "teacher") if teacher.files else ("tokenizer",):
+        for name, value in ours[part].items():
+            if store.made_of[part].get(name) != value:
+                then = _OTHER.get(name, f"by a teacher with {name} {store.made_of[part].get(name)}, not {value}")
+                problems.append(f"{where} {then}; give the one that it was made with, or write another by llmkd cache")
+    if store.vocab != vocab:
+        problems.append(
+            f"{where} over {store.vocab} entries of the vocabulary, and the models of this run have {vocab}; write another by llmkd cache"
+        )
+    for name in ("kind", *(name for known in CACHE_KINDS.values() for name in known)):
+        value = getattr(cache, name)
+        if value is not None and store.options.get(name) != value:
+            problems.append(
+                f"{setting}.cache.{name}: found {value}, and {cache.path} was made with {store.options.get(name)}; leave it out"
+            )
+    if store.options["kind"] == "sampled":
+        why = f"and {cache.path} holds samples, which are right on average"
+        drawn, by = store.options["temperature"], recipe.checkpoint.best_by
+        if loss.temperature != drawn:
+            problems.append(f"loss.temperature: found {loss.temperature:g}, {why} at the temperature that they were drawn at, {drawn:g}")
+        if loss.divergence != "forward_kl":
+            problems.append(f"loss.divergence: found {loss.divergence}, {why} for forward_kl alone")
+        if recipe.mixture.combine == "log_probabilities":
+            problems.append(f"mixture.combine: found log_probabilities, {why} for probabilities and divergences alone")
+        if by in ("reverse_kl", "agreement"):
+            problems.append(f"checkpoint.best_by: found {by}, {why} for forward_kl alone; use ce")
+    if problems:
+        raise UserError(*problems)
+
+
+def check_examples(teacher: TeacherFiles, number: int, parts: dict[str, tuple[Encoded | Stream | None, Sequence[str]]], ours: dict) -> None:
+    """Refuse a store that lacks examples that teacher `number` is to answer.
+
+    `parts` are each setting's examples and their places, `ours` is what a store of this recipe would be made of.
+    """
+    then, now = teacher.store.made_of["data"], ours["data"]
+    for setting, (encoded, places) in parts.items():
+        if encoded is None:
+            continue
+        mine = mine_of(encoded, number)
+        missing = teacher.store.missing([encoded.identity(i) for i in mine])
+        if missing:
+            shown = [
+                f"{name} {then.get(name)}, now {value}" if name.startswith("data.") else name
+                for name, value in now.items()
+                if then.get(name) != value
+            ]
+            raise UserError(
+                f"{teacher.setting}.cache.path: {teacher.settings.cache.path} lacks {len(missing)} of {len(mine)} examples of {setting}, such as "
+                f"{places[mine[missing[0]]]}"
+                + (f"; it was made of other data ({', '.join(shown)})" if shown else "")
+                + "; run llmkd cache for these"
+            )
+
+
+def mine_of(encoded: Encoded | Stream, number: int) -> list[int]:
+    """The examples that teacher `number` answers, alone or with others."""
+    return np.flatnonzero(np.isin(encoded.taught_by, (EVERYONE, number))).tolist()

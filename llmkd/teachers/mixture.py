@@ -1,0 +1,184 @@
+"""Teachers made of teachers: several that answer together, or each its own rows."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..recipe_teacher import Mixture as MixtureSettings
+from ..recipe_teacher import Teacher as TeacherSettings
+from ..signals import FIGURES, Batch, Divergence, Rows, Signal, Teacher, View
+
+
+def combined(teachers: Sequence[Teacher], settings: Sequence[TeacherSettings], mixture: MixtureSettings) -> Teacher:
+    """One teacher out of several, as their settings have it; a single one is itself."""
+    if len(teachers) == 1:
+        return teachers[0]
+    together = Mixture(teachers, [one.weight for one in settings], mixture.combine, mixture.weights == "confidence")
+    return Routed(together, teachers) if any(one.name for one in settings) else together
+
+
+class Mixture:
+    """All teachers answer for every target; what they say is combined as `recipe_teacher.Mixture` has it."""
+
+    def __init__(self, teachers: Sequence[Teacher], weights: Sequence[float], combine: str = "probabilities", confidence: bool = False):
+        self.teachers, self.combine, self.confidence = list(teachers), combine, confidence
+        self.log_weights = [float(torch.tensor(w, dtype=torch.float64).div(sum(weights)).log()) for w in weights]
+        self.figures = FIGURES if all(teacher.figures == FIGURES for teacher in teachers) else ("teacher_ce",)
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> "Mixed":
+        parts = [teacher(batch) for teacher in self.teachers]
+        return Mixed(parts, self.log_weights, batch.labels_N, self.combine, self.confidence)
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """What several teachers say of the same targets, with weights w that sum to one at each target.
+
+    probabilities       p = sum w_i p_i, the arithmetic mean of the distributions at the student's temperature (Hinton et al. 2015, section 3)
+    log_probabilities   p ~ exp sum w_i log p_i, the geometric mean, normalised (Hinton 2002, products of experts, with weights)
+    divergences         sum w_i D(q, p_i); where one distribution is asked for, that of `probabilities`
+
+    With `confidence`, w_i is in proportion to its fixed weight times the probability that teacher i gives the target, at temperature 1.
+    """
+
+    parts: list[Signal]
+    log_weights: list[float]
+    labels_N: Tensor
+    combine: str = "probabilities"
+    confidence: bool = False
+
+    def divergence(self, divergence: Divergence, rows: Rows, log_q_nV: Tensor, temperature: float = 1.0) -> Tensor:
+        if self.combine != "divergences":
+            return divergence(log_q_nV, self.log_probs(rows, log_q_nV, temperature))
+        shares = self._log_shares(rows)
+        each = (part.divergence(divergence, rows, log_q_nV, temperature) for part in self.parts)
+        return sum(_exp(share) * value for share, value in zip(shares, each, strict=True))
+
+    @torch.no_grad()
+    def log_probs(self, rows: Rows, log_q_nV: Tensor | None = None, temperature: float = 1.0) -> Tensor:
+        total_nV: Tensor | None = None
+        for share, part in zip(self._log_shares(rows), self.parts, strict=True):
+            log_p_nV = part.log_probs(rows, log_q_nV, temperature)
+            share = share[:, None] if isinstance(share, Tensor) else share
+            if self.combine == "log_probabilities":
+                log_p_nV = log_p_nV * _exp(share)
+                total_nV = log_p_nV if total_nV is None else total_nV.add_(log_p_nV)
+            else:
+                log_p_nV = log_p_nV + share
+                total_nV = log_p_nV if total_nV is None else torch.logaddexp(total_nV, log_p_nV, out=total_nV)
+        return torch.log_softmax(total_nV, dim=-1)  # of a mean of probabilities it takes away rounding alone
+
+    @torch.no_grad()
+    def label_log_probs(self, rows: Rows, labels_n: Tensor) -> Tensor:
+        if self.combine == "log_probabilities":
+            return self.log_probs(rows).gather(-1, labels_n[:, None])[:, 0]
+        each = [part.label_log_probs(rows, labels_n) for part in self.parts]
+        shares = self._log_shares(rows, each if self.confidence else None)
+        return torch.stack([share + value for share, value in zip(shares, each, strict=True)]).logsumexp(0)
+
+    def stated(self, rows: Rows, labels_n: Tensor) -> dict[str, Tensor]:
+        if self.combine == "log_probabilities" or not any(part.stated(rows, labels_n) for part in self.parts):
+            return {}
+        return {"teacher_ce": -self.label_log_probs(rows, labels_n)}
+
+    def _log_shares(self, rows: Rows, label_log_probs: list[Tensor] | None = None) -> list[float] | list[Tensor]:
+        """log w_i: numbers, or with confidence [n] each."""
+        if not self.confidence:
+            return self.log_weights
+        labels_n = self.labels_N[rows]
+        with torch.no_grad():
+            each = label_log_probs or [part.label_log_probs(rows, labels_n) for part in self.parts]
+            joint_Pn = torch.stack([weight + value for weight, value in zip(self.log_weights, each, strict=True)])
+            return list(joint_Pn.nan_to_num(neginf=-1e4).log_softmax(0))  # where none gives the target anything: alike
+
+
+def _exp(log: float | Tensor) -> float | Tensor:
+    return log.exp() if isinstance(log, Tensor) else float(torch.tensor(log, dtype=torch.float64).exp())
+
+
+class Routed:
+    """Every example is answered by the teacher that its source names (`Example.teacher`), the others by all of them together."""
+
+    def __init__(self, together: Teacher, teachers: Sequence[Teacher]):
+        self.together, self.teachers = together, list(teachers)
+        every = [together, *teachers]
+        self.figures = tuple(name for name in FIGURES if all(name in teacher.figures for teacher in every))
+
+    def __call__(self, batch: Batch) -> Signal:
+        asked = [example.teacher for example in batch.examples]
+        groups = {k: [other == k for other in asked] for k in dict.fromkeys(asked)}
+        if len(groups) < 2:
+            return self._of(next(iter(groups), -1))(batch)
+        parts = [self._of(k)(part_of(batch, mine)) for k, mine in groups.items()]
+        owner, place = torch.zeros(batch.targets, dtype=torch.long), torch.zeros(batch.targets, dtype=torch.long)
+        for number, mine in enumerate(groups.values()):
+            whose = _by_target(batch, mine)
+            owner[whose], place[whose] = number, torch.arange(int(whose.sum()))
+        return Patched(parts, owner, place)
+
+    def _of(self, number: int) -> Teacher:
+        return self.teachers[number] if number >= 0 else self.together
+
+
+@dataclass(frozen=True)
+class Patched:
+    """Signals of parts of a batch: target i is target `place_N[i]` of part `owner_N[i]` (both on the CPU)."""
+
+    parts: list[Signal]
+    owner_N: Tensor
+    place_N: Tensor
+
+    def divergence(self, divergence: Divergence, rows: Rows, log_q_nV: Tensor, temperature: float = 1.0) -> Tensor:
+        return self._each(rows, lambda part, places, mine: part.divergence(divergence, places, log_q_nV[mine], temperature))
+
+    def log_probs(self, rows: Rows, log_q_nV: Tensor | None = None, temperature: float = 1.0) -> Tensor:
+        return self._each(
+            rows, lambda part, places, mine: part.log_probs(places, None if log_q_nV is None else log_q_nV[mine], temperature)
+        )
+
+    def label_log_probs(self, rows: Rows, labels_n: Tensor) -> Tensor:
+        return self._each(rows, lambda part, places, mine: part.label_log_probs(places, labels_n[mine]))
+
+    def stated(self, rows: Rows, labels_n: Tensor) -> dict[str, Tensor]:
+        places = slice(0, 0)
+        if not any(part.stated(places, labels_n[:0]) for part in self.parts):
+            return {}
+        return {"teacher_ce": -self.label_log_probs(rows, labels_n)}
+
+    def _each(self, rows: Rows, ask: Callable[[Signal, Tensor, Tensor], Tensor]) -> Tensor:
+        """Every part's answer for its own of these targets, in the targets' order."""
+        rows = rows.cpu() if isinstance(rows, Tensor) else rows
+        owner_n, place_n, found, order = self.owner_N[rows], self.place_N[rows], [], []
+        for number, part in enumerate(self.parts):
+            mine = (owner_n == number).nonzero().flatten()
+            if len(mine):
+                found.append(ask(part, place_n[mine], mine))
+                order.append(mine)
+        back = torch.cat(order).argsort()
+        return torch.cat(found)[back.to(found[0].device)]
+
+
+def part_of(batch: Batch, mine: list[bool]) -> Batch:
+    """Some of a batch's examples, for a teacher: `mine[i]` says whether example i is one. Both views are the teacher's."""
+    view, keep_N = batch.teacher, _by_target(batch, mine).to(batch.labels_N.device)
+    kept_N, wanted = view.rows_N[keep_N], torch.tensor(mine, device=batch.labels_N.device)
+    ids_BT = view.inputs["input_ids"]
+    T = ids_BT.shape[1]
+    if "position_ids" in view.inputs:  # one row, in which an example begins where positions do
+        keep_T = wanted[(view.inputs["position_ids"][0] == 0).cumsum(0) - 1]
+        inputs = {name: x_BT[:, keep_T] for name, x_BT in view.inputs.items()}
+        rows_N = (keep_T.cumsum(0) - 1)[kept_N]
+    else:
+        inputs = {name: x_BT[wanted] for name, x_BT in view.inputs.items()}
+        rows_N = (wanted.cumsum(0) - 1)[kept_N // T] * T + kept_N % T
+    part = View(inputs, rows_N)
+    examples = tuple(example for example, keep in zip(batch.examples, mine, strict=True) if keep)
+    return Batch(batch.labels_N[keep_N], batch.example_N[keep_N], part, part, examples)
+
+
+def _by_target(batch: Batch, of_example: list[bool]) -> Tensor:
+    """A mark of each example, repeated for each of its targets; on the CPU."""
+    return torch.tensor(of_example).repeat_interleave(torch.tensor([example.targets for example in batch.examples]))
