@@ -6,19 +6,18 @@ killed goes on where it was. Size and time are said first.
 
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from . import taught
-from .console import bar, say
+from .console import first_process, say
 from .cost import duration
 from .data.encode import Encoded
-from .data.stream import Stream
 from .errors import Stopped, UserError
 from .order import deal
 from .prepare import Prepared, prepare
-from .recipe import Recipe, teachers
+from .recipe import Recipe, Teacher
 from .stopping import StopRequest
 from .taught import TeacherFiles
 
@@ -45,44 +44,45 @@ class Wanted:
         return int(self.sets[s].lengths[i])
 
 
-def cache(recipe: Recipe, stop: StopRequest | None = None) -> list[Path]:
-    """Write every store that the recipe's teachers name. Raises UserError, or Stopped when a signal came: what is whole is kept."""
-    prepared, accelerator, todo = ready(recipe)
-    with stop or StopRequest("finishing this batch; what is whole is kept") as stop:
-        return [write(recipe, prepared, teacher, number, accelerator, stop) for number, teacher in todo]
+def cache(recipe: Recipe, foreign: str | None = None, stop: StopRequest | None = None) -> list[Path]:
+    """Write every store that the recipe's teachers name. Raises UserError, or Stopped when a signal came: what is whole is kept.
 
-
-def ready(recipe: Recipe):
-    """The recipe's data, the processes, and which teachers are to be asked. Refused before a model is loaded."""
+    `foreign`: a file of answers that came from elsewhere, for the one teacher that has a store.
+    """
     from .training import start
 
-    if not any(one.cache for one in teachers(recipe.teacher)):
+    prepared, todo = chosen(recipe, lambda one: one.cache, foreign)
+    accelerator = start()
+    with stop or StopRequest("finishing this batch; what is whole is kept") as stop:
+        return [write(recipe, prepared, teacher, accelerator, stop) for teacher in todo]
+
+
+def chosen(recipe: Recipe, which: Callable[[Teacher], object], foreign: str | None = None) -> tuple[Prepared, list[TeacherFiles]]:
+    """The recipe's data, and those of its teachers that are meant. Refused before a model is loaded."""
+    many = taught.named(recipe.teacher)
+    if not any(which(one) for _, one in many):
         raise UserError("teacher.cache.path: not given; name the folder of the store, such as --teacher.cache.path runs/cache")
-    for setting, one in taught.named(recipe.teacher):
-        if one.cache and not one.model:
+    for setting, one in many:
+        if which(one) and not one.model and not foreign:
             raise UserError(f"{setting}.model: not given; name the teacher whose answers {one.cache.path} is to hold")
     if recipe.data.streaming:
         raise UserError("data.streaming: found true, and a store is of rows that are all known; set it to false")
     if not recipe.loss.kd_ratio:
         raise UserError("loss.kd_ratio: found 0, with which no teacher is asked; leave it out here")
     prepared = prepare(recipe, stores=False)
-    if isinstance(prepared.train, Stream):
-        raise UserError("data.streaming: found true, and a store is of rows that are all known; set it to false")
-    return prepared, start(), [(n, one) for n, one in enumerate(prepared.teachers) if one.settings.cache]
+    return prepared, [one for one in prepared.teachers if which(one.settings)]
 
 
-def write(recipe: Recipe, prepared: Prepared, teacher: TeacherFiles, number: int, accelerator, stop: StopRequest) -> Path:
+def write(recipe: Recipe, prepared: Prepared, teacher: TeacherFiles, accelerator, stop: StopRequest) -> Path:
     """One teacher's store."""
-    from .placing import device_of
-    from .models import load_teacher
     from .teachers.kinds import kind_to_record
     from .teachers.live import Live
     from .teachers.store import Plan, Writer
+    from .together import load_together
 
     folder, device = Path(teacher.settings.cache.path).expanduser(), accelerator.device
-    device_of(teacher.setting, teacher.settings.device, device)
-    wanted = Wanted.of(prepared, number)
-    model = load_teacher(teacher.settings, prepared.vocab, device, setting=teacher.setting, files=teacher.files)
+    wanted = Wanted.of(prepared, prepared.teachers.index(teacher))
+    (model,) = load_together([], [(teacher.setting, teacher.settings)], prepared.vocab, device, recipe.seed)[1]
     kind = kind_to_record(teacher.settings.cache, prepared.vocab, model)
     plan = Plan.of(wanted.identities, wanted.targets, kind.bytes)
     made_of = taught.made_of(recipe, teacher, prepared.tokenizer, taught.contents(prepared))
@@ -95,9 +95,13 @@ def write(recipe: Recipe, prepared: Prepared, teacher: TeacherFiles, number: int
     left = sum(int(plan.targets_E[plan.shards[n]].sum()) for n in mine)
     free, needs = shutil.disk_usage(folder).free, left * kind.bytes
     if needs > free:
-        raise UserError(f"{teacher.setting}.cache.path: {folder} needs {needs / 1e9:.1f} GB and has {free / 1e9:.1f} GB free; choose another folder, or another kind")
+        raise UserError(
+            f"{teacher.setting}.cache.path: {folder} needs {needs / 1e9:.1f} GB and has {free / 1e9:.1f} GB free; choose another folder, or another kind"
+        )
     live = Live(model)
-    batches = [(n, batch) for n in mine for batch in dealt(plan.first_E[plan.shards[n]].tolist(), wanted, recipe.validation.micro_batch_size)]
+    batches = [
+        (n, batch) for n in mine for batch in dealt(plan.first_E[plan.shards[n]].tolist(), wanted, recipe.validation.micro_batch_size)
+    ]
     seconds = time_of(live, kind, wanted, [batch for _, batch in batches], prepared, device)
     whole_size = plan.header()["targets"] * kind.bytes
     say(
@@ -176,7 +180,5 @@ def time_of(live, kind, wanted: Wanted, batches: list[list[int]], prepared: Prep
 
 def progress(total: int):
     from tqdm import tqdm
-
-    from .console import first_process
 
     return tqdm(total=total, desc="asking the teacher", unit=" examples", leave=False, disable=None if first_process() else True)

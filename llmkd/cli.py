@@ -12,6 +12,7 @@ from .errors import UserError, exit_code
 USAGE = """\
 usage: llmkd train --config RECIPE [--section.name VALUE ...] [--resume] [--debug]
        llmkd sweep --config SWEEP [--section.name VALUE ...] [--resume]
+       llmkd cache --config RECIPE [--check] [--import FILE] [--section.name VALUE ...]
        llmkd data --config RECIPE [--show N] [--example I] [--section.name VALUE ...]
        llmkd export RUN [--to FOLDER] [--checkpoint STEP|best]
        llmkd eval RUN_OR_MODEL... --tasks TASK[,TASK...] [--tasks_dir DIR] [...]     llmkd eval --help says more
@@ -24,6 +25,9 @@ train    Train a student by distillation, or by plain fine-tuning where the reci
          Several processes: accelerate launch llmkd/train.py --config RECIPE ...
 sweep    Train every arm of a sweep (a recipe and a grid of changes), side by side before one teacher where they can; then
          measure, compare and report them. A study's or sweep's file given to train runs it too, on several processes.
+cache    Ask the recipe's teachers once, and keep what they say at every target in the stores that teacher.cache names: runs then need
+         no teacher in memory. --check measures what a quantised teacher, or a store, loses; --import reads answers from elsewhere.
+         Several processes: accelerate launch -m llmkd cache --config RECIPE ...
 data     Read and tokenise a recipe's data as a run would; print its figures and N examples (3) with the supervised tokens marked.
 export   Write a finished run's student as a plain transformers model (RUN/merged): an adapter is merged into its base.
 eval     Evaluate runs and models by lm-evaluation-harness. Several processes: accelerate launch eval/run.py RUN_OR_MODEL... --tasks ...
@@ -53,7 +57,7 @@ def entry() -> None:
 
 
 def dispatch(argv: list[str]) -> None:
-    commands = {"train": train, "sweep": sweep, "data": data, "export": export}
+    commands = {"train": train, "sweep": sweep, "cache": cache, "data": data, "export": export}
     commands |= {"eval": evaluate, "tasks": tasks, "compare": compare, "report": report}
     command = argv.pop(0) if argv else "--help"
     if command == "--version":
@@ -103,6 +107,30 @@ def run_sweep(config: str, overrides: dict, resume: bool) -> None:
     from .sweep import run_sweep as train_arms
 
     train_arms(config, overrides, resume, lambda folder: after_sweep.finish(folder, sweep.eval))
+
+
+def cache(argv: list[str]) -> None:
+    if _flag(argv, "--help") or _flag(argv, "-h"):
+        print(USAGE + "\nsettings:\n" + settings.help_text())
+        return
+    checks = _flag(argv, "--check")
+    options = settings.split_overrides(argv, ("config", "import"))
+    config, foreign = options.pop("config", None), options.pop("import", None)
+    if not isinstance(config, str):
+        raise UserError("--config: not given; name a recipe")
+    if checks and foreign:
+        raise UserError("--check: given together with --import; import first, then check")
+    quiet()
+    recipe = settings.load_recipe(config, options)
+    if checks:
+        from .cache_check import check
+
+        check(recipe)
+        return
+    from .caching import cache as write_stores
+
+    for path in write_stores(recipe, foreign):
+        print(path)
 
 
 def _run_options(argv: list[str]) -> tuple[str, dict, bool]:

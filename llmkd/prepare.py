@@ -76,7 +76,7 @@ def prepare(recipe: Recipe, stores: bool = True) -> Prepared:
         if teacher.files:
             _same_tokenizer(tokenizer, teacher)
     rows_known = {setting: rows_of(config) for setting, config in configs.items()}
-    rows_known |= {f"{teacher.setting}.cache.path": teacher.store.vocab for teacher in taught if teacher.store}
+    rows_known |= {f"{teacher.setting}.cache.path": teacher.store.header["vocab"] for teacher in taught if teacher.store}
     vocab = shared_vocab(tokenizer, rows_known)
     for teacher in taught:
         if teacher.store:

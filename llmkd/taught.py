@@ -13,7 +13,7 @@ from .data.stream import Stream
 from .errors import UserError
 from .model_files import ModelFiles, find, fingerprint
 from .recipe import Recipe, distils
-from .recipe_teacher import CACHE_KINDS, Cache, Teacher, named
+from .recipe_teacher import CACHE_KINDS, Teacher, named
 from .teachers.store import Store
 
 
@@ -49,13 +49,6 @@ def find_teachers(recipe: Recipe, stores: bool = True) -> tuple[TeacherFiles, ..
     return tuple(out)
 
 
-def options(cache: Cache) -> dict[str, object]:
-    """The kind of a store and its options, with the defaults of those that are not given."""
-    kind = cache.kind or "topk"
-    given = {name: getattr(cache, name) for name in CACHE_KINDS[kind]}
-    return {"kind": kind} | {name: default if given[name] is None else given[name] for name, default in CACHE_KINDS[kind].items()}
-
-
 def made_of(recipe: Recipe, teacher: TeacherFiles, tokenizer, contents: dict[str, str]) -> dict[str, dict]:
     """What a store follows from. `contents` are the hashes of the data."""
     one, files, data = teacher.settings, teacher.files, recipe.data
@@ -76,6 +69,17 @@ def made_of(recipe: Recipe, teacher: TeacherFiles, tokenizer, contents: dict[str
     }
 
 
+def options(store: Store) -> dict:
+    """A store's kind and its options, by the names of the settings."""
+    found = dict(store.header["kind"])
+    return found | {"kind": found.pop("name"), "hidden_dtype": found.get("dtype")}
+
+
+def contents(prepared) -> dict[str, str]:
+    """Of `Prepared.identity` the hashes of the data."""
+    return {name: prepared.identity[name] for name in ("the training data", "the held-out data")}
+
+
 _OTHER = {
     "tokenizer": "with another tokenizer",
     "chat_template": "with another chat template",
@@ -87,12 +91,13 @@ _OTHER = {
 def check_store(recipe: Recipe, teacher: TeacherFiles, tokenizer, vocab: int) -> None:
     """Refuse a store of another tokenizer, template, teacher or kind than the recipe's; every difference is named."""
     store, setting, cache, loss = teacher.store, teacher.setting, teacher.settings.cache, recipe.loss
+    made_of_then, kept = store.header["made_of"], options(store)
     where, ours = f"{setting}.cache.path: {cache.path} was made", made_of(recipe, teacher, tokenizer, {})
     problems = []
     for part in ("tokenizer", "teacher") if teacher.files else ("tokenizer",):
         for name, value in ours[part].items():
-            if store.made_of[part].get(name) != value:
-                then = _OTHER.get(name, f"by a teacher with {name} {store.made_of[part].get(name)}, not {value}")
+            if made_of_then[part].get(name) != value:
+                then = _OTHER.get(name, f"by a teacher with {name} {made_of_then[part].get(name)}, not {value}")
                 problems.append(f"{where} {then}; give the one that it was made with, or write another by llmkd cache")
     if store.vocab != vocab:
         problems.append(
@@ -106,7 +111,7 @@ def check_store(recipe: Recipe, teacher: TeacherFiles, tokenizer, vocab: int) ->
             )
     if store.options["kind"] == "sampled":
         why = f"and {cache.path} holds samples, which are right on average"
-        drawn, by = store.options["temperature"], recipe.checkpoint.best_by
+        drawn, by = kept["temperature"], recipe.checkpoint.best_by
         if loss.temperature != drawn:
             problems.append(f"loss.temperature: found {loss.temperature:g}, {why} at the temperature that they were drawn at, {drawn:g}")
         if loss.divergence != "forward_kl":
@@ -124,7 +129,7 @@ def check_examples(teacher: TeacherFiles, number: int, parts: dict[str, tuple[En
 
     `parts` are each setting's examples and their places, `ours` is what a store of this recipe would be made of.
     """
-    then, now = teacher.store.made_of["data"], ours["data"]
+    then, now = teacher.store.header["made_of"]["data"], ours["data"]
     for setting, (encoded, places) in parts.items():
         if encoded is None:
             continue

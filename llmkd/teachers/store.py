@@ -56,9 +56,9 @@ class Plan:
 class Writer:
     """Writes a store, or what is missing of one. The first process begins and finishes; between the two every one writes its shards."""
 
-    def __init__(self, folder: str | Path, kind, made_of: dict, plan: Plan):
+    def __init__(self, folder: str | Path, kind, made_of: dict, plan: Plan, setting: str = SETTING):
         """`kind` is a `kinds.Kind`."""
-        self.folder, self.plan, self.kind = Path(folder), plan, kind
+        self.folder, self.plan, self.kind, self.setting = Path(folder), plan, kind, setting
         options = {"kind": kind.options(), "vocab": kind.vocab, "bytes_per_target": kind.bytes}
         self.header = json.loads(json.dumps({"version": VERSION, **options, "made_of": made_of, "plan": plan.header()}))
 
@@ -67,11 +67,11 @@ class Writer:
         self.folder.mkdir(parents=True, exist_ok=True)
         for name in ("store.json", "making.json"):
             if (self.folder / name).exists():
-                found = read_header(self.folder) if name == "store.json" else _read_json(self.folder / name)
+                found = read_header(self.folder, self.setting) if name == "store.json" else _read_json(self.folder / name, self.setting)
                 found.pop("files", None)
                 if changed := differences(found, self.header):
                     raise UserError(
-                        f"{SETTING}: {self.folder} holds a store of other answers ({'; '.join(changed)}); choose another folder, or delete it"
+                        f"{self.setting}: {self.folder} holds a store of other answers ({'; '.join(changed)}); choose another folder, or delete it"
                     )
         head = getattr(self.kind, "head", None)
         if head and _digest(self.folder / head.options()["file"]) != head.sha256:
@@ -94,7 +94,7 @@ class Writer:
     def finish(self) -> None:
         """Seal the store, once all processes are done."""
         if left := [_name(n) for n in range(len(self.plan.shards)) if not (self.folder / f"{_name(n)}.json").exists()]:
-            raise UserError(f"{SETTING}: {self.folder} lacks {left[0]} and {len(left) - 1} more; run llmkd cache again")
+            raise UserError(f"{self.setting}: {self.folder} lacks {left[0]} and {len(left) - 1} more; run llmkd cache again")
         files = [_read_json(self.folder / f"{_name(n)}.json") for n in range(len(self.plan.shards))]
         sealed = self.header | {"files": files}
         _write(self.folder / "store.json", json.dumps(sealed | {"checksum": _checksum(sealed)}, indent=1).encode())
@@ -183,6 +183,11 @@ class Store:
     @property
     def bytes_per_target(self) -> int:
         return self.header["bytes_per_target"]
+
+    @property
+    def identity(self) -> str:
+        """A hash of all that it holds."""
+        return _checksum(self.header)
 
     def missing(self, identities: list[str]) -> list[int]:
         """The places in the list of the examples that are not in the store."""

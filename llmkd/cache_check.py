@@ -1,0 +1,97 @@
+"""`llmkd cache --check`: what is lost where a teacher is held in 4 or 8 bit, or where its answers were kept in a store."""
+
+import dataclasses
+import gc
+
+import torch
+
+from . import tracking
+from .caching import chosen
+from .console import bar, say
+from .data.collate import collate
+from .data.encode import Encoded
+from .errors import UserError
+from .gate import some_of
+from .models import LanguageModel
+from .order import deal
+from .prepare import Prepared
+from .recipe import Recipe
+from .signals import FIGURES, Batch, Dense
+from .taught import TeacherFiles, find_teachers
+from .teachers.cached import Cached
+from .teachers.live import Live
+from .together import load_together
+from .training import start
+from .validate import validate
+
+
+class Remembered:
+    """A live teacher's hidden states and its head, after its body is gone; found by the examples they are of."""
+
+    figures = FIGURES
+
+    def __init__(self, model: LanguageModel, data: Encoded, pad: int, size: int, device):
+        live, self.head, self.hidden = Live(model), None, {}
+        for examples in bar("the unquantised teacher")(deal(list(range(len(data))), data.lengths, size)):
+            batch = collate(data, examples, pad).to(device)
+            signal = live(batch)
+            self.head = signal.head
+            parts = signal.hidden_NH.split([example.targets for example in batch.examples])
+            self.hidden |= {example.identity: part.cpu() for example, part in zip(batch.examples, parts, strict=True)}
+
+    def __call__(self, batch: Batch) -> Dense:
+        return Dense(torch.cat([self.hidden[example.identity] for example in batch.examples]).to(batch.labels_N.device), self.head)
+
+
+def check(recipe: Recipe, examples: int = 64) -> None:
+    """Print, for every teacher that is quantised or has a store, figures on a sample of the training rows."""
+    prepared, todo = chosen(recipe, lambda one: one.cache or one.quantization)
+    accelerator = start()
+    if accelerator.num_processes > 1:
+        raise UserError("--check: runs in one process; leave accelerate launch out")
+    sample = some_of(prepared.train, examples)
+    say(f"on {len(sample)} training examples, {int(sample.supervised.sum())} targets; nats per target")
+    for teacher in todo:
+        if teacher.settings.quantization:
+            print(tracking.table(quantised(recipe, prepared, teacher, sample, accelerator)))
+        if teacher.settings.cache and (stored := opened(recipe, teacher)):
+            print(tracking.table(kept(recipe, prepared, stored, sample, accelerator)))
+
+
+def quantised(recipe: Recipe, prepared: Prepared, teacher: TeacherFiles, sample: Encoded, accelerator) -> list[dict]:
+    """The teacher as it is, and in 4 or 8 bit. One after the other: only one of them is in memory."""
+    size, pad, vocab = recipe.validation.micro_batch_size, prepared.tokenizer.eos_token_id, prepared.vocab
+    whole = dataclasses.replace(teacher.settings, quantization=None)
+    (model,) = load_together([], [(teacher.setting, whole)], vocab, accelerator.device, recipe.seed)[1]
+    before = Remembered(model, sample, pad, size, accelerator.device)
+    del model
+    gc.collect()
+    (model,) = load_together([], [(teacher.setting, teacher.settings)], vocab, accelerator.device, recipe.seed)[1]
+    found = validate([model], before, sample, pad, size, accelerator, progress=bar("the quantised teacher"))[0].figures()
+    row = {name: found[name] for name in ("forward_kl", "reverse_kl", "agreement")}
+    return [
+        {teacher.setting: "unquantised", "ce": found["teacher_ce"], "entropy": found["teacher_entropy"]},
+        {teacher.setting: teacher.settings.quantization.type, "ce": found["ce"], "entropy": found["entropy"]} | row,
+    ]
+
+
+def kept(recipe: Recipe, prepared: Prepared, teacher: TeacherFiles, sample: Encoded, accelerator) -> list[dict]:
+    """The recipe's untrained student before the live teacher, and before the store of its answers."""
+    size, pad = recipe.validation.micro_batch_size, prepared.tokenizer.eos_token_id
+    students, models = load_together(
+        [recipe.student], [(teacher.setting, teacher.settings)], prepared.vocab, accelerator.device, recipe.seed
+    )
+    rows = []
+    for name, one in (("live", Live(models[0])), (str(teacher.settings.cache.path), Cached(teacher.store, accelerator.device))):
+        found = validate(students, one, sample, pad, size, accelerator, progress=bar(name))[0].figures()
+        rows.append({teacher.setting: name} | {figure: found[figure] for figure in FIGURES if figure in found})
+    return rows
+
+
+def opened(recipe: Recipe, teacher: TeacherFiles) -> TeacherFiles | None:
+    """The teacher with its store; None where that is yet to be written."""
+    try:
+        return next(one for one in find_teachers(recipe) if one.setting == teacher.setting)
+    except UserError as error:
+        say(f"note: {error}")
+        return None

@@ -1,0 +1,347 @@
+"""`llmkd cache`, and runs that learn from what it wrote: as from the live teacher, or refused with what differs."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from conftest import distance, plain_recipe, weights
+
+from llmkd import settings
+from llmkd.cache_check import check
+from llmkd.caching import cache
+from llmkd.cli import main
+from llmkd.errors import UserError
+from llmkd.training import run
+
+FLOAT32 = {"student__dtype": "float32", "teacher__dtype": "float32", "validation__gate": 0}
+
+
+@pytest.fixture(scope="module")
+def stores(world, tmp_path_factory) -> Path:
+    """A folder of stores of the small world's teacher: hidden, topk (all of V), narrow (K = 8), sampled."""
+    root = tmp_path_factory.mktemp("stores")
+    kinds = {
+        "hidden": {"kind": "hidden"},
+        "topk": {"kind": "topk", "k": 4096, "value_bits": 16},
+        "narrow": {"kind": "topk", "k": 8},
+        "sampled": {"kind": "sampled", "draws": 64},
+    }
+    os.environ["LLMKD_CACHE"] = str(root / "tokens")
+    for name, kind in kinds.items():
+        file = root / f"{name}.yaml"
+        file.write_text(json.dumps(plain_recipe(world, root / "out")))
+        options = {f"teacher.cache.{key}": value for key, value in kind.items()}
+        cache(
+            settings.load_recipe(
+                file, {"teacher.dtype": "float32", "teacher.cache.path": str(root / name), "data.validation_share": 0.2} | options
+            )
+        )
+    return root
+
+
+def from_store(make_recipe, stores, kind: str, out: str, **changes):
+    """A run that has the store and nothing else of the teacher."""
+    return make_recipe(out, **(FLOAT32 | {"teacher": {"cache": {"path": str(stores / kind)}}, "teacher__dtype": "auto"} | changes))
+
+
+def trained_by(recipe) -> dict:
+    run(recipe)
+    return weights(Path(recipe.output_dir))
+
+
+def steps(recipe) -> list[dict]:
+    lines = (Path(recipe.output_dir) / "metrics.jsonl").read_text().splitlines()
+    return [line for line in map(json.loads, lines) if "loss" in line]
+
+
+VARIANTS = {
+    "as it is": {},
+    "shuffled otherwise": {"seed": 5},
+    "packed": {"data__packing": True},
+    "accumulated": {"train__micro_batch_size": 1},
+    "softened": {"loss__temperature": 2.0, "loss__divergence": "generalized_jsd"},
+}
+
+
+@pytest.mark.parametrize(("kind", "bound"), [("hidden", 2e-5), ("topk", 2e-3)])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_run_from_a_store_is_the_run_from_the_live_teacher(make_recipe, stores, kind, bound, variant):
+    """hidden: but for float32's rounding. topk with all of V: but for the rounding of its values."""
+    live = make_recipe("live", **(FLOAT32 | VARIANTS[variant]))
+    stored = from_store(make_recipe, stores, kind, "stored", **VARIANTS[variant])
+    assert distance(trained_by(live), trained_by(stored)) < bound * 50
+    for a, b in zip(steps(live), steps(stored), strict=True):
+        assert b["kd"] == pytest.approx(a["kd"], rel=bound, abs=bound / 10)
+        assert b["ce"] == pytest.approx(a["ce"], rel=bound)
+
+
+def test_the_held_out_figures_come_from_the_store_too(make_recipe, stores):
+    held = {"data__validation_share": 0.2, "train__max_steps": 2}
+    live = run(make_recipe("live", **(FLOAT32 | held)))["validation"]
+    for kind, names, bound in (
+        ("hidden", ("forward_kl", "reverse_kl", "agreement", "teacher_ce", "teacher_entropy"), 1e-4),
+        ("topk", ("forward_kl", "reverse_kl", "agreement", "teacher_ce", "teacher_entropy"), 3e-3),
+        ("narrow", ("agreement", "teacher_ce", "teacher_entropy"), 3e-3),
+        ("sampled", ("teacher_ce", "teacher_entropy"), 3e-3),
+    ):
+        found = run(from_store(make_recipe, stores, kind, kind, **held))["validation"]
+        assert {name: found[name] for name in names} == pytest.approx({name: live[name] for name in names}, rel=bound, abs=bound), kind
+        assert (kind == "sampled") == ("reverse_kl" not in found)
+    narrow = run(from_store(make_recipe, stores, "narrow", "again", **held))["before"]
+    dense = run(make_recipe("dense", **(FLOAT32 | held)))["before"]
+    assert 0 < narrow["forward_kl"] < dense["forward_kl"]  # merging tokens into one bucket can only lower it
+
+
+def test_a_store_is_the_same_bytes_however_it_was_written(world, stores, make_recipe, tmp_path):
+    """In other micro-batches, and by an attempt that was stopped."""
+    again = make_recipe(
+        teacher__dtype="float32",
+        teacher__cache={"path": str(tmp_path / "again"), "kind": "sampled", "draws": 64},
+        data__validation_share=0.2,
+        validation__micro_batch_size=3,
+    )
+
+    class Soon:
+        calls = 0
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            pass
+
+        def __call__(self):
+            self.calls += 1
+            return self.calls > 4
+
+    from llmkd.errors import Stopped
+
+    with pytest.raises(Stopped, match="goes on"):
+        cache(again, stop=Soon())
+    with pytest.raises(UserError, match="not finished"):
+        run(from_store(make_recipe, tmp_path, "again", "early"))
+    cache(again)
+    a, b = (sorted(path.name for path in root.iterdir()) for root in (tmp_path / "again", stores / "sampled"))
+    assert a == b
+    for name in a:
+        if name.endswith(".safetensors"):
+            assert (tmp_path / "again" / name).read_bytes() == (stores / "sampled" / name).read_bytes()
+
+
+# ---- what is refused
+
+
+def refusal(recipe) -> str:
+    with pytest.raises(UserError) as info:
+        run(recipe)
+    assert not Path(recipe.output_dir).exists()
+    return str(info.value)
+
+
+@pytest.fixture
+def damaged(stores, tmp_path):
+    """A copy of a store, to be damaged."""
+
+    def make(kind="topk") -> Path:
+        shutil.copytree(stores / kind, tmp_path / "damaged")
+        return tmp_path / "damaged"
+
+    return make
+
+
+def test_one_flipped_bit_is_found_and_the_shard_named(make_recipe, damaged):
+    shard = damaged() / "shard-00000.safetensors"
+    raw = bytearray(shard.read_bytes())
+    raw[len(raw) // 2] ^= 4
+    shard.write_bytes(raw)
+    words = refusal(make_recipe(teacher={"cache": {"path": str(shard.parent)}}))
+    assert "teacher.cache.path" in words and "shard-00000.safetensors" in words and "checksum" in words
+
+
+def test_a_missing_or_short_shard_and_a_changed_header_are_named(make_recipe, damaged):
+    folder = damaged()
+    shard, header = folder / "shard-00000.safetensors", folder / "store.json"
+    raw, text = shard.read_bytes(), header.read_text()
+    recipe = make_recipe(teacher={"cache": {"path": str(folder)}})
+    shard.write_bytes(raw[:-100])
+    assert "shard-00000.safetensors" in refusal(recipe)
+    shard.unlink()
+    assert "shard-00000.safetensors is missing" in refusal(recipe)
+    shard.write_bytes(raw)
+    header.write_text(text.replace('"vocab": ', '"vocab": 1'))
+    assert "store.json is damaged" in refusal(recipe)
+    header.unlink()
+    assert "llmkd cache writes one" in refusal(recipe)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"data__max_length": 24}, ["lacks", "data.train", "data.max_length 256, now 24"]),
+        ({"data__train": "held"}, ["lacks 9 of 9 examples of data.train", "held.jsonl:1", "the training data"]),
+        ({"data__validation": "held"}, ["lacks 9 of 9 examples of the held-out rows", "held.jsonl:1"]),
+        ({"teacher__model": "stranger"}, ["was made by a teacher on another base", "with another adapter, or with none"]),
+        ({"teacher__model": "adapter", "teacher__dtype": "bfloat16"}, ["by a teacher with dtype float32, not bfloat16"]),
+        ({"teacher__cache__kind": "hidden"}, ["teacher.cache.kind: found hidden", "was made with topk"]),
+        ({"teacher__cache__k": 5}, ["teacher.cache.k: found 5"]),
+    ],
+)
+def test_another_run_than_the_store_was_made_for_is_refused_with_what_differs(world, stores, make_recipe, changes, words):
+    def placed(name, value):
+        if name.startswith("data__") and value == "held":
+            return {"path": str(world / "held.jsonl")}
+        return str(world / value) if name == "teacher__model" else value
+
+    recipe = from_store(make_recipe, stores, "topk", "x", **{name: placed(name, value) for name, value in changes.items()})
+    said = refusal(recipe)
+    assert all(word in said for word in words), said
+
+
+def test_another_tokenizer_or_chat_template_is_refused(world, stores, make_recipe, tmp_path):
+    other = tmp_path / "student"
+    shutil.copytree(world / "student", other)
+    file = other / "tokenizer.json"
+    text = json.loads(file.read_text())
+    vocab = text["model"]["vocab"]
+    a, b = sorted(vocab, key=vocab.get)[300:302]
+    vocab[a], vocab[b] = vocab[b], vocab[a]
+    file.write_text(json.dumps(text))
+    assert "was made with another tokenizer" in refusal(from_store(make_recipe, stores, "topk", "x", student__model=str(other)))
+    shutil.copy(world / "student" / "tokenizer.json", file)
+    for name in ("tokenizer_config.json", "chat_template.jinja"):
+        if (other / name).exists():
+            (other / name).write_text((other / name).read_text().replace("<|end|>", "<|end|> "))
+    assert "was made with another chat template" in refusal(from_store(make_recipe, stores, "topk", "x", student__model=str(other)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"loss__divergence": "reverse_kl"}, "loss.divergence: found reverse_kl"),
+        ({"loss__temperature": 2.0}, "loss.temperature: found 2"),
+        ({"checkpoint__best_by": "agreement", "data__validation_share": 0.2}, "checkpoint.best_by: found agreement"),
+    ],
+)
+def test_samples_are_refused_for_what_they_are_not_right_for(stores, make_recipe, changes, words):
+    assert words in refusal(from_store(make_recipe, stores, "sampled", "x", **changes))
+
+
+def test_a_store_is_not_written_over_by_another(stores, make_recipe):
+    with pytest.raises(UserError, match="holds a store of other answers .*made_of.teacher.dtype: float32 -> auto"):
+        cache(make_recipe(teacher__cache__path=str(stores / "narrow"), teacher__cache__k=8, data__validation_share=0.2))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, "teacher.cache.path: not given"),
+        ({"teacher": {"cache": {"path": "x"}}}, "teacher.model: not given"),
+        ({"teacher__cache__path": "x", "loss__kd_ratio": 0}, "loss.kd_ratio: found 0"),
+        ({"teacher__cache__path": "x", "data__streaming": True, "train__max_steps": 3}, "data.streaming: found true"),
+    ],
+)
+def test_mistakes_in_writing_are_named_before_anything_is_written(make_recipe, changes, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as info:
+        cache(make_recipe(**changes))
+    assert words in str(info.value) and not Path("x").exists()
+
+
+# ---- together with others
+
+
+def test_cached_and_live_teachers_mix(world, stores, make_recipe):
+    """Two halves of one teacher, one of them live, are the teacher."""
+    half = [{"cache": {"path": str(stores / "hidden")}}, {"model": str(world / "adapter"), "dtype": "float32"}]
+    changes = {name: value for name, value in FLOAT32.items() if not name.startswith("teacher")}
+    mixed = trained_by(make_recipe("mixed", teacher=half, mixture__combine="log_probabilities", **changes))
+    assert distance(mixed, trained_by(make_recipe("live", **FLOAT32))) < 1e-3
+
+
+def test_streams_learn_from_a_store(make_recipe, stores):
+    stream = {"data__streaming": True, "train__max_steps": 4, "data__shuffle_buffer": 16}
+    live = trained_by(make_recipe("live", **(FLOAT32 | stream)))
+    assert distance(live, trained_by(from_store(make_recipe, stores, "hidden", "stored", **stream))) < 1e-3
+
+
+def test_the_arms_of_a_sweep_learn_from_a_store_as_they_would_alone(world, stores, tmp_path):
+    base = plain_recipe(world, tmp_path / "none") | {"teacher": {"cache": {"path": str(stores / "narrow")}}}
+    base["student"]["dtype"] = "float32"
+    (tmp_path / "base.yaml").write_text(json.dumps(base))
+    sweep = {"output_dir": str(tmp_path / "sweep"), "recipe": "base.yaml", "grid": {"loss.kd_ratio": [0.3, 0.9]}}
+    (tmp_path / "sweep.yaml").write_text(json.dumps(sweep))
+    assert main(["train", "--config", str(tmp_path / "sweep.yaml")]) == 0
+    alone = settings.load_recipe(tmp_path / "base.yaml", {"output_dir": str(tmp_path / "alone"), "loss.kd_ratio": 0.9})
+    assert distance(trained_by(alone), weights(tmp_path / "sweep/arms/kd_ratio=0.9")) < 1e-6
+
+
+def test_check_says_what_a_store_and_a_quantised_teacher_lose(world, stores, make_recipe, capsys):
+    cached = {"teacher__cache__path": str(stores / "narrow"), "teacher__dtype": "float32"}
+    check(make_recipe(**cached))
+    out = capsys.readouterr().out
+    assert "live" in out and "narrow" in out and "forward_kl" in out
+    pytest.importorskip("bitsandbytes")
+    check(make_recipe(teacher__quantization={"type": "nf4"}, teacher__dtype="float32"))
+    out = capsys.readouterr().out
+    assert "unquantised" in out and "nf4" in out and "agreement" in out
+
+
+# ---- processes
+
+
+def launched(*words: str, processes: int, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        f"--nproc-per-node={processes}",
+        "--master-port=0",
+        "--rdzv-backend=c10d",
+        "--rdzv-endpoint=localhost:0",
+    ]
+    return subprocess.run(
+        [*command, *words], cwd=cwd, env=os.environ | {"OMP_NUM_THREADS": "1"} | environment, capture_output=True, text=True, timeout=300
+    )
+
+
+@pytest.mark.slow
+def test_two_processes_write_the_same_store_and_learn_from_it_as_one_does(world, stores, make_recipe, tmp_path):
+    recipe = plain_recipe(world, tmp_path / "two") | {"validation": {"gate": 0}}
+    recipe["student"]["dtype"] = "float32"
+    recipe["teacher"] |= {"dtype": "float32", "cache": {"path": str(tmp_path / "store"), "kind": "hidden"}}
+    recipe["data"]["validation_share"] = 0.2
+    (tmp_path / "two.yaml").write_text(json.dumps(recipe))
+    written = launched("-m", "llmkd", "cache", "--config", "two.yaml", processes=2, cwd=tmp_path)
+    assert written.returncode == 0, written.stderr
+    for name in sorted(path.name for path in (stores / "hidden").glob("*.safetensors")):
+        assert (tmp_path / "store" / name).read_bytes() == (stores / "hidden" / name).read_bytes()
+    trained = launched(
+        "-m", "llmkd", "train", "--config", "two.yaml", "--data.validation_share", "0", "--data.packing", "true", processes=2, cwd=tmp_path
+    )
+    assert trained.returncode == 0, trained.stderr
+    assert distance(weights(tmp_path / "two"), trained_by(make_recipe("live", **FLOAT32))) < 1e-3
+
+
+@pytest.mark.slow
+def test_a_killed_attempt_goes_on(world, stores, tmp_path):
+    recipe = plain_recipe(world, tmp_path / "out")
+    recipe["teacher"] |= {"dtype": "float32", "cache": {"path": str(tmp_path / "store"), "kind": "topk", "k": 8}}
+    recipe["data"]["validation_share"] = 0.2
+    recipe["validation"] = {"micro_batch_size": 1}
+    (tmp_path / "r.yaml").write_text(json.dumps(recipe))
+    words = [sys.executable, "-m", "llmkd", "cache", "--config", "r.yaml"]
+    process = subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    while not (tmp_path / "store/making.json").exists() and process.poll() is None:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "store/store.json").exists()
+    assert subprocess.run(words, cwd=tmp_path).returncode == 0
+    name = "shard-00000.safetensors"
+    assert (tmp_path / "store" / name).read_bytes() == (stores / "narrow" / name).read_bytes()
