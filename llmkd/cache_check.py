@@ -69,8 +69,9 @@ def quantised(recipe: Recipe, prepared: Prepared, teacher: TeacherFiles, sample:
     (model,) = load_together([], [(teacher.setting, teacher.settings)], vocab, accelerator.device, recipe.seed)[1]
     found = validate([model], before, sample, pad, size, accelerator, progress=bar("the quantised teacher"))[0].figures()
     row = {name: found[name] for name in ("forward_kl", "reverse_kl", "agreement")}
+    itself = {"forward_kl": 0.0, "reverse_kl": 0.0, "agreement": 1.0}
     return [
-        {teacher.setting: "unquantised", "ce": found["teacher_ce"], "entropy": found["teacher_entropy"]},
+        {teacher.setting: "unquantised", "ce": found["teacher_ce"], "entropy": found["teacher_entropy"]} | itself,
         {teacher.setting: teacher.settings.quantization.type, "ce": found["ce"], "entropy": found["entropy"]} | row,
     ]
 

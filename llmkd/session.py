@@ -31,6 +31,7 @@ from .signals import Teacher
 from .teachers.cached import Cached
 from .teachers.live import Live
 from .teachers.mixture import combined
+from .together import load_together
 from .validate import HeldOut, accuracy, validate
 
 
@@ -136,7 +137,7 @@ class Session:
         vocab, device = prepared.vocab, accelerator.device
         packing = recipe.data.packing * recipe.train.micro_batch_size * recipe.data.max_length
         live = [(one.setting, one.settings) for one in prepared.teachers if one.store is None]
-        students, spoken = models.load_together([r.student for r in recipes], live, vocab, device, recipe.seed, packing)
+        students, spoken = load_together([r.student for r in recipes], live, vocab, device, recipe.seed, packing)
         self.teacher = self.teachers(lead, spoken)
         self.plan = plan(recipe, prepared, accelerator.process_index, accelerator.num_processes)
         self.arms = []
@@ -157,7 +158,7 @@ class Session:
         """Who answers: models in memory, and stores of what others have answered."""
         found, rest = self.prepared.teachers, iter(live)
         device = self.accelerator.device
-        each = [Cached(one.store, device) if one.store else Live(next(rest), device) for one in found]
+        each = [Cached(one.store, device) if one.store else Live(next(rest)) for one in found]
         return combined(each, [one.settings for one in found], recipe.mixture) if each else None
 
     def claim(self) -> None:

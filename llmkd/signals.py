@@ -82,8 +82,8 @@ class Signal(Protocol):
     def label_log_probs(self, rows: Rows, labels_n: Tensor) -> Tensor:
         """The teacher's log-probability of each target's own token, at temperature 1, [n]."""
 
-    def stated(self, rows: Rows, labels_n: Tensor) -> dict[str, Tensor]:
-        """Those figures that it knows better than `log_probs` says, [n]: teacher_ce, teacher_entropy."""
+    def stated(self, rows: Rows, labels_n: Tensor, log_q_nV: Tensor) -> dict[str, Tensor]:
+        """Those of FIGURES that it knows better than `log_probs` says, [n]."""
 
 
 #: What can be told of a teacher and of a student before it; of one that is known by samples, fewer.
@@ -110,7 +110,7 @@ class Known:
     def label_log_probs(self, rows: Rows, labels_n: Tensor) -> Tensor:
         return self.log_probs(rows).gather(-1, labels_n[:, None])[:, 0]
 
-    def stated(self, rows: Rows, labels_n: Tensor) -> dict[str, Tensor]:
+    def stated(self, rows: Rows, labels_n: Tensor, log_q_nV: Tensor) -> dict[str, Tensor]:
         return {}
 
 

@@ -51,22 +51,25 @@ def find_teachers(recipe: Recipe, stores: bool = True) -> tuple[TeacherFiles, ..
 
 def made_of(recipe: Recipe, teacher: TeacherFiles, tokenizer, contents: dict[str, str]) -> dict[str, dict]:
     """What a store follows from. `contents` are the hashes of the data."""
-    one, files, data = teacher.settings, teacher.files, recipe.data
-    weights = (
-        {
-            name: folder and fingerprint(folder, f"{teacher.setting}.model")
-            for name, folder in (("base", files.base), ("adapter", files.adapter))
+    one, data, weights = teacher.settings, recipe.data, {"dtype": teacher.settings.dtype}
+    if files := teacher.files:
+        folders = {"base": files.base, "adapter": files.adapter}
+        weights = {"dtype": held_in(files, one)} | {
+            name: folder and fingerprint(folder, f"{teacher.setting}.model") for name, folder in folders.items()
         }
-        if files
-        else {}
-    )
     template = hashlib.sha256(json.dumps(tokenizer.chat_template).encode()).hexdigest()
     shaping = ("max_length", "too_long", "train_on_input", "teacher_context")
     return {
         "tokenizer": {"tokenizer": token_cache.tokenizer_hash(tokenizer, template=False), "chat_template": template},
-        "teacher": weights | {"dtype": one.dtype, "quantization": one.quantization and one.quantization.type},
+        "teacher": weights | {"quantization": one.quantization and one.quantization.type},
         "data": contents | {f"data.{name}": getattr(data, name) for name in shaping},
     }
+
+
+def held_in(files: ModelFiles, settings: Teacher) -> str:
+    """The type of a teacher's weights: as the recipe says, or as they were saved."""
+    saved = files.config.get("dtype") or files.config.get("torch_dtype") or files.config.get("text_config", {}).get("dtype") or "float32"
+    return saved if settings.dtype == "auto" else settings.dtype
 
 
 def options(store: Store) -> dict:
@@ -99,17 +102,15 @@ def check_store(recipe: Recipe, teacher: TeacherFiles, tokenizer, vocab: int) ->
             if made_of_then[part].get(name) != value:
                 then = _OTHER.get(name, f"by a teacher with {name} {made_of_then[part].get(name)}, not {value}")
                 problems.append(f"{where} {then}; give the one that it was made with, or write another by llmkd cache")
-    if store.vocab != vocab:
+    if store.header["vocab"] != vocab:
         problems.append(
-            f"{where} over {store.vocab} entries of the vocabulary, and the models of this run have {vocab}; write another by llmkd cache"
+            f"{where} over {store.header['vocab']} entries of the vocabulary, and the models of this run have {vocab}; write another by llmkd cache"
         )
     for name in ("kind", *(name for known in CACHE_KINDS.values() for name in known)):
         value = getattr(cache, name)
-        if value is not None and store.options.get(name) != value:
-            problems.append(
-                f"{setting}.cache.{name}: found {value}, and {cache.path} was made with {store.options.get(name)}; leave it out"
-            )
-    if store.options["kind"] == "sampled":
+        if value not in (None, "auto", kept.get(name)):
+            problems.append(f"{setting}.cache.{name}: found {value}, and {cache.path} was made with {kept.get(name)}; leave it out")
+    if kept["kind"] == "sampled":
         why = f"and {cache.path} holds samples, which are right on average"
         drawn, by = kept["temperature"], recipe.checkpoint.best_by
         if loss.temperature != drawn:
@@ -118,8 +119,8 @@ def check_store(recipe: Recipe, teacher: TeacherFiles, tokenizer, vocab: int) ->
             problems.append(f"loss.divergence: found {loss.divergence}, {why} for forward_kl alone")
         if recipe.mixture.combine == "log_probabilities":
             problems.append(f"mixture.combine: found log_probabilities, {why} for probabilities and divergences alone")
-        if by in ("reverse_kl", "agreement"):
-            problems.append(f"checkpoint.best_by: found {by}, {why} for forward_kl alone; use ce")
+        if by not in (None, "ce", "forward_kl" if drawn == 1 else None):
+            problems.append(f"checkpoint.best_by: found {by}, {why} for forward_kl at their own temperature alone; use ce")
     if problems:
         raise UserError(*problems)
 

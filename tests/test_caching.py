@@ -183,11 +183,14 @@ def test_a_missing_or_short_shard_and_a_changed_header_are_named(make_recipe, da
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"data__max_length": 24}, ["lacks", "data.train", "data.max_length 256, now 24"]),
+        (
+            {"data__max_length": 60, "data__too_long": "truncate"},
+            ["lacks", "data.train", "data.max_length 256, now 60", "data.too_long drop, now truncate"],
+        ),
         ({"data__train": "held"}, ["lacks 9 of 9 examples of data.train", "held.jsonl:1", "the training data"]),
         ({"data__validation": "held"}, ["lacks 9 of 9 examples of the held-out rows", "held.jsonl:1"]),
         ({"teacher__model": "stranger"}, ["was made by a teacher on another base", "with another adapter, or with none"]),
-        ({"teacher__model": "adapter", "teacher__dtype": "bfloat16"}, ["by a teacher with dtype float32, not bfloat16"]),
+        ({"teacher__model": "adapter"}, ["by a teacher with dtype float32, not float64"]),
         ({"teacher__cache__kind": "hidden"}, ["teacher.cache.kind: found hidden", "was made with topk"]),
         ({"teacher__cache__k": 5}, ["teacher.cache.k: found 5"]),
     ],
@@ -233,7 +236,7 @@ def test_samples_are_refused_for_what_they_are_not_right_for(stores, make_recipe
 
 
 def test_a_store_is_not_written_over_by_another(stores, make_recipe):
-    with pytest.raises(UserError, match="holds a store of other answers .*made_of.teacher.dtype: float32 -> auto"):
+    with pytest.raises(UserError, match="holds a store of other answers .*made_of.teacher.dtype: float32 -> float64"):
         cache(make_recipe(teacher__cache__path=str(stores / "narrow"), teacher__cache__k=8, data__validation_share=0.2))
 
 

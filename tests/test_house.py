@@ -27,6 +27,7 @@ LAYERS = (
     "prepare",
     "gate loop validate checkpoint stopping run_folder card trackers",
     "tracking hub",
+    "placing sharing",
     "together",
     "session",
     "training cost",

@@ -88,7 +88,11 @@ class KeepSampled:
     draws: int
     temperature: float
     seed: int
-    figures = ("forward_kl", "teacher_ce", "teacher_entropy")
+
+    @property
+    def figures(self) -> tuple[str, ...]:
+        """Held-out figures are at temperature 1, and nothing but the draws' own divergence can be told of them."""
+        return (*(("forward_kl",) if self.temperature == 1 else ()), "teacher_ce", "teacher_entropy")
 
     @property
     def widths(self) -> tuple[int, ...]:

@@ -79,8 +79,8 @@ class Mixed:
         shares = self._log_shares(rows, each if self.confidence else None)
         return torch.stack([share + value for share, value in zip(shares, each, strict=True)]).logsumexp(0)
 
-    def stated(self, rows: Rows, labels_n: Tensor) -> dict[str, Tensor]:
-        if self.combine == "log_probabilities" or not any(part.stated(rows, labels_n) for part in self.parts):
+    def stated(self, rows: Rows, labels_n: Tensor, log_q_nV: Tensor) -> dict[str, Tensor]:
+        if self.combine == "log_probabilities" or not any(part.stated(rows, labels_n, log_q_nV) for part in self.parts):
             return {}
         return {"teacher_ce": -self.label_log_probs(rows, labels_n)}
 
@@ -142,9 +142,8 @@ class Patched:
     def label_log_probs(self, rows: Rows, labels_n: Tensor) -> Tensor:
         return self._each(rows, lambda part, places, mine: part.label_log_probs(places, labels_n[mine]))
 
-    def stated(self, rows: Rows, labels_n: Tensor) -> dict[str, Tensor]:
-        places = slice(0, 0)
-        if not any(part.stated(places, labels_n[:0]) for part in self.parts):
+    def stated(self, rows: Rows, labels_n: Tensor, log_q_nV: Tensor) -> dict[str, Tensor]:
+        if not any(part.stated(slice(0, 0), labels_n[:0], log_q_nV[:0]) for part in self.parts):
             return {}
         return {"teacher_ce": -self.label_log_probs(rows, labels_n)}
 

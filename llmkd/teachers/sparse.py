@@ -79,9 +79,10 @@ class TopK:
     def label_log_probs(self, rows: Rows, labels_n: Tensor) -> Tensor:
         return self.label_log_p_N[rows]
 
-    def stated(self, rows: Rows, labels_n: Tensor) -> dict[str, Tensor]:
+    def stated(self, rows: Rows, labels_n: Tensor, log_q_nV: Tensor) -> dict[str, Tensor]:
         """Exact, where the whole distribution was seen; a store from elsewhere has seen no more than it keeps."""
-        return stated(self, rows) if self.nodes == NODES else {}
+        likeliest_n = self.ids_NK[rows].gather(1, self.log_p_NK[rows].argmax(1, True))[:, 0]
+        return {"agreement": (log_q_nV.argmax(1) == likeliest_n).float()} | (stated(self, rows) if self.nodes == NODES else {})
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,7 @@ class Sampled:
     def label_log_probs(self, rows: Rows, labels_n: Tensor) -> Tensor:
         return self.label_log_p_N[rows]
 
-    def stated(self, rows: Rows, labels_n: Tensor) -> dict[str, Tensor]:
+    def stated(self, rows: Rows, labels_n: Tensor, log_q_nV: Tensor) -> dict[str, Tensor]:
         return stated(self, rows)
 
     def _check(self, temperature: float) -> None:
