@@ -160,7 +160,7 @@ class KeepHidden:
         if self.dtype != "int8":
             return Dense(records_NR.view(getattr(torch, self.dtype)), self.head.on(device))
         step_N1, code_NH = records_NR.split((4, self.width), 1)
-        return Dense(code_NH.contiguous().view(torch.int8) * step_N1.contiguous().view(torch.float32), self.head.on(device))
+        return Dense(code_NH.view(torch.int8) * _dense(step_N1).view(torch.float32), self.head.on(device))
 
 
 def kind_to_record(cache: Cache, vocab: int, teacher=None) -> Kind:
@@ -205,7 +205,12 @@ def _mixed(x: np.ndarray) -> np.ndarray:
 
 
 def _halves(part_NB: Tensor) -> Tensor:
-    return part_NB.clone(memory_format=torch.contiguous_format).view(torch.float16).float()
+    return _dense(part_NB).view(torch.float16).float()
+
+
+def _dense(x: Tensor) -> Tensor:
+    """A copy that can be seen as another type: of one row, `contiguous` would keep a place in memory or strides that cannot."""
+    return x.clone(memory_format=torch.contiguous_format)
 
 
 def _in_chunks(kind: Kind, labels_N: Tensor, records) -> np.ndarray:
@@ -231,4 +236,4 @@ def _finite(answers: Tensor) -> Tensor:
 
 def _side_by_side(*parts: Tensor) -> Tensor:
     """Any tensors [N] or [N, ...] as bytes, uint8 [N, R]."""
-    return torch.cat([part.reshape(len(part), -1).contiguous().view(torch.uint8) for part in parts], 1)
+    return torch.cat([_dense(part.reshape(len(part), -1)).view(torch.uint8) for part in parts], 1)
