@@ -44,11 +44,12 @@ def estimate(recipes: list[Recipe], sizes: dict) -> Cost | None:
     files, train = student_files(recipe), recipe.train
     key = json.dumps([repr(recipe.data), recipe.student.tokenizer])
     if key not in sizes:
-        encoded = prepare(recipe).train
-        sizes[key] = None if isinstance(encoded, Stream) else (encoded.lengths, int(encoded.supervised.sum()))
+        encoded, sizes[key] = prepare(recipe).train, None
+        if not isinstance(encoded, Stream):
+            sizes[key] = encoded.lengths, int(encoded.supervised.sum()), len((encoded.for_teacher or encoded).ids)
     if sizes[key] is None or files is None:
         return None
-    lengths, supervised = sizes[key]
+    lengths, supervised, read = sizes[key]
     passes = train.epochs or train.max_steps * train.batch_size / len(lengths)
     tokens, targets = passes * int(lengths.sum()), passes * supervised
 
@@ -65,7 +66,7 @@ def estimate(recipes: list[Recipe], sizes: dict) -> Cost | None:
     full, checkpointing = recipe.student.method == "full", recipe.student.gradient_checkpointing
     trained = sum(student.all if full else trained_by(files, r.student.lora or Lora()) for r in recipes)
     longest = int(np.sort(lengths)[-train.micro_batch_size :].sum())
-    operations = step_operations(student, teacher, len(recipes), tokens, targets, full, checkpointing)
+    operations = step_operations(student, teacher, len(recipes), tokens, targets, full, checkpointing, passes * read)
     return Cost(operations / (EFFICIENCY * rate(device)), bytes_ + memory(student, trained, longest, checkpointing))
 
 
@@ -96,9 +97,9 @@ def trained_by(files: ModelFiles, lora: Lora) -> int:
 
 
 def step_operations(
-    student: Shape, teacher: Shape | None, students: int, tokens: float, targets: float, full: bool, checkpointing: bool
+    student: Shape, teacher: Shape | None, students: int, tokens: float, targets: float, full: bool, checkpointing: bool, read: float
 ) -> float:
-    """Multiplications and additions for `tokens` (without padding) with `targets` among them.
+    """Multiplications and additions for `tokens` (without padding) with `targets` among them; the teacher reads `read` tokens.
 
     2 per weight and token in a forward pass, as many again for the gradient of the activations, and for that of the weights where
     all of them train; the head on targets alone; the teacher's body once for all students, its head once for each.
@@ -107,7 +108,7 @@ def step_operations(
     own = passes * student.body * tokens + (6 if full else 4) * student.vocab * student.hidden * targets
     if teacher is None:
         return students * own
-    return students * (own + 2 * teacher.vocab * teacher.hidden * targets) + 2 * teacher.body * tokens
+    return students * (own + 2 * teacher.vocab * teacher.hidden * targets) + 2 * teacher.body * read
 
 
 def memory(student: Shape, trained: int, tokens: int, checkpointing: bool) -> float:
