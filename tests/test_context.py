@@ -12,13 +12,14 @@ from conftest import distance
 from data_kit import FORGETS, MARKED, encode, kept, real, rows_of, same, shown, skills_tokenizer, talk, tiny
 from test_data_sources import write
 
-from llmkd import cli, settings
+from llmkd import cli, cost, settings
 from llmkd.data import token_cache
 from llmkd.data.collate import collate
 from llmkd.data.encode import merge
 from llmkd.data.formats import ALPACA
 from llmkd.data.stream import Stream
 from llmkd.errors import UserError
+from llmkd.model_files import find
 from llmkd.prepare import prepare, refuse_beyond
 from llmkd.recipe import Data, Source
 from llmkd.training import run
@@ -418,18 +419,26 @@ def test_padded_packed_and_accumulated_runs_end_alike(trained, world, tmp_path):
     for name, changes in {
         "packed": {"data__packing": True},
         "accumulated": {"train__micro_batch_size": 1},
-        "streamed": {"data__streaming": True, "data__shuffle_buffer": 1},
     }.items():
         apart = distance(padded, trained(name, **told, **changes))
-        assert apart > 1e-6 if name == "streamed" else apart < 1e-12, name  # a stream has another order
+        assert apart < 1e-12, name
     assert distance(padded, trained("untold", **told | {"data__train__path": str(world / "train.jsonl")})) > 1e-6
 
 
-def test_a_stream_that_goes_on_is_the_whole(trained, make_recipe):
+def test_the_batches_of_a_stream_may_be_cut_in_any_way(trained):
     told = {"data__teacher_context": TOLD, "data__streaming": True, "data__shuffle_buffer": 5, "loss__kd_ratio": 0.7, "train__max_steps": 4}
     whole = trained("whole", **told)
     assert distance(whole, trained("batches", **told, train__micro_batch_size=2, data__packing=True)) < 1e-12
     assert distance(whole, trained("other", **told | {"data__teacher_context": "Else."})) > 1e-6
+
+
+def test_the_cost_counts_what_the_teacher_reads(make_recipe, world, monkeypatch):
+    monkeypatch.setattr(cost, "rate", lambda device: 1.0)
+    recipes = make_recipe(), make_recipe(data__teacher_context=TOLD)
+    plain, told = (cost.estimate([recipe], {}).seconds for recipe in recipes)
+    more = 37 * len(skills_tokenizer()(TOLD + "\n\n")["input_ids"])
+    body = cost.shape_of(find(str(world / "teacher"), "teacher.model")).body
+    assert told - plain == pytest.approx(2 * body * more * recipes[0].train.epochs / cost.EFFICIENCY)
 
 
 def test_the_data_command_shows_what_the_teacher_reads(world, tmp_path, capsys, monkeypatch):
