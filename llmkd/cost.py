@@ -45,11 +45,12 @@ def estimate(recipes: list[Recipe], sizes: dict) -> Cost | None:
     files, train = student_files(recipe), recipe.train
     key = json.dumps([repr(recipe.data), recipe.student.tokenizer])
     if key not in sizes:
-        encoded = prepare(recipe).train
-        sizes[key] = None if isinstance(encoded, Stream) else (encoded.lengths, int(encoded.supervised.sum()))
+        encoded, sizes[key] = prepare(recipe).train, None
+        if not isinstance(encoded, Stream):
+            sizes[key] = encoded.lengths, int(encoded.supervised.sum()), len((encoded.for_teacher or encoded).ids)
     if sizes[key] is None or files is None:
         return None
-    lengths, supervised = sizes[key]
+    lengths, supervised, read = sizes[key]
     passes = train.epochs or train.max_steps * train.batch_size / len(lengths)
     tokens, targets = passes * int(lengths.sum()), passes * supervised
 
@@ -68,7 +69,7 @@ def estimate(recipes: list[Recipe], sizes: dict) -> Cost | None:
     full, checkpointing = recipe.student.method == "full", recipe.student.gradient_checkpointing
     trained = sum(student.all if full else trained_by(files, r.student.lora or Lora()) for r in recipes)
     longest = int(np.sort(lengths)[-train.micro_batch_size :].sum())
-    operations = step_operations(student, present, len(recipes), tokens, targets, full, checkpointing)
+    operations = step_operations(student, present, len(recipes), tokens, targets, full, checkpointing, passes * read)
     return Cost(operations / (EFFICIENCY * rate(device)), bytes_ + memory(student, trained, longest, checkpointing))
 
 
@@ -99,9 +100,9 @@ def trained_by(files: ModelFiles, lora: Lora) -> int:
 
 
 def step_operations(
-    student: Shape, teachers: list[Shape], students: int, tokens: float, targets: float, full: bool, checkpointing: bool
+    student: Shape, teachers: list[Shape], students: int, tokens: float, targets: float, full: bool, checkpointing: bool, read: float
 ) -> float:
-    """Multiplications and additions for `tokens` (without padding) with `targets` among them.
+    """Multiplications and additions for `tokens` (without padding) with `targets` among them; a teacher reads `read` tokens.
 
     2 per weight and token in a forward pass, as many again for the gradient of the activations, and for that of the weights where
     all of them train; the head on targets alone; a teacher's body once for all students, its head once for each. What a store
@@ -109,7 +110,7 @@ def step_operations(
     """
     passes = 4 + (2 if full else 0) + (2 if checkpointing else 0)
     own = passes * student.body * tokens + (6 if full else 4) * student.vocab * student.hidden * targets
-    asked = sum(students * 2 * teacher.vocab * teacher.hidden * targets + 2 * teacher.body * tokens for teacher in teachers)
+    asked = sum(students * 2 * teacher.vocab * teacher.hidden * targets + 2 * teacher.body * read for teacher in teachers)
     return students * own + asked
 
 

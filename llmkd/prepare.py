@@ -262,7 +262,7 @@ def rows_of(config: dict) -> int | None:
 def refuse_beyond(vocab: int, encoded: Encoded | Stream, places: Sequence[str] | Stream, tokenizer) -> None:
     """Tokens that the tokenizer has and a model has not would be an index error, or on a GPU worse."""
     for i in range(len(encoded)) if vocab < vocab_size(tokenizer) else ():
-        ids, _ = encoded.example(i)
+        ids = np.concatenate([of.example(i)[0] for of in (encoded, encoded.for_teacher) if of is not None])
         if (ids >= vocab).any():
             token = tokenizer.convert_ids_to_tokens(int(ids.max()))
             place = encoded[i] if isinstance(encoded, Stream) else places[encoded.row[i]]
@@ -288,14 +288,17 @@ def hold_out(encoded: Encoded, share: float) -> tuple[Encoded, Encoded | None]:
 
 def encode_choices(rows: Rows, source: Source, data: Data, tokenizer) -> Questions:
     """One example for each choice of each question; the answer's tokens are supervised."""
-    answered = [with_answer(row, source.format, choice) for row in rows.rows for choice in row["choices"]]
+    asked = [{column: value for column, value in row.items() if column != "teacher_context"} for row in rows.rows]  # the student alone
+    answered = [with_answer(row, source.format, choice) for row in asked for choice in row["choices"]]
     source = dataclasses.replace(source, format=answered[0][1])
     expanded = Rows(
         [row for row, _ in answered],
         [place for row, place in zip(rows.rows, rows.places, strict=True) for _ in row["choices"]],
         rows.content + " choices",
     )
-    whole = dataclasses.replace(data, too_long="refuse", train_on_input=False)  # a choice cut short would look the likelier
+    whole = dataclasses.replace(
+        data, too_long="refuse", train_on_input=False, teacher_context=None
+    )  # a choice cut short would look the likelier
     encoded = token_cache.encoded(expanded, source, whole, tokenizer, "data.choices", say)
     if len(encoded) != len(expanded.rows):
         raise UserError(
@@ -317,6 +320,7 @@ def report(encoded: Encoded, name: str) -> None:
     ]
     say(
         f"{name}: {len(encoded)} examples, {len(encoded.ids)} tokens, {int(encoded.supervised.sum())} targets"
+        + (f", {len(encoded.for_teacher.ids)} tokens for the teacher with its context" if encoded.for_teacher is not None else "")
         + (f" ({', '.join(dropped)})" if dropped else "")
     )
     note(encoded, name)

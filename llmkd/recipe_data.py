@@ -96,6 +96,14 @@ class Data:
     cache_dir: str | None = Field(None, description="Where tokenised data is kept; by default ~/.cache/llmkd, or LLMKD_CACHE.")
 
 
+def no_context_with(data: Data) -> Iterator[tuple[str, str]]:
+    """Settings that do not go together with a context for the teacher, and what to do about it."""
+    if data.too_long == "split":
+        yield "data.too_long", "too_long: split, whose later pieces no context stands before; use drop, truncate or refuse"
+    if data.train_on_input:
+        yield "data.train_on_input", "train_on_input, and the teacher's input is not the student's; set it to false"
+
+
 def data_contradictions(data: Data, max_steps: int | None, length_group: int) -> Iterator[tuple[tuple[str, ...], str]]:
     """Settings of the data that are each right and together wrong, as `recipe.contradictions` gives them."""
     if not sources(data.train):
@@ -104,6 +112,11 @@ def data_contradictions(data: Data, max_steps: int | None, length_group: int) ->
         yield ("data.validation",), "found an empty list; name a source, or leave it out"
     if sources(data.validation) and data.validation_share:
         yield ("data.validation_share", "data.validation"), "given together with data.validation; keep one of them"
+    if data.teacher_context is not None:
+        if not data.teacher_context.strip():
+            yield ("data.teacher_context",), "found no text; give what the teacher shall read, or leave it out"
+        for setting, problem in no_context_with(data):
+            yield ("data.teacher_context", setting), f"given with {problem}"
     every = (*sources(data.train), *sources(data.validation))
     if data.too_long == "split" and any(s.format != "text" for s in every):
         yield ("data.too_long", "data.train", "data.validation"), "found split, which only format: text can be; use drop or truncate"

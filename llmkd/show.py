@@ -43,6 +43,9 @@ def show(recipe: Recipe, count: int = 3, example: int | None = None, out: TextIO
         ids, marks = train.example(i)
         head = f"example {i} of {len(train)}  {places[int(train.row[i])]}  {len(ids)} tokens, {int(marks.sum())} of them supervised"
         print(f"\n{head}\n{marked(ids, marks, tokenizer, coloured(out))}", file=out)
+        theirs = train.for_teacher.example(i) if train.for_teacher is not None else (ids, marks)
+        if len(theirs[0]) != len(ids) or (theirs[0] != ids).any():
+            print(f"what the teacher reads  {len(theirs[0])} tokens\n{marked(*theirs, tokenizer, coloured(out))}", file=out)
 
 
 def _configs(recipe: Recipe) -> dict[str, dict]:

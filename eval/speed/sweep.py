@@ -79,7 +79,7 @@ def counted(options, root: Path) -> dict[int, float]:
     prepared = prepare(recipes(options, root / "counted", 1)[0])
     tokens, targets = len(prepared.train.ids), int(prepared.train.supervised.sum())
     student, teachers = cost.shape_of(prepared.student), [cost.shape_of(one.files) for one in prepared.teachers]
-    return {count: cost.step_operations(student, teachers, count, tokens, targets, False, False) for count in (1, 3, 9)}
+    return {count: cost.step_operations(student, teachers, count, tokens, targets, False, False, tokens) for count in (1, 3, 9)}
 
 
 def report(times: dict[int, list[float]], operations: dict[int, float]) -> None:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from ..recipe import Data, Source
+from .context import Tokens, aligned, common, for_teacher
 from .control import Span, Text, controls, piecewise, refuse_unmarked
 from .formats import FORMATS
 from .rows import Problems
@@ -31,6 +32,7 @@ class Encoded:
     counts: dict[str, int] = field(default_factory=dict)  # see `encode`
     source: np.ndarray | None = None  # int64, [examples]: the source it came from, where there are several
     taught_by: np.ndarray | None = None  # int64, [examples]: the number of its teacher, or EVERYONE
+    for_teacher: "Encoded | None" = None  # the same examples and targets as the teacher reads them, where that is something else
 
     def __post_init__(self):
         if self.source is None:
@@ -46,19 +48,32 @@ class Encoded:
         return self.ids[part], self.supervised[part]
 
     def identity(self, i: int) -> str:
-        """16 hex digits that tell an example, its tokens and what is supervised of them, from all others."""
-        ids, marks = self.example(i)
-        return hashlib.blake2b(ids.tobytes() + marks.tobytes(), digest_size=8).hexdigest()
+        """16 hex digits that tell an example, its tokens and what is supervised of them, from all others.
+
+        What the teacher reads counts where it is something else, so an example is the same beside whatever others it stands.
+        """
+        said, read = (b"".join(x.tobytes() for x in of.example(i)) for of in (self, self.for_teacher or self))
+        return _digest(said if read == said else said + b"|" + read)
+
+    def seen(self, i: int) -> str:
+        """The same of what the student sees alone: equal with and without a context for the teacher."""
+        return _digest(b"".join(x.tobytes() for x in self.example(i)))
 
     def subset(self, keep: np.ndarray) -> "Encoded":
         """The examples where the boolean `keep` is true."""
         chosen = np.repeat(keep, self.lengths)
         offsets = np.concatenate([[0], np.cumsum(self.lengths[keep])])
-        return Encoded(self.ids[chosen], self.supervised[chosen], offsets, self.row[keep], {}, self.source[keep], self.taught_by[keep])
+        theirs = None if self.for_teacher is None else self.for_teacher.subset(keep)
+        of_each = self.row[keep], {}, self.source[keep], self.taught_by[keep]
+        return Encoded(self.ids[chosen], self.supervised[chosen], offsets, *of_each, theirs)
 
     @property
     def lengths(self) -> np.ndarray:
         return np.diff(self.offsets)
+
+
+def _digest(content: bytes) -> str:
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
 
 
 def merge(parts: list[Encoded]) -> Encoded:
@@ -66,15 +81,24 @@ def merge(parts: list[Encoded]) -> Encoded:
     if len(parts) == 1:
         return parts[0]
     before = np.cumsum([0, *(part.counts["rows"] for part in parts)])
-    tokens = np.cumsum([0, *(len(part.ids) for part in parts)])
-    return Encoded(
-        np.concatenate([part.ids for part in parts]),
-        np.concatenate([part.supervised for part in parts]),
-        np.concatenate([[0], *(part.offsets[1:] + start for part, start in zip(parts, tokens, strict=False))]).astype(np.int64),
+    of_each = (
         np.concatenate([part.row + start for part, start in zip(parts, before, strict=False)]),
         {key: sum(part.counts[key] for part in parts) for key in parts[0].counts},
         np.repeat(np.arange(len(parts)), [len(part) for part in parts]),
         np.concatenate([part.taught_by for part in parts]),
+    )
+    theirs = None
+    if any(part.for_teacher is not None for part in parts):
+        theirs = Encoded(*_one_after_another([part.for_teacher or part for part in parts]), *of_each)
+    return Encoded(*_one_after_another(parts), *of_each, theirs)
+
+
+def _one_after_another(parts: list[Encoded]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    starts = np.cumsum([0, *(len(part.ids) for part in parts)])
+    return (
+        np.concatenate([part.ids for part in parts]),
+        np.concatenate([part.supervised for part in parts]),
+        np.concatenate([[0], *(part.offsets[1:] + start for part, start in zip(parts, starts, strict=False))]).astype(np.int64),
     )
 
 
@@ -82,13 +106,15 @@ def encode(rows: Rows, source: Source, data: Data, tokenizer, progress=iter) -> 
     """Encode rows; drop, cut, split or refuse what is too long; drop and count what has nothing supervised.
 
     `counts`: rows, examples, tokens and targets; too_long and unsupervised examples; as_characters, texts that hold the
-    characters of a control token; endless, texts that a chat template ends without one.
+    characters of a control token; endless, texts that a chat template ends without one. What is too long or has nothing
+    supervised for the student or for its teacher is so for both.
     """
-    problems, texts, origin, control = Problems(), [], [], controls(tokenizer)
+    problems, texts, theirs, origin, control = Problems(), [], [], [], controls(tokenizer)
     for i, row in enumerate(rows.rows):
         try:
             new = FORMATS[source.format](row, source, tokenizer)
             refuse_unmarked([text.text for text in new if text.bare], control)
+            read = for_teacher(row, new, source, data, tokenizer)
         except ValueError as error:
             problems.add(f"{rows.places[i]}: {error}")
             continue
@@ -96,37 +122,53 @@ def encode(rows: Rows, source: Source, data: Data, tokenizer, progress=iter) -> 
             problems.add(f"{rows.places[i]}: nested too deeply; give it fewer levels")
             continue
         texts += new
+        theirs += read or [None] * len(new)
         origin += [i] * len(new)
     problems.raise_if_any()
     counts = {"rows": len(rows.rows), "unsupervised": 0, "too_long": 0}
     counts |= {"as_characters": sum(bool(t.pieces) for t in texts), "endless": sum(not t.ends for t in texts)}
-    all_ids, all_marks, all_rows = [], [], []
+    kept: list[tuple[Tokens, ...]] = []  # each example as the student reads it, and as its teacher does if that has a context
+    kept_rows = []
     for first in progress(range(0, len(texts), _BATCH)):
-        for i, (ids, marks) in enumerate(_tokens(texts[first : first + _BATCH], data, tokenizer), first):
-            pieces = [(ids, marks)]
-            if len(ids) > data.max_length:
+        part = slice(first, first + _BATCH)
+        read = iter(_tokens([text for text in theirs[part] if text], data, tokenizer))
+        for i, own in enumerate(_tokens(texts[part], data, tokenizer), first):
+            place = rows.places[origin[i]]
+            try:
+                views = (own, aligned(own, next(read), texts[i].bare, tokenizer)) if theirs[i] else (own,)
+            except ValueError as error:
+                problems.add(f"{place}: {error}")
+                continue
+            too_long = _too_long(views, data)
+            if too_long:
                 counts["too_long"] += 1
                 if data.too_long == "refuse":
-                    problems.add(
-                        f"{rows.places[origin[i]]}: {len(ids)} tokens, more than data.max_length ({data.max_length}); raise it, or set data.too_long"
-                    )
-                pieces = _shorten(ids, marks, data)
-            for piece, piece_marks in pieces:
-                if piece_marks.any():
-                    all_ids.append(piece)
-                    all_marks.append(piece_marks)
-                    all_rows.append(origin[i])
+                    problems.add(f"{place}: {too_long}, more than data.max_length ({data.max_length}); raise it, or set data.too_long")
+            for piece in zip(*(_shorten(*view, data) for view in views), strict=True) if too_long else [views]:
+                common(piece)
+                if piece[0][1].any():
+                    kept.append(piece)
+                    kept_rows.append(origin[i])
                 else:
                     counts["unsupervised"] += 1
     problems.raise_if_any()
-    offsets = np.concatenate([[0], np.cumsum([len(x) for x in all_ids], dtype=np.int64)]).astype(np.int64)
-    flat = np.concatenate(all_ids) if all_ids else np.zeros(0, np.int32)
-    marks = np.concatenate(all_marks) if all_marks else np.zeros(0, bool)
-    counts |= {"examples": len(all_ids), "tokens": len(flat), "targets": int(marks.sum())}
-    return Encoded(flat, marks, offsets, np.array(all_rows, np.int64), counts)
+    of_rows = np.array(kept_rows, np.int64)
+    encoded = Encoded(*_flat([views[0] for views in kept]), of_rows, counts)
+    if any(len(views) > 1 for views in kept):
+        encoded.for_teacher = Encoded(*_flat([views[-1] for views in kept]), of_rows)
+    counts |= {"examples": len(kept), "tokens": len(encoded.ids), "targets": int(encoded.supervised.sum())}
+    return encoded
 
 
-def _tokens(texts: list[Text], data: Data, tokenizer) -> list[tuple[np.ndarray, np.ndarray]]:
+def _flat(examples: list[Tokens]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Ids, marks and offsets of the examples one after another."""
+    offsets = np.concatenate([[0], np.cumsum([len(ids) for ids, _ in examples], dtype=np.int64)]).astype(np.int64)
+    if not examples:
+        return np.zeros(0, np.int32), np.zeros(0, bool), offsets
+    return np.concatenate([ids for ids, _ in examples]), np.concatenate([marks for _, marks in examples]), offsets
+
+
+def _tokens(texts: list[Text], data: Data, tokenizer) -> list[Tokens]:
     """Each text's ids and marks. The tokenizer's Rust code works on a whole batch at once, on all cores."""
     made: list = [piecewise(text, tokenizer) if text.pieces else None for text in texts]
     for bare in (True, False):
@@ -172,6 +214,14 @@ def _marked(text: Text, ids: list[int], places: list, start: list[int], end: lis
         marks[:] = True
     marks[:1] = False  # nothing predicts the first token
     return np.array(ids, np.int32), marks
+
+
+def _too_long(views: tuple[Tokens, ...], data: Data) -> str:
+    """How many tokens too long an example has, and for whom; empty where it is short enough for student and teacher."""
+    for (ids, _), reader in zip(views, ("student", "teacher"), strict=False):
+        if len(ids) > data.max_length:
+            return f"{len(ids)} tokens" + (f" for the {reader}" if len(views) > 1 else "")
+    return ""
 
 
 def _shorten(ids, marks, data: Data) -> list:

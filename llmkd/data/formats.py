@@ -1,5 +1,7 @@
 """The formats: from a row to a text and the characters of it that are supervised. One function per format.
 
+`context` is what a reader is told before all the rest: a conversation's system message, or the beginning of a plain text.
+
 Text that people wrote never becomes a control token: in the plain formats all of it is encoded as characters, in chat
 (see chat.py) only what the template itself writes is.
 """
@@ -20,42 +22,62 @@ ALPACA_WITH_INPUT = (
 )
 
 
-def alpaca(row: dict, source: Source, tokenizer) -> list[Text]:
+def alpaca(row: dict, source: Source, tokenizer, context: str = "") -> list[Text]:
     """instruction, input (may be empty or absent), output: Stanford Alpaca's prompt; the output is supervised, if there is one.
 
     Through a chat template that same prompt is the user's turn, as in torchtune's recipes.
     """
     prompt = (ALPACA_WITH_INPUT if row.get("input") else ALPACA).format(instruction=row["instruction"], input=row.get("input", ""))
-    return _asked(prompt, row["output"], tokenizer) if source.chat_template else _answered(prompt, row["output"])
+    return _turn(prompt, row["output"], source, tokenizer, context)
 
 
-def prompt_completion(row: dict, source: Source, tokenizer) -> list[Text]:
+def prompt_completion(row: dict, source: Source, tokenizer, context: str = "") -> list[Text]:
     """prompt and completion: one text, of which the completion is supervised; or two lists of messages, one conversation."""
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, list):
+        prompt = _told(context, prompt)
         return conversation([*prompt, *completion], tokenizer, row.get("tools"), first=len(prompt))
-    return _asked(prompt, completion, tokenizer) if source.chat_template else _answered(prompt, completion)
+    return _turn(prompt, completion, source, tokenizer, context)
 
 
-def text(row: dict, source: Source, tokenizer) -> list[Text]:
+def text(row: dict, source: Source, tokenizer, context: str = "") -> list[Text]:
     """text: all of it is supervised."""
-    return _answered("", row["text"])
+    return _answered("", row["text"], context)
 
 
-def chat(row: dict, source: Source, tokenizer) -> list[Text]:
+def chat(row: dict, source: Source, tokenizer, context: str = "") -> list[Text]:
     """messages, and perhaps the tools they may call: the assistant's turns with their end tokens are supervised."""
-    return conversation(row["messages"], tokenizer, row.get("tools"))
+    return conversation(_told(context, row["messages"]), tokenizer, row.get("tools"))
 
 
 FORMATS = {"alpaca": alpaca, "chat": chat, "prompt_completion": prompt_completion, "text": text}
 
 
-def _answered(prompt: str, answer: str) -> list[Text]:
+def _turn(prompt: str, answer: str, source: Source, tokenizer, context: str) -> list[Text]:
+    if not source.chat_template:
+        return _answered(prompt, answer, context)
+    said = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
+    return conversation(_told(context, said), tokenizer)
+
+
+def _answered(prompt: str, answer: str, context: str) -> list[Text]:
+    prompt = f"{context}\n\n{prompt}" if context else prompt
     return [Text(prompt + answer, [(len(prompt), len(prompt + answer))] if answer.strip() else [])]
 
 
-def _asked(prompt: str, answer: str, tokenizer) -> list[Text]:
-    return conversation([{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}], tokenizer)
+def _told(context: str, messages: list[dict]) -> list[dict]:
+    """The conversation with the context as its system message, or at the head of the one that it has."""
+    if not context:
+        return messages
+    head, *rest = messages
+    if head["role"] in ("system", "developer"):
+        return [{**head, "content": paragraphs(context, head["content"])}, *rest]
+    return [{"role": "system", "content": context}, *messages]
+
+
+def paragraphs(*texts: str | None) -> str:
+    """Those of the texts that say something, a blank line between them."""
+    return "\n\n".join(text for text in texts if text)
 
 
 def refuse_without_template(source: Source, rows: list[dict], tokenizer, setting: str) -> None:

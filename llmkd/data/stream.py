@@ -96,6 +96,10 @@ class Stream:
     def taught_by(self):
         return self.window.taught_by
 
+    @property
+    def for_teacher(self):
+        return self.window.for_teacher
+
     def subset(self, keep) -> Encoded:
         return self.window.subset(keep)
 

@@ -23,7 +23,9 @@ from .encode import Encoded
 from .formats import refuse_without_template
 from .sources import Rows
 
-VERSION = 5  # raise it when chat.py, control.py, formats.py or encode.py make other tokens of the same rows
+VERSION = 6  # raise it when chat.py, control.py, formats.py, context.py or encode.py make other tokens of the same rows
+
+_READ = ("ids", "supervised", "offsets")  # what a model reads of examples
 
 
 def folder(data: Data) -> Path:
@@ -41,8 +43,9 @@ def tokenizer_hash(tokenizer, template: bool = True) -> str:
 
 def encoded(rows: Rows, source: Source, data: Data, tokenizer, setting: str, say=say) -> Encoded:
     """The source's examples, from the cache or made now. UserError when nothing is left to train on."""
-    made_from = [VERSION, rows.content, source.format, source.chat_template, data.max_length, data.too_long, data.train_on_input]
-    entry = folder(data) / hashlib.sha256(json.dumps([*made_from, tokenizer_hash(tokenizer)]).encode()).hexdigest()[:32]
+    shaped_by = [source.format, source.chat_template, data.max_length, data.too_long, data.train_on_input, data.teacher_context]
+    made_from = [VERSION, rows.content, *shaped_by, tokenizer_hash(tokenizer)]  # the content tells the columns' names as well
+    entry = folder(data) / hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:32]
     with _lock(entry):
         result = _load(entry, say)
         if result is None:
@@ -85,7 +88,10 @@ def _load(entry: Path, say) -> Encoded | None:
             raise ValueError("its content does not match its hash")
         from safetensors.numpy import load
 
-        return Encoded(**load(raw), counts=manifest["counts"])
+        arrays = load(raw)
+        theirs = {name: arrays.pop(f"teacher_{name}") for name in _READ if f"teacher_{name}" in arrays}
+        teacher = Encoded(**theirs, row=arrays["row"]) if theirs else None
+        return Encoded(**arrays, counts=manifest["counts"], for_teacher=teacher)
     except (OSError, ValueError, KeyError, TypeError) as error:
         say(f"llmkd: the token cache {entry} is damaged ({error}); tokenising again")
         shutil.rmtree(entry, ignore_errors=True)
@@ -100,7 +106,10 @@ def _store(entry: Path, result: Encoded, say) -> None:
     """A cache that cannot be written is not worth a failed run: say so and go on."""
     from safetensors.numpy import save
 
-    raw = save({name: np.ascontiguousarray(getattr(result, name)) for name in ("ids", "supervised", "offsets", "row")})
+    arrays = {name: getattr(result, name) for name in (*_READ, "row")}
+    if result.for_teacher is not None:
+        arrays |= {f"teacher_{name}": getattr(result.for_teacher, name) for name in _READ}
+    raw = save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
     part = entry.with_name(f"{entry.name}.tmp-{os.getpid()}")
     try:
         part.mkdir(parents=True, exist_ok=True)
