@@ -4,44 +4,25 @@ Any number of processes write it together, each its own shards; a shard that is 
 killed goes on where it was. Size and time are said first.
 """
 
+import hashlib
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
+
 from . import taught
-from .console import first_process, say
+from .console import bar, first_process, say
 from .cost import duration
-from .data.encode import Encoded
+from .data.encode import Encoded, joined
 from .errors import Stopped, UserError
 from .order import deal
 from .prepare import Prepared, prepare
 from .recipe import Recipe, Teacher
+from .recipe_teacher import CACHE_KINDS
 from .stopping import StopRequest
 from .taught import TeacherFiles
-
-
-@dataclass(frozen=True)
-class Wanted:
-    """The examples that a store is to answer: of each its data set, its number there, who it is and how many targets it has."""
-
-    sets: list[Encoded]
-    places: list[tuple[int, int]]
-    identities: list[str]
-    targets: list[int]
-
-    @staticmethod
-    def of(prepared: Prepared, number: int) -> "Wanted":
-        """Everything that teacher `number` is asked in a run: training and held-out rows that are not left to others."""
-        sets = [one for one in (prepared.train, prepared.validation) if one is not None]
-        places = [(s, i) for s, encoded in enumerate(sets) for i in taught.mine_of(encoded, number)]
-        identities = [sets[s].identity(i) for s, i in places]
-        return Wanted(sets, places, identities, [int(sets[s].example(i)[1].sum()) for s, i in places])
-
-    def length(self, n: int) -> int:
-        s, i = self.places[n]
-        return int(self.sets[s].lengths[i])
 
 
 def cache(recipe: Recipe, foreign: str | None = None, stop: StopRequest | None = None) -> list[Path]:
@@ -53,6 +34,8 @@ def cache(recipe: Recipe, foreign: str | None = None, stop: StopRequest | None =
 
     prepared, todo = chosen(recipe, lambda one: one.cache, foreign)
     accelerator = start()
+    if foreign:
+        return [read_foreign(recipe, prepared, todo, foreign, accelerator)]
     with stop or StopRequest("finishing this batch; what is whole is kept") as stop:
         return [write(recipe, prepared, teacher, accelerator, stop) for teacher in todo]
 
@@ -73,54 +56,113 @@ def chosen(recipe: Recipe, which: Callable[[Teacher], object], foreign: str | No
     return prepared, [one for one in prepared.teachers if which(one.settings)]
 
 
+def asked(recipe: Recipe, prepared: Prepared, teacher: TeacherFiles) -> Encoded:
+    """Everything that a teacher is asked in a run: training and held-out rows that are not left to others, in the rows' order.
+
+    Rows of data.validation are numbered on behind those of data.train.
+    """
+    parts = [one for one in (prepared.train, prepared.validation) if one is not None]
+    before = [0, 0 if recipe.data.validation_share else sum(source["rows"] for source in prepared.origins["data.train"])]
+    whole = joined(parts, before[: len(parts)], {})
+    mine = np.array(taught.mine_of(whole, prepared.teachers.index(teacher)), np.int64)
+    return whole.take(mine[np.argsort(whole.row[mine], kind="stable")])
+
+
+def planned(encoded: Encoded, bytes_per_target: int):
+    from .teachers.store import Plan
+
+    return Plan.of([encoded.identity(i) for i in range(len(encoded))], encoded.targets.tolist(), bytes_per_target)
+
+
 def write(recipe: Recipe, prepared: Prepared, teacher: TeacherFiles, accelerator, stop: StopRequest) -> Path:
     """One teacher's store."""
+    from .data.collate import collate
     from .teachers.kinds import kind_to_record
     from .teachers.live import Live
-    from .teachers.store import Plan, Writer
+    from .teachers.store import Writer
     from .together import load_together
 
-    folder, device = Path(teacher.settings.cache.path).expanduser(), accelerator.device
-    wanted = Wanted.of(prepared, prepared.teachers.index(teacher))
-    (model,) = load_together([], [(teacher.setting, teacher.settings)], prepared.vocab, device, recipe.seed)[1]
+    setting, device, rank, ranks = teacher.setting, accelerator.device, accelerator.process_index, accelerator.num_processes
+    folder, encoded = Path(teacher.settings.cache.path).expanduser(), asked(recipe, prepared, teacher)
+    (model,) = load_together([], [(setting, teacher.settings)], prepared.vocab, device, recipe.seed)[1]
     kind = kind_to_record(teacher.settings.cache, prepared.vocab, model)
-    plan = Plan.of(wanted.identities, wanted.targets, kind.bytes)
+    plan = planned(encoded, kind.bytes)
     made_of = taught.made_of(recipe, teacher, prepared.tokenizer, taught.contents(prepared))
-    writer = Writer(folder, kind, made_of, plan, f"{teacher.setting}.cache.path")
-    whole = first_alone(accelerator, writer.begin)
-    if whole:
-        say(f"{folder} is whole: {plan.header()['targets']:,} targets; nothing to do")
+    writer = Writer(folder, kind, made_of, plan, f"{setting}.cache.path")
+    size = f"{len(plan.identity_E):,} examples, {plan.targets_E.sum():,} targets of {kind.bytes} bytes, {plan.targets_E.sum() * kind.bytes / 1e6:,.1f} MB"
+    if first_alone(accelerator, writer.begin):
+        say(f"{folder} is whole: {size}; nothing to do")
         return folder
-    mine = writer.left(accelerator.process_index, accelerator.num_processes)
-    left = sum(int(plan.targets_E[plan.shards[n]].sum()) for n in mine)
-    free, needs = shutil.disk_usage(folder).free, left * kind.bytes
+    mine = writer.left(rank, ranks)
+    needs, free = sum(int(plan.targets_E[plan.shards[n]].sum()) for n in mine) * kind.bytes, shutil.disk_usage(folder).free
     if needs > free:
         raise UserError(
-            f"{teacher.setting}.cache.path: {folder} needs {needs / 1e9:.1f} GB and has {free / 1e9:.1f} GB free; choose another folder, or another kind"
+            f"{setting}.cache.path: {folder} needs {needs / 1e9:.1f} GB and has {free / 1e9:.1f} GB free; choose another folder or kind"
         )
+
+    def answers(examples: list[int]):
+        batch = collate(encoded, examples, prepared.tokenizer.eos_token_id).to(device)
+        records = kind.record(live(batch), batch.labels_N, batch.examples)
+        return [one.identity for one in batch.examples], [one.targets for one in batch.examples], records
+
     live = Live(model)
-    batches = [
-        (n, batch) for n in mine for batch in dealt(plan.first_E[plan.shards[n]].tolist(), wanted, recipe.validation.micro_batch_size)
-    ]
-    seconds = time_of(live, kind, wanted, [batch for _, batch in batches], prepared, device)
-    whole_size = plan.header()["targets"] * kind.bytes
-    say(
-        f"{folder}: {len(plan.identity_E):,} examples, {plan.header()['targets']:,} targets of {kind.bytes} bytes ({whole_size / 1e6:,.1f} MB) in "
-        f"{len(plan.shards)} shards; {len(mine)} of them to write here, about {duration(seconds)}"
-    )
-    with progress(sum(len(batch) for _, batch in batches)) as shown:
-        for n in mine:
+    batches = {n: dealt(encoded, plan.first_E[plan.shards[n]], recipe.validation.micro_batch_size) for n in mine}
+    every = [batch for of_shard in batches.values() for batch in of_shard]
+    seconds = time_of(answers, every, encoded.lengths)
+    say(f"{folder}: {size}; {len(mine)} of {len(plan.shards)} shards to write here, about {duration(seconds)}")
+    with progress(sum(map(len, every))) as shown:
+        for n, of_shard in batches.items():
             shard = writer.shard(n)
-            for batch in (batch for k, batch in batches if k == n):
+            for batch in of_shard:
                 if stop():
                     raise Stopped(f"stopped by a signal; {folder} is not finished, and the same command goes on with it")
-                shard.put(*answers(live, kind, wanted, batch, prepared, device))
+                shard.put(*answers(batch))
                 shown.update(len(batch))
             shard.write()
     accelerator.wait_for_everyone()
     first_alone(accelerator, writer.finish)
     say(f"{folder} is whole")
     return folder
+
+
+def read_foreign(recipe: Recipe, prepared: Prepared, todo: list[TeacherFiles], file: str, accelerator) -> Path:
+    """A store of answers that came from elsewhere: see `teachers.foreign` for what the file holds."""
+    from .teachers import foreign
+    from .teachers.store import Writer
+
+    if len(todo) > 1 or accelerator.num_processes > 1:
+        raise UserError("--import: fills the store of one teacher, in one process; leave the others out")
+    (teacher,) = todo
+    cache, where = teacher.settings.cache, f"{teacher.setting}.cache"
+    if cache.kind not in (None, "topk"):
+        raise UserError(f"{where}.kind: found {cache.kind}, and answers from elsewhere are likeliest tokens; use topk, or leave it out")
+    encoded, defaults = asked(recipe, prepared, teacher), CACHE_KINDS["topk"]
+    kind = foreign.kind(prepared.vocab, cache.k or defaults["k"], cache.value_bits or defaults["value_bits"])
+    made_of = taught.made_of(recipe, teacher, prepared.tokenizer, taught.contents(prepared)) | {"read from": content_of(file)}
+    writer = Writer(Path(cache.path).expanduser(), kind, made_of, planned(encoded, kind.bytes), f"{where}.path")
+    counts = foreign.write(file, encoded, prepared.tokenizer, writer, bar("reading"))
+    notes = {
+        "unknown_tokens": "tokens are no single token of the vocabulary, and part of the rest",
+        "unknown_targets": "last targets have no answer, and add nothing to the loss",
+        "unused": "lines are of rows that have no example",
+    }
+    say(
+        "; ".join(
+            [
+                f"{writer.folder} is whole: {len(encoded):,} examples",
+                *(f"{counts[name]:,} {words}" for name, words in notes.items() if counts.get(name)),
+            ]
+        )
+    )
+    return writer.folder
+
+
+def content_of(file: str) -> str:
+    try:
+        with open(file, "rb") as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest()
+    except OSError as error:
+        raise UserError(f"--import: {file}: {error.strerror}; name the file of answers") from None
 
 
 def first_alone(accelerator, action):
@@ -140,40 +182,20 @@ def first_alone(accelerator, action):
     return found[0]
 
 
-def dealt(examples: list[int], wanted: Wanted, size: int) -> Iterator[list[int]]:
-    """Batches of one shard's examples, of similar length."""
-    import numpy as np
-
-    lengths = np.array([wanted.length(n) for n in examples])
-    return ([examples[i] for i in batch] for batch in deal(list(range(len(examples))), lengths, size))
+def dealt(encoded: Encoded, examples: np.ndarray, size: int) -> list[list[int]]:
+    """Batches of examples of similar length."""
+    return [examples[batch].tolist() for batch in deal(list(range(len(examples))), encoded.lengths[examples], size)]
 
 
-def answers(live, kind, wanted: Wanted, examples: list[int], prepared: Prepared, device):
-    """(identities, numbers of targets, records) of some examples, from however many data sets."""
-    import numpy as np
-
-    from .data.collate import collate
-
-    found: tuple[list, list, list] = ([], [], [])
-    for s, encoded in enumerate(wanted.sets):
-        mine = [wanted.places[n][1] for n in examples if wanted.places[n][0] == s]
-        if mine:
-            batch = collate(encoded, mine, prepared.tokenizer.eos_token_id).to(device)
-            found[0].extend(one.identity for one in batch.examples)
-            found[1].extend(one.targets for one in batch.examples)
-            found[2].append(kind.record(live(batch), batch.labels_N, batch.examples))
-    return found[0], found[1], np.concatenate(found[2])
-
-
-def time_of(live, kind, wanted: Wanted, batches: list[list[int]], prepared: Prepared, device) -> float:
-    """Seconds for all of them, from one of middle size that is timed after another has warmed up."""
+def time_of(answers: Callable[[list[int]], object], batches: list[list[int]], lengths: np.ndarray) -> float:
+    """Seconds for all of them, from one of middle size that is timed after it has warmed up."""
     if not batches:
         return 0.0
-    tokens = [sum(wanted.length(n) for n in batch) for batch in batches]
+    tokens = [int(lengths[batch].sum()) for batch in batches]
     middle = sorted(range(len(batches)), key=tokens.__getitem__)[len(batches) // 2]
     for _ in range(2):
         start = time.monotonic()
-        answers(live, kind, wanted, batches[middle], prepared, device)
+        answers(batches[middle])
         seconds = time.monotonic() - start
     return seconds * sum(tokens) / tokens[middle]
 

@@ -60,8 +60,7 @@ def validate(
                 sums.index_add_(1, batch.example_N[rows], torch.stack([figures[name].double() for name in names]))
     if accelerator.num_processes > 1:
         sums_FE = [accelerator.reduce(sums, "sum") for sums in sums_FE]
-    targets = np.add.reduceat(data.supervised.astype(np.int64), data.offsets[:-1])
-    return [HeldOut(targets, dict(zip(names, sums.cpu().numpy(), strict=True))) for sums in sums_FE]
+    return [HeldOut(data.targets, dict(zip(names, sums.cpu().numpy(), strict=True))) for sums in sums_FE]
 
 
 @torch.no_grad()

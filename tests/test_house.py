@@ -27,7 +27,6 @@ LAYERS = (
     "prepare",
     "gate loop validate checkpoint stopping run_folder card trackers",
     "tracking hub",
-    "placing sharing",
     "together",
     "session",
     "training cost",

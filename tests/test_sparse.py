@@ -188,8 +188,9 @@ def test_the_code_of_a_target_loses_little_and_its_events_sum_to_one():
         assert_close(signal.events(ALL, 1.7).logsumexp(1), torch.zeros(200), atol=1e-6, rtol=0)
         assert forward_kl(signal.events(ALL).double(), exact.events(ALL)).mean() < most
         assert_close(signal.divergence(KL, ALL, log_q).mean().double(), exact.divergence(KL, ALL, log_q.double()).mean(), rtol=0.01, atol=0)
-        stated = signal.stated(ALL, know)
+        stated = signal.stated(ALL, know, log_q)
         assert_close(stated["teacher_ce"], -log_p.gather(1, know[:, None])[:, 0], rtol=1e-3, atol=0)
+        assert_close(stated["agreement"], (log_p.argmax(1) == log_q.argmax(1)).float())
         assert_close(stated["teacher_entropy"], -(log_p.exp() * log_p).sum(1), rtol=1e-3, atol=0)
         assert_close(signal.label_log_probs(slice(3, 5), know[3:5]), -stated["teacher_ce"][3:5])
 
@@ -209,7 +210,7 @@ def test_a_code_in_which_nothing_is_kept_compares_nothing():
     for temperature in (1.0, 3.0):
         value = signal.divergence(KL, ALL, (student / temperature).log_softmax(1), temperature)
         assert value.abs().item() < 1e-6 and torch.autograd.grad(value.sum(), student)[0].abs().max() < 1e-6
-    assert not signal.stated(ALL, labels(1))
+    assert signal.stated(ALL, labels(1), student.detach()).keys() == {"agreement"}
 
 
 def test_the_fused_loss_takes_it_in_chunks():
@@ -280,4 +281,4 @@ def test_samples_are_for_their_own_temperature_and_the_forward_kl():
         signal.log_probs(ALL)
     with pytest.raises(ValueError, match="no other divergence"):
         signal.divergence(named("reverse_kl"), ALL, log_q, 2.0)
-    assert signal.stated(ALL, labels()).keys() == {"teacher_ce", "teacher_entropy"}
+    assert signal.stated(ALL, labels(), log_q).keys() == {"teacher_ce", "teacher_entropy"}

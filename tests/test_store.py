@@ -109,7 +109,7 @@ def test_what_is_read_is_what_the_teacher_said_whatever_the_batch(name, tmp_path
             assert_close(said.log_probs(rows), log_p, rtol=1e-6, atol=1e-5)
             continue
         entropy = torch.special.entr(log_p.exp()).sum(1)
-        assert_close(said.stated(rows, batch.labels_N)["teacher_entropy"], entropy, rtol=1e-3, atol=1e-3)
+        assert_close(said.stated(rows, batch.labels_N, log_q)["teacher_entropy"], entropy, rtol=1e-3, atol=1e-3)
         if name == "topk":
             exact = TopK.of(log_p.double(), 20, batch.labels_N).divergence(forward_kl, rows, log_q.double(), 2.0)
             assert_close(said.divergence(forward_kl, rows, log_q, 2.0).double(), exact, rtol=0.02, atol=1e-3)

@@ -61,11 +61,21 @@ class Encoded:
 
     def subset(self, keep: np.ndarray) -> "Encoded":
         """The examples where the boolean `keep` is true."""
-        chosen = np.repeat(keep, self.lengths)
-        offsets = np.concatenate([[0], np.cumsum(self.lengths[keep])])
-        theirs = None if self.for_teacher is None else self.for_teacher.subset(keep)
-        of_each = self.row[keep], {}, self.source[keep], self.taught_by[keep]
-        return Encoded(self.ids[chosen], self.supervised[chosen], offsets, *of_each, theirs)
+        return self.take(np.flatnonzero(keep))
+
+    def take(self, chosen: np.ndarray) -> "Encoded":
+        """Those examples, by their numbers, in that order."""
+        lengths = self.lengths[chosen]
+        offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+        tokens = np.repeat(self.offsets[chosen] - offsets[:-1], lengths) + np.arange(offsets[-1])
+        theirs = None if self.for_teacher is None else self.for_teacher.take(chosen)
+        of_each = self.row[chosen], {}, self.source[chosen], self.taught_by[chosen]
+        return Encoded(self.ids[tokens], self.supervised[tokens], offsets, *of_each, theirs)
+
+    @property
+    def targets(self) -> np.ndarray:
+        """How many targets each example has."""
+        return np.add.reduceat(self.supervised.astype(np.int64), self.offsets[:-1]) if len(self) else np.zeros(0, np.int64)
 
     @property
     def lengths(self) -> np.ndarray:
@@ -81,10 +91,16 @@ def merge(parts: list[Encoded]) -> Encoded:
     if len(parts) == 1:
         return parts[0]
     before = np.cumsum([0, *(part.counts["rows"] for part in parts)])
+    counts = {key: sum(part.counts[key] for part in parts) for key in parts[0].counts}
+    return joined(parts, before[:-1].tolist(), counts, np.repeat(np.arange(len(parts)), [len(part) for part in parts]))
+
+
+def joined(parts: list[Encoded], before: list[int], counts: dict[str, int], source: np.ndarray | None = None) -> Encoded:
+    """One after another; the rows of each are numbered from `before` on."""
     of_each = (
-        np.concatenate([part.row + start for part, start in zip(parts, before, strict=False)]),
-        {key: sum(part.counts[key] for part in parts) for key in parts[0].counts},
-        np.repeat(np.arange(len(parts)), [len(part) for part in parts]),
+        np.concatenate([part.row + start for part, start in zip(parts, before, strict=True)]),
+        counts,
+        source,
         np.concatenate([part.taught_by for part in parts]),
     )
     theirs = None
