@@ -26,6 +26,7 @@ from .prepare import Prepared
 from .recipe import Recipe, distils, sources
 from .run_folder import RunFolder, write
 from .teachers.live import Live
+from .together import load_together
 from .validate import HeldOut, accuracy, validate
 
 
@@ -130,8 +131,9 @@ class Session:
         self.main, self.pad = accelerator.is_main_process, prepared.tokenizer.eos_token_id
         vocab, device = prepared.vocab, accelerator.device
         packing = recipe.data.packing * recipe.train.micro_batch_size * recipe.data.max_length
-        self.teacher = Live(models.load_teacher(lead.teacher, vocab, device, packing)) if prepared.teacher else None
-        students = models.load_students([r.student for r in recipes], vocab, device, recipe.seed, packing)
+        taught = [("teacher", lead.teacher)] if prepared.teacher else []
+        students, teachers = load_together([r.student for r in recipes], taught, vocab, device, recipe.seed, packing)
+        self.teacher = Live(teachers[0]) if teachers else None
         self.plan = plan(recipe, prepared, accelerator.process_index, accelerator.num_processes)
         self.arms = []
         for k, (own, folder, student) in enumerate(zip(recipes, folders, students, strict=True)):
