@@ -16,6 +16,7 @@ from .errors import UserError, blamed_on
 from .families import beside_text, decoder_of, head_of
 from .head import Head
 from .model_files import RECORD, ModelFiles, find, fingerprint, read_json
+from .placing import OFFLOAD, device_of, head_on, offload
 from .recipe import Lora, Quantization
 from .recipe import Student as StudentSettings
 from .recipe import Teacher as TeacherSettings
@@ -34,6 +35,7 @@ class LanguageModel(nn.Module):
         self.model, self.adapter = model, adapter
         self.autocast: torch.dtype | None = None
         self.own_forward = False
+        self.runs_on: torch.device | None = None  # where its inputs go, if that is not where its weights are
         self.untouched: list[str] = []  # trainable parameters that a small batch gave no gradient
         self.head = head_of(self.plain, vocab, adapter)
 
@@ -49,7 +51,8 @@ class LanguageModel(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        return self.plain.get_input_embeddings().weight.device
+        """Where its inputs go."""
+        return self.runs_on or self.plain.get_input_embeddings().weight.device
 
     @property
     def dtype(self) -> torch.dtype:
@@ -86,16 +89,35 @@ class LanguageModel(nn.Module):
         return {own.sub(".default", name): p for name, p in self.model.named_parameters() if p.requires_grad}
 
 
-def load_teacher(settings: TeacherSettings, vocab: int, device, packing: int = 0) -> LanguageModel:
-    """The teacher, frozen and in eval mode. A model, or an unmerged adapter on its base. `packing`: packed rows of so many tokens must be safe."""
-    files = find(settings.model, "teacher.model", settings.revision, settings.base)
-    model = loading.base(files.base, "teacher.model", settings.dtype, settings.attention, device, settings.quantization)
+def load_teacher(
+    settings: TeacherSettings,
+    vocab: int,
+    device,
+    packing: int = 0,
+    setting: str = "teacher",
+    files: ModelFiles | None = None,
+    base: nn.Module | None = None,
+) -> LanguageModel:
+    """The teacher, frozen and in eval mode. A model, or an unmerged adapter on its base.
+
+    device        where the student is, and where the head of a teacher that is held elsewhere (`settings.device`) is too
+    packing       packed rows of so many tokens must be safe
+    files, base   what was found and loaded already
+    """
+    name, held = f"{setting}.model", device_of(setting, settings.device, device)
+    files = files or find(settings.model, name, settings.revision, settings.base)
+    model = base or loading.base(files.base, name, settings.dtype, settings.attention, held, settings.quantization)
     if files.adapter:
-        note_quantization(files, settings.quantization, "teacher")
-        model = adapters.load(model, files, "teacher.model").to(device)
-    teacher = LanguageModel(model, _fits(model, vocab, "teacher.model"))
+        note_quantization(files, settings.quantization, setting)
+        model = adapters.load(model, files, name).to(held)
+    teacher = LanguageModel(model, _fits(model, vocab, name))
     teacher.requires_grad_(False).eval()
-    selftest.check(teacher, "teacher.model", packing)
+    if settings.device == OFFLOAD:
+        teacher.head, teacher.runs_on = head_on(teacher.head, torch.device(device)), torch.device(device)
+        offload(teacher.plain, device)
+    selftest.check(teacher, name, packing)
+    if settings.device not in (None, OFFLOAD):
+        teacher.head = head_on(teacher.head, torch.device(device))
     return teacher
 
 
@@ -104,13 +126,24 @@ def load_student(settings: StudentSettings, vocab: int, device, seed: int, packi
     return load_students([settings], vocab, device, seed, packing)[0]
 
 
-def load_students(many: list[StudentSettings], vocab: int, device, seed: int, packing: int = 0) -> list[LanguageModel]:
-    """Students that differ in their adapters only, on one base in memory: each as it would be alone. One may be of any method."""
+def load_students(
+    many: list[StudentSettings],
+    vocab: int,
+    device,
+    seed: int,
+    packing: int = 0,
+    found: list[ModelFiles] | None = None,
+    base: nn.Module | None = None,
+) -> list[LanguageModel]:
+    """Students that differ in their adapters only, on one base in memory: each as it would be alone. One may be of any method.
+
+    found, base   what was found of each and loaded already
+    """
     settings = many[0]
-    found = [find(one.model, "student.model", one.revision, one.base) for one in many if one.model]
+    found = found or [find(one.model, "student.model", one.revision, one.base) for one in many if one.model]
     torch.manual_seed(seed)
     if found:
-        model = loading.base(found[0].base, "student.model", settings.dtype, settings.attention, device, settings.quantization)
+        model = base or loading.base(found[0].base, "student.model", settings.dtype, settings.attention, device, settings.quantization)
     else:
         model = loading.new_model(settings, vocab).to(device)
     if settings.method == "full":

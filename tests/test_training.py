@@ -14,7 +14,7 @@ import torch
 from conftest import distance, plain_recipe, write_rows
 from safetensors.torch import load_file, save_file
 
-from llmkd import models, settings
+from llmkd import models, settings, together
 from llmkd.cli import main
 from llmkd.data.collate import collate
 from llmkd.distiller import Distiller
@@ -47,11 +47,11 @@ def command(world, tmp_path, capsys):
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_only_the_students_own_parameters_train(make_recipe, world, monkeypatch, method):
     built = []
-    real = models.load_students
-    monkeypatch.setattr(models, "load_students", lambda *a: built.extend(real(*a)) or built)
+    real = together.load_students
+    monkeypatch.setattr(together, "load_students", lambda *a: built.extend(real(*a)) or built)
     teachers = []
-    real_teacher = models.load_teacher
-    monkeypatch.setattr(models, "load_teacher", lambda *a: teachers.append(real_teacher(*a)) or teachers[0])
+    real_teacher = together.load_teacher
+    monkeypatch.setattr(together, "load_teacher", lambda *a: teachers.append(real_teacher(*a)) or teachers[0])
     run(make_recipe(student__method=method, **SHORT))
     assert all(("lora_" in name) == p.requires_grad or method == "full" for name, p in built[0].model.named_parameters())
     before = load_file(world / "student/model.safetensors")
@@ -81,7 +81,7 @@ def test_each_target_is_trained_exactly_once_an_epoch(make_recipe, monkeypatch):
 
 
 def test_without_a_teacher_it_is_supervised_fine_tuning(trained, make_recipe, monkeypatch, tmp_path):
-    monkeypatch.setattr(models, "load_teacher", lambda *a: pytest.fail("a teacher was loaded"))
+    monkeypatch.setattr(together, "load_teacher", lambda *a: pytest.fail("a teacher was loaded"))
     with_ratio_0 = trained("zero", loss__kd_ratio=0.0, **SHORT)
     assert distance(trained("none", teacher=None, **SHORT), with_ratio_0) == 0
     assert all("kd" not in r for r in read(tmp_path / "zero/metrics.jsonl"))
