@@ -1,8 +1,8 @@
 """What a store keeps of each target: how it is recorded from a live teacher's signal, and read back as a signal.
 
     kind      bytes per target (V = 128,256)                  what is lost, and when to use it
-    topk      K = 50: 145, K = 64: 180, K = 128: 332          the shape of the rest; the general choice, for any divergence and temperature
-              at 8 bits (120, 148, 268 at 4: see `codes`)
+    topk      K = 50: 147, K = 64: 182, K = 128: 334          the shape of the rest; the general choice, for any divergence and temperature
+              at 8 bits (122, 150, 270 at 4: see `codes`)
     sampled   50 draws: 89                                    nothing on average, but noise; forward KL at one temperature
     hidden    2 H as bfloat16, H + 4 as int8                  nothing (int8: see `Hidden`); where the disk has room, and for measuring
 
