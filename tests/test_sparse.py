@@ -84,6 +84,11 @@ def test_the_tails_mass_is_exact_at_the_nodes_and_close_between():
         assert error < (1e-12 if temperature in (0.5, 1, 2, 4) else 0.01), temperature
 
 
+def test_at_a_high_temperature_all_tokens_are_alike():
+    last = TopK.of(dense(), 7, labels()).events(ALL, 1e9)[:, -1]
+    assert_close(last.exp(), torch.full((N,), (V - 7) / V, dtype=torch.float64))
+
+
 def test_a_falling_function_stays_falling_and_two_nodes_make_a_line():
     nodes, values = (0.0, 0.5, 1.0, 2.0), torch.tensor([[10.0, 4.0, -1.0, -1.5], [3.0, 2.9, -9.0, -30.0]]).double()
     path = torch.stack([interpolate(nodes, values, s / 50) for s in range(126)], 1)
