@@ -13,6 +13,7 @@ from llmkd.losses.divergences import forward_kl, named
 from llmkd.losses.fused import fused_loss
 from llmkd.losses.objective import Objective
 from llmkd.signals import Dense, Example
+from llmkd.teachers import kinds
 from llmkd.teachers.codes import decode_ids, decode_values, encode_ids, encode_values, id_bytes, packed_bytes
 from llmkd.teachers.kinds import KeepSampled, KeepTopK, chances
 from llmkd.teachers.sparse import Sampled, TopK, interpolate
@@ -269,11 +270,15 @@ def test_gradient_and_value_are_right_on_average(temperature):
     assert_close(torch.autograd.grad(value, student, retain_graph=True)[0], plain, atol=1e-6, rtol=1e-5)
 
 
-def test_draws_never_fall_on_what_is_ruled_out():
+@pytest.mark.parametrize("chance, drawn", [(None, {2, 7}), (0.0, {2}), (1 - 2.0**-53, {7})])
+def test_draws_never_fall_on_what_is_ruled_out(monkeypatch, chance, drawn):
     log_p = torch.full((3, 10), -math.inf)
     log_p[:, [2, 7]] = math.log(0.5)
+    if chance is not None:
+        monkeypatch.setattr(kinds, "chances", lambda seed, examples, draws: np.full((3, draws), chance))
     signal = sampled(log_p, 200)
-    assert set(signal.ids_ND.flatten().tolist()) == {2, 7}
+    assert set(signal.ids_ND.flatten().tolist()) == drawn
+    assert_close(signal.entropy_N, torch.full((3,), math.log(2)), rtol=1e-3, atol=0)
 
 
 def test_samples_are_for_their_own_temperature_and_the_forward_kl():
