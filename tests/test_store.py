@@ -153,6 +153,16 @@ def test_an_example_that_comes_twice_is_stored_once(data):
     assert long.shards == [slice(0, 2), slice(2, 3)]
 
 
+def test_a_shard_is_not_written_before_all_its_examples_are_there(tmp_path):
+    kind = KeepTopK(9, 3, 8)
+    writer = Writer(tmp_path / "store", kind, {}, Plan.of(["0a", "0b"], [1, 2], kind.bytes))
+    writer.begin()
+    shard = writer.shard(0)
+    shard.put(["0b"], [2], np.ones((2, kind.bytes), np.uint8))
+    with pytest.raises(ValueError, match="1 of its examples were never put"):
+        shard.write()
+
+
 def test_a_finished_store_is_left_alone_and_other_answers_are_refused(made, data, teacher):
     writer, folder = made
     before = content(folder)

@@ -8,7 +8,12 @@ from .store import Store
 
 
 class Cached:
-    """Reads 560 targets (8 examples of 70) in a few milliseconds, decoding included; see `kinds` for what each kind is."""
+    """See `kinds` for what each kind of store keeps.
+
+    On one CPU core 560 targets (8 examples of 70, drawn from a store of 100 MB in the machine's memory) are read in 0.04 ms and decoded
+    in 2.5 ms (topk 64), 1 ms (sampled 50) or 0.1 ms (hidden states of 2,048 in bfloat16): next to a step that is nothing, so it is
+    not done ahead of time.
+    """
 
     def __init__(self, store: Store, device):
         self.store, self.device = store, device

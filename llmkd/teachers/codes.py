@@ -8,9 +8,9 @@ Bytes of ids and values at V = 128,256, and the KL that rounding the values caus
 distributions of Zipf's kind, entropies 0.8 to 7.6):
 
     K     ids   4 bits           5 bits           6 bits           7 bits           8 bits
-    50     83   108   3.2e-3     115   6.8e-4     121   1.6e-4     127   4.0e-5     133   9.8e-6
-    64    104   136   3.5e-3     144   7.7e-4     152   1.8e-4     160   4.4e-5     168   1.1e-5
-    128   192   256   4.7e-3     272   9.7e-4     288   2.3e-4     304   5.5e-5     320   1.4e-5
+    50     83   108   3.2e-3     115   7.1e-4     121   1.6e-4     127   3.9e-5     133   9.5e-6
+    64    104   136   3.7e-3     144   7.5e-4     152   1.7e-4     160   4.6e-5     168   1.1e-5
+    128   192   256   4.6e-3     272   1.0e-3     288   2.2e-4     304   6.1e-5     320   1.4e-5
 
 Everything works on whole arrays, on a CPU or a GPU.
 """

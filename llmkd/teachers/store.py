@@ -54,7 +54,7 @@ class Plan:
 
 
 class Writer:
-    """Writes a store, or what is missing of one. The first process begins and finishes; between the two every one writes its shards."""
+    """Writes a store, or what is missing of one. The first process begins and finishes; between the two, and waiting for it, all write shards."""
 
     def __init__(self, folder: str | Path, kind, made_of: dict, plan: Plan, setting: str = SETTING):
         """`kind` is a `kinds.Kind`."""
@@ -65,6 +65,8 @@ class Writer:
     def begin(self) -> bool:
         """Whether the store is whole already. UserError where the folder holds a store of other answers; then nothing is touched."""
         self.folder.mkdir(parents=True, exist_ok=True)
+        for part in self.folder.glob("*.tmp-*"):  # of an attempt that was killed
+            part.unlink()
         for name in ("store.json", "making.json"):
             if (self.folder / name).exists():
                 found = read_header(self.folder, self.setting) if name == "store.json" else _read_json(self.folder / name, self.setting)
