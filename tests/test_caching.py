@@ -184,8 +184,8 @@ def test_a_missing_or_short_shard_and_a_changed_header_are_named(make_recipe, da
     ("changes", "words"),
     [
         (
-            {"data__max_length": 200, "data__too_long": "truncate"},
-            ["lacks", "data.train", "data.max_length 256, now 200", "data.too_long drop, now truncate"],
+            {"data__max_length": 110, "data__too_long": "truncate"},
+            ["lacks", "data.train", "data.max_length 256, now 110", "data.too_long drop, now truncate"],
         ),
         ({"data__train": "held"}, ["lacks 9 of 9 examples of data.train", "held.jsonl:1", "the training data"]),
         ({"data__validation": "held"}, ["lacks 9 of 9 examples of the held-out rows", "held.jsonl:1"]),

@@ -41,7 +41,15 @@ def test_the_metadata_are_the_hubs(make_recipe, hub_student, world):
     recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, train=both))
     origins = {"data.train": [{"revision": "abcdef", "rows": 5}, {"revision": None, "rows": 1234, "used": 1200}]}
     summary = SUMMARY | {"validation": SUMMARY["validation"] | {"accuracy": 0.75, "accuracy_stderr": 0.1}}
-    made = ModelCard(card(recipe, summary, find(str(hub_student), "s"), (TeacherFiles("teacher", recipe.teacher, find(str(world / "adapter"), "t"), None),), origins))
+    made = ModelCard(
+        card(
+            recipe,
+            summary,
+            find(str(hub_student), "s"),
+            (TeacherFiles("teacher", recipe.teacher, find(str(world / "adapter"), "t"), None),),
+            origins,
+        )
+    )
     data = made.data.to_dict()
     assert {k: v for k, v in data.items() if k not in ("model-index", "tags")} == {
         "base_model": "someone/tiny",
