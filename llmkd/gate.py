@@ -7,6 +7,7 @@ import numpy as np
 
 from .data.encode import Encoded
 from .data.stream import Stream
+from .model_files import ModelFiles
 from .taught import TeacherFiles
 
 #: As torchtune's study of the reference case found (https://pytorch.org/blog/llama-into-torchtune/).
@@ -20,13 +21,17 @@ def some_of(train: Encoded | Stream, count: int) -> Encoded:
     return known.subset(np.isin(np.arange(len(known)), chosen))
 
 
-def verdict(figures: list[dict[str, float]], examples: int, teachers: Sequence[TeacherFiles]) -> str:
-    """What `validate` found on the sample, for one student or several, in a line; with advice where the teacher seems not to be tuned."""
+def verdict(figures: list[dict[str, float]], examples: int, teachers: Sequence[TeacherFiles], student: ModelFiles | None) -> str:
+    """What `validate` found on the sample, for one student or several, in a line; with advice where the teacher seems not to be tuned.
+
+    The student's own base is no teacher that anybody would tune: it has a context, or a wider number format.
+    """
     teacher_ce, ce = figures[0]["teacher_ce"], min(one["ce"] for one in figures)
     found = f"gate: on {examples} training examples the teacher's CE is {teacher_ce:.4f} and the student's {ce:.4f}"
     if not teacher_ce < ce:
         return f"{found}\nwarning: the teacher knows these rows no better than the student. {ADVICE}"
-    untuned = [one.settings.model for one in teachers if one.files and not one.tuned]
+    own = student and student.base.resolve()
+    untuned = [one.settings.model for one in teachers if one.files and not one.tuned and one.files.base.resolve() != own]
     return (
         f"{found}\nnote: {untuned[0]} is neither an adapter nor a student of llmkd; was it tuned on these rows? {ADVICE}"
         if untuned

@@ -257,7 +257,7 @@ class Session:
         found = [one.figures() for one in self.measured([arm.student for arm in self.arms], sample, "gate", 0)]
         for arm, figures in zip(self.arms if self.main else (), found, strict=False):
             arm.record.write({"step": 0, "gate": {"examples": len(sample)} | {name: figures[name] for name in ("ce", "teacher_ce")}})
-        self.display.say(verdict(found, len(sample), self.prepared.teachers))
+        self.display.say(verdict(found, len(sample), self.prepared.teachers, self.prepared.student))
 
     def measured(self, students: list, data: Encoded, name: str, step: int) -> list[HeldOut]:
         size = self.recipe.validation.micro_batch_size
