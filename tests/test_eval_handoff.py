@@ -57,7 +57,7 @@ def truthfulqa(i: int) -> dict:
 def write_rows(path: Path, rows: list[dict]) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     if path.suffix == ".parquet":
-        import pyarrow
+        import pyarrow.parquet
 
         pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
     elif path.suffix == ".json":
@@ -467,6 +467,7 @@ def test_data_is_known_by_its_columns(tmp_path, capsys):
     task = benchmarks.find_tasks(["hellaswag"], to, 1)["hellaswag"]
     assert len(task.eval_docs) == 2 and task.has_training_docs() and len(task.training_docs()) == 1
     write_rows(data / "b/other.jsonl", [hellaswag(4)])
+    capsys.readouterr()  # what datasets shows while it reads
     for folder, said in (
         (data, "both hold rows of hellaswag"),
         (tmp_path / "no", "there is no such folder"),
