@@ -33,9 +33,11 @@ class TeacherFiles:
 
     @property
     def identity(self) -> str:
-        """What tells its answers from another teacher's."""
+        """What tells its answers from another teacher's; nothing for those that are yet to come from elsewhere."""
         if self.store is not None:
             return self.store.identity
+        if self.files is None:
+            return ""
         return " ".join(fingerprint(folder, f"{self.setting}.model") for folder in (self.files.base, self.files.adapter) if folder)
 
 

@@ -348,3 +348,56 @@ def test_a_killed_attempt_goes_on(world, stores, tmp_path):
     assert subprocess.run(words, cwd=tmp_path).returncode == 0
     name = "shard-00000.safetensors"
     assert (tmp_path / "store" / name).read_bytes() == (stores / "narrow" / name).read_bytes()
+
+
+# ---- answers from elsewhere
+
+
+def answers_of(recipe, k: int, held_out: bool = True) -> list[dict]:
+    """What another program would give: the k likeliest tokens of the live teacher at every target, by row."""
+    from llmkd import models
+    from llmkd.data.collate import collate
+    from llmkd.prepare import prepare
+    from llmkd.recipe import teachers
+    from llmkd.teachers.live import Live
+
+    prepared = prepare(recipe, stores=False)
+    live, lines = Live(models.load_teacher(teachers(recipe.teacher)[0], prepared.vocab, "cpu")), []
+    for encoded in (prepared.train, prepared.validation) if held_out else (prepared.train,):
+        for i in range(len(encoded)):
+            batch = collate(encoded, [i], 0)
+            values, ids = live(batch).log_probs(slice(None)).topk(k)
+            top = [list(map(list, zip(a, b, strict=True))) for a, b in zip(ids.tolist(), values.tolist(), strict=True)]
+            lines.append({"row": int(encoded.row[i]) + 1, "labels": batch.labels_N.tolist(), "top": top})
+    return lines
+
+
+def test_answers_from_elsewhere_are_read_by_rows_and_trained_on(stores, make_recipe, tmp_path, capsys):
+    """Held-out rows among them; at temperature 1 they are what llmkd's own store of as many tokens is."""
+    held = {"data__validation_share": 0.2, "train__max_steps": 2}
+    live = make_recipe("live", **(FLOAT32 | held))
+    file, recipe = tmp_path / "answers.jsonl", tmp_path / "recipe.yaml"
+    lines = answers_of(live, 8)
+    file.write_text("".join(json.dumps(line) + "\n" for line in reversed(lines)))
+    own = settings.load_recipe(recipe, {"data.validation_share": 0.2, "teacher": {"cache": {"path": str(tmp_path / "told"), "k": 8}}})
+    assert cache(own, str(file)) == [tmp_path / "told"] and "is whole: 37 examples" in capsys.readouterr().err
+    told = run(make_recipe("told", **(FLOAT32 | held | {"teacher": {"cache": {"path": str(tmp_path / "told")}}, "teacher__dtype": "auto"})))
+    kept = run(from_store(make_recipe, stores, "narrow", "kept", **held))
+    for name in ("forward_kl", "reverse_kl", "agreement"):
+        assert told["validation"][name] == pytest.approx(kept["validation"][name], rel=2e-3)
+    assert told["train"]["kd"] == pytest.approx(kept["train"]["kd"], rel=2e-3)
+
+
+def test_answers_of_other_rows_are_refused_by_line_and_nothing_is_written(make_recipe, tmp_path):
+    recipe = make_recipe(**FLOAT32)
+    lines = answers_of(recipe, 3, held_out=False)
+    lines[4]["labels"][0] += 1
+    file = tmp_path / "answers.jsonl"
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    words = ["cache", "--config", str(tmp_path / "recipe.yaml"), "--teacher.cache.path", str(tmp_path / "told"), "--import", str(file)]
+    with pytest.raises(UserError, match="answers.jsonl:5: target 1 is"):
+        cache(settings.load_recipe(tmp_path / "recipe.yaml", {"teacher.cache.path": str(tmp_path / "told")}), str(file))
+    assert main(words) == 2 and not (tmp_path / "told").exists()
+    assert main([*words[:-1], str(tmp_path / "none.jsonl")]) == 2
+    assert main([*words, "--check"]) == 2
+    assert main([*words, "--teacher.cache.kind", "hidden"]) == 2
