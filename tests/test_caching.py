@@ -381,7 +381,7 @@ def test_answers_from_elsewhere_are_read_by_rows_and_trained_on(stores, make_rec
     file.write_text("".join(json.dumps(line) + "\n" for line in reversed(lines)))
     own = settings.load_recipe(recipe, {"data.validation_share": 0.2, "teacher": {"cache": {"path": str(tmp_path / "told"), "k": 8}}})
     assert cache(own, str(file)) == [tmp_path / "told"] and "is whole: 37 examples" in capsys.readouterr().err
-    told = run(make_recipe("told", **(FLOAT32 | held | {"teacher": {"cache": {"path": str(tmp_path / "told")}}, "teacher__dtype": "auto"})))
+    told = run(make_recipe("run", **(FLOAT32 | held | {"teacher": {"cache": {"path": str(tmp_path / "told")}}, "teacher__dtype": "auto"})))
     kept = run(from_store(make_recipe, stores, "narrow", "kept", **held))
     for name in ("forward_kl", "reverse_kl", "agreement"):
         assert told["validation"][name] == pytest.approx(kept["validation"][name], rel=2e-3)
