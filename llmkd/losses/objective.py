@@ -71,7 +71,8 @@ class Objective:
         # d D / d logits = (slope - q sum slope) / T, and d CE / d logits = q - [label]
         total_nV = hard.probs_nV
         if slope is None or not weights["kd"]:
-            total_nV.mul_(weights["ce"])
+            if weights["ce"] != 1:
+                total_nV.mul_(weights["ce"])
         else:
             pull = -self.kd_ratio * T * pull[:, None]
             if soft is hard:
