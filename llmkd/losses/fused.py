@@ -10,6 +10,9 @@ with tiles of its own that stay in a CPU's cache.
 """
 
 import functools
+import importlib.util
+import os
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -21,14 +24,18 @@ from ..signals import Dense, Known, Rows, Signal
 from .closed import closed_form
 from .objective import Objective
 
-_TILE_BYTES = {"cuda": 256 << 20, "cpu": 32 << 20}  # large products are fast ones
+_TILE_BYTES = {"cuda": 512 << 20, "cpu": 32 << 20}  # large products are fast ones
 _BLOCK_BYTES = {"cuda": 64 << 20, "cpu": 1 << 20}
-_LEAST_ROWS = 128  # below it a product reads its weights more than it multiplies
+_LEAST_ROWS = {"cuda": 1024, "cpu": 128}  # below it a product reads its weights for longer than it multiplies
 
 
 def default_chunk(vocab: int, device: str) -> int:
-    """Rows per chunk that keep one float32 tile of logits in bounds: 256 MiB on a GPU, 32 MiB on a CPU; 128 to 4096."""
-    return max(_LEAST_ROWS, min(4096, _TILE_BYTES.get(device, _TILE_BYTES["cuda"]) // (4 * vocab)))
+    """Rows per chunk: one float32 tile of logits is 512 MiB on a GPU and 32 MiB on a CPU, or has 1024 rows there and 128 here; at most 4096."""
+    return max(_of(_LEAST_ROWS, device), min(4096, _of(_TILE_BYTES, device) // (4 * vocab)))
+
+
+def _of(table: dict[str, int], device: str) -> int:
+    return table.get(device, table["cuda"])
 
 
 def fused_loss(
@@ -86,37 +93,54 @@ def _visit(
     objective: Objective, student: "_Product | _Module", labels_n: Tensor, signal: Signal | None, rows: slice, tiles: "_Tiles", train: bool
 ) -> dict[str, Tensor]:
     """The terms of a chunk; its logits become their gradient where one is asked for."""
+    kernel, how = _way(objective, student, signal)
+    if train:
+        _say_how(how)
     n, T = len(labels_n), objective.temperature
-    block = max(1, _block_bytes(labels_n.device) // (4 * tiles.vocab))
-    log_p_nV = None
-    if signal is not None and train and objective.kd_ratio:
-        _say_how(_how(objective, signal))
-    if knows_all(signal):
-        log_p_nV = _teacher(signal, rows, T, tiles)
-    elif signal is not None:
-        block = max(block, _LEAST_ROWS)  # it may have a head to ask, a block at a time
+    grad_nV = student.grad_nV if train else None
+    log_p_nV = _teacher(signal, rows, T, tiles, soften=not kernel) if knows_all(signal) else None
+    if kernel:
+        return kernel(objective, student.logits_nV, labels_n, grad_nV, log_p_nV)
+    block = max(1, _block_bytes(labels_n.device.type) // (4 * tiles.vocab))
+    if signal is not None and log_p_nV is None:
+        block = max(block, 128)  # it may have a head to ask, a block at a time
     pieces = []
     for start in range(0, n, block):
         part = slice(start, min(start + block, n))
-        log_p, divergence = None, None
-        if log_p_nV is not None:
-            log_p = log_p_nV[part]
-        elif signal is not None:
-            divergence = _asker(signal, objective, slice(rows.start + part.start, rows.start + part.stop))
+        log_p = None if log_p_nV is None else log_p_nV[part]
+        asked = None
+        if signal is not None and log_p is None:
+            asked = _asker(signal, objective, slice(rows.start + part.start, rows.start + part.stop))
         tile = tiles.of("block", part.stop - part.start, min(block, n), student.logits_nV.dtype)
-        grad = student.grad_nV[part] if train else None
-        pieces.append(objective.visit(student.logits_nV[part], labels_n[part], tile, grad, log_p, divergence))
+        grad = None if grad_nV is None else grad_nV[part]
+        pieces.append(objective.visit(student.logits_nV[part], labels_n[part], tile, grad, log_p, asked))
     return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
 
 
-def _how(objective: Objective, signal: Signal) -> str:
-    """How the gradient of the divergence is come by."""
-    name = getattr(objective.divergence, "func", objective.divergence).__name__
-    if not knows_all(signal):
-        return f"{name} of a {type(signal).__name__.lower()} teacher: its gradient over the student's log-probabilities is autograd's"
-    if not closed_form(objective.divergence):
-        return f"{name} has no gradient in closed form, and takes autograd's, which is slower"
-    return f"{name}: gradient in closed form"
+def _way(objective: Objective, student: "_Product | _Module", signal: Signal | None) -> tuple[Callable | None, str]:
+    """Which way the terms and their gradient are come by: the kernel, if it is that, and words for the log."""
+    name = getattr(objective.divergence, "func", objective.divergence).__name__ if signal is not None else "cross-entropy"
+    plain = type(student) is _Product and student.logits_nV.dtype == torch.float32 and (signal is None or type(signal) is Dense)
+    if plain and _kernels_run(student.logits_nV.device):
+        from . import kernels
+
+        if signal is None or kernels.kind(objective):
+            return kernels.visit, f"{name} by the Triton kernel"
+    if signal is None or (knows_all(signal) and closed_form(objective.divergence)):
+        return None, f"{name} with its gradient in closed form, by PyTorch"
+    if knows_all(signal):
+        return None, f"{name} has no gradient in closed form, and takes autograd's, which is slower"
+    return (
+        None,
+        f"{name} of a {type(signal).__name__.lower()} teacher: autograd's gradient from its value to the student's log-probabilities",
+    )
+
+
+@functools.cache
+def _kernels_run(device: torch.device) -> bool:
+    """On a GPU, or in Triton's interpreter, where Triton is installed."""
+    here = device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+    return here and importlib.util.find_spec("triton") is not None
 
 
 @functools.cache
@@ -130,22 +154,22 @@ def knows_all(signal: Signal | None) -> bool:
     return isinstance(signal, Known) and type(signal).divergence is Known.divergence
 
 
-def _teacher(signal: Known, rows: Rows, temperature: float, tiles: "_Tiles") -> Tensor:
-    """A teacher's logits at the temperature, or its log-probabilities, for a chunk."""
+def _teacher(signal: Known, rows: Rows, temperature: float, tiles: "_Tiles", soften: bool) -> Tensor:
+    """A teacher's log-probabilities for a chunk, at the temperature, or its logits, as they are unless they are to be softened."""
     if type(signal) is not Dense:
         return signal.log_probs(rows, None, temperature)
     hidden_nH, head = signal.hidden_NH[rows], signal.head
     out = tiles("teacher", len(hidden_nH), head.dtype) if head.plain else None
     logits_nV = head.logits(hidden_nH.detach(), out)
-    return logits_nV if temperature == 1 else torch.div(logits_nV, temperature, out=out)
+    return torch.div(logits_nV, temperature, out=out) if soften and temperature != 1 else logits_nV
 
 
 def _asker(signal: Signal, objective: Objective, rows: Rows):
     return lambda log_q_nV: signal.divergence(objective.divergence, rows, log_q_nV, objective.temperature)
 
 
-def _block_bytes(device: torch.device) -> int:
-    return _BLOCK_BYTES.get(device.type, _BLOCK_BYTES["cuda"]) * (torch.get_num_threads() if device.type == "cpu" else 1)
+def _block_bytes(device: str) -> int:
+    return _of(_BLOCK_BYTES, device) * (torch.get_num_threads() if device == "cpu" else 1)
 
 
 class _Tiles:
