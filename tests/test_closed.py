@@ -77,6 +77,18 @@ def test_float32_is_exact_and_finite_on_hard_inputs(name, options, case):
     assert_accurate(name, options, *HARD[case])
 
 
+@pytest.mark.parametrize("apart", [1e-2, 1e-3])
+@each_closed
+def test_a_small_divergence_keeps_its_leading_digits(name, options, apart):
+    teacher = 3 * randn(16, 300, dtype=torch.float32)
+    student = teacher + apart * randn(16, 300, seed=1, dtype=torch.float32)
+    value, gradient = visit(name, options, student, teacher)
+    right, slope = plain.value_and_gradient(divergences.named(name, **options), student.double(), teacher.double())
+    assert right.max() < 1e-4 or name == "total_variation"
+    assert_close(value.double(), right, rtol=1e-6 / apart + 1e-3, atol=0)
+    assert (gradient - slope).norm() <= 1e-5 * (1e-3 / apart + 1) * slope.norm()
+
+
 @pytest.mark.parametrize("apart", [0, 1e-1, 1e-2, 1e-4, 1e-6, 1e-7])
 @each_closed
 def test_never_negative(name, options, apart):

@@ -176,8 +176,9 @@ def machine(options) -> str:
             continue
     cpu = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     chip = torch.cuda.get_device_name() if options.device == "cuda" else f"{len(cpu)} x {cpu[0] if cpu else platform.machine()}"
-    command = f"python eval/speed/head.py {' '.join(a for a in sys.argv[1:])}"
-    return f"{chip}; Python {platform.python_version()}, {', '.join(versions)}; {datetime.date.today()}. `{command.strip()}`"
+    given = [word for word in sys.argv[1:] if word not in ("--out", str(options.out))]
+    command = " ".join(["python eval/speed/head.py", *("PEERS" if word == options.peers else word for word in given)])
+    return f"{chip}; Python {platform.python_version()}, {', '.join(versions)}; {datetime.date.today()}. `{command}`"
 
 
 if __name__ == "__main__":

@@ -107,7 +107,7 @@ def _visit(
     pieces = []
     for start in range(0, n, block):
         part = slice(start, min(start + block, n))
-        log_p = None if log_p_nV is None else log_p_nV[part]
+        log_p = None if log_p_nV is None else log_p_nV[part].to(student.logits_nV.dtype)
         asked = None
         if signal is not None and log_p is None:
             asked = _asker(signal, objective, slice(rows.start + part.start, rows.start + part.stop))
@@ -125,15 +125,12 @@ def _way(objective: Objective, student: "_Product | _Module", signal: Signal | N
         from . import kernels
 
         if signal is None or kernels.kind(objective):
-            return kernels.visit, f"{name} by the Triton kernel"
+            return kernels.visit, f"{name}, by the Triton kernel"
     if signal is None or (knows_all(signal) and closed_form(objective.divergence)):
-        return None, f"{name} with its gradient in closed form, by PyTorch"
+        return None, f"{name}, by PyTorch, with its gradient in closed form"
     if knows_all(signal):
-        return None, f"{name} has no gradient in closed form, and takes autograd's, which is slower"
-    return (
-        None,
-        f"{name} of a {type(signal).__name__.lower()} teacher: autograd's gradient from its value to the student's log-probabilities",
-    )
+        return None, f"{name}, by PyTorch, with autograd's gradient, which is slower: it has none in closed form"
+    return None, f"{name} of a {type(signal).__name__.lower()} teacher, by PyTorch, with autograd's gradient"
 
 
 @functools.cache

@@ -35,12 +35,12 @@ def kind(objective: Objective) -> tuple[int, float] | None:
 def visit(
     objective: Objective, logits_nV: Tensor, labels_n: Tensor, grad_nV: Tensor | None, teacher_nV: Tensor | None
 ) -> dict[str, Tensor]:
-    """As `Objective.visit`, of whole logits of both models in float32; `grad_nV` may lie over `logits_nV`, row by row."""
+    """As `Objective.visit`, of both models' logits as they are, the student's in float32; `grad_nV` may lie over them, row by row."""
     n, V = logits_nV.shape
     ce_n, kd_n = (torch.empty(n, dtype=torch.float32, device=logits_nV.device) for _ in range(2))
     which, share = kind(objective) if teacher_nV is not None else (NONE, 0.0)
     ratio, T = (objective.kd_ratio if which else 0.0), objective.temperature
-    teacher_nV = logits_nV if teacher_nV is None else teacher_nV
+    teacher_nV = logits_nV if teacher_nV is None else teacher_nV.float()
     written_nV = logits_nV if grad_nV is None else grad_nV
     block = min(4096, triton.next_power_of_2(V))
     if n:
@@ -99,7 +99,7 @@ def _online(x, top, total):
 
 @triton.jit
 def _difference(x, y):
-    """x - y, 0 where both are -inf."""
+    """x - y, 0 where both are -inf (where neither has any weight)."""
     d = x - y
     return tl.where(d == d, d, 0.0)
 
@@ -171,7 +171,6 @@ def _visit(
             a = z * inverse_T - top_q
             b = tl.load(y_row + start + columns, mask=here, other=float("-inf")) * inverse_T - top_p
             q, p, d = tl.exp(a - log_q), tl.exp(b - log_p), _difference(a, b) - offset
-            d = tl.where((q > 0) | (p > 0), d, 0.0)
             slope, terms = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
             if KIND == 1:
                 gap = tl.maximum(p, q) * _expm1(-tl.abs(d))
