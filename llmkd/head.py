@@ -17,23 +17,55 @@ class Head:
     def __init__(self, project: nn.Module, vocab: int, scale: float = 1.0, softcap: float | None = None):
         self.project, self.vocab, self.scale, self.softcap = project, vocab, scale, softcap
 
-    def logits(self, hidden_NH: Tensor) -> Tensor:
-        """Logits [N, V] of hidden states [N, H]; equal to the model's own, but not rounded to its dtype."""
+    def logits(self, hidden_NH: Tensor, out: Tensor | None = None) -> Tensor:
+        """Logits [N, V] of hidden states [N, H]; equal to the model's own, but not rounded to its dtype.
+
+        `out`, of `self.dtype`, may be used for them, where no gradient is asked for.
+        """
         project = self.project
         if type(project) is nn.Linear:
-            logits_NV = _WideProduct.apply(hidden_NH, project.weight[: self.vocab])
+            weight_VH = project.weight[: self.vocab]
+            logits_NV = _WideProduct.apply(hidden_NH, weight_VH) if out is None else _product(hidden_NH, weight_VH, out)
             if project.bias is not None:
-                logits_NV = logits_NV + project.bias[: self.vocab]
+                logits_NV = torch.add(logits_NV, project.bias[: self.vocab], out=out)
         else:  # with an adapter, or quantised
             weight = getattr(project, "weight", hidden_NH)
             if weight.is_floating_point():
                 hidden_NH = hidden_NH.to(weight.dtype)
-            logits_NV = widen(project(hidden_NH))[:, : self.vocab]
+            logits_NV, out = widen(project(hidden_NH))[:, : self.vocab], None
         if self.scale != 1.0:
-            logits_NV = logits_NV * self.scale
+            logits_NV = torch.mul(logits_NV, self.scale, out=out)
         if self.softcap:
             logits_NV = torch.tanh(logits_NV / self.softcap) * self.softcap
         return logits_NV
+
+    @property
+    def plain(self) -> bool:
+        """Whether logits are a matrix product and what commutes with it, so that their way back is one too."""
+        return type(self.project) is nn.Linear and not self.softcap
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of a plain head's logits."""
+        return widen(self.project.weight[:0]).dtype
+
+    def pull_back(self, grad_nV: Tensor, hidden_nH: Tensor, grad_hidden_nH: Tensor | None, grads: list[Tensor]) -> None:
+        """Of a plain head: from a gradient of the logits to that of the hidden states, written, and of what trains, added.
+
+        grad_nV   of `self.dtype`, or on a GPU of the weight's
+        grads     of `self.trainable()`, in that order
+        """
+        weight_VH = self.project.weight[: self.vocab]
+        if grad_hidden_nH is not None:
+            _product_back(grad_nV, weight_VH, grad_hidden_nH)
+            if self.scale != 1.0:
+                grad_hidden_nH *= self.scale
+        for parameter, total in zip(self.trainable(), grads, strict=True):
+            if parameter is self.project.bias:
+                total[: self.vocab].add_(grad_nV.sum(0, dtype=total.dtype), alpha=self.scale)
+                continue
+            for columns in _blocks(weight_VH) if grad_nV.is_cuda else [slice(0, self.vocab)]:  # a GPU's product is not added in place
+                _add_outer(total[columns], grad_nV[:, columns], hidden_nH, self.scale)
 
     def trainable(self) -> list[nn.Parameter]:
         return [p for p in self.project.parameters() if p.requires_grad]
@@ -44,49 +76,72 @@ def widen(x: Tensor) -> Tensor:
     return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
-class _WideProduct(torch.autograd.Function):
+def _product(hidden_NH: Tensor, weight_VH: Tensor, out: Tensor | None = None) -> Tensor:
     """hidden @ weight.T with a float32 result of half-precision operands.
 
     Rounding the logits to bfloat16 would put 1 to 24 % of error into the gradient, most of it late in a
     distillation, when student and teacher nearly agree.
     """
+    if hidden_NH.dtype != weight_VH.dtype:
+        hidden_NH = hidden_NH.to(weight_VH.dtype)
+    if widen(weight_VH[:0]).dtype == weight_VH.dtype:
+        return torch.mm(hidden_NH, weight_VH.T, out=out)
+    if hidden_NH.is_cuda:
+        return torch.mm(hidden_NH, weight_VH.T, out_dtype=torch.float32, **({} if out is None else {"out": out}))
+    if out is None:
+        out = hidden_NH.new_empty(hidden_NH.shape[0], weight_VH.shape[0], dtype=torch.float32)
+    wide_NH = hidden_NH.float()
+    for columns in _blocks(weight_VH):  # a float32 copy of a block of the weight, never of all of it
+        torch.mm(wide_NH, weight_VH[columns].float().T, out=out[:, columns])
+    return out
+
+
+def _product_back(grad_NV: Tensor, weight_VH: Tensor, out_NH: Tensor) -> None:
+    """grad @ weight, rounded to the type of `out_NH` once."""
+    if grad_NV.dtype == weight_VH.dtype:
+        if out_NH.dtype == grad_NV.dtype:
+            torch.mm(grad_NV, weight_VH, out=out_NH)
+        else:
+            out_NH.copy_(grad_NV @ weight_VH)
+        return
+    total_NH = torch.zeros_like(out_NH, dtype=grad_NV.dtype)
+    for columns in _blocks(weight_VH):
+        total_NH.addmm_(grad_NV[:, columns], weight_VH[columns].to(grad_NV.dtype))
+    out_NH.copy_(total_NH)
+
+
+def _add_outer(total_VH: Tensor, grad_nV: Tensor, hidden_nH: Tensor, scale: float) -> None:
+    """total += scale grad.T @ hidden, summed in the total's type."""
+    hidden_nH = hidden_nH.to(grad_nV.dtype)
+    if grad_nV.dtype == total_VH.dtype:
+        total_VH.addmm_(grad_nV.T, hidden_nH, alpha=scale)
+    else:
+        total_VH.add_(torch.mm(grad_nV.T, hidden_nH, out_dtype=total_VH.dtype), alpha=scale)
+
+
+class _WideProduct(torch.autograd.Function):
+    """`_product` with its gradients."""
 
     @staticmethod
     def forward(ctx, hidden_NH: Tensor, weight_VH: Tensor) -> Tensor:
         ctx.save_for_backward(hidden_NH, weight_VH)
-        if hidden_NH.dtype != weight_VH.dtype:
-            hidden_NH = hidden_NH.to(weight_VH.dtype)
-        if widen(weight_VH[:0]).dtype == weight_VH.dtype:
-            return hidden_NH @ weight_VH.T
-        if hidden_NH.is_cuda:
-            return torch.mm(hidden_NH, weight_VH.T, out_dtype=torch.float32)
-        out_NV = hidden_NH.new_empty(hidden_NH.shape[0], weight_VH.shape[0], dtype=torch.float32)
-        wide_NH = hidden_NH.float()
-        for columns in _blocks(weight_VH):  # a float32 copy of a block of the weight, never of all of it
-            torch.mm(wide_NH, weight_VH[columns].float().T, out=out_NV[:, columns])
-        return out_NV
+        return _product(hidden_NH, weight_VH)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_NV: Tensor):
         hidden_NH, weight_VH = ctx.saved_tensors
         grad_hidden = grad_weight = None
-        if grad_NV.is_cuda or weight_VH.dtype == grad_NV.dtype:
-            narrow_NV = grad_NV.to(weight_VH.dtype)
-            if ctx.needs_input_grad[0]:
-                grad_hidden = (narrow_NV @ weight_VH).to(hidden_NH.dtype)
-            if ctx.needs_input_grad[1]:
-                grad_weight = narrow_NV.T @ hidden_NH.to(weight_VH.dtype)
-            return grad_hidden, grad_weight
+        if grad_NV.is_cuda:
+            grad_NV = grad_NV.to(weight_VH.dtype)
         if ctx.needs_input_grad[0]:
-            total_NH = torch.zeros_like(hidden_NH, dtype=grad_NV.dtype)
-            for columns in _blocks(weight_VH):
-                total_NH.addmm_(grad_NV[:, columns], weight_VH[columns].to(grad_NV.dtype))
-            grad_hidden = total_NH.to(hidden_NH.dtype)
+            grad_hidden = torch.empty_like(hidden_NH)
+            _product_back(grad_NV, weight_VH, grad_hidden)
         if ctx.needs_input_grad[1]:
             grad_weight = (grad_NV.T @ hidden_NH.to(grad_NV.dtype)).to(weight_VH.dtype)
         return grad_hidden, grad_weight
 
 
 def _blocks(weight_VH: Tensor, rows: int = 8192) -> list[slice]:
-    return [slice(v, v + rows) for v in range(0, weight_VH.shape[0], rows)]
+    V = weight_VH.shape[0]
+    return [slice(v, min(V, v + rows)) for v in range(0, V, rows)]

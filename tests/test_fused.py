@@ -12,11 +12,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from llmkd.head import Head
+from llmkd.losses import fused
 from llmkd.losses.divergences import named
 from llmkd.losses.fused import default_chunk, fused_loss
 from llmkd.losses.objective import Objective
 from llmkd.recipe import DIVERGENCES
-from llmkd.signals import Dense
+from llmkd.signals import Dense, Known
 
 N, H, H_T, V = 50, 8, 12, 61  # H_T, the teacher's width, tells its products from the student's
 
@@ -173,10 +174,10 @@ def test_the_chunk_changes_nothing(chunk, dtype, bound):
 
 
 @pytest.mark.parametrize("vocab", [10, 1000, 32000, 152000, 10**7])
-@pytest.mark.parametrize("device, tile", [("cpu", 4 << 20), ("cuda", 256 << 20)])
-def test_the_default_chunk_keeps_one_tile_in_bounds(vocab, device, tile):
+@pytest.mark.parametrize("device, tile, least", [("cpu", 32 << 20, 128), ("cuda", 512 << 20, 1024)])
+def test_the_default_chunk_keeps_one_tile_in_bounds(vocab, device, tile, least):
     chunk = default_chunk(vocab, device)
-    assert 16 <= chunk <= 4096 and (chunk == 16 or 4 * vocab * chunk <= tile) and (chunk == 4096 or 4 * vocab * (chunk + 1) > tile)
+    assert least <= chunk <= 4096 and (chunk == least or 4 * vocab * chunk <= tile) and (chunk == 4096 or 4 * vocab * (chunk + 1) > tile)
 
 
 @pytest.mark.parametrize("with_teacher", [False, True])
@@ -341,6 +342,63 @@ def test_bfloat16_hidden_states_of_a_float32_head():
     exact = results(dense_loss, hidden.float(), *arguments)
     close((total, rows, weight), (exact[0], exact[1], exact[2][1]), 2e-6)
     assert_close(gradient, exact[2][0].bfloat16())
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "alpha_beta"])
+@pytest.mark.parametrize("student, taught", [(torch.float32, torch.float64), (torch.float64, torch.float32)])
+def test_models_of_two_widths_of_number(student, taught, divergence):
+    hidden, labels = case(dtype=student)
+    arguments = labels, objective(divergence=divergence)
+    found = results(fused_loss, hidden, Head(linear(H, dtype=student), V), *arguments, teacher(dtype=taught))
+    close(found, results(fused_loss, hidden, Head(linear(H, dtype=student), V), *arguments, teacher(dtype=student)), 1e-5)
+
+
+class Weighed:
+    """A teacher that says its own divergence: twice the plain one."""
+
+    def __init__(self, log_p_NV):
+        self.log_p_NV = log_p_NV
+
+    def divergence(self, divergence, rows, log_q_nV, temperature=1.0):
+        return 2 * divergence(log_q_nV, (self.log_p_NV[rows] / temperature).log_softmax(-1))
+
+
+class Whole(Known):
+    """A teacher whose log-probabilities are at hand, and are not to be written over."""
+
+    def __init__(self, log_p_NV):
+        self.log_p_NV = log_p_NV
+
+    def log_probs(self, rows, log_q_nV=None, temperature=1.0):
+        return (self.log_p_NV[rows] / temperature).log_softmax(-1) if temperature != 1 else self.log_p_NV[rows]
+
+
+@pytest.mark.parametrize("divergence", ["forward_kl", "generalized_jsd", "alpha_beta"])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_other_signals(monkeypatch, temperature, divergence):
+    monkeypatch.setattr(fused, "_BLOCK_BYTES", {"cpu": 5 * 4 * V, "cuda": 1})  # blocks of five rows
+    hidden, labels = case()
+    head, signal = Head(linear(H, train=True), V), teacher()
+    log_p = signal.log_probs(slice(0, N))
+    arguments = hidden, head, labels, objective(0.4, temperature, divergence)
+    right = results(fused_loss, *arguments, signal, chunk=16)
+    before = log_p.clone()
+    close(results(fused_loss, *arguments, Whole(log_p), chunk=16), right, 1e-12)
+    total, rows, gradients = results(fused_loss, *arguments, Weighed(log_p), chunk=16)
+    assert torch.equal(log_p, before)
+    close(rows, {"ce": right[1]["ce"], "kd": 2 * right[1]["kd"]}, 1e-12)
+    halves = [results(fused_loss, hidden, head, labels, objective(r, temperature, divergence), signal) for r in (0.0, 1.0)]
+    close(gradients, [0.6 * a + 0.8 * b for a, b in zip(halves[0][2], halves[1][2], strict=True)], 1e-12)
+
+
+def test_the_log_says_once_which_way_it_went(monkeypatch):
+    said = []
+    fused._say_how.cache_clear()
+    monkeypatch.setattr(fused, "say", said.append)
+    hidden, labels = case()
+    for divergence in ("forward_kl", "forward_kl", "adaptive_kl"):
+        fused_loss(hidden, Head(linear(H), V), labels, objective(divergence=divergence), teacher(), 16)
+    assert ["closed form" in line for line in said] == [True, True] and ["autograd" in line for line in said] == [False, True]
 
 
 def test_padding_of_the_vocabulary_is_not_seen():

@@ -1,25 +1,41 @@
 """The head and the loss in one: neither model's [N, V] logits ever exist.
 
-For a chunk of rows: both models' logits, every term of the loss and the gradient with respect to the student's
-hidden states (and to the head's own weights only where they train), all in the forward pass. What is kept for the
-backward pass is [N, H]; backward only scales it. The student's head costs two matrix products a row (three where it
-trains), the teacher's one.
+For a chunk of rows: both models' logits, every term of the loss and, written over the student's logits, the gradient
+with respect to them; from it the gradient with respect to the student's hidden states (and to the head's own weights
+only where they train), all in the forward pass. What is kept for the backward pass is [N, H]; backward only scales
+it. The student's head costs two matrix products a row (three where it trains), the teacher's one.
+
+Two tiles [chunk, V] live through a call. What comes between the matrix products takes a block of a few rows at a time,
+with tiles of its own that stay in a CPU's cache.
 """
+
+import functools
+import importlib.util
+import os
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..console import say
 from ..head import Head
-from ..signals import Signal
+from ..signals import Dense, Known, Rows, Signal
+from .closed import closed_form
 from .objective import Objective
 
-_TILE_BYTES = {"cuda": 256 << 20, "cpu": 4 << 20}  # a GPU wants large products, a CPU tiles that stay in its cache
+_TILE_BYTES = {"cuda": 512 << 20, "cpu": 32 << 20}  # large products are fast ones
+_BLOCK_BYTES = {"cuda": 64 << 20, "cpu": 1 << 20}
+_LEAST_ROWS = {"cuda": 1024, "cpu": 128}  # below it a product reads its weights for longer than it multiplies
 
 
 def default_chunk(vocab: int, device: str) -> int:
-    """Rows per chunk that keep one float32 tile of logits in bounds: 256 MiB on a GPU, 4 MiB on a CPU; 16 to 4096."""
-    return max(16, min(4096, _TILE_BYTES.get(device, _TILE_BYTES["cuda"]) // (4 * vocab)))
+    """Rows per chunk: one float32 tile of logits is 512 MiB on a GPU and 32 MiB on a CPU, or has 1024 rows there and 128 here; at most 4096."""
+    return max(_of(_LEAST_ROWS, device), min(4096, _of(_TILE_BYTES, device) // (4 * vocab)))
+
+
+def _of(table: dict[str, int], device: str) -> int:
+    return table.get(device, table["cuda"])
 
 
 def fused_loss(
@@ -46,23 +62,16 @@ class _Fused(torch.autograd.Function):
         grad_hidden = torch.zeros_like(hidden_NH) if needs_hidden else None
         grad_weights = [torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)) for w in weights]
         total, pieces = hidden_NH.new_zeros((), dtype=torch.promote_types(hidden_NH.dtype, torch.float32)), []
+        tiles = _Tiles(head.vocab, hidden_NH.device)
         with torch.autocast(hidden_NH.device.type, enabled=False):
             for start in range(0, hidden_NH.shape[0], chunk):
-                rows = slice(start, start + chunk)
-                with torch.set_grad_enabled(train):
-                    h_nH = hidden_NH[rows].detach().requires_grad_(needs_hidden)
-                    terms = objective.rows(head.logits(h_nH), labels_N[rows], signal, rows)
-                    chunk_total = objective.mix(terms).sum()
+                rows = slice(start, min(start + chunk, hidden_NH.shape[0]))
+                student = (_Product if head.plain else _Module)(head, hidden_NH[rows].detach(), tiles, needs_hidden, weights)
+                terms = _visit(objective, student, labels_N[rows], signal, rows, tiles, train)
                 if train:
-                    grads = list(torch.autograd.grad(chunk_total, [h_nH, *weights] if needs_hidden else weights, allow_unused=True))
-                    if needs_hidden:
-                        grad_hidden[rows] = grads.pop(0)
-                    for held, new in zip(grad_weights, grads, strict=True):
-                        if new is not None:
-                            held += new
-                total += chunk_total.detach()
-                pieces.append([term.detach() for term in terms.values()])
-                del terms, chunk_total  # or this chunk's tiles would live on beside the next one's
+                    student.pull_back(grad_hidden[rows] if needs_hidden else None, grad_weights)
+                total += objective.mix(terms).sum()
+                pieces.append(list(terms.values()))
         ctx.grads, ctx.dtypes = (grad_hidden, grad_weights), [w.dtype for w in weights]
         rows_N = [torch.cat(column) for column in zip(*pieces, strict=True)] or [
             total.new_zeros(0) for _ in range(1 if signal is None else 2)
@@ -78,3 +87,132 @@ class _Fused(torch.autograd.Function):
             grad_hidden = (grad_hidden.to(scale.dtype) * scale).to(grad_hidden.dtype)
         grads = [(g * scale).to(dtype) for g, dtype in zip(grad_weights, ctx.dtypes, strict=True)]
         return grad_hidden, None, None, None, None, None, None, *grads
+
+
+def _visit(
+    objective: Objective, student: "_Product | _Module", labels_n: Tensor, signal: Signal | None, rows: slice, tiles: "_Tiles", train: bool
+) -> dict[str, Tensor]:
+    """The terms of a chunk; its logits become their gradient where one is asked for."""
+    kernel, how = _way(objective, student, signal)
+    if train:
+        _say_how(how)
+    n, T = len(labels_n), objective.temperature
+    grad_nV = student.grad_nV if train else None
+    log_p_nV = _teacher(signal, rows, T, tiles, soften=not kernel) if knows_all(signal) else None
+    if kernel:
+        return kernel(objective, student.logits_nV, labels_n, grad_nV, log_p_nV)
+    block = max(1, _block_bytes(labels_n.device.type) // (4 * tiles.vocab))
+    if signal is not None and log_p_nV is None:
+        block = max(block, 128)  # it may have a head to ask, a block at a time
+    pieces = []
+    for start in range(0, n, block):
+        part = slice(start, min(start + block, n))
+        log_p = None if log_p_nV is None else log_p_nV[part].to(student.logits_nV.dtype)
+        asked = None
+        if signal is not None and log_p is None:
+            asked = _asker(signal, objective, slice(rows.start + part.start, rows.start + part.stop))
+        tile = tiles.of("block", part.stop - part.start, min(block, n), student.logits_nV.dtype)
+        grad = None if grad_nV is None else grad_nV[part]
+        pieces.append(objective.visit(student.logits_nV[part], labels_n[part], tile, grad, log_p, asked))
+    return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+
+
+def _way(objective: Objective, student: "_Product | _Module", signal: Signal | None) -> tuple[Callable | None, str]:
+    """Which way the terms and their gradient are come by: the kernel, if it is that, and words for the log."""
+    name = getattr(objective.divergence, "func", objective.divergence).__name__ if signal is not None else "cross-entropy"
+    plain = type(student) is _Product and student.logits_nV.dtype == torch.float32 and (signal is None or type(signal) is Dense)
+    if plain and _kernels_run(student.logits_nV.device):
+        from . import kernels
+
+        if signal is None or kernels.kind(objective):
+            return kernels.visit, f"{name}, by the Triton kernel"
+    if signal is None or (knows_all(signal) and closed_form(objective.divergence)):
+        return None, f"{name}, by PyTorch, with its gradient in closed form"
+    if knows_all(signal):
+        return None, f"{name}, by PyTorch, with autograd's gradient, which is slower: it has none in closed form"
+    return None, f"{name} of a {type(signal).__name__.lower()} teacher, by PyTorch, with autograd's gradient"
+
+
+@functools.cache
+def _kernels_run(device: torch.device) -> bool:
+    """On a GPU, or in Triton's interpreter, where Triton is installed."""
+    here = device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+    return here and importlib.util.find_spec("triton") is not None
+
+
+@functools.cache
+def _say_how(how: str) -> None:
+    """Once in a run."""
+    say(f"loss: {how}")
+
+
+def knows_all(signal: Signal | None) -> bool:
+    """Whether `log_probs` is all that there is to a signal, so that a divergence in closed form can be taken of it."""
+    return isinstance(signal, Known) and type(signal).divergence is Known.divergence
+
+
+def _teacher(signal: Known, rows: Rows, temperature: float, tiles: "_Tiles", soften: bool) -> Tensor:
+    """A teacher's log-probabilities for a chunk, at the temperature, or its logits, as they are unless they are to be softened."""
+    if type(signal) is not Dense:
+        return signal.log_probs(rows, None, temperature)
+    hidden_nH, head = signal.hidden_NH[rows], signal.head
+    out = tiles("teacher", len(hidden_nH), head.dtype) if head.plain else None
+    logits_nV = head.logits(hidden_nH.detach(), out)
+    return torch.div(logits_nV, temperature, out=out) if soften and temperature != 1 else logits_nV
+
+
+def _asker(signal: Signal, objective: Objective, rows: Rows):
+    return lambda log_q_nV: signal.divergence(objective.divergence, rows, log_q_nV, objective.temperature)
+
+
+def _block_bytes(device: str) -> int:
+    return _of(_BLOCK_BYTES, device) * (torch.get_num_threads() if device == "cpu" else 1)
+
+
+class _Tiles:
+    """Buffers [rows, V], made when first asked for and used again for every chunk."""
+
+    def __init__(self, vocab: int, device: torch.device):
+        self.vocab, self.device, self.held = vocab, device, {}
+
+    def __call__(self, name: str, n: int, dtype: torch.dtype, rows: int = 0) -> Tensor:
+        if name not in self.held:
+            self.held[name] = torch.empty(max(rows, n), self.vocab, dtype=dtype, device=self.device)
+        return self.held[name][:n]
+
+    def of(self, name: str, n: int, rows: int, dtype: torch.dtype):
+        return lambda part: self(f"{name} {part}", n, dtype, rows)
+
+
+class _Product:
+    """A chunk of a plain head's logits in a tile, and the way back from their gradient, which takes their place."""
+
+    def __init__(self, head: Head, hidden_nH: Tensor, tiles: _Tiles, *_):
+        self.head, self.hidden_nH = head, hidden_nH
+        self.logits_nV = head.logits(hidden_nH, tiles("student", len(hidden_nH), head.dtype))
+        self.grad_nV = self.logits_nV
+        if hidden_nH.is_cuda:  # a row of half-precision gradient fills the first half of its row of logits
+            self.grad_nV = self.logits_nV.view(head.project.weight.dtype)[:, : head.vocab]
+
+    def pull_back(self, grad_hidden_nH: Tensor | None, grad_weights: list[Tensor]) -> None:
+        self.head.pull_back(self.grad_nV, self.hidden_nH, grad_hidden_nH, grad_weights)
+
+
+class _Module:
+    """The same of a head with an adapter, a soft cap or other weights, whose way back autograd knows. Its logits may be anyone's."""
+
+    def __init__(self, head: Head, hidden_nH: Tensor, tiles: _Tiles, needs_hidden: bool, weights: tuple[Tensor, ...]):
+        with torch.set_grad_enabled(needs_hidden or bool(weights)):
+            self.hidden_nH, self.weights = hidden_nH.requires_grad_(needs_hidden), weights
+            self.graph_nV = head.logits(self.hidden_nH)
+        self.logits_nV = self.graph_nV.detach()
+        self.grad_nV = tiles("student", len(hidden_nH), self.logits_nV.dtype)
+
+    def pull_back(self, grad_hidden_nH: Tensor | None, grad_weights: list[Tensor]) -> None:
+        inputs = ([] if grad_hidden_nH is None else [self.hidden_nH]) + list(self.weights)
+        found = list(torch.autograd.grad(self.graph_nV, inputs, self.grad_nV, allow_unused=True))
+        if grad_hidden_nH is not None:
+            grad_hidden_nH.copy_(found.pop(0))
+        for total, new in zip(grad_weights, found, strict=True):
+            if new is not None:
+                total += new

@@ -1,0 +1,176 @@
+"""What eval/speed/head.py measures: the matrix products alone, llmkd's head, and peers' as their authors run it."""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmkd.head import Head
+from llmkd.losses.divergences import named
+from llmkd.losses.fused import default_chunk, fused_loss
+from llmkd.losses.objective import Objective
+from llmkd.signals import Dense
+
+IGNORE = -100
+#: What a case gives: the mean loss over the targets, and the gradient of the student's hidden states, [N, H].
+Result = tuple[Tensor, Tensor]
+
+
+@dataclass(frozen=True)
+class Problem:
+    student_NH: Tensor
+    teacher_NH: Tensor
+    student_head: torch.nn.Linear
+    teacher_head: torch.nn.Linear
+    labels_N: Tensor  # IGNORE where not supervised
+
+    @functools.cached_property
+    def rows(self) -> Tensor:
+        return (self.labels_N != IGNORE).nonzero()[:, 0]
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    divergence: str
+    kd_ratio: float
+    run: Callable[[Problem], Result] | None  # None: the products alone
+    remark: str = ""
+
+
+def problem(options) -> Problem:
+    dtype, device = getattr(torch, options.dtype), options.device
+    torch.manual_seed(0)
+
+    def head(width: int) -> torch.nn.Linear:
+        layer = torch.nn.Linear(width, options.vocab, bias=False, device=device, dtype=dtype).requires_grad_(False)
+        layer.weight.normal_(0, 2 * width**-0.5)
+        return layer
+
+    hidden = [torch.randn(options.rows, width, device=device).to(dtype) for width in (options.width, options.teacher_width)]
+    labels = torch.randint(options.vocab, (options.rows,), device=device)
+    labels[torch.randperm(options.rows, device=device)[: round(options.rows * (1 - options.supervised))]] = IGNORE
+    return Problem(*hidden, head(options.width), head(options.teacher_width), labels)
+
+
+def backward(problem: Problem, loss: Callable[[Tensor], Tensor]) -> Result:
+    hidden_NH = problem.student_NH.detach().requires_grad_()
+    value = loss(hidden_NH)
+    value.backward()
+    return value.detach(), hidden_NH.grad
+
+
+def ours(divergence: str, kd_ratio: float, chunk: int | None) -> Callable[[Problem], Result]:
+    objective = Objective(kd_ratio, 1.0, named(divergence))
+
+    def run(p: Problem) -> Result:
+        V, rows = p.student_head.out_features, p.rows
+
+        def loss(hidden_NH):
+            signal = Dense(p.teacher_NH.index_select(0, rows), Head(p.teacher_head, V))
+            hidden_nH, labels_n = hidden_NH.index_select(0, rows), p.labels_N.index_select(0, rows)
+            return fused_loss(hidden_nH, Head(p.student_head, V), labels_n, objective, signal, chunk)[0] / len(rows)
+
+        return backward(p, loss)
+
+    return run
+
+
+def products(p: Problem) -> None:
+    """The three of a compact, frozen head, into tensors that are there."""
+    h, t, W, U = p.student_NH[p.rows], p.teacher_NH[p.rows], p.student_head.weight, p.teacher_head.weight
+    wide = {"out_dtype": torch.float32} if h.is_cuda and h.dtype != torch.float32 else {}
+    if "tiles" not in p.__dict__:
+        shape = len(p.rows), W.shape[0]
+        p.__dict__["tiles"] = [torch.empty(shape, dtype=torch.float32 if wide else h.dtype, device=h.device) for _ in range(2)]
+        p.__dict__["grad"] = p.tiles[0].to(W.dtype) if wide else p.tiles[0]
+    torch.mm(h, W.T, **wide, out=p.tiles[0])
+    torch.mm(t, U.T, **wide, out=p.tiles[1])
+    torch.mm(p.grad, W)
+
+
+def torchtune(p: Problem) -> Result:
+    """As recipes/knowledge_distillation_single_device.py does it: 8 chunks of logits, CE and KL of each."""
+    from torchtune.modules.loss import CEWithChunkedOutputLoss, ForwardKLWithChunkedOutputLoss
+
+    ce, kd = CEWithChunkedOutputLoss(), ForwardKLWithChunkedOutputLoss()
+
+    def loss(hidden_NH):
+        logits = [p.student_head(chunk) for chunk in hidden_NH[None].chunk(8, dim=1)]
+        with torch.no_grad():
+            taught = [p.teacher_head(chunk) for chunk in p.teacher_NH[None].chunk(8, dim=1)]
+        kd_loss = kd(logits, taught, p.labels_N[None])
+        return 0.5 * ce(logits, p.labels_N[None]) + 0.5 * kd_loss
+
+    return backward(p, loss)
+
+
+def liger(compiled: bool, chunk: int = 1024) -> Callable[[Problem], Result]:
+    def run(p: Problem) -> Result:
+        from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+        loss = LigerFusedLinearJSDLoss(compiled=compiled, chunk_size=chunk)
+        weights = p.student_head.weight, p.teacher_NH, p.teacher_head.weight
+        return backward(p, lambda hidden_NH: loss(hidden_NH, *weights, p.labels_N))
+
+    return run
+
+
+def liger_triton(p: Problem) -> Result:
+    from liger_kernel.transformers import LigerFusedLinearJSD
+
+    loss = LigerFusedLinearJSD(jsd_beta=0.5, ignore_index=IGNORE)
+    weights = p.student_head.weight, p.teacher_NH, p.teacher_head.weight
+    return backward(p, lambda hidden_NH: loss(hidden_NH, *weights, p.labels_N))
+
+
+def trl_gkd(beta: float) -> Callable[[Problem], Result]:
+    """GKDTrainer's loss on both models' whole logits."""
+
+    def run(p: Problem) -> Result:
+        from trl.experimental.gkd import GKDTrainer
+
+        def loss(hidden_NH):
+            with torch.no_grad():
+                taught = p.teacher_head(p.teacher_NH[None])
+            return GKDTrainer.generalized_jsd_loss(
+                p.student_head(hidden_NH[None]), taught, p.labels_N[None], beta, num_items_in_batch=len(p.rows)
+            )
+
+        return backward(p, loss)
+
+    return run
+
+
+def trl_chunked(beta: float) -> Callable[[Problem], Result]:
+    def run(p: Problem) -> Result:
+        from trl.trainer.distillation_trainer import _chunked_divergence_loss
+
+        weights, mask = (p.student_head.weight, p.teacher_head.weight), (p.labels_N != IGNORE)[None]
+        return backward(p, lambda hidden_NH: _chunked_divergence_loss(hidden_NH[None], p.teacher_NH[None], *weights, mask, beta)[0])
+
+    return run
+
+
+def cases(options) -> list[Case]:
+    FKL, RKL, JSD = "forward_kl", "reverse_kl", "generalized_jsd"
+    chunk = f"chunk {options.chunk or default_chunk(options.vocab, options.device)}"
+    mine = [(FKL, 0.5), (RKL, 0.5), (JSD, 0.5), (FKL, 1.0), (JSD, 1.0)]
+    found = [Case("the three matrix products", "", 0, None)]
+    found += [Case(f"llmkd {d}{' + CE' if kd < 1 else ''}", d, kd, ours(d, kd, options.chunk), chunk) for d, kd in mine]
+    no_entropy = "its loss leaves out the teacher's entropy"
+    peers = [
+        Case("torchtune chunked forward KL + chunked CE", FKL, 0.5, torchtune, no_entropy),
+        Case("Liger chunked JSD + CE, compiled", JSD, 0.5, liger(True), "makes the head's gradient too"),
+        Case("Liger chunked JSD + CE, compiled, 256 rows a chunk", JSD, 0.5, liger(True, 256), "makes the head's gradient too"),
+        Case("Liger chunked JSD + CE, eager", JSD, 0.5, liger(False), "makes the head's gradient too"),
+        Case("TRL GKD forward KL", FKL, 1.0, trl_gkd(0.0)),
+        Case("TRL GKD JSD", JSD, 1.0, trl_gkd(0.5)),
+        Case("TRL chunked forward KL", FKL, 1.0, trl_chunked(0.0), "skips unsupervised rows on a GPU only"),
+        Case("TRL chunked JSD", JSD, 1.0, trl_chunked(0.5), "skips unsupervised rows on a GPU only"),
+    ]
+    if options.device == "cuda":
+        peers.append(Case("Liger Triton JSD", JSD, 1.0, liger_triton, "makes the head's gradient too"))
+    return found + (peers if options.peers else [])

@@ -1,0 +1,195 @@
+"""The objective's visit to a chunk of logits as one Triton kernel: cross-entropy, the KLs and JSD, and their gradient in place.
+
+A program has a row. It reads both models' logits once for the statistics of their softmaxes and once more for the terms
+and the gradient (twice more for JSD, whose gradient needs a sum over the row first), and writes the gradient over the
+student's logits in the type of the head's weights. Nothing else of the vocabulary's width is made.
+
+So far run in Triton's interpreter only, against float64, and compiled for sm_90; not yet run on a GPU. The reference is `objective.py`.
+Imported only where it is used; `fused.py` decides.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .objective import Objective
+
+NONE, KL, JSD = 0, 1, 2
+#: Of a divergence's options: which kernel, and the share that it takes.
+_KINDS = {
+    "forward_kl": lambda: (KL, 1.0),
+    "reverse_kl": lambda: (KL, 0.0),
+    "symmetric_kl": lambda forward_share=0.5: (KL, forward_share),
+    "generalized_jsd": lambda beta=0.5: (JSD, beta) if 0 < beta < 1 else (KL, 1.0 - beta),
+}
+
+
+def kind(objective: Objective) -> tuple[int, float] | None:
+    """What the kernel knows of an objective's divergence; None where it does not know it."""
+    divergence = objective.divergence
+    find = _KINDS.get(getattr(divergence, "func", divergence).__name__)
+    return find and find(**getattr(divergence, "keywords", {}))
+
+
+def visit(
+    objective: Objective, logits_nV: Tensor, labels_n: Tensor, grad_nV: Tensor | None, teacher_nV: Tensor | None
+) -> dict[str, Tensor]:
+    """As `Objective.visit`, of both models' logits as they are, the student's in float32; `grad_nV` may lie over them, row by row."""
+    n, V = logits_nV.shape
+    ce_n, kd_n = (torch.empty(n, dtype=torch.float32, device=logits_nV.device) for _ in range(2))
+    which, share = kind(objective) if teacher_nV is not None else (NONE, 0.0)
+    ratio, T = (objective.kd_ratio if which else 0.0), objective.temperature
+    teacher_nV = logits_nV if teacher_nV is None else teacher_nV.float()
+    written_nV = logits_nV if grad_nV is None else grad_nV
+    block = min(4096, triton.next_power_of_2(V))
+    if n:
+        _visit[(n,)](
+            logits_nV,
+            teacher_nV,
+            labels_n,
+            written_nV,
+            ce_n,
+            kd_n,
+            V,
+            logits_nV.stride(0),
+            teacher_nV.stride(0),
+            written_nV.stride(0),
+            1.0 - ratio,
+            ratio,
+            1.0 / T,
+            share,
+            KIND=which,
+            FORWARD=share > 0,
+            REVERSE=share < 1,
+            SOFT=T != 1,
+            GRADIENT=grad_nV is not None,
+            HARD=ratio < 1,
+            TAUGHT=ratio > 0,
+            BLOCK=block,
+            num_warps=8 if block >= 2048 else 4,
+        )
+    return {"ce": ce_n} | ({"kd": kd_n} if which else {})
+
+
+@triton.jit
+def _expm1(x):
+    """For x <= 0: where it is small, the exponential less one would keep few digits."""
+    near = x * (1 + x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * (1 + x / 6 * (1 + x / 7))))))
+    return tl.where(x > -0.35, near, tl.exp(x) - 1)
+
+
+@triton.jit
+def _log1p(x):
+    """For -1 <= x <= 0."""
+    s = x / (2 + x)
+    s2 = s * s
+    near = 2 * s * (1 + s2 * (1.0 / 3 + s2 * (1.0 / 5 + s2 * (1.0 / 7 + s2 / 9))))
+    return tl.where(x > -0.3, near, tl.log(1 + x))
+
+
+@triton.jit
+def _online(x, top, total):
+    """The largest of all so far, the sum of exponentials less it, this block's exponentials, and what earlier ones shrink by."""
+    new = tl.maximum(top, tl.max(x, 0))
+    base = tl.where(new == float("-inf"), 0.0, new)
+    e, shrink = tl.exp(x - base), tl.exp(top - base)
+    return new, total * shrink + tl.sum(e, 0), e, shrink
+
+
+@triton.jit
+def _difference(x, y):
+    """x - y, 0 where both are -inf (where neither has any weight)."""
+    d = x - y
+    return tl.where(d == d, d, 0.0)
+
+
+@triton.jit
+def _over_mixture(d, share):
+    """log(q/m) and -log(p/m) for m = share p + (1 - share) q, d = log(q/p): see `closed.py`."""
+    log_m = _log1p(tl.where(d <= 0, 1 - share, share) * _expm1(-tl.abs(d)))
+    return tl.minimum(d, 0.0) - log_m, tl.maximum(d, 0.0) + log_m
+
+
+@triton.jit
+def _visit(
+    logits, teacher, labels, grad, ce, kd, V, logits_stride, teacher_stride, grad_stride, w_ce, w_kd, inverse_T, share,
+    KIND: tl.constexpr, FORWARD: tl.constexpr, REVERSE: tl.constexpr, SOFT: tl.constexpr, GRADIENT: tl.constexpr,
+    HARD: tl.constexpr, TAUGHT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0).to(tl.int64)
+    z_row, y_row, g_row = logits + row * logits_stride, teacher + row * teacher_stride, grad + row * grad_stride
+    label = tl.load(labels + row)
+    z_label = tl.load(z_row + label)
+    columns = tl.arange(0, BLOCK)
+
+    # the two softmaxes: of the student at 1 and at T, of the teacher at T; and the mean of the log-ratio under the student
+    top_z, sum_z, top_q, sum_q, top_p, sum_p, mean = float("-inf"), 0.0, float("-inf"), 0.0, float("-inf"), 0.0, 0.0
+    for start in range(0, V, BLOCK):
+        here = start + columns < V
+        z = tl.load(z_row + start + columns, mask=here, other=float("-inf"))
+        x = z * inverse_T
+        if SOFT:
+            top_z, sum_z, _, _ = _online(z, top_z, sum_z)
+        if KIND > 0 or not SOFT:
+            top_q, sum_q, e, shrink = _online(x, top_q, sum_q)
+        if KIND > 0:
+            y = tl.load(y_row + start + columns, mask=here, other=float("-inf")) * inverse_T
+            top_p, sum_p, _, _ = _online(y, top_p, sum_p)
+            if KIND == 1 and REVERSE:
+                mean = mean * shrink + tl.sum(tl.where(e > 0, e * _difference(x, y), 0.0), 0)
+    log_q, log_p = tl.log(sum_q), tl.log(sum_p)
+    log_z, top = log_q, top_q
+    if SOFT:
+        log_z, top = tl.log(sum_z), top_z
+    tl.store(ce + row, log_z - (z_label - top))
+    offset = log_q - log_p
+
+    # what the slopes of the divergence sum to
+    slopes = 0.0
+    if KIND == 1 and REVERSE:
+        slopes = (1 - share) * (mean / sum_q - (top_q - top_p) - offset)
+    if KIND == 2:
+        for start in range(0, V, BLOCK):
+            here = start + columns < V
+            a = tl.load(z_row + start + columns, mask=here, other=float("-inf")) * inverse_T - top_q
+            b = tl.load(y_row + start + columns, mask=here, other=float("-inf")) * inverse_T - top_p
+            q = tl.exp(a - log_q)
+            of_q, _ = _over_mixture(_difference(a, b) - offset, share)
+            slopes += tl.sum(tl.where(q > 0, q * of_q, 0.0), 0)
+        slopes *= 1 - share
+    slopes += 0 * offset  # a NaN of either model
+
+    value = 0 * offset
+    for start in range(0, V, BLOCK):
+        here = start + columns < V
+        z = tl.load(z_row + start + columns, mask=here, other=float("-inf"))
+        total = tl.zeros([BLOCK], tl.float32)
+        if HARD:
+            total += w_ce * (tl.exp(z - top - log_z) - tl.where(start + columns == label, 1.0, 0.0))
+        if KIND > 0:
+            a = z * inverse_T - top_q
+            b = tl.load(y_row + start + columns, mask=here, other=float("-inf")) * inverse_T - top_p
+            q, p, d = tl.exp(a - log_q), tl.exp(b - log_p), _difference(a, b) - offset
+            slope, terms = tl.zeros([BLOCK], tl.float32), tl.zeros([BLOCK], tl.float32)
+            if KIND == 1:
+                gap = tl.maximum(p, q) * _expm1(-tl.abs(d))
+                gap = tl.where(d > 0, -gap, gap)
+                if FORWARD:
+                    slope += share * gap
+                    terms += share * (gap - tl.where(p > 0, p * d, 0.0))
+                if REVERSE:
+                    slope += (1 - share) * tl.where(q > 0, q * d, 0.0)
+                    terms += (1 - share) * (tl.where(q > 0, q * d, 0.0) - gap)
+            else:
+                of_q, of_p = _over_mixture(d, share)
+                slope += (1 - share) * tl.where(q > 0, q * of_q, 0.0)
+                terms += slope - share * tl.where(p > 0, p * of_p, 0.0)
+            value += tl.sum(tl.maximum(terms, 0.0), 0)
+            if TAUGHT:
+                total += w_kd / inverse_T * (slope - q * slopes)
+        if GRADIENT:
+            tl.debug_barrier()  # a gradient in half precision lies over logits that another thread of the row may still have to read
+            tl.store(g_row + start + columns, total, mask=here)
+    if KIND > 0:
+        tl.store(kd + row, value / (inverse_T * inverse_T))

@@ -1,0 +1,174 @@
+"""The Triton kernel against float64. In Triton's interpreter, which a process is in from its start or not at all."""
+
+import importlib.util
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from llmkd.head import Head
+from llmkd.losses import fused
+from llmkd.losses.divergences import named
+from llmkd.losses.objective import Objective
+from llmkd.signals import Dense
+
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+pytestmark = pytest.mark.skipif(not importlib.util.find_spec("triton"), reason="triton is not installed")
+inside = pytest.mark.skipif(not INTERPRETED, reason="run by test_in_the_interpreter")
+KINDS = [
+    ("forward_kl", {}),
+    ("reverse_kl", {}),
+    ("symmetric_kl", {"forward_share": 0.2}),
+    ("generalized_jsd", {}),
+    ("generalized_jsd", {"beta": 0.1}),
+    ("generalized_jsd", {"beta": 1.0}),
+]
+each_kind = pytest.mark.parametrize("name, options", KINDS, ids=str)
+
+
+@pytest.mark.skipif(INTERPRETED, reason="inside already")
+def test_in_the_interpreter():
+    run = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__],
+        env=os.environ | {"TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert run.returncode == 0, run.stdout[-3000:]
+
+
+@pytest.mark.skipif(INTERPRETED, reason="an interpreted function is not compiled")
+@pytest.mark.parametrize("which, forward, reverse, soft", [(0, False, True, False), (1, True, True, True), (2, True, True, False)])
+def test_compiles_for_a_gpu_that_is_not_here(which, forward, reverse, soft):
+    triton = pytest.importorskip("triton")
+    from triton.backends.compiler import GPUTarget
+
+    from llmkd.losses import kernels
+
+    flags = {"KIND": which, "FORWARD": forward, "REVERSE": reverse, "SOFT": soft, "GRADIENT": True, "HARD": True, "TAUGHT": which > 0}
+    pointers = dict.fromkeys(("logits", "teacher", "ce", "kd"), "*fp32") | {"labels": "*i64", "grad": "*bf16"}
+    numbers = {"V": "i32"} | dict.fromkeys(("logits_stride", "teacher_stride", "grad_stride"), "i64")
+    types = pointers | numbers | dict.fromkeys(("w_ce", "w_kd", "inverse_T", "share"), "fp32")
+    signature = {name: types.get(name, "constexpr") for name in kernels._visit.arg_names}
+    constants = {(kernels._visit.arg_names.index(name),): value for name, value in (flags | {"BLOCK": 4096}).items()}
+    source = triton.compiler.ASTSource(fn=kernels._visit, signature=signature, constexprs=constants)
+    compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
+    assert compiled.asm["cubin"] and ".local" not in compiled.asm["ptx"]  # nothing spilt
+
+
+def randn(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def pair(name, options, student, teacher, labels, kd_ratio=0.5, temperature=1.0, dtype=torch.float32):
+    """Terms and gradient by the kernel, which writes over the logits, and by the PyTorch path in float64."""
+    from llmkd.losses import kernels
+
+    objective, held = Objective(kd_ratio, temperature, named(name, **options)), {}
+    wide, exact = student.double(), torch.empty_like(student, dtype=torch.float64)
+    given = None if teacher is None else teacher.double() / temperature
+    right = objective.visit(wide, labels, lambda k: held.setdefault(k, torch.empty_like(wide)), exact, given)
+    tile = student.clone()
+    grad = tile.view(dtype)[:, : tile.shape[1]]
+    return (kernels.visit(objective, tile, labels, grad, teacher), grad), (right, exact)
+
+
+def agree(found, right, bound=1e-4, floor=2e-7):
+    (terms, grad), (exact, slope) = found, right
+    assert terms.keys() == exact.keys()
+    for name, term in terms.items():
+        torch.testing.assert_close(term.double(), exact[name], rtol=bound, atol=floor)
+    assert (grad.double() - slope).norm() <= max(bound, 2 * torch.finfo(grad.dtype).eps) * slope.norm()
+
+
+@inside
+@pytest.mark.parametrize("n, V, spread", [(1, 1, 1), (1, 7, 1), (3, 256, 3), (5, 1000, 2), (2, 4097, 4), (2, 9000, 1)])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@each_kind
+def test_equals_float64(name, options, temperature, n, V, spread):
+    student, teacher = spread * randn(n, V), spread * randn(n, V, seed=1) + 5
+    agree(*pair(name, options, student, teacher, torch.arange(n) * 5 % V, 0.3, temperature))
+
+
+@inside
+@pytest.mark.parametrize("kd_ratio", [0.0, 1.0])
+@each_kind
+def test_one_term_alone(name, options, kd_ratio):
+    agree(*pair(name, options, randn(3, 500), randn(3, 500, seed=1), torch.arange(3), kd_ratio, 2.0))
+
+
+@inside
+@pytest.mark.parametrize("apart", [1e-1, 1e-2, 1e-3])
+@each_kind
+def test_a_student_close_to_its_teacher(name, options, apart):
+    teacher = 3 * randn(4, 3000)
+    found, right = pair(name, options, teacher + apart * randn(4, 3000, seed=1), teacher, torch.zeros(4, dtype=torch.long), 1.0)
+    assert (found[0]["kd"] >= 0).all()
+    agree(found, right, {1e-1: 1e-4, 1e-2: 3e-4, 1e-3: 3e-3}[apart], floor=0)
+
+
+@inside
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@each_kind
+def test_a_gradient_in_half_precision_over_the_logits(name, options, dtype):
+    agree(*pair(name, options, 3 * randn(4, 9000), 3 * randn(4, 9000, seed=1), torch.arange(4), dtype=dtype))
+
+
+@inside
+@pytest.mark.parametrize(
+    "name, options", [kind for kind in KINDS if kind[0] in ("forward_kl", "generalized_jsd") and kind[1].get("beta") != 1]
+)
+def test_tokens_that_the_teacher_rules_out(name, options):
+    teacher = randn(4, 5000, seed=1)
+    teacher[:, ::3], teacher[2, :4500] = -math.inf, -math.inf
+    agree(*pair(name, options, randn(4, 5000), teacher, torch.arange(4)))
+
+
+@inside
+@each_kind
+def test_tokens_that_both_rule_out(name, options):
+    student, teacher = randn(4, 5000), randn(4, 5000, seed=1)
+    student[:, :4200] = teacher[:, :4200] = -math.inf
+    agree(*pair(name, options, student, teacher, torch.full((4,), 4900)))
+
+
+@inside
+@pytest.mark.parametrize("who", ["student", "teacher"])
+@each_kind
+def test_a_nan_is_seen(name, options, who):
+    student, teacher = randn(3, 100), randn(3, 100, seed=1)
+    (student if who == "student" else teacher)[1, 5] = math.nan
+    (terms, grad), _ = pair(name, options, student, teacher, torch.arange(3))
+    assert terms["kd"].isnan().tolist() == grad.isnan().any(-1).tolist() == [False, True, False]
+
+
+@inside
+def test_without_a_teacher():
+    agree(*pair("forward_kl", {}, 3 * randn(4, 5000), None, torch.arange(4)))
+
+
+@inside
+@pytest.mark.parametrize("train", [False, True])
+@each_kind
+def test_the_whole_head_by_the_kernel(monkeypatch, name, options, train):
+    n, V, H, calls = 40, 300, 8, []
+    hidden, labels, taught = randn(n, H), torch.arange(n), randn(n, 12, seed=1)
+    heads = [torch.nn.Linear(width, V, bias=False) for width in (H, 12)]
+    for head in heads:
+        head.requires_grad_(train and head is heads[0]).weight.data.copy_(randn(*head.weight.shape, seed=3))
+    from llmkd.losses import kernels
+
+    monkeypatch.setattr(kernels, "visit", lambda *args, visit=kernels.visit: calls.append(1) or visit(*args))
+    results = []
+    for dtype in (torch.float32, torch.float64):
+        h = hidden.to(dtype).requires_grad_()
+        student, teacher = (Head(head.to(dtype), V) for head in heads)
+        objective = Objective(0.4, 2.0, named(name, **options))
+        total, _ = fused.fused_loss(h, student, labels, objective, Dense(taught.to(dtype), teacher), 16)
+        results.append((total.detach(), *torch.autograd.grad(total, [h, *student.trainable()])))
+    assert len(calls) == 3  # float64 goes through PyTorch
+    for found, right in zip(*results, strict=True):
+        assert (found.double() - right).norm() <= 1e-4 * right.norm()
