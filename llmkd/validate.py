@@ -111,7 +111,7 @@ def _batches(students, data: Encoded, pad: int, micro_batch_size: int, accelerat
 
 
 def _chunks(batch: Batch, vocab: int) -> Iterator[slice]:
-    chunk = default_chunk(vocab, batch.labels_N.device.type)
+    chunk = default_chunk(vocab, batch.labels_N.device.type) // 4  # of the tiles that several figures take, some eight live at a time
     return (slice(start, start + chunk) for start in range(0, batch.targets, chunk))
 
 

@@ -161,6 +161,7 @@ def test_the_whole_head_by_the_kernel(monkeypatch, name, options, train):
         head.requires_grad_(train and head is heads[0]).weight.data.copy_(randn(*head.weight.shape, seed=3))
     from llmkd.losses import kernels
 
+    assert fused._kernels_run(torch.device("cpu"))  # looks at the kernel once, by itself
     monkeypatch.setattr(kernels, "visit", lambda *args, visit=kernels.visit: calls.append(1) or visit(*args))
     results = []
     for dtype in (torch.float32, torch.float64):
@@ -172,3 +173,23 @@ def test_the_whole_head_by_the_kernel(monkeypatch, name, options, train):
     assert len(calls) == 3  # float64 goes through PyTorch
     for found, right in zip(*results, strict=True):
         assert (found.double() - right).norm() <= 1e-4 * right.norm()
+
+
+@inside
+def test_a_kernel_that_is_wrong_is_found_out_before_it_is_used(monkeypatch):
+    from llmkd.losses import kernels
+
+    cpu, right = torch.device("cpu"), kernels.visit
+    assert kernels.agrees(cpu)
+
+    def off(objective, logits_nV, labels_n, grad_nV, teacher_nV):
+        terms = right(objective, logits_nV, labels_n, grad_nV, teacher_nV)
+        grad_nV[2] *= 1.1
+        return terms
+
+    monkeypatch.setattr(kernels, "visit", off)
+    assert not kernels.agrees(cpu)
+    monkeypatch.setattr(kernels, "visit", lambda *args: {name: 1.01 * term for name, term in right(*args).items()})
+    assert not kernels.agrees(cpu)
+    with pytest.raises(RuntimeError, match="does not agree"):
+        fused._kernels_run.__wrapped__(cpu)

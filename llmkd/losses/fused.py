@@ -19,6 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..console import say
+from ..errors import brief
 from ..head import Head
 from ..signals import Dense, Known, Rows, Signal
 from .closed import closed_form
@@ -135,9 +136,22 @@ def _way(objective: Objective, student: "_Product | _Module", signal: Signal | N
 
 @functools.cache
 def _kernels_run(device: torch.device) -> bool:
-    """On a GPU, or in Triton's interpreter, where Triton is installed."""
-    here = device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
-    return here and importlib.util.find_spec("triton") is not None
+    """On a GPU, or in Triton's interpreter, where Triton is installed; and only if the kernel says there what PyTorch says."""
+    interpreted = os.environ.get("TRITON_INTERPRET") == "1"
+    if not (device.type == "cuda" or interpreted) or importlib.util.find_spec("triton") is None:
+        return False
+    try:
+        from . import kernels
+
+        if kernels.agrees(device):
+            return True
+        reason = "it does not agree with PyTorch"
+    except Exception as error:  # a compiler raises what it likes
+        reason = brief(error)
+    if interpreted:
+        raise RuntimeError(f"the Triton kernel: {reason}")
+    say(f"note: the Triton kernel is not used on {device} ({reason}); PyTorch's way is slower and no less right")
+    return False
 
 
 @functools.cache

@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .divergences import named
 from .objective import Objective
 
 NONE, KL, JSD = 0, 1, 2
@@ -70,6 +71,24 @@ def visit(
             num_warps=8 if block >= 2048 else 4,
         )
     return {"ce": ce_n} | ({"kd": kd_n} if which else {})
+
+
+def agrees(device: torch.device) -> bool:
+    """Whether the kernel gives on this device what `Objective.visit` gives in float64, on a few rows, to the rounding of a half-precision gradient."""
+    generator = torch.Generator().manual_seed(0)
+    student_nV, teacher_nV = (3 * torch.randn(6, 5001, generator=generator, dtype=torch.float64) for _ in range(2))
+    labels_n = torch.arange(6) * 800
+    for name in ("forward_kl", "reverse_kl", "generalized_jsd"):
+        objective, exact_nV = Objective(0.5, 2.0, named(name)), torch.empty_like(student_nV)
+        expected = objective.visit(student_nV, labels_n, lambda _: torch.empty_like(student_nV), exact_nV, teacher_nV / 2)
+        logits_nV = student_nV.float().to(device)
+        grad_nV = logits_nV.view(torch.bfloat16)[:, : logits_nV.shape[1]]  # over the logits, as in training
+        found = visit(objective, logits_nV, labels_n.to(device), grad_nV, teacher_nV.float().to(device))
+        if not all(torch.allclose(found[term].cpu().double(), expected[term], rtol=1e-4, atol=1e-5) for term in expected):
+            return False
+        if (grad_nV.cpu().double() - exact_nV).norm() > 0.01 * exact_nV.norm():
+            return False
+    return True
 
 
 @triton.jit
