@@ -5,8 +5,8 @@
 Sizes and errors are of distributions over --vocab tokens, drawn after Zipf's law with entropies of 0.8 to 7.6 nats, and of a student
 that is some way from the teacher; the loss of a step and its gradient with respect to the student's logits are compared with those from the
 whole distribution, in float64. Reading is timed on a store of --store_mb, by batches of 8 examples of 70 targets in random order, decoding
-included; beside it the time of one forward and backward pass of the fused head on the same targets. Last, whole training steps of the
-quickstart's models with a live teacher, from each kind of store, and with no teacher at all. Prints Markdown.
+included; beside it the time of one forward and backward pass of the fused head on the same targets. Whole training steps are in
+epoch.py. Prints Markdown.
 """
 
 import argparse
@@ -22,25 +22,15 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from llmkd.caching import cache as ask
 from llmkd.head import Head
 from llmkd.losses.divergences import forward_kl
 from llmkd.losses.fused import fused_loss
 from llmkd.losses.objective import Objective
-from llmkd.prepare import prepare
 from llmkd.recipe_teacher import Cache
-from llmkd.run_folder import RunFolder
-from llmkd.session import Session
-from llmkd.settings import load_recipe
 from llmkd.signals import Batch, Dense, Example, Known, View
-from llmkd.stopping import StopRequest
 from llmkd.teachers.cached import Cached
 from llmkd.teachers.kinds import kind_to_record
 from llmkd.teachers.store import Plan, Store, Writer
-from llmkd.training import start
-
-REPO = Path(__file__).parents[2]
-RECIPE = "recipes/quickstart/2_distill.yaml"
 
 KINDS = [
     Cache(path="-", kind="topk", k=50, value_bits=4),
@@ -220,50 +210,6 @@ def reading(options) -> list[dict]:
     return rows
 
 
-def steps(options) -> list[dict]:
-    """Training steps of the quickstart's bases, and what of them is asking the teacher. One round of each warms up, then --rounds are timed."""
-    folder, found = Path(tempfile.mkdtemp(dir=options.folder)), {}
-    base = {"teacher.model": str(REPO / "recipes/quickstart/base/teacher"), "student.model": str(REPO / "recipes/quickstart/base/student")}
-    base |= {"validation.gate": 0, "validation.every": None, "checkpoint.every": None, "data.validation": None, "data.choices": None}
-    base |= {"train.epochs": None, "train.max_steps": 12, "train.log_every": 12, "loss.chunk_rows": None}
-    variants = {"live": {}, "no teacher": {"teacher": None, "loss.kd_ratio": 0}}
-    for kind in ("hidden", "topk", "sampled"):
-        cache_to = {"teacher.cache.path": str(folder / kind), "teacher.cache.kind": kind}
-        ask(load_recipe(REPO / RECIPE, base | cache_to | {"output_dir": str(folder / "none")}))
-        variants[kind] = cache_to
-    for round_ in range(options.rounds + 1):
-        for name, changes in variants.items():
-            recipe = load_recipe(REPO / RECIPE, base | changes | {"output_dir": str(folder / f"{name} {round_}")})
-            with StopRequest() as stop:
-                session = Session([recipe], recipe, prepare(recipe), [RunFolder(recipe, False)], start(), stop)
-                asked = Timed(session.teacher) if session.teacher else None
-                session.teacher, before = asked, time.perf_counter()
-                session.train()
-                seconds = time.perf_counter() - before
-            if round_:
-                found.setdefault(name, []).append((seconds / 12, (asked.seconds if asked else 0.0) / seconds))
-    shutil.rmtree(folder)
-    rows = []
-    for name, times in found.items():
-        each = [seconds for seconds, _ in times]
-        spread = f"{statistics.median(each) * 1e3:.0f} ms ({min(each) * 1e3:.0f} to {max(each) * 1e3:.0f})"
-        rows.append(
-            {"teacher": name, "a step in": spread, "of it the teacher's answer": f"{statistics.median(share for _, share in times):.1%}"}
-        )
-    return rows
-
-
-class Timed:
-    def __init__(self, teacher):
-        self.teacher, self.figures, self.seconds = teacher, teacher.figures, 0.0
-
-    def __call__(self, batch: Batch):
-        before = time.perf_counter()
-        signal = self.teacher(batch)
-        self.seconds += time.perf_counter() - before
-        return signal
-
-
 def table(rows: list[dict]) -> str:
     names = list(rows[0])
     lines = [names, ["---"] * len(names), *([str(row[name]) for name in names] for row in rows)]
@@ -276,7 +222,6 @@ def main() -> None:
     parser.add_argument("--targets", type=int, default=96)
     parser.add_argument("--store_mb", type=int, default=100)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--folder", help="where the store is written while it is timed")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
@@ -285,8 +230,7 @@ def main() -> None:
         f"{platform.machine()}, {options.threads} thread, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}; V = {options.vocab:,}\n"
     )
     print(table(losses(options)), "\n")
-    print(table(reading(options)), "\n")
-    print(table(steps(options)))
+    print(table(reading(options)))
 
 
 if __name__ == "__main__":
