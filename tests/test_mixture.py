@@ -219,6 +219,15 @@ def test_a_run_of_two_teachers_each_on_its_rows_differs_from_either_alone_and_do
         assert distance(routed, weights_after(two(f"alone{k}", teacher=alone[k], data__train=plain))) > 1e-4
 
 
+def test_rows_that_name_no_teacher_are_for_all_of_them_though_some_have_no_name(two, world):
+    bare = [{"model": str(world / "adapter")}, {"model": str(world / "stranger")}]
+    plain = [{"path": s.path} for s in two().data.train]
+    for teachers in (bare, [bare[0] | {"name": "a"}, bare[1]]):
+        assert prepare(two(teacher=teachers, data__train=plain)).train.taught_by.tolist() == [-1] * 37
+    named = prepare(two(teacher=[bare[0], bare[1] | {"name": "b"}], data__train=[plain[0], plain[1] | {"teacher": "b"}])).train
+    assert named.taught_by.tolist() == [-1] * 20 + [1] * 17
+
+
 def test_two_of_the_same_teacher_train_as_one_does(two, world, make_recipe):
     same = [{"model": str(world / "adapter"), "weight": w} for w in (1.0, 3.0)]
     plain = [{"path": s.path} for s in two().data.train]
