@@ -91,14 +91,18 @@ def teacher_gate(sweep: SweepFolder) -> list:
     groups: dict[str, list[Run]] = {}
     for run in sweep.runs:
         if run.distils:
-            groups.setdefault(str(run.recipe["teacher.model"]), []).append(run)
+            how = {key: value for key, value in run.recipe.items() if key.startswith(("teacher", "mixture."))}
+            groups.setdefault(json.dumps(how if len(run.teachers) > 1 else run.teachers, sort_keys=True), []).append(run)
     if not groups:
         return [*out, Para("No arm has a teacher with a kd_ratio above 0.")]
     rows, warned = [], []
-    for model, runs in groups.items():
+    for runs in groups.values():
+        teachers, combined = runs[0].teachers, runs[0].recipe.get("mixture.combine", "probabilities")
+        name = " and ".join(short(sweep, one) for one in teachers) + (f" ({combined})" if len(teachers) > 1 else "")
         before = [r.summary.get("before") or next((x["validation"] for x in r.records if "validation" in x), {}) for r in runs]
         pairs = [(b["teacher_ce"], b["ce"]) for b in before if "teacher_ce" in b and "ce" in b]
-        kind, moved = teacher_kind(sweep, model), [m for r in runs if (m := _moved(r.curve("kd")))]
+        kinds = dict.fromkeys(teacher_kind(sweep, one) for one in teachers)
+        moved = [m for r in runs if (m := _moved(r.curve("kd")))]
         kd = "not recorded" if not moved else f"{_mean([a for a, _ in moved]):.4f} to {_mean([b for _, b in moved]):.4f}"
         theirs, ours = (_mean([pair[i] for pair in pairs]) for i in (0, 1))
         verdict: Text = "not measured"
@@ -108,8 +112,8 @@ def teacher_gate(sweep: SweepFolder) -> list:
         cells = [f"{x:.4f}" if pairs else "–" for x in (theirs, ours)]
         rows.append(
             [
-                Span(short(sweep, model)),
-                kind,
+                Span(name),
+                "; ".join(kinds),
                 *cells,
                 kd,
                 verdict,
@@ -118,10 +122,10 @@ def teacher_gate(sweep: SweepFolder) -> list:
         )
         if pairs and theirs >= ours:
             warned.append(
-                (model, f"'s CE on the held-out rows ({theirs:.4f}) is no better than the students' before training ({ours:.4f}). ")
+                (name, f"'s CE on the held-out rows ({theirs:.4f}) is no better than the students' before training ({ours:.4f}). ")
             )
-        elif not kind.startswith("tuned"):
-            warned.append((model, " is not known to be tuned on this data. "))
+        elif not all(kind.startswith("tuned") for kind in kinds):
+            warned.append((name, " is not known to be tuned on this data. "))
     head: list[Text] = [
         "teacher",
         "what it is",
@@ -145,10 +149,7 @@ def teacher_gate(sweep: SweepFolder) -> list:
                 "warn",
             )
         )
-    out += [
-        Para(("The teacher ", Span(short(sweep, model)), text + published.ADVICE + f" Source: {published.SOURCE}."), "warn")
-        for model, text in warned
-    ]
+    out += [Para(("The teacher ", Span(name), text + published.ADVICE + f" Source: {published.SOURCE}."), "warn") for name, text in warned]
     return out
 
 
@@ -157,6 +158,8 @@ def teacher_kind(sweep: SweepFolder, model: str) -> str:
     if stage and (stage[1] in (sweep.data.get("stages") or {}) or (sweep.path / "stages" / stage[1]).exists()):
         made = stage[2] == "model" and "architecture:\n" in _text(sweep.path / "stages" / stage[1] / "recipe.yaml")
         return f"{'new weights, made' if made else 'tuned'} by this sweep's stage {stage[1]}"
+    if (Path(model) / "store.json").exists():
+        return "a store of answers"
     if published.adapter_base(model) or re.search(r"/adapter/?$", model):
         return "tuned: an adapter"
     return "a model as it is"
@@ -261,8 +264,8 @@ def published_beside(sweep: SweepFolder, rows: list, versions: str) -> list:
 def _likeness(sweep: SweepFolder, arm: Arm) -> tuple[dict, str | None, bool]:
     run = arm.done[0]
     teacher = None
-    if run.distils:
-        teacher = "tuned" if teacher_kind(sweep, str(run.recipe["teacher.model"])).startswith("tuned") else "untuned"
+    if len(run.teachers) == 1:  # the study has no mixtures
+        teacher = "tuned" if teacher_kind(sweep, run.teachers[0]).startswith("tuned") else "untuned"
     return run.recipe, teacher, teacher_kind(sweep, str(run.recipe.get("student.model"))).startswith("tuned")
 
 

@@ -40,8 +40,17 @@ class Run:
         return read_lines(self.folder / "metrics.jsonl")
 
     @property
+    def teachers(self) -> tuple[str, ...]:
+        """Whom it learned from: each teacher's model, or the store of its answers where that is all that is named."""
+        if not self.recipe.get("loss.kd_ratio"):
+            return ()
+        several = self.recipe.get("teacher")
+        each = [leaves({"teacher": one}) for one in several] if isinstance(several, list) else [self.recipe]
+        return tuple(str(who) for one in each if (who := one.get("teacher.model") or one.get("teacher.cache.path")))
+
+    @property
     def distils(self) -> bool:
-        return bool(self.recipe.get("teacher.model")) and (self.recipe.get("loss.kd_ratio") or 0) > 0
+        return bool(self.teachers)
 
     def curve(self, name: str) -> list[tuple[float, float]]:
         """(step, value) of a training term."""

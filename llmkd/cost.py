@@ -150,5 +150,4 @@ def weight_bytes(files: ModelFiles, dtype: str, quantization) -> float:
     """Bytes that a weight takes in memory."""
     if quantization:
         return _BYTES[quantization.type]
-    saved = files.config.get("dtype") or files.config.get("torch_dtype") or "float32"
-    return {"float64": 8, "float32": 4}.get(saved if dtype == "auto" else dtype, 2)
+    return {"float64": 8, "float32": 4}.get(files.dtype or "float32" if dtype == "auto" else dtype, 2)

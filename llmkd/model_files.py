@@ -32,6 +32,12 @@ class ModelFiles:
     adapter: Path | None
     config: dict  # the base's config.json
 
+    @property
+    def dtype(self) -> str | None:
+        """The type that the weights were saved in, as far as the configuration says it."""
+        c = self.config
+        return c.get("dtype") or c.get("torch_dtype") or c.get("text_config", {}).get("dtype")
+
 
 def find(name: str, setting: str, revision: str | None = None, base: str | None = None) -> ModelFiles:
     """The folders behind a model's or an adapter's name (a folder or a hub id). `base` overrides where an adapter's base is."""

@@ -173,8 +173,9 @@ def encode_sources(
 
 def taught_by(source: Source, teachers: tuple[Teacher, ...]) -> int:
     """The number of the teacher that a source's rows are left to, or EVERYONE."""
-    names = [teacher.name for teacher in teachers]
-    return names.index(source.teacher) if source.teacher in names and len(names) > 1 else EVERYONE
+    if source.teacher is None or len(teachers) < 2:
+        return EVERYONE
+    return [teacher.name for teacher in teachers].index(source.teacher)
 
 
 def _training(recipe: Recipe, rows: dict[str, list[Rows]], tokenizer) -> tuple[Encoded | Stream, Sequence[str] | Stream]:

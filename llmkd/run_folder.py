@@ -3,6 +3,7 @@
 import fcntl
 import json
 import os
+import re
 import socket
 from pathlib import Path
 
@@ -58,8 +59,9 @@ class RunFolder:
             if (self.path / "recipe.yaml").exists():
                 raise UserError(f"output_dir: {self.path} holds an unfinished run; go on with it by --resume, or choose another folder")
         elif (self.path / "recipe.yaml").exists():
-            before, now = flatten(load_recipe(self.path / "recipe.yaml")), flatten(self.recipe)
-            changed = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k) and not k.startswith(_HARMLESS)]
+            before, now = (flatten(one, lists=True) for one in (load_recipe(self.path / "recipe.yaml"), self.recipe))
+            differing = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]
+            changed = [k for k in differing if not re.sub(r"\.\d+\.", ".", k).startswith(_HARMLESS)]  # teacher.0.device as teacher.device
             if changed:
                 raise UserError(
                     *(

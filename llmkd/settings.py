@@ -154,14 +154,16 @@ def dump(recipe) -> str:
     return yaml.dump(json.loads(json.dumps(dataclasses.asdict(recipe))), Dumper=Dumper, sort_keys=False)
 
 
-def flatten(value, path="") -> dict[str, typing.Any]:
-    """A recipe (or a part of it) as {dotted path: value}, for comparing two."""
+def flatten(value, path="", lists: bool = False) -> dict[str, typing.Any]:
+    """A recipe (or a part of it) as {dotted path: value}, for comparing two; `lists`: those of sources and teachers too, by number."""
     if dataclasses.is_dataclass(value):
         value = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    elif lists and isinstance(value, tuple) and any(map(dataclasses.is_dataclass, value)):
+        value = dict(enumerate(value))
     if isinstance(value, dict) and value:
         out = {}
         for key, inner in value.items():
-            out |= flatten(inner, f"{path}.{key}" if path else str(key))
+            out |= flatten(inner, f"{path}.{key}" if path else str(key), lists)
         return out
     return {path: value}
 

@@ -25,9 +25,8 @@ def base_key(files: ModelFiles, settings: Student | Teacher, setting: str) -> tu
     if files.adapter and not _leaves_base(read_json(files.adapter / "adapter_config.json", setting)):
         return None
     config = {name: value for name, value in files.config.items() if name not in _NOT_COMPUTED}
-    saved = files.config.get("dtype") or files.config.get("torch_dtype") or files.config.get("text_config", {}).get("dtype")
-    dtype = saved if settings.dtype == "auto" else settings.dtype
-    how = (dtype or "auto", settings.attention, settings.quantization)
+    dtype = files.dtype or "auto" if settings.dtype == "auto" else settings.dtype
+    how = (dtype, settings.attention, settings.quantization)
     return fingerprint(files.base, setting), json.dumps(config, sort_keys=True), *how
 
 

@@ -70,8 +70,7 @@ def made_of(recipe: Recipe, teacher: TeacherFiles, tokenizer, contents: dict[str
 
 def held_in(files: ModelFiles, settings: Teacher) -> str:
     """The type of a teacher's weights: as the recipe says, or as they were saved."""
-    saved = files.config.get("dtype") or files.config.get("torch_dtype") or files.config.get("text_config", {}).get("dtype") or "float32"
-    return saved if settings.dtype == "auto" else settings.dtype
+    return files.dtype or "float32" if settings.dtype == "auto" else settings.dtype
 
 
 def options(store: Store) -> dict:

@@ -219,6 +219,36 @@ def test_a_run_of_two_teachers_each_on_its_rows_differs_from_either_alone_and_do
         assert distance(routed, weights_after(two(f"alone{k}", teacher=alone[k], data__train=plain))) > 1e-4
 
 
+def test_rows_that_name_no_teacher_are_for_all_of_them_though_some_have_no_name(two, world):
+    bare = [{"model": str(world / "adapter")}, {"model": str(world / "stranger")}]
+    plain = [{"path": s.path} for s in two().data.train]
+    for teachers in (bare, [bare[0] | {"name": "a"}, bare[1]]):
+        assert prepare(two(teacher=teachers, data__train=plain)).train.taught_by.tolist() == [-1] * 37
+    named = prepare(two(teacher=[bare[0], bare[1] | {"name": "b"}], data__train=[plain[0], plain[1] | {"teacher": "b"}])).train
+    assert named.taught_by.tolist() == [-1] * 20 + [1] * 17
+
+
+def test_a_teacher_known_by_samples_beside_one_with_rows_of_its_own(two, world, tmp_path):
+    """The gate and the held-out rows ask each micro-batch of whoever it is for: the CE is told of all of them."""
+    from llmkd.caching import cache
+    from llmkd.training import run
+
+    kept = {"model": str(world / "stranger"), "cache": {"path": str(tmp_path / "store"), "kind": "sampled", "draws": 5}}
+    plain = [{"path": s.path} for s in two().data.train]
+    changes = {"data__train": [plain[0] | {"teacher": "a"}, plain[1]], "data__validation": plain[0] | {"limit": 9, "teacher": "a"}}
+    recipe = two(teacher=[{"name": "a", "model": str(world / "adapter")}, kept], validation__gate=37, **changes)
+    cache(recipe)
+    found = run(recipe)["validation"]
+    alone = run(
+        two(
+            "alone",
+            teacher={"model": str(world / "adapter")},
+            **changes | {"data__train": plain[0], "data__validation": plain[0] | {"limit": 9}},
+        )
+    )
+    assert found["teacher_ce"] == pytest.approx(alone["validation"]["teacher_ce"], abs=1e-9)
+
+
 def test_two_of_the_same_teacher_train_as_one_does(two, world, make_recipe):
     same = [{"model": str(world / "adapter"), "weight": w} for w in (1.0, 3.0)]
     plain = [{"path": s.path} for s in two().data.train]

@@ -50,9 +50,17 @@ def made(tmp_path):
     """Write a finished sweep by hand: `good` is an arm's chance of a right answer on the task "quiz", and lowers its held-out CE."""
 
     def make(
-        arms: dict[str, tuple[dict, float]], seeds=(1,), base=None, items=200, held=True, tasks=("quiz",), teacher_ce=1.5, **state
+        arms: dict[str, tuple[dict, float]],
+        seeds=(1,),
+        base=None,
+        items=200,
+        held=True,
+        tasks=("quiz",),
+        teacher_ce=1.5,
+        whole=BASE,
+        **state,
     ) -> Path:
-        folder, base, entries = tmp_path / "out", BASE | (base or {}), {}
+        folder, base, entries = tmp_path / "out", whole | (base or {}), {}
         for arm, (changes, good) in arms.items():
             for seed in seeds:
                 name = f"{arm},seed={seed}" if len(seeds) > 1 else arm
@@ -461,6 +469,26 @@ def test_a_teacher_that_is_worse_or_not_tuned_comes_with_the_advice(made, teache
     assert (published.ADVICE in re.sub(r"\\(.)", r"\1", text)) == warned == ('class="warn"' in html)
     assert f"{teacher_ce:.4f} | 3.0000 | 0.9600 to 0.4200 |" in text  # means of the first and last three of 30 steps
     assert ("tuned by this sweep's stage teacher" in text) == (model is None)
+
+
+def test_several_teachers_and_a_store_alone_are_teachers(made, tmp_path):
+    (tmp_path / "store").mkdir()
+    (tmp_path / "store/store.json").write_text("{}")
+    store, several = str(tmp_path / "store"), [{"model": "OUT/stages/teacher/adapter"}, {"model": "org/big", "weight": 2}]
+    arms = {"sft": ({"loss.kd_ratio": 0}, 0.5), "mixed": ({"teacher": several}, 0.7), "kept": ({"teacher.cache.path": store}, 0.7)}
+    arms["product"] = ({"teacher": several, "mixture.combine": "log_probabilities"}, 0.7)
+    base = {key: value for key, value in BASE.items() if key != "teacher.model"}
+    folder = made(arms, whole=base)
+    html, text = written(folder)
+    plain = re.sub(r"\\(.)", r"\1", text).replace("`", "")
+    assert (
+        "| stages/teacher/adapter and org/big (probabilities) | tuned by this sweep's stage teacher; a model as it is | 1.5000 | 3.0000 |"
+        in plain
+    )
+    assert f"{store.rpartition('/')[2]} | a store of answers | 1.5000 | 3.0000 |" in plain
+    assert "adapter and org/big (log_probabilities) | tuned by" in plain  # another teacher altogether
+    assert plain.count("is not known to be tuned on this data") == 3
+    assert [run.distils for run in read_sweep(folder).runs] == [False, True, True, True]
 
 
 LLAMA = {

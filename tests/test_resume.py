@@ -238,6 +238,20 @@ def test_two_processes_resume_bit_for_bit(world, tmp_path):
     assert distance(weights(tmp_path / "out"), weights(tmp_path / "expected")) == 0
 
 
+def test_where_one_of_several_teachers_is_held_may_change_and_who_it_is_may_not(make_recipe, world):
+    from llmkd.run_folder import RunFolder
+    from llmkd.settings import dump
+
+    two = [{"model": str(world / "adapter")}, {"model": str(world / "stranger")}]
+    recipe = make_recipe(teacher=two)
+    folder = Path(recipe.output_dir)
+    folder.mkdir()
+    (folder / "recipe.yaml").write_text(dump(recipe))
+    RunFolder(make_recipe(teacher=[two[0] | {"device": "cpu"}, two[1] | {"share_base": False}]), True).check()
+    with pytest.raises(UserError, match=r"^teacher\.1\.weight: 1\.0 in the run that is to be resumed and 2\.0 now"):
+        RunFolder(make_recipe(teacher=[two[0], two[1] | {"weight": 2.0}]), True).check()
+
+
 def test_resume_refuses_what_has_changed(make_recipe, world, tmp_path):
     with pytest.raises(UserError, match="holds a finished run"):
         run(make_recipe("a", train__max_steps=1, optim__warmup_steps=0))
