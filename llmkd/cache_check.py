@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+from pathlib import Path
 
 import torch
 
@@ -17,9 +18,10 @@ from .order import deal
 from .prepare import Prepared
 from .recipe import Recipe
 from .signals import FIGURES, Batch, Dense
-from .taught import TeacherFiles, find_teachers
+from .taught import TeacherFiles
 from .teachers.cached import Cached
 from .teachers.live import Live
+from .teachers.store import Store
 from .together import load_together
 from .training import start
 from .validate import validate
@@ -45,16 +47,21 @@ class Remembered:
 
 def check(recipe: Recipe, examples: int = 64) -> None:
     """Print, for every teacher that is quantised or has a store, figures on a sample of the training rows."""
-    prepared, todo = chosen(recipe, lambda one: one.cache or one.quantization)
+    prepared, todo = chosen(
+        recipe,
+        lambda one: one.cache or one.quantization,
+        "teacher.quantization, teacher.cache.path: neither is given, and nothing else loses anything",
+    )
     accelerator = start()
     if accelerator.num_processes > 1:
         raise UserError("--check: runs in one process; leave accelerate launch out")
     sample = some_of(prepared.train, examples)
     say(f"on {len(sample)} training examples, {int(sample.supervised.sum())} targets; nats per target")
     for teacher in todo:
+        stored = opened(recipe, teacher)
         if teacher.settings.quantization:
             print(tracking.table(quantised(recipe, prepared, teacher, sample, accelerator)))
-        if teacher.settings.cache and (stored := opened(recipe, teacher)):
+        if stored:
             print(tracking.table(kept(recipe, prepared, stored, sample, accelerator)))
 
 
@@ -90,9 +97,8 @@ def kept(recipe: Recipe, prepared: Prepared, teacher: TeacherFiles, sample: Enco
 
 
 def opened(recipe: Recipe, teacher: TeacherFiles) -> TeacherFiles | None:
-    """The teacher with its store; None where that is yet to be written."""
-    try:
-        return next(one for one in find_teachers(recipe) if one.setting == teacher.setting)
-    except UserError as error:
-        say(f"note: {error}")
+    """The teacher with its store; None where it names none, or where that is yet to be written and the teacher's number format is looked at."""
+    cache = teacher.settings.cache
+    if not cache or (teacher.settings.quantization and not Path(cache.path).expanduser().exists()):
         return None
+    return dataclasses.replace(teacher, store=Store.open(cache.path, f"{teacher.setting}.cache.path"))

@@ -32,7 +32,8 @@ def cache(recipe: Recipe, foreign: str | None = None, stop: StopRequest | None =
     """
     from .training import start
 
-    prepared, todo = chosen(recipe, lambda one: one.cache, foreign)
+    nothing = "teacher.cache.path: not given; name the folder of the store, such as --teacher.cache.path runs/cache"
+    prepared, todo = chosen(recipe, lambda one: one.cache, nothing, foreign)
     accelerator = start()
     if foreign:
         return [read_foreign(recipe, prepared, todo, foreign, accelerator)]
@@ -40,11 +41,14 @@ def cache(recipe: Recipe, foreign: str | None = None, stop: StopRequest | None =
         return [write(recipe, prepared, teacher, accelerator, stop) for teacher in todo]
 
 
-def chosen(recipe: Recipe, which: Callable[[Teacher], object], foreign: str | None = None) -> tuple[Prepared, list[TeacherFiles]]:
-    """The recipe's data, and those of its teachers that are meant. Refused before a model is loaded."""
+def chosen(
+    recipe: Recipe, which: Callable[[Teacher], object], nothing: str, foreign: str | None = None
+) -> tuple[Prepared, list[TeacherFiles]]:
+    """The recipe's data, and those of its teachers that are meant; `nothing` is what is wrong with one that has none. Refused before a model is
+    loaded."""
     many = taught.named(recipe.teacher)
     if not any(which(one) for _, one in many):
-        raise UserError("teacher.cache.path: not given; name the folder of the store, such as --teacher.cache.path runs/cache")
+        raise UserError(nothing)
     for setting, one in many:
         if which(one) and not one.model and not foreign:
             raise UserError(f"{setting}.model: not given; name the teacher whose answers {one.cache.path} is to hold")

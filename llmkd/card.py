@@ -207,7 +207,11 @@ def what_it_is(recipe: Recipe, student: ModelFiles | None, teachers: tuple[Teach
         if name
         else "- The licence of the base is not known: no model card lay beside it."
     )
-    return lines + [f"- Teacher: {taught_by(teacher)}" for teacher in teachers]
+    lines += [f"- Teacher: {taught_by(teacher)}" for teacher in teachers]
+    if len(teachers) > 1:
+        how = " times the probability that each gives the target" if recipe.mixture.weights == "confidence" else ""
+        lines.append(f"- The teachers are combined by their {recipe.mixture.combine.replace('_', '-')}, with their weights{how}")
+    return lines
 
 
 def taught_by(teacher: TeacherFiles) -> str:

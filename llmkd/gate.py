@@ -28,12 +28,12 @@ def verdict(figures: list[dict[str, float]], examples: int, teachers: Sequence[T
     """
     teacher_ce, ce = figures[0]["teacher_ce"], min(one["ce"] for one in figures)
     found = f"gate: on {examples} training examples the teacher's CE is {teacher_ce:.4f} and the student's {ce:.4f}"
-    if not teacher_ce < ce:
-        return f"{found}\nwarning: the teacher knows these rows no better than the student. {ADVICE}"
-    own = student and student.base.resolve()
-    untuned = [one.settings.model for one in teachers if one.files and not one.tuned and one.files.base.resolve() != own]
-    return (
-        f"{found}\nnote: {untuned[0]} is neither an adapter nor a student of llmkd; was it tuned on these rows? {ADVICE}"
-        if untuned
-        else found
-    )
+    bare = [one for one in teachers if one.files and not one.tuned]
+    others = [one.settings.model for one in bare if not student or one.files.base.resolve() != student.base.resolve()]
+    if teacher_ce >= ce:
+        own = len(bare) == len(teachers) and not others
+        advice = "It is the student's own base: what it is given beyond the student (data.teacher_context, say) does not help it here."
+        return f"{found}\nwarning: the teacher knows these rows no better than the student. {advice if own else ADVICE}"
+    if not others:
+        return found
+    return f"{found}\nnote: {others[0]} is neither an adapter nor where a run of llmkd left it; was it tuned on these rows? {ADVICE}"

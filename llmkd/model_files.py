@@ -1,6 +1,7 @@
 """What lies in a model's or adapter's folder, read without loading it and without torch."""
 
 import contextlib
+import functools
 import hashlib
 import json
 import re
@@ -60,12 +61,18 @@ def find(name: str, setting: str, revision: str | None = None, base: str | None 
     record = folder / RECORD
     trained_on = read_json(record, setting).get("base_fingerprint") if record.exists() else None
     if not trained_on:
-        say(f"note: {name} does not say which weights it was trained on; taking {base_name} as its base")
+        _note(f"note: {name} does not say which weights it was trained on; taking {base_name} as its base")
     if trained_on and trained_on != fingerprint(base_folder, setting):
         raise UserError(
             f"{setting}: the adapter {name} was trained on other weights than {base_name} holds; name the base that it was trained on"
         )
     return files
+
+
+@functools.cache
+def _note(text: str) -> None:
+    """Once in a run, however often a model is looked for."""
+    say(text)
 
 
 def locate(name: str, setting: str, revision: str | None = None, wanted: list[str] = _WANTED) -> Path:

@@ -76,5 +76,7 @@ def _say_what_is_shared(setting: str, model: LanguageModel, students: list[Langu
     for who, them in (("the student", students), ("the teachers before it", others)):
         if shared := sum(own[place] for place in own.keys() & sharing.storages(*them).keys()):
             share = shared / sum(own.values())
+            if share < 0.005:  # norms that are all ones, say
+                continue
             say(f"{setting}: shares {share:.0%} of its weights with {who}: {shared / 1e6:,.1f} MB are in memory once")
             return
