@@ -3,7 +3,7 @@
 A JSONL file, one line for each example, in the order of the examples or with "row", the number of the data's row (from 1). A line is one of
 
     {"labels": [5, 7], "top": [[[5, -0.1], [9, -3.2]], [[7, -0.02]]]}                    ids and log-probabilities, target by target
-    {"prompt_token_ids": [1, 5, 7], "prompt_logprobs": [null, {"5": {"logprob": -0.1}, ...}, ...]}      vLLM, the whole text
+    {"prompt_token_ids": [1, 5, 7], "prompt_logprobs": [null, {"5": {"logprob": -0.1}, ...}, ...]}      vLLM, the whole text; each has its own token
     {"logprobs": {"content": [{"token": " so", "logprob": -0.1, "top_logprobs": [{"token": ..., "logprob": ...}, ...]}, ...]}}
 
 (the last also inside "choices", as the API gives it; only for examples with one answer). Log-probabilities are of the model's own
@@ -181,9 +181,15 @@ class _Reader:
         self._same(given[:last], ids[:last].tolist(), "token")
         places = np.flatnonzero(marks)
         try:
-            return [{int(token): x["logprob"] if isinstance(x, dict) else x for token, x in (top[t] or {}).items()} for t in places]
+            entries = [{int(token): x["logprob"] if isinstance(x, dict) else x for token, x in (top[t] or {}).items()} for t in places]
         except (AttributeError, KeyError, TypeError, ValueError):
             raise ValueError('prompt_logprobs: expected {"id": {"logprob": x}, ...} for each token') from None
+        for n, (entry, label) in enumerate(zip(entries, ids[marks].tolist(), strict=True), 1):
+            if entry and label not in entry:  # vLLM lists every token of the prompt itself
+                raise ValueError(
+                    f"prompt_logprobs: target {n} ({self._shown(label)}) is not among its own; are they of the token after, or before?"
+                )
+        return entries
 
     def _openai(self, content, labels: list[int], counts: Counter) -> list[Entry]:
         texts, entries = self._strings(), []
