@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 
+import numpy as np
 import torch
 
 from . import tracking
@@ -17,9 +18,10 @@ from .order import deal
 from .prepare import Prepared
 from .recipe import Recipe
 from .signals import FIGURES, Batch, Dense
-from .taught import TeacherFiles, find_teachers
+from .taught import TeacherFiles, check_store, mine_of
 from .teachers.cached import Cached
 from .teachers.live import Live
+from .teachers.store import Store
 from .together import load_together
 from .training import start
 from .validate import validate
@@ -49,12 +51,16 @@ def check(recipe: Recipe, examples: int = 64) -> None:
     accelerator = start()
     if accelerator.num_processes > 1:
         raise UserError("--check: runs in one process; leave accelerate launch out")
-    sample = some_of(prepared.train, examples)
-    say(f"on {len(sample)} training examples, {int(sample.supervised.sum())} targets; nats per target")
     for teacher in todo:
+        mine = prepared.train.take(np.array(mine_of(prepared.train, prepared.teachers.index(teacher)), np.int64))
+        sample = some_of(mine, examples)
+        if not len(sample):
+            say(f"note: {teacher.setting}: no training rows are left to it")
+            continue
+        say(f"on {len(sample)} training examples, {int(sample.supervised.sum())} targets; nats per target")
         if teacher.settings.quantization:
             print(tracking.table(quantised(recipe, prepared, teacher, sample, accelerator)))
-        if teacher.settings.cache and (stored := opened(recipe, teacher)):
+        if teacher.settings.cache and (stored := opened(recipe, prepared, teacher)):
             print(tracking.table(kept(recipe, prepared, stored, sample, accelerator)))
 
 
@@ -89,10 +95,14 @@ def kept(recipe: Recipe, prepared: Prepared, teacher: TeacherFiles, sample: Enco
     return rows
 
 
-def opened(recipe: Recipe, teacher: TeacherFiles) -> TeacherFiles | None:
-    """The teacher with its store; None where that is yet to be written."""
+def opened(recipe: Recipe, prepared: Prepared, teacher: TeacherFiles) -> TeacherFiles | None:
+    """The teacher with its store, which must be its own. None, with a note, where the store cannot be had and a quantised teacher was measured."""
     try:
-        return next(one for one in find_teachers(recipe) if one.setting == teacher.setting)
+        found = dataclasses.replace(teacher, store=Store.open(teacher.settings.cache.path, f"{teacher.setting}.cache.path"))
+        check_store(recipe, found, prepared.tokenizer, prepared.vocab)
+        return found
     except UserError as error:
+        if not teacher.settings.quantization:
+            raise
         say(f"note: {error}")
         return None

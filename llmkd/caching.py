@@ -16,11 +16,11 @@ from . import taught
 from .console import bar, first_process, say
 from .cost import duration
 from .data.encode import Encoded, joined
-from .errors import Stopped, UserError
+from .errors import Stopped, UserError, alone
 from .order import deal
 from .prepare import Prepared, prepare
 from .recipe import Recipe, Teacher
-from .recipe_teacher import CACHE_KINDS
+from .recipe_teacher import CACHE_KINDS, Cache
 from .stopping import StopRequest
 from .taught import TeacherFiles
 
@@ -52,8 +52,29 @@ def chosen(recipe: Recipe, which: Callable[[Teacher], object], foreign: str | No
         raise UserError("data.streaming: found true, and a store is of rows that are all known; set it to false")
     if not recipe.loss.kd_ratio:
         raise UserError("loss.kd_ratio: found 0, with which no teacher is asked; leave it out here")
+    for setting, one in many:
+        if one.cache and which(one):
+            refuse_what_no_store_can_be(one.cache, f"{setting}.cache")
     prepared = prepare(recipe, stores=False)
-    return prepared, [one for one in prepared.teachers if which(one.settings)]
+    todo = [one for one in prepared.teachers if which(one.settings)]
+    for one in todo:
+        if one.settings.cache and not len(asked(recipe, prepared, one)):
+            raise UserError(f"{one.setting}: no source leaves it any rows, so there is nothing to keep of it; leave it out")
+    return prepared, todo
+
+
+def refuse_what_no_store_can_be(cache: Cache, setting: str) -> None:
+    """Options of another kind than the default, where kind is not given; a path that is no folder's."""
+    if cache.kind is None:
+        for kind, options in CACHE_KINDS.items():
+            for name in options:
+                if name not in CACHE_KINDS["topk"] and getattr(cache, name) is not None:
+                    raise UserError(
+                        f"{setting}.{name}: is of kind {kind}, and kind is not given, which is topk; set {setting}.kind: {kind}"
+                    )
+    folder = Path(cache.path).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{setting}.path: {cache.path} is a file; name a folder")
 
 
 def asked(recipe: Recipe, prepared: Prepared, teacher: TeacherFiles) -> Encoded:
@@ -95,10 +116,11 @@ def write(recipe: Recipe, prepared: Prepared, teacher: TeacherFiles, accelerator
         return folder
     mine = writer.left(rank, ranks)
     needs, free = sum(int(plan.targets_E[plan.shards[n]].sum()) for n in mine) * kind.bytes, shutil.disk_usage(folder).free
-    if needs > free:
-        raise UserError(
-            f"{setting}.cache.path: {folder} needs {needs / 1e9:.1f} GB and has {free / 1e9:.1f} GB free; choose another folder or kind"
-        )
+    with alone():
+        if needs > free:
+            raise UserError(
+                f"{setting}.cache.path: {folder} needs {needs / 1e6:,.1f} MB and has {free / 1e6:,.1f} MB free; choose another folder or kind"
+            )
 
     def answers(examples: list[int]):
         batch = collate(encoded, examples, prepared.tokenizer.eos_token_id).to(device)
@@ -116,9 +138,11 @@ def write(recipe: Recipe, prepared: Prepared, teacher: TeacherFiles, accelerator
             for batch in of_shard:
                 if stop():
                     raise Stopped(f"stopped by a signal; {folder} is not finished, and the same command goes on with it")
-                shard.put(*answers(batch))
+                with alone():
+                    shard.put(*answers(batch))
                 shown.update(len(batch))
-            shard.write()
+            with alone():
+                shard.write()
     accelerator.wait_for_everyone()
     first_alone(accelerator, writer.finish)
     say(f"{folder} is whole")
