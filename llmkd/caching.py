@@ -4,6 +4,7 @@ Any number of processes write it together, each its own shards; a shard that is 
 killed goes on where it was. Size and time are said first.
 """
 
+import contextlib
 import hashlib
 import shutil
 import time
@@ -21,6 +22,7 @@ from .order import deal
 from .prepare import Prepared, prepare
 from .recipe import Recipe, Teacher
 from .recipe_teacher import CACHE_KINDS, Cache
+from .run_folder import lock
 from .stopping import StopRequest
 from .taught import TeacherFiles
 
@@ -36,8 +38,8 @@ def cache(recipe: Recipe, foreign: str | None = None, stop: StopRequest | None =
     accelerator = start()
     if foreign:
         return [read_foreign(recipe, prepared, todo, foreign, accelerator)]
-    with stop or StopRequest("finishing this batch; what is whole is kept") as stop:
-        return [write(recipe, prepared, teacher, accelerator, stop) for teacher in todo]
+    with stop or StopRequest("finishing this batch; what is whole is kept") as stop, contextlib.ExitStack() as held:
+        return [write(recipe, prepared, teacher, accelerator, stop, held) for teacher in todo]
 
 
 def chosen(recipe: Recipe, which: Callable[[Teacher], object], foreign: str | None = None) -> tuple[Prepared, list[TeacherFiles]]:
@@ -95,8 +97,8 @@ def planned(encoded: Encoded, bytes_per_target: int):
     return Plan.of([encoded.identity(i) for i in range(len(encoded))], encoded.targets.tolist(), bytes_per_target)
 
 
-def write(recipe: Recipe, prepared: Prepared, teacher: TeacherFiles, accelerator, stop: StopRequest) -> Path:
-    """One teacher's store."""
+def write(recipe: Recipe, prepared: Prepared, teacher: TeacherFiles, accelerator, stop: StopRequest, held: contextlib.ExitStack) -> Path:
+    """One teacher's store; `held` keeps other attempts out of its folder."""
     from .data.collate import collate
     from .teachers.kinds import kind_to_record
     from .teachers.live import Live
@@ -111,7 +113,12 @@ def write(recipe: Recipe, prepared: Prepared, teacher: TeacherFiles, accelerator
     made_of = taught.made_of(recipe, teacher, prepared.tokenizer, taught.contents(prepared))
     writer = Writer(folder, kind, made_of, plan, f"{setting}.cache.path")
     size = f"{len(plan.identity_E):,} examples, {plan.targets_E.sum():,} targets of {kind.bytes} bytes, {plan.targets_E.sum() * kind.bytes / 1e6:,.1f} MB"
-    if first_alone(accelerator, writer.begin):
+
+    def begin() -> bool:
+        held.callback(lock(folder, f"{setting}.cache.path").close)
+        return writer.begin()
+
+    if first_alone(accelerator, begin):
         say(f"{folder} is whole: {size}; nothing to do")
         return folder
     mine = writer.left(rank, ranks)

@@ -235,6 +235,16 @@ def test_samples_are_refused_for_what_they_are_not_right_for(stores, make_recipe
     assert words in refusal(from_store(make_recipe, stores, "sampled", "x", **changes))
 
 
+def test_two_attempts_never_write_one_store(make_recipe, tmp_path):
+    """One would take the other's unfinished files for those of an attempt that was killed."""
+    from llmkd.run_folder import lock
+
+    recipe = make_recipe(teacher__cache={"path": str(tmp_path / "store"), "k": 8})
+    with lock(tmp_path / "store"), pytest.raises(UserError, match=r"teacher.cache.path: .*store is in use by"):
+        cache(recipe)
+    cache(recipe)
+
+
 def test_a_store_is_not_written_over_by_another(stores, make_recipe):
     with pytest.raises(UserError, match="holds a store of other answers .*made_of.teacher.dtype: float32 -> float64"):
         cache(make_recipe(teacher__cache__path=str(stores / "narrow"), teacher__cache__k=8, data__validation_share=0.2))
