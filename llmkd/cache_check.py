@@ -4,6 +4,7 @@ import dataclasses
 import gc
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from . import tracking
@@ -18,7 +19,7 @@ from .order import deal
 from .prepare import Prepared
 from .recipe import Recipe
 from .signals import FIGURES, Batch, Dense
-from .taught import TeacherFiles
+from .taught import TeacherFiles, check_store, mine_of
 from .teachers.cached import Cached
 from .teachers.live import Live
 from .teachers.store import Store
@@ -55,10 +56,14 @@ def check(recipe: Recipe, examples: int = 64) -> None:
     accelerator = start()
     if accelerator.num_processes > 1:
         raise UserError("--check: runs in one process; leave accelerate launch out")
-    sample = some_of(prepared.train, examples)
-    say(f"on {len(sample)} training examples, {int(sample.supervised.sum())} targets; nats per target")
     for teacher in todo:
-        stored = opened(recipe, teacher)
+        mine = prepared.train.take(np.array(mine_of(prepared.train, prepared.teachers.index(teacher)), np.int64))
+        sample = some_of(mine, examples)
+        if not len(sample):
+            say(f"note: {teacher.setting}: no training rows are left to it")
+            continue
+        stored = opened(recipe, prepared, teacher)
+        say(f"on {len(sample)} training examples, {int(sample.supervised.sum())} targets; nats per target")
         if teacher.settings.quantization:
             print(tracking.table(quantised(recipe, prepared, teacher, sample, accelerator)))
         if stored:
@@ -96,9 +101,12 @@ def kept(recipe: Recipe, prepared: Prepared, teacher: TeacherFiles, sample: Enco
     return rows
 
 
-def opened(recipe: Recipe, teacher: TeacherFiles) -> TeacherFiles | None:
-    """The teacher with its store; None where it names none, or where that is yet to be written and the teacher's number format is looked at."""
+def opened(recipe: Recipe, prepared: Prepared, teacher: TeacherFiles) -> TeacherFiles | None:
+    """The teacher with its store, which must be its own; None where it names none, or where that is yet to be written and the teacher's
+    number format is looked at."""
     cache = teacher.settings.cache
     if not cache or (teacher.settings.quantization and not Path(cache.path).expanduser().exists()):
         return None
-    return dataclasses.replace(teacher, store=Store.open(cache.path, f"{teacher.setting}.cache.path"))
+    found = dataclasses.replace(teacher, store=Store.open(cache.path, f"{teacher.setting}.cache.path"))
+    check_store(recipe, found, prepared.tokenizer, prepared.vocab)
+    return found

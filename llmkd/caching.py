@@ -4,6 +4,7 @@ Any number of processes write it together, each its own shards; a shard that is 
 killed goes on where it was. Size and time are said first.
 """
 
+import contextlib
 import hashlib
 import shutil
 import time
@@ -16,11 +17,12 @@ from . import taught
 from .console import bar, first_process, say
 from .cost import duration
 from .data.encode import Encoded, joined
-from .errors import Stopped, UserError
+from .errors import Stopped, UserError, alone
 from .order import deal
 from .prepare import Prepared, prepare
 from .recipe import Recipe, Teacher
-from .recipe_teacher import CACHE_KINDS
+from .recipe_teacher import CACHE_KINDS, Cache
+from .run_folder import lock
 from .stopping import StopRequest
 from .taught import TeacherFiles
 
@@ -37,8 +39,8 @@ def cache(recipe: Recipe, foreign: str | None = None, stop: StopRequest | None =
     accelerator = start()
     if foreign:
         return [read_foreign(recipe, prepared, todo, foreign, accelerator)]
-    with stop or StopRequest("finishing this batch; what is whole is kept") as stop:
-        return [write(recipe, prepared, teacher, accelerator, stop) for teacher in todo]
+    with stop or StopRequest("finishing this batch; what is whole is kept") as stop, contextlib.ExitStack() as held:
+        return [write(recipe, prepared, teacher, accelerator, stop, held) for teacher in todo]
 
 
 def chosen(
@@ -56,8 +58,29 @@ def chosen(
         raise UserError("data.streaming: found true, and a store is of rows that are all known; set it to false")
     if not recipe.loss.kd_ratio:
         raise UserError("loss.kd_ratio: found 0, with which no teacher is asked; leave it out here")
+    for setting, one in many:
+        if one.cache and which(one):
+            refuse_what_no_store_can_be(one.cache, f"{setting}.cache")
     prepared = prepare(recipe, stores=False)
-    return prepared, [one for one in prepared.teachers if which(one.settings)]
+    todo = [one for one in prepared.teachers if which(one.settings)]
+    for one in todo:
+        if one.settings.cache and not len(asked(recipe, prepared, one)):
+            raise UserError(f"{one.setting}: no source leaves it any rows, so there is nothing to keep of it; leave it out")
+    return prepared, todo
+
+
+def refuse_what_no_store_can_be(cache: Cache, setting: str) -> None:
+    """Options of another kind than the default, where kind is not given; a path that is no folder's."""
+    if cache.kind is None:
+        for kind, options in CACHE_KINDS.items():
+            for name in options:
+                if name not in CACHE_KINDS["topk"] and getattr(cache, name) is not None:
+                    raise UserError(
+                        f"{setting}.{name}: is of kind {kind}, and kind is not given, which is topk; set {setting}.kind: {kind}"
+                    )
+    folder = Path(cache.path).expanduser()
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{setting}.path: {cache.path} is a file; name a folder")
 
 
 def asked(recipe: Recipe, prepared: Prepared, teacher: TeacherFiles) -> Encoded:
@@ -78,8 +101,8 @@ def planned(encoded: Encoded, bytes_per_target: int):
     return Plan.of([encoded.identity(i) for i in range(len(encoded))], encoded.targets.tolist(), bytes_per_target)
 
 
-def write(recipe: Recipe, prepared: Prepared, teacher: TeacherFiles, accelerator, stop: StopRequest) -> Path:
-    """One teacher's store."""
+def write(recipe: Recipe, prepared: Prepared, teacher: TeacherFiles, accelerator, stop: StopRequest, held: contextlib.ExitStack) -> Path:
+    """One teacher's store; `held` keeps other attempts out of its folder."""
     from .data.collate import collate
     from .teachers.kinds import kind_to_record
     from .teachers.live import Live
@@ -94,15 +117,21 @@ def write(recipe: Recipe, prepared: Prepared, teacher: TeacherFiles, accelerator
     made_of = taught.made_of(recipe, teacher, prepared.tokenizer, taught.contents(prepared))
     writer = Writer(folder, kind, made_of, plan, f"{setting}.cache.path")
     size = f"{len(plan.identity_E):,} examples, {plan.targets_E.sum():,} targets of {kind.bytes} bytes, {plan.targets_E.sum() * kind.bytes / 1e6:,.1f} MB"
-    if first_alone(accelerator, writer.begin):
+
+    def begin() -> bool:
+        held.callback(lock(folder, f"{setting}.cache.path").close)
+        return writer.begin()
+
+    if first_alone(accelerator, begin):
         say(f"{folder} is whole: {size}; nothing to do")
         return folder
     mine = writer.left(rank, ranks)
     needs, free = sum(int(plan.targets_E[plan.shards[n]].sum()) for n in mine) * kind.bytes, shutil.disk_usage(folder).free
-    if needs > free:
-        raise UserError(
-            f"{setting}.cache.path: {folder} needs {needs / 1e9:.1f} GB and has {free / 1e9:.1f} GB free; choose another folder or kind"
-        )
+    with alone():
+        if needs > free:
+            raise UserError(
+                f"{setting}.cache.path: {folder} needs {needs / 1e6:,.1f} MB and has {free / 1e6:,.1f} MB free; choose another folder or kind"
+            )
 
     def answers(examples: list[int]):
         batch = collate(encoded, examples, prepared.tokenizer.eos_token_id).to(device)
@@ -120,9 +149,11 @@ def write(recipe: Recipe, prepared: Prepared, teacher: TeacherFiles, accelerator
             for batch in of_shard:
                 if stop():
                     raise Stopped(f"stopped by a signal; {folder} is not finished, and the same command goes on with it")
-                shard.put(*answers(batch))
+                with alone():
+                    shard.put(*answers(batch))
                 shown.update(len(batch))
-            shard.write()
+            with alone():
+                shard.write()
     accelerator.wait_for_everyone()
     first_alone(accelerator, writer.finish)
     say(f"{folder} is whole")

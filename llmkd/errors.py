@@ -44,6 +44,16 @@ def blamed_on(arm: int):
         raise
 
 
+@contextlib.contextmanager
+def alone():
+    """What goes wrong in here may be one process's own: it says so itself, whichever it is."""
+    try:
+        yield
+    except Exception as error:
+        error.alone = True
+        raise
+
+
 _REFUSED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP}
 
 
@@ -70,7 +80,7 @@ def exit_code(action, *, debug: bool = False) -> int:
     """Run `action()` and turn whatever comes out of it into one line per problem and an exit code.
 
     0 done, 1 a bug, 2 the user can mend it, 3 stopped on a non-finite value, 75 stopped by a signal.
-    In a run of several processes only rank 0 speaks, except about bugs, which may be one rank's own.
+    In a run of several processes only rank 0 speaks, except about bugs and what was met `alone`, which may be one rank's own.
     """
     speaks = first_process()
     try:
@@ -97,6 +107,7 @@ def exit_code(action, *, debug: bool = False) -> int:
         else:
             text, code, speaks = f"bug: {type(error).__name__}: {error} (--debug shows where)", 1, True
     lines = text.splitlines()
+    speaks = speaks or getattr(caught, "alone", False)
     if debug:
         traceback.print_exception(caught)
     if speaks:

@@ -95,12 +95,12 @@ class RunFolder:
             self._lock.close()
 
 
-def lock(folder: Path):
+def lock(folder: Path, setting: str = "output_dir"):
     """Create the folder and hold it: for one process at a time, until the file that is returned is closed."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"output_dir: {folder} cannot be made ({error.strerror}); choose another folder") from None
+        raise UserError(f"{setting}: {folder} cannot be made ({error.strerror}); choose another folder") from None
     held = open(folder / ".lock", "a+")  # noqa: SIM115 held until the process ends
     try:
         fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -108,7 +108,7 @@ def lock(folder: Path):
         held.seek(0)
         owner = held.read().strip() or "another run"
         held.close()
-        raise UserError(f"output_dir: {folder} is in use by {owner}; wait for it, or choose another folder") from None
+        raise UserError(f"{setting}: {folder} is in use by {owner}; wait for it, or choose another folder") from None
     held.truncate(0)
     held.write(f"process {os.getpid()} on {socket.gethostname()}")
     held.flush()

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -11,7 +12,7 @@ from .data import token_cache
 from .data.encode import EVERYONE, Encoded
 from .data.stream import Stream
 from .errors import UserError
-from .model_files import ModelFiles, find, fingerprint
+from .model_files import ModelFiles, find, fingerprint, read_json
 from .recipe import Recipe, distils
 from .recipe_teacher import CACHE_KINDS, Teacher, named
 from .teachers.store import Store
@@ -57,7 +58,8 @@ def made_of(recipe: Recipe, teacher: TeacherFiles, tokenizer, contents: dict[str
     if files := teacher.files:
         folders = {"base": files.base, "adapter": files.adapter}
         weights = {"dtype": held_in(files, one)} | {
-            name: folder and fingerprint(folder, f"{teacher.setting}.model") for name, folder in folders.items()
+            name: folder and f"{fingerprint(folder, f'{teacher.setting}.model')} {read_as(folder, f'{teacher.setting}.model')}"
+            for name, folder in folders.items()
         }
     template = hashlib.sha256(json.dumps(tokenizer.chat_template).encode()).hexdigest()
     shaping = ("max_length", "too_long", "train_on_input", "teacher_context")
@@ -68,6 +70,22 @@ def made_of(recipe: Recipe, teacher: TeacherFiles, tokenizer, contents: dict[str
     }
 
 
+#: What of a model's or an adapter's configuration says where it came from, or how it is held, and not what it computes.
+_BOOKKEEPING = {
+    *("_name_or_path", "architectures", "auto_mapping", "base_model_name_or_path", "dtype", "inference_mode", "peft_version"),
+    *("quantization_config", "revision", "task_type", "torch_dtype", "transformers_version", "use_cache"),
+}
+
+
+def read_as(folder: Path, setting: str) -> str:
+    """A hash of the configuration that weights are read by: an adapter of another lora_alpha, say, is another teacher."""
+    name = "adapter_config.json" if (folder / "adapter_config.json").exists() else "config.json"
+    said = {key: value for key, value in read_json(folder / name, setting).items() if key not in _BOOKKEEPING}
+    if isinstance(modules := said.get("target_modules"), list):  # a set, written in any order
+        said["target_modules"] = sorted(map(str, modules))
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
+
+
 def held_in(files: ModelFiles, settings: Teacher) -> str:
     """The type of a teacher's weights: as the recipe says, or as they were saved."""
     return files.dtype or "float32" if settings.dtype == "auto" else settings.dtype
@@ -76,7 +94,7 @@ def held_in(files: ModelFiles, settings: Teacher) -> str:
 def options(store: Store) -> dict:
     """A store's kind and its options, by the names of the settings."""
     found = dict(store.header["kind"])
-    return found | {"kind": found.pop("name"), "hidden_dtype": found.get("dtype")}
+    return found | {"kind": found.pop("name")}
 
 
 def contents(prepared) -> dict[str, str]:

@@ -235,6 +235,16 @@ def test_samples_are_refused_for_what_they_are_not_right_for(stores, make_recipe
     assert words in refusal(from_store(make_recipe, stores, "sampled", "x", **changes))
 
 
+def test_two_attempts_never_write_one_store(make_recipe, tmp_path):
+    """One would take the other's unfinished files for those of an attempt that was killed."""
+    from llmkd.run_folder import lock
+
+    recipe = make_recipe(teacher__cache={"path": str(tmp_path / "store"), "k": 8})
+    with lock(tmp_path / "store"), pytest.raises(UserError, match=r"teacher.cache.path: .*store is in use by"):
+        cache(recipe)
+    cache(recipe)
+
+
 def test_a_store_is_not_written_over_by_another(stores, make_recipe):
     with pytest.raises(UserError, match="holds a store of other answers .*made_of.teacher.dtype: float32 -> float64"):
         cache(make_recipe(teacher__cache__path=str(stores / "narrow"), teacher__cache__k=8, data__validation_share=0.2))
@@ -246,6 +256,8 @@ def test_a_store_is_not_written_over_by_another(stores, make_recipe):
         ({}, "teacher.cache.path: not given"),
         ({"teacher": {"cache": {"path": "x"}}}, "teacher.model: not given"),
         ({"teacher__cache__path": "x", "loss__kd_ratio": 0}, "loss.kd_ratio: found 0"),
+        ({"teacher__cache__path": "x", "teacher__cache__draws": 5}, "teacher.cache.draws: is of kind sampled, and kind is not given"),
+        ({"teacher__cache__path": "recipe.yaml"}, "teacher.cache.path: recipe.yaml is a file"),
         ({"teacher__cache__path": "x", "data__streaming": True, "train__max_steps": 3}, "data.streaming: found true"),
     ],
 )
@@ -254,6 +266,45 @@ def test_mistakes_in_writing_are_named_before_anything_is_written(make_recipe, c
     with pytest.raises(UserError) as info:
         cache(make_recipe(**changes))
     assert words in str(info.value) and not Path("x").exists()
+
+
+@pytest.mark.parametrize(("at", "options"), [("alpha", {"lora_alpha": 1}), ("order", {})])
+def test_an_adapter_that_is_read_otherwise_is_another_teacher(world, stores, make_recipe, tmp_path, at, options):
+    """The same weights scaled by another lora_alpha; but the order in which its modules are listed says nothing."""
+    shutil.copytree(world / "adapter", tmp_path / "adapter")
+    file = tmp_path / "adapter/adapter_config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"target_modules": sorted(config["target_modules"])[::-1]} | options))
+    teacher = {"model": str(tmp_path / "adapter"), "dtype": "float32", "cache": {"path": str(stores / "narrow")}}
+    recipe = make_recipe("x", teacher=teacher, train__max_steps=2)
+    if at == "alpha":
+        assert "was made by a teacher with another adapter" in refusal(recipe)
+    else:
+        run(recipe)
+
+
+def test_a_base_that_is_read_otherwise_is_another_teacher(world, stores, make_recipe, tmp_path):
+    shutil.copytree(world / "teacher", tmp_path / "teacher")
+    file = tmp_path / "teacher/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"rms_norm_eps": 0.1}))
+    teacher = {"model": str(world / "adapter"), "base": str(tmp_path / "teacher"), "dtype": "float32"}
+    said = refusal(make_recipe("x", teacher=teacher | {"cache": {"path": str(stores / "narrow")}}))
+    assert "was made by a teacher on another base" in said and "dtype" not in said and "adapter, or" not in said
+
+
+def test_the_settings_that_a_store_was_made_by_may_stay_in_the_recipe(make_recipe, tmp_path):
+    for n, options in enumerate(
+        (
+            {"kind": "hidden", "hidden_dtype": "int8"},
+            {"kind": "topk", "k": 9, "value_bits": 5},
+            {"kind": "sampled", "draws": 7, "temperature": 2.0, "seed": 3},
+        )
+    ):
+        recipe = make_recipe(
+            f"out{n}", teacher__cache={"path": str(tmp_path / f"{n}")} | options, loss__temperature=2.0, train__max_steps=2
+        )
+        cache(recipe)
+        run(recipe)
 
 
 # ---- together with others
@@ -295,7 +346,43 @@ def test_check_says_what_a_store_and_a_quantised_teacher_lose(world, stores, mak
     assert "unquantised" in out and "nf4" in out and "agreement" in out
 
 
+def test_teachers_that_have_rows_of_their_own_are_checked_on_them(world, make_recipe, tmp_path, capsys):
+    """A teacher without any is refused."""
+    adapter = {"model": str(world / "adapter"), "dtype": "float32"}
+    both = [{"name": name, "cache": {"path": str(tmp_path / name), "k": 8}} | adapter for name in ("a", "b")]
+    parted = [{"path": str(world / f"{file}.jsonl"), "teacher": name} for file, name in (("train", "a"), ("held", "b"))]
+    recipe = make_recipe(teacher=both, data__train=parted)
+    cache(recipe)
+    check(recipe)
+    said = capsys.readouterr()
+    assert "on 37 training examples" in said.err and "on 9 training examples" in said.err and said.out.count("live") == 2
+    with pytest.raises(UserError, match=r"teacher.1: no source leaves it any rows"):
+        cache(make_recipe(teacher=both, data__train=parted[:1]))
+
+
+def test_check_refuses_a_store_that_is_not_this_teachers_or_not_there(world, stores, make_recipe, tmp_path):
+    for store, words in (
+        (stores / "narrow", "was made by a teacher with dtype float32"),
+        (tmp_path / "none", "no store of teacher answers"),
+    ):
+        with pytest.raises(UserError, match=words):
+            check(make_recipe(teacher__cache__path=str(store), teacher__dtype="float64"))
+
+
 # ---- processes
+
+
+def test_a_process_that_finds_damage_in_its_share_says_so(damaged, make_recipe, capsys, monkeypatch):
+    """Processes share the checking: the first one may have seen nothing."""
+    folder = damaged("hidden")
+    head = folder / "head.safetensors"  # the last of the files
+    head.write_bytes(head.read_bytes()[:-1])
+    config = Path(make_recipe(teacher={"cache": {"path": str(folder)}}).output_dir).parent / "recipe.yaml"
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    assert main(["train", "--config", str(config), "--teacher", json.dumps({"cache": {"path": str(folder)}})]) == 2
+    assert "head.safetensors is damaged" in capsys.readouterr().err
 
 
 def launched(*words: str, processes: int, cwd: Path, **environment: str) -> subprocess.CompletedProcess:

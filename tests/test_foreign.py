@@ -116,7 +116,7 @@ def test_each_spelling_says_what_the_teacher_said(small, spelling):
     dense = forward_kl(log_q, torch.cat([small.log_p[i][t][None] for i, t in wanted]))
     found = signal.divergence(forward_kl, slice(None), log_q)
     assert (found <= dense + 0.02).all() and (found > 0).all()
-    assert not signal.stated(slice(None), batch.labels_N)
+    assert signal.stated(slice(None), batch.labels_N, log_q).keys() == {"agreement"}
 
 
 def test_more_than_are_kept_join_the_rest_and_fewer_leave_room(small):
@@ -192,6 +192,7 @@ WRONG = [
     ("vllm", ("prompt_token_ids", 4), 3, r":2: token 5 is 3 .* here, and \d+ "),
     ("vllm", ("prompt_logprobs",), [None], "expected lists of one length"),
     ("vllm", ("prompt_logprobs", -3), {"a": 1}, 'prompt_logprobs: expected {"id"'),
+    ("vllm", ("prompt_logprobs", -3), {"3": -0.1}, r":2: prompt_logprobs: target \d+ .* is not among its own"),
     ("openai", ("logprobs", "content", 0, "token"), "zebra", r":2: target 1 is 'zebra' here, and \d+ .* in the example"),
     ("openai", ("logprobs", "content"), None, "logprobs.content: expected token"),
     ("openai", ("logprobs", "content"), [], r"answers 0 targets, and the example has \d+"),

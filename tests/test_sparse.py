@@ -292,3 +292,14 @@ def test_samples_are_for_their_own_temperature_and_the_forward_kl():
     with pytest.raises(ValueError, match="no other divergence"):
         signal.divergence(named("reverse_kl"), ALL, log_q, 2.0)
     assert signal.stated(ALL, labels(), log_q).keys() == {"teacher_ce", "teacher_entropy"}
+
+
+@pytest.mark.parametrize("mask", [-1e4, -65504.0])
+def test_tokens_that_a_model_masks_do_not_blur_the_others(mask):
+    """Two live tokens among masked ones, as after a model's own bias: the code's levels are not spent on the masks, and nothing overflows."""
+    log_p = torch.full((4, 512), mask).index_add(1, torch.tensor([3, 9]), torch.tensor([[1.0, 0.3]] * 4) - mask).log_softmax(1)
+    log_q = dense(2.0, 4, 512, seed=1).float()
+    kind, know = KeepTopK(512, 64, 8), torch.tensor([3, 9, 3, 400])
+    signal = kind.signal(torch.from_numpy(kind.record(dense_signal(log_p), know, examples(4))), "cpu")
+    assert_close(signal.divergence(KL, ALL, log_q), forward_kl(log_q, log_p), rtol=1e-3, atol=0)
+    assert torch.isfinite(signal.divergence(named("reverse_kl"), ALL, log_q)).all()

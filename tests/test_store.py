@@ -343,3 +343,13 @@ def test_an_answer_that_is_not_a_number_is_not_kept():
     for kind in (KeepTopK(9, 3, 8), KeepHidden(9, 4, "float32", StoredHead.of(signal.head))):
         with pytest.raises(UserError, match="not a number"):
             kind.record(signal, torch.zeros(3, dtype=torch.long), [])
+
+
+@pytest.mark.parametrize("settings", [*(settings for settings, _ in KINDS.values()), Cache(path="x", kind="hidden", hidden_dtype="int8")])
+def test_a_process_that_has_no_example_reads_nothing(settings, tmp_path, data, teacher):
+    """The last window of an epoch may leave a process without any."""
+    encoded, vocab = data
+    write(tmp_path / "store", kind_to_record(settings, vocab, teacher), encoded, teacher)
+    batch = collate(encoded, [], 0)
+    said = Cached(Store.open(tmp_path / "store"), "cpu")(batch)
+    assert said.label_log_probs(slice(0, 0), batch.labels_N).shape == (0,)

@@ -2,6 +2,7 @@
 
 import torch
 
+from ..errors import alone
 from ..signals import Batch, Signal
 from .kinds import kind_of
 from .store import Store
@@ -22,5 +23,6 @@ class Cached:
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Signal:
-        records_NR = self.store.read([e.identity for e in batch.examples], [e.targets for e in batch.examples])
+        with alone():
+            records_NR = self.store.read([e.identity for e in batch.examples], [e.targets for e in batch.examples])
         return self.kind.signal(torch.from_numpy(records_NR), self.device)

@@ -3,7 +3,7 @@
 A JSONL file, one line for each example, in the order of the examples or with "row", the number of the data's row (from 1). A line is one of
 
     {"labels": [5, 7], "top": [[[5, -0.1], [9, -3.2]], [[7, -0.02]]]}                    ids and log-probabilities, target by target
-    {"prompt_token_ids": [1, 5, 7], "prompt_logprobs": [null, {"5": {"logprob": -0.1}, ...}, ...]}      vLLM, the whole text
+    {"prompt_token_ids": [1, 5, 7], "prompt_logprobs": [null, {"5": {"logprob": -0.1}, ...}, ...]}      vLLM, the whole text; each has its own token
     {"logprobs": {"content": [{"token": " so", "logprob": -0.1, "top_logprobs": [{"token": ..., "logprob": ...}, ...]}, ...]}}
 
 (the last also inside "choices", as the API gives it; only for examples with one answer). Log-probabilities are of the model's own
@@ -26,12 +26,11 @@ from ..data.encode import Encoded
 from ..data.rows import Problems
 from ..errors import UserError
 from .kinds import KeepTopK
-from .sparse import TopK
+from .sparse import RULED_OUT, TopK
 from .store import Writer
 
 NODES = (1.0,)  # nothing but its mass is known of the rest
 _SLACK = 1e-3  # by which rounding may carry a log-probability above 0, or a sum of probabilities above 1
-_RULED_OUT = -100.0
 
 Entry = dict[int, float]  # of one target: token id to log-probability
 
@@ -181,9 +180,15 @@ class _Reader:
         self._same(given[:last], ids[:last].tolist(), "token")
         places = np.flatnonzero(marks)
         try:
-            return [{int(token): x["logprob"] if isinstance(x, dict) else x for token, x in (top[t] or {}).items()} for t in places]
+            entries = [{int(token): x["logprob"] if isinstance(x, dict) else x for token, x in (top[t] or {}).items()} for t in places]
         except (AttributeError, KeyError, TypeError, ValueError):
             raise ValueError('prompt_logprobs: expected {"id": {"logprob": x}, ...} for each token') from None
+        for n, (entry, label) in enumerate(zip(entries, ids[marks].tolist(), strict=True), 1):
+            if entry and label not in entry:  # vLLM lists every token of the prompt itself
+                raise ValueError(
+                    f"prompt_logprobs: target {n} ({self._shown(label)}) is not among its own; are they of the token after, or before?"
+                )
+        return entries
 
     def _openai(self, content, labels: list[int], counts: Counter) -> list[Entry]:
         texts, entries = self._strings(), []
@@ -242,8 +247,8 @@ class _Reader:
         ids_NK, log_p_NK = np.zeros((n, k), np.int64), np.full((n, k), -np.inf)
         rest_N, label_N = np.zeros(n), np.zeros(n)
         for row, (entry, label) in enumerate(targets):
-            best = sorted((token for token, value in entry.items() if value > _RULED_OUT), key=lambda token: -entry[token])[:k]
-            filler = (token for token in range(vocab) if token not in entry or entry[token] <= _RULED_OUT)
+            best = sorted((token for token, value in entry.items() if value > RULED_OUT), key=lambda token: -entry[token])[:k]
+            filler = (token for token in range(vocab) if token not in entry or entry[token] <= RULED_OUT)
             ids_NK[row] = sorted([*best, *(next(filler) for _ in range(k - len(best)))])
             kept = {token: min(entry[token], 0.0) for token in best}
             log_p_NK[row] = [kept.get(token, -math.inf) for token in ids_NK[row].tolist()]

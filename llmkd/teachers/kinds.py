@@ -160,7 +160,7 @@ class KeepHidden:
     def signal(self, records_NR: Tensor, device) -> Dense:
         records_NR = records_NR.to(device, non_blocking=True)
         if self.dtype != "int8":
-            return Dense(records_NR.view(getattr(torch, self.dtype)), self.head.on(device))
+            return Dense(_dense(records_NR).view(getattr(torch, self.dtype)), self.head.on(device))
         step_N1, code_NH = records_NR.split((4, self.width), 1)
         return Dense(code_NH.view(torch.int8) * _dense(step_N1).view(torch.float32), self.head.on(device))
 
@@ -211,7 +211,7 @@ def _halves(part_NB: Tensor) -> Tensor:
 
 
 def _dense(x: Tensor) -> Tensor:
-    """A copy that can be seen as another type: of one row, `contiguous` would keep a place in memory or strides that cannot."""
+    """A copy that can be seen as another type: of one row or none, `contiguous` would keep a place in memory or strides that cannot."""
     return x.clone(memory_format=torch.contiguous_format)
 
 

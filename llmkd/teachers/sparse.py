@@ -11,6 +11,8 @@ from ..signals import Divergence, Rows
 
 #: Exponents s at which the rest's mass, log of the sum of p^s over it, is kept: temperatures 4, 2, 1 and 1/2.
 NODES = (0.25, 0.5, 1.0, 2.0)
+#: A token below it is part of the rest, whatever its rank: a mask that a model puts on tokens would else stretch the levels of all others.
+RULED_OUT = -100.0
 _NOTHING = -1e30  # log-probability of an event that a student cannot see: finite, so that no gradient is a NaN
 
 
@@ -39,13 +41,16 @@ class TopK:
     @staticmethod
     def of(log_p_NV: Tensor, k: int, labels_N: Tensor) -> "TopK":
         """The K likeliest tokens of a dense distribution, in its own precision."""
-        log_p_NK, ids_NK = log_p_NV.topk(k)
-        ids_NK, order_NK = ids_NK.sort()
-        rest_NV = log_p_NV.scatter(1, ids_NK, -math.inf)
+        ids_NK = log_p_NV.topk(k).indices.sort().values
+        found_NK = log_p_NV.gather(1, ids_NK)
+        ruled_out_NK = found_NK < RULED_OUT
+        log_p_NK = found_NK.masked_fill(ruled_out_NK, -math.inf)
+        rest_NV = log_p_NV.scatter(1, ids_NK, torch.where(ruled_out_NK, found_NK, -math.inf))
         rest_NS = torch.stack([(rest_NV * s).logsumexp(1) for s in NODES], 1)
+        rest_NS = torch.where(rest_NS > -math.inf, rest_NS.clamp_min(-6e4), rest_NS)  # in the range of float16
         rest_NS[:, NODES.index(1)].clamp_max_(0)
         label_N = log_p_NV.gather(1, labels_N[:, None])[:, 0]
-        return TopK(ids_NK, log_p_NK.gather(1, order_NK), rest_NS, log_p_NV.shape[1], label_N, entropy(log_p_NV))
+        return TopK(ids_NK, log_p_NK, rest_NS, log_p_NV.shape[1], label_N, entropy(log_p_NV))
 
     def events(self, rows: Rows, temperature: float = 1.0) -> Tensor:
         """The teacher's log-probabilities of the K + 1 events, [n, K + 1]; they sum to one."""

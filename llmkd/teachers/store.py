@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..errors import UserError
+from ..errors import UserError, alone
 from ..model_files import tensors
 
 VERSION = 1
@@ -174,7 +174,8 @@ class Store:
             raise UserError(f"{setting}: {folder / lacking[0]} is missing{more}; run llmkd cache again")
         rank, ranks = (int(os.environ.get(name, value)) for name, value in (("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1")))
         mine = files[rank::ranks]
-        with concurrent.futures.ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:  # hashing leaves the interpreter to others
+        threads = min(8, os.cpu_count() or 1)  # hashing leaves the interpreter to others
+        with alone(), concurrent.futures.ThreadPoolExecutor(threads) as pool:
             for file, found in zip(mine, pool.map(lambda file: _digest(folder / file["file"]), mine), strict=True):
                 if found != file["sha256"]:
                     raise UserError(
