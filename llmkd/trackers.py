@@ -34,7 +34,8 @@ class Trackers:
 
     def log(self, record: dict) -> None:
         """A record of metrics.jsonl."""
-        group, values = ("validation", record["validation"]) if "validation" in record else ("train", record)
+        group = next((name for name in ("validation", "gate") if name in record), "train")
+        values = record.get(group, record)
         figures = {f"{group}/{k}": v for k, v in values.items() if k != "step"}
         for name, tracker in list(self.running.items()):
             self._try(name, tracker.log, figures, step=record["step"])

@@ -88,7 +88,7 @@ def test_a_weighted_run_resumes_bit_for_bit(several, tmp_path):
             shutil.rmtree(path)
     run(several("part", **settings), resume=True)
     assert distance(weights(out), weights(tmp_path / "whole")) == 0
-    with pytest.raises(UserError, match=r"^data.train: "):
+    with pytest.raises(UserError, match=r"^data.train.0.weight: "):
         (out / "summary.json").unlink()
         run(several("part", **settings | {"first": {"weight": 0.75}}), resume=True)
 
