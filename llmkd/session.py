@@ -23,8 +23,8 @@ from .gate import some_of, verdict
 from .loop import Learner, train
 from .losses.divergences import named
 from .losses.objective import Objective
-from .order import Plan, learning_rate
-from .prepare import Prepared
+from .order import Budget, Plan, learning_rate
+from .prepare import Prepared, micro_batch
 from .recipe import Recipe, distils, sources
 from .run_folder import RunFolder, write
 from .signals import Teacher
@@ -135,7 +135,7 @@ class Session:
         self.recipe, self.prepared, self.accelerator, self.stop = recipe, prepared, accelerator, stop
         self.main, self.pad = accelerator.is_main_process, prepared.tokenizer.eos_token_id
         vocab, device = prepared.vocab, accelerator.device
-        packing = recipe.data.packing * recipe.train.micro_batch_size * recipe.data.max_length
+        packing = recipe.data.packing * longest_row(recipe)
         live = [(one.setting, one.settings) for one in prepared.teachers if one.store is None]
         students, spoken = load_together([r.student for r in recipes], live, vocab, device, recipe.seed, packing)
         self.teacher = self.teachers(lead, spoken)
@@ -329,7 +329,7 @@ def plan(recipe: Recipe, prepared: Prepared, rank: int, ranks: int):
         prepared.train.lengths,
         recipe.seed,
         train.batch_size,
-        train.micro_batch_size,
+        micro_batch(recipe),
         train.epochs,
         train.max_steps,
         train.length_group,
@@ -337,7 +337,14 @@ def plan(recipe: Recipe, prepared: Prepared, rank: int, ranks: int):
         ranks,
         prepared.train.source,
         tuple(source.weight for source in sources(recipe.data.train)),
+        prepared.train.widths,
     )
+
+
+def longest_row(recipe: Recipe) -> int:
+    """The tokens that a packed row may hold."""
+    size, most = micro_batch(recipe), recipe.data.max_length
+    return max(most, min(size.tokens, recipe.train.batch_size * most)) if isinstance(size, Budget) else size * most
 
 
 def build_learner(recipe: Recipe, student, total_steps: int, accelerator):

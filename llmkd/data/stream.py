@@ -17,7 +17,7 @@ from typing import Any
 
 from ..console import say
 from ..errors import UserError
-from ..order import Step, deal
+from ..order import Budget, Step, deal
 from ..recipe import Data, Source
 from . import skills
 from .encode import EVERYONE, Encoded, encode
@@ -37,7 +37,7 @@ class Stream:
         tokenizer,
         seed: int,
         batch_size: int,
-        micro_batch_size: int,
+        micro_batch_size: int | Budget,
         total_steps: int,
         teacher: int = EVERYONE,
     ):
@@ -107,6 +107,10 @@ class Stream:
     def lengths(self):
         return self.window.lengths
 
+    @property
+    def widths(self):
+        return self.window.widths
+
     def __len__(self) -> int:
         return len(self.window)
 
@@ -140,13 +144,17 @@ class Stream:
                 raise UserError(
                     f"{self.setting}: none of {self.source.path}'s rows has a supervised token left; look at data.max_length and the rows"
                 )
-            micro_batches = deal(list(range(len(self.window))), self.window.lengths, self.micro_batch_size, self.rank, self.ranks)
-            yield Step(number, taken[0][0], micro_batches or [[]])
+            window = list(range(len(self.window)))
+            yield Step(number, taken[0][0], self.cut(window), window)
         c = self.counts
         if c:
             say(
                 f"train: {c['rows']} rows streamed, {c['examples']} examples ({c['too_long']} too long, {c['unsupervised']} with nothing supervised)"
             )
+
+    def cut(self, window: list[int]) -> list[list[int]]:
+        """This rank's micro-batches of those examples of the step at hand."""
+        return deal(window, self.window.widths, self.micro_batch_size, self.rank, self.ranks) or [[]]
 
     def _rows(self, skip: int, digest=None, arrived: Callable[[], None] | None = None) -> Iterator[tuple[int, str, Any]]:
         """(pass, place, get) of the endless stream, from row `skip` on; `arrived` is called there.
