@@ -91,7 +91,7 @@ def exit_code(action, *, debug: bool = False) -> int:
             text, code = f"{_first_line(error)}; choose a place that can be written to, then --resume", UserError.exit_code
         elif is_out_of_memory(error):
             text, code = (
-                f"out of memory ({_first_line(error)}); lower train.micro_batch_size or data.max_length, then --resume",
+                f"out of memory ({_first_line(error)}); lower train.micro_batch_size, train.micro_batch_tokens or data.max_length, then --resume",
                 UserError.exit_code,
             )
         else:

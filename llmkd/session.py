@@ -4,6 +4,7 @@
 student with its own recipe and folder. An ordinary run is a session with one arm.
 """
 
+import contextlib
 import functools
 import json
 import math
@@ -12,6 +13,7 @@ import shutil
 from pathlib import Path
 
 from . import checkpoint, models, optimizers, tracking
+from .ahead import ahead
 from .card import card
 from .console import bar, say
 from .data.collate import collate
@@ -19,6 +21,7 @@ from .data.encode import Encoded
 from .data.stream import Stream
 from .distiller import Distiller
 from .errors import NonFinite, Stopped, UserError, blamed_on
+from .fitting import Fitting
 from .gate import some_of, verdict
 from .loop import Learner, train
 from .losses.divergences import named
@@ -209,21 +212,27 @@ class Session:
             batch_of = functools.partial(collate, self.prepared.train, pad=self.pad, packing=recipe.data.packing)
             learners = [arm.learner for arm in self.arms]
             teacher = self.teacher if any(distils(arm.recipe) for arm in self.arms) else None
-            for progress in train(self.plan, batch_of, learners, teacher, self.accelerator, self.done, self.stop):
-                step, last = progress.step, progress.step == total
-                for k, error in progress.failures.items():
-                    self.arms[k].fail(error)
-                    if len(self.arms) > 1:
-                        self.display.say(f"{self.arms[k].folder.path.name} is given up: {self.arms[k].failure}")
-                self.show(progress, last)
-                if not self.active:
-                    return
-                if last or due(recipe.validation.every, step):
-                    self.validate(step)
-                if due(recipe.checkpoint.every, step) or (last and recipe.checkpoint.every):
-                    self.save(step)
-                if progress.stop and not last:
-                    raise self.stopped(step)
+            options = {"ahead": iter if isinstance(self.plan, Stream) else ahead}  # a stream is itself ahead, and holds one step's rows
+            if recipe.train.micro_batch_tokens == "auto" and self.done < total:
+                options |= self.fitted(batch_of, learners, teacher)
+            with contextlib.closing(
+                train(self.plan, batch_of, learners, teacher, self.accelerator, self.done, self.stop, **options)
+            ) as steps:
+                for progress in steps:
+                    step, last = progress.step, progress.step == total
+                    for k, error in progress.failures.items():
+                        self.arms[k].fail(error)
+                        if len(self.arms) > 1:
+                            self.display.say(f"{self.arms[k].folder.path.name} is given up: {self.arms[k].failure}")
+                    self.show(progress, last)
+                    if not self.active:
+                        return
+                    if last or due(recipe.validation.every, step):
+                        self.validate(step)
+                    if due(recipe.checkpoint.every, step) or (last and recipe.checkpoint.every):
+                        self.save(step)
+                    if progress.stop and not last:
+                        raise self.stopped(step)
         except UserError:  # a bad row of a stream: what was learnt so far is kept
             self.save(step)
             raise
@@ -231,6 +240,13 @@ class Session:
             self.display.close()
             for arm in self.arms if self.main else ():
                 arm.record.close()
+
+    def fitted(self, batch_of, learners: list[Learner], teacher: Teacher | None) -> dict:
+        """Measure how large micro-batches may be. What the loop is told of it: on one process, to mind when memory runs out."""
+        size, data = self.plan.micro_batch_size, self.prepared.train
+        fitting = Fitting(size, self.plan, data, batch_of, learners, teacher, self.accelerator, self.display.say)
+        fitting.measure(self.recipe.train.batch_size)
+        return {"within_memory": fitting} if self.accelerator.num_processes == 1 else {}
 
     def show(self, progress, last: bool) -> None:
         """Count the step; record and show it where that is due."""
