@@ -45,9 +45,9 @@ class Fitting:
             while True:
                 held = np.cumsum(widths) if self.budget.packing else longest * np.arange(1, len(widths) + 1)
                 examples = worst[: max(1, int(np.searchsorted(held, tokens, side="right")))].tolist()
-                if not self._fits(examples) or gauge.taken > room:
+                if not self._fits(examples) or (peak := gauge.taken) > room:
                     break
-                found, taken = tokens, gauge.taken
+                found, taken = tokens, peak
                 if tokens >= bound or (gauge.cautious and 2 * taken > room):
                     break
                 tokens = min(2 * tokens, bound)
