@@ -15,7 +15,7 @@ import torch
 
 from .errors import UserError, is_out_of_memory
 from .loop import Learner, Taken, learn
-from .order import MOST_TOKENS, Budget, Plan, Step
+from .order import MOST_PACKED, MOST_TOKENS, Budget, Plan, Step
 from .signals import Batch, Teacher
 
 
@@ -38,7 +38,7 @@ class Fitting:
         if not len(worst):
             raise UserError("train.micro_batch_tokens: found auto, and the first step has no example to measure with; give a number")
         widths = widths_E[worst]
-        longest, bound = int(widths[0]), min(MOST_TOKENS, self.budget.of(widths))
+        longest, bound = int(widths[0]), min(MOST_PACKED if self.budget.packing else MOST_TOKENS, self.budget.of(widths))
         gauge, tokens, found, taken = gauge_of(self.accelerator.device), longest, 0, 0
         room = gauge.room - sum(2 * p.nbytes for one in self.learners if not one.optimizer.state for p in one.parameters.values())
         with torch.random.fork_rng([self.accelerator.device] if self.accelerator.device.type == "cuda" else []):

@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 MOST_TOKENS = 65_536  # of a micro-batch whose budget is measured: beyond, nothing becomes faster
+MOST_PACKED = 16_384  # of a packed row alike: most attention kernels work on every pair of its tokens, and drop those of two examples
+_FLOOR = 1024  # tokens: a smaller pass takes a GPU about as long, which then waits for its kernels to be launched
 
 
 @dataclass(frozen=True)
@@ -127,7 +129,10 @@ def deal(examples: list[int], lengths: np.ndarray, size: int | Budget, rank: int
 
 
 def _sliced(lengths: list[int], tokens: int, ranks: int) -> list[list[int]]:
-    """Slices of falling `lengths` with length x count <= tokens: as few as there can be for so many ranks, as even as so many can be."""
+    """Slices of falling `lengths` with length x count <= tokens, equally many for each rank.
+
+    However many they are, they are as even as so many can be. More pad less, until they are so small that a pass is not shorter for it.
+    """
 
     def slices(most: int) -> list[list[int]]:
         out, start = [], 0
@@ -137,13 +142,21 @@ def _sliced(lengths: list[int], tokens: int, ranks: int) -> list[list[int]]:
             start += count
         return out
 
-    fewest = len(slices(tokens))
-    fewest += -fewest % ranks
-    low, high = 1, tokens  # the least budget that does with no more
-    while low < high:
-        middle = (low + high) // 2
-        low, high = (low, middle) if len(slices(middle)) <= fewest else (middle + 1, high)
-    return slices(low)
+    def even(count: int) -> list[list[int]]:
+        low, high = 1, tokens  # the least budget that does with no more
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if len(slices(middle)) <= count else (middle + 1, high)
+        return slices(low)
+
+    best, least, count = [], math.inf, len(slices(tokens))
+    while (count := count + -count % ranks) * _FLOOR < least and count < len(lengths) + ranks:
+        cut = even(count)
+        cost = sum(max(_FLOOR, lengths[one[0]] * len(one)) for one in cut)
+        if cost < least:
+            best, least = cut, cost
+        count += 1 + count // 4
+    return best
 
 
 def _filled(lengths: list[int], tokens: int, ranks: int) -> list[list[int]]:

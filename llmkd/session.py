@@ -246,6 +246,7 @@ class Session:
         size, data = self.plan.micro_batch_size, self.prepared.train
         fitting = Fitting(size, self.plan, data, batch_of, learners, teacher, self.accelerator, self.display.say)
         fitting.measure(self.recipe.train.batch_size)
+        self.display.speed()  # what was spent here is not training's
         return {"within_memory": fitting} if self.accelerator.num_processes == 1 else {}
 
     def show(self, progress, last: bool) -> None:

@@ -44,7 +44,8 @@ def test_items_come_in_order_each_made_while_the_one_before_is_used_and_errors_i
 
 def test_leaving_the_loop_early_ends_the_thread_and_what_it_runs():
     begun, ended = [], []
-    with pytest.raises(ValueError), contextlib.closing(ahead(counting(9, begun, ended))) as items:
+    source = counting(9, begun, ended)  # held, so that it is not closed by being forgotten
+    with pytest.raises(ValueError), contextlib.closing(ahead(source)) as items:
         for n in items:
             if n == 2:
                 raise ValueError

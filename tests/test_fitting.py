@@ -3,15 +3,19 @@
 Memory that runs out is a student whose forward pass raises above a number of tokens while it trains.
 """
 
+import dataclasses
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import distance, plain_recipe, weights
 from test_parity import BOUND, torchrun
 
 from llmkd import fitting
+from llmkd.cost import largest_micro_batch
+from llmkd.data.encode import Encoded
 from llmkd.errors import UserError
 from llmkd.models import LanguageModel
 from llmkd.run_folder import RunFolder
@@ -179,6 +183,19 @@ def test_a_stream_is_measured_on_its_first_step(trained, memory, capsys):
     measured = trained("auto", **AUTO, **changes)
     (found,) = said(capsys)
     assert distance(measured, trained("hand", **changes, **AUTO | {"train__micro_batch_tokens": found})) == 0
+
+
+def test_what_a_teacher_reads_counts_where_it_is_more():
+    own, read = (Encoded(np.zeros(n, np.int32), np.ones(n, bool), np.array([0, 3, n]), np.arange(2)) for n in (8, 7))
+    assert own.widths.tolist() == [3, 5]
+    own.for_teacher = dataclasses.replace(read, offsets=np.array([0, 4, 7]))
+    assert own.widths.tolist() == [4, 5]
+
+
+def test_what_a_sweep_is_said_to_need_follows_the_budget():
+    lengths = np.array([5, 40, 9, 30, 8])
+    cases = {(2, None): 70, (None, 50): 50, (None, 10): 40, (None, 1000): 92, (None, "auto"): 40}
+    assert {case: largest_micro_batch(lengths, *case) for case in cases} == cases
 
 
 @pytest.mark.slow
