@@ -15,7 +15,9 @@ from dataclasses import dataclass, field
 import numpy as np
 
 MOST_TOKENS = 65_536  # of a micro-batch whose budget is measured: beyond, nothing becomes faster
-MOST_PACKED = 16_384  # of a packed row alike: most attention kernels work on every pair of its tokens, and drop those of two examples
+MOST_PACKED = (
+    8_192  # of a packed row alike: but for flash attention, every pair of its tokens is computed, and those of two examples dropped
+)
 _FLOOR = 1024  # tokens: a smaller pass takes a GPU about as long, which then waits for its kernels to be launched
 
 

@@ -5,7 +5,8 @@
 
 The models are made on the spot, a teacher twice as wide and deep as the student, and so are the data: random tokens of log-normal lengths,
 of which the last 56 % are supervised, roughly as in Alpaca. LoRA of rank 64, forward KL and CE by halves, AdamW. Everything is what a run
-does in a step, by the same loop; settings take turns. Tokens are real ones: padding is not counted. Prints Markdown.
+does in a step, by the same loop; settings take turns. Tokens are real ones: padding is not counted. On a CPU seconds are of CPU time, so give it one thread
+(OMP_NUM_THREADS=1). Prints Markdown.
 """
 
 import argparse
@@ -114,11 +115,12 @@ def timed(options, data: Encoded, student: LanguageModel, teacher, size, packing
     learner = Learner(distiller, optimizer, parameters, lambda step: 2e-4, 1.0)
     plan = Plan(data.lengths, 0, options.batch, size, 1, None)
     batch_of = partial(collate, data, pad=0, packing=packing)
-    gauge, times, losses, targets = gauge_of(accelerator.device), [time.perf_counter()], [], []
+    clock = time.perf_counter if accelerator.device.type == "cuda" else time.process_time
+    gauge, times, losses, targets = gauge_of(accelerator.device), [clock()], [], []
     for progress in train(plan, batch_of, [learner], Live(teacher) if teacher else None, accelerator, ahead=ahead):
         if accelerator.device.type == "cuda":
             torch.cuda.synchronize()
-        times.append(time.perf_counter())
+        times.append(clock())
         losses.append(progress.terms[0]["ce"])
         targets.append(progress.targets)
     batches = [batch_of(m) for step in plan.steps(1) for m in step.micro_batches]
@@ -167,6 +169,8 @@ def report(options, data: Encoded, student, teacher, runs: dict, device) -> None
         "\nMedians over all steps but each round's first. Peak: beside the weights, the largest of the rounds. The first step's CE, from the"
     )
     print("same adapter on the same examples, is equal in all rows (1e-5 in float32, 5e-3 in bfloat16), or there would be no table.")
+    print("Packed rows are slow where attention computes every pair of a row's tokens and drops those of two examples, as sdpa does:")
+    print("at T tokens a row and width H that is about T / 6H of the body's own products.")
     print("--shapes llama has not yet been run on a GPU." if device.type == "cpu" else "")
 
 
