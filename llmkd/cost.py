@@ -68,9 +68,16 @@ def estimate(recipes: list[Recipe], sizes: dict) -> Cost | None:
             bytes_ += 0 if shared else present[-1].all * weight_bytes(theirs, one.dtype, one.quantization)
     full, checkpointing = recipe.student.method == "full", recipe.student.gradient_checkpointing
     trained = sum(student.all if full else trained_by(files, r.student.lora or Lora()) for r in recipes)
-    longest = int(np.sort(lengths)[-train.micro_batch_size :].sum())
+    longest = largest_micro_batch(lengths, train.micro_batch_size, train.micro_batch_tokens)
     operations = step_operations(student, present, len(recipes), tokens, targets, full, checkpointing, passes * read)
     return Cost(operations / (EFFICIENCY * rate(device)), bytes_ + memory(student, trained, longest, checkpointing))
+
+
+def largest_micro_batch(lengths: np.ndarray, size: int | None, tokens: int | str | None) -> int:
+    """Its tokens. `auto` needs no more than the longest example, and takes what there is."""
+    if tokens:
+        return max(int(lengths.max()), min(tokens, int(lengths.sum())) if isinstance(tokens, int) else 0)
+    return int(np.sort(lengths)[-size:].sum())
 
 
 def shape_of(files: ModelFiles) -> Shape:

@@ -69,7 +69,8 @@ def brief(error: BaseException) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    return "OutOfMemory" in type(error).__name__ or "can't allocate memory" in str(error)
+    said = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    return "OutOfMemory" in type(error).__name__ or any(words in str(error) for words in said)
 
 
 def _first_line(error: BaseException) -> str:
@@ -80,7 +81,7 @@ def exit_code(action, *, debug: bool = False) -> int:
     """Run `action()` and turn whatever comes out of it into one line per problem and an exit code.
 
     0 done, 1 a bug, 2 the user can mend it, 3 stopped on a non-finite value, 75 stopped by a signal.
-    In a run of several processes only rank 0 speaks, except about bugs and what was met `alone`, which may be one rank's own.
+    In a run of several processes only rank 0 speaks, except about bugs, memory and what was met `alone`, which may be one rank's own.
     """
     speaks = first_process()
     try:
@@ -100,9 +101,10 @@ def exit_code(action, *, debug: bool = False) -> int:
         elif isinstance(error, OSError) and error.errno in _REFUSED:
             text, code = f"{_first_line(error)}; choose a place that can be written to, then --resume", UserError.exit_code
         elif is_out_of_memory(error):
-            text, code = (
-                f"out of memory ({_first_line(error)}); lower train.micro_batch_size or data.max_length, then --resume",
+            text, code, speaks = (
+                f"out of memory ({_first_line(error)}); lower train.micro_batch_size, train.micro_batch_tokens or data.max_length, then --resume",
                 UserError.exit_code,
+                True,
             )
         else:
             text, code, speaks = f"bug: {type(error).__name__}: {error} (--debug shows where)", 1, True

@@ -6,6 +6,7 @@ then (logging, validation, saving, stopping) is its caller's business.
 """
 
 import contextlib
+import functools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 
 from .distiller import Distiller
 from .errors import NonFinite
-from .order import Plan, derived_seed
+from .order import Plan, Step, derived_seed
 from .signals import Batch, Teacher
 
 
@@ -47,6 +48,20 @@ class Progress:
     failures: dict[int, NonFinite] = field(default_factory=dict)
 
 
+@dataclass
+class Taken:
+    """What one optimizer step's forward and backward passes left, beside gradients that are `scale` times too large."""
+
+    micro_batches: list[Batch]
+    targets: int
+    scale: float
+    seen: dict[int, list[dict[str, Tensor]]]  # of each learner, by micro-batch: each term row by row
+
+
+def once(attempt: Callable[[list[Batch]], Taken], step: Step, micro_batches: list[Batch]) -> Taken:
+    return attempt(micro_batches)
+
+
 def train(
     plan: Plan,
     batch_of: Callable[[list[int]], Batch],
@@ -55,41 +70,70 @@ def train(
     accelerator,
     done: int = 0,
     stop_asked: Callable[[], bool] = lambda: False,
+    ahead: Callable[[Iterator], Iterator] = iter,
+    within_memory: Callable = once,
 ) -> Iterator[Progress]:
     """Train from step `done` + 1 to the end of the plan, or until every learner has failed.
 
     With several learners each sees the same batches and the same teacher signal, which is computed once; each ends as it would alone.
+
+    ahead           goes over the steps' batches, and may make them in advance
+    within_memory   called like `once`; may do the attempt again with other micro-batches, when memory runs out
     """
-    rank, ranks, device = accelerator.process_index, accelerator.num_processes, accelerator.device
     active = dict(enumerate(learners))
+    with contextlib.closing(ahead(batches(plan, batch_of, done, accelerator.device))) as coming:
+        for step, micro_batches in coming:
+            attempt = functools.partial(gradients, plan.seed, step.number, active, teacher, accelerator)
+            taken = within_memory(attempt, step, micro_batches)
+            norms = {k: scaled_norm(learner, 1 / taken.scale) for k, learner in active.items()}
+            progress = reduce(step.number, step.epoch, taken.targets, active, taken.seen, norms, stop_asked(), accelerator)
+            for k, learner in list(active.items()):
+                if all(map(is_finite, (*progress.terms[k].values(), progress.grad_norms[k]))):
+                    move(learner, step.number, norms[k])
+                else:
+                    progress.failures[k] = blame(progress, k, taken.micro_batches, taken.seen[k], teacher, accelerator)
+                    del active[k]
+            yield progress
+            if not active:
+                return
+
+
+def batches(plan: Plan, batch_of: Callable[[list[int]], Batch], done: int, device: torch.device) -> Iterator[tuple[Step, list[Batch]]]:
+    """Each step with its micro-batches, in memory that a GPU can copy from while it computes."""
+    if device.type == "cuda":
+        torch.cuda.set_device(device)  # of the thread that runs this: or pinning would open the first GPU for every process
     for step in plan.steps(done):
-        micro_batches = [batch_of(examples) for examples in step.micro_batches]
-        targets = count_targets(micro_batches, accelerator)
-        scale = 2.0 ** round(
-            math.log2(targets)
-        )  # taken back below; a power of two is exact, and float16 keeps small gradients on their way
-        seen: dict[int, list[dict[str, Tensor]]] = {k: [] for k in active}
-        for i, micro in enumerate(micro_batches):
-            micro = micro.to(device)
-            signal = teacher(micro) if teacher else None
-            for k, learner in active.items():
-                torch.manual_seed(derived_seed(plan.seed, step.number, rank, i))
-                last = i == len(micro_batches) - 1
-                with contextlib.nullcontext() if last else accelerator.no_sync(learner.distiller):
-                    loss = learner.distiller(micro, signal)
-                    accelerator.backward(loss.total * (scale * ranks / targets))  # ranks average gradients: this makes it a sum again
-                seen[k].append(loss.rows)
-        norms = {k: scaled_norm(learner, 1 / scale) for k, learner in active.items()}
-        progress = reduce(step.number, step.epoch, targets, active, seen, norms, stop_asked(), accelerator)
-        for k, learner in list(active.items()):
-            if all(map(is_finite, (*progress.terms[k].values(), progress.grad_norms[k]))):
-                move(learner, step.number, norms[k])
-            else:
-                progress.failures[k] = blame(progress, k, micro_batches, seen[k], teacher, accelerator)
-                del active[k]
-        yield progress
-        if not active:
-            return
+        made = map(batch_of, step.micro_batches)
+        yield step, [micro.pinned() for micro in made] if device.type == "cuda" else list(made)
+
+
+def gradients(seed: int, step: int, active: dict[int, Learner], teacher: Teacher | None, accelerator, micro_batches: list[Batch]) -> Taken:
+    """Forward and backward of every micro-batch of an optimizer step."""
+    rank, ranks = accelerator.process_index, accelerator.num_processes
+    targets = count_targets(micro_batches, accelerator)
+    scale = 2.0 ** round(math.log2(targets))  # taken back later; a power of two is exact, and float16 keeps small gradients on their way
+    seen: dict[int, list[dict[str, Tensor]]] = {k: [] for k in active}
+    for i, micro in enumerate(micro_batches):
+        last = i == len(micro_batches) - 1  # ranks average gradients: times their number, this is a sum again
+        rows = learn(micro, active, teacher, derived_seed(seed, step, rank, i), scale * ranks / targets, accelerator, last)
+        for k in active:
+            seen[k].append(rows[k])
+    return Taken(micro_batches, targets, scale, seen)
+
+
+def learn(
+    micro: Batch, active: dict[int, Learner], teacher: Teacher | None, seed: int, factor: float, accelerator, sync: bool
+) -> dict[int, dict[str, Tensor]]:
+    """Add the gradients of one micro-batch, `factor` times; each learner's terms row by row. `sync`: ranks then exchange them."""
+    micro = micro.to(accelerator.device)
+    signal, rows = teacher(micro) if teacher else None, {}
+    for k, learner in active.items():
+        torch.manual_seed(seed)
+        with contextlib.nullcontext() if sync else accelerator.no_sync(learner.distiller):
+            loss = learner.distiller(micro, signal)
+            accelerator.backward(loss.total * factor)
+        rows[k] = loss.rows
+    return rows
 
 
 def scaled_norm(learner: Learner, factor: float) -> Tensor:

@@ -6,12 +6,19 @@ divided by their number, how the window is cut changes nothing but speed.
 """
 
 import hashlib
+import heapq
 import math
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
+
+MOST_TOKENS = 65_536  # of a micro-batch whose budget is measured: beyond, nothing becomes faster
+MOST_PACKED = (
+    8_192  # of a packed row alike: but for flash attention, every pair of its tokens is computed, and those of two examples dropped
+)
+_FLOOR = 1024  # tokens: a smaller pass takes a GPU about as long, which then waits for its kernels to be launched
 
 
 @dataclass(frozen=True)
@@ -19,16 +26,30 @@ class Step:
     number: int  # from 1
     epoch: int  # from 0
     micro_batches: list[list[int]]  # this rank's examples; a list may be empty, and all ranks have equally many
+    window: list[int] = field(default_factory=list)  # the examples of all ranks
+
+
+@dataclass
+class Budget:
+    """The tokens of a micro-batch at most, padding counted. `tokens` falls where memory runs out."""
+
+    tokens: int
+    packing: bool = False
+
+    def of(self, lengths: np.ndarray) -> int:
+        """The tokens of one micro-batch of examples so long."""
+        return int(lengths.sum() if self.packing else len(lengths) * lengths.max(initial=0))
 
 
 @dataclass(frozen=True)
 class Plan:
-    """The whole run's order. `lengths[i]` is the number of tokens of example i."""
+    """The whole run's order. `lengths[i]` is the number of tokens of example i, `widths[i]` that of the longer of what
+    student and teacher read, where they differ."""
 
     lengths: np.ndarray
     seed: int
     batch_size: int
-    micro_batch_size: int
+    micro_batch_size: int | Budget
     epochs: int | None
     max_steps: int | None
     length_group: int = 1
@@ -36,6 +57,7 @@ class Plan:
     ranks: int = 1
     sources: np.ndarray | None = None  # which source each example is of, where there are several
     weights: tuple[float, ...] = (1.0,)  # passes over each source in an epoch
+    widths: np.ndarray | None = None
 
     @property
     def steps_per_epoch(self) -> int:
@@ -81,7 +103,11 @@ class Plan:
                 epoch = (number - 1) // self.steps_per_epoch
                 windows = self.windows(epoch)
             window = windows[(number - 1) % self.steps_per_epoch]
-            yield Step(number, epoch, deal(window, self.lengths, self.micro_batch_size, self.rank, self.ranks))
+            yield Step(number, epoch, self.cut(window), window)
+
+    def cut(self, window: list[int]) -> list[list[int]]:
+        """This rank's micro-batches of those examples."""
+        return deal(window, self.lengths if self.widths is None else self.widths, self.micro_batch_size, self.rank, self.ranks)
 
 
 def draws(examples: int, weight: float) -> int:
@@ -89,12 +115,71 @@ def draws(examples: int, weight: float) -> int:
     return round(weight * examples)
 
 
-def deal(examples: list[int], lengths: np.ndarray, micro_batch_size: int, rank: int = 0, ranks: int = 1) -> list[list[int]]:
-    """Cut examples into micro-batches of similar length, longest first, and deal them to the ranks in turn."""
+def deal(examples: list[int], lengths: np.ndarray, size: int | Budget, rank: int = 0, ranks: int = 1) -> list[list[int]]:
+    """Cut examples into micro-batches of `size`, examples or tokens, longest first, and deal them to the ranks in turn.
+
+    Without packing a micro-batch has examples of similar length. One that is longer than a budget stands alone.
+    """
     longest_first = sorted(examples, key=lambda i: (-lengths[i], i))
-    micro = [longest_first[i : i + micro_batch_size] for i in range(0, len(longest_first), micro_batch_size)]
+    if isinstance(size, Budget):
+        micro = (_filled if size.packing else _sliced)([int(lengths[i]) for i in longest_first], size.tokens, ranks)
+        micro = [[longest_first[n] for n in one] for one in micro]
+    else:
+        micro = [longest_first[i : i + size] for i in range(0, len(longest_first), size)]
     micro += [[]] * (-len(micro) % ranks)
     return micro[rank::ranks]
+
+
+def _sliced(lengths: list[int], tokens: int, ranks: int) -> list[list[int]]:
+    """Slices of falling `lengths` with length x count <= tokens, equally many for each rank.
+
+    However many they are, they are as even as so many can be. More pad less, until they are so small that a pass is not shorter for it.
+    """
+
+    def slices(most: int) -> list[list[int]]:
+        out, start = [], 0
+        while start < len(lengths):
+            count = max(1, most // lengths[start])
+            out.append(list(range(start, min(start + count, len(lengths)))))
+            start += count
+        return out
+
+    def even(count: int) -> list[list[int]]:
+        low, high = 1, tokens  # the least budget that does with no more
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if len(slices(middle)) <= count else (middle + 1, high)
+        return slices(low)
+
+    best, least, count = [], math.inf, len(slices(tokens))
+    while (count := count + -count % ranks) * _FLOOR < least and count < len(lengths) + ranks:
+        cut = even(count)
+        cost = sum(max(_FLOOR, lengths[one[0]] * len(one)) for one in cut)
+        if cost < least:
+            best, least = cut, cost
+        count += 1 + count // 4
+    return best
+
+
+def _filled(lengths: list[int], tokens: int, ranks: int) -> list[list[int]]:
+    """Rows of at most `tokens`, from falling `lengths`: first-fit decreasing says how many, and they are even where that is possible."""
+    rows, room = [], []
+    for n, length in enumerate(lengths):
+        place = next((r for r, free in enumerate(room) if free >= length), len(rows))
+        if place == len(rows):
+            rows.append([])
+            room.append(tokens)
+        rows[place].append(n)
+        room[place] -= length
+    count = len(rows) + -len(rows) % ranks
+    even, heap = [[] for _ in range(count)], [(0, r) for r in range(count)]
+    for n, length in enumerate(lengths):  # each to the emptiest
+        held, place = heapq.heappop(heap)
+        if held and held + length > tokens:
+            return sorted(rows, key=lambda row: -sum(lengths[n] for n in row))
+        even[place].append(n)
+        heapq.heappush(heap, (held + length, place))
+    return sorted(even, key=lambda row: -sum(lengths[n] for n in row))
 
 
 def derived_seed(*parts: int) -> int:

@@ -17,7 +17,7 @@ from .data.stream import Stream
 from .data.tokenizer import load_tokenizer, shared_vocab, tokenizer_differences, vocab_size
 from .errors import UserError
 from .model_files import ModelFiles, find, fingerprint
-from .order import draws
+from .order import MOST_TOKENS, Budget, draws
 from .recipe import Data, Recipe, Source, Teacher, distils, sources, teachers
 from .recipe_teacher import named as named_teachers
 from .taught import TeacherFiles, check_examples, check_store, find_teachers, made_of
@@ -185,9 +185,15 @@ def _training(recipe: Recipe, rows: dict[str, list[Rows]], tokenizer) -> tuple[E
         return encode_sources(rows, "data.train", data, tokenizer, who), [place for read in rows["data.train"] for place in read.places]
     (source,) = sources(data.train)
     asked = taught_by(source, who)
-    stream = Stream(source, data, tokenizer, recipe.seed, train.batch_size, train.micro_batch_size, train.max_steps, asked)
+    stream = Stream(source, data, tokenizer, recipe.seed, train.batch_size, micro_batch(recipe), train.max_steps, asked)
     say(f"train: streaming {source.path}")
     return stream, stream
+
+
+def micro_batch(recipe: Recipe) -> int | Budget:
+    """How large a micro-batch may be; of `auto` the bound, until it is measured."""
+    tokens = recipe.train.micro_batch_tokens
+    return Budget(MOST_TOKENS if tokens == "auto" else tokens, recipe.data.packing) if tokens else recipe.train.micro_batch_size
 
 
 def refuse_no_draws(train: Encoded, data: Data) -> None:

@@ -116,8 +116,15 @@ class Train:
     batch_size: Count = Field(
         32, description="Examples per optimizer step, over all processes: the result does not depend on how they are split."
     )
-    micro_batch_size: Count = Field(
-        4, description="Examples per forward pass of one process, at most; more is faster and takes more memory."
+    micro_batch_size: Count | None = Field(
+        None,
+        description="Examples per forward pass of one process, at most (4 unless micro_batch_tokens is set); more is faster and takes more memory.",
+    )
+    micro_batch_tokens: Count | Literal["auto"] | None = Field(
+        None,
+        description="Instead of micro_batch_size: tokens per forward pass of one process, at most, padding counted; a longer example stands alone. "
+        "auto: as many as fit, measured before the first step, and on one process halved where memory runs out while training. The result does "
+        "not depend on it but for dropout, whose masks are drawn by micro-batch.",
     )
     epochs: Count | None = Field(None, description="Passes over the data (1 unless max_steps is set).")
     max_steps: Count | None = Field(None, description="Instead of epochs: optimizer steps.")
@@ -243,6 +250,11 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
         yield ("optim.warmup_share", "optim.warmup_steps"), "given together with optim.warmup_steps; keep one of them"
     if train.epochs is not None and train.max_steps is not None:
         yield ("train.max_steps", "train.epochs"), "given together with train.epochs; keep one of them"
+    if train.micro_batch_size is not None and train.micro_batch_tokens is not None:
+        yield (
+            ("train.micro_batch_tokens", "train.micro_batch_size"),
+            "given together with train.micro_batch_size; keep one of them (null takes the other back)",
+        )
     if train.max_steps and optim.warmup_steps and optim.warmup_steps > train.max_steps:
         yield ("optim.warmup_steps", "train.max_steps"), f"found {optim.warmup_steps}, more than train.max_steps ({train.max_steps})"
     no_held_out = ("data.validation", "data.validation_share")

@@ -18,6 +18,7 @@ _HARMLESS = (
     "teacher.share_base",
     "train.log_every",
     "train.micro_batch_size",
+    "train.micro_batch_tokens",
     "validation.",
     "checkpoint.",
     "data.cache_dir",

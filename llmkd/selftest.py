@@ -112,8 +112,8 @@ def _check_packing(model, ids_BT: Tensor, limit: float, setting: str, tokens: in
             gap = math.inf
         if not gap <= limit:
             raise UserError(
-                f"data.packing: in {setting} ({model.plain.config.model_type}) a packed row may hold {table} tokens, and micro_batch_size x max_length "
-                f"are {tokens}; lower one of them, or set data.packing: false"
+                f"data.packing: in {setting} ({model.plain.config.model_type}) a packed row may hold {table} tokens, and this run's up to {tokens} "
+                "(train.micro_batch_size x data.max_length, or train.micro_batch_tokens); lower that, or set data.packing: false"
             )
 
 

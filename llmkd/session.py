@@ -4,6 +4,7 @@
 student with its own recipe and folder. An ordinary run is a session with one arm.
 """
 
+import contextlib
 import functools
 import json
 import math
@@ -12,6 +13,7 @@ import shutil
 from pathlib import Path
 
 from . import checkpoint, models, optimizers, tracking
+from .ahead import ahead
 from .card import card
 from .console import bar, say
 from .data.collate import collate
@@ -19,12 +21,13 @@ from .data.encode import Encoded
 from .data.stream import Stream
 from .distiller import Distiller
 from .errors import NonFinite, Stopped, UserError, blamed_on
+from .fitting import Fitting
 from .gate import some_of, verdict
 from .loop import Learner, train
 from .losses.divergences import named
 from .losses.objective import Objective
-from .order import Plan, learning_rate
-from .prepare import Prepared
+from .order import Budget, Plan, learning_rate
+from .prepare import Prepared, micro_batch
 from .recipe import Recipe, distils, sources
 from .run_folder import RunFolder, write
 from .signals import Teacher
@@ -135,7 +138,7 @@ class Session:
         self.recipe, self.prepared, self.accelerator, self.stop = recipe, prepared, accelerator, stop
         self.main, self.pad = accelerator.is_main_process, prepared.tokenizer.eos_token_id
         vocab, device = prepared.vocab, accelerator.device
-        packing = recipe.data.packing * recipe.train.micro_batch_size * recipe.data.max_length
+        packing = recipe.data.packing * longest_row(recipe)
         live = [(one.setting, one.settings) for one in prepared.teachers if one.store is None]
         students, spoken = load_together([r.student for r in recipes], live, vocab, device, recipe.seed, packing)
         self.teacher = self.teachers(lead, spoken)
@@ -209,21 +212,27 @@ class Session:
             batch_of = functools.partial(collate, self.prepared.train, pad=self.pad, packing=recipe.data.packing)
             learners = [arm.learner for arm in self.arms]
             teacher = self.teacher if any(distils(arm.recipe) for arm in self.arms) else None
-            for progress in train(self.plan, batch_of, learners, teacher, self.accelerator, self.done, self.stop):
-                step, last = progress.step, progress.step == total
-                for k, error in progress.failures.items():
-                    self.arms[k].fail(error)
-                    if len(self.arms) > 1:
-                        self.display.say(f"{self.arms[k].folder.path.name} is given up: {self.arms[k].failure}")
-                self.show(progress, last)
-                if not self.active:
-                    return
-                if last or due(recipe.validation.every, step):
-                    self.validate(step)
-                if due(recipe.checkpoint.every, step) or (last and recipe.checkpoint.every):
-                    self.save(step)
-                if progress.stop and not last:
-                    raise self.stopped(step)
+            options = {"ahead": iter if isinstance(self.plan, Stream) else ahead}  # a stream is itself ahead, and holds one step's rows
+            if recipe.train.micro_batch_tokens == "auto" and self.done < total:
+                options |= self.fitted(batch_of, learners, teacher)
+            with contextlib.closing(
+                train(self.plan, batch_of, learners, teacher, self.accelerator, self.done, self.stop, **options)
+            ) as steps:
+                for progress in steps:
+                    step, last = progress.step, progress.step == total
+                    for k, error in progress.failures.items():
+                        self.arms[k].fail(error)
+                        if len(self.arms) > 1:
+                            self.display.say(f"{self.arms[k].folder.path.name} is given up: {self.arms[k].failure}")
+                    self.show(progress, last)
+                    if not self.active:
+                        return
+                    if last or due(recipe.validation.every, step):
+                        self.validate(step)
+                    if due(recipe.checkpoint.every, step) or (last and recipe.checkpoint.every):
+                        self.save(step)
+                    if progress.stop and not last:
+                        raise self.stopped(step)
         except UserError:  # a bad row of a stream: what was learnt so far is kept
             self.save(step)
             raise
@@ -231,6 +240,14 @@ class Session:
             self.display.close()
             for arm in self.arms if self.main else ():
                 arm.record.close()
+
+    def fitted(self, batch_of, learners: list[Learner], teacher: Teacher | None) -> dict:
+        """Measure how large micro-batches may be. What the loop is told of it: on one process, to mind when memory runs out."""
+        size, data = self.plan.micro_batch_size, self.prepared.train
+        fitting = Fitting(size, self.plan, data, batch_of, learners, teacher, self.accelerator, self.display.say)
+        fitting.measure(self.recipe.train.batch_size)
+        self.display.speed()  # what was spent here is not training's
+        return {"within_memory": fitting} if self.accelerator.num_processes == 1 else {}
 
     def show(self, progress, last: bool) -> None:
         """Count the step; record and show it where that is due."""
@@ -329,7 +346,7 @@ def plan(recipe: Recipe, prepared: Prepared, rank: int, ranks: int):
         prepared.train.lengths,
         recipe.seed,
         train.batch_size,
-        train.micro_batch_size,
+        micro_batch(recipe),
         train.epochs,
         train.max_steps,
         train.length_group,
@@ -337,7 +354,14 @@ def plan(recipe: Recipe, prepared: Prepared, rank: int, ranks: int):
         ranks,
         prepared.train.source,
         tuple(source.weight for source in sources(recipe.data.train)),
+        prepared.train.widths,
     )
+
+
+def longest_row(recipe: Recipe) -> int:
+    """The tokens that a packed row may hold."""
+    size, most = micro_batch(recipe), recipe.data.max_length
+    return max(most, min(size.tokens, recipe.train.batch_size * most)) if isinstance(size, Budget) else size * most
 
 
 def build_learner(recipe: Recipe, student, total_steps: int, accelerator):

@@ -146,6 +146,8 @@ def resolve(recipe: Recipe) -> Recipe:
         loss = dataclasses.replace(loss, kd_ratio=0.5 if teachers(recipe.teacher) else 0.0)
     if train.epochs is None and train.max_steps is None:
         train = dataclasses.replace(train, epochs=1)
+    if train.micro_batch_size is None and train.micro_batch_tokens is None:
+        train = dataclasses.replace(train, micro_batch_size=4)
     return dataclasses.replace(recipe, student=student, loss=loss, train=train)
 
 

@@ -67,7 +67,7 @@ def _figures(recipe: Recipe, setting: str, rows: dict[str, list[Rows]], tokenize
     data, train = recipe.data, recipe.train
     if setting == "data.train" and data.streaming:
         (source,) = sources(data.train)
-        stream = Stream(source, data, tokenizer, recipe.seed, train.batch_size, train.micro_batch_size, train.max_steps)
+        stream = Stream(source, data, tokenizer, recipe.seed, train.batch_size, train.batch_size, train.max_steps)
         print("the first step of a stream:", file=out)
         parts, names, places = [stream.window], [f"{setting} {source.path}"], stream.places
     else:

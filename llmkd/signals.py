@@ -29,8 +29,8 @@ class View:
     inputs: dict[str, Tensor]  # keyword arguments of the model, each [B, T]
     rows_N: Tensor  # positions in the flattened [B * T] that predict the targets
 
-    def to(self, device) -> "View":
-        return View({k: v.to(device, non_blocking=True) for k, v in self.inputs.items()}, self.rows_N.to(device, non_blocking=True))
+    def each(self, change: Callable[[Tensor], Tensor]) -> "View":
+        return View({k: change(v) for k, v in self.inputs.items()}, change(self.rows_N))
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,18 @@ class Batch:
     teacher: View
     examples: tuple[Example, ...] = ()
 
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        """The same with every tensor changed."""
+        student = self.student.each(change)
+        teacher = student if self.teacher is self.student else self.teacher.each(change)
+        return Batch(change(self.labels_N), change(self.example_N), student, teacher, self.examples)
+
     def to(self, device) -> "Batch":
-        student = self.student.to(device)
-        teacher = student if self.teacher is self.student else self.teacher.to(device)
-        labels_N, example_N = self.labels_N.to(device, non_blocking=True), self.example_N.to(device, non_blocking=True)
-        return Batch(labels_N, example_N, student, teacher, self.examples)
+        return self.each(lambda x: x.to(device, non_blocking=True))
+
+    def pinned(self) -> "Batch":
+        """In memory that a GPU copies from without waiting."""
+        return self.each(Tensor.pin_memory)
 
     @property
     def targets(self) -> int:

@@ -14,7 +14,7 @@ EVALUATION = PACKAGE.parent / "eval"  # installed as llmkd_eval
 
 #: A unit is a module of llmkd or one of its folders. It imports only from layers above its own line.
 LAYERS = (
-    "__init__ console order head",
+    "__init__ ahead console order head",
     "errors families recipe_data",
     "recipe_teacher signals",
     "recipe recipe_study yaml_lines",
@@ -27,7 +27,7 @@ LAYERS = (
     "taught",
     "prepare",
     "gate loop validate checkpoint stopping run_folder card trackers",
-    "tracking hub",
+    "fitting tracking hub",
     "session",
     "training cost",
     "caching export study show sweep_state",

@@ -29,6 +29,7 @@ KINDS = [
 each_kind = pytest.mark.parametrize("name, options", KINDS, ids=str)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(INTERPRETED, reason="inside already")
 def test_in_the_interpreter():
     run = subprocess.run(

@@ -40,6 +40,13 @@ def test_micro_batches_do_not_matter(trained, reference, method, micro):
     assert distance(got, reference(method)) < BOUND
 
 
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("tokens", [1, 90, 10_000])
+def test_budgets_of_tokens_do_not_matter(trained, reference, tokens, packing):
+    got = trained("budget", train__micro_batch_size=None, train__micro_batch_tokens=tokens, data__packing=packing)
+    assert distance(got, reference("lora")) < BOUND
+
+
 def test_chunks_of_the_head_do_not_matter(trained, reference):
     assert distance(trained("chunk", train__micro_batch_size=8, loss__chunk_rows=5), reference("lora")) < BOUND
 
@@ -57,11 +64,13 @@ def test_the_reference_moves(world, trained, reference):
 @pytest.mark.slow
 def test_two_processes_are_one(world, reference, tmp_path):
     """Ragged windows over two gloo ranks, also where a rank has no example left, and for a student trained in full."""
-    for name, changes in (("lora", []), ("lora3", ["--train.micro_batch_size", "3"]), ("full", ["--student.method", "full"])):
+    tokens = ["--train.micro_batch_size", "null", "--train.micro_batch_tokens", "90", "--data.packing", "true"]
+    three = ["--train.micro_batch_size", "3"]
+    for name, changes in (("lora", []), ("lora3", three), ("lora9", tokens), ("full", ["--student.method", "full"])):
         (tmp_path / f"{name}.yaml").write_text(json.dumps(plain_recipe(world, tmp_path / name)))
         done = torchrun(2, ["--config", str(tmp_path / f"{name}.yaml"), *changes], tmp_path)
         assert done.returncode == 0, done.stderr[-3000:]
-        assert distance(weights(tmp_path / name), reference(name.rstrip("3"))) < BOUND
+        assert distance(weights(tmp_path / name), reference(name.rstrip("39"))) < BOUND
 
 
 @pytest.mark.slow

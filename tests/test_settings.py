@@ -172,6 +172,8 @@ CONTRADICTIONS = [
     ("optim: {warmup_steps: 1, warmup_share: 0.1}", ("r.yaml:5: optim.warmup_share: ", "keep one")),
     ("train: {max_steps: 3}\noptim: {warmup_steps: 5}", ("r.yaml:6: optim.warmup_steps: ", "found 5", "train.max_steps (3)")),
     ("train: {epochs: 1, max_steps: 3}", ("r.yaml:5: train.max_steps: ", "keep one")),
+    ("train: {micro_batch_size: 4, micro_batch_tokens: auto}", ("r.yaml:5: train.micro_batch_tokens: ", "keep one")),
+    ("train: {micro_batch_tokens: all}", ("r.yaml:5: train.micro_batch_tokens: found", "a whole number >= 1 or auto or null")),
     ("validation: {every: 5}", ("r.yaml:5: validation.every: ", "without held-out rows")),
     ("checkpoint: {best_by: ce}", ("r.yaml:5: checkpoint.best_by: ", "without held-out rows")),
     ("  validation_share: 0.1\ncheckpoint: {best_by: agreement}", ("r.yaml:6: checkpoint.best_by: ", "needs a teacher")),
@@ -470,6 +472,7 @@ def test_resolved_defaults_are_written_out(load):
     plain, distilled = load(BASE), load(BASE, {"teacher.model": "t", "train.max_steps": 3})
     assert (plain.loss.kd_ratio, plain.train.epochs) == (0.0, 1)
     assert (distilled.loss.kd_ratio, distilled.train.epochs) == (0.5, None)
+    assert (plain.train.micro_batch_size, load(BASE, {"train.micro_batch_tokens": 99}).train.micro_batch_size) == (4, None)
     assert settings.resolve(distilled) == distilled
 
 

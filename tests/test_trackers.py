@@ -46,7 +46,16 @@ def test_tensorboard_has_what_metrics_jsonl_has(make_recipe, world, tmp_path):
     pytest.importorskip("tensorboard")
     run(make_recipe(data__validation__path=str(world / "held.jsonl"), **LONG))
     found = curves(tmp_path / "out")
-    assert {"train/loss", "train/ce", "train/kd", "train/lr", "train/grad_norm", "train/targets_per_s", "validation/ce", "gate/teacher_ce"} <= found.keys()
+    assert {
+        "train/loss",
+        "train/ce",
+        "train/kd",
+        "train/lr",
+        "train/grad_norm",
+        "train/targets_per_s",
+        "validation/ce",
+        "gate/teacher_ce",
+    } <= found.keys()
     assert set(found["train/loss"]) == {1, 2, 3, 4, 5, 6} and set(found["validation/forward_kl"]) == {0, 2, 4, 6}
     same(found, recorded(tmp_path / "out"))
     config = next((tmp_path / "out/trackers/tensorboard").glob("*/hparams.yml")).read_text()

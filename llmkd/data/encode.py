@@ -81,6 +81,11 @@ class Encoded:
     def lengths(self) -> np.ndarray:
         return np.diff(self.offsets)
 
+    @property
+    def widths(self) -> np.ndarray:
+        """The longer of what student and teacher read of each."""
+        return self.lengths if self.for_teacher is None else np.maximum(self.lengths, self.for_teacher.lengths)
+
 
 def _digest(content: bytes) -> str:
     return hashlib.blake2b(content, digest_size=8).hexdigest()

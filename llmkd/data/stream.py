@@ -8,6 +8,7 @@ The rows of the first pass are hashed in the order in which they are taken: a ru
 bad row that ended it, which no step has taken, may be mended.
 """
 
+import contextlib
 import functools
 import hashlib
 import itertools
@@ -15,9 +16,10 @@ import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from ..ahead import ahead
 from ..console import say
 from ..errors import UserError
-from ..order import Step, deal
+from ..order import Budget, Step, deal
 from ..recipe import Data, Source
 from . import skills
 from .encode import EVERYONE, Encoded, encode
@@ -37,7 +39,7 @@ class Stream:
         tokenizer,
         seed: int,
         batch_size: int,
-        micro_batch_size: int,
+        micro_batch_size: int | Budget,
         total_steps: int,
         teacher: int = EVERYONE,
     ):
@@ -55,14 +57,13 @@ class Stream:
                 f"data.streaming: {listed} is one list, which must be read whole; write its rows to a .jsonl file, or set it to false"
             )
         self.origin = {"path": source.path, "name": source.name, "split": source.split, "revision": source.revision, "rows": None}
-        self.places: list[str] = []  # of the step's rows
-        self.window = self._first()
+        self.window, self.places = self._first()  # the examples of the step at hand, and the places of its rows
 
     def for_rank(self, rank: int, ranks: int) -> "Stream":
         self.rank, self.ranks = rank, ranks
         return self
 
-    def _first(self) -> Encoded:
+    def _first(self) -> tuple[Encoded, list[str]]:
         """The first step's examples. All rows of the first block are checked on the way, before any model is loaded."""
         block = list(itertools.islice(self._records(), self.data.shuffle_buffer))
         if not block:
@@ -107,6 +108,10 @@ class Stream:
     def lengths(self):
         return self.window.lengths
 
+    @property
+    def widths(self):
+        return self.window.widths
+
     def __len__(self) -> int:
         return len(self.window)
 
@@ -117,7 +122,20 @@ class Stream:
     # ---- as a Plan
 
     def steps(self, done: int = 0) -> Iterator[Step]:
-        """The steps after the first `done`. An example's number counts within its step."""
+        """The steps after the first `done`. An example's number counts within its step. The rows of the next step are read and
+        tokenised in the background; what is wrong with them is raised when that step is asked for."""
+        with contextlib.closing(ahead(self._windows(done))) as windows:
+            for number, epoch, self.window, self.places in windows:
+                window = list(range(len(self.window)))
+                yield Step(number, epoch, self.cut(window), window)
+        c = self.counts
+        if c:
+            say(
+                f"train: {c['rows']} rows streamed, {c['examples']} examples ({c['too_long']} too long, {c['unsupervised']} with nothing supervised)"
+            )
+
+    def _windows(self, done: int) -> Iterator[tuple[int, int, Encoded, list[str]]]:
+        """(step, epoch, examples, places of the rows) of the steps after the first `done`."""
         digest = hashlib.sha256()
 
         def arrived() -> None:
@@ -132,21 +150,19 @@ class Stream:
             taken = list(itertools.islice(rows, self.batch_size))
             self._hashes[number] = digest.hexdigest()
             self._hashes.pop(number - 8, None)
-            self.window = self._encoded([(place, get) for _, place, get in taken])
-            for key, count in self.window.counts.items():
+            window, places = self._encoded([(place, get) for _, place, get in taken])
+            for key, count in window.counts.items():
                 self.counts[key] = self.counts.get(key, 0) + count
-            barren = 0 if len(self.window) else barren + len(taken)
+            barren = 0 if len(window) else barren + len(taken)
             if self._pass_rows and barren >= self._pass_rows:
                 raise UserError(
                     f"{self.setting}: none of {self.source.path}'s rows has a supervised token left; look at data.max_length and the rows"
                 )
-            micro_batches = deal(list(range(len(self.window))), self.window.lengths, self.micro_batch_size, self.rank, self.ranks)
-            yield Step(number, taken[0][0], micro_batches or [[]])
-        c = self.counts
-        if c:
-            say(
-                f"train: {c['rows']} rows streamed, {c['examples']} examples ({c['too_long']} too long, {c['unsupervised']} with nothing supervised)"
-            )
+            yield number, taken[0][0], window, places
+
+    def cut(self, window: list[int]) -> list[list[int]]:
+        """This rank's micro-batches of those examples of the step at hand."""
+        return deal(window, self.window.widths, self.micro_batch_size, self.rank, self.ranks) or [[]]
 
     def _rows(self, skip: int, digest=None, arrived: Callable[[], None] | None = None) -> Iterator[tuple[int, str, Any]]:
         """(pass, place, get) of the endless stream, from row `skip` on; `arrived` is called there.
@@ -217,10 +233,9 @@ class Stream:
         problems.raise_if_any()
         return Rows(rows, places, "")
 
-    def _encoded(self, taken: list[tuple[str, Any]]) -> Encoded:
+    def _encoded(self, taken: list[tuple[str, Any]]) -> tuple[Encoded, list[str]]:
         rows = self._checked(taken)
-        self.places = rows.places
         refuse_without_template(self.source, rows.rows, self.tokenizer, self.setting)
         encoded = encode(rows, self.source, self.data, self.tokenizer)
         encoded.taught_by[:] = self.teacher
-        return encoded
+        return encoded, rows.places

@@ -1,0 +1,154 @@
+"""How many tokens a micro-batch may have: as many as fit into memory, found by measurement before the first step.
+
+Where memory runs out all the same, an optimizer step is done again from its beginning with half as many; nothing of it had been
+applied yet.
+"""
+
+import contextlib
+import ctypes
+import gc
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from .errors import UserError, is_out_of_memory
+from .loop import Learner, Taken, learn
+from .order import MOST_PACKED, MOST_TOKENS, Budget, Plan, Step
+from .signals import Batch, Teacher
+
+
+class Fitting:
+    """`measure` sets the budget, and as the loop's `within_memory` this lowers it. `data`: the examples, or a stream at its step."""
+
+    def __init__(self, budget: Budget, plan: Plan, data, batch_of, learners: list[Learner], teacher: Teacher | None, accelerator, say):
+        self.budget, self.plan, self.data, self.batch_of = budget, plan, data, batch_of
+        self.learners, self.teacher, self.accelerator, self.say = learners, teacher, accelerator, say
+
+    def measure(self, batch_size: int) -> None:
+        """Find the largest budget, by doubling, whose worst micro-batch goes through: the longest examples, forward and backward.
+
+        No other trace stays: gradients are dropped, random numbers put back, and the optimizer is not asked (room for its state is
+        left). All processes agree on the smallest. UserError where not even the longest example fits.
+        """
+        ranks = self.accelerator.num_processes
+        widths_E = self.data.widths
+        worst = np.argsort(-widths_E, kind="stable")[: math.ceil(batch_size / ranks)]  # no rank has more of a step in one piece
+        if not len(worst):
+            raise UserError("train.micro_batch_tokens: found auto, and the first step has no example to measure with; give a number")
+        widths = widths_E[worst]
+        longest, bound = int(widths[0]), min(MOST_PACKED if self.budget.packing else MOST_TOKENS, self.budget.of(widths))
+        gauge, tokens, found, taken = gauge_of(self.accelerator.device), longest, 0, 0
+        room = gauge.room - sum(2 * p.nbytes for one in self.learners if not one.optimizer.state for p in one.parameters.values())
+        with torch.random.fork_rng([self.accelerator.device] if self.accelerator.device.type == "cuda" else []):
+            while True:
+                held = np.cumsum(widths) if self.budget.packing else longest * np.arange(1, len(widths) + 1)
+                examples = worst[: max(1, int(np.searchsorted(held, tokens, side="right")))].tolist()
+                if not self._fits(examples) or (peak := gauge.taken) > room:
+                    break
+                found, taken = tokens, peak
+                if tokens >= bound or (gauge.cautious and 2 * taken > room):
+                    break
+                tokens = min(2 * tokens, bound)
+        if ranks > 1:
+            found = int(self.accelerator.gather(torch.tensor([found], device=self.accelerator.device)).min())
+        if not found:
+            raise UserError(
+                f"train.micro_batch_tokens: an example of {longest} tokens, the longest, does not fit into memory; lower data.max_length, "
+                "or set student.gradient_checkpointing"
+            )
+        self.budget.tokens = found
+        self.say(f"micro-batches of at most {found:,} tokens (measured: {taken / 1e9:.2f} of {room / 1e9:.2f} GB)")
+
+    def _fits(self, examples: list[int]) -> bool:
+        try:
+            batch = self.batch_of(examples)
+            learn(batch, dict(enumerate(self.learners)), self.teacher, 0, 1 / max(1, batch.targets), self.accelerator, sync=False)
+            return True
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            return False
+        finally:
+            self._drop()
+
+    def _drop(self) -> None:
+        for learner in self.learners:
+            learner.optimizer.zero_grad(set_to_none=True)
+        gc.collect()
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def __call__(self, attempt: Callable[[list[Batch]], Taken], step: Step, micro_batches: list[Batch]) -> Taken:
+        """What `attempt` makes of the step's micro-batches, or of smaller ones. One process alone: others would wait for it."""
+        widths, cut = self.data.widths, step.micro_batches
+        while True:
+            sizes = [self.budget.of(widths[examples]) for examples in cut if len(examples) > 1]
+            if any(size > self.budget.tokens for size in sizes):  # made before memory ran out
+                cut = self.plan.cut(step.window)
+                micro_batches = [self.batch_of(examples) for examples in cut]
+                continue
+            try:
+                return attempt(micro_batches)
+            except Exception as error:
+                if not sizes or not is_out_of_memory(error):
+                    raise
+            self._drop()  # here, where the exception no longer holds on to what it interrupted
+            self.budget.tokens = max(sizes) // 2
+            self.say(f"out of memory in step {step.number}; done again with micro-batches of at most {self.budget.tokens:,} tokens")
+
+
+class OnGPU:
+    """Bytes taken at most since it was made, and how many there are room for."""
+
+    cautious = False  # memory that runs out there is only an exception
+
+    def __init__(self, device):
+        self.device = device
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+        self.before = torch.cuda.memory_allocated(device)
+        self.room = 0.9 * (torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device) - self.before)
+
+    @property
+    def taken(self) -> int:
+        return torch.cuda.max_memory_allocated(self.device) - self.before
+
+
+class OnCPU:
+    """The same of the machine's memory. Half of what is free counts: then a doubling stays inside it even where the need is quadratic."""
+
+    cautious = True  # memory that runs out here ends the process
+
+    def __init__(self):
+        with contextlib.suppress(OSError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)  # glibc keeps what was freed, and what is taken from there would not be seen
+        try:
+            Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+            self.before = self._status("VmRSS")
+            free = next(int(line.split()[1]) << 10 for line in Path("/proc/meminfo").read_text().splitlines() if "MemAvailable" in line)
+        except (OSError, StopIteration):
+            raise UserError(
+                "train.micro_batch_tokens: found auto, and this system does not say how much memory is free; give a number"
+            ) from None
+        for limit, used in (("memory.max", "memory.current"), ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes")):
+            try:
+                free = min(free, int(Path("/sys/fs/cgroup", limit).read_text()) - int(Path("/sys/fs/cgroup", used).read_text()))
+            except (OSError, ValueError):  # there is none, or it says "max"
+                continue
+        self.room = 0.5 * free / int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+    @staticmethod
+    def _status(name: str) -> int:
+        return next(int(line.split()[1]) << 10 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(name))
+
+    @property
+    def taken(self) -> int:
+        return max(0, self._status("VmHWM") - self.before)
+
+
+def gauge_of(device: torch.device) -> OnGPU | OnCPU:
+    return OnGPU(device) if device.type == "cuda" else OnCPU()

@@ -1,0 +1,209 @@
+"""A budget that is measured: the largest that fits, without a trace; and halved, not died of, when memory runs out in training.
+
+Memory that runs out is a student whose forward pass raises above a number of tokens while it trains.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import distance, plain_recipe, weights
+from test_parity import BOUND, torchrun
+
+from llmkd import fitting
+from llmkd.cost import largest_micro_batch
+from llmkd.data.encode import Encoded
+from llmkd.errors import UserError
+from llmkd.models import LanguageModel
+from llmkd.run_folder import RunFolder
+from llmkd.training import run
+
+AUTO = {"train__micro_batch_size": None, "train__micro_batch_tokens": "auto"}
+DROPOUT = {"student__lora__dropout": 0.3}
+
+
+class Memory:
+    """Holds so many tokens, and notes what was asked of it."""
+
+    tokens = 10**9
+
+    def __init__(self):
+        self.asked = []
+
+    def hold(self, tokens: int) -> None:
+        self.asked.append(tokens)
+        if tokens > self.tokens:
+            raise torch.OutOfMemoryError(f"{tokens} tokens")
+
+
+@pytest.fixture
+def memory(monkeypatch):
+    memory, hidden = Memory(), LanguageModel.hidden
+
+    def limited(self, view):
+        if self.training and torch.is_grad_enabled() and self.trainable():
+            memory.hold(view.inputs["input_ids"].numel())
+        return hidden(self, view)
+
+    monkeypatch.setattr(LanguageModel, "hidden", limited)
+    return memory
+
+
+def said(capsys) -> list[int]:
+    """The budgets that a run told of."""
+    lines = [line for line in capsys.readouterr().err.splitlines() if "micro-batches of at most" in line]
+    return [int(line.split("at most ")[1].split()[0].replace(",", "")) for line in lines]
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_auto_finds_what_fits_and_leaves_no_trace(trained, memory, capsys, packing):
+    changes = DROPOUT | {"data__packing": packing}
+    memory.tokens = 400
+    torch.manual_seed(5)
+    measured = trained("auto", **AUTO, **changes)
+    (found,) = said(capsys)
+    assert 152 <= found <= 400
+    assert max(memory.asked[2:]) > 400 and [n for n in memory.asked if n > 400] == [n for n in memory.asked if n > 400][:1], "once too many"
+    by_hand = trained("hand", **changes, **AUTO | {"train__micro_batch_tokens": found})
+    assert distance(measured, by_hand) == 0
+    other = trained("other", **changes, **AUTO | {"train__micro_batch_tokens": 160})
+    assert distance(measured, other) > 0, "another cut draws other masks"
+
+
+def test_a_whole_window_is_the_bound(trained, memory, capsys):
+    trained("auto", **AUTO)
+    (found,) = said(capsys)
+    assert found == max(memory.asked) + 8  # eight of the longest; an input has one token less than its example
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_memory_that_runs_out_repeats_the_step_with_half(trained, memory, capsys, monkeypatch, packing):
+    calls, learn = [], fitting.learn
+
+    def shrinking(*args, **kwargs):
+        calls.append(1)
+        return learn(*args, **kwargs)
+
+    monkeypatch.setattr(fitting, "learn", shrinking)  # the measuring alone; afterwards there is less
+    real = fitting.Fitting.measure
+    monkeypatch.setattr(fitting.Fitting, "measure", lambda self, size: (real(self, size), setattr(memory, "tokens", 200)))
+    whole = trained("whole", train__micro_batch_size=8, data__packing=packing)
+    memory.asked.clear()
+    got = trained("auto", **AUTO, data__packing=packing)
+    first, *halves = said(capsys)
+    assert calls and first > 200 and halves and halves[-1] <= 200 and sum(n > 200 for n in memory.asked[len(calls) + 2 :]) <= len(halves)
+    assert distance(got, whole) < BOUND
+
+
+def test_after_that_the_run_is_that_of_the_smaller_budget(make_recipe, memory, capsys, monkeypatch):
+    """Dropout and all: a run that went on after step 2 with the smaller number, given by hand, is the same to the last bit."""
+    from llmkd import loop
+    from llmkd.errors import Stopped
+    from llmkd.stopping import StopRequest
+
+    stop, move = StopRequest(), loop.move
+
+    def less_after_two(learner, step, norm):
+        move(learner, step, norm)
+        memory.tokens = 200 if step >= 2 else 10**9
+        stop.asked = step == 1 and stopping  # heard in the next step
+
+    monkeypatch.setattr(loop, "move", less_after_two)
+    stopping = False
+    run(make_recipe("one", **AUTO, **DROPOUT), stop=stop)
+    first, *_, last = said(capsys)
+    assert last < first
+    memory.tokens, stopping = 10**9, True
+    with pytest.raises(Stopped):
+        run(make_recipe("two", **DROPOUT, **AUTO | {"train__micro_batch_tokens": first}), stop=stop)
+    stop.asked = stopping = False
+    recipe = make_recipe("two", **DROPOUT, **AUTO | {"train__micro_batch_tokens": last})
+    run(recipe, resume=True, stop=stop)
+    assert distance(weights(Path(recipe.output_dir)), weights(Path(make_recipe("one").output_dir))) == 0
+
+
+@pytest.mark.parametrize("tokens", ["auto", 400])
+def test_where_nothing_smaller_can_help_the_error_comes_out(make_recipe, memory, monkeypatch, tokens):
+    """Single examples that do not fit; and a number given by hand is kept to."""
+    real = fitting.Fitting.measure
+    monkeypatch.setattr(fitting.Fitting, "measure", lambda self, size: (real(self, size), setattr(memory, "tokens", 30)))
+    if tokens == 400:
+        memory.tokens = 120
+    with pytest.raises(torch.OutOfMemoryError):
+        run(make_recipe(**AUTO | {"train__micro_batch_tokens": tokens}))
+    assert tokens == "auto" or sum(n > 120 for n in memory.asked) == 1
+
+
+def test_an_example_that_does_not_fit_is_refused_in_words(make_recipe, memory):
+    recipe = make_recipe(**AUTO)
+    memory.tokens = 30
+    with pytest.raises(
+        UserError, match=r"^train.micro_batch_tokens: an example of \d+ tokens, the longest, does not fit .* lower data.max_length"
+    ):
+        run(recipe)
+    assert not RunFolder(recipe, True).finished
+
+
+def test_other_errors_pass_through(make_recipe, monkeypatch):
+    monkeypatch.setattr(fitting, "learn", lambda *args, **kwargs: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        run(make_recipe(**AUTO))
+
+
+@pytest.mark.parametrize(("cautious", "grows", "times"), [(True, [20, 45, 60], 4), (False, [20, 45, 60, 99], 8), (False, [20, 45, 101], 2)])
+def test_free_memory_bounds_the_budget(trained, capsys, monkeypatch, cautious, grows, times):
+    """100 MB: on a CPU a doubling must stay inside them, on a GPU it is tried, and what it took is looked at."""
+
+    class Gauge:
+        room, taken = 100e6, property(lambda self: next(self.peaks))
+
+        def __init__(self, device):
+            self.cautious, self.peaks = cautious, iter([n * 10**6 for n in grows])
+
+    monkeypatch.setattr(fitting, "gauge_of", Gauge)
+    trained("auto", **AUTO)
+    assert said(capsys) == [152 * times]
+
+
+def test_the_gauge_sees_what_is_taken_and_given_back():
+    gauge = fitting.OnCPU()
+    assert gauge.room > 50e6 and gauge.taken < 50e6
+    held = torch.ones(100_000_000, dtype=torch.uint8)
+    del held
+    assert 90e6 < gauge.taken < 250e6
+    assert fitting.OnCPU().taken < 50e6
+
+
+def test_a_stream_is_measured_on_its_first_step(trained, memory, capsys):
+    memory.tokens = 400
+    changes = {"data__streaming": True, "train__max_steps": 4, **DROPOUT}
+    measured = trained("auto", **AUTO, **changes)
+    (found,) = said(capsys)
+    assert distance(measured, trained("hand", **changes, **AUTO | {"train__micro_batch_tokens": found})) == 0
+
+
+def test_what_a_teacher_reads_counts_where_it_is_more():
+    own, read = (Encoded(np.zeros(n, np.int32), np.ones(n, bool), np.array([0, 3, n]), np.arange(2)) for n in (8, 7))
+    assert own.widths.tolist() == [3, 5]
+    own.for_teacher = dataclasses.replace(read, offsets=np.array([0, 4, 7]))
+    assert own.widths.tolist() == [4, 5]
+
+
+def test_what_a_sweep_is_said_to_need_follows_the_budget():
+    lengths = np.array([5, 40, 9, 30, 8])
+    cases = {(2, None): 70, (None, 50): 50, (None, 10): 40, (None, 1000): 92, (None, "auto"): 40}
+    assert {case: largest_micro_batch(lengths, *case) for case in cases} == cases
+
+
+@pytest.mark.slow
+def test_two_processes_agree_on_a_budget(world, trained, tmp_path):
+    one = trained("one", train__micro_batch_size=8)
+    (tmp_path / "two.yaml").write_text(json.dumps(plain_recipe(world, tmp_path / "two")))
+    words = ["--train.micro_batch_size", "null", "--train.micro_batch_tokens", "auto"]
+    done = torchrun(2, ["--config", str(tmp_path / "two.yaml"), *words], tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stderr.count("micro-batches of at most") == 1
+    assert distance(weights(tmp_path / "two"), one) < BOUND
