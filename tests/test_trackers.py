@@ -101,7 +101,7 @@ def test_trackers_are_finished_when_a_run_ends_badly(make_recipe, tmp_path, monk
     finished = []
     real = TensorBoardTracker.finish
     monkeypatch.setattr(TensorBoardTracker, "finish", lambda self: finished.append(1) or real(self))
-    monkeypatch.setattr(session, "train", lambda *a: (_ for _ in ()).throw(RuntimeError("broken")))
+    monkeypatch.setattr(session, "train", lambda *a, **k: (_ for _ in ()).throw(RuntimeError("broken")))
     with pytest.raises(RuntimeError):
         run(make_recipe(report_to=["tensorboard", "tensorboard"]))
     assert finished == [1]
