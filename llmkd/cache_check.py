@@ -4,7 +4,6 @@ import dataclasses
 import gc
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from . import tracking
@@ -57,8 +56,8 @@ def check(recipe: Recipe, examples: int = 64) -> None:
     if accelerator.num_processes > 1:
         raise UserError("--check: runs in one process; leave accelerate launch out")
     for teacher in todo:
-        mine = prepared.train.take(np.array(mine_of(prepared.train, prepared.teachers.index(teacher)), np.int64))
-        sample = some_of(mine, examples)
+        mine = mine_of(prepared.train, prepared.teachers.index(teacher))
+        sample = some_of(prepared.train.take(mine), examples)
         if not len(sample):
             say(f"note: {teacher.setting}: no training rows are left to it")
             continue

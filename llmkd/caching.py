@@ -17,7 +17,7 @@ from . import taught
 from .console import bar, first_process, say
 from .cost import duration
 from .data.encode import Encoded, joined
-from .errors import Stopped, UserError, alone
+from .errors import Stopped, UserError, alone, first_alone
 from .order import deal
 from .prepare import Prepared, prepare
 from .recipe import Recipe, Teacher
@@ -91,7 +91,7 @@ def asked(recipe: Recipe, prepared: Prepared, teacher: TeacherFiles) -> Encoded:
     parts = [one for one in (prepared.train, prepared.validation) if one is not None]
     before = [0, 0 if recipe.data.validation_share else sum(source["rows"] for source in prepared.origins["data.train"])]
     whole = joined(parts, before[: len(parts)], {})
-    mine = np.array(taught.mine_of(whole, prepared.teachers.index(teacher)), np.int64)
+    mine = taught.mine_of(whole, prepared.teachers.index(teacher))
     return whole.take(mine[np.argsort(whole.row[mine], kind="stable")])
 
 
@@ -198,23 +198,6 @@ def content_of(file: str) -> str:
             return hashlib.file_digest(opened, "sha256").hexdigest()
     except OSError as error:
         raise UserError(f"--import: {file}: {error.strerror}; name the file of answers") from None
-
-
-def first_alone(accelerator, action):
-    """What the first process does while the others wait; all get its answer, or its UserError."""
-    found: list = [None, None]
-    if accelerator.is_main_process:
-        try:
-            found = [action(), None]
-        except UserError as error:
-            found = [None, error.problems]
-    if accelerator.num_processes > 1:
-        from accelerate.utils import broadcast_object_list
-
-        broadcast_object_list(found)
-    if found[1]:
-        raise UserError(*found[1])
-    return found[0]
 
 
 def dealt(encoded: Encoded, examples: np.ndarray, size: int) -> list[list[int]]:

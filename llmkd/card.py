@@ -16,7 +16,7 @@ from . import __version__
 from .model_files import ModelFiles, hub_origin, licence
 from .recipe import Quantization, Recipe, Source, distils, sources
 from .settings import dump
-from .taught import TeacherFiles, options
+from .taught import TeacherFiles
 
 #: Validation figures by the names that the hub's metrics have, where they have one, and what they are.
 METRICS = {
@@ -222,7 +222,7 @@ def taught_by(teacher: TeacherFiles) -> str:
     if one.quantization:
         parts.append(f"held in {one.quantization.type}")
     if teacher.store:
-        parts.append(f"its answers read from {code(one.cache.path)} ({options(teacher.store)['kind']})")
+        parts.append(f"its answers read from {code(one.cache.path)} ({teacher.store.header['kind']['name']})")
     return ", ".join(parts + ([f"weight {one.weight:g}"] if one.weight != 1 else []))
 
 

@@ -54,6 +54,23 @@ def alone():
         raise
 
 
+def first_alone(accelerator, action):
+    """What the first process does while the others wait. All get its answer, or its UserError: else they would wait for ever."""
+    found: list = [None, None]
+    if accelerator.is_main_process:
+        try:
+            found[0] = action()
+        except UserError as error:
+            found[1] = error
+    if accelerator.num_processes > 1:
+        from accelerate.utils import broadcast_object_list
+
+        broadcast_object_list(found)
+    if found[1]:
+        raise found[1]
+    return found[0]
+
+
 _REFUSED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP}
 
 

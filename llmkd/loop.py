@@ -91,7 +91,8 @@ def train(
                 if all(map(is_finite, (*progress.terms[k].values(), progress.grad_norms[k]))):
                     move(learner, step.number, norms[k])
                 else:
-                    progress.failures[k] = blame(progress, k, taken.micro_batches, taken.seen[k], teacher, accelerator)
+                    temperature = unwrapped(learner).objective.temperature
+                    progress.failures[k] = blame(progress, k, temperature, taken.micro_batches, taken.seen[k], teacher, accelerator)
                     del active[k]
             yield progress
             if not active:
@@ -185,18 +186,20 @@ def is_finite(value: float) -> bool:
     return value - value == 0
 
 
-def blame(progress: Progress, k: int, micro_batches: list[Batch], seen: list[dict[str, Tensor]], teacher, accelerator) -> NonFinite:
-    """Which step, which term and which examples, from all ranks."""
+def blame(
+    progress: Progress, k: int, temperature: float, micro_batches: list[Batch], seen: list[dict[str, Tensor]], teacher, accelerator
+) -> NonFinite:
+    """Which step, which term and which examples, from all ranks; of learner `k`, which compares at that temperature."""
     term = next((name for name, value in progress.terms[k].items() if not is_finite(value)), "gradient")
     examples, cause = set(), ""
     for micro, rows in zip(micro_batches, seen, strict=True):
         bad_N = (~torch.isfinite(rows[term])).nonzero().flatten().tolist() if term in rows else range(micro.targets)
         examples |= {int(micro.example_N[n]) for n in bad_N}
         if term == "kd" and bad_N and not cause:
-            log_p_V = teacher(micro.to(accelerator.device)).log_probs(slice(bad_N[0], bad_N[0] + 1))[0]
+            log_p_V = teacher(micro.to(accelerator.device)).log_probs(slice(bad_N[0], bad_N[0] + 1), temperature=temperature)[0]
             if torch.isnan(log_p_V).any():
                 cause = "teacher logits"
-            elif torch.isneginf(log_p_V).any():
+            elif torch.isneginf(log_p_V).any() and "agreement" in teacher.figures:  # samples leave most tokens out, and mean nothing by it
                 cause = "kd (the teacher rules tokens out, where this divergence is infinite; forward_kl and generalized_jsd stay finite)"
     if accelerator.num_processes > 1:
         from accelerate.utils import gather_object

@@ -191,6 +191,46 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
         yield ("output_dir",), "not given; name the folder the run shall write, such as runs/first"
     elif "\0" in recipe.output_dir:
         yield ("output_dir",), "holds a NUL character; name a folder"
+    yield from _student_contradictions(student)
+    if optim.name != "adamw" and student.dtype == "float64":
+        yield ("optim.name", "student.dtype"), f"found {optim.name}, which has no float64; use adamw, or student.dtype: float32"
+    yield from data_contradictions(data, train.max_steps, train.length_group)
+    yield from teacher_contradictions(recipe.teacher, data)
+    if recipe.mixture != Mixture() and len(teachers(recipe.teacher)) < 2:
+        yield ("mixture", "teacher"), "given without several teachers to mix; leave it out"
+    sampled = [path for path, one in named(recipe.teacher) if one.cache and one.cache.kind == "sampled"]
+    if sampled and loss.divergence != "forward_kl" and loss.kd_ratio:
+        yield (
+            ("loss.divergence", f"{sampled[0]}.cache.kind"),
+            f"found {loss.divergence} with a sampled cache, which is right on average for forward_kl alone; use that, or kind: topk or hidden",
+        )
+    if loss.kd_ratio and recipe.teacher is None:
+        yield ("loss.kd_ratio", "teacher"), f"found {loss.kd_ratio:g} without a teacher; give teacher.model, or set it to 0"
+    yield from _loss_contradictions(loss)
+    if optim.warmup_steps is not None and optim.warmup_share is not None:
+        yield ("optim.warmup_share", "optim.warmup_steps"), "given together with optim.warmup_steps; keep one of them"
+    if train.epochs is not None and train.max_steps is not None:
+        yield ("train.max_steps", "train.epochs"), "given together with train.epochs; keep one of them"
+    if train.micro_batch_size is not None and train.micro_batch_tokens is not None:
+        yield (
+            ("train.micro_batch_tokens", "train.micro_batch_size"),
+            "given together with train.micro_batch_size; keep one of them (null takes the other back)",
+        )
+    if train.max_steps and optim.warmup_steps and optim.warmup_steps > train.max_steps:
+        yield ("optim.warmup_steps", "train.max_steps"), f"found {optim.warmup_steps}, more than train.max_steps ({train.max_steps})"
+    no_held_out = ("data.validation", "data.validation_share")
+    if not sources(data.validation) and not data.validation_share:
+        for path, given in (("validation.every", recipe.validation.every), ("checkpoint.best_by", recipe.checkpoint.best_by)):
+            if given is not None:
+                yield (path, *no_held_out), "given without held-out rows; set data.validation or data.validation_share"
+    if recipe.checkpoint.best_by not in (None, "ce") and not (recipe.teacher and loss.kd_ratio != 0):
+        yield (
+            ("checkpoint.best_by", "teacher", "loss.kd_ratio"),
+            f"found {recipe.checkpoint.best_by}, which needs a teacher and loss.kd_ratio above 0; use ce",
+        )
+
+
+def _student_contradictions(student: Student) -> Iterator[tuple[tuple[str, ...], str]]:
     if student.model is None and student.architecture is None:
         yield (
             ("student.model", "student.architecture"),
@@ -223,20 +263,9 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
             ("student.dtype", "student.method"),
             "found float16, in which all weights cannot be trained; use float32 with mixed_precision: bf16",
         )
-    if optim.name != "adamw" and student.dtype == "float64":
-        yield ("optim.name", "student.dtype"), f"found {optim.name}, which has no float64; use adamw, or student.dtype: float32"
-    yield from data_contradictions(data, train.max_steps, train.length_group)
-    yield from teacher_contradictions(recipe.teacher, data)
-    if recipe.mixture != Mixture() and len(teachers(recipe.teacher)) < 2:
-        yield ("mixture", "teacher"), "given without several teachers to mix; leave it out"
-    sampled = [path for path, one in named(recipe.teacher) if one.cache and one.cache.kind == "sampled"]
-    if sampled and loss.divergence != "forward_kl" and loss.kd_ratio:
-        yield (
-            ("loss.divergence", f"{sampled[0]}.cache.kind"),
-            f"found {loss.divergence} with a sampled cache, which is right on average for forward_kl alone; use that, or kind: topk or hidden",
-        )
-    if loss.kd_ratio and recipe.teacher is None:
-        yield ("loss.kd_ratio", "teacher"), f"found {loss.kd_ratio:g} without a teacher; give teacher.model, or set it to 0"
+
+
+def _loss_contradictions(loss: Loss) -> Iterator[tuple[tuple[str, ...], str]]:
     known = DIVERGENCES[loss.divergence]
     for name, value in loss.divergence_options.items():
         paths = (f"loss.divergence_options.{name}", "loss.divergence")
@@ -246,24 +275,3 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
             yield paths, f"found {value:g}, expected {known[name][0]:g} to {known[name][1]:g}"
     if loss.divergence == "alpha_beta" and not any(({o: d for o, (_, _, d) in known.items()} | loss.divergence_options).values()):
         yield ("loss.divergence_options", "loss.divergence"), "alpha and beta are both 0; at least one of them must be positive"
-    if optim.warmup_steps is not None and optim.warmup_share is not None:
-        yield ("optim.warmup_share", "optim.warmup_steps"), "given together with optim.warmup_steps; keep one of them"
-    if train.epochs is not None and train.max_steps is not None:
-        yield ("train.max_steps", "train.epochs"), "given together with train.epochs; keep one of them"
-    if train.micro_batch_size is not None and train.micro_batch_tokens is not None:
-        yield (
-            ("train.micro_batch_tokens", "train.micro_batch_size"),
-            "given together with train.micro_batch_size; keep one of them (null takes the other back)",
-        )
-    if train.max_steps and optim.warmup_steps and optim.warmup_steps > train.max_steps:
-        yield ("optim.warmup_steps", "train.max_steps"), f"found {optim.warmup_steps}, more than train.max_steps ({train.max_steps})"
-    no_held_out = ("data.validation", "data.validation_share")
-    if not sources(data.validation) and not data.validation_share:
-        for path, given in (("validation.every", recipe.validation.every), ("checkpoint.best_by", recipe.checkpoint.best_by)):
-            if given is not None:
-                yield (path, *no_held_out), "given without held-out rows; set data.validation or data.validation_share"
-    if recipe.checkpoint.best_by not in (None, "ce") and not (recipe.teacher and loss.kd_ratio != 0):
-        yield (
-            ("checkpoint.best_by", "teacher", "loss.kd_ratio"),
-            f"found {recipe.checkpoint.best_by}, which needs a teacher and loss.kd_ratio above 0; use ce",
-        )

@@ -20,7 +20,7 @@ from .data.collate import collate
 from .data.encode import Encoded
 from .data.stream import Stream
 from .distiller import Distiller
-from .errors import NonFinite, Stopped, UserError, blamed_on
+from .errors import NonFinite, Stopped, UserError, blamed_on, first_alone
 from .fitting import Fitting
 from .gate import some_of, verdict
 from .loop import Learner, train
@@ -165,21 +165,14 @@ class Session:
         return combined(each, [one.settings for one in found], recipe.mixture) if each else None
 
     def claim(self) -> None:
-        """The first process takes the arms' folders, and all hear of one that cannot be had: else the others would wait for it."""
-        refused: list = [None]
-        for k, arm in enumerate(self.arms if self.main else ()):
-            try:
-                arm.folder.claim(arm.prepared.identity)
-            except UserError as error:
-                refused = [(k, error.problems)]
-                break
-        if self.accelerator.num_processes > 1:
-            from accelerate.utils import broadcast_object_list
+        """The first process takes the arms' folders, and all hear of one that cannot be had."""
 
-            broadcast_object_list(refused)
-        if refused[0]:
-            with blamed_on(refused[0][0]):
-                raise UserError(*refused[0][1])
+        def take() -> None:
+            for k, arm in enumerate(self.arms):
+                with blamed_on(k):
+                    arm.folder.claim(arm.prepared.identity)
+
+        first_alone(self.accelerator, take)
 
     def resume(self, folders: list[RunFolder]) -> int:
         """Take up the newest checkpoint that all arms have; the step it stands at."""
@@ -271,30 +264,32 @@ class Session:
         if self.teacher is None or not self.recipe.validation.gate:
             return
         sample = some_of(self.prepared.train, self.recipe.validation.gate)
-        found = [one.figures() for one in self.measured([arm.student for arm in self.arms], sample, "gate", 0)]
+        found = [one.figures() for one in self.measure([arm.student for arm in self.arms], sample, "gate", 0)]
         for arm, figures in zip(self.arms if self.main else (), found, strict=False):
             arm.record.write({"step": 0, "gate": {"examples": len(sample)} | {name: figures[name] for name in ("ce", "teacher_ce")}})
         self.display.say(verdict(found, len(sample), self.prepared.teachers, self.prepared.student))
 
-    def measured(self, students: list, data: Encoded, name: str, step: int) -> list[HeldOut]:
+    def measure(self, students: list[models.LanguageModel], data: Encoded, name: str, step: int) -> list[HeldOut]:
+        """Every student on all of the data; a stop is heard meanwhile."""
         size = self.recipe.validation.micro_batch_size
         try:
             return validate(students, self.teacher, data, self.pad, size, self.accelerator, self.stop, bar(name))
         except Stopped:
             raise self.stopped(step) from None
+        finally:
+            self.display.speed()  # what was spent here is not training's
 
     def validate(self, step: int) -> None:
-        """Measure on the held-out rows, once a step; keep the best; warn where the teacher is worse than a student."""
+        """Measure on the held-out rows, once a step, and keep the best."""
         waiting = [arm for arm in self.active if arm.validated != step]
         if self.prepared.validation is None or not waiting:
             return
-        found = self.measured([arm.student for arm in waiting], self.prepared.validation, "validation", step)
+        found = self.measure([arm.student for arm in waiting], self.prepared.validation, "validation", step)
         for arm, held_out in zip(waiting, found, strict=True):
             figures = arm.measured(step, held_out)
             name = f" of {arm.folder.path.name}" if len(self.arms) > 1 else ""
             shown = "  ".join(f"{k} {v:.4f}" for k, v in figures.items() if k != "targets")
             self.display.say(f"validation{name} at step {step}: {shown}")
-        self.display.speed()  # what was spent here is not training's
         if self.recipe.checkpoint.best_by and step:
             self.save(step)
 

@@ -14,8 +14,6 @@ from torch import Tensor
 
 from .head import Head
 
-IGNORE = -100
-
 #: From the log-probabilities of student and teacher over the same events, both [n, E]: how far apart they are, [n].
 Divergence = Callable[[Tensor, Tensor], Tensor]
 #: Which targets of a batch: a part of them, or their numbers.

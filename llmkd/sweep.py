@@ -22,6 +22,7 @@ from .run_folder import RunFolder
 from .settings import load_recipe, load_sweep
 from .stopping import StopRequest
 from .sweep_state import Group, State
+from .taught import check_samples
 from .training import run, start, train_together
 
 
@@ -127,6 +128,7 @@ class Arms:
         for name, spec in self.specs.items():
             try:
                 out[name] = self._load(spec.changes, f"arms/{name}")
+                check_samples(out[name])
             except UserError as error:
                 problems += [f"arm {name}: {problem}" for problem in error.problems]
         if problems:

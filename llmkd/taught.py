@@ -15,7 +15,7 @@ from .errors import UserError
 from .model_files import ModelFiles, find, fingerprint, read_json
 from .recipe import Recipe, distils
 from .recipe_teacher import CACHE_KINDS, Teacher, named
-from .teachers.store import Store
+from .teachers.store import Store, read_header
 
 
 @dataclass(frozen=True)
@@ -91,12 +91,6 @@ def held_in(files: ModelFiles, settings: Teacher) -> str:
     return files.dtype or "float32" if settings.dtype == "auto" else settings.dtype
 
 
-def options(store: Store) -> dict:
-    """A store's kind and its options, by the names of the settings."""
-    found = dict(store.header["kind"])
-    return found | {"kind": found.pop("name")}
-
-
 def contents(prepared) -> dict[str, str]:
     """Of `Prepared.identity` the hashes of the data."""
     return {name: prepared.identity[name] for name in ("the training data", "the held-out data")}
@@ -112,8 +106,8 @@ _OTHER = {
 
 def check_store(recipe: Recipe, teacher: TeacherFiles, tokenizer, vocab: int) -> None:
     """Refuse a store of another tokenizer, template, teacher or kind than the recipe's; every difference is named."""
-    store, setting, cache, loss = teacher.store, teacher.setting, teacher.settings.cache, recipe.loss
-    made_of_then, kept = store.header["made_of"], options(store)
+    store, setting, cache = teacher.store, teacher.setting, teacher.settings.cache
+    made_of_then, kept = store.header["made_of"], store.header["kind"]
     where, ours = f"{setting}.cache.path: {cache.path} was made", made_of(recipe, teacher, tokenizer, {})
     problems = []
     for part in ("tokenizer", "teacher") if teacher.files else ("tokenizer",):
@@ -126,22 +120,39 @@ def check_store(recipe: Recipe, teacher: TeacherFiles, tokenizer, vocab: int) ->
             f"{where} over {store.header['vocab']} entries of the vocabulary, and the models of this run have {vocab}; write another by llmkd cache"
         )
     for name in ("kind", *(name for known in CACHE_KINDS.values() for name in known)):
-        value = getattr(cache, name)
-        if value not in (None, "auto", kept.get(name)):
-            problems.append(f"{setting}.cache.{name}: found {value}, and {cache.path} was made with {kept.get(name)}; leave it out")
-    if kept["kind"] == "sampled":
-        why = f"and {cache.path} holds samples, which are right on average"
-        drawn, by = kept["temperature"], recipe.checkpoint.best_by
-        if loss.temperature != drawn:
-            problems.append(f"loss.temperature: found {loss.temperature:g}, {why} at the temperature that they were drawn at, {drawn:g}")
-        if loss.divergence != "forward_kl":
-            problems.append(f"loss.divergence: found {loss.divergence}, {why} for forward_kl alone")
-        if recipe.mixture.combine == "log_probabilities":
-            problems.append(f"mixture.combine: found log_probabilities, {why} for probabilities and divergences alone")
-        if by not in (None, "ce", "forward_kl" if drawn == 1 else None):
-            problems.append(f"checkpoint.best_by: found {by}, {why} for forward_kl at their own temperature alone; use ce")
+        value, then = getattr(cache, name), kept["name"] if name == "kind" else kept.get(name)
+        if value not in (None, "auto", then):
+            problems.append(f"{setting}.cache.{name}: found {value}, and {cache.path} was made with {then}; leave it out")
+    if problems := problems + of_samples(recipe, cache.path, kept):
+        raise UserError(*problems)
+
+
+def check_samples(recipe: Recipe) -> None:
+    """Refuse a recipe whose loss the samples in one of its stores are not right for. Of stores that are there yet, and by their headers alone."""
+    problems = []
+    for setting, one in named(recipe.teacher) if distils(recipe) else ():
+        if one.cache and (Path(one.cache.path).expanduser() / "store.json").exists():
+            header = read_header(Path(one.cache.path).expanduser(), f"{setting}.cache.path")
+            problems += of_samples(recipe, one.cache.path, header["kind"])
     if problems:
         raise UserError(*problems)
+
+
+def of_samples(recipe: Recipe, path: str, kept: dict) -> list[str]:
+    """What is wrong with a recipe that learns from a store of this kind, if that holds samples."""
+    if kept["name"] != "sampled":
+        return []
+    loss, drawn, by, problems = recipe.loss, kept["temperature"], recipe.checkpoint.best_by, []
+    why = f"and {path} holds samples, which are right on average"
+    if loss.temperature != drawn:
+        problems.append(f"loss.temperature: found {loss.temperature:g}, {why} at the temperature that they were drawn at, {drawn:g}")
+    if loss.divergence != "forward_kl":
+        problems.append(f"loss.divergence: found {loss.divergence}, {why} for forward_kl alone")
+    if recipe.mixture.combine == "log_probabilities":
+        problems.append(f"mixture.combine: found log_probabilities, {why} for probabilities and divergences alone")
+    if by not in (None, "ce", "forward_kl" if drawn == 1 else None):
+        problems.append(f"checkpoint.best_by: found {by}, {why} for forward_kl at their own temperature alone; use ce")
+    return problems
 
 
 def check_examples(teacher: TeacherFiles, number: int, parts: dict[str, tuple[Encoded | Stream | None, Sequence[str]]], ours: dict) -> None:
@@ -169,6 +180,6 @@ def check_examples(teacher: TeacherFiles, number: int, parts: dict[str, tuple[En
             )
 
 
-def mine_of(encoded: Encoded | Stream, number: int) -> list[int]:
+def mine_of(encoded: Encoded | Stream, number: int) -> np.ndarray:
     """The examples that teacher `number` answers, alone or with others."""
-    return np.flatnonzero(np.isin(encoded.taught_by, (EVERYONE, number))).tolist()
+    return np.flatnonzero(np.isin(encoded.taught_by, (EVERYONE, number)))

@@ -91,6 +91,41 @@ def plain_recipe(world: Path, out: Path) -> dict:
     }
 
 
+@pytest.fixture(scope="session")
+def stores(world, tmp_path_factory) -> Path:
+    """A folder of stores of the small world's teacher: hidden, topk (all of V), narrow (K = 8), sampled."""
+    from llmkd.caching import cache
+
+    root = tmp_path_factory.mktemp("stores")
+    kinds = {
+        "hidden": {"kind": "hidden"},
+        "topk": {"kind": "topk", "k": 4096, "value_bits": 16},
+        "narrow": {"kind": "topk", "k": 8},
+        "sampled": {"kind": "sampled", "draws": 64},
+    }
+    fixed = {"teacher.dtype": "float32", "data.validation_share": 0.2}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LLMKD_CACHE", str(root / "tokens"))
+        for name, kind in kinds.items():
+            file = root / f"{name}.yaml"
+            file.write_text(json.dumps(plain_recipe(world, root / "out")))
+            options = {f"teacher.cache.{key}": value for key, value in ({"path": str(root / name)} | kind).items()}
+            cache(settings.load_recipe(file, fixed | options))
+    return root
+
+
+@pytest.fixture
+def damaged(stores, tmp_path):
+    """A copy of a store, to be damaged."""
+    from shutil import copytree
+
+    def make(kind="topk") -> Path:
+        copytree(stores / kind, tmp_path / "damaged")
+        return tmp_path / "damaged"
+
+    return make
+
+
 @pytest.fixture
 def trained(make_recipe):
     """Train a recipe of the small world and give its weights."""

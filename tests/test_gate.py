@@ -1,6 +1,7 @@
 """Before the first step: the teacher's cross-entropy against the student's, on rows that are trained on."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from llmkd.gate import some_of
 from llmkd.prepare import prepare
 from llmkd.teachers.live import Live
 from llmkd.training import run
+from llmkd.validate import validate
 
 
 def gate_of(recipe) -> list[dict]:
@@ -85,3 +87,14 @@ def test_a_stream_is_judged_by_its_first_step(make_recipe):
     recipe = make_recipe(data__streaming=True, train__max_steps=2)
     run(recipe)
     assert gate_of(recipe)[0]["examples"] == recipe.train.batch_size
+
+
+def test_its_time_is_not_trainings(make_recipe, monkeypatch):
+    from llmkd import session
+
+    slow = lambda *args: time.sleep(1.5) or validate(*args)  # noqa: E731
+    monkeypatch.setattr(session, "validate", slow)
+    recipe = make_recipe(train__max_steps=2)
+    run(recipe)
+    first = next(line for line in map(json.loads, (Path(recipe.output_dir) / "metrics.jsonl").read_text().splitlines()) if "loss" in line)
+    assert first["targets"] / first["targets_per_s"] < 1.4

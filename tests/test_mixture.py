@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import distance
 
-from llmkd.data.collate import collate
+from llmkd.data.collate import collate, part_of
 from llmkd.data.encode import Encoded
 from llmkd.head import Head
 from llmkd.losses.divergences import forward_kl, generalized_jsd, reverse_kl
@@ -15,7 +15,7 @@ from llmkd.losses.objective import Objective
 from llmkd.prepare import prepare
 from llmkd.signals import FIGURES, Batch, Dense
 from llmkd.teachers.live import Live
-from llmkd.teachers.mixture import Mixture, Routed, part_of
+from llmkd.teachers.mixture import Mixture, Routed
 
 N, V, H = 11, 13, 5
 WEIGHTS = [3.0, 1.0, 2.0]

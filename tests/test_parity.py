@@ -104,3 +104,23 @@ def torchrun(processes: int, arguments: list[str], cache: Path) -> subprocess.Co
     ]
     environment = os.environ | {"LLMKD_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
     return subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment, timeout=300)
+
+
+def test_a_refusal_reaches_the_other_processes_with_all_its_lines_and_its_arm():
+    """They get it as `broadcast_object_list` carries it."""
+    import pickle
+
+    from llmkd.errors import UserError, blamed_on, first_alone
+
+    class First:
+        is_main_process, num_processes = True, 1
+
+    def refuse():
+        with blamed_on(3):
+            raise UserError("one: a", "two: b")
+
+    with pytest.raises(UserError) as info:
+        first_alone(First(), refuse)
+    there = pickle.loads(pickle.dumps(info.value))
+    assert there.problems == ("one: a", "two: b") and there.arm == 3 and str(there) == "one: a\ntwo: b"
+    assert first_alone(First(), lambda: 7) == 7

@@ -303,3 +303,21 @@ def test_tokens_that_a_model_masks_do_not_blur_the_others(mask):
     signal = kind.signal(torch.from_numpy(kind.record(dense_signal(log_p), know, examples(4))), "cpu")
     assert_close(signal.divergence(KL, ALL, log_q), forward_kl(log_q, log_p), rtol=1e-3, atol=0)
     assert torch.isfinite(signal.divergence(named("reverse_kl"), ALL, log_q)).all()
+
+
+def test_what_is_not_finite_before_a_teacher_known_by_samples_is_not_laid_at_its_door():
+    """Drawn at another temperature than 1, and without most tokens: neither is a fault of its own."""
+    from types import SimpleNamespace
+
+    from llmkd.loop import Progress, blame
+    from llmkd.signals import Batch, View
+
+    signal = sampled(dense().float(), 5, 2.0)
+    count = len(signal.ids_ND)
+    view = View({}, torch.arange(count))
+    batch = Batch(torch.zeros(count, dtype=torch.long), torch.arange(count), view, view)
+    ask = type("Teacher", (), {"figures": ("teacher_ce",), "__call__": lambda self, batch: signal})()
+    rows = {"ce": torch.zeros(count), "kd": torch.zeros(count).index_fill(0, torch.tensor([1]), math.inf)}
+    progress = Progress(3, 0, count, False, {0: {"ce": 0.0, "kd": math.inf, "loss": math.inf}})
+    found = blame(progress, 0, 2.0, [batch], [rows], ask, SimpleNamespace(device="cpu", num_processes=1))
+    assert (found.step, found.term, found.examples) == (3, "kd", [1])

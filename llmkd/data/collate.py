@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from ..signals import Batch, Example, View
 from .encode import Encoded
@@ -45,3 +46,26 @@ def _view(encoded: Encoded, examples: list[int], pad: int, packing: bool) -> Vie
     inputs["input_ids"] = torch.from_numpy(ids_BT)
     rows_N = np.concatenate([_NONE, *(x + start for x, start in zip(rows, starts, strict=False))])
     return View(inputs, torch.from_numpy(rows_N))
+
+
+def part_of(batch: Batch, mine: list[bool]) -> Batch:
+    """Some of a batch's examples, for a teacher: `mine[i]` says whether example i is one. Both views are the teacher's."""
+    view, keep_N = batch.teacher, by_target(batch, mine).to(batch.labels_N.device)
+    kept_N, wanted = view.rows_N[keep_N], torch.tensor(mine, device=batch.labels_N.device)
+    ids_BT = view.inputs["input_ids"]
+    T = ids_BT.shape[1]
+    if "position_ids" in view.inputs:  # one row, in which an example begins where positions do
+        keep_T = wanted[(view.inputs["position_ids"][0] == 0).cumsum(0) - 1]
+        inputs = {name: x_BT[:, keep_T] for name, x_BT in view.inputs.items()}
+        rows_N = (keep_T.cumsum(0) - 1)[kept_N]
+    else:
+        inputs = {name: x_BT[wanted] for name, x_BT in view.inputs.items()}
+        rows_N = (wanted.cumsum(0) - 1)[kept_N // T] * T + kept_N % T
+    part = View(inputs, rows_N)
+    examples = tuple(example for example, keep in zip(batch.examples, mine, strict=True) if keep)
+    return Batch(batch.labels_N[keep_N], batch.example_N[keep_N], part, part, examples)
+
+
+def by_target(batch: Batch, of_example: list[bool]) -> Tensor:
+    """A mark of each example, repeated for each of its targets; on the CPU."""
+    return torch.tensor(of_example).repeat_interleave(torch.tensor([example.targets for example in batch.examples]))

@@ -6,9 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..data.collate import by_target, part_of
 from ..recipe_teacher import Mixture as MixtureSettings
 from ..recipe_teacher import Teacher as TeacherSettings
-from ..signals import FIGURES, Batch, Divergence, Rows, Signal, Teacher, View
+from ..signals import FIGURES, Batch, Divergence, Rows, Signal, Teacher
 
 
 def combined(teachers: Sequence[Teacher], settings: Sequence[TeacherSettings], mixture: MixtureSettings) -> Teacher:
@@ -115,7 +116,7 @@ class Routed:
         parts = [self._of(k)(part_of(batch, mine)) for k, mine in groups.items()]
         owner, place = torch.zeros(batch.targets, dtype=torch.long), torch.zeros(batch.targets, dtype=torch.long)
         for number, mine in enumerate(groups.values()):
-            whose = _by_target(batch, mine)
+            whose = by_target(batch, mine)
             owner[whose], place[whose] = number, torch.arange(int(whose.sum()))
         return Patched(parts, owner, place)
 
@@ -158,26 +159,3 @@ class Patched:
                 order.append(mine)
         back = torch.cat(order).argsort()
         return torch.cat(found)[back.to(found[0].device)]
-
-
-def part_of(batch: Batch, mine: list[bool]) -> Batch:
-    """Some of a batch's examples, for a teacher: `mine[i]` says whether example i is one. Both views are the teacher's."""
-    view, keep_N = batch.teacher, _by_target(batch, mine).to(batch.labels_N.device)
-    kept_N, wanted = view.rows_N[keep_N], torch.tensor(mine, device=batch.labels_N.device)
-    ids_BT = view.inputs["input_ids"]
-    T = ids_BT.shape[1]
-    if "position_ids" in view.inputs:  # one row, in which an example begins where positions do
-        keep_T = wanted[(view.inputs["position_ids"][0] == 0).cumsum(0) - 1]
-        inputs = {name: x_BT[:, keep_T] for name, x_BT in view.inputs.items()}
-        rows_N = (keep_T.cumsum(0) - 1)[kept_N]
-    else:
-        inputs = {name: x_BT[wanted] for name, x_BT in view.inputs.items()}
-        rows_N = (wanted.cumsum(0) - 1)[kept_N // T] * T + kept_N % T
-    part = View(inputs, rows_N)
-    examples = tuple(example for example, keep in zip(batch.examples, mine, strict=True) if keep)
-    return Batch(batch.labels_N[keep_N], batch.example_N[keep_N], part, part, examples)
-
-
-def _by_target(batch: Batch, of_example: list[bool]) -> Tensor:
-    """A mark of each example, repeated for each of its targets; on the CPU."""
-    return torch.tensor(of_example).repeat_interleave(torch.tensor([example.targets for example in batch.examples]))
