@@ -35,6 +35,7 @@ class LanguageModel(nn.Module):
         self.model, self.adapter = model, adapter
         self.autocast: torch.dtype | None = None
         self.own_forward = False
+        self.varlen = False  # whether packed rows have llmkd's attention
         self.runs_on: torch.device | None = None  # where its inputs go, if that is not where its weights are
         self.untouched: list[str] = []  # trainable parameters that a small batch gave no gradient
         self.head = head_of(self.plain, vocab, adapter)
@@ -70,16 +71,19 @@ class LanguageModel(nn.Module):
         with torch.autocast(view.rows_N.device.type, self.autocast, enabled=self.autocast is not None):
             if self.own_forward:
                 return self._logits(view)
-            hidden_BTH = decoder_of(self.plain)(**view.inputs, use_cache=False)[0]
+            hidden_BTH = decoder_of(self.plain)(**self._inputs(view), use_cache=False)[0]
         return hidden_BTH.flatten(0, 1).index_select(0, view.rows_N)
+
+    def _inputs(self, view: View) -> dict[str, Tensor]:
+        return view.inputs | ({"attention_mask": view.packed.mask()} if view.packed and self.varlen else {})
 
     def _logits(self, view: View) -> Tensor:
         """The model's own logits [N, V] at the view's rows; of the other positions no more than those in the same column."""
         T = view.inputs["input_ids"].shape[1]
         columns, wanted = (view.rows_N % T).unique(return_inverse=True)
         if "logits_to_keep" not in inspect.signature(self.plain.forward).parameters or not len(columns):
-            return self.plain(**view.inputs, use_cache=False).logits.flatten(0, 1).index_select(0, view.rows_N)
-        logits_BCV = self.plain(**view.inputs, use_cache=False, logits_to_keep=columns).logits
+            return self.plain(**self._inputs(view), use_cache=False).logits.flatten(0, 1).index_select(0, view.rows_N)
+        logits_BCV = self.plain(**self._inputs(view), use_cache=False, logits_to_keep=columns).logits
         return logits_BCV.flatten(0, 1).index_select(0, view.rows_N // T * len(columns) + wanted)
 
     def trainable(self) -> dict[str, nn.Parameter]:
@@ -115,7 +119,7 @@ def load_teacher(
     if settings.device == OFFLOAD:
         teacher.head, teacher.runs_on = head_on(teacher.head, torch.device(device)), torch.device(device)
         offload(teacher.plain, device)
-    selftest.check(teacher, name, packing)
+    selftest.check(teacher, name, packing, settings.attention)
     if settings.device not in (None, OFFLOAD):
         teacher.head = head_on(teacher.head, torch.device(device))
     return teacher
@@ -182,7 +186,7 @@ def _adapted(model: nn.Module, found: list[ModelFiles], many: list[StudentSettin
 
 def _ready(student: LanguageModel, settings: StudentSettings, packing: int) -> None:
     student.autocast = torch.bfloat16 if settings.mixed_precision == "bf16" else None
-    selftest.check(student.train(), "student.model", packing)
+    selftest.check(student.train(), "student.model", packing, settings.attention)
     _check_narrow(student, settings)
     student.untouched = selftest.untouched(student, "student.model")
     if student.untouched:

@@ -89,6 +89,11 @@ class Data:
         False,
         description="Concatenate a micro-batch's examples into one row without padding; they stay isolated, and the result is the same.",
     )
+    share_beginnings: bool = Field(
+        False,
+        description="With packing: compute a beginning that examples of a micro-batch have in common, such as a template's first words, once for "
+        "all of them. The result is the same but for rounding, and for dropout, which is then drawn there once.",
+    )
     streaming: bool = Field(
         False, description="Read and tokenise the training rows while training instead of before; needs train.max_steps."
     )
@@ -125,6 +130,8 @@ def data_contradictions(data: Data, max_steps: int | None, length_group: int) ->
             for name, problem in _source_contradictions(source, setting):
                 path = f"{setting}.{i}" if isinstance(value, tuple) else setting
                 yield (f"{path}.{name}",), problem
+    if data.share_beginnings and not data.packing:
+        yield ("data.share_beginnings", "data.packing"), "given without data.packing, to whose rows it belongs; set that to true"
     if data.streaming:
         yield from _streaming_contradictions(data, max_steps, length_group)
 

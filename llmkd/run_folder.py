@@ -24,6 +24,7 @@ _HARMLESS = (
     "data.cache_dir",
     "data.choices",
     "data.packing",
+    "data.share_beginnings",
     "loss.chunk_rows",
     "report_to",
     "push_to_hub",

@@ -11,6 +11,7 @@ import math
 import torch
 from torch import Tensor
 
+from . import varlen
 from .console import say
 from .errors import UserError, brief
 from .signals import View
@@ -18,10 +19,11 @@ from .signals import View
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 
-def check(model, setting: str, packing: int = 0) -> None:
+def check(model, setting: str, packing: int = 0, attention: str = "auto") -> None:
     """Compare what `models.LanguageModel` assumes; switch the model to its own forward pass where the head is not its own.
 
-    UserError where it cannot be used. `packing`: the most tokens that a packed row may hold, 0 without packing.
+    UserError where it cannot be used. `packing`: the most tokens that a packed row may hold, 0 without packing; it then gets llmkd's
+    attention for such rows, unless `attention` is another.
     """
     family = model.plain.config.model_type
     model.activate()
@@ -50,7 +52,7 @@ def check(model, setting: str, packing: int = 0) -> None:
         limit = max(limit, 1e-5 * size)  # some families compute their attention in float32, whatever they are held in
         _check_causal(model, ids_BT, limit, setting)
         if packing:
-            _check_packing(model, ids_BT, limit, setting, packing)
+            _check_packing(model, ids_BT, limit, setting, packing, attention)
 
 
 def _gap_to(model, ids_BT: Tensor, own_NV: Tensor) -> tuple[float, Exception | None]:
@@ -80,8 +82,21 @@ def _check_causal(model, ids_BT: Tensor, limit: float, setting: str) -> None:
         )
 
 
-def _check_packing(model, ids_BT: Tensor, limit: float, setting: str, tokens: int) -> None:
-    """The second of two packed examples is what it is apart, and does not change at all with the first.
+def _check_packing(model, ids_BT: Tensor, limit: float, setting: str, tokens: int, attention: str) -> None:
+    """With llmkd's attention where that is right for the model and no other is asked for, or with the model's own."""
+    if attention == "auto" and varlen.use(model.plain):
+        model.varlen = True
+        if not (_problem_of_packing(model, ids_BT, limit, tokens) or _problem_of_sharing(model, ids_BT, limit)):
+            return
+        varlen.leave(model.plain)
+        model.varlen = False
+    if problem := _problem_of_packing(model, ids_BT, limit, tokens):
+        which = f"{setting} ({model.plain.config.model_type})"
+        raise UserError(f"data.packing: {problem.format(which)}set data.packing: false")
+
+
+def _problem_of_packing(model, ids_BT: Tensor, limit: float, tokens: int) -> str:
+    """What is wrong, if anything is. The second of two packed examples is what it is apart, and does not change at all with the first.
 
     "At all" is as exact as it is for two rows that cannot see each other: an 8-bit model rounds its activations by what
     else is in the batch. So a leak is found that is smaller than the rounding between packed and apart.
@@ -91,17 +106,12 @@ def _check_packing(model, ids_BT: Tensor, limit: float, setting: str, tokens: in
     try:
         packed_NV, changed_NV = (_logits(model, ids, packed=True) for ids in (ids_BT, other_BT))
     except Exception as error:
-        raise UserError(
-            f"data.packing: {setting} ({model.plain.config.model_type}) takes no packed rows ({brief(error)}); set data.packing: false"
-        ) from error
+        return f"{{}} takes no packed rows ({brief(error).replace('{', '(').replace('}', ')')}); "
     apart_NV = _logits(model, ids_BT)
     noise = _gap(apart_NV[second], _logits(model, other_BT)[second])
     leak, gap = _gap(packed_NV[second], changed_NV[second]), _gap(packed_NV, apart_NV)
     if not (leak <= 3 * noise + 1e-6 * apart_NV.abs().max().item() and gap <= limit):
-        raise UserError(
-            f"data.packing: in {setting} ({model.plain.config.model_type}) packed examples see one another: logits differ by {max(leak, gap):.2g} "
-            "from those of the same examples apart; set data.packing: false"
-        )
+        return f"in {{}} packed examples see one another: logits differ by {max(leak, gap):.2g} from those of the same examples apart; "
     T = ids_BT.shape[1]
     table = max((b.shape[-1] for b in model.plain.buffers() if b.ndim > 1 and b.shape[-1] == b.shape[-2]), default=0)
     if tokens > table > 0:  # a mask of its own may be as long as the longest example
@@ -111,19 +121,32 @@ def _check_packing(model, ids_BT: Tensor, limit: float, setting: str, tokens: in
         except Exception:
             gap = math.inf
         if not gap <= limit:
-            raise UserError(
-                f"data.packing: in {setting} ({model.plain.config.model_type}) a packed row may hold {table} tokens, and this run's up to {tokens} "
-                "(train.micro_batch_size x data.max_length, or train.micro_batch_tokens); lower that, or set data.packing: false"
+            return (
+                f"in {{}} a packed row may hold {table} tokens, and this run's up to {tokens} "
+                "(train.micro_batch_size x data.max_length, or train.micro_batch_tokens); lower that, or "
             )
+    return ""
+
+
+def _problem_of_sharing(model, ids_BT: Tensor, limit: float) -> bool:
+    """Whether two examples that share their first tokens are something else where these are computed once."""
+    T, P = ids_BT.shape[1], ids_BT.shape[1] // 2
+    ids_BT = torch.cat([ids_BT[:1], torch.cat([ids_BT[:1, :P], ids_BT[1:, P:]], 1)])
+    place = torch.arange(T, device=ids_BT.device)
+    inputs = {"input_ids": torch.cat([ids_BT[0], ids_BT[1, P:]])[None], "position_ids": torch.cat([place, place[P:]])[None]}
+    packed = varlen.Packed.of([P, T - P, T - P], [-1, 0, 0], [-1, 0, 1]).each(lambda x: x.to(ids_BT.device))
+    rows_N = torch.cat([place, place[:P], place[P:] + T - P])
+    return not _gap(model.head.logits(model.hidden(View(inputs, rows_N, packed))), _logits(model, ids_BT)) <= limit
 
 
 def _logits(model, ids_BT: Tensor, packed: bool = False) -> Tensor:
-    rows_N = torch.arange(ids_BT.numel(), device=ids_BT.device)
-    inputs = {"input_ids": ids_BT}
-    if packed:
-        B, T = ids_BT.shape
-        inputs = {"input_ids": ids_BT.reshape(1, -1), "position_ids": torch.arange(T, device=ids_BT.device).repeat(B)[None]}
-    return model.head.logits(model.hidden(View(inputs, rows_N)))
+    rows_N, view = torch.arange(ids_BT.numel(), device=ids_BT.device), {"input_ids": ids_BT}
+    if not packed:
+        return model.head.logits(model.hidden(View(view, rows_N)))
+    B, T = ids_BT.shape
+    inputs = {"input_ids": ids_BT.reshape(1, -1), "position_ids": torch.arange(T, device=ids_BT.device).repeat(B)[None]}
+    lies = varlen.Packed.of([T] * B).each(lambda x: x.to(ids_BT.device))
+    return model.head.logits(model.hidden(View(inputs, rows_N, lies)))
 
 
 def untouched(model, setting: str) -> list[str]:

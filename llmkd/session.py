@@ -140,7 +140,8 @@ class Session:
         vocab, device = prepared.vocab, accelerator.device
         packing = recipe.data.packing * longest_row(recipe)
         live = [(one.setting, one.settings) for one in prepared.teachers if one.store is None]
-        students, spoken = load_together([r.student for r in recipes], live, vocab, device, recipe.seed, packing)
+        share = recipe.data.share_beginnings
+        students, spoken = load_together([r.student for r in recipes], live, vocab, device, recipe.seed, packing, share)
         self.teacher = self.teachers(lead, spoken)
         self.plan = plan(recipe, prepared, accelerator.process_index, accelerator.num_processes)
         self.arms = []
@@ -202,7 +203,9 @@ class Session:
                 self.validate(self.done)
             if self.stop.anywhere(self.accelerator):
                 raise self.stopped(self.done)
-            batch_of = functools.partial(collate, self.prepared.train, pad=self.pad, packing=recipe.data.packing)
+            batch_of = functools.partial(
+                collate, self.prepared.train, pad=self.pad, packing=recipe.data.packing, share=recipe.data.share_beginnings
+            )
             learners = [arm.learner for arm in self.arms]
             teacher = self.teacher if any(distils(arm.recipe) for arm in self.arms) else None
             options = {"ahead": iter if isinstance(self.plan, Stream) else ahead}  # a stream is itself ahead, and holds one step's rows

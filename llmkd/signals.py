@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from .head import Head
+from .varlen import Packed
 
 #: From the log-probabilities of student and teacher over the same events, both [n, E]: how far apart they are, [n].
 Divergence = Callable[[Tensor, Tensor], Tensor]
@@ -26,9 +27,10 @@ class View:
 
     inputs: dict[str, Tensor]  # keyword arguments of the model, each [B, T]
     rows_N: Tensor  # positions in the flattened [B * T] that predict the targets
+    packed: Packed | None = None  # how examples lie in a packed row
 
     def each(self, change: Callable[[Tensor], Tensor]) -> "View":
-        return View({k: change(v) for k, v in self.inputs.items()}, change(self.rows_N))
+        return View({k: change(v) for k, v in self.inputs.items()}, change(self.rows_N), self.packed and self.packed.each(change))
 
 
 @dataclass(frozen=True)

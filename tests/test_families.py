@@ -40,7 +40,6 @@ UNKNOWN = ("modernbert-decoder", "mpt")
 #: Not causal without further ado, which a position that sees later ones gives away.
 BIDIRECTIONAL = ("bert", "roberta", "electra", "xlm")
 LEAKING = (
-    "opt",
     "bloom",
     "falcon",
     "mamba2",

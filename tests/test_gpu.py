@@ -124,7 +124,7 @@ def test_qlora_with_an_eight_bit_teacher_resumes(make_recipe, world, tmp_path, o
     assert distance(weights(tmp_path / "b"), weights(tmp_path / "a")) == 0
 
 
-@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("attention", ["auto", "sdpa", "eager"])
 def test_packed_rows_on_the_gpu(make_recipe, tmp_path, attention):
     from conftest import distance, weights
 
@@ -134,3 +134,20 @@ def test_packed_rows_on_the_gpu(make_recipe, tmp_path, attention):
     run(make_recipe("a", **changes))
     run(make_recipe("b", data__packing=True, **changes))
     assert distance(weights(tmp_path / "a"), weights(tmp_path / "b")) < 1e-3
+
+
+@pytest.mark.parametrize("windowed", [False, True])
+def test_variable_length_attention_in_one_call(windowed):
+    from llmkd import varlen
+
+    assert varlen._flash_agrees(torch.device("cuda", 0), windowed)
+
+
+@pytest.mark.parametrize("share", [False, True])
+def test_packed_rows_in_half_precision(make_recipe, tmp_path, share):
+    from conftest import distance, weights
+
+    changes = {f"{who}__dtype": "bfloat16" for who in ("student", "teacher")}
+    run(make_recipe("a", **changes))
+    run(make_recipe("b", data__packing=True, data__share_beginnings=share, **changes))
+    assert distance(weights(tmp_path / "a"), weights(tmp_path / "b")) < 1e-2

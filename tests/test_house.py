@@ -16,7 +16,8 @@ EVALUATION = PACKAGE.parent / "eval"  # installed as llmkd_eval
 LAYERS = (
     "__init__ ahead console order head",
     "errors families recipe_data",
-    "recipe_teacher signals",
+    "recipe_teacher varlen",
+    "signals",
     "recipe recipe_study yaml_lines",
     "settings model_files",
     "losses data loading selftest optimizers sharing",

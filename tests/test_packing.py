@@ -81,10 +81,10 @@ def test_a_run_whose_model_leaks_is_refused_before_it_writes(world, make_recipe,
     from llmkd.data.skills import tokenizer
     from llmkd.training import run
 
-    tiny("opt", vocab_size=640, max_position_embeddings=256).save_pretrained(tmp_path / "opt")
-    tokenizer().save_pretrained(tmp_path / "opt")
-    with pytest.raises(UserError, match=rf"data.packing: in {who}.model \(opt\) packed examples see one another"):
-        run(make_recipe(**{"data.packing": True, f"{who}.model": str(tmp_path / "opt")}))
+    tiny("bloom", vocab_size=640).save_pretrained(tmp_path / "bloom")
+    tokenizer().save_pretrained(tmp_path / "bloom")
+    with pytest.raises(UserError, match=rf"data.packing: in {who}.model \(bloom\) packed examples see one another"):
+        run(make_recipe(**{"data.packing": True, f"{who}.model": str(tmp_path / "bloom")}))
     assert not (tmp_path / "out").exists()
 
 

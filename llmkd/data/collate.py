@@ -5,21 +5,23 @@ import torch
 from torch import Tensor
 
 from ..signals import Batch, Example, View
+from ..varlen import Packed
+from .beginnings import shared_beginnings
 from .encode import Encoded
 
 _NONE = np.zeros(0, np.int64)
 
 
-def collate(encoded: Encoded, examples: list[int], pad: int, packing: bool = False) -> Batch:
+def collate(encoded: Encoded, examples: list[int], pad: int, packing: bool = False, share: bool = False) -> Batch:
     """A batch of those examples, on the CPU. No examples give one padding token and no targets.
 
     Position t of the input predicts token t + 1, so an input ends before its last supervised token; no attention
     mask is needed, since a causal model never looks at the padding to the right. With `packing` the examples stand
-    one after another in a single row, and positions that start again at 0 tell the model where one begins. What the
-    teacher reads, where it is something else, has the same labels at places of its own.
+    one after another in a single row; with `share` a beginning that several of them have in common stands there once.
+    What the teacher reads, where it is something else, has the same labels at places of its own.
     """
-    student = _view(encoded, examples, pad, packing)
-    teacher = student if encoded.for_teacher is None else _view(encoded.for_teacher, examples, pad, packing)
+    student = _view(encoded, examples, pad, packing, share)
+    teacher = student if encoded.for_teacher is None else _view(encoded.for_teacher, examples, pad, packing, share)
     labels = [ids_L[1:][marks_L[1:]] for ids_L, marks_L in map(encoded.example, examples)]
     known = tuple(Example(encoded.identity(i), len(y), int(encoded.taught_by[i])) for i, y in zip(examples, labels, strict=True))
     labels_N = np.concatenate([_NONE, *labels])
@@ -27,41 +29,59 @@ def collate(encoded: Encoded, examples: list[int], pad: int, packing: bool = Fal
     return Batch(torch.from_numpy(labels_N), torch.from_numpy(example_N), student, teacher, known)
 
 
-def _view(encoded: Encoded, examples: list[int], pad: int, packing: bool) -> View:
+def _view(encoded: Encoded, examples: list[int], pad: int, packing: bool, share: bool) -> View:
     ids, rows = [], []
     for ids_L, marks_L in map(encoded.example, examples):
         rows.append(np.flatnonzero(marks_L[1:]))
         ids.append(ids_L[: rows[-1][-1] + 1])
+    if packing and examples:
+        return _packed_view(ids, rows, share)
     lengths = [len(x) for x in ids] or [1]
-    inputs = {}
-    if packing:
-        ids_BT = np.concatenate(ids or [[pad]]).astype(np.int64)[None]
-        inputs["position_ids"] = torch.from_numpy(np.concatenate([np.arange(n) for n in lengths])[None])
-        starts = np.cumsum([0, *lengths[:-1]])
-    else:
-        ids_BT = np.full((len(lengths), max(lengths)), pad, np.int64)
-        for b, x in enumerate(ids):
-            ids_BT[b, : len(x)] = x
-        starts = np.arange(len(lengths)) * max(lengths)
-    inputs["input_ids"] = torch.from_numpy(ids_BT)
-    rows_N = np.concatenate([_NONE, *(x + start for x, start in zip(rows, starts, strict=False))])
-    return View(inputs, torch.from_numpy(rows_N))
+    ids_BT = np.full((len(lengths), max(lengths)), pad, np.int64)
+    for b, x in enumerate(ids):
+        ids_BT[b, : len(x)] = x
+    rows_N = np.concatenate([_NONE, *(x + b * max(lengths) for b, x in enumerate(rows))])
+    return View({"input_ids": torch.from_numpy(ids_BT)}, torch.from_numpy(rows_N))
+
+
+def _packed_view(ids: list[np.ndarray], rows: list[np.ndarray], share: bool) -> View:
+    """One row: of each group of examples what they share, if anything, and then what each has beyond that."""
+    groups = shared_beginnings(ids, [x[0] for x in rows]) if share else [(0, list(range(len(ids))))]
+    pieces, positions, follows, of, places, at = [], [], [], [], [_NONE] * len(ids), 0
+    for shared, members in groups:
+        beginning = len(pieces) if shared else -1
+        for example, start, end in [(-1, 0, shared)] * bool(shared) + [(i, shared, len(ids[i])) for i in members]:
+            pieces.append(ids[members[0] if example < 0 else example][start:end])
+            positions.append(np.arange(start, end))
+            follows.append(beginning if start else -1)
+            of.append(example)
+            if example >= 0:
+                places[example] = rows[example] - start + at
+            at += end - start
+    inputs = {
+        "input_ids": torch.from_numpy(np.concatenate(pieces).astype(np.int64)[None]),
+        "position_ids": torch.from_numpy(np.concatenate(positions)[None]),
+    }
+    return View(inputs, torch.from_numpy(np.concatenate(places)), Packed.of([len(x) for x in pieces], follows, of))
 
 
 def part_of(batch: Batch, mine: list[bool]) -> Batch:
     """Some of a batch's examples, for a teacher: `mine[i]` says whether example i is one. Both views are the teacher's."""
     view, keep_N = batch.teacher, by_target(batch, mine).to(batch.labels_N.device)
-    kept_N, wanted = view.rows_N[keep_N], torch.tensor(mine, device=batch.labels_N.device)
+    kept_N, device, packed = view.rows_N[keep_N], batch.labels_N.device, None
     ids_BT = view.inputs["input_ids"]
     T = ids_BT.shape[1]
-    if "position_ids" in view.inputs:  # one row, in which an example begins where positions do
-        keep_T = wanted[(view.inputs["position_ids"][0] == 0).cumsum(0) - 1]
+    if view.packed:
+        packed, keep = view.packed.part(mine)
+        keep_T = torch.tensor(keep).repeat_interleave(torch.tensor(view.packed.lengths)).to(device)
+        packed = packed.each(lambda x: x.to(device))
         inputs = {name: x_BT[:, keep_T] for name, x_BT in view.inputs.items()}
         rows_N = (keep_T.cumsum(0) - 1)[kept_N]
     else:
+        wanted = torch.tensor(mine, device=device)
         inputs = {name: x_BT[wanted] for name, x_BT in view.inputs.items()}
         rows_N = (wanted.cumsum(0) - 1)[kept_N // T] * T + kept_N % T
-    part = View(inputs, rows_N)
+    part = View(inputs, rows_N, packed)
     examples = tuple(example for example, keep in zip(batch.examples, mine, strict=True) if keep)
     return Batch(batch.labels_N[keep_N], batch.example_N[keep_N], part, part, examples)
 

@@ -3,7 +3,7 @@
 import torch
 
 from ..models import LanguageModel
-from ..signals import FIGURES, Batch, Dense, View
+from ..signals import FIGURES, Batch, Dense
 
 
 class Live:
@@ -16,6 +16,6 @@ class Live:
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Dense:
-        view, device = batch.teacher, self.model.device
-        there = View({name: value.to(device) for name, value in view.inputs.items()}, view.rows_N.to(device))
-        return Dense(self.model.hidden(there).to(view.rows_N.device), self.model.head)
+        view = batch.teacher
+        hidden_NH = self.model.hidden(view.each(lambda x: x.to(self.model.device)))
+        return Dense(hidden_NH.to(view.rows_N.device), self.model.head)

@@ -1,0 +1,193 @@
+"""Variable-length attention for packed rows: work and memory grow with the examples' own lengths, not with the row's square.
+
+A packed row lies in pieces, one after another. A piece sees itself, causally, and before that the whole of the piece that it goes on
+from, if there is one: so a beginning that several examples share is computed once.
+
+On a GPU in half precision it is one call of torch.nn.attention.varlen (FlashAttention) a layer; elsewhere one of
+scaled_dot_product_attention a piece. Rows that are not packed get transformers' sdpa as ever.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from .console import say
+from .errors import brief
+
+NAME = "llmkd_varlen"
+
+
+@dataclass(frozen=True)
+class Packed:
+    """How a packed row lies in pieces. Tensors are where the row is; `lengths` and `follows` are known without asking a device."""
+
+    lengths: tuple[int, ...]  # of the pieces, S of them
+    follows: tuple[int, ...]  # for each the number of the piece that it goes on from, or -1
+    examples: tuple[int, ...]  # for each the number in the batch of the example that it is of, or -1 where several share it
+    sees: tuple[int, ...]  # for each how many tokens it sees: its own, and those of the piece that it goes on from
+    queries: Tensor  # where the pieces begin and the last ends [S + 1], int32
+    keys: Tensor  # the same, counting for each piece all that it sees
+    seen: Tensor | None  # the places in the row of all that each piece sees; None where that is itself alone
+
+    @classmethod
+    def of(cls, lengths: Sequence[int], follows: Sequence[int] | None = None, examples: Sequence[int] | None = None) -> "Packed":
+        S = len(lengths)
+        follows, examples = tuple(follows or [-1] * S), tuple(range(S) if examples is None else examples)
+        starts = [0, *accumulate(lengths)]
+        place, seen = torch.arange(starts[-1]), None
+        if any(before >= 0 for before in follows):
+            spans = [span for piece, before in enumerate(follows) for span in ((before, piece) if before >= 0 else (piece,))]
+            seen = torch.cat([place[starts[span] : starts[span + 1]] for span in spans])
+        sees = tuple(length + (lengths[before] if before >= 0 else 0) for length, before in zip(lengths, follows, strict=True))
+        ends = [torch.tensor([0, *accumulate(sizes)], dtype=torch.int32) for sizes in (lengths, sees)]
+        return cls(tuple(lengths), follows, examples, sees, *ends, seen)
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Packed":
+        tensors = change(self.queries), change(self.keys), None if self.seen is None else change(self.seen)
+        return Packed(self.lengths, self.follows, self.examples, self.sees, *tensors)
+
+    def part(self, mine: Sequence[bool]) -> tuple["Packed", list[bool]]:
+        """The pieces of some of the examples, as they lie without the others; and which pieces those are."""
+        keep = [example >= 0 and mine[example] for example in self.examples]
+        for piece, before in enumerate(self.follows):
+            if keep[piece] and before >= 0:
+                keep[before] = True
+        number = [count - 1 for count in accumulate(keep)]
+        example = [count - 1 for count in accumulate(mine)]
+        kept = [piece for piece, one in enumerate(keep) if one]
+        follows = [number[self.follows[piece]] if self.follows[piece] >= 0 else -1 for piece in kept]
+        of = [example[self.examples[piece]] if self.examples[piece] >= 0 else -1 for piece in kept]
+        return Packed.of([self.lengths[piece] for piece in kept], follows, of), keep
+
+    def mask(self) -> Tensor:
+        """What stands for this as a model's attention_mask: of four dimensions, so that transformers hands it on to every layer as it is."""
+        mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.queries.device)
+        mask.packed = self
+        return mask
+
+
+def use(model: nn.Module) -> bool:
+    """Give a transformers model this attention, if that can be right for it: its layers see everything, or a sliding window of it."""
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    other = kinds or getattr(config, "attention_chunk_size", None) or config._attn_implementation not in ("sdpa", NAME)
+    if other or not model._can_set_attn_implementation():
+        return False
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    model.set_attn_implementation(NAME)
+    return True
+
+
+def leave(model: nn.Module) -> None:
+    """Back to the attention that it had before `use`."""
+    model.set_attn_implementation("sdpa")
+
+
+@torch.compiler.disable
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling=None,
+    **others,
+) -> tuple[Tensor, None]:
+    """As transformers calls it: query [B, heads, T, D], key and value [B, kv_heads, T, D]; gives [B, T, heads, D]."""
+    packed = getattr(attention_mask, "packed", None)
+    if packed is None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **others)
+    if odd := [name for name in ("softcap", "s_aux", "position_bias", "head_mask") if others.get(name) is not None]:
+        raise NotImplementedError(f"{odd[0]} in packed attention")
+    window = _window(module, others)
+    groups = query.shape[1] // key.shape[1]
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
+    if packed.seen is not None:
+        key, value = (x.index_select(0, packed.seen) for x in (key, value))
+    one_call = (
+        query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and not dropout and query.shape[-1] == value.shape[-1] <= 256
+    )
+    if one_call and _flash_agrees(query.device, window is not None):
+        return _flash(query, key, value, packed, scaling, groups, window)[None], None
+    return _piece_by_piece(query, key, value, packed, dropout, scaling, groups, window)[None], None
+
+
+def _window(module: nn.Module, others: dict) -> int | None:
+    """How many tokens back a layer sees, itself counted. Families whose layers differ in it say so in every call."""
+    config = module.config
+    limited = "sliding_attention" in (getattr(config, "layer_types", None) or ()) or getattr(config, "sliding_window", None)
+    if limited and getattr(config, "use_sliding_window", True) and "sliding_window" not in others:
+        raise NotImplementedError("a sliding window that is not told")
+    return others.get("sliding_window")
+
+
+def _piece_by_piece(query, key, value, packed: Packed, dropout: float, scale: float | None, groups: int, window: int | None) -> Tensor:
+    """[T, heads, D]; `groups` heads of a query to one of a key."""
+    if groups > 1:
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    parts, out = (query.split(packed.lengths), key.split(packed.sees), value.split(packed.sees)), []
+    for q, k, v in zip(*parts, strict=True):
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+        n, m = q.shape[2], k.shape[2]
+        plain = n == m and (window is None or n <= window)
+        mask = None
+        if not plain:
+            back = torch.arange(m - n, m, device=q.device)[:, None] - torch.arange(m, device=q.device)
+            mask = (back >= 0) if window is None else (back >= 0) & (back < window)
+        out.append(scaled_dot_product_attention(q, k, v, mask, dropout, plain, scale=scale)[0].transpose(0, 1))
+    return torch.cat(out)
+
+
+def _flash(query, key, value, packed: Packed, scale: float | None, groups: int, window: int | None) -> Tensor:
+    """The same by one kernel."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    known = inspect.signature(varlen_attn).parameters
+    if groups > 1 and "enable_gqa" not in known:
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    options = {"enable_gqa": groups > 1} if "enable_gqa" in known else {}
+    if "window_size" in known:
+        options["window_size"] = (-1 if window is None else window - 1, 0)
+    elif window is None:
+        options["is_causal"] = True
+    else:
+        raise NotImplementedError("a sliding window in this version of torch")
+    tensors = [x.contiguous() for x in (query, key, value)]
+    return varlen_attn(*tensors, packed.queries, packed.keys, max(packed.lengths), max(packed.sees), scale=scale, **options)
+
+
+@functools.cache
+def _flash_agrees(device: torch.device, windowed: bool) -> bool:
+    """Tried once, forward and backward, before it is believed: versions and devices differ in what they take, and in where a causal mask begins."""
+    packed = Packed.of([20, 40, 7, 33], [-1, 0, 0, -1]).each(lambda x: x.to(device))
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (
+        torch.randn(sum(n), heads, 64, generator=generator) for n, heads in ((packed.lengths, 4), (packed.sees, 2), (packed.sees, 2))
+    )
+    found = []
+    try:
+        for way, dtype, rest in ((_piece_by_piece, torch.float32, (0.0,)), (_flash, torch.bfloat16, ())):
+            given = [x.to(device, torch.bfloat16).to(dtype).requires_grad_() for x in (q, k, v)]
+            with torch.enable_grad():
+                out = way(*given, packed, *rest, None, 2, 9 if windowed else None)
+                found.append([out, *torch.autograd.grad(out.float().square().sum(), given)])
+        if all((a - b.float()).norm() < 0.03 * a.norm() for a, b in zip(*found, strict=True)):
+            return True
+        reason = "it does not agree with scaled_dot_product_attention"
+    except Exception as error:
+        reason = brief(error)
+    say(f"note: variable-length attention in one call is not used on {device} ({reason}); packed rows are slower and no less right")
+    return False
