@@ -113,6 +113,8 @@ def attention(
     if odd := [name for name in ("softcap", "s_aux", "position_bias", "head_mask") if others.get(name) is not None]:
         raise NotImplementedError(f"{odd[0]} in packed attention")
     window = _window(module, others)
+    if torch.is_autocast_enabled(query.device.type):  # positions have turned queries and keys, and not values, back to float32
+        query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
     groups = query.shape[1] // key.shape[1]
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
     if packed.seen is not None:

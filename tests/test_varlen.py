@@ -97,6 +97,21 @@ def test_the_windows_above_are_narrower_than_the_examples():
     assert (a - b).abs().max() > 1e-3
 
 
+def test_under_autocast_products_are_in_its_type(monkeypatch):
+    types, real = set(), varlen.scaled_dot_product_attention
+    monkeypatch.setattr(
+        varlen,
+        "scaled_dot_product_attention",
+        lambda q, k, v, *rest, **more: (types.update({q.dtype, k.dtype, v.dtype}), real(q, k, v, *rest, **more))[1],
+    )
+    model, encoded = model_of("llama"), examples()
+    model.float().autocast = torch.bfloat16
+    apart = outcome(model, encoded)[0]
+    types.clear()
+    packed = outcome(model, encoded, packing=True)[0]
+    assert types == {torch.bfloat16} and (packed - apart).abs().max() < 0.05 * apart.abs().max()
+
+
 def test_no_score_is_computed_between_two_examples(monkeypatch):
     """Not even to be dropped: the pairs of tokens are those of the examples alone."""
     pairs, real = [], varlen.scaled_dot_product_attention
