@@ -231,3 +231,16 @@ def test_sharing_is_refused_where_it_cannot_be(make_recipe):
         UserError, match=r"data.share_beginnings: student.model \(llama\) keeps an attention of its own .* leave student.attention out"
     ):
         run(make_recipe(**{"data.packing": True, "data.share_beginnings": True, "student.attention": "eager"}))
+
+
+@pytest.mark.parametrize("window", [None, 9])
+def test_the_one_call_is_one_that_torch_takes(window):
+    """Shapes alone, on no device: forward and backward."""
+    packed = varlen.Packed.of([20, 40, 7, 33], [-1, 0, 0, -1]).each(lambda x: x.to("meta"))
+    sizes = ((100, 4, 64), (sum(packed.sees), 2, 64), (sum(packed.sees), 2, 64))
+    given = [torch.empty(*size, device="meta", dtype=torch.bfloat16, requires_grad=True) for size in sizes]
+    out = varlen._flash(*given, packed, 0.125, 2, window)
+    out.sum().backward()
+    assert (out.shape, out.dtype) == ((100, 4, 64), torch.bfloat16) and [x.grad.shape for x in given] == [
+        torch.Size(size) for size in sizes
+    ]
