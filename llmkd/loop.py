@@ -3,6 +3,9 @@
 For every step: take the targets of one optimizer step, ask the teacher what it would have said at each target, ask the
 student, compare the two on just those targets, and move the student. The loop yields after every step; what is due
 then (logging, validation, saving, stopping) is its caller's business.
+
+The host never waits for the device but where it is asked what a step did. Whether a step failed it hears one step later, when
+the device is busy with the next; the optimizer has heard it on the device, and has moved nothing since.
 """
 
 import contextlib
@@ -35,14 +38,15 @@ class Learner:
 class Progress:
     """What a step did, by the learners' numbers; those that failed earlier are no longer in it.
 
-    `terms` are means over the step's targets, {"ce": ..., "kd": ..., "loss": ...}. A learner in `failures` met a value that is not
-    finite: its weights are as they were before the step, and it takes no further ones.
+    `terms` are means over the step's targets, {"ce": ..., "kd": ..., "loss": ...}; empty where nobody asked. A learner in `failures`
+    met a value that is not finite, in this step or the one before: its weights are as they were before that, and it takes no
+    further steps.
     """
 
     step: int
     epoch: int
     targets: int
-    stop: bool
+    stop: bool = False
     terms: dict[int, dict[str, float]] = field(default_factory=dict)
     grad_norms: dict[int, float] = field(default_factory=dict)
     failures: dict[int, NonFinite] = field(default_factory=dict)
@@ -56,6 +60,50 @@ class Taken:
     targets: int
     scale: float
     seen: dict[int, list[dict[str, Tensor]]]  # of each learner, by micro-batch: each term row by row
+
+
+class Outcome:
+    """What a step did, on its way from the device: sums over micro-batches and ranks, read when somebody waits for them.
+
+    `broken[k]`, on the device, is 1 from the first step on in which a value of learner k is not finite.
+    """
+
+    def __init__(self, step: Step, taken: Taken, active: dict[int, Learner], norms: dict[int, Tensor], broken, stop: bool, accelerator):
+        """One all-reduce where there are several ranks, all of which so hear of a stop."""
+        self.step, self.taken = step, taken
+        self.names = [(k, name) for k in active for name in taken.seen[k][0]]
+        sums = [sum(rows[name].double().sum() for rows in taken.seen[k]) for k, name in self.names]
+        values = torch.stack([*sums, torch.full_like(sums[0], float(stop))])
+        if accelerator.num_processes > 1:
+            values = accelerator.reduce(values, "sum")
+        values = torch.cat([values, torch.stack([norms[k] for k in active]).double()])
+        self.broken = {}
+        for n, k in enumerate(active):
+            own = [i for i, (of, _) in enumerate(self.names) if of == k] + [len(sums) + 1 + n]
+            finite = torch.stack([values[i] for i in own]).isfinite().all()
+            self.broken[k] = torch.maximum(broken[k], (~finite).float()) if k in broken else (~finite).float()
+        self.arrived = None
+        if values.is_cuda:
+            self.values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
+            self.arrived = torch.cuda.Event()
+            self.arrived.record()
+        else:
+            self.values = values
+
+    def read(self, active: dict[int, Learner]) -> tuple[dict[int, dict[str, float]], dict[int, float], bool]:
+        """Of learners that are still active each term's mean, and the gradient's norm; whether any rank was asked to stop."""
+        if self.arrived:
+            self.arrived.synchronize()
+        values = self.values.tolist()
+        every = list(dict.fromkeys(k for k, _ in self.names))
+        norms = dict(zip(every, values[len(self.names) + 1 :], strict=True))
+        terms: dict[int, dict[str, float]] = {k: {} for k in every if k in active}
+        for (k, name), value in zip(self.names, values, strict=False):
+            if k in terms:
+                terms[k][name] = value / self.taken.targets
+        for k in terms:
+            terms[k]["loss"] = unwrapped(active[k]).objective.mix(terms[k])
+        return terms, {k: norms[k] for k in terms}, values[len(self.names)] > 0
 
 
 def once(attempt: Callable[[list[Batch]], Taken], step: Step, micro_batches: list[Batch]) -> Taken:
@@ -72,6 +120,7 @@ def train(
     stop_asked: Callable[[], bool] = lambda: False,
     ahead: Callable[[Iterator], Iterator] = iter,
     within_memory: Callable = once,
+    asked: Callable[[int], bool] = lambda step: True,
 ) -> Iterator[Progress]:
     """Train from step `done` + 1 to the end of the plan, or until every learner has failed.
 
@@ -79,24 +128,40 @@ def train(
 
     ahead           goes over the steps' batches, and may make them in advance
     within_memory   called like `once`; may do the attempt again with other micro-batches, when memory runs out
+    asked           of which steps the caller wants to know what they did: those alone are waited for, and the last
     """
-    active = dict(enumerate(learners))
+    active, late, broken = dict(enumerate(learners)), None, {}
     with contextlib.closing(ahead(batches(plan, batch_of, done, accelerator.device))) as coming:
         for step, micro_batches in coming:
-            attempt = functools.partial(gradients, plan.seed, step.number, active, teacher, accelerator)
+            attempt = functools.partial(gradients, plan.seed, step, active, teacher, accelerator)
             taken = within_memory(attempt, step, micro_batches)
             norms = {k: scaled_norm(learner, 1 / taken.scale) for k, learner in active.items()}
-            progress = reduce(step.number, step.epoch, taken.targets, active, taken.seen, norms, stop_asked(), accelerator)
-            for k, learner in list(active.items()):
-                if all(map(is_finite, (*progress.terms[k].values(), progress.grad_norms[k]))):
-                    move(learner, step.number, norms[k])
-                else:
-                    temperature = unwrapped(learner).objective.temperature
-                    progress.failures[k] = blame(progress, k, temperature, taken.micro_batches, taken.seen[k], teacher, accelerator)
-                    del active[k]
+            stop = stop_asked()
+            outcome = Outcome(step, taken, active, norms, broken, stop, accelerator)
+            broken = outcome.broken
+            for k, learner in active.items():
+                move(learner, step.number, norms[k], broken[k])
+            progress = Progress(step.number, step.epoch, taken.targets, stop and accelerator.num_processes == 1)
+            if late:
+                hear(late, progress, active, teacher, accelerator)
+            if progress.stop or asked(step.number) or step.number == plan.total_steps:
+                progress.terms, progress.grad_norms = hear(outcome, progress, active, teacher, accelerator)
+                outcome = None
+            late = outcome
             yield progress
             if not active:
                 return
+
+
+def hear(outcome: Outcome, progress: Progress, active: dict[int, Learner], teacher, accelerator) -> tuple[dict, dict]:
+    """Read it; learners that failed then are active no longer. Terms and norms."""
+    terms, norms, stop = outcome.read(active)
+    progress.stop = progress.stop or stop
+    for k in terms:
+        if not all(map(is_finite, (*terms[k].values(), norms[k]))):
+            progress.failures[k] = blame(outcome, k, terms[k], unwrapped(active[k]).objective.temperature, teacher, accelerator)
+            del active[k]
+    return terms, norms
 
 
 def batches(plan: Plan, batch_of: Callable[[list[int]], Batch], done: int, device: torch.device) -> Iterator[tuple[Step, list[Batch]]]:
@@ -108,15 +173,15 @@ def batches(plan: Plan, batch_of: Callable[[list[int]], Batch], done: int, devic
         yield step, [micro.pinned() for micro in made] if device.type == "cuda" else list(made)
 
 
-def gradients(seed: int, step: int, active: dict[int, Learner], teacher: Teacher | None, accelerator, micro_batches: list[Batch]) -> Taken:
+def gradients(seed: int, step: Step, active: dict[int, Learner], teacher: Teacher | None, accelerator, micro_batches: list[Batch]) -> Taken:
     """Forward and backward of every micro-batch of an optimizer step."""
     rank, ranks = accelerator.process_index, accelerator.num_processes
-    targets = count_targets(micro_batches, accelerator)
+    targets = max(1, step.targets)
     scale = 2.0 ** round(math.log2(targets))  # taken back later; a power of two is exact, and float16 keeps small gradients on their way
     seen: dict[int, list[dict[str, Tensor]]] = {k: [] for k in active}
     for i, micro in enumerate(micro_batches):
         last = i == len(micro_batches) - 1  # ranks average gradients: times their number, this is a sum again
-        rows = learn(micro, active, teacher, derived_seed(seed, step, rank, i), scale * ranks / targets, accelerator, last)
+        rows = learn(micro, active, teacher, derived_seed(seed, step.number, rank, i), scale * ranks / targets, accelerator, last)
         for k in active:
             seen[k].append(rows[k])
     return Taken(micro_batches, targets, scale, seen)
@@ -144,38 +209,18 @@ def scaled_norm(learner: Learner, factor: float) -> Tensor:
     return torch.nn.utils.get_total_norm(grads)
 
 
-def move(learner: Learner, step: int, norm: Tensor) -> None:
-    """One step of the optimizer along the clipped gradient."""
+def move(learner: Learner, step: int, norm: Tensor, broken: Tensor) -> None:
+    """One step of the optimizer along the clipped gradient; none if `broken` is 1."""
     if learner.max_grad_norm is not None:
         torch.nn.utils.clip_grads_with_norm_(learner.parameters.values(), learner.max_grad_norm, norm)
     for group in learner.optimizer.param_groups:
         group["lr"] = learner.learning_rate(step)
-    learner.optimizer.step()
+    if getattr(learner.optimizer, "_step_supports_amp_scaling", False):  # torch's fused ones look at it on the device
+        learner.optimizer.found_inf = broken
+        learner.optimizer.step()
+    elif not broken.item():
+        learner.optimizer.step()
     learner.optimizer.zero_grad(set_to_none=True)
-
-
-def count_targets(micro_batches: list[Batch], accelerator) -> int:
-    """The targets of the whole optimizer step: every micro-batch, every rank. At least 1."""
-    count = sum(micro.targets for micro in micro_batches)
-    if accelerator.num_processes > 1:
-        count = int(accelerator.reduce(torch.tensor(count, device=accelerator.device), "sum"))
-    return max(1, count)
-
-
-def reduce(step, epoch, targets, active, seen, norms, stop: bool, accelerator) -> Progress:
-    """Sum every term over micro-batches and ranks, and let all ranks hear of a stop: one all-reduce, one read from the device."""
-    names = [(k, name) for k in active for name in seen[k][0]]
-    sums = [sum(rows[name].double().sum() for rows in seen[k]) for k, name in names]
-    packed = torch.stack([*sums, torch.tensor(float(stop), dtype=torch.float64, device=sums[0].device)])
-    if accelerator.num_processes > 1:
-        packed = accelerator.reduce(packed, "sum")
-    values = torch.cat([packed, torch.stack(list(norms.values())).double()]).tolist()
-    terms: dict[int, dict[str, float]] = {k: {} for k in active}
-    for k, name in names:
-        terms[k][name] = values.pop(0) / targets
-    for k, learner in active.items():
-        terms[k]["loss"] = unwrapped(learner).objective.mix(terms[k])
-    return Progress(step, epoch, targets, values[0] > 0, terms, dict(zip(norms, values[1:], strict=True)))
 
 
 def unwrapped(learner: Learner) -> Distiller:
@@ -186,13 +231,11 @@ def is_finite(value: float) -> bool:
     return value - value == 0
 
 
-def blame(
-    progress: Progress, k: int, temperature: float, micro_batches: list[Batch], seen: list[dict[str, Tensor]], teacher, accelerator
-) -> NonFinite:
+def blame(outcome: Outcome, k: int, terms: dict[str, float], temperature: float, teacher, accelerator) -> NonFinite:
     """Which step, which term and which examples, from all ranks; of learner `k`, which compares at that temperature."""
-    term = next((name for name, value in progress.terms[k].items() if not is_finite(value)), "gradient")
+    term = next((name for name, value in terms.items() if not is_finite(value)), "gradient")
     examples, cause = set(), ""
-    for micro, rows in zip(micro_batches, seen, strict=True):
+    for micro, rows in zip(outcome.taken.micro_batches, outcome.taken.seen[k], strict=True):
         bad_N = (~torch.isfinite(rows[term])).nonzero().flatten().tolist() if term in rows else range(micro.targets)
         examples |= {int(micro.example_N[n]) for n in bad_N}
         if term == "kd" and bad_N and not cause:
@@ -206,4 +249,4 @@ def blame(
 
         everyone = gather_object([(examples, cause)])
         examples, cause = set().union(*(e for e, _ in everyone)), next((c for _, c in everyone if c), "")
-    return NonFinite(progress.step, cause or term, sorted(examples))
+    return NonFinite(outcome.step.number, cause or term, sorted(examples))

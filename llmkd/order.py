@@ -27,6 +27,7 @@ class Step:
     epoch: int  # from 0
     micro_batches: list[list[int]]  # this rank's examples; a list may be empty, and all ranks have equally many
     window: list[int] = field(default_factory=list)  # the examples of all ranks
+    targets: int | None = None  # of all of them
 
 
 @dataclass
@@ -58,6 +59,7 @@ class Plan:
     sources: np.ndarray | None = None  # which source each example is of, where there are several
     weights: tuple[float, ...] = (1.0,)  # passes over each source in an epoch
     widths: np.ndarray | None = None
+    targets: np.ndarray | None = None  # of each example
 
     @property
     def steps_per_epoch(self) -> int:
@@ -103,7 +105,8 @@ class Plan:
                 epoch = (number - 1) // self.steps_per_epoch
                 windows = self.windows(epoch)
             window = windows[(number - 1) % self.steps_per_epoch]
-            yield Step(number, epoch, self.cut(window), window)
+            targets = None if self.targets is None else int(self.targets[window].sum())
+            yield Step(number, epoch, self.cut(window), window, targets)
 
     def cut(self, window: list[int]) -> list[list[int]]:
         """This rank's micro-batches of those examples."""

@@ -208,7 +208,8 @@ class Session:
             )
             learners = [arm.learner for arm in self.arms]
             teacher = self.teacher if any(distils(arm.recipe) for arm in self.arms) else None
-            options = {"ahead": iter if isinstance(self.plan, Stream) else ahead}  # a stream is itself ahead, and holds one step's rows
+            stream = isinstance(self.plan, Stream)  # is itself ahead, and holds one step's rows
+            options = {"ahead": iter if stream else ahead, "asked": lambda step: stream or self.asked(step)}
             if recipe.train.micro_batch_tokens == "auto" and self.done < total:
                 options |= self.fitted(batch_of, learners, teacher)
             with contextlib.closing(
@@ -236,6 +237,11 @@ class Session:
             self.display.close()
             for arm in self.arms if self.main else ():
                 arm.record.close()
+
+    def asked(self, step: int) -> bool:
+        """Whether something falls due after that step."""
+        recipe = self.recipe
+        return any(due(every, step) for every in (recipe.train.log_every, recipe.validation.every, recipe.checkpoint.every))
 
     def fitted(self, batch_of, learners: list[Learner], teacher: Teacher | None) -> dict:
         """Measure how large micro-batches may be. What the loop is told of it: on one process, to mind when memory runs out."""
@@ -353,6 +359,7 @@ def plan(recipe: Recipe, prepared: Prepared, rank: int, ranks: int):
         prepared.train.source,
         tuple(source.weight for source in sources(recipe.data.train)),
         prepared.train.widths,
+        prepared.train.targets,
     )
 
 

@@ -83,8 +83,8 @@ def test_no_thread_outlives_a_run(make_recipe, watched, monkeypatch, ending):
     stop = StopRequest()
     real = loop.move
 
-    def move(learner, step, norm):
-        real(learner, step, norm)
+    def move(learner, step, *rest):
+        real(learner, step, *rest)
         if step == 2 and ending == "signal":
             stop.asked = True
         if step == 2 and ending == "bug":

@@ -106,8 +106,8 @@ def test_after_that_the_run_is_that_of_the_smaller_budget(make_recipe, memory, c
 
     stop, move = StopRequest(), loop.move
 
-    def less_after_two(learner, step, norm):
-        move(learner, step, norm)
+    def less_after_two(learner, step, *rest):
+        move(learner, step, *rest)
         memory.tokens = 200 if step >= 2 else 10**9
         stop.asked = step == 1 and stopping  # heard in the next step
 

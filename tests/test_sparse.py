@@ -309,7 +309,7 @@ def test_what_is_not_finite_before_a_teacher_known_by_samples_is_not_laid_at_its
     """Drawn at another temperature than 1, and without most tokens: neither is a fault of its own."""
     from types import SimpleNamespace
 
-    from llmkd.loop import Progress, blame
+    from llmkd.loop import blame
     from llmkd.signals import Batch, View
 
     signal = sampled(dense().float(), 5, 2.0)
@@ -318,6 +318,6 @@ def test_what_is_not_finite_before_a_teacher_known_by_samples_is_not_laid_at_its
     batch = Batch(torch.zeros(count, dtype=torch.long), torch.arange(count), view, view)
     ask = type("Teacher", (), {"figures": ("teacher_ce",), "__call__": lambda self, batch: signal})()
     rows = {"ce": torch.zeros(count), "kd": torch.zeros(count).index_fill(0, torch.tensor([1]), math.inf)}
-    progress = Progress(3, 0, count, False, {0: {"ce": 0.0, "kd": math.inf, "loss": math.inf}})
-    found = blame(progress, 0, 2.0, [batch], [rows], ask, SimpleNamespace(device="cpu", num_processes=1))
+    outcome = SimpleNamespace(step=SimpleNamespace(number=3), taken=SimpleNamespace(micro_batches=[batch], seen={0: [rows]}))
+    found = blame(outcome, 0, {"ce": 0.0, "kd": math.inf}, 2.0, ask, SimpleNamespace(device="cpu", num_processes=1))
     assert (found.step, found.term, found.examples) == (3, "kd", [1])

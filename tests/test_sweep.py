@@ -179,8 +179,8 @@ def test_a_sweep_that_is_killed_goes_on(sweep, world, tmp_path, kills):
 import os, signal, sys
 from llmkd import cli, loop
 real = loop.move
-def move(learner, step, norm):
-    real(learner, step, norm)
+def move(learner, step, *rest):
+    real(learner, step, *rest)
     if step == {step} and not os.path.exists({str(tmp_path / signal)!r}):
         open({str(tmp_path / signal)!r}, 'w').close()
         os.kill(os.getpid(), signal.SIG{signal})
@@ -384,8 +384,8 @@ def test_a_signal_in_the_last_step_does_not_lose_the_last_validation(sweep, worl
     real_init = session.Session.__init__
     monkeypatch.setattr(session.Session, "__init__", lambda self, *a: sessions.append(self) or real_init(self, *a))
 
-    def move(learner, step, norm):
-        real(learner, step, norm)
+    def move(learner, step, *rest):
+        real(learner, step, *rest)
         sessions[-1].stop.asked = step == 5
 
     monkeypatch.setattr(loop, "move", move)

@@ -127,7 +127,7 @@ class Stream:
         with contextlib.closing(ahead(self._windows(done))) as windows:
             for number, epoch, self.window, self.places in windows:
                 window = list(range(len(self.window)))
-                yield Step(number, epoch, self.cut(window), window)
+                yield Step(number, epoch, self.cut(window), window, int(self.window.targets.sum()))
         c = self.counts
         if c:
             say(
