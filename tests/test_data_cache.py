@@ -225,12 +225,14 @@ def start_workers(folder: Path, count: int, how: str) -> list[subprocess.Popen]:
     ]
 
 
+@pytest.mark.slow
 def test_the_processes_of_a_launch_make_an_entry_once(tmp_path):
     said = [worker.communicate(timeout=60)[0] for worker in start_workers(tmp_path, 2, "work")]
     assert len(set(said)) == 1 and int(said[0]) > 0
     assert len((tmp_path / "made").read_text().splitlines()) == 1
 
 
+@pytest.mark.slow
 def test_where_the_first_fails_the_others_try_and_fail_alike(tmp_path):
     said = [worker.communicate(timeout=60)[0] for worker in start_workers(tmp_path, 2, "fail")]
     assert len(set(said)) == 1 and "none of f.jsonl's 3 rows" in said[0]

@@ -46,6 +46,7 @@ def problems(said: str) -> list[str]:
     return [line for line in said.splitlines() if line.startswith("llmkd: ")]
 
 
+@pytest.mark.slow
 def test_a_model_and_a_data_set_by_revision(llmkd, hub, world, tmp_path):
     old = {p.name: p.read_bytes() for p in (world / "student").iterdir()} | {"README.md": CARD, "pytorch_model.bin": b"pickled"}
     commit = hub.add("models", "someone/tiny", old, ref="v1")
@@ -75,6 +76,7 @@ def test_a_model_and_a_data_set_by_revision(llmkd, hub, world, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_a_data_set_of_the_hub_is_streamed(llmkd, hub, world):
     rows = (world / "train.jsonl").read_bytes()
     hub.add("datasets", "someone/rows", {"data/train.jsonl": rows}, ref="v2")
@@ -116,6 +118,7 @@ def push(recipe):
     recipe["push_to_hub"] = {"repo": "someone/mine"}
 
 
+@pytest.mark.slow
 def test_the_finished_student_is_uploaded(llmkd, hub, tmp_path):
     code, said = llmkd(change=push)
     assert code == 0 and f"uploaded to {hub.url}/someone/mine" in said, said
@@ -128,6 +131,7 @@ def test_the_finished_student_is_uploaded(llmkd, hub, tmp_path):
     assert code == 0 and len(hub.asked) == asked, said
 
 
+@pytest.mark.slow
 def test_a_failed_upload_loses_nothing_and_resume_tries_again(llmkd, hub, tmp_path):
     hub.refuses = "/commit/"
     code, said = llmkd(change=push)
@@ -147,6 +151,7 @@ def test_a_failed_upload_loses_nothing_and_resume_tries_again(llmkd, hub, tmp_pa
     assert hub.private["someone/mine"]
 
 
+@pytest.mark.slow
 def test_a_public_repository_does_not_get_what_shall_be_private(llmkd, hub, tmp_path):
     hub.add("models", "someone/mine", {})
     code, said = llmkd(change=push)

@@ -177,6 +177,7 @@ def drawn(picture: str) -> ET.Element:
     return root
 
 
+@pytest.mark.slow
 def test_a_real_sweep_is_reported_with_the_figures_of_its_files(world, tmp_path, capsys):
     from llmkd.sweep import run_sweep
 

@@ -48,6 +48,7 @@ def alone(folder: Path, name: str, out: Path) -> dict[str, torch.Tensor]:
 HELD = {"validation": {"every": 2}, "checkpoint": {"every": 2}}
 
 
+@pytest.mark.slow
 def test_every_arm_ends_as_it_would_alone_to_the_last_bit(world, sweep, tmp_path):
     """Dropout, validation, clipping, other ranks, targets, an adapter on the head, a copy of it, another divergence, a given adapter."""
     given = tmp_path / "given"
@@ -348,6 +349,7 @@ def test_another_sweeps_folder_is_not_gone_on_with(sweep, tmp_path):
             run_sweep(more, {"train.max_steps": 1, **changes}, True)
 
 
+@pytest.mark.slow
 def test_a_failure_that_a_kill_kept_from_the_list_is_known_and_the_others_go_on(sweep, tmp_path):
     """Their last common step would be long gone."""
     import shutil

@@ -515,6 +515,7 @@ sys.exit(main(["train", *sys.argv[1:]]))
 """
 
 
+@pytest.mark.slow
 def test_a_nan_on_one_rank_stops_them_all(world, tmp_path):
     (tmp_path / "poisoned.py").write_text(POISONED)
     (tmp_path / "r.yaml").write_text(json.dumps(plain_recipe(world, tmp_path / "out")))
