@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from . import adapters, loading, selftest
+from . import adapters, last_layer, loading, selftest
 from .console import say
 from .data.tokenizer import save_tokenizer
 from .errors import UserError, blamed_on
@@ -35,6 +35,7 @@ class LanguageModel(nn.Module):
         self.model, self.adapter = model, adapter
         self.autocast: torch.dtype | None = None
         self.own_forward = False
+        self.last_layer: last_layer.LastLayer | None = None  # where it is computed at the rows alone
         self.runs_on: torch.device | None = None  # where its inputs go, if that is not where its weights are
         self.untouched: list[str] = []  # trainable parameters that a small batch gave no gradient
         self.head = head_of(self.plain, vocab, adapter)
@@ -67,7 +68,8 @@ class LanguageModel(nn.Module):
     def hidden(self, view: View) -> Tensor:
         """Last hidden states [N, H] at the view's rows."""
         self.activate()
-        with torch.autocast(view.rows_N.device.type, self.autocast, enabled=self.autocast is not None):
+        autocast = torch.autocast(view.rows_N.device.type, self.autocast, enabled=self.autocast is not None)
+        with autocast, last_layer.only_at(self.last_layer, view):
             if self.own_forward:
                 return self._logits(view)
             hidden_BTH = decoder_of(self.plain)(**view.inputs, use_cache=False)[0]

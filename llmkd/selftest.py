@@ -13,6 +13,7 @@ from torch import Tensor
 
 from .console import say
 from .errors import UserError, brief
+from .last_layer import spare
 from .signals import View
 
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -51,6 +52,7 @@ def check(model, setting: str, packing: int = 0) -> None:
         _check_causal(model, ids_BT, limit, setting)
         if packing:
             _check_packing(model, ids_BT, limit, setting, packing)
+        spare(model, tolerance(model))
 
 
 def _gap_to(model, ids_BT: Tensor, own_NV: Tensor) -> tuple[float, Exception | None]:

@@ -25,7 +25,7 @@ class View:
     """What one model reads of a batch, and which of its flattened positions predict the N targets."""
 
     inputs: dict[str, Tensor]  # keyword arguments of the model, each [B, T]
-    rows_N: Tensor  # positions in the flattened [B * T] that predict the targets
+    rows_N: Tensor  # positions in the flattened [B * T] that predict the targets, each once
 
     def each(self, change: Callable[[Tensor], Tensor]) -> "View":
         return View({k: change(v) for k, v in self.inputs.items()}, change(self.rows_N))

@@ -1,0 +1,104 @@
+"""The last layer only where a target is predicted: of every other position nothing is ever read but its keys and values."""
+
+import contextlib
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from .families import layers_of
+from .signals import View
+
+#: Modules of a layer that need a position for that position's own result, [*, in] -> [*, out].
+_OWN = ("q_proj", "o_proj", "mlp")
+#: Above this share of supervised positions picking them out costs more than it saves.
+_WORTH = 0.9
+
+
+class LastLayer:
+    """Hooks on the last layer of one tree of modules; at rest outside of `at`, so that several students of the tree may have them.
+
+    The modules get the rows alone, [1, N, in], and what they make of them, [1, N, out], is put into zeros [B, T, out].
+    """
+
+    def __init__(self, layer: nn.Module):
+        self.rows_N: Tensor | None = None
+        self.shape, self.fill = (0, 0), 0.0
+        self.modules = [module for name, module in layer.named_modules() if name.rsplit(".", 1)[-1] in _OWN]
+        for module in self.modules:
+            module.register_forward_pre_hook(self._take)
+            module.register_forward_hook(self._put)
+
+    @contextlib.contextmanager
+    def at(self, view: View) -> Iterator[None]:
+        """Until the end of it, only the view's rows, unless they are none or nearly all."""
+        self.shape = tuple(view.inputs["input_ids"].shape)
+        self.rows_N = view.rows_N if 0 < len(view.rows_N) <= _WORTH * math.prod(self.shape) else None
+        try:
+            yield
+        finally:
+            self.rows_N = None
+
+    def _take(self, module: nn.Module, args: tuple) -> tuple | None:
+        if self.rows_N is None:
+            return None
+        x_BTC, *others = args
+        if x_BTC.shape[:-1] != self.shape:
+            raise ValueError(f"{type(module).__name__} reads {tuple(x_BTC.shape)}")
+        return x_BTC.flatten(0, 1).index_select(0, self.rows_N)[None], *others
+
+    def _put(self, module: nn.Module, args: tuple, out_1NC: Tensor) -> Tensor | None:
+        if self.rows_N is None:
+            return None
+        out = out_1NC.new_full((math.prod(self.shape), out_1NC.shape[-1]), self.fill)
+        return out.index_copy_(0, self.rows_N, out_1NC[0]).unflatten(0, self.shape)
+
+
+def only_at(last: LastLayer | None, view: View) -> contextlib.AbstractContextManager:
+    return last.at(view) if last else contextlib.nullcontext()
+
+
+def spare(model, tolerance: float) -> None:
+    """Set `model.last_layer`, if the model computes the same with it: on a small batch, in eval mode, and its gradients if it trains.
+
+    That nothing at the rows depends on what the modules would say elsewhere is compared without rounding: with two fillings there.
+    """
+    model.last_layer = None
+    layers = layers_of(model.plain)
+    if layers is None or getattr(model.plain, "is_loaded_in_8bit", False):  # it rounds a position by what else is in the batch
+        return
+    if not hasattr(model.plain, "last_layer"):
+        model.plain.last_layer = LastLayer(layers[-1])
+    last = model.plain.last_layer
+    with contextlib.suppress(Exception):  # a module that gives a tuple, or reads something else
+        if last.modules and _same(model, last, tolerance):
+            model.last_layer = last
+
+
+def _same(model, last: LastLayer, tolerance: float) -> bool:
+    ids_BT = (torch.arange(24, device=model.device).reshape(2, 12) * 7 + 3) % model.head.vocab
+    view = View({"input_ids": ids_BT}, torch.tensor([0, 3, 4, 7, 10, 14, 17, 22], device=model.device))
+    parameters = list(model.trainable().values())
+
+    def run(using: LastLayer | None, fill: float = 0.0) -> list[Tensor]:
+        model.last_layer, last.fill = using, fill
+        with torch.set_grad_enabled(bool(parameters)):
+            hidden_NH = model.hidden(view)
+            grads = torch.autograd.grad(hidden_NH.float().cos().sum(), parameters, allow_unused=True) if parameters else ()
+        return [hidden_NH.detach(), *(g for g in grads if g is not None)]
+
+    try:
+        whole, part, other = run(None), run(last), run(last, 1.0)
+    finally:
+        model.last_layer, last.fill = None, 0.0
+    return torch.equal(part[0], other[0]) and _gap(whole[:1], part[:1]) <= tolerance and _gap(whole[1:], part[1:]) <= 10 * tolerance
+
+
+def _gap(these: list[Tensor], those: list[Tensor]) -> float:
+    """The largest difference, of the largest value; infinite where a value is not finite, or one is missing."""
+    if len(these) != len(those):
+        return math.inf
+    size = max((x.abs().max().item() for x in these), default=0.0)
+    gap = max(((x - y).abs().max().item() for x, y in zip(these, those, strict=True)), default=0.0)
+    return gap / max(size, 1e-30) if math.isfinite(gap) else math.inf
