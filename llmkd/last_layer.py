@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .families import layers_of
+from .recompute import is_recomputed
 from .signals import View
 
 #: Modules of a layer that need a position for that position's own result, [*, in] -> [*, out].
@@ -66,7 +67,8 @@ def spare(model, tolerance: float) -> None:
     """
     model.last_layer = None
     layers = layers_of(model.plain)
-    if layers is None or getattr(model.plain, "is_loaded_in_8bit", False):  # it rounds a position by what else is in the batch
+    in_8bit = getattr(model.plain, "is_loaded_in_8bit", False)  # it rounds a position by what else is in the batch
+    if layers is None or in_8bit or is_recomputed(layers[-1]):  # in the backward pass, when the rows are no longer known
         return
     if not hasattr(model.plain, "last_layer"):
         model.plain.last_layer = LastLayer(layers[-1])

@@ -20,6 +20,7 @@ from .placing import OFFLOAD, device_of, head_on, offload
 from .recipe import Lora, Quantization
 from .recipe import Student as StudentSettings
 from .recipe import Teacher as TeacherSettings
+from .recompute import recompute
 from .signals import View
 
 
@@ -153,9 +154,7 @@ def load_students(
         for parameter in beside_text(model):
             parameter.requires_grad_(False)
     if settings.gradient_checkpointing:
-        if not model.supports_gradient_checkpointing:
-            raise UserError(f"student.gradient_checkpointing: {model.config.model_type} has none; set it to false")
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute(model, settings.gradient_checkpointing)
     if settings.mixed_precision == "bf16" and next(model.parameters()).dtype != torch.float32:
         say("note: student.mixed_precision: bf16 is for weights held in float32; these are not, and it changes little or nothing")
     names: list[str | None] = [None]

@@ -21,9 +21,9 @@ from .data.encode import Encoded
 from .data.stream import Stream
 from .distiller import Distiller
 from .errors import NonFinite, Stopped, UserError, blamed_on, first_alone
-from .fitting import Fitting
+from .fitting import Fitting, chunk_rows
 from .gate import some_of, verdict
-from .loop import Learner, train
+from .loop import Learner, train, unwrapped
 from .losses.divergences import named
 from .losses.objective import Objective
 from .order import Budget, Plan, learning_rate
@@ -143,10 +143,10 @@ class Session:
         students, spoken = load_together([r.student for r in recipes], live, vocab, device, recipe.seed, packing)
         self.teacher = self.teachers(lead, spoken)
         self.plan = plan(recipe, prepared, accelerator.process_index, accelerator.num_processes)
-        self.arms = []
+        self.arms, rows = [], chunk_rows(vocab, device, say)
         for k, (own, folder, student) in enumerate(zip(recipes, folders, students, strict=True)):
             with blamed_on(k):
-                learner = build_learner(own, student, self.plan.total_steps, accelerator)
+                learner = build_learner(own, student, self.plan.total_steps, accelerator, rows)
                 self.arms.append(Arm(own, prepared if own is lead else prepared.of(own), folder, student, learner, self.main))
         self.claim()
         self.done = self.written = self.resume(folders)
@@ -237,7 +237,8 @@ class Session:
     def fitted(self, batch_of, learners: list[Learner], teacher: Teacher | None) -> dict:
         """Measure how large micro-batches may be. What the loop is told of it: on one process, to mind when memory runs out."""
         size, data = self.plan.micro_batch_size, self.prepared.train
-        fitting = Fitting(size, self.plan, data, batch_of, learners, teacher, self.accelerator, self.display.say)
+        chunked = [unwrapped(arm.learner) for arm in self.arms if arm.recipe.loss.chunk_rows is None]
+        fitting = Fitting(size, self.plan, data, batch_of, learners, teacher, self.accelerator, self.display.say, chunked)
         fitting.measure(self.recipe.train.batch_size)
         self.display.speed()  # what was spent here is not training's
         return {"within_memory": fitting} if self.accelerator.num_processes == 1 else {}
@@ -359,15 +360,15 @@ def longest_row(recipe: Recipe) -> int:
     return max(most, min(size.tokens, recipe.train.batch_size * most)) if isinstance(size, Budget) else size * most
 
 
-def build_learner(recipe: Recipe, student, total_steps: int, accelerator):
-    """The student with its objective, optimizer and schedule."""
+def build_learner(recipe: Recipe, student, total_steps: int, accelerator, rows: int | None = None):
+    """The student with its objective, optimizer and schedule. `rows`: of a chunk of the head, where the recipe does not say."""
     loss, optim = recipe.loss, recipe.optim
     objective = Objective(loss.kd_ratio, loss.temperature, named(loss.divergence, **loss.divergence_options))
     parameters = student.trainable()
     optimizer = optimizers.build(optim, parameters)
     if student.untouched and accelerator.num_processes > 1:  # or the processes would wait for gradients that never come
         accelerator.ddp_handler.find_unused_parameters = True
-    distiller = accelerator.prepare_model(Distiller(student, objective, loss.chunk_rows))
+    distiller = accelerator.prepare_model(Distiller(student, objective, loss.chunk_rows or rows))
     return Learner(distiller, optimizer, parameters, schedule(recipe, total_steps), optim.max_grad_norm)
 
 
