@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from .families import layers_of
+from .head import widen
 from .recompute import is_recomputed
 from .signals import View
 
@@ -17,6 +18,17 @@ _OWN = ("q_proj", "o_proj", "mlp")
 _WORTH = 0.9
 
 
+class _Now:
+    """What the hooks are to do at the moment; a global, as torch.compile takes what hangs on a module for a constant."""
+
+    rows_N: Tensor | None = None
+    ids_BT: Tensor | None = None
+    fill = 0.0
+
+
+_NOW = _Now()
+
+
 class LastLayer:
     """Hooks on the last layer of one tree of modules; at rest outside of `at`, so that several students of the tree may have them.
 
@@ -24,36 +36,37 @@ class LastLayer:
     """
 
     def __init__(self, layer: nn.Module):
-        self.rows_N: Tensor | None = None
-        self.shape, self.fill = (0, 0), 0.0
         self.modules = [module for name, module in layer.named_modules() if name.rsplit(".", 1)[-1] in _OWN]
         for module in self.modules:
-            module.register_forward_pre_hook(self._take)
-            module.register_forward_hook(self._put)
+            module.register_forward_pre_hook(_take)
+            module.register_forward_hook(_put)
 
     @contextlib.contextmanager
     def at(self, view: View) -> Iterator[None]:
         """Until the end of it, only the view's rows, unless they are none or nearly all."""
-        self.shape = tuple(view.inputs["input_ids"].shape)
-        self.rows_N = view.rows_N if 0 < len(view.rows_N) <= _WORTH * math.prod(self.shape) else None
+        ids_BT = view.inputs["input_ids"]
+        if 0 < len(view.rows_N) <= _WORTH * ids_BT.numel():
+            _NOW.rows_N, _NOW.ids_BT = view.rows_N, ids_BT
         try:
             yield
         finally:
-            self.rows_N = None
+            _NOW.rows_N = _NOW.ids_BT = None
 
-    def _take(self, module: nn.Module, args: tuple) -> tuple | None:
-        if self.rows_N is None:
-            return None
-        x_BTC, *others = args
-        if x_BTC.shape[:-1] != self.shape:
-            raise ValueError(f"{type(module).__name__} reads {tuple(x_BTC.shape)}")
-        return x_BTC.flatten(0, 1).index_select(0, self.rows_N)[None], *others
 
-    def _put(self, module: nn.Module, args: tuple, out_1NC: Tensor) -> Tensor | None:
-        if self.rows_N is None:
-            return None
-        out = out_1NC.new_full((math.prod(self.shape), out_1NC.shape[-1]), self.fill)
-        return out.index_copy_(0, self.rows_N, out_1NC[0]).unflatten(0, self.shape)
+def _take(module: nn.Module, args: tuple) -> tuple | None:
+    if _NOW.rows_N is None:
+        return None
+    x_BTC, *others = args
+    if x_BTC.shape[:-1] != _NOW.ids_BT.shape:
+        raise ValueError(f"{type(module).__name__} reads {tuple(x_BTC.shape)}")
+    return x_BTC.flatten(0, 1).index_select(0, _NOW.rows_N)[None], *others
+
+
+def _put(module: nn.Module, args: tuple, out_1NC: Tensor) -> Tensor | None:
+    if _NOW.rows_N is None:
+        return None
+    out = out_1NC.new_full((_NOW.ids_BT.numel(), out_1NC.shape[-1]), _NOW.fill)
+    return out.index_copy_(0, _NOW.rows_N, out_1NC[0]).unflatten(0, _NOW.ids_BT.shape)
 
 
 def only_at(last: LastLayer | None, view: View) -> contextlib.AbstractContextManager:
@@ -84,20 +97,20 @@ def _same(model, last: LastLayer, tolerance: float) -> bool:
     parameters = list(model.trainable().values())
 
     def run(using: LastLayer | None, fill: float = 0.0) -> list[Tensor]:
-        model.last_layer, last.fill = using, fill
+        model.last_layer, _NOW.fill = using, fill
         with torch.set_grad_enabled(bool(parameters)):
             hidden_NH = model.hidden(view)
-            grads = torch.autograd.grad(hidden_NH.float().cos().sum(), parameters, allow_unused=True) if parameters else ()
+            grads = torch.autograd.grad(widen(hidden_NH).cos().sum(), parameters, allow_unused=True) if parameters else ()
         return [hidden_NH.detach(), *(g for g in grads if g is not None)]
 
     try:
         whole, part, other = run(None), run(last), run(last, 1.0)
     finally:
-        model.last_layer, last.fill = None, 0.0
-    return torch.equal(part[0], other[0]) and _gap(whole[:1], part[:1]) <= tolerance and _gap(whole[1:], part[1:]) <= 10 * tolerance
+        model.last_layer, _NOW.fill = None, 0.0
+    return torch.equal(part[0], other[0]) and gap(whole[:1], part[:1]) <= tolerance and gap(whole[1:], part[1:]) <= 10 * tolerance
 
 
-def _gap(these: list[Tensor], those: list[Tensor]) -> float:
+def gap(these: list[Tensor], those: list[Tensor]) -> float:
     """The largest difference, of the largest value; infinite where a value is not finite, or one is missing."""
     if len(these) != len(those):
         return math.inf

@@ -12,7 +12,7 @@ import os
 import shutil
 from pathlib import Path
 
-from . import checkpoint, models, optimizers, tracking
+from . import checkpoint, compiled, models, optimizers, tracking
 from .ahead import ahead
 from .card import card
 from .console import bar, say
@@ -140,7 +140,13 @@ class Session:
         vocab, device = prepared.vocab, accelerator.device
         packing = recipe.data.packing * longest_row(recipe)
         live = [(one.setting, one.settings) for one in prepared.teachers if one.store is None]
+        if recipe.train.compile:
+            compiled.prepare(device)
         students, spoken = load_together([r.student for r in recipes], live, vocab, device, recipe.seed, packing)
+        if recipe.train.compile:
+            everyone = [*(("student", one) for one in students), *zip((setting for setting, _ in live), spoken, strict=True)]
+            for setting, model in everyone:
+                compiled.compile_layers(model, f"{setting}.model", recipe.data.packing)
         self.teacher = self.teachers(lead, spoken)
         self.plan = plan(recipe, prepared, accelerator.process_index, accelerator.num_processes)
         self.arms, rows = [], chunk_rows(vocab, device, say)

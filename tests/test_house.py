@@ -22,7 +22,7 @@ LAYERS = (
     "losses data loading recompute optimizers sharing",
     "placing last_layer",
     "selftest",
-    "adapters",
+    "adapters compiled",
     "models merge",
     "teachers distiller together",
     "taught",
