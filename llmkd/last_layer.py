@@ -66,7 +66,7 @@ def _put(module: nn.Module, args: tuple, out_1NC: Tensor) -> Tensor | None:
     if _NOW.rows_N is None:
         return None
     out = out_1NC.new_full((_NOW.ids_BT.numel(), out_1NC.shape[-1]), _NOW.fill)
-    return out.index_copy_(0, _NOW.rows_N, out_1NC[0]).unflatten(0, _NOW.ids_BT.shape)
+    return out.index_copy_(0, _NOW.rows_N, out_1NC.squeeze(0)).unflatten(0, _NOW.ids_BT.shape)
 
 
 def only_at(last: LastLayer | None, view: View) -> contextlib.AbstractContextManager:
