@@ -107,7 +107,7 @@ def trained_by(files: ModelFiles, lora: Lora) -> int:
 
 
 def step_operations(
-    student: Shape, teachers: list[Shape], students: int, tokens: float, targets: float, full: bool, checkpointing: bool, read: float
+    student: Shape, teachers: list[Shape], students: int, tokens: float, targets: float, full: bool, checkpointing: float, read: float
 ) -> float:
     """Multiplications and additions for `tokens` (without padding) with `targets` among them; a teacher reads `read` tokens.
 
@@ -115,16 +115,16 @@ def step_operations(
     all of them train; the head on targets alone; a teacher's body once for all students, its head once for each. What a store
     answers costs next to nothing.
     """
-    passes = 4 + (2 if full else 0) + (2 if checkpointing else 0)
+    passes = 4 + (2 if full else 0) + 2 * checkpointing
     own = passes * student.body * tokens + (6 if full else 4) * student.vocab * student.hidden * targets
     asked = sum(students * 2 * teacher.vocab * teacher.hidden * targets + 2 * teacher.body * read for teacher in teachers)
     return students * own + asked
 
 
-def memory(student: Shape, trained: int, tokens: int, checkpointing: bool) -> float:
+def memory(student: Shape, trained: int, tokens: int, checkpointing: float) -> float:
     """Bytes beside the weights: 16 for each of the `trained` parameters (weight, gradient, two moments), the activations of one
     micro-batch of `tokens`, and half a gigabyte for the rest. recipes/README.md has finer formulas."""
-    kept = 2 * student.layers + 60 if checkpointing else 60 * student.layers
+    kept = (60 - 58 * checkpointing) * student.layers + 60 * (checkpointing > 0)
     return 16.0 * trained + tokens * student.hidden * kept + 0.5e9
 
 

@@ -23,6 +23,13 @@ def decoder_of(model: nn.Module) -> nn.Module:
     return getattr(model, "model", model) if decoder is model else decoder
 
 
+def layers_of(model: nn.Module) -> nn.ModuleList | None:
+    """The body's layers in their order; None where a family keeps them otherwise."""
+    count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    lists = (module for module in decoder_of(model).modules() if isinstance(module, nn.ModuleList))
+    return next((layers for layers in lists if len(layers) == count), None)
+
+
 def beside_text(model: nn.Module) -> list[nn.Parameter]:
     """Parameters that text never meets: the eyes and ears of a model that has them. Nothing there can be trained on text."""
     if model.config.get_text_config() is model.config:

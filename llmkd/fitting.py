@@ -1,6 +1,6 @@
-"""How many tokens a micro-batch may have: as many as fit into memory, found by measurement before the first step.
+"""How many tokens a micro-batch may have: as many as fit into memory, found by measurement before the first step. And the head's chunks.
 
-Where memory runs out all the same, an optimizer step is done again from its beginning with half as many; nothing of it had been
+Where memory runs out all the same, an optimizer step is done again from its beginning with half of both; nothing of it had been
 applied yet.
 """
 
@@ -15,18 +15,49 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from .distiller import Distiller
 from .errors import UserError, is_out_of_memory
 from .loop import Learner, Taken, learn
+from .losses.fused import LEAST_ROWS, MOST_ROWS, default_chunk
 from .order import MOST_PACKED, MOST_TOKENS, Budget, Plan, Step
 from .signals import Batch, Teacher
 
+_FEWEST_ROWS = 128  # of a chunk that is made smaller because memory ran out
+_HEADS_SHARE = 1 / 8  # of the free memory: what the head's tiles take of it
+
+
+def chunk_rows(vocab: int, device: torch.device, say) -> int | None:
+    """Rows per chunk of the head on a GPU whose models are loaded: `MOST_ROWS`, or fewer, to `LEAST_ROWS`, where the float32 tiles of
+    student and teacher would take more than an eighth of the free memory. None on a CPU, where the vocabulary alone decides."""
+    if device.type != "cuda":
+        return None
+    room, tiles = gauge_of(device).room * _HEADS_SHARE, 2 * 4 * vocab
+    rows = max(LEAST_ROWS["cuda"], min(MOST_ROWS["cuda"], int(room / tiles) // 128 * 128))
+    say(f"head: chunks of {rows:,} rows ({rows * tiles / 1e9:.2f} GB of tiles; an eighth of the free memory is {room / 1e9:.2f})")
+    return rows
+
 
 class Fitting:
-    """`measure` sets the budget, and as the loop's `within_memory` this lowers it. `data`: the examples, or a stream at its step."""
+    """`measure` sets the budget, and as the loop's `within_memory` this lowers it.
 
-    def __init__(self, budget: Budget, plan: Plan, data, batch_of, learners: list[Learner], teacher: Teacher | None, accelerator, say):
+    data      the examples, or a stream at its step
+    chunked   those whose chunks of the head may be made smaller too
+    """
+
+    def __init__(
+        self,
+        budget: Budget,
+        plan: Plan,
+        data,
+        batch_of,
+        learners: list[Learner],
+        teacher: Teacher | None,
+        accelerator,
+        say,
+        chunked: list[Distiller] | None = None,
+    ):
         self.budget, self.plan, self.data, self.batch_of = budget, plan, data, batch_of
-        self.learners, self.teacher, self.accelerator, self.say = learners, teacher, accelerator, say
+        self.learners, self.teacher, self.accelerator, self.say, self.chunked = learners, teacher, accelerator, say, chunked or []
 
     def measure(self, batch_size: int) -> None:
         """Find the largest budget, by doubling, whose worst micro-batch goes through: the longest examples, forward and backward.
@@ -40,6 +71,7 @@ class Fitting:
         if not len(worst):
             raise UserError("train.micro_batch_tokens: found auto, and the first step has no example to measure with; give a number")
         widths = widths_E[worst]
+        rows = 0
         longest, bound = int(widths[0]), min(MOST_PACKED if self.budget.packing else MOST_TOKENS, self.budget.of(widths))
         gauge, tokens, found, taken = gauge_of(self.accelerator.device), longest, 0, 0
         room = gauge.room - sum(2 * p.nbytes for one in self.learners if not one.optimizer.state for p in one.parameters.values())
@@ -47,7 +79,10 @@ class Fitting:
             while True:
                 held = np.cumsum(widths) if self.budget.packing else longest * np.arange(1, len(widths) + 1)
                 examples = worst[: max(1, int(np.searchsorted(held, tokens, side="right")))].tolist()
-                if not self._fits(examples) or (peak := gauge.taken) > room:
+                fits = self._fits(examples)
+                while not fits and not found and (fewer := self._smaller_chunks()):
+                    fits, rows = self._fits(examples), fewer
+                if not fits or (peak := gauge.taken) > room:
                     break
                 found, taken = tokens, peak
                 if tokens >= bound or (gauge.cautious and 2 * taken > room):
@@ -61,7 +96,8 @@ class Fitting:
                 "or set student.gradient_checkpointing"
             )
         self.budget.tokens = found
-        self.say(f"micro-batches of at most {found:,} tokens (measured: {taken / 1e9:.2f} of {room / 1e9:.2f} GB)")
+        chunks = f", chunks of {rows:,} rows" if rows else ""
+        self.say(f"micro-batches of at most {found:,} tokens (measured: {taken / 1e9:.2f} of {room / 1e9:.2f} GB){chunks}")
 
     def _fits(self, examples: list[int]) -> bool:
         try:
@@ -94,11 +130,25 @@ class Fitting:
             try:
                 return attempt(micro_batches)
             except Exception as error:
-                if not sizes or not is_out_of_memory(error):
+                rows = self._smaller_chunks() if is_out_of_memory(error) else 0
+                if not (sizes or rows) or not is_out_of_memory(error):
                     raise
             self._drop()  # here, where the exception no longer holds on to what it interrupted
-            self.budget.tokens = max(sizes) // 2
-            self.say(f"out of memory in step {step.number}; done again with micro-batches of at most {self.budget.tokens:,} tokens")
+            smaller = [f"chunks of {rows:,} rows"] if rows else []
+            if sizes:
+                self.budget.tokens = max(sizes) // 2
+                smaller.insert(0, f"micro-batches of at most {self.budget.tokens:,} tokens")
+            self.say(f"out of memory in step {step.number}; done again with {' and '.join(smaller)}")
+
+    def _smaller_chunks(self) -> int:
+        """Halve them, but not below `_FEWEST_ROWS`; the most rows of those that were, or 0 where none was."""
+        halved = [0]
+        for one in self.chunked:
+            rows = one.chunk_rows or default_chunk(one.student.head.vocab, self.accelerator.device.type)
+            if rows > _FEWEST_ROWS:
+                one.chunk_rows = max(_FEWEST_ROWS, rows // 2)
+                halved.append(one.chunk_rows)
+        return max(halved)
 
 
 class OnGPU:

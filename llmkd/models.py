@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from . import adapters, loading, selftest
+from . import adapters, last_layer, loading, selftest
 from .console import say
 from .data.tokenizer import save_tokenizer
 from .errors import UserError, blamed_on
@@ -20,6 +20,7 @@ from .placing import OFFLOAD, device_of, head_on, offload
 from .recipe import Lora, Quantization
 from .recipe import Student as StudentSettings
 from .recipe import Teacher as TeacherSettings
+from .recompute import recompute
 from .signals import View
 
 
@@ -36,6 +37,7 @@ class LanguageModel(nn.Module):
         self.autocast: torch.dtype | None = None
         self.own_forward = False
         self.varlen = False  # whether packed rows have llmkd's attention
+        self.last_layer: last_layer.LastLayer | None = None  # where it is computed at the rows alone
         self.runs_on: torch.device | None = None  # where its inputs go, if that is not where its weights are
         self.untouched: list[str] = []  # trainable parameters that a small batch gave no gradient
         self.head = head_of(self.plain, vocab, adapter)
@@ -68,7 +70,8 @@ class LanguageModel(nn.Module):
     def hidden(self, view: View) -> Tensor:
         """Last hidden states [N, H] at the view's rows."""
         self.activate()
-        with torch.autocast(view.rows_N.device.type, self.autocast, enabled=self.autocast is not None):
+        autocast = torch.autocast(view.rows_N.device.type, self.autocast, enabled=self.autocast is not None)
+        with autocast, last_layer.only_at(self.last_layer, view):
             if self.own_forward:
                 return self._logits(view)
             hidden_BTH = decoder_of(self.plain)(**self._inputs(view), use_cache=False)[0]
@@ -155,9 +158,7 @@ def load_students(
         for parameter in beside_text(model):
             parameter.requires_grad_(False)
     if settings.gradient_checkpointing:
-        if not model.supports_gradient_checkpointing:
-            raise UserError(f"student.gradient_checkpointing: {model.config.model_type} has none; set it to false")
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+        recompute(model, settings.gradient_checkpointing)
     if settings.mixed_precision == "bf16" and next(model.parameters()).dtype != torch.float32:
         say("note: student.mixed_precision: bf16 is for weights held in float32; these are not, and it changes little or nothing")
     names: list[str | None] = [None]

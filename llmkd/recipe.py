@@ -66,7 +66,10 @@ class Student:
     )
     attention: Attention = Field("auto", description="Attention implementation; auto leaves it to transformers.")
     mixed_precision: Literal["no", "bf16"] = Field("no", description="bf16: autocast the body's products of weights held in float32.")
-    gradient_checkpointing: bool = Field(False, description="Recompute activations in the backward pass to save memory.")
+    gradient_checkpointing: bool | Annotated[float, Field(gt=0, lt=1)] = Field(
+        False,
+        description="Recompute activations in the backward pass to save memory: of every layer but the last, or of a share of the layers, from the first.",
+    )
 
 
 @settings
@@ -89,7 +92,9 @@ class Loss:
     )
     chunk_rows: Count | None = Field(
         None,
-        description="Supervised tokens per chunk of the head; by default as many as keep one float32 tile under 256 MiB on a GPU, 4 MiB on a CPU.",
+        description="Supervised tokens per chunk of the head. By default on a GPU 2048, or as few as 1024 where two tiles of logits would take more "
+        "than an eighth of the memory that is free beside the models, on a CPU those of a float32 tile of 32 MiB, 128 to 4096; after an "
+        "out-of-memory error that train.micro_batch_tokens: auto catches, half as many, to 128.",
     )
 
 
@@ -132,6 +137,11 @@ class Train:
         1, description="Optimizer steps whose examples are sorted by length together: less padding. 1 leaves the batches as drawn."
     )
     log_every: Count = Field(1, description="Steps between records in metrics.jsonl.")
+    compile: bool = Field(
+        False,
+        description="torch.compile the layers of the student and of teachers in memory: faster steps after some minutes of compiling, with the same "
+        "result to rounding. It needs a C++ compiler, and on a GPU Triton.",
+    )
 
 
 @settings
@@ -215,6 +225,11 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
         yield (
             ("train.micro_batch_tokens", "train.micro_batch_size"),
             "given together with train.micro_batch_size; keep one of them (null takes the other back)",
+        )
+    if train.compile and (offloaded := [path for path, one in named(recipe.teacher) if one.device == "offload"]):
+        yield (
+            ("train.compile", f"{offloaded[0]}.device"),
+            f"given with {offloaded[0]}.device: offload, which it cannot follow; leave one of them out",
         )
     if train.max_steps and optim.warmup_steps and optim.warmup_steps > train.max_steps:
         yield ("optim.warmup_steps", "train.max_steps"), f"found {optim.warmup_steps}, more than train.max_steps ({train.max_steps})"

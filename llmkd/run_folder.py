@@ -14,8 +14,10 @@ from .settings import dump, flatten, load_recipe
 #: Settings that a resumed run may change: they do not touch what is learnt.
 _HARMLESS = (
     "output_dir",
+    "student.gradient_checkpointing",
     "teacher.device",
     "teacher.share_base",
+    "train.compile",
     "train.log_every",
     "train.micro_batch_size",
     "train.micro_batch_tokens",

@@ -14,6 +14,7 @@ from torch import Tensor
 from . import varlen
 from .console import say
 from .errors import UserError, brief
+from .last_layer import spare
 from .signals import View
 
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -53,6 +54,7 @@ def check(model, setting: str, packing: int = 0, attention: str = "auto") -> Non
         _check_causal(model, ids_BT, limit, setting)
         if packing:
             _check_packing(model, ids_BT, limit, setting, packing, attention)
+        spare(model, tolerance(model))
 
 
 def _gap_to(model, ids_BT: Tensor, own_NV: Tensor) -> tuple[float, Exception | None]:

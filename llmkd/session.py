@@ -12,7 +12,7 @@ import os
 import shutil
 from pathlib import Path
 
-from . import checkpoint, models, optimizers, tracking
+from . import checkpoint, compiled, models, optimizers, tracking
 from .ahead import ahead
 from .card import card
 from .console import bar, say
@@ -21,9 +21,9 @@ from .data.encode import Encoded
 from .data.stream import Stream
 from .distiller import Distiller
 from .errors import NonFinite, Stopped, UserError, blamed_on, first_alone
-from .fitting import Fitting
+from .fitting import Fitting, chunk_rows
 from .gate import some_of, verdict
-from .loop import Learner, train
+from .loop import Learner, train, unwrapped
 from .losses.divergences import named
 from .losses.objective import Objective
 from .order import Budget, Plan, learning_rate
@@ -141,13 +141,19 @@ class Session:
         packing = recipe.data.packing * longest_row(recipe)
         live = [(one.setting, one.settings) for one in prepared.teachers if one.store is None]
         share = recipe.data.share_beginnings
+        if recipe.train.compile:
+            compiled.prepare(device)
         students, spoken = load_together([r.student for r in recipes], live, vocab, device, recipe.seed, packing, share)
+        if recipe.train.compile:
+            everyone = [*(("student", one) for one in students), *zip((setting for setting, _ in live), spoken, strict=True)]
+            for setting, model in everyone:
+                compiled.compile_layers(model, f"{setting}.model", recipe.data.packing)
         self.teacher = self.teachers(lead, spoken)
         self.plan = plan(recipe, prepared, accelerator.process_index, accelerator.num_processes)
-        self.arms = []
+        self.arms, rows = [], chunk_rows(vocab, device, say)
         for k, (own, folder, student) in enumerate(zip(recipes, folders, students, strict=True)):
             with blamed_on(k):
-                learner = build_learner(own, student, self.plan.total_steps, accelerator)
+                learner = build_learner(own, student, self.plan.total_steps, accelerator, rows)
                 self.arms.append(Arm(own, prepared if own is lead else prepared.of(own), folder, student, learner, self.main))
         self.claim()
         self.done = self.written = self.resume(folders)
@@ -246,7 +252,8 @@ class Session:
     def fitted(self, batch_of, learners: list[Learner], teacher: Teacher | None) -> dict:
         """Measure how large micro-batches may be. What the loop is told of it: on one process, to mind when memory runs out."""
         size, data = self.plan.micro_batch_size, self.prepared.train
-        fitting = Fitting(size, self.plan, data, batch_of, learners, teacher, self.accelerator, self.display.say)
+        chunked = [unwrapped(arm.learner) for arm in self.arms if arm.recipe.loss.chunk_rows is None]
+        fitting = Fitting(size, self.plan, data, batch_of, learners, teacher, self.accelerator, self.display.say, chunked)
         fitting.measure(self.recipe.train.batch_size)
         self.display.speed()  # what was spent here is not training's
         return {"within_memory": fitting} if self.accelerator.num_processes == 1 else {}
@@ -369,15 +376,15 @@ def longest_row(recipe: Recipe) -> int:
     return max(most, min(size.tokens, recipe.train.batch_size * most)) if isinstance(size, Budget) else size * most
 
 
-def build_learner(recipe: Recipe, student, total_steps: int, accelerator):
-    """The student with its objective, optimizer and schedule."""
+def build_learner(recipe: Recipe, student, total_steps: int, accelerator, rows: int | None = None):
+    """The student with its objective, optimizer and schedule. `rows`: of a chunk of the head, where the recipe does not say."""
     loss, optim = recipe.loss, recipe.optim
     objective = Objective(loss.kd_ratio, loss.temperature, named(loss.divergence, **loss.divergence_options))
     parameters = student.trainable()
     optimizer = optimizers.build(optim, parameters)
     if student.untouched and accelerator.num_processes > 1:  # or the processes would wait for gradients that never come
         accelerator.ddp_handler.find_unused_parameters = True
-    distiller = accelerator.prepare_model(Distiller(student, objective, loss.chunk_rows))
+    distiller = accelerator.prepare_model(Distiller(student, objective, loss.chunk_rows or rows))
     return Learner(distiller, optimizer, parameters, schedule(recipe, total_steps), optim.max_grad_norm)
 
 

@@ -26,7 +26,7 @@ class View:
     """What one model reads of a batch, and which of its flattened positions predict the N targets."""
 
     inputs: dict[str, Tensor]  # keyword arguments of the model, each [B, T]
-    rows_N: Tensor  # positions in the flattened [B * T] that predict the targets
+    rows_N: Tensor  # positions in the flattened [B * T] that predict the targets, each once
     packed: Packed | None = None  # how examples lie in a packed row
 
     def each(self, change: Callable[[Tensor], Tensor]) -> "View":

@@ -6,6 +6,7 @@ Memory that runs out is a student whose forward pass raises above a number of to
 import dataclasses
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -207,3 +208,64 @@ def test_two_processes_agree_on_a_budget(world, trained, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stderr.count("micro-batches of at most") == 1
     assert distance(weights(tmp_path / "two"), one) < BOUND
+
+
+@pytest.mark.parametrize(
+    ("vocab", "free", "rows"),
+    [
+        (128_256, 60e9, 2048),  # tiles of 2.1 GB
+        (128_256, 12e9, 1408),
+        (128_256, 1e9, 1024),
+        (32_000, 1e9, 1024),
+        (32_000, 5e9, 2048),
+    ],
+)
+def test_chunks_of_the_head_follow_from_what_is_free_on_a_gpu(monkeypatch, vocab, free, rows):
+    monkeypatch.setattr(fitting, "gauge_of", lambda device: SimpleNamespace(room=free))
+    lines = []
+    assert fitting.chunk_rows(vocab, torch.device("cuda"), lines.append) == rows
+    assert rows == 1024 or 8 * vocab * rows <= free / 8
+    assert len(lines) == 1 and lines[0].startswith(f"head: chunks of {rows:,} rows")
+    assert fitting.chunk_rows(vocab, torch.device("cpu"), lines.append) is None and len(lines) == 1
+
+
+class Head:
+    """Memory that chunks of more than so many rows do not fit into, after the measuring."""
+
+    rows = 10**9
+
+    def __init__(self, monkeypatch):
+        from llmkd import distiller
+
+        self.asked, real = [], distiller.fused_loss
+
+        def limited(*args):
+            self.asked.append(args[-1])
+            if (args[-1] or 4096) > self.rows:
+                raise torch.OutOfMemoryError("a tile")
+            return real(*args)
+
+        monkeypatch.setattr(distiller, "fused_loss", limited)
+
+
+@pytest.mark.parametrize("found_while_measuring", [True, False])
+def test_memory_that_runs_out_halves_the_chunks_too(trained, capsys, monkeypatch, found_while_measuring):
+    whole, head = trained("whole", train__micro_batch_size=8, train__max_steps=2), Head(monkeypatch)
+    real = fitting.Fitting.measure
+    if found_while_measuring:
+        head.rows = 600
+    else:
+        monkeypatch.setattr(fitting.Fitting, "measure", lambda self, size: (real(self, size), setattr(head, "rows", 600)))
+    got = trained("auto", **AUTO, train__max_steps=2)
+    assert head.asked[-1] == 512 and distance(got, whole) < BOUND
+    said = [line.split("chunks of ")[1] for line in capsys.readouterr().err.splitlines() if "chunks of" in line]
+    assert said == (["512 rows"] if found_while_measuring else ["2,048 rows", "1,024 rows", "512 rows"])
+
+
+@pytest.mark.parametrize("given", [None, 4096])
+def test_chunks_are_not_halved_for_ever_and_a_number_given_is_kept_to(make_recipe, monkeypatch, given):
+    head, real = Head(monkeypatch), fitting.Fitting.measure
+    monkeypatch.setattr(fitting.Fitting, "measure", lambda self, size: (real(self, size), setattr(head, "rows", 100)))
+    with pytest.raises(torch.OutOfMemoryError):
+        run(make_recipe(**AUTO, loss__chunk_rows=given))
+    assert head.asked[-1] == (given or 128)

@@ -174,10 +174,10 @@ def test_the_chunk_changes_nothing(chunk, dtype, bound):
 
 
 @pytest.mark.parametrize("vocab", [10, 1000, 32000, 152000, 10**7])
-@pytest.mark.parametrize("device, tile, least", [("cpu", 32 << 20, 128), ("cuda", 512 << 20, 1024)])
-def test_the_default_chunk_keeps_one_tile_in_bounds(vocab, device, tile, least):
+@pytest.mark.parametrize("device, tile, least, most", [("cpu", 32 << 20, 128, 4096), ("cuda", 512 << 20, 1024, 2048)])
+def test_the_default_chunk_keeps_one_tile_in_bounds(vocab, device, tile, least, most):
     chunk = default_chunk(vocab, device)
-    assert least <= chunk <= 4096 and (chunk == least or 4 * vocab * chunk <= tile) and (chunk == 4096 or 4 * vocab * (chunk + 1) > tile)
+    assert least <= chunk <= most and (chunk == least or 4 * vocab * chunk <= tile) and (chunk == most or 4 * vocab * (chunk + 1) > tile)
 
 
 @pytest.mark.parametrize("with_teacher", [False, True])

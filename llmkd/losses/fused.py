@@ -27,12 +27,13 @@ from .objective import Objective
 
 _TILE_BYTES = {"cuda": 512 << 20, "cpu": 32 << 20}  # large products are fast ones
 _BLOCK_BYTES = {"cuda": 64 << 20, "cpu": 1 << 20}
-_LEAST_ROWS = {"cuda": 1024, "cpu": 128}  # below it a product reads its weights for longer than it multiplies
+LEAST_ROWS = {"cuda": 1024, "cpu": 128}  # below it a product reads its weights for longer than it multiplies
+MOST_ROWS = {"cuda": 2048, "cpu": 4096}  # above it nothing is gained
 
 
 def default_chunk(vocab: int, device: str) -> int:
-    """Rows per chunk: one float32 tile of logits is 512 MiB on a GPU and 32 MiB on a CPU, or has 1024 rows there and 128 here; at most 4096."""
-    return max(_of(_LEAST_ROWS, device), min(4096, _of(_TILE_BYTES, device) // (4 * vocab)))
+    """Rows per chunk: one float32 tile of logits is 512 MiB on a GPU and 32 MiB on a CPU, within 1024 to 2048 rows there and 128 to 4096 here."""
+    return max(_of(LEAST_ROWS, device), min(_of(MOST_ROWS, device), _of(_TILE_BYTES, device) // (4 * vocab)))
 
 
 def _of(table: dict[str, int], device: str) -> int:
