@@ -22,7 +22,7 @@ from .data.stream import Stream
 from .distiller import Distiller
 from .errors import NonFinite, Stopped, UserError, blamed_on, first_alone
 from .fitting import Fitting
-from .gate import some_of, verdict
+from .gate import some_asked, some_of, verdict
 from .loop import Learner, train
 from .losses.divergences import named
 from .losses.objective import Objective
@@ -30,7 +30,7 @@ from .order import Budget, Plan, learning_rate
 from .prepare import Prepared, micro_batch
 from .recipe import Recipe, distils, sources
 from .run_folder import RunFolder, write
-from .signals import Teacher
+from .signals import Batch, Teacher
 from .teachers.cached import Cached
 from .teachers.live import Live
 from .teachers.mixture import combined
@@ -140,8 +140,9 @@ class Session:
         vocab, device = prepared.vocab, accelerator.device
         packing = recipe.data.packing * longest_row(recipe)
         live = [(one.setting, one.settings) for one in prepared.teachers if one.store is None]
-        students, spoken = load_together([r.student for r in recipes], live, vocab, device, recipe.seed, packing)
+        students, spoken = load_together([r.student for r in recipes], live, vocab, device, recipe.seed, packing, self.asked)
         self.teacher = self.teachers(lead, spoken)
+        self.fidelity = {f"{name}.{k}": v for (name, _), model in zip(live, spoken, strict=True) for k, v in model.fidelity.items()}
         self.plan = plan(recipe, prepared, accelerator.process_index, accelerator.num_processes)
         self.arms = []
         for k, (own, folder, student) in enumerate(zip(recipes, folders, students, strict=True)):
@@ -163,6 +164,12 @@ class Session:
         device = self.accelerator.device
         each = [Cached(one.store, device) if one.store else Live(next(rest)) for one in found]
         return combined(each, [one.settings for one in found], recipe.mixture) if each else None
+
+    def asked(self, setting: str) -> list[Batch]:
+        """Some of what the teacher of that name will be asked."""
+        number = [one.setting for one in self.prepared.teachers].index(setting)
+        size = self.recipe.validation.micro_batch_size
+        return some_asked(self.prepared.train, number, size, self.pad, self.accelerator.device)
 
     def claim(self) -> None:
         """The first process takes the arms' folders, and all hear of one that cannot be had."""
@@ -197,6 +204,8 @@ class Session:
         recipe, total, step = self.recipe, self.plan.total_steps, self.done
         try:
             if self.done == 0:
+                for arm in self.arms if self.main and self.fidelity else ():
+                    arm.record.write({"step": 0, "fidelity": self.fidelity})
                 self.gate()
             if self.done in (0, total) or due(recipe.validation.every, self.done):
                 self.validate(self.done)
