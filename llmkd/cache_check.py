@@ -46,11 +46,11 @@ class Remembered:
 
 
 def check(recipe: Recipe, examples: int = 64) -> None:
-    """Print, for every teacher that is quantised or has a store, figures on a sample of the training rows."""
+    """Print, for every teacher that is quantised, merged or has a store, figures on a sample of the training rows."""
     prepared, todo = chosen(
         recipe,
-        lambda one: one.cache or one.quantization,
-        "teacher.quantization, teacher.cache.path: neither is given, and nothing else loses anything",
+        lambda one: one.cache or one.held,
+        "teacher.quantization, teacher.merge_adapter, teacher.cache.path: none is given, and nothing else loses anything",
     )
     accelerator = start()
     if accelerator.num_processes > 1:
@@ -63,16 +63,16 @@ def check(recipe: Recipe, examples: int = 64) -> None:
             continue
         stored = opened(recipe, prepared, teacher)
         say(f"on {len(sample)} training examples, {int(sample.supervised.sum())} targets; nats per target")
-        if teacher.settings.quantization:
+        if teacher.settings.held:
             print(tracking.table(quantised(recipe, prepared, teacher, sample, accelerator)))
         if stored:
             print(tracking.table(kept(recipe, prepared, stored, sample, accelerator)))
 
 
 def quantised(recipe: Recipe, prepared: Prepared, teacher: TeacherFiles, sample: Encoded, accelerator) -> list[dict]:
-    """The teacher as it is, and in 4 or 8 bit. One after the other: only one of them is in memory."""
+    """The teacher as it is, and in 4 or 8 bit, or merged. One after the other: only one of them is in memory."""
     size, pad, vocab = recipe.validation.micro_batch_size, prepared.tokenizer.eos_token_id, prepared.vocab
-    whole = dataclasses.replace(teacher.settings, quantization=None)
+    whole = dataclasses.replace(teacher.settings, quantization=None, merge_adapter=False)
     (model,) = load_together([], [(teacher.setting, whole)], vocab, accelerator.device, recipe.seed)[1]
     before = Remembered(model, sample, pad, size, accelerator.device)
     del model
@@ -82,8 +82,13 @@ def quantised(recipe: Recipe, prepared: Prepared, teacher: TeacherFiles, sample:
     row = {name: found[name] for name in ("forward_kl", "reverse_kl", "agreement")}
     itself = {"forward_kl": 0.0, "reverse_kl": 0.0, "agreement": 1.0}
     return [
-        {teacher.setting: "unquantised", "ce": found["teacher_ce"], "entropy": found["teacher_entropy"]} | itself,
-        {teacher.setting: teacher.settings.quantization.type, "ce": found["ce"], "entropy": found["entropy"]} | row,
+        {
+            teacher.setting: "unquantised" if teacher.settings.quantization else "unmerged",
+            "ce": found["teacher_ce"],
+            "entropy": found["teacher_entropy"],
+        }
+        | itself,
+        {teacher.setting: teacher.settings.held, "ce": found["ce"], "entropy": found["entropy"]} | row,
     ]
 
 
@@ -104,7 +109,7 @@ def opened(recipe: Recipe, prepared: Prepared, teacher: TeacherFiles) -> Teacher
     """The teacher with its store, which must be its own; None where it names none, or where that is yet to be written and the teacher's
     number format is looked at."""
     cache = teacher.settings.cache
-    if not cache or (teacher.settings.quantization and not Path(cache.path).expanduser().exists()):
+    if not cache or (teacher.settings.held and not Path(cache.path).expanduser().exists()):
         return None
     found = dataclasses.replace(teacher, store=Store.open(cache.path, f"{teacher.setting}.cache.path"))
     check_store(recipe, found, prepared.tokenizer, prepared.vocab)

@@ -104,6 +104,7 @@ def planned(encoded: Encoded, bytes_per_target: int):
 def write(recipe: Recipe, prepared: Prepared, teacher: TeacherFiles, accelerator, stop: StopRequest, held: contextlib.ExitStack) -> Path:
     """One teacher's store; `held` keeps other attempts out of its folder."""
     from .data.collate import collate
+    from .gate import some_asked
     from .teachers.kinds import kind_to_record
     from .teachers.live import Live
     from .teachers.store import Writer
@@ -111,7 +112,12 @@ def write(recipe: Recipe, prepared: Prepared, teacher: TeacherFiles, accelerator
 
     setting, device, rank, ranks = teacher.setting, accelerator.device, accelerator.process_index, accelerator.num_processes
     folder, encoded = Path(teacher.settings.cache.path).expanduser(), asked(recipe, prepared, teacher)
-    (model,) = load_together([], [(setting, teacher.settings)], prepared.vocab, device, recipe.seed)[1]
+    number, size, pad = prepared.teachers.index(teacher), recipe.validation.micro_batch_size, prepared.tokenizer.eos_token_id
+
+    def some(_) -> list:
+        return some_asked(encoded, number, size, pad, device)
+
+    (model,) = load_together([], [(setting, teacher.settings)], prepared.vocab, device, recipe.seed, asked=some)[1]
     kind = kind_to_record(teacher.settings.cache, prepared.vocab, model)
     plan = planned(encoded, kind.bytes)
     made_of = taught.made_of(recipe, teacher, prepared.tokenizer, taught.contents(prepared))

@@ -86,7 +86,7 @@ def card(
         summary = without_teacher(summary)
     metadata = yaml.safe_dump(metadata_of(recipe, summary, student, teachers, data), sort_keys=False, allow_unicode=True, width=140)
     packages = ["torch", "transformers", "peft", "accelerate", "datasets"]
-    if recipe.student.quantization or any(one.settings.quantization for one in teachers) or recipe.optim.name != "adamw":
+    if recipe.student.quantization or any(one.settings.loaded_in for one in teachers) or recipe.optim.name != "adamw":
         packages.append("bitsandbytes")
     return "\n".join(
         [
@@ -219,6 +219,8 @@ def taught_by(teacher: TeacherFiles) -> str:
     one, files, parts = teacher.settings, teacher.files, []
     if files:
         parts.append((f"the adapter {where(files.adapter)} on " if files.adapter else "") + where(files.base))
+    if one.merge_adapter:
+        parts.append("merged")
     if one.quantization:
         parts.append(f"held in {one.quantization.type}")
     if teacher.store:

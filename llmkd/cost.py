@@ -13,7 +13,7 @@ from .recipe import Lora, Recipe, distils
 from .recipe_teacher import named
 
 EFFICIENCY = 0.4  # of the rate of a large matrix product that training reaches
-_BYTES = {"nf4": 0.516, "fp4": 0.516, "int8": 1.0}
+_BYTES = {"nf4": 0.516, "fp4": 0.516, "int8": 1.0, "fp8": 1.0}
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def estimate(recipes: list[Recipe], sizes: dict) -> Cost | None:
         if one.cache is None:
             theirs = find(one.model, f"{setting}.model", one.revision, one.base)
             present.append(shape_of(theirs))
-            shared = one.share_base and recipe.student.method == "lora" and theirs.base.resolve() == files.base.resolve()
+            shared = one.share_base and not one.honed and recipe.student.method == "lora" and theirs.base.resolve() == files.base.resolve()
             bytes_ += 0 if shared else present[-1].all * weight_bytes(theirs, one.dtype, one.quantization)
     full, checkpointing = recipe.student.method == "full", recipe.student.gradient_checkpointing
     trained = sum(student.all if full else trained_by(files, r.student.lora or Lora()) for r in recipes)

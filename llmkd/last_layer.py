@@ -36,10 +36,14 @@ class LastLayer:
     """
 
     def __init__(self, layer: nn.Module):
-        self.modules = [module for name, module in layer.named_modules() if name.rsplit(".", 1)[-1] in _OWN]
-        for module in self.modules:
-            module.register_forward_pre_hook(_take)
-            module.register_forward_hook(_put)
+        self.modules = _own(layer)
+        self.hooks = [
+            hook for module in self.modules for hook in (module.register_forward_pre_hook(_take), module.register_forward_hook(_put))
+        ]
+
+    def leave(self) -> None:
+        for hook in self.hooks:
+            hook.remove()
 
     @contextlib.contextmanager
     def at(self, view: View) -> Iterator[None]:
@@ -51,6 +55,10 @@ class LastLayer:
             yield
         finally:
             _NOW.rows_N = _NOW.ids_BT = None
+
+
+def _own(layer: nn.Module) -> list[nn.Module]:
+    return [module for name, module in layer.named_modules() if name.rsplit(".", 1)[-1] in _OWN]
 
 
 def _take(module: nn.Module, args: tuple) -> tuple | None:
@@ -83,9 +91,11 @@ def spare(model, tolerance: float) -> None:
     in_8bit = getattr(model.plain, "is_loaded_in_8bit", False)  # it rounds a position by what else is in the batch
     if layers is None or in_8bit or is_recomputed(layers[-1]):  # in the backward pass, when the rows are no longer known
         return
-    if not hasattr(model.plain, "last_layer"):
-        model.plain.last_layer = LastLayer(layers[-1])
-    last = model.plain.last_layer
+    last = getattr(model.plain, "last_layer", None)
+    if last is None or list(map(id, last.modules)) != list(map(id, _own(layers[-1]))):  # an adapter was merged, say
+        if last:
+            last.leave()
+        last = model.plain.last_layer = LastLayer(layers[-1])
     with contextlib.suppress(Exception):  # a module that gives a tuple, or reads something else
         if last.modules and _same(model, last, tolerance):
             model.last_layer = last

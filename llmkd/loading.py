@@ -55,14 +55,14 @@ def base(
         if hasattr(module, "support_avx512bf16_for_cpu"):  # in eval mode it would repack the weights into a form without a gradient
             module.support_avx512bf16_for_cpu = False
     if quantization:
-        _note_share(model, setting)
+        note_share(model, setting)
     return model if getattr(model, "is_loaded_in_8bit", False) else model.to(device)
 
 
-def _note_share(model: nn.Module, setting: str) -> None:
+def note_share(model: nn.Module, setting: str) -> None:
     """Only linear layers are quantised; a mixture of experts may hold most of its weights otherwise."""
     size = {p: p.numel() * p.element_size() for p in model.parameters()}
-    quantised = sum(bytes_ for p, bytes_ in size.items() if p.dtype in (torch.int8, torch.uint8))
+    quantised = sum(bytes_ for p, bytes_ in size.items() if p.dtype in (torch.int8, torch.uint8, torch.float8_e4m3fn))
     if quantised < 0.2 * (total := sum(size.values())):
         say(
             f"note: {setting}: quantised linear layers are {quantised / total:.0%} of what it still takes in memory; embeddings, head and "

@@ -1,5 +1,7 @@
 """A trained student as one plain model, and how far that is from the model that was trained."""
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -31,20 +33,43 @@ def merge(files: ModelFiles, vocab: int, checkpoint: Path | None = None) -> nn.M
     ids_BT = torch.arange(24).reshape(2, 12) * 7 % vocab
     with torch.no_grad():
         expected = adapted(input_ids=ids_BT, use_cache=False).logits
-        tied = _untied(base)
-        try:
-            merged = adapted.merge_and_unload()
-        except Exception as error:
-            raise UserError(f"export: {files.adapter} cannot be merged ({brief(error)}); use the adapter unmerged") from error
-        head, embedding = merged.get_output_embeddings(), merged.get_input_embeddings()
-        if tied and torch.equal(head.weight, embedding.weight):
-            head.weight, base.config.tie_word_embeddings = embedding.weight, True
+        merged = fold(adapted, f"export: {files.adapter}")
         gap = (merged(input_ids=ids_BT, use_cache=False).logits - expected).abs().max().item()
     if not gap <= 1e-3 * max(1.0, expected.abs().max().item()):
         raise UserError(f"export: merging {files.adapter} moved its logits by {gap:.2g}; use the adapter unmerged")
     for name, t in _tensors(merged):  # one by one: some are held wider than the rest, such as the bias of a router's choice
         t.data = t.data.to(held[name])
     return merged
+
+
+def fold(adapted: nn.Module, which: str) -> nn.Module:
+    """The plain model with the adapter in its weights, in place: layer by layer in at least float32, then as each was held.
+
+    `which` adapter it is, for a UserError. A tied head stays tied if it may.
+    """
+    base = adapted.get_base_model()
+    tied = _untied(base)
+    for layer in adapted.modules():
+        if hasattr(layer, "base_layer") and hasattr(layer, "merge"):
+            layer.merge = functools.partial(_merge_wide, layer, layer.merge)
+    try:
+        merged = adapted.merge_and_unload()
+    except Exception as error:
+        raise UserError(f"{which} cannot be merged ({brief(error)}); use the adapter unmerged") from error
+    head, embedding = merged.get_output_embeddings(), merged.get_input_embeddings()
+    if tied and torch.equal(head.weight, embedding.weight):
+        head.weight, base.config.tie_word_embeddings = embedding.weight, True
+    return merged
+
+
+def _merge_wide(layer: nn.Module, merge: Callable, **how) -> None:
+    """PEFT's own `merge` of a layer, in at least float32: in 16 bit it rounds the part of some kinds, experts' say, before it is added."""
+    del layer.merge
+    held = {name: t.dtype for name, t in _tensors(layer)}
+    layer.to(functools.reduce(torch.promote_types, held.values(), torch.float32))
+    merge(**how)
+    for name, t in _tensors(layer):
+        t.data = t.data.to(held.get(name, t.dtype))
 
 
 def _untied(base: nn.Module) -> bool:

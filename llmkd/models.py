@@ -14,8 +14,10 @@ from .console import say
 from .data.tokenizer import save_tokenizer
 from .errors import UserError, blamed_on
 from .families import beside_text, decoder_of, head_of
+from .float8 import refuse_without_products
 from .head import Head
-from .model_files import RECORD, ModelFiles, find, fingerprint, read_json
+from .honing import Asked, hone
+from .model_files import RECORD, ModelFiles, check_honed, find, fingerprint, read_json
 from .placing import OFFLOAD, device_of, head_on, offload
 from .recipe import Lora, Quantization
 from .recipe import Student as StudentSettings
@@ -40,6 +42,7 @@ class LanguageModel(nn.Module):
         self.last_layer: last_layer.LastLayer | None = None  # where it is computed at the rows alone
         self.runs_on: torch.device | None = None  # where its inputs go, if that is not where its weights are
         self.untouched: list[str] = []  # trainable parameters that a small batch gave no gradient
+        self.fidelity: dict[str, float] = {}  # how far it was moved since it was loaded: see `honing.compare`
         self.head = head_of(self.plain, vocab, adapter)
 
     def activate(self) -> None:
@@ -61,6 +64,12 @@ class LanguageModel(nn.Module):
     def dtype(self) -> torch.dtype:
         """What the unquantised weights are held in."""
         return self.plain.get_input_embeddings().weight.dtype
+
+    def become(self, model: nn.Module) -> None:
+        """Go on as another form of the same model, frozen and in eval mode: with its adapter merged, say."""
+        self.model = model.requires_grad_(False).eval()
+        if not self.own_forward:
+            self.head = head_of(self.plain, self.head.vocab)
 
     def use_own_forward(self) -> None:
         """For a family whose head is not known: what `hidden` gives are the model's own logits, and the head passes them on."""
@@ -104,18 +113,23 @@ def load_teacher(
     setting: str = "teacher",
     files: ModelFiles | None = None,
     base: nn.Module | None = None,
+    asked: Asked | None = None,
 ) -> LanguageModel:
-    """The teacher, frozen and in eval mode. A model, or an unmerged adapter on its base.
+    """The teacher, frozen and in eval mode. A model, or an adapter on its base, merged or not.
 
     device        where the student is, and where the head of a teacher that is held elsewhere (`settings.device`) is too
     packing       packed rows of so many tokens must be safe
     files, base   what was found and loaded already
+    asked         some of what it will be asked, by its setting: where it is not used as it was loaded, it is said how far that moves it
     """
     name, held = f"{setting}.model", device_of(setting, settings.device, device)
     files = files or find(settings.model, name, settings.revision, settings.base)
-    model = base or loading.base(files.base, name, settings.dtype, settings.attention, held, settings.quantization)
+    check_honed(files, settings, setting)
+    if settings.float8:
+        refuse_without_products(held, setting)
+    model = base or loading.base(files.base, name, settings.dtype, settings.attention, held, settings.loaded_in)
     if files.adapter:
-        note_quantization(files, settings.quantization, setting)
+        note_quantization(files, settings.loaded_in, setting)
         model = adapters.load(model, files, name).to(held)
     teacher = LanguageModel(model, _fits(model, vocab, name))
     teacher.requires_grad_(False).eval()
@@ -123,6 +137,9 @@ def load_teacher(
         teacher.head, teacher.runs_on = head_on(teacher.head, torch.device(device)), torch.device(device)
         offload(teacher.plain, device)
     selftest.check(teacher, name, packing, settings.attention)
+    if settings.honed:
+        hone(teacher, settings, files, setting, asked)
+        last_layer.spare(teacher, selftest.tolerance(teacher))  # which has other modules now
     if settings.device not in (None, OFFLOAD):
         teacher.head = head_on(teacher.head, torch.device(device))
     return teacher

@@ -211,7 +211,7 @@ def check_packages(recipe: Recipe) -> None:
     wanted = {
         "student.quantization": recipe.student.quantization,
         "optim.name": recipe.optim.name != "adamw",
-    } | {f"{setting}.quantization": teacher.quantization for setting, teacher in named_teachers(recipe.teacher)}
+    } | {f"{setting}.quantization": teacher.loaded_in for setting, teacher in named_teachers(recipe.teacher)}
     lacking = [setting for setting, value in wanted.items() if value and importlib.util.find_spec("bitsandbytes") is None]
     if lacking:
         raise UserError(

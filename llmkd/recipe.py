@@ -268,6 +268,8 @@ def _student_contradictions(student: Student) -> Iterator[tuple[tuple[str, ...],
             ("student.quantization", "student.method"),
             "given with method: full, and quantised weights cannot be trained; set method: lora",
         )
+    if student.quantization and student.quantization.type == "fp8":
+        yield ("student.quantization.type",), "found fp8, which is for teachers: no gradient passes through it; use nf4"
     if student.quantization and student.quantization.type == "int8" and student.lora and student.lora.dora:
         yield (
             ("student.lora.dora", "student.quantization.type"),

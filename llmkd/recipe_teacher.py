@@ -13,10 +13,12 @@ Attention = Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attentio
 
 @settings
 class Quantization:
-    """The base's linear layers in 4 or 8 bit, by bitsandbytes; embeddings, norms and the head keep `dtype`."""
+    """The base's linear layers in 4 or 8 bit, by bitsandbytes or (fp8) by torch; embeddings, norms and the head keep `dtype`."""
 
-    type: Literal["nf4", "fp4", "int8"] = Field(
-        "nf4", description="Number format of the base's linear layers. int8 rounds activations too, in evaluation only."
+    type: Literal["nf4", "fp4", "int8", "fp8"] = Field(
+        "nf4",
+        description="Number format of the base's linear layers. int8 rounds activations too, in evaluation only; fp8 (e4m3, a scale for each row "
+        "and token) too, and is for teachers, on GPUs of compute capability 8.9 or more (a CPU only imitates it).",
     )
     double_quant: bool = Field(True, description="nf4 and fp4: quantise the quantisation constants too.")
     compute_dtype: Dtype = Field("auto", description="nf4 and fp4: type the products are computed in; auto is dtype.")
@@ -64,6 +66,11 @@ class Teacher:
     revision: str | None = Field(None, description="Revision of a hub model or adapter.")
     base: str | None = Field(None, description="For an adapter: where its base is now, if not where the adapter says.")
     quantization: Quantization | None = Field(None, description="Hold the teacher in 4 or 8 bit; null for not.")
+    merge_adapter: bool = Field(
+        False,
+        description="Merge the adapter into its base, in float32 and then as it is held: half the kernels of a layer. What it changes of the base "
+        "is the teacher's own then, whatever share_base says.",
+    )
     dtype: Dtype = Field("auto", description="Type the teacher's weights are held in.")
     attention: Attention = Field("auto", description="Attention implementation; auto leaves it to transformers.")
     share_base: bool = Field(
@@ -79,6 +86,25 @@ class Teacher:
         None, description="A store of its answers: llmkd cache writes it, and a run then reads it and loads no teacher."
     )
     weight: float = Field(1.0, gt=0, description="Among several teachers: its share.")
+
+    @property
+    def float8(self) -> bool:
+        return self.quantization is not None and self.quantization.type == "fp8"
+
+    @property
+    def loaded_in(self) -> Quantization | None:
+        """The quantisation that it is loaded in; fp8 is made of 16 or 32 bit after that."""
+        return None if self.float8 else self.quantization
+
+    @property
+    def honed(self) -> bool:
+        """Whether it is changed after it is loaded: see `honing`."""
+        return self.merge_adapter or self.float8
+
+    @property
+    def held(self) -> str:
+        """In words, where it is not as it was saved."""
+        return ", ".join(["adapter merged"] * self.merge_adapter + ([self.quantization.type] if self.quantization else []))
 
 
 #: One teacher or a list of them, as with data sources.
@@ -127,6 +153,18 @@ def teacher_contradictions(setting: Teacher | tuple[Teacher, ...] | None, data: 
             for name in ("revision", "base", "quantization", "device"):
                 if getattr(teacher, name) is not None:
                     yield (f"{path}.{name}", f"{path}.model"), "given without a model; name it, or leave this out"
+            if teacher.merge_adapter:
+                yield (f"{path}.merge_adapter", f"{path}.model"), "given without a model; name it, or leave this out"
+        if teacher.merge_adapter and teacher.loaded_in is not None:
+            yield (
+                (f"{path}.merge_adapter", f"{path}.quantization"),
+                f"found true with quantization {teacher.loaded_in.type}, which would round the adapter away; leave one of them out, or use type: fp8",
+            )
+        if teacher.merge_adapter and teacher.device == "offload":
+            yield (
+                (f"{path}.merge_adapter", f"{path}.device"),
+                "found true with device: offload, where the way to the GPU is what takes time; leave one of them out",
+            )
         if teacher.quantization is not None and teacher.device is not None and not teacher.device.startswith("cuda"):
             yield (
                 (f"{path}.device", f"{path}.quantization"),

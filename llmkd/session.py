@@ -22,7 +22,7 @@ from .data.stream import Stream
 from .distiller import Distiller
 from .errors import NonFinite, Stopped, UserError, blamed_on, first_alone
 from .fitting import Fitting, chunk_rows
-from .gate import some_of, verdict
+from .gate import some_asked, some_of, verdict
 from .loop import Learner, train, unwrapped
 from .losses.divergences import named
 from .losses.objective import Objective
@@ -30,7 +30,7 @@ from .order import Budget, Plan, learning_rate
 from .prepare import Prepared, micro_batch
 from .recipe import Recipe, distils, sources
 from .run_folder import RunFolder, write
-from .signals import Teacher
+from .signals import Batch, Teacher
 from .teachers.cached import Cached
 from .teachers.live import Live
 from .teachers.mixture import combined
@@ -143,12 +143,13 @@ class Session:
         share = recipe.data.share_beginnings
         if recipe.train.compile:
             compiled.prepare(device)
-        students, spoken = load_together([r.student for r in recipes], live, vocab, device, recipe.seed, packing, share)
+        students, spoken = load_together([r.student for r in recipes], live, vocab, device, recipe.seed, packing, share, self.asked)
         if recipe.train.compile:
             everyone = [*(("student", one) for one in students), *zip((setting for setting, _ in live), spoken, strict=True)]
             for setting, model in everyone:
                 compiled.compile_layers(model, f"{setting}.model", recipe.data.packing)
         self.teacher = self.teachers(lead, spoken)
+        self.fidelity = {f"{name}.{k}": v for (name, _), model in zip(live, spoken, strict=True) for k, v in model.fidelity.items()}
         self.plan = plan(recipe, prepared, accelerator.process_index, accelerator.num_processes)
         self.arms, rows = [], chunk_rows(vocab, device, say)
         for k, (own, folder, student) in enumerate(zip(recipes, folders, students, strict=True)):
@@ -170,6 +171,12 @@ class Session:
         device = self.accelerator.device
         each = [Cached(one.store, device) if one.store else Live(next(rest)) for one in found]
         return combined(each, [one.settings for one in found], recipe.mixture) if each else None
+
+    def asked(self, setting: str) -> list[Batch]:
+        """Some of what the teacher of that name will be asked."""
+        number = [one.setting for one in self.prepared.teachers].index(setting)
+        size = self.recipe.validation.micro_batch_size
+        return some_asked(self.prepared.train, number, size, self.pad, self.accelerator.device)
 
     def claim(self) -> None:
         """The first process takes the arms' folders, and all hear of one that cannot be had."""
@@ -204,6 +211,8 @@ class Session:
         recipe, total, step = self.recipe, self.plan.total_steps, self.done
         try:
             if self.done == 0:
+                for arm in self.arms if self.main and self.fidelity else ():
+                    arm.record.write({"step": 0, "fidelity": self.fidelity})
                 self.gate()
             if self.done in (0, total) or due(recipe.validation.every, self.done):
                 self.validate(self.done)
@@ -215,7 +224,7 @@ class Session:
             learners = [arm.learner for arm in self.arms]
             teacher = self.teacher if any(distils(arm.recipe) for arm in self.arms) else None
             stream = isinstance(self.plan, Stream)  # is itself ahead, and holds one step's rows
-            options = {"ahead": iter if stream else ahead, "asked": lambda step: stream or self.asked(step)}
+            options = {"ahead": iter if stream else ahead, "asked": lambda step: stream or self.falls_due(step)}
             if recipe.train.micro_batch_tokens == "auto" and self.done < total:
                 options |= self.fitted(batch_of, learners, teacher)
             with contextlib.closing(
@@ -244,7 +253,7 @@ class Session:
             for arm in self.arms if self.main else ():
                 arm.record.close()
 
-    def asked(self, step: int) -> bool:
+    def falls_due(self, step: int) -> bool:
         """Whether something falls due after that step."""
         recipe = self.recipe
         return any(due(every, step) for every in (recipe.train.log_every, recipe.validation.every, recipe.checkpoint.every))

@@ -12,7 +12,7 @@ from .data import token_cache
 from .data.encode import EVERYONE, Encoded
 from .data.stream import Stream
 from .errors import UserError
-from .model_files import ModelFiles, find, fingerprint, read_json
+from .model_files import ModelFiles, check_honed, find, fingerprint, read_json
 from .recipe import Recipe, distils
 from .recipe_teacher import CACHE_KINDS, Teacher, named
 from .teachers.store import Store, read_header
@@ -47,6 +47,8 @@ def find_teachers(recipe: Recipe, stores: bool = True) -> tuple[TeacherFiles, ..
     out = []
     for setting, one in named(recipe.teacher) if distils(recipe) else ():
         files = find(one.model, f"{setting}.model", one.revision, one.base) if one.model else None
+        if files:
+            check_honed(files, one, setting)
         store = Store.open(one.cache.path, f"{setting}.cache.path") if one.cache and stores else None
         out.append(TeacherFiles(setting, one, files, store))
     return tuple(out)
@@ -65,7 +67,7 @@ def made_of(recipe: Recipe, teacher: TeacherFiles, tokenizer, contents: dict[str
     shaping = ("max_length", "too_long", "train_on_input", "teacher_context")
     return {
         "tokenizer": {"tokenizer": token_cache.tokenizer_hash(tokenizer, template=False), "chat_template": template},
-        "teacher": weights | {"quantization": one.quantization and one.quantization.type},
+        "teacher": weights | {"quantization": one.quantization and one.quantization.type, "merge_adapter": one.merge_adapter or None},
         "data": contents | {f"data.{name}": getattr(data, name) for name in shaping},
     }
 
@@ -101,6 +103,7 @@ _OTHER = {
     "chat_template": "with another chat template",
     "base": "by a teacher on another base",
     "adapter": "by a teacher with another adapter, or with none",
+    "merge_adapter": "by a teacher whose adapter was merged, or was not, unlike this one's",
 }
 
 

@@ -7,6 +7,8 @@ from torch import nn
 from . import loading, sharing
 from .console import say
 from .errors import UserError
+from .float8 import refuse_without_products
+from .honing import Asked
 from .model_files import ModelFiles, find
 from .models import LanguageModel, load_students, load_teacher
 from .placing import device_of
@@ -14,20 +16,30 @@ from .recipe import Student, Teacher
 
 
 def load_together(
-    students: list[Student], teachers: list[tuple[str, Teacher]], vocab: int, device, seed: int, packing: int = 0, share: bool = False
+    students: list[Student],
+    teachers: list[tuple[str, Teacher]],
+    vocab: int,
+    device,
+    seed: int,
+    packing: int = 0,
+    share: bool = False,
+    asked: Asked | None = None,
 ) -> tuple[list[LanguageModel], list[LanguageModel]]:
     """The students as `load_students` gives them and the teachers as `load_teacher` does, each as it would be alone.
 
     teachers   with the names of their settings: teacher, or teacher.0, teacher.1, ...
     packing    packed rows of so many tokens must be safe
     share      and beginnings that examples share in them
+    asked      some of what a teacher will be asked, by its setting: see `load_teacher`
 
     A base that several of them stand on, held alike, is loaded once; of others, such as a teacher in 16 bit and a student in 4,
     the tensors that are equal are kept once. Only where `share_base` says so, and beside the student alone; a base that trains is
-    never shared.
+    never shared, and of one that a teacher is merged into, or rounds, only what stays equal.
     """
     for setting, teacher in teachers:
-        device_of(setting, teacher.device, device)
+        held = device_of(setting, teacher.device, device)
+        if teacher.float8:
+            refuse_without_products(held, setting)
     own = [find(one.model, "student.model", one.revision, one.base) for one in students if one.model]
     theirs = [find(one.model, f"{setting}.model", one.revision, one.base) for setting, one in teachers]
     keys = _keys(students, own, teachers, theirs)
@@ -46,7 +58,7 @@ def load_together(
     models = []
     for (setting, teacher), files, key in zip(teachers, theirs, keys[1:], strict=True):
         on = base(key, files, f"{setting}.model", teacher)
-        models.append(load_teacher(teacher, vocab, device, packing, setting, files, on))
+        models.append(load_teacher(teacher, vocab, device, packing, setting, files, on, asked))
     on = base(keys[0], own[0], "student.model", students[0]) if own else None
     learning = load_students(students, vocab, device, seed, packing, own, on) if students else []
     for setting, model in (
@@ -71,7 +83,8 @@ def _beside(teacher: Teacher) -> bool:
 def _keys(students: list[Student], own: list[ModelFiles], teachers: list[tuple[str, Teacher]], theirs: list[ModelFiles]) -> list:
     """Of the students' base (one for all) and of each teacher's; None for those that share none."""
     candidates = [
-        (files, one, f"{setting}.model") if _beside(one) else None for (setting, one), files in zip(teachers, theirs, strict=True)
+        (files, one, f"{setting}.model") if _beside(one) and not one.honed else None
+        for (setting, one), files in zip(teachers, theirs, strict=True)
     ]
     lora = bool(own) and students[0].method == "lora"
     if sum(map(bool, candidates)) + lora < 2:
