@@ -12,29 +12,25 @@ import os
 import shutil
 from pathlib import Path
 
-from . import checkpoint, compiled, models, optimizers, tracking
+from . import checkpoint, models, tracking
 from .ahead import ahead
+from .assemble import build_learner, load, plan
 from .card import card
 from .console import bar, say
 from .data.collate import collate
 from .data.encode import Encoded
 from .data.stream import Stream
-from .distiller import Distiller
 from .errors import NonFinite, Stopped, UserError, blamed_on, first_alone
 from .fitting import Fitting, chunk_rows
 from .gate import some_asked, some_of, verdict
 from .loop import Learner, train, unwrapped
-from .losses.divergences import named
-from .losses.objective import Objective
-from .order import Budget, Plan, learning_rate
-from .prepare import Prepared, micro_batch
-from .recipe import Recipe, distils, sources
+from .prepare import Prepared
+from .recipe import Recipe, distils
 from .run_folder import RunFolder, write
 from .signals import Batch, Teacher
 from .teachers.cached import Cached
 from .teachers.live import Live
 from .teachers.mixture import combined
-from .together import load_together
 from .validate import HeldOut, accuracy, validate
 
 
@@ -137,21 +133,12 @@ class Session:
         recipe = recipes[0]
         self.recipe, self.prepared, self.accelerator, self.stop = recipe, prepared, accelerator, stop
         self.main, self.pad = accelerator.is_main_process, prepared.tokenizer.eos_token_id
-        vocab, device = prepared.vocab, accelerator.device
-        packing = recipe.data.packing * longest_row(recipe)
         live = [(one.setting, one.settings) for one in prepared.teachers if one.store is None]
-        share = recipe.data.share_beginnings
-        if recipe.train.compile:
-            compiled.prepare(device)
-        students, spoken = load_together([r.student for r in recipes], live, vocab, device, recipe.seed, packing, share, self.asked)
-        if recipe.train.compile:
-            everyone = [*(("student", one) for one in students), *zip((setting for setting, _ in live), spoken, strict=True)]
-            for setting, model in everyone:
-                compiled.compile_layers(model, f"{setting}.model", recipe.data.packing)
+        students, spoken = load(recipes, live, prepared.vocab, accelerator.device, self.asked)
         self.teacher = self.teachers(lead, spoken)
         self.fidelity = {f"{name}.{k}": v for (name, _), model in zip(live, spoken, strict=True) for k, v in model.fidelity.items()}
         self.plan = plan(recipe, prepared, accelerator.process_index, accelerator.num_processes)
-        self.arms, rows = [], chunk_rows(vocab, device, say)
+        self.arms, rows = [], chunk_rows(prepared.vocab, accelerator.device, say)
         for k, (own, folder, student) in enumerate(zip(recipes, folders, students, strict=True)):
             with blamed_on(k):
                 learner = build_learner(own, student, self.plan.total_steps, accelerator, rows)
@@ -355,56 +342,6 @@ class Session:
         if after:
             print(tracking.table([{"held-out": n, "before": summary["before"].get(n), "after": value} for n, value in after.items()]))
         print(f"{output}  {folder / 'loss.png'}  {folder / 'metrics.jsonl'}")
-
-
-def plan(recipe: Recipe, prepared: Prepared, rank: int, ranks: int):
-    """Which examples make up which step: of a stream, it follows from the rows' order alone."""
-    train = recipe.train
-    if isinstance(prepared.train, Stream):
-        return prepared.train.for_rank(rank, ranks)
-    return Plan(
-        prepared.train.lengths,
-        recipe.seed,
-        train.batch_size,
-        micro_batch(recipe),
-        train.epochs,
-        train.max_steps,
-        train.length_group,
-        rank,
-        ranks,
-        prepared.train.source,
-        tuple(source.weight for source in sources(recipe.data.train)),
-        prepared.train.widths,
-        prepared.train.targets,
-    )
-
-
-def longest_row(recipe: Recipe) -> int:
-    """The tokens that a packed row may hold."""
-    size, most = micro_batch(recipe), recipe.data.max_length
-    return max(most, min(size.tokens, recipe.train.batch_size * most)) if isinstance(size, Budget) else size * most
-
-
-def build_learner(recipe: Recipe, student, total_steps: int, accelerator, rows: int | None = None):
-    """The student with its objective, optimizer and schedule. `rows`: of a chunk of the head, where the recipe does not say."""
-    loss, optim = recipe.loss, recipe.optim
-    objective = Objective(loss.kd_ratio, loss.temperature, named(loss.divergence, **loss.divergence_options))
-    parameters = student.trainable()
-    optimizer = optimizers.build(optim, parameters)
-    if student.untouched and accelerator.num_processes > 1:  # or the processes would wait for gradients that never come
-        accelerator.ddp_handler.find_unused_parameters = True
-    distiller = accelerator.prepare_model(Distiller(student, objective, loss.chunk_rows or rows))
-    return Learner(distiller, optimizer, parameters, schedule(recipe, total_steps), optim.max_grad_norm)
-
-
-def schedule(recipe: Recipe, total: int):
-    optim = recipe.optim
-    if optim.warmup_steps and optim.warmup_steps > total:
-        raise UserError(
-            f"optim.warmup_steps: found {optim.warmup_steps}, and the whole run has {total} steps; lower it, or use optim.warmup_share"
-        )
-    warmup = optim.warmup_steps if optim.warmup_steps is not None else math.ceil((optim.warmup_share or 0) * total)
-    return lambda step: learning_rate(step, total, optim.lr, optim.schedule, warmup, optim.min_lr_share)
 
 
 def due(every: int | None, step: int) -> bool:

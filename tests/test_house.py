@@ -31,7 +31,7 @@ LAYERS = (
     "taught",
     "prepare",
     "gate loop validate checkpoint stopping run_folder card trackers",
-    "fitting tracking hub",
+    "fitting tracking hub assemble",
     "session",
     "training cost",
     "caching export study show sweep_state",
