@@ -39,6 +39,7 @@ def test_one_graph_serves_the_layers_that_are_alike(traced):
     assert max((found[name] - expected[name]).abs().max() for name in expected) == 0
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_be_compiled_is_refused(traced, monkeypatch):
     model = LanguageModel(tiny("llama"), V - 6)
     selftest.check(model, "student.model")
