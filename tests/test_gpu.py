@@ -151,3 +151,27 @@ def test_packed_rows_in_half_precision(make_recipe, tmp_path, share):
     run(make_recipe("a", **changes))
     run(make_recipe("b", data__packing=True, data__share_beginnings=share, **changes))
     assert distance(weights(tmp_path / "a"), weights(tmp_path / "b")) < 1e-2
+
+
+@pytest.mark.parametrize("checkpointing", [False, 0.5])
+def test_a_compiled_run_on_the_gpu_is_the_plain_one(make_recipe, tmp_path, checkpointing):
+    from llmkd.tracking import read
+
+    changes = {"student__dtype": "float32", "teacher__dtype": "float32", "student__gradient_checkpointing": checkpointing}
+    changes |= {"student__lora__dropout": 0.3}
+    run(make_recipe("a", **changes))
+    run(make_recipe("b", train__compile=True, **changes))
+    losses = [[record["loss"] for record in read(tmp_path / name / "metrics.jsonl") if "loss" in record] for name in ("a", "b")]
+    assert len(losses[0]) == 5 and losses[0] == pytest.approx(losses[1], rel=1e-2)
+
+
+def test_the_last_layer_at_the_rows_alone_on_the_gpu(world):
+    from test_last_layer import gap, results, stirred, view
+
+    from llmkd.models import load_student
+    from llmkd.recipe import Lora, Student
+
+    for dtype, bound in (("float64", 1e-12), ("bfloat16", 5e-2)):
+        model = stirred(load_student(Student(model=str(world / "student"), dtype=dtype, lora=Lora(rank=4)), 640, "cuda", 0))
+        on = view().each(lambda x: x.cuda())
+        assert gap(results(model, True, on), results(model, False, on)) < bound
