@@ -10,9 +10,9 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[1]))
 
-from eval.speed import head, head_cases, plots, profile_step, step, step_cases  # noqa: E402
-from eval.speed.step_world import World  # noqa: E402
-from llmkd.training import start  # noqa: E402
+from eval.speed import head, head_cases, plots, profile_step, step, step_cases
+from eval.speed.step_world import World
+from llmkd.training import start
 
 TINY = ["--hidden", "32", "--layers", "1", "--vocab", "211", "--batch", "4", "--tokens", "512", "--steps", "1", "--repeats", "1"]
 

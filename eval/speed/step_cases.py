@@ -39,6 +39,11 @@ class Round:
     ce: float | None = None  # means over the first step's targets
     kl: float | None = None
     bytes: int = 0  # beside the weights
+    remark: str = ""
+
+    def __post_init__(self):
+        if not len(self.seconds) == len(self.tokens) == len(self.targets) > 1:
+            raise ValueError(f"{len(self.seconds)} steps ran, and {len(self.tokens)} were to")
 
 
 @dataclass(frozen=True)

@@ -86,7 +86,7 @@ class World:
         self.options, self.accelerator = options, accelerator
         self.shapes, self.vocab = shapes_of(options)
         self.device = accelerator.device
-        self.dtype = torch.bfloat16 if self.device.type == "cuda" else torch.float32
+        self.dtype = getattr(torch, options.dtype or ("bfloat16" if self.device.type == "cuda" else "float32"))
         made = {}
         for who, shape in self.shapes.items():
             torch.manual_seed(0)
