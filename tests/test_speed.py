@@ -149,7 +149,7 @@ def test_a_plot_and_its_table_are_of_the_same_points(tmp_path):
     points[plots.key_of(plan[0], 128, known[1])] = None  # that case failed there
     plots.draw(points, known, plan, tmp_path / "a.png", "cpu")
     assert 10_000 < (tmp_path / "a.png").stat().st_size < 150_000
-    lines = plots.table(points, known, plan, argparse.Namespace(out=tmp_path / "a", device="cpu", rounds=3))
+    lines = plots.table(points, known, plan, argparse.Namespace(out=tmp_path / "a", device="cpu", rounds=3, peers=None, data=None))
     assert any(line.startswith("| 64 | 256 / 1,280 | failed | 256 / 1,280 |") for line in lines)
 
 

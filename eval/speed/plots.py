@@ -4,7 +4,7 @@
 
 Every point is a process of its own, eval/speed/head.py --alone: first its peak memory, then the median of some rounds of CPU time, or of
 CUDA events. Half of all rows are targets. Writes OUT.png, and OUT.md with the same numbers. --data keeps what was measured, and what
-is there already is not measured again.
+is there already is not measured again. On a quiet CPU it takes some ten minutes, half of them imports.
 """
 
 import argparse
@@ -133,9 +133,9 @@ def draw(points: dict, known: list[Line], plan: list[Sweep], path: Path, device:
     from matplotlib.ticker import FuncFormatter, NullLocator
 
     figure, axes = plt.subplots(2, len(plan), figsize=(10.5, 6.4), layout="constrained", sharey="row", sharex="col")
-    unit = "CPU ms, one thread" if device == "cpu" else "ms"
+    unit = "CPU ms" if device == "cpu" else "ms"
     for column, sweep in enumerate(plan):
-        for row, (what, label) in enumerate((("ms", f"forward and backward, {unit}"), ("mib", "peak memory, MiB"))):
+        for row, (what, label) in enumerate((("ms", f"time, {unit}"), ("mib", "peak memory, MiB"))):
             axis = axes[row, column]
             for number, line in enumerate(lines_of(sweep, known)):
                 drawn = values_of(points, sweep, line, what)
@@ -164,7 +164,7 @@ def draw(points: dict, known: list[Line], plan: list[Sweep], path: Path, device:
                 axis.set_xlabel(f"{sweep.title}\n{said(sweep)}", fontsize=9, color=LIGHT["quiet"])
     handles, labels = axes[0, 0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False, fontsize=9)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=100, pil_kwargs={"optimize": True})
     plt.close(figure)
 
 
@@ -176,7 +176,7 @@ def said(sweep: Sweep) -> str:
 def table(points: dict, known: list[Line], plan: list[Sweep], options) -> list[str]:
     out = [f"# How the loss head grows\n\n![time and peak memory]({options.out.name}.png)\n"]
     for sweep in plan:
-        columns = [line for line in lines_of(sweep, known)]
+        columns = lines_of(sweep, known)
         out += [f"\nBy {sweep.title}; {said(sweep)}. Milliseconds / peak MiB:\n"]
         out += [f"| {sweep.title} | {' | '.join(line.label for line in columns)} |", "| --- |" + " --- |" * len(columns)]
         for value in sweep.values:
@@ -188,11 +188,14 @@ def table(points: dict, known: list[Line], plan: list[Sweep], options) -> list[s
             out.append(f"| {sweep.shown(value):,.0f} | {' | '.join(cells)} |")
     hidden = " and ".join(str(plan[0].fixed[name]) for name in ("width", "teacher_width"))
     where = torch.cuda.get_device_name() if options.device == "cuda" else "a CPU, one thread"
-    out.append(f"\nWidths {hidden}; half of all rows are targets. TRL's rows have no CE. Medians of {options.rounds} rounds on {where}, ")
-    out.append(f"torch {torch.__version__}, {time.strftime('%Y-%m-%d')}; `python eval/speed/plots.py --peers PEERS`.")
-    out.append(f"Growth of llmkd's peak from the fewest to the most targets: x {growth(points, plan[0], known[0]):.1f}; their number: ")
-    out.append(f"x {plan[0].values[-1] / plan[0].values[0]:.0f}.")
-    return out
+    ours = {"--data", str(options.data), "--out", str(options.out)}
+    given = ["PEERS" if word == options.peers else word for word in sys.argv[1:] if word not in ours]
+    return [
+        *out,
+        f"\nForward and backward of head and loss; widths {hidden}; half of all rows are targets. TRL's have no CE. Medians of {options.rounds} rounds",
+        f"on {where}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}; `{' '.join(['python eval/speed/plots.py', *given])}`. From the fewest",
+        f"to the most targets, x {plan[0].values[-1] / plan[0].values[0]:.0f}, llmkd's peak grows x {growth(points, plan[0], known[0]):.1f}.",
+    ]
 
 
 def growth(points: dict, sweep: Sweep, line: Line) -> float:

@@ -135,7 +135,7 @@ def report(world: World, rounds: dict[Case, list[Round]], unable: list[str]) -> 
 
 def heading(world: World, script: str = "step") -> list[str]:
     options, device = world.options, world.device
-    given = ["PEERS" if word == options.peers else word for word in sys.argv[1:]]
+    given = ["PEERS" if word == options.peers else word for word in sys.argv[1:] if word not in ("--out", str(options.out))]
     where = f"{platform.machine()}, {torch.get_num_threads()} thread(s) of {os.cpu_count()}"
     if device.type == "cuda":
         where = torch.cuda.get_device_name(device)
