@@ -1,5 +1,6 @@
 """What eval/speed/head.py measures: the matrix products alone, llmkd's head, and peers' as their authors run it."""
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,8 +15,8 @@ from llmkd.losses.objective import Objective
 from llmkd.signals import Dense
 
 IGNORE = -100
-#: What a case gives: the mean loss over the targets, and the gradient of the student's hidden states, [N, H].
-Result = tuple[Tensor, Tensor]
+#: What a case gives: the mean loss over the targets, and gradients: of the student's hidden states, [N, H], and of its head, if that trains.
+Result = tuple[Tensor, list[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,10 @@ class Case:
     name: str
     divergence: str
     kd_ratio: float
-    run: Callable[[Problem], Result] | None  # None: the products alone
+    run: Callable[[Problem], Result | None]
     remark: str = ""
+    trains: bool = False  # the student's head
+    floor: bool = False  # the products alone
 
 
 def problem(options) -> Problem:
@@ -58,8 +61,21 @@ def problem(options) -> Problem:
 def backward(problem: Problem, loss: Callable[[Tensor], Tensor]) -> Result:
     hidden_NH = problem.student_NH.detach().requires_grad_()
     value = loss(hidden_NH)
-    value.backward()
-    return value.detach(), hidden_NH.grad
+    weights = [problem.student_head.weight] if problem.student_head.weight.requires_grad else []
+    return value.detach(), list(torch.autograd.grad(value, [hidden_NH, *weights]))
+
+
+def with_head(run: Callable[[Problem], Result | None]) -> Callable[[Problem], Result | None]:
+    """The same with a student's head that trains."""
+
+    def trained(p: Problem) -> Result | None:
+        p.student_head.requires_grad_(True)
+        try:
+            return run(p)
+        finally:
+            p.student_head.requires_grad_(False)
+
+    return trained
 
 
 def ours(divergence: str, kd_ratio: float, chunk: int | None) -> Callable[[Problem], Result]:
@@ -79,8 +95,8 @@ def ours(divergence: str, kd_ratio: float, chunk: int | None) -> Callable[[Probl
 
 
 def products(p: Problem) -> None:
-    """The three of a compact, frozen head, into tensors that are there."""
-    h, t, W, U = p.student_NH[p.rows], p.teacher_NH[p.rows], p.student_head.weight, p.teacher_head.weight
+    """The three of a compact, frozen head, into tensors that are there; the fourth is the gradient of one that trains."""
+    h, t, W, U = p.student_NH[p.rows], p.teacher_NH[p.rows], p.student_head.weight.detach(), p.teacher_head.weight
     wide = {"out_dtype": torch.float32} if h.is_cuda and h.dtype != torch.float32 else {}
     if "tiles" not in p.__dict__:
         shape = len(p.rows), W.shape[0]
@@ -89,6 +105,8 @@ def products(p: Problem) -> None:
     torch.mm(h, W.T, **wide, out=p.tiles[0])
     torch.mm(t, U.T, **wide, out=p.tiles[1])
     torch.mm(p.grad, W)
+    if p.student_head.weight.requires_grad:
+        torch.mm(p.grad.T, h)
 
 
 def torchtune(p: Problem) -> Result:
@@ -158,19 +176,29 @@ def cases(options) -> list[Case]:
     FKL, RKL, JSD = "forward_kl", "reverse_kl", "generalized_jsd"
     chunk = f"chunk {options.chunk or default_chunk(options.vocab, options.device)}"
     mine = [(FKL, 0.5), (RKL, 0.5), (JSD, 0.5), (FKL, 1.0), (JSD, 1.0)]
-    found = [Case("the three matrix products", "", 0, None)]
+    found = [Case("the three matrix products", "", 0, products, floor=True)]
     found += [Case(f"llmkd {d}{' + CE' if kd < 1 else ''}", d, kd, ours(d, kd, options.chunk), chunk) for d, kd in mine]
-    no_entropy = "its loss leaves out the teacher's entropy"
+    no_entropy, makes_it = "its loss leaves out the teacher's entropy", "makes the head's gradient too"
+    chunked_jsd = Case("Liger chunked JSD + CE, compiled", JSD, 0.5, liger(True, options.chunk or 1024), makes_it)
     peers = [
         Case("torchtune chunked forward KL + chunked CE", FKL, 0.5, torchtune, no_entropy),
-        Case("Liger chunked JSD + CE, compiled", JSD, 0.5, liger(True), "makes the head's gradient too"),
-        Case("Liger chunked JSD + CE, compiled, 256 rows a chunk", JSD, 0.5, liger(True, 256), "makes the head's gradient too"),
-        Case("Liger chunked JSD + CE, eager", JSD, 0.5, liger(False), "makes the head's gradient too"),
+        chunked_jsd,
+        Case("Liger chunked JSD + CE, compiled, 256 rows a chunk", JSD, 0.5, liger(True, 256), makes_it),
+        Case("Liger chunked JSD + CE, eager", JSD, 0.5, liger(False), makes_it),
         Case("TRL GKD forward KL", FKL, 1.0, trl_gkd(0.0)),
         Case("TRL GKD JSD", JSD, 1.0, trl_gkd(0.5)),
         Case("TRL chunked forward KL", FKL, 1.0, trl_chunked(0.0), "skips unsupervised rows on a GPU only"),
         Case("TRL chunked JSD", JSD, 1.0, trl_chunked(0.5), "skips unsupervised rows on a GPU only"),
     ]
     if options.device == "cuda":
-        peers.append(Case("Liger Triton JSD", JSD, 1.0, liger_triton, "makes the head's gradient too"))
-    return found + (peers if options.peers else [])
+        peers.append(Case("Liger Triton JSD", JSD, 1.0, liger_triton, makes_it))
+    shown = found + (peers if options.peers else [])
+    trained = [one for one in shown if one.name in (found[1].name, found[3].name, peers[0].name, chunked_jsd.name)]
+    shown.append(Case("the four matrix products, of a head that trains", "", 0, with_head(products), trains=True, floor=True))
+    remarks = {chunked_jsd.name: ""}
+    return shown + [
+        dataclasses.replace(
+            one, name=f"{one.name}, head trained", run=with_head(one.run), remark=remarks.get(one.name, one.remark), trains=True
+        )
+        for one in trained
+    ]

@@ -1,0 +1,191 @@
+"""The rows of eval/speed/step.py: the matrix products that a step cannot do without, and llmkd's ways of doing it."""
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+
+import torch
+from torch import Tensor, nn
+
+from llmkd import optimizers
+from llmkd.ahead import ahead
+from llmkd.data.collate import collate
+from llmkd.distiller import Distiller
+from llmkd.families import decoder_of
+from llmkd.fitting import gauge_of
+from llmkd.loop import Learner, train
+from llmkd.losses.divergences import named
+from llmkd.losses.fused import default_chunk
+from llmkd.losses.objective import Objective
+from llmkd.order import Budget
+from llmkd.recipe import Optim
+from llmkd.teachers.live import Live
+
+from .step_world import World
+
+
+@dataclass
+class Round:
+    """What some steps took; the first is there to warm up."""
+
+    seconds: list[float]
+    tokens: list[int]
+    targets: list[int]
+    passes: float = 0.0  # forward and backward, a step
+    slots: int = 0  # tokens with padding, of all steps
+    first: list[int] = field(default_factory=list)  # the examples of the first step
+    ce: float | None = None  # means over the first step's targets
+    kl: float | None = None
+    bytes: int = 0  # beside the weights
+    remark: str = ""
+
+    def __post_init__(self):
+        if not len(self.seconds) == len(self.tokens) == len(self.targets) > 1:
+            raise ValueError(f"{len(self.seconds)} steps ran, and {len(self.tokens)} were to")
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    run: Callable[[World], Round]
+    teacher: bool = True
+    remark: str = ""
+    floor: bool = False
+
+
+class Clock:
+    """Marks the ends of steps: CPU time on a CPU; on a GPU once it is done."""
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.gauge = gauge_of(device)
+        self.marks = [self.now()]
+
+    def now(self) -> float:
+        if self.device.type == "cpu":
+            return time.process_time()
+        torch.cuda.synchronize(self.device)
+        return time.perf_counter()
+
+    def mark(self) -> None:
+        self.marks.append(self.now())
+
+    @property
+    def seconds(self) -> list[float]:
+        return [b - a for a, b in zip(self.marks, self.marks[1:], strict=False)]
+
+
+def cases(world: World) -> list[Case]:
+    tokens = world.options.tokens
+    settings = [
+        ("micro_batch_size 4", {"size": 4}),
+        (f"micro_batch_tokens {tokens}", {"size": Budget(tokens)}),
+        ("the same, packed", {"size": Budget(tokens, packing=True)}),
+    ]  # what a setting may be: the arguments of `ours`
+    found = []
+    for teacher in (True, False):
+        found.append(Case("the matrix products alone", partial(products, teacher=teacher), teacher, floor=True))
+        found += [Case(f"llmkd, {name}", partial(ours, kd=0.5 if teacher else 0.0, **how), teacher) for name, how in settings]
+    return found
+
+
+def learning(world: World, kd: float) -> Learner:
+    parameters = world.fresh_adapter()
+    distiller = world.accelerator.prepare_model(Distiller(world.student, Objective(kd, 1.0, named("forward_kl"))))
+    return Learner(distiller, optimizers.build(Optim(), parameters), parameters, lambda step: 2e-4, 1.0)
+
+
+def ours(world: World, size: int | Budget, kd: float) -> Round:
+    """By the loop that a run is, its batches made ahead as there."""
+    learner, teacher = learning(world, kd), Live(world.teacher) if kd else None
+    plan, packing = world.plan(size), isinstance(size, Budget) and size.packing
+    batch_of = partial(collate, world.data, pad=0, packing=packing)
+    clock, targets, first = Clock(world.device), [], {}
+    for progress in train(plan, batch_of, [learner], teacher, world.accelerator, ahead=ahead):
+        clock.mark()
+        first = first or progress.terms[0]
+        targets.append(progress.targets)
+    steps = list(plan.steps())
+    batches = [batch_of(micro) for step in steps for micro in step.micro_batches]
+    return Round(
+        clock.seconds,
+        [world.tokens(step.window) for step in steps],
+        targets,
+        len(batches) / len(steps),
+        sum(batch.student.inputs["input_ids"].numel() for batch in batches),
+        steps[0].window,
+        first["ce"],
+        first.get("kd"),
+        clock.gauge.taken,
+    )
+
+
+@torch.no_grad()
+def products(world: World, teacher: bool) -> Round:
+    """A step's linear layers: the teacher forward; the student forward and back, with its adapter's gradients and none of frozen weights;
+    both heads at the targets, and the student's back. Micro-batches as full as the budget lets them be, without padding."""
+    tokens, targets = (round(x) for x in world.window)
+    pieces = math.ceil(tokens / world.options.tokens)
+    each, buffers = math.ceil(tokens / pieces), Buffers(world)
+    taught = [m.weight for m in decoder_of(world.teacher.plain).modules() if isinstance(m, nn.Linear)] if teacher else []
+    layers = [
+        (m.base_layer.weight, *(getattr(m, f"lora_{x}")["default"].weight.to(world.dtype) for x in "AB"), _feeds_back(name))
+        for name, m in decoder_of(world.student.plain).named_modules()
+        if hasattr(m, "lora_A")
+    ]
+    heads = [model.head.project.weight for model in ([world.student, world.teacher] if teacher else [world.student])]
+
+    def step() -> None:
+        for _ in range(pieces):
+            for W in taught:
+                buffers.mm(each, "x", W.T, "y")
+            for W, A, B, _ in layers:
+                buffers.mm(each, "x", W.T, "y")
+                buffers.mm(each, "x", A.T, "low")
+                buffers.mm(each, "low", B.T, "y")
+            for W, A, B, feeds in reversed(layers):
+                x, low, g = buffers("x", each, W.shape[1]), buffers("low", each, A.shape[0]), buffers("y", each, W.shape[0])
+                torch.mm(g.T, low)
+                buffers.mm(each, "y", B, "low")
+                torch.mm(low.T, x)
+                if feeds:
+                    buffers.mm(each, "y", W, "x")
+                    buffers.mm(each, "low", A, "x")
+        chunk = default_chunk(world.vocab, world.device.type)
+        for start in range(0, targets, chunk):
+            n = min(chunk, targets - start)
+            for W in heads:
+                buffers.mm(n, "h", W.T, "logits", wide=True)
+            buffers.mm(n, "g", heads[0], "h")
+
+    clock = Clock(world.device)
+    for _ in range(world.options.steps + 1):
+        step()
+        clock.mark()
+    count = len(clock.seconds)
+    return Round(clock.seconds, [tokens] * count, [targets] * count, pieces, tokens * count)
+
+
+def _feeds_back(name: str) -> bool:
+    """Whether a layer's input asks for a gradient: not the embedding of the first one."""
+    return not (name.startswith("layers.0.") and name.endswith(("q_proj", "k_proj", "v_proj")))
+
+
+class Buffers:
+    """Tensors by role and width, made once."""
+
+    def __init__(self, world: World):
+        self.world, self.held = world, {}
+
+    def __call__(self, role: str, rows: int, width: int, dtype=None) -> Tensor:
+        key = role, width, dtype
+        if key not in self.held or len(self.held[key]) < rows:
+            self.held[key] = torch.ones(rows, width, dtype=dtype or self.world.dtype, device=self.world.device)
+        return self.held[key][:rows]
+
+    def mm(self, rows: int, left: str, right: Tensor, into: str, wide: bool = False) -> None:
+        wide = wide and self.world.device.type == "cuda"
+        out = self(into, rows, right.shape[1], torch.float32 if wide else None)
+        torch.mm(self(left, rows, right.shape[0]), right, **({"out_dtype": torch.float32} if wide else {}), out=out)

@@ -1,0 +1,160 @@
+"""What eval/speed/step.py measures on: two models made on the spot, data of Alpaca's lengths, and the truth about a step's loss."""
+
+import functools
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import transformers
+from torch import nn
+
+from llmkd import adapters
+from llmkd.data.collate import collate
+from llmkd.data.encode import Encoded
+from llmkd.models import LanguageModel
+from llmkd.order import Plan
+from llmkd.recipe import Lora
+
+IGNORE, LONGEST = -100, 131_072
+RANK, ALPHA = 64, 128.0
+
+
+@dataclass(frozen=True)
+class Shape:
+    family: str  # "llama" or "qwen2"
+    hidden: int
+    inner: int
+    layers: int
+    heads: int
+    kv: int
+    tied: bool
+
+    def config(self, vocab: int):
+        common = {
+            "vocab_size": vocab,
+            "hidden_size": self.hidden,
+            "intermediate_size": self.inner,
+            "num_hidden_layers": self.layers,
+            "num_attention_heads": self.heads,
+            "num_key_value_heads": self.kv,
+            "tie_word_embeddings": self.tied,
+            "max_position_embeddings": LONGEST,
+            "rms_norm_eps": self.eps,
+            "initializer_range": max(0.02, self.hidden**-0.5),  # narrow models would else agree on everything
+        }
+        if self.family == "qwen2":
+            return transformers.Qwen2Config(**common, rope_parameters={"rope_type": "default", "rope_theta": 1e6})
+        rope = {"rope_type": "llama3", "rope_theta": 5e5, "factor": float(self.stretch), "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+        return transformers.LlamaConfig(**common, rope_parameters=rope | {"original_max_position_embeddings": 8192})
+
+    @property
+    def eps(self) -> float:
+        return 1e-6 if self.family == "qwen2" else 1e-5
+
+    @property
+    def stretch(self) -> int:
+        """Of the rotary positions, in Llama 3.1 and 3.2."""
+        return 32 if self.tied else 8
+
+
+def shapes_of(options) -> tuple[dict[str, Shape], int]:
+    """Teacher's and student's, and the vocabulary."""
+    if options.shapes == "llama":  # Llama-3.1-8B to Llama-3.2-1B
+        teacher = Shape("llama", 4096, 14336, 32, 32, 8, False)
+        return {"teacher": teacher, "student": Shape("llama", 2048, 8192, 16, 32, 8, True)}, 128_256
+    if options.shapes == "qwen":  # Qwen2.5-1.5B to Qwen2.5-0.5B
+        teacher = Shape("qwen2", 1536, 8960, 28, 12, 2, True)
+        return {"teacher": teacher, "student": Shape("qwen2", 896, 4864, 24, 14, 2, True)}, 151_936
+    h, n = options.hidden, options.layers
+    teacher = Shape(options.family, 2 * h, 4 * h, 2 * n, 4, 2, options.family == "qwen2")
+    return {"teacher": teacher, "student": Shape(options.family, h, 2 * h, n, 4, 2, True)}, options.vocab
+
+
+@dataclass(frozen=True)
+class Truth:
+    """Of some examples: how many targets, and the means over them by plain transformers and whole logits."""
+
+    targets: int
+    ce: float
+    kl: float
+    entropy: float  # the teacher's
+
+
+class World:
+    def __init__(self, options, accelerator):
+        self.options, self.accelerator = options, accelerator
+        self.shapes, self.vocab = shapes_of(options)
+        self.device = accelerator.device
+        self.dtype = getattr(torch, options.dtype or ("bfloat16" if self.device.type == "cuda" else "float32"))
+        made = {}
+        for who, shape in self.shapes.items():
+            torch.manual_seed(0)
+            with torch.device(self.device):
+                model = transformers.AutoModelForCausalLM.from_config(shape.config(self.vocab), dtype=self.dtype)
+            made[who] = model.requires_grad_(False)
+        student = adapters.fresh(made["student"], Lora(rank=RANK, alpha=ALPHA), None).to(self.device)
+        self.student = LanguageModel(student, self.vocab).train()
+        self.teacher = LanguageModel(made["teacher"], self.vocab).eval()
+        self.data = alpaca_like(options.batch * (options.steps + 2), self.vocab)
+        self.fresh_adapter()
+
+    def plan(self, size) -> Plan:
+        """Of steps that are measured, and one before them."""
+        return Plan(self.data.lengths, 0, self.options.batch, size, None, self.options.steps + 1)
+
+    @functools.cached_property
+    def order(self) -> list[int]:
+        """All examples, step after step."""
+        return [i for window in self.plan(1).windows(0) for i in window]
+
+    @functools.cached_property
+    def window(self) -> tuple[float, float]:
+        """Tokens and targets of a measured step, on average. A token is one that is read: the last of an example is not."""
+        measured = self.order[self.options.batch : self.options.batch * (self.options.steps + 1)]
+        return self.tokens(measured) / self.options.steps, sum(self.targets(i) for i in measured) / self.options.steps
+
+    def tokens(self, examples: list[int]) -> int:
+        return int(self.data.lengths[examples].sum()) - len(examples)
+
+    def targets(self, example: int) -> int:
+        return int(self.data.example(example)[1][1:].sum())
+
+    def fresh_adapter(self) -> dict[str, nn.Parameter]:
+        """Every round starts from the same adapter, one that is no longer zero."""
+        parameters = self.student.trainable()
+        torch.manual_seed(0)
+        for name, p in parameters.items():
+            torch.nn.init.normal_(p.data, std=0.02) if "lora_B" in name else torch.nn.init.kaiming_uniform_(p.data, a=math.sqrt(5))
+        return parameters
+
+    def truth(self, examples: list[int]) -> Truth:
+        """With a fresh adapter."""
+        return self._truth(tuple(examples))
+
+    @functools.cache  # noqa: B019
+    def _truth(self, examples: tuple[int, ...]) -> Truth:
+        self.fresh_adapter()
+        sums, count = torch.zeros(3, dtype=torch.float64), 0
+        for start in range(0, len(examples), 4):
+            batch = collate(self.data, list(examples[start : start + 4]), pad=0).to(self.device)
+            log_q, log_p = (self._log_probs(model, batch) for model in (self.student.model, self.teacher.model))
+            ce = -log_q.gather(1, batch.labels_N[:, None]).sum()
+            entropy = -(log_p.exp() * log_p).sum()
+            sums += torch.stack([ce, (log_p.exp() * (log_p - log_q)).sum(), entropy]).cpu()
+            count += batch.targets
+        return Truth(count, *(sums / count).tolist())
+
+    @torch.no_grad()
+    def _log_probs(self, model: nn.Module, batch) -> torch.Tensor:
+        logits_BTV = model(**batch.student.inputs, use_cache=False).logits
+        return logits_BTV.flatten(0, 1)[batch.student.rows_N].double().log_softmax(-1)
+
+
+def alpaca_like(count: int, vocab: int) -> Encoded:
+    """Random tokens of log-normal lengths, of which the last 56 % are supervised."""
+    rng = np.random.default_rng(0)
+    lengths = np.clip(rng.lognormal(math.log(105), 0.6, count), 20, 512).astype(int)
+    marks = np.concatenate([np.arange(n) >= round(0.44 * n) for n in lengths])
+    ids = rng.integers(0, vocab, lengths.sum(), np.int32)
+    return Encoded(ids, marks, np.cumsum([0, *lengths]), np.arange(count), {})
