@@ -39,7 +39,7 @@ def test_rows_of_a_step_are_right_and_a_wrong_one_is_not_shown_as_equal(family):
     assert not unable and set(rounds) == set(known)
     text = step.report(world, rounds, unable)
     rows = {line.split("|")[2].strip(): line for line in text if line.startswith("| live")}
-    assert len(rows) == 5 and "not equal" in rows.pop("wrong")
+    assert len(rows) == 6 and "not equal" in rows.pop("wrong")
     assert "not equal" not in "".join(rows.values()) and "100%" in rows["the matrix products alone"]
     for case, (one,) in rounds.items():
         if not case.floor:

@@ -17,12 +17,12 @@ part() { # seconds, name, command: its time and how it ended, to stderr
     echo "$name: exit code $code after $(($(date +%s) - begun)) s of $seconds" >&2
 }
 
-step="python eval/speed/step.py --batch 128 --tokens 16384 --steps 3 --repeats 2 $peers"
+step="python eval/speed/step.py --batch 128 --tokens 16384 --steps 3 --repeats 2 --compile --float8 $peers"
 part 90 tests python -m pytest -q -m gpu
 # shellcheck disable=SC2086
 part 90 head python eval/speed/head.py --rounds 5 --vocab 128256 --rows 8192 --width 2048 --teacher_width 4096 --supervised 1 $peers --out "$out/head_gpu.md"
-part 170 llama $step --shapes llama --out "$out/step_llama_gpu.md"
-part 100 qwen $step --shapes qwen --out "$out/step_qwen_gpu.md"
-part 80 epoch sh -c 'python eval/speed/epoch.py --steps 6 --rounds 2 --students 1 4 > "$0"' "$out/epoch_gpu.md"
-part 60 profile python eval/speed/profile_step.py --shapes llama --batch 128 --tokens 16384 --out "$out/profile_gpu.md"
+part 190 llama $step --shapes llama --out "$out/step_llama_gpu.md"
+part 110 qwen $step --shapes qwen --out "$out/step_qwen_gpu.md"
+part 60 epoch sh -c 'python eval/speed/epoch.py --steps 6 --rounds 2 --students 1 4 > "$0"' "$out/epoch_gpu.md"
+part 50 profile python eval/speed/profile_step.py --packed --shapes llama --batch 128 --tokens 16384 --out "$out/profile_gpu.md"
 exit $failed

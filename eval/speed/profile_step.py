@@ -37,7 +37,7 @@ from llmkd.teachers.live import Live  # noqa: E402
 from llmkd.training import start  # noqa: E402
 
 WAIT, COPY, TEACHER, STUDENT, HEADS = "waiting for batches", "copies to the device", "teacher's body", "student's body", "heads and loss"
-BACKWARD, OPTIMIZER, TERMS = "backward of the student's body", "gradient norm, clipping, optimizer", "terms read from the device"
+BACKWARD, OPTIMIZER, TERMS = "backward of the student's body", "gradient norm, clipping, optimizer", "sums of the terms, and reading them"
 PARTS = (WAIT, COPY, TEACHER, STUDENT, HEADS, BACKWARD, OPTIMIZER, TERMS)
 _ON_DEVICE = ("kernel", "gpu_memcpy", "gpu_memset")
 WARM_UP, LONGEST = 2, 12
@@ -109,7 +109,8 @@ def parts_named(world: World):
         (world.accelerator, "backward", BACKWARD),
         (loop, "scaled_norm", OPTIMIZER),
         (loop, "move", OPTIMIZER),
-        (loop, "reduce", TERMS),
+        (loop.Outcome, "__init__", TERMS),
+        (loop.Outcome, "read", TERMS),
     ]
     with contextlib.ExitStack() as stack:
         for place, name, part in calls:

@@ -50,6 +50,10 @@ def parser(description: str | None = __doc__) -> argparse.ArgumentParser:
     for name, value in (("hidden", 128), ("layers", 2), ("vocab", 8192), ("batch", 32), ("tokens", 2048), ("steps", 3), ("repeats", 2)):
         parser.add_argument(f"--{name}", type=int, default=value)
     parser.add_argument("--dtype", choices=["float32", "bfloat16"], help="by default float32 on a CPU and bfloat16 on a GPU")
+    parser.add_argument("--compile", action="store_true", help="a row of packed micro-batches with train.compile")
+    parser.add_argument(
+        "--float8", action="store_true", help="a row with the teacher in fp8, its KL measured against the teacher as it was"
+    )
     parser.add_argument("--peers", help="folder that eval/speed/peers.sh filled")
     parser.add_argument("--out", type=Path)
     return parser

@@ -1,5 +1,7 @@
 """The rows of eval/speed/step.py: the matrix products that a step cannot do without, and llmkd's ways of doing it."""
 
+import contextlib
+import functools
 import math
 import time
 from collections.abc import Callable
@@ -21,6 +23,7 @@ from llmkd.losses.fused import default_chunk
 from llmkd.losses.objective import Objective
 from llmkd.order import Budget
 from llmkd.recipe import Optim
+from llmkd.signals import Batch, Dense
 from llmkd.teachers.live import Live
 
 from .step_world import World
@@ -84,11 +87,20 @@ def cases(world: World) -> list[Case]:
         (f"micro_batch_tokens {tokens}", {"size": Budget(tokens)}),
         ("the same, packed", {"size": Budget(tokens, packing=True)}),
     ]  # what a setting may be: the arguments of `ours`
+    if world.options.compile:
+        settings.append(("the same, packed and compiled", {"size": Budget(tokens, packing=True), "compiled": True}))
     found = []
     for teacher in (True, False):
         found.append(Case("the matrix products alone", partial(products, teacher=teacher), teacher, floor=True))
         found += [Case(f"llmkd, {name}", partial(ours, kd=0.5 if teacher else 0.0, **how), teacher) for name, how in settings]
-    return found
+    name, how = settings[-1]
+    remembered = "its hidden states made before, and kept in memory; the products are of a live one"
+    found.append(Case(f"llmkd, {name}, hidden states known", partial(ours, kd=0.5, known=True, **how), remark=remembered))
+    if world.options.float8:
+        found.append(
+            Case(f"llmkd, {name}, teacher in fp8", partial(ours, kd=0.5, float8=True, **how), remark="its KL is another, and is not compared")
+        )
+    return sorted(found, key=lambda case: not case.teacher)
 
 
 def learning(world: World, kd: float) -> Learner:
@@ -97,9 +109,39 @@ def learning(world: World, kd: float) -> Learner:
     return Learner(distiller, optimizers.build(Optim(), parameters), parameters, lambda step: 2e-4, 1.0)
 
 
-def ours(world: World, size: int | Budget, kd: float) -> Round:
+class Known(Live):
+    """A teacher whose hidden states at every target are in memory already, as `teacher.cache.kind: hidden` has them on a disk."""
+
+    def __init__(self, world: World):
+        super().__init__(world.teacher)
+        every, found = collate(world.data, list(range(len(world.data))), pad=0), {}
+        for example in range(len(world.data)):
+            batch = collate(world.data, [example], pad=0).to(world.device)
+            hidden_nH = Live(world.teacher)(batch).hidden_NH.cpu()
+            found[every.examples[example].identity] = hidden_nH.pin_memory() if world.device.type == "cuda" else hidden_nH
+        self.found = found
+
+    def __call__(self, batch: Batch) -> Dense:
+        hidden_NH = torch.cat([self.found[example.identity] for example in batch.examples])
+        return Dense(hidden_NH.to(batch.labels_N.device, non_blocking=True), self.model.head)
+
+
+@functools.cache
+def _known(world: World) -> Known:
+    return Known(world)
+
+
+def ours(world: World, size: int | Budget, kd: float, compiled: bool = False, known: bool = False, float8: bool = False) -> Round:
     """By the loop that a run is, its batches made ahead as there."""
-    learner, teacher = learning(world, kd), Live(world.teacher) if kd else None
+    if compiled:
+        _ = world.compiled
+    with contextlib.nullcontext() if compiled else torch.compiler.set_stance("force_eager"):
+        return _ours(world, size, kd, known, float8)
+
+
+def _ours(world: World, size: int | Budget, kd: float, known: bool, float8: bool) -> Round:
+    model = world.float8_teacher if float8 else world.teacher
+    learner, teacher = learning(world, kd), (_known(world) if known else Live(model)) if kd else None
     plan, packing = world.plan(size), isinstance(size, Budget) and size.packing
     batch_of = partial(collate, world.data, pad=0, packing=packing)
     clock, targets, first = Clock(world.device), [], {}
@@ -117,7 +159,7 @@ def ours(world: World, size: int | Budget, kd: float) -> Round:
         sum(batch.student.inputs["input_ids"].numel() for batch in batches),
         steps[0].window,
         first["ce"],
-        first.get("kd"),
+        None if float8 else first.get("kd"),
         clock.gauge.taken,
     )
 

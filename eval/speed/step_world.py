@@ -9,7 +9,7 @@ import torch
 import transformers
 from torch import nn
 
-from llmkd import adapters
+from llmkd import adapters, compiled, float8, selftest, sharing
 from llmkd.data.collate import collate
 from llmkd.data.encode import Encoded
 from llmkd.models import LanguageModel
@@ -96,12 +96,30 @@ class World:
         student = adapters.fresh(made["student"], Lora(rank=RANK, alpha=ALPHA), None).to(self.device)
         self.student = LanguageModel(student, self.vocab).train()
         self.teacher = LanguageModel(made["teacher"], self.vocab).eval()
+        for who, model in (("student", self.student), ("teacher", self.teacher)):
+            selftest.check(model, f"{who}.model", options.tokens)
         self.data = alpaca_like(options.batch * (options.steps + 2), self.vocab)
         self.fresh_adapter()
 
+    @functools.cached_property
+    def float8_teacher(self) -> LanguageModel:
+        """The teacher's body in 8-bit floats, beside the one it is made of. Made before anything is compiled."""
+        model = LanguageModel(sharing.twin(self.teacher.plain), self.vocab).eval()
+        float8.convert(model.plain)
+        selftest.check(model, "teacher.model", self.options.tokens)
+        return model
+
+    @functools.cached_property
+    def compiled(self) -> None:
+        """Student and teachers, once; with torch.compiler.set_stance("force_eager") they are what they were."""
+        models = [("student", self.student), ("teacher", self.teacher), ("teacher", self.float8_teacher)]
+        compiled.prepare(self.device)
+        for who, model in models:
+            compiled.compile_layers(model, f"{who}.model", packing=True)
+
     def plan(self, size) -> Plan:
         """Of steps that are measured, and one before them."""
-        return Plan(self.data.lengths, 0, self.options.batch, size, None, self.options.steps + 1)
+        return Plan(self.data.lengths, 0, self.options.batch, size, None, self.options.steps + 1, targets=self.data.targets)
 
     @functools.cached_property
     def order(self) -> list[int]:
