@@ -17,9 +17,10 @@ import torch
 
 from .distiller import Distiller
 from .errors import UserError, is_out_of_memory
-from .loop import Learner, Taken, learn
+from .loop import Learner, learn
 from .losses.fused import LEAST_ROWS, MOST_ROWS, default_chunk
 from .order import MOST_PACKED, MOST_TOKENS, Budget, Plan, Step
+from .outcome import Taken
 from .signals import Batch, Teacher
 
 _FEWEST_ROWS = 128  # of a chunk that is made smaller because memory ran out

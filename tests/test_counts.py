@@ -191,9 +191,7 @@ def test_kernels_of_a_step():
     counted("backward", lambda: loss.total.backward())
     norm = counted("clip", lambda: loop.scaled_norm(learner, 1.0))
     counted("AdamW", lambda: loop.move(learner, 2, norm, fine))
-    counted(
-        "figures", lambda: loop.Outcome(step, loop.Taken([batch], 8, 8.0, {0: [loss.rows]}), {0: learner}, {0: norm}, {0: fine}, False, one)
-    )
+    counted("figures", lambda: loop.Outcome(step, loop.Taken([batch], 8, 8.0, {0: [loss.rows]}), {0: norm}, {0: fine}, False, one))
     found["loss"] = found["loss"] - found["student"]
     counted("all", lambda: loop.gradients(0, step, {0: learner}, teacher, one, [batch]))
     counts = {name: part.total() for name, part in found.items()}

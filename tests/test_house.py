@@ -30,6 +30,7 @@ LAYERS = (
     "teachers distiller together",
     "taught",
     "prepare",
+    "outcome",
     "gate loop validate checkpoint stopping run_folder card trackers",
     "fitting tracking hub assemble",
     "session",

@@ -309,7 +309,7 @@ def test_what_is_not_finite_before_a_teacher_known_by_samples_is_not_laid_at_its
     """Drawn at another temperature than 1, and without most tokens: neither is a fault of its own."""
     from types import SimpleNamespace
 
-    from llmkd.loop import blame
+    from llmkd.outcome import blame
     from llmkd.signals import Batch, View
 
     signal = sampled(dense().float(), 5, 2.0)

@@ -98,7 +98,9 @@ def cases(world: World) -> list[Case]:
     found.append(Case(f"llmkd, {name}, hidden states known", partial(ours, kd=0.5, known=True, **how), remark=remembered))
     if world.options.float8:
         found.append(
-            Case(f"llmkd, {name}, teacher in fp8", partial(ours, kd=0.5, float8=True, **how), remark="its KL is another, and is not compared")
+            Case(
+                f"llmkd, {name}, teacher in fp8", partial(ours, kd=0.5, float8=True, **how), remark="its KL is another, and is not compared"
+            )
         )
     return sorted(found, key=lambda case: not case.teacher)
 
