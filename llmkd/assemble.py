@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 
 from . import compiled, optimizers
+from .console import say
 from .data.stream import Stream
 from .distiller import Distiller
 from .errors import UserError
@@ -28,6 +29,7 @@ def load(
     packing, share = recipe.data.packing * longest_row(recipe), recipe.data.share_beginnings
     students, found = load_together([one.student for one in recipes], teachers, vocab, device, recipe.seed, packing, share, asked)
     if recipe.train.compile:
+        say("compiling the layers of student and teachers, which takes a while; what was compiled before is found again")
         for setting, model in [*(("student", one) for one in students), *zip((name for name, _ in teachers), found, strict=True)]:
             compiled.compile_layers(model, f"{setting}.model", recipe.data.packing)
     return students, found

@@ -20,6 +20,8 @@ _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_ca
 def decoder_of(model: nn.Module) -> nn.Module:
     """The body: from token ids to last hidden states."""
     decoder = model.get_decoder()
+    if decoder is model.get_output_embeddings():  # ModernBERT calls its head a decoder
+        return getattr(model, model.base_model_prefix)
     return getattr(model, "model", model) if decoder is model else decoder
 
 

@@ -98,7 +98,8 @@ class Fitting:
             )
         self.budget.tokens = found
         chunks = f", chunks of {rows:,} rows" if rows else ""
-        self.say(f"micro-batches of at most {found:,} tokens (measured: {taken / 1e9:.2f} of {room / 1e9:.2f} GB){chunks}")
+        whole = ", a whole step" if found >= self.budget.of(widths) else ""
+        self.say(f"micro-batches of at most {found:,} tokens{whole} (measured: {taken / 1e9:.2f} of {room / 1e9:.2f} GB){chunks}")
 
     def _fits(self, examples: list[int]) -> bool:
         try:

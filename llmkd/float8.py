@@ -72,7 +72,7 @@ def convert(model: nn.Module) -> int:
         for path, parent in decoder_of(model).named_modules()
         for name, layer in parent.named_children()
         if type(layer) is nn.Linear and id(layer) not in head and not adapters & {name, *path.split(".")}
-        if name not in _ROUTERS and layer.in_features % 16 == layer.out_features % 16 == 0
+        if not {*_ROUTERS} & {name, *path.split(".")} and layer.in_features % 16 == layer.out_features % 16 == 0
     ]
     count = len(found)
     while found:  # each as it was is let go before the next is made

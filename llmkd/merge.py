@@ -1,6 +1,7 @@
 """A trained student as one plain model, and how far that is from the model that was trained."""
 
 import functools
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -53,7 +54,9 @@ def fold(adapted: nn.Module, which: str) -> nn.Module:
         if hasattr(layer, "base_layer") and hasattr(layer, "merge"):
             layer.merge = functools.partial(_merge_wide, layer, layer.merge)
     try:
-        merged = adapted.merge_and_unload()
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*no longer tied after merging")  # they are tied again below where they may be
+            merged = adapted.merge_and_unload()
     except Exception as error:
         raise UserError(f"{which} cannot be merged ({brief(error)}); use the adapter unmerged") from error
     head, embedding = merged.get_output_embeddings(), merged.get_input_embeddings()

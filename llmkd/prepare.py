@@ -259,6 +259,14 @@ def refuse_too_long(data: Data, configs: dict[str, dict]) -> None:
         longest = positions(config)
         if longest and data.max_length > longest:
             raise UserError(f"data.max_length: found {data.max_length}, and {setting} has {longest} positions; lower it")
+        text = config.get("text_config", config)
+        rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+        short = rope.get("original_max_position_embeddings") or text.get("original_max_position_embeddings")
+        if rope.get("rope_type", rope.get("type")) == "longrope" and short and data.max_length > short:
+            say(
+                f"note: {setting}: its rotary positions (longrope) are others for all of a micro-batch whose longest example exceeds {short} tokens, "
+                "so results depend on what stands together; a lower data.max_length, or train.micro_batch_size: 1 without packing, avoids it"
+            )
 
 
 def rows_of(config: dict) -> int | None:

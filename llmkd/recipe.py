@@ -226,6 +226,12 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
             ("train.micro_batch_tokens", "train.micro_batch_size"),
             "given together with train.micro_batch_size; keep one of them (null takes the other back)",
         )
+    other = [f"{path}.attention" for path, one in (("student", student), *named(recipe.teacher)) if one.attention != "auto"]
+    if data.share_beginnings and other:
+        yield (
+            ("data.share_beginnings", other[0]),
+            f"given with {other[0]}, and llmkd's own attention alone can share; leave one of them out",
+        )
     if train.compile and (offloaded := [path for path, one in named(recipe.teacher) if one.device == "offload"]):
         yield (
             ("train.compile", f"{offloaded[0]}.device"),

@@ -155,6 +155,11 @@ def teacher_contradictions(setting: Teacher | tuple[Teacher, ...] | None, data: 
                     yield (f"{path}.{name}", f"{path}.model"), "given without a model; name it, or leave this out"
             if teacher.merge_adapter:
                 yield (f"{path}.merge_adapter", f"{path}.model"), "given without a model; name it, or leave this out"
+        if teacher.float8 and (not teacher.quantization.double_quant or teacher.quantization.compute_dtype != "auto"):
+            yield (
+                (f"{path}.quantization.double_quant", f"{path}.quantization.compute_dtype"),
+                "given with type: fp8, whose they are not; leave them out",
+            )
         if teacher.merge_adapter and teacher.loaded_in is not None:
             yield (
                 (f"{path}.merge_adapter", f"{path}.quantization"),
@@ -168,7 +173,7 @@ def teacher_contradictions(setting: Teacher | tuple[Teacher, ...] | None, data: 
         if teacher.quantization is not None and teacher.device is not None and not teacher.device.startswith("cuda"):
             yield (
                 (f"{path}.device", f"{path}.quantization"),
-                f"found {teacher.device} with quantization, which needs a GPU; leave one of them out",
+                f"found {teacher.device} with quantization, which is for a GPU; leave one of them out",
             )
         if teacher.cache is not None:
             kind = teacher.cache.kind or "topk"

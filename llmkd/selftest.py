@@ -92,9 +92,11 @@ def _check_packing(model, ids_BT: Tensor, limit: float, setting: str, tokens: in
             return
         varlen.leave(model.plain)
         model.varlen = False
+    which = f"{setting} ({model.plain.config.model_type})"
     if problem := _problem_of_packing(model, ids_BT, limit, tokens):
-        which = f"{setting} ({model.plain.config.model_type})"
         raise UserError(f"data.packing: {problem.format(which)}set data.packing: false")
+    if attention == "auto":
+        say(f"note: {which}: its own attention is kept in packed rows, of whose pairs of tokens it may compute more than it needs")
 
 
 def _problem_of_packing(model, ids_BT: Tensor, limit: float, tokens: int) -> str:
@@ -115,6 +117,12 @@ def _problem_of_packing(model, ids_BT: Tensor, limit: float, tokens: int) -> str
     if not (leak <= 3 * noise + 1e-6 * apart_NV.abs().max().item() and gap <= limit):
         return f"in {{}} packed examples see one another: logits differ by {max(leak, gap):.2g} from those of the same examples apart; "
     T = ids_BT.shape[1]
+    config = model.plain.config.get_text_config()
+    if getattr(config, "attn_temperature_tuning", None) and tokens >= (scale := getattr(config, "floor_scale", None) or 8192):
+        return (  # Llama 4 counts places in the row
+            f"in {{}} a packed row may hold {scale - 1} tokens, beyond which attention depends on the place in the row, and this run's up to "
+            f"{tokens} (train.micro_batch_size x data.max_length, or train.micro_batch_tokens); lower that, or "
+        )
     table = max((b.shape[-1] for b in model.plain.buffers() if b.ndim > 1 and b.shape[-1] == b.shape[-2]), default=0)
     if tokens > table > 0:  # a mask of its own may be as long as the longest example
         long_BT = ids_BT[:1].repeat(table // T + 1, 1)

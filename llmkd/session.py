@@ -104,6 +104,7 @@ class Arm:
             "validation": held_out[-1] | scored,
             "best": self.best,
         }
+        (self.folder.path / "nonfinite.json").unlink(missing_ok=True)  # of an attempt before this one
         output = self.write_student(summary)
         tracking.plot(self.folder.path)
         write(self.folder.path / "summary.json", json.dumps(summary, indent=1))
@@ -134,7 +135,12 @@ class Session:
         self.recipe, self.prepared, self.accelerator, self.stop = recipe, prepared, accelerator, stop
         self.main, self.pad = accelerator.is_main_process, prepared.tokenizer.eos_token_id
         live = [(one.setting, one.settings) for one in prepared.teachers if one.store is None]
-        students, spoken = load(recipes, live, prepared.vocab, accelerator.device, self.asked)
+        try:
+            students, spoken = load(recipes, live, prepared.vocab, accelerator.device, self.asked)
+        except UserError:
+            if stop():  # a signal to the whole group ends a compiler too, which is nobody's mistake
+                raise Stopped("stopped by a signal before the first step; the same command starts again") from None
+            raise
         self.teacher = self.teachers(lead, spoken)
         self.fidelity = {f"{name}.{k}": v for (name, _), model in zip(live, spoken, strict=True) for k, v in model.fidelity.items()}
         self.plan = plan(recipe, prepared, accelerator.process_index, accelerator.num_processes)
@@ -196,6 +202,7 @@ class Session:
     def train(self) -> None:
         """Every step from where the run stands, with validation, checkpoints and stops as they fall due."""
         recipe, total, step = self.recipe, self.plan.total_steps, self.done
+        stream = isinstance(self.plan, Stream)  # is itself ahead, and holds one step's rows
         try:
             if self.done == 0:
                 for arm in self.arms if self.main and self.fidelity else ():
@@ -210,7 +217,6 @@ class Session:
             )
             learners = [arm.learner for arm in self.arms]
             teacher = self.teacher if any(distils(arm.recipe) for arm in self.arms) else None
-            stream = isinstance(self.plan, Stream)  # is itself ahead, and holds one step's rows
             options = {"ahead": iter if stream else ahead, "asked": lambda step: stream or self.falls_due(step)}
             if recipe.train.micro_batch_tokens == "auto" and self.done < total:
                 options |= self.fitted(batch_of, learners, teacher)
@@ -232,8 +238,9 @@ class Session:
                         self.save(step)
                     if progress.stop and not last:
                         raise self.stopped(step)
-        except UserError:  # a bad row of a stream: what was learnt so far is kept
-            self.save(step)
+        except UserError:  # a bad row of a stream: what was learnt so far is kept, if it is known that it was learnt
+            if stream or self.falls_due(step):
+                self.save(step)
             raise
         finally:
             self.display.close()

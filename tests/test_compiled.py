@@ -86,8 +86,8 @@ def test_a_compiled_run_is_the_run_and_is_resumed_bit_for_bit(trained, make_reci
     assert len(losses[0]) == 5 and losses[0] == pytest.approx(losses[1], rel=1e-5)
     stop, move = StopRequest(), loop.move
 
-    def stopping(learner, step, norm):
-        move(learner, step, norm)
+    def stopping(learner, step, *rest):
+        move(learner, step, *rest)
         stop.asked = step == 2
 
     monkeypatch.setattr(loop, "move", stopping)

@@ -210,8 +210,10 @@ def test_sizes_that_are_no_multiples_of_16_and_routers_stay(world, wide, batches
     plain = load(wide / "base").plain
     plain.model.layers[0].mlp.gate = torch.nn.Linear(32, 32)
     plain.model.layers[0].mlp.odd = torch.nn.Linear(32, 24)
+    plain.model.layers[0].mlp.router = torch.nn.Sequential(torch.nn.Linear(32, 32))  # some families' are inside one
     assert float8.convert(plain) == 14
     assert type(plain.model.layers[0].mlp.gate) is type(plain.model.layers[0].mlp.odd) is type(plain.lm_head) is torch.nn.Linear
+    assert type(plain.model.layers[0].mlp.router[0]) is torch.nn.Linear
 
 
 # ---- beside others
@@ -336,6 +338,8 @@ def test_check_compares_both_teachers(wide, make_recipe, capsys):
         ({"teacher.merge_adapter": True, "teacher.device": "offload"}, "teacher.merge_adapter: found true with device: offload"),
         ({"teacher.merge_adapter": True, "teacher.model": None, "teacher.cache.path": "x"}, "teacher.merge_adapter: given without a model"),
         ({"teacher.quantization": {"type": "fp8"}, "teacher.device": "offload"}, "teacher.device: found offload with quantization"),
+        ({"teacher.quantization": {"type": "fp8", "double_quant": False}}, "teacher.quantization.double_quant: given with type: fp8"),
+        ({"teacher.quantization": {"type": "fp8", "compute_dtype": "bfloat16"}}, "given with type: fp8"),
     ],
 )
 def test_contradictions(make_recipe, changes, words):

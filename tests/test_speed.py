@@ -34,17 +34,25 @@ def test_rows_of_a_step_are_right_and_a_wrong_one_is_not_shown_as_equal(family):
         one.kl *= 1.001
         return one
 
-    known = [*step_cases.cases(world), step_cases.Case("wrong", wrong)]
-    rounds, unable = step.measured(world, known)
+    def other_way(world):
+        one = step_cases.ours(world, 4, 0.5)
+        one.gradient[0.5] *= 1.001
+        return one
+
+    known = [*step_cases.cases(world), step_cases.Case("wrong", wrong), step_cases.Case("other way", other_way)]
+    *_, (rounds, unable) = step.measured(world, known)
     assert not unable and set(rounds) == set(known)
     text = step.report(world, rounds, unable)
     rows = {line.split("|")[2].strip(): line for line in text if line.startswith("| live")}
-    assert len(rows) == 6 and "not equal" in rows.pop("wrong")
+    assert len(rows) == 8 and "not equal" in rows.pop("wrong") and "not equal" in rows.pop("other way")
     assert "not equal" not in "".join(rows.values()) and "100%" in rows["the matrix products alone"]
     for case, (one,) in rounds.items():
         if not case.floor:
-            assert all((off > 1e-5) == (case.name == "wrong" and name == "KL") for name, off in step.distances(world, [one]).items())
-            assert one.tokens[0] == world.tokens(one.first) and one.targets[0] == sum(map(world.targets, one.first))
+            wrong = {"wrong": "KL", "other way": "gradient"}.get(case.name)
+            assert all((off > 1e-5) == (name == wrong) for name, off in step.distances(world, [one]).items())
+            students = 4 if "four" in case.name else 1
+            assert one.tokens[0] == students * world.tokens(one.first)
+            assert one.targets[0] == students * sum(map(world.targets, one.first))
 
 
 def test_the_truth_is_that_of_whole_logits(world):
@@ -159,10 +167,12 @@ def test_a_peer_may_fail_and_llmkd_may_only_run_out_of_memory(world):
 
         return step_cases.Case(name, broken)
 
-    rounds, unable = step.measured(world, [case("peer", ImportError("no such peer")), case("llmkd, large", torch.OutOfMemoryError("full"))])
+    *_, (rounds, unable) = step.measured(
+        world, [case("peer", ImportError("no such peer")), case("llmkd, large", torch.OutOfMemoryError("full"))]
+    )
     assert not rounds and [line.split(" (")[1] for line in unable] == ["ImportError: no such peer).  ", "OutOfMemoryError: full).  "]
     with pytest.raises(ImportError):
-        step.measured(world, [case("llmkd, broken", ImportError("no such module"))])
+        list(step.measured(world, [case("llmkd, broken", ImportError("no such module"))]))
 
 
 def test_a_round_that_ran_fewer_steps_than_it_was_to_is_an_error():

@@ -19,7 +19,7 @@ from llmkd import loop, models, session, settings, together
 from llmkd.cli import main
 from llmkd.data.collate import collate
 from llmkd.distiller import Distiller
-from llmkd.errors import NonFinite
+from llmkd.errors import NonFinite, Stopped, UserError
 from llmkd.prepare import prepare
 from llmkd.recipe import Teacher
 from llmkd.teachers.live import Live
@@ -701,3 +701,37 @@ def test_a_real_signal_to_the_command(world, tmp_path):
     rest = process.stderr.read()
     assert process.wait() == 75 and "go on with --resume" in rest and "Traceback" not in rest
     assert list((tmp_path / "out/checkpoints").glob("step-*"))
+
+
+def test_positions_that_depend_on_the_longest_example_are_told_of(capsys):
+    from llmkd.prepare import refuse_too_long
+    from llmkd.recipe import Data
+
+    one = {"max_position_embeddings": 4096, "original_max_position_embeddings": 64, "rope_parameters": {"rope_type": "longrope"}}
+    refuse_too_long(Data(max_length=64), {"student.model": one})
+    assert not said(capsys)
+    refuse_too_long(Data(max_length=65), {"student.model": one})
+    assert "note: student.model: its rotary positions (longrope) are others" in said(capsys)
+
+
+def test_a_failure_that_was_passed_is_forgotten(command, tmp_path, poisoned):
+    poisoned(heal=2)
+    assert command()[0] == 3 and (tmp_path / "out/nonfinite.json").exists()
+    assert command("--resume")[0] == 0 and not (tmp_path / "out/nonfinite.json").exists()
+
+
+def test_a_signal_that_ends_a_compiler_is_a_stop(make_recipe, monkeypatch):
+    from llmkd.stopping import StopRequest
+
+    stop = StopRequest()
+
+    def load(*args):
+        stop.asked = True
+        raise UserError("train.compile: C++ compile error")
+
+    monkeypatch.setattr(session, "load", load)
+    with pytest.raises(Stopped, match="before the first step"):
+        run(make_recipe(), stop=stop)
+    with pytest.raises(UserError, match="compile error"):
+        monkeypatch.setattr(session, "load", lambda *args: (_ for _ in ()).throw(UserError("train.compile: C++ compile error")))
+        run(make_recipe())

@@ -224,13 +224,23 @@ def test_a_run_that_shares_ends_with_the_weights_of_one_that_does_not(trained):
     assert 0 < distance(shared, apart) < 1e-6  # norms round in float32
 
 
-def test_sharing_is_refused_where_it_cannot_be(make_recipe):
+def test_sharing_is_refused_where_it_cannot_be(make_recipe, monkeypatch):
     from llmkd.training import run
 
-    with pytest.raises(
-        UserError, match=r"data.share_beginnings: student.model \(llama\) keeps an attention of its own .* leave student.attention out"
-    ):
-        run(make_recipe(**{"data.packing": True, "data.share_beginnings": True, "student.attention": "eager"}))
+    changes = {"data.packing": True, "data.share_beginnings": True}
+    with pytest.raises(UserError, match="data.share_beginnings: given with teacher.attention"):
+        make_recipe(**changes, **{"teacher.attention": "eager"})
+    monkeypatch.setattr(varlen, "use", lambda model: False)
+    with pytest.raises(UserError, match=r"data.share_beginnings: student.model \(llama\) keeps an attention of its own"):
+        run(make_recipe(**changes))
+
+
+def test_a_row_is_no_longer_than_attention_by_place_allows():
+    """Llama 4 scales attention by the place in the row, from floor_scale on; its chunks keep it from llmkd's attention."""
+    changes = {"attn_temperature_tuning": True, "floor_scale": 300}
+    selftest.check(LanguageModel(tiny("llama4_text", **changes), 90), "student.model", 299)
+    with pytest.raises(UserError, match=r"\(llama4_text\) a packed row may hold 299 tokens, .* and this run's up to 300 .*; lower that"):
+        selftest.check(LanguageModel(tiny("llama4_text", **changes), 90), "student.model", 300)
 
 
 @pytest.mark.parametrize("window", [None, 9])

@@ -49,8 +49,12 @@ def main() -> None:
     arguments.add_argument("--alone", action="store_true", help="no teacher: cross-entropy")
     arguments.add_argument("--trace", type=Path, help="keep the profiler's trace")
     options = arguments.parse_args()
+    if options.float8 or options.peers:
+        raise SystemExit("--float8, --peers: found one of them, which step.py measures; leave it out")
     options.steps += WARM_UP
     world = World(options, start())
+    if options.compile:
+        _ = world.compiled
     text = "\n".join([*heading(world, "profile_step"), *profiled(world, options)])
     print(text)
     if options.out:

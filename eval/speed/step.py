@@ -9,7 +9,8 @@ of which the last 56 % are supervised, roughly as in Alpaca. LoRA of rank 64, fo
 CE), AdamW. Everything is what a run does in a step, by the same loop; rows take turns. Tokens are real ones: padding is not counted.
 
 A row is right if the means of CE and KL over its first step's targets are those of plain transformers with whole logits, on the same
-examples from the same weights; one that is not is marked, and has no share of anything. FOLDER is what eval/speed/peers.sh filled. On a
+examples from the same weights, and in llmkd's rows the gradient's norm too (ten times the tolerance; peers' gradients are not looked at);
+one that is not is marked, and has no share of anything. FOLDER is what eval/speed/peers.sh filled. On a
 CPU seconds are of CPU time, so give it one thread (OMP_NUM_THREADS=1). Prints Markdown.
 """
 
@@ -22,6 +23,7 @@ import statistics
 import sys
 import time
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[2]
@@ -61,6 +63,8 @@ def parser(description: str | None = __doc__) -> argparse.ArgumentParser:
 
 def main() -> None:
     options = parser().parse_args()
+    if options.peers and not Path(options.peers).is_dir():
+        raise SystemExit(f"--peers: there is no folder {options.peers}")
     if options.peers and options.batch % 4:
         raise SystemExit(f"--batch: found {options.batch}, expected a multiple of 4, in which peers take examples")
     warnings.simplefilter("ignore")
@@ -71,14 +75,16 @@ def main() -> None:
         from eval.speed.step_peers import peers
 
         known = sorted([*known, *peers(world)], key=lambda case: not case.teacher)
-    text = "\n".join(report(world, *measured(world, known)))
+    text = ""
+    for rounds, unable in measured(world, known):  # what is there after each round, should the next be cut off
+        text = "\n".join(report(world, rounds, unable))
+        if options.out:
+            options.out.write_text(text + "\n")
     print(text)
-    if options.out:
-        options.out.write_text(text + "\n")
 
 
-def measured(world: World, known: list[Case]) -> tuple[dict[Case, list[Round]], list[str]]:
-    """Rounds of each case, in turns; and a line about each that fails. llmkd's may run out of memory, and may not fail otherwise."""
+def measured(world: World, known: list[Case]) -> Iterator[tuple[dict[Case, list[Round]], list[str]]]:
+    """Rounds of each case so far, in turns; and a line about each that fails. llmkd's may run out of memory, and may not fail otherwise."""
     rounds, unable = {case: [] for case in known}, []
     for _ in range(world.options.repeats):
         for case in list(rounds):
@@ -89,17 +95,20 @@ def measured(world: World, known: list[Case]) -> tuple[dict[Case, list[Round]], 
                     raise
                 unable.append(f"Not measured: {case.name} ({type(error).__name__}: {str(error).splitlines()[0][:200]}).  ")
                 del rounds[case]
-    return rounds, unable
+        yield rounds, unable
 
 
 def distances(world: World, rounds: list[Round]) -> dict[str, float]:
-    """Of CE and KL, where a row has them, from the truth about a round's first step; the largest."""
+    """Of CE, KL and the norm of the gradient, where a row has them, from the truth about a round's first step; the largest."""
     found = {}
     for one in rounds:
         truth = world.truth(one.first)
         for name, value, right in (("CE", one.ce, truth.ce), ("KL", one.kl, truth.kl)):
             if value is not None:
                 found[name] = max(found.get(name, 0.0), abs(value - right) / right if math.isfinite(value) else math.inf)
+        for kd, norm in one.gradient.items():
+            off = abs(norm - truth.gradients[kd]) / truth.gradients[kd] if math.isfinite(norm) else math.inf
+            found["gradient"] = max(found.get("gradient", 0.0), off)
     return found
 
 
@@ -128,7 +137,7 @@ def report(world: World, rounds: dict[Case, list[Round]], unable: list[str]) -> 
             rows.append([*shown[:4], "100%", *shown[5:], "", "", case.remark])
             continue
         off = distances(world, found)
-        right = bool(off) and max(off.values()) <= tolerance
+        right = bool(off) and all(value <= (10 if name == "gradient" else 1) * tolerance for name, value in off.items())
         if right:
             base = bases.setdefault(case.teacher, middle)
             shown[3:5] = [f"{middle / base:.2f} x", f"{middle / floors[case.teacher]:.0%}"]
@@ -169,7 +178,8 @@ def footing(world: World) -> list[str]:
         "Medians over all steps but each round's first. Peak: beside the weights, of the last round. The last column but one: how far the means of "
         f"the first step's CE and KL are from those of plain transformers' whole logits, relative to them; {TOLERANCE[world.dtype]:.0e} is let "
         f"pass in {name}. The products alone are those of the linear layers of both bodies (frozen weights have no gradient) and of the heads at "
-        "the targets, without attention's own."
+        "the targets, without attention's own. Of llmkd's rows the norm of the first step's gradient is compared too, of peers' it is not. Peers take "
+        "examples as they come; llmkd sorts those of a step by length, so that it pads less."
         + ("" if world.dtype == torch.float32 else " Small shapes of the same family in float32, on a CPU, hold peers' weights to 1e-05."),
     ]
 

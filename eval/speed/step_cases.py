@@ -21,6 +21,7 @@ from llmkd.loop import Learner, train
 from llmkd.losses.divergences import named
 from llmkd.losses.fused import default_chunk
 from llmkd.losses.objective import Objective
+from llmkd.models import LanguageModel
 from llmkd.order import Budget
 from llmkd.recipe import Optim
 from llmkd.signals import Batch, Dense
@@ -41,6 +42,7 @@ class Round:
     first: list[int] = field(default_factory=list)  # the examples of the first step
     ce: float | None = None  # means over the first step's targets
     kl: float | None = None
+    gradient: dict[float, float] = field(default_factory=dict)  # of the first step, its norm by kd_ratio
     bytes: int = 0  # beside the weights
     remark: str = ""
 
@@ -96,6 +98,8 @@ def cases(world: World) -> list[Case]:
     name, how = settings[-1]
     remembered = "its hidden states made before, and kept in memory; the products are of a live one"
     found.append(Case(f"llmkd, {name}, hidden states known", partial(ours, kd=0.5, known=True, **how), remark=remembered))
+    many = "every token counts for each, and the products are of one"
+    found.append(Case("llmkd, the same, packed, four students", partial(ours, kd=0.5, four=True, **settings[2][1]), remark=many))
     if world.options.float8:
         found.append(
             Case(
@@ -105,9 +109,9 @@ def cases(world: World) -> list[Case]:
     return sorted(found, key=lambda case: not case.teacher)
 
 
-def learning(world: World, kd: float) -> Learner:
-    parameters = world.fresh_adapter()
-    distiller = world.accelerator.prepare_model(Distiller(world.student, Objective(kd, 1.0, named("forward_kl"))))
+def learning(world: World, kd: float, student: LanguageModel | None = None) -> Learner:
+    parameters = world.fresh_adapter(student)
+    distiller = world.accelerator.prepare_model(Distiller(student or world.student, Objective(kd, 1.0, named("forward_kl"))))
     return Learner(distiller, optimizers.build(Optim(), parameters), parameters, lambda step: 2e-4, 1.0)
 
 
@@ -133,35 +137,39 @@ def _known(world: World) -> Known:
     return Known(world)
 
 
-def ours(world: World, size: int | Budget, kd: float, compiled: bool = False, known: bool = False, float8: bool = False) -> Round:
+def ours(
+    world: World, size: int | Budget, kd: float, compiled: bool = False, known: bool = False, float8: bool = False, four: bool = False
+) -> Round:
     """By the loop that a run is, its batches made ahead as there."""
     if compiled:
         _ = world.compiled
     with contextlib.nullcontext() if compiled else torch.compiler.set_stance("force_eager"):
-        return _ours(world, size, kd, known, float8)
+        return _ours(world, size, kd, known, float8, four)
 
 
-def _ours(world: World, size: int | Budget, kd: float, known: bool, float8: bool) -> Round:
+def _ours(world: World, size: int | Budget, kd: float, known: bool, float8: bool, four: bool) -> Round:
     model = world.float8_teacher if float8 else world.teacher
-    learner, teacher = learning(world, kd), (_known(world) if known else Live(model)) if kd else None
+    learners = [learning(world, kd, student) for student in (world.four if four else [world.student])]
+    teacher = (_known(world) if known else Live(model)) if kd else None
     plan, packing = world.plan(size), isinstance(size, Budget) and size.packing
     batch_of = partial(collate, world.data, pad=0, packing=packing)
-    clock, targets, first = Clock(world.device), [], {}
-    for progress in train(plan, batch_of, [learner], teacher, world.accelerator, ahead=ahead):
+    clock, targets, first, norm = Clock(world.device), [], {}, 0.0
+    for progress in train(plan, batch_of, learners, teacher, world.accelerator, ahead=ahead):
         clock.mark()
-        first = first or progress.terms[0]
+        first, norm = first or progress.terms[0], norm or progress.grad_norms[0]
         targets.append(progress.targets)
     steps = list(plan.steps())
     batches = [batch_of(micro) for step in steps for micro in step.micro_batches]
     return Round(
         clock.seconds,
-        [world.tokens(step.window) for step in steps],
-        targets,
+        [len(learners) * world.tokens(step.window) for step in steps],
+        [len(learners) * n for n in targets],
         len(batches) / len(steps),
-        sum(batch.student.inputs["input_ids"].numel() for batch in batches),
+        len(learners) * sum(batch.student.inputs["input_ids"].numel() for batch in batches),
         steps[0].window,
         first["ce"],
         None if float8 else first.get("kd"),
+        {} if float8 else {kd: norm},
         clock.gauge.taken,
     )
 

@@ -107,7 +107,7 @@ class Torchtune:
 
     def data(self, world: World, recipe) -> tuple[list[list[int]], int]:
         """The recipe's own dataset, batches and accumulation; the examples of each step, and how many tokens all take with padding."""
-        length, count = world.options.tokens // MICRO, world.options.steps + 1
+        length, count = max(world.options.tokens // MICRO, int(world.data.lengths.max())), world.options.steps + 1
         if self.packed:
             self.micro = max(1, min(self.micro, round(world.window[0] / length)))  # a step has no more than that
         recipe._tokenizer = SimpleNamespace(pad_id=0, examples=examples_of(world), max_seq_len=length)

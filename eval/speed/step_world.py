@@ -79,6 +79,7 @@ class Truth:
     ce: float
     kl: float
     entropy: float  # the teacher's
+    gradients: dict[float, float]  # by kd_ratio, 0 or 0.5, the norm of the mean loss's gradient
 
 
 class World:
@@ -93,6 +94,7 @@ class World:
             with torch.device(self.device):
                 model = transformers.AutoModelForCausalLM.from_config(shape.config(self.vocab), dtype=self.dtype)
             made[who] = model.requires_grad_(False)
+        self._bare = sharing.twin(made["student"])
         student = adapters.fresh(made["student"], Lora(rank=RANK, alpha=ALPHA), None).to(self.device)
         self.student = LanguageModel(student, self.vocab).train()
         self.teacher = LanguageModel(made["teacher"], self.vocab).eval()
@@ -104,15 +106,29 @@ class World:
     @functools.cached_property
     def float8_teacher(self) -> LanguageModel:
         """The teacher's body in 8-bit floats, beside the one it is made of. Made before anything is compiled."""
+        float8.refuse_without_products(self.device, "--float8")
         model = LanguageModel(sharing.twin(self.teacher.plain), self.vocab).eval()
         float8.convert(model.plain)
         selftest.check(model, "teacher.model", self.options.tokens)
         return model
 
     @functools.cached_property
+    def four(self) -> list[LanguageModel]:
+        """As many students on the student's base, beside the one."""
+        model, names = self._bare, [f"arm{k}" for k in range(4)]
+        for name in names:
+            model = adapters.fresh(model, Lora(rank=RANK, alpha=ALPHA), None, name)
+        model = model.to(self.device)
+        students = [LanguageModel(model, self.vocab, name).train() for name in names]
+        for student in students:
+            selftest.check(student, "student.model", self.options.tokens)
+        return students
+
+    @functools.cached_property
     def compiled(self) -> None:
         """Student and teachers, once; with torch.compiler.set_stance("force_eager") they are what they were."""
-        models = [("student", self.student), ("teacher", self.teacher), ("teacher", self.float8_teacher)]
+        models = [("student", self.student), ("teacher", self.teacher)]
+        models += [("teacher", self.float8_teacher)] if self.options.float8 else []
         compiled.prepare(self.device)
         for who, model in models:
             compiled.compile_layers(model, f"{who}.model", packing=True)
@@ -138,9 +154,9 @@ class World:
     def targets(self, example: int) -> int:
         return int(self.data.example(example)[1][1:].sum())
 
-    def fresh_adapter(self) -> dict[str, nn.Parameter]:
+    def fresh_adapter(self, student: LanguageModel | None = None) -> dict[str, nn.Parameter]:
         """Every round starts from the same adapter, one that is no longer zero."""
-        parameters = self.student.trainable()
+        parameters = (student or self.student).trainable()
         torch.manual_seed(0)
         for name, p in parameters.items():
             torch.nn.init.normal_(p.data, std=0.02) if "lora_B" in name else torch.nn.init.kaiming_uniform_(p.data, a=math.sqrt(5))
@@ -152,18 +168,20 @@ class World:
 
     @functools.cache  # noqa: B019
     def _truth(self, examples: tuple[int, ...]) -> Truth:
-        self.fresh_adapter()
-        sums, count = torch.zeros(3, dtype=torch.float64), 0
+        parameters = list(self.fresh_adapter().values())
+        sums, count, of_ce, of_kl = torch.zeros(3, dtype=torch.float64), 0, *([0.0] * len(parameters) for _ in range(2))
         for start in range(0, len(examples), 4):
             batch = collate(self.data, list(examples[start : start + 4]), pad=0).to(self.device)
-            log_q, log_p = (self._log_probs(model, batch) for model in (self.student.model, self.teacher.model))
-            ce = -log_q.gather(1, batch.labels_N[:, None]).sum()
-            entropy = -(log_p.exp() * log_p).sum()
-            sums += torch.stack([ce, (log_p.exp() * (log_p - log_q)).sum(), entropy]).cpu()
+            log_q, log_p = self._log_probs(self.student.model, batch), self._log_probs(self.teacher.model, batch)
+            ce, kl = -log_q.gather(1, batch.labels_N[:, None]).sum(), (log_p.exp() * (log_p - log_q)).sum()
+            of_ce = [a + b for a, b in zip(of_ce, torch.autograd.grad(ce, parameters, retain_graph=True), strict=True)]
+            of_kl = [a + b for a, b in zip(of_kl, torch.autograd.grad(kl, parameters), strict=True)]
+            sums += torch.stack([ce.detach(), kl.detach(), -(log_p.exp() * log_p).sum()]).cpu()
             count += batch.targets
-        return Truth(count, *(sums / count).tolist())
+        mixed = [0.5 * (a + b) for a, b in zip(of_ce, of_kl, strict=True)]
+        norms = {kd: torch.nn.utils.get_total_norm(grads).item() / count for kd, grads in ((0.0, of_ce), (0.5, mixed))}
+        return Truth(count, *(sums / count).tolist(), norms)
 
-    @torch.no_grad()
     def _log_probs(self, model: nn.Module, batch) -> torch.Tensor:
         logits_BTV = model(**batch.student.inputs, use_cache=False).logits
         return logits_BTV.flatten(0, 1)[batch.student.rows_N].double().log_softmax(-1)
