@@ -1,6 +1,7 @@
 """Sweeps: arms side by side end as they would alone, to the last bit; kills, failures, and what is refused."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -168,7 +169,7 @@ def test_a_failed_arm_does_not_stop_the_rest(sweep, tmp_path, monkeypatch, capsy
 @pytest.mark.slow
 @pytest.mark.parametrize("kills", [2])
 def test_a_sweep_that_is_killed_goes_on(sweep, world, tmp_path, kills):
-    """Stopped by SIGKILL at one step, by SIGTERM at another, then whole: the sweep that was not."""
+    """Stopped by SIGKILL at one step, by SIGTERM at another, then whole: bit for bit the sweep that was not."""
     recipe = {
         **HELD,
         "data": {"train": {"path": str(world / "train.jsonl")}, "validation": {"path": str(world / "held.jsonl")}, "max_length": 256},
@@ -188,16 +189,14 @@ def move(learner, step, *rest):
 loop.move = move
 sys.exit(cli.main(['sweep', '--config', {path!r}] + {flags!r}))
 """
-        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=200)
+        threads = os.environ | {"OMP_NUM_THREADS": "1"}  # as here: with another number sums are rounded otherwise
+        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=200, env=threads)
         assert done.returncode == code, done.stderr[-2000:]
     folder = run_sweep(path, {}, True)
     for name in state(whole)["arms"]:
-        # Not to the last bit on two threads since the last layer's rows are picked out; on one thread it is. The cause is not known yet.
-        assert distance(weights(whole / "arms" / name), weights(folder / "arms" / name)) < 1e-15, name
+        assert distance(weights(whole / "arms" / name), weights(folder / "arms" / name)) == 0, name
         logs = [[json.loads(x) for x in (f / "arms" / name / "metrics.jsonl").read_text().splitlines()] for f in (whole, folder)]
-        assert [r["step"] for r in logs[0]] == [r["step"] for r in logs[1]]
-        losses = [[r["loss"] for r in log if "loss" in r] for log in logs]
-        assert losses[0] == pytest.approx(losses[1], rel=1e-13)
+        assert [(r["step"], r.get("loss")) for r in logs[0]] == [(r["step"], r.get("loss")) for r in logs[1]]
     assert {arm["status"] for arm in state(folder)["arms"].values()} == {"done"}
 
 
