@@ -26,12 +26,21 @@ def load(
     recipe = recipes[0]
     if recipe.train.compile:
         compiled.prepare(device)
-    packing, share = recipe.data.packing * longest_row(recipe), recipe.data.share_beginnings
-    students, found = load_together([one.student for one in recipes], teachers, vocab, device, recipe.seed, packing, share, asked)
+    packing = recipe.data.packing * longest_row(recipe)
+    students, found = load_together([one.student for one in recipes], teachers, vocab, device, recipe.seed, packing, asked)
+    every = [
+        *(("student.model", one) for one in students),
+        *((f"{name}.model", one) for (name, _), one in zip(teachers, found, strict=True)),
+    ]
+    if recipe.data.share_beginnings and (other := next(((setting, one) for setting, one in every if not one.varlen), None)):
+        raise UserError(
+            f"data.share_beginnings: {other[0]} ({other[1].plain.config.model_type}) keeps an attention of its own in packed rows, which cannot "
+            "share; set it to false"
+        )
     if recipe.train.compile:
         say("compiling the layers of student and teachers, which takes a while; what was compiled before is found again")
-        for setting, model in [*(("student", one) for one in students), *zip((name for name, _ in teachers), found, strict=True)]:
-            compiled.compile_layers(model, f"{setting}.model", recipe.data.packing)
+        for setting, model in every:
+            compiled.compile_layers(model, setting, recipe.data.packing)
     return students, found
 
 

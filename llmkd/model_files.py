@@ -13,7 +13,6 @@ import yaml
 
 from .console import say
 from .errors import UserError
-from .recipe import Teacher
 
 _HUB_ID = re.compile(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)?")
 _WANTED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt"]
@@ -68,15 +67,6 @@ def find(name: str, setting: str, revision: str | None = None, base: str | None 
             f"{setting}: the adapter {name} was trained on other weights than {base_name} holds; name the base that it was trained on"
         )
     return files
-
-
-def check_honed(files: ModelFiles, settings: Teacher, setting: str) -> None:
-    """UserError where there is no adapter to merge, or where the base is quantised on disk and is to be merged into, or rounded, anew."""
-    if settings.merge_adapter and not files.adapter:
-        raise UserError(f"{setting}.merge_adapter: found true, and {settings.model} is not an adapter; leave it out")
-    if settings.honed and "quantization_config" in files.config:
-        name = "quantization" if settings.float8 else "merge_adapter"
-        raise UserError(f"{setting}.{name}: {files.base} is quantised already; leave it out, or name the unquantised model")
 
 
 @functools.cache

@@ -16,8 +16,8 @@ from .errors import UserError, blamed_on
 from .families import beside_text, decoder_of, head_of
 from .float8 import refuse_without_products
 from .head import Head
-from .honing import Asked, hone
-from .model_files import RECORD, ModelFiles, check_honed, find, fingerprint, read_json
+from .honing import Asked, check_honed, hone
+from .model_files import RECORD, ModelFiles, find, fingerprint, read_json
 from .placing import OFFLOAD, device_of, head_on, offload
 from .recipe import Lora, Quantization
 from .recipe import Student as StudentSettings

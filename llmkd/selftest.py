@@ -86,21 +86,21 @@ def _check_causal(model, ids_BT: Tensor, limit: float, setting: str) -> None:
 
 def _check_packing(model, ids_BT: Tensor, limit: float, setting: str, tokens: int, attention: str) -> None:
     """With llmkd's attention where that is right for the model and no other is asked for, or with the model's own."""
+    which = f"{setting} ({model.plain.config.model_type})"
     if attention == "auto" and varlen.use(model.plain):
         model.varlen = True
-        if not (_problem_of_packing(model, ids_BT, limit, tokens) or _problem_of_sharing(model, ids_BT, limit)):
+        if not (_problem_of_packing(model, ids_BT, limit, tokens, which) or _problem_of_sharing(model, ids_BT, limit)):
             return
         varlen.leave(model.plain)
         model.varlen = False
-    which = f"{setting} ({model.plain.config.model_type})"
-    if problem := _problem_of_packing(model, ids_BT, limit, tokens):
-        raise UserError(f"data.packing: {problem.format(which)}set data.packing: false")
+    if problem := _problem_of_packing(model, ids_BT, limit, tokens, which):
+        raise UserError(f"data.packing: {problem}set data.packing: false")
     if attention == "auto":
         say(f"note: {which}: its own attention is kept in packed rows, of whose pairs of tokens it may compute more than it needs")
 
 
-def _problem_of_packing(model, ids_BT: Tensor, limit: float, tokens: int) -> str:
-    """What is wrong, if anything is. The second of two packed examples is what it is apart, and does not change at all with the first.
+def _problem_of_packing(model, ids_BT: Tensor, limit: float, tokens: int, which: str) -> str:
+    """What is wrong with `which` model, if anything is. The second of two packed examples is what it is apart, and does not change at all with the first.
 
     "At all" is as exact as it is for two rows that cannot see each other: an 8-bit model rounds its activations by what
     else is in the batch. So a leak is found that is smaller than the rounding between packed and apart.
@@ -110,19 +110,16 @@ def _problem_of_packing(model, ids_BT: Tensor, limit: float, tokens: int) -> str
     try:
         packed_NV, changed_NV = (_logits(model, ids, packed=True) for ids in (ids_BT, other_BT))
     except Exception as error:
-        return f"{{}} takes no packed rows ({brief(error).replace('{', '(').replace('}', ')')}); "
+        return f"{which} takes no packed rows ({brief(error)}); "
     apart_NV = _logits(model, ids_BT)
     noise = _gap(apart_NV[second], _logits(model, other_BT)[second])
     leak, gap = _gap(packed_NV[second], changed_NV[second]), _gap(packed_NV, apart_NV)
     if not (leak <= 3 * noise + 1e-6 * apart_NV.abs().max().item() and gap <= limit):
-        return f"in {{}} packed examples see one another: logits differ by {max(leak, gap):.2g} from those of the same examples apart; "
+        return f"in {which} packed examples see one another: logits differ by {max(leak, gap):.2g} from those of the same examples apart; "
     T = ids_BT.shape[1]
     config = model.plain.config.get_text_config()
     if getattr(config, "attn_temperature_tuning", None) and tokens >= (scale := getattr(config, "floor_scale", None) or 8192):
-        return (  # Llama 4 counts places in the row
-            f"in {{}} a packed row may hold {scale - 1} tokens, beyond which attention depends on the place in the row, and this run's up to "
-            f"{tokens} (train.micro_batch_size x data.max_length, or train.micro_batch_tokens); lower that, or "
-        )
+        return _too_long(which, scale - 1, tokens)  # Llama 4's attention depends on the place in the row from there on
     table = max((b.shape[-1] for b in model.plain.buffers() if b.ndim > 1 and b.shape[-1] == b.shape[-2]), default=0)
     if tokens > table > 0:  # a mask of its own may be as long as the longest example
         long_BT = ids_BT[:1].repeat(table // T + 1, 1)
@@ -131,11 +128,15 @@ def _problem_of_packing(model, ids_BT: Tensor, limit: float, tokens: int) -> str
         except Exception:
             gap = math.inf
         if not gap <= limit:
-            return (
-                f"in {{}} a packed row may hold {table} tokens, and this run's up to {tokens} "
-                "(train.micro_batch_size x data.max_length, or train.micro_batch_tokens); lower that, or "
-            )
+            return _too_long(which, table, tokens)
     return ""
+
+
+def _too_long(which: str, most: int, tokens: int) -> str:
+    return (
+        f"in {which} a packed row may hold {most} tokens, and this run's up to {tokens} "
+        "(train.micro_batch_size x data.max_length, or train.micro_batch_tokens); lower that, or "
+    )
 
 
 def _problem_of_sharing(model, ids_BT: Tensor, limit: float) -> bool:

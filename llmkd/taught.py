@@ -12,7 +12,8 @@ from .data import token_cache
 from .data.encode import EVERYONE, Encoded
 from .data.stream import Stream
 from .errors import UserError
-from .model_files import ModelFiles, check_honed, find, fingerprint, read_json
+from .honing import check_honed
+from .model_files import ModelFiles, find, fingerprint, read_json
 from .recipe import Recipe, distils
 from .recipe_teacher import CACHE_KINDS, Teacher, named
 from .teachers.store import Store, read_header

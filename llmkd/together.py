@@ -6,7 +6,6 @@ from torch import nn
 
 from . import loading, sharing
 from .console import say
-from .errors import UserError
 from .float8 import refuse_without_products
 from .honing import Asked
 from .model_files import ModelFiles, find
@@ -22,14 +21,12 @@ def load_together(
     device,
     seed: int,
     packing: int = 0,
-    share: bool = False,
     asked: Asked | None = None,
 ) -> tuple[list[LanguageModel], list[LanguageModel]]:
     """The students as `load_students` gives them and the teachers as `load_teacher` does, each as it would be alone.
 
     teachers   with the names of their settings: teacher, or teacher.0, teacher.1, ...
     packing    packed rows of so many tokens must be safe
-    share      and beginnings that examples share in them
     asked      some of what a teacher will be asked, by its setting: see `load_teacher`
 
     A base that several of them stand on, held alike, is loaded once; of others, such as a teacher in 16 bit and a student in 4,
@@ -61,14 +58,6 @@ def load_together(
         models.append(load_teacher(teacher, vocab, device, packing, setting, files, on, asked))
     on = base(keys[0], own[0], "student.model", students[0]) if own else None
     learning = load_students(students, vocab, device, seed, packing, own, on) if students else []
-    for setting, model in (
-        [*(("student", one) for one in learning), *zip((name for name, _ in teachers), models, strict=True)] if share else ()
-    ):
-        if not model.varlen:
-            raise UserError(
-                f"data.share_beginnings: {setting}.model ({model.plain.config.model_type}) keeps an attention of its own in packed rows, which "
-                f"cannot share; set it to false, or leave {setting}.attention out"
-            )
     beside = [model for (_, teacher), model in zip(teachers, models, strict=True) if _beside(teacher)]
     sharing.hold_once(model.plain for model in (*learning[:1], *beside))
     for n, ((setting, _), model) in enumerate(zip(teachers, models, strict=True)):

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from llmkd import settings
+from llmkd.cli import main
 from llmkd.data.sources import Rows, read_source
 from llmkd.errors import UserError
 from llmkd.recipe import Source
@@ -171,5 +172,21 @@ def refused(read, tmp_path):
         with pytest.raises(UserError) as info:
             read(*args, **settings)
         return [problem.replace(f"{tmp_path}/", "") for problem in info.value.problems]
+
+    return go
+
+
+def said(capsys) -> str:
+    return capsys.readouterr().err
+
+
+@pytest.fixture
+def command(world, tmp_path, capsys):
+    """`llmkd train` on a recipe of the small world, in this process: exit code and the lines it said."""
+
+    def go(*arguments: str, out: str = "out") -> tuple[int, list[str]]:
+        (tmp_path / "r.yaml").write_text(json.dumps(plain_recipe(world, tmp_path / out)))
+        code = main(["train", "--config", str(tmp_path / "r.yaml"), *arguments])
+        return code, [line for line in said(capsys).splitlines() if line.startswith("llmkd: ")]
 
     return go

@@ -54,7 +54,7 @@ def main() -> None:
     options.steps += WARM_UP
     world = World(options, start())
     if options.compile:
-        _ = world.compiled
+        world.compile()
     text = "\n".join([*heading(world, "profile_step"), *profiled(world, options)])
     print(text)
     if options.out:
@@ -62,7 +62,10 @@ def main() -> None:
 
 
 def profiled(world: World, options: argparse.Namespace) -> list[str]:
-    learner, teacher = learning(world, 0.0 if options.alone else 0.5), None if options.alone else named(TEACHER, Live(world.teacher))
+    learner, teacher = (
+        learning(world, 0.0 if options.alone else 0.5, world.student),
+        None if options.alone else named(TEACHER, Live(world.teacher)),
+    )
     plan = world.plan(Budget(options.tokens, packing=options.packed))
     batch_of, steps = functools.partial(collate, world.data, pad=0, packing=options.packed), 0
     kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if world.device.type == "cuda" else [])]

@@ -24,7 +24,7 @@ from llmkd.losses.objective import Objective
 from llmkd.models import LanguageModel
 from llmkd.order import Budget
 from llmkd.recipe import Optim
-from llmkd.signals import Batch, Dense
+from llmkd.signals import Batch, Dense, Teacher
 from llmkd.teachers.live import Live
 
 from .step_world import World
@@ -96,22 +96,21 @@ def cases(world: World) -> list[Case]:
         found.append(Case("the matrix products alone", partial(products, teacher=teacher), teacher, floor=True))
         found += [Case(f"llmkd, {name}", partial(ours, kd=0.5 if teacher else 0.0, **how), teacher) for name, how in settings]
     name, how = settings[-1]
-    remembered = "its hidden states made before, and kept in memory; the products are of a live one"
-    found.append(Case(f"llmkd, {name}, hidden states known", partial(ours, kd=0.5, known=True, **how), remark=remembered))
-    many = "every token counts for each, and the products are of one"
-    found.append(Case("llmkd, the same, packed, four students", partial(ours, kd=0.5, four=True, **settings[2][1]), remark=many))
+    remark = "its hidden states made before, and kept in memory; the products are of a live one"
+    found.append(Case(f"llmkd, {name}, hidden states known", partial(ours, kd=0.5, teacher=known, **how), remark=remark))
+    remark = "every token counts for each, and the products are of one"
+    found.append(
+        Case("llmkd, the same, packed, four students", partial(ours, kd=0.5, students=World.four, **settings[2][1]), remark=remark)
+    )
     if world.options.float8:
-        found.append(
-            Case(
-                f"llmkd, {name}, teacher in fp8", partial(ours, kd=0.5, float8=True, **how), remark="its KL is another, and is not compared"
-            )
-        )
+        remark = "its KL and gradient are others, and are not compared"
+        found.append(Case(f"llmkd, {name}, teacher in fp8", partial(ours, kd=0.5, teacher=in_float8, **how), remark=remark))
     return sorted(found, key=lambda case: not case.teacher)
 
 
-def learning(world: World, kd: float, student: LanguageModel | None = None) -> Learner:
+def learning(world: World, kd: float, student: LanguageModel) -> Learner:
     parameters = world.fresh_adapter(student)
-    distiller = world.accelerator.prepare_model(Distiller(student or world.student, Objective(kd, 1.0, named("forward_kl"))))
+    distiller = world.accelerator.prepare_model(Distiller(student, Objective(kd, 1.0, named("forward_kl"))))
     return Learner(distiller, optimizers.build(Optim(), parameters), parameters, lambda step: 2e-4, 1.0)
 
 
@@ -120,37 +119,48 @@ class Known(Live):
 
     def __init__(self, world: World):
         super().__init__(world.teacher)
-        every, found = collate(world.data, list(range(len(world.data))), pad=0), {}
+        self.found = {}
         for example in range(len(world.data)):
             batch = collate(world.data, [example], pad=0).to(world.device)
-            hidden_nH = Live(world.teacher)(batch).hidden_NH.cpu()
-            found[every.examples[example].identity] = hidden_nH.pin_memory() if world.device.type == "cuda" else hidden_nH
-        self.found = found
+            hidden_nH = super().__call__(batch).hidden_NH.cpu()
+            self.found[world.data.identity(example)] = hidden_nH.pin_memory() if world.device.type == "cuda" else hidden_nH
 
     def __call__(self, batch: Batch) -> Dense:
         hidden_NH = torch.cat([self.found[example.identity] for example in batch.examples])
         return Dense(hidden_NH.to(batch.labels_N.device, non_blocking=True), self.model.head)
 
 
+def live(world: World) -> Teacher:
+    return Live(world.teacher)
+
+
+def in_float8(world: World) -> Teacher:
+    return Live(world.float8_teacher)
+
+
 @functools.cache
-def _known(world: World) -> Known:
+def known(world: World) -> Teacher:
     return Known(world)
 
 
 def ours(
-    world: World, size: int | Budget, kd: float, compiled: bool = False, known: bool = False, float8: bool = False, four: bool = False
+    world: World,
+    size: int | Budget,
+    kd: float,
+    compiled: bool = False,
+    teacher: Callable[[World], Teacher] = live,
+    students: Callable[[World], list[LanguageModel]] = lambda world: [world.student],
 ) -> Round:
     """By the loop that a run is, its batches made ahead as there."""
     if compiled:
-        _ = world.compiled
+        world.compile()
     with contextlib.nullcontext() if compiled else torch.compiler.set_stance("force_eager"):
-        return _ours(world, size, kd, known, float8, four)
+        return _ours(world, size, kd, teacher(world) if kd else None, students(world), teacher is not in_float8)
 
 
-def _ours(world: World, size: int | Budget, kd: float, known: bool, float8: bool, four: bool) -> Round:
-    model = world.float8_teacher if float8 else world.teacher
-    learners = [learning(world, kd, student) for student in (world.four if four else [world.student])]
-    teacher = (_known(world) if known else Live(model)) if kd else None
+def _ours(world: World, size: int | Budget, kd: float, teacher: Teacher | None, students: list[LanguageModel], true: bool) -> Round:
+    """`true`: the teacher is the one that the truth is of."""
+    learners = [learning(world, kd, student) for student in students]
     plan, packing = world.plan(size), isinstance(size, Budget) and size.packing
     batch_of = partial(collate, world.data, pad=0, packing=packing)
     clock, targets, first, norm = Clock(world.device), [], {}, 0.0
@@ -168,8 +178,8 @@ def _ours(world: World, size: int | Budget, kd: float, known: bool, float8: bool
         len(learners) * sum(batch.student.inputs["input_ids"].numel() for batch in batches),
         steps[0].window,
         first["ce"],
-        None if float8 else first.get("kd"),
-        {} if float8 else {kd: norm},
+        first.get("kd") if true else None,
+        {kd: norm} if true else {},
         clock.gauge.taken,
     )
 

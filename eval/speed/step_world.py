@@ -112,7 +112,7 @@ class World:
         selftest.check(model, "teacher.model", self.options.tokens)
         return model
 
-    @functools.cached_property
+    @functools.cache  # noqa: B019
     def four(self) -> list[LanguageModel]:
         """As many students on the student's base, beside the one."""
         model, names = self._bare, [f"arm{k}" for k in range(4)]
@@ -124,8 +124,8 @@ class World:
             selftest.check(student, "student.model", self.options.tokens)
         return students
 
-    @functools.cached_property
-    def compiled(self) -> None:
+    @functools.cache  # noqa: B019
+    def compile(self) -> None:
         """Student and teachers, once; with torch.compiler.set_stance("force_eager") they are what they were."""
         models = [("student", self.student), ("teacher", self.teacher)]
         models += [("teacher", self.float8_teacher)] if self.options.float8 else []
