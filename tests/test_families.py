@@ -137,6 +137,13 @@ def test_the_fallback_computes_only_the_columns_it_needs():
     compare_with_own(model, 1e-10)
 
 
+def test_a_head_that_a_family_calls_its_decoder_is_not_taken_for_the_body():
+    from llmkd.families import decoder_of, layers_of
+
+    plain = language_model("modernbert-decoder").plain
+    assert decoder_of(plain) is plain.model and len(layers_of(plain)) == plain.config.num_hidden_layers
+
+
 @pytest.mark.parametrize("family", BIDIRECTIONAL)
 def test_a_model_that_sees_later_tokens_is_refused(family):
     with pytest.raises(UserError, match=r"student.model: .* sees? the tokens after it|see the tokens after it"):

@@ -91,6 +91,17 @@ def test_a_merged_teacher_says_what_it_said(wide, batches, base, kind):
     assert abs(single.fidelity["forward_kl"]) < 1e-10 and single.fidelity["targets"] == sum(b.targets for b in batches)
 
 
+@pytest.mark.parametrize("options", [{"merge_adapter": True}, {"quantization": FP8}, {"merge_adapter": True, "quantization": FP8}], ids=str)
+def test_the_last_layer_goes_on_to_be_computed_at_the_rows_alone(wide, batches, options):
+    """By the modules that it has now."""
+    teacher, seen = load(wide / "base-plain", **options), []
+    layer = teacher.plain.model.layers[-1]
+    for module in (layer.self_attn.q_proj, layer.self_attn.o_proj, layer.mlp.down_proj):
+        module.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[:-1].numel()))
+    Live(teacher)(batches[0])
+    assert seen == [batches[0].targets] * 3 and batches[0].targets < batches[0].teacher.inputs["input_ids"].numel()
+
+
 def test_the_sum_is_taken_in_float32_and_rounded_once(wide, batches):
     whole, narrow = load(wide / "base-plain", merge_adapter=True), load(wide / "base-plain", batches, dtype="bfloat16", merge_adapter=True)
     apart = load(wide / "base-plain", dtype="bfloat16").plain

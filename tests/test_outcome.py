@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmkd import loop, session
 from llmkd.distiller import Distiller
-from llmkd.errors import NonFinite
+from llmkd.errors import NonFinite, UserError
 from llmkd.teachers.live import Live
 from llmkd.training import run
 
@@ -157,3 +157,49 @@ def test_when_figures_are_asked_for_changes_nothing(trained, optimizer):
         pytest.importorskip("bitsandbytes")
     changes = {"train__batch_size": 8, "student__dtype": "float32", "optim__name": optimizer, **SHORT}
     assert distance(trained("each", **changes), trained("some", train__log_every=3, **changes)) == 0
+
+
+def test_a_nan_moves_nothing_by_an_optimizer_that_hears_of_it_on_the_host_either(make_recipe, monkeypatch):
+    pytest.importorskip("bitsandbytes")
+    held, move = [], loop.move
+
+    def watched(learner, step, norm, taint):
+        before = [p.detach().clone() for p in learner.parameters.values()]
+        move(learner, step, norm, taint * float("nan") if step == 2 else taint)
+        held.append(all(torch.equal(a, b) for a, b in zip(before, learner.parameters.values(), strict=True)))
+
+    monkeypatch.setattr(loop, "move", watched)
+    run(make_recipe(student__dtype="float32", optim__name="adamw_8bit", **SHORT))
+    assert held == [False, True]
+
+
+def test_an_error_after_a_step_that_nobody_heard_of_leaves_no_checkpoint(make_recipe, tmp_path, moves, monkeypatch):
+    """It may have failed: a checkpoint under its number would hold the weights of the one before."""
+    real = Live.__call__
+
+    def call(self, batch):
+        if len(moves) == 2:
+            raise UserError("teacher.cache.path: torn")
+        signal = real(self, batch)
+        if len(moves) == 1:
+            signal.hidden_NH[:] = float("nan")
+        return signal
+
+    monkeypatch.setattr(Live, "__call__", call)
+    with pytest.raises(UserError, match="torn"):
+        run(make_recipe(train__log_every=9))
+    assert not list((tmp_path / "out/checkpoints").glob("step-*"))
+
+
+@pytest.mark.parametrize("streaming", [False, True])
+def test_a_step_knows_how_many_targets_it_has(make_recipe, monkeypatch, streaming):
+    """They come of the plan, and divide the loss: nobody counts them again."""
+    seen, gradients = [], loop.gradients
+
+    def counted(seed, step, active, teacher, accelerator, micro_batches):
+        seen.append((step.targets, sum(micro.targets for micro in micro_batches)))
+        return gradients(seed, step, active, teacher, accelerator, micro_batches)
+
+    monkeypatch.setattr(loop, "gradients", counted)
+    run(make_recipe(train__max_steps=3, train__epochs=None, train__batch_size=7, data__streaming=streaming))
+    assert len(seen) == 3 and all(said == there > 0 for said, there in seen)
