@@ -23,15 +23,6 @@ from .signals import Batch
 Asked = Callable[[str], Sequence[Batch]]
 
 
-def check_honed(files: ModelFiles, settings: Teacher, setting: str) -> None:
-    """UserError where there is no adapter to merge, or where the base is quantised on disk and is to be merged into, or rounded, anew."""
-    if settings.merge_adapter and not files.adapter:
-        raise UserError(f"{setting}.merge_adapter: found true, and {settings.model} is not an adapter; leave it out")
-    if settings.honed and "quantization_config" in files.config:
-        name = "quantization" if settings.float8 else "merge_adapter"
-        raise UserError(f"{setting}.{name}: {files.base} is quantised already; leave it out, or name the unquantised model")
-
-
 @torch.no_grad()
 def hone(teacher, settings: Teacher, files: ModelFiles, setting: str, asked: Asked | None = None) -> None:
     """Change a `models.LanguageModel` as its settings say, in place.

@@ -16,7 +16,7 @@ from .errors import UserError, blamed_on
 from .families import beside_text, decoder_of, head_of
 from .float8 import refuse_without_products
 from .head import Head
-from .honing import Asked, check_honed, hone
+from .honing import Asked, hone
 from .model_files import RECORD, ModelFiles, find, fingerprint, read_json
 from .placing import OFFLOAD, device_of, head_on, offload
 from .recipe import Lora, Quantization
@@ -124,7 +124,6 @@ def load_teacher(
     """
     name, held = f"{setting}.model", device_of(setting, settings.device, device)
     files = files or find(settings.model, name, settings.revision, settings.base)
-    check_honed(files, settings, setting)
     if settings.float8:
         refuse_without_products(held, setting)
     model = base or loading.base(files.base, name, settings.dtype, settings.attention, held, settings.loaded_in)

@@ -12,7 +12,6 @@ from .data import token_cache
 from .data.encode import EVERYONE, Encoded
 from .data.stream import Stream
 from .errors import UserError
-from .honing import check_honed
 from .model_files import ModelFiles, find, fingerprint, read_json
 from .recipe import Recipe, distils
 from .recipe_teacher import CACHE_KINDS, Teacher, named
@@ -53,6 +52,15 @@ def find_teachers(recipe: Recipe, stores: bool = True) -> tuple[TeacherFiles, ..
         store = Store.open(one.cache.path, f"{setting}.cache.path") if one.cache and stores else None
         out.append(TeacherFiles(setting, one, files, store))
     return tuple(out)
+
+
+def check_honed(files: ModelFiles, settings: Teacher, setting: str) -> None:
+    """UserError where there is no adapter to merge, or where the base is quantised on disk and is to be merged into, or rounded, anew."""
+    if settings.merge_adapter and not files.adapter:
+        raise UserError(f"{setting}.merge_adapter: found true, and {settings.model} is not an adapter; leave it out")
+    if settings.honed and "quantization_config" in files.config:
+        name = "quantization" if settings.float8 else "merge_adapter"
+        raise UserError(f"{setting}.{name}: {files.base} is quantised already; leave it out, or name the unquantised model")
 
 
 def made_of(recipe: Recipe, teacher: TeacherFiles, tokenizer, contents: dict[str, str]) -> dict[str, dict]:
