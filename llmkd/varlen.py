@@ -119,11 +119,10 @@ def attention(
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
     if packed.seen is not None:
         key, value = (x.index_select(0, packed.seen) for x in (key, value))
-    one_call = (
-        query.is_cuda and query.dtype in (torch.bfloat16, torch.float16) and not dropout and query.shape[-1] == value.shape[-1] <= 256
-    )
-    if one_call and _flash_agrees(query.device, window is not None):
-        return _flash(query, key, value, packed, scaling, groups, window)[None], None
+    half, D = query.dtype in (torch.bfloat16, torch.float16), query.shape[-1]
+    takes = query.is_cuda and half and not dropout and D == value.shape[-1] <= 256 and D % 8 == 0
+    if takes and (way := _one_call(query.device, window is not None)):
+        return way(query, key, value, packed, scaling, groups, window)[None], None
     return _piece_by_piece(query, key, value, packed, dropout, scaling, groups, window)[None], None
 
 
@@ -153,43 +152,41 @@ def _piece_by_piece(query, key, value, packed: Packed, dropout: float, scale: fl
     return torch.cat(out)
 
 
-def _flash(query, key, value, packed: Packed, scale: float | None, groups: int, window: int | None) -> Tensor:
-    """The same by one kernel."""
+def _flash(query, key, value, packed: Packed, scale: float | None, groups: int, window: int | None, repeat: bool = False) -> Tensor:
+    """The same by one kernel, which takes heads in groups as they are or, with `repeat`, a key's and value's repeated."""
     from torch.nn.attention.varlen import varlen_attn
 
-    known = inspect.signature(varlen_attn).parameters
-    if groups > 1 and "enable_gqa" not in known:
+    if repeat and groups > 1:
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    options = {"enable_gqa": groups > 1} if "enable_gqa" in known else {}
-    if "window_size" in known:
-        options["window_size"] = (-1 if window is None else window - 1, 0)
-    elif window is None:
-        options["is_causal"] = True
-    else:
-        raise NotImplementedError("a sliding window in this version of torch")
-    tensors = [x.contiguous() for x in (query, key, value)]
-    return varlen_attn(*tensors, packed.queries, packed.keys, max(packed.lengths), max(packed.sees), scale=scale, **options)
+    # before torch 2.12 there is no such option, and the kernel is the same
+    grouped = {"enable_gqa": groups > 1 and not repeat} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    tensors, lies = [x.contiguous() for x in (query, key, value)], (packed.queries, packed.keys, max(packed.lengths), max(packed.sees))
+    return varlen_attn(*tensors, *lies, scale=scale, window_size=(-1 if window is None else window - 1, 0), **grouped)
 
 
 @functools.cache
-def _flash_agrees(device: torch.device, windowed: bool) -> bool:
-    """Tried once, forward and backward, before it is believed: versions and devices differ in what they take, and in where a causal mask begins."""
+def _one_call(device: torch.device, windowed: bool) -> Callable[..., Tensor] | None:
+    """`_flash` as it is right here. Tried, forward and backward, before it is believed: versions and devices differ in what they take,
+    and in where a causal mask begins."""
     packed = Packed.of([20, 40, 7, 33], [-1, 0, 0, -1]).each(lambda x: x.to(device))
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (
-        torch.randn(sum(n), heads, 64, generator=generator) for n, heads in ((packed.lengths, 4), (packed.sees, 2), (packed.sees, 2))
-    )
-    found = []
-    try:
-        for way, dtype, rest in ((_piece_by_piece, torch.float32, (0.0,)), (_flash, torch.bfloat16, ())):
-            given = [x.to(device, torch.bfloat16).to(dtype).requires_grad_() for x in (q, k, v)]
-            with torch.enable_grad():
-                out = way(*given, packed, *rest, None, 2, 9 if windowed else None)
-                found.append([out, *torch.autograd.grad(out.float().square().sum(), given)])
-        if all((a - b.float()).norm() < 0.03 * a.norm() for a, b in zip(*found, strict=True)):
-            return True
-        reason = "it does not agree with scaled_dot_product_attention"
-    except Exception as error:
-        reason = brief(error)
+    sizes = ((packed.lengths, 4), (packed.sees, 2), (packed.sees, 2))
+    tensors = [torch.randn(sum(n), heads, 64, generator=generator).to(device, torch.bfloat16) for n, heads in sizes]
+
+    def outcome(way: Callable[..., Tensor], dtype: torch.dtype, *rest: float) -> list[Tensor]:
+        given = [x.to(dtype).requires_grad_() for x in tensors]
+        with torch.enable_grad():
+            out = way(*given, packed, *rest, None, 2, 9 if windowed else None)
+            return [x.float() for x in (out, *torch.autograd.grad(out.float().square().sum(), given))]
+
+    right = outcome(_piece_by_piece, torch.float32, 0.0)
+    for repeat in (False, True):
+        way = functools.partial(_flash, repeat=repeat)
+        try:
+            if all((a - b).norm() < 0.03 * a.norm() for a, b in zip(right, outcome(way, torch.bfloat16), strict=True)):
+                return way
+            reason = "it does not agree with scaled_dot_product_attention"
+        except Exception as error:
+            reason = brief(error)
     say(f"note: variable-length attention in one call is not used on {device} ({reason}); packed rows are slower and no less right")
-    return False
+    return None

@@ -140,7 +140,8 @@ def test_packed_rows_on_the_gpu(make_recipe, tmp_path, attention):
 def test_variable_length_attention_in_one_call(windowed):
     from llmkd import varlen
 
-    assert varlen._flash_agrees(torch.device("cuda", 0), windowed)
+    way = varlen._one_call(torch.device("cuda", 0), windowed)
+    assert way and not way.keywords["repeat"]  # heads in groups as they are
 
 
 @pytest.mark.parametrize("share", [False, True])

@@ -245,14 +245,32 @@ def test_a_row_is_no_longer_than_attention_by_place_allows():
         selftest.check(LanguageModel(tiny("llama4_text", **changes), 90), "student.model", 300)
 
 
+@pytest.mark.parametrize("repeat", [False, True])
 @pytest.mark.parametrize("window", [None, 9])
-def test_the_one_call_is_one_that_torch_takes(window):
+def test_the_one_call_is_one_that_torch_takes(window, repeat):
     """Shapes alone, on no device: forward and backward."""
     packed = varlen.Packed.of([20, 40, 7, 33], [-1, 0, 0, -1]).each(lambda x: x.to("meta"))
     sizes = ((100, 4, 64), (sum(packed.sees), 2, 64), (sum(packed.sees), 2, 64))
     given = [torch.empty(*size, device="meta", dtype=torch.bfloat16, requires_grad=True) for size in sizes]
-    out = varlen._flash(*given, packed, 0.125, 2, window)
+    out = varlen._flash(*given, packed, 0.125, 2, window, repeat)
     out.sum().backward()
     assert (out.shape, out.dtype) == ((100, 4, 64), torch.bfloat16) and [x.grad.shape for x in given] == [
         torch.Size(size) for size in sizes
     ]
+
+
+@pytest.mark.parametrize("windowed", [False, True])
+def test_the_one_call_is_believed_where_it_is_right(windowed, monkeypatch, capsys):
+    def kernel(takes, changed=lambda out: out):
+        def flash(query, key, value, packed, scale, groups, window, repeat):
+            if repeat not in takes:
+                raise RuntimeError("heads differ")
+            return changed(varlen._piece_by_piece(query, key, value, packed, 0.0, scale, groups, window))
+
+        monkeypatch.setattr(varlen, "_flash", flash)
+        return varlen._one_call.__wrapped__(torch.device("cpu"), windowed)
+
+    assert [kernel(takes).keywords["repeat"] for takes in ((False, True), (True,))] == [False, True]
+    assert capsys.readouterr().err == ""
+    assert kernel(()) is None and "heads differ)" in capsys.readouterr().err
+    assert kernel((False, True), lambda out: out * 1.05) is None and "does not agree" in capsys.readouterr().err
