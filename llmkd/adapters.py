@@ -105,10 +105,10 @@ def save(adapted: nn.Module, folder: Path, name: str = "default") -> None:
 def _renamed(model: nn.Module, key: str, back: bool = False) -> str:
     """A tensor's name in the model for its name in a checkpoint of transformers, as PEFT renames an adapter's; or `back`."""
     from transformers.conversion_mapping import get_model_conversion_mapping
-    from transformers.core_model_loading import WeightRenaming, apply_renamings
+    from transformers.core_model_loading import WeightRenaming, rename_source_key
 
     renamings = [r for r in get_model_conversion_mapping(model.get_base_model()) if isinstance(r, WeightRenaming)]
-    return apply_renamings(key, [r.reverse_transform() for r in reversed(renamings)] if back else renamings)
+    return rename_source_key(key, [r.reverse_transform() for r in reversed(renamings)] if back else renamings, [])[0]
 
 
 def _is_base_weight(model: nn.Module, name: str, value: Tensor) -> bool:
@@ -174,7 +174,12 @@ def fresh(model: nn.Module, lora: Lora, revision: str | None, name: str = "defau
 
 
 def _checked(adapted: nn.Module, name: str) -> nn.Module:
-    """DoRA divides each row of a weight by its norm."""
+    """PEFT trains what it finds of a list, and says nothing of the rest; and DoRA divides each row of a weight by its norm."""
+    targets = adapted.peft_config[name].target_modules  # less those that became parameters of experts
+    modules = [f".{where}" for where, _ in adapted.named_modules()]
+    for target in () if isinstance(targets, str) else sorted(targets or ()):
+        if not any(where.endswith(f".{target}") for where in modules):
+            raise UserError(f"student.lora.target_modules: the model has no module {target!r}; leave it out")
     for where, module in adapted.named_modules():
         norms = getattr(module, "lora_magnitude_vector", {})
         if name in norms and not norms[name].weight.all():

@@ -121,7 +121,7 @@ class FakeHub:
         known = ("models", name) in self.repos
         self.repos.setdefault(("models", name), {})
         if not known:
-            self.private[name] = wanted.get("visibility", "public") == "private"
+            self.private[name] = wanted.get("visibility") == "private" or wanted.get("private", False)  # huggingface_hub before 2
             self.add("models", name, {})
         self.send_json(request, {"url": f"{self.url}/{name}", "name": name}, 409 if known else 200)
 

@@ -154,6 +154,8 @@ def test_what_experts_cannot_have_is_refused_with_the_way_out(tmp_path):
             student(tmp_path, lora=Lora(rank=4, **lora))
         assert len(student(tmp_path, lora=Lora(rank=4, target_modules=attention, **lora)).trainable()) >= 16
     assert any("experts" in name for name in student(tmp_path).trainable())
+    named = student(tmp_path, lora=Lora(rank=4, target_modules=("q_proj", "w1", "w2", "w3"))).trainable()  # as the hub's files name them
+    assert any("experts" in name for name in named) and not any("k_proj" in name for name in named)
 
 
 def test_what_would_train_in_half_precision_is_said_or_refused(tmp_path, capsys):

@@ -72,6 +72,7 @@ def test_it_is_refused_with_a_teacher_that_is_offloaded(make_recipe):
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="torch 2.11 fails to compile attention in float64 on a CPU, and it is refused")
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_compiled_run_is_the_run_and_is_resumed_bit_for_bit(trained, make_recipe, checkpointing, monkeypatch, tmp_path):
     from llmkd import loop

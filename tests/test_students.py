@@ -80,6 +80,7 @@ def test_full_training_trains_every_weight(world):
         (Lora(target_modules=("qproj",)), "student.lora.target_modules: .*qproj"),
         (Lora(target_modules="all-liner"), "student.lora.target_modules: .*all-liner"),
         (Lora(modules_to_save=("lm_haed",)), "student.lora.modules_to_save: the model has no module 'lm_haed'"),
+        (Lora(target_modules=("q_proj", "vproj")), "student.lora.target_modules: the model has no module 'vproj'; leave it out"),
     ],
 )
 def test_modules_that_are_not_there_are_refused(world, lora, words):
