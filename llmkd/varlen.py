@@ -158,7 +158,7 @@ def _flash(query, key, value, packed: Packed, scale: float | None, groups: int, 
 
     if repeat and groups > 1:
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    # before torch 2.12 there is no such option, and the kernel is the same
+    # torch 2.11 has no such option, and the same kernel
     grouped = {"enable_gqa": groups > 1 and not repeat} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
     tensors, lies = [x.contiguous() for x in (query, key, value)], (packed.queries, packed.keys, max(packed.lengths), max(packed.sees))
     return varlen_attn(*tensors, *lies, scale=scale, window_size=(-1 if window is None else window - 1, 0), **grouped)
