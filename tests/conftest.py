@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -9,7 +10,7 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from llmkd import settings
 from llmkd.cli import main
@@ -190,3 +191,13 @@ def command(world, tmp_path, capsys):
         return code, [line for line in said(capsys).splitlines() if line.startswith("llmkd: ")]
 
     return go
+
+
+def tie(world: Path, to: Path) -> dict[str, torch.Tensor]:
+    shutil.copytree(world / "student", to)
+    tensors = load_file(to / "model.safetensors")
+    del tensors["lm_head.weight"]
+    save_file(tensors, to / "model.safetensors", {"format": "pt"})
+    config = json.loads((to / "config.json").read_text()) | {"tie_word_embeddings": True}
+    (to / "config.json").write_text(json.dumps(config))
+    return tensors

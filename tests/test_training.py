@@ -1,4 +1,4 @@
-"""Whole runs of the small world: what must be the same before and after, what is left behind, what is refused."""
+"""Whole runs of the small world: what must be the same before and after, and what is left behind."""
 
 import json
 import os
@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import distance, plain_recipe, said, write_rows
+from conftest import distance, plain_recipe, said, tie, write_rows
 from safetensors.torch import load_file, save_file
 
 from llmkd import models, session, settings, together
@@ -172,67 +172,6 @@ def test_validation_figures_from_the_models_own_logits(make_recipe, world, tmp_p
     assert figures["targets"] == len(y)
 
 
-def assert_merged_is_adapted(out: Path, base: Path) -> None:
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM
-
-    ids = torch.arange(20)[None]
-    merged = AutoModelForCausalLM.from_pretrained(out / "merged").eval()
-    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base), out / "adapter").eval()
-    with torch.no_grad():
-        torch.testing.assert_close(merged(ids).logits, adapted(ids).logits, rtol=0, atol=1e-12)
-
-
-def test_export_loads_in_plain_transformers_and_says_the_same(make_recipe, world, tmp_path, capsys):
-    from transformers import AutoTokenizer
-
-    run(make_recipe(**SHORT))
-    assert main(["export", str(tmp_path / "out")]) == 0
-    assert_merged_is_adapted(tmp_path / "out", world / "student")
-    for folder in ("merged", "adapter"):
-        assert AutoTokenizer.from_pretrained(tmp_path / "out" / folder).chat_template
-        assert (tmp_path / "out" / folder / "generation_config.json").exists()
-    capsys.readouterr()
-    assert main(["export", str(tmp_path / "out")]) == 2 and "exists" in said(capsys)
-
-
-def test_lm_eval_takes_adapter_and_merged_folder(make_recipe, world, tmp_path):
-    lm_eval = pytest.importorskip("lm_eval")
-    from lm_eval.models.huggingface import HFLM
-    from lm_eval.tasks import TaskManager
-
-    run(make_recipe(**SHORT))
-    assert main(["export", str(tmp_path / "out")]) == 0
-    rows = [{"q": f"Say {i}.", "choices": ["It is so.", "No!", "Perhaps the owl."], "gold": i % 3} for i in range(12)]
-    (tmp_path / "q.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
-    (tmp_path / "tasks").mkdir()
-    (tmp_path / "tasks/own.yaml").write_text(
-        json.dumps(
-            {
-                "task": "own",
-                "dataset_path": "json",
-                "dataset_kwargs": {"data_files": {"test": str(tmp_path / "q.jsonl")}},
-                "test_split": "test",
-                "output_type": "multiple_choice",
-                "doc_to_text": "{{q}}",
-                "doc_to_choice": "{{choices}}",
-                "doc_to_target": "gold",
-                "metric_list": [{"metric": "acc"}],
-            }
-        )
-    )
-    scores = []
-    for arguments in (
-        {"pretrained": str(world / "student"), "peft": str(tmp_path / "out/adapter")},
-        {"pretrained": str(tmp_path / "out/merged")},
-    ):
-        model = HFLM(**arguments, device="cpu", dtype="float64", batch_size=4)
-        tasks = TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False)
-        results = lm_eval.simple_evaluate(model, tasks=["own"], task_manager=tasks, log_samples=True, bootstrap_iters=0)
-        scores.append([float(choice[0][0]) for sample in results["samples"]["own"] for choice in sample["resps"]])
-    assert len(scores[0]) == 36 and scores[0] == pytest.approx(scores[1], rel=1e-9)
-
-
 @pytest.mark.parametrize(
     "changes",
     [
@@ -295,52 +234,6 @@ def test_a_teachers_adapter_on_head_or_embedding_counts(world, make_recipe, tmp_
     torch.testing.assert_close(Live(teacher)(batch).log_probs(slice(None)), expected, rtol=0, atol=1e-12)
 
 
-def tie(world: Path, to: Path) -> dict[str, torch.Tensor]:
-    shutil.copytree(world / "student", to)
-    tensors = load_file(to / "model.safetensors")
-    del tensors["lm_head.weight"]
-    save_file(tensors, to / "model.safetensors", {"format": "pt"})
-    config = json.loads((to / "config.json").read_text()) | {"tie_word_embeddings": True}
-    (to / "config.json").write_text(json.dumps(config))
-    return tensors
-
-
-def test_an_adapter_on_a_tied_head_merges_into_the_head_alone(world, trained, tmp_path):
-    tie(world, tmp_path / "tied")
-    trained("out", student__model=str(tmp_path / "tied"), student__lora__target_modules=("q_proj", "lm_head"), **SHORT)
-    assert main(["export", str(tmp_path / "out")]) == 0
-    assert_merged_is_adapted(tmp_path / "out", tmp_path / "tied")
-
-
-@pytest.mark.parametrize("method", ["lora", "full"])
-def test_export_of_the_best_checkpoint(world, trained, make_recipe, tmp_path, method, capsys):
-    from transformers import AutoModelForCausalLM
-
-    held = {
-        "data__validation__path": str(world / "held.jsonl"),
-        "validation__every": 1,
-        "checkpoint__best_by": "ce",
-        "student__method": method,
-    }
-    trained("out", train__max_steps=4, optim__lr=0.3, **held)
-    best = json.loads((tmp_path / "out/summary.json").read_text())["best"]
-    assert main(["export", str(tmp_path / "out"), "--checkpoint", "best"]) == 0
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out/merged-best").eval()
-    data = prepare(make_recipe(data__validation__path=str(world / "held.jsonl"))).validation
-    total = 0.0
-    for i in range(len(data)):
-        ids, marks = (torch.from_numpy(x.copy()) for x in data.example(i))
-        with torch.no_grad():
-            log_q = model(ids[None].long()).logits[0, :-1].log_softmax(-1)
-        total -= log_q[marks[1:]].gather(1, ids[1:][marks[1:]].long()[:, None]).sum().item()
-    assert total / int(data.supervised.sum()) == pytest.approx(best["value"], rel=1e-9)
-    capsys.readouterr()
-    assert main(["export", str(tmp_path / "out"), "--checkpoint", "99"]) == 2 and "has no checkpoint 99" in said(capsys)
-    for step in (100, 20):
-        (tmp_path / f"out/checkpoints/step-{step}").mkdir()
-    assert main(["export", str(tmp_path / "out"), "--checkpoint", "99"]) == 2 and "20, 100\n" in said(capsys)
-
-
 def test_a_launch_that_starts_fewer_processes_is_refused(command, monkeypatch):
     """What accelerate launch --cpu --num_processes 2 leaves in the environment of its one process."""
     for name, value in {"MASTER_ADDR": "127.0.0.1", "ACCELERATE_USE_CPU": "True"}.items():
@@ -391,111 +284,6 @@ def test_two_runs_do_not_share_a_folder(command, tmp_path):
         fcntl.flock(held, fcntl.LOCK_EX)
         code, lines = command()
     assert code == 2 and "in use by process 1 on elsewhere" in lines[0]
-
-
-def other_depth(world: Path, to: Path) -> str:
-    tensors = load_file(world / "adapter/adapter_model.safetensors")
-    extra = {k.replace("layers.1", "layers.2"): v.clone() for k, v in tensors.items() if "layers.1" in k}
-    return _adapter(world, to, tensors | extra)
-
-
-def shallow(world: Path, to: Path) -> str:
-    return _adapter(world, to, {k: v for k, v in load_file(world / "adapter/adapter_model.safetensors").items() if "layers.1" not in k})
-
-
-def not_finite(world: Path, to: Path) -> str:
-    tensors = load_file(world / "adapter/adapter_model.safetensors")
-    next(iter(tensors.values()))[0, 0] = float("nan")
-    return _adapter(world, to, tensors)
-
-
-def truncated(world: Path, to: Path) -> str:
-    path = Path(_adapter(world, to, load_file(world / "adapter/adapter_model.safetensors"))) / "adapter_model.safetensors"
-    path.write_bytes(path.read_bytes()[:-100])
-    return str(to)
-
-
-def another_base(world: Path, to: Path) -> str:
-    from llmkd.model_files import fingerprint
-
-    _adapter(world, to, load_file(world / "adapter/adapter_model.safetensors"))
-    (to / "llmkd.json").write_text(json.dumps({"base_fingerprint": fingerprint(world / "stranger", "x")}))
-    return str(to)
-
-
-def pickled(world: Path, to: Path) -> str:
-    shutil.copytree(world / "teacher", to)
-    (to / "model.safetensors").rename(to / "pytorch_model.bin")
-    return str(to)
-
-
-def lacking(world: Path, to: Path) -> str:
-    shutil.copytree(world / "teacher", to)
-    tensors = load_file(to / "model.safetensors")
-    tensors.pop("model.layers.1.mlp.up_proj.weight")
-    save_file(tensors, to / "model.safetensors", {"format": "pt"})
-    return str(to)
-
-
-def other_tokenizer(world: Path, to: Path) -> str:
-    shutil.copytree(world / "teacher", to)
-    state = json.loads((to / "tokenizer.json").read_text())
-    vocab = state["model"]["vocab"]
-    a, b = sorted(vocab)[100:102]
-    vocab[a], vocab[b] = vocab[b], vocab[a]
-    (to / "tokenizer.json").write_text(json.dumps(state))
-    return str(to)
-
-
-def _adapter(world: Path, to: Path, tensors: dict) -> str:
-    shutil.copytree(world / "adapter", to)
-    save_file(tensors, to / "adapter_model.safetensors")
-    return str(to)
-
-
-@pytest.mark.parametrize(
-    ("make", "words"),
-    [
-        (other_depth, "holds left-over"),
-        (shallow, "lacks"),
-        (not_finite, "not finite"),
-        (truncated, "should be"),
-        (another_base, "other weights"),
-        (pickled, "pickled"),
-        (lacking, "lacks 1 tensors"),
-        (other_tokenizer, "not the same"),
-        (lambda w, to: str(to), "there is no folder"),
-        (lambda w, to: "nobody/nothing-of-the-kind", "could not be had from the hub"),
-        (lambda w, to: str(w / "train.jsonl"), "is a file"),
-        (lambda w, to: str(w), "neither config.json nor adapter_config.json"),
-    ],
-)
-def test_a_teacher_that_does_not_fit_is_refused(command, world, tmp_path, make, words):
-    code, lines = command("--teacher.model", make(world, tmp_path / "bad"))
-    assert code == 2 and len(lines) == 1 and words in lines[0] and "teacher.model" in lines[0], lines
-
-
-@pytest.mark.parametrize(
-    ("arguments", "words"),
-    [
-        (["--data.train.path", "nowhere.jsonl"], "nowhere.jsonl"),
-        (["--data.max_length", "1000"], "256 positions"),
-        (["--data.max_length", "5"], "none of"),
-        (["--student.lora.target_modules", "[nothing_like_it]"], "student.lora.target_modules"),
-        (["--data.train.format", "chat"], "no column 'messages'"),
-        (["--student.model", "/dev/null"], "student.model"),
-        (["--output_dir", "/proc/nowhere"], "output_dir"),
-        (["--data.validation_share", "0.001"], "validation_share"),
-        (["--optim.warmup_steps", "99"], "whole run has 5 steps"),
-        (["--student.tokenizer", "builtin:skills", "--student.model", "recipes/nowhere"], "student.model"),
-        (["--student.method", "full", "--student.dtype", "float16"], "student.dtype"),
-        (["--output_dir", "x" * 300], "File name too long"),
-    ],
-)
-def test_mistakes_are_one_line_and_leave_nothing(command, tmp_path, arguments, words):
-    code, lines = command(*arguments)
-    assert code == 2 and lines and words in lines[0], lines
-    assert not (tmp_path / "out").exists()
 
 
 def test_a_study_compares_its_students(world, tmp_path, capsys):
