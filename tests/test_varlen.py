@@ -5,6 +5,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import distance
 from families import tiny
 from torch.testing import assert_close
@@ -274,3 +275,29 @@ def test_the_one_call_is_believed_where_it_is_right(windowed, monkeypatch, capsy
     assert capsys.readouterr().err == ""
     assert kernel(()) is None and "heads differ)" in capsys.readouterr().err
     assert kernel((False, True), lambda out: out * 1.05) is None and "does not agree" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("window", [None, 9])
+def test_the_one_call_is_given_what_torch_documents(window, monkeypatch, capsys):
+    """A kernel after the documentation stands for torch's: with it the call agrees, and not with one that forgets the window or the causal mask."""
+
+    def kernel(sees):
+        def varlen_attn(query, key, value, queries, keys, max_q, max_k, *, scale=None, window_size, enable_gqa=False):
+            parts, (left, right) = [], window_size
+            assert (max_q, max_k) == (queries.diff().max(), keys.diff().max()) and enable_gqa == (query.shape[1] > key.shape[1])
+            for (q0, q1), (k0, k1) in zip(queries.unfold(0, 2, 1).tolist(), keys.unfold(0, 2, 1).tolist(), strict=True):
+                q, k, v = (x.transpose(0, 1).float() for x in (query[q0:q1], key[k0:k1], value[k0:k1]))
+                back = torch.arange(q1 - q0)[:, None] + (k1 - k0) - (q1 - q0) - torch.arange(k1 - k0)
+                mask = sees(back, left, right)
+                parts.append(F.scaled_dot_product_attention(q, k, v, mask, scale=scale, enable_gqa=enable_gqa).transpose(0, 1))
+            return torch.cat(parts).to(query.dtype)
+
+        monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
+        return varlen._one_call.__wrapped__(torch.device("cpu"), window is not None)
+
+    def whole(back, left, right):
+        return (back >= -right) & ((back <= left) | (left < 0))
+
+    assert kernel(whole) and capsys.readouterr().err == ""
+    assert kernel(lambda back, left, right: (back <= left) | (left < 0)) is None
+    assert (kernel(lambda back, left, right: back >= -right) is None) == (window is not None)
