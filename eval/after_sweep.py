@@ -3,18 +3,18 @@
 import json
 from pathlib import Path
 
+from llmkd.config.sweep import Evaluation
 from llmkd.console import first_process, say
 from llmkd.errors import UserError
-from llmkd.recipe_study import Evaluation
 
-from .record_files import read_record
+from .harness.record_files import read_record
 
 
 def check(folder: Path, wanted: Evaluation) -> None:
     """UserError for a task or harness that cannot be had, or arms that were measured otherwise: hours before it would be met."""
     if not wanted.tasks:
         return
-    from .benchmarks import find_tasks, need_harness
+    from .harness.benchmarks import find_tasks, need_harness
 
     need_harness()
     try:
@@ -35,13 +35,13 @@ def check(folder: Path, wanted: Evaluation) -> None:
 
 def finish(folder: Path, wanted: Evaluation) -> None:
     """Evaluate every arm that is done, unless it was before, and write the report. What failed is said at the end."""
-    from . import report
+    from .report import write as report
 
     arms = json.loads((folder / "sweep.json").read_text())["arms"]
     done = [str(folder / arm["folder"]) for arm in arms.values() if arm["status"] == "done"]
     problems: tuple[str, ...] = ()
     if wanted.tasks and done:
-        from .harness import evaluate_all
+        from .harness.evaluate import evaluate_all
 
         say(f"\nmeasuring {len(done)} arms on {', '.join(wanted.tasks)}")
         options = {"fewshot": wanted.fewshot, "limit": wanted.limit, "batch_size": wanted.batch_size or "auto"}

@@ -11,9 +11,9 @@ if not __package__:  # run as a script: this folder's names are ours alone, and 
     sys.modules["llmkd_eval"] = importlib.util.module_from_spec(_spec)
     _spec.loader.exec_module(sys.modules["llmkd_eval"])
 
+from llmkd.config.loader import split_overrides
 from llmkd.console import first_process
 from llmkd.errors import UserError
-from llmkd.settings import split_overrides
 
 USAGE = """\
 usage: llmkd eval RUN_OR_MODEL... --tasks TASK[,TASK...] [--tasks_dir DIR] [--fewshot N] [--limit N] [--batch_size auto|N]
@@ -64,11 +64,11 @@ def evaluate(argv: list[str]) -> None:
             raise UserError(f"--{name}: found {value!r}, expected a whole number >= {least}")
     if options:
         raise UserError(f"--{next(iter(options))}: eval has no such option (see llmkd eval --help)")
-    from llmkd_eval.harness import evaluate_all, in_words
+    from llmkd_eval.harness.evaluate import evaluate_all, in_words
 
     records = evaluate_all(targets, tasks, tasks_dir=tasks_dir, out=out, batch_size=batch, dtype=dtype, force=force, **numbers)
     if first_process():
-        from llmkd.tracking import table
+        from llmkd.console import table
 
         rows = [
             {"model": name, "task": task, "shots": record["fewshot"], "items": record["n"], "metric": metric, "score": in_words(figure)}
@@ -81,7 +81,7 @@ def evaluate(argv: list[str]) -> None:
 
 def tasks(argv: list[str]) -> None:
     """`llmkd tasks`: write task files for local data."""
-    from llmkd_eval.local_tasks import write_tasks
+    from llmkd_eval.harness.local_tasks import write_tasks
 
     if not argv or argv[0].startswith("--"):
         raise UserError("tasks: names no folder of data; write llmkd tasks DATA_DIR [--to eval/tasks]")

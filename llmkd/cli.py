@@ -6,7 +6,9 @@ import sys
 import warnings
 from pathlib import Path
 
-from . import __version__, settings
+from . import __version__
+from .config import loader as settings
+from .config import schema as settings_schema
 from .errors import UserError, exit_code
 
 USAGE = """\
@@ -72,26 +74,26 @@ def dispatch(argv: list[str]) -> None:
 
 def train(argv: list[str]) -> None:
     if _flag(argv, "--help") or _flag(argv, "-h"):
-        print(USAGE + "\n" + STUDY + "\nsettings:\n" + settings.help_text())
+        print(USAGE + "\n" + STUDY + "\nsettings:\n" + settings_schema.help_text())
         return
     config, overrides, resume = _run_options(argv)
     kind = settings.kind(config)
     if kind == "sweep":
         run_sweep(config, overrides, resume)
     elif kind == "study":
-        from .study import run_study
+        from .commands.study import run_study
 
         run_study(config, overrides, resume)
     else:
         recipe = settings.load_recipe(config, overrides)
-        from .training import run
+        from .training.run import run
 
         run(recipe, resume)
 
 
 def sweep(argv: list[str]) -> None:
     if _flag(argv, "--help") or _flag(argv, "-h"):
-        print(USAGE + "\n" + STUDY + "\nsettings of a sweep:\n" + settings.help_text(settings.Sweep))
+        print(USAGE + "\n" + STUDY + "\nsettings of a sweep:\n" + settings_schema.help_text(settings.Sweep))
         return
     config, overrides, resume = _run_options(argv)
     if settings.kind(config) != "sweep":
@@ -104,14 +106,14 @@ def run_sweep(config: str, overrides: dict, resume: bool) -> None:
 
     sweep = settings.load_sweep(config, overrides)
     after_sweep.check(Path(sweep.output_dir).expanduser(), sweep.eval)
-    from .sweep import run_sweep as train_arms
+    from .commands.sweep import run_sweep as train_arms
 
     train_arms(config, overrides, resume, lambda folder: after_sweep.finish(folder, sweep.eval))
 
 
 def cache(argv: list[str]) -> None:
     if _flag(argv, "--help") or _flag(argv, "-h"):
-        print(USAGE + "\nsettings:\n" + settings.help_text())
+        print(USAGE + "\nsettings:\n" + settings_schema.help_text())
         return
     checks = _flag(argv, "--check")
     options = settings.split_overrides(argv, ("config", "import"))
@@ -123,11 +125,11 @@ def cache(argv: list[str]) -> None:
     quiet()
     recipe = settings.load_recipe(config, options)
     if checks:
-        from .cache_check import check
+        from .commands.cache_check import check
 
         check(recipe)
         return
-    from .caching import cache as write_stores
+    from .commands.cache import cache as write_stores
 
     for path in write_stores(recipe, foreign):
         print(path)
@@ -166,7 +168,7 @@ def data(argv: list[str]) -> None:
             f"--config {config}: is a {kind}; name the recipe of one of its runs: {', '.join(dict.fromkeys(named)) or 'it has none'}"
         )
     quiet()
-    from .show import show
+    from .commands.preview_data import show
 
     show(settings.load_recipe(config, options), count or 0, example)
 
@@ -182,7 +184,7 @@ def export(argv: list[str]) -> None:
     if options:
         raise UserError(f"--{next(iter(options))}: export has no such option; it has --to and --checkpoint")
     quiet()
-    from .export import export as write_merged
+    from .commands.export import export as write_merged
 
     print(write_merged(Path(run), Path(to) if to else None, checkpoint))
 
@@ -213,9 +215,9 @@ def compare(argv: list[str]) -> None:
     baseline, file = options.pop("baseline", None), options.pop("json", None)
     if options:
         raise UserError(f"--{next(iter(options))}: compare has no such option; it has --baseline, --tasks, --metrics, --common and --json")
-    from llmkd_eval import compare as comparison
-    from llmkd_eval.compare_text import as_json, as_text
-    from llmkd_eval.items import parse_arms
+    from llmkd_eval.comparison import compare as comparison
+    from llmkd_eval.comparison.compare_text import as_json, as_text
+    from llmkd_eval.comparison.items import parse_arms
 
     from .console import say
 
@@ -233,7 +235,7 @@ def report(argv: list[str]) -> None:
         return
     if len(argv) > 1 or argv[0].startswith("--"):
         raise UserError(f"report: found {' '.join(argv)}, expected the folder of one sweep and nothing else")
-    from llmkd_eval.report import write
+    from llmkd_eval.report.write import write
 
     for path in write(Path(argv[0])):
         print(path)

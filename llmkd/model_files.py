@@ -187,3 +187,24 @@ def fingerprint(folder: Path, setting: str) -> str:
                     digest.update(file.read(min(1024, t["stop"] - where)))
                 rows.append(f"{name} {t['dtype']} {t['shape']} {digest.hexdigest()}")
     return hashlib.sha256("\n".join(sorted(rows)).encode()).hexdigest()
+
+
+def record_of(adapter: Path) -> dict:
+    """What llmkd left beside an adapter that it trained: base_fingerprint, dtype, quantization. Empty for others'."""
+    return read_json(adapter / RECORD, "model") if (adapter / RECORD).exists() else {}
+
+
+def identity_of(name: str, setting: str, files: ModelFiles | None) -> dict[str, str]:
+    """{name: fingerprints of a model's weights}; empty where there is no such model."""
+    return {name: " ".join(fingerprint(folder, setting) for folder in (files.base, files.adapter) if folder)} if files else {}
+
+
+def positions(config: dict) -> int | None:
+    """How many positions a model has, by whatever name its family gives the number; None where it has no bound."""
+    config = config.get("text_config", config)
+    return next((config[name] for name in ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx") if config.get(name)), None)
+
+
+def rows_of(config: dict) -> int | None:
+    """How many tokens a model has rows for, as its configuration says."""
+    return config.get("text_config", config).get("vocab_size")

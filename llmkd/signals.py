@@ -12,66 +12,11 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from .batch import Batch, Rows
 from .head import Head
-from .varlen import Packed
 
 #: From the log-probabilities of student and teacher over the same events, both [n, E]: how far apart they are, [n].
 Divergence = Callable[[Tensor, Tensor], Tensor]
-#: Which targets of a batch: a part of them, or their numbers.
-Rows = slice | Tensor
-
-
-@dataclass(frozen=True)
-class View:
-    """What one model reads of a batch, and which of its flattened positions predict the N targets."""
-
-    inputs: dict[str, Tensor]  # keyword arguments of the model, each [B, T]
-    rows_N: Tensor  # positions in the flattened [B * T] that predict the targets, each once
-    packed: Packed | None = None  # how examples lie in a packed row
-
-    def each(self, change: Callable[[Tensor], Tensor]) -> "View":
-        return View({k: change(v) for k, v in self.inputs.items()}, change(self.rows_N), self.packed and self.packed.each(change))
-
-
-@dataclass(frozen=True)
-class Example:
-    """What is known of one example of a batch: who it is (see `Encoded.identity`), its targets, and who teaches it."""
-
-    identity: str
-    targets: int
-    teacher: int  # its number among several, or -1 for all of them together
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Targets, and the views from which student and teacher predict them.
-
-    `labels_N[i]` is the token that position `rows_N[i]` of either view must predict: aligned once, in the collator.
-    The targets of one example stand together, in the order of `examples`.
-    """
-
-    labels_N: Tensor
-    example_N: Tensor  # which example of the data set each target belongs to
-    student: View
-    teacher: View
-    examples: tuple[Example, ...] = ()
-
-    def each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        """The same with every tensor changed."""
-        student = self.student.each(change)
-        teacher = student if self.teacher is self.student else self.teacher.each(change)
-        return Batch(change(self.labels_N), change(self.example_N), student, teacher, self.examples)
-
-    def to(self, device) -> "Batch":
-        return self.each(lambda x: x.to(device, non_blocking=True))
-
-    def pinned(self) -> "Batch":
-        """In memory that a GPU copies from without waiting."""
-        return self.each(Tensor.pin_memory)
-
-    @property
-    def targets(self) -> int:
-        return self.labels_N.numel()
 
 
 class Signal(Protocol):

@@ -12,12 +12,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from llmkd import settings
 from llmkd.cli import main
-from llmkd.data.sources import Rows, read_source
+from llmkd.config import loader as settings
+from llmkd.config.recipe import Source
+from llmkd.data.reading.sources import Rows, read_source
 from llmkd.errors import UserError
-from llmkd.recipe import Source
-from llmkd.training import run
+from llmkd.training.run import run
 
 torch.set_num_threads(1)
 
@@ -35,7 +35,7 @@ def world(tmp_path_factory) -> Path:
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from llmkd.data.skills import tokenizer
+    from llmkd.data.reading.skills import tokenizer
 
     root = tmp_path_factory.mktemp("world")
     tok = tokenizer()
@@ -96,7 +96,7 @@ def plain_recipe(world: Path, out: Path) -> dict:
 @pytest.fixture(scope="session")
 def stores(world, tmp_path_factory) -> Path:
     """A folder of stores of the small world's teacher: hidden, topk (all of V), narrow (K = 8), sampled."""
-    from llmkd.caching import cache
+    from llmkd.commands.cache import cache
 
     root = tmp_path_factory.mktemp("stores")
     kinds = {

@@ -9,7 +9,7 @@ from llmkd.losses.divergences import named
 from llmkd.losses.fused import fused_loss
 from llmkd.losses.objective import Objective
 from llmkd.signals import Dense
-from llmkd.training import run
+from llmkd.training.run import run
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 
@@ -92,8 +92,8 @@ def test_a_run_in_bfloat16(make_recipe, world, method):
 
 
 def test_resume_on_the_gpu(make_recipe, tmp_path):
-    from conftest import distance, weights
-    from test_resume import LONG, unfinish
+    from tests.conftest import distance, weights
+    from tests.training.test_resume import LONG, unfinish
 
     changes = LONG | {"student__dtype": "bfloat16", "teacher__dtype": "bfloat16"}
     run(make_recipe("a", **changes))
@@ -106,8 +106,8 @@ def test_resume_on_the_gpu(make_recipe, tmp_path):
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "paged_adamw_8bit"])
 def test_qlora_with_an_eight_bit_teacher_resumes(make_recipe, world, tmp_path, optimizer):
     pytest.importorskip("bitsandbytes")
-    from conftest import distance, weights
-    from test_resume import LONG, unfinish
+    from tests.conftest import distance, weights
+    from tests.training.test_resume import LONG, unfinish
 
     changes = LONG | {
         "student__dtype": "bfloat16",
@@ -126,7 +126,7 @@ def test_qlora_with_an_eight_bit_teacher_resumes(make_recipe, world, tmp_path, o
 
 @pytest.mark.parametrize("attention", ["auto", "sdpa", "eager"])
 def test_packed_rows_on_the_gpu(make_recipe, tmp_path, attention):
-    from conftest import distance, weights
+    from tests.conftest import distance, weights
 
     changes = {
         f"{who}__{name}": value for who in ("student", "teacher") for name, value in (("dtype", "float32"), ("attention", attention))
@@ -138,7 +138,7 @@ def test_packed_rows_on_the_gpu(make_recipe, tmp_path, attention):
 
 @pytest.mark.parametrize("windowed", [False, True])
 def test_variable_length_attention_in_one_call(windowed):
-    from llmkd import varlen
+    from llmkd.models import attention as varlen
 
     way = varlen._one_call(torch.device("cuda", 0), windowed)
     assert way and not way.keywords["repeat"]  # heads in groups as they are
@@ -147,7 +147,7 @@ def test_variable_length_attention_in_one_call(windowed):
 @pytest.mark.parametrize("share", [False, True])
 def test_packed_rows_in_half_precision(make_recipe, tmp_path, share):
     """The figures of every step: weights would tell rounding from AdamW's first steps, which go by the gradient's sign."""
-    from llmkd.tracking import read
+    from llmkd.output.metrics import read
 
     changes = {f"{who}__dtype": "bfloat16" for who in ("student", "teacher")}
     run(make_recipe("a", **changes))
@@ -160,7 +160,7 @@ def test_packed_rows_in_half_precision(make_recipe, tmp_path, share):
 
 @pytest.mark.parametrize("checkpointing", [False, 0.5])
 def test_a_compiled_run_on_the_gpu_is_the_plain_one(make_recipe, tmp_path, checkpointing):
-    from llmkd.tracking import read
+    from llmkd.output.metrics import read
 
     changes = {"student__dtype": "float32", "teacher__dtype": "float32", "student__gradient_checkpointing": checkpointing}
     changes |= {"student__lora__dropout": 0.3}
@@ -171,10 +171,9 @@ def test_a_compiled_run_on_the_gpu_is_the_plain_one(make_recipe, tmp_path, check
 
 
 def test_the_last_layer_at_the_rows_alone_on_the_gpu(world):
-    from test_last_layer import gap, results, stirred, view
-
-    from llmkd.models import load_student
-    from llmkd.recipe import Lora, Student
+    from llmkd.config.recipe import Lora, Student
+    from llmkd.models.load import load_student
+    from tests.models.test_last_layer import gap, results, stirred, view
 
     for dtype, bound in (("float64", 1e-12), ("bfloat16", 5e-2)):
         model = stirred(load_student(Student(model=str(world / "student"), dtype=dtype, lora=Lora(rank=4)), 640, "cuda", 0))

@@ -12,32 +12,16 @@ import pytest
 PACKAGE = Path(__file__).parents[1] / "llmkd"
 EVALUATION = PACKAGE.parent / "eval"  # installed as llmkd_eval
 
-#: A unit is a module of llmkd or one of its folders. It imports only from layers above its own line.
+#: Files at the top of llmkd/ and its folders. Each imports only from lines above its own; models, data and losses never one another.
 LAYERS = (
-    "__init__ ahead console order head",
-    "errors families recipe_data",
-    "recipe_teacher varlen",
-    "signals",
-    "recipe recipe_study yaml_lines",
-    "settings model_files",
-    "losses data loading recompute optimizers sharing",
-    "placing last_layer",
-    "selftest",
-    "adapters compiled",
-    "merge float8",
-    "honing",
-    "models",
-    "teachers distiller together",
-    "taught",
-    "prepare",
-    "outcome",
-    "gate loop validate checkpoint stopping run_folder card trackers",
-    "fitting tracking hub assemble",
-    "session",
-    "training cost",
-    "caching export study show sweep_state",
-    "cache_check",
-    "sweep",
+    "__init__ console batch head",
+    "errors signals",
+    "config model_files losses",
+    "models data",
+    "teachers",
+    "output",
+    "training",
+    "commands",
     "cli",
     "train __main__",
 )
@@ -88,9 +72,10 @@ def test_only_the_command_line_loads_the_evaluation_and_only_when_asked():
     assert not {other for other in imports("llmkd.cli", top_level_only=True) if other.split(".")[0] == "llmkd_eval"}
 
 
-def test_every_folder_of_the_package_is_installed():
+def test_every_folder_of_the_packages_is_installed():
     listed = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    assert sorted(listed) == sorted({*(module_name(path.parent) for path in MODULES.values()), "llmkd_eval"})
+    folders = {path.parent.relative_to(PACKAGE.parent) for root in (PACKAGE, EVALUATION) for path in root.rglob("__init__.py")}
+    assert sorted(listed) == sorted(".".join(["llmkd_eval" if part == "eval" else part for part in folder.parts]) for folder in folders)
 
 
 def test_imports_at_load_time_have_no_cycle():

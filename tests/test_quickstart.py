@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from llmkd.cli import main
-from llmkd.data import skills
+from llmkd.data.reading import skills
 
 REPO = Path(__file__).parents[1]
 

@@ -5,9 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from llmkd import settings
-from llmkd.prepare import prepare
-from llmkd.training import run
+from llmkd.config import loader as settings
+from llmkd.training.prepare import prepare
+from llmkd.training.run import run
 
 SHARED = Path(__file__).parents[2] / "shared/data"
 pytestmark = pytest.mark.skipif(not SHARED.is_dir(), reason="no shared data beside the checkout")

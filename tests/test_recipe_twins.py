@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as tf
-from test_recipes import REPO, STAGED
 
-from llmkd import settings
-from llmkd.data.skills import tokenizer
-from llmkd.recipe import sources
-from llmkd.training import run
+from llmkd.config import loader as settings
+from llmkd.config.recipe import sources
+from llmkd.data.reading.skills import tokenizer
+from llmkd.training.run import run
+from tests.test_recipes import REPO, STAGED
 
 FOLDERS = sorted({path.parent for path in STAGED})
 TINY = {

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from llmkd import settings
-from llmkd.recipe import sources, teachers
+from llmkd.config import loader as settings
+from llmkd.config.recipe import sources, teachers
 
 REPO = Path(__file__).parents[1]
 FILES = sorted(path for path in (REPO / "recipes").rglob("*") if path.suffix in (".yaml", ".yml"))
@@ -34,7 +34,7 @@ def test_a_recipe_loads_and_survives_a_round_trip(path, tmp_path):
 
 @pytest.mark.parametrize("path", STUDIES, ids=named)
 def test_a_study_loads_and_its_stages_refer_to_earlier_ones(path, tmp_path):
-    from llmkd.study import stage_recipes
+    from llmkd.commands.study import stage_recipes
 
     study = settings.load_study(path)
     done = []
@@ -49,8 +49,8 @@ def test_a_study_loads_and_its_stages_refer_to_earlier_ones(path, tmp_path):
 @pytest.mark.parametrize("path", SWEEPS, ids=named)
 def test_a_sweep_loads_with_every_arm(path):
     """And what its arms start from is what its stages, or the recipes beside them, leave."""
-    from llmkd.recipe_study import expand
-    from llmkd.sweep import Arms
+    from llmkd.commands.sweep import Arms
+    from llmkd.config.sweep import expand
 
     sweep = settings.load_sweep(path)
     arms = Arms(sweep, path, {spec.name: spec for spec in expand(sweep)})

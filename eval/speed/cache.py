@@ -22,15 +22,16 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from llmkd.batch import Batch, Example, View
+from llmkd.config.teacher import Cache
 from llmkd.head import Head
 from llmkd.losses.divergences import forward_kl
 from llmkd.losses.fused import fused_loss
 from llmkd.losses.objective import Objective
-from llmkd.recipe_teacher import Cache
-from llmkd.signals import Batch, Dense, Example, Known, View
+from llmkd.signals import Dense, Known
+from llmkd.teachers.cache.records import kind_to_record
+from llmkd.teachers.cache.shards import Plan, Store, Writer
 from llmkd.teachers.cached import Cached
-from llmkd.teachers.kinds import kind_to_record
-from llmkd.teachers.store import Plan, Store, Writer
 
 KINDS = [
     Cache(path="-", kind="topk", k=50, value_bits=4),

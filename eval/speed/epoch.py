@@ -16,9 +16,11 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parents[2]
 sys.path[0] = str(REPO)  # eval/speed stood there, whose names are not modules of anybody
 
-from llmkd import cost, settings  # noqa: E402
-from llmkd.run_folder import RunFolder  # noqa: E402
-from llmkd.stopping import StopRequest  # noqa: E402
+from llmkd.commands import plan as cost  # noqa: E402
+from llmkd.config import loader as settings  # noqa: E402
+from llmkd.models import size as cost_size  # noqa: E402
+from llmkd.output.run_folder import RunFolder  # noqa: E402
+from llmkd.training.shutdown import StopRequest  # noqa: E402
 
 RECIPE = REPO / "recipes/quickstart/2_distill.yaml"
 ARMS = [{"loss.kd_ratio": kd, "optim.lr": lr} for kd in (0.25, 0.5, 1.0) for lr in (3e-3, 1e-3, 3e-4)]
@@ -46,8 +48,8 @@ def main() -> None:
     parser.add_argument("--teacher", default=str(REPO / "recipes/quickstart/base/teacher"))
     parser.add_argument("--student", default=str(REPO / "recipes/quickstart/base/student"))
     options = parser.parse_args()
-    from llmkd.caching import cache
     from llmkd.cli import quiet
+    from llmkd.commands.cache import cache
 
     quiet()
     with tempfile.TemporaryDirectory() as root:
@@ -85,9 +87,9 @@ def recipes(options, teacher: dict | None, folder: Path, count: int) -> list:
 
 def trained(many: list) -> tuple[float, float, int]:
     """Seconds of the training loop, the share of it that the teacher took, and targets passed."""
-    from llmkd.prepare import prepare
-    from llmkd.session import Session
-    from llmkd.training import start
+    from llmkd.training.launch import start
+    from llmkd.training.prepare import prepare
+    from llmkd.training.trainer import Session
 
     with StopRequest() as stop:
         session = Session(many, many[0], prepare(many[0]), [RunFolder(recipe, False) for recipe in many], start(), stop)
@@ -102,11 +104,11 @@ def trained(many: list) -> tuple[float, float, int]:
 
 def counted(options, teachers: dict, root: Path) -> dict:
     """Operations of a step by who answers and for how many students, up to a factor."""
-    from llmkd.prepare import prepare
+    from llmkd.training.prepare import prepare
 
     prepared = prepare(recipes(options, teachers["live"], root / "counted", 1)[0])
     tokens, targets = len(prepared.train.ids), int(prepared.train.supervised.sum())
-    student, live = cost.shape_of(prepared.student), [cost.shape_of(one.files) for one in prepared.teachers]
+    student, live = cost_size.shape_of(prepared.student), [cost_size.shape_of(one.files) for one in prepared.teachers]
     out = {}
     for who in teachers:
         for count in options.students:

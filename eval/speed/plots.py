@@ -22,7 +22,7 @@ if __name__ == "__main__":
 
 import torch  # noqa: E402
 
-from eval.ink import LIGHT, SERIES  # noqa: E402
+from eval.report.svg import LIGHT, SERIES  # noqa: E402
 from eval.speed.head import alone  # noqa: E402
 
 

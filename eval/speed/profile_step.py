@@ -28,13 +28,13 @@ from torch.profiler import ProfilerActivity, profile, record_function  # noqa: E
 from eval.speed.step import heading, parser  # noqa: E402
 from eval.speed.step_cases import learning  # noqa: E402
 from eval.speed.step_world import World  # noqa: E402
-from llmkd import distiller, loop  # noqa: E402
-from llmkd.ahead import ahead  # noqa: E402
+from llmkd.batch import Batch  # noqa: E402
+from llmkd.data.batching import Budget  # noqa: E402
 from llmkd.data.collate import collate  # noqa: E402
-from llmkd.order import Budget  # noqa: E402
-from llmkd.signals import Batch  # noqa: E402
+from llmkd.data.prefetch import ahead  # noqa: E402
 from llmkd.teachers.live import Live  # noqa: E402
-from llmkd.training import start  # noqa: E402
+from llmkd.training import distiller, loop  # noqa: E402
+from llmkd.training.launch import start  # noqa: E402
 
 WAIT, COPY, TEACHER, STUDENT, HEADS = "waiting for batches", "copies to the device", "teacher's body", "student's body", "heads and loss"
 BACKWARD, OPTIMIZER, TERMS = "backward of the student's body", "gradient norm, clipping, optimizer", "sums of the terms, and reading them"

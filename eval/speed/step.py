@@ -37,7 +37,7 @@ import transformers  # noqa: E402
 
 from eval.speed.step_cases import Case, Round, cases  # noqa: E402
 from eval.speed.step_world import World  # noqa: E402
-from llmkd.training import start  # noqa: E402
+from llmkd.training.launch import start  # noqa: E402
 
 #: How far the means of CE and KL may be from the truth, relative to it.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-3}

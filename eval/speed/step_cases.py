@@ -11,21 +11,22 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from llmkd import optimizers
-from llmkd.ahead import ahead
+from llmkd.batch import Batch
+from llmkd.config.recipe import Optim
+from llmkd.data.batching import Budget
 from llmkd.data.collate import collate
-from llmkd.distiller import Distiller
-from llmkd.families import decoder_of
-from llmkd.fitting import gauge_of
-from llmkd.loop import Learner, train
+from llmkd.data.prefetch import ahead
 from llmkd.losses.divergences import named
 from llmkd.losses.fused import default_chunk
 from llmkd.losses.objective import Objective
-from llmkd.models import LanguageModel
-from llmkd.order import Budget
-from llmkd.recipe import Optim
-from llmkd.signals import Batch, Dense, Teacher
+from llmkd.models.families import decoder_of
+from llmkd.models.language_model import LanguageModel
+from llmkd.signals import Dense, Teacher
 from llmkd.teachers.live import Live
+from llmkd.training import optim as optimizers
+from llmkd.training.distiller import Distiller
+from llmkd.training.loop import Learner, train
+from llmkd.training.memory import gauge_of
 
 from .step_world import World
 

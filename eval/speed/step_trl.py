@@ -6,7 +6,7 @@ import tempfile
 import torch
 from torch import nn
 
-from llmkd.families import decoder_of
+from llmkd.models.families import decoder_of
 
 from .step_cases import Clock, Round
 from .step_examples import MICRO, counted, padded

@@ -9,12 +9,15 @@ import torch
 import transformers
 from torch import nn
 
-from llmkd import adapters, compiled, float8, selftest, sharing
+from llmkd.config.recipe import Lora
+from llmkd.data.batching import Plan
 from llmkd.data.collate import collate
-from llmkd.data.encode import Encoded
-from llmkd.models import LanguageModel
-from llmkd.order import Plan
-from llmkd.recipe import Lora
+from llmkd.data.examples import Encoded
+from llmkd.models import adapters, float8
+from llmkd.models import compile as compiled
+from llmkd.models import shared_weights as sharing
+from llmkd.models import startup_checks as selftest
+from llmkd.models.language_model import LanguageModel
 
 IGNORE, LONGEST = -100, 131_072
 RANK, ALPHA = 64, 128.0

@@ -4,10 +4,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..signals import Batch, Example, View
-from ..varlen import Packed
-from .beginnings import shared_beginnings
-from .encode import Encoded
+from ..batch import Batch, Example, Packed, View
+from .examples import Encoded
+from .shared_prefixes import shared_beginnings
 
 _NONE = np.zeros(0, np.int64)
 

@@ -16,17 +16,18 @@ import random
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from ..ahead import ahead
+from ..config.recipe import Data, Source
 from ..console import say
 from ..errors import UserError
-from ..order import Budget, Step, deal
-from ..recipe import Data, Source
-from . import skills
-from .encode import EVERYONE, Encoded, encode
-from .files import BadRow, Records, kind_of, raw, records, row_of
-from .formats import refuse_without_template
-from .rows import Problems, check_row
-from .sources import Rows, from_hub, hub_revision, local, no_rows
+from .batching import Budget, Step, deal
+from .encoding.encode import encode
+from .encoding.formats import refuse_without_template
+from .examples import EVERYONE, Encoded
+from .prefetch import ahead
+from .reading import skills
+from .reading.files import BadRow, Records, kind_of, raw, records, row_of
+from .reading.row_checks import Problems, check_row
+from .reading.sources import Rows, from_hub, hub_revision, local, no_rows
 
 
 class Stream:

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ..batch import Rows
 from ..console import say
 from ..errors import brief
 from ..head import Head
-from ..signals import Dense, Known, Rows, Signal
-from .closed import closed_form
+from ..signals import Dense, Known, Signal
+from .closed_form import closed_form
 from .objective import Objective
 
 _TILE_BYTES = {"cuda": 512 << 20, "cpu": 32 << 20}  # large products are fast ones

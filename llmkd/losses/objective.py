@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ..signals import Divergence
-from .closed import Closed, closed_form
+from .closed_form import Closed, closed_form
 from .divergences import forward_kl
 
 #: A tile [n, V] to write in, by name.

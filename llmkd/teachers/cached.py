@@ -2,10 +2,11 @@
 
 import torch
 
+from ..batch import Batch
 from ..errors import alone
-from ..signals import Batch, Signal
-from .kinds import kind_of
-from .store import Store
+from ..signals import Signal
+from .cache.records import kind_of
+from .cache.shards import Store
 
 
 class Cached:

@@ -2,8 +2,9 @@
 
 import torch
 
-from ..models import LanguageModel
-from ..signals import FIGURES, Batch, Dense
+from ..batch import Batch
+from ..models.language_model import LanguageModel
+from ..signals import FIGURES, Dense
 
 
 class Live:

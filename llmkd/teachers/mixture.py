@@ -6,10 +6,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..batch import Batch, Rows
+from ..config.teacher import Mixture as MixtureSettings
+from ..config.teacher import Teacher as TeacherSettings
 from ..data.collate import by_target, part_of
-from ..recipe_teacher import Mixture as MixtureSettings
-from ..recipe_teacher import Teacher as TeacherSettings
-from ..signals import FIGURES, Batch, Divergence, Rows, Signal, Teacher
+from ..signals import FIGURES, Divergence, Signal, Teacher
 
 
 def combined(teachers: Sequence[Teacher], settings: Sequence[TeacherSettings], mixture: MixtureSettings) -> Teacher:

@@ -6,8 +6,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..batch import Rows
 from ..losses.divergences import forward_kl
-from ..signals import Divergence, Rows
+from ..signals import Divergence
 
 #: Exponents s at which the rest's mass, log of the sum of p^s over it, is kept: temperatures 4, 2, 1 and 1/2.
 NODES = (0.25, 0.5, 1.0, 2.0)

@@ -1,0 +1,128 @@
+"""What an evaluation left, item by item: RUN/eval/<task>.json with <task>.jsonl, and RUN/held_out.jsonl as the task `held_out`."""
+
+import hashlib
+import json
+import math
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from llmkd.errors import UserError
+
+HELD_OUT = "held_out"
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One task of one run. An item's key is its document's hash and, where a document occurs several times, which of them it is."""
+
+    run: Path
+    record: dict  # <task>.json; empty for held_out
+    keys: list[tuple[str, int]]
+    values: dict[str, np.ndarray]  # [items] float64; with weights: sums over the item's targets
+    weights: np.ndarray | None  # [items], targets
+    groups: list[str] | None  # [items]: examples of one row of data are one draw
+    others: list[str]  # metrics that are not one number an item
+
+
+def parse_arms(words: list[str]) -> dict[str, list[Path]]:
+    """`RUN` or `NAME=RUN[,RUN...]` each; folders may hold `=` and `,` themselves, as a sweep's do: what exists decides."""
+    arms: dict[str, list[Path]] = {}
+    for word in words:
+        name, runs = _arm(word)
+        if name in arms:
+            raise UserError(f"{word}: a second arm called {name}; name them, as NAME=RUN")
+        if len({run.resolve() for run in runs}) < len(runs):
+            raise UserError(f"{word}: names a run twice; the seeds of an arm are different runs")
+        arms[name] = runs
+    return arms
+
+
+def _arm(word: str) -> tuple[str, list[Path]]:
+    if Path(word).is_dir():
+        return Path(word).resolve().name, [Path(word)]
+    cuts = [i for i, c in enumerate(word) if c == "="]
+    for cut in cuts:
+        runs, parts = [], word[cut + 1 :].split(",")
+        while parts:  # the longest name that exists
+            size = next((k for k in range(len(parts), 0, -1) if parts[0] and Path(",".join(parts[:k])).is_dir()), 0)
+            if not size:
+                break
+            runs.append(Path(",".join(parts[:size])))
+            parts = parts[size:]
+        if cut and runs and not parts:
+            return word[:cut], runs
+    raise UserError(f"{word}: no such folder; expected RUN or NAME=RUN[,RUN...], runs that were evaluated")
+
+
+def tasks_of(run: Path) -> list[str]:
+    """The tasks that a run's folder has results of; `held_out` last. A task whose record is missing was not finished."""
+    if not run.is_dir():
+        raise UserError(f"{run}: no such folder; name a run that was evaluated, or NAME=RUN[,RUN...]")
+    tasks = sorted(path.stem for path in (run / "eval").glob("*.jsonl") if path.with_suffix(".json").exists())
+    return tasks + [HELD_OUT] * (run / f"{HELD_OUT}.jsonl").exists()
+
+
+def read(run: Path, task: str) -> Measured:
+    """One task's items, in the order of their ids' text. Damaged files are refused with their line."""
+    path = run / f"{HELD_OUT}.jsonl" if task == HELD_OUT else run / "eval" / f"{task}.jsonl"
+    record = {} if task == HELD_OUT else _parse(_text(path.with_suffix(".json")), str(path.with_suffix(".json")))
+    part = "sums" if task == HELD_OUT else "metrics"
+    stated = record.get("items_sha256")
+    if stated and hashlib.sha256(path.read_bytes()).hexdigest() != stated:
+        raise UserError(f"{path}: is not what {task}.json was made of; evaluate {run} again")
+    items = []
+    for number, line in enumerate(_text(path).removesuffix("\n").split("\n"), 1):  # splitlines() would cut at what texts may hold
+        item = _parse(line, f"{path}:{number}")
+        if not isinstance(item.get("hash"), str) or not isinstance(item.get(part), dict):
+            raise UserError(f"{path}:{number}: not an item; expected hash and {part}; evaluate {run} again")
+        if task == HELD_OUT and not (_number(item.get("targets")) and 0 < item["targets"] < math.inf):
+            raise UserError(f"{path}:{number}: targets is {item.get('targets')!r}, expected a number above 0; evaluate {run} again")
+        for name, value in item[part].items():
+            if _number(value) and not math.isfinite(value):
+                raise UserError(f"{path}:{number}: {name} is {value}; nothing can be compared with that, leave {run} or {task} out")
+        items.append(item)
+    if not items or len(items) != record.get("n", len(items)):
+        raise UserError(f"{path}: holds {len(items)} items, its record says {record.get('n', 'nothing')}; evaluate {run} again")
+    items.sort(key=lambda item: str(item.get("id")))
+    seen: Counter = Counter()
+    keys = []
+    for item in items:
+        keys.append((item["hash"], seen[item["hash"]]))
+        seen[item["hash"]] += 1
+    names = list(dict.fromkeys(name for item in items for name in item[part]))
+    whole = [name for name in names if all(_number(item[part].get(name)) for item in items)]
+    values = {name: np.array([item[part][name] for item in items], float) for name in whole}
+    others = [name for name in names if name not in whole]
+    if task != HELD_OUT:
+        return Measured(run, record, keys, values, None, None, others)
+    groups = [str(item.get("place") or f"example {i}") for i, item in enumerate(items)]
+    return Measured(run, record, keys, values, np.array([item["targets"] for item in items], float), groups, others)
+
+
+def seed_of(run: Path) -> int | None:
+    """The seed that a run was trained with, by its recipe.yaml; None where there is none."""
+    from llmkd.config import loader as settings
+
+    path = run / "recipe.yaml"
+    return settings.read(path)[0].get("seed") if path.exists() else None
+
+
+def _text(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace")
+
+
+def _number(value) -> bool:
+    return isinstance(value, int | float)
+
+
+def _parse(text: str, place: str) -> dict:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise UserError(f"{place}: not a JSON object; the file is damaged, evaluate its run again")
+    return value

@@ -1,0 +1,243 @@
+"""Runs and models handed to lm-evaluation-harness: its own tasks, prompts, metrics, few-shot examples and batches.
+
+What is added round it: models loaded as they were trained, task data from a local folder, a record of each task, and that nothing is
+evaluated twice, cut short in silence or mixed up with other settings.
+"""
+
+import contextlib
+import gc
+import io
+import json
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmkd import __version__
+from llmkd.console import first_process, say
+from llmkd.errors import Stopped, UserError
+from llmkd.training.shutdown import StopRequest
+
+from . import record_files
+from .benchmarks import find_tasks, harness_version, index, need_harness, shots
+from .live_model import live_model_class
+from .samples import in_words, items_of, record_of
+from .targets import Target, find_targets
+
+CPU_BATCH = 8  # where "auto", which tries how much fits into a GPU's memory, cannot be tried
+
+
+@dataclass(frozen=True)
+class Options:
+    fewshot: int | None = None  # None: each task's own number
+    limit: int | None = None  # the first items only
+    batch_size: int | str = "auto"
+    seed: int | None = None  # None: the harness's own seeds
+    dtype: str | None = None  # None: as the model was trained, or is saved
+    force: bool = False  # evaluate again what has a record
+
+    @property
+    def seeds(self) -> dict[str, int]:
+        own = {"random": 0, "numpy": 1234, "torch": 1234, "fewshot": 1234}  # the harness's own
+        return own if self.seed is None else dict.fromkeys(own, self.seed)
+
+
+def evaluate(target: Path | str, tasks: list[str], *, tasks_dir=None, out=None, **options) -> dict[str, dict]:
+    """One model's records by task, new ones and those that were there already. `options` are those of `Options`."""
+    return evaluate_all([str(target)], tasks, tasks_dir=tasks_dir, out=out, **options)[str(target)]
+
+
+def evaluate_all(targets: list[str], tasks: list[str], *, tasks_dir=None, out=None, **options) -> dict[str, dict[str, dict]]:
+    """{model: {task: record}}. Everything that can be refused is, before a model is loaded; files are written by the first process.
+
+    A task that fails for one model does not keep the others from being done; then a UserError tells of it at the end. Raises Stopped
+    on a signal, with what was finished kept.
+    """
+    options = Options(**options)
+    need_harness()
+    with StopRequest("leaving the evaluation") as stop:
+        found_tasks = find_tasks(tasks, tasks_dir, options.fewshot)
+        found_targets = find_targets(list(dict.fromkeys(targets)), out, options.dtype)
+        records = {target.name: _known(target, found_tasks, options) for target in found_targets}
+        left = sum(record is None for of_model in records.values() for record in of_model.values())
+        if left:
+            from llmkd.training.launch import start
+
+            work = _Work(found_tasks, options, start(), stop, left)
+            for target in found_targets:
+                work.evaluate(target, records[target.name])
+            if work.problems:
+                raise UserError(*work.problems)
+    return records
+
+
+def _known(target: Target, tasks: dict, options: Options) -> dict[str, dict | None]:
+    """What is there of each task: its record, or None where it is to be evaluated. UserError where other settings are there."""
+    found, problems = {}, []
+    for name, task in tasks.items():
+        record = None if options.force else record_files.read_record(target.out, name)
+        if record is not None and not _whole(target.out, name):
+            say(f"note: {target.out / name}.jsonl is not whole; evaluating {name} again")
+            record = None
+        if record is not None:
+            differ = record_files.differences(record, _settings(target, task, options))
+            if not differ and not _same_items(target.out, name, task, options.limit):
+                differ = ["the task's items are others now"]
+            if differ:
+                problems.append(
+                    f"{target.name}: {name} was evaluated with other settings ({'; '.join(differ)}); give those, another --out, or --force to replace it"
+                )
+            else:
+                say(f"{target.name}: {name} is evaluated already ({target.out})")
+        found[name] = record
+    if problems:
+        raise UserError(*problems)
+    return found
+
+
+def _whole(folder: Path, task: str) -> bool:
+    try:
+        return bool(record_files.read_items(folder, task))
+    except (UserError, ValueError):
+        return False
+
+
+def _same_items(folder: Path, name: str, task, limit: int | None) -> bool:
+    """Whether the items are still those that were evaluated, by the harness's own hash of each."""
+    from lm_eval.utils import handle_non_serializable, hash_string
+
+    def own(doc) -> str:
+        return hash_string(json.dumps(doc, indent=2, default=handle_non_serializable, ensure_ascii=False))
+
+    return {(i, own(doc)) for i, doc in task.doc_iterator(limit=limit)} == {
+        (item["id"], item["hash"]) for item in record_files.read_items(folder, name)
+    }
+
+
+def _settings(target: Target, task, options: Options) -> dict:
+    """What of a record is known beforehand."""
+    return {
+        "task": task.task_name,
+        "version": task.VERSION,
+        "harness": harness_version(),
+        "llmkd": __version__,
+        "fewshot": shots(task, options.fewshot),
+        "limit": options.limit,
+        "seeds": options.seeds,
+        "model": target.identity,
+    }
+
+
+class _Work:
+    """The evaluations that are left, one model in memory at a time."""
+
+    def __init__(self, tasks: dict, options: Options, accelerator, stop: StopRequest, left: int):
+        self.tasks, self.options, self.accelerator, self.stop = tasks, options, accelerator, stop
+        self.left, self.done, self.problems = left, 0, []
+
+    def evaluate(self, target: Target, records: dict[str, dict | None]) -> None:
+        """Fill in the records that are missing."""
+        wanted = [name for name, record in records.items() if record is None]
+        if not wanted:
+            return
+        self.check_stop()
+        live = self.load(target)
+        for name in wanted:
+            self.check_stop()
+            try:
+                records[name] = self.run(live, target, name)
+                self.done += 1
+            except Stopped:
+                raise self.stopped() from None
+            except UserError as error:
+                self.problems += [f"{target.name}: {name}: {problem}" for problem in error.problems]
+        del live
+        gc.collect()
+        if self.accelerator.device.type == "cuda":
+            import torch
+
+            torch.cuda.empty_cache()
+
+    def load(self, target: Target):
+        """The model as it was trained, whatever its head's padding, for the harness."""
+        from llmkd.data.encoding.tokenizer import load_tokenizer, shared_vocab
+        from llmkd.model_files import rows_of
+        from llmkd.models import adapters
+        from llmkd.models import pretrained as loading
+
+        files, device = target.files, self.accelerator.device
+        own = files.adapter and (files.adapter / "tokenizer.json").exists()
+        tokenizer = load_tokenizer(str(files.adapter if own else files.base), target.name)
+        shared_vocab(tokenizer, {target.name: rows_of(files.config)})
+        dtype = self.options.dtype or target.settings.dtype
+        model = loading.base(files.base, target.name, dtype, "auto", device, target.settings.quantization)
+        if files.adapter:
+            model = adapters.load(model, files, target.name).to(device)
+        batch = self.options.batch_size
+        if str(batch).startswith("auto") and device.type == "cpu":
+            batch = CPU_BATCH
+        return live_model_class()(model.eval(), tokenizer, batch, self.accelerator, self.stop)
+
+    def run(self, live, target: Target, name: str) -> dict:
+        """One task for one model: evaluated, written, said; the record on all processes."""
+        import lm_eval
+
+        started, options = time.monotonic(), self.options
+        live.cut = set()
+        try:
+            with contextlib.redirect_stdout(io.StringIO()), _without_asides():  # its notes on batch sizes
+                found = lm_eval.simple_evaluate(
+                    live,
+                    tasks=[self.tasks[name]],
+                    num_fewshot=options.fewshot,
+                    limit=options.limit,
+                    task_manager=index(None, False),  # or it would make one of all its tasks
+                    **{f"{what}_random_seed" if what != "random" else "random_seed": seed for what, seed in options.seeds.items()},
+                )
+        except (AssertionError, ValueError, KeyError, IndexError) as error:
+            reason = (str(error).splitlines() or [""])[0][:200]
+            raise UserError(f"the harness cannot evaluate it ({type(error).__name__}: {reason})") from error
+        record, problem = None, None
+        if first_process():
+            try:
+                items = items_of(found["samples"][name], live.cut)
+                record = record_of(found, name, items, _settings(target, self.tasks[name], options), time.monotonic() - started)
+                record = record_files.write_task(target.out, record, items)
+                self.tell(record, items, live.max_length)
+            except UserError as error:
+                problem = str(error)
+        record, problem = self.shared([record, problem])
+        if problem:
+            raise UserError(problem)
+        return record
+
+    def shared(self, values: list) -> list:
+        """The first process's values, on all."""
+        if self.accelerator.num_processes > 1:
+            from accelerate.utils import broadcast_object_list
+
+            broadcast_object_list(values)
+        return values
+
+    def tell(self, record: dict, items: list[dict], context: int) -> None:
+        name, figures = record["task"], "  ".join(f"{metric} {in_words(value)}" for metric, value in record["metrics"].items())
+        say(f"[{self.done + 1}/{self.left}] {record['model']['path']}: {name}  {figures}  ({record['n']} items, {record['seconds']:.0f} s)")
+        if record["cut"]:
+            items_cut = sum(item["cut"] for item in items)
+            say(
+                f"warning: {name}: {record['cut']} requests, of {items_cut} of {len(items)} items, are longer than the model's context of "
+                f"{context} tokens; the harness cut off their beginning, so those items say little"
+            )
+
+    def check_stop(self) -> None:
+        if self.stop.anywhere(self.accelerator):
+            raise self.stopped()
+
+    def stopped(self) -> Stopped:
+        return Stopped(f"stopped by a signal with {self.done} of {self.left} evaluations done; the same command goes on")
+
+
+def _without_asides():
+    """simple_evaluate would ask git (whose complaint is printed) and pip list after every task, for what our record does not keep."""
+    from unittest.mock import patch
+
+    return patch.multiple("lm_eval.evaluator", create=True, get_git_commit_hash=lambda: None, add_env_info=lambda _: None)

@@ -1,0 +1,69 @@
+"""What an evaluation leaves, a pair of files a task: <task>.json says what was measured and how, <task>.jsonl each item of it."""
+
+import hashlib
+import json
+from pathlib import Path
+
+from llmkd.errors import UserError
+from llmkd.output.run_folder import write
+
+#: What makes two evaluations of a task the same one.
+SAME = ("version", "harness", "fewshot", "limit", "seeds", "model.fingerprint", "model.dtype", "model.quantization")
+
+
+def read_record(place: Path | str, task: str) -> dict | None:
+    """The record of a task; None if there is none."""
+    path = _path(place, task, "json")
+    if not path.exists():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); evaluate again with --force") from None
+
+
+def read_items(place: Path | str, task: str) -> list[dict]:
+    """The items of a task in the order of their ids. UserError unless they are just those that the record was made of."""
+    record, path = read_record(place, task), _path(place, task, "jsonl")
+    if record is None or not path.exists():
+        raise UserError(f"{path}: there is no evaluation of {task} here; llmkd eval makes one")
+    text = path.read_bytes()
+    if hashlib.sha256(text).hexdigest() != record.get("items_sha256"):
+        raise UserError(f"{path}: is not what {task}.json was made of; evaluate again with --force")
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def write_task(folder: Path, record: dict, items: list[dict]) -> dict:
+    """Write both files, the record last, so that a record's items are always there; the record with `items_sha256` filled in."""
+    text = "".join(json.dumps(item, ensure_ascii=False, allow_nan=False) + "\n" for item in items)
+    record = record | {"items_sha256": hashlib.sha256(text.encode()).hexdigest()}
+    folder.mkdir(parents=True, exist_ok=True)
+    write(folder / f"{_name(record['task'])}.jsonl", text)
+    write(folder / f"{_name(record['task'])}.json", json.dumps(record, indent=1, allow_nan=False) + "\n")
+    return record
+
+
+def differences(before: dict, now: dict) -> list[str]:
+    """In which of the settings that matter two records differ, in words."""
+    pairs = ((name, _at(before, name), _at(now, name)) for name in SAME)
+    return [f"{name} {_short(then)} there and {_short(here)} now" for name, then, here in pairs if then != here]
+
+
+def _at(record: dict, dotted: str):
+    for key in dotted.split("."):
+        record = record.get(key) if isinstance(record, dict) else None
+    return record
+
+
+def _short(value) -> str:
+    return f"{value[:12]}..." if isinstance(value, str) and len(value) > 40 else json.dumps(value)
+
+
+def _path(place: Path | str, task: str, ending: str) -> Path:
+    """In the folder itself, or in `eval` of a run's folder."""
+    name = f"{_name(task)}.{ending}"
+    return inside if (inside := Path(place) / "eval" / name).exists() else Path(place) / name
+
+
+def _name(task: str) -> str:
+    return task.replace("/", "_")

@@ -1,0 +1,87 @@
+"""What is to be evaluated: a run, an adapter, a merged model, a base or a hub id, found without loading it."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmkd.config.loader import read
+from llmkd.config.recipe import Teacher
+from llmkd.errors import UserError
+from llmkd.model_files import RECORD, ModelFiles, find, fingerprint, read_json
+
+
+@dataclass(frozen=True)
+class Target:
+    name: str  # as it was given
+    files: ModelFiles
+    settings: Teacher  # how it is loaded: type and quantisation as it was trained
+    identity: dict  # the `model` of its records
+    out: Path  # the folder for them
+
+
+def find_targets(names: list[str], out: str | Path | None = None, dtype: str | None = None) -> list[Target]:
+    """Each model's files and where its results go; UserError where a model, or a place to write to, is missing."""
+    targets = [_find(name, out and Path(out), len(names) > 1, dtype) for name in names]
+    places: dict[Path, Target] = {}
+    for target in targets:
+        other = places.setdefault(target.out.resolve(), target)
+        if other is not target:
+            raise UserError(
+                f"{target.name}: its results would go to {target.out}, as those of {other.name}; give them one by one, with --out"
+            )
+        nearest = next(p for p in (target.out, *target.out.absolute().parents) if p.exists())
+        if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+            raise UserError(f"{target.name}: {nearest} cannot be written to; say where the results shall go with --out")
+    return targets
+
+
+def _find(name: str, out: Path | None, several: bool, dtype: str | None) -> Target:
+    from llmkd.models.saved_student import as_trained, student_folder
+
+    folder, run = Path(name).expanduser(), None
+    if folder.is_dir():
+        is_model = any((folder / config).exists() for config in ("config.json", "adapter_config.json"))
+        if not is_model and ((folder / "recipe.yaml").exists() or (folder / "adapter").is_dir()):
+            run, folder = folder, student_folder(folder)
+        elif folder.name in ("adapter", "model") and (folder.parent / "recipe.yaml").exists():
+            run = folder.parent
+    files = find(str(folder) if folder.is_dir() else name, "eval")
+    settings = as_trained(files.adapter) if files.adapter else Teacher(model=str(files.base))
+    if files.adapter:
+        kind = "adapter"
+    elif run:
+        kind = "full"
+    else:
+        kind = "merged" if "merged" in folder.name or (files.base / RECORD).exists() else "base"
+    saved = files.config.get("dtype") or files.config.get("torch_dtype") or files.config.get("text_config", {}).get("dtype")
+    own = files.config.get("quantization_config", {}).get("quant_method")
+    marks = [fingerprint(folder, "eval") for folder in (files.base, files.adapter) if folder]
+    wanted = dtype or settings.dtype
+    identity = {
+        "path": name,
+        "kind": kind,
+        "base": _base(name, kind, folder, run),
+        "fingerprint": "+".join(marks),
+        "dtype": saved or wanted if wanted == "auto" else wanted,
+        "quantization": settings.quantization.type if settings.quantization else own,
+    }
+    return Target(name, files, settings, identity, _out(name, folder, run, out, several))
+
+
+def _base(name: str, kind: str, folder: Path, run: Path | None) -> str | None:
+    """The model that it was made from, as far as that is written down beside it; a base is its own."""
+    adapter = (folder if kind == "adapter" else folder.parent / "adapter") / "adapter_config.json"
+    if kind == "full" and (run / "recipe.yaml").exists():
+        return read(run / "recipe.yaml")[0].get("student", {}).get("model")
+    if kind != "base" and adapter.exists():
+        return read_json(adapter, "eval").get("base_model_name_or_path")
+    return name if kind == "base" else None
+
+
+def _out(name: str, folder: Path, run: Path | None, out: Path | None, several: bool) -> Path:
+    """RUN/eval for a run; --out for one model and --out/NAME for several; else runs/eval/NAME."""
+    parts = (run or folder).resolve().parts[-2:] if folder.is_dir() else name.split("/")
+    short = "--".join(part for part in parts if part != os.sep)
+    if out:
+        return out / short if several else out
+    return run / "eval" if run else Path("runs/eval") / short

@@ -1,0 +1,175 @@
+"""What a sweep's measurements say: rows of the comparison, and sentences that follow from them and from nothing else."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from llmkd.errors import UserError
+
+from ..comparison import stats
+from ..comparison.compare import HELD_OUT_METRICS, Row, compare
+from ..comparison.compare_text import blocks, digits, too_few
+from ..comparison.items import HELD_OUT, read, tasks_of
+from .document import Span, Text
+
+#: A row of an arm that could not be compared with the baseline has this for a verdict.
+ALONE = "not compared"
+NAMES = {
+    "ce": "Held-out CE",
+    "forward_kl": "Held-out KL(teacher || student)",
+    "agreement": "Held-out agreement with the teacher",
+    "reverse_kl": "Held-out KL(student || teacher)",
+}
+
+
+def measure(arms: dict[str, list[Path]], baseline: str, say: Callable[[str], None]) -> list[Row]:
+    """Rows of every task that any arm has, the baseline's first; an arm that cannot be compared stands there with its figures alone.
+
+    `arms`: finished runs only. One task that cannot be compared doesn't cost the others.
+    """
+    tasks = sorted({task for runs in arms.values() for run in runs for task in tasks_of(run)}, key=lambda t: (t != HELD_OUT, t))
+    rows = []
+    for task in tasks:
+        having = {arm: runs for arm, runs in arms.items() if runs and all(task in tasks_of(run) for run in runs)}
+        lacking = [arm for arm in arms if arm not in having]
+        if lacking:
+            say(f"{task}: not measured in every run of {', '.join(lacking)}")
+        try:
+            found = compare(having, baseline, [task], say=say) if baseline in having and len(having) > 1 else []
+        except UserError as error:
+            say(f"{task}: not compared; {error}")
+            found = []
+        known = {(row.metric, row.arm) for row in found}
+        having = {arm: runs for arm, runs in having.items() if _has_more(arm, runs[0], task, known)}
+        rows += found + [row for arm, runs in having.items() for row in _alone(arm, runs, task, say) if (row.metric, row.arm) not in known]
+    order = {arm: i for i, arm in enumerate([baseline, *arms])} | {baseline: -1}
+    metrics = list(dict.fromkeys([*HELD_OUT_METRICS, *(row.metric for row in rows)]))
+    return sorted(rows, key=lambda row: (tasks.index(row.task), metrics.index(row.metric), order[row.arm]))
+
+
+def _has_more(arm: str, run: Path, task: str, known: set[tuple[str, str]]) -> bool:
+    """Whether an arm measured what the comparison has no row of it for."""
+    try:
+        names = read(run, task).values
+    except UserError:
+        return True
+    return any((name, arm) not in known for name in names if task != HELD_OUT or name in ("ce", "forward_kl", "agreement"))
+
+
+def _alone(arm: str, runs: list[Path], task: str, say: Callable[[str], None]) -> list[Row]:
+    """An arm's own figures: those it has as the baseline of a comparison with itself."""
+    try:
+        rows = compare({arm: runs, "": runs}, arm, [task])
+    except UserError as error:
+        say(f"{task}: {arm} left out; {error}")
+        return []
+    return [replace(row, verdict=ALONE) for row in rows if row.arm == arm]
+
+
+def compared(rows: list[Row]) -> list[Row]:
+    return [row for row in rows if row.difference is not None]
+
+
+def label(task: str, metric: str) -> str:
+    return NAMES.get(metric, f"Held-out {metric}") if task == HELD_OUT else f"{task} {metric}"
+
+
+def statements(rows: list[Row], baseline: str) -> list[Text]:
+    """One sentence for each task and metric, then what holds for all of them."""
+    found = [_statement(block, baseline) for block in blocks(rows) if compared(block)]
+    every = compared(rows)
+    if every:
+        found.append(_over_seeds(every))
+        pairs = len({(row.task, row.metric) for row in every})
+        if pairs > 1:
+            found.append(
+                f"p is corrected (Holm) for the arms of one task and metric, not for looking at {pairs} tasks and metrics: where there is nothing to find, "
+                f"each of them still shows something with a chance of {stats.LEVEL:.0%}."
+            )
+    return found
+
+
+def _statement(block: list[Row], baseline: str) -> Text:
+    others, d = compared(block), digits(block)
+    shown = sorted((row for row in others if row.verdict != "no difference shown"), key=lambda row: -abs(row.difference))
+    quiet = [row for row in others if row not in shown]
+    parts: list[list[str | Span]] = []
+    groups: dict[str, list[Row]] = {}
+    for row in shown:
+        groups.setdefault({True: "better", False: "worse", None: row.verdict}[row.better], []).append(row)
+    for kind, members in sorted(groups.items()):
+        first, several = members[0], len(members) > 1
+        judged = Span(kind, kind) if kind in ("better", "worse") else kind
+        most = [", ", Span(first.arm), " the most"] if several else []
+        figures = f" (difference {first.difference:+.{d}f}{_between(first, d)}, Holm's p {_p(first.p_adjusted)})"
+        parts.append([*_listed(members, len(others)), " are " if several else " is ", judged, " than ", Span(baseline), *most, figures])
+    if quiet:
+        least = f" ({'smallest ' if len(quiet) > 1 else ''}Holm's p {_p(min(row.p_adjusted for row in quiet))})"
+        names = [f"any of the {len(quiet)} arms"] if len(others) == len(quiet) > 4 else _listed(quiet, len(others))
+        if 1 < len(quiet) <= 4:
+            names = ["any of ", *names]
+        if len(others) == 1:
+            parts.append(["no difference shown between ", *names, " and ", Span(baseline), least])
+        else:
+            parts.append(["no difference from the baseline ", Span(baseline), " shown for ", *names, least])
+    out: list[str | Span] = [label(block[0].task, block[0].metric), ": "]
+    out += [piece for i, part in enumerate(parts) for piece in ([*(["; "] if i else []), *part])] + ["."]
+    if none := too_few(others):
+        return (*out, f" {none}")
+    if least := [row.detectable for row in quiet if row.detectable is not None]:
+        out.append(f" A true difference of {max(least):.{d}f} would have been shown 4 times in 5.")
+    if same := [row for row in quiet if row.same]:
+        verb, what = "is" if len(same) == 1 else "are", "row" if block[0].task == HELD_OUT else "item"
+        out += [" ", *_listed(same, len(others)), f" {verb} the same as ", Span(baseline), f" on every {what}."]
+    return tuple(out)
+
+
+def not_over_seeds(row: Row) -> bool:
+    """Whether a difference that the items show is not shown over seeds, where there are enough to ask."""
+    return row.verdict != "no difference shown" and bool(row.seed_interval) and row.seed_interval[0] <= 0 <= row.seed_interval[1]
+
+
+def mark(row: Row) -> str:
+    """A word for what the comparison shows, with a dagger where the seeds don't show it; "" for no difference."""
+    if row.difference is None:
+        return row.verdict
+    word = {True: "better", False: "worse", None: "" if row.verdict == "no difference shown" else row.verdict}[row.better]
+    return word + "†" * not_over_seeds(row)
+
+
+def _over_seeds(rows: list[Row]) -> Text:
+    if not any(row.seed_interval for row in rows):
+        return (
+            "No arm and the baseline both have two seeds or more, so these statements are about these trained models: whether training again "
+            "would give the same is not known (seeds: [1, 2, 3] in the sweep would tell)."
+        )
+    fewest = min(row.seeds for row in rows if row.seed_interval)
+    shown = [row for row in rows if row.verdict != "no difference shown" and row.seed_interval]
+    lost = [row for row in shown if not_over_seeds(row)]
+    text = f"Of the {len(shown)} differences that the items show, {len(shown) - len(lost)} show over {fewest} seeds too (95 % interval of Student's t beyond 0)."
+    if not shown:
+        text = f"No difference is shown over items, so none is to be looked for over the {fewest} seeds."
+    return text + (" Two seeds can show next to nothing: t is 12.7." if fewest == 2 and lost else "")
+
+
+def _listed(rows: list[Row], of: int) -> list[str | Span]:
+    """Up to four names, or how many arms of `of`; with those of which the seeds don't say the same."""
+    if len(rows) > 4:
+        lost = sum(map(not_over_seeds, rows))
+        return [f"{len(rows)} of {of} arms" + (f" ({lost} of them not over seeds)" if lost else "")]
+    out: list[str | Span] = []
+    for i, row in enumerate(rows):
+        out += [
+            *([" and " if i == len(rows) - 1 else ", "] if i else []),
+            Span(row.arm),
+            *([" (not over seeds)"] if not_over_seeds(row) else []),
+        ]
+    return out
+
+
+def _between(row: Row, d: int) -> str:
+    return "" if row.interval is None else f", 95 % {row.interval[0]:+.{d}f} to {row.interval[1]:+.{d}f}"
+
+
+def _p(p: float) -> str:
+    return f"{p:.4f}" if p >= 0.00005 else f"{p:.0e}"

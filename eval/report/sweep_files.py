@@ -1,0 +1,157 @@
+"""What a sweep's folder holds, read for a report: arms with their runs, curves, figures, groups. Nothing is computed here."""
+
+import functools
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmkd.config import loader as settings
+from llmkd.errors import UserError
+
+
+@dataclass(frozen=True)
+class Run:
+    """One arm with one seed."""
+
+    name: str
+    arm: str
+    seed: int | None
+    folder: Path
+    changes: dict
+    status: str
+    reason: str | None
+    seconds: float
+    base: dict
+
+    @functools.cached_property
+    def recipe(self) -> dict:
+        """By dotted path: the resolved recipe, or where the run has none yet the sweep's base with the arm's changes."""
+        path = self.folder / "recipe.yaml"
+        return leaves(settings.read(path)[0]) if path.exists() else changed(self.base, self.changes)
+
+    @functools.cached_property
+    def summary(self) -> dict:
+        return read_json(self.folder / "summary.json")
+
+    @functools.cached_property
+    def records(self) -> list[dict]:
+        """metrics.jsonl; a last line cut short by a kill is left out."""
+        return read_lines(self.folder / "metrics.jsonl")
+
+    @property
+    def teachers(self) -> tuple[str, ...]:
+        """Whom it learned from: each teacher's model, or the store of its answers where that is all that is named."""
+        if not self.recipe.get("loss.kd_ratio"):
+            return ()
+        several = self.recipe.get("teacher")
+        each = [leaves({"teacher": one}) for one in several] if isinstance(several, list) else [self.recipe]
+        return tuple(str(who) for one in each if (who := one.get("teacher.model") or one.get("teacher.cache.path")))
+
+    @property
+    def distils(self) -> bool:
+        return bool(self.teachers)
+
+    def curve(self, name: str) -> list[tuple[float, float]]:
+        """(step, value) of a training term."""
+        return _points((r["step"], r.get(name)) for r in self.records if "loss" in r)
+
+    def held_out(self, name: str) -> list[tuple[float, float]]:
+        """(step, value) of a figure of the held-out rows."""
+        return _points((r["step"], r["validation"].get(name)) for r in self.records if "validation" in r)
+
+
+@dataclass(frozen=True)
+class Arm:
+    """Runs that differ in their seed: what is compared."""
+
+    name: str
+    number: int
+    runs: list[Run]
+
+    @property
+    def done(self) -> list[Run]:
+        return [run for run in self.runs if run.status == "done"]
+
+    @property
+    def changes(self) -> dict:
+        """Differences to the base recipe by dotted path, down to single settings."""
+        return leaves(self.runs[0].changes)
+
+
+@dataclass(frozen=True)
+class SweepFolder:
+    path: Path
+    data: dict
+    base: dict
+    arms: dict[str, Arm]
+    baseline: str
+
+    @property
+    def runs(self) -> list[Run]:
+        return [run for arm in self.arms.values() for run in arm.runs]
+
+
+def read_sweep(folder: Path) -> SweepFolder:
+    path = folder / "sweep.json"
+    if not path.exists():
+        raise UserError(f"{folder}: holds no sweep.json; name the output_dir of a sweep, which llmkd sweep writes")
+    try:
+        data = json.loads(path.read_text(encoding="utf-8"))
+        base = leaves(data.get("base") or {})
+        arms: dict[str, list[Run]] = {}
+        for name, arm in data["arms"].items():
+            known = (
+                arm["arm"],
+                arm["seed"],
+                folder / arm["folder"],
+                arm["changes"],
+                arm["status"],
+                arm.get("reason"),
+                arm.get("seconds") or 0.0,
+            )
+            arms.setdefault(arm["arm"], []).append(Run(name, *known, base))
+        named = {name: Arm(name, number, runs) for number, (name, runs) in enumerate(arms.items())}
+        baseline = data.get("baseline") or next(iter(named))
+    except (ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
+        raise UserError(f"{path}: is not a sweep's state ({type(error).__name__}: {error}); run the sweep again with --resume") from None
+    return SweepFolder(folder, data, base, named, baseline)
+
+
+def leaves(tree: dict, prefix: str = "") -> dict:
+    """A nested recipe by dotted path. An empty section stays a value."""
+    out = {}
+    for key, value in tree.items():
+        out |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key: value}
+    return out
+
+
+def changed(base: dict, changes: dict) -> dict:
+    """The base with some settings changed; a section that is given whole, or set to null, replaces what was below it."""
+    out = dict(base)
+    for path in changes:
+        out = {key: value for key, value in out.items() if not key.startswith(f"{path}.")}
+    return out | leaves(changes)
+
+
+def read_json(path: Path) -> dict:
+    """{} for what is missing or damaged: a report says what it has."""
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def read_lines(path: Path) -> list[dict]:
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records
+
+
+def _points(pairs) -> list[tuple[float, float]]:
+    return [(float(step), float(value)) for step, value in pairs if isinstance(value, int | float) and math.isfinite(value)]

@@ -1,0 +1,197 @@
+"""The report of a sweep: what was run and what its measurements say, as one HTML file and as Markdown, from the files of its folder."""
+
+from pathlib import Path
+
+from llmkd import __version__
+from llmkd.output.run_folder import write as write_file
+
+from ..comparison.compare import Row
+from ..comparison.compare_text import EXPLANATION, blocks, cells, digits, reach, title
+from ..comparison.items import HELD_OUT
+from . import figures, sections
+from .document import Heading, Items, Para, Span, Table, Text, as_html, as_markdown
+from .findings import ALONE, compared, label, mark, measure, statements
+from .sweep_files import SweepFolder, read_json, read_sweep
+
+MARKS = "Better and worse: what Holm's p shows to differ over items."
+DAGGER = " †: the interval over seeds holds 0."
+
+
+def write(folder: Path) -> tuple[Path, Path]:
+    """Write report.html and report.md into a sweep's folder, whatever state it is in. Raises UserError where there is no sweep."""
+    sweep = read_sweep(Path(folder))
+    notes: list[str] = []
+    finished = {arm.name: [run.folder for run in arm.done if run.folder.is_dir()] for arm in sweep.arms.values()}
+    rows = measure({name: runs for name, runs in finished.items() if runs}, sweep.baseline, notes.append)
+    blocks_ = document(sweep, rows, list(dict.fromkeys(notes)))
+    heading = f"Sweep {sweep.path.resolve().name}"
+    foot = f"Written by llmkd {__version__} from the files of this folder; llmkd report writes it again."
+    page, text = sweep.path / "report.html", sweep.path / "report.md"
+    write_file(page, as_html(heading, blocks_, foot))
+    write_file(text, as_markdown(heading, blocks_, foot, page.name))
+    return page, text
+
+
+def document(sweep: SweepFolder, rows: list[Row], notes: list[str]) -> list:
+    held, tasks = ([row for row in rows if (row.task == HELD_OUT) == here] for here in (True, False))
+    out = summary(sweep, rows, notes)
+    out += sections.what_was_run(sweep)
+    out += sections.teacher_gate(sweep)
+    out += learning(sweep)
+    out += [Heading("Held-out rows", "held-out"), *results(sweep, held, "held")]
+    out += [Heading("Benchmarks", "benchmarks"), *results(sweep, tasks, "task")]
+    out += settings_map(sweep, rows)
+    out += sections.published_beside(sweep, rows, harness(sweep, tasks))
+    out += sections.cost(sweep)
+    if compared(rows):
+        out += [Heading("How to read the comparisons", "reading"), Para(" ".join(EXPLANATION), "small")]
+    if notes:
+        out += [Heading("What was left out of the comparisons", "notes"), Items([note.replace(f"{sweep.path}/", "") for note in notes])]
+    return out
+
+
+def summary(sweep: SweepFolder, rows: list[Row], notes: list[str]) -> list:
+    """What the statistics support, made from the rows alone; then what is missing."""
+    items = statements(rows, sweep.baseline)
+    if not items:
+        items.append(why_nothing(sweep, rows, notes))
+    open_ = [run for run in sweep.runs if run.status != "done"]
+    for status, words in (("failed", "failed and count nowhere"), ("waiting", "not trained yet")):
+        names = [run.name for run in open_ if run.status == status]
+        if names:
+            listed = [part for name in names[:6] for part in (", ", Span(name))][1:]
+            items.append(
+                (f"{len(names)} of {len(sweep.runs)} runs {words}: ", *listed, f" and {len(names) - 6} more." if names[6:] else ".")
+            )
+    return [Heading("Summary", "summary"), Items(items, "summary")]
+
+
+def why_nothing(sweep: SweepFolder, rows: list[Row], notes: list[str]) -> Text:
+    done = [arm for arm in sweep.arms.values() if arm.done]
+    if not done:
+        return "No arm is finished, so there is nothing to compare."
+    if len(sweep.arms) == 1:
+        return "The sweep has one arm, so there is nothing to compare it with; its figures are below."
+    if sweep.baseline not in [arm.name for arm in done]:
+        return (
+            "No statement about differences: the baseline ",
+            Span(sweep.baseline),
+            " has no finished run. The arms' own figures are below.",
+        )
+    if len(done) == 1:
+        return ("No statement about differences: of the arms only the baseline ", Span(sweep.baseline), " is finished.")
+    if not rows and not notes:
+        return "No statement about differences: the finished arms have neither held-out rows (data.validation or data.validation_share) nor benchmarks."
+    return "No statement about differences: no other arm could be compared with the baseline; the end of this report says why."
+
+
+def learning(sweep: SweepFolder) -> list:
+    out: list = [Heading("Learning curves", "curves")]
+    training, held = figures.training_curves(sweep), figures.held_out_curves(sweep)
+    if training:
+        out += [
+            training,
+            Para(
+                "Lines: an exponential mean over about a twentieth of the logged steps, ten at most. Light behind them: the steps themselves.",
+                "small",
+            ),
+        ]
+    else:
+        out.append(Para("No run has logged two steps yet."))
+    if held:
+        out += [held]
+    else:
+        out.append(
+            Para(
+                "No held-out figures over steps: the recipes hold no rows out (data.validation or data.validation_share), or measured once."
+            )
+        )
+    return out
+
+
+def results(sweep: SweepFolder, rows: list[Row], prefix: str) -> list:
+    """An overview of all arms, then each metric with its statistics."""
+    if not rows:
+        if prefix == "held":
+            return [Para("No finished arm has held-out rows: data.validation or data.validation_share was not set.")]
+        return [
+            Para("No finished arm has been measured on a benchmark: eval.tasks of the sweep names none, or it has not come to that yet.")
+        ]
+    columns = list(dict.fromkeys((row.task, row.metric) for row in rows))
+    found = {(row.task, row.metric, row.arm): row for row in rows}
+    body: list[list[Text]] = []
+    for arm in dict.fromkeys(row.arm for row in rows):
+        body.append([Span(arm), *(overview(found.get((*column, arm))) for column in columns)])
+    base = found.get((*columns[0], sweep.baseline))
+    caption = f"Baseline: {sweep.baseline}. " if base and compared(rows) else ""
+    out: list = [
+        Table(
+            ["arm", *(label(*column) for column in columns)],
+            body,
+            caption=caption + MARKS + DAGGER * any(row.seed_interval for row in rows),
+        )
+    ]
+    for i, block in enumerate(blocks(rows)):
+        out.append(Heading(title(block).replace(f"{block[0].task} {block[0].metric}", label(block[0].task, block[0].metric), 1)))
+        chart = figures.intervals(block, f"{prefix}-{i}")
+        out += [chart] if chart else []
+        out.append(statistics(block))
+        out += [Para(text, "small") for text in reach(block)]
+    return out
+
+
+def statistics(block: list[Row]) -> Table:
+    """The table of `llmkd compare`, and the interval over seeds where there is one as a column of it."""
+    head, *lines = cells(block)
+    if not compared(block):
+        return Table(head[:2], [[Span(line[0]), line[1]] for line in lines])
+    table: list[list[Text]] = [[Span(line[0]), *line[1:-1], judged(row, line[-1])] for row, line in zip(block, lines, strict=True)]
+    if any(row.seed_interval for row in block):
+        place, d = head.index("p"), digits(block)
+        head.insert(place, "95 % over seeds")
+        for row, line in zip(block, table, strict=True):
+            low, high = row.seed_interval or (None, None)
+            line.insert(place, "" if low is None else f"{low:+.{d}f} to {high:+.{d}f}" + ("" if row.seeds_matched else " (Welch)"))
+    return Table(head, table, words=1)
+
+
+def judged(row: Row, words: str) -> Text:
+    return Span(words, {True: "better", False: "worse", None: "quiet"}[row.better])
+
+
+def overview(row: Row | None) -> Text:
+    if row is None:
+        return Span("not measured", "quiet")
+    value = f"{row.value:.4f}"
+    kind = {True: "better", False: "worse", None: ""}[row.better]
+    return (value, " ", Span(mark(row), kind)) if kind else (value, Span(f" {ALONE}", "quiet")) if row.verdict == ALONE else value
+
+
+def settings_map(sweep: SweepFolder, rows: list[Row]) -> list:
+    out: list = [Heading("By setting", "settings")]
+    drawn, chosen, arms = figures.maps(sweep, rows)
+    if not chosen:
+        return [*out, Para("No map: the arms don't differ in just one or two settings.")]
+    names: list[str | Span] = [part for key in chosen for part in (" and ", Span(key))][1:]
+    if not drawn:
+        why = "there is no figure to draw yet" if len(chosen) == 2 or not rows else "its values are no numbers, and the tables above say it"
+        return [*out, Para(("The arms differ in ", *names, f"; {why}."))]
+    others = [name for name in sweep.arms if name not in {arm.name for arm in arms}]
+    told: list[str | Span] = ["Means over seeds. "]
+    if len(chosen) == 2:
+        told = ["The stronger the colour the better, between this map's own extremes, which may lie within chance: the words in the cells are the ",
+                "comparison's with the baseline, and a cell without one shows no difference (†: none over seeds). The best value is framed. ", *told]  # fmt: skip
+    if others:
+        told += ["Not in it, since they differ in more: ", *[part for name in others for part in (", ", Span(name))][1:], "."]
+    return [*out, Para(("Arms that differ in ", *names, " alone. ", *told)), figures.Gallery(drawn)]
+
+
+def harness(sweep: SweepFolder, rows: list[Row]) -> str:
+    """Versions of harness and tasks that the finished runs were measured with."""
+    found = set()
+    for run in sweep.runs:
+        for task in dict.fromkeys(row.task for row in rows):
+            record = read_json(run.folder / "eval" / f"{task}.json")
+            if record:
+                found.add(f"lm-evaluation-harness {record.get('harness')}, {task} version {record.get('version')}")
+    return "; ".join(sorted(found))

@@ -1,0 +1,131 @@
+"""A finished run's student as one plain transformers model, which needs neither PEFT nor llmkd."""
+
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+
+from ..console import say
+from ..data.encoding.tokenizer import load_tokenizer, save_tokenizer, shared_vocab
+from ..errors import UserError
+from ..model_files import RECORD, ModelFiles, find, rows_of
+from ..training.prepare import prepare
+
+SAMPLE = 64  # examples on which the merged model is compared with the trained one
+
+
+def export(run: Path, to: Path | None = None, checkpoint: str | None = None) -> Path:
+    """Write `RUN/merged` (or `to`). `run` may be a run's folder, or an adapter's; `checkpoint` is a step's number, or best."""
+    from ..models.merge import merge, read_back, restored
+    from ..models.saved_student import student_folder
+    from ..output.model_card import merged as merged_card
+
+    if not run.is_dir():
+        raise UserError(f"{run}: no such folder; name a run's output_dir or an adapter")
+    run = run.resolve()
+    student = run if (run / "adapter_config.json").exists() else student_folder(run)
+    saved = checkpoint_folder(run, checkpoint) if checkpoint else None
+    is_adapter = (student / "adapter_config.json").exists()
+    if not is_adapter and not saved:
+        raise UserError(f"{run}: was trained in full, so {student} is already a plain model; nothing to merge")
+    if to is None:
+        name = f"merged-{checkpoint}" if checkpoint else "merged"
+        to = run.with_name(f"{run.name}-{name}") if student == run else run / name
+    if to.exists():
+        raise UserError(f"--to: {to} exists; choose another folder, or remove it")
+    files = find(str(student), "export")
+    tokenizer = load_tokenizer(str(student if (student / "tokenizer.json").exists() else files.base), "export")
+    vocab = shared_vocab(tokenizer, {"export": rows_of(files.config)})
+    model = merge(files, vocab, saved) if is_adapter else restored(student, saved)
+    record = drift(model, files, tokenizer, vocab, run, saved) if is_adapter else None
+    part = to.with_name(f"{to.name}.tmp-{os.getpid()}")
+    try:
+        model.save_pretrained(part)
+        read_back(model, part)
+        save_tokenizer(tokenizer, part)
+        if is_adapter and (student / "README.md").exists():
+            card = (student / "README.md").read_text(encoding="utf-8")
+            if "llmkd" in card:  # another's card is not ours to rewrite
+                (part / "README.md").write_text(merged_card(card, to, record), encoding="utf-8")
+        if record:
+            (part / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+        part.rename(to)
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+    return to
+
+
+def drift(merged, files: ModelFiles, tokenizer, vocab: int, run: Path, saved: Path | None) -> dict | None:
+    """For an adapter trained on a quantised base: how far the merged model is from it.
+
+    {"trained_on": the quantisation, "merged_into": the unquantised base, or the dequantised one where the folder holds no other,
+    "drift": ce and trained_ce, forward_kl (trained || merged), agreement}; None for adapters on others.
+    """
+    from ..models.saved_student import as_trained
+
+    settings = as_trained(files.adapter, files.base)
+    trained_on = dataclasses.asdict(settings.quantization) if settings.quantization else files.config.get("quantization_config")
+    if not trained_on:
+        return None
+    from ..models.language_model import LanguageModel
+    from ..models.load import load_teacher
+    from ..models.merge import put
+    from ..teachers.live import Live
+    from ..training.launch import start
+    from ..training.validate import validate
+
+    sample, where = _sample(run, vocab)
+    accelerator = start()
+    trained = load_teacher(settings, vocab, accelerator.device)
+    if saved:
+        put(trained.model, saved)
+    plain = LanguageModel(merged.to(accelerator.device), vocab).eval()
+    found = validate([plain], Live(trained), sample, tokenizer.eos_token_id, 4, accelerator)[0].figures()
+    figures = {"ce": found["ce"], "trained_ce": found["teacher_ce"], "forward_kl": found["forward_kl"], "agreement": found["agreement"]}
+    into = "unquantised" if settings.quantization else "dequantised"
+    say(
+        f"merged into the {into} base; on {where}, against the model as it was trained: KL {figures['forward_kl']:.4f} nats, "
+        f"agreement {figures['agreement']:.3f}, CE {figures['ce']:.4f} (trained: {figures['trained_ce']:.4f})"
+    )
+    merged.to("cpu")
+    return {"trained_on": trained_on, "merged_into": into, "measured_on": where, "drift": figures}
+
+
+def _sample(run: Path, vocab: int):
+    """Examples of the run's own data, held-out ones where there are any; random tokens where the data is not to be had."""
+    from ..config.loader import load_recipe
+    from ..data.examples import Encoded
+
+    try:
+        recipe = load_recipe(run / "recipe.yaml")
+        prepared = prepare(dataclasses.replace(recipe, teacher=None, loss=dataclasses.replace(recipe.loss, kd_ratio=0.0)))
+        encoded = prepared.validation or prepared.train
+        first = np.arange(len(encoded)) < SAMPLE
+        return encoded.subset(first), f"{first.sum()} {'held-out' if prepared.validation else 'training'} examples"
+    except UserError as error:
+        say(f"note: the run's data cannot be read ({error.problems[0]}); comparing on random tokens")
+    ids = np.random.default_rng(0).integers(0, vocab, (8, 64), np.int32)
+    marks = np.ones_like(ids, bool)
+    marks[:, 0] = False
+    return Encoded(ids.ravel(), marks.ravel(), np.arange(0, 513, 64), np.arange(8)), "8 rows of random tokens"
+
+
+def checkpoint_folder(run: Path, which: str) -> Path:
+    """The folder of a checkpoint by its step, or of the best by the recipe's checkpoint.best_by; whole, or refused."""
+    from ..training.checkpoint import damaged
+
+    if which == "best":
+        best = json.loads((run / "summary.json").read_text()).get("best") if (run / "summary.json").exists() else None
+        if not best:
+            raise UserError(f"--checkpoint: {run} kept no best checkpoint; it needs checkpoint.best_by in its recipe")
+        which = str(best["step"])
+    folder = run / "checkpoints" / f"step-{which}"
+    there = ", ".join(sorted((p.name.removeprefix("step-") for p in folder.parent.glob("step-*")), key=lambda n: (len(n), n))) or "none"
+    if not folder.is_dir():
+        raise UserError(f"--checkpoint: {run} has no checkpoint {which}; it has {there}")
+    if damage := damaged(folder):
+        raise UserError(f"--checkpoint: {folder} is damaged ({damage}); the run has {there}")
+    return folder

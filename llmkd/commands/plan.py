@@ -1,0 +1,107 @@
+"""What a run will cost, said before it starts: estimates from the models' shapes, the data and a measured matrix product."""
+
+import json
+import time
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..config.recipe import Lora, Recipe, distils
+from ..config.teacher import named
+from ..console import duration
+from ..data.stream import Stream
+from ..model_files import find
+from ..models.size import Shape, shape_of, trained_by, weight_bytes
+from ..training.prepare import prepare, student_files
+
+EFFICIENCY = 0.4  # of the rate of a large matrix product that training reaches
+
+
+@dataclass(frozen=True)
+class Cost:
+    seconds: float
+    bytes: float
+
+    def __str__(self) -> str:
+        return f"about {duration(self.seconds)} and {self.bytes / 1e9:.1f} GB"
+
+
+def estimate(recipes: list[Recipe], sizes: dict) -> Cost | None:
+    """Of training the recipes' students side by side. `sizes` remembers data that was counted. None for a stream, or new weights."""
+    recipe = recipes[0]
+    files, train = student_files(recipe), recipe.train
+    key = json.dumps([repr(recipe.data), recipe.student.tokenizer])
+    if key not in sizes:
+        encoded, sizes[key] = prepare(recipe).train, None
+        if not isinstance(encoded, Stream):
+            sizes[key] = encoded.lengths, int(encoded.supervised.sum()), len((encoded.for_teacher or encoded).ids)
+    if sizes[key] is None or files is None:
+        return None
+    lengths, supervised, read = sizes[key]
+    passes = train.epochs or train.max_steps * train.batch_size / len(lengths)
+    tokens, targets = passes * int(lengths.sum()), passes * supervised
+
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    taught = next((r for r in recipes if distils(r)), None)
+    student, present = shape_of(files), []
+    bytes_ = student.all * weight_bytes(files, recipe.student.dtype, recipe.student.quantization)
+    for setting, one in named(taught.teacher) if taught else ():
+        if one.cache is None:
+            theirs = find(one.model, f"{setting}.model", one.revision, one.base)
+            present.append(shape_of(theirs))
+            shared = one.share_base and not one.honed and recipe.student.method == "lora" and theirs.base.resolve() == files.base.resolve()
+            bytes_ += 0 if shared else present[-1].all * weight_bytes(theirs, one.dtype, one.quantization)
+    full, checkpointing = recipe.student.method == "full", recipe.student.gradient_checkpointing
+    trained = sum(student.all if full else trained_by(files, r.student.lora or Lora()) for r in recipes)
+    longest = largest_micro_batch(lengths, train.micro_batch_size, train.micro_batch_tokens)
+    operations = step_operations(student, present, len(recipes), tokens, targets, full, checkpointing, passes * read)
+    return Cost(operations / (EFFICIENCY * rate(device)), bytes_ + memory(student, trained, longest, checkpointing))
+
+
+def largest_micro_batch(lengths: np.ndarray, size: int | None, tokens: int | str | None) -> int:
+    """Its tokens. `auto` needs no more than the longest example, and takes what there is."""
+    if tokens:
+        return max(int(lengths.max()), min(tokens, int(lengths.sum())) if isinstance(tokens, int) else 0)
+    return int(np.sort(lengths)[-size:].sum())
+
+
+def step_operations(
+    student: Shape, teachers: list[Shape], students: int, tokens: float, targets: float, full: bool, checkpointing: float, read: float
+) -> float:
+    """Multiplications and additions for `tokens` (without padding) with `targets` among them; a teacher reads `read` tokens.
+
+    2 per weight and token in a forward pass, as many again for the gradient of the activations, and for that of the weights where
+    all of them train; the head on targets alone; a teacher's body once for all students, its head once for each. What a store
+    answers costs next to nothing.
+    """
+    passes = 4 + (2 if full else 0) + 2 * checkpointing
+    own = passes * student.body * tokens + (6 if full else 4) * student.vocab * student.hidden * targets
+    asked = sum(students * 2 * teacher.vocab * teacher.hidden * targets + 2 * teacher.body * read for teacher in teachers)
+    return students * own + asked
+
+
+def memory(student: Shape, trained: int, tokens: int, checkpointing: float) -> float:
+    """Bytes beside the weights: 16 for each of the `trained` parameters (weight, gradient, two moments), the activations of one
+    micro-batch of `tokens`, and half a gigabyte for the rest. recipes/README.md has finer formulas."""
+    kept = (60 - 58 * checkpointing) * student.layers + 60 * (checkpointing > 0)
+    return 16.0 * trained + tokens * student.hidden * kept + 0.5e9
+
+
+def rate(device: str) -> float:
+    """Operations a second in a matrix product on this machine (bfloat16 on a GPU), measured for a fraction of a second."""
+    import torch
+
+    kind = torch.bfloat16 if device == "cuda" else torch.float32
+    n = 4096 if device == "cuda" else 512
+    a = torch.ones(n, n, device=device, dtype=kind)
+    best, until = 0.0, time.monotonic() + 0.3
+    while time.monotonic() < until:
+        start = time.monotonic()
+        b = a @ a
+        if device == "cuda":
+            torch.cuda.synchronize()
+        best = max(best, 2 * n**3 / (time.monotonic() - start))
+        del b
+    return best

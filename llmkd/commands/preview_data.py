@@ -1,0 +1,146 @@
+"""`llmkd data`: what a recipe's rows become, in figures and as text with the supervised tokens marked, without a model."""
+
+import contextlib
+import os
+import random
+import sys
+from pathlib import Path
+from typing import TextIO
+
+import numpy as np
+
+from ..config.recipe import Recipe, Student, distils, sources
+from ..config.teacher import named as named_teachers
+from ..console import say
+from ..data.dataset import hold_out, note, read_data, refuse_no_draws, refuse_too_long
+from ..data.encoding.token_cache import encoded
+from ..data.encoding.tokenizer import student_base, student_tokenizer
+from ..data.examples import Encoded, merge
+from ..data.reading.sources import Rows, named
+from ..data.stream import Stream
+from ..errors import UserError
+from ..model_files import read_json
+
+_MARKS = ("", "", "⟦", "⟧")  # around what is not supervised, and what is
+_COLOURS = ("\x1b[2m", "\x1b[0m", "\x1b[1;32m", "\x1b[0m")
+
+
+def show(recipe: Recipe, count: int = 3, example: int | None = None, out: TextIO | None = None) -> None:
+    """Print the figures of every source, then `count` examples drawn by the recipe's seed, or one by its number."""
+    out = out or sys.stdout
+    if hasattr(out, "reconfigure"):
+        out.reconfigure(errors="backslashreplace")  # a terminal that lacks a character still shows something
+    rows, tokenizer = read_data(recipe.data), student_tokenizer(recipe.student)
+    refuse_too_long(recipe.data, _configs(recipe))
+    train, places = _figures(recipe, "data.train", rows, tokenizer, out)
+    if not recipe.data.streaming:
+        refuse_no_draws(hold_out(train, recipe.data.validation_share)[0], recipe.data)
+    if recipe.data.validation_share:
+        print(f"data.validation_share: {recipe.data.validation_share:g} of these rows, drawn by seed, are held out", file=out)
+    if rows["data.validation"]:
+        _figures(recipe, "data.validation", rows, tokenizer, out)
+    for i in _chosen(train, count, example, recipe.seed):
+        ids, marks = train.example(i)
+        head = f"example {i} of {len(train)}  {places[int(train.row[i])]}  {len(ids)} tokens, {int(marks.sum())} of them supervised"
+        print(f"\n{head}\n{marked(ids, marks, tokenizer, coloured(out))}", file=out)
+        theirs = train.for_teacher.example(i) if train.for_teacher is not None else (ids, marks)
+        if len(theirs[0]) != len(ids) or (theirs[0] != ids).any():
+            print(f"what the teacher reads  {len(theirs[0])} tokens\n{marked(*theirs, tokenizer, coloured(out))}", file=out)
+
+
+def _configs(recipe: Recipe) -> dict[str, dict]:
+    """The models' configurations, as far as they are here: a teacher may be yet to come."""
+    configs = {"student.model": recipe.student.architecture or _config(student_base(recipe.student))}
+    for setting, one in named_teachers(recipe.teacher) if distils(recipe) else ():
+        with contextlib.suppress(UserError):
+            if one.model:
+                configs[f"{setting}.model"] = _config(student_base(Student(model=one.model, base=one.base, revision=one.revision)))
+    return configs
+
+
+def _config(folder: Path) -> dict:
+    return read_json(folder / "config.json", "student.model") if (folder / "config.json").exists() else {}
+
+
+def _figures(recipe: Recipe, setting: str, rows: dict[str, list[Rows]], tokenizer, out: TextIO) -> tuple[Encoded, list[str]]:
+    """Print the figures of a setting's sources; its examples, and the place of every row."""
+    data, train = recipe.data, recipe.train
+    if setting == "data.train" and data.streaming:
+        (source,) = sources(data.train)
+        stream = Stream(source, data, tokenizer, recipe.seed, train.batch_size, train.batch_size, train.max_steps)
+        print("the first step of a stream:", file=out)
+        parts, names, places = [stream.window], [f"{setting} {source.path}"], stream.places
+    else:
+        read, of_setting = rows[setting], named(data.train if setting == "data.train" else data.validation, setting)
+        parts = [encoded(r, source, data, tokenizer, name, say) for (name, source), r in zip(of_setting, read, strict=True)]
+        names, places = [f"{name} {source.path}" for name, source in of_setting], [place for r in read for place in r.places]
+    print(table(parts, names), file=out)
+    for part, name in zip(parts, names, strict=True):
+        note(part, name)
+    return merge(parts), places
+
+
+def _chosen(whole: Encoded, count: int, example: int | None, seed: int) -> list[int]:
+    if example is None:
+        return sorted(random.Random(f"show {seed}").sample(range(len(whole)), min(count, len(whole))))
+    if not 0 <= example < len(whole):
+        raise UserError(f"--example: found {example}, and there are examples 0 to {len(whole) - 1}")
+    return [example]
+
+
+def table(parts: list[Encoded], names: list[str]) -> str:
+    """Figures of each source, and of all together."""
+    lines = [("", "rows", "examples", "tokens", "targets", "supervised", "too long", "no answer", "shortest", "median", "95 %", "longest")]
+    for name, part in [*zip(names, parts, strict=True), *([("in total", merge(parts))] if len(parts) > 1 else [])]:
+        c, lengths = part.counts, part.lengths
+        low, median, high, most = np.percentile(lengths, [0, 50, 95, 100]).round().astype(int) if len(lengths) else [0] * 4
+        share = f"{c['targets'] / max(1, c['tokens']):.1%}"
+        lines.append(
+            (name, c["rows"], len(part), c["tokens"], c["targets"], share, c["too_long"], c["unsupervised"], low, median, high, most)
+        )
+    texts = [[f"{value:,}" if isinstance(value, int | np.integer) else value for value in line] for line in lines]
+    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
+    return "\n".join(
+        "  ".join(value.ljust(w) if n == 0 else value.rjust(w) for n, (value, w) in enumerate(zip(line, widths, strict=True))).rstrip()
+        for line in texts
+    )
+
+
+def marked(ids, marks, tokenizer, colour: bool) -> str:
+    """The example as text, control tokens included, with its supervised stretches marked or coloured."""
+    plain_on, plain_off, on, off = _COLOURS if colour else _MARKS
+    out = []
+    for text, supervised in stretches([int(i) for i in ids], [bool(m) for m in marks], tokenizer):
+        text = "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)  # no escape sequence of the data's own
+        if text:
+            out.append(f"{on}{text}{off}" if supervised else f"{plain_on}{text}{plain_off}")
+    return "".join(out)
+
+
+def stretches(ids: list[int], marks: list[bool], tokenizer) -> list[tuple[str, bool]]:
+    """The text cut where supervision starts or ends, never inside a character: one that is half supervised counts as supervised."""
+
+    def text(stop: int) -> str:
+        return tokenizer.decode(ids[:stop], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+
+    def whole(stop: int) -> bool:
+        return not text(stop).endswith("\ufffd") or text(stop) == text(len(ids))[: len(text(stop))]
+
+    out, before = [], ""
+    for i in range(1, len(ids) + 1):
+        if i < len(ids) and marks[i] == marks[i - 1]:
+            continue
+        stop, step = i, 1 if marks[i - 1] else -1  # towards the side that is not supervised
+        while 0 < stop < len(ids) and not whole(stop):
+            stop += step
+        here = text(stop)
+        out.append((here[len(before) :], marks[i - 1]))
+        before = here
+    return out
+
+
+def coloured(out: TextIO) -> bool:
+    """On a terminal, unless NO_COLOR says otherwise; FORCE_COLOR says so anywhere (no-color.org, force-color.org)."""
+    if os.environ.get("NO_COLOR"):
+        return False
+    return bool(os.environ.get("FORCE_COLOR")) or out.isatty()

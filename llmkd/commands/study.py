@@ -1,0 +1,90 @@
+"""A study: recipes run one after another, then their students compared with one teacher on the same held-out rows."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+from ..config.loader import load_recipe, load_study
+from ..config.recipe import Recipe, sources
+from ..config.sweep import Study
+from ..console import bar, say, table
+from ..errors import UserError
+from ..output.run_folder import write
+from ..training.launch import start
+from ..training.prepare import Prepared, prepare
+from ..training.run import run
+
+
+def run_study(config: str, overrides: dict, resume: bool) -> dict:
+    """Run every stage (with `resume`, those that are not finished), compare, and return the comparison."""
+    overrides = dict(overrides)
+    study = load_study(config, overrides.pop("output_dir", None))
+    recipes = stage_recipes(study, Path(config), overrides)
+    folder = Path(study.output_dir)
+    if (folder / "summary.json").exists() and not resume:
+        raise UserError(f"output_dir: {folder} holds a finished study; choose another folder by --output_dir, or remove it")
+    for number, (name, recipe) in enumerate(recipes.items(), 1):
+        say(f"\n[{number}/{len(recipes)}] {name}")
+        run(recipe, resume)
+    held_out = ", ".join(source.path for source in sources(recipes[study.students[0]].data.validation))
+    say(f"\ncomparing on {held_out}")
+    results = compare(study, recipes)
+    accelerator = start()
+    if accelerator.is_main_process:
+        write(folder / "summary.json", json.dumps(results, indent=1))
+        print("\n" + table([{"": name} | {k: v for k, v in figures.items()} for name, figures in results.items()]))
+        print(f"{folder / 'summary.json'}")
+    return results
+
+
+def stage_recipes(study: Study, config: Path, overrides: dict) -> dict[str, Recipe]:
+    """Every stage's recipe, all of them checked before the first runs. `{output_dir}` in a setting is the study's folder."""
+    recipes, problems = {}, []
+    for name, stage in study.stages.items():
+        changes = {k: v.replace("{output_dir}", study.output_dir) if isinstance(v, str) else v for k, v in stage.set.items()}
+        try:
+            recipes[name] = load_recipe(config.parent / stage.recipe, changes | overrides | {"output_dir": f"{study.output_dir}/{name}"})
+        except UserError as error:
+            problems += [f"stage {name}: {problem}" for problem in error.problems]
+    if problems:
+        raise UserError(*problems)
+    uploads = [recipe.push_to_hub.repo for recipe in recipes.values() if recipe.push_to_hub]
+    if len(set(uploads)) < len(uploads):
+        raise UserError(f"{config}: push_to_hub.repo: several stages would upload to {uploads[0]}; set it for one of them in its set:")
+    if not sources(recipes[study.students[0]].data.validation):
+        raise UserError(
+            f"{config}: students: {study.students[0]} has no data.validation, on which the students are to be compared; give one"
+        )
+    return recipes
+
+
+def compare(study: Study, recipes: dict[str, Recipe]) -> dict[str, dict[str, float]]:
+    """Teacher and students on the first student's held-out rows and questions."""
+    from ..models.load import load_teacher
+    from ..models.saved_student import as_trained, student_folder
+    from ..teachers.live import Live
+
+    first = recipes[study.students[0]]
+    prepared = prepare(first)
+    accelerator = start()
+
+    def load(stage: str):
+        settings = dataclasses.replace(as_trained(student_folder(recipes[stage].output_dir)), attention=recipes[stage].student.attention)
+        return load_teacher(settings, prepared.vocab, accelerator.device)
+
+    teacher = load(study.teacher)
+    names = {study.teacher: teacher} | {name: None for name in study.students}
+    return {name: measure(model or load(name), Live(teacher), prepared, first, accelerator) for name, model in names.items()}
+
+
+def measure(model, teacher, prepared: Prepared, recipe: Recipe, accelerator) -> dict[str, float]:
+    """ce, kl_to_teacher (forward, in nats), agreement; and accuracy with its standard error where there are questions."""
+    from ..training.validate import accuracy, validate
+
+    pad, size, questions = prepared.tokenizer.eos_token_id, recipe.validation.micro_batch_size, prepared.questions
+    figures = validate([model], teacher, prepared.validation, pad, size, accelerator, None, bar("validation"))[0].figures()
+    out = {"ce": figures["ce"], "kl_to_teacher": figures["forward_kl"], "agreement": figures["agreement"]}
+    if questions:
+        scored = accuracy(model, questions.encoded, questions.answers, questions.counts, pad, size, accelerator, bar("questions"))
+        out |= {k: scored[k] for k in ("accuracy", "accuracy_stderr")}
+    return out

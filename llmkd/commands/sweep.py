@@ -1,0 +1,244 @@
+"""A sweep: arms of one recipe, trained side by side before one teacher where they can be, each as it would be alone.
+
+Arms that see the same data in the same order and start from one base share every batch and the teacher's answer to it. The
+others run one after another. A sweep that was stopped or killed goes on with --resume: finished arms are left as they are.
+"""
+
+import dataclasses
+import json
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from ..config.loader import load_recipe, load_sweep
+from ..config.recipe import Recipe, distils
+from ..config.sweep import ArmSpec, Sweep, expand
+from ..console import say
+from ..errors import Stopped, UserError, blamed_on, is_out_of_memory
+from ..model_files import ModelFiles, read_json
+from ..output import hub_upload as hub
+from ..output import trackers
+from ..output.run_folder import RunFolder
+from ..teachers.resolve import check_samples
+from ..training.launch import start
+from ..training.prepare import student_files
+from ..training.run import run, train_together
+from ..training.shutdown import StopRequest
+from .sweep_state import Group, State
+
+
+def run_sweep(config: str, overrides: dict, resume: bool, then: Callable[[Path], None] = lambda folder: None) -> Path:
+    """Train what is not trained yet, then do what follows, in the sweep's folder, which is given. Raises Stopped when a signal came."""
+    sweep = load_sweep(config, overrides)
+    folder = Path(sweep.output_dir).expanduser()
+    specs = {spec.name: spec for spec in expand(sweep)}
+    load = Arms(sweep, Path(config), specs)
+    refuse_other_recipes(load.recipes())  # every problem before anything runs
+    state = State(folder, sweep, specs, resume)
+    with StopRequest() as stop:
+        accelerator = start()  # all processes are here before one of them writes
+        with state.claim():
+            stages = load.stages()
+            if stages and not all(RunFolder(recipe, True).finished for recipe in stages.values()):
+                say(f"{len(stages)} stages first ({', '.join(stages)}), then {len(specs)} arms")
+            for name, recipe in stages.items():
+                if not RunFolder(recipe, True).finished:
+                    say(f"\nstage {name}")
+                before = time.monotonic()
+                try:
+                    run(recipe, resume, stop)
+                finally:
+                    state.stage(name, time.monotonic() - before)
+            recipes = load.recipes()
+            state.base(load.base())
+            groups = grouped(recipes, [name for name in recipes if state.waits(name)], sweep.side_by_side)
+            state.plan(groups, recipes)
+            for group in groups:
+                train_group(group, recipes, state, resume, stop)
+            accelerator.wait_for_everyone()  # and what the first process wrote is there for all
+            then(folder)
+    return folder
+
+
+def refuse_other_recipes(recipes: dict[str, Recipe]) -> None:
+    """An arm that was begun is gone on with by the recipe that it was begun with, or arms of one sweep would not be comparable."""
+    problems = []
+    for name, recipe in recipes.items():
+        folder = RunFolder(recipe, True)
+        if (folder.path / "recipe.yaml").exists():
+            try:
+                folder.check()
+            except UserError as error:
+                problems += [f"arm {name}: {problem}" for problem in error.problems]
+    if problems:
+        raise UserError(*problems)
+
+
+def train_group(group: Group, recipes: dict[str, Recipe], state: State, resume: bool, stop: StopRequest) -> None:
+    """Train a group's arms and keep how each ended. An arm that cannot be built is left out, and the others train without it.
+
+    What goes wrong in one group is no reason to leave out the next. With several processes that holds for what all of them meet alike,
+    an arm that cannot be built or values that are not finite; anything else ends the sweep, since one of them would wait for the others.
+    """
+    names, began = list(group.arms), time.monotonic()
+    say(f"\n{len(names)} of {len(state.data['arms'])} arms: {', '.join(names)}")
+    ends: dict[str, tuple[str | None, bool]] = {}
+    try:
+        while names:
+            folders = [RunFolder(recipes[name], resume or bool(ends)) for name in names]  # a first try may have begun them
+            try:
+                for k, folder in enumerate(folders):
+                    with blamed_on(k):
+                        folder.check()
+                failures = train_together([recipes[name] for name in names], folders, stop, recipes[group.lead or names[0]])
+                ends |= {name: (failure and str(failure), failure is not None) for name, failure in zip(names, failures, strict=True)}
+                break
+            except Stopped:
+                raise
+            except Exception as error:
+                guilty = getattr(error, "arm", None)
+                if guilty is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+                    raise
+                reason = in_one_line(error, len(names))
+                lost = names if guilty is None else [names[guilty]]
+                say(f"given up: {', '.join(lost)}: {reason}")
+                ends |= {name: (reason, False) for name in lost}
+                names = [name for name in names if name not in lost]
+    finally:
+        state.ended(group, ends, time.monotonic() - began)
+
+
+def in_one_line(error: Exception, arms: int) -> str:
+    text = str(error).splitlines()[0] if str(error) else type(error).__name__
+    reason = text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
+    return reason + ("; lower side_by_side, then --resume" if arms > 1 and is_out_of_memory(error) else "")
+
+
+class Arms:
+    """The recipes of a sweep's stages and arms."""
+
+    def __init__(self, sweep: Sweep, config: Path, specs: dict[str, ArmSpec]):
+        self.sweep, self.config, self.specs = sweep, config, specs
+
+    def recipes(self) -> dict[str, Recipe]:
+        """Of every arm, checked; read anew after the stages, since an arm may start from what they leave."""
+        out, problems = {}, []
+        for stage in self.stages().values():
+            hub.check(stage.push_to_hub)
+            trackers.check(stage.report_to)
+        for name, spec in self.specs.items():
+            try:
+                out[name] = self._load(spec.changes, f"arms/{name}")
+                check_samples(out[name])
+            except UserError as error:
+                problems += [f"arm {name}: {problem}" for problem in error.problems]
+        if problems:
+            raise UserError(*dict.fromkeys(problems))
+        trackers.check(tuple(dict.fromkeys(name for recipe in out.values() for name in recipe.report_to)))
+        return out
+
+    def stages(self) -> dict[str, Recipe]:
+        out, problems = {}, []
+        for name, stage in self.sweep.stages.items():
+            changes = self._placed(stage.set) | {"output_dir": f"{self.sweep.output_dir}/stages/{name}"}
+            try:
+                out[name] = load_recipe(self.config.parent / stage.recipe, changes)
+            except UserError as error:
+                problems += [f"stage {name}: {problem}" for problem in error.problems]
+        if problems:
+            raise UserError(*problems)
+        return out
+
+    def base(self) -> Recipe:
+        """What the arms are changes of."""
+        try:
+            return self._load({}, "")
+        except UserError:  # the arms may mend it
+            return self._load(next(iter(self.specs.values())).changes, "")
+
+    def _load(self, changes: dict, where: str) -> Recipe:
+        changes = self._placed(self.sweep.set | changes) | {"output_dir": f"{self.sweep.output_dir}/{where}".rstrip("/")}
+        return load_recipe(self.config.parent / self.sweep.recipe, changes)
+
+    def _placed(self, changes: dict) -> dict:
+        """`{output_dir}` in a setting, however deep, is the sweep's folder."""
+
+        def placed(value):
+            if isinstance(value, dict):
+                return {key: placed(inner) for key, inner in value.items()}
+            if isinstance(value, list):
+                return [placed(inner) for inner in value]
+            return value.replace("{output_dir}", self.sweep.output_dir) if isinstance(value, str) else value
+
+        return placed(changes)
+
+
+def grouped(recipes: dict[str, Recipe], waiting: list[str] | None = None, side_by_side: int | None = None) -> list[Group]:
+    """Which of the waiting arms train together. An arm without a teacher joins others that have one: it sees the same data.
+
+    Where no such arm waits, or fits, one that has ended still lends its teacher (`lead`), for the same figures on the held-out rows.
+    """
+    waiting = list(recipes) if waiting is None else waiting
+    groups: dict[str, Group] = {}
+    alone, files, leads = [], {}, {}
+    for name, recipe in sorted(recipes.items(), key=lambda item: not distils(item[1])):  # stable, those with a teacher first
+        named = (recipe.student.model, recipe.student.revision, recipe.student.base)
+        if named not in files:
+            files[named] = student_files(recipe)
+        if recipe.student.method == "lora":
+            key = shared_part(recipe, files[named])
+            data = key.partition("\n")[2]
+            lead = leads.setdefault(data, name) if distils(recipe) else leads.get(data)
+        else:
+            key, lead = name, None
+        if name not in waiting:
+            continue
+        why = alone_because(recipe, files[named])
+        if why or side_by_side == 1:
+            alone.append(Group([name], why or "side_by_side: 1", lead if not distils(recipe) else None))
+            continue
+        if not distils(recipe):
+            key = next((other for other in groups if other.partition("\n")[2] == data), key)
+        groups.setdefault(key, Group([], None, lead)).arms.append(name)
+    out = []
+    for group in groups.values():
+        for part in _alike(group.arms, recipes):
+            count = -(-len(part) // (side_by_side or len(part)))
+            for some in (part[i::count] for i in range(count)):  # dealt, so that arms without a teacher are among others that have one
+                out.append(Group(some, None, None if distils(recipes[some[0]]) else group.lead))
+    return [Group(g.arms, g.why or (None if len(g.arms) > 1 else "no other that waits can train beside it"), g.lead) for g in out + alone]
+
+
+def alone_because(recipe: Recipe, files: ModelFiles | None) -> str | None:
+    if recipe.student.method == "full":
+        return "full fine-tuning trains a base of its own"
+    config = read_json(files.adapter / "adapter_config.json", "student.model") if files.adapter else {}
+    if config.get("modules_to_save") or (recipe.student.lora and recipe.student.lora.modules_to_save):
+        return "modules_to_save changes the base for all"
+    if config.get("bias", "none") != "none":
+        return "its adapter trains biases of the base"
+    others = [name for name in recipe.report_to if name != "tensorboard"]
+    return f"{others[0]} follows one run at a time" if others else None
+
+
+def shared_part(recipe: Recipe, files: ModelFiles) -> str:
+    """What arms must have in common: the teacher in the first line, all else but loss, optimizer and adapter in the second."""
+    rest = dataclasses.asdict(recipe) | {name: None for name in ("output_dir", "teacher", "loss", "optim")}
+    rest["student"] |= {"model": str(files.base.resolve()), "revision": None, "base": None, "lora": None}
+    return json.dumps(dataclasses.asdict(recipe)["teacher"] if distils(recipe) else None) + "\n" + json.dumps(rest)
+
+
+def _alike(names: list[str], recipes: dict[str, Recipe]) -> list[list[str]]:
+    """Parts whose arms have a checkpoint of one step in common, or none at all: only those can go on together."""
+    parts: list[tuple[set[str], list[str]]] = []
+    for name in names:
+        steps = {path.name for path in RunFolder(recipes[name], True).checkpoints.glob("step-*") if ".tmp-" not in path.name}
+        for part in parts:
+            if (part[0] & steps) or not (part[0] or steps):
+                part[0].intersection_update(steps)
+                part[1].append(name)
+                break
+        else:
+            parts.append((steps, [name]))
+    return [part for _, part in parts]

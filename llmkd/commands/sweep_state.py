@@ -1,0 +1,143 @@
+"""How a sweep stands: sweep.json, and what is to be done next."""
+
+import contextlib
+import dataclasses
+import datetime
+import json
+import platform
+from importlib.metadata import version
+from pathlib import Path
+
+from .. import __version__
+from ..config.loader import flatten
+from ..config.recipe import Recipe, distils
+from ..config.sweep import ArmSpec, Sweep
+from ..console import first_process, say
+from ..errors import UserError
+from ..output.run_folder import lock, write
+
+
+@dataclasses.dataclass
+class Group:
+    """Arms that train together, or one alone and why. `lead`: an arm whose teacher measures them, where none of them has one."""
+
+    arms: list[str]
+    why: str | None = None
+    lead: str | None = None
+
+
+class State:
+    """`sweep.json`: the arms, how each stands, and what it cost. Written by the first process, whole each time."""
+
+    def __init__(self, folder: Path, sweep: Sweep, specs: dict[str, ArmSpec], resume: bool):
+        self.folder, self.path = folder, folder / "sweep.json"
+        arms = {
+            spec.name: {
+                "arm": spec.arm,
+                "seed": spec.seed,
+                "folder": f"arms/{spec.name}",
+                "changes": {k: v for k, v in spec.changes.items() if k != "seed"},
+                "status": "waiting",
+                "reason": None,
+                "seconds": 0.0,
+                "group": None,
+            }
+            for spec in specs.values()
+        }
+        first = next(iter(specs.values())).arm
+        self.data = {"llmkd": __version__, "baseline": sweep.baseline or first, "base": {}, "stages": {}, "groups": [], "arms": arms}
+        if not self.path.exists():
+            if folder.is_dir() and any(p.name not in (".lock", "stages") for p in folder.iterdir()):
+                raise UserError(f"output_dir: {folder} is not empty and holds no sweep; choose another folder")
+            return
+        if not resume:
+            raise UserError(f"output_dir: {folder} holds a sweep; go on with it by --resume, or choose another folder by --output_dir")
+        before = json.loads(self.path.read_text())
+        kept = {name: before["arms"][name] for name in arms if name in before["arms"]}
+        self.data |= {"stages": before["stages"], "groups": before["groups"], "arms": arms | kept}
+        for arm in kept.values():  # a kill may have come before its failure was written here
+            failed = folder / arm["folder"] / "nonfinite.json"
+            if arm["status"] == "waiting" and failed.exists():
+                found = json.loads(failed.read_text())
+                arm |= {"status": "failed", "final": True, "reason": f"step {found['step']}: {found['term']} is not finite"}
+
+    def claim(self):
+        """The folder, for one sweep at a time, as a context."""
+        if not first_process():
+            return contextlib.nullcontext()
+        held = lock(self.folder)
+        self.data |= {
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "machine": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
+            "versions": {name: version(name) for name in ("torch", "transformers", "peft", "accelerate")},
+        }
+        self._write()
+        return held
+
+    def waits(self, name: str) -> bool:
+        """Whether an arm is still to be trained. One that met infinities would meet them again; other failures can be mended."""
+        arm = self.data["arms"][name]
+        return arm["status"] == "waiting" or (arm["status"] == "failed" and not arm.get("final"))
+
+    def stage(self, name: str, seconds: float) -> None:
+        known = self.data["stages"].setdefault(name, {"folder": f"stages/{name}", "seconds": 0.0})
+        known["seconds"] = round(known["seconds"] + seconds, 1)
+        self._write()
+
+    def base(self, recipe: Recipe) -> None:
+        self.data["base"] = json.loads(json.dumps(flatten(recipe), default=dataclasses.asdict))
+        self._write()
+
+    def plan(self, groups: list[Group], recipes: dict[str, Recipe]) -> None:
+        """Say what will be done and what it costs, and keep it."""
+        from .plan import Cost, estimate
+
+        if not groups:
+            say("every arm is done")
+            return
+        sizes: dict = {}
+        costs = [estimate([recipes[name] for name in group.arms], sizes) for group in groups]
+        spent = self._forget({name for group in groups for name in group.arms})
+        for group, cost in zip(groups, costs, strict=True):
+            how = f"{len(group.arms)} arms side by side" if len(group.arms) > 1 else f"1 arm alone ({group.why})"
+            say(f"{how}: {cost}" if cost else how)
+            entry = {"arms": group.arms, "shared": len(group.arms) > 1, "why": group.why}
+            entry["seconds"] = round(sum(spent.get(name, 0.0) for name in group.arms), 1)
+            entry["estimate"] = dataclasses.asdict(cost) if cost else None
+            for name in group.arms:
+                self.data["arms"][name] |= {"group": len(self.data["groups"]), "status": "waiting", "reason": None}
+            self.data["groups"].append(entry)
+        if all(costs):
+            total = Cost(sum(c.seconds for c in costs), max(c.bytes for c in costs))
+            taught = sum(any(distils(recipes[name]) for name in group.arms) for group in groups)
+            alone = sum(distils(recipes[name]) for group in groups for name in group.arms)
+            say(f"in all {total} (estimates) for {sum(len(g.arms) for g in groups)} arms; {taught} passes of a teacher instead of {alone}")
+        self._write()
+
+    def _forget(self, waiting: set[str]) -> dict[str, float]:
+        """Take arms that are to be trained out of the groups of earlier sessions; the seconds that each has cost already."""
+        spent, groups = {}, []
+        for group in self.data["groups"]:
+            share = group["seconds"] / len(group["arms"])
+            spent |= {name: spent.get(name, 0.0) + share for name in group["arms"] if name in waiting}
+            kept = [name for name in group["arms"] if name not in waiting]
+            if kept:
+                for name in kept:
+                    self.data["arms"][name]["group"] = len(groups)
+                groups.append(group | {"arms": kept, "seconds": round(share * len(kept), 1)})
+        self.data["groups"] = groups
+        return spent
+
+    def ended(self, group: Group, ends: dict[str, tuple[str | None, bool]], seconds: float) -> None:
+        """What a group's arms came to, {arm: (why it failed, whether it would again)}; those that were stopped wait on."""
+        for name, (reason, last) in ends.items():
+            self.data["arms"][name] |= {"status": "failed" if reason else "done", "reason": reason, "final": last}
+        for name in group.arms:
+            self.data["arms"][name]["seconds"] = round(self.data["arms"][name]["seconds"] + seconds / len(group.arms), 1)
+        entry = self.data["groups"][self.data["arms"][group.arms[0]]["group"]]
+        entry["seconds"] = round(entry["seconds"] + seconds, 1)
+        self._write()
+
+    def _write(self) -> None:
+        if first_process():
+            write(self.path, json.dumps(self.data, indent=1))

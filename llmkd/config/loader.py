@@ -1,0 +1,185 @@
+"""From YAML and the command line to a checked recipe, and back. Every problem is found at once."""
+
+import dataclasses
+import json
+import re
+import typing
+from pathlib import Path
+
+import yaml
+
+from ..errors import UserError
+from .recipe import Lora, Recipe
+from .schema import _or, describe
+from .sweep import Study, Sweep
+from .teacher import teachers
+from .validation import _check
+from .yaml_loader import Dumper, parse_yaml
+
+_MAX_BYTES = 1 << 20
+
+
+def split_overrides(words: list[str], options: tuple[str, ...] = ("config",)) -> dict[str, typing.Any]:
+    """`--optim.lr 1e-4 --train.epochs=2` as {dotted path: value}; values are read as YAML, those of text settings and `options` as they are."""
+    literal = {*options} | {path for path, type_, *_ in describe() if type_ in ("text", "text or null")}
+    out, rest = {}, list(words)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--") or word == "--":
+            raise UserError(f"{word}: not understood; settings are given as --section.name value (see --help)")
+        path, equals, text = word[2:].partition("=")
+        if not equals:
+            if not rest or rest[0].startswith("--"):
+                raise UserError(f"--{path}: no value given; write --{path} VALUE")
+            text = rest.pop(0)
+        if path in out:
+            raise UserError(f"--{path}: given twice; keep one")
+        if not path:
+            raise UserError(f"{word}: names no setting; settings are given as --section.name value (see --help)")
+        if path in literal:
+            out[path] = None if text == "null" else text
+            continue
+        value, _, problems = parse_yaml(text, f"--{path}")
+        if problems:
+            raise UserError(*problems)
+        out[path] = None if value == {} and text.strip() != "{}" else value
+    return out
+
+
+def read(path: str | Path) -> tuple[dict, dict[tuple, int], list[str]]:
+    """A recipe file's data, lines and problems; refused when it is no mapping or cannot be read."""
+    try:
+        raw = Path(path).read_bytes()
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror or error}; name a recipe, such as recipes/quickstart.yaml") from None
+    if len(raw) > _MAX_BYTES:
+        raise UserError(f"{path}: {len(raw)} bytes; a recipe is at most {_MAX_BYTES}")
+    try:
+        text = raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}:{raw[: error.start].count(10) + 1}: not UTF-8; save the file as UTF-8") from None
+    data, lines, problems = parse_yaml(text, str(path))
+    if not isinstance(data, dict):
+        raise UserError(f"{path}: holds a {type(data).__name__}; a recipe is a mapping of settings")
+    return data, lines, problems
+
+
+def kind(path: str | Path) -> str:
+    """What a file holds: a recipe, a study or a sweep."""
+    data = read(path)[0]
+    return "sweep" if data.keys() & {"grid", "arms"} else "study" if "stages" in data else "recipe"
+
+
+def load_recipe(path: str | Path, overrides: dict[str, typing.Any] | None = None) -> Recipe:
+    """Read, override, check and resolve. Raises UserError with every problem, one line each."""
+    data, lines, problems = read(path)
+    changed = _override(data, overrides or {}, problems)
+    recipe = _check(Recipe, data, str(path), lines, problems, changed)
+    return resolve(recipe)
+
+
+def load_study(path: str | Path, output_dir: str | None = None) -> Study:
+    data, lines, problems = read(path)
+    changed = _override(data, {"output_dir": output_dir} if output_dir else {}, problems)
+    study = _check(Study, data, str(path), lines, problems, changed)
+    missing = [s for s in (study.teacher, *study.students) if s not in study.stages]
+    if problems := [f"{path}: {s}: not a stage; the stages are {', '.join(study.stages)}" for s in missing] + _bad_stages(
+        study, path, lines
+    ):
+        raise UserError(*problems)
+    return study
+
+
+def _bad_stages(study: Study | Sweep, path: str | Path, lines: dict) -> list[str]:
+    return [
+        f"{path}:{lines['stages', s]}: stages.{s}: a stage's name has letters, digits, '.', '_' and '-' only"
+        for s in study.stages
+        if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", s)
+    ]
+
+
+def load_sweep(path: str | Path, overrides: dict[str, typing.Any] | None = None) -> Sweep:
+    """A sweep's file. An override that is none of the sweep's own settings is one for every arm."""
+    data, lines, problems = read(path)
+    own = {field.name for field in dataclasses.fields(Sweep)}
+    mine = {dotted: value for dotted, value in (overrides or {}).items() if dotted.partition(".")[0] in own}
+    changed = _override(data, mine, problems)
+    if isinstance(data.get("set", {}), dict):
+        data["set"] = (data.get("set") or {}) | {dotted: value for dotted, value in (overrides or {}).items() if dotted not in mine}
+    sweep = _check(Sweep, data, str(path), lines, problems, changed)
+    if bad := _bad_stages(sweep, path, lines):
+        raise UserError(*bad)
+    return sweep
+
+
+def resolve(recipe: Recipe) -> Recipe:
+    """Write out the defaults that depend on other settings. An adapter that is gone on with keeps its own."""
+    student, loss, train = recipe.student, recipe.loss, recipe.train
+    if student.method == "lora" and student.lora is None and student.model and not Path(student.model, "adapter_config.json").exists():
+        student = dataclasses.replace(student, lora=Lora())
+    if loss.kd_ratio is None:
+        loss = dataclasses.replace(loss, kd_ratio=0.5 if teachers(recipe.teacher) else 0.0)
+    if train.epochs is None and train.max_steps is None:
+        train = dataclasses.replace(train, epochs=1)
+    if train.micro_batch_size is None and train.micro_batch_tokens is None:
+        train = dataclasses.replace(train, micro_batch_size=4)
+    return dataclasses.replace(recipe, student=student, loss=loss, train=train)
+
+
+def dump(recipe) -> str:
+    """The recipe as YAML that `load_recipe` reads back to an equal object."""
+    return yaml.dump(json.loads(json.dumps(dataclasses.asdict(recipe))), Dumper=Dumper, sort_keys=False)
+
+
+def flatten(value, path="", lists: bool = False) -> dict[str, typing.Any]:
+    """A recipe (or a part of it) as {dotted path: value}, for comparing two; `lists`: those of sources and teachers too, by number."""
+    if dataclasses.is_dataclass(value):
+        value = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
+    elif lists and isinstance(value, tuple) and any(map(dataclasses.is_dataclass, value)):
+        value = dict(enumerate(value))
+    if isinstance(value, dict) and value:
+        out = {}
+        for key, inner in value.items():
+            out |= flatten(inner, f"{path}.{key}" if path else str(key), lists)
+        return out
+    return {path: value}
+
+
+def _override(data: dict, overrides: dict, problems: list[str]) -> set[tuple]:
+    changed = set()
+    for dotted, value in overrides.items():
+        place: typing.Any = data
+        *parents, last = dotted.split(".")
+        keys: list = []
+        for key in parents:
+            key = _index(place, key)
+            if isinstance(place, dict) and place.get(key) is None:
+                place[key] = {}
+            keys.append(key)
+            if isinstance(place, list) and not isinstance(key, int):
+                problems.append(
+                    f"--{dotted}: {'.'.join(map(str, keys[:-1]))} is a list of {len(place)}; it has no {key}, but {_items(place)}"
+                )
+                break
+            place = place[key]
+            if not isinstance(place, dict | list):
+                problems.append(f"--{dotted}: {key} is not a section")
+                break
+        else:
+            last = _index(place, last)
+            if isinstance(place, list) and not isinstance(last, int):
+                which = f"it has no {last}, but {_items(place)}" if last.isdigit() else f"say which, such as --{'.'.join(parents)}.0.{last}"
+                problems.append(f"--{dotted}: {'.'.join(parents)} is a list of {len(place)}; {which}")
+                continue
+            place[last] = value
+            changed.add((*keys, last))
+    return changed
+
+
+def _items(place: list) -> str:
+    return _or([str(n) for n in range(len(place))]).replace(" or ", " and ")
+
+
+def _index(place, key: str) -> str | int:
+    """A list's items go by their numbers."""
+    return int(key) if isinstance(place, list) and key.isdigit() and int(key) < len(place) else key

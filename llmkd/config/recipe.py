@@ -1,0 +1,300 @@
+"""A run as data: every setting, its type, range, default and one sentence about it.
+
+Plain frozen dataclasses; `settings.py` reads them from YAML and the command line and writes them back.
+Nothing here imports torch: a recipe is checked before anything heavy is loaded.
+"""
+
+from collections.abc import Iterator
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from .data import Count, Data, data_contradictions, settings, sources
+from .data import Source as Source
+from .teacher import Attention, Dtype, Mixture, Quantization, Teachers, named, teacher_contradictions
+from .teacher import Teacher as Teacher
+from .teacher import teachers as teachers
+
+Share = Annotated[float, Field(ge=0, le=1)]
+
+#: Each divergence with its options: (smallest, largest, default). `losses/divergences.py` holds the functions.
+DIVERGENCES: dict[str, dict[str, tuple[float, float, float]]] = {
+    "forward_kl": {},
+    "reverse_kl": {},
+    "symmetric_kl": {"forward_share": (0.0, 1.0, 0.5)},
+    "generalized_jsd": {"beta": (0.0, 1.0, 0.5)},
+    "skewed_forward_kl": {"alpha": (0.0, 0.99, 0.1)},
+    "skewed_reverse_kl": {"alpha": (0.0, 0.99, 0.1)},
+    "adaptive_kl": {"head_mass": (0.0, 0.99, 0.5)},
+    "total_variation": {},
+    "alpha_beta": {"alpha": (0.0, 4.0, 0.2), "beta": (0.0, 4.0, 0.7)},
+}
+
+
+@settings
+class Lora:
+    rank: Count = Field(16, description="Rank of the adapter matrices.")
+    alpha: float = Field(32.0, gt=0, description="Scale: the update is alpha / rank times B A (over sqrt(rank) with rslora).")
+    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input while training.")
+    target_modules: str | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
+        "all-linear",
+        description="Modules that get an adapter: all-linear (all but the head; experts too), a list of name endings, or a regular expression.",
+    )
+    modules_to_save: tuple[str, ...] = Field(
+        (), description="Modules that train in full beside the adapter, such as lm_head, in the base's type."
+    )
+    rslora: bool = Field(False, description="Rank-stabilised scaling, alpha / sqrt(rank).")
+    dora: bool = Field(False, description="Weight-decomposed LoRA.")
+
+
+@settings
+class Student:
+    model: str | None = Field(None, description="Folder or hub id of a base model, or of a LoRA adapter to go on training.")
+    revision: str | None = Field(None, description="Revision of a hub model or adapter.")
+    base: str | None = Field(None, description="For an adapter: where its base is now, if not where the adapter says.")
+    architecture: dict[str, Any] | None = Field(
+        None, description="Instead of model: a transformers configuration (model_type, hidden_size, ...) for new random weights."
+    )
+    tokenizer: str | None = Field(None, description="Folder or hub id of the tokenizer, or builtin:skills; by default the model's own.")
+    method: Literal["lora", "full"] = Field("lora", description="What trains: a LoRA adapter, or every weight.")
+    lora: Lora | None = Field(
+        None, description="The adapter of method: lora; null for its defaults, or for the settings of an adapter given as model."
+    )
+    quantization: Quantization | None = Field(None, description="Hold the base in 4 or 8 bit (QLoRA); null for not.")
+    dtype: Dtype = Field(
+        "auto", description="Type the base is held in; auto is the type it was saved in. Adapter matrices train in at least float32."
+    )
+    attention: Attention = Field("auto", description="Attention implementation; auto leaves it to transformers.")
+    mixed_precision: Literal["no", "bf16"] = Field("no", description="bf16: autocast the body's products of weights held in float32.")
+    gradient_checkpointing: bool | Annotated[float, Field(gt=0, lt=1)] = Field(
+        False,
+        description="Recompute activations in the backward pass to save memory: of every layer but the last, or of a share of the layers, from the first.",
+    )
+
+
+@settings
+class Loss:
+    kd_ratio: Share | None = Field(
+        None,
+        description="Weight of distillation: (1 - kd_ratio) CE + kd_ratio T^2 D. By default 0.5 with a teacher, 0 without; at 0 no teacher is loaded.",
+    )
+    divergence: Literal[tuple(DIVERGENCES)] = Field("forward_kl", description="How student and teacher are compared.")
+    divergence_options: dict[str, float] = Field(
+        default_factory=dict,
+        description="Options of the divergence: "
+        + "; ".join(
+            f"{name}: " + ", ".join(f"{o} ({d:g})" for o, (_, _, d) in options.items()) for name, options in DIVERGENCES.items() if options
+        )
+        + ".",
+    )
+    temperature: float = Field(
+        1.0, gt=0, description="T: both models' logits are divided by it in the divergence, which is then scaled by T^2."
+    )
+    chunk_rows: Count | None = Field(
+        None,
+        description="Supervised tokens per chunk of the head. By default on a GPU 2048, or as few as 1024 where two tiles of logits would take more "
+        "than an eighth of the memory that is free beside the models, on a CPU those of a float32 tile of 32 MiB, 128 to 4096; after an "
+        "out-of-memory error that train.micro_batch_tokens: auto catches, half as many, to 128.",
+    )
+
+
+@settings
+class Optim:
+    name: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = Field(
+        "adamw", description="AdamW of torch, or of bitsandbytes with 8-bit state, with state that may move to CPU memory, or with both."
+    )
+    lr: float = Field(2e-4, gt=0, description="Peak learning rate.")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay, on matrices only.")
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
+        (0.9, 0.999), description="AdamW's decay rates."
+    )
+    eps: float = Field(1e-8, gt=0, description="AdamW's epsilon.")
+    max_grad_norm: float | None = Field(1.0, gt=0, description="Clip the gradient to this norm; null for never.")
+    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Shape of the learning rate after warm-up.")
+    warmup_steps: Annotated[int, Field(ge=0)] | None = Field(None, description="Steps of linear warm-up.")
+    warmup_share: Share | None = Field(None, description="Instead: warm-up as a share of all steps.")
+    min_lr_share: Share = Field(0.0, description="Where the schedule ends, as a share of lr.")
+
+
+@settings
+class Train:
+    batch_size: Count = Field(
+        32, description="Examples per optimizer step, over all processes: the result does not depend on how they are split."
+    )
+    micro_batch_size: Count | None = Field(
+        None,
+        description="Examples per forward pass of one process, at most (4 unless micro_batch_tokens is set); more is faster and takes more memory.",
+    )
+    micro_batch_tokens: Count | Literal["auto"] | None = Field(
+        None,
+        description="Instead of micro_batch_size: tokens per forward pass of one process, at most, padding counted; a longer example stands alone. "
+        "auto: as many as fit, measured before the first step, and on one process halved where memory runs out while training. The result does "
+        "not depend on it but for dropout, whose masks are drawn by micro-batch.",
+    )
+    epochs: Count | None = Field(None, description="Passes over the data (1 unless max_steps is set).")
+    max_steps: Count | None = Field(None, description="Instead of epochs: optimizer steps.")
+    length_group: Count = Field(
+        1, description="Optimizer steps whose examples are sorted by length together: less padding. 1 leaves the batches as drawn."
+    )
+    log_every: Count = Field(1, description="Steps between records in metrics.jsonl.")
+    compile: bool = Field(
+        False,
+        description="torch.compile the layers of the student and of teachers in memory: faster steps after some minutes of compiling, with the same "
+        "result to rounding. It needs a C++ compiler, and on a GPU Triton.",
+    )
+
+
+@settings
+class Validation:
+    every: Count | None = Field(None, description="Steps between validations; null for only before the first step and after the last.")
+    micro_batch_size: Count = Field(8, description="Examples per forward pass.")
+    gate: Annotated[int, Field(ge=0)] = Field(
+        64, description="Training examples on which the teacher's CE is compared with the student's before the first step; 0 for none."
+    )
+
+
+@settings
+class Checkpoint:
+    every: Count | None = Field(None, description="Steps between checkpoints; null for only when stopped by a signal.")
+    keep: Count = Field(2, description="How many of the newest are kept.")
+    best_by: Literal["ce", "forward_kl", "reverse_kl", "agreement"] | None = Field(
+        None, description="Also keep the best by this validation figure; checkpoints are then written at every validation."
+    )
+
+
+@settings
+class PushToHub:
+    repo: str = Field(description="Hub repository that the finished student is uploaded to: name or owner/name.")
+    private: bool = Field(True, description="Create the repository as a private one.")
+
+
+@settings
+class Recipe:
+    output_dir: str = Field("", description="Where the run leaves everything.")
+    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="Order of the data, new weights and dropout follow from it.")
+    student: Student = Field(default_factory=Student)
+    teacher: Teachers = Field(
+        None, description="Whom the student learns from: a teacher, or a list of them; null for plain supervised fine-tuning."
+    )
+    mixture: Mixture = Field(default_factory=Mixture)
+    data: Data = Field(default_factory=Data)
+    loss: Loss = Field(default_factory=Loss)
+    optim: Optim = Field(default_factory=Optim)
+    train: Train = Field(default_factory=Train)
+    validation: Validation = Field(default_factory=Validation)
+    checkpoint: Checkpoint = Field(default_factory=Checkpoint)
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = Field(
+        (), description="Accelerate's trackers that also get the figures of metrics.jsonl."
+    )
+    push_to_hub: PushToHub | None = Field(None, description="Upload the finished student to the hub; null for not.")
+
+
+def distils(recipe: Recipe) -> bool:
+    """Whether the student learns from a teacher. Otherwise none is loaded, whatever the recipe names."""
+    return bool(teachers(recipe.teacher)) and bool(recipe.loss.kd_ratio)
+
+
+def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Settings that are each right and together wrong: (the settings read, the one to blame first; what is wrong and how to mend it)."""
+    student, data, loss, optim, train = recipe.student, recipe.data, recipe.loss, recipe.optim, recipe.train
+    if not recipe.output_dir.strip("\0 "):
+        yield ("output_dir",), "not given; name the folder the run shall write, such as runs/first"
+    elif "\0" in recipe.output_dir:
+        yield ("output_dir",), "holds a NUL character; name a folder"
+    yield from _student_contradictions(student)
+    if optim.name != "adamw" and student.dtype == "float64":
+        yield ("optim.name", "student.dtype"), f"found {optim.name}, which has no float64; use adamw, or student.dtype: float32"
+    yield from data_contradictions(data, train.max_steps, train.length_group)
+    yield from teacher_contradictions(recipe.teacher, data)
+    if recipe.mixture != Mixture() and len(teachers(recipe.teacher)) < 2:
+        yield ("mixture", "teacher"), "given without several teachers to mix; leave it out"
+    sampled = [path for path, one in named(recipe.teacher) if one.cache and one.cache.kind == "sampled"]
+    if sampled and loss.divergence != "forward_kl" and loss.kd_ratio:
+        yield (
+            ("loss.divergence", f"{sampled[0]}.cache.kind"),
+            f"found {loss.divergence} with a sampled cache, which is right on average for forward_kl alone; use that, or kind: topk or hidden",
+        )
+    if loss.kd_ratio and recipe.teacher is None:
+        yield ("loss.kd_ratio", "teacher"), f"found {loss.kd_ratio:g} without a teacher; give teacher.model, or set it to 0"
+    yield from _loss_contradictions(loss)
+    if optim.warmup_steps is not None and optim.warmup_share is not None:
+        yield ("optim.warmup_share", "optim.warmup_steps"), "given together with optim.warmup_steps; keep one of them"
+    if train.epochs is not None and train.max_steps is not None:
+        yield ("train.max_steps", "train.epochs"), "given together with train.epochs; keep one of them"
+    if train.micro_batch_size is not None and train.micro_batch_tokens is not None:
+        yield (
+            ("train.micro_batch_tokens", "train.micro_batch_size"),
+            "given together with train.micro_batch_size; keep one of them (null takes the other back)",
+        )
+    other = [f"{path}.attention" for path, one in (("student", student), *named(recipe.teacher)) if one.attention != "auto"]
+    if data.share_beginnings and other:
+        yield (
+            ("data.share_beginnings", other[0]),
+            f"given with {other[0]}, and llmkd's own attention alone can share; leave one of them out",
+        )
+    if train.compile and (offloaded := [path for path, one in named(recipe.teacher) if one.device == "offload"]):
+        yield (
+            ("train.compile", f"{offloaded[0]}.device"),
+            f"given with {offloaded[0]}.device: offload, which it cannot follow; leave one of them out",
+        )
+    if train.max_steps and optim.warmup_steps and optim.warmup_steps > train.max_steps:
+        yield ("optim.warmup_steps", "train.max_steps"), f"found {optim.warmup_steps}, more than train.max_steps ({train.max_steps})"
+    no_held_out = ("data.validation", "data.validation_share")
+    if not sources(data.validation) and not data.validation_share:
+        for path, given in (("validation.every", recipe.validation.every), ("checkpoint.best_by", recipe.checkpoint.best_by)):
+            if given is not None:
+                yield (path, *no_held_out), "given without held-out rows; set data.validation or data.validation_share"
+    if recipe.checkpoint.best_by not in (None, "ce") and not (recipe.teacher and loss.kd_ratio != 0):
+        yield (
+            ("checkpoint.best_by", "teacher", "loss.kd_ratio"),
+            f"found {recipe.checkpoint.best_by}, which needs a teacher and loss.kd_ratio above 0; use ce",
+        )
+
+
+def _student_contradictions(student: Student) -> Iterator[tuple[tuple[str, ...], str]]:
+    if student.model is None and student.architecture is None:
+        yield (
+            ("student.model", "student.architecture"),
+            "not given; name the base model's folder or hub id (or give student.architecture for new weights)",
+        )
+    if student.model is not None and student.architecture is not None:
+        yield ("student.architecture", "student.model"), "given together with student.model; keep one of them"
+    if student.architecture is not None:
+        if student.tokenizer is None:
+            yield ("student.tokenizer",), "not given; new weights need it, a folder or hub id"
+        if "model_type" not in student.architecture:
+            yield ("student.architecture",), "has no model_type; give one, such as llama"
+        if student.method == "lora":
+            yield ("student.method",), "found lora with student.architecture; new random weights train with method: full"
+        for name in ("revision", "base"):
+            if getattr(student, name) is not None:
+                yield (f"student.{name}", "student.architecture"), "given with student.architecture, which has none; leave it out"
+    if student.method == "full" and student.quantization is not None:
+        yield (
+            ("student.quantization", "student.method"),
+            "given with method: full, and quantised weights cannot be trained; set method: lora",
+        )
+    if student.quantization and student.quantization.type == "fp8":
+        yield ("student.quantization.type",), "found fp8, which is for teachers: no gradient passes through it; use nf4"
+    if student.quantization and student.quantization.type == "int8" and student.lora and student.lora.dora:
+        yield (
+            ("student.lora.dora", "student.quantization.type"),
+            "given with quantization int8, which PEFT's DoRA does not work with; use nf4",
+        )
+    if student.method == "full" and student.dtype == "float16":
+        yield (
+            ("student.dtype", "student.method"),
+            "found float16, in which all weights cannot be trained; use float32 with mixed_precision: bf16",
+        )
+
+
+def _loss_contradictions(loss: Loss) -> Iterator[tuple[tuple[str, ...], str]]:
+    known = DIVERGENCES[loss.divergence]
+    for name, value in loss.divergence_options.items():
+        paths = (f"loss.divergence_options.{name}", "loss.divergence")
+        if name not in known:
+            yield paths, f"{loss.divergence} has no such option; it has: {', '.join(known) or 'none'}"
+        elif not known[name][0] <= value <= known[name][1]:
+            yield paths, f"found {value:g}, expected {known[name][0]:g} to {known[name][1]:g}"
+    if loss.divergence == "alpha_beta" and not any(({o: d for o, (_, _, d) in known.items()} | loss.divergence_options).values()):
+        yield ("loss.divergence_options", "loss.divergence"), "alpha and beta are both 0; at least one of them must be positive"

@@ -1,0 +1,78 @@
+"""Every setting as data: for --help and for error messages."""
+
+import dataclasses
+import json
+import typing
+
+from .recipe import Recipe
+
+
+def _or(options: list[str]) -> str:
+    return ", ".join(options[:-1]) + (" or " if len(options) > 1 else "") + options[-1] if options else "nothing"
+
+
+def _section(kind, key):
+    """The section behind a key; behind a name of the user's own (a stage), the section that all of them are."""
+    if not dataclasses.is_dataclass(kind):
+        return None
+    hint = typing.get_type_hints(kind).get(key, kind)
+    return next((c for c in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(c)), None)
+
+
+def describe(kind=Recipe, prefix: str = ""):
+    """Every setting as (dotted path, type in words, default, sentence)."""
+    hints = typing.get_type_hints(kind, include_extras=True)
+    for field in dataclasses.fields(kind):
+        path, hint = prefix + field.name, hints[field.name]
+        section = _section(kind, field.name)
+        info = field.default
+        if section:
+            if getattr(info, "description", None):
+                several = any(typing.get_origin(a) is tuple for a in typing.get_args(typing.get_type_hints(kind)[field.name]))
+                yield path, "a mapping of settings" + (", or a list of them" if several else ""), None, info.description
+            yield from describe(section, path + ".")
+            continue
+        factory = getattr(info, "default_factory", None)
+        default = factory() if factory else getattr(info, "default", info)
+        bounds = [m for m in getattr(info, "metadata", [])]
+        yield path, _words(hint, bounds), default, getattr(info, "description", None) or ""
+
+
+def _words(hint, bounds=()) -> str:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is typing.Annotated:
+        inner = list(bounds) + [m for a in hint.__metadata__ for m in (getattr(a, "metadata", None) or [a])]
+        return _words(args[0], inner)
+    if origin is typing.Literal:
+        return _or([str(a) for a in args])
+    if origin is tuple:
+        return "a list of " + (_words(args[0]) + "s" if args[-1] is ... else f"{len(args)} numbers")
+    if origin is dict:
+        return "a mapping"
+    if args:
+        return " or ".join("null" if a is type(None) else _words(a, bounds) for a in args)
+    word = {int: "a whole number", float: "a number", str: "text", bool: "true or false"}.get(hint, getattr(hint, "__name__", str(hint)))
+    limits = [
+        f"{sign} {_plain(getattr(b, name))}"
+        for b in bounds
+        for name, sign in (("ge", ">="), ("gt", ">"), ("le", "<="), ("lt", "<"))
+        if getattr(b, name, None) is not None
+    ]
+    return word + (" " + ", ".join(limits) if limits else "")
+
+
+def _plain(number: float) -> str:
+    return str(number) if isinstance(number, int) else f"{number:g}"
+
+
+def help_text(kind=Recipe) -> str:
+    """Every setting with its type, default and sentence, for --help."""
+    lines = []
+    for path, type_, default, text in describe(kind):
+        shown = "required" if default is ... or type(default).__name__ == "PydanticUndefinedType" else dump_value(default)
+        lines.append(f"  --{path}  ({type_}; default {shown})\n      {text}")
+    return "\n".join(lines)
+
+
+def dump_value(value) -> str:
+    return "null" if value is None else json.dumps(value) if not isinstance(value, str) else value or "none"

@@ -1,0 +1,165 @@
+"""Several runs as data: studies of stages that build on one another, and sweeps of arms that are compared."""
+
+import itertools
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from .data import Count, settings
+
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._=,+-]*")
+Seed = Annotated[int, Field(ge=0, lt=2**32)]
+
+
+@settings
+class Stage:
+    recipe: str = Field(description="Recipe of this stage, relative to the study's file.")
+    set: dict[str, Any] = Field(default_factory=dict, description="Settings changed in it, by dotted path.")
+
+
+@settings
+class Study:
+    """Several recipes run in order, then their students compared with one teacher on the same held-out rows."""
+
+    output_dir: str = Field(min_length=1, description="Where the study is written: each stage in a folder of its name.")
+    stages: dict[str, Stage] = Field(min_length=1, description="Name of each stage and what it runs, in order.")
+    teacher: str = Field(description="Stage whose result is the teacher of the comparison.")
+    students: tuple[str, ...] = Field(min_length=1, description="Stages whose results are compared with it.")
+
+
+@settings
+class Evaluation:
+    tasks: tuple[str, ...] = Field((), description="lm-evaluation-harness tasks on which every arm is measured; none by default.")
+    tasks_dir: str | None = Field(None, description="Folder of task files for local data (llmkd tasks writes one).")
+    fewshot: Annotated[int, Field(ge=0)] | None = Field(
+        None, description="Worked examples before each question; null for the task's own number."
+    )
+    limit: Count | None = Field(None, description="Questions of each task, at most; null for all.")
+    batch_size: Count | None = Field(None, description="Sequences per forward pass; null for the harness's own choice.")
+
+
+@settings
+class Sweep:
+    """One recipe with a grid of changes, or a list of them: every combination is an arm, trained, measured and compared."""
+
+    output_dir: str = Field(min_length=1, description="Where the sweep is written: each arm in arms/ as a run of its own.")
+    stages: dict[str, Stage] = Field(
+        default_factory=dict, description="Runs that the arms need first, in order, such as a tuned teacher; in stages/."
+    )
+    recipe: str = Field(description="Recipe that the arms start from, relative to the sweep's file.")
+    set: dict[str, Any] = Field(default_factory=dict, description="Settings changed in it for every arm, by dotted path.")
+    grid: dict[str, Any] = Field(default_factory=dict, description="Values by dotted path; every combination of them is an arm.")
+    arms: dict[str, dict[str, Any]] = Field(
+        default_factory=dict, description="Arms by name, and the settings changed in each, by dotted path."
+    )
+    seeds: tuple[Seed, ...] = Field((), description="Seeds; every arm is trained once with each. None for the recipe's own.")
+    baseline: str | None = Field(None, description="Arm that the others are compared with; by default the first.")
+    side_by_side: Count | None = Field(
+        None, description="Students that train side by side before one teacher, at most; null for all that can, 1 for one after another."
+    )
+    eval: Evaluation = Field(default_factory=Evaluation)
+
+
+@dataclass(frozen=True)
+class ArmSpec:
+    """An arm with one of its seeds. `arm` is its name without the seed, and what is compared."""
+
+    name: str
+    arm: str
+    seed: int | None
+    changes: dict[str, Any]
+
+
+def expand(sweep: Sweep) -> list[ArmSpec]:
+    """Every arm with every seed, in the order of the file. See `sweep_contradictions` for what must hold."""
+    grid, seeds = _leaves(sweep.grid), list(sweep.seeds)
+    if "seed" in grid:
+        seeds = grid.pop("seed")
+    out = []
+    for arm, changes in (_combined(grid, alone=not sweep.arms) | sweep.arms).items():
+        for seed in seeds or [changes.get("seed")]:
+            own = {} if seed is None else {"seed": seed}
+            out.append(ArmSpec(f"{arm},seed={seed}" if len(seeds) > 1 else arm, arm, seed, changes | own))
+    return out
+
+
+def _combined(grid: dict[str, Any], alone: bool) -> dict[str, dict[str, Any]]:
+    """The grid's arms by name; without a grid the recipe itself, if it is to be `alone`."""
+    if not grid:
+        return {"recipe": {}} if alone else {}
+    short = {path: path.rpartition(".")[2] for path in grid}
+    names = {path: last if list(short.values()).count(last) == 1 else path for path, last in short.items()}
+    texts = {path: _texts(values) for path, values in grid.items()}
+    out = {}
+    for places in itertools.product(*(range(len(values)) for values in grid.values())):
+        chosen = list(zip(grid, places, strict=True))
+        out[",".join(f"{names[path]}={texts[path][i]}" for path, i in chosen)] = {path: grid[path][i] for path, i in chosen}
+    return out
+
+
+def sweep_contradictions(sweep: Sweep) -> Iterator[tuple[tuple[str, ...], str]]:
+    """(the setting to blame; what is wrong and how to mend it), as for a recipe."""
+    grid = _leaves(sweep.grid)
+    if not grid and not sweep.arms and not sweep.seeds:
+        yield ("grid", "arms"), "neither is given; name values to combine, such as loss.kd_ratio: [0, 0.5], or arms by name"
+    for path, values in grid.items():
+        if not isinstance(values, list | tuple) or not values:
+            yield (f"grid.{path}",), f"found {json.dumps(values)[:60]}, expected a list of values"
+            return
+        if len({json.dumps(value, sort_keys=True) for value in values}) < len(values):
+            yield (f"grid.{path}",), "has a value twice; keep one"
+    if sweep.seeds and "seed" in grid:
+        yield ("seeds", "grid"), "given together with seed in grid; keep one of them"
+    own = [arm for arm, changes in sweep.arms.items() if "seed" in changes]
+    if own and (sweep.seeds or "seed" in grid):
+        yield (f"arms.{own[0]}", "seeds", "grid"), "gives a seed of its own beside those of all arms; keep one of them"
+    same = sweep.arms.keys() & _combined({path: values for path, values in grid.items() if path != "seed"}, alone=False).keys()
+    if same:
+        yield (f"arms.{min(same)}", "grid"), "is the name of one of the grid's arms too; give it another"
+    if len(set(sweep.seeds)) < len(sweep.seeds):
+        yield ("seeds",), "has a seed twice; keep one"
+    for name in ("output_dir", "push_to_hub"):
+        for path, changes in (("set", sweep.set), ("grid", grid), *((f"arms.{arm}", changes) for arm, changes in sweep.arms.items())):
+            if any(key == name or key.startswith(f"{name}.") for key in changes):
+                yield (
+                    (path,),
+                    f"changes {name}, which a sweep gives each arm itself"
+                    if name == "output_dir"
+                    else f"sets {name}; upload an arm by hand",
+                )
+    arms = expand(sweep)
+    for spec in arms:
+        if not NAME.fullmatch(spec.name) or len(spec.name) > 150:
+            yield (
+                (f"arms.{spec.arm}", "arms"),
+                "a name has letters, digits and . _ = , + - only, and at most 150 of them; give the arm one under arms:",
+            )
+    if sweep.baseline is not None and sweep.baseline not in {spec.arm for spec in arms}:
+        yield ("baseline",), f"found {sweep.baseline}, which is no arm; the arms are {', '.join(dict.fromkeys(s.arm for s in arms))}"
+
+
+def _leaves(grid: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Sections may be nested, as in a recipe."""
+    out = {}
+    for key, value in grid.items():
+        out |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return out
+
+
+def _texts(values: list[Any]) -> list[str]:
+    """A setting's values in arms' names: short where that tells them apart, of a path its last part; else whole, or numbered."""
+    for write in (_short, lambda value: value if isinstance(value, str) else json.dumps(value)):
+        texts = [re.sub(r"[^A-Za-z0-9._+-]+", "-", write(value)).rstrip("-") or "none" for value in values]
+        if len(set(texts)) == len(texts):
+            return texts
+    return [f"{text}-{i}" for i, text in enumerate(texts, 1)]
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:g}"
+    return value.rstrip("/").rpartition("/")[2] if isinstance(value, str) else json.dumps(value)

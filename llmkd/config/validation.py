@@ -1,0 +1,142 @@
+"""Check a recipe; explain every problem at once."""
+
+import dataclasses
+import difflib
+import json
+import re
+
+from pydantic import TypeAdapter, ValidationError
+
+from ..errors import UserError
+from .recipe import Recipe, contradictions
+from .schema import _or, _section, describe
+from .sweep import Sweep, sweep_contradictions
+
+#: What other trainers call some of our settings, for the hint at an unknown name.
+_ELSEWHERE = {
+    "learning_rate": "optim.lr",
+    "num_train_epochs": "train.epochs",
+    "num_epochs": "train.epochs",
+    "total_epochs": "train.epochs",
+    "per_device_train_batch_size": "train.micro_batch_size",
+    "gradient_accumulation_steps": "train.batch_size",
+    "max_seq_length": "data.max_length",
+    "max_seq_len": "data.max_length",
+    "lr_scheduler_type": "optim.schedule",
+    "warmup_ratio": "optim.warmup_share",
+    "clip_grad_norm": "optim.max_grad_norm",
+    "lora_rank": "student.lora.rank",
+    "lora_r": "student.lora.rank",
+    "lora_alpha": "student.lora.alpha",
+    "lora_dropout": "student.lora.dropout",
+    "bf16": "student.mixed_precision",
+    "save_steps": "checkpoint.every",
+    "eval_steps": "validation.every",
+    "save_total_limit": "checkpoint.keep",
+    "logging_steps": "train.log_every",
+    "alpha": "loss.kd_ratio",
+}
+
+
+def _check(kind, data: dict, name: str, lines: dict, problems: list[str], changed: set[tuple]):
+    """Validate; leave out what failed and validate the rest, until it holds; then look for contradictions in it."""
+    adapter = TypeAdapter(kind)
+
+    def where(path: tuple) -> str:
+        dotted = ".".join(map(str, path))
+        if any(path[: len(keys)] == keys or (keys[: len(path)] == path and path not in lines) for keys in changed):
+            return f"--{dotted}"
+        found = next((lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in lines), None)
+        return f"{name}:{found}: {dotted}" if found else f"{name}: {dotted}"
+
+    broken: list[tuple] = []
+    result = None
+    while result is None:
+        try:
+            result = adapter.validate_json(json.dumps(data), strict=True)
+        except ValidationError as error:
+            remove = []
+            for item in error.errors():
+                path = _real_path(item["loc"], data)
+                remove.append(path[:-1] if item["type"] == "missing" else path)
+                known = any(b == path[: len(b)] for b in broken) or any(p.startswith(f"{where(path)}: ") for p in problems)
+                broken.append(path)
+                if not known:
+                    problems.append(f"{where(path)}: {_explain(kind, path, item)}")
+            before = json.dumps(data)
+            for path in remove:
+                _remove(data, path)
+                broken.append(path)
+            if json.dumps(data) == before:  # nothing more can be left out
+                break
+    together = {Recipe: contradictions, Sweep: sweep_contradictions}.get(kind)
+    if together and result is not None:
+        for paths, problem in together(result):
+            keys = [tuple(int(key) if key.isdigit() else key for key in path.split(".")) for path in paths]
+            if not any(b[: len(k)] == k or k[: len(b)] == b for b in broken for k in keys):
+                problems.append(f"{where(keys[0])}: {problem}")
+    if problems:
+        raise UserError(*dict.fromkeys(problems))
+    return result
+
+
+def _real_path(loc: tuple, data) -> tuple:
+    """pydantic's location without the names of union members, which are not settings."""
+    path, here = [], data
+    for i, key in enumerate(loc):
+        last = i == len(loc) - 1
+        if isinstance(here, dict) and (key in here or last):
+            here = here.get(key)
+        elif isinstance(here, list) and isinstance(key, int):
+            here = here[key] if key < len(here) else None
+        else:
+            continue
+        path.append(key)
+    return tuple(path)
+
+
+def _remove(data: dict, path: tuple) -> None:
+    """Leave a setting out; for an item of a list, the list."""
+    for i, key in enumerate(path):
+        if i == len(path) - 1 or not isinstance(data.get(key), dict):
+            data.pop(key, None)
+            return
+        data = data[key]
+
+
+def _explain(kind, path: tuple, item: dict) -> str:
+    """What was found, what is allowed, and the nearest known name for a typo."""
+    found = item["input"]
+    parent, parent_path = kind, []
+    for key in path[:-1]:
+        parent = _section(parent, key)
+        parent_path.append(str(key))
+    if item["type"] in ("unexpected_keyword_argument", "extra_forbidden") and dataclasses.is_dataclass(parent):
+        if str(path[-1]) in {part for dotted, *_ in describe(kind) for part in (dotted, dotted.rpartition(".")[0])} and "." in str(
+            path[-1]
+        ):
+            return (
+                f"unknown setting; in a file sections are nested: {str(path[-1]).replace('.', ': {')}: ...{'}' * str(path[-1]).count('.')}"
+            )
+        here = [f.name for f in dataclasses.fields(parent)]
+        near = difflib.get_close_matches(str(path[-1]), here, 1, 0.6)
+        if near:
+            return f"unknown setting; did you mean {'.'.join([*parent_path, near[0]])}?"
+        leaves = dict(_ELSEWHERE)
+        for dotted, *_ in describe(kind):
+            for part in (dotted, dotted.rpartition(".")[0]):
+                leaves.setdefault(part.rsplit(".", 1)[-1], part)
+        near = difflib.get_close_matches(str(path[-1]), [leaf for leaf in leaves if leaf], 1, 0.75)
+        return f"unknown setting; did you mean {leaves[near[0]]}?" if near else f"unknown setting; known here: {', '.join(here)}"
+    if item["type"] == "missing":
+        return "not given, and it has no default"
+    if isinstance(found, str) and "expected" in item.get("ctx", {}):
+        options = re.findall(r"'([^']*)'", str(item["ctx"]["expected"]))
+        near = difflib.get_close_matches(found, options, 1, 0.6)
+        return f"found {found!r}, expected {_or(options)}" + (f"; did you mean {near[0]}?" if near else "")
+    known = {dotted: (type_, text) for dotted, type_, _, text in describe(kind)}
+    type_, text = known.get(".".join(str(key) for key in path if not isinstance(key, int) or key == path[-1]), (None, None))
+    if not type_ and item["msg"].startswith(("Input should be less", "Input should be greater")):
+        return f"found {json.dumps(found)[:80]}, expected a number {item['msg'].removeprefix('Input should be ')}"
+    expected = type_ or re.sub(r"^Input should be (a )?(valid )?", "a ", item["msg"]).replace("a an object", "a mapping of settings")
+    return f"found {json.dumps(found, ensure_ascii=False)[:80]}, expected {expected}"

@@ -1,0 +1,90 @@
+"""YAML 1.2's plain values with the line of each, safely: no tags, no anchors' bombs, no duplicate keys."""
+
+import re
+import typing
+
+import yaml
+
+from ..errors import UserError
+
+MAX_NODES, MAX_DEPTH = 100_000, 40
+
+
+class Loader(yaml.SafeLoader):
+    """YAML 1.2's plain scalars: 1e-4 is a number; no, on, 010 and 12:30 are text."""
+
+
+class Dumper(yaml.SafeDumper):
+    """Quotes what `Loader` would not read back as the same text."""
+
+
+Loader.yaml_implicit_resolvers = Dumper.yaml_implicit_resolvers = {}
+for _tag, _pattern, _first in (
+    ("null", r"~|null|Null|NULL|", "~nN"),
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?(0|[1-9][0-9]*)", "-+0123456789"),
+    (
+        "float",
+        r"[-+]?(\.[0-9]+|[0-9]+\.[0-9]*)([eE][-+]?[0-9]+)?|[-+]?[0-9]+[eE][-+]?[0-9]+|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
+):
+    Loader.add_implicit_resolver(
+        f"tag:yaml.org,2002:{_tag}", re.compile(rf"^(?:{_pattern})$"), [*_first] + ([""] if _tag == "null" else [])
+    )
+
+
+def parse_yaml(text: str, name: str) -> tuple[typing.Any, dict[tuple, int], list[str]]:
+    """The data in `text`, the line of every path in it, and the problems found (duplicate keys, odd tags)."""
+    try:
+        root = yaml.compose(text, Loader=Loader)
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        raise UserError(f"{name}:{line}: not valid YAML: the character {error.character!r} is not allowed") from None
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        raise UserError(f"{name}:{mark.line + 1 if mark else 1}: not valid YAML: {getattr(error, 'problem', error)}") from None
+    except RecursionError:
+        raise UserError(f"{name}: nested too deeply; a recipe is flat") from None
+    lines: dict[tuple, int] = {}
+    problems: list[str] = []
+    loader = Loader("")
+    nodes = 0
+
+    def build(node, path):
+        nonlocal nodes
+        nodes += 1
+        if nodes > MAX_NODES:
+            raise UserError(f"{name}: more than {MAX_NODES} values; a recipe is small")
+        line = node.start_mark.line + 1
+        lines.setdefault(path, line)
+        kind = node.tag.removeprefix("tag:yaml.org,2002:")
+        if len(path) > MAX_DEPTH:
+            raise UserError(f"{name}:{line}: nested too deeply; a recipe is flat")
+        if kind not in ("map", "seq", "null", "bool", "int", "float", "str"):
+            problems.append(f"{name}:{line}: {'.'.join(map(str, path))}: found the tag {node.tag}; write a plain value")
+            return None
+        if isinstance(node, yaml.MappingNode):
+            out = {}
+            for key_node, value in node.value:
+                key, key_line = str(key_node.value), key_node.start_mark.line + 1
+                if key in out:
+                    problems.append(
+                        f"{name}:{key_line}: {'.'.join(map(str, (*path, key)))}: given twice (first on line {lines[*path, key]}); keep one"
+                    )
+                lines[*path, key] = key_line
+                out[key] = build(value, (*path, key))
+            return out
+        if isinstance(node, yaml.SequenceNode):
+            return [build(value, (*path, i)) for i, value in enumerate(node.value)]
+        try:
+            node.value.encode()
+            if kind == "float":  # PyYAML's own converter is YAML 1.1's
+                return float(re.sub(r"\.(?=inf|nan)", "", node.value.lower()))
+            return loader.construct_object(node)
+        except (ValueError, KeyError):
+            problems.append(f"{name}:{line}: {'.'.join(map(str, path))}: {node.value[:40]!r} is not a valid {kind}")
+            return None
+
+    data = build(root, ()) if root else None
+    return ({} if data is None else data), lines, problems

@@ -1,0 +1,184 @@
+"""Which examples make up which optimizer step: a pure function of (seed, epoch). Nothing here has state to restore.
+
+An optimizer step is a window of `batch_size` examples, however many processes there are. Inside it examples are sorted
+by length, cut into micro-batches and dealt to the ranks in turn; since the loss is a sum over the window's targets
+divided by their number, how the window is cut changes nothing but speed.
+"""
+
+import heapq
+import math
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import numpy as np
+
+MOST_TOKENS = 65_536  # of a micro-batch whose budget is measured: beyond, nothing becomes faster
+MOST_PACKED = (
+    8_192  # of a packed row alike: but for flash attention, every pair of its tokens is computed, and those of two examples dropped
+)
+_FLOOR = 1024  # tokens: a smaller pass takes a GPU about as long, which then waits for its kernels to be launched
+
+
+@dataclass(frozen=True)
+class Step:
+    number: int  # from 1
+    epoch: int  # from 0
+    micro_batches: list[list[int]]  # this rank's examples; a list may be empty, and all ranks have equally many
+    window: list[int] = field(default_factory=list)  # the examples of all ranks
+    targets: int | None = None  # of all of them
+
+
+@dataclass
+class Budget:
+    """The tokens of a micro-batch at most, padding counted. `tokens` falls where memory runs out."""
+
+    tokens: int
+    packing: bool = False
+
+    def of(self, lengths: np.ndarray) -> int:
+        """The tokens of one micro-batch of examples so long."""
+        return int(lengths.sum() if self.packing else len(lengths) * lengths.max(initial=0))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The whole run's order. `lengths[i]` is the number of tokens of example i, `widths[i]` that of the longer of what
+    student and teacher read, where they differ."""
+
+    lengths: np.ndarray
+    seed: int
+    batch_size: int
+    micro_batch_size: int | Budget
+    epochs: int | None
+    max_steps: int | None
+    length_group: int = 1
+    rank: int = 0
+    ranks: int = 1
+    sources: np.ndarray | None = None  # which source each example is of, where there are several
+    weights: tuple[float, ...] = (1.0,)  # passes over each source in an epoch
+    widths: np.ndarray | None = None
+    targets: np.ndarray | None = None  # of each example
+
+    @property
+    def steps_per_epoch(self) -> int:
+        drawn = sum(draws(n, weight) for n, weight in zip(self._sizes(), self.weights, strict=True))
+        return math.ceil(drawn / self.batch_size)
+
+    def _sizes(self) -> list[int]:
+        if self.sources is None:
+            return [len(self.lengths)]
+        return np.bincount(self.sources, minlength=len(self.weights)).tolist()
+
+    @property
+    def total_steps(self) -> int:
+        return self.max_steps or self.epochs * self.steps_per_epoch
+
+    def windows(self, epoch: int) -> list[list[int]]:
+        """The epoch's optimizer steps: every example as often as its source weighs (once, by default).
+
+        One of them may be short: the last, unless grouped by length.
+        """
+        rng = random.Random(f"{self.seed} {epoch}")
+        order = []
+        for source, weight in enumerate(self.weights):
+            examples = range(len(self.lengths)) if self.sources is None else np.flatnonzero(self.sources == source).tolist()
+            whole, part = divmod(draws(len(examples), weight), len(examples))
+            order += [*examples] * whole + (rng.sample(examples, part) if part else [])
+        rng.shuffle(order)
+        group = self.batch_size * self.length_group
+        if self.length_group > 1:
+            order = [
+                i for start in range(0, len(order), group) for i in sorted(order[start : start + group], key=lambda i: -self.lengths[i])
+            ]
+        windows = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
+        if self.length_group > 1:
+            rng.shuffle(windows)  # or every group would begin with its longest examples
+        return windows
+
+    def steps(self, done: int = 0) -> Iterator[Step]:
+        """The steps after the first `done`."""
+        epoch = None
+        for number in range(done + 1, self.total_steps + 1):
+            if (number - 1) // self.steps_per_epoch != epoch:
+                epoch = (number - 1) // self.steps_per_epoch
+                windows = self.windows(epoch)
+            window = windows[(number - 1) % self.steps_per_epoch]
+            targets = None if self.targets is None else int(self.targets[window].sum())
+            yield Step(number, epoch, self.cut(window), window, targets)
+
+    def cut(self, window: list[int]) -> list[list[int]]:
+        """This rank's micro-batches of those examples."""
+        return deal(window, self.lengths if self.widths is None else self.widths, self.micro_batch_size, self.rank, self.ranks)
+
+
+def draws(examples: int, weight: float) -> int:
+    """How many examples an epoch takes of a source."""
+    return round(weight * examples)
+
+
+def deal(examples: list[int], lengths: np.ndarray, size: int | Budget, rank: int = 0, ranks: int = 1) -> list[list[int]]:
+    """Cut examples into micro-batches of `size`, examples or tokens, longest first, and deal them to the ranks in turn.
+
+    Without packing a micro-batch has examples of similar length. One that is longer than a budget stands alone.
+    """
+    longest_first = sorted(examples, key=lambda i: (-lengths[i], i))
+    if isinstance(size, Budget):
+        micro = (_filled if size.packing else _sliced)([int(lengths[i]) for i in longest_first], size.tokens, ranks)
+        micro = [[longest_first[n] for n in one] for one in micro]
+    else:
+        micro = [longest_first[i : i + size] for i in range(0, len(longest_first), size)]
+    micro += [[]] * (-len(micro) % ranks)
+    return micro[rank::ranks]
+
+
+def _sliced(lengths: list[int], tokens: int, ranks: int) -> list[list[int]]:
+    """Slices of falling `lengths` with length x count <= tokens, equally many for each rank.
+
+    However many they are, they are as even as so many can be. More pad less, until they are so small that a pass is not shorter for it.
+    """
+
+    def slices(most: int) -> list[list[int]]:
+        out, start = [], 0
+        while start < len(lengths):
+            count = max(1, most // lengths[start])
+            out.append(list(range(start, min(start + count, len(lengths)))))
+            start += count
+        return out
+
+    def even(count: int) -> list[list[int]]:
+        low, high = 1, tokens  # the least budget that does with no more
+        while low < high:
+            middle = (low + high) // 2
+            low, high = (low, middle) if len(slices(middle)) <= count else (middle + 1, high)
+        return slices(low)
+
+    best, least, count = [], math.inf, len(slices(tokens))
+    while (count := count + -count % ranks) * _FLOOR < least and count < len(lengths) + ranks:
+        cut = even(count)
+        cost = sum(max(_FLOOR, lengths[one[0]] * len(one)) for one in cut)
+        if cost < least:
+            best, least = cut, cost
+        count += 1 + count // 4
+    return best
+
+
+def _filled(lengths: list[int], tokens: int, ranks: int) -> list[list[int]]:
+    """Rows of at most `tokens`, from falling `lengths`: first-fit decreasing says how many, and they are even where that is possible."""
+    rows, room = [], []
+    for n, length in enumerate(lengths):
+        place = next((r for r, free in enumerate(room) if free >= length), len(rows))
+        if place == len(rows):
+            rows.append([])
+            room.append(tokens)
+        rows[place].append(n)
+        room[place] -= length
+    count = len(rows) + -len(rows) % ranks
+    even, heap = [[] for _ in range(count)], [(0, r) for r in range(count)]
+    for n, length in enumerate(lengths):  # each to the emptiest
+        held, place = heapq.heappop(heap)
+        if held and held + length > tokens:
+            return sorted(rows, key=lambda row: -sum(lengths[n] for n in row))
+        even[place].append(n)
+        heapq.heappush(heap, (held + length, place))
+    return sorted(even, key=lambda row: -sum(lengths[n] for n in row))

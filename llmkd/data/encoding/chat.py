@@ -1,0 +1,240 @@
+"""Conversations through the tokenizer's own chat template, and which characters of them the assistant said.
+
+A template is a program: it may trim, merge, insert, drop earlier thinking, ignore what it is asked for. So nothing is
+taken from its source or its generation marks. It is rendered once more with a mark of its own in place of every answer and
+every thought, and what stands round the marks is the template's own.
+"""
+
+import datetime
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from .control_tokens import Span, Text, broken, controls, refuse_unmarked, unused, whole
+
+#: A template that asks for today's date is told the day that Llama 3.1's own falls back on, or no run would repeat.
+_DAY = {f"%{letter}": datetime.datetime(2024, 7, 26).strftime(f"%{letter}") for letter in "aAbBcdDeFHIjlmMpSTuUwxXyYZ"}
+_DATED = (
+    "{% macro strftime_now(format) %}{{ format | replace('%-', '%')"
+    + "".join(f" | replace({code!r}, {said!r})" for code, said in _DAY.items())
+    + " }}{% endmacro %}\n"
+)
+#: Thinking that a template puts before an answer that has none. It is the template's word, not the assistant's.
+_EMPTY_THINKING = re.compile(r"\s*<think>\s*</think>\s*")
+_THINKING = re.compile(r"(\s*(?:<think>)?)(.*?)(</think>)(.*)", re.DOTALL)
+_REASONING = ("reasoning_content", "reasoning", "thinking")
+
+
+def conversation(messages: list[dict], tokenizer, tools: list[dict] | None = None, first: int = 0) -> list[Text]:
+    """The assistant's turns from message `first` on are supervised, with their end tokens.
+
+    A template that shows earlier turns differently once later ones follow (thinking that is dropped, say) gives one
+    example for each assistant turn, just as the model meets it when it answers. ValueError if the template raises, or
+    if it cannot be told which part of its text is the answer.
+    """
+    control = controls(tokenizer)
+    refuse_unmarked([messages, tools], control)
+    guard, mark = unused(messages, tools, tokenizer.chat_template)
+    plain = messages, tools
+    messages, tools = broken(messages, control.any, guard), broken(tools, control.any, guard)
+
+    template = tokenizer.get_chat_template(tools=tools)
+    template = _DATED + template if "strftime_now" in template else template
+
+    def render(messages: list[dict], prompt: bool = False, tools: list[dict] | None = tools) -> str:
+        try:
+            return tokenizer.apply_chat_template(messages, tools, chat_template=template, tokenize=False, add_generation_prompt=prompt)
+        except Exception as error:  # a template raises what it likes
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise ValueError(f"the chat template does not take this conversation: {reason}") from None
+
+    turns = [i for i, m in enumerate(messages) if i >= first and m["role"] == "assistant" and (m["content"].strip() or m.get("tool_calls"))]
+    texts = _texts(messages, turns, Look(render, mark, control.any, tokenizer.eos_token))
+    if plain != (messages, tools):
+        if render(messages).replace(guard, "") != render(plain[0], tools=plain[1]):
+            raise ValueError("a message contains a control token that the chat template acts on; remove it from the text")
+        texts = [whole(text, guard, control.any, tokenizer) for text in texts]
+    return texts
+
+
+@dataclass(frozen=True)
+class Look:
+    """How a conversation is looked at: rendered, with a mark that occurs nowhere in it, and where a turn may end."""
+
+    render: Callable[..., str]  # (messages, prompt=False)
+    mark: str
+    control: re.Pattern
+    end: str  # the end of text
+
+    def example(self, messages: list[dict]) -> str:
+        """The conversation as it is trained on: with no more control tokens than a neutral one of its shape."""
+        text, said = self.render(messages), ("content", *_REASONING)
+        neutral = [m | {key: "x" for key in said if isinstance(m.get(key), str) and m[key].strip()} for m in messages]
+        if self.control.findall(text) != self.control.findall(self.render(neutral)):
+            raise ValueError("the chat template makes control tokens out of a message's text; mend the row or the template")
+        return text
+
+    def ended(self, text: str, stop: int) -> bool:
+        return any(m.end() == stop for m in self.control.finditer(text, max(0, stop - 64), stop))
+
+
+def _texts(messages: list[dict], turns: list[int], look: Look) -> list[Text]:
+    render, last = look.render, len(messages) - 1
+    text = look.example(messages)
+    afters = [text if i == last else render(messages[: i + 1]) for i in turns]
+    for i, after in zip(turns, afters, strict=True):
+        if messages[i].get("tool_calls") and after == render([*messages[:i], {k: v for k, v in messages[i].items() if k != "tool_calls"}]):
+            raise ValueError(f"the chat template does not show the tool calls of messages[{i}]; use a tokenizer whose template does")
+    if all(text.startswith(after) for after in afters):
+        plain = [i for i in turns if messages[i]["content"].strip() and not any(messages[i].get(key) for key in _REASONING)]
+        places = _between(text, messages, [(i, "content", "{}", [messages[i]["content"]]) for i in plain], look)
+        known = dict(zip(plain, places, strict=True)) if places and all(places) else {}
+        spans = [_with_end(text, _span(messages, i, after, look, known.get(i)), look) for i, after in zip(turns, afters, strict=True)]
+        return [Text(text, spans, False, all(look.ended(text, stop) for _, stop in spans))]
+    out = []
+    for i in turns:
+        after = look.example(messages[: i + 1])
+        span = _span(messages, i, after, look)
+        out.append(Text(after, [span], False, look.ended(after, span[1])))
+    return out
+
+
+# ---- where a turn ends
+
+
+def _span(messages: list[dict], i: int, after: str, look: Look, known: Span | None = None) -> Span:
+    """Turn i in `after`, the text that ends with it: from its first character to its end token.
+
+    The end is the first control token behind it, with the end of text where that follows at once; where tools are called,
+    or where there is none, the end of the text.
+    """
+    head, calls = messages[: i + 1], bool(messages[i].get("tool_calls"))
+    start, stop = known or _turn(head, after, look)
+    end = None if calls else look.control.search(after, stop)
+    if not end:
+        return start, _without_prompt(head, after, stop, look, calls)
+    further = look.control.match(after, end.end())
+    return start, further.end() if further and further[0] == look.end != end[0] else end.end()
+
+
+def _without_prompt(head: list[dict], after: str, stop: int, look: Look, calls: bool) -> int:
+    """The end of the text, less the generation prompt of a template that always puts one: it is there before the turn too."""
+    tail = after[stop:].rstrip()
+    last = stop + len(tail)
+    if len(head) < 2 or look.render(head, True) != after:
+        return last
+    prompt = last - len(os.path.commonprefix([look.render(head[:-1]).rstrip()[::-1], tail[::-1]]))
+    end = next((m.end() for m in look.control.finditer(after, stop, last) if m.end() > prompt), None)
+    return end or (last if calls else prompt)
+
+
+def _with_end(text: str, span: Span, look: Look) -> Span:
+    """The end of text that a template writes only once another turn follows is the turn's own."""
+    gap = "" if look.ended(text, span[1]) else r"\s*"
+    end = re.compile(gap + re.escape(look.end)).match(text, span[1])
+    return (span[0], end.end()) if end and not text.endswith(look.end, *span) else span
+
+
+# ---- where a turn stands
+
+
+def _turn(head: list[dict], after: str, look: Look) -> Span:
+    """The last turn of `head` in `after`, the text that ends with it, without its end token."""
+    i, message = len(head) - 1, head[-1]
+    content = message["content"].strip()
+    thoughts = [(i, key, "{}", [str(message[key])]) for key in _REASONING if message.get(key)]
+    before = _prompted(head, after, look.render)
+    for answer in _ways(i, message["content"]):
+        slots = [*answer, *thoughts]
+        found = _between(after, head, slots, look) if slots else None
+        if found and all(found[: sum(len(slot[3]) for slot in answer)]):
+            places = [place for place in found if place]
+            if not places:
+                continue
+            start, stop = min(places)[0], max(place[1] for place in places)
+            thinks = len(places) > len(answer) or (answer and answer[0][2] != "{}")
+            return (before if thinks and before is not None and before <= start else start), stop
+    if before is not None:
+        empty = None if content.startswith("<think>") or thoughts else _EMPTY_THINKING.match(after, before)
+        start = empty.end() if empty else before
+        if not content:
+            return start, start
+        behind = look.render([*head[:-1], {**message, "content": look.mark}]).rpartition(look.mark)[2]
+        stop = len(after) - len(behind)
+        said = after[start:stop]
+        if after.endswith(behind) and _bones(said).endswith(_bones(content)) and not look.control.search(said):
+            return start, stop
+    elif not content:  # the template always puts its prompt, or has none: its header is what stands before any answer
+        header = look.render([*head[:-1], {"role": "assistant", "content": look.mark}]).partition(look.mark)[0]
+        if after.startswith(header):
+            return len(header), len(header)
+    raise ValueError(
+        f"the chat template changes the assistant's answer in messages[{i}], so its tokens cannot be told; mend the row or the template"
+    )
+
+
+#: A part of a message that marks are put into: its number, the key, the text with {} for each mark, what stands there.
+Slot = tuple[int, str, str, list[str]]
+
+
+def _ways(i: int, content: str) -> list[list[Slot]]:
+    """How a template may take an answer: as it stands, or its thinking apart."""
+    if not content.strip():
+        return [[]]
+    ways: list[list[Slot]] = [[(i, "content", "{}", [content])]]
+    parts = _THINKING.fullmatch(content)
+    if parts:
+        said = [part for part in (parts[2], parts[4]) if part.strip()]
+        form = "".join("{}" if n in (2, 4) and parts[n].strip() else parts[n].replace("{", "{{").replace("}", "}}") for n in (1, 2, 3, 4))
+        ways += [[(i, "content", form, said)]] if said else []
+    return ways
+
+
+def _between(text: str, messages: list[dict], slots: list[Slot], look: Look) -> list[Span | None] | None:
+    """Where `text` has what stands in each slot (whole or trimmed), if all the rest of it is the same with marks in their place.
+
+    None in the list for what the template does not show; None for all where it shows something twice, or else depends on it.
+    """
+    marked, said = list(messages), []
+    for i, key, form, texts in slots:
+        marks = [f"{look.mark}{len(said) + n}{look.mark}" for n in range(len(texts))]
+        marked[i] = {**marked[i], key: form.format(*marks)}
+        said += texts
+    fixed = re.split(f"{look.mark}(\\d+){look.mark}", look.render(marked))
+    order = [int(n) for n in fixed[1::2]]
+    if len(set(order)) < len(order) or not text.startswith(fixed[0]):
+        return None
+    found: list[Span | None] = [None] * len(said)
+    at = len(fixed[0])
+    for place, (n, behind) in enumerate(zip(order, fixed[2::2], strict=True), 1):
+        for form in _trimmed(said[n]):
+            stop = at + len(form)
+            if text.startswith(form, at) and (text[stop:] == behind if place == len(order) else text.startswith(behind, stop)):
+                found[n], at = (at, stop), stop + len(behind)
+                break
+        else:
+            return None
+    return found
+
+
+def _trimmed(text: str) -> dict[str, None]:
+    return dict.fromkeys(strip(text, *of) for of in ((), ("\n",)) for strip in (lambda t, *_: t, str.strip, str.lstrip, str.rstrip))
+
+
+def _prompted(head: list[dict], after: str, render: Callable[..., str]) -> int | None:
+    """Where the last turn of `head` begins by the generation prompt, if the template has one and puts the turn behind it."""
+    try:
+        if len(head) > 1:
+            without, prompt = render(head[:-1]), render(head[:-1], True)
+            return len(prompt) if prompt != without and after.startswith(prompt) else None
+        prompt = render(head, True)[len(after) :]  # templates refuse an empty conversation: the prompt that would come next
+        return after.find(prompt) + len(prompt) if prompt and prompt in after else None
+    except ValueError:
+        return None
+
+
+def _bones(text: Any) -> str:
+    """A text without its white space, which templates rearrange."""
+    return "".join(str(text).split())

@@ -1,0 +1,186 @@
+"""Tokenizers, and the one place that judges whether two of them are the same."""
+
+import itertools
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from ...config.recipe import Student
+from ...console import say
+from ...errors import UserError
+from ...model_files import TOKENIZER, locate, read_json
+from ..reading import skills
+
+
+def load_tokenizer(name: str, setting: str, revision: str | None = None) -> Any:
+    """The tokenizer in a model's, adapter's or tokenizer's folder (or of a hub id), or builtin:skills."""
+    if name == "builtin:skills":
+        return skills.tokenizer()
+    from transformers import AutoTokenizer
+
+    folder = locate(name, setting, revision, TOKENIZER)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:
+        raise UserError(
+            f"{setting}: no tokenizer could be loaded from {name} ({type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]})"
+        ) from error
+    if not tokenizer.is_fast:
+        raise UserError(f"{setting}: {name} has no tokenizer.json; only fast tokenizers are supported")
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{setting}: the tokenizer in {name} has no end-of-text token; set eos_token in its tokenizer_config.json")
+    return tokenizer
+
+
+def student_tokenizer(student: Student) -> Any:
+    """The tokenizer a run would train with, without the weights: the student's own, or its base's where it is an adapter."""
+    if student.tokenizer:
+        return load_tokenizer(student.tokenizer, "student.tokenizer")
+    return load_tokenizer(str(student_base(student)), "student.model")
+
+
+def student_base(student: Student) -> Path:
+    """The folder of the student's model, or of its base where it is an adapter; of the hub's, without the weights."""
+    folder, revision = locate(student.model, "student.model", student.revision, TOKENIZER), None
+    if (folder / "adapter_config.json").exists():
+        adapter = read_json(folder / "adapter_config.json", "student.model")
+        name, revision = student.base or adapter.get("base_model_name_or_path"), adapter.get("revision")
+        if not name or not isinstance(name, str):
+            raise UserError(f"student.model: {student.model}/adapter_config.json names no base model; set student.base to it")
+        folder = locate(name, "student.model", revision, TOKENIZER)
+    return folder
+
+
+def save_tokenizer(tokenizer, folder: Path) -> None:
+    """As transformers saves it, and read back: of some (Mistral's, Llama 2's) it forgets a setting by which their class is built."""
+    tokenizer.save_pretrained(folder)
+    path = folder / "tokenizer_config.json"
+    for kind in (None, "PreTrainedTokenizerFast"):  # the latter takes tokenizer.json as it is
+        if kind:
+            path.write_text(json.dumps(read_json(path, str(folder)) | {"tokenizer_class": kind}, indent=2, ensure_ascii=False) + "\n")
+        if not (differences := tokenizer_differences(tokenizer, load_tokenizer(str(folder), str(folder)))):
+            return
+    say(f"note: {folder}: transformers reads the tokenizer back as another one ({differences[0]}); use the base's own")
+
+
+_PROBES = (
+    "Hello, world!\n\n### Response:\n",
+    "  indented\tcode = f(x) + 12345.678e-9;\n\n\n",
+    "naïve café cafe\u0301 — 你好 \U0001f600 ﬁ Ⅷ",
+    "A\u00a0B\r\nC   D",
+    "UPPER lower İı ß",
+)
+
+
+def vocab_size(tokenizer) -> int:
+    """One more than the highest id: what a model's head must have. More than the count of tokens where ids have gaps."""
+    return max(tokenizer.get_vocab().values(), default=-1) + 1
+
+
+def shared_vocab(tokenizer, rows: dict[str, int | None]) -> int:
+    """How many entries all models have of the tokenizer's: `rows` are those of each setting's model, None where unknown.
+
+    Some tokenizers have more entries than their model: Gemma 3's names an image token that the 1B model has no row for.
+    Such added tokens are left out, and examples that hold one are refused by `prepare`; any other lack is a wrong tokenizer.
+    """
+    size = vocab_size(tokenizer)
+    for setting, count in rows.items():
+        lacking = [i for i in tokenizer.get_vocab().values() if count is not None and i >= count]
+        if any(i not in tokenizer.added_tokens_decoder for i in lacking):
+            raise UserError(f"{setting}: the tokenizer has {size} entries and the model {count} rows for them; they do not belong together")
+        if lacking:
+            size = min(size, count)
+    return size
+
+
+def tokenizer_differences(ours, theirs) -> list[str]:
+    """Why two tokenizers are not the same: the first entries, control tokens, rules or encodings that differ. Empty if equal.
+
+    All that the encoding of a text follows from is compared: entries, merges, scores, normaliser, pre-tokenizer, how added tokens
+    are found. The token they pad with may differ: padding is masked, so nothing is learnt from it. Chat templates may, too: the student's
+    is the one used.
+    """
+    a, b = ours.get_vocab(), theirs.get_vocab()
+    names = {i: token for vocabulary in (b, a) for token, i in vocabulary.items()}
+    out = [
+        f"{token!r} is {a.get(token, 'absent')} here and {b.get(token, 'absent')} there"
+        for token in sorted(
+            (t for t in a.keys() | b.keys() if a.get(t) != b.get(t)), key=lambda t: (min(a.get(t, 1 << 40), b.get(t, 1 << 40)), t)
+        )
+    ]
+    for name in ("bos_token_id", "eos_token_id", "unk_token_id"):
+        one, two = getattr(ours, name), getattr(theirs, name)
+        if one != two:
+            out.append(f"{name} is {_token(one, names)} here and {_token(two, names)} there")
+    control, also = ({t.content for t in tok.added_tokens_decoder.values() if t.special} - {tok.pad_token} for tok in (ours, theirs))
+    paddings = {ours.pad_token, theirs.pad_token}
+    out += [f"{token!r} is a control token {'here' if token in control else 'there'} only" for token in sorted((control ^ also) - paddings)]
+    out += _rules_differ(*(json.loads(tok.backend_tokenizer.to_str()) for tok in (ours, theirs)), paddings)
+    probes = [*_PROBES, *(f"a {token}b{token} {token}" for token in sorted(control & also)[:64])]
+    for text, special in [(_PROBES[0], True), *((text, False) for text in probes)]:  # the first also with what is put round a text
+        one, two = ours.encode(text, add_special_tokens=special), theirs.encode(text, add_special_tokens=special)
+        if one != two:
+            i = next((i for i, (x, y) in enumerate(zip(one, two, strict=False)) if x != y), min(len(one), len(two)))
+            out.append(f"{text!r} is encoded differently (from token {i}: {_some(one, i, names)} here, {_some(two, i, names)} there)")
+    return out
+
+
+def _rules_differ(ours: dict, theirs: dict, paddings: set) -> list[str]:
+    """Of two tokenizers as JSON, the first merge, score and rule of each kind that differ: no probe text would meet each of them."""
+    out = []
+    one, two = ([m if isinstance(m, str) else " ".join(m) for m in tok["model"].get("merges", [])] for tok in (ours, theirs))
+    first = next((i for i, (x, y) in enumerate(zip(one, two, strict=False)) if x != y), None)
+    if first is not None:
+        out.append(f"merge {first} joins {one[first]!r} here and {two[first]!r} there")
+    elif len(one) != len(two):
+        out.append(f"merges are {len(one)} here and {len(two)} there")
+    if ours["model"]["type"] == theirs["model"]["type"] == "Unigram":
+        pairs = zip(ours["model"]["vocab"], theirs["model"]["vocab"], strict=False)
+        different = ((t, x, y) for (t, x), (u, y) in pairs if t == u and not math.isclose(x, y, rel_tol=1e-6))
+        out += [f"{token!r} has score {x:g} here and {y:g} there" for token, x, y in itertools.islice(different, 1)]
+    rules = [{"model": _model(tok), **{k: _plain(tok[k]) for k in ("normalizer", "pre_tokenizer")}} for tok in (ours, theirs)]
+    added = [{t["content"]: t for t in tok["added_tokens"]} for tok in (ours, theirs)]
+    flags = ["lstrip", "rstrip", "single_word"] + (["normalized"] if ours["normalizer"] else [])
+    for tokens, rule in zip(added, rules, strict=True):
+        rule |= {repr(t): {f: tokens[t][f] for f in flags} for t in added[0].keys() & added[1].keys() - paddings}
+    for name in rules[0]:
+        if found := _first_difference(rules[0][name], rules[1][name], name):
+            out.append("{} is {} here and {} there".format(*found))
+    return out
+
+
+def _model(tokenizer: dict) -> dict:
+    """What else than its entries a model's splitting follows from."""
+    out = {name: value or None for name, value in tokenizer["model"].items() if name not in ("vocab", "merges")}
+    if out["type"] == "BPE" and (out.get("byte_fallback") or "ByteLevel" in json.dumps(tokenizer["pre_tokenizer"])):
+        out["unk_token"] = out["fuse_unk"] = None  # where bytes can be had, nothing is unknown
+    return out
+
+
+def _plain(rule):
+    """A rule without what changes offsets only; sequences of one or none are what they do."""
+    if not isinstance(rule, dict):
+        return [_plain(each) for each in rule] if isinstance(rule, list) else rule
+    rule = {name: _plain(value) for name, value in rule.items() if name != "trim_offsets"}
+    parts = next((value for value in rule.values() if isinstance(value, list)), None) if rule.get("type") == "Sequence" else None
+    return rule if parts is None or len(parts) > 1 else (parts or [None])[0]
+
+
+def _first_difference(one, two, where: str) -> tuple[str, str, str] | None:
+    """The first value inside that differs: its path, and both as text."""
+    if isinstance(one, dict) and isinstance(two, dict) and one.keys() == two.keys():
+        pairs = [(f"{where}.{name}", one[name], two[name]) for name in one]
+    elif isinstance(one, list) and isinstance(two, list) and len(one) == len(two):
+        pairs = [(f"{where}.{i}", x, y) for i, (x, y) in enumerate(zip(one, two, strict=True))]
+    else:
+        return None if one == two else (where, *(json.dumps(x, ensure_ascii=False)[:80] for x in (one, two)))
+    return next((found for path, x, y in pairs if (found := _first_difference(x, y, path))), None)
+
+
+def _token(i: int | None, names: dict[int, str]) -> str:
+    return "none" if i is None else f"{names.get(i, '?')!r} ({i})"
+
+
+def _some(ids: list[int], at: int, names: dict[int, str]) -> str:
+    return " ".join(repr(names.get(i, "?")) for i in ids[at : at + 3]) or "nothing"

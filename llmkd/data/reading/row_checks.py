@@ -1,0 +1,161 @@
+"""What a row must hold for its format. One that lacks a column, or holds the wrong type or null in one, is named with its place.
+
+Nothing is repaired, since a repair would be silent. Renaming columns and roles as the recipe says is no repair.
+"""
+
+import difflib
+from typing import Any
+
+from ...config.data import COLUMNS, OPTIONAL, ROLES, Source
+from ...errors import UserError
+
+SHOWN = 20
+
+
+class Problems:
+    """Collects what is wrong; raises all of it together, the first twenty in words."""
+
+    def __init__(self):
+        self.found: list[str] = []
+
+    def add(self, problem: str) -> None:
+        """One line, whatever the data had in it."""
+        line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in problem)
+        self.found.append(line if len(line) <= 600 else f"{line[:600]} ...")
+
+    def raise_if_any(self) -> None:
+        if self.found:
+            more = [f"... and {len(self.found) - SHOWN} more problems like these"] if len(self.found) > SHOWN else []
+            raise UserError(*self.found[:SHOWN], *more)
+
+
+def check_row(row: Any, place: str, source: Source, problems: Problems, choices: bool = False) -> Any:
+    """The row under the format's own names, with what is wrong with it added to `problems`."""
+    try:
+        return _checked(row, place, source, problems, choices)
+    except RecursionError:
+        problems.add(f"{place}: nested too deeply; give it fewer levels")
+        return row
+
+
+def _checked(row: Any, place: str, source: Source, problems: Problems, choices: bool) -> Any:
+    if not isinstance(row, dict):
+        problems.add(f"{place}: found {kind(row)}, expected an object with the columns of format {source.format}")
+        return row
+    columns = [c for c in COLUMNS[source.format] if c not in ("role", "content")]
+    if choices:
+        columns = [c for c in columns if c not in ("output", "completion")]
+    claimed = {name for column, name in source.fields.items() if column not in ("role", "content", name)}
+    absent = {c for c in columns if c in OPTIONAL and c in claimed and c not in source.fields}  # another column has its name
+    theirs = {column: source.fields.get(column, column) for column in columns if column not in absent}
+    found = {c: value for c, value in row.items() if c not in absent} | {
+        c: row[name] for c, name in source.fields.items() if c in ("choices", "answer") and name in row
+    }
+    for column, name in theirs.items():
+        if name not in row:
+            _missing(column, name, row, theirs, place, problems)
+            continue
+        value = row[name]
+        if column == "messages" or (column in ("prompt", "completion") and isinstance(value, list)):
+            value = _messages(value, name, source, place, problems)
+        elif column == "tools":
+            value = _tools(value, name, place, problems)
+        elif column == "teacher_context" and value is None:  # a null field is an absent one: parquet has them in every row
+            continue
+        elif not isinstance(value, str):
+            mend = ', use "" for an empty one' if value is None else ""
+            problems.add(f"{place}: {name} is {kind(value)}, expected text{mend}")
+        else:
+            _check_text(value, f"{place}: {name}", problems)
+        found[column] = value
+    kinds = {isinstance(found[column], list) for column in ("prompt", "completion") if column in theirs and column in found}
+    if len(kinds) > 1:
+        problems.add(f"{place}: prompt and completion are of two kinds; give both as text or both as lists of messages")
+    if choices:
+        _check_choices(found, source, place, problems)
+    return found
+
+
+def _missing(column: str, name: str, row: dict, theirs: dict, place: str, problems: Problems) -> None:
+    if column in OPTIONAL and column == name:  # but a name that was given in the recipe must be there
+        near = difflib.get_close_matches(name, row.keys() - set(theirs.values()), 1, 0.8)
+        if near:
+            problems.add(f"{place}: no column {name!r}; did you mean {near[0]!r}?")
+        return
+    near = difflib.get_close_matches(name, row, 1, 0.6)
+    problems.add(
+        f"{place}: no column {name!r}" + (f"; did you mean {near[0]!r}?" if near else f"; found {', '.join(map(repr, row)) or 'none'}")
+    )
+
+
+def _messages(messages: Any, name: str, source: Source, place: str, problems: Problems) -> Any:
+    """The conversation under our own names. A null field of a message is an absent one: parquet adds them to every message."""
+    if not isinstance(messages, list) or not messages:
+        problems.add(f"{place}: {name} is {kind(messages) if messages != [] else 'empty'}, expected a list of {{role, content}}")
+        return messages
+    role_name, content_name = (source.fields.get(c, c) for c in ("role", "content"))
+    roles = {source.roles.get(role, role): role for role in ROLES}
+    out = []
+    for i, message in enumerate(messages):
+        where = f"{place}: {name}[{i}]"
+        if not isinstance(message, dict):
+            problems.add(f"{where} is {kind(message)}, expected {{{role_name}, {content_name}}}")
+            continue
+        role, content = message.get(role_name), message.get(content_name)
+        if not isinstance(role, str) or role not in roles:
+            problems.add(f"{where}.{role_name} is {role!r}, expected one of {', '.join(roles)}")
+            continue
+        said_elsewhere = content is None and roles[role] == "assistant" and message.get("tool_calls")
+        if not isinstance(content, str) and not said_elsewhere:
+            problems.add(f"{where}.{content_name} is {kind(content)}, expected text")
+            continue
+        rest = {k: v for k, v in message.items() if k not in (role_name, content_name, "role", "content") and v is not None}
+        bad = _surrogate(rest)
+        if bad is not None:
+            problems.add(f"{where} holds half of a surrogate pair, which is no character; mend the file's encoding")
+        _check_text(content or "", f"{where}.{content_name}", problems)
+        out.append({"role": roles[role], "content": content or "", **rest})
+    return out
+
+
+def _tools(tools: Any, name: str, place: str, problems: Problems) -> Any:
+    """The functions a conversation may call: a list of objects, or nothing."""
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        problems.add(f"{place}: {name} is {kind(tools)}, expected a list of objects")
+    elif _surrogate(tools) is not None:
+        problems.add(f"{place}: {name} holds half of a surrogate pair, which is no character; mend the file's encoding")
+    return tools or None
+
+
+def _check_choices(row: dict, source: Source, place: str, problems: Problems) -> None:
+    options, answer = row.get("choices"), row.get("answer")
+    if not isinstance(options, list) or len(options) < 2 or not all(isinstance(c, str) and c for c in options):
+        problems.add(f"{place}: choices is {kind(options)}, expected a list of at least two texts")
+    elif any(_surrogate(option) is not None for option in options):
+        problems.add(f"{place}: choices holds half of a surrogate pair, which is no character; mend the file's encoding")
+    elif type(answer) is not int or not 0 <= answer < len(options):
+        problems.add(f"{place}: answer is {answer!r}, expected an index from 0 to {len(options) - 1}")
+
+
+def _check_text(text: str, where: str, problems: Problems) -> None:
+    if _surrogate(text) is not None:
+        problems.add(f"{where} holds half of a surrogate pair, which is no character; mend the file's encoding")
+
+
+def _surrogate(value: Any) -> str | None:
+    """The first text in `value`, however deep, that cannot be encoded."""
+    if isinstance(value, dict | list):
+        inner = [*value, *value.values()] if isinstance(value, dict) else value
+        return next((bad for bad in map(_surrogate, inner) if bad is not None), None)
+    try:
+        if isinstance(value, str):
+            value.encode()
+    except UnicodeEncodeError:
+        return value
+    return None
+
+
+def kind(value: Any) -> str:
+    """What a value is, in the words of the file and not of Python."""
+    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number", bytes: "bytes"}
+    return "null" if value is None else names.get(type(value), f"a {type(value).__name__}")

@@ -1,0 +1,241 @@
+"""Where examples come from: files, folders, saved data sets, the hub. Every row with its place, read strictly. No torch here.
+
+A source's content is hashed over what was really read: the bytes of files with their names, the rows of the hub (whose
+own cache serves stale rows and flipped bits unnoticed). So another bit means other tokens, never the cached ones.
+"""
+
+import difflib
+import functools
+import hashlib
+import io
+import itertools
+import json
+import os
+import random
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ...config.recipe import Source, sources
+from ...errors import UserError
+from . import skills
+from .files import KINDS, BadRow, Records, kind_of, records, row_of
+from .folders import data_files
+from .row_checks import Problems, check_row
+
+_HUB_ID = re.compile(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)?")
+
+
+@dataclass(frozen=True)
+class Rows:
+    """The rows of one source, where each stands (`file:line`), a hash of what was read, and what a card says of it."""
+
+    rows: list[dict]
+    places: list[str]
+    content: str
+    origin: dict[str, Any] = field(default_factory=dict)  # path, name, split, revision (resolved, where there is one), rows
+
+
+def named(setting: Source | tuple[Source, ...] | None, name: str) -> list[tuple[str, Source]]:
+    """Each source with the name of its setting: data.train, or data.train.0, data.train.1, ..."""
+    return [(f"{name}.{i}" if isinstance(setting, tuple) else name, source) for i, source in enumerate(sources(setting))]
+
+
+def read_sources(setting: Source | tuple[Source, ...] | None, name: str, choices: bool = False) -> list[Rows]:
+    """Every source of a setting. UserError names every bad row of all of them."""
+    out, problems = [], []
+    for path, source in named(setting, name):
+        try:
+            out.append(read_source(source, path, choices))
+        except UserError as error:
+            problems += error.problems
+    if problems:
+        raise UserError(*problems)
+    return out
+
+
+def read_source(source: Source, setting: str, choices: bool = False) -> Rows:
+    """All rows of a source, checked for its format (and for multiple choice). UserError names every bad one."""
+    problems, opened = Problems(), open_source(source, setting)
+    found: Iterable[tuple[str, Any]] = _parsed(opened.records, problems)
+    if source.limit and source.seed is not None:
+        found = _sample(list(found), source.limit, source.seed)
+    rows, places = [], []
+    for place, row in itertools.islice(found, source.limit):
+        rows.append(check_row(row, place, source, problems, choices))
+        places.append(place)
+    problems.raise_if_any()
+    if not rows:
+        raise no_rows(source, setting)
+    renamed = json.dumps([source.limit, source.seed, source.fields, source.roles], sort_keys=True)
+    origin = {"path": source.path, "name": source.name, "split": opened.split, "revision": opened.revision, "rows": len(rows)}
+    return Rows(rows, places, f"{opened.content()} {renamed}", origin)
+
+
+def no_rows(source: Source, setting: str) -> UserError:
+    return UserError(f"{setting}.path: {source.path} has no rows; name a file with at least one example")
+
+
+def _parsed(found: Records, problems: Problems) -> Iterator[tuple[str, Any]]:
+    for place, get in found:
+        try:
+            row = get()
+        except BadRow as error:
+            problems.add(f"{place}: {error}")
+            continue
+        yield place, row
+
+
+def _sample(found: list, limit: int, seed: int) -> list:
+    """`limit` of them, drawn by seed, in the order of the file."""
+    chosen = random.Random(f"sample {seed}").sample(range(len(found)), min(limit, len(found)))
+    return [found[i] for i in sorted(chosen)]
+
+
+# ---- opening
+
+
+@dataclass
+class Opened:
+    """A source's rows, to be read once, and what is known of it: the hash of its content when they have been read."""
+
+    records: Records
+    content: Any  # () -> str
+    split: str | None = None
+    revision: str | None = None
+
+
+def open_source(source: Source, setting: str) -> Opened:
+    """The source behind a setting, refused when it is not there. Rows are read as they are asked for."""
+    if source.path == "builtin:skills":
+        return _builtin(source)
+    files = local(source, setting)
+    if files is not None:
+        reader = _Files(files, setting)
+        return Opened(reader.records(), reader.content, source.split if len(files) > 1 or files[0][0] != source.path else None)
+    return _hub(source, setting)
+
+
+def _builtin(source: Source) -> Opened:
+    name = source.name or "questions"
+    found = (
+        (f"builtin:skills[{source.split}]:{i + 1}", functools.partial(dict, row)) for i, row in enumerate(skills.rows(source.split, name))
+    )
+    return Opened(found, lambda: f"skills {skills.VERSION} {source.split} {name}", source.split)
+
+
+def local(source: Source, setting: str) -> list[tuple[str, Path]] | None:
+    """The files behind a path, each with the name that places show; None if the path can only be a data set of the hub."""
+    path, kinds = _path(source.path, setting), ", ".join(KINDS)
+    if path.is_dir() and source.path.strip():
+        files = data_files(path, source, setting)
+    elif kind_of(path) or path.is_file():
+        if not kind_of(path):
+            raise UserError(f"{setting}.path: {source.path} is not a file of a known kind ({kinds}); convert it to one")
+        if not path.is_file():
+            raise UserError(f"{setting}.path: {source.path}: No such file or directory{_nearest(path)}")
+        if source.split != "train":
+            raise UserError(f"{setting}.split: found {source.split!r}, and one file has no splits; leave it out")
+        files = [(source.path, path)]
+    else:
+        looks_local = source.path.startswith((".", "/", "~")) or (len(path.parts) > 1 and Path(path.parts[0]).is_dir())
+        if looks_local or not _HUB_ID.fullmatch(source.path):
+            raise UserError(
+                f"{setting}.path: {source.path} does not exist, and is no name of a data set on the hub; name a file ({kinds}) or a folder{_nearest(path)}"
+            )
+        return None
+    for name in ("name", "revision"):
+        if getattr(source, name) is not None:
+            raise UserError(f"{setting}.{name}: found {getattr(source, name)!r}, which only a data set of the hub has; leave it out")
+    return files
+
+
+def _path(name: str, setting: str) -> Path:
+    try:
+        path = Path(name).expanduser()
+        path.exists()
+        if "\0" in name:
+            raise ValueError("it holds a NUL character")
+        return path
+    except (RuntimeError, ValueError, OSError) as error:  # a home that does not exist, a NUL, a name too long
+        raise UserError(f"{setting}.path: {name!r} is no path ({error}); name a file") from None
+
+
+def _nearest(path: Path) -> str:
+    others = [p.name for p in path.parent.iterdir() if kind_of(p) or p.is_dir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, others, 1, 0.6)
+    return f"; did you mean {path.parent / near[0]}?" if near else ""
+
+
+class _Files:
+    """Files one after another, each read at once and hashed as it is read."""
+
+    def __init__(self, files: list[tuple[str, Path]], setting: str):
+        self.files, self.setting, self.hashes = files, setting, {}
+
+    def records(self) -> Records:
+        for name, path in self.files:
+            yield from records(io.BytesIO(self._bytes(name, path)), name, path)
+
+    def content(self) -> str:
+        """Also of the files that a limit kept from being read."""
+        for name, path in self.files:
+            if name not in self.hashes:
+                self._bytes(name, path)
+        if len(self.files) == 1:
+            return next(iter(self.hashes.values()))
+        root = os.path.commonpath([path.parent for _, path in self.files])
+        return hashlib.sha256(
+            json.dumps([[os.path.relpath(path, root), self.hashes[name]] for name, path in self.files]).encode()
+        ).hexdigest()
+
+    def _bytes(self, name: str, path: Path) -> bytes:
+        try:
+            raw = path.read_bytes()
+        except OSError as error:
+            raise UserError(f"{self.setting}.path: {name}: {error.strerror}") from None
+        self.hashes[name] = hashlib.sha256(raw).hexdigest()
+        return raw
+
+
+# ---- the hub
+
+
+def from_hub(source: Source, setting: str, streaming: bool = False) -> Any:
+    from datasets import load_dataset
+
+    try:
+        return load_dataset(source.path, source.name, split=source.split, revision=source.revision, streaming=streaming)
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        raise UserError(
+            f"{setting}.path: {source.path} is no file here and could not be had from the hub ({type(error).__name__}: {reason[:160]})"
+        ) from None
+
+
+def _hub(source: Source, setting: str) -> Opened:
+    data = from_hub(source, setting)
+    digest = hashlib.sha256()
+
+    def found() -> Records:
+        for i, row in enumerate(data):
+            digest.update(json.dumps(row, sort_keys=True, default=repr).encode("utf-8", "surrogatepass"))
+            yield f"{source.path}[{source.split}]:{i + 1}", functools.partial(row_of, row)
+
+    return Opened(found(), lambda: f"{source.path} {digest.hexdigest()}", source.split, hub_revision(data, source))
+
+
+def hub_revision(data: Any, source: Source) -> str | None:
+    """The commit a hub data set was read at: as its files' addresses or the hub say, or else as the recipe does."""
+    addresses = " ".join(map(str, getattr(data.info, "download_checksums", None) or {}))
+    commits = set(re.findall(r"@([0-9a-f]{40})/", addresses))
+    if len(commits) == 1:
+        return commits.pop()
+    from huggingface_hub import dataset_info
+
+    try:
+        return dataset_info(source.path, revision=source.revision, timeout=10).sha
+    except Exception:  # offline, say; the rows were read all the same
+        return source.revision

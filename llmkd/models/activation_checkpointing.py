@@ -1,0 +1,29 @@
+"""Whose activations are computed again in the backward pass instead of being kept."""
+
+from torch import nn
+
+from ..errors import UserError
+from .families import layers_of
+
+
+def recompute(model: nn.Module, share: bool | float) -> None:
+    """Gradient checkpointing of that share of the layers, counted from the first; of all (True) but the last.
+
+    The backward pass comes to the first layers last: by then what the others kept is gone, so that recomputing a layer adds nothing
+    to the peak. The last layer's activations are needed at once, and recomputing it would save none. UserError for a family that has none.
+    """
+    kind = model.config.model_type
+    if not model.supports_gradient_checkpointing:
+        raise UserError(f"student.gradient_checkpointing: {kind} has none; set it to false")
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    layers = layers_of(model) or []
+    if not all(hasattr(layer, "gradient_checkpointing") for layer in layers) or len(layers) < 2:
+        if share is not True:
+            raise UserError(f"student.gradient_checkpointing: found {share:g}, and of {kind} layers cannot be chosen; set it to true")
+        return
+    for n, layer in enumerate(layers):
+        layer.gradient_checkpointing = n < min(max(1, round(share * len(layers))), len(layers) - 1)
+
+
+def is_recomputed(layer: nn.Module) -> bool:
+    return getattr(layer, "gradient_checkpointing", False)

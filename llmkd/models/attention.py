@@ -1,0 +1,142 @@
+"""Variable-length attention for packed rows: work and memory grow with the examples' own lengths, not with the row's square.
+
+A packed row lies in pieces, one after another. A piece sees itself, causally, and before that the whole of the piece that it goes on
+from, if there is one: so a beginning that several examples share is computed once.
+
+On a GPU in half precision it is one call of torch.nn.attention.varlen (FlashAttention) a layer; elsewhere one of
+scaled_dot_product_attention a piece. Rows that are not packed get transformers' sdpa as ever.
+"""
+
+import functools
+import inspect
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import scaled_dot_product_attention
+
+from ..batch import Packed
+from ..console import say
+from ..errors import brief
+
+NAME = "llmkd_varlen"
+
+
+def use(model: nn.Module) -> bool:
+    """Give a transformers model this attention, if that can be right for it: its layers see everything, or a sliding window of it."""
+    config = model.config.get_text_config()
+    kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    other = kinds or getattr(config, "attention_chunk_size", None) or config._attn_implementation not in ("sdpa", NAME)
+    if other or not model._can_set_attn_implementation():
+        return False
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    model.set_attn_implementation(NAME)
+    return True
+
+
+def leave(model: nn.Module) -> None:
+    """Back to the attention that it had before `use`."""
+    model.set_attn_implementation("sdpa")
+
+
+@torch.compiler.disable
+def attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    dropout: float = 0.0,
+    scaling=None,
+    **others,
+) -> tuple[Tensor, None]:
+    """As transformers calls it: query [B, heads, T, D], key and value [B, kv_heads, T, D]; gives [B, T, heads, D]."""
+    packed = getattr(attention_mask, "packed", None)
+    if packed is None:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **others)
+    if odd := [name for name in ("softcap", "s_aux", "position_bias", "head_mask") if others.get(name) is not None]:
+        raise NotImplementedError(f"{odd[0]} in packed attention")
+    window = _window(module, others)
+    if torch.is_autocast_enabled(query.device.type):  # positions have turned queries and keys, and not values, back to float32
+        query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
+    groups = query.shape[1] // key.shape[1]
+    query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
+    if packed.seen is not None:
+        key, value = (x.index_select(0, packed.seen) for x in (key, value))
+    half, D = query.dtype in (torch.bfloat16, torch.float16), query.shape[-1]
+    takes = query.is_cuda and half and not dropout and D == value.shape[-1] <= 256 and D % 8 == 0
+    if takes and (way := _one_call(query.device, window is not None)):
+        return way(query, key, value, packed, scaling, groups, window)[None], None
+    return _piece_by_piece(query, key, value, packed, dropout, scaling, groups, window)[None], None
+
+
+def _window(module: nn.Module, others: dict) -> int | None:
+    """How many tokens back a layer sees, itself counted. Families whose layers differ in it say so in every call."""
+    config = module.config
+    limited = "sliding_attention" in (getattr(config, "layer_types", None) or ()) or getattr(config, "sliding_window", None)
+    if limited and getattr(config, "use_sliding_window", True) and "sliding_window" not in others:
+        raise NotImplementedError("a sliding window that is not told")
+    return others.get("sliding_window")
+
+
+def _piece_by_piece(query, key, value, packed: Packed, dropout: float, scale: float | None, groups: int, window: int | None) -> Tensor:
+    """[T, heads, D]; `groups` heads of a query to one of a key."""
+    if groups > 1:
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    parts, out = (query.split(packed.lengths), key.split(packed.sees), value.split(packed.sees)), []
+    for q, k, v in zip(*parts, strict=True):
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+        n, m = q.shape[2], k.shape[2]
+        plain = n == m and (window is None or n <= window)
+        mask = None
+        if not plain:
+            back = torch.arange(m - n, m, device=q.device)[:, None] - torch.arange(m, device=q.device)
+            mask = (back >= 0) if window is None else (back >= 0) & (back < window)
+        out.append(scaled_dot_product_attention(q, k, v, mask, dropout, plain, scale=scale)[0].transpose(0, 1))
+    return torch.cat(out)
+
+
+def _flash(query, key, value, packed: Packed, scale: float | None, groups: int, window: int | None, repeat: bool = False) -> Tensor:
+    """The same by one kernel, which takes heads in groups as they are or, with `repeat`, a key's and value's repeated."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    if repeat and groups > 1:
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+    # torch 2.11 has no such option, and the same kernel
+    grouped = {"enable_gqa": groups > 1 and not repeat} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
+    tensors, lies = [x.contiguous() for x in (query, key, value)], (packed.queries, packed.keys, max(packed.lengths), max(packed.sees))
+    return varlen_attn(*tensors, *lies, scale=scale, window_size=(-1 if window is None else window - 1, 0), **grouped)
+
+
+@functools.cache
+def _one_call(device: torch.device, windowed: bool) -> Callable[..., Tensor] | None:
+    """`_flash` as it is right here. Tried, forward and backward, before it is believed: versions and devices differ in what they take,
+    and in where a causal mask begins."""
+    packed = Packed.of([20, 40, 7, 33], [-1, 0, 0, -1]).each(lambda x: x.to(device))
+    generator = torch.Generator().manual_seed(0)
+    sizes = ((packed.lengths, 4), (packed.sees, 2), (packed.sees, 2))
+    tensors = [torch.randn(sum(n), heads, 64, generator=generator).to(device, torch.bfloat16) for n, heads in sizes]
+
+    def outcome(way: Callable[..., Tensor], dtype: torch.dtype, *rest: float) -> list[Tensor]:
+        given = [x.to(dtype).requires_grad_() for x in tensors]
+        with torch.enable_grad():
+            out = way(*given, packed, *rest, None, 2, 9 if windowed else None)
+            return [x.float() for x in (out, *torch.autograd.grad(out.float().square().sum(), given))]
+
+    right = outcome(_piece_by_piece, torch.float32, 0.0)
+    for repeat in (False, True):
+        way = functools.partial(_flash, repeat=repeat)
+        try:
+            if all((a - b).norm() < 0.03 * a.norm() for a, b in zip(right, outcome(way, torch.bfloat16), strict=True)):
+                return way
+            reason = "it does not agree with scaled_dot_product_attention"
+        except Exception as error:
+            reason = brief(error)
+    say(f"note: variable-length attention in one call is not used on {device} ({reason}); packed rows are slower and no less right")
+    return None

@@ -1,0 +1,75 @@
+"""torch.compile of a model's layers, each by itself: what is compiled for one serves all that are like it."""
+
+import torch
+from torch import Tensor
+
+from ..batch import Packed, View
+from ..errors import UserError, brief
+from ..head import widen
+from .families import layers_of
+from .last_layer import gap
+from .startup_checks import tolerance
+
+BACKEND = "inductor"
+#: Length of the rows that are compiled for first: a GPU's kernels are chosen by the size. No width of a model, or what is equal then is held equal.
+_LENGTH = {"cuda": 1021, "cpu": 23}
+_VARIANTS = 256  # of a layer's code: by student, its place, training or not, one row or several
+
+
+def prepare(device: torch.device) -> None:
+    """Settings of torch.compile that its use here needs. UserError where nothing can be compiled."""
+    import torch._dynamo
+    import torch._inductor.config
+
+    dynamo = torch._dynamo.config
+    dynamo.skip_nnmodule_hook_guards = False  # or the last layer's hooks would be forgotten, or found in the other layers
+    dynamo.recompile_limit = max(dynamo.recompile_limit, _VARIANTS)
+    dynamo.accumulated_recompile_limit = max(dynamo.accumulated_recompile_limit, 16 * _VARIANTS)
+    torch._inductor.config.fallback_random = True  # dropout's masks are those of a model that is not compiled
+    try:
+        torch.compile(lambda x: x + 1, backend=BACKEND)(torch.zeros(8, device=device))
+    except Exception as error:
+        raise UserError(
+            f"train.compile: found true, and torch.compile fails here ({brief(error)}); it needs a C++ compiler, and on a GPU Triton too: "
+            "install them, or set train.compile: false"
+        ) from error
+
+
+def compile_layers(model, setting: str, packing: bool) -> None:
+    """Compile a `models.LanguageModel`, and compare it with what it was, on a batch of the run's form. UserError where it differs.
+
+    No module gets another name or place. Where several students share a tree of modules, each is compared by itself.
+    """
+    layers, family = layers_of(model.plain), model.plain.config.model_type
+    if layers is None:
+        raise UserError(f"train.compile: {setting} ({family}) does not keep its layers in a list; set train.compile: false")
+    with torch.compiler.set_stance("force_eager"):
+        whole = _results(model, packing)
+    for layer in layers:
+        if layer._compiled_call_impl is None:
+            layer.compile(dynamic=True, backend=BACKEND)
+    try:
+        found = _results(model, packing)
+    except Exception as error:
+        raise UserError(f"train.compile: {setting} ({family}) cannot be compiled ({brief(error)}); set train.compile: false") from error
+    off = max(gap(whole[:1], found[:1]), gap(whole[1:], found[1:]) / 10)
+    if not off <= max(tolerance(model), 1e-5):  # norms are in float32, whatever the rest is
+        raise UserError(f"train.compile: {setting} ({family}), compiled, differs by {off:.2g} of its values; set train.compile: false")
+
+
+def _results(model, packing: bool) -> list[Tensor]:
+    """Hidden states, and the gradients of what trains, as in the run: in its mode, with dropout, and with two of three positions supervised."""
+    device = model.device
+    T = min(_LENGTH.get(device.type, 23), getattr(model.plain.config.get_text_config(), "max_position_embeddings", None) or 23)
+    ids_BT = (torch.arange(2 * T, device=device).reshape(2, T) * 7 + 3) % model.head.vocab
+    inputs, packed = {"input_ids": ids_BT}, None
+    if packing:
+        inputs = {"input_ids": ids_BT.reshape(1, -1), "position_ids": torch.arange(T, device=device).repeat(2)[None]}
+        packed = Packed.of([T, T]).each(lambda x: x.to(device))
+    places = torch.arange(2 * T, device=device)
+    parameters = list(model.trainable().values())
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.set_grad_enabled(bool(parameters)):
+        torch.manual_seed(0)
+        hidden_NH = model.hidden(View(inputs, places[places % 3 > 0], packed))
+        grads = torch.autograd.grad(widen(hidden_NH).cos().sum(), parameters, allow_unused=True) if parameters else ()
+    return [hidden_NH.detach(), *(g for g in grads if g is not None)]

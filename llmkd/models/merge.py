@@ -1,0 +1,119 @@
+"""A trained student as one plain model, and how far that is from the model that was trained."""
+
+import functools
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..errors import UserError, brief
+from ..model_files import ModelFiles
+from . import adapters
+from . import pretrained as loading
+
+
+def merge(files: ModelFiles, vocab: int, checkpoint: Path | None = None) -> nn.Module:
+    """The base with the adapter merged into it (in at least float32, then as it was held): a plain transformers model.
+
+    An adapter trained on a quantised base is not merged into that: rounding the sum to 4 bits again would move the
+    logits by about a tenth, while the unquantised base differs from the trained model by the errors of quantisation.
+
+    With `checkpoint` the adapter's weights are those of that checkpoint. A tied head stays tied if it may: one merged
+    tensor cannot be both where the adapter changes head and embedding differently. UserError if the logits moved.
+    """
+    base = loading.base(files.base, "export")
+    if getattr(base, "is_quantized", False):  # as its folder holds it: there is no better one to merge into
+        base = base.dequantize()
+        base._weight_conversions = None  # or saving would undo what loading quantised weights took
+    held = {name: t.dtype for name, t in _tensors(base)}
+    base = base.to(torch.promote_types(base.get_input_embeddings().weight.dtype, torch.float32))
+    adapted = adapters.load(base, files, "export").eval()
+    if checkpoint:
+        put(adapted, checkpoint)
+    ids_BT = torch.arange(24).reshape(2, 12) * 7 % vocab
+    with torch.no_grad():
+        expected = adapted(input_ids=ids_BT, use_cache=False).logits
+        merged = fold(adapted, f"export: {files.adapter}")
+        gap = (merged(input_ids=ids_BT, use_cache=False).logits - expected).abs().max().item()
+    if not gap <= 1e-3 * max(1.0, expected.abs().max().item()):
+        raise UserError(f"export: merging {files.adapter} moved its logits by {gap:.2g}; use the adapter unmerged")
+    for name, t in _tensors(merged):  # one by one: some are held wider than the rest, such as the bias of a router's choice
+        t.data = t.data.to(held[name])
+    return merged
+
+
+def fold(adapted: nn.Module, which: str) -> nn.Module:
+    """The plain model with the adapter in its weights, in place: layer by layer in at least float32, then as each was held.
+
+    `which` adapter it is, for a UserError. A tied head stays tied if it may.
+    """
+    base = adapted.get_base_model()
+    tied = _untied(base)
+    for layer in adapted.modules():
+        if hasattr(layer, "base_layer") and hasattr(layer, "merge"):
+            layer.merge = functools.partial(_merge_wide, layer, layer.merge)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*no longer tied after merging")  # they are tied again below where they may be
+            merged = adapted.merge_and_unload()
+    except Exception as error:
+        raise UserError(f"{which} cannot be merged ({brief(error)}); use the adapter unmerged") from error
+    head, embedding = merged.get_output_embeddings(), merged.get_input_embeddings()
+    if tied and torch.equal(head.weight, embedding.weight):
+        head.weight, base.config.tie_word_embeddings = embedding.weight, True
+    return merged
+
+
+def _merge_wide(layer: nn.Module, merge: Callable, **how) -> None:
+    """PEFT's own `merge` of a layer, in at least float32: in 16 bit it rounds the part of some kinds, experts' say, before it is added."""
+    del layer.merge
+    held = {name: t.dtype for name, t in _tensors(layer)}
+    layer.to(functools.reduce(torch.promote_types, held.values(), torch.float32))
+    merge(**how)
+    for name, t in _tensors(layer):
+        t.data = t.data.to(held.get(name, t.dtype))
+
+
+def _untied(base: nn.Module) -> bool:
+    """Give a tied head a weight of its own, below the adapter that is on it already. Whether it was tied."""
+    shared = {id(p) for p in base.get_input_embeddings().parameters()}
+    owned = [
+        (module, name) for module in base.get_output_embeddings().modules() for name, p in module._parameters.items() if id(p) in shared
+    ]
+    for module, name in owned:
+        setattr(module, name, nn.Parameter(getattr(module, name).detach().clone(), requires_grad=False))
+    return bool(owned)
+
+
+def _tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    return [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+
+
+def restored(model_folder: Path, checkpoint: Path) -> nn.Module:
+    """A fully trained model as it was at a checkpoint."""
+    model = loading.base(model_folder, "export")
+    put(model, checkpoint)
+    return model
+
+
+def read_back(model: nn.Module, folder: Path) -> None:
+    """UserError unless `folder` gives the model that was saved there, to the last bit."""
+    again, saved = loading.base(folder, "export").state_dict(), model.state_dict()
+    wrong = [k for k in saved if k not in again or not torch.equal(again[k].double(), saved[k].cpu().double())]
+    if wrong or again.keys() - saved.keys():
+        raise UserError(f"export: {len(wrong)} tensors, such as {wrong[:1]}, are not saved as they are; use the adapter unmerged")
+
+
+def put(model: nn.Module, checkpoint: Path) -> None:
+    """Give a model the trained weights of a checkpoint."""
+    from safetensors.torch import load_file
+
+    parameters = dict(model.named_parameters())
+    weights = load_file(checkpoint / "student.safetensors")
+    if not weights.keys() <= parameters.keys():
+        raise UserError(f"export: {checkpoint} holds weights that this model does not have")
+    with torch.no_grad():
+        for name, value in weights.items():
+            parameters[name].copy_(value)

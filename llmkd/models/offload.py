@@ -1,0 +1,76 @@
+"""Where a teacher is held, if not beside the student: on another device, or in the machine's memory and brought layer by layer."""
+
+import copy
+import functools
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from ..errors import UserError, brief
+from ..head import Head
+from .shared_weights import twin
+
+OFFLOAD = "offload"
+
+
+def device_of(setting: str, name: str | None, beside: torch.device | str) -> torch.device:
+    """Where the weights are loaded to. UserError for a device that this machine has not."""
+    if name is None or name == OFFLOAD:
+        return torch.device(beside if name is None else "cpu")
+    try:
+        device = torch.device(name)
+        if device.type == "meta":
+            raise ValueError("it holds no weights")
+        torch.empty(0, device=device)
+    except Exception as error:
+        here = ", ".join(["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count())), OFFLOAD])
+        raise UserError(f"{setting}.device: found {name}, which cannot be had here ({brief(error)}); this machine has {here}") from None
+    return device
+
+
+def offload(plain: nn.Module, device: torch.device | str) -> None:
+    """The weights of a transformers model stay in memory; each layer's are on `device` while it is used. Not for one that trains.
+
+    Not by accelerate's cpu_offload, which takes a module that is handed to another (PEFT does so for DoRA) for an input to be moved.
+    """
+    on_gpu = torch.device(device).type == "cuda"
+    for module, parts in list(_units(plain, set(getattr(plain, "_no_split_modules", None) or ()))):
+        slots = [(part, name, p) for part in parts for name, p in part._parameters.items() if p is not None]
+        if on_gpu:  # copied without a stay in between
+            for _, _, parameter in slots:
+                parameter.data = parameter.data.pin_memory()
+        module.register_forward_pre_hook(functools.partial(_bring, slots, device))
+        module.register_forward_hook(functools.partial(_leave, slots), always_call=True)
+    for part in plain.modules():
+        for name, buffer in part._buffers.items():
+            part._buffers[name] = buffer if buffer is None else buffer.to(device)
+
+
+def _units(module: nn.Module, layers: set[str]) -> Iterator[tuple[nn.Module, list[nn.Module]]]:
+    """What is brought when `module` is called: a layer or an adapter's module as a whole, since they may use a part's weights without
+    calling it; elsewhere a module's own parameters."""
+    if type(module).__name__ in layers or hasattr(module, "base_layer"):
+        yield module, list(module.modules())
+        return
+    if any(p is not None for p in module._parameters.values()):
+        yield module, [module]
+    for child in module.children():
+        yield from _units(child, layers)
+
+
+def _bring(slots: list[tuple[nn.Module, str, nn.Parameter]], device, *_) -> None:
+    for part, name, parameter in slots:
+        part._parameters[name] = nn.Parameter(parameter.data.to(device, non_blocking=True), requires_grad=False)
+
+
+def _leave(slots: list[tuple[nn.Module, str, nn.Parameter]], *_) -> None:
+    for part, name, parameter in slots:
+        part._parameters[name] = parameter
+
+
+def head_on(head: Head, device: torch.device) -> Head:
+    """The same head on `device`, for hidden states that are there; a second one even where it is there already, on the same weights."""
+    project = head.project
+    there = all(p.device == device for p in project.parameters())
+    return Head(twin(project) if there else copy.deepcopy(project).to(device), head.vocab, head.scale, head.softcap)

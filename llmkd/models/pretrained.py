@@ -1,0 +1,76 @@
+"""Weights from a folder into transformers, strictly: what it would load without a word is refused here."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..config.recipe import Quantization
+from ..config.recipe import Student as StudentSettings
+from ..errors import UserError, brief
+from ..model_files import read_json
+from .quantization import DTYPES, bitsandbytes_config, note_share
+
+#: Masks and tables that older versions of transformers saved with the weights and newer ones compute.
+_OLD_BUFFERS = (".masked_bias", ".attn.bias", ".rotary_emb.inv_freq")
+
+
+def base(
+    folder: Path, setting: str, dtype: str = "auto", attention: str = "auto", device="cpu", quantization: Quantization | None = None
+) -> nn.Module:
+    """A model as its folder holds it, on `device`. UserError unless every tensor fits its configuration."""
+    from transformers import AutoModelForCausalLM
+
+    options = {}
+    if quantization:
+        if "quantization_config" in read_json(folder / "config.json", setting):
+            raise UserError(
+                f"{setting.removesuffix('.model')}.quantization: {folder} is quantised already; leave it out, or name the unquantised model"
+            )
+        options = {"quantization_config": bitsandbytes_config(quantization, dtype, folder, setting), "device_map": {"": device}}
+    try:
+        model, report = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=DTYPES.get(dtype, "auto"),
+            attn_implementation=None if attention == "auto" else attention,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+            **options,
+        )
+    except Exception as error:
+        raise UserError(f"{setting}: {folder} cannot be loaded ({brief(error)})") from error
+    for what, keys in (
+        ("lacks", report["missing_keys"]),
+        ("holds, beyond its architecture,", [k for k in report["unexpected_keys"] if not str(k).endswith(_OLD_BUFFERS)]),
+        ("has wrong shapes of", report["mismatched_keys"]),
+    ):
+        if keys:
+            raise UserError(
+                f"{setting}: {folder} {what} {len(keys)} tensors, such as {sorted(map(str, keys))[0]}; its config.json and weights do not belong together"
+            )
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # in eval mode it would repack the weights into a form without a gradient
+            module.support_avx512bf16_for_cpu = False
+    if quantization:
+        note_share(model, setting)
+    return model if getattr(model, "is_loaded_in_8bit", False) else model.to(device)
+
+
+def new_model(settings: StudentSettings, vocab: int) -> nn.Module:
+    """Random weights of `settings.architecture`."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    wanted = {"vocab_size": vocab, **settings.architecture}
+    try:
+        config = AutoConfig.for_model(**wanted)
+        ignored = [k for k in wanted if k != "model_type" and not hasattr(type(config)(), k)]
+        if ignored:
+            raise UserError(f"student.architecture.{ignored[0]}: unknown to {wanted['model_type']}")
+        dtype = DTYPES.get(settings.dtype, torch.float32)
+        attention = None if settings.attention == "auto" else settings.attention
+        return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
+    except UserError:
+        raise
+    except Exception as error:
+        raise UserError(f"student.architecture: transformers refuses it ({brief(error)})") from error

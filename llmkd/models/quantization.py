@@ -1,0 +1,40 @@
+"""Moved here from another file."""
+
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from ..config.recipe import Quantization
+from ..console import say
+from ..model_files import read_json
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
+
+
+def note_share(model: nn.Module, setting: str) -> None:
+    """Only linear layers are quantised; a mixture of experts may hold most of its weights otherwise."""
+    size = {p: p.numel() * p.element_size() for p in model.parameters()}
+    quantised = sum(bytes_ for p, bytes_ in size.items() if p.dtype in (torch.int8, torch.uint8, torch.float8_e4m3fn))
+    if quantised < 0.2 * (total := sum(size.values())):
+        say(
+            f"note: {setting}: quantised linear layers are {quantised / total:.0%} of what it still takes in memory; embeddings, head and "
+            "experts that are no linear layers are as they were"
+        )
+
+
+def bitsandbytes_config(settings: Quantization, dtype: str, folder: Path, setting: str):
+    """What transformers wants to hear for a base in 4 or 8 bit."""
+    from transformers import BitsAndBytesConfig
+
+    if settings.type == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    config = read_json(folder / "config.json", setting)
+    saved = config.get("dtype") or config.get("torch_dtype") or config.get("text_config", {}).get("dtype") or "float32"
+    compute = next(name for name in (settings.compute_dtype, dtype, saved) if name != "auto")
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=settings.type,
+        bnb_4bit_use_double_quant=settings.double_quant,
+        bnb_4bit_compute_dtype=DTYPES[compute],
+    )

@@ -1,0 +1,57 @@
+"""Moved here from another file."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..config.recipe import Lora
+from ..model_files import ModelFiles, tensors
+
+_BYTES = {"nf4": 0.516, "fp4": 0.516, "int8": 1.0, "fp8": 1.0}
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model as arithmetic sees it: weights outside embedding and head, vocabulary, hidden size, layers."""
+
+    body: int
+    vocab: int
+    hidden: int
+    layers: int
+
+    @property
+    def all(self) -> int:
+        return self.body + self.vocab * self.hidden
+
+
+def shape_of(files: ModelFiles) -> Shape:
+    """Read from the headers of the weights; nothing is loaded."""
+    config = files.config.get("text_config", files.config)
+    sizes = {}
+    for path in sorted(files.base.glob("*.safetensors")):
+        sizes |= {name: int(np.prod(t["shape"])) for name, t in tensors(path).items()}
+    hidden = next(config[name] for name in ("hidden_size", "n_embd", "d_model") if name in config)
+    layers = next((config[name] for name in ("num_hidden_layers", "n_layer", "num_layers") if name in config), 1)
+    vocab = config["vocab_size"]
+    body = sum(
+        size for name, size in sizes.items() if not (size == vocab * hidden and ("embed" in name or "head" in name or "wte" in name))
+    )
+    return Shape(body, vocab, hidden, layers)
+
+
+def trained_by(files: ModelFiles, lora: Lora) -> int:
+    """Parameters of an adapter: rank x (inputs + outputs) of every matrix it is put on."""
+    total, named = 0, lora.target_modules if isinstance(lora.target_modules, tuple) else None
+    for path in sorted(files.base.glob("*.safetensors")):
+        for name, t in tensors(path).items():
+            module = name.removesuffix(".weight").rpartition(".")[2]
+            if len(t["shape"]) == 2 and (module in named if named else not any(word in name for word in ("embed", "head", "wte"))):
+                total += lora.rank * sum(t["shape"])
+    return total
+
+
+def weight_bytes(files: ModelFiles, dtype: str, quantization) -> float:
+    """Bytes that a weight takes in memory."""
+    if quantization:
+        return _BYTES[quantization.type]
+    return {"float64": 8, "float32": 4}.get(files.dtype or "float32" if dtype == "auto" else dtype, 2)

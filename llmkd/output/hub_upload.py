@@ -1,0 +1,65 @@
+"""Uploading a finished student to the hub: refused at the start where it cannot work, and never at the cost of the run."""
+
+import json
+import shlex
+from pathlib import Path
+
+from .. import __version__
+from ..config.recipe import PushToHub, Recipe
+from ..console import say
+from ..errors import UserError
+from .run_folder import RunFolder, write
+
+
+def check(settings: PushToHub | None) -> None:
+    """What can be known without asking the hub. UserError names everything that is missing."""
+    if settings is None:
+        return
+    from huggingface_hub import get_token, is_offline_mode
+    from huggingface_hub.utils import HFValidationError, validate_repo_id
+
+    problems = []
+    try:
+        validate_repo_id(settings.repo)
+    except HFValidationError:
+        allowed = "letters, digits, '-', '_' and '.', with neither '--' nor '..' in it nor '.git' at its end"
+        problems.append(f"push_to_hub.repo: found {settings.repo!r}, expected name or owner/name of {allowed}")
+    if is_offline_mode():
+        problems.append("push_to_hub: HF_HUB_OFFLINE is set, so nothing can be uploaded; unset it, or leave push_to_hub out for now")
+    elif not get_token():
+        problems.append(
+            "push_to_hub: there is no token for the hub; log in by hf auth login or set HF_TOKEN, or leave push_to_hub out for now"
+        )
+    if problems:
+        raise UserError(*problems)
+
+
+def publish(recipe: Recipe, folder: RunFolder) -> dict:
+    """Upload a finished run's student, unless summary.json says that it was; the summary, which then says so."""
+    summary, settings = folder.summary(), recipe.push_to_hub
+    if settings and summary.get("pushed") != settings.repo:
+        say(f"uploaded to {upload(settings, folder.path / summary['output'])}")
+        summary["pushed"] = settings.repo
+        write(folder.path / "summary.json", json.dumps(summary, indent=1))
+    return summary
+
+
+def upload(settings: PushToHub, student: Path) -> str:
+    """Create the repository where there is none, and upload the folder as one commit; the repository's address."""
+    from huggingface_hub import HfApi
+
+    api = HfApi(library_name="llmkd", library_version=__version__)
+    try:
+        repo = api.create_repo(settings.repo, private=settings.private, exist_ok=True)
+        if settings.private and not api.model_info(repo.repo_id).private:
+            raise UserError("it is public, and push_to_hub.private is true; set it to false, or choose another repository")
+        api.upload_folder(repo_id=repo.repo_id, folder_path=student, commit_message=f"Trained with llmkd {__version__}")
+    except Exception as error:
+        reason = " ".join(str(error).split())
+        reason = reason if isinstance(error, UserError) else f"{type(error).__name__}: {reason[:300]}"
+        command = f"hf upload {'--private ' if settings.private else ''}{shlex.quote(settings.repo)} {shlex.quote(str(student))} ."
+        raise UserError(
+            f"push_to_hub: {settings.repo} could not be uploaded to ({reason}); the student is whole in {student}: "
+            f"--resume tries again, and so does {command}"
+        ) from error
+    return str(repo)

@@ -1,0 +1,66 @@
+"""What a run shows and keeps of its progress: the bar, metrics.jsonl, trackers, loss.png, and tables for the console."""
+
+import json
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from ..config.recipe import Recipe
+from ..training.loop import Progress
+from .trackers import Trackers
+
+
+class Record:
+    """One student's figures: a JSON object a line in `metrics.jsonl`, and the same to the recipe's trackers.
+
+    A resumed run writes on from its checkpoint: what was recorded after it is dropped.
+    """
+
+    def __init__(self, recipe: Recipe, folder: Path, done: int, say: Callable[[str], None]):
+        self.path = folder / "metrics.jsonl"
+        if self.path.exists():
+            kept = [r for r in read(self.path) if r["step"] <= done] if done else []
+            part = self.path.with_name(f"metrics.tmp-{os.getpid()}")
+            part.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
+            part.replace(self.path)
+        self.trackers = Trackers(recipe, folder, done, say)
+
+    def step(self, progress: Progress, learner: int, lr: float, speed: float) -> None:
+        measured = {
+            "grad_norm": progress.grad_norms[learner],
+            "targets": progress.targets,
+            "targets_per_s": round(speed, 1),
+            "peak_memory": peak_memory(),
+        }
+        self.write({"step": progress.step, "epoch": progress.epoch, **progress.terms[learner], "lr": lr, **measured})
+
+    def write(self, record: dict) -> None:
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(record) + "\n")
+        self.trackers.log(record)
+
+    def close(self) -> None:
+        self.trackers.finish()
+
+
+def peak_memory() -> int:
+    """Bytes: the most the GPU's allocator held, or without a GPU the most this process held."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def read(path: Path) -> list[dict]:
+    """The records of a metrics.jsonl; a last line cut short by a kill is left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            break
+    return records

@@ -1,0 +1,316 @@
+"""The card beside a trained adapter or model: what it is, how it was made, what was measured, in the hub's metadata form.
+
+Names and paths come from users: whatever they hold, the metadata stays YAML and the text Markdown.
+"""
+
+import math
+import platform
+import re
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import yaml
+
+from .. import __version__
+from ..config.loader import dump
+from ..config.recipe import Quantization, Recipe, Source, distils, sources
+from ..model_files import ModelFiles, hub_origin, licence
+from ..teachers.resolve import TeacherFiles
+
+#: Validation figures by the names that the hub's metrics have, where they have one, and what they are.
+METRICS = {
+    "ce": ("cross_entropy", "cross-entropy, nats per token"),
+    "perplexity": ("perplexity", "perplexity"),
+    "forward_kl": ("forward_kl", "KL(teacher, student), nats per token"),
+    "reverse_kl": ("reverse_kl", "KL(student, teacher), nats per token"),
+    "agreement": ("top1_agreement", "same most likely token as the teacher"),
+    "accuracy": ("accuracy", "accuracy on multiple-choice questions"),
+}
+
+#: Figures that a teacher is part of.
+OF_TEACHER = ("forward_kl", "reverse_kl", "agreement", "teacher_ce", "teacher_entropy")
+
+#: What `loading.base` does too.
+REPACKING = (
+    "for module in base.modules():  # or bitsandbytes may turn weights on a CPU into a form that DoRA and gradients cannot do with\n"
+    "    if hasattr(module, 'support_avx512bf16_for_cpu'):\n"
+    "        module.support_avx512bf16_for_cpu = False\n"
+)
+
+
+@dataclass(frozen=True)
+class Used:
+    """A source of data, and what was found when it was read: path, name, split, resolved revision, rows."""
+
+    source: Source
+    found: dict
+
+    @property
+    def hub(self) -> bool:
+        """Whether it was had from the hub: `owner/name` or `name`, and nothing of the kind here."""
+        path = Path(self.source.path)
+        a_file = path.exists() or path.suffix in (".json", ".jsonl", ".parquet", ".arrow", ".csv")
+        return bool(re.fullmatch(r"[\w.-]+(/[\w.-]+)?", self.source.path)) and not a_file
+
+    @property
+    def revision(self) -> str | None:
+        """The commit that was read where it is known, else what the recipe asks for."""
+        return self.found.get("revision") or self.source.revision
+
+    def __str__(self) -> str:
+        """In one line of Markdown."""
+        s, rows = self.source, self.found.get("rows")
+        dropped = rows - self.found.get("used", rows) if rows else 0
+        drawn = f", drawn by seed {s.seed}" if s.seed is not None else ", the first"
+        parts = [
+            code(s.path),
+            f"configuration {code(s.name)}" if s.name else "",
+            f"split {code(s.split)}" if self.hub or s.path.startswith("builtin:") else "",
+            f"revision {code(self.revision)}" if self.revision else "the default branch's head" if self.hub else "",
+            f"format {s.format}",
+            f"{rows:,} rows" if rows else "",
+            f"{dropped:,} of them dropped (too long, or without an answer)" if dropped else "",
+            f"at most {s.limit:,}{drawn}" if s.limit else "",
+            f"{s.weight:g} passes an epoch" if s.weight != 1 else "",
+        ]
+        return ", ".join(part for part in parts if part)
+
+
+def card(
+    recipe: Recipe, summary: dict, student: ModelFiles | None, teachers: tuple[TeacherFiles, ...], origins: dict[str, list[dict]]
+) -> str:
+    """The card's Markdown. `student` is None for new weights; `teachers` and `origins` are `Prepared`'s."""
+    data = used(recipe, origins)
+    if not distils(recipe):
+        summary = without_teacher(summary)
+    metadata = yaml.safe_dump(metadata_of(recipe, summary, student, teachers, data), sort_keys=False, allow_unicode=True, width=140)
+    packages = ["torch", "transformers", "peft", "accelerate", "datasets"]
+    if recipe.student.quantization or any(one.settings.loaded_in for one in teachers) or recipe.optim.name != "adamw":
+        packages.append("bitsandbytes")
+    return "\n".join(
+        [
+            f"---\n{metadata}---\n",
+            f"# {escaped(title(recipe))}\n",
+            *what_it_is(recipe, student, teachers),
+            "\n## Use\n",
+            block(snippet(recipe, student), "python"),
+            "\n## Data\n",
+            *(f"- {what}: {one}" for what, group in data.items() for one in group),
+            *([f"- {recipe.data.validation_share:.2%} of the training rows were held out."] if recipe.data.validation_share else []),
+            "\n## Held-out figures\n",
+            *figures(summary),
+            "\n## Recipe\n",
+            f"llmkd {__version__}, Python {platform.python_version()}, {', '.join(f'{name} {version(name)}' for name in packages)}.\n",
+            block(dump(recipe), "yaml"),
+            "",
+        ]
+    )
+
+
+def without_teacher(summary: dict) -> dict:
+    """Without the figures of a teacher, which a sweep measures of arms that learned from none: it is no part of such a student."""
+    return summary | {part: {k: v for k, v in summary.get(part, {}).items() if k not in OF_TEACHER} for part in ("before", "validation")}
+
+
+def merged(text: str, folder: Path, drift: dict | None) -> str:
+    """The adapter's card made that of the plain model which its merging gave. `drift` is what `export.drift` measured."""
+    _, front_matter, body = text.split("---\n", 2)
+    metadata = yaml.safe_load(front_matter)
+    metadata |= {"library_name": "transformers"} | ({"base_model_relation": "finetune"} if "base_model" in metadata else {})
+    if drift:  # the figures are those of the adapter on its quantised base
+        metadata.pop("model-index", None)
+    notes = ["The adapter described here, merged into its base.\n"]
+    if drift:
+        rows = "".join(f"| {name} | {value:.4f} |\n" for name, value in drift["drift"].items())
+        notes.append(
+            f"The adapter was trained on a quantised base, and merged into the {drift['merged_into']} one. The held-out figures below are of the model as it was "
+            f"trained; against that one, on {drift['measured_on']} (forward_kl is KL(trained, merged)):\n\n| figure | value |\n|---|---|\n{rows}"
+        )
+    head, _, rest = body.partition("\n## Use\n")
+    fence = re.search(r"^(`{3,})python\n.*?^\1$", rest, re.DOTALL | re.MULTILINE)
+    rest = rest[: fence.start()] + block(plain_snippet(repr(str(folder))), "python") + rest[fence.end() :]
+    metadata = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True, width=140)
+    return f"---\n{metadata}---\n{head}\n" + "\n".join(notes) + f"\n## Use\n{rest}"
+
+
+def used(recipe: Recipe, origins: dict[str, list[dict]]) -> dict[str, list[Used]]:
+    """The sources of the data by what they were for."""
+    out = {}
+    for what, name in (("trained on", "train"), ("held out", "validation"), ("questions", "choices")):
+        given = sources(getattr(recipe.data, name))
+        found = origins.get(f"data.{name}") or [{}] * len(given)
+        out[what] = [Used(source, origin) for source, origin in zip(given, found, strict=True)]
+    return out
+
+
+def metadata_of(
+    recipe: Recipe, summary: dict, student: ModelFiles | None, teachers: tuple[TeacherFiles, ...], data: dict[str, list[Used]]
+) -> dict:
+    """What the hub reads. Names of local folders and files are left out: they mean nothing there."""
+    base = student and hub_origin(student.base)
+    lora, train = recipe.student.method == "lora", [one.source.path for one in data["trained on"] if one.hub]
+    results = [
+        {"task": {"type": "text-generation"}, "dataset": dataset_of(where), "metrics": metrics}
+        for where, metrics in measured(summary, data)
+        if metrics
+    ]
+    return {
+        **({"base_model": base[0], "base_model_relation": "adapter" if lora else "finetune"} if base else {}),
+        **(licence(student.base) if student else {}),
+        "library_name": "peft" if lora else "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["llmkd", *(["lora"] if lora else []), *(["distillation"] if teachers else [])],
+        **({"datasets": list(dict.fromkeys(train))} if train else {}),
+        **({"model-index": [{"name": title(recipe), "results": results}]} if results else {}),
+    }
+
+
+def measured(summary: dict, data: dict[str, list[Used]]) -> list[tuple[list[Used], list[dict]]]:
+    """(the rows measured on, the figures in the hub's form): of the held-out rows, and of the questions."""
+    found = {
+        name: {"type": type_, "value": round(summary["validation"][name], 6), "name": text}
+        for name, (type_, text) in METRICS.items()
+        if math.isfinite(summary["validation"].get(name, math.nan))
+    }
+    questions = [found.pop("accuracy")] if "accuracy" in found else []
+    return [(data["held out"] or data["trained on"], list(found.values())), (data["questions"], questions)]
+
+
+def dataset_of(rows: list[Used]) -> dict:
+    """A data set as a result's metadata names it: type is an id of the hub, or custom."""
+    hub = rows[0] if len(rows) == 1 and rows[0].hub else None
+    name = ", ".join(one_line(one.source.path if one.hub else Path(one.source.path).name) for one in rows)
+    details = {"config": hub.source.name, "split": hub.source.split, "revision": hub.revision} if hub else {}
+    return {"type": hub.source.path if hub else "custom", "name": f"{name} (held out)", **{k: v for k, v in details.items() if v}}
+
+
+def what_it_is(recipe: Recipe, student: ModelFiles | None, teachers: tuple[TeacherFiles, ...]) -> list[str]:
+    """A sentence each on the student, its base and licence, and the teacher."""
+    loss, quantization = recipe.loss, recipe.student.quantization
+    kind = "A LoRA adapter" if recipe.student.method == "lora" else "A model"
+    made = f"distilled ({loss.divergence}, kd_ratio {loss.kd_ratio:g}, temperature {loss.temperature:g})" if teachers else "fine-tuned"
+    lines = [f"{kind} {made} with llmkd.\n"]
+    if student is None:
+        return [*lines, "It was trained from new random weights.\n"]
+    terms = licence(student.base)
+    name = terms.get("license_name", terms.get("license"))
+    lines.append(
+        f"- Base: {where(student.base)}" + (f", held in {quantization.type} by bitsandbytes while it trained" if quantization else "")
+    )
+    if student.adapter:
+        lines.append(f"- Went on from the adapter {where(student.adapter)}")
+    lines.append(
+        f"- Licence of the base, as its card says: {code(name)}"
+        + (f" ({code(terms['license_link'])})" if "license_link" in terms else "")
+        + ". The data have terms of their own."
+        if name
+        else "- The licence of the base is not known: no model card lay beside it."
+    )
+    lines += [f"- Teacher: {taught_by(teacher)}" for teacher in teachers]
+    if len(teachers) > 1:
+        how = " times the probability that each gives the target" if recipe.mixture.weights == "confidence" else ""
+        lines.append(f"- The teachers are combined by their {recipe.mixture.combine.replace('_', '-')}, with their weights{how}")
+    return lines
+
+
+def taught_by(teacher: TeacherFiles) -> str:
+    """A teacher in one line of Markdown: its model, how it was held or kept, its share."""
+    one, files, parts = teacher.settings, teacher.files, []
+    if files:
+        parts.append((f"the adapter {where(files.adapter)} on " if files.adapter else "") + where(files.base))
+    if one.merge_adapter:
+        parts.append("merged")
+    if one.quantization:
+        parts.append(f"held in {one.quantization.type}")
+    if teacher.store:
+        parts.append(f"its answers read from {code(one.cache.path)} ({teacher.store.header['kind']['name']})")
+    return ", ".join(parts + ([f"weight {one.weight:g}"] if one.weight != 1 else []))
+
+
+def where(folder: Path) -> str:
+    """A model's name on the hub with its commit, or its folder."""
+    origin = hub_origin(folder)
+    return f"{code(origin[0])} (revision {code(origin[1])})" if origin else code(str(folder))
+
+
+def snippet(recipe: Recipe, student: ModelFiles | None) -> str:
+    """Python that loads the student as it was trained."""
+    lora, push = recipe.student.method == "lora", recipe.push_to_hub
+    here = push.repo if push and "/" in push.repo else str(Path(recipe.output_dir, "adapter" if lora else "model"))
+    top = f"{here!r}  # this folder, or its id on the hub"
+    if not lora:
+        return plain_snippet(top)
+    origin, quantization = hub_origin(student.base), recipe.student.quantization
+    dtype = "auto" if recipe.student.dtype == "auto" else recipe.student.dtype
+    arguments = [repr(origin[0] if origin else str(student.base))] + ([f"revision={origin[1]!r}"] if origin else []) + [f"dtype={dtype!r}"]
+    if quantization:
+        arguments.append(f"quantization_config={quantized(quantization, dtype, student.config)}")
+    more = ", BitsAndBytesConfig" if quantization else ""
+    return (
+        "from peft import PeftModel\n"
+        f"from transformers import AutoModelForCausalLM, AutoTokenizer{more}\n\n"
+        f"here = {top}\n"
+        f"base = AutoModelForCausalLM.from_pretrained({', '.join(arguments)})\n"
+        f"{REPACKING if quantization and quantization.type != 'int8' else ''}"
+        "model = PeftModel.from_pretrained(base, here)\n"
+        "tokenizer = AutoTokenizer.from_pretrained(here)"
+    )
+
+
+def plain_snippet(here: str) -> str:
+    return (
+        "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        f"here = {here}\n"
+        'model = AutoModelForCausalLM.from_pretrained(here, dtype="auto")\n'
+        "tokenizer = AutoTokenizer.from_pretrained(here)"
+    )
+
+
+def quantized(q: Quantization, dtype: str, config: dict) -> str:
+    """The BitsAndBytesConfig of a setting, as Python."""
+    if q.type == "int8":
+        return "BitsAndBytesConfig(load_in_8bit=True)"
+    own = config.get("dtype", config.get("torch_dtype")) if dtype == "auto" else dtype
+    compute = (own or "float32") if q.compute_dtype == "auto" else q.compute_dtype
+    return (
+        f"BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type={q.type!r}, "
+        f"bnb_4bit_use_double_quant={q.double_quant}, bnb_4bit_compute_dtype={compute!r})"
+    )
+
+
+def figures(summary: dict) -> list[str]:
+    """A table of every held-out figure, before and after."""
+    before, after = summary.get("before", {}), summary["validation"]
+    if not after:
+        return ["None were measured."]
+    cell = lambda value: "" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)  # noqa: E731
+    rows = [
+        f"| {name}{f' ({METRICS[name][1]})' if name in METRICS else ''} | {cell(before.get(name))} | {cell(value)} |"
+        for name, value in after.items()
+    ]
+    return ["| figure | before | after |", "|---|---|---|", *rows]
+
+
+def title(recipe: Recipe) -> str:
+    return one_line(recipe.push_to_hub.repo.rpartition("/")[2] if recipe.push_to_hub else recipe.output_dir)
+
+
+def one_line(text: str) -> str:
+    return " ".join(text.split())
+
+
+def escaped(text: str) -> str:
+    """Text that Markdown shows as it is."""
+    return re.sub(r"([\\`*_{}\[\]<>#|&~])", r"\\\1", text)
+
+
+def code(text: str) -> str:
+    """A code span; its fence is longer than any run of backticks in the text."""
+    text, fence = one_line(text), "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence} {text} {fence}" if "`" in text else f"{fence}{text}{fence}"
+
+
+def block(text: str, language: str) -> str:
+    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{fence}{language}\n{text.rstrip()}\n{fence}"

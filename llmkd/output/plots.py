@@ -1,0 +1,59 @@
+"""Moved here from another file."""
+
+from pathlib import Path
+
+from .metrics import read
+
+
+def plot(folder: Path) -> None:
+    """loss.png from metrics.jsonl: the training terms, and below them the validation figures that there are."""
+    import matplotlib
+
+    matplotlib.use("agg")
+    from matplotlib import pyplot as plt
+    from matplotlib.ticker import MaxNLocator
+
+    records = read(folder / "metrics.jsonl")
+    steps = [r for r in records if "loss" in r]
+    held_out = [r for r in records if "validation" in r]
+    kl = [r for r in held_out if "forward_kl" in r["validation"]]
+    panels = 1 + bool(held_out) + bool(kl)
+    figure, axes = plt.subplots(panels, 1, figsize=(7, 2.6 * panels), sharex=True, layout="constrained", squeeze=False)
+    for name, colour in (("loss", "#333333"), ("ce", "#1f6fb4"), ("kd", "#d1495b")):
+        points = [(r["step"], r[name]) for r in steps if name in r]
+        if points:
+            xs, ys = zip(*points, strict=True)
+            axes[0, 0].plot(xs, ys, color=colour, alpha=0.25, linewidth=1)
+            axes[0, 0].plot(xs, smooth(ys), color=colour, linewidth=1.6, label=name)
+    axes[0, 0].set_ylabel("training, nats per target")
+    if held_out:
+        _lines(axes[1, 0], held_out, (("ce", "student CE", "#1f6fb4"), ("teacher_ce", "teacher CE", "#888888")))
+        axes[1, 0].set_ylabel("held-out CE, nats")
+    if kl:
+        _lines(axes[2, 0], kl, (("forward_kl", "forward KL", "#d1495b"), ("reverse_kl", "reverse KL", "#8d5a97")))
+        axes[2, 0].set_ylabel("held-out KL, nats")
+    axes[-1, 0].set_xlabel("optimizer step")
+    axes[-1, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axis in axes[:, 0]:
+        axis.grid(alpha=0.25)
+        if axis.get_legend_handles_labels()[0]:
+            axis.legend(frameon=False, fontsize=9)
+    figure.suptitle(folder.name, fontsize=10)
+    figure.savefig(folder / "loss.png", dpi=130)
+    plt.close(figure)
+
+
+def _lines(axis, records: list[dict], series) -> None:
+    for name, label, colour in series:
+        points = [(r["step"], r["validation"][name]) for r in records if name in r["validation"]]
+        if points:
+            axis.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=3, linewidth=1.4, label=label)
+
+
+def smooth(values, share: float = 0.9) -> list[float]:
+    """An exponential mean without the pull towards its start."""
+    out, mean, weight = [], 0.0, 0.0
+    for value in values:
+        mean, weight = share * mean + (1 - share) * value, share * weight + (1 - share)
+        out.append(mean / weight)
+    return out

@@ -1,0 +1,55 @@
+"""Moved here from another file."""
+
+import sys
+import time
+
+from .metrics import peak_memory
+
+
+class Display:
+    """How far training is, on stderr: a bar on a terminal, a line now and then in a file. Silent on every rank but the first."""
+
+    def __init__(self, total_steps: int, done: int, main: bool):
+        from tqdm import tqdm
+
+        self.main, self.lines = main, main and not sys.stderr.isatty()
+        self.bar = tqdm(
+            total=total_steps,
+            initial=done,
+            unit="step",
+            disable=not main or self.lines,
+            dynamic_ncols=True,
+            mininterval=0.5,
+            file=sys.stderr,
+        )
+        self.total, self.first, self.started, self.shown = total_steps, done, time.monotonic(), 0.0
+        self.targets_since, self.time_since = 0, self.started
+
+    def count(self, targets: int) -> None:
+        """A step is done."""
+        self.targets_since += targets
+        self.bar.update()
+
+    def speed(self) -> float:
+        """Targets a second since this was last asked."""
+        now = time.monotonic()
+        speed = self.targets_since / max(now - self.time_since, 1e-9)
+        self.targets_since, self.time_since = 0, now
+        return speed
+
+    def show(self, step: int, shown: dict[str, str], speed: float) -> None:
+        shown = shown | {"targets/s": f"{speed:.0f}", "mem": f"{peak_memory() / 2**30:.1f}G"}
+        self.bar.set_postfix(shown, refresh=False)
+        now = time.monotonic()
+        if self.lines and (now - self.shown > 10 or step == self.total):
+            self.shown = now
+            left = (now - self.started) / (step - self.first) * (self.total - step)
+            figures = "  ".join(f"{k} {v}" for k, v in shown.items())
+            print(f"step {step}/{self.total}  {figures}  {left:.0f} s left", file=sys.stderr, flush=True)
+
+    def say(self, text: str) -> None:
+        if self.main:
+            self.bar.write(text, file=sys.stderr, nolock=True)
+
+    def close(self) -> None:
+        self.bar.close()

@@ -1,0 +1,126 @@
+"""The folder a run writes: claimed by one run at a time, never silently overwritten, and what makes two runs the same."""
+
+import fcntl
+import json
+import os
+import re
+import socket
+from pathlib import Path
+
+from ..config.loader import dump, flatten, load_recipe
+from ..config.recipe import Recipe
+from ..errors import UserError
+
+#: Settings that a resumed run may change: they do not touch what is learnt.
+_HARMLESS = (
+    "output_dir",
+    "student.gradient_checkpointing",
+    "teacher.device",
+    "teacher.share_base",
+    "train.compile",
+    "train.log_every",
+    "train.micro_batch_size",
+    "train.micro_batch_tokens",
+    "validation.",
+    "checkpoint.",
+    "data.cache_dir",
+    "data.choices",
+    "data.packing",
+    "data.share_beginnings",
+    "loss.chunk_rows",
+    "report_to",
+    "push_to_hub",
+)
+
+
+class RunFolder:
+    """`check()` refuses, and changes nothing, before the costly part; `claim()` creates and locks."""
+
+    def __init__(self, recipe: Recipe, resume: bool):
+        self.recipe, self.resume = recipe, resume
+        self.path = Path(recipe.output_dir).expanduser()
+        self.checkpoints = self.path / "checkpoints"
+        self._lock = None
+
+    @property
+    def finished(self) -> bool:
+        return (self.path / "summary.json").exists()
+
+    def summary(self) -> dict:
+        return json.loads((self.path / "summary.json").read_text())
+
+    def check(self) -> None:
+        if self.path.exists() and not self.path.is_dir():
+            raise UserError(f"output_dir: {self.path} is a file; name a folder")
+        nearest = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
+        if not os.access(nearest, os.W_OK | os.X_OK):
+            raise UserError(f"output_dir: {nearest} cannot be written to; choose another folder")
+        if self.path.is_dir() and not (self.path / "recipe.yaml").exists() and any(self._foreign()):
+            raise UserError(f"output_dir: {self.path} is not empty and holds no run of llmkd; choose another folder")
+        if not self.resume:
+            if self.finished:
+                raise UserError(f"output_dir: {self.path} holds a finished run; choose another folder, or remove it")
+            if (self.path / "recipe.yaml").exists():
+                raise UserError(f"output_dir: {self.path} holds an unfinished run; go on with it by --resume, or choose another folder")
+        elif (self.path / "recipe.yaml").exists():
+            before, now = (flatten(one, lists=True) for one in (load_recipe(self.path / "recipe.yaml"), self.recipe))
+            differing = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]
+            changed = [k for k in differing if not re.sub(r"\.\d+\.", ".", k).startswith(_HARMLESS)]  # teacher.0.device as teacher.device
+            if changed:
+                raise UserError(
+                    *(
+                        f"{k}: {before.get(k)!r} in the run that is to be resumed and {now.get(k)!r} now; give it as it was, or choose another output_dir"
+                        for k in changed
+                    )
+                )
+
+    def _foreign(self):
+        """What lies in the folder beyond a lock and what a kill may leave of the very first writes."""
+        return (p for p in self.path.iterdir() if p.name != ".lock" and ".tmp-" not in p.name)
+
+    def claim(self, identity: dict[str, str]) -> None:
+        """Create the folder, lock it for this process's life, and compare `identity` (hashes of data, models, tokenizer)."""
+        self._lock = lock(self.path)
+        self.check()  # another run may have come and gone meanwhile
+        known = self.path / "identity.json"
+        if known.exists():
+            before = json.loads(known.read_text())
+            for what, value in identity.items():
+                if before.get(what) != value:
+                    raise UserError(
+                        f"{what} has changed since the run in {self.path} was started; give what it was, or choose another output_dir"
+                    )
+        write(self.path / "recipe.yaml", dump(self.recipe))  # first: it marks the folder as a run's, so that a kill here can be resumed
+        write(known, json.dumps(identity, indent=1))
+
+    def release(self) -> None:
+        if self._lock and not self._lock.closed:
+            self._lock.truncate(0)
+            self._lock.close()
+
+
+def lock(folder: Path, setting: str = "output_dir"):
+    """Create the folder and hold it: for one process at a time, until the file that is returned is closed."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"{setting}: {folder} cannot be made ({error.strerror}); choose another folder") from None
+    held = open(folder / ".lock", "a+")  # noqa: SIM115 held until the process ends
+    try:
+        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        held.seek(0)
+        owner = held.read().strip() or "another run"
+        held.close()
+        raise UserError(f"{setting}: {folder} is in use by {owner}; wait for it, or choose another folder") from None
+    held.truncate(0)
+    held.write(f"process {os.getpid()} on {socket.gethostname()}")
+    held.flush()
+    return held
+
+
+def write(path: Path, text: str) -> None:
+    """Whole or not at all."""
+    part = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    part.write_text(text, encoding="utf-8")
+    os.replace(part, path)

@@ -1,0 +1,86 @@
+"""The figures of metrics.jsonl for Accelerate's trackers too: tensorboard, wandb, trackio, mlflow.
+
+metrics.jsonl is the record; a tracker that fails is left out with one note, and the run goes on.
+"""
+
+import dataclasses
+import importlib.util
+import json
+import os
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+from ..config.loader import flatten
+from ..config.recipe import Recipe
+from ..errors import UserError
+
+
+def check(names: tuple[str, ...]) -> None:
+    """UserError for every tracker whose package is not installed."""
+    missing = [name for name in names if importlib.util.find_spec(name) is None]
+    if missing:
+        raise UserError(*(f"report_to: {name} is not installed; pip install {name}, or leave it out" for name in missing))
+
+
+class Trackers:
+    """Those that a recipe asks for, started. `done` is the step that a resumed run goes on from."""
+
+    def __init__(self, recipe: Recipe, folder: Path, done: int, say: Callable[[str], None]):
+        self.say, self.running = say, {}
+        for name in dict.fromkeys(recipe.report_to):
+            self.running[name] = None
+            self._try(name, self._start, name, recipe, folder / "trackers", done)
+
+    def log(self, record: dict) -> None:
+        """A record of metrics.jsonl."""
+        group = next((name for name in ("validation", "gate", "fidelity") if name in record), "train")
+        values = record.get(group, record)
+        figures = {f"{group}/{k}": v for k, v in values.items() if k != "step"}
+        for name, tracker in list(self.running.items()):
+            self._try(name, tracker.log, figures, step=record["step"])
+
+    def finish(self) -> None:
+        for name, tracker in list(self.running.items()):
+            self._try(name, tracker.finish)
+        self.running = {}
+
+    def _start(self, name: str, recipe: Recipe, folder: Path, done: int) -> None:
+        folder.mkdir(exist_ok=True)
+        tracker = made(name, recipe.output_dir, folder, done)
+        tracker.start()
+        self.running[name] = tracker
+        tracker.store_init_configuration(configuration(recipe))
+
+    def _try(self, name: str, action: Callable, *args, **kwargs) -> None:
+        try:
+            action(*args, **kwargs)
+        except Exception as error:
+            self.running.pop(name, None)
+            reason = (str(error).strip().splitlines() or [""])[0][:200]
+            self.say(
+                f"note: {name} failed ({type(error).__name__}: {reason}); the run goes on without it, and metrics.jsonl has everything"
+            )
+
+
+def made(name: str, run: str, folder: Path, done: int):
+    """One of Accelerate's trackers. A resumed run goes on in the same curve, except in mlflow, where it is a second run of the name."""
+    from accelerate import tracking
+
+    if name == "tensorboard":  # what was logged after the checkpoint is dropped, as it is in metrics.jsonl
+        return tracking.TensorBoardTracker("tensorboard", folder, purge_step=done + 1 if done else 0)
+    if name == "mlflow":
+        return tracking.MLflowTracker("llmkd", run_name=run)
+    known = folder / f"{name}.id"
+    if not (done and known.exists()):
+        known.write_text(uuid.uuid4().hex[:8])
+    if name == "wandb":
+        project = os.environ.get("WANDB_PROJECT", "llmkd")
+        return tracking.WandBTracker(project, name=run, id=known.read_text(), resume="allow", dir=str(folder))
+    return tracking.TrackioTracker("llmkd", name=f"{run} {known.read_text()}", resume="allow")
+
+
+def configuration(recipe: Recipe) -> dict[str, bool | int | float | str]:
+    """The resolved recipe by dotted path, in the types that every tracker takes."""
+    plain = flatten(json.loads(json.dumps(dataclasses.asdict(recipe))))
+    return {path: value if isinstance(value, bool | int | float | str) else json.dumps(value) for path, value in plain.items()}

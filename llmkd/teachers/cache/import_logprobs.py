@@ -1,0 +1,260 @@
+"""Top-k log-probabilities that came from elsewhere, into a store: our own form, vLLM's, or that of an OpenAI-style API.
+
+A JSONL file, one line for each example, in the order of the examples or with "row", the number of the data's row (from 1). A line is one of
+
+    {"labels": [5, 7], "top": [[[5, -0.1], [9, -3.2]], [[7, -0.02]]]}                    ids and log-probabilities, target by target
+    {"prompt_token_ids": [1, 5, 7], "prompt_logprobs": [null, {"5": {"logprob": -0.1}, ...}, ...]}      vLLM, the whole text; each has its own token
+    {"logprobs": {"content": [{"token": " so", "logprob": -0.1, "top_logprobs": [{"token": ..., "logprob": ...}, ...]}, ...]}}
+
+(the last also inside "choices", as the API gives it; only for examples with one answer). Log-probabilities are of the model's own
+distribution, temperature 1. What is not listed is the rest, one bucket; tokens below exp(-100) belong to it, and so do strings that
+are no token's or several tokens'. Every target is compared with the example's own label. The last target of an example may lack an
+entry (APIs seldom give one for the end of the turn): then nothing is known of it, and it adds nothing to the loss.
+"""
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ...data.examples import Encoded
+from ...data.reading.row_checks import Problems
+from ...errors import UserError
+from ..sparse import RULED_OUT, TopK
+from .records import KeepTopK
+from .shards import Writer
+
+NODES = (1.0,)  # nothing but its mass is known of the rest
+_SLACK = 1e-3  # by which rounding may carry a log-probability above 0, or a sum of probabilities above 1
+
+Entry = dict[int, float]  # of one target: token id to log-probability
+
+
+@dataclass(frozen=True)
+class Line:
+    number: int
+    start: int  # in bytes
+    example: int
+
+
+def kind(vocab: int, k: int, value_bits: int) -> KeepTopK:
+    """What a store of such answers keeps. `k` at most what the file lists; where it lists more, they join the rest."""
+    return KeepTopK(vocab, min(k, vocab), value_bits, NODES)
+
+
+def write(path: str | Path, encoded: Encoded, tokenizer, writer: Writer, progress=iter) -> dict[str, int]:
+    """Check the whole file, then write the store (`writer` of a `kind`; begun here). Counts: `unknown_tokens` strings that were left to
+    the rest, `unknown_targets` last targets without an entry, `unused` lines of rows that have no example. UserErrors name file and line.
+    """
+    reader = _Reader(Path(path), encoded, tokenizer, writer.kind)
+    lines = reader.lines(progress)
+    if not writer.begin():
+        for number in progress(writer.left()):
+            shard = writer.shard(number)
+            for i, count in zip(shard.examples.tolist(), shard.targets_E.tolist(), strict=True):
+                shard.put([encoded.identity(i)], [count], reader.records(lines[i]))
+            shard.write()
+        writer.finish()
+    return dict(reader.counts)
+
+
+class _Reader:
+    def __init__(self, path: Path, encoded: Encoded, tokenizer, kind: KeepTopK):
+        self.path, self.encoded, self.tokenizer, self.kind = path, encoded, tokenizer, kind
+        self.counts = Counter(unknown_tokens=0, unknown_targets=0, unused=0)
+        self._texts: list[str] | None = None
+        self._ids: dict[str, int] = {}
+
+    def lines(self, progress) -> dict[int, Line]:
+        """Where the answers to each example stand, all of them read and checked."""
+        problems, found = Problems(), {}
+        for before, (number, start, content) in enumerate(progress(self._raw())):
+            try:
+                line = self._parsed(content)
+                i = self._example(line, before)
+                if i is None:
+                    self.counts["unused"] += 1
+                    continue
+                if i in found:
+                    raise ValueError(
+                        f"row {int(self.encoded.row[i]) + 1} was answered in line {found[i].number} already; remove one of them"
+                    )
+                self._targets(line, i, self.counts)
+                found[i] = Line(number, start, i)
+            except ValueError as error:
+                problems.add(f"{self.path}:{number}: {error}")
+        problems.raise_if_any()
+        if len(found) < len(self.encoded):
+            lacking = next(i for i in range(len(self.encoded)) if i not in found)
+            raise UserError(
+                f"{self.path}: answers {len(found)} of {len(self.encoded)} examples; the first without an answer is of row {int(self.encoded.row[lacking]) + 1}"
+            )
+        return found
+
+    def records(self, line: Line) -> np.ndarray:
+        with open(self.path, "rb") as file:
+            file.seek(line.start)
+            return self.kind.encode(self._known(self._targets(self._parsed(file.readline()), line.example, Counter()))).numpy()
+
+    def _raw(self) -> Iterator[tuple[int, int, bytes]]:
+        start = 0
+        try:
+            with open(self.path, "rb") as file:
+                for number, content in enumerate(file, 1):
+                    if content.strip():
+                        yield number, start, content
+                    start += len(content)
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be read ({error.strerror})") from None
+
+    def _parsed(self, content: bytes) -> dict:
+        try:
+            line = json.loads(content)
+        except ValueError as error:
+            raise ValueError(f"is no JSON ({error})") from None
+        if not isinstance(line, dict):
+            raise ValueError("expected an object")
+        choices = line.get("choices")
+        return line | choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else line
+
+    def _example(self, line: dict, before: int) -> int | None:
+        """Which example a line is about: by its row, or by how many lines stand before it. None for a row that has no example."""
+        row = line.get("row")
+        if row is None:
+            if before >= len(self.encoded):
+                raise ValueError(f"there are {len(self.encoded)} examples, and this is line {before + 1}; give every line its row")
+            return before
+        of_row = np.flatnonzero(self.encoded.row == row - 1) if type(row) is int else []
+        if len(of_row) > 1 or type(row) is not int:
+            raise ValueError(f"row: found {row!r}, which makes {len(of_row)} examples; leave row out, and give a line for each")
+        return int(of_row[0]) if len(of_row) else None
+
+    def _targets(self, line: dict, i: int, counts: Counter) -> list[tuple[Entry, int]]:
+        """Each target's entry and label. ValueError where the line is not about this example."""
+        ids, marks = self.encoded.example(i)
+        labels = ids[marks].tolist()
+        if "top" in line:
+            entries = self._ours(line, labels)
+        elif "prompt_logprobs" in line:
+            entries = self._vllm(line, ids, marks)
+        elif isinstance(line.get("logprobs"), dict):
+            entries = self._openai(line["logprobs"].get("content"), labels, counts)
+        else:
+            raise ValueError("found neither top, prompt_logprobs nor logprobs.content")
+        if len(entries) == len(labels) - 1:
+            entries.append({})
+        if len(entries) != len(labels):
+            raise ValueError(
+                f"answers {len(entries)} targets, and the example has {len(labels)}; it is of another text, template or tokenizer"
+            )
+        for n, entry in enumerate(entries):
+            if not entry and n + 1 < len(labels):
+                raise ValueError(f"target {n + 1} ({self._shown(labels[n])}) has no log-probabilities")
+            self._check(entry, n)
+        counts["unknown_targets"] += not entries[-1]
+        return list(zip(entries, labels, strict=True))
+
+    def _ours(self, line: dict, labels: list[int]) -> list[Entry]:
+        given, top = line.get("labels"), line["top"]
+        if not isinstance(given, list) or not isinstance(top, list):
+            raise ValueError("expected lists as labels and top")
+        self._same(given, labels)
+        try:
+            entries = [{int(token): value for token, value in target or ()} for target in top]
+        except (TypeError, ValueError):
+            raise ValueError("top: expected a list of [id, logprob] for each target") from None
+        if any(len(entry) != len(target or ()) for entry, target in zip(entries, top, strict=True)):
+            raise ValueError("top: names a token twice")
+        return entries
+
+    def _vllm(self, line: dict, ids: np.ndarray, marks: np.ndarray) -> list[Entry]:
+        given, top = line.get("prompt_token_ids"), line["prompt_logprobs"]
+        if not isinstance(given, list) or not isinstance(top, list) or len(given) != len(top):
+            raise ValueError("expected lists of one length as prompt_token_ids and prompt_logprobs")
+        last = int(np.flatnonzero(marks)[-1]) + 1
+        self._same(given[:last], ids[:last].tolist(), "token")
+        places = np.flatnonzero(marks)
+        try:
+            entries = [{int(token): x["logprob"] if isinstance(x, dict) else x for token, x in (top[t] or {}).items()} for t in places]
+        except (AttributeError, KeyError, TypeError, ValueError):
+            raise ValueError('prompt_logprobs: expected {"id": {"logprob": x}, ...} for each token') from None
+        for n, (entry, label) in enumerate(zip(entries, ids[marks].tolist(), strict=True), 1):
+            if entry and label not in entry:  # vLLM lists every token of the prompt itself
+                raise ValueError(
+                    f"prompt_logprobs: target {n} ({self._shown(label)}) is not among its own; are they of the token after, or before?"
+                )
+        return entries
+
+    def _openai(self, content, labels: list[int], counts: Counter) -> list[Entry]:
+        texts, entries = self._strings(), []
+        try:
+            if len(content) > len(labels):
+                raise ValueError(f"answers {len(content)} targets, and the example has {len(labels)}")
+            for n, (told, label) in enumerate(zip(content, labels, strict=False), 1):
+                if told["token"] != texts[label]:
+                    raise ValueError(f"target {n} is {told['token']!r} here, and {self._shown(label)} in the example")
+                entry = {label: told["logprob"]}
+                for other in told.get("top_logprobs") or ():
+                    token = self._ids.get(other["token"], -1)
+                    if token >= 0:
+                        entry.setdefault(token, other["logprob"])
+                    elif other["token"] != told["token"]:
+                        counts["unknown_tokens"] += 1
+                entries.append(entry)
+        except (AttributeError, KeyError, TypeError):
+            raise ValueError("logprobs.content: expected token, logprob and top_logprobs for each target") from None
+        return entries
+
+    def _strings(self) -> list[str]:
+        """What each token reads in the middle of a text; `_ids` has those that only one token reads."""
+        if self._texts is None:
+            before = self.tokenizer("a", add_special_tokens=False)["input_ids"][-1:]
+            plain = {"clean_up_tokenization_spaces": False, "skip_special_tokens": False}
+            start = len(self.tokenizer.decode(before, **plain))
+            self._texts = [text[start:] for text in self.tokenizer.batch_decode([[*before, i] for i in range(self.kind.vocab)], **plain)]
+            often = Counter(self._texts)
+            self._ids = {text: i for i, text in enumerate(self._texts) if often[text] == 1}
+        return self._texts
+
+    def _same(self, given: list, wanted: list[int], what: str = "target") -> None:
+        for n, (a, b) in enumerate(zip(given, wanted, strict=False), 1):
+            if a != b:
+                raise ValueError(f"{what} {n} is {self._shown(a)} here, and {self._shown(b)} in the example")
+        if len(given) != len(wanted):
+            raise ValueError(f"has {len(given)} {what}s, and the example {len(wanted)}; it is of another text, template or tokenizer")
+
+    def _shown(self, token) -> str:
+        known = type(token) is int and 0 <= token < self.kind.vocab
+        return f"{token} {self.tokenizer.convert_ids_to_tokens(token)!r}" if known else repr(token)
+
+    def _check(self, entry: Entry, n: int) -> None:
+        for token, value in entry.items():
+            if not 0 <= token < self.kind.vocab:
+                raise ValueError(f"target {n + 1}: token {token} is not one of the vocabulary's {self.kind.vocab}")
+            if type(value) not in (int, float) or not value <= _SLACK:
+                raise ValueError(f"target {n + 1}: found {value!r} for token {self._shown(token)}, expected a log-probability (at most 0)")
+        total = math.fsum(math.exp(value) for value in entry.values())
+        if total > 1 + _SLACK:
+            raise ValueError(f"target {n + 1}: the probabilities sum to {total:.4f}, more than 1; log-probabilities are natural logarithms")
+
+    def _known(self, targets: list[tuple[Entry, int]]) -> TopK:
+        n, k, vocab = len(targets), self.kind.k, self.kind.vocab
+        ids_NK, log_p_NK = np.zeros((n, k), np.int64), np.full((n, k), -np.inf)
+        rest_N, label_N = np.zeros(n), np.zeros(n)
+        for row, (entry, label) in enumerate(targets):
+            best = sorted((token for token, value in entry.items() if value > RULED_OUT), key=lambda token: -entry[token])[:k]
+            filler = (token for token in range(vocab) if token not in entry or entry[token] <= RULED_OUT)
+            ids_NK[row] = sorted([*best, *(next(filler) for _ in range(k - len(best)))])
+            kept = {token: min(entry[token], 0.0) for token in best}
+            log_p_NK[row] = [kept.get(token, -math.inf) for token in ids_NK[row].tolist()]
+            rest = 1 - math.fsum(math.exp(value) for value in kept.values())
+            rest_N[row] = math.log(rest) if rest > 0 else -math.inf
+            evenly = rest_N[row] - math.log(max(1, vocab - len(best)))
+            label_N[row] = min(entry.get(label, evenly), 0.0)
+        parts = (torch.from_numpy(x) for x in (ids_NK, log_p_NK, rest_N[:, None]))
+        return TopK(*parts, vocab, torch.from_numpy(label_N), torch.full((n,), math.nan), NODES)

@@ -1,0 +1,242 @@
+"""What a store keeps of each target: how it is recorded from a live teacher's signal, and read back as a signal.
+
+    kind      bytes per target (V = 128,256)            what is lost, and when to use it
+    topk      K = 50: 147, 64: 182, 128: 334 (8 bits)   the shape of the rest; the general choice: any divergence and temperature
+              122, 150, 270 (4 bits)                    and what 4 bits round off: see `codes`
+    sampled   50 draws: 89                              nothing on average, but it is noisy; the smallest, for forward KL at one temperature
+    hidden    2 H (bfloat16), H + 4 (int8)              nothing (int8: see `KeepHidden`); where the disk has room, and for measuring.
+                                                        Its step costs a product with the teacher's head, the others' hardly more than none
+
+A record is a row of bytes, and its parts stand side by side: all records of a store have one size.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ...batch import Example
+from ...config.teacher import CACHE_KINDS, Cache
+from ...errors import UserError
+from ...losses.fused import default_chunk
+from ...signals import FIGURES, Dense, Signal
+from ..sparse import NODES, Sampled, TopK, entropy
+from .codec import decode_ids, decode_values, encode_ids, encode_values, id_bytes, packed_bytes
+from .stored_head import StoredHead
+
+
+class Kind(Protocol):
+    figures: tuple[str, ...]  # which of signals.FIGURES can be told of its signals
+    bytes: int  # of each target
+
+    def options(self) -> dict:
+        """What the store's header says of it, by the names of the settings: `kind_of` makes it again from that."""
+
+    def record(self, signal: Signal, labels_N: Tensor, examples: Sequence[Example]) -> np.ndarray:
+        """The records of a batch's targets, uint8 [N, bytes]. Never holds an [N, V] tensor."""
+
+    def signal(self, records_NR: Tensor, device) -> Signal:
+        """What the records say, on the device."""
+
+
+@dataclass(frozen=True)
+class KeepTopK:
+    vocab: int
+    k: int
+    value_bits: int
+    nodes: tuple[float, ...] = NODES
+    figures = FIGURES
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        return id_bytes(self.k, self.vocab), packed_bytes(self.k, self.value_bits), 2, 2 * len(self.nodes), 2, 2
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.widths)
+
+    def options(self) -> dict:
+        return {"name": "topk", "k": self.k, "value_bits": self.value_bits, "nodes": list(self.nodes)}
+
+    def record(self, signal: Signal, labels_N: Tensor, examples: Sequence[Example]) -> np.ndarray:
+        return _in_chunks(self, labels_N, lambda rows: self.encode(TopK.of(_answers(signal, rows), self.k, labels_N[rows])))
+
+    def encode(self, known: TopK) -> Tensor:
+        values, range_N = encode_values(known.log_p_NK, self.value_bits)
+        ids = encode_ids(known.ids_NK, self.vocab)
+        return _side_by_side(ids, values, range_N, known.rest_NS.half(), known.label_log_p_N.half(), known.entropy_N.half())
+
+    def signal(self, records_NR: Tensor, device) -> TopK:
+        """The largest log-probability is not kept: it follows, since K tokens and the rest sum to one."""
+        ids, values, *halves = records_NR.to(device, non_blocking=True).split(self.widths, 1)
+        range_N1, rest_NS, label_N1, entropy_N1 = (_halves(part) for part in halves)
+        log_p_NK = decode_values(values, range_N1[:, 0], self.k, self.value_bits)
+        rest_N1 = rest_NS[:, self.nodes.index(1), None]
+        log_p_NK = log_p_NK - log_p_NK.logsumexp(1, keepdim=True) + torch.log(-torch.expm1(rest_N1))
+        log_p_NK.nan_to_num_(-math.inf, neginf=-math.inf)  # nothing kept: all of it is in the rest
+        ids_NK = decode_ids(ids, self.k, self.vocab)
+        return TopK(ids_NK, log_p_NK, rest_NS, self.vocab, label_N1[:, 0], entropy_N1[:, 0], self.nodes)
+
+
+@dataclass(frozen=True)
+class KeepSampled:
+    """The draws of a target follow from the seed, its example and its place in it: whatever the batch, and however often."""
+
+    vocab: int
+    draws: int
+    temperature: float
+    seed: int
+
+    @property
+    def figures(self) -> tuple[str, ...]:
+        """Held-out figures are at temperature 1, and nothing but the draws' own divergence can be told of them."""
+        return (*(("forward_kl",) if self.temperature == 1 else ()), "teacher_ce", "teacher_entropy")
+
+    @property
+    def widths(self) -> tuple[int, ...]:
+        return id_bytes(self.draws, self.vocab), 2, 2, 2
+
+    @property
+    def bytes(self) -> int:
+        return sum(self.widths)
+
+    def options(self) -> dict:
+        return {"name": "sampled", "draws": self.draws, "temperature": self.temperature, "seed": self.seed}
+
+    def record(self, signal: Signal, labels_N: Tensor, examples: Sequence[Example]) -> np.ndarray:
+        chance_ND = torch.from_numpy(chances(self.seed, examples, self.draws)).to(labels_N.device)
+
+        def chunk(rows: slice) -> Tensor:
+            log_p_nV = _answers(signal, rows)
+            soft_nV = log_p_nV if self.temperature == 1 else (log_p_nV / self.temperature).log_softmax(1)
+            below_nV = soft_nV.double().exp().cumsum(1)
+            ids_nD = torch.searchsorted(below_nV, chance_ND[rows] * below_nV[:, -1:], right=True).clamp_max(self.vocab - 1)
+            label_n = log_p_nV.gather(1, labels_N[rows, None])[:, 0]
+            halves = [x.half() for x in (entropy(soft_nV), label_n, entropy(log_p_nV))]
+            return _side_by_side(encode_ids(ids_nD.sort().values, self.vocab), *halves)
+
+        return _in_chunks(self, labels_N, chunk)
+
+    def signal(self, records_NR: Tensor, device) -> Sampled:
+        ids, *halves = records_NR.to(device, non_blocking=True).split(self.widths, 1)
+        soft, label, plain = (_halves(part)[:, 0] for part in halves)
+        return Sampled(decode_ids(ids, self.draws, self.vocab), self.vocab, self.temperature, soft, label, plain)
+
+
+@dataclass(frozen=True)
+class KeepHidden:
+    """The last hidden state: with the head beside the store, the teacher's whole distribution.
+
+    float32 and bfloat16 are exact where the teacher computes in them. int8 rounds to 127ths of the largest entry of a state: a KL of
+    8e-6 and 3e-4 nats a target for two small trained models (H = 128 and 64).
+    """
+
+    vocab: int
+    width: int
+    dtype: str
+    head: StoredHead
+    figures = FIGURES
+
+    @property
+    def bytes(self) -> int:
+        return self.width + 4 if self.dtype == "int8" else self.width * getattr(torch, self.dtype).itemsize
+
+    def options(self) -> dict:
+        return {"name": "hidden", "width": self.width, "hidden_dtype": self.dtype, "head": self.head.options()}
+
+    def record(self, signal: Dense, labels_N: Tensor, examples: Sequence[Example]) -> np.ndarray:
+        def chunk(rows: slice) -> Tensor:
+            hidden_nH = _finite(signal.hidden_NH[rows])
+            if self.dtype != "int8":
+                return _side_by_side(hidden_nH.to(getattr(torch, self.dtype)))
+            step_n1 = hidden_nH.float().abs().amax(1, True).clamp_min(1e-30) / 127
+            return _side_by_side(step_n1, (hidden_nH / step_n1).round().to(torch.int8))
+
+        return _in_chunks(self, labels_N, chunk)
+
+    def signal(self, records_NR: Tensor, device) -> Dense:
+        records_NR = records_NR.to(device, non_blocking=True)
+        if self.dtype != "int8":
+            return Dense(_dense(records_NR).view(getattr(torch, self.dtype)), self.head.on(device))
+        step_N1, code_NH = records_NR.split((4, self.width), 1)
+        return Dense(code_NH.view(torch.int8) * _dense(step_N1).view(torch.float32), self.head.on(device))
+
+
+def kind_to_record(cache: Cache, vocab: int, teacher=None) -> Kind:
+    """What the settings ask for, with the kind's own defaults; of hidden states the teacher (a LanguageModel) says what they are."""
+    name = cache.kind or "topk"
+    options = {key: default if getattr(cache, key) is None else getattr(cache, key) for key, default in CACHE_KINDS[name].items()}
+    if name == "topk":
+        return KeepTopK(vocab, min(options["k"], vocab), options["value_bits"])
+    if name == "sampled":
+        return KeepSampled(vocab, **options)
+    head = StoredHead.of(teacher.head)
+    own = str(teacher.dtype).removeprefix("torch.")
+    dtype = {"float64": "float32"}.get(own, own) if options["hidden_dtype"] == "auto" else options["hidden_dtype"]
+    return KeepHidden(vocab, head.weights["weight"].shape[1], dtype, head)
+
+
+def kind_of(options: dict, vocab: int, folder=None) -> Kind:
+    """The kind that a store's header tells of."""
+    options = dict(options)
+    name = options.pop("name")
+    if name == "topk":
+        return KeepTopK(vocab, options["k"], options["value_bits"], tuple(options["nodes"]))
+    if name == "sampled":
+        return KeepSampled(vocab, **options)
+    return KeepHidden(vocab, options["width"], options["hidden_dtype"], StoredHead.read(folder, options["head"]))
+
+
+def chances(seed: int, examples: Sequence[Example], draws: int) -> np.ndarray:
+    """Numbers in [0, 1) for the draws of a batch's targets, float64 [N, draws]: a hash of seed, example, place and draw."""
+    identity_N = np.repeat(np.array([int(e.identity, 16) for e in examples], np.uint64), [e.targets for e in examples])
+    place_N = np.concatenate([np.zeros(0, np.uint64), *(np.arange(e.targets, dtype=np.uint64) for e in examples)])
+    state_N = _mixed(_mixed(identity_N ^ _mixed(np.full_like(identity_N, seed))) ^ place_N)
+    return (_mixed(state_N[:, None] ^ np.arange(draws, dtype=np.uint64)) >> np.uint64(11)) * 2.0**-53
+
+
+def _mixed(x: np.ndarray) -> np.ndarray:
+    """One step of splitmix64 (Steele, Lea, Flood 2014), on uint64."""
+    x = x + np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return x ^ x >> np.uint64(31)
+
+
+def _halves(part_NB: Tensor) -> Tensor:
+    return _dense(part_NB).view(torch.float16).float()
+
+
+def _dense(x: Tensor) -> Tensor:
+    """A copy that can be seen as another type: of one row or none, `contiguous` would keep a place in memory or strides that cannot."""
+    return x.clone(memory_format=torch.contiguous_format)
+
+
+def _in_chunks(kind: Kind, labels_N: Tensor, records) -> np.ndarray:
+    out_NR = np.empty((len(labels_N), kind.bytes), np.uint8)
+    step = default_chunk(kind.vocab, labels_N.device.type)
+    with torch.no_grad():
+        for start in range(0, len(labels_N), step):
+            rows = slice(start, start + step)
+            out_NR[rows] = records(rows).cpu().numpy()
+    return out_NR
+
+
+def _answers(signal: Signal, rows: slice) -> Tensor:
+    return _finite(signal.log_probs(rows))
+
+
+def _finite(answers: Tensor) -> Tensor:
+    """As they are, unless a number is none: -inf is a probability of 0."""
+    if answers.isnan().any():
+        raise UserError("teacher.model: what it says of a target is not a number; look at its weights, or set teacher.dtype: float32")
+    return answers
+
+
+def _side_by_side(*parts: Tensor) -> Tensor:
+    """Any tensors [N] or [N, ...] as bytes, uint8 [N, R]."""
+    return torch.cat([_dense(part.reshape(len(part), -1)).view(torch.uint8) for part in parts], 1)

@@ -1,0 +1,305 @@
+"""A folder of teacher answers, a record of bytes for each target, found by who the example is and never by its place in a run.
+
+    store.json              written last: the header, every shard with its checksum, and a checksum of all that
+    making.json             the header, while the store is not finished
+    shard-00000.safetensors records [targets, bytes], and of its examples identity and number of targets
+    shard-00000.json        its checksum and its header's, written after it
+    head.safetensors        for hidden states
+
+The header, a plain dict, says all that the shards follow from: kind and its options, vocabulary, bytes per target, `made_of`
+(fingerprints), and a hash of the plan. Which examples make up a shard follows from it alone, so that any number of processes and any
+later attempt write the same files. No torch here.
+"""
+
+import concurrent.futures
+import contextlib
+import functools
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ...errors import UserError, alone
+from ...model_files import tensors
+
+VERSION = 1
+SHARD_BYTES = 64 << 20
+SETTING = "teacher.cache.path"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The examples of a store, each once, and how they are spread over its shards."""
+
+    identity_E: np.ndarray  # uint64
+    targets_E: np.ndarray  # int64
+    first_E: np.ndarray  # which of the examples that were given it is
+    shards: list[slice]
+
+    @staticmethod
+    def of(identities: list[str], targets: list[int], bytes_per_target: int, shard_bytes: int = SHARD_BYTES) -> "Plan":
+        identity = np.array([int(x, 16) for x in identities], np.uint64)
+        first_E = np.sort(np.unique(identity, return_index=True)[1])
+        targets_E = np.asarray(targets, np.int64)[first_E]
+        number_E = (np.cumsum(targets_E) - targets_E) // max(1, shard_bytes // bytes_per_target)
+        edges = [0, *(np.flatnonzero(np.diff(number_E)) + 1), len(first_E)]
+        return Plan(identity[first_E], targets_E, first_E, [slice(int(a), int(b)) for a, b in zip(edges, edges[1:], strict=False) if a < b])
+
+    def header(self) -> dict:
+        content = hashlib.sha256(self.identity_E.tobytes() + self.targets_E.tobytes() + repr(self.shards).encode()).hexdigest()
+        return {"examples": len(self.identity_E), "targets": int(self.targets_E.sum()), "shards": len(self.shards), "content": content}
+
+
+class Writer:
+    """Writes a store, or what is missing of one. The first process begins and finishes; between the two, and waiting for it, all write shards."""
+
+    def __init__(self, folder: str | Path, kind, made_of: dict, plan: Plan, setting: str = SETTING):
+        """`kind` is a `kinds.Kind`."""
+        self.folder, self.plan, self.kind, self.setting = Path(folder), plan, kind, setting
+        options = {"kind": kind.options(), "vocab": kind.vocab, "bytes_per_target": kind.bytes}
+        self.header = json.loads(json.dumps({"version": VERSION, **options, "made_of": made_of, "plan": plan.header()}))
+
+    def begin(self) -> bool:
+        """Whether the store is whole already. UserError where the folder holds a store of other answers; then nothing is touched."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for part in self.folder.glob("*.tmp-*"):  # of an attempt that was killed
+            part.unlink()
+        for name in ("store.json", "making.json"):
+            if (self.folder / name).exists():
+                found = read_header(self.folder, self.setting) if name == "store.json" else _read_json(self.folder / name, self.setting)
+                found.pop("files", None)
+                if changed := differences(found, self.header):
+                    raise UserError(
+                        f"{self.setting}: {self.folder} holds a store of other answers ({'; '.join(changed)}); choose another folder, or delete it"
+                    )
+        head = getattr(self.kind, "head", None)
+        if head and _digest(self.folder / head.options()["file"]) != head.sha256:
+            _write(self.folder / head.options()["file"], head.content())
+        if (self.folder / "store.json").exists():
+            if not self.left():
+                return True
+            (self.folder / "store.json").unlink()  # a shard of it is gone
+        _write(self.folder / "making.json", json.dumps(self.header, indent=1).encode())
+        return False
+
+    def left(self, rank: int = 0, ranks: int = 1) -> list[int]:
+        """Which of this process's shards are not here, or not whole."""
+        return [n for n in range(rank, len(self.plan.shards), ranks) if not self._whole(n)]
+
+    def shard(self, n: int) -> "Shard":
+        part = self.plan.shards[n]
+        return Shard(self, n, self.plan.first_E[part], self.plan.identity_E[part], self.plan.targets_E[part])
+
+    def finish(self) -> None:
+        """Seal the store, once all processes are done."""
+        if left := [_name(n) for n in range(len(self.plan.shards)) if not (self.folder / f"{_name(n)}.json").exists()]:
+            raise UserError(f"{self.setting}: {self.folder} lacks {left[0]} and {len(left) - 1} more; run llmkd cache again")
+        files = [_read_json(self.folder / f"{_name(n)}.json") for n in range(len(self.plan.shards))]
+        sealed = self.header | {"files": files}
+        _write(self.folder / "store.json", json.dumps(sealed | {"checksum": _checksum(sealed)}, indent=1).encode())
+        (self.folder / "making.json").unlink(missing_ok=True)
+
+    def _whole(self, n: int) -> bool:
+        try:
+            about = _read_json(self.folder / f"{_name(n)}.json")
+            return about["of"] == _checksum(self.header) and about["sha256"] == _digest(self.folder / about["file"])
+        except (UserError, KeyError):
+            return False
+
+
+@dataclass
+class Shard:
+    """A part of a store that is being written. Its examples' records may come in any order."""
+
+    writer: Writer
+    number: int
+    examples: np.ndarray  # which of the examples that the plan was made of
+    identity_E: np.ndarray
+    targets_E: np.ndarray
+
+    def __post_init__(self):
+        ends_E = np.cumsum(self.targets_E)
+        self._rows = {int(i): slice(int(e - n), int(e)) for i, n, e in zip(self.identity_E, self.targets_E, ends_E, strict=True)}
+        self._records_NR = np.zeros((int(self.targets_E.sum()), self.writer.kind.bytes), np.uint8)
+        self._wanted = set(self._rows)
+
+    def put(self, identities: list[str], targets: list[int], records_NR: np.ndarray) -> None:
+        """The records of some of its examples, one after another."""
+        start = 0
+        for identity, count in zip(identities, targets, strict=True):
+            self._records_NR[self._rows[int(identity, 16)]] = records_NR[start : start + count]
+            self._wanted.discard(int(identity, 16))
+            start += count
+
+    def write(self) -> None:
+        from safetensors.numpy import save
+
+        if self._wanted:
+            raise ValueError(f"shard {self.number}: {len(self._wanted)} of its examples were never put")
+        content = save({"records": self._records_NR, "identity": self.identity_E, "targets": self.targets_E})
+        name, digest = _name(self.number), hashlib.sha256(content).hexdigest()
+        _write(self.writer.folder / f"{name}.safetensors", content)
+        about = {"file": f"{name}.safetensors", "sha256": digest, "examples": len(self.identity_E), "targets": len(self._records_NR)}
+        _write(self.writer.folder / f"{name}.json", json.dumps(about | {"of": _checksum(self.writer.header)}).encode())
+
+
+class Store:
+    """A finished store, read by memory map. `header` is what it was made by."""
+
+    def __init__(self, folder: Path, header: dict, setting: str):
+        self.folder, self.header, self.setting = folder, header, setting
+        identities, targets = zip(*(self._index(file["file"]) for file in header["files"]), strict=True)
+        order = np.argsort(np.concatenate(identities))
+        self._identity_E = np.concatenate(identities)[order]
+        shard_E = np.repeat(np.arange(len(targets)), [len(part) for part in targets])
+        start_E = np.concatenate([np.cumsum(part) - part for part in targets])
+        self._where_E3 = np.stack([shard_E, start_E, np.concatenate(targets)], 1)[order]
+        self._map = functools.lru_cache(256)(self._map)  # not all at once: each holds a file open
+
+    @staticmethod
+    def open(path: str | Path, setting: str = SETTING) -> "Store":
+        """Check a store and open it. UserError names the file that is missing or damaged.
+
+        Of several processes on a machine each reads its share of the shards for that.
+        """
+        folder = Path(path).expanduser()
+        header = read_header(folder, setting)
+        head = header["kind"].get("head")
+        files = [*header["files"], *([head] if head else [])]
+        if lacking := [file["file"] for file in files if not (folder / file["file"]).exists()]:
+            more = f" (and {len(lacking) - 1} more are)" if len(lacking) > 1 else ""
+            raise UserError(f"{setting}: {folder / lacking[0]} is missing{more}; run llmkd cache again")
+        rank, ranks = (int(os.environ.get(name, value)) for name, value in (("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1")))
+        mine = files[rank::ranks]
+        threads = min(8, os.cpu_count() or 1)  # hashing leaves the interpreter to others
+        with alone(), concurrent.futures.ThreadPoolExecutor(threads) as pool:
+            for file, found in zip(mine, pool.map(lambda file: _digest(folder / file["file"]), mine), strict=True):
+                if found != file["sha256"]:
+                    raise UserError(
+                        f"{setting}: {folder / file['file']} is damaged (its content does not match its checksum); delete it and run llmkd cache again"
+                    )
+        return Store(folder, header, setting)
+
+    @property
+    def bytes_per_target(self) -> int:
+        return self.header["bytes_per_target"]
+
+    @property
+    def identity(self) -> str:
+        """A hash of all that it holds."""
+        return _checksum(self.header)
+
+    def missing(self, identities: list[str]) -> list[int]:
+        """The places in the list of the examples that are not in the store."""
+        wanted = np.array([int(x, 16) for x in identities], np.uint64)
+        return np.flatnonzero(~self._found(wanted)[1]).tolist()
+
+    def read(self, identities: list[str], targets: list[int]) -> np.ndarray:
+        """The records of those examples, one after another: uint8 [targets, bytes]."""
+        wanted = np.array([int(x, 16) for x in identities], np.uint64)
+        places, here = self._found(wanted)
+        if not here.all():
+            raise UserError(
+                f"{self.setting}: {self.folder} has no answers for an example ({identities[here.argmin()]}); run llmkd cache again"
+            )
+        out_NR, end = np.empty((sum(targets), self.bytes_per_target), np.uint8), 0
+        for identity, count, (shard, start, own) in zip(identities, targets, self._where_E3[places].tolist(), strict=True):
+            if own != count:
+                raise UserError(
+                    f"{self.setting}: {self.folder} has {own} targets of an example ({identity}) that has {count}; run llmkd cache again"
+                )
+            out_NR[end : end + count] = self._map(shard)[start : start + count]
+            end += count
+        return out_NR
+
+    def _found(self, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        places = np.searchsorted(self._identity_E, wanted).clip(max=len(self._identity_E) - 1)
+        return places, self._identity_E[places] == wanted
+
+    def _map(self, shard: int) -> np.memmap:
+        path = self.folder / self.header["files"][shard]["file"]
+        records = tensors(path)["records"]
+        return np.memmap(path, np.uint8, "r", records["start"], tuple(records["shape"]))
+
+    def _index(self, file: str) -> tuple[np.ndarray, np.ndarray]:
+        from safetensors import safe_open
+
+        try:
+            with safe_open(self.folder / file, "numpy") as found:
+                return found.get_tensor("identity"), found.get_tensor("targets")
+        except Exception:
+            raise UserError(
+                f"{self.setting}: {self.folder / file} is damaged (it cannot be read); delete it and run llmkd cache again"
+            ) from None
+
+
+def read_header(folder: Path, setting: str = SETTING) -> dict:
+    """A finished store's header, checked by itself: the shards are not looked at."""
+    if not (folder / "store.json").exists():
+        if (folder / "making.json").exists():
+            done, of = len(list(folder.glob("shard-*.json"))), _read_json(folder / "making.json", setting).get("plan", {}).get("shards")
+            raise UserError(
+                f"{setting}: {folder} is not finished: {done} of {of} shards; run llmkd cache with the settings that it was begun with"
+            )
+        raise UserError(f"{setting}: there is no store of teacher answers at {folder}; llmkd cache writes one")
+    header = _read_json(folder / "store.json", setting)
+    if header.get("version") != VERSION:
+        raise UserError(
+            f"{setting}: {folder} is a store of version {header.get('version')}, expected {VERSION}; run llmkd cache again, to another folder"
+        )
+    if header.pop("checksum", None) != _checksum(header):
+        raise UserError(
+            f"{setting}: {folder / 'store.json'} is damaged (its content does not match its checksum); delete it and run llmkd cache again"
+        )
+    return header
+
+
+def differences(old: dict, new: dict) -> list[str]:
+    """What differs between two headers, as "made_of.tokenizer: a -> b"."""
+    old, new = _flat(old), _flat(new)
+    return [
+        f"{key}: {old.get(key, 'nothing')} -> {new.get(key, 'nothing')}" for key in sorted({*old, *new}) if old.get(key) != new.get(key)
+    ]
+
+
+def _flat(tree: dict, before: str = "") -> dict:
+    out = {}
+    for key, value in tree.items():
+        out |= _flat(value, f"{before}{key}.") if isinstance(value, dict) else {before + key: value}
+    return out
+
+
+def _name(n: int) -> str:
+    return f"shard-{n:05d}"
+
+
+def _checksum(header: dict) -> str:
+    return hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()
+
+
+def _digest(path: Path) -> str | None:
+    with contextlib.suppress(OSError), open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+    return None
+
+
+def _read_json(path: Path, setting: str = SETTING) -> dict:
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(found, dict):
+            return found
+    except (OSError, ValueError):
+        pass
+    raise UserError(f"{setting}: {path} is damaged (it cannot be read); delete it and run llmkd cache again")
+
+
+def _write(path: Path, content: bytes) -> None:
+    part = path.with_name(f"{path.name}.tmp-{os.getpid()}")
+    try:
+        part.write_bytes(content)
+        part.rename(path)
+    finally:
+        part.unlink(missing_ok=True)

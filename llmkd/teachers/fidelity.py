@@ -1,0 +1,72 @@
+"""How far a merged, quantised or cached teacher is from itself."""
+
+import copy
+import random
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..batch import Batch
+from ..data.batching import deal
+from ..data.collate import collate
+from ..data.examples import Encoded
+from ..data.stream import Stream
+from ..head import Head
+from ..losses.divergences import forward_kl
+from ..losses.fused import default_chunk
+from .resolve import mine_of
+
+#: On how many it is measured what became of a teacher that is not used as it was loaded.
+TARGETS = 1024
+
+
+def some_of(train: Encoded | Stream, count: int) -> Encoded:
+    """So many training examples, the same ones for every run; of a stream, those of its first step."""
+    known = _known(train)
+    chosen = random.Random("gate").sample(range(len(known)), min(count, len(known)))
+    return known.take(np.array(sorted(chosen), np.int64))
+
+
+def some_asked(train: Encoded | Stream, teacher: int, size: int, pad: int, device) -> list[Batch]:
+    """Batches of at most `size` examples that teacher number `teacher` is asked, the same ones for every run: as many as hold TARGETS."""
+    known = _known(train)
+    mine = mine_of(known, teacher).tolist()
+    chosen = np.array(random.Random("asked").sample(mine, min(len(mine), TARGETS)), np.int64)
+    if not len(chosen):
+        return []
+    fit = max(1, int(np.searchsorted(known.targets[chosen].cumsum(), TARGETS, side="right")))
+    few = known.take(np.sort(chosen[:fit]))
+    return [collate(few, examples, pad).to(device) for examples in deal(list(range(len(few))), few.lengths, size)]
+
+
+def _known(train: Encoded | Stream) -> Encoded:
+    return train.window if isinstance(train, Stream) else train
+
+
+#: Some of what a teacher will be asked, by the name of its setting.
+Asked = Callable[[str], Sequence[Batch]]
+
+
+def compare(before_NH: Tensor, head: Head, after_NH: Tensor, now: Head) -> dict[str, float]:
+    """forward_kl: the mean of KL(before || after) in nats, in float64; agreement: where both find the same token likeliest; targets: N."""
+    chunk = default_chunk(now.vocab, after_NH.device.type) // 8
+    kl, same = 0.0, 0
+    for before_nH, after_nH in zip(before_NH.split(chunk), after_NH.split(chunk), strict=True):
+        log_p_nV, log_q_nV = (torch.log_softmax(of.logits(h).double(), -1) for of, h in ((head, before_nH), (now, after_nH)))
+        kl += forward_kl(log_q_nV, log_p_nV).sum().item()
+        same += (log_p_nV.argmax(-1) == log_q_nV.argmax(-1)).sum().item()
+    return {"forward_kl": kl / len(after_NH), "agreement": same / len(after_NH), "targets": len(after_NH)}
+
+
+def _hidden(teacher, batches: Sequence[Batch]) -> Tensor | None:
+    """Last hidden states [N, H] at all targets."""
+    views = [batch.teacher.each(lambda x: x.to(teacher.device)) for batch in batches]
+    return torch.cat([teacher.hidden(view) for view in views]) if views else None
+
+
+def _kept(head: Head) -> Head:
+    """The head as it is, whatever becomes of it: an adapter on it is merged in place, and a plain one never changes."""
+    project = head.project if type(head.project) is torch.nn.Linear else copy.deepcopy(head.project)
+    return Head(project, head.vocab, head.scale, head.softcap)

@@ -1,0 +1,151 @@
+"""How many tokens a micro-batch may have: as many as fit into memory, found by measurement before the first step. And the head's chunks.
+
+Where memory runs out all the same, an optimizer step is done again from its beginning with half of both; nothing of it had been
+applied yet.
+"""
+
+import gc
+import math
+from collections.abc import Callable
+
+import numpy as np
+import torch
+
+from ..batch import Batch
+from ..data.batching import MOST_PACKED, MOST_TOKENS, Budget, Plan, Step
+from ..errors import UserError, is_out_of_memory
+from ..losses.fused import LEAST_ROWS, MOST_ROWS, default_chunk
+from ..signals import Teacher
+from .distiller import Distiller
+from .loop import Learner, learn
+from .memory import gauge_of
+from .step_result import Taken
+
+_FEWEST_ROWS = 128  # of a chunk that is made smaller because memory ran out
+_HEADS_SHARE = 1 / 8  # of the free memory: what the head's tiles take of it
+
+
+def chunk_rows(vocab: int, device: torch.device, say) -> int | None:
+    """Rows per chunk of the head on a GPU whose models are loaded: `MOST_ROWS`, or fewer, to `LEAST_ROWS`, where the float32 tiles of
+    student and teacher would take more than an eighth of the free memory. None on a CPU, where the vocabulary alone decides."""
+    if device.type != "cuda":
+        return None
+    room, tiles = gauge_of(device).room * _HEADS_SHARE, 2 * 4 * vocab
+    rows = max(LEAST_ROWS["cuda"], min(MOST_ROWS["cuda"], int(room / tiles) // 128 * 128))
+    say(f"head: chunks of {rows:,} rows ({rows * tiles / 1e9:.2f} GB of tiles; an eighth of the free memory is {room / 1e9:.2f})")
+    return rows
+
+
+class Fitting:
+    """`measure` sets the budget, and as the loop's `within_memory` this lowers it.
+
+    data      the examples, or a stream at its step
+    chunked   those whose chunks of the head may be made smaller too
+    """
+
+    def __init__(
+        self,
+        budget: Budget,
+        plan: Plan,
+        data,
+        batch_of,
+        learners: list[Learner],
+        teacher: Teacher | None,
+        accelerator,
+        say,
+        chunked: list[Distiller] | None = None,
+    ):
+        self.budget, self.plan, self.data, self.batch_of = budget, plan, data, batch_of
+        self.learners, self.teacher, self.accelerator, self.say, self.chunked = learners, teacher, accelerator, say, chunked or []
+
+    def measure(self, batch_size: int) -> None:
+        """Find the largest budget, by doubling, whose worst micro-batch goes through: the longest examples, forward and backward.
+
+        No other trace stays: gradients are dropped, random numbers put back, and the optimizer is not asked (room for its state is
+        left). All processes agree on the smallest. UserError where not even the longest example fits.
+        """
+        ranks = self.accelerator.num_processes
+        widths_E = self.data.widths
+        worst = np.argsort(-widths_E, kind="stable")[: math.ceil(batch_size / ranks)]  # no rank has more of a step in one piece
+        if not len(worst):
+            raise UserError("train.micro_batch_tokens: found auto, and the first step has no example to measure with; give a number")
+        widths = widths_E[worst]
+        rows = 0
+        longest, bound = int(widths[0]), min(MOST_PACKED if self.budget.packing else MOST_TOKENS, self.budget.of(widths))
+        gauge, tokens, found, taken = gauge_of(self.accelerator.device), longest, 0, 0
+        room = gauge.room - sum(2 * p.nbytes for one in self.learners if not one.optimizer.state for p in one.parameters.values())
+        with torch.random.fork_rng([self.accelerator.device] if self.accelerator.device.type == "cuda" else []):
+            while True:
+                held = np.cumsum(widths) if self.budget.packing else longest * np.arange(1, len(widths) + 1)
+                examples = worst[: max(1, int(np.searchsorted(held, tokens, side="right")))].tolist()
+                fits = self._fits(examples)
+                while not fits and not found and (fewer := self._smaller_chunks()):
+                    fits, rows = self._fits(examples), fewer
+                if not fits or (peak := gauge.taken) > room:
+                    break
+                found, taken = tokens, peak
+                if tokens >= bound or (gauge.cautious and 2 * taken > room):
+                    break
+                tokens = min(2 * tokens, bound)
+        if ranks > 1:
+            found = int(self.accelerator.gather(torch.tensor([found], device=self.accelerator.device)).min())
+        if not found:
+            raise UserError(
+                f"train.micro_batch_tokens: an example of {longest} tokens, the longest, does not fit into memory; lower data.max_length, "
+                "or set student.gradient_checkpointing"
+            )
+        self.budget.tokens = found
+        chunks = f", chunks of {rows:,} rows" if rows else ""
+        whole = ", a whole step" if found >= self.budget.of(widths) else ""
+        self.say(f"micro-batches of at most {found:,} tokens{whole} (measured: {taken / 1e9:.2f} of {room / 1e9:.2f} GB){chunks}")
+
+    def _fits(self, examples: list[int]) -> bool:
+        try:
+            batch = self.batch_of(examples)
+            learn(batch, dict(enumerate(self.learners)), self.teacher, 0, 1 / max(1, batch.targets), self.accelerator, sync=False)
+            return True
+        except Exception as error:
+            if not is_out_of_memory(error):
+                raise
+            return False
+        finally:
+            self._drop()
+
+    def _drop(self) -> None:
+        for learner in self.learners:
+            learner.optimizer.zero_grad(set_to_none=True)
+        gc.collect()
+        if self.accelerator.device.type == "cuda":
+            torch.cuda.empty_cache()
+
+    def __call__(self, attempt: Callable[[list[Batch]], Taken], step: Step, micro_batches: list[Batch]) -> Taken:
+        """What `attempt` makes of the step's micro-batches, or of smaller ones. One process alone: others would wait for it."""
+        widths, cut = self.data.widths, step.micro_batches
+        while True:
+            sizes = [self.budget.of(widths[examples]) for examples in cut if len(examples) > 1]
+            if any(size > self.budget.tokens for size in sizes):  # made before memory ran out
+                cut = self.plan.cut(step.window)
+                micro_batches = [self.batch_of(examples) for examples in cut]
+                continue
+            try:
+                return attempt(micro_batches)
+            except Exception as error:
+                rows = self._smaller_chunks() if is_out_of_memory(error) else 0
+                if not (sizes or rows) or not is_out_of_memory(error):
+                    raise
+            self._drop()  # here, where the exception no longer holds on to what it interrupted
+            smaller = [f"chunks of {rows:,} rows"] if rows else []
+            if sizes:
+                self.budget.tokens = max(sizes) // 2
+                smaller.insert(0, f"micro-batches of at most {self.budget.tokens:,} tokens")
+            self.say(f"out of memory in step {step.number}; done again with {' and '.join(smaller)}")
+
+    def _smaller_chunks(self) -> int:
+        """Halve them, but not below `_FEWEST_ROWS`; the most rows of those that were, or 0 where none was."""
+        halved = [0]
+        for one in self.chunked:
+            rows = one.chunk_rows or default_chunk(one.student.head.vocab, self.accelerator.device.type)
+            if rows > _FEWEST_ROWS:
+                one.chunk_rows = max(_FEWEST_ROWS, rows // 2)
+                halved.append(one.chunk_rows)
+        return max(halved)

@@ -1,0 +1,97 @@
+"""From a recipe to what a session works with: models in memory, the order of the data, students that learn."""
+
+import math
+from collections.abc import Callable
+
+from ..config.recipe import Recipe, Teacher, sources
+from ..console import say
+from ..data.batching import Budget, Plan
+from ..data.stream import Stream
+from ..errors import UserError
+from ..losses.divergences import named
+from ..losses.objective import Objective
+from ..models import compile as compiled
+from ..models.language_model import LanguageModel
+from ..models.load import load_together
+from ..teachers.fidelity import Asked
+from . import optim as optimizers
+from .distiller import Distiller
+from .loop import Learner
+from .optim import learning_rate
+from .prepare import Prepared, micro_batch
+
+
+def load(
+    recipes: list[Recipe], teachers: list[tuple[str, Teacher]], vocab: int, device, asked: Asked
+) -> tuple[list[LanguageModel], list[LanguageModel]]:
+    """The recipes' students and the teachers, by their settings' names, ready for packed rows and compiled where the recipe says so."""
+    recipe = recipes[0]
+    if recipe.train.compile:
+        compiled.prepare(device)
+    packing = recipe.data.packing * longest_row(recipe)
+    students, found = load_together([one.student for one in recipes], teachers, vocab, device, recipe.seed, packing, asked)
+    every = [
+        *(("student.model", one) for one in students),
+        *((f"{name}.model", one) for (name, _), one in zip(teachers, found, strict=True)),
+    ]
+    if recipe.data.share_beginnings and (other := next(((setting, one) for setting, one in every if not one.varlen), None)):
+        raise UserError(
+            f"data.share_beginnings: {other[0]} ({other[1].plain.config.model_type}) keeps an attention of its own in packed rows, which cannot "
+            "share; set it to false"
+        )
+    if recipe.train.compile:
+        say("compiling the layers of student and teachers, which takes a while; what was compiled before is found again")
+        for setting, model in every:
+            compiled.compile_layers(model, setting, recipe.data.packing)
+    return students, found
+
+
+def plan(recipe: Recipe, prepared: Prepared, rank: int, ranks: int) -> Plan | Stream:
+    """Which examples make up which step: of a stream, it follows from the rows' order alone."""
+    train = recipe.train
+    if isinstance(prepared.train, Stream):
+        return prepared.train.for_rank(rank, ranks)
+    return Plan(
+        prepared.train.lengths,
+        recipe.seed,
+        train.batch_size,
+        micro_batch(recipe),
+        train.epochs,
+        train.max_steps,
+        train.length_group,
+        rank,
+        ranks,
+        prepared.train.source,
+        tuple(source.weight for source in sources(recipe.data.train)),
+        prepared.train.widths,
+        prepared.train.targets,
+    )
+
+
+def longest_row(recipe: Recipe) -> int:
+    """The tokens that a packed row may hold."""
+    size, most = micro_batch(recipe), recipe.data.max_length
+    return max(most, min(size.tokens, recipe.train.batch_size * most)) if isinstance(size, Budget) else size * most
+
+
+def build_learner(recipe: Recipe, student: LanguageModel, total_steps: int, accelerator, rows: int | None = None) -> Learner:
+    """The student with its objective, optimizer and schedule. `rows`: of a chunk of the head, where the recipe does not say."""
+    loss, optim = recipe.loss, recipe.optim
+    objective = Objective(loss.kd_ratio, loss.temperature, named(loss.divergence, **loss.divergence_options))
+    parameters = student.trainable()
+    optimizer = optimizers.build(optim, parameters)
+    if student.untouched and accelerator.num_processes > 1:  # or the processes would wait for gradients that never come
+        accelerator.ddp_handler.find_unused_parameters = True
+    distiller = accelerator.prepare_model(Distiller(student, objective, loss.chunk_rows or rows))
+    return Learner(distiller, optimizer, parameters, schedule(recipe, total_steps), optim.max_grad_norm)
+
+
+def schedule(recipe: Recipe, total: int) -> Callable[[int], float]:
+    """The learning rate by step."""
+    optim = recipe.optim
+    if optim.warmup_steps and optim.warmup_steps > total:
+        raise UserError(
+            f"optim.warmup_steps: found {optim.warmup_steps}, and the whole run has {total} steps; lower it, or use optim.warmup_share"
+        )
+    warmup = optim.warmup_steps if optim.warmup_steps is not None else math.ceil((optim.warmup_share or 0) * total)
+    return lambda step: learning_rate(step, total, optim.lr, optim.schedule, warmup, optim.min_lr_share)

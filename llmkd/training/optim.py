@@ -1,0 +1,42 @@
+"""The optimizer that a recipe names: torch's AdamW, or bitsandbytes' with its state in 8 bit, or where it may be paged out."""
+
+import math
+import warnings
+
+import torch
+from torch import nn
+
+from ..config.recipe import Optim
+from ..errors import UserError
+
+_BITSANDBYTES = {"adamw_8bit": "AdamW8bit", "paged_adamw": "PagedAdamW32bit", "paged_adamw_8bit": "PagedAdamW8bit"}
+
+
+def build(optim: Optim, parameters: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
+    """AdamW over all parameters. Weight decay is for matrices; biases and norms go without.
+
+    bitsandbytes keeps the state of tensors under 4,096 elements in 32 bit, and pages only on a GPU. It has no 64-bit arithmetic.
+    """
+    decayed = [p for p in parameters.values() if p.ndim >= 2]
+    plain = [p for p in parameters.values() if p.ndim < 2]
+    groups = [{"params": ps, "weight_decay": decay} for ps, decay in ((decayed, optim.weight_decay), (plain, 0.0)) if ps]
+    options = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps}
+    if optim.name == "adamw":
+        return torch.optim.AdamW(groups, fused=True, **options)
+    if any(p.dtype == torch.float64 for p in parameters.values()):
+        raise UserError(f"optim.name: found {optim.name}, which has no float64; use adamw, or student.dtype: float32")
+    import bitsandbytes
+
+    warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")  # as said above
+    return getattr(bitsandbytes.optim, _BITSANDBYTES[optim.name])(groups, **options)
+
+
+def learning_rate(step: int, total: int, peak: float, schedule: str, warmup: int, min_share: float = 0.0) -> float:
+    """The rate of step `step` (from 1): a linear warm-up, then cosine or linear to min_share * peak, or constant."""
+    if step <= warmup:
+        return peak * step / (warmup + 1)
+    if schedule == "constant":
+        return peak
+    done = (step - 1 - warmup) / max(1, total - warmup)
+    fall = 0.5 * (1 + math.cos(math.pi * done)) if schedule == "cosine" else 1 - done
+    return peak * (min_share + (1 - min_share) * fall)

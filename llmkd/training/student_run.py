@@ -1,0 +1,110 @@
+"""StudentRun: one student, its recipe, folder and results."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+from ..config.recipe import Recipe
+from ..data.stream import Stream
+from ..errors import NonFinite
+from ..models import language_model as models
+from ..models import saved_student as models_saved_student
+from ..output import metrics as tracking
+from ..output import plots as tracking_plots
+from ..output.model_card import card
+from ..output.run_folder import RunFolder, write
+from . import checkpoint
+from .loop import Learner
+from .prepare import Prepared
+from .validate import HeldOut
+
+
+class Arm:
+    """One student: its recipe, folder and learner, what was measured of it, and what is written of it. Written by the first process."""
+
+    def __init__(self, recipe: Recipe, prepared: Prepared, folder: RunFolder, student: models.LanguageModel, learner: Learner, main: bool):
+        self.recipe, self.prepared, self.folder, self.student, self.learner, self.main = recipe, prepared, folder, student, learner, main
+        self.best, self.validated, self.record, self.failure = None, None, None, None
+
+    def begin(self, done: int, say) -> None:
+        if self.main:
+            self.record = tracking.Record(self.recipe, self.folder.path, done, say)
+
+    def restore(self, saved: checkpoint.Saved) -> None:
+        checkpoint.load(saved, self.learner.parameters, self.learner.optimizer)
+        self.best, self.validated = saved.state["best"], saved.state["validated"]
+        if isinstance(self.prepared.train, Stream):
+            self.prepared.train.expect(saved.state.get("rows"))
+
+    def measured(self, step: int, held_out: HeldOut) -> dict[str, float]:
+        """Keep what was measured on the held-out rows, and whether it is the best."""
+        figures, by = held_out.figures(), self.recipe.checkpoint.best_by
+        self.validated = step
+        if self.main:
+            self.record.write({"step": step, "validation": figures})
+            self.write_held_out(held_out)
+        if by and step:
+            sign = -1 if by == "agreement" else 1
+            if self.best is None or self.best["by"] != by or sign * figures[by] < sign * self.best["value"]:
+                self.best = {"by": by, "step": step, "value": figures[by]}
+        return figures
+
+    def write_held_out(self, held_out: HeldOut) -> None:
+        """held_out.jsonl: the sums of each example, so that two students can be compared example by example."""
+        data, places = self.prepared.validation, self.prepared.validation_places
+        lines = []
+        for i, targets in enumerate(held_out.targets.tolist()):
+            sums = {name: float(values[i]) for name, values in held_out.sums.items()}
+            lines.append(json.dumps({"id": i, "hash": data.seen(i), "place": places[i], "targets": targets, "sums": sums}) + "\n")
+        write(self.folder.path / "held_out.jsonl", "".join(lines))
+
+    def save(self, step: int) -> None:
+        state = {"best": self.best, "validated": self.validated}
+        if isinstance(self.prepared.train, Stream):
+            state["rows"] = self.prepared.train.passed(step)
+        checkpoint.save(self.folder.checkpoints, step, self.learner.parameters, self.learner.optimizer, state)
+
+    def prune(self) -> None:
+        checkpoint.prune(self.folder.checkpoints, self.recipe.checkpoint.keep, self.best["step"] if self.best else None)
+
+    def fail(self, error: NonFinite) -> None:
+        """The failure with the examples' places; also written to the run's folder."""
+        places = [self.prepared.places[i] for i in error.examples]
+        if self.main:
+            write(self.folder.path / "nonfinite.json", json.dumps({"step": error.step, "term": error.term, "examples": places}, indent=1))
+        shown = ", ".join(places[:8]) + (f" and {len(places) - 8} more" if len(places) > 8 else "")
+        text = f"step {error.step}: {error.term} is not finite at {shown}; the weights are as they were before it"
+        self.failure = NonFinite(error.step, error.term, error.examples, text)
+
+    def finish(self, steps: int, scored: dict[str, float]) -> Path:
+        """Write the student, the summary, the plot and the card. `scored` is the multiple-choice accuracy, where there are questions."""
+        records = tracking.read(self.folder.path / "metrics.jsonl")
+        last = next(r for r in reversed(records) if "loss" in r)
+        held_out = [r["validation"] for r in records if "validation" in r] or [{}]
+        summary = {
+            "steps": steps,
+            "output": "adapter" if self.recipe.student.method == "lora" else "model",
+            "before": held_out[0],
+            "train": {k: last[k] for k in ("loss", "ce", "kd") if k in last},
+            "validation": held_out[-1] | scored,
+            "best": self.best,
+        }
+        (self.folder.path / "nonfinite.json").unlink(missing_ok=True)  # of an attempt before this one
+        output = self.write_student(summary)
+        tracking_plots.plot(self.folder.path)
+        write(self.folder.path / "summary.json", json.dumps(summary, indent=1))
+        return output
+
+    def write_student(self, summary: dict) -> Path:
+        """`adapter` or `model` in the run's folder, whole or not at all."""
+        output = self.folder.path / summary["output"]
+        for leftover in self.folder.path.glob(f"{output.name}.tmp-*"):
+            shutil.rmtree(leftover)
+        part = output.with_name(f"{output.name}.tmp-{os.getpid()}")
+        models_saved_student.save(self.student, self.prepared.tokenizer, part, self.recipe.student)
+        text = card(self.recipe, summary, self.prepared.student, self.prepared.teachers, self.prepared.origins)
+        (part / "README.md").write_text(text, encoding="utf-8")
+        shutil.rmtree(output, ignore_errors=True)
+        part.rename(output)
+        return output

@@ -1,0 +1,27 @@
+"""Before anything is trained: whether a teacher knows the rows that it is to teach."""
+
+from collections.abc import Sequence
+
+from ..model_files import ModelFiles
+from ..teachers.resolve import TeacherFiles
+
+#: As torchtune's study of the reference case found (https://pytorch.org/blog/llama-into-torchtune/).
+ADVICE = "Published advice: tune the teacher on the data first, as the 1_teacher.yaml of a recipe does; from a teacher that is not, the KD loss hardly moves."
+
+
+def verdict(figures: list[dict[str, float]], examples: int, teachers: Sequence[TeacherFiles], student: ModelFiles | None) -> str:
+    """What `validate` found on the sample, for one student or several, in a line; with advice where the teacher seems not to be tuned.
+
+    The student's own base is no teacher that anybody would tune: it has a context, or a wider number format.
+    """
+    teacher_ce, ce = figures[0]["teacher_ce"], min(one["ce"] for one in figures)
+    found = f"gate: on {examples} training examples the teacher's CE is {teacher_ce:.4f} and the student's {ce:.4f}"
+    bare = [one for one in teachers if one.files and not one.tuned]
+    others = [one.settings.model for one in bare if not student or one.files.base.resolve() != student.base.resolve()]
+    if teacher_ce >= ce:
+        own = len(bare) == len(teachers) and not others
+        advice = "It is the student's own base: what it is given beyond the student (data.teacher_context, say) does not help it here."
+        return f"{found}\nwarning: the teacher knows these rows no better than the student. {advice if own else ADVICE}"
+    if not others:
+        return found
+    return f"{found}\nnote: {others[0]} is neither an adapter nor where a run of llmkd left it; was it tuned on these rows? {ADVICE}"

@@ -1,0 +1,186 @@
+"""What a store is refused for: damage, another run than it was made for, another attempt's folder; and mistakes in writing one."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+
+from llmkd.cli import main
+from llmkd.commands.cache import cache
+from llmkd.errors import UserError
+from llmkd.training.run import run
+from tests.conftest import plain_recipe
+from tests.kit.cache import from_store
+
+
+def refusal(recipe) -> str:
+    with pytest.raises(UserError) as info:
+        run(recipe)
+    assert not Path(recipe.output_dir).exists()
+    return str(info.value)
+
+
+def test_one_flipped_bit_is_found_and_the_shard_named(make_recipe, damaged):
+    shard = damaged() / "shard-00000.safetensors"
+    raw = bytearray(shard.read_bytes())
+    raw[len(raw) // 2] ^= 4
+    shard.write_bytes(raw)
+    words = refusal(make_recipe(teacher={"cache": {"path": str(shard.parent)}}))
+    assert "teacher.cache.path" in words and "shard-00000.safetensors" in words and "checksum" in words
+
+
+def test_a_missing_or_short_shard_and_a_changed_header_are_named(make_recipe, damaged):
+    folder = damaged()
+    shard, header = folder / "shard-00000.safetensors", folder / "store.json"
+    raw, text = shard.read_bytes(), header.read_text()
+    recipe = make_recipe(teacher={"cache": {"path": str(folder)}})
+    shard.write_bytes(raw[:-100])
+    assert "shard-00000.safetensors" in refusal(recipe)
+    shard.unlink()
+    assert "shard-00000.safetensors is missing" in refusal(recipe)
+    shard.write_bytes(raw)
+    header.write_text(text.replace('"vocab": ', '"vocab": 1'))
+    assert "store.json is damaged" in refusal(recipe)
+    header.unlink()
+    assert "llmkd cache writes one" in refusal(recipe)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        (
+            {"data__max_length": 110, "data__too_long": "truncate"},
+            ["lacks", "data.train", "data.max_length 256, now 110", "data.too_long drop, now truncate"],
+        ),
+        ({"data__train": "held"}, ["lacks 9 of 9 examples of data.train", "held.jsonl:1", "the training data"]),
+        ({"data__validation": "held"}, ["lacks 9 of 9 examples of the held-out rows", "held.jsonl:1"]),
+        ({"teacher__model": "stranger"}, ["was made by a teacher on another base", "with another adapter, or with none"]),
+        ({"teacher__model": "adapter"}, ["by a teacher with dtype float32, not float64"]),
+        ({"teacher__cache__kind": "hidden"}, ["teacher.cache.kind: found hidden", "was made with topk"]),
+        ({"teacher__cache__k": 5}, ["teacher.cache.k: found 5"]),
+    ],
+)
+def test_another_run_than_the_store_was_made_for_is_refused_with_what_differs(world, stores, make_recipe, changes, words):
+    def placed(name, value):
+        if name.startswith("data__") and value == "held":
+            return {"path": str(world / "held.jsonl")}
+        return str(world / value) if name == "teacher__model" else value
+
+    recipe = from_store(make_recipe, stores, "topk", "x", **{name: placed(name, value) for name, value in changes.items()})
+    said = refusal(recipe)
+    assert all(word in said for word in words), said
+
+
+def test_another_tokenizer_or_chat_template_is_refused(world, stores, make_recipe, tmp_path):
+    other = tmp_path / "student"
+    shutil.copytree(world / "student", other)
+    file = other / "tokenizer.json"
+    text = json.loads(file.read_text())
+    vocab = text["model"]["vocab"]
+    a, b = sorted(vocab, key=vocab.get)[300:302]
+    vocab[a], vocab[b] = vocab[b], vocab[a]
+    file.write_text(json.dumps(text))
+    assert "was made with another tokenizer" in refusal(from_store(make_recipe, stores, "topk", "x", student__model=str(other)))
+    shutil.copy(world / "student" / "tokenizer.json", file)
+    for name in ("tokenizer_config.json", "chat_template.jinja"):
+        if (other / name).exists():
+            (other / name).write_text((other / name).read_text().replace("<|end|>", "<|end|> "))
+    assert "was made with another chat template" in refusal(from_store(make_recipe, stores, "topk", "x", student__model=str(other)))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"loss__divergence": "reverse_kl"}, "loss.divergence: found reverse_kl"),
+        ({"loss__temperature": 2.0}, "loss.temperature: found 2"),
+        ({"checkpoint__best_by": "agreement", "data__validation_share": 0.2}, "checkpoint.best_by: found agreement"),
+    ],
+)
+def test_samples_are_refused_for_what_they_are_not_right_for(stores, make_recipe, changes, words):
+    assert words in refusal(from_store(make_recipe, stores, "sampled", "x", **changes))
+
+
+def test_two_attempts_never_write_one_store(make_recipe, tmp_path):
+    """One would take the other's unfinished files for those of an attempt that was killed."""
+    from llmkd.output.run_folder import lock
+
+    recipe = make_recipe(teacher__cache={"path": str(tmp_path / "store"), "k": 8})
+    with lock(tmp_path / "store"), pytest.raises(UserError, match=r"teacher.cache.path: .*store is in use by"):
+        cache(recipe)
+    cache(recipe)
+
+
+def test_a_store_is_not_written_over_by_another(stores, make_recipe):
+    with pytest.raises(UserError, match="holds a store of other answers .*made_of.teacher.dtype: float32 -> float64"):
+        cache(make_recipe(teacher__cache__path=str(stores / "narrow"), teacher__cache__k=8, data__validation_share=0.2))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({}, "teacher.cache.path: not given"),
+        ({"teacher": {"cache": {"path": "x"}}}, "teacher.model: not given"),
+        ({"teacher__cache__path": "x", "loss__kd_ratio": 0}, "loss.kd_ratio: found 0"),
+        ({"teacher__cache__path": "x", "teacher__cache__draws": 5}, "teacher.cache.draws: is of kind sampled, and kind is not given"),
+        ({"teacher__cache__path": "recipe.yaml"}, "teacher.cache.path: recipe.yaml is a file"),
+        ({"teacher__cache__path": "x", "data__streaming": True, "train__max_steps": 3}, "data.streaming: found true"),
+    ],
+)
+def test_mistakes_in_writing_are_named_before_anything_is_written(make_recipe, changes, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError) as info:
+        cache(make_recipe(**changes))
+    assert words in str(info.value) and not Path("x").exists()
+
+
+@pytest.mark.parametrize(("at", "options"), [("alpha", {"lora_alpha": 1}), ("order", {})])
+def test_an_adapter_that_is_read_otherwise_is_another_teacher(world, stores, make_recipe, tmp_path, at, options):
+    """The same weights scaled by another lora_alpha; but the order in which its modules are listed says nothing."""
+    shutil.copytree(world / "adapter", tmp_path / "adapter")
+    file = tmp_path / "adapter/adapter_config.json"
+    config = json.loads(file.read_text())
+    file.write_text(json.dumps(config | {"target_modules": sorted(config["target_modules"])[::-1]} | options))
+    teacher = {"model": str(tmp_path / "adapter"), "dtype": "float32", "cache": {"path": str(stores / "narrow")}}
+    recipe = make_recipe("x", teacher=teacher, train__max_steps=2)
+    if at == "alpha":
+        assert "was made by a teacher with another adapter" in refusal(recipe)
+    else:
+        run(recipe)
+
+
+def test_a_base_that_is_read_otherwise_is_another_teacher(world, stores, make_recipe, tmp_path):
+    shutil.copytree(world / "teacher", tmp_path / "teacher")
+    file = tmp_path / "teacher/config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"rms_norm_eps": 0.1}))
+    teacher = {"model": str(world / "adapter"), "base": str(tmp_path / "teacher"), "dtype": "float32"}
+    said = refusal(make_recipe("x", teacher=teacher | {"cache": {"path": str(stores / "narrow")}}))
+    assert "was made by a teacher on another base" in said and "dtype" not in said and "adapter, or" not in said
+
+
+def test_the_settings_that_a_store_was_made_by_may_stay_in_the_recipe(make_recipe, tmp_path):
+    for n, options in enumerate(
+        (
+            {"kind": "hidden", "hidden_dtype": "int8"},
+            {"kind": "topk", "k": 9, "value_bits": 5},
+            {"kind": "sampled", "draws": 7, "temperature": 2.0, "seed": 3},
+        )
+    ):
+        recipe = make_recipe(
+            f"out{n}", teacher__cache={"path": str(tmp_path / f"{n}")} | options, loss__temperature=2.0, train__max_steps=2
+        )
+        cache(recipe)
+        run(recipe)
+
+
+@pytest.mark.parametrize("temperatures", [[1.0, 2.0], [2.0, 1.0]])
+def test_an_arm_that_samples_are_not_right_for_is_named_before_anything_runs(world, stores, tmp_path, capsys, temperatures):
+    """Whichever arm of the group reads the store for all."""
+    base = plain_recipe(world, tmp_path / "none") | {"teacher": {"cache": {"path": str(stores / "sampled")}}}
+    (tmp_path / "base.yaml").write_text(json.dumps(base))
+    sweep = {"output_dir": str(tmp_path / "sweep"), "recipe": "base.yaml", "grid": {"loss.temperature": temperatures}}
+    (tmp_path / "sweep.yaml").write_text(json.dumps(sweep))
+    assert main(["train", "--config", str(tmp_path / "sweep.yaml")]) == 2
+    err = capsys.readouterr().err
+    assert "arm temperature=2: loss.temperature: found 2" in err and "temperature=1:" not in err
+    assert not (tmp_path / "sweep").exists()

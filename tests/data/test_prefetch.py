@@ -1,0 +1,108 @@
+"""What is made ahead is what would have been made in its time; nothing of the thread is left, whatever ends the run."""
+
+import contextlib
+import threading
+import time
+
+import pytest
+import torch
+
+from llmkd.data.prefetch import ahead
+from llmkd.errors import Stopped
+from llmkd.training import trainer as session
+from llmkd.training.run import run
+from tests.conftest import distance
+from tests.data.test_sources import write
+from tests.data.test_stream import row, stream
+
+
+def threads() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("llmkd-ahead")]
+
+
+def counting(upto: int, begun: list, ended: list):
+    try:
+        for n in range(upto):
+            begun.append(n)
+            yield n
+        raise KeyError("bad row")
+    finally:
+        ended.append(True)
+
+
+def test_items_come_in_order_each_made_while_the_one_before_is_used_and_errors_in_their_place():
+    begun, ended, got = [], [], []
+    with pytest.raises(KeyError, match="bad row"), contextlib.closing(ahead(counting(4, begun, ended))) as items:
+        for n in items:
+            until = time.monotonic() + 5
+            while len(begun) < min(n + 2, 4) and time.monotonic() < until:
+                time.sleep(0.001)
+            assert begun == list(range(min(n + 2, 4))), "one ahead, and not more"
+            got.append(n)
+    assert got == [0, 1, 2, 3] and ended and not threads()
+
+
+def test_leaving_the_loop_early_ends_the_thread_and_what_it_runs():
+    begun, ended = [], []
+    source = counting(9, begun, ended)  # held, so that it is not closed by being forgotten
+    with pytest.raises(ValueError), contextlib.closing(ahead(source)) as items:
+        for n in items:
+            if n == 2:
+                raise ValueError
+    assert ended and not threads() and len(begun) <= 4
+    assert list(ahead(n for n in ())) == [] and not threads()
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    """How many steps the sessions of this test take from the thread."""
+    taken = []
+
+    def counted(items):
+        for item in ahead(items):
+            taken.append(threads())
+            yield item
+
+    monkeypatch.setattr(session, "ahead", counted)
+    return taken
+
+
+def test_a_run_is_the_same_to_the_last_bit(trained, watched, monkeypatch):
+    changes = {"student__lora__dropout": 0.3, "data__packing": True}
+    with_it = trained("ahead", **changes)
+    assert len(watched) == 5 and all(watched) and not threads()
+    monkeypatch.setattr(session, "ahead", iter)
+    assert distance(with_it, trained("in_time", **changes)) == 0
+
+
+@pytest.mark.parametrize("ending", ["signal", "bug", "not finite"])
+def test_no_thread_outlives_a_run(make_recipe, watched, monkeypatch, ending):
+    from llmkd.training import loop
+    from llmkd.training.shutdown import StopRequest
+
+    stop = StopRequest()
+    real = loop.move
+
+    def move(learner, step, *rest):
+        real(learner, step, *rest)
+        if step == 2 and ending == "signal":
+            stop.asked = True
+        if step == 2 and ending == "bug":
+            raise ZeroDivisionError
+        if step == 2:
+            next(iter(learner.parameters.values())).data.fill_(torch.nan)
+
+    monkeypatch.setattr(loop, "move", move)
+    with pytest.raises((Stopped, ZeroDivisionError, loop.NonFinite)):
+        run(make_recipe(), stop=stop)
+    assert watched and not threads()
+
+
+def test_a_stream_that_is_ahead_still_holds_the_step_at_hand(tmp_path):
+    path = write(tmp_path / "t.jsonl", [row(i, "owl " * (1 + i % 3)) for i in range(24)])
+    feed = stream(path, buffer=1, steps=6)
+    for number, step in enumerate(feed.steps()):
+        time.sleep(0.02)  # by now the next step has been read
+        assert [feed[i] for i in step.window] == [f"{path}:{4 * number + i + 1}" for i in range(4)]
+        assert len(feed.lengths) == 4 and feed.passed(number + 1)
+    assert not threads()

@@ -1,0 +1,453 @@
+"""Every kind of file, folders, saved data sets and the hub give the same rows; what is damaged or ambiguous is refused."""
+
+import csv
+import io
+import json
+import random
+import shutil
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+
+from llmkd.config.recipe import Source
+from llmkd.data.reading import sources
+from llmkd.data.reading.sources import read_source, read_sources
+from llmkd.errors import UserError
+
+ROWS = [{"instruction": f'q {i}, "x"\né', "input": "", "output": f"a {i}"} for i in range(40)]
+TALKS = [
+    {
+        "messages": [
+            {"role": "user", "content": "q", "tool_calls": None},
+            {"role": "assistant", "content": f"a {i}", "tool_calls": [{"name": "f", "arguments": {"x": 1, "y": None}}] if i % 2 else None},
+        ]
+    }
+    for i in range(6)
+]
+
+
+def write(path: Path, rows: list[dict]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    table = pyarrow.Table.from_pylist(rows)
+    if path.suffix.lower() == ".jsonl":
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    elif path.suffix.lower() == ".json":
+        path.write_text(json.dumps(rows, indent=1))
+    elif path.suffix.lower() == ".csv":
+        text = io.StringIO()
+        out = csv.DictWriter(text, rows[0], lineterminator="\n")
+        out.writeheader()
+        out.writerows(rows)
+        path.write_text(text.getvalue())
+    elif path.suffix.lower() == ".parquet":
+        pyarrow.parquet.write_table(table, path, row_group_size=7)
+    else:
+        kind = pyarrow.ipc.new_stream if path.stem.endswith("stream") else pyarrow.ipc.new_file
+        with kind(str(path), table.schema) as out:
+            out.write_table(table, max_chunksize=9)
+    return path
+
+
+def read(path: Path | str, **settings):
+    return read_source(Source(path=str(path), **settings), "data.train")
+
+
+def problems(path: Path | str, **settings) -> list[str]:
+    with pytest.raises(UserError) as info:
+        read(path, **settings)
+    return list(info.value.problems)
+
+
+FILES = ["t.json", "t.jsonl", "t.csv", "t.parquet", "t.arrow", "t_stream.arrow"]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_every_kind_of_file_gives_the_same_rows(tmp_path, name):
+    path = write(tmp_path / name, ROWS)
+    rows = read(path)
+    assert rows.rows == ROWS and rows.places[0].startswith(f"{path}:") and len(set(rows.places)) == 40
+    assert rows.origin == {"path": str(path), "name": None, "split": None, "revision": None, "rows": 40}
+    assert read(path, limit=3).rows == ROWS[:3]
+    if name.endswith((".parquet", ".arrow")):
+        assert rows.places == [f"{path}:{i}" for i in range(1, 41)]
+    if name.endswith(".csv"):
+        assert rows.places[:3] == [f"{path}:{n}" for n in (2, 4, 6)]  # every row has a line break in it
+
+
+@pytest.mark.parametrize("name", ["t.jsonl", "t.parquet", "t.arrow"])
+def test_what_parquet_adds_to_messages_is_not_there(tmp_path, name):
+    """A null that somebody wrote into an argument in JSON stays."""
+    rows = read(write(tmp_path / name, TALKS), format="chat").rows
+    assert rows[0]["messages"] == [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a 0"}]
+    written = {"y": None} if name == "t.jsonl" else {}
+    assert rows[1]["messages"][1]["tool_calls"] == [{"name": "f", "arguments": {"x": 1} | written}]
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_flipped_bit_is_other_content_or_refused(tmp_path, name):
+    path = write(tmp_path / name, ROWS)
+    raw, content, rng = path.read_bytes(), read(path).content, random.Random(0)
+    for _ in range(60):
+        changed = bytearray(raw)
+        changed[rng.randrange(len(raw))] ^= 1 << rng.randrange(8)
+        path.write_bytes(changed)
+        try:
+            assert read(path).content != content
+        except UserError as error:
+            assert all(problem.startswith(f"{path}:") or "no rows" in problem or problem.startswith("...") for problem in error.problems)
+
+
+@pytest.mark.parametrize("name", ["t.parquet", "t.arrow", "t_stream.arrow"])
+@pytest.mark.parametrize("keep", [0, 1, 7, 0.3, 0.9, -1])
+def test_a_truncated_table_is_one_line(tmp_path, name, keep):
+    path = write(tmp_path / name, ROWS)
+    raw = path.read_bytes()
+    path.write_bytes(raw[: int(keep * len(raw)) if 0 < keep < 1 else keep])
+    (problem,) = problems(path)
+    assert problem.startswith(f"{path}:") and "not readable as" in problem and len(problem.splitlines()) == 1
+
+
+def test_an_arrow_stream_cut_between_two_batches_is_not_whole(tmp_path):
+    table = pyarrow.Table.from_pylist(ROWS)
+    for batches in (2, 3):
+        with pyarrow.ipc.new_stream(tmp_path / f"{batches}.arrow", table.schema) as out:
+            for n in range(batches):
+                out.write_table(table.slice(10 * n, 10))
+    whole, part = (tmp_path / "3.arrow").read_bytes(), (tmp_path / "2.arrow").read_bytes()[:-8]
+    assert whole.startswith(part) and len(read(tmp_path / "3.arrow").rows) == 30
+    (tmp_path / "3.arrow").write_bytes(part)
+    assert problems(tmp_path / "3.arrow") == [
+        f"{tmp_path}/3.arrow:1: not readable as Arrow (it stops before its end); fetch or write the file again"
+    ]
+
+
+@pytest.mark.parametrize("name", ["t.parquet", "t.arrow"])
+@pytest.mark.parametrize(
+    ("column", "words"),
+    [
+        (pyarrow.array([1], pyarrow.timestamp("us", "Mars/Phobos")), "the column 'when' is not readable (UnknownTimeZoneError: "),
+        (pyarrow.array([2**62], pyarrow.timestamp("s")), "the column 'when' is not readable ("),
+        (pyarrow.array([2**62], pyarrow.duration("s")), "the column 'when' is not readable (OverflowError: "),
+    ],
+)
+def test_a_column_that_has_no_values_is_named(tmp_path, name, column, words):
+    table = pyarrow.table({"instruction": ["x"], "output": ["y"], "when": column})
+    if name == "t.parquet":
+        if pyarrow.types.is_timestamp(column.type) and column.type.unit == "s":
+            pytest.skip("parquet cannot hold it")
+        pyarrow.parquet.write_table(table, tmp_path / name)
+    else:
+        with pyarrow.ipc.new_file(tmp_path / name, table.schema) as out:
+            out.write_table(table)
+    (problem,) = problems(tmp_path / name)
+    assert problem.startswith(f"{tmp_path}/{name}:1: {words}") and problem.endswith("; mend it, or write the file without it")
+
+
+BAD_CSV = [
+    ("instruction,output\na,b\nc\n", ":3: 1 fields, expected 2 (instruction, output)"),
+    ("instruction,output\na,b,c\n", ":2: 3 fields, expected 2"),
+    ('instruction,output\n"a\n\n",b\n"c","d","e"\n', ":5: 3 fields"),
+    ("instruction,output,output\na,b,c\n", ":1: the header has the column 'output' twice"),
+    ("instruction,,output\na,b,c\n", ":1: the header has a column without a name"),
+    ('instruction,output\na,"b\n', ":2: not valid CSV (unexpected end of data)"),
+    ('instruction,output\n"a"x,b\n', ":2: not valid CSV"),
+    ("instruction,output\na,b\0\n", ":2: holds a NUL character"),
+    ("\ufeffinstruction,output\na,b\n", ":1: starts with a byte order mark"),
+    (b"instruction,output\na,caf\xe9\n", ":2: not UTF-8 (byte 0xe9)"),
+    ("instruction;output\na;b\n", ":2: no column 'instruction'; did you mean 'instruction;output'?"),
+    ("a\fb\x1b[2J,output\nc,d\n", ":2: no column 'instruction'; found 'a\\x0cb\\x1b[2J', 'output'"),
+    ("instruction,out\x1bput\na,b,c\n", ":2: 3 fields, expected 2 (instruction, out\\x1bput)"),
+    ("instruction," + "x" * 9999 + "\na,b,c\n", ":2: 3 fields, expected 2 (instruction, xxx"),
+    ("a,b\nc,d\n", ":2: no column 'instruction'; found 'a', 'b'"),
+    ("", " has no rows"),
+    ("instruction,output\n", " has no rows"),
+    ("instruction,output\na\rb,c\n", ":2: not valid CSV (a carriage return outside quotes; end lines by a line feed)"),
+    ("instruction,output\ra,b\rc,d\r", ":1: not valid CSV (a carriage return outside quotes; end lines by a line feed)"),
+]
+
+
+@pytest.mark.parametrize(("text", "words"), BAD_CSV, ids=range(len(BAD_CSV)))
+def test_a_bad_csv_is_named(tmp_path, text, words):
+    path = tmp_path / "t.csv"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    found = problems(path)
+    assert str(path) + words in found[0] and all(len(p.splitlines()) == 1 for p in found), found
+
+
+def test_a_csv_may_have_long_fields_and_windows_line_ends(tmp_path):
+    long = "x" * 300_000
+    (tmp_path / "t.csv").write_bytes(f'instruction,output\r\n"{long}",b\r\n\r\nc,"d\r\ne"\r\n'.encode())
+    rows = read(tmp_path / "t.csv")
+    assert rows.rows == [{"instruction": long, "output": "b"}, {"instruction": "c", "output": "d\r\ne"}]
+    assert [place.rsplit(":")[-1] for place in rows.places] == ["2", "4"]
+
+
+@pytest.mark.parametrize(
+    ("column", "words"),
+    [
+        (pyarrow.array([1, 2]), "output is a number, expected text"),
+        (pyarrow.array(["a", None]), ":2: output is null, expected text"),
+        (pyarrow.array([b"a", b"b"]), "output is bytes, expected text"),
+        (pyarrow.array(["a", "b"]).dictionary_encode(), None),
+        (pyarrow.array(["a", "b"], pyarrow.large_string()), None),
+    ],
+)
+def test_columns_of_a_table_have_the_types_of_the_format(tmp_path, column, words):
+    pyarrow.parquet.write_table(pyarrow.table({"instruction": ["x", "y"], "output": column}), tmp_path / "t.parquet")
+    if words is None:
+        assert [row["output"] for row in read(tmp_path / "t.parquet").rows] == ["a", "b"]
+    else:
+        assert words in problems(tmp_path / "t.parquet")[0]
+
+
+# ---- folders
+
+
+@pytest.mark.parametrize(
+    ("names", "split", "expected"),
+    [
+        (["a.jsonl", "b.csv", "sub/c.parquet", "README.md", ".hidden.jsonl", "_x/d.jsonl"], "train", ["a.jsonl", "b.csv", "sub/c.parquet"]),
+        (
+            ["train-00001-of-00002.parquet", "train-00000-of-00002.parquet", "test-00000-of-00001.parquet"],
+            "train",
+            ["train-00000-of-00002.parquet", "train-00001-of-00002.parquet"],
+        ),
+        (["train.jsonl", "validation.jsonl"], "validation", ["validation.jsonl"]),
+        (["data/train.jsonl", "data/dev.jsonl"], "validation", ["data/dev.jsonl"]),
+        (["train/a.jsonl", "train/b.jsonl", "test/a.jsonl"], "test", ["test/a.jsonl"]),
+        (["train_sft-00000-of-00001.parquet", "test_sft-00000-of-00001.parquet"], "train_sft", ["train_sft-00000-of-00001.parquet"]),
+        (
+            ["part-00000-of-00002.parquet", "part-00001-of-00002.parquet"],
+            "train",
+            ["part-00000-of-00002.parquet", "part-00001-of-00002.parquet"],
+        ),
+        (["trained_owls.jsonl", "testimony.jsonl"], "train", ["testimony.jsonl", "trained_owls.jsonl"]),
+        (["a.jsonl", "dataset_infos.json"], "train", ["a.jsonl"]),
+        (["A.JSONL", "b.Csv"], "train", ["A.JSONL", "b.Csv"]),
+        (["TRAIN.JSONL", "Test.JSONL"], "train", ["TRAIN.JSONL"]),
+        (["gsm_train.jsonl", "gsm_test.jsonl"], "train", ["gsm_train.jsonl"]),
+        (["gsm_train.jsonl", "gsm_test.jsonl"], "test", ["gsm_test.jsonl"]),
+        (["my-train.jsonl", "my-test.jsonl"], "train", ["my-train.jsonl"]),
+        (["Train.csv", "Test.csv"], "train", ["Train.csv"]),
+        (["myTrain.csv", "GSMTest.csv", "QADev2.csv"], "train", ["myTrain.csv"]),
+        (["owls.trainset.csv", "owls.testset.csv"], "train", ["owls.trainset.csv"]),
+        (["Train/a.jsonl", "my_test/a.jsonl"], "train", ["Train/a.jsonl"]),
+    ],
+)
+def test_a_folder_is_its_files_of_the_split_in_order(tmp_path, names, split, expected):
+    for n, name in enumerate(names):
+        if name.endswith((".md", "infos.json")):
+            (tmp_path / name).write_text("{}")
+        else:
+            write(tmp_path / name, [{"instruction": name, "input": "", "output": str(n)}])
+    rows = read(f"{tmp_path}/", split=split)
+    assert [row["instruction"] for row in rows.rows] == expected
+    assert [place.rsplit(":", 1)[0] for place in rows.places] == [f"{tmp_path}/{name}" for name in expected]
+    assert rows.origin["split"] == split
+
+
+@pytest.mark.parametrize(
+    ("names", "split", "words"),
+    [
+        (["train.jsonl", "test.jsonl"], "validation", "has no split 'validation'; it has test, train"),
+        (["a.jsonl"], "test", "no file in .* is named by a split"),
+        (["train.jsonl", "notes.jsonl"], "train", "some files are named by a split .train.jsonl. and some are not .notes.jsonl."),
+        (["test/train.jsonl"], "train", "names two splits"),
+        (["train_test.jsonl"], "train", "names two splits"),
+        (["owls.jsonl", "OwlsTest.jsonl"], "train", "some files are named by a split .OwlsTest.jsonl. and some are not .owls.jsonl."),
+        (
+            ["d/train-00000-of-00003.jsonl", "d/train-00002-of-00003.jsonl"],
+            "train",
+            "d/train-00001-of-00003.jsonl is missing, and 2 of its 3",
+        ),
+        (["train-00000-of-00001.jsonl", "test-00001-of-00002.jsonl"], "test", "test-00000-of-00002.jsonl is missing, and 1 of its 2"),
+        (["a.jsonl", "b.jsonl.gz"], "train", "b.jsonl.gz is packed; unpack it"),
+        (["a.txt"], "train", "holds no data file .*; it holds a.txt"),
+        ([], "train", "holds no data file .*; it holds nothing"),
+        (["state.json"], "train", "names no data files"),
+    ],
+)
+def test_a_folder_that_does_not_say_what_to_read_is_refused(tmp_path, names, split, words):
+    for name in names:
+        path = tmp_path / name
+        write(path, ROWS[:1]) if path.suffix.lower() == ".jsonl" else path.write_text("{}")
+    with pytest.raises(UserError, match=rf"^data.train.(path|split): .*{words}"):
+        read(tmp_path, split=split)
+
+
+def test_a_link_to_nothing_is_no_file_to_pass_over(tmp_path):
+    write(tmp_path / "a.jsonl", ROWS[:1])
+    (tmp_path / "b.jsonl").symlink_to(tmp_path / "gone.jsonl")
+    assert problems(tmp_path) == [f"data.train.path: {tmp_path}/b.jsonl is a link to nothing, or no file; mend or remove it"]
+
+
+def test_a_folders_content_is_that_of_all_its_files_and_their_names(tmp_path):
+    for name in ("a.jsonl", "b.jsonl"):
+        write(tmp_path / "d" / name, ROWS[:2])
+    first = read(tmp_path / "d", limit=1)
+    shutil.copytree(tmp_path / "d", tmp_path / "e")
+    assert read(tmp_path / "e", limit=1).content == first.content
+    write(tmp_path / "d/b.jsonl", ROWS[2:4])
+    changed = read(tmp_path / "d", limit=1)
+    assert changed.rows == first.rows and changed.content != first.content
+    (tmp_path / "e/b.jsonl").rename(tmp_path / "e/c.jsonl")
+    assert read(tmp_path / "e", limit=1).content != first.content
+
+
+@pytest.mark.parametrize("many", [False, True])
+def test_a_data_set_saved_by_datasets(tmp_path, many):
+    from datasets import Dataset, DatasetDict, disable_progress_bars
+
+    disable_progress_bars()
+    data = Dataset.from_list(ROWS)
+    (DatasetDict(train=data, test=data.select(range(3))) if many else data).save_to_disk(
+        tmp_path / "d", **({} if many else {"num_shards": 3})
+    )
+    assert read(tmp_path / "d").rows == ROWS
+    if many:
+        assert read(tmp_path / "d", split="test").rows == ROWS[:3]
+    assert any("has no split 'dev'" in problem for problem in problems(tmp_path / "d", split="dev"))
+    victim = next((tmp_path / "d").rglob("*.arrow"))
+    content, raw = read(tmp_path / "d").content, bytearray(victim.read_bytes())
+    raw[raw.index(b"a 1")] ^= 1
+    if victim.parent.name != "test":
+        victim.write_bytes(raw)
+        assert read(tmp_path / "d").content != content
+    victim.unlink()
+    if victim.parent.name != "test":
+        assert "is missing; copy the whole folder" in problems(tmp_path / "d")[0]
+
+
+# ---- which rows, under which names
+
+
+def test_a_random_sample_is_drawn_by_seed_in_the_order_of_the_file(tmp_path):
+    path = write(tmp_path / "t.jsonl", ROWS)
+    one, again, other = (read(path, limit=10, seed=seed).rows for seed in (1, 1, 2))
+    assert one == again != other and len(one) == 10
+    assert one == sorted(one, key=ROWS.index) and one != ROWS[:10]
+    assert read(path, limit=99, seed=1).rows == ROWS
+    assert len({read(path, limit=10, seed=s).content for s in (1, 2)} | {read(path, limit=10).content, read(path).content}) == 4
+
+
+def test_a_sample_hides_no_damage(tmp_path):
+    path = write(tmp_path / "t.jsonl", ROWS)
+    path.write_text(path.read_text() + "{bad\n")
+    assert problems(path, limit=1, seed=1) == [f"{path}:41: not valid JSON (Expecting property name enclosed in double quotes)"]
+
+
+def test_columns_and_roles_by_the_files_own_names(tmp_path):
+    row = {"conversations": [{"from": "human", "value": "q"}, {"from": "gpt", "value": "a"}], "id": 7}
+    settings = {
+        "format": "chat",
+        "fields": {"messages": "conversations", "role": "from", "content": "value"},
+        "roles": {"user": "human", "assistant": "gpt"},
+    }
+    assert read(write(tmp_path / "t.parquet", [row]), **settings).rows[0]["messages"] == [
+        {"role": "user", "content": "q"},
+        {"role": "assistant", "content": "a"},
+    ]
+    row["conversations"][1]["from"] = "bot"
+    (problem,) = problems(write(tmp_path / "t.jsonl", [row]), **settings)
+    assert problem.endswith(":1: conversations[1].from is 'bot', expected one of system, developer, human, gpt, tool")
+    (problem,) = problems(write(tmp_path / "t.jsonl", [{"conversation": []}]), **settings)
+    assert problem.endswith("no column 'conversations'; did you mean 'conversation'?")
+    asked = {"question": "q", "context": "c", "answer": "a"}
+    fields = {"instruction": "question", "input": "context", "output": "answer"}
+    found = read(write(tmp_path / "t.csv", [asked]), fields=fields).rows[0]
+    assert {k: found[k] for k in fields} == {"instruction": "q", "input": "c", "output": "a"}
+    del asked["context"]
+    assert "no column 'context'" in problems(write(tmp_path / "t.csv", [asked]), fields=fields)[0]
+
+
+def test_a_messages_fields_by_their_own_names_are_not_overwritten_by_ours(tmp_path):
+    row = {"conversations": [{"from": "user", "value": "q", "role": "system", "content": "zzz", "name": "n"}]}
+    fields = {"messages": "conversations", "role": "from", "content": "value"}
+    rows = read(write(tmp_path / "t.jsonl", [row]), format="chat", fields=fields).rows
+    assert rows[0]["messages"] == [{"role": "user", "content": "q", "name": "n"}]
+
+
+def test_a_column_is_not_read_twice(tmp_path):
+    path = write(tmp_path / "t.jsonl", [{"input": "q", "output": "a"}])
+    assert read(path, fields={"instruction": "input"}).rows == [{"instruction": "q", "output": "a"}]
+    path = write(tmp_path / "t.jsonl", [{"input": "q", "output": "a", "instruction": "i"}])
+    assert read(path, fields={"instruction": "input", "input": "instruction"}).rows == [{"instruction": "q", "input": "i", "output": "a"}]
+
+
+def test_every_bad_row_of_every_source_is_named(tmp_path):
+    one, two = write(tmp_path / "a.jsonl", [{"x": 1}]), write(tmp_path / "b.jsonl", [{"y": 1}])
+    with pytest.raises(UserError) as info:
+        read_sources((Source(path=str(one)), Source(path=str(two)), Source(path="no.jsonl")), "data.train")
+    starts = [str(one), str(one), str(two), str(two), "data.train.2.path: no.jsonl: No such file"]
+    assert all(p.startswith(s) for p, s in zip(info.value.problems, starts, strict=True)), info.value.problems
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"split": "test"}, "data.train.split: found 'test', and one file has no splits"),
+        ({"revision": "abc"}, "data.train.revision: found 'abc', which only a data set of the hub has"),
+        ({"name": "en"}, "data.train.name: found 'en'"),
+    ],
+)
+def test_settings_that_a_file_has_no_use_for_are_refused(tmp_path, settings, words):
+    assert problems(write(tmp_path / "t.jsonl", ROWS), **settings)[0].startswith(words)
+
+
+# ---- the hub
+
+SHA = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """What `load_dataset` gives, without a network; and what it was asked for."""
+    import datasets
+
+    asked, served = [], list(TALKS)
+
+    def load(path, name=None, split=None, revision=None, streaming=False):
+        asked.append((path, name, split, revision, streaming))
+        if path != "owner/talks":
+            raise ConnectionError("no network\nand more")
+        data = datasets.Dataset.from_list(served)
+        data.info.download_checksums = {f"hf://datasets/owner/talks@{SHA}/train.parquet": {"num_bytes": 1}}
+        return data.to_iterable_dataset() if streaming else data
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    return asked, served
+
+
+def test_a_data_set_of_the_hub_says_its_commit_and_hashes_what_was_read(hub):
+    rows = read("owner/talks", format="chat", split="train", name="en", revision="v2", limit=4)
+    asked, served = hub
+    assert asked == [("owner/talks", "en", "train", "v2", False)]
+    assert rows.origin == {"path": "owner/talks", "name": "en", "split": "train", "revision": SHA, "rows": 4}
+    assert rows.places == [f"owner/talks[train]:{i}" for i in range(1, 5)]
+    assert rows.rows[1]["messages"][1]["tool_calls"] == [{"name": "f", "arguments": {"x": 1}}]
+    again = read("owner/talks", format="chat", limit=4).content
+    served[1] = {"messages": [{"role": "user", "content": "Q"}, {"role": "assistant", "content": "a"}]}
+    assert read("owner/talks", format="chat", limit=4).content != again == rows.content
+
+
+def test_a_data_set_that_the_hub_has_not_is_one_line(hub):
+    assert problems("owner/nothing") == [
+        "data.train.path: owner/nothing is no file here and could not be had from the hub (ConnectionError: no network)"
+    ]
+
+
+@pytest.mark.parametrize("path", ["./owner/talks", "/owner/talks", "a/b/c", "a b", "tests/talks"])
+def test_a_mistyped_path_never_goes_to_the_network(hub, path, monkeypatch):
+    monkeypatch.chdir(Path(__file__).parents[2])
+    assert "does not exist" in problems(path)[0] and not hub[0]
+
+
+def test_the_commit_is_the_recipes_where_the_library_does_not_say_it():
+    class Data:
+        class info:
+            download_checksums = None
+
+    assert sources.hub_revision(Data, Source(path="x", revision="v1")) == "v1"
+    assert sources.hub_revision(Data, Source(path="x")) is None

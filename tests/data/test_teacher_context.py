@@ -1,0 +1,467 @@
+"""Context distillation: what only the teacher reads changes nothing of what the student does, and both predict the same tokens."""
+
+import dataclasses
+import itertools
+import json
+import random
+
+import numpy as np
+import pytest
+import torch
+
+from llmkd import cli
+from llmkd.commands import plan as cost
+from llmkd.config import loader as settings
+from llmkd.config.recipe import Data, Source
+from llmkd.data.collate import collate
+from llmkd.data.dataset import refuse_beyond
+from llmkd.data.encoding import token_cache
+from llmkd.data.encoding.formats import ALPACA
+from llmkd.data.examples import merge
+from llmkd.data.stream import Stream
+from llmkd.errors import UserError
+from llmkd.model_files import find
+from llmkd.models import size as cost_size
+from llmkd.training.prepare import prepare
+from llmkd.training.run import run
+from tests.conftest import distance
+from tests.data.test_sources import write
+from tests.kit.data import FORGETS, MARKED, encode, kept, real, rows_of, same, shown, skills_tokenizer, talk, tiny
+
+TOLD = "Think of the owl, who flies at night."
+CONTEXT = Data(teacher_context=TOLD)
+ROWS = {
+    "alpaca": {"instruction": "q", "input": "i", "output": "one"},
+    "chat": talk("u q", "a one", "u r", "a two"),
+    "prompt_completion": {"prompt": "q:", "completion": " one"},
+    "text": {"text": "the owl flies"},
+}
+
+
+def theirs(encoded, tokenizer) -> list[str]:
+    return shown(encoded.for_teacher, tokenizer)
+
+
+def problem(*args, **source) -> str:
+    with pytest.raises(UserError) as info:
+        encode(*args, **source)
+    (only,) = info.value.problems
+    return only
+
+
+# ---- what the two read
+
+
+@pytest.mark.parametrize("template", [None, MARKED, FORGETS])
+@pytest.mark.parametrize(
+    ("turns", "system"),
+    [
+        (("u q", "a one", "u r", "a two"), f"s {TOLD}"),
+        (("s be kind", "u q", "a one"), f"s {TOLD}\n\nbe kind"),
+        (("s ", "u q", "a one"), f"s {TOLD}"),
+    ],
+)
+def test_a_chat_is_told_as_a_system_message_or_at_the_head_of_its_own(template, turns, system):
+    tokenizer = tiny(template) if template else skills_tokenizer()
+    encoded = encode(rows_of(talk(*turns)), "chat", CONTEXT, tokenizer)
+    written = encode(rows_of(talk(system, *(turn for turn in turns if turn[0] != "s"))), "chat", Data(), tokenizer)
+    assert same(dataclasses.replace(encoded, for_teacher=None), encode(rows_of(talk(*turns)), "chat", Data(), tokenizer))
+    assert all((getattr(encoded.for_teacher, x) == getattr(written, x)).all() for x in ("ids", "supervised", "offsets"))
+
+
+def test_a_developer_message_is_the_system_message():
+    row = {"messages": [{"role": "developer", "content": "be kind"}, *talk("u q", "a one")["messages"]]}
+    (text,) = theirs(encode(rows_of(row), "chat", CONTEXT, tiny()), tiny())
+    assert text.startswith(f"<|im_start|>developer\n{TOLD}\n\nbe kind<|im_end|>\n<|im_start|>user\nq")
+
+
+@pytest.mark.parametrize("format", ["alpaca", "prompt_completion"])
+def test_a_prompt_in_a_chat_template_is_told_as_a_chat(format):
+    (text,) = theirs(encode(rows_of(ROWS[format]), format, CONTEXT, tiny(), chat_template=True), tiny())
+    assert text.startswith(f"<|im_start|>system\n{TOLD}<|im_end|>\n<|im_start|>user\n") and text.count("<|im_start|>") == 3
+
+
+def test_lists_of_messages_are_told_as_a_chat_and_the_completion_stays_the_target():
+    messages = talk("u q", "a one", "u r", "a two")["messages"]
+    encoded = encode(rows_of({"prompt": messages[:3], "completion": messages[3:]}), "prompt_completion", CONTEXT, tiny())
+    assert kept(encoded, tiny()) == kept(encoded.for_teacher, tiny()) == ["two<|im_end|>"]
+    assert theirs(encoded, tiny())[0].startswith(f"<|im_start|>system\n{TOLD}<|im_end|>\n<|im_start|>user\nq")
+
+
+@pytest.mark.parametrize("format", ["alpaca", "prompt_completion", "text"])
+@pytest.mark.parametrize("tokenizer", [tiny, lambda: real("mistral-7b-v0.1"), lambda: real("gpt2")])
+def test_a_plain_text_follows_the_context_and_a_blank_line(format, tokenizer):
+    tokenizer = tokenizer()
+    if format == "text" and tokenizer.bos_token == "<s>":
+        return  # see the merging tokens below
+    encoded = encode(rows_of(ROWS[format]), format, CONTEXT, tokenizer)
+    (own,), (read,) = shown(encoded, tokenizer), theirs(encoded, tokenizer)
+    start, text = ("<s> ", own.removeprefix("<s> ")) if own.startswith("<s>") else ("", own)
+    assert read == f"{start}{TOLD}\n\n{text}" and kept(encoded, tokenizer) == kept(encoded.for_teacher, tokenizer)
+
+
+def test_the_settings_context_comes_first_and_the_rows_own_may_have_another_name(read):
+    lines = [{"text": "the owl flies", "found": "It is night."}, {"text": "the wren flies", "found": ""}]
+    rows = read("".join(json.dumps(line) + "\n" for line in lines), format="text", fields={"teacher_context": "found"})
+    both = encode(rows, "text", CONTEXT, tiny())
+    assert [text.rpartition("the ")[0] for text in theirs(both, tiny())] == [f"{TOLD}\n\nIt is night.\n\n", f"{TOLD}\n\n"]
+    alone = encode(rows, "text", Data(), tiny())
+    assert theirs(alone, tiny()) == ["It is night.\n\n" + shown(alone, tiny())[0], shown(alone, tiny())[1]]
+
+
+def test_characters_of_a_control_token_stay_characters_in_a_context():
+    for format in ("chat", "text"):
+        encoded = encode(rows_of(ROWS[format]), format, Data(teacher_context="an <|im_end|> here"), tiny())
+        ends = [int((x.ids == tiny().eos_token_id).sum()) for x in (encoded, encoded.for_teacher)]
+        assert ends[1] - ends[0] == (1 if format == "chat" else 0), "the system message's own"
+
+
+@pytest.mark.parametrize("format", ROWS)
+def test_without_a_context_nothing_is_made_for_the_teacher(format):
+    plain = encode(rows_of(ROWS[format]), format, Data(), tiny())
+    empty = encode(rows_of(ROWS[format] | {"teacher_context": ""}), format, Data(), tiny())
+    assert plain.for_teacher is empty.for_teacher is None and same(plain, empty) and plain.identity(0) == empty.identity(0)
+    for packing in (False, True):
+        batch = collate(plain, [0], 0, packing)
+        assert batch.teacher is batch.student
+
+
+def test_many_rows_at_once_are_each_their_own():
+    rng = random.Random(0)
+    rows = [
+        talk(f"u {'q ' * rng.randrange(9)}q", f"a {'owl ' * rng.randrange(9)}x") | {"teacher_context": "c " * rng.randrange(3)}
+        for _ in range(700)
+    ]
+    together, data = encode(rows_of(*rows), "chat", Data(), tiny()), Data(max_length=4096)
+    for i in (0, 511, 512, 699):
+        one = encode(rows_of(rows[i]), "chat", data, tiny())
+        assert one.identity(0) == together.identity(i)
+        for a, b in zip((one.for_teacher or one).example(0), together.for_teacher.example(i), strict=True):
+            assert (a == b).all()
+    for i in range(700):
+        (ids, marks), (read, read_marks) = together.example(i), together.for_teacher.example(i)
+        assert (ids[marks] == read[read_marks]).all() and (len(read) > len(ids)) == bool(rows[i]["teacher_context"])
+
+
+# ---- what is refused
+
+RAISES = "{% for m in messages %}{% if m.role == 'system' %}{{ raise_exception('no system role') }}{% endif %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}"
+HIDES = "{% for m in messages if m.role != 'system' %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+ENDS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{{ '<|pad|>' if messages[0].role == 'system' else '<|im_end|>' }}\n"
+    "{% endfor %}"
+)
+UPPER = "{% for m in messages %}<|im_start|>{{ m.content | upper if loop.index0 and messages[0].role == 'system' else m.content }}<|im_end|>{% endfor %}"
+PARTS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' and not loop.last and messages[0].role == 'system' %}..."
+    "{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        (RAISES, "f.jsonl:2: with the teacher's context, the chat template does not take this conversation: no system role"),
+        (HIDES, "f.jsonl:2: the chat template does not show the teacher's context"),
+        (
+            ENDS,
+            "f.jsonl:2: with the teacher's context, the supervised tokens are not the student's: '<|pad|>' where the student has '<|im_end|>'",
+        ),
+        (UPPER, "f.jsonl:2: with the teacher's context, the chat template changes the assistant's answer in messages[2]"),
+        (PARTS, "f.jsonl:2: the chat template makes 1 examples of it, and with the teacher's context 2"),
+    ],
+)
+def test_a_template_that_does_not_keep_the_answers_is_refused(template, words):
+    rows = rows_of(ROWS["chat"] | {"teacher_context": ""}, ROWS["chat"] | {"teacher_context": TOLD})
+    assert problem(rows, "chat", Data(), tiny(template)).startswith(words)
+
+
+def test_line_breaks_that_merge_with_those_of_the_border_are_refused():
+    rows = [{"prompt": "q", "completion": "x"}, {"prompt": "", "completion": "\n" * 6 + "owl", "teacher_context": "c"}]
+    assert (tiny().tokenize("\n" * 6 + "owl")[1:3], tiny().tokenize("c" + "\n" * 8 + "owl")[2:4]) == (["Ċ", "Ċ"], ["ĊĊĊ", "Ċ"])
+    assert problem(rows_of(*rows), "prompt_completion", Data(), tiny()) == (
+        "f.jsonl:2: with the teacher's context, the supervised tokens are not the student's: 'ĊĊĊ' where the student has 'Ċ'; "
+        "begin the text otherwise, or use another format"
+    )
+    rows[1]["completion"] = "\n\nowl"  # here the token in which they merge is the first, which has no target
+    encoded = encode(rows_of(*rows), "prompt_completion", Data(), tiny())
+    assert kept(encoded, tiny()) == kept(encoded.for_teacher, tiny()) and kept(encoded, tiny())[1] == "\nowl<|im_end|>"
+
+
+def test_a_start_that_takes_a_space_before_it_is_refused():
+    rows = rows_of({"text": "the owl", "teacher_context": ""}, {"text": "the owl", "teacher_context": "x"})
+    said = problem(rows, "text", Data(), real("mistral-7b-v0.1"))
+    assert said.startswith(
+        "f.jsonl:2: with the teacher's context, the supervised tokens are not the student's: 'the' where the student has '▁the'"
+    )
+
+
+def test_the_first_token_of_a_bare_text_is_not_a_target_of_the_teachers_alone():
+    encoded = encode(rows_of(ROWS["text"]), "text", CONTEXT, tiny())
+    assert kept(encoded, tiny()) == kept(encoded.for_teacher, tiny()) == [tiny().decode(encoded.ids[1:])]
+
+
+@pytest.mark.parametrize(
+    ("data", "words"),
+    [({"too_long": "split"}, "too_long: split, whose later pieces"), ({"train_on_input": True}, "train_on_input, and the teacher's input")],
+)
+def test_what_a_context_does_not_go_with_is_refused_in_a_row_and_as_a_setting(make_recipe, data, words):
+    rows = rows_of({"text": "a b", "teacher_context": ""}, {"text": "a b", "teacher_context": "c"})
+    assert problem(rows, "text", Data(**data), tiny()).startswith(f"f.jsonl:2: teacher_context is given with {words}")
+    named = problem(rows, "text", Data(**data), tiny(), fields={"teacher_context": "found"})
+    assert named.startswith("f.jsonl:2: found is given with")
+    with pytest.raises(UserError, match=f"data.teacher_context: given with {words}"):
+        make_recipe(data__teacher_context="c", data__train__format="text", **{f"data__{k}": v for k, v in data.items()})
+
+
+@pytest.mark.parametrize("context", ["", " \n"])
+def test_a_context_that_says_nothing_is_refused(make_recipe, context):
+    with pytest.raises(UserError, match="data.teacher_context: "):
+        make_recipe(data__teacher_context=context)
+
+
+def test_a_column_of_another_kind_is_refused(refused):
+    lines = "".join(json.dumps({"text": "a b", "teacher_context": c}) + "\n" for c in ("x", 3, None))
+    assert refused(lines, format="text") == [
+        "t.jsonl:2: teacher_context is a number, expected text"
+    ]  # null is none: parquet has it in every row
+
+
+# ---- too long
+
+
+def views(own: int, context: int):
+    """A text of `own` tokens, all but the first of them targets, and a context of so many tokens with its blank line."""
+    tokenizer = tiny()
+    told = next(c for c in ("the" + " the" * n for n in itertools.count()) if len(tokenizer.tokenize(c + "\n\nthe")) == context + 1)
+    said = "the" + " the" * (own - 2)
+    assert len(tokenizer.tokenize(said)) == own - 1
+    return rows_of({"text": said, "teacher_context": ""}, {"text": said, "teacher_context": told})
+
+
+@pytest.mark.parametrize(("most", "targets"), [(30, [9, 9]), (29, [9, 8]), (22, [9, 1]), (21, [9]), (9, [8])])
+def test_each_view_is_cut_and_the_targets_of_both_are_kept(most, targets):
+    encoded = encode(views(10, 20), "text", Data(max_length=most, too_long="truncate"), tiny())
+    assert [int(encoded.example(i)[1].sum()) for i in range(len(encoded))] == targets
+    assert kept(encoded, tiny()) == kept(encoded.for_teacher or encoded, tiny())
+    assert max((encoded.for_teacher or encoded).lengths) <= most and encoded.counts["unsupervised"] == 2 - len(targets)
+    if len(targets) > 1:
+        assert encoded.lengths[1] == min(most, 10), "the student's ids are not cut with the teacher's"
+
+
+def test_an_example_goes_when_either_view_is_too_long():
+    for most, examples in ((30, 2), (29, 1), (9, 0)):
+        encoded = encode(views(10, 20), "text", Data(max_length=most), tiny())
+        assert (len(encoded), encoded.counts["too_long"]) == (examples, 2 - examples)
+
+
+def test_the_reader_for_whom_an_example_is_too_long_is_named():
+    refuse = "f.jsonl:{}: {}, more than data.max_length ({}); raise it, or set data.too_long"
+    rows = views(10, 20)
+    assert problem(rows, "text", Data(max_length=29, too_long="refuse"), tiny()) == refuse.format(2, "30 tokens for the teacher", 29)
+    with pytest.raises(UserError) as info:
+        encode(rows, "text", Data(max_length=9, too_long="refuse"), tiny())
+    assert info.value.problems == (refuse.format(1, "10 tokens", 9), refuse.format(2, "10 tokens for the student", 9))
+
+
+def test_a_token_that_a_model_has_no_row_for_is_found_in_the_teachers_view():
+    tokenizer = skills_tokenizer()
+    encoded = encode(rows_of(talk("u a", "a b")), "chat", Data(teacher_context="Rain"), tokenizer)
+    assert encoded.for_teacher.ids.max() > encoded.ids.max()
+    with pytest.raises(UserError, match=r"f.jsonl:1: holds"):
+        refuse_beyond(int(encoded.ids.max()) + 1, encoded, ["f.jsonl:1"], tokenizer)
+    refuse_beyond(int(encoded.for_teacher.ids.max()) + 1, encoded, ["f.jsonl:1"], tokenizer)
+
+
+# ---- examples together
+
+
+def test_sources_with_and_without_a_context_stand_together():
+    rows = [{"text": "the owl " * n} for n in range(1, 6)]
+    plain, told = encode(rows_of(*rows), "text", Data(), tiny()), encode(rows_of(*rows), "text", CONTEXT, tiny())
+    for parts in ((plain, told, plain), (told, plain), (plain, plain)):
+        whole = merge(list(parts))
+        assert (whole.for_teacher is None) == all(part is plain for part in parts)
+        for n in range(len(whole)):
+            part, i = parts[n // 5], n % 5
+            assert whole.identity(n) == part.identity(i)
+            read = (part.for_teacher or part).example(i)
+            assert all((a == b).all() for a, b in zip((whole.for_teacher or whole).example(n), read, strict=True))
+    assert not {plain.identity(i) for i in range(5)} & {told.identity(i) for i in range(5)}
+    other = encode(rows_of(*rows), "text", Data(teacher_context="else"), tiny())
+    assert not {other.identity(i) for i in range(5)} & {told.identity(i) for i in range(5)}
+    odd = merge([plain, told]).subset(np.arange(10) % 2 == 1)
+    assert [odd.identity(i) for i in range(5)] == [(plain, told)[i // 5].identity(i % 5) for i in (1, 3, 5, 7, 9)]
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_batch_has_two_views_of_the_same_targets(packing):
+    rows = [talk(f"u q{' q' * n}", f"a one{' owl' * (7 - n)}") | {"teacher_context": "c " * (n % 3)} for n in range(7)]
+    encoded = encode(rows_of(*rows), "chat", Data(), tiny())
+    batch = collate(encoded, [4, 0, 6, 2], 7, packing)
+    assert batch.targets == sum(int(encoded.example(i)[1].sum()) for i in (4, 0, 6, 2)) == len(batch.student.rows_N)
+    for view, of in ((batch.student, encoded), (batch.teacher, encoded.for_teacher)):
+        alone = [collate(dataclasses.replace(of, for_teacher=None), [i], 7) for i in (4, 0, 6, 2)]
+        assert torch.equal(batch.labels_N, torch.cat([one.labels_N for one in alone]))
+        flat = view.inputs["input_ids"].flatten()
+        at = 0
+        for one in alone:  # what stands before each target is what would stand there if the example were alone
+            for row in one.student.rows_N.tolist():
+                place = int(view.rows_N[at])
+                assert torch.equal(flat[place - row : place + 1], one.student.inputs["input_ids"][0, : row + 1])
+                if packing:
+                    assert view.inputs["position_ids"].flatten()[place] == row
+                at += 1
+    for view in (collate(encoded, [], 7, packing).student, collate(encoded, [], 7, packing).teacher):
+        assert view.inputs["input_ids"].tolist() == [[7]] and not len(view.rows_N)
+
+
+def test_the_cache_keeps_what_the_teacher_reads(tmp_path, monkeypatch):
+    rows = rows_of(*(talk("u q", f"a {'owl ' * n}x") | {"teacher_context": "c " * (n % 2)} for n in range(6)))
+
+    def cached(**data):
+        said = []
+        made = token_cache.encoded(
+            rows, Source(path="f", format="chat"), Data(cache_dir=str(tmp_path), **data), tiny(), "data.train", said.append
+        )
+        assert not said
+        return made
+
+    kinds = ({}, {"teacher_context": TOLD}, {"teacher_context": "else"})
+    made = [cached(**data) for data in kinds]
+    assert len(list((tmp_path / "tokens").iterdir())) == 3
+    monkeypatch.setattr(token_cache.encoding, "encode", None)
+    for data, before in zip(kinds, made, strict=True):
+        again = cached(**data)
+        assert same(again, before) and [again.identity(i) for i in range(6)] == [before.identity(i) for i in range(6)]
+        for name in ("ids", "supervised", "offsets", "row"):
+            a, b = getattr(again.for_teacher, name), getattr(before.for_teacher, name)
+            assert a.dtype == b.dtype and (a == b).all()
+
+
+def test_a_stream_gives_what_would_have_been_read_before(tmp_path):
+    lines = [talk("u q", f"a {'owl ' * n}x") | {"teacher_context": "c " * (n % 2)} for n in range(8)]
+    path = write(tmp_path / "t.jsonl", lines)
+    data = Data(streaming=True, shuffle_buffer=1, teacher_context=TOLD)
+    feed, before = Stream(Source(path=str(path), format="chat"), data, tiny(), 0, 4, 2, 2), encode(rows_of(*lines), "chat", CONTEXT, tiny())
+    for n, _ in enumerate(feed.steps()):
+        assert [feed.identity(i) for i in range(4)] == [before.identity(4 * n + i) for i in range(4)]
+        ours, whole = collate(feed, [2, 1], 0), collate(before, [4 * n + 2, 4 * n + 1], 0)
+        for a, b in ((ours.teacher, whole.teacher), (ours.student, whole.student)):
+            assert torch.equal(a.inputs["input_ids"], b.inputs["input_ids"]) and torch.equal(a.rows_N, b.rows_N)
+
+
+def test_choices_are_scored_by_the_student_without_a_context(make_recipe, tmp_path):
+    question = {"instruction": "q", "choices": ["Yes.", "No."], "answer": 1}
+    (tmp_path / "q.jsonl").write_text(json.dumps(question) + "\n")
+    (tmp_path / "told.jsonl").write_text(json.dumps(question | {"teacher_context": "c"}) + "\n")
+    plain, told = (
+        prepare(make_recipe(data__choices={"path": str(tmp_path / name)}, **data)).questions.encoded
+        for name, data in (("q.jsonl", {}), ("told.jsonl", {"data__teacher_context": TOLD}))
+    )
+    assert told.for_teacher is None and same(plain, told)
+
+
+# ---- runs
+
+
+def by_hand(world, rows, told) -> dict[str, float]:
+    """Means over the answers' tokens, from two separately built inputs of each row."""
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    tokenizer = skills_tokenizer()
+    student = AutoModelForCausalLM.from_pretrained(world / "student").eval()
+    teacher = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(world / "teacher"), world / "adapter").eval()
+    ce = kl = teacher_ce = count = 0
+    for row in rows:
+        asked = ALPACA.format(instruction=row["instruction"])
+        answer = [*tokenizer(row["output"])["input_ids"], tokenizer.eos_token_id]
+        log_probs = []
+        for model, prompt in ((student, asked), (teacher, f"{told}\n\n{asked}")):
+            ids = torch.tensor([[*tokenizer(prompt)["input_ids"], *answer]])
+            with torch.no_grad():
+                log_probs.append(model(ids).logits[0, -len(answer) - 1 : -1].log_softmax(-1))
+        log_q, log_p = log_probs
+        y = torch.tensor(answer)[:, None]
+        ce, teacher_ce = ce - float(log_q.gather(1, y).sum()), teacher_ce - float(log_p.gather(1, y).sum())
+        kl += float((log_p.exp() * (log_p - log_q)).sum())
+        count += len(answer)
+    return {"ce": ce / count, "forward_kl": kl / count, "teacher_ce": teacher_ce / count, "targets": count}
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_the_loss_of_a_run_is_that_of_two_inputs_built_by_hand(make_recipe, world, tmp_path, packing):
+    rows = [json.loads(line) for line in (world / "train.jsonl").read_text().splitlines()[:8]]
+    write(tmp_path / "t.jsonl", rows)
+    data = {"path": str(tmp_path / "t.jsonl")}
+    recipe = make_recipe(
+        data__train=data,
+        data__validation=data,
+        data__teacher_context=TOLD,
+        data__packing=packing,
+        loss__kd_ratio=0.5,
+        optim__warmup_steps=0,
+    )
+    run(recipe)
+    records = [json.loads(line) for line in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
+    expected = by_hand(world, rows, TOLD)
+    (step,) = (record for record in records if "loss" in record)
+    assert (step["ce"], step["kd"]) == pytest.approx((expected["ce"], expected["forward_kl"]), rel=1e-9)
+    assert step["loss"] == pytest.approx(0.5 * expected["ce"] + 0.5 * expected["forward_kl"], rel=1e-9)
+    before = next(record["validation"] for record in records if "validation" in record)
+    assert {name: before[name] for name in expected} == pytest.approx(expected, rel=1e-9)
+    assert expected["forward_kl"] != pytest.approx(by_hand(world, rows, "Else.")["forward_kl"], rel=1e-3)
+
+
+def test_padded_packed_and_accumulated_runs_end_alike(trained, world, tmp_path):
+    lines = [json.loads(line) for line in (world / "train.jsonl").read_text().splitlines()]
+    write(tmp_path / "t.jsonl", [line | {"teacher_context": "It is so. " * (n % 3)} for n, line in enumerate(lines)])
+    told = {"data__train__path": str(tmp_path / "t.jsonl"), "loss__kd_ratio": 0.7, "train__max_steps": 4}
+    padded = trained("padded", **told)
+    for name, changes in {
+        "packed": {"data__packing": True},
+        "accumulated": {"train__micro_batch_size": 1},
+    }.items():
+        apart = distance(padded, trained(name, **told, **changes))
+        assert apart < 1e-12, name
+    assert distance(padded, trained("untold", **told | {"data__train__path": str(world / "train.jsonl")})) > 1e-6
+
+
+def test_the_batches_of_a_stream_may_be_cut_in_any_way(trained):
+    told = {"data__teacher_context": TOLD, "data__streaming": True, "data__shuffle_buffer": 5, "loss__kd_ratio": 0.7, "train__max_steps": 4}
+    whole = trained("whole", **told)
+    assert distance(whole, trained("batches", **told, train__micro_batch_size=2, data__packing=True)) < 1e-12
+    assert distance(whole, trained("other", **told | {"data__teacher_context": "Else."})) > 1e-6
+
+
+def test_the_cost_counts_what_the_teacher_reads(make_recipe, world, monkeypatch):
+    monkeypatch.setattr(cost, "rate", lambda device: 1.0)
+    recipes = make_recipe(), make_recipe(data__teacher_context=TOLD)
+    plain, told = (cost.estimate([recipe], {}).seconds for recipe in recipes)
+    more = 37 * len(skills_tokenizer()(TOLD + "\n\n")["input_ids"])
+    body = cost_size.shape_of(find(str(world / "teacher"), "teacher.model")).body
+    assert told - plain == pytest.approx(2 * body * more * recipes[0].train.epochs / cost.EFFICIENCY)
+
+
+def test_the_data_command_shows_what_the_teacher_reads(world, tmp_path, capsys, monkeypatch):
+    monkeypatch.delenv("FORCE_COLOR", raising=False)
+    rows = [{"instruction": "q", "output": "It is so."}, {"instruction": "r", "output": "No.", "teacher_context": "Say no."}]
+    write(tmp_path / "t.jsonl", rows)
+    recipe = {
+        "output_dir": "o",
+        "student": {"model": str(world / "student")},
+        "data": {"train": {"path": str(tmp_path / "t.jsonl")}, "max_length": 256},
+    }
+    (tmp_path / "r.yaml").write_text(json.dumps(recipe))
+    assert cli.main(["data", "--config", str(tmp_path / "r.yaml")]) == 0
+    plain, told = capsys.readouterr().out.split("\nexample ")[1:]
+    assert "the teacher reads" not in plain
+    own, read = told.split("what the teacher reads  ")
+    assert read.split("\n", 1)[1].strip() == "Say no.\n\n" + own.split("\n", 1)[1].strip() and "⟦No.<|end|>⟧" in read
+
+
+def test_every_setting_survives_being_written(make_recipe, tmp_path):
+    recipe = make_recipe(data__teacher_context="two\n\nlines: {x}")
+    (tmp_path / "again.yaml").write_text(settings.dump(recipe))
+    assert settings.load_recipe(tmp_path / "again.yaml") == recipe

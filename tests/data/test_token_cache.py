@@ -1,0 +1,249 @@
+"""Rows are tokenised once, keyed by what they are made from and checked by what is held."""
+
+import copy
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from llmkd.config.recipe import Data, Source
+from llmkd.data.encoding import token_cache
+from llmkd.data.examples import Encoded
+from llmkd.data.reading.sources import Rows, read_source
+from llmkd.errors import UserError
+from tests.kit.data import GOOD, MARKED, encode, rows_of, same, talk, tiny
+
+
+class Cache:
+    """A cache folder, and what was said about it."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.said = folder, []
+
+    def __call__(self, rows: Rows, format: str = "alpaca", tokenizer=None, **data) -> Encoded:
+        self.said = []
+        settings = Data(**({"cache_dir": str(self.folder)} | data))
+        return token_cache.encoded(
+            rows, Source(path="f.jsonl", format=format), settings, tokenizer or tiny(), "data.train", self.said.append
+        )
+
+    @property
+    def entries(self) -> list[Path]:
+        return sorted((self.folder / "tokens").iterdir())
+
+
+@pytest.fixture
+def cache(tmp_path) -> Cache:
+    return Cache(tmp_path / "cache")
+
+
+@pytest.fixture
+def no_encoding(monkeypatch):
+    def never(*args):
+        raise AssertionError("tokenised again")
+
+    return lambda: monkeypatch.setattr(token_cache.encoding, "encode", never)
+
+
+ROWS = rows_of(*({"instruction": f"q {i}", "output": "owl " * (i + 1)} for i in range(9)))
+
+
+def test_a_hit_equals_a_miss_bit_for_bit(cache, no_encoding):
+    made = cache(ROWS)
+    assert same(made, encode(ROWS, "alpaca", Data(), tiny()))
+    no_encoding()
+    assert same(cache(ROWS), made) and not cache.said
+    assert len(cache.entries) == 1
+
+
+def test_padding_and_plain_use_of_the_tokenizer_do_not_change_the_key(cache, no_encoding):
+    cache(ROWS)
+    tiny()(["a", "the owl"], padding=True, truncation=True, max_length=3)
+    no_encoding()
+    cache(ROWS)
+
+
+def test_content_is_the_key_and_not_the_time_or_size_of_the_file(cache, read, tmp_path):
+    first = cache(read(GOOD))
+    before = os.stat(tmp_path / "t.jsonl")
+    read(GOOD.replace('"b"', '"c"'))
+    os.utime(tmp_path / "t.jsonl", ns=(before.st_atime_ns, before.st_mtime_ns))
+    rows = read_source(Source(path=str(tmp_path / "t.jsonl")), "data.train")
+    after = os.stat(tmp_path / "t.jsonl")
+    assert (after.st_size, rows.rows[0]["output"]) == (before.st_size, "c")
+    assert not same(cache(rows), first) and len(cache.entries) == 2
+
+
+@pytest.mark.parametrize(
+    ("data", "tokenizer"),
+    [
+        ({"max_length": 100}, {}),
+        ({"too_long": "truncate"}, {}),
+        ({"train_on_input": True}, {}),
+        ({}, {"seen": "unheard of words"}),
+        ({}, {"template": MARKED}),
+    ],
+)
+def test_what_shapes_the_examples_is_in_the_key(cache, data, tokenizer):
+    made, other = cache(ROWS), cache(ROWS, tokenizer=tiny(**tokenizer), **data)
+    assert len(cache.entries) == 2
+    assert same(cache(ROWS), made) and same(cache(ROWS, tokenizer=tiny(**tokenizer), **data), other)
+
+
+def test_the_tokens_that_a_template_may_name_are_in_the_key(cache):
+    one, two = (copy.deepcopy(tiny("{% for m in messages %}{{ m.content }}{{ sep_token }}{% endfor %}")) for _ in range(2))
+    one.sep_token, two.sep_token = "<|im_end|>", "<|im_start|>"
+    rows = rows_of(talk("u q", "a one"))
+    assert not same(cache(rows, "chat", one), cache(rows, "chat", two)) and len(cache.entries) == 2
+
+
+def test_the_format_and_the_limit_are_in_the_key(cache, read):
+    text = '{"instruction": "a", "output": "b", "text": "c"}\n' * 2
+    cache(read(text))
+    cache(read(text, format="text"), format="text")
+    cache(read(text, limit=1))
+    assert len(cache.entries) == 3
+
+
+@pytest.mark.parametrize("at", [0, 9, 100, 0.5, -1])
+def test_a_flipped_byte_is_noticed_said_and_mended(cache, no_encoding, at):
+    made = cache(ROWS)
+    path = cache.entries[0] / "tokens.safetensors"
+    raw = bytearray(path.read_bytes())
+    raw[int(at * len(raw)) if at == 0.5 else at] ^= 1
+    path.write_bytes(raw)
+    assert same(cache(ROWS), made)
+    assert len(cache.said) == 1 and "damaged" in cache.said[0] and str(cache.entries[0]) in cache.said[0]
+    no_encoding()
+    assert same(cache(ROWS), made) and not cache.said
+
+
+@pytest.mark.parametrize("manifest", [b"", b"[]", b"{", b"\xff", b"{}", b'{"sha256": 1}'])
+def test_a_damaged_manifest_is_noticed_said_and_mended(cache, no_encoding, manifest):
+    made = cache(ROWS)
+    (cache.entries[0] / "manifest.json").write_bytes(manifest)
+    assert same(cache(ROWS), made) and "damaged" in cache.said[0]
+    no_encoding()
+    assert same(cache(ROWS), made) and not cache.said
+
+
+@pytest.mark.parametrize("missing", ["tokens.safetensors", "manifest.json"])
+def test_an_entry_that_lacks_a_file_is_mended(cache, no_encoding, missing):
+    made = cache(ROWS)
+    (cache.entries[0] / missing).unlink()
+    assert same(cache(ROWS), made)
+    no_encoding()
+    assert same(cache(ROWS), made)
+
+
+def test_changed_counts_are_noticed(cache):
+    made = cache(ROWS)
+    path = cache.entries[0] / "manifest.json"
+    path.write_text(path.read_text().replace('"too_long": 0', '"too_long": 5'))
+    assert same(cache(ROWS), made)
+
+
+@pytest.mark.parametrize("folder", ["file/below", "x" * 300])
+def test_a_cache_that_cannot_be_written_does_not_fail_the_run(tmp_path, folder):
+    (tmp_path / "file").write_text("")
+    cache = Cache(tmp_path / folder)
+    assert len(cache(ROWS)) == 9
+    assert len(cache.said) == 1 and "cannot be written" in cache.said[0]
+
+
+def test_a_full_disk_does_not_fail_the_run_and_leaves_nothing_behind(cache, monkeypatch):
+    def full(self, data):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    assert len(cache(ROWS)) == 9
+    assert "No space left" in cache.said[0] and cache.entries == []
+
+
+@pytest.mark.parametrize(
+    ("rows", "format", "data", "words"),
+    [
+        ([talk("u q")] * 3, "chat", {}, ["none of f.jsonl's 3 rows", "0 are longer", "3 have no answer"]),
+        ([json.loads(GOOD)] * 2, "alpaca", {"max_length": 5}, ["none of f.jsonl's 2 rows", "2 are longer than data.max_length = 5"]),
+        ([{"text": ""}], "text", {}, ["none of f.jsonl's 1 rows", "1 have no answer"]),
+    ],
+)
+def test_rows_with_nothing_to_train_on_are_refused_with_counts(cache, rows, format, data, words):
+    with pytest.raises(UserError) as info:
+        cache(rows_of(*rows), format, **data)
+    (problem,) = info.value.problems
+    assert problem.startswith("data.train: ") and all(word in problem for word in words), problem
+    assert not (cache.folder / "tokens").exists()
+
+
+def test_chat_without_a_template_is_refused(cache):
+    with pytest.raises(UserError, match=r"^data.train.format: found chat, and the tokenizer has no chat template"):
+        cache(rows_of(talk("u q", "a x")), "chat", tokenizer=tiny(None))
+
+
+# ---- several processes
+
+WORKER = """
+import json, sys, time
+from pathlib import Path
+from llmkd.config.recipe import Data, Source
+from llmkd.data.encoding import token_cache
+from llmkd.data.reading.sources import Rows
+from llmkd.errors import UserError
+from tests.kit import data as data_kit
+
+folder, number, how = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+real = token_cache.encoding.encode
+def slow(*args):
+    with open(folder / "made", "a") as log:
+        log.write(number + "\\n")
+    time.sleep(60 if how == "hang" else 0.5)
+    return real(*args)
+token_cache.encoding.encode = slow
+rows = [{"instruction": "q", "output": "" if how == "fail" else "owl"}] * 3
+while time.time() < float(sys.argv[4]):
+    time.sleep(0.01)
+try:
+    encoded = token_cache.encoded(Rows(rows, ["f:1"] * 3, "content"), Source(path="f.jsonl"), Data(cache_dir=str(folder)), data_kit.tiny(), "data.train")
+    print(encoded.ids.sum())
+except UserError as error:
+    print(error)
+"""
+
+
+def start_workers(folder: Path, count: int, how: str) -> list[subprocess.Popen]:
+    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
+    start = str(time.time() + 3)
+    return [
+        subprocess.Popen([sys.executable, "-c", WORKER, str(folder), str(n), how, start], env=env, stdout=subprocess.PIPE, text=True)
+        for n in range(count)
+    ]
+
+
+@pytest.mark.slow
+def test_the_processes_of_a_launch_make_an_entry_once(tmp_path):
+    said = [worker.communicate(timeout=60)[0] for worker in start_workers(tmp_path, 2, "work")]
+    assert len(set(said)) == 1 and int(said[0]) > 0
+    assert len((tmp_path / "made").read_text().splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_where_the_first_fails_the_others_try_and_fail_alike(tmp_path):
+    said = [worker.communicate(timeout=60)[0] for worker in start_workers(tmp_path, 2, "fail")]
+    assert len(set(said)) == 1 and "none of f.jsonl's 3 rows" in said[0]
+    assert len((tmp_path / "made").read_text().splitlines()) == 2
+
+
+def test_a_killed_process_leaves_no_lock(tmp_path):
+    (worker,) = start_workers(tmp_path, 1, "hang")
+    while not (tmp_path / "made").exists():
+        time.sleep(0.05)
+    worker.kill()
+    worker.wait()
+    start = time.perf_counter()
+    assert len(Cache(tmp_path)(rows_of({"instruction": "q", "output": "owl"}))) == 1
+    assert time.perf_counter() - start < 5

@@ -1,0 +1,180 @@
+"""The measurements of eval/speed measure what they say: every row is right, and one that is not is not shown as equal."""
+
+import argparse
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.append(str(Path(__file__).parents[2]))
+
+from eval.speed import head, head_cases, plots, profile_step, step, step_cases
+from eval.speed.step_world import World
+from llmkd.training.launch import start
+
+TINY = ["--hidden", "32", "--layers", "1", "--vocab", "211", "--batch", "4", "--tokens", "512", "--steps", "1", "--repeats", "1"]
+
+
+def world_of(family: str) -> World:
+    return World(step.parser().parse_args([*TINY, "--family", family]), start())
+
+
+@pytest.fixture(scope="module")
+def world():
+    return world_of("llama")
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_rows_of_a_step_are_right_and_a_wrong_one_is_not_shown_as_equal(family):
+    world = world_of(family)
+
+    def wrong(world):
+        one = step_cases.ours(world, 4, 0.5)
+        one.kl *= 1.001
+        return one
+
+    def other_way(world):
+        one = step_cases.ours(world, 4, 0.5)
+        one.gradient[0.5] *= 1.001
+        return one
+
+    known = [*step_cases.cases(world), step_cases.Case("wrong", wrong), step_cases.Case("other way", other_way)]
+    *_, (rounds, unable) = step.measured(world, known)
+    assert not unable and set(rounds) == set(known)
+    text = step.report(world, rounds, unable)
+    rows = {line.split("|")[2].strip(): line for line in text if line.startswith("| live")}
+    assert len(rows) == 8 and "not equal" in rows.pop("wrong") and "not equal" in rows.pop("other way")
+    assert "not equal" not in "".join(rows.values()) and "100%" in rows["the matrix products alone"]
+    for case, (one,) in rounds.items():
+        if not case.floor:
+            wrong = {"wrong": "KL", "other way": "gradient"}.get(case.name)
+            assert all((off > 1e-5) == (name == wrong) for name, off in step.distances(world, [one]).items())
+            students = 4 if "four" in case.name else 1
+            assert one.tokens[0] == students * world.tokens(one.first)
+            assert one.targets[0] == students * sum(map(world.targets, one.first))
+
+
+def test_the_truth_is_that_of_whole_logits(world):
+    example = world.order[0]
+    truth, (ids, marks) = world.truth([example]), world.data.example(example)
+    with torch.no_grad():
+        log_q, log_p = (
+            m.plain(torch.from_numpy(ids)[None].long()).logits[0, :-1].double().log_softmax(-1) for m in (world.student, world.teacher)
+        )
+    at = torch.from_numpy(marks[1:])
+    ce = torch.nn.functional.nll_loss(log_q[at], torch.from_numpy(ids[1:]).long()[at])
+    kl = torch.nn.functional.kl_div(log_q[at], log_p[at], log_target=True, reduction="sum") / at.sum()
+    assert truth.ce == pytest.approx(ce.item(), rel=1e-6) and truth.kl == pytest.approx(kl.item(), rel=1e-6)
+    assert truth.targets == at.sum() and truth.kl > 0.1
+
+
+def test_the_products_of_a_step_are_as_many_as_arithmetic_says(world):
+    """Multiplications of the linear layers: the teacher's once, the student's twice but for three of the first layer, the heads' 2 + 1."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    shapes, (tokens, targets) = world.shapes, map(round, world.window)
+
+    def layer(s):
+        return 2 * s.hidden**2 + 2 * s.hidden * s.hidden // s.heads * s.kv + 3 * s.hidden * s.inner
+
+    student, teacher = shapes["student"], shapes["teacher"]
+    kv = student.hidden // student.heads * student.kv
+    frozen = 2 * student.layers * layer(student) - student.hidden * (student.hidden + 2 * kv)
+    sides = 9 * student.hidden + 2 * kv + 3 * student.inner  # inputs and outputs of a layer's seven
+    low = 64 * (3 * student.layers * sides - 3 * student.hidden)
+    heads = world.vocab * (2 * student.hidden + teacher.hidden)
+    with FlopCounterMode(display=False) as counter:
+        step_cases.products(world, teacher=True)
+    steps = world.options.steps + 1
+    expected = steps * 2 * (tokens * (teacher.layers * layer(teacher) + frozen + low) + targets * heads)
+    assert tokens <= world.options.tokens and counter.get_total_flops() == expected  # in one piece, or pieces would be rounded up
+
+
+def test_rows_of_the_head_are_right_with_the_head_frozen_and_trained():
+    options = argparse.Namespace(
+        dtype="float32", device="cpu", width=16, teacher_width=24, vocab=300, rows=24, supervised=0.5, chunk=5, peers=None
+    )
+    p = head_cases.problem(options)
+    known = [case for case in head_cases.cases(options) if not case.floor]
+    assert sum(case.trains for case in known) == 2
+    for case in known:
+        value, grads = case.run(p)
+        loss, right = head.exact(p, *head._key(case))
+        assert value.item() == pytest.approx(loss, rel=1e-5) and len(grads) == 1 + case.trains
+        for found, grad in zip(grads, right, strict=True):
+            assert (found - grad).norm() < 1e-5 * grad.norm(), case.name
+    assert not p.student_head.weight.requires_grad
+
+
+def test_a_profile_names_the_parts_of_a_step(world):
+    options = argparse.Namespace(**vars(world.options) | {"packed": False, "alone": False, "trace": None, "steps": 1})
+    world.options.steps = 1 + profile_step.WARM_UP
+    try:
+        text = profile_step.profiled(world, options)
+    finally:
+        world.options.steps = 1
+    shares = {line.split("|")[1].strip(): float(line.split("|")[3].strip(" %")) for line in text if line.endswith("% |")}
+    assert all(shares[part] > 0 for part in (profile_step.TEACHER, profile_step.STUDENT, profile_step.HEADS, profile_step.BACKWARD))
+    assert sum(shares[part] for part in (*profile_step.PARTS, "everything else")) == pytest.approx(100, abs=0.5)
+
+
+def test_a_trace_of_a_gpu_gives_idle_time_and_the_part_that_launched_a_kernel():
+    def event(cat, name, ts, dur, **args):
+        return {"ph": "X", "cat": cat, "name": name, "ts": ts, "dur": dur, "args": args}
+
+    trace = profile_step.Trace(
+        [
+            event("user_annotation", profile_step.TEACHER, 0, 10),
+            event("user_annotation", profile_step.BACKWARD, 10, 20),
+            event("cuda_runtime", "cudaLaunchKernel", 5, 1, correlation=1),
+            event("cuda_runtime", "cudaLaunchKernel", 12, 1, correlation=2),
+            event("cuda_runtime", "cudaStreamSynchronize", 20, 5),
+            event("kernel", "gemm", 8, 10, correlation=1),  # while the next part has begun
+            event("kernel", "add", 16, 4, correlation=2),
+            event("gpu_memcpy", "Memcpy DtoH (Device -> Pinned)", 30, 10, correlation=3, bytes=8),
+        ]
+    )
+    shares = trace.shares()
+    assert (trace.length, trace.busy(), trace.gaps()) == (40, 22, [10, 8])
+    assert shares[profile_step.TEACHER] == profile_step.Share(10, 10, 1) and shares[profile_step.BACKWARD] == profile_step.Share(20, 4, 1)
+    assert shares[""] == profile_step.Share(10, 10, 0)
+    text = "\n".join(profile_step.on_device(trace, 1))
+    assert (
+        "| idle | 45.0% of the time |" in text and "| synchronisations | 1.0 |" in text and "| copies from device to host | 1.0 (" in text
+    )
+
+
+def test_a_plot_and_its_table_are_of_the_same_points(tmp_path):
+    plan, known = plots.sweeps("cpu"), list(plots.LINES)
+    points = {
+        plots.key_of(sweep, value, line): {"mib": 10.0 * value, "ms": [1.0, 2.0 * value, 1e9]}
+        for sweep in plan
+        for value in sweep.values
+        for line in plots.lines_of(sweep, known)
+    }
+    points[plots.key_of(plan[0], 128, known[1])] = None  # that case failed there
+    plots.draw(points, known, plan, tmp_path / "a.png", "cpu")
+    assert 10_000 < (tmp_path / "a.png").stat().st_size < 150_000
+    lines = plots.table(points, known, plan, argparse.Namespace(out=tmp_path / "a", device="cpu", rounds=3, peers=None, data=None))
+    assert any(line.startswith("| 64 | 256 / 1,280 | failed | 256 / 1,280 |") for line in lines)
+
+
+def test_a_peer_may_fail_and_llmkd_may_only_run_out_of_memory(world):
+    def case(name, error):
+        def broken(world):
+            raise error
+
+        return step_cases.Case(name, broken)
+
+    *_, (rounds, unable) = step.measured(
+        world, [case("peer", ImportError("no such peer")), case("llmkd, large", torch.OutOfMemoryError("full"))]
+    )
+    assert not rounds and [line.split(" (")[1] for line in unable] == ["ImportError: no such peer).  ", "OutOfMemoryError: full).  "]
+    with pytest.raises(ImportError):
+        list(step.measured(world, [case("llmkd, broken", ImportError("no such module"))]))
+
+
+def test_a_round_that_ran_fewer_steps_than_it_was_to_is_an_error():
+    with pytest.raises(ValueError, match="1 steps ran, and 2 were to"):
+        step_cases.Round([1.0], [5, 5], [3, 3])

@@ -1,0 +1,120 @@
+"""torch.compile, layer by layer: the same numbers to rounding, the same names, and a last layer that still computes its rows alone."""
+
+import pytest
+import torch
+
+from llmkd.config.recipe import Lora, Quantization, Student
+from llmkd.errors import Stopped, UserError
+from llmkd.models import compile as compiled
+from llmkd.models import startup_checks as selftest
+from llmkd.models.language_model import LanguageModel
+from llmkd.models.load import load_students
+from llmkd.training.run import run
+from llmkd.training.shutdown import StopRequest
+from tests.conftest import distance
+from tests.kit.families import V, tiny
+from tests.models.test_last_layer import results, stirred, view
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """Traced and guarded as when compiled, and then run as it is: what takes long is left out."""
+    monkeypatch.setattr(compiled, "BACKEND", "eager")
+    compiled.prepare(torch.device("cpu"))
+    yield
+    torch._dynamo.reset()
+
+
+def graphs() -> int:
+    return torch._dynamo.utils.counters["stats"]["unique_graphs"]
+
+
+def test_one_graph_serves_the_layers_that_are_alike(traced):
+    model = LanguageModel(tiny("llama", num_hidden_layers=3), V - 6).train()
+    selftest.check(model, "student.model")
+    names, expected, before = list(model.state_dict()), results(model, True, view()), graphs()
+    compiled.compile_layers(model, "student.model", packing=False)
+    assert list(model.state_dict()) == names
+    assert graphs() - before == 2, "one for the last layer, and one for the others"
+    found = results(model, True, view())
+    assert graphs() - before == 2, "another shape"
+    assert max((found[name] - expected[name]).abs().max() for name in expected) == 0
+
+
+@pytest.mark.slow
+def test_a_model_that_cannot_be_compiled_is_refused(traced, monkeypatch):
+    model = LanguageModel(tiny("llama"), V - 6)
+    selftest.check(model, "student.model")
+
+    def different(model, args, out):
+        return out + 1e-3 if torch.compiler.is_compiling() else out
+
+    for layer in model.plain.model.layers:
+        layer.register_forward_hook(different)
+    with pytest.raises(UserError, match=r"^train.compile: student.model \(llama\), compiled, differs by .*; set train.compile: false$"):
+        compiled.compile_layers(model, "student.model", packing=True)
+    monkeypatch.setattr(compiled, "layers_of", lambda model: None)
+    with pytest.raises(UserError, match="does not keep its layers in a list"):
+        compiled.compile_layers(model, "student.model", packing=False)
+
+
+def test_without_a_compiler_it_is_refused_before_a_model_is_loaded(make_recipe, monkeypatch):
+    def fails(*args, **kwargs):
+        raise RuntimeError("no g++")
+
+    monkeypatch.setattr(torch, "compile", fails)
+    monkeypatch.setattr("llmkd.training.build.load_together", lambda *args: pytest.fail("loaded"))
+    with pytest.raises(UserError, match=r"^train.compile: found true, and torch.compile fails here \(RuntimeError: no g\+\+\)"):
+        run(make_recipe(train__compile=True))
+
+
+def test_it_is_refused_with_a_teacher_that_is_offloaded(make_recipe):
+    with pytest.raises(UserError, match=r"train.compile: given with teacher.device: offload"):
+        make_recipe(train__compile=True, teacher__device="offload")
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(torch.__version__ < "2.13", reason="torch 2.11 fails to compile attention in float64 on a CPU, and it is refused")
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_a_compiled_run_is_the_run_and_is_resumed_bit_for_bit(trained, make_recipe, checkpointing, monkeypatch, tmp_path):
+    from llmkd.output.metrics import read
+    from llmkd.training import loop
+
+    changes = {"student__lora__dropout": 0.3, "student__gradient_checkpointing": checkpointing, "validation__gate": 0}
+    torch._dynamo.reset()
+    plain = trained("plain", **changes)
+    whole = trained("whole", train__compile=True, **changes)
+    assert 0 < distance(plain, whole) < 1e-3  # norms are in float32, and AdamW's first steps divide by what is next to nothing
+    losses = [[record["loss"] for record in read(tmp_path / name / "metrics.jsonl") if "loss" in record] for name in ("plain", "whole")]
+    assert len(losses[0]) == 5 and losses[0] == pytest.approx(losses[1], rel=1e-5)
+    stop, move = StopRequest(), loop.move
+
+    def stopping(learner, step, *rest):
+        move(learner, step, *rest)
+        stop.asked = step == 2
+
+    monkeypatch.setattr(loop, "move", stopping)
+    with pytest.raises(Stopped):
+        run(make_recipe("cut", train__compile=True, **changes), stop=stop)
+    monkeypatch.setattr(loop, "move", move)
+    torch._dynamo.reset()
+    assert distance(trained("cut", resume=True, train__compile=True, **changes), whole) == 0
+
+
+@pytest.mark.slow
+def test_students_side_by_side_and_a_base_in_four_bit(world):
+    pytest.importorskip("bitsandbytes")
+    torch._dynamo.reset()
+    compiled.prepare(torch.device("cpu"))
+    for quantization in (None, Quantization(type="nf4")):
+        base = {"model": str(world / "student"), "dtype": "float32", "quantization": quantization}
+        arms = [Student(**base, lora=Lora(rank=4, dropout=0.3)), Student(**base, lora=Lora(rank=2))]
+        models = [stirred(model) for model in load_students(arms, 640, "cpu", seed=7)]
+        expected = [results(model, True, view()) for model in models]
+        for model in models:
+            compiled.compile_layers(model, "student.model", packing=False)
+        for model, one in zip(models * 2, expected * 2, strict=True):
+            found = results(model, True, view())
+            assert found.keys() == one.keys()
+            for name in one:
+                torch.testing.assert_close(found[name], one[name], rtol=1e-3, atol=1e-4 * one[name].abs().max().item())

@@ -1,0 +1,184 @@
+"""The head and the body of every causal family in transformers: logits, losses and gradients equal the model's own."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.testing import assert_close
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from llmkd.batch import View
+from llmkd.errors import UserError
+from llmkd.losses.divergences import reverse_kl
+from llmkd.losses.fused import fused_loss
+from llmkd.losses.objective import Objective
+from llmkd.models import startup_checks as selftest
+from llmkd.models.language_model import LanguageModel
+from llmkd.signals import Dense
+from tests.kit.families import V, tiny
+
+REAL = V - 6  # the tokenizer's entries; the model's head is padded
+
+#: Families whose head is known, and what stands between product and logits there: (scale, soft cap).
+KNOWN = {
+    **dict.fromkeys(
+        "llama mistral mixtral qwen2 qwen2_moe qwen3 qwen3_moe qwen3_5 gemma gpt2 gpt_neo gptj codegen ctrl".split(), (1, None)
+    ),
+    **dict.fromkeys("gpt_neox opt bloom falcon phi phi3 phimoe olmo olmo2 olmo3 olmoe smollm3 stablelm starcoder2".split(), (1, None)),
+    **dict.fromkeys(
+        "gpt_oss gemma3 glm glm4 helium seed_oss nemotron lfm2 mamba2 deepseek_v3 ernie4_5_moe llama4_text apertus".split(), (1, None)
+    ),
+    **dict.fromkeys("gemma2 gemma3_text gemma4_text nanochat vaultgemma beam recurrent_gemma".split(), (1, 0.3)),
+    **dict.fromkeys("cohere cohere2 cohere2_moe".split(), (0.3, None)),
+    **dict.fromkeys("granite granite_swa granitemoe granitemoe_swa granitemoeshared granitemoehybrid".split(), (1 / 3, None)),
+    "hyperclovax": (3.0, None),
+    "falcon_h1": (0.4, None),
+    "minicpm3": (0.5, None),
+    "inkling_text": (0.4, None),
+    "xlstm": (1, 0.3),
+}
+#: Families without a plain head: their own forward pass is used.
+UNKNOWN = ("modernbert-decoder", "mpt")
+#: Not causal without further ado, which a position that sees later ones gives away.
+BIDIRECTIONAL = ("bert", "roberta", "electra", "xlm")
+LEAKING = (
+    "bloom",
+    "falcon",
+    "mamba2",
+    "qwen3_5",
+    "gpt_oss",
+    "falcon_h1",
+    "recurrent_gemma",
+    "openai-gpt",
+    "xlstm",
+    "granitemoehybrid",
+    "inkling_text",
+)
+#: Families that compute a part of themselves in float32, whatever they are held in.
+SINGLE = {"xlstm", "recurrent_gemma", "beam", "inkling_text", "mamba2", "falcon_h1", "granitemoehybrid", "qwen3_5", "lfm2", "gemma2"}
+
+
+def language_model(family: str, **changes) -> LanguageModel:
+    if family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        pytest.skip(f"this version of transformers has no {family}")
+    return LanguageModel(tiny(family, **changes), REAL).eval()
+
+
+def batch() -> tuple[View, torch.Tensor]:
+    """Three ragged rows, and which of their positions are supervised."""
+    ids_BT = torch.randint(0, REAL, (3, 9), generator=torch.Generator().manual_seed(3))
+    rows_N = torch.tensor([0, 3, 4, 8, 10, 11, 18, 21, 22])
+    return View({"input_ids": ids_BT}, rows_N), torch.randint(0, REAL, (9,), generator=torch.Generator().manual_seed(4))
+
+
+def own_logits(model: LanguageModel, view: View) -> torch.Tensor:
+    return model.plain(**view.inputs, use_cache=False).logits.flatten(0, 1)[view.rows_N, :REAL].double()
+
+
+def signal() -> Dense:
+    from llmkd.head import Head
+
+    project = torch.nn.Linear(5, REAL, bias=False, dtype=torch.float64)
+    project.weight.data = torch.randn(REAL, 5, generator=torch.Generator().manual_seed(5), dtype=torch.float64)
+    return Dense(torch.randn(9, 5, generator=torch.Generator().manual_seed(6), dtype=torch.float64), Head(project, REAL))
+
+
+def compare_with_own(model: LanguageModel, rtol: float) -> None:
+    """Logits, loss and the gradient of every parameter, against autograd through the model's own logits."""
+    view, labels_N = batch()
+    objective, answer = Objective(0.4, 2.0, reverse_kl), signal()
+    with torch.no_grad():
+        assert_close(model.head.logits(model.hidden(view)).double(), own_logits(model, view), rtol=rtol, atol=rtol)
+    total, _ = fused_loss(model.hidden(view), model.head, labels_N, objective, answer, chunk=4)
+    total.backward()
+    ours = {name: p.grad for name, p in model.named_parameters()}
+    model.zero_grad(set_to_none=True)
+    logits_NV = own_logits(model, view)
+    log_q, log_p = torch.log_softmax(logits_NV / 2, -1), torch.log_softmax(answer.head.logits(answer.hidden_NH) / 2, -1)
+    dense = 0.6 * F.cross_entropy(logits_NV, labels_N, reduction="sum") + 0.4 * 4 * (log_q.exp() * (log_q - log_p)).sum()
+    dense.backward()
+    assert_close(total.double(), dense, rtol=rtol, atol=rtol)
+    largest = max(p.grad.abs().max().item() for p in model.parameters() if p.grad is not None)
+    for name, p in model.named_parameters():
+        assert (ours[name] is None) == (p.grad is None) or not (p.grad if ours[name] is None else ours[name]).any(), name
+        if p.grad is not None and ours[name] is not None:
+            assert_close(ours[name], p.grad, rtol=rtol, atol=rtol * largest, msg=lambda text, name=name: f"{name}: {text}")
+
+
+@pytest.mark.parametrize("family", KNOWN)
+def test_the_fused_path_equals_the_models_own_logits(family, capsys):
+    model = language_model(family)
+    selftest.check(model, "student.model")
+    assert not model.own_forward and not capsys.readouterr().err
+    assert (pytest.approx(model.head.scale), model.head.softcap) == KNOWN[family]
+    compare_with_own(model, 1e-4 if family in SINGLE else 1e-10)
+
+
+def test_weights_that_a_single_token_does_not_use_are_known():
+    """A process without an example in a step runs one token, and others would wait for its gradients of RWKV's decay."""
+    assert selftest.untouched(language_model("rwkv"), "student.model") == [f"rwkv.blocks.{n}.attention.time_decay" for n in (0, 1)]
+    assert selftest.untouched(language_model("llama"), "student.model") == []
+
+
+@pytest.mark.parametrize("family", UNKNOWN)
+def test_an_unknown_head_falls_back_to_the_models_own_forward(family, capsys):
+    model = language_model(family)
+    selftest.check(model, "teacher.model")
+    assert model.own_forward
+    assert capsys.readouterr().err.count(f"note: teacher.model: llmkd does not know {family}'s head") == 1
+    compare_with_own(model, 1e-10)
+
+
+def test_the_fallback_computes_only_the_columns_it_needs():
+    model, seen = language_model("llama"), []
+    model.use_own_forward()
+    model.plain.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[1]))
+    view, _ = batch()
+    model.hidden(view)
+    assert seen == [6]  # of nine columns the supervised positions stand in six
+    compare_with_own(model, 1e-10)
+
+
+def test_a_head_that_a_family_calls_its_decoder_is_not_taken_for_the_body():
+    from llmkd.models.families import decoder_of, layers_of
+
+    plain = language_model("modernbert-decoder").plain
+    assert decoder_of(plain) is plain.model and len(layers_of(plain)) == plain.config.num_hidden_layers
+
+
+@pytest.mark.parametrize("family", BIDIRECTIONAL)
+def test_a_model_that_sees_later_tokens_is_refused(family):
+    with pytest.raises(UserError, match=r"student.model: .* sees? the tokens after it|see the tokens after it"):
+        selftest.check(language_model(family), "student.model")
+
+
+@pytest.mark.parametrize("family", sorted(KNOWN.keys() - set(LEAKING)) + ["modernbert-decoder"])
+def test_packing_is_allowed_where_it_is_isolated(family):
+    selftest.check(language_model(family), "student.model", packing=True)
+
+
+@pytest.mark.parametrize("family", LEAKING)
+def test_packing_is_refused_where_examples_see_one_another(family):
+    with pytest.raises(UserError, match=r"data.packing: .* see one another|data.packing: .* takes no packed rows"):
+        selftest.check(language_model(family), "student.model", packing=True)
+
+
+@pytest.mark.slow
+def test_every_causal_family_of_transformers_is_right_or_refused():
+    """Those that can be built this small; none may be silently wrong."""
+    compared, refused, unbuilt = [], [], []
+    for family in sorted(set(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES) - set(KNOWN)):
+        try:
+            model = language_model(family)
+        except Exception as error:
+            unbuilt.append(f"{family} ({error})")
+            continue
+        try:
+            selftest.check(model, family)
+        except UserError as error:
+            refused.append(str(error))
+            continue
+        compare_with_own(model, 1e-3)
+        compared.append(family)
+    print(f"compared {len(compared)}, refused {len(refused)}: {refused}; not built {len(unbuilt)}: {unbuilt}")
+    assert len(compared) >= 70
+    assert all("tokens after it" in text or "fails on a first small batch" in text for text in refused)

@@ -1,0 +1,232 @@
+"""The last layer at the supervised rows alone, and layers that are recomputed: nothing changes but what is computed."""
+
+import pytest
+import torch
+from torch import nn
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from llmkd.batch import View
+from llmkd.config.recipe import Lora, Quantization, Student, Teacher
+from llmkd.errors import UserError
+from llmkd.models import startup_checks as selftest
+from llmkd.models.activation_checkpointing import recompute
+from llmkd.models.families import layers_of
+from llmkd.models.language_model import LanguageModel
+from llmkd.models.load import load_students, load_teacher, load_together
+from tests.kit.families import V, tiny
+
+N, TOTAL = 9, 27
+FAMILIES = "llama qwen2 qwen3 gemma2 gemma3_text phi3 olmo2 granite mistral gpt2 mixtral phi".split()
+LORA = Lora(rank=4, dropout=0.3)
+
+
+def view(rows=(0, 3, 4, 8, 10, 11, 18, 21, 22), packed=False) -> View:
+    ids_BT = torch.randint(0, V - 6, (3, 9), generator=torch.Generator().manual_seed(3))
+    inputs = {"input_ids": ids_BT}
+    if packed:
+        inputs = {"input_ids": ids_BT.reshape(1, -1), "position_ids": torch.arange(9).repeat(3)[None]}
+    return View(inputs, torch.tensor(rows, dtype=torch.long))
+
+
+def results(model: LanguageModel, spared: bool, on: View, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Hidden states at the rows, and the gradients of all that trains, with the last layer's hooks or without."""
+    hooks = model.last_layer
+    assert hooks is not None
+    if not spared:
+        model.last_layer = None
+    torch.manual_seed(seed)
+    hidden_NH = model.hidden(on)
+    model.last_layer = hooks
+    hidden_NH.cos().sum().backward()
+    found = {"hidden": hidden_NH.detach()} | {name: p.grad.clone() for name, p in model.trainable().items() if p.grad is not None}
+    model.zero_grad(set_to_none=True)
+    return found
+
+
+def gap(some: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> float:
+    assert some.keys() == others.keys() and len(some) > 1
+    size = max(x.abs().max().item() for name, x in some.items() if name != "hidden")
+    assert size > 1e-6
+    gaps = {name: (some[name] - others[name]).abs().max().item() for name in some}
+    return max(gaps.pop("hidden") / some["hidden"].abs().max().item(), *(one / size for one in gaps.values()))
+
+
+def lengths_seen(model: LanguageModel, name: str, layer: int = -1) -> list[int]:
+    """Filled with how many positions reach the layer's module of that name."""
+    seen, found = [], [m for n, m in layers_of(model.plain)[layer].named_modules() if n.rsplit(".", 1)[-1] == name]
+    inner = next(m for m in found[0].modules() if type(m) is nn.Linear)
+    inner.register_forward_hook(lambda module, args, out: seen.append(args[0].shape[:-1].numel()))
+    return seen
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_is_exact(family):
+    model = LanguageModel(tiny(family), V - 6).eval()
+    selftest.check(model, "student.model")
+    assert gap(results(model, True, view()), results(model, False, view())) < 1e-12
+
+
+@pytest.mark.slow
+def test_it_is_exact_or_left_out_in_every_family():
+    used = []
+    for family in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+        try:
+            model = LanguageModel(tiny(family), V - 6).eval()
+            selftest.check(model, "student.model")
+        except Exception:  # not built this small, or refused
+            continue
+        if model.last_layer:
+            assert gap(results(model, True, view()), results(model, False, view())) < 1e-6, family  # some route in float32
+            used.append(family)
+    assert len(used) >= 80
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("name", ["q_proj", "o_proj", "mlp"])
+def test_only_the_rows_reach_the_last_layers_modules(name, packed):
+    model = LanguageModel(tiny("llama"), V - 6)
+    selftest.check(model, "student.model", packing=packed)
+    last, first, keys = lengths_seen(model, name), lengths_seen(model, name, 0), lengths_seen(model, "k_proj")
+    model.hidden(view(packed=packed))
+    assert (last, first, keys) == ([N], [TOTAL], [TOTAL])
+
+
+@pytest.mark.parametrize("rows", [(), tuple(range(25)), tuple(range(27))])
+def test_it_is_left_out_where_nearly_all_positions_are_supervised_or_none_is(rows):
+    model = LanguageModel(tiny("llama"), V - 6)
+    selftest.check(model, "student.model")
+    seen = lengths_seen(model, "mlp")
+    assert model.hidden(view(rows)).shape == (len(rows), 32) and seen == [TOTAL]
+
+
+class Mixing(nn.Module):
+    """A module whose result at a position needs the position before it."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        return self.inner(x + nn.functional.pad(x, (0, 0, 1, -1)) / 100)
+
+
+class Blind(nn.Module):
+    """A norm that has no gradient where nothing is: as nan as 0 / 0."""
+
+    def forward(self, x):
+        return x / x.norm(dim=-1, keepdim=True)
+
+
+@pytest.mark.parametrize(
+    "name, wrap, dtype, trains",
+    [
+        ("mlp", Mixing, torch.float64, False),
+        ("post_attention_layernorm", Mixing, torch.bfloat16, False),  # less than rounding, and found all the same
+        ("post_feedforward_layernorm", lambda inner: Blind(), torch.float64, True),
+    ],
+)
+def test_it_is_left_out_where_something_else_is_read(name, wrap, dtype, trains):
+    for changed in (False, True):
+        model = LanguageModel(tiny("gemma2", dtype).requires_grad_(trains), V - 6)
+        layer = layers_of(model.plain)[-1]
+        if changed:
+            setattr(layer, name, wrap(getattr(layer, name)))
+        selftest.check(model, "student.model")
+        assert (model.last_layer is None) == changed
+
+
+@pytest.mark.parametrize("family", ["gpt_oss", "mamba2"])  # a pair from the mlp; none of the modules
+def test_it_is_left_out_where_a_family_is_made_otherwise(family):
+    if family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        pytest.skip(f"this version of transformers has no {family}")
+    model = LanguageModel(tiny(family), V - 6)
+    selftest.check(model, "student.model")
+    assert model.last_layer is None
+
+
+def student(world, **changes) -> list[LanguageModel]:
+    arms = [Student(model=str(world / "student"), lora=lora, **changes) for lora in (LORA, Lora(rank=2, alpha=64.0))]
+    return load_students(arms, 640, "cpu", seed=7)
+
+
+def stirred(model: LanguageModel) -> LanguageModel:
+    """With an adapter that does something."""
+    with torch.no_grad():
+        for n, p in enumerate(model.trainable().values()):
+            p.copy_(torch.randn(p.shape, generator=torch.Generator().manual_seed(n)) * 0.1)
+    return model
+
+
+def test_adapters_side_by_side_and_the_teacher_beside_them(world):
+    (one, other), (teacher,) = load_together(
+        [Student(model=str(world / "student"), lora=lora) for lora in (Lora(rank=4), Lora(rank=2))],
+        [("teacher", Teacher(model=str(world / "student")))],
+        640,
+        "cpu",
+        seed=7,
+    )
+    assert one.last_layer is other.last_layer is not teacher.last_layer
+    stirred(one), stirred(other)
+    for model in (one, other, one):
+        with torch.no_grad():
+            before = teacher.hidden(view())
+        assert gap(results(model, True, view()), results(model, False, view())) < 1e-12
+        teacher.last_layer, hooks = None, teacher.last_layer
+        torch.testing.assert_close(teacher.hidden(view()), before, rtol=1e-12, atol=1e-12)
+        teacher.last_layer = hooks
+
+
+@pytest.mark.parametrize("type_", ["nf4", "int8"])
+def test_a_quantised_base(world, type_, tmp_path):
+    pytest.importorskip("bitsandbytes")
+    base = Student(model=str(world / "student"), dtype="float32", quantization=Quantization(type=type_), lora=Lora(rank=4))
+    (model,) = load_students([base], 640, "cpu", seed=7)
+    if type_ == "int8":
+        assert model.last_layer is None
+        return
+    stirred(model)
+    assert gap(results(model, True, view()), results(model, False, view())) < 1e-5
+
+
+def test_offloaded_and_in_bfloat16(world):
+    for settings in (Teacher(model=str(world / "adapter"), device="offload"), Teacher(model=str(world / "adapter"), dtype="bfloat16")):
+        teacher = load_teacher(settings, 640, "cpu")
+        seen = lengths_seen(teacher, "mlp")
+        with torch.no_grad():
+            part = teacher.hidden(view())
+            teacher.last_layer = None
+            whole = teacher.hidden(view())
+        assert seen == [N, TOTAL]
+        torch.testing.assert_close(part, whole, rtol=3e-2 if part.dtype == torch.bfloat16 else 1e-12, atol=3e-2)
+
+
+@pytest.mark.parametrize("share, recomputed", [(True, 3), (0.5, 2), (0.01, 1), (0.99, 3)])
+def test_layers_are_recomputed_from_the_first_and_never_the_last(share, recomputed):
+    model = LanguageModel(tiny("llama", num_hidden_layers=4), V - 6).train()
+    recompute(model.plain, share)
+    selftest.check(model, "student.model")
+    seen = [lengths_seen(model, "mlp", n) for n in range(4)]
+    results(model, True, view())
+    assert [len(one) for one in seen] == [2] * recomputed + [1] * (4 - recomputed)
+    assert seen[-1] == [N]
+
+
+@pytest.mark.parametrize("share", [True, 0.5])
+def test_recomputing_changes_no_bit(world, share):
+    """Dropout and all; two students in turn, whose backward passes each find their own adapter and rows."""
+    kept, again = student(world), student(world, gradient_checkpointing=share)
+    for a, b in zip(kept, again, strict=True):
+        stirred(a), stirred(b)
+        assert gap(results(a, True, view(), seed=5), results(b, True, view(), seed=5)) == 0
+
+
+def test_a_last_layer_that_is_recomputed_is_left_whole():
+    model = LanguageModel(tiny("llama"), V - 6).train()
+    model.plain.gradient_checkpointing_enable({"use_reentrant": False})
+    selftest.check(model, "student.model")
+    assert model.last_layer is None
+
+
+def test_a_share_is_refused_where_layers_cannot_be_chosen():
+    with pytest.raises(UserError, match="student.gradient_checkpointing: found 0.5, and of llama layers cannot be chosen; set it to true"):
+        recompute(tiny("llama", num_hidden_layers=1), 0.5)

@@ -1,0 +1,126 @@
+"""The first law of the project: how an optimizer step is cut into micro-batches and ranks changes nothing."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import distance, plain_recipe, weights
+
+REPO = Path(__file__).parents[2]
+BOUND = 1e-12  # float64, after five steps; the last window has 5 of 8 examples
+
+
+@pytest.fixture(scope="module")
+def reference(world, tmp_path_factory):
+    """One micro-batch of all eight examples, per method of training the student."""
+    from llmkd.config import loader as settings
+    from llmkd.training.run import run
+
+    done = {}
+
+    def get(method: str):
+        if method not in done:
+            root = tmp_path_factory.mktemp(method)
+            (root / "r.yaml").write_text(json.dumps(plain_recipe(world, root / "out")))
+            run(settings.load_recipe(root / "r.yaml", {"train.micro_batch_size": 8, "student.method": method}))
+            done[method] = weights(root / "out")
+        return done[method]
+
+    return get
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("micro", [1, 3, 4])
+def test_micro_batches_do_not_matter(trained, reference, method, micro):
+    got = trained("cut", student__method=method, train__micro_batch_size=micro)
+    assert all(t.dtype.itemsize == 8 for t in got.values())
+    assert distance(got, reference(method)) < BOUND
+
+
+@pytest.mark.parametrize("packing", [False, True])
+@pytest.mark.parametrize("tokens", [1, 90, 10_000])
+def test_budgets_of_tokens_do_not_matter(trained, reference, tokens, packing):
+    got = trained("budget", train__micro_batch_size=None, train__micro_batch_tokens=tokens, data__packing=packing)
+    assert distance(got, reference("lora")) < BOUND
+
+
+def test_chunks_of_the_head_do_not_matter(trained, reference):
+    assert distance(trained("chunk", train__micro_batch_size=8, loss__chunk_rows=5), reference("lora")) < BOUND
+
+
+def test_gradient_checkpointing_does_not_matter(trained, reference):
+    assert distance(trained("gc", train__micro_batch_size=8, student__gradient_checkpointing=True), reference("lora")) < BOUND
+
+
+def test_the_reference_moves(world, trained, reference):
+    """The laws above would hold for a trainer that does nothing."""
+    assert distance(trained("other", optim__lr=2e-2), reference("lora")) > 1e-4
+    assert distance(trained("ce", loss__kd_ratio=0.0), reference("lora")) > 1e-4
+
+
+@pytest.mark.slow
+def test_two_processes_are_one(world, reference, tmp_path):
+    """Ragged windows over two gloo ranks, also where a rank has no example left, and for a student trained in full."""
+    tokens = ["--train.micro_batch_size", "null", "--train.micro_batch_tokens", "90", "--data.packing", "true"]
+    three = ["--train.micro_batch_size", "3"]
+    for name, changes in (("lora", []), ("lora3", three), ("lora9", tokens), ("full", ["--student.method", "full"])):
+        (tmp_path / f"{name}.yaml").write_text(json.dumps(plain_recipe(world, tmp_path / name)))
+        done = torchrun(2, ["--config", str(tmp_path / f"{name}.yaml"), *changes], tmp_path)
+        assert done.returncode == 0, done.stderr[-3000:]
+        assert distance(weights(tmp_path / name), reference(name.rstrip("39"))) < BOUND
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_where_some_weights_are_never_used(world, trained, tmp_path):
+    """BART's decoder alone has an attention to an encoder that is not there: no gradient ever comes for it."""
+    from llmkd.data.reading.skills import tokenizer
+    from tests.kit.families import tiny
+
+    student, changes = tmp_path / "bart", {"student.method": "full", "train.micro_batch_size": 2, "train.max_steps": 3}
+    tiny("bart", vocab_size=640, max_position_embeddings=256, dropout=0.0).save_pretrained(student)
+    tokenizer().save_pretrained(student)
+    one = trained("one", **changes, **{"student.model": str(student)})
+    (tmp_path / "two.yaml").write_text(json.dumps(plain_recipe(world, tmp_path / "two")))
+    words = [word for key, value in changes.items() for word in (f"--{key}", str(value))]
+    done = torchrun(2, ["--config", str(tmp_path / "two.yaml"), "--student.model", str(student), *words], tmp_path)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "get no gradient from a small batch" in done.stderr
+    assert distance(weights(tmp_path / "two"), one) < BOUND
+
+
+def torchrun(processes: int, arguments: list[str], cache: Path) -> subprocess.CompletedProcess:
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        f"--nproc_per_node={processes}",
+        "--master_port=0",
+        "--standalone",
+        str(REPO / "llmkd/train.py"),
+    ]
+    environment = os.environ | {"LLMKD_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
+    return subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment, timeout=300)
+
+
+def test_a_refusal_reaches_the_other_processes_with_all_its_lines_and_its_arm():
+    """They get it as `broadcast_object_list` carries it."""
+    import pickle
+
+    from llmkd.errors import UserError, blamed_on, first_alone
+
+    class First:
+        is_main_process, num_processes = True, 1
+
+    def refuse():
+        with blamed_on(3):
+            raise UserError("one: a", "two: b")
+
+    with pytest.raises(UserError) as info:
+        first_alone(First(), refuse)
+    there = pickle.loads(pickle.dumps(info.value))
+    assert there.problems == ("one: a", "two: b") and there.arm == 3 and str(there) == "one: a\ntwo: b"
+    assert first_alone(First(), lambda: 7) == 7

@@ -1,0 +1,271 @@
+"""A run that was stopped and resumed is, bit for bit, the run that was not; and no kill leaves it without a way on."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmkd.errors import Stopped, UserError
+from llmkd.output.metrics import read
+from llmkd.training import checkpoint
+from llmkd.training.run import run
+from tests.conftest import distance, plain_recipe, weights
+from tests.training.test_parity import torchrun
+
+#: Two epochs of three steps over 20 rows (the last window has 4), dropout on, validation in between.
+LONG = {"data__train__limit": 20, "train__epochs": 2, "student__lora__dropout": 0.3, "checkpoint__every": 1, "checkpoint__keep": 99}
+STEPS = 6
+
+
+def comparable(out: Path) -> list[dict]:
+    return [{k: v for k, v in record.items() if k not in ("targets_per_s", "peak_memory")} for record in read(out / "metrics.jsonl")]
+
+
+def unfinish(out: Path, step: int) -> None:
+    """What a kill just after the checkpoint of `step` leaves."""
+    (out / "summary.json").unlink()
+    shutil.rmtree(out / "adapter")
+    for path in (out / "checkpoints").iterdir():
+        if int(path.name.split("-")[1]) > step:
+            shutil.rmtree(path)
+
+
+@pytest.fixture(scope="module")
+def whole(world, tmp_path_factory):
+    from llmkd.config import loader as settings
+
+    root = tmp_path_factory.mktemp("whole")
+    held = {"validation__path": str(world / "held.jsonl")}
+    (root / "r.yaml").write_text(json.dumps(plain_recipe(world, root / "out")))
+    changes = LONG | {f"data__{k}": v for k, v in held.items()} | {"validation__every": 2}
+    recipe = settings.load_recipe(root / "r.yaml", {k.replace("__", "."): v for k, v in changes.items()})
+    run(recipe)
+    return recipe
+
+
+@pytest.mark.parametrize("step", range(1, STEPS))
+def test_resume_at_every_step(whole, step, tmp_path):
+    import dataclasses
+
+    out = tmp_path / "out"
+    shutil.copytree(whole.output_dir, out)
+    unfinish(out, step)
+    torch.manual_seed(step)  # whatever the process's own state is
+    run(dataclasses.replace(whole, output_dir=str(out)), resume=True)
+    assert distance(weights(out), weights(Path(whole.output_dir))) == 0
+    assert comparable(out) == comparable(Path(whole.output_dir))
+
+
+def test_validation_changes_nothing(whole, trained):
+    assert distance(trained("silent", **LONG), weights(Path(whole.output_dir))) == 0
+
+
+def test_dropout_is_on(whole, trained):
+    assert distance(trained("dry", **LONG | {"student__lora__dropout": 0.0}), weights(Path(whole.output_dir))) > 1e-6
+
+
+def test_only_the_newest_and_the_best_are_kept(trained, world, tmp_path):
+    trained(
+        "kept",
+        **LONG
+        | {"checkpoint__keep": 2, "data__validation__path": str(world / "held.jsonl"), "validation__every": 1, "checkpoint__best_by": "ce"},
+    )
+    summary = json.loads((tmp_path / "kept/summary.json").read_text())
+    kept = {int(p.name.split("-")[1]) for p in (tmp_path / "kept/checkpoints").iterdir()}
+    assert kept == {5, 6, summary["best"]["step"]}
+    values = {r["step"]: r["validation"]["ce"] for r in read(tmp_path / "kept/metrics.jsonl") if "validation" in r}
+    assert summary["best"]["value"] == min(values.values())
+
+
+def test_a_checkpoint_is_small_and_plain(whole):
+    files = {p.name for p in (Path(whole.output_dir) / "checkpoints/step-1").iterdir()}
+    assert files == {"student.safetensors", "optimizer.safetensors", "state.json", "manifest.json"}
+    from safetensors.torch import load_file
+
+    assert all("lora" in name for name in load_file(Path(whole.output_dir) / "checkpoints/step-1/student.safetensors"))
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut", "missing", "manifest"])
+def test_a_damaged_checkpoint_is_passed_over_by_name(whole, damage, tmp_path, capsys):
+    import dataclasses
+
+    out = tmp_path / "out"
+    shutil.copytree(whole.output_dir, out)
+    unfinish(out, 4)
+    victim = out / "checkpoints/step-4" / ("manifest.json" if damage == "manifest" else "student.safetensors")
+    raw = bytearray(victim.read_bytes())
+    if damage == "missing":
+        victim.unlink()
+    else:
+        raw[-3] ^= 1
+        victim.write_bytes(raw[: len(raw) // 2] if damage in ("cut", "manifest") else raw)
+    run(dataclasses.replace(whole, output_dir=str(out)), resume=True)
+    assert "step-4" in (said := capsys.readouterr().err) and "resuming after step 3" in said
+    assert distance(weights(out), weights(Path(whole.output_dir))) == 0
+
+
+def test_no_whole_checkpoint_left_is_refused(whole, tmp_path):
+    shutil.copytree(Path(whole.output_dir) / "checkpoints/step-1", tmp_path / "c/step-1")
+    (tmp_path / "c/step-1/state.json").write_text("{}")
+    with pytest.raises(UserError, match=r"step-1 \(state.json has 2 bytes"):
+        checkpoint.newest([tmp_path / "c"])
+
+
+def save_points():
+    return ["weights", "optimizer", "state", "manifest", "sync 0", "sync 3", "rename", "sync after", "delete old"]
+
+
+@pytest.mark.parametrize("point", save_points())
+def test_a_kill_inside_a_save_leaves_a_whole_checkpoint(tmp_path, point):
+    """A forked child is killed with SIGKILL at one point of writing step 2; step 1, or step 2, is then whole."""
+    p = torch.nn.Parameter(torch.arange(4.0))
+    optimizer = torch.optim.SGD([p], lr=0.1)
+    checkpoint.save(tmp_path, 1, {"p": p}, optimizer, {})
+    child = os.fork()
+    if child == 0:
+        _die_at(point)
+        checkpoint.save(tmp_path, 2, {"p": p}, optimizer, {})
+        checkpoint.prune(tmp_path, 1)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+    (found,) = checkpoint.newest([tmp_path])
+    assert found.step == (2 if point in ("sync after", "delete old") else 1)
+    checkpoint.save(tmp_path, 2, {"p": p}, optimizer, {})
+    assert checkpoint.newest([tmp_path])[0].step == 2 and not list(tmp_path.glob("*.tmp-*"))
+
+
+def _die_at(point: str) -> None:
+    import safetensors.torch
+
+    def kill(*_, **__):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    def after(function, calls):
+        count = [0]
+
+        def wrapped(*args, **kwargs):
+            if count[0] == calls:
+                kill()
+            count[0] += 1
+            return function(*args, **kwargs)
+
+        return wrapped
+
+    if point in ("weights", "optimizer"):
+        safetensors.torch.save_file = after(safetensors.torch.save_file, point == "optimizer")
+    elif point in ("state", "manifest"):
+        checkpoint._write = after(checkpoint._write, point == "manifest")
+    elif point.startswith("sync"):
+        checkpoint._sync = after(checkpoint._sync, {"sync 0": 0, "sync 3": 3, "sync after": 5}[point])
+    elif point == "rename":
+        os.rename = kill
+    else:
+        real = shutil.rmtree
+        shutil.rmtree = lambda path, **kw: kill() if Path(path).name == "step-1" else real(path, **kw)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
+def test_a_signal_saves_and_stops(make_recipe, trained, tmp_path, monkeypatch, number):
+    """A signal in the second step: that step is finished and saved; the resumed run is the uninterrupted one."""
+    from llmkd.training.distiller import Distiller
+
+    expected = trained("straight", **LONG | {"checkpoint__every": None})
+    real, calls = Distiller.forward, [0]
+
+    def forward(self, *args):
+        calls[0] += 1
+        if calls[0] == 4:
+            os.kill(os.getpid(), number)
+        return real(self, *args)
+
+    monkeypatch.setattr(Distiller, "forward", forward)
+    recipe = make_recipe("stopped", **LONG | {"checkpoint__every": None})
+    with pytest.raises(Stopped, match="after step 2 of 6"):
+        run(recipe)
+    assert [p.name for p in (tmp_path / "stopped/checkpoints").iterdir()] == ["step-2"]
+    run(recipe, resume=True)
+    assert distance(weights(tmp_path / "stopped"), expected) == 0
+
+
+KILLED = textwrap.dedent("""
+    import os, signal, sys
+    from llmkd.training.distiller import Distiller
+    from llmkd.cli import main
+    real, calls = Distiller.forward, [0]
+    def forward(self, *args):
+        calls[0] += 1
+        if calls[0] == int(sys.argv[1]):
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(self, *args)
+    Distiller.forward = forward
+    sys.exit(main(["train", "--config", *sys.argv[2:]]))
+""")
+
+
+@pytest.mark.parametrize("call", [1, 8])
+def test_kill_9_in_the_middle_of_an_accumulation(world, trained, tmp_path, call):
+    expected = trained("straight", **LONG)
+    (tmp_path / "k.yaml").write_text(json.dumps(plain_recipe(world, tmp_path / "killed")))
+    changes = [w for k, v in LONG.items() for w in ("--" + k.replace("__", "."), str(v))]
+    command = [sys.executable, "-c", KILLED, str(call), str(tmp_path / "k.yaml"), *changes]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    assert subprocess.run(command, env=environment, capture_output=True).returncode == -signal.SIGKILL
+    from llmkd.config import loader as settings
+
+    recipe = settings.load_recipe(tmp_path / "k.yaml", {k.replace("__", "."): v for k, v in LONG.items()})
+    with pytest.raises(UserError, match="unfinished run"):
+        run(recipe)
+    run(recipe, resume=True)
+    assert distance(weights(tmp_path / "killed"), expected) == 0
+
+
+@pytest.mark.slow
+def test_two_processes_resume_bit_for_bit(world, tmp_path):
+    (tmp_path / "r.yaml").write_text(json.dumps(plain_recipe(world, tmp_path / "out")))
+    changes = [w for k, v in LONG.items() for w in ("--" + k.replace("__", "."), str(v))]
+    assert torchrun(2, ["--config", str(tmp_path / "r.yaml"), *changes], tmp_path).returncode == 0
+    shutil.copytree(tmp_path / "out", tmp_path / "expected")
+    unfinish(tmp_path / "out", 4)
+    done = torchrun(2, ["--config", str(tmp_path / "r.yaml"), *changes, "--resume"], tmp_path)
+    assert done.returncode == 0 and "resuming after step 4" in done.stderr, done.stderr[-2000:]
+    assert distance(weights(tmp_path / "out"), weights(tmp_path / "expected")) == 0
+
+
+def test_where_one_of_several_teachers_is_held_may_change_and_who_it_is_may_not(make_recipe, world):
+    from llmkd.config.loader import dump
+    from llmkd.output.run_folder import RunFolder
+
+    two = [{"model": str(world / "adapter")}, {"model": str(world / "stranger")}]
+    recipe = make_recipe(teacher=two)
+    folder = Path(recipe.output_dir)
+    folder.mkdir()
+    (folder / "recipe.yaml").write_text(dump(recipe))
+    RunFolder(make_recipe(teacher=[two[0] | {"device": "cpu"}, two[1] | {"share_base": False}]), True).check()
+    with pytest.raises(UserError, match=r"^teacher\.1\.weight: 1\.0 in the run that is to be resumed and 2\.0 now"):
+        RunFolder(make_recipe(teacher=[two[0], two[1] | {"weight": 2.0}]), True).check()
+
+
+def test_resume_refuses_what_has_changed(make_recipe, world, tmp_path):
+    with pytest.raises(UserError, match="holds a finished run"):
+        run(make_recipe("a", train__max_steps=1, optim__warmup_steps=0))
+        run(make_recipe("a", train__max_steps=1, optim__warmup_steps=0))
+    assert run(make_recipe("a", train__max_steps=1, optim__warmup_steps=0), resume=True)["steps"] == 1
+    unfinish_all = tmp_path / "a"
+    (unfinish_all / "summary.json").unlink()
+    with pytest.raises(UserError) as refused:
+        run(make_recipe("a", train__max_steps=2, optim__warmup_steps=0, optim__lr=0.5), resume=True)
+    assert {p.split(":")[0] for p in refused.value.problems} == {"optim.lr", "train.max_steps"}
+    rows = tmp_path / "rows.jsonl"
+    shutil.copy(world / "train.jsonl", rows)
+    run(make_recipe("b", train__max_steps=1, optim__warmup_steps=0, data__train__path=str(rows)))
+    (tmp_path / "b/summary.json").unlink()
+    rows.write_text(rows.read_text() + rows.read_text().splitlines()[0] + "\n")
+    with pytest.raises(UserError, match="the training data has changed"):
+        run(make_recipe("b", train__max_steps=1, optim__warmup_steps=0, data__train__path=str(rows)), resume=True)

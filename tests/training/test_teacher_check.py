@@ -1,0 +1,100 @@
+"""Before the first step: the teacher's cross-entropy against the student's, on rows that are trained on."""
+
+import json
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmkd.data.collate import collate
+from llmkd.models import load as models_load
+from llmkd.teachers.fidelity import some_of
+from llmkd.teachers.live import Live
+from llmkd.training.prepare import prepare
+from llmkd.training.run import run
+from llmkd.training.validate import validate
+
+
+def gate_of(recipe) -> list[dict]:
+    lines = map(json.loads, (Path(recipe.output_dir) / "metrics.jsonl").read_text().splitlines())
+    return [line["gate"] for line in lines if "gate" in line]
+
+
+def test_its_figures_are_the_cross_entropies_of_both_on_the_sample(make_recipe, capsys):
+    recipe = make_recipe(validation__gate=11, train__max_steps=2)
+    run(recipe)
+    prepared = prepare(recipe)
+    sample = some_of(prepared.train, 11)
+    batch = collate(sample, list(range(11)), 0)
+    teacher = Live(models_load.load_teacher(recipe.teacher, prepared.vocab, "cpu"))
+    student = models_load.load_student(recipe.student, prepared.vocab, "cpu", recipe.seed).eval()
+    log_q = torch.log_softmax(student.head.logits(student.hidden(batch.student)), -1)
+    expected = {
+        "examples": 11,
+        "ce": -float(log_q.gather(1, batch.labels_N[:, None]).mean()),
+        "teacher_ce": -float(teacher(batch).label_log_probs(slice(None), batch.labels_N).mean()),
+    }
+    (found,) = gate_of(recipe)
+    assert found == pytest.approx(expected, abs=1e-9)
+    assert f"the teacher's CE is {found['teacher_ce']:.4f} and the student's {found['ce']:.4f}" in capsys.readouterr().err
+
+
+def test_it_changes_nothing_of_the_run(trained):
+    from tests.conftest import distance
+
+    with_, without = (trained(f"gate{n}", validation__gate=n, student__lora__dropout=0.2) for n in (64, 0))
+    assert distance(with_, without) == 0
+
+
+def test_a_resumed_run_does_not_pass_it_again(make_recipe, trained):
+    changes = {"train__epochs": 1, "checkpoint__every": 2}
+    recipe = make_recipe("r", **changes)
+    run(recipe)
+    for name in ("summary.json",):
+        (Path(recipe.output_dir) / name).unlink()
+    import shutil
+
+    shutil.rmtree(Path(recipe.output_dir) / "checkpoints" / "step-4", ignore_errors=True)
+    run(recipe, resume=True)
+    assert len(gate_of(recipe)) == 1
+
+
+def test_the_advice_comes_where_it_is_due(world, make_recipe, capsys):
+    """A bare base that knows the rows better gets a note, one that does not a warning; an adapter and the student's own base neither."""
+
+    def said(out, **changes):
+        run(make_recipe(out, train__max_steps=2, **changes))
+        err = capsys.readouterr().err
+        return "warning: the teacher knows" in err, "note: " in err and "neither an adapter" in err
+
+    ces = {}
+    for name in ("teacher", "student", "adapter"):
+        recipe = make_recipe(f"ce {name}", teacher__model=str(world / name), train__max_steps=2)
+        run(recipe)
+        ces[name] = gate_of(recipe)[0]
+    capsys.readouterr()
+    better = {name: figures["teacher_ce"] < figures["ce"] for name, figures in ces.items()}
+    assert not better["student"]  # the student's own base: equal
+    for name in ("teacher", "adapter"):
+        warned, noted = said(name, teacher__model=str(world / name))
+        assert warned == (not better[name]) and noted == (better[name] and name == "teacher")
+    assert said("own", teacher__model=str(world / "student")) == (True, False)
+    assert said("none", teacher=None, loss__kd_ratio=0) == (False, False)
+
+
+def test_a_stream_is_judged_by_its_first_step(make_recipe):
+    recipe = make_recipe(data__streaming=True, train__max_steps=2)
+    run(recipe)
+    assert gate_of(recipe)[0]["examples"] == recipe.train.batch_size
+
+
+def test_its_time_is_not_trainings(make_recipe, monkeypatch):
+    from llmkd.training import trainer as session
+
+    slow = lambda *args: time.sleep(1.5) or validate(*args)  # noqa: E731
+    monkeypatch.setattr(session, "validate", slow)
+    recipe = make_recipe(train__max_steps=2)
+    run(recipe)
+    first = next(line for line in map(json.loads, (Path(recipe.output_dir) / "metrics.jsonl").read_text().splitlines()) if "loss" in line)
+    assert first["targets"] / first["targets_per_s"] < 1.4
