@@ -5,6 +5,7 @@ killed goes on where it was. Size and time are said first.
 """
 
 import contextlib
+import functools
 import hashlib
 import shutil
 import time
@@ -106,7 +107,7 @@ def write(recipe: Recipe, prepared: Prepared, teacher: TeacherFiles, accelerator
     from ..models.load import load_together
     from ..teachers.cache.records import kind_to_record
     from ..teachers.cache.shards import Writer
-    from ..teachers.fidelity import some_asked
+    from ..teachers.fidelity import measured_transform, some_asked
     from ..teachers.live import Live
 
     setting, device, rank, ranks = teacher.setting, accelerator.device, accelerator.process_index, accelerator.num_processes
@@ -116,7 +117,8 @@ def write(recipe: Recipe, prepared: Prepared, teacher: TeacherFiles, accelerator
     def some(_) -> list:
         return some_asked(encoded, number, size, pad, device)
 
-    (model,) = load_together([], [(setting, teacher.settings)], prepared.vocab, device, recipe.seed, asked=some)[1]
+    around = functools.partial(measured_transform, some)
+    (model,) = load_together([], [(setting, teacher.settings)], prepared.vocab, device, recipe.seed, around_transform=around)[1]
     kind = kind_to_record(teacher.settings.cache, prepared.vocab, model)
     plan = planned(encoded, kind.bytes)
     made_of = taught.made_of(recipe, teacher, prepared.tokenizer, taught.contents(prepared))

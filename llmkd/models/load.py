@@ -1,6 +1,8 @@
 """Students and teachers loaded together: what they have in common is in memory once."""
 
+import contextlib
 from collections import Counter
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -11,7 +13,6 @@ from ..config.recipe import Teacher as TeacherSettings
 from ..console import say
 from ..errors import UserError, blamed_on
 from ..model_files import ModelFiles, find
-from ..teachers.fidelity import Asked
 from . import adapters, last_layer
 from . import pretrained as loading
 from . import shared_weights as sharing
@@ -24,6 +25,13 @@ from .language_model import LanguageModel
 from .offload import OFFLOAD, device_of, head_on, offload
 from .teacher_transforms import hone
 
+#: A context manager round a change of a teacher, from (teacher, its settings, their name).
+AroundTransform = Callable[[LanguageModel, TeacherSettings, str], contextlib.AbstractContextManager]
+
+
+def _nothing_around(teacher: LanguageModel, settings: TeacherSettings, setting: str) -> contextlib.AbstractContextManager:
+    return contextlib.nullcontext()
+
 
 def load_teacher(
     settings: TeacherSettings,
@@ -33,14 +41,14 @@ def load_teacher(
     setting: str = "teacher",
     files: ModelFiles | None = None,
     base: nn.Module | None = None,
-    asked: Asked | None = None,
+    around_transform: AroundTransform = _nothing_around,
 ) -> LanguageModel:
     """The teacher, frozen and in eval mode. A model, or an adapter on its base, merged or not.
 
     device        where the student is, and where the head of a teacher that is held elsewhere (`settings.device`) is too
     packing       packed rows of so many tokens must be safe
     files, base   what was found and loaded already
-    asked         some of what it will be asked, by its setting: where it is not used as it was loaded, it is said how far that moves it
+    around_transform   entered round a merge or a conversion to fp8, to measure what that changes
     """
     name, held = f"{setting}.model", device_of(setting, settings.device, device)
     files = files or find(settings.model, name, settings.revision, settings.base)
@@ -57,7 +65,8 @@ def load_teacher(
         offload(teacher.plain, device)
     selftest.check(teacher, name, packing, settings.attention)
     if settings.honed:
-        hone(teacher, settings, files, setting, asked)
+        with around_transform(teacher, settings, setting):
+            hone(teacher, settings, files, setting)
         last_layer.spare(teacher, selftest.tolerance(teacher))  # which has other modules now
     if settings.device not in (None, OFFLOAD):
         teacher.head = head_on(teacher.head, torch.device(device))
@@ -170,13 +179,13 @@ def load_together(
     device,
     seed: int,
     packing: int = 0,
-    asked: Asked | None = None,
+    around_transform: AroundTransform = _nothing_around,
 ) -> tuple[list[LanguageModel], list[LanguageModel]]:
     """The students as `load_students` gives them and the teachers as `load_teacher` does, each as it would be alone.
 
     teachers   with the names of their settings: teacher, or teacher.0, teacher.1, ...
     packing    packed rows of so many tokens must be safe
-    asked      some of what a teacher will be asked, by its setting: see `load_teacher`
+    around_transform   see `load_teacher`
 
     A base that several of them stand on, held alike, is loaded once; of others, such as a teacher in 16 bit and a student in 4,
     the tensors that are equal are kept once. Only where `share_base` says so, and beside the student alone; a base that trains is
@@ -204,7 +213,7 @@ def load_together(
     models = []
     for (setting, teacher), files, key in zip(teachers, theirs, keys[1:], strict=True):
         on = base(key, files, f"{setting}.model", teacher)
-        models.append(load_teacher(teacher, vocab, device, packing, setting, files, on, asked))
+        models.append(load_teacher(teacher, vocab, device, packing, setting, files, on, around_transform))
     on = base(keys[0], own[0], "student.model", students[0]) if own else None
     learning = load_students(students, vocab, device, seed, packing, own, on) if students else []
     beside = [model for (_, teacher), model in zip(teachers, models, strict=True) if _beside(teacher)]

@@ -1,4 +1,4 @@
-"""Moved here from another file."""
+"""A trained student on disk: written in Hugging Face's form, found again, and loaded as it was trained."""
 
 import dataclasses
 import json
@@ -7,7 +7,6 @@ from pathlib import Path
 from ..config.recipe import Quantization
 from ..config.recipe import Student as StudentSettings
 from ..config.recipe import Teacher as TeacherSettings
-from ..data.encoding.tokenizer import save_tokenizer
 from ..errors import UserError
 from ..model_files import RECORD, fingerprint, record_of
 from . import adapters
@@ -34,8 +33,8 @@ def student_folder(run: str | Path) -> Path:
     raise UserError(f"{run}: holds neither adapter nor model; is the run finished?")
 
 
-def save(model: LanguageModel, tokenizer, folder: Path, settings: StudentSettings) -> None:
-    """The student in Hugging Face's form: an adapter (PEFT) or a whole model, with tokenizer and generation config.
+def save(model: LanguageModel, folder: Path, settings: StudentSettings) -> None:
+    """The student in Hugging Face's form: an adapter (PEFT) or a whole model, with its generation config.
 
     Beside an adapter stands what it was trained on: which base, and how that was held (`as_trained` reads it).
     """
@@ -53,4 +52,3 @@ def save(model: LanguageModel, tokenizer, folder: Path, settings: StudentSetting
         (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
     else:
         model.model.save_pretrained(folder)
-    save_tokenizer(tokenizer, folder)

@@ -1,27 +1,18 @@
-"""A teacher made faster once it is loaded: its adapter merged, its linear layers in 8-bit floats; and how far that moves its answers."""
-
-import math
+"""A teacher made faster once it is loaded: its adapter merged, its linear layers in 8-bit floats."""
 
 import torch
 
 from ..config.recipe import Teacher
-from ..console import say
 from ..errors import UserError, brief
 from ..model_files import ModelFiles
-from ..teachers.fidelity import Asked, _hidden, _kept, compare
 from . import float8
 from .merge import fold
 from .quantization import note_share
 
 
 @torch.no_grad()
-def hone(teacher, settings: Teacher, files: ModelFiles, setting: str, asked: Asked | None = None) -> None:
-    """Change a `models.LanguageModel` as its settings say, in place.
-
-    With `asked`, what it answers to that before and after is compared: said in a line, and kept as `teacher.fidelity`.
-    """
-    batches = asked(setting) if asked else ()
-    before, head = _hidden(teacher, batches), _kept(teacher.head)
+def hone(teacher, settings: Teacher, files: ModelFiles, setting: str) -> None:
+    """Change a `LanguageModel` as its settings say, in place."""
     if settings.merge_adapter:
         teacher.become(fold(teacher.model, f"{setting}.merge_adapter: {files.adapter}"))
     if settings.float8:
@@ -31,16 +22,6 @@ def hone(teacher, settings: Teacher, files: ModelFiles, setting: str, asked: Ask
             )
         note_share(teacher.plain, f"{setting}.model")
         _refuse_failure(teacher, setting)
-    if not batches:
-        return
-    teacher.fidelity = found = compare(before, head, _hidden(teacher, batches), teacher.head)
-    if not math.isfinite(found["forward_kl"]):
-        which = "quantization" if settings.float8 else "merge_adapter"
-        raise UserError(f"{setting}.{which}: the teacher's answers are finite as it was loaded, and not with {settings.held}; leave it out")
-    say(
-        f"{setting}: {settings.held}: KL to the teacher before {found['forward_kl']:.1e} nats per token, "
-        f"top-1 agreement {found['agreement']:.1%} over {found['targets']:,} targets"
-    )
 
 
 def _refuse_failure(teacher, setting: str) -> None:

@@ -9,7 +9,6 @@ from pathlib import Path
 import torch
 
 from ..config.recipe import Recipe
-from ..training.loop import Progress
 from .trackers import Trackers
 
 
@@ -28,14 +27,9 @@ class Record:
             part.replace(self.path)
         self.trackers = Trackers(recipe, folder, done, say)
 
-    def step(self, progress: Progress, learner: int, lr: float, speed: float) -> None:
-        measured = {
-            "grad_norm": progress.grad_norms[learner],
-            "targets": progress.targets,
-            "targets_per_s": round(speed, 1),
-            "peak_memory": peak_memory(),
-        }
-        self.write({"step": progress.step, "epoch": progress.epoch, **progress.terms[learner], "lr": lr, **measured})
+    def step(self, step: int, epoch: int, terms: dict[str, float], lr: float, grad_norm: float, targets: int, speed: float) -> None:
+        measured = {"grad_norm": grad_norm, "targets": targets, "targets_per_s": round(speed, 1), "peak_memory": peak_memory()}
+        self.write({"step": step, "epoch": epoch, **terms, "lr": lr, **measured})
 
     def write(self, record: dict) -> None:
         with open(self.path, "a", encoding="utf-8") as file:

@@ -1,21 +1,27 @@
 """How far a merged, quantised or cached teacher is from itself."""
 
+import contextlib
 import copy
+import math
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..batch import Batch
+from ..config.recipe import Teacher
+from ..console import say
 from ..data.batching import deal
 from ..data.collate import collate
 from ..data.examples import Encoded
 from ..data.stream import Stream
+from ..errors import UserError
 from ..head import Head
 from ..losses.divergences import forward_kl
 from ..losses.fused import default_chunk
+from ..models.language_model import LanguageModel
 from .resolve import mine_of
 
 #: On how many it is measured what became of a teacher that is not used as it was loaded.
@@ -47,6 +53,25 @@ def _known(train: Encoded | Stream) -> Encoded:
 
 #: Some of what a teacher will be asked, by the name of its setting.
 Asked = Callable[[str], Sequence[Batch]]
+
+
+@contextlib.contextmanager
+def measured_transform(asked: Asked, teacher: LanguageModel, settings: Teacher, setting: str) -> Iterator[None]:
+    """Compares the teacher's answers before and after what happens inside: logged in a line, and kept as `teacher.fidelity`."""
+    batches = asked(setting)
+    with torch.no_grad():
+        before, head = _hidden(teacher, batches), _kept(teacher.head)
+        yield
+        if not batches:
+            return
+        teacher.fidelity = found = compare(before, head, _hidden(teacher, batches), teacher.head)
+    if not math.isfinite(found["forward_kl"]):
+        which = "quantization" if settings.float8 else "merge_adapter"
+        raise UserError(f"{setting}.{which}: the teacher's answers are finite as it was loaded, and not with {settings.held}; leave it out")
+    say(
+        f"{setting}: {settings.held}: KL to the teacher before {found['forward_kl']:.1e} nats per token, "
+        f"top-1 agreement {found['agreement']:.1%} over {found['targets']:,} targets"
+    )
 
 
 def compare(before_NH: Tensor, head: Head, after_NH: Tensor, now: Head) -> dict[str, float]:

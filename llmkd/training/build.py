@@ -12,8 +12,7 @@ from ..losses.divergences import named
 from ..losses.objective import Objective
 from ..models import compile as compiled
 from ..models.language_model import LanguageModel
-from ..models.load import load_together
-from ..teachers.fidelity import Asked
+from ..models.load import AroundTransform, load_together
 from . import optim as optimizers
 from .distiller import Distiller
 from .loop import Learner
@@ -22,14 +21,14 @@ from .prepare import Prepared, micro_batch
 
 
 def load(
-    recipes: list[Recipe], teachers: list[tuple[str, Teacher]], vocab: int, device, asked: Asked
+    recipes: list[Recipe], teachers: list[tuple[str, Teacher]], vocab: int, device, around_transform: AroundTransform
 ) -> tuple[list[LanguageModel], list[LanguageModel]]:
     """The recipes' students and the teachers, by their settings' names, ready for packed rows and compiled where the recipe says so."""
     recipe = recipes[0]
     if recipe.train.compile:
         compiled.prepare(device)
     packing = recipe.data.packing * longest_row(recipe)
-    students, found = load_together([one.student for one in recipes], teachers, vocab, device, recipe.seed, packing, asked)
+    students, found = load_together([one.student for one in recipes], teachers, vocab, device, recipe.seed, packing, around_transform)
     every = [
         *(("student.model", one) for one in students),
         *((f"{name}.model", one) for (name, _), one in zip(teachers, found, strict=True)),

@@ -6,10 +6,11 @@ import shutil
 from pathlib import Path
 
 from ..config.recipe import Recipe
+from ..data.encoding.tokenizer import save_tokenizer
 from ..data.stream import Stream
 from ..errors import NonFinite
 from ..models import language_model as models
-from ..models import saved_student as models_saved_student
+from ..models import saved_student
 from ..output import metrics as tracking
 from ..output import plots as tracking_plots
 from ..output.model_card import card
@@ -102,7 +103,8 @@ class Arm:
         for leftover in self.folder.path.glob(f"{output.name}.tmp-*"):
             shutil.rmtree(leftover)
         part = output.with_name(f"{output.name}.tmp-{os.getpid()}")
-        models_saved_student.save(self.student, self.prepared.tokenizer, part, self.recipe.student)
+        saved_student.save(self.student, part, self.recipe.student)
+        save_tokenizer(self.prepared.tokenizer, part)
         text = card(self.recipe, summary, self.prepared.student, self.prepared.teachers, self.prepared.origins)
         (part / "README.md").write_text(text, encoding="utf-8")
         shutil.rmtree(output, ignore_errors=True)

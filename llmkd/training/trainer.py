@@ -23,7 +23,7 @@ from ..output import progress as tracking_progress
 from ..output.run_folder import RunFolder
 from ..signals import Teacher
 from ..teachers.cached import Cached
-from ..teachers.fidelity import some_asked, some_of
+from ..teachers.fidelity import measured_transform, some_asked, some_of
 from ..teachers.live import Live
 from ..teachers.mixture import combined
 from . import checkpoint
@@ -48,7 +48,8 @@ class Session:
         self.main, self.pad = accelerator.is_main_process, prepared.tokenizer.eos_token_id
         live = [(one.setting, one.settings) for one in prepared.teachers if one.store is None]
         try:
-            students, spoken = load(recipes, live, prepared.vocab, accelerator.device, self.asked)
+            around_transform = functools.partial(measured_transform, self.asked)
+            students, spoken = load(recipes, live, prepared.vocab, accelerator.device, around_transform)
         except UserError:
             if stop():  # a signal to the whole group ends a compiler too, which is nobody's mistake
                 raise Stopped("stopped by a signal before the first step; the same command starts again") from None
@@ -182,7 +183,8 @@ class Session:
         going = [k for k in progress.terms if not self.arms[k].failure]
         rates = {k: self.arms[k].learner.learning_rate(progress.step) for k in going}
         for k in going if self.main else ():
-            self.arms[k].record.step(progress, k, rates[k], speed)
+            terms, norm = progress.terms[k], progress.grad_norms[k]
+            self.arms[k].record.step(progress.step, progress.epoch, terms, rates[k], norm, progress.targets, speed)
         if len(self.arms) == 1 and going:
             shown = {name: f"{value:.4f}" for name, value in progress.terms[0].items()} | {"lr": f"{rates[0]:.1e}"}
         else:

@@ -1,5 +1,6 @@
 """Teachers that are not used as they were loaded: merged, in 8-bit floats; what that moves, and what it must not touch."""
 
+import functools
 import json
 import re
 from pathlib import Path
@@ -20,7 +21,7 @@ from llmkd.models import load as models_load
 from llmkd.models.float8 import Float8Linear
 from llmkd.models.load import load_together
 from llmkd.models.shared_weights import storages
-from llmkd.teachers.fidelity import TARGETS, compare, some_asked
+from llmkd.teachers.fidelity import TARGETS, compare, measured_transform, some_asked
 from llmkd.teachers.live import Live
 from llmkd.training.prepare import prepare
 from llmkd.training.run import run
@@ -67,7 +68,9 @@ def batches(make_recipe):
 
 def load(path: Path, batches=None, **options) -> models.LanguageModel:
     settings = Teacher(model=str(path), **{"dtype": "float32"} | options)
-    return models_load.load_teacher(settings, 640, "cpu", asked=batches and (lambda setting: batches))
+    return models_load.load_teacher(
+        settings, 640, "cpu", around_transform=functools.partial(measured_transform, lambda setting: batches or ())
+    )
 
 
 def answers(model: models.LanguageModel, batches) -> torch.Tensor:
@@ -164,14 +167,13 @@ def test_the_figures_are_those_of_the_two_teachers(wide, batches, capsys, dtype,
 
 def test_a_comparison_in_float64_does_not_depend_on_chunks(monkeypatch):
     from llmkd.head import Head
-    from llmkd.models import teacher_transforms as honing
 
     torch.manual_seed(0)
     heads = [Head(torch.nn.Linear(8, 50).double().requires_grad_(False), 40) for _ in range(2)]
     states = [torch.randn(30, 8).double() for _ in range(2)]
     found = []
     for chunk in (8, 56, 8000):
-        monkeypatch.setattr(honing, "default_chunk", lambda *_, chunk=chunk: chunk)
+        monkeypatch.setattr("llmkd.teachers.fidelity.default_chunk", lambda *_, chunk=chunk: chunk)
         found.append(compare(states[0], heads[0], states[1], heads[1]))
     p, q = (torch.log_softmax(h.logits(s).double(), -1) for h, s in zip(heads, states, strict=True))
     assert found[0] == pytest.approx(
@@ -373,9 +375,7 @@ def test_what_cannot_be_merged_or_rounded_is_refused_before_a_model_is_loaded(wo
 
 
 def test_answers_that_are_not_finite_are_refused(wide, batches, monkeypatch):
-    from llmkd.models import teacher_transforms as honing
-
-    monkeypatch.setattr(honing, "compare", lambda *a: {"forward_kl": float("nan"), "agreement": 0.0, "targets": 3})
+    monkeypatch.setattr("llmkd.teachers.fidelity.compare", lambda *a: {"forward_kl": float("nan"), "agreement": 0.0, "targets": 3})
     with pytest.raises(UserError, match="teacher.quantization: the teacher's answers are finite as it was loaded, and not with fp8"):
         load(wide / "base", batches, quantization=FP8)
 
