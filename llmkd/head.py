@@ -49,7 +49,7 @@ class Head:
         """Of a plain head's logits."""
         return widen(self.project.weight[:0]).dtype
 
-    def pull_back(self, grad_nV: Tensor, hidden_nH: Tensor, grad_hidden_nH: Tensor | None, grads: list[Tensor]) -> None:
+    def backward(self, grad_nV: Tensor, hidden_nH: Tensor, grad_hidden_nH: Tensor | None, grads: list[Tensor]) -> None:
         """Of a plain head: from a gradient of the logits to that of the hidden states, written, and of what trains, added.
 
         grad_nV   of `self.dtype`, or on a GPU of the weight's

@@ -34,7 +34,7 @@ class Signal(Protocol):
     def label_log_probs(self, rows: Rows, labels_n: Tensor) -> Tensor:
         """The teacher's log-probability of each target's own token, at temperature 1, [n]."""
 
-    def stated(self, rows: Rows, labels_n: Tensor, log_q_nV: Tensor) -> dict[str, Tensor]:
+    def exact_metrics(self, rows: Rows, labels_n: Tensor, log_q_nV: Tensor) -> dict[str, Tensor]:
         """Those of FIGURES that it knows better than `log_probs` says, [n]."""
 
 
@@ -62,7 +62,7 @@ class Known:
     def label_log_probs(self, rows: Rows, labels_n: Tensor) -> Tensor:
         return self.log_probs(rows).gather(-1, labels_n[:, None])[:, 0]
 
-    def stated(self, rows: Rows, labels_n: Tensor, log_q_nV: Tensor) -> dict[str, Tensor]:
+    def exact_metrics(self, rows: Rows, labels_n: Tensor, log_q_nV: Tensor) -> dict[str, Tensor]:
         return {}
 
 

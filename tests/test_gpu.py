@@ -5,7 +5,7 @@ import torch
 
 from llmkd.head import Head
 from llmkd.losses import fused
-from llmkd.losses.divergences import named
+from llmkd.losses.divergences import make_divergence
 from llmkd.losses.fused import fused_loss
 from llmkd.losses.objective import Objective
 from llmkd.signals import Dense
@@ -32,7 +32,7 @@ def test_bfloat16_on_the_gpu_is_float64_of_the_same_operands(divergence):
         weight = linear(V, H, device, torch.bfloat16).to(dtype)
         h = hidden.to(device, dtype).requires_grad_()
         signal = Dense(teacher_hidden.to(device, dtype), Head(weight, V))
-        total, rows = fused_loss(h, Head(weight, V), labels.to(device), Objective(1.0, 1.0, named(divergence)), signal, 128)
+        total, rows = fused_loss(h, Head(weight, V), labels.to(device), Objective(1.0, 1.0, make_divergence(divergence)), signal, 128)
         total.backward()
         assert (rows["kd"] >= 0).all()
         results.append((total.item(), h.grad.double().cpu()))
@@ -65,7 +65,7 @@ def test_the_kernel_is_the_pytorch_path(monkeypatch, dtype, bound, divergence, t
     weight, other = linear(V, H, "cuda", dtype), linear(V, 2 * H, "cuda", dtype)
     signal, objective = (
         Dense(torch.randn(N, 2 * H, device="cuda", dtype=dtype), Head(other, V)),
-        Objective(0.4, temperature, named(divergence)),
+        Objective(0.4, temperature, make_divergence(divergence)),
     )
     results = []
     for by_kernel in (True, False):

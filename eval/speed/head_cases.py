@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from llmkd.head import Head
-from llmkd.losses.divergences import named
+from llmkd.losses.divergences import make_divergence
 from llmkd.losses.fused import default_chunk, fused_loss
 from llmkd.losses.objective import Objective
 from llmkd.signals import Dense
@@ -79,7 +79,7 @@ def with_head(run: Callable[[Problem], Result | None]) -> Callable[[Problem], Re
 
 
 def ours(divergence: str, kd_ratio: float, chunk: int | None) -> Callable[[Problem], Result]:
-    objective = Objective(kd_ratio, 1.0, named(divergence))
+    objective = Objective(kd_ratio, 1.0, make_divergence(divergence))
 
     def run(p: Problem) -> Result:
         V, rows = p.student_head.out_features, p.rows

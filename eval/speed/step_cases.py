@@ -16,7 +16,7 @@ from llmkd.config.recipe import Optim
 from llmkd.data.batching import Budget
 from llmkd.data.collate import collate
 from llmkd.data.prefetch import ahead
-from llmkd.losses.divergences import named
+from llmkd.losses.divergences import make_divergence
 from llmkd.losses.fused import default_chunk
 from llmkd.losses.objective import Objective
 from llmkd.models.families import decoder_of
@@ -111,7 +111,7 @@ def cases(world: World) -> list[Case]:
 
 def learning(world: World, kd: float, student: LanguageModel) -> Learner:
     parameters = world.fresh_adapter(student)
-    distiller = world.accelerator.prepare_model(Distiller(student, Objective(kd, 1.0, named("forward_kl"))))
+    distiller = world.accelerator.prepare_model(Distiller(student, Objective(kd, 1.0, make_divergence("forward_kl"))))
     return Learner(distiller, optimizers.build(Optim(), parameters), parameters, lambda step: 2e-4, 1.0)
 
 

@@ -22,7 +22,7 @@ from ..data.examples import Encoded, joined
 from ..errors import Stopped, UserError, alone, first_alone
 from ..output.run_folder import lock
 from ..teachers import resolve as taught
-from ..teachers.resolve import TeacherFiles
+from ..teachers.resolve import TeacherSource
 from ..training.prepare import Prepared, prepare
 from ..training.shutdown import StopRequest
 
@@ -45,7 +45,7 @@ def cache(recipe: Recipe, foreign: str | None = None, stop: StopRequest | None =
 
 def chosen(
     recipe: Recipe, which: Callable[[Teacher], object], nothing: str, foreign: str | None = None
-) -> tuple[Prepared, list[TeacherFiles]]:
+) -> tuple[Prepared, list[TeacherSource]]:
     """The recipe's data, and those of its teachers that are meant; `nothing` is what is wrong with one that has none. Refused before a model is
     loaded."""
     many = taught.named(recipe.teacher)
@@ -83,7 +83,7 @@ def refuse_what_no_store_can_be(cache: Cache, setting: str) -> None:
         raise UserError(f"{setting}.path: {cache.path} is a file; name a folder")
 
 
-def asked(recipe: Recipe, prepared: Prepared, teacher: TeacherFiles) -> Encoded:
+def asked(recipe: Recipe, prepared: Prepared, teacher: TeacherSource) -> Encoded:
     """Everything that a teacher is asked in a run: training and held-out rows that are not left to others, in the rows' order.
 
     Rows of data.validation are numbered on behind those of data.train.
@@ -91,7 +91,7 @@ def asked(recipe: Recipe, prepared: Prepared, teacher: TeacherFiles) -> Encoded:
     parts = [one for one in (prepared.train, prepared.validation) if one is not None]
     before = [0, 0 if recipe.data.validation_share else sum(source["rows"] for source in prepared.origins["data.train"])]
     whole = joined(parts, before[: len(parts)], {})
-    mine = taught.mine_of(whole, prepared.teachers.index(teacher))
+    mine = taught.examples_of(whole, prepared.teachers.index(teacher))
     return whole.take(mine[np.argsort(whole.row[mine], kind="stable")])
 
 
@@ -101,13 +101,13 @@ def planned(encoded: Encoded, bytes_per_target: int):
     return Plan.of([encoded.identity(i) for i in range(len(encoded))], encoded.targets.tolist(), bytes_per_target)
 
 
-def write(recipe: Recipe, prepared: Prepared, teacher: TeacherFiles, accelerator, stop: StopRequest, held: contextlib.ExitStack) -> Path:
+def write(recipe: Recipe, prepared: Prepared, teacher: TeacherSource, accelerator, stop: StopRequest, held: contextlib.ExitStack) -> Path:
     """One teacher's store; `held` keeps other attempts out of its folder."""
     from ..data.collate import collate
     from ..models.load import load_together
     from ..teachers.cache.records import kind_to_record
     from ..teachers.cache.shards import Writer
-    from ..teachers.fidelity import measured_transform, some_asked
+    from ..teachers.fidelity import measured_transform, sample_teacher_batches
     from ..teachers.live import Live
 
     setting, device, rank, ranks = teacher.setting, accelerator.device, accelerator.process_index, accelerator.num_processes
@@ -115,7 +115,7 @@ def write(recipe: Recipe, prepared: Prepared, teacher: TeacherFiles, accelerator
     number, size, pad = prepared.teachers.index(teacher), recipe.validation.micro_batch_size, prepared.tokenizer.eos_token_id
 
     def some(_) -> list:
-        return some_asked(encoded, number, size, pad, device)
+        return sample_teacher_batches(encoded, number, size, pad, device)
 
     around = functools.partial(measured_transform, some)
     (model,) = load_together([], [(setting, teacher.settings)], prepared.vocab, device, recipe.seed, around_transform=around)[1]
@@ -167,7 +167,7 @@ def write(recipe: Recipe, prepared: Prepared, teacher: TeacherFiles, accelerator
     return folder
 
 
-def read_foreign(recipe: Recipe, prepared: Prepared, todo: list[TeacherFiles], file: str, accelerator) -> Path:
+def read_foreign(recipe: Recipe, prepared: Prepared, todo: list[TeacherSource], file: str, accelerator) -> Path:
     """A store of answers that came from elsewhere: see `teachers.foreign` for what the file holds."""
     from ..teachers.cache import import_logprobs as foreign
     from ..teachers.cache.shards import Writer

@@ -19,9 +19,9 @@ from ..models.load import load_together
 from ..signals import FIGURES, Dense
 from ..teachers.cache.shards import Store
 from ..teachers.cached import Cached
-from ..teachers.fidelity import some_of
+from ..teachers.fidelity import sample_examples
 from ..teachers.live import Live
-from ..teachers.resolve import TeacherFiles, check_store, mine_of
+from ..teachers.resolve import TeacherSource, check_store, examples_of
 from ..training.launch import start
 from ..training.prepare import Prepared
 from ..training.validate import validate
@@ -57,8 +57,8 @@ def check(recipe: Recipe, examples: int = 64) -> None:
     if accelerator.num_processes > 1:
         raise UserError("--check: runs in one process; leave accelerate launch out")
     for teacher in todo:
-        mine = mine_of(prepared.train, prepared.teachers.index(teacher))
-        sample = some_of(prepared.train.take(mine), examples)
+        mine = examples_of(prepared.train, prepared.teachers.index(teacher))
+        sample = sample_examples(prepared.train.take(mine), examples)
         if not len(sample):
             say(f"note: {teacher.setting}: no training rows are left to it")
             continue
@@ -70,7 +70,7 @@ def check(recipe: Recipe, examples: int = 64) -> None:
             print(tracking_console.table(kept(recipe, prepared, stored, sample, accelerator)))
 
 
-def quantised(recipe: Recipe, prepared: Prepared, teacher: TeacherFiles, sample: Encoded, accelerator) -> list[dict]:
+def quantised(recipe: Recipe, prepared: Prepared, teacher: TeacherSource, sample: Encoded, accelerator) -> list[dict]:
     """The teacher as it is, and in 4 or 8 bit, or merged. One after the other: only one of them is in memory."""
     size, pad, vocab = recipe.validation.micro_batch_size, prepared.tokenizer.eos_token_id, prepared.vocab
     whole = dataclasses.replace(teacher.settings, quantization=None, merge_adapter=False)
@@ -93,7 +93,7 @@ def quantised(recipe: Recipe, prepared: Prepared, teacher: TeacherFiles, sample:
     ]
 
 
-def kept(recipe: Recipe, prepared: Prepared, teacher: TeacherFiles, sample: Encoded, accelerator) -> list[dict]:
+def kept(recipe: Recipe, prepared: Prepared, teacher: TeacherSource, sample: Encoded, accelerator) -> list[dict]:
     """The recipe's untrained student before the live teacher, and before the store of its answers."""
     size, pad = recipe.validation.micro_batch_size, prepared.tokenizer.eos_token_id
     students, models = load_together(
@@ -106,7 +106,7 @@ def kept(recipe: Recipe, prepared: Prepared, teacher: TeacherFiles, sample: Enco
     return rows
 
 
-def opened(recipe: Recipe, prepared: Prepared, teacher: TeacherFiles) -> TeacherFiles | None:
+def opened(recipe: Recipe, prepared: Prepared, teacher: TeacherSource) -> TeacherSource | None:
     """The teacher with its store, which must be its own; None where it names none, or where that is yet to be written and the teacher's
     number format is looked at."""
     cache = teacher.settings.cache

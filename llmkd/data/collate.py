@@ -64,9 +64,9 @@ def _packed_view(ids: list[np.ndarray], rows: list[np.ndarray], share: bool) -> 
     return View(inputs, torch.from_numpy(np.concatenate(places)), Packed.of([len(x) for x in pieces], follows, of))
 
 
-def part_of(batch: Batch, mine: list[bool]) -> Batch:
+def select_examples(batch: Batch, mine: list[bool]) -> Batch:
     """Some of a batch's examples, for a teacher: `mine[i]` says whether example i is one. Both views are the teacher's."""
-    view, keep_N = batch.teacher, by_target(batch, mine).to(batch.labels_N.device)
+    view, keep_N = batch.teacher, per_target(batch, mine).to(batch.labels_N.device)
     kept_N, device, packed = view.rows_N[keep_N], batch.labels_N.device, None
     ids_BT = view.inputs["input_ids"]
     T = ids_BT.shape[1]
@@ -85,6 +85,6 @@ def part_of(batch: Batch, mine: list[bool]) -> Batch:
     return Batch(batch.labels_N[keep_N], batch.example_N[keep_N], part, part, examples)
 
 
-def by_target(batch: Batch, of_example: list[bool]) -> Tensor:
+def per_target(batch: Batch, of_example: list[bool]) -> Tensor:
     """A mark of each example, repeated for each of its targets; on the CPU."""
     return torch.tensor(of_example).repeat_interleave(torch.tensor([example.targets for example in batch.examples]))

@@ -15,7 +15,7 @@ from .batching import draws
 from .encoding import token_cache
 from .encoding.formats import with_answer
 from .encoding.tokenizer import vocab_size
-from .examples import EVERYONE, Encoded, merge
+from .examples import ALL_TEACHERS, Encoded, merge
 from .reading.sources import Rows, named, read_sources
 from .stream import Stream
 
@@ -78,9 +78,9 @@ def encode_sources(
 
 
 def taught_by(source: Source, teachers: tuple[Teacher, ...]) -> int:
-    """The number of the teacher that a source's rows are left to, or EVERYONE."""
+    """The number of the teacher that a source's rows are left to, or ALL_TEACHERS."""
     if source.teacher is None or len(teachers) < 2:
-        return EVERYONE
+        return ALL_TEACHERS
     return [teacher.name for teacher in teachers].index(source.teacher)
 
 

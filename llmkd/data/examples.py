@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-EVERYONE = -1  # `Encoded.taught_by` of what all teachers teach together
+ALL_TEACHERS = -1  # `Encoded.taught_by` of what all teachers teach together
 
 
 @dataclass
@@ -18,14 +18,14 @@ class Encoded:
     row: np.ndarray  # int64, [examples]: the row each example came from
     counts: dict[str, int] = field(default_factory=dict)  # see `encode`
     source: np.ndarray | None = None  # int64, [examples]: the source it came from, where there are several
-    taught_by: np.ndarray | None = None  # int64, [examples]: the number of its teacher, or EVERYONE
+    taught_by: np.ndarray | None = None  # int64, [examples]: the number of its teacher, or ALL_TEACHERS
     for_teacher: "Encoded | None" = None  # the same examples and targets as the teacher reads them, where that is something else
 
     def __post_init__(self):
         if self.source is None:
             self.source = np.zeros(len(self.row), np.int64)
         if self.taught_by is None:
-            self.taught_by = np.full(len(self.row), EVERYONE, np.int64)
+            self.taught_by = np.full(len(self.row), ALL_TEACHERS, np.int64)
 
     def __len__(self) -> int:
         return len(self.row)

@@ -22,7 +22,7 @@ from ..errors import UserError
 from .batching import Budget, Step, deal
 from .encoding.encode import encode
 from .encoding.formats import refuse_without_template
-from .examples import EVERYONE, Encoded
+from .examples import ALL_TEACHERS, Encoded
 from .prefetch import ahead
 from .reading import skills
 from .reading.files import BadRow, Records, kind_of, raw, records, row_of
@@ -42,7 +42,7 @@ class Stream:
         batch_size: int,
         micro_batch_size: int | Budget,
         total_steps: int,
-        teacher: int = EVERYONE,
+        teacher: int = ALL_TEACHERS,
     ):
         self.source, self.data, self.tokenizer, self.setting = source, data, tokenizer, "data.train"
         self.seed, self.batch_size, self.micro_batch_size, self.total_steps = seed, batch_size, micro_batch_size, total_steps

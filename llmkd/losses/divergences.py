@@ -98,9 +98,19 @@ def alpha_beta(log_q: Tensor, log_p: Tensor, alpha: float = 0.2, beta: float = 0
     return _AlphaBeta.apply(log_q, log_p, alpha, beta)
 
 
-def named(name: str, **options: float) -> Divergence:
+def make_divergence(name: str, **options: float) -> Divergence:
     """The divergence of that name with its options fixed."""
-    return functools.partial(globals()[name], **options)
+    return functools.partial(DIVERGENCES[name], **options)
+
+
+#: The divergences of `loss.divergence`, by name.
+DIVERGENCES: dict[str, Divergence] = {
+    function.__name__: function
+    for function in (
+        *(forward_kl, reverse_kl, symmetric_kl, generalized_jsd, skewed_forward_kl, skewed_reverse_kl),
+        *(adaptive_kl, total_variation, alpha_beta),
+    )
+}
 
 
 def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
@@ -111,7 +121,7 @@ class _KL(torch.autograd.Function):
     """sum a (log a - log b) - a + b for rows that each sum to one; the last two parts cancel in the sum.
 
     With d = log b - log a the terms are (b - a) - a d, and b - a = +-max(a, b) (1 - exp(-|d|)) is taken without
-    cancellation. Written out because autograd would keep and visit some twenty tiles where the gradients,
+    cancellation. Written out because autograd would keep and read some twenty tiles where the gradients,
     -a d for log a and b - a for log b, are at hand already.
     """
 

@@ -70,10 +70,10 @@ class _Fused(torch.autograd.Function):
             for start in range(0, hidden_NH.shape[0], chunk):
                 rows = slice(start, min(start + chunk, hidden_NH.shape[0]))
                 student = (_Product if head.plain else _Module)(head, hidden_NH[rows].detach(), tiles, needs_hidden, weights)
-                terms = _visit(objective, student, labels_N[rows], signal, rows, tiles, train)
+                terms = _loss_and_grad(objective, student, labels_N[rows], signal, rows, tiles, train)
                 if train:
-                    student.pull_back(grad_hidden[rows] if needs_hidden else None, grad_weights)
-                total += objective.mix(terms).sum()
+                    student.backward(grad_hidden[rows] if needs_hidden else None, grad_weights)
+                total += objective.combine(terms).sum()
                 pieces.append(list(terms.values()))
         ctx.grads, ctx.dtypes = (grad_hidden, grad_weights), [w.dtype for w in weights]
         rows_N = [torch.cat(column) for column in zip(*pieces, strict=True)] or [
@@ -92,16 +92,16 @@ class _Fused(torch.autograd.Function):
         return grad_hidden, None, None, None, None, None, None, *grads
 
 
-def _visit(
+def _loss_and_grad(
     objective: Objective, student: "_Product | _Module", labels_n: Tensor, signal: Signal | None, rows: slice, tiles: "_Tiles", train: bool
 ) -> dict[str, Tensor]:
     """The terms of a chunk; its logits become their gradient where one is asked for."""
-    kernel, how = _way(objective, student, signal)
+    kernel, how = _choose_backend(objective, student, signal)
     if train:
         _say_how(how)
     n, T = len(labels_n), objective.temperature
     grad_nV = student.grad_nV if train else None
-    log_p_nV = _teacher(signal, rows, T, tiles, soften=not kernel) if knows_all(signal) else None
+    log_p_nV = _teacher(signal, rows, T, tiles, soften=not kernel) if has_full_distribution(signal) else None
     if kernel:
         return kernel(objective, student.logits_nV, labels_n, grad_nV, log_p_nV)
     block = max(1, _block_bytes(labels_n.device.type) // (4 * tiles.vocab))
@@ -113,14 +113,14 @@ def _visit(
         log_p = None if log_p_nV is None else log_p_nV[part].to(student.logits_nV.dtype)
         asked = None
         if signal is not None and log_p is None:
-            asked = _asker(signal, objective, slice(rows.start + part.start, rows.start + part.stop))
+            asked = _divergence_of(signal, objective, slice(rows.start + part.start, rows.start + part.stop))
         tile = tiles.of("block", part.stop - part.start, min(block, n), student.logits_nV.dtype)
         grad = None if grad_nV is None else grad_nV[part]
-        pieces.append(objective.visit(student.logits_nV[part], labels_n[part], tile, grad, log_p, asked))
+        pieces.append(objective.loss_and_grad(student.logits_nV[part], labels_n[part], tile, grad, log_p, asked))
     return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
 
 
-def _way(objective: Objective, student: "_Product | _Module", signal: Signal | None) -> tuple[Callable | None, str]:
+def _choose_backend(objective: Objective, student: "_Product | _Module", signal: Signal | None) -> tuple[Callable | None, str]:
     """Which way the terms and their gradient are come by: the kernel, if it is that, and words for the log."""
     name = getattr(objective.divergence, "func", objective.divergence).__name__ if signal is not None else "cross-entropy"
     plain = type(student) is _Product and student.logits_nV.dtype == torch.float32 and (signal is None or type(signal) is Dense)
@@ -128,10 +128,10 @@ def _way(objective: Objective, student: "_Product | _Module", signal: Signal | N
         from . import kernels
 
         if signal is None or kernels.kind(objective):
-            return kernels.visit, f"{name}, by the Triton kernel"
-    if signal is None or (knows_all(signal) and closed_form(objective.divergence)):
+            return kernels.loss_and_grad, f"{name}, by the Triton kernel"
+    if signal is None or (has_full_distribution(signal) and closed_form(objective.divergence)):
         return None, f"{name}, by PyTorch, with its gradient in closed form"
-    if knows_all(signal):
+    if has_full_distribution(signal):
         return None, f"{name}, by PyTorch, with autograd's gradient, which is slower: it has none in closed form"
     return None, f"{name} of a {type(signal).__name__.lower()} teacher, by PyTorch, with autograd's gradient"
 
@@ -162,7 +162,7 @@ def _say_how(how: str) -> None:
     say(f"loss: {how}")
 
 
-def knows_all(signal: Signal | None) -> bool:
+def has_full_distribution(signal: Signal | None) -> bool:
     """Whether `log_probs` is all that there is to a signal, so that a divergence in closed form can be taken of it."""
     return isinstance(signal, Known) and type(signal).divergence is Known.divergence
 
@@ -177,7 +177,7 @@ def _teacher(signal: Known, rows: Rows, temperature: float, tiles: "_Tiles", sof
     return torch.div(logits_nV, temperature, out=out) if soften and temperature != 1 else logits_nV
 
 
-def _asker(signal: Signal, objective: Objective, rows: Rows):
+def _divergence_of(signal: Signal, objective: Objective, rows: Rows):
     return lambda log_q_nV: signal.divergence(objective.divergence, rows, log_q_nV, objective.temperature)
 
 
@@ -210,8 +210,8 @@ class _Product:
         if hidden_nH.is_cuda:  # a row of half-precision gradient fills the first half of its row of logits
             self.grad_nV = self.logits_nV.view(head.project.weight.dtype)[:, : head.vocab]
 
-    def pull_back(self, grad_hidden_nH: Tensor | None, grad_weights: list[Tensor]) -> None:
-        self.head.pull_back(self.grad_nV, self.hidden_nH, grad_hidden_nH, grad_weights)
+    def backward(self, grad_hidden_nH: Tensor | None, grad_weights: list[Tensor]) -> None:
+        self.head.backward(self.grad_nV, self.hidden_nH, grad_hidden_nH, grad_weights)
 
 
 class _Module:
@@ -224,7 +224,7 @@ class _Module:
         self.logits_nV = self.graph_nV.detach()
         self.grad_nV = tiles("student", len(hidden_nH), self.logits_nV.dtype)
 
-    def pull_back(self, grad_hidden_nH: Tensor | None, grad_weights: list[Tensor]) -> None:
+    def backward(self, grad_hidden_nH: Tensor | None, grad_weights: list[Tensor]) -> None:
         inputs = ([] if grad_hidden_nH is None else [self.hidden_nH]) + list(self.weights)
         found = list(torch.autograd.grad(self.graph_nV, inputs, self.grad_nV, allow_unused=True))
         if grad_hidden_nH is not None:

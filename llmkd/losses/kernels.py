@@ -1,4 +1,4 @@
-"""The objective's visit to a chunk of logits as one Triton kernel: cross-entropy, the KLs and JSD, and their gradient in place.
+"""`Objective.loss_and_grad` for a chunk of logits as one Triton kernel: cross-entropy, the KLs and JSD, and their gradient in place.
 
 A program has a row. It reads both models' logits once for the statistics of their softmaxes and once more for the terms
 and the gradient (twice more for JSD, whose gradient needs a sum over the row first), and writes the gradient over the
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .divergences import named
+from .divergences import make_divergence
 from .objective import Objective
 
 NONE, KL, JSD = 0, 1, 2
@@ -33,10 +33,10 @@ def kind(objective: Objective) -> tuple[int, float] | None:
     return find and find(**getattr(divergence, "keywords", {}))
 
 
-def visit(
+def loss_and_grad(
     objective: Objective, logits_nV: Tensor, labels_n: Tensor, grad_nV: Tensor | None, teacher_nV: Tensor | None
 ) -> dict[str, Tensor]:
-    """As `Objective.visit`, of both models' logits as they are, the student's in float32; `grad_nV` may lie over them, row by row."""
+    """As `Objective.loss_and_grad`, of both models' logits as they are, the student's in float32; `grad_nV` may lie over them, row by row."""
     n, V = logits_nV.shape
     ce_n, kd_n = (torch.empty(n, dtype=torch.float32, device=logits_nV.device) for _ in range(2))
     which, share = kind(objective) if teacher_nV is not None else (NONE, 0.0)
@@ -45,7 +45,7 @@ def visit(
     written_nV = logits_nV if grad_nV is None else grad_nV
     block = min(4096, triton.next_power_of_2(V))
     if n:
-        _visit[(n,)](
+        _kernel[(n,)](
             logits_nV,
             teacher_nV,
             labels_n,
@@ -74,16 +74,16 @@ def visit(
 
 
 def agrees(device: torch.device) -> bool:
-    """Whether the kernel gives on this device what `Objective.visit` gives in float64, on a few rows, to the rounding of a half-precision gradient."""
+    """Whether the kernel gives on this device what `Objective.loss_and_grad` gives in float64, on a few rows, to the rounding of a half-precision gradient."""
     generator = torch.Generator().manual_seed(0)
     student_nV, teacher_nV = (3 * torch.randn(6, 5001, generator=generator, dtype=torch.float64) for _ in range(2))
     labels_n = torch.arange(6) * 800
     for name in ("forward_kl", "reverse_kl", "generalized_jsd"):
-        objective, exact_nV = Objective(0.5, 2.0, named(name)), torch.empty_like(student_nV)
-        expected = objective.visit(student_nV, labels_n, lambda _: torch.empty_like(student_nV), exact_nV, teacher_nV / 2)
+        objective, exact_nV = Objective(0.5, 2.0, make_divergence(name)), torch.empty_like(student_nV)
+        expected = objective.loss_and_grad(student_nV, labels_n, lambda _: torch.empty_like(student_nV), exact_nV, teacher_nV / 2)
         logits_nV = student_nV.float().to(device)
         grad_nV = logits_nV.view(torch.bfloat16)[:, : logits_nV.shape[1]]  # over the logits, as in training
-        found = visit(objective, logits_nV, labels_n.to(device), grad_nV, teacher_nV.float().to(device))
+        found = loss_and_grad(objective, logits_nV, labels_n.to(device), grad_nV, teacher_nV.float().to(device))
         if not all(torch.allclose(found[term].cpu().double(), expected[term], rtol=1e-4, atol=1e-5) for term in expected):
             return False
         if (grad_nV.cpu().double() - exact_nV).norm() > 0.01 * exact_nV.norm():
@@ -125,13 +125,13 @@ def _difference(x, y):
 
 @triton.jit
 def _over_mixture(d, share):
-    """log(q/m) and -log(p/m) for m = share p + (1 - share) q, d = log(q/p): see `closed.py`."""
+    """log(q/m) and -log(p/m) for m = share p + (1 - share) q, d = log(q/p): see `closed_form.py`."""
     log_m = _log1p(tl.where(d <= 0, 1 - share, share) * _expm1(-tl.abs(d)))
     return tl.minimum(d, 0.0) - log_m, tl.maximum(d, 0.0) + log_m
 
 
 @triton.jit
-def _visit(
+def _kernel(
     logits, teacher, labels, grad, ce, kd, V, logits_stride, teacher_stride, grad_stride, w_ce, w_kd, inverse_T, share,
     KIND: tl.constexpr, FORWARD: tl.constexpr, REVERSE: tl.constexpr, SOFT: tl.constexpr, GRADIENT: tl.constexpr,
     HARD: tl.constexpr, TAUGHT: tl.constexpr, BLOCK: tl.constexpr,

@@ -27,7 +27,7 @@ class Objective:
     temperature: float = 1.0
     divergence: Divergence = forward_kl
 
-    def mix(self, terms: dict[str, Tensor]) -> Tensor:
+    def combine(self, terms: dict[str, Tensor]) -> Tensor:
         """The weighted sum of the terms, row by row. A term without weight is left out, so it cannot spoil the rest."""
         weights = self._weights("kd" in terms)
         return sum(weights[name] * term for name, term in terms.items() if weights[name])
@@ -35,7 +35,7 @@ class Objective:
     def _weights(self, taught: bool) -> dict[str, float]:
         return {"ce": 1 - self.kd_ratio, "kd": self.kd_ratio} if taught else {"ce": 1.0}
 
-    def visit(
+    def loss_and_grad(
         self,
         logits_nV: Tensor,
         labels_n: Tensor,
@@ -62,9 +62,11 @@ class Objective:
             soft = hard if T == 1 else _softmax(soft_nV, tile("soft q"))
             closed = log_p_nV is not None and closed_form(self.divergence)
             if closed:
-                value, slope, pull = _compare(closed, soft_nV, soft, log_p_nV, tile)
+                value, slope, slope_sum = _compare(closed, soft_nV, soft, log_p_nV, tile)
             else:
-                value, slope, pull = _differentiate(divergence or self._of(log_p_nV), soft_nV, grad_nV is not None and weights["kd"] > 0)
+                value, slope, slope_sum = _differentiate(
+                    divergence or self._of(log_p_nV), soft_nV, grad_nV is not None and weights["kd"] > 0
+                )
             terms["kd"] = T * T * value
         if grad_nV is None:
             return terms
@@ -74,13 +76,13 @@ class Objective:
             if weights["ce"] != 1:
                 total_nV.mul_(weights["ce"])
         else:
-            pull = -self.kd_ratio * T * pull[:, None]
+            slope_sum = -self.kd_ratio * T * slope_sum[:, None]
             if soft is hard:
-                total_nV.mul_(pull.add_(weights["ce"]))
+                total_nV.mul_(slope_sum.add_(weights["ce"]))
             elif weights["ce"]:
-                total_nV.mul_(weights["ce"]).add_(soft.probs_nV.mul_(pull))
+                total_nV.mul_(weights["ce"]).add_(soft.probs_nV.mul_(slope_sum))
             else:
-                total_nV = soft.probs_nV.mul_(pull)
+                total_nV = soft.probs_nV.mul_(slope_sum)
         if weights["ce"]:
             total_nV.scatter_add_(-1, labels_n[:, None], total_nV.new_full((len(labels_n), 1), -weights["ce"]))
         if slope is None or not weights["kd"]:
@@ -116,8 +118,8 @@ def _compare(closed: Closed, logits_nV: Tensor, q: _Softmax, log_p_nV: Tensor, t
     offset_n = q.log_peak_n - p.log_peak_n
     # log q - log p; from the tops, since a difference of the logits as they are would be rounded as the largest of them
     d_nV = torch.sub(logits_nV, q.top_n[:, None], out=tile("d"))
-    d_nV.sub_(torch.sub(log_p_nV, p.top_n[:, None], out=tile("spare 0"))).add_(offset_n[:, None]).nan_to_num_(0.0, math.inf, -math.inf)
-    terms_nV, slope_nV = closed(p.probs_nV, q.probs_nV, d_nV, lambda i: tile(f"spare {i}"))
+    d_nV.sub_(torch.sub(log_p_nV, p.top_n[:, None], out=tile("scratch 0"))).add_(offset_n[:, None]).nan_to_num_(0.0, math.inf, -math.inf)
+    terms_nV, slope_nV = closed(p.probs_nV, q.probs_nV, d_nV, lambda i: tile(f"scratch {i}"))
     nan_n = 0 * offset_n  # where either model says NaN
     return terms_nV.clamp_min_(0).sum(-1) + nan_n, slope_nV, slope_nV.sum(-1) + nan_n
 

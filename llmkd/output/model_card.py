@@ -16,7 +16,7 @@ from .. import __version__
 from ..config.loader import dump
 from ..config.recipe import Quantization, Recipe, Source, distils, sources
 from ..model_files import ModelFiles, hub_origin, licence
-from ..teachers.resolve import TeacherFiles
+from ..teachers.resolve import TeacherSource
 
 #: Validation figures by the names that the hub's metrics have, where they have one, and what they are.
 METRICS = {
@@ -78,7 +78,7 @@ class Used:
 
 
 def card(
-    recipe: Recipe, summary: dict, student: ModelFiles | None, teachers: tuple[TeacherFiles, ...], origins: dict[str, list[dict]]
+    recipe: Recipe, summary: dict, student: ModelFiles | None, teachers: tuple[TeacherSource, ...], origins: dict[str, list[dict]]
 ) -> str:
     """The card's Markdown. `student` is None for new weights; `teachers` and `origins` are `Prepared`'s."""
     data = used(recipe, origins)
@@ -145,7 +145,7 @@ def used(recipe: Recipe, origins: dict[str, list[dict]]) -> dict[str, list[Used]
 
 
 def metadata_of(
-    recipe: Recipe, summary: dict, student: ModelFiles | None, teachers: tuple[TeacherFiles, ...], data: dict[str, list[Used]]
+    recipe: Recipe, summary: dict, student: ModelFiles | None, teachers: tuple[TeacherSource, ...], data: dict[str, list[Used]]
 ) -> dict:
     """What the hub reads. Names of local folders and files are left out: they mean nothing there."""
     base = student and hub_origin(student.base)
@@ -185,7 +185,7 @@ def dataset_of(rows: list[Used]) -> dict:
     return {"type": hub.source.path if hub else "custom", "name": f"{name} (held out)", **{k: v for k, v in details.items() if v}}
 
 
-def what_it_is(recipe: Recipe, student: ModelFiles | None, teachers: tuple[TeacherFiles, ...]) -> list[str]:
+def what_it_is(recipe: Recipe, student: ModelFiles | None, teachers: tuple[TeacherSource, ...]) -> list[str]:
     """A sentence each on the student, its base and licence, and the teacher."""
     loss, quantization = recipe.loss, recipe.student.quantization
     kind = "A LoRA adapter" if recipe.student.method == "lora" else "A model"
@@ -214,7 +214,7 @@ def what_it_is(recipe: Recipe, student: ModelFiles | None, teachers: tuple[Teach
     return lines
 
 
-def taught_by(teacher: TeacherFiles) -> str:
+def taught_by(teacher: TeacherSource) -> str:
     """A teacher in one line of Markdown: its model, how it was held or kept, its share."""
     one, files, parts = teacher.settings, teacher.files, []
     if files:

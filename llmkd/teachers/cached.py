@@ -10,7 +10,7 @@ from .cache.shards import Store
 
 
 class Cached:
-    """See `kinds` for what each kind of store keeps.
+    """See `cache/records.py` for what each format keeps.
 
     On one CPU core 560 targets (8 examples of 70, drawn from a store of 100 MB in the machine's memory) are read in 0.04 ms and decoded
     in 2.5 ms (topk 64), 1 ms (sampled 50) or 0.1 ms (hidden states of 2,048 in bfloat16): next to a step that is nothing, so it is

@@ -22,23 +22,23 @@ from ..head import Head
 from ..losses.divergences import forward_kl
 from ..losses.fused import default_chunk
 from ..models.language_model import LanguageModel
-from .resolve import mine_of
+from .resolve import examples_of
 
 #: On how many it is measured what became of a teacher that is not used as it was loaded.
 TARGETS = 1024
 
 
-def some_of(train: Encoded | Stream, count: int) -> Encoded:
+def sample_examples(train: Encoded | Stream, count: int) -> Encoded:
     """So many training examples, the same ones for every run; of a stream, those of its first step."""
     known = _known(train)
     chosen = random.Random("gate").sample(range(len(known)), min(count, len(known)))
     return known.take(np.array(sorted(chosen), np.int64))
 
 
-def some_asked(train: Encoded | Stream, teacher: int, size: int, pad: int, device) -> list[Batch]:
+def sample_teacher_batches(train: Encoded | Stream, teacher: int, size: int, pad: int, device) -> list[Batch]:
     """Batches of at most `size` examples that teacher number `teacher` is asked, the same ones for every run: as many as hold TARGETS."""
     known = _known(train)
-    mine = mine_of(known, teacher).tolist()
+    mine = examples_of(known, teacher).tolist()
     chosen = np.array(random.Random("asked").sample(mine, min(len(mine), TARGETS)), np.int64)
     if not len(chosen):
         return []

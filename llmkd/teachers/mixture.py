@@ -1,4 +1,4 @@
-"""Teachers made of teachers: several that answer together, or each its own rows."""
+"""Teachers made of teachers: an ensemble that answers every row, or one teacher for each row."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from torch import Tensor
 from ..batch import Batch, Rows
 from ..config.teacher import Mixture as MixtureSettings
 from ..config.teacher import Teacher as TeacherSettings
-from ..data.collate import by_target, part_of
+from ..data.collate import per_target, select_examples
 from ..signals import FIGURES, Divergence, Signal, Teacher
 
 
@@ -17,8 +17,8 @@ def combined(teachers: Sequence[Teacher], settings: Sequence[TeacherSettings], m
     """One teacher out of several, as their settings have it; a single one is itself."""
     if len(teachers) == 1:
         return teachers[0]
-    together = Mixture(teachers, [one.weight for one in settings], mixture.combine, mixture.weights == "confidence")
-    return Routed(together, teachers) if any(one.name for one in settings) else together
+    ensemble = Mixture(teachers, [one.weight for one in settings], mixture.combine, mixture.weights == "confidence")
+    return Routed(ensemble, teachers) if any(one.name for one in settings) else ensemble
 
 
 class Mixture:
@@ -81,8 +81,8 @@ class Mixed:
         shares = self._log_shares(rows, each if self.confidence else None)
         return torch.stack([share + value for share, value in zip(shares, each, strict=True)]).logsumexp(0)
 
-    def stated(self, rows: Rows, labels_n: Tensor, log_q_nV: Tensor) -> dict[str, Tensor]:
-        if self.combine == "log_probabilities" or not any(part.stated(rows, labels_n, log_q_nV) for part in self.parts):
+    def exact_metrics(self, rows: Rows, labels_n: Tensor, log_q_nV: Tensor) -> dict[str, Tensor]:
+        if self.combine == "log_probabilities" or not any(part.exact_metrics(rows, labels_n, log_q_nV) for part in self.parts):
             return {}
         return {"teacher_ce": -self.label_log_probs(rows, labels_n)}
 
@@ -102,11 +102,11 @@ def _exp(log: float | Tensor) -> float | Tensor:
 
 
 class Routed:
-    """Every example is answered by the teacher that its source names (`Example.teacher`), the others by all of them together."""
+    """Each example is answered by the teacher that its source names (`Example.teacher`); the others by the ensemble of all."""
 
-    def __init__(self, together: Teacher, teachers: Sequence[Teacher]):
-        self.together, self.teachers = together, list(teachers)
-        every = [together, *teachers]
+    def __init__(self, ensemble: Teacher, teachers: Sequence[Teacher]):
+        self.ensemble, self.teachers = ensemble, list(teachers)
+        every = [ensemble, *teachers]
         self.figures = tuple(name for name in FIGURES if all(name in teacher.figures for teacher in every))
 
     def __call__(self, batch: Batch) -> Signal:
@@ -114,19 +114,19 @@ class Routed:
         groups = {k: [other == k for other in asked] for k in dict.fromkeys(asked)}
         if len(groups) < 2:
             return self._of(next(iter(groups), -1))(batch)
-        parts = [self._of(k)(part_of(batch, mine)) for k, mine in groups.items()]
+        parts = [self._of(k)(select_examples(batch, mine)) for k, mine in groups.items()]
         owner, place = torch.zeros(batch.targets, dtype=torch.long), torch.zeros(batch.targets, dtype=torch.long)
         for number, mine in enumerate(groups.values()):
-            whose = by_target(batch, mine)
+            whose = per_target(batch, mine)
             owner[whose], place[whose] = number, torch.arange(int(whose.sum()))
-        return Patched(parts, owner, place)
+        return RoutedSignal(parts, owner, place)
 
     def _of(self, number: int) -> Teacher:
-        return self.teachers[number] if number >= 0 else self.together
+        return self.teachers[number] if number >= 0 else self.ensemble
 
 
 @dataclass(frozen=True)
-class Patched:
+class RoutedSignal:
     """Signals of parts of a batch: target i is target `place_N[i]` of part `owner_N[i]` (both on the CPU)."""
 
     parts: list[Signal]
@@ -144,8 +144,8 @@ class Patched:
     def label_log_probs(self, rows: Rows, labels_n: Tensor) -> Tensor:
         return self._each(rows, lambda part, places, mine: part.label_log_probs(places, labels_n[mine]))
 
-    def stated(self, rows: Rows, labels_n: Tensor, log_q_nV: Tensor) -> dict[str, Tensor]:
-        if not any(part.stated(slice(0, 0), labels_n[:0], log_q_nV[:0]) for part in self.parts):
+    def exact_metrics(self, rows: Rows, labels_n: Tensor, log_q_nV: Tensor) -> dict[str, Tensor]:
+        if not any(part.exact_metrics(slice(0, 0), labels_n[:0], log_q_nV[:0]) for part in self.parts):
             return {}
         return {"teacher_ce": -self.label_log_probs(rows, labels_n)}
 

@@ -11,7 +11,7 @@ import numpy as np
 from ..config.recipe import Recipe, distils
 from ..config.teacher import CACHE_KINDS, Teacher, named
 from ..data.encoding import token_cache
-from ..data.examples import EVERYONE, Encoded
+from ..data.examples import ALL_TEACHERS, Encoded
 from ..data.stream import Stream
 from ..errors import UserError
 from ..model_files import ModelFiles, find, fingerprint, read_json
@@ -19,7 +19,7 @@ from .cache.shards import Store, read_header
 
 
 @dataclass(frozen=True)
-class TeacherFiles:
+class TeacherSource:
     """A teacher by its setting's name (teacher, or teacher.0, ...): its model's files, if it names one, and its store, if it has one."""
 
     setting: str
@@ -42,19 +42,19 @@ class TeacherFiles:
         return " ".join(fingerprint(folder, f"{self.setting}.model") for folder in (self.files.base, self.files.adapter) if folder)
 
 
-def find_teachers(recipe: Recipe, stores: bool = True) -> tuple[TeacherFiles, ...]:
+def resolve_teachers(recipe: Recipe, stores: bool = True) -> tuple[TeacherSource, ...]:
     """Every teacher of a recipe that distils. Without `stores` those are not opened: they are yet to be written."""
     out = []
     for setting, one in named(recipe.teacher) if distils(recipe) else ():
         files = find(one.model, f"{setting}.model", one.revision, one.base) if one.model else None
         if files:
-            check_honed(files, one, setting)
+            check_transforms(files, one, setting)
         store = Store.open(one.cache.path, f"{setting}.cache.path") if one.cache and stores else None
-        out.append(TeacherFiles(setting, one, files, store))
+        out.append(TeacherSource(setting, one, files, store))
     return tuple(out)
 
 
-def check_honed(files: ModelFiles, settings: Teacher, setting: str) -> None:
+def check_transforms(files: ModelFiles, settings: Teacher, setting: str) -> None:
     """UserError where there is no adapter to merge, or where the base is quantised on disk and is to be merged into, or rounded, anew."""
     if settings.merge_adapter and not files.adapter:
         raise UserError(f"{setting}.merge_adapter: found true, and {settings.model} is not an adapter; leave it out")
@@ -63,7 +63,7 @@ def check_honed(files: ModelFiles, settings: Teacher, setting: str) -> None:
         raise UserError(f"{setting}.{name}: {files.base} is quantised already; leave it out, or name the unquantised model")
 
 
-def made_of(recipe: Recipe, teacher: TeacherFiles, tokenizer, contents: dict[str, str]) -> dict[str, dict]:
+def made_of(recipe: Recipe, teacher: TeacherSource, tokenizer, contents: dict[str, str]) -> dict[str, dict]:
     """What a store follows from. `contents` are the hashes of the data."""
     one, data, weights = teacher.settings, recipe.data, {"dtype": teacher.settings.dtype}
     if files := teacher.files:
@@ -116,7 +116,7 @@ _OTHER = {
 }
 
 
-def check_store(recipe: Recipe, teacher: TeacherFiles, tokenizer, vocab: int) -> None:
+def check_store(recipe: Recipe, teacher: TeacherSource, tokenizer, vocab: int) -> None:
     """Refuse a store of another tokenizer, template, teacher or kind than the recipe's; every difference is named."""
     store, setting, cache = teacher.store, teacher.setting, teacher.settings.cache
     made_of_then, kept = store.header["made_of"], store.header["kind"]
@@ -135,7 +135,7 @@ def check_store(recipe: Recipe, teacher: TeacherFiles, tokenizer, vocab: int) ->
         value, then = getattr(cache, name), kept["name"] if name == "kind" else kept.get(name)
         if value not in (None, "auto", then):
             problems.append(f"{setting}.cache.{name}: found {value}, and {cache.path} was made with {then}; leave it out")
-    if problems := problems + of_samples(recipe, cache.path, kept):
+    if problems := problems + sample_problems(recipe, cache.path, kept):
         raise UserError(*problems)
 
 
@@ -145,12 +145,12 @@ def check_samples(recipe: Recipe) -> None:
     for setting, one in named(recipe.teacher) if distils(recipe) else ():
         if one.cache and (Path(one.cache.path).expanduser() / "store.json").exists():
             header = read_header(Path(one.cache.path).expanduser(), f"{setting}.cache.path")
-            problems += of_samples(recipe, one.cache.path, header["kind"])
+            problems += sample_problems(recipe, one.cache.path, header["kind"])
     if problems:
         raise UserError(*problems)
 
 
-def of_samples(recipe: Recipe, path: str, kept: dict) -> list[str]:
+def sample_problems(recipe: Recipe, path: str, kept: dict) -> list[str]:
     """What is wrong with a recipe that learns from a store of this kind, if that holds samples."""
     if kept["name"] != "sampled":
         return []
@@ -167,7 +167,9 @@ def of_samples(recipe: Recipe, path: str, kept: dict) -> list[str]:
     return problems
 
 
-def check_examples(teacher: TeacherFiles, number: int, parts: dict[str, tuple[Encoded | Stream | None, Sequence[str]]], ours: dict) -> None:
+def check_examples(
+    teacher: TeacherSource, number: int, parts: dict[str, tuple[Encoded | Stream | None, Sequence[str]]], ours: dict
+) -> None:
     """Refuse a store that lacks examples that teacher `number` is to answer.
 
     `parts` are each setting's examples and their places, `ours` is what a store of this recipe would be made of.
@@ -176,7 +178,7 @@ def check_examples(teacher: TeacherFiles, number: int, parts: dict[str, tuple[En
     for setting, (encoded, places) in parts.items():
         if encoded is None:
             continue
-        mine = mine_of(encoded, number)
+        mine = examples_of(encoded, number)
         missing = teacher.store.missing([encoded.identity(i) for i in mine])
         if missing:
             shown = [
@@ -192,6 +194,6 @@ def check_examples(teacher: TeacherFiles, number: int, parts: dict[str, tuple[En
             )
 
 
-def mine_of(encoded: Encoded | Stream, number: int) -> np.ndarray:
+def examples_of(encoded: Encoded | Stream, number: int) -> np.ndarray:
     """The examples that teacher `number` answers, alone or with others."""
-    return np.flatnonzero(np.isin(encoded.taught_by, (EVERYONE, number)))
+    return np.flatnonzero(np.isin(encoded.taught_by, (ALL_TEACHERS, number)))

@@ -11,9 +11,9 @@ from ..losses.divergences import forward_kl
 from ..signals import Divergence
 
 #: Exponents s at which the rest's mass, log of the sum of p^s over it, is kept: temperatures 4, 2, 1 and 1/2.
-NODES = (0.25, 0.5, 1.0, 2.0)
+TAIL_EXPONENTS = (0.25, 0.5, 1.0, 2.0)
 #: A token below it is part of the rest, whatever its rank: a mask that a model puts on tokens would else stretch the levels of all others.
-RULED_OUT = -100.0
+NEGLIGIBLE = -100.0
 _NOTHING = -1e30  # log-probability of an event that a student cannot see: finite, so that no gradient is a NaN
 
 
@@ -23,7 +23,7 @@ class TopK:
 
     Merging tokens into a bucket can only lower a divergence, so that a KL here lies between 0 and the dense one, and equals it at
     K = V. At temperature T = 1/s the bucket's mass needs f(s) = log sum p^s over the rest, which is convex: f(0) is the logarithm
-    of the number of its tokens, some further values are kept (`rest_NS`, at `nodes`) and falling cubics join them. What that gets
+    of the number of its tokens, some further values are kept (`tail_NS`, at `nodes`) and falling cubics join them. What that gets
     wrong, as a mean KL in nats at T = 0.7, 1.5, 3 and 8 (none at the nodes): 8e-5, 3e-4, 4e-5, 8e-6 for K = 64, V = 128,256 and
     distributions of Zipf's kind; 4e-7, 1e-6, 9e-5, 2e-3 for K = 50 of a trained model's V = 512. With s = 1 alone (a store from
     elsewhere) f is a line, as if the rest were uniform: 8e-3, 0.1, 0.08, 7e-4 for the first.
@@ -33,34 +33,34 @@ class TopK:
 
     ids_NK: Tensor
     log_p_NK: Tensor  # at temperature 1
-    rest_NS: Tensor
+    tail_NS: Tensor
     vocab: int
     label_log_p_N: Tensor
     entropy_N: Tensor
-    nodes: tuple[float, ...] = NODES
+    nodes: tuple[float, ...] = TAIL_EXPONENTS
 
     @staticmethod
     def of(log_p_NV: Tensor, k: int, labels_N: Tensor) -> "TopK":
         """The K likeliest tokens of a dense distribution, in its own precision."""
         ids_NK = log_p_NV.topk(k).indices.sort().values
         found_NK = log_p_NV.gather(1, ids_NK)
-        ruled_out_NK = found_NK < RULED_OUT
+        ruled_out_NK = found_NK < NEGLIGIBLE
         log_p_NK = found_NK.masked_fill(ruled_out_NK, -math.inf)
         rest_NV = log_p_NV.scatter(1, ids_NK, torch.where(ruled_out_NK, found_NK, -math.inf))
-        rest_NS = torch.stack([(rest_NV * s).logsumexp(1) for s in NODES], 1)
-        rest_NS = torch.where(rest_NS > -math.inf, rest_NS.clamp_min(-6e4), rest_NS)  # in the range of float16
-        rest_NS[:, NODES.index(1)].clamp_max_(0)
+        tail_NS = torch.stack([(rest_NV * s).logsumexp(1) for s in TAIL_EXPONENTS], 1)
+        tail_NS = torch.where(tail_NS > -math.inf, tail_NS.clamp_min(-6e4), tail_NS)  # in the range of float16
+        tail_NS[:, TAIL_EXPONENTS.index(1)].clamp_max_(0)
         label_N = log_p_NV.gather(1, labels_N[:, None])[:, 0]
-        return TopK(ids_NK, log_p_NK, rest_NS, log_p_NV.shape[1], label_N, entropy(log_p_NV))
+        return TopK(ids_NK, log_p_NK, tail_NS, log_p_NV.shape[1], label_N, entropy(log_p_NV))
 
     def events(self, rows: Rows, temperature: float = 1.0) -> Tensor:
         """The teacher's log-probabilities of the K + 1 events, [n, K + 1]; they sum to one."""
         log_p_nK, s = self.log_p_NK[rows], 1 / temperature
         count_n = self.vocab - (log_p_nK > -math.inf).sum(1)
-        rest_n = interpolate((0.0, *self.nodes), torch.cat([count_n.to(log_p_nK).log()[:, None], self.rest_NS[rows].to(log_p_nK)], 1), s)
+        rest_n = interpolate((0.0, *self.nodes), torch.cat([count_n.to(log_p_nK).log()[:, None], self.tail_NS[rows].to(log_p_nK)], 1), s)
         return torch.cat([log_p_nK * s, rest_n[:, None]], 1).log_softmax(1)
 
-    def seen(self, rows: Rows, log_q_nV: Tensor) -> Tensor:
+    def student_events(self, rows: Rows, log_q_nV: Tensor) -> Tensor:
         """A student's log-probabilities of the same events."""
         ids_nK, kept_nK = self.ids_NK[rows], self.log_p_NK[rows] > -math.inf
         log_q_nK = log_q_nV.gather(1, ids_nK)
@@ -68,7 +68,7 @@ class TopK:
         return torch.cat([torch.where(kept_nK, log_q_nK, _NOTHING), rest_nV.logsumexp(1, keepdim=True)], 1)
 
     def divergence(self, divergence: Divergence, rows: Rows, log_q_nV: Tensor, temperature: float = 1.0) -> Tensor:
-        return divergence(self.seen(rows, log_q_nV), self.events(rows, temperature).to(log_q_nV.dtype))
+        return divergence(self.student_events(rows, log_q_nV), self.events(rows, temperature).to(log_q_nV.dtype))
 
     @torch.no_grad()
     def log_probs(self, rows: Rows, log_q_nV: Tensor | None = None, temperature: float = 1.0) -> Tensor:
@@ -78,17 +78,19 @@ class TopK:
         if log_q_nV is None:
             log_q_nV = log_p_nE.new_full((len(ids_nK), self.vocab), -math.log(self.vocab))
         log_p_nE = log_p_nE.to(log_q_nV.dtype)
-        log_p_nV = log_q_nV + (log_p_nE[:, -1:] - self.seen(rows, log_q_nV)[:, -1:])
+        log_p_nV = log_q_nV + (log_p_nE[:, -1:] - self.student_events(rows, log_q_nV)[:, -1:])
         in_rest_nK = log_p_nE[:, :-1] == -math.inf
         return log_p_nV.scatter(1, ids_nK, torch.where(in_rest_nK, log_p_nV.gather(1, ids_nK), log_p_nE[:, :-1]))
 
     def label_log_probs(self, rows: Rows, labels_n: Tensor) -> Tensor:
         return self.label_log_p_N[rows]
 
-    def stated(self, rows: Rows, labels_n: Tensor, log_q_nV: Tensor) -> dict[str, Tensor]:
-        """Exact, where the whole distribution was seen; a store from elsewhere has seen no more than it keeps."""
+    def exact_metrics(self, rows: Rows, labels_n: Tensor, log_q_nV: Tensor) -> dict[str, Tensor]:
+        """Exact where the record was made from the whole distribution; imported log-probabilities know only their top k."""
         likeliest_n = self.ids_NK[rows].gather(1, self.log_p_NK[rows].argmax(1, True))[:, 0]
-        return {"agreement": (log_q_nV.argmax(1) == likeliest_n).float()} | (stated(self, rows) if self.nodes == NODES else {})
+        return {"agreement": (log_q_nV.argmax(1) == likeliest_n).float()} | (
+            _recorded_metrics(self, rows) if self.nodes == TAIL_EXPONENTS else {}
+        )
 
 
 @dataclass(frozen=True)
@@ -124,15 +126,15 @@ class Sampled:
     def label_log_probs(self, rows: Rows, labels_n: Tensor) -> Tensor:
         return self.label_log_p_N[rows]
 
-    def stated(self, rows: Rows, labels_n: Tensor, log_q_nV: Tensor) -> dict[str, Tensor]:
-        return stated(self, rows)
+    def exact_metrics(self, rows: Rows, labels_n: Tensor, log_q_nV: Tensor) -> dict[str, Tensor]:
+        return _recorded_metrics(self, rows)
 
     def _check(self, temperature: float) -> None:
         if temperature != self.temperature:
             raise ValueError(f"the tokens were drawn at temperature {self.temperature:g}, not {temperature:g}")
 
 
-def stated(signal: TopK | Sampled, rows: Rows) -> dict[str, Tensor]:
+def _recorded_metrics(signal: TopK | Sampled, rows: Rows) -> dict[str, Tensor]:
     return {"teacher_ce": -signal.label_log_p_N[rows], "teacher_entropy": signal.entropy_N[rows]}
 
 

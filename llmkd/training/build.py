@@ -8,7 +8,7 @@ from ..console import say
 from ..data.batching import Budget, Plan
 from ..data.stream import Stream
 from ..errors import UserError
-from ..losses.divergences import named
+from ..losses.divergences import make_divergence
 from ..losses.objective import Objective
 from ..models import compile as compiled
 from ..models.language_model import LanguageModel
@@ -76,7 +76,7 @@ def longest_row(recipe: Recipe) -> int:
 def build_learner(recipe: Recipe, student: LanguageModel, total_steps: int, accelerator, rows: int | None = None) -> Learner:
     """The student with its objective, optimizer and schedule. `rows`: of a chunk of the head, where the recipe does not say."""
     loss, optim = recipe.loss, recipe.optim
-    objective = Objective(loss.kd_ratio, loss.temperature, named(loss.divergence, **loss.divergence_options))
+    objective = Objective(loss.kd_ratio, loss.temperature, make_divergence(loss.divergence, **loss.divergence_options))
     parameters = student.trainable()
     optimizer = optimizers.build(optim, parameters)
     if student.untouched and accelerator.num_processes > 1:  # or the processes would wait for gradients that never come

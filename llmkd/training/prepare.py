@@ -28,7 +28,7 @@ from ..data.reading.sources import Rows
 from ..data.stream import Stream
 from ..errors import UserError
 from ..model_files import ModelFiles, find, identity_of, rows_of
-from ..teachers.resolve import TeacherFiles, check_examples, check_store, find_teachers, made_of
+from ..teachers.resolve import TeacherSource, check_examples, check_store, made_of, resolve_teachers
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Prepared:
     identity: dict[str, str]
     origins: dict[str, list[dict]]  # of each setting (data.train, ...) its sources: path, name, split, resolved revision, rows
     student: ModelFiles | None  # None for new weights
-    teachers: tuple[TeacherFiles, ...]
+    teachers: tuple[TeacherSource, ...]
 
     def of(self, recipe: Recipe) -> "Prepared":
         """The same for a recipe that differs in its student, and perhaps learns without the teacher that others have."""
@@ -65,7 +65,7 @@ def prepare(recipe: Recipe, stores: bool = True) -> Prepared:
     data = recipe.data
     rows = read_data(data)
     student = student_files(recipe)
-    taught = find_teachers(recipe, stores)
+    taught = resolve_teachers(recipe, stores)
     configs = {"student.model": student.config if student else recipe.student.architecture}
     configs |= {f"{teacher.setting}.model": teacher.files.config for teacher in taught if teacher.files}
     refuse_too_long(data, configs)
@@ -159,7 +159,7 @@ def _tokenizer(recipe: Recipe, student: ModelFiles | None):
     return tokenizer
 
 
-def _same_tokenizer(tokenizer, teacher: TeacherFiles) -> None:
+def _same_tokenizer(tokenizer, teacher: TeacherSource) -> None:
     files, setting = teacher.files, f"{teacher.setting}.model"
     with_tokenizer = files.adapter if files.adapter and (files.adapter / "tokenizer.json").exists() else files.base
     theirs = load_tokenizer(str(with_tokenizer), setting)

@@ -61,7 +61,7 @@ class Outcome:
             if k in terms:
                 terms[k][name] = value / self.taken.targets
         for k in terms:
-            terms[k]["loss"] = objectives[k].mix(terms[k])
+            terms[k]["loss"] = objectives[k].combine(terms[k])
         return terms, {k: norms[k] for k in terms}, values[len(self.names)] > 0
 
 

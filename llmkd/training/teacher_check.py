@@ -3,13 +3,13 @@
 from collections.abc import Sequence
 
 from ..model_files import ModelFiles
-from ..teachers.resolve import TeacherFiles
+from ..teachers.resolve import TeacherSource
 
 #: As torchtune's study of the reference case found (https://pytorch.org/blog/llama-into-torchtune/).
 ADVICE = "Published advice: tune the teacher on the data first, as the 1_teacher.yaml of a recipe does; from a teacher that is not, the KD loss hardly moves."
 
 
-def verdict(figures: list[dict[str, float]], examples: int, teachers: Sequence[TeacherFiles], student: ModelFiles | None) -> str:
+def verdict(figures: list[dict[str, float]], examples: int, teachers: Sequence[TeacherSource], student: ModelFiles | None) -> str:
     """What `validate` found on the sample, for one student or several, in a line; with advice where the teacher seems not to be tuned.
 
     The student's own base is no teacher that anybody would tune: it has a context, or a wider number format.

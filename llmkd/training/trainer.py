@@ -23,7 +23,7 @@ from ..output import progress as tracking_progress
 from ..output.run_folder import RunFolder
 from ..signals import Teacher
 from ..teachers.cached import Cached
-from ..teachers.fidelity import measured_transform, some_asked, some_of
+from ..teachers.fidelity import measured_transform, sample_examples, sample_teacher_batches
 from ..teachers.live import Live
 from ..teachers.mixture import combined
 from . import checkpoint
@@ -82,7 +82,7 @@ class Session:
         """Some of what the teacher of that name will be asked."""
         number = [one.setting for one in self.prepared.teachers].index(setting)
         size = self.recipe.validation.micro_batch_size
-        return some_asked(self.prepared.train, number, size, self.pad, self.accelerator.device)
+        return sample_teacher_batches(self.prepared.train, number, size, self.pad, self.accelerator.device)
 
     def claim(self) -> None:
         """The first process takes the arms' folders, and all hear of one that cannot be had."""
@@ -196,7 +196,7 @@ class Session:
         """Before the first step: does the teacher know the rows that it is to teach, and better than the student?"""
         if self.teacher is None or not self.recipe.validation.gate:
             return
-        sample = some_of(self.prepared.train, self.recipe.validation.gate)
+        sample = sample_examples(self.prepared.train, self.recipe.validation.gate)
         found = [one.figures() for one in self.measure([arm.student for arm in self.arms], sample, "gate", 0)]
         for arm, figures in zip(self.arms if self.main else (), found, strict=False):
             arm.record.write({"step": 0, "gate": {"examples": len(sample)} | {name: figures[name] for name in ("ce", "teacher_ce")}})

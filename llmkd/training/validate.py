@@ -125,7 +125,7 @@ def _figures(
         return out
     if "agreement" not in names:  # a teacher known by samples
         own = {"forward_kl": signal.divergence(forward_kl, rows, log_q_nV)} if "forward_kl" in names else {}
-        return out | {"teacher_ce": -signal.label_log_probs(rows, labels_n)} | own | signal.stated(rows, labels_n, log_q_nV)
+        return out | {"teacher_ce": -signal.label_log_probs(rows, labels_n)} | own | signal.exact_metrics(rows, labels_n, log_q_nV)
     log_p_nV = signal.log_probs(rows, log_q_nV)
     out |= {
         "forward_kl": forward_kl(log_q_nV, log_p_nV),
@@ -134,7 +134,7 @@ def _figures(
         "teacher_ce": -log_p_nV.gather(-1, labels_n[:, None])[:, 0],
         "teacher_entropy": _entropy(log_p_nV),
     }
-    return out | signal.stated(rows, labels_n, log_q_nV)
+    return out | signal.exact_metrics(rows, labels_n, log_q_nV)
 
 
 def _entropy(log_p_nV: Tensor) -> Tensor:

@@ -18,7 +18,7 @@ from llmkd.batch import Batch, View
 from llmkd.config.recipe import Optim
 from llmkd.data.batching import Step
 from llmkd.head import Head
-from llmkd.losses.divergences import named
+from llmkd.losses.divergences import make_divergence
 from llmkd.losses.fused import fused_loss
 from llmkd.losses.objective import Objective
 from llmkd.models import startup_checks as selftest
@@ -77,7 +77,7 @@ def audit(n=256, divergence="forward_kl", train_hidden=True, train_head=False, t
         signal = None
     with Audit() as audit:
         total, rows = fused_loss(
-            hidden, head, torch.arange(n) % V, Objective(kd_ratio, temperature, named(divergence or "forward_kl")), signal, CHUNK
+            hidden, head, torch.arange(n) % V, Objective(kd_ratio, temperature, make_divergence(divergence or "forward_kl")), signal, CHUNK
         )
     held = sum(audit.alive.values())
     assert total.isfinite() and len(rows) == 1 + (signal is not None)

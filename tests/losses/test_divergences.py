@@ -131,7 +131,7 @@ def definition(name, options):
 @each_kind
 def test_equals_its_definition(name, options, seed, size, spread):
     student, teacher = spread * randn(16, size, seed=seed), spread * randn(16, size, seed=seed + 100)
-    found = value_and_gradient(divergences.named(name, **options), student, teacher)
+    found = value_and_gradient(divergences.make_divergence(name, **options), student, teacher)
     assert_close(found, value_and_gradient(definition(name, options), student, teacher), rtol=1e-11, atol=1e-13)
 
 
@@ -156,7 +156,7 @@ BY_HAND = [  # teacher p, student q
 
 @pytest.mark.parametrize("name, options, p, q, expected", BY_HAND)
 def test_worked_by_hand(name, options, p, q, expected):
-    found = divergences.named(name, **options)(logs(q), logs(p))
+    found = divergences.make_divergence(name, **options)(logs(q), logs(p))
     assert found.item() == pytest.approx(expected, rel=1e-14)
 
 
@@ -165,21 +165,21 @@ def test_worked_by_hand(name, options, p, q, expected):
 )  # its weight is constant to the gradient alone
 def test_gradcheck(name, options):
     student, teacher = randn(3, 7).requires_grad_(), randn(3, 7, seed=1)
-    assert torch.autograd.gradcheck(lambda x: of_logits(divergences.named(name, **options), x, teacher), student)
+    assert torch.autograd.gradcheck(lambda x: of_logits(divergences.make_divergence(name, **options), x, teacher), student)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @each_kind
 def test_identical_models_do_not_differ(name, options, dtype):
     logits = 5 * randn(8, 1000, dtype=dtype)
-    value, gradient = value_and_gradient(divergences.named(name, **options), logits, logits)
+    value, gradient = value_and_gradient(divergences.make_divergence(name, **options), logits, logits)
     eps = torch.finfo(dtype).eps
     assert (value >= 0).all() and value.max() < eps and gradient.abs().max() < 5 * eps
 
 
 @each_kind
 def test_a_shift_of_the_logits_changes_nothing(name, options):
-    function, student, teacher = divergences.named(name, **options), randn(4, 30), randn(4, 30, seed=1)
+    function, student, teacher = divergences.make_divergence(name, **options), randn(4, 30), randn(4, 30, seed=1)
     shifted = value_and_gradient(function, student + torch.tensor([[0.5], [-3], [100], [1e4]]), teacher - 7)
     assert_close(shifted, value_and_gradient(function, student, teacher), rtol=1e-9, atol=1e-12)
 
@@ -188,7 +188,7 @@ def test_a_shift_of_the_logits_changes_nothing(name, options):
 def test_inputs_are_left_as_they_were_and_the_teacher_gets_no_gradient(name, options):
     log_q, log_p = randn(4, 30).log_softmax(-1).requires_grad_(), randn(4, 30, seed=1).log_softmax(-1)
     before = log_q.detach().clone(), log_p.clone()
-    value = divergences.named(name, **options)(log_q, log_p)
+    value = divergences.make_divergence(name, **options)(log_q, log_p)
     value.sum().backward()
     assert value.shape == (4,) and torch.equal(log_q, before[0]) and torch.equal(log_p, before[1]) and log_p.grad is None
 
@@ -287,7 +287,7 @@ ROUNDINGS = {"forward_kl": 1, "total_variation": 5, "alpha_beta": 10}
 
 def assert_accurate(name, options, student, teacher):
     """float32 against the definition in float64: 2e-6 of the value, 2e-5 of the gradient, or a few roundings."""
-    value, gradient = value_and_gradient(divergences.named(name, **options), student, teacher)
+    value, gradient = value_and_gradient(divergences.make_divergence(name, **options), student, teacher)
     right, slope = value_and_gradient(definition(name, options), student.double(), teacher.double())
     assert value.dtype == torch.float32 and value.isfinite().all() and gradient.isfinite().all() and (value >= 0).all()
     assert ((value - right).abs() <= (2e-6 * right).clamp_min(3e-7 if name == "total_variation" else 1e-7)).all()
@@ -309,7 +309,7 @@ def test_float32_is_exact_and_finite_on_hard_inputs(name, options, case):
 def test_never_negative(name, options, apart, rows, size):
     teacher = 4 * randn(rows, size, dtype=torch.float32)
     student = teacher + apart * randn(rows, size, seed=1, dtype=torch.float32)
-    assert (of_logits(divergences.named(name, **options), student, teacher) >= 0).all()
+    assert (of_logits(divergences.make_divergence(name, **options), student, teacher) >= 0).all()
 
 
 def ruled_out():
@@ -338,15 +338,17 @@ def test_tokens_that_the_teacher_rules_out_count_exactly(name, options):
 def test_tokens_that_the_teacher_rules_out_make_reverse_kl_infinite(name, options, tokens):
     student, teacher = noise(2), noise(2, 1)
     teacher[:, :tokens] = -math.inf
-    assert (of_logits(divergences.named(name, **options), student, teacher) == math.inf).all()
+    assert (of_logits(divergences.make_divergence(name, **options), student, teacher) == math.inf).all()
 
 
 @pytest.mark.parametrize("name, options", [("forward_kl", {}), ("reverse_kl", {}), ("alpha_beta", {})])
 def test_tokens_that_both_models_rule_out_do_not_count(name, options):
     student, teacher = ruled_out()
     kept = teacher[0].isfinite()
-    value, gradient = value_and_gradient(divergences.named(name, **options), student.where(kept, -math.inf), teacher)
-    assert_close((value, gradient[:, kept]), value_and_gradient(divergences.named(name, **options), student[:, kept], teacher[:, kept]))
+    value, gradient = value_and_gradient(divergences.make_divergence(name, **options), student.where(kept, -math.inf), teacher)
+    assert_close(
+        (value, gradient[:, kept]), value_and_gradient(divergences.make_divergence(name, **options), student[:, kept], teacher[:, kept])
+    )
     assert not gradient[:, ~kept].any()
 
 
@@ -381,8 +383,8 @@ def test_names_options_and_defaults_agree_with_the_recipe():
 @pytest.mark.parametrize("name, options", [(name, options) for name, options in KINDS if options])
 def test_named_fixes_the_options(name, options):
     q, p = pair()
-    assert torch.equal(divergences.named(name, **options)(q, p), getattr(divergences, name)(q, p, **options))
-    assert not torch.equal(divergences.named(name, **options)(q, p), getattr(divergences, name)(q, p))
+    assert torch.equal(divergences.make_divergence(name, **options)(q, p), getattr(divergences, name)(q, p, **options))
+    assert not torch.equal(divergences.make_divergence(name, **options)(q, p), getattr(divergences, name)(q, p))
 
 
 def test_every_function_is_tested():

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 from llmkd.config.recipe import DIVERGENCES
 from llmkd.head import Head
 from llmkd.losses import fused
-from llmkd.losses.divergences import named
+from llmkd.losses.divergences import make_divergence
 from llmkd.losses.fused import default_chunk, fused_loss
 from llmkd.losses.objective import Objective
 from llmkd.signals import Dense, Known
@@ -62,7 +62,7 @@ def case(n=N, vocab=V, dtype=torch.float64):
 
 
 def objective(kd_ratio=0.25, temperature=2.0, divergence="forward_kl"):
-    return Objective(kd_ratio, temperature, named(divergence))
+    return Objective(kd_ratio, temperature, make_divergence(divergence))
 
 
 def dense_loss(hidden, head, labels, objective, signal=None):
@@ -451,11 +451,11 @@ def test_a_student_equal_to_its_teacher_has_nothing_to_learn_from_it():
 @pytest.mark.parametrize("kd_ratio, name", [(0.0, "kd"), (1.0, "ce")])
 def test_a_term_of_no_weight_is_left_out_even_when_infinite(kd_ratio, name):
     terms = {"ce": torch.ones(3), "kd": torch.ones(3)} | {name: torch.full((3,), math.inf)}
-    assert torch.equal(objective(kd_ratio).mix(terms), torch.ones(3))
+    assert torch.equal(objective(kd_ratio).combine(terms), torch.ones(3))
 
 
 def test_without_a_teacher_the_mix_is_the_cross_entropy():
-    assert torch.equal(objective(0.7).mix({"ce": torch.ones(3)}), torch.ones(3))
+    assert torch.equal(objective(0.7).combine({"ce": torch.ones(3)}), torch.ones(3))
 
 
 def test_an_infinite_divergence_of_no_weight_spoils_no_gradient():

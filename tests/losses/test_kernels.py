@@ -11,7 +11,7 @@ import torch
 
 from llmkd.head import Head
 from llmkd.losses import fused
-from llmkd.losses.divergences import named
+from llmkd.losses.divergences import make_divergence
 from llmkd.losses.objective import Objective
 from llmkd.signals import Dense
 
@@ -55,9 +55,9 @@ def test_compiles_for_a_gpu_that_is_not_here(which, forward, reverse, soft):
     pointers = dict.fromkeys(("logits", "teacher", "ce", "kd"), "*fp32") | {"labels": "*i64", "grad": "*bf16"}
     numbers = {"V": "i32"} | dict.fromkeys(("logits_stride", "teacher_stride", "grad_stride"), "i64")
     types = pointers | numbers | dict.fromkeys(("w_ce", "w_kd", "inverse_T", "share"), "fp32")
-    signature = {name: types.get(name, "constexpr") for name in kernels._visit.arg_names}
-    constants = {(kernels._visit.arg_names.index(name),): value for name, value in (flags | {"BLOCK": 4096}).items()}
-    source = triton.compiler.ASTSource(fn=kernels._visit, signature=signature, constexprs=constants)
+    signature = {name: types.get(name, "constexpr") for name in kernels._kernel.arg_names}
+    constants = {(kernels._kernel.arg_names.index(name),): value for name, value in (flags | {"BLOCK": 4096}).items()}
+    source = triton.compiler.ASTSource(fn=kernels._kernel, signature=signature, constexprs=constants)
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
     assert compiled.asm["cubin"] and ".local" not in compiled.asm["ptx"]  # nothing spilt
 
@@ -70,13 +70,13 @@ def pair(name, options, student, teacher, labels, kd_ratio=0.5, temperature=1.0,
     """Terms and gradient by the kernel, which writes over the logits, and by the PyTorch path in float64."""
     from llmkd.losses import kernels
 
-    objective, held = Objective(kd_ratio, temperature, named(name, **options)), {}
+    objective, held = Objective(kd_ratio, temperature, make_divergence(name, **options)), {}
     wide, exact = student.double(), torch.empty_like(student, dtype=torch.float64)
     given = None if teacher is None else teacher.double() / temperature
-    right = objective.visit(wide, labels, lambda k: held.setdefault(k, torch.empty_like(wide)), exact, given)
+    right = objective.loss_and_grad(wide, labels, lambda k: held.setdefault(k, torch.empty_like(wide)), exact, given)
     tile = student.clone()
     grad = tile.view(dtype)[:, : tile.shape[1]]
-    return (kernels.visit(objective, tile, labels, grad, teacher), grad), (right, exact)
+    return (kernels.loss_and_grad(objective, tile, labels, grad, teacher), grad), (right, exact)
 
 
 def agree(found, right, bound=1e-4, floor=2e-7):
@@ -165,12 +165,14 @@ def test_the_whole_head_by_the_kernel(monkeypatch, name, options, train):
     from llmkd.losses import kernels
 
     assert fused._kernels_run(torch.device("cpu"))  # looks at the kernel once, by itself
-    monkeypatch.setattr(kernels, "visit", lambda *args, visit=kernels.visit: calls.append(1) or visit(*args))
+    monkeypatch.setattr(
+        kernels, "loss_and_grad", lambda *args, loss_and_grad=kernels.loss_and_grad: calls.append(1) or loss_and_grad(*args)
+    )
     results = []
     for dtype in (torch.float32, torch.float64):
         h = hidden.to(dtype).requires_grad_()
         student, teacher = (Head(head.to(dtype), V) for head in heads)
-        objective = Objective(0.4, 2.0, named(name, **options))
+        objective = Objective(0.4, 2.0, make_divergence(name, **options))
         total, _ = fused.fused_loss(h, student, labels, objective, Dense(taught.to(dtype), teacher), 16)
         results.append((total.detach(), *torch.autograd.grad(total, [h, *student.trainable()])))
     assert len(calls) == 3  # float64 goes through PyTorch
@@ -182,7 +184,7 @@ def test_the_whole_head_by_the_kernel(monkeypatch, name, options, train):
 def test_a_kernel_that_is_wrong_is_found_out_before_it_is_used(monkeypatch):
     from llmkd.losses import kernels
 
-    cpu, right = torch.device("cpu"), kernels.visit
+    cpu, right = torch.device("cpu"), kernels.loss_and_grad
     assert kernels.agrees(cpu)
 
     def off(objective, logits_nV, labels_n, grad_nV, teacher_nV):
@@ -190,9 +192,9 @@ def test_a_kernel_that_is_wrong_is_found_out_before_it_is_used(monkeypatch):
         grad_nV[2] *= 1.1
         return terms
 
-    monkeypatch.setattr(kernels, "visit", off)
+    monkeypatch.setattr(kernels, "loss_and_grad", off)
     assert not kernels.agrees(cpu)
-    monkeypatch.setattr(kernels, "visit", lambda *args: {name: 1.01 * term for name, term in right(*args).items()})
+    monkeypatch.setattr(kernels, "loss_and_grad", lambda *args: {name: 1.01 * term for name, term in right(*args).items()})
     assert not kernels.agrees(cpu)
     with pytest.raises(RuntimeError, match="does not agree"):
         fused._kernels_run.__wrapped__(cpu)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from llmkd import batch as varlen_batch
-from llmkd.data.collate import collate, part_of
+from llmkd.data.collate import collate, select_examples
 from llmkd.data.examples import Encoded
 from llmkd.data.shared_prefixes import SHORTEST, shared_beginnings
 from llmkd.errors import UserError
@@ -212,7 +212,7 @@ def test_a_part_of_a_batch_is_the_batch_of_that_part(share, mine):
     """But for the order in which beginnings lie, and for one that only a single example is left of."""
     encoded, model = examples(), model_of("llama")
     whole = collate(encoded, list(range(9)), 0, packing=True, share=share)
-    part = part_of(whole, [i in mine for i in range(9)])
+    part = select_examples(whole, [i in mine for i in range(9)])
     alone = collate(encoded, sorted(mine), 0, packing=True, share=share)
     assert torch.equal(part.labels_N, alone.labels_N) and part.examples == alone.examples
     with torch.no_grad():

@@ -21,7 +21,7 @@ from llmkd.models import load as models_load
 from llmkd.models.float8 import Float8Linear
 from llmkd.models.load import load_together
 from llmkd.models.shared_weights import storages
-from llmkd.teachers.fidelity import TARGETS, compare, measured_transform, some_asked
+from llmkd.teachers.fidelity import TARGETS, compare, measured_transform, sample_teacher_batches
 from llmkd.teachers.live import Live
 from llmkd.training.prepare import prepare
 from llmkd.training.run import run
@@ -302,15 +302,15 @@ def test_as_many_targets_are_asked_as_hold_and_of_those_that_are_the_teachers(ma
     parted = [{"path": str(world / f"{file}.jsonl"), "teacher": name} for file, name in (("train", "a"), ("held", "b"))]
     data = prepare(make_recipe(teacher=both, data__train=parted)).train
     for number, examples in ((0, 37), (1, 9)):
-        batches = some_asked(data, number, 4, 0, "cpu")
+        batches = sample_teacher_batches(data, number, 4, 0, "cpu")
         assert sum(len(b.examples) for b in batches) <= examples and max(len(b.examples) for b in batches) <= 4
         assert {e.teacher for b in batches for e in b.examples} == {number}
         assert sum(b.targets for b in batches) <= TARGETS
     monkeypatch.setattr("llmkd.teachers.fidelity.TARGETS", 60)
-    few, again = (some_asked(data, 0, 4, 0, "cpu") for _ in range(2))
+    few, again = (sample_teacher_batches(data, 0, 4, 0, "cpu") for _ in range(2))
     assert 0 < sum(b.targets for b in few) <= 60 and all(torch.equal(a.labels_N, b.labels_N) for a, b in zip(few, again, strict=True))
     monkeypatch.setattr("llmkd.teachers.fidelity.TARGETS", 1)
-    assert len(some_asked(data, 0, 4, 0, "cpu")) == 1
+    assert len(sample_teacher_batches(data, 0, 4, 0, "cpu")) == 1
 
 
 def test_a_store_says_how_its_teacher_was_held(wide, make_recipe, tmp_path, capsys):

@@ -12,7 +12,7 @@ from llmkd.config import loader as settings
 from llmkd.config.recipe import Quantization, Source
 from llmkd.model_files import find
 from llmkd.output.model_card import card, code, escaped
-from llmkd.teachers.resolve import TeacherFiles
+from llmkd.teachers.resolve import TeacherSource
 from llmkd.training.run import run
 from tests.conftest import weights
 
@@ -46,7 +46,7 @@ def test_the_metadata_are_the_hubs(make_recipe, hub_student, world):
             recipe,
             summary,
             find(str(hub_student), "s"),
-            (TeacherFiles("teacher", recipe.teacher, find(str(world / "adapter"), "t"), None),),
+            (TeacherSource("teacher", recipe.teacher, find(str(world / "adapter"), "t"), None),),
             origins,
         )
     )

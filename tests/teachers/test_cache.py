@@ -23,7 +23,7 @@ from llmkd.losses.divergences import forward_kl
 from llmkd.models.families import head_of
 from llmkd.models.load import load_teacher
 from llmkd.signals import Dense
-from llmkd.teachers.cache.records import KeepHidden, KeepTopK, kind_to_record
+from llmkd.teachers.cache.records import HiddenFormat, TopKFormat, kind_to_record
 from llmkd.teachers.cache.shards import Plan, Store, Writer
 from llmkd.teachers.cache.stored_head import StoredHead, effective
 from llmkd.teachers.cached import Cached
@@ -109,7 +109,7 @@ def test_what_is_read_is_what_the_teacher_said_whatever_the_batch(name, tmp_path
             assert_close(said.log_probs(rows), log_p, rtol=1e-6, atol=1e-5)
             continue
         entropy = torch.special.entr(log_p.exp()).sum(1)
-        assert_close(said.stated(rows, batch.labels_N, log_q)["teacher_entropy"], entropy, rtol=1e-3, atol=1e-3)
+        assert_close(said.exact_metrics(rows, batch.labels_N, log_q)["teacher_entropy"], entropy, rtol=1e-3, atol=1e-3)
         if name == "topk":
             exact = TopK.of(log_p.double(), 20, batch.labels_N).divergence(forward_kl, rows, log_q.double(), 2.0)
             assert_close(said.divergence(forward_kl, rows, log_q, 2.0).double(), exact, rtol=0.02, atol=1e-3)
@@ -154,7 +154,7 @@ def test_an_example_that_comes_twice_is_stored_once(data):
 
 
 def test_a_shard_is_not_written_before_all_its_examples_are_there(tmp_path):
-    kind = KeepTopK(9, 3, 8)
+    kind = TopKFormat(9, 3, 8)
     writer = Writer(tmp_path / "store", kind, {}, Plan.of(["0a", "0b"], [1, 2], kind.bytes))
     writer.begin()
     shard = writer.shard(0)
@@ -340,7 +340,7 @@ def test_an_answer_that_is_not_a_number_is_not_kept():
     hidden = torch.randn(3, 4)
     hidden[1, 2] = float("nan")
     signal = Dense(hidden, Head(nn.Linear(4, 9), 9))
-    for kind in (KeepTopK(9, 3, 8), KeepHidden(9, 4, "float32", StoredHead.of(signal.head))):
+    for kind in (TopKFormat(9, 3, 8), HiddenFormat(9, 4, "float32", StoredHead.of(signal.head))):
         with pytest.raises(UserError, match="not a number"):
             kind.record(signal, torch.zeros(3, dtype=torch.long), [])
 

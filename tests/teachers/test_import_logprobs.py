@@ -116,14 +116,14 @@ def test_each_spelling_says_what_the_teacher_said(small, spelling):
     dense = forward_kl(log_q, torch.cat([small.log_p[i][t][None] for i, t in wanted]))
     found = signal.divergence(forward_kl, slice(None), log_q)
     assert (found <= dense + 0.02).all() and (found > 0).all()
-    assert signal.stated(slice(None), batch.labels_N, log_q).keys() == {"agreement"}
+    assert signal.exact_metrics(slice(None), batch.labels_N, log_q).keys() == {"agreement"}
 
 
 def test_more_than_are_kept_join_the_rest_and_fewer_leave_room(small):
     few = small.write(small.all("ours"), 3)(collate(small.encoded, [0], 0))
     assert [len(entry) for entry in entries(few)] == [3] * len(small.places(0))
     top = sorted(small.top(0, small.places(0)[0]).values())[-3:]
-    assert_close(few.rest_NS[0, 0].exp().item(), 1 - sum(math.exp(x) for x in top), rtol=1e-2, atol=1e-3)
+    assert_close(few.tail_NS[0, 0].exp().item(), 1 - sum(math.exp(x) for x in top), rtol=1e-2, atol=1e-3)
     room = small.write(small.all("ours"), 20, "other")(collate(small.encoded, [0], 0))
     assert [len(entry) for entry in entries(room)] == [K] * len(small.places(0))
     assert (room.ids_NK.diff(dim=1) > 0).all()

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from llmkd.batch import Batch
-from llmkd.data.collate import collate, part_of
+from llmkd.data.collate import collate, select_examples
 from llmkd.data.examples import Encoded
 from llmkd.head import Head
 from llmkd.losses.divergences import forward_kl, generalized_jsd, reverse_kl
@@ -170,7 +170,7 @@ def test_each_teacher_is_asked_only_its_own_rows(packing):
 def test_a_part_of_a_batch_is_the_batch_of_that_part(packing):
     encoded = data()
     whole = collate(encoded, [3, 1, 0, 2], 0, packing)
-    part, alone = part_of(whole, [True, False, False, True]), collate(encoded, [3, 2], 0, packing)
+    part, alone = select_examples(whole, [True, False, False, True]), collate(encoded, [3, 2], 0, packing)
     assert torch.equal(part.labels_N, alone.labels_N)
     assert torch.equal(part.example_N, alone.example_N)
     assert part.examples == alone.examples

@@ -9,13 +9,13 @@ from torch.testing import assert_close
 
 from llmkd.batch import Example
 from llmkd.head import Head
-from llmkd.losses.divergences import forward_kl, named
+from llmkd.losses.divergences import forward_kl, make_divergence
 from llmkd.losses.fused import fused_loss
 from llmkd.losses.objective import Objective
 from llmkd.signals import Dense
-from llmkd.teachers.cache import records as kinds
+from llmkd.teachers.cache import records
 from llmkd.teachers.cache.codec import decode_ids, decode_values, encode_ids, encode_values, id_bytes, packed_bytes
-from llmkd.teachers.cache.records import KeepSampled, KeepTopK, chances
+from llmkd.teachers.cache.records import SampledFormat, TopKFormat, uniform_draws
 from llmkd.teachers.sparse import Sampled, TopK, interpolate
 from tests.losses.test_divergences import each_kind, randn
 
@@ -50,10 +50,10 @@ def test_ids_come_back_whatever_they_are(count, vocab):
 def test_the_sizes_are_those_that_are_told():
     sizes = [(id_bytes(k, 128256), packed_bytes(k, 8)) for k in (50, 64, 128)]
     assert sizes == [(83, 50), (104, 64), (192, 128)]
-    assert [KeepTopK(128256, k, b).bytes for k, b in ((50, 4), (50, 8), (64, 4), (64, 8), (128, 4), (128, 6), (128, 8))] == [
+    assert [TopKFormat(128256, k, b).bytes for k, b in ((50, 4), (50, 8), (64, 4), (64, 8), (128, 4), (128, 6), (128, 8))] == [
         *(122, 147, 150, 182, 270, 302, 334)
     ]
-    assert KeepSampled(128256, 50, 1.0, 0).bytes == 89
+    assert SampledFormat(128256, 50, 1.0, 0).bytes == 89
 
 
 @pytest.mark.parametrize("bits", [4, 5, 8, 12, 16])
@@ -113,7 +113,7 @@ def by_hand(divergence, log_q, log_p, k, temperature):
 @each_kind
 def test_it_is_the_divergence_over_the_kept_tokens_and_one_bucket(name, options, temperature):
     log_p, log_q = dense(), dense(seed=1)
-    divergence = named(name, **options)
+    divergence = make_divergence(name, **options)
     soft = (log_q / temperature).log_softmax(1)
     found = TopK.of(log_p, 7, labels()).divergence(divergence, ALL, soft, temperature)
     assert_close(found, by_hand(divergence, log_q, log_p, 7, temperature), rtol=1e-10, atol=1e-13)
@@ -123,7 +123,7 @@ def test_it_is_the_divergence_over_the_kept_tokens_and_one_bucket(name, options,
 @each_kind
 def test_all_tokens_kept_is_the_dense_divergence_and_gradient(name, options, temperature):
     log_p, student = dense(), randn(N, V, seed=1).requires_grad_()
-    divergence = named(name, **options)
+    divergence = make_divergence(name, **options)
     values = []
     for signal in (TopK.of(log_p, V, labels()), None):
         log_q = (student / temperature).log_softmax(1)
@@ -138,7 +138,7 @@ def test_all_tokens_kept_is_the_dense_divergence_and_gradient(name, options, tem
 def test_gradients_through_the_bucket(name, options):
     if name == "adaptive_kl":
         return  # its weight takes no gradient
-    signal, divergence = TopK.of(dense(n=3, vocab=9), 4, labels(3, 9)), named(name, **options)
+    signal, divergence = TopK.of(dense(n=3, vocab=9), 4, labels(3, 9)), make_divergence(name, **options)
     student = randn(3, 9, seed=1).requires_grad_()
     assert torch.autograd.gradcheck(lambda x: signal.divergence(divergence, ALL, x.log_softmax(1), 2.0), student)
 
@@ -147,7 +147,7 @@ def test_gradients_through_the_bucket(name, options):
 @pytest.mark.parametrize("name", ["forward_kl", "reverse_kl", "generalized_jsd"])
 def test_it_lies_between_nothing_and_the_dense_divergence(name, temperature):
     log_p, log_q = dense(3.0), dense(3.0, seed=1)
-    divergence = named(name)
+    divergence = make_divergence(name)
     p, q = ((x / temperature).log_softmax(1) for x in (log_p, log_q))
     before = torch.zeros(N, dtype=torch.float64)
     for k in (1, 3, 10, 25, V):
@@ -165,7 +165,7 @@ def test_densified_it_says_the_same_and_shares_the_rest_as_the_student_does(temp
     signal = TopK.of(log_p, 7, labels())
     whole = signal.log_probs(ALL, log_q, temperature)
     assert_close(whole.logsumexp(1), torch.zeros(N, dtype=torch.float64))
-    for divergence in (named("forward_kl"), named("reverse_kl"), named("generalized_jsd")):
+    for divergence in (make_divergence("forward_kl"), make_divergence("reverse_kl"), make_divergence("generalized_jsd")):
         assert_close(divergence(log_q, whole), signal.divergence(divergence, ALL, log_q, temperature))
     assert_close(signal.log_probs(ALL).logsumexp(1), torch.zeros(N, dtype=torch.float64))
     assert_close(signal.log_probs(torch.tensor([5, 2]), log_q[[5, 2]], temperature), whole[[5, 2]])
@@ -188,18 +188,18 @@ def test_the_code_of_a_target_loses_little_and_its_events_sum_to_one():
     log_p, log_q = dense(3.0, 200, 3000).float(), dense(2.0, 200, 3000, seed=1).float()
     know = labels(200, 3000)
     for bits, most in ((4, 1e-2), (6, 5e-4), (8, 3e-5), (16, 1e-6)):
-        kind = KeepTopK(3000, 64, bits)
+        kind = TopKFormat(3000, 64, bits)
         signal = kind.signal(torch.from_numpy(kind.record(dense_signal(log_p), know, examples(200))), "cpu")
         exact = TopK.of(log_p.double(), 64, know)
         assert_close(signal.ids_NK, exact.ids_NK)
         assert_close(signal.events(ALL, 1.7).logsumexp(1), torch.zeros(200), atol=1e-6, rtol=0)
         assert forward_kl(signal.events(ALL).double(), exact.events(ALL)).mean() < most
         assert_close(signal.divergence(KL, ALL, log_q).mean().double(), exact.divergence(KL, ALL, log_q.double()).mean(), rtol=0.01, atol=0)
-        stated = signal.stated(ALL, know, log_q)
-        assert_close(stated["teacher_ce"], -log_p.gather(1, know[:, None])[:, 0], rtol=1e-3, atol=0)
-        assert_close(stated["agreement"], (log_p.argmax(1) == log_q.argmax(1)).float())
-        assert_close(stated["teacher_entropy"], -(log_p.exp() * log_p).sum(1), rtol=1e-3, atol=0)
-        assert_close(signal.label_log_probs(slice(3, 5), know[3:5]), -stated["teacher_ce"][3:5])
+        exact_metrics = signal.exact_metrics(ALL, know, log_q)
+        assert_close(exact_metrics["teacher_ce"], -log_p.gather(1, know[:, None])[:, 0], rtol=1e-3, atol=0)
+        assert_close(exact_metrics["agreement"], (log_p.argmax(1) == log_q.argmax(1)).float())
+        assert_close(exact_metrics["teacher_entropy"], -(log_p.exp() * log_p).sum(1), rtol=1e-3, atol=0)
+        assert_close(signal.label_log_probs(slice(3, 5), know[3:5]), -exact_metrics["teacher_ce"][3:5])
 
 
 def dense_signal(log_p):
@@ -208,7 +208,7 @@ def dense_signal(log_p):
 
 
 def test_a_code_in_which_nothing_is_kept_compares_nothing():
-    kind = KeepTopK(V, 5, 8, (1.0,))
+    kind = TopKFormat(V, 5, 8, (1.0,))
     nothing = TopK(
         torch.arange(5)[None], torch.full((1, 5), -math.inf), torch.zeros(1, 1), V, torch.zeros(1), torch.full((1,), math.nan), (1.0,)
     )
@@ -217,12 +217,12 @@ def test_a_code_in_which_nothing_is_kept_compares_nothing():
     for temperature in (1.0, 3.0):
         value = signal.divergence(KL, ALL, (student / temperature).log_softmax(1), temperature)
         assert value.abs().item() < 1e-6 and torch.autograd.grad(value.sum(), student)[0].abs().max() < 1e-6
-    assert signal.stated(ALL, labels(1), student.detach()).keys() == {"agreement"}
+    assert signal.exact_metrics(ALL, labels(1), student.detach()).keys() == {"agreement"}
 
 
 def test_the_fused_loss_takes_it_in_chunks():
     hidden, head = randn(N, 8).requires_grad_(), Head(torch.nn.Linear(8, V, bias=False, dtype=torch.float64).requires_grad_(False), V)
-    signal, objective = TopK.of(dense(), 6, labels()), Objective(0.5, 2.0, named("generalized_jsd"))
+    signal, objective = TopK.of(dense(), 6, labels()), Objective(0.5, 2.0, make_divergence("generalized_jsd"))
     results = []
     for chunk in (5, N):
         total, _ = fused_loss(hidden, head, labels(), objective, signal, chunk)
@@ -234,18 +234,18 @@ def test_the_fused_loss_takes_it_in_chunks():
 
 
 def sampled(log_p, draws, temperature=1.0, seed=0, first=0):
-    kind = KeepSampled(log_p.shape[1], draws, temperature, seed)
+    kind = SampledFormat(log_p.shape[1], draws, temperature, seed)
     records = kind.record(dense_signal(log_p), labels(len(log_p), log_p.shape[1]), examples(len(log_p), first=first))
     return kind.signal(torch.from_numpy(records), "cpu")
 
 
 def test_draws_follow_from_seed_example_and_place_alone():
-    whole = chances(3, examples(4, 2, 5), 6)
+    whole = uniform_draws(3, examples(4, 2, 5), 6)
     assert whole.shape == (11, 6) and whole.min() >= 0 and whole.max() < 1
-    assert np.array_equal(chances(3, examples(5, first=2), 6), whole[6:])
-    assert len(np.unique(whole)) == 66 and not np.array_equal(chances(4, examples(4, 2, 5), 6), whole)
-    assert np.array_equal(chances(3, examples(1, first=2), 3)[0], whole[6, :3])
-    many = chances(0, examples(*[10] * 300), 50)
+    assert np.array_equal(uniform_draws(3, examples(5, first=2), 6), whole[6:])
+    assert len(np.unique(whole)) == 66 and not np.array_equal(uniform_draws(4, examples(4, 2, 5), 6), whole)
+    assert np.array_equal(uniform_draws(3, examples(1, first=2), 3)[0], whole[6, :3])
+    many = uniform_draws(0, examples(*[10] * 300), 50)
     assert abs(many.mean() - 0.5) < 4 / math.sqrt(12 * many.size)
     assert abs(np.corrcoef(many[:, 0], many[:, 1])[0, 1]) < 4 / math.sqrt(3000)
 
@@ -258,7 +258,7 @@ def test_gradient_and_value_are_right_on_average(temperature):
     (want,) = torch.autograd.grad(KL(log_q, soft).sum(), student, retain_graph=True)
     found, values = [], []
     for i in range(400):
-        value = sampled(log_p, 20, temperature, first=i).divergence(named("forward_kl"), ALL, log_q, temperature)
+        value = sampled(log_p, 20, temperature, first=i).divergence(make_divergence("forward_kl"), ALL, log_q, temperature)
         values.append(value.detach())
         found.append(torch.autograd.grad(value.sum(), student, retain_graph=True)[0])
     for many, target in ((torch.stack(found), want), (torch.stack(values), KL(log_q, soft).detach())):
@@ -277,7 +277,7 @@ def test_draws_never_fall_on_what_is_ruled_out(monkeypatch, chance, drawn):
     log_p = torch.full((3, 10), -math.inf)
     log_p[:, [2, 7]] = math.log(0.5)
     if chance is not None:
-        monkeypatch.setattr(kinds, "chances", lambda seed, examples, draws: np.full((3, draws), chance))
+        monkeypatch.setattr(records, "uniform_draws", lambda seed, examples, draws: np.full((3, draws), chance))
     signal = sampled(log_p, 200)
     assert set(signal.ids_ND.flatten().tolist()) == drawn
     assert_close(signal.entropy_N, torch.full((3,), math.log(2)), rtol=1e-3, atol=0)
@@ -291,8 +291,8 @@ def test_samples_are_for_their_own_temperature_and_the_forward_kl():
     with pytest.raises(ValueError, match="temperature"):
         signal.log_probs(ALL)
     with pytest.raises(ValueError, match="no other divergence"):
-        signal.divergence(named("reverse_kl"), ALL, log_q, 2.0)
-    assert signal.stated(ALL, labels(), log_q).keys() == {"teacher_ce", "teacher_entropy"}
+        signal.divergence(make_divergence("reverse_kl"), ALL, log_q, 2.0)
+    assert signal.exact_metrics(ALL, labels(), log_q).keys() == {"teacher_ce", "teacher_entropy"}
 
 
 @pytest.mark.parametrize("mask", [-1e4, -65504.0])
@@ -300,10 +300,10 @@ def test_tokens_that_a_model_masks_do_not_blur_the_others(mask):
     """Two live tokens among masked ones, as after a model's own bias: the code's levels are not spent on the masks, and nothing overflows."""
     log_p = torch.full((4, 512), mask).index_add(1, torch.tensor([3, 9]), torch.tensor([[1.0, 0.3]] * 4) - mask).log_softmax(1)
     log_q = dense(2.0, 4, 512, seed=1).float()
-    kind, know = KeepTopK(512, 64, 8), torch.tensor([3, 9, 3, 400])
+    kind, know = TopKFormat(512, 64, 8), torch.tensor([3, 9, 3, 400])
     signal = kind.signal(torch.from_numpy(kind.record(dense_signal(log_p), know, examples(4))), "cpu")
     assert_close(signal.divergence(KL, ALL, log_q), forward_kl(log_q, log_p), rtol=1e-3, atol=0)
-    assert torch.isfinite(signal.divergence(named("reverse_kl"), ALL, log_q)).all()
+    assert torch.isfinite(signal.divergence(make_divergence("reverse_kl"), ALL, log_q)).all()
 
 
 def test_what_is_not_finite_before_a_teacher_known_by_samples_is_not_laid_at_its_door():

@@ -9,7 +9,7 @@ import torch
 
 from llmkd.data.collate import collate
 from llmkd.models import load as models_load
-from llmkd.teachers.fidelity import some_of
+from llmkd.teachers.fidelity import sample_examples
 from llmkd.teachers.live import Live
 from llmkd.training.prepare import prepare
 from llmkd.training.run import run
@@ -25,7 +25,7 @@ def test_its_figures_are_the_cross_entropies_of_both_on_the_sample(make_recipe, 
     recipe = make_recipe(validation__gate=11, train__max_steps=2)
     run(recipe)
     prepared = prepare(recipe)
-    sample = some_of(prepared.train, 11)
+    sample = sample_examples(prepared.train, 11)
     batch = collate(sample, list(range(11)), 0)
     teacher = Live(models_load.load_teacher(recipe.teacher, prepared.vocab, "cpu"))
     student = models_load.load_student(recipe.student, prepared.vocab, "cpu", recipe.seed).eval()

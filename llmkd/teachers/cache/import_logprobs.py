@@ -25,11 +25,11 @@ import torch
 from ...data.examples import Encoded
 from ...data.reading.row_checks import Problems
 from ...errors import UserError
-from ..sparse import RULED_OUT, TopK
-from .records import KeepTopK
+from ..sparse import NEGLIGIBLE, TopK
+from .records import TopKFormat
 from .shards import Writer
 
-NODES = (1.0,)  # nothing but its mass is known of the rest
+TAIL_EXPONENTS = (1.0,)  # nothing but its mass is known of the rest
 _SLACK = 1e-3  # by which rounding may carry a log-probability above 0, or a sum of probabilities above 1
 
 Entry = dict[int, float]  # of one target: token id to log-probability
@@ -42,9 +42,9 @@ class Line:
     example: int
 
 
-def kind(vocab: int, k: int, value_bits: int) -> KeepTopK:
+def kind(vocab: int, k: int, value_bits: int) -> TopKFormat:
     """What a store of such answers keeps. `k` at most what the file lists; where it lists more, they join the rest."""
-    return KeepTopK(vocab, min(k, vocab), value_bits, NODES)
+    return TopKFormat(vocab, min(k, vocab), value_bits, TAIL_EXPONENTS)
 
 
 def write(path: str | Path, encoded: Encoded, tokenizer, writer: Writer, progress=iter) -> dict[str, int]:
@@ -64,7 +64,7 @@ def write(path: str | Path, encoded: Encoded, tokenizer, writer: Writer, progres
 
 
 class _Reader:
-    def __init__(self, path: Path, encoded: Encoded, tokenizer, kind: KeepTopK):
+    def __init__(self, path: Path, encoded: Encoded, tokenizer, kind: TopKFormat):
         self.path, self.encoded, self.tokenizer, self.kind = path, encoded, tokenizer, kind
         self.counts = Counter(unknown_tokens=0, unknown_targets=0, unused=0)
         self._texts: list[str] | None = None
@@ -247,8 +247,8 @@ class _Reader:
         ids_NK, log_p_NK = np.zeros((n, k), np.int64), np.full((n, k), -np.inf)
         rest_N, label_N = np.zeros(n), np.zeros(n)
         for row, (entry, label) in enumerate(targets):
-            best = sorted((token for token, value in entry.items() if value > RULED_OUT), key=lambda token: -entry[token])[:k]
-            filler = (token for token in range(vocab) if token not in entry or entry[token] <= RULED_OUT)
+            best = sorted((token for token, value in entry.items() if value > NEGLIGIBLE), key=lambda token: -entry[token])[:k]
+            filler = (token for token in range(vocab) if token not in entry or entry[token] <= NEGLIGIBLE)
             ids_NK[row] = sorted([*best, *(next(filler) for _ in range(k - len(best)))])
             kept = {token: min(entry[token], 0.0) for token in best}
             log_p_NK[row] = [kept.get(token, -math.inf) for token in ids_NK[row].tolist()]
@@ -257,4 +257,4 @@ class _Reader:
             evenly = rest_N[row] - math.log(max(1, vocab - len(best)))
             label_N[row] = min(entry.get(label, evenly), 0.0)
         parts = (torch.from_numpy(x) for x in (ids_NK, log_p_NK, rest_N[:, None]))
-        return TopK(*parts, vocab, torch.from_numpy(label_N), torch.full((n,), math.nan), NODES)
+        return TopK(*parts, vocab, torch.from_numpy(label_N), torch.full((n,), math.nan), TAIL_EXPONENTS)

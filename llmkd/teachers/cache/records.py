@@ -2,9 +2,9 @@
 
     kind      bytes per target (V = 128,256)            what is lost, and when to use it
     topk      K = 50: 147, 64: 182, 128: 334 (8 bits)   the shape of the rest; the general choice: any divergence and temperature
-              122, 150, 270 (4 bits)                    and what 4 bits round off: see `codes`
+              122, 150, 270 (4 bits)                    and what 4 bits round off: see `codec`
     sampled   50 draws: 89                              nothing on average, but it is noisy; the smallest, for forward KL at one temperature
-    hidden    2 H (bfloat16), H + 4 (int8)              nothing (int8: see `KeepHidden`); where the disk has room, and for measuring.
+    hidden    2 H (bfloat16), H + 4 (int8)              nothing (int8: see `HiddenFormat`); where the disk has room, and for measuring.
                                                         Its step costs a product with the teacher's head, the others' hardly more than none
 
 A record is a row of bytes, and its parts stand side by side: all records of a store have one size.
@@ -24,7 +24,7 @@ from ...config.teacher import CACHE_KINDS, Cache
 from ...errors import UserError
 from ...losses.fused import default_chunk
 from ...signals import FIGURES, Dense, Signal
-from ..sparse import NODES, Sampled, TopK, entropy
+from ..sparse import TAIL_EXPONENTS, Sampled, TopK, entropy
 from .codec import decode_ids, decode_values, encode_ids, encode_values, id_bytes, packed_bytes
 from .stored_head import StoredHead
 
@@ -44,11 +44,11 @@ class Kind(Protocol):
 
 
 @dataclass(frozen=True)
-class KeepTopK:
+class TopKFormat:
     vocab: int
     k: int
     value_bits: int
-    nodes: tuple[float, ...] = NODES
+    nodes: tuple[float, ...] = TAIL_EXPONENTS
     figures = FIGURES
 
     @property
@@ -68,22 +68,22 @@ class KeepTopK:
     def encode(self, known: TopK) -> Tensor:
         values, range_N = encode_values(known.log_p_NK, self.value_bits)
         ids = encode_ids(known.ids_NK, self.vocab)
-        return _side_by_side(ids, values, range_N, known.rest_NS.half(), known.label_log_p_N.half(), known.entropy_N.half())
+        return _pack_bytes(ids, values, range_N, known.tail_NS.half(), known.label_log_p_N.half(), known.entropy_N.half())
 
     def signal(self, records_NR: Tensor, device) -> TopK:
         """The largest log-probability is not kept: it follows, since K tokens and the rest sum to one."""
         ids, values, *halves = records_NR.to(device, non_blocking=True).split(self.widths, 1)
-        range_N1, rest_NS, label_N1, entropy_N1 = (_halves(part) for part in halves)
+        range_N1, tail_NS, label_N1, entropy_N1 = (_halves(part) for part in halves)
         log_p_NK = decode_values(values, range_N1[:, 0], self.k, self.value_bits)
-        rest_N1 = rest_NS[:, self.nodes.index(1), None]
+        rest_N1 = tail_NS[:, self.nodes.index(1), None]
         log_p_NK = log_p_NK - log_p_NK.logsumexp(1, keepdim=True) + torch.log(-torch.expm1(rest_N1))
         log_p_NK.nan_to_num_(-math.inf, neginf=-math.inf)  # nothing kept: all of it is in the rest
         ids_NK = decode_ids(ids, self.k, self.vocab)
-        return TopK(ids_NK, log_p_NK, rest_NS, self.vocab, label_N1[:, 0], entropy_N1[:, 0], self.nodes)
+        return TopK(ids_NK, log_p_NK, tail_NS, self.vocab, label_N1[:, 0], entropy_N1[:, 0], self.nodes)
 
 
 @dataclass(frozen=True)
-class KeepSampled:
+class SampledFormat:
     """The draws of a target follow from the seed, its example and its place in it: whatever the batch, and however often."""
 
     vocab: int
@@ -108,7 +108,7 @@ class KeepSampled:
         return {"name": "sampled", "draws": self.draws, "temperature": self.temperature, "seed": self.seed}
 
     def record(self, signal: Signal, labels_N: Tensor, examples: Sequence[Example]) -> np.ndarray:
-        chance_ND = torch.from_numpy(chances(self.seed, examples, self.draws)).to(labels_N.device)
+        chance_ND = torch.from_numpy(uniform_draws(self.seed, examples, self.draws)).to(labels_N.device)
 
         def chunk(rows: slice) -> Tensor:
             log_p_nV = _answers(signal, rows)
@@ -117,7 +117,7 @@ class KeepSampled:
             ids_nD = torch.searchsorted(below_nV, chance_ND[rows] * below_nV[:, -1:], right=True).clamp_max(self.vocab - 1)
             label_n = log_p_nV.gather(1, labels_N[rows, None])[:, 0]
             halves = [x.half() for x in (entropy(soft_nV), label_n, entropy(log_p_nV))]
-            return _side_by_side(encode_ids(ids_nD.sort().values, self.vocab), *halves)
+            return _pack_bytes(encode_ids(ids_nD.sort().values, self.vocab), *halves)
 
         return _in_chunks(self, labels_N, chunk)
 
@@ -128,7 +128,7 @@ class KeepSampled:
 
 
 @dataclass(frozen=True)
-class KeepHidden:
+class HiddenFormat:
     """The last hidden state: with the head beside the store, the teacher's whole distribution.
 
     float32 and bfloat16 are exact where the teacher computes in them. int8 rounds to 127ths of the largest entry of a state: a KL of
@@ -152,9 +152,9 @@ class KeepHidden:
         def chunk(rows: slice) -> Tensor:
             hidden_nH = _finite(signal.hidden_NH[rows])
             if self.dtype != "int8":
-                return _side_by_side(hidden_nH.to(getattr(torch, self.dtype)))
+                return _pack_bytes(hidden_nH.to(getattr(torch, self.dtype)))
             step_n1 = hidden_nH.float().abs().amax(1, True).clamp_min(1e-30) / 127
-            return _side_by_side(step_n1, (hidden_nH / step_n1).round().to(torch.int8))
+            return _pack_bytes(step_n1, (hidden_nH / step_n1).round().to(torch.int8))
 
         return _in_chunks(self, labels_N, chunk)
 
@@ -171,13 +171,13 @@ def kind_to_record(cache: Cache, vocab: int, teacher=None) -> Kind:
     name = cache.kind or "topk"
     options = {key: default if getattr(cache, key) is None else getattr(cache, key) for key, default in CACHE_KINDS[name].items()}
     if name == "topk":
-        return KeepTopK(vocab, min(options["k"], vocab), options["value_bits"])
+        return TopKFormat(vocab, min(options["k"], vocab), options["value_bits"])
     if name == "sampled":
-        return KeepSampled(vocab, **options)
+        return SampledFormat(vocab, **options)
     head = StoredHead.of(teacher.head)
     own = str(teacher.dtype).removeprefix("torch.")
     dtype = {"float64": "float32"}.get(own, own) if options["hidden_dtype"] == "auto" else options["hidden_dtype"]
-    return KeepHidden(vocab, head.weights["weight"].shape[1], dtype, head)
+    return HiddenFormat(vocab, head.weights["weight"].shape[1], dtype, head)
 
 
 def kind_of(options: dict, vocab: int, folder=None) -> Kind:
@@ -185,21 +185,21 @@ def kind_of(options: dict, vocab: int, folder=None) -> Kind:
     options = dict(options)
     name = options.pop("name")
     if name == "topk":
-        return KeepTopK(vocab, options["k"], options["value_bits"], tuple(options["nodes"]))
+        return TopKFormat(vocab, options["k"], options["value_bits"], tuple(options["nodes"]))
     if name == "sampled":
-        return KeepSampled(vocab, **options)
-    return KeepHidden(vocab, options["width"], options["hidden_dtype"], StoredHead.read(folder, options["head"]))
+        return SampledFormat(vocab, **options)
+    return HiddenFormat(vocab, options["width"], options["hidden_dtype"], StoredHead.read(folder, options["head"]))
 
 
-def chances(seed: int, examples: Sequence[Example], draws: int) -> np.ndarray:
+def uniform_draws(seed: int, examples: Sequence[Example], draws: int) -> np.ndarray:
     """Numbers in [0, 1) for the draws of a batch's targets, float64 [N, draws]: a hash of seed, example, place and draw."""
     identity_N = np.repeat(np.array([int(e.identity, 16) for e in examples], np.uint64), [e.targets for e in examples])
     place_N = np.concatenate([np.zeros(0, np.uint64), *(np.arange(e.targets, dtype=np.uint64) for e in examples)])
-    state_N = _mixed(_mixed(identity_N ^ _mixed(np.full_like(identity_N, seed))) ^ place_N)
-    return (_mixed(state_N[:, None] ^ np.arange(draws, dtype=np.uint64)) >> np.uint64(11)) * 2.0**-53
+    state_N = _splitmix64(_splitmix64(identity_N ^ _splitmix64(np.full_like(identity_N, seed))) ^ place_N)
+    return (_splitmix64(state_N[:, None] ^ np.arange(draws, dtype=np.uint64)) >> np.uint64(11)) * 2.0**-53
 
 
-def _mixed(x: np.ndarray) -> np.ndarray:
+def _splitmix64(x: np.ndarray) -> np.ndarray:
     """One step of splitmix64 (Steele, Lea, Flood 2014), on uint64."""
     x = x + np.uint64(0x9E3779B97F4A7C15)
     x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
@@ -237,6 +237,6 @@ def _finite(answers: Tensor) -> Tensor:
     return answers
 
 
-def _side_by_side(*parts: Tensor) -> Tensor:
+def _pack_bytes(*parts: Tensor) -> Tensor:
     """Any tensors [N] or [N, ...] as bytes, uint8 [N, R]."""
     return torch.cat([_dense(part.reshape(len(part), -1)).view(torch.uint8) for part in parts], 1)
