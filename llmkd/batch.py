@@ -75,9 +75,9 @@ class View:
 
 @dataclass(frozen=True)
 class Example:
-    """What is known of one example of a batch: who it is (see `Encoded.identity`), its targets, and who teaches it."""
+    """What is known of one example of a batch: who it is (see `Examples.content_hash`), its targets, and who teaches it."""
 
-    identity: str
+    content_hash: str
     targets: int
     teacher: int  # its number among several, or -1 for all of them together
 

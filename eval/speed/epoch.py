@@ -97,7 +97,7 @@ def trained(many: list) -> tuple[float, float, int]:
         before = time.perf_counter()
         session.train()
         seconds = time.perf_counter() - before
-        of_example = session.prepared.train.targets
+        of_example = session.prepared.train.num_targets
         targets = sum(int(of_example[batch].sum()) for step in session.plan.steps() for batch in step.micro_batches)
         return seconds, asked.seconds / seconds if asked else 0.0, targets
 
@@ -107,7 +107,7 @@ def counted(options, teachers: dict, root: Path) -> dict:
     from llmkd.training.prepare import prepare
 
     prepared = prepare(recipes(options, teachers["live"], root / "counted", 1)[0])
-    tokens, targets = len(prepared.train.ids), int(prepared.train.supervised.sum())
+    tokens, targets = len(prepared.train.ids), int(prepared.train.loss_mask.sum())
     student, live = cost_size.shape_of(prepared.student), [cost_size.shape_of(one.files) for one in prepared.teachers]
     out = {}
     for who in teachers:

@@ -124,10 +124,10 @@ class Known(Live):
         for example in range(len(world.data)):
             batch = collate(world.data, [example], pad=0).to(world.device)
             hidden_nH = super().__call__(batch).hidden_NH.cpu()
-            self.found[world.data.identity(example)] = hidden_nH.pin_memory() if world.device.type == "cuda" else hidden_nH
+            self.found[world.data.content_hash(example)] = hidden_nH.pin_memory() if world.device.type == "cuda" else hidden_nH
 
     def __call__(self, batch: Batch) -> Dense:
-        hidden_NH = torch.cat([self.found[example.identity] for example in batch.examples])
+        hidden_NH = torch.cat([self.found[example.content_hash] for example in batch.examples])
         return Dense(hidden_NH.to(batch.labels_N.device, non_blocking=True), self.model.head)
 
 

@@ -12,7 +12,7 @@ from torch import nn
 from llmkd.config.recipe import Lora
 from llmkd.data.batching import Plan
 from llmkd.data.collate import collate
-from llmkd.data.examples import Encoded
+from llmkd.data.examples import Examples
 from llmkd.models import adapters, float8
 from llmkd.models import compile as compiled
 from llmkd.models import shared_weights as sharing
@@ -138,7 +138,7 @@ class World:
 
     def plan(self, size) -> Plan:
         """Of steps that are measured, and one before them."""
-        return Plan(self.data.lengths, 0, self.options.batch, size, None, self.options.steps + 1, targets=self.data.targets)
+        return Plan(self.data.lengths, 0, self.options.batch, size, None, self.options.steps + 1, targets=self.data.num_targets)
 
     @functools.cached_property
     def order(self) -> list[int]:
@@ -190,10 +190,10 @@ class World:
         return logits_BTV.flatten(0, 1)[batch.student.rows_N].double().log_softmax(-1)
 
 
-def alpaca_like(count: int, vocab: int) -> Encoded:
+def alpaca_like(count: int, vocab: int) -> Examples:
     """Random tokens of log-normal lengths, of which the last 56 % are supervised."""
     rng = np.random.default_rng(0)
     lengths = np.clip(rng.lognormal(math.log(105), 0.6, count), 20, 512).astype(int)
     marks = np.concatenate([np.arange(n) >= round(0.44 * n) for n in lengths])
     ids = rng.integers(0, vocab, lengths.sum(), np.int32)
-    return Encoded(ids, marks, np.cumsum([0, *lengths]), np.arange(count), {})
+    return Examples(ids, marks, np.cumsum([0, *lengths]), np.arange(count), {})

@@ -18,7 +18,7 @@ from ..config.recipe import Recipe, Teacher
 from ..config.teacher import CACHE_KINDS, Cache
 from ..console import bar, duration, first_process, say
 from ..data.batching import deal
-from ..data.examples import Encoded, joined
+from ..data.examples import Examples, concat
 from ..errors import Stopped, UserError, alone, first_alone
 from ..output.run_folder import lock
 from ..teachers import resolve as taught
@@ -83,22 +83,22 @@ def refuse_what_no_store_can_be(cache: Cache, setting: str) -> None:
         raise UserError(f"{setting}.path: {cache.path} is a file; name a folder")
 
 
-def asked(recipe: Recipe, prepared: Prepared, teacher: TeacherSource) -> Encoded:
+def asked(recipe: Recipe, prepared: Prepared, teacher: TeacherSource) -> Examples:
     """Everything that a teacher is asked in a run: training and held-out rows that are not left to others, in the rows' order.
 
     Rows of data.validation are numbered on behind those of data.train.
     """
     parts = [one for one in (prepared.train, prepared.validation) if one is not None]
     before = [0, 0 if recipe.data.validation_share else sum(source["rows"] for source in prepared.origins["data.train"])]
-    whole = joined(parts, before[: len(parts)], {})
+    whole = concat(parts, before[: len(parts)], {})
     mine = taught.examples_of(whole, prepared.teachers.index(teacher))
     return whole.take(mine[np.argsort(whole.row[mine], kind="stable")])
 
 
-def planned(encoded: Encoded, bytes_per_target: int):
+def planned(encoded: Examples, bytes_per_target: int):
     from ..teachers.cache.shards import Plan
 
-    return Plan.of([encoded.identity(i) for i in range(len(encoded))], encoded.targets.tolist(), bytes_per_target)
+    return Plan.of([encoded.content_hash(i) for i in range(len(encoded))], encoded.num_targets.tolist(), bytes_per_target)
 
 
 def write(recipe: Recipe, prepared: Prepared, teacher: TeacherSource, accelerator, stop: StopRequest, held: contextlib.ExitStack) -> Path:
@@ -143,7 +143,7 @@ def write(recipe: Recipe, prepared: Prepared, teacher: TeacherSource, accelerato
     def answers(examples: list[int]):
         batch = collate(encoded, examples, prepared.tokenizer.eos_token_id).to(device)
         records = kind.record(live(batch), batch.labels_N, batch.examples)
-        return [one.identity for one in batch.examples], [one.targets for one in batch.examples], records
+        return [one.content_hash for one in batch.examples], [one.targets for one in batch.examples], records
 
     live = Live(model)
     batches = {n: dealt(encoded, plan.first_E[plan.shards[n]], recipe.validation.micro_batch_size) for n in mine}
@@ -207,7 +207,7 @@ def content_of(file: str) -> str:
         raise UserError(f"--import: {file}: {error.strerror}; name the file of answers") from None
 
 
-def dealt(encoded: Encoded, examples: np.ndarray, size: int) -> list[list[int]]:
+def dealt(encoded: Examples, examples: np.ndarray, size: int) -> list[list[int]]:
     """Batches of examples of similar length."""
     return [examples[batch].tolist() for batch in deal(list(range(len(examples))), encoded.lengths[examples], size)]
 

@@ -12,7 +12,7 @@ from ..config.recipe import Recipe
 from ..console import bar, say
 from ..data.batching import deal
 from ..data.collate import collate
-from ..data.examples import Encoded
+from ..data.examples import Examples
 from ..errors import UserError
 from ..models.language_model import LanguageModel
 from ..models.load import load_together
@@ -33,17 +33,17 @@ class Remembered:
 
     figures = FIGURES
 
-    def __init__(self, model: LanguageModel, data: Encoded, pad: int, size: int, device):
+    def __init__(self, model: LanguageModel, data: Examples, pad: int, size: int, device):
         live, self.head, self.hidden = Live(model), None, {}
         for examples in bar("the unquantised teacher")(deal(list(range(len(data))), data.lengths, size)):
             batch = collate(data, examples, pad).to(device)
             signal = live(batch)
             self.head = signal.head
             parts = signal.hidden_NH.split([example.targets for example in batch.examples])
-            self.hidden |= {example.identity: part.cpu() for example, part in zip(batch.examples, parts, strict=True)}
+            self.hidden |= {example.content_hash: part.cpu() for example, part in zip(batch.examples, parts, strict=True)}
 
     def __call__(self, batch: Batch) -> Dense:
-        return Dense(torch.cat([self.hidden[example.identity] for example in batch.examples]).to(batch.labels_N.device), self.head)
+        return Dense(torch.cat([self.hidden[example.content_hash] for example in batch.examples]).to(batch.labels_N.device), self.head)
 
 
 def check(recipe: Recipe, examples: int = 64) -> None:
@@ -63,14 +63,14 @@ def check(recipe: Recipe, examples: int = 64) -> None:
             say(f"note: {teacher.setting}: no training rows are left to it")
             continue
         stored = opened(recipe, prepared, teacher)
-        say(f"on {len(sample)} training examples, {int(sample.supervised.sum())} targets; nats per target")
+        say(f"on {len(sample)} training examples, {int(sample.loss_mask.sum())} targets; nats per target")
         if teacher.settings.held:
             print(tracking_console.table(quantised(recipe, prepared, teacher, sample, accelerator)))
         if stored:
             print(tracking_console.table(kept(recipe, prepared, stored, sample, accelerator)))
 
 
-def quantised(recipe: Recipe, prepared: Prepared, teacher: TeacherSource, sample: Encoded, accelerator) -> list[dict]:
+def quantised(recipe: Recipe, prepared: Prepared, teacher: TeacherSource, sample: Examples, accelerator) -> list[dict]:
     """The teacher as it is, and in 4 or 8 bit, or merged. One after the other: only one of them is in memory."""
     size, pad, vocab = recipe.validation.micro_batch_size, prepared.tokenizer.eos_token_id, prepared.vocab
     whole = dataclasses.replace(teacher.settings, quantization=None, merge_adapter=False)
@@ -93,7 +93,7 @@ def quantised(recipe: Recipe, prepared: Prepared, teacher: TeacherSource, sample
     ]
 
 
-def kept(recipe: Recipe, prepared: Prepared, teacher: TeacherSource, sample: Encoded, accelerator) -> list[dict]:
+def kept(recipe: Recipe, prepared: Prepared, teacher: TeacherSource, sample: Examples, accelerator) -> list[dict]:
     """The recipe's untrained student before the live teacher, and before the store of its answers."""
     size, pad = recipe.validation.micro_batch_size, prepared.tokenizer.eos_token_id
     students, models = load_together(

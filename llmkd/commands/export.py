@@ -97,7 +97,7 @@ def drift(merged, files: ModelFiles, tokenizer, vocab: int, run: Path, saved: Pa
 def _sample(run: Path, vocab: int):
     """Examples of the run's own data, held-out ones where there are any; random tokens where the data is not to be had."""
     from ..config.loader import load_recipe
-    from ..data.examples import Encoded
+    from ..data.examples import Examples
 
     try:
         recipe = load_recipe(run / "recipe.yaml")
@@ -110,7 +110,7 @@ def _sample(run: Path, vocab: int):
     ids = np.random.default_rng(0).integers(0, vocab, (8, 64), np.int32)
     marks = np.ones_like(ids, bool)
     marks[:, 0] = False
-    return Encoded(ids.ravel(), marks.ravel(), np.arange(0, 513, 64), np.arange(8)), "8 rows of random tokens"
+    return Examples(ids.ravel(), marks.ravel(), np.arange(0, 513, 64), np.arange(8)), "8 rows of random tokens"
 
 
 def checkpoint_folder(run: Path, which: str) -> Path:

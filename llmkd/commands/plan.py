@@ -34,7 +34,7 @@ def estimate(recipes: list[Recipe], sizes: dict) -> Cost | None:
     if key not in sizes:
         encoded, sizes[key] = prepare(recipe).train, None
         if not isinstance(encoded, Stream):
-            sizes[key] = encoded.lengths, int(encoded.supervised.sum()), len((encoded.for_teacher or encoded).ids)
+            sizes[key] = encoded.lengths, int(encoded.loss_mask.sum()), len((encoded.teacher_view or encoded).ids)
     if sizes[key] is None or files is None:
         return None
     lengths, supervised, read = sizes[key]

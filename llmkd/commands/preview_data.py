@@ -12,11 +12,11 @@ import numpy as np
 from ..config.recipe import Recipe, Student, distils, sources
 from ..config.teacher import named as named_teachers
 from ..console import say
-from ..data.dataset import hold_out, note, read_data, refuse_no_draws, refuse_too_long
-from ..data.encoding.token_cache import encoded
+from ..data.dataset import hold_out, read_data, refuse_empty_sources, refuse_too_few_positions, report_notes
+from ..data.encoding.token_cache import load_or_encode
 from ..data.encoding.tokenizer import student_base, student_tokenizer
-from ..data.examples import Encoded, merge
-from ..data.reading.sources import Rows, named
+from ..data.examples import Examples, merge
+from ..data.reading.sources import Rows, with_setting_names
 from ..data.stream import Stream
 from ..errors import UserError
 from ..model_files import read_json
@@ -31,10 +31,10 @@ def show(recipe: Recipe, count: int = 3, example: int | None = None, out: TextIO
     if hasattr(out, "reconfigure"):
         out.reconfigure(errors="backslashreplace")  # a terminal that lacks a character still shows something
     rows, tokenizer = read_data(recipe.data), student_tokenizer(recipe.student)
-    refuse_too_long(recipe.data, _configs(recipe))
+    refuse_too_few_positions(recipe.data, _configs(recipe))
     train, places = _figures(recipe, "data.train", rows, tokenizer, out)
     if not recipe.data.streaming:
-        refuse_no_draws(hold_out(train, recipe.data.validation_share)[0], recipe.data)
+        refuse_empty_sources(hold_out(train, recipe.data.validation_share)[0], recipe.data)
     if recipe.data.validation_share:
         print(f"data.validation_share: {recipe.data.validation_share:g} of these rows, drawn by seed, are held out", file=out)
     if rows["data.validation"]:
@@ -43,7 +43,7 @@ def show(recipe: Recipe, count: int = 3, example: int | None = None, out: TextIO
         ids, marks = train.example(i)
         head = f"example {i} of {len(train)}  {places[int(train.row[i])]}  {len(ids)} tokens, {int(marks.sum())} of them supervised"
         print(f"\n{head}\n{marked(ids, marks, tokenizer, coloured(out))}", file=out)
-        theirs = train.for_teacher.example(i) if train.for_teacher is not None else (ids, marks)
+        theirs = train.teacher_view.example(i) if train.teacher_view is not None else (ids, marks)
         if len(theirs[0]) != len(ids) or (theirs[0] != ids).any():
             print(f"what the teacher reads  {len(theirs[0])} tokens\n{marked(*theirs, tokenizer, coloured(out))}", file=out)
 
@@ -62,7 +62,7 @@ def _config(folder: Path) -> dict:
     return read_json(folder / "config.json", "student.model") if (folder / "config.json").exists() else {}
 
 
-def _figures(recipe: Recipe, setting: str, rows: dict[str, list[Rows]], tokenizer, out: TextIO) -> tuple[Encoded, list[str]]:
+def _figures(recipe: Recipe, setting: str, rows: dict[str, list[Rows]], tokenizer, out: TextIO) -> tuple[Examples, list[str]]:
     """Print the figures of a setting's sources; its examples, and the place of every row."""
     data, train = recipe.data, recipe.train
     if setting == "data.train" and data.streaming:
@@ -71,16 +71,16 @@ def _figures(recipe: Recipe, setting: str, rows: dict[str, list[Rows]], tokenize
         print("the first step of a stream:", file=out)
         parts, names, places = [stream.window], [f"{setting} {source.path}"], stream.places
     else:
-        read, of_setting = rows[setting], named(data.train if setting == "data.train" else data.validation, setting)
-        parts = [encoded(r, source, data, tokenizer, name, say) for (name, source), r in zip(of_setting, read, strict=True)]
+        read, of_setting = rows[setting], with_setting_names(data.train if setting == "data.train" else data.validation, setting)
+        parts = [load_or_encode(r, source, data, tokenizer, name, say) for (name, source), r in zip(of_setting, read, strict=True)]
         names, places = [f"{name} {source.path}" for name, source in of_setting], [place for r in read for place in r.places]
     print(table(parts, names), file=out)
     for part, name in zip(parts, names, strict=True):
-        note(part, name)
+        report_notes(part, name)
     return merge(parts), places
 
 
-def _chosen(whole: Encoded, count: int, example: int | None, seed: int) -> list[int]:
+def _chosen(whole: Examples, count: int, example: int | None, seed: int) -> list[int]:
     if example is None:
         return sorted(random.Random(f"show {seed}").sample(range(len(whole)), min(count, len(whole))))
     if not 0 <= example < len(whole):
@@ -88,7 +88,7 @@ def _chosen(whole: Encoded, count: int, example: int | None, seed: int) -> list[
     return [example]
 
 
-def table(parts: list[Encoded], names: list[str]) -> str:
+def table(parts: list[Examples], names: list[str]) -> str:
     """Figures of each source, and of all together."""
     lines = [("", "rows", "examples", "tokens", "targets", "supervised", "too long", "no answer", "shortest", "median", "95 %", "longest")]
     for name, part in [*zip(names, parts, strict=True), *([("in total", merge(parts))] if len(parts) > 1 else [])]:

@@ -85,6 +85,6 @@ def measure(model, teacher, prepared: Prepared, recipe: Recipe, accelerator) -> 
     figures = validate([model], teacher, prepared.validation, pad, size, accelerator, None, bar("validation"))[0].figures()
     out = {"ce": figures["ce"], "kl_to_teacher": figures["forward_kl"], "agreement": figures["agreement"]}
     if questions:
-        scored = accuracy(model, questions.encoded, questions.answers, questions.counts, pad, size, accelerator, bar("questions"))
+        scored = accuracy(model, questions.examples, questions.answers, questions.counts, pad, size, accelerator, bar("questions"))
         out |= {k: scored[k] for k in ("accuracy", "accuracy_stderr")}
     return out

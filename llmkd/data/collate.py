@@ -5,13 +5,13 @@ import torch
 from torch import Tensor
 
 from ..batch import Batch, Example, Packed, View
-from .examples import Encoded
-from .shared_prefixes import shared_beginnings
+from .examples import Examples
+from .shared_prefixes import shared_prefixes
 
 _NONE = np.zeros(0, np.int64)
 
 
-def collate(encoded: Encoded, examples: list[int], pad: int, packing: bool = False, share: bool = False) -> Batch:
+def collate(data: Examples, indices: list[int], pad: int, packing: bool = False, share: bool = False) -> Batch:
     """A batch of those examples, on the CPU. No examples give one padding token and no targets.
 
     Position t of the input predicts token t + 1, so an input ends before its last supervised token; no attention
@@ -19,21 +19,21 @@ def collate(encoded: Encoded, examples: list[int], pad: int, packing: bool = Fal
     one after another in a single row; with `share` a beginning that several of them have in common stands there once.
     What the teacher reads, where it is something else, has the same labels at places of its own.
     """
-    student = _view(encoded, examples, pad, packing, share)
-    teacher = student if encoded.for_teacher is None else _view(encoded.for_teacher, examples, pad, packing, share)
-    labels = [ids_L[1:][marks_L[1:]] for ids_L, marks_L in map(encoded.example, examples)]
-    known = tuple(Example(encoded.identity(i), len(y), int(encoded.taught_by[i])) for i, y in zip(examples, labels, strict=True))
+    student = _view(data, indices, pad, packing, share)
+    teacher = student if data.teacher_view is None else _view(data.teacher_view, indices, pad, packing, share)
+    labels = [ids_L[1:][mask_L[1:]] for ids_L, mask_L in map(data.example, indices)]
+    known = tuple(Example(data.content_hash(i), len(y), int(data.teacher_index[i])) for i, y in zip(indices, labels, strict=True))
     labels_N = np.concatenate([_NONE, *labels])
-    example_N = np.repeat(np.array(examples, np.int64), [len(y) for y in labels])
+    example_N = np.repeat(np.array(indices, np.int64), [len(y) for y in labels])
     return Batch(torch.from_numpy(labels_N), torch.from_numpy(example_N), student, teacher, known)
 
 
-def _view(encoded: Encoded, examples: list[int], pad: int, packing: bool, share: bool) -> View:
+def _view(data: Examples, indices: list[int], pad: int, packing: bool, share: bool) -> View:
     ids, rows = [], []
-    for ids_L, marks_L in map(encoded.example, examples):
-        rows.append(np.flatnonzero(marks_L[1:]))
+    for ids_L, mask_L in map(data.example, indices):
+        rows.append(np.flatnonzero(mask_L[1:]))
         ids.append(ids_L[: rows[-1][-1] + 1])
-    if packing and examples:
+    if packing and indices:
         return _packed_view(ids, rows, share)
     lengths = [len(x) for x in ids] or [1]
     ids_BT = np.full((len(lengths), max(lengths)), pad, np.int64)
@@ -45,7 +45,7 @@ def _view(encoded: Encoded, examples: list[int], pad: int, packing: bool, share:
 
 def _packed_view(ids: list[np.ndarray], rows: list[np.ndarray], share: bool) -> View:
     """One row: of each group of examples what they share, if anything, and then what each has beyond that."""
-    groups = shared_beginnings(ids, [x[0] for x in rows]) if share else [(0, list(range(len(ids))))]
+    groups = shared_prefixes(ids, [x[0] for x in rows]) if share else [(0, list(range(len(ids))))]
     pieces, positions, follows, of, places, at = [], [], [], [], [_NONE] * len(ids), 0
     for shared, members in groups:
         beginning = len(pieces) if shared else -1

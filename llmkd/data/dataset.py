@@ -15,8 +15,8 @@ from .batching import draws
 from .encoding import token_cache
 from .encoding.formats import with_answer
 from .encoding.tokenizer import vocab_size
-from .examples import ALL_TEACHERS, Encoded, merge
-from .reading.sources import Rows, named, read_sources
+from .examples import ALL_TEACHERS, Examples, merge
+from .reading.sources import Rows, read_sources, with_setting_names
 from .stream import Stream
 
 
@@ -24,7 +24,7 @@ from .stream import Stream
 class Questions:
     """Multiple choice: the encoded choices, how many each question has, and which is right."""
 
-    encoded: Encoded
+    examples: Examples
     counts: list[int]
     answers: list[int]
 
@@ -48,7 +48,7 @@ def _warn_of_shared(rows: dict[str, list[Rows]], data: Data) -> None:
     """Rows that are trained on say little when they are measured on as well."""
 
     def read(setting: str, value) -> list[tuple[str, str, str]]:
-        of_setting = zip(named(value, setting), rows[setting], strict=False)  # a stream's rows are not read yet
+        of_setting = zip(with_setting_names(value, setting), rows[setting], strict=False)  # a stream's rows are not read yet
         return [(name, source.path, one.content.partition(" [")[0]) for (name, source), one in of_setting]  # whatever its limit
 
     train, held_out = read("data.train", data.train), read("data.validation", data.validation)
@@ -64,29 +64,29 @@ def _warn_of_shared(rows: dict[str, list[Rows]], data: Data) -> None:
 
 def encode_sources(
     rows: dict[str, list[Rows]], setting: str, data: Data, tokenizer, teachers: tuple[Teacher, ...] = (), said=say
-) -> Encoded | None:
+) -> Examples | None:
     """A setting's examples, from all its sources; where there are several, each is reported."""
     parts = []
-    of_setting = named(data.train if setting == "data.train" else data.validation, setting)
+    of_setting = with_setting_names(data.train if setting == "data.train" else data.validation, setting)
     for (name, source), read in zip(of_setting, rows[setting], strict=True):
-        parts.append(token_cache.encoded(read, source, data, tokenizer, name, said))
-        parts[-1].taught_by[:] = taught_by(source, teachers)
+        parts.append(token_cache.load_or_encode(read, source, data, tokenizer, name, said))
+        parts[-1].teacher_index[:] = teacher_index(source, teachers)
         read.origin["used"] = len(set(parts[-1].row.tolist()))
         if len(of_setting) > 1 and said:
-            report(parts[-1], f"{name} ({source.path})")
+            report_examples(parts[-1], f"{name} ({source.path})")
     return merge(parts) if parts else None
 
 
-def taught_by(source: Source, teachers: tuple[Teacher, ...]) -> int:
+def teacher_index(source: Source, teachers: tuple[Teacher, ...]) -> int:
     """The number of the teacher that a source's rows are left to, or ALL_TEACHERS."""
     if source.teacher is None or len(teachers) < 2:
         return ALL_TEACHERS
     return [teacher.name for teacher in teachers].index(source.teacher)
 
 
-def refuse_no_draws(train: Encoded, data: Data) -> None:
+def refuse_empty_sources(train: Examples, data: Data) -> None:
     """A source whose weight leaves none of its examples in an epoch is a mistake; so is one that is held out as a whole."""
-    for i, (setting, source) in enumerate(named(data.train, "data.train")):
+    for i, (setting, source) in enumerate(with_setting_names(data.train, "data.train")):
         count = int((train.source == i).sum())
         if not count:
             raise UserError(f"{setting}: data.validation_share leaves none of its rows to train on; lower it, or leave the source out")
@@ -94,7 +94,7 @@ def refuse_no_draws(train: Encoded, data: Data) -> None:
             raise UserError(f"{setting}.weight: {source.weight:g} of {count} examples is none; raise it, or leave the source out")
 
 
-def refuse_too_long(data: Data, configs: dict[str, dict]) -> None:
+def refuse_too_few_positions(data: Data, configs: dict[str, dict]) -> None:
     """Examples may not be longer than what a model has positions for; `configs` are those of each setting's model."""
     for setting, config in configs.items():
         longest = positions(config)
@@ -110,31 +110,31 @@ def refuse_too_long(data: Data, configs: dict[str, dict]) -> None:
             )
 
 
-def refuse_beyond(vocab: int, encoded: Encoded | Stream, places: Sequence[str] | Stream, tokenizer) -> None:
+def refuse_unknown_tokens(vocab: int, examples: Examples | Stream, places: Sequence[str] | Stream, tokenizer) -> None:
     """Tokens that the tokenizer has and a model has not would be an index error, or on a GPU worse."""
-    for i in range(len(encoded)) if vocab < vocab_size(tokenizer) else ():
-        ids = np.concatenate([of.example(i)[0] for of in (encoded, encoded.for_teacher) if of is not None])
+    for i in range(len(examples)) if vocab < vocab_size(tokenizer) else ():
+        ids = np.concatenate([of.example(i)[0] for of in (examples, examples.teacher_view) if of is not None])
         if (ids >= vocab).any():
             token = tokenizer.convert_ids_to_tokens(int(ids.max()))
-            place = encoded[i] if isinstance(encoded, Stream) else places[encoded.row[i]]
+            place = examples[i] if isinstance(examples, Stream) else places[examples.row[i]]
             raise UserError(f"{place}: holds {token!r}, which the tokenizer knows and a model has no row for; remove it from the text")
 
 
-def hold_out(encoded: Encoded, share: float) -> tuple[Encoded, Encoded | None]:
+def hold_out(examples: Examples, share: float) -> tuple[Examples, Examples | None]:
     """Part off a share of the rows, the same ones whatever the run's seed, so that seeds can be compared on them.
 
     Pieces of one text, or turns of one conversation, stay together.
     """
-    rows = sorted(set(encoded.row.tolist()))
+    rows = sorted(set(examples.row.tolist()))
     count = round(share * len(rows))
     if not count:
         if share:
             raise UserError(f"data.validation_share: {share:g} of {len(rows)} rows is none; raise it")
-        return encoded, None
+        return examples, None
     if count == len(rows):
         raise UserError(f"data.validation_share: {share:g} of {len(rows)} rows leaves none to train on; lower it")
-    held = np.isin(encoded.row, random.Random("held out").sample(rows, count))
-    return encoded.subset(~held), encoded.subset(held)
+    held = np.isin(examples.row, random.Random("held out").sample(rows, count))
+    return examples.subset(~held), examples.subset(held)
 
 
 def encode_choices(rows: Rows, source: Source, data: Data, tokenizer) -> Questions:
@@ -150,12 +150,12 @@ def encode_choices(rows: Rows, source: Source, data: Data, tokenizer) -> Questio
     whole = dataclasses.replace(
         data, too_long="refuse", train_on_input=False, teacher_context=None
     )  # a choice cut short would look the likelier
-    encoded = token_cache.encoded(expanded, source, whole, tokenizer, "data.choices", say)
-    if len(encoded) != len(expanded.rows):
+    examples = token_cache.load_or_encode(expanded, source, whole, tokenizer, "data.choices", say)
+    if len(examples) != len(expanded.rows):
         raise UserError(
-            f"data.choices: {len(expanded.rows) - len(encoded)} of {len(expanded.rows)} choices are empty; give every choice a text"
+            f"data.choices: {len(expanded.rows) - len(examples)} of {len(expanded.rows)} choices are empty; give every choice a text"
         )
-    return Questions(encoded, [len(row["choices"]) for row in rows.rows], [row["answer"] for row in rows.rows])
+    return Questions(examples, [len(row["choices"]) for row in rows.rows], [row["answer"] for row in rows.rows])
 
 
 _NOTES = {
@@ -164,22 +164,22 @@ _NOTES = {
 }
 
 
-def report(encoded: Encoded, name: str) -> None:
-    c = encoded.counts
+def report_examples(examples: Examples, name: str) -> None:
+    c = examples.counts
     dropped = [
         f"{c[k]} {words}" for k, words in (("too_long", "too long"), ("unsupervised", "with nothing supervised, dropped")) if c.get(k)
     ]
     say(
-        f"{name}: {len(encoded)} examples, {len(encoded.ids)} tokens, {int(encoded.supervised.sum())} targets"
-        + (f", {len(encoded.for_teacher.ids)} tokens for the teacher with its context" if encoded.for_teacher is not None else "")
+        f"{name}: {len(examples)} examples, {len(examples.ids)} tokens, {int(examples.loss_mask.sum())} targets"
+        + (f", {len(examples.teacher_view.ids)} tokens for the teacher with its context" if examples.teacher_view is not None else "")
         + (f" ({', '.join(dropped)})" if dropped else "")
     )
-    note(encoded, name)
+    report_notes(examples, name)
 
 
-def note(encoded: Encoded, name: str) -> None:
+def report_notes(examples: Examples, name: str) -> None:
     """What a person should know of the examples, said once."""
-    c = encoded.counts
+    c = examples.counts
     for key, words in _NOTES.items():
         if c.get(key):
             say(f"note: {name}: {words.format(c[key])}")

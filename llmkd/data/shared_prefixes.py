@@ -8,7 +8,7 @@ import numpy as np
 SHORTEST = 8
 
 
-def shared_beginnings(ids: Sequence[np.ndarray], most: Sequence[int]) -> list[tuple[int, list[int]]]:
+def shared_prefixes(ids: Sequence[np.ndarray], most: Sequence[int]) -> list[tuple[int, list[int]]]:
     """Groups of examples, each with the number of first tokens that it computes once: together as many saved as groups can save.
 
     ids    the examples' tokens, each [length]

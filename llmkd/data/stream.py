@@ -22,16 +22,16 @@ from ..errors import UserError
 from .batching import Budget, Step, deal
 from .encoding.encode import encode
 from .encoding.formats import refuse_without_template
-from .examples import ALL_TEACHERS, Encoded
+from .examples import ALL_TEACHERS, Examples
 from .prefetch import ahead
 from .reading import skills
 from .reading.files import BadRow, Records, kind_of, raw, records, row_of
-from .reading.row_checks import Problems, check_row
+from .reading.row_checks import ErrorCollector, check_row
 from .reading.sources import Rows, from_hub, hub_revision, local, no_rows
 
 
 class Stream:
-    """Stands where `Plan` stands (which examples make up which step) and where `Encoded` stands, for the step at hand."""
+    """Stands where `Plan` stands (which examples make up which step) and where `Examples` stands, for the step at hand."""
 
     def __init__(
         self,
@@ -64,13 +64,13 @@ class Stream:
         self.rank, self.ranks = rank, ranks
         return self
 
-    def _first(self) -> tuple[Encoded, list[str]]:
+    def _first(self) -> tuple[Examples, list[str]]:
         """The first step's examples. All rows of the first block are checked on the way, before any model is loaded."""
         block = list(itertools.islice(self._records(), self.data.shuffle_buffer))
         if not block:
             raise no_rows(self.source, self.setting)
         self._checked(block)
-        return self._encoded([(place, get) for _, place, get in itertools.islice(self._rows(0), self.batch_size)])
+        return self._encode([(place, get) for _, place, get in itertools.islice(self._rows(0), self.batch_size)])
 
     @property
     def content(self) -> str:
@@ -86,23 +86,23 @@ class Stream:
         """Going on, refuse other rows than those that gave this hash."""
         self._expected = passed
 
-    # ---- as an Encoded, for the step at hand
+    # ---- as an Examples, for the step at hand
 
     def example(self, i: int):
         return self.window.example(i)
 
-    def identity(self, i: int) -> str:
-        return self.window.identity(i)
+    def content_hash(self, i: int) -> str:
+        return self.window.content_hash(i)
 
     @property
-    def taught_by(self):
-        return self.window.taught_by
+    def teacher_index(self):
+        return self.window.teacher_index
 
     @property
-    def for_teacher(self):
-        return self.window.for_teacher
+    def teacher_view(self):
+        return self.window.teacher_view
 
-    def subset(self, keep) -> Encoded:
+    def subset(self, keep) -> Examples:
         return self.window.subset(keep)
 
     @property
@@ -110,8 +110,8 @@ class Stream:
         return self.window.lengths
 
     @property
-    def widths(self):
-        return self.window.widths
+    def max_lengths(self):
+        return self.window.max_lengths
 
     def __len__(self) -> int:
         return len(self.window)
@@ -128,14 +128,14 @@ class Stream:
         with contextlib.closing(ahead(self._windows(done))) as windows:
             for number, epoch, self.window, self.places in windows:
                 window = list(range(len(self.window)))
-                yield Step(number, epoch, self.cut(window), window, int(self.window.targets.sum()))
+                yield Step(number, epoch, self.cut(window), window, int(self.window.num_targets.sum()))
         c = self.counts
         if c:
             say(
                 f"train: {c['rows']} rows streamed, {c['examples']} examples ({c['too_long']} too long, {c['unsupervised']} with nothing supervised)"
             )
 
-    def _windows(self, done: int) -> Iterator[tuple[int, int, Encoded, list[str]]]:
+    def _windows(self, done: int) -> Iterator[tuple[int, int, Examples, list[str]]]:
         """(step, epoch, examples, places of the rows) of the steps after the first `done`."""
         digest = hashlib.sha256()
 
@@ -151,7 +151,7 @@ class Stream:
             taken = list(itertools.islice(rows, self.batch_size))
             self._hashes[number] = digest.hexdigest()
             self._hashes.pop(number - 8, None)
-            window, places = self._encoded([(place, get) for _, place, get in taken])
+            window, places = self._encode([(place, get) for _, place, get in taken])
             for key, count in window.counts.items():
                 self.counts[key] = self.counts.get(key, 0) + count
             barren = 0 if len(window) else barren + len(taken)
@@ -163,7 +163,7 @@ class Stream:
 
     def cut(self, window: list[int]) -> list[list[int]]:
         """This rank's micro-batches of those examples of the step at hand."""
-        return deal(window, self.window.widths, self.micro_batch_size, self.rank, self.ranks) or [[]]
+        return deal(window, self.window.max_lengths, self.micro_batch_size, self.rank, self.ranks) or [[]]
 
     def _rows(self, skip: int, digest=None, arrived: Callable[[], None] | None = None) -> Iterator[tuple[int, str, Any]]:
         """(pass, place, get) of the endless stream, from row `skip` on; `arrived` is called there.
@@ -224,7 +224,7 @@ class Stream:
             raise UserError(f"{place}: could not be read on ({type(error).__name__}: {reason[:160]}); try again, with --resume") from None
 
     def _checked(self, taken: list[tuple[str, Any]]) -> Rows:
-        problems, rows, places = Problems(), [], []
+        problems, rows, places = ErrorCollector(), [], []
         for place, get in taken:
             try:
                 rows.append(check_row(get(), place, self.source, problems))
@@ -234,9 +234,9 @@ class Stream:
         problems.raise_if_any()
         return Rows(rows, places, "")
 
-    def _encoded(self, taken: list[tuple[str, Any]]) -> tuple[Encoded, list[str]]:
+    def _encode(self, taken: list[tuple[str, Any]]) -> tuple[Examples, list[str]]:
         rows = self._checked(taken)
         refuse_without_template(self.source, rows.rows, self.tokenizer, self.setting)
-        encoded = encode(rows, self.source, self.data, self.tokenizer)
-        encoded.taught_by[:] = self.teacher
-        return encoded, rows.places
+        examples = encode(rows, self.source, self.data, self.tokenizer)
+        examples.teacher_index[:] = self.teacher
+        return examples, rows.places

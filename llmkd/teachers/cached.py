@@ -25,5 +25,5 @@ class Cached:
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Signal:
         with alone():
-            records_NR = self.store.read([e.identity for e in batch.examples], [e.targets for e in batch.examples])
+            records_NR = self.store.read([e.content_hash for e in batch.examples], [e.targets for e in batch.examples])
         return self.kind.signal(torch.from_numpy(records_NR), self.device)

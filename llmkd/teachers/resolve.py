@@ -11,7 +11,7 @@ import numpy as np
 from ..config.recipe import Recipe, distils
 from ..config.teacher import CACHE_KINDS, Teacher, named
 from ..data.encoding import token_cache
-from ..data.examples import ALL_TEACHERS, Encoded
+from ..data.examples import ALL_TEACHERS, Examples
 from ..data.stream import Stream
 from ..errors import UserError
 from ..model_files import ModelFiles, find, fingerprint, read_json
@@ -168,7 +168,7 @@ def sample_problems(recipe: Recipe, path: str, kept: dict) -> list[str]:
 
 
 def check_examples(
-    teacher: TeacherSource, number: int, parts: dict[str, tuple[Encoded | Stream | None, Sequence[str]]], ours: dict
+    teacher: TeacherSource, number: int, parts: dict[str, tuple[Examples | Stream | None, Sequence[str]]], ours: dict
 ) -> None:
     """Refuse a store that lacks examples that teacher `number` is to answer.
 
@@ -179,7 +179,7 @@ def check_examples(
         if encoded is None:
             continue
         mine = examples_of(encoded, number)
-        missing = teacher.store.missing([encoded.identity(i) for i in mine])
+        missing = teacher.store.missing([encoded.content_hash(i) for i in mine])
         if missing:
             shown = [
                 f"{name} {then.get(name)}, now {value}" if name.startswith("data.") else name
@@ -194,6 +194,6 @@ def check_examples(
             )
 
 
-def examples_of(encoded: Encoded | Stream, number: int) -> np.ndarray:
+def examples_of(encoded: Examples | Stream, number: int) -> np.ndarray:
     """The examples that teacher `number` answers, alone or with others."""
-    return np.flatnonzero(np.isin(encoded.taught_by, (ALL_TEACHERS, number)))
+    return np.flatnonzero(np.isin(encoded.teacher_index, (ALL_TEACHERS, number)))

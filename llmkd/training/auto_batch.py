@@ -65,7 +65,7 @@ class Fitting:
         left). All processes agree on the smallest. UserError where not even the longest example fits.
         """
         ranks = self.accelerator.num_processes
-        widths_E = self.data.widths
+        widths_E = self.data.max_lengths
         worst = np.argsort(-widths_E, kind="stable")[: math.ceil(batch_size / ranks)]  # no rank has more of a step in one piece
         if not len(worst):
             raise UserError("train.micro_batch_tokens: found auto, and the first step has no example to measure with; give a number")
@@ -120,7 +120,7 @@ class Fitting:
 
     def __call__(self, attempt: Callable[[list[Batch]], Taken], step: Step, micro_batches: list[Batch]) -> Taken:
         """What `attempt` makes of the step's micro-batches, or of smaller ones. One process alone: others would wait for it."""
-        widths, cut = self.data.widths, step.micro_batches
+        widths, cut = self.data.max_lengths, step.micro_batches
         while True:
             sizes = [self.budget.of(widths[examples]) for examples in cut if len(examples) > 1]
             if any(size > self.budget.tokens for size in sizes):  # made before memory ran out

@@ -62,8 +62,8 @@ def plan(recipe: Recipe, prepared: Prepared, rank: int, ranks: int) -> Plan | St
         ranks,
         prepared.train.source,
         tuple(source.weight for source in sources(recipe.data.train)),
-        prepared.train.widths,
-        prepared.train.targets,
+        prepared.train.max_lengths,
+        prepared.train.num_targets,
     )
 
 

@@ -15,15 +15,15 @@ from ..data.dataset import (
     encode_sources,
     hold_out,
     read_data,
-    refuse_beyond,
-    refuse_no_draws,
-    refuse_too_long,
-    report,
-    taught_by,
+    refuse_empty_sources,
+    refuse_too_few_positions,
+    refuse_unknown_tokens,
+    report_examples,
+    teacher_index,
 )
 from ..data.encoding import token_cache
 from ..data.encoding.tokenizer import load_tokenizer, shared_vocab, tokenizer_differences
-from ..data.examples import Encoded
+from ..data.examples import Examples
 from ..data.reading.sources import Rows
 from ..data.stream import Stream
 from ..errors import UserError
@@ -37,9 +37,9 @@ class Prepared:
 
     tokenizer: object
     vocab: int  # entries that the tokenizer and all models have
-    train: Encoded | Stream
+    train: Examples | Stream
     places: Sequence[str] | Stream  # of each training example
-    validation: Encoded | None
+    validation: Examples | None
     validation_places: Sequence[str]
     questions: Questions | None
     identity: dict[str, str]
@@ -68,7 +68,7 @@ def prepare(recipe: Recipe, stores: bool = True) -> Prepared:
     taught = resolve_teachers(recipe, stores)
     configs = {"student.model": student.config if student else recipe.student.architecture}
     configs |= {f"{teacher.setting}.model": teacher.files.config for teacher in taught if teacher.files}
-    refuse_too_long(data, configs)
+    refuse_too_few_positions(data, configs)
 
     tokenizer = _tokenizer(recipe, student)
     for teacher in taught:
@@ -82,20 +82,20 @@ def prepare(recipe: Recipe, stores: bool = True) -> Prepared:
             check_store(recipe, teacher, tokenizer, vocab)
     held_out = encode_sources(rows, "data.validation", data, tokenizer, teachers(recipe.teacher))
     train, places = _training(recipe, rows, tokenizer)
-    refuse_beyond(vocab, train, places, tokenizer)
+    refuse_unknown_tokens(vocab, train, places, tokenizer)
     held_out_places = [place for read in rows.get("data.validation", ()) for place in read.places]
-    if isinstance(train, Encoded):
+    if isinstance(train, Examples):
         if data.validation_share:
-            report(train, "rows to part")
+            report_examples(train, "rows to part")
             train, held_out = hold_out(train, data.validation_share)
             held_out_places = places
-        refuse_no_draws(train, data)
-        report(train, "train")
+        refuse_empty_sources(train, data)
+        report_examples(train, "train")
         places = [places[i] for i in train.row]
     if held_out:
-        report(held_out, "validation")
+        report_examples(held_out, "validation")
         if not data.validation_share:
-            refuse_beyond(vocab, held_out, held_out_places, tokenizer)
+            refuse_unknown_tokens(vocab, held_out, held_out_places, tokenizer)
     content = train.content if isinstance(train, Stream) else "\n".join(source.content for source in rows["data.train"])
     identity = {"the training data": content, "the held-out data": " ".join(source.content for source in rows["data.validation"])}
     held_out_places = [held_out_places[i] for i in held_out.row] if held_out else []
@@ -117,13 +117,13 @@ def student_files(recipe: Recipe) -> ModelFiles | None:
     return find(student.model, "student.model", student.revision, student.base) if student.model else None
 
 
-def _training(recipe: Recipe, rows: dict[str, list[Rows]], tokenizer) -> tuple[Encoded | Stream, Sequence[str] | Stream]:
+def _training(recipe: Recipe, rows: dict[str, list[Rows]], tokenizer) -> tuple[Examples | Stream, Sequence[str] | Stream]:
     """The training examples, or a stream of them; and the place of every row."""
     data, train, who = recipe.data, recipe.train, teachers(recipe.teacher)
     if not data.streaming:
         return encode_sources(rows, "data.train", data, tokenizer, who), [place for read in rows["data.train"] for place in read.places]
     (source,) = sources(data.train)
-    asked = taught_by(source, who)
+    asked = teacher_index(source, who)
     stream = Stream(source, data, tokenizer, recipe.seed, train.batch_size, micro_batch(recipe), train.max_steps, asked)
     say(f"train: streaming {source.path}")
     return stream, stream

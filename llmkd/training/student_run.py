@@ -57,7 +57,7 @@ class Arm:
         lines = []
         for i, targets in enumerate(held_out.targets.tolist()):
             sums = {name: float(values[i]) for name, values in held_out.sums.items()}
-            lines.append(json.dumps({"id": i, "hash": data.seen(i), "place": places[i], "targets": targets, "sums": sums}) + "\n")
+            lines.append(json.dumps({"id": i, "hash": data.student_hash(i), "place": places[i], "targets": targets, "sums": sums}) + "\n")
         write(self.folder.path / "held_out.jsonl", "".join(lines))
 
     def save(self, step: int) -> None:

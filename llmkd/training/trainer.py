@@ -14,7 +14,7 @@ from ..batch import Batch
 from ..config.recipe import Recipe, distils
 from ..console import bar, say
 from ..data.collate import collate
-from ..data.examples import Encoded
+from ..data.examples import Examples
 from ..data.prefetch import ahead
 from ..data.stream import Stream
 from ..errors import Stopped, UserError, blamed_on, first_alone
@@ -202,7 +202,7 @@ class Session:
             arm.record.write({"step": 0, "gate": {"examples": len(sample)} | {name: figures[name] for name in ("ce", "teacher_ce")}})
         self.display.say(verdict(found, len(sample), self.prepared.teachers, self.prepared.student))
 
-    def measure(self, students: list[models.LanguageModel], data: Encoded, name: str, step: int) -> list[HeldOut]:
+    def measure(self, students: list[models.LanguageModel], data: Examples, name: str, step: int) -> list[HeldOut]:
         """Every student on all of the data; a stop is heard meanwhile."""
         size = self.recipe.validation.micro_batch_size
         try:
@@ -249,7 +249,7 @@ class Session:
             scored = {}
             if questions:
                 size = self.recipe.validation.micro_batch_size
-                args = (questions.encoded, questions.answers, questions.counts, self.pad, size, self.accelerator, bar("questions"))
+                args = (questions.examples, questions.answers, questions.counts, self.pad, size, self.accelerator, bar("questions"))
                 scored = accuracy(arm.student, *args)
             if self.main:
                 output = arm.finish(self.plan.total_steps, scored)

@@ -11,7 +11,7 @@ from torch import Tensor
 from ..batch import Batch
 from ..data.batching import deal
 from ..data.collate import collate
-from ..data.examples import Encoded
+from ..data.examples import Examples
 from ..errors import Stopped
 from ..losses.divergences import forward_kl, reverse_kl
 from ..losses.fused import default_chunk
@@ -37,7 +37,7 @@ class HeldOut:
 def validate(
     students: list[LanguageModel],
     teacher: Teacher | None,
-    data: Encoded,
+    data: Examples,
     pad: int,
     micro_batch_size: int,
     accelerator,
@@ -61,13 +61,13 @@ def validate(
                 sums.index_add_(1, batch.example_N[rows], torch.stack([figures[name].double() for name in names]))
     if accelerator.num_processes > 1:
         sums_FE = [accelerator.reduce(sums, "sum") for sums in sums_FE]
-    return [HeldOut(data.targets, dict(zip(names, sums.cpu().numpy(), strict=True))) for sums in sums_FE]
+    return [HeldOut(data.num_targets, dict(zip(names, sums.cpu().numpy(), strict=True))) for sums in sums_FE]
 
 
 @torch.no_grad()
 def accuracy(
     student: LanguageModel,
-    data: Encoded,
+    data: Examples,
     answers: list[int],
     choices: list[int],
     pad: int,
@@ -95,7 +95,7 @@ def accuracy(
     return {"accuracy": share, "accuracy_stderr": math.sqrt(share * (1 - share) / max(1, n - 1)), "questions": n}
 
 
-def _batches(students, data: Encoded, pad: int, micro_batch_size: int, accelerator, stop, progress) -> Iterator[Batch]:
+def _batches(students, data: Examples, pad: int, micro_batch_size: int, accelerator, stop, progress) -> Iterator[Batch]:
     """Every example once, spread over the ranks, with the students in eval mode."""
     modes = [student.training for student in students]
     for student in students:

@@ -103,7 +103,7 @@ def test_export_of_the_best_checkpoint(world, trained, make_recipe, tmp_path, me
         with torch.no_grad():
             log_q = model(ids[None].long()).logits[0, :-1].log_softmax(-1)
         total -= log_q[marks[1:]].gather(1, ids[1:][marks[1:]].long()[:, None]).sum().item()
-    assert total / int(data.supervised.sum()) == pytest.approx(best["value"], rel=1e-9)
+    assert total / int(data.loss_mask.sum()) == pytest.approx(best["value"], rel=1e-9)
     capsys.readouterr()
     assert main(["export", str(tmp_path / "out"), "--checkpoint", "99"]) == 2 and "has no checkpoint 99" in said(capsys)
     for step in (100, 20):

@@ -12,7 +12,7 @@ from llmkd.config.recipe import Data
 from llmkd.data.encoding.chat import conversation
 from llmkd.data.encoding.control_tokens import Text, piecewise
 from llmkd.data.encoding.formats import ALPACA, ALPACA_WITH_INPUT
-from llmkd.data.examples import Encoded
+from llmkd.data.examples import Examples
 from llmkd.errors import UserError
 from tests.kit.data import END, FORGETS, GOOD, MARKED, PLAIN, PROMPT, encode, kept, real, rows_of, same, shown, skills_tokenizer, talk, tiny
 
@@ -89,13 +89,13 @@ def test_in_text_all_that_can_be_predicted_is_supervised(name, starts):
     encoded = encode(rows_of({"text": text}), "text", Data(), tokenizer)
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     assert encoded.ids.tolist() == [tokenizer.bos_token_id] * starts + ids + [tokenizer.eos_token_id]
-    assert encoded.supervised.tolist() == [False] + [True] * (len(encoded.ids) - 1)
+    assert encoded.loss_mask.tolist() == [False] + [True] * (len(encoded.ids) - 1)
 
 
 def test_train_on_input_supervises_everything_but_the_first_token():
     for format, row in (("alpaca", json.loads(GOOD)), ("chat", talk("u q", "a one")), ("text", {"text": "the owl"})):
         encoded = encode(rows_of(row), format, Data(train_on_input=True), tiny())
-        assert encoded.supervised.tolist() == [False] + [True] * (len(encoded.ids) - 1)
+        assert encoded.loss_mask.tolist() == [False] + [True] * (len(encoded.ids) - 1)
 
 
 @pytest.mark.parametrize(
@@ -357,7 +357,7 @@ def test_a_conversation_as_prompt_and_completion_supervises_the_completion_only(
 # ---- control tokens in people's text
 
 
-def controls(encoded: Encoded, tokenizer) -> int:
+def controls(encoded: Examples, tokenizer) -> int:
     return int(np.isin(encoded.ids, tokenizer.convert_tokens_to_ids(["<|im_start|>", END])).sum())
 
 

@@ -130,5 +130,5 @@ def test_of_a_question_only_the_choice_is_supervised(make_recipe, tmp_path, form
     prepared = prepare(make_recipe(data__choices={"path": str(tmp_path / "q.jsonl"), "format": format, "fields": names}))
     questions, tokenizer = prepared.questions, prepared.tokenizer
     assert (questions.counts, questions.answers) == ([2], [1])
-    said = [tokenizer.decode(ids[marks]).strip() for ids, marks in (questions.encoded.example(i) for i in range(2))]
+    said = [tokenizer.decode(ids[marks]).strip() for ids, marks in (questions.examples.example(i) for i in range(2))]
     assert said == [f"Yes.{tokenizer.eos_token}", f"No, it is so.{tokenizer.eos_token}"]

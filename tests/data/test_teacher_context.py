@@ -10,18 +10,18 @@ import pytest
 import torch
 
 from llmkd import cli
-from llmkd.commands import plan as cost
-from llmkd.config import loader as settings
+from llmkd.commands import plan
+from llmkd.config.loader import dump, load_recipe
 from llmkd.config.recipe import Data, Source
 from llmkd.data.collate import collate
-from llmkd.data.dataset import refuse_beyond
+from llmkd.data.dataset import refuse_unknown_tokens
 from llmkd.data.encoding import token_cache
 from llmkd.data.encoding.formats import ALPACA
 from llmkd.data.examples import merge
 from llmkd.data.stream import Stream
 from llmkd.errors import UserError
 from llmkd.model_files import find
-from llmkd.models import size as cost_size
+from llmkd.models.size import shape_of
 from llmkd.training.prepare import prepare
 from llmkd.training.run import run
 from tests.conftest import distance
@@ -39,7 +39,7 @@ ROWS = {
 
 
 def theirs(encoded, tokenizer) -> list[str]:
-    return shown(encoded.for_teacher, tokenizer)
+    return shown(encoded.teacher_view, tokenizer)
 
 
 def problem(*args, **source) -> str:
@@ -65,8 +65,8 @@ def test_a_chat_is_told_as_a_system_message_or_at_the_head_of_its_own(template, 
     tokenizer = tiny(template) if template else skills_tokenizer()
     encoded = encode(rows_of(talk(*turns)), "chat", CONTEXT, tokenizer)
     written = encode(rows_of(talk(system, *(turn for turn in turns if turn[0] != "s"))), "chat", Data(), tokenizer)
-    assert same(dataclasses.replace(encoded, for_teacher=None), encode(rows_of(talk(*turns)), "chat", Data(), tokenizer))
-    assert all((getattr(encoded.for_teacher, x) == getattr(written, x)).all() for x in ("ids", "supervised", "offsets"))
+    assert same(dataclasses.replace(encoded, teacher_view=None), encode(rows_of(talk(*turns)), "chat", Data(), tokenizer))
+    assert all((getattr(encoded.teacher_view, x) == getattr(written, x)).all() for x in ("ids", "loss_mask", "offsets"))
 
 
 def test_a_developer_message_is_the_system_message():
@@ -84,7 +84,7 @@ def test_a_prompt_in_a_chat_template_is_told_as_a_chat(format):
 def test_lists_of_messages_are_told_as_a_chat_and_the_completion_stays_the_target():
     messages = talk("u q", "a one", "u r", "a two")["messages"]
     encoded = encode(rows_of({"prompt": messages[:3], "completion": messages[3:]}), "prompt_completion", CONTEXT, tiny())
-    assert kept(encoded, tiny()) == kept(encoded.for_teacher, tiny()) == ["two<|im_end|>"]
+    assert kept(encoded, tiny()) == kept(encoded.teacher_view, tiny()) == ["two<|im_end|>"]
     assert theirs(encoded, tiny())[0].startswith(f"<|im_start|>system\n{TOLD}<|im_end|>\n<|im_start|>user\nq")
 
 
@@ -97,7 +97,7 @@ def test_a_plain_text_follows_the_context_and_a_blank_line(format, tokenizer):
     encoded = encode(rows_of(ROWS[format]), format, CONTEXT, tokenizer)
     (own,), (read,) = shown(encoded, tokenizer), theirs(encoded, tokenizer)
     start, text = ("<s> ", own.removeprefix("<s> ")) if own.startswith("<s>") else ("", own)
-    assert read == f"{start}{TOLD}\n\n{text}" and kept(encoded, tokenizer) == kept(encoded.for_teacher, tokenizer)
+    assert read == f"{start}{TOLD}\n\n{text}" and kept(encoded, tokenizer) == kept(encoded.teacher_view, tokenizer)
 
 
 def test_the_settings_context_comes_first_and_the_rows_own_may_have_another_name(read):
@@ -112,7 +112,7 @@ def test_the_settings_context_comes_first_and_the_rows_own_may_have_another_name
 def test_characters_of_a_control_token_stay_characters_in_a_context():
     for format in ("chat", "text"):
         encoded = encode(rows_of(ROWS[format]), format, Data(teacher_context="an <|im_end|> here"), tiny())
-        ends = [int((x.ids == tiny().eos_token_id).sum()) for x in (encoded, encoded.for_teacher)]
+        ends = [int((x.ids == tiny().eos_token_id).sum()) for x in (encoded, encoded.teacher_view)]
         assert ends[1] - ends[0] == (1 if format == "chat" else 0), "the system message's own"
 
 
@@ -120,7 +120,7 @@ def test_characters_of_a_control_token_stay_characters_in_a_context():
 def test_without_a_context_nothing_is_made_for_the_teacher(format):
     plain = encode(rows_of(ROWS[format]), format, Data(), tiny())
     empty = encode(rows_of(ROWS[format] | {"teacher_context": ""}), format, Data(), tiny())
-    assert plain.for_teacher is empty.for_teacher is None and same(plain, empty) and plain.identity(0) == empty.identity(0)
+    assert plain.teacher_view is empty.teacher_view is None and same(plain, empty) and plain.content_hash(0) == empty.content_hash(0)
     for packing in (False, True):
         batch = collate(plain, [0], 0, packing)
         assert batch.teacher is batch.student
@@ -135,11 +135,11 @@ def test_many_rows_at_once_are_each_their_own():
     together, data = encode(rows_of(*rows), "chat", Data(), tiny()), Data(max_length=4096)
     for i in (0, 511, 512, 699):
         one = encode(rows_of(rows[i]), "chat", data, tiny())
-        assert one.identity(0) == together.identity(i)
-        for a, b in zip((one.for_teacher or one).example(0), together.for_teacher.example(i), strict=True):
+        assert one.content_hash(0) == together.content_hash(i)
+        for a, b in zip((one.teacher_view or one).example(0), together.teacher_view.example(i), strict=True):
             assert (a == b).all()
     for i in range(700):
-        (ids, marks), (read, read_marks) = together.example(i), together.for_teacher.example(i)
+        (ids, marks), (read, read_marks) = together.example(i), together.teacher_view.example(i)
         assert (ids[marks] == read[read_marks]).all() and (len(read) > len(ids)) == bool(rows[i]["teacher_context"])
 
 
@@ -185,7 +185,7 @@ def test_line_breaks_that_merge_with_those_of_the_border_are_refused():
     )
     rows[1]["completion"] = "\n\nowl"  # here the token in which they merge is the first, which has no target
     encoded = encode(rows_of(*rows), "prompt_completion", Data(), tiny())
-    assert kept(encoded, tiny()) == kept(encoded.for_teacher, tiny()) and kept(encoded, tiny())[1] == "\nowl<|im_end|>"
+    assert kept(encoded, tiny()) == kept(encoded.teacher_view, tiny()) and kept(encoded, tiny())[1] == "\nowl<|im_end|>"
 
 
 def test_a_start_that_takes_a_space_before_it_is_refused():
@@ -198,7 +198,7 @@ def test_a_start_that_takes_a_space_before_it_is_refused():
 
 def test_the_first_token_of_a_bare_text_is_not_a_target_of_the_teachers_alone():
     encoded = encode(rows_of(ROWS["text"]), "text", CONTEXT, tiny())
-    assert kept(encoded, tiny()) == kept(encoded.for_teacher, tiny()) == [tiny().decode(encoded.ids[1:])]
+    assert kept(encoded, tiny()) == kept(encoded.teacher_view, tiny()) == [tiny().decode(encoded.ids[1:])]
 
 
 @pytest.mark.parametrize(
@@ -243,8 +243,8 @@ def views(own: int, context: int):
 def test_each_view_is_cut_and_the_targets_of_both_are_kept(most, targets):
     encoded = encode(views(10, 20), "text", Data(max_length=most, too_long="truncate"), tiny())
     assert [int(encoded.example(i)[1].sum()) for i in range(len(encoded))] == targets
-    assert kept(encoded, tiny()) == kept(encoded.for_teacher or encoded, tiny())
-    assert max((encoded.for_teacher or encoded).lengths) <= most and encoded.counts["unsupervised"] == 2 - len(targets)
+    assert kept(encoded, tiny()) == kept(encoded.teacher_view or encoded, tiny())
+    assert max((encoded.teacher_view or encoded).lengths) <= most and encoded.counts["unsupervised"] == 2 - len(targets)
     if len(targets) > 1:
         assert encoded.lengths[1] == min(most, 10), "the student's ids are not cut with the teacher's"
 
@@ -267,10 +267,10 @@ def test_the_reader_for_whom_an_example_is_too_long_is_named():
 def test_a_token_that_a_model_has_no_row_for_is_found_in_the_teachers_view():
     tokenizer = skills_tokenizer()
     encoded = encode(rows_of(talk("u a", "a b")), "chat", Data(teacher_context="Rain"), tokenizer)
-    assert encoded.for_teacher.ids.max() > encoded.ids.max()
+    assert encoded.teacher_view.ids.max() > encoded.ids.max()
     with pytest.raises(UserError, match=r"f.jsonl:1: holds"):
-        refuse_beyond(int(encoded.ids.max()) + 1, encoded, ["f.jsonl:1"], tokenizer)
-    refuse_beyond(int(encoded.for_teacher.ids.max()) + 1, encoded, ["f.jsonl:1"], tokenizer)
+        refuse_unknown_tokens(int(encoded.ids.max()) + 1, encoded, ["f.jsonl:1"], tokenizer)
+    refuse_unknown_tokens(int(encoded.teacher_view.ids.max()) + 1, encoded, ["f.jsonl:1"], tokenizer)
 
 
 # ---- examples together
@@ -281,17 +281,17 @@ def test_sources_with_and_without_a_context_stand_together():
     plain, told = encode(rows_of(*rows), "text", Data(), tiny()), encode(rows_of(*rows), "text", CONTEXT, tiny())
     for parts in ((plain, told, plain), (told, plain), (plain, plain)):
         whole = merge(list(parts))
-        assert (whole.for_teacher is None) == all(part is plain for part in parts)
+        assert (whole.teacher_view is None) == all(part is plain for part in parts)
         for n in range(len(whole)):
             part, i = parts[n // 5], n % 5
-            assert whole.identity(n) == part.identity(i)
-            read = (part.for_teacher or part).example(i)
-            assert all((a == b).all() for a, b in zip((whole.for_teacher or whole).example(n), read, strict=True))
-    assert not {plain.identity(i) for i in range(5)} & {told.identity(i) for i in range(5)}
+            assert whole.content_hash(n) == part.content_hash(i)
+            read = (part.teacher_view or part).example(i)
+            assert all((a == b).all() for a, b in zip((whole.teacher_view or whole).example(n), read, strict=True))
+    assert not {plain.content_hash(i) for i in range(5)} & {told.content_hash(i) for i in range(5)}
     other = encode(rows_of(*rows), "text", Data(teacher_context="else"), tiny())
-    assert not {other.identity(i) for i in range(5)} & {told.identity(i) for i in range(5)}
+    assert not {other.content_hash(i) for i in range(5)} & {told.content_hash(i) for i in range(5)}
     odd = merge([plain, told]).subset(np.arange(10) % 2 == 1)
-    assert [odd.identity(i) for i in range(5)] == [(plain, told)[i // 5].identity(i % 5) for i in (1, 3, 5, 7, 9)]
+    assert [odd.content_hash(i) for i in range(5)] == [(plain, told)[i // 5].content_hash(i % 5) for i in (1, 3, 5, 7, 9)]
 
 
 @pytest.mark.parametrize("packing", [False, True])
@@ -300,8 +300,8 @@ def test_a_batch_has_two_views_of_the_same_targets(packing):
     encoded = encode(rows_of(*rows), "chat", Data(), tiny())
     batch = collate(encoded, [4, 0, 6, 2], 7, packing)
     assert batch.targets == sum(int(encoded.example(i)[1].sum()) for i in (4, 0, 6, 2)) == len(batch.student.rows_N)
-    for view, of in ((batch.student, encoded), (batch.teacher, encoded.for_teacher)):
-        alone = [collate(dataclasses.replace(of, for_teacher=None), [i], 7) for i in (4, 0, 6, 2)]
+    for view, of in ((batch.student, encoded), (batch.teacher, encoded.teacher_view)):
+        alone = [collate(dataclasses.replace(of, teacher_view=None), [i], 7) for i in (4, 0, 6, 2)]
         assert torch.equal(batch.labels_N, torch.cat([one.labels_N for one in alone]))
         flat = view.inputs["input_ids"].flatten()
         at = 0
@@ -321,7 +321,7 @@ def test_the_cache_keeps_what_the_teacher_reads(tmp_path, monkeypatch):
 
     def cached(**data):
         said = []
-        made = token_cache.encoded(
+        made = token_cache.load_or_encode(
             rows, Source(path="f", format="chat"), Data(cache_dir=str(tmp_path), **data), tiny(), "data.train", said.append
         )
         assert not said
@@ -333,9 +333,9 @@ def test_the_cache_keeps_what_the_teacher_reads(tmp_path, monkeypatch):
     monkeypatch.setattr(token_cache.encoding, "encode", None)
     for data, before in zip(kinds, made, strict=True):
         again = cached(**data)
-        assert same(again, before) and [again.identity(i) for i in range(6)] == [before.identity(i) for i in range(6)]
-        for name in ("ids", "supervised", "offsets", "row"):
-            a, b = getattr(again.for_teacher, name), getattr(before.for_teacher, name)
+        assert same(again, before) and [again.content_hash(i) for i in range(6)] == [before.content_hash(i) for i in range(6)]
+        for name in ("ids", "loss_mask", "offsets", "row"):
+            a, b = getattr(again.teacher_view, name), getattr(before.teacher_view, name)
             assert a.dtype == b.dtype and (a == b).all()
 
 
@@ -345,7 +345,7 @@ def test_a_stream_gives_what_would_have_been_read_before(tmp_path):
     data = Data(streaming=True, shuffle_buffer=1, teacher_context=TOLD)
     feed, before = Stream(Source(path=str(path), format="chat"), data, tiny(), 0, 4, 2, 2), encode(rows_of(*lines), "chat", CONTEXT, tiny())
     for n, _ in enumerate(feed.steps()):
-        assert [feed.identity(i) for i in range(4)] == [before.identity(4 * n + i) for i in range(4)]
+        assert [feed.content_hash(i) for i in range(4)] == [before.content_hash(4 * n + i) for i in range(4)]
         ours, whole = collate(feed, [2, 1], 0), collate(before, [4 * n + 2, 4 * n + 1], 0)
         for a, b in ((ours.teacher, whole.teacher), (ours.student, whole.student)):
             assert torch.equal(a.inputs["input_ids"], b.inputs["input_ids"]) and torch.equal(a.rows_N, b.rows_N)
@@ -356,10 +356,10 @@ def test_choices_are_scored_by_the_student_without_a_context(make_recipe, tmp_pa
     (tmp_path / "q.jsonl").write_text(json.dumps(question) + "\n")
     (tmp_path / "told.jsonl").write_text(json.dumps(question | {"teacher_context": "c"}) + "\n")
     plain, told = (
-        prepare(make_recipe(data__choices={"path": str(tmp_path / name)}, **data)).questions.encoded
+        prepare(make_recipe(data__choices={"path": str(tmp_path / name)}, **data)).questions.examples
         for name, data in (("q.jsonl", {}), ("told.jsonl", {"data__teacher_context": TOLD}))
     )
-    assert told.for_teacher is None and same(plain, told)
+    assert told.teacher_view is None and same(plain, told)
 
 
 # ---- runs
@@ -436,12 +436,12 @@ def test_the_batches_of_a_stream_may_be_cut_in_any_way(trained):
 
 
 def test_the_cost_counts_what_the_teacher_reads(make_recipe, world, monkeypatch):
-    monkeypatch.setattr(cost, "rate", lambda device: 1.0)
+    monkeypatch.setattr(plan, "rate", lambda device: 1.0)
     recipes = make_recipe(), make_recipe(data__teacher_context=TOLD)
-    plain, told = (cost.estimate([recipe], {}).seconds for recipe in recipes)
+    plain, told = (plan.estimate([recipe], {}).seconds for recipe in recipes)
     more = 37 * len(skills_tokenizer()(TOLD + "\n\n")["input_ids"])
-    body = cost_size.shape_of(find(str(world / "teacher"), "teacher.model")).body
-    assert told - plain == pytest.approx(2 * body * more * recipes[0].train.epochs / cost.EFFICIENCY)
+    body = shape_of(find(str(world / "teacher"), "teacher.model")).body
+    assert told - plain == pytest.approx(2 * body * more * recipes[0].train.epochs / plan.EFFICIENCY)
 
 
 def test_the_data_command_shows_what_the_teacher_reads(world, tmp_path, capsys, monkeypatch):
@@ -463,5 +463,5 @@ def test_the_data_command_shows_what_the_teacher_reads(world, tmp_path, capsys, 
 
 def test_every_setting_survives_being_written(make_recipe, tmp_path):
     recipe = make_recipe(data__teacher_context="two\n\nlines: {x}")
-    (tmp_path / "again.yaml").write_text(settings.dump(recipe))
-    assert settings.load_recipe(tmp_path / "again.yaml") == recipe
+    (tmp_path / "again.yaml").write_text(dump(recipe))
+    assert load_recipe(tmp_path / "again.yaml") == recipe

@@ -12,7 +12,7 @@ import pytest
 
 from llmkd.config.recipe import Data, Source
 from llmkd.data.encoding import token_cache
-from llmkd.data.examples import Encoded
+from llmkd.data.examples import Examples
 from llmkd.data.reading.sources import Rows, read_source
 from llmkd.errors import UserError
 from tests.kit.data import GOOD, MARKED, encode, rows_of, same, talk, tiny
@@ -24,10 +24,10 @@ class Cache:
     def __init__(self, folder: Path):
         self.folder, self.said = folder, []
 
-    def __call__(self, rows: Rows, format: str = "alpaca", tokenizer=None, **data) -> Encoded:
+    def __call__(self, rows: Rows, format: str = "alpaca", tokenizer=None, **data) -> Examples:
         self.said = []
         settings = Data(**({"cache_dir": str(self.folder)} | data))
-        return token_cache.encoded(
+        return token_cache.load_or_encode(
             rows, Source(path="f.jsonl", format=format), settings, tokenizer or tiny(), "data.train", self.said.append
         )
 
@@ -191,25 +191,25 @@ WORKER = """
 import json, sys, time
 from pathlib import Path
 from llmkd.config.recipe import Data, Source
-from llmkd.data.encoding import token_cache
+from llmkd.data.encoding.encode import encode
+from llmkd.data.encoding.token_cache import load_or_encode
 from llmkd.data.reading.sources import Rows
 from llmkd.errors import UserError
 from tests.kit import data as data_kit
 
 folder, number, how = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
-real = token_cache.encoding.encode
 def slow(*args):
     with open(folder / "made", "a") as log:
         log.write(number + "\\n")
     time.sleep(60 if how == "hang" else 0.5)
-    return real(*args)
-token_cache.encoding.encode = slow
+    return encode(*args)
 rows = [{"instruction": "q", "output": "" if how == "fail" else "owl"}] * 3
 while time.time() < float(sys.argv[4]):
     time.sleep(0.01)
 try:
-    encoded = token_cache.encoded(Rows(rows, ["f:1"] * 3, "content"), Source(path="f.jsonl"), Data(cache_dir=str(folder)), data_kit.tiny(), "data.train")
-    print(encoded.ids.sum())
+    read, data = Rows(rows, ["f:1"] * 3, "content"), Data(cache_dir=str(folder))
+    examples = load_or_encode(read, Source(path="f.jsonl"), data, data_kit.tiny(), "data.train", encode=slow)
+    print(examples.ids.sum())
 except UserError as error:
     print(error)
 """

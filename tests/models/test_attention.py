@@ -10,8 +10,8 @@ from torch.testing import assert_close
 
 from llmkd import batch as varlen_batch
 from llmkd.data.collate import collate, select_examples
-from llmkd.data.examples import Encoded
-from llmkd.data.shared_prefixes import SHORTEST, shared_beginnings
+from llmkd.data.examples import Examples
+from llmkd.data.shared_prefixes import SHORTEST, shared_prefixes
 from llmkd.errors import UserError
 from llmkd.models import attention as varlen
 from llmkd.models import startup_checks as selftest
@@ -22,7 +22,7 @@ from tests.kit.families import tiny
 STILL = {"attention_dropout": 0.0, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
 
 
-def examples(beginnings=((), range(40, 52), (7, *range(40, 60))), each=3, answer=(1, 9)) -> Encoded:
+def examples(beginnings=((), range(40, 52), (7, *range(40, 60))), each=3, answer=(1, 9)) -> Examples:
     """So many of each beginning, mixed; the last tokens are supervised."""
     rng = np.random.default_rng(0)
     ids, marks = [], []
@@ -31,7 +31,7 @@ def examples(beginnings=((), range(40, 52), (7, *range(40, 60))), each=3, answer
         ids.append(np.array([3, *start, *own, *said], np.int32))
         marks.append(np.arange(len(ids[-1])) >= len(ids[-1]) - len(said))
     offsets = np.cumsum([0, *map(len, ids)])
-    return Encoded(np.concatenate(ids), np.concatenate(marks), offsets, np.arange(len(ids)))
+    return Examples(np.concatenate(ids), np.concatenate(marks), offsets, np.arange(len(ids)))
 
 
 def model_of(family: str, checkpointing: bool = False, **changes) -> LanguageModel:
@@ -42,7 +42,7 @@ def model_of(family: str, checkpointing: bool = False, **changes) -> LanguageMod
     return model.train()
 
 
-def outcome(model: LanguageModel, encoded: Encoded, **how):
+def outcome(model: LanguageModel, encoded: Examples, **how):
     """Logits at the targets, and every gradient of their log-partition functions, unequally weighted."""
     batch = collate(encoded, list(range(len(encoded))), 0, **how)
     model.zero_grad(set_to_none=True)
@@ -184,7 +184,7 @@ def test_groups_save_as_much_as_groups_can(seed):
     starts = [rng.integers(0, 3, 30) for _ in range(3)]
     ids = [np.concatenate([starts[rng.integers(3)][: rng.integers(0, 30)], rng.integers(0, 3, rng.integers(1, 10))]) for _ in range(8)]
     most = [int(rng.integers(0, len(x))) for x in ids]
-    groups = shared_beginnings(ids, most)
+    groups = shared_prefixes(ids, most)
     assert sorted(i for _, members in groups for i in members) == list(range(8))
     for shared, members in groups:
         assert len({tuple(ids[i][:shared]) for i in members}) == 1 and all(shared <= most[i] for i in members)
@@ -201,7 +201,7 @@ def test_a_beginning_is_in_the_row_once_and_ends_before_what_is_supervised():
     assert view.inputs["input_ids"].numel() == apart - 2 * 13 - 2 * 22
     assert len(set(view.rows_N.tolist())) == batch.targets
     ids = np.tile(np.arange(20, dtype=np.int32), 3)
-    everything = Encoded(ids, np.ones(60, bool), np.arange(0, 61, 20), np.arange(3))
+    everything = Examples(ids, np.ones(60, bool), np.arange(0, 61, 20), np.arange(3))
     rows = collate(everything, [0, 1, 2], 0, packing=True, share=True).student.packed
     assert rows.follows == (-1, -1, -1)  # a first token that is supervised is no beginning
 

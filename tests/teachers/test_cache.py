@@ -46,8 +46,8 @@ def teacher(world, data):
 
 
 def plan_of(encoded, kind, shard_bytes):
-    identities = [encoded.identity(i) for i in range(len(encoded))]
-    return Plan.of(identities, np.add.reduceat(encoded.supervised.astype(np.int64), encoded.offsets[:-1]), kind.bytes, shard_bytes)
+    identities = [encoded.content_hash(i) for i in range(len(encoded))]
+    return Plan.of(identities, np.add.reduceat(encoded.loss_mask.astype(np.int64), encoded.offsets[:-1]), kind.bytes, shard_bytes)
 
 
 def fill(writer, numbers, encoded, teacher, size=4, packing=False):
@@ -57,7 +57,7 @@ def fill(writer, numbers, encoded, teacher, size=4, packing=False):
         for start in range(0, len(chosen), size):
             batch = collate(encoded, chosen[start : start + size], 0, packing)
             records = writer.kind.record(Live(teacher)(batch), batch.labels_N, batch.examples)
-            shard.put([e.identity for e in batch.examples], [e.targets for e in batch.examples], records)
+            shard.put([e.content_hash for e in batch.examples], [e.targets for e in batch.examples], records)
         shard.write()
 
 

@@ -68,7 +68,7 @@ class World:
         path = self.folder / "answers.jsonl"
         path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
         kind = foreign.kind(self.vocab, k, 16)
-        identities = [self.encoded.identity(i) for i in range(len(self.encoded))]
+        identities = [self.encoded.content_hash(i) for i in range(len(self.encoded))]
         targets = [len(self.places(i)) for i in range(len(self.encoded))]
         writer = Writer(self.folder / name, kind, {}, Plan.of(identities, targets, kind.bytes, 300))
         self.counts = foreign.write(path, self.encoded, self.tokenizer, writer)

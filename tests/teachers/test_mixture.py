@@ -7,7 +7,7 @@ import torch
 
 from llmkd.batch import Batch
 from llmkd.data.collate import collate, select_examples
-from llmkd.data.examples import Encoded
+from llmkd.data.examples import Examples
 from llmkd.head import Head
 from llmkd.losses.divergences import forward_kl, generalized_jsd, reverse_kl
 from llmkd.losses.fused import fused_loss
@@ -43,7 +43,7 @@ class Says:
         return Dense(torch.sin(angles_NH), self.head)
 
 
-def data(taught_by=None) -> Encoded:
+def data(teacher_index=None) -> Examples:
     lengths = [4, 7, 3, 6, 5]
     offsets = torch.tensor([0, *lengths]).cumsum(0).numpy()
     generator = torch.Generator().manual_seed(0)
@@ -51,9 +51,9 @@ def data(taught_by=None) -> Encoded:
     marks = torch.ones(sum(lengths), dtype=torch.bool).numpy()
     marks[offsets[:-1]] = False
     marks[[5, 12, 19]] = False
-    encoded = Encoded(ids, marks, offsets, torch.arange(5).numpy())
-    if taught_by is not None:
-        encoded.taught_by[:] = taught_by
+    encoded = Examples(ids, marks, offsets, torch.arange(5).numpy())
+    if teacher_index is not None:
+        encoded.teacher_index[:] = teacher_index
     return encoded
 
 
@@ -156,7 +156,7 @@ def test_each_teacher_is_asked_only_its_own_rows(packing):
         lengths = [int(encoded.example(i)[1].nonzero()[0][-1]) for i in range(5)]
         assert tokens == [lengths[0] + lengths[3] + lengths[2], lengths[1] + lengths[4] + lengths[2]]
     log_q = student_log_probs(batch, 1)
-    whose = torch.from_numpy(encoded.taught_by)[batch.example_N]
+    whose = torch.from_numpy(encoded.teacher_index)[batch.example_N]
     each = {k: t(batch).divergence(forward_kl, slice(None), log_q) for k, t in ((0, first), (1, second), (-1, together))}
     expected = torch.stack([each[int(k)][n] for n, k in enumerate(whose)])
     for rows in (slice(None), slice(2, 9), slice(6, 7)):
@@ -223,9 +223,9 @@ def test_rows_that_name_no_teacher_are_for_all_of_them_though_some_have_no_name(
     bare = [{"model": str(world / "adapter")}, {"model": str(world / "stranger")}]
     plain = [{"path": s.path} for s in two().data.train]
     for teachers in (bare, [bare[0] | {"name": "a"}, bare[1]]):
-        assert prepare(two(teacher=teachers, data__train=plain)).train.taught_by.tolist() == [-1] * 37
+        assert prepare(two(teacher=teachers, data__train=plain)).train.teacher_index.tolist() == [-1] * 37
     named = prepare(two(teacher=[bare[0], bare[1] | {"name": "b"}], data__train=[plain[0], plain[1] | {"teacher": "b"}])).train
-    assert named.taught_by.tolist() == [-1] * 20 + [1] * 17
+    assert named.teacher_index.tolist() == [-1] * 20 + [1] * 17
 
 
 def test_a_teacher_known_by_samples_beside_one_with_rows_of_its_own(two, world, tmp_path):

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from llmkd.commands.plan import largest_micro_batch
-from llmkd.data.examples import Encoded
+from llmkd.data.examples import Examples
 from llmkd.errors import UserError
 from llmkd.models.language_model import LanguageModel
 from llmkd.output.run_folder import RunFolder
@@ -188,10 +188,10 @@ def test_a_stream_is_measured_on_its_first_step(trained, memory, capsys):
 
 
 def test_what_a_teacher_reads_counts_where_it_is_more():
-    own, read = (Encoded(np.zeros(n, np.int32), np.ones(n, bool), np.array([0, 3, n]), np.arange(2)) for n in (8, 7))
-    assert own.widths.tolist() == [3, 5]
-    own.for_teacher = dataclasses.replace(read, offsets=np.array([0, 4, 7]))
-    assert own.widths.tolist() == [4, 5]
+    own, read = (Examples(np.zeros(n, np.int32), np.ones(n, bool), np.array([0, 3, n]), np.arange(2)) for n in (8, 7))
+    assert own.max_lengths.tolist() == [3, 5]
+    own.teacher_view = dataclasses.replace(read, offsets=np.array([0, 4, 7]))
+    assert own.max_lengths.tolist() == [4, 5]
 
 
 def test_what_a_sweep_is_said_to_need_follows_the_budget():

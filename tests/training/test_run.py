@@ -345,12 +345,12 @@ def test_a_real_signal_to_the_command(world, tmp_path):
 
 def test_positions_that_depend_on_the_longest_example_are_told_of(capsys):
     from llmkd.config.recipe import Data
-    from llmkd.data.dataset import refuse_too_long
+    from llmkd.data.dataset import refuse_too_few_positions
 
     one = {"max_position_embeddings": 4096, "original_max_position_embeddings": 64, "rope_parameters": {"rope_type": "longrope"}}
-    refuse_too_long(Data(max_length=64), {"student.model": one})
+    refuse_too_few_positions(Data(max_length=64), {"student.model": one})
     assert not said(capsys)
-    refuse_too_long(Data(max_length=65), {"student.model": one})
+    refuse_too_few_positions(Data(max_length=65), {"student.model": one})
     assert "note: student.model: its rotary positions (longrope) are others" in said(capsys)
 
 

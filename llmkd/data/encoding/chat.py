@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from .control_tokens import Span, Text, broken, controls, refuse_unmarked, unused, whole
+from .control_tokens import Span, Text, controls, insert_guards, private_use_chars, refuse_unmarked, remove_guards
 
 #: A template that asks for today's date is told the day that Llama 3.1's own falls back on, or no run would repeat.
 _DAY = {f"%{letter}": datetime.datetime(2024, 7, 26).strftime(f"%{letter}") for letter in "aAbBcdDeFHIjlmMpSTuUwxXyYZ"}
@@ -36,9 +36,9 @@ def conversation(messages: list[dict], tokenizer, tools: list[dict] | None = Non
     """
     control = controls(tokenizer)
     refuse_unmarked([messages, tools], control)
-    guard, mark = unused(messages, tools, tokenizer.chat_template)
+    guard, mark = private_use_chars(messages, tools, tokenizer.chat_template)
     plain = messages, tools
-    messages, tools = broken(messages, control.any, guard), broken(tools, control.any, guard)
+    messages, tools = insert_guards(messages, control.any, guard), insert_guards(tools, control.any, guard)
 
     template = tokenizer.get_chat_template(tools=tools)
     template = _DATED + template if "strftime_now" in template else template
@@ -51,16 +51,16 @@ def conversation(messages: list[dict], tokenizer, tools: list[dict] | None = Non
             raise ValueError(f"the chat template does not take this conversation: {reason}") from None
 
     turns = [i for i, m in enumerate(messages) if i >= first and m["role"] == "assistant" and (m["content"].strip() or m.get("tool_calls"))]
-    texts = _texts(messages, turns, Look(render, mark, control.any, tokenizer.eos_token))
+    texts = _texts(messages, turns, TemplateProbe(render, mark, control.any, tokenizer.eos_token))
     if plain != (messages, tools):
         if render(messages).replace(guard, "") != render(plain[0], tools=plain[1]):
             raise ValueError("a message contains a control token that the chat template acts on; remove it from the text")
-        texts = [whole(text, guard, control.any, tokenizer) for text in texts]
+        texts = [remove_guards(text, guard, control.any, tokenizer) for text in texts]
     return texts
 
 
 @dataclass(frozen=True)
-class Look:
+class TemplateProbe:
     """How a conversation is looked at: rendered, with a mark that occurs nowhere in it, and where a turn may end."""
 
     render: Callable[..., str]  # (messages, prompt=False)
@@ -80,75 +80,75 @@ class Look:
         return any(m.end() == stop for m in self.control.finditer(text, max(0, stop - 64), stop))
 
 
-def _texts(messages: list[dict], turns: list[int], look: Look) -> list[Text]:
-    render, last = look.render, len(messages) - 1
-    text = look.example(messages)
+def _texts(messages: list[dict], turns: list[int], probe: TemplateProbe) -> list[Text]:
+    render, last = probe.render, len(messages) - 1
+    text = probe.example(messages)
     afters = [text if i == last else render(messages[: i + 1]) for i in turns]
     for i, after in zip(turns, afters, strict=True):
         if messages[i].get("tool_calls") and after == render([*messages[:i], {k: v for k, v in messages[i].items() if k != "tool_calls"}]):
             raise ValueError(f"the chat template does not show the tool calls of messages[{i}]; use a tokenizer whose template does")
     if all(text.startswith(after) for after in afters):
         plain = [i for i in turns if messages[i]["content"].strip() and not any(messages[i].get(key) for key in _REASONING)]
-        places = _between(text, messages, [(i, "content", "{}", [messages[i]["content"]]) for i in plain], look)
+        places = _locate(text, messages, [(i, "content", "{}", [messages[i]["content"]]) for i in plain], probe)
         known = dict(zip(plain, places, strict=True)) if places and all(places) else {}
-        spans = [_with_end(text, _span(messages, i, after, look, known.get(i)), look) for i, after in zip(turns, afters, strict=True)]
-        return [Text(text, spans, False, all(look.ended(text, stop) for _, stop in spans))]
+        spans = [_with_end(text, _span(messages, i, after, probe, known.get(i)), probe) for i, after in zip(turns, afters, strict=True)]
+        return [Text(text, spans, False, all(probe.ended(text, stop) for _, stop in spans))]
     out = []
     for i in turns:
-        after = look.example(messages[: i + 1])
-        span = _span(messages, i, after, look)
-        out.append(Text(after, [span], False, look.ended(after, span[1])))
+        after = probe.example(messages[: i + 1])
+        span = _span(messages, i, after, probe)
+        out.append(Text(after, [span], False, probe.ended(after, span[1])))
     return out
 
 
 # ---- where a turn ends
 
 
-def _span(messages: list[dict], i: int, after: str, look: Look, known: Span | None = None) -> Span:
+def _span(messages: list[dict], i: int, after: str, probe: TemplateProbe, known: Span | None = None) -> Span:
     """Turn i in `after`, the text that ends with it: from its first character to its end token.
 
     The end is the first control token behind it, with the end of text where that follows at once; where tools are called,
     or where there is none, the end of the text.
     """
     head, calls = messages[: i + 1], bool(messages[i].get("tool_calls"))
-    start, stop = known or _turn(head, after, look)
-    end = None if calls else look.control.search(after, stop)
+    start, stop = known or _turn(head, after, probe)
+    end = None if calls else probe.control.search(after, stop)
     if not end:
-        return start, _without_prompt(head, after, stop, look, calls)
-    further = look.control.match(after, end.end())
-    return start, further.end() if further and further[0] == look.end != end[0] else end.end()
+        return start, _without_prompt(head, after, stop, probe, calls)
+    further = probe.control.match(after, end.end())
+    return start, further.end() if further and further[0] == probe.end != end[0] else end.end()
 
 
-def _without_prompt(head: list[dict], after: str, stop: int, look: Look, calls: bool) -> int:
+def _without_prompt(head: list[dict], after: str, stop: int, probe: TemplateProbe, calls: bool) -> int:
     """The end of the text, less the generation prompt of a template that always puts one: it is there before the turn too."""
     tail = after[stop:].rstrip()
     last = stop + len(tail)
-    if len(head) < 2 or look.render(head, True) != after:
+    if len(head) < 2 or probe.render(head, True) != after:
         return last
-    prompt = last - len(os.path.commonprefix([look.render(head[:-1]).rstrip()[::-1], tail[::-1]]))
-    end = next((m.end() for m in look.control.finditer(after, stop, last) if m.end() > prompt), None)
+    prompt = last - len(os.path.commonprefix([probe.render(head[:-1]).rstrip()[::-1], tail[::-1]]))
+    end = next((m.end() for m in probe.control.finditer(after, stop, last) if m.end() > prompt), None)
     return end or (last if calls else prompt)
 
 
-def _with_end(text: str, span: Span, look: Look) -> Span:
+def _with_end(text: str, span: Span, probe: TemplateProbe) -> Span:
     """The end of text that a template writes only once another turn follows is the turn's own."""
-    gap = "" if look.ended(text, span[1]) else r"\s*"
-    end = re.compile(gap + re.escape(look.end)).match(text, span[1])
-    return (span[0], end.end()) if end and not text.endswith(look.end, *span) else span
+    gap = "" if probe.ended(text, span[1]) else r"\s*"
+    end = re.compile(gap + re.escape(probe.end)).match(text, span[1])
+    return (span[0], end.end()) if end and not text.endswith(probe.end, *span) else span
 
 
 # ---- where a turn stands
 
 
-def _turn(head: list[dict], after: str, look: Look) -> Span:
+def _turn(head: list[dict], after: str, probe: TemplateProbe) -> Span:
     """The last turn of `head` in `after`, the text that ends with it, without its end token."""
     i, message = len(head) - 1, head[-1]
     content = message["content"].strip()
     thoughts = [(i, key, "{}", [str(message[key])]) for key in _REASONING if message.get(key)]
-    before = _prompted(head, after, look.render)
-    for answer in _ways(i, message["content"]):
+    before = _prompted(head, after, probe.render)
+    for answer in _answer_forms(i, message["content"]):
         slots = [*answer, *thoughts]
-        found = _between(after, head, slots, look) if slots else None
+        found = _locate(after, head, slots, probe) if slots else None
         if found and all(found[: sum(len(slot[3]) for slot in answer)]):
             places = [place for place in found if place]
             if not places:
@@ -161,13 +161,13 @@ def _turn(head: list[dict], after: str, look: Look) -> Span:
         start = empty.end() if empty else before
         if not content:
             return start, start
-        behind = look.render([*head[:-1], {**message, "content": look.mark}]).rpartition(look.mark)[2]
+        behind = probe.render([*head[:-1], {**message, "content": probe.mark}]).rpartition(probe.mark)[2]
         stop = len(after) - len(behind)
         said = after[start:stop]
-        if after.endswith(behind) and _bones(said).endswith(_bones(content)) and not look.control.search(said):
+        if after.endswith(behind) and _no_spaces(said).endswith(_no_spaces(content)) and not probe.control.search(said):
             return start, stop
     elif not content:  # the template always puts its prompt, or has none: its header is what stands before any answer
-        header = look.render([*head[:-1], {"role": "assistant", "content": look.mark}]).partition(look.mark)[0]
+        header = probe.render([*head[:-1], {"role": "assistant", "content": probe.mark}]).partition(probe.mark)[0]
         if after.startswith(header):
             return len(header), len(header)
     raise ValueError(
@@ -179,7 +179,7 @@ def _turn(head: list[dict], after: str, look: Look) -> Span:
 Slot = tuple[int, str, str, list[str]]
 
 
-def _ways(i: int, content: str) -> list[list[Slot]]:
+def _answer_forms(i: int, content: str) -> list[list[Slot]]:
     """How a template may take an answer: as it stands, or its thinking apart."""
     if not content.strip():
         return [[]]
@@ -192,17 +192,17 @@ def _ways(i: int, content: str) -> list[list[Slot]]:
     return ways
 
 
-def _between(text: str, messages: list[dict], slots: list[Slot], look: Look) -> list[Span | None] | None:
+def _locate(text: str, messages: list[dict], slots: list[Slot], probe: TemplateProbe) -> list[Span | None] | None:
     """Where `text` has what stands in each slot (whole or trimmed), if all the rest of it is the same with marks in their place.
 
     None in the list for what the template does not show; None for all where it shows something twice, or else depends on it.
     """
     marked, said = list(messages), []
     for i, key, form, texts in slots:
-        marks = [f"{look.mark}{len(said) + n}{look.mark}" for n in range(len(texts))]
+        marks = [f"{probe.mark}{len(said) + n}{probe.mark}" for n in range(len(texts))]
         marked[i] = {**marked[i], key: form.format(*marks)}
         said += texts
-    fixed = re.split(f"{look.mark}(\\d+){look.mark}", look.render(marked))
+    fixed = re.split(f"{probe.mark}(\\d+){probe.mark}", probe.render(marked))
     order = [int(n) for n in fixed[1::2]]
     if len(set(order)) < len(order) or not text.startswith(fixed[0]):
         return None
@@ -235,6 +235,6 @@ def _prompted(head: list[dict], after: str, render: Callable[..., str]) -> int |
         return None
 
 
-def _bones(text: Any) -> str:
+def _no_spaces(text: Any) -> str:
     """A text without its white space, which templates rearrange."""
     return "".join(str(text).split())

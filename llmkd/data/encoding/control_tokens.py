@@ -21,8 +21,8 @@ class Text:
 
     text: str
     spans: list[Span]
-    bare: bool = True  # still wants the tokenizer's start and end tokens, and holds no control token
-    ends: bool = True  # a control token ends what is supervised
+    raw: bool = True  # still wants the tokenizer's start and end tokens, and holds no control token
+    ends_with_control: bool = True  # a control token ends what is supervised
     #: Where the characters of a control token are to stay characters: (begin, stop, the control token's id or None).
     pieces: tuple[tuple[int, int, int | None], ...] = ()
 
@@ -33,7 +33,7 @@ class Control:
 
     any: re.Pattern
     unmarked: re.Pattern | None  # role tokens that are not marked special
-    wide: dict[int, str]  # added tokens that take the white space beside them in
+    strips_spaces: dict[int, str]  # added tokens that take the white space beside them in
 
 
 def controls(tokenizer) -> Control:
@@ -47,8 +47,8 @@ def controls(tokenizer) -> Control:
     every = {t.content for t in added.values() if t.content}
     written = template + "".join(_written(tokenizer, _NEUTRAL[first:]) for first in (0, 1)) if template else ""
     unmarked = {t for t in every - marked if t in written and not _is_markup(t, every)}
-    wide = {i: t.content for i, t in added.items() if t.lstrip or t.rstrip}
-    control = Control(_pattern(marked | unmarked), _pattern(unmarked) if unmarked else None, wide)
+    strips_spaces = {i: t.content for i, t in added.items() if t.lstrip or t.rstrip}
+    control = Control(_pattern(marked | unmarked), _pattern(unmarked) if unmarked else None, strips_spaces)
     _KNOWN[tokenizer] = template, control
     return control
 
@@ -84,7 +84,7 @@ def refuse_unmarked(value, control: Control) -> None:
         )
 
 
-def unused(*values) -> tuple[str, str]:
+def private_use_chars(*values) -> tuple[str, str]:
     """Two characters for private use that occur nowhere in the values."""
     used = set().union(*(set(text) for text in _strings(values)))
     free = [c for c in map(chr, range(0xE000, 0xF8FF)) if c not in used]
@@ -105,7 +105,7 @@ def _strings(value) -> Iterator[str]:
             yield from _strings(inner)
 
 
-def broken(value, control: re.Pattern, guard: str):
+def insert_guards(value, control: re.Pattern, guard: str):
     """The same with every control token in a text broken by the guard, so that those the template makes are told from them."""
     if isinstance(value, str):
         while control.search(value):
@@ -115,11 +115,11 @@ def broken(value, control: re.Pattern, guard: str):
                 raise ValueError("a message contains a control token of one character; remove it from the text")
         return value
     if isinstance(value, dict):
-        return {broken(k, control, guard): broken(v, control, guard) for k, v in value.items()}
-    return [broken(v, control, guard) for v in value] if isinstance(value, list) else value
+        return {insert_guards(k, control, guard): insert_guards(v, control, guard) for k, v in value.items()}
+    return [insert_guards(v, control, guard) for v in value] if isinstance(value, list) else value
 
 
-def whole(text: Text, guard: str, control: re.Pattern, tokenizer) -> Text:
+def remove_guards(text: Text, guard: str, control: re.Pattern, tokenizer) -> Text:
     """The text without its guards, in pieces that keep people's characters characters and the template's tokens tokens.
 
     That this is how the tokenizer treats a whole text is checked on the guarded one; where it is not (tokenizers that
@@ -144,7 +144,7 @@ def whole(text: Text, guard: str, control: re.Pattern, tokenizer) -> Text:
         text.text.replace(guard, ""),
         [(moved(a), moved(b)) for a, b in text.spans],
         False,
-        text.ends,
+        text.ends_with_control,
         tuple((moved(a), moved(b), token) for a, b, token in pieces),
     )
 

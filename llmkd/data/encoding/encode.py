@@ -9,29 +9,29 @@ import itertools
 import numpy as np
 
 from ...config.recipe import Data, Source
-from ..examples import Encoded
-from ..reading.row_checks import Problems
+from ..examples import Examples
+from ..reading.row_checks import ErrorCollector
 from ..reading.sources import Rows
 from .control_tokens import Span, Text, controls, piecewise, refuse_unmarked
 from .formats import FORMATS
-from .teacher_context import Tokens, aligned, common, for_teacher
+from .teacher_context import Tokens, align, keep_common, teacher_texts
 
 _BATCH = 512
 
 
-def encode(rows: Rows, source: Source, data: Data, tokenizer, progress=iter) -> Encoded:
+def encode(rows: Rows, source: Source, data: Data, tokenizer, progress=iter) -> Examples:
     """Encode rows; drop, cut, split or refuse what is too long; drop and count what has nothing supervised.
 
     `counts`: rows, examples, tokens and targets; too_long and unsupervised examples; as_characters, texts that hold the
     characters of a control token; endless, texts that a chat template ends without one. What is too long or has nothing
     supervised for the student or for its teacher is so for both.
     """
-    problems, texts, theirs, origin, control = Problems(), [], [], [], controls(tokenizer)
+    problems, texts, theirs, origin, control = ErrorCollector(), [], [], [], controls(tokenizer)
     for i, row in enumerate(rows.rows):
         try:
             new = FORMATS[source.format](row, source, tokenizer)
-            refuse_unmarked([text.text for text in new if text.bare], control)
-            read = for_teacher(row, new, source, data, tokenizer)
+            refuse_unmarked([text.text for text in new if text.raw], control)
+            read = teacher_texts(row, new, source, data, tokenizer)
         except ValueError as error:
             problems.add(f"{rows.places[i]}: {error}")
             continue
@@ -43,7 +43,7 @@ def encode(rows: Rows, source: Source, data: Data, tokenizer, progress=iter) -> 
         origin += [i] * len(new)
     problems.raise_if_any()
     counts = {"rows": len(rows.rows), "unsupervised": 0, "too_long": 0}
-    counts |= {"as_characters": sum(bool(t.pieces) for t in texts), "endless": sum(not t.ends for t in texts)}
+    counts |= {"as_characters": sum(bool(t.pieces) for t in texts), "endless": sum(not t.ends_with_control for t in texts)}
     kept: list[tuple[Tokens, ...]] = []  # each example as the student reads it, and as its teacher does if that has a context
     kept_rows = []
     for first in progress(range(0, len(texts), _BATCH)):
@@ -52,7 +52,7 @@ def encode(rows: Rows, source: Source, data: Data, tokenizer, progress=iter) -> 
         for i, own in enumerate(_tokens(texts[part], data, tokenizer), first):
             place = rows.places[origin[i]]
             try:
-                views = (own, aligned(own, next(read), texts[i].bare, tokenizer)) if theirs[i] else (own,)
+                views = (own, align(own, next(read), texts[i].raw, tokenizer)) if theirs[i] else (own,)
             except ValueError as error:
                 problems.add(f"{place}: {error}")
                 continue
@@ -62,7 +62,7 @@ def encode(rows: Rows, source: Source, data: Data, tokenizer, progress=iter) -> 
                 if data.too_long == "refuse":
                     problems.add(f"{place}: {too_long}, more than data.max_length ({data.max_length}); raise it, or set data.too_long")
             for piece in zip(*(_shorten(*view, data) for view in views), strict=True) if too_long else [views]:
-                common(piece)
+                keep_common(piece)
                 if piece[0][1].any():
                     kept.append(piece)
                     kept_rows.append(origin[i])
@@ -70,67 +70,69 @@ def encode(rows: Rows, source: Source, data: Data, tokenizer, progress=iter) -> 
                     counts["unsupervised"] += 1
     problems.raise_if_any()
     of_rows = np.array(kept_rows, np.int64)
-    encoded = Encoded(*_flat([views[0] for views in kept]), of_rows, counts)
+    examples = Examples(*_flat([views[0] for views in kept]), of_rows, counts)
     if any(len(views) > 1 for views in kept):
-        encoded.for_teacher = Encoded(*_flat([views[-1] for views in kept]), of_rows)
-    counts |= {"examples": len(kept), "tokens": len(encoded.ids), "targets": int(encoded.supervised.sum())}
-    return encoded
+        examples.teacher_view = Examples(*_flat([views[-1] for views in kept]), of_rows)
+    counts |= {"examples": len(kept), "tokens": len(examples.ids), "targets": int(examples.loss_mask.sum())}
+    return examples
 
 
 def _flat(examples: list[Tokens]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Ids, marks and offsets of the examples one after another."""
+    """Ids, loss_mask and offsets of the examples one after another."""
     offsets = np.concatenate([[0], np.cumsum([len(ids) for ids, _ in examples], dtype=np.int64)]).astype(np.int64)
     if not examples:
         return np.zeros(0, np.int32), np.zeros(0, bool), offsets
-    return np.concatenate([ids for ids, _ in examples]), np.concatenate([marks for _, marks in examples]), offsets
+    return np.concatenate([ids for ids, _ in examples]), np.concatenate([loss_mask for _, loss_mask in examples]), offsets
 
 
 def _tokens(texts: list[Text], data: Data, tokenizer) -> list[Tokens]:
-    """Each text's ids and marks. The tokenizer's Rust code works on a whole batch at once, on all cores."""
+    """Each text's ids and loss_mask. The tokenizer's Rust code works on a whole batch at once, on all cores."""
     made: list = [piecewise(text, tokenizer) if text.pieces else None for text in texts]
-    for bare in (True, False):
-        group = [i for i, text in enumerate(texts) if text.bare == bare and made[i] is None]
+    for raw in (True, False):
+        group = [i for i, text in enumerate(texts) if text.raw == raw and made[i] is None]
         if not group:
             continue
-        encoded = tokenizer(
+        made_batch = tokenizer(
             [texts[i].text for i in group],
             add_special_tokens=False,
             return_offsets_mapping=True,
             return_attention_mask=False,
             return_token_type_ids=False,
-            split_special_tokens=bare,
+            split_special_tokens=raw,
             verbose=False,
         )
-        for i, ids, places in zip(group, encoded["input_ids"], encoded["offset_mapping"], strict=True):
+        for i, ids, places in zip(group, made_batch["input_ids"], made_batch["offset_mapping"], strict=True):
             made[i] = ids, places
     start, end = _edges(tokenizer)
-    wide = controls(tokenizer).wide
-    return [_marked(text, *_narrowed(text, *one, wide), start, end, data.train_on_input) for text, one in zip(texts, made, strict=True)]
+    strips_spaces = controls(tokenizer).strips_spaces
+    return [
+        _marked(text, *_narrowed(text, *one, strips_spaces), start, end, data.train_on_input) for text, one in zip(texts, made, strict=True)
+    ]
 
 
-def _narrowed(text: Text, ids: list[int], places: list[Span], wide: dict[int, str]) -> tuple[list[int], list[Span]]:
+def _narrowed(text: Text, ids: list[int], places: list[Span], strips_spaces: dict[int, str]) -> tuple[list[int], list[Span]]:
     """A control token that takes the white space beside it in stands where its own characters do."""
-    if wide:
+    if strips_spaces:
         places = list(places)
         for n, i in enumerate(ids):
-            at = text.text.find(wide[i], *places[n]) if i in wide else -1
+            at = text.text.find(strips_spaces[i], *places[n]) if i in strips_spaces else -1
             if at >= 0:
-                places[n] = at, at + len(wide[i])
+                places[n] = at, at + len(strips_spaces[i])
     return ids, places
 
 
 def _marked(text: Text, ids: list[int], places: list, start: list[int], end: list[int], all_of_it: bool) -> tuple[np.ndarray, np.ndarray]:
     first, last = np.fromiter(itertools.chain.from_iterable(places), np.int64, 2 * len(ids)).reshape(-1, 2).T
-    marks = np.zeros(len(ids), bool)
+    loss_mask = np.zeros(len(ids), bool)
     for begin, stop in text.spans:
-        marks |= (first < stop) & (last > begin)
-    if text.bare:
+        loss_mask |= (first < stop) & (last > begin)
+    if text.raw:
         ids = [*start, *ids, *end]
-        marks = np.concatenate([np.zeros(len(start), bool), marks, np.full(len(end), bool(text.spans))])
+        loss_mask = np.concatenate([np.zeros(len(start), bool), loss_mask, np.full(len(end), bool(text.spans))])
     if all_of_it and text.spans:
-        marks[:] = True
-    marks[:1] = False  # nothing predicts the first token
-    return np.array(ids, np.int32), marks
+        loss_mask[:] = True
+    loss_mask[:1] = False  # nothing predicts the first token
+    return np.array(ids, np.int32), loss_mask
 
 
 def _too_long(views: tuple[Tokens, ...], data: Data) -> str:
@@ -141,14 +143,14 @@ def _too_long(views: tuple[Tokens, ...], data: Data) -> str:
     return ""
 
 
-def _shorten(ids, marks, data: Data) -> list:
+def _shorten(ids, loss_mask, data: Data) -> list:
     most = data.max_length
     if data.too_long == "truncate":
-        return [(ids[:most], marks[:most])]
+        return [(ids[:most], loss_mask[:most])]
     if data.too_long == "split":  # pieces share one token, so that every token is predicted exactly once
-        pieces = [(ids[i : i + most], marks[i : i + most].copy()) for i in range(0, len(ids) - 1, most - 1)]
-        for _, piece_marks in pieces:
-            piece_marks[0] = False
+        pieces = [(ids[i : i + most], loss_mask[i : i + most].copy()) for i in range(0, len(ids) - 1, most - 1)]
+        for _, piece_mask in pieces:
+            piece_mask[0] = False
         return pieces
     return []
 

@@ -17,7 +17,7 @@ from .formats import FORMATS, paragraphs
 Tokens = tuple[np.ndarray, np.ndarray]
 
 
-def for_teacher(row: dict, own: list[Text], source: Source, data: Data, tokenizer) -> list[Text] | None:
+def teacher_texts(row: dict, own: list[Text], source: Source, data: Data, tokenizer) -> list[Text] | None:
     """The texts that the teacher reads, one for each of the student's `own`; None for a row without context.
 
     ValueError where the row, its format or its template cannot take the context.
@@ -29,10 +29,10 @@ def for_teacher(row: dict, own: list[Text], source: Source, data: Data, tokenize
         raise ValueError(f"{source.fields.get('teacher_context', 'teacher_context')} is given with {problem}")
     try:
         theirs = FORMATS[source.format](row, source, tokenizer, context)
-        refuse_unmarked([text.text for text in theirs if text.bare], controls(tokenizer))
+        refuse_unmarked([text.text for text in theirs if text.raw], controls(tokenizer))
     except ValueError as error:
         raise ValueError(f"with the teacher's context, {error}") from None
-    if not all(_bones(context) in _bones(text.text) for text in theirs):
+    if not all(_no_spaces(context) in _no_spaces(text.text) for text in theirs):
         raise ValueError("the chat template does not show the teacher's context, a system message; use a tokenizer whose template does")
     if len(theirs) != len(own):
         raise ValueError(
@@ -41,39 +41,39 @@ def for_teacher(row: dict, own: list[Text], source: Source, data: Data, tokenize
     return theirs
 
 
-def _bones(text: str) -> str:
+def _no_spaces(text: str) -> str:
     """A text without its white space, which templates rearrange."""
     return "".join(text.split())
 
 
-def aligned(own: Tokens, theirs: Tokens, bare: bool, tokenizer) -> Tokens:
+def align(own: Tokens, theirs: Tokens, raw: bool, tokenizer) -> Tokens:
     """The teacher's tokens with only those supervised that the student's are, one by one. ValueError where they differ.
 
     In a bare text the student's first token has nothing before it that could predict it. The teacher has the context
     there, so its targets are counted from the end.
     """
-    (ids, marks), targets = theirs, own[0][own[1]]
-    places = np.flatnonzero(marks)
-    if bare:
+    (ids, loss_mask), targets = theirs, own[0][own[1]]
+    places = np.flatnonzero(loss_mask)
+    if raw:
         places = places[-len(targets) :] if len(targets) else places[:0]
     if not np.array_equal(ids[places], targets):
         pairs = itertools.zip_longest(ids[places].tolist(), targets.tolist())
         found, expected = (_token(i, tokenizer) for i in next(pair for pair in pairs if pair[0] != pair[1]))
-        mend = "begin the text otherwise, or use another format" if bare else "mend the row, the context or the template"
+        mend = "begin the text otherwise, or use another format" if raw else "mend the row, the context or the template"
         raise ValueError(
             f"with the teacher's context, the supervised tokens are not the student's: {found} where the student has {expected}; {mend}"
         )
-    marks = np.zeros_like(marks)
-    marks[places] = True
-    return ids, marks
+    loss_mask = np.zeros_like(loss_mask)
+    loss_mask[places] = True
+    return ids, loss_mask
 
 
 def _token(i: int | None, tokenizer) -> str:
     return "no more" if i is None else repr(tokenizer.convert_ids_to_tokens(i))
 
 
-def common(views: tuple[Tokens, ...]) -> None:
+def keep_common(views: tuple[Tokens, ...]) -> None:
     """Of views that were cut, supervise the targets that all of them still have: the first ones, in place."""
-    kept = min(int(marks.sum()) for _, marks in views)
-    for _, marks in views:
-        marks[np.flatnonzero(marks)[kept:]] = False
+    kept = min(int(loss_mask.sum()) for _, loss_mask in views)
+    for _, loss_mask in views:
+        loss_mask[np.flatnonzero(loss_mask)[kept:]] = False

@@ -18,14 +18,16 @@ import numpy as np
 from ...config.recipe import Data, Source
 from ...console import bar, say
 from ...errors import UserError
-from ..examples import Encoded
+from ..examples import Examples
 from ..reading.sources import Rows
-from . import encode as encoding
+from .encode import encode
 from .formats import refuse_without_template
 
-VERSION = 6  # raise it when chat.py, control.py, formats.py, context.py or encode.py make other tokens of the same rows
+VERSION = (
+    7  # raise it when encoding makes other tokens of the same rows, or an entry holds them otherwise (7: arrays are named as in Examples)
+)
 
-_READ = ("ids", "supervised", "offsets")  # what a model reads of examples
+_READ = ("ids", "loss_mask", "offsets")  # what a model reads of examples
 
 
 def folder(data: Data) -> Path:
@@ -41,7 +43,7 @@ def tokenizer_hash(tokenizer, template: bool = True) -> str:
     return hashlib.sha256(json.dumps([state, named], sort_keys=True, default=str).encode()).hexdigest()
 
 
-def encoded(rows: Rows, source: Source, data: Data, tokenizer, setting: str, say=say) -> Encoded:
+def load_or_encode(rows: Rows, source: Source, data: Data, tokenizer, setting: str, say=say, encode=encode) -> Examples:
     """The source's examples, from the cache or made now. UserError when nothing is left to train on."""
     shaped_by = [source.format, source.chat_template, data.max_length, data.too_long, data.train_on_input, data.teacher_context]
     made_from = [VERSION, rows.content, *shaped_by, tokenizer_hash(tokenizer)]  # the content tells the columns' names as well
@@ -50,7 +52,7 @@ def encoded(rows: Rows, source: Source, data: Data, tokenizer, setting: str, say
         result = _load(entry, say)
         if result is None:
             refuse_without_template(source, rows.rows, tokenizer, setting)
-            result = encoding.encode(rows, source, data, tokenizer, bar("tokenising"))
+            result = encode(rows, source, data, tokenizer, bar("tokenising"))
             if len(result):
                 _store(entry, result, say)
     if not len(result):
@@ -78,7 +80,7 @@ def _lock(entry: Path):
         yield
 
 
-def _load(entry: Path, say) -> Encoded | None:
+def _load(entry: Path, say) -> Examples | None:
     if not os.path.exists(entry / "manifest.json"):  # unlike Path.exists, false for a name that is too long
         return None
     try:
@@ -90,8 +92,8 @@ def _load(entry: Path, say) -> Encoded | None:
 
         arrays = load(raw)
         theirs = {name: arrays.pop(f"teacher_{name}") for name in _READ if f"teacher_{name}" in arrays}
-        teacher = Encoded(**theirs, row=arrays["row"]) if theirs else None
-        return Encoded(**arrays, counts=manifest["counts"], for_teacher=teacher)
+        teacher = Examples(**theirs, row=arrays["row"]) if theirs else None
+        return Examples(**arrays, counts=manifest["counts"], teacher_view=teacher)
     except (OSError, ValueError, KeyError, TypeError) as error:
         say(f"llmkd: the token cache {entry} is damaged ({error}); tokenising again")
         shutil.rmtree(entry, ignore_errors=True)
@@ -102,13 +104,13 @@ def _hash(raw: bytes, counts: dict) -> str:
     return hashlib.sha256(raw + json.dumps(counts, sort_keys=True).encode()).hexdigest()
 
 
-def _store(entry: Path, result: Encoded, say) -> None:
+def _store(entry: Path, result: Examples, say) -> None:
     """A cache that cannot be written is not worth a failed run: say so and go on."""
     from safetensors.numpy import save
 
     arrays = {name: getattr(result, name) for name in (*_READ, "row")}
-    if result.for_teacher is not None:
-        arrays |= {f"teacher_{name}": getattr(result.for_teacher, name) for name in _READ}
+    if result.teacher_view is not None:
+        arrays |= {f"teacher_{name}": getattr(result.teacher_view, name) for name in _READ}
     raw = save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
     part = entry.with_name(f"{entry.name}.tmp-{os.getpid()}")
     try:

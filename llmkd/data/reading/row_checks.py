@@ -12,7 +12,7 @@ from ...errors import UserError
 SHOWN = 20
 
 
-class Problems:
+class ErrorCollector:
     """Collects what is wrong; raises all of it together, the first twenty in words."""
 
     def __init__(self):
@@ -29,7 +29,7 @@ class Problems:
             raise UserError(*self.found[:SHOWN], *more)
 
 
-def check_row(row: Any, place: str, source: Source, problems: Problems, choices: bool = False) -> Any:
+def check_row(row: Any, place: str, source: Source, problems: ErrorCollector, choices: bool = False) -> Any:
     """The row under the format's own names, with what is wrong with it added to `problems`."""
     try:
         return _checked(row, place, source, problems, choices)
@@ -38,7 +38,7 @@ def check_row(row: Any, place: str, source: Source, problems: Problems, choices:
         return row
 
 
-def _checked(row: Any, place: str, source: Source, problems: Problems, choices: bool) -> Any:
+def _checked(row: Any, place: str, source: Source, problems: ErrorCollector, choices: bool) -> Any:
     if not isinstance(row, dict):
         problems.add(f"{place}: found {kind(row)}, expected an object with the columns of format {source.format}")
         return row
@@ -76,7 +76,7 @@ def _checked(row: Any, place: str, source: Source, problems: Problems, choices: 
     return found
 
 
-def _missing(column: str, name: str, row: dict, theirs: dict, place: str, problems: Problems) -> None:
+def _missing(column: str, name: str, row: dict, theirs: dict, place: str, problems: ErrorCollector) -> None:
     if column in OPTIONAL and column == name:  # but a name that was given in the recipe must be there
         near = difflib.get_close_matches(name, row.keys() - set(theirs.values()), 1, 0.8)
         if near:
@@ -88,7 +88,7 @@ def _missing(column: str, name: str, row: dict, theirs: dict, place: str, proble
     )
 
 
-def _messages(messages: Any, name: str, source: Source, place: str, problems: Problems) -> Any:
+def _messages(messages: Any, name: str, source: Source, place: str, problems: ErrorCollector) -> Any:
     """The conversation under our own names. A null field of a message is an absent one: parquet adds them to every message."""
     if not isinstance(messages, list) or not messages:
         problems.add(f"{place}: {name} is {kind(messages) if messages != [] else 'empty'}, expected a list of {{role, content}}")
@@ -118,7 +118,7 @@ def _messages(messages: Any, name: str, source: Source, place: str, problems: Pr
     return out
 
 
-def _tools(tools: Any, name: str, place: str, problems: Problems) -> Any:
+def _tools(tools: Any, name: str, place: str, problems: ErrorCollector) -> Any:
     """The functions a conversation may call: a list of objects, or nothing."""
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         problems.add(f"{place}: {name} is {kind(tools)}, expected a list of objects")
@@ -127,7 +127,7 @@ def _tools(tools: Any, name: str, place: str, problems: Problems) -> Any:
     return tools or None
 
 
-def _check_choices(row: dict, source: Source, place: str, problems: Problems) -> None:
+def _check_choices(row: dict, source: Source, place: str, problems: ErrorCollector) -> None:
     options, answer = row.get("choices"), row.get("answer")
     if not isinstance(options, list) or len(options) < 2 or not all(isinstance(c, str) and c for c in options):
         problems.add(f"{place}: choices is {kind(options)}, expected a list of at least two texts")
@@ -137,7 +137,7 @@ def _check_choices(row: dict, source: Source, place: str, problems: Problems) ->
         problems.add(f"{place}: answer is {answer!r}, expected an index from 0 to {len(options) - 1}")
 
 
-def _check_text(text: str, where: str, problems: Problems) -> None:
+def _check_text(text: str, where: str, problems: ErrorCollector) -> None:
     if _surrogate(text) is not None:
         problems.add(f"{where} holds half of a surrogate pair, which is no character; mend the file's encoding")
 

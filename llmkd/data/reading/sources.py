@@ -23,7 +23,7 @@ from ...errors import UserError
 from . import skills
 from .files import KINDS, BadRow, Records, kind_of, records, row_of
 from .folders import data_files
-from .row_checks import Problems, check_row
+from .row_checks import ErrorCollector, check_row
 
 _HUB_ID = re.compile(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)?")
 
@@ -38,7 +38,7 @@ class Rows:
     origin: dict[str, Any] = field(default_factory=dict)  # path, name, split, revision (resolved, where there is one), rows
 
 
-def named(setting: Source | tuple[Source, ...] | None, name: str) -> list[tuple[str, Source]]:
+def with_setting_names(setting: Source | tuple[Source, ...] | None, name: str) -> list[tuple[str, Source]]:
     """Each source with the name of its setting: data.train, or data.train.0, data.train.1, ..."""
     return [(f"{name}.{i}" if isinstance(setting, tuple) else name, source) for i, source in enumerate(sources(setting))]
 
@@ -46,7 +46,7 @@ def named(setting: Source | tuple[Source, ...] | None, name: str) -> list[tuple[
 def read_sources(setting: Source | tuple[Source, ...] | None, name: str, choices: bool = False) -> list[Rows]:
     """Every source of a setting. UserError names every bad row of all of them."""
     out, problems = [], []
-    for path, source in named(setting, name):
+    for path, source in with_setting_names(setting, name):
         try:
             out.append(read_source(source, path, choices))
         except UserError as error:
@@ -58,7 +58,7 @@ def read_sources(setting: Source | tuple[Source, ...] | None, name: str, choices
 
 def read_source(source: Source, setting: str, choices: bool = False) -> Rows:
     """All rows of a source, checked for its format (and for multiple choice). UserError names every bad one."""
-    problems, opened = Problems(), open_source(source, setting)
+    problems, opened = ErrorCollector(), open_source(source, setting)
     found: Iterable[tuple[str, Any]] = _parsed(opened.records, problems)
     if source.limit and source.seed is not None:
         found = _sample(list(found), source.limit, source.seed)
@@ -78,7 +78,7 @@ def no_rows(source: Source, setting: str) -> UserError:
     return UserError(f"{setting}.path: {source.path} has no rows; name a file with at least one example")
 
 
-def _parsed(found: Records, problems: Problems) -> Iterator[tuple[str, Any]]:
+def _parsed(found: Records, problems: ErrorCollector) -> Iterator[tuple[str, Any]]:
     for place, get in found:
         try:
             row = get()

@@ -22,8 +22,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ...data.examples import Encoded
-from ...data.reading.row_checks import Problems
+from ...data.examples import Examples
+from ...data.reading.row_checks import ErrorCollector
 from ...errors import UserError
 from ..sparse import NEGLIGIBLE, TopK
 from .records import TopKFormat
@@ -47,7 +47,7 @@ def kind(vocab: int, k: int, value_bits: int) -> TopKFormat:
     return TopKFormat(vocab, min(k, vocab), value_bits, TAIL_EXPONENTS)
 
 
-def write(path: str | Path, encoded: Encoded, tokenizer, writer: Writer, progress=iter) -> dict[str, int]:
+def write(path: str | Path, encoded: Examples, tokenizer, writer: Writer, progress=iter) -> dict[str, int]:
     """Check the whole file, then write the store (`writer` of a `kind`; begun here). Counts: `unknown_tokens` strings that were left to
     the rest, `unknown_targets` last targets without an entry, `unused` lines of rows that have no example. UserErrors name file and line.
     """
@@ -57,14 +57,14 @@ def write(path: str | Path, encoded: Encoded, tokenizer, writer: Writer, progres
         for number in progress(writer.left()):
             shard = writer.shard(number)
             for i, count in zip(shard.examples.tolist(), shard.targets_E.tolist(), strict=True):
-                shard.put([encoded.identity(i)], [count], reader.records(lines[i]))
+                shard.put([encoded.content_hash(i)], [count], reader.records(lines[i]))
             shard.write()
         writer.finish()
     return dict(reader.counts)
 
 
 class _Reader:
-    def __init__(self, path: Path, encoded: Encoded, tokenizer, kind: TopKFormat):
+    def __init__(self, path: Path, encoded: Examples, tokenizer, kind: TopKFormat):
         self.path, self.encoded, self.tokenizer, self.kind = path, encoded, tokenizer, kind
         self.counts = Counter(unknown_tokens=0, unknown_targets=0, unused=0)
         self._texts: list[str] | None = None
@@ -72,7 +72,7 @@ class _Reader:
 
     def lines(self, progress) -> dict[int, Line]:
         """Where the answers to each example stand, all of them read and checked."""
-        problems, found = Problems(), {}
+        problems, found = ErrorCollector(), {}
         for before, (number, start, content) in enumerate(progress(self._raw())):
             try:
                 line = self._parsed(content)

@@ -193,7 +193,7 @@ def kind_of(options: dict, vocab: int, folder=None) -> Kind:
 
 def uniform_draws(seed: int, examples: Sequence[Example], draws: int) -> np.ndarray:
     """Numbers in [0, 1) for the draws of a batch's targets, float64 [N, draws]: a hash of seed, example, place and draw."""
-    identity_N = np.repeat(np.array([int(e.identity, 16) for e in examples], np.uint64), [e.targets for e in examples])
+    identity_N = np.repeat(np.array([int(e.content_hash, 16) for e in examples], np.uint64), [e.targets for e in examples])
     place_N = np.concatenate([np.zeros(0, np.uint64), *(np.arange(e.targets, dtype=np.uint64) for e in examples)])
     state_N = _splitmix64(_splitmix64(identity_N ^ _splitmix64(np.full_like(identity_N, seed))) ^ place_N)
     return (_splitmix64(state_N[:, None] ^ np.arange(draws, dtype=np.uint64)) >> np.uint64(11)) * 2.0**-53
