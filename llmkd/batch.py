@@ -78,7 +78,7 @@ class Example:
     """What is known of one example of a batch: who it is (see `Examples.content_hash`), its targets, and who teaches it."""
 
     content_hash: str
-    targets: int
+    num_targets: int
     teacher: int  # its number among several, or -1 for all of them together
 
 
@@ -110,5 +110,5 @@ class Batch:
         return self.each(Tensor.pin_memory)
 
     @property
-    def targets(self) -> int:
+    def num_targets(self) -> int:
         return self.labels_N.numel()

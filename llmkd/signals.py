@@ -35,17 +35,17 @@ class Signal(Protocol):
         """The teacher's log-probability of each target's own token, at temperature 1, [n]."""
 
     def exact_metrics(self, rows: Rows, labels_n: Tensor, log_q_nV: Tensor) -> dict[str, Tensor]:
-        """Those of FIGURES that it knows better than `log_probs` says, [n]."""
+        """Those of TEACHER_METRICS that it knows better than `log_probs` says, [n]."""
 
 
 #: What can be told of a teacher and of a student before it; of one that is known by samples, fewer.
-FIGURES = ("forward_kl", "reverse_kl", "agreement", "teacher_ce", "teacher_entropy")
+TEACHER_METRICS = ("forward_kl", "reverse_kl", "top1_agreement", "teacher_ce", "teacher_entropy")
 
 
 class Teacher(Protocol):
     """A callable from a batch to a signal. Never trains, never keeps a gradient."""
 
-    figures: tuple[str, ...]  # which of FIGURES can be told of its signals
+    metrics: tuple[str, ...]  # which of TEACHER_METRICS can be told of its signals
 
     def __call__(self, batch: Batch) -> Signal: ...
 

@@ -17,10 +17,10 @@ def test_the_distilled_student_is_the_closer_one(tmp_path, monkeypatch):
     assert main(["train", "--config", "recipes/quickstart.yaml", "--output_dir", str(tmp_path / "q")]) == 0
     results = json.loads((tmp_path / "q/summary.json").read_text())
     assert list(results) == ["teacher", "sft_student", "kd_student"]
-    for figures in results.values():
-        assert list(figures) == ["ce", "kl_to_teacher", "agreement", "accuracy", "accuracy_stderr"]
+    for metrics in results.values():
+        assert list(metrics) == ["ce", "kl_to_teacher", "top1_agreement", "accuracy", "accuracy_stderr"]
     teacher, sft, kd = results.values()
-    assert kd["kl_to_teacher"] < sft["kl_to_teacher"] and kd["agreement"] > sft["agreement"]
+    assert kd["kl_to_teacher"] < sft["kl_to_teacher"] and kd["top1_agreement"] > sft["top1_agreement"]
     assert teacher["ce"] < min(sft["ce"], kd["ce"])
     assert teacher["accuracy"] > sft["accuracy"] + 2 * sft["accuracy_stderr"]
     steps = [json.loads((tmp_path / f"q/{name}/summary.json").read_text())["steps"] for name in ("sft_student", "kd_student")]

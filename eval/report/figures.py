@@ -35,7 +35,7 @@ def held_out_curves(sweep: SweepFolder) -> Gallery | None:
     for name, title, unit in (
         ("ce", "Held-out cross-entropy", "nats per target"),
         ("forward_kl", "Held-out KL(teacher || student)", "nats per target"),
-        ("agreement", "Held-out agreement with the teacher", "share of targets"),
+        ("top1_agreement", "Held-out agreement with the teacher", "share of targets"),
     ):
         series = [
             Series(a.name, a.number, thin(curve), "dots") for a in sweep.arms.values() for r in a.runs if len(curve := r.held_out(name)) > 1

@@ -17,7 +17,7 @@ ALONE = "not compared"
 NAMES = {
     "ce": "Held-out CE",
     "forward_kl": "Held-out KL(teacher || student)",
-    "agreement": "Held-out agreement with the teacher",
+    "top1_agreement": "Held-out agreement with the teacher",
     "reverse_kl": "Held-out KL(student || teacher)",
 }
 
@@ -53,7 +53,7 @@ def _has_more(arm: str, run: Path, task: str, known: set[tuple[str, str]]) -> bo
         names = read(run, task).values
     except UserError:
         return True
-    return any((name, arm) not in known for name in names if task != HELD_OUT or name in ("ce", "forward_kl", "agreement"))
+    return any((name, arm) not in known for name in names if task != HELD_OUT or name in ("ce", "forward_kl", "top1_agreement"))
 
 
 def _alone(arm: str, runs: list[Path], task: str, say: Callable[[str], None]) -> list[Row]:

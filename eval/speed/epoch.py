@@ -31,7 +31,7 @@ class Timed:
     """A teacher, and how long it took to answer."""
 
     def __init__(self, teacher):
-        self.teacher, self.figures, self.seconds = teacher, teacher.figures, 0.0
+        self.teacher, self.metrics, self.seconds = teacher, teacher.metrics, 0.0
 
     def __call__(self, batch):
         before = time.perf_counter()

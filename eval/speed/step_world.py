@@ -180,7 +180,7 @@ class World:
             of_ce = [a + b for a, b in zip(of_ce, torch.autograd.grad(ce, parameters, retain_graph=True), strict=True)]
             of_kl = [a + b for a, b in zip(of_kl, torch.autograd.grad(kl, parameters), strict=True)]
             sums += torch.stack([ce.detach(), kl.detach(), -(log_p.exp() * log_p).sum()]).cpu()
-            count += batch.targets
+            count += batch.num_targets
         mixed = [0.5 * (a + b) for a, b in zip(of_ce, of_kl, strict=True)]
         norms = {kd: torch.nn.utils.get_total_norm(grads).item() / count for kd, grads in ((0.0, of_ce), (0.5, mixed))}
         return Truth(count, *(sums / count).tolist(), norms)

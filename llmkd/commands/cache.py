@@ -143,7 +143,7 @@ def write(recipe: Recipe, prepared: Prepared, teacher: TeacherSource, accelerato
     def answers(examples: list[int]):
         batch = collate(encoded, examples, prepared.tokenizer.eos_token_id).to(device)
         records = kind.record(live(batch), batch.labels_N, batch.examples)
-        return [one.content_hash for one in batch.examples], [one.targets for one in batch.examples], records
+        return [one.content_hash for one in batch.examples], [one.num_targets for one in batch.examples], records
 
     live = Live(model)
     batches = {n: dealt(encoded, plan.first_E[plan.shards[n]], recipe.validation.micro_batch_size) for n in mine}

@@ -16,7 +16,7 @@ from ..data.examples import Examples
 from ..errors import UserError
 from ..models.language_model import LanguageModel
 from ..models.load import load_together
-from ..signals import FIGURES, Dense
+from ..signals import TEACHER_METRICS, Dense
 from ..teachers.cache.shards import Store
 from ..teachers.cached import Cached
 from ..teachers.fidelity import sample_examples
@@ -31,7 +31,7 @@ from .cache import chosen
 class Remembered:
     """A live teacher's hidden states and its head, after its body is gone; found by the examples they are of."""
 
-    figures = FIGURES
+    metrics = TEACHER_METRICS
 
     def __init__(self, model: LanguageModel, data: Examples, pad: int, size: int, device):
         live, self.head, self.hidden = Live(model), None, {}
@@ -39,7 +39,7 @@ class Remembered:
             batch = collate(data, examples, pad).to(device)
             signal = live(batch)
             self.head = signal.head
-            parts = signal.hidden_NH.split([example.targets for example in batch.examples])
+            parts = signal.hidden_NH.split([example.num_targets for example in batch.examples])
             self.hidden |= {example.content_hash: part.cpu() for example, part in zip(batch.examples, parts, strict=True)}
 
     def __call__(self, batch: Batch) -> Dense:
@@ -47,7 +47,7 @@ class Remembered:
 
 
 def check(recipe: Recipe, examples: int = 64) -> None:
-    """Print, for every teacher that is quantised, merged or has a store, figures on a sample of the training rows."""
+    """Print, for every teacher that is quantised, merged or has a store, metrics on a sample of the training rows."""
     prepared, todo = chosen(
         recipe,
         lambda one: one.cache or one.held,
@@ -79,9 +79,9 @@ def quantised(recipe: Recipe, prepared: Prepared, teacher: TeacherSource, sample
     del model
     gc.collect()
     (model,) = load_together([], [(teacher.setting, teacher.settings)], vocab, accelerator.device, recipe.seed)[1]
-    found = validate([model], before, sample, pad, size, accelerator, progress=bar("the quantised teacher"))[0].figures()
-    row = {name: found[name] for name in ("forward_kl", "reverse_kl", "agreement")}
-    itself = {"forward_kl": 0.0, "reverse_kl": 0.0, "agreement": 1.0}
+    found = validate([model], before, sample, pad, size, accelerator, progress=bar("the quantised teacher"))[0].metrics()
+    row = {name: found[name] for name in ("forward_kl", "reverse_kl", "top1_agreement")}
+    itself = {"forward_kl": 0.0, "reverse_kl": 0.0, "top1_agreement": 1.0}
     return [
         {
             teacher.setting: "unquantised" if teacher.settings.quantization else "unmerged",
@@ -101,8 +101,8 @@ def kept(recipe: Recipe, prepared: Prepared, teacher: TeacherSource, sample: Exa
     )
     rows = []
     for name, one in (("live", Live(models[0])), (str(teacher.settings.cache.path), Cached(teacher.store, accelerator.device))):
-        found = validate(students, one, sample, pad, size, accelerator, progress=bar(name))[0].figures()
-        rows.append({teacher.setting: name} | {figure: found[figure] for figure in FIGURES if figure in found})
+        found = validate(students, one, sample, pad, size, accelerator, progress=bar(name))[0].metrics()
+        rows.append({teacher.setting: name} | {figure: found[figure] for figure in TEACHER_METRICS if figure in found})
     return rows
 
 

@@ -83,15 +83,20 @@ def drift(merged, files: ModelFiles, tokenizer, vocab: int, run: Path, saved: Pa
     if saved:
         put(trained.model, saved)
     plain = LanguageModel(merged.to(accelerator.device), vocab).eval()
-    found = validate([plain], Live(trained), sample, tokenizer.eos_token_id, 4, accelerator)[0].figures()
-    figures = {"ce": found["ce"], "trained_ce": found["teacher_ce"], "forward_kl": found["forward_kl"], "agreement": found["agreement"]}
+    found = validate([plain], Live(trained), sample, tokenizer.eos_token_id, 4, accelerator)[0].metrics()
+    metrics = {
+        "ce": found["ce"],
+        "trained_ce": found["teacher_ce"],
+        "forward_kl": found["forward_kl"],
+        "top1_agreement": found["top1_agreement"],
+    }
     into = "unquantised" if settings.quantization else "dequantised"
     say(
-        f"merged into the {into} base; on {where}, against the model as it was trained: KL {figures['forward_kl']:.4f} nats, "
-        f"agreement {figures['agreement']:.3f}, CE {figures['ce']:.4f} (trained: {figures['trained_ce']:.4f})"
+        f"merged into the {into} base; on {where}, against the model as it was trained: KL {metrics['forward_kl']:.4f} nats, "
+        f"agreement {metrics['top1_agreement']:.3f}, CE {metrics['ce']:.4f} (trained: {metrics['trained_ce']:.4f})"
     )
     merged.to("cpu")
-    return {"trained_on": trained_on, "merged_into": into, "measured_on": where, "drift": figures}
+    return {"trained_on": trained_on, "merged_into": into, "measured_on": where, "drift": metrics}
 
 
 def _sample(run: Path, vocab: int):

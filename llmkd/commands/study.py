@@ -32,7 +32,7 @@ def run_study(config: str, overrides: dict, resume: bool) -> dict:
     accelerator = start()
     if accelerator.is_main_process:
         write(folder / "summary.json", json.dumps(results, indent=1))
-        print("\n" + table([{"": name} | {k: v for k, v in figures.items()} for name, figures in results.items()]))
+        print("\n" + table([{"": name} | {k: v for k, v in metrics.items()} for name, metrics in results.items()]))
         print(f"{folder / 'summary.json'}")
     return results
 
@@ -82,8 +82,8 @@ def measure(model, teacher, prepared: Prepared, recipe: Recipe, accelerator) -> 
     from ..training.validate import accuracy, validate
 
     pad, size, questions = prepared.tokenizer.eos_token_id, recipe.validation.micro_batch_size, prepared.questions
-    figures = validate([model], teacher, prepared.validation, pad, size, accelerator, None, bar("validation"))[0].figures()
-    out = {"ce": figures["ce"], "kl_to_teacher": figures["forward_kl"], "agreement": figures["agreement"]}
+    metrics = validate([model], teacher, prepared.validation, pad, size, accelerator, None, bar("validation"))[0].metrics()
+    out = {"ce": metrics["ce"], "kl_to_teacher": metrics["forward_kl"], "top1_agreement": metrics["top1_agreement"]}
     if questions:
         scored = accuracy(model, questions.examples, questions.answers, questions.counts, pad, size, accelerator, bar("questions"))
         out |= {k: scored[k] for k in ("accuracy", "accuracy_stderr")}

@@ -157,7 +157,7 @@ class Validation:
 class Checkpoint:
     every: Count | None = Field(None, description="Steps between checkpoints; null for only when stopped by a signal.")
     keep: Count = Field(2, description="How many of the newest are kept.")
-    best_by: Literal["ce", "forward_kl", "reverse_kl", "agreement"] | None = Field(
+    best_by: Literal["ce", "forward_kl", "reverse_kl", "top1_agreement"] | None = Field(
         None, description="Also keep the best by this validation figure; checkpoints are then written at every validation."
     )
 

@@ -87,4 +87,4 @@ def select_examples(batch: Batch, mine: list[bool]) -> Batch:
 
 def per_target(batch: Batch, of_example: list[bool]) -> Tensor:
     """A mark of each example, repeated for each of its targets; on the CPU."""
-    return torch.tensor(of_example).repeat_interleave(torch.tensor([example.targets for example in batch.examples]))
+    return torch.tensor(of_example).repeat_interleave(torch.tensor([example.num_targets for example in batch.examples]))

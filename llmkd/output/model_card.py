@@ -24,12 +24,12 @@ METRICS = {
     "perplexity": ("perplexity", "perplexity"),
     "forward_kl": ("forward_kl", "KL(teacher, student), nats per token"),
     "reverse_kl": ("reverse_kl", "KL(student, teacher), nats per token"),
-    "agreement": ("top1_agreement", "same most likely token as the teacher"),
+    "top1_agreement": ("top1_agreement", "same most likely token as the teacher"),
     "accuracy": ("accuracy", "accuracy on multiple-choice questions"),
 }
 
 #: Figures that a teacher is part of.
-OF_TEACHER = ("forward_kl", "reverse_kl", "agreement", "teacher_ce", "teacher_entropy")
+OF_TEACHER = ("forward_kl", "reverse_kl", "top1_agreement", "teacher_ce", "teacher_entropy")
 
 #: What `loading.base` does too.
 REPACKING = (

@@ -20,10 +20,10 @@ class Cached:
     def __init__(self, store: Store, device):
         self.store, self.device = store, device
         self.kind = kind_of(store.header["kind"], store.header["vocab"], store.folder)
-        self.figures = self.kind.figures
+        self.metrics = self.kind.metrics
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Signal:
         with alone():
-            records_NR = self.store.read([e.content_hash for e in batch.examples], [e.targets for e in batch.examples])
+            records_NR = self.store.read([e.content_hash for e in batch.examples], [e.num_targets for e in batch.examples])
         return self.kind.signal(torch.from_numpy(records_NR), self.device)

@@ -70,7 +70,7 @@ def measured_transform(asked: Asked, teacher: LanguageModel, settings: Teacher, 
         raise UserError(f"{setting}.{which}: the teacher's answers are finite as it was loaded, and not with {settings.held}; leave it out")
     say(
         f"{setting}: {settings.held}: KL to the teacher before {found['forward_kl']:.1e} nats per token, "
-        f"top-1 agreement {found['agreement']:.1%} over {found['targets']:,} targets"
+        f"top-1 agreement {found['top1_agreement']:.1%} over {found['targets']:,} targets"
     )
 
 
@@ -82,7 +82,7 @@ def compare(before_NH: Tensor, head: Head, after_NH: Tensor, now: Head) -> dict[
         log_p_nV, log_q_nV = (torch.log_softmax(of.logits(h).double(), -1) for of, h in ((head, before_nH), (now, after_nH)))
         kl += forward_kl(log_q_nV, log_p_nV).sum().item()
         same += (log_p_nV.argmax(-1) == log_q_nV.argmax(-1)).sum().item()
-    return {"forward_kl": kl / len(after_NH), "agreement": same / len(after_NH), "targets": len(after_NH)}
+    return {"forward_kl": kl / len(after_NH), "top1_agreement": same / len(after_NH), "targets": len(after_NH)}
 
 
 def _hidden(teacher, batches: Sequence[Batch]) -> Tensor | None:

@@ -4,13 +4,13 @@ import torch
 
 from ..batch import Batch
 from ..models.language_model import LanguageModel
-from ..signals import FIGURES, Dense
+from ..signals import TEACHER_METRICS, Dense
 
 
 class Live:
     """Its hidden states and its head are where the batch is, wherever the model itself is held."""
 
-    figures = FIGURES
+    metrics = TEACHER_METRICS
 
     def __init__(self, model: LanguageModel):
         self.model = model

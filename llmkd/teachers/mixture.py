@@ -10,7 +10,7 @@ from ..batch import Batch, Rows
 from ..config.teacher import Mixture as MixtureSettings
 from ..config.teacher import Teacher as TeacherSettings
 from ..data.collate import per_target, select_examples
-from ..signals import FIGURES, Divergence, Signal, Teacher
+from ..signals import TEACHER_METRICS, Divergence, Signal, Teacher
 
 
 def combined(teachers: Sequence[Teacher], settings: Sequence[TeacherSettings], mixture: MixtureSettings) -> Teacher:
@@ -27,7 +27,7 @@ class Mixture:
     def __init__(self, teachers: Sequence[Teacher], weights: Sequence[float], combine: str = "probabilities", confidence: bool = False):
         self.teachers, self.combine, self.confidence = list(teachers), combine, confidence
         self.log_weights = [float(torch.tensor(w, dtype=torch.float64).div(sum(weights)).log()) for w in weights]
-        self.figures = FIGURES if all(teacher.figures == FIGURES for teacher in teachers) else ("teacher_ce",)
+        self.metrics = TEACHER_METRICS if all(teacher.metrics == TEACHER_METRICS for teacher in teachers) else ("teacher_ce",)
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> "Mixed":
@@ -107,7 +107,7 @@ class Routed:
     def __init__(self, ensemble: Teacher, teachers: Sequence[Teacher]):
         self.ensemble, self.teachers = ensemble, list(teachers)
         every = [ensemble, *teachers]
-        self.figures = tuple(name for name in FIGURES if all(name in teacher.figures for teacher in every))
+        self.metrics = tuple(name for name in TEACHER_METRICS if all(name in teacher.metrics for teacher in every))
 
     def __call__(self, batch: Batch) -> Signal:
         asked = [example.teacher for example in batch.examples]
@@ -115,7 +115,7 @@ class Routed:
         if len(groups) < 2:
             return self._of(next(iter(groups), -1))(batch)
         parts = [self._of(k)(select_examples(batch, mine)) for k, mine in groups.items()]
-        owner, place = torch.zeros(batch.targets, dtype=torch.long), torch.zeros(batch.targets, dtype=torch.long)
+        owner, place = torch.zeros(batch.num_targets, dtype=torch.long), torch.zeros(batch.num_targets, dtype=torch.long)
         for number, mine in enumerate(groups.values()):
             whose = per_target(batch, mine)
             owner[whose], place[whose] = number, torch.arange(int(whose.sum()))

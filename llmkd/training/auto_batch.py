@@ -102,7 +102,7 @@ class Fitting:
     def _fits(self, examples: list[int]) -> bool:
         try:
             batch = self.batch_of(examples)
-            learn(batch, dict(enumerate(self.learners)), self.teacher, 0, 1 / max(1, batch.targets), self.accelerator, sync=False)
+            learn(batch, dict(enumerate(self.learners)), self.teacher, 0, 1 / max(1, batch.num_targets), self.accelerator, sync=False)
             return True
         except Exception as error:
             if not is_out_of_memory(error):

@@ -74,13 +74,15 @@ def blame(outcome: Outcome, k: int, terms: dict[str, float], temperature: float,
     term = next((name for name, value in terms.items() if not is_finite(value)), "gradient")
     examples, cause = set(), ""
     for micro, rows in zip(outcome.taken.micro_batches, outcome.taken.seen[k], strict=True):
-        bad_N = (~torch.isfinite(rows[term])).nonzero().flatten().tolist() if term in rows else range(micro.targets)
+        bad_N = (~torch.isfinite(rows[term])).nonzero().flatten().tolist() if term in rows else range(micro.num_targets)
         examples |= {int(micro.example_N[n]) for n in bad_N}
         if term == "kd" and bad_N and not cause:
             log_p_V = teacher(micro.to(accelerator.device)).log_probs(slice(bad_N[0], bad_N[0] + 1), temperature=temperature)[0]
             if torch.isnan(log_p_V).any():
                 cause = "teacher logits"
-            elif torch.isneginf(log_p_V).any() and "agreement" in teacher.figures:  # samples leave most tokens out, and mean nothing by it
+            elif (
+                torch.isneginf(log_p_V).any() and "top1_agreement" in teacher.metrics
+            ):  # samples leave most tokens out, and mean nothing by it
                 cause = "kd (the teacher rules tokens out, where this divergence is infinite; forward_kl and generalized_jsd stay finite)"
     if accelerator.num_processes > 1:
         from accelerate.utils import gather_object

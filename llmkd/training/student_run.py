@@ -40,16 +40,16 @@ class Arm:
 
     def measured(self, step: int, held_out: HeldOut) -> dict[str, float]:
         """Keep what was measured on the held-out rows, and whether it is the best."""
-        figures, by = held_out.figures(), self.recipe.checkpoint.best_by
+        metrics, by = held_out.metrics(), self.recipe.checkpoint.best_by
         self.validated = step
         if self.main:
-            self.record.write({"step": step, "validation": figures})
+            self.record.write({"step": step, "validation": metrics})
             self.write_held_out(held_out)
         if by and step:
-            sign = -1 if by == "agreement" else 1
-            if self.best is None or self.best["by"] != by or sign * figures[by] < sign * self.best["value"]:
-                self.best = {"by": by, "step": step, "value": figures[by]}
-        return figures
+            sign = -1 if by == "top1_agreement" else 1
+            if self.best is None or self.best["by"] != by or sign * metrics[by] < sign * self.best["value"]:
+                self.best = {"by": by, "step": step, "value": metrics[by]}
+        return metrics
 
     def write_held_out(self, held_out: HeldOut) -> None:
         """held_out.jsonl: the sums of each example, so that two students can be compared example by example."""

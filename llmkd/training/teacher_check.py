@@ -9,12 +9,12 @@ from ..teachers.resolve import TeacherSource
 ADVICE = "Published advice: tune the teacher on the data first, as the 1_teacher.yaml of a recipe does; from a teacher that is not, the KD loss hardly moves."
 
 
-def verdict(figures: list[dict[str, float]], examples: int, teachers: Sequence[TeacherSource], student: ModelFiles | None) -> str:
+def verdict(metrics: list[dict[str, float]], examples: int, teachers: Sequence[TeacherSource], student: ModelFiles | None) -> str:
     """What `validate` found on the sample, for one student or several, in a line; with advice where the teacher seems not to be tuned.
 
     The student's own base is no teacher that anybody would tune: it has a context, or a wider number format.
     """
-    teacher_ce, ce = figures[0]["teacher_ce"], min(one["ce"] for one in figures)
+    teacher_ce, ce = metrics[0]["teacher_ce"], min(one["ce"] for one in metrics)
     found = f"gate: on {examples} training examples the teacher's CE is {teacher_ce:.4f} and the student's {ce:.4f}"
     bare = [one for one in teachers if one.files and not one.tuned]
     others = [one.settings.model for one in bare if not student or one.files.base.resolve() != student.base.resolve()]

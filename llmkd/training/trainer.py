@@ -197,9 +197,9 @@ class Session:
         if self.teacher is None or not self.recipe.validation.gate:
             return
         sample = sample_examples(self.prepared.train, self.recipe.validation.gate)
-        found = [one.figures() for one in self.measure([arm.student for arm in self.arms], sample, "gate", 0)]
-        for arm, figures in zip(self.arms if self.main else (), found, strict=False):
-            arm.record.write({"step": 0, "gate": {"examples": len(sample)} | {name: figures[name] for name in ("ce", "teacher_ce")}})
+        found = [one.metrics() for one in self.measure([arm.student for arm in self.arms], sample, "gate", 0)]
+        for arm, metrics in zip(self.arms if self.main else (), found, strict=False):
+            arm.record.write({"step": 0, "gate": {"examples": len(sample)} | {name: metrics[name] for name in ("ce", "teacher_ce")}})
         self.display.say(verdict(found, len(sample), self.prepared.teachers, self.prepared.student))
 
     def measure(self, students: list[models.LanguageModel], data: Examples, name: str, step: int) -> list[HeldOut]:
@@ -219,9 +219,9 @@ class Session:
             return
         found = self.measure([arm.student for arm in waiting], self.prepared.validation, "validation", step)
         for arm, held_out in zip(waiting, found, strict=True):
-            figures = arm.measured(step, held_out)
+            metrics = arm.measured(step, held_out)
             name = f" of {arm.folder.path.name}" if len(self.arms) > 1 else ""
-            shown = "  ".join(f"{k} {v:.4f}" for k, v in figures.items() if k != "targets")
+            shown = "  ".join(f"{k} {v:.4f}" for k, v in metrics.items() if k != "targets")
             self.display.say(f"validation{name} at step {step}: {shown}")
         if self.recipe.checkpoint.best_by and step:
             self.save(step)

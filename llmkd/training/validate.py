@@ -16,7 +16,7 @@ from ..errors import Stopped
 from ..losses.divergences import forward_kl, reverse_kl
 from ..losses.fused import default_chunk
 from ..models.language_model import LanguageModel
-from ..signals import FIGURES, Signal, Teacher
+from ..signals import TEACHER_METRICS, Signal, Teacher
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class HeldOut:
     targets: np.ndarray
     sums: dict[str, np.ndarray]
 
-    def figures(self) -> dict[str, float]:
+    def metrics(self) -> dict[str, float]:
         """Means over all targets, with the perplexity and the number of targets."""
         count = int(self.targets.sum())
         means = {name: float(values.sum()) / count for name, values in self.sums.items()}
@@ -50,15 +50,15 @@ def validate(
     the same token likeliest), teacher_ce and teacher_entropy, as far as they can be told of it. Changes neither weights nor training mode. Raises Stopped when a
     signal came meanwhile.
     """
-    names = ["ce", "entropy"] + [name for name in FIGURES if teacher and name in teacher.figures]
+    names = ["ce", "entropy"] + [name for name in TEACHER_METRICS if teacher and name in teacher.metrics]
     sums_FE = [torch.zeros(len(names), len(data), dtype=torch.float64, device=accelerator.device) for _ in students]
     for batch in _batches(students, data, pad, micro_batch_size, accelerator, stop, progress):
         signal = teacher(batch) if teacher else None
         for student, sums in zip(students, sums_FE, strict=True):
             hidden_NH = student.hidden(batch.student)
             for rows in _chunks(batch, student.head.vocab):
-                figures = _figures(student, hidden_NH[rows], batch.labels_N[rows], signal, rows, names)
-                sums.index_add_(1, batch.example_N[rows], torch.stack([figures[name].double() for name in names]))
+                metrics = _metrics(student, hidden_NH[rows], batch.labels_N[rows], signal, rows, names)
+                sums.index_add_(1, batch.example_N[rows], torch.stack([metrics[name].double() for name in names]))
     if accelerator.num_processes > 1:
         sums_FE = [accelerator.reduce(sums, "sum") for sums in sums_FE]
     return [HeldOut(data.num_targets, dict(zip(names, sums.cpu().numpy(), strict=True))) for sums in sums_FE]
@@ -112,25 +112,25 @@ def _batches(students, data: Examples, pad: int, micro_batch_size: int, accelera
 
 
 def _chunks(batch: Batch, vocab: int) -> Iterator[slice]:
-    chunk = default_chunk(vocab, batch.labels_N.device.type) // 4  # of the tiles that several figures take, some eight live at a time
-    return (slice(start, start + chunk) for start in range(0, batch.targets, chunk))
+    chunk = default_chunk(vocab, batch.labels_N.device.type) // 4  # of the tiles that several metrics take, some eight live at a time
+    return (slice(start, start + chunk) for start in range(0, batch.num_targets, chunk))
 
 
-def _figures(
+def _metrics(
     student: LanguageModel, hidden_nH: Tensor, labels_n: Tensor, signal: Signal | None, rows: slice, names: list[str]
 ) -> dict[str, Tensor]:
     log_q_nV = torch.log_softmax(student.head.logits(hidden_nH), dim=-1)
     out = {"ce": -log_q_nV.gather(-1, labels_n[:, None])[:, 0], "entropy": _entropy(log_q_nV)}
     if signal is None:
         return out
-    if "agreement" not in names:  # a teacher known by samples
+    if "top1_agreement" not in names:  # a teacher known by samples
         own = {"forward_kl": signal.divergence(forward_kl, rows, log_q_nV)} if "forward_kl" in names else {}
         return out | {"teacher_ce": -signal.label_log_probs(rows, labels_n)} | own | signal.exact_metrics(rows, labels_n, log_q_nV)
     log_p_nV = signal.log_probs(rows, log_q_nV)
     out |= {
         "forward_kl": forward_kl(log_q_nV, log_p_nV),
         "reverse_kl": reverse_kl(log_q_nV, log_p_nV),
-        "agreement": (log_q_nV.argmax(-1) == log_p_nV.argmax(-1)).float(),
+        "top1_agreement": (log_q_nV.argmax(-1) == log_p_nV.argmax(-1)).float(),
         "teacher_ce": -log_p_nV.gather(-1, labels_n[:, None])[:, 0],
         "teacher_entropy": _entropy(log_p_nV),
     }

@@ -50,9 +50,9 @@ def test_the_held_out_figures_come_from_the_store_too(make_recipe, stores):
     held = {"data__validation_share": 0.2, "train__max_steps": 2}
     live = run(make_recipe("live", **(FLOAT32 | held)))["validation"]
     for kind, names, bound in (
-        ("hidden", ("forward_kl", "reverse_kl", "agreement", "teacher_ce", "teacher_entropy"), 1e-4),
-        ("topk", ("forward_kl", "reverse_kl", "agreement", "teacher_ce", "teacher_entropy"), 3e-3),
-        ("narrow", ("agreement", "teacher_ce", "teacher_entropy"), 3e-3),
+        ("hidden", ("forward_kl", "reverse_kl", "top1_agreement", "teacher_ce", "teacher_entropy"), 1e-4),
+        ("topk", ("forward_kl", "reverse_kl", "top1_agreement", "teacher_ce", "teacher_entropy"), 3e-3),
+        ("narrow", ("top1_agreement", "teacher_ce", "teacher_entropy"), 3e-3),
         ("sampled", ("teacher_ce", "teacher_entropy"), 3e-3),
     ):
         found = run(from_store(make_recipe, stores, kind, kind, **held))["validation"]
@@ -135,7 +135,7 @@ def test_check_says_what_a_store_and_a_quantised_teacher_lose(world, stores, mak
     pytest.importorskip("bitsandbytes")
     check(make_recipe(teacher__quantization={"type": "nf4"}, teacher__dtype="float32"))
     out = capsys.readouterr().out
-    assert "unquantised" in out and "nf4" in out and "agreement" in out
+    assert "unquantised" in out and "nf4" in out and "top1_agreement" in out
 
 
 def test_teachers_that_have_rows_of_their_own_are_checked_on_them(world, make_recipe, tmp_path, capsys):
@@ -262,7 +262,7 @@ def test_answers_from_elsewhere_are_read_by_rows_and_trained_on(stores, make_rec
     assert cache(own, str(file)) == [tmp_path / "told"] and "is whole: 37 examples" in capsys.readouterr().err
     told = run(make_recipe("run", **(FLOAT32 | held | {"teacher": {"cache": {"path": str(tmp_path / "told")}}, "teacher__dtype": "auto"})))
     kept = run(from_store(make_recipe, stores, "narrow", "kept", **held))
-    for name in ("forward_kl", "reverse_kl", "agreement"):
+    for name in ("forward_kl", "reverse_kl", "top1_agreement"):
         assert told["validation"][name] == pytest.approx(kept["validation"][name], rel=2e-3)
     assert told["train"]["kd"] == pytest.approx(kept["train"]["kd"], rel=2e-3)
 

@@ -94,7 +94,7 @@ def test_another_tokenizer_or_chat_template_is_refused(world, stores, make_recip
     [
         ({"loss__divergence": "reverse_kl"}, "loss.divergence: found reverse_kl"),
         ({"loss__temperature": 2.0}, "loss.temperature: found 2"),
-        ({"checkpoint__best_by": "agreement", "data__validation_share": 0.2}, "checkpoint.best_by: found agreement"),
+        ({"checkpoint__best_by": "top1_agreement", "data__validation_share": 0.2}, "checkpoint.best_by: found top1_agreement"),
     ],
 )
 def test_samples_are_refused_for_what_they_are_not_right_for(stores, make_recipe, changes, words):

@@ -95,10 +95,10 @@ def test_held_out_rows_are_kept_one_by_one_and_sum_to_the_figures(world, sweep, 
     tables = []
     for name in ("kd_ratio=0", "kd_ratio=1"):
         lines = [json.loads(line) for line in (folder / "arms" / name / "held_out.jsonl").read_text().splitlines()]
-        figures = json.loads((folder / "arms" / name / "summary.json").read_text())["validation"]
-        assert sum(line["targets"] for line in lines) == figures["targets"]
-        for figure in ("ce", "forward_kl", "agreement"):
-            assert sum(line["sums"][figure] for line in lines) / figures["targets"] == pytest.approx(figures[figure], rel=1e-12)
+        metrics = json.loads((folder / "arms" / name / "summary.json").read_text())["validation"]
+        assert sum(line["targets"] for line in lines) == metrics["targets"]
+        for figure in ("ce", "forward_kl", "top1_agreement"):
+            assert sum(line["sums"][figure] for line in lines) / metrics["targets"] == pytest.approx(metrics[figure], rel=1e-12)
         assert all("train.jsonl:" in line["place"] for line in lines) and len(lines) == 7
         tables.append([(line["id"], line["hash"], line["place"], line["targets"]) for line in lines])
     assert tables[0] == tables[1] and len({line[1] for line in tables[0]}) == 7

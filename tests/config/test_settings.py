@@ -178,7 +178,7 @@ CONTRADICTIONS = [
     ("train: {micro_batch_tokens: all}", ("r.yaml:5: train.micro_batch_tokens: found", "a whole number >= 1 or auto or null")),
     ("validation: {every: 5}", ("r.yaml:5: validation.every: ", "without held-out rows")),
     ("checkpoint: {best_by: ce}", ("r.yaml:5: checkpoint.best_by: ", "without held-out rows")),
-    ("  validation_share: 0.1\ncheckpoint: {best_by: agreement}", ("r.yaml:6: checkpoint.best_by: ", "needs a teacher")),
+    ("  validation_share: 0.1\ncheckpoint: {best_by: top1_agreement}", ("r.yaml:6: checkpoint.best_by: ", "needs a teacher")),
     ("  validation: {path: v.jsonl}\n  validation_share: 0.1", ("r.yaml:6: data.validation_share: ", "keep one")),
     ("  too_long: split", ("r.yaml:5: data.too_long: ", "format: text")),
 ]

@@ -77,7 +77,7 @@ def test_a_label_is_the_token_after_its_position(ragged, examples):
         assert examples[b] == example and marks[t + 1] and label == ids[t + 1] and inputs[b, t] == ids[t]
         told.append((b, t + 1))
     assert sorted(told) == [(b, t) for b, example in enumerate(examples) for t in np.flatnonzero(ragged.example(example)[1]).tolist()]
-    assert (batch.labels_N >= 0).all() and batch.targets == len(told)
+    assert (batch.labels_N >= 0).all() and batch.num_targets == len(told)
 
 
 def test_inputs_are_padded_on_the_right_and_end_before_their_last_target(ragged):
@@ -103,5 +103,5 @@ def test_changing_one_token_changes_its_label_and_its_input_alone(ragged):
 def test_a_micro_batch_without_examples_has_one_padding_token_and_no_target(ragged):
     batch = collate(ragged, [], 7)
     assert batch.student.inputs["input_ids"].tolist() == [[7]]
-    assert batch.targets == len(batch.example_N) == len(batch.student.rows_N) == 0
+    assert batch.num_targets == len(batch.example_N) == len(batch.student.rows_N) == 0
     assert batch.labels_N.dtype == batch.student.rows_N.dtype == torch.int64

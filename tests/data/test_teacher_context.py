@@ -299,7 +299,7 @@ def test_a_batch_has_two_views_of_the_same_targets(packing):
     rows = [talk(f"u q{' q' * n}", f"a one{' owl' * (7 - n)}") | {"teacher_context": "c " * (n % 3)} for n in range(7)]
     encoded = encode(rows_of(*rows), "chat", Data(), tiny())
     batch = collate(encoded, [4, 0, 6, 2], 7, packing)
-    assert batch.targets == sum(int(encoded.example(i)[1].sum()) for i in (4, 0, 6, 2)) == len(batch.student.rows_N)
+    assert batch.num_targets == sum(int(encoded.example(i)[1].sum()) for i in (4, 0, 6, 2)) == len(batch.student.rows_N)
     for view, of in ((batch.student, encoded), (batch.teacher, encoded.teacher_view)):
         alone = [collate(dataclasses.replace(of, teacher_view=None), [i], 7) for i in (4, 0, 6, 2)]
         assert torch.equal(batch.labels_N, torch.cat([one.labels_N for one in alone]))

@@ -126,11 +126,18 @@ def test_figures_of_held_out_rows_are_weighted_by_targets(home):
         ce = targets * (hard + shift + 0.05 * rng.standard_normal(80))
         held_out(
             run,
-            {"ce": ce, "entropy": ce, "reverse_kl": ce, "forward_kl": ce / 2, "agreement": targets * 0.7, "teacher_ce": targets * hard},
+            {
+                "ce": ce,
+                "entropy": ce,
+                "reverse_kl": ce,
+                "forward_kl": ce / 2,
+                "top1_agreement": targets * 0.7,
+                "teacher_ce": targets * hard,
+            },
             targets,
         )
     rows = compare(arms("a", "b"))
-    assert [(row.metric, row.arm) for row in rows] == list(itertools.product(("ce", "forward_kl", "agreement"), "ab"))
+    assert [(row.metric, row.arm) for row in rows] == list(itertools.product(("ce", "forward_kl", "top1_agreement"), "ab"))
     read = [[json.loads(line) for line in Path(run, "held_out.jsonl").read_text().splitlines()] for run in "ab"]
     a, b = (np.array([item["sums"]["ce"] for item in items]) for items in read)
     r = (b - a).sum() / targets.sum()

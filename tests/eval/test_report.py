@@ -79,16 +79,18 @@ def made(tmp_path):
                     figure = {"value": sum(right) / items, "stderr": 0.1, "higher_is_better": True}
                     record = {"task": task, "version": 1, "harness": "0.4.13", "n": items, "metrics": {"acc": figure}}
                     (run / f"eval/{task}.json").write_text(json.dumps(record))
-                before = {"ce": 3.0, "forward_kl": 1.0, "agreement": 0.1, "teacher_ce": teacher_ce, "targets": 100}
+                before = {"ce": 3.0, "forward_kl": 1.0, "top1_agreement": 0.1, "teacher_ce": teacher_ce, "targets": 100}
                 steps = [{"step": s, "ce": 3 - s / 20, "kd": 1 - s / 50, "loss": 2 - s / 20} for s in range(1, 31)]
-                measured = [{"step": s, "validation": before | {"ce": 3 - s / 20 * good, "agreement": 0.1 + s / 60}} for s in (0, 15, 30)]
+                measured = [
+                    {"step": s, "validation": before | {"ce": 3 - s / 20 * good, "top1_agreement": 0.1 + s / 60}} for s in (0, 15, 30)
+                ]
                 lines(run / "metrics.jsonl", (measured[:1] + steps + measured[1:]) if held else steps)
                 if held:
                     rows = []
                     for i in range(40):
                         targets = 3 + i % 5
                         ce = targets * (2 - good + 0.1 * common[i] + 0.01 * rng.random())
-                        sums = {"ce": ce, "forward_kl": ce / 3, "agreement": targets * good, "teacher_ce": targets * teacher_ce}
+                        sums = {"ce": ce, "forward_kl": ce / 3, "top1_agreement": targets * good, "teacher_ce": targets * teacher_ce}
                         rows.append({"id": i, "hash": f"r{i}", "place": f"held.jsonl:{i}", "targets": targets, "sums": sums})
                     lines(run / "held_out.jsonl", rows)
                 (run / "summary.json").write_text(json.dumps({"steps": 30, "before": before if held else {}, "validation": {}}))

@@ -47,7 +47,7 @@ def outcome(model: LanguageModel, encoded: Examples, **how):
     batch = collate(encoded, list(range(len(encoded))), 0, **how)
     model.zero_grad(set_to_none=True)
     logits_NV = model.head.logits(model.hidden(batch.student))
-    weights_N = torch.linspace(0.5, 2, batch.targets, dtype=logits_NV.dtype)
+    weights_N = torch.linspace(0.5, 2, batch.num_targets, dtype=logits_NV.dtype)
     (logits_NV.logsumexp(-1) * weights_N).sum().backward()
     return logits_NV.detach(), {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}, batch
 
@@ -199,7 +199,7 @@ def test_a_beginning_is_in_the_row_once_and_ends_before_what_is_supervised():
     apart = collate(encoded, list(range(9)), 0, packing=True).student.inputs["input_ids"].numel()
     assert sorted(n for n, of in zip(packed.lengths, packed.examples, strict=True) if of < 0) == [13, 22]
     assert view.inputs["input_ids"].numel() == apart - 2 * 13 - 2 * 22
-    assert len(set(view.rows_N.tolist())) == batch.targets
+    assert len(set(view.rows_N.tolist())) == batch.num_targets
     ids = np.tile(np.arange(20, dtype=np.int32), 3)
     everything = Examples(ids, np.ones(60, bool), np.arange(0, 61, 20), np.arange(3))
     rows = collate(everything, [0, 1, 2], 0, packing=True, share=True).student.packed

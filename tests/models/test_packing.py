@@ -39,7 +39,7 @@ def test_a_packed_batch_holds_the_same_examples_without_padding():
     ids = packed.student.inputs["input_ids"].flatten()[packed.student.rows_N]
     assert ids.tolist() == apart.student.inputs["input_ids"].flatten()[apart.student.rows_N].tolist()
     nothing = collate(encoded, [], 7, packing=True)
-    assert nothing.targets == 0 and nothing.student.inputs["input_ids"].tolist() == [[7]]
+    assert nothing.num_targets == 0 and nothing.student.inputs["input_ids"].tolist() == [[7]]
 
 
 @pytest.mark.parametrize("checkpointing", [False, True])

@@ -224,12 +224,12 @@ def test_merging_goes_into_the_unquantised_base_and_says_how_far_that_is(world, 
         trained_model = models_load.load_teacher(TeacherSettings(model=str(tmp_path / "out/adapter"), quantization=NF4), 640, "cpu")
         far = (merged(ids).logits - trained_model.plain(ids).logits).abs().max()
     assert gap < 1e-4 < far
-    figures = json.loads((merged_folder / "llmkd.json").read_text())
-    assert figures["trained_on"]["type"] == "nf4" and 0 < figures["drift"]["forward_kl"] < 1
+    metrics = json.loads((merged_folder / "llmkd.json").read_text())
+    assert metrics["trained_on"]["type"] == "nf4" and 0 < metrics["drift"]["forward_kl"] < 1
     from huggingface_hub import ModelCard
 
     card = ModelCard.load(merged_folder / "README.md")
-    assert card.data.library_name == "transformers" and f"| forward_kl | {figures['drift']['forward_kl']:.4f} |" in card.text
+    assert card.data.library_name == "transformers" and f"| forward_kl | {metrics['drift']['forward_kl']:.4f} |" in card.text
     code = card.text.split("```python\n")[1].split("```")[0]
     assert "peft" not in code
     found = {}

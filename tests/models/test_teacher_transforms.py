@@ -86,12 +86,12 @@ def test_a_merged_teacher_says_what_it_said(wide, batches, base, kind):
     assert not any(m.training for m in merged.modules()) and not merged.trainable()
     assert {p.dtype for p in merged.parameters()} == {torch.float64}
     assert_close(answers(merged, batches), answers(before, batches), rtol=0, atol=2e-5)  # the adapter's own products are in float32
-    assert abs(merged.fidelity["forward_kl"]) < 1e-11 and merged.fidelity["agreement"] > 0.99
+    assert abs(merged.fidelity["forward_kl"]) < 1e-11 and merged.fidelity["top1_agreement"] > 0.99
     assert type(merged.head.project) is torch.nn.Linear and merged.head.project is merged.plain.get_output_embeddings()
     tied = merged.plain.get_output_embeddings().weight is merged.plain.get_input_embeddings().weight
     assert tied == (base == "tied" and kind not in ("head", "embedding", "copies"))
     single = load(path, batches, merge_adapter=True)
-    assert abs(single.fidelity["forward_kl"]) < 1e-10 and single.fidelity["targets"] == sum(b.targets for b in batches)
+    assert abs(single.fidelity["forward_kl"]) < 1e-10 and single.fidelity["targets"] == sum(b.num_targets for b in batches)
 
 
 @pytest.mark.parametrize("options", [{"merge_adapter": True}, {"quantization": FP8}, {"merge_adapter": True, "quantization": FP8}], ids=str)
@@ -102,7 +102,7 @@ def test_the_last_layer_goes_on_to_be_computed_at_the_rows_alone(wide, batches, 
     for module in (layer.self_attn.q_proj, layer.self_attn.o_proj, layer.mlp.down_proj):
         module.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[:-1].numel()))
     Live(teacher)(batches[0])
-    assert seen == [batches[0].targets] * 3 and batches[0].targets < batches[0].teacher.inputs["input_ids"].numel()
+    assert seen == [batches[0].num_targets] * 3 and batches[0].num_targets < batches[0].teacher.inputs["input_ids"].numel()
 
 
 def test_the_sum_is_taken_in_float32_and_rounded_once(wide, batches):
@@ -117,7 +117,7 @@ def test_the_sum_is_taken_in_float32_and_rounded_once(wide, batches):
             assert (p != exact.bfloat16()).double().mean() < 0.005  # where float32 rounds the exact sum across the middle
             assert not torch.equal(p, layer.base_layer.weight)
     assert len(narrow.state_dict()) == len(whole.state_dict())
-    assert 1e-7 < narrow.fidelity["forward_kl"] < 1e-2 and narrow.fidelity["agreement"] > 0.9
+    assert 1e-7 < narrow.fidelity["forward_kl"] < 1e-2 and narrow.fidelity["top1_agreement"] > 0.9
 
 
 def test_experts_that_are_no_linear_layers_are_merged_in_float32_too(world, tmp_path, batches):
@@ -157,12 +157,12 @@ def test_the_figures_are_those_of_the_two_teachers(wide, batches, capsys, dtype,
     log_p, log_q = (answers(one, batches).double() for one in (before, after))
     expected = {
         "forward_kl": forward_kl(log_q, log_p).mean().item(),
-        "agreement": (log_p.argmax(-1) == log_q.argmax(-1)).double().mean().item(),
+        "top1_agreement": (log_p.argmax(-1) == log_q.argmax(-1)).double().mean().item(),
         "targets": len(log_p),
     }
     assert after.fidelity == pytest.approx(expected, rel=1e-4)
     assert said[1] == words and said[2] == f"{expected['forward_kl']:.1e}" and said[4] == str(len(log_p))
-    assert (1e-3 if quantization else 1e-6) < expected["forward_kl"] < 0.2 and 0.5 < expected["agreement"] < 1
+    assert (1e-3 if quantization else 1e-6) < expected["forward_kl"] < 0.2 and 0.5 < expected["top1_agreement"] < 1
 
 
 def test_a_comparison_in_float64_does_not_depend_on_chunks(monkeypatch):
@@ -179,7 +179,7 @@ def test_a_comparison_in_float64_does_not_depend_on_chunks(monkeypatch):
     assert found[0] == pytest.approx(
         {
             "forward_kl": (p.exp() * (p - q)).sum(-1).mean().item(),
-            "agreement": (p.argmax(-1) == q.argmax(-1)).double().mean().item(),
+            "top1_agreement": (p.argmax(-1) == q.argmax(-1)).double().mean().item(),
             "targets": 30,
         },
         rel=1e-12,
@@ -305,10 +305,10 @@ def test_as_many_targets_are_asked_as_hold_and_of_those_that_are_the_teachers(ma
         batches = sample_teacher_batches(data, number, 4, 0, "cpu")
         assert sum(len(b.examples) for b in batches) <= examples and max(len(b.examples) for b in batches) <= 4
         assert {e.teacher for b in batches for e in b.examples} == {number}
-        assert sum(b.targets for b in batches) <= TARGETS
+        assert sum(b.num_targets for b in batches) <= TARGETS
     monkeypatch.setattr("llmkd.teachers.fidelity.TARGETS", 60)
     few, again = (sample_teacher_batches(data, 0, 4, 0, "cpu") for _ in range(2))
-    assert 0 < sum(b.targets for b in few) <= 60 and all(torch.equal(a.labels_N, b.labels_N) for a, b in zip(few, again, strict=True))
+    assert 0 < sum(b.num_targets for b in few) <= 60 and all(torch.equal(a.labels_N, b.labels_N) for a, b in zip(few, again, strict=True))
     monkeypatch.setattr("llmkd.teachers.fidelity.TARGETS", 1)
     assert len(sample_teacher_batches(data, 0, 4, 0, "cpu")) == 1
 
@@ -375,7 +375,7 @@ def test_what_cannot_be_merged_or_rounded_is_refused_before_a_model_is_loaded(wo
 
 
 def test_answers_that_are_not_finite_are_refused(wide, batches, monkeypatch):
-    monkeypatch.setattr("llmkd.teachers.fidelity.compare", lambda *a: {"forward_kl": float("nan"), "agreement": 0.0, "targets": 3})
+    monkeypatch.setattr("llmkd.teachers.fidelity.compare", lambda *a: {"forward_kl": float("nan"), "top1_agreement": 0.0, "targets": 3})
     with pytest.raises(UserError, match="teacher.quantization: the teacher's answers are finite as it was loaded, and not with fp8"):
         load(wide / "base", batches, quantization=FP8)
 

@@ -102,7 +102,7 @@ def test_new_weights_have_no_base(make_recipe):
 
 @pytest.mark.parametrize("setting", [{"teacher": None}, {"loss__kd_ratio": 0}])
 def test_a_student_without_a_teacher_has_no_figures_of_another_arm_s(make_recipe, world, setting):
-    of_teacher = {"forward_kl": 0.25, "reverse_kl": 0.5, "agreement": 0.75, "teacher_ce": 1.25, "teacher_entropy": 1.0}
+    of_teacher = {"forward_kl": 0.25, "reverse_kl": 0.5, "top1_agreement": 0.75, "teacher_ce": 1.25, "teacher_entropy": 1.0}
     summary = {"before": {"ce": 2.0} | of_teacher, "validation": {"ce": 1.5, "entropy": 1.1, "accuracy": 0.5} | of_teacher}
     made = ModelCard(card(make_recipe(**setting), summary, find(str(world / "student"), "s"), (), {}))
     assert {r.metric_type for r in made.data.eval_results} == {"cross_entropy", "accuracy"}

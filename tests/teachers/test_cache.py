@@ -57,7 +57,7 @@ def fill(writer, numbers, encoded, teacher, size=4, packing=False):
         for start in range(0, len(chosen), size):
             batch = collate(encoded, chosen[start : start + size], 0, packing)
             records = writer.kind.record(Live(teacher)(batch), batch.labels_N, batch.examples)
-            shard.put([e.content_hash for e in batch.examples], [e.targets for e in batch.examples], records)
+            shard.put([e.content_hash for e in batch.examples], [e.num_targets for e in batch.examples], records)
         shard.write()
 
 
@@ -102,7 +102,7 @@ def test_what_is_read_is_what_the_teacher_said_whatever_the_batch(name, tmp_path
         batch = collate(encoded, [30, 2, 17, 2, 5], 0, packing)
         said, live = cached(batch), Live(teacher)(batch)
         assert isinstance(said, kind_of_signal)
-        rows, log_p = slice(0, batch.targets), live.log_probs(slice(None))
+        rows, log_p = slice(0, batch.num_targets), live.log_probs(slice(None))
         log_q = torch.randn(log_p.shape, generator=torch.Generator().manual_seed(0)).log_softmax(1)
         assert_close(said.label_log_probs(rows, batch.labels_N), live.label_log_probs(rows, batch.labels_N), rtol=1e-3, atol=1e-3)
         if name == "hidden":

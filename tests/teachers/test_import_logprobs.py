@@ -98,7 +98,7 @@ def test_each_spelling_says_what_the_teacher_said(small, spelling):
     batch = collate(small.encoded, [2, 0, 1], 0)
     signal = cached(batch)
     wanted = [(i, t) for i in (2, 0, 1) for t in small.places(i)]
-    assert len(wanted) == batch.targets and isinstance(signal, TopK)
+    assert len(wanted) == batch.num_targets and isinstance(signal, TopK)
     label_log_p = signal.label_log_probs(slice(None), batch.labels_N).tolist()
     for (i, t), found, label in zip(wanted, entries(signal), label_log_p, strict=True):
         expected = small.top(i, t, [] if spelling == "ours" else [small.ids(i)[t]])
@@ -112,11 +112,11 @@ def test_each_spelling_says_what_the_teacher_said(small, spelling):
         else:
             assert abs(label - float(small.log_p[i][t][small.ids(i)[t]])) < 0.01
     assert (small.counts["unknown_tokens"] > 0) == (spelling == "openai") and not small.counts["unknown_targets"]
-    log_q = torch.randn(batch.targets, small.vocab).log_softmax(1)
+    log_q = torch.randn(batch.num_targets, small.vocab).log_softmax(1)
     dense = forward_kl(log_q, torch.cat([small.log_p[i][t][None] for i, t in wanted]))
     found = signal.divergence(forward_kl, slice(None), log_q)
     assert (found <= dense + 0.02).all() and (found > 0).all()
-    assert signal.exact_metrics(slice(None), batch.labels_N, log_q).keys() == {"agreement"}
+    assert signal.exact_metrics(slice(None), batch.labels_N, log_q).keys() == {"top1_agreement"}
 
 
 def test_more_than_are_kept_join_the_rest_and_fewer_leave_room(small):
@@ -147,7 +147,7 @@ def test_a_last_target_without_an_entry_adds_nothing(small):
     lines[1] = small.openai(1, leave=1)
     signal = small.write(lines)(batch := collate(small.encoded, [1], 0))
     assert small.counts["unknown_targets"] == 1 and entries(signal)[-1] == {}
-    log_q = torch.randn(batch.targets, small.vocab).log_softmax(1)
+    log_q = torch.randn(batch.num_targets, small.vocab).log_softmax(1)
     value = signal.divergence(forward_kl, slice(None), log_q, 1.0)
     assert value[-1].abs() < 1e-6 and (value[:-1] > 0.01).all()
     ours = small.all("ours")

@@ -12,7 +12,7 @@ from llmkd.head import Head
 from llmkd.losses.divergences import forward_kl, generalized_jsd, reverse_kl
 from llmkd.losses.fused import fused_loss
 from llmkd.losses.objective import Objective
-from llmkd.signals import FIGURES, Dense
+from llmkd.signals import TEACHER_METRICS, Dense
 from llmkd.teachers.live import Live
 from llmkd.teachers.mixture import Mixture, Routed
 from llmkd.training.prepare import prepare
@@ -30,7 +30,7 @@ def linear(seed: int) -> torch.nn.Linear:
 class Says:
     """A teacher whose hidden states follow from the batch's input ids, whatever else is in the batch."""
 
-    figures = FIGURES
+    metrics = TEACHER_METRICS
 
     def __init__(self, seed: int):
         self.head, self.seen = Head(linear(seed), V), []
@@ -75,7 +75,7 @@ def by_hand(p_PNV: torch.Tensor, w_PN: torch.Tensor, combine: str) -> torch.Tens
 
 
 def shares(teachers: list, batch: Batch, confidence: bool) -> torch.Tensor:
-    w_PN = torch.tensor(WEIGHTS, dtype=torch.float64)[:, None].expand(-1, batch.targets)
+    w_PN = torch.tensor(WEIGHTS, dtype=torch.float64)[:, None].expand(-1, batch.num_targets)
     if confidence:
         w_PN = w_PN * spoken(teachers, batch).gather(-1, batch.labels_N.expand(len(teachers), -1)[..., None])[..., 0]
     return w_PN / w_PN.sum(0)
@@ -83,7 +83,7 @@ def shares(teachers: list, batch: Batch, confidence: bool) -> torch.Tensor:
 
 def student_log_probs(batch: Batch, T: float) -> torch.Tensor:
     torch.manual_seed(9)
-    return (torch.randn(batch.targets, V, dtype=torch.float64) / T).log_softmax(-1)
+    return (torch.randn(batch.num_targets, V, dtype=torch.float64) / T).log_softmax(-1)
 
 
 @pytest.mark.parametrize("T", [1.0, 2.5])
@@ -121,7 +121,7 @@ def test_the_gradient_and_the_chunks_of_the_fused_head_are_those_of_the_formula(
     teachers = [Says(seed) for seed in (1, 2)]
     signal = Mixture(teachers, WEIGHTS[:2], combine)(batch)
     head = Head(linear(7), V)
-    hidden = torch.randn(batch.targets, H, dtype=torch.float64, requires_grad=True)
+    hidden = torch.randn(batch.num_targets, H, dtype=torch.float64, requires_grad=True)
     objective = Objective(0.7, 2.0, reverse_kl)
     got = []
     for chunk in (1, 4, 100):

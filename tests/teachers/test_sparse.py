@@ -197,7 +197,7 @@ def test_the_code_of_a_target_loses_little_and_its_events_sum_to_one():
         assert_close(signal.divergence(KL, ALL, log_q).mean().double(), exact.divergence(KL, ALL, log_q.double()).mean(), rtol=0.01, atol=0)
         exact_metrics = signal.exact_metrics(ALL, know, log_q)
         assert_close(exact_metrics["teacher_ce"], -log_p.gather(1, know[:, None])[:, 0], rtol=1e-3, atol=0)
-        assert_close(exact_metrics["agreement"], (log_p.argmax(1) == log_q.argmax(1)).float())
+        assert_close(exact_metrics["top1_agreement"], (log_p.argmax(1) == log_q.argmax(1)).float())
         assert_close(exact_metrics["teacher_entropy"], -(log_p.exp() * log_p).sum(1), rtol=1e-3, atol=0)
         assert_close(signal.label_log_probs(slice(3, 5), know[3:5]), -exact_metrics["teacher_ce"][3:5])
 
@@ -217,7 +217,7 @@ def test_a_code_in_which_nothing_is_kept_compares_nothing():
     for temperature in (1.0, 3.0):
         value = signal.divergence(KL, ALL, (student / temperature).log_softmax(1), temperature)
         assert value.abs().item() < 1e-6 and torch.autograd.grad(value.sum(), student)[0].abs().max() < 1e-6
-    assert signal.exact_metrics(ALL, labels(1), student.detach()).keys() == {"agreement"}
+    assert signal.exact_metrics(ALL, labels(1), student.detach()).keys() == {"top1_agreement"}
 
 
 def test_the_fused_loss_takes_it_in_chunks():
@@ -317,7 +317,7 @@ def test_what_is_not_finite_before_a_teacher_known_by_samples_is_not_laid_at_its
     count = len(signal.ids_ND)
     view = View({}, torch.arange(count))
     batch = Batch(torch.zeros(count, dtype=torch.long), torch.arange(count), view, view)
-    ask = type("Teacher", (), {"figures": ("teacher_ce",), "__call__": lambda self, batch: signal})()
+    ask = type("Teacher", (), {"metrics": ("teacher_ce",), "__call__": lambda self, batch: signal})()
     rows = {"ce": torch.zeros(count), "kd": torch.zeros(count).index_fill(0, torch.tensor([1]), math.inf)}
     outcome = SimpleNamespace(step=SimpleNamespace(number=3), taken=SimpleNamespace(micro_batches=[batch], seen={0: [rows]}))
     found = blame(outcome, 0, {"ce": 0.0, "kd": math.inf}, 2.0, ask, SimpleNamespace(device="cpu", num_processes=1))

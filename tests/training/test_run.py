@@ -137,9 +137,17 @@ def test_what_a_run_leaves_behind(make_recipe, world, tmp_path):
     assert {"adapter", "metrics.jsonl", "loss.png", "recipe.yaml", "summary.json"} <= {p.name for p in out.iterdir()}
     assert not list(out.rglob("*.tmp-*")) and not (out / ".lock").read_text()
     assert json.loads((out / "summary.json").read_text()) == summary
-    assert {"ce", "perplexity", "entropy", "forward_kl", "reverse_kl", "agreement", "teacher_ce", "teacher_entropy", "targets"} == summary[
-        "validation"
-    ].keys()
+    assert {
+        "ce",
+        "perplexity",
+        "entropy",
+        "forward_kl",
+        "reverse_kl",
+        "top1_agreement",
+        "teacher_ce",
+        "teacher_entropy",
+        "targets",
+    } == summary["validation"].keys()
     assert {"tokenizer.json", "chat_template.jinja", "generation_config.json", "README.md", "adapter_model.safetensors"} <= {
         p.name for p in (out / "adapter").iterdir()
     }
@@ -151,7 +159,7 @@ def test_validation_figures_from_the_models_own_logits(make_recipe, world, tmp_p
     from transformers import AutoModelForCausalLM
 
     recipe = make_recipe(data__validation__path=str(world / "held.jsonl"), validation__micro_batch_size=2, **SHORT)
-    figures = run(recipe)["validation"]
+    metrics = run(recipe)["validation"]
     held = prepare(recipe).validation
     student = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(world / "student"), tmp_path / "out/adapter").eval()
     teacher = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(world / "teacher"), world / "adapter").eval()
@@ -167,12 +175,12 @@ def test_validation_figures_from_the_models_own_logits(make_recipe, world, tmp_p
         "teacher_ce": -p.gather(1, y).mean(),
         "forward_kl": (p.exp() * (p - q)).sum(-1).mean(),
         "reverse_kl": (q.exp() * (q - p)).sum(-1).mean(),
-        "agreement": (q.argmax(-1) == p.argmax(-1)).double().mean(),
+        "top1_agreement": (q.argmax(-1) == p.argmax(-1)).double().mean(),
         "entropy": -(q.exp() * q).sum(-1).mean(),
         "teacher_entropy": -(p.exp() * p).sum(-1).mean(),
     }
-    assert {k: figures[k] for k in expected} == pytest.approx({k: v.item() for k, v in expected.items()}, rel=1e-10)
-    assert figures["targets"] == len(y)
+    assert {k: metrics[k] for k in expected} == pytest.approx({k: v.item() for k, v in expected.items()}, rel=1e-10)
+    assert metrics["targets"] == len(y)
 
 
 @pytest.mark.parametrize(
@@ -310,8 +318,8 @@ def test_a_study_compares_its_students(world, tmp_path, capsys):
     assert main(["train", "--config", str(tmp_path / "study.yaml"), "--train.epochs", "2"]) == 0, said(capsys)
     results = json.loads((tmp_path / "study/summary.json").read_text())
     assert list(results) == ["teacher", "sft", "kd"]
-    assert all(set(f) == {"ce", "kl_to_teacher", "agreement", "accuracy", "accuracy_stderr"} for f in results.values())
-    assert results["teacher"]["kl_to_teacher"] == 0 and results["teacher"]["agreement"] == 1
+    assert all(set(f) == {"ce", "kl_to_teacher", "top1_agreement", "accuracy", "accuracy_stderr"} for f in results.values())
+    assert results["teacher"]["kl_to_teacher"] == 0 and results["teacher"]["top1_agreement"] == 1
     own = json.loads((tmp_path / "study/kd/summary.json").read_text())["validation"]
     assert results["kd"]["kl_to_teacher"] == pytest.approx(own["forward_kl"], rel=1e-9) and results["kd"]["accuracy"] == own["accuracy"]
     assert main(["train", "--config", str(tmp_path / "study.yaml")]) == 2

@@ -55,7 +55,7 @@ def poisoned(monkeypatch, moves):
 def test_a_nan_stops_the_run_before_the_weights(command, tmp_path, poisoned, moves, log_every, heal):
     """The teacher turns NaN on one example in the second step: exit 3, that example named, one optimizer step done.
 
-    Where nobody asks for a step's figures it is heard of one step later, and by then the next step too has left everything as it was.
+    Where nobody asks for a step's metrics it is heard of one step later, and by then the next step too has left everything as it was.
     """
     poisoned(heal)
     code, lines = command("--train.log_every", str(log_every))
@@ -198,7 +198,7 @@ def test_a_step_knows_how_many_targets_it_has(make_recipe, monkeypatch, streamin
     seen, gradients = [], loop.gradients
 
     def counted(seed, step, active, teacher, accelerator, micro_batches):
-        seen.append((step.targets, sum(micro.targets for micro in micro_batches)))
+        seen.append((step.targets, sum(micro.num_targets for micro in micro_batches)))
         return gradients(seed, step, active, teacher, accelerator, micro_batches)
 
     monkeypatch.setattr(loop, "gradients", counted)

@@ -74,7 +74,7 @@ def test_the_advice_comes_where_it_is_due(world, make_recipe, capsys):
         run(recipe)
         ces[name] = gate_of(recipe)[0]
     capsys.readouterr()
-    better = {name: figures["teacher_ce"] < figures["ce"] for name, figures in ces.items()}
+    better = {name: metrics["teacher_ce"] < metrics["ce"] for name, metrics in ces.items()}
     assert not better["student"]  # the student's own base: equal
     for name in ("teacher", "adapter"):
         warned, noted = said(name, teacher__model=str(world / name))

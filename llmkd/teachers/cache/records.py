@@ -23,14 +23,14 @@ from ...batch import Example
 from ...config.teacher import CACHE_KINDS, Cache
 from ...errors import UserError
 from ...losses.fused import default_chunk
-from ...signals import FIGURES, Dense, Signal
+from ...signals import TEACHER_METRICS, Dense, Signal
 from ..sparse import TAIL_EXPONENTS, Sampled, TopK, entropy
 from .codec import decode_ids, decode_values, encode_ids, encode_values, id_bytes, packed_bytes
 from .stored_head import StoredHead
 
 
 class Kind(Protocol):
-    figures: tuple[str, ...]  # which of signals.FIGURES can be told of its signals
+    metrics: tuple[str, ...]  # which of signals.TEACHER_METRICS can be told of its signals
     bytes: int  # of each target
 
     def options(self) -> dict:
@@ -49,7 +49,7 @@ class TopKFormat:
     k: int
     value_bits: int
     nodes: tuple[float, ...] = TAIL_EXPONENTS
-    figures = FIGURES
+    metrics = TEACHER_METRICS
 
     @property
     def widths(self) -> tuple[int, ...]:
@@ -92,8 +92,8 @@ class SampledFormat:
     seed: int
 
     @property
-    def figures(self) -> tuple[str, ...]:
-        """Held-out figures are at temperature 1, and nothing but the draws' own divergence can be told of them."""
+    def metrics(self) -> tuple[str, ...]:
+        """Held-out metrics are at temperature 1, and nothing but the draws' own divergence can be told of them."""
         return (*(("forward_kl",) if self.temperature == 1 else ()), "teacher_ce", "teacher_entropy")
 
     @property
@@ -139,7 +139,7 @@ class HiddenFormat:
     width: int
     dtype: str
     head: StoredHead
-    figures = FIGURES
+    metrics = TEACHER_METRICS
 
     @property
     def bytes(self) -> int:
@@ -193,8 +193,8 @@ def kind_of(options: dict, vocab: int, folder=None) -> Kind:
 
 def uniform_draws(seed: int, examples: Sequence[Example], draws: int) -> np.ndarray:
     """Numbers in [0, 1) for the draws of a batch's targets, float64 [N, draws]: a hash of seed, example, place and draw."""
-    identity_N = np.repeat(np.array([int(e.content_hash, 16) for e in examples], np.uint64), [e.targets for e in examples])
-    place_N = np.concatenate([np.zeros(0, np.uint64), *(np.arange(e.targets, dtype=np.uint64) for e in examples)])
+    identity_N = np.repeat(np.array([int(e.content_hash, 16) for e in examples], np.uint64), [e.num_targets for e in examples])
+    place_N = np.concatenate([np.zeros(0, np.uint64), *(np.arange(e.num_targets, dtype=np.uint64) for e in examples)])
     state_N = _splitmix64(_splitmix64(identity_N ^ _splitmix64(np.full_like(identity_N, seed))) ^ place_N)
     return (_splitmix64(state_N[:, None] ^ np.arange(draws, dtype=np.uint64)) >> np.uint64(11)) * 2.0**-53
 
