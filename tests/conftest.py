@@ -103,9 +103,9 @@ def stores(world, tmp_path_factory) -> Path:
         "hidden": {"kind": "hidden"},
         "topk": {"kind": "topk", "k": 4096, "value_bits": 16},
         "narrow": {"kind": "topk", "k": 8},
-        "sampled": {"kind": "sampled", "draws": 64},
+        "sampled": {"kind": "sampled", "num_samples": 64},
     }
-    fixed = {"teacher.dtype": "float32", "data.validation_share": 0.2}
+    fixed = {"teacher.dtype": "float32", "data.validation_fraction": 0.2}
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LLMKD_CACHE", str(root / "tokens"))
         for name, kind in kinds.items():

@@ -151,7 +151,7 @@ def test_packed_rows_in_half_precision(make_recipe, tmp_path, share):
 
     changes = {f"{who}__dtype": "bfloat16" for who in ("student", "teacher")}
     run(make_recipe("a", **changes))
-    run(make_recipe("b", data__packing=True, data__share_beginnings=share, **changes))
+    run(make_recipe("b", data__packing=True, data__share_prefixes=share, **changes))
     apart, packed = ([record for record in read(tmp_path / name / "metrics.jsonl") if "loss" in record] for name in ("a", "b"))
     assert len(apart) == len(packed) > 1
     for name in ("ce", "kd"):

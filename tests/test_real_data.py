@@ -41,7 +41,7 @@ def test_a_real_model_tells_real_stories_as_well_as_published_and_learns(tmp_pat
         "train": {"path": str(tmp_path / "stories.jsonl"), "format": "text"},
         "max_length": 256,
         "too_long": "split",
-        "validation_share": 0.2,
+        "validation_fraction": 0.2,
     }
     student = {"model": str(SHARED / "models/stories260K"), "lora": {"rank": 4}}
     summary = run(

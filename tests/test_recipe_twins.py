@@ -63,14 +63,14 @@ def test_both_stages_run_on_a_twin(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # the recipes write to runs/
     for stage in ("1_teacher", "2_distill"):
         recipe = settings.load_recipe(folder / f"{stage}.yaml")
-        short = {"train.max_steps": 2, "train.epochs": None, "optim.warmup_steps": None, "optim.warmup_share": None}
+        short = {"train.max_steps": 2, "train.epochs": None, "optim.warmup_steps": None, "optim.warmup_ratio": None}
         changes = short | {"student.model": str(twin(recipe.student.model, tmp_path)), "train.batch_size": 8}
         for name in ("train", "validation"):
             for source in sources(getattr(recipe.data, name)):
                 path = rows(source.format, tmp_path / f"{name}.jsonl")
                 changes |= {f"data.{name}.path": path, f"data.{name}.revision": None, f"data.{name}.split": "train"}
-        if recipe.data.validation_share:
-            changes["data.validation_share"] = 0.25
+        if recipe.data.validation_fraction:
+            changes["data.validation_fraction"] = 0.25
         summary = run(settings.load_recipe(folder / f"{stage}.yaml", changes))
         assert summary["steps"] == 2 and (Path(recipe.output_dir) / "adapter/adapter_model.safetensors").exists()
         assert (stage == "2_distill") == ("kd" in summary["train"])

@@ -145,7 +145,7 @@ def teacher_gate(sweep: SweepFolder) -> list:
     if all(row[2] == "–" for row in rows):
         out.append(
             Para(
-                "No held-out rows were measured with a teacher (data.validation or data.validation_share), so nobody knows whether it was the better model.",
+                "No held-out rows were measured with a teacher (data.validation or data.validation_fraction), so nobody knows whether it was the better model.",
                 "warn",
             )
         )

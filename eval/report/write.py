@@ -81,7 +81,7 @@ def why_nothing(sweep: SweepFolder, rows: list[Row], notes: list[str]) -> Text:
     if len(done) == 1:
         return ("No statement about differences: of the arms only the baseline ", Span(sweep.baseline), " is finished.")
     if not rows and not notes:
-        return "No statement about differences: the finished arms have neither held-out rows (data.validation or data.validation_share) nor benchmarks."
+        return "No statement about differences: the finished arms have neither held-out rows (data.validation or data.validation_fraction) nor benchmarks."
     return "No statement about differences: no other arm could be compared with the baseline; the end of this report says why."
 
 
@@ -103,7 +103,7 @@ def learning(sweep: SweepFolder) -> list:
     else:
         out.append(
             Para(
-                "No held-out figures over steps: the recipes hold no rows out (data.validation or data.validation_share), or measured once."
+                "No held-out figures over steps: the recipes hold no rows out (data.validation or data.validation_fraction), or measured once."
             )
         )
     return out
@@ -113,7 +113,7 @@ def results(sweep: SweepFolder, rows: list[Row], prefix: str) -> list:
     """An overview of all arms, then each metric with its statistics."""
     if not rows:
         if prefix == "held":
-            return [Para("No finished arm has held-out rows: data.validation or data.validation_share was not set.")]
+            return [Para("No finished arm has held-out rows: data.validation or data.validation_fraction was not set.")]
         return [
             Para("No finished arm has been measured on a benchmark: eval.tasks of the sweep names none, or it has not come to that yet.")
         ]

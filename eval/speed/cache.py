@@ -40,8 +40,8 @@ KINDS = [
     Cache(path="-", kind="topk", k=64, value_bits=8),
     Cache(path="-", kind="topk", k=128, value_bits=6),
     Cache(path="-", kind="topk", k=128, value_bits=8),
-    Cache(path="-", kind="sampled", draws=50),
-    Cache(path="-", kind="sampled", draws=12),
+    Cache(path="-", kind="sampled", num_samples=50),
+    Cache(path="-", kind="sampled", num_samples=12),
     Cache(path="-", kind="hidden", hidden_dtype="bfloat16"),
     Cache(path="-", kind="hidden", hidden_dtype="int8"),
 ]
@@ -95,7 +95,7 @@ class Body:
 def named(cache: Cache) -> str:
     return {
         "topk": f"topk, K = {cache.k}, {cache.value_bits} bits",
-        "sampled": f"sampled, {cache.draws} draws",
+        "sampled": f"sampled, {cache.num_samples} draws",
         "hidden": f"hidden, {cache.hidden_dtype}",
     }[cache.kind]
 

@@ -77,7 +77,7 @@ def recipes(options, teacher: dict | None, folder: Path, count: int) -> list:
         "data.validation": None,
         "data.choices": None,
         "validation.every": None,
-        "validation.gate": 0,
+        "validation.teacher_check": 0,
         "checkpoint.every": None,
         "train.log_every": options.steps,
     }

@@ -89,7 +89,7 @@ def asked(recipe: Recipe, prepared: Prepared, teacher: TeacherSource) -> Example
     Rows of data.validation are numbered on behind those of data.train.
     """
     parts = [one for one in (prepared.train, prepared.validation) if one is not None]
-    before = [0, 0 if recipe.data.validation_share else sum(source["rows"] for source in prepared.origins["data.train"])]
+    before = [0, 0 if recipe.data.validation_fraction else sum(source["rows"] for source in prepared.origins["data.train"])]
     whole = concat(parts, before[: len(parts)], {})
     mine = taught.examples_of(whole, prepared.teachers.index(teacher))
     return whole.take(mine[np.argsort(whole.row[mine], kind="stable")])

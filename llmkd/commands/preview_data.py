@@ -34,9 +34,9 @@ def show(recipe: Recipe, count: int = 3, example: int | None = None, out: TextIO
     refuse_too_few_positions(recipe.data, _configs(recipe))
     train, places = _figures(recipe, "data.train", rows, tokenizer, out)
     if not recipe.data.streaming:
-        refuse_empty_sources(hold_out(train, recipe.data.validation_share)[0], recipe.data)
-    if recipe.data.validation_share:
-        print(f"data.validation_share: {recipe.data.validation_share:g} of these rows, drawn by seed, are held out", file=out)
+        refuse_empty_sources(hold_out(train, recipe.data.validation_fraction)[0], recipe.data)
+    if recipe.data.validation_fraction:
+        print(f"data.validation_fraction: {recipe.data.validation_fraction:g} of these rows, drawn by seed, are held out", file=out)
     if rows["data.validation"]:
         _figures(recipe, "data.validation", rows, tokenizer, out)
     for i in _chosen(train, count, example, recipe.seed):

@@ -52,7 +52,7 @@ def run_sweep(config: str, overrides: dict, resume: bool, then: Callable[[Path],
                     state.stage(name, time.monotonic() - before)
             recipes = load.recipes()
             state.base(load.base())
-            groups = grouped(recipes, [name for name in recipes if state.waits(name)], sweep.side_by_side)
+            groups = grouped(recipes, [name for name in recipes if state.waits(name)], sweep.students_per_teacher)
             state.plan(groups, recipes)
             for group in groups:
                 train_group(group, recipes, state, resume, stop)
@@ -112,7 +112,7 @@ def train_group(group: Group, recipes: dict[str, Recipe], state: State, resume: 
 def in_one_line(error: Exception, arms: int) -> str:
     text = str(error).splitlines()[0] if str(error) else type(error).__name__
     reason = text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
-    return reason + ("; lower side_by_side, then --resume" if arms > 1 and is_out_of_memory(error) else "")
+    return reason + ("; lower students_per_teacher, then --resume" if arms > 1 and is_out_of_memory(error) else "")
 
 
 class Arms:
@@ -174,7 +174,7 @@ class Arms:
         return placed(changes)
 
 
-def grouped(recipes: dict[str, Recipe], waiting: list[str] | None = None, side_by_side: int | None = None) -> list[Group]:
+def grouped(recipes: dict[str, Recipe], waiting: list[str] | None = None, students_per_teacher: int | None = None) -> list[Group]:
     """Which of the waiting arms train together. An arm without a teacher joins others that have one: it sees the same data.
 
     Where no such arm waits, or fits, one that has ended still lends its teacher (`lead`), for the same figures on the held-out rows.
@@ -195,8 +195,8 @@ def grouped(recipes: dict[str, Recipe], waiting: list[str] | None = None, side_b
         if name not in waiting:
             continue
         why = alone_because(recipe, files[named])
-        if why or side_by_side == 1:
-            alone.append(Group([name], why or "side_by_side: 1", lead if not distils(recipe) else None))
+        if why or students_per_teacher == 1:
+            alone.append(Group([name], why or "students_per_teacher: 1", lead if not distils(recipe) else None))
             continue
         if not distils(recipe):
             key = next((other for other in groups if other.partition("\n")[2] == data), key)
@@ -204,7 +204,7 @@ def grouped(recipes: dict[str, Recipe], waiting: list[str] | None = None, side_b
     out = []
     for group in groups.values():
         for part in _alike(group.arms, recipes):
-            count = -(-len(part) // (side_by_side or len(part)))
+            count = -(-len(part) // (students_per_teacher or len(part)))
             for some in (part[i::count] for i in range(count)):  # dealt, so that arms without a teacher are among others that have one
                 out.append(Group(some, None, None if distils(recipes[some[0]]) else group.lead))
     return [Group(g.arms, g.why or (None if len(g.arms) > 1 else "no other that waits can train beside it"), g.lead) for g in out + alone]

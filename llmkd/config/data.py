@@ -70,8 +70,8 @@ def sources(setting: Source | tuple[Source, ...] | None) -> tuple[Source, ...]:
 @settings
 class Data:
     train: Sources = Field(None, description="What the student trains on: a source, or a list of them.")
-    validation: Sources = Field(None, description="Held-out rows; or set validation_share.")
-    validation_share: float = Field(0.0, ge=0, lt=1, description="Share of the training rows, drawn by seed, held out for validation.")
+    validation: Sources = Field(None, description="Held-out rows; or set validation_fraction.")
+    validation_fraction: float = Field(0.0, ge=0, lt=1, description="Share of the training rows, drawn by seed, held out for validation.")
     choices: Source | None = Field(
         None,
         description="Multiple-choice questions in the same format, scored at the end: rows have choices (texts) and answer (an index).",
@@ -89,7 +89,7 @@ class Data:
         False,
         description="Concatenate a micro-batch's examples into one row without padding; they stay isolated, and the result is the same.",
     )
-    share_beginnings: bool = Field(
+    share_prefixes: bool = Field(
         False,
         description="With packing: compute a beginning that examples of a micro-batch have in common, such as a template's first words, once for "
         "all of them. The result is the same but for rounding, and for dropout, which is then drawn there once.",
@@ -109,14 +109,14 @@ def no_context_with(data: Data) -> Iterator[tuple[str, str]]:
         yield "data.train_on_input", "train_on_input, and the teacher's input is not the student's; set it to false"
 
 
-def data_contradictions(data: Data, max_steps: int | None, length_group: int) -> Iterator[tuple[tuple[str, ...], str]]:
+def data_contradictions(data: Data, max_steps: int | None, group_by_length: int) -> Iterator[tuple[tuple[str, ...], str]]:
     """Settings of the data that are each right and together wrong, as `recipe.contradictions` gives them."""
     if not sources(data.train):
         yield ("data.train",), "not given; name what to train on, such as {path: train.jsonl, format: alpaca}"
     if data.validation == ():
         yield ("data.validation",), "found an empty list; name a source, or leave it out"
-    if sources(data.validation) and data.validation_share:
-        yield ("data.validation_share", "data.validation"), "given together with data.validation; keep one of them"
+    if sources(data.validation) and data.validation_fraction:
+        yield ("data.validation_fraction", "data.validation"), "given together with data.validation; keep one of them"
     if data.teacher_context is not None:
         if not data.teacher_context.strip():
             yield ("data.teacher_context",), "found no text; give what the teacher shall read, or leave it out"
@@ -130,10 +130,10 @@ def data_contradictions(data: Data, max_steps: int | None, length_group: int) ->
             for name, problem in _source_contradictions(source, setting):
                 path = f"{setting}.{i}" if isinstance(value, tuple) else setting
                 yield (f"{path}.{name}",), problem
-    if data.share_beginnings and not data.packing:
-        yield ("data.share_beginnings", "data.packing"), "given without data.packing, to whose rows it belongs; set that to true"
+    if data.share_prefixes and not data.packing:
+        yield ("data.share_prefixes", "data.packing"), "given without data.packing, to whose rows it belongs; set that to true"
     if data.streaming:
-        yield from _streaming_contradictions(data, max_steps, length_group)
+        yield from _streaming_contradictions(data, max_steps, group_by_length)
 
 
 def _source_contradictions(source: Source, setting: str) -> Iterator[tuple[str, str]]:
@@ -169,12 +169,12 @@ def _source_contradictions(source: Source, setting: str) -> Iterator[tuple[str, 
             yield f"roles.{role}", f"found {name!r}, which also stands for another role; give each role its own name"
 
 
-def _streaming_contradictions(data: Data, max_steps: int | None, length_group: int) -> Iterator[tuple[tuple[str, ...], str]]:
+def _streaming_contradictions(data: Data, max_steps: int | None, group_by_length: int) -> Iterator[tuple[tuple[str, ...], str]]:
     if not max_steps:
         yield ("data.streaming", "train.max_steps"), "found true without train.max_steps; the length of a stream is not known, so give it"
-    if data.validation_share:
+    if data.validation_fraction:
         yield (
-            ("data.validation_share", "data.streaming"),
+            ("data.validation_fraction", "data.streaming"),
             "given with data.streaming, which reads no rows beforehand to part; use data.validation",
         )
     if isinstance(data.train, tuple) and len(data.train) > 1:
@@ -190,8 +190,8 @@ def _streaming_contradictions(data: Data, max_steps: int | None, length_group: i
                 ("data.train", "data.streaming"),
                 "limit with seed and data.streaming, which cannot draw from rows it has not read; use the first",
             )
-    if length_group > 1:
+    if group_by_length > 1:
         yield (
-            ("train.length_group", "data.streaming"),
-            f"found {length_group} with data.streaming, where lengths are not known; use 1",
+            ("train.group_by_length", "data.streaming"),
+            f"found {group_by_length} with data.streaming, where lengths are not known; use 1",
         )

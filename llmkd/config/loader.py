@@ -13,7 +13,7 @@ from .recipe import Lora, Recipe
 from .schema import _or, describe
 from .sweep import Study, Sweep
 from .teacher import teachers
-from .validation import _check
+from .validation import _check, renamed
 from .yaml_loader import Dumper, parse_yaml
 
 _MAX_BYTES = 1 << 20
@@ -102,7 +102,7 @@ def load_sweep(path: str | Path, overrides: dict[str, typing.Any] | None = None)
     """A sweep's file. An override that is none of the sweep's own settings is one for every arm."""
     data, lines, problems = read(path)
     own = {field.name for field in dataclasses.fields(Sweep)}
-    mine = {dotted: value for dotted, value in (overrides or {}).items() if dotted.partition(".")[0] in own}
+    mine = {dotted: value for dotted, value in (overrides or {}).items() if dotted.partition(".")[0] in own or renamed(Sweep, (dotted,))}
     changed = _override(data, mine, problems)
     if isinstance(data.get("set", {}), dict):
         data["set"] = (data.get("set") or {}) | {dotted: value for dotted, value in (overrides or {}).items() if dotted not in mine}

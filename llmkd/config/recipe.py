@@ -21,7 +21,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 DIVERGENCES: dict[str, dict[str, tuple[float, float, float]]] = {
     "forward_kl": {},
     "reverse_kl": {},
-    "symmetric_kl": {"forward_share": (0.0, 1.0, 0.5)},
+    "symmetric_kl": {"forward_weight": (0.0, 1.0, 0.5)},
     "generalized_jsd": {"beta": (0.0, 1.0, 0.5)},
     "skewed_forward_kl": {"alpha": (0.0, 0.99, 0.1)},
     "skewed_reverse_kl": {"alpha": (0.0, 0.99, 0.1)},
@@ -90,7 +90,7 @@ class Loss:
     temperature: float = Field(
         1.0, gt=0, description="T: both models' logits are divided by it in the divergence, which is then scaled by T^2."
     )
-    chunk_rows: Count | None = Field(
+    chunk_size: Count | None = Field(
         None,
         description="Supervised tokens per chunk of the head. By default on a GPU 2048, or as few as 1024 where two tiles of logits would take more "
         "than an eighth of the memory that is free beside the models, on a CPU those of a float32 tile of 32 MiB, 128 to 4096; after an "
@@ -112,8 +112,8 @@ class Optim:
     max_grad_norm: float | None = Field(1.0, gt=0, description="Clip the gradient to this norm; null for never.")
     schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Shape of the learning rate after warm-up.")
     warmup_steps: Annotated[int, Field(ge=0)] | None = Field(None, description="Steps of linear warm-up.")
-    warmup_share: Share | None = Field(None, description="Instead: warm-up as a share of all steps.")
-    min_lr_share: Share = Field(0.0, description="Where the schedule ends, as a share of lr.")
+    warmup_ratio: Share | None = Field(None, description="Instead: warm-up as a share of all steps.")
+    min_lr_ratio: Share = Field(0.0, description="Where the schedule ends, as a share of lr.")
 
 
 @settings
@@ -133,7 +133,7 @@ class Train:
     )
     epochs: Count | None = Field(None, description="Passes over the data (1 unless max_steps is set).")
     max_steps: Count | None = Field(None, description="Instead of epochs: optimizer steps.")
-    length_group: Count = Field(
+    group_by_length: Count = Field(
         1, description="Optimizer steps whose examples are sorted by length together: less padding. 1 leaves the batches as drawn."
     )
     log_every: Count = Field(1, description="Steps between records in metrics.jsonl.")
@@ -148,7 +148,7 @@ class Train:
 class Validation:
     every: Count | None = Field(None, description="Steps between validations; null for only before the first step and after the last.")
     micro_batch_size: Count = Field(8, description="Examples per forward pass.")
-    gate: Annotated[int, Field(ge=0)] = Field(
+    teacher_check: Annotated[int, Field(ge=0)] = Field(
         64, description="Training examples on which the teacher's CE is compared with the student's before the first step; 0 for none."
     )
 
@@ -204,7 +204,7 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
     yield from _student_contradictions(student)
     if optim.name != "adamw" and student.dtype == "float64":
         yield ("optim.name", "student.dtype"), f"found {optim.name}, which has no float64; use adamw, or student.dtype: float32"
-    yield from data_contradictions(data, train.max_steps, train.length_group)
+    yield from data_contradictions(data, train.max_steps, train.group_by_length)
     yield from teacher_contradictions(recipe.teacher, data)
     if recipe.mixture != Mixture() and len(teachers(recipe.teacher)) < 2:
         yield ("mixture", "teacher"), "given without several teachers to mix; leave it out"
@@ -217,8 +217,8 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
     if loss.kd_ratio and recipe.teacher is None:
         yield ("loss.kd_ratio", "teacher"), f"found {loss.kd_ratio:g} without a teacher; give teacher.model, or set it to 0"
     yield from _loss_contradictions(loss)
-    if optim.warmup_steps is not None and optim.warmup_share is not None:
-        yield ("optim.warmup_share", "optim.warmup_steps"), "given together with optim.warmup_steps; keep one of them"
+    if optim.warmup_steps is not None and optim.warmup_ratio is not None:
+        yield ("optim.warmup_ratio", "optim.warmup_steps"), "given together with optim.warmup_steps; keep one of them"
     if train.epochs is not None and train.max_steps is not None:
         yield ("train.max_steps", "train.epochs"), "given together with train.epochs; keep one of them"
     if train.micro_batch_size is not None and train.micro_batch_tokens is not None:
@@ -227,9 +227,9 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
             "given together with train.micro_batch_size; keep one of them (null takes the other back)",
         )
     other = [f"{path}.attention" for path, one in (("student", student), *named(recipe.teacher)) if one.attention != "auto"]
-    if data.share_beginnings and other:
+    if data.share_prefixes and other:
         yield (
-            ("data.share_beginnings", other[0]),
+            ("data.share_prefixes", other[0]),
             f"given with {other[0]}, and llmkd's own attention alone can share; leave one of them out",
         )
     if train.compile and (offloaded := [path for path, one in named(recipe.teacher) if one.device == "offload"]):
@@ -239,11 +239,11 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
         )
     if train.max_steps and optim.warmup_steps and optim.warmup_steps > train.max_steps:
         yield ("optim.warmup_steps", "train.max_steps"), f"found {optim.warmup_steps}, more than train.max_steps ({train.max_steps})"
-    no_held_out = ("data.validation", "data.validation_share")
-    if not sources(data.validation) and not data.validation_share:
+    no_held_out = ("data.validation", "data.validation_fraction")
+    if not sources(data.validation) and not data.validation_fraction:
         for path, given in (("validation.every", recipe.validation.every), ("checkpoint.best_by", recipe.checkpoint.best_by)):
             if given is not None:
-                yield (path, *no_held_out), "given without held-out rows; set data.validation or data.validation_share"
+                yield (path, *no_held_out), "given without held-out rows; set data.validation or data.validation_fraction"
     if recipe.checkpoint.best_by not in (None, "ce") and not (recipe.teacher and loss.kd_ratio != 0):
         yield (
             ("checkpoint.best_by", "teacher", "loss.kd_ratio"),

@@ -58,7 +58,7 @@ class Sweep:
     )
     seeds: tuple[Seed, ...] = Field((), description="Seeds; every arm is trained once with each. None for the recipe's own.")
     baseline: str | None = Field(None, description="Arm that the others are compared with; by default the first.")
-    side_by_side: Count | None = Field(
+    students_per_teacher: Count | None = Field(
         None, description="Students that train side by side before one teacher, at most; null for all that can, 1 for one after another."
     )
     eval: Evaluation = Field(default_factory=Evaluation)

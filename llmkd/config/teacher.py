@@ -28,7 +28,7 @@ class Quantization:
 CACHE_KINDS: dict[str, dict[str, object]] = {
     "hidden": {"hidden_dtype": "auto"},
     "topk": {"k": 64, "value_bits": 8},
-    "sampled": {"draws": 50, "temperature": 1.0, "seed": 0},
+    "sampled": {"num_samples": 50, "temperature": 1.0, "seed": 0},
 }
 
 
@@ -47,7 +47,7 @@ class Cache:
     )
     k: Count | None = Field(None, description="topk: how many of the likeliest tokens (64).")
     value_bits: Annotated[int, Field(ge=4, le=16)] | None = Field(None, description="topk: bits of each log-probability (8).")
-    draws: Count | None = Field(None, description="sampled: how many tokens are drawn (50).")
+    num_samples: Count | None = Field(None, description="sampled: how many tokens are drawn (50).")
     temperature: Annotated[float, Field(gt=0)] | None = Field(
         None, description="sampled: of the distribution drawn from (1); it must be loss.temperature."
     )

@@ -23,7 +23,6 @@ _ELSEWHERE = {
     "max_seq_length": "data.max_length",
     "max_seq_len": "data.max_length",
     "lr_scheduler_type": "optim.schedule",
-    "warmup_ratio": "optim.warmup_share",
     "clip_grad_norm": "optim.max_grad_norm",
     "lora_rank": "student.lora.rank",
     "lora_r": "student.lora.rank",
@@ -36,6 +35,28 @@ _ELSEWHERE = {
     "logging_steps": "train.log_every",
     "alpha": "loss.kd_ratio",
 }
+
+#: Settings that have been renamed, by the file they are in: old dotted path to new. The old one is refused with the new one's name.
+_RENAMED = {
+    Recipe: {
+        "data.share_beginnings": "data.share_prefixes",
+        "data.validation_share": "data.validation_fraction",
+        "loss.chunk_rows": "loss.chunk_size",
+        "loss.divergence_options.forward_share": "loss.divergence_options.forward_weight",
+        "optim.warmup_share": "optim.warmup_ratio",
+        "optim.min_lr_share": "optim.min_lr_ratio",
+        "teacher.cache.draws": "teacher.cache.num_samples",
+        "train.length_group": "train.group_by_length",
+        "validation.gate": "validation.teacher_check",
+    },
+    Sweep: {"side_by_side": "students_per_teacher"},
+}
+
+
+def renamed(kind, path: tuple) -> str | None:
+    """The new dotted path of a setting that is given by its old name; None where it has not been renamed."""
+    new = _RENAMED.get(kind, {}).get(".".join(str(key) for key in path if not isinstance(key, int)))
+    return new and ".".join([*map(str, path[:-1]), new.rpartition(".")[2]])
 
 
 def _check(kind, data: dict, name: str, lines: dict, problems: list[str], changed: set[tuple]):
@@ -61,6 +82,8 @@ def _check(kind, data: dict, name: str, lines: dict, problems: list[str], change
                 remove.append(path[:-1] if item["type"] == "missing" else path)
                 known = any(b == path[: len(b)] for b in broken) or any(p.startswith(f"{where(path)}: ") for p in problems)
                 broken.append(path)
+                if new := renamed(kind, path):
+                    broken.append(_keys(new))
                 if not known:
                     problems.append(f"{where(path)}: {_explain(kind, path, item)}")
             before = json.dumps(data)
@@ -72,12 +95,17 @@ def _check(kind, data: dict, name: str, lines: dict, problems: list[str], change
     together = {Recipe: contradictions, Sweep: sweep_contradictions}.get(kind)
     if together and result is not None:
         for paths, problem in together(result):
-            keys = [tuple(int(key) if key.isdigit() else key for key in path.split(".")) for path in paths]
+            keys = [_keys(path) for path in paths]
             if not any(b[: len(k)] == k or k[: len(b)] == b for b in broken for k in keys):
-                problems.append(f"{where(keys[0])}: {problem}")
+                new = renamed(kind, keys[0])
+                problems.append(f"{where(keys[0])}: {f'is now {new}' if new else problem}")
     if problems:
         raise UserError(*dict.fromkeys(problems))
     return result
+
+
+def _keys(dotted: str) -> tuple:
+    return tuple(int(key) if key.isdigit() else key for key in dotted.split("."))
 
 
 def _real_path(loc: tuple, data) -> tuple:
@@ -112,6 +140,8 @@ def _explain(kind, path: tuple, item: dict) -> str:
         parent = _section(parent, key)
         parent_path.append(str(key))
     if item["type"] in ("unexpected_keyword_argument", "extra_forbidden") and dataclasses.is_dataclass(parent):
+        if new := renamed(kind, path):
+            return f"is now {new}"
         if str(path[-1]) in {part for dotted, *_ in describe(kind) for part in (dotted, dotted.rpartition(".")[0])} and "." in str(
             path[-1]
         ):

@@ -52,7 +52,7 @@ class Plan:
     micro_batch_size: int | Budget
     epochs: int | None
     max_steps: int | None
-    length_group: int = 1
+    group_by_length: int = 1
     rank: int = 0
     ranks: int = 1
     sources: np.ndarray | None = None  # which source each example is of, where there are several
@@ -86,13 +86,13 @@ class Plan:
             whole, part = divmod(draws(len(examples), weight), len(examples))
             order += [*examples] * whole + (rng.sample(examples, part) if part else [])
         rng.shuffle(order)
-        group = self.batch_size * self.length_group
-        if self.length_group > 1:
+        group = self.batch_size * self.group_by_length
+        if self.group_by_length > 1:
             order = [
                 i for start in range(0, len(order), group) for i in sorted(order[start : start + group], key=lambda i: -self.lengths[i])
             ]
         windows = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
-        if self.length_group > 1:
+        if self.group_by_length > 1:
             rng.shuffle(windows)  # or every group would begin with its longest examples
         return windows
 

@@ -53,7 +53,7 @@ def _warn_of_shared(rows: dict[str, list[Rows]], data: Data) -> None:
 
     train, held_out = read("data.train", data.train), read("data.validation", data.validation)
     pairs = [(a, b) for a in held_out for b in train]
-    if data.validation_share:
+    if data.validation_fraction:
         pairs += [(b, a) for i, a in enumerate(train) for b in train[i + 1 :]]
     for (name, path, content), (other, _, others) in pairs:
         if content == others:
@@ -89,7 +89,7 @@ def refuse_empty_sources(train: Examples, data: Data) -> None:
     for i, (setting, source) in enumerate(with_setting_names(data.train, "data.train")):
         count = int((train.source == i).sum())
         if not count:
-            raise UserError(f"{setting}: data.validation_share leaves none of its rows to train on; lower it, or leave the source out")
+            raise UserError(f"{setting}: data.validation_fraction leaves none of its rows to train on; lower it, or leave the source out")
         if not draws(count, source.weight):
             raise UserError(f"{setting}.weight: {source.weight:g} of {count} examples is none; raise it, or leave the source out")
 
@@ -129,10 +129,10 @@ def hold_out(examples: Examples, share: float) -> tuple[Examples, Examples | Non
     count = round(share * len(rows))
     if not count:
         if share:
-            raise UserError(f"data.validation_share: {share:g} of {len(rows)} rows is none; raise it")
+            raise UserError(f"data.validation_fraction: {share:g} of {len(rows)} rows is none; raise it")
         return examples, None
     if count == len(rows):
-        raise UserError(f"data.validation_share: {share:g} of {len(rows)} rows leaves none to train on; lower it")
+        raise UserError(f"data.validation_fraction: {share:g} of {len(rows)} rows leaves none to train on; lower it")
     held = np.isin(examples.row, random.Random("held out").sample(rows, count))
     return examples.subset(~held), examples.subset(held)
 

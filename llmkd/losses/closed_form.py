@@ -41,14 +41,14 @@ def reverse_kl(p_nV: Tensor, q_nV: Tensor, d_nV: Tensor, scratch: Scratch) -> tu
     return torch.sub(slope, gap, out=gap), slope
 
 
-def symmetric_kl(p_nV: Tensor, q_nV: Tensor, d_nV: Tensor, scratch: Scratch, forward_share: float = 0.5) -> tuple[Tensor, Tensor]:
-    if forward_share in (0, 1):
-        return (forward_kl if forward_share else reverse_kl)(p_nV, q_nV, d_nV, scratch)
+def symmetric_kl(p_nV: Tensor, q_nV: Tensor, d_nV: Tensor, scratch: Scratch, forward_weight: float = 0.5) -> tuple[Tensor, Tensor]:
+    if forward_weight in (0, 1):
+        return (forward_kl if forward_weight else reverse_kl)(p_nV, q_nV, d_nV, scratch)
     gap = _gap(p_nV, q_nV, d_nV, scratch)
     reverse = _zero_nans(torch.mul(q_nV, d_nV, out=scratch(1)))
     forward = torch.sub(gap, _zero_nans(d_nV.mul_(p_nV)), out=d_nV)
-    terms = torch.sub(reverse, gap, out=scratch(2)).mul_(1 - forward_share).add_(forward, alpha=forward_share)
-    return terms, gap.mul_(forward_share).add_(reverse, alpha=1 - forward_share)
+    terms = torch.sub(reverse, gap, out=scratch(2)).mul_(1 - forward_weight).add_(forward, alpha=forward_weight)
+    return terms, gap.mul_(forward_weight).add_(reverse, alpha=1 - forward_weight)
 
 
 def generalized_jsd(p_nV: Tensor, q_nV: Tensor, d_nV: Tensor, scratch: Scratch, beta: float = 0.5) -> tuple[Tensor, Tensor]:

@@ -33,9 +33,9 @@ def reverse_kl(log_q: Tensor, log_p: Tensor) -> Tensor:
     return _kl(log_q, log_p)
 
 
-def symmetric_kl(log_q: Tensor, log_p: Tensor, forward_share: float = 0.5) -> Tensor:
-    """forward_share KL(p || q) + (1 - forward_share) KL(q || p). At one half, half of Jeffreys' divergence."""
-    return _mix(forward_share, lambda: forward_kl(log_q, log_p), lambda: reverse_kl(log_q, log_p))
+def symmetric_kl(log_q: Tensor, log_p: Tensor, forward_weight: float = 0.5) -> Tensor:
+    """forward_weight KL(p || q) + (1 - forward_weight) KL(q || p). At one half, half of Jeffreys' divergence."""
+    return _mix(forward_weight, lambda: forward_kl(log_q, log_p), lambda: reverse_kl(log_q, log_p))
 
 
 def generalized_jsd(log_q: Tensor, log_p: Tensor, beta: float = 0.5) -> Tensor:

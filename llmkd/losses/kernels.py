@@ -21,7 +21,7 @@ NONE, KL, JSD = 0, 1, 2
 _KINDS = {
     "forward_kl": lambda: (KL, 1.0),
     "reverse_kl": lambda: (KL, 0.0),
-    "symmetric_kl": lambda forward_share=0.5: (KL, forward_share),
+    "symmetric_kl": lambda forward_weight=0.5: (KL, forward_weight),
     "generalized_jsd": lambda beta=0.5: (JSD, beta) if 0 < beta < 1 else (KL, 1.0 - beta),
 }
 

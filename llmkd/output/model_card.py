@@ -97,7 +97,7 @@ def card(
             block(snippet(recipe, student), "python"),
             "\n## Data\n",
             *(f"- {what}: {one}" for what, group in data.items() for one in group),
-            *([f"- {recipe.data.validation_share:.2%} of the training rows were held out."] if recipe.data.validation_share else []),
+            *([f"- {recipe.data.validation_fraction:.2%} of the training rows were held out."] if recipe.data.validation_fraction else []),
             "\n## Held-out figures\n",
             *figures(summary),
             "\n## Recipe\n",

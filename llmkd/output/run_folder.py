@@ -26,8 +26,8 @@ _HARMLESS = (
     "data.cache_dir",
     "data.choices",
     "data.packing",
-    "data.share_beginnings",
-    "loss.chunk_rows",
+    "data.share_prefixes",
+    "loss.chunk_size",
     "report_to",
     "push_to_hub",
 )

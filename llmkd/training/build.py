@@ -33,9 +33,9 @@ def load(
         *(("student.model", one) for one in students),
         *((f"{name}.model", one) for (name, _), one in zip(teachers, found, strict=True)),
     ]
-    if recipe.data.share_beginnings and (other := next(((setting, one) for setting, one in every if not one.varlen), None)):
+    if recipe.data.share_prefixes and (other := next(((setting, one) for setting, one in every if not one.varlen), None)):
         raise UserError(
-            f"data.share_beginnings: {other[0]} ({other[1].plain.config.model_type}) keeps an attention of its own in packed rows, which cannot "
+            f"data.share_prefixes: {other[0]} ({other[1].plain.config.model_type}) keeps an attention of its own in packed rows, which cannot "
             "share; set it to false"
         )
     if recipe.train.compile:
@@ -57,7 +57,7 @@ def plan(recipe: Recipe, prepared: Prepared, rank: int, ranks: int) -> Plan | St
         micro_batch(recipe),
         train.epochs,
         train.max_steps,
-        train.length_group,
+        train.group_by_length,
         rank,
         ranks,
         prepared.train.source,
@@ -81,7 +81,7 @@ def build_learner(recipe: Recipe, student: LanguageModel, total_steps: int, acce
     optimizer = optimizers.build(optim, parameters)
     if student.untouched and accelerator.num_processes > 1:  # or the processes would wait for gradients that never come
         accelerator.ddp_handler.find_unused_parameters = True
-    distiller = accelerator.prepare_model(Distiller(student, objective, loss.chunk_rows or rows))
+    distiller = accelerator.prepare_model(Distiller(student, objective, loss.chunk_size or rows))
     return Learner(distiller, optimizer, parameters, schedule(recipe, total_steps), optim.max_grad_norm)
 
 
@@ -90,7 +90,7 @@ def schedule(recipe: Recipe, total: int) -> Callable[[int], float]:
     optim = recipe.optim
     if optim.warmup_steps and optim.warmup_steps > total:
         raise UserError(
-            f"optim.warmup_steps: found {optim.warmup_steps}, and the whole run has {total} steps; lower it, or use optim.warmup_share"
+            f"optim.warmup_steps: found {optim.warmup_steps}, and the whole run has {total} steps; lower it, or use optim.warmup_ratio"
         )
-    warmup = optim.warmup_steps if optim.warmup_steps is not None else math.ceil((optim.warmup_share or 0) * total)
-    return lambda step: learning_rate(step, total, optim.lr, optim.schedule, warmup, optim.min_lr_share)
+    warmup = optim.warmup_steps if optim.warmup_steps is not None else math.ceil((optim.warmup_ratio or 0) * total)
+    return lambda step: learning_rate(step, total, optim.lr, optim.schedule, warmup, optim.min_lr_ratio)

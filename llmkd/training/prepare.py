@@ -85,16 +85,16 @@ def prepare(recipe: Recipe, stores: bool = True) -> Prepared:
     refuse_unknown_tokens(vocab, train, places, tokenizer)
     held_out_places = [place for read in rows.get("data.validation", ()) for place in read.places]
     if isinstance(train, Examples):
-        if data.validation_share:
+        if data.validation_fraction:
             report_examples(train, "rows to part")
-            train, held_out = hold_out(train, data.validation_share)
+            train, held_out = hold_out(train, data.validation_fraction)
             held_out_places = places
         refuse_empty_sources(train, data)
         report_examples(train, "train")
         places = [places[i] for i in train.row]
     if held_out:
         report_examples(held_out, "validation")
-        if not data.validation_share:
+        if not data.validation_fraction:
             refuse_unknown_tokens(vocab, held_out, held_out_places, tokenizer)
     content = train.content if isinstance(train, Stream) else "\n".join(source.content for source in rows["data.train"])
     identity = {"the training data": content, "the held-out data": " ".join(source.content for source in rows["data.validation"])}

@@ -126,7 +126,7 @@ class Session:
             if self.stop.anywhere(self.accelerator):
                 raise self.stopped(self.done)
             batch_of = functools.partial(
-                collate, self.prepared.train, pad=self.pad, packing=recipe.data.packing, share=recipe.data.share_beginnings
+                collate, self.prepared.train, pad=self.pad, packing=recipe.data.packing, share=recipe.data.share_prefixes
             )
             learners = [arm.learner for arm in self.arms]
             teacher = self.teacher if any(distils(arm.recipe) for arm in self.arms) else None
@@ -168,7 +168,7 @@ class Session:
     def fitted(self, batch_of, learners: list[Learner], teacher: Teacher | None) -> dict:
         """Measure how large micro-batches may be. What the loop is told of it: on one process, to mind when memory runs out."""
         size, data = self.plan.micro_batch_size, self.prepared.train
-        chunked = [unwrapped(arm.learner) for arm in self.arms if arm.recipe.loss.chunk_rows is None]
+        chunked = [unwrapped(arm.learner) for arm in self.arms if arm.recipe.loss.chunk_size is None]
         fitting = Fitting(size, self.plan, data, batch_of, learners, teacher, self.accelerator, self.display.say, chunked)
         fitting.measure(self.recipe.train.batch_size)
         self.display.speed()  # what was spent here is not training's
@@ -194,9 +194,9 @@ class Session:
 
     def gate(self) -> None:
         """Before the first step: does the teacher know the rows that it is to teach, and better than the student?"""
-        if self.teacher is None or not self.recipe.validation.gate:
+        if self.teacher is None or not self.recipe.validation.teacher_check:
             return
-        sample = sample_examples(self.prepared.train, self.recipe.validation.gate)
+        sample = sample_examples(self.prepared.train, self.recipe.validation.teacher_check)
         found = [one.metrics() for one in self.measure([arm.student for arm in self.arms], sample, "gate", 0)]
         for arm, metrics in zip(self.arms if self.main else (), found, strict=False):
             arm.record.write({"step": 0, "gate": {"examples": len(sample)} | {name: metrics[name] for name in ("ce", "teacher_ce")}})

@@ -47,7 +47,7 @@ def test_a_run_from_a_store_is_the_run_from_the_live_teacher(make_recipe, stores
 
 
 def test_the_held_out_figures_come_from_the_store_too(make_recipe, stores):
-    held = {"data__validation_share": 0.2, "train__max_steps": 2}
+    held = {"data__validation_fraction": 0.2, "train__max_steps": 2}
     live = run(make_recipe("live", **(FLOAT32 | held)))["validation"]
     for kind, names, bound in (
         ("hidden", ("forward_kl", "reverse_kl", "top1_agreement", "teacher_ce", "teacher_entropy"), 1e-4),
@@ -67,8 +67,8 @@ def test_a_store_is_the_same_bytes_however_it_was_written(world, stores, make_re
     """In other micro-batches, and by an attempt that was stopped."""
     again = make_recipe(
         teacher__dtype="float32",
-        teacher__cache={"path": str(tmp_path / "again"), "kind": "sampled", "draws": 64},
-        data__validation_share=0.2,
+        teacher__cache={"path": str(tmp_path / "again"), "kind": "sampled", "num_samples": 64},
+        data__validation_fraction=0.2,
         validation__micro_batch_size=3,
     )
 
@@ -194,17 +194,27 @@ def launched(*words: str, processes: int, cwd: Path, **environment: str) -> subp
 
 @pytest.mark.slow
 def test_two_processes_write_the_same_store_and_learn_from_it_as_one_does(world, stores, make_recipe, tmp_path):
-    recipe = plain_recipe(world, tmp_path / "two") | {"validation": {"gate": 0}}
+    recipe = plain_recipe(world, tmp_path / "two") | {"validation": {"teacher_check": 0}}
     recipe["student"]["dtype"] = "float32"
     recipe["teacher"] |= {"dtype": "float32", "cache": {"path": str(tmp_path / "store"), "kind": "hidden"}}
-    recipe["data"]["validation_share"] = 0.2
+    recipe["data"]["validation_fraction"] = 0.2
     (tmp_path / "two.yaml").write_text(json.dumps(recipe))
     written = launched("-m", "llmkd", "cache", "--config", "two.yaml", processes=2, cwd=tmp_path)
     assert written.returncode == 0, written.stderr
     for name in sorted(path.name for path in (stores / "hidden").glob("*.safetensors")):
         assert (tmp_path / "store" / name).read_bytes() == (stores / "hidden" / name).read_bytes()
     trained = launched(
-        "-m", "llmkd", "train", "--config", "two.yaml", "--data.validation_share", "0", "--data.packing", "true", processes=2, cwd=tmp_path
+        "-m",
+        "llmkd",
+        "train",
+        "--config",
+        "two.yaml",
+        "--data.validation_fraction",
+        "0",
+        "--data.packing",
+        "true",
+        processes=2,
+        cwd=tmp_path,
     )
     assert trained.returncode == 0, trained.stderr
     assert distance(weights(tmp_path / "two"), trained_by(make_recipe("live", **FLOAT32))) < 1e-3
@@ -214,7 +224,7 @@ def test_two_processes_write_the_same_store_and_learn_from_it_as_one_does(world,
 def test_a_killed_attempt_goes_on(world, stores, tmp_path):
     recipe = plain_recipe(world, tmp_path / "out")
     recipe["teacher"] |= {"dtype": "float32", "cache": {"path": str(tmp_path / "store"), "kind": "topk", "k": 8}}
-    recipe["data"]["validation_share"] = 0.2
+    recipe["data"]["validation_fraction"] = 0.2
     recipe["validation"] = {"micro_batch_size": 1}
     (tmp_path / "r.yaml").write_text(json.dumps(recipe))
     words = [sys.executable, "-m", "llmkd", "cache", "--config", "r.yaml"]
@@ -253,12 +263,12 @@ def answers_of(recipe, k: int, held_out: bool = True) -> list[dict]:
 
 def test_answers_from_elsewhere_are_read_by_rows_and_trained_on(stores, make_recipe, tmp_path, capsys):
     """Held-out rows among them; at temperature 1 they are what llmkd's own store of as many tokens is."""
-    held = {"data__validation_share": 0.2, "train__max_steps": 2}
+    held = {"data__validation_fraction": 0.2, "train__max_steps": 2}
     live = make_recipe("live", **(FLOAT32 | held))
     file, recipe = tmp_path / "answers.jsonl", tmp_path / "recipe.yaml"
     lines = answers_of(live, 8)
     file.write_text("".join(json.dumps(line) + "\n" for line in reversed(lines)))
-    own = settings.load_recipe(recipe, {"data.validation_share": 0.2, "teacher": {"cache": {"path": str(tmp_path / "told"), "k": 8}}})
+    own = settings.load_recipe(recipe, {"data.validation_fraction": 0.2, "teacher": {"cache": {"path": str(tmp_path / "told"), "k": 8}}})
     assert cache(own, str(file)) == [tmp_path / "told"] and "is whole: 37 examples" in capsys.readouterr().err
     told = run(make_recipe("run", **(FLOAT32 | held | {"teacher": {"cache": {"path": str(tmp_path / "told")}}, "teacher__dtype": "auto"})))
     kept = run(from_store(make_recipe, stores, "narrow", "kept", **held))

@@ -94,7 +94,7 @@ def test_another_tokenizer_or_chat_template_is_refused(world, stores, make_recip
     [
         ({"loss__divergence": "reverse_kl"}, "loss.divergence: found reverse_kl"),
         ({"loss__temperature": 2.0}, "loss.temperature: found 2"),
-        ({"checkpoint__best_by": "top1_agreement", "data__validation_share": 0.2}, "checkpoint.best_by: found top1_agreement"),
+        ({"checkpoint__best_by": "top1_agreement", "data__validation_fraction": 0.2}, "checkpoint.best_by: found top1_agreement"),
     ],
 )
 def test_samples_are_refused_for_what_they_are_not_right_for(stores, make_recipe, changes, words):
@@ -113,7 +113,7 @@ def test_two_attempts_never_write_one_store(make_recipe, tmp_path):
 
 def test_a_store_is_not_written_over_by_another(stores, make_recipe):
     with pytest.raises(UserError, match="holds a store of other answers .*made_of.teacher.dtype: float32 -> float64"):
-        cache(make_recipe(teacher__cache__path=str(stores / "narrow"), teacher__cache__k=8, data__validation_share=0.2))
+        cache(make_recipe(teacher__cache__path=str(stores / "narrow"), teacher__cache__k=8, data__validation_fraction=0.2))
 
 
 @pytest.mark.parametrize(
@@ -122,7 +122,10 @@ def test_a_store_is_not_written_over_by_another(stores, make_recipe):
         ({}, "teacher.cache.path: not given"),
         ({"teacher": {"cache": {"path": "x"}}}, "teacher.model: not given"),
         ({"teacher__cache__path": "x", "loss__kd_ratio": 0}, "loss.kd_ratio: found 0"),
-        ({"teacher__cache__path": "x", "teacher__cache__draws": 5}, "teacher.cache.draws: is of kind sampled, and kind is not given"),
+        (
+            {"teacher__cache__path": "x", "teacher__cache__num_samples": 5},
+            "teacher.cache.num_samples: is of kind sampled, and kind is not given",
+        ),
         ({"teacher__cache__path": "recipe.yaml"}, "teacher.cache.path: recipe.yaml is a file"),
         ({"teacher__cache__path": "x", "data__streaming": True, "train__max_steps": 3}, "data.streaming: found true"),
     ],

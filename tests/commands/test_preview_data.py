@@ -95,7 +95,7 @@ def test_a_study_and_a_missing_recipe_are_refused(command, tmp_path, capsys, mon
 def test_what_a_run_refuses_of_the_data_is_refused(command, world, tmp_path):
     for words, data, problem in (
         (["--data.max_length", "257"], {}, "data.max_length: found 257, and student.model has 256 positions; lower it"),
-        (["--data.validation_share", "0.01"], {}, "data.validation_share: 0.01 of 37 rows is none; raise it"),
+        (["--data.validation_fraction", "0.01"], {}, "data.validation_fraction: 0.01 of 37 rows is none; raise it"),
         (
             [],
             {"train": [{"path": str(world / "train.jsonl")}, {"path": str(world / "held.jsonl"), "weight": 0.01}]},
@@ -115,7 +115,7 @@ def test_rows_that_are_both_trained_on_and_held_out_are_a_warning(command, world
     train = str(world / "train.jsonl")
     for data, names in (
         ({"validation": {"path": train, "limit": 5}}, "data.validation and data.train"),
-        ({"train": [{"path": train}, {"path": train, "weight": 2}], "validation_share": 0.3}, "data.train.1 and data.train.0"),
+        ({"train": [{"path": train}, {"path": train, "weight": 2}], "validation_fraction": 0.3}, "data.train.1 and data.train.0"),
     ):
         code, _, err = command("--show", "0", **data)
         assert code == 0 and f"warning: {names} are read from the same data ({train})" in err

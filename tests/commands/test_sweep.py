@@ -90,7 +90,7 @@ def test_every_arm_ends_as_it_would_alone_to_the_last_bit(world, sweep, tmp_path
 
 
 def test_held_out_rows_are_kept_one_by_one_and_sum_to_the_figures(world, sweep, tmp_path):
-    recipe = {"data": {"train": {"path": str(world / "train.jsonl")}, "validation_share": 0.2, "max_length": 256}}
+    recipe = {"data": {"train": {"path": str(world / "train.jsonl")}, "validation_fraction": 0.2, "max_length": 256}}
     folder = run_sweep(sweep(recipe, grid={"loss.kd_ratio": [0, 1]}), {"train.max_steps": 2}, False)
     tables = []
     for name in ("kd_ratio=0", "kd_ratio=1"):
@@ -114,10 +114,10 @@ def test_seeds_make_groups_of_their_own_and_names(sweep):
     recipes.config = Path(sweep())
     groups = grouped(recipes.recipes())
     assert sorted(len(g.arms) for g in groups) == [6, 6] and all(len({n[-1] for n in g.arms}) == 1 for g in groups)
-    four = grouped(recipes.recipes(), side_by_side=4)
+    four = grouped(recipes.recipes(), students_per_teacher=4)
     assert [len(g.arms) for g in four] == [3, 3, 3, 3] and all(sum("kd_ratio=0," in n for n in g.arms) == 1 for g in four)
-    one = grouped(recipes.recipes(), side_by_side=1)
-    assert len(one) == 12 and {g.why for g in one} == {"side_by_side: 1"}
+    one = grouped(recipes.recipes(), students_per_teacher=1)
+    assert len(one) == 12 and {g.why for g in one} == {"students_per_teacher: 1"}
 
 
 def test_arms_that_cannot_share_run_alone(sweep, world, tmp_path, capsys):
@@ -408,7 +408,9 @@ def test_an_arm_without_a_teacher_is_measured_against_the_others_even_alone(swee
     arms = {"sft": {"teacher": None, "loss.kd_ratio": 0}, "kd": {}}
     together = run_sweep(sweep({"data": data}, grid={}, arms=arms), {"train.max_steps": 2}, False)
     apart = run_sweep(
-        sweep({"data": data}, grid={}, arms=arms, side_by_side=1), {"train.max_steps": 2, "output_dir": str(tmp_path / "apart")}, False
+        sweep({"data": data}, grid={}, arms=arms, students_per_teacher=1),
+        {"train.max_steps": 2, "output_dir": str(tmp_path / "apart")},
+        False,
     )
     for name in arms:
         one, other = (json.loads((f / "arms" / name / "summary.json").read_text()) for f in (together, apart))

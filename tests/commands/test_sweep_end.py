@@ -16,7 +16,7 @@ from tests.eval.test_handoff import base, tasks_dir  # noqa: F401 fixtures
 def file(world, tmp_path, base, tasks_dir):  # noqa: F811
     recipe = plain_recipe(world, tmp_path / "unused")
     recipe["student"]["model"], recipe["optim"]["warmup_steps"] = str(base), 0
-    recipe["data"]["validation_share"], recipe["train"]["max_steps"] = 0.2, 1
+    recipe["data"]["validation_fraction"], recipe["train"]["max_steps"] = 0.2, 1
     (tmp_path / "base.yaml").write_text(json.dumps(recipe))
     sweep = {
         "output_dir": str(tmp_path / "sweep"),

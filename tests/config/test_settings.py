@@ -88,7 +88,7 @@ BAD = [
     case("optim: {schedule: cosin}", "r.yaml:5: optim.schedule: ", "cosine, linear or constant", "did you mean cosine?"),
     case("optim: 3", "r.yaml:5: optim: ", "found 3", "a mapping of settings"),
     case("optim:", "r.yaml:5: optim: ", "found null", "a mapping of settings"),
-    case("optim: {warmup_share: 1.01}", "r.yaml:5: optim.warmup_share: ", ">= 0, <= 1"),
+    case("optim: {warmup_ratio: 1.01}", "r.yaml:5: optim.warmup_ratio: ", ">= 0, <= 1"),
     case("train: {epochs: 1.0}", "r.yaml:5: train.epochs: ", "found 1.0", "a whole number >= 1"),
     case("train: {epochs: true}", "r.yaml:5: train.epochs: ", "found true", "a whole number"),
     case("train: {epochs: 12:30}", "r.yaml:5: train.epochs: ", 'found "12:30"', "a whole number"),
@@ -171,15 +171,15 @@ CONTRADICTIONS = [
         ("r.yaml:5: loss.divergence_options.beta: ", "found 3", "0 to 1"),
     ),
     ("loss: {divergence: alpha_beta, divergence_options: {alpha: 0, beta: 0}}", ("r.yaml:5: loss.divergence_options: ", "both 0")),
-    ("optim: {warmup_steps: 1, warmup_share: 0.1}", ("r.yaml:5: optim.warmup_share: ", "keep one")),
+    ("optim: {warmup_steps: 1, warmup_ratio: 0.1}", ("r.yaml:5: optim.warmup_ratio: ", "keep one")),
     ("train: {max_steps: 3}\noptim: {warmup_steps: 5}", ("r.yaml:6: optim.warmup_steps: ", "found 5", "train.max_steps (3)")),
     ("train: {epochs: 1, max_steps: 3}", ("r.yaml:5: train.max_steps: ", "keep one")),
     ("train: {micro_batch_size: 4, micro_batch_tokens: auto}", ("r.yaml:5: train.micro_batch_tokens: ", "keep one")),
     ("train: {micro_batch_tokens: all}", ("r.yaml:5: train.micro_batch_tokens: found", "a whole number >= 1 or auto or null")),
     ("validation: {every: 5}", ("r.yaml:5: validation.every: ", "without held-out rows")),
     ("checkpoint: {best_by: ce}", ("r.yaml:5: checkpoint.best_by: ", "without held-out rows")),
-    ("  validation_share: 0.1\ncheckpoint: {best_by: top1_agreement}", ("r.yaml:6: checkpoint.best_by: ", "needs a teacher")),
-    ("  validation: {path: v.jsonl}\n  validation_share: 0.1", ("r.yaml:6: data.validation_share: ", "keep one")),
+    ("  validation_fraction: 0.1\ncheckpoint: {best_by: top1_agreement}", ("r.yaml:6: checkpoint.best_by: ", "needs a teacher")),
+    ("  validation: {path: v.jsonl}\n  validation_fraction: 0.1", ("r.yaml:6: data.validation_fraction: ", "keep one")),
     ("  too_long: split", ("r.yaml:5: data.too_long: ", "format: text")),
 ]
 
@@ -233,10 +233,10 @@ def test_a_wrong_required_setting_hides_no_contradiction(refused, wrong):
     [
         "teacher: 3\nloss: {kd_ratio: 0.5}",
         "train: {batch_size: x, micro_batch_size: 48}",
-        "  validation_share: x\nvalidation: {every: 5}",
+        "  validation_fraction: x\nvalidation: {every: 5}",
         "  validation: {pth: v.jsonl}\nvalidation: {every: 5}",
         "loss: {divergence: generalised_jsd, divergence_options: {beta: 0.3}}",
-        "  validation_share: 0.1\nteacher: {modle: t}\ncheckpoint: {best_by: forward_kl}",
+        "  validation_fraction: 0.1\nteacher: {modle: t}\ncheckpoint: {best_by: forward_kl}",
     ],
 )
 def test_a_wrong_setting_accuses_no_other(refused, text):
@@ -324,7 +324,7 @@ def test_an_anchors_bomb_is_refused(refused):
         "optim: {betas: !!python/tuple [0.9, 0.99]}",
         "seed: !!int x",
         "optim: {lr: !!float x}",
-        "train: {length_group: !!bool x}",
+        "train: {group_by_length: !!bool x}",
     ],
 )
 def test_tags_are_refused_and_nothing_is_built(refused, text):
@@ -457,7 +457,7 @@ ROUND = [
         }
     },
     {"data.validation": {"path": "v.json", "format": "chat", "limit": 3}, "validation.every": 5, "checkpoint.best_by": "ce"},
-    {"train.max_steps": 7, "optim.warmup_share": 0.1},
+    {"train.max_steps": 7, "optim.warmup_ratio": 0.1},
     *({"student.revision": text} for text in TEXTS),
     *({"student.revision": text} for text in ("7e45121", "1e-4", "08")),
     {"student.revision": "a\x85b"},
@@ -556,8 +556,8 @@ SOURCE_CONTRADICTIONS = [
     ("  validation: {path: v, fields: {instruction: output}}", "r.yaml:5: data.validation.fields.instruction: ", "also read as output"),
     ("  validation: {path: v, format: chat, fields: {role: content}}", "r.yaml:5: data.validation.fields.role: ", "also read as content"),
     ("  streaming: true", "r.yaml:5: data.streaming: ", "without train.max_steps"),
-    ("  streaming: true\n  validation_share: 0.1\ntrain: {max_steps: 3}", "r.yaml:6: data.validation_share: ", "use data.validation"),
-    ("  streaming: true\ntrain: {max_steps: 3, length_group: 2}", "r.yaml:6: train.length_group: ", "use 1"),
+    ("  streaming: true\n  validation_fraction: 0.1\ntrain: {max_steps: 3}", "r.yaml:6: data.validation_fraction: ", "use data.validation"),
+    ("  streaming: true\ntrain: {max_steps: 3, group_by_length: 2}", "r.yaml:6: train.group_by_length: ", "use 1"),
 ]
 
 

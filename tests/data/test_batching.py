@@ -21,23 +21,23 @@ def make_plan(examples: int = 37, batch_size: int = 8, **changes) -> Plan:
     )
 
 
-@pytest.mark.parametrize("length_group", [1, 3])
+@pytest.mark.parametrize("group_by_length", [1, 3])
 @pytest.mark.parametrize(("examples", "batch_size"), SHAPES)
-def test_an_epoch_has_every_example_once(examples, batch_size, length_group):
-    plan = make_plan(examples, batch_size, length_group=length_group)
+def test_an_epoch_has_every_example_once(examples, batch_size, group_by_length):
+    plan = make_plan(examples, batch_size, group_by_length=group_by_length)
     for epoch in range(3):
         windows = plan.windows(epoch)
         assert sorted(i for window in windows for i in window) == list(range(examples))
         assert len(windows) == plan.steps_per_epoch == math.ceil(examples / batch_size)
         short = [n for n, window in enumerate(windows) if len(window) != batch_size]
         assert len(short) == bool(examples % batch_size)
-        if length_group == 1 and short:
+        if group_by_length == 1 and short:
             assert short == [len(windows) - 1] and len(windows[-1]) == examples % batch_size
 
 
-@pytest.mark.parametrize("length_group", [1, 3])
-def test_the_order_depends_on_seed_and_epoch_alone(length_group):
-    plan = make_plan(length_group=length_group)
+@pytest.mark.parametrize("group_by_length", [1, 3])
+def test_the_order_depends_on_seed_and_epoch_alone(group_by_length):
+    plan = make_plan(group_by_length=group_by_length)
     before = plan.windows(1)
     random.seed(99)
     np.random.seed(99)
@@ -48,11 +48,11 @@ def test_the_order_depends_on_seed_and_epoch_alone(length_group):
     assert dataclasses.replace(plan, seed=4).windows(1) != before
 
 
-@pytest.mark.parametrize("length_group", [1, 3])
+@pytest.mark.parametrize("group_by_length", [1, 3])
 @pytest.mark.parametrize("ranks", [1, 2])
-def test_going_on_after_k_steps_is_the_tail_of_the_whole(length_group, ranks):
+def test_going_on_after_k_steps_is_the_tail_of_the_whole(group_by_length, ranks):
     for rank in range(ranks):
-        plan = make_plan(length_group=length_group, rank=rank, ranks=ranks)
+        plan = make_plan(group_by_length=group_by_length, rank=rank, ranks=ranks)
         whole = list(plan.steps())
         assert [step.number for step in whole] == list(range(1, plan.total_steps + 1))
         for done in range(plan.total_steps + 1):
@@ -136,9 +136,9 @@ def alpaca_like(count: int) -> np.ndarray:
 def test_under_five_in_a_hundred_of_the_tokens_are_padding():
     lengths = alpaca_like(6400)
 
-    def shares(size, batch_size: int, length_group: int = 1) -> float:
+    def shares(size, batch_size: int, group_by_length: int = 1) -> float:
         """Padding, and with packing what is unused of the budget, of all slots."""
-        plan = Plan(lengths, 3, batch_size, size, 1, None, length_group)
+        plan = Plan(lengths, 3, batch_size, size, 1, None, group_by_length)
         used = [lengths[batch] for step in plan.steps() for batch in step.micro_batches]
         packed = isinstance(size, Budget) and size.packing
         slots = sum(size.tokens if packed else len(batch) * batch.max() for batch in used)
@@ -158,8 +158,8 @@ def test_the_longer_of_two_views_counts():
 
 
 def test_length_grouping_pads_less():
-    def padding(length_group: int) -> int:
-        plan = make_plan(400, 8, micro_batch_size=8, epochs=1, length_group=length_group)
+    def padding(group_by_length: int) -> int:
+        plan = make_plan(400, 8, micro_batch_size=8, epochs=1, group_by_length=group_by_length)
         batches = [plan.lengths[batch] for step in plan.steps() for batch in step.micro_batches]
         return sum(int(len(lengths) * lengths.max() - lengths.sum()) for lengths in batches)
 

@@ -46,7 +46,7 @@ def test_examples_of_several_formats_train_together_and_are_written_down(several
 
 
 def test_held_out_rows_keep_their_sources(several):
-    prepared = prepare(several(data__validation_share=0.3))
+    prepared = prepare(several(data__validation_fraction=0.3))
     both = sorted(
         [
             *zip(prepared.train.source, prepared.train.row, strict=True),

@@ -186,7 +186,7 @@ def test_a_real_sweep_is_reported_with_the_figures_of_its_files(world, tmp_path,
     from llmkd.commands.sweep import run_sweep
 
     recipe = plain_recipe(world, tmp_path / "unused")
-    recipe["data"]["validation_share"], recipe["validation"], recipe["train"]["max_steps"] = 0.2, {"every": 2}, 4
+    recipe["data"]["validation_fraction"], recipe["validation"], recipe["train"]["max_steps"] = 0.2, {"every": 2}, 4
     recipe["optim"]["warmup_steps"] = 1
     (tmp_path / "base.yaml").write_text(json.dumps(recipe))
     sweep = {"output_dir": str(tmp_path / "out"), "recipe": "base.yaml", "grid": {"loss.kd_ratio": [0, 0.5, 1.0]}, "seeds": [1, 2]}

@@ -5,7 +5,7 @@ from pathlib import Path
 from llmkd.training.run import run
 from tests.conftest import weights
 
-FLOAT32 = {"student__dtype": "float32", "teacher__dtype": "float32", "validation__gate": 0}
+FLOAT32 = {"student__dtype": "float32", "teacher__dtype": "float32", "validation__teacher_check": 0}
 
 
 def from_store(make_recipe, stores, kind: str, out: str, **changes):

@@ -14,7 +14,7 @@ KINDS = [
     ("forward_kl", {}),
     ("reverse_kl", {}),
     ("symmetric_kl", {}),
-    ("symmetric_kl", {"forward_share": 0.2}),
+    ("symmetric_kl", {"forward_weight": 0.2}),
     ("generalized_jsd", {}),
     ("generalized_jsd", {"beta": 0.1}),
     ("generalized_jsd", {"beta": 0.8}),
@@ -74,10 +74,10 @@ def d_reverse_kl(log_q, log_p):
     return mean_log_ratio(log_q.exp(), log_q, log_p)
 
 
-def d_symmetric_kl(log_q, log_p, forward_share=0.5):
-    if forward_share == 1:
+def d_symmetric_kl(log_q, log_p, forward_weight=0.5):
+    if forward_weight == 1:
         return d_forward_kl(log_q, log_p)
-    return forward_share * d_forward_kl(log_q, log_p) + (1 - forward_share) * d_reverse_kl(log_q, log_p)
+    return forward_weight * d_forward_kl(log_q, log_p) + (1 - forward_weight) * d_reverse_kl(log_q, log_p)
 
 
 def d_generalized_jsd(log_q, log_p, beta=0.5):
@@ -325,7 +325,7 @@ FINITE = [
 
 
 @pytest.mark.parametrize(
-    "name, options", FINITE + [("symmetric_kl", {"forward_share": 1.0}), ("alpha_beta", {}), ("alpha_beta", {"alpha": 1.0, "beta": 0.0})]
+    "name, options", FINITE + [("symmetric_kl", {"forward_weight": 1.0}), ("alpha_beta", {}), ("alpha_beta", {"alpha": 1.0, "beta": 0.0})]
 )
 def test_tokens_that_the_teacher_rules_out_count_exactly(name, options):
     assert_accurate(name, options, *ruled_out())

@@ -21,7 +21,7 @@ inside = pytest.mark.skipif(not INTERPRETED, reason="run by test_in_the_interpre
 KINDS = [
     ("forward_kl", {}),
     ("reverse_kl", {}),
-    ("symmetric_kl", {"forward_share": 0.2}),
+    ("symmetric_kl", {"forward_weight": 0.2}),
     ("generalized_jsd", {}),
     ("generalized_jsd", {"beta": 0.1}),
     ("generalized_jsd", {"beta": 1.0}),

@@ -223,18 +223,18 @@ def test_a_part_of_a_batch_is_the_batch_of_that_part(share, mine):
 
 def test_a_run_that_shares_ends_with_the_weights_of_one_that_does_not(trained):
     changes = {"data.packing": True, "train.micro_batch_size": 8}
-    shared, apart = (trained(f"{share}", **changes, **{"data.share_beginnings": share}) for share in (True, False))
+    shared, apart = (trained(f"{share}", **changes, **{"data.share_prefixes": share}) for share in (True, False))
     assert 0 < distance(shared, apart) < 1e-6  # norms round in float32
 
 
 def test_sharing_is_refused_where_it_cannot_be(make_recipe, monkeypatch):
     from llmkd.training.run import run
 
-    changes = {"data.packing": True, "data.share_beginnings": True}
-    with pytest.raises(UserError, match="data.share_beginnings: given with teacher.attention"):
+    changes = {"data.packing": True, "data.share_prefixes": True}
+    with pytest.raises(UserError, match="data.share_prefixes: given with teacher.attention"):
         make_recipe(**changes, **{"teacher.attention": "eager"})
     monkeypatch.setattr(varlen, "use", lambda model: False)
-    with pytest.raises(UserError, match=r"data.share_beginnings: student.model \(llama\) keeps an attention of its own"):
+    with pytest.raises(UserError, match=r"data.share_prefixes: student.model \(llama\) keeps an attention of its own"):
         run(make_recipe(**changes))
 
 

@@ -80,7 +80,7 @@ def test_a_compiled_run_is_the_run_and_is_resumed_bit_for_bit(trained, make_reci
     from llmkd.output.metrics import read
     from llmkd.training import loop
 
-    changes = {"student__lora__dropout": 0.3, "student__gradient_checkpointing": checkpointing, "validation__gate": 0}
+    changes = {"student__lora__dropout": 0.3, "student__gradient_checkpointing": checkpointing, "validation__teacher_check": 0}
     torch._dynamo.reset()
     plain = trained("plain", **changes)
     whole = trained("whole", train__compile=True, **changes)

@@ -202,7 +202,7 @@ RUN = {"student.lora": {"rank": 4, "dropout": 0.2}, "teacher.share_base": True}
 
 
 def test_a_whole_run_and_what_it_saves_are_the_same(world, trained, tmp_path):
-    changes = {"student.model": str(world / "teacher"), **RUN, "data.validation_share": 0.2, "validation.every": 2}
+    changes = {"student.model": str(world / "teacher"), **RUN, "data.validation_fraction": 0.2, "validation.every": 2}
     assert distance(trained("shared", **changes), trained("apart", **changes | {"teacher.share_base": False})) == 0
     lines = [(tmp_path / out / "metrics.jsonl").read_text().splitlines() for out in ("shared", "apart")]
     for one, other in zip(*(map(json.loads, some) for some in lines), strict=True):

@@ -79,7 +79,7 @@ def same_files(a, b):
 
 KINDS = {
     "topk": (Cache(path="x", k=20), TopK),
-    "sampled": (Cache(path="x", kind="sampled", draws=30, temperature=2.0), Sampled),
+    "sampled": (Cache(path="x", kind="sampled", num_samples=30, temperature=2.0), Sampled),
     "hidden": (Cache(path="x", kind="hidden"), Dense),
 }
 each = pytest.mark.parametrize("name", KINDS)

@@ -194,7 +194,7 @@ def two(world, make_recipe, tmp_path):
         (tmp_path / "b.jsonl").write_text("".join(rows[20:]))
         sources = [{"path": str(tmp_path / name), "teacher": name[0]} for name in ("a.jsonl", "b.jsonl")]
         teachers = [{"name": "a", "model": str(world / "adapter")}, {"name": "b", "model": str(world / "stranger")}]
-        return make_recipe(out, **({"data__train": sources, "teacher": teachers, "validation__gate": 0} | changes))
+        return make_recipe(out, **({"data__train": sources, "teacher": teachers, "validation__teacher_check": 0} | changes))
 
     return make
 
@@ -233,10 +233,10 @@ def test_a_teacher_known_by_samples_beside_one_with_rows_of_its_own(two, world, 
     from llmkd.commands.cache import cache
     from llmkd.training.run import run
 
-    kept = {"model": str(world / "stranger"), "cache": {"path": str(tmp_path / "store"), "kind": "sampled", "draws": 5}}
+    kept = {"model": str(world / "stranger"), "cache": {"path": str(tmp_path / "store"), "kind": "sampled", "num_samples": 5}}
     plain = [{"path": s.path} for s in two().data.train]
     changes = {"data__train": [plain[0] | {"teacher": "a"}, plain[1]], "data__validation": plain[0] | {"limit": 9, "teacher": "a"}}
-    recipe = two(teacher=[{"name": "a", "model": str(world / "adapter")}, kept], validation__gate=37, **changes)
+    recipe = two(teacher=[{"name": "a", "model": str(world / "adapter")}, kept], validation__teacher_check=37, **changes)
     cache(recipe)
     found = run(recipe)["validation"]
     alone = run(

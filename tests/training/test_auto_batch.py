@@ -268,5 +268,5 @@ def test_chunks_are_not_halved_for_ever_and_a_number_given_is_kept_to(make_recip
     head, real = Head(monkeypatch), fitting.Fitting.measure
     monkeypatch.setattr(fitting.Fitting, "measure", lambda self, size: (real(self, size), setattr(head, "rows", 100)))
     with pytest.raises(torch.OutOfMemoryError):
-        run(make_recipe(**AUTO, loss__chunk_rows=given))
+        run(make_recipe(**AUTO, loss__chunk_size=given))
     assert head.asked[-1] == (given or 128)

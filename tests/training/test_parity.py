@@ -49,7 +49,7 @@ def test_budgets_of_tokens_do_not_matter(trained, reference, tokens, packing):
 
 
 def test_chunks_of_the_head_do_not_matter(trained, reference):
-    assert distance(trained("chunk", train__micro_batch_size=8, loss__chunk_rows=5), reference("lora")) < BOUND
+    assert distance(trained("chunk", train__micro_batch_size=8, loss__chunk_size=5), reference("lora")) < BOUND
 
 
 def test_gradient_checkpointing_does_not_matter(trained, reference):

@@ -189,7 +189,7 @@ def test_validation_figures_from_the_models_own_logits(make_recipe, world, tmp_p
         {"student__dtype": "float32", "teacher__dtype": "float32", "student__mixed_precision": "bf16"},
         {"student__dtype": "bfloat16", "teacher__dtype": "bfloat16"},
         {"student__dtype": "bfloat16", "teacher__dtype": "bfloat16", "student__method": "full"},
-        {"student__gradient_checkpointing": True, "train__length_group": 4},
+        {"student__gradient_checkpointing": True, "train__group_by_length": 4},
         {"student__lora__dora": True, "student__lora__rslora": True, "student__lora__target_modules": ("q_proj", "lm_head")},
     ],
 )
@@ -275,7 +275,7 @@ def test_a_folder_of_the_users_own_is_never_touched(command, tmp_path):
 def test_pieces_of_a_held_out_text_are_not_trained_on(make_recipe, tmp_path):
     (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": f"{i} " * 60}) + "\n" for i in range(10)))
     source = {"path": str(tmp_path / "t.jsonl"), "format": "text"}
-    prepared = prepare(make_recipe(data__train=source, data__too_long="split", data__max_length=16, data__validation_share=0.2))
+    prepared = prepare(make_recipe(data__train=source, data__too_long="split", data__max_length=16, data__validation_fraction=0.2))
     assert set(prepared.validation.row) and not set(prepared.validation.row) & set(prepared.train.row)
     assert len(set(prepared.validation.row)) == 2 and len(prepared.validation) > 2
 

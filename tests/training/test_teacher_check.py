@@ -22,7 +22,7 @@ def gate_of(recipe) -> list[dict]:
 
 
 def test_its_figures_are_the_cross_entropies_of_both_on_the_sample(make_recipe, capsys):
-    recipe = make_recipe(validation__gate=11, train__max_steps=2)
+    recipe = make_recipe(validation__teacher_check=11, train__max_steps=2)
     run(recipe)
     prepared = prepare(recipe)
     sample = sample_examples(prepared.train, 11)
@@ -43,7 +43,7 @@ def test_its_figures_are_the_cross_entropies_of_both_on_the_sample(make_recipe, 
 def test_it_changes_nothing_of_the_run(trained):
     from tests.conftest import distance
 
-    with_, without = (trained(f"gate{n}", validation__gate=n, student__lora__dropout=0.2) for n in (64, 0))
+    with_, without = (trained(f"gate{n}", validation__teacher_check=n, student__lora__dropout=0.2) for n in (64, 0))
     assert distance(with_, without) == 0
 
 

@@ -87,7 +87,7 @@ class SampledFormat:
     """The draws of a target follow from the seed, its example and its place in it: whatever the batch, and however often."""
 
     vocab: int
-    draws: int
+    num_samples: int
     temperature: float
     seed: int
 
@@ -98,17 +98,17 @@ class SampledFormat:
 
     @property
     def widths(self) -> tuple[int, ...]:
-        return id_bytes(self.draws, self.vocab), 2, 2, 2
+        return id_bytes(self.num_samples, self.vocab), 2, 2, 2
 
     @property
     def bytes(self) -> int:
         return sum(self.widths)
 
     def options(self) -> dict:
-        return {"name": "sampled", "draws": self.draws, "temperature": self.temperature, "seed": self.seed}
+        return {"name": "sampled", "num_samples": self.num_samples, "temperature": self.temperature, "seed": self.seed}
 
     def record(self, signal: Signal, labels_N: Tensor, examples: Sequence[Example]) -> np.ndarray:
-        chance_ND = torch.from_numpy(uniform_draws(self.seed, examples, self.draws)).to(labels_N.device)
+        chance_ND = torch.from_numpy(uniform_draws(self.seed, examples, self.num_samples)).to(labels_N.device)
 
         def chunk(rows: slice) -> Tensor:
             log_p_nV = _answers(signal, rows)
@@ -124,7 +124,7 @@ class SampledFormat:
     def signal(self, records_NR: Tensor, device) -> Sampled:
         ids, *halves = records_NR.to(device, non_blocking=True).split(self.widths, 1)
         soft, label, plain = (_halves(part)[:, 0] for part in halves)
-        return Sampled(decode_ids(ids, self.draws, self.vocab), self.vocab, self.temperature, soft, label, plain)
+        return Sampled(decode_ids(ids, self.num_samples, self.vocab), self.vocab, self.temperature, soft, label, plain)
 
 
 @dataclass(frozen=True)
