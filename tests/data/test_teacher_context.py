@@ -15,8 +15,9 @@ from llmkd.config.loader import dump, load_recipe
 from llmkd.config.recipe import Data, Source
 from llmkd.data.collate import collate
 from llmkd.data.dataset import refuse_unknown_tokens
-from llmkd.data.encoding import token_cache
+from llmkd.data.encoding.encode import encode as encode_rows
 from llmkd.data.encoding.formats import ALPACA
+from llmkd.data.encoding.token_cache import load_or_encode
 from llmkd.data.examples import merge
 from llmkd.data.stream import Stream
 from llmkd.errors import UserError
@@ -316,23 +317,21 @@ def test_a_batch_has_two_views_of_the_same_targets(packing):
         assert view.inputs["input_ids"].tolist() == [[7]] and not len(view.rows_N)
 
 
-def test_the_cache_keeps_what_the_teacher_reads(tmp_path, monkeypatch):
+def test_the_cache_keeps_what_the_teacher_reads(tmp_path):
     rows = rows_of(*(talk("u q", f"a {'owl ' * n}x") | {"teacher_context": "c " * (n % 2)} for n in range(6)))
 
-    def cached(**data):
+    def cached(encode=encode_rows, **data):
         said = []
-        made = token_cache.load_or_encode(
-            rows, Source(path="f", format="chat"), Data(cache_dir=str(tmp_path), **data), tiny(), "data.train", said.append
-        )
+        source, settings = Source(path="f", format="chat"), Data(cache_dir=str(tmp_path), **data)
+        made = load_or_encode(rows, source, settings, tiny(), "data.train", said.append, encode)
         assert not said
         return made
 
     kinds = ({}, {"teacher_context": TOLD}, {"teacher_context": "else"})
     made = [cached(**data) for data in kinds]
     assert len(list((tmp_path / "tokens").iterdir())) == 3
-    monkeypatch.setattr(token_cache.encoding, "encode", None)
     for data, before in zip(kinds, made, strict=True):
-        again = cached(**data)
+        again = cached(None, **data)
         assert same(again, before) and [again.content_hash(i) for i in range(6)] == [before.content_hash(i) for i in range(6)]
         for name in ("ids", "loss_mask", "offsets", "row"):
             a, b = getattr(again.teacher_view, name), getattr(before.teacher_view, name)

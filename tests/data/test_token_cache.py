@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from llmkd.config.recipe import Data, Source
-from llmkd.data.encoding import token_cache
+from llmkd.data.encoding.encode import encode as encode_rows
+from llmkd.data.encoding.token_cache import load_or_encode
 from llmkd.data.examples import Examples
 from llmkd.data.reading.sources import Rows, read_source
 from llmkd.errors import UserError
@@ -22,14 +23,13 @@ class Cache:
     """A cache folder, and what was said about it."""
 
     def __init__(self, folder: Path):
-        self.folder, self.said = folder, []
+        self.folder, self.said, self.encode = folder, [], encode_rows
 
     def __call__(self, rows: Rows, format: str = "alpaca", tokenizer=None, **data) -> Examples:
         self.said = []
         settings = Data(**({"cache_dir": str(self.folder)} | data))
-        return token_cache.load_or_encode(
-            rows, Source(path="f.jsonl", format=format), settings, tokenizer or tiny(), "data.train", self.said.append
-        )
+        source = Source(path="f.jsonl", format=format)
+        return load_or_encode(rows, source, settings, tokenizer or tiny(), "data.train", self.said.append, self.encode)
 
     @property
     def entries(self) -> list[Path]:
@@ -42,11 +42,11 @@ def cache(tmp_path) -> Cache:
 
 
 @pytest.fixture
-def no_encoding(monkeypatch):
+def no_encoding(cache):
     def never(*args):
         raise AssertionError("tokenised again")
 
-    return lambda: monkeypatch.setattr(token_cache.encoding, "encode", never)
+    return lambda: setattr(cache, "encode", never)
 
 
 ROWS = rows_of(*({"instruction": f"q {i}", "output": "owl " * (i + 1)} for i in range(9)))
