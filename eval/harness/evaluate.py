@@ -15,7 +15,7 @@ from pathlib import Path
 from llmkd import __version__
 from llmkd.console import first_process, say
 from llmkd.errors import Stopped, UserError
-from llmkd.training.shutdown import StopRequest
+from llmkd.training.shutdown import ShutdownRequest
 
 from . import record_files
 from .benchmarks import find_tasks, harness_version, index, need_harness, shots
@@ -54,7 +54,7 @@ def evaluate_all(targets: list[str], tasks: list[str], *, tasks_dir=None, out=No
     """
     options = Options(**options)
     need_harness()
-    with StopRequest("leaving the evaluation") as stop:
+    with ShutdownRequest("leaving the evaluation") as stop:
         found_tasks = find_tasks(tasks, tasks_dir, options.fewshot)
         found_targets = find_targets(list(dict.fromkeys(targets)), out, options.dtype)
         records = {target.name: _known(target, found_tasks, options) for target in found_targets}
@@ -130,7 +130,7 @@ def _settings(target: Target, task, options: Options) -> dict:
 class _Work:
     """The evaluations that are left, one model in memory at a time."""
 
-    def __init__(self, tasks: dict, options: Options, accelerator, stop: StopRequest, left: int):
+    def __init__(self, tasks: dict, options: Options, accelerator, stop: ShutdownRequest, left: int):
         self.tasks, self.options, self.accelerator, self.stop = tasks, options, accelerator, stop
         self.left, self.done, self.problems = left, 0, []
 
@@ -229,7 +229,7 @@ class _Work:
             )
 
     def check_stop(self) -> None:
-        if self.stop.anywhere(self.accelerator):
+        if self.stop.any_rank(self.accelerator):
             raise self.stopped()
 
     def stopped(self) -> Stopped:

@@ -20,7 +20,7 @@ from llmkd.commands import plan as cost  # noqa: E402
 from llmkd.config import loader as settings  # noqa: E402
 from llmkd.models import size as cost_size  # noqa: E402
 from llmkd.output.run_folder import RunFolder  # noqa: E402
-from llmkd.training.shutdown import StopRequest  # noqa: E402
+from llmkd.training.shutdown import ShutdownRequest  # noqa: E402
 
 RECIPE = REPO / "recipes/quickstart/2_distill.yaml"
 ARMS = [{"loss.kd_ratio": kd, "optim.lr": lr} for kd in (0.25, 0.5, 1.0) for lr in (3e-3, 1e-3, 3e-4)]
@@ -89,16 +89,16 @@ def trained(many: list) -> tuple[float, float, int]:
     """Seconds of the training loop, the share of it that the teacher took, and targets passed."""
     from llmkd.training.launch import start
     from llmkd.training.prepare import prepare
-    from llmkd.training.trainer import Session
+    from llmkd.training.trainer import Trainer
 
-    with StopRequest() as stop:
-        session = Session(many, many[0], prepare(many[0]), [RunFolder(recipe, False) for recipe in many], start(), stop)
-        session.teacher = asked = Timed(session.teacher) if session.teacher else None
+    with ShutdownRequest() as stop:
+        trainer = Trainer(many, many[0], prepare(many[0]), [RunFolder(recipe, False) for recipe in many], start(), stop)
+        trainer.teacher = asked = Timed(trainer.teacher) if trainer.teacher else None
         before = time.perf_counter()
-        session.train()
+        trainer.train()
         seconds = time.perf_counter() - before
-        of_example = session.prepared.train.num_targets
-        targets = sum(int(of_example[batch].sum()) for step in session.plan.steps() for batch in step.micro_batches)
+        of_example = trainer.prepared.train.num_targets
+        targets = sum(int(of_example[batch].sum()) for step in trainer.plan.steps() for batch in step.micro_batches)
         return seconds, asked.seconds / seconds if asked else 0.0, targets
 
 

@@ -29,9 +29,9 @@ from eval.speed.step import heading, parser  # noqa: E402
 from eval.speed.step_cases import learning  # noqa: E402
 from eval.speed.step_world import World  # noqa: E402
 from llmkd.batch import Batch  # noqa: E402
-from llmkd.data.batching import Budget  # noqa: E402
+from llmkd.data.batching import TokenBudget  # noqa: E402
 from llmkd.data.collate import collate  # noqa: E402
-from llmkd.data.prefetch import ahead  # noqa: E402
+from llmkd.data.prefetch import prefetch  # noqa: E402
 from llmkd.teachers.live import Live  # noqa: E402
 from llmkd.training import distiller, loop  # noqa: E402
 from llmkd.training.launch import start  # noqa: E402
@@ -62,16 +62,16 @@ def main() -> None:
 
 
 def profiled(world: World, options: argparse.Namespace) -> list[str]:
-    learner, teacher = (
+    state, teacher = (
         learning(world, 0.0 if options.alone else 0.5, world.student),
         None if options.alone else named(TEACHER, Live(world.teacher)),
     )
-    plan = world.plan(Budget(options.tokens, packing=options.packed))
+    plan = world.plan(TokenBudget(options.tokens, packing=options.packed))
     batch_of, steps = functools.partial(collate, world.data, pad=0, packing=options.packed), 0
     kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if world.device.type == "cuda" else [])]
     profiler = profile(activities=kinds)
     with parts_named(world):
-        for progress in loop.train(plan, batch_of, [learner], teacher, world.accelerator, ahead=waited):
+        for progress in loop.train(plan, batch_of, [state], teacher, world.accelerator, prefetch=waited):
             if progress.step == WARM_UP:
                 profiler.start()
             steps = progress.step - WARM_UP
@@ -96,8 +96,8 @@ def named(part: str, call: Callable) -> Callable:
 
 
 def waited(items: Iterator) -> Iterator:
-    """`ahead`, and what the loop waits for it."""
-    with contextlib.closing(ahead(items)) as coming:
+    """`prefetch`, and what the loop waits for it."""
+    with contextlib.closing(prefetch(items)) as coming:
         while True:
             with record_function(WAIT):
                 item = next(coming, None)
@@ -114,10 +114,10 @@ def parts_named(world: World):
         (world.student, "hidden", STUDENT),
         (distiller, "fused_loss", HEADS),
         (world.accelerator, "backward", BACKWARD),
-        (loop, "scaled_norm", OPTIMIZER),
-        (loop, "move", OPTIMIZER),
-        (loop.Outcome, "__init__", TERMS),
-        (loop.Outcome, "read", TERMS),
+        (loop, "unscale_and_norm_", OPTIMIZER),
+        (loop, "optimizer_step", OPTIMIZER),
+        (loop.StepResult, "__init__", TERMS),
+        (loop.StepResult, "read", TERMS),
     ]
     with contextlib.ExitStack() as stack:
         for place, name, part in calls:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from llmkd.batch import Batch
 from llmkd.config.recipe import Optim
-from llmkd.data.batching import Budget
+from llmkd.data.batching import TokenBudget
 from llmkd.data.collate import collate
-from llmkd.data.prefetch import ahead
+from llmkd.data.prefetch import prefetch
 from llmkd.losses.divergences import make_divergence
 from llmkd.losses.fused import default_chunk
 from llmkd.losses.objective import Objective
@@ -25,8 +25,8 @@ from llmkd.signals import Dense, Teacher
 from llmkd.teachers.live import Live
 from llmkd.training import optim as optimizers
 from llmkd.training.distiller import Distiller
-from llmkd.training.loop import Learner, train
-from llmkd.training.memory import gauge_of
+from llmkd.training.loop import StudentState, train
+from llmkd.training.memory import memory_gauge
 
 from .step_world import World
 
@@ -66,7 +66,7 @@ class Clock:
 
     def __init__(self, device: torch.device):
         self.device = device
-        self.gauge = gauge_of(device)
+        self.gauge = memory_gauge(device)
         self.marks = [self.now()]
 
     def now(self) -> float:
@@ -87,11 +87,11 @@ def cases(world: World) -> list[Case]:
     tokens = world.options.tokens
     settings = [
         ("micro_batch_size 4", {"size": 4}),
-        (f"micro_batch_tokens {tokens}", {"size": Budget(tokens)}),
-        ("the same, packed", {"size": Budget(tokens, packing=True)}),
+        (f"micro_batch_tokens {tokens}", {"size": TokenBudget(tokens)}),
+        ("the same, packed", {"size": TokenBudget(tokens, packing=True)}),
     ]  # what a setting may be: the arguments of `ours`
     if world.options.compile:
-        settings.append(("the same, packed and compiled", {"size": Budget(tokens, packing=True), "compiled": True}))
+        settings.append(("the same, packed and compiled", {"size": TokenBudget(tokens, packing=True), "compiled": True}))
     found = []
     for teacher in (True, False):
         found.append(Case("the matrix products alone", partial(products, teacher=teacher), teacher, floor=True))
@@ -109,10 +109,10 @@ def cases(world: World) -> list[Case]:
     return sorted(found, key=lambda case: not case.teacher)
 
 
-def learning(world: World, kd: float, student: LanguageModel) -> Learner:
+def learning(world: World, kd: float, student: LanguageModel) -> StudentState:
     parameters = world.fresh_adapter(student)
     distiller = world.accelerator.prepare_model(Distiller(student, Objective(kd, 1.0, make_divergence("forward_kl"))))
-    return Learner(distiller, optimizers.build(Optim(), parameters), parameters, lambda step: 2e-4, 1.0)
+    return StudentState(distiller, optimizers.build(Optim(), parameters), parameters, lambda step: 2e-4, 1.0)
 
 
 class Known(Live):
@@ -146,38 +146,38 @@ def known(world: World) -> Teacher:
 
 def ours(
     world: World,
-    size: int | Budget,
+    size: int | TokenBudget,
     kd: float,
     compiled: bool = False,
     teacher: Callable[[World], Teacher] = live,
     students: Callable[[World], list[LanguageModel]] = lambda world: [world.student],
 ) -> Round:
-    """By the loop that a run is, its batches made ahead as there."""
+    """By the loop that a run is, with prefetch as there."""
     if compiled:
         world.compile()
     with contextlib.nullcontext() if compiled else torch.compiler.set_stance("force_eager"):
         return _ours(world, size, kd, teacher(world) if kd else None, students(world), teacher is not in_float8)
 
 
-def _ours(world: World, size: int | Budget, kd: float, teacher: Teacher | None, students: list[LanguageModel], true: bool) -> Round:
+def _ours(world: World, size: int | TokenBudget, kd: float, teacher: Teacher | None, students: list[LanguageModel], true: bool) -> Round:
     """`true`: the teacher is the one that the truth is of."""
-    learners = [learning(world, kd, student) for student in students]
-    plan, packing = world.plan(size), isinstance(size, Budget) and size.packing
+    states = [learning(world, kd, student) for student in students]
+    plan, packing = world.plan(size), isinstance(size, TokenBudget) and size.packing
     batch_of = partial(collate, world.data, pad=0, packing=packing)
     clock, targets, first, norm = Clock(world.device), [], {}, 0.0
-    for progress in train(plan, batch_of, learners, teacher, world.accelerator, ahead=ahead):
+    for progress in train(plan, batch_of, states, teacher, world.accelerator, prefetch=prefetch):
         clock.mark()
         first, norm = first or progress.terms[0], norm or progress.grad_norms[0]
-        targets.append(progress.targets)
+        targets.append(progress.num_targets)
     steps = list(plan.steps())
     batches = [batch_of(micro) for step in steps for micro in step.micro_batches]
     return Round(
         clock.seconds,
-        [len(learners) * world.tokens(step.window) for step in steps],
-        [len(learners) * n for n in targets],
+        [len(states) * world.tokens(step.examples) for step in steps],
+        [len(states) * n for n in targets],
         len(batches) / len(steps),
-        len(learners) * sum(batch.student.inputs["input_ids"].numel() for batch in batches),
-        steps[0].window,
+        len(states) * sum(batch.student.inputs["input_ids"].numel() for batch in batches),
+        steps[0].examples,
         first["ce"],
         first.get("kd") if true else None,
         {kd: norm} if true else {},

@@ -10,7 +10,7 @@ import transformers
 from torch import nn
 
 from llmkd.config.recipe import Lora
-from llmkd.data.batching import Plan
+from llmkd.data.batching import BatchPlan
 from llmkd.data.collate import collate
 from llmkd.data.examples import Examples
 from llmkd.models import adapters, float8
@@ -136,14 +136,14 @@ class World:
         for who, model in models:
             compiled.compile_layers(model, f"{who}.model", packing=True)
 
-    def plan(self, size) -> Plan:
+    def plan(self, size) -> BatchPlan:
         """Of steps that are measured, and one before them."""
-        return Plan(self.data.lengths, 0, self.options.batch, size, None, self.options.steps + 1, targets=self.data.num_targets)
+        return BatchPlan(self.data.lengths, 0, self.options.batch, size, None, self.options.steps + 1, targets=self.data.num_targets)
 
     @functools.cached_property
     def order(self) -> list[int]:
         """All examples, step after step."""
-        return [i for window in self.plan(1).windows(0) for i in window]
+        return [i for window in self.plan(1).step_batches(0) for i in window]
 
     @functools.cached_property
     def window(self) -> tuple[float, float]:

@@ -17,17 +17,17 @@ import numpy as np
 from ..config.recipe import Recipe, Teacher
 from ..config.teacher import CACHE_KINDS, Cache
 from ..console import bar, duration, first_process, say
-from ..data.batching import deal
+from ..data.batching import make_micro_batches
 from ..data.examples import Examples, concat
 from ..errors import Stopped, UserError, alone, first_alone
 from ..output.run_folder import lock
 from ..teachers import resolve as taught
 from ..teachers.resolve import TeacherSource
 from ..training.prepare import Prepared, prepare
-from ..training.shutdown import StopRequest
+from ..training.shutdown import ShutdownRequest
 
 
-def cache(recipe: Recipe, foreign: str | None = None, stop: StopRequest | None = None) -> list[Path]:
+def cache(recipe: Recipe, foreign: str | None = None, stop: ShutdownRequest | None = None) -> list[Path]:
     """Write every store that the recipe's teachers name. Raises UserError, or Stopped when a signal came: what is whole is kept.
 
     `foreign`: a file of answers that came from elsewhere, for the one teacher that has a store.
@@ -39,7 +39,7 @@ def cache(recipe: Recipe, foreign: str | None = None, stop: StopRequest | None =
     accelerator = start()
     if foreign:
         return [read_foreign(recipe, prepared, todo, foreign, accelerator)]
-    with stop or StopRequest("finishing this batch; what is whole is kept") as stop, contextlib.ExitStack() as held:
+    with stop or ShutdownRequest("finishing this batch; what is whole is kept") as stop, contextlib.ExitStack() as held:
         return [write(recipe, prepared, teacher, accelerator, stop, held) for teacher in todo]
 
 
@@ -101,7 +101,9 @@ def planned(encoded: Examples, bytes_per_target: int):
     return Plan.of([encoded.content_hash(i) for i in range(len(encoded))], encoded.num_targets.tolist(), bytes_per_target)
 
 
-def write(recipe: Recipe, prepared: Prepared, teacher: TeacherSource, accelerator, stop: StopRequest, held: contextlib.ExitStack) -> Path:
+def write(
+    recipe: Recipe, prepared: Prepared, teacher: TeacherSource, accelerator, stop: ShutdownRequest, held: contextlib.ExitStack
+) -> Path:
     """One teacher's store; `held` keeps other attempts out of its folder."""
     from ..data.collate import collate
     from ..models.load import load_together
@@ -209,7 +211,7 @@ def content_of(file: str) -> str:
 
 def dealt(encoded: Examples, examples: np.ndarray, size: int) -> list[list[int]]:
     """Batches of examples of similar length."""
-    return [examples[batch].tolist() for batch in deal(list(range(len(examples))), encoded.lengths[examples], size)]
+    return [examples[batch].tolist() for batch in make_micro_batches(list(range(len(examples))), encoded.lengths[examples], size)]
 
 
 def time_of(answers: Callable[[list[int]], object], batches: list[list[int]], lengths: np.ndarray) -> float:

@@ -10,7 +10,7 @@ from .. import console as tracking_console
 from ..batch import Batch
 from ..config.recipe import Recipe
 from ..console import bar, say
-from ..data.batching import deal
+from ..data.batching import make_micro_batches
 from ..data.collate import collate
 from ..data.examples import Examples
 from ..errors import UserError
@@ -35,7 +35,7 @@ class Remembered:
 
     def __init__(self, model: LanguageModel, data: Examples, pad: int, size: int, device):
         live, self.head, self.hidden = Live(model), None, {}
-        for examples in bar("the unquantised teacher")(deal(list(range(len(data))), data.lengths, size)):
+        for examples in bar("the unquantised teacher")(make_micro_batches(list(range(len(data))), data.lengths, size)):
             batch = collate(data, examples, pad).to(device)
             signal = live(batch)
             self.head = signal.head

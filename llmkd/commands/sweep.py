@@ -24,7 +24,7 @@ from ..teachers.resolve import check_samples
 from ..training.launch import start
 from ..training.prepare import student_files
 from ..training.run import run, train_together
-from ..training.shutdown import StopRequest
+from ..training.shutdown import ShutdownRequest
 from .sweep_state import Group, State
 
 
@@ -36,7 +36,7 @@ def run_sweep(config: str, overrides: dict, resume: bool, then: Callable[[Path],
     load = Arms(sweep, Path(config), specs)
     refuse_other_recipes(load.recipes())  # every problem before anything runs
     state = State(folder, sweep, specs, resume)
-    with StopRequest() as stop:
+    with ShutdownRequest() as stop:
         accelerator = start()  # all processes are here before one of them writes
         with state.claim():
             stages = load.stages()
@@ -75,7 +75,7 @@ def refuse_other_recipes(recipes: dict[str, Recipe]) -> None:
         raise UserError(*problems)
 
 
-def train_group(group: Group, recipes: dict[str, Recipe], state: State, resume: bool, stop: StopRequest) -> None:
+def train_group(group: Group, recipes: dict[str, Recipe], state: State, resume: bool, stop: ShutdownRequest) -> None:
     """Train a group's arms and keep how each ended. An arm that cannot be built is left out, and the others train without it.
 
     What goes wrong in one group is no reason to leave out the next. With several processes that holds for what all of them meet alike,

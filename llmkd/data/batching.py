@@ -1,8 +1,8 @@
 """Which examples make up which optimizer step: a pure function of (seed, epoch). Nothing here has state to restore.
 
-An optimizer step is a window of `batch_size` examples, however many processes there are. Inside it examples are sorted
-by length, cut into micro-batches and dealt to the ranks in turn; since the loss is a sum over the window's targets
-divided by their number, how the window is cut changes nothing but speed.
+An optimizer step takes `batch_size` examples, however many processes there are. They are sorted by length, split into
+micro-batches and handed to the ranks in turn; since the loss is a sum over the step's targets divided by their number, how
+the examples are split changes nothing but speed.
 """
 
 import heapq
@@ -17,7 +17,7 @@ MOST_TOKENS = 65_536  # of a micro-batch whose budget is measured: beyond, nothi
 MOST_PACKED = (
     8_192  # of a packed row alike: but for flash attention, every pair of its tokens is computed, and those of two examples dropped
 )
-_FLOOR = 1024  # tokens: a smaller pass takes a GPU about as long, which then waits for its kernels to be launched
+_FLOOR = 1024  # tokens: a smaller pass takes a GPU about as long, since launching its kernels then takes the time
 
 
 @dataclass(frozen=True)
@@ -25,12 +25,12 @@ class Step:
     number: int  # from 1
     epoch: int  # from 0
     micro_batches: list[list[int]]  # this rank's examples; a list may be empty, and all ranks have equally many
-    window: list[int] = field(default_factory=list)  # the examples of all ranks
-    targets: int | None = None  # of all of them
+    examples: list[int] = field(default_factory=list)  # the examples of all ranks
+    num_targets: int | None = None  # of all of them
 
 
 @dataclass
-class Budget:
+class TokenBudget:
     """The tokens of a micro-batch at most, padding counted. `tokens` falls where memory runs out."""
 
     tokens: int
@@ -42,14 +42,14 @@ class Budget:
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The whole run's order. `lengths[i]` is the number of tokens of example i, `widths[i]` that of the longer of what
+class BatchPlan:
+    """The whole run's order. `lengths[i]` is the number of tokens of example i, `max_lengths[i]` that of the longer of what
     student and teacher read, where they differ."""
 
     lengths: np.ndarray
     seed: int
     batch_size: int
-    micro_batch_size: int | Budget
+    micro_batch_size: int | TokenBudget
     epochs: int | None
     max_steps: int | None
     group_by_length: int = 1
@@ -57,12 +57,12 @@ class Plan:
     ranks: int = 1
     sources: np.ndarray | None = None  # which source each example is of, where there are several
     weights: tuple[float, ...] = (1.0,)  # passes over each source in an epoch
-    widths: np.ndarray | None = None
+    max_lengths: np.ndarray | None = None
     targets: np.ndarray | None = None  # of each example
 
     @property
     def steps_per_epoch(self) -> int:
-        drawn = sum(draws(n, weight) for n, weight in zip(self._sizes(), self.weights, strict=True))
+        drawn = sum(num_draws(n, weight) for n, weight in zip(self._sizes(), self.weights, strict=True))
         return math.ceil(drawn / self.batch_size)
 
     def _sizes(self) -> list[int]:
@@ -74,7 +74,7 @@ class Plan:
     def total_steps(self) -> int:
         return self.max_steps or self.epochs * self.steps_per_epoch
 
-    def windows(self, epoch: int) -> list[list[int]]:
+    def step_batches(self, epoch: int) -> list[list[int]]:
         """The epoch's optimizer steps: every example as often as its source weighs (once, by default).
 
         One of them may be short: the last, unless grouped by length.
@@ -83,7 +83,7 @@ class Plan:
         order = []
         for source, weight in enumerate(self.weights):
             examples = range(len(self.lengths)) if self.sources is None else np.flatnonzero(self.sources == source).tolist()
-            whole, part = divmod(draws(len(examples), weight), len(examples))
+            whole, part = divmod(num_draws(len(examples), weight), len(examples))
             order += [*examples] * whole + (rng.sample(examples, part) if part else [])
         rng.shuffle(order)
         group = self.batch_size * self.group_by_length
@@ -91,10 +91,10 @@ class Plan:
             order = [
                 i for start in range(0, len(order), group) for i in sorted(order[start : start + group], key=lambda i: -self.lengths[i])
             ]
-        windows = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
+        batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
         if self.group_by_length > 1:
-            rng.shuffle(windows)  # or every group would begin with its longest examples
-        return windows
+            rng.shuffle(batches)  # or every group would begin with its longest examples
+        return batches
 
     def steps(self, done: int = 0) -> Iterator[Step]:
         """The steps after the first `done`."""
@@ -102,29 +102,31 @@ class Plan:
         for number in range(done + 1, self.total_steps + 1):
             if (number - 1) // self.steps_per_epoch != epoch:
                 epoch = (number - 1) // self.steps_per_epoch
-                windows = self.windows(epoch)
-            window = windows[(number - 1) % self.steps_per_epoch]
-            targets = None if self.targets is None else int(self.targets[window].sum())
-            yield Step(number, epoch, self.cut(window), window, targets)
+                batches = self.step_batches(epoch)
+            examples = batches[(number - 1) % self.steps_per_epoch]
+            num_targets = None if self.targets is None else int(self.targets[examples].sum())
+            yield Step(number, epoch, self.to_micro_batches(examples), examples, num_targets)
 
-    def cut(self, window: list[int]) -> list[list[int]]:
+    def to_micro_batches(self, examples: list[int]) -> list[list[int]]:
         """This rank's micro-batches of those examples."""
-        return deal(window, self.lengths if self.widths is None else self.widths, self.micro_batch_size, self.rank, self.ranks)
+        return make_micro_batches(
+            examples, self.lengths if self.max_lengths is None else self.max_lengths, self.micro_batch_size, self.rank, self.ranks
+        )
 
 
-def draws(examples: int, weight: float) -> int:
+def num_draws(examples: int, weight: float) -> int:
     """How many examples an epoch takes of a source."""
     return round(weight * examples)
 
 
-def deal(examples: list[int], lengths: np.ndarray, size: int | Budget, rank: int = 0, ranks: int = 1) -> list[list[int]]:
+def make_micro_batches(examples: list[int], lengths: np.ndarray, size: int | TokenBudget, rank: int = 0, ranks: int = 1) -> list[list[int]]:
     """Cut examples into micro-batches of `size`, examples or tokens, longest first, and deal them to the ranks in turn.
 
     Without packing a micro-batch has examples of similar length. One that is longer than a budget stands alone.
     """
     longest_first = sorted(examples, key=lambda i: (-lengths[i], i))
-    if isinstance(size, Budget):
-        micro = (_filled if size.packing else _sliced)([int(lengths[i]) for i in longest_first], size.tokens, ranks)
+    if isinstance(size, TokenBudget):
+        micro = (_first_fit_pack if size.packing else _slice_to_budget)([int(lengths[i]) for i in longest_first], size.tokens, ranks)
         micro = [[longest_first[n] for n in one] for one in micro]
     else:
         micro = [longest_first[i : i + size] for i in range(0, len(longest_first), size)]
@@ -132,10 +134,11 @@ def deal(examples: list[int], lengths: np.ndarray, size: int | Budget, rank: int
     return micro[rank::ranks]
 
 
-def _sliced(lengths: list[int], tokens: int, ranks: int) -> list[list[int]]:
+def _slice_to_budget(lengths: list[int], tokens: int, ranks: int) -> list[list[int]]:
     """Slices of falling `lengths` with length x count <= tokens, equally many for each rank.
 
-    However many they are, they are as even as so many can be. More pad less, until they are so small that a pass is not shorter for it.
+    For each possible number of micro-batches, split as evenly as possible; choose the number with the least padded tokens, counting
+    every micro-batch as at least 1024 tokens (smaller ones are launch-bound).
     """
 
     def slices(most: int) -> list[list[int]]:
@@ -163,7 +166,7 @@ def _sliced(lengths: list[int], tokens: int, ranks: int) -> list[list[int]]:
     return best
 
 
-def _filled(lengths: list[int], tokens: int, ranks: int) -> list[list[int]]:
+def _first_fit_pack(lengths: list[int], tokens: int, ranks: int) -> list[list[int]]:
     """Rows of at most `tokens`, from falling `lengths`: first-fit decreasing says how many, and they are even where that is possible."""
     rows, room = [], []
     for n, length in enumerate(lengths):

@@ -11,7 +11,7 @@ from ..config.recipe import Data, Source, Teacher
 from ..console import say
 from ..errors import UserError
 from ..model_files import positions
-from .batching import draws
+from .batching import num_draws
 from .encoding import token_cache
 from .encoding.formats import with_answer
 from .encoding.tokenizer import vocab_size
@@ -90,7 +90,7 @@ def refuse_empty_sources(train: Examples, data: Data) -> None:
         count = int((train.source == i).sum())
         if not count:
             raise UserError(f"{setting}: data.validation_fraction leaves none of its rows to train on; lower it, or leave the source out")
-        if not draws(count, source.weight):
+        if not num_draws(count, source.weight):
             raise UserError(f"{setting}.weight: {source.weight:g} of {count} examples is none; raise it, or leave the source out")
 
 

@@ -19,11 +19,11 @@ from typing import Any
 from ..config.recipe import Data, Source
 from ..console import say
 from ..errors import UserError
-from .batching import Budget, Step, deal
+from .batching import Step, TokenBudget, make_micro_batches
 from .encoding.encode import encode
 from .encoding.formats import refuse_without_template
 from .examples import ALL_TEACHERS, Examples
-from .prefetch import ahead
+from .prefetch import prefetch
 from .reading import skills
 from .reading.files import BadRow, Records, kind_of, raw, records, row_of
 from .reading.row_checks import ErrorCollector, check_row
@@ -31,7 +31,7 @@ from .reading.sources import Rows, from_hub, hub_revision, local, no_rows
 
 
 class Stream:
-    """Stands where `Plan` stands (which examples make up which step) and where `Examples` stands, for the step at hand."""
+    """Stands where `BatchPlan` stands (which examples make up which step) and where `Examples` stands, for the step at hand."""
 
     def __init__(
         self,
@@ -40,7 +40,7 @@ class Stream:
         tokenizer,
         seed: int,
         batch_size: int,
-        micro_batch_size: int | Budget,
+        micro_batch_size: int | TokenBudget,
         total_steps: int,
         teacher: int = ALL_TEACHERS,
     ):
@@ -120,15 +120,15 @@ class Stream:
         """The place of an example of the step at hand."""
         return self.places[self.window.row[i]]
 
-    # ---- as a Plan
+    # ---- as a BatchPlan
 
     def steps(self, done: int = 0) -> Iterator[Step]:
         """The steps after the first `done`. An example's number counts within its step. The rows of the next step are read and
         tokenised in the background; what is wrong with them is raised when that step is asked for."""
-        with contextlib.closing(ahead(self._windows(done))) as windows:
+        with contextlib.closing(prefetch(self._windows(done))) as windows:
             for number, epoch, self.window, self.places in windows:
                 window = list(range(len(self.window)))
-                yield Step(number, epoch, self.cut(window), window, int(self.window.num_targets.sum()))
+                yield Step(number, epoch, self.to_micro_batches(window), window, int(self.window.num_targets.sum()))
         c = self.counts
         if c:
             say(
@@ -161,9 +161,9 @@ class Stream:
                 )
             yield number, taken[0][0], window, places
 
-    def cut(self, window: list[int]) -> list[list[int]]:
+    def to_micro_batches(self, window: list[int]) -> list[list[int]]:
         """This rank's micro-batches of those examples of the step at hand."""
-        return deal(window, self.window.max_lengths, self.micro_batch_size, self.rank, self.ranks) or [[]]
+        return make_micro_batches(window, self.window.max_lengths, self.micro_batch_size, self.rank, self.ranks) or [[]]
 
     def _rows(self, skip: int, digest=None, arrived: Callable[[], None] | None = None) -> Iterator[tuple[int, str, Any]]:
         """(pass, place, get) of the endless stream, from row `skip` on; `arrived` is called there.

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..batch import Batch
 from ..config.recipe import Teacher
 from ..console import say
-from ..data.batching import deal
+from ..data.batching import make_micro_batches
 from ..data.collate import collate
 from ..data.examples import Examples
 from ..data.stream import Stream
@@ -44,7 +44,7 @@ def sample_teacher_batches(train: Examples | Stream, teacher: int, size: int, pa
         return []
     fit = max(1, int(np.searchsorted(known.num_targets[chosen].cumsum(), TARGETS, side="right")))
     few = known.take(np.sort(chosen[:fit]))
-    return [collate(few, examples, pad).to(device) for examples in deal(list(range(len(few))), few.lengths, size)]
+    return [collate(few, examples, pad).to(device) for examples in make_micro_batches(list(range(len(few))), few.lengths, size)]
 
 
 def _known(train: Examples | Stream) -> Examples:

@@ -12,14 +12,14 @@ import numpy as np
 import torch
 
 from ..batch import Batch
-from ..data.batching import MOST_PACKED, MOST_TOKENS, Budget, Plan, Step
+from ..data.batching import MOST_PACKED, MOST_TOKENS, BatchPlan, Step, TokenBudget
 from ..errors import UserError, is_out_of_memory
 from ..losses.fused import LEAST_ROWS, MOST_ROWS, default_chunk
 from ..signals import Teacher
 from .distiller import Distiller
-from .loop import Learner, learn
-from .memory import gauge_of
-from .step_result import Taken
+from .loop import StudentState, forward_backward
+from .memory import memory_gauge
+from .step_result import Accumulated
 
 _FEWEST_ROWS = 128  # of a chunk that is made smaller because memory ran out
 _HEADS_SHARE = 1 / 8  # of the free memory: what the head's tiles take of it
@@ -30,14 +30,14 @@ def chunk_rows(vocab: int, device: torch.device, say) -> int | None:
     student and teacher would take more than an eighth of the free memory. None on a CPU, where the vocabulary alone decides."""
     if device.type != "cuda":
         return None
-    room, tiles = gauge_of(device).room * _HEADS_SHARE, 2 * 4 * vocab
+    room, tiles = memory_gauge(device).room * _HEADS_SHARE, 2 * 4 * vocab
     rows = max(LEAST_ROWS["cuda"], min(MOST_ROWS["cuda"], int(room / tiles) // 128 * 128))
     say(f"head: chunks of {rows:,} rows ({rows * tiles / 1e9:.2f} GB of tiles; an eighth of the free memory is {room / 1e9:.2f})")
     return rows
 
 
-class Fitting:
-    """`measure` sets the budget, and as the loop's `within_memory` this lowers it.
+class AutoBatchSize:
+    """`measure` sets the token budget; called as the loop's `retry_on_oom`, this lowers it.
 
     data      the examples, or a stream at its step
     chunked   those whose chunks of the head may be made smaller too
@@ -45,18 +45,18 @@ class Fitting:
 
     def __init__(
         self,
-        budget: Budget,
-        plan: Plan,
+        budget: TokenBudget,
+        plan: BatchPlan,
         data,
         batch_of,
-        learners: list[Learner],
+        students: list[StudentState],
         teacher: Teacher | None,
         accelerator,
         say,
         chunked: list[Distiller] | None = None,
     ):
         self.budget, self.plan, self.data, self.batch_of = budget, plan, data, batch_of
-        self.learners, self.teacher, self.accelerator, self.say, self.chunked = learners, teacher, accelerator, say, chunked or []
+        self.students, self.teacher, self.accelerator, self.say, self.chunked = students, teacher, accelerator, say, chunked or []
 
     def measure(self, batch_size: int) -> None:
         """Find the largest budget, by doubling, whose worst micro-batch goes through: the longest examples, forward and backward.
@@ -65,18 +65,18 @@ class Fitting:
         left). All processes agree on the smallest. UserError where not even the longest example fits.
         """
         ranks = self.accelerator.num_processes
-        widths_E = self.data.max_lengths
-        worst = np.argsort(-widths_E, kind="stable")[: math.ceil(batch_size / ranks)]  # no rank has more of a step in one piece
+        lengths_E = self.data.max_lengths
+        worst = np.argsort(-lengths_E, kind="stable")[: math.ceil(batch_size / ranks)]  # no rank has more of a step in one piece
         if not len(worst):
             raise UserError("train.micro_batch_tokens: found auto, and the first step has no example to measure with; give a number")
-        widths = widths_E[worst]
+        lengths = lengths_E[worst]
         rows = 0
-        longest, bound = int(widths[0]), min(MOST_PACKED if self.budget.packing else MOST_TOKENS, self.budget.of(widths))
-        gauge, tokens, found, taken = gauge_of(self.accelerator.device), longest, 0, 0
-        room = gauge.room - sum(2 * p.nbytes for one in self.learners if not one.optimizer.state for p in one.parameters.values())
+        longest, bound = int(lengths[0]), min(MOST_PACKED if self.budget.packing else MOST_TOKENS, self.budget.of(lengths))
+        gauge, tokens, found, taken = memory_gauge(self.accelerator.device), longest, 0, 0
+        room = gauge.room - sum(2 * p.nbytes for one in self.students if not one.optimizer.state for p in one.parameters.values())
         with torch.random.fork_rng([self.accelerator.device] if self.accelerator.device.type == "cuda" else []):
             while True:
-                held = np.cumsum(widths) if self.budget.packing else longest * np.arange(1, len(widths) + 1)
+                held = np.cumsum(lengths) if self.budget.packing else longest * np.arange(1, len(lengths) + 1)
                 examples = worst[: max(1, int(np.searchsorted(held, tokens, side="right")))].tolist()
                 fits = self._fits(examples)
                 while not fits and not found and (fewer := self._smaller_chunks()):
@@ -96,13 +96,15 @@ class Fitting:
             )
         self.budget.tokens = found
         chunks = f", chunks of {rows:,} rows" if rows else ""
-        whole = ", a whole step" if found >= self.budget.of(widths) else ""
+        whole = ", a whole step" if found >= self.budget.of(lengths) else ""
         self.say(f"micro-batches of at most {found:,} tokens{whole} (measured: {taken / 1e9:.2f} of {room / 1e9:.2f} GB){chunks}")
 
     def _fits(self, examples: list[int]) -> bool:
         try:
             batch = self.batch_of(examples)
-            learn(batch, dict(enumerate(self.learners)), self.teacher, 0, 1 / max(1, batch.num_targets), self.accelerator, sync=False)
+            forward_backward(
+                batch, dict(enumerate(self.students)), self.teacher, 0, 1 / max(1, batch.num_targets), self.accelerator, sync=False
+            )
             return True
         except Exception as error:
             if not is_out_of_memory(error):
@@ -112,20 +114,20 @@ class Fitting:
             self._drop()
 
     def _drop(self) -> None:
-        for learner in self.learners:
-            learner.optimizer.zero_grad(set_to_none=True)
+        for student in self.students:
+            student.optimizer.zero_grad(set_to_none=True)
         gc.collect()
         if self.accelerator.device.type == "cuda":
             torch.cuda.empty_cache()
 
-    def __call__(self, attempt: Callable[[list[Batch]], Taken], step: Step, micro_batches: list[Batch]) -> Taken:
-        """What `attempt` makes of the step's micro-batches, or of smaller ones. One process alone: others would wait for it."""
-        widths, cut = self.data.max_lengths, step.micro_batches
+    def __call__(self, attempt: Callable[[list[Batch]], Accumulated], step: Step, micro_batches: list[Batch]) -> Accumulated:
+        """Attempt the step with its micro-batches, and out of memory with smaller ones. One process alone: others would wait for it."""
+        lengths, split = self.data.max_lengths, step.micro_batches
         while True:
-            sizes = [self.budget.of(widths[examples]) for examples in cut if len(examples) > 1]
+            sizes = [self.budget.of(lengths[examples]) for examples in split if len(examples) > 1]
             if any(size > self.budget.tokens for size in sizes):  # made before memory ran out
-                cut = self.plan.cut(step.window)
-                micro_batches = [self.batch_of(examples) for examples in cut]
+                split = self.plan.to_micro_batches(step.examples)
+                micro_batches = [self.batch_of(examples) for examples in split]
                 continue
             try:
                 return attempt(micro_batches)

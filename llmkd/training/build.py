@@ -1,11 +1,11 @@
-"""From a recipe to what a session works with: models in memory, the order of the data, students that learn."""
+"""From a recipe to the parts of a trainer: models in memory, the order of the data, students with their optimizers."""
 
 import math
 from collections.abc import Callable
 
 from ..config.recipe import Recipe, Teacher, sources
 from ..console import say
-from ..data.batching import Budget, Plan
+from ..data.batching import BatchPlan, TokenBudget
 from ..data.stream import Stream
 from ..errors import UserError
 from ..losses.divergences import make_divergence
@@ -15,7 +15,7 @@ from ..models.language_model import LanguageModel
 from ..models.load import AroundTransform, load_together
 from . import optim as optimizers
 from .distiller import Distiller
-from .loop import Learner
+from .loop import StudentState
 from .optim import learning_rate
 from .prepare import Prepared, micro_batch
 
@@ -45,12 +45,12 @@ def load(
     return students, found
 
 
-def plan(recipe: Recipe, prepared: Prepared, rank: int, ranks: int) -> Plan | Stream:
+def plan(recipe: Recipe, prepared: Prepared, rank: int, ranks: int) -> BatchPlan | Stream:
     """Which examples make up which step: of a stream, it follows from the rows' order alone."""
     train = recipe.train
     if isinstance(prepared.train, Stream):
         return prepared.train.for_rank(rank, ranks)
-    return Plan(
+    return BatchPlan(
         prepared.train.lengths,
         recipe.seed,
         train.batch_size,
@@ -70,10 +70,10 @@ def plan(recipe: Recipe, prepared: Prepared, rank: int, ranks: int) -> Plan | St
 def longest_row(recipe: Recipe) -> int:
     """The tokens that a packed row may hold."""
     size, most = micro_batch(recipe), recipe.data.max_length
-    return max(most, min(size.tokens, recipe.train.batch_size * most)) if isinstance(size, Budget) else size * most
+    return max(most, min(size.tokens, recipe.train.batch_size * most)) if isinstance(size, TokenBudget) else size * most
 
 
-def build_learner(recipe: Recipe, student: LanguageModel, total_steps: int, accelerator, rows: int | None = None) -> Learner:
+def build_student(recipe: Recipe, student: LanguageModel, total_steps: int, accelerator, rows: int | None = None) -> StudentState:
     """The student with its objective, optimizer and schedule. `rows`: of a chunk of the head, where the recipe does not say."""
     loss, optim = recipe.loss, recipe.optim
     objective = Objective(loss.kd_ratio, loss.temperature, make_divergence(loss.divergence, **loss.divergence_options))
@@ -82,7 +82,7 @@ def build_learner(recipe: Recipe, student: LanguageModel, total_steps: int, acce
     if student.untouched and accelerator.num_processes > 1:  # or the processes would wait for gradients that never come
         accelerator.ddp_handler.find_unused_parameters = True
     distiller = accelerator.prepare_model(Distiller(student, objective, loss.chunk_size or rows))
-    return Learner(distiller, optimizer, parameters, schedule(recipe, total_steps), optim.max_grad_norm)
+    return StudentState(distiller, optimizer, parameters, schedule(recipe, total_steps), optim.max_grad_norm)
 
 
 def schedule(recipe: Recipe, total: int) -> Callable[[int], float]:

@@ -4,8 +4,8 @@ For every step: take the targets of one optimizer step, ask the teacher what it 
 student, compare the two on just those targets, and move the student. The loop yields after every step; what is due
 then (logging, validation, saving, stopping) is its caller's business.
 
-The host never waits for the device but where it is asked what a step did. Whether a step failed it hears one step later, when
-the device is busy with the next; the optimizer has heard it on the device, and has moved nothing since.
+To avoid a synchronisation with the device, the host reads whether step N was finite while step N + 1 runs. The optimizer checks
+the same flag on the device, so a step that is not finite never changes the weights.
 """
 
 import contextlib
@@ -19,15 +19,15 @@ import torch
 from torch import Tensor, nn
 
 from ..batch import Batch
-from ..data.batching import Plan, Step
+from ..data.batching import BatchPlan, Step
 from ..errors import NonFinite
 from ..signals import Teacher
 from .distiller import Distiller
-from .step_result import Outcome, Taken, blame, is_finite
+from .step_result import Accumulated, StepResult, diagnose_nonfinite
 
 
 @dataclass
-class Learner:
+class StudentState:
     """One student being trained: its module (wrapped or not), its optimizer and its learning rate by step."""
 
     distiller: nn.Module
@@ -39,82 +39,84 @@ class Learner:
 
 @dataclass
 class Progress:
-    """What a step did, by the learners' numbers; those that failed earlier are no longer in it.
+    """The result of a step, by the students' numbers; those that failed earlier are no longer in it.
 
-    `terms` are means over the step's targets, {"ce": ..., "kd": ..., "loss": ...}; empty where nobody asked. A learner in `failures`
-    met a value that is not finite, in this step or the one before: its weights are as they were before that, and it takes no
-    further steps.
+    `terms` are means over the step's targets, {"ce": ..., "kd": ..., "loss": ...}; empty for a step whose metrics were not wanted.
+    A student in `failures` met a value that is not finite, in this step or the one before: its weights are as they were before
+    that, and it takes no further steps.
     """
 
     step: int
     epoch: int
-    targets: int
+    num_targets: int
     stop: bool = False
     terms: dict[int, dict[str, float]] = field(default_factory=dict)
     grad_norms: dict[int, float] = field(default_factory=dict)
     failures: dict[int, NonFinite] = field(default_factory=dict)
 
 
-def once(attempt: Callable[[list[Batch]], Taken], step: Step, micro_batches: list[Batch]) -> Taken:
+def no_retry(attempt: Callable[[list[Batch]], Accumulated], step: Step, micro_batches: list[Batch]) -> Accumulated:
     return attempt(micro_batches)
 
 
 def train(
-    plan: Plan,
+    plan: BatchPlan,
     batch_of: Callable[[list[int]], Batch],
-    learners: list[Learner],
+    students: list[StudentState],
     teacher: Teacher | None,
     accelerator,
     done: int = 0,
     stop_asked: Callable[[], bool] = lambda: False,
-    ahead: Callable[[Iterator], Iterator] = iter,
-    within_memory: Callable = once,
-    asked: Callable[[int], bool] = lambda step: True,
+    prefetch: Callable[[Iterator], Iterator] = iter,
+    retry_on_oom: Callable = no_retry,
+    wants_metrics: Callable[[int], bool] = lambda step: True,
 ) -> Iterator[Progress]:
-    """Train from step `done` + 1 to the end of the plan, or until every learner has failed.
+    """Train from step `done` + 1 to the end of the plan, or until every student has failed.
 
-    With several learners each sees the same batches and the same teacher signal, which is computed once; each ends as it would alone.
+    Several students see the same batches and the same teacher signal, which is computed once; each ends as it would alone.
 
-    ahead           goes over the steps' batches, and may make them in advance
-    within_memory   called like `once`; may do the attempt again with other micro-batches, when memory runs out
-    asked           of which steps the caller wants to know what they did: those alone are waited for, and the last
+    prefetch        iterates over the steps' batches, and may build them in advance
+    retry_on_oom    called like `no_retry`; may repeat the attempt with other micro-batches when memory runs out
+    wants_metrics   the steps whose metrics the caller reads: the host waits for those alone, and for the last
     """
-    active, late, taint = dict(enumerate(learners)), None, {}
-    with contextlib.closing(ahead(batches(plan, batch_of, done, accelerator.device))) as coming:
+    active, pending, nonfinite = dict(enumerate(students)), None, {}
+    with contextlib.closing(prefetch(batches(plan, batch_of, done, accelerator.device))) as coming:
         for step, micro_batches in coming:
-            attempt = functools.partial(gradients, plan.seed, step, active, teacher, accelerator)
-            taken = within_memory(attempt, step, micro_batches)
-            norms = {k: scaled_norm(learner, 1 / taken.scale) for k, learner in active.items()}
+            attempt = functools.partial(accumulate_gradients, plan.seed, step, active, teacher, accelerator)
+            accumulated = retry_on_oom(attempt, step, micro_batches)
+            norms = {k: unscale_and_norm_(student, 1 / accumulated.scale) for k, student in active.items()}
             stop = stop_asked()
-            outcome = Outcome(step, taken, norms, taint, stop, accelerator)
-            taint = outcome.taint
-            for k, learner in active.items():
-                move(learner, step.number, norms[k], taint[k])
-            progress = Progress(step.number, step.epoch, taken.targets, stop and accelerator.num_processes == 1)
-            if late:
-                hear(late, progress, active, teacher, accelerator)
-            if progress.stop or asked(step.number) or step.number == plan.total_steps:
-                progress.terms, progress.grad_norms = hear(outcome, progress, active, teacher, accelerator)
-                outcome = None
-            late = outcome
+            result = StepResult(step, accumulated, norms, nonfinite, stop, accelerator)
+            nonfinite = result.nonfinite
+            for k, student in active.items():
+                optimizer_step(student, step.number, norms[k], nonfinite[k])
+            progress = Progress(step.number, step.epoch, accumulated.num_targets, stop and accelerator.num_processes == 1)
+            if pending:
+                read_step_metrics(pending, progress, active, teacher, accelerator)
+            if progress.stop or wants_metrics(step.number) or step.number == plan.total_steps:
+                progress.terms, progress.grad_norms = read_step_metrics(result, progress, active, teacher, accelerator)
+                result = None
+            pending = result
             yield progress
             if not active:
                 return
 
 
-def hear(outcome: Outcome, progress: Progress, active: dict[int, Learner], teacher, accelerator) -> tuple[dict, dict]:
-    """Read it; learners that failed then are active no longer. Terms and norms."""
-    objectives = {k: unwrapped(learner).objective for k, learner in active.items()}
-    terms, norms, stop = outcome.read(objectives)
+def read_step_metrics(
+    result: StepResult, progress: Progress, active: dict[int, StudentState], teacher: Teacher | None, accelerator
+) -> tuple[dict[int, dict[str, float]], dict[int, float]]:
+    """Wait for a step's terms and gradient norms. A student with one that is not finite fails: it leaves `active`."""
+    objectives = {k: unwrap(student).objective for k, student in active.items()}
+    terms, norms, stop = result.read(objectives)
     progress.stop = progress.stop or stop
     for k in terms:
-        if not all(map(is_finite, (*terms[k].values(), norms[k]))):
-            progress.failures[k] = blame(outcome, k, terms[k], objectives[k].temperature, teacher, accelerator)
+        if not all(map(math.isfinite, (*terms[k].values(), norms[k]))):
+            progress.failures[k] = diagnose_nonfinite(result, k, terms[k], objectives[k].temperature, teacher, accelerator)
             del active[k]
     return terms, norms
 
 
-def batches(plan: Plan, batch_of: Callable[[list[int]], Batch], done: int, device: torch.device) -> Iterator[tuple[Step, list[Batch]]]:
+def batches(plan: BatchPlan, batch_of: Callable[[list[int]], Batch], done: int, device: torch.device) -> Iterator[tuple[Step, list[Batch]]]:
     """Each step with its micro-batches, in memory that a GPU can copy from while it computes."""
     if device.type == "cuda":
         torch.cuda.set_device(device)  # of the thread that runs this: or pinning would open the first GPU for every process
@@ -123,58 +125,61 @@ def batches(plan: Plan, batch_of: Callable[[list[int]], Batch], done: int, devic
         yield step, [micro.pinned() for micro in made] if device.type == "cuda" else list(made)
 
 
-def gradients(seed: int, step: Step, active: dict[int, Learner], teacher: Teacher | None, accelerator, micro_batches: list[Batch]) -> Taken:
+def accumulate_gradients(
+    seed: int, step: Step, active: dict[int, StudentState], teacher: Teacher | None, accelerator, micro_batches: list[Batch]
+) -> Accumulated:
     """Forward and backward of every micro-batch of an optimizer step."""
     rank, ranks = accelerator.process_index, accelerator.num_processes
-    targets = max(1, step.targets)
-    scale = 2.0 ** round(math.log2(targets))  # taken back later; a power of two is exact, and float16 keeps small gradients on their way
-    seen: dict[int, list[dict[str, Tensor]]] = {k: [] for k in active}
+    num_targets = max(1, step.num_targets)
+    scale = 2.0 ** round(math.log2(num_targets))  # divided out later; a power of two is exact, and keeps small float16 gradients in range
+    terms: dict[int, list[dict[str, Tensor]]] = {k: [] for k in active}
     for i, micro in enumerate(micro_batches):
         last = i == len(micro_batches) - 1  # ranks average gradients: times their number, this is a sum again
-        rows = learn(micro, active, teacher, derived_seed(seed, step.number, rank, i), scale * ranks / targets, accelerator, last)
+        micro_seed = derived_seed(seed, step.number, rank, i)
+        rows = forward_backward(micro, active, teacher, micro_seed, scale * ranks / num_targets, accelerator, last)
         for k in active:
-            seen[k].append(rows[k])
-    return Taken(micro_batches, targets, scale, seen)
+            terms[k].append(rows[k])
+    return Accumulated(micro_batches, num_targets, scale, terms)
 
 
-def learn(
-    micro: Batch, active: dict[int, Learner], teacher: Teacher | None, seed: int, factor: float, accelerator, sync: bool
+def forward_backward(
+    micro: Batch, active: dict[int, StudentState], teacher: Teacher | None, seed: int, factor: float, accelerator, sync: bool
 ) -> dict[int, dict[str, Tensor]]:
-    """Add the gradients of one micro-batch, `factor` times; each learner's terms row by row. `sync`: ranks then exchange them."""
+    """Add the gradients of one micro-batch, `factor` times. Returns each student's terms row by row. `sync`: ranks then exchange them."""
     micro = micro.to(accelerator.device)
     signal, rows = teacher(micro) if teacher else None, {}
-    for k, learner in active.items():
+    for k, student in active.items():
         torch.manual_seed(seed)
-        with contextlib.nullcontext() if sync else accelerator.no_sync(learner.distiller):
-            loss = learner.distiller(micro, signal)
+        with contextlib.nullcontext() if sync else accelerator.no_sync(student.distiller):
+            loss = student.distiller(micro, signal)
             accelerator.backward(loss.total * factor)
         rows[k] = loss.rows
     return rows
 
 
-def scaled_norm(learner: Learner, factor: float) -> Tensor:
-    """Scale the gradients in place, and give their norm."""
-    grads = [p.grad for p in learner.parameters.values() if p.grad is not None]
+def unscale_and_norm_(student: StudentState, factor: float) -> Tensor:
+    """Multiply the gradients by `factor` in place, and return their norm."""
+    grads = [p.grad for p in student.parameters.values() if p.grad is not None]
     torch._foreach_mul_(grads, factor)
     return torch.nn.utils.get_total_norm(grads)
 
 
-def move(learner: Learner, step: int, norm: Tensor, taint: Tensor) -> None:
-    """One step of the optimizer along the clipped gradient; none if `taint` is NaN."""
-    if learner.max_grad_norm is not None:
-        torch.nn.utils.clip_grads_with_norm_(learner.parameters.values(), learner.max_grad_norm, norm)
-    for group in learner.optimizer.param_groups:
-        group["lr"] = learner.learning_rate(step)
-    if getattr(learner.optimizer, "_step_supports_amp_scaling", False):  # torch's fused ones look at it on the device
-        learner.optimizer.found_inf = taint.isnan().float()
-        learner.optimizer.step()
-    elif not taint.isnan().item():
-        learner.optimizer.step()
-    learner.optimizer.zero_grad(set_to_none=True)
+def optimizer_step(student: StudentState, step: int, norm: Tensor, nonfinite: Tensor) -> None:
+    """One step of the optimizer along the clipped gradient; none if `nonfinite` is NaN."""
+    if student.max_grad_norm is not None:
+        torch.nn.utils.clip_grads_with_norm_(student.parameters.values(), student.max_grad_norm, norm)
+    for group in student.optimizer.param_groups:
+        group["lr"] = student.learning_rate(step)
+    if getattr(student.optimizer, "_step_supports_amp_scaling", False):  # torch's fused optimizers read the flag on the device
+        student.optimizer.found_inf = nonfinite.isnan().float()
+        student.optimizer.step()
+    elif not nonfinite.isnan().item():
+        student.optimizer.step()
+    student.optimizer.zero_grad(set_to_none=True)
 
 
-def unwrapped(learner: Learner) -> Distiller:
-    return getattr(learner.distiller, "module", learner.distiller)
+def unwrap(student: StudentState) -> Distiller:
+    return getattr(student.distiller, "module", student.distiller)
 
 
 def derived_seed(*parts: int) -> int:

@@ -10,7 +10,7 @@ import torch
 from ..errors import UserError
 
 
-class OnGPU:
+class GpuMemory:
     """Bytes taken at most since it was made, and how many there are room for."""
 
     cautious = False  # memory that runs out there is only an exception
@@ -27,7 +27,7 @@ class OnGPU:
         return torch.cuda.max_memory_allocated(self.device) - self.before
 
 
-class OnCPU:
+class CpuMemory:
     """The same of the machine's memory. Half of what is free counts: then a doubling stays inside it even where the need is quadratic."""
 
     cautious = True  # memory that runs out here ends the process
@@ -59,5 +59,5 @@ class OnCPU:
         return max(0, self._status("VmHWM") - self.before)
 
 
-def gauge_of(device: torch.device) -> OnGPU | OnCPU:
-    return OnGPU(device) if device.type == "cuda" else OnCPU()
+def memory_gauge(device: torch.device) -> GpuMemory | CpuMemory:
+    return GpuMemory(device) if device.type == "cuda" else CpuMemory()

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ..config.recipe import Recipe, distils, sources, teachers
 from ..config.teacher import named as named_teachers
 from ..console import say
-from ..data.batching import MOST_TOKENS, Budget
+from ..data.batching import MOST_TOKENS, TokenBudget
 from ..data.dataset import (
     Questions,
     encode_choices,
@@ -129,10 +129,10 @@ def _training(recipe: Recipe, rows: dict[str, list[Rows]], tokenizer) -> tuple[E
     return stream, stream
 
 
-def micro_batch(recipe: Recipe) -> int | Budget:
+def micro_batch(recipe: Recipe) -> int | TokenBudget:
     """How large a micro-batch may be; of `auto` the bound, until it is measured."""
     tokens = recipe.train.micro_batch_tokens
-    return Budget(MOST_TOKENS if tokens == "auto" else tokens, recipe.data.packing) if tokens else recipe.train.micro_batch_size
+    return TokenBudget(MOST_TOKENS if tokens == "auto" else tokens, recipe.data.packing) if tokens else recipe.train.micro_batch_size
 
 
 def check_packages(recipe: Recipe) -> None:

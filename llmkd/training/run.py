@@ -10,11 +10,11 @@ from ..output import trackers
 from ..output.run_folder import RunFolder
 from .launch import start
 from .prepare import prepare
-from .shutdown import StopRequest
+from .shutdown import ShutdownRequest
 
 
-def run(recipe: Recipe, resume: bool = False, stop: StopRequest | None = None) -> dict:
-    """Train, and return the run's summary. Raises UserError, NonFinite or Stopped. `stop`: who hears of signals, if somebody does already."""
+def run(recipe: Recipe, resume: bool = False, stop: ShutdownRequest | None = None) -> dict:
+    """Train, and return the run's summary. Raises UserError, NonFinite or Stopped. `stop`: the handler of signals, if one is installed already."""
     folder = RunFolder(recipe, resume)
     folder.check()
     hub.check(recipe.push_to_hub)
@@ -22,7 +22,7 @@ def run(recipe: Recipe, resume: bool = False, stop: StopRequest | None = None) -
     if resume and folder.finished:
         say(f"{folder.path} is finished; nothing to do" + (" but to upload it" if recipe.push_to_hub else ""))
         return hub.publish(recipe, folder) if first_process() else folder.summary()
-    with contextlib.nullcontext(stop) if stop else StopRequest() as stop:
+    with contextlib.nullcontext(stop) if stop else ShutdownRequest() as stop:
         (failure,) = train_together([recipe], [folder], stop)
         if failure:
             raise failure
@@ -30,20 +30,20 @@ def run(recipe: Recipe, resume: bool = False, stop: StopRequest | None = None) -
 
 
 def train_together(
-    recipes: list[Recipe], folders: list[RunFolder], stop: StopRequest, lead: Recipe | None = None
+    recipes: list[Recipe], folders: list[RunFolder], stop: ShutdownRequest, teacher_recipe: Recipe | None = None
 ) -> list[NonFinite | None]:
-    """Train the recipes' students side by side; what stopped each, if something did. See `session.Session`."""
-    lead = lead or recipes[0]
-    prepared = prepare(lead)
+    """Train the recipes' students side by side. Returns each student's failure, or None. See `trainer.Trainer`."""
+    teacher_recipe = teacher_recipe or recipes[0]
+    prepared = prepare(teacher_recipe)
     if stop():
         raise Stopped("stopped by a signal before anything was trained; go on with --resume")
-    from .trainer import Session
+    from .trainer import Trainer
 
     try:
-        session = Session(recipes, lead, prepared, folders, start(), stop)
-        session.train()
-        session.finish()
-        return [arm.failure for arm in session.arms]
+        trainer = Trainer(recipes, teacher_recipe, prepared, folders, start(), stop)
+        trainer.train()
+        trainer.finish()
+        return [student.failure for student in trainer.students]
     finally:
         for folder in folders:
             folder.release()

@@ -7,16 +7,16 @@ from ..console import first_process
 from ..errors import Stopped
 
 
-class StopRequest:
-    """Installed for as long as it is entered. Calling it tells whether this process was asked to stop."""
+class ShutdownRequest:
+    """Handles the signals while it is entered. Calling it returns whether this process was asked to stop."""
 
     def __init__(self, then: str = "finishing this step and saving"):
         self.asked, self._then = False, then
         self._before: dict[int, object] = {}
 
-    def __enter__(self) -> "StopRequest":
+    def __enter__(self) -> "ShutdownRequest":
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            self._before[number] = signal.signal(number, self._hear)
+            self._before[number] = signal.signal(number, self._on_signal)
         return self
 
     def __exit__(self, *_) -> None:
@@ -26,15 +26,15 @@ class StopRequest:
     def __call__(self) -> bool:
         return self.asked
 
-    def _hear(self, number, frame) -> None:
+    def _on_signal(self, number, frame) -> None:
         if self.asked:
             os._exit(Stopped.exit_code)
         self.asked = True
         if first_process():
             os.write(2, f"\nllmkd: asked to stop; {self._then} (a second signal ends at once)\n".encode())
 
-    def anywhere(self, accelerator) -> bool:
-        """Whether any process was asked. Reached by all ranks alike."""
+    def any_rank(self, accelerator) -> bool:
+        """Whether any process was asked to stop. A collective: every rank must call it."""
         if accelerator.num_processes == 1:
             return self.asked
         import torch

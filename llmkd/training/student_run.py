@@ -9,47 +9,46 @@ from ..config.recipe import Recipe
 from ..data.encoding.tokenizer import save_tokenizer
 from ..data.stream import Stream
 from ..errors import NonFinite
-from ..models import language_model as models
 from ..models import saved_student
-from ..output import metrics as tracking
-from ..output import plots as tracking_plots
+from ..models.language_model import LanguageModel
+from ..output import metrics, plots
 from ..output.model_card import card
 from ..output.run_folder import RunFolder, write
 from . import checkpoint
-from .loop import Learner
+from .loop import StudentState
 from .prepare import Prepared
 from .validate import HeldOut
 
 
-class Arm:
-    """One student: its recipe, folder and learner, what was measured of it, and what is written of it. Written by the first process."""
+class StudentRun:
+    """One student of a trainer: its recipe, folder, training state, metrics and output. Files are written by the first process."""
 
-    def __init__(self, recipe: Recipe, prepared: Prepared, folder: RunFolder, student: models.LanguageModel, learner: Learner, main: bool):
-        self.recipe, self.prepared, self.folder, self.student, self.learner, self.main = recipe, prepared, folder, student, learner, main
+    def __init__(self, recipe: Recipe, prepared: Prepared, folder: RunFolder, model: LanguageModel, state: StudentState, main: bool):
+        self.recipe, self.prepared, self.folder, self.model, self.state, self.main = recipe, prepared, folder, model, state, main
         self.best, self.validated, self.record, self.failure = None, None, None, None
 
-    def begin(self, done: int, say) -> None:
+    def open_metrics(self, done: int, say) -> None:
         if self.main:
-            self.record = tracking.Record(self.recipe, self.folder.path, done, say)
+            self.record = metrics.Record(self.recipe, self.folder.path, done, say)
 
     def restore(self, saved: checkpoint.Saved) -> None:
-        checkpoint.load(saved, self.learner.parameters, self.learner.optimizer)
+        checkpoint.load(saved, self.state.parameters, self.state.optimizer)
         self.best, self.validated = saved.state["best"], saved.state["validated"]
         if isinstance(self.prepared.train, Stream):
             self.prepared.train.expect(saved.state.get("rows"))
 
-    def measured(self, step: int, held_out: HeldOut) -> dict[str, float]:
-        """Keep what was measured on the held-out rows, and whether it is the best."""
-        metrics, by = held_out.metrics(), self.recipe.checkpoint.best_by
+    def record_validation(self, step: int, held_out: HeldOut) -> dict[str, float]:
+        """Write the held-out metrics, and remember the step if it is the best so far."""
+        values, by = held_out.metrics(), self.recipe.checkpoint.best_by
         self.validated = step
         if self.main:
-            self.record.write({"step": step, "validation": metrics})
+            self.record.write({"step": step, "validation": values})
             self.write_held_out(held_out)
         if by and step:
             sign = -1 if by == "top1_agreement" else 1
-            if self.best is None or self.best["by"] != by or sign * metrics[by] < sign * self.best["value"]:
-                self.best = {"by": by, "step": step, "value": metrics[by]}
-        return metrics
+            if self.best is None or self.best["by"] != by or sign * values[by] < sign * self.best["value"]:
+                self.best = {"by": by, "step": step, "value": values[by]}
+        return values
 
     def write_held_out(self, held_out: HeldOut) -> None:
         """held_out.jsonl: the sums of each example, so that two students can be compared example by example."""
@@ -64,7 +63,7 @@ class Arm:
         state = {"best": self.best, "validated": self.validated}
         if isinstance(self.prepared.train, Stream):
             state["rows"] = self.prepared.train.passed(step)
-        checkpoint.save(self.folder.checkpoints, step, self.learner.parameters, self.learner.optimizer, state)
+        checkpoint.save(self.folder.checkpoints, step, self.state.parameters, self.state.optimizer, state)
 
     def prune(self) -> None:
         checkpoint.prune(self.folder.checkpoints, self.recipe.checkpoint.keep, self.best["step"] if self.best else None)
@@ -80,7 +79,7 @@ class Arm:
 
     def finish(self, steps: int, scored: dict[str, float]) -> Path:
         """Write the student, the summary, the plot and the card. `scored` is the multiple-choice accuracy, where there are questions."""
-        records = tracking.read(self.folder.path / "metrics.jsonl")
+        records = metrics.read(self.folder.path / "metrics.jsonl")
         last = next(r for r in reversed(records) if "loss" in r)
         held_out = [r["validation"] for r in records if "validation" in r] or [{}]
         summary = {
@@ -93,7 +92,7 @@ class Arm:
         }
         (self.folder.path / "nonfinite.json").unlink(missing_ok=True)  # of an attempt before this one
         output = self.write_student(summary)
-        tracking_plots.plot(self.folder.path)
+        plots.plot(self.folder.path)
         write(self.folder.path / "summary.json", json.dumps(summary, indent=1))
         return output
 
@@ -103,7 +102,7 @@ class Arm:
         for leftover in self.folder.path.glob(f"{output.name}.tmp-*"):
             shutil.rmtree(leftover)
         part = output.with_name(f"{output.name}.tmp-{os.getpid()}")
-        saved_student.save(self.student, part, self.recipe.student)
+        saved_student.save(self.model, part, self.recipe.student)
         save_tokenizer(self.prepared.tokenizer, part)
         text = card(self.recipe, summary, self.prepared.student, self.prepared.teachers, self.prepared.origins)
         (part / "README.md").write_text(text, encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Before anything is trained: whether a teacher knows the rows that it is to teach."""
+"""Teacher check: before training, compare the cross-entropy of teacher and student on training examples."""
 
 from collections.abc import Sequence
 
@@ -9,13 +9,13 @@ from ..teachers.resolve import TeacherSource
 ADVICE = "Published advice: tune the teacher on the data first, as the 1_teacher.yaml of a recipe does; from a teacher that is not, the KD loss hardly moves."
 
 
-def verdict(metrics: list[dict[str, float]], examples: int, teachers: Sequence[TeacherSource], student: ModelFiles | None) -> str:
-    """What `validate` found on the sample, for one student or several, in a line; with advice where the teacher seems not to be tuned.
+def message(metrics: list[dict[str, float]], examples: int, teachers: Sequence[TeacherSource], student: ModelFiles | None) -> str:
+    """The result of `validate` on the sample in a line, for one student or several; with advice if the teacher seems not to be tuned.
 
-    The student's own base is no teacher that anybody would tune: it has a context, or a wider number format.
+    A teacher that is the student's own base is not expected to be tuned: it has more context, or a wider number format.
     """
     teacher_ce, ce = metrics[0]["teacher_ce"], min(one["ce"] for one in metrics)
-    found = f"gate: on {examples} training examples the teacher's CE is {teacher_ce:.4f} and the student's {ce:.4f}"
+    found = f"teacher check: on {examples} training examples the teacher's CE is {teacher_ce:.4f} and the student's {ce:.4f}"
     bare = [one for one in teachers if one.files and not one.tuned]
     others = [one.settings.model for one in bare if not student or one.files.base.resolve() != student.base.resolve()]
     if teacher_ce >= ce:
@@ -24,4 +24,6 @@ def verdict(metrics: list[dict[str, float]], examples: int, teachers: Sequence[T
         return f"{found}\nwarning: the teacher knows these rows no better than the student. {advice if own else ADVICE}"
     if not others:
         return found
-    return f"{found}\nnote: {others[0]} is neither an adapter nor where a run of llmkd left it; was it tuned on these rows? {ADVICE}"
+    return (
+        f"{found}\nnote: teacher {others[0]} looks untuned (no adapter, not an output of llmkd). Was it fine-tuned on this data? {ADVICE}"
+    )

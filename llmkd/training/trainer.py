@@ -1,7 +1,7 @@
 """Models, optimizers and folders together: trains one student, or several side by side before one teacher.
 
-`Session` holds what students share (teacher, data, plan, the bar) and does what falls due between steps; an `Arm` is one
-student with its own recipe and folder. An ordinary run is a session with one arm.
+`Trainer` holds what students share (teacher, data, plan, the progress bar) and does what falls due between steps; a `StudentRun` is
+one student with its own recipe and folder. An ordinary run has one student.
 """
 
 import contextlib
@@ -9,17 +9,16 @@ import functools
 import math
 from pathlib import Path
 
-from .. import console as tracking_console
 from ..batch import Batch
 from ..config.recipe import Recipe, distils
-from ..console import bar, say
+from ..console import bar, say, table
 from ..data.collate import collate
 from ..data.examples import Examples
-from ..data.prefetch import ahead
+from ..data.prefetch import prefetch
 from ..data.stream import Stream
 from ..errors import Stopped, UserError, blamed_on, first_alone
-from ..models import language_model as models
-from ..output import progress as tracking_progress
+from ..models.language_model import LanguageModel
+from ..output.progress import Display
 from ..output.run_folder import RunFolder
 from ..signals import Teacher
 from ..teachers.cached import Cached
@@ -27,81 +26,83 @@ from ..teachers.fidelity import measured_transform, sample_examples, sample_teac
 from ..teachers.live import Live
 from ..teachers.mixture import combined
 from . import checkpoint
-from .auto_batch import Fitting, chunk_rows
-from .build import build_learner, load, plan
-from .loop import Learner, train, unwrapped
+from .auto_batch import AutoBatchSize, chunk_rows
+from .build import build_student, load, plan
+from .loop import StudentState, train, unwrap
 from .prepare import Prepared
-from .student_run import Arm
-from .teacher_check import verdict
+from .student_run import StudentRun
+from .teacher_check import message
 from .validate import HeldOut, accuracy, validate
 
 
-class Session:
+class Trainer:
     """Several recipes may differ in student.lora, loss and optim only, and in the adapter that student.model names on one base.
 
-    `lead` is the recipe that `prepared` was made of, and that the teacher is of: where no student learns from it, it measures them.
+    `teacher_recipe`: the recipe whose data and teacher are used (`prepared` was made of it). If no student of this group distils, its
+    teacher is used for validation metrics only.
     """
 
-    def __init__(self, recipes: list[Recipe], lead: Recipe, prepared: Prepared, folders: list[RunFolder], accelerator, stop):
+    def __init__(self, recipes: list[Recipe], teacher_recipe: Recipe, prepared: Prepared, folders: list[RunFolder], accelerator, stop):
         recipe = recipes[0]
         self.recipe, self.prepared, self.accelerator, self.stop = recipe, prepared, accelerator, stop
         self.main, self.pad = accelerator.is_main_process, prepared.tokenizer.eos_token_id
         live = [(one.setting, one.settings) for one in prepared.teachers if one.store is None]
         try:
-            around_transform = functools.partial(measured_transform, self.asked)
-            students, spoken = load(recipes, live, prepared.vocab, accelerator.device, around_transform)
+            around_transform = functools.partial(measured_transform, self.teacher_probe)
+            models, teacher_models = load(recipes, live, prepared.vocab, accelerator.device, around_transform)
         except UserError:
             if stop():  # a signal to the whole group ends a compiler too, which is nobody's mistake
                 raise Stopped("stopped by a signal before the first step; the same command starts again") from None
             raise
-        self.teacher = self.teachers(lead, spoken)
-        self.fidelity = {f"{name}.{k}": v for (name, _), model in zip(live, spoken, strict=True) for k, v in model.fidelity.items()}
+        self.teacher = self.build_teacher(teacher_recipe, teacher_models)
+        self.fidelity = {f"{name}.{k}": v for (name, _), model in zip(live, teacher_models, strict=True) for k, v in model.fidelity.items()}
         self.plan = plan(recipe, prepared, accelerator.process_index, accelerator.num_processes)
-        self.arms, rows = [], chunk_rows(prepared.vocab, accelerator.device, say)
-        for k, (own, folder, student) in enumerate(zip(recipes, folders, students, strict=True)):
+        self.students, rows = [], chunk_rows(prepared.vocab, accelerator.device, say)
+        for k, (own, folder, model) in enumerate(zip(recipes, folders, models, strict=True)):
             with blamed_on(k):
-                learner = build_learner(own, student, self.plan.total_steps, accelerator, rows)
-                self.arms.append(Arm(own, prepared if own is lead else prepared.of(own), folder, student, learner, self.main))
-        self.claim()
+                state = build_student(own, model, self.plan.total_steps, accelerator, rows)
+                own_data = prepared if own is teacher_recipe else prepared.of(own)
+                self.students.append(StudentRun(own, own_data, folder, model, state, self.main))
+        self.lock_folders()
         self.done = self.written = self.resume(folders)
-        self.display = tracking_progress.Display(self.plan.total_steps, self.done, self.main)
-        for arm in self.arms:
-            arm.begin(self.done, self.display.say)
-        trained, every = (sum(p.numel() for p in ps) for ps in (self.arms[0].learner.parameters.values(), students[0].parameters()))
-        others = f", beside {len(students) - 1} more students" if len(students) > 1 else ""
+        self.display = Display(self.plan.total_steps, self.done, self.main)
+        for student in self.students:
+            student.open_metrics(self.done, self.display.say)
+        trained, every = (sum(p.numel() for p in ps) for ps in (self.students[0].state.parameters.values(), models[0].parameters()))
+        others = f", beside {len(models) - 1} more students" if len(models) > 1 else ""
         self.display.say(f"student: {every:,} parameters, {trained:,} of them train{others}; {self.plan.total_steps} steps")
 
-    def teachers(self, recipe: Recipe, live: list[models.LanguageModel]) -> Teacher | None:
-        """Who answers: models in memory, and stores of what others have answered."""
+    def build_teacher(self, recipe: Recipe, live: list[LanguageModel]) -> Teacher | None:
+        """The teacher of a step: models in memory, teacher caches, or a mixture of them."""
         found, rest = self.prepared.teachers, iter(live)
         device = self.accelerator.device
         each = [Cached(one.store, device) if one.store else Live(next(rest)) for one in found]
         return combined(each, [one.settings for one in found], recipe.mixture) if each else None
 
-    def asked(self, setting: str) -> list[Batch]:
-        """Some of what the teacher of that name will be asked."""
+    def teacher_probe(self, setting: str) -> list[Batch]:
+        """Some of the batches that the teacher of that name will see."""
         number = [one.setting for one in self.prepared.teachers].index(setting)
         size = self.recipe.validation.micro_batch_size
         return sample_teacher_batches(self.prepared.train, number, size, self.pad, self.accelerator.device)
 
-    def claim(self) -> None:
-        """The first process takes the arms' folders, and all hear of one that cannot be had."""
+    def lock_folders(self) -> None:
+        """The first process locks the students' folders; if one cannot be locked, every process raises the error."""
 
         def take() -> None:
-            for k, arm in enumerate(self.arms):
+            for k, student in enumerate(self.students):
                 with blamed_on(k):
-                    arm.folder.claim(arm.prepared.identity)
+                    student.folder.claim(student.prepared.identity)
 
         first_alone(self.accelerator, take)
 
     def resume(self, folders: list[RunFolder]) -> int:
-        """Take up the newest checkpoint that all arms have; the step it stands at."""
+        """Load the newest checkpoint that all students have; returns its step."""
         if not folders[0].resume:
             return 0
         saved = checkpoint.newest([folder.checkpoints for folder in folders], say)
         done = saved[0].step if saved else 0
-        for arm, one in zip(self.arms, saved, strict=False):
-            arm.restore(one)
+        for student, one in zip(self.students, saved, strict=False):
+            student.restore(one)
         for folder in folders if self.main and saved else ():
             checkpoint.drop_after(folder.checkpoints, done)
         where = f"resuming after step {done} of {self.plan.total_steps}"
@@ -109,8 +110,8 @@ class Session:
         return done
 
     @property
-    def active(self) -> list[Arm]:
-        return [arm for arm in self.arms if not arm.failure]
+    def active(self) -> list[StudentRun]:
+        return [student for student in self.students if not student.failure]
 
     def train(self) -> None:
         """Every step from where the run stands, with validation, checkpoints and stops as they fall due."""
@@ -118,30 +119,30 @@ class Session:
         stream = isinstance(self.plan, Stream)  # is itself ahead, and holds one step's rows
         try:
             if self.done == 0:
-                for arm in self.arms if self.main and self.fidelity else ():
-                    arm.record.write({"step": 0, "fidelity": self.fidelity})
-                self.gate()
+                for student in self.students if self.main and self.fidelity else ():
+                    student.record.write({"step": 0, "fidelity": self.fidelity})
+                self.check_teacher()
             if self.done in (0, total) or due(recipe.validation.every, self.done):
                 self.validate(self.done)
-            if self.stop.anywhere(self.accelerator):
+            if self.stop.any_rank(self.accelerator):
                 raise self.stopped(self.done)
             batch_of = functools.partial(
                 collate, self.prepared.train, pad=self.pad, packing=recipe.data.packing, share=recipe.data.share_prefixes
             )
-            learners = [arm.learner for arm in self.arms]
-            teacher = self.teacher if any(distils(arm.recipe) for arm in self.arms) else None
-            options = {"ahead": iter if stream else ahead, "asked": lambda step: stream or self.falls_due(step)}
+            states = [student.state for student in self.students]
+            teacher = self.teacher if any(distils(student.recipe) for student in self.students) else None
+            options = {"prefetch": iter if stream else prefetch, "wants_metrics": lambda step: stream or self.falls_due(step)}
             if recipe.train.micro_batch_tokens == "auto" and self.done < total:
-                options |= self.fitted(batch_of, learners, teacher)
+                options |= self.auto_batch(batch_of, states, teacher)
             with contextlib.closing(
-                train(self.plan, batch_of, learners, teacher, self.accelerator, self.done, self.stop, **options)
+                train(self.plan, batch_of, states, teacher, self.accelerator, self.done, self.stop, **options)
             ) as steps:
                 for progress in steps:
                     step, last = progress.step, progress.step == total
                     for k, error in progress.failures.items():
-                        self.arms[k].fail(error)
-                        if len(self.arms) > 1:
-                            self.display.say(f"{self.arms[k].folder.path.name} is given up: {self.arms[k].failure}")
+                        self.students[k].fail(error)
+                        if len(self.students) > 1:
+                            self.display.say(f"{self.students[k].folder.path.name} is given up: {self.students[k].failure}")
                     self.show(progress, last)
                     if not self.active:
                         return
@@ -157,52 +158,54 @@ class Session:
             raise
         finally:
             self.display.close()
-            for arm in self.arms if self.main else ():
-                arm.record.close()
+            for student in self.students if self.main else ():
+                student.record.close()
 
     def falls_due(self, step: int) -> bool:
         """Whether something falls due after that step."""
         recipe = self.recipe
         return any(due(every, step) for every in (recipe.train.log_every, recipe.validation.every, recipe.checkpoint.every))
 
-    def fitted(self, batch_of, learners: list[Learner], teacher: Teacher | None) -> dict:
-        """Measure how large micro-batches may be. What the loop is told of it: on one process, to mind when memory runs out."""
+    def auto_batch(self, batch_of, states: list[StudentState], teacher: Teacher | None) -> dict:
+        """Measure how large micro-batches may be. Returns the loop's options: with one process, to retry a step when memory runs out."""
         size, data = self.plan.micro_batch_size, self.prepared.train
-        chunked = [unwrapped(arm.learner) for arm in self.arms if arm.recipe.loss.chunk_size is None]
-        fitting = Fitting(size, self.plan, data, batch_of, learners, teacher, self.accelerator, self.display.say, chunked)
-        fitting.measure(self.recipe.train.batch_size)
+        chunked = [unwrap(student.state) for student in self.students if student.recipe.loss.chunk_size is None]
+        auto = AutoBatchSize(size, self.plan, data, batch_of, states, teacher, self.accelerator, self.display.say, chunked)
+        auto.measure(self.recipe.train.batch_size)
         self.display.speed()  # what was spent here is not training's
-        return {"within_memory": fitting} if self.accelerator.num_processes == 1 else {}
+        return {"retry_on_oom": auto} if self.accelerator.num_processes == 1 else {}
 
     def show(self, progress, last: bool) -> None:
         """Count the step; record and show it where that is due."""
-        self.display.count(progress.targets)
+        self.display.count(progress.num_targets)
         if not (last or due(self.recipe.train.log_every, progress.step)):
             return
         speed = self.display.speed()
-        going = [k for k in progress.terms if not self.arms[k].failure]
-        rates = {k: self.arms[k].learner.learning_rate(progress.step) for k in going}
+        going = [k for k in progress.terms if not self.students[k].failure]
+        rates = {k: self.students[k].state.learning_rate(progress.step) for k in going}
         for k in going if self.main else ():
             terms, norm = progress.terms[k], progress.grad_norms[k]
-            self.arms[k].record.step(progress.step, progress.epoch, terms, rates[k], norm, progress.targets, speed)
-        if len(self.arms) == 1 and going:
+            self.students[k].record.step(progress.step, progress.epoch, terms, rates[k], norm, progress.num_targets, speed)
+        if len(self.students) == 1 and going:
             shown = {name: f"{value:.4f}" for name, value in progress.terms[0].items()} | {"lr": f"{rates[0]:.1e}"}
         else:
             losses = [progress.terms[k]["loss"] for k in going] or [math.nan]
             shown = {"students": str(len(going)), "loss": f"{min(losses):.4f} to {max(losses):.4f}"}
         self.display.show(progress.step, shown, speed)
 
-    def gate(self) -> None:
-        """Before the first step: does the teacher know the rows that it is to teach, and better than the student?"""
+    def check_teacher(self) -> None:
+        """Before the first step: compare the cross-entropy of teacher and student on training examples."""
         if self.teacher is None or not self.recipe.validation.teacher_check:
             return
         sample = sample_examples(self.prepared.train, self.recipe.validation.teacher_check)
-        found = [one.metrics() for one in self.measure([arm.student for arm in self.arms], sample, "gate", 0)]
-        for arm, metrics in zip(self.arms if self.main else (), found, strict=False):
-            arm.record.write({"step": 0, "gate": {"examples": len(sample)} | {name: metrics[name] for name in ("ce", "teacher_ce")}})
-        self.display.say(verdict(found, len(sample), self.prepared.teachers, self.prepared.student))
+        found = [one.metrics() for one in self.measure([one.model for one in self.students], sample, "teacher check", 0)]
+        for student, values in zip(self.students if self.main else (), found, strict=False):
+            student.record.write(
+                {"step": 0, "teacher_check": {"examples": len(sample)} | {name: values[name] for name in ("ce", "teacher_ce")}}
+            )
+        self.display.say(message(found, len(sample), self.prepared.teachers, self.prepared.student))
 
-    def measure(self, students: list[models.LanguageModel], data: Examples, name: str, step: int) -> list[HeldOut]:
+    def measure(self, students: list[LanguageModel], data: Examples, name: str, step: int) -> list[HeldOut]:
         """Every student on all of the data; a stop is heard meanwhile."""
         size = self.recipe.validation.micro_batch_size
         try:
@@ -214,27 +217,27 @@ class Session:
 
     def validate(self, step: int) -> None:
         """Measure on the held-out rows, once a step, and keep the best."""
-        waiting = [arm for arm in self.active if arm.validated != step]
+        waiting = [student for student in self.active if student.validated != step]
         if self.prepared.validation is None or not waiting:
             return
-        found = self.measure([arm.student for arm in waiting], self.prepared.validation, "validation", step)
-        for arm, held_out in zip(waiting, found, strict=True):
-            metrics = arm.measured(step, held_out)
-            name = f" of {arm.folder.path.name}" if len(self.arms) > 1 else ""
-            shown = "  ".join(f"{k} {v:.4f}" for k, v in metrics.items() if k != "targets")
+        found = self.measure([one.model for one in waiting], self.prepared.validation, "validation", step)
+        for student, held_out in zip(waiting, found, strict=True):
+            values = student.record_validation(step, held_out)
+            name = f" of {student.folder.path.name}" if len(self.students) > 1 else ""
+            shown = "  ".join(f"{k} {v:.4f}" for k, v in values.items() if k != "targets")
             self.display.say(f"validation{name} at step {step}: {shown}")
         if self.recipe.checkpoint.best_by and step:
             self.save(step)
 
     def save(self, step: int) -> None:
-        """A checkpoint of every arm, unless this step has one; older ones go when all are written."""
+        """A checkpoint of every student, unless this step has one; older ones are removed when all are written."""
         if step <= self.written:
             return
         if self.main:
-            for arm in self.active:
-                arm.save(step)
-            for arm in self.active:
-                arm.prune()
+            for student in self.active:
+                student.save(step)
+            for student in self.active:
+                student.prune()
         self.accelerator.wait_for_everyone()
         self.written = step
 
@@ -245,25 +248,23 @@ class Session:
     def finish(self) -> None:
         """Write every student; of a single one also print a short table."""
         questions = self.prepared.questions
-        for arm in self.active:
+        for student in self.active:
             scored = {}
             if questions:
                 size = self.recipe.validation.micro_batch_size
                 args = (questions.examples, questions.answers, questions.counts, self.pad, size, self.accelerator, bar("questions"))
-                scored = accuracy(arm.student, *args)
+                scored = accuracy(student.model, *args)
             if self.main:
-                output = arm.finish(self.plan.total_steps, scored)
-                if len(self.arms) == 1:
-                    self.print(arm, output)
+                output = student.finish(self.plan.total_steps, scored)
+                if len(self.students) == 1:
+                    self.print(student, output)
         self.accelerator.wait_for_everyone()
 
-    def print(self, arm: Arm, output: Path) -> None:
-        summary, folder = arm.folder.summary(), arm.folder.path
+    def print(self, student: StudentRun, output: Path) -> None:
+        summary, folder = student.folder.summary(), student.folder.path
         after = {name: value for name, value in summary["validation"].items() if name != "targets"}
         if after:
-            print(
-                tracking_console.table([{"held-out": n, "before": summary["before"].get(n), "after": value} for n, value in after.items()])
-            )
+            print(table([{"held-out": n, "before": summary["before"].get(n), "after": value} for n, value in after.items()]))
         print(f"{output}  {folder / 'loss.png'}  {folder / 'metrics.jsonl'}")
 
 

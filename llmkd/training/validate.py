@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..batch import Batch
-from ..data.batching import deal
+from ..data.batching import make_micro_batches
 from ..data.collate import collate
 from ..data.examples import Examples
 from ..errors import Stopped
@@ -101,9 +101,11 @@ def _batches(students, data: Examples, pad: int, micro_batch_size: int, accelera
     for student in students:
         student.eval()
     try:
-        mine = deal(list(range(len(data))), data.lengths, micro_batch_size, accelerator.process_index, accelerator.num_processes)
+        mine = make_micro_batches(
+            list(range(len(data))), data.lengths, micro_batch_size, accelerator.process_index, accelerator.num_processes
+        )
         for examples in progress(mine):
-            if stop and stop.anywhere(accelerator):
+            if stop and stop.any_rank(accelerator):
                 raise Stopped("stopped by a signal while validating")
             yield collate(data, examples, pad).to(accelerator.device)
     finally:

@@ -180,13 +180,13 @@ def test_a_sweep_that_is_killed_goes_on(sweep, world, tmp_path, kills):
         program = f"""
 import os, signal, sys
 from llmkd import cli, loop
-real = loop.move
+real = loop.optimizer_step
 def move(learner, step, *rest):
     real(learner, step, *rest)
     if step == {step} and not os.path.exists({str(tmp_path / signal)!r}):
         open({str(tmp_path / signal)!r}, 'w').close()
         os.kill(os.getpid(), signal.SIG{signal})
-loop.move = move
+loop.optimizer_step = move
 sys.exit(cli.main(['sweep', '--config', {path!r}] + {flags!r}))
 """
         threads = os.environ | {"OMP_NUM_THREADS": "1"}  # as here: with another number sums are rounded otherwise
@@ -380,20 +380,19 @@ def test_a_failure_that_a_kill_kept_from_the_list_is_known_and_the_others_go_on(
 
 def test_a_signal_in_the_last_step_does_not_lose_the_last_validation(sweep, world, tmp_path, monkeypatch):
     from llmkd.errors import Stopped
-    from llmkd.training import loop
-    from llmkd.training import trainer as session
+    from llmkd.training import loop, trainer
 
     recipe = {"data": {"train": {"path": str(world / "train.jsonl")}, "validation": {"path": str(world / "held.jsonl")}, "max_length": 256}}
-    path, real, sessions = sweep(recipe, grid={"loss.kd_ratio": [0.5, 1.0]}), loop.move, []
+    path, real, sessions = sweep(recipe, grid={"loss.kd_ratio": [0.5, 1.0]}), loop.optimizer_step, []
     whole = run_sweep(path, {"output_dir": str(tmp_path / "whole")}, False)
-    real_init = session.Session.__init__
-    monkeypatch.setattr(session.Session, "__init__", lambda self, *a: sessions.append(self) or real_init(self, *a))
+    real_init = trainer.Trainer.__init__
+    monkeypatch.setattr(trainer.Trainer, "__init__", lambda self, *a: sessions.append(self) or real_init(self, *a))
 
     def move(learner, step, *rest):
         real(learner, step, *rest)
         sessions[-1].stop.asked = step == 5
 
-    monkeypatch.setattr(loop, "move", move)
+    monkeypatch.setattr(loop, "optimizer_step", move)
     with pytest.raises(Stopped):
         run_sweep(path, {}, False)
     monkeypatch.undo()

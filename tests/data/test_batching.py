@@ -7,16 +7,16 @@ import random
 import numpy as np
 import pytest
 
-from llmkd.data.batching import Budget, Plan, deal
+from llmkd.data.batching import BatchPlan, TokenBudget, make_micro_batches
 from llmkd.training.loop import derived_seed
 from llmkd.training.optim import learning_rate
 
 SHAPES = [(1, 1), (5, 8), (8, 8), (37, 8), (64, 8), (100, 7)]
 
 
-def make_plan(examples: int = 37, batch_size: int = 8, **changes) -> Plan:
+def make_plan(examples: int = 37, batch_size: int = 8, **changes) -> BatchPlan:
     lengths = np.array([2 + (i * 31) % 53 for i in range(examples)])
-    return Plan(
+    return BatchPlan(
         **({"lengths": lengths, "seed": 3, "batch_size": batch_size, "micro_batch_size": 3, "epochs": 2, "max_steps": None} | changes)
     )
 
@@ -26,7 +26,7 @@ def make_plan(examples: int = 37, batch_size: int = 8, **changes) -> Plan:
 def test_an_epoch_has_every_example_once(examples, batch_size, group_by_length):
     plan = make_plan(examples, batch_size, group_by_length=group_by_length)
     for epoch in range(3):
-        windows = plan.windows(epoch)
+        windows = plan.step_batches(epoch)
         assert sorted(i for window in windows for i in window) == list(range(examples))
         assert len(windows) == plan.steps_per_epoch == math.ceil(examples / batch_size)
         short = [n for n, window in enumerate(windows) if len(window) != batch_size]
@@ -38,14 +38,14 @@ def test_an_epoch_has_every_example_once(examples, batch_size, group_by_length):
 @pytest.mark.parametrize("group_by_length", [1, 3])
 def test_the_order_depends_on_seed_and_epoch_alone(group_by_length):
     plan = make_plan(group_by_length=group_by_length)
-    before = plan.windows(1)
+    before = plan.step_batches(1)
     random.seed(99)
     np.random.seed(99)
-    plan.windows(0)
-    assert plan.windows(1) == before
-    assert dataclasses.replace(plan, micro_batch_size=1, rank=1, ranks=2, epochs=None, max_steps=5).windows(1) == before
-    assert plan.windows(0) != before
-    assert dataclasses.replace(plan, seed=4).windows(1) != before
+    plan.step_batches(0)
+    assert plan.step_batches(1) == before
+    assert dataclasses.replace(plan, micro_batch_size=1, rank=1, ranks=2, epochs=None, max_steps=5).step_batches(1) == before
+    assert plan.step_batches(0) != before
+    assert dataclasses.replace(plan, seed=4).step_batches(1) != before
 
 
 @pytest.mark.parametrize("group_by_length", [1, 3])
@@ -73,7 +73,7 @@ def test_the_run_is_as_long_as_asked(epochs, max_steps, total):
 def test_dealing_covers_a_window_once_with_equally_many_micro_batches_on_each_rank(count, micro_batch_size, ranks):
     lengths = np.array([2 + (i * 7) % 11 for i in range(100)])
     window = random.Random(count).sample(range(100), count)
-    hands = [deal(window, lengths, micro_batch_size, rank, ranks) for rank in range(ranks)]
+    hands = [make_micro_batches(window, lengths, micro_batch_size, rank, ranks) for rank in range(ranks)]
     assert len({len(hand) for hand in hands}) == 1
     micro = [batch for turn in zip(*hands, strict=True) for batch in turn]
     assert sorted(i for batch in micro for i in batch) == sorted(window)
@@ -85,11 +85,11 @@ def test_dealing_covers_a_window_once_with_equally_many_micro_batches_on_each_ra
 
 def test_dealing_does_not_depend_on_the_order_inside_the_window():
     plan = make_plan()
-    window = plan.windows(0)[0]
-    assert deal(window[::-1], plan.lengths, 3) == deal(window, plan.lengths, 3)
+    window = plan.step_batches(0)[0]
+    assert make_micro_batches(window[::-1], plan.lengths, 3) == make_micro_batches(window, plan.lengths, 3)
 
 
-@pytest.mark.parametrize("size", [3, Budget(60), Budget(60, packing=True)], ids=str)
+@pytest.mark.parametrize("size", [3, TokenBudget(60), TokenBudget(60, packing=True)], ids=str)
 def test_all_ranks_together_train_the_same_windows_as_one(size):
     one = list(make_plan(micro_batch_size=size).steps())
     two = [list(make_plan(micro_batch_size=size, rank=rank, ranks=2).steps()) for rank in range(2)]
@@ -108,9 +108,9 @@ def test_all_ranks_together_train_the_same_windows_as_one(size):
 @pytest.mark.parametrize("count", [0, 1, 2, 7, 40])
 def test_a_budget_covers_a_window_once_and_is_kept(count, tokens, ranks, packing):
     lengths = np.array([2 + (i * 7) % 23 for i in range(100)])
-    window, budget = random.Random(count).sample(range(100), count), Budget(tokens, packing)
-    hands = [deal(window, lengths, budget, rank, ranks) for rank in range(ranks)]
-    assert len({len(hand) for hand in hands}) == 1 and hands[0] == deal(window[::-1], lengths, budget, 0, ranks)
+    window, budget = random.Random(count).sample(range(100), count), TokenBudget(tokens, packing)
+    hands = [make_micro_batches(window, lengths, budget, rank, ranks) for rank in range(ranks)]
+    assert len({len(hand) for hand in hands}) == 1 and hands[0] == make_micro_batches(window[::-1], lengths, budget, 0, ranks)
     micro = [batch for turn in zip(*hands, strict=True) for batch in turn]
     assert sorted(i for batch in micro for i in batch) == sorted(window)
     sums = [budget.of(lengths[batch]) for batch in micro]
@@ -121,11 +121,16 @@ def test_a_budget_covers_a_window_once_and_is_kept(count, tokens, ranks, packing
 
 def test_micro_batches_of_a_budget_are_even_and_as_few_as_can_be():
     lengths = np.full(20, 10)
-    assert [len(batch) for batch in deal(list(range(20)), lengths, Budget(80))] == [7, 7, 6]
-    assert sorted(len(batch) for batch in deal(list(range(20)), lengths, Budget(80, packing=True))) == [6, 7, 7]
-    assert [len(batch) for rank in (0, 1) for batch in deal(list(range(20)), lengths, Budget(80), rank, 2)] == [5, 5, 5, 5]
-    assert len(deal(list(range(400)), np.full(400, 10), Budget(4000))) == 1, "there is nothing to pad"
-    assert deal([0, 1, 2, 3], np.array([7, 3, 6, 4]), Budget(10, packing=True)) == [[0, 1], [2, 3]]
+    assert [len(batch) for batch in make_micro_batches(list(range(20)), lengths, TokenBudget(80))] == [7, 7, 6]
+    assert sorted(len(batch) for batch in make_micro_batches(list(range(20)), lengths, TokenBudget(80, packing=True))) == [6, 7, 7]
+    assert [len(batch) for rank in (0, 1) for batch in make_micro_batches(list(range(20)), lengths, TokenBudget(80), rank, 2)] == [
+        5,
+        5,
+        5,
+        5,
+    ]
+    assert len(make_micro_batches(list(range(400)), np.full(400, 10), TokenBudget(4000))) == 1, "there is nothing to pad"
+    assert make_micro_batches([0, 1, 2, 3], np.array([7, 3, 6, 4]), TokenBudget(10, packing=True)) == [[0, 1], [2, 3]]
 
 
 def alpaca_like(count: int) -> np.ndarray:
@@ -138,22 +143,22 @@ def test_under_five_in_a_hundred_of_the_tokens_are_padding():
 
     def shares(size, batch_size: int, group_by_length: int = 1) -> float:
         """Padding, and with packing what is unused of the budget, of all slots."""
-        plan = Plan(lengths, 3, batch_size, size, 1, None, group_by_length)
+        plan = BatchPlan(lengths, 3, batch_size, size, 1, None, group_by_length)
         used = [lengths[batch] for step in plan.steps() for batch in step.micro_batches]
-        packed = isinstance(size, Budget) and size.packing
+        packed = isinstance(size, TokenBudget) and size.packing
         slots = sum(size.tokens if packed else len(batch) * batch.max() for batch in used)
         return 1 - sum(int(batch.sum()) for batch in used) / slots
 
     assert 0.2 < shares(4, 4) < 0.6  # what a batch of four as drawn pads
-    assert shares(Budget(4096), 128, 8) < 0.03
-    assert shares(Budget(2048), 512) < 0.03
-    assert shares(Budget(10**6), 512) < 0.03, "a large budget is no reason to pad"
-    assert shares(Budget(2048, packing=True), 800) < 0.02
-    assert shares(Budget(16_384, packing=True), 1600) < 0.05
+    assert shares(TokenBudget(4096), 128, 8) < 0.03
+    assert shares(TokenBudget(2048), 512) < 0.03
+    assert shares(TokenBudget(10**6), 512) < 0.03, "a large budget is no reason to pad"
+    assert shares(TokenBudget(2048, packing=True), 800) < 0.02
+    assert shares(TokenBudget(16_384, packing=True), 1600) < 0.05
 
 
 def test_the_longer_of_two_views_counts():
-    plan = make_plan(8, widths=np.full(8, 50), micro_batch_size=Budget(100), epochs=1)
+    plan = make_plan(8, max_lengths=np.full(8, 50), micro_batch_size=TokenBudget(100), epochs=1)
     assert [len(batch) for step in plan.steps() for batch in step.micro_batches] == [2, 2, 2, 2]
 
 
@@ -205,7 +210,7 @@ def test_seeds_derived_from_different_parts_differ():
 # ---- several sources
 
 
-def weighted(*weights: float, sizes=(20, 10, 7), **changes) -> Plan:
+def weighted(*weights: float, sizes=(20, 10, 7), **changes) -> BatchPlan:
     return make_plan(sum(sizes), sources=np.repeat(np.arange(len(sizes)), sizes), weights=weights, **changes)
 
 
@@ -213,21 +218,21 @@ def weighted(*weights: float, sizes=(20, 10, 7), **changes) -> Plan:
 def test_a_weight_is_how_often_a_source_is_passed_over_in_an_epoch(weights):
     plan = weighted(*weights)
     for epoch in range(3):
-        counts = np.bincount([i for window in plan.windows(epoch) for i in window], minlength=37)
+        counts = np.bincount([i for window in plan.step_batches(epoch) for i in window], minlength=37)
         for source, (weight, size) in enumerate(zip(weights, (20, 10, 7), strict=True)):
             mine = counts[plan.sources == source]
             assert mine.sum() == round(weight * size) and set(mine) <= {int(weight), int(weight) + 1}
-        assert len(plan.windows(epoch)) == plan.steps_per_epoch == math.ceil(counts.sum() / 8)
+        assert len(plan.step_batches(epoch)) == plan.steps_per_epoch == math.ceil(counts.sum() / 8)
 
 
 def test_a_half_is_drawn_anew_each_epoch():
     plan = weighted(0.5, 1, 1)
-    halves = [frozenset(i for window in plan.windows(epoch) for i in window if i < 20) for epoch in range(4)]
+    halves = [frozenset(i for window in plan.step_batches(epoch) for i in window if i < 20) for epoch in range(4)]
     assert all(len(half) == 10 for half in halves) and len(set(halves)) == 4
 
 
 def test_weights_of_one_change_nothing():
-    assert weighted(1.0, 1.0, 1.0).windows(2) == make_plan(37).windows(2)
+    assert weighted(1.0, 1.0, 1.0).step_batches(2) == make_plan(37).step_batches(2)
 
 
 def test_a_weighted_plan_goes_on_where_it_stopped():

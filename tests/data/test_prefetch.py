@@ -7,9 +7,9 @@ import time
 import pytest
 import torch
 
-from llmkd.data.prefetch import ahead
+from llmkd.data.prefetch import prefetch
 from llmkd.errors import Stopped
-from llmkd.training import trainer as session
+from llmkd.training import trainer
 from llmkd.training.run import run
 from tests.conftest import distance
 from tests.data.test_sources import write
@@ -17,7 +17,7 @@ from tests.data.test_stream import row, stream
 
 
 def threads() -> list[str]:
-    return [thread.name for thread in threading.enumerate() if thread.name.startswith("llmkd-ahead")]
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("llmkd-prefetch")]
 
 
 def counting(upto: int, begun: list, ended: list):
@@ -32,7 +32,7 @@ def counting(upto: int, begun: list, ended: list):
 
 def test_items_come_in_order_each_made_while_the_one_before_is_used_and_errors_in_their_place():
     begun, ended, got = [], [], []
-    with pytest.raises(KeyError, match="bad row"), contextlib.closing(ahead(counting(4, begun, ended))) as items:
+    with pytest.raises(KeyError, match="bad row"), contextlib.closing(prefetch(counting(4, begun, ended))) as items:
         for n in items:
             until = time.monotonic() + 5
             while len(begun) < min(n + 2, 4) and time.monotonic() < until:
@@ -45,12 +45,12 @@ def test_items_come_in_order_each_made_while_the_one_before_is_used_and_errors_i
 def test_leaving_the_loop_early_ends_the_thread_and_what_it_runs():
     begun, ended = [], []
     source = counting(9, begun, ended)  # held, so that it is not closed by being forgotten
-    with pytest.raises(ValueError), contextlib.closing(ahead(source)) as items:
+    with pytest.raises(ValueError), contextlib.closing(prefetch(source)) as items:
         for n in items:
             if n == 2:
                 raise ValueError
     assert ended and not threads() and len(begun) <= 4
-    assert list(ahead(n for n in ())) == [] and not threads()
+    assert list(prefetch(n for n in ())) == [] and not threads()
 
 
 @pytest.fixture
@@ -59,29 +59,29 @@ def watched(monkeypatch):
     taken = []
 
     def counted(items):
-        for item in ahead(items):
+        for item in prefetch(items):
             taken.append(threads())
             yield item
 
-    monkeypatch.setattr(session, "ahead", counted)
+    monkeypatch.setattr(trainer, "prefetch", counted)
     return taken
 
 
 def test_a_run_is_the_same_to_the_last_bit(trained, watched, monkeypatch):
     changes = {"student__lora__dropout": 0.3, "data__packing": True}
-    with_it = trained("ahead", **changes)
+    with_it = trained("prefetch", **changes)
     assert len(watched) == 5 and all(watched) and not threads()
-    monkeypatch.setattr(session, "ahead", iter)
+    monkeypatch.setattr(trainer, "prefetch", iter)
     assert distance(with_it, trained("in_time", **changes)) == 0
 
 
 @pytest.mark.parametrize("ending", ["signal", "bug", "not finite"])
 def test_no_thread_outlives_a_run(make_recipe, watched, monkeypatch, ending):
     from llmkd.training import loop
-    from llmkd.training.shutdown import StopRequest
+    from llmkd.training.shutdown import ShutdownRequest
 
-    stop = StopRequest()
-    real = loop.move
+    stop = ShutdownRequest()
+    real = loop.optimizer_step
 
     def move(learner, step, *rest):
         real(learner, step, *rest)
@@ -92,7 +92,7 @@ def test_no_thread_outlives_a_run(make_recipe, watched, monkeypatch, ending):
         if step == 2:
             next(iter(learner.parameters.values())).data.fill_(torch.nan)
 
-    monkeypatch.setattr(loop, "move", move)
+    monkeypatch.setattr(loop, "optimizer_step", move)
     with pytest.raises((Stopped, ZeroDivisionError, loop.NonFinite)):
         run(make_recipe(), stop=stop)
     assert watched and not threads()
@@ -103,6 +103,6 @@ def test_a_stream_that_is_ahead_still_holds_the_step_at_hand(tmp_path):
     feed = stream(path, buffer=1, steps=6)
     for number, step in enumerate(feed.steps()):
         time.sleep(0.02)  # by now the next step has been read
-        assert [feed[i] for i in step.window] == [f"{path}:{4 * number + i + 1}" for i in range(4)]
+        assert [feed[i] for i in step.examples] == [f"{path}:{4 * number + i + 1}" for i in range(4)]
         assert len(feed.lengths) == 4 and feed.passed(number + 1)
     assert not threads()

@@ -171,14 +171,14 @@ KERNELS = {"teacher": 102, "student": 158, "loss": 54, "backward": 199, "clip": 
 def test_kernels_of_a_step():
     teacher, student = Live(language_model(False)), language_model(True)
     distiller, trained = Distiller(student, Objective(0.5)), student.trainable()
-    learner = loop.Learner(distiller, optimizers.build(Optim(), trained), trained, lambda step: 1e-3, max_grad_norm=1.0)
+    student_state = loop.StudentState(distiller, optimizers.build(Optim(), trained), trained, lambda step: 1e-3, max_grad_norm=1.0)
     one = SimpleNamespace(device=torch.device("cpu"), num_processes=1, process_index=0, no_sync=lambda _: contextlib.nullcontext())
     one.backward = lambda loss: loss.backward()
     view = View({"input_ids": torch.arange(24).reshape(2, 12)}, torch.tensor([3, 4, 5, 6, 15, 16, 17, 18]))
     batch = Batch(torch.arange(8), torch.arange(8) // 4, view, view)
     step, fine = Step(1, 0, [[0, 1]], [0, 1], 8), torch.zeros(())
-    loop.gradients(0, step, {0: learner}, teacher, one, [batch])
-    loop.move(learner, 1, loop.scaled_norm(learner, 1.0), fine)
+    loop.accumulate_gradients(0, step, {0: student_state}, teacher, one, [batch])
+    loop.optimizer_step(student_state, 1, loop.unscale_and_norm_(student_state, 1.0), fine)
 
     found = {}
 
@@ -192,11 +192,11 @@ def test_kernels_of_a_step():
     counted("student", lambda: student.hidden(view))
     loss = counted("loss", lambda: distiller(batch, signal))
     counted("backward", lambda: loss.total.backward())
-    norm = counted("clip", lambda: loop.scaled_norm(learner, 1.0))
-    counted("AdamW", lambda: loop.move(learner, 2, norm, fine))
-    counted("figures", lambda: loop.Outcome(step, loop.Taken([batch], 8, 8.0, {0: [loss.rows]}), {0: norm}, {0: fine}, False, one))
+    norm = counted("clip", lambda: loop.unscale_and_norm_(student_state, 1.0))
+    counted("AdamW", lambda: loop.optimizer_step(student_state, 2, norm, fine))
+    counted("figures", lambda: loop.StepResult(step, loop.Accumulated([batch], 8, 8.0, {0: [loss.rows]}), {0: norm}, {0: fine}, False, one))
     found["loss"] = found["loss"] - found["student"]
-    counted("all", lambda: loop.gradients(0, step, {0: learner}, teacher, one, [batch]))
+    counted("all", lambda: loop.accumulate_gradients(0, step, {0: student_state}, teacher, one, [batch]))
     counts = {name: part.total() for name, part in found.items()}
     extra = counts.pop("all") - sum(counts[name] for name in ("teacher", "student", "loss", "backward"))
     assert 0 <= extra <= 2, "the loop multiplies the loss"

@@ -10,7 +10,7 @@ from llmkd.models import startup_checks as selftest
 from llmkd.models.language_model import LanguageModel
 from llmkd.models.load import load_students
 from llmkd.training.run import run
-from llmkd.training.shutdown import StopRequest
+from llmkd.training.shutdown import ShutdownRequest
 from tests.conftest import distance
 from tests.kit.families import V, tiny
 from tests.models.test_last_layer import results, stirred, view
@@ -87,16 +87,16 @@ def test_a_compiled_run_is_the_run_and_is_resumed_bit_for_bit(trained, make_reci
     assert 0 < distance(plain, whole) < 1e-3  # norms are in float32, and AdamW's first steps divide by what is next to nothing
     losses = [[record["loss"] for record in read(tmp_path / name / "metrics.jsonl") if "loss" in record] for name in ("plain", "whole")]
     assert len(losses[0]) == 5 and losses[0] == pytest.approx(losses[1], rel=1e-5)
-    stop, move = StopRequest(), loop.move
+    stop, move = ShutdownRequest(), loop.optimizer_step
 
     def stopping(learner, step, *rest):
         move(learner, step, *rest)
         stop.asked = step == 2
 
-    monkeypatch.setattr(loop, "move", stopping)
+    monkeypatch.setattr(loop, "optimizer_step", stopping)
     with pytest.raises(Stopped):
         run(make_recipe("cut", train__compile=True, **changes), stop=stop)
-    monkeypatch.setattr(loop, "move", move)
+    monkeypatch.setattr(loop, "optimizer_step", move)
     torch._dynamo.reset()
     assert distance(trained("cut", resume=True, train__compile=True, **changes), whole) == 0
 

@@ -28,7 +28,7 @@ def recorded(folder) -> dict[str, dict[int, float]]:
     """The same of metrics.jsonl."""
     found: dict[str, dict[int, float]] = {}
     for record in read(folder / "metrics.jsonl"):
-        group = next((name for name in ("validation", "gate") if name in record), "train")
+        group = next((name for name in ("validation", "teacher_check") if name in record), "train")
         values = record.get(group, record)
         for name, value in values.items():
             if name != "step":

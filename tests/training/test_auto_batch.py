@@ -17,8 +17,8 @@ from llmkd.data.examples import Examples
 from llmkd.errors import UserError
 from llmkd.models.language_model import LanguageModel
 from llmkd.output.run_folder import RunFolder
-from llmkd.training import auto_batch as fitting
-from llmkd.training import memory as fitting_memory
+from llmkd.training import auto_batch
+from llmkd.training import memory as memory_gauges
 from llmkd.training.run import run
 from tests.conftest import distance, plain_recipe, weights
 from tests.training.test_parity import BOUND, torchrun
@@ -83,15 +83,15 @@ def test_a_whole_window_is_the_bound(trained, memory, capsys):
 
 @pytest.mark.parametrize("packing", [False, True])
 def test_memory_that_runs_out_repeats_the_step_with_half(trained, memory, capsys, monkeypatch, packing):
-    calls, learn = [], fitting.learn
+    calls, real_pass = [], auto_batch.forward_backward
 
     def shrinking(*args, **kwargs):
         calls.append(1)
-        return learn(*args, **kwargs)
+        return real_pass(*args, **kwargs)
 
-    monkeypatch.setattr(fitting, "learn", shrinking)  # the measuring alone; afterwards there is less
-    real = fitting.Fitting.measure
-    monkeypatch.setattr(fitting.Fitting, "measure", lambda self, size: (real(self, size), setattr(memory, "tokens", 200)))
+    monkeypatch.setattr(auto_batch, "forward_backward", shrinking)  # the measuring alone; afterwards there is less
+    real = auto_batch.AutoBatchSize.measure
+    monkeypatch.setattr(auto_batch.AutoBatchSize, "measure", lambda self, size: (real(self, size), setattr(memory, "tokens", 200)))
     whole = trained("whole", train__micro_batch_size=8, data__packing=packing)
     memory.asked.clear()
     got = trained("auto", **AUTO, data__packing=packing)
@@ -104,16 +104,16 @@ def test_after_that_the_run_is_that_of_the_smaller_budget(make_recipe, memory, c
     """Dropout and all: a run that went on after step 2 with the smaller number, given by hand, is the same to the last bit."""
     from llmkd.errors import Stopped
     from llmkd.training import loop
-    from llmkd.training.shutdown import StopRequest
+    from llmkd.training.shutdown import ShutdownRequest
 
-    stop, move = StopRequest(), loop.move
+    stop, move = ShutdownRequest(), loop.optimizer_step
 
     def less_after_two(learner, step, *rest):
         move(learner, step, *rest)
         memory.tokens = 200 if step >= 2 else 10**9
         stop.asked = step == 1 and stopping  # heard in the next step
 
-    monkeypatch.setattr(loop, "move", less_after_two)
+    monkeypatch.setattr(loop, "optimizer_step", less_after_two)
     stopping = False
     run(make_recipe("one", **AUTO, **DROPOUT), stop=stop)
     first, *_, last = said(capsys)
@@ -130,8 +130,8 @@ def test_after_that_the_run_is_that_of_the_smaller_budget(make_recipe, memory, c
 @pytest.mark.parametrize("tokens", ["auto", 400])
 def test_where_nothing_smaller_can_help_the_error_comes_out(make_recipe, memory, monkeypatch, tokens):
     """Single examples that do not fit; and a number given by hand is kept to."""
-    real = fitting.Fitting.measure
-    monkeypatch.setattr(fitting.Fitting, "measure", lambda self, size: (real(self, size), setattr(memory, "tokens", 30)))
+    real = auto_batch.AutoBatchSize.measure
+    monkeypatch.setattr(auto_batch.AutoBatchSize, "measure", lambda self, size: (real(self, size), setattr(memory, "tokens", 30)))
     if tokens == 400:
         memory.tokens = 120
     with pytest.raises(torch.OutOfMemoryError):
@@ -150,7 +150,7 @@ def test_an_example_that_does_not_fit_is_refused_in_words(make_recipe, memory):
 
 
 def test_other_errors_pass_through(make_recipe, monkeypatch):
-    monkeypatch.setattr(fitting, "learn", lambda *args, **kwargs: 1 / 0)
+    monkeypatch.setattr(auto_batch, "forward_backward", lambda *args, **kwargs: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         run(make_recipe(**AUTO))
 
@@ -165,18 +165,18 @@ def test_free_memory_bounds_the_budget(trained, capsys, monkeypatch, cautious, g
         def __init__(self, device):
             self.cautious, self.peaks = cautious, iter([n * 10**6 for n in grows])
 
-    monkeypatch.setattr(fitting, "gauge_of", Gauge)
+    monkeypatch.setattr(auto_batch, "memory_gauge", Gauge)
     trained("auto", **AUTO)
     assert said(capsys) == [152 * times]
 
 
 def test_the_gauge_sees_what_is_taken_and_given_back():
-    gauge = fitting_memory.OnCPU()
+    gauge = memory_gauges.CpuMemory()
     assert gauge.room > 50e6 and gauge.taken < 50e6
     held = torch.ones(100_000_000, dtype=torch.uint8)
     del held
     assert 90e6 < gauge.taken < 250e6
-    assert fitting_memory.OnCPU().taken < 50e6
+    assert memory_gauges.CpuMemory().taken < 50e6
 
 
 def test_a_stream_is_measured_on_its_first_step(trained, memory, capsys):
@@ -222,12 +222,12 @@ def test_two_processes_agree_on_a_budget(world, trained, tmp_path):
     ],
 )
 def test_chunks_of_the_head_follow_from_what_is_free_on_a_gpu(monkeypatch, vocab, free, rows):
-    monkeypatch.setattr(fitting, "gauge_of", lambda device: SimpleNamespace(room=free))
+    monkeypatch.setattr(auto_batch, "memory_gauge", lambda device: SimpleNamespace(room=free))
     lines = []
-    assert fitting.chunk_rows(vocab, torch.device("cuda"), lines.append) == rows
+    assert auto_batch.chunk_rows(vocab, torch.device("cuda"), lines.append) == rows
     assert rows == 1024 or 8 * vocab * rows <= free / 8
     assert len(lines) == 1 and lines[0].startswith(f"head: chunks of {rows:,} rows")
-    assert fitting.chunk_rows(vocab, torch.device("cpu"), lines.append) is None and len(lines) == 1
+    assert auto_batch.chunk_rows(vocab, torch.device("cpu"), lines.append) is None and len(lines) == 1
 
 
 class Head:
@@ -252,11 +252,11 @@ class Head:
 @pytest.mark.parametrize("found_while_measuring", [True, False])
 def test_memory_that_runs_out_halves_the_chunks_too(trained, capsys, monkeypatch, found_while_measuring):
     whole, head = trained("whole", train__micro_batch_size=8, train__max_steps=2), Head(monkeypatch)
-    real = fitting.Fitting.measure
+    real = auto_batch.AutoBatchSize.measure
     if found_while_measuring:
         head.rows = 600
     else:
-        monkeypatch.setattr(fitting.Fitting, "measure", lambda self, size: (real(self, size), setattr(head, "rows", 600)))
+        monkeypatch.setattr(auto_batch.AutoBatchSize, "measure", lambda self, size: (real(self, size), setattr(head, "rows", 600)))
     got = trained("auto", **AUTO, train__max_steps=2)
     assert head.asked[-1] == 512 and distance(got, whole) < BOUND
     said = [line.split("chunks of ")[1] for line in capsys.readouterr().err.splitlines() if "chunks of" in line]
@@ -265,8 +265,8 @@ def test_memory_that_runs_out_halves_the_chunks_too(trained, capsys, monkeypatch
 
 @pytest.mark.parametrize("given", [None, 4096])
 def test_chunks_are_not_halved_for_ever_and_a_number_given_is_kept_to(make_recipe, monkeypatch, given):
-    head, real = Head(monkeypatch), fitting.Fitting.measure
-    monkeypatch.setattr(fitting.Fitting, "measure", lambda self, size: (real(self, size), setattr(head, "rows", 100)))
+    head, real = Head(monkeypatch), auto_batch.AutoBatchSize.measure
+    monkeypatch.setattr(auto_batch.AutoBatchSize, "measure", lambda self, size: (real(self, size), setattr(head, "rows", 100)))
     with pytest.raises(torch.OutOfMemoryError):
         run(make_recipe(**AUTO, loss__chunk_size=given))
     assert head.asked[-1] == (given or 128)

@@ -22,7 +22,7 @@ from llmkd.models import load as models_load
 from llmkd.models import load as together
 from llmkd.output.metrics import read
 from llmkd.teachers.live import Live
-from llmkd.training import trainer as session
+from llmkd.training import trainer
 from llmkd.training.distiller import Distiller
 from llmkd.training.prepare import prepare
 from llmkd.training.run import run
@@ -76,7 +76,7 @@ def test_without_a_teacher_it_is_supervised_fine_tuning(trained, make_recipe, mo
 
 def test_both_terms_are_logged_and_mixed(trained, tmp_path):
     trained("log", loss__kd_ratio=0.25, loss__temperature=2.0, **SHORT)
-    for r in (r for r in read(tmp_path / "log/metrics.jsonl") if "gate" not in r):
+    for r in (r for r in read(tmp_path / "log/metrics.jsonl") if "teacher_check" not in r):
         assert r["loss"] == pytest.approx(0.75 * r["ce"] + 0.25 * r["kd"], rel=1e-12)
         assert {"step", "epoch", "lr", "grad_norm", "targets", "targets_per_s", "peak_memory"} <= r.keys()
 
@@ -363,17 +363,17 @@ def test_positions_that_depend_on_the_longest_example_are_told_of(capsys):
 
 
 def test_a_signal_that_ends_a_compiler_is_a_stop(make_recipe, monkeypatch):
-    from llmkd.training.shutdown import StopRequest
+    from llmkd.training.shutdown import ShutdownRequest
 
-    stop = StopRequest()
+    stop = ShutdownRequest()
 
     def load(*args):
         stop.asked = True
         raise UserError("train.compile: C++ compile error")
 
-    monkeypatch.setattr(session, "load", load)
+    monkeypatch.setattr(trainer, "load", load)
     with pytest.raises(Stopped, match="before the first step"):
         run(make_recipe(), stop=stop)
     with pytest.raises(UserError, match="compile error"):
-        monkeypatch.setattr(session, "load", lambda *args: (_ for _ in ()).throw(UserError("train.compile: C++ compile error")))
+        monkeypatch.setattr(trainer, "load", lambda *args: (_ for _ in ()).throw(UserError("train.compile: C++ compile error")))
         run(make_recipe())

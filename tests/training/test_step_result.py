@@ -11,8 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmkd.errors import NonFinite, UserError
 from llmkd.teachers.live import Live
-from llmkd.training import loop
-from llmkd.training import trainer as session
+from llmkd.training import loop, trainer
 from llmkd.training.distiller import Distiller
 from llmkd.training.run import run
 from tests.conftest import distance, plain_recipe
@@ -131,7 +130,7 @@ class Waits(TorchDispatchMode):
 
 def test_the_host_waits_for_the_device_only_where_somebody_asks(make_recipe, monkeypatch):
     """Of eight steps every fourth is logged; of the others it is heard in the step after. (Of padded rows transformers itself asks once a pass.)"""
-    waits, real, now = [], session.train, [1]
+    waits, real, now = [], trainer.train, [1]
 
     def train(*args, **options):
         steps = real(*args, **options)
@@ -144,9 +143,9 @@ def test_the_host_waits_for_the_device_only_where_somebody_asks(make_recipe, mon
             now[0] = progress.step + 1
             yield progress
 
-    read, reads = loop.Outcome.read, []
-    monkeypatch.setattr(loop.Outcome, "read", lambda self, active: (reads.append((self.step.number, now[0])), read(self, active))[1])
-    monkeypatch.setattr(session, "train", train)
+    read, reads = loop.StepResult.read, []
+    monkeypatch.setattr(loop.StepResult, "read", lambda self, active: (reads.append((self.step.number, now[0])), read(self, active))[1])
+    monkeypatch.setattr(trainer, "train", train)
     run(make_recipe(train__max_steps=8, train__epochs=None, train__log_every=4, train__batch_size=8, data__packing=True))
     assert waits == [(step, 0) for step in range(1, 9)]
     assert reads == [(1, 2), (2, 3), (3, 4), (4, 4), (5, 6), (6, 7), (7, 8), (8, 8)]
@@ -162,14 +161,14 @@ def test_when_figures_are_asked_for_changes_nothing(trained, optimizer):
 
 def test_a_nan_moves_nothing_by_an_optimizer_that_hears_of_it_on_the_host_either(make_recipe, monkeypatch):
     pytest.importorskip("bitsandbytes")
-    held, move = [], loop.move
+    held, move = [], loop.optimizer_step
 
     def watched(learner, step, norm, taint):
         before = [p.detach().clone() for p in learner.parameters.values()]
         move(learner, step, norm, taint * float("nan") if step == 2 else taint)
         held.append(all(torch.equal(a, b) for a, b in zip(before, learner.parameters.values(), strict=True)))
 
-    monkeypatch.setattr(loop, "move", watched)
+    monkeypatch.setattr(loop, "optimizer_step", watched)
     run(make_recipe(student__dtype="float32", optim__name="adamw_8bit", **SHORT))
     assert held == [False, True]
 
@@ -195,12 +194,12 @@ def test_an_error_after_a_step_that_nobody_heard_of_leaves_no_checkpoint(make_re
 @pytest.mark.parametrize("streaming", [False, True])
 def test_a_step_knows_how_many_targets_it_has(make_recipe, monkeypatch, streaming):
     """They come of the plan, and divide the loss: nobody counts them again."""
-    seen, gradients = [], loop.gradients
+    seen, gradients = [], loop.accumulate_gradients
 
     def counted(seed, step, active, teacher, accelerator, micro_batches):
-        seen.append((step.targets, sum(micro.num_targets for micro in micro_batches)))
+        seen.append((step.num_targets, sum(micro.num_targets for micro in micro_batches)))
         return gradients(seed, step, active, teacher, accelerator, micro_batches)
 
-    monkeypatch.setattr(loop, "gradients", counted)
+    monkeypatch.setattr(loop, "accumulate_gradients", counted)
     run(make_recipe(train__max_steps=3, train__epochs=None, train__batch_size=7, data__streaming=streaming))
     assert len(seen) == 3 and all(said == there > 0 for said, there in seen)

@@ -16,9 +16,9 @@ from llmkd.training.run import run
 from llmkd.training.validate import validate
 
 
-def gate_of(recipe) -> list[dict]:
+def check_of(recipe) -> list[dict]:
     lines = map(json.loads, (Path(recipe.output_dir) / "metrics.jsonl").read_text().splitlines())
-    return [line["gate"] for line in lines if "gate" in line]
+    return [line["teacher_check"] for line in lines if "teacher_check" in line]
 
 
 def test_its_figures_are_the_cross_entropies_of_both_on_the_sample(make_recipe, capsys):
@@ -35,7 +35,7 @@ def test_its_figures_are_the_cross_entropies_of_both_on_the_sample(make_recipe, 
         "ce": -float(log_q.gather(1, batch.labels_N[:, None]).mean()),
         "teacher_ce": -float(teacher(batch).label_log_probs(slice(None), batch.labels_N).mean()),
     }
-    (found,) = gate_of(recipe)
+    (found,) = check_of(recipe)
     assert found == pytest.approx(expected, abs=1e-9)
     assert f"the teacher's CE is {found['teacher_ce']:.4f} and the student's {found['ce']:.4f}" in capsys.readouterr().err
 
@@ -43,7 +43,7 @@ def test_its_figures_are_the_cross_entropies_of_both_on_the_sample(make_recipe, 
 def test_it_changes_nothing_of_the_run(trained):
     from tests.conftest import distance
 
-    with_, without = (trained(f"gate{n}", validation__teacher_check=n, student__lora__dropout=0.2) for n in (64, 0))
+    with_, without = (trained(f"check{n}", validation__teacher_check=n, student__lora__dropout=0.2) for n in (64, 0))
     assert distance(with_, without) == 0
 
 
@@ -57,7 +57,7 @@ def test_a_resumed_run_does_not_pass_it_again(make_recipe, trained):
 
     shutil.rmtree(Path(recipe.output_dir) / "checkpoints" / "step-4", ignore_errors=True)
     run(recipe, resume=True)
-    assert len(gate_of(recipe)) == 1
+    assert len(check_of(recipe)) == 1
 
 
 def test_the_advice_comes_where_it_is_due(world, make_recipe, capsys):
@@ -66,13 +66,13 @@ def test_the_advice_comes_where_it_is_due(world, make_recipe, capsys):
     def said(out, **changes):
         run(make_recipe(out, train__max_steps=2, **changes))
         err = capsys.readouterr().err
-        return "warning: the teacher knows" in err, "note: " in err and "neither an adapter" in err
+        return "warning: the teacher knows" in err, "note: " in err and "looks untuned" in err
 
     ces = {}
     for name in ("teacher", "student", "adapter"):
         recipe = make_recipe(f"ce {name}", teacher__model=str(world / name), train__max_steps=2)
         run(recipe)
-        ces[name] = gate_of(recipe)[0]
+        ces[name] = check_of(recipe)[0]
     capsys.readouterr()
     better = {name: metrics["teacher_ce"] < metrics["ce"] for name, metrics in ces.items()}
     assert not better["student"]  # the student's own base: equal
@@ -86,14 +86,14 @@ def test_the_advice_comes_where_it_is_due(world, make_recipe, capsys):
 def test_a_stream_is_judged_by_its_first_step(make_recipe):
     recipe = make_recipe(data__streaming=True, train__max_steps=2)
     run(recipe)
-    assert gate_of(recipe)[0]["examples"] == recipe.train.batch_size
+    assert check_of(recipe)[0]["examples"] == recipe.train.batch_size
 
 
 def test_its_time_is_not_trainings(make_recipe, monkeypatch):
-    from llmkd.training import trainer as session
+    from llmkd.training import trainer
 
     slow = lambda *args: time.sleep(1.5) or validate(*args)  # noqa: E731
-    monkeypatch.setattr(session, "validate", slow)
+    monkeypatch.setattr(trainer, "validate", slow)
     recipe = make_recipe(train__max_steps=2)
     run(recipe)
     first = next(line for line in map(json.loads, (Path(recipe.output_dir) / "metrics.jsonl").read_text().splitlines()) if "loss" in line)
