@@ -11,7 +11,7 @@ if not __package__:  # run as a script: this folder's names are ours alone, and 
     sys.modules["llmkd_eval"] = importlib.util.module_from_spec(_spec)
     _spec.loader.exec_module(sys.modules["llmkd_eval"])
 
-from llmkd.config.loader import split_overrides
+from llmkd.config.loader import parse_overrides
 from llmkd.console import first_process
 from llmkd.errors import UserError
 
@@ -45,7 +45,7 @@ def evaluate(argv: list[str]) -> None:
     force = "--force" in argv
     words = [word for word in argv if word != "--force"]
     first = next((i for i, word in enumerate(words) if word.startswith("--")), len(words))
-    targets, options = words[:first], split_overrides(words[first:], ("tasks", "tasks_dir", "out", "dtype"))
+    targets, options = words[:first], parse_overrides(words[first:], ("tasks", "tasks_dir", "out", "dtype"))
     tasks = [name for name in (options.pop("tasks", None) or "").split(",") if name]
     if not targets or not tasks:
         raise UserError(
@@ -85,7 +85,7 @@ def tasks(argv: list[str]) -> None:
 
     if not argv or argv[0].startswith("--"):
         raise UserError("tasks: names no folder of data; write llmkd tasks DATA_DIR [--to eval/tasks]")
-    options = split_overrides(argv[1:], ("to",))
+    options = parse_overrides(argv[1:], ("to",))
     to = Path(options.pop("to", None) or "eval/tasks")
     if options:
         raise UserError(f"--{next(iter(options))}: tasks has no such option; it has --to")

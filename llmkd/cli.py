@@ -7,8 +7,7 @@ import warnings
 from pathlib import Path
 
 from . import __version__
-from .config import loader as settings
-from .config import schema as settings_schema
+from .config import loader, schema
 from .errors import UserError, exit_code
 
 USAGE = """\
@@ -26,7 +25,7 @@ usage: llmkd train --config RECIPE [--section.name VALUE ...] [--resume] [--debu
 train    Train a student by distillation, or by plain fine-tuning where the recipe names no teacher.
          Several processes: accelerate launch llmkd/train.py --config RECIPE ...
 sweep    Train every arm of a sweep (a recipe and a grid of changes), side by side before one teacher where they can; then
-         measure, compare and report them. A study's or sweep's file given to train runs it too, on several processes.
+         measure, compare and report them. A pipeline's or sweep's file given to train runs it too, on several processes.
 cache    Ask the recipe's teachers once, and keep what they say at every target in the stores that teacher.cache names: runs then need
          no teacher in memory. --check measures what a quantised teacher, or a store, loses; --import reads answers from elsewhere.
          Several processes: accelerate launch -m llmkd cache --config RECIPE ...
@@ -41,8 +40,8 @@ exit codes: 0 done, 1 a bug, 2 something to mend (one line each), 3 stopped on a
             75 stopped by a signal; --resume goes on. accelerate launch and torchrun turn all of them into 1.
 """
 
-STUDY = """\
-A study (a file with stages:, such as recipes/quickstart.yaml) runs its stages in order and compares their students;
+PIPELINE = """\
+A pipeline (a file with stages:, such as recipes/quickstart.yaml) runs its stages in order and compares their students;
 every other setting given on the command line goes to all stages. A sweep (a file with grid: or arms:) trains its arms;
 a setting that is not its own goes to all arms.
 """
@@ -74,18 +73,18 @@ def dispatch(argv: list[str]) -> None:
 
 def train(argv: list[str]) -> None:
     if _flag(argv, "--help") or _flag(argv, "-h"):
-        print(USAGE + "\n" + STUDY + "\nsettings:\n" + settings_schema.help_text())
+        print(USAGE + "\n" + PIPELINE + "\nsettings:\n" + schema.help_text())
         return
     config, overrides, resume = _run_options(argv)
-    kind = settings.kind(config)
+    kind = loader.file_kind(config)
     if kind == "sweep":
         run_sweep(config, overrides, resume)
-    elif kind == "study":
-        from .commands.study import run_study
+    elif kind == "pipeline":
+        from .commands.pipeline import run_pipeline
 
-        run_study(config, overrides, resume)
+        run_pipeline(config, overrides, resume)
     else:
-        recipe = settings.load_recipe(config, overrides)
+        recipe = loader.load_recipe(config, overrides)
         from .training.run import run
 
         run(recipe, resume)
@@ -93,10 +92,10 @@ def train(argv: list[str]) -> None:
 
 def sweep(argv: list[str]) -> None:
     if _flag(argv, "--help") or _flag(argv, "-h"):
-        print(USAGE + "\n" + STUDY + "\nsettings of a sweep:\n" + settings_schema.help_text(settings.Sweep))
+        print(USAGE + "\n" + PIPELINE + "\nsettings of a sweep:\n" + schema.help_text(loader.Sweep))
         return
     config, overrides, resume = _run_options(argv)
-    if settings.kind(config) != "sweep":
+    if loader.file_kind(config) != "sweep":
         raise UserError(f"--config {config}: is no sweep, which has grid: or arms:; llmkd train runs it")
     run_sweep(config, overrides, resume)
 
@@ -104,7 +103,7 @@ def sweep(argv: list[str]) -> None:
 def run_sweep(config: str, overrides: dict, resume: bool) -> None:
     from llmkd_eval import after_sweep
 
-    sweep = settings.load_sweep(config, overrides)
+    sweep = loader.load_sweep(config, overrides)
     after_sweep.check(Path(sweep.output_dir).expanduser(), sweep.eval)
     from .commands.sweep import run_sweep as train_arms
 
@@ -113,17 +112,17 @@ def run_sweep(config: str, overrides: dict, resume: bool) -> None:
 
 def cache(argv: list[str]) -> None:
     if _flag(argv, "--help") or _flag(argv, "-h"):
-        print(USAGE + "\nsettings:\n" + settings_schema.help_text())
+        print(USAGE + "\nsettings:\n" + schema.help_text())
         return
     checks = _flag(argv, "--check")
-    options = settings.split_overrides(argv, ("config", "import"))
+    options = loader.parse_overrides(argv, ("config", "import"))
     config, foreign = options.pop("config", None), options.pop("import", None)
     if not isinstance(config, str):
         raise UserError("--config: not given; name a recipe")
     if checks and foreign:
         raise UserError("--check: given together with --import; import first, then check")
     quiet()
-    recipe = settings.load_recipe(config, options)
+    recipe = loader.load_recipe(config, options)
     if checks:
         from .commands.cache_check import check
 
@@ -137,7 +136,7 @@ def cache(argv: list[str]) -> None:
 
 def _run_options(argv: list[str]) -> tuple[str, dict, bool]:
     resume = _flag(argv, "--resume")
-    overrides = settings.split_overrides(argv)
+    overrides = loader.parse_overrides(argv)
     config = overrides.pop("config", None)
     if not isinstance(config, str):
         raise UserError("--config: not given; name a recipe, such as --config recipes/quickstart.yaml")
@@ -149,15 +148,15 @@ def data(argv: list[str]) -> None:
     if _flag(argv, "--help") or _flag(argv, "-h"):
         print(USAGE)
         return
-    options = settings.split_overrides(argv)
+    options = loader.parse_overrides(argv)
     config, count, example = options.pop("config", None), options.pop("show", 3), options.pop("example", None)
     if not isinstance(config, str):
         raise UserError("--config: not given; name a recipe")
     for name, value in (("show", count), ("example", example)):
         if value is not None and (type(value) is not int or value < 0):
             raise UserError(f"--{name}: found {value!r}, expected a whole number >= 0")
-    if (kind := settings.kind(config)) != "recipe":
-        file = settings.read(config)[0]
+    if (kind := loader.file_kind(config)) != "recipe":
+        file = loader.read(config)[0]
         stages = file["stages"].values() if isinstance(file.get("stages"), dict) else []
         named = [
             os.path.relpath(Path(config).parent / str(one["recipe"]))
@@ -170,7 +169,7 @@ def data(argv: list[str]) -> None:
     quiet()
     from .commands.preview_data import show
 
-    show(settings.load_recipe(config, options), count or 0, example)
+    show(loader.load_recipe(config, options), count or 0, example)
 
 
 def export(argv: list[str]) -> None:
@@ -179,7 +178,7 @@ def export(argv: list[str]) -> None:
         print(USAGE)
         return
     run = argv.pop(argv.index(places[0]))
-    options = settings.split_overrides(argv, ("to", "checkpoint"))
+    options = loader.parse_overrides(argv, ("to", "checkpoint"))
     to, checkpoint = options.pop("to", None), options.pop("checkpoint", None)
     if options:
         raise UserError(f"--{next(iter(options))}: export has no such option; it has --to and --checkpoint")
@@ -210,7 +209,7 @@ def compare(argv: list[str]) -> None:
     if asked or not places:
         print(USAGE)
         return
-    options = settings.split_overrides([word for i, word in enumerate(argv) if i not in places], ("baseline", "tasks", "metrics", "json"))
+    options = loader.parse_overrides([word for i, word in enumerate(argv) if i not in places], ("baseline", "tasks", "metrics", "json"))
     tasks, metrics = ((options.pop(name, None) or "").split(",") for name in ("tasks", "metrics"))
     baseline, file = options.pop("baseline", None), options.pop("json", None)
     if options:

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llmkd.cli import main
-from llmkd.config import loader as settings
+from llmkd.config import loader
 from llmkd.config.recipe import Source
 from llmkd.data.reading.sources import Rows, read_source
 from llmkd.errors import UserError
@@ -77,7 +77,7 @@ def make_recipe(world, tmp_path):
     def make(out: str = "out", **changes):
         path = tmp_path / "recipe.yaml"
         path.write_text(json.dumps(plain_recipe(world, tmp_path / out)))
-        return settings.load_recipe(path, {k.replace("__", "."): v for k, v in changes.items()})
+        return loader.load_recipe(path, {k.replace("__", "."): v for k, v in changes.items()})
 
     return make
 
@@ -112,7 +112,7 @@ def stores(world, tmp_path_factory) -> Path:
             file = root / f"{name}.yaml"
             file.write_text(json.dumps(plain_recipe(world, root / "out")))
             options = {f"teacher.cache.{key}": value for key, value in ({"path": str(root / name)} | kind).items()}
-            cache(settings.load_recipe(file, fixed | options))
+            cache(loader.load_recipe(file, fixed | options))
     return root
 
 

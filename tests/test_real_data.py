@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from llmkd.config import loader as settings
+from llmkd.config import loader
 from llmkd.training.prepare import prepare
 from llmkd.training.run import run
 
@@ -15,7 +15,7 @@ pytestmark = pytest.mark.skipif(not SHARED.is_dir(), reason="no shared data besi
 
 def recipe(tmp_path: Path, **sections):
     (tmp_path / "r.yaml").write_text(json.dumps({"output_dir": str(tmp_path / "out"), **sections}))
-    return settings.load_recipe(tmp_path / "r.yaml")
+    return loader.load_recipe(tmp_path / "r.yaml")
 
 
 def test_all_alpaca_rows_are_supervised_on_their_answers_only(tmp_path):

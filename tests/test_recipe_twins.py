@@ -10,7 +10,7 @@ import pytest
 import torch
 import transformers as tf
 
-from llmkd.config import loader as settings
+from llmkd.config import loader
 from llmkd.config.recipe import sources
 from llmkd.data.reading.skills import tokenizer
 from llmkd.training.run import run
@@ -62,7 +62,7 @@ def rows(format: str, path: Path) -> str:
 def test_both_stages_run_on_a_twin(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # the recipes write to runs/
     for stage in ("1_teacher", "2_distill"):
-        recipe = settings.load_recipe(folder / f"{stage}.yaml")
+        recipe = loader.load_recipe(folder / f"{stage}.yaml")
         short = {"train.max_steps": 2, "train.epochs": None, "optim.warmup_steps": None, "optim.warmup_ratio": None}
         changes = short | {"student.model": str(twin(recipe.student.model, tmp_path)), "train.batch_size": 8}
         for name in ("train", "validation"):
@@ -71,7 +71,7 @@ def test_both_stages_run_on_a_twin(folder, tmp_path, monkeypatch):
                 changes |= {f"data.{name}.path": path, f"data.{name}.revision": None, f"data.{name}.split": "train"}
         if recipe.data.validation_fraction:
             changes["data.validation_fraction"] = 0.25
-        summary = run(settings.load_recipe(folder / f"{stage}.yaml", changes))
+        summary = run(loader.load_recipe(folder / f"{stage}.yaml", changes))
         assert summary["steps"] == 2 and (Path(recipe.output_dir) / "adapter/adapter_model.safetensors").exists()
         assert (stage == "2_distill") == ("kd" in summary["train"])
         assert REPO not in Path(recipe.output_dir).resolve().parents

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from llmkd.config import loader as settings
+from llmkd.config import loader
 from llmkd.config.recipe import sources, teachers
 
 REPO = Path(__file__).parents[1]
@@ -13,7 +13,7 @@ FILES = sorted(path for path in (REPO / "recipes").rglob("*") if path.suffix in 
 README = (REPO / "recipes/README.md").read_text()
 
 
-RECIPES, STUDIES, SWEEPS = ([path for path in FILES if settings.kind(path) == kind] for kind in ("recipe", "study", "sweep"))
+RECIPES, PIPELINES, SWEEPS = ([path for path in FILES if loader.file_kind(path) == kind] for kind in ("recipe", "pipeline", "sweep"))
 STAGED = [path for path in RECIPES if path.parent.name not in ("recipes", "quickstart", "ablation_small")]
 
 
@@ -22,27 +22,27 @@ def named(path: Path) -> str:
 
 
 def test_there_are_some():
-    assert len(RECIPES) >= 20 and len(STUDIES) >= 2 and len(SWEEPS) >= 2
+    assert len(RECIPES) >= 20 and len(PIPELINES) >= 2 and len(SWEEPS) >= 2
 
 
 @pytest.mark.parametrize("path", RECIPES, ids=named)
 def test_a_recipe_loads_and_survives_a_round_trip(path, tmp_path):
-    recipe = settings.load_recipe(path)
-    (tmp_path / "again.yaml").write_text(settings.dump(recipe))
-    assert settings.load_recipe(tmp_path / "again.yaml") == recipe
+    recipe = loader.load_recipe(path)
+    (tmp_path / "again.yaml").write_text(loader.dump(recipe))
+    assert loader.load_recipe(tmp_path / "again.yaml") == recipe
 
 
-@pytest.mark.parametrize("path", STUDIES, ids=named)
-def test_a_study_loads_and_its_stages_refer_to_earlier_ones(path, tmp_path):
-    from llmkd.commands.study import stage_recipes
+@pytest.mark.parametrize("path", PIPELINES, ids=named)
+def test_a_pipeline_loads_and_its_stages_refer_to_earlier_ones(path, tmp_path):
+    from llmkd.commands.pipeline import stage_recipes
 
-    study = settings.load_study(path)
+    pipeline = loader.load_pipeline(path)
     done = []
-    for name, recipe in stage_recipes(study, path, {}).items():
-        (tmp_path / "again.yaml").write_text(settings.dump(recipe))
-        assert settings.load_recipe(tmp_path / "again.yaml") == recipe
+    for name, recipe in stage_recipes(pipeline, path, {}).items():
+        (tmp_path / "again.yaml").write_text(loader.dump(recipe))
+        assert loader.load_recipe(tmp_path / "again.yaml") == recipe
         if recipe.teacher:
-            assert recipe.teacher.model in [f"{study.output_dir}/{stage}/adapter" for stage in done]
+            assert recipe.teacher.model in [f"{pipeline.output_dir}/{stage}/adapter" for stage in done]
         done.append(name)
 
 
@@ -52,12 +52,12 @@ def test_a_sweep_loads_with_every_arm(path):
     from llmkd.commands.sweep import Arms
     from llmkd.config.sweep import expand
 
-    sweep = settings.load_sweep(path)
+    sweep = loader.load_sweep(path)
     arms = Arms(sweep, path, {spec.name: spec for spec in expand(sweep)})
     recipes, stages = arms.recipes(), arms.stages()
     assert len(recipes) == len(expand(sweep)) and sweep.baseline in {spec.arm for spec in expand(sweep)}
     left = {f"{stage.output_dir}/{'adapter' if stage.student.method == 'lora' else 'model'}" for stage in stages.values()}
-    left |= {f"{settings.load_recipe(other).output_dir}/adapter" for other in RECIPES if not stages}
+    left |= {f"{loader.load_recipe(other).output_dir}/adapter" for other in RECIPES if not stages}
     for recipe in (*recipes.values(), *stages.values()):
         for model in (recipe.student.model, *(teacher.model for teacher in teachers(recipe.teacher))):
             assert not (model and model.startswith("runs/")) or model in left, model
@@ -75,22 +75,22 @@ def test_the_first_three_lines_say_what_it_needs_what_it_does_and_the_command(pa
 
 @pytest.mark.parametrize("path", RECIPES, ids=named)
 def test_a_stage_names_the_output_of_an_earlier_one(path):
-    recipe = settings.load_recipe(path)
+    recipe = loader.load_recipe(path)
     for model in (recipe.student.model, *(teacher.model for teacher in teachers(recipe.teacher))):
         if model and model.startswith("runs/"):
-            earlier = [settings.load_recipe(other) for other in RECIPES if other.parent == path.parent and other < path]
+            earlier = [loader.load_recipe(other) for other in RECIPES if other.parent == path.parent and other < path]
             assert model in [f"{e.output_dir}/{'adapter' if e.student.method == 'lora' else 'model'}" for e in earlier]
 
 
 def test_no_two_recipes_write_the_same_folder():
-    folders = [settings.load_recipe(path).output_dir for path in RECIPES] + [settings.load_study(path).output_dir for path in STUDIES]
-    folders += [settings.load_sweep(path).output_dir for path in SWEEPS]
+    folders = [loader.load_recipe(path).output_dir for path in RECIPES] + [loader.load_pipeline(path).output_dir for path in PIPELINES]
+    folders += [loader.load_sweep(path).output_dir for path in SWEEPS]
     assert len(folders) == len(set(folders))
 
 
 @pytest.mark.parametrize("path", STAGED, ids=named)
 def test_what_comes_from_the_hub_is_an_id_with_the_data_pinned(path):
-    recipe = settings.load_recipe(path)
+    recipe = loader.load_recipe(path)
     assert recipe.output_dir == f"runs/{path.parent.name}/{path.stem}"
     assert re.fullmatch(r"[\w.-]+/[\w.-]+", recipe.student.model)
     for source in (*sources(recipe.data.train), *sources(recipe.data.validation)):

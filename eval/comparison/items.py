@@ -104,10 +104,10 @@ def read(run: Path, task: str) -> Measured:
 
 def seed_of(run: Path) -> int | None:
     """The seed that a run was trained with, by its recipe.yaml; None where there is none."""
-    from llmkd.config import loader as settings
+    from llmkd.config import loader
 
     path = run / "recipe.yaml"
-    return settings.read(path)[0].get("seed") if path.exists() else None
+    return loader.read(path)[0].get("seed") if path.exists() else None
 
 
 def _text(path: Path) -> str:

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmkd.config import loader as settings
+from llmkd.config import loader
 from llmkd.errors import UserError
 
 
@@ -28,7 +28,7 @@ class Run:
     def recipe(self) -> dict:
         """By dotted path: the resolved recipe, or where the run has none yet the sweep's base with the arm's changes."""
         path = self.folder / "recipe.yaml"
-        return leaves(settings.read(path)[0]) if path.exists() else changed(self.base, self.changes)
+        return leaves(loader.read(path)[0]) if path.exists() else changed(self.base, self.changes)
 
     @functools.cached_property
     def summary(self) -> dict:

@@ -17,7 +17,7 @@ REPO = Path(__file__).resolve().parents[2]
 sys.path[0] = str(REPO)  # eval/speed stood there, whose names are not modules of anybody
 
 from llmkd.commands import plan as cost  # noqa: E402
-from llmkd.config import loader as settings  # noqa: E402
+from llmkd.config import loader  # noqa: E402
 from llmkd.models import size as cost_size  # noqa: E402
 from llmkd.output.run_folder import RunFolder  # noqa: E402
 from llmkd.training.shutdown import ShutdownRequest  # noqa: E402
@@ -82,7 +82,7 @@ def recipes(options, teacher: dict | None, folder: Path, count: int) -> list:
         "train.log_every": options.steps,
     }
     arms = [arm | ({} if teacher else {"loss.kd_ratio": 0.0}) for arm in ARMS[:count]]
-    return [settings.load_recipe(RECIPE, base | arm | {"output_dir": str(folder / str(i))}) for i, arm in enumerate(arms)]
+    return [loader.load_recipe(RECIPE, base | arm | {"output_dir": str(folder / str(i))}) for i, arm in enumerate(arms)]
 
 
 def trained(many: list) -> tuple[float, float, int]:

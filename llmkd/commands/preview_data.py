@@ -10,7 +10,7 @@ from typing import TextIO
 import numpy as np
 
 from ..config.recipe import Recipe, Student, distils, sources
-from ..config.teacher import named as named_teachers
+from ..config.teacher import with_setting_names as with_teacher_names
 from ..console import say
 from ..data.dataset import hold_out, read_data, refuse_empty_sources, refuse_too_few_positions, report_notes
 from ..data.encoding.token_cache import load_or_encode
@@ -51,7 +51,7 @@ def show(recipe: Recipe, count: int = 3, example: int | None = None, out: TextIO
 def _configs(recipe: Recipe) -> dict[str, dict]:
     """The models' configurations, as far as they are here: a teacher may be yet to come."""
     configs = {"student.model": recipe.student.architecture or _config(student_base(recipe.student))}
-    for setting, one in named_teachers(recipe.teacher) if distils(recipe) else ():
+    for setting, one in with_teacher_names(recipe.teacher) if distils(recipe) else ():
         with contextlib.suppress(UserError):
             if one.model:
                 configs[f"{setting}.model"] = _config(student_base(Student(model=one.model, base=one.base, revision=one.revision)))

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import ConfigDict, Discriminator, Field, Tag
 from pydantic.dataclasses import dataclass
 
-settings = dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True, allow_inf_nan=False))
+config_dataclass = dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True, allow_inf_nan=False))
 
 Count = Annotated[int, Field(ge=1)]
 
@@ -21,7 +21,7 @@ OPTIONAL = ("input", "tools", "teacher_context")  # columns that a file need not
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
 
-@settings
+@config_dataclass
 class Source:
     path: str = Field(
         description="A .json, .jsonl, .parquet, .arrow or .csv file, a folder of them, a hub data set, or builtin:skills (the generated corpus)."
@@ -67,7 +67,7 @@ def sources(setting: Source | tuple[Source, ...] | None) -> tuple[Source, ...]:
     return setting if isinstance(setting, tuple) else (setting,) if setting else ()
 
 
-@settings
+@config_dataclass
 class Data:
     train: Sources = Field(None, description="What the student trains on: a source, or a list of them.")
     validation: Sources = Field(None, description="Held-out rows; or set validation_fraction.")

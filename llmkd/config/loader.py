@@ -10,16 +10,16 @@ import yaml
 
 from ..errors import UserError
 from .recipe import Lora, Recipe
-from .schema import _or, describe
-from .sweep import Study, Sweep
+from .schema import describe, join_or
+from .sweep import Pipeline, Sweep
 from .teacher import teachers
-from .validation import _check, renamed
+from .validation import check, renamed
 from .yaml_loader import Dumper, parse_yaml
 
 _MAX_BYTES = 1 << 20
 
 
-def split_overrides(words: list[str], options: tuple[str, ...] = ("config",)) -> dict[str, typing.Any]:
+def parse_overrides(words: list[str], options: tuple[str, ...] = ("config",)) -> dict[str, typing.Any]:
     """`--optim.lr 1e-4 --train.epochs=2` as {dotted path: value}; values are read as YAML, those of text settings and `options` as they are."""
     literal = {*options} | {path for path, type_, *_ in describe() if type_ in ("text", "text or null")}
     out, rest = {}, list(words)
@@ -64,36 +64,36 @@ def read(path: str | Path) -> tuple[dict, dict[tuple, int], list[str]]:
     return data, lines, problems
 
 
-def kind(path: str | Path) -> str:
-    """What a file holds: a recipe, a study or a sweep."""
+def file_kind(path: str | Path) -> str:
+    """What a file holds: a recipe, a pipeline or a sweep."""
     data = read(path)[0]
-    return "sweep" if data.keys() & {"grid", "arms"} else "study" if "stages" in data else "recipe"
+    return "sweep" if data.keys() & {"grid", "arms"} else "pipeline" if "stages" in data else "recipe"
 
 
 def load_recipe(path: str | Path, overrides: dict[str, typing.Any] | None = None) -> Recipe:
     """Read, override, check and resolve. Raises UserError with every problem, one line each."""
     data, lines, problems = read(path)
     changed = _override(data, overrides or {}, problems)
-    recipe = _check(Recipe, data, str(path), lines, problems, changed)
+    recipe = check(Recipe, data, str(path), lines, problems, changed)
     return resolve(recipe)
 
 
-def load_study(path: str | Path, output_dir: str | None = None) -> Study:
+def load_pipeline(path: str | Path, output_dir: str | None = None) -> Pipeline:
     data, lines, problems = read(path)
     changed = _override(data, {"output_dir": output_dir} if output_dir else {}, problems)
-    study = _check(Study, data, str(path), lines, problems, changed)
-    missing = [s for s in (study.teacher, *study.students) if s not in study.stages]
-    if problems := [f"{path}: {s}: not a stage; the stages are {', '.join(study.stages)}" for s in missing] + _bad_stages(
-        study, path, lines
+    pipeline = check(Pipeline, data, str(path), lines, problems, changed)
+    missing = [s for s in (pipeline.teacher, *pipeline.students) if s not in pipeline.stages]
+    if problems := [f"{path}: {s}: not a stage; the stages are {', '.join(pipeline.stages)}" for s in missing] + _bad_stages(
+        pipeline, path, lines
     ):
         raise UserError(*problems)
-    return study
+    return pipeline
 
 
-def _bad_stages(study: Study | Sweep, path: str | Path, lines: dict) -> list[str]:
+def _bad_stages(pipeline: Pipeline | Sweep, path: str | Path, lines: dict) -> list[str]:
     return [
         f"{path}:{lines['stages', s]}: stages.{s}: a stage's name has letters, digits, '.', '_' and '-' only"
-        for s in study.stages
+        for s in pipeline.stages
         if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", s)
     ]
 
@@ -106,7 +106,7 @@ def load_sweep(path: str | Path, overrides: dict[str, typing.Any] | None = None)
     changed = _override(data, mine, problems)
     if isinstance(data.get("set", {}), dict):
         data["set"] = (data.get("set") or {}) | {dotted: value for dotted, value in (overrides or {}).items() if dotted not in mine}
-    sweep = _check(Sweep, data, str(path), lines, problems, changed)
+    sweep = check(Sweep, data, str(path), lines, problems, changed)
     if bad := _bad_stages(sweep, path, lines):
         raise UserError(*bad)
     return sweep
@@ -177,7 +177,7 @@ def _override(data: dict, overrides: dict, problems: list[str]) -> set[tuple]:
 
 
 def _items(place: list) -> str:
-    return _or([str(n) for n in range(len(place))]).replace(" or ", " and ")
+    return join_or([str(n) for n in range(len(place))]).replace(" or ", " and ")
 
 
 def _index(place, key: str) -> str | int:

@@ -9,9 +9,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from .data import Count, Data, data_contradictions, settings, sources
+from .data import Count, Data, config_dataclass, data_contradictions, sources
 from .data import Source as Source
-from .teacher import Attention, Dtype, Mixture, Quantization, Teachers, named, teacher_contradictions
+from .teacher import Attention, Dtype, Mixture, Quantization, Teachers, teacher_contradictions, with_setting_names
 from .teacher import Teacher as Teacher
 from .teacher import teachers as teachers
 
@@ -31,7 +31,7 @@ DIVERGENCES: dict[str, dict[str, tuple[float, float, float]]] = {
 }
 
 
-@settings
+@config_dataclass
 class Lora:
     rank: Count = Field(16, description="Rank of the adapter matrices.")
     alpha: float = Field(32.0, gt=0, description="Scale: the update is alpha / rank times B A (over sqrt(rank) with rslora).")
@@ -47,7 +47,7 @@ class Lora:
     dora: bool = Field(False, description="Weight-decomposed LoRA.")
 
 
-@settings
+@config_dataclass
 class Student:
     model: str | None = Field(None, description="Folder or hub id of a base model, or of a LoRA adapter to go on training.")
     revision: str | None = Field(None, description="Revision of a hub model or adapter.")
@@ -72,7 +72,7 @@ class Student:
     )
 
 
-@settings
+@config_dataclass
 class Loss:
     kd_ratio: Share | None = Field(
         None,
@@ -98,7 +98,7 @@ class Loss:
     )
 
 
-@settings
+@config_dataclass
 class Optim:
     name: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = Field(
         "adamw", description="AdamW of torch, or of bitsandbytes with 8-bit state, with state that may move to CPU memory, or with both."
@@ -116,7 +116,7 @@ class Optim:
     min_lr_ratio: Share = Field(0.0, description="Where the schedule ends, as a share of lr.")
 
 
-@settings
+@config_dataclass
 class Train:
     batch_size: Count = Field(
         32, description="Examples per optimizer step, over all processes: the result does not depend on how they are split."
@@ -144,7 +144,7 @@ class Train:
     )
 
 
-@settings
+@config_dataclass
 class Validation:
     every: Count | None = Field(None, description="Steps between validations; null for only before the first step and after the last.")
     micro_batch_size: Count = Field(8, description="Examples per forward pass.")
@@ -153,7 +153,7 @@ class Validation:
     )
 
 
-@settings
+@config_dataclass
 class Checkpoint:
     every: Count | None = Field(None, description="Steps between checkpoints; null for only when stopped by a signal.")
     keep: Count = Field(2, description="How many of the newest are kept.")
@@ -162,13 +162,13 @@ class Checkpoint:
     )
 
 
-@settings
+@config_dataclass
 class PushToHub:
     repo: str = Field(description="Hub repository that the finished student is uploaded to: name or owner/name.")
     private: bool = Field(True, description="Create the repository as a private one.")
 
 
-@settings
+@config_dataclass
 class Recipe:
     output_dir: str = Field("", description="Where the run leaves everything.")
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="Order of the data, new weights and dropout follow from it.")
@@ -208,7 +208,7 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
     yield from teacher_contradictions(recipe.teacher, data)
     if recipe.mixture != Mixture() and len(teachers(recipe.teacher)) < 2:
         yield ("mixture", "teacher"), "given without several teachers to mix; leave it out"
-    sampled = [path for path, one in named(recipe.teacher) if one.cache and one.cache.kind == "sampled"]
+    sampled = [path for path, one in with_setting_names(recipe.teacher) if one.cache and one.cache.kind == "sampled"]
     if sampled and loss.divergence != "forward_kl" and loss.kd_ratio:
         yield (
             ("loss.divergence", f"{sampled[0]}.cache.kind"),
@@ -226,13 +226,13 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
             ("train.micro_batch_tokens", "train.micro_batch_size"),
             "given together with train.micro_batch_size; keep one of them (null takes the other back)",
         )
-    other = [f"{path}.attention" for path, one in (("student", student), *named(recipe.teacher)) if one.attention != "auto"]
+    other = [f"{path}.attention" for path, one in (("student", student), *with_setting_names(recipe.teacher)) if one.attention != "auto"]
     if data.share_prefixes and other:
         yield (
             ("data.share_prefixes", other[0]),
             f"given with {other[0]}, and llmkd's own attention alone can share; leave one of them out",
         )
-    if train.compile and (offloaded := [path for path, one in named(recipe.teacher) if one.device == "offload"]):
+    if train.compile and (offloaded := [path for path, one in with_setting_names(recipe.teacher) if one.device == "offload"]):
         yield (
             ("train.compile", f"{offloaded[0]}.device"),
             f"given with {offloaded[0]}.device: offload, which it cannot follow; leave one of them out",

@@ -7,11 +7,11 @@ import typing
 from .recipe import Recipe
 
 
-def _or(options: list[str]) -> str:
+def join_or(options: list[str]) -> str:
     return ", ".join(options[:-1]) + (" or " if len(options) > 1 else "") + options[-1] if options else "nothing"
 
 
-def _section(kind, key):
+def section_of(kind, key):
     """The section behind a key; behind a name of the user's own (a stage), the section that all of them are."""
     if not dataclasses.is_dataclass(kind):
         return None
@@ -24,7 +24,7 @@ def describe(kind=Recipe, prefix: str = ""):
     hints = typing.get_type_hints(kind, include_extras=True)
     for field in dataclasses.fields(kind):
         path, hint = prefix + field.name, hints[field.name]
-        section = _section(kind, field.name)
+        section = section_of(kind, field.name)
         info = field.default
         if section:
             if getattr(info, "description", None):
@@ -44,7 +44,7 @@ def _words(hint, bounds=()) -> str:
         inner = list(bounds) + [m for a in hint.__metadata__ for m in (getattr(a, "metadata", None) or [a])]
         return _words(args[0], inner)
     if origin is typing.Literal:
-        return _or([str(a) for a in args])
+        return join_or([str(a) for a in args])
     if origin is tuple:
         return "a list of " + (_words(args[0]) + "s" if args[-1] is ... else f"{len(args)} numbers")
     if origin is dict:

@@ -1,4 +1,4 @@
-"""Several runs as data: studies of stages that build on one another, and sweeps of arms that are compared."""
+"""Several runs as data: pipelines of stages that build on one another, and sweeps of arms that are compared."""
 
 import itertools
 import json
@@ -9,29 +9,29 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from .data import Count, settings
+from .data import Count, config_dataclass
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._=,+-]*")
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
-@settings
+@config_dataclass
 class Stage:
-    recipe: str = Field(description="Recipe of this stage, relative to the study's file.")
+    recipe: str = Field(description="Recipe of this stage, relative to the pipeline's file.")
     set: dict[str, Any] = Field(default_factory=dict, description="Settings changed in it, by dotted path.")
 
 
-@settings
-class Study:
+@config_dataclass
+class Pipeline:
     """Several recipes run in order, then their students compared with one teacher on the same held-out rows."""
 
-    output_dir: str = Field(min_length=1, description="Where the study is written: each stage in a folder of its name.")
+    output_dir: str = Field(min_length=1, description="Where the pipeline is written: each stage in a folder of its name.")
     stages: dict[str, Stage] = Field(min_length=1, description="Name of each stage and what it runs, in order.")
     teacher: str = Field(description="Stage whose result is the teacher of the comparison.")
     students: tuple[str, ...] = Field(min_length=1, description="Stages whose results are compared with it.")
 
 
-@settings
+@config_dataclass
 class Evaluation:
     tasks: tuple[str, ...] = Field((), description="lm-evaluation-harness tasks on which every arm is measured; none by default.")
     tasks_dir: str | None = Field(None, description="Folder of task files for local data (llmkd tasks writes one).")
@@ -42,7 +42,7 @@ class Evaluation:
     batch_size: Count | None = Field(None, description="Sequences per forward pass; null for the harness's own choice.")
 
 
-@settings
+@config_dataclass
 class Sweep:
     """One recipe with a grid of changes, or a list of them: every combination is an arm, trained, measured and compared."""
 

@@ -5,13 +5,13 @@ from typing import Annotated, Literal
 
 from pydantic import Discriminator, Field, Tag
 
-from .data import Count, Data, settings, sources
+from .data import Count, Data, config_dataclass, sources
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"]
 
 
-@settings
+@config_dataclass
 class Quantization:
     """The base's linear layers in 4 or 8 bit, by bitsandbytes or (fp8) by torch; embeddings, norms and the head keep `dtype`."""
 
@@ -32,7 +32,7 @@ CACHE_KINDS: dict[str, dict[str, object]] = {
 }
 
 
-@settings
+@config_dataclass
 class Cache:
     """A store of what the teacher says at every target. `llmkd cache` writes it by these settings; null is the kind's default there.
 
@@ -57,7 +57,7 @@ class Cache:
     )
 
 
-@settings
+@config_dataclass
 class Teacher:
     name: str | None = Field(None, description="What data sources call it by (their setting teacher), where there are several.")
     model: str | None = Field(
@@ -114,7 +114,7 @@ Teachers = Annotated[
 ]
 
 
-@settings
+@config_dataclass
 class Mixture:
     """How several teachers are combined on a target that is not left to one of them."""
 
@@ -133,7 +133,7 @@ def teachers(setting: Teacher | tuple[Teacher, ...] | None) -> tuple[Teacher, ..
     return setting if isinstance(setting, tuple) else (setting,) if setting else ()
 
 
-def named(setting: Teacher | tuple[Teacher, ...] | None) -> list[tuple[str, Teacher]]:
+def with_setting_names(setting: Teacher | tuple[Teacher, ...] | None) -> list[tuple[str, Teacher]]:
     """Each teacher with the name of its setting: teacher, or teacher.0, teacher.1, ..."""
     return [(f"teacher.{i}" if isinstance(setting, tuple) else "teacher", one) for i, one in enumerate(teachers(setting))]
 
@@ -143,7 +143,7 @@ def teacher_contradictions(setting: Teacher | tuple[Teacher, ...] | None, data: 
     if setting == ():
         yield ("teacher",), "found an empty list; name a teacher, or leave it out"
     every = teachers(setting)
-    for path, teacher in named(setting):
+    for path, teacher in with_setting_names(setting):
         if teacher.model is None and teacher.cache is None:
             yield (
                 (f"{path}.model", f"{path}.cache"),
@@ -185,9 +185,9 @@ def teacher_contradictions(setting: Teacher | tuple[Teacher, ...] | None, data: 
             yield (f"{path}.weight",), f"found {teacher.weight:g}, and there is no other teacher; leave it out"
     names = [teacher.name for teacher in every if teacher.name is not None]
     if twice := next((name for name in names if names.count(name) > 1), None):
-        where = next(path for path, teacher in reversed(named(setting)) if teacher.name == twice)
+        where = next(path for path, teacher in reversed(with_setting_names(setting)) if teacher.name == twice)
         yield (f"{where}.name",), f"found {twice!r} twice; give every teacher a name of its own"
-    folders = [(path, teacher.cache.path) for path, teacher in named(setting) if teacher.cache]
+    folders = [(path, teacher.cache.path) for path, teacher in with_setting_names(setting) if teacher.cache]
     if twice := next((path for n, (path, folder) in enumerate(folders) if folder in [other for _, other in folders[:n]]), None):
         yield (f"{twice}.cache.path",), "is another teacher's too; give each its own folder"
     for name, value in (("data.train", data.train), ("data.validation", data.validation)):

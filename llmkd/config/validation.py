@@ -9,7 +9,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from ..errors import UserError
 from .recipe import Recipe, contradictions
-from .schema import _or, _section, describe
+from .schema import describe, join_or, section_of
 from .sweep import Sweep, sweep_contradictions
 
 #: What other trainers call some of our settings, for the hint at an unknown name.
@@ -59,7 +59,7 @@ def renamed(kind, path: tuple) -> str | None:
     return new and ".".join([*map(str, path[:-1]), new.rpartition(".")[2]])
 
 
-def _check(kind, data: dict, name: str, lines: dict, problems: list[str], changed: set[tuple]):
+def check(kind, data: dict, name: str, lines: dict, problems: list[str], changed: set[tuple]):
     """Validate; leave out what failed and validate the rest, until it holds; then look for contradictions in it."""
     adapter = TypeAdapter(kind)
 
@@ -137,7 +137,7 @@ def _explain(kind, path: tuple, item: dict) -> str:
     found = item["input"]
     parent, parent_path = kind, []
     for key in path[:-1]:
-        parent = _section(parent, key)
+        parent = section_of(parent, key)
         parent_path.append(str(key))
     if item["type"] in ("unexpected_keyword_argument", "extra_forbidden") and dataclasses.is_dataclass(parent):
         if new := renamed(kind, path):
@@ -163,7 +163,7 @@ def _explain(kind, path: tuple, item: dict) -> str:
     if isinstance(found, str) and "expected" in item.get("ctx", {}):
         options = re.findall(r"'([^']*)'", str(item["ctx"]["expected"]))
         near = difflib.get_close_matches(found, options, 1, 0.6)
-        return f"found {found!r}, expected {_or(options)}" + (f"; did you mean {near[0]}?" if near else "")
+        return f"found {found!r}, expected {join_or(options)}" + (f"; did you mean {near[0]}?" if near else "")
     known = {dotted: (type_, text) for dotted, type_, _, text in describe(kind)}
     type_, text = known.get(".".join(str(key) for key in path if not isinstance(key, int) or key == path[-1]), (None, None))
     if not type_ and item["msg"].startswith(("Input should be less", "Input should be greater")):

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ..config.recipe import Recipe, distils
-from ..config.teacher import CACHE_KINDS, Teacher, named
+from ..config.teacher import CACHE_KINDS, Teacher, with_setting_names
 from ..data.encoding import token_cache
 from ..data.examples import ALL_TEACHERS, Examples
 from ..data.stream import Stream
@@ -45,7 +45,7 @@ class TeacherSource:
 def resolve_teachers(recipe: Recipe, stores: bool = True) -> tuple[TeacherSource, ...]:
     """Every teacher of a recipe that distils. Without `stores` those are not opened: they are yet to be written."""
     out = []
-    for setting, one in named(recipe.teacher) if distils(recipe) else ():
+    for setting, one in with_setting_names(recipe.teacher) if distils(recipe) else ():
         files = find(one.model, f"{setting}.model", one.revision, one.base) if one.model else None
         if files:
             check_transforms(files, one, setting)
@@ -142,7 +142,7 @@ def check_store(recipe: Recipe, teacher: TeacherSource, tokenizer, vocab: int) -
 def check_samples(recipe: Recipe) -> None:
     """Refuse a recipe whose loss the samples in one of its stores are not right for. Of stores that are there yet, and by their headers alone."""
     problems = []
-    for setting, one in named(recipe.teacher) if distils(recipe) else ():
+    for setting, one in with_setting_names(recipe.teacher) if distils(recipe) else ():
         if one.cache and (Path(one.cache.path).expanduser() / "store.json").exists():
             header = read_header(Path(one.cache.path).expanduser(), f"{setting}.cache.path")
             problems += sample_problems(recipe, one.cache.path, header["kind"])

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..config.recipe import Recipe, distils, sources, teachers
-from ..config.teacher import named as named_teachers
+from ..config.teacher import with_setting_names as with_teacher_names
 from ..console import say
 from ..data.batching import MOST_TOKENS, TokenBudget
 from ..data.dataset import (
@@ -140,7 +140,7 @@ def check_packages(recipe: Recipe) -> None:
     wanted = {
         "student.quantization": recipe.student.quantization,
         "optim.name": recipe.optim.name != "adamw",
-    } | {f"{setting}.quantization": teacher.loaded_in for setting, teacher in named_teachers(recipe.teacher)}
+    } | {f"{setting}.quantization": teacher.loaded_in for setting, teacher in with_teacher_names(recipe.teacher)}
     lacking = [setting for setting, value in wanted.items() if value and importlib.util.find_spec("bitsandbytes") is None]
     if lacking:
         raise UserError(

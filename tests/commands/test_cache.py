@@ -13,7 +13,7 @@ import pytest
 from llmkd.cli import main
 from llmkd.commands.cache import cache
 from llmkd.commands.cache_check import check
-from llmkd.config import loader as settings
+from llmkd.config import loader
 from llmkd.errors import UserError
 from llmkd.training.run import run
 from tests.conftest import distance, plain_recipe, weights
@@ -123,7 +123,7 @@ def test_the_arms_of_a_sweep_learn_from_a_store_as_they_would_alone(world, store
     sweep = {"output_dir": str(tmp_path / "sweep"), "recipe": "base.yaml", "grid": {"loss.kd_ratio": [0.3, 0.9]}}
     (tmp_path / "sweep.yaml").write_text(json.dumps(sweep))
     assert main(["train", "--config", str(tmp_path / "sweep.yaml")]) == 0
-    alone = settings.load_recipe(tmp_path / "base.yaml", {"output_dir": str(tmp_path / "alone"), "loss.kd_ratio": 0.9})
+    alone = loader.load_recipe(tmp_path / "base.yaml", {"output_dir": str(tmp_path / "alone"), "loss.kd_ratio": 0.9})
     assert distance(trained_by(alone), weights(tmp_path / "sweep/arms/kd_ratio=0.9")) < 1e-6
 
 
@@ -268,7 +268,7 @@ def test_answers_from_elsewhere_are_read_by_rows_and_trained_on(stores, make_rec
     file, recipe = tmp_path / "answers.jsonl", tmp_path / "recipe.yaml"
     lines = answers_of(live, 8)
     file.write_text("".join(json.dumps(line) + "\n" for line in reversed(lines)))
-    own = settings.load_recipe(recipe, {"data.validation_fraction": 0.2, "teacher": {"cache": {"path": str(tmp_path / "told"), "k": 8}}})
+    own = loader.load_recipe(recipe, {"data.validation_fraction": 0.2, "teacher": {"cache": {"path": str(tmp_path / "told"), "k": 8}}})
     assert cache(own, str(file)) == [tmp_path / "told"] and "is whole: 37 examples" in capsys.readouterr().err
     told = run(make_recipe("run", **(FLOAT32 | held | {"teacher": {"cache": {"path": str(tmp_path / "told")}}, "teacher__dtype": "auto"})))
     kept = run(from_store(make_recipe, stores, "narrow", "kept", **held))
@@ -285,7 +285,7 @@ def test_answers_of_other_rows_are_refused_by_line_and_nothing_is_written(make_r
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     words = ["cache", "--config", str(tmp_path / "recipe.yaml"), "--teacher.cache.path", str(tmp_path / "told"), "--import", str(file)]
     with pytest.raises(UserError, match="answers.jsonl:5: target 1 is"):
-        cache(settings.load_recipe(tmp_path / "recipe.yaml", {"teacher.cache.path": str(tmp_path / "told")}), str(file))
+        cache(loader.load_recipe(tmp_path / "recipe.yaml", {"teacher.cache.path": str(tmp_path / "told")}), str(file))
     assert main(words) == 2 and not (tmp_path / "told").exists()
     assert main([*words[:-1], str(tmp_path / "none.jsonl")]) == 2
     assert main([*words, "--check"]) == 2

@@ -81,11 +81,11 @@ def test_settings_on_the_command_line_and_a_stream(command):
     assert code == 0 and "the first step of a stream" in out and "example " in out
 
 
-def test_a_study_and_a_missing_recipe_are_refused(command, tmp_path, capsys, monkeypatch):
+def test_a_pipeline_and_a_missing_recipe_are_refused(command, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "s.yaml").write_text("output_dir: o\nstages: {a: {recipe: a.yaml}, b: {recipe: b.yaml}}\nteacher: a\nstudents: [b]\n")
     assert cli.main(["data", "--config", str(tmp_path / "s.yaml")]) == 2
-    assert "is a study; name the recipe of one of its runs: a.yaml, b.yaml" in capsys.readouterr().err
+    assert "is a pipeline; name the recipe of one of its runs: a.yaml, b.yaml" in capsys.readouterr().err
     monkeypatch.chdir(tmp_path.parent)  # by the names that they have from here
     assert cli.main(["data", "--config", f"{tmp_path.name}/s.yaml"]) == 2
     assert f"one of its runs: {tmp_path.name}/a.yaml, {tmp_path.name}/b.yaml" in capsys.readouterr().err

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from llmkd.commands.sweep import grouped, run_sweep
-from llmkd.config import loader as settings
+from llmkd.config import loader
 from llmkd.config.sweep import expand
 from llmkd.errors import UserError
 from llmkd.output.run_folder import RunFolder
@@ -42,7 +42,7 @@ def state(folder: Path) -> dict:
 
 def alone(folder: Path, name: str, out: Path) -> dict[str, torch.Tensor]:
     """The arm's own recipe, run by itself elsewhere."""
-    run(settings.load_recipe(folder / "arms" / name / "recipe.yaml", {"output_dir": str(out)}))
+    run(loader.load_recipe(folder / "arms" / name / "recipe.yaml", {"output_dir": str(out)}))
     return weights(out)
 
 
@@ -53,7 +53,7 @@ HELD = {"validation": {"every": 2}, "checkpoint": {"every": 2}}
 def test_every_arm_ends_as_it_would_alone_to_the_last_bit(world, sweep, tmp_path):
     """Dropout, validation, clipping, other ranks, targets, an adapter on the head, a copy of it, another divergence, a given adapter."""
     given = tmp_path / "given"
-    run(settings.load_recipe(sweep() and tmp_path / "base.yaml", {"output_dir": str(given), "teacher": None, "student.lora.rank": 3}))
+    run(loader.load_recipe(sweep() and tmp_path / "base.yaml", {"output_dir": str(given), "teacher": None, "student.lora.rank": 3}))
     lora = {"rank": 4, "dropout": 0.2}
     arms = {
         "sft": {"loss.kd_ratio": 0, "teacher": None},
@@ -105,7 +105,7 @@ def test_held_out_rows_are_kept_one_by_one_and_sum_to_the_figures(world, sweep, 
 
 
 def test_seeds_make_groups_of_their_own_and_names(sweep):
-    file = settings.load_sweep(sweep(seeds=[1, 2], baseline="kd_ratio=0,lr=0.01"))
+    file = loader.load_sweep(sweep(seeds=[1, 2], baseline="kd_ratio=0,lr=0.01"))
     specs = expand(file)
     assert len(specs) == 12 and specs[0].name == "kd_ratio=0,lr=0.01,seed=1" and specs[0].arm == "kd_ratio=0,lr=0.01"
     from llmkd.commands.sweep import Arms
@@ -429,4 +429,4 @@ def test_an_arm_without_a_teacher_is_measured_against_the_others_even_alone(swee
     ],
 )
 def test_names_of_a_grids_arms_tell_them_apart(sweep, grid, names):
-    assert [spec.name for spec in expand(settings.load_sweep(sweep(grid=grid)))] == names
+    assert [spec.name for spec in expand(loader.load_sweep(sweep(grid=grid)))] == names

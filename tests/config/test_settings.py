@@ -10,8 +10,7 @@ from pathlib import Path
 import pytest
 
 from llmkd import cli
-from llmkd.config import loader as settings
-from llmkd.config import schema as settings_schema
+from llmkd.config import loader, schema
 from llmkd.config.recipe import DIVERGENCES, Recipe
 from llmkd.errors import UserError
 
@@ -33,10 +32,10 @@ def case(text: str, start: str, *words: str):
 def load(tmp_path):
     """Load a recipe's text (or bytes) with overrides."""
 
-    def go(text, overrides=None, loader=settings.load_recipe):
+    def go(text, overrides=None, read=loader.load_recipe):
         path = tmp_path / "r.yaml"
         path.write_bytes(text if isinstance(text, bytes) else text.encode())
-        return loader(path, overrides)
+        return read(path, overrides)
 
     return go
 
@@ -45,9 +44,9 @@ def load(tmp_path):
 def refused(load, tmp_path):
     """The problems found in a recipe, without the folder's name."""
 
-    def go(text, overrides=None, loader=settings.load_recipe) -> list[str]:
+    def go(text, overrides=None, read=loader.load_recipe) -> list[str]:
         with pytest.raises(UserError) as info:
-            load(text, overrides, loader)
+            load(text, overrides, read)
         return [problem.replace(f"{tmp_path}/", "") for problem in info.value.problems]
 
     return go
@@ -360,7 +359,7 @@ def test_no_text_makes_a_bug_of_a_user_error(refused, text):
     ],
 )
 def test_overrides_are_read_as_yaml(words, expected):
-    assert settings.split_overrides(words) == expected
+    assert loader.parse_overrides(words) == expected
 
 
 @pytest.mark.parametrize(
@@ -379,7 +378,7 @@ def test_overrides_are_read_as_yaml(words, expected):
 )
 def test_bad_overrides_are_refused(words, start):
     with pytest.raises(UserError) as info:
-        settings.split_overrides(words)
+        loader.parse_overrides(words)
     found(info.value.problems, (start,))
 
 
@@ -398,7 +397,7 @@ def test_bad_overrides_are_refused(words, start):
     ],
 )
 def test_an_override_replaces_one_setting(load, text, overrides, path, value):
-    assert settings.flatten(load(BASE + text + "\n", overrides))[path] == value
+    assert loader.flatten(load(BASE + text + "\n", overrides))[path] == value
 
 
 @pytest.mark.parametrize(
@@ -467,7 +466,7 @@ ROUND = [
 @pytest.mark.parametrize("changes", ROUND, ids=str)
 def test_a_written_recipe_loads_as_an_equal_one(load, changes):
     recipe = load(BASE, changes)
-    assert load(settings.dump(recipe)) == recipe
+    assert load(loader.dump(recipe)) == recipe
 
 
 def test_resolved_defaults_are_written_out(load):
@@ -475,18 +474,18 @@ def test_resolved_defaults_are_written_out(load):
     assert (plain.loss.kd_ratio, plain.train.epochs) == (0.0, 1)
     assert (distilled.loss.kd_ratio, distilled.train.epochs) == (0.5, None)
     assert (plain.train.micro_batch_size, load(BASE, {"train.micro_batch_tokens": 99}).train.micro_batch_size) == (4, None)
-    assert settings.resolve(distilled) == distilled
+    assert loader.resolve(distilled) == distilled
 
 
-# ---- studies
+# ---- pipelines
 
-STUDY = "output_dir: r\nstages:\n  a: {recipe: a.yaml}\n  b: {recipe: b.yaml, set: {teacher.model: x}}\nteacher: a\nstudents: [b]\n"
+PIPELINE = "output_dir: r\nstages:\n  a: {recipe: a.yaml}\n  b: {recipe: b.yaml, set: {teacher.model: x}}\nteacher: a\nstudents: [b]\n"
 
 
-def test_a_study_loads(load):
-    study = load(STUDY, None, settings.load_study)
-    assert list(study.stages) == ["a", "b"] and study.stages["b"].set == {"teacher.model": "x"} and study.students == ("b",)
-    assert load(STUDY, "elsewhere", settings.load_study).output_dir == "elsewhere"
+def test_a_pipeline_loads(load):
+    pipeline = load(PIPELINE, None, loader.load_pipeline)
+    assert list(pipeline.stages) == ["a", "b"] and pipeline.stages["b"].set == {"teacher.model": "x"} and pipeline.students == ("b",)
+    assert load(PIPELINE, "elsewhere", loader.load_pipeline).output_dir == "elsewhere"
 
 
 @pytest.mark.parametrize(
@@ -503,8 +502,8 @@ def test_a_study_loads(load):
         ("[b]", "[]", "r.yaml:6: students: ", []),
     ],
 )
-def test_a_bad_study_is_refused(refused, old, new, start, words):
-    found(refused(STUDY.replace(old, new), None, settings.load_study), (start, *words))
+def test_a_bad_pipeline_is_refused(refused, old, new, start, words):
+    found(refused(PIPELINE.replace(old, new), None, loader.load_pipeline), (start, *words))
 
 
 # ---- sources
@@ -576,12 +575,12 @@ def test_sources_on_the_command_line(load, refused):
     several = SOURCES.replace("FORMAT", "weight: 2")
     recipe = load(several)
     assert [(s.path, s.weight) for s in recipe.data.train] == [("a.jsonl", 1.0), ("b.jsonl", 2.0)]
-    assert load(settings.dump(recipe)) == recipe
+    assert load(loader.dump(recipe)) == recipe
     words = ["--data.train", "[{path: c.jsonl}, {path: d.jsonl, format: chat}]", "--data.validation.path", "v.jsonl"]
-    recipe = load(BASE, settings.split_overrides(words))
+    recipe = load(BASE, loader.parse_overrides(words))
     assert [s.path for s in recipe.data.train] == ["c.jsonl", "d.jsonl"] and recipe.data.validation.path == "v.jsonl"
-    assert load(BASE, settings.split_overrides(["--data.train.path", "x.jsonl"])).data.train.path == "x.jsonl"
-    assert load(several, settings.split_overrides(["--data.train.1.path", "x.jsonl"])).data.train[1].path == "x.jsonl"
+    assert load(BASE, loader.parse_overrides(["--data.train.path", "x.jsonl"])).data.train.path == "x.jsonl"
+    assert load(several, loader.parse_overrides(["--data.train.1.path", "x.jsonl"])).data.train[1].path == "x.jsonl"
     for name in ("data.train.2.weight", "data.train.2"):
         found(refused(several, {name: 3}), (f"--{name}: ", "data.train is a list of 2; it has no 2, but 0 and 1"))
     found(refused(several, {"data.train.path": "x"}), ("--data.train.path: ", "is a list of 2; say which, such as --data.train.0.path"))
@@ -604,7 +603,7 @@ def leaves(kind=Recipe, prefix=""):
 
 
 def test_help_lists_every_setting_with_its_default_and_one_sentence():
-    lines = settings_schema.help_text().splitlines()
+    lines = schema.help_text().splitlines()
     shown = {head.split()[0]: (head, sentence) for head, sentence in zip(lines[::2], lines[1::2], strict=True)}
     expected = [(f"--{path}", field) for path, field, section in leaves() if not section]
     sections = {f"--{path}" for path, _, section in leaves() if section}
@@ -619,7 +618,7 @@ def test_help_lists_every_setting_with_its_default_and_one_sentence():
 
 
 def test_help_says_what_an_optional_section_is():
-    text = settings_schema.help_text()
+    text = schema.help_text()
     assert not [
         path
         for path, field, section in leaves()

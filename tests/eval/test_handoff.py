@@ -21,7 +21,7 @@ from llmkd_eval.harness.local_tasks import write_tasks
 
 from llmkd.cli import main
 from llmkd.commands.export import export
-from llmkd.config import loader as settings
+from llmkd.config import loader
 from llmkd.errors import Stopped, UserError
 from llmkd.training.run import run
 from tests.conftest import plain_recipe
@@ -118,7 +118,7 @@ def small(tmp_path_factory) -> Path:
 def trained(world, tmp_path, **changes) -> Path:
     (tmp_path / "recipe.yaml").write_text(json.dumps(plain_recipe(world, tmp_path / "run")))
     plain = {"teacher": None, "loss.kd_ratio": 0.0, "train.max_steps": 2}
-    run(settings.load_recipe(tmp_path / "recipe.yaml", plain | changes))
+    run(loader.load_recipe(tmp_path / "recipe.yaml", plain | changes))
     return tmp_path / "run"
 
 

@@ -213,7 +213,7 @@ def test_a_whole_run_and_what_it_saves_are_the_same(world, trained, tmp_path):
 
 def test_arms_of_a_sweep_share_the_teachers_base_too(world, tmp_path):
     from llmkd.commands.sweep import run_sweep
-    from llmkd.config import loader as settings
+    from llmkd.config import loader
     from llmkd.training.run import run
 
     recipe = plain_recipe(world, tmp_path / "unused")
@@ -225,7 +225,7 @@ def test_arms_of_a_sweep_share_the_teachers_base_too(world, tmp_path):
     assert len(json.loads((folder / "sweep.json").read_text())["groups"]) == 1
     for name in arms:
         alone = tmp_path / "alone" / name
-        run(settings.load_recipe(folder / "arms" / name / "recipe.yaml", {"output_dir": str(alone), "teacher.share_base": False}))
+        run(loader.load_recipe(folder / "arms" / name / "recipe.yaml", {"output_dir": str(alone), "teacher.share_base": False}))
         assert distance(weights(folder / "arms" / name), weights(alone)) == 0
 
 

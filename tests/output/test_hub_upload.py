@@ -176,10 +176,10 @@ def test_what_cannot_be_uploaded_is_said_before_anything_is_loaded(llmkd, hub, t
     assert not hub.asked and not (tmp_path / "out").exists()
 
 
-def test_two_stages_of_a_study_do_not_share_a_repository():
-    from llmkd.commands.study import stage_recipes
-    from llmkd.config.loader import load_study
+def test_two_stages_of_a_pipeline_do_not_share_a_repository():
+    from llmkd.commands.pipeline import stage_recipes
+    from llmkd.config.loader import load_pipeline
 
     config = REPO / "recipes/quickstart.yaml"
     with pytest.raises(UserError, match="several stages would upload to someone/mine"):
-        stage_recipes(load_study(config), config, {"push_to_hub.repo": "someone/mine"})
+        stage_recipes(load_pipeline(config), config, {"push_to_hub.repo": "someone/mine"})

@@ -8,7 +8,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 
-from llmkd.config import loader as settings
+from llmkd.config import loader
 from llmkd.config.recipe import Quantization, Source
 from llmkd.model_files import find
 from llmkd.output.model_card import card, code, escaped
@@ -127,7 +127,7 @@ def test_names_that_users_choose_break_nothing(make_recipe, world, tmp_path):
     assert len(fences) == 4 and fences[2] == "````yaml" and fences[3] == "````"
     inside = made.text.split("````yaml\n")[1].split("\n````")[0]
     (tmp_path / "again.yaml").write_text(inside)
-    assert settings.load_recipe(tmp_path / "again.yaml") == recipe
+    assert loader.load_recipe(tmp_path / "again.yaml") == recipe
     compile(made.text.split("```python\n")[1].split("\n```")[0], "snippet", "exec")
 
 

@@ -17,7 +17,7 @@ BOUND = 1e-12  # float64, after five steps; the last window has 5 of 8 examples
 @pytest.fixture(scope="module")
 def reference(world, tmp_path_factory):
     """One micro-batch of all eight examples, per method of training the student."""
-    from llmkd.config import loader as settings
+    from llmkd.config import loader
     from llmkd.training.run import run
 
     done = {}
@@ -26,7 +26,7 @@ def reference(world, tmp_path_factory):
         if method not in done:
             root = tmp_path_factory.mktemp(method)
             (root / "r.yaml").write_text(json.dumps(plain_recipe(world, root / "out")))
-            run(settings.load_recipe(root / "r.yaml", {"train.micro_batch_size": 8, "student.method": method}))
+            run(loader.load_recipe(root / "r.yaml", {"train.micro_batch_size": 8, "student.method": method}))
             done[method] = weights(root / "out")
         return done[method]
 

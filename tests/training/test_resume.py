@@ -39,13 +39,13 @@ def unfinish(out: Path, step: int) -> None:
 
 @pytest.fixture(scope="module")
 def whole(world, tmp_path_factory):
-    from llmkd.config import loader as settings
+    from llmkd.config import loader
 
     root = tmp_path_factory.mktemp("whole")
     held = {"validation__path": str(world / "held.jsonl")}
     (root / "r.yaml").write_text(json.dumps(plain_recipe(world, root / "out")))
     changes = LONG | {f"data__{k}": v for k, v in held.items()} | {"validation__every": 2}
-    recipe = settings.load_recipe(root / "r.yaml", {k.replace("__", "."): v for k, v in changes.items()})
+    recipe = loader.load_recipe(root / "r.yaml", {k.replace("__", "."): v for k, v in changes.items()})
     run(recipe)
     return recipe
 
@@ -217,9 +217,9 @@ def test_kill_9_in_the_middle_of_an_accumulation(world, trained, tmp_path, call)
     command = [sys.executable, "-c", KILLED, str(call), str(tmp_path / "k.yaml"), *changes]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     assert subprocess.run(command, env=environment, capture_output=True).returncode == -signal.SIGKILL
-    from llmkd.config import loader as settings
+    from llmkd.config import loader
 
-    recipe = settings.load_recipe(tmp_path / "k.yaml", {k.replace("__", "."): v for k, v in LONG.items()})
+    recipe = loader.load_recipe(tmp_path / "k.yaml", {k.replace("__", "."): v for k, v in LONG.items()})
     with pytest.raises(UserError, match="unfinished run"):
         run(recipe)
     run(recipe, resume=True)

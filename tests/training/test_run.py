@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from llmkd.cli import main
-from llmkd.config import loader as settings
+from llmkd.config import loader
 from llmkd.config.recipe import Teacher
 from llmkd.data.collate import collate
 from llmkd.errors import Stopped, UserError
@@ -133,7 +133,7 @@ def test_what_a_run_leaves_behind(make_recipe, world, tmp_path):
     recipe = make_recipe(data__validation__path=str(world / "held.jsonl"), **SHORT)
     summary = run(recipe)
     out = tmp_path / "out"
-    assert settings.load_recipe(out / "recipe.yaml") == recipe
+    assert loader.load_recipe(out / "recipe.yaml") == recipe
     assert {"adapter", "metrics.jsonl", "loss.png", "recipe.yaml", "summary.json"} <= {p.name for p in out.iterdir()}
     assert not list(out.rglob("*.tmp-*")) and not (out / ".lock").read_text()
     assert json.loads((out / "summary.json").read_text()) == summary
@@ -297,15 +297,15 @@ def test_two_runs_do_not_share_a_folder(command, tmp_path):
     assert code == 2 and "in use by process 1 on elsewhere" in lines[0]
 
 
-def test_a_study_compares_its_students(world, tmp_path, capsys):
+def test_a_pipeline_compares_its_students(world, tmp_path, capsys):
     recipe = plain_recipe(world, tmp_path / "unused")
     recipe["data"]["validation"] = [{"path": str(world / "held.jsonl")}, {"path": "builtin:skills", "format": "chat", "limit": 3}]
     rows = [{"instruction": f"Say {i}", "choices": ["Yes.", "No!", "It is so."], "answer": i % 3} for i in range(10)]
     (tmp_path / "choices.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     recipe["data"]["choices"] = {"path": str(tmp_path / "choices.jsonl")}
     (tmp_path / "r.yaml").write_text(json.dumps(recipe))
-    study = {
-        "output_dir": str(tmp_path / "study"),
+    pipeline = {
+        "output_dir": str(tmp_path / "pipeline"),
         "teacher": "teacher",
         "students": ["sft", "kd"],
         "stages": {
@@ -314,16 +314,16 @@ def test_a_study_compares_its_students(world, tmp_path, capsys):
             "kd": {"recipe": "r.yaml", "set": {"teacher.model": "{output_dir}/teacher/adapter"}},
         },
     }
-    (tmp_path / "study.yaml").write_text(json.dumps(study))
-    assert main(["train", "--config", str(tmp_path / "study.yaml"), "--train.epochs", "2"]) == 0, said(capsys)
-    results = json.loads((tmp_path / "study/summary.json").read_text())
+    (tmp_path / "pipeline.yaml").write_text(json.dumps(pipeline))
+    assert main(["train", "--config", str(tmp_path / "pipeline.yaml"), "--train.epochs", "2"]) == 0, said(capsys)
+    results = json.loads((tmp_path / "pipeline/summary.json").read_text())
     assert list(results) == ["teacher", "sft", "kd"]
     assert all(set(f) == {"ce", "kl_to_teacher", "top1_agreement", "accuracy", "accuracy_stderr"} for f in results.values())
     assert results["teacher"]["kl_to_teacher"] == 0 and results["teacher"]["top1_agreement"] == 1
-    own = json.loads((tmp_path / "study/kd/summary.json").read_text())["validation"]
+    own = json.loads((tmp_path / "pipeline/kd/summary.json").read_text())["validation"]
     assert results["kd"]["kl_to_teacher"] == pytest.approx(own["forward_kl"], rel=1e-9) and results["kd"]["accuracy"] == own["accuracy"]
-    assert main(["train", "--config", str(tmp_path / "study.yaml")]) == 2
-    assert main(["train", "--config", str(tmp_path / "study.yaml"), "--train.epochs", "2", "--resume"]) == 0
+    assert main(["train", "--config", str(tmp_path / "pipeline.yaml")]) == 2
+    assert main(["train", "--config", str(tmp_path / "pipeline.yaml"), "--train.epochs", "2", "--resume"]) == 0
 
 
 def test_a_real_signal_to_the_command(world, tmp_path):

@@ -1,12 +1,12 @@
-"""A study: recipes run one after another, then their students compared with one teacher on the same held-out rows."""
+"""A pipeline: recipes run one after another, then their students compared with one teacher on the same held-out rows."""
 
 import dataclasses
 import json
 from pathlib import Path
 
-from ..config.loader import load_recipe, load_study
+from ..config.loader import load_pipeline, load_recipe
 from ..config.recipe import Recipe, sources
-from ..config.sweep import Study
+from ..config.sweep import Pipeline
 from ..console import bar, say, table
 from ..errors import UserError
 from ..output.run_folder import write
@@ -15,20 +15,20 @@ from ..training.prepare import Prepared, prepare
 from ..training.run import run
 
 
-def run_study(config: str, overrides: dict, resume: bool) -> dict:
+def run_pipeline(config: str, overrides: dict, resume: bool) -> dict:
     """Run every stage (with `resume`, those that are not finished), compare, and return the comparison."""
     overrides = dict(overrides)
-    study = load_study(config, overrides.pop("output_dir", None))
-    recipes = stage_recipes(study, Path(config), overrides)
-    folder = Path(study.output_dir)
+    pipeline = load_pipeline(config, overrides.pop("output_dir", None))
+    recipes = stage_recipes(pipeline, Path(config), overrides)
+    folder = Path(pipeline.output_dir)
     if (folder / "summary.json").exists() and not resume:
-        raise UserError(f"output_dir: {folder} holds a finished study; choose another folder by --output_dir, or remove it")
+        raise UserError(f"output_dir: {folder} holds a finished pipeline; choose another folder by --output_dir, or remove it")
     for number, (name, recipe) in enumerate(recipes.items(), 1):
         say(f"\n[{number}/{len(recipes)}] {name}")
         run(recipe, resume)
-    held_out = ", ".join(source.path for source in sources(recipes[study.students[0]].data.validation))
+    held_out = ", ".join(source.path for source in sources(recipes[pipeline.students[0]].data.validation))
     say(f"\ncomparing on {held_out}")
-    results = compare(study, recipes)
+    results = compare(pipeline, recipes)
     accelerator = start()
     if accelerator.is_main_process:
         write(folder / "summary.json", json.dumps(results, indent=1))
@@ -37,13 +37,13 @@ def run_study(config: str, overrides: dict, resume: bool) -> dict:
     return results
 
 
-def stage_recipes(study: Study, config: Path, overrides: dict) -> dict[str, Recipe]:
-    """Every stage's recipe, all of them checked before the first runs. `{output_dir}` in a setting is the study's folder."""
+def stage_recipes(pipeline: Pipeline, config: Path, overrides: dict) -> dict[str, Recipe]:
+    """Every stage's recipe, all of them checked before the first runs. `{output_dir}` in a setting is the pipeline's folder."""
     recipes, problems = {}, []
-    for name, stage in study.stages.items():
-        changes = {k: v.replace("{output_dir}", study.output_dir) if isinstance(v, str) else v for k, v in stage.set.items()}
+    for name, stage in pipeline.stages.items():
+        changes = {k: v.replace("{output_dir}", pipeline.output_dir) if isinstance(v, str) else v for k, v in stage.set.items()}
         try:
-            recipes[name] = load_recipe(config.parent / stage.recipe, changes | overrides | {"output_dir": f"{study.output_dir}/{name}"})
+            recipes[name] = load_recipe(config.parent / stage.recipe, changes | overrides | {"output_dir": f"{pipeline.output_dir}/{name}"})
         except UserError as error:
             problems += [f"stage {name}: {problem}" for problem in error.problems]
     if problems:
@@ -51,20 +51,20 @@ def stage_recipes(study: Study, config: Path, overrides: dict) -> dict[str, Reci
     uploads = [recipe.push_to_hub.repo for recipe in recipes.values() if recipe.push_to_hub]
     if len(set(uploads)) < len(uploads):
         raise UserError(f"{config}: push_to_hub.repo: several stages would upload to {uploads[0]}; set it for one of them in its set:")
-    if not sources(recipes[study.students[0]].data.validation):
+    if not sources(recipes[pipeline.students[0]].data.validation):
         raise UserError(
-            f"{config}: students: {study.students[0]} has no data.validation, on which the students are to be compared; give one"
+            f"{config}: students: {pipeline.students[0]} has no data.validation, on which the students are to be compared; give one"
         )
     return recipes
 
 
-def compare(study: Study, recipes: dict[str, Recipe]) -> dict[str, dict[str, float]]:
+def compare(pipeline: Pipeline, recipes: dict[str, Recipe]) -> dict[str, dict[str, float]]:
     """Teacher and students on the first student's held-out rows and questions."""
     from ..models.load import load_teacher
     from ..models.saved_student import as_trained, student_folder
     from ..teachers.live import Live
 
-    first = recipes[study.students[0]]
+    first = recipes[pipeline.students[0]]
     prepared = prepare(first)
     accelerator = start()
 
@@ -72,8 +72,8 @@ def compare(study: Study, recipes: dict[str, Recipe]) -> dict[str, dict[str, flo
         settings = dataclasses.replace(as_trained(student_folder(recipes[stage].output_dir)), attention=recipes[stage].student.attention)
         return load_teacher(settings, prepared.vocab, accelerator.device)
 
-    teacher = load(study.teacher)
-    names = {study.teacher: teacher} | {name: None for name in study.students}
+    teacher = load(pipeline.teacher)
+    names = {pipeline.teacher: teacher} | {name: None for name in pipeline.students}
     return {name: measure(model or load(name), Live(teacher), prepared, first, accelerator) for name, model in names.items()}
 
 
