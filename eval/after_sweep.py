@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 
 from llmkd.config.sweep import Evaluation
-from llmkd.console import first_process, say
+from llmkd.console import first_process, info
 from llmkd.errors import UserError
 
 from .harness.record_files import read_record
@@ -43,7 +43,7 @@ def finish(folder: Path, wanted: Evaluation) -> None:
     if wanted.tasks and done:
         from .harness.evaluate import evaluate_all
 
-        say(f"\nmeasuring {len(done)} arms on {', '.join(wanted.tasks)}")
+        info(f"\nmeasuring {len(done)} arms on {', '.join(wanted.tasks)}")
         options = {"fewshot": wanted.fewshot, "limit": wanted.limit, "batch_size": wanted.batch_size or "auto"}
         try:
             evaluate_all(done, list(wanted.tasks), tasks_dir=wanted.tasks_dir, **options)

@@ -218,10 +218,10 @@ def compare(argv: list[str]) -> None:
     from llmkd_eval.comparison.compare_text import as_json, as_text
     from llmkd_eval.comparison.items import parse_arms
 
-    from .console import say
+    from .console import info
 
     arms = parse_arms([argv[i] for i in places])
-    rows = comparison.compare(arms, baseline, list(filter(None, tasks)) or None, list(filter(None, metrics)) or None, common, say)
+    rows = comparison.compare(arms, baseline, list(filter(None, tasks)) or None, list(filter(None, metrics)) or None, common, info)
     print(as_text(rows))
     if file:
         Path(file).parent.mkdir(parents=True, exist_ok=True)

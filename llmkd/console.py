@@ -9,12 +9,12 @@ def first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
-def say(text: str) -> None:
+def info(text: str) -> None:
     if first_process():
         print(text, file=sys.stderr, flush=True)
 
 
-def bar(name: str):
+def progress_bar(name: str):
     """A progress bar round an iterable, gone when it is done; none where nobody looks."""
     from tqdm import tqdm
 

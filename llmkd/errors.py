@@ -35,27 +35,27 @@ class Stopped(Exception):
 
 
 @contextlib.contextmanager
-def blamed_on(arm: int):
-    """What goes wrong in here is the fault of one of several students that train together: the exception's `arm` says of which."""
+def attribute_to_student(student: int):
+    """Mark an exception raised in here with the index of the student that caused it: its attribute `student`."""
     try:
         yield
     except Exception as error:
-        error.arm = arm
+        error.student = student
         raise
 
 
 @contextlib.contextmanager
-def alone():
-    """What goes wrong in here may be one process's own: it says so itself, whichever it is."""
+def report_from_any_rank():
+    """Let any rank print an exception raised in here, since it may happen on one rank alone (a damaged local file, say)."""
     try:
         yield
     except Exception as error:
-        error.alone = True
+        error.any_rank = True
         raise
 
 
-def first_alone(accelerator, action):
-    """What the first process does while the others wait. All get its answer, or its UserError: else they would wait for ever."""
+def on_main_process(accelerator, action):
+    """Run `action` on rank 0 and broadcast its result; a UserError is broadcast too and raised on every rank, so that no rank hangs."""
     found: list = [None, None]
     if accelerator.is_main_process:
         try:
@@ -98,7 +98,7 @@ def exit_code(action, *, debug: bool = False) -> int:
     """Run `action()` and turn whatever comes out of it into one line per problem and an exit code.
 
     0 done, 1 a bug, 2 the user can mend it, 3 stopped on a non-finite value, 75 stopped by a signal.
-    In a run of several processes only rank 0 speaks, except about bugs, memory and what was met `alone`, which may be one rank's own.
+    With several processes only rank 0 prints, except bugs, out of memory and exceptions marked by `report_from_any_rank`.
     """
     speaks = first_process()
     try:
@@ -126,7 +126,7 @@ def exit_code(action, *, debug: bool = False) -> int:
         else:
             text, code, speaks = f"bug: {type(error).__name__}: {error} (--debug shows where)", 1, True
     lines = text.splitlines()
-    speaks = speaks or getattr(caught, "alone", False)
+    speaks = speaks or getattr(caught, "any_rank", False)
     if debug:
         traceback.print_exception(caught)
     if speaks:

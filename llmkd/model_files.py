@@ -11,7 +11,7 @@ from pathlib import Path
 
 import yaml
 
-from .console import say
+from .console import info
 from .errors import UserError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)?")
@@ -72,7 +72,7 @@ def find(name: str, setting: str, revision: str | None = None, base: str | None 
 @functools.cache
 def _note(text: str) -> None:
     """Once in a run, however often a model is looked for."""
-    say(text)
+    info(text)
 
 
 def locate(name: str, setting: str, revision: str | None = None, wanted: list[str] = _WANTED) -> Path:

@@ -58,7 +58,7 @@ def compare(
     tasks: list[str] | None = None,
     metrics: list[str] | None = None,
     common: bool = False,
-    say: Callable[[str], None] = lambda text: None,
+    info: Callable[[str], None] = lambda text: None,
 ) -> list[Row]:
     """Every arm against the baseline (the first where none is named), on the tasks that all have (`tasks`: just these).
 
@@ -84,16 +84,16 @@ def compare(
         raise UserError(f"--baseline {baseline}: no such arm; there are {', '.join(arms)}")
     seeds = {arm: [seed_of(run) for run in runs] for arm, runs in arms.items()}
     rows, known = [], []
-    for task in _tasks(arms, tasks, say):
-        measured = {arm: [_measure(run, task, say) for run in runs] for arm, runs in arms.items()}
-        measured = _aligned(measured, baseline, task, common, say)
+    for task in _tasks(arms, tasks, info):
+        measured = {arm: [_measure(run, task, info) for run in runs] for arm, runs in arms.items()}
+        measured = _aligned(measured, baseline, task, common, info)
         names = list(dict.fromkeys(name for runs in measured.values() for m in runs for name in m.values))
         names = [name for name in HELD_OUT_METRICS if name in names] if task == HELD_OUT else names
         known += names
         for metric in names if metrics is None else [name for name in names if name in metrics]:
             if metrics is None and task == HELD_OUT and metric == "reverse_kl":
                 continue
-            holders = {arm: runs for arm, runs in measured.items() if _has(arm, runs, measured[baseline][0], task, metric, say)}
+            holders = {arm: runs for arm, runs in measured.items() if _has(arm, runs, measured[baseline][0], task, metric, info)}
             if baseline in holders and len(holders) > 1:
                 rows += _rows(task, metric, holders, baseline, seeds)
     missing = [name for name in metrics or [] if name not in known]
@@ -104,7 +104,7 @@ def compare(
     return rows
 
 
-def _tasks(arms: dict[str, list[Path]], wanted: list[str] | None, say) -> list[str]:
+def _tasks(arms: dict[str, list[Path]], wanted: list[str] | None, info) -> list[str]:
     there = {run: tasks_of(run) for runs in arms.values() for run in runs}
     every = sorted({task for tasks in there.values() for task in tasks}, key=lambda task: (task == HELD_OUT, task))
     lacking = {task: [str(run) for run, tasks in there.items() if task not in tasks] for task in wanted or every}
@@ -113,7 +113,7 @@ def _tasks(arms: dict[str, list[Path]], wanted: list[str] | None, say) -> list[s
             file = f"{HELD_OUT}.jsonl" if task == HELD_OUT else f"eval/{task}.json with {task}.jsonl"
             raise UserError(f"--tasks {task}: {runs[0]} has no {file}; it has {', '.join(there[Path(runs[0])]) or 'no results'}")
         if runs:
-            say(f"{task}: left out; {', '.join(runs)} {'has' if len(runs) == 1 else 'have'} no results of it")
+            info(f"{task}: left out; {', '.join(runs)} {'has' if len(runs) == 1 else 'have'} no results of it")
     both = [task for task, runs in lacking.items() if not runs]
     if not both:
         have = "; ".join(f"{run}: {', '.join(tasks) or 'none'}" for run, tasks in there.items())
@@ -121,7 +121,7 @@ def _tasks(arms: dict[str, list[Path]], wanted: list[str] | None, say) -> list[s
     return both
 
 
-def _measure(run: Path, task: str, say) -> Measured:
+def _measure(run: Path, task: str, info) -> Measured:
     """A run's items of a task, with those metrics alone that are means over them: the record's figure is recomputed."""
     m = read(run, task)
     if task == HELD_OUT:
@@ -133,11 +133,11 @@ def _measure(run: Path, task: str, say) -> Measured:
         if isinstance(stated, int | float) and found is not None and abs(found - stated) <= 1e-4 * max(1, abs(stated)):
             kept[name] = m.values[name]
         else:
-            say(f"{task} {name}: left out for {run}; it is {stated}, and not the mean of one number an item ({found})")
+            info(f"{task} {name}: left out for {run}; it is {stated}, and not the mean of one number an item ({found})")
     return replace(m, values=kept)
 
 
-def _aligned(measured: dict[str, list[Measured]], baseline: str, task: str, common: bool, say) -> dict[str, list[Measured]]:
+def _aligned(measured: dict[str, list[Measured]], baseline: str, task: str, common: bool, info) -> dict[str, list[Measured]]:
     """The same items in the same order, or a refusal that says what differs."""
     first = measured[baseline][0]
     every = [m for runs in measured.values() for m in runs]
@@ -160,10 +160,10 @@ def _aligned(measured: dict[str, list[Measured]], baseline: str, task: str, comm
     for name, of in (("cut prompts", lambda m: m.record.get("cut")), ("dtype", lambda m: (m.record.get("model") or {}).get("dtype"))):
         found = {str(of(m)) for m in every}
         if len(found) > 1:
-            say(f"{task}: note that the {name} of the runs differ: {', '.join(sorted(found))}")
+            info(f"{task}: note that the {name} of the runs differ: {', '.join(sorted(found))}")
     keys = [key for key in first.keys if key in shared]
     if len(keys) < max(len(m.keys) for m in every):
-        say(f"{task}: compared on the {len(keys)} items that all runs have; they have {min(len(m.keys) for m in every)} and more")
+        info(f"{task}: compared on the {len(keys)} items that all runs have; they have {min(len(m.keys) for m in every)} and more")
     out = {arm: [_ordered(m, keys) for m in runs] for arm, runs in measured.items()}
     for m in (m for runs in out.values() for m in runs):
         if m.weights is not None and not np.array_equal(m.weights, out[baseline][0].weights):
@@ -183,13 +183,13 @@ def _ordered(m: Measured, keys: list) -> Measured:
     )
 
 
-def _has(arm: str, runs: list[Measured], first: Measured, task: str, metric: str, say) -> bool:
+def _has(arm: str, runs: list[Measured], first: Measured, task: str, metric: str, info) -> bool:
     """Whether an arm has a metric in every seed, measured against the baseline's teacher where a teacher is part of it."""
     lacking = [str(m.run) for m in runs if metric not in m.values]
     if lacking:
-        say(f"{task} {metric}: {arm} left out; {', '.join(lacking)} did not measure it")
+        info(f"{task} {metric}: {arm} left out; {', '.join(lacking)} did not measure it")
     elif task == HELD_OUT and metric in _OF_TEACHER and not all(_same_teacher(m, first) for m in runs):
-        say(f"{task} {metric}: {arm} left out; its teacher is another one than {first.run}'s, by the teachers' own cross-entropy")
+        info(f"{task} {metric}: {arm} left out; its teacher is another one than {first.run}'s, by the teachers' own cross-entropy")
         return False
     return not lacking
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmkd import __version__
-from llmkd.console import first_process, say
+from llmkd.console import first_process, info
 from llmkd.errors import Stopped, UserError
 from llmkd.training.shutdown import ShutdownRequest
 
@@ -76,7 +76,7 @@ def _known(target: Target, tasks: dict, options: Options) -> dict[str, dict | No
     for name, task in tasks.items():
         record = None if options.force else record_files.read_record(target.out, name)
         if record is not None and not _whole(target.out, name):
-            say(f"note: {target.out / name}.jsonl is not whole; evaluating {name} again")
+            info(f"note: {target.out / name}.jsonl is not whole; evaluating {name} again")
             record = None
         if record is not None:
             differ = record_files.differences(record, _settings(target, task, options))
@@ -87,7 +87,7 @@ def _known(target: Target, tasks: dict, options: Options) -> dict[str, dict | No
                     f"{target.name}: {name} was evaluated with other settings ({'; '.join(differ)}); give those, another --out, or --force to replace it"
                 )
             else:
-                say(f"{target.name}: {name} is evaluated already ({target.out})")
+                info(f"{target.name}: {name} is evaluated already ({target.out})")
         found[name] = record
     if problems:
         raise UserError(*problems)
@@ -220,10 +220,12 @@ class _Work:
 
     def tell(self, record: dict, items: list[dict], context: int) -> None:
         name, figures = record["task"], "  ".join(f"{metric} {in_words(value)}" for metric, value in record["metrics"].items())
-        say(f"[{self.done + 1}/{self.left}] {record['model']['path']}: {name}  {figures}  ({record['n']} items, {record['seconds']:.0f} s)")
+        info(
+            f"[{self.done + 1}/{self.left}] {record['model']['path']}: {name}  {figures}  ({record['n']} items, {record['seconds']:.0f} s)"
+        )
         if record["cut"]:
             items_cut = sum(item["cut"] for item in items)
-            say(
+            info(
                 f"warning: {name}: {record['cut']} requests, of {items_cut} of {len(items)} items, are longer than the model's context of "
                 f"{context} tokens; the harness cut off their beginning, so those items say little"
             )

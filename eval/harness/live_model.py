@@ -5,7 +5,7 @@ import functools
 import sys
 import time
 
-from llmkd.console import first_process, say
+from llmkd.console import first_process, info
 from llmkd.errors import Stopped, UserError, is_out_of_memory
 
 
@@ -131,4 +131,4 @@ class _Progress:
             raise Stopped("stopped by a signal")
         if self.bar.disable and time.monotonic() - self.said > 30:
             self.said = time.monotonic()
-            say(f"  {self.done} of {self.total} requests")
+            info(f"  {self.done} of {self.total} requests")

@@ -22,7 +22,7 @@ NAMES = {
 }
 
 
-def measure(arms: dict[str, list[Path]], baseline: str, say: Callable[[str], None]) -> list[Row]:
+def measure(arms: dict[str, list[Path]], baseline: str, info: Callable[[str], None]) -> list[Row]:
     """Rows of every task that any arm has, the baseline's first; an arm that cannot be compared stands there with its figures alone.
 
     `arms`: finished runs only. One task that cannot be compared doesn't cost the others.
@@ -33,15 +33,15 @@ def measure(arms: dict[str, list[Path]], baseline: str, say: Callable[[str], Non
         having = {arm: runs for arm, runs in arms.items() if runs and all(task in tasks_of(run) for run in runs)}
         lacking = [arm for arm in arms if arm not in having]
         if lacking:
-            say(f"{task}: not measured in every run of {', '.join(lacking)}")
+            info(f"{task}: not measured in every run of {', '.join(lacking)}")
         try:
-            found = compare(having, baseline, [task], say=say) if baseline in having and len(having) > 1 else []
+            found = compare(having, baseline, [task], info=info) if baseline in having and len(having) > 1 else []
         except UserError as error:
-            say(f"{task}: not compared; {error}")
+            info(f"{task}: not compared; {error}")
             found = []
         known = {(row.metric, row.arm) for row in found}
         having = {arm: runs for arm, runs in having.items() if _has_more(arm, runs[0], task, known)}
-        rows += found + [row for arm, runs in having.items() for row in _alone(arm, runs, task, say) if (row.metric, row.arm) not in known]
+        rows += found + [row for arm, runs in having.items() for row in _alone(arm, runs, task, info) if (row.metric, row.arm) not in known]
     order = {arm: i for i, arm in enumerate([baseline, *arms])} | {baseline: -1}
     metrics = list(dict.fromkeys([*HELD_OUT_METRICS, *(row.metric for row in rows)]))
     return sorted(rows, key=lambda row: (tasks.index(row.task), metrics.index(row.metric), order[row.arm]))
@@ -56,12 +56,12 @@ def _has_more(arm: str, run: Path, task: str, known: set[tuple[str, str]]) -> bo
     return any((name, arm) not in known for name in names if task != HELD_OUT or name in ("ce", "forward_kl", "top1_agreement"))
 
 
-def _alone(arm: str, runs: list[Path], task: str, say: Callable[[str], None]) -> list[Row]:
+def _alone(arm: str, runs: list[Path], task: str, info: Callable[[str], None]) -> list[Row]:
     """An arm's own figures: those it has as the baseline of a comparison with itself."""
     try:
         rows = compare({arm: runs, "": runs}, arm, [task])
     except UserError as error:
-        say(f"{task}: {arm} left out; {error}")
+        info(f"{task}: {arm} left out; {error}")
         return []
     return [replace(row, verdict=ALONE) for row in rows if row.arm == arm]
 

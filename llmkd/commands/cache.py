@@ -16,10 +16,10 @@ import numpy as np
 
 from ..config.recipe import Recipe, Teacher
 from ..config.teacher import CACHE_KINDS, Cache
-from ..console import bar, duration, first_process, say
+from ..console import duration, first_process, info, progress_bar
 from ..data.batching import make_micro_batches
 from ..data.examples import Examples, concat
-from ..errors import Stopped, UserError, alone, first_alone
+from ..errors import Stopped, UserError, on_main_process, report_from_any_rank
 from ..output.run_folder import lock
 from ..teachers import resolve as taught
 from ..teachers.resolve import TeacherSource
@@ -131,12 +131,12 @@ def write(
         held.callback(lock(folder, f"{setting}.cache.path").close)
         return writer.begin()
 
-    if first_alone(accelerator, begin):
-        say(f"{folder} is whole: {size}; nothing to do")
+    if on_main_process(accelerator, begin):
+        info(f"{folder} is whole: {size}; nothing to do")
         return folder
     mine = writer.left(rank, ranks)
     needs, free = sum(int(plan.targets_E[plan.shards[n]].sum()) for n in mine) * kind.bytes, shutil.disk_usage(folder).free
-    with alone():
+    with report_from_any_rank():
         if needs > free:
             raise UserError(
                 f"{setting}.cache.path: {folder} needs {needs / 1e6:,.1f} MB and has {free / 1e6:,.1f} MB free; choose another folder or kind"
@@ -151,21 +151,21 @@ def write(
     batches = {n: dealt(encoded, plan.first_E[plan.shards[n]], recipe.validation.micro_batch_size) for n in mine}
     every = [batch for of_shard in batches.values() for batch in of_shard]
     seconds = time_of(answers, every, encoded.lengths)
-    say(f"{folder}: {size}; {len(mine)} of {len(plan.shards)} shards to write here, about {duration(seconds)}")
+    info(f"{folder}: {size}; {len(mine)} of {len(plan.shards)} shards to write here, about {duration(seconds)}")
     with progress(sum(map(len, every))) as shown:
         for n, of_shard in batches.items():
             shard = writer.shard(n)
             for batch in of_shard:
                 if stop():
                     raise Stopped(f"stopped by a signal; {folder} is not finished, and the same command goes on with it")
-                with alone():
+                with report_from_any_rank():
                     shard.put(*answers(batch))
                 shown.update(len(batch))
-            with alone():
+            with report_from_any_rank():
                 shard.write()
     accelerator.wait_for_everyone()
-    first_alone(accelerator, writer.finish)
-    say(f"{folder} is whole")
+    on_main_process(accelerator, writer.finish)
+    info(f"{folder} is whole")
     return folder
 
 
@@ -184,13 +184,13 @@ def read_foreign(recipe: Recipe, prepared: Prepared, todo: list[TeacherSource], 
     kind = foreign.kind(prepared.vocab, cache.k or defaults["k"], cache.value_bits or defaults["value_bits"])
     made_of = taught.made_of(recipe, teacher, prepared.tokenizer, taught.contents(prepared)) | {"read from": content_of(file)}
     writer = Writer(Path(cache.path).expanduser(), kind, made_of, planned(encoded, kind.bytes), f"{where}.path")
-    counts = foreign.write(file, encoded, prepared.tokenizer, writer, bar("reading"))
+    counts = foreign.write(file, encoded, prepared.tokenizer, writer, progress_bar("reading"))
     notes = {
         "unknown_tokens": "tokens are no single token of the vocabulary, and part of the rest",
         "unknown_targets": "last targets have no answer, and add nothing to the loss",
         "unused": "lines are of rows that have no example",
     }
-    say(
+    info(
         "; ".join(
             [
                 f"{writer.folder} is whole: {len(encoded):,} examples",

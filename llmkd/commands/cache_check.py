@@ -9,7 +9,7 @@ import torch
 from .. import console as tracking_console
 from ..batch import Batch
 from ..config.recipe import Recipe
-from ..console import bar, say
+from ..console import info, progress_bar
 from ..data.batching import make_micro_batches
 from ..data.collate import collate
 from ..data.examples import Examples
@@ -35,7 +35,7 @@ class Remembered:
 
     def __init__(self, model: LanguageModel, data: Examples, pad: int, size: int, device):
         live, self.head, self.hidden = Live(model), None, {}
-        for examples in bar("the unquantised teacher")(make_micro_batches(list(range(len(data))), data.lengths, size)):
+        for examples in progress_bar("the unquantised teacher")(make_micro_batches(list(range(len(data))), data.lengths, size)):
             batch = collate(data, examples, pad).to(device)
             signal = live(batch)
             self.head = signal.head
@@ -60,10 +60,10 @@ def check(recipe: Recipe, examples: int = 64) -> None:
         mine = examples_of(prepared.train, prepared.teachers.index(teacher))
         sample = sample_examples(prepared.train.take(mine), examples)
         if not len(sample):
-            say(f"note: {teacher.setting}: no training rows are left to it")
+            info(f"note: {teacher.setting}: no training rows are left to it")
             continue
         stored = opened(recipe, prepared, teacher)
-        say(f"on {len(sample)} training examples, {int(sample.loss_mask.sum())} targets; nats per target")
+        info(f"on {len(sample)} training examples, {int(sample.loss_mask.sum())} targets; nats per target")
         if teacher.settings.held:
             print(tracking_console.table(quantised(recipe, prepared, teacher, sample, accelerator)))
         if stored:
@@ -79,7 +79,7 @@ def quantised(recipe: Recipe, prepared: Prepared, teacher: TeacherSource, sample
     del model
     gc.collect()
     (model,) = load_together([], [(teacher.setting, teacher.settings)], vocab, accelerator.device, recipe.seed)[1]
-    found = validate([model], before, sample, pad, size, accelerator, progress=bar("the quantised teacher"))[0].metrics()
+    found = validate([model], before, sample, pad, size, accelerator, progress=progress_bar("the quantised teacher"))[0].metrics()
     row = {name: found[name] for name in ("forward_kl", "reverse_kl", "top1_agreement")}
     itself = {"forward_kl": 0.0, "reverse_kl": 0.0, "top1_agreement": 1.0}
     return [
@@ -101,7 +101,7 @@ def kept(recipe: Recipe, prepared: Prepared, teacher: TeacherSource, sample: Exa
     )
     rows = []
     for name, one in (("live", Live(models[0])), (str(teacher.settings.cache.path), Cached(teacher.store, accelerator.device))):
-        found = validate(students, one, sample, pad, size, accelerator, progress=bar(name))[0].metrics()
+        found = validate(students, one, sample, pad, size, accelerator, progress=progress_bar(name))[0].metrics()
         rows.append({teacher.setting: name} | {figure: found[figure] for figure in TEACHER_METRICS if figure in found})
     return rows
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..console import say
+from ..console import info
 from ..data.encoding.tokenizer import load_tokenizer, save_tokenizer, shared_vocab
 from ..errors import UserError
 from ..model_files import RECORD, ModelFiles, find, rows_of
@@ -91,7 +91,7 @@ def drift(merged, files: ModelFiles, tokenizer, vocab: int, run: Path, saved: Pa
         "top1_agreement": found["top1_agreement"],
     }
     into = "unquantised" if settings.quantization else "dequantised"
-    say(
+    info(
         f"merged into the {into} base; on {where}, against the model as it was trained: KL {metrics['forward_kl']:.4f} nats, "
         f"agreement {metrics['top1_agreement']:.3f}, CE {metrics['ce']:.4f} (trained: {metrics['trained_ce']:.4f})"
     )
@@ -111,7 +111,7 @@ def _sample(run: Path, vocab: int):
         first = np.arange(len(encoded)) < SAMPLE
         return encoded.subset(first), f"{first.sum()} {'held-out' if prepared.validation else 'training'} examples"
     except UserError as error:
-        say(f"note: the run's data cannot be read ({error.problems[0]}); comparing on random tokens")
+        info(f"note: the run's data cannot be read ({error.problems[0]}); comparing on random tokens")
     ids = np.random.default_rng(0).integers(0, vocab, (8, 64), np.int32)
     marks = np.ones_like(ids, bool)
     marks[:, 0] = False

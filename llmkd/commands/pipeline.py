@@ -7,7 +7,7 @@ from pathlib import Path
 from ..config.loader import load_pipeline, load_recipe
 from ..config.recipe import Recipe, sources
 from ..config.sweep import Pipeline
-from ..console import bar, say, table
+from ..console import info, progress_bar, table
 from ..errors import UserError
 from ..output.run_folder import write
 from ..training.launch import start
@@ -24,10 +24,10 @@ def run_pipeline(config: str, overrides: dict, resume: bool) -> dict:
     if (folder / "summary.json").exists() and not resume:
         raise UserError(f"output_dir: {folder} holds a finished pipeline; choose another folder by --output_dir, or remove it")
     for number, (name, recipe) in enumerate(recipes.items(), 1):
-        say(f"\n[{number}/{len(recipes)}] {name}")
+        info(f"\n[{number}/{len(recipes)}] {name}")
         run(recipe, resume)
     held_out = ", ".join(source.path for source in sources(recipes[pipeline.students[0]].data.validation))
-    say(f"\ncomparing on {held_out}")
+    info(f"\ncomparing on {held_out}")
     results = compare(pipeline, recipes)
     accelerator = start()
     if accelerator.is_main_process:
@@ -82,9 +82,9 @@ def measure(model, teacher, prepared: Prepared, recipe: Recipe, accelerator) -> 
     from ..training.validate import accuracy, validate
 
     pad, size, questions = prepared.tokenizer.eos_token_id, recipe.validation.micro_batch_size, prepared.questions
-    metrics = validate([model], teacher, prepared.validation, pad, size, accelerator, None, bar("validation"))[0].metrics()
+    metrics = validate([model], teacher, prepared.validation, pad, size, accelerator, None, progress_bar("validation"))[0].metrics()
     out = {"ce": metrics["ce"], "kl_to_teacher": metrics["forward_kl"], "top1_agreement": metrics["top1_agreement"]}
     if questions:
-        scored = accuracy(model, questions.examples, questions.answers, questions.counts, pad, size, accelerator, bar("questions"))
+        scored = accuracy(model, questions.examples, questions.answers, questions.counts, pad, size, accelerator, progress_bar("questions"))
         out |= {k: scored[k] for k in ("accuracy", "accuracy_stderr")}
     return out

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..config.recipe import Recipe, Student, distils, sources
 from ..config.teacher import with_setting_names as with_teacher_names
-from ..console import say
+from ..console import info
 from ..data.dataset import hold_out, read_data, refuse_empty_sources, refuse_too_few_positions, report_notes
 from ..data.encoding.token_cache import load_or_encode
 from ..data.encoding.tokenizer import student_base, student_tokenizer
@@ -72,7 +72,7 @@ def _figures(recipe: Recipe, setting: str, rows: dict[str, list[Rows]], tokenize
         parts, names, places = [stream.window], [f"{setting} {source.path}"], stream.places
     else:
         read, of_setting = rows[setting], with_setting_names(data.train if setting == "data.train" else data.validation, setting)
-        parts = [load_or_encode(r, source, data, tokenizer, name, say) for (name, source), r in zip(of_setting, read, strict=True)]
+        parts = [load_or_encode(r, source, data, tokenizer, name, info) for (name, source), r in zip(of_setting, read, strict=True)]
         names, places = [f"{name} {source.path}" for name, source in of_setting], [place for r in read for place in r.places]
     print(table(parts, names), file=out)
     for part, name in zip(parts, names, strict=True):

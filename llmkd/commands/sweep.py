@@ -14,8 +14,8 @@ from pathlib import Path
 from ..config.loader import load_recipe, load_sweep
 from ..config.recipe import Recipe, distils
 from ..config.sweep import ArmSpec, Sweep, expand
-from ..console import say
-from ..errors import Stopped, UserError, blamed_on, is_out_of_memory
+from ..console import info
+from ..errors import Stopped, UserError, attribute_to_student, is_out_of_memory
 from ..model_files import ModelFiles, read_json
 from ..output import hub_upload as hub
 from ..output import trackers
@@ -41,10 +41,10 @@ def run_sweep(config: str, overrides: dict, resume: bool, then: Callable[[Path],
         with state.claim():
             stages = load.stages()
             if stages and not all(RunFolder(recipe, True).finished for recipe in stages.values()):
-                say(f"{len(stages)} stages first ({', '.join(stages)}), then {len(specs)} arms")
+                info(f"{len(stages)} stages first ({', '.join(stages)}), then {len(specs)} arms")
             for name, recipe in stages.items():
                 if not RunFolder(recipe, True).finished:
-                    say(f"\nstage {name}")
+                    info(f"\nstage {name}")
                 before = time.monotonic()
                 try:
                     run(recipe, resume, stop)
@@ -82,14 +82,14 @@ def train_group(group: Group, recipes: dict[str, Recipe], state: State, resume: 
     an arm that cannot be built or values that are not finite; anything else ends the sweep, since one of them would wait for the others.
     """
     names, began = list(group.arms), time.monotonic()
-    say(f"\n{len(names)} of {len(state.data['arms'])} arms: {', '.join(names)}")
+    info(f"\n{len(names)} of {len(state.data['arms'])} arms: {', '.join(names)}")
     ends: dict[str, tuple[str | None, bool]] = {}
     try:
         while names:
             folders = [RunFolder(recipes[name], resume or bool(ends)) for name in names]  # a first try may have begun them
             try:
                 for k, folder in enumerate(folders):
-                    with blamed_on(k):
+                    with attribute_to_student(k):
                         folder.check()
                 failures = train_together([recipes[name] for name in names], folders, stop, recipes[group.lead or names[0]])
                 ends |= {name: (failure and str(failure), failure is not None) for name, failure in zip(names, failures, strict=True)}
@@ -97,12 +97,12 @@ def train_group(group: Group, recipes: dict[str, Recipe], state: State, resume: 
             except Stopped:
                 raise
             except Exception as error:
-                guilty = getattr(error, "arm", None)
+                guilty = getattr(error, "student", None)
                 if guilty is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
                     raise
                 reason = in_one_line(error, len(names))
                 lost = names if guilty is None else [names[guilty]]
-                say(f"given up: {', '.join(lost)}: {reason}")
+                info(f"given up: {', '.join(lost)}: {reason}")
                 ends |= {name: (reason, False) for name in lost}
                 names = [name for name in names if name not in lost]
     finally:

@@ -12,7 +12,7 @@ from .. import __version__
 from ..config.loader import flatten
 from ..config.recipe import Recipe, distils
 from ..config.sweep import ArmSpec, Sweep
-from ..console import first_process, say
+from ..console import first_process, info
 from ..errors import UserError
 from ..output.run_folder import lock, write
 
@@ -93,14 +93,14 @@ class State:
         from .plan import Cost, estimate
 
         if not groups:
-            say("every arm is done")
+            info("every arm is done")
             return
         sizes: dict = {}
         costs = [estimate([recipes[name] for name in group.arms], sizes) for group in groups]
         spent = self._forget({name for group in groups for name in group.arms})
         for group, cost in zip(groups, costs, strict=True):
             how = f"{len(group.arms)} arms side by side" if len(group.arms) > 1 else f"1 arm alone ({group.why})"
-            say(f"{how}: {cost}" if cost else how)
+            info(f"{how}: {cost}" if cost else how)
             entry = {"arms": group.arms, "shared": len(group.arms) > 1, "why": group.why}
             entry["seconds"] = round(sum(spent.get(name, 0.0) for name in group.arms), 1)
             entry["estimate"] = dataclasses.asdict(cost) if cost else None
@@ -111,7 +111,7 @@ class State:
             total = Cost(sum(c.seconds for c in costs), max(c.bytes for c in costs))
             taught = sum(any(distils(recipes[name]) for name in group.arms) for group in groups)
             alone = sum(distils(recipes[name]) for group in groups for name in group.arms)
-            say(f"in all {total} (estimates) for {sum(len(g.arms) for g in groups)} arms; {taught} passes of a teacher instead of {alone}")
+            info(f"in all {total} (estimates) for {sum(len(g.arms) for g in groups)} arms; {taught} passes of a teacher instead of {alone}")
         self._write()
 
     def _forget(self, waiting: set[str]) -> dict[str, float]:

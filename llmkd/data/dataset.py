@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..config.recipe import Data, Source, Teacher
-from ..console import say
+from ..console import info
 from ..errors import UserError
 from ..model_files import positions
 from .batching import num_draws
@@ -57,13 +57,13 @@ def _warn_of_shared(rows: dict[str, list[Rows]], data: Data) -> None:
         pairs += [(b, a) for i, a in enumerate(train) for b in train[i + 1 :]]
     for (name, path, content), (other, _, others) in pairs:
         if content == others:
-            say(
+            info(
                 f"warning: {name} and {other} are read from the same data ({path}), so held-out figures would be of rows that are trained on"
             )
 
 
 def encode_sources(
-    rows: dict[str, list[Rows]], setting: str, data: Data, tokenizer, teachers: tuple[Teacher, ...] = (), said=say
+    rows: dict[str, list[Rows]], setting: str, data: Data, tokenizer, teachers: tuple[Teacher, ...] = (), said=info
 ) -> Examples | None:
     """A setting's examples, from all its sources; where there are several, each is reported."""
     parts = []
@@ -104,7 +104,7 @@ def refuse_too_few_positions(data: Data, configs: dict[str, dict]) -> None:
         rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
         short = rope.get("original_max_position_embeddings") or text.get("original_max_position_embeddings")
         if rope.get("rope_type", rope.get("type")) == "longrope" and short and data.max_length > short:
-            say(
+            info(
                 f"note: {setting}: its rotary positions (longrope) are others for all of a micro-batch whose longest example exceeds {short} tokens, "
                 "so results depend on what stands together; a lower data.max_length, or train.micro_batch_size: 1 without packing, avoids it"
             )
@@ -150,7 +150,7 @@ def encode_choices(rows: Rows, source: Source, data: Data, tokenizer) -> Questio
     whole = dataclasses.replace(
         data, too_long="refuse", train_on_input=False, teacher_context=None
     )  # a choice cut short would look the likelier
-    examples = token_cache.load_or_encode(expanded, source, whole, tokenizer, "data.choices", say)
+    examples = token_cache.load_or_encode(expanded, source, whole, tokenizer, "data.choices", info)
     if len(examples) != len(expanded.rows):
         raise UserError(
             f"data.choices: {len(expanded.rows) - len(examples)} of {len(expanded.rows)} choices are empty; give every choice a text"
@@ -169,7 +169,7 @@ def report_examples(examples: Examples, name: str) -> None:
     dropped = [
         f"{c[k]} {words}" for k, words in (("too_long", "too long"), ("unsupervised", "with nothing supervised, dropped")) if c.get(k)
     ]
-    say(
+    info(
         f"{name}: {len(examples)} examples, {len(examples.ids)} tokens, {int(examples.loss_mask.sum())} targets"
         + (f", {len(examples.teacher_view.ids)} tokens for the teacher with its context" if examples.teacher_view is not None else "")
         + (f" ({', '.join(dropped)})" if dropped else "")
@@ -182,4 +182,4 @@ def report_notes(examples: Examples, name: str) -> None:
     c = examples.counts
     for key, words in _NOTES.items():
         if c.get(key):
-            say(f"note: {name}: {words.format(c[key])}")
+            info(f"note: {name}: {words.format(c[key])}")

@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from ..config.recipe import Data, Source
-from ..console import say
+from ..console import info
 from ..errors import UserError
 from .batching import Step, TokenBudget, make_micro_batches
 from .encoding.encode import encode
@@ -131,7 +131,7 @@ class Stream:
                 yield Step(number, epoch, self.to_micro_batches(window), window, int(self.window.num_targets.sum()))
         c = self.counts
         if c:
-            say(
+            info(
                 f"train: {c['rows']} rows streamed, {c['examples']} examples ({c['too_long']} too long, {c['unsupervised']} with nothing supervised)"
             )
 

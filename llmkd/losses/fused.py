@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..batch import Rows
-from ..console import say
+from ..console import info
 from ..errors import brief
 from ..head import Head
 from ..signals import Dense, Known, Signal
@@ -152,14 +152,14 @@ def _kernels_run(device: torch.device) -> bool:
         reason = brief(error)
     if interpreted:
         raise RuntimeError(f"the Triton kernel: {reason}")
-    say(f"note: the Triton kernel is not used on {device} ({reason}); PyTorch's way is slower and no less right")
+    info(f"note: the Triton kernel is not used on {device} ({reason}); PyTorch's way is slower and no less right")
     return False
 
 
 @functools.cache
 def _say_how(how: str) -> None:
     """Once in a run."""
-    say(f"loss: {how}")
+    info(f"loss: {how}")
 
 
 def has_full_distribution(signal: Signal | None) -> bool:

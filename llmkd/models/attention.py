@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..batch import Packed
-from ..console import say
+from ..console import info
 from ..errors import brief
 
 NAME = "llmkd_varlen"
@@ -138,5 +138,5 @@ def _one_call(device: torch.device, windowed: bool) -> Callable[..., Tensor] | N
             reason = "it does not agree with scaled_dot_product_attention"
         except Exception as error:
             reason = brief(error)
-    say(f"note: variable-length attention in one call is not used on {device} ({reason}); packed rows are slower and no less right")
+    info(f"note: variable-length attention in one call is not used on {device} ({reason}); packed rows are slower and no less right")
     return None

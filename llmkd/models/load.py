@@ -10,8 +10,8 @@ from torch import nn
 from ..config.recipe import Lora, Student, Teacher
 from ..config.recipe import Student as StudentSettings
 from ..config.recipe import Teacher as TeacherSettings
-from ..console import say
-from ..errors import UserError, blamed_on
+from ..console import info
+from ..errors import UserError, attribute_to_student
 from ..model_files import ModelFiles, find
 from . import adapters, last_layer
 from . import pretrained as loading
@@ -105,7 +105,7 @@ def load_students(
     if settings.gradient_checkpointing:
         recompute(model, settings.gradient_checkpointing)
     if settings.mixed_precision == "bf16" and next(model.parameters()).dtype != torch.float32:
-        say("note: student.mixed_precision: bf16 is for weights held in float32; these are not, and it changes little or nothing")
+        info("note: student.mixed_precision: bf16 is for weights held in float32; these are not, and it changes little or nothing")
     names: list[str | None] = [None]
     if settings.method == "lora":
         model.requires_grad_(False)
@@ -113,7 +113,7 @@ def load_students(
         model = _adapted(model, found, many, names, seed).to(device)
     students = [LanguageModel(model, _fits(model, vocab, "student.model"), name) for name in names]
     for k, (student, own) in enumerate(zip(students, many, strict=True)):
-        with blamed_on(k):
+        with attribute_to_student(k):
             _ready(student, own, packing)
     return students
 
@@ -123,7 +123,7 @@ def _adapted(model: nn.Module, found: list[ModelFiles], many: list[StudentSettin
     order = sorted(range(len(many)), key=lambda k: (found[k].adapter is not None, (many[k].lora or Lora()).target_modules != "all-linear"))
     for k in order:
         torch.manual_seed(seed)
-        with blamed_on(k):
+        with attribute_to_student(k):
             model = (_kept_adapter if found[k].adapter else _fresh_adapter)(model, found[k], many[k], names[k])
     if len(many) > 1:
         model.set_adapter(names[0])
@@ -137,7 +137,7 @@ def _ready(student: LanguageModel, settings: StudentSettings, packing: int) -> N
     student.untouched = selftest.untouched(student, "student.model")
     if student.untouched:
         some = f"{len(student.untouched)} of {len(student.trainable())} trainable tensors, such as {student.untouched[0]}"
-        say(f"note: student: {some}, get no gradient from a small batch; they are never used, or seldom")
+        info(f"note: student: {some}, get no gradient from a small batch; they are never used, or seldom")
 
 
 def _check_full(model: nn.Module, files: ModelFiles | None) -> None:
@@ -151,7 +151,7 @@ def _check_full(model: nn.Module, files: ModelFiles | None) -> None:
     if dtype == torch.float16:
         raise UserError("student.dtype: float16 weights cannot be trained in full; set float32, with mixed_precision: bf16 for speed")
     if dtype == torch.bfloat16:
-        say("note: bfloat16 weights lose updates below 1/256 of a weight; dtype: float32 with mixed_precision: bf16 keeps them")
+        info("note: bfloat16 weights lose updates below 1/256 of a weight; dtype: float32 with mixed_precision: bf16 keeps them")
 
 
 def _check_narrow(student: LanguageModel, settings: StudentSettings) -> None:
@@ -162,7 +162,7 @@ def _check_narrow(student: LanguageModel, settings: StudentSettings) -> None:
     some = f"{len(narrow)} tensors, such as {min(narrow)}"
     if torch.float16 in narrow.values():
         raise UserError(f"student.dtype: {some}, would train in float16; set student.dtype: float32, with mixed_precision: bf16 for speed")
-    say(f"note: student: {some}, train in bfloat16 and lose updates below 1/256 of a weight; student.dtype: float32 keeps them")
+    info(f"note: student: {some}, train in bfloat16 and lose updates below 1/256 of a weight; student.dtype: float32 keeps them")
 
 
 def _fits(model: nn.Module, vocab: int, setting: str) -> int:
@@ -248,5 +248,5 @@ def _say_what_is_shared(setting: str, model: LanguageModel, students: list[Langu
             share = shared / sum(own.values())
             if share < 0.005:  # norms that are all ones, say
                 continue
-            say(f"{setting}: shares {share:.0%} of its weights with {who}: {shared / 1e6:,.1f} MB are in memory once")
+            info(f"{setting}: shares {share:.0%} of its weights with {who}: {shared / 1e6:,.1f} MB are in memory once")
             return

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from .. import batch as varlen_batch
 from ..batch import View
-from ..console import say
+from ..console import info
 from ..errors import UserError, brief
 from . import attention as varlen
 from .last_layer import spare
@@ -45,7 +45,7 @@ def check(model, setting: str, packing: int = 0, attention: str = "auto") -> Non
             gap, again = _gap_to(model, ids_BT, own_NV)
             if again:
                 raise UserError(f"{setting}: {family} fails on a second small batch ({brief(failed or again)}); it cannot be used")
-            say(
+            info(
                 f"note: {setting}: llmkd does not know {family}'s head; the model's own forward pass is used, "
                 "which is right and holds the logits of a whole micro-batch in memory"
             )
@@ -97,7 +97,7 @@ def _check_packing(model, ids_BT: Tensor, limit: float, setting: str, tokens: in
     if problem := _problem_of_packing(model, ids_BT, limit, tokens, which):
         raise UserError(f"data.packing: {problem}set data.packing: false")
     if attention == "auto":
-        say(f"note: {which}: its own attention is kept in packed rows, of whose pairs of tokens it may compute more than it needs")
+        info(f"note: {which}: its own attention is kept in packed rows, of whose pairs of tokens it may compute more than it needs")
 
 
 def _problem_of_packing(model, ids_BT: Tensor, limit: float, tokens: int, which: str) -> str:

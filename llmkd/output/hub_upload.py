@@ -6,7 +6,7 @@ from pathlib import Path
 
 from .. import __version__
 from ..config.recipe import PushToHub, Recipe
-from ..console import say
+from ..console import info
 from ..errors import UserError
 from .run_folder import RunFolder, write
 
@@ -38,7 +38,7 @@ def publish(recipe: Recipe, folder: RunFolder) -> dict:
     """Upload a finished run's student, unless summary.json says that it was; the summary, which then says so."""
     summary, settings = folder.summary(), recipe.push_to_hub
     if settings and summary.get("pushed") != settings.repo:
-        say(f"uploaded to {upload(settings, folder.path / summary['output'])}")
+        info(f"uploaded to {upload(settings, folder.path / summary['output'])}")
         summary["pushed"] = settings.repo
         write(folder.path / "summary.json", json.dumps(summary, indent=1))
     return summary

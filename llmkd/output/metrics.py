@@ -18,14 +18,14 @@ class Record:
     A resumed run writes on from its checkpoint: what was recorded after it is dropped.
     """
 
-    def __init__(self, recipe: Recipe, folder: Path, done: int, say: Callable[[str], None]):
+    def __init__(self, recipe: Recipe, folder: Path, done: int, info: Callable[[str], None]):
         self.path = folder / "metrics.jsonl"
         if self.path.exists():
             kept = [r for r in read(self.path) if r["step"] <= done] if done else []
             part = self.path.with_name(f"metrics.tmp-{os.getpid()}")
             part.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
             part.replace(self.path)
-        self.trackers = Trackers(recipe, folder, done, say)
+        self.trackers = Trackers(recipe, folder, done, info)
 
     def step(self, step: int, epoch: int, terms: dict[str, float], lr: float, grad_norm: float, targets: int, speed: float) -> None:
         measured = {"grad_norm": grad_norm, "targets": targets, "targets_per_s": round(speed, 1), "peak_memory": peak_memory()}

@@ -47,7 +47,7 @@ class Display:
             figures = "  ".join(f"{k} {v}" for k, v in shown.items())
             print(f"step {step}/{self.total}  {figures}  {left:.0f} s left", file=sys.stderr, flush=True)
 
-    def say(self, text: str) -> None:
+    def info(self, text: str) -> None:
         if self.main:
             self.bar.write(text, file=sys.stderr, nolock=True)
 

@@ -26,8 +26,8 @@ def check(names: tuple[str, ...]) -> None:
 class Trackers:
     """Those that a recipe asks for, started. `done` is the step that a resumed run goes on from."""
 
-    def __init__(self, recipe: Recipe, folder: Path, done: int, say: Callable[[str], None]):
-        self.say, self.running = say, {}
+    def __init__(self, recipe: Recipe, folder: Path, done: int, info: Callable[[str], None]):
+        self.info, self.running = info, {}
         for name in dict.fromkeys(recipe.report_to):
             self.running[name] = None
             self._try(name, self._start, name, recipe, folder / "trackers", done)
@@ -58,7 +58,7 @@ class Trackers:
         except Exception as error:
             self.running.pop(name, None)
             reason = (str(error).strip().splitlines() or [""])[0][:200]
-            self.say(
+            self.info(
                 f"note: {name} failed ({type(error).__name__}: {reason}); the run goes on without it, and metrics.jsonl has everything"
             )
 

@@ -3,7 +3,7 @@
 import torch
 
 from ..batch import Batch
-from ..errors import alone
+from ..errors import report_from_any_rank
 from ..signals import Signal
 from .cache.records import kind_of
 from .cache.shards import Store
@@ -24,6 +24,6 @@ class Cached:
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Signal:
-        with alone():
+        with report_from_any_rank():
             records_NR = self.store.read([e.content_hash for e in batch.examples], [e.num_targets for e in batch.examples])
         return self.kind.signal(torch.from_numpy(records_NR), self.device)

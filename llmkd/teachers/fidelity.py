@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..batch import Batch
 from ..config.recipe import Teacher
-from ..console import say
+from ..console import info
 from ..data.batching import make_micro_batches
 from ..data.collate import collate
 from ..data.examples import Examples
@@ -68,7 +68,7 @@ def measured_transform(asked: Asked, teacher: LanguageModel, settings: Teacher, 
     if not math.isfinite(found["forward_kl"]):
         which = "quantization" if settings.float8 else "merge_adapter"
         raise UserError(f"{setting}.{which}: the teacher's answers are finite as it was loaded, and not with {settings.held}; leave it out")
-    say(
+    info(
         f"{setting}: {settings.held}: KL to the teacher before {found['forward_kl']:.1e} nats per token, "
         f"top-1 agreement {found['top1_agreement']:.1%} over {found['targets']:,} targets"
     )

@@ -25,14 +25,14 @@ _FEWEST_ROWS = 128  # of a chunk that is made smaller because memory ran out
 _HEADS_SHARE = 1 / 8  # of the free memory: what the head's tiles take of it
 
 
-def chunk_rows(vocab: int, device: torch.device, say) -> int | None:
+def chunk_rows(vocab: int, device: torch.device, info) -> int | None:
     """Rows per chunk of the head on a GPU whose models are loaded: `MOST_ROWS`, or fewer, to `LEAST_ROWS`, where the float32 tiles of
     student and teacher would take more than an eighth of the free memory. None on a CPU, where the vocabulary alone decides."""
     if device.type != "cuda":
         return None
     room, tiles = memory_gauge(device).room * _HEADS_SHARE, 2 * 4 * vocab
     rows = max(LEAST_ROWS["cuda"], min(MOST_ROWS["cuda"], int(room / tiles) // 128 * 128))
-    say(f"head: chunks of {rows:,} rows ({rows * tiles / 1e9:.2f} GB of tiles; an eighth of the free memory is {room / 1e9:.2f})")
+    info(f"head: chunks of {rows:,} rows ({rows * tiles / 1e9:.2f} GB of tiles; an eighth of the free memory is {room / 1e9:.2f})")
     return rows
 
 
@@ -52,11 +52,11 @@ class AutoBatchSize:
         students: list[StudentState],
         teacher: Teacher | None,
         accelerator,
-        say,
+        info,
         chunked: list[Distiller] | None = None,
     ):
         self.budget, self.plan, self.data, self.batch_of = budget, plan, data, batch_of
-        self.students, self.teacher, self.accelerator, self.say, self.chunked = students, teacher, accelerator, say, chunked or []
+        self.students, self.teacher, self.accelerator, self.info, self.chunked = students, teacher, accelerator, info, chunked or []
 
     def measure(self, batch_size: int) -> None:
         """Find the largest budget, by doubling, whose worst micro-batch goes through: the longest examples, forward and backward.
@@ -97,7 +97,7 @@ class AutoBatchSize:
         self.budget.tokens = found
         chunks = f", chunks of {rows:,} rows" if rows else ""
         whole = ", a whole step" if found >= self.budget.of(lengths) else ""
-        self.say(f"micro-batches of at most {found:,} tokens{whole} (measured: {taken / 1e9:.2f} of {room / 1e9:.2f} GB){chunks}")
+        self.info(f"micro-batches of at most {found:,} tokens{whole} (measured: {taken / 1e9:.2f} of {room / 1e9:.2f} GB){chunks}")
 
     def _fits(self, examples: list[int]) -> bool:
         try:
@@ -140,7 +140,7 @@ class AutoBatchSize:
             if sizes:
                 self.budget.tokens = max(sizes) // 2
                 smaller.insert(0, f"micro-batches of at most {self.budget.tokens:,} tokens")
-            self.say(f"out of memory in step {step.number}; done again with {' and '.join(smaller)}")
+            self.info(f"out of memory in step {step.number}; done again with {' and '.join(smaller)}")
 
     def _smaller_chunks(self) -> int:
         """Halve them, but not below `_FEWEST_ROWS`; the most rows of those that were, or 0 where none was."""

@@ -4,7 +4,7 @@ import math
 from collections.abc import Callable
 
 from ..config.recipe import Recipe, Teacher, sources
-from ..console import say
+from ..console import info
 from ..data.batching import BatchPlan, TokenBudget
 from ..data.stream import Stream
 from ..errors import UserError
@@ -39,7 +39,7 @@ def load(
             "share; set it to false"
         )
     if recipe.train.compile:
-        say("compiling the layers of student and teachers, which takes a while; what was compiled before is found again")
+        info("compiling the layers of student and teachers, which takes a while; what was compiled before is found again")
         for setting, model in every:
             compiled.compile_layers(model, setting, recipe.data.packing)
     return students, found

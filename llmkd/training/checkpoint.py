@@ -73,7 +73,7 @@ def prune(folder: Path, keep: int, best: int | None = None) -> None:
             shutil.rmtree(old, ignore_errors=True)
 
 
-def newest(folders: list[Path], say: Callable[[str], None] = print) -> list[Saved]:
+def newest(folders: list[Path], info: Callable[[str], None] = print) -> list[Saved]:
     """The newest checkpoint that is whole, at a step that all the folders have; those passed over are named. Empty if there is none."""
     passed, common = [], set.intersection(*({step for step, _ in _steps(folder)} for folder in folders))
     for step in sorted(common, reverse=True):
@@ -81,7 +81,7 @@ def newest(folders: list[Path], say: Callable[[str], None] = print) -> list[Save
         damages = [f"{path} ({damage})" for path in paths if (damage := damaged(path))]
         if not damages:
             for p in passed:
-                say(f"passing over the damaged checkpoint {p}")
+                info(f"passing over the damaged checkpoint {p}")
             return [Saved(path, step, json.loads((path / "state.json").read_text())) for path in paths]
         passed += damages
     if passed:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from ..config.recipe import Recipe, distils, sources, teachers
 from ..config.teacher import with_setting_names as with_teacher_names
-from ..console import say
+from ..console import info
 from ..data.batching import MOST_TOKENS, TokenBudget
 from ..data.dataset import (
     Questions,
@@ -125,7 +125,7 @@ def _training(recipe: Recipe, rows: dict[str, list[Rows]], tokenizer) -> tuple[E
     (source,) = sources(data.train)
     asked = teacher_index(source, who)
     stream = Stream(source, data, tokenizer, recipe.seed, train.batch_size, micro_batch(recipe), train.max_steps, asked)
-    say(f"train: streaming {source.path}")
+    info(f"train: streaming {source.path}")
     return stream, stream
 
 

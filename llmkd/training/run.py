@@ -3,7 +3,7 @@
 import contextlib
 
 from ..config.recipe import Recipe
-from ..console import first_process, say
+from ..console import first_process, info
 from ..errors import NonFinite, Stopped
 from ..output import hub_upload as hub
 from ..output import trackers
@@ -20,7 +20,7 @@ def run(recipe: Recipe, resume: bool = False, stop: ShutdownRequest | None = Non
     hub.check(recipe.push_to_hub)
     trackers.check(recipe.report_to)
     if resume and folder.finished:
-        say(f"{folder.path} is finished; nothing to do" + (" but to upload it" if recipe.push_to_hub else ""))
+        info(f"{folder.path} is finished; nothing to do" + (" but to upload it" if recipe.push_to_hub else ""))
         return hub.publish(recipe, folder) if first_process() else folder.summary()
     with contextlib.nullcontext(stop) if stop else ShutdownRequest() as stop:
         (failure,) = train_together([recipe], [folder], stop)

@@ -27,9 +27,9 @@ class StudentRun:
         self.recipe, self.prepared, self.folder, self.model, self.state, self.main = recipe, prepared, folder, model, state, main
         self.best, self.validated, self.record, self.failure = None, None, None, None
 
-    def open_metrics(self, done: int, say) -> None:
+    def open_metrics(self, done: int, info) -> None:
         if self.main:
-            self.record = metrics.Record(self.recipe, self.folder.path, done, say)
+            self.record = metrics.Record(self.recipe, self.folder.path, done, info)
 
     def restore(self, saved: checkpoint.Saved) -> None:
         checkpoint.load(saved, self.state.parameters, self.state.optimizer)

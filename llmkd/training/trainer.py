@@ -11,12 +11,12 @@ from pathlib import Path
 
 from ..batch import Batch
 from ..config.recipe import Recipe, distils
-from ..console import bar, say, table
+from ..console import info, progress_bar, table
 from ..data.collate import collate
 from ..data.examples import Examples
 from ..data.prefetch import prefetch
 from ..data.stream import Stream
-from ..errors import Stopped, UserError, blamed_on, first_alone
+from ..errors import Stopped, UserError, attribute_to_student, on_main_process
 from ..models.language_model import LanguageModel
 from ..output.progress import Display
 from ..output.run_folder import RunFolder
@@ -57,9 +57,9 @@ class Trainer:
         self.teacher = self.build_teacher(teacher_recipe, teacher_models)
         self.fidelity = {f"{name}.{k}": v for (name, _), model in zip(live, teacher_models, strict=True) for k, v in model.fidelity.items()}
         self.plan = plan(recipe, prepared, accelerator.process_index, accelerator.num_processes)
-        self.students, rows = [], chunk_rows(prepared.vocab, accelerator.device, say)
+        self.students, rows = [], chunk_rows(prepared.vocab, accelerator.device, info)
         for k, (own, folder, model) in enumerate(zip(recipes, folders, models, strict=True)):
-            with blamed_on(k):
+            with attribute_to_student(k):
                 state = build_student(own, model, self.plan.total_steps, accelerator, rows)
                 own_data = prepared if own is teacher_recipe else prepared.of(own)
                 self.students.append(StudentRun(own, own_data, folder, model, state, self.main))
@@ -67,10 +67,10 @@ class Trainer:
         self.done = self.written = self.resume(folders)
         self.display = Display(self.plan.total_steps, self.done, self.main)
         for student in self.students:
-            student.open_metrics(self.done, self.display.say)
+            student.open_metrics(self.done, self.display.info)
         trained, every = (sum(p.numel() for p in ps) for ps in (self.students[0].state.parameters.values(), models[0].parameters()))
         others = f", beside {len(models) - 1} more students" if len(models) > 1 else ""
-        self.display.say(f"student: {every:,} parameters, {trained:,} of them train{others}; {self.plan.total_steps} steps")
+        self.display.info(f"student: {every:,} parameters, {trained:,} of them train{others}; {self.plan.total_steps} steps")
 
     def build_teacher(self, recipe: Recipe, live: list[LanguageModel]) -> Teacher | None:
         """The teacher of a step: models in memory, teacher caches, or a mixture of them."""
@@ -90,23 +90,23 @@ class Trainer:
 
         def take() -> None:
             for k, student in enumerate(self.students):
-                with blamed_on(k):
+                with attribute_to_student(k):
                     student.folder.claim(student.prepared.identity)
 
-        first_alone(self.accelerator, take)
+        on_main_process(self.accelerator, take)
 
     def resume(self, folders: list[RunFolder]) -> int:
         """Load the newest checkpoint that all students have; returns its step."""
         if not folders[0].resume:
             return 0
-        saved = checkpoint.newest([folder.checkpoints for folder in folders], say)
+        saved = checkpoint.newest([folder.checkpoints for folder in folders], info)
         done = saved[0].step if saved else 0
         for student, one in zip(self.students, saved, strict=False):
             student.restore(one)
         for folder in folders if self.main and saved else ():
             checkpoint.drop_after(folder.checkpoints, done)
         where = f"resuming after step {done} of {self.plan.total_steps}"
-        say(where if saved else f"{folders[0].path} has no checkpoint to resume from; starting at step 1")
+        info(where if saved else f"{folders[0].path} has no checkpoint to resume from; starting at step 1")
         return done
 
     @property
@@ -142,7 +142,7 @@ class Trainer:
                     for k, error in progress.failures.items():
                         self.students[k].fail(error)
                         if len(self.students) > 1:
-                            self.display.say(f"{self.students[k].folder.path.name} is given up: {self.students[k].failure}")
+                            self.display.info(f"{self.students[k].folder.path.name} is given up: {self.students[k].failure}")
                     self.show(progress, last)
                     if not self.active:
                         return
@@ -170,7 +170,7 @@ class Trainer:
         """Measure how large micro-batches may be. Returns the loop's options: with one process, to retry a step when memory runs out."""
         size, data = self.plan.micro_batch_size, self.prepared.train
         chunked = [unwrap(student.state) for student in self.students if student.recipe.loss.chunk_size is None]
-        auto = AutoBatchSize(size, self.plan, data, batch_of, states, teacher, self.accelerator, self.display.say, chunked)
+        auto = AutoBatchSize(size, self.plan, data, batch_of, states, teacher, self.accelerator, self.display.info, chunked)
         auto.measure(self.recipe.train.batch_size)
         self.display.speed()  # what was spent here is not training's
         return {"retry_on_oom": auto} if self.accelerator.num_processes == 1 else {}
@@ -203,13 +203,13 @@ class Trainer:
             student.record.write(
                 {"step": 0, "teacher_check": {"examples": len(sample)} | {name: values[name] for name in ("ce", "teacher_ce")}}
             )
-        self.display.say(message(found, len(sample), self.prepared.teachers, self.prepared.student))
+        self.display.info(message(found, len(sample), self.prepared.teachers, self.prepared.student))
 
     def measure(self, students: list[LanguageModel], data: Examples, name: str, step: int) -> list[HeldOut]:
         """Every student on all of the data; a stop is heard meanwhile."""
         size = self.recipe.validation.micro_batch_size
         try:
-            return validate(students, self.teacher, data, self.pad, size, self.accelerator, self.stop, bar(name))
+            return validate(students, self.teacher, data, self.pad, size, self.accelerator, self.stop, progress_bar(name))
         except Stopped:
             raise self.stopped(step) from None
         finally:
@@ -225,7 +225,7 @@ class Trainer:
             values = student.record_validation(step, held_out)
             name = f" of {student.folder.path.name}" if len(self.students) > 1 else ""
             shown = "  ".join(f"{k} {v:.4f}" for k, v in values.items() if k != "targets")
-            self.display.say(f"validation{name} at step {step}: {shown}")
+            self.display.info(f"validation{name} at step {step}: {shown}")
         if self.recipe.checkpoint.best_by and step:
             self.save(step)
 
@@ -252,7 +252,15 @@ class Trainer:
             scored = {}
             if questions:
                 size = self.recipe.validation.micro_batch_size
-                args = (questions.examples, questions.answers, questions.counts, self.pad, size, self.accelerator, bar("questions"))
+                args = (
+                    questions.examples,
+                    questions.answers,
+                    questions.counts,
+                    self.pad,
+                    size,
+                    self.accelerator,
+                    progress_bar("questions"),
+                )
                 scored = accuracy(student.model, *args)
             if self.main:
                 output = student.finish(self.plan.total_steps, scored)

@@ -172,7 +172,7 @@ def test_an_arm_with_another_teacher_is_left_out_of_the_divergences(home):
     for run, own in (("a", 1.0), ("b", 1.001), ("c", 1.2)):
         held_out(run, {"ce": targets, "forward_kl": targets * 0.1, "teacher_ce": targets * own}, targets)
     held_out("d", {"ce": targets}, targets)
-    rows = compare(arms("a", "b", "c", "d"), say=said.append)
+    rows = compare(arms("a", "b", "c", "d"), info=said.append)
     assert [(row.metric, row.arm) for row in rows] == [("ce", arm) for arm in "abcd"] + [("forward_kl", arm) for arm in "ab"]
     assert (
         "held_out forward_kl: c left out; its teacher is another one than a's" in said[0] and "d left out; d did not measure it" in said[1]
@@ -236,7 +236,7 @@ def test_common_items_are_compared_when_that_is_asked_for(home):
     said, x = [], answers(30, 0.5, 1)
     evaluated("a", {"acc": x})
     evaluated("b", {"acc": 1 - x[:20]}, hashes=[f"h{i}" for i in range(5, 25)], limit=20)
-    base, row = compare(arms("a", "b"), common=True, say=said.append)
+    base, row = compare(arms("a", "b"), common=True, info=said.append)
     assert row.n == base.n == 20 and base.value == x[5:25].mean() and "on the 20 items" in said[0]
     assert row.difference == pytest.approx((1 - x[:20]).mean() - x[5:25].mean())
     evaluated("c", {"acc": x}, hashes=[f"z{i}" for i in range(30)])
@@ -268,7 +268,7 @@ def test_a_figure_that_is_no_mean_over_items_is_left_out(home):
         record = json.loads(path.read_text())
         record["metrics"] |= {"f1": {"value": 0.66}, "perplexity": {"value": 9.0}}
         path.write_text(json.dumps(record))
-    assert {row.metric for row in compare(arms("a", "b"), say=said.append)} == {"acc"}
+    assert {row.metric for row in compare(arms("a", "b"), info=said.append)} == {"acc"}
     assert [line.split(":")[0] for line in said] == ["quiz f1", "quiz perplexity"] * 2
 
 
@@ -278,7 +278,7 @@ def test_tasks_that_not_all_have_are_left_out_or_refused_by_name(home):
         for task in tasks:
             evaluated(run, {"acc": [1, 0, 1]}, task=task)
     Path("b/eval/exam.jsonl").write_text("{}\n")  # cut off before its record was written
-    assert {row.task for row in compare(arms("a", "b"), say=said.append)} == {"quiz"}
+    assert {row.task for row in compare(arms("a", "b"), info=said.append)} == {"quiz"}
     assert said == ["exam: left out; b has no results of it"]
     for wanted, found in (
         ({"tasks": ["exam"]}, "--tasks exam: b has no eval/exam.json"),

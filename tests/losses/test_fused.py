@@ -394,7 +394,7 @@ def test_other_signals(monkeypatch, temperature, divergence):
 def test_the_log_says_once_which_way_it_went(monkeypatch):
     said = []
     fused._say_how.cache_clear()
-    monkeypatch.setattr(fused, "say", said.append)
+    monkeypatch.setattr(fused, "info", said.append)
     hidden, labels = case()
     for divergence in ("forward_kl", "forward_kl", "adaptive_kl"):
         fused_loss(hidden, Head(linear(H), V), labels, objective(divergence=divergence), teacher(), 16)

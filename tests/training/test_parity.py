@@ -110,17 +110,17 @@ def test_a_refusal_reaches_the_other_processes_with_all_its_lines_and_its_arm():
     """They get it as `broadcast_object_list` carries it."""
     import pickle
 
-    from llmkd.errors import UserError, blamed_on, first_alone
+    from llmkd.errors import UserError, attribute_to_student, on_main_process
 
     class First:
         is_main_process, num_processes = True, 1
 
     def refuse():
-        with blamed_on(3):
+        with attribute_to_student(3):
             raise UserError("one: a", "two: b")
 
     with pytest.raises(UserError) as info:
-        first_alone(First(), refuse)
+        on_main_process(First(), refuse)
     there = pickle.loads(pickle.dumps(info.value))
-    assert there.problems == ("one: a", "two: b") and there.arm == 3 and str(there) == "one: a\ntwo: b"
-    assert first_alone(First(), lambda: 7) == 7
+    assert there.problems == ("one: a", "two: b") and there.student == 3 and str(there) == "one: a\ntwo: b"
+    assert on_main_process(First(), lambda: 7) == 7

@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 
 from ...config.recipe import Data, Source
-from ...console import bar, say
+from ...console import info, progress_bar
 from ...errors import UserError
 from ..examples import Examples
 from ..reading.sources import Rows
@@ -43,18 +43,18 @@ def tokenizer_hash(tokenizer, template: bool = True) -> str:
     return hashlib.sha256(json.dumps([state, named], sort_keys=True, default=str).encode()).hexdigest()
 
 
-def load_or_encode(rows: Rows, source: Source, data: Data, tokenizer, setting: str, say=say, encode=encode) -> Examples:
+def load_or_encode(rows: Rows, source: Source, data: Data, tokenizer, setting: str, info=info, encode=encode) -> Examples:
     """The source's examples, from the cache or made now. UserError when nothing is left to train on."""
     shaped_by = [source.format, source.chat_template, data.max_length, data.too_long, data.train_on_input, data.teacher_context]
     made_from = [VERSION, rows.content, *shaped_by, tokenizer_hash(tokenizer)]  # the content tells the columns' names as well
     entry = folder(data) / hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:32]
     with _lock(entry):
-        result = _load(entry, say)
+        result = _load(entry, info)
         if result is None:
             refuse_without_template(source, rows.rows, tokenizer, setting)
-            result = encode(rows, source, data, tokenizer, bar("tokenising"))
+            result = encode(rows, source, data, tokenizer, progress_bar("tokenising"))
             if len(result):
-                _store(entry, result, say)
+                _store(entry, result, info)
     if not len(result):
         c = result.counts
         raise UserError(
@@ -80,7 +80,7 @@ def _lock(entry: Path):
         yield
 
 
-def _load(entry: Path, say) -> Examples | None:
+def _load(entry: Path, info) -> Examples | None:
     if not os.path.exists(entry / "manifest.json"):  # unlike Path.exists, false for a name that is too long
         return None
     try:
@@ -95,7 +95,7 @@ def _load(entry: Path, say) -> Examples | None:
         teacher = Examples(**theirs, row=arrays["row"]) if theirs else None
         return Examples(**arrays, counts=manifest["counts"], teacher_view=teacher)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        say(f"llmkd: the token cache {entry} is damaged ({error}); tokenising again")
+        info(f"llmkd: the token cache {entry} is damaged ({error}); tokenising again")
         shutil.rmtree(entry, ignore_errors=True)
         return None
 
@@ -104,7 +104,7 @@ def _hash(raw: bytes, counts: dict) -> str:
     return hashlib.sha256(raw + json.dumps(counts, sort_keys=True).encode()).hexdigest()
 
 
-def _store(entry: Path, result: Examples, say) -> None:
+def _store(entry: Path, result: Examples, info) -> None:
     """A cache that cannot be written is not worth a failed run: say so and go on."""
     from safetensors.numpy import save
 
@@ -123,4 +123,4 @@ def _store(entry: Path, result: Examples, say) -> None:
     except OSError as error:
         shutil.rmtree(part, ignore_errors=True)
         if not os.path.exists(entry / "manifest.json"):  # another process may have been first
-            say(f"llmkd: the token cache {entry.parent} cannot be written ({error.strerror}); going on without")
+            info(f"llmkd: the token cache {entry.parent} cannot be written ({error.strerror}); going on without")

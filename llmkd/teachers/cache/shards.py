@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ...errors import UserError, alone
+from ...errors import UserError, report_from_any_rank
 from ...model_files import tensors
 
 VERSION = 1
@@ -175,7 +175,7 @@ class Store:
         rank, ranks = (int(os.environ.get(name, value)) for name, value in (("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1")))
         mine = files[rank::ranks]
         threads = min(8, os.cpu_count() or 1)  # hashing leaves the interpreter to others
-        with alone(), concurrent.futures.ThreadPoolExecutor(threads) as pool:
+        with report_from_any_rank(), concurrent.futures.ThreadPoolExecutor(threads) as pool:
             for file, found in zip(mine, pool.map(lambda file: _digest(folder / file["file"]), mine), strict=True):
                 if found != file["sha256"]:
                     raise UserError(
