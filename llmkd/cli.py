@@ -26,8 +26,8 @@ train    Train a student by distillation, or by plain fine-tuning where the reci
          Several processes: accelerate launch llmkd/train.py --config RECIPE ...
 sweep    Train every arm of a sweep (a recipe and a grid of changes), side by side before one teacher where they can; then
          measure, compare and report them. A pipeline's or sweep's file given to train runs it too, on several processes.
-cache    Ask the recipe's teachers once, and keep what they say at every target in the stores that teacher.cache names: runs then need
-         no teacher in memory. --check measures what a quantised teacher, or a store, loses; --import reads answers from elsewhere.
+cache    Ask the recipe's teachers once, and keep what they say at every target in the caches that teacher.cache names: runs then need
+         no teacher in memory. --check measures what a quantised teacher, or a teacher cache, loses; --import reads answers from elsewhere.
          Several processes: accelerate launch -m llmkd cache --config RECIPE ...
 data     Read and tokenise a recipe's data as a run would; print its figures and N examples (3) with the supervised tokens marked.
 export   Write a finished run's student as a plain transformers model (RUN/merged): an adapter is merged into its base.
@@ -128,9 +128,9 @@ def cache(argv: list[str]) -> None:
 
         check(recipe)
         return
-    from .commands.cache import cache as write_stores
+    from .commands.cache import cache as write_caches
 
-    for path in write_stores(recipe, foreign):
+    for path in write_caches(recipe, foreign):
         print(path)
 
 

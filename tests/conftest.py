@@ -94,11 +94,11 @@ def plain_recipe(world: Path, out: Path) -> dict:
 
 
 @pytest.fixture(scope="session")
-def stores(world, tmp_path_factory) -> Path:
-    """A folder of stores of the small world's teacher: hidden, topk (all of V), narrow (K = 8), sampled."""
+def caches(world, tmp_path_factory) -> Path:
+    """A folder of caches of the small world's teacher: hidden, topk (all of V), narrow (K = 8), sampled."""
     from llmkd.commands.cache import cache
 
-    root = tmp_path_factory.mktemp("stores")
+    root = tmp_path_factory.mktemp("caches")
     kinds = {
         "hidden": {"kind": "hidden"},
         "topk": {"kind": "topk", "k": 4096, "value_bits": 16},
@@ -117,12 +117,12 @@ def stores(world, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def damaged(stores, tmp_path):
-    """A copy of a store, to be damaged."""
+def damaged(caches, tmp_path):
+    """A copy of a teacher cache, to be damaged."""
     from shutil import copytree
 
     def make(kind="topk") -> Path:
-        copytree(stores / kind, tmp_path / "damaged")
+        copytree(caches / kind, tmp_path / "damaged")
         return tmp_path / "damaged"
 
     return make

@@ -195,7 +195,7 @@ def _has(arm: str, runs: list[Measured], first: Measured, task: str, metric: str
 
 
 def _same_teacher(m: Measured, first: Measured) -> bool:
-    """A divergence from another teacher is another figure. The same teacher's cross-entropies differ by rounding alone, 0.05 % from a store."""
+    """A divergence from another teacher is another figure. The same teacher's cross-entropies differ by rounding alone, 0.05 % from a teacher cache."""
     a, b = m.values.get("teacher_ce"), first.values.get("teacher_ce")
     return a is None or b is None or bool(np.abs(a - b).sum() <= 0.002 * np.abs(b).sum())
 

@@ -158,8 +158,8 @@ def teacher_kind(sweep: SweepFolder, model: str) -> str:
     if stage and (stage[1] in (sweep.data.get("stages") or {}) or (sweep.path / "stages" / stage[1]).exists()):
         made = stage[2] == "model" and "architecture:\n" in _text(sweep.path / "stages" / stage[1] / "recipe.yaml")
         return f"{'new weights, made' if made else 'tuned'} by this sweep's stage {stage[1]}"
-    if (Path(model) / "store.json").exists():
-        return "a store of answers"
+    if (Path(model) / "cache.json").exists():
+        return "a teacher cache"
     if published.adapter_base(model) or re.search(r"/adapter/?$", model):
         return "tuned: an adapter"
     return "a model as it is"

@@ -41,7 +41,7 @@ class Run:
 
     @property
     def teachers(self) -> tuple[str, ...]:
-        """Whom it learned from: each teacher's model, or the store of its answers where that is all that is named."""
+        """Whom it learned from: each teacher's model, or the cache of its outputs where that is all that is named."""
         if not self.recipe.get("loss.kd_ratio"):
             return ()
         several = self.recipe.get("teacher")

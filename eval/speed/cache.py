@@ -1,10 +1,10 @@
-"""What a store of a teacher's answers takes on disk, what it loses, and what reading it costs.
+"""What a teacher cache takes on disk, what it loses, and what reading it costs.
 
-    python eval/speed/cache.py [--vocab 128256] [--targets 96] [--store_mb 100] [--threads 1]
+    python eval/speed/cache.py [--vocab 128256] [--targets 96] [--cache_mb 100] [--threads 1]
 
 Sizes and errors are of distributions over --vocab tokens, drawn after Zipf's law with entropies of 0.8 to 7.6 nats, and of a student
 that is some way from the teacher; the loss of a step and its gradient with respect to the student's logits are compared with those from the
-whole distribution, in float64. Reading is timed on a store of --store_mb, by batches of 8 examples of 70 targets in random order, decoding
+whole distribution, in float64. Reading is timed on a teacher cache of --cache_mb, by batches of 8 examples of 70 targets in random order, decoding
 included; beside it the time of one forward and backward pass of the fused head on the same targets. Whole training steps are in
 epoch.py. Prints Markdown.
 """
@@ -29,8 +29,8 @@ from llmkd.losses.divergences import forward_kl
 from llmkd.losses.fused import fused_loss
 from llmkd.losses.objective import Objective
 from llmkd.signals import Dense, Known
-from llmkd.teachers.cache.records import kind_to_record
-from llmkd.teachers.cache.shards import Plan, Store, Writer
+from llmkd.teachers.cache.records import make_record_format
+from llmkd.teachers.cache.shards import ShardPlan, TeacherCache, Writer
 from llmkd.teachers.cached import Cached
 
 KINDS = [
@@ -84,7 +84,7 @@ PEERS = [(50, 1, (0, 1, "sqrt")), (128, 16, (0, 1, 2, 3, 4, "sqrt"))]
 
 
 class Body:
-    """Enough of a LanguageModel for `kind_to_record`."""
+    """Enough of a LanguageModel for `make_record_format`."""
 
     def __init__(self, width: int, vocab: int):
         torch.manual_seed(0)
@@ -133,21 +133,21 @@ def losses(options) -> list[dict]:
         rows.append(_row(name, size, found.sum() / dense.sum(), error))
     for cache in KINDS:
         body = Body(64, options.vocab)
-        kind = kind_to_record(cache, options.vocab, body)
+        record_format = make_record_format(cache, options.vocab, body)
         if cache.kind == "hidden":
             torch.manual_seed(3)
             body.head.project.weight.data.mul_(8)
             hidden = torch.randn(options.targets, 64).bfloat16()
             told, signal = Dense(hidden, body.head), None
             exact, exact_gradient = loss_and_gradient(told)
-            signal = kind.signal(torch.from_numpy(kind.record(told, labels_N, examples)), "cpu")
+            signal = record_format.signal(torch.from_numpy(record_format.record(told, labels_N, examples)), "cpu")
             found, gradient = loss_and_gradient(signal)
             size = {"bfloat16": 2 * 4096, "int8": 4096 + 4}[cache.hidden_dtype]  # of Llama-3.1-8B; the error hardly depends on the width
         else:
             exact, exact_gradient = dense, dense_gradient
-            signal = kind.signal(torch.from_numpy(kind.record(Whole(truth.log_p_NV.float()), labels_N, examples)), "cpu")
+            signal = record_format.signal(torch.from_numpy(record_format.record(Whole(truth.log_p_NV.float()), labels_N, examples)), "cpu")
             found, gradient = loss_and_gradient(signal)
-            size = kind.bytes
+            size = record_format.bytes
         error = (gradient - exact_gradient).norm() / exact_gradient.norm()
         rows.append(_row(named(cache), size, found.sum() / exact.sum(), error))
     return rows
@@ -158,36 +158,36 @@ def _row(name: str, size: int, share: float, error: float) -> dict:
 
 
 def reading(options) -> list[dict]:
-    """Targets a second from a store on disk, decoded, beside the fused head on as many."""
+    """Targets a second from a teacher cache on disk, decoded, beside the fused head on as many."""
     rows, vocab, width = [], options.vocab, 2048
     head = Head(torch.nn.Linear(256, vocab, bias=False).requires_grad_(False), vocab)
     hidden = torch.randn(560, 256, requires_grad=True)
     for cache in (KINDS[3], KINDS[6], KINDS[8], KINDS[9]):
         body = Body(width, vocab)
-        kind = kind_to_record(cache, vocab, body)
+        record_format = make_record_format(cache, vocab, body)
         folder = Path(tempfile.mkdtemp(dir=options.folder))
         try:
-            count = options.store_mb * 10**6 // kind.bytes // 70
-            identities = [f"{i:016x}" for i in range(count)]
-            writer = Writer(folder / "store", kind, {}, Plan.of(identities, [70] * count, kind.bytes))
+            count = options.cache_mb * 10**6 // record_format.bytes // 70
+            hashes = [f"{i:016x}" for i in range(count)]
+            writer = Writer(folder / "cache", record_format, {}, ShardPlan.of(hashes, [70] * count, record_format.bytes))
             writer.begin()
             some = [Example(f"{i:016x}", 1, -1) for i in range(70)]
             told = Dense(torch.randn(70, width).bfloat16(), body.head)
-            records = kind.record(told, torch.zeros(70, dtype=torch.long), some)
+            records = record_format.record(told, torch.zeros(70, dtype=torch.long), some)
             for n in writer.left():
                 shard = writer.shard(n)
-                shard.put([identities[i] for i in shard.examples], shard.targets_E.tolist(), np.tile(records, (len(shard.examples), 1)))
+                shard.put([hashes[i] for i in shard.examples], shard.targets_E.tolist(), np.tile(records, (len(shard.examples), 1)))
                 shard.write()
             writer.finish()
             before = time.perf_counter()
-            store = Store.open(folder / "store")
+            written = TeacherCache.open(folder / "cache")
             opened = time.perf_counter() - before
-            teacher, seconds = Cached(store, "cpu"), []
+            teacher, seconds = Cached(written, "cpu"), []
             view, labels = View({}, torch.zeros(0)), torch.zeros(560, dtype=torch.long)
             generator = np.random.default_rng(0)
             for _ in range(40):
                 chosen = generator.integers(0, count, 8)
-                batch = Batch(labels, labels, view, view, tuple(Example(identities[i], 70, -1) for i in chosen))
+                batch = Batch(labels, labels, view, view, tuple(Example(hashes[i], 70, -1) for i in chosen))
                 before = time.perf_counter()
                 signal = teacher(batch)
                 seconds.append(time.perf_counter() - before)
@@ -199,7 +199,7 @@ def reading(options) -> list[dict]:
             rows.append(
                 {
                     "kind": named(cache),
-                    "MB on disk": f"{sum(f.stat().st_size for f in (folder / 'store').iterdir()) / 1e6:.0f}",
+                    "MB on disk": f"{sum(f.stat().st_size for f in (folder / 'cache').iterdir()) / 1e6:.0f}",
                     "checked and opened in": f"{opened:.2f} s",
                     "a batch of 560 targets in": f"{median * 1e3:.1f} ms",
                     "targets/s": f"{560 / median:,.0f}",
@@ -221,9 +221,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--vocab", type=int, default=128256)
     parser.add_argument("--targets", type=int, default=96)
-    parser.add_argument("--store_mb", type=int, default=100)
+    parser.add_argument("--cache_mb", type=int, default=100)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--folder", help="where the store is written while it is timed")
+    parser.add_argument("--folder", help="where the cache is written while it is timed")
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     print(f"`python eval/speed/cache.py {' '.join(sys.argv[1:])}`".replace(" `", "`"))

@@ -1,9 +1,9 @@
 """python eval/speed/epoch.py [--steps 12] [--rounds 5] [--students 1 4 9] [--teacher FOLDER --student FOLDER]
 
-What training costs by who answers: a live teacher, a store of its answers (hidden states, likeliest tokens, samples), nobody; for one
+What training costs by who answers: a live teacher, a teacher cache (hidden states, likeliest tokens, samples), nobody; for one
 student and for several side by side before one teacher. Times are those of the training loop alone, interleaved, after a round that
 warms up: the median with the smallest and largest. Besides, the operations counted (llmkd/cost.py), which say what several students
-or a store can save at best. A store's own making is timed once.
+or a teacher cache can save at best. Writing a cache is timed once.
 """
 
 import argparse
@@ -136,7 +136,7 @@ def report(options, times: dict, made: dict[str, float], operations: dict) -> No
             f"{operations[who, count] / (count * least):.2f} |"
         )
     print(
-        f"\nThe last two columns: per student, against one before a live teacher. Stores were written in {', '.join(f'{s:.1f} s ({k})' for k, s in made.items())}, loading included."
+        f"\nThe last two columns: per student, against one before a live teacher. Caches were written in {', '.join(f'{s:.1f} s ({k})' for k, s in made.items())}, loading included."
     )
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
     print(f"\n{where}, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}; `python eval/speed/epoch.py {' '.join(sys.argv[1:])}`")

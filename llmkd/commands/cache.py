@@ -1,4 +1,4 @@
-"""`llmkd cache`: what a teacher says at every target of a recipe's data, asked once and kept in a store.
+"""`llmkd cache`: what a teacher says at every target of a recipe's data, asked once and kept in a teacher cache.
 
 Any number of processes write it together, each its own shards; a shard that is whole stays, so that an attempt that was stopped or
 killed goes on where it was. Size and time are said first.
@@ -28,13 +28,13 @@ from ..training.shutdown import ShutdownRequest
 
 
 def cache(recipe: Recipe, foreign: str | None = None, stop: ShutdownRequest | None = None) -> list[Path]:
-    """Write every store that the recipe's teachers name. Raises UserError, or Stopped when a signal came: what is whole is kept.
+    """Write every cache that the recipe's teachers name. Raises UserError, or Stopped when a signal came: what is whole is kept.
 
-    `foreign`: a file of answers that came from elsewhere, for the one teacher that has a store.
+    `foreign`: a file of answers that came from elsewhere, for the one teacher that has a teacher cache.
     """
     from ..training.launch import start
 
-    nothing = "teacher.cache.path: not given; name the folder of the store, such as --teacher.cache.path runs/cache"
+    nothing = "teacher.cache.path: not given; name the folder of the cache, such as --teacher.cache.path runs/cache"
     prepared, todo = chosen(recipe, lambda one: one.cache, nothing, foreign)
     accelerator = start()
     if foreign:
@@ -55,13 +55,13 @@ def chosen(
         if which(one) and not one.model and not foreign:
             raise UserError(f"{setting}.model: not given; name the teacher whose answers {one.cache.path} is to hold")
     if recipe.data.streaming:
-        raise UserError("data.streaming: found true, and a store is of rows that are all known; set it to false")
+        raise UserError("data.streaming: found true, and a teacher cache is of rows that are all known; set it to false")
     if not recipe.loss.kd_ratio:
         raise UserError("loss.kd_ratio: found 0, with which no teacher is asked; leave it out here")
     for setting, one in many:
         if one.cache and which(one):
-            refuse_what_no_store_can_be(one.cache, f"{setting}.cache")
-    prepared = prepare(recipe, stores=False)
+            check_cache_settings(one.cache, f"{setting}.cache")
+    prepared = prepare(recipe, open_caches=False)
     todo = [one for one in prepared.teachers if which(one.settings)]
     for one in todo:
         if one.settings.cache and not len(asked(recipe, prepared, one)):
@@ -69,7 +69,7 @@ def chosen(
     return prepared, todo
 
 
-def refuse_what_no_store_can_be(cache: Cache, setting: str) -> None:
+def check_cache_settings(cache: Cache, setting: str) -> None:
     """Options of another kind than the default, where kind is not given; a path that is no folder's."""
     if cache.kind is None:
         for kind, options in CACHE_KINDS.items():
@@ -96,18 +96,18 @@ def asked(recipe: Recipe, prepared: Prepared, teacher: TeacherSource) -> Example
 
 
 def planned(encoded: Examples, bytes_per_target: int):
-    from ..teachers.cache.shards import Plan
+    from ..teachers.cache.shards import ShardPlan
 
-    return Plan.of([encoded.content_hash(i) for i in range(len(encoded))], encoded.num_targets.tolist(), bytes_per_target)
+    return ShardPlan.of([encoded.content_hash(i) for i in range(len(encoded))], encoded.num_targets.tolist(), bytes_per_target)
 
 
 def write(
     recipe: Recipe, prepared: Prepared, teacher: TeacherSource, accelerator, stop: ShutdownRequest, held: contextlib.ExitStack
 ) -> Path:
-    """One teacher's store; `held` keeps other attempts out of its folder."""
+    """One teacher's cache; `held` keeps other attempts out of its folder."""
     from ..data.collate import collate
     from ..models.load import load_together
-    from ..teachers.cache.records import kind_to_record
+    from ..teachers.cache.records import make_record_format
     from ..teachers.cache.shards import Writer
     from ..teachers.fidelity import measured_transform, sample_teacher_batches
     from ..teachers.live import Live
@@ -121,11 +121,11 @@ def write(
 
     around = functools.partial(measured_transform, some)
     (model,) = load_together([], [(setting, teacher.settings)], prepared.vocab, device, recipe.seed, around_transform=around)[1]
-    kind = kind_to_record(teacher.settings.cache, prepared.vocab, model)
-    plan = planned(encoded, kind.bytes)
-    made_of = taught.made_of(recipe, teacher, prepared.tokenizer, taught.contents(prepared))
-    writer = Writer(folder, kind, made_of, plan, f"{setting}.cache.path")
-    size = f"{len(plan.identity_E):,} examples, {plan.targets_E.sum():,} targets of {kind.bytes} bytes, {plan.targets_E.sum() * kind.bytes / 1e6:,.1f} MB"
+    record_format = make_record_format(teacher.settings.cache, prepared.vocab, model)
+    plan = planned(encoded, record_format.bytes)
+    provenance = taught.provenance(recipe, teacher, prepared.tokenizer, taught.contents(prepared))
+    writer = Writer(folder, record_format, provenance, plan, f"{setting}.cache.path")
+    size = f"{len(plan.hash_E):,} examples, {plan.targets_E.sum():,} targets of {record_format.bytes} bytes, {plan.targets_E.sum() * record_format.bytes / 1e6:,.1f} MB"
 
     def begin() -> bool:
         held.callback(lock(folder, f"{setting}.cache.path").close)
@@ -135,7 +135,7 @@ def write(
         info(f"{folder} is whole: {size}; nothing to do")
         return folder
     mine = writer.left(rank, ranks)
-    needs, free = sum(int(plan.targets_E[plan.shards[n]].sum()) for n in mine) * kind.bytes, shutil.disk_usage(folder).free
+    needs, free = sum(int(plan.targets_E[plan.shards[n]].sum()) for n in mine) * record_format.bytes, shutil.disk_usage(folder).free
     with report_from_any_rank():
         if needs > free:
             raise UserError(
@@ -144,7 +144,7 @@ def write(
 
     def answers(examples: list[int]):
         batch = collate(encoded, examples, prepared.tokenizer.eos_token_id).to(device)
-        records = kind.record(live(batch), batch.labels_N, batch.examples)
+        records = record_format.record(live(batch), batch.labels_N, batch.examples)
         return [one.content_hash for one in batch.examples], [one.num_targets for one in batch.examples], records
 
     live = Live(model)
@@ -170,20 +170,20 @@ def write(
 
 
 def read_foreign(recipe: Recipe, prepared: Prepared, todo: list[TeacherSource], file: str, accelerator) -> Path:
-    """A store of answers that came from elsewhere: see `teachers.foreign` for what the file holds."""
+    """A teacher cache of answers that came from elsewhere: see `teachers.foreign` for what the file holds."""
     from ..teachers.cache import import_logprobs as foreign
     from ..teachers.cache.shards import Writer
 
     if len(todo) > 1 or accelerator.num_processes > 1:
-        raise UserError("--import: fills the store of one teacher, in one process; leave the others out")
+        raise UserError("--import: fills the cache of one teacher, in one process; leave the others out")
     (teacher,) = todo
     cache, where = teacher.settings.cache, f"{teacher.setting}.cache"
     if cache.kind not in (None, "topk"):
         raise UserError(f"{where}.kind: found {cache.kind}, and answers from elsewhere are likeliest tokens; use topk, or leave it out")
     encoded, defaults = asked(recipe, prepared, teacher), CACHE_KINDS["topk"]
-    kind = foreign.kind(prepared.vocab, cache.k or defaults["k"], cache.value_bits or defaults["value_bits"])
-    made_of = taught.made_of(recipe, teacher, prepared.tokenizer, taught.contents(prepared)) | {"read from": content_of(file)}
-    writer = Writer(Path(cache.path).expanduser(), kind, made_of, planned(encoded, kind.bytes), f"{where}.path")
+    record_format = foreign.record_format(prepared.vocab, cache.k or defaults["k"], cache.value_bits or defaults["value_bits"])
+    provenance = taught.provenance(recipe, teacher, prepared.tokenizer, taught.contents(prepared)) | {"read from": content_of(file)}
+    writer = Writer(Path(cache.path).expanduser(), record_format, provenance, planned(encoded, record_format.bytes), f"{where}.path")
     counts = foreign.write(file, encoded, prepared.tokenizer, writer, progress_bar("reading"))
     notes = {
         "unknown_tokens": "tokens are no single token of the vocabulary, and part of the rest",

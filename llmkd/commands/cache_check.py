@@ -1,4 +1,4 @@
-"""`llmkd cache --check`: what is lost where a teacher is held in 4 or 8 bit, or where its answers were kept in a store."""
+"""`llmkd cache --check`: what is lost where a teacher is held in 4 or 8 bit, or where its answers were kept in a teacher cache."""
 
 import dataclasses
 import gc
@@ -17,18 +17,18 @@ from ..errors import UserError
 from ..models.language_model import LanguageModel
 from ..models.load import load_together
 from ..signals import TEACHER_METRICS, Dense
-from ..teachers.cache.shards import Store
+from ..teachers.cache.shards import TeacherCache
 from ..teachers.cached import Cached
 from ..teachers.fidelity import sample_examples
 from ..teachers.live import Live
-from ..teachers.resolve import TeacherSource, check_store, examples_of
+from ..teachers.resolve import TeacherSource, check_cache, examples_of
 from ..training.launch import start
 from ..training.prepare import Prepared
 from ..training.validate import validate
 from .cache import chosen
 
 
-class Remembered:
+class RecordedTeacher:
     """A live teacher's hidden states and its head, after its body is gone; found by the examples they are of."""
 
     metrics = TEACHER_METRICS
@@ -47,7 +47,7 @@ class Remembered:
 
 
 def check(recipe: Recipe, examples: int = 64) -> None:
-    """Print, for every teacher that is quantised, merged or has a store, metrics on a sample of the training rows."""
+    """Print, for every teacher that is quantised, merged or has a teacher cache, metrics on a sample of the training rows."""
     prepared, todo = chosen(
         recipe,
         lambda one: one.cache or one.held,
@@ -75,7 +75,7 @@ def quantised(recipe: Recipe, prepared: Prepared, teacher: TeacherSource, sample
     size, pad, vocab = recipe.validation.micro_batch_size, prepared.tokenizer.eos_token_id, prepared.vocab
     whole = dataclasses.replace(teacher.settings, quantization=None, merge_adapter=False)
     (model,) = load_together([], [(teacher.setting, whole)], vocab, accelerator.device, recipe.seed)[1]
-    before = Remembered(model, sample, pad, size, accelerator.device)
+    before = RecordedTeacher(model, sample, pad, size, accelerator.device)
     del model
     gc.collect()
     (model,) = load_together([], [(teacher.setting, teacher.settings)], vocab, accelerator.device, recipe.seed)[1]
@@ -94,24 +94,24 @@ def quantised(recipe: Recipe, prepared: Prepared, teacher: TeacherSource, sample
 
 
 def kept(recipe: Recipe, prepared: Prepared, teacher: TeacherSource, sample: Examples, accelerator) -> list[dict]:
-    """The recipe's untrained student before the live teacher, and before the store of its answers."""
+    """The recipe's untrained student before the live teacher, and before the cache of its outputs."""
     size, pad = recipe.validation.micro_batch_size, prepared.tokenizer.eos_token_id
     students, models = load_together(
         [recipe.student], [(teacher.setting, teacher.settings)], prepared.vocab, accelerator.device, recipe.seed
     )
     rows = []
-    for name, one in (("live", Live(models[0])), (str(teacher.settings.cache.path), Cached(teacher.store, accelerator.device))):
+    for name, one in (("live", Live(models[0])), (str(teacher.settings.cache.path), Cached(teacher.cache, accelerator.device))):
         found = validate(students, one, sample, pad, size, accelerator, progress=progress_bar(name))[0].metrics()
         rows.append({teacher.setting: name} | {figure: found[figure] for figure in TEACHER_METRICS if figure in found})
     return rows
 
 
 def opened(recipe: Recipe, prepared: Prepared, teacher: TeacherSource) -> TeacherSource | None:
-    """The teacher with its store, which must be its own; None where it names none, or where that is yet to be written and the teacher's
+    """The teacher with its cache, which must be its own; None where it names none, or where that is yet to be written and the teacher's
     number format is looked at."""
     cache = teacher.settings.cache
     if not cache or (teacher.settings.held and not Path(cache.path).expanduser().exists()):
         return None
-    found = dataclasses.replace(teacher, store=Store.open(cache.path, f"{teacher.setting}.cache.path"))
-    check_store(recipe, found, prepared.tokenizer, prepared.vocab)
+    found = dataclasses.replace(teacher, cache=TeacherCache.open(cache.path, f"{teacher.setting}.cache.path"))
+    check_cache(recipe, found, prepared.tokenizer, prepared.vocab)
     return found

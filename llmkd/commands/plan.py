@@ -73,7 +73,7 @@ def step_operations(
     """Multiplications and additions for `tokens` (without padding) with `targets` among them; a teacher reads `read` tokens.
 
     2 per weight and token in a forward pass, as many again for the gradient of the activations, and for that of the weights where
-    all of them train; the head on targets alone; a teacher's body once for all students, its head once for each. What a store
+    all of them train; the head on targets alone; a teacher's body once for all students, its head once for each. What a teacher cache
     answers costs next to nothing.
     """
     passes = 4 + (2 if full else 0) + 2 * checkpointing

@@ -20,7 +20,7 @@ from ..model_files import ModelFiles, read_json
 from ..output import hub_upload as hub
 from ..output import trackers
 from ..output.run_folder import RunFolder
-from ..teachers.resolve import check_samples
+from ..teachers.resolve import check_sampled_caches
 from ..training.launch import start
 from ..training.prepare import student_files
 from ..training.run import run, train_together
@@ -130,7 +130,7 @@ class Arms:
         for name, spec in self.specs.items():
             try:
                 out[name] = self._load(spec.changes, f"arms/{name}")
-                check_samples(out[name])
+                check_sampled_caches(out[name])
             except UserError as error:
                 problems += [f"arm {name}: {problem}" for problem in error.problems]
         if problems:

@@ -34,12 +34,12 @@ CACHE_KINDS: dict[str, dict[str, object]] = {
 
 @config_dataclass
 class Cache:
-    """A store of what the teacher says at every target. `llmkd cache` writes it by these settings; null is the kind's default there.
+    """The teacher's outputs at every target, on disk. `llmkd cache` writes it with these settings; null is the kind's default.
 
-    A run that reads it needs none but `path`; one that is given must be the store's own.
+    A run that reads it needs none but `path`; one that is given must be the cache's own.
     """
 
-    path: str = Field(min_length=1, description="Folder of the store.")
+    path: str = Field(min_length=1, description="Folder of the cache.")
     kind: Literal[tuple(CACHE_KINDS)] | None = Field(
         None,
         description="What is kept of each target: hidden (the teacher's last hidden state: exact), topk (the default; its likeliest tokens and "
@@ -82,9 +82,7 @@ class Teacher:
         description="Where it is held: null for beside the student; a device (cpu, cuda:1); or offload: in the machine's memory, each layer "
         "brought to the student's device while it is used.",
     )
-    cache: Cache | None = Field(
-        None, description="A store of its answers: llmkd cache writes it, and a run then reads it and loads no teacher."
-    )
+    cache: Cache | None = Field(None, description="A teacher cache: llmkd cache writes it, and a run then reads it and loads no teacher.")
     weight: float = Field(1.0, gt=0, description="Among several teachers: its share.")
 
     @property
@@ -147,7 +145,7 @@ def teacher_contradictions(setting: Teacher | tuple[Teacher, ...] | None, data: 
         if teacher.model is None and teacher.cache is None:
             yield (
                 (f"{path}.model", f"{path}.cache"),
-                "not given; name the teacher's folder or hub id (or the store of its answers, cache.path)",
+                "not given; name the teacher's folder or hub id (or its teacher cache, cache.path)",
             )
         if teacher.model is None:
             for name in ("revision", "base", "quantization", "device"):

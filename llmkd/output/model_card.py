@@ -223,8 +223,8 @@ def taught_by(teacher: TeacherSource) -> str:
         parts.append("merged")
     if one.quantization:
         parts.append(f"held in {one.quantization.type}")
-    if teacher.store:
-        parts.append(f"its answers read from {code(one.cache.path)} ({teacher.store.header['kind']['name']})")
+    if teacher.cache:
+        parts.append(f"its answers read from {code(one.cache.path)} ({teacher.cache.header['kind']['name']})")
     return ", ".join(parts + ([f"weight {one.weight:g}"] if one.weight != 1 else []))
 
 

@@ -1,4 +1,4 @@
-"""The teachers that a recipe names, found and checked before a model is loaded: a model's files, or a store of its answers."""
+"""The teachers that a recipe names, found and checked before a model is loaded: a model's files, or a teacher cache."""
 
 import hashlib
 import json
@@ -15,17 +15,17 @@ from ..data.examples import ALL_TEACHERS, Examples
 from ..data.stream import Stream
 from ..errors import UserError
 from ..model_files import ModelFiles, find, fingerprint, read_json
-from .cache.shards import Store, read_header
+from .cache.shards import TeacherCache, read_header
 
 
 @dataclass(frozen=True)
 class TeacherSource:
-    """A teacher by its setting's name (teacher, or teacher.0, ...): its model's files, if it names one, and its store, if it has one."""
+    """A teacher by its setting's name (teacher, or teacher.0, ...): its model's files, if it names one, and its cache, if it has one."""
 
     setting: str
     settings: Teacher
     files: ModelFiles | None
-    store: Store | None
+    cache: TeacherCache | None
 
     @property
     def tuned(self) -> bool:
@@ -35,22 +35,22 @@ class TeacherSource:
     @property
     def identity(self) -> str:
         """What tells its answers from another teacher's; nothing for those that are yet to come from elsewhere."""
-        if self.store is not None:
-            return self.store.identity
+        if self.cache is not None:
+            return self.cache.identity
         if self.files is None:
             return ""
         return " ".join(fingerprint(folder, f"{self.setting}.model") for folder in (self.files.base, self.files.adapter) if folder)
 
 
-def resolve_teachers(recipe: Recipe, stores: bool = True) -> tuple[TeacherSource, ...]:
-    """Every teacher of a recipe that distils. Without `stores` those are not opened: they are yet to be written."""
+def resolve_teachers(recipe: Recipe, open_caches: bool = True) -> tuple[TeacherSource, ...]:
+    """Every teacher of a recipe that distils. Without `open_caches` those are not opened: they are yet to be written."""
     out = []
     for setting, one in with_setting_names(recipe.teacher) if distils(recipe) else ():
         files = find(one.model, f"{setting}.model", one.revision, one.base) if one.model else None
         if files:
             check_transforms(files, one, setting)
-        store = Store.open(one.cache.path, f"{setting}.cache.path") if one.cache and stores else None
-        out.append(TeacherSource(setting, one, files, store))
+        cache = TeacherCache.open(one.cache.path, f"{setting}.cache.path") if one.cache and open_caches else None
+        out.append(TeacherSource(setting, one, files, cache))
     return tuple(out)
 
 
@@ -63,8 +63,8 @@ def check_transforms(files: ModelFiles, settings: Teacher, setting: str) -> None
         raise UserError(f"{setting}.{name}: {files.base} is quantised already; leave it out, or name the unquantised model")
 
 
-def made_of(recipe: Recipe, teacher: TeacherSource, tokenizer, contents: dict[str, str]) -> dict[str, dict]:
-    """What a store follows from. `contents` are the hashes of the data."""
+def provenance(recipe: Recipe, teacher: TeacherSource, tokenizer, contents: dict[str, str]) -> dict[str, dict]:
+    """What a teacher cache follows from. `contents` are the hashes of the data."""
     one, data, weights = teacher.settings, recipe.data, {"dtype": teacher.settings.dtype}
     if files := teacher.files:
         folders = {"base": files.base, "adapter": files.adapter}
@@ -116,20 +116,20 @@ _OTHER = {
 }
 
 
-def check_store(recipe: Recipe, teacher: TeacherSource, tokenizer, vocab: int) -> None:
-    """Refuse a store of another tokenizer, template, teacher or kind than the recipe's; every difference is named."""
-    store, setting, cache = teacher.store, teacher.setting, teacher.settings.cache
-    made_of_then, kept = store.header["made_of"], store.header["kind"]
-    where, ours = f"{setting}.cache.path: {cache.path} was made", made_of(recipe, teacher, tokenizer, {})
+def check_cache(recipe: Recipe, teacher: TeacherSource, tokenizer, vocab: int) -> None:
+    """Refuse a teacher cache of another tokenizer, template, teacher or kind than the recipe's; every difference is named."""
+    header, setting, cache = teacher.cache.header, teacher.setting, teacher.settings.cache
+    provenance_then, kept = header["provenance"], header["kind"]
+    where, ours = f"{setting}.cache.path: {cache.path} was made", provenance(recipe, teacher, tokenizer, {})
     problems = []
     for part in ("tokenizer", "teacher") if teacher.files else ("tokenizer",):
         for name, value in ours[part].items():
-            if made_of_then[part].get(name) != value:
-                then = _OTHER.get(name, f"by a teacher with {name} {made_of_then[part].get(name)}, not {value}")
+            if provenance_then[part].get(name) != value:
+                then = _OTHER.get(name, f"by a teacher with {name} {provenance_then[part].get(name)}, not {value}")
                 problems.append(f"{where} {then}; give the one that it was made with, or write another by llmkd cache")
-    if store.header["vocab"] != vocab:
+    if header["vocab"] != vocab:
         problems.append(
-            f"{where} over {store.header['vocab']} entries of the vocabulary, and the models of this run have {vocab}; write another by llmkd cache"
+            f"{where} over {header['vocab']} entries of the vocabulary, and the models of this run have {vocab}; write another by llmkd cache"
         )
     for name in ("kind", *(name for known in CACHE_KINDS.values() for name in known)):
         value, then = getattr(cache, name), kept["name"] if name == "kind" else kept.get(name)
@@ -139,11 +139,11 @@ def check_store(recipe: Recipe, teacher: TeacherSource, tokenizer, vocab: int) -
         raise UserError(*problems)
 
 
-def check_samples(recipe: Recipe) -> None:
-    """Refuse a recipe whose loss the samples in one of its stores are not right for. Of stores that are there yet, and by their headers alone."""
+def check_sampled_caches(recipe: Recipe) -> None:
+    """Refuse a recipe whose loss the samples in one of its caches are not right for. Of caches that are there yet, and by their headers alone."""
     problems = []
     for setting, one in with_setting_names(recipe.teacher) if distils(recipe) else ():
-        if one.cache and (Path(one.cache.path).expanduser() / "store.json").exists():
+        if one.cache and (Path(one.cache.path).expanduser() / "cache.json").exists():
             header = read_header(Path(one.cache.path).expanduser(), f"{setting}.cache.path")
             problems += sample_problems(recipe, one.cache.path, header["kind"])
     if problems:
@@ -151,7 +151,7 @@ def check_samples(recipe: Recipe) -> None:
 
 
 def sample_problems(recipe: Recipe, path: str, kept: dict) -> list[str]:
-    """What is wrong with a recipe that learns from a store of this kind, if that holds samples."""
+    """What is wrong with a recipe that learns from a teacher cache of this kind, if that holds samples."""
     if kept["name"] != "sampled":
         return []
     loss, drawn, by, problems = recipe.loss, kept["temperature"], recipe.checkpoint.best_by, []
@@ -167,19 +167,19 @@ def sample_problems(recipe: Recipe, path: str, kept: dict) -> list[str]:
     return problems
 
 
-def check_examples(
+def check_coverage(
     teacher: TeacherSource, number: int, parts: dict[str, tuple[Examples | Stream | None, Sequence[str]]], ours: dict
 ) -> None:
-    """Refuse a store that lacks examples that teacher `number` is to answer.
+    """Refuse a teacher cache that lacks examples that teacher `number` is to answer.
 
-    `parts` are each setting's examples and their places, `ours` is what a store of this recipe would be made of.
+    `parts` are each setting's examples and their places, `ours` is what a teacher cache of this recipe would be made of.
     """
-    then, now = teacher.store.header["made_of"]["data"], ours["data"]
+    then, now = teacher.cache.header["provenance"]["data"], ours["data"]
     for setting, (encoded, places) in parts.items():
         if encoded is None:
             continue
         mine = examples_of(encoded, number)
-        missing = teacher.store.missing([encoded.content_hash(i) for i in mine])
+        missing = teacher.cache.missing([encoded.content_hash(i) for i in mine])
         if missing:
             shown = [
                 f"{name} {then.get(name)}, now {value}" if name.startswith("data.") else name

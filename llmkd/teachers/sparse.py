@@ -23,9 +23,9 @@ class TopK:
 
     Merging tokens into a bucket can only lower a divergence, so that a KL here lies between 0 and the dense one, and equals it at
     K = V. At temperature T = 1/s the bucket's mass needs f(s) = log sum p^s over the rest, which is convex: f(0) is the logarithm
-    of the number of its tokens, some further values are kept (`tail_NS`, at `nodes`) and falling cubics join them. What that gets
+    of the number of its tokens, some further values are kept (`tail_NS`, at `tail_exponents`) and falling cubics join them. What that gets
     wrong, as a mean KL in nats at T = 0.7, 1.5, 3 and 8 (none at the nodes): 8e-5, 3e-4, 4e-5, 8e-6 for K = 64, V = 128,256 and
-    distributions of Zipf's kind; 4e-7, 1e-6, 9e-5, 2e-3 for K = 50 of a trained model's V = 512. With s = 1 alone (a store from
+    distributions of Zipf's kind; 4e-7, 1e-6, 9e-5, 2e-3 for K = 50 of a trained model's V = 512. With s = 1 alone (a teacher cache from
     elsewhere) f is a line, as if the rest were uniform: 8e-3, 0.1, 0.08, 7e-4 for the first.
 
     An id whose log-probability is -inf is part of the rest. Ids of one target differ and rise.
@@ -37,7 +37,7 @@ class TopK:
     vocab: int
     label_log_p_N: Tensor
     entropy_N: Tensor
-    nodes: tuple[float, ...] = TAIL_EXPONENTS
+    tail_exponents: tuple[float, ...] = TAIL_EXPONENTS
 
     @staticmethod
     def of(log_p_NV: Tensor, k: int, labels_N: Tensor) -> "TopK":
@@ -57,7 +57,9 @@ class TopK:
         """The teacher's log-probabilities of the K + 1 events, [n, K + 1]; they sum to one."""
         log_p_nK, s = self.log_p_NK[rows], 1 / temperature
         count_n = self.vocab - (log_p_nK > -math.inf).sum(1)
-        rest_n = interpolate((0.0, *self.nodes), torch.cat([count_n.to(log_p_nK).log()[:, None], self.tail_NS[rows].to(log_p_nK)], 1), s)
+        rest_n = interpolate(
+            (0.0, *self.tail_exponents), torch.cat([count_n.to(log_p_nK).log()[:, None], self.tail_NS[rows].to(log_p_nK)], 1), s
+        )
         return torch.cat([log_p_nK * s, rest_n[:, None]], 1).log_softmax(1)
 
     def student_events(self, rows: Rows, log_q_nV: Tensor) -> Tensor:
@@ -89,7 +91,7 @@ class TopK:
         """Exact where the record was made from the whole distribution; imported log-probabilities know only their top k."""
         likeliest_n = self.ids_NK[rows].gather(1, self.log_p_NK[rows].argmax(1, True))[:, 0]
         return {"top1_agreement": (log_q_nV.argmax(1) == likeliest_n).float()} | (
-            _recorded_metrics(self, rows) if self.nodes == TAIL_EXPONENTS else {}
+            _recorded_metrics(self, rows) if self.tail_exponents == TAIL_EXPONENTS else {}
         )
 
 

@@ -28,7 +28,7 @@ from ..data.reading.sources import Rows
 from ..data.stream import Stream
 from ..errors import UserError
 from ..model_files import ModelFiles, find, identity_of, rows_of
-from ..teachers.resolve import TeacherSource, check_examples, check_store, made_of, resolve_teachers
+from ..teachers.resolve import TeacherSource, check_cache, check_coverage, provenance, resolve_teachers
 
 
 @dataclass(frozen=True)
@@ -56,16 +56,16 @@ class Prepared:
         return dataclasses.replace(self, student=student, teachers=teachers, identity=identity)
 
 
-def prepare(recipe: Recipe, stores: bool = True) -> Prepared:
-    """Read and check data, tokenizers, model folders and stores of teachers' answers. No weights are loaded.
+def prepare(recipe: Recipe, open_caches: bool = True) -> Prepared:
+    """Read and check data, tokenizers, model folders and caches of teachers' answers. No weights are loaded.
 
-    Without `stores` these are left alone, being yet to be written.
+    Without `open_caches` these are left alone, being yet to be written.
     """
     check_packages(recipe)
     data = recipe.data
     rows = read_data(data)
     student = student_files(recipe)
-    taught = resolve_teachers(recipe, stores)
+    taught = resolve_teachers(recipe, open_caches)
     configs = {"student.model": student.config if student else recipe.student.architecture}
     configs |= {f"{teacher.setting}.model": teacher.files.config for teacher in taught if teacher.files}
     refuse_too_few_positions(data, configs)
@@ -75,11 +75,11 @@ def prepare(recipe: Recipe, stores: bool = True) -> Prepared:
         if teacher.files:
             _same_tokenizer(tokenizer, teacher)
     rows_known = {setting: rows_of(config) for setting, config in configs.items()}
-    rows_known |= {f"{teacher.setting}.cache.path": teacher.store.header["vocab"] for teacher in taught if teacher.store}
+    rows_known |= {f"{teacher.setting}.cache.path": teacher.cache.header["vocab"] for teacher in taught if teacher.cache}
     vocab = shared_vocab(tokenizer, rows_known)
     for teacher in taught:
-        if teacher.store:
-            check_store(recipe, teacher, tokenizer, vocab)
+        if teacher.cache:
+            check_cache(recipe, teacher, tokenizer, vocab)
     held_out = encode_sources(rows, "data.validation", data, tokenizer, teachers(recipe.teacher))
     train, places = _training(recipe, rows, tokenizer)
     refuse_unknown_tokens(vocab, train, places, tokenizer)
@@ -100,9 +100,9 @@ def prepare(recipe: Recipe, stores: bool = True) -> Prepared:
     identity = {"the training data": content, "the held-out data": " ".join(source.content for source in rows["data.validation"])}
     held_out_places = [held_out_places[i] for i in held_out.row] if held_out else []
     for number, teacher in enumerate(taught):
-        if teacher.store:
+        if teacher.cache:
             parts = {"data.train": (train, places), "the held-out rows": (held_out, held_out_places)}
-            check_examples(teacher, number, parts, made_of(recipe, teacher, tokenizer, identity))
+            check_coverage(teacher, number, parts, provenance(recipe, teacher, tokenizer, identity))
     identity |= {"the tokenizer": token_cache.tokenizer_hash(tokenizer)} | identity_of("the student's base", "student.model", student)
     identity |= {"the teacher": " ".join(teacher.identity for teacher in taught)} if taught else {}
     questions = encode_choices(rows["data.choices"][0], data.choices, data, tokenizer) if data.choices else None

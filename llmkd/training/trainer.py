@@ -46,7 +46,7 @@ class Trainer:
         recipe = recipes[0]
         self.recipe, self.prepared, self.accelerator, self.stop = recipe, prepared, accelerator, stop
         self.main, self.pad = accelerator.is_main_process, prepared.tokenizer.eos_token_id
-        live = [(one.setting, one.settings) for one in prepared.teachers if one.store is None]
+        live = [(one.setting, one.settings) for one in prepared.teachers if one.cache is None]
         try:
             around_transform = functools.partial(measured_transform, self.teacher_probe)
             models, teacher_models = load(recipes, live, prepared.vocab, accelerator.device, around_transform)
@@ -76,7 +76,7 @@ class Trainer:
         """The teacher of a step: models in memory, teacher caches, or a mixture of them."""
         found, rest = self.prepared.teachers, iter(live)
         device = self.accelerator.device
-        each = [Cached(one.store, device) if one.store else Live(next(rest)) for one in found]
+        each = [Cached(one.cache, device) if one.cache else Live(next(rest)) for one in found]
         return combined(each, [one.settings for one in found], recipe.mixture) if each else None
 
     def teacher_probe(self, setting: str) -> list[Batch]:

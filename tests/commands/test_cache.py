@@ -17,7 +17,7 @@ from llmkd.config import loader
 from llmkd.errors import UserError
 from llmkd.training.run import run
 from tests.conftest import distance, plain_recipe, weights
-from tests.kit.cache import FLOAT32, from_store, trained_by
+from tests.kit.cache import FLOAT32, from_cache, trained_by
 
 
 def steps(recipe) -> list[dict]:
@@ -36,17 +36,17 @@ VARIANTS = {
 
 @pytest.mark.parametrize(("kind", "bound"), [("hidden", 2e-5), ("topk", 2e-3)])
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_run_from_a_store_is_the_run_from_the_live_teacher(make_recipe, stores, kind, bound, variant):
+def test_a_run_from_a_cache_is_the_run_from_the_live_teacher(make_recipe, caches, kind, bound, variant):
     """hidden: but for float32's rounding. topk with all of V: but for the rounding of its values."""
     live = make_recipe("live", **(FLOAT32 | VARIANTS[variant]))
-    stored = from_store(make_recipe, stores, kind, "stored", **VARIANTS[variant])
+    stored = from_cache(make_recipe, caches, kind, "stored", **VARIANTS[variant])
     assert distance(trained_by(live), trained_by(stored)) < bound * 50
     for a, b in zip(steps(live), steps(stored), strict=True):
         assert b["kd"] == pytest.approx(a["kd"], rel=bound, abs=bound / 10)
         assert b["ce"] == pytest.approx(a["ce"], rel=bound)
 
 
-def test_the_held_out_figures_come_from_the_store_too(make_recipe, stores):
+def test_the_held_out_metrics_come_from_the_cache_too(make_recipe, caches):
     held = {"data__validation_fraction": 0.2, "train__max_steps": 2}
     live = run(make_recipe("live", **(FLOAT32 | held)))["validation"]
     for kind, names, bound in (
@@ -55,15 +55,15 @@ def test_the_held_out_figures_come_from_the_store_too(make_recipe, stores):
         ("narrow", ("top1_agreement", "teacher_ce", "teacher_entropy"), 3e-3),
         ("sampled", ("teacher_ce", "teacher_entropy"), 3e-3),
     ):
-        found = run(from_store(make_recipe, stores, kind, kind, **held))["validation"]
+        found = run(from_cache(make_recipe, caches, kind, kind, **held))["validation"]
         assert {name: found[name] for name in names} == pytest.approx({name: live[name] for name in names}, rel=bound, abs=bound), kind
         assert (kind == "sampled") == ("reverse_kl" not in found)
-    narrow = run(from_store(make_recipe, stores, "narrow", "again", **held))["before"]
+    narrow = run(from_cache(make_recipe, caches, "narrow", "again", **held))["before"]
     dense = run(make_recipe("dense", **(FLOAT32 | held)))["before"]
     assert 0 < narrow["forward_kl"] < dense["forward_kl"]  # merging tokens into one bucket can only lower it
 
 
-def test_a_store_is_the_same_bytes_however_it_was_written(world, stores, make_recipe, tmp_path):
+def test_a_cache_is_the_same_bytes_however_it_was_written(world, caches, make_recipe, tmp_path):
     """In other micro-batches, and by an attempt that was stopped."""
     again = make_recipe(
         teacher__dtype="float32",
@@ -90,34 +90,34 @@ def test_a_store_is_the_same_bytes_however_it_was_written(world, stores, make_re
     with pytest.raises(Stopped, match="goes on"):
         cache(again, stop=Soon())
     with pytest.raises(UserError, match="not finished"):
-        run(from_store(make_recipe, tmp_path, "again", "early"))
+        run(from_cache(make_recipe, tmp_path, "again", "early"))
     cache(again)
-    a, b = (sorted(path.name for path in root.iterdir()) for root in (tmp_path / "again", stores / "sampled"))
+    a, b = (sorted(path.name for path in root.iterdir()) for root in (tmp_path / "again", caches / "sampled"))
     assert a == b
     for name in a:
         if name.endswith(".safetensors"):
-            assert (tmp_path / "again" / name).read_bytes() == (stores / "sampled" / name).read_bytes()
+            assert (tmp_path / "again" / name).read_bytes() == (caches / "sampled" / name).read_bytes()
 
 
 # ---- together with others
 
 
-def test_cached_and_live_teachers_mix(world, stores, make_recipe):
+def test_cached_and_live_teachers_mix(world, caches, make_recipe):
     """Two halves of one teacher, one of them live, are the teacher."""
-    half = [{"cache": {"path": str(stores / "hidden")}}, {"model": str(world / "adapter"), "dtype": "float32"}]
+    half = [{"cache": {"path": str(caches / "hidden")}}, {"model": str(world / "adapter"), "dtype": "float32"}]
     changes = {name: value for name, value in FLOAT32.items() if not name.startswith("teacher")}
     mixed = trained_by(make_recipe("mixed", teacher=half, mixture__combine="log_probabilities", **changes))
     assert distance(mixed, trained_by(make_recipe("live", **FLOAT32))) < 1e-3
 
 
-def test_streams_learn_from_a_store(make_recipe, stores):
+def test_streams_learn_from_a_cache(make_recipe, caches):
     stream = {"data__streaming": True, "train__max_steps": 4, "data__shuffle_buffer": 16}
     live = trained_by(make_recipe("live", **(FLOAT32 | stream)))
-    assert distance(live, trained_by(from_store(make_recipe, stores, "hidden", "stored", **stream))) < 1e-3
+    assert distance(live, trained_by(from_cache(make_recipe, caches, "hidden", "stored", **stream))) < 1e-3
 
 
-def test_the_arms_of_a_sweep_learn_from_a_store_as_they_would_alone(world, stores, tmp_path):
-    base = plain_recipe(world, tmp_path / "none") | {"teacher": {"cache": {"path": str(stores / "narrow")}}}
+def test_the_arms_of_a_sweep_learn_from_a_cache_as_they_would_alone(world, caches, tmp_path):
+    base = plain_recipe(world, tmp_path / "none") | {"teacher": {"cache": {"path": str(caches / "narrow")}}}
     base["student"]["dtype"] = "float32"
     (tmp_path / "base.yaml").write_text(json.dumps(base))
     sweep = {"output_dir": str(tmp_path / "sweep"), "recipe": "base.yaml", "grid": {"loss.kd_ratio": [0.3, 0.9]}}
@@ -127,8 +127,8 @@ def test_the_arms_of_a_sweep_learn_from_a_store_as_they_would_alone(world, store
     assert distance(trained_by(alone), weights(tmp_path / "sweep/arms/kd_ratio=0.9")) < 1e-6
 
 
-def test_check_says_what_a_store_and_a_quantised_teacher_lose(world, stores, make_recipe, capsys):
-    cached = {"teacher__cache__path": str(stores / "narrow"), "teacher__dtype": "float32"}
+def test_check_says_what_a_cache_and_a_quantised_teacher_lose(world, caches, make_recipe, capsys):
+    cached = {"teacher__cache__path": str(caches / "narrow"), "teacher__dtype": "float32"}
     check(make_recipe(**cached))
     out = capsys.readouterr().out
     assert "live" in out and "narrow" in out and "forward_kl" in out
@@ -152,13 +152,13 @@ def test_teachers_that_have_rows_of_their_own_are_checked_on_them(world, make_re
         cache(make_recipe(teacher=both, data__train=parted[:1]))
 
 
-def test_check_refuses_a_store_that_is_not_this_teachers_or_not_there(world, stores, make_recipe, tmp_path):
-    for store, words in (
-        (stores / "narrow", "was made by a teacher with dtype float32"),
-        (tmp_path / "none", "no store of teacher answers"),
+def test_check_refuses_a_cache_that_is_not_this_teachers_or_not_there(world, caches, make_recipe, tmp_path):
+    for folder, words in (
+        (caches / "narrow", "was made by a teacher with dtype float32"),
+        (tmp_path / "none", "no teacher cache"),
     ):
         with pytest.raises(UserError, match=words):
-            check(make_recipe(teacher__cache__path=str(store), teacher__dtype="float64"))
+            check(make_recipe(teacher__cache__path=str(folder), teacher__dtype="float64"))
 
 
 # ---- processes
@@ -193,16 +193,16 @@ def launched(*words: str, processes: int, cwd: Path, **environment: str) -> subp
 
 
 @pytest.mark.slow
-def test_two_processes_write_the_same_store_and_learn_from_it_as_one_does(world, stores, make_recipe, tmp_path):
+def test_two_processes_write_the_same_cache_and_learn_from_it_as_one_does(world, caches, make_recipe, tmp_path):
     recipe = plain_recipe(world, tmp_path / "two") | {"validation": {"teacher_check": 0}}
     recipe["student"]["dtype"] = "float32"
-    recipe["teacher"] |= {"dtype": "float32", "cache": {"path": str(tmp_path / "store"), "kind": "hidden"}}
+    recipe["teacher"] |= {"dtype": "float32", "cache": {"path": str(tmp_path / "cache"), "kind": "hidden"}}
     recipe["data"]["validation_fraction"] = 0.2
     (tmp_path / "two.yaml").write_text(json.dumps(recipe))
     written = launched("-m", "llmkd", "cache", "--config", "two.yaml", processes=2, cwd=tmp_path)
     assert written.returncode == 0, written.stderr
-    for name in sorted(path.name for path in (stores / "hidden").glob("*.safetensors")):
-        assert (tmp_path / "store" / name).read_bytes() == (stores / "hidden" / name).read_bytes()
+    for name in sorted(path.name for path in (caches / "hidden").glob("*.safetensors")):
+        assert (tmp_path / "cache" / name).read_bytes() == (caches / "hidden" / name).read_bytes()
     trained = launched(
         "-m",
         "llmkd",
@@ -221,22 +221,22 @@ def test_two_processes_write_the_same_store_and_learn_from_it_as_one_does(world,
 
 
 @pytest.mark.slow
-def test_a_killed_attempt_goes_on(world, stores, tmp_path):
+def test_a_killed_attempt_goes_on(world, caches, tmp_path):
     recipe = plain_recipe(world, tmp_path / "out")
-    recipe["teacher"] |= {"dtype": "float32", "cache": {"path": str(tmp_path / "store"), "kind": "topk", "k": 8}}
+    recipe["teacher"] |= {"dtype": "float32", "cache": {"path": str(tmp_path / "cache"), "kind": "topk", "k": 8}}
     recipe["data"]["validation_fraction"] = 0.2
     recipe["validation"] = {"micro_batch_size": 1}
     (tmp_path / "r.yaml").write_text(json.dumps(recipe))
     words = [sys.executable, "-m", "llmkd", "cache", "--config", "r.yaml"]
     process = subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
-    while not (tmp_path / "store/making.json").exists() and process.poll() is None:
+    while not (tmp_path / "cache/unfinished.json").exists() and process.poll() is None:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    assert not (tmp_path / "store/store.json").exists()
+    assert not (tmp_path / "cache/cache.json").exists()
     assert subprocess.run(words, cwd=tmp_path).returncode == 0
     name = "shard-00000.safetensors"
-    assert (tmp_path / "store" / name).read_bytes() == (stores / "narrow" / name).read_bytes()
+    assert (tmp_path / "cache" / name).read_bytes() == (caches / "narrow" / name).read_bytes()
 
 
 # ---- answers from elsewhere
@@ -250,7 +250,7 @@ def answers_of(recipe, k: int, held_out: bool = True) -> list[dict]:
     from llmkd.teachers.live import Live
     from llmkd.training.prepare import prepare
 
-    prepared = prepare(recipe, stores=False)
+    prepared = prepare(recipe, open_caches=False)
     live, lines = Live(models_load.load_teacher(teachers(recipe.teacher)[0], prepared.vocab, "cpu")), []
     for encoded in (prepared.train, prepared.validation) if held_out else (prepared.train,):
         for i in range(len(encoded)):
@@ -261,8 +261,8 @@ def answers_of(recipe, k: int, held_out: bool = True) -> list[dict]:
     return lines
 
 
-def test_answers_from_elsewhere_are_read_by_rows_and_trained_on(stores, make_recipe, tmp_path, capsys):
-    """Held-out rows among them; at temperature 1 they are what llmkd's own store of as many tokens is."""
+def test_answers_from_elsewhere_are_read_by_rows_and_trained_on(caches, make_recipe, tmp_path, capsys):
+    """Held-out rows among them; at temperature 1 they are what llmkd's own cache of as many tokens is."""
     held = {"data__validation_fraction": 0.2, "train__max_steps": 2}
     live = make_recipe("live", **(FLOAT32 | held))
     file, recipe = tmp_path / "answers.jsonl", tmp_path / "recipe.yaml"
@@ -271,7 +271,7 @@ def test_answers_from_elsewhere_are_read_by_rows_and_trained_on(stores, make_rec
     own = loader.load_recipe(recipe, {"data.validation_fraction": 0.2, "teacher": {"cache": {"path": str(tmp_path / "told"), "k": 8}}})
     assert cache(own, str(file)) == [tmp_path / "told"] and "is whole: 37 examples" in capsys.readouterr().err
     told = run(make_recipe("run", **(FLOAT32 | held | {"teacher": {"cache": {"path": str(tmp_path / "told")}}, "teacher__dtype": "auto"})))
-    kept = run(from_store(make_recipe, stores, "narrow", "kept", **held))
+    kept = run(from_cache(make_recipe, caches, "narrow", "kept", **held))
     for name in ("forward_kl", "reverse_kl", "top1_agreement"):
         assert told["validation"][name] == pytest.approx(kept["validation"][name], rel=2e-3)
     assert told["train"]["kd"] == pytest.approx(kept["train"]["kd"], rel=2e-3)

@@ -1,4 +1,4 @@
-"""What a store is refused for: damage, another run than it was made for, another attempt's folder; and mistakes in writing one."""
+"""What a teacher cache is refused for: damage, another run than it was made for, another attempt's folder; and mistakes in writing one."""
 
 import json
 import shutil
@@ -11,7 +11,7 @@ from llmkd.commands.cache import cache
 from llmkd.errors import UserError
 from llmkd.training.run import run
 from tests.conftest import plain_recipe
-from tests.kit.cache import from_store
+from tests.kit.cache import from_cache
 
 
 def refusal(recipe) -> str:
@@ -32,7 +32,7 @@ def test_one_flipped_bit_is_found_and_the_shard_named(make_recipe, damaged):
 
 def test_a_missing_or_short_shard_and_a_changed_header_are_named(make_recipe, damaged):
     folder = damaged()
-    shard, header = folder / "shard-00000.safetensors", folder / "store.json"
+    shard, header = folder / "shard-00000.safetensors", folder / "cache.json"
     raw, text = shard.read_bytes(), header.read_text()
     recipe = make_recipe(teacher={"cache": {"path": str(folder)}})
     shard.write_bytes(raw[:-100])
@@ -41,7 +41,7 @@ def test_a_missing_or_short_shard_and_a_changed_header_are_named(make_recipe, da
     assert "shard-00000.safetensors is missing" in refusal(recipe)
     shard.write_bytes(raw)
     header.write_text(text.replace('"vocab": ', '"vocab": 1'))
-    assert "store.json is damaged" in refusal(recipe)
+    assert "cache.json is damaged" in refusal(recipe)
     header.unlink()
     assert "llmkd cache writes one" in refusal(recipe)
 
@@ -61,18 +61,18 @@ def test_a_missing_or_short_shard_and_a_changed_header_are_named(make_recipe, da
         ({"teacher__cache__k": 5}, ["teacher.cache.k: found 5"]),
     ],
 )
-def test_another_run_than_the_store_was_made_for_is_refused_with_what_differs(world, stores, make_recipe, changes, words):
+def test_another_run_than_the_cache_was_made_for_is_refused_with_what_differs(world, caches, make_recipe, changes, words):
     def placed(name, value):
         if name.startswith("data__") and value == "held":
             return {"path": str(world / "held.jsonl")}
         return str(world / value) if name == "teacher__model" else value
 
-    recipe = from_store(make_recipe, stores, "topk", "x", **{name: placed(name, value) for name, value in changes.items()})
+    recipe = from_cache(make_recipe, caches, "topk", "x", **{name: placed(name, value) for name, value in changes.items()})
     said = refusal(recipe)
     assert all(word in said for word in words), said
 
 
-def test_another_tokenizer_or_chat_template_is_refused(world, stores, make_recipe, tmp_path):
+def test_another_tokenizer_or_chat_template_is_refused(world, caches, make_recipe, tmp_path):
     other = tmp_path / "student"
     shutil.copytree(world / "student", other)
     file = other / "tokenizer.json"
@@ -81,12 +81,12 @@ def test_another_tokenizer_or_chat_template_is_refused(world, stores, make_recip
     a, b = sorted(vocab, key=vocab.get)[300:302]
     vocab[a], vocab[b] = vocab[b], vocab[a]
     file.write_text(json.dumps(text))
-    assert "was made with another tokenizer" in refusal(from_store(make_recipe, stores, "topk", "x", student__model=str(other)))
+    assert "was made with another tokenizer" in refusal(from_cache(make_recipe, caches, "topk", "x", student__model=str(other)))
     shutil.copy(world / "student" / "tokenizer.json", file)
     for name in ("tokenizer_config.json", "chat_template.jinja"):
         if (other / name).exists():
             (other / name).write_text((other / name).read_text().replace("<|end|>", "<|end|> "))
-    assert "was made with another chat template" in refusal(from_store(make_recipe, stores, "topk", "x", student__model=str(other)))
+    assert "was made with another chat template" in refusal(from_cache(make_recipe, caches, "topk", "x", student__model=str(other)))
 
 
 @pytest.mark.parametrize(
@@ -97,23 +97,23 @@ def test_another_tokenizer_or_chat_template_is_refused(world, stores, make_recip
         ({"checkpoint__best_by": "top1_agreement", "data__validation_fraction": 0.2}, "checkpoint.best_by: found top1_agreement"),
     ],
 )
-def test_samples_are_refused_for_what_they_are_not_right_for(stores, make_recipe, changes, words):
-    assert words in refusal(from_store(make_recipe, stores, "sampled", "x", **changes))
+def test_samples_are_refused_for_what_they_are_not_right_for(caches, make_recipe, changes, words):
+    assert words in refusal(from_cache(make_recipe, caches, "sampled", "x", **changes))
 
 
-def test_two_attempts_never_write_one_store(make_recipe, tmp_path):
+def test_two_attempts_never_write_one_cache(make_recipe, tmp_path):
     """One would take the other's unfinished files for those of an attempt that was killed."""
     from llmkd.output.run_folder import lock
 
-    recipe = make_recipe(teacher__cache={"path": str(tmp_path / "store"), "k": 8})
-    with lock(tmp_path / "store"), pytest.raises(UserError, match=r"teacher.cache.path: .*store is in use by"):
+    recipe = make_recipe(teacher__cache={"path": str(tmp_path / "cache"), "k": 8})
+    with lock(tmp_path / "cache"), pytest.raises(UserError, match=r"teacher.cache.path: .*cache is in use by"):
         cache(recipe)
     cache(recipe)
 
 
-def test_a_store_is_not_written_over_by_another(stores, make_recipe):
-    with pytest.raises(UserError, match="holds a store of other answers .*made_of.teacher.dtype: float32 -> float64"):
-        cache(make_recipe(teacher__cache__path=str(stores / "narrow"), teacher__cache__k=8, data__validation_fraction=0.2))
+def test_a_cache_is_not_written_over_by_another(caches, make_recipe):
+    with pytest.raises(UserError, match="holds a teacher cache of other answers .*provenance.teacher.dtype: float32 -> float64"):
+        cache(make_recipe(teacher__cache__path=str(caches / "narrow"), teacher__cache__k=8, data__validation_fraction=0.2))
 
 
 @pytest.mark.parametrize(
@@ -138,13 +138,13 @@ def test_mistakes_in_writing_are_named_before_anything_is_written(make_recipe, c
 
 
 @pytest.mark.parametrize(("at", "options"), [("alpha", {"lora_alpha": 1}), ("order", {})])
-def test_an_adapter_that_is_read_otherwise_is_another_teacher(world, stores, make_recipe, tmp_path, at, options):
+def test_an_adapter_that_is_read_otherwise_is_another_teacher(world, caches, make_recipe, tmp_path, at, options):
     """The same weights scaled by another lora_alpha; but the order in which its modules are listed says nothing."""
     shutil.copytree(world / "adapter", tmp_path / "adapter")
     file = tmp_path / "adapter/adapter_config.json"
     config = json.loads(file.read_text())
     file.write_text(json.dumps(config | {"target_modules": sorted(config["target_modules"])[::-1]} | options))
-    teacher = {"model": str(tmp_path / "adapter"), "dtype": "float32", "cache": {"path": str(stores / "narrow")}}
+    teacher = {"model": str(tmp_path / "adapter"), "dtype": "float32", "cache": {"path": str(caches / "narrow")}}
     recipe = make_recipe("x", teacher=teacher, train__max_steps=2)
     if at == "alpha":
         assert "was made by a teacher with another adapter" in refusal(recipe)
@@ -152,16 +152,16 @@ def test_an_adapter_that_is_read_otherwise_is_another_teacher(world, stores, mak
         run(recipe)
 
 
-def test_a_base_that_is_read_otherwise_is_another_teacher(world, stores, make_recipe, tmp_path):
+def test_a_base_that_is_read_otherwise_is_another_teacher(world, caches, make_recipe, tmp_path):
     shutil.copytree(world / "teacher", tmp_path / "teacher")
     file = tmp_path / "teacher/config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"rms_norm_eps": 0.1}))
     teacher = {"model": str(world / "adapter"), "base": str(tmp_path / "teacher"), "dtype": "float32"}
-    said = refusal(make_recipe("x", teacher=teacher | {"cache": {"path": str(stores / "narrow")}}))
+    said = refusal(make_recipe("x", teacher=teacher | {"cache": {"path": str(caches / "narrow")}}))
     assert "was made by a teacher on another base" in said and "dtype" not in said and "adapter, or" not in said
 
 
-def test_the_settings_that_a_store_was_made_by_may_stay_in_the_recipe(make_recipe, tmp_path):
+def test_the_settings_that_a_cache_was_made_by_may_stay_in_the_recipe(make_recipe, tmp_path):
     for n, options in enumerate(
         (
             {"kind": "hidden", "hidden_dtype": "int8"},
@@ -177,9 +177,9 @@ def test_the_settings_that_a_store_was_made_by_may_stay_in_the_recipe(make_recip
 
 
 @pytest.mark.parametrize("temperatures", [[1.0, 2.0], [2.0, 1.0]])
-def test_an_arm_that_samples_are_not_right_for_is_named_before_anything_runs(world, stores, tmp_path, capsys, temperatures):
-    """Whichever arm of the group reads the store for all."""
-    base = plain_recipe(world, tmp_path / "none") | {"teacher": {"cache": {"path": str(stores / "sampled")}}}
+def test_an_arm_that_samples_are_not_right_for_is_named_before_anything_runs(world, caches, tmp_path, capsys, temperatures):
+    """Whichever arm of the group reads the cache for all."""
+    base = plain_recipe(world, tmp_path / "none") | {"teacher": {"cache": {"path": str(caches / "sampled")}}}
     (tmp_path / "base.yaml").write_text(json.dumps(base))
     sweep = {"output_dir": str(tmp_path / "sweep"), "recipe": "base.yaml", "grid": {"loss.temperature": temperatures}}
     (tmp_path / "sweep.yaml").write_text(json.dumps(sweep))

@@ -476,11 +476,11 @@ def test_a_teacher_that_is_worse_or_not_tuned_comes_with_the_advice(made, teache
     assert ("tuned by this sweep's stage teacher" in text) == (model is None)
 
 
-def test_several_teachers_and_a_store_alone_are_teachers(made, tmp_path):
-    (tmp_path / "store").mkdir()
-    (tmp_path / "store/store.json").write_text("{}")
-    store, several = str(tmp_path / "store"), [{"model": "OUT/stages/teacher/adapter"}, {"model": "org/big", "weight": 2}]
-    arms = {"sft": ({"loss.kd_ratio": 0}, 0.5), "mixed": ({"teacher": several}, 0.7), "kept": ({"teacher.cache.path": store}, 0.7)}
+def test_several_teachers_and_a_cache_alone_are_teachers(made, tmp_path):
+    (tmp_path / "cache").mkdir()
+    (tmp_path / "cache/cache.json").write_text("{}")
+    cache, several = str(tmp_path / "cache"), [{"model": "OUT/stages/teacher/adapter"}, {"model": "org/big", "weight": 2}]
+    arms = {"sft": ({"loss.kd_ratio": 0}, 0.5), "mixed": ({"teacher": several}, 0.7), "kept": ({"teacher.cache.path": cache}, 0.7)}
     arms["product"] = ({"teacher": several, "mixture.combine": "log_probabilities"}, 0.7)
     base = {key: value for key, value in BASE.items() if key != "teacher.model"}
     folder = made(arms, whole=base)
@@ -490,7 +490,7 @@ def test_several_teachers_and_a_store_alone_are_teachers(made, tmp_path):
         "| stages/teacher/adapter and org/big (probabilities) | tuned by this sweep's stage teacher; a model as it is | 1.5000 | 3.0000 |"
         in plain
     )
-    assert f"{store.rpartition('/')[2]} | a store of answers | 1.5000 | 3.0000 |" in plain
+    assert f"{cache.rpartition('/')[2]} | a teacher cache | 1.5000 | 3.0000 |" in plain
     assert "adapter and org/big (log_probabilities) | tuned by" in plain  # another teacher altogether
     assert plain.count("is not known to be tuned on this data") == 3
     assert [run.distils for run in read_sweep(folder).runs] == [False, True, True, True]

@@ -1,4 +1,4 @@
-"""What the tests of stores share: runs that learn from one."""
+"""What the tests of caches share: runs that learn from one."""
 
 from pathlib import Path
 
@@ -8,9 +8,9 @@ from tests.conftest import weights
 FLOAT32 = {"student__dtype": "float32", "teacher__dtype": "float32", "validation__teacher_check": 0}
 
 
-def from_store(make_recipe, stores, kind: str, out: str, **changes):
-    """A run that has the store and nothing else of the teacher."""
-    return make_recipe(out, **(FLOAT32 | {"teacher": {"cache": {"path": str(stores / kind)}}, "teacher__dtype": "auto"} | changes))
+def from_cache(make_recipe, caches, kind: str, out: str, **changes):
+    """A run that has the cache and nothing else of the teacher."""
+    return make_recipe(out, **(FLOAT32 | {"teacher": {"cache": {"path": str(caches / kind)}}, "teacher__dtype": "auto"} | changes))
 
 
 def trained_by(recipe) -> dict:

@@ -313,13 +313,13 @@ def test_as_many_targets_are_asked_as_hold_and_of_those_that_are_the_teachers(ma
     assert len(sample_teacher_batches(data, 0, 4, 0, "cpu")) == 1
 
 
-def test_a_store_says_how_its_teacher_was_held(wide, make_recipe, tmp_path, capsys):
-    path = {"path": str(tmp_path / "store"), "k": 8}
+def test_a_cache_says_how_its_teacher_was_held(wide, make_recipe, tmp_path, capsys):
+    path = {"path": str(tmp_path / "cache"), "k": 8}
     changes = teacher_of(wide, merge_adapter=True, quantization={"type": "fp8"}, cache=path)
     cache(make_recipe(**changes))
     assert len(LINE.findall(capsys.readouterr().err)) == 1
-    made_of = json.loads((tmp_path / "store" / "store.json").read_text())["made_of"]["teacher"]
-    assert made_of["quantization"] == "fp8" and made_of["merge_adapter"] is True
+    provenance = json.loads((tmp_path / "cache" / "cache.json").read_text())["provenance"]["teacher"]
+    assert provenance["quantization"] == "fp8" and provenance["merge_adapter"] is True
     prepare(make_recipe(**changes))
     for other, words in (
         ({"merge_adapter": True}, "with quantization fp8, not None"),

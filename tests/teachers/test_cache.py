@@ -1,4 +1,4 @@
-"""The store of teacher answers: written by any number of processes, resumed, read in any order, refused when it is not what it should be."""
+"""The cache of teacher answers: written by any number of processes, resumed, read in any order, refused when it is not what it should be."""
 
 import json
 import os
@@ -23,14 +23,14 @@ from llmkd.losses.divergences import forward_kl
 from llmkd.models.families import head_of
 from llmkd.models.load import load_teacher
 from llmkd.signals import Dense
-from llmkd.teachers.cache.records import HiddenFormat, TopKFormat, kind_to_record
-from llmkd.teachers.cache.shards import Plan, Store, Writer
+from llmkd.teachers.cache.records import HiddenFormat, TopKFormat, make_record_format
+from llmkd.teachers.cache.shards import ShardPlan, TeacherCache, Writer
 from llmkd.teachers.cache.stored_head import StoredHead, effective
 from llmkd.teachers.cached import Cached
 from llmkd.teachers.live import Live
 from llmkd.teachers.sparse import Sampled, TopK
 
-MADE_OF = {"the tokenizer": "t", "the teacher": {"base": "b", "adapter": "a"}}
+PROVENANCE = {"the tokenizer": "t", "the teacher": {"base": "b", "adapter": "a"}}
 
 
 @pytest.fixture(scope="module")
@@ -45,9 +45,11 @@ def teacher(world, data):
     return load_teacher(Teacher(model=str(world / "adapter"), dtype="float32"), data[1], "cpu")
 
 
-def plan_of(encoded, kind, shard_bytes):
+def plan_of(encoded, record_format, shard_bytes):
     identities = [encoded.content_hash(i) for i in range(len(encoded))]
-    return Plan.of(identities, np.add.reduceat(encoded.loss_mask.astype(np.int64), encoded.offsets[:-1]), kind.bytes, shard_bytes)
+    return ShardPlan.of(
+        identities, np.add.reduceat(encoded.loss_mask.astype(np.int64), encoded.offsets[:-1]), record_format.bytes, shard_bytes
+    )
 
 
 def fill(writer, numbers, encoded, teacher, size=4, packing=False):
@@ -56,13 +58,13 @@ def fill(writer, numbers, encoded, teacher, size=4, packing=False):
         chosen = shard.examples.tolist()[::-1]
         for start in range(0, len(chosen), size):
             batch = collate(encoded, chosen[start : start + size], 0, packing)
-            records = writer.kind.record(Live(teacher)(batch), batch.labels_N, batch.examples)
+            records = writer.format.record(Live(teacher)(batch), batch.labels_N, batch.examples)
             shard.put([e.content_hash for e in batch.examples], [e.num_targets for e in batch.examples], records)
         shard.write()
 
 
-def write(folder, kind, encoded, teacher, shard_bytes=4000, **how):
-    writer = Writer(folder, kind, MADE_OF, plan_of(encoded, kind, shard_bytes))
+def write(folder, record_format, encoded, teacher, shard_bytes=4000, **how):
+    writer = Writer(folder, record_format, PROVENANCE, plan_of(encoded, record_format, shard_bytes))
     if not writer.begin():
         fill(writer, writer.left(), encoded, teacher, **how)
         writer.finish()
@@ -87,17 +89,17 @@ each = pytest.mark.parametrize("name", KINDS)
 
 @pytest.fixture
 def made(tmp_path, data, teacher):
-    """A finished store of topk, with several shards."""
-    return write(tmp_path / "store", kind_to_record(KINDS["topk"][0], data[1]), data[0], teacher), tmp_path / "store"
+    """A finished cache of topk, with several shards."""
+    return write(tmp_path / "cache", make_record_format(KINDS["topk"][0], data[1]), data[0], teacher), tmp_path / "cache"
 
 
 @each
 def test_what_is_read_is_what_the_teacher_said_whatever_the_batch(name, tmp_path, data, teacher):
     encoded, vocab = data
     settings, kind_of_signal = KINDS[name]
-    writer = write(tmp_path / "store", kind_to_record(settings, vocab, teacher), encoded, teacher)
+    writer = write(tmp_path / "cache", make_record_format(settings, vocab, teacher), encoded, teacher)
     assert len(writer.plan.shards) > 2
-    cached = Cached(Store.open(tmp_path / "store"), "cpu")
+    cached = Cached(TeacherCache.open(tmp_path / "cache"), "cpu")
     for packing in (False, True):
         batch = collate(encoded, [30, 2, 17, 2, 5], 0, packing)
         said, live = cached(batch), Live(teacher)(batch)
@@ -121,22 +123,22 @@ def test_what_is_read_is_what_the_teacher_said_whatever_the_batch(name, tmp_path
 @each
 def test_processes_batches_and_kills_leave_the_same_files(name, tmp_path, data, teacher):
     encoded, vocab = data
-    kind = kind_to_record(KINDS[name][0], vocab, teacher)
-    write(tmp_path / "whole", kind, encoded, teacher, size=len(encoded))
+    record_format = make_record_format(KINDS[name][0], vocab, teacher)
+    write(tmp_path / "whole", record_format, encoded, teacher, size=len(encoded))
     for rank in (1, 0):
-        writer = Writer(tmp_path / "parted", kind, MADE_OF, plan_of(encoded, kind, 4000))
+        writer = Writer(tmp_path / "parted", record_format, PROVENANCE, plan_of(encoded, record_format, 4000))
         assert not writer.begin()
         fill(writer, writer.left(rank, 2), encoded, teacher, size=len(encoded))
     writer.finish()
     assert same_files(tmp_path / "whole", tmp_path / "parted")
-    killed = Writer(tmp_path / "killed", kind, MADE_OF, plan_of(encoded, kind, 4000))
+    killed = Writer(tmp_path / "killed", record_format, PROVENANCE, plan_of(encoded, record_format, 4000))
     killed.begin()
     fill(killed, [0, 2], encoded, teacher, size=len(encoded))
     with open(tmp_path / "killed/shard-00000.safetensors", "r+b") as file:
         file.truncate(500)
     with pytest.raises(UserError, match=r"not finished: 2 of \d+ shards"):
-        Store.open(tmp_path / "killed")
-    again = Writer(tmp_path / "killed", kind, MADE_OF, plan_of(encoded, kind, 4000))
+        TeacherCache.open(tmp_path / "killed")
+    again = Writer(tmp_path / "killed", record_format, PROVENANCE, plan_of(encoded, record_format, 4000))
     assert not again.begin() and 2 not in again.left() and 0 in again.left()
     with pytest.raises(UserError, match="lacks shard-00001"):
         again.finish()
@@ -146,39 +148,39 @@ def test_processes_batches_and_kills_leave_the_same_files(name, tmp_path, data, 
 
 
 def test_an_example_that_comes_twice_is_stored_once(data):
-    plan = Plan.of(["0b", "0a", "0b", "0c"], [3, 1, 3, 2], 10, 30)
-    assert plan.identity_E.tolist() == [11, 10, 12] and plan.first_E.tolist() == [0, 1, 3] and plan.header()["targets"] == 6
+    plan = ShardPlan.of(["0b", "0a", "0b", "0c"], [3, 1, 3, 2], 10, 30)
+    assert plan.hash_E.tolist() == [11, 10, 12] and plan.first_E.tolist() == [0, 1, 3] and plan.header()["targets"] == 6
     assert plan.shards == [slice(0, 1), slice(1, 3)]
-    long = Plan.of(["0a", "0b", "0c"], [1, 900, 1], 10, 30)  # longer than a shard
+    long = ShardPlan.of(["0a", "0b", "0c"], [1, 900, 1], 10, 30)  # longer than a shard
     assert long.shards == [slice(0, 2), slice(2, 3)]
 
 
 def test_a_shard_is_not_written_before_all_its_examples_are_there(tmp_path):
-    kind = TopKFormat(9, 3, 8)
-    writer = Writer(tmp_path / "store", kind, {}, Plan.of(["0a", "0b"], [1, 2], kind.bytes))
+    record_format = TopKFormat(9, 3, 8)
+    writer = Writer(tmp_path / "cache", record_format, {}, ShardPlan.of(["0a", "0b"], [1, 2], record_format.bytes))
     writer.begin()
     shard = writer.shard(0)
-    shard.put(["0b"], [2], np.ones((2, kind.bytes), np.uint8))
+    shard.put(["0b"], [2], np.ones((2, record_format.bytes), np.uint8))
     with pytest.raises(ValueError, match="1 of its examples were never put"):
         shard.write()
 
 
-def test_a_finished_store_is_left_alone_and_other_answers_are_refused(made, data, teacher):
+def test_a_finished_cache_is_left_alone_and_other_answers_are_refused(made, data, teacher):
     writer, folder = made
     before = content(folder)
-    again = Writer(folder, writer.kind, MADE_OF, writer.plan)
+    again = Writer(folder, writer.format, PROVENANCE, writer.plan)
     assert again.begin()
-    other = MADE_OF | {"the teacher": {"base": "b", "adapter": "c"}}
-    with pytest.raises(UserError, match=r"made_of.the teacher.adapter: a -> c\); choose another folder, or delete it"):
-        Writer(folder, writer.kind, other, writer.plan).begin()
+    other = PROVENANCE | {"the teacher": {"base": "b", "adapter": "c"}}
+    with pytest.raises(UserError, match=r"provenance.the teacher.adapter: a -> c\); choose another folder, or delete it"):
+        Writer(folder, writer.format, other, writer.plan).begin()
     with pytest.raises(UserError, match=r"bytes_per_target: \d+ -> \d+; kind.k: 20 -> 21"):
-        kind = kind_to_record(Cache(path="x", k=21), data[1])
-        Writer(folder, kind, MADE_OF, writer.plan).begin()
+        record_format = make_record_format(Cache(path="x", k=21), data[1])
+        Writer(folder, record_format, PROVENANCE, writer.plan).begin()
     with pytest.raises(UserError, match="plan.content"):
-        Writer(folder, writer.kind, MADE_OF, plan_of(data[0].subset(np.arange(len(data[0])) > 0), writer.kind, 4000)).begin()
+        Writer(folder, writer.format, PROVENANCE, plan_of(data[0].subset(np.arange(len(data[0])) > 0), writer.format, 4000)).begin()
     assert content(folder) == before
-    (folder / "store.json").unlink()  # what is left has no header to compare
-    other = Writer(folder, writer.kind, other, writer.plan)
+    (folder / "cache.json").unlink()  # what is left has no header to compare
+    other = Writer(folder, writer.format, other, writer.plan)
     assert not other.begin() and len(other.left()) == len(writer.plan.shards)
 
 
@@ -194,8 +196,8 @@ def test_one_bit_that_flipped_is_noticed_and_its_file_named(made, data, teacher,
     before = content(folder)
     flip(folder / "shard-00001.safetensors", at if at < len(before["shard-00001.safetensors"]) else 900)
     with pytest.raises(UserError, match=r"^teacher.cache.path: .*/shard-00001.safetensors is damaged \(.*checksum\); delete it and run"):
-        Store.open(folder)
-    write(folder, writer.kind, data[0], teacher)
+        TeacherCache.open(folder)
+    write(folder, writer.format, data[0], teacher)
     assert content(folder) == before
 
 
@@ -205,28 +207,40 @@ def test_a_shard_that_is_missing_or_cut_is_named(made, data, teacher):
     last = folder / f"shard-{len(writer.plan.shards) - 1:05d}.safetensors"
     last.write_bytes(last.read_bytes()[:-3])
     with pytest.raises(UserError, match=f"{last.name} is damaged"):
-        Store.open(folder)
+        TeacherCache.open(folder)
     last.unlink()
     with pytest.raises(UserError, match=f"t.path: .*{last.name} is missing; run llmkd cache again"):
-        Store.open(folder, "t.path")
-    write(folder, writer.kind, data[0], teacher)
+        TeacherCache.open(folder, "t.path")
+    write(folder, writer.format, data[0], teacher)
     assert content(folder) == before
 
 
-@pytest.mark.parametrize("key, value", [("vocab", 7), ("bytes_per_target", 7), ("made_of", {})])
+@pytest.mark.parametrize("key, value", [("vocab", 7), ("bytes_per_target", 7), ("provenance", {})])
 def test_a_header_that_was_altered_is_noticed(made, key, value):
     _, folder = made
-    header = json.loads((folder / "store.json").read_text())
-    (folder / "store.json").write_text(json.dumps(header | {key: value}))
-    for open_it in (lambda: Store.open(folder), lambda: made[0].begin()):
-        with pytest.raises(UserError, match="store.json is damaged"):
+    header = json.loads((folder / "cache.json").read_text())
+    (folder / "cache.json").write_text(json.dumps(header | {key: value}))
+    for open_it in (lambda: TeacherCache.open(folder), lambda: made[0].begin()):
+        with pytest.raises(UserError, match="cache.json is damaged"):
             open_it()
-    (folder / "store.json").write_text(json.dumps(header | {"version": 9}))
-    with pytest.raises(UserError, match="version 9, expected 1"):
-        Store.open(folder)
-    (folder / "store.json").write_text("{")
-    with pytest.raises(UserError, match="store.json is damaged"):
-        Store.open(folder)
+    (folder / "cache.json").write_text(json.dumps(header | {"version": 9}))
+    with pytest.raises(UserError, match="version 9, expected 2"):
+        TeacherCache.open(folder)
+    (folder / "cache.json").write_text("{")
+    with pytest.raises(UserError, match="cache.json is damaged"):
+        TeacherCache.open(folder)
+
+
+@pytest.mark.parametrize("name", ["store.json", "making.json"])
+def test_a_cache_of_the_first_version_is_refused_and_left_alone(made, tmp_path, name):
+    old = tmp_path / "old"
+    old.mkdir()
+    (old / name).write_text('{"version": 1}')
+    writer = Writer(old, made[0].format, PROVENANCE, made[0].plan)
+    for open_it in (lambda: TeacherCache.open(old), writer.begin):
+        with pytest.raises(UserError, match="version 1, expected 2; run llmkd cache again, to another folder"):
+            open_it()
+    assert [path.name for path in old.iterdir()] == [name]
 
 
 def test_processes_of_a_machine_share_the_checking(made, monkeypatch):
@@ -234,27 +248,27 @@ def test_processes_of_a_machine_share_the_checking(made, monkeypatch):
     flip(folder / "shard-00001.safetensors", -1)
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     monkeypatch.setenv("LOCAL_RANK", "0")
-    Store.open(folder)
+    TeacherCache.open(folder)
     monkeypatch.setenv("LOCAL_RANK", "1")
     with pytest.raises(UserError, match="shard-00001"):
-        Store.open(folder)
+        TeacherCache.open(folder)
 
 
-def test_there_is_no_store_and_no_such_example(tmp_path, made):
-    with pytest.raises(UserError, match="there is no store of teacher answers at .*nowhere; llmkd cache writes one"):
-        Store.open(tmp_path / "nowhere")
+def test_there_is_no_cache_and_no_such_example(tmp_path, made):
+    with pytest.raises(UserError, match="there is no teacher cache at .*nowhere; llmkd cache writes one"):
+        TeacherCache.open(tmp_path / "nowhere")
     writer, folder = made
-    store = Store.open(folder)
-    mine, stranger = f"{writer.plan.identity_E[3]:016x}", "00000000000000ab"
-    assert store.missing([mine, stranger, mine, "f" * 16]) == [1, 3]
+    cache = TeacherCache.open(folder)
+    mine, stranger = f"{writer.plan.hash_E[3]:016x}", "00000000000000ab"
+    assert cache.missing([mine, stranger, mine, "f" * 16]) == [1, 3]
     with pytest.raises(UserError, match="has no answers for an example .00000000000000ab"):
-        store.read([mine, stranger], [int(writer.plan.targets_E[3]), 1])
+        cache.read([mine, stranger], [int(writer.plan.targets_E[3]), 1])
     with pytest.raises(UserError, match=r"targets of an example .* that has 77"):
-        store.read([mine], [77])
+        cache.read([mine], [77])
 
 
 def test_it_can_be_checked_without_torch(made):
-    code = f"import sys; from llmkd.teachers.cache.shards import Store; Store.open({str(made[1])!r}); assert 'torch' not in sys.modules"
+    code = f"import sys; from llmkd.teachers.cache.shards import TeacherCache; TeacherCache.open({str(made[1])!r}); assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, env=os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)})
 
 
@@ -320,36 +334,36 @@ def test_hidden_states_are_exact_and_nearly_so_in_8_bits(world, data, tmp_path, 
     encoded, vocab = data
     model = load_teacher(Teacher(model=str(world / "adapter"), dtype="float32" if dtype == "int8" else dtype), vocab, "cpu")
     settings = Cache(path="x", kind="hidden", hidden_dtype="int8" if dtype == "int8" else None)
-    kind = kind_to_record(settings, vocab, model)
-    assert kind.dtype == dtype and kind.bytes == {"float32": 96, "bfloat16": 48, "int8": 28}[dtype]
-    write(tmp_path / "store", kind, encoded, model, size=3)
+    record_format = make_record_format(settings, vocab, model)
+    assert record_format.dtype == dtype and record_format.bytes == {"float32": 96, "bfloat16": 48, "int8": 28}[dtype]
+    write(tmp_path / "cache", record_format, encoded, model, size=3)
     batch = collate(encoded, [4, 9, 1], 0)  # as the live one is asked: products of another shape round in another way
-    live, said = Live(model)(batch), Cached(Store.open(tmp_path / "store"), "cpu")(batch)
-    direct = kind.signal(torch.from_numpy(kind.record(live, batch.labels_N, batch.examples)), "cpu")
+    live, said = Live(model)(batch), Cached(TeacherCache.open(tmp_path / "cache"), "cpu")(batch)
+    direct = record_format.signal(torch.from_numpy(record_format.record(live, batch.labels_N, batch.examples)), "cpu")
     p, found = live.log_probs(slice(None)), direct.log_probs(slice(None))
     assert forward_kl(found.double().log_softmax(1), p.double().log_softmax(1)).max() <= most
     if dtype != "int8":
         assert torch.equal(found, p)
     assert_close(said.log_probs(slice(None)), p, rtol=0, atol=1e-5 if dtype == "float32" else 0.2)
-    flip(tmp_path / "store/head.safetensors", -2)
+    flip(tmp_path / "cache/head.safetensors", -2)
     with pytest.raises(UserError, match=r"head.safetensors is damaged"):
-        Store.open(tmp_path / "store")
+        TeacherCache.open(tmp_path / "cache")
 
 
 def test_an_answer_that_is_not_a_number_is_not_kept():
     hidden = torch.randn(3, 4)
     hidden[1, 2] = float("nan")
     signal = Dense(hidden, Head(nn.Linear(4, 9), 9))
-    for kind in (TopKFormat(9, 3, 8), HiddenFormat(9, 4, "float32", StoredHead.of(signal.head))):
+    for record_format in (TopKFormat(9, 3, 8), HiddenFormat(9, 4, "float32", StoredHead.of(signal.head))):
         with pytest.raises(UserError, match="not a number"):
-            kind.record(signal, torch.zeros(3, dtype=torch.long), [])
+            record_format.record(signal, torch.zeros(3, dtype=torch.long), [])
 
 
 @pytest.mark.parametrize("settings", [*(settings for settings, _ in KINDS.values()), Cache(path="x", kind="hidden", hidden_dtype="int8")])
 def test_a_process_that_has_no_example_reads_nothing(settings, tmp_path, data, teacher):
     """The last window of an epoch may leave a process without any."""
     encoded, vocab = data
-    write(tmp_path / "store", kind_to_record(settings, vocab, teacher), encoded, teacher)
+    write(tmp_path / "cache", make_record_format(settings, vocab, teacher), encoded, teacher)
     batch = collate(encoded, [], 0)
-    said = Cached(Store.open(tmp_path / "store"), "cpu")(batch)
+    said = Cached(TeacherCache.open(tmp_path / "cache"), "cpu")(batch)
     assert said.label_log_probs(slice(0, 0), batch.labels_N).shape == (0,)

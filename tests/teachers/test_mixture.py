@@ -233,7 +233,7 @@ def test_a_teacher_known_by_samples_beside_one_with_rows_of_its_own(two, world, 
     from llmkd.commands.cache import cache
     from llmkd.training.run import run
 
-    kept = {"model": str(world / "stranger"), "cache": {"path": str(tmp_path / "store"), "kind": "sampled", "num_samples": 5}}
+    kept = {"model": str(world / "stranger"), "cache": {"path": str(tmp_path / "cache"), "kind": "sampled", "num_samples": 5}}
     plain = [{"path": s.path} for s in two().data.train]
     changes = {"data__train": [plain[0] | {"teacher": "a"}, plain[1]], "data__validation": plain[0] | {"limit": 9, "teacher": "a"}}
     recipe = two(teacher=[{"name": "a", "model": str(world / "adapter")}, kept], validation__teacher_check=37, **changes)

@@ -188,8 +188,8 @@ def test_the_code_of_a_target_loses_little_and_its_events_sum_to_one():
     log_p, log_q = dense(3.0, 200, 3000).float(), dense(2.0, 200, 3000, seed=1).float()
     know = labels(200, 3000)
     for bits, most in ((4, 1e-2), (6, 5e-4), (8, 3e-5), (16, 1e-6)):
-        kind = TopKFormat(3000, 64, bits)
-        signal = kind.signal(torch.from_numpy(kind.record(dense_signal(log_p), know, examples(200))), "cpu")
+        record_format = TopKFormat(3000, 64, bits)
+        signal = record_format.signal(torch.from_numpy(record_format.record(dense_signal(log_p), know, examples(200))), "cpu")
         exact = TopK.of(log_p.double(), 64, know)
         assert_close(signal.ids_NK, exact.ids_NK)
         assert_close(signal.events(ALL, 1.7).logsumexp(1), torch.zeros(200), atol=1e-6, rtol=0)
@@ -208,11 +208,11 @@ def dense_signal(log_p):
 
 
 def test_a_code_in_which_nothing_is_kept_compares_nothing():
-    kind = TopKFormat(V, 5, 8, (1.0,))
+    record_format = TopKFormat(V, 5, 8, (1.0,))
     nothing = TopK(
         torch.arange(5)[None], torch.full((1, 5), -math.inf), torch.zeros(1, 1), V, torch.zeros(1), torch.full((1,), math.nan), (1.0,)
     )
-    signal = kind.signal(kind.encode(nothing), "cpu")
+    signal = record_format.signal(record_format.encode(nothing), "cpu")
     student = randn(1, V).float().requires_grad_()
     for temperature in (1.0, 3.0):
         value = signal.divergence(KL, ALL, (student / temperature).log_softmax(1), temperature)
@@ -234,9 +234,9 @@ def test_the_fused_loss_takes_it_in_chunks():
 
 
 def sampled(log_p, draws, temperature=1.0, seed=0, first=0):
-    kind = SampledFormat(log_p.shape[1], draws, temperature, seed)
-    records = kind.record(dense_signal(log_p), labels(len(log_p), log_p.shape[1]), examples(len(log_p), first=first))
-    return kind.signal(torch.from_numpy(records), "cpu")
+    record_format = SampledFormat(log_p.shape[1], draws, temperature, seed)
+    records = record_format.record(dense_signal(log_p), labels(len(log_p), log_p.shape[1]), examples(len(log_p), first=first))
+    return record_format.signal(torch.from_numpy(records), "cpu")
 
 
 def test_draws_follow_from_seed_example_and_place_alone():
@@ -300,8 +300,8 @@ def test_tokens_that_a_model_masks_do_not_blur_the_others(mask):
     """Two live tokens among masked ones, as after a model's own bias: the code's levels are not spent on the masks, and nothing overflows."""
     log_p = torch.full((4, 512), mask).index_add(1, torch.tensor([3, 9]), torch.tensor([[1.0, 0.3]] * 4) - mask).log_softmax(1)
     log_q = dense(2.0, 4, 512, seed=1).float()
-    kind, know = TopKFormat(512, 64, 8), torch.tensor([3, 9, 3, 400])
-    signal = kind.signal(torch.from_numpy(kind.record(dense_signal(log_p), know, examples(4))), "cpu")
+    record_format, know = TopKFormat(512, 64, 8), torch.tensor([3, 9, 3, 400])
+    signal = record_format.signal(torch.from_numpy(record_format.record(dense_signal(log_p), know, examples(4))), "cpu")
     assert_close(signal.divergence(KL, ALL, log_q), forward_kl(log_q, log_p), rtol=1e-3, atol=0)
     assert torch.isfinite(signal.divergence(make_divergence("reverse_kl"), ALL, log_q)).all()
 

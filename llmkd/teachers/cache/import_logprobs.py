@@ -1,4 +1,4 @@
-"""Top-k log-probabilities that came from elsewhere, into a store: our own form, vLLM's, or that of an OpenAI-style API.
+"""Top-k log-probabilities that came from elsewhere, into a teacher cache: our own form, vLLM's, or that of an OpenAI-style API.
 
 A JSONL file, one line for each example, in the order of the examples or with "row", the number of the data's row (from 1). A line is one of
 
@@ -42,16 +42,16 @@ class Line:
     example: int
 
 
-def kind(vocab: int, k: int, value_bits: int) -> TopKFormat:
-    """What a store of such answers keeps. `k` at most what the file lists; where it lists more, they join the rest."""
+def record_format(vocab: int, k: int, value_bits: int) -> TopKFormat:
+    """What a teacher cache of such answers keeps. `k` at most what the file lists; where it lists more, they join the rest."""
     return TopKFormat(vocab, min(k, vocab), value_bits, TAIL_EXPONENTS)
 
 
 def write(path: str | Path, encoded: Examples, tokenizer, writer: Writer, progress=iter) -> dict[str, int]:
-    """Check the whole file, then write the store (`writer` of a `kind`; begun here). Counts: `unknown_tokens` strings that were left to
+    """Check the whole file, then write the cache (`writer` has a `record_format`; it is begun here). Counts: `unknown_tokens` strings that were left to
     the rest, `unknown_targets` last targets without an entry, `unused` lines of rows that have no example. UserErrors name file and line.
     """
-    reader = _Reader(Path(path), encoded, tokenizer, writer.kind)
+    reader = _Reader(Path(path), encoded, tokenizer, writer.format)
     lines = reader.lines(progress)
     if not writer.begin():
         for number in progress(writer.left()):
@@ -64,8 +64,8 @@ def write(path: str | Path, encoded: Examples, tokenizer, writer: Writer, progre
 
 
 class _Reader:
-    def __init__(self, path: Path, encoded: Examples, tokenizer, kind: TopKFormat):
-        self.path, self.encoded, self.tokenizer, self.kind = path, encoded, tokenizer, kind
+    def __init__(self, path: Path, encoded: Examples, tokenizer, record_format: TopKFormat):
+        self.path, self.encoded, self.tokenizer, self.format = path, encoded, tokenizer, record_format
         self.counts = Counter(unknown_tokens=0, unknown_targets=0, unused=0)
         self._texts: list[str] | None = None
         self._ids: dict[str, int] = {}
@@ -99,7 +99,7 @@ class _Reader:
     def records(self, line: Line) -> np.ndarray:
         with open(self.path, "rb") as file:
             file.seek(line.start)
-            return self.kind.encode(self._known(self._targets(self._parsed(file.readline()), line.example, Counter()))).numpy()
+            return self.format.encode(self._known(self._targets(self._parsed(file.readline()), line.example, Counter()))).numpy()
 
     def _raw(self) -> Iterator[tuple[int, int, bytes]]:
         start = 0
@@ -216,7 +216,7 @@ class _Reader:
             before = self.tokenizer("a", add_special_tokens=False)["input_ids"][-1:]
             plain = {"clean_up_tokenization_spaces": False, "skip_special_tokens": False}
             start = len(self.tokenizer.decode(before, **plain))
-            self._texts = [text[start:] for text in self.tokenizer.batch_decode([[*before, i] for i in range(self.kind.vocab)], **plain)]
+            self._texts = [text[start:] for text in self.tokenizer.batch_decode([[*before, i] for i in range(self.format.vocab)], **plain)]
             often = Counter(self._texts)
             self._ids = {text: i for i, text in enumerate(self._texts) if often[text] == 1}
         return self._texts
@@ -229,13 +229,13 @@ class _Reader:
             raise ValueError(f"has {len(given)} {what}s, and the example {len(wanted)}; it is of another text, template or tokenizer")
 
     def _shown(self, token) -> str:
-        known = type(token) is int and 0 <= token < self.kind.vocab
+        known = type(token) is int and 0 <= token < self.format.vocab
         return f"{token} {self.tokenizer.convert_ids_to_tokens(token)!r}" if known else repr(token)
 
     def _check(self, entry: Entry, n: int) -> None:
         for token, value in entry.items():
-            if not 0 <= token < self.kind.vocab:
-                raise ValueError(f"target {n + 1}: token {token} is not one of the vocabulary's {self.kind.vocab}")
+            if not 0 <= token < self.format.vocab:
+                raise ValueError(f"target {n + 1}: token {token} is not one of the vocabulary's {self.format.vocab}")
             if type(value) not in (int, float) or not value <= _SLACK:
                 raise ValueError(f"target {n + 1}: found {value!r} for token {self._shown(token)}, expected a log-probability (at most 0)")
         total = math.fsum(math.exp(value) for value in entry.values())
@@ -243,7 +243,7 @@ class _Reader:
             raise ValueError(f"target {n + 1}: the probabilities sum to {total:.4f}, more than 1; log-probabilities are natural logarithms")
 
     def _known(self, targets: list[tuple[Entry, int]]) -> TopK:
-        n, k, vocab = len(targets), self.kind.k, self.kind.vocab
+        n, k, vocab = len(targets), self.format.k, self.format.vocab
         ids_NK, log_p_NK = np.zeros((n, k), np.int64), np.full((n, k), -np.inf)
         rest_N, label_N = np.zeros(n), np.zeros(n)
         for row, (entry, label) in enumerate(targets):

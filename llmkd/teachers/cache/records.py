@@ -1,4 +1,4 @@
-"""What a store keeps of each target: how it is recorded from a live teacher's signal, and read back as a signal.
+"""What a teacher cache keeps of each target: how it is recorded from a live teacher's signal, and read back as a signal.
 
     kind      bytes per target (V = 128,256)            what is lost, and when to use it
     topk      K = 50: 147, 64: 182, 128: 334 (8 bits)   the shape of the rest; the general choice: any divergence and temperature
@@ -7,7 +7,7 @@
     hidden    2 H (bfloat16), H + 4 (int8)              nothing (int8: see `HiddenFormat`); where the disk has room, and for measuring.
                                                         Its step costs a product with the teacher's head, the others' hardly more than none
 
-A record is a row of bytes, and its parts stand side by side: all records of a store have one size.
+A record is a row of bytes, and its parts stand side by side: all records of a teacher cache have one size.
 """
 
 import math
@@ -29,12 +29,12 @@ from .codec import decode_ids, decode_values, encode_ids, encode_values, id_byte
 from .stored_head import StoredHead
 
 
-class Kind(Protocol):
+class RecordFormat(Protocol):
     metrics: tuple[str, ...]  # which of signals.TEACHER_METRICS can be told of its signals
     bytes: int  # of each target
 
     def options(self) -> dict:
-        """What the store's header says of it, by the names of the settings: `kind_of` makes it again from that."""
+        """What the cache's header says of it, by the names of the settings: `read_record_format` makes it again from that."""
 
     def record(self, signal: Signal, labels_N: Tensor, examples: Sequence[Example]) -> np.ndarray:
         """The records of a batch's targets, uint8 [N, bytes]. Never holds an [N, V] tensor."""
@@ -48,19 +48,19 @@ class TopKFormat:
     vocab: int
     k: int
     value_bits: int
-    nodes: tuple[float, ...] = TAIL_EXPONENTS
+    tail_exponents: tuple[float, ...] = TAIL_EXPONENTS
     metrics = TEACHER_METRICS
 
     @property
     def widths(self) -> tuple[int, ...]:
-        return id_bytes(self.k, self.vocab), packed_bytes(self.k, self.value_bits), 2, 2 * len(self.nodes), 2, 2
+        return id_bytes(self.k, self.vocab), packed_bytes(self.k, self.value_bits), 2, 2 * len(self.tail_exponents), 2, 2
 
     @property
     def bytes(self) -> int:
         return sum(self.widths)
 
     def options(self) -> dict:
-        return {"name": "topk", "k": self.k, "value_bits": self.value_bits, "nodes": list(self.nodes)}
+        return {"name": "topk", "k": self.k, "value_bits": self.value_bits, "tail_exponents": list(self.tail_exponents)}
 
     def record(self, signal: Signal, labels_N: Tensor, examples: Sequence[Example]) -> np.ndarray:
         return _in_chunks(self, labels_N, lambda rows: self.encode(TopK.of(_answers(signal, rows), self.k, labels_N[rows])))
@@ -75,11 +75,11 @@ class TopKFormat:
         ids, values, *halves = records_NR.to(device, non_blocking=True).split(self.widths, 1)
         range_N1, tail_NS, label_N1, entropy_N1 = (_halves(part) for part in halves)
         log_p_NK = decode_values(values, range_N1[:, 0], self.k, self.value_bits)
-        rest_N1 = tail_NS[:, self.nodes.index(1), None]
+        rest_N1 = tail_NS[:, self.tail_exponents.index(1), None]
         log_p_NK = log_p_NK - log_p_NK.logsumexp(1, keepdim=True) + torch.log(-torch.expm1(rest_N1))
         log_p_NK.nan_to_num_(-math.inf, neginf=-math.inf)  # nothing kept: all of it is in the rest
         ids_NK = decode_ids(ids, self.k, self.vocab)
-        return TopK(ids_NK, log_p_NK, tail_NS, self.vocab, label_N1[:, 0], entropy_N1[:, 0], self.nodes)
+        return TopK(ids_NK, log_p_NK, tail_NS, self.vocab, label_N1[:, 0], entropy_N1[:, 0], self.tail_exponents)
 
 
 @dataclass(frozen=True)
@@ -129,7 +129,7 @@ class SampledFormat:
 
 @dataclass(frozen=True)
 class HiddenFormat:
-    """The last hidden state: with the head beside the store, the teacher's whole distribution.
+    """The last hidden state: with the head beside the cache, the teacher's whole distribution.
 
     float32 and bfloat16 are exact where the teacher computes in them. int8 rounds to 127ths of the largest entry of a state: a KL of
     8e-6 and 3e-4 nats a target for two small trained models (H = 128 and 64).
@@ -166,7 +166,7 @@ class HiddenFormat:
         return Dense(code_NH.view(torch.int8) * _dense(step_N1).view(torch.float32), self.head.on(device))
 
 
-def kind_to_record(cache: Cache, vocab: int, teacher=None) -> Kind:
+def make_record_format(cache: Cache, vocab: int, teacher=None) -> RecordFormat:
     """What the settings ask for, with the kind's own defaults; of hidden states the teacher (a LanguageModel) says what they are."""
     name = cache.kind or "topk"
     options = {key: default if getattr(cache, key) is None else getattr(cache, key) for key, default in CACHE_KINDS[name].items()}
@@ -180,23 +180,23 @@ def kind_to_record(cache: Cache, vocab: int, teacher=None) -> Kind:
     return HiddenFormat(vocab, head.weights["weight"].shape[1], dtype, head)
 
 
-def kind_of(options: dict, vocab: int, folder=None) -> Kind:
-    """The kind that a store's header tells of."""
+def read_record_format(options: dict, vocab: int, folder=None) -> RecordFormat:
+    """The kind that a teacher cache's header tells of."""
     options = dict(options)
     name = options.pop("name")
     if name == "topk":
-        return TopKFormat(vocab, options["k"], options["value_bits"], tuple(options["nodes"]))
+        return TopKFormat(vocab, options["k"], options["value_bits"], tuple(options["tail_exponents"]))
     if name == "sampled":
         return SampledFormat(vocab, **options)
     return HiddenFormat(vocab, options["width"], options["hidden_dtype"], StoredHead.read(folder, options["head"]))
 
 
-def uniform_draws(seed: int, examples: Sequence[Example], draws: int) -> np.ndarray:
-    """Numbers in [0, 1) for the draws of a batch's targets, float64 [N, draws]: a hash of seed, example, place and draw."""
+def uniform_draws(seed: int, examples: Sequence[Example], num_samples: int) -> np.ndarray:
+    """Numbers in [0, 1) for the draws of a batch's targets, float64 [N, num_samples]: a hash of seed, example, place and draw."""
     identity_N = np.repeat(np.array([int(e.content_hash, 16) for e in examples], np.uint64), [e.num_targets for e in examples])
     place_N = np.concatenate([np.zeros(0, np.uint64), *(np.arange(e.num_targets, dtype=np.uint64) for e in examples)])
     state_N = _splitmix64(_splitmix64(identity_N ^ _splitmix64(np.full_like(identity_N, seed))) ^ place_N)
-    return (_splitmix64(state_N[:, None] ^ np.arange(draws, dtype=np.uint64)) >> np.uint64(11)) * 2.0**-53
+    return (_splitmix64(state_N[:, None] ^ np.arange(num_samples, dtype=np.uint64)) >> np.uint64(11)) * 2.0**-53
 
 
 def _splitmix64(x: np.ndarray) -> np.ndarray:
@@ -216,9 +216,9 @@ def _dense(x: Tensor) -> Tensor:
     return x.clone(memory_format=torch.contiguous_format)
 
 
-def _in_chunks(kind: Kind, labels_N: Tensor, records) -> np.ndarray:
-    out_NR = np.empty((len(labels_N), kind.bytes), np.uint8)
-    step = default_chunk(kind.vocab, labels_N.device.type)
+def _in_chunks(record_format: RecordFormat, labels_N: Tensor, records) -> np.ndarray:
+    out_NR = np.empty((len(labels_N), record_format.bytes), np.uint8)
+    step = default_chunk(record_format.vocab, labels_N.device.type)
     with torch.no_grad():
         for start in range(0, len(labels_N), step):
             rows = slice(start, start + step)

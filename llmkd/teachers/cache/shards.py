@@ -1,12 +1,12 @@
 """A folder of teacher answers, a record of bytes for each target, found by who the example is and never by its place in a run.
 
-    store.json              written last: the header, every shard with its checksum, and a checksum of all that
-    making.json             the header, while the store is not finished
-    shard-00000.safetensors records [targets, bytes], and of its examples identity and number of targets
+    cache.json              written last: the header, every shard with its checksum, and a checksum of all that
+    unfinished.json         the header, while the cache is not finished
+    shard-00000.safetensors records [targets, bytes], and of its examples the content hash and the number of targets
     shard-00000.json        its checksum and its header's, written after it
     head.safetensors        for hidden states
 
-The header, a plain dict, says all that the shards follow from: kind and its options, vocabulary, bytes per target, `made_of`
+The header, a plain dict, says all that the shards follow from: kind and its options, vocabulary, bytes per target, `provenance`
 (fingerprints), and a hash of the plan. Which examples make up a shard follows from it alone, so that any number of processes and any
 later attempt write the same files. No torch here.
 """
@@ -25,64 +25,67 @@ import numpy as np
 from ...errors import UserError, report_from_any_rank
 from ...model_files import tensors
 
-VERSION = 1
+VERSION = 2  # 1 was written as store.json, with other names in it
 SHARD_BYTES = 64 << 20
 SETTING = "teacher.cache.path"
 
 
 @dataclass(frozen=True)
-class Plan:
-    """The examples of a store, each once, and how they are spread over its shards."""
+class ShardPlan:
+    """The examples of a teacher cache, each once, and how they are spread over its shards."""
 
-    identity_E: np.ndarray  # uint64
+    hash_E: np.ndarray  # uint64
     targets_E: np.ndarray  # int64
     first_E: np.ndarray  # which of the examples that were given it is
     shards: list[slice]
 
     @staticmethod
-    def of(identities: list[str], targets: list[int], bytes_per_target: int, shard_bytes: int = SHARD_BYTES) -> "Plan":
-        identity = np.array([int(x, 16) for x in identities], np.uint64)
-        first_E = np.sort(np.unique(identity, return_index=True)[1])
+    def of(hashes: list[str], targets: list[int], bytes_per_target: int, shard_bytes: int = SHARD_BYTES) -> "ShardPlan":
+        content_hash = np.array([int(x, 16) for x in hashes], np.uint64)
+        first_E = np.sort(np.unique(content_hash, return_index=True)[1])
         targets_E = np.asarray(targets, np.int64)[first_E]
         number_E = (np.cumsum(targets_E) - targets_E) // max(1, shard_bytes // bytes_per_target)
         edges = [0, *(np.flatnonzero(np.diff(number_E)) + 1), len(first_E)]
-        return Plan(identity[first_E], targets_E, first_E, [slice(int(a), int(b)) for a, b in zip(edges, edges[1:], strict=False) if a < b])
+        return ShardPlan(
+            content_hash[first_E], targets_E, first_E, [slice(int(a), int(b)) for a, b in zip(edges, edges[1:], strict=False) if a < b]
+        )
 
     def header(self) -> dict:
-        content = hashlib.sha256(self.identity_E.tobytes() + self.targets_E.tobytes() + repr(self.shards).encode()).hexdigest()
-        return {"examples": len(self.identity_E), "targets": int(self.targets_E.sum()), "shards": len(self.shards), "content": content}
+        content = hashlib.sha256(self.hash_E.tobytes() + self.targets_E.tobytes() + repr(self.shards).encode()).hexdigest()
+        return {"examples": len(self.hash_E), "targets": int(self.targets_E.sum()), "shards": len(self.shards), "content": content}
 
 
 class Writer:
-    """Writes a store, or what is missing of one. The first process begins and finishes; between the two, and waiting for it, all write shards."""
+    """Writes a teacher cache, or what is missing of one. The first process begins and finishes; between the two, and waiting for it, all write shards."""
 
-    def __init__(self, folder: str | Path, kind, made_of: dict, plan: Plan, setting: str = SETTING):
-        """`kind` is a `kinds.Kind`."""
-        self.folder, self.plan, self.kind, self.setting = Path(folder), plan, kind, setting
-        options = {"kind": kind.options(), "vocab": kind.vocab, "bytes_per_target": kind.bytes}
-        self.header = json.loads(json.dumps({"version": VERSION, **options, "made_of": made_of, "plan": plan.header()}))
+    def __init__(self, folder: str | Path, record_format, provenance: dict, plan: ShardPlan, setting: str = SETTING):
+        """`record_format` is a `records.RecordFormat`."""
+        self.folder, self.plan, self.format, self.setting = Path(folder), plan, record_format, setting
+        options = {"kind": record_format.options(), "vocab": record_format.vocab, "bytes_per_target": record_format.bytes}
+        self.header = json.loads(json.dumps({"version": VERSION, **options, "provenance": provenance, "plan": plan.header()}))
 
     def begin(self) -> bool:
-        """Whether the store is whole already. UserError where the folder holds a store of other answers; then nothing is touched."""
+        """Whether the cache is whole already. UserError where the folder holds a teacher cache of other answers; then nothing is touched."""
+        _refuse_version_1(self.folder, self.setting)
         self.folder.mkdir(parents=True, exist_ok=True)
         for part in self.folder.glob("*.tmp-*"):  # of an attempt that was killed
             part.unlink()
-        for name in ("store.json", "making.json"):
+        for name in ("cache.json", "unfinished.json"):
             if (self.folder / name).exists():
-                found = read_header(self.folder, self.setting) if name == "store.json" else _read_json(self.folder / name, self.setting)
+                found = read_header(self.folder, self.setting) if name == "cache.json" else _read_json(self.folder / name, self.setting)
                 found.pop("files", None)
                 if changed := differences(found, self.header):
                     raise UserError(
-                        f"{self.setting}: {self.folder} holds a store of other answers ({'; '.join(changed)}); choose another folder, or delete it"
+                        f"{self.setting}: {self.folder} holds a teacher cache of other answers ({'; '.join(changed)}); choose another folder, or delete it"
                     )
-        head = getattr(self.kind, "head", None)
+        head = getattr(self.format, "head", None)
         if head and _digest(self.folder / head.options()["file"]) != head.sha256:
             _write(self.folder / head.options()["file"], head.content())
-        if (self.folder / "store.json").exists():
+        if (self.folder / "cache.json").exists():
             if not self.left():
                 return True
-            (self.folder / "store.json").unlink()  # a shard of it is gone
-        _write(self.folder / "making.json", json.dumps(self.header, indent=1).encode())
+            (self.folder / "cache.json").unlink()  # a shard of it is gone
+        _write(self.folder / "unfinished.json", json.dumps(self.header, indent=1).encode())
         return False
 
     def left(self, rank: int = 0, ranks: int = 1) -> list[int]:
@@ -91,16 +94,16 @@ class Writer:
 
     def shard(self, n: int) -> "Shard":
         part = self.plan.shards[n]
-        return Shard(self, n, self.plan.first_E[part], self.plan.identity_E[part], self.plan.targets_E[part])
+        return Shard(self, n, self.plan.first_E[part], self.plan.hash_E[part], self.plan.targets_E[part])
 
     def finish(self) -> None:
-        """Seal the store, once all processes are done."""
+        """Seal the cache, once all processes are done."""
         if left := [_name(n) for n in range(len(self.plan.shards)) if not (self.folder / f"{_name(n)}.json").exists()]:
             raise UserError(f"{self.setting}: {self.folder} lacks {left[0]} and {len(left) - 1} more; run llmkd cache again")
         files = [_read_json(self.folder / f"{_name(n)}.json") for n in range(len(self.plan.shards))]
         sealed = self.header | {"files": files}
-        _write(self.folder / "store.json", json.dumps(sealed | {"checksum": _checksum(sealed)}, indent=1).encode())
-        (self.folder / "making.json").unlink(missing_ok=True)
+        _write(self.folder / "cache.json", json.dumps(sealed | {"checksum": _checksum(sealed)}, indent=1).encode())
+        (self.folder / "unfinished.json").unlink(missing_ok=True)
 
     def _whole(self, n: int) -> bool:
         try:
@@ -112,26 +115,26 @@ class Writer:
 
 @dataclass
 class Shard:
-    """A part of a store that is being written. Its examples' records may come in any order."""
+    """A part of a teacher cache that is being written. Its examples' records may come in any order."""
 
     writer: Writer
     number: int
     examples: np.ndarray  # which of the examples that the plan was made of
-    identity_E: np.ndarray
+    hash_E: np.ndarray
     targets_E: np.ndarray
 
     def __post_init__(self):
         ends_E = np.cumsum(self.targets_E)
-        self._rows = {int(i): slice(int(e - n), int(e)) for i, n, e in zip(self.identity_E, self.targets_E, ends_E, strict=True)}
-        self._records_NR = np.zeros((int(self.targets_E.sum()), self.writer.kind.bytes), np.uint8)
+        self._rows = {int(i): slice(int(e - n), int(e)) for i, n, e in zip(self.hash_E, self.targets_E, ends_E, strict=True)}
+        self._records_NR = np.zeros((int(self.targets_E.sum()), self.writer.format.bytes), np.uint8)
         self._wanted = set(self._rows)
 
-    def put(self, identities: list[str], targets: list[int], records_NR: np.ndarray) -> None:
+    def put(self, hashes: list[str], targets: list[int], records_NR: np.ndarray) -> None:
         """The records of some of its examples, one after another."""
         start = 0
-        for identity, count in zip(identities, targets, strict=True):
-            self._records_NR[self._rows[int(identity, 16)]] = records_NR[start : start + count]
-            self._wanted.discard(int(identity, 16))
+        for content_hash, count in zip(hashes, targets, strict=True):
+            self._records_NR[self._rows[int(content_hash, 16)]] = records_NR[start : start + count]
+            self._wanted.discard(int(content_hash, 16))
             start += count
 
     def write(self) -> None:
@@ -139,29 +142,29 @@ class Shard:
 
         if self._wanted:
             raise ValueError(f"shard {self.number}: {len(self._wanted)} of its examples were never put")
-        content = save({"records": self._records_NR, "identity": self.identity_E, "targets": self.targets_E})
+        content = save({"records": self._records_NR, "content_hash": self.hash_E, "targets": self.targets_E})
         name, digest = _name(self.number), hashlib.sha256(content).hexdigest()
         _write(self.writer.folder / f"{name}.safetensors", content)
-        about = {"file": f"{name}.safetensors", "sha256": digest, "examples": len(self.identity_E), "targets": len(self._records_NR)}
+        about = {"file": f"{name}.safetensors", "sha256": digest, "examples": len(self.hash_E), "targets": len(self._records_NR)}
         _write(self.writer.folder / f"{name}.json", json.dumps(about | {"of": _checksum(self.writer.header)}).encode())
 
 
-class Store:
-    """A finished store, read by memory map. `header` is what it was made by."""
+class TeacherCache:
+    """A finished cache, read by memory map. `header` is what it was made by."""
 
     def __init__(self, folder: Path, header: dict, setting: str):
         self.folder, self.header, self.setting = folder, header, setting
-        identities, targets = zip(*(self._index(file["file"]) for file in header["files"]), strict=True)
-        order = np.argsort(np.concatenate(identities))
-        self._identity_E = np.concatenate(identities)[order]
+        hashes, targets = zip(*(self._index(file["file"]) for file in header["files"]), strict=True)
+        order = np.argsort(np.concatenate(hashes))
+        self._hash_E = np.concatenate(hashes)[order]
         shard_E = np.repeat(np.arange(len(targets)), [len(part) for part in targets])
         start_E = np.concatenate([np.cumsum(part) - part for part in targets])
         self._where_E3 = np.stack([shard_E, start_E, np.concatenate(targets)], 1)[order]
         self._map = functools.lru_cache(256)(self._map)  # not all at once: each holds a file open
 
     @staticmethod
-    def open(path: str | Path, setting: str = SETTING) -> "Store":
-        """Check a store and open it. UserError names the file that is missing or damaged.
+    def open(path: str | Path, setting: str = SETTING) -> "TeacherCache":
+        """Check a teacher cache and open it. UserError names the file that is missing or damaged.
 
         Of several processes on a machine each reads its share of the shards for that.
         """
@@ -181,7 +184,7 @@ class Store:
                     raise UserError(
                         f"{setting}: {folder / file['file']} is damaged (its content does not match its checksum); delete it and run llmkd cache again"
                     )
-        return Store(folder, header, setting)
+        return TeacherCache(folder, header, setting)
 
     @property
     def bytes_per_target(self) -> int:
@@ -192,32 +195,30 @@ class Store:
         """A hash of all that it holds."""
         return _checksum(self.header)
 
-    def missing(self, identities: list[str]) -> list[int]:
-        """The places in the list of the examples that are not in the store."""
-        wanted = np.array([int(x, 16) for x in identities], np.uint64)
+    def missing(self, hashes: list[str]) -> list[int]:
+        """The places in the list of the examples that are not in the cache."""
+        wanted = np.array([int(x, 16) for x in hashes], np.uint64)
         return np.flatnonzero(~self._found(wanted)[1]).tolist()
 
-    def read(self, identities: list[str], targets: list[int]) -> np.ndarray:
+    def read(self, hashes: list[str], targets: list[int]) -> np.ndarray:
         """The records of those examples, one after another: uint8 [targets, bytes]."""
-        wanted = np.array([int(x, 16) for x in identities], np.uint64)
+        wanted = np.array([int(x, 16) for x in hashes], np.uint64)
         places, here = self._found(wanted)
         if not here.all():
-            raise UserError(
-                f"{self.setting}: {self.folder} has no answers for an example ({identities[here.argmin()]}); run llmkd cache again"
-            )
+            raise UserError(f"{self.setting}: {self.folder} has no answers for an example ({hashes[here.argmin()]}); run llmkd cache again")
         out_NR, end = np.empty((sum(targets), self.bytes_per_target), np.uint8), 0
-        for identity, count, (shard, start, own) in zip(identities, targets, self._where_E3[places].tolist(), strict=True):
+        for content_hash, count, (shard, start, own) in zip(hashes, targets, self._where_E3[places].tolist(), strict=True):
             if own != count:
                 raise UserError(
-                    f"{self.setting}: {self.folder} has {own} targets of an example ({identity}) that has {count}; run llmkd cache again"
+                    f"{self.setting}: {self.folder} has {own} targets of an example ({content_hash}) that has {count}; run llmkd cache again"
                 )
             out_NR[end : end + count] = self._map(shard)[start : start + count]
             end += count
         return out_NR
 
     def _found(self, wanted: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        places = np.searchsorted(self._identity_E, wanted).clip(max=len(self._identity_E) - 1)
-        return places, self._identity_E[places] == wanted
+        places = np.searchsorted(self._hash_E, wanted).clip(max=len(self._hash_E) - 1)
+        return places, self._hash_E[places] == wanted
 
     def _map(self, shard: int) -> np.memmap:
         path = self.folder / self.header["files"][shard]["file"]
@@ -229,7 +230,7 @@ class Store:
 
         try:
             with safe_open(self.folder / file, "numpy") as found:
-                return found.get_tensor("identity"), found.get_tensor("targets")
+                return found.get_tensor("content_hash"), found.get_tensor("targets")
         except Exception:
             raise UserError(
                 f"{self.setting}: {self.folder / file} is damaged (it cannot be read); delete it and run llmkd cache again"
@@ -237,28 +238,36 @@ class Store:
 
 
 def read_header(folder: Path, setting: str = SETTING) -> dict:
-    """A finished store's header, checked by itself: the shards are not looked at."""
-    if not (folder / "store.json").exists():
-        if (folder / "making.json").exists():
-            done, of = len(list(folder.glob("shard-*.json"))), _read_json(folder / "making.json", setting).get("plan", {}).get("shards")
+    """A finished cache's header, checked by itself: the shards are not looked at."""
+    _refuse_version_1(folder, setting)
+    if not (folder / "cache.json").exists():
+        if (folder / "unfinished.json").exists():
+            done, of = len(list(folder.glob("shard-*.json"))), _read_json(folder / "unfinished.json", setting).get("plan", {}).get("shards")
             raise UserError(
                 f"{setting}: {folder} is not finished: {done} of {of} shards; run llmkd cache with the settings that it was begun with"
             )
-        raise UserError(f"{setting}: there is no store of teacher answers at {folder}; llmkd cache writes one")
-    header = _read_json(folder / "store.json", setting)
+        raise UserError(f"{setting}: there is no teacher cache at {folder}; llmkd cache writes one")
+    header = _read_json(folder / "cache.json", setting)
     if header.get("version") != VERSION:
         raise UserError(
-            f"{setting}: {folder} is a store of version {header.get('version')}, expected {VERSION}; run llmkd cache again, to another folder"
+            f"{setting}: {folder} is a teacher cache of version {header.get('version')}, expected {VERSION}; run llmkd cache again, to another folder"
         )
     if header.pop("checksum", None) != _checksum(header):
         raise UserError(
-            f"{setting}: {folder / 'store.json'} is damaged (its content does not match its checksum); delete it and run llmkd cache again"
+            f"{setting}: {folder / 'cache.json'} is damaged (its content does not match its checksum); delete it and run llmkd cache again"
         )
     return header
 
 
+def _refuse_version_1(folder: Path, setting: str) -> None:
+    if any((folder / name).exists() for name in ("store.json", "making.json")):
+        raise UserError(
+            f"{setting}: {folder} is a teacher cache of version 1, expected {VERSION}; run llmkd cache again, to another folder"
+        )
+
+
 def differences(old: dict, new: dict) -> list[str]:
-    """What differs between two headers, as "made_of.tokenizer: a -> b"."""
+    """What differs between two headers, as "provenance.tokenizer: a -> b"."""
     old, new = _flat(old), _flat(new)
     return [
         f"{key}: {old.get(key, 'nothing')} -> {new.get(key, 'nothing')}" for key in sorted({*old, *new}) if old.get(key) != new.get(key)

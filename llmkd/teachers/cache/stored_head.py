@@ -1,4 +1,4 @@
-"""The teacher's head beside a store of its hidden states: read off a live model, written, and made again."""
+"""The teacher's head beside a teacher cache of its hidden states: read off a live model, written, and made again."""
 
 import copy
 import functools
@@ -34,7 +34,7 @@ class StoredHead:
         return StoredHead(load_file(Path(folder) / options["file"]), options["scale"], options["softcap"])
 
     def content(self) -> bytes:
-        """The file that stands in the store."""
+        """The file that stands in the cache."""
         return save(self.weights)
 
     @functools.cached_property
