@@ -167,9 +167,9 @@ def data(argv: list[str]) -> None:
             f"--config {config}: is a {kind}; name the recipe of one of its runs: {', '.join(dict.fromkeys(named)) or 'it has none'}"
         )
     quiet()
-    from .commands.preview_data import show
+    from .commands.preview_data import preview
 
-    show(loader.load_recipe(config, options), count or 0, example)
+    preview(loader.load_recipe(config, options), count or 0, example)
 
 
 def export(argv: list[str]) -> None:

@@ -49,11 +49,11 @@ def test_a_pipeline_loads_and_its_stages_refer_to_earlier_ones(path, tmp_path):
 @pytest.mark.parametrize("path", SWEEPS, ids=named)
 def test_a_sweep_loads_with_every_arm(path):
     """And what its arms start from is what its stages, or the recipes beside them, leave."""
-    from llmkd.commands.sweep import Arms
+    from llmkd.commands.sweep import SweepRecipes
     from llmkd.config.sweep import expand
 
     sweep = loader.load_sweep(path)
-    arms = Arms(sweep, path, {spec.name: spec for spec in expand(sweep)})
+    arms = SweepRecipes(sweep, path, {spec.name: spec for spec in expand(sweep)})
     recipes, stages = arms.recipes(), arms.stages()
     assert len(recipes) == len(expand(sweep)) and sweep.baseline in {spec.arm for spec in expand(sweep)}
     left = {f"{stage.output_dir}/{'adapter' if stage.student.method == 'lora' else 'model'}" for stage in stages.values()}

@@ -108,7 +108,7 @@ def counted(options, teachers: dict, root: Path) -> dict:
 
     prepared = prepare(recipes(options, teachers["live"], root / "counted", 1)[0])
     tokens, targets = len(prepared.train.ids), int(prepared.train.loss_mask.sum())
-    student, live = cost_size.shape_of(prepared.student), [cost_size.shape_of(one.files) for one in prepared.teachers]
+    student, live = cost_size.model_size(prepared.student), [cost_size.model_size(one.files) for one in prepared.teachers]
     out = {}
     for who in teachers:
         for count in options.students:

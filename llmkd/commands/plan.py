@@ -11,7 +11,7 @@ from ..config.teacher import with_setting_names
 from ..console import duration
 from ..data.stream import Stream
 from ..model_files import find
-from ..models.size import Shape, shape_of, trained_by, weight_bytes
+from ..models.size import ModelSize, model_size, trained_by, weight_bytes
 from ..training.prepare import prepare, student_files
 
 EFFICIENCY = 0.4  # of the rate of a large matrix product that training reaches
@@ -45,22 +45,22 @@ def estimate(recipes: list[Recipe], sizes: dict) -> Cost | None:
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     taught = next((r for r in recipes if distils(r)), None)
-    student, present = shape_of(files), []
+    student, present = model_size(files), []
     bytes_ = student.all * weight_bytes(files, recipe.student.dtype, recipe.student.quantization)
     for setting, one in with_setting_names(taught.teacher) if taught else ():
         if one.cache is None:
             theirs = find(one.model, f"{setting}.model", one.revision, one.base)
-            present.append(shape_of(theirs))
+            present.append(model_size(theirs))
             shared = one.share_base and not one.honed and recipe.student.method == "lora" and theirs.base.resolve() == files.base.resolve()
             bytes_ += 0 if shared else present[-1].all * weight_bytes(theirs, one.dtype, one.quantization)
     full, checkpointing = recipe.student.method == "full", recipe.student.gradient_checkpointing
     trained = sum(student.all if full else trained_by(files, r.student.lora or Lora()) for r in recipes)
-    longest = largest_micro_batch(lengths, train.micro_batch_size, train.micro_batch_tokens)
+    longest = largest_micro_batch_tokens(lengths, train.micro_batch_size, train.micro_batch_tokens)
     operations = step_operations(student, present, len(recipes), tokens, targets, full, checkpointing, passes * read)
-    return Cost(operations / (EFFICIENCY * rate(device)), bytes_ + memory(student, trained, longest, checkpointing))
+    return Cost(operations / (EFFICIENCY * matmul_flops(device)), bytes_ + training_memory(student, trained, longest, checkpointing))
 
 
-def largest_micro_batch(lengths: np.ndarray, size: int | None, tokens: int | str | None) -> int:
+def largest_micro_batch_tokens(lengths: np.ndarray, size: int | None, tokens: int | str | None) -> int:
     """Its tokens. `auto` needs no more than the longest example, and takes what there is."""
     if tokens:
         return max(int(lengths.max()), min(tokens, int(lengths.sum())) if isinstance(tokens, int) else 0)
@@ -68,7 +68,14 @@ def largest_micro_batch(lengths: np.ndarray, size: int | None, tokens: int | str
 
 
 def step_operations(
-    student: Shape, teachers: list[Shape], students: int, tokens: float, targets: float, full: bool, checkpointing: float, read: float
+    student: ModelSize,
+    teachers: list[ModelSize],
+    students: int,
+    tokens: float,
+    targets: float,
+    full: bool,
+    checkpointing: float,
+    read: float,
 ) -> float:
     """Multiplications and additions for `tokens` (without padding) with `targets` among them; a teacher reads `read` tokens.
 
@@ -82,14 +89,14 @@ def step_operations(
     return students * own + asked
 
 
-def memory(student: Shape, trained: int, tokens: int, checkpointing: float) -> float:
+def training_memory(student: ModelSize, trained: int, tokens: int, checkpointing: float) -> float:
     """Bytes beside the weights: 16 for each of the `trained` parameters (weight, gradient, two moments), the activations of one
     micro-batch of `tokens`, and half a gigabyte for the rest. recipes/README.md has finer formulas."""
     kept = (60 - 58 * checkpointing) * student.layers + 60 * (checkpointing > 0)
     return 16.0 * trained + tokens * student.hidden * kept + 0.5e9
 
 
-def rate(device: str) -> float:
+def matmul_flops(device: str) -> float:
     """Operations a second in a matrix product on this machine (bfloat16 on a GPU), measured for a fraction of a second."""
     import torch
 

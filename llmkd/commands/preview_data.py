@@ -25,27 +25,27 @@ _MARKS = ("", "", "⟦", "⟧")  # around what is not supervised, and what is
 _COLOURS = ("\x1b[2m", "\x1b[0m", "\x1b[1;32m", "\x1b[0m")
 
 
-def show(recipe: Recipe, count: int = 3, example: int | None = None, out: TextIO | None = None) -> None:
+def preview(recipe: Recipe, count: int = 3, example: int | None = None, out: TextIO | None = None) -> None:
     """Print the figures of every source, then `count` examples drawn by the recipe's seed, or one by its number."""
     out = out or sys.stdout
     if hasattr(out, "reconfigure"):
         out.reconfigure(errors="backslashreplace")  # a terminal that lacks a character still shows something
     rows, tokenizer = read_data(recipe.data), student_tokenizer(recipe.student)
     refuse_too_few_positions(recipe.data, _configs(recipe))
-    train, places = _figures(recipe, "data.train", rows, tokenizer, out)
+    train, places = _print_counts(recipe, "data.train", rows, tokenizer, out)
     if not recipe.data.streaming:
         refuse_empty_sources(hold_out(train, recipe.data.validation_fraction)[0], recipe.data)
     if recipe.data.validation_fraction:
         print(f"data.validation_fraction: {recipe.data.validation_fraction:g} of these rows, drawn by seed, are held out", file=out)
     if rows["data.validation"]:
-        _figures(recipe, "data.validation", rows, tokenizer, out)
+        _print_counts(recipe, "data.validation", rows, tokenizer, out)
     for i in _chosen(train, count, example, recipe.seed):
-        ids, marks = train.example(i)
-        head = f"example {i} of {len(train)}  {places[int(train.row[i])]}  {len(ids)} tokens, {int(marks.sum())} of them supervised"
-        print(f"\n{head}\n{marked(ids, marks, tokenizer, coloured(out))}", file=out)
-        theirs = train.teacher_view.example(i) if train.teacher_view is not None else (ids, marks)
+        ids, loss_mask = train.example(i)
+        head = f"example {i} of {len(train)}  {places[int(train.row[i])]}  {len(ids)} tokens, {int(loss_mask.sum())} of them supervised"
+        print(f"\n{head}\n{mark_supervised(ids, loss_mask, tokenizer, uses_colour(out))}", file=out)
+        theirs = train.teacher_view.example(i) if train.teacher_view is not None else (ids, loss_mask)
         if len(theirs[0]) != len(ids) or (theirs[0] != ids).any():
-            print(f"what the teacher reads  {len(theirs[0])} tokens\n{marked(*theirs, tokenizer, coloured(out))}", file=out)
+            print(f"what the teacher reads  {len(theirs[0])} tokens\n{mark_supervised(*theirs, tokenizer, uses_colour(out))}", file=out)
 
 
 def _configs(recipe: Recipe) -> dict[str, dict]:
@@ -62,7 +62,7 @@ def _config(folder: Path) -> dict:
     return read_json(folder / "config.json", "student.model") if (folder / "config.json").exists() else {}
 
 
-def _figures(recipe: Recipe, setting: str, rows: dict[str, list[Rows]], tokenizer, out: TextIO) -> tuple[Examples, list[str]]:
+def _print_counts(recipe: Recipe, setting: str, rows: dict[str, list[Rows]], tokenizer, out: TextIO) -> tuple[Examples, list[str]]:
     """Print the figures of a setting's sources; its examples, and the place of every row."""
     data, train = recipe.data, recipe.train
     if setting == "data.train" and data.streaming:
@@ -106,18 +106,18 @@ def table(parts: list[Examples], names: list[str]) -> str:
     )
 
 
-def marked(ids, marks, tokenizer, colour: bool) -> str:
-    """The example as text, control tokens included, with its supervised stretches marked or coloured."""
+def mark_supervised(ids, loss_mask, tokenizer, colour: bool) -> str:
+    """The example as text, control tokens included, with its supervised spans marked or coloured."""
     plain_on, plain_off, on, off = _COLOURS if colour else _MARKS
     out = []
-    for text, supervised in stretches([int(i) for i in ids], [bool(m) for m in marks], tokenizer):
+    for text, supervised in supervised_spans([int(i) for i in ids], [bool(m) for m in loss_mask], tokenizer):
         text = "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)  # no escape sequence of the data's own
         if text:
             out.append(f"{on}{text}{off}" if supervised else f"{plain_on}{text}{plain_off}")
     return "".join(out)
 
 
-def stretches(ids: list[int], marks: list[bool], tokenizer) -> list[tuple[str, bool]]:
+def supervised_spans(ids: list[int], loss_mask: list[bool], tokenizer) -> list[tuple[str, bool]]:
     """The text cut where supervision starts or ends, never inside a character: one that is half supervised counts as supervised."""
 
     def text(stop: int) -> str:
@@ -128,18 +128,18 @@ def stretches(ids: list[int], marks: list[bool], tokenizer) -> list[tuple[str, b
 
     out, before = [], ""
     for i in range(1, len(ids) + 1):
-        if i < len(ids) and marks[i] == marks[i - 1]:
+        if i < len(ids) and loss_mask[i] == loss_mask[i - 1]:
             continue
-        stop, step = i, 1 if marks[i - 1] else -1  # towards the side that is not supervised
+        stop, step = i, 1 if loss_mask[i - 1] else -1  # towards the side that is not supervised
         while 0 < stop < len(ids) and not whole(stop):
             stop += step
         here = text(stop)
-        out.append((here[len(before) :], marks[i - 1]))
+        out.append((here[len(before) :], loss_mask[i - 1]))
         before = here
     return out
 
 
-def coloured(out: TextIO) -> bool:
+def uses_colour(out: TextIO) -> bool:
     """On a terminal, unless NO_COLOR says otherwise; FORCE_COLOR says so anywhere (no-color.org, force-color.org)."""
     if os.environ.get("NO_COLOR"):
         return False

@@ -25,7 +25,7 @@ from ..training.launch import start
 from ..training.prepare import student_files
 from ..training.run import run, train_together
 from ..training.shutdown import ShutdownRequest
-from .sweep_state import Group, State
+from .sweep_state import Group, SweepState
 
 
 def run_sweep(config: str, overrides: dict, resume: bool, then: Callable[[Path], None] = lambda folder: None) -> Path:
@@ -33,12 +33,12 @@ def run_sweep(config: str, overrides: dict, resume: bool, then: Callable[[Path],
     sweep = load_sweep(config, overrides)
     folder = Path(sweep.output_dir).expanduser()
     specs = {spec.name: spec for spec in expand(sweep)}
-    load = Arms(sweep, Path(config), specs)
-    refuse_other_recipes(load.recipes())  # every problem before anything runs
-    state = State(folder, sweep, specs, resume)
+    load = SweepRecipes(sweep, Path(config), specs)
+    check_recipes_unchanged(load.recipes())  # every problem before anything runs
+    state = SweepState(folder, sweep, specs, resume)
     with ShutdownRequest() as stop:
         accelerator = start()  # all processes are here before one of them writes
-        with state.claim():
+        with state.lock():
             stages = load.stages()
             if stages and not all(RunFolder(recipe, True).finished for recipe in stages.values()):
                 info(f"{len(stages)} stages first ({', '.join(stages)}), then {len(specs)} arms")
@@ -49,11 +49,11 @@ def run_sweep(config: str, overrides: dict, resume: bool, then: Callable[[Path],
                 try:
                     run(recipe, resume, stop)
                 finally:
-                    state.stage(name, time.monotonic() - before)
+                    state.record_stage(name, time.monotonic() - before)
             recipes = load.recipes()
-            state.base(load.base())
-            groups = grouped(recipes, [name for name in recipes if state.waits(name)], sweep.students_per_teacher)
-            state.plan(groups, recipes)
+            state.record_base(load.base())
+            groups = group_arms(recipes, [name for name in recipes if state.is_waiting(name)], sweep.students_per_teacher)
+            state.record_plan(groups, recipes)
             for group in groups:
                 train_group(group, recipes, state, resume, stop)
             accelerator.wait_for_everyone()  # and what the first process wrote is there for all
@@ -61,7 +61,7 @@ def run_sweep(config: str, overrides: dict, resume: bool, then: Callable[[Path],
     return folder
 
 
-def refuse_other_recipes(recipes: dict[str, Recipe]) -> None:
+def check_recipes_unchanged(recipes: dict[str, Recipe]) -> None:
     """An arm that was begun is gone on with by the recipe that it was begun with, or arms of one sweep would not be comparable."""
     problems = []
     for name, recipe in recipes.items():
@@ -75,7 +75,7 @@ def refuse_other_recipes(recipes: dict[str, Recipe]) -> None:
         raise UserError(*problems)
 
 
-def train_group(group: Group, recipes: dict[str, Recipe], state: State, resume: bool, stop: ShutdownRequest) -> None:
+def train_group(group: Group, recipes: dict[str, Recipe], state: SweepState, resume: bool, stop: ShutdownRequest) -> None:
     """Train a group's arms and keep how each ended. An arm that cannot be built is left out, and the others train without it.
 
     What goes wrong in one group is no reason to leave out the next. With several processes that holds for what all of them meet alike,
@@ -91,31 +91,31 @@ def train_group(group: Group, recipes: dict[str, Recipe], state: State, resume: 
                 for k, folder in enumerate(folders):
                     with attribute_to_student(k):
                         folder.check()
-                failures = train_together([recipes[name] for name in names], folders, stop, recipes[group.lead or names[0]])
+                failures = train_together([recipes[name] for name in names], folders, stop, recipes[group.teacher_arm or names[0]])
                 ends |= {name: (failure and str(failure), failure is not None) for name, failure in zip(names, failures, strict=True)}
                 break
             except Stopped:
                 raise
             except Exception as error:
-                guilty = getattr(error, "student", None)
-                if guilty is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
+                student = getattr(error, "student", None)
+                if student is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
                     raise
-                reason = in_one_line(error, len(names))
-                lost = names if guilty is None else [names[guilty]]
+                reason = failure_message(error, len(names))
+                lost = names if student is None else [names[student]]
                 info(f"given up: {', '.join(lost)}: {reason}")
                 ends |= {name: (reason, False) for name in lost}
                 names = [name for name in names if name not in lost]
     finally:
-        state.ended(group, ends, time.monotonic() - began)
+        state.record_group(group, ends, time.monotonic() - began)
 
 
-def in_one_line(error: Exception, arms: int) -> str:
+def failure_message(error: Exception, arms: int) -> str:
     text = str(error).splitlines()[0] if str(error) else type(error).__name__
     reason = text if isinstance(error, UserError) else f"{type(error).__name__}: {text}"
     return reason + ("; lower students_per_teacher, then --resume" if arms > 1 and is_out_of_memory(error) else "")
 
 
-class Arms:
+class SweepRecipes:
     """The recipes of a sweep's stages and arms."""
 
     def __init__(self, sweep: Sweep, config: Path, specs: dict[str, ArmSpec]):
@@ -141,7 +141,7 @@ class Arms:
     def stages(self) -> dict[str, Recipe]:
         out, problems = {}, []
         for name, stage in self.sweep.stages.items():
-            changes = self._placed(stage.set) | {"output_dir": f"{self.sweep.output_dir}/stages/{name}"}
+            changes = self._substituted(stage.set) | {"output_dir": f"{self.sweep.output_dir}/stages/{name}"}
             try:
                 out[name] = load_recipe(self.config.parent / stage.recipe, changes)
             except UserError as error:
@@ -158,59 +158,61 @@ class Arms:
             return self._load(next(iter(self.specs.values())).changes, "")
 
     def _load(self, changes: dict, where: str) -> Recipe:
-        changes = self._placed(self.sweep.set | changes) | {"output_dir": f"{self.sweep.output_dir}/{where}".rstrip("/")}
+        changes = self._substituted(self.sweep.set | changes) | {"output_dir": f"{self.sweep.output_dir}/{where}".rstrip("/")}
         return load_recipe(self.config.parent / self.sweep.recipe, changes)
 
-    def _placed(self, changes: dict) -> dict:
+    def _substituted(self, changes: dict) -> dict:
         """`{output_dir}` in a setting, however deep, is the sweep's folder."""
 
-        def placed(value):
+        def substituted(value):
             if isinstance(value, dict):
-                return {key: placed(inner) for key, inner in value.items()}
+                return {key: substituted(inner) for key, inner in value.items()}
             if isinstance(value, list):
-                return [placed(inner) for inner in value]
+                return [substituted(inner) for inner in value]
             return value.replace("{output_dir}", self.sweep.output_dir) if isinstance(value, str) else value
 
-        return placed(changes)
+        return substituted(changes)
 
 
-def grouped(recipes: dict[str, Recipe], waiting: list[str] | None = None, students_per_teacher: int | None = None) -> list[Group]:
+def group_arms(recipes: dict[str, Recipe], waiting: list[str] | None = None, students_per_teacher: int | None = None) -> list[Group]:
     """Which of the waiting arms train together. An arm without a teacher joins others that have one: it sees the same data.
 
-    Where no such arm waits, or fits, one that has ended still lends its teacher (`lead`), for the same figures on the held-out rows.
+    Where no such arm waits, or fits, one that has ended still lends its teacher (`teacher_arm`), for the same figures on the held-out rows.
     """
     waiting = list(recipes) if waiting is None else waiting
     groups: dict[str, Group] = {}
-    alone, files, leads = [], {}, {}
+    alone, files, teacher_arms = [], {}, {}
     for name, recipe in sorted(recipes.items(), key=lambda item: not distils(item[1])):  # stable, those with a teacher first
         named = (recipe.student.model, recipe.student.revision, recipe.student.base)
         if named not in files:
             files[named] = student_files(recipe)
         if recipe.student.method == "lora":
-            key = shared_part(recipe, files[named])
+            key = sharing_key(recipe, files[named])
             data = key.partition("\n")[2]
-            lead = leads.setdefault(data, name) if distils(recipe) else leads.get(data)
+            teacher_arm = teacher_arms.setdefault(data, name) if distils(recipe) else teacher_arms.get(data)
         else:
-            key, lead = name, None
+            key, teacher_arm = name, None
         if name not in waiting:
             continue
-        why = alone_because(recipe, files[named])
+        why = why_alone(recipe, files[named])
         if why or students_per_teacher == 1:
-            alone.append(Group([name], why or "students_per_teacher: 1", lead if not distils(recipe) else None))
+            alone.append(Group([name], why or "students_per_teacher: 1", teacher_arm if not distils(recipe) else None))
             continue
         if not distils(recipe):
             key = next((other for other in groups if other.partition("\n")[2] == data), key)
-        groups.setdefault(key, Group([], None, lead)).arms.append(name)
+        groups.setdefault(key, Group([], None, teacher_arm)).arms.append(name)
     out = []
     for group in groups.values():
-        for part in _alike(group.arms, recipes):
+        for part in _with_common_checkpoint(group.arms, recipes):
             count = -(-len(part) // (students_per_teacher or len(part)))
             for some in (part[i::count] for i in range(count)):  # dealt, so that arms without a teacher are among others that have one
-                out.append(Group(some, None, None if distils(recipes[some[0]]) else group.lead))
-    return [Group(g.arms, g.why or (None if len(g.arms) > 1 else "no other that waits can train beside it"), g.lead) for g in out + alone]
+                out.append(Group(some, None, None if distils(recipes[some[0]]) else group.teacher_arm))
+    return [
+        Group(g.arms, g.why or (None if len(g.arms) > 1 else "no other that waits can train beside it"), g.teacher_arm) for g in out + alone
+    ]
 
 
-def alone_because(recipe: Recipe, files: ModelFiles | None) -> str | None:
+def why_alone(recipe: Recipe, files: ModelFiles | None) -> str | None:
     if recipe.student.method == "full":
         return "full fine-tuning trains a base of its own"
     config = read_json(files.adapter / "adapter_config.json", "student.model") if files.adapter else {}
@@ -222,14 +224,14 @@ def alone_because(recipe: Recipe, files: ModelFiles | None) -> str | None:
     return f"{others[0]} follows one run at a time" if others else None
 
 
-def shared_part(recipe: Recipe, files: ModelFiles) -> str:
+def sharing_key(recipe: Recipe, files: ModelFiles) -> str:
     """What arms must have in common: the teacher in the first line, all else but loss, optimizer and adapter in the second."""
     rest = dataclasses.asdict(recipe) | {name: None for name in ("output_dir", "teacher", "loss", "optim")}
     rest["student"] |= {"model": str(files.base.resolve()), "revision": None, "base": None, "lora": None}
     return json.dumps(dataclasses.asdict(recipe)["teacher"] if distils(recipe) else None) + "\n" + json.dumps(rest)
 
 
-def _alike(names: list[str], recipes: dict[str, Recipe]) -> list[list[str]]:
+def _with_common_checkpoint(names: list[str], recipes: dict[str, Recipe]) -> list[list[str]]:
     """Parts whose arms have a checkpoint of one step in common, or none at all: only those can go on together."""
     parts: list[tuple[set[str], list[str]]] = []
     for name in names:

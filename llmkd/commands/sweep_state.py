@@ -19,14 +19,14 @@ from ..output.run_folder import lock, write
 
 @dataclasses.dataclass
 class Group:
-    """Arms that train together, or one alone and why. `lead`: an arm whose teacher measures them, where none of them has one."""
+    """Arms that train together, or one alone and why. `teacher_arm`: an arm whose teacher measures them, where none of them has one."""
 
     arms: list[str]
     why: str | None = None
-    lead: str | None = None
+    teacher_arm: str | None = None
 
 
-class State:
+class SweepState:
     """`sweep.json`: the arms, how each stands, and what it cost. Written by the first process, whole each time."""
 
     def __init__(self, folder: Path, sweep: Sweep, specs: dict[str, ArmSpec], resume: bool):
@@ -61,7 +61,7 @@ class State:
                 found = json.loads(failed.read_text())
                 arm |= {"status": "failed", "final": True, "reason": f"step {found['step']}: {found['term']} is not finite"}
 
-    def claim(self):
+    def lock(self):
         """The folder, for one sweep at a time, as a context."""
         if not first_process():
             return contextlib.nullcontext()
@@ -74,21 +74,21 @@ class State:
         self._write()
         return held
 
-    def waits(self, name: str) -> bool:
+    def is_waiting(self, name: str) -> bool:
         """Whether an arm is still to be trained. One that met infinities would meet them again; other failures can be mended."""
         arm = self.data["arms"][name]
         return arm["status"] == "waiting" or (arm["status"] == "failed" and not arm.get("final"))
 
-    def stage(self, name: str, seconds: float) -> None:
+    def record_stage(self, name: str, seconds: float) -> None:
         known = self.data["stages"].setdefault(name, {"folder": f"stages/{name}", "seconds": 0.0})
         known["seconds"] = round(known["seconds"] + seconds, 1)
         self._write()
 
-    def base(self, recipe: Recipe) -> None:
+    def record_base(self, recipe: Recipe) -> None:
         self.data["base"] = json.loads(json.dumps(flatten(recipe), default=dataclasses.asdict))
         self._write()
 
-    def plan(self, groups: list[Group], recipes: dict[str, Recipe]) -> None:
+    def record_plan(self, groups: list[Group], recipes: dict[str, Recipe]) -> None:
         """Say what will be done and what it costs, and keep it."""
         from .plan import Cost, estimate
 
@@ -97,7 +97,7 @@ class State:
             return
         sizes: dict = {}
         costs = [estimate([recipes[name] for name in group.arms], sizes) for group in groups]
-        spent = self._forget({name for group in groups for name in group.arms})
+        spent = self._take_out({name for group in groups for name in group.arms})
         for group, cost in zip(groups, costs, strict=True):
             how = f"{len(group.arms)} arms side by side" if len(group.arms) > 1 else f"1 arm alone ({group.why})"
             info(f"{how}: {cost}" if cost else how)
@@ -114,7 +114,7 @@ class State:
             info(f"in all {total} (estimates) for {sum(len(g.arms) for g in groups)} arms; {taught} passes of a teacher instead of {alone}")
         self._write()
 
-    def _forget(self, waiting: set[str]) -> dict[str, float]:
+    def _take_out(self, waiting: set[str]) -> dict[str, float]:
         """Take arms that are to be trained out of the groups of earlier sessions; the seconds that each has cost already."""
         spent, groups = {}, []
         for group in self.data["groups"]:
@@ -128,7 +128,7 @@ class State:
         self.data["groups"] = groups
         return spent
 
-    def ended(self, group: Group, ends: dict[str, tuple[str | None, bool]], seconds: float) -> None:
+    def record_group(self, group: Group, ends: dict[str, tuple[str | None, bool]], seconds: float) -> None:
         """What a group's arms came to, {arm: (why it failed, whether it would again)}; those that were stopped wait on."""
         for name, (reason, last) in ends.items():
             self.data["arms"][name] |= {"status": "failed" if reason else "done", "reason": reason, "final": last}

@@ -11,7 +11,7 @@ _BYTES = {"nf4": 0.516, "fp4": 0.516, "int8": 1.0, "fp8": 1.0}
 
 
 @dataclass(frozen=True)
-class Shape:
+class ModelSize:
     """A model as arithmetic sees it: weights outside embedding and head, vocabulary, hidden size, layers."""
 
     body: int
@@ -24,7 +24,7 @@ class Shape:
         return self.body + self.vocab * self.hidden
 
 
-def shape_of(files: ModelFiles) -> Shape:
+def model_size(files: ModelFiles) -> ModelSize:
     """Read from the headers of the weights; nothing is loaded."""
     config = files.config.get("text_config", files.config)
     sizes = {}
@@ -36,7 +36,7 @@ def shape_of(files: ModelFiles) -> Shape:
     body = sum(
         size for name, size in sizes.items() if not (size == vocab * hidden and ("embed" in name or "head" in name or "wte" in name))
     )
-    return Shape(body, vocab, hidden, layers)
+    return ModelSize(body, vocab, hidden, layers)
 
 
 def trained_by(files: ModelFiles, lora: Lora) -> int:

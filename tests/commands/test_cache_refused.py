@@ -62,12 +62,12 @@ def test_a_missing_or_short_shard_and_a_changed_header_are_named(make_recipe, da
     ],
 )
 def test_another_run_than_the_cache_was_made_for_is_refused_with_what_differs(world, caches, make_recipe, changes, words):
-    def placed(name, value):
+    def substituted(name, value):
         if name.startswith("data__") and value == "held":
             return {"path": str(world / "held.jsonl")}
         return str(world / value) if name == "teacher__model" else value
 
-    recipe = from_cache(make_recipe, caches, "topk", "x", **{name: placed(name, value) for name, value in changes.items()})
+    recipe = from_cache(make_recipe, caches, "topk", "x", **{name: substituted(name, value) for name, value in changes.items()})
     said = refusal(recipe)
     assert all(word in said for word in words), said
 

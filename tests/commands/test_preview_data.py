@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from llmkd import cli
-from llmkd.commands.preview_data import marked, stretches
+from llmkd.commands.preview_data import mark_supervised, supervised_spans
 from llmkd.config.recipe import Data, Source
 from llmkd.data.encoding.encode import encode
 from tests.kit.data import END, rows_of, skills_tokenizer, talk, tiny
@@ -136,20 +136,20 @@ def test_a_character_of_several_tokens_is_never_cut(tokenizer, answer):
     for first in range(1, len(ids)):
         for last in range(first + 1, len(ids) + 1):
             marks = [first <= i < last for i in range(len(ids))]
-            parts = stretches(ids, marks, tok)
+            parts = supervised_spans(ids, marks, tok)
             assert "".join(text for text, _ in parts) == f"😀{answer}😀" and all("\ufffd" not in text for text, _ in parts)
 
 
 def test_control_characters_of_the_data_do_not_reach_the_terminal():
     encoded = encode(rows_of({"text": "a\x1b[31mb\r\x07\n\tc"}), Source(path="f", format="text"), Data(), tiny())
-    shown = marked(*encoded.example(0), tiny(), colour=False)
+    shown = mark_supervised(*encoded.example(0), tiny(), colour=False)
     assert shown == f"a⟦\\x1b[31mb\\r\\x07\n\tc{END}⟧"
 
 
 def test_the_text_shown_is_the_text_encoded():
     encoded = encode(rows_of(talk("s be kind", "u q é", "a one", "u r", "a two 😀")), Source(path="f", format="chat"), Data(), tiny())
     ids, marks = encoded.example(0)
-    shown = marked(ids, marks, tiny(), colour=False)
+    shown = mark_supervised(ids, marks, tiny(), colour=False)
     assert re.findall("⟦(.*?)⟧", shown) == [f"one{END}", f"two 😀{END}"]
     assert shown.replace("⟦", "").replace("⟧", "") == tiny().decode(ids) and np.count_nonzero(marks)
 

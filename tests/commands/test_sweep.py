@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmkd.commands.sweep import grouped, run_sweep
+from llmkd.commands.sweep import group_arms, run_sweep
 from llmkd.config import loader
 from llmkd.config.sweep import expand
 from llmkd.errors import UserError
@@ -108,15 +108,15 @@ def test_seeds_make_groups_of_their_own_and_names(sweep):
     file = loader.load_sweep(sweep(seeds=[1, 2], baseline="kd_ratio=0,lr=0.01"))
     specs = expand(file)
     assert len(specs) == 12 and specs[0].name == "kd_ratio=0,lr=0.01,seed=1" and specs[0].arm == "kd_ratio=0,lr=0.01"
-    from llmkd.commands.sweep import Arms
+    from llmkd.commands.sweep import SweepRecipes
 
-    recipes = Arms(file, Path(file.recipe), {s.name: s for s in specs})
+    recipes = SweepRecipes(file, Path(file.recipe), {s.name: s for s in specs})
     recipes.config = Path(sweep())
-    groups = grouped(recipes.recipes())
+    groups = group_arms(recipes.recipes())
     assert sorted(len(g.arms) for g in groups) == [6, 6] and all(len({n[-1] for n in g.arms}) == 1 for g in groups)
-    four = grouped(recipes.recipes(), students_per_teacher=4)
+    four = group_arms(recipes.recipes(), students_per_teacher=4)
     assert [len(g.arms) for g in four] == [3, 3, 3, 3] and all(sum("kd_ratio=0," in n for n in g.arms) == 1 for g in four)
-    one = grouped(recipes.recipes(), students_per_teacher=1)
+    one = group_arms(recipes.recipes(), students_per_teacher=1)
     assert len(one) == 12 and {g.why for g in one} == {"students_per_teacher: 1"}
 
 

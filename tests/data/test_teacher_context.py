@@ -22,7 +22,7 @@ from llmkd.data.examples import merge
 from llmkd.data.stream import Stream
 from llmkd.errors import UserError
 from llmkd.model_files import find
-from llmkd.models.size import shape_of
+from llmkd.models.size import model_size
 from llmkd.training.prepare import prepare
 from llmkd.training.run import run
 from tests.conftest import distance
@@ -435,11 +435,11 @@ def test_the_batches_of_a_stream_may_be_cut_in_any_way(trained):
 
 
 def test_the_cost_counts_what_the_teacher_reads(make_recipe, world, monkeypatch):
-    monkeypatch.setattr(plan, "rate", lambda device: 1.0)
+    monkeypatch.setattr(plan, "matmul_flops", lambda device: 1.0)
     recipes = make_recipe(), make_recipe(data__teacher_context=TOLD)
     plain, told = (plan.estimate([recipe], {}).seconds for recipe in recipes)
     more = 37 * len(skills_tokenizer()(TOLD + "\n\n")["input_ids"])
-    body = shape_of(find(str(world / "teacher"), "teacher.model")).body
+    body = model_size(find(str(world / "teacher"), "teacher.model")).body
     assert told - plain == pytest.approx(2 * body * more * recipes[0].train.epochs / plan.EFFICIENCY)
 
 

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from llmkd.commands.plan import largest_micro_batch
+from llmkd.commands.plan import largest_micro_batch_tokens
 from llmkd.data.examples import Examples
 from llmkd.errors import UserError
 from llmkd.models.language_model import LanguageModel
@@ -197,7 +197,7 @@ def test_what_a_teacher_reads_counts_where_it_is_more():
 def test_what_a_sweep_is_said_to_need_follows_the_budget():
     lengths = np.array([5, 40, 9, 30, 8])
     cases = {(2, None): 70, (None, 50): 50, (None, 10): 40, (None, 1000): 92, (None, "auto"): 40}
-    assert {case: largest_micro_batch(lengths, *case) for case in cases} == cases
+    assert {case: largest_micro_batch_tokens(lengths, *case) for case in cases} == cases
 
 
 @pytest.mark.slow
