@@ -1,0 +1,52 @@
+"""Writes docs/settings.md, the list of every setting: `python docs/settings.py`. `tests/test_docs.py` compares it with the code."""
+
+from pathlib import Path
+
+from llmkd.config import schema
+from llmkd.config.recipe import Recipe
+from llmkd.config.sweep import Sweep
+
+HEAD = """\
+# Settings
+
+Every setting of a recipe and of a sweep, as `llmkd train --help` and `llmkd sweep --help` list them. Each can be given in the YAML file, and on the command line
+by its dotted path (`--optim.lr 1e-4`). This page is written by `python docs/settings.py`.
+
+`null` means not given. `data.validation` and `data.choices` are sources with the same settings as `data.train`; `teacher` and
+`student` have the same settings under `quantization`.
+"""
+#: Sections whose settings are listed once, under another name.
+SAME = {"data.validation.": "data.train.", "data.choices.": "data.train."}
+
+
+def shown(default) -> str:
+    if default is ... or type(default).__name__ == "PydanticUndefinedType":
+        return "required"
+    return f"`{schema.dump_value(default)}`"
+
+
+def cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("<", "&lt;").replace("\n", " ")
+
+
+def tables(kind) -> list[str]:
+    lines, section = [], None
+    for path, type_, default, text in schema.describe(kind):
+        if any(path.startswith(prefix) for prefix in SAME):
+            continue
+        first = path.split(".")[0] if "." in path else "general"
+        if "." not in path and type_.startswith("a mapping of settings"):
+            first = path
+        if first != section:
+            section = first
+            lines += ["", f"### {section}", "", "| Setting | Values | Default | |", "|---|---|---|---|"]
+        lines.append(f"| `{path}` | {cell(type_)} | {cell(shown(default))} | {cell(text)} |")
+    return lines
+
+
+def page() -> str:
+    return "\n".join([HEAD.rstrip(), "", "## Of a recipe", *tables(Recipe), "", "## Of a sweep", *tables(Sweep), ""])
+
+
+if __name__ == "__main__":
+    Path(__file__).with_name("settings.md").write_text(page(), encoding="utf-8")
