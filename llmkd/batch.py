@@ -9,50 +9,50 @@ from torch import Tensor
 
 
 @dataclass(frozen=True)
-class Packed:
-    """How a packed row lies in pieces. Tensors are where the row is; `lengths` and `follows` are known without asking a device."""
+class PackedLayout:
+    """How a packed row lies in segments. Tensors are where the row is; `lengths` and `prefix_of` are known without asking a device."""
 
-    lengths: tuple[int, ...]  # of the pieces, S of them
-    follows: tuple[int, ...]  # for each the number of the piece that it goes on from, or -1
+    lengths: tuple[int, ...]  # of the segments, S of them
+    prefix_of: tuple[int, ...]  # for each the number of the segment that it goes on from, or -1
     examples: tuple[int, ...]  # for each the number in the batch of the example that it is of, or -1 where several share it
-    sees: tuple[int, ...]  # for each how many tokens it sees: its own, and those of the piece that it goes on from
-    queries: Tensor  # where the pieces begin and the last ends [S + 1], int32
-    keys: Tensor  # the same, counting for each piece all that it sees
-    seen: Tensor | None  # the places in the row of all that each piece sees; None where that is itself alone
+    kv_lengths: tuple[int, ...]  # for each how many tokens it sees: its own, and those of the segment that it goes on from
+    cu_seqlens_q: Tensor  # where the segments begin and the last ends [S + 1], int32
+    cu_seqlens_k: Tensor  # the same, counting for each segment all that it sees
+    kv_index: Tensor | None  # the places in the row of all that each segment sees; None where that is itself alone
 
     @classmethod
-    def of(cls, lengths: Sequence[int], follows: Sequence[int] | None = None, examples: Sequence[int] | None = None) -> "Packed":
+    def of(cls, lengths: Sequence[int], prefix_of: Sequence[int] | None = None, examples: Sequence[int] | None = None) -> "PackedLayout":
         S = len(lengths)
-        follows, examples = tuple(follows or [-1] * S), tuple(range(S) if examples is None else examples)
+        prefix_of, examples = tuple(prefix_of or [-1] * S), tuple(range(S) if examples is None else examples)
         starts = [0, *accumulate(lengths)]
-        place, seen = torch.arange(starts[-1]), None
-        if any(before >= 0 for before in follows):
-            spans = [span for piece, before in enumerate(follows) for span in ((before, piece) if before >= 0 else (piece,))]
-            seen = torch.cat([place[starts[span] : starts[span + 1]] for span in spans])
-        sees = tuple(length + (lengths[before] if before >= 0 else 0) for length, before in zip(lengths, follows, strict=True))
-        ends = [torch.tensor([0, *accumulate(sizes)], dtype=torch.int32) for sizes in (lengths, sees)]
-        return cls(tuple(lengths), follows, examples, sees, *ends, seen)
+        place, kv_index = torch.arange(starts[-1]), None
+        if any(before >= 0 for before in prefix_of):
+            spans = [span for segment, before in enumerate(prefix_of) for span in ((before, segment) if before >= 0 else (segment,))]
+            kv_index = torch.cat([place[starts[span] : starts[span + 1]] for span in spans])
+        kv_lengths = tuple(length + (lengths[before] if before >= 0 else 0) for length, before in zip(lengths, prefix_of, strict=True))
+        ends = [torch.tensor([0, *accumulate(sizes)], dtype=torch.int32) for sizes in (lengths, kv_lengths)]
+        return cls(tuple(lengths), prefix_of, examples, kv_lengths, *ends, kv_index)
 
-    def each(self, change: Callable[[Tensor], Tensor]) -> "Packed":
-        tensors = change(self.queries), change(self.keys), None if self.seen is None else change(self.seen)
-        return Packed(self.lengths, self.follows, self.examples, self.sees, *tensors)
+    def each(self, change: Callable[[Tensor], Tensor]) -> "PackedLayout":
+        tensors = change(self.cu_seqlens_q), change(self.cu_seqlens_k), None if self.kv_index is None else change(self.kv_index)
+        return PackedLayout(self.lengths, self.prefix_of, self.examples, self.kv_lengths, *tensors)
 
-    def part(self, mine: Sequence[bool]) -> tuple["Packed", list[bool]]:
-        """The pieces of some of the examples, as they lie without the others; and which pieces those are."""
+    def select(self, mine: Sequence[bool]) -> tuple["PackedLayout", list[bool]]:
+        """The segments of some of the examples, as they lie without the others; and which segments those are."""
         keep = [example >= 0 and mine[example] for example in self.examples]
-        for piece, before in enumerate(self.follows):
-            if keep[piece] and before >= 0:
+        for segment, before in enumerate(self.prefix_of):
+            if keep[segment] and before >= 0:
                 keep[before] = True
         number = [count - 1 for count in accumulate(keep)]
         example = [count - 1 for count in accumulate(mine)]
-        kept = [piece for piece, one in enumerate(keep) if one]
-        follows = [number[self.follows[piece]] if self.follows[piece] >= 0 else -1 for piece in kept]
-        of = [example[self.examples[piece]] if self.examples[piece] >= 0 else -1 for piece in kept]
-        return Packed.of([self.lengths[piece] for piece in kept], follows, of), keep
+        kept = [segment for segment, one in enumerate(keep) if one]
+        prefix_of = [number[self.prefix_of[segment]] if self.prefix_of[segment] >= 0 else -1 for segment in kept]
+        of = [example[self.examples[segment]] if self.examples[segment] >= 0 else -1 for segment in kept]
+        return PackedLayout.of([self.lengths[segment] for segment in kept], prefix_of, of), keep
 
     def mask(self) -> Tensor:
         """What stands for this as a model's attention_mask: of four dimensions, so that transformers hands it on to every layer as it is."""
-        mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.queries.device)
+        mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.cu_seqlens_q.device)
         mask.packed = self
         return mask
 
@@ -67,7 +67,7 @@ class View:
 
     inputs: dict[str, Tensor]  # keyword arguments of the model, each [B, T]
     rows_N: Tensor  # positions in the flattened [B * T] that predict the targets, each once
-    packed: Packed | None = None  # how examples lie in a packed row
+    packed: PackedLayout | None = None  # how examples lie in a packed row
 
     def each(self, change: Callable[[Tensor], Tensor]) -> "View":
         return View({k: change(v) for k, v in self.inputs.items()}, change(self.rows_N), self.packed and self.packed.each(change))

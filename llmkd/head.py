@@ -40,7 +40,7 @@ class Head:
         return logits_NV
 
     @property
-    def plain(self) -> bool:
+    def is_affine(self) -> bool:
         """Whether logits are a matrix product and what commutes with it, so that their way back is one too."""
         return type(self.project) is nn.Linear and not self.softcap
 

@@ -138,9 +138,9 @@ def test_packed_rows_on_the_gpu(make_recipe, tmp_path, attention):
 
 @pytest.mark.parametrize("windowed", [False, True])
 def test_variable_length_attention_in_one_call(windowed):
-    from llmkd.models import attention as varlen
+    from llmkd.models import attention
 
-    way = varlen._one_call(torch.device("cuda", 0), windowed)
+    way = attention._one_call(torch.device("cuda", 0), windowed)
     assert way and not way.keywords["repeat"]  # heads in groups as they are
 
 

@@ -161,15 +161,14 @@ class _Work:
         """The model as it was trained, whatever its head's padding, for the harness."""
         from llmkd.data.encoding.tokenizer import load_tokenizer, shared_vocab
         from llmkd.model_files import rows_of
-        from llmkd.models import adapters
-        from llmkd.models import pretrained as loading
+        from llmkd.models import adapters, pretrained
 
         files, device = target.files, self.accelerator.device
         own = files.adapter and (files.adapter / "tokenizer.json").exists()
         tokenizer = load_tokenizer(str(files.adapter if own else files.base), target.name)
         shared_vocab(tokenizer, {target.name: rows_of(files.config)})
         dtype = self.options.dtype or target.settings.dtype
-        model = loading.base(files.base, target.name, dtype, "auto", device, target.settings.quantization)
+        model = pretrained.load_pretrained(files.base, target.name, dtype, "auto", device, target.settings.quantization)
         if files.adapter:
             model = adapters.load(model, files, target.name).to(device)
         batch = self.options.batch_size

@@ -18,7 +18,7 @@ sys.path[0] = str(REPO)  # eval/speed stood there, whose names are not modules o
 
 from llmkd.commands import plan as cost  # noqa: E402
 from llmkd.config import loader  # noqa: E402
-from llmkd.models import size as cost_size  # noqa: E402
+from llmkd.models.size import model_size  # noqa: E402
 from llmkd.output.run_folder import RunFolder  # noqa: E402
 from llmkd.training.shutdown import ShutdownRequest  # noqa: E402
 
@@ -108,7 +108,7 @@ def counted(options, teachers: dict, root: Path) -> dict:
 
     prepared = prepare(recipes(options, teachers["live"], root / "counted", 1)[0])
     tokens, targets = len(prepared.train.ids), int(prepared.train.loss_mask.sum())
-    student, live = cost_size.model_size(prepared.student), [cost_size.model_size(one.files) for one in prepared.teachers]
+    student, live = model_size(prepared.student), [model_size(one.files) for one in prepared.teachers]
     out = {}
     for who in teachers:
         for count in options.students:

@@ -154,7 +154,7 @@ def heading(world: World, script: str = "step") -> list[str]:
         where = torch.cuda.get_device_name(device)
     versions = [f"{name} {version}" for name in ("torchtune", "torchao", "trl") if options.peers and (version := _version(name))]
     versions = [f"torch {torch.__version__}", f"transformers {transformers.__version__}", *versions]
-    sizes = [sum(p.numel() for p in model.plain.parameters()) / 1e6 for model in (world.teacher, world.student)]
+    sizes = [sum(p.numel() for p in model.base_model.parameters()) / 1e6 for model in (world.teacher, world.student)]
     weights = sum(p.nbytes for model in (world.teacher, world.student) for p in model.parameters()) / 1e9
     return [
         f"`{' '.join([f'python eval/speed/{script}.py', *given])}`  ",

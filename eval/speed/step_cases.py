@@ -192,10 +192,10 @@ def products(world: World, teacher: bool) -> Round:
     tokens, targets = (round(x) for x in world.window)
     pieces = math.ceil(tokens / world.options.tokens)
     each, buffers = math.ceil(tokens / pieces), Buffers(world)
-    taught = [m.weight for m in decoder_of(world.teacher.plain).modules() if isinstance(m, nn.Linear)] if teacher else []
+    taught = [m.weight for m in decoder_of(world.teacher.base_model).modules() if isinstance(m, nn.Linear)] if teacher else []
     layers = [
         (m.base_layer.weight, *(getattr(m, f"lora_{x}")["default"].weight.to(world.dtype) for x in "AB"), _feeds_back(name))
-        for name, m in decoder_of(world.student.plain).named_modules()
+        for name, m in decoder_of(world.student.base_model).named_modules()
         if hasattr(m, "lora_A")
     ]
     heads = [model.head.project.weight for model in ([world.student, world.teacher] if teacher else [world.student])]

@@ -198,7 +198,7 @@ class Rules:
 
 def base_of(world: World, who: str, rules: Rules) -> dict[str, Tensor]:
     """The frozen weights, in torchtune's form."""
-    shape, model = world.shapes[who], getattr(world, who).plain
+    shape, model = world.shapes[who], getattr(world, who).base_model
     state = {name.replace(".base_layer", ""): value for name, value in model.state_dict().items() if "lora_" not in name}
     if shape.tied:
         del state["lm_head.weight"]
@@ -209,7 +209,7 @@ def adapter_of(world: World, rules: Rules) -> dict[str, Tensor]:
     """A fresh adapter, in torchtune's form: outputs of queries and keys are permuted as their weights are."""
     world.fresh_adapter()
     found = {}
-    for name, value in world.student.plain.state_dict().items():
+    for name, value in world.student.base_model.state_dict().items():
         for letter in "AB":
             if f".lora_{letter}." in name:
                 key = name.replace(f".lora_{letter}.default", "")

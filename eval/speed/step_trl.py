@@ -92,8 +92,8 @@ def chunked(world: World) -> Round:
     parameters = list(world.fresh_adapter().values())
     optimizer = torch.optim.AdamW(parameters, 2e-4, weight_decay=0.0, fused=True)
     collator, batch, passes = DataCollatorForLanguageModeling(0), world.options.batch, world.options.batch // MICRO
-    student, teacher = decoder_of(world.student.plain), decoder_of(world.teacher.plain)
-    weights = [model.plain.get_output_embeddings().weight for model in (world.student, world.teacher)]
+    student, teacher = decoder_of(world.student.base_model), decoder_of(world.teacher.base_model)
+    weights = [model.base_model.get_output_embeddings().weight for model in (world.student, world.teacher)]
     clock, told = Clock(world.device), []
     for k in range(len(steps)):
         micro = [collator(rows[a : a + MICRO]) for a in range(k * batch, (k + 1) * batch, MICRO)]

@@ -13,10 +13,8 @@ from llmkd.config.recipe import Lora
 from llmkd.data.batching import BatchPlan
 from llmkd.data.collate import collate
 from llmkd.data.examples import Examples
-from llmkd.models import adapters, float8
-from llmkd.models import compile as compiled
-from llmkd.models import shared_weights as sharing
-from llmkd.models import startup_checks as selftest
+from llmkd.models import adapters, float8, shared_weights, startup_checks
+from llmkd.models.compile import compile_layers, configure_torch_compile
 from llmkd.models.language_model import LanguageModel
 
 IGNORE, LONGEST = -100, 131_072
@@ -97,12 +95,12 @@ class World:
             with torch.device(self.device):
                 model = transformers.AutoModelForCausalLM.from_config(shape.config(self.vocab), dtype=self.dtype)
             made[who] = model.requires_grad_(False)
-        self._bare = sharing.twin(made["student"])
-        student = adapters.fresh(made["student"], Lora(rank=RANK, alpha=ALPHA), None).to(self.device)
+        self._bare = shared_weights.copy_sharing_weights(made["student"])
+        student = adapters.add_lora(made["student"], Lora(rank=RANK, alpha=ALPHA), None).to(self.device)
         self.student = LanguageModel(student, self.vocab).train()
         self.teacher = LanguageModel(made["teacher"], self.vocab).eval()
         for who, model in (("student", self.student), ("teacher", self.teacher)):
-            selftest.check(model, f"{who}.model", options.tokens)
+            startup_checks.check(model, f"{who}.model", options.tokens)
         self.data = alpaca_like(options.batch * (options.steps + 2), self.vocab)
         self.fresh_adapter()
 
@@ -110,9 +108,9 @@ class World:
     def float8_teacher(self) -> LanguageModel:
         """The teacher's body in 8-bit floats, beside the one it is made of. Made before anything is compiled."""
         float8.refuse_without_products(self.device, "--float8")
-        model = LanguageModel(sharing.twin(self.teacher.plain), self.vocab).eval()
-        float8.convert(model.plain)
-        selftest.check(model, "teacher.model", self.options.tokens)
+        model = LanguageModel(shared_weights.copy_sharing_weights(self.teacher.base_model), self.vocab).eval()
+        float8.convert(model.base_model)
+        startup_checks.check(model, "teacher.model", self.options.tokens)
         return model
 
     @functools.cache  # noqa: B019
@@ -120,11 +118,11 @@ class World:
         """As many students on the student's base, beside the one."""
         model, names = self._bare, [f"arm{k}" for k in range(4)]
         for name in names:
-            model = adapters.fresh(model, Lora(rank=RANK, alpha=ALPHA), None, name)
+            model = adapters.add_lora(model, Lora(rank=RANK, alpha=ALPHA), None, name)
         model = model.to(self.device)
         students = [LanguageModel(model, self.vocab, name).train() for name in names]
         for student in students:
-            selftest.check(student, "student.model", self.options.tokens)
+            startup_checks.check(student, "student.model", self.options.tokens)
         return students
 
     @functools.cache  # noqa: B019
@@ -132,9 +130,9 @@ class World:
         """Student and teachers, once; with torch.compiler.set_stance("force_eager") they are what they were."""
         models = [("student", self.student), ("teacher", self.teacher)]
         models += [("teacher", self.float8_teacher)] if self.options.float8 else []
-        compiled.prepare(self.device)
+        configure_torch_compile(self.device)
         for who, model in models:
-            compiled.compile_layers(model, f"{who}.model", packing=True)
+            compile_layers(model, f"{who}.model", packing=True)
 
     def plan(self, size) -> BatchPlan:
         """Of steps that are measured, and one before them."""

@@ -106,7 +106,7 @@ def write(
 ) -> Path:
     """One teacher's cache; `held` keeps other attempts out of its folder."""
     from ..data.collate import collate
-    from ..models.load import load_together
+    from ..models.load import load_models
     from ..teachers.cache.records import make_record_format
     from ..teachers.cache.shards import Writer
     from ..teachers.fidelity import measured_transform, sample_teacher_batches
@@ -120,7 +120,7 @@ def write(
         return sample_teacher_batches(encoded, number, size, pad, device)
 
     around = functools.partial(measured_transform, some)
-    (model,) = load_together([], [(setting, teacher.settings)], prepared.vocab, device, recipe.seed, around_transform=around)[1]
+    (model,) = load_models([], [(setting, teacher.settings)], prepared.vocab, device, recipe.seed, around_transform=around)[1]
     record_format = make_record_format(teacher.settings.cache, prepared.vocab, model)
     plan = planned(encoded, record_format.bytes)
     provenance = taught.provenance(recipe, teacher, prepared.tokenizer, taught.contents(prepared))

@@ -15,7 +15,7 @@ from ..data.collate import collate
 from ..data.examples import Examples
 from ..errors import UserError
 from ..models.language_model import LanguageModel
-from ..models.load import load_together
+from ..models.load import load_models
 from ..signals import TEACHER_METRICS, Dense
 from ..teachers.cache.shards import TeacherCache
 from ..teachers.cached import Cached
@@ -74,11 +74,11 @@ def quantised(recipe: Recipe, prepared: Prepared, teacher: TeacherSource, sample
     """The teacher as it is, and in 4 or 8 bit, or merged. One after the other: only one of them is in memory."""
     size, pad, vocab = recipe.validation.micro_batch_size, prepared.tokenizer.eos_token_id, prepared.vocab
     whole = dataclasses.replace(teacher.settings, quantization=None, merge_adapter=False)
-    (model,) = load_together([], [(teacher.setting, whole)], vocab, accelerator.device, recipe.seed)[1]
+    (model,) = load_models([], [(teacher.setting, whole)], vocab, accelerator.device, recipe.seed)[1]
     before = RecordedTeacher(model, sample, pad, size, accelerator.device)
     del model
     gc.collect()
-    (model,) = load_together([], [(teacher.setting, teacher.settings)], vocab, accelerator.device, recipe.seed)[1]
+    (model,) = load_models([], [(teacher.setting, teacher.settings)], vocab, accelerator.device, recipe.seed)[1]
     found = validate([model], before, sample, pad, size, accelerator, progress=progress_bar("the quantised teacher"))[0].metrics()
     row = {name: found[name] for name in ("forward_kl", "reverse_kl", "top1_agreement")}
     itself = {"forward_kl": 0.0, "reverse_kl": 0.0, "top1_agreement": 1.0}
@@ -96,9 +96,7 @@ def quantised(recipe: Recipe, prepared: Prepared, teacher: TeacherSource, sample
 def kept(recipe: Recipe, prepared: Prepared, teacher: TeacherSource, sample: Examples, accelerator) -> list[dict]:
     """The recipe's untrained student before the live teacher, and before the cache of its outputs."""
     size, pad = recipe.validation.micro_batch_size, prepared.tokenizer.eos_token_id
-    students, models = load_together(
-        [recipe.student], [(teacher.setting, teacher.settings)], prepared.vocab, accelerator.device, recipe.seed
-    )
+    students, models = load_models([recipe.student], [(teacher.setting, teacher.settings)], prepared.vocab, accelerator.device, recipe.seed)
     rows = []
     for name, one in (("live", Live(models[0])), (str(teacher.settings.cache.path), Cached(teacher.cache, accelerator.device))):
         found = validate(students, one, sample, pad, size, accelerator, progress=progress_bar(name))[0].metrics()

@@ -19,7 +19,7 @@ SAMPLE = 64  # examples on which the merged model is compared with the trained o
 
 def export(run: Path, to: Path | None = None, checkpoint: str | None = None) -> Path:
     """Write `RUN/merged` (or `to`). `run` may be a run's folder, or an adapter's; `checkpoint` is a step's number, or best."""
-    from ..models.merge import merge, read_back, restored
+    from ..models.merge import from_checkpoint, merge, verify_saved
     from ..models.saved_student import student_folder
     from ..output.model_card import merged as merged_card
 
@@ -39,12 +39,12 @@ def export(run: Path, to: Path | None = None, checkpoint: str | None = None) -> 
     files = find(str(student), "export")
     tokenizer = load_tokenizer(str(student if (student / "tokenizer.json").exists() else files.base), "export")
     vocab = shared_vocab(tokenizer, {"export": rows_of(files.config)})
-    model = merge(files, vocab, saved) if is_adapter else restored(student, saved)
+    model = merge(files, vocab, saved) if is_adapter else from_checkpoint(student, saved)
     record = drift(model, files, tokenizer, vocab, run, saved) if is_adapter else None
     part = to.with_name(f"{to.name}.tmp-{os.getpid()}")
     try:
         model.save_pretrained(part)
-        read_back(model, part)
+        verify_saved(model, part)
         save_tokenizer(tokenizer, part)
         if is_adapter and (student / "README.md").exists():
             card = (student / "README.md").read_text(encoding="utf-8")
@@ -72,7 +72,7 @@ def drift(merged, files: ModelFiles, tokenizer, vocab: int, run: Path, saved: Pa
         return None
     from ..models.language_model import LanguageModel
     from ..models.load import load_teacher
-    from ..models.merge import put
+    from ..models.merge import load_trained_weights
     from ..teachers.live import Live
     from ..training.launch import start
     from ..training.validate import validate
@@ -81,7 +81,7 @@ def drift(merged, files: ModelFiles, tokenizer, vocab: int, run: Path, saved: Pa
     accelerator = start()
     trained = load_teacher(settings, vocab, accelerator.device)
     if saved:
-        put(trained.model, saved)
+        load_trained_weights(trained.model, saved)
     plain = LanguageModel(merged.to(accelerator.device), vocab).eval()
     found = validate([plain], Live(trained), sample, tokenizer.eos_token_id, 4, accelerator)[0].metrics()
     metrics = {

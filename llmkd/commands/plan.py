@@ -11,7 +11,7 @@ from ..config.teacher import with_setting_names
 from ..console import duration
 from ..data.stream import Stream
 from ..model_files import find
-from ..models.size import ModelSize, model_size, trained_by, weight_bytes
+from ..models.size import ModelSize, adapter_parameters, model_size, weight_bytes
 from ..training.prepare import prepare, student_files
 
 EFFICIENCY = 0.4  # of the rate of a large matrix product that training reaches
@@ -46,15 +46,20 @@ def estimate(recipes: list[Recipe], sizes: dict) -> Cost | None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     taught = next((r for r in recipes if distils(r)), None)
     student, present = model_size(files), []
-    bytes_ = student.all * weight_bytes(files, recipe.student.dtype, recipe.student.quantization)
+    bytes_ = student.parameters * weight_bytes(files, recipe.student.dtype, recipe.student.quantization)
     for setting, one in with_setting_names(taught.teacher) if taught else ():
         if one.cache is None:
             theirs = find(one.model, f"{setting}.model", one.revision, one.base)
             present.append(model_size(theirs))
-            shared = one.share_base and not one.honed and recipe.student.method == "lora" and theirs.base.resolve() == files.base.resolve()
-            bytes_ += 0 if shared else present[-1].all * weight_bytes(theirs, one.dtype, one.quantization)
+            shared = (
+                one.share_base
+                and not one.is_transformed
+                and recipe.student.method == "lora"
+                and theirs.base.resolve() == files.base.resolve()
+            )
+            bytes_ += 0 if shared else present[-1].parameters * weight_bytes(theirs, one.dtype, one.quantization)
     full, checkpointing = recipe.student.method == "full", recipe.student.gradient_checkpointing
-    trained = sum(student.all if full else trained_by(files, r.student.lora or Lora()) for r in recipes)
+    trained = sum(student.parameters if full else adapter_parameters(files, r.student.lora or Lora()) for r in recipes)
     longest = largest_micro_batch_tokens(lengths, train.micro_batch_size, train.micro_batch_tokens)
     operations = step_operations(student, present, len(recipes), tokens, targets, full, checkpointing, passes * read)
     return Cost(operations / (EFFICIENCY * matmul_flops(device)), bytes_ + training_memory(student, trained, longest, checkpointing))

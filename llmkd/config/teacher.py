@@ -95,7 +95,7 @@ class Teacher:
         return None if self.float8 else self.quantization
 
     @property
-    def honed(self) -> bool:
+    def is_transformed(self) -> bool:
         """Whether it is changed after it is loaded: see `honing`."""
         return self.merge_adapter or self.float8
 

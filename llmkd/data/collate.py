@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..batch import Batch, Example, Packed, View
+from ..batch import Batch, Example, PackedLayout, View
 from .examples import Examples
 from .shared_prefixes import shared_prefixes
 
@@ -61,7 +61,7 @@ def _packed_view(ids: list[np.ndarray], rows: list[np.ndarray], share: bool) -> 
         "input_ids": torch.from_numpy(np.concatenate(pieces).astype(np.int64)[None]),
         "position_ids": torch.from_numpy(np.concatenate(positions)[None]),
     }
-    return View(inputs, torch.from_numpy(np.concatenate(places)), Packed.of([len(x) for x in pieces], follows, of))
+    return View(inputs, torch.from_numpy(np.concatenate(places)), PackedLayout.of([len(x) for x in pieces], follows, of))
 
 
 def select_examples(batch: Batch, mine: list[bool]) -> Batch:
@@ -71,7 +71,7 @@ def select_examples(batch: Batch, mine: list[bool]) -> Batch:
     ids_BT = view.inputs["input_ids"]
     T = ids_BT.shape[1]
     if view.packed:
-        packed, keep = view.packed.part(mine)
+        packed, keep = view.packed.select(mine)
         keep_T = torch.tensor(keep).repeat_interleave(torch.tensor(view.packed.lengths)).to(device)
         packed = packed.each(lambda x: x.to(device))
         inputs = {name: x_BT[:, keep_T] for name, x_BT in view.inputs.items()}

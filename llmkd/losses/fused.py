@@ -69,7 +69,7 @@ class _Fused(torch.autograd.Function):
         with torch.autocast(hidden_NH.device.type, enabled=False):
             for start in range(0, hidden_NH.shape[0], chunk):
                 rows = slice(start, min(start + chunk, hidden_NH.shape[0]))
-                student = (_Product if head.plain else _Module)(head, hidden_NH[rows].detach(), tiles, needs_hidden, weights)
+                student = (_Product if head.is_affine else _Module)(head, hidden_NH[rows].detach(), tiles, needs_hidden, weights)
                 terms = _loss_and_grad(objective, student, labels_N[rows], signal, rows, tiles, train)
                 if train:
                     student.backward(grad_hidden[rows] if needs_hidden else None, grad_weights)
@@ -172,7 +172,7 @@ def _teacher(signal: Known, rows: Rows, temperature: float, tiles: "_Tiles", sof
     if type(signal) is not Dense:
         return signal.log_probs(rows, None, temperature)
     hidden_nH, head = signal.hidden_NH[rows], signal.head
-    out = tiles("teacher", len(hidden_nH), head.dtype) if head.plain else None
+    out = tiles("teacher", len(hidden_nH), head.dtype) if head.is_affine else None
     logits_nV = head.logits(hidden_nH.detach(), out)
     return torch.div(logits_nV, temperature, out=out) if soften and temperature != 1 else logits_nV
 

@@ -6,7 +6,7 @@ from ..errors import UserError
 from .families import layers_of
 
 
-def recompute(model: nn.Module, share: bool | float) -> None:
+def enable(model: nn.Module, share: bool | float) -> None:
     """Gradient checkpointing of that share of the layers, counted from the first; of all (True) but the last.
 
     The backward pass comes to the first layers last: by then what the others kept is gone, so that recomputing a layer adds nothing

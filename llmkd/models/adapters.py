@@ -119,7 +119,7 @@ def _is_base_weight(model: nn.Module, name: str, value: Tensor) -> bool:
     return own is not None and own.shape == value.shape and torch.equal(own.cpu(), value.to(own.dtype))
 
 
-def fresh(model: nn.Module, lora: Lora, revision: str | None, name: str = "default") -> nn.Module:
+def add_lora(model: nn.Module, lora: Lora, revision: str | None, name: str = "default") -> nn.Module:
     """The base with a fresh LoRA adapter, which alone requires a gradient; beside those that the model has already, as `name`."""
     from peft import LoraConfig, PeftModel, get_peft_model
 
@@ -128,7 +128,7 @@ def fresh(model: nn.Module, lora: Lora, revision: str | None, name: str = "defau
     _refuse_dora_in_8bit(plain, lora.dora, "student")
     unused = {id(p) for p in beside_text(plain)}
     beside = [name for name, module in plain.named_modules() if any(id(p) in unused for p in module.parameters(recurse=False))]
-    if lora.target_modules == "all-linear" and (others := [name for name, module in plain.named_modules() if _is_no_product(module)]):
+    if lora.target_modules == "all-linear" and (others := [name for name, module in plain.named_modules() if _is_custom_linear(module)]):
         kinds = ", ".join(sorted({type(plain.get_submodule(name)).__name__ for name in others}))
         info(f"note: student.lora.target_modules: all-linear leaves out {kinds}, which is more than a linear layer")
         beside += others
@@ -191,7 +191,7 @@ def _checked(adapted: nn.Module, name: str) -> nn.Module:
     return adapted
 
 
-def _is_no_product(module: nn.Module) -> bool:
+def _is_custom_linear(module: nn.Module) -> bool:
     """A family's own kind of linear layer that gives something else, such as a router its choice: no adapter can be put on it."""
     if not isinstance(module, nn.Linear) or not type(module).__module__.startswith("transformers.models."):
         return False
@@ -209,7 +209,7 @@ def _refuse_dora_in_8bit(model: nn.Module, dora: bool | None, who: str) -> None:
 
 
 def _fresh_adapter(model: nn.Module, files: ModelFiles, settings: StudentSettings, name: str) -> nn.Module:
-    adapted = fresh(model, settings.lora or Lora(), settings.revision, name)
+    adapted = add_lora(model, settings.lora or Lora(), settings.revision, name)
     path = Path(settings.model)
     adapted.peft_config[name].base_model_name_or_path = str(path.resolve()) if path.is_dir() else settings.model
     return adapted

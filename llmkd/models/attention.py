@@ -1,10 +1,10 @@
 """Variable-length attention for packed rows: work and memory grow with the examples' own lengths, not with the row's square.
 
-A packed row lies in pieces, one after another. A piece sees itself, causally, and before that the whole of the piece that it goes on
+A packed row lies in segments, one after another. A segment sees itself, causally, and before that the whole of the segment that it goes on
 from, if there is one: so a beginning that several examples share is computed once.
 
 On a GPU in half precision it is one call of torch.nn.attention.varlen (FlashAttention) a layer; elsewhere one of
-scaled_dot_product_attention a piece. Rows that are not packed get transformers' sdpa as ever.
+scaled_dot_product_attention a segment. Rows that are not packed get transformers' sdpa as ever.
 """
 
 import functools
@@ -15,14 +15,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
-from ..batch import Packed
+from ..batch import PackedLayout
 from ..console import info
 from ..errors import brief
 
 NAME = "llmkd_varlen"
 
 
-def use(model: nn.Module) -> bool:
+def enable(model: nn.Module) -> bool:
     """Give a transformers model this attention, if that can be right for it: its layers see everything, or a sliding window of it."""
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
@@ -38,8 +38,8 @@ def use(model: nn.Module) -> bool:
     return True
 
 
-def leave(model: nn.Module) -> None:
-    """Back to the attention that it had before `use`."""
+def disable(model: nn.Module) -> None:
+    """Back to the attention that it had before `enable`."""
     model.set_attn_implementation("sdpa")
 
 
@@ -67,13 +67,13 @@ def attention(
         query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
     groups = query.shape[1] // key.shape[1]
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
-    if packed.seen is not None:
-        key, value = (x.index_select(0, packed.seen) for x in (key, value))
+    if packed.kv_index is not None:
+        key, value = (x.index_select(0, packed.kv_index) for x in (key, value))
     half, D = query.dtype in (torch.bfloat16, torch.float16), query.shape[-1]
     takes = query.is_cuda and half and not dropout and D == value.shape[-1] <= 256 and D % 8 == 0
     if takes and (way := _one_call(query.device, window is not None)):
         return way(query, key, value, packed, scaling, groups, window)[None], None
-    return _piece_by_piece(query, key, value, packed, dropout, scaling, groups, window)[None], None
+    return _by_segment(query, key, value, packed, dropout, scaling, groups, window)[None], None
 
 
 def _window(module: nn.Module, others: dict) -> int | None:
@@ -85,11 +85,11 @@ def _window(module: nn.Module, others: dict) -> int | None:
     return others.get("sliding_window")
 
 
-def _piece_by_piece(query, key, value, packed: Packed, dropout: float, scale: float | None, groups: int, window: int | None) -> Tensor:
+def _by_segment(query, key, value, packed: PackedLayout, dropout: float, scale: float | None, groups: int, window: int | None) -> Tensor:
     """[T, heads, D]; `groups` heads of a query to one of a key."""
     if groups > 1:
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    parts, out = (query.split(packed.lengths), key.split(packed.sees), value.split(packed.sees)), []
+    parts, out = (query.split(packed.lengths), key.split(packed.kv_lengths), value.split(packed.kv_lengths)), []
     for q, k, v in zip(*parts, strict=True):
         q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
         n, m = q.shape[2], k.shape[2]
@@ -102,7 +102,7 @@ def _piece_by_piece(query, key, value, packed: Packed, dropout: float, scale: fl
     return torch.cat(out)
 
 
-def _flash(query, key, value, packed: Packed, scale: float | None, groups: int, window: int | None, repeat: bool = False) -> Tensor:
+def _flash(query, key, value, packed: PackedLayout, scale: float | None, groups: int, window: int | None, repeat: bool = False) -> Tensor:
     """The same by one kernel, which takes heads in groups as they are or, with `repeat`, a key's and value's repeated."""
     from torch.nn.attention.varlen import varlen_attn
 
@@ -110,17 +110,20 @@ def _flash(query, key, value, packed: Packed, scale: float | None, groups: int, 
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     # torch 2.11 has no such option, and the same kernel
     grouped = {"enable_gqa": groups > 1 and not repeat} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-    tensors, lies = [x.contiguous() for x in (query, key, value)], (packed.queries, packed.keys, max(packed.lengths), max(packed.sees))
-    return varlen_attn(*tensors, *lies, scale=scale, window_size=(-1 if window is None else window - 1, 0), **grouped)
+    tensors, layout = (
+        [x.contiguous() for x in (query, key, value)],
+        (packed.cu_seqlens_q, packed.cu_seqlens_k, max(packed.lengths), max(packed.kv_lengths)),
+    )
+    return varlen_attn(*tensors, *layout, scale=scale, window_size=(-1 if window is None else window - 1, 0), **grouped)
 
 
 @functools.cache
 def _one_call(device: torch.device, windowed: bool) -> Callable[..., Tensor] | None:
     """`_flash` as it is right here. Tried, forward and backward, before it is believed: versions and devices differ in what they take,
     and in where a causal mask begins."""
-    packed = Packed.of([20, 40, 7, 33], [-1, 0, 0, -1]).each(lambda x: x.to(device))
+    packed = PackedLayout.of([20, 40, 7, 33], [-1, 0, 0, -1]).each(lambda x: x.to(device))
     generator = torch.Generator().manual_seed(0)
-    sizes = ((packed.lengths, 4), (packed.sees, 2), (packed.sees, 2))
+    sizes = ((packed.lengths, 4), (packed.kv_lengths, 2), (packed.kv_lengths, 2))
     tensors = [torch.randn(sum(n), heads, 64, generator=generator).to(device, torch.bfloat16) for n, heads in sizes]
 
     def outcome(way: Callable[..., Tensor], dtype: torch.dtype, *rest: float) -> list[Tensor]:
@@ -129,7 +132,7 @@ def _one_call(device: torch.device, windowed: bool) -> Callable[..., Tensor] | N
             out = way(*given, packed, *rest, None, 2, 9 if windowed else None)
             return [x.float() for x in (out, *torch.autograd.grad(out.float().square().sum(), given))]
 
-    right = outcome(_piece_by_piece, torch.float32, 0.0)
+    right = outcome(_by_segment, torch.float32, 0.0)
     for repeat in (False, True):
         way = functools.partial(_flash, repeat=repeat)
         try:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from ..batch import Packed, View
+from ..batch import PackedLayout, View
 from ..errors import UserError, brief
 from ..head import widen
 from .families import layers_of
@@ -16,7 +16,7 @@ _LENGTH = {"cuda": 1021, "cpu": 23}
 _VARIANTS = 256  # of a layer's code: by student, its place, training or not, one row or several
 
 
-def prepare(device: torch.device) -> None:
+def configure_torch_compile(device: torch.device) -> None:
     """Settings of torch.compile that its use here needs. UserError where nothing can be compiled."""
     import torch._dynamo
     import torch._inductor.config
@@ -40,7 +40,7 @@ def compile_layers(model, setting: str, packing: bool) -> None:
 
     No module gets another name or place. Where several students share a tree of modules, each is compared by itself.
     """
-    layers, family = layers_of(model.plain), model.plain.config.model_type
+    layers, family = layers_of(model.base_model), model.base_model.config.model_type
     if layers is None:
         raise UserError(f"train.compile: {setting} ({family}) does not keep its layers in a list; set train.compile: false")
     with torch.compiler.set_stance("force_eager"):
@@ -60,12 +60,12 @@ def compile_layers(model, setting: str, packing: bool) -> None:
 def _results(model, packing: bool) -> list[Tensor]:
     """Hidden states, and the gradients of what trains, as in the run: in its mode, with dropout, and with two of three positions supervised."""
     device = model.device
-    T = min(_LENGTH.get(device.type, 23), getattr(model.plain.config.get_text_config(), "max_position_embeddings", None) or 23)
+    T = min(_LENGTH.get(device.type, 23), getattr(model.base_model.config.get_text_config(), "max_position_embeddings", None) or 23)
     ids_BT = (torch.arange(2 * T, device=device).reshape(2, T) * 7 + 3) % model.head.vocab
     inputs, packed = {"input_ids": ids_BT}, None
     if packing:
         inputs = {"input_ids": ids_BT.reshape(1, -1), "position_ids": torch.arange(T, device=device).repeat(2)[None]}
-        packed = Packed.of([T, T]).each(lambda x: x.to(device))
+        packed = PackedLayout.of([T, T]).each(lambda x: x.to(device))
     places = torch.arange(2 * T, device=device)
     parameters = list(model.trainable().values())
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.set_grad_enabled(bool(parameters)):

@@ -26,36 +26,36 @@ class LanguageModel(nn.Module):
         self.own_forward = False
         self.varlen = False  # whether packed rows have llmkd's attention
         self.last_layer: last_layer.LastLayer | None = None  # where it is computed at the rows alone
-        self.runs_on: torch.device | None = None  # where its inputs go, if that is not where its weights are
-        self.untouched: list[str] = []  # trainable parameters that a small batch gave no gradient
+        self.input_device: torch.device | None = None  # where its inputs go, if that is not where its weights are
+        self.parameters_without_gradient: list[str] = []  # trainable parameters that a small batch gave no gradient
         self.fidelity: dict[str, float] = {}  # how far it was moved since it was loaded: see `honing.compare`
-        self.head = head_of(self.plain, vocab, adapter)
+        self.head = head_of(self.base_model, vocab, adapter)
 
-    def activate(self) -> None:
+    def set_active_adapter(self) -> None:
         """Of several adapters in `model`, this one alone is used, and requires a gradient."""
         if self.adapter and self.model.active_adapter != self.adapter:
             self.model.set_adapter(self.adapter)
 
     @property
-    def plain(self) -> nn.Module:
+    def base_model(self) -> nn.Module:
         """The transformers model, with the adapter's layers in it but without PEFT's wrapper."""
         return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
 
     @property
     def device(self) -> torch.device:
         """Where its inputs go."""
-        return self.runs_on or self.plain.get_input_embeddings().weight.device
+        return self.input_device or self.base_model.get_input_embeddings().weight.device
 
     @property
     def dtype(self) -> torch.dtype:
         """What the unquantised weights are held in."""
-        return self.plain.get_input_embeddings().weight.dtype
+        return self.base_model.get_input_embeddings().weight.dtype
 
-    def become(self, model: nn.Module) -> None:
+    def replace_with(self, model: nn.Module) -> None:
         """Go on as another form of the same model, frozen and in eval mode: with its adapter merged, say."""
         self.model = model.requires_grad_(False).eval()
         if not self.own_forward:
-            self.head = head_of(self.plain, self.head.vocab)
+            self.head = head_of(self.base_model, self.head.vocab)
 
     def use_own_forward(self) -> None:
         """For a family whose head is not known: what `hidden` gives are the model's own logits, and the head passes them on."""
@@ -64,12 +64,12 @@ class LanguageModel(nn.Module):
 
     def hidden(self, view: View) -> Tensor:
         """Last hidden states [N, H] at the view's rows."""
-        self.activate()
+        self.set_active_adapter()
         autocast = torch.autocast(view.rows_N.device.type, self.autocast, enabled=self.autocast is not None)
-        with autocast, last_layer.only_at(self.last_layer, view):
+        with autocast, last_layer.at_rows(self.last_layer, view):
             if self.own_forward:
                 return self._logits(view)
-            hidden_BTH = decoder_of(self.plain)(**self._inputs(view), use_cache=False)[0]
+            hidden_BTH = decoder_of(self.base_model)(**self._inputs(view), use_cache=False)[0]
         return hidden_BTH.flatten(0, 1).index_select(0, view.rows_N)
 
     def _inputs(self, view: View) -> dict[str, Tensor]:
@@ -79,13 +79,13 @@ class LanguageModel(nn.Module):
         """The model's own logits [N, V] at the view's rows; of the other positions no more than those in the same column."""
         T = view.inputs["input_ids"].shape[1]
         columns, wanted = (view.rows_N % T).unique(return_inverse=True)
-        if "logits_to_keep" not in inspect.signature(self.plain.forward).parameters or not len(columns):
-            return self.plain(**self._inputs(view), use_cache=False).logits.flatten(0, 1).index_select(0, view.rows_N)
-        logits_BCV = self.plain(**self._inputs(view), use_cache=False, logits_to_keep=columns).logits
+        if "logits_to_keep" not in inspect.signature(self.base_model.forward).parameters or not len(columns):
+            return self.base_model(**self._inputs(view), use_cache=False).logits.flatten(0, 1).index_select(0, view.rows_N)
+        logits_BCV = self.base_model(**self._inputs(view), use_cache=False, logits_to_keep=columns).logits
         return logits_BCV.flatten(0, 1).index_select(0, view.rows_N // T * len(columns) + wanted)
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """What trains, by the names that it has where the student is alone."""
-        self.activate()
+        self.set_active_adapter()
         own = re.compile(rf"\.{self.adapter}(?=\.|$)")
         return {own.sub(".default", name): p for name, p in self.model.named_parameters() if p.requires_grad}

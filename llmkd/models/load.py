@@ -13,17 +13,13 @@ from ..config.recipe import Teacher as TeacherSettings
 from ..console import info
 from ..errors import UserError, attribute_to_student
 from ..model_files import ModelFiles, find
-from . import adapters, last_layer
-from . import pretrained as loading
-from . import shared_weights as sharing
-from . import startup_checks as selftest
-from .activation_checkpointing import recompute
+from . import activation_checkpointing, adapters, last_layer, pretrained, shared_weights, startup_checks
 from .adapters import _fresh_adapter, _kept_adapter, note_quantization
 from .families import beside_text
 from .float8 import refuse_without_products
 from .language_model import LanguageModel
-from .offload import OFFLOAD, device_of, head_on, offload
-from .teacher_transforms import hone
+from .offload import OFFLOAD, head_on, offload, resolve_device
+from .teacher_transforms import apply_transforms
 
 #: A context manager round a change of a teacher, from (teacher, its settings, their name).
 AroundTransform = Callable[[LanguageModel, TeacherSettings, str], contextlib.AbstractContextManager]
@@ -50,24 +46,24 @@ def load_teacher(
     files, base   what was found and loaded already
     around_transform   entered round a merge or a conversion to fp8, to measure what that changes
     """
-    name, held = f"{setting}.model", device_of(setting, settings.device, device)
+    name, held = f"{setting}.model", resolve_device(setting, settings.device, device)
     files = files or find(settings.model, name, settings.revision, settings.base)
     if settings.float8:
         refuse_without_products(held, setting)
-    model = base or loading.base(files.base, name, settings.dtype, settings.attention, held, settings.loaded_in)
+    model = base or pretrained.load_pretrained(files.base, name, settings.dtype, settings.attention, held, settings.loaded_in)
     if files.adapter:
         note_quantization(files, settings.loaded_in, setting)
         model = adapters.load(model, files, name).to(held)
     teacher = LanguageModel(model, _fits(model, vocab, name))
     teacher.requires_grad_(False).eval()
     if settings.device == OFFLOAD:
-        teacher.head, teacher.runs_on = head_on(teacher.head, torch.device(device)), torch.device(device)
-        offload(teacher.plain, device)
-    selftest.check(teacher, name, packing, settings.attention)
-    if settings.honed:
+        teacher.head, teacher.input_device = head_on(teacher.head, torch.device(device)), torch.device(device)
+        offload(teacher.base_model, device)
+    startup_checks.check(teacher, name, packing, settings.attention)
+    if settings.is_transformed:
         with around_transform(teacher, settings, setting):
-            hone(teacher, settings, files, setting)
-        last_layer.spare(teacher, selftest.tolerance(teacher))  # which has other modules now
+            apply_transforms(teacher, settings, files, setting)
+        last_layer.enable_if_exact(teacher, startup_checks.tolerance(teacher))  # which has other modules now
     if settings.device not in (None, OFFLOAD):
         teacher.head = head_on(teacher.head, torch.device(device))
     return teacher
@@ -95,15 +91,17 @@ def load_students(
     found = found or [find(one.model, "student.model", one.revision, one.base) for one in many if one.model]
     torch.manual_seed(seed)
     if found:
-        model = base or loading.base(found[0].base, "student.model", settings.dtype, settings.attention, device, settings.quantization)
+        model = base or pretrained.load_pretrained(
+            found[0].base, "student.model", settings.dtype, settings.attention, device, settings.quantization
+        )
     else:
-        model = loading.new_model(settings, vocab).to(device)
+        model = pretrained.new_model(settings, vocab).to(device)
     if settings.method == "full":
         _check_full(model, found[0] if found else None)
         for parameter in beside_text(model):
             parameter.requires_grad_(False)
     if settings.gradient_checkpointing:
-        recompute(model, settings.gradient_checkpointing)
+        activation_checkpointing.enable(model, settings.gradient_checkpointing)
     if settings.mixed_precision == "bf16" and next(model.parameters()).dtype != torch.float32:
         info("note: student.mixed_precision: bf16 is for weights held in float32; these are not, and it changes little or nothing")
     names: list[str | None] = [None]
@@ -132,11 +130,11 @@ def _adapted(model: nn.Module, found: list[ModelFiles], many: list[StudentSettin
 
 def _ready(student: LanguageModel, settings: StudentSettings, packing: int) -> None:
     student.autocast = torch.bfloat16 if settings.mixed_precision == "bf16" else None
-    selftest.check(student.train(), "student.model", packing, settings.attention)
+    startup_checks.check(student.train(), "student.model", packing, settings.attention)
     _check_narrow(student, settings)
-    student.untouched = selftest.untouched(student, "student.model")
-    if student.untouched:
-        some = f"{len(student.untouched)} of {len(student.trainable())} trainable tensors, such as {student.untouched[0]}"
+    student.parameters_without_gradient = startup_checks.parameters_without_gradient(student, "student.model")
+    if student.parameters_without_gradient:
+        some = f"{len(student.parameters_without_gradient)} of {len(student.trainable())} trainable tensors, such as {student.parameters_without_gradient[0]}"
         info(f"note: student: {some}, get no gradient from a small batch; they are never used, or seldom")
 
 
@@ -172,7 +170,7 @@ def _fits(model: nn.Module, vocab: int, setting: str) -> int:
     return vocab
 
 
-def load_together(
+def load_models(
     students: list[Student],
     teachers: list[tuple[str, Teacher]],
     vocab: int,
@@ -192,7 +190,7 @@ def load_together(
     never shared, and of one that a teacher is merged into, or rounds, only what stays equal.
     """
     for setting, teacher in teachers:
-        held = device_of(setting, teacher.device, device)
+        held = resolve_device(setting, teacher.device, device)
         if teacher.float8:
             refuse_without_products(held, setting)
     own = [find(one.model, "student.model", one.revision, one.base) for one in students if one.model]
@@ -206,9 +204,9 @@ def load_together(
         if key not in bases:
             if waiting[key] < 2:
                 return None
-            bases[key] = loading.base(files.base, setting, settings.dtype, settings.attention, device, settings.quantization)
+            bases[key] = pretrained.load_pretrained(files.base, setting, settings.dtype, settings.attention, device, settings.quantization)
         waiting[key] -= 1
-        return sharing.twin(bases[key]) if waiting[key] else bases.pop(key)
+        return shared_weights.copy_sharing_weights(bases[key]) if waiting[key] else bases.pop(key)
 
     models = []
     for (setting, teacher), files, key in zip(teachers, theirs, keys[1:], strict=True):
@@ -216,35 +214,37 @@ def load_together(
         models.append(load_teacher(teacher, vocab, device, packing, setting, files, on, around_transform))
     on = base(keys[0], own[0], "student.model", students[0]) if own else None
     learning = load_students(students, vocab, device, seed, packing, own, on) if students else []
-    beside = [model for (_, teacher), model in zip(teachers, models, strict=True) if _beside(teacher)]
-    sharing.hold_once(model.plain for model in (*learning[:1], *beside))
+    beside = [model for (_, teacher), model in zip(teachers, models, strict=True) if _shares_base(teacher)]
+    shared_weights.deduplicate_weights(model.base_model for model in (*learning[:1], *beside))
     for n, ((setting, _), model) in enumerate(zip(teachers, models, strict=True)):
-        _say_what_is_shared(setting, model, learning[:1], models[:n])
+        _report_shared_weights(setting, model, learning[:1], models[:n])
     return learning, models
 
 
-def _beside(teacher: Teacher) -> bool:
+def _shares_base(teacher: Teacher) -> bool:
     return teacher.share_base and teacher.device is None
 
 
 def _keys(students: list[Student], own: list[ModelFiles], teachers: list[tuple[str, Teacher]], theirs: list[ModelFiles]) -> list:
     """Of the students' base (one for all) and of each teacher's; None for those that share none."""
     candidates = [
-        (files, one, f"{setting}.model") if _beside(one) and not one.honed else None
+        (files, one, f"{setting}.model") if _shares_base(one) and not one.is_transformed else None
         for (setting, one), files in zip(teachers, theirs, strict=True)
     ]
     lora = bool(own) and students[0].method == "lora"
     if sum(map(bool, candidates)) + lora < 2:
         return [None] * (1 + len(teachers))
-    student_keys = {sharing.base_key(files, one, "student.model") for files, one in zip(own, students, strict=True)} if lora else {None}
+    student_keys = (
+        {shared_weights.base_identity(files, one, "student.model") for files, one in zip(own, students, strict=True)} if lora else {None}
+    )
     student_key = None if None in student_keys else student_keys.pop()
-    return [student_key, *(sharing.base_key(*candidate) if candidate else None for candidate in candidates)]
+    return [student_key, *(shared_weights.base_identity(*candidate) if candidate else None for candidate in candidates)]
 
 
-def _say_what_is_shared(setting: str, model: LanguageModel, students: list[LanguageModel], others: list[LanguageModel]) -> None:
-    own = sharing.storages(model)
+def _report_shared_weights(setting: str, model: LanguageModel, students: list[LanguageModel], others: list[LanguageModel]) -> None:
+    own = shared_weights.storage_bytes(model)
     for who, them in (("the student", students), ("the teachers before it", others)):
-        if shared := sum(own[place] for place in own.keys() & sharing.storages(*them).keys()):
+        if shared := sum(own[place] for place in own.keys() & shared_weights.storage_bytes(*them).keys()):
             share = shared / sum(own.values())
             if share < 0.005:  # norms that are all ones, say
                 continue

@@ -10,8 +10,7 @@ from torch import nn
 
 from ..errors import UserError, brief
 from ..model_files import ModelFiles
-from . import adapters
-from . import pretrained as loading
+from . import adapters, pretrained
 
 
 def merge(files: ModelFiles, vocab: int, checkpoint: Path | None = None) -> nn.Module:
@@ -23,7 +22,7 @@ def merge(files: ModelFiles, vocab: int, checkpoint: Path | None = None) -> nn.M
     With `checkpoint` the adapter's weights are those of that checkpoint. A tied head stays tied if it may: one merged
     tensor cannot be both where the adapter changes head and embedding differently. UserError if the logits moved.
     """
-    base = loading.base(files.base, "export")
+    base = pretrained.load_pretrained(files.base, "export")
     if getattr(base, "is_quantized", False):  # as its folder holds it: there is no better one to merge into
         base = base.dequantize()
         base._weight_conversions = None  # or saving would undo what loading quantised weights took
@@ -31,11 +30,11 @@ def merge(files: ModelFiles, vocab: int, checkpoint: Path | None = None) -> nn.M
     base = base.to(torch.promote_types(base.get_input_embeddings().weight.dtype, torch.float32))
     adapted = adapters.load(base, files, "export").eval()
     if checkpoint:
-        put(adapted, checkpoint)
+        load_trained_weights(adapted, checkpoint)
     ids_BT = torch.arange(24).reshape(2, 12) * 7 % vocab
     with torch.no_grad():
         expected = adapted(input_ids=ids_BT, use_cache=False).logits
-        merged = fold(adapted, f"export: {files.adapter}")
+        merged = merge_adapter_(adapted, f"export: {files.adapter}")
         gap = (merged(input_ids=ids_BT, use_cache=False).logits - expected).abs().max().item()
     if not gap <= 1e-3 * max(1.0, expected.abs().max().item()):
         raise UserError(f"export: merging {files.adapter} moved its logits by {gap:.2g}; use the adapter unmerged")
@@ -44,7 +43,7 @@ def merge(files: ModelFiles, vocab: int, checkpoint: Path | None = None) -> nn.M
     return merged
 
 
-def fold(adapted: nn.Module, which: str) -> nn.Module:
+def merge_adapter_(adapted: nn.Module, which: str) -> nn.Module:
     """The plain model with the adapter in its weights, in place: layer by layer in at least float32, then as each was held.
 
     `which` adapter it is, for a UserError. A tied head stays tied if it may.
@@ -91,22 +90,22 @@ def _tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
     return [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
 
 
-def restored(model_folder: Path, checkpoint: Path) -> nn.Module:
+def from_checkpoint(model_folder: Path, checkpoint: Path) -> nn.Module:
     """A fully trained model as it was at a checkpoint."""
-    model = loading.base(model_folder, "export")
-    put(model, checkpoint)
+    model = pretrained.load_pretrained(model_folder, "export")
+    load_trained_weights(model, checkpoint)
     return model
 
 
-def read_back(model: nn.Module, folder: Path) -> None:
+def verify_saved(model: nn.Module, folder: Path) -> None:
     """UserError unless `folder` gives the model that was saved there, to the last bit."""
-    again, saved = loading.base(folder, "export").state_dict(), model.state_dict()
+    again, saved = pretrained.load_pretrained(folder, "export").state_dict(), model.state_dict()
     wrong = [k for k in saved if k not in again or not torch.equal(again[k].double(), saved[k].cpu().double())]
     if wrong or again.keys() - saved.keys():
         raise UserError(f"export: {len(wrong)} tensors, such as {wrong[:1]}, are not saved as they are; use the adapter unmerged")
 
 
-def put(model: nn.Module, checkpoint: Path) -> None:
+def load_trained_weights(model: nn.Module, checkpoint: Path) -> None:
     """Give a model the trained weights of a checkpoint."""
     from safetensors.torch import load_file
 

@@ -9,12 +9,12 @@ from torch import nn
 
 from ..errors import UserError, brief
 from ..head import Head
-from .shared_weights import twin
+from .shared_weights import copy_sharing_weights
 
 OFFLOAD = "offload"
 
 
-def device_of(setting: str, name: str | None, beside: torch.device | str) -> torch.device:
+def resolve_device(setting: str, name: str | None, beside: torch.device | str) -> torch.device:
     """Where the weights are loaded to. UserError for a device that this machine has not."""
     if name is None or name == OFFLOAD:
         return torch.device(beside if name is None else "cpu")
@@ -40,8 +40,8 @@ def offload(plain: nn.Module, device: torch.device | str) -> None:
         if on_gpu:  # copied without a stay in between
             for _, _, parameter in slots:
                 parameter.data = parameter.data.pin_memory()
-        module.register_forward_pre_hook(functools.partial(_bring, slots, device))
-        module.register_forward_hook(functools.partial(_leave, slots), always_call=True)
+        module.register_forward_pre_hook(functools.partial(_load_layer, slots, device))
+        module.register_forward_hook(functools.partial(_unload_layer, slots), always_call=True)
     for part in plain.modules():
         for name, buffer in part._buffers.items():
             part._buffers[name] = buffer if buffer is None else buffer.to(device)
@@ -59,12 +59,12 @@ def _units(module: nn.Module, layers: set[str]) -> Iterator[tuple[nn.Module, lis
         yield from _units(child, layers)
 
 
-def _bring(slots: list[tuple[nn.Module, str, nn.Parameter]], device, *_) -> None:
+def _load_layer(slots: list[tuple[nn.Module, str, nn.Parameter]], device, *_) -> None:
     for part, name, parameter in slots:
         part._parameters[name] = nn.Parameter(parameter.data.to(device, non_blocking=True), requires_grad=False)
 
 
-def _leave(slots: list[tuple[nn.Module, str, nn.Parameter]], *_) -> None:
+def _unload_layer(slots: list[tuple[nn.Module, str, nn.Parameter]], *_) -> None:
     for part, name, parameter in slots:
         part._parameters[name] = parameter
 
@@ -73,4 +73,4 @@ def head_on(head: Head, device: torch.device) -> Head:
     """The same head on `device`, for hidden states that are there; a second one even where it is there already, on the same weights."""
     project = head.project
     there = all(p.device == device for p in project.parameters())
-    return Head(twin(project) if there else copy.deepcopy(project).to(device), head.vocab, head.scale, head.softcap)
+    return Head(copy_sharing_weights(project) if there else copy.deepcopy(project).to(device), head.vocab, head.scale, head.softcap)

@@ -15,7 +15,7 @@ from .quantization import DTYPES, bitsandbytes_config, note_share
 _OLD_BUFFERS = (".masked_bias", ".attn.bias", ".rotary_emb.inv_freq")
 
 
-def base(
+def load_pretrained(
     folder: Path, setting: str, dtype: str = "auto", attention: str = "auto", device="cpu", quantization: Quantization | None = None
 ) -> nn.Module:
     """A model as its folder holds it, on `device`. UserError unless every tensor fits its configuration."""

@@ -41,9 +41,9 @@ def save(model: LanguageModel, folder: Path, settings: StudentSettings) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if hasattr(model.model, "peft_config"):
         adapters.save(model.model, folder, model.adapter or "default")
-        if model.plain.generation_config is not None:
-            model.plain.generation_config.save_pretrained(folder)
-        base = Path(model.plain.config._name_or_path)
+        if model.base_model.generation_config is not None:
+            model.base_model.generation_config.save_pretrained(folder)
+        base = Path(model.base_model.config._name_or_path)
         record = {
             "base_fingerprint": fingerprint(base, "student.model"),
             "dtype": settings.dtype,

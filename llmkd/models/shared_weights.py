@@ -20,7 +20,7 @@ _LEAVE_BASE = ("gaussian", "eva", "orthogonal")
 _NOT_COMPUTED = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
 
 
-def base_key(files: ModelFiles, settings: Student | Teacher, setting: str) -> tuple | None:
+def base_identity(files: ModelFiles, settings: Student | Teacher, setting: str) -> tuple | None:
     """Equal for two models that stand on the same base, held alike; None where the adapter may change the base that it is put on."""
     if files.adapter and not _leaves_base(read_json(files.adapter / "adapter_config.json", setting)):
         return None
@@ -36,7 +36,7 @@ def _leaves_base(adapter: dict) -> bool:
     return usual and adapter.get("peft_type") == "LORA" and adapter.get("bias", "none") == "none"
 
 
-def twin(module: nn.Module) -> nn.Module:
+def copy_sharing_weights(module: nn.Module) -> nn.Module:
     """A second tree of modules on the very parameters (and persistent buffers) of the first. Take it before an adapter is put on."""
     for one in module.modules():
         if getattr(getattr(one, "weight", None), "CB", None) is not None and hasattr(one, "init_8bit_state"):
@@ -53,7 +53,7 @@ def _held(module: nn.Module) -> Iterator[object]:
         yield from (held for held in kept if held is not None)
 
 
-def hold_once(models: Iterable[nn.Module]) -> None:
+def deduplicate_weights(models: Iterable[nn.Module]) -> None:
     """Frozen parameters that are bit for bit the same in several models, under one name, become one tensor in memory.
 
     So do embeddings, norms and the head of a base that one model holds in 16 bit and another in 4. `models`: transformers' own, with
@@ -86,7 +86,7 @@ def _same(a: Tensor, b: Tensor) -> bool:
     return a.data_ptr() == b.data_ptr() or (torch.equal(a.flatten()[:64], b.flatten()[:64]) and torch.equal(a, b))
 
 
-def storages(*models: nn.Module) -> dict[int, int]:
+def storage_bytes(*models: nn.Module) -> dict[int, int]:
     """Bytes of the parameters by the storage they are in: what is in memory once is counted once."""
     found = [p.untyped_storage() for model in models for p in model.parameters() if not p.is_meta]
     return {storage.data_ptr(): storage.nbytes() for storage in found}

@@ -20,7 +20,7 @@ class ModelSize:
     layers: int
 
     @property
-    def all(self) -> int:
+    def parameters(self) -> int:
         return self.body + self.vocab * self.hidden
 
 
@@ -39,7 +39,7 @@ def model_size(files: ModelFiles) -> ModelSize:
     return ModelSize(body, vocab, hidden, layers)
 
 
-def trained_by(files: ModelFiles, lora: Lora) -> int:
+def adapter_parameters(files: ModelFiles, lora: Lora) -> int:
     """Parameters of an adapter: rank x (inputs + outputs) of every matrix it is put on."""
     total, named = 0, lora.target_modules if isinstance(lora.target_modules, tuple) else None
     for path in sorted(files.base.glob("*.safetensors")):

@@ -11,12 +11,11 @@ import math
 import torch
 from torch import Tensor
 
-from .. import batch as varlen_batch
-from ..batch import View
+from ..batch import PackedLayout, View
 from ..console import info
 from ..errors import UserError, brief
-from . import attention as varlen
-from .last_layer import spare
+from . import attention as packed_attention
+from .last_layer import enable_if_exact
 
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4}
 
@@ -27,9 +26,9 @@ def check(model, setting: str, packing: int = 0, attention: str = "auto") -> Non
     UserError where it cannot be used. `packing`: the most tokens that a packed row may hold, 0 without packing; it then gets llmkd's
     attention for such rows, unless `attention` is another.
     """
-    family = model.plain.config.model_type
-    model.activate()
-    with _quiet(model):
+    family = model.base_model.config.model_type
+    model.set_active_adapter()
+    with _eval_no_grad(model):
         try:
             ids_BT = (torch.arange(24, device=model.device).reshape(2, 12) * 7 + 3) % model.head.vocab
             own_NV = model.model(input_ids=ids_BT, use_cache=False).logits.flatten(0, 1)[:, : model.head.vocab]
@@ -55,7 +54,7 @@ def check(model, setting: str, packing: int = 0, attention: str = "auto") -> Non
         _check_causal(model, ids_BT, limit, setting)
         if packing:
             _check_packing(model, ids_BT, limit, setting, packing, attention)
-        spare(model, tolerance(model))
+        enable_if_exact(model, tolerance(model))
 
 
 def _gap_to(model, ids_BT: Tensor, own_NV: Tensor) -> tuple[float, Exception | None]:
@@ -69,7 +68,7 @@ def _gap_to(model, ids_BT: Tensor, own_NV: Tensor) -> tuple[float, Exception | N
 def tolerance(model, *dtypes: torch.dtype) -> float:
     """The gap, relative to the largest logit, that rounding alone may leave. An 8-bit model quantises its activations
     by what else is in the batch."""
-    if getattr(model.plain, "is_loaded_in_8bit", False):
+    if getattr(model.base_model, "is_loaded_in_8bit", False):
         return 0.2
     return max(_ROUNDING.get(dtype, 3e-2) for dtype in (model.dtype, *dtypes))
 
@@ -80,19 +79,19 @@ def _check_causal(model, ids_BT: Tensor, limit: float, setting: str) -> None:
     before = torch.arange(ids_BT.numel(), device=ids_BT.device).reshape(ids_BT.shape)[:, :-1].flatten()
     if not _gap(_logits(model, ids_BT)[before], _logits(model, changed_BT)[before]) <= limit:
         raise UserError(
-            f"{setting}: {model.plain.config.model_type} lets a position see the tokens after it, so it is no causal language model "
+            f"{setting}: {model.base_model.config.model_type} lets a position see the tokens after it, so it is no causal language model "
             "(is_decoder may be false in its config.json)"
         )
 
 
 def _check_packing(model, ids_BT: Tensor, limit: float, setting: str, tokens: int, attention: str) -> None:
     """With llmkd's attention where that is right for the model and no other is asked for, or with the model's own."""
-    which = f"{setting} ({model.plain.config.model_type})"
-    if attention == "auto" and varlen.use(model.plain):
+    which = f"{setting} ({model.base_model.config.model_type})"
+    if attention == "auto" and packed_attention.enable(model.base_model):
         model.varlen = True
         if not (_problem_of_packing(model, ids_BT, limit, tokens, which) or _problem_of_sharing(model, ids_BT, limit)):
             return
-        varlen.leave(model.plain)
+        packed_attention.disable(model.base_model)
         model.varlen = False
     if problem := _problem_of_packing(model, ids_BT, limit, tokens, which):
         raise UserError(f"data.packing: {problem}set data.packing: false")
@@ -118,10 +117,10 @@ def _problem_of_packing(model, ids_BT: Tensor, limit: float, tokens: int, which:
     if not (leak <= 3 * noise + 1e-6 * apart_NV.abs().max().item() and gap <= limit):
         return f"in {which} packed examples see one another: logits differ by {max(leak, gap):.2g} from those of the same examples apart; "
     T = ids_BT.shape[1]
-    config = model.plain.config.get_text_config()
+    config = model.base_model.config.get_text_config()
     if getattr(config, "attn_temperature_tuning", None) and tokens >= (scale := getattr(config, "floor_scale", None) or 8192):
         return _too_long(which, scale - 1, tokens)  # Llama 4's attention depends on the place in the row from there on
-    table = max((b.shape[-1] for b in model.plain.buffers() if b.ndim > 1 and b.shape[-1] == b.shape[-2]), default=0)
+    table = max((b.shape[-1] for b in model.base_model.buffers() if b.ndim > 1 and b.shape[-1] == b.shape[-2]), default=0)
     if tokens > table > 0:  # a mask of its own may be as long as the longest example
         long_BT = ids_BT[:1].repeat(table // T + 1, 1)
         try:
@@ -146,7 +145,7 @@ def _problem_of_sharing(model, ids_BT: Tensor, limit: float) -> bool:
     ids_BT = torch.cat([ids_BT[:1], torch.cat([ids_BT[:1, :P], ids_BT[1:, P:]], 1)])
     place = torch.arange(T, device=ids_BT.device)
     inputs = {"input_ids": torch.cat([ids_BT[0], ids_BT[1, P:]])[None], "position_ids": torch.cat([place, place[P:]])[None]}
-    packed = varlen_batch.Packed.of([P, T - P, T - P], [-1, 0, 0], [-1, 0, 1]).each(lambda x: x.to(ids_BT.device))
+    packed = PackedLayout.of([P, T - P, T - P], [-1, 0, 0], [-1, 0, 1]).each(lambda x: x.to(ids_BT.device))
     rows_N = torch.cat([place, place[:P], place[P:] + T - P])
     return not _gap(model.head.logits(model.hidden(View(inputs, rows_N, packed))), _logits(model, ids_BT)) <= limit
 
@@ -157,11 +156,11 @@ def _logits(model, ids_BT: Tensor, packed: bool = False) -> Tensor:
         return model.head.logits(model.hidden(View(view, rows_N)))
     B, T = ids_BT.shape
     inputs = {"input_ids": ids_BT.reshape(1, -1), "position_ids": torch.arange(T, device=ids_BT.device).repeat(B)[None]}
-    lies = varlen_batch.Packed.of([T] * B).each(lambda x: x.to(ids_BT.device))
-    return model.head.logits(model.hidden(View(inputs, rows_N, lies)))
+    layout = PackedLayout.of([T] * B).each(lambda x: x.to(ids_BT.device))
+    return model.head.logits(model.hidden(View(inputs, rows_N, layout)))
 
 
-def untouched(model, setting: str) -> list[str]:
+def parameters_without_gradient(model, setting: str) -> list[str]:
     """Trainable parameters that a small batch, or a single token, gives no gradient. UserError where there is no backward pass."""
     ids_BT = (torch.arange(24, device=model.device).reshape(2, 12) * 7 + 3) % model.head.vocab
     out = {}
@@ -170,7 +169,7 @@ def untouched(model, setting: str) -> list[str]:
             with torch.enable_grad():
                 _logits(model, batch_BT).logsumexp(-1).sum().backward()
         except Exception as error:
-            raise UserError(f"{setting}: {model.plain.config.model_type} fails in a first backward pass ({brief(error)})") from error
+            raise UserError(f"{setting}: {model.base_model.config.model_type} fails in a first backward pass ({brief(error)})") from error
         out |= {name: None for name, p in model.trainable().items() if p.grad is None}
         model.zero_grad(set_to_none=True)
     return list(out)
@@ -182,7 +181,7 @@ def _gap(a_NV: Tensor, b_NV: Tensor) -> float:
 
 
 @contextlib.contextmanager
-def _quiet(model):
+def _eval_no_grad(model):
     """Eval mode without gradients or autocast, and back."""
     was_training, autocast = model.training, model.autocast
     model.eval()

@@ -6,30 +6,30 @@ from ..config.recipe import Teacher
 from ..errors import UserError, brief
 from ..model_files import ModelFiles
 from . import float8
-from .merge import fold
+from .merge import merge_adapter_
 from .quantization import note_share
 
 
 @torch.no_grad()
-def hone(teacher, settings: Teacher, files: ModelFiles, setting: str) -> None:
+def apply_transforms(teacher, settings: Teacher, files: ModelFiles, setting: str) -> None:
     """Change a `LanguageModel` as its settings say, in place."""
     if settings.merge_adapter:
-        teacher.become(fold(teacher.model, f"{setting}.merge_adapter: {files.adapter}"))
+        teacher.replace_with(merge_adapter_(teacher.model, f"{setting}.merge_adapter: {files.adapter}"))
     if settings.float8:
-        if not float8.convert(teacher.plain):
+        if not float8.convert(teacher.base_model):
             raise UserError(
                 f"{setting}.quantization.type: found fp8, and {files.base} has no linear layers whose sizes are multiples of 16; leave it out"
             )
-        note_share(teacher.plain, f"{setting}.model")
+        note_share(teacher.base_model, f"{setting}.model")
         _refuse_failure(teacher, setting)
 
 
 def _refuse_failure(teacher, setting: str) -> None:
     ids_BT = torch.arange(24, device=teacher.device).reshape(2, 12) % teacher.head.vocab
     try:
-        teacher.plain(input_ids=ids_BT, use_cache=False)
+        teacher.base_model(input_ids=ids_BT, use_cache=False)
     except Exception as error:
         raise UserError(
-            f"{setting}.quantization.type: found fp8, in which {teacher.plain.config.model_type} fails on a first small batch ({brief(error)}); "
+            f"{setting}.quantization.type: found fp8, in which {teacher.base_model.config.model_type} fails on a first small batch ({brief(error)}); "
             "use int8 or nf4"
         ) from error

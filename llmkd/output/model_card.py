@@ -31,7 +31,7 @@ METRICS = {
 #: Figures that a teacher is part of.
 OF_TEACHER = ("forward_kl", "reverse_kl", "top1_agreement", "teacher_ce", "teacher_entropy")
 
-#: What `loading.base` does too.
+#: What `pretrained.load_pretrained` does too.
 REPACKING = (
     "for module in base.modules():  # or bitsandbytes may turn weights on a CPU into a form that DoRA and gradients cannot do with\n"
     "    if hasattr(module, 'support_avx512bf16_for_cpu'):\n"

@@ -58,7 +58,7 @@ def check_transforms(files: ModelFiles, settings: Teacher, setting: str) -> None
     """UserError where there is no adapter to merge, or where the base is quantised on disk and is to be merged into, or rounded, anew."""
     if settings.merge_adapter and not files.adapter:
         raise UserError(f"{setting}.merge_adapter: found true, and {settings.model} is not an adapter; leave it out")
-    if settings.honed and "quantization_config" in files.config:
+    if settings.is_transformed and "quantization_config" in files.config:
         name = "quantization" if settings.float8 else "merge_adapter"
         raise UserError(f"{setting}.{name}: {files.base} is quantised already; leave it out, or name the unquantised model")
 

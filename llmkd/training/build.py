@@ -10,9 +10,9 @@ from ..data.stream import Stream
 from ..errors import UserError
 from ..losses.divergences import make_divergence
 from ..losses.objective import Objective
-from ..models import compile as compiled
+from ..models.compile import compile_layers, configure_torch_compile
 from ..models.language_model import LanguageModel
-from ..models.load import AroundTransform, load_together
+from ..models.load import AroundTransform, load_models
 from . import optim as optimizers
 from .distiller import Distiller
 from .loop import StudentState
@@ -26,22 +26,22 @@ def load(
     """The recipes' students and the teachers, by their settings' names, ready for packed rows and compiled where the recipe says so."""
     recipe = recipes[0]
     if recipe.train.compile:
-        compiled.prepare(device)
+        configure_torch_compile(device)
     packing = recipe.data.packing * longest_row(recipe)
-    students, found = load_together([one.student for one in recipes], teachers, vocab, device, recipe.seed, packing, around_transform)
+    students, found = load_models([one.student for one in recipes], teachers, vocab, device, recipe.seed, packing, around_transform)
     every = [
         *(("student.model", one) for one in students),
         *((f"{name}.model", one) for (name, _), one in zip(teachers, found, strict=True)),
     ]
     if recipe.data.share_prefixes and (other := next(((setting, one) for setting, one in every if not one.varlen), None)):
         raise UserError(
-            f"data.share_prefixes: {other[0]} ({other[1].plain.config.model_type}) keeps an attention of its own in packed rows, which cannot "
+            f"data.share_prefixes: {other[0]} ({other[1].base_model.config.model_type}) keeps an attention of its own in packed rows, which cannot "
             "share; set it to false"
         )
     if recipe.train.compile:
         info("compiling the layers of student and teachers, which takes a while; what was compiled before is found again")
         for setting, model in every:
-            compiled.compile_layers(model, setting, recipe.data.packing)
+            compile_layers(model, setting, recipe.data.packing)
     return students, found
 
 
@@ -79,7 +79,7 @@ def build_student(recipe: Recipe, student: LanguageModel, total_steps: int, acce
     objective = Objective(loss.kd_ratio, loss.temperature, make_divergence(loss.divergence, **loss.divergence_options))
     parameters = student.trainable()
     optimizer = optimizers.build(optim, parameters)
-    if student.untouched and accelerator.num_processes > 1:  # or the processes would wait for gradients that never come
+    if student.parameters_without_gradient and accelerator.num_processes > 1:  # or the processes would wait for gradients that never come
         accelerator.ddp_handler.find_unused_parameters = True
     distiller = accelerator.prepare_model(Distiller(student, objective, loss.chunk_size or rows))
     return StudentState(distiller, optimizer, parameters, schedule(recipe, total_steps), optim.max_grad_norm)

@@ -246,12 +246,12 @@ def answers_of(recipe, k: int, held_out: bool = True) -> list[dict]:
     """What another program would give: the k likeliest tokens of the live teacher at every target, by row."""
     from llmkd.config.recipe import teachers
     from llmkd.data.collate import collate
-    from llmkd.models import load as models_load
+    from llmkd.models.load import load_teacher
     from llmkd.teachers.live import Live
     from llmkd.training.prepare import prepare
 
     prepared = prepare(recipe, open_caches=False)
-    live, lines = Live(models_load.load_teacher(teachers(recipe.teacher)[0], prepared.vocab, "cpu")), []
+    live, lines = Live(load_teacher(teachers(recipe.teacher)[0], prepared.vocab, "cpu")), []
     for encoded in (prepared.train, prepared.validation) if held_out else (prepared.train,):
         for i in range(len(encoded)):
             batch = collate(encoded, [i], 0)

@@ -275,10 +275,10 @@ def command(capsys, *words) -> tuple[int, str, str]:
 
 
 def test_nothing_is_evaluated_twice_or_mixed_up(base, small, tmp_path, tasks_dir, capsys, monkeypatch):
-    from llmkd.models import pretrained as loading
+    from llmkd.models import pretrained
 
-    loaded, real = [], loading.base
-    monkeypatch.setattr(loading, "base", lambda folder, *a, **k: (loaded.append(folder), real(folder, *a, **k))[1])
+    loaded, real = [], pretrained.load_pretrained
+    monkeypatch.setattr(pretrained, "load_pretrained", lambda folder, *a, **k: (loaded.append(folder), real(folder, *a, **k))[1])
     out = tmp_path / "out"
     eval_ = functools.partial(command, capsys, base, "--tasks_dir", tasks_dir, "--out", out, "--tasks")
     code, table, err = eval_("commonsense_qa", "--limit", 4)
@@ -317,12 +317,12 @@ def test_other_items_or_torn_files_are_no_result(base, tmp_path, tasks_dir, caps
 def test_refusals_come_before_a_model_is_loaded(base, tmp_path, tasks_dir, capsys, monkeypatch):
     import lm_eval.tasks
 
-    from llmkd.models import pretrained as loading
+    from llmkd.models import pretrained
 
     own = Path(lm_eval.tasks.__file__).parent / "hellaswag"  # stands for all of the harness's own tasks, whose index takes half a minute
     real = benchmarks.index
     monkeypatch.setattr(benchmarks, "index", lambda folder, defaults: real(own if defaults else folder, False))
-    monkeypatch.setattr(loading, "base", lambda *a, **k: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(pretrained, "load_pretrained", lambda *a, **k: pytest.fail("a model was loaded"))
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     write_rows(tmp_path / "data/q.jsonl", [commonsense_qa(0)])
     write_tasks(tmp_path / "data", tmp_path / "broken")

@@ -60,7 +60,7 @@ def test_the_truth_is_that_of_whole_logits(world):
     truth, (ids, marks) = world.truth([example]), world.data.example(example)
     with torch.no_grad():
         log_q, log_p = (
-            m.plain(torch.from_numpy(ids)[None].long()).logits[0, :-1].double().log_softmax(-1) for m in (world.student, world.teacher)
+            m.base_model(torch.from_numpy(ids)[None].long()).logits[0, :-1].double().log_softmax(-1) for m in (world.student, world.teacher)
         )
     at = torch.from_numpy(marks[1:])
     ce = torch.nn.functional.nll_loss(log_q[at], torch.from_numpy(ids[1:]).long()[at])

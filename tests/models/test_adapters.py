@@ -12,9 +12,9 @@ from llmkd.config.recipe import Student as StudentSettings
 from llmkd.config.recipe import Teacher as TeacherSettings
 from llmkd.data.reading.skills import tokenizer
 from llmkd.errors import UserError
-from llmkd.models import language_model as models
-from llmkd.models import load as models_load
-from llmkd.models import saved_student as models_saved_student
+from llmkd.models import saved_student
+from llmkd.models.language_model import LanguageModel
+from llmkd.models.load import load_student, load_students, load_teacher
 from tests.kit.families import tiny
 
 IDS = torch.arange(40).reshape(4, 10) * 13 % 640
@@ -26,12 +26,12 @@ def base(folder, family="llama", dtype=torch.float32, **changes):
     return folder
 
 
-def student(path, **changes) -> models.LanguageModel:
-    return models_load.load_student(StudentSettings(model=str(path), **changes), 640, "cpu", 0)
+def student(path, **changes) -> LanguageModel:
+    return load_student(StudentSettings(model=str(path), **changes), 640, "cpu", 0)
 
 
-def teacher(path) -> models.LanguageModel:
-    return models_load.load_teacher(TeacherSettings(model=str(path)), 640, "cpu")
+def teacher(path) -> LanguageModel:
+    return load_teacher(TeacherSettings(model=str(path)), 640, "cpu")
 
 
 def moved(model: torch.nn.Module) -> torch.nn.Module:
@@ -46,7 +46,7 @@ def moved(model: torch.nn.Module) -> torch.nn.Module:
 
 @torch.no_grad()
 def logits(model) -> torch.Tensor:
-    return getattr(model, "plain", model)(input_ids=IDS, use_cache=False).logits
+    return (model.base_model if isinstance(model, LanguageModel) else model)(input_ids=IDS, use_cache=False).logits
 
 
 def plain(folder):
@@ -72,7 +72,7 @@ def test_an_adapter_whose_tensors_peft_renames_is_read_back_in_full_by_all(tmp_p
 
     model = moved(student(base(tmp_path / "base", "laguna"), lora=Lora(rank=4)))
     expected = logits(model)
-    models_saved_student.save(model, tokenizer(), tmp_path / "ours", StudentSettings())
+    saved_student.save(model, tmp_path / "ours", StudentSettings())
     model.model.save_pretrained(tmp_path / "theirs")
     assert torch.equal(logits(PeftModel.from_pretrained(plain(tmp_path / "base"), tmp_path / "ours").eval()), expected)
     for folder in ("ours", "theirs"):
@@ -115,7 +115,7 @@ def test_parameters_that_are_held_wider_than_the_rest_stay_so_when_merged(tmp_pa
     model.save_pretrained(tmp_path / "base")
     tokenizer().save_pretrained(tmp_path / "base")
     untrained = student(tmp_path / "base", lora=Lora(rank=4, target_modules=("o_proj",)))
-    models_saved_student.save(untrained, tokenizer(), tmp_path / "adapter", StudentSettings())
+    saved_student.save(untrained, tmp_path / "adapter", StudentSettings())
     merged, held = plain(export(tmp_path / "adapter")), plain(tmp_path / "base")
     assert torch.equal(logits(merged), logits(held))
     assert {n: t.dtype for n, t in merged.state_dict().items()} == {n: t.dtype for n, t in held.state_dict().items()}
@@ -129,14 +129,14 @@ def test_an_adapter_that_cannot_be_merged_is_a_refusal(tmp_path):
 
 
 def test_a_folder_that_does_not_hold_what_was_saved_is_refused(tmp_path):
-    from llmkd.models.merge import read_back
+    from llmkd.models.merge import verify_saved
 
     model = plain(base(tmp_path / "base"))
-    read_back(model, tmp_path / "base")
+    verify_saved(model, tmp_path / "base")
     with torch.no_grad():
         model.lm_head.weight[3, 4] += 1e-3
     with pytest.raises(UserError, match=r"export: 1 tensors, such as \['lm_head.weight'\], are not saved as they are"):
-        read_back(model, tmp_path / "base")
+        verify_saved(model, tmp_path / "base")
 
 
 @pytest.mark.parametrize(("family", "router"), [("llama4_text", "Llama4Router"), ("phimoe", "PhimoeTopKRouter")])
@@ -191,7 +191,7 @@ def test_an_adapter_that_takes_something_out_of_the_base_trains_alone(tmp_path):
     assert torch.equal(logits(student(tmp_path / "adapter").eval()), expected)
     arms = [StudentSettings(model=str(tmp_path / "base")), StudentSettings(model=str(tmp_path / "adapter"))]
     with pytest.raises(UserError, match="student.model: .* was initialised by pissa, which changes the base; train it alone"):
-        models_load.load_students(arms, 640, "cpu", 0)
+        load_students(arms, 640, "cpu", 0)
 
 
 def test_dora_on_rows_of_zeros_is_refused(tmp_path):

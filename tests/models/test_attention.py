@@ -8,13 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from llmkd import batch as varlen_batch
+from llmkd.batch import PackedLayout
 from llmkd.data.collate import collate, select_examples
 from llmkd.data.examples import Examples
 from llmkd.data.shared_prefixes import SHORTEST, shared_prefixes
 from llmkd.errors import UserError
-from llmkd.models import attention as varlen
-from llmkd.models import startup_checks as selftest
+from llmkd.models import attention, startup_checks
 from llmkd.models.language_model import LanguageModel
 from tests.conftest import distance
 from tests.kit.families import tiny
@@ -38,7 +37,7 @@ def model_of(family: str, checkpointing: bool = False, **changes) -> LanguageMod
     model = LanguageModel(tiny(family, **STILL, **changes), 90)
     if checkpointing:
         model.model.gradient_checkpointing_enable({"use_reentrant": False})
-    selftest.check(model, "student.model", packing=1000)
+    startup_checks.check(model, "student.model", packing=1000)
     return model.train()
 
 
@@ -101,9 +100,9 @@ def test_the_windows_above_are_narrower_than_the_examples():
 
 
 def test_under_autocast_products_are_in_its_type(monkeypatch):
-    types, real = set(), varlen.scaled_dot_product_attention
+    types, real = set(), attention.scaled_dot_product_attention
     monkeypatch.setattr(
-        varlen,
+        attention,
         "scaled_dot_product_attention",
         lambda q, k, v, *rest, **more: (types.update({q.dtype, k.dtype, v.dtype}), real(q, k, v, *rest, **more))[1],
     )
@@ -117,16 +116,16 @@ def test_under_autocast_products_are_in_its_type(monkeypatch):
 
 def test_no_score_is_computed_between_two_examples(monkeypatch):
     """Not even to be dropped: the pairs of tokens are those of the examples alone."""
-    pairs, real = [], varlen.scaled_dot_product_attention
+    pairs, real = [], attention.scaled_dot_product_attention
     monkeypatch.setattr(
-        varlen,
+        attention,
         "scaled_dot_product_attention",
         lambda q, k, *rest, **more: (pairs.append(q.shape[2] * k.shape[2]), real(q, k, *rest, **more))[1],
     )
     model, encoded = model_of("llama"), examples()
     pairs.clear()
     batch = outcome(model, encoded, packing=True)[2]
-    layers = model.plain.config.num_hidden_layers
+    layers = model.base_model.config.num_hidden_layers
     assert sum(pairs) == layers * sum(n * n for n in batch.student.packed.lengths)
 
 
@@ -137,7 +136,7 @@ def test_a_family_whose_attention_is_more_than_that_keeps_its_own(family):
     before = plain.config._attn_implementation
     model = LanguageModel(plain, 90)
     try:
-        selftest.check(model, "student.model", packing=1000)
+        startup_checks.check(model, "student.model", packing=1000)
     except UserError as error:
         assert "data.packing" in str(error)
     assert not model.varlen and plain.config._attn_implementation == before
@@ -145,15 +144,15 @@ def test_a_family_whose_attention_is_more_than_that_keeps_its_own(family):
 
 def test_an_attention_that_was_asked_for_is_kept():
     model = LanguageModel(tiny("llama"), 90)
-    selftest.check(model, "student.model", 1000, "sdpa")
-    assert not model.varlen and model.plain.config._attn_implementation == "sdpa"
+    startup_checks.check(model, "student.model", 1000, "sdpa")
+    assert not model.varlen and model.base_model.config._attn_implementation == "sdpa"
 
 
 def test_one_whose_packed_rows_would_leak_is_found_out_and_left(monkeypatch):
-    monkeypatch.setattr(varlen_batch.Packed, "mask", lambda self: torch.ones(1, 1, 1, 1, dtype=torch.bool))
+    monkeypatch.setattr(PackedLayout, "mask", lambda self: torch.ones(1, 1, 1, 1, dtype=torch.bool))
     model = LanguageModel(tiny("llama"), 90)
-    selftest.check(model, "student.model", packing=1000)
-    assert not model.varlen and model.plain.config._attn_implementation == "sdpa"
+    startup_checks.check(model, "student.model", packing=1000)
+    assert not model.varlen and model.base_model.config._attn_implementation == "sdpa"
 
 
 # ---- beginnings
@@ -203,7 +202,7 @@ def test_a_beginning_is_in_the_row_once_and_ends_before_what_is_supervised():
     ids = np.tile(np.arange(20, dtype=np.int32), 3)
     everything = Examples(ids, np.ones(60, bool), np.arange(0, 61, 20), np.arange(3))
     rows = collate(everything, [0, 1, 2], 0, packing=True, share=True).student.packed
-    assert rows.follows == (-1, -1, -1)  # a first token that is supervised is no beginning
+    assert rows.prefix_of == (-1, -1, -1)  # a first token that is supervised is no beginning
 
 
 @pytest.mark.parametrize("share", [False, True])
@@ -233,7 +232,7 @@ def test_sharing_is_refused_where_it_cannot_be(make_recipe, monkeypatch):
     changes = {"data.packing": True, "data.share_prefixes": True}
     with pytest.raises(UserError, match="data.share_prefixes: given with teacher.attention"):
         make_recipe(**changes, **{"teacher.attention": "eager"})
-    monkeypatch.setattr(varlen, "use", lambda model: False)
+    monkeypatch.setattr(attention, "enable", lambda model: False)
     with pytest.raises(UserError, match=r"data.share_prefixes: student.model \(llama\) keeps an attention of its own"):
         run(make_recipe(**changes))
 
@@ -241,21 +240,21 @@ def test_sharing_is_refused_where_it_cannot_be(make_recipe, monkeypatch):
 def test_a_row_is_no_longer_than_attention_by_place_allows():
     """Llama 4 scales attention by the place in the row, from floor_scale on; its chunks keep it from llmkd's attention."""
     changes = {"attn_temperature_tuning": True, "floor_scale": 300}
-    selftest.check(LanguageModel(tiny("llama4_text", **changes), 90), "student.model", 299)
+    startup_checks.check(LanguageModel(tiny("llama4_text", **changes), 90), "student.model", 299)
     with pytest.raises(
         UserError, match=r"\(llama4_text\) a packed row may hold 299 tokens, and this run's up to 300 \(train.*\); lower that, or"
     ):
-        selftest.check(LanguageModel(tiny("llama4_text", **changes), 90), "student.model", 300)
+        startup_checks.check(LanguageModel(tiny("llama4_text", **changes), 90), "student.model", 300)
 
 
 @pytest.mark.parametrize("repeat", [False, True])
 @pytest.mark.parametrize("window", [None, 9])
 def test_the_one_call_is_one_that_torch_takes(window, repeat):
     """Shapes alone, on no device: forward and backward."""
-    packed = varlen_batch.Packed.of([20, 40, 7, 33], [-1, 0, 0, -1]).each(lambda x: x.to("meta"))
-    sizes = ((100, 4, 64), (sum(packed.sees), 2, 64), (sum(packed.sees), 2, 64))
+    packed = PackedLayout.of([20, 40, 7, 33], [-1, 0, 0, -1]).each(lambda x: x.to("meta"))
+    sizes = ((100, 4, 64), (sum(packed.kv_lengths), 2, 64), (sum(packed.kv_lengths), 2, 64))
     given = [torch.empty(*size, device="meta", dtype=torch.bfloat16, requires_grad=True) for size in sizes]
-    out = varlen._flash(*given, packed, 0.125, 2, window, repeat)
+    out = attention._flash(*given, packed, 0.125, 2, window, repeat)
     out.sum().backward()
     assert (out.shape, out.dtype) == ((100, 4, 64), torch.bfloat16) and [x.grad.shape for x in given] == [
         torch.Size(size) for size in sizes
@@ -268,10 +267,10 @@ def test_the_one_call_is_believed_where_it_is_right(windowed, monkeypatch, capsy
         def flash(query, key, value, packed, scale, groups, window, repeat):
             if repeat not in takes:
                 raise RuntimeError("heads differ")
-            return changed(varlen._piece_by_piece(query, key, value, packed, 0.0, scale, groups, window))
+            return changed(attention._by_segment(query, key, value, packed, 0.0, scale, groups, window))
 
-        monkeypatch.setattr(varlen, "_flash", flash)
-        return varlen._one_call.__wrapped__(torch.device("cpu"), windowed)
+        monkeypatch.setattr(attention, "_flash", flash)
+        return attention._one_call.__wrapped__(torch.device("cpu"), windowed)
 
     assert [kernel(takes).keywords["repeat"] for takes in ((False, True), (True,))] == [False, True]
     assert capsys.readouterr().err == ""
@@ -295,7 +294,7 @@ def test_the_one_call_is_given_what_torch_documents(window, monkeypatch, capsys)
             return torch.cat(parts).to(query.dtype)
 
         monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
-        return varlen._one_call.__wrapped__(torch.device("cpu"), window is not None)
+        return attention._one_call.__wrapped__(torch.device("cpu"), window is not None)
 
     def whole(back, left, right):
         return (back >= -right) & ((back <= left) | (left < 0))

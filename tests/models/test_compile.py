@@ -5,8 +5,8 @@ import torch
 
 from llmkd.config.recipe import Lora, Quantization, Student
 from llmkd.errors import Stopped, UserError
-from llmkd.models import compile as compiled
-from llmkd.models import startup_checks as selftest
+from llmkd.models import compile as compilation
+from llmkd.models import startup_checks
 from llmkd.models.language_model import LanguageModel
 from llmkd.models.load import load_students
 from llmkd.training.run import run
@@ -19,8 +19,8 @@ from tests.models.test_last_layer import results, stirred, view
 @pytest.fixture
 def traced(monkeypatch):
     """Traced and guarded as when compiled, and then run as it is: what takes long is left out."""
-    monkeypatch.setattr(compiled, "BACKEND", "eager")
-    compiled.prepare(torch.device("cpu"))
+    monkeypatch.setattr(compilation, "BACKEND", "eager")
+    compilation.configure_torch_compile(torch.device("cpu"))
     yield
     torch._dynamo.reset()
 
@@ -31,9 +31,9 @@ def graphs() -> int:
 
 def test_one_graph_serves_the_layers_that_are_alike(traced):
     model = LanguageModel(tiny("llama", num_hidden_layers=3), V - 6).train()
-    selftest.check(model, "student.model")
+    startup_checks.check(model, "student.model")
     names, expected, before = list(model.state_dict()), results(model, True, view()), graphs()
-    compiled.compile_layers(model, "student.model", packing=False)
+    compilation.compile_layers(model, "student.model", packing=False)
     assert list(model.state_dict()) == names
     assert graphs() - before == 2, "one for the last layer, and one for the others"
     found = results(model, True, view())
@@ -44,18 +44,18 @@ def test_one_graph_serves_the_layers_that_are_alike(traced):
 @pytest.mark.slow
 def test_a_model_that_cannot_be_compiled_is_refused(traced, monkeypatch):
     model = LanguageModel(tiny("llama"), V - 6)
-    selftest.check(model, "student.model")
+    startup_checks.check(model, "student.model")
 
     def different(model, args, out):
         return out + 1e-3 if torch.compiler.is_compiling() else out
 
-    for layer in model.plain.model.layers:
+    for layer in model.base_model.model.layers:
         layer.register_forward_hook(different)
     with pytest.raises(UserError, match=r"^train.compile: student.model \(llama\), compiled, differs by .*; set train.compile: false$"):
-        compiled.compile_layers(model, "student.model", packing=True)
-    monkeypatch.setattr(compiled, "layers_of", lambda model: None)
+        compilation.compile_layers(model, "student.model", packing=True)
+    monkeypatch.setattr(compilation, "layers_of", lambda model: None)
     with pytest.raises(UserError, match="does not keep its layers in a list"):
-        compiled.compile_layers(model, "student.model", packing=False)
+        compilation.compile_layers(model, "student.model", packing=False)
 
 
 def test_without_a_compiler_it_is_refused_before_a_model_is_loaded(make_recipe, monkeypatch):
@@ -63,7 +63,7 @@ def test_without_a_compiler_it_is_refused_before_a_model_is_loaded(make_recipe, 
         raise RuntimeError("no g++")
 
     monkeypatch.setattr(torch, "compile", fails)
-    monkeypatch.setattr("llmkd.training.build.load_together", lambda *args: pytest.fail("loaded"))
+    monkeypatch.setattr("llmkd.training.build.load_models", lambda *args: pytest.fail("loaded"))
     with pytest.raises(UserError, match=r"^train.compile: found true, and torch.compile fails here \(RuntimeError: no g\+\+\)"):
         run(make_recipe(train__compile=True))
 
@@ -105,14 +105,14 @@ def test_a_compiled_run_is_the_run_and_is_resumed_bit_for_bit(trained, make_reci
 def test_students_side_by_side_and_a_base_in_four_bit(world):
     pytest.importorskip("bitsandbytes")
     torch._dynamo.reset()
-    compiled.prepare(torch.device("cpu"))
+    compilation.configure_torch_compile(torch.device("cpu"))
     for quantization in (None, Quantization(type="nf4")):
         base = {"model": str(world / "student"), "dtype": "float32", "quantization": quantization}
         arms = [Student(**base, lora=Lora(rank=4, dropout=0.3)), Student(**base, lora=Lora(rank=2))]
         models = [stirred(model) for model in load_students(arms, 640, "cpu", seed=7)]
         expected = [results(model, True, view()) for model in models]
         for model in models:
-            compiled.compile_layers(model, "student.model", packing=False)
+            compilation.compile_layers(model, "student.model", packing=False)
         for model, one in zip(models * 2, expected * 2, strict=True):
             found = results(model, True, view())
             assert found.keys() == one.keys()

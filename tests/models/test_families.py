@@ -11,7 +11,7 @@ from llmkd.errors import UserError
 from llmkd.losses.divergences import reverse_kl
 from llmkd.losses.fused import fused_loss
 from llmkd.losses.objective import Objective
-from llmkd.models import startup_checks as selftest
+from llmkd.models import startup_checks
 from llmkd.models.language_model import LanguageModel
 from llmkd.signals import Dense
 from tests.kit.families import V, tiny
@@ -71,7 +71,7 @@ def batch() -> tuple[View, torch.Tensor]:
 
 
 def own_logits(model: LanguageModel, view: View) -> torch.Tensor:
-    return model.plain(**view.inputs, use_cache=False).logits.flatten(0, 1)[view.rows_N, :REAL].double()
+    return model.base_model(**view.inputs, use_cache=False).logits.flatten(0, 1)[view.rows_N, :REAL].double()
 
 
 def signal() -> Dense:
@@ -107,7 +107,7 @@ def compare_with_own(model: LanguageModel, rtol: float) -> None:
 @pytest.mark.parametrize("family", KNOWN)
 def test_the_fused_path_equals_the_models_own_logits(family, capsys):
     model = language_model(family)
-    selftest.check(model, "student.model")
+    startup_checks.check(model, "student.model")
     assert not model.own_forward and not capsys.readouterr().err
     assert (pytest.approx(model.head.scale), model.head.softcap) == KNOWN[family]
     compare_with_own(model, 1e-4 if family in SINGLE else 1e-10)
@@ -115,14 +115,16 @@ def test_the_fused_path_equals_the_models_own_logits(family, capsys):
 
 def test_weights_that_a_single_token_does_not_use_are_known():
     """A process without an example in a step runs one token, and others would wait for its gradients of RWKV's decay."""
-    assert selftest.untouched(language_model("rwkv"), "student.model") == [f"rwkv.blocks.{n}.attention.time_decay" for n in (0, 1)]
-    assert selftest.untouched(language_model("llama"), "student.model") == []
+    assert startup_checks.parameters_without_gradient(language_model("rwkv"), "student.model") == [
+        f"rwkv.blocks.{n}.attention.time_decay" for n in (0, 1)
+    ]
+    assert startup_checks.parameters_without_gradient(language_model("llama"), "student.model") == []
 
 
 @pytest.mark.parametrize("family", UNKNOWN)
 def test_an_unknown_head_falls_back_to_the_models_own_forward(family, capsys):
     model = language_model(family)
-    selftest.check(model, "teacher.model")
+    startup_checks.check(model, "teacher.model")
     assert model.own_forward
     assert capsys.readouterr().err.count(f"note: teacher.model: llmkd does not know {family}'s head") == 1
     compare_with_own(model, 1e-10)
@@ -131,7 +133,7 @@ def test_an_unknown_head_falls_back_to_the_models_own_forward(family, capsys):
 def test_the_fallback_computes_only_the_columns_it_needs():
     model, seen = language_model("llama"), []
     model.use_own_forward()
-    model.plain.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[1]))
+    model.base_model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[1]))
     view, _ = batch()
     model.hidden(view)
     assert seen == [6]  # of nine columns the supervised positions stand in six
@@ -141,25 +143,25 @@ def test_the_fallback_computes_only_the_columns_it_needs():
 def test_a_head_that_a_family_calls_its_decoder_is_not_taken_for_the_body():
     from llmkd.models.families import decoder_of, layers_of
 
-    plain = language_model("modernbert-decoder").plain
+    plain = language_model("modernbert-decoder").base_model
     assert decoder_of(plain) is plain.model and len(layers_of(plain)) == plain.config.num_hidden_layers
 
 
 @pytest.mark.parametrize("family", BIDIRECTIONAL)
 def test_a_model_that_sees_later_tokens_is_refused(family):
     with pytest.raises(UserError, match=r"student.model: .* sees? the tokens after it|see the tokens after it"):
-        selftest.check(language_model(family), "student.model")
+        startup_checks.check(language_model(family), "student.model")
 
 
 @pytest.mark.parametrize("family", sorted(KNOWN.keys() - set(LEAKING)) + ["modernbert-decoder"])
 def test_packing_is_allowed_where_it_is_isolated(family):
-    selftest.check(language_model(family), "student.model", packing=True)
+    startup_checks.check(language_model(family), "student.model", packing=True)
 
 
 @pytest.mark.parametrize("family", LEAKING)
 def test_packing_is_refused_where_examples_see_one_another(family):
     with pytest.raises(UserError, match=r"data.packing: .* see one another|data.packing: .* takes no packed rows"):
-        selftest.check(language_model(family), "student.model", packing=True)
+        startup_checks.check(language_model(family), "student.model", packing=True)
 
 
 @pytest.mark.slow
@@ -173,7 +175,7 @@ def test_every_causal_family_of_transformers_is_right_or_refused():
             unbuilt.append(f"{family} ({error})")
             continue
         try:
-            selftest.check(model, family)
+            startup_checks.check(model, family)
         except UserError as error:
             refused.append(str(error))
             continue

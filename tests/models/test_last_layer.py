@@ -8,11 +8,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from llmkd.batch import View
 from llmkd.config.recipe import Lora, Quantization, Student, Teacher
 from llmkd.errors import UserError
-from llmkd.models import startup_checks as selftest
-from llmkd.models.activation_checkpointing import recompute
+from llmkd.models import activation_checkpointing, startup_checks
 from llmkd.models.families import layers_of
 from llmkd.models.language_model import LanguageModel
-from llmkd.models.load import load_students, load_teacher, load_together
+from llmkd.models.load import load_models, load_students, load_teacher
 from tests.kit.families import V, tiny
 
 N, TOTAL = 9, 27
@@ -53,7 +52,7 @@ def gap(some: dict[str, torch.Tensor], others: dict[str, torch.Tensor]) -> float
 
 def lengths_seen(model: LanguageModel, name: str, layer: int = -1) -> list[int]:
     """Filled with how many positions reach the layer's module of that name."""
-    seen, found = [], [m for n, m in layers_of(model.plain)[layer].named_modules() if n.rsplit(".", 1)[-1] == name]
+    seen, found = [], [m for n, m in layers_of(model.base_model)[layer].named_modules() if n.rsplit(".", 1)[-1] == name]
     inner = next(m for m in found[0].modules() if type(m) is nn.Linear)
     inner.register_forward_hook(lambda module, args, out: seen.append(args[0].shape[:-1].numel()))
     return seen
@@ -62,7 +61,7 @@ def lengths_seen(model: LanguageModel, name: str, layer: int = -1) -> list[int]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_it_is_exact(family):
     model = LanguageModel(tiny(family), V - 6).eval()
-    selftest.check(model, "student.model")
+    startup_checks.check(model, "student.model")
     assert gap(results(model, True, view()), results(model, False, view())) < 1e-12
 
 
@@ -72,7 +71,7 @@ def test_it_is_exact_or_left_out_in_every_family():
     for family in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
         try:
             model = LanguageModel(tiny(family), V - 6).eval()
-            selftest.check(model, "student.model")
+            startup_checks.check(model, "student.model")
         except Exception:  # not built this small, or refused
             continue
         if model.last_layer:
@@ -85,7 +84,7 @@ def test_it_is_exact_or_left_out_in_every_family():
 @pytest.mark.parametrize("name", ["q_proj", "o_proj", "mlp"])
 def test_only_the_rows_reach_the_last_layers_modules(name, packed):
     model = LanguageModel(tiny("llama"), V - 6)
-    selftest.check(model, "student.model", packing=packed)
+    startup_checks.check(model, "student.model", packing=packed)
     last, first, keys = lengths_seen(model, name), lengths_seen(model, name, 0), lengths_seen(model, "k_proj")
     model.hidden(view(packed=packed))
     assert (last, first, keys) == ([N], [TOTAL], [TOTAL])
@@ -94,7 +93,7 @@ def test_only_the_rows_reach_the_last_layers_modules(name, packed):
 @pytest.mark.parametrize("rows", [(), tuple(range(25)), tuple(range(27))])
 def test_it_is_left_out_where_nearly_all_positions_are_supervised_or_none_is(rows):
     model = LanguageModel(tiny("llama"), V - 6)
-    selftest.check(model, "student.model")
+    startup_checks.check(model, "student.model")
     seen = lengths_seen(model, "mlp")
     assert model.hidden(view(rows)).shape == (len(rows), 32) and seen == [TOTAL]
 
@@ -128,10 +127,10 @@ class Blind(nn.Module):
 def test_it_is_left_out_where_something_else_is_read(name, wrap, dtype, trains):
     for changed in (False, True):
         model = LanguageModel(tiny("gemma2", dtype).requires_grad_(trains), V - 6)
-        layer = layers_of(model.plain)[-1]
+        layer = layers_of(model.base_model)[-1]
         if changed:
             setattr(layer, name, wrap(getattr(layer, name)))
-        selftest.check(model, "student.model")
+        startup_checks.check(model, "student.model")
         assert (model.last_layer is None) == changed
 
 
@@ -140,7 +139,7 @@ def test_it_is_left_out_where_a_family_is_made_otherwise(family):
     if family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         pytest.skip(f"this version of transformers has no {family}")
     model = LanguageModel(tiny(family), V - 6)
-    selftest.check(model, "student.model")
+    startup_checks.check(model, "student.model")
     assert model.last_layer is None
 
 
@@ -158,7 +157,7 @@ def stirred(model: LanguageModel) -> LanguageModel:
 
 
 def test_adapters_side_by_side_and_the_teacher_beside_them(world):
-    (one, other), (teacher,) = load_together(
+    (one, other), (teacher,) = load_models(
         [Student(model=str(world / "student"), lora=lora) for lora in (Lora(rank=4), Lora(rank=2))],
         [("teacher", Teacher(model=str(world / "student")))],
         640,
@@ -203,8 +202,8 @@ def test_offloaded_and_in_bfloat16(world):
 @pytest.mark.parametrize("share, recomputed", [(True, 3), (0.5, 2), (0.01, 1), (0.99, 3)])
 def test_layers_are_recomputed_from_the_first_and_never_the_last(share, recomputed):
     model = LanguageModel(tiny("llama", num_hidden_layers=4), V - 6).train()
-    recompute(model.plain, share)
-    selftest.check(model, "student.model")
+    activation_checkpointing.enable(model.base_model, share)
+    startup_checks.check(model, "student.model")
     seen = [lengths_seen(model, "mlp", n) for n in range(4)]
     results(model, True, view())
     assert [len(one) for one in seen] == [2] * recomputed + [1] * (4 - recomputed)
@@ -222,11 +221,11 @@ def test_recomputing_changes_no_bit(world, share):
 
 def test_a_last_layer_that_is_recomputed_is_left_whole():
     model = LanguageModel(tiny("llama"), V - 6).train()
-    model.plain.gradient_checkpointing_enable({"use_reentrant": False})
-    selftest.check(model, "student.model")
+    model.base_model.gradient_checkpointing_enable({"use_reentrant": False})
+    startup_checks.check(model, "student.model")
     assert model.last_layer is None
 
 
 def test_a_share_is_refused_where_layers_cannot_be_chosen():
     with pytest.raises(UserError, match="student.gradient_checkpointing: found 0.5, and of llama layers cannot be chosen; set it to true"):
-        recompute(tiny("llama", num_hidden_layers=1), 0.5)
+        activation_checkpointing.enable(tiny("llama", num_hidden_layers=1), 0.5)

@@ -90,9 +90,9 @@ def test_a_run_whose_model_leaks_is_refused_before_it_writes(world, make_recipe,
 
 def test_a_packed_row_is_no_longer_than_a_model_takes():
     """GPT-Neo's mask is a table of 128 x 128 here; where positions start again is of no concern to it."""
-    from llmkd.models import startup_checks as selftest
+    from llmkd.models import startup_checks
 
     for family, tokens in (("gpt_neo", 128), ("llama", 512)):
-        selftest.check(LanguageModel(tiny(family), 90), "student.model", tokens)
+        startup_checks.check(LanguageModel(tiny(family), 90), "student.model", tokens)
     with pytest.raises(UserError, match=r"\(gpt_neo\) a packed row may hold 128 tokens, and this run's up to 129 .*; lower that"):
-        selftest.check(LanguageModel(tiny("gpt_neo"), 90), "student.model", 129)
+        startup_checks.check(LanguageModel(tiny("gpt_neo"), 90), "student.model", 129)

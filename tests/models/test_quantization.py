@@ -16,9 +16,9 @@ from llmkd.errors import UserError
 from llmkd.losses.divergences import forward_kl
 from llmkd.losses.fused import fused_loss
 from llmkd.losses.objective import Objective
-from llmkd.models import language_model as models
-from llmkd.models import load as models_load
-from llmkd.models import saved_student as models_saved_student
+from llmkd.models import saved_student
+from llmkd.models.language_model import LanguageModel
+from llmkd.models.load import load_student, load_teacher
 from tests.conftest import distance
 
 pytest.importorskip("bitsandbytes")
@@ -59,9 +59,9 @@ def single(world, tmp_path_factory) -> Path:
     return root
 
 
-def student(single, quantization, name="student", **changes) -> models.LanguageModel:
+def student(single, quantization, name="student", **changes) -> LanguageModel:
     settings = StudentSettings(model=str(single / name), lora=Lora(rank=4), quantization=quantization, **changes)
-    return models_load.load_student(settings, 640, "cpu", 0)
+    return load_student(settings, 640, "cpu", 0)
 
 
 def batch():
@@ -69,7 +69,7 @@ def batch():
     return View({"input_ids": ids_BT}, torch.arange(0, 40, 3)), torch.arange(14) * 5 % 640
 
 
-def gradients(model: models.LanguageModel) -> dict[str, torch.Tensor]:
+def gradients(model: LanguageModel) -> dict[str, torch.Tensor]:
     view, labels_N = batch()
     model.zero_grad(set_to_none=True)
     fused_loss(model.hidden(view), model.head, labels_N, Objective(0.0, 1.0, forward_kl), chunk=5)[0].backward()
@@ -130,8 +130,8 @@ def test_four_bit_layers_are_never_repacked_on_cpus_that_could(single, monkeypat
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_quantised_teacher_is_in_eval_mode_and_says_the_same_twice(single, kind):
     pupil = student(single, None)
-    teacher = models_load.load_teacher(TeacherSettings(model=str(single / "teacher"), quantization=KINDS[kind]), 640, "cpu")
-    full = models_load.load_teacher(TeacherSettings(model=str(single / "teacher")), 640, "cpu")
+    teacher = load_teacher(TeacherSettings(model=str(single / "teacher"), quantization=KINDS[kind]), 640, "cpu")
+    full = load_teacher(TeacherSettings(model=str(single / "teacher")), 640, "cpu")
     view, _ = batch()
     with torch.no_grad():
         first, second, plain = teacher.hidden(view), teacher.hidden(view), full.hidden(view)
@@ -147,7 +147,7 @@ def test_heads_stay_exact_beside_a_quantised_body(single):
         model = student(single, NF4, name)
         view, _ = batch()
         with torch.no_grad():
-            own = model.eval().plain(**view.inputs, use_cache=False).logits.flatten(0, 1)[view.rows_N, :640]
+            own = model.eval().base_model(**view.inputs, use_cache=False).logits.flatten(0, 1)[view.rows_N, :640]
             assert_close(model.head.logits(model.hidden(view)), own, rtol=1e-5, atol=1e-5)
 
 
@@ -159,17 +159,17 @@ def test_a_base_saved_in_four_bit_with_its_head_quantised_too(single, tmp_path):
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32, llm_int8_skip_modules=["none"]
     )
     AutoModelForCausalLM.from_pretrained(single / "student", quantization_config=config).save_pretrained(tmp_path / "base")
-    model = models_load.load_student(StudentSettings(model=str(tmp_path / "base"), lora=Lora(rank=2)), 640, "cpu", 0)
+    model = load_student(StudentSettings(model=str(tmp_path / "base"), lora=Lora(rank=2)), 640, "cpu", 0)
     assert type(model.head.project).__name__ == "Linear4bit"
     view, _ = batch()
     with torch.no_grad():
-        own = model.plain(**view.inputs, use_cache=False).logits.flatten(0, 1)[view.rows_N, :640]
+        own = model.base_model(**view.inputs, use_cache=False).logits.flatten(0, 1)[view.rows_N, :640]
         assert_close(model.head.logits(model.hidden(view)), own, rtol=1e-5, atol=1e-5)
     assert set(gradients(model)) == set(model.trainable())
     with pytest.raises(UserError, match="student.quantization: .* is quantised already"):
         student(tmp_path, NF4, "base")
     with pytest.raises(UserError, match="student.method: found full"):
-        models_load.load_student(StudentSettings(model=str(tmp_path / "base"), method="full"), 640, "cpu", 0)
+        load_student(StudentSettings(model=str(tmp_path / "base"), method="full"), 640, "cpu", 0)
 
 
 def qlora(single, **changes):
@@ -221,8 +221,8 @@ def test_merging_goes_into_the_unquantised_base_and_says_how_far_that_is(world, 
     ids = batch()[0].inputs["input_ids"]
     with torch.no_grad():
         gap = (merged(ids).logits - adapted(ids).logits).abs().max()
-        trained_model = models_load.load_teacher(TeacherSettings(model=str(tmp_path / "out/adapter"), quantization=NF4), 640, "cpu")
-        far = (merged(ids).logits - trained_model.plain(ids).logits).abs().max()
+        trained_model = load_teacher(TeacherSettings(model=str(tmp_path / "out/adapter"), quantization=NF4), 640, "cpu")
+        far = (merged(ids).logits - trained_model.base_model(ids).logits).abs().max()
     assert gap < 1e-4 < far
     metrics = json.loads((merged_folder / "llmkd.json").read_text())
     assert metrics["trained_on"]["type"] == "nf4" and 0 < metrics["drift"]["forward_kl"] < 1
@@ -255,7 +255,7 @@ def test_an_adapter_on_a_base_that_is_quantised_on_disk_is_merged_into_the_dequa
     assert "merged into the dequantised one" in (tmp_path / "out/merged/README.md").read_text()
     ids = batch()[0].inputs["input_ids"]
     with torch.no_grad():
-        own = models_load.load_teacher(TeacherSettings(model=str(tmp_path / "out/adapter")), 640, "cpu").plain(ids).logits
+        own = load_teacher(TeacherSettings(model=str(tmp_path / "out/adapter")), 640, "cpu").base_model(ids).logits
         assert (merged(ids).logits - own).abs().max() < (1e-4 if bits == 4 else 0.3)
 
 
@@ -267,14 +267,14 @@ def test_a_model_that_quantisation_hardly_makes_smaller_is_said(single, tmp_path
     model = AutoModelForCausalLM.from_pretrained(single / "student", num_hidden_layers=2)
     model.resize_token_embeddings(64)
     model.save_pretrained(tmp_path / "small")
-    models_load.load_teacher(TeacherSettings(model=str(tmp_path / "small"), quantization=NF4), 64, "cpu")
+    load_teacher(TeacherSettings(model=str(tmp_path / "small"), quantization=NF4), 64, "cpu")
     assert "quantised linear layers" not in capsys.readouterr().err
 
 
 def test_an_adapter_on_another_precision_than_it_was_trained_on_is_said(single, trained, tmp_path, capsys):
     trained("out", **qlora(single))
     capsys.readouterr()
-    models_load.load_teacher(TeacherSettings(model=str(tmp_path / "out/adapter")), 640, "cpu")
+    load_teacher(TeacherSettings(model=str(tmp_path / "out/adapter")), 640, "cpu")
     assert "was trained on nf4, and is used on an unquantised" in capsys.readouterr().err
 
 
@@ -299,8 +299,8 @@ def test_int8_with_dora_is_refused_before_it_fails(single, trained, tmp_path, ma
         make_recipe(**{"student.quantization": {"type": "int8"}, "student.lora.dora": True})
     trained("out", **qlora(single, **{"student.lora.dora": True, "student.lora.dropout": 0.0}))
     for load, settings, who in (
-        (models_load.load_teacher, TeacherSettings, "teacher"),
-        (models_load.load_student, StudentSettings, "student"),
+        (load_teacher, TeacherSettings, "teacher"),
+        (load_student, StudentSettings, "student"),
     ):
         given = settings(model=str(tmp_path / "out/adapter"), quantization=Quantization(type="int8"))
         with pytest.raises(UserError, match=f"{who}.quantization: found int8 with a DoRA adapter"):
@@ -322,6 +322,6 @@ def test_the_card_of_a_four_bit_dora_student_loads_it(single, trained, tmp_path,
     code, found = (tmp_path / "out/adapter/README.md").read_text().split("```python\n")[1].split("```")[0], {}
     exec(code, found)
     ids = batch()[0].inputs["input_ids"]
-    own = models_load.load_teacher(models_saved_student.as_trained(tmp_path / "out/adapter"), 640, "cpu")
+    own = load_teacher(saved_student.as_trained(tmp_path / "out/adapter"), 640, "cpu")
     with torch.no_grad():
-        assert torch.equal(found["model"].eval()(ids).logits, own.plain(ids).logits)
+        assert torch.equal(found["model"].eval()(ids).logits, own.base_model(ids).logits)

@@ -15,12 +15,10 @@ from llmkd.config.recipe import Lora, Quantization, Student, Teacher
 from llmkd.data.collate import collate
 from llmkd.errors import UserError
 from llmkd.losses.objective import Objective
-from llmkd.models import language_model as models
-from llmkd.models import load as models_load
-from llmkd.models import offload as placing
-from llmkd.models import pretrained as loading
-from llmkd.models import shared_weights as sharing
-from llmkd.models.load import load_together
+from llmkd.models import pretrained, shared_weights
+from llmkd.models.language_model import LanguageModel
+from llmkd.models.load import load_models, load_teacher
+from llmkd.models.offload import offload
 from llmkd.teachers.live import Live
 from llmkd.training.distiller import Distiller
 from llmkd.training.prepare import prepare
@@ -50,13 +48,13 @@ def peft_adapter(base: Path, to: Path, **config) -> str:
     return str(to)
 
 
-def parameters(teacher: models.LanguageModel) -> dict[str, torch.Tensor]:
+def parameters(teacher: LanguageModel) -> dict[str, torch.Tensor]:
     return {name: p.detach().clone() for name, p in teacher.model.named_parameters()}
 
 
-def distil(student: Student, teacher: Teacher, batches) -> tuple[list, list, dict, models.LanguageModel, models.LanguageModel]:
+def distil(student: Student, teacher: Teacher, batches) -> tuple[list, list, dict, LanguageModel, LanguageModel]:
     """A few steps: losses, gradients, the student's weights; held to what must be true after the teacher has spoken."""
-    (learner,), (model,) = load_together([student], [("teacher", teacher)], 640, "cpu", seed=7)
+    (learner,), (model,) = load_models([student], [("teacher", teacher)], 640, "cpu", seed=7)
     live, distiller, before = Live(model), Distiller(learner, Objective(0.5, 2.0)), parameters(model)
     trained = learner.trainable()
     optimizer = torch.optim.AdamW(trained.values(), lr=0.02)
@@ -79,20 +77,20 @@ def distil(student: Student, teacher: Teacher, batches) -> tuple[list, list, dic
     return losses, gradients, {name: p.detach().clone() for name, p in trained.items()}, learner, model
 
 
-def assert_same(student: Student, teacher: Teacher, batches) -> tuple[models.LanguageModel, models.LanguageModel]:
+def assert_same(student: Student, teacher: Teacher, batches) -> tuple[LanguageModel, LanguageModel]:
     """Shared and apart, in every bit; the shared pair."""
     losses, gradients, ends, learner, model = distil(student, teacher, batches)
     apart = distil(student, dataclasses.replace(teacher, share_base=False), batches)
-    assert not sharing.storages(apart[3]).keys() & sharing.storages(apart[4]).keys()
+    assert not shared_weights.storage_bytes(apart[3]).keys() & shared_weights.storage_bytes(apart[4]).keys()
     assert losses == apart[0] and distance(ends, apart[2]) == 0
     assert all(distance(a, b) == 0 for a, b in zip(gradients, apart[1], strict=True))
     assert max(g.abs().max() for g in gradients[0].values()) > 1e-6
     return learner, model
 
 
-def in_common(*several: models.LanguageModel) -> int:
+def in_common(*several: LanguageModel) -> int:
     """Bytes that are in memory once for two models or more."""
-    return sum(sum(sharing.storages(one).values()) for one in several) - sum(sharing.storages(*several).values())
+    return sum(sum(shared_weights.storage_bytes(one).values()) for one in several) - sum(shared_weights.storage_bytes(*several).values())
 
 
 def base_bytes(folder: Path) -> int:
@@ -104,8 +102,8 @@ def base_bytes(folder: Path) -> int:
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("who", ["adapter", "teacher"])
 def test_a_shared_base_changes_no_bit(world, batches, who, checkpointing, monkeypatch, capsys):
-    loaded, real = [], loading.base
-    monkeypatch.setattr(loading, "base", lambda *a: loaded.append(a[0]) or real(*a))
+    loaded, real = [], pretrained.load_pretrained
+    monkeypatch.setattr(pretrained, "load_pretrained", lambda *a: loaded.append(a[0]) or real(*a))
     student = Student(model=str(world / "teacher"), lora=LORA, gradient_checkpointing=checkpointing)
     learner, model = assert_same(student, Teacher(model=str(world / who)), batches)
     assert len(loaded) == 1 + 2
@@ -167,11 +165,11 @@ def test_a_student_that_trains_in_full_shares_nothing(world, batches):
 
 
 def test_a_base_held_otherwise_is_loaded_apart_and_equal_tensors_once(world, batches, monkeypatch):
-    loaded, real = [], loading.base
-    monkeypatch.setattr(loading, "base", lambda *a: loaded.append(a[0]) or real(*a))
+    loaded, real = [], pretrained.load_pretrained
+    monkeypatch.setattr(pretrained, "load_pretrained", lambda *a: loaded.append(a[0]) or real(*a))
     student = Student(model=str(world / "teacher"), lora=LORA)
     for changes, share in (({"attention": "eager"}, 1), ({"dtype": "float64"}, 1), ({"dtype": "float32"}, 0)):
-        (learner,), (model,) = load_together([student], [("teacher", Teacher(model=str(world / "teacher"), **changes))], 640, "cpu", 7)
+        (learner,), (model,) = load_models([student], [("teacher", Teacher(model=str(world / "teacher"), **changes))], 640, "cpu", 7)
         assert in_common(learner, model) == share * base_bytes(world / "teacher")
     assert len(loaded) == 2 + 1 + 2
 
@@ -180,9 +178,9 @@ def test_several_teachers_stand_on_one_base(world, batches, tmp_path, monkeypatc
     other = peft_adapter(world / "teacher", tmp_path / "other", target_modules=["v_proj", "lm_head"])
     settings = [Teacher(model=str(world / "adapter")), Teacher(model=other), Teacher(model=str(world / "teacher"))]
     named = [(f"teacher.{i}", one) for i, one in enumerate(settings)]
-    loaded, real = [], loading.base
-    monkeypatch.setattr(loading, "base", lambda *a: loaded.append(a[0]) or real(*a))
-    (learner,), teachers = load_together([Student(model=str(world / "student"))], named, 640, "cpu", 7)
+    loaded, real = [], pretrained.load_pretrained
+    monkeypatch.setattr(pretrained, "load_pretrained", lambda *a: loaded.append(a[0]) or real(*a))
+    (learner,), teachers = load_models([Student(model=str(world / "student"))], named, 640, "cpu", 7)
     assert (
         len(loaded) == 2
         and in_common(*teachers) == 2 * base_bytes(world / "teacher")
@@ -191,11 +189,11 @@ def test_several_teachers_stand_on_one_base(world, batches, tmp_path, monkeypatc
     assert "teacher.1: shares" in capsys.readouterr().err
     signals = [Live(teacher)(batches[0]) for teacher in teachers]
     for signal, one in zip(signals, settings, strict=True):
-        alone = Live(models_load.load_teacher(one, 640, "cpu"))(batches[0])
+        alone = Live(load_teacher(one, 640, "cpu"))(batches[0])
         assert torch.equal(signal.log_probs(slice(None)), alone.log_probs(slice(None)))
     named[1] = ("teacher.1", Teacher(model=str(tmp_path / "nowhere")))
     with pytest.raises(UserError, match="^teacher.1.model: there is no folder"):
-        load_together([Student(model=str(world / "student"))], named, 640, "cpu", 7)
+        load_models([Student(model=str(world / "student"))], named, 640, "cpu", 7)
 
 
 RUN = {"student.lora": {"rank": 4, "dropout": 0.2}, "teacher.share_base": True}
@@ -256,12 +254,12 @@ import sys, torch
 from llmkd.config.recipe import Lora, Student, Teacher
 from llmkd.teachers.live import Live
 from llmkd.signals import Batch, View
-from llmkd.models.load import load_together
+from llmkd.models.load import load_models
 base, how = sys.argv[1:]
 view = View({"input_ids": torch.arange(8)[None]}, torch.arange(8))
 batch = Batch(torch.arange(8), torch.zeros(8, dtype=torch.long), view, view)
 named = [] if how == "alone" else [("teacher", Teacher(model=base, dtype="float32", share_base=how == "shared"))]
-(student,), teachers = load_together([Student(model=base, dtype="float32", lora=Lora(rank=2))], named, 640, "cpu", 7)
+(student,), teachers = load_models([Student(model=base, dtype="float32", lora=Lora(rank=2))], named, 640, "cpu", 7)
 for one in teachers:
     Live(one)(batch).log_probs(slice(None))
 student.head.logits(student.hidden(view)).sum().backward()
@@ -295,29 +293,29 @@ def test_a_teacher_that_is_held_elsewhere_says_the_same(world, batches, tmp_path
     path = str(world / who)
     if who in ("head", "dora"):
         path = peft_adapter(world / "teacher", tmp_path / who, target_modules=["q_proj", "lm_head"], use_dora=who == "dora")
-    plain = Live(models_load.load_teacher(Teacher(model=path), 640, "cpu"))
+    plain = Live(load_teacher(Teacher(model=path), 640, "cpu"))
     for device in ("cpu", "offload"):
-        (learner,), (model,) = load_together(
+        (learner,), (model,) = load_models(
             [Student(model=str(world / "teacher"))], [("teacher", Teacher(model=path, device=device))], 640, "cpu", seed=7
         )
         for batch in batches:
             assert torch.equal(Live(model)(batch).log_probs(slice(None)), plain(batch).log_probs(slice(None)))
         assert not any(p.requires_grad for p in model.parameters()) and in_common(learner, model) == 0
-        assert sharing.storages(model.head.project).keys() <= sharing.storages(model).keys()
-    placing.offload(model.plain, "meta")  # a device that refuses every product with a weight that was not brought to it
+        assert shared_weights.storage_bytes(model.head.project).keys() <= shared_weights.storage_bytes(model).keys()
+    offload(model.base_model, "meta")  # a device that refuses every product with a weight that was not brought to it
     ids_BT, mask_B1TT = torch.zeros(2, 5, dtype=torch.long, device="meta"), torch.ones(2, 1, 5, 5, dtype=torch.bool, device="meta")
-    logits_BTV = model.plain(ids_BT, attention_mask=mask_B1TT, use_cache=False).logits
+    logits_BTV = model.base_model(ids_BT, attention_mask=mask_B1TT, use_cache=False).logits
     assert logits_BTV.shape == (2, 5, 640) and logits_BTV.is_meta and {p.device.type for p in model.parameters()} == {"cpu"}
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "meta", "gpu", "disk"])
 def test_a_device_that_is_not_there_is_refused_before_anything_is_loaded(world, monkeypatch, device):
-    monkeypatch.setattr(loading, "base", lambda *a: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(pretrained, "load_pretrained", lambda *a: pytest.fail("a model was loaded"))
     teachers = [("teacher.0", Teacher(model=str(world / "teacher"))), ("teacher.1", Teacher(model=str(world / "adapter"), device=device))]
     with pytest.raises(
         UserError, match=rf"^teacher.1.device: found {device}, which cannot be had here \(.*\); this machine has cpu, .*offload$"
     ):
-        load_together([Student(model=str(world / "teacher"))], teachers, 640, "cpu", seed=7)
+        load_models([Student(model=str(world / "teacher"))], teachers, 640, "cpu", seed=7)
 
 
 @pytest.fixture(scope="module")
@@ -338,7 +336,7 @@ def wide(tmp_path_factory) -> Path:
 def test_a_model_learns_in_4_bit_from_itself_in_full(wide, batches):
     student = Student(model=str(wide), lora=LORA, quantization=Quantization(compute_dtype="float32"))
     learner, model = assert_same(student, Teacher(model=str(wide)), batches)
-    plain = dict(model.plain.named_parameters())
+    plain = dict(model.base_model.named_parameters())
     once = sum(p.numel() * 4 for name, p in plain.items() if "embed" in name or "norm" in name or "head" in name)
     assert in_common(learner, model) == once > 0.3 * base_bytes(wide)
 
@@ -349,7 +347,7 @@ def test_quantised_bases_are_shared_too(wide, batches, tmp_path, kind, adapter):
     how = Quantization(type=kind, compute_dtype="auto" if kind == "int8" else "float32")
     path = peft_adapter(wide, tmp_path / "theirs", target_modules=["q_proj", "lm_head"]) if adapter else str(wide)
     learner, model = assert_same(Student(model=str(wide), lora=LORA, quantization=how), Teacher(model=path, quantization=how), batches[:3])
-    bases = [sum(p.numel() * p.element_size() for n, p in one.plain.named_parameters() if "lora" not in n) for one in (learner, model)]
+    bases = [sum(p.numel() * p.element_size() for n, p in one.base_model.named_parameters() if "lora" not in n) for one in (learner, model)]
     assert in_common(learner, model) == bases[0] == bases[1]
     read_by = [{id(m.quant_state) for m in one.modules() if getattr(m, "quant_state", None)} for one in (learner, model)]
     assert read_by[0] == read_by[1] and bool(read_by[0]) == (kind != "int8")
@@ -359,8 +357,8 @@ def test_quantised_bases_are_shared_too(wide, batches, tmp_path, kind, adapter):
 def test_other_families_can_be_twins_and_offloaded(tmp_path, family):
     from tests.kit.families import V, tiny
 
-    plain = models.LanguageModel(tiny(family), V)
-    twin = models.LanguageModel(sharing.twin(plain.model), V)
+    plain = LanguageModel(tiny(family), V)
+    twin = LanguageModel(shared_weights.copy_sharing_weights(plain.model), V)
     kept = set(plain.model.state_dict())
     for (name, mine), (_, other) in zip(twin.model.named_buffers(), plain.model.named_buffers(), strict=True):
         assert (mine is other) == (name in kept), name  # some families compute a table anew for a longer text
@@ -370,6 +368,6 @@ def test_other_families_can_be_twins_and_offloaded(tmp_path, family):
         expected = plain.hidden(view)
         assert torch.equal(twin.hidden(view), expected)
         places = {name: p.data_ptr() for name, p in twin.named_parameters()}
-        placing.offload(twin.model, "cpu")
+        offload(twin.model, "cpu")
         assert torch.equal(twin.hidden(view), expected)
     assert places == {name: p.data_ptr() for name, p in plain.named_parameters()} == {n: p.data_ptr() for n, p in twin.named_parameters()}

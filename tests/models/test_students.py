@@ -15,19 +15,19 @@ from llmkd.config.recipe import Teacher as TeacherSettings
 from llmkd.errors import UserError
 from llmkd.losses.fused import fused_loss
 from llmkd.losses.objective import Objective
-from llmkd.models import language_model as models
-from llmkd.models import load as models_load
-from llmkd.models import saved_student as models_saved_student
+from llmkd.models import saved_student
+from llmkd.models.language_model import LanguageModel
+from llmkd.models.load import load_student, load_teacher
 from tests.conftest import distance
 
 ALL = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 
 
-def load(path, **changes) -> models.LanguageModel:
-    return models_load.load_student(StudentSettings(model=str(path), **changes), 640, "cpu", 0)
+def load(path, **changes) -> LanguageModel:
+    return load_student(StudentSettings(model=str(path), **changes), 640, "cpu", 0)
 
 
-def touched(model: models.LanguageModel) -> set[str]:
+def touched(model: LanguageModel) -> set[str]:
     """The base's modules whose adapters, or copies, train."""
     return {part for name in model.trainable() for part in name.split(".") if part in ALL | {"lm_head", "embed_tokens", "norm"}}
 
@@ -60,11 +60,11 @@ def test_exactly_the_adapter_trains(world, variant, tmp_path):
         optimizer.step()
         optimizer.zero_grad()
     assert all(torch.equal(p, frozen[name]) for name, p in model.named_parameters() if name in frozen)
-    own_NV = model.eval().plain(**view.inputs, use_cache=False).logits.flatten(0, 1)[view.rows_N, :640]
+    own_NV = model.eval().base_model(**view.inputs, use_cache=False).logits.flatten(0, 1)[view.rows_N, :640]
     assert_close(model.head.logits(model.hidden(view)), own_NV, rtol=1e-12, atol=1e-12)
 
-    models_saved_student.save(model, tmp_path / "adapter", StudentSettings())
-    again = models_load.load_teacher(TeacherSettings(model=str(tmp_path / "adapter")), 640, "cpu")
+    saved_student.save(model, tmp_path / "adapter", StudentSettings())
+    again = load_teacher(TeacherSettings(model=str(tmp_path / "adapter")), 640, "cpu")
     with torch.no_grad():
         assert_close(again.head.logits(again.hidden(view)), own_NV.detach(), rtol=1e-12, atol=1e-12)
 
@@ -151,7 +151,7 @@ def test_an_adapter_that_is_no_change_of_weights_is_refused(world, tmp_path, who
         if who == "student":
             load(tmp_path / "prompt")
         else:
-            models_load.load_teacher(TeacherSettings(model=str(tmp_path / "prompt")), 640, "cpu")
+            load_teacher(TeacherSettings(model=str(tmp_path / "prompt")), 640, "cpu")
 
 
 def test_an_adapter_that_acts_from_a_mark_in_the_text_on_is_refused(world, tmp_path):
@@ -159,7 +159,7 @@ def test_an_adapter_that_acts_from_a_mark_in_the_text_on_is_refused(world, tmp_p
     config = json.loads((tmp_path / "activated/adapter_config.json").read_text())
     (tmp_path / "activated/adapter_config.json").write_text(json.dumps(config | {"alora_invocation_tokens": [5, 6]}))
     with pytest.raises(UserError, match="is an adapter of type aLoRA, which is more than a change of weights"):
-        models_load.load_teacher(TeacherSettings(model=str(tmp_path / "activated")), 640, "cpu")
+        load_teacher(TeacherSettings(model=str(tmp_path / "activated")), 640, "cpu")
 
 
 def test_tables_that_older_versions_saved_with_the_weights_are_no_strangers(world, tmp_path):

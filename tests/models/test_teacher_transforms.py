@@ -16,11 +16,10 @@ from llmkd.config.recipe import Quantization, Student, Teacher
 from llmkd.data.collate import collate
 from llmkd.errors import UserError
 from llmkd.losses.divergences import forward_kl
-from llmkd.models import language_model as models
-from llmkd.models import load as models_load
 from llmkd.models.float8 import Float8Linear
-from llmkd.models.load import load_together
-from llmkd.models.shared_weights import storages
+from llmkd.models.language_model import LanguageModel
+from llmkd.models.load import load_models, load_teacher
+from llmkd.models.shared_weights import storage_bytes
 from llmkd.teachers.fidelity import TARGETS, compare, measured_transform, sample_teacher_batches
 from llmkd.teachers.live import Live
 from llmkd.training.prepare import prepare
@@ -66,14 +65,12 @@ def batches(make_recipe):
     return [collate(data, [i, i + 5, i + 9], pad=1) for i in range(4)]
 
 
-def load(path: Path, batches=None, **options) -> models.LanguageModel:
+def load(path: Path, batches=None, **options) -> LanguageModel:
     settings = Teacher(model=str(path), **{"dtype": "float32"} | options)
-    return models_load.load_teacher(
-        settings, 640, "cpu", around_transform=functools.partial(measured_transform, lambda setting: batches or ())
-    )
+    return load_teacher(settings, 640, "cpu", around_transform=functools.partial(measured_transform, lambda setting: batches or ()))
 
 
-def answers(model: models.LanguageModel, batches) -> torch.Tensor:
+def answers(model: LanguageModel, batches) -> torch.Tensor:
     return torch.cat([Live(model)(batch).log_probs(slice(None)) for batch in batches])
 
 
@@ -87,8 +84,8 @@ def test_a_merged_teacher_says_what_it_said(wide, batches, base, kind):
     assert {p.dtype for p in merged.parameters()} == {torch.float64}
     assert_close(answers(merged, batches), answers(before, batches), rtol=0, atol=2e-5)  # the adapter's own products are in float32
     assert abs(merged.fidelity["forward_kl"]) < 1e-11 and merged.fidelity["top1_agreement"] > 0.99
-    assert type(merged.head.project) is torch.nn.Linear and merged.head.project is merged.plain.get_output_embeddings()
-    tied = merged.plain.get_output_embeddings().weight is merged.plain.get_input_embeddings().weight
+    assert type(merged.head.project) is torch.nn.Linear and merged.head.project is merged.base_model.get_output_embeddings()
+    tied = merged.base_model.get_output_embeddings().weight is merged.base_model.get_input_embeddings().weight
     assert tied == (base == "tied" and kind not in ("head", "embedding", "copies"))
     single = load(path, batches, merge_adapter=True)
     assert abs(single.fidelity["forward_kl"]) < 1e-10 and single.fidelity["targets"] == sum(b.num_targets for b in batches)
@@ -98,7 +95,7 @@ def test_a_merged_teacher_says_what_it_said(wide, batches, base, kind):
 def test_the_last_layer_goes_on_to_be_computed_at_the_rows_alone(wide, batches, options):
     """By the modules that it has now."""
     teacher, seen = load(wide / "base-plain", **options), []
-    layer = teacher.plain.model.layers[-1]
+    layer = teacher.base_model.model.layers[-1]
     for module in (layer.self_attn.q_proj, layer.self_attn.o_proj, layer.mlp.down_proj):
         module.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[:-1].numel()))
     Live(teacher)(batches[0])
@@ -107,8 +104,8 @@ def test_the_last_layer_goes_on_to_be_computed_at_the_rows_alone(wide, batches, 
 
 def test_the_sum_is_taken_in_float32_and_rounded_once(wide, batches):
     whole, narrow = load(wide / "base-plain", merge_adapter=True), load(wide / "base-plain", batches, dtype="bfloat16", merge_adapter=True)
-    apart = load(wide / "base-plain", dtype="bfloat16").plain
-    for name, p in narrow.plain.named_parameters():
+    apart = load(wide / "base-plain", dtype="bfloat16").base_model
+    for name, p in narrow.base_model.named_parameters():
         assert p.dtype == torch.bfloat16
         if name.endswith("q_proj.weight"):
             layer = apart.get_submodule(name.removesuffix(".weight"))
@@ -137,15 +134,15 @@ def test_experts_that_are_no_linear_layers_are_merged_in_float32_too(world, tmp_
     peft_adapter(tmp_path / "base", tmp_path / "adapter", **experts)
     whole, narrow = (load(tmp_path / "adapter", batches, dtype=dtype, merge_adapter=True) for dtype in ("float32", "bfloat16"))
     assert abs(whole.fidelity["forward_kl"]) < 1e-10
-    own = dict(load(tmp_path / "base", dtype="bfloat16").plain.named_parameters())
-    for name, p in narrow.plain.named_parameters():
-        wide = whole.plain.get_parameter(name) - load_base(tmp_path, name) + own[name].float()
+    own = dict(load(tmp_path / "base", dtype="bfloat16").base_model.named_parameters())
+    for name, p in narrow.base_model.named_parameters():
+        wide = whole.base_model.get_parameter(name) - load_base(tmp_path, name) + own[name].float()
         assert (p != wide.bfloat16()).double().mean() < 0.02, name
         assert torch.equal(p, own[name]) != ("experts" in name or "q_proj" in name)
 
 
 def load_base(folder: Path, name: str) -> torch.Tensor:
-    return load(folder / "base").plain.get_parameter(name)
+    return load(folder / "base").base_model.get_parameter(name)
 
 
 @pytest.mark.parametrize("dtype, quantization, words", [("float32", FP8, "adapter merged, fp8"), ("bfloat16", None, "adapter merged")])
@@ -202,13 +199,13 @@ def test_a_small_distance_is_not_lost_in_float32():
 @pytest.mark.parametrize("kind", ["plain", "dora", "head"])
 def test_an_unmerged_adapter_stays_as_it_is_on_top_of_8_bit_layers(wide, batches, kind):
     teacher = load(wide / f"base-{kind}", batches, quantization=FP8)
-    body = {name: m for name, m in teacher.plain.named_modules() if isinstance(m, Float8Linear)}
+    body = {name: m for name, m in teacher.base_model.named_modules() if isinstance(m, Float8Linear)}
     assert len(body) == 2 * 7 and any(name.endswith("base_layer") for name in body)
     assert all(p.dtype == torch.float32 for name, p in teacher.named_parameters() if "lora" in name or "embed" in name or "lm_head" in name)
     assert 1e-4 < teacher.fidelity["forward_kl"] < 0.3 and not any(m.training for m in teacher.modules()) and not teacher.trainable()
     rounded = load(wide / f"base-{kind}")  # what it should be: the same model with layers that multiply by the rounded weights
     for name, layer in body.items():
-        rounded.plain.get_submodule(name).weight.copy_(layer.weight)
+        rounded.base_model.get_submodule(name).weight.copy_(layer.weight)
     weights_only = compare(*(x for one in (rounded, teacher) for x in (torch.cat([one.hidden(b.teacher) for b in batches]), one.head)))
     assert weights_only["forward_kl"] < teacher.fidelity["forward_kl"]
 
@@ -217,10 +214,10 @@ def test_sizes_that_are_no_multiples_of_16_and_routers_stay(world, wide, batches
     with pytest.raises(
         UserError, match="teacher.quantization.type: found fp8, and .* has no linear layers whose sizes are multiples of 16"
     ):
-        models_load.load_teacher(Teacher(model=str(world / "teacher"), quantization=FP8), 640, "cpu")
+        load_teacher(Teacher(model=str(world / "teacher"), quantization=FP8), 640, "cpu")
     from llmkd.models import float8
 
-    plain = load(wide / "base").plain
+    plain = load(wide / "base").base_model
     plain.model.layers[0].mlp.gate = torch.nn.Linear(32, 32)
     plain.model.layers[0].mlp.odd = torch.nn.Linear(32, 24)
     plain.model.layers[0].mlp.router = torch.nn.Sequential(torch.nn.Linear(32, 32))  # some families' are inside one
@@ -235,9 +232,9 @@ def test_sizes_that_are_no_multiples_of_16_and_routers_stay(world, wide, batches
 @pytest.mark.parametrize("options", [{"merge_adapter": True}, {"quantization": FP8}, {"merge_adapter": True, "quantization": FP8}])
 def test_the_students_base_is_not_touched_and_what_stays_equal_is_held_once(wide, options):
     teacher = Teacher(model=str(wide / "base-plain"), dtype="float32", **options)
-    (student,), (model,) = load_together([Student(model=str(wide / "base"), dtype="float32")], [("teacher", teacher)], 640, "cpu", 7)
+    (student,), (model,) = load_models([Student(model=str(wide / "base"), dtype="float32")], [("teacher", teacher)], 640, "cpu", 7)
     own = load(wide / "base").state_dict()
-    held = {name.replace(".base_layer", ""): p for name, p in student.plain.named_parameters() if "lora" not in name}
+    held = {name.replace(".base_layer", ""): p for name, p in student.base_model.named_parameters() if "lora" not in name}
     assert all(torch.equal(p, own[f"model.{name}"]) for name, p in held.items())
     embeddings = 2 * 640 * 32 * 4
     assert embeddings <= in_common(student, model) < embeddings * 1.1
@@ -248,10 +245,10 @@ def test_two_teachers_in_8_bit_on_one_base_hold_it_once(wide):
         (f"teacher.{i}", Teacher(model=str(wide / f"base-{kind}"), dtype="float32", quantization=FP8))
         for i, kind in enumerate(("plain", "head"))
     ]
-    _, found = load_together([], teachers, 640, "cpu", 7)
+    _, found = load_models([], teachers, 640, "cpu", 7)
     rounded = sum(p.nbytes for p in found[0].parameters() if p.dtype == torch.float8_e4m3fn)
     assert rounded and in_common(*found) >= rounded
-    assert max(storages(*found).values()) > 0
+    assert max(storage_bytes(*found).values()) > 0
 
 
 # ---- runs

@@ -18,8 +18,8 @@ from llmkd.config import loader
 from llmkd.config.recipe import Teacher
 from llmkd.data.collate import collate
 from llmkd.errors import Stopped, UserError
-from llmkd.models import load as models_load
-from llmkd.models import load as together
+from llmkd.models import load
+from llmkd.models.load import load_teacher
 from llmkd.output.metrics import read
 from llmkd.teachers.live import Live
 from llmkd.training import trainer
@@ -34,15 +34,15 @@ SHORT = {"train__max_steps": 2}
 @pytest.mark.parametrize("method", ["lora", "full"])
 def test_only_the_students_own_parameters_train(make_recipe, world, monkeypatch, method):
     built = []
-    real = together.load_students
-    monkeypatch.setattr(together, "load_students", lambda *a: built.extend(real(*a)) or built)
+    real = load.load_students
+    monkeypatch.setattr(load, "load_students", lambda *a: built.extend(real(*a)) or built)
     teachers = []
-    real_teacher = together.load_teacher
-    monkeypatch.setattr(together, "load_teacher", lambda *a: teachers.append(real_teacher(*a)) or teachers[0])
+    real_teacher = load.load_teacher
+    monkeypatch.setattr(load, "load_teacher", lambda *a: teachers.append(real_teacher(*a)) or teachers[0])
     run(make_recipe(student__method=method, **SHORT))
     assert all(("lora_" in name) == p.requires_grad or method == "full" for name, p in built[0].model.named_parameters())
     before = load_file(world / "student/model.safetensors")
-    after = {k.replace("base_layer.", ""): v for k, v in built[0].plain.state_dict().items() if "lora_" not in k}
+    after = {k.replace("base_layer.", ""): v for k, v in built[0].base_model.state_dict().items() if "lora_" not in k}
     assert before.keys() <= after.keys()
     assert all(torch.equal(before[k], after[k]) for k in before) == (method == "lora")
     assert built[0].training and not any(m.training for m in teachers[0].modules())
@@ -68,7 +68,7 @@ def test_each_target_is_trained_exactly_once_an_epoch(make_recipe, monkeypatch):
 
 
 def test_without_a_teacher_it_is_supervised_fine_tuning(trained, make_recipe, monkeypatch, tmp_path):
-    monkeypatch.setattr(together, "load_teacher", lambda *a: pytest.fail("a teacher was loaded"))
+    monkeypatch.setattr(load, "load_teacher", lambda *a: pytest.fail("a teacher was loaded"))
     with_ratio_0 = trained("zero", loss__kd_ratio=0.0, **SHORT)
     assert distance(trained("none", teacher=None, **SHORT), with_ratio_0) == 0
     assert all("kd" not in r for r in read(tmp_path / "zero/metrics.jsonl"))
@@ -101,7 +101,7 @@ def test_an_unmerged_adapter_is_a_teacher_like_any_other(world, make_recipe):
     from peft import PeftModel
     from transformers import LlamaForCausalLM
 
-    teacher = models_load.load_teacher(Teacher(model=str(world / "adapter")), 640, "cpu")
+    teacher = load_teacher(Teacher(model=str(world / "adapter")), 640, "cpu")
     reference = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(world / "teacher"), world / "adapter").eval()
     batch = collate(prepare(make_recipe()).train, [0, 3, 5], pad=1)
     with torch.no_grad():
@@ -237,7 +237,7 @@ def test_a_teachers_adapter_on_head_or_embedding_counts(world, make_recipe, tmp_
     from transformers import LlamaForCausalLM
 
     path = head_adapter(world / "teacher", tmp_path / "adapter", *targets)
-    teacher = models_load.load_teacher(Teacher(model=path), 640, "cpu")
+    teacher = load_teacher(Teacher(model=path), 640, "cpu")
     reference = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(world / "teacher"), path).eval()
     batch = collate(prepare(make_recipe()).train, [0, 3], pad=1)
     with torch.no_grad():
