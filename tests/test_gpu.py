@@ -147,12 +147,12 @@ def test_variable_length_attention_in_one_call(windowed):
 @pytest.mark.parametrize("share", [False, True])
 def test_packed_rows_in_half_precision(make_recipe, tmp_path, share):
     """The figures of every step: weights would tell rounding from AdamW's first steps, which go by the gradient's sign."""
-    from llmkd.output.metrics import read
+    from llmkd.files import read_jsonl
 
     changes = {f"{who}__dtype": "bfloat16" for who in ("student", "teacher")}
     run(make_recipe("a", **changes))
     run(make_recipe("b", data__packing=True, data__share_prefixes=share, **changes))
-    apart, packed = ([record for record in read(tmp_path / name / "metrics.jsonl") if "loss" in record] for name in ("a", "b"))
+    apart, packed = ([record for record in read_jsonl(tmp_path / name / "metrics.jsonl") if "loss" in record] for name in ("a", "b"))
     assert len(apart) == len(packed) > 1
     for name in ("ce", "kd"):
         assert [one[name] for one in packed] == pytest.approx([one[name] for one in apart], rel=2e-2)
@@ -160,13 +160,13 @@ def test_packed_rows_in_half_precision(make_recipe, tmp_path, share):
 
 @pytest.mark.parametrize("checkpointing", [False, 0.5])
 def test_a_compiled_run_on_the_gpu_is_the_plain_one(make_recipe, tmp_path, checkpointing):
-    from llmkd.output.metrics import read
+    from llmkd.files import read_jsonl
 
     changes = {"student__dtype": "float32", "teacher__dtype": "float32", "student__gradient_checkpointing": checkpointing}
     changes |= {"student__lora__dropout": 0.3}
     run(make_recipe("a", **changes))
     run(make_recipe("b", train__compile=True, **changes))
-    losses = [[record["loss"] for record in read(tmp_path / name / "metrics.jsonl") if "loss" in record] for name in ("a", "b")]
+    losses = [[record["loss"] for record in read_jsonl(tmp_path / name / "metrics.jsonl") if "loss" in record] for name in ("a", "b")]
     assert len(losses[0]) == 5 and losses[0] == pytest.approx(losses[1], rel=1e-2)
 
 

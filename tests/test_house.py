@@ -14,7 +14,7 @@ EVALUATION = PACKAGE.parent / "eval"  # installed as llmkd_eval
 
 #: Files at the top of llmkd/ and its folders. Each imports only from lines above its own; models, data and losses never one another.
 LAYERS = (
-    "__init__ console batch head",
+    "__init__ console files batch head",
     "errors signals",
     "config model_files losses",
     "models data",

@@ -13,7 +13,7 @@ import yaml
 
 from llmkd.data.reading import files
 from llmkd.errors import UserError
-from llmkd.output.run_folder import write
+from llmkd.files import write_atomic
 
 from .benchmarks import need_harness
 
@@ -63,7 +63,7 @@ def write_tasks(data: Path, to: Path) -> dict[str, list[Path]]:
     installed = _harness_tasks()
     to.mkdir(parents=True, exist_ok=True)
     for task, splits in found.items():
-        write(to / f"{task}.yaml", _task_file(task, splits, installed))
+        write_atomic(to / f"{task}.yaml", _task_file(task, splits, installed))
     return {task: splits["validation"] for task, splits in found.items()}
 
 

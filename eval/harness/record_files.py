@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from llmkd.errors import UserError
-from llmkd.output.run_folder import write
+from llmkd.files import write_atomic
 
 #: What makes two evaluations of a task the same one.
 SAME = ("version", "harness", "fewshot", "limit", "seeds", "model.fingerprint", "model.dtype", "model.quantization")
@@ -38,8 +38,8 @@ def write_task(folder: Path, record: dict, items: list[dict]) -> dict:
     text = "".join(json.dumps(item, ensure_ascii=False, allow_nan=False) + "\n" for item in items)
     record = record | {"items_sha256": hashlib.sha256(text.encode()).hexdigest()}
     folder.mkdir(parents=True, exist_ok=True)
-    write(folder / f"{_name(record['task'])}.jsonl", text)
-    write(folder / f"{_name(record['task'])}.json", json.dumps(record, indent=1, allow_nan=False) + "\n")
+    write_atomic(folder / f"{_name(record['task'])}.jsonl", text)
+    write_atomic(folder / f"{_name(record['task'])}.json", json.dumps(record, indent=1, allow_nan=False) + "\n")
     return record
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from llmkd.config import loader
 from llmkd.errors import UserError
+from llmkd.files import read_jsonl
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,8 @@ class Run:
     @functools.cached_property
     def records(self) -> list[dict]:
         """metrics.jsonl; a last line cut short by a kill is left out."""
-        return read_lines(self.folder / "metrics.jsonl")
+        path = self.folder / "metrics.jsonl"
+        return read_jsonl(path) if path.exists() else []
 
     @property
     def teachers(self) -> tuple[str, ...]:
@@ -141,16 +143,6 @@ def read_json(path: Path) -> dict:
     except (OSError, ValueError):
         return {}
     return value if isinstance(value, dict) else {}
-
-
-def read_lines(path: Path) -> list[dict]:
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            break
-    return records
 
 
 def _points(pairs) -> list[tuple[float, float]]:

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 from llmkd import __version__
-from llmkd.output.run_folder import write as write_file
+from llmkd.files import write_atomic
 
 from ..comparison.compare import Row
 from ..comparison.compare_text import EXPLANATION, blocks, cells, digits, reach, title
@@ -27,8 +27,8 @@ def write(folder: Path) -> tuple[Path, Path]:
     heading = f"Sweep {sweep.path.resolve().name}"
     foot = f"Written by llmkd {__version__} from the files of this folder; llmkd report writes it again."
     page, text = sweep.path / "report.html", sweep.path / "report.md"
-    write_file(page, as_html(heading, blocks_, foot))
-    write_file(text, as_markdown(heading, blocks_, foot, page.name))
+    write_atomic(page, as_html(heading, blocks_, foot))
+    write_atomic(text, as_markdown(heading, blocks_, foot, page.name))
     return page, text
 
 

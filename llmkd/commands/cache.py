@@ -6,7 +6,6 @@ killed goes on where it was. Size and time are said first.
 
 import contextlib
 import functools
-import hashlib
 import shutil
 import time
 from collections.abc import Callable
@@ -20,7 +19,8 @@ from ..console import duration, first_process, info, progress_bar
 from ..data.batching import make_micro_batches
 from ..data.examples import Examples, concat
 from ..errors import Stopped, UserError, on_main_process, report_from_any_rank
-from ..output.run_folder import lock
+from ..files import sha256_file
+from ..output.run_folder import lock_folder
 from ..teachers import resolve as taught
 from ..teachers.resolve import TeacherSource
 from ..training.prepare import Prepared, prepare
@@ -128,7 +128,7 @@ def write(
     size = f"{len(plan.hash_E):,} examples, {plan.targets_E.sum():,} targets of {record_format.bytes} bytes, {plan.targets_E.sum() * record_format.bytes / 1e6:,.1f} MB"
 
     def begin() -> bool:
-        held.callback(lock(folder, f"{setting}.cache.path").close)
+        held.callback(lock_folder(folder, f"{setting}.cache.path").close)
         return writer.begin()
 
     if on_main_process(accelerator, begin):
@@ -203,8 +203,7 @@ def read_foreign(recipe: Recipe, prepared: Prepared, todo: list[TeacherSource], 
 
 def content_of(file: str) -> str:
     try:
-        with open(file, "rb") as opened:
-            return hashlib.file_digest(opened, "sha256").hexdigest()
+        return sha256_file(file)
     except OSError as error:
         raise UserError(f"--import: {file}: {error.strerror}; name the file of answers") from None
 

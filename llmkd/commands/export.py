@@ -2,8 +2,6 @@
 
 import dataclasses
 import json
-import os
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +9,7 @@ import numpy as np
 from ..console import info
 from ..data.encoding.tokenizer import load_tokenizer, save_tokenizer, shared_vocab
 from ..errors import UserError
+from ..files import write_folder
 from ..model_files import RECORD, ModelFiles, find, rows_of
 from ..training.prepare import prepare
 
@@ -41,8 +40,7 @@ def export(run: Path, to: Path | None = None, checkpoint: str | None = None) -> 
     vocab = shared_vocab(tokenizer, {"export": rows_of(files.config)})
     model = merge(files, vocab, saved) if is_adapter else from_checkpoint(student, saved)
     record = drift(model, files, tokenizer, vocab, run, saved) if is_adapter else None
-    part = to.with_name(f"{to.name}.tmp-{os.getpid()}")
-    try:
+    with write_folder(to) as part:
         model.save_pretrained(part)
         verify_saved(model, part)
         save_tokenizer(tokenizer, part)
@@ -52,9 +50,6 @@ def export(run: Path, to: Path | None = None, checkpoint: str | None = None) -> 
                 (part / "README.md").write_text(merged_card(card, to, record), encoding="utf-8")
         if record:
             (part / RECORD).write_text(json.dumps(record, indent=1) + "\n")
-        part.rename(to)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
     return to
 
 

@@ -9,7 +9,7 @@ from ..config.recipe import Recipe, sources
 from ..config.sweep import Pipeline
 from ..console import info, progress_bar, table
 from ..errors import UserError
-from ..output.run_folder import write
+from ..files import write_atomic
 from ..training.launch import start
 from ..training.prepare import Prepared, prepare
 from ..training.run import run
@@ -31,7 +31,7 @@ def run_pipeline(config: str, overrides: dict, resume: bool) -> dict:
     results = compare(pipeline, recipes)
     accelerator = start()
     if accelerator.is_main_process:
-        write(folder / "summary.json", json.dumps(results, indent=1))
+        write_atomic(folder / "summary.json", json.dumps(results, indent=1))
         print("\n" + table([{"": name} | {k: v for k, v in metrics.items()} for name, metrics in results.items()]))
         print(f"{folder / 'summary.json'}")
     return results

@@ -16,6 +16,7 @@ from ..config.recipe import Recipe, distils
 from ..config.sweep import ArmSpec, Sweep, expand
 from ..console import info
 from ..errors import Stopped, UserError, attribute_to_student, is_out_of_memory
+from ..files import is_leftover
 from ..model_files import ModelFiles, read_json
 from ..output import hub_upload as hub
 from ..output import trackers
@@ -235,7 +236,7 @@ def _with_common_checkpoint(names: list[str], recipes: dict[str, Recipe]) -> lis
     """Parts whose arms have a checkpoint of one step in common, or none at all: only those can go on together."""
     parts: list[tuple[set[str], list[str]]] = []
     for name in names:
-        steps = {path.name for path in RunFolder(recipes[name], True).checkpoints.glob("step-*") if ".tmp-" not in path.name}
+        steps = {path.name for path in RunFolder(recipes[name], True).checkpoints.glob("step-*") if not is_leftover(path)}
         for part in parts:
             if (part[0] & steps) or not (part[0] or steps):
                 part[0].intersection_update(steps)

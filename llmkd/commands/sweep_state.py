@@ -14,7 +14,8 @@ from ..config.recipe import Recipe, distils
 from ..config.sweep import ArmSpec, Sweep
 from ..console import first_process, info
 from ..errors import UserError
-from ..output.run_folder import lock, write
+from ..files import write_atomic
+from ..output.run_folder import lock_folder
 
 
 @dataclasses.dataclass
@@ -65,7 +66,7 @@ class SweepState:
         """The folder, for one sweep at a time, as a context."""
         if not first_process():
             return contextlib.nullcontext()
-        held = lock(self.folder)
+        held = lock_folder(self.folder)
         self.data |= {
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "machine": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
@@ -140,4 +141,4 @@ class SweepState:
 
     def _write(self) -> None:
         if first_process():
-            write(self.path, json.dumps(self.data, indent=1))
+            write_atomic(self.path, json.dumps(self.data, indent=1))

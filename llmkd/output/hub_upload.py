@@ -8,7 +8,8 @@ from .. import __version__
 from ..config.recipe import PushToHub, Recipe
 from ..console import info
 from ..errors import UserError
-from .run_folder import RunFolder, write
+from ..files import write_atomic
+from .run_folder import RunFolder
 
 
 def check(settings: PushToHub | None) -> None:
@@ -40,7 +41,7 @@ def publish(recipe: Recipe, folder: RunFolder) -> dict:
     if settings and summary.get("pushed") != settings.repo:
         info(f"uploaded to {upload(settings, folder.path / summary['output'])}")
         summary["pushed"] = settings.repo
-        write(folder.path / "summary.json", json.dumps(summary, indent=1))
+        write_atomic(folder.path / "summary.json", json.dumps(summary, indent=1))
     return summary
 
 

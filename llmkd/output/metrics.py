@@ -1,7 +1,6 @@
 """What a run shows and keeps of its progress: the bar, metrics.jsonl, trackers, loss.png, and tables for the console."""
 
 import json
-import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import torch
 
 from ..config.recipe import Recipe
+from ..files import read_jsonl, write_atomic
 from .trackers import Trackers
 
 
@@ -21,10 +21,8 @@ class Record:
     def __init__(self, recipe: Recipe, folder: Path, done: int, info: Callable[[str], None]):
         self.path = folder / "metrics.jsonl"
         if self.path.exists():
-            kept = [r for r in read(self.path) if r["step"] <= done] if done else []
-            part = self.path.with_name(f"metrics.tmp-{os.getpid()}")
-            part.write_text("".join(json.dumps(r) + "\n" for r in kept), encoding="utf-8")
-            part.replace(self.path)
+            kept = [r for r in read_jsonl(self.path) if r["step"] <= done] if done else []
+            write_atomic(self.path, "".join(json.dumps(r) + "\n" for r in kept))
         self.trackers = Trackers(recipe, folder, done, info)
 
     def step(self, step: int, epoch: int, terms: dict[str, float], lr: float, grad_norm: float, targets: int, speed: float) -> None:
@@ -47,14 +45,3 @@ def peak_memory() -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def read(path: Path) -> list[dict]:
-    """The records of a metrics.jsonl; a last line cut short by a kill is left out."""
-    records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
-        try:
-            records.append(json.loads(line))
-        except ValueError:
-            break
-    return records

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from .metrics import read
+from ..files import read_jsonl
 
 
 def plot(folder: Path) -> None:
@@ -13,7 +13,7 @@ def plot(folder: Path) -> None:
     from matplotlib import pyplot as plt
     from matplotlib.ticker import MaxNLocator
 
-    records = read(folder / "metrics.jsonl")
+    records = read_jsonl(folder / "metrics.jsonl")
     steps = [r for r in records if "loss" in r]
     held_out = [r for r in records if "validation" in r]
     kl = [r for r in held_out if "forward_kl" in r["validation"]]

@@ -1,6 +1,5 @@
 """The folder a run writes: claimed by one run at a time, never silently overwritten, and what makes two runs the same."""
 
-import fcntl
 import json
 import os
 import re
@@ -10,6 +9,7 @@ from pathlib import Path
 from ..config.loader import dump, flatten, load_recipe
 from ..config.recipe import Recipe
 from ..errors import UserError
+from ..files import FileLocked, is_leftover, lock_file, remove_leftovers, write_atomic
 
 #: Settings that a resumed run may change: they do not touch what is learnt.
 _HARMLESS = (
@@ -76,12 +76,14 @@ class RunFolder:
 
     def _foreign(self):
         """What lies in the folder beyond a lock and what a kill may leave of the very first writes."""
-        return (p for p in self.path.iterdir() if p.name != ".lock" and ".tmp-" not in p.name)
+        return (p for p in self.path.iterdir() if p.name != ".lock" and not is_leftover(p))
 
     def claim(self, identity: dict[str, str]) -> None:
         """Create the folder, lock it for this process's life, and compare `identity` (hashes of data, models, tokenizer)."""
-        self._lock = lock(self.path)
+        self._lock = lock_folder(self.path)
         self.check()  # another run may have come and gone meanwhile
+        for name in ("*.yaml", "*.json", "*.jsonl"):
+            remove_leftovers(self.path, name)
         known = self.path / "identity.json"
         if known.exists():
             before = json.loads(known.read_text())
@@ -90,8 +92,10 @@ class RunFolder:
                     raise UserError(
                         f"{what} has changed since the run in {self.path} was started; give what it was, or choose another output_dir"
                     )
-        write(self.path / "recipe.yaml", dump(self.recipe))  # first: it marks the folder as a run's, so that a kill here can be resumed
-        write(known, json.dumps(identity, indent=1))
+        write_atomic(
+            self.path / "recipe.yaml", dump(self.recipe)
+        )  # first: it marks the folder as a run's, so that a kill here can be resumed
+        write_atomic(known, json.dumps(identity, indent=1))
 
     def release(self) -> None:
         if self._lock and not self._lock.closed:
@@ -99,28 +103,19 @@ class RunFolder:
             self._lock.close()
 
 
-def lock(folder: Path, setting: str = "output_dir"):
-    """Create the folder and hold it: for one process at a time, until the file that is returned is closed."""
+def lock_folder(folder: Path, setting: str = "output_dir"):
+    """Create the folder and lock it: for one process at a time, until the file that is returned is closed."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"{setting}: {folder} cannot be made ({error.strerror}); choose another folder") from None
-    held = open(folder / ".lock", "a+")  # noqa: SIM115 held until the process ends
     try:
-        fcntl.flock(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        held.seek(0)
-        owner = held.read().strip() or "another run"
-        held.close()
-        raise UserError(f"{setting}: {folder} is in use by {owner}; wait for it, or choose another folder") from None
+        held = lock_file(folder / ".lock")
+    except FileLocked as owner:
+        raise UserError(f"{setting}: {folder} is in use by {str(owner) or 'another run'}; wait for it, or choose another folder") from None
+    except OSError as error:
+        raise UserError(f"{setting}: {folder} cannot be locked ({error.strerror}); choose a folder on another file system") from None
     held.truncate(0)
     held.write(f"process {os.getpid()} on {socket.gethostname()}")
     held.flush()
     return held
-
-
-def write(path: Path, text: str) -> None:
-    """Whole or not at all."""
-    part = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    part.write_text(text, encoding="utf-8")
-    os.replace(part, path)

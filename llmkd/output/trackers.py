@@ -14,6 +14,7 @@ from pathlib import Path
 from ..config.loader import flatten
 from ..config.recipe import Recipe
 from ..errors import UserError
+from ..files import write_atomic
 
 
 def check(names: tuple[str, ...]) -> None:
@@ -73,7 +74,7 @@ def made(name: str, run: str, folder: Path, done: int):
         return tracking.MLflowTracker("llmkd", run_name=run)
     known = folder / f"{name}.id"
     if not (done and known.exists()):
-        known.write_text(uuid.uuid4().hex[:8])
+        write_atomic(known, uuid.uuid4().hex[:8])
     if name == "wandb":
         project = os.environ.get("WANDB_PROJECT", "llmkd")
         return tracking.WandBTracker(project, name=run, id=known.read_text(), resume="allow", dir=str(folder))

@@ -6,9 +6,7 @@ of it is on the disk; the previous one is deleted only after that. The frozen ba
 data, the learning rate and the dropout masks follow from the step number alone, so there is nothing else to keep.
 """
 
-import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Callable
@@ -19,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
+from ..files import remove_leftovers, sha256_file, write_folder
 
 _STEP = re.compile(r"step-(\d+)")
 
@@ -43,27 +42,14 @@ def save(
     weights = {name: p.detach().cpu().contiguous() for name, p in parameters.items()}
     moments = {f"{name}/{key}": _plain(value) for name, p in parameters.items() for key, value in optimizer.state.get(p, {}).items()}
     _need_room(folder, sum(t.numel() * t.element_size() for t in (*weights.values(), *moments.values())))
-    for leftover in folder.glob("*.tmp-*"):
-        shutil.rmtree(leftover, ignore_errors=True)
-    part, whole = folder / f"step-{step}.tmp-{os.getpid()}", folder / f"step-{step}"
-    part.mkdir(parents=True)
-    try:
+    remove_leftovers(folder)
+    with write_folder(folder / f"step-{step}", replace=True) as part:
         save_file(weights, part / "student.safetensors")
         save_file(moments, part / "optimizer.safetensors")
-        _write(part / "state.json", json.dumps({"step": step, **state}, indent=1))
-        files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256(p)} for p in sorted(part.iterdir())}
-        for name in files:
-            _sync(part / name)
-        _write(part / "manifest.json", json.dumps({"files": files}, indent=1))
-        _sync(part / "manifest.json")
-        _sync(part)
-        shutil.rmtree(whole, ignore_errors=True)
-        os.rename(part, whole)
-        _sync(folder)
-    except BaseException:
-        shutil.rmtree(part, ignore_errors=True)
-        raise
-    return whole
+        (part / "state.json").write_text(json.dumps({"step": step, **state}, indent=1), encoding="utf-8")
+        files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256_file(p)} for p in sorted(part.iterdir())}
+        (part / "manifest.json").write_text(json.dumps({"files": files}, indent=1), encoding="utf-8")
+    return folder / f"step-{step}"
 
 
 def prune(folder: Path, keep: int, best: int | None = None) -> None:
@@ -111,7 +97,7 @@ def damaged(path: Path) -> str | None:
             return f"{name} is missing"
         if file.stat().st_size != expected["bytes"]:
             return f"{name} has {file.stat().st_size} bytes, not {expected['bytes']}"
-        if sha256(file) != expected["sha256"]:
+        if sha256_file(file) != expected["sha256"]:
             return f"{name} does not match its hash"
     return None
 
@@ -147,11 +133,6 @@ def _plain(value: Tensor | int) -> Tensor:
     return value.detach().cpu().clone(memory_format=torch.contiguous_format)
 
 
-def sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
 def _steps(folder: Path) -> list[tuple[int, Path]]:
     return [(int(m[1]), p) for p in folder.glob("step-*") if (m := _STEP.fullmatch(p.name)) and p.is_dir()]
 
@@ -163,15 +144,3 @@ def _need_room(folder: Path, size: int) -> None:
         raise UserError(
             f"output_dir: {free >> 20} MB free at {folder}, {int(1.2 * size) >> 20} MB needed for a checkpoint; make room, then --resume"
         )
-
-
-def _write(path: Path, text: str) -> None:
-    path.write_text(text, encoding="utf-8")
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

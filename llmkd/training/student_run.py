@@ -1,19 +1,18 @@
 """StudentRun: one student, its recipe, folder and results."""
 
 import json
-import os
-import shutil
 from pathlib import Path
 
 from ..config.recipe import Recipe
 from ..data.encoding.tokenizer import save_tokenizer
 from ..data.stream import Stream
 from ..errors import NonFinite
+from ..files import read_jsonl, remove_leftovers, write_atomic, write_folder
 from ..models import saved_student
 from ..models.language_model import LanguageModel
 from ..output import metrics, plots
 from ..output.model_card import card
-from ..output.run_folder import RunFolder, write
+from ..output.run_folder import RunFolder
 from . import checkpoint
 from .loop import StudentState
 from .prepare import Prepared
@@ -57,7 +56,7 @@ class StudentRun:
         for i, targets in enumerate(held_out.targets.tolist()):
             sums = {name: float(values[i]) for name, values in held_out.sums.items()}
             lines.append(json.dumps({"id": i, "hash": data.student_hash(i), "place": places[i], "targets": targets, "sums": sums}) + "\n")
-        write(self.folder.path / "held_out.jsonl", "".join(lines))
+        write_atomic(self.folder.path / "held_out.jsonl", "".join(lines))
 
     def save(self, step: int) -> None:
         state = {"best": self.best, "validated": self.validated}
@@ -72,14 +71,16 @@ class StudentRun:
         """The failure with the examples' places; also written to the run's folder."""
         places = [self.prepared.places[i] for i in error.examples]
         if self.main:
-            write(self.folder.path / "nonfinite.json", json.dumps({"step": error.step, "term": error.term, "examples": places}, indent=1))
+            write_atomic(
+                self.folder.path / "nonfinite.json", json.dumps({"step": error.step, "term": error.term, "examples": places}, indent=1)
+            )
         shown = ", ".join(places[:8]) + (f" and {len(places) - 8} more" if len(places) > 8 else "")
         text = f"step {error.step}: {error.term} is not finite at {shown}; the weights are as they were before it"
         self.failure = NonFinite(error.step, error.term, error.examples, text)
 
     def finish(self, steps: int, scored: dict[str, float]) -> Path:
         """Write the student, the summary, the plot and the card. `scored` is the multiple-choice accuracy, where there are questions."""
-        records = metrics.read(self.folder.path / "metrics.jsonl")
+        records = read_jsonl(self.folder.path / "metrics.jsonl")
         last = next(r for r in reversed(records) if "loss" in r)
         held_out = [r["validation"] for r in records if "validation" in r] or [{}]
         summary = {
@@ -93,19 +94,16 @@ class StudentRun:
         (self.folder.path / "nonfinite.json").unlink(missing_ok=True)  # of an attempt before this one
         output = self.write_student(summary)
         plots.plot(self.folder.path)
-        write(self.folder.path / "summary.json", json.dumps(summary, indent=1))
+        write_atomic(self.folder.path / "summary.json", json.dumps(summary, indent=1))
         return output
 
     def write_student(self, summary: dict) -> Path:
         """`adapter` or `model` in the run's folder, whole or not at all."""
         output = self.folder.path / summary["output"]
-        for leftover in self.folder.path.glob(f"{output.name}.tmp-*"):
-            shutil.rmtree(leftover)
-        part = output.with_name(f"{output.name}.tmp-{os.getpid()}")
-        saved_student.save(self.model, part, self.recipe.student)
-        save_tokenizer(self.prepared.tokenizer, part)
-        text = card(self.recipe, summary, self.prepared.student, self.prepared.teachers, self.prepared.origins)
-        (part / "README.md").write_text(text, encoding="utf-8")
-        shutil.rmtree(output, ignore_errors=True)
-        part.rename(output)
+        remove_leftovers(self.folder.path, output.name)
+        with write_folder(output, replace=True) as part:
+            saved_student.save(self.model, part, self.recipe.student)
+            save_tokenizer(self.prepared.tokenizer, part)
+            text = card(self.recipe, summary, self.prepared.student, self.prepared.teachers, self.prepared.origins)
+            (part / "README.md").write_text(text, encoding="utf-8")
         return output

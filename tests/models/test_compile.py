@@ -77,7 +77,7 @@ def test_it_is_refused_with_a_teacher_that_is_offloaded(make_recipe):
 @pytest.mark.skipif(torch.__version__ < "2.13", reason="torch 2.11 fails to compile attention in float64 on a CPU, and it is refused")
 @pytest.mark.parametrize("checkpointing", [False, True])
 def test_a_compiled_run_is_the_run_and_is_resumed_bit_for_bit(trained, make_recipe, checkpointing, monkeypatch, tmp_path):
-    from llmkd.output.metrics import read
+    from llmkd.files import read_jsonl
     from llmkd.training import loop
 
     changes = {"student__lora__dropout": 0.3, "student__gradient_checkpointing": checkpointing, "validation__teacher_check": 0}
@@ -85,7 +85,9 @@ def test_a_compiled_run_is_the_run_and_is_resumed_bit_for_bit(trained, make_reci
     plain = trained("plain", **changes)
     whole = trained("whole", train__compile=True, **changes)
     assert 0 < distance(plain, whole) < 1e-3  # norms are in float32, and AdamW's first steps divide by what is next to nothing
-    losses = [[record["loss"] for record in read(tmp_path / name / "metrics.jsonl") if "loss" in record] for name in ("plain", "whole")]
+    losses = [
+        [record["loss"] for record in read_jsonl(tmp_path / name / "metrics.jsonl") if "loss" in record] for name in ("plain", "whole")
+    ]
     assert len(losses[0]) == 5 and losses[0] == pytest.approx(losses[1], rel=1e-5)
     stop, move = ShutdownRequest(), loop.optimizer_step
 

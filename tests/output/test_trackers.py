@@ -6,8 +6,8 @@ import pytest
 
 from llmkd.cli import main
 from llmkd.errors import UserError
+from llmkd.files import read_jsonl
 from llmkd.output import trackers
-from llmkd.output.metrics import read
 from llmkd.training.run import run
 from tests.training.test_resume import unfinish
 
@@ -27,7 +27,7 @@ def curves(folder) -> dict[str, dict[int, float]]:
 def recorded(folder) -> dict[str, dict[int, float]]:
     """The same of metrics.jsonl."""
     found: dict[str, dict[int, float]] = {}
-    for record in read(folder / "metrics.jsonl"):
+    for record in read_jsonl(folder / "metrics.jsonl"):
         group = next((name for name in ("validation", "teacher_check") if name in record), "train")
         values = record.get(group, record)
         for name, value in values.items():
@@ -89,7 +89,10 @@ def test_a_tracker_that_fails_is_left_out_with_one_note(make_recipe, tmp_path, c
     assert said == [
         "note: tensorboard failed (ConnectionError: no route to host); the run goes on without it, and metrics.jsonl has everything"
     ]
-    assert len([record for record in read(tmp_path / "out/metrics.jsonl") if "loss" in record]) == 3 and (tmp_path / "out/adapter").is_dir()
+    assert (
+        len([record for record in read_jsonl(tmp_path / "out/metrics.jsonl") if "loss" in record]) == 3
+        and (tmp_path / "out/adapter").is_dir()
+    )
 
 
 def test_trackers_are_finished_when_a_run_ends_badly(make_recipe, tmp_path, monkeypatch):
@@ -141,7 +144,7 @@ def test_mlflow_holds_the_figures(make_recipe, tmp_path, monkeypatch):
     run(make_recipe(report_to=["mlflow"], train__max_steps=2))
     found = mlflow.search_runs(experiment_names=["llmkd"], output_format="list")
     assert len(found) == 1 and found[0].info.status == "FINISHED"
-    last = read(tmp_path / "out/metrics.jsonl")[-1]
+    last = read_jsonl(tmp_path / "out/metrics.jsonl")[-1]
     assert found[0].data.metrics["train/loss"] == pytest.approx(last["loss"])
     assert found[0].data.params["student.lora.rank"] == "4"
 

@@ -12,8 +12,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from llmkd import files
 from llmkd.errors import Stopped, UserError
-from llmkd.output.metrics import read
+from llmkd.files import read_jsonl
 from llmkd.training import checkpoint
 from llmkd.training.run import run
 from tests.conftest import distance, plain_recipe, weights
@@ -25,7 +26,7 @@ STEPS = 6
 
 
 def comparable(out: Path) -> list[dict]:
-    return [{k: v for k, v in record.items() if k not in ("targets_per_s", "peak_memory")} for record in read(out / "metrics.jsonl")]
+    return [{k: v for k, v in record.items() if k not in ("targets_per_s", "peak_memory")} for record in read_jsonl(out / "metrics.jsonl")]
 
 
 def unfinish(out: Path, step: int) -> None:
@@ -80,7 +81,7 @@ def test_only_the_newest_and_the_best_are_kept(trained, world, tmp_path):
     summary = json.loads((tmp_path / "kept/summary.json").read_text())
     kept = {int(p.name.split("-")[1]) for p in (tmp_path / "kept/checkpoints").iterdir()}
     assert kept == {5, 6, summary["best"]["step"]}
-    values = {r["step"]: r["validation"]["ce"] for r in read(tmp_path / "kept/metrics.jsonl") if "validation" in r}
+    values = {r["step"]: r["validation"]["ce"] for r in read_jsonl(tmp_path / "kept/metrics.jsonl") if "validation" in r}
     assert summary["best"]["value"] == min(values.values())
 
 
@@ -161,9 +162,9 @@ def _die_at(point: str) -> None:
     if point in ("weights", "optimizer"):
         safetensors.torch.save_file = after(safetensors.torch.save_file, point == "optimizer")
     elif point in ("state", "manifest"):
-        checkpoint._write = after(checkpoint._write, point == "manifest")
+        Path.write_text = after(Path.write_text, point == "manifest")
     elif point.startswith("sync"):
-        checkpoint._sync = after(checkpoint._sync, {"sync 0": 0, "sync 3": 3, "sync after": 5}[point])
+        files._sync = after(files._sync, {"sync 0": 0, "sync 3": 3, "sync after": 5}[point])
     elif point == "rename":
         os.rename = kill
     else:

@@ -18,9 +18,9 @@ from llmkd.config import loader
 from llmkd.config.recipe import Teacher
 from llmkd.data.collate import collate
 from llmkd.errors import Stopped, UserError
+from llmkd.files import read_jsonl
 from llmkd.models import load
 from llmkd.models.load import load_teacher
-from llmkd.output.metrics import read
 from llmkd.teachers.live import Live
 from llmkd.training import trainer
 from llmkd.training.distiller import Distiller
@@ -71,12 +71,12 @@ def test_without_a_teacher_it_is_supervised_fine_tuning(trained, make_recipe, mo
     monkeypatch.setattr(load, "load_teacher", lambda *a: pytest.fail("a teacher was loaded"))
     with_ratio_0 = trained("zero", loss__kd_ratio=0.0, **SHORT)
     assert distance(trained("none", teacher=None, **SHORT), with_ratio_0) == 0
-    assert all("kd" not in r for r in read(tmp_path / "zero/metrics.jsonl"))
+    assert all("kd" not in r for r in read_jsonl(tmp_path / "zero/metrics.jsonl"))
 
 
 def test_both_terms_are_logged_and_mixed(trained, tmp_path):
     trained("log", loss__kd_ratio=0.25, loss__temperature=2.0, **SHORT)
-    for r in (r for r in read(tmp_path / "log/metrics.jsonl") if "teacher_check" not in r):
+    for r in (r for r in read_jsonl(tmp_path / "log/metrics.jsonl") if "teacher_check" not in r):
         assert r["loss"] == pytest.approx(0.75 * r["ce"] + 0.25 * r["kd"], rel=1e-12)
         assert {"step", "epoch", "lr", "grad_norm", "targets", "targets_per_s", "peak_memory"} <= r.keys()
 
@@ -198,7 +198,7 @@ def test_the_settings_that_change_how_it_is_computed_work_and_stay_near(trained,
     trained("exact", train__batch_size=37, **SHORT)
     got = trained("other", train__batch_size=37, **SHORT, **changes)
     assert all(torch.isfinite(t).all() for t in got.values())
-    first, other = (read(tmp_path / name / "metrics.jsonl")[1] for name in ("exact", "other"))  # behind the gate's
+    first, other = (read_jsonl(tmp_path / name / "metrics.jsonl")[1] for name in ("exact", "other"))  # behind the gate's
     assert [other[k] for k in ("ce", "kd", "targets")] == pytest.approx([first[k] for k in ("ce", "kd", "targets")], rel=2e-2)
 
 

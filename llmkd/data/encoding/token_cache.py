@@ -6,7 +6,6 @@ processes of a launch make an entry once: the first one does, the others wait an
 """
 
 import contextlib
-import fcntl
 import hashlib
 import json
 import os
@@ -18,6 +17,7 @@ import numpy as np
 from ...config.recipe import Data, Source
 from ...console import info, progress_bar
 from ...errors import UserError
+from ...files import lock_file, remove_leftovers, write_folder
 from ..examples import Examples
 from ..reading.sources import Rows
 from .encode import encode
@@ -70,13 +70,12 @@ def _lock(entry: Path):
     try:
         place = entry.parent.with_name("locks")
         place.mkdir(parents=True, exist_ok=True)
-        file = open(place / entry.name, "a")  # noqa: SIM115 closed below
-    except OSError:
+        file = lock_file(place / entry.name, wait=True)
+    except OSError:  # such as a file system without locks: every process then makes its own entry
         yield
         return
     with file:
-        with contextlib.suppress(OSError):  # a file system that cannot lock: every process then makes its own
-            fcntl.flock(file, fcntl.LOCK_EX)
+        remove_leftovers(entry.parent, entry.name)
         yield
 
 
@@ -112,15 +111,10 @@ def _store(entry: Path, result: Examples, info) -> None:
     if result.teacher_view is not None:
         arrays |= {f"teacher_{name}": getattr(result.teacher_view, name) for name in _READ}
     raw = save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
-    part = entry.with_name(f"{entry.name}.tmp-{os.getpid()}")
     try:
-        part.mkdir(parents=True, exist_ok=True)
-        (part / "tokens.safetensors").write_bytes(raw)
-        (part / "manifest.json").write_text(json.dumps({"sha256": _hash(raw, result.counts), "counts": result.counts}))
-        if entry.exists() and not (entry / "manifest.json").exists():
-            shutil.rmtree(entry)
-        part.rename(entry)
+        with write_folder(entry, replace=not os.path.exists(entry / "manifest.json")) as part:
+            (part / "tokens.safetensors").write_bytes(raw)
+            (part / "manifest.json").write_text(json.dumps({"sha256": _hash(raw, result.counts), "counts": result.counts}))
     except OSError as error:
-        shutil.rmtree(part, ignore_errors=True)
         if not os.path.exists(entry / "manifest.json"):  # another process may have been first
             info(f"llmkd: the token cache {entry.parent} cannot be written ({error.strerror}); going on without")

@@ -23,6 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from ...errors import UserError, report_from_any_rank
+from ...files import remove_leftovers, sha256_file, write_atomic
 from ...model_files import tensors
 
 VERSION = 2  # 1 was written as store.json, with other names in it
@@ -68,8 +69,7 @@ class Writer:
         """Whether the cache is whole already. UserError where the folder holds a teacher cache of other answers; then nothing is touched."""
         _refuse_version_1(self.folder, self.setting)
         self.folder.mkdir(parents=True, exist_ok=True)
-        for part in self.folder.glob("*.tmp-*"):  # of an attempt that was killed
-            part.unlink()
+        remove_leftovers(self.folder)
         for name in ("cache.json", "unfinished.json"):
             if (self.folder / name).exists():
                 found = read_header(self.folder, self.setting) if name == "cache.json" else _read_json(self.folder / name, self.setting)
@@ -80,12 +80,12 @@ class Writer:
                     )
         head = getattr(self.format, "head", None)
         if head and _digest(self.folder / head.options()["file"]) != head.sha256:
-            _write(self.folder / head.options()["file"], head.content())
+            write_atomic(self.folder / head.options()["file"], head.content())
         if (self.folder / "cache.json").exists():
             if not self.left():
                 return True
             (self.folder / "cache.json").unlink()  # a shard of it is gone
-        _write(self.folder / "unfinished.json", json.dumps(self.header, indent=1).encode())
+        write_atomic(self.folder / "unfinished.json", json.dumps(self.header, indent=1).encode())
         return False
 
     def left(self, rank: int = 0, ranks: int = 1) -> list[int]:
@@ -102,7 +102,7 @@ class Writer:
             raise UserError(f"{self.setting}: {self.folder} lacks {left[0]} and {len(left) - 1} more; run llmkd cache again")
         files = [_read_json(self.folder / f"{_name(n)}.json") for n in range(len(self.plan.shards))]
         sealed = self.header | {"files": files}
-        _write(self.folder / "cache.json", json.dumps(sealed | {"checksum": _checksum(sealed)}, indent=1).encode())
+        write_atomic(self.folder / "cache.json", json.dumps(sealed | {"checksum": _checksum(sealed)}, indent=1).encode())
         (self.folder / "unfinished.json").unlink(missing_ok=True)
 
     def _whole(self, n: int) -> bool:
@@ -144,9 +144,9 @@ class Shard:
             raise ValueError(f"shard {self.number}: {len(self._wanted)} of its examples were never put")
         content = save({"records": self._records_NR, "content_hash": self.hash_E, "targets": self.targets_E})
         name, digest = _name(self.number), hashlib.sha256(content).hexdigest()
-        _write(self.writer.folder / f"{name}.safetensors", content)
+        write_atomic(self.writer.folder / f"{name}.safetensors", content)
         about = {"file": f"{name}.safetensors", "sha256": digest, "examples": len(self.hash_E), "targets": len(self._records_NR)}
-        _write(self.writer.folder / f"{name}.json", json.dumps(about | {"of": _checksum(self.writer.header)}).encode())
+        write_atomic(self.writer.folder / f"{name}.json", json.dumps(about | {"of": _checksum(self.writer.header)}).encode())
 
 
 class TeacherCache:
@@ -290,8 +290,8 @@ def _checksum(header: dict) -> str:
 
 
 def _digest(path: Path) -> str | None:
-    with contextlib.suppress(OSError), open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    with contextlib.suppress(OSError):
+        return sha256_file(path)
     return None
 
 
@@ -303,12 +303,3 @@ def _read_json(path: Path, setting: str = SETTING) -> dict:
     except (OSError, ValueError):
         pass
     raise UserError(f"{setting}: {path} is damaged (it cannot be read); delete it and run llmkd cache again")
-
-
-def _write(path: Path, content: bytes) -> None:
-    part = path.with_name(f"{path.name}.tmp-{os.getpid()}")
-    try:
-        part.write_bytes(content)
-        part.rename(path)
-    finally:
-        part.unlink(missing_ok=True)
