@@ -18,6 +18,10 @@ class UserError(Exception):
         super().__init__("\n".join(problems))
 
 
+class ArgumentError(UserError, ValueError):
+    """An argument of the Python API is wrong."""
+
+
 class NonFinite(Exception):
     """Training met an infinity or a NaN at `step`, in `term`, and stopped before it reached the weights."""
 

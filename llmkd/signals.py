@@ -1,13 +1,13 @@
-"""The nouns that everything else passes around: batches and what a teacher says about their targets.
+"""What a teacher returns: a `Signal` about the N targets of a batch, and the `Teacher` that computes it.
 
-Shape letters: B examples, T positions, N targets (supervised positions), n targets of one chunk, V entries of
-the real vocabulary, H hidden width, K entries that a sparse signal keeps, E events that two models are compared over
+Shape letters: B examples, T positions, N targets (supervised positions), n targets of one chunk, V entries of the
+real vocabulary, H hidden width, K entries that a sparse signal keeps, E events over which two models are compared
 (V, or fewer for a sparse signal).
 """
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
+from typing import ClassVar, Protocol
 
 import torch
 from torch import Tensor
@@ -15,43 +15,64 @@ from torch import Tensor
 from .batch import Batch, Rows
 from .head import Head
 
-#: From the log-probabilities of student and teacher over the same events, both [n, E]: how far apart they are, [n].
+#: A function of the log-probabilities of student and teacher over the same events, both [n, E]: their distance, [n].
 Divergence = Callable[[Tensor, Tensor], Tensor]
 
 
 class Signal(Protocol):
-    """What a teacher says about the N targets of a batch."""
+    """A teacher's output for the N targets of one batch.
+
+    `rows` selects n of the N targets: a slice, or their indices. `log_q_nV` are the student's log-probabilities
+    for those targets at `temperature`. All log-probabilities are natural logarithms over the real vocabulary.
+    """
+
+    #: Whether `log_probs` returns the teacher's exact distribution; the loss may then use a gradient in closed form.
+    full_distribution: ClassVar[bool]
 
     def divergence(self, divergence: Divergence, rows: Rows, log_q_nV: Tensor, temperature: float = 1.0) -> Tensor:
-        """How far the student is from this teacher at those targets, [n]; `log_q_nV` are its log-probabilities at `temperature`."""
+        """The divergence between student and teacher at those targets, [n], differentiable in `log_q_nV`."""
 
     def log_probs(self, rows: Rows, log_q_nV: Tensor | None = None, temperature: float = 1.0) -> Tensor:
         """The teacher's log-probabilities at `temperature` for those targets, [n, V].
 
-        Where a signal knows only the mass of some tokens together, it is shared out as the student shares its own (`log_q_nV`).
+        Where the signal knows only the total mass of some tokens (the tail of a top-k record), that mass is
+        distributed over them in proportion to the student's probabilities, or evenly without `log_q_nV`.
         """
 
     def label_log_probs(self, rows: Rows, labels_n: Tensor) -> Tensor:
         """The teacher's log-probability of each target's own token, at temperature 1, [n]."""
 
     def exact_metrics(self, rows: Rows, labels_n: Tensor, log_q_nV: Tensor) -> dict[str, Tensor]:
-        """Those of TEACHER_METRICS that it knows better than `log_probs` says, [n]."""
+        """The `TEACHER_METRICS` that this signal knows exactly although its `log_probs` are approximate, [n] each.
+
+        An example is the teacher's entropy, which a top-k record stores.
+        """
 
 
-#: What can be told of a teacher and of a student before it; of one that is known by samples, fewer.
+#: Validation metrics that need a teacher. A teacher known only from sampled tokens supports a subset.
 TEACHER_METRICS = ("forward_kl", "reverse_kl", "top1_agreement", "teacher_ce", "teacher_entropy")
 
 
 class Teacher(Protocol):
-    """A callable from a batch to a signal. Never trains, never keeps a gradient."""
+    """A callable from a batch to a signal. It never trains, and it keeps no gradient."""
 
-    metrics: tuple[str, ...]  # which of TEACHER_METRICS can be told of its signals
+    metrics: tuple[str, ...]  # the TEACHER_METRICS that its signals support
 
     def __call__(self, batch: Batch) -> Signal: ...
 
 
-class Known:
-    """A signal that knows the teacher's whole distribution: `log_probs` says all that there is."""
+class FullDistribution:
+    """Base class of signals whose `log_probs` returns the teacher's exact distribution; a subclass defines `log_probs`.
+
+    A subclass that overrides `divergence` is no longer taken for one, unless it sets `full_distribution` itself.
+    """
+
+    full_distribution: ClassVar[bool] = True
+
+    def __init_subclass__(cls, **options):
+        super().__init_subclass__(**options)
+        if "divergence" in cls.__dict__ and "full_distribution" not in cls.__dict__:
+            cls.full_distribution = False
 
     def log_probs(self, rows: Rows, log_q_nV: Tensor | None = None, temperature: float = 1.0) -> Tensor:
         raise NotImplementedError
@@ -67,8 +88,8 @@ class Known:
 
 
 @dataclass(frozen=True)
-class Dense(Known):
-    """The teacher's last hidden states and its head: its exact distribution, computed a chunk at a time."""
+class Dense(FullDistribution):
+    """The teacher's last hidden states `hidden_NH` and its head: its exact distribution, computed one chunk at a time."""
 
     hidden_NH: Tensor
     head: Head

@@ -28,10 +28,10 @@ from llmkd.head import Head
 from llmkd.losses.divergences import forward_kl
 from llmkd.losses.fused import fused_loss
 from llmkd.losses.objective import Objective
-from llmkd.signals import Dense, Known
+from llmkd.signals import Dense, FullDistribution
 from llmkd.teachers.cache.records import make_record_format
 from llmkd.teachers.cache.shards import ShardPlan, TeacherCache, Writer
-from llmkd.teachers.cached import Cached
+from llmkd.teachers.cached import CachedTeacher
 
 KINDS = [
     Cache(path="-", kind="topk", k=50, value_bits=4),
@@ -48,7 +48,7 @@ KINDS = [
 
 
 @dataclass(frozen=True)
-class Whole(Known):
+class Whole(FullDistribution):
     log_p_NV: torch.Tensor
 
     def log_probs(self, rows, log_q_nV=None, temperature: float = 1.0) -> torch.Tensor:
@@ -182,7 +182,7 @@ def reading(options) -> list[dict]:
             before = time.perf_counter()
             written = TeacherCache.open(folder / "cache")
             opened = time.perf_counter() - before
-            teacher, seconds = Cached(written, "cpu"), []
+            teacher, seconds = CachedTeacher(written, "cpu"), []
             view, labels = View({}, torch.zeros(0)), torch.zeros(560, dtype=torch.long)
             generator = np.random.default_rng(0)
             for _ in range(40):

@@ -32,7 +32,7 @@ from llmkd.batch import Batch  # noqa: E402
 from llmkd.data.batching import TokenBudget  # noqa: E402
 from llmkd.data.collate import collate  # noqa: E402
 from llmkd.data.prefetch import prefetch  # noqa: E402
-from llmkd.teachers.live import Live  # noqa: E402
+from llmkd.teachers.live import LiveTeacher  # noqa: E402
 from llmkd.training import distiller, loop  # noqa: E402
 from llmkd.training.launch import start  # noqa: E402
 
@@ -64,7 +64,7 @@ def main() -> None:
 def profiled(world: World, options: argparse.Namespace) -> list[str]:
     state, teacher = (
         learning(world, 0.0 if options.alone else 0.5, world.student),
-        None if options.alone else named(TEACHER, Live(world.teacher)),
+        None if options.alone else named(TEACHER, LiveTeacher(world.teacher)),
     )
     plan = world.plan(TokenBudget(options.tokens, packing=options.packed))
     batch_of, steps = functools.partial(collate, world.data, pad=0, packing=options.packed), 0

@@ -22,7 +22,7 @@ from llmkd.losses.objective import Objective
 from llmkd.models.families import decoder_of
 from llmkd.models.language_model import LanguageModel
 from llmkd.signals import Dense, Teacher
-from llmkd.teachers.live import Live
+from llmkd.teachers.live import LiveTeacher
 from llmkd.training import optim as optimizers
 from llmkd.training.distiller import Distiller
 from llmkd.training.loop import StudentState, train
@@ -115,7 +115,7 @@ def learning(world: World, kd: float, student: LanguageModel) -> StudentState:
     return StudentState(distiller, optimizers.build(Optim(), parameters), parameters, lambda step: 2e-4, 1.0)
 
 
-class Known(Live):
+class Known(LiveTeacher):
     """A teacher whose hidden states at every target are in memory already, as `teacher.cache.kind: hidden` has them on a disk."""
 
     def __init__(self, world: World):
@@ -132,11 +132,11 @@ class Known(Live):
 
 
 def live(world: World) -> Teacher:
-    return Live(world.teacher)
+    return LiveTeacher(world.teacher)
 
 
 def in_float8(world: World) -> Teacher:
-    return Live(world.float8_teacher)
+    return LiveTeacher(world.float8_teacher)
 
 
 @functools.cache

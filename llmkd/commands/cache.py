@@ -110,7 +110,7 @@ def write(
     from ..teachers.cache.records import make_record_format
     from ..teachers.cache.shards import Writer
     from ..teachers.fidelity import measured_transform, sample_teacher_batches
-    from ..teachers.live import Live
+    from ..teachers.live import LiveTeacher
 
     setting, device, rank, ranks = teacher.setting, accelerator.device, accelerator.process_index, accelerator.num_processes
     folder, encoded = Path(teacher.settings.cache.path).expanduser(), asked(recipe, prepared, teacher)
@@ -147,7 +147,7 @@ def write(
         records = record_format.record(live(batch), batch.labels_N, batch.examples)
         return [one.content_hash for one in batch.examples], [one.num_targets for one in batch.examples], records
 
-    live = Live(model)
+    live = LiveTeacher(model)
     batches = {n: dealt(encoded, plan.first_E[plan.shards[n]], recipe.validation.micro_batch_size) for n in mine}
     every = [batch for of_shard in batches.values() for batch in of_shard]
     seconds = time_of(answers, every, encoded.lengths)

@@ -18,9 +18,9 @@ from ..models.language_model import LanguageModel
 from ..models.load import load_models
 from ..signals import TEACHER_METRICS, Dense
 from ..teachers.cache.shards import TeacherCache
-from ..teachers.cached import Cached
+from ..teachers.cached import CachedTeacher
 from ..teachers.fidelity import sample_examples
-from ..teachers.live import Live
+from ..teachers.live import LiveTeacher
 from ..teachers.resolve import TeacherSource, check_cache, examples_of
 from ..training.launch import start
 from ..training.prepare import Prepared
@@ -34,7 +34,7 @@ class RecordedTeacher:
     metrics = TEACHER_METRICS
 
     def __init__(self, model: LanguageModel, data: Examples, pad: int, size: int, device):
-        live, self.head, self.hidden = Live(model), None, {}
+        live, self.head, self.hidden = LiveTeacher(model), None, {}
         for examples in progress_bar("the unquantised teacher")(make_micro_batches(list(range(len(data))), data.lengths, size)):
             batch = collate(data, examples, pad).to(device)
             signal = live(batch)
@@ -98,7 +98,10 @@ def kept(recipe: Recipe, prepared: Prepared, teacher: TeacherSource, sample: Exa
     size, pad = recipe.validation.micro_batch_size, prepared.tokenizer.eos_token_id
     students, models = load_models([recipe.student], [(teacher.setting, teacher.settings)], prepared.vocab, accelerator.device, recipe.seed)
     rows = []
-    for name, one in (("live", Live(models[0])), (str(teacher.settings.cache.path), Cached(teacher.cache, accelerator.device))):
+    for name, one in (
+        ("live", LiveTeacher(models[0])),
+        (str(teacher.settings.cache.path), CachedTeacher(teacher.cache, accelerator.device)),
+    ):
         found = validate(students, one, sample, pad, size, accelerator, progress=progress_bar(name))[0].metrics()
         rows.append({teacher.setting: name} | {figure: found[figure] for figure in TEACHER_METRICS if figure in found})
     return rows

@@ -62,7 +62,7 @@ def compare(pipeline: Pipeline, recipes: dict[str, Recipe]) -> dict[str, dict[st
     """Teacher and students on the first student's held-out rows and questions."""
     from ..models.load import load_teacher
     from ..models.saved_student import as_trained, student_folder
-    from ..teachers.live import Live
+    from ..teachers.live import LiveTeacher
 
     first = recipes[pipeline.students[0]]
     prepared = prepare(first)
@@ -74,7 +74,7 @@ def compare(pipeline: Pipeline, recipes: dict[str, Recipe]) -> dict[str, dict[st
 
     teacher = load(pipeline.teacher)
     names = {pipeline.teacher: teacher} | {name: None for name in pipeline.students}
-    return {name: measure(model or load(name), Live(teacher), prepared, first, accelerator) for name, model in names.items()}
+    return {name: measure(model or load(name), LiveTeacher(teacher), prepared, first, accelerator) for name, model in names.items()}
 
 
 def measure(model, teacher, prepared: Prepared, recipe: Recipe, accelerator) -> dict[str, float]:

@@ -25,9 +25,7 @@ Closed = Callable[[Tensor, Tensor, Tensor, Scratch], tuple[Tensor, Tensor]]
 
 def closed_form(divergence: Divergence) -> Closed | None:
     """The twin of a divergence, with its options; None where it has none."""
-    function, options = getattr(divergence, "func", divergence), getattr(divergence, "keywords", {})
-    name = getattr(function, "__name__", "")
-    twin = _CLOSED_FORMS.get(name) if function is divergences.DIVERGENCES.get(name) else None
+    twin, options = _CLOSED_FORMS.get(divergences.builtin_name(divergence)), getattr(divergence, "keywords", {})
     return twin and (lambda p, q, d, scratch: twin(p, q, d, scratch, **options))
 
 

@@ -113,6 +113,19 @@ DIVERGENCES: dict[str, Divergence] = {
 }
 
 
+def builtin_name(divergence: Divergence) -> str | None:
+    """The name in DIVERGENCES of a divergence with or without options; None of a function of somebody else, whatever its name."""
+    function = getattr(divergence, "func", divergence)
+    name = getattr(function, "__name__", "")
+    return name if DIVERGENCES.get(name) is function else None
+
+
+def divergence_name(divergence: Divergence) -> str:
+    """A name for messages, of any callable."""
+    function = getattr(divergence, "func", divergence)
+    return getattr(function, "__name__", type(function).__name__)
+
+
 def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
     return _KL.apply(log_a, log_b)
 

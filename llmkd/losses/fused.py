@@ -20,10 +20,11 @@ from torch.autograd.function import once_differentiable
 
 from ..batch import Rows
 from ..console import info
-from ..errors import brief
+from ..errors import ArgumentError, brief
 from ..head import Head
-from ..signals import Dense, Known, Signal
+from ..signals import Dense, FullDistribution, Signal
 from .closed_form import closed_form
+from .divergences import divergence_name
 from .objective import Objective
 
 _TILE_BYTES = {"cuda": 512 << 20, "cpu": 32 << 20}  # large products are fast ones
@@ -102,6 +103,8 @@ def _loss_and_grad(
     n, T = len(labels_n), objective.temperature
     grad_nV = student.grad_nV if train else None
     log_p_nV = _teacher(signal, rows, T, tiles, soften=not kernel) if has_full_distribution(signal) else None
+    if log_p_nV is not None and log_p_nV.shape != student.logits_nV.shape:
+        raise ArgumentError(f"signal: {_found_probs(signal, log_p_nV)}, expected {tuple(student.logits_nV.shape)}")
     if kernel:
         return kernel(objective, student.logits_nV, labels_n, grad_nV, log_p_nV)
     block = max(1, _block_bytes(labels_n.device.type) // (4 * tiles.vocab))
@@ -122,7 +125,7 @@ def _loss_and_grad(
 
 def _choose_backend(objective: Objective, student: "_Product | _Module", signal: Signal | None) -> tuple[Callable | None, str]:
     """Which way the terms and their gradient are come by: the kernel, if it is that, and words for the log."""
-    name = getattr(objective.divergence, "func", objective.divergence).__name__ if signal is not None else "cross-entropy"
+    name = "cross-entropy" if signal is None else divergence_name(objective.divergence)
     plain = type(student) is _Product and student.logits_nV.dtype == torch.float32 and (signal is None or type(signal) is Dense)
     if plain and _kernels_run(student.logits_nV.device):
         from . import kernels
@@ -163,11 +166,11 @@ def _say_how(how: str) -> None:
 
 
 def has_full_distribution(signal: Signal | None) -> bool:
-    """Whether `log_probs` is all that there is to a signal, so that a divergence in closed form can be taken of it."""
-    return isinstance(signal, Known) and type(signal).divergence is Known.divergence
+    """Whether the signal's `log_probs` are the teacher's exact distribution, so that a closed-form gradient applies."""
+    return getattr(signal, "full_distribution", False)
 
 
-def _teacher(signal: Known, rows: Rows, temperature: float, tiles: "_Tiles", soften: bool) -> Tensor:
+def _teacher(signal: FullDistribution, rows: Rows, temperature: float, tiles: "_Tiles", soften: bool) -> Tensor:
     """A teacher's log-probabilities for a chunk, at the temperature, or its logits, as they are unless they are to be softened."""
     if type(signal) is not Dense:
         return signal.log_probs(rows, None, temperature)
@@ -179,6 +182,10 @@ def _teacher(signal: Known, rows: Rows, temperature: float, tiles: "_Tiles", sof
 
 def _divergence_of(signal: Signal, objective: Objective, rows: Rows):
     return lambda log_q_nV: signal.divergence(objective.divergence, rows, log_q_nV, objective.temperature)
+
+
+def _found_probs(signal: Signal, log_p_nV: Tensor) -> str:
+    return f"{type(signal).__name__} returned log-probabilities of shape {tuple(log_p_nV.shape)}"
 
 
 def _block_bytes(device: str) -> int:

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .divergences import make_divergence
+from .divergences import builtin_name, make_divergence
 from .objective import Objective
 
 NONE, KL, JSD = 0, 1, 2
@@ -28,9 +28,8 @@ _KINDS = {
 
 def kind(objective: Objective) -> tuple[int, float] | None:
     """What the kernel knows of an objective's divergence; None where it does not know it."""
-    divergence = objective.divergence
-    find = _KINDS.get(getattr(divergence, "func", divergence).__name__)
-    return find and find(**getattr(divergence, "keywords", {}))
+    find = _KINDS.get(builtin_name(objective.divergence))
+    return find and find(**getattr(objective.divergence, "keywords", {}))
 
 
 def loss_and_grad(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..errors import ArgumentError
 from ..signals import Divergence
 from .closed_form import Closed, closed_form
 from .divergences import forward_kl
@@ -26,6 +27,19 @@ class Objective:
     kd_ratio: float = 0.0
     temperature: float = 1.0
     divergence: Divergence = forward_kl
+
+    def __post_init__(self):
+        problems = []
+        if not 0 <= self.kd_ratio <= 1:
+            problems.append(f"kd_ratio: found {self.kd_ratio!r}, expected 0 to 1")
+        if not 0 < self.temperature < math.inf:
+            problems.append(f"temperature: found {self.temperature!r}, expected a number above 0")
+        if not callable(self.divergence):
+            problems.append(
+                f"divergence: found {self.divergence!r}, expected a function of two tensors; llmkd.make_divergence(name) gives one"
+            )
+        if problems:
+            raise ArgumentError(*problems)
 
     def combine(self, terms: dict[str, Tensor]) -> Tensor:
         """The weighted sum of the terms, row by row. A term without weight is left out, so it cannot spoil the rest."""
@@ -131,6 +145,10 @@ def _differentiate(
     log_q_nV = torch.log_softmax(logits_nV, -1).requires_grad_(with_slope)
     with torch.set_grad_enabled(with_slope):
         value_n = divergence(log_q_nV)
+        if value_n.shape != log_q_nV.shape[:1]:
+            raise ArgumentError(
+                f"divergence: returned a tensor of shape {tuple(value_n.shape)}, expected one value for each of {len(log_q_nV)} rows"
+            )
         if not with_slope:
             return value_n, None, None
         (slope_nV,) = torch.autograd.grad(value_n.sum(), log_q_nV)

@@ -9,7 +9,7 @@ from .cache.records import read_record_format
 from .cache.shards import TeacherCache
 
 
-class Cached:
+class CachedTeacher:
     """See `cache/records.py` for what each format keeps.
 
     On one CPU core 560 targets (8 examples of 70, drawn from a teacher cache of 100 MB in the machine's memory) are read in 0.04 ms and decoded

@@ -7,7 +7,7 @@ from ..models.language_model import LanguageModel
 from ..signals import TEACHER_METRICS, Dense
 
 
-class Live:
+class LiveTeacher:
     """Its hidden states and its head are where the batch is, wherever the model itself is held."""
 
     metrics = TEACHER_METRICS

@@ -21,9 +21,9 @@ from ..models.language_model import LanguageModel
 from ..output.progress import Display
 from ..output.run_folder import RunFolder
 from ..signals import Teacher
-from ..teachers.cached import Cached
+from ..teachers.cached import CachedTeacher
 from ..teachers.fidelity import measured_transform, sample_examples, sample_teacher_batches
-from ..teachers.live import Live
+from ..teachers.live import LiveTeacher
 from ..teachers.mixture import combined
 from . import checkpoint
 from .auto_batch import AutoBatchSize, chunk_rows
@@ -76,7 +76,7 @@ class Trainer:
         """The teacher of a step: models in memory, teacher caches, or a mixture of them."""
         found, rest = self.prepared.teachers, iter(live)
         device = self.accelerator.device
-        each = [Cached(one.cache, device) if one.cache else Live(next(rest)) for one in found]
+        each = [CachedTeacher(one.cache, device) if one.cache else LiveTeacher(next(rest)) for one in found]
         return combined(each, [one.settings for one in found], recipe.mixture) if each else None
 
     def teacher_probe(self, setting: str) -> list[Batch]:

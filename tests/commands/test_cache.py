@@ -247,11 +247,11 @@ def answers_of(recipe, k: int, held_out: bool = True) -> list[dict]:
     from llmkd.config.recipe import teachers
     from llmkd.data.collate import collate
     from llmkd.models.load import load_teacher
-    from llmkd.teachers.live import Live
+    from llmkd.teachers.live import LiveTeacher
     from llmkd.training.prepare import prepare
 
     prepared = prepare(recipe, open_caches=False)
-    live, lines = Live(load_teacher(teachers(recipe.teacher)[0], prepared.vocab, "cpu")), []
+    live, lines = LiveTeacher(load_teacher(teachers(recipe.teacher)[0], prepared.vocab, "cpu")), []
     for encoded in (prepared.train, prepared.validation) if held_out else (prepared.train,):
         for i in range(len(encoded)):
             batch = collate(encoded, [i], 0)

@@ -24,7 +24,7 @@ from llmkd.losses.objective import Objective
 from llmkd.models import startup_checks
 from llmkd.models.language_model import LanguageModel
 from llmkd.signals import Dense
-from llmkd.teachers.live import Live
+from llmkd.teachers.live import LiveTeacher
 from llmkd.training import loop
 from llmkd.training import optim as optimizers
 from llmkd.training.distiller import Distiller
@@ -169,7 +169,7 @@ KERNELS = {"teacher": 102, "student": 158, "loss": 54, "backward": 199, "clip": 
 
 
 def test_kernels_of_a_step():
-    teacher, student = Live(language_model(False)), language_model(True)
+    teacher, student = LiveTeacher(language_model(False)), language_model(True)
     distiller, trained = Distiller(student, Objective(0.5)), student.trainable()
     student_state = loop.StudentState(distiller, optimizers.build(Optim(), trained), trained, lambda step: 1e-3, max_grad_norm=1.0)
     one = SimpleNamespace(device=torch.device("cpu"), num_processes=1, process_index=0, no_sync=lambda _: contextlib.nullcontext())

@@ -17,7 +17,7 @@ from llmkd.losses import fused
 from llmkd.losses.divergences import make_divergence
 from llmkd.losses.fused import default_chunk, fused_loss
 from llmkd.losses.objective import Objective
-from llmkd.signals import Dense, Known
+from llmkd.signals import Dense, FullDistribution
 
 N, H, H_T, V = 50, 8, 12, 61  # H_T, the teacher's width, tells its products from the student's
 
@@ -363,7 +363,7 @@ class Weighed:
         return 2 * divergence(log_q_nV, (self.log_p_NV[rows] / temperature).log_softmax(-1))
 
 
-class Whole(Known):
+class Whole(FullDistribution):
     """A teacher whose log-probabilities are at hand, and are not to be written over."""
 
     def __init__(self, log_p_NV):

@@ -19,7 +19,7 @@ from llmkd.models import pretrained, shared_weights
 from llmkd.models.language_model import LanguageModel
 from llmkd.models.load import load_models, load_teacher
 from llmkd.models.offload import offload
-from llmkd.teachers.live import Live
+from llmkd.teachers.live import LiveTeacher
 from llmkd.training.distiller import Distiller
 from llmkd.training.prepare import prepare
 from tests.conftest import distance, plain_recipe, weights
@@ -55,7 +55,7 @@ def parameters(teacher: LanguageModel) -> dict[str, torch.Tensor]:
 def distil(student: Student, teacher: Teacher, batches) -> tuple[list, list, dict, LanguageModel, LanguageModel]:
     """A few steps: losses, gradients, the student's weights; held to what must be true after the teacher has spoken."""
     (learner,), (model,) = load_models([student], [("teacher", teacher)], 640, "cpu", seed=7)
-    live, distiller, before = Live(model), Distiller(learner, Objective(0.5, 2.0)), parameters(model)
+    live, distiller, before = LiveTeacher(model), Distiller(learner, Objective(0.5, 2.0)), parameters(model)
     trained = learner.trainable()
     optimizer = torch.optim.AdamW(trained.values(), lr=0.02)
     losses, gradients = [], []
@@ -187,9 +187,9 @@ def test_several_teachers_stand_on_one_base(world, batches, tmp_path, monkeypatc
         and in_common(learner, *teachers) == in_common(*teachers)
     )
     assert "teacher.1: shares" in capsys.readouterr().err
-    signals = [Live(teacher)(batches[0]) for teacher in teachers]
+    signals = [LiveTeacher(teacher)(batches[0]) for teacher in teachers]
     for signal, one in zip(signals, settings, strict=True):
-        alone = Live(load_teacher(one, 640, "cpu"))(batches[0])
+        alone = LiveTeacher(load_teacher(one, 640, "cpu"))(batches[0])
         assert torch.equal(signal.log_probs(slice(None)), alone.log_probs(slice(None)))
     named[1] = ("teacher.1", Teacher(model=str(tmp_path / "nowhere")))
     with pytest.raises(UserError, match="^teacher.1.model: there is no folder"):
@@ -252,7 +252,7 @@ def test_two_processes_share_a_base_as_one_does(world, trained, tmp_path):
 PEAK = """
 import sys, torch
 from llmkd.config.recipe import Lora, Student, Teacher
-from llmkd.teachers.live import Live
+from llmkd.teachers.live import LiveTeacher
 from llmkd.signals import Batch, View
 from llmkd.models.load import load_models
 base, how = sys.argv[1:]
@@ -261,7 +261,7 @@ batch = Batch(torch.arange(8), torch.zeros(8, dtype=torch.long), view, view)
 named = [] if how == "alone" else [("teacher", Teacher(model=base, dtype="float32", share_base=how == "shared"))]
 (student,), teachers = load_models([Student(model=base, dtype="float32", lora=Lora(rank=2))], named, 640, "cpu", 7)
 for one in teachers:
-    Live(one)(batch).log_probs(slice(None))
+    LiveTeacher(one)(batch).log_probs(slice(None))
 student.head.logits(student.hidden(view)).sum().backward()
 status = open("/proc/self/status").read()  # getrusage would still tell of the process that this one was forked from
 print("peak", int(status.split("VmHWM:")[1].split()[0]) * 1024)
@@ -293,13 +293,13 @@ def test_a_teacher_that_is_held_elsewhere_says_the_same(world, batches, tmp_path
     path = str(world / who)
     if who in ("head", "dora"):
         path = peft_adapter(world / "teacher", tmp_path / who, target_modules=["q_proj", "lm_head"], use_dora=who == "dora")
-    plain = Live(load_teacher(Teacher(model=path), 640, "cpu"))
+    plain = LiveTeacher(load_teacher(Teacher(model=path), 640, "cpu"))
     for device in ("cpu", "offload"):
         (learner,), (model,) = load_models(
             [Student(model=str(world / "teacher"))], [("teacher", Teacher(model=path, device=device))], 640, "cpu", seed=7
         )
         for batch in batches:
-            assert torch.equal(Live(model)(batch).log_probs(slice(None)), plain(batch).log_probs(slice(None)))
+            assert torch.equal(LiveTeacher(model)(batch).log_probs(slice(None)), plain(batch).log_probs(slice(None)))
         assert not any(p.requires_grad for p in model.parameters()) and in_common(learner, model) == 0
         assert shared_weights.storage_bytes(model.head.project).keys() <= shared_weights.storage_bytes(model).keys()
     offload(model.base_model, "meta")  # a device that refuses every product with a weight that was not brought to it

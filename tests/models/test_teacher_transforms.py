@@ -21,7 +21,7 @@ from llmkd.models.language_model import LanguageModel
 from llmkd.models.load import load_models, load_teacher
 from llmkd.models.shared_weights import storage_bytes
 from llmkd.teachers.fidelity import TARGETS, compare, measured_transform, sample_teacher_batches
-from llmkd.teachers.live import Live
+from llmkd.teachers.live import LiveTeacher
 from llmkd.training.prepare import prepare
 from llmkd.training.run import run
 from tests.conftest import plain_recipe
@@ -71,7 +71,7 @@ def load(path: Path, batches=None, **options) -> LanguageModel:
 
 
 def answers(model: LanguageModel, batches) -> torch.Tensor:
-    return torch.cat([Live(model)(batch).log_probs(slice(None)) for batch in batches])
+    return torch.cat([LiveTeacher(model)(batch).log_probs(slice(None)) for batch in batches])
 
 
 @pytest.mark.parametrize("base", ["base", "tied"])
@@ -98,7 +98,7 @@ def test_the_last_layer_goes_on_to_be_computed_at_the_rows_alone(wide, batches, 
     layer = teacher.base_model.model.layers[-1]
     for module in (layer.self_attn.q_proj, layer.self_attn.o_proj, layer.mlp.down_proj):
         module.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[:-1].numel()))
-    Live(teacher)(batches[0])
+    LiveTeacher(teacher)(batches[0])
     assert seen == [batches[0].num_targets] * 3 and batches[0].num_targets < batches[0].teacher.inputs["input_ids"].numel()
 
 

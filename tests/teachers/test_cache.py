@@ -26,8 +26,8 @@ from llmkd.signals import Dense
 from llmkd.teachers.cache.records import HiddenFormat, TopKFormat, make_record_format
 from llmkd.teachers.cache.shards import ShardPlan, TeacherCache, Writer
 from llmkd.teachers.cache.stored_head import StoredHead, effective
-from llmkd.teachers.cached import Cached
-from llmkd.teachers.live import Live
+from llmkd.teachers.cached import CachedTeacher
+from llmkd.teachers.live import LiveTeacher
 from llmkd.teachers.sparse import Sampled, TopK
 
 PROVENANCE = {"the tokenizer": "t", "the teacher": {"base": "b", "adapter": "a"}}
@@ -58,7 +58,7 @@ def fill(writer, numbers, encoded, teacher, size=4, packing=False):
         chosen = shard.examples.tolist()[::-1]
         for start in range(0, len(chosen), size):
             batch = collate(encoded, chosen[start : start + size], 0, packing)
-            records = writer.format.record(Live(teacher)(batch), batch.labels_N, batch.examples)
+            records = writer.format.record(LiveTeacher(teacher)(batch), batch.labels_N, batch.examples)
             shard.put([e.content_hash for e in batch.examples], [e.num_targets for e in batch.examples], records)
         shard.write()
 
@@ -99,10 +99,10 @@ def test_what_is_read_is_what_the_teacher_said_whatever_the_batch(name, tmp_path
     settings, kind_of_signal = KINDS[name]
     writer = write(tmp_path / "cache", make_record_format(settings, vocab, teacher), encoded, teacher)
     assert len(writer.plan.shards) > 2
-    cached = Cached(TeacherCache.open(tmp_path / "cache"), "cpu")
+    cached = CachedTeacher(TeacherCache.open(tmp_path / "cache"), "cpu")
     for packing in (False, True):
         batch = collate(encoded, [30, 2, 17, 2, 5], 0, packing)
-        said, live = cached(batch), Live(teacher)(batch)
+        said, live = cached(batch), LiveTeacher(teacher)(batch)
         assert isinstance(said, kind_of_signal)
         rows, log_p = slice(0, batch.num_targets), live.log_probs(slice(None))
         log_q = torch.randn(log_p.shape, generator=torch.Generator().manual_seed(0)).log_softmax(1)
@@ -338,7 +338,7 @@ def test_hidden_states_are_exact_and_nearly_so_in_8_bits(world, data, tmp_path, 
     assert record_format.dtype == dtype and record_format.bytes == {"float32": 96, "bfloat16": 48, "int8": 28}[dtype]
     write(tmp_path / "cache", record_format, encoded, model, size=3)
     batch = collate(encoded, [4, 9, 1], 0)  # as the live one is asked: products of another shape round in another way
-    live, said = Live(model)(batch), Cached(TeacherCache.open(tmp_path / "cache"), "cpu")(batch)
+    live, said = LiveTeacher(model)(batch), CachedTeacher(TeacherCache.open(tmp_path / "cache"), "cpu")(batch)
     direct = record_format.signal(torch.from_numpy(record_format.record(live, batch.labels_N, batch.examples)), "cpu")
     p, found = live.log_probs(slice(None)), direct.log_probs(slice(None))
     assert forward_kl(found.double().log_softmax(1), p.double().log_softmax(1)).max() <= most
@@ -365,5 +365,5 @@ def test_a_process_that_has_no_example_reads_nothing(settings, tmp_path, data, t
     encoded, vocab = data
     write(tmp_path / "cache", make_record_format(settings, vocab, teacher), encoded, teacher)
     batch = collate(encoded, [], 0)
-    said = Cached(TeacherCache.open(tmp_path / "cache"), "cpu")(batch)
+    said = CachedTeacher(TeacherCache.open(tmp_path / "cache"), "cpu")(batch)
     assert said.label_log_probs(slice(0, 0), batch.labels_N).shape == (0,)

@@ -15,7 +15,7 @@ from llmkd.errors import UserError
 from llmkd.losses.divergences import forward_kl
 from llmkd.teachers.cache import import_logprobs as foreign
 from llmkd.teachers.cache.shards import ShardPlan, TeacherCache, Writer
-from llmkd.teachers.cached import Cached
+from llmkd.teachers.cached import CachedTeacher
 from llmkd.teachers.sparse import TopK
 from tests.kit.data import PLAIN, encode, rows_of, skills_tokenizer, talk, tiny
 
@@ -72,7 +72,7 @@ class World:
         targets = [len(self.places(i)) for i in range(len(self.encoded))]
         writer = Writer(self.folder / name, record_format, {}, ShardPlan.of(identities, targets, record_format.bytes, 300))
         self.counts = foreign.write(path, self.encoded, self.tokenizer, writer)
-        return Cached(TeacherCache.open(self.folder / name), "cpu")
+        return CachedTeacher(TeacherCache.open(self.folder / name), "cpu")
 
     def refused(self, lines):
         with pytest.raises(UserError) as info:

@@ -13,7 +13,7 @@ from llmkd.losses.divergences import forward_kl, generalized_jsd, reverse_kl
 from llmkd.losses.fused import fused_loss
 from llmkd.losses.objective import Objective
 from llmkd.signals import TEACHER_METRICS, Dense
-from llmkd.teachers.live import Live
+from llmkd.teachers.live import LiveTeacher
 from llmkd.teachers.mixture import Mixture, Routed
 from llmkd.training.prepare import prepare
 from tests.conftest import distance
@@ -270,7 +270,7 @@ def test_the_held_out_figures_are_those_of_the_ensemble(two, world):
     from llmkd.models.load import load_teacher
 
     prepared = prepare(recipe)
-    live = [Live(load_teacher(one, prepared.vocab, "cpu")) for one in recipe.teacher]
+    live = [LiveTeacher(load_teacher(one, prepared.vocab, "cpu")) for one in recipe.teacher]
     batch = collate(prepared.validation, list(range(len(prepared.validation))), 0)
     p = torch.stack([t(batch).log_probs(slice(None)).exp() for t in live]).mean(0)
     assert found["teacher_ce"] == pytest.approx(float(-p.gather(-1, batch.labels_N[:, None]).log().mean()), abs=1e-9)

@@ -21,7 +21,7 @@ from llmkd.errors import Stopped, UserError
 from llmkd.files import read_jsonl
 from llmkd.models import load
 from llmkd.models.load import load_teacher
-from llmkd.teachers.live import Live
+from llmkd.teachers.live import LiveTeacher
 from llmkd.training import trainer
 from llmkd.training.distiller import Distiller
 from llmkd.training.prepare import prepare
@@ -106,7 +106,7 @@ def test_an_unmerged_adapter_is_a_teacher_like_any_other(world, make_recipe):
     batch = collate(prepare(make_recipe()).train, [0, 3, 5], pad=1)
     with torch.no_grad():
         expected = reference(**batch.teacher.inputs).logits.flatten(0, 1)[batch.teacher.rows_N].log_softmax(-1)
-    first, second = (Live(teacher)(batch).log_probs(slice(None)) for _ in range(2))
+    first, second = (LiveTeacher(teacher)(batch).log_probs(slice(None)) for _ in range(2))
     assert torch.equal(first, second)
     torch.testing.assert_close(first, expected, rtol=0, atol=1e-12)
 
@@ -242,7 +242,7 @@ def test_a_teachers_adapter_on_head_or_embedding_counts(world, make_recipe, tmp_
     batch = collate(prepare(make_recipe()).train, [0, 3], pad=1)
     with torch.no_grad():
         expected = reference(**batch.teacher.inputs).logits.flatten(0, 1)[batch.teacher.rows_N].log_softmax(-1)
-    torch.testing.assert_close(Live(teacher)(batch).log_probs(slice(None)), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(LiveTeacher(teacher)(batch).log_probs(slice(None)), expected, rtol=0, atol=1e-12)
 
 
 def test_a_launch_that_starts_fewer_processes_is_refused(command, monkeypatch):

@@ -10,7 +10,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmkd.errors import NonFinite, UserError
-from llmkd.teachers.live import Live
+from llmkd.teachers.live import LiveTeacher
 from llmkd.training import loop, trainer
 from llmkd.training.distiller import Distiller
 from llmkd.training.run import run
@@ -36,7 +36,7 @@ def moves(monkeypatch):
 @pytest.fixture
 def poisoned(monkeypatch, moves):
     """From the second step on the teacher is NaN on one example of each micro-batch, until `moves` has `heal` steps."""
-    real = Live.__call__
+    real = LiveTeacher.__call__
 
     def go(heal: int = 99) -> None:
         def call(self, batch):
@@ -45,7 +45,7 @@ def poisoned(monkeypatch, moves):
                 signal.hidden_NH[batch.example_N == batch.example_N.min()] = float("nan")
             return signal
 
-        monkeypatch.setattr(Live, "__call__", call)
+        monkeypatch.setattr(LiveTeacher, "__call__", call)
 
     return go
 
@@ -175,7 +175,7 @@ def test_a_nan_moves_nothing_by_an_optimizer_that_hears_of_it_on_the_host_either
 
 def test_an_error_after_a_step_that_nobody_heard_of_leaves_no_checkpoint(make_recipe, tmp_path, moves, monkeypatch):
     """It may have failed: a checkpoint under its number would hold the weights of the one before."""
-    real = Live.__call__
+    real = LiveTeacher.__call__
 
     def call(self, batch):
         if len(moves) == 2:
@@ -185,7 +185,7 @@ def test_an_error_after_a_step_that_nobody_heard_of_leaves_no_checkpoint(make_re
             signal.hidden_NH[:] = float("nan")
         return signal
 
-    monkeypatch.setattr(Live, "__call__", call)
+    monkeypatch.setattr(LiveTeacher, "__call__", call)
     with pytest.raises(UserError, match="torn"):
         run(make_recipe(train__log_every=9))
     assert not list((tmp_path / "out/checkpoints").glob("step-*"))

@@ -10,7 +10,7 @@ import torch
 from llmkd.data.collate import collate
 from llmkd.models.load import load_student, load_teacher
 from llmkd.teachers.fidelity import sample_examples
-from llmkd.teachers.live import Live
+from llmkd.teachers.live import LiveTeacher
 from llmkd.training.prepare import prepare
 from llmkd.training.run import run
 from llmkd.training.validate import validate
@@ -27,7 +27,7 @@ def test_its_figures_are_the_cross_entropies_of_both_on_the_sample(make_recipe, 
     prepared = prepare(recipe)
     sample = sample_examples(prepared.train, 11)
     batch = collate(sample, list(range(11)), 0)
-    teacher = Live(load_teacher(recipe.teacher, prepared.vocab, "cpu"))
+    teacher = LiveTeacher(load_teacher(recipe.teacher, prepared.vocab, "cpu"))
     student = load_student(recipe.student, prepared.vocab, "cpu", recipe.seed).eval()
     log_q = torch.log_softmax(student.head.logits(student.hidden(batch.student)), -1)
     expected = {
