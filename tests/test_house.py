@@ -21,7 +21,7 @@ LAYERS = (
     "teachers",
     "output",
     "training",
-    "commands",
+    "api commands",
     "cli",
     "train __main__",
 )

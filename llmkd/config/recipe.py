@@ -170,6 +170,8 @@ class PushToHub:
 
 @config_dataclass
 class Recipe:
+    """Every setting of a run, checked and immutable. `llmkd.load_recipe` reads one."""
+
     output_dir: str = Field("", description="Where the run leaves everything.")
     seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="Order of the data, new weights and dropout follow from it.")
     student: Student = Field(default_factory=Student)
