@@ -1,5 +1,6 @@
 """The data's settings: where rows come from, what they are, what becomes of them. A part of `recipe.py`."""
 
+import dataclasses
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
@@ -10,15 +11,51 @@ config_dataclass = dataclass(frozen=True, config=ConfigDict(extra="forbid", stri
 
 Count = Annotated[int, Field(ge=1)]
 
-#: The columns of each format, and what a message of a conversation holds; `Source.fields` renames them.
-COLUMNS: dict[str, tuple[str, ...]] = {
-    "alpaca": ("instruction", "input", "output", "teacher_context"),
-    "chat": ("messages", "tools", "role", "content", "teacher_context"),
-    "prompt_completion": ("prompt", "completion", "tools", "role", "content", "teacher_context"),
-    "text": ("text", "teacher_context"),
-}
-OPTIONAL = ("input", "tools", "teacher_context")  # columns that a file need not have
 ROLES = ("system", "developer", "user", "assistant", "tool")
+
+
+@dataclasses.dataclass(frozen=True)
+class Column:
+    kind: Literal["text", "messages", "text or messages", "tools"] = "text"
+    optional: bool = False  # a file need not have it
+
+
+@dataclasses.dataclass(frozen=True)
+class RowFormat:
+    """What the rows of a format hold. How a row becomes text is in data/encoding/formats.py: a new format is an entry here and one there."""
+
+    row: dict[str, Column]
+    answer: str | None = None  # the column that a multiple-choice question lacks, since its choices stand for it
+    supervised: Literal["answer", "all"] = "answer"  # with "all" there is no answer to choose, and a text may be split
+    template: Literal["optional", "always", "never"] = "never"  # whether the tokenizer's chat template renders it
+
+    @property
+    def columns(self) -> dict[str, Column]:
+        """Of a row, with the one that every format has."""
+        return {**self.row, "teacher_context": Column(optional=True)}
+
+    @property
+    def has_messages(self) -> bool:
+        return any("messages" in column.kind for column in self.row.values())
+
+    def names(self, choices: bool = False) -> tuple[str, ...]:
+        """What `Source.fields` may rename: columns, what a message holds, and what a multiple-choice question has."""
+        in_message = ("role", "content") if self.has_messages else ()
+        return (*self.row, *in_message, "teacher_context", *(("choices", "answer") if choices else ()))
+
+
+FORMATS = {
+    "alpaca": RowFormat(
+        {"instruction": Column(), "input": Column(optional=True), "output": Column()}, answer="output", template="optional"
+    ),
+    "chat": RowFormat({"messages": Column("messages"), "tools": Column("tools", optional=True)}, template="always"),
+    "prompt_completion": RowFormat(
+        {"prompt": Column("text or messages"), "completion": Column("text or messages"), "tools": Column("tools", optional=True)},
+        answer="completion",
+        template="optional",
+    ),
+    "text": RowFormat({"text": Column()}, supervised="all"),
+}
 
 
 @config_dataclass
@@ -123,8 +160,9 @@ def data_contradictions(data: Data, max_steps: int | None, group_by_length: int)
         for setting, problem in no_context_with(data):
             yield ("data.teacher_context", setting), f"given with {problem}"
     every = (*sources(data.train), *sources(data.validation))
-    if data.too_long == "split" and any(s.format != "text" for s in every):
-        yield ("data.too_long", "data.train", "data.validation"), "found split, which only format: text can be; use drop or truncate"
+    if data.too_long == "split" and any(FORMATS[s.format].supervised != "all" for s in every):
+        whole = " and ".join(name for name, one in FORMATS.items() if one.supervised == "all")
+        yield ("data.too_long", "data.train", "data.validation"), f"found split, which only format: {whole} can be; use drop or truncate"
     for setting, value in (("data.train", data.train), ("data.validation", data.validation), ("data.choices", data.choices)):
         for i, source in enumerate(sources(value)):
             for name, problem in _source_contradictions(source, setting):
@@ -137,30 +175,31 @@ def data_contradictions(data: Data, max_steps: int | None, group_by_length: int)
 
 
 def _source_contradictions(source: Source, setting: str) -> Iterator[tuple[str, str]]:
-    choices = setting == "data.choices"
+    choices, row_format = setting == "data.choices", FORMATS[source.format]
     if source.path.startswith("builtin:") and source.path != "builtin:skills":
         yield "path", f"found {source.path!r}; the only built-in corpus is builtin:skills"
-    if choices and source.format == "text":
-        yield "format", "found text, which has no answer to choose; use alpaca, chat or prompt_completion"
+    if choices and row_format.supervised == "all":
+        *others, last = (name for name, one in FORMATS.items() if one.supervised == "answer")
+        yield "format", f"found {source.format}, which has no answer to choose; use {', '.join(others)} or {last}"
     if source.weight != 1 and setting != "data.train":
         yield "weight", f"found {source.weight:g}, and only training sources have weights; leave it out"
     if source.seed is not None and source.limit is None:
         yield "seed", "given without limit, whose rows it draws; give a limit, or leave it out"
-    if source.chat_template and source.format in ("chat", "text"):
-        why = "is always rendered by it" if source.format == "chat" else "has no turns to render"
+    if source.chat_template and row_format.template != "optional":
+        why = "is always rendered by it" if row_format.template == "always" else "has no turns to render"
         yield "chat_template", f"found true with format: {source.format}, which {why}; leave it out"
-    known = COLUMNS[source.format] + (("choices", "answer") if choices else ())
+    known, columns = row_format.names(choices), row_format.columns
     for column in source.fields:
         if column not in known:
             yield f"fields.{column}", f"format {source.format} has no such column; it has {', '.join(known)}"
-    unless = ("output", "completion") if choices else ()
-    for group in (("role", "content"), tuple(c for c in known if c not in ("role", "content", *unless))):
-        theirs = {c: source.fields.get(c, c) for c in group if c in source.fields or c not in OPTIONAL}
+    without = ("role", "content", *([row_format.answer] if choices else []))
+    for group in (("role", "content"), tuple(c for c in known if c not in without)):
+        theirs = {c: source.fields.get(c, c) for c in group if c in source.fields or not (c in columns and columns[c].optional)}
         twice = next((c for c in source.fields if c in theirs and list(theirs.values()).count(theirs[c]) > 1), None)
         if twice:
             other = next(c for c in theirs if c != twice and theirs[c] == theirs[twice])
             yield f"fields.{twice}", f"found {theirs[twice]!r}, which is also read as {other}; give each its own column"
-    if source.roles and source.format not in ("chat", "prompt_completion"):
+    if source.roles and not row_format.has_messages:
         yield "roles", f"given with format: {source.format}, which has no roles; leave it out"
     for role, name in source.roles.items():
         if role not in ROLES:

@@ -13,7 +13,7 @@ from ..errors import UserError
 from ..model_files import positions
 from .batching import num_draws
 from .encoding import token_cache
-from .encoding.formats import with_answer
+from .encoding.formats import FORMATS
 from .encoding.tokenizer import vocab_size
 from .examples import ALL_TEACHERS, Examples, merge
 from .reading.sources import Rows, read_sources, with_setting_names
@@ -140,7 +140,7 @@ def hold_out(examples: Examples, share: float) -> tuple[Examples, Examples | Non
 def encode_choices(rows: Rows, source: Source, data: Data, tokenizer) -> Questions:
     """One example for each choice of each question; the answer's tokens are supervised."""
     asked = [{column: value for column, value in row.items() if column != "teacher_context"} for row in rows.rows]  # the student alone
-    answered = [with_answer(row, source.format, choice) for row in asked for choice in row["choices"]]
+    answered = [FORMATS[source.format].with_answer(row, choice) for row in asked for choice in row["choices"]]
     source = dataclasses.replace(source, format=answered[0][1])
     expanded = Rows(
         [row for row, _ in answered],

@@ -29,7 +29,7 @@ def encode(rows: Rows, source: Source, data: Data, tokenizer, progress=iter) -> 
     problems, texts, theirs, origin, control = ErrorCollector(), [], [], [], controls(tokenizer)
     for i, row in enumerate(rows.rows):
         try:
-            new = FORMATS[source.format](row, source, tokenizer)
+            new = FORMATS[source.format].render(row, source, tokenizer)
             refuse_unmarked([text.text for text in new if text.raw], control)
             read = teacher_texts(row, new, source, data, tokenizer)
         except ValueError as error:

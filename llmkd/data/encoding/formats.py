@@ -1,11 +1,17 @@
-"""The formats: from a row to a text and the characters of it that are supervised. One function per format.
+"""The formats: from a row to texts and the characters of them that are supervised.
 
-`context` is what a reader is told before all the rest: a conversation's system message, or the beginning of a plain text.
+A format is two entries: its columns in `config.data.FORMATS`, by which settings and rows are checked, and its functions in `FORMATS` here.
 
-Text that people wrote never becomes a control token: in the plain formats all of it is encoded as characters, in chat
-(see chat.py) only what the template itself writes is.
+`context` is a text that stands before all the rest: a conversation's system message, or the beginning of a plain text.
+
+User text never becomes a control token: in the plain formats all of it is encoded as characters; in chat (see chat.py) only the
+template writes control tokens.
 """
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from ...config import data as config
 from ...config.recipe import Source
 from ...errors import UserError
 from .chat import conversation
@@ -50,14 +56,45 @@ def chat(row: dict, source: Source, tokenizer, context: str = "") -> list[Text]:
     return conversation(_told(context, row["messages"]), tokenizer, row.get("tools"))
 
 
-FORMATS = {"alpaca": alpaca, "chat": chat, "prompt_completion": prompt_completion, "text": text}
+def alpaca_answer(row: dict, answer: str) -> tuple[dict, str]:
+    return {**row, "output": answer}, "alpaca"
+
+
+def prompt_completion_answer(row: dict, answer: str) -> tuple[dict, str]:
+    completion = _assistant(answer) if isinstance(row["prompt"], list) else answer
+    return {**row, "completion": completion}, "prompt_completion"
+
+
+def chat_answer(row: dict, answer: str) -> tuple[dict, str]:
+    """As prompt and completion, so that the assistant's turns in the question are not supervised."""
+    return {"prompt": row["messages"], "completion": _assistant(answer), "tools": row.get("tools")}, "prompt_completion"
+
+
+@dataclass(frozen=True)
+class Format:
+    """The functions of a format. Its columns, which rows are checked by, are in `config.data.FORMATS`."""
+
+    render: Callable[[dict, Source, object, str], list[Text]]  # (row, source, tokenizer, context="")
+    #: (a multiple-choice row, a choice) -> a row in which that choice is the answer, and the row's format. None without an answer.
+    with_answer: Callable[[dict, str], tuple[dict, str]] | None = None
+
+
+FORMATS = {
+    "alpaca": Format(alpaca, alpaca_answer),
+    "chat": Format(chat, chat_answer),
+    "prompt_completion": Format(prompt_completion, prompt_completion_answer),
+    "text": Format(text),
+}
 
 
 def _turn(prompt: str, answer: str, source: Source, tokenizer, context: str) -> list[Text]:
     if not source.chat_template:
         return _answered(prompt, answer, context)
-    said = [{"role": "user", "content": prompt}, {"role": "assistant", "content": answer}]
-    return conversation(_told(context, said), tokenizer)
+    return conversation(_told(context, [{"role": "user", "content": prompt}, *_assistant(answer)]), tokenizer)
+
+
+def _assistant(answer: str) -> list[dict]:
+    return [{"role": "assistant", "content": answer}]
 
 
 def _answered(prompt: str, answer: str, context: str) -> list[Text]:
@@ -88,19 +125,12 @@ def refuse_without_template(source: Source, rows: list[dict], tokenizer, setting
         raise UserError(
             f"{setting}.chat_template: found true, and the tokenizer has no chat template; use one that has, or set it to false"
         )
-    lists = source.format == "prompt_completion" and any(isinstance(row["prompt"], list) for row in rows)
-    if source.format == "chat" or lists:
-        found = "lists of messages" if lists else "chat"
+    row_format = config.FORMATS[source.format]
+    lists = any(
+        isinstance(row.get(name), list) for name, column in row_format.row.items() if column.kind == "text or messages" for row in rows
+    )
+    if row_format.template == "always" or lists:
+        found = "lists of messages" if lists else source.format
         raise UserError(
             f"{setting}.format: found {found}, and the tokenizer has no chat template; use another format or a tokenizer that has one"
         )
-
-
-def with_answer(row: dict, format: str, answer: str) -> tuple[dict, str]:
-    """A multiple-choice row with one of its choices as the answer, the only thing supervised; and the format it then has."""
-    said = [{"role": "assistant", "content": answer}]
-    if format == "chat":
-        return {"prompt": row["messages"], "completion": said, "tools": row.get("tools")}, "prompt_completion"
-    if format == "prompt_completion":
-        return {**row, "completion": said if isinstance(row["prompt"], list) else answer}, format
-    return {**row, "output": answer}, format

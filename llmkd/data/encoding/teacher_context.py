@@ -28,7 +28,7 @@ def teacher_texts(row: dict, own: list[Text], source: Source, data: Data, tokeni
     for _, problem in no_context_with(data):
         raise ValueError(f"{source.fields.get('teacher_context', 'teacher_context')} is given with {problem}")
     try:
-        theirs = FORMATS[source.format](row, source, tokenizer, context)
+        theirs = FORMATS[source.format].render(row, source, tokenizer, context)
         refuse_unmarked([text.text for text in theirs if text.raw], controls(tokenizer))
     except ValueError as error:
         raise ValueError(f"with the teacher's context, {error}") from None

@@ -6,7 +6,7 @@ Nothing is repaired, since a repair would be silent. Renaming columns and roles 
 import difflib
 from typing import Any
 
-from ...config.data import COLUMNS, OPTIONAL, ROLES, Source
+from ...config.data import FORMATS, ROLES, Source
 from ...errors import UserError
 
 SHOWN = 20
@@ -42,23 +42,22 @@ def _checked(row: Any, place: str, source: Source, problems: ErrorCollector, cho
     if not isinstance(row, dict):
         problems.add(f"{place}: found {kind(row)}, expected an object with the columns of format {source.format}")
         return row
-    columns = [c for c in COLUMNS[source.format] if c not in ("role", "content")]
-    if choices:
-        columns = [c for c in columns if c not in ("output", "completion")]
+    row_format = FORMATS[source.format]
+    columns = {name: column for name, column in row_format.columns.items() if not (choices and name == row_format.answer)}
     claimed = {name for column, name in source.fields.items() if column not in ("role", "content", name)}
-    absent = {c for c in columns if c in OPTIONAL and c in claimed and c not in source.fields}  # another column has its name
+    absent = {c for c in columns if columns[c].optional and c in claimed and c not in source.fields}  # another column has its name
     theirs = {column: source.fields.get(column, column) for column in columns if column not in absent}
     found = {c: value for c, value in row.items() if c not in absent} | {
         c: row[name] for c, name in source.fields.items() if c in ("choices", "answer") and name in row
     }
     for column, name in theirs.items():
         if name not in row:
-            _missing(column, name, row, theirs, place, problems)
+            _missing(columns[column].optional and column == name, name, row, theirs, place, problems)
             continue
-        value = row[name]
-        if column == "messages" or (column in ("prompt", "completion") and isinstance(value, list)):
+        value, value_kind = row[name], columns[column].kind
+        if value_kind == "messages" or (value_kind == "text or messages" and isinstance(value, list)):
             value = _messages(value, name, source, place, problems)
-        elif column == "tools":
+        elif value_kind == "tools":
             value = _tools(value, name, place, problems)
         elif column == "teacher_context" and value is None:  # a null field is an absent one: parquet has them in every row
             continue
@@ -68,16 +67,16 @@ def _checked(row: Any, place: str, source: Source, problems: ErrorCollector, cho
         else:
             _check_text(value, f"{place}: {name}", problems)
         found[column] = value
-    kinds = {isinstance(found[column], list) for column in ("prompt", "completion") if column in theirs and column in found}
-    if len(kinds) > 1:
-        problems.add(f"{place}: prompt and completion are of two kinds; give both as text or both as lists of messages")
+    mixed = [c for c in theirs if columns[c].kind == "text or messages" and c in found]
+    if len({isinstance(found[c], list) for c in mixed}) > 1:
+        problems.add(f"{place}: {' and '.join(mixed)} are of two kinds; give both as text or both as lists of messages")
     if choices:
         _check_choices(found, source, place, problems)
     return found
 
 
-def _missing(column: str, name: str, row: dict, theirs: dict, place: str, problems: ErrorCollector) -> None:
-    if column in OPTIONAL and column == name:  # but a name that was given in the recipe must be there
+def _missing(optional: bool, name: str, row: dict, theirs: dict, place: str, problems: ErrorCollector) -> None:
+    if optional:  # but a name that was given in the recipe must be there
         near = difflib.get_close_matches(name, row.keys() - set(theirs.values()), 1, 0.8)
         if near:
             problems.add(f"{place}: no column {name!r}; did you mean {near[0]!r}?")
