@@ -11,7 +11,7 @@ import torch
 import transformers as tf
 
 from llmkd.config import loader
-from llmkd.config.recipe import sources
+from llmkd.config.fields import as_tuple
 from llmkd.data.reading.skills import tokenizer
 from llmkd.training.run import run
 from tests.test_recipes import REPO, STAGED
@@ -66,7 +66,7 @@ def test_both_stages_run_on_a_twin(folder, tmp_path, monkeypatch):
         short = {"train.max_steps": 2, "train.epochs": None, "optim.warmup_steps": None, "optim.warmup_ratio": None}
         changes = short | {"student.model": str(twin(recipe.student.model, tmp_path)), "train.batch_size": 8}
         for name in ("train", "validation"):
-            for source in sources(getattr(recipe.data, name)):
+            for source in as_tuple(getattr(recipe.data, name)):
                 path = rows(source.format, tmp_path / f"{name}.jsonl")
                 changes |= {f"data.{name}.path": path, f"data.{name}.revision": None, f"data.{name}.split": "train"}
         if recipe.data.validation_fraction:

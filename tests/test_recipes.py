@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from llmkd.config import loader
-from llmkd.config.recipe import sources, teachers
+from llmkd.config.fields import as_tuple
 
 REPO = Path(__file__).parents[1]
 FILES = sorted(path for path in (REPO / "recipes").rglob("*") if path.suffix in (".yaml", ".yml"))
@@ -59,7 +59,7 @@ def test_a_sweep_loads_with_every_arm(path):
     left = {f"{stage.output_dir}/{'adapter' if stage.student.method == 'lora' else 'model'}" for stage in stages.values()}
     left |= {f"{loader.load_recipe(other).output_dir}/adapter" for other in RECIPES if not stages}
     for recipe in (*recipes.values(), *stages.values()):
-        for model in (recipe.student.model, *(teacher.model for teacher in teachers(recipe.teacher))):
+        for model in (recipe.student.model, *(teacher.model for teacher in as_tuple(recipe.teacher))):
             assert not (model and model.startswith("runs/")) or model in left, model
 
 
@@ -76,7 +76,7 @@ def test_the_first_three_lines_say_what_it_needs_what_it_does_and_the_command(pa
 @pytest.mark.parametrize("path", RECIPES, ids=named)
 def test_a_stage_names_the_output_of_an_earlier_one(path):
     recipe = loader.load_recipe(path)
-    for model in (recipe.student.model, *(teacher.model for teacher in teachers(recipe.teacher))):
+    for model in (recipe.student.model, *(teacher.model for teacher in as_tuple(recipe.teacher))):
         if model and model.startswith("runs/"):
             earlier = [loader.load_recipe(other) for other in RECIPES if other.parent == path.parent and other < path]
             assert model in [f"{e.output_dir}/{'adapter' if e.student.method == 'lora' else 'model'}" for e in earlier]
@@ -93,7 +93,7 @@ def test_what_comes_from_the_hub_is_an_id_with_the_data_pinned(path):
     recipe = loader.load_recipe(path)
     assert recipe.output_dir == f"runs/{path.parent.name}/{path.stem}"
     assert re.fullmatch(r"[\w.-]+/[\w.-]+", recipe.student.model)
-    for source in (*sources(recipe.data.train), *sources(recipe.data.validation)):
+    for source in (*as_tuple(recipe.data.train), *as_tuple(recipe.data.validation)):
         assert re.fullmatch(r"[\w.-]+/[\w.-]+", source.path) and re.fullmatch(r"[0-9a-f]{40}", source.revision)
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmkd.config import loader
+from llmkd.config.dotted import flatten
 from llmkd.errors import UserError
 from llmkd.files import read_jsonl
 
@@ -29,7 +30,7 @@ class Run:
     def recipe(self) -> dict:
         """By dotted path: the resolved recipe, or where the run has none yet the sweep's base with the arm's changes."""
         path = self.folder / "recipe.yaml"
-        return leaves(loader.read(path)[0]) if path.exists() else changed(self.base, self.changes)
+        return flatten(loader.read(path)[0]) if path.exists() else changed(self.base, self.changes)
 
     @functools.cached_property
     def summary(self) -> dict:
@@ -47,7 +48,7 @@ class Run:
         if not self.recipe.get("loss.kd_ratio"):
             return ()
         several = self.recipe.get("teacher")
-        each = [leaves({"teacher": one}) for one in several] if isinstance(several, list) else [self.recipe]
+        each = [flatten({"teacher": one}) for one in several] if isinstance(several, list) else [self.recipe]
         return tuple(str(who) for one in each if (who := one.get("teacher.model") or one.get("teacher.cache.path")))
 
     @property
@@ -78,7 +79,7 @@ class Arm:
     @property
     def changes(self) -> dict:
         """Differences to the base recipe by dotted path, down to single settings."""
-        return leaves(self.runs[0].changes)
+        return flatten(self.runs[0].changes)
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,7 @@ def read_sweep(folder: Path) -> SweepFolder:
         raise UserError(f"{folder}: holds no sweep.json; name the output_dir of a sweep, which llmkd sweep writes")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
-        base = leaves(data.get("base") or {})
+        base = flatten(data.get("base") or {})
         arms: dict[str, list[Run]] = {}
         for name, arm in data["arms"].items():
             known = (
@@ -120,20 +121,12 @@ def read_sweep(folder: Path) -> SweepFolder:
     return SweepFolder(folder, data, base, named, baseline)
 
 
-def leaves(tree: dict, prefix: str = "") -> dict:
-    """A nested recipe by dotted path. An empty section stays a value."""
-    out = {}
-    for key, value in tree.items():
-        out |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) and value else {prefix + key: value}
-    return out
-
-
 def changed(base: dict, changes: dict) -> dict:
     """The base with some settings changed; a section that is given whole, or set to null, replaces what was below it."""
     out = dict(base)
     for path in changes:
         out = {key: value for key, value in out.items() if not key.startswith(f"{path}.")}
-    return out | leaves(changes)
+    return out | flatten(changes)
 
 
 def read_json(path: Path) -> dict:

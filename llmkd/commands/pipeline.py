@@ -4,8 +4,9 @@ import dataclasses
 import json
 from pathlib import Path
 
+from ..config.fields import as_tuple
 from ..config.loader import load_pipeline, load_recipe
-from ..config.recipe import Recipe, sources
+from ..config.recipe import Recipe
 from ..config.sweep import Pipeline
 from ..console import info, progress_bar, table
 from ..errors import UserError
@@ -26,7 +27,7 @@ def run_pipeline(config: str, overrides: dict, resume: bool) -> dict:
     for number, (name, recipe) in enumerate(recipes.items(), 1):
         info(f"\n[{number}/{len(recipes)}] {name}")
         run(recipe, resume)
-    held_out = ", ".join(source.path for source in sources(recipes[pipeline.students[0]].data.validation))
+    held_out = ", ".join(source.path for source in as_tuple(recipes[pipeline.students[0]].data.validation))
     info(f"\ncomparing on {held_out}")
     results = compare(pipeline, recipes)
     accelerator = start()
@@ -51,7 +52,7 @@ def stage_recipes(pipeline: Pipeline, config: Path, overrides: dict) -> dict[str
     uploads = [recipe.push_to_hub.repo for recipe in recipes.values() if recipe.push_to_hub]
     if len(set(uploads)) < len(uploads):
         raise UserError(f"{config}: push_to_hub.repo: several stages would upload to {uploads[0]}; set it for one of them in its set:")
-    if not sources(recipes[pipeline.students[0]].data.validation):
+    if not as_tuple(recipes[pipeline.students[0]].data.validation):
         raise UserError(
             f"{config}: students: {pipeline.students[0]} has no data.validation, on which the students are to be compared; give one"
         )

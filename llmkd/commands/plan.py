@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..config.fields import with_setting_names
 from ..config.recipe import Lora, Recipe, distils
-from ..config.teacher import with_setting_names
 from ..console import duration
 from ..data.stream import Stream
 from ..model_files import find
@@ -47,7 +47,7 @@ def estimate(recipes: list[Recipe], sizes: dict) -> Cost | None:
     taught = next((r for r in recipes if distils(r)), None)
     student, present = model_size(files), []
     bytes_ = student.parameters * weight_bytes(files, recipe.student.dtype, recipe.student.quantization)
-    for setting, one in with_setting_names(taught.teacher) if taught else ():
+    for setting, one in with_setting_names(taught.teacher, "teacher") if taught else ():
         if one.cache is None:
             theirs = find(one.model, f"{setting}.model", one.revision, one.base)
             present.append(model_size(theirs))

@@ -9,14 +9,14 @@ from typing import TextIO
 
 import numpy as np
 
-from ..config.recipe import Recipe, Student, distils, sources
-from ..config.teacher import with_setting_names as with_teacher_names
+from ..config.fields import as_tuple, with_setting_names
+from ..config.recipe import Recipe, Student, distils
 from ..console import info
 from ..data.dataset import hold_out, read_data, refuse_empty_sources, refuse_too_few_positions, report_notes
 from ..data.encoding.token_cache import load_or_encode
 from ..data.encoding.tokenizer import student_base, student_tokenizer
 from ..data.examples import Examples, merge
-from ..data.reading.sources import Rows, with_setting_names
+from ..data.reading.sources import Rows
 from ..data.stream import Stream
 from ..errors import UserError
 from ..model_files import read_json
@@ -51,7 +51,7 @@ def preview(recipe: Recipe, count: int = 3, example: int | None = None, out: Tex
 def _configs(recipe: Recipe) -> dict[str, dict]:
     """The models' configurations, as far as they are here: a teacher may be yet to come."""
     configs = {"student.model": recipe.student.architecture or _config(student_base(recipe.student))}
-    for setting, one in with_teacher_names(recipe.teacher) if distils(recipe) else ():
+    for setting, one in with_setting_names(recipe.teacher, "teacher") if distils(recipe) else ():
         with contextlib.suppress(UserError):
             if one.model:
                 configs[f"{setting}.model"] = _config(student_base(Student(model=one.model, base=one.base, revision=one.revision)))
@@ -66,7 +66,7 @@ def _print_counts(recipe: Recipe, setting: str, rows: dict[str, list[Rows]], tok
     """Print the figures of a setting's sources; its examples, and the place of every row."""
     data, train = recipe.data, recipe.train
     if setting == "data.train" and data.streaming:
-        (source,) = sources(data.train)
+        (source,) = as_tuple(data.train)
         stream = Stream(source, data, tokenizer, recipe.seed, train.batch_size, train.batch_size, train.max_steps)
         print("the first step of a stream:", file=out)
         parts, names, places = [stream.window], [f"{setting} {source.path}"], stream.places

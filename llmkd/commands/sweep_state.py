@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 from .. import __version__
-from ..config.loader import flatten
+from ..config.dotted import flatten
 from ..config.recipe import Recipe, distils
 from ..config.sweep import ArmSpec, Sweep
 from ..console import first_process, info

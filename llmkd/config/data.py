@@ -4,12 +4,9 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Annotated, Literal
 
-from pydantic import ConfigDict, Discriminator, Field, Tag
-from pydantic.dataclasses import dataclass
+from pydantic import Field
 
-config_dataclass = dataclass(frozen=True, config=ConfigDict(extra="forbid", strict=True, allow_inf_nan=False))
-
-Count = Annotated[int, Field(ge=1)]
+from .fields import Count, OneOrMany, Seed, as_tuple, changeable, config_dataclass, fixed
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -60,82 +57,80 @@ FORMATS = {
 
 @config_dataclass
 class Source:
-    path: str = Field(
-        description="A .json, .jsonl, .parquet, .arrow or .csv file, a folder of them, a hub data set, or builtin:skills (the generated corpus)."
+    path: str = fixed(
+        path="data",
+        description="A .json, .jsonl, .parquet, .arrow or .csv file, a folder of them, a hub data set, or builtin:skills (the generated corpus).",
     )
-    format: Literal["alpaca", "chat", "prompt_completion", "text"] = Field(
+    format: Literal["alpaca", "chat", "prompt_completion", "text"] = fixed(
         "alpaca",
+        shapes=("tokens",),
         description="alpaca: instruction, input, output; chat: messages of role and content; prompt_completion: prompt, completion; text: text.",
     )
-    fields: dict[str, str] = Field(
+    fields: dict[str, str] = fixed(
         default_factory=dict,
         description="What the file calls the format's columns, where it has other names: {messages: conversations, role: from, content: value}.",
     )
-    roles: dict[str, str] = Field(
+    roles: dict[str, str] = fixed(
         default_factory=dict,
         description="What the file calls the roles of a chat, where it has other names: {user: human, assistant: gpt}.",
     )
-    chat_template: bool = Field(
+    chat_template: bool = fixed(
         False,
+        shapes=("tokens",),
         description="alpaca and prompt_completion: the prompt is a user's turn and the answer an assistant's, in the tokenizer's chat template.",
     )
-    name: str | None = Field(
+    name: str | None = fixed(
         None, description="Configuration of a hub data set; for builtin:skills, questions (conversations) or prose (plain text)."
     )
-    split: str = Field("train", description="Split of a hub data set, of a folder whose files are named by split, or of builtin:skills.")
-    revision: str | None = Field(None, description="Revision of a hub data set.")
-    limit: Count | None = Field(None, description="Use only so many rows: the first ones, or with seed a random sample.")
-    seed: Annotated[int, Field(ge=0, lt=2**32)] | None = Field(None, description="Draw the limit's rows by this seed.")
-    weight: float = Field(
+    split: str = fixed("train", description="Split of a hub data set, of a folder whose files are named by split, or of builtin:skills.")
+    revision: str | None = fixed(None, description="Revision of a hub data set.")
+    limit: Count | None = fixed(None, description="Use only so many rows: the first ones, or with seed a random sample.")
+    seed: Seed | None = fixed(None, description="Draw the limit's rows by this seed.")
+    weight: float = fixed(
         1.0, gt=0, le=1000, description="Passes over this source in one epoch: 2 is twice, 0.5 a half, drawn anew each epoch."
     )
-    teacher: str | None = Field(None, description="Name of the one teacher that these rows are left to; null for all of them together.")
-
-
-#: One source or a list of them; the tag keeps pydantic from explaining what is wrong with the form that was not meant.
-Sources = Annotated[
-    Annotated[Source, Tag("one")] | Annotated[tuple[Source, ...], Tag("several")] | Annotated[None, Tag("none")],
-    Discriminator(lambda value: "none" if value is None else "several" if isinstance(value, list | tuple) else "one"),
-]
-
-
-def sources(setting: Source | tuple[Source, ...] | None) -> tuple[Source, ...]:
-    """The sources behind `data.train` or `data.validation`."""
-    return setting if isinstance(setting, tuple) else (setting,) if setting else ()
+    teacher: str | None = fixed(None, description="Name of the one teacher that these rows are left to; null for all of them together.")
 
 
 @config_dataclass
 class Data:
-    train: Sources = Field(None, description="What the student trains on: a source, or a list of them.")
-    validation: Sources = Field(None, description="Held-out rows; or set validation_fraction.")
-    validation_fraction: float = Field(0.0, ge=0, lt=1, description="Share of the training rows, drawn by seed, held out for validation.")
-    choices: Source | None = Field(
+    train: OneOrMany[Source] = fixed(None, description="What the student trains on: a source, or a list of them.")
+    validation: OneOrMany[Source] = fixed(None, description="Held-out rows; or set validation_fraction.")
+    validation_fraction: float = fixed(0.0, ge=0, lt=1, description="Share of the training rows, drawn by seed, held out for validation.")
+    choices: Source | None = changeable(
         None,
         description="Multiple-choice questions in the same format, scored at the end: rows have choices (texts) and answer (an index).",
     )
-    max_length: Annotated[int, Field(ge=2)] = Field(512, description="Longest example in tokens.")
-    too_long: Literal["drop", "truncate", "split", "refuse"] = Field(
-        "drop", description="What becomes of a longer one: drop it, cut its end off, split it into several (text only), or refuse the run."
+    max_length: Annotated[int, Field(ge=2)] = fixed(512, shapes=("tokens", "teacher"), description="Longest example in tokens.")
+    too_long: Literal["drop", "truncate", "split", "refuse"] = fixed(
+        "drop",
+        shapes=("tokens", "teacher"),
+        description="What becomes of a longer one: drop it, cut its end off, split it into several (text only), or refuse the run.",
     )
-    train_on_input: bool = Field(False, description="Supervise the prompt's tokens too, not only the answer's.")
-    teacher_context: str | None = Field(
+    train_on_input: bool = fixed(
+        False, shapes=("tokens", "teacher"), description="Supervise the prompt's tokens too, not only the answer's."
+    )
+    teacher_context: str | None = fixed(
         None,
+        shapes=("tokens", "teacher"),
         description="Text that only the teacher reads before each example (a chat's system message); a row's own column teacher_context follows it.",
     )
-    packing: bool = Field(
+    packing: bool = changeable(
         False,
         description="Concatenate a micro-batch's examples into one row without padding; they stay isolated, and the result is the same.",
     )
-    share_prefixes: bool = Field(
+    share_prefixes: bool = changeable(
         False,
         description="With packing: compute a beginning that examples of a micro-batch have in common, such as a template's first words, once for "
         "all of them. The result is the same but for rounding, and for dropout, which is then drawn there once.",
     )
-    streaming: bool = Field(
+    streaming: bool = fixed(
         False, description="Read and tokenise the training rows while training instead of before; needs train.max_steps."
     )
-    shuffle_buffer: Count = Field(10_000, description="Streaming: rows that are shuffled together.")
-    cache_dir: str | None = Field(None, description="Where tokenised data is kept; by default ~/.cache/llmkd, or LLMKD_CACHE.")
+    shuffle_buffer: Count = fixed(10_000, description="Streaming: rows that are shuffled together.")
+    cache_dir: str | None = changeable(
+        None, path="output", description="Where tokenised data is kept; by default ~/.cache/llmkd, or LLMKD_CACHE."
+    )
 
 
 def no_context_with(data: Data) -> Iterator[tuple[str, str]]:
@@ -148,23 +143,23 @@ def no_context_with(data: Data) -> Iterator[tuple[str, str]]:
 
 def data_contradictions(data: Data, max_steps: int | None, group_by_length: int) -> Iterator[tuple[tuple[str, ...], str]]:
     """Settings of the data that are each right and together wrong, as `recipe.contradictions` gives them."""
-    if not sources(data.train):
+    if not as_tuple(data.train):
         yield ("data.train",), "not given; name what to train on, such as {path: train.jsonl, format: alpaca}"
     if data.validation == ():
         yield ("data.validation",), "found an empty list; name a source, or leave it out"
-    if sources(data.validation) and data.validation_fraction:
+    if as_tuple(data.validation) and data.validation_fraction:
         yield ("data.validation_fraction", "data.validation"), "given together with data.validation; keep one of them"
     if data.teacher_context is not None:
         if not data.teacher_context.strip():
             yield ("data.teacher_context",), "found no text; give what the teacher shall read, or leave it out"
         for setting, problem in no_context_with(data):
             yield ("data.teacher_context", setting), f"given with {problem}"
-    every = (*sources(data.train), *sources(data.validation))
+    every = (*as_tuple(data.train), *as_tuple(data.validation))
     if data.too_long == "split" and any(FORMATS[s.format].supervised != "all" for s in every):
         whole = " and ".join(name for name, one in FORMATS.items() if one.supervised == "all")
         yield ("data.too_long", "data.train", "data.validation"), f"found split, which only format: {whole} can be; use drop or truncate"
     for setting, value in (("data.train", data.train), ("data.validation", data.validation), ("data.choices", data.choices)):
-        for i, source in enumerate(sources(value)):
+        for i, source in enumerate(as_tuple(value)):
             for name, problem in _source_contradictions(source, setting):
                 path = f"{setting}.{i}" if isinstance(value, tuple) else setting
                 yield (f"{path}.{name}",), problem
@@ -221,7 +216,7 @@ def _streaming_contradictions(data: Data, max_steps: int | None, group_by_length
             ("data.train", "data.streaming"),
             "several sources with data.streaming, which reads one; write them to one folder, or set it to false",
         )
-    for source in sources(data.train):
+    for source in as_tuple(data.train):
         if source.weight != 1:
             yield ("data.train", "data.streaming"), "a weight with data.streaming, which reads a source again and again; leave it out"
         if source.seed is not None:

@@ -9,10 +9,10 @@ from pathlib import Path
 import yaml
 
 from ..errors import UserError
+from .fields import as_tuple
 from .recipe import Lora, Recipe
 from .schema import describe, join_or
 from .sweep import Pipeline, Sweep
-from .teacher import teachers
 from .validation import check, renamed
 from .yaml_loader import Dumper, parse_yaml
 
@@ -118,7 +118,7 @@ def resolve(recipe: Recipe) -> Recipe:
     if student.method == "lora" and student.lora is None and student.model and not Path(student.model, "adapter_config.json").exists():
         student = dataclasses.replace(student, lora=Lora())
     if loss.kd_ratio is None:
-        loss = dataclasses.replace(loss, kd_ratio=0.5 if teachers(recipe.teacher) else 0.0)
+        loss = dataclasses.replace(loss, kd_ratio=0.5 if as_tuple(recipe.teacher) else 0.0)
     if train.epochs is None and train.max_steps is None:
         train = dataclasses.replace(train, epochs=1)
     if train.micro_batch_size is None and train.micro_batch_tokens is None:
@@ -129,20 +129,6 @@ def resolve(recipe: Recipe) -> Recipe:
 def dump(recipe) -> str:
     """The recipe as YAML that `load_recipe` reads back to an equal object."""
     return yaml.dump(json.loads(json.dumps(dataclasses.asdict(recipe))), Dumper=Dumper, sort_keys=False)
-
-
-def flatten(value, path="", lists: bool = False) -> dict[str, typing.Any]:
-    """A recipe (or a part of it) as {dotted path: value}, for comparing two; `lists`: those of sources and teachers too, by number."""
-    if dataclasses.is_dataclass(value):
-        value = {f.name: getattr(value, f.name) for f in dataclasses.fields(value)}
-    elif lists and isinstance(value, tuple) and any(map(dataclasses.is_dataclass, value)):
-        value = dict(enumerate(value))
-    if isinstance(value, dict) and value:
-        out = {}
-        for key, inner in value.items():
-            out |= flatten(inner, f"{path}.{key}" if path else str(key), lists)
-        return out
-    return {path: value}
 
 
 def _override(data: dict, overrides: dict, problems: list[str]) -> set[tuple]:

@@ -9,11 +9,10 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from .data import Count, Data, config_dataclass, data_contradictions, sources
+from .data import Data, data_contradictions
 from .data import Source as Source
-from .teacher import Attention, Dtype, Mixture, Quantization, Teachers, teacher_contradictions, with_setting_names
-from .teacher import Teacher as Teacher
-from .teacher import teachers as teachers
+from .fields import Count, OneOrMany, Seed, as_tuple, changeable, config_dataclass, fixed, with_setting_names
+from .teacher import Attention, Dtype, Mixture, Quantization, Teacher, teacher_contradictions
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -33,40 +32,42 @@ DIVERGENCES: dict[str, dict[str, tuple[float, float, float]]] = {
 
 @config_dataclass
 class Lora:
-    rank: Count = Field(16, description="Rank of the adapter matrices.")
-    alpha: float = Field(32.0, gt=0, description="Scale: the update is alpha / rank times B A (over sqrt(rank) with rslora).")
-    dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input while training.")
-    target_modules: str | Annotated[tuple[str, ...], Field(min_length=1)] = Field(
+    rank: Count = fixed(16, description="Rank of the adapter matrices.")
+    alpha: float = fixed(32.0, gt=0, description="Scale: the update is alpha / rank times B A (over sqrt(rank) with rslora).")
+    dropout: float = fixed(0.0, ge=0, lt=1, description="Dropout on the adapter's input while training.")
+    target_modules: str | Annotated[tuple[str, ...], Field(min_length=1)] = fixed(
         "all-linear",
         description="Modules that get an adapter: all-linear (all but the head; experts too), a list of name endings, or a regular expression.",
     )
-    modules_to_save: tuple[str, ...] = Field(
+    modules_to_save: tuple[str, ...] = fixed(
         (), description="Modules that train in full beside the adapter, such as lm_head, in the base's type."
     )
-    rslora: bool = Field(False, description="Rank-stabilised scaling, alpha / sqrt(rank).")
-    dora: bool = Field(False, description="Weight-decomposed LoRA.")
+    rslora: bool = fixed(False, description="Rank-stabilised scaling, alpha / sqrt(rank).")
+    dora: bool = fixed(False, description="Weight-decomposed LoRA.")
 
 
 @config_dataclass
 class Student:
-    model: str | None = Field(None, description="Folder or hub id of a base model, or of a LoRA adapter to go on training.")
-    revision: str | None = Field(None, description="Revision of a hub model or adapter.")
-    base: str | None = Field(None, description="For an adapter: where its base is now, if not where the adapter says.")
-    architecture: dict[str, Any] | None = Field(
+    model: str | None = fixed(None, path="model", description="Folder or hub id of a base model, or of a LoRA adapter to go on training.")
+    revision: str | None = fixed(None, description="Revision of a hub model or adapter.")
+    base: str | None = fixed(None, path="model", description="For an adapter: where its base is now, if not where the adapter says.")
+    architecture: dict[str, Any] | None = fixed(
         None, description="Instead of model: a transformers configuration (model_type, hidden_size, ...) for new random weights."
     )
-    tokenizer: str | None = Field(None, description="Folder or hub id of the tokenizer, or builtin:skills; by default the model's own.")
-    method: Literal["lora", "full"] = Field("lora", description="What trains: a LoRA adapter, or every weight.")
-    lora: Lora | None = Field(
+    tokenizer: str | None = fixed(
+        None, path="model", description="Folder or hub id of the tokenizer, or builtin:skills; by default the model's own."
+    )
+    method: Literal["lora", "full"] = fixed("lora", description="What trains: a LoRA adapter, or every weight.")
+    lora: Lora | None = fixed(
         None, description="The adapter of method: lora; null for its defaults, or for the settings of an adapter given as model."
     )
-    quantization: Quantization | None = Field(None, description="Hold the base in 4 or 8 bit (QLoRA); null for not.")
-    dtype: Dtype = Field(
+    quantization: Quantization | None = fixed(None, description="Hold the base in 4 or 8 bit (QLoRA); null for not.")
+    dtype: Dtype = fixed(
         "auto", description="Type the base is held in; auto is the type it was saved in. Adapter matrices train in at least float32."
     )
-    attention: Attention = Field("auto", description="Attention implementation; auto leaves it to transformers.")
-    mixed_precision: Literal["no", "bf16"] = Field("no", description="bf16: autocast the body's products of weights held in float32.")
-    gradient_checkpointing: bool | Annotated[float, Field(gt=0, lt=1)] = Field(
+    attention: Attention = fixed("auto", description="Attention implementation; auto leaves it to transformers.")
+    mixed_precision: Literal["no", "bf16"] = fixed("no", description="bf16: autocast the body's products of weights held in float32.")
+    gradient_checkpointing: bool | Annotated[float, Field(gt=0, lt=1)] = changeable(
         False,
         description="Recompute activations in the backward pass to save memory: of every layer but the last, or of a share of the layers, from the first.",
     )
@@ -74,12 +75,12 @@ class Student:
 
 @config_dataclass
 class Loss:
-    kd_ratio: Share | None = Field(
+    kd_ratio: Share | None = fixed(
         None,
         description="Weight of distillation: (1 - kd_ratio) CE + kd_ratio T^2 D. By default 0.5 with a teacher, 0 without; at 0 no teacher is loaded.",
     )
-    divergence: Literal[tuple(DIVERGENCES)] = Field("forward_kl", description="How student and teacher are compared.")
-    divergence_options: dict[str, float] = Field(
+    divergence: Literal[tuple(DIVERGENCES)] = fixed("forward_kl", description="How student and teacher are compared.")
+    divergence_options: dict[str, float] = fixed(
         default_factory=dict,
         description="Options of the divergence: "
         + "; ".join(
@@ -87,10 +88,10 @@ class Loss:
         )
         + ".",
     )
-    temperature: float = Field(
+    temperature: float = fixed(
         1.0, gt=0, description="T: both models' logits are divided by it in the divergence, which is then scaled by T^2."
     )
-    chunk_size: Count | None = Field(
+    chunk_size: Count | None = changeable(
         None,
         description="Supervised tokens per chunk of the head. By default on a GPU 2048, or as few as 1024 where two tiles of logits would take more "
         "than an eighth of the memory that is free beside the models, on a CPU those of a float32 tile of 32 MiB, 128 to 4096; after an "
@@ -100,44 +101,44 @@ class Loss:
 
 @config_dataclass
 class Optim:
-    name: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = Field(
+    name: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = fixed(
         "adamw", description="AdamW of torch, or of bitsandbytes with 8-bit state, with state that may move to CPU memory, or with both."
     )
-    lr: float = Field(2e-4, gt=0, description="Peak learning rate.")
-    weight_decay: float = Field(0.0, ge=0, description="AdamW's decoupled weight decay, on matrices only.")
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
+    lr: float = fixed(2e-4, gt=0, description="Peak learning rate.")
+    weight_decay: float = fixed(0.0, ge=0, description="AdamW's decoupled weight decay, on matrices only.")
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = fixed(
         (0.9, 0.999), description="AdamW's decay rates."
     )
-    eps: float = Field(1e-8, gt=0, description="AdamW's epsilon.")
-    max_grad_norm: float | None = Field(1.0, gt=0, description="Clip the gradient to this norm; null for never.")
-    schedule: Literal["cosine", "linear", "constant"] = Field("cosine", description="Shape of the learning rate after warm-up.")
-    warmup_steps: Annotated[int, Field(ge=0)] | None = Field(None, description="Steps of linear warm-up.")
-    warmup_ratio: Share | None = Field(None, description="Instead: warm-up as a share of all steps.")
-    min_lr_ratio: Share = Field(0.0, description="Where the schedule ends, as a share of lr.")
+    eps: float = fixed(1e-8, gt=0, description="AdamW's epsilon.")
+    max_grad_norm: float | None = fixed(1.0, gt=0, description="Clip the gradient to this norm; null for never.")
+    schedule: Literal["cosine", "linear", "constant"] = fixed("cosine", description="Shape of the learning rate after warm-up.")
+    warmup_steps: Annotated[int, Field(ge=0)] | None = fixed(None, description="Steps of linear warm-up.")
+    warmup_ratio: Share | None = fixed(None, description="Instead: warm-up as a share of all steps.")
+    min_lr_ratio: Share = fixed(0.0, description="Where the schedule ends, as a share of lr.")
 
 
 @config_dataclass
 class Train:
-    batch_size: Count = Field(
+    batch_size: Count = fixed(
         32, description="Examples per optimizer step, over all processes: the result does not depend on how they are split."
     )
-    micro_batch_size: Count | None = Field(
+    micro_batch_size: Count | None = changeable(
         None,
         description="Examples per forward pass of one process, at most (4 unless micro_batch_tokens is set); more is faster and takes more memory.",
     )
-    micro_batch_tokens: Count | Literal["auto"] | None = Field(
+    micro_batch_tokens: Count | Literal["auto"] | None = changeable(
         None,
         description="Instead of micro_batch_size: tokens per forward pass of one process, at most, padding counted; a longer example stands alone. "
         "auto: as many as fit, measured before the first step, and on one process halved where memory runs out while training. The result does "
         "not depend on it but for dropout, whose masks are drawn by micro-batch.",
     )
-    epochs: Count | None = Field(None, description="Passes over the data (1 unless max_steps is set).")
-    max_steps: Count | None = Field(None, description="Instead of epochs: optimizer steps.")
-    group_by_length: Count = Field(
+    epochs: Count | None = fixed(None, description="Passes over the data (1 unless max_steps is set).")
+    max_steps: Count | None = fixed(None, description="Instead of epochs: optimizer steps.")
+    group_by_length: Count = fixed(
         1, description="Optimizer steps whose examples are sorted by length together: less padding. 1 leaves the batches as drawn."
     )
-    log_every: Count = Field(1, description="Steps between records in metrics.jsonl.")
-    compile: bool = Field(
+    log_every: Count = changeable(1, description="Steps between records in metrics.jsonl.")
+    compile: bool = changeable(
         False,
         description="torch.compile the layers of the student and of teachers in memory: faster steps after some minutes of compiling, with the same "
         "result to rounding. It needs a C++ compiler, and on a GPU Triton.",
@@ -146,36 +147,36 @@ class Train:
 
 @config_dataclass
 class Validation:
-    every: Count | None = Field(None, description="Steps between validations; null for only before the first step and after the last.")
-    micro_batch_size: Count = Field(8, description="Examples per forward pass.")
-    teacher_check: Annotated[int, Field(ge=0)] = Field(
+    every: Count | None = changeable(None, description="Steps between validations; null for only before the first step and after the last.")
+    micro_batch_size: Count = changeable(8, description="Examples per forward pass.")
+    teacher_check: Annotated[int, Field(ge=0)] = changeable(
         64, description="Training examples on which the teacher's CE is compared with the student's before the first step; 0 for none."
     )
 
 
 @config_dataclass
 class Checkpoint:
-    every: Count | None = Field(None, description="Steps between checkpoints; null for only when stopped by a signal.")
-    keep: Count = Field(2, description="How many of the newest are kept.")
-    best_by: Literal["ce", "forward_kl", "reverse_kl", "top1_agreement"] | None = Field(
+    every: Count | None = changeable(None, description="Steps between checkpoints; null for only when stopped by a signal.")
+    keep: Count = changeable(2, description="How many of the newest are kept.")
+    best_by: Literal["ce", "forward_kl", "reverse_kl", "top1_agreement"] | None = changeable(
         None, description="Also keep the best by this validation figure; checkpoints are then written at every validation."
     )
 
 
 @config_dataclass
 class PushToHub:
-    repo: str = Field(description="Hub repository that the finished student is uploaded to: name or owner/name.")
-    private: bool = Field(True, description="Create the repository as a private one.")
+    repo: str = changeable(description="Hub repository that the finished student is uploaded to: name or owner/name.")
+    private: bool = changeable(True, description="Create the repository as a private one.")
 
 
 @config_dataclass
 class Recipe:
     """Every setting of a run, checked and immutable. `llmkd.load_recipe` reads one."""
 
-    output_dir: str = Field("", description="Where the run leaves everything.")
-    seed: Annotated[int, Field(ge=0, lt=2**32)] = Field(0, description="Order of the data, new weights and dropout follow from it.")
+    output_dir: str = changeable("", path="output", description="Where the run leaves everything.")
+    seed: Seed = fixed(0, description="Order of the data, new weights and dropout follow from it.")
     student: Student = Field(default_factory=Student)
-    teacher: Teachers = Field(
+    teacher: OneOrMany[Teacher] = fixed(
         None, description="Whom the student learns from: a teacher, or a list of them; null for plain supervised fine-tuning."
     )
     mixture: Mixture = Field(default_factory=Mixture)
@@ -185,15 +186,15 @@ class Recipe:
     train: Train = Field(default_factory=Train)
     validation: Validation = Field(default_factory=Validation)
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
-    report_to: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = Field(
+    report_to: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = changeable(
         (), description="Accelerate's trackers that also get the figures of metrics.jsonl."
     )
-    push_to_hub: PushToHub | None = Field(None, description="Upload the finished student to the hub; null for not.")
+    push_to_hub: PushToHub | None = changeable(None, description="Upload the finished student to the hub; null for not.")
 
 
 def distils(recipe: Recipe) -> bool:
     """Whether the student learns from a teacher. Otherwise none is loaded, whatever the recipe names."""
-    return bool(teachers(recipe.teacher)) and bool(recipe.loss.kd_ratio)
+    return bool(as_tuple(recipe.teacher)) and bool(recipe.loss.kd_ratio)
 
 
 def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
@@ -208,9 +209,9 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
         yield ("optim.name", "student.dtype"), f"found {optim.name}, which has no float64; use adamw, or student.dtype: float32"
     yield from data_contradictions(data, train.max_steps, train.group_by_length)
     yield from teacher_contradictions(recipe.teacher, data)
-    if recipe.mixture != Mixture() and len(teachers(recipe.teacher)) < 2:
+    if recipe.mixture != Mixture() and len(as_tuple(recipe.teacher)) < 2:
         yield ("mixture", "teacher"), "given without several teachers to mix; leave it out"
-    sampled = [path for path, one in with_setting_names(recipe.teacher) if one.cache and one.cache.kind == "sampled"]
+    sampled = [path for path, one in with_setting_names(recipe.teacher, "teacher") if one.cache and one.cache.kind == "sampled"]
     if sampled and loss.divergence != "forward_kl" and loss.kd_ratio:
         yield (
             ("loss.divergence", f"{sampled[0]}.cache.kind"),
@@ -228,13 +229,17 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
             ("train.micro_batch_tokens", "train.micro_batch_size"),
             "given together with train.micro_batch_size; keep one of them (null takes the other back)",
         )
-    other = [f"{path}.attention" for path, one in (("student", student), *with_setting_names(recipe.teacher)) if one.attention != "auto"]
+    other = [
+        f"{path}.attention"
+        for path, one in (("student", student), *with_setting_names(recipe.teacher, "teacher"))
+        if one.attention != "auto"
+    ]
     if data.share_prefixes and other:
         yield (
             ("data.share_prefixes", other[0]),
             f"given with {other[0]}, and llmkd's own attention alone can share; leave one of them out",
         )
-    if train.compile and (offloaded := [path for path, one in with_setting_names(recipe.teacher) if one.device == "offload"]):
+    if train.compile and (offloaded := [path for path, one in with_setting_names(recipe.teacher, "teacher") if one.device == "offload"]):
         yield (
             ("train.compile", f"{offloaded[0]}.device"),
             f"given with {offloaded[0]}.device: offload, which it cannot follow; leave one of them out",
@@ -242,7 +247,7 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
     if train.max_steps and optim.warmup_steps and optim.warmup_steps > train.max_steps:
         yield ("optim.warmup_steps", "train.max_steps"), f"found {optim.warmup_steps}, more than train.max_steps ({train.max_steps})"
     no_held_out = ("data.validation", "data.validation_fraction")
-    if not sources(data.validation) and not data.validation_fraction:
+    if not as_tuple(data.validation) and not data.validation_fraction:
         for path, given in (("validation.every", recipe.validation.every), ("checkpoint.best_by", recipe.checkpoint.best_by)):
             if given is not None:
                 yield (path, *no_held_out), "given without held-out rows; set data.validation or data.validation_fraction"

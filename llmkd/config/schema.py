@@ -4,6 +4,7 @@ import dataclasses
 import json
 import typing
 
+from .fields import metadata
 from .recipe import Recipe
 
 
@@ -63,6 +64,19 @@ def _words(hint, bounds=()) -> str:
 
 def _plain(number: float) -> str:
     return str(number) if isinstance(number, int) else f"{number:g}"
+
+
+def may_change_on_resume(dotted: str, kind: type | None = Recipe) -> bool:
+    """Whether a resumed run may give a setting another value: where its field, or that of a section around it, is `changeable`."""
+    for key in dotted.split("."):
+        if key.isdigit():  # an item of a list of sources or teachers
+            continue
+        if kind is None:
+            return False
+        if metadata(kind, key).changeable:
+            return True
+        kind = section_of(kind, key)
+    return False
 
 
 def help_text(kind=Recipe) -> str:

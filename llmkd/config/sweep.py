@@ -9,10 +9,10 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from .data import Count, config_dataclass
+from .dotted import flatten
+from .fields import Count, Seed, config_dataclass
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._=,+-]*")
-Seed = Annotated[int, Field(ge=0, lt=2**32)]
 
 
 @config_dataclass
@@ -76,7 +76,7 @@ class ArmSpec:
 
 def expand(sweep: Sweep) -> list[ArmSpec]:
     """Every arm with every seed, in the order of the file. See `sweep_contradictions` for what must hold."""
-    grid, seeds = _leaves(sweep.grid), list(sweep.seeds)
+    grid, seeds = flatten(sweep.grid), list(sweep.seeds)
     if "seed" in grid:
         seeds = grid.pop("seed")
     out = []
@@ -103,7 +103,7 @@ def _combined(grid: dict[str, Any], alone: bool) -> dict[str, dict[str, Any]]:
 
 def sweep_contradictions(sweep: Sweep) -> Iterator[tuple[tuple[str, ...], str]]:
     """(the setting to blame; what is wrong and how to mend it), as for a recipe."""
-    grid = _leaves(sweep.grid)
+    grid = flatten(sweep.grid)
     if not grid and not sweep.arms and not sweep.seeds:
         yield ("grid", "arms"), "neither is given; name values to combine, such as loss.kd_ratio: [0, 0.5], or arms by name"
     for path, values in grid.items():
@@ -140,14 +140,6 @@ def sweep_contradictions(sweep: Sweep) -> Iterator[tuple[tuple[str, ...], str]]:
             )
     if sweep.baseline is not None and sweep.baseline not in {spec.arm for spec in arms}:
         yield ("baseline",), f"found {sweep.baseline}, which is no arm; the arms are {', '.join(dict.fromkeys(s.arm for s in arms))}"
-
-
-def _leaves(grid: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Sections may be nested, as in a recipe."""
-    out = {}
-    for key, value in grid.items():
-        out |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return out
 
 
 def _texts(values: list[Any]) -> list[str]:

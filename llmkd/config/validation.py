@@ -8,6 +8,7 @@ import re
 from pydantic import TypeAdapter, ValidationError
 
 from ..errors import UserError
+from .dotted import keys_of
 from .recipe import Recipe, contradictions
 from .schema import describe, join_or, section_of
 from .sweep import Sweep, sweep_contradictions
@@ -83,7 +84,7 @@ def check(kind, data: dict, name: str, lines: dict, problems: list[str], changed
                 known = any(b == path[: len(b)] for b in broken) or any(p.startswith(f"{where(path)}: ") for p in problems)
                 broken.append(path)
                 if new := renamed(kind, path):
-                    broken.append(_keys(new))
+                    broken.append(keys_of(new))
                 if not known:
                     problems.append(f"{where(path)}: {_explain(kind, path, item)}")
             before = json.dumps(data)
@@ -95,17 +96,13 @@ def check(kind, data: dict, name: str, lines: dict, problems: list[str], changed
     together = {Recipe: contradictions, Sweep: sweep_contradictions}.get(kind)
     if together and result is not None:
         for paths, problem in together(result):
-            keys = [_keys(path) for path in paths]
+            keys = [keys_of(path) for path in paths]
             if not any(b[: len(k)] == k or k[: len(b)] == b for b in broken for k in keys):
                 new = renamed(kind, keys[0])
                 problems.append(f"{where(keys[0])}: {f'is now {new}' if new else problem}")
     if problems:
         raise UserError(*dict.fromkeys(problems))
     return result
-
-
-def _keys(dotted: str) -> tuple:
-    return tuple(int(key) if key.isdigit() else key for key in dotted.split("."))
 
 
 def _real_path(loc: tuple, data) -> tuple:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ..config.fields import with_setting_names
 from ..config.recipe import Data, Source, Teacher
 from ..console import info
 from ..errors import UserError
@@ -16,7 +17,7 @@ from .encoding import token_cache
 from .encoding.formats import FORMATS
 from .encoding.tokenizer import vocab_size
 from .examples import ALL_TEACHERS, Examples, merge
-from .reading.sources import Rows, read_sources, with_setting_names
+from .reading.sources import Rows, read_sources
 from .stream import Stream
 
 

@@ -13,8 +13,9 @@ from pathlib import Path
 import yaml
 
 from .. import __version__
+from ..config.fields import as_tuple
 from ..config.loader import dump
-from ..config.recipe import Quantization, Recipe, Source, distils, sources
+from ..config.recipe import Quantization, Recipe, Source, distils
 from ..model_files import ModelFiles, hub_origin, licence
 from ..teachers.resolve import TeacherSource
 
@@ -138,7 +139,7 @@ def used(recipe: Recipe, origins: dict[str, list[dict]]) -> dict[str, list[Used]
     """The sources of the data by what they were for."""
     out = {}
     for what, name in (("trained on", "train"), ("held out", "validation"), ("questions", "choices")):
-        given = sources(getattr(recipe.data, name))
+        given = as_tuple(getattr(recipe.data, name))
         found = origins.get(f"data.{name}") or [{}] * len(given)
         out[what] = [Used(source, origin) for source, origin in zip(given, found, strict=True)]
     return out

@@ -2,35 +2,15 @@
 
 import json
 import os
-import re
 import socket
 from pathlib import Path
 
-from ..config.loader import dump, flatten, load_recipe
+from ..config.dotted import flatten
+from ..config.loader import dump, load_recipe
 from ..config.recipe import Recipe
+from ..config.schema import may_change_on_resume
 from ..errors import UserError
 from ..files import FileLocked, is_leftover, lock_file, remove_leftovers, write_atomic
-
-#: Settings that a resumed run may change: they do not touch what is learnt.
-_HARMLESS = (
-    "output_dir",
-    "student.gradient_checkpointing",
-    "teacher.device",
-    "teacher.share_base",
-    "train.compile",
-    "train.log_every",
-    "train.micro_batch_size",
-    "train.micro_batch_tokens",
-    "validation.",
-    "checkpoint.",
-    "data.cache_dir",
-    "data.choices",
-    "data.packing",
-    "data.share_prefixes",
-    "loss.chunk_size",
-    "report_to",
-    "push_to_hub",
-)
 
 
 class RunFolder:
@@ -65,7 +45,7 @@ class RunFolder:
         elif (self.path / "recipe.yaml").exists():
             before, now = (flatten(one, lists=True) for one in (load_recipe(self.path / "recipe.yaml"), self.recipe))
             differing = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]
-            changed = [k for k in differing if not re.sub(r"\.\d+\.", ".", k).startswith(_HARMLESS)]  # teacher.0.device as teacher.device
+            changed = [k for k in differing if not may_change_on_resume(k)]
             if changed:
                 raise UserError(
                     *(

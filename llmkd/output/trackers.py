@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Callable
 from pathlib import Path
 
-from ..config.loader import flatten
+from ..config.dotted import flatten
 from ..config.recipe import Recipe
 from ..errors import UserError
 from ..files import write_atomic

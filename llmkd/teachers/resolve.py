@@ -8,8 +8,9 @@ from pathlib import Path
 
 import numpy as np
 
+from ..config.fields import shaping, with_setting_names
 from ..config.recipe import Recipe, distils
-from ..config.teacher import CACHE_KINDS, Teacher, with_setting_names
+from ..config.teacher import CACHE_KINDS, Teacher
 from ..data.encoding import token_cache
 from ..data.examples import ALL_TEACHERS, Examples
 from ..data.stream import Stream
@@ -45,7 +46,7 @@ class TeacherSource:
 def resolve_teachers(recipe: Recipe, open_caches: bool = True) -> tuple[TeacherSource, ...]:
     """Every teacher of a recipe that distils. Without `open_caches` those are not opened: they are yet to be written."""
     out = []
-    for setting, one in with_setting_names(recipe.teacher) if distils(recipe) else ():
+    for setting, one in with_setting_names(recipe.teacher, "teacher") if distils(recipe) else ():
         files = find(one.model, f"{setting}.model", one.revision, one.base) if one.model else None
         if files:
             check_transforms(files, one, setting)
@@ -73,11 +74,10 @@ def provenance(recipe: Recipe, teacher: TeacherSource, tokenizer, contents: dict
             for name, folder in folders.items()
         }
     template = hashlib.sha256(json.dumps(tokenizer.chat_template).encode()).hexdigest()
-    shaping = ("max_length", "too_long", "train_on_input", "teacher_context")
     return {
         "tokenizer": {"tokenizer": token_cache.tokenizer_hash(tokenizer, template=False), "chat_template": template},
         "teacher": weights | {"quantization": one.quantization and one.quantization.type, "merge_adapter": one.merge_adapter or None},
-        "data": contents | {f"data.{name}": getattr(data, name) for name in shaping},
+        "data": contents | {f"data.{name}": value for name, value in shaping(data, "teacher").items()},
     }
 
 
@@ -142,7 +142,7 @@ def check_cache(recipe: Recipe, teacher: TeacherSource, tokenizer, vocab: int) -
 def check_sampled_caches(recipe: Recipe) -> None:
     """Refuse a recipe whose loss the samples in one of its caches are not right for. Of caches that are there yet, and by their headers alone."""
     problems = []
-    for setting, one in with_setting_names(recipe.teacher) if distils(recipe) else ():
+    for setting, one in with_setting_names(recipe.teacher, "teacher") if distils(recipe) else ():
         if one.cache and (Path(one.cache.path).expanduser() / "cache.json").exists():
             header = read_header(Path(one.cache.path).expanduser(), f"{setting}.cache.path")
             problems += sample_problems(recipe, one.cache.path, header["kind"])

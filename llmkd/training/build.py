@@ -3,7 +3,8 @@
 import math
 from collections.abc import Callable
 
-from ..config.recipe import Recipe, Teacher, sources
+from ..config.fields import as_tuple
+from ..config.recipe import Recipe, Teacher
 from ..console import info
 from ..data.batching import BatchPlan, TokenBudget
 from ..data.stream import Stream
@@ -61,7 +62,7 @@ def plan(recipe: Recipe, prepared: Prepared, rank: int, ranks: int) -> BatchPlan
         rank,
         ranks,
         prepared.train.source,
-        tuple(source.weight for source in sources(recipe.data.train)),
+        tuple(source.weight for source in as_tuple(recipe.data.train)),
         prepared.train.max_lengths,
         prepared.train.num_targets,
     )

@@ -5,8 +5,8 @@ import importlib.util
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..config.recipe import Recipe, distils, sources, teachers
-from ..config.teacher import with_setting_names as with_teacher_names
+from ..config.fields import as_tuple, with_setting_names
+from ..config.recipe import Recipe, distils
 from ..console import info
 from ..data.batching import MOST_TOKENS, TokenBudget
 from ..data.dataset import (
@@ -80,7 +80,7 @@ def prepare(recipe: Recipe, open_caches: bool = True) -> Prepared:
     for teacher in taught:
         if teacher.cache:
             check_cache(recipe, teacher, tokenizer, vocab)
-    held_out = encode_sources(rows, "data.validation", data, tokenizer, teachers(recipe.teacher))
+    held_out = encode_sources(rows, "data.validation", data, tokenizer, as_tuple(recipe.teacher))
     train, places = _training(recipe, rows, tokenizer)
     refuse_unknown_tokens(vocab, train, places, tokenizer)
     held_out_places = [place for read in rows.get("data.validation", ()) for place in read.places]
@@ -119,10 +119,10 @@ def student_files(recipe: Recipe) -> ModelFiles | None:
 
 def _training(recipe: Recipe, rows: dict[str, list[Rows]], tokenizer) -> tuple[Examples | Stream, Sequence[str] | Stream]:
     """The training examples, or a stream of them; and the place of every row."""
-    data, train, who = recipe.data, recipe.train, teachers(recipe.teacher)
+    data, train, who = recipe.data, recipe.train, as_tuple(recipe.teacher)
     if not data.streaming:
         return encode_sources(rows, "data.train", data, tokenizer, who), [place for read in rows["data.train"] for place in read.places]
-    (source,) = sources(data.train)
+    (source,) = as_tuple(data.train)
     asked = teacher_index(source, who)
     stream = Stream(source, data, tokenizer, recipe.seed, train.batch_size, micro_batch(recipe), train.max_steps, asked)
     info(f"train: streaming {source.path}")
@@ -140,7 +140,7 @@ def check_packages(recipe: Recipe) -> None:
     wanted = {
         "student.quantization": recipe.student.quantization,
         "optim.name": recipe.optim.name != "adamw",
-    } | {f"{setting}.quantization": teacher.loaded_in for setting, teacher in with_teacher_names(recipe.teacher)}
+    } | {f"{setting}.quantization": teacher.loaded_in for setting, teacher in with_setting_names(recipe.teacher, "teacher")}
     lacking = [setting for setting, value in wanted.items() if value and importlib.util.find_spec("bitsandbytes") is None]
     if lacking:
         raise UserError(

@@ -11,6 +11,7 @@ import pytest
 
 from llmkd import cli
 from llmkd.config import loader, schema
+from llmkd.config.dotted import flatten
 from llmkd.config.recipe import DIVERGENCES, Recipe
 from llmkd.errors import UserError
 
@@ -397,7 +398,7 @@ def test_bad_overrides_are_refused(words, start):
     ],
 )
 def test_an_override_replaces_one_setting(load, text, overrides, path, value):
-    assert loader.flatten(load(BASE + text + "\n", overrides))[path] == value
+    assert flatten(load(BASE + text + "\n", overrides))[path] == value
 
 
 @pytest.mark.parametrize(

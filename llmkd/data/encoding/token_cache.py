@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ...config.fields import shaping
 from ...config.recipe import Data, Source
 from ...console import info, progress_bar
 from ...errors import UserError
@@ -45,7 +46,7 @@ def tokenizer_hash(tokenizer, template: bool = True) -> str:
 
 def load_or_encode(rows: Rows, source: Source, data: Data, tokenizer, setting: str, info=info, encode=encode) -> Examples:
     """The source's examples, from the cache or made now. UserError when nothing is left to train on."""
-    shaped_by = [source.format, source.chat_template, data.max_length, data.too_long, data.train_on_input, data.teacher_context]
+    shaped_by = [*shaping(source, "tokens").values(), *shaping(data, "tokens").values()]
     made_from = [VERSION, rows.content, *shaped_by, tokenizer_hash(tokenizer)]  # the content tells the columns' names as well
     entry = folder(data) / hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:32]
     with _lock(entry):

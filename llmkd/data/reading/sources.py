@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ...config.recipe import Source, sources
+from ...config.fields import with_setting_names
+from ...config.recipe import Source
 from ...errors import UserError
 from . import skills
 from .files import KINDS, BadRow, Records, kind_of, records, row_of
@@ -36,11 +37,6 @@ class Rows:
     places: list[str]
     content: str
     origin: dict[str, Any] = field(default_factory=dict)  # path, name, split, revision (resolved, where there is one), rows
-
-
-def with_setting_names(setting: Source | tuple[Source, ...] | None, name: str) -> list[tuple[str, Source]]:
-    """Each source with the name of its setting: data.train, or data.train.0, data.train.1, ..."""
-    return [(f"{name}.{i}" if isinstance(setting, tuple) else name, source) for i, source in enumerate(sources(setting))]
 
 
 def read_sources(setting: Source | tuple[Source, ...] | None, name: str, choices: bool = False) -> list[Rows]:

@@ -22,6 +22,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ...config.dotted import flatten
 from ...errors import UserError, report_from_any_rank
 from ...files import remove_leftovers, sha256_file, write_atomic
 from ...model_files import tensors
@@ -268,17 +269,10 @@ def _refuse_version_1(folder: Path, setting: str) -> None:
 
 def differences(old: dict, new: dict) -> list[str]:
     """What differs between two headers, as "provenance.tokenizer: a -> b"."""
-    old, new = _flat(old), _flat(new)
+    old, new = flatten(old), flatten(new)
     return [
         f"{key}: {old.get(key, 'nothing')} -> {new.get(key, 'nothing')}" for key in sorted({*old, *new}) if old.get(key) != new.get(key)
     ]
-
-
-def _flat(tree: dict, before: str = "") -> dict:
-    out = {}
-    for key, value in tree.items():
-        out |= _flat(value, f"{before}{key}.") if isinstance(value, dict) else {before + key: value}
-    return out
 
 
 def _name(n: int) -> str:

@@ -1,0 +1,26 @@
+"""Nested mappings and settings classes by dotted path, as in `optim.lr`."""
+
+import dataclasses
+import typing
+
+
+def flatten(value, path: str = "", lists: bool = False) -> dict[str, typing.Any]:
+    """A settings object or a mapping, or a part of one, as {dotted path: value}. An empty mapping is a value.
+
+    `lists`: the lists of sources and teachers too, their items by number.
+    """
+    if dataclasses.is_dataclass(value):
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    elif lists and isinstance(value, tuple) and any(map(dataclasses.is_dataclass, value)):
+        value = dict(enumerate(value))
+    if isinstance(value, dict) and (value or not path):
+        out = {}
+        for key, inner in value.items():
+            out |= flatten(inner, f"{path}.{key}" if path else str(key), lists)
+        return out
+    return {path: value}
+
+
+def keys_of(dotted: str) -> tuple[str | int, ...]:
+    """The keys behind a dotted path; those of a list's items are numbers."""
+    return tuple(int(key) if key.isdigit() else key for key in dotted.split("."))
