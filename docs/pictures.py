@@ -201,6 +201,36 @@ def sweep():
     return figure
 
 
+def comparison():
+    """The same report: differences in held-out CE to plain fine-tuning, with their intervals."""
+    text = (REPO / "eval/results/ablation_small/report.md").read_text(encoding="utf-8")
+    table = text.split("### Held-out CE:")[1].split("### ")[0]
+    number = r"([+-][\d.]+)"
+    row = re.compile(rf"^\| `([^`]+)` \|[^|]*\|[^|]*\| {number}[^|]*\| {number} to {number} \|.*\| ([^|]+) \|$", re.MULTILINE)
+    shown = {"reverse_kl": "reverse KL", "jsd": "JSD", "base_teacher": "untuned teacher", "tuned_student": "tuned student"}
+    rows = []
+    for name, *numbers, verdict in row.findall(table):
+        grid = re.fullmatch(r"kd_ratio\W([\d.]+)\W+lr\W0.003", name)
+        if grid or name in shown:
+            rows.append((f"kd_ratio {grid[1]}" if grid else shown[name], *(float(one) for one in numbers), verdict.split(",")[-1].strip()))
+    figure, axes = plt.subplots(figsize=(9.6, 3.3))
+    for i, (_, middle, low, high, verdict) in enumerate(rows):
+        colour = {"better": STUDENT, "worse": DATA}.get(verdict, SOFT)
+        axes.plot([low, high], [i, i], color=colour, linewidth=2.5, solid_capstyle="round")
+        axes.plot(middle, i, "o", color=colour, markersize=7)
+        word = verdict if verdict in ("better", "worse") else "no difference shown"
+        axes.text(0.0245, i, word, va="center", fontsize=9.5, color=colour)
+    axes.axvline(0, color=INK, linewidth=1)
+    axes.set_yticks(range(len(rows)), [label for label, *_ in rows])
+    axes.invert_yaxis()
+    axes.set(xlim=(-0.029, 0.024), xlabel="held-out cross-entropy, difference to the same student without a teacher (left is better)")
+    axes.spines["left"].set_visible(False)
+    axes.tick_params(axis="y", length=0)
+    figure.tight_layout()
+    figure.subplots_adjust(right=0.84)
+    return figure
+
+
 def head():
     """Time and memory of the loss head, from the first table of eval/speed/results/head_cpu.md."""
     text = (REPO / "eval/speed/results/head_cpu.md").read_text(encoding="utf-8")
@@ -268,7 +298,7 @@ def layers():
     return figure
 
 
-PICTURES = (loss, stages, modes, temperature, sweep, head, layers)
+PICTURES = (loss, stages, modes, temperature, sweep, comparison, head, layers)
 
 
 def main(folder: Path) -> None:
