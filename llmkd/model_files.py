@@ -77,14 +77,9 @@ def _note(text: str) -> None:
 
 def locate(name: str, setting: str, revision: str | None = None, wanted: list[str] = _WANTED) -> Path:
     """A folder as it is; a hub id downloaded (or taken from the cache). A mistyped path never goes to the network."""
-    path = Path(name).expanduser()
-    if path.is_dir():
+    if (path := Path(name).expanduser()).is_dir():
         return path
-    if path.is_file():
-        raise UserError(f"{setting}: {name} is a file; name the folder that holds the model")
-    looks_local = name.startswith((".", "/", "~")) or (len(path.parts) > 1 and Path(path.parts[0]).is_dir())
-    if looks_local or not _HUB_ID.fullmatch(name):
-        raise UserError(f"{setting}: there is no folder {name}")
+    refuse_mistyped_folder(name, setting)
     from huggingface_hub import snapshot_download
 
     try:
@@ -96,6 +91,18 @@ def locate(name: str, setting: str, revision: str | None = None, wanted: list[st
     with contextlib.suppress(Exception):  # the card, for the licence: apart, since a cache filled by others may lack it
         snapshot_download(name, revision=folder.name, allow_patterns=["README.md"])
     return folder
+
+
+def refuse_mistyped_folder(name: str, setting: str) -> None:
+    """Raise UserError for a name that is neither a folder nor can be a hub id; nothing is loaded and the network is not asked."""
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return
+    if path.is_file():
+        raise UserError(f"{setting}: {name} is a file; name the folder that holds the model")
+    looks_local = name.startswith((".", "/", "~", "runs/")) or (len(path.parts) > 1 and Path(path.parts[0]).is_dir())
+    if looks_local or not _HUB_ID.fullmatch(name):
+        raise UserError(f"{setting}: there is no folder {name}")
 
 
 def hub_origin(folder: Path) -> tuple[str, str] | None:

@@ -79,10 +79,12 @@ def may_change_on_resume(dotted: str, kind: type | None = Recipe) -> bool:
     return False
 
 
-def help_text(kind=Recipe) -> str:
-    """Every setting with its type, default and sentence, for --help."""
+def help_text(kind=Recipe, section: str = "") -> str:
+    """Every setting (of a section, where one is named) with its type, default and sentence, for --help."""
     lines = []
     for path, type_, default, text in describe(kind):
+        if section and path != section and not path.startswith(section + "."):
+            continue
         shown = "required" if default is ... or type(default).__name__ == "PydanticUndefinedType" else dump_value(default)
         lines.append(f"  --{path}  ({type_}; default {shown})\n      {text}")
     return "\n".join(lines)

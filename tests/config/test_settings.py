@@ -651,7 +651,10 @@ def test_asking_for_help_is_no_failure(capsys, argv, text):
         (["train", "--config", "nope.yaml"], ["--config nope.yaml: No such file"]),
         (["train", "--config", "."], ["--config .: Is a directory"]),
         (["train", "nope.yaml"], ["nope.yaml: not understood"]),
-        (["trian"], ["trian: no such command; there are train, sweep, cache, data, export, eval, tasks, compare, report"]),
+        (
+            ["trian"],
+            ["trian: no such command; did you mean train? there are train, sweep, cache, data, export, eval, tasks, compare, report"],
+        ),
         (["export", "run", "--too", "x"], ["--too: export has no such option"]),
         (["train", "--config", "BAD"], [":5: optim.lr: ", ":6: sed: ", ":7: train.max_steps: "]),
         (["train", "--config", "BAD", "--optim.lr", "1", "--train.epochs", "null"], [":6: sed: "]),
