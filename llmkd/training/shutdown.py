@@ -1,10 +1,15 @@
-"""SIGTERM, SIGINT and SIGUSR1 ask a run to stop; a second one ends it at once."""
+"""SIGTERM, SIGINT, SIGHUP, SIGUSR1 and the end of the launcher ask a run to stop; a second signal ends it at once."""
 
+import contextlib
 import os
 import signal
 
 from ..console import first_process
 from ..errors import Stopped
+from .launcher import watch_launcher
+
+#: Windows knows only some of them.
+_SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
 
 
 class ShutdownRequest:
@@ -12,16 +17,19 @@ class ShutdownRequest:
 
     def __init__(self, then: str = "finishing this step and saving"):
         self.asked, self._then = False, then
-        self._before: dict[int, object] = {}
+        self._on_exit = contextlib.ExitStack()
 
     def __enter__(self) -> "ShutdownRequest":
-        for number in (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1):
-            self._before[number] = signal.signal(number, self._on_signal)
+        for number in _SIGNALS:
+            before = signal.getsignal(number)
+            if before != signal.SIG_IGN:  # nohup ignores SIGHUP, and a shell's background job SIGINT: so does the run
+                signal.signal(number, self._on_signal)
+                self._on_exit.callback(signal.signal, number, before)
+        self._on_exit.enter_context(watch_launcher(lambda: self.asked or self._ask("the launcher has ended")))
         return self
 
     def __exit__(self, *_) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
+        self._on_exit.close()
 
     def __call__(self) -> bool:
         return self.asked
@@ -29,9 +37,13 @@ class ShutdownRequest:
     def _on_signal(self, number, frame) -> None:
         if self.asked:
             os._exit(Stopped.exit_code)
+        self._ask("asked to stop")
+
+    def _ask(self, why: str) -> None:
         self.asked = True
         if first_process():
-            os.write(2, f"\nllmkd: asked to stop; {self._then} (a second signal ends at once)\n".encode())
+            with contextlib.suppress(OSError):  # nobody reads it any more
+                os.write(2, f"\nllmkd: {why}; {self._then} (a second signal ends at once)\n".encode())
 
     def any_rank(self, accelerator) -> bool:
         """Whether any process was asked to stop. A collective: every rank must call it."""

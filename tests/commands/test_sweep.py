@@ -179,7 +179,8 @@ def test_a_sweep_that_is_killed_goes_on(sweep, world, tmp_path, kills):
     for signal, step, code, flags in (("KILL", 3, -9, []), ("TERM", 4, 75, ["--resume"])):
         program = f"""
 import os, signal, sys
-from llmkd import cli, loop
+from llmkd import cli
+from llmkd.training import loop
 real = loop.optimizer_step
 def move(learner, step, *rest):
     real(learner, step, *rest)

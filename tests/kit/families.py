@@ -8,7 +8,7 @@ SMALL = {
     **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), V),
     **dict.fromkeys(("hidden_size", "n_embd", "d_model", "word_embed_proj_dim", "mamba_d_ssm"), 32),
     **dict.fromkeys(("intermediate_size", "ffn_dim", "ffn_hidden_size", "n_inner"), 64),
-    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks"), 2),
+    **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks", "decoder_layers", "encoder_layers"), 2),
     **dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), 4),
     **dict.fromkeys(("max_position_embeddings", "n_positions", "n_ctx"), 128),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts"), 4),

@@ -282,7 +282,8 @@ HARD = {
     "0.001 apart": (noise(3), noise(3) + noise(0.001, 1)),
 }
 # How many roundings of the largest term a gradient may be off by: alpha_beta divides its own by alpha, total variation has a kink.
-ROUNDINGS = {"forward_kl": 1, "total_variation": 5, "alpha_beta": 10}
+# Reverse KL's is q (log q - log p - D), whose log-probabilities are larger than D and rounded by kernels that differ by processor.
+ROUNDINGS = {"forward_kl": 1, "reverse_kl": 4, "total_variation": 5, "alpha_beta": 10}
 
 
 def assert_accurate(name, options, student, teacher):

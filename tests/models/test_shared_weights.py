@@ -253,7 +253,7 @@ PEAK = """
 import sys, torch
 from llmkd.config.recipe import Lora, Student, Teacher
 from llmkd.teachers.live import LiveTeacher
-from llmkd.signals import Batch, View
+from llmkd.batch import Batch, View
 from llmkd.models.load import load_models
 base, how = sys.argv[1:]
 view = View({"input_ids": torch.arange(8)[None]}, torch.arange(8))

@@ -81,6 +81,7 @@ def test_two_processes_are_one_where_some_weights_are_never_used(world, trained,
     from tests.kit.families import tiny
 
     student, changes = tmp_path / "bart", {"student.method": "full", "train.micro_batch_size": 2, "train.max_steps": 3}
+    changes["optim.eps"] = 1e-6  # the gradient of a bias of keys is 0 but for rounding, which Adam would make a step of
     tiny("bart", vocab_size=640, max_position_embeddings=256, dropout=0.0).save_pretrained(student)
     tokenizer().save_pretrained(student)
     one = trained("one", **changes, **{"student.model": str(student)})

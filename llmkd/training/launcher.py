@@ -1,0 +1,49 @@
+"""The launcher that started this process (`accelerate launch`, torchrun), and a watch on whether it is still there.
+
+`accelerate launch` on one process forwards no signal to the run: SIGTERM ends the launcher, and the run would train on as an
+orphan. SIGUSR1 ends torchrun in the same way. A run therefore stops, with a checkpoint, when its launcher is gone.
+"""
+
+import contextlib
+import os
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+#: One of them is set in the environment of every process that a launcher starts. They are inherited, so the parent is looked at too.
+_MARKS = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
+_COMMANDS = (b"accelerate", b"torchrun", b"torch.distributed")
+_SECONDS = 0.25  # between two looks
+
+
+def launcher_pid() -> int | None:
+    """The process id of the launcher that is this process's parent, or None where nobody launched it."""
+    if not any(mark in os.environ for mark in _MARKS):
+        return None
+    parent = os.getppid()
+    try:
+        command = Path(f"/proc/{parent}/cmdline").read_bytes()
+    except OSError:  # no /proc on macOS: the environment must do
+        return parent
+    return parent if any(name in command for name in _COMMANDS) else None
+
+
+@contextlib.contextmanager
+def watch_launcher(on_exit: Callable[[], None]) -> Iterator[None]:
+    """Call `on_exit` once, from a thread, if the launcher ends while the context is open. Does nothing without a launcher."""
+    launcher, closed = launcher_pid(), threading.Event()
+
+    def watch() -> None:
+        while not closed.wait(_SECONDS):
+            if os.getppid() != launcher:
+                return on_exit()
+
+    thread = threading.Thread(target=watch, name="watch_launcher", daemon=True)
+    if launcher:
+        thread.start()
+    try:
+        yield
+    finally:
+        closed.set()
+        if launcher:
+            thread.join()

@@ -1,0 +1,95 @@
+"""A run whose launcher ends: it stops with a checkpoint instead of training on as an orphan."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import time
+from pathlib import Path
+
+import pytest
+
+from llmkd.training import launcher
+from tests.conftest import plain_recipe, write_rows
+from tests.training.test_parity import REPO
+
+LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
+
+
+def started(command: list[str]) -> subprocess.Popen:
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
+    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment)
+
+
+def test_without_a_launcher_nothing_is_watched(monkeypatch):
+    for mark in launcher._MARKS:
+        monkeypatch.delenv(mark, raising=False)
+    assert launcher.launcher_pid() is None
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # inherited from somewhere: this process's parent is no launcher
+    if sys.platform == "linux" and b"accelerate" not in Path(f"/proc/{os.getppid()}/cmdline").read_bytes():
+        assert launcher.launcher_pid() is None
+
+
+PARENT = """
+    import subprocess, sys, time  # accelerate
+    subprocess.Popen([sys.executable, "-c", sys.argv[1]])
+    time.sleep(1)
+"""
+CHILD = """
+    import os, threading, time
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
+    from llmkd.training.launcher import launcher_pid, watch_launcher
+    gone = threading.Event()
+    with watch_launcher(gone.set):
+        print("watching", launcher_pid() == os.getppid(), gone.is_set(), flush=True)
+        print("told", gone.wait(20), flush=True)
+"""
+
+
+def test_the_end_of_a_parent_is_told_once():
+    command = [sys.executable, "-c", textwrap.dedent(PARENT), textwrap.dedent(CHILD)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.stdout.split() == ["watching", "True", "False", "told", "True"], done.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "launch, number",
+    [
+        (LAUNCH, signal.SIGTERM),
+        (LAUNCH, signal.SIGKILL),
+        (LAUNCH, signal.SIGHUP),
+        ([*LAUNCH, "--multi_gpu", "--num_processes=2", "--main_process_port=0"], signal.SIGUSR1),
+        ([*LAUNCH, "--multi_gpu", "--num_processes=2", "--main_process_port=0"], signal.SIGTERM),
+    ],
+    ids=lambda value: getattr(value, "name", f"{len(value) - 3} options" if isinstance(value, list) else None),
+)
+def test_a_signal_to_the_launcher_reaches_the_run(world, tmp_path, launch, number):
+    """Whoever reads the run's output sees it end, all processes of it; the same command with --resume goes on."""
+    write_rows(tmp_path / "rows.jsonl", 200)
+    (tmp_path / "r.yaml").write_text(json.dumps(plain_recipe(world, tmp_path / "out")))
+    command = [
+        *launch,
+        str(REPO / "llmkd/train.py"),
+        "--config",
+        str(tmp_path / "r.yaml"),
+        "--data.train.path",
+        str(tmp_path / "rows.jsonl"),
+    ]
+    process = started([*command, "--train.epochs", "400"])
+    for line in process.stderr:
+        if line.startswith("step "):
+            process.send_signal(number)
+            sent = time.monotonic()
+            break
+    rest = process.stderr.read()  # until the last process that holds the other end is gone
+    process.wait()
+    assert (
+        time.monotonic() - sent < 60
+        and "go on with --resume" in rest
+        and "Traceback (most recent call last)" not in rest.split("go on with")[0]
+    )
+    (saved,) = (tmp_path / "out/checkpoints").glob("step-*")
+    assert int(saved.name.removeprefix("step-")) < 10_000 and not (tmp_path / "out/summary.json").exists()
