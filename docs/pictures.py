@@ -274,13 +274,13 @@ def head():
 #: llmkd's folders by layer, the highest first; tests/test_house.py holds the code to it.
 LAYERS = (
     (("train.py  cli.py", "entry points"), ("eval/", "benchmarks, comparison, report")),
-    (("commands/", "sweep, cache, export, data, ..."),),
+    (("commands/", "sweep, cache, export, data, ..."), ("api.py", "the Python API")),
     (("training/", "run, trainer, loop, checkpoint, validation"),),
     (("output/", "run folder, metrics, model card, hub"),),
     (("teachers/", "live, cached, mixture; the cache on disk"),),
     (("models/", "load, adapters, attention"), ("data/", "files to examples to batches")),
     (("config/", "settings"), ("losses/", "divergences, fused head"), ("model_files.py", "a model's folder")),
-    (("batch.py  signals.py  head.py", "the nouns"), ("console.py  errors.py", "messages, exit codes")),
+    (("batch.py  signals.py  head.py", "the nouns"), ("console.py  errors.py  files.py", "messages, exit codes, files")),
 )
 
 

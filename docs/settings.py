@@ -9,7 +9,7 @@ from llmkd.config.sweep import Sweep
 HEAD = """\
 # Settings
 
-Every setting of a recipe and of a sweep, as `llmkd train --help` and `llmkd sweep --help` list them. Each can be given in the YAML file, and on the command line
+Every setting of a recipe and of a sweep, as `llmkd train --help all` and `llmkd sweep --help all` list them (`llmkd train --help loss` has one section). Each can be given in the YAML file, and on the command line
 by its dotted path (`--optim.lr 1e-4`). This page is written by `python docs/settings.py`.
 
 `null` means not given. `data.validation` and `data.choices` are sources with the same settings as `data.train`; `teacher` and
@@ -30,18 +30,14 @@ def cell(text: str) -> str:
 
 
 def tables(kind) -> list[str]:
-    lines, section = [], None
+    sections: dict[str, list[str]] = {}
     for path, type_, default, text in schema.describe(kind):
         if any(path.startswith(prefix) for prefix in SAME):
             continue
-        first = path.split(".")[0] if "." in path else "general"
-        if "." not in path and type_.startswith("a mapping of settings"):
-            first = path
-        if first != section:
-            section = first
-            lines += ["", f"### {section}", "", "| Setting | Values | Default | |", "|---|---|---|---|"]
-        lines.append(f"| `{path}` | {cell(type_)} | {cell(shown(default))} | {cell(text)} |")
-    return lines
+        section = path.split(".")[0] if "." in path or type_.startswith("a mapping of settings") else "general"
+        sections.setdefault(section, []).append(f"| `{path}` | {cell(type_)} | {cell(shown(default))} | {cell(text)} |")
+    head = ["", "| Setting | Values | Default | |", "|---|---|---|---|"]
+    return [line for section, rows in sections.items() for line in ("", f"### {section}", *head, *rows)]
 
 
 def page() -> str:
