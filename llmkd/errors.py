@@ -27,8 +27,8 @@ class NonFinite(Exception):
 
     exit_code = 3
 
-    def __init__(self, step: int, term: str, examples: list[int], text: str = ""):
-        self.step, self.term, self.examples = step, term, examples
+    def __init__(self, step: int, term: str, places: list[str], text: str = ""):
+        self.step, self.term, self.places = step, term, places
         super().__init__(text or f"step {step}: {term} is not finite")
 
 

@@ -97,8 +97,7 @@ def trained(many: list) -> tuple[float, float, int]:
         before = time.perf_counter()
         trainer.train()
         seconds = time.perf_counter() - before
-        of_example = trainer.prepared.train.num_targets
-        targets = sum(int(of_example[batch].sum()) for step in trainer.plan.steps() for batch in step.micro_batches)
+        targets = sum(step.num_targets for step in trainer.source.schedule())
         return seconds, asked.seconds / seconds if asked else 0.0, targets
 
 

@@ -29,9 +29,8 @@ from eval.speed.step import heading, parser  # noqa: E402
 from eval.speed.step_cases import learning  # noqa: E402
 from eval.speed.step_world import World  # noqa: E402
 from llmkd.batch import Batch  # noqa: E402
+from llmkd.data.batch_source import BatchSource  # noqa: E402
 from llmkd.data.batching import TokenBudget  # noqa: E402
-from llmkd.data.collate import collate  # noqa: E402
-from llmkd.data.prefetch import prefetch  # noqa: E402
 from llmkd.teachers.live import LiveTeacher  # noqa: E402
 from llmkd.training import distiller, loop  # noqa: E402
 from llmkd.training.launch import start  # noqa: E402
@@ -66,12 +65,11 @@ def profiled(world: World, options: argparse.Namespace) -> list[str]:
         learning(world, 0.0 if options.alone else 0.5, world.student),
         None if options.alone else named(TEACHER, LiveTeacher(world.teacher)),
     )
-    plan = world.plan(TokenBudget(options.tokens, packing=options.packed))
-    batch_of, steps = functools.partial(collate, world.data, pad=0, packing=options.packed), 0
+    source, steps = Waited(world.source(TokenBudget(options.tokens, packing=options.packed))), 0
     kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if world.device.type == "cuda" else [])]
     profiler = profile(activities=kinds)
     with parts_named(world):
-        for progress in loop.train(plan, batch_of, [state], teacher, world.accelerator, prefetch=waited):
+        for progress in loop.train(source, [state], teacher, world.accelerator):
             if progress.step == WARM_UP:
                 profiler.start()
             steps = progress.step - WARM_UP
@@ -95,15 +93,20 @@ def named(part: str, call: Callable) -> Callable:
     return recorded
 
 
-def waited(items: Iterator) -> Iterator:
-    """`prefetch`, and what the loop waits for it."""
-    with contextlib.closing(prefetch(items)) as coming:
-        while True:
-            with record_function(WAIT):
-                item = next(coming, None)
-            if item is None:
-                return
-            yield item
+class Waited:
+    """A batch source, with the loop's waits for it recorded."""
+
+    def __init__(self, source: BatchSource):
+        self.source, self.seed, self.total_steps = source, source.seed, source.total_steps
+
+    def steps(self, done: int = 0) -> Iterator:
+        with contextlib.closing(self.source.steps(done)) as coming:
+            while True:
+                with record_function(WAIT):
+                    item = next(coming, None)
+                if item is None:
+                    return
+                yield item
 
 
 @contextlib.contextmanager

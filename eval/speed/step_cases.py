@@ -15,7 +15,6 @@ from llmkd.batch import Batch
 from llmkd.config.recipe import Optim
 from llmkd.data.batching import TokenBudget
 from llmkd.data.collate import collate
-from llmkd.data.prefetch import prefetch
 from llmkd.losses.divergences import make_divergence
 from llmkd.losses.fused import default_chunk
 from llmkd.losses.objective import Objective
@@ -162,15 +161,14 @@ def ours(
 def _ours(world: World, size: int | TokenBudget, kd: float, teacher: Teacher | None, students: list[LanguageModel], true: bool) -> Round:
     """`true`: the teacher is the one that the truth is of."""
     states = [learning(world, kd, student) for student in students]
-    plan, packing = world.plan(size), isinstance(size, TokenBudget) and size.packing
-    batch_of = partial(collate, world.data, pad=0, packing=packing)
+    source = world.source(size)
     clock, targets, first, norm = Clock(world.device), [], {}, 0.0
-    for progress in train(plan, batch_of, states, teacher, world.accelerator, prefetch=prefetch):
+    for progress in train(source, states, teacher, world.accelerator):
         clock.mark()
         first, norm = first or progress.terms[0], norm or progress.grad_norms[0]
         targets.append(progress.num_targets)
-    steps = list(plan.steps())
-    batches = [batch_of(micro) for step in steps for micro in step.micro_batches]
+    steps, built = zip(*source.steps(), strict=True)
+    batches = [micro for micro_batches in built for micro in micro_batches]
     return Round(
         clock.seconds,
         [len(states) * world.tokens(step.examples) for step in steps],

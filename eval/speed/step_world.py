@@ -10,7 +10,8 @@ import transformers
 from torch import nn
 
 from llmkd.config.recipe import Lora
-from llmkd.data.batching import BatchPlan
+from llmkd.data.batch_source import Collator, PlannedSource
+from llmkd.data.batching import BatchPlan, TokenBudget
 from llmkd.data.collate import collate
 from llmkd.data.examples import Examples
 from llmkd.models import adapters, float8, shared_weights, startup_checks
@@ -134,14 +135,16 @@ class World:
         for who, model in models:
             compile_layers(model, f"{who}.model", packing=True)
 
-    def plan(self, size) -> BatchPlan:
+    def source(self, size: int | TokenBudget) -> PlannedSource:
         """Of steps that are measured, and one before them."""
-        return BatchPlan(self.data.lengths, 0, self.options.batch, size, None, self.options.steps + 1, targets=self.data.num_targets)
+        plan = BatchPlan(self.data.lengths, 0, self.options.batch, None, self.options.steps + 1)
+        collator = Collator(0, isinstance(size, TokenBudget) and size.packing)
+        return PlannedSource(self.data, (), plan, size, collator).for_rank(0, 1, self.device)
 
     @functools.cached_property
     def order(self) -> list[int]:
         """All examples, step after step."""
-        return [i for window in self.plan(1).step_batches(0) for i in window]
+        return [i for batch in self.source(1).plan.step_batches(0) for i in batch]
 
     @functools.cached_property
     def window(self) -> tuple[float, float]:

@@ -9,7 +9,6 @@ import numpy as np
 from ..config.fields import with_setting_names
 from ..config.recipe import Lora, Recipe, distils
 from ..console import duration
-from ..data.stream import Stream
 from ..model_files import find
 from ..models.size import ModelSize, adapter_parameters, model_size, weight_bytes
 from ..training.prepare import prepare, student_files
@@ -32,8 +31,9 @@ def estimate(recipes: list[Recipe], sizes: dict) -> Cost | None:
     files, train = student_files(recipe), recipe.train
     key = json.dumps([repr(recipe.data), recipe.student.tokenizer])
     if key not in sizes:
-        encoded, sizes[key] = prepare(recipe).train, None
-        if not isinstance(encoded, Stream):
+        prepared, sizes[key] = prepare(recipe), None
+        encoded = prepared.train
+        if prepared.source.complete:
             sizes[key] = encoded.lengths, int(encoded.loss_mask.sum()), len((encoded.teacher_view or encoded).ids)
     if sizes[key] is None or files is None:
         return None

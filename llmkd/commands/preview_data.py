@@ -17,7 +17,7 @@ from ..data.encoding.token_cache import load_or_encode
 from ..data.encoding.tokenizer import student_base, student_tokenizer
 from ..data.examples import Examples, merge
 from ..data.reading.sources import Rows
-from ..data.stream import Stream
+from ..data.stream import StreamSource
 from ..errors import UserError
 from ..model_files import read_json
 
@@ -41,7 +41,7 @@ def preview(recipe: Recipe, count: int = 3, example: int | None = None, out: Tex
         _print_counts(recipe, "data.validation", rows, tokenizer, out)
     for i in _chosen(train, count, example, recipe.seed):
         ids, loss_mask = train.example(i)
-        head = f"example {i} of {len(train)}  {places[int(train.row[i])]}  {len(ids)} tokens, {int(loss_mask.sum())} of them supervised"
+        head = f"example {i} of {len(train)}  {places[i]}  {len(ids)} tokens, {int(loss_mask.sum())} of them supervised"
         print(f"\n{head}\n{mark_supervised(ids, loss_mask, tokenizer, uses_colour(out))}", file=out)
         theirs = train.teacher_view.example(i) if train.teacher_view is not None else (ids, loss_mask)
         if len(theirs[0]) != len(ids) or (theirs[0] != ids).any():
@@ -63,17 +63,18 @@ def _config(folder: Path) -> dict:
 
 
 def _print_counts(recipe: Recipe, setting: str, rows: dict[str, list[Rows]], tokenizer, out: TextIO) -> tuple[Examples, list[str]]:
-    """Print the figures of a setting's sources; its examples, and the place of every row."""
+    """Print the figures of a setting's sources; its examples, and the place of each."""
     data, train = recipe.data, recipe.train
     if setting == "data.train" and data.streaming:
         (source,) = as_tuple(data.train)
-        stream = Stream(source, data, tokenizer, recipe.seed, train.batch_size, train.batch_size, train.max_steps)
+        stream = StreamSource(source, data, tokenizer, recipe.seed, train.batch_size, train.batch_size, train.max_steps)
         print("the first step of a stream:", file=out)
-        parts, names, places = [stream.window], [f"{setting} {source.path}"], stream.places
+        parts, names, places = [stream.examples], [f"{setting} {source.path}"], stream.places
     else:
         read, of_setting = rows[setting], with_setting_names(data.train if setting == "data.train" else data.validation, setting)
         parts = [load_or_encode(r, source, data, tokenizer, name, info) for (name, source), r in zip(of_setting, read, strict=True)]
-        names, places = [f"{name} {source.path}" for name, source in of_setting], [place for r in read for place in r.places]
+        names, of_rows = [f"{name} {source.path}" for name, source in of_setting], [place for r in read for place in r.places]
+        places = [of_rows[i] for i in merge(parts).row]
     print(table(parts, names), file=out)
     for part, name in zip(parts, names, strict=True):
         report_notes(part, name)

@@ -9,7 +9,7 @@ import heapq
 import math
 import random
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -21,17 +21,8 @@ _FLOOR = 1024  # tokens: a smaller pass takes a GPU about as long, since launchi
 
 
 @dataclass(frozen=True)
-class Step:
-    number: int  # from 1
-    epoch: int  # from 0
-    micro_batches: list[list[int]]  # this rank's examples; a list may be empty, and all ranks have equally many
-    examples: list[int] = field(default_factory=list)  # the examples of all ranks
-    num_targets: int | None = None  # of all of them
-
-
-@dataclass
 class TokenBudget:
-    """The tokens of a micro-batch at most, padding counted. `tokens` falls where memory runs out."""
+    """The tokens of a micro-batch at most, padding counted."""
 
     tokens: int
     packing: bool = False
@@ -43,22 +34,16 @@ class TokenBudget:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """The whole run's order. `lengths[i]` is the number of tokens of example i, `max_lengths[i]` that of the longer of what
-    student and teacher read, where they differ."""
+    """The whole run's order. `lengths[i]` is the number of tokens of example i."""
 
     lengths: np.ndarray
     seed: int
     batch_size: int
-    micro_batch_size: int | TokenBudget
     epochs: int | None
     max_steps: int | None
     group_by_length: int = 1
-    rank: int = 0
-    ranks: int = 1
     sources: np.ndarray | None = None  # which source each example is of, where there are several
     weights: tuple[float, ...] = (1.0,)  # passes over each source in an epoch
-    max_lengths: np.ndarray | None = None
-    targets: np.ndarray | None = None  # of each example
 
     @property
     def steps_per_epoch(self) -> int:
@@ -96,22 +81,14 @@ class BatchPlan:
             rng.shuffle(batches)  # or every group would begin with its longest examples
         return batches
 
-    def steps(self, done: int = 0) -> Iterator[Step]:
-        """The steps after the first `done`."""
+    def steps(self, done: int = 0) -> Iterator[tuple[int, int, list[int]]]:
+        """(number, from 1; epoch, from 0; examples of all ranks) of the steps after the first `done`."""
         epoch = None
         for number in range(done + 1, self.total_steps + 1):
             if (number - 1) // self.steps_per_epoch != epoch:
                 epoch = (number - 1) // self.steps_per_epoch
                 batches = self.step_batches(epoch)
-            examples = batches[(number - 1) % self.steps_per_epoch]
-            num_targets = None if self.targets is None else int(self.targets[examples].sum())
-            yield Step(number, epoch, self.to_micro_batches(examples), examples, num_targets)
-
-    def to_micro_batches(self, examples: list[int]) -> list[list[int]]:
-        """This rank's micro-batches of those examples."""
-        return make_micro_batches(
-            examples, self.lengths if self.max_lengths is None else self.max_lengths, self.micro_batch_size, self.rank, self.ranks
-        )
+            yield number, epoch, batches[(number - 1) % self.steps_per_epoch]
 
 
 def num_draws(examples: int, weight: float) -> int:

@@ -18,7 +18,6 @@ from .encoding.formats import FORMATS
 from .encoding.tokenizer import vocab_size
 from .examples import ALL_TEACHERS, Examples, merge
 from .reading.sources import Rows, read_sources
-from .stream import Stream
 
 
 @dataclass(frozen=True)
@@ -111,14 +110,13 @@ def refuse_too_few_positions(data: Data, configs: dict[str, dict]) -> None:
             )
 
 
-def refuse_unknown_tokens(vocab: int, examples: Examples | Stream, places: Sequence[str] | Stream, tokenizer) -> None:
+def refuse_unknown_tokens(vocab: int, examples: Examples, places: Sequence[str], tokenizer) -> None:
     """Tokens that the tokenizer has and a model has not would be an index error, or on a GPU worse."""
     for i in range(len(examples)) if vocab < vocab_size(tokenizer) else ():
         ids = np.concatenate([of.example(i)[0] for of in (examples, examples.teacher_view) if of is not None])
         if (ids >= vocab).any():
             token = tokenizer.convert_ids_to_tokens(int(ids.max()))
-            place = examples[i] if isinstance(examples, Stream) else places[examples.row[i]]
-            raise UserError(f"{place}: holds {token!r}, which the tokenizer knows and a model has no row for; remove it from the text")
+            raise UserError(f"{places[i]}: holds {token!r}, which the tokenizer knows and a model has no row for; remove it from the text")
 
 
 def hold_out(examples: Examples, share: float) -> tuple[Examples, Examples | None]:

@@ -2,13 +2,12 @@
 
 Optimizer step k (from 1) consumes rows (k - 1) * batch_size to k * batch_size of an endless stream: the source again and
 again, its rows shuffled inside blocks of `shuffle_buffer` by (seed, pass, block). Rows that are dropped as too long or
-without an answer only make their step smaller, which is exact, since the loss is divided by the step's targets. So
-which rows a step has is a pure function of its number, and going on at step k passes over rows without tokenising them.
-The rows of the first pass are hashed in the order in which they are taken: a run goes on only behind the same rows, while a
-bad row that ended it, which no step has taken, may be mended.
+without an answer only make their step smaller, which is exact, since the loss is divided by the step's targets.
+Step k always uses the same rows, so resuming at step k skips the earlier rows without tokenising them.
+The rows of the first pass are hashed in the order in which they are taken: a run resumes only if they are unchanged. A bad row
+that ended the run was taken by no step, so it may be corrected.
 """
 
-import contextlib
 import functools
 import hashlib
 import itertools
@@ -19,19 +18,21 @@ from typing import Any
 from ..config.recipe import Data, Source
 from ..console import info
 from ..errors import UserError
-from .batching import Step, TokenBudget, make_micro_batches
+from .batch_source import Collator, ExampleSource, Step
+from .batching import TokenBudget
 from .encoding.encode import encode
 from .encoding.formats import refuse_without_template
 from .examples import ALL_TEACHERS, Examples
-from .prefetch import prefetch
 from .reading import skills
 from .reading.files import BadRow, Records, kind_of, raw, records, row_of
 from .reading.row_checks import ErrorCollector, check_row
 from .reading.sources import Rows, from_hub, hub_revision, local, no_rows
 
 
-class Stream:
-    """Stands where `BatchPlan` stands (which examples make up which step) and where `Examples` stands, for the step at hand."""
+class StreamSource(ExampleSource):
+    """A batch source of one endless stream of rows. `examples` and `places` are those of its first step."""
+
+    reads_while_training = True
 
     def __init__(
         self,
@@ -44,9 +45,10 @@ class Stream:
         total_steps: int,
         teacher: int = ALL_TEACHERS,
     ):
+        collator = Collator(tokenizer.eos_token_id, data.packing, data.share_prefixes)
+        super().__init__(seed, total_steps, micro_batch_size, collator)
         self.source, self.data, self.tokenizer, self.setting = source, data, tokenizer, "data.train"
-        self.seed, self.batch_size, self.micro_batch_size, self.total_steps = seed, batch_size, micro_batch_size, total_steps
-        self.teacher, self.rank, self.ranks = teacher, 0, 1
+        self.batch_size, self.teacher = batch_size, teacher
         self.counts: dict[str, int] = {}
         self._pass_rows: int | None = None  # known after the first pass
         self._hashes: dict[int, str] = {}  # of the rows that the last few steps and all before them took
@@ -58,11 +60,7 @@ class Stream:
                 f"data.streaming: {listed} is one list, which must be read whole; write its rows to a .jsonl file, or set it to false"
             )
         self.origin = {"path": source.path, "name": source.name, "split": source.split, "revision": source.revision, "rows": None}
-        self.window, self.places = self._first()  # the examples of the step at hand, and the places of its rows
-
-    def for_rank(self, rank: int, ranks: int) -> "Stream":
-        self.rank, self.ranks = rank, ranks
-        return self
+        self.examples, self.places = self._first()
 
     def _first(self) -> tuple[Examples, list[str]]:
         """The first step's examples. All rows of the first block are checked on the way, before any model is loaded."""
@@ -74,69 +72,29 @@ class Stream:
 
     @property
     def content(self) -> str:
-        """What names this data, for a run that goes on: hashing all of it would take as long as reading it. See `passed`."""
+        """Identifies this data when a run resumes: hashing all of it would take as long as reading it. See `state`."""
         named = [self.source.path, self.source.name, self.source.split, self.origin["revision"], [name for name, _ in self.files or []]]
         return f"stream {hashlib.sha256(repr(named).encode()).hexdigest()}"
 
-    def passed(self, step: int) -> str | None:
+    def state(self, step: int) -> dict:
         """A hash of the rows that steps 1 to `step` took, to be kept with what was learnt from them; of the last few steps."""
-        return self._hashes.get(step)
+        return {"rows": self._hashes.get(step)}
 
-    def expect(self, passed: str | None) -> None:
-        """Going on, refuse other rows than those that gave this hash."""
-        self._expected = passed
+    def restore(self, state: dict) -> None:
+        """When resuming, other rows than those that gave this hash are refused."""
+        self._expected = state.get("rows")
 
-    # ---- as an Examples, for the step at hand
-
-    def example(self, i: int):
-        return self.window.example(i)
-
-    def content_hash(self, i: int) -> str:
-        return self.window.content_hash(i)
-
-    @property
-    def teacher_index(self):
-        return self.window.teacher_index
-
-    @property
-    def teacher_view(self):
-        return self.window.teacher_view
-
-    def subset(self, keep) -> Examples:
-        return self.window.subset(keep)
-
-    @property
-    def lengths(self):
-        return self.window.lengths
-
-    @property
-    def max_lengths(self):
-        return self.window.max_lengths
-
-    def __len__(self) -> int:
-        return len(self.window)
-
-    def __getitem__(self, i: int) -> str:
-        """The place of an example of the step at hand."""
-        return self.places[self.window.row[i]]
-
-    # ---- as a BatchPlan
-
-    def steps(self, done: int = 0) -> Iterator[Step]:
-        """The steps after the first `done`. An example's number counts within its step. The rows of the next step are read and
-        tokenised in the background; what is wrong with them is raised when that step is asked for."""
-        with contextlib.closing(prefetch(self._windows(done))) as windows:
-            for number, epoch, self.window, self.places in windows:
-                window = list(range(len(self.window)))
-                yield Step(number, epoch, self.to_micro_batches(window), window, int(self.window.num_targets.sum()))
+    def steps(self, done: int = 0):
+        """The steps after the first `done`. The next step's rows are read and tokenised in the background; what is wrong with them
+        is raised when that step is asked for."""
+        yield from super().steps(done)
         c = self.counts
         if c:
             info(
                 f"train: {c['rows']} rows streamed, {c['examples']} examples ({c['too_long']} too long, {c['unsupervised']} with nothing supervised)"
             )
 
-    def _windows(self, done: int) -> Iterator[tuple[int, int, Examples, list[str]]]:
-        """(step, epoch, examples, places of the rows) of the steps after the first `done`."""
+    def schedule(self, done: int = 0) -> Iterator[Step]:
         digest = hashlib.sha256()
 
         def arrived() -> None:
@@ -151,19 +109,17 @@ class Stream:
             taken = list(itertools.islice(rows, self.batch_size))
             self._hashes[number] = digest.hexdigest()
             self._hashes.pop(number - 8, None)
-            window, places = self._encode([(place, get) for _, place, get in taken])
-            for key, count in window.counts.items():
+            data, places = self._encode([(place, get) for _, place, get in taken])
+            for key, count in data.counts.items():
                 self.counts[key] = self.counts.get(key, 0) + count
-            barren = 0 if len(window) else barren + len(taken)
+            barren = 0 if len(data) else barren + len(taken)
             if self._pass_rows and barren >= self._pass_rows:
                 raise UserError(
                     f"{self.setting}: none of {self.source.path}'s rows has a supervised token left; look at data.max_length and the rows"
                 )
-            yield number, taken[0][0], window, places
-
-    def to_micro_batches(self, window: list[int]) -> list[list[int]]:
-        """This rank's micro-batches of those examples of the step at hand."""
-        return make_micro_batches(window, self.window.max_lengths, self.micro_batch_size, self.rank, self.ranks) or [[]]
+            examples = list(range(len(data)))
+            split = self.split(examples, data.max_lengths)
+            yield Step(number, taken[0][0], int(data.num_targets.sum()), examples, split, data, places)
 
     def _rows(self, skip: int, digest=None, arrived: Callable[[], None] | None = None) -> Iterator[tuple[int, str, Any]]:
         """(pass, place, get) of the endless stream, from row `skip` on; `arrived` is called there.
@@ -235,8 +191,9 @@ class Stream:
         return Rows(rows, places, "")
 
     def _encode(self, taken: list[tuple[str, Any]]) -> tuple[Examples, list[str]]:
+        """The examples of some rows, and the place of each."""
         rows = self._checked(taken)
         refuse_without_template(self.source, rows.rows, self.tokenizer, self.setting)
         examples = encode(rows, self.source, self.data, self.tokenizer)
         examples.teacher_index[:] = self.teacher
-        return examples, rows.places
+        return examples, [rows.places[i] for i in examples.row]

@@ -16,7 +16,6 @@ from ..console import info
 from ..data.batching import make_micro_batches
 from ..data.collate import collate
 from ..data.examples import Examples
-from ..data.stream import Stream
 from ..errors import UserError
 from ..head import Head
 from ..losses.divergences import forward_kl
@@ -28,27 +27,21 @@ from .resolve import examples_of
 TARGETS = 1024
 
 
-def sample_examples(train: Examples | Stream, count: int) -> Examples:
+def sample_examples(train: Examples, count: int) -> Examples:
     """So many training examples, the same ones for every run; of a stream, those of its first step."""
-    known = _known(train)
-    chosen = random.Random("gate").sample(range(len(known)), min(count, len(known)))
-    return known.take(np.array(sorted(chosen), np.int64))
+    chosen = random.Random("gate").sample(range(len(train)), min(count, len(train)))
+    return train.take(np.array(sorted(chosen), np.int64))
 
 
-def sample_teacher_batches(train: Examples | Stream, teacher: int, size: int, pad: int, device) -> list[Batch]:
+def sample_teacher_batches(train: Examples, teacher: int, size: int, pad: int, device) -> list[Batch]:
     """Batches of at most `size` examples that teacher number `teacher` is asked, the same ones for every run: as many as hold TARGETS."""
-    known = _known(train)
-    mine = examples_of(known, teacher).tolist()
+    mine = examples_of(train, teacher).tolist()
     chosen = np.array(random.Random("asked").sample(mine, min(len(mine), TARGETS)), np.int64)
     if not len(chosen):
         return []
-    fit = max(1, int(np.searchsorted(known.num_targets[chosen].cumsum(), TARGETS, side="right")))
-    few = known.take(np.sort(chosen[:fit]))
+    fit = max(1, int(np.searchsorted(train.num_targets[chosen].cumsum(), TARGETS, side="right")))
+    few = train.take(np.sort(chosen[:fit]))
     return [collate(few, examples, pad).to(device) for examples in make_micro_batches(list(range(len(few))), few.lengths, size)]
-
-
-def _known(train: Examples | Stream) -> Examples:
-    return train.window if isinstance(train, Stream) else train
 
 
 #: Some of what a teacher will be asked, by the name of its setting.

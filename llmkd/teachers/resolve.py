@@ -13,7 +13,6 @@ from ..config.recipe import Recipe, distils
 from ..config.teacher import CACHE_KINDS, Teacher
 from ..data.encoding import token_cache
 from ..data.examples import ALL_TEACHERS, Examples
-from ..data.stream import Stream
 from ..errors import UserError
 from ..model_files import ModelFiles, find, fingerprint, read_json
 from .cache.shards import TeacherCache, read_header
@@ -167,9 +166,7 @@ def sample_problems(recipe: Recipe, path: str, kept: dict) -> list[str]:
     return problems
 
 
-def check_coverage(
-    teacher: TeacherSource, number: int, parts: dict[str, tuple[Examples | Stream | None, Sequence[str]]], ours: dict
-) -> None:
+def check_coverage(teacher: TeacherSource, number: int, parts: dict[str, tuple[Examples | None, Sequence[str]]], ours: dict) -> None:
     """Refuse a teacher cache that lacks examples that teacher `number` is to answer.
 
     `parts` are each setting's examples and their places, `ours` is what a teacher cache of this recipe would be made of.
@@ -194,6 +191,6 @@ def check_coverage(
             )
 
 
-def examples_of(encoded: Examples | Stream, number: int) -> np.ndarray:
+def examples_of(encoded: Examples, number: int) -> np.ndarray:
     """The examples that teacher `number` answers, alone or with others."""
     return np.flatnonzero(np.isin(encoded.teacher_index, (ALL_TEACHERS, number)))

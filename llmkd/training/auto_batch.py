@@ -4,6 +4,7 @@ Where memory runs out all the same, an optimizer step is done again from its beg
 applied yet.
 """
 
+import dataclasses
 import gc
 import math
 from collections.abc import Callable
@@ -12,7 +13,8 @@ import numpy as np
 import torch
 
 from ..batch import Batch
-from ..data.batching import MOST_PACKED, MOST_TOKENS, BatchPlan, Step, TokenBudget
+from ..data.batch_source import ExampleSource, Step
+from ..data.batching import MOST_PACKED, MOST_TOKENS, TokenBudget
 from ..errors import UserError, is_out_of_memory
 from ..losses.fused import LEAST_ROWS, MOST_ROWS, default_chunk
 from ..signals import Teacher
@@ -37,26 +39,31 @@ def chunk_rows(vocab: int, device: torch.device, info) -> int | None:
 
 
 class AutoBatchSize:
-    """`measure` sets the token budget; called as the loop's `retry_on_oom`, this lowers it.
+    """Owns the size of a source's micro-batches where the recipe leaves it to measurement: `source.micro_batch_size` is set here alone.
 
-    data      the examples, or a stream at its step
-    chunked   those whose chunks of the head may be made smaller too
+    `measure` finds it before the first step; called as the loop's `retry_on_oom`, this lowers it when memory runs out.
+
+    chunked   distillers whose chunks of the head may be made smaller too
     """
 
     def __init__(
         self,
-        budget: TokenBudget,
-        plan: BatchPlan,
-        data,
-        batch_of,
+        source: ExampleSource,
         students: list[StudentState],
         teacher: Teacher | None,
         accelerator,
         info,
         chunked: list[Distiller] | None = None,
     ):
-        self.budget, self.plan, self.data, self.batch_of = budget, plan, data, batch_of
-        self.students, self.teacher, self.accelerator, self.info, self.chunked = students, teacher, accelerator, info, chunked or []
+        self.source, self.students, self.teacher, self.accelerator = source, students, teacher, accelerator
+        self.info, self.chunked = info, chunked or []
+
+    @property
+    def budget(self) -> TokenBudget:
+        return self.source.micro_batch_size
+
+    def _set(self, tokens: int) -> None:
+        self.source.micro_batch_size = dataclasses.replace(self.budget, tokens=tokens)
 
     def measure(self, batch_size: int) -> None:
         """Find the largest budget, by doubling, whose worst micro-batch goes through: the longest examples, forward and backward.
@@ -65,7 +72,7 @@ class AutoBatchSize:
         left). All processes agree on the smallest. UserError where not even the longest example fits.
         """
         ranks = self.accelerator.num_processes
-        lengths_E = self.data.max_lengths
+        lengths_E = self.source.examples.max_lengths
         worst = np.argsort(-lengths_E, kind="stable")[: math.ceil(batch_size / ranks)]  # no rank has more of a step in one piece
         if not len(worst):
             raise UserError("train.micro_batch_tokens: found auto, and the first step has no example to measure with; give a number")
@@ -94,14 +101,14 @@ class AutoBatchSize:
                 f"train.micro_batch_tokens: an example of {longest} tokens, the longest, does not fit into memory; lower data.max_length, "
                 "or set student.gradient_checkpointing"
             )
-        self.budget.tokens = found
+        self._set(found)
         chunks = f", chunks of {rows:,} rows" if rows else ""
         whole = ", a whole step" if found >= self.budget.of(lengths) else ""
         self.info(f"micro-batches of at most {found:,} tokens{whole} (measured: {taken / 1e9:.2f} of {room / 1e9:.2f} GB){chunks}")
 
     def _fits(self, examples: list[int]) -> bool:
         try:
-            batch = self.batch_of(examples)
+            batch = self.source.collator(self.source.examples, examples)
             forward_backward(
                 batch, dict(enumerate(self.students)), self.teacher, 0, 1 / max(1, batch.num_targets), self.accelerator, sync=False
             )
@@ -122,12 +129,12 @@ class AutoBatchSize:
 
     def __call__(self, attempt: Callable[[list[Batch]], Accumulated], step: Step, micro_batches: list[Batch]) -> Accumulated:
         """Attempt the step with its micro-batches, and out of memory with smaller ones. One process alone: others would wait for it."""
-        lengths, split = self.data.max_lengths, step.micro_batches
+        lengths = self.source.max_lengths(step)
         while True:
-            sizes = [self.budget.of(lengths[examples]) for examples in split if len(examples) > 1]
-            if any(size > self.budget.tokens for size in sizes):  # made before memory ran out
-                split = self.plan.to_micro_batches(step.examples)
-                micro_batches = [self.batch_of(examples) for examples in split]
+            sizes = [self.budget.of(lengths[examples]) for examples in step.micro_batches if len(examples) > 1]
+            if any(size > self.budget.tokens for size in sizes):  # built before memory ran out
+                step = self.source.resplit(step)
+                micro_batches = self.source.build(step)
                 continue
             try:
                 return attempt(micro_batches)
@@ -138,7 +145,7 @@ class AutoBatchSize:
             self._drop()  # here, where the exception no longer holds on to what it interrupted
             smaller = [f"chunks of {rows:,} rows"] if rows else []
             if sizes:
-                self.budget.tokens = max(sizes) // 2
+                self._set(max(sizes) // 2)
                 smaller.insert(0, f"micro-batches of at most {self.budget.tokens:,} tokens")
             self.info(f"out of memory in step {step.number}; done again with {' and '.join(smaller)}")
 

@@ -3,11 +3,9 @@
 import math
 from collections.abc import Callable
 
-from ..config.fields import as_tuple
 from ..config.recipe import Recipe, Teacher
 from ..console import info
-from ..data.batching import BatchPlan, TokenBudget
-from ..data.stream import Stream
+from ..data.batching import TokenBudget
 from ..errors import UserError
 from ..losses.divergences import make_divergence
 from ..losses.objective import Objective
@@ -18,7 +16,7 @@ from . import optim as optimizers
 from .distiller import Distiller
 from .loop import StudentState
 from .optim import learning_rate
-from .prepare import Prepared, micro_batch
+from .prepare import micro_batch
 
 
 def load(
@@ -44,28 +42,6 @@ def load(
         for setting, model in every:
             compile_layers(model, setting, recipe.data.packing)
     return students, found
-
-
-def plan(recipe: Recipe, prepared: Prepared, rank: int, ranks: int) -> BatchPlan | Stream:
-    """Which examples make up which step: of a stream, it follows from the rows' order alone."""
-    train = recipe.train
-    if isinstance(prepared.train, Stream):
-        return prepared.train.for_rank(rank, ranks)
-    return BatchPlan(
-        prepared.train.lengths,
-        recipe.seed,
-        train.batch_size,
-        micro_batch(recipe),
-        train.epochs,
-        train.max_steps,
-        train.group_by_length,
-        rank,
-        ranks,
-        prepared.train.source,
-        tuple(source.weight for source in as_tuple(recipe.data.train)),
-        prepared.train.max_lengths,
-        prepared.train.num_targets,
-    )
 
 
 def longest_row(recipe: Recipe) -> int:

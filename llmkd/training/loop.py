@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..batch import Batch
-from ..data.batching import BatchPlan, Step
+from ..data.batch_source import BatchSource, Step
 from ..errors import NonFinite
 from ..signals import Teacher
 from .distiller import Distiller
@@ -59,33 +59,40 @@ def no_retry(attempt: Callable[[list[Batch]], Accumulated], step: Step, micro_ba
     return attempt(micro_batches)
 
 
+@dataclass(frozen=True)
+class StepHooks:
+    """The caller's say in a step.
+
+    stop_asked      whether this process was asked to stop
+    retry_on_oom    called like `no_retry`; may repeat the attempt with other micro-batches when memory runs out
+    wants_metrics   the steps whose metrics the caller reads: the host waits for those alone, and for the last
+    """
+
+    stop_asked: Callable[[], bool] = lambda: False
+    retry_on_oom: Callable = no_retry
+    wants_metrics: Callable[[int], bool] = lambda step: True
+
+
 def train(
-    plan: BatchPlan,
-    batch_of: Callable[[list[int]], Batch],
+    source: BatchSource,
     students: list[StudentState],
     teacher: Teacher | None,
     accelerator,
     done: int = 0,
-    stop_asked: Callable[[], bool] = lambda: False,
-    prefetch: Callable[[Iterator], Iterator] = iter,
-    retry_on_oom: Callable = no_retry,
-    wants_metrics: Callable[[int], bool] = lambda step: True,
+    hooks: StepHooks = StepHooks(),
 ) -> Iterator[Progress]:
-    """Train from step `done` + 1 to the end of the plan, or until every student has failed.
+    """Train from step `done` + 1 to the source's last, or until every student has failed.
 
     Several students see the same batches and the same teacher signal, which is computed once; each ends as it would alone.
-
-    prefetch        iterates over the steps' batches, and may build them in advance
-    retry_on_oom    called like `no_retry`; may repeat the attempt with other micro-batches when memory runs out
-    wants_metrics   the steps whose metrics the caller reads: the host waits for those alone, and for the last
     """
     active, pending, nonfinite = dict(enumerate(students)), None, {}
-    with contextlib.closing(prefetch(batches(plan, batch_of, done, accelerator.device))) as coming:
-        for step, micro_batches in coming:
-            attempt = functools.partial(accumulate_gradients, plan.seed, step, active, teacher, accelerator)
-            accumulated = retry_on_oom(attempt, step, micro_batches)
+    with contextlib.closing(source.steps(done)) as steps:
+        for step, micro_batches in steps:
+            num_targets = count_targets(step, micro_batches, accelerator)
+            attempt = functools.partial(accumulate_gradients, source.seed, step, num_targets, active, teacher, accelerator)
+            accumulated = hooks.retry_on_oom(attempt, step, micro_batches)
             norms = {k: unscale_and_norm_(student, 1 / accumulated.scale) for k, student in active.items()}
-            stop = stop_asked()
+            stop = hooks.stop_asked()
             result = StepResult(step, accumulated, norms, nonfinite, stop, accelerator)
             nonfinite = result.nonfinite
             for k, student in active.items():
@@ -93,7 +100,7 @@ def train(
             progress = Progress(step.number, step.epoch, accumulated.num_targets, stop and accelerator.num_processes == 1)
             if pending:
                 read_step_metrics(pending, progress, active, teacher, accelerator)
-            if progress.stop or wants_metrics(step.number) or step.number == plan.total_steps:
+            if progress.stop or hooks.wants_metrics(step.number) or step.number == source.total_steps:
                 progress.terms, progress.grad_norms = read_step_metrics(result, progress, active, teacher, accelerator)
                 result = None
             pending = result
@@ -116,21 +123,30 @@ def read_step_metrics(
     return terms, norms
 
 
-def batches(plan: BatchPlan, batch_of: Callable[[list[int]], Batch], done: int, device: torch.device) -> Iterator[tuple[Step, list[Batch]]]:
-    """Each step with its micro-batches, in memory that a GPU can copy from while it computes."""
-    if device.type == "cuda":
-        torch.cuda.set_device(device)  # of the thread that runs this: or pinning would open the first GPU for every process
-    for step in plan.steps(done):
-        made = map(batch_of, step.micro_batches)
-        yield step, [micro.pinned() for micro in made] if device.type == "cuda" else list(made)
+def count_targets(step: Step, micro_batches: list[Batch], accelerator) -> int:
+    """The targets of a step over all micro-batches and ranks, at least 1: what its loss is divided by.
+
+    Where the source knows the number beforehand nothing is counted, and no rank waits for another.
+    """
+    if step.num_targets is not None:
+        return max(1, step.num_targets)
+    count = sum(micro.num_targets for micro in micro_batches)
+    if accelerator.num_processes > 1:
+        count = int(accelerator.reduce(torch.tensor(count, device=accelerator.device), "sum"))
+    return max(1, count)
 
 
 def accumulate_gradients(
-    seed: int, step: Step, active: dict[int, StudentState], teacher: Teacher | None, accelerator, micro_batches: list[Batch]
+    seed: int,
+    step: Step,
+    num_targets: int,
+    active: dict[int, StudentState],
+    teacher: Teacher | None,
+    accelerator,
+    micro_batches: list[Batch],
 ) -> Accumulated:
     """Forward and backward of every micro-batch of an optimizer step."""
     rank, ranks = accelerator.process_index, accelerator.num_processes
-    num_targets = max(1, step.num_targets)
     scale = 2.0 ** round(math.log2(num_targets))  # divided out later; a power of two is exact, and keeps small float16 gradients in range
     terms: dict[int, list[dict[str, Tensor]]] = {k: [] for k in active}
     for i, micro in enumerate(micro_batches):

@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from ..config.fields import as_tuple, with_setting_names
 from ..config.recipe import Recipe, distils
 from ..console import info
-from ..data.batching import MOST_TOKENS, TokenBudget
+from ..data.batch_source import Collator, PlannedSource, TrainingSource
+from ..data.batching import MOST_TOKENS, BatchPlan, TokenBudget
 from ..data.dataset import (
     Questions,
     encode_choices,
@@ -25,10 +26,33 @@ from ..data.encoding import token_cache
 from ..data.encoding.tokenizer import load_tokenizer, shared_vocab, tokenizer_differences
 from ..data.examples import Examples
 from ..data.reading.sources import Rows
-from ..data.stream import Stream
+from ..data.stream import StreamSource
 from ..errors import UserError
 from ..model_files import ModelFiles, find, identity_of, rows_of
 from ..teachers.resolve import TeacherSource, check_cache, check_coverage, provenance, resolve_teachers
+
+
+@dataclass(frozen=True)
+class FoundModels:
+    """The files of the recipe's models: their folders and configurations, and no weights."""
+
+    student: ModelFiles | None  # None for new weights
+    teachers: tuple[TeacherSource, ...]
+    configs: dict[str, dict]  # by setting (student.model, teacher.model, ...)
+
+
+@dataclass(frozen=True)
+class EncodedData:
+    """The recipe's data as examples. `places` name where each example was read (file:line)."""
+
+    source: TrainingSource
+    train: Examples  # of a stream the first step's
+    places: Sequence[str]
+    validation: Examples | None
+    validation_places: Sequence[str]
+    questions: Questions | None
+    identity: dict[str, str]  # hashes of the training and the held-out data
+    origins: dict[str, list[dict]]  # of each setting (data.train, ...) its sources: path, name, split, resolved revision, rows
 
 
 @dataclass(frozen=True)
@@ -37,14 +61,15 @@ class Prepared:
 
     tokenizer: object
     vocab: int  # entries that the tokenizer and all models have
-    train: Examples | Stream
-    places: Sequence[str] | Stream  # of each training example
+    source: TrainingSource
+    train: Examples  # of a stream the first step's
+    places: Sequence[str]  # of each example of `train`
     validation: Examples | None
     validation_places: Sequence[str]
     questions: Questions | None
     identity: dict[str, str]
-    origins: dict[str, list[dict]]  # of each setting (data.train, ...) its sources: path, name, split, resolved revision, rows
-    student: ModelFiles | None  # None for new weights
+    origins: dict[str, list[dict]]
+    student: ModelFiles | None
     teachers: tuple[TeacherSource, ...]
 
     def of(self, recipe: Recipe) -> "Prepared":
@@ -57,59 +82,86 @@ class Prepared:
 
 
 def prepare(recipe: Recipe, open_caches: bool = True) -> Prepared:
-    """Read and check data, tokenizers, model folders and caches of teachers' answers. No weights are loaded.
+    """Read and check data, model folders, tokenizers and teacher caches. No weights are loaded.
 
     Without `open_caches` these are left alone, being yet to be written.
     """
     check_packages(recipe)
-    data = recipe.data
-    rows = read_data(data)
-    student = student_files(recipe)
-    taught = resolve_teachers(recipe, open_caches)
-    configs = {"student.model": student.config if student else recipe.student.architecture}
-    configs |= {f"{teacher.setting}.model": teacher.files.config for teacher in taught if teacher.files}
-    refuse_too_few_positions(data, configs)
-
-    tokenizer = _tokenizer(recipe, student)
-    for teacher in taught:
-        if teacher.files:
-            _same_tokenizer(tokenizer, teacher)
-    rows_known = {setting: rows_of(config) for setting, config in configs.items()}
-    rows_known |= {f"{teacher.setting}.cache.path": teacher.cache.header["vocab"] for teacher in taught if teacher.cache}
-    vocab = shared_vocab(tokenizer, rows_known)
-    for teacher in taught:
+    rows = read_data(recipe.data)
+    models = find_models(recipe, open_caches)
+    tokenizer, vocab = find_tokenizer(recipe, models)
+    for teacher in models.teachers:
         if teacher.cache:
             check_cache(recipe, teacher, tokenizer, vocab)
-    held_out = encode_sources(rows, "data.validation", data, tokenizer, as_tuple(recipe.teacher))
-    train, places = _training(recipe, rows, tokenizer)
-    refuse_unknown_tokens(vocab, train, places, tokenizer)
-    held_out_places = [place for read in rows.get("data.validation", ()) for place in read.places]
-    if isinstance(train, Examples):
+    data = encode_data(recipe, rows, tokenizer, vocab)
+    check_caches_cover(recipe, models.teachers, tokenizer, data)
+    identity = data.identity | {"the tokenizer": token_cache.tokenizer_hash(tokenizer)}
+    identity |= identity_of("the student's base", "student.model", models.student)
+    identity |= {"the teacher": " ".join(teacher.identity for teacher in models.teachers)} if models.teachers else {}
+    parts = {field.name: getattr(data, field.name) for field in dataclasses.fields(data)} | {"identity": identity}
+    return Prepared(tokenizer=tokenizer, vocab=vocab, student=models.student, teachers=models.teachers, **parts)
+
+
+def find_models(recipe: Recipe, open_caches: bool = True) -> FoundModels:
+    """The files of student and teachers, and the teachers' caches. UserError where one is missing, or is too short for data.max_length."""
+    student, teachers = student_files(recipe), resolve_teachers(recipe, open_caches)
+    configs = {"student.model": student.config if student else recipe.student.architecture}
+    configs |= {f"{teacher.setting}.model": teacher.files.config for teacher in teachers if teacher.files}
+    refuse_too_few_positions(recipe.data, configs)
+    return FoundModels(student, teachers, configs)
+
+
+def find_tokenizer(recipe: Recipe, models: FoundModels) -> tuple[object, int]:
+    """The student's tokenizer, and the entries that it and all models have. UserError where a teacher's tokenizer is another one."""
+    tokenizer = _tokenizer(recipe, models.student)
+    for teacher in models.teachers:
+        if teacher.files:
+            _same_tokenizer(tokenizer, teacher)
+    rows_known = {setting: rows_of(config) for setting, config in models.configs.items()}
+    rows_known |= {f"{teacher.setting}.cache.path": teacher.cache.header["vocab"] for teacher in models.teachers if teacher.cache}
+    return tokenizer, shared_vocab(tokenizer, rows_known)
+
+
+def encode_data(recipe: Recipe, rows: dict[str, list[Rows]], tokenizer, vocab: int) -> EncodedData:
+    """Training, held-out and multiple-choice examples, from rows that were read; the training examples as a batch source."""
+    data, who = recipe.data, as_tuple(recipe.teacher)
+    held_out = encode_sources(rows, "data.validation", data, tokenizer, who)
+    row_places = [place for read in rows["data.validation"] for place in read.places]
+    held_out_places = [row_places[i] for i in held_out.row] if held_out else []
+    origins = {setting: [source.origin for source in read] for setting, read in rows.items()}
+    if data.streaming:
+        source = _stream(recipe, tokenizer)
+        train, places, content, origins["data.train"] = source.examples, source.places, source.content, [source.origin]
+        refuse_unknown_tokens(vocab, train, places, tokenizer)
+    else:
+        train = encode_sources(rows, "data.train", data, tokenizer, who)
+        content = "\n".join(source.content for source in rows["data.train"])
+        row_places = [place for read in rows["data.train"] for place in read.places]
+        refuse_unknown_tokens(vocab, train, [row_places[i] for i in train.row], tokenizer)
         if data.validation_fraction:
             report_examples(train, "rows to part")
             train, held_out = hold_out(train, data.validation_fraction)
-            held_out_places = places
+            held_out_places = [row_places[i] for i in held_out.row] if held_out else []
         refuse_empty_sources(train, data)
         report_examples(train, "train")
-        places = [places[i] for i in train.row]
+        places = [row_places[i] for i in train.row]
+        collator = Collator(tokenizer.eos_token_id, data.packing, data.share_prefixes)
+        source = PlannedSource(train, places, batch_plan(recipe, train), micro_batch(recipe), collator)
     if held_out:
         report_examples(held_out, "validation")
         if not data.validation_fraction:
             refuse_unknown_tokens(vocab, held_out, held_out_places, tokenizer)
-    content = train.content if isinstance(train, Stream) else "\n".join(source.content for source in rows["data.train"])
     identity = {"the training data": content, "the held-out data": " ".join(source.content for source in rows["data.validation"])}
-    held_out_places = [held_out_places[i] for i in held_out.row] if held_out else []
-    for number, teacher in enumerate(taught):
-        if teacher.cache:
-            parts = {"data.train": (train, places), "the held-out rows": (held_out, held_out_places)}
-            check_coverage(teacher, number, parts, provenance(recipe, teacher, tokenizer, identity))
-    identity |= {"the tokenizer": token_cache.tokenizer_hash(tokenizer)} | identity_of("the student's base", "student.model", student)
-    identity |= {"the teacher": " ".join(teacher.identity for teacher in taught)} if taught else {}
     questions = encode_choices(rows["data.choices"][0], data.choices, data, tokenizer) if data.choices else None
-    origins = {setting: [source.origin for source in read] for setting, read in rows.items()}
-    if isinstance(train, Stream):
-        origins["data.train"] = [train.origin]
-    return Prepared(tokenizer, vocab, train, places, held_out, held_out_places, questions, identity, origins, student, taught)
+    return EncodedData(source, train, places, held_out, held_out_places, questions, identity, origins)
+
+
+def check_caches_cover(recipe: Recipe, teachers: tuple[TeacherSource, ...], tokenizer, data: EncodedData) -> None:
+    """UserError where a teacher cache lacks examples that it is to answer."""
+    parts = {"data.train": (data.train, data.places), "the held-out rows": (data.validation, data.validation_places)}
+    for number, teacher in enumerate(teachers):
+        if teacher.cache:
+            check_coverage(teacher, number, parts, provenance(recipe, teacher, tokenizer, data.identity))
 
 
 def student_files(recipe: Recipe) -> ModelFiles | None:
@@ -117,20 +169,31 @@ def student_files(recipe: Recipe) -> ModelFiles | None:
     return find(student.model, "student.model", student.revision, student.base) if student.model else None
 
 
-def _training(recipe: Recipe, rows: dict[str, list[Rows]], tokenizer) -> tuple[Examples | Stream, Sequence[str] | Stream]:
-    """The training examples, or a stream of them; and the place of every row."""
-    data, train, who = recipe.data, recipe.train, as_tuple(recipe.teacher)
-    if not data.streaming:
-        return encode_sources(rows, "data.train", data, tokenizer, who), [place for read in rows["data.train"] for place in read.places]
-    (source,) = as_tuple(data.train)
-    asked = teacher_index(source, who)
-    stream = Stream(source, data, tokenizer, recipe.seed, train.batch_size, micro_batch(recipe), train.max_steps, asked)
+def batch_plan(recipe: Recipe, examples: Examples) -> BatchPlan:
+    """The order of the training examples."""
+    train = recipe.train
+    return BatchPlan(
+        lengths=examples.lengths,
+        seed=recipe.seed,
+        batch_size=train.batch_size,
+        epochs=train.epochs,
+        max_steps=train.max_steps,
+        group_by_length=train.group_by_length,
+        sources=examples.source,
+        weights=tuple(source.weight for source in as_tuple(recipe.data.train)),
+    )
+
+
+def _stream(recipe: Recipe, tokenizer) -> StreamSource:
+    train, (source,) = recipe.train, as_tuple(recipe.data.train)
+    teacher = teacher_index(source, as_tuple(recipe.teacher))
+    stream = StreamSource(source, recipe.data, tokenizer, recipe.seed, train.batch_size, micro_batch(recipe), train.max_steps, teacher)
     info(f"train: streaming {source.path}")
-    return stream, stream
+    return stream
 
 
 def micro_batch(recipe: Recipe) -> int | TokenBudget:
-    """How large a micro-batch may be; of `auto` the bound, until it is measured."""
+    """How large a micro-batch may be; for `auto` the bound, until it is measured."""
     tokens = recipe.train.micro_batch_tokens
     return TokenBudget(MOST_TOKENS if tokens == "auto" else tokens, recipe.data.packing) if tokens else recipe.train.micro_batch_size
 

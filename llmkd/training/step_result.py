@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..batch import Batch
-from ..data.batching import Step
+from ..data.batch_source import Step
 from ..errors import NonFinite
 from ..losses.objective import Objective
 
@@ -87,4 +87,4 @@ def diagnose_nonfinite(result: StepResult, k: int, terms: dict[str, float], temp
 
         everyone = gather_object([(examples, cause)])
         examples, cause = set().union(*(e for e, _ in everyone)), next((c for _, c in everyone if c), "")
-    return NonFinite(result.step.number, cause or term, sorted(examples))
+    return NonFinite(result.step.number, cause or term, [result.step.place(i) for i in sorted(examples)])

@@ -5,7 +5,6 @@ from pathlib import Path
 
 from ..config.recipe import Recipe
 from ..data.encoding.tokenizer import save_tokenizer
-from ..data.stream import Stream
 from ..errors import NonFinite
 from ..files import read_jsonl, remove_leftovers, write_atomic, write_folder
 from ..models import saved_student
@@ -33,8 +32,6 @@ class StudentRun:
     def restore(self, saved: checkpoint.Saved) -> None:
         checkpoint.load(saved, self.state.parameters, self.state.optimizer)
         self.best, self.validated = saved.state["best"], saved.state["validated"]
-        if isinstance(self.prepared.train, Stream):
-            self.prepared.train.expect(saved.state.get("rows"))
 
     def record_validation(self, step: int, held_out: HeldOut) -> dict[str, float]:
         """Write the held-out metrics, and remember the step if it is the best so far."""
@@ -58,10 +55,8 @@ class StudentRun:
             lines.append(json.dumps({"id": i, "hash": data.student_hash(i), "place": places[i], "targets": targets, "sums": sums}) + "\n")
         write_atomic(self.folder.path / "held_out.jsonl", "".join(lines))
 
-    def save(self, step: int) -> None:
-        state = {"best": self.best, "validated": self.validated}
-        if isinstance(self.prepared.train, Stream):
-            state["rows"] = self.prepared.train.passed(step)
+    def save(self, step: int, source_state: dict) -> None:
+        state = {"best": self.best, "validated": self.validated, **source_state}
         checkpoint.save(self.folder.checkpoints, step, self.state.parameters, self.state.optimizer, state)
 
     def prune(self) -> None:
@@ -69,14 +64,14 @@ class StudentRun:
 
     def fail(self, error: NonFinite) -> None:
         """The failure with the examples' places; also written to the run's folder."""
-        places = [self.prepared.places[i] for i in error.examples]
+        places = error.places
         if self.main:
             write_atomic(
                 self.folder.path / "nonfinite.json", json.dumps({"step": error.step, "term": error.term, "examples": places}, indent=1)
             )
         shown = ", ".join(places[:8]) + (f" and {len(places) - 8} more" if len(places) > 8 else "")
         text = f"step {error.step}: {error.term} is not finite at {shown}; the weights are as they were before it"
-        self.failure = NonFinite(error.step, error.term, error.examples, text)
+        self.failure = NonFinite(error.step, error.term, places, text)
 
     def finish(self, steps: int, scored: dict[str, float]) -> Path:
         """Write the student, the summary, the plot and the card. `scored` is the multiple-choice accuracy, where there are questions."""

@@ -7,15 +7,13 @@ one student with its own recipe and folder. An ordinary run has one student.
 import contextlib
 import functools
 import math
+from collections.abc import Callable
 from pathlib import Path
 
 from ..batch import Batch
 from ..config.recipe import Recipe, distils
 from ..console import info, progress_bar, table
-from ..data.collate import collate
 from ..data.examples import Examples
-from ..data.prefetch import prefetch
-from ..data.stream import Stream
 from ..errors import Stopped, UserError, attribute_to_student, on_main_process
 from ..models.language_model import LanguageModel
 from ..output.progress import Display
@@ -27,8 +25,8 @@ from ..teachers.live import LiveTeacher
 from ..teachers.mixture import combined
 from . import checkpoint
 from .auto_batch import AutoBatchSize, chunk_rows
-from .build import build_student, load, plan
-from .loop import StudentState, train, unwrap
+from .build import build_student, load
+from .loop import StepHooks, StudentState, no_retry, train, unwrap
 from .prepare import Prepared
 from .student_run import StudentRun
 from .teacher_check import message
@@ -56,21 +54,21 @@ class Trainer:
             raise
         self.teacher = self.build_teacher(teacher_recipe, teacher_models)
         self.fidelity = {f"{name}.{k}": v for (name, _), model in zip(live, teacher_models, strict=True) for k, v in model.fidelity.items()}
-        self.plan = plan(recipe, prepared, accelerator.process_index, accelerator.num_processes)
+        self.source = prepared.source.for_rank(accelerator.process_index, accelerator.num_processes, accelerator.device)
         self.students, rows = [], chunk_rows(prepared.vocab, accelerator.device, info)
         for k, (own, folder, model) in enumerate(zip(recipes, folders, models, strict=True)):
             with attribute_to_student(k):
-                state = build_student(own, model, self.plan.total_steps, accelerator, rows)
+                state = build_student(own, model, self.source.total_steps, accelerator, rows)
                 own_data = prepared if own is teacher_recipe else prepared.of(own)
                 self.students.append(StudentRun(own, own_data, folder, model, state, self.main))
         self.lock_folders()
         self.done = self.written = self.resume(folders)
-        self.display = Display(self.plan.total_steps, self.done, self.main)
+        self.display = Display(self.source.total_steps, self.done, self.main)
         for student in self.students:
             student.open_metrics(self.done, self.display.info)
         trained, every = (sum(p.numel() for p in ps) for ps in (self.students[0].state.parameters.values(), models[0].parameters()))
         others = f", beside {len(models) - 1} more students" if len(models) > 1 else ""
-        self.display.info(f"student: {every:,} parameters, {trained:,} of them train{others}; {self.plan.total_steps} steps")
+        self.display.info(f"student: {every:,} parameters, {trained:,} of them train{others}; {self.source.total_steps} steps")
 
     def build_teacher(self, recipe: Recipe, live: list[LanguageModel]) -> Teacher | None:
         """The teacher of a step: models in memory, teacher caches, or a mixture of them."""
@@ -103,9 +101,10 @@ class Trainer:
         done = saved[0].step if saved else 0
         for student, one in zip(self.students, saved, strict=False):
             student.restore(one)
+            self.source.restore(one.state)
         for folder in folders if self.main and saved else ():
             checkpoint.drop_after(folder.checkpoints, done)
-        where = f"resuming after step {done} of {self.plan.total_steps}"
+        where = f"resuming after step {done} of {self.source.total_steps}"
         info(where if saved else f"{folders[0].path} has no checkpoint to resume from; starting at step 1")
         return done
 
@@ -115,8 +114,7 @@ class Trainer:
 
     def train(self) -> None:
         """Every step from where the run stands, with validation, checkpoints and stops as they fall due."""
-        recipe, total, step = self.recipe, self.plan.total_steps, self.done
-        stream = isinstance(self.plan, Stream)  # is itself ahead, and holds one step's rows
+        recipe, total, step = self.recipe, self.source.total_steps, self.done
         try:
             if self.done == 0:
                 for student in self.students if self.main and self.fidelity else ():
@@ -126,17 +124,11 @@ class Trainer:
                 self.validate(self.done)
             if self.stop.any_rank(self.accelerator):
                 raise self.stopped(self.done)
-            batch_of = functools.partial(
-                collate, self.prepared.train, pad=self.pad, packing=recipe.data.packing, share=recipe.data.share_prefixes
-            )
             states = [student.state for student in self.students]
             teacher = self.teacher if any(distils(student.recipe) for student in self.students) else None
-            options = {"prefetch": iter if stream else prefetch, "wants_metrics": lambda step: stream or self.falls_due(step)}
-            if recipe.train.micro_batch_tokens == "auto" and self.done < total:
-                options |= self.auto_batch(batch_of, states, teacher)
-            with contextlib.closing(
-                train(self.plan, batch_of, states, teacher, self.accelerator, self.done, self.stop, **options)
-            ) as steps:
+            retry = self.auto_batch(states, teacher) if recipe.train.micro_batch_tokens == "auto" and self.done < total else no_retry
+            hooks = StepHooks(self.stop, retry, self.is_read)
+            with contextlib.closing(train(self.source, states, teacher, self.accelerator, self.done, hooks)) as steps:
                 for progress in steps:
                     step, last = progress.step, progress.step == total
                     for k, error in progress.failures.items():
@@ -153,7 +145,7 @@ class Trainer:
                     if progress.stop and not last:
                         raise self.stopped(step)
         except UserError:  # a bad row of a stream: what was learnt so far is kept, if it is known that it was learnt
-            if stream or self.falls_due(step):
+            if self.is_read(step):
                 self.save(step)
             raise
         finally:
@@ -161,19 +153,19 @@ class Trainer:
             for student in self.students if self.main else ():
                 student.record.close()
 
-    def falls_due(self, step: int) -> bool:
-        """Whether something falls due after that step."""
+    def is_read(self, step: int) -> bool:
+        """Whether the metrics of that step are read, so that it is known to be finite: something falls due after it, or the next may fail."""
         recipe = self.recipe
-        return any(due(every, step) for every in (recipe.train.log_every, recipe.validation.every, recipe.checkpoint.every))
+        every = (recipe.train.log_every, recipe.validation.every, recipe.checkpoint.every)
+        return self.source.reads_while_training or any(due(one, step) for one in every)
 
-    def auto_batch(self, batch_of, states: list[StudentState], teacher: Teacher | None) -> dict:
-        """Measure how large micro-batches may be. Returns the loop's options: with one process, to retry a step when memory runs out."""
-        size, data = self.plan.micro_batch_size, self.prepared.train
+    def auto_batch(self, states: list[StudentState], teacher: Teacher | None) -> Callable:
+        """Measure how large micro-batches may be. Returns the loop's `retry_on_oom`, which works with one process."""
         chunked = [unwrap(student.state) for student in self.students if student.recipe.loss.chunk_size is None]
-        auto = AutoBatchSize(size, self.plan, data, batch_of, states, teacher, self.accelerator, self.display.info, chunked)
+        auto = AutoBatchSize(self.source, states, teacher, self.accelerator, self.display.info, chunked)
         auto.measure(self.recipe.train.batch_size)
         self.display.speed()  # what was spent here is not training's
-        return {"retry_on_oom": auto} if self.accelerator.num_processes == 1 else {}
+        return auto if self.accelerator.num_processes == 1 else no_retry
 
     def show(self, progress, last: bool) -> None:
         """Count the step; record and show it where that is due."""
@@ -235,7 +227,7 @@ class Trainer:
             return
         if self.main:
             for student in self.active:
-                student.save(step)
+                student.save(step, self.source.state(step))
             for student in self.active:
                 student.prune()
         self.accelerator.wait_for_everyone()
@@ -243,7 +235,7 @@ class Trainer:
 
     def stopped(self, step: int) -> Stopped:
         self.save(step)
-        return Stopped(f"stopped by a signal after step {step} of {self.plan.total_steps}; go on with --resume")
+        return Stopped(f"stopped by a signal after step {step} of {self.source.total_steps}; go on with --resume")
 
     def finish(self) -> None:
         """Write every student; of a single one also print a short table."""
@@ -263,7 +255,7 @@ class Trainer:
                 )
                 scored = accuracy(student.model, *args)
             if self.main:
-                output = student.finish(self.plan.total_steps, scored)
+                output = student.finish(self.source.total_steps, scored)
                 if len(self.students) == 1:
                     self.print(student, output)
         self.accelerator.wait_for_everyone()

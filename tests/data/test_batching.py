@@ -7,7 +7,9 @@ import random
 import numpy as np
 import pytest
 
+from llmkd.data.batch_source import Collator, PlannedSource
 from llmkd.data.batching import BatchPlan, TokenBudget, make_micro_batches
+from llmkd.data.examples import Examples
 from llmkd.training.loop import derived_seed
 from llmkd.training.optim import learning_rate
 
@@ -16,9 +18,17 @@ SHAPES = [(1, 1), (5, 8), (8, 8), (37, 8), (64, 8), (100, 7)]
 
 def make_plan(examples: int = 37, batch_size: int = 8, **changes) -> BatchPlan:
     lengths = np.array([2 + (i * 31) % 53 for i in range(examples)])
-    return BatchPlan(
-        **({"lengths": lengths, "seed": 3, "batch_size": batch_size, "micro_batch_size": 3, "epochs": 2, "max_steps": None} | changes)
-    )
+    return BatchPlan(**({"lengths": lengths, "seed": 3, "batch_size": batch_size, "epochs": 2, "max_steps": None} | changes))
+
+
+def of_lengths(lengths: np.ndarray) -> Examples:
+    total = int(np.sum(lengths))
+    return Examples(np.zeros(total, np.int32), np.ones(total, bool), np.concatenate([[0], np.cumsum(lengths)]), np.arange(len(lengths)))
+
+
+def make_source(plan: BatchPlan, size: int | TokenBudget = 3, rank: int = 0, ranks: int = 1, teacher_view: Examples | None = None):
+    examples = dataclasses.replace(of_lengths(plan.lengths), teacher_view=teacher_view)
+    return PlannedSource(examples, [f"t:{i}" for i in range(len(examples))], plan, size, Collator(0)).for_rank(rank, ranks)
 
 
 @pytest.mark.parametrize("group_by_length", [1, 3])
@@ -43,7 +53,7 @@ def test_the_order_depends_on_seed_and_epoch_alone(group_by_length):
     np.random.seed(99)
     plan.step_batches(0)
     assert plan.step_batches(1) == before
-    assert dataclasses.replace(plan, micro_batch_size=1, rank=1, ranks=2, epochs=None, max_steps=5).step_batches(1) == before
+    assert dataclasses.replace(plan, epochs=None, max_steps=5).step_batches(1) == before
     assert plan.step_batches(0) != before
     assert dataclasses.replace(plan, seed=4).step_batches(1) != before
 
@@ -52,11 +62,11 @@ def test_the_order_depends_on_seed_and_epoch_alone(group_by_length):
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_going_on_after_k_steps_is_the_tail_of_the_whole(group_by_length, ranks):
     for rank in range(ranks):
-        plan = make_plan(group_by_length=group_by_length, rank=rank, ranks=ranks)
-        whole = list(plan.steps())
-        assert [step.number for step in whole] == list(range(1, plan.total_steps + 1))
-        for done in range(plan.total_steps + 1):
-            assert list(plan.steps(done)) == whole[done:]
+        source = make_source(make_plan(group_by_length=group_by_length), rank=rank, ranks=ranks)
+        whole = list(source.schedule())
+        assert [step.number for step in whole] == list(range(1, source.total_steps + 1))
+        for done in range(source.total_steps + 1):
+            assert list(source.schedule(done)) == whole[done:]
 
 
 @pytest.mark.parametrize(("epochs", "max_steps", "total"), [(1, None, 5), (3, None, 15), (None, 7, 7), (None, 2, 2)])
@@ -64,7 +74,7 @@ def test_the_run_is_as_long_as_asked(epochs, max_steps, total):
     plan = make_plan(epochs=epochs, max_steps=max_steps)
     steps = list(plan.steps())
     assert plan.total_steps == len(steps) == total
-    assert [step.epoch for step in steps] == [n // 5 for n in range(total)]
+    assert [epoch for _, epoch, _ in steps] == [n // 5 for n in range(total)]
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5])
@@ -91,8 +101,8 @@ def test_dealing_does_not_depend_on_the_order_inside_the_window():
 
 @pytest.mark.parametrize("size", [3, TokenBudget(60), TokenBudget(60, packing=True)], ids=str)
 def test_all_ranks_together_train_the_same_windows_as_one(size):
-    one = list(make_plan(micro_batch_size=size).steps())
-    two = [list(make_plan(micro_batch_size=size, rank=rank, ranks=2).steps()) for rank in range(2)]
+    one = list(make_source(make_plan(), size).schedule())
+    two = [list(make_source(make_plan(), size, rank, 2).schedule()) for rank in range(2)]
     for alone, *parts in zip(one, *two, strict=True):
         assert sorted(i for batch in alone.micro_batches for i in batch) == sorted(
             i for part in parts for batch in part.micro_batches for i in batch
@@ -143,8 +153,8 @@ def test_under_five_in_a_hundred_of_the_tokens_are_padding():
 
     def shares(size, batch_size: int, group_by_length: int = 1) -> float:
         """Padding, and with packing what is unused of the budget, of all slots."""
-        plan = BatchPlan(lengths, 3, batch_size, size, 1, None, group_by_length)
-        used = [lengths[batch] for step in plan.steps() for batch in step.micro_batches]
+        plan = BatchPlan(lengths, 3, batch_size, 1, None, group_by_length)
+        used = [lengths[batch] for step in make_source(plan, size).schedule() for batch in step.micro_batches]
         packed = isinstance(size, TokenBudget) and size.packing
         slots = sum(size.tokens if packed else len(batch) * batch.max() for batch in used)
         return 1 - sum(int(batch.sum()) for batch in used) / slots
@@ -158,14 +168,14 @@ def test_under_five_in_a_hundred_of_the_tokens_are_padding():
 
 
 def test_the_longer_of_two_views_counts():
-    plan = make_plan(8, max_lengths=np.full(8, 50), micro_batch_size=TokenBudget(100), epochs=1)
-    assert [len(batch) for step in plan.steps() for batch in step.micro_batches] == [2, 2, 2, 2]
+    source = make_source(make_plan(8, lengths=np.full(8, 10), epochs=1), TokenBudget(100), teacher_view=of_lengths(np.full(8, 50)))
+    assert [len(batch) for step in source.schedule() for batch in step.micro_batches] == [2, 2, 2, 2]
 
 
 def test_length_grouping_pads_less():
     def padding(group_by_length: int) -> int:
-        plan = make_plan(400, 8, micro_batch_size=8, epochs=1, group_by_length=group_by_length)
-        batches = [plan.lengths[batch] for step in plan.steps() for batch in step.micro_batches]
+        plan = make_plan(400, 8, epochs=1, group_by_length=group_by_length)
+        batches = [plan.lengths[batch] for step in make_source(plan, 8).schedule() for batch in step.micro_batches]
         return sum(int(len(lengths) * lengths.max() - lengths.sum()) for lengths in batches)
 
     assert padding(10) < padding(1) / 3

@@ -7,9 +7,9 @@ import time
 import pytest
 import torch
 
+from llmkd.data import batch_source
 from llmkd.data.prefetch import prefetch
 from llmkd.errors import Stopped
-from llmkd.training import trainer
 from llmkd.training.run import run
 from tests.conftest import distance
 from tests.data.test_sources import write
@@ -55,7 +55,7 @@ def test_leaving_the_loop_early_ends_the_thread_and_what_it_runs():
 
 @pytest.fixture
 def watched(monkeypatch):
-    """How many steps the sessions of this test take from the thread."""
+    """How many steps the runs of this test take from the thread."""
     taken = []
 
     def counted(items):
@@ -63,7 +63,7 @@ def watched(monkeypatch):
             taken.append(threads())
             yield item
 
-    monkeypatch.setattr(trainer, "prefetch", counted)
+    monkeypatch.setattr(batch_source, "prefetch", counted)
     return taken
 
 
@@ -71,7 +71,7 @@ def test_a_run_is_the_same_to_the_last_bit(trained, watched, monkeypatch):
     changes = {"student__lora__dropout": 0.3, "data__packing": True}
     with_it = trained("prefetch", **changes)
     assert len(watched) == 5 and all(watched) and not threads()
-    monkeypatch.setattr(trainer, "prefetch", iter)
+    monkeypatch.setattr(batch_source, "prefetch", lambda steps: steps)
     assert distance(with_it, trained("in_time", **changes)) == 0
 
 
@@ -98,11 +98,14 @@ def test_no_thread_outlives_a_run(make_recipe, watched, monkeypatch, ending):
     assert watched and not threads()
 
 
-def test_a_stream_that_is_ahead_still_holds_the_step_at_hand(tmp_path):
+def test_a_step_of_a_stream_keeps_its_examples_while_the_next_is_read(tmp_path):
     path = write(tmp_path / "t.jsonl", [row(i, "owl " * (1 + i % 3)) for i in range(24)])
     feed = stream(path, buffer=1, steps=6)
-    for number, step in enumerate(feed.steps()):
+    steps = []
+    for number, (step, _) in enumerate(feed.steps()):
         time.sleep(0.02)  # by now the next step has been read
-        assert [feed[i] for i in step.examples] == [f"{path}:{4 * number + i + 1}" for i in range(4)]
-        assert len(feed.lengths) == 4 and feed.passed(number + 1)
+        steps.append(step)
+        for n, one in enumerate(steps):
+            assert [one.place(i) for i in one.examples] == [f"{path}:{4 * n + i + 1}" for i in range(4)] and len(one.data) == 4
+        assert feed.state(number + 1)["rows"]
     assert not threads()

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from llmkd.config.recipe import Data, Source
-from llmkd.data.stream import Stream
+from llmkd.data.stream import StreamSource
 from llmkd.errors import UserError
 from llmkd.training.run import run
 from tests.conftest import distance, weights
@@ -22,14 +22,14 @@ def row(i: int, output: str = "owl") -> dict:
     return {"instruction": f"q {i}", "input": "", "output": output}
 
 
-def stream(path, buffer: int = 7, batch: int = 4, steps: int = 20, seed: int = 3, format: str = "alpaca", **settings) -> Stream:
+def stream(path, buffer: int = 7, batch: int = 4, steps: int = 20, seed: int = 3, format: str = "alpaca", **settings) -> StreamSource:
     data = Data(streaming=True, shuffle_buffer=buffer, max_length=settings.pop("max_length", 512))
-    return Stream(Source(path=str(path), format=format, **settings), data, tiny(), seed, batch, 2, steps)
+    return StreamSource(Source(path=str(path), format=format, **settings), data, tiny(), seed, batch, 2, steps)
 
 
-def told(feed: Stream, done: int = 0) -> list[list[str]]:
+def told(feed: StreamSource, done: int = 0) -> list[list[str]]:
     """The places of each step's examples, shortened to the row's number."""
-    return [[int(feed[i].rsplit(":", 1)[1]) for i in sorted(sum(step.micro_batches, []))] for step in feed.steps(done)]
+    return [[int(step.place(i).rsplit(":", 1)[1]) for i in sorted(sum(step.micro_batches, []))] for step, _ in feed.steps(done)]
 
 
 def test_every_pass_has_every_row_once_shuffled_inside_blocks(tmp_path):
@@ -77,8 +77,8 @@ def test_passing_over_rows_parses_and_tokenises_none_of_them(tmp_path, monkeypat
 
 def test_ranks_share_every_step(tmp_path):
     path = write(tmp_path / "t.jsonl", [row(i, "owl " * (1 + i % 5)) for i in range(18)])
-    alone = list(stream(path).steps())
-    both = [list(stream(path).for_rank(rank, 2).steps()) for rank in range(2)]
+    alone = list(stream(path).schedule())
+    both = [list(stream(path).for_rank(rank, 2).schedule()) for rank in range(2)]
     for one, *two in zip(alone, *both, strict=True):
         assert sorted(sum(one.micro_batches, [])) == sorted(sum(sum((step.micro_batches for step in two), []), []))
         assert len({len(step.micro_batches) for step in two}) == 1 and {step.epoch for step in two} == {one.epoch}
@@ -90,17 +90,17 @@ def test_examples_are_those_that_would_have_been_made_before(tmp_path):
     path = write(tmp_path / "t.jsonl", [row(i) for i in range(8)])
     feed = stream(path, buffer=1, steps=2)
     before = encode(rows_of(*(row(i) for i in range(8))), "alpaca", Data(), tiny())
-    for n, _ in enumerate(feed.steps()):
+    for n, (step, _) in enumerate(feed.steps()):
         for i in range(4):
-            assert all((a == b).all() for a, b in zip(feed.example(i), before.example(4 * n + i), strict=True))
-            assert feed[i] == f"{path}:{4 * n + i + 1}"
+            assert all((a == b).all() for a, b in zip(step.data.example(i), before.example(4 * n + i), strict=True))
+            assert step.place(i) == f"{path}:{4 * n + i + 1}"
 
 
 def test_dropped_rows_make_a_step_smaller_and_are_counted(tmp_path, capsys):
     rows = [row(i, "" if i in (1, 4, 5, 6, 7) else "owl " * (200 if i == 2 else 1)) for i in range(8)]
     feed = stream(write(tmp_path / "t.jsonl", rows), buffer=1, steps=4, max_length=150)
     assert told(feed) == [[1, 4], [], [1, 4], []]
-    assert [step.micro_batches for step in feed.steps(1)][0] == [[]]
+    assert [step.micro_batches for step in feed.schedule(1)][0] == [[]]
     assert "16 rows streamed, 4 examples (2 too long, 10 with nothing supervised)" in capsys.readouterr().err
 
 
@@ -153,7 +153,7 @@ def test_the_hub_is_streamed_by_its_own_library(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load)
     feed = stream("owner/rows", split="test", revision="v1")
     assert sorted(itertools.chain(*told(feed)))[:8] == [1] * 8 and asked[0] == {"split": "test", "revision": "v1", "streaming": True}
-    assert feed[0].startswith("owner/rows[test]:") and feed.origin["revision"] == "v1"
+    assert feed.places[0].startswith("owner/rows[test]:") and feed.origin["revision"] == "v1"
 
 
 def test_a_network_that_fails_on_the_way_is_no_bug(monkeypatch):
@@ -165,7 +165,7 @@ def test_a_network_that_fails_on_the_way_is_no_bug(monkeypatch):
 
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **settings: datasets.IterableDataset.from_generator(rows))
     steps = stream("owner/rows").steps()
-    assert [next(steps).number for _ in range(7)] == list(range(1, 8))
+    assert [next(steps)[0].number for _ in range(7)] == list(range(1, 8))
     with pytest.raises(UserError, match=r"^owner/rows\[train\]: could not be read on \(ConnectionError: gone\); .* --resume$"):
         next(steps)
 
@@ -173,7 +173,7 @@ def test_a_network_that_fails_on_the_way_is_no_bug(monkeypatch):
 def test_a_chat_stream_without_a_template_is_refused(tmp_path):
     path = write(tmp_path / "t.jsonl", [{"messages": [{"role": "user", "content": "q"}]}] * 9)
     with pytest.raises(UserError, match=r"^data.train.format: found chat, and the tokenizer has no chat template"):
-        Stream(Source(path=str(path), format="chat"), Data(streaming=True), tiny(None), 0, 4, 2, 3)
+        StreamSource(Source(path=str(path), format="chat"), Data(streaming=True), tiny(None), 0, 4, 2, 3)
 
 
 # ---- training on a stream
@@ -251,14 +251,14 @@ def test_a_stream_goes_on_only_behind_the_rows_that_it_took(tmp_path, name, chan
     rows = [row(i) for i in range(40)]
     first = stream(write(tmp_path / name, rows), buffer=40)
     steps = first.steps()
-    while next(steps).number < done + 1:
+    while next(steps)[0].number < done + 1:
         pass
-    kept = first.passed(done)
+    kept = first.state(done)
     same = stream(tmp_path / name, buffer=40)
-    same.expect(kept)
-    assert next(same.steps(done)).number == done + 1 and same.passed(done + 1) == first.passed(done + 1)
+    same.restore(kept)
+    assert next(same.steps(done))[0].number == done + 1 and same.state(done + 1) == first.state(done + 1) != {"rows": None}
     other = stream(write(tmp_path / name, CHANGES[change](rows)), buffer=40)
-    other.expect(kept)
+    other.restore(kept)
     if done == 1 and change == "changed":  # the step may not have taken the row
         return
     with pytest.raises(UserError, match=f"^data.train: the rows that the first {done} steps took have changed since"):

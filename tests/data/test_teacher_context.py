@@ -19,7 +19,7 @@ from llmkd.data.encoding.encode import encode as encode_rows
 from llmkd.data.encoding.formats import ALPACA
 from llmkd.data.encoding.token_cache import load_or_encode
 from llmkd.data.examples import merge
-from llmkd.data.stream import Stream
+from llmkd.data.stream import StreamSource
 from llmkd.errors import UserError
 from llmkd.model_files import find
 from llmkd.models.size import model_size
@@ -342,10 +342,13 @@ def test_a_stream_gives_what_would_have_been_read_before(tmp_path):
     lines = [talk("u q", f"a {'owl ' * n}x") | {"teacher_context": "c " * (n % 2)} for n in range(8)]
     path = write(tmp_path / "t.jsonl", lines)
     data = Data(streaming=True, shuffle_buffer=1, teacher_context=TOLD)
-    feed, before = Stream(Source(path=str(path), format="chat"), data, tiny(), 0, 4, 2, 2), encode(rows_of(*lines), "chat", CONTEXT, tiny())
-    for n, _ in enumerate(feed.steps()):
-        assert [feed.content_hash(i) for i in range(4)] == [before.content_hash(4 * n + i) for i in range(4)]
-        ours, whole = collate(feed, [2, 1], 0), collate(before, [4 * n + 2, 4 * n + 1], 0)
+    feed, before = (
+        StreamSource(Source(path=str(path), format="chat"), data, tiny(), 0, 4, 2, 2),
+        encode(rows_of(*lines), "chat", CONTEXT, tiny()),
+    )
+    for n, (step, _) in enumerate(feed.steps()):
+        assert [step.data.content_hash(i) for i in range(4)] == [before.content_hash(4 * n + i) for i in range(4)]
+        ours, whole = collate(step.data, [2, 1], 0), collate(before, [4 * n + 2, 4 * n + 1], 0)
         for a, b in ((ours.teacher, whole.teacher), (ours.student, whole.student)):
             assert torch.equal(a.inputs["input_ids"], b.inputs["input_ids"]) and torch.equal(a.rows_N, b.rows_N)
 

@@ -16,7 +16,7 @@ from torch.utils._pytree import tree_leaves
 
 from llmkd.batch import Batch, View
 from llmkd.config.recipe import Optim
-from llmkd.data.batching import Step
+from llmkd.data.batch_source import Step
 from llmkd.head import Head
 from llmkd.losses.divergences import make_divergence
 from llmkd.losses.fused import fused_loss
@@ -176,8 +176,8 @@ def test_kernels_of_a_step():
     one.backward = lambda loss: loss.backward()
     view = View({"input_ids": torch.arange(24).reshape(2, 12)}, torch.tensor([3, 4, 5, 6, 15, 16, 17, 18]))
     batch = Batch(torch.arange(8), torch.arange(8) // 4, view, view)
-    step, fine = Step(1, 0, [[0, 1]], [0, 1], 8), torch.zeros(())
-    loop.accumulate_gradients(0, step, {0: student_state}, teacher, one, [batch])
+    step, fine = Step(1, 0), torch.zeros(())
+    loop.accumulate_gradients(0, step, 8, {0: student_state}, teacher, one, [batch])
     loop.optimizer_step(student_state, 1, loop.unscale_and_norm_(student_state, 1.0), fine)
 
     found = {}
@@ -196,7 +196,7 @@ def test_kernels_of_a_step():
     counted("AdamW", lambda: loop.optimizer_step(student_state, 2, norm, fine))
     counted("figures", lambda: loop.StepResult(step, loop.Accumulated([batch], 8, 8.0, {0: [loss.rows]}), {0: norm}, {0: fine}, False, one))
     found["loss"] = found["loss"] - found["student"]
-    counted("all", lambda: loop.accumulate_gradients(0, step, {0: student_state}, teacher, one, [batch]))
+    counted("all", lambda: loop.accumulate_gradients(0, step, 8, {0: student_state}, teacher, one, [batch]))
     counts = {name: part.total() for name, part in found.items()}
     extra = counts.pop("all") - sum(counts[name] for name in ("teacher", "student", "loss", "backward"))
     assert 0 <= extra <= 2, "the loop multiplies the loss"

@@ -311,7 +311,8 @@ def test_what_is_not_finite_before_a_teacher_known_by_samples_is_not_laid_at_its
     from types import SimpleNamespace
 
     from llmkd.batch import Batch, View
-    from llmkd.training.step_result import blame
+    from llmkd.data.batch_source import Step
+    from llmkd.training.step_result import Accumulated, diagnose_nonfinite
 
     signal = sampled(dense().float(), 5, 2.0)
     count = len(signal.ids_ND)
@@ -319,6 +320,6 @@ def test_what_is_not_finite_before_a_teacher_known_by_samples_is_not_laid_at_its
     batch = Batch(torch.zeros(count, dtype=torch.long), torch.arange(count), view, view)
     ask = type("Teacher", (), {"metrics": ("teacher_ce",), "__call__": lambda self, batch: signal})()
     rows = {"ce": torch.zeros(count), "kd": torch.zeros(count).index_fill(0, torch.tensor([1]), math.inf)}
-    outcome = SimpleNamespace(step=SimpleNamespace(number=3), taken=SimpleNamespace(micro_batches=[batch], seen={0: [rows]}))
-    found = blame(outcome, 0, {"ce": 0.0, "kd": math.inf}, 2.0, ask, SimpleNamespace(device="cpu", num_processes=1))
-    assert (found.step, found.term, found.examples) == (3, "kd", [1])
+    result = SimpleNamespace(step=Step(3, 0), accumulated=Accumulated([batch], count, 1.0, {0: [rows]}))
+    found = diagnose_nonfinite(result, 0, {"ce": 0.0, "kd": math.inf}, 2.0, ask, SimpleNamespace(device="cpu", num_processes=1))
+    assert (found.step, found.term, found.places) == (3, "kd", ["example 1"])

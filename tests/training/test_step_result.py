@@ -196,10 +196,10 @@ def test_a_step_knows_how_many_targets_it_has(make_recipe, monkeypatch, streamin
     """They come of the plan, and divide the loss: nobody counts them again."""
     seen, gradients = [], loop.accumulate_gradients
 
-    def counted(seed, step, active, teacher, accelerator, micro_batches):
-        seen.append((step.num_targets, sum(micro.num_targets for micro in micro_batches)))
-        return gradients(seed, step, active, teacher, accelerator, micro_batches)
+    def counted(seed, step, num_targets, active, teacher, accelerator, micro_batches):
+        seen.append((step.num_targets, num_targets, sum(micro.num_targets for micro in micro_batches)))
+        return gradients(seed, step, num_targets, active, teacher, accelerator, micro_batches)
 
     monkeypatch.setattr(loop, "accumulate_gradients", counted)
     run(make_recipe(train__max_steps=3, train__epochs=None, train__batch_size=7, data__streaming=streaming))
-    assert len(seen) == 3 and all(said == there > 0 for said, there in seen)
+    assert len(seen) == 3 and all(stated == divisor == there > 0 for stated, divisor, there in seen)

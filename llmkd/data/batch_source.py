@@ -1,0 +1,175 @@
+"""Batch sources: where an optimizer step's finished micro-batches come from. Planned data here, a stream of rows in stream.py."""
+
+import contextlib
+import copy
+import dataclasses
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from .batching import BatchPlan, TokenBudget, make_micro_batches
+from .examples import Examples
+from .prefetch import prefetch
+
+if TYPE_CHECKING:  # batches are torch's, and checking data loads no torch
+    import torch
+
+    from ..batch import Batch
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimizer step. A source that takes its batches from no examples leaves out all but the first two.
+
+    num_targets     over all ranks, where the source knows it before the batches exist; None: the loop counts the finished micro-batches
+    data, places    the examples that the numbers below index, and where each was read
+    examples        those of all ranks
+    micro_batches   this rank's part of them; a list may be empty, and all ranks have equally many
+    """
+
+    number: int  # from 1
+    epoch: int  # from 0
+    num_targets: int | None = None
+    examples: list[int] = field(default_factory=list)
+    micro_batches: list[list[int]] = field(default_factory=list)
+    data: Examples | None = field(default=None, compare=False, repr=False)
+    places: Sequence[str] = field(default=(), compare=False, repr=False)
+
+    def place(self, example: int) -> str:
+        """Where an example was read (file:line); `example` as in `Batch.example_N`."""
+        return self.places[example] if self.places else f"example {example}"
+
+
+class BatchSource(Protocol):
+    """Gives each optimizer step its finished micro-batches: a pure function of (seed, step) and, where the student writes, of its weights.
+
+    A source decides for itself whether to build the next step's batches while this one trains; one that depends on the student's
+    weights must not.
+    """
+
+    seed: int
+    total_steps: int
+
+    def steps(self, done: int = 0) -> Iterator[tuple[Step, "list[Batch]"]]:
+        """The steps after the first `done`, each with this rank's micro-batches, of which all ranks have equally many. Closed at the end."""
+
+
+class TrainingSource(BatchSource, Protocol):
+    """A batch source as the trainer has it.
+
+    examples               what is known of the data before the first step, for checks and measurements: all of it, or a stream's first step
+    places                 where each of `examples` was read
+    complete               whether `examples` are all that is trained on
+    reads_while_training   rows are read and checked while training, so a bad one may end the run after any step
+    """
+
+    examples: Examples
+    places: Sequence[str]
+    complete: bool
+    reads_while_training: bool
+
+    def for_rank(self, rank: int, ranks: int, device: "torch.device | None" = None) -> "TrainingSource":
+        """The same source as one of `ranks` processes reads it, for a device."""
+
+    def state(self, step: int) -> dict:
+        """What a checkpoint of that step keeps of the source, as JSON."""
+
+    def restore(self, state: dict) -> None:
+        """Resume from a checkpoint's state."""
+
+
+@dataclass(frozen=True)
+class Collator:
+    """From examples to a batch on the CPU; see `collate.collate`."""
+
+    pad: int
+    packing: bool = False
+    share_prefixes: bool = False
+
+    def __call__(self, data: Examples, examples: list[int]) -> "Batch":
+        from .collate import collate
+
+        return collate(data, examples, self.pad, self.packing, self.share_prefixes)
+
+
+class ExampleSource:
+    """Planned data and a stream: a step's examples are split into micro-batches and collated, one step ahead of training.
+
+    micro_batch_size   examples, or tokens of a budget. The one thing here that changes during a run: `AutoBatchSize` sets it.
+    """
+
+    complete = reads_while_training = False
+
+    def __init__(self, seed: int, total_steps: int, micro_batch_size: int | TokenBudget, collator: Collator):
+        self.seed, self.total_steps, self.micro_batch_size, self.collator = seed, total_steps, micro_batch_size, collator
+        self.rank, self.ranks, self.device = 0, 1, None
+
+    def for_rank(self, rank: int, ranks: int, device: "torch.device | None" = None):
+        """The same source as one of `ranks` processes reads it. For a GPU the batches are in pinned memory."""
+        other = copy.copy(self)
+        other.rank, other.ranks, other.device = rank, ranks, device
+        return other
+
+    def steps(self, done: int = 0) -> Iterator[tuple[Step, "list[Batch]"]]:
+        with contextlib.closing(prefetch(self._built(done))) as built:
+            yield from built
+
+    def _built(self, done: int) -> Iterator[tuple[Step, "list[Batch]"]]:
+        if self._on_gpu:
+            import torch
+
+            torch.cuda.set_device(self.device)  # of the thread that runs this: or pinning would open the first GPU for every process
+        for step in self.schedule(done):
+            yield step, self.build(step)
+
+    def schedule(self, done: int = 0) -> Iterator[Step]:
+        """The steps after the first `done`, without their batches."""
+        raise NotImplementedError
+
+    def build(self, step: Step) -> "list[Batch]":
+        """A step's micro-batches."""
+        built = [self.collator(step.data, examples) for examples in step.micro_batches]
+        return [batch.pinned() for batch in built] if self._on_gpu else built
+
+    def split(self, examples: list[int], max_lengths: np.ndarray) -> list[list[int]]:
+        """This rank's micro-batches of those examples."""
+        return make_micro_batches(examples, max_lengths, self.micro_batch_size, self.rank, self.ranks) or [[]]
+
+    def resplit(self, step: Step) -> Step:
+        """The same step in micro-batches of the size that holds now."""
+        return dataclasses.replace(step, micro_batches=self.split(step.examples, self.max_lengths(step)))
+
+    def max_lengths(self, step: Step) -> np.ndarray:
+        """Of each of the step's `data`, the tokens that student or teacher read, whichever is more."""
+        return step.data.max_lengths
+
+    def state(self, step: int) -> dict:
+        return {}
+
+    def restore(self, state: dict) -> None:
+        pass
+
+    @property
+    def _on_gpu(self) -> bool:
+        return self.device is not None and self.device.type == "cuda"
+
+
+class PlannedSource(ExampleSource):
+    """Examples that are all in memory, in the order of a plan."""
+
+    complete = True
+
+    def __init__(self, examples: Examples, places: Sequence[str], plan: BatchPlan, micro_batch_size: int | TokenBudget, collator: Collator):
+        super().__init__(plan.seed, plan.total_steps, micro_batch_size, collator)
+        self.examples, self.places, self.plan = examples, places, plan
+        self._max_lengths, self._num_targets = examples.max_lengths, examples.num_targets
+
+    def schedule(self, done: int = 0) -> Iterator[Step]:
+        for number, epoch, examples in self.plan.steps(done):
+            num_targets, split = int(self._num_targets[examples].sum()), self.split(examples, self._max_lengths)
+            yield Step(number, epoch, num_targets, examples, split, self.examples, self.places)
+
+    def max_lengths(self, step: Step) -> np.ndarray:
+        return self._max_lengths

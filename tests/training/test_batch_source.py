@@ -1,0 +1,160 @@
+"""Batch sources: the loop takes any of them, counts the targets where a source states none, and nobody asks which one it is."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from llmkd.config import loader
+from llmkd.data.batch_source import Step
+from llmkd.data.collate import collate
+from llmkd.models.load import load_student, load_teacher
+from llmkd.teachers.live import LiveTeacher
+from llmkd.training.build import build_student
+from llmkd.training.loop import count_targets, train
+from llmkd.training.prepare import prepare
+from tests.conftest import plain_recipe
+
+REPO = Path(__file__).parents[2]
+
+
+def test_nobody_asks_which_source_it_is():
+    asked = re.compile(r"isinstance\([^)]*(Stream|Source)\b|type\(\w*source\w*\)")
+    assert not [path.name for path in (REPO / "llmkd").rglob("*.py") if asked.search(path.read_text(encoding="utf-8"))]
+
+
+class Rollouts:
+    """As a student that writes would be: a step's examples follow from the weights at that moment, are built when they are asked for, and
+    hold as many targets as they happen to. Each rank has one micro-batch of two or three examples, and may be given less than others."""
+
+    seed, total_steps = 7, 4
+
+    def __init__(self, data, parameters, rank: int = 0, ranks: int = 1):
+        self.data, self.parameters, self.rank, self.ranks = data, parameters, rank, ranks
+        self.asked, self.chosen = [], []
+
+    def steps(self, done: int = 0):
+        for number in range(done + 1, self.total_steps + 1):
+            total = sum(float(p.detach().abs().sum()) for p in self.parameters.values())
+            self.asked.append(total)
+            draw = np.random.default_rng([self.seed, number, int(1e6 * total)])
+            chosen = draw.permutation(len(self.data))[: int(draw.integers(4, 7))].tolist()
+            self.chosen.append(chosen)
+            yield Step(number, 0), [collate(self.data, chosen[r :: max(2, self.ranks)], 0) for r in range(self.rank, 2, self.ranks)]
+
+
+def parts(recipe, accelerator):
+    """The data, a student with its optimizer, and the teacher."""
+    prepared = prepare(recipe)
+    student = load_student(recipe.student, prepared.vocab, "cpu", recipe.seed)
+    teacher = LiveTeacher(load_teacher(recipe.teacher, prepared.vocab, "cpu"))
+    return prepared.train, build_student(recipe, student, 4, accelerator), teacher
+
+
+def one_process():
+    from accelerate import Accelerator
+
+    return Accelerator(cpu=True)
+
+
+def test_a_source_that_depends_on_the_weights_is_asked_after_each_step(make_recipe):
+    """And its loss is divided by the targets that there are, whatever a plan would have said."""
+    accelerator = one_process()
+    data, state, teacher = parts(make_recipe(), accelerator)
+    source, fresh = Rollouts(data, state.parameters), load_student(make_recipe().student, len(prepare(make_recipe()).tokenizer), "cpu", 0)
+    found = []
+    for progress in train(source, [state], teacher, accelerator):
+        assert len(source.asked) == progress.step, "a batch was built before the weights it depends on"
+        found.append(progress)
+    assert len(found) == 4 and len(set(source.asked)) == 4
+    counts = [int(data.num_targets[chosen].sum()) for chosen in source.chosen]
+    assert [progress.num_targets for progress in found] == counts and len(set(counts)) > 1
+    batch = collate(data, source.chosen[0], 0)
+    logits = fresh.eval().head.logits(fresh.hidden(batch.student))
+    expected = torch.nn.functional.cross_entropy(logits, batch.labels_N)
+    assert found[0].terms[0]["ce"] == pytest.approx(expected.item(), rel=1e-9)
+
+
+class Stated:
+    """The batches of another source, with their targets counted beforehand."""
+
+    def __init__(self, source):
+        self.source, self.seed, self.total_steps = source, source.seed, source.total_steps
+
+    def steps(self, done: int = 0):
+        for step, micro_batches in self.source.steps(done):
+            yield Step(step.number, step.epoch, sum(micro.num_targets for micro in micro_batches)), micro_batches
+
+
+def test_targets_that_are_counted_are_those_that_are_stated(make_recipe):
+    accelerator, weights = one_process(), []
+    for wrapped in (lambda source: source, Stated):
+        data, state, teacher = parts(make_recipe(student__lora__dropout=0.3), accelerator)
+        assert len(list(train(wrapped(Rollouts(data, state.parameters)), [state], teacher, accelerator))) == 4
+        weights.append({name: p.detach().clone() for name, p in state.parameters.items()})
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_a_rank_waits_for_others_only_where_the_source_does_not_know():
+    reduced = []
+
+    def reduce(count, how):
+        reduced.append((int(count), how))
+        return count + 5
+
+    two = SimpleNamespace(num_processes=2, device="cpu", reduce=reduce)
+    micro_batches = [SimpleNamespace(num_targets=3), SimpleNamespace(num_targets=0)]
+    assert count_targets(Step(1, 0, 11), None, two) == 11 and not reduced
+    assert count_targets(Step(1, 0, 0), None, two) == 1, "a step without targets"
+    assert count_targets(Step(1, 0), micro_batches, two) == 8 and reduced == [(3, "sum")]
+    assert count_targets(Step(1, 0), micro_batches, SimpleNamespace(num_processes=1)) == 3
+    assert count_targets(Step(1, 0), [], SimpleNamespace(num_processes=1)) == 1
+
+
+TWO = textwrap.dedent("""
+    import sys
+    from llmkd.config import loader
+    from llmkd.training.launch import start
+    from tests.training.test_batch_source import Rollouts, parts, save_weights, train
+    accelerator = start()
+    data, state, teacher = parts(loader.load_recipe(sys.argv[1]), accelerator)
+    source = Rollouts(data, state.parameters, accelerator.process_index, accelerator.num_processes)
+    found = list(train(source, [state], teacher, accelerator))
+    if accelerator.is_main_process:
+        save_weights(state, sys.argv[2], [p.num_targets for p in found])
+""")
+
+
+def save_weights(state, path: str, counts: list[int]) -> None:
+    save_file({name: p.detach().contiguous() for name, p in state.parameters.items()} | {"counts": torch.tensor(counts)}, path)
+
+
+@pytest.mark.slow
+def test_two_ranks_count_their_targets_together(world, tmp_path):
+    """Each has other examples, and neither knows of the other's how many targets they have."""
+    (tmp_path / "r.yaml").write_text(json.dumps(plain_recipe(world, tmp_path / "out")))
+    (tmp_path / "two.py").write_text(TWO)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(tmp_path / "two.py")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
+    done = subprocess.run(
+        [*command, str(tmp_path / "r.yaml"), str(tmp_path / "two.safetensors")],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=200,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    data, state, teacher = parts(loader.load_recipe(tmp_path / "r.yaml"), one_process())
+    found = list(train(Rollouts(data, state.parameters), [state], teacher, one_process()))
+    two = load_file(tmp_path / "two.safetensors")
+    assert two.pop("counts").tolist() == [progress.num_targets for progress in found]
+    assert max((two[name] - p.detach()).abs().max().item() for name, p in state.parameters.items()) < 1e-12
