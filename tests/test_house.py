@@ -11,6 +11,7 @@ import pytest
 
 PACKAGE = Path(__file__).parents[1] / "llmkd"
 EVALUATION = PACKAGE.parent / "eval"  # installed as llmkd_eval
+RECIPES = PACKAGE.parent / "recipes"  # installed as llmkd_recipes
 
 #: Files at the top of llmkd/ and its folders. Each imports only from lines above its own; models, data and losses never one another.
 LAYERS = (
@@ -74,8 +75,10 @@ def test_only_the_command_line_loads_the_evaluation_and_only_when_asked():
 
 def test_every_folder_of_the_packages_is_installed():
     listed = tomllib.loads((PACKAGE.parent / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
-    folders = {path.parent.relative_to(PACKAGE.parent) for root in (PACKAGE, EVALUATION) for path in root.rglob("__init__.py")}
-    assert sorted(listed) == sorted(".".join(["llmkd_eval" if part == "eval" else part for part in folder.parts]) for folder in folders)
+    folders = {path.parent.relative_to(PACKAGE.parent) for root in (PACKAGE, EVALUATION, RECIPES) for path in root.rglob("__init__.py")}
+    assert sorted(listed) == sorted(
+        ".".join([{"eval": "llmkd_eval", "recipes": "llmkd_recipes"}.get(part, part) for part in folder.parts]) for folder in folders
+    )
 
 
 def test_imports_at_load_time_have_no_cycle():

@@ -83,8 +83,9 @@ class _Once(argparse.Action):
 
 def whole_number(least: int):
     def number(text: str) -> int:
-        if not text.lstrip("+-").isdigit() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"found {text!r}, expected a whole number >= {least}")
+        whole = text.lstrip("+-").isdigit()
+        if not whole or int(text) < least:
+            raise argparse.ArgumentTypeError(f"found {text if whole else repr(text)}, expected a whole number >= {least}")
         return int(text)
 
     return number
@@ -108,8 +109,8 @@ def batch_size(text: str) -> int | str:
         return text
     try:
         return whole_number(1)(text)
-    except argparse.ArgumentTypeError:
-        raise argparse.ArgumentTypeError(f"found {text!r}, expected auto or a whole number >= 1") from None
+    except argparse.ArgumentTypeError as error:
+        raise argparse.ArgumentTypeError(str(error).replace("expected ", "expected auto or ")) from None
 
 
 def did_you_mean(word: str, known) -> str:
