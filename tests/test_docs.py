@@ -183,6 +183,7 @@ def test_every_environment_variable_is_in_the_table():
     texts = [text for path in files if "environ" in (text := path.read_text(encoding="utf-8"))]
     used = {name for text in texts for name in re.findall(r'"([A-Z]+_[A-Z0-9_]+)"', text)}
     used |= {name for text in texts for line in text.splitlines() if "environ" in line for name in re.findall(r'"([A-Z]+)"', line)}
+    used -= {"UNSAFE_CODE"}  # a word of the harness's
     assert len(used) >= 10 and not used - table, used - table
 
 
