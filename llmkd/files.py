@@ -69,7 +69,8 @@ def remove_leftovers(folder: Path, name: str = "*") -> None:
         if leftover.is_dir():
             shutil.rmtree(leftover, ignore_errors=True)
         else:
-            leftover.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                leftover.unlink()
 
 
 def is_leftover(path: Path) -> bool:

@@ -1,4 +1,4 @@
-"""From examples to a batch: padding to the right or none at all, labels aligned once. Nobody shifts again."""
+"""From examples to a batch, padded on the right or packed. Labels are aligned here, once: no other code shifts them."""
 
 import numpy as np
 import torch
@@ -12,12 +12,11 @@ _NONE = np.zeros(0, np.int64)
 
 
 def collate(data: Examples, indices: list[int], pad: int, packing: bool = False, share: bool = False) -> Batch:
-    """A batch of those examples, on the CPU. No examples give one padding token and no targets.
+    """A batch of the examples `indices`, on the CPU. No examples give one padding token and no targets.
 
-    Position t of the input predicts token t + 1, so an input ends before its last supervised token; no attention
-    mask is needed, since a causal model never looks at the padding to the right. With `packing` the examples stand
-    one after another in a single row; with `share` a beginning that several of them have in common stands there once.
-    What the teacher reads, where it is something else, has the same labels at places of its own.
+    Position t of the input predicts token t + 1, so an input ends before its last supervised token. No attention mask is needed, since
+    a causal model never attends to padding on the right. With `packing` the examples are one row, one after another; with `share` a
+    prefix that several of them share is in that row once. A teacher view of its own has the same labels, at other positions.
     """
     student = _view(data, indices, pad, packing, share)
     teacher = student if data.teacher_view is None else _view(data.teacher_view, indices, pad, packing, share)
@@ -44,7 +43,7 @@ def _view(data: Examples, indices: list[int], pad: int, packing: bool, share: bo
 
 
 def _packed_view(ids: list[np.ndarray], rows: list[np.ndarray], share: bool) -> View:
-    """One row: of each group of examples what they share, if anything, and then what each has beyond that."""
+    """One row: of each group of examples the shared prefix, if there is one, and then the rest of each example."""
     groups = shared_prefixes(ids, [x[0] for x in rows]) if share else [(0, list(range(len(ids))))]
     pieces, positions, follows, of, places, at = [], [], [], [], [_NONE] * len(ids), 0
     for shared, members in groups:

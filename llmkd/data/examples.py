@@ -1,25 +1,25 @@
-"""Examples: token ids, which are supervised, where they came from."""
+"""Examples: token ids, loss masks, and the rows and sources that they came from."""
 
 import hashlib
 from dataclasses import dataclass, field
 
 import numpy as np
 
-ALL_TEACHERS = -1  # `Examples.teacher_index` of what all teachers teach together
+ALL_TEACHERS = -1  # `Examples.teacher_index` of an example that all teachers answer together
 
 
 @dataclass
 class Examples:
-    """Examples as flat arrays, and what became of the rows."""
+    """Examples as flat arrays, one after another; example i is `ids[offsets[i] : offsets[i + 1]]`."""
 
-    ids: np.ndarray  # int32, all examples one after another
-    loss_mask: np.ndarray  # bool, alike
-    offsets: np.ndarray  # int64, [examples + 1]
-    row: np.ndarray  # int64, [examples]: the row each example came from
-    counts: dict[str, int] = field(default_factory=dict)  # see `encode`
-    source: np.ndarray | None = None  # int64, [examples]: the source it came from, where there are several
-    teacher_index: np.ndarray | None = None  # int64, [examples]: the number of its teacher, or ALL_TEACHERS
-    teacher_view: "Examples | None" = None  # the same examples and targets as the teacher reads them, where that is something else
+    ids: np.ndarray  # int32 [tokens]
+    loss_mask: np.ndarray  # bool [tokens]: the supervised tokens
+    offsets: np.ndarray  # int64 [examples + 1]
+    row: np.ndarray  # int64 [examples]: the row that each example came from
+    counts: dict[str, int] = field(default_factory=dict)  # what became of the rows, see `encode`
+    source: np.ndarray | None = None  # int64 [examples]: the source that each came from
+    teacher_index: np.ndarray | None = None  # int64 [examples]: the index of its teacher, or ALL_TEACHERS
+    teacher_view: "Examples | None" = None  # the same examples as the teacher reads them, where its input differs
 
     def __post_init__(self):
         if self.source is None:
@@ -35,23 +35,23 @@ class Examples:
         return self.ids[part], self.loss_mask[part]
 
     def content_hash(self, i: int) -> str:
-        """16 hex digits that tell an example, its tokens and what is supervised of them, from all others.
+        """A hash of an example's tokens and loss mask, 16 hex digits.
 
-        What the teacher reads counts where it is something else, so an example is the same beside whatever others it stands.
+        The teacher's input is included where it differs, so the hash does not depend on the other examples in the data.
         """
-        said, read = (b"".join(x.tobytes() for x in of.example(i)) for of in (self, self.teacher_view or self))
-        return _digest(said if read == said else said + b"|" + read)
+        student, teacher = (b"".join(x.tobytes() for x in of.example(i)) for of in (self, self.teacher_view or self))
+        return _digest(student if teacher == student else student + b"|" + teacher)
 
     def student_hash(self, i: int) -> str:
-        """The same of what the student sees alone: equal with and without a context for the teacher."""
+        """The same hash of the student's input alone: equal with and without a context for the teacher."""
         return _digest(b"".join(x.tobytes() for x in self.example(i)))
 
     def subset(self, keep: np.ndarray) -> "Examples":
-        """The examples where the boolean `keep` is true."""
+        """The examples where the boolean array `keep` [examples] is true."""
         return self.take(np.flatnonzero(keep))
 
     def take(self, chosen: np.ndarray) -> "Examples":
-        """Those examples, by their numbers, in that order."""
+        """The examples with these indices, in this order. `counts` are not kept."""
         lengths = self.lengths[chosen]
         offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
         tokens = np.repeat(self.offsets[chosen] - offsets[:-1], lengths) + np.arange(offsets[-1])
@@ -61,7 +61,7 @@ class Examples:
 
     @property
     def num_targets(self) -> np.ndarray:
-        """How many targets each example has."""
+        """The number of targets of each example, int64 [examples]."""
         return np.add.reduceat(self.loss_mask.astype(np.int64), self.offsets[:-1]) if len(self) else np.zeros(0, np.int64)
 
     @property
@@ -70,7 +70,7 @@ class Examples:
 
     @property
     def max_lengths(self) -> np.ndarray:
-        """The longer of what student and teacher read of each."""
+        """The longer of the student's and the teacher's input of each example, in tokens, int64 [examples]."""
         return self.lengths if self.teacher_view is None else np.maximum(self.lengths, self.teacher_view.lengths)
 
 
@@ -79,7 +79,7 @@ def _digest(content: bytes) -> str:
 
 
 def merge(parts: list[Examples]) -> Examples:
-    """Several sources' examples as one, their rows numbered through."""
+    """The examples of several sources as one, with their rows numbered through and `source` set."""
     if len(parts) == 1:
         return parts[0]
     before = np.cumsum([0, *(part.counts["rows"] for part in parts)])
@@ -88,7 +88,7 @@ def merge(parts: list[Examples]) -> Examples:
 
 
 def concat(parts: list[Examples], before: list[int], counts: dict[str, int], source: np.ndarray | None = None) -> Examples:
-    """One after another; the rows of each are numbered from `before` on."""
+    """The parts one after another. The rows of part k are numbered from `before[k]` on."""
     of_each = (
         np.concatenate([part.row + start for part, start in zip(parts, before, strict=True)]),
         counts,

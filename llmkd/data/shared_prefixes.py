@@ -1,20 +1,21 @@
-"""Beginnings that examples share, such as a template's first words: found among the examples of one packed row."""
+"""Prefixes that examples of one packed row share, such as a template's first words."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
-#: Shorter ones are not worth a piece of their own.
+#: Shorter prefixes do not repay a segment of their own.
 SHORTEST = 8
 
 
 def shared_prefixes(ids: Sequence[np.ndarray], most: Sequence[int]) -> list[tuple[int, list[int]]]:
-    """Groups of examples, each with the number of first tokens that it computes once: together as many saved as groups can save.
+    """Groups of examples, each as (length of the shared prefix, the examples), so that the groups save the most tokens.
 
     ids    the examples' tokens, each [length]
-    most   how many of an example's first tokens may be shared, at most
+    most   per example, the maximal number of its first tokens that may be shared
 
-    Sorted, in whatever order of tokens, those that share most are neighbours; which neighbours are one group is found by dynamic programming.
+    When examples are sorted by their tokens, those with the longest common prefixes are neighbours. Dynamic programming finds the best
+    division of that order into groups.
     """
     order = sorted(range(len(ids)), key=lambda i: ids[i].tobytes())
     common = [_common(ids[a], ids[b], min(most[a], most[b])) for a, b in zip(order, order[1:], strict=False)]

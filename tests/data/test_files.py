@@ -20,7 +20,7 @@ BAD_LINES = [
     ('{"instruction": "a", "output": "b", "score": -Infinity}', "-Infinity is not JSON"),
     ('{"instruction": "a", "output": "b", "output": "c"}', "the key 'output' is given twice"),
     ('{"instruction": "a", "output": "b", "more": {"x": 1, "x": 2}}', "the key 'x' is given twice"),
-    ('{"instruction": "a", "output": "\\ud800"}', "output holds half of a surrogate pair"),
+    ('{"instruction": "a", "output": "\\ud800"}', "output contains half of a surrogate pair"),
     ('{"instruction": 1, "output": "b"}', "instruction is a number, expected text"),
     ('{"instruction": "a", "output": true}', "output is true or false, expected text"),
     ('{"instruction": "a", "output": ["b"]}', "output is a list, expected text"),
@@ -58,7 +58,7 @@ def test_a_bad_line_is_named(refused, line, words):
         ('[{"role": ["user"], "content": "a"}]', "messages[0].role is ['user']"),
         ('[{"role": "user"}]', "messages[0].content is null, expected text"),
         ('[{"role": "user", "content": [{"type": "text"}]}]', "messages[0].content is a list, expected text"),
-        ('[{"role": "user", "content": "\\udfff"}]', "messages[0].content holds half of a surrogate pair"),
+        ('[{"role": "user", "content": "\\udfff"}]', "messages[0].content contains half of a surrogate pair"),
     ],
 )
 def test_a_bad_conversation_is_named(refused, messages, words):
@@ -90,7 +90,7 @@ def test_what_is_nested_too_deeply_is_named(refused):
 def test_half_a_surrogate_pair_in_tools_is_named(refused):
     row = '{"messages": [{"role": "user", "content": "a"}], "tools": [{"name": "\\ud800"}]}'
     assert refused(row, format="chat") == [
-        "t.jsonl:1: tools holds half of a surrogate pair, which is no character; mend the file's encoding"
+        "t.jsonl:1: tools contains half of a surrogate pair, which is not a character; fix the file's encoding"
     ]
 
 
@@ -172,7 +172,7 @@ def test_a_bad_value_in_a_json_list_hides_no_later_row(refused):
         ("table.csv", ["No such file"]),
         ("tain", ["does not exist", ".csv", "or a folder"]),
         ("notes.txt", ["is not a file of a known kind (.json, .jsonl, .csv, .parquet, .arrow)"]),
-        ("", ["is not a file of a known kind", "holds no data file"][1:]),
+        ("", ["is not a file of a known kind", "has no data file"][1:]),
         ("a\0b.jsonl", []),
     ],
 )

@@ -309,7 +309,7 @@ def test_a_template_that_knows_no_system_role_says_so_with_the_place(role):
     row = {"messages": [{"role": role, "content": "be kind"}, *talk("u q", "a one")["messages"]]}
     with pytest.raises(UserError) as info:
         encode(rows_of(talk("u q", "a one"), row), "chat", Data(), tiny(template + "{% endfor %}" + PROMPT))
-    assert info.value.problems == ("f.jsonl:2: the chat template does not take this conversation: System role not supported",)
+    assert info.value.problems == ("f.jsonl:2: the chat template rejects this conversation: System role not supported",)
 
 
 def test_a_template_that_ends_no_turn_is_noted():

@@ -61,7 +61,7 @@ def test_held_out_rows_keep_their_sources(several):
     [
         ({"second": {"weight": 0.01}}, "data.train.1.weight: 0.01 of 20 examples is none; raise it"),
         ({"first": {"format": "text"}}, "train.jsonl:1: no column 'text'"),
-        ({"data__max_length": 60}, "data.train.0: none of .*train.jsonl's 37 rows has a supervised token left .* data.train.0.format"),
+        ({"data__max_length": 60}, "data.train.0: none of .*train.jsonl's 37 rows gives a supervised token .* data.train.0.format"),
     ],
 )
 def test_a_source_that_gives_nothing_is_named(several, settings, words):

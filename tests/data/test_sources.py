@@ -142,7 +142,7 @@ def test_a_column_that_has_no_values_is_named(tmp_path, name, column, words):
         with pyarrow.ipc.new_file(tmp_path / name, table.schema) as out:
             out.write_table(table)
     (problem,) = problems(tmp_path / name)
-    assert problem.startswith(f"{tmp_path}/{name}:1: {words}") and problem.endswith("; mend it, or write the file without it")
+    assert problem.startswith(f"{tmp_path}/{name}:1: {words}") and problem.endswith("; fix it, or write the file without it")
 
 
 BAD_CSV = [
@@ -153,7 +153,7 @@ BAD_CSV = [
     ("instruction,,output\na,b,c\n", ":1: the header has a column without a name"),
     ('instruction,output\na,"b\n', ":2: not valid CSV (unexpected end of data)"),
     ('instruction,output\n"a"x,b\n', ":2: not valid CSV"),
-    ("instruction,output\na,b\0\n", ":2: holds a NUL character"),
+    ("instruction,output\na,b\0\n", ":2: contains a NUL character"),
     ("\ufeffinstruction,output\na,b\n", ":1: starts with a byte order mark"),
     (b"instruction,output\na,caf\xe9\n", ":2: not UTF-8 (byte 0xe9)"),
     ("instruction;output\na;b\n", ":2: no column 'instruction'; did you mean 'instruction;output'?"),
@@ -252,20 +252,20 @@ def test_a_folder_is_its_files_of_the_split_in_order(tmp_path, names, split, exp
     ("names", "split", "words"),
     [
         (["train.jsonl", "test.jsonl"], "validation", "has no split 'validation'; it has test, train"),
-        (["a.jsonl"], "test", "no file in .* is named by a split"),
-        (["train.jsonl", "notes.jsonl"], "train", "some files are named by a split .train.jsonl. and some are not .notes.jsonl."),
+        (["a.jsonl"], "test", "no file in .* is named after a split"),
+        (["train.jsonl", "notes.jsonl"], "train", "some files are named after a split .train.jsonl. and some are not .notes.jsonl."),
         (["test/train.jsonl"], "train", "names two splits"),
         (["train_test.jsonl"], "train", "names two splits"),
-        (["owls.jsonl", "OwlsTest.jsonl"], "train", "some files are named by a split .OwlsTest.jsonl. and some are not .owls.jsonl."),
+        (["owls.jsonl", "OwlsTest.jsonl"], "train", "some files are named after a split .OwlsTest.jsonl. and some are not .owls.jsonl."),
         (
             ["d/train-00000-of-00003.jsonl", "d/train-00002-of-00003.jsonl"],
             "train",
-            "d/train-00001-of-00003.jsonl is missing, and 2 of its 3",
+            "d/train-00001-of-00003.jsonl is missing; 2 of its 3",
         ),
-        (["train-00000-of-00001.jsonl", "test-00001-of-00002.jsonl"], "test", "test-00000-of-00002.jsonl is missing, and 1 of its 2"),
-        (["a.jsonl", "b.jsonl.gz"], "train", "b.jsonl.gz is packed; unpack it"),
-        (["a.txt"], "train", "holds no data file .*; it holds a.txt"),
-        ([], "train", "holds no data file .*; it holds nothing"),
+        (["train-00000-of-00001.jsonl", "test-00001-of-00002.jsonl"], "test", "test-00000-of-00002.jsonl is missing; 1 of its 2"),
+        (["a.jsonl", "b.jsonl.gz"], "train", "b.jsonl.gz is compressed; unpack it"),
+        (["a.txt"], "train", "has no data file .*; it has a.txt"),
+        ([], "train", "has no data file .*; it has nothing"),
         (["state.json"], "train", "names no data files"),
     ],
 )
@@ -280,7 +280,7 @@ def test_a_folder_that_does_not_say_what_to_read_is_refused(tmp_path, names, spl
 def test_a_link_to_nothing_is_no_file_to_pass_over(tmp_path):
     write(tmp_path / "a.jsonl", ROWS[:1])
     (tmp_path / "b.jsonl").symlink_to(tmp_path / "gone.jsonl")
-    assert problems(tmp_path) == [f"data.train.path: {tmp_path}/b.jsonl is a link to nothing, or no file; mend or remove it"]
+    assert problems(tmp_path) == [f"data.train.path: {tmp_path}/b.jsonl is a broken link, or not a file; fix or remove it"]
 
 
 def test_a_folders_content_is_that_of_all_its_files_and_their_names(tmp_path):
@@ -388,7 +388,7 @@ def test_every_bad_row_of_every_source_is_named(tmp_path):
     ("settings", "words"),
     [
         ({"split": "test"}, "data.train.split: found 'test', and one file has no splits"),
-        ({"revision": "abc"}, "data.train.revision: found 'abc', which only a data set of the hub has"),
+        ({"revision": "abc"}, "data.train.revision: found 'abc', which only a hub data set has"),
         ({"name": "en"}, "data.train.name: found 'en'"),
     ],
 )
@@ -434,7 +434,7 @@ def test_a_data_set_of_the_hub_says_its_commit_and_hashes_what_was_read(hub):
 
 def test_a_data_set_that_the_hub_has_not_is_one_line(hub):
     assert problems("owner/nothing") == [
-        "data.train.path: owner/nothing is no file here and could not be had from the hub (ConnectionError: no network)"
+        "data.train.path: owner/nothing is not a file here and could not be read from the hub (ConnectionError: no network); check the name and the connection"
     ]
 
 

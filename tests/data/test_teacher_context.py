@@ -162,7 +162,7 @@ PARTS = (
 @pytest.mark.parametrize(
     ("template", "words"),
     [
-        (RAISES, "f.jsonl:2: with the teacher's context, the chat template does not take this conversation: no system role"),
+        (RAISES, "f.jsonl:2: with the teacher's context, the chat template rejects this conversation: no system role"),
         (HIDES, "f.jsonl:2: the chat template does not show the teacher's context"),
         (
             ENDS,

@@ -1,8 +1,8 @@
-"""Conversations through the tokenizer's own chat template, and which characters of them the assistant said.
+"""Conversations in the tokenizer's chat template, and which characters of the text are the assistant's.
 
-A template is a program: it may trim, merge, insert, drop earlier thinking, ignore what it is asked for. So nothing is
-taken from its source or its generation marks. It is rendered once more with a mark of its own in place of every answer and
-every thought, and what stands round the marks is the template's own.
+A template is a program: it may trim, merge or insert text, drop earlier thinking, or ignore its arguments. So neither its source nor its
+generation tags are relied on. It is rendered a second time with a marker in place of every answer and every thought; the text around the
+markers is the template's own.
 """
 
 import datetime
@@ -14,29 +14,29 @@ from typing import Any
 
 from .control_tokens import Span, Text, controls, insert_guards, private_use_chars, refuse_unmarked, remove_guards
 
-#: A template that asks for today's date is told the day that Llama 3.1's own falls back on, or no run would repeat.
+#: A template that asks for today's date gets the default date of Llama 3.1's template, so that a run can be repeated.
 _DAY = {f"%{letter}": datetime.datetime(2024, 7, 26).strftime(f"%{letter}") for letter in "aAbBcdDeFHIjlmMpSTuUwxXyYZ"}
 _DATED = (
     "{% macro strftime_now(format) %}{{ format | replace('%-', '%')"
-    + "".join(f" | replace({code!r}, {said!r})" for code, said in _DAY.items())
+    + "".join(f" | replace({code!r}, {value!r})" for code, value in _DAY.items())
     + " }}{% endmacro %}\n"
 )
-#: Thinking that a template puts before an answer that has none. It is the template's word, not the assistant's.
+#: Thinking that a template puts before an answer that has none: it is the template's text, not the assistant's.
 _EMPTY_THINKING = re.compile(r"\s*<think>\s*</think>\s*")
 _THINKING = re.compile(r"(\s*(?:<think>)?)(.*?)(</think>)(.*)", re.DOTALL)
 _REASONING = ("reasoning_content", "reasoning", "thinking")
 
 
 def conversation(messages: list[dict], tokenizer, tools: list[dict] | None = None, first: int = 0) -> list[Text]:
-    """The assistant's turns from message `first` on are supervised, with their end tokens.
+    """The conversation as text. The assistant's turns from message `first` on are supervised, with their end tokens.
 
-    A template that shows earlier turns differently once later ones follow (thinking that is dropped, say) gives one
-    example for each assistant turn, just as the model meets it when it answers. ValueError if the template raises, or
-    if it cannot be told which part of its text is the answer.
+    Where a template shows earlier turns differently once later ones follow (it drops their thinking, say), there is one text for each
+    assistant turn, as the model sees it when it generates that turn. ValueError if the template raises, or if the answer cannot be
+    located in its text.
     """
     control = controls(tokenizer)
     refuse_unmarked([messages, tools], control)
-    guard, mark = private_use_chars(messages, tools, tokenizer.chat_template)
+    guard, marker = private_use_chars(messages, tools, tokenizer.chat_template)
     plain = messages, tools
     messages, tools = insert_guards(messages, control.any, guard), insert_guards(tools, control.any, guard)
 
@@ -46,12 +46,12 @@ def conversation(messages: list[dict], tokenizer, tools: list[dict] | None = Non
     def render(messages: list[dict], prompt: bool = False, tools: list[dict] | None = tools) -> str:
         try:
             return tokenizer.apply_chat_template(messages, tools, chat_template=template, tokenize=False, add_generation_prompt=prompt)
-        except Exception as error:  # a template raises what it likes
+        except Exception as error:  # a template may raise anything
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise ValueError(f"the chat template does not take this conversation: {reason}") from None
+            raise ValueError(f"the chat template rejects this conversation: {reason}") from None
 
     turns = [i for i, m in enumerate(messages) if i >= first and m["role"] == "assistant" and (m["content"].strip() or m.get("tool_calls"))]
-    texts = _texts(messages, turns, TemplateProbe(render, mark, control.any, tokenizer.eos_token))
+    texts = _texts(messages, turns, TemplateProbe(render, marker, control.any, tokenizer.eos_token))
     if plain != (messages, tools):
         if render(messages).replace(guard, "") != render(plain[0], tools=plain[1]):
             raise ValueError("a message contains a control token that the chat template acts on; remove it from the text")
@@ -61,22 +61,22 @@ def conversation(messages: list[dict], tokenizer, tools: list[dict] | None = Non
 
 @dataclass(frozen=True)
 class TemplateProbe:
-    """How a conversation is looked at: rendered, with a mark that occurs nowhere in it, and where a turn may end."""
+    """What locates answers in rendered text: the template, a marker that occurs nowhere in the conversation, the control tokens."""
 
     render: Callable[..., str]  # (messages, prompt=False)
-    mark: str
+    marker: str
     control: re.Pattern
-    end: str  # the end of text
+    end: str  # the end-of-text token
 
     def example(self, messages: list[dict]) -> str:
-        """The conversation as it is trained on: with no more control tokens than a neutral one of its shape."""
-        text, said = self.render(messages), ("content", *_REASONING)
-        neutral = [m | {key: "x" for key in said if isinstance(m.get(key), str) and m[key].strip()} for m in messages]
+        """The rendered conversation. ValueError if it has other control tokens than the same conversation with "x" for every text."""
+        text, keys = self.render(messages), ("content", *_REASONING)
+        neutral = [m | {key: "x" for key in keys if isinstance(m.get(key), str) and m[key].strip()} for m in messages]
         if self.control.findall(text) != self.control.findall(self.render(neutral)):
-            raise ValueError("the chat template makes control tokens out of a message's text; mend the row or the template")
+            raise ValueError("the chat template turns a message's text into control tokens; fix the row or the template")
         return text
 
-    def ended(self, text: str, stop: int) -> bool:
+    def ends_with_control(self, text: str, stop: int) -> bool:
         return any(m.end() == stop for m in self.control.finditer(text, max(0, stop - 64), stop))
 
 
@@ -92,12 +92,12 @@ def _texts(messages: list[dict], turns: list[int], probe: TemplateProbe) -> list
         places = _locate(text, messages, [(i, "content", "{}", [messages[i]["content"]]) for i in plain], probe)
         known = dict(zip(plain, places, strict=True)) if places and all(places) else {}
         spans = [_with_end(text, _span(messages, i, after, probe, known.get(i)), probe) for i, after in zip(turns, afters, strict=True)]
-        return [Text(text, spans, False, all(probe.ended(text, stop) for _, stop in spans))]
+        return [Text(text, spans, False, all(probe.ends_with_control(text, stop) for _, stop in spans))]
     out = []
     for i in turns:
         after = probe.example(messages[: i + 1])
         span = _span(messages, i, after, probe)
-        out.append(Text(after, [span], False, probe.ended(after, span[1])))
+        out.append(Text(after, [span], False, probe.ends_with_control(after, span[1])))
     return out
 
 
@@ -105,13 +105,13 @@ def _texts(messages: list[dict], turns: list[int], probe: TemplateProbe) -> list
 
 
 def _span(messages: list[dict], i: int, after: str, probe: TemplateProbe, known: Span | None = None) -> Span:
-    """Turn i in `after`, the text that ends with it: from its first character to its end token.
+    """Where turn i is in `after`, the text that ends with it: from its first character to the end of its end token.
 
-    The end is the first control token behind it, with the end of text where that follows at once; where tools are called,
-    or where there is none, the end of the text.
+    The end token is the first control token after the answer, with the end-of-text token where that follows at once. Where the turn
+    calls tools, or no control token follows, the span ends with the text.
     """
     head, calls = messages[: i + 1], bool(messages[i].get("tool_calls"))
-    start, stop = known or _turn(head, after, probe)
+    start, stop = known or _locate_turn(head, after, probe)
     end = None if calls else probe.control.search(after, stop)
     if not end:
         return start, _without_prompt(head, after, stop, probe, calls)
@@ -120,7 +120,7 @@ def _span(messages: list[dict], i: int, after: str, probe: TemplateProbe, known:
 
 
 def _without_prompt(head: list[dict], after: str, stop: int, probe: TemplateProbe, calls: bool) -> int:
-    """The end of the text, less the generation prompt of a template that always puts one: it is there before the turn too."""
+    """The end of the text without a generation prompt: some templates always append one. It is recognised by standing before the turn too."""
     tail = after[stop:].rstrip()
     last = stop + len(tail)
     if len(head) < 2 or probe.render(head, True) != after:
@@ -131,8 +131,8 @@ def _without_prompt(head: list[dict], after: str, stop: int, probe: TemplateProb
 
 
 def _with_end(text: str, span: Span, probe: TemplateProbe) -> Span:
-    """The end of text that a template writes only once another turn follows is the turn's own."""
-    gap = "" if probe.ended(text, span[1]) else r"\s*"
+    """The span with an end-of-text token that the template writes only once another turn follows: it belongs to the turn."""
+    gap = "" if probe.ends_with_control(text, span[1]) else r"\s*"
     end = re.compile(gap + re.escape(probe.end)).match(text, span[1])
     return (span[0], end.end()) if end and not text.endswith(probe.end, *span) else span
 
@@ -140,12 +140,12 @@ def _with_end(text: str, span: Span, probe: TemplateProbe) -> Span:
 # ---- where a turn stands
 
 
-def _turn(head: list[dict], after: str, probe: TemplateProbe) -> Span:
-    """The last turn of `head` in `after`, the text that ends with it, without its end token."""
+def _locate_turn(head: list[dict], after: str, probe: TemplateProbe) -> Span:
+    """Where the last turn of `head` is in `after`, the text that ends with it; without its end token."""
     i, message = len(head) - 1, head[-1]
     content = message["content"].strip()
     thoughts = [(i, key, "{}", [str(message[key])]) for key in _REASONING if message.get(key)]
-    before = _prompted(head, after, probe.render)
+    before = _turn_start(head, after, probe.render)
     for answer in _answer_forms(i, message["content"]):
         slots = [*answer, *thoughts]
         found = _locate(after, head, slots, probe) if slots else None
@@ -161,55 +161,55 @@ def _turn(head: list[dict], after: str, probe: TemplateProbe) -> Span:
         start = empty.end() if empty else before
         if not content:
             return start, start
-        behind = probe.render([*head[:-1], {**message, "content": probe.mark}]).rpartition(probe.mark)[2]
+        behind = probe.render([*head[:-1], {**message, "content": probe.marker}]).rpartition(probe.marker)[2]
         stop = len(after) - len(behind)
-        said = after[start:stop]
-        if after.endswith(behind) and _no_spaces(said).endswith(_no_spaces(content)) and not probe.control.search(said):
+        answer = after[start:stop]
+        if after.endswith(behind) and _no_spaces(answer).endswith(_no_spaces(content)) and not probe.control.search(answer):
             return start, stop
-    elif not content:  # the template always puts its prompt, or has none: its header is what stands before any answer
-        header = probe.render([*head[:-1], {"role": "assistant", "content": probe.mark}]).partition(probe.mark)[0]
+    elif not content:  # the template always appends its prompt, or has none: the turn's header is the text before any answer
+        header = probe.render([*head[:-1], {"role": "assistant", "content": probe.marker}]).partition(probe.marker)[0]
         if after.startswith(header):
             return len(header), len(header)
     raise ValueError(
-        f"the chat template changes the assistant's answer in messages[{i}], so its tokens cannot be told; mend the row or the template"
+        f"the chat template changes the assistant's answer in messages[{i}], so its tokens cannot be located; fix the row or the template"
     )
 
 
-#: A part of a message that marks are put into: its number, the key, the text with {} for each mark, what stands there.
+#: A part of a message that is replaced by markers: the message's number, the key, the new text with {} for each marker, the replaced texts.
 Slot = tuple[int, str, str, list[str]]
 
 
 def _answer_forms(i: int, content: str) -> list[list[Slot]]:
-    """How a template may take an answer: as it stands, or its thinking apart."""
+    """The forms in which a template may show an answer: as one text, or its thinking and the rest each on its own."""
     if not content.strip():
         return [[]]
-    ways: list[list[Slot]] = [[(i, "content", "{}", [content])]]
+    forms: list[list[Slot]] = [[(i, "content", "{}", [content])]]
     parts = _THINKING.fullmatch(content)
     if parts:
-        said = [part for part in (parts[2], parts[4]) if part.strip()]
+        shown = [part for part in (parts[2], parts[4]) if part.strip()]
         form = "".join("{}" if n in (2, 4) and parts[n].strip() else parts[n].replace("{", "{{").replace("}", "}}") for n in (1, 2, 3, 4))
-        ways += [[(i, "content", form, said)]] if said else []
-    return ways
+        forms += [[(i, "content", form, shown)]] if shown else []
+    return forms
 
 
 def _locate(text: str, messages: list[dict], slots: list[Slot], probe: TemplateProbe) -> list[Span | None] | None:
-    """Where `text` has what stands in each slot (whole or trimmed), if all the rest of it is the same with marks in their place.
+    """Where `text` has the text of each slot (whole or trimmed), if the rest of `text` stays the same with markers in the slots.
 
-    None in the list for what the template does not show; None for all where it shows something twice, or else depends on it.
+    None in the list for a slot that the template does not show. None for all where it shows one twice, or its other text depends on one.
     """
-    marked, said = list(messages), []
+    marked, replaced = list(messages), []
     for i, key, form, texts in slots:
-        marks = [f"{probe.mark}{len(said) + n}{probe.mark}" for n in range(len(texts))]
-        marked[i] = {**marked[i], key: form.format(*marks)}
-        said += texts
-    fixed = re.split(f"{probe.mark}(\\d+){probe.mark}", probe.render(marked))
+        markers = [f"{probe.marker}{len(replaced) + n}{probe.marker}" for n in range(len(texts))]
+        marked[i] = {**marked[i], key: form.format(*markers)}
+        replaced += texts
+    fixed = re.split(f"{probe.marker}(\\d+){probe.marker}", probe.render(marked))
     order = [int(n) for n in fixed[1::2]]
     if len(set(order)) < len(order) or not text.startswith(fixed[0]):
         return None
-    found: list[Span | None] = [None] * len(said)
+    found: list[Span | None] = [None] * len(replaced)
     at = len(fixed[0])
     for place, (n, behind) in enumerate(zip(order, fixed[2::2], strict=True), 1):
-        for form in _trimmed(said[n]):
+        for form in _trimmed(replaced[n]):
             stop = at + len(form)
             if text.startswith(form, at) and (text[stop:] == behind if place == len(order) else text.startswith(behind, stop)):
                 found[n], at = (at, stop), stop + len(behind)
@@ -223,8 +223,8 @@ def _trimmed(text: str) -> dict[str, None]:
     return dict.fromkeys(strip(text, *of) for of in ((), ("\n",)) for strip in (lambda t, *_: t, str.strip, str.lstrip, str.rstrip))
 
 
-def _prompted(head: list[dict], after: str, render: Callable[..., str]) -> int | None:
-    """Where the last turn of `head` begins by the generation prompt, if the template has one and puts the turn behind it."""
+def _turn_start(head: list[dict], after: str, render: Callable[..., str]) -> int | None:
+    """Where the last turn of `head` begins, right after the generation prompt; None if the template has no prompt or puts the turn elsewhere."""
     try:
         if len(head) > 1:
             without, prompt = render(head[:-1]), render(head[:-1], True)
@@ -236,5 +236,5 @@ def _prompted(head: list[dict], after: str, render: Callable[..., str]) -> int |
 
 
 def _no_spaces(text: Any) -> str:
-    """A text without its white space, which templates rearrange."""
+    """A text without its white space, which templates change."""
     return "".join(str(text).split())

@@ -1,7 +1,7 @@
-"""Control tokens in what people wrote: they stay characters, or the row is refused.
+"""Control tokens in user text: they stay characters, or the row is refused.
 
-A tokenizer marks most of its control tokens special, and can be asked to leave those in a text as characters. Some mark
-their role tokens as ordinary added tokens, which it always takes for tokens: text that holds one is refused.
+Most control tokens are marked special, and a tokenizer can encode such a token's characters as characters. Some tokenizers have role
+tokens that are ordinary added tokens, which are always encoded as tokens: a text with one of these is refused.
 """
 
 import re
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 Span = tuple[int, int]
 
-_KNOWN: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # a tokenizer's list of added tokens is slow to ask for
+_KNOWN: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # reading a tokenizer's list of added tokens is slow
 _NEUTRAL = [{"role": role, "content": "x"} for role in ("system", "user", "assistant")]
 
 
@@ -21,23 +21,23 @@ class Text:
 
     text: str
     spans: list[Span]
-    raw: bool = True  # still wants the tokenizer's start and end tokens, and holds no control token
-    ends_with_control: bool = True  # a control token ends what is supervised
-    #: Where the characters of a control token are to stay characters: (begin, stop, the control token's id or None).
+    raw: bool = True  # without a template: start and end tokens are added, and all of it is characters
+    ends_with_control: bool = True  # each supervised span ends with a control token
+    #: Where the text has the characters of a control token: (begin, stop, id of the control token, or None for characters).
     pieces: tuple[tuple[int, int, int | None], ...] = ()
 
 
 @dataclass(frozen=True)
 class Control:
-    """Patterns of a tokenizer's control tokens, longest first as the tokenizer itself matches them."""
+    """Patterns of a tokenizer's control tokens, longest first, as the tokenizer itself matches them."""
 
     any: re.Pattern
     unmarked: re.Pattern | None  # role tokens that are not marked special
-    strips_spaces: dict[int, str]  # added tokens that take the white space beside them in
+    strips_spaces: dict[int, str]  # by id: added tokens whose match includes the white space beside them
 
 
 def controls(tokenizer) -> Control:
-    """The tokens marked special, and those that only the chat template can mean: it names them, or writes them round any message."""
+    """The tokens marked special, and added tokens that the chat template names, or writes around any message."""
     template = _template(tokenizer)
     known = _KNOWN.get(tokenizer)
     if known and known[0] == template:
@@ -61,12 +61,12 @@ def _template(tokenizer) -> str:
 def _written(tokenizer, messages: list[dict]) -> str:
     try:
         return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except Exception:  # a template raises what it likes, such as at a system turn
+    except Exception:  # a template may raise anything, such as for a system turn
         return ""
 
 
 def _is_markup(token: str, every: set[str]) -> bool:
-    """<think> and </think>, say: tags that an assistant writes itself."""
+    """Whether it is one of a pair of tags, such as <think> and </think>, which an assistant writes itself."""
     name = re.fullmatch(r"</?(\w+)>", token)
     return bool(name) and {f"<{name[1]}>", f"</{name[1]}>"} <= every
 
@@ -76,25 +76,25 @@ def _pattern(tokens: set[str]) -> re.Pattern:
 
 
 def refuse_unmarked(value, control: Control) -> None:
-    """ValueError where a text holds a role token that the tokenizer would take for one."""
+    """ValueError where a text contains a role token that the tokenizer would encode as a token."""
     found = next((m for text in _strings(value) if (m := control.unmarked.search(text))), None) if control.unmarked else None
     if found:
         raise ValueError(
-            f"the text has {found[0]!r}, which the chat template writes and this tokenizer cannot keep as characters; remove it from the text"
+            f"the text has {found[0]!r}, a role token of the chat template that this tokenizer cannot encode as characters; remove it from the text"
         )
 
 
 def private_use_chars(*values) -> tuple[str, str]:
-    """Two characters for private use that occur nowhere in the values."""
+    """Two private-use characters (U+E000 to U+F8FF) that occur nowhere in the values."""
     used = set().union(*(set(text) for text in _strings(values)))
     free = [c for c in map(chr, range(0xE000, 0xF8FF)) if c not in used]
     if len(free) < 2:
-        raise ValueError("a conversation uses every character for private use (U+E000 to U+F8FF), of which two must be free; remove some")
+        raise ValueError("a conversation uses every private-use character (U+E000 to U+F8FF), and two must be free; remove some")
     return free[0], free[1]
 
 
 def _strings(value) -> Iterator[str]:
-    """Every text in messages, whatever key a template may show it from."""
+    """Every text in messages, under whatever key: a template may show any of them."""
     if isinstance(value, str):
         yield value
     elif isinstance(value, dict):
@@ -106,7 +106,7 @@ def _strings(value) -> Iterator[str]:
 
 
 def insert_guards(value, control: re.Pattern, guard: str):
-    """The same with every control token in a text broken by the guard, so that those the template makes are told from them."""
+    """The messages with the guard inside every control token, so that these differ from the control tokens that the template writes."""
     if isinstance(value, str):
         while control.search(value):
             before = value
@@ -120,10 +120,10 @@ def insert_guards(value, control: re.Pattern, guard: str):
 
 
 def remove_guards(text: Text, guard: str, control: re.Pattern, tokenizer) -> Text:
-    """The text without its guards, in pieces that keep people's characters characters and the template's tokens tokens.
+    """The text without its guards, in pieces: the template's control tokens are tokens, all the rest is characters.
 
-    That this is how the tokenizer treats a whole text is checked on the guarded one; where it is not (tokenizers that
-    put a space before every piece), the row is refused.
+    Encoding in pieces must give the tokens of the text encoded at once. This is checked on the guarded text; where it does not hold
+    (tokenizers that put a space before every piece), the row is refused.
     """
     pieces, at = [], 0
     for m in control.finditer(text.text):
@@ -134,7 +134,7 @@ def remove_guards(text: Text, guard: str, control: re.Pattern, tokenizer) -> Tex
     if piecewise(guarded, tokenizer)[0] != tokenizer(text.text, add_special_tokens=False, verbose=False)["input_ids"]:
         token = control.search(text.text.replace(guard, ""))
         raise ValueError(
-            f"a message contains a control token (the text has {token[0]!r}), which this tokenizer cannot keep as characters; remove it"
+            f"a message contains a control token (the text has {token[0]!r}) that this tokenizer cannot encode as characters; remove it"
         )
 
     def moved(position: int) -> int:
@@ -150,7 +150,7 @@ def remove_guards(text: Text, guard: str, control: re.Pattern, tokenizer) -> Tex
 
 
 def piecewise(text: Text, tokenizer) -> tuple[list[int], list[Span]]:
-    """Ids and character offsets of a text in pieces."""
+    """Token ids and character offsets of a text that is in pieces."""
     ids, offsets = [], []
     for begin, stop, token in text.pieces:
         if token is not None:

@@ -1,10 +1,11 @@
-"""From rows to token ids and which of them are supervised. No torch here.
+"""From rows to token ids and the mask of the supervised ones. No torch here.
 
-A whole text is encoded at once and its supervised part found by character offsets, so that a token is the same token
-that the model would meet in that text; a token across the border of prompt and answer counts as answer.
+A text is encoded as a whole and its supervised part is found by character offsets, so that every token is the one that the model would see
+in that text. A token across the border of prompt and answer belongs to the answer.
 """
 
 import itertools
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -19,56 +20,52 @@ from .teacher_context import Tokens, align, keep_common, teacher_texts
 _BATCH = 512
 
 
-def encode(rows: Rows, source: Source, data: Data, tokenizer, progress=iter) -> Examples:
-    """Encode rows; drop, cut, split or refuse what is too long; drop and count what has nothing supervised.
+@dataclass(frozen=True)
+class Rendered:
+    """A row's text, or one of several, before it is tokenised."""
 
-    `counts`: rows, examples, tokens and targets; too_long and unsupervised examples; as_characters, texts that hold the
-    characters of a control token; endless, texts that a chat template ends without one. What is too long or has nothing
-    supervised for the student or for its teacher is so for both.
+    row: int
+    student: Text
+    teacher: Text | None  # where the teacher reads another text, with a context
+
+
+def encode(rows: Rows, source: Source, data: Data, tokenizer, progress=iter) -> Examples:
+    """Encode rows; drop, cut, split or refuse examples that are too long; drop those with nothing supervised. UserError names every bad row.
+
+    `counts`: rows, examples, tokens and targets; too_long and unsupervised examples; as_characters, texts that contain the characters of
+    a control token; endless, texts that a chat template ends without a control token. An example that is too long, or has nothing
+    supervised, for its student or its teacher is so for both.
     """
-    problems, texts, theirs, origin, control = ErrorCollector(), [], [], [], controls(tokenizer)
-    for i, row in enumerate(rows.rows):
-        try:
-            new = FORMATS[source.format].render(row, source, tokenizer)
-            refuse_unmarked([text.text for text in new if text.raw], control)
-            read = teacher_texts(row, new, source, data, tokenizer)
-        except ValueError as error:
-            problems.add(f"{rows.places[i]}: {error}")
-            continue
-        except RecursionError:
-            problems.add(f"{rows.places[i]}: nested too deeply; give it fewer levels")
-            continue
-        texts += new
-        theirs += read or [None] * len(new)
-        origin += [i] * len(new)
-    problems.raise_if_any()
+    errors = ErrorCollector()
+    texts = _render(rows, source, data, tokenizer, errors)
+    errors.raise_if_any()
     counts = {"rows": len(rows.rows), "unsupervised": 0, "too_long": 0}
-    counts |= {"as_characters": sum(bool(t.pieces) for t in texts), "endless": sum(not t.ends_with_control for t in texts)}
+    counts |= {"as_characters": sum(bool(t.student.pieces) for t in texts), "endless": sum(not t.student.ends_with_control for t in texts)}
     kept: list[tuple[Tokens, ...]] = []  # each example as the student reads it, and as its teacher does if that has a context
     kept_rows = []
     for first in progress(range(0, len(texts), _BATCH)):
-        part = slice(first, first + _BATCH)
-        read = iter(_tokens([text for text in theirs[part] if text], data, tokenizer))
-        for i, own in enumerate(_tokens(texts[part], data, tokenizer), first):
-            place = rows.places[origin[i]]
+        part = texts[first : first + _BATCH]
+        theirs = iter(_tokens([text.teacher for text in part if text.teacher], data, tokenizer))
+        for text, own in zip(part, _tokens([text.student for text in part], data, tokenizer), strict=True):
+            place = rows.places[text.row]
             try:
-                views = (own, align(own, next(read), texts[i].raw, tokenizer)) if theirs[i] else (own,)
+                views = (own, align(own, next(theirs), text.student.raw, tokenizer)) if text.teacher else (own,)
             except ValueError as error:
-                problems.add(f"{place}: {error}")
+                errors.add(f"{place}: {error}")
                 continue
             too_long = _too_long(views, data)
             if too_long:
                 counts["too_long"] += 1
                 if data.too_long == "refuse":
-                    problems.add(f"{place}: {too_long}, more than data.max_length ({data.max_length}); raise it, or set data.too_long")
+                    errors.add(f"{place}: {too_long}, more than data.max_length ({data.max_length}); raise it, or set data.too_long")
             for piece in zip(*(_shorten(*view, data) for view in views), strict=True) if too_long else [views]:
                 keep_common(piece)
                 if piece[0][1].any():
                     kept.append(piece)
-                    kept_rows.append(origin[i])
+                    kept_rows.append(text.row)
                 else:
                     counts["unsupervised"] += 1
-    problems.raise_if_any()
+    errors.raise_if_any()
     of_rows = np.array(kept_rows, np.int64)
     examples = Examples(*_flat([views[0] for views in kept]), of_rows, counts)
     if any(len(views) > 1 for views in kept):
@@ -77,8 +74,26 @@ def encode(rows: Rows, source: Source, data: Data, tokenizer, progress=iter) -> 
     return examples
 
 
+def _render(rows: Rows, source: Source, data: Data, tokenizer, errors: ErrorCollector) -> list[Rendered]:
+    """The texts of all rows, as student and teacher read them. Bad rows are added to `errors`."""
+    texts, control = [], controls(tokenizer)
+    for i, row in enumerate(rows.rows):
+        try:
+            own = FORMATS[source.format].render(row, source, tokenizer)
+            refuse_unmarked([text.text for text in own if text.raw], control)
+            theirs = teacher_texts(row, own, source, data, tokenizer) or [None] * len(own)
+        except ValueError as error:
+            errors.add(f"{rows.places[i]}: {error}")
+            continue
+        except RecursionError:
+            errors.add(f"{rows.places[i]}: nested too deeply; give it fewer levels")
+            continue
+        texts += [Rendered(i, *pair) for pair in zip(own, theirs, strict=True)]
+    return texts
+
+
 def _flat(examples: list[Tokens]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Ids, loss_mask and offsets of the examples one after another."""
+    """The examples one after another: ids [tokens], loss mask [tokens] and offsets [examples + 1]."""
     offsets = np.concatenate([[0], np.cumsum([len(ids) for ids, _ in examples], dtype=np.int64)]).astype(np.int64)
     if not examples:
         return np.zeros(0, np.int32), np.zeros(0, bool), offsets
@@ -86,7 +101,7 @@ def _flat(examples: list[Tokens]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def _tokens(texts: list[Text], data: Data, tokenizer) -> list[Tokens]:
-    """Each text's ids and loss_mask. The tokenizer's Rust code works on a whole batch at once, on all cores."""
+    """Each text's ids and loss mask. A batch goes through the tokenizer in one call, which uses all cores."""
     made: list = [piecewise(text, tokenizer) if text.pieces else None for text in texts]
     for raw in (True, False):
         group = [i for i, text in enumerate(texts) if text.raw == raw and made[i] is None]
@@ -106,12 +121,13 @@ def _tokens(texts: list[Text], data: Data, tokenizer) -> list[Tokens]:
     start, end = _edges(tokenizer)
     strips_spaces = controls(tokenizer).strips_spaces
     return [
-        _marked(text, *_narrowed(text, *one, strips_spaces), start, end, data.train_on_input) for text, one in zip(texts, made, strict=True)
+        _with_loss_mask(text, *_narrowed(text, *one, strips_spaces), start, end, data.train_on_input)
+        for text, one in zip(texts, made, strict=True)
     ]
 
 
 def _narrowed(text: Text, ids: list[int], places: list[Span], strips_spaces: dict[int, str]) -> tuple[list[int], list[Span]]:
-    """A control token that takes the white space beside it in stands where its own characters do."""
+    """Offsets in which a control token that includes the white space beside it has only its own characters."""
     if strips_spaces:
         places = list(places)
         for n, i in enumerate(ids):
@@ -121,7 +137,9 @@ def _narrowed(text: Text, ids: list[int], places: list[Span], strips_spaces: dic
     return ids, places
 
 
-def _marked(text: Text, ids: list[int], places: list, start: list[int], end: list[int], all_of_it: bool) -> tuple[np.ndarray, np.ndarray]:
+def _with_loss_mask(
+    text: Text, ids: list[int], places: list, start: list[int], end: list[int], whole: bool
+) -> tuple[np.ndarray, np.ndarray]:
     first, last = np.fromiter(itertools.chain.from_iterable(places), np.int64, 2 * len(ids)).reshape(-1, 2).T
     loss_mask = np.zeros(len(ids), bool)
     for begin, stop in text.spans:
@@ -129,14 +147,14 @@ def _marked(text: Text, ids: list[int], places: list, start: list[int], end: lis
     if text.raw:
         ids = [*start, *ids, *end]
         loss_mask = np.concatenate([np.zeros(len(start), bool), loss_mask, np.full(len(end), bool(text.spans))])
-    if all_of_it and text.spans:
+    if whole and text.spans:
         loss_mask[:] = True
     loss_mask[:1] = False  # nothing predicts the first token
     return np.array(ids, np.int32), loss_mask
 
 
 def _too_long(views: tuple[Tokens, ...], data: Data) -> str:
-    """How many tokens too long an example has, and for whom; empty where it is short enough for student and teacher."""
+    """The length of an example that is longer than data.max_length, in words; empty for one that fits for student and teacher."""
     for (ids, _), reader in zip(views, ("student", "teacher"), strict=False):
         if len(ids) > data.max_length:
             return f"{len(ids)} tokens" + (f" for the {reader}" if len(views) > 1 else "")
@@ -156,7 +174,7 @@ def _shorten(ids, loss_mask, data: Data) -> list:
 
 
 def _edges(tokenizer) -> tuple[list[int], list[int]]:
-    """The start token, where the tokenizer itself puts one, and the end token."""
+    """The start token, where the tokenizer itself adds one, and the end token."""
     bos = tokenizer.bos_token_id
     starts = bos is not None and tokenizer("", add_special_tokens=True)["input_ids"][:1] == [bos]
     return ([bos] if starts else []), [tokenizer.eos_token_id]

@@ -29,31 +29,31 @@ ALPACA_WITH_INPUT = (
 
 
 def alpaca(row: dict, source: Source, tokenizer, context: str = "") -> list[Text]:
-    """instruction, input (may be empty or absent), output: Stanford Alpaca's prompt; the output is supervised, if there is one.
+    """instruction, input (may be empty or absent), output: the prompt of Stanford Alpaca. The output is supervised.
 
-    Through a chat template that same prompt is the user's turn, as in torchtune's recipes.
+    With a chat template the prompt is the user's turn, as in torchtune's recipes.
     """
     prompt = (ALPACA_WITH_INPUT if row.get("input") else ALPACA).format(instruction=row["instruction"], input=row.get("input", ""))
-    return _turn(prompt, row["output"], source, tokenizer, context)
+    return _prompt_and_answer(prompt, row["output"], source, tokenizer, context)
 
 
 def prompt_completion(row: dict, source: Source, tokenizer, context: str = "") -> list[Text]:
-    """prompt and completion: one text, of which the completion is supervised; or two lists of messages, one conversation."""
+    """prompt and completion: one text, or two lists of messages that are one conversation. The completion is supervised."""
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, list):
-        prompt = _told(context, prompt)
+        prompt = _with_context(context, prompt)
         return conversation([*prompt, *completion], tokenizer, row.get("tools"), first=len(prompt))
-    return _turn(prompt, completion, source, tokenizer, context)
+    return _prompt_and_answer(prompt, completion, source, tokenizer, context)
 
 
 def text(row: dict, source: Source, tokenizer, context: str = "") -> list[Text]:
     """text: all of it is supervised."""
-    return _answered("", row["text"], context)
+    return _plain_text("", row["text"], context)
 
 
 def chat(row: dict, source: Source, tokenizer, context: str = "") -> list[Text]:
-    """messages, and perhaps the tools they may call: the assistant's turns with their end tokens are supervised."""
-    return conversation(_told(context, row["messages"]), tokenizer, row.get("tools"))
+    """messages, and optionally tools that they may call. The assistant's turns with their end tokens are supervised."""
+    return conversation(_with_context(context, row["messages"]), tokenizer, row.get("tools"))
 
 
 def alpaca_answer(row: dict, answer: str) -> tuple[dict, str]:
@@ -87,23 +87,23 @@ FORMATS = {
 }
 
 
-def _turn(prompt: str, answer: str, source: Source, tokenizer, context: str) -> list[Text]:
+def _prompt_and_answer(prompt: str, answer: str, source: Source, tokenizer, context: str) -> list[Text]:
     if not source.chat_template:
-        return _answered(prompt, answer, context)
-    return conversation(_told(context, [{"role": "user", "content": prompt}, *_assistant(answer)]), tokenizer)
+        return _plain_text(prompt, answer, context)
+    return conversation(_with_context(context, [{"role": "user", "content": prompt}, *_assistant(answer)]), tokenizer)
 
 
 def _assistant(answer: str) -> list[dict]:
     return [{"role": "assistant", "content": answer}]
 
 
-def _answered(prompt: str, answer: str, context: str) -> list[Text]:
+def _plain_text(prompt: str, answer: str, context: str) -> list[Text]:
     prompt = f"{context}\n\n{prompt}" if context else prompt
     return [Text(prompt + answer, [(len(prompt), len(prompt + answer))] if answer.strip() else [])]
 
 
-def _told(context: str, messages: list[dict]) -> list[dict]:
-    """The conversation with the context as its system message, or at the head of the one that it has."""
+def _with_context(context: str, messages: list[dict]) -> list[dict]:
+    """The conversation with the context as its system message, or at the beginning of the system message that it has."""
     if not context:
         return messages
     head, *rest = messages
@@ -113,17 +113,17 @@ def _told(context: str, messages: list[dict]) -> list[dict]:
 
 
 def paragraphs(*texts: str | None) -> str:
-    """Those of the texts that say something, a blank line between them."""
+    """The texts that are not empty, with a blank line between them."""
     return "\n\n".join(text for text in texts if text)
 
 
 def refuse_without_template(source: Source, rows: list[dict], tokenizer, setting: str) -> None:
-    """UserError where these rows want a chat template and the tokenizer has none."""
+    """UserError where these rows need a chat template and the tokenizer has none."""
     if tokenizer.chat_template:
         return
     if source.chat_template:
         raise UserError(
-            f"{setting}.chat_template: found true, and the tokenizer has no chat template; use one that has, or set it to false"
+            f"{setting}.chat_template: found true, and the tokenizer has no chat template; use a tokenizer that has one, or set it to false"
         )
     row_format = config.FORMATS[source.format]
     lists = any(

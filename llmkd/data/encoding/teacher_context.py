@@ -1,7 +1,7 @@
-"""Context distillation: the teacher reads a text that the student does not, and both predict the same targets.
+"""Context distillation: the teacher reads a context that the student does not, and both predict the same targets.
 
-A row with context is rendered a second time by its own format, with the context in it. What the teacher is to predict there
-must be, token by token, what the student predicts; where it is not, the row is refused.
+A row with a context is rendered a second time by its format, with the context in it. The targets there must be the student's targets,
+token by token; where they are not, the row is refused.
 """
 
 import itertools
@@ -13,7 +13,7 @@ from ...config.recipe import Data, Source
 from .control_tokens import Text, controls, refuse_unmarked
 from .formats import FORMATS, paragraphs
 
-#: Token ids, and which of them are supervised.
+#: Token ids, and the mask of the supervised ones.
 Tokens = tuple[np.ndarray, np.ndarray]
 
 
@@ -36,21 +36,21 @@ def teacher_texts(row: dict, own: list[Text], source: Source, data: Data, tokeni
         raise ValueError("the chat template does not show the teacher's context, a system message; use a tokenizer whose template does")
     if len(theirs) != len(own):
         raise ValueError(
-            f"the chat template makes {len(own)} examples of it, and with the teacher's context {len(theirs)}; mend the row or the template"
+            f"the chat template makes {len(own)} examples of it, and with the teacher's context {len(theirs)}; fix the row or the template"
         )
     return theirs
 
 
 def _no_spaces(text: str) -> str:
-    """A text without its white space, which templates rearrange."""
+    """A text without its white space, which templates change."""
     return "".join(text.split())
 
 
 def align(own: Tokens, theirs: Tokens, raw: bool, tokenizer) -> Tokens:
-    """The teacher's tokens with only those supervised that the student's are, one by one. ValueError where they differ.
+    """The teacher's tokens, with just the student's targets supervised. ValueError where the supervised tokens differ.
 
-    In a bare text the student's first token has nothing before it that could predict it. The teacher has the context
-    there, so its targets are counted from the end.
+    In a raw text nothing predicts the student's first token. The teacher has its context before that token, so it has more targets, and
+    the student's are the last of them.
     """
     (ids, loss_mask), targets = theirs, own[0][own[1]]
     places = np.flatnonzero(loss_mask)
@@ -59,9 +59,9 @@ def align(own: Tokens, theirs: Tokens, raw: bool, tokenizer) -> Tokens:
     if not np.array_equal(ids[places], targets):
         pairs = itertools.zip_longest(ids[places].tolist(), targets.tolist())
         found, expected = (_token(i, tokenizer) for i in next(pair for pair in pairs if pair[0] != pair[1]))
-        mend = "begin the text otherwise, or use another format" if raw else "mend the row, the context or the template"
+        fix = "begin the text otherwise, or use another format" if raw else "fix the row, the context or the template"
         raise ValueError(
-            f"with the teacher's context, the supervised tokens are not the student's: {found} where the student has {expected}; {mend}"
+            f"with the teacher's context, the supervised tokens are not the student's: {found} where the student has {expected}; {fix}"
         )
     loss_mask = np.zeros_like(loss_mask)
     loss_mask[places] = True
@@ -73,7 +73,7 @@ def _token(i: int | None, tokenizer) -> str:
 
 
 def keep_common(views: tuple[Tokens, ...]) -> None:
-    """Of views that were cut, supervise the targets that all of them still have: the first ones, in place."""
+    """After a cut, supervise only the targets that every view still has: the first ones. In place."""
     kept = min(int(loss_mask.sum()) for _, loss_mask in views)
     for _, loss_mask in views:
         loss_mask[np.flatnonzero(loss_mask)[kept:]] = False

@@ -1,8 +1,8 @@
-"""Rows are tokenised once. The cache is keyed by what they are made from and checked by what it holds.
+"""The token cache: rows are tokenised once.
 
-Key: content of the source, tokenizer, chat template and the settings that shape examples. A damaged entry is named and
-made again. One safetensors file and one JSON file an entry; written under another name and renamed when whole. The
-processes of a launch make an entry once: the first one does, the others wait and read.
+An entry's key is a hash of the source's content, the tokenizer, its chat template and the settings that shape examples. An entry is a
+folder with a safetensors and a JSON file, with a hash of its content; a damaged entry is reported and made again. Of the processes of a
+launch the first makes an entry, and the others wait and read it.
 """
 
 import contextlib
@@ -24,11 +24,10 @@ from ..reading.sources import Rows
 from .encode import encode
 from .formats import refuse_without_template
 
-VERSION = (
-    7  # raise it when encoding makes other tokens of the same rows, or an entry holds them otherwise (7: arrays are named as in Examples)
-)
+#: Raise it when encoding makes other tokens of the same rows, or an entry's files change. 7: arrays are named as in Examples.
+VERSION = 7
 
-_READ = ("ids", "loss_mask", "offsets")  # what a model reads of examples
+_READ = ("ids", "loss_mask", "offsets")  # the arrays of Examples that a model reads
 
 
 def folder(data: Data) -> Path:
@@ -36,7 +35,8 @@ def folder(data: Data) -> Path:
 
 
 def tokenizer_hash(tokenizer, template: bool = True) -> str:
-    """Vocabulary, merges, special tokens and their names (a template may use any) and template; not the padding state that a tokenizer carries about."""
+    """A hash of vocabulary, merges, special tokens and their names, and with `template` of the chat template. A tokenizer's padding and
+    truncation settings are not in it."""
     state = json.loads(tokenizer.backend_tokenizer.to_str())
     state.pop("padding", None)
     state.pop("truncation", None)
@@ -45,9 +45,9 @@ def tokenizer_hash(tokenizer, template: bool = True) -> str:
 
 
 def load_or_encode(rows: Rows, source: Source, data: Data, tokenizer, setting: str, info=info, encode=encode) -> Examples:
-    """The source's examples, from the cache or made now. UserError when nothing is left to train on."""
+    """The source's examples, from the cache, or encoded now and put there. UserError when no example has a supervised token."""
     shaped_by = [*shaping(source, "tokens").values(), *shaping(data, "tokens").values()]
-    made_from = [VERSION, rows.content, *shaped_by, tokenizer_hash(tokenizer)]  # the content tells the columns' names as well
+    made_from = [VERSION, rows.content, *shaped_by, tokenizer_hash(tokenizer)]  # the content includes the columns' names
     entry = folder(data) / hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:32]
     with _lock(entry):
         result = _load(entry, info)
@@ -59,15 +59,15 @@ def load_or_encode(rows: Rows, source: Source, data: Data, tokenizer, setting: s
     if not len(result):
         c = result.counts
         raise UserError(
-            f"{setting}: none of {source.path}'s {c['rows']} rows has a supervised token left ({c['too_long']} are longer than data.max_length = "
-            f"{data.max_length}, {c['unsupervised']} have no answer); raise data.max_length, or look at the rows and {setting}.format"
+            f"{setting}: none of {source.path}'s {c['rows']} rows gives a supervised token ({c['too_long']} are longer than data.max_length = "
+            f"{data.max_length}, {c['unsupervised']} have no answer); raise data.max_length, or check the rows and {setting}.format"
         )
     return result
 
 
 @contextlib.contextmanager
 def _lock(entry: Path):
-    """Held by one process of this machine at a time, and by none that was killed. Without a place to lock there is no cache either."""
+    """Held by one process of this machine at a time; a killed process releases it. Where nothing can be locked, it is not held."""
     try:
         place = entry.parent.with_name("locks")
         place.mkdir(parents=True, exist_ok=True)
@@ -95,7 +95,7 @@ def _load(entry: Path, info) -> Examples | None:
         teacher = Examples(**theirs, row=arrays["row"]) if theirs else None
         return Examples(**arrays, counts=manifest["counts"], teacher_view=teacher)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        info(f"llmkd: the token cache {entry} is damaged ({error}); tokenising again")
+        info(f"warning: the token cache's {entry} is damaged ({error}); tokenising again")
         shutil.rmtree(entry, ignore_errors=True)
         return None
 
@@ -105,7 +105,7 @@ def _hash(raw: bytes, counts: dict) -> str:
 
 
 def _store(entry: Path, result: Examples, info) -> None:
-    """A cache that cannot be written is not worth a failed run: say so and go on."""
+    """Write an entry. A cache that cannot be written does not fail the run: a line says so."""
     from safetensors.numpy import save
 
     arrays = {name: getattr(result, name) for name in (*_READ, "row")}
@@ -118,4 +118,4 @@ def _store(entry: Path, result: Examples, info) -> None:
             (part / "manifest.json").write_text(json.dumps({"sha256": _hash(raw, result.counts), "counts": result.counts}))
     except OSError as error:
         if not os.path.exists(entry / "manifest.json"):  # another process may have been first
-            info(f"llmkd: the token cache {entry.parent} cannot be written ({error.strerror}); going on without")
+            info(f"warning: the token cache {entry.parent} cannot be written ({error.strerror}); continuing without it")

@@ -1,4 +1,4 @@
-"""Tokenizers, and the one place that judges whether two of them are the same."""
+"""Loading, saving and comparing tokenizers."""
 
 import itertools
 import json
@@ -14,7 +14,7 @@ from ..reading import skills
 
 
 def load_tokenizer(name: str, setting: str, revision: str | None = None) -> Any:
-    """The tokenizer in a model's, adapter's or tokenizer's folder (or of a hub id), or builtin:skills."""
+    """The tokenizer in the folder of a model, adapter or tokenizer, of a hub id, or builtin:skills. UserError names `setting`."""
     if name == "builtin:skills":
         return skills.tokenizer()
     from transformers import AutoTokenizer
@@ -24,36 +24,36 @@ def load_tokenizer(name: str, setting: str, revision: str | None = None) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
         raise UserError(
-            f"{setting}: no tokenizer could be loaded from {name} ({type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]})"
+            f"{setting}: no tokenizer could be loaded from {name} ({type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}); name a folder that has one"
         ) from error
     if not tokenizer.is_fast:
-        raise UserError(f"{setting}: {name} has no tokenizer.json; only fast tokenizers are supported")
+        raise UserError(f"{setting}: {name} has no tokenizer.json, and only fast tokenizers are supported; use another one")
     if tokenizer.eos_token_id is None:
         raise UserError(f"{setting}: the tokenizer in {name} has no end-of-text token; set eos_token in its tokenizer_config.json")
     return tokenizer
 
 
 def student_tokenizer(student: Student) -> Any:
-    """The tokenizer a run would train with, without the weights: the student's own, or its base's where it is an adapter."""
+    """The tokenizer that a run trains with, without the weights: the student's own, or its base's where the student is an adapter."""
     if student.tokenizer:
         return load_tokenizer(student.tokenizer, "student.tokenizer")
     return load_tokenizer(str(student_base(student)), "student.model")
 
 
 def student_base(student: Student) -> Path:
-    """The folder of the student's model, or of its base where it is an adapter; of the hub's, without the weights."""
+    """The folder of the student's model, or of its base where it is an adapter. From the hub only the files of the tokenizer are fetched."""
     folder, revision = locate(student.model, "student.model", student.revision, TOKENIZER), None
     if (folder / "adapter_config.json").exists():
         adapter = read_json(folder / "adapter_config.json", "student.model")
         name, revision = student.base or adapter.get("base_model_name_or_path"), adapter.get("revision")
         if not name or not isinstance(name, str):
-            raise UserError(f"student.model: {student.model}/adapter_config.json names no base model; set student.base to it")
+            raise UserError(f"student.model: {student.model}/adapter_config.json names no base model; set student.base")
         folder = locate(name, "student.model", revision, TOKENIZER)
     return folder
 
 
 def save_tokenizer(tokenizer, folder: Path) -> None:
-    """As transformers saves it, and read back: of some (Mistral's, Llama 2's) it forgets a setting by which their class is built."""
+    """Save a tokenizer with transformers and compare what it loads. Of some (Mistral's, Llama 2's) it loses a setting of their class."""
     tokenizer.save_pretrained(folder)
     path = folder / "tokenizer_config.json"
     for kind in (None, "PreTrainedTokenizerFast"):  # the latter takes tokenizer.json as it is
@@ -61,7 +61,7 @@ def save_tokenizer(tokenizer, folder: Path) -> None:
             path.write_text(json.dumps(read_json(path, str(folder)) | {"tokenizer_class": kind}, indent=2, ensure_ascii=False) + "\n")
         if not (differences := tokenizer_differences(tokenizer, load_tokenizer(str(folder), str(folder)))):
             return
-    info(f"note: {folder}: transformers reads the tokenizer back as another one ({differences[0]}); use the base's own")
+    info(f"note: {folder}: transformers loads this tokenizer with a difference ({differences[0]}); use the base model's tokenizer")
 
 
 _PROBES = (
@@ -74,32 +74,33 @@ _PROBES = (
 
 
 def vocab_size(tokenizer) -> int:
-    """One more than the highest id: what a model's head must have. More than the count of tokens where ids have gaps."""
+    """The highest id plus one: the rows that a model's head needs. More than the number of tokens where ids have gaps."""
     return max(tokenizer.get_vocab().values(), default=-1) + 1
 
 
 def shared_vocab(tokenizer, rows: dict[str, int | None]) -> int:
-    """How many entries all models have of the tokenizer's: `rows` are those of each setting's model, None where unknown.
+    """The size of the vocabulary that the tokenizer and all models have. `rows`: of each setting's model its rows, None where unknown.
 
-    Some tokenizers have more entries than their model: Gemma 3's names an image token that the 1B model has no row for.
-    Such added tokens are left out, and examples that hold one are refused by `prepare`; any other lack is a wrong tokenizer.
+    Some tokenizers have more entries than their model: Gemma 3's has an image token without a row in the 1B model. Such added tokens are
+    left out, and `refuse_unknown_tokens` refuses examples that contain one. UserError where another entry has no row: a wrong tokenizer.
     """
     size = vocab_size(tokenizer)
     for setting, count in rows.items():
         lacking = [i for i in tokenizer.get_vocab().values() if count is not None and i >= count]
         if any(i not in tokenizer.added_tokens_decoder for i in lacking):
-            raise UserError(f"{setting}: the tokenizer has {size} entries and the model {count} rows for them; they do not belong together")
+            raise UserError(
+                f"{setting}: the tokenizer has {size} entries and the model {count} rows for them; use the model's own tokenizer"
+            )
         if lacking:
             size = min(size, count)
     return size
 
 
 def tokenizer_differences(ours, theirs) -> list[str]:
-    """Why two tokenizers are not the same: the first entries, control tokens, rules or encodings that differ. Empty if equal.
+    """The differences of two tokenizers: the first entries, control tokens, rules and encodings that differ. Empty if they are equal.
 
-    All that the encoding of a text follows from is compared: entries, merges, scores, normaliser, pre-tokenizer, how added tokens
-    are found. The token they pad with may differ: padding is masked, so nothing is learnt from it. Chat templates may, too: the student's
-    is the one used.
+    Everything that the encoding of a text depends on is compared: entries, merges, scores, normaliser, pre-tokenizer, the matching of
+    added tokens. Padding tokens may differ, since padding is masked. Chat templates may differ too: the student's is used.
     """
     a, b = ours.get_vocab(), theirs.get_vocab()
     names = {i: token for vocabulary in (b, a) for token, i in vocabulary.items()}
@@ -118,7 +119,7 @@ def tokenizer_differences(ours, theirs) -> list[str]:
     out += [f"{token!r} is a control token {'here' if token in control else 'there'} only" for token in sorted((control ^ also) - paddings)]
     out += _rules_differ(*(json.loads(tok.backend_tokenizer.to_str()) for tok in (ours, theirs)), paddings)
     probes = [*_PROBES, *(f"a {token}b{token} {token}" for token in sorted(control & also)[:64])]
-    for text, special in [(_PROBES[0], True), *((text, False) for text in probes)]:  # the first also with what is put round a text
+    for text, special in [(_PROBES[0], True), *((text, False) for text in probes)]:  # the first also with the special tokens around a text
         one, two = ours.encode(text, add_special_tokens=special), theirs.encode(text, add_special_tokens=special)
         if one != two:
             i = next((i for i, (x, y) in enumerate(zip(one, two, strict=False)) if x != y), min(len(one), len(two)))
@@ -127,7 +128,7 @@ def tokenizer_differences(ours, theirs) -> list[str]:
 
 
 def _rules_differ(ours: dict, theirs: dict, paddings: set) -> list[str]:
-    """Of two tokenizers as JSON, the first merge, score and rule of each kind that differ: no probe text would meet each of them."""
+    """The first merge, score and rule of each kind in which two tokenizers, as JSON, differ. No probe text would find all of these."""
     out = []
     one, two = ([m if isinstance(m, str) else " ".join(m) for m in tok["model"].get("merges", [])] for tok in (ours, theirs))
     first = next((i for i, (x, y) in enumerate(zip(one, two, strict=False)) if x != y), None)
@@ -151,15 +152,15 @@ def _rules_differ(ours: dict, theirs: dict, paddings: set) -> list[str]:
 
 
 def _model(tokenizer: dict) -> dict:
-    """What else than its entries a model's splitting follows from."""
+    """The settings of a tokenizer's model, without its entries and merges."""
     out = {name: value or None for name, value in tokenizer["model"].items() if name not in ("vocab", "merges")}
     if out["type"] == "BPE" and (out.get("byte_fallback") or "ByteLevel" in json.dumps(tokenizer["pre_tokenizer"])):
-        out["unk_token"] = out["fuse_unk"] = None  # where bytes can be had, nothing is unknown
+        out["unk_token"] = out["fuse_unk"] = None  # with a fallback to bytes there are no unknown tokens
     return out
 
 
 def _plain(rule):
-    """A rule without what changes offsets only; sequences of one or none are what they do."""
+    """A rule without settings that change offsets only, and without sequences of one rule or none."""
     if not isinstance(rule, dict):
         return [_plain(each) for each in rule] if isinstance(rule, list) else rule
     rule = {name: _plain(value) for name, value in rule.items() if name != "trim_offsets"}
@@ -168,7 +169,7 @@ def _plain(rule):
 
 
 def _first_difference(one, two, where: str) -> tuple[str, str, str] | None:
-    """The first value inside that differs: its path, and both as text."""
+    """The first value that differs: its path, and both values as text."""
     if isinstance(one, dict) and isinstance(two, dict) and one.keys() == two.keys():
         pairs = [(f"{where}.{name}", one[name], two[name]) for name in one]
     elif isinstance(one, list) and isinstance(two, list) and len(one) == len(two):

@@ -1,8 +1,7 @@
-"""Reading one file: every row with its place, one kind of file after another.
+"""Readers of one file: every row with its place. JSON, JSONL, CSV, Parquet and Arrow.
 
-A reader yields (place, get): `get()` gives the row, or raises BadRow with what is wrong with it. So a row that is only
-passed over (a stream going on where it was stopped) costs no parsing, and a bad row does not hide the ones behind it.
-A file that is damaged as a whole ends with a last `get` that says so.
+A reader yields (place, get): `get()` returns the row, or raises BadRow with the error. So a row that is only skipped (by a stream that
+resumes) is not parsed, and a bad row does not hide the rows after it. In a damaged file the last `get` raises.
 """
 
 import csv
@@ -19,7 +18,7 @@ Records = Iterator[tuple[str, Callable[[], Any]]]
 
 
 class BadRow(ValueError):
-    """What is wrong with a row, in words."""
+    """A row that cannot be read; the text says why."""
 
 
 def _raise(message: str) -> Any:
@@ -27,12 +26,12 @@ def _raise(message: str) -> Any:
 
 
 def kind_of(path: Path) -> str | None:
-    """The ending by which a file is read, .JSONL like .jsonl; None where it is of no known kind."""
+    """The ending that decides how a file is read, in lower case; None where it is not a known one."""
     return path.suffix.lower() if path.suffix.lower() in KINDS else None
 
 
 def records(file: BinaryIO, name: str, path: Path) -> Records:
-    """The rows of an open file, with their places `name:line` (parquet and arrow: the row's number)."""
+    """The rows of an open file, with their places `name:line` (Parquet and Arrow: the row's number)."""
     return KINDS[path.suffix.lower()](file, name)
 
 
@@ -53,7 +52,7 @@ def _no_constant(name: str):
 
 
 def _int(digits: str) -> int:
-    if len(digits) > 4000:  # Python's own limit is near, and its advice is for programmers
+    if len(digits) > 4000:  # near Python's own limit, whose message is for programmers
         raise ValueError(f"a number of {len(digits)} digits")
     return int(digits)
 
@@ -72,7 +71,7 @@ def _text(raw: bytes) -> str:
 
 
 def _without_mark(file: BinaryIO) -> bool:
-    """Whether the file starts as text should; leaves it at its start."""
+    """Whether the file starts without a byte order mark. The file is left at its start."""
     start = file.read(3)
     file.seek(0)
     return start != _MARK
@@ -118,7 +117,7 @@ def _json_values(text: str) -> Iterator[tuple[int, Callable[[], Any]]]:
     at, line = _SPACE.match(text).end(), 1
     line += text.count("\n", 0, at)
     if text[at : at + 1] != "[":
-        found = f"found {text[at : at + 10]!r}, expected a list of objects; one object per line wants the ending .jsonl"
+        found = f"found {text[at : at + 10]!r}, expected a list of objects; a file with one object per line needs the ending .jsonl"
         yield line, functools.partial(_raise, found)
         return
     at += 1
@@ -139,7 +138,7 @@ def _json_values(text: str) -> Iterator[tuple[int, Callable[[], Any]]]:
         except RecursionError:
             yield line, functools.partial(_raise, "not valid JSON (nested too deeply)")
             return
-        except ValueError as error:  # a NaN or a key given twice: the row is bad, and where it ends can be known
+        except ValueError as error:  # a NaN or a repeated key: the row is bad, but its end can be found
             yield line, functools.partial(_raise, f"not valid JSON ({error})")
             try:
                 _, end = _LENIENT.raw_decode(text, at)
@@ -166,11 +165,11 @@ def _same(value: Any) -> Any:
 
 
 def _csv(file: BinaryIO, name: str) -> Records:
-    """Comma-separated, with a header; each row has as many fields as it. A row's place is the line it starts on."""
+    """Comma-separated, with a header and as many fields in each row. A row's place is the line on which it starts."""
     if not _without_mark(file):
         yield f"{name}:1", _HAS_MARK
         return
-    csv.field_size_limit(2**31 - 1)  # or a long text is refused as too large a field
+    csv.field_size_limit(2**31 - 1)  # the default refuses long texts
     rows = csv.reader(map(_text, file), strict=True)
     header: list[str] = []
     for _ in itertools.count():
@@ -182,14 +181,14 @@ def _csv(file: BinaryIO, name: str) -> Records:
         except BadRow as error:
             yield f"{name}:{rows.line_num + 1}", functools.partial(_raise, str(error))
             return
-        except csv.Error as error:  # what follows a broken quotation is guesswork
+        except csv.Error as error:  # after an unclosed quotation the rest cannot be read reliably
             wrong = "a carriage return outside quotes; end lines by a line feed" if "new-line character" in str(error) else error
             yield f"{name}:{start}", functools.partial(_raise, f"not valid CSV ({wrong})")
             return
         if not row:
             continue
         if any("\0" in value for value in row):
-            yield f"{name}:{start}", functools.partial(_raise, "holds a NUL character; mend the file's encoding")
+            yield f"{name}:{start}", functools.partial(_raise, "contains a NUL character; fix the file's encoding")
         elif header:
             yield f"{name}:{start}", functools.partial(_csv_row, header, row)
         else:
@@ -203,7 +202,9 @@ def _csv(file: BinaryIO, name: str) -> Records:
 
 def _csv_row(header: list[str], row: list[str]) -> dict[str, str]:
     if len(row) != len(header):
-        raise BadRow(f"{len(row)} fields, expected {len(header)} ({', '.join(header)}); a field with a comma or a line break wants quotes")
+        raise BadRow(
+            f"{len(row)} fields, expected {len(header)} ({', '.join(header)}); put quotes around a field with a comma or a line break"
+        )
     return dict(zip(header, row, strict=True))
 
 
@@ -219,7 +220,7 @@ def _parquet(file: BinaryIO, name: str) -> Records:
     return _table(batches(), name, "parquet")
 
 
-_STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"  # without it a stream that was cut between two batches would look whole
+_STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"  # without this check a stream that was cut between two batches would look complete
 
 
 def _arrow(file: BinaryIO, name: str) -> Records:
@@ -244,7 +245,7 @@ def _arrow(file: BinaryIO, name: str) -> Records:
 
 
 def _table(batches: Iterator, name: str, what: str) -> Records:
-    """Each row of record batches. A batch is validated first, since a damaged one may lead out of its memory."""
+    """Each row of record batches. A batch is validated first, since a damaged one may read outside its memory."""
     number = 0
     while True:
         try:
@@ -253,7 +254,7 @@ def _table(batches: Iterator, name: str, what: str) -> Records:
                 return
             batch.validate(full=True)
             rows = _Rows(batch)
-        except Exception as error:  # pyarrow raises its own and Python's alike
+        except Exception as error:  # pyarrow raises its own exceptions and Python's
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             yield (
                 f"{name}:{number + 1}",
@@ -266,13 +267,13 @@ def _table(batches: Iterator, name: str, what: str) -> Records:
 
 
 class _Rows:
-    """A record batch that becomes Python objects when the first of its rows is wanted."""
+    """A record batch that is converted to Python objects when its first row is used."""
 
     def __init__(self, batch):
         names = batch.schema.names
         twice = next((column for column in names if names.count(column) > 1), None)
         if twice is not None:
-            raise BadRow(f"the column {twice!r} is there twice")
+            raise BadRow(f"the column {twice!r} occurs twice")
         self.batch, self.columns = batch, None
 
     def get(self, i: int) -> dict:
@@ -280,32 +281,32 @@ class _Rows:
             self.columns = {name: _values(column) for name, column in zip(self.batch.schema.names, self.batch.columns, strict=True)}
         for name, values in self.columns.items():
             if isinstance(values, str):
-                raise BadRow(f"the column {name!r} is not readable ({values}); mend it, or write the file without it")
+                raise BadRow(f"the column {name!r} is not readable ({values}); fix it, or write the file without it")
         return row_of({name: values[i] for name, values in self.columns.items()})
 
 
 def _values(column) -> list | str:
-    """A column's values, or why it has none: text that is not UTF-8, a date out of range, a time zone that nobody knows."""
+    """A column's values, or the error as text: text that is not UTF-8, a date out of range, an unknown time zone."""
     try:
         return column.to_pylist()
-    except Exception as error:  # pyarrow raises its own and Python's alike
+    except Exception as error:  # pyarrow raises its own exceptions and Python's
         return f"{type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}"
 
 
 def without_nulls(value: Any) -> Any:
-    """Columnar files give every object all the fields that any has; those that are null were not there."""
+    """The value without null fields. Columnar files give every object all the fields that any has; null ones were absent."""
     if isinstance(value, dict):
         return {k: without_nulls(v) for k, v in value.items() if v is not None}
     return [without_nulls(v) for v in value] if isinstance(value, list) else value
 
 
 def row_of(columns: dict) -> dict:
-    """A row of a columnar source; the columns themselves stay, a null one too."""
+    """A row of a columnar source, with all its columns, null ones too, and no null fields inside their values."""
     return {name: without_nulls(value) for name, value in columns.items()}
 
 
 def raw(get: Callable[[], Any]) -> bytes:
-    """What tells a row from another; without parsing it, where that can be."""
+    """Bytes that identify a row's content; without parsing it, where possible."""
     if isinstance(get, functools.partial) and get.func in (_json_line, _csv_row):
         return get.args[0].strip() if get.func is _json_line else repr(get.args).encode()
     try:

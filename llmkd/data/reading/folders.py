@@ -1,4 +1,4 @@
-"""Which files of a folder are a split: by their names, or as `datasets.save_to_disk` wrote it down."""
+"""The files of a split in a folder: by their names, or by the index that `datasets.save_to_disk` wrote."""
 
 import json
 import re
@@ -24,7 +24,7 @@ Files = list[tuple[str, Path]]
 
 
 def data_files(root: Path, source: Source, setting: str) -> Files:
-    """The files of the source's split, in the order of their names, each with the name that places show."""
+    """The files of the source's split, sorted by name, each with its name in places."""
     if (root / "dataset_dict.json").exists():
         splits = _json(root / "dataset_dict.json", setting).get("splits") or []
         if source.split not in splits:
@@ -39,21 +39,23 @@ def data_files(root: Path, source: Source, setting: str) -> Files:
     every = [p for p in every if not any(part.startswith((".", "_")) for part in p.parts) and p.name not in _NOT_DATA]
     gone = next((p for p in every if kind_of(p) and not (root / p).is_file()), None)
     if gone:
-        raise UserError(f"{setting}.path: {source.path}/{gone} is a link to nothing, or no file; mend or remove it")
+        raise UserError(f"{setting}.path: {source.path}/{gone} is a broken link, or not a file; fix or remove it")
     packed = next((p for p in every if p.suffix.lower() in _PACKED and kind_of(p.with_suffix(""))), None)
     if packed:
-        raise UserError(f"{setting}.path: {source.path}/{packed} is packed; unpack it, or name a file")
+        raise UserError(f"{setting}.path: {source.path}/{packed} is compressed; unpack it, or name a file")
     inside = [p for p in every if kind_of(p)]
     if not inside:
         there = ", ".join(sorted(p.name for p in root.iterdir())[:5]) or "nothing"
-        raise UserError(f"{setting}.path: {source.path} holds no data file ({', '.join(KINDS)}); it holds {there}")
+        raise UserError(
+            f"{setting}.path: {source.path} has no data file ({', '.join(KINDS)}); it has {there}; name a file, or another folder"
+        )
     chosen = _of_split(inside, source, setting)
     _refuse_gaps(chosen, source, setting)
     return [(f"{source.path.rstrip('/')}/{p}", root / p) for p in chosen]
 
 
 def _refuse_gaps(files: list[Path], source: Source, setting: str) -> None:
-    """Of files that say how many they are, all are there."""
+    """UserError where a file of a numbered set (NAME-00000-of-00005) is missing."""
     there: dict[tuple[str, str, str], set[int]] = {}
     for path in files:
         if shard := _SHARD.fullmatch(path.stem):
@@ -62,24 +64,24 @@ def _refuse_gaps(files: list[Path], source: Source, setting: str) -> None:
         lacking = next((n for n in range(int(count)) if n not in numbers), None)
         if lacking is not None:
             raise UserError(
-                f"{setting}.path: {source.path}/{name}-{lacking:0{len(count)}}-of-{count}{suffix} is missing, and {len(numbers)} of its "
-                f"{int(count)} parts are there; fetch it"
+                f"{setting}.path: {source.path}/{name}-{lacking:0{len(count)}}-of-{count}{suffix} is missing; {len(numbers)} of its {int(count)} parts "
+                f"are there; fetch it"
             )
 
 
 def _of_split(inside: list[Path], source: Source, setting: str) -> list[Path]:
-    """All files, if none is named by a split; the wanted split's, if all are. Anything in between might mix test rows in."""
+    """All files if none is named after a split; the files of the wanted split if all are. A mixture is refused, since it may include test rows."""
     splits = {path: _split_of(path, source, setting) for path in inside}
     known = sorted({split for split in splits.values() if split})
     if not known:
         if source.split != "train":
-            raise UserError(f"{setting}.split: found {source.split!r}, and no file in {source.path} is named by a split; leave it out")
+            raise UserError(f"{setting}.split: found {source.split!r}, and no file in {source.path} is named after a split; leave it out")
         return inside
     unnamed = next((path for path, split in splits.items() if not split), None)
     if unnamed:
         named = next(path for path, split in splits.items() if split)
         raise UserError(
-            f"{setting}.path: in {source.path} some files are named by a split ({named}) and some are not ({unnamed}); name a file, or rename them"
+            f"{setting}.path: in {source.path} some files are named after a split ({named}) and some are not ({unnamed}); name a file, or rename them"
         )
     wanted = _SPLITS.get(source.split, source.split)
     if wanted not in known:
@@ -88,19 +90,19 @@ def _of_split(inside: list[Path], source: Source, setting: str) -> list[Path]:
 
 
 def _split_of(path: Path, source: Source, setting: str) -> str | None:
-    """The split that a word of a file's name or of its folders' names: train-00000-of-00001, gsm_test, Validation.part2, ..."""
+    """The split in a file's name or its folders' names: train-00000-of-00001, gsm_test, Validation.part2, ..."""
     shard = _SHARD.fullmatch(path.stem)
     name = shard[1] if shard else path.stem
     found = {_SPLITS[word] for part in (*path.parts[:-1], name) for word in map(str.lower, _WORD.findall(part)) if word in _SPLITS}
     if len(found) > 1:
         raise UserError(f"{setting}.path: {source.path}/{path} names two splits ({' and '.join(sorted(found))}); rename it, or name a file")
     if shard and name.lower() not in _SPLITS and name.lower() not in ("data", "part"):
-        return name  # a split of its own name, such as train_sft
+        return name  # a split with a name of its own, such as train_sft
     return found.pop() if found else None
 
 
 def _saved(folder: Path, name: str, setting: str) -> Files:
-    """The arrow files of one saved data set, read as they lie there and not through the library's cache."""
+    """The Arrow files of a saved data set, read directly and not through the library's cache."""
     listed = [file.get("filename") for file in _json(folder / "state.json", setting).get("_data_files") or []]
     if not listed or not all(isinstance(file, str) and Path(file).name == file for file in listed):
         raise UserError(f"{setting}.path: {folder / 'state.json'} names no data files; save the data set again")

@@ -1,6 +1,6 @@
-"""What a row must hold for its format. One that lacks a column, or holds the wrong type or null in one, is named with its place.
+"""Checks of a row against its format: columns that are missing, null, or of the wrong type are errors with the row's place.
 
-Nothing is repaired, since a repair would be silent. Renaming columns and roles as the recipe says is no repair.
+Nothing is repaired, since a repair would be silent. Columns and roles are renamed as the recipe says.
 """
 
 import difflib
@@ -13,13 +13,13 @@ SHOWN = 20
 
 
 class ErrorCollector:
-    """Collects what is wrong; raises all of it together, the first twenty in words."""
+    """Collects errors, one line each, and raises them as one UserError that shows the first twenty."""
 
     def __init__(self):
         self.found: list[str] = []
 
     def add(self, problem: str) -> None:
-        """One line, whatever the data had in it."""
+        """Add an error as one line: characters that do not print are escaped, and the rest after 600 characters is cut off."""
         line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in problem)
         self.found.append(line if len(line) <= 600 else f"{line[:600]} ...")
 
@@ -30,7 +30,7 @@ class ErrorCollector:
 
 
 def check_row(row: Any, place: str, source: Source, problems: ErrorCollector, choices: bool = False) -> Any:
-    """The row under the format's own names, with what is wrong with it added to `problems`."""
+    """The row with the format's own names for its columns. Its errors are added to `problems`."""
     try:
         return _checked(row, place, source, problems, choices)
     except RecursionError:
@@ -62,8 +62,8 @@ def _checked(row: Any, place: str, source: Source, problems: ErrorCollector, cho
         elif column == "teacher_context" and value is None:  # a null field is an absent one: parquet has them in every row
             continue
         elif not isinstance(value, str):
-            mend = ', use "" for an empty one' if value is None else ""
-            problems.add(f"{place}: {name} is {kind(value)}, expected text{mend}")
+            fix = ', use "" for an empty one' if value is None else ""
+            problems.add(f"{place}: {name} is {kind(value)}, expected text{fix}")
         else:
             _check_text(value, f"{place}: {name}", problems)
         found[column] = value
@@ -88,7 +88,7 @@ def _missing(optional: bool, name: str, row: dict, theirs: dict, place: str, pro
 
 
 def _messages(messages: Any, name: str, source: Source, place: str, problems: ErrorCollector) -> Any:
-    """The conversation under our own names. A null field of a message is an absent one: parquet adds them to every message."""
+    """The conversation with our own names for roles and fields. A null field of a message is absent: parquet adds such fields to every message."""
     if not isinstance(messages, list) or not messages:
         problems.add(f"{place}: {name} is {kind(messages) if messages != [] else 'empty'}, expected a list of {{role, content}}")
         return messages
@@ -104,25 +104,25 @@ def _messages(messages: Any, name: str, source: Source, place: str, problems: Er
         if not isinstance(role, str) or role not in roles:
             problems.add(f"{where}.{role_name} is {role!r}, expected one of {', '.join(roles)}")
             continue
-        said_elsewhere = content is None and roles[role] == "assistant" and message.get("tool_calls")
-        if not isinstance(content, str) and not said_elsewhere:
+        only_calls = content is None and roles[role] == "assistant" and message.get("tool_calls")
+        if not isinstance(content, str) and not only_calls:
             problems.add(f"{where}.{content_name} is {kind(content)}, expected text")
             continue
         rest = {k: v for k, v in message.items() if k not in (role_name, content_name, "role", "content") and v is not None}
         bad = _surrogate(rest)
         if bad is not None:
-            problems.add(f"{where} holds half of a surrogate pair, which is no character; mend the file's encoding")
+            problems.add(f"{where} contains half of a surrogate pair, which is not a character; fix the file's encoding")
         _check_text(content or "", f"{where}.{content_name}", problems)
         out.append({"role": roles[role], "content": content or "", **rest})
     return out
 
 
 def _tools(tools: Any, name: str, place: str, problems: ErrorCollector) -> Any:
-    """The functions a conversation may call: a list of objects, or nothing."""
+    """The functions that a conversation may call: a list of objects, or null."""
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         problems.add(f"{place}: {name} is {kind(tools)}, expected a list of objects")
     elif _surrogate(tools) is not None:
-        problems.add(f"{place}: {name} holds half of a surrogate pair, which is no character; mend the file's encoding")
+        problems.add(f"{place}: {name} contains half of a surrogate pair, which is not a character; fix the file's encoding")
     return tools or None
 
 
@@ -131,18 +131,18 @@ def _check_choices(row: dict, source: Source, place: str, problems: ErrorCollect
     if not isinstance(options, list) or len(options) < 2 or not all(isinstance(c, str) and c for c in options):
         problems.add(f"{place}: choices is {kind(options)}, expected a list of at least two texts")
     elif any(_surrogate(option) is not None for option in options):
-        problems.add(f"{place}: choices holds half of a surrogate pair, which is no character; mend the file's encoding")
+        problems.add(f"{place}: choices contains half of a surrogate pair, which is not a character; fix the file's encoding")
     elif type(answer) is not int or not 0 <= answer < len(options):
         problems.add(f"{place}: answer is {answer!r}, expected an index from 0 to {len(options) - 1}")
 
 
 def _check_text(text: str, where: str, problems: ErrorCollector) -> None:
     if _surrogate(text) is not None:
-        problems.add(f"{where} holds half of a surrogate pair, which is no character; mend the file's encoding")
+        problems.add(f"{where} contains half of a surrogate pair, which is not a character; fix the file's encoding")
 
 
 def _surrogate(value: Any) -> str | None:
-    """The first text in `value`, however deep, that cannot be encoded."""
+    """The first text in `value`, at any depth, that cannot be encoded as UTF-8."""
     if isinstance(value, dict | list):
         inner = [*value, *value.values()] if isinstance(value, dict) else value
         return next((bad for bad in map(_surrogate, inner) if bad is not None), None)
@@ -155,6 +155,6 @@ def _surrogate(value: Any) -> str | None:
 
 
 def kind(value: Any) -> str:
-    """What a value is, in the words of the file and not of Python."""
+    """The type of a value, in the words of JSON rather than Python."""
     names = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number", bytes: "bytes"}
     return "null" if value is None else names.get(type(value), f"a {type(value).__name__}")

@@ -1,8 +1,8 @@
-"""A small instruction corpus made by rule: facts of a toy world, numbers, opposites and short stories.
+"""A small generated instruction corpus: facts of a toy world, numbers, opposites and short stories.
 
-It needs no download, is the same on every machine, and has several right wordings of most answers, so that a teacher's
-distribution says more than one label does. `prose` states the world (to pretrain base models on); `questions` asks
-about it, as a conversation. No held-out question is among those to train on or in the prose; its fact may be.
+It needs no download, is the same on every machine, and has several correct wordings of most answers, so that a teacher's distribution
+has more information than one label. `prose` states the facts (to pretrain base models on); `questions` asks about them, as conversations.
+No held-out question is among the training questions or in the prose; its fact may be.
 """
 
 import functools
@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 VERSION = 1
 SIZES = {"questions": {"train": 6000, "validation": 400, "test": 400}, "prose": {"train": 10000, "validation": 300}}
 
-_KINDS = {  # kind: (what it does, where it lives, things with their colour and size)
+_KINDS = {  # kind: (does, home, things with their colour and size)
     "bird": (
         "flies",
         "a nest",
@@ -70,7 +70,7 @@ OPPOSITES = [
 _NAMES = "Ann Ben Cleo Dan Eva Finn Gus Hana Ida Jon Kim Leo Mia Ned Olga Pia".split()
 _OBJECTS = "ball cup book hat key coin drum kite lamp spoon".split()
 
-Question = tuple[str, str, list[str]]  # the question, the answer in a word or two, wrong ones
+Question = tuple[str, str, list[str]]  # the question, a short answer, wrong answers
 
 
 def _thing(rng: random.Random) -> Question:
@@ -146,7 +146,7 @@ def rows(split: str, name: str = "questions") -> list[dict]:
 
     if split not in SIZES.get(name, {}):
         known = "; ".join(f"name: {n}, split: {' or '.join(s)}" for n, s in SIZES.items())
-        raise UserError(f"builtin:skills has no name {name!r} with split {split!r}; it has {known}")
+        raise UserError(f"builtin:skills: found name {name!r} with split {split!r}, expected {known}")
     if name == "prose":
         return [_told(sentences) for sentences in _prose(split)]
     return [_conversation(question, split) for question in _questions()[split]]
@@ -154,7 +154,7 @@ def rows(split: str, name: str = "questions") -> list[dict]:
 
 @functools.cache
 def _questions() -> dict[str, list[tuple[str, str, list[str], str]]]:
-    """Distinct questions, parted into splits after one shuffle."""
+    """Distinct questions, shuffled once and divided into splits."""
     rng, seen, found = random.Random("skills"), set(), []
     while len(found) < sum(SIZES["questions"].values()):
         question, right, wrong = rng.choice(SKILLS)(rng)
@@ -186,7 +186,7 @@ def _prose(split: str) -> Iterator[list[str]]:
 
 
 def _told(sentences: list[str]) -> dict:
-    """As text; and told by two in turn, so that a base model has met the tokens that open a turn."""
+    """The sentences as text, and as a conversation, so that a base model is trained on the tokens that begin a turn."""
     half = len(sentences) // 2
     turns = [{"role": "user", "content": " ".join(sentences[:half])}, {"role": "assistant", "content": " ".join(sentences[half:])}]
     return {"text": " ".join(sentences), "messages": turns}
@@ -238,7 +238,7 @@ def _about_people(rng: random.Random) -> str:
 
 
 def _asked(rng: random.Random) -> str:
-    """A question and its answer, parted by a line break, never one that is held out."""
+    """A question and its answer with a line break between them; never a held-out question."""
     while True:
         question, right, _ = rng.choice(SKILLS)(rng)
         if question not in _held_out():

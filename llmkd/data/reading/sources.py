@@ -1,7 +1,7 @@
-"""Where examples come from: files, folders, saved data sets, the hub. Every row with its place, read strictly. No torch here.
+"""Sources of rows: files, folders, saved data sets and the hub. Every row has its place, and reading is strict. No torch here.
 
-A source's content is hashed over what was really read: the bytes of files with their names, the rows of the hub (whose
-own cache serves stale rows and flipped bits unnoticed). So another bit means other tokens, never the cached ones.
+A source's content hash covers what was really read: the bytes of files with their names, or the rows of a hub data set (whose own cache
+may serve stale rows or flipped bits). So a changed bit never gives tokens from the token cache.
 """
 
 import difflib
@@ -31,7 +31,7 @@ _HUB_ID = re.compile(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)?")
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of one source, where each stands (`file:line`), a hash of what was read, and what a card says of it."""
+    """The rows of one source, the place of each (`file:line`), a hash of what was read, and the source's entry in the model card."""
 
     rows: list[dict]
     places: list[str]
@@ -40,7 +40,7 @@ class Rows:
 
 
 def read_sources(setting: Source | tuple[Source, ...] | None, name: str, choices: bool = False) -> list[Rows]:
-    """Every source of a setting. UserError names every bad row of all of them."""
+    """The rows of every source of a setting. UserError names every bad row of all of them."""
     out, problems = [], []
     for path, source in with_setting_names(setting, name):
         try:
@@ -53,7 +53,7 @@ def read_sources(setting: Source | tuple[Source, ...] | None, name: str, choices
 
 
 def read_source(source: Source, setting: str, choices: bool = False) -> Rows:
-    """All rows of a source, checked for its format (and for multiple choice). UserError names every bad one."""
+    """All rows of a source, checked against its format (with `choices` as multiple-choice questions). UserError names every bad row."""
     problems, opened = ErrorCollector(), open_source(source, setting)
     found: Iterable[tuple[str, Any]] = _parsed(opened.records, problems)
     if source.limit and source.seed is not None:
@@ -95,7 +95,7 @@ def _sample(found: list, limit: int, seed: int) -> list:
 
 @dataclass
 class Opened:
-    """A source's rows, to be read once, and what is known of it: the hash of its content when they have been read."""
+    """A source's rows, to be read once. `content()` is the hash of its content, known when they have been read."""
 
     records: Records
     content: Any  # () -> str
@@ -104,7 +104,7 @@ class Opened:
 
 
 def open_source(source: Source, setting: str) -> Opened:
-    """The source behind a setting, refused when it is not there. Rows are read as they are asked for."""
+    """Open the source of a setting; UserError where it does not exist. Rows are read one by one as they are used."""
     if source.path == "builtin:skills":
         return _builtin(source)
     files = local(source, setting)
@@ -123,7 +123,7 @@ def _builtin(source: Source) -> Opened:
 
 
 def local(source: Source, setting: str) -> list[tuple[str, Path]] | None:
-    """The files behind a path, each with the name that places show; None if the path can only be a data set of the hub."""
+    """The files at a path, each with its name in places; None if the path can only be a hub data set."""
     path, kinds = _path(source.path, setting), ", ".join(KINDS)
     if path.is_dir() and source.path.strip():
         files = data_files(path, source, setting)
@@ -139,12 +139,12 @@ def local(source: Source, setting: str) -> list[tuple[str, Path]] | None:
         looks_local = source.path.startswith((".", "/", "~")) or (len(path.parts) > 1 and Path(path.parts[0]).is_dir())
         if looks_local or not _HUB_ID.fullmatch(source.path):
             raise UserError(
-                f"{setting}.path: {source.path} does not exist, and is no name of a data set on the hub; name a file ({kinds}) or a folder{_nearest(path)}"
+                f"{setting}.path: {source.path} does not exist, and is not the name of a hub data set; name a file ({kinds}) or a folder{_nearest(path)}"
             )
         return None
     for name in ("name", "revision"):
         if getattr(source, name) is not None:
-            raise UserError(f"{setting}.{name}: found {getattr(source, name)!r}, which only a data set of the hub has; leave it out")
+            raise UserError(f"{setting}.{name}: found {getattr(source, name)!r}, which only a hub data set has; leave it out")
     return files
 
 
@@ -153,10 +153,10 @@ def _path(name: str, setting: str) -> Path:
         path = Path(name).expanduser()
         path.exists()
         if "\0" in name:
-            raise ValueError("it holds a NUL character")
+            raise ValueError("it contains a NUL character")
         return path
     except (RuntimeError, ValueError, OSError) as error:  # a home that does not exist, a NUL, a name too long
-        raise UserError(f"{setting}.path: {name!r} is no path ({error}); name a file") from None
+        raise UserError(f"{setting}.path: {name!r} is not a path ({error}); name a file") from None
 
 
 def _nearest(path: Path) -> str:
@@ -166,7 +166,7 @@ def _nearest(path: Path) -> str:
 
 
 class _Files:
-    """Files one after another, each read at once and hashed as it is read."""
+    """Files one after another, each read as a whole and hashed as it is read."""
 
     def __init__(self, files: list[tuple[str, Path]], setting: str):
         self.files, self.setting, self.hashes = files, setting, {}
@@ -176,7 +176,7 @@ class _Files:
             yield from records(io.BytesIO(self._bytes(name, path)), name, path)
 
     def content(self) -> str:
-        """Also of the files that a limit kept from being read."""
+        """The hash of all files, also of those that a limit left unread."""
         for name, path in self.files:
             if name not in self.hashes:
                 self._bytes(name, path)
@@ -207,7 +207,7 @@ def from_hub(source: Source, setting: str, streaming: bool = False) -> Any:
     except Exception as error:
         reason = (str(error).strip().splitlines() or [""])[0]
         raise UserError(
-            f"{setting}.path: {source.path} is no file here and could not be had from the hub ({type(error).__name__}: {reason[:160]})"
+            f"{setting}.path: {source.path} is not a file here and could not be read from the hub ({type(error).__name__}: {reason[:160]}); check the name and the connection"
         ) from None
 
 
@@ -224,7 +224,7 @@ def _hub(source: Source, setting: str) -> Opened:
 
 
 def hub_revision(data: Any, source: Source) -> str | None:
-    """The commit a hub data set was read at: as its files' addresses or the hub say, or else as the recipe does."""
+    """The commit at which a hub data set was read: from its files' addresses, else from the hub, else the recipe's revision."""
     addresses = " ".join(map(str, getattr(data.info, "download_checksums", None) or {}))
     commits = set(re.findall(r"@([0-9a-f]{40})/", addresses))
     if len(commits) == 1:
@@ -233,5 +233,5 @@ def hub_revision(data: Any, source: Source) -> str | None:
 
     try:
         return dataset_info(source.path, revision=source.revision, timeout=10).sha
-    except Exception:  # offline, say; the rows were read all the same
+    except Exception:  # such as offline, with the rows from the hub's cache
         return source.revision
