@@ -7,7 +7,7 @@ from ..batch import PackedLayout, View
 from ..errors import UserError, brief
 from ..head import widen
 from .families import layers_of
-from .last_layer import gap
+from .probe import probe_ids, relative_gap
 from .startup_checks import tolerance
 
 BACKEND = "inductor"
@@ -52,7 +52,7 @@ def compile_layers(model, setting: str, packing: bool) -> None:
         found = _results(model, packing)
     except Exception as error:
         raise UserError(f"train.compile: {setting} ({family}) cannot be compiled ({brief(error)}); set train.compile: false") from error
-    off = max(gap(whole[:1], found[:1]), gap(whole[1:], found[1:]) / 10)
+    off = max(relative_gap(whole[:1], found[:1]), relative_gap(whole[1:], found[1:]) / 10)
     if not off <= max(tolerance(model), 1e-5):  # norms are in float32, whatever the rest is
         raise UserError(f"train.compile: {setting} ({family}), compiled, differs by {off:.2g} of its values; set train.compile: false")
 
@@ -61,7 +61,7 @@ def _results(model, packing: bool) -> list[Tensor]:
     """Hidden states, and the gradients of what trains, as in the run: in its mode, with dropout, and with two of three positions supervised."""
     device = model.device
     T = min(_LENGTH.get(device.type, 23), getattr(model.base_model.config.get_text_config(), "max_position_embeddings", None) or 23)
-    ids_BT = (torch.arange(2 * T, device=device).reshape(2, T) * 7 + 3) % model.head.vocab
+    ids_BT = probe_ids(model.head.vocab, device, T)
     inputs, packed = {"input_ids": ids_BT}, None
     if packing:
         inputs = {"input_ids": ids_BT.reshape(1, -1), "position_ids": torch.arange(T, device=device).repeat(2)[None]}

@@ -1,7 +1,6 @@
 """The last layer only where a target is predicted: of every other position nothing is ever read but its keys and values."""
 
 import contextlib
-import math
 from collections.abc import Iterator
 
 import torch
@@ -11,6 +10,7 @@ from ..batch import View
 from ..head import widen
 from .activation_checkpointing import is_recomputed
 from .families import layers_of
+from .probe import probe_ids, relative_gap
 
 #: Modules of a layer that need a position for that position's own result, [*, in] -> [*, out].
 _OWN = ("q_proj", "o_proj", "mlp")
@@ -102,7 +102,7 @@ def enable_if_exact(model, tolerance: float) -> None:
 
 
 def _same(model, last: LastLayer, tolerance: float) -> bool:
-    ids_BT = (torch.arange(24, device=model.device).reshape(2, 12) * 7 + 3) % model.head.vocab
+    ids_BT = probe_ids(model.head.vocab, model.device)
     view = View({"input_ids": ids_BT}, torch.tensor([0, 3, 4, 7, 10, 14, 17, 22], device=model.device))
     parameters = list(model.trainable().values())
 
@@ -117,13 +117,8 @@ def _same(model, last: LastLayer, tolerance: float) -> bool:
         whole, part, other = run(None), run(last), run(last, 1.0)
     finally:
         model.last_layer, _ACTIVE.fill = None, 0.0
-    return torch.equal(part[0], other[0]) and gap(whole[:1], part[:1]) <= tolerance and gap(whole[1:], part[1:]) <= 10 * tolerance
-
-
-def gap(these: list[Tensor], those: list[Tensor]) -> float:
-    """The largest difference, of the largest value; infinite where a value is not finite, or one is missing."""
-    if len(these) != len(those):
-        return math.inf
-    size = max((x.abs().max().item() for x in these), default=0.0)
-    gap = max(((x - y).abs().max().item() for x, y in zip(these, those, strict=True)), default=0.0)
-    return gap / max(size, 1e-30) if math.isfinite(gap) else math.inf
+    return (
+        torch.equal(part[0], other[0])
+        and relative_gap(whole[:1], part[:1]) <= tolerance
+        and relative_gap(whole[1:], part[1:]) <= 10 * tolerance
+    )

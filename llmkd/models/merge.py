@@ -11,6 +11,7 @@ from torch import nn
 from ..errors import UserError, brief
 from ..model_files import ModelFiles
 from . import adapters, pretrained
+from .probe import largest_difference, probe_ids
 
 
 def merge(files: ModelFiles, vocab: int, checkpoint: Path | None = None) -> nn.Module:
@@ -31,11 +32,11 @@ def merge(files: ModelFiles, vocab: int, checkpoint: Path | None = None) -> nn.M
     adapted = adapters.load(base, files, "export").eval()
     if checkpoint:
         load_trained_weights(adapted, checkpoint)
-    ids_BT = torch.arange(24).reshape(2, 12) * 7 % vocab
+    ids_BT = probe_ids(vocab)
     with torch.no_grad():
         expected = adapted(input_ids=ids_BT, use_cache=False).logits
         merged = merge_adapter_(adapted, f"export: {files.adapter}")
-        gap = (merged(input_ids=ids_BT, use_cache=False).logits - expected).abs().max().item()
+        gap = largest_difference(merged(input_ids=ids_BT, use_cache=False).logits, expected)
     if not gap <= 1e-3 * max(1.0, expected.abs().max().item()):
         raise UserError(f"export: merging {files.adapter} moved its logits by {gap:.2g}; use the adapter unmerged")
     for name, t in _tensors(merged):  # one by one: some are held wider than the rest, such as the bias of a router's choice

@@ -16,6 +16,7 @@ from ..console import info
 from ..errors import UserError, brief
 from . import attention as packed_attention
 from .last_layer import enable_if_exact
+from .probe import largest_difference, probe_ids
 
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4}
 
@@ -30,7 +31,7 @@ def check(model, setting: str, packing: int = 0, attention: str = "auto") -> Non
     model.set_active_adapter()
     with _eval_no_grad(model):
         try:
-            ids_BT = (torch.arange(24, device=model.device).reshape(2, 12) * 7 + 3) % model.head.vocab
+            ids_BT = probe_ids(model.head.vocab, model.device)
             own_NV = model.model(input_ids=ids_BT, use_cache=False).logits.flatten(0, 1)[:, : model.head.vocab]
         except Exception as error:
             raise UserError(f"{setting}: {family} fails on a first small batch ({brief(error)})") from error
@@ -60,7 +61,7 @@ def check(model, setting: str, packing: int = 0, attention: str = "auto") -> Non
 def _gap_to(model, ids_BT: Tensor, own_NV: Tensor) -> tuple[float, Exception | None]:
     """How far the logits are from the model's own; or infinity, and why there are none."""
     try:
-        return _gap(_logits(model, ids_BT), own_NV), None
+        return largest_difference(_logits(model, ids_BT), own_NV), None
     except Exception as error:
         return math.inf, error
 
@@ -77,7 +78,7 @@ def _check_causal(model, ids_BT: Tensor, limit: float, setting: str) -> None:
     changed_BT = ids_BT.clone()
     changed_BT[:, -1] = (changed_BT[:, -1] + 1) % model.head.vocab
     before = torch.arange(ids_BT.numel(), device=ids_BT.device).reshape(ids_BT.shape)[:, :-1].flatten()
-    if not _gap(_logits(model, ids_BT)[before], _logits(model, changed_BT)[before]) <= limit:
+    if not largest_difference(_logits(model, ids_BT)[before], _logits(model, changed_BT)[before]) <= limit:
         raise UserError(
             f"{setting}: {model.base_model.config.model_type} lets a position see the tokens after it, so it is no causal language model "
             "(is_decoder may be false in its config.json)"
@@ -112,8 +113,8 @@ def _problem_of_packing(model, ids_BT: Tensor, limit: float, tokens: int, which:
     except Exception as error:
         return f"{which} takes no packed rows ({brief(error)}); "
     apart_NV = _logits(model, ids_BT)
-    noise = _gap(apart_NV[second], _logits(model, other_BT)[second])
-    leak, gap = _gap(packed_NV[second], changed_NV[second]), _gap(packed_NV, apart_NV)
+    noise = largest_difference(apart_NV[second], _logits(model, other_BT)[second])
+    leak, gap = largest_difference(packed_NV[second], changed_NV[second]), largest_difference(packed_NV, apart_NV)
     if not (leak <= 3 * noise + 1e-6 * apart_NV.abs().max().item() and gap <= limit):
         return f"in {which} packed examples see one another: logits differ by {max(leak, gap):.2g} from those of the same examples apart; "
     T = ids_BT.shape[1]
@@ -124,7 +125,7 @@ def _problem_of_packing(model, ids_BT: Tensor, limit: float, tokens: int, which:
     if tokens > table > 0:  # a mask of its own may be as long as the longest example
         long_BT = ids_BT[:1].repeat(table // T + 1, 1)
         try:
-            gap = _gap(_logits(model, long_BT, packed=True)[-T:], apart_NV[:T])
+            gap = largest_difference(_logits(model, long_BT, packed=True)[-T:], apart_NV[:T])
         except Exception:
             gap = math.inf
         if not gap <= limit:
@@ -147,7 +148,7 @@ def _problem_of_sharing(model, ids_BT: Tensor, limit: float) -> bool:
     inputs = {"input_ids": torch.cat([ids_BT[0], ids_BT[1, P:]])[None], "position_ids": torch.cat([place, place[P:]])[None]}
     packed = PackedLayout.of([P, T - P, T - P], [-1, 0, 0], [-1, 0, 1]).each(lambda x: x.to(ids_BT.device))
     rows_N = torch.cat([place, place[:P], place[P:] + T - P])
-    return not _gap(model.head.logits(model.hidden(View(inputs, rows_N, packed))), _logits(model, ids_BT)) <= limit
+    return not largest_difference(model.head.logits(model.hidden(View(inputs, rows_N, packed))), _logits(model, ids_BT)) <= limit
 
 
 def _logits(model, ids_BT: Tensor, packed: bool = False) -> Tensor:
@@ -162,7 +163,7 @@ def _logits(model, ids_BT: Tensor, packed: bool = False) -> Tensor:
 
 def parameters_without_gradient(model, setting: str) -> list[str]:
     """Trainable parameters that a small batch, or a single token, gives no gradient. UserError where there is no backward pass."""
-    ids_BT = (torch.arange(24, device=model.device).reshape(2, 12) * 7 + 3) % model.head.vocab
+    ids_BT = probe_ids(model.head.vocab, model.device)
     out = {}
     for batch_BT in (ids_BT, ids_BT[:1, :1]):
         try:
@@ -173,11 +174,6 @@ def parameters_without_gradient(model, setting: str) -> list[str]:
         out |= {name: None for name, p in model.trainable().items() if p.grad is None}
         model.zero_grad(set_to_none=True)
     return list(out)
-
-
-def _gap(a_NV: Tensor, b_NV: Tensor) -> float:
-    wide = torch.promote_types(a_NV.dtype, b_NV.dtype)
-    return (a_NV.to(wide) - b_NV.to(wide)).abs().max().item()
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ from ..errors import UserError, brief
 from ..model_files import ModelFiles
 from . import float8
 from .merge import merge_adapter_
+from .probe import probe_ids
 from .quantization import note_share
 
 
@@ -25,7 +26,7 @@ def apply_transforms(teacher, settings: Teacher, files: ModelFiles, setting: str
 
 
 def _refuse_failure(teacher, setting: str) -> None:
-    ids_BT = torch.arange(24, device=teacher.device).reshape(2, 12) % teacher.head.vocab
+    ids_BT = probe_ids(teacher.head.vocab, teacher.device)
     try:
         teacher.base_model(input_ids=ids_BT, use_cache=False)
     except Exception as error:
