@@ -172,7 +172,7 @@ def test_a_compiled_run_on_the_gpu_is_the_plain_one(make_recipe, tmp_path, check
 
 def test_the_last_layer_at_the_rows_alone_on_the_gpu(world):
     from llmkd.config.recipe import Lora, Student
-    from llmkd.models.load import load_student
+    from tests.kit.models import load_student
     from tests.models.test_last_layer import gap, results, stirred, view
 
     for dtype, bound in (("float64", 1e-12), ("bfloat16", 5e-2)):

@@ -14,9 +14,10 @@ from llmkd.data.batch_source import Collator, PlannedSource
 from llmkd.data.batching import BatchPlan, TokenBudget
 from llmkd.data.collate import collate
 from llmkd.data.examples import Examples
-from llmkd.models import adapters, float8, shared_weights, startup_checks
+from llmkd.models import adapters, float8, shared_weights
 from llmkd.models.compile import compile_layers, configure_torch_compile
 from llmkd.models.language_model import LanguageModel
+from llmkd.models.load import checked
 
 IGNORE, LONGEST = -100, 131_072
 RANK, ALPHA = 64, 128.0
@@ -98,10 +99,8 @@ class World:
             made[who] = model.requires_grad_(False)
         self._bare = shared_weights.copy_sharing_weights(made["student"])
         student = adapters.add_lora(made["student"], Lora(rank=RANK, alpha=ALPHA), None).to(self.device)
-        self.student = LanguageModel(student, self.vocab).train()
-        self.teacher = LanguageModel(made["teacher"], self.vocab).eval()
-        for who, model in (("student", self.student), ("teacher", self.teacher)):
-            startup_checks.check(model, f"{who}.model", options.tokens)
+        self.student = checked(LanguageModel(student, self.vocab).train(), "student.model", options.tokens)
+        self.teacher = checked(LanguageModel(made["teacher"], self.vocab).eval(), "teacher.model", options.tokens)
         self.data = alpaca_like(options.batch * (options.steps + 2), self.vocab)
         self.fresh_adapter()
 
@@ -111,8 +110,7 @@ class World:
         float8.refuse_without_products(self.device, "--float8")
         model = LanguageModel(shared_weights.copy_sharing_weights(self.teacher.base_model), self.vocab).eval()
         float8.convert(model.base_model)
-        startup_checks.check(model, "teacher.model", self.options.tokens)
-        return model
+        return checked(model, "teacher.model", self.options.tokens)
 
     @functools.cache  # noqa: B019
     def four(self) -> list[LanguageModel]:
@@ -121,10 +119,7 @@ class World:
         for name in names:
             model = adapters.add_lora(model, Lora(rank=RANK, alpha=ALPHA), None, name)
         model = model.to(self.device)
-        students = [LanguageModel(model, self.vocab, name).train() for name in names]
-        for student in students:
-            startup_checks.check(student, "student.model", self.options.tokens)
-        return students
+        return [checked(LanguageModel(model, self.vocab, name).train(), "student.model", self.options.tokens) for name in names]
 
     @functools.cache  # noqa: B019
     def compile(self) -> None:

@@ -208,14 +208,14 @@ def _refuse_dora_in_8bit(model: nn.Module, dora: bool | None, who: str) -> None:
         raise UserError(f"{who}.quantization: found int8 with a DoRA adapter, whose second forward pass fails in PEFT; use nf4")
 
 
-def _fresh_adapter(model: nn.Module, files: ModelFiles, settings: StudentSettings, name: str) -> nn.Module:
+def add_new(model: nn.Module, files: ModelFiles, settings: StudentSettings, name: str) -> nn.Module:
     adapted = add_lora(model, settings.lora or Lora(), settings.revision, name)
     path = Path(settings.model)
     adapted.peft_config[name].base_model_name_or_path = str(path.resolve()) if path.is_dir() else settings.model
     return adapted
 
 
-def _kept_adapter(model: nn.Module, files: ModelFiles, settings: StudentSettings, name: str) -> nn.Module:
+def load_to_train(model: nn.Module, files: ModelFiles, settings: StudentSettings, name: str) -> nn.Module:
     """An adapter that exists is trained on, with its own rank and modules; a recipe that says otherwise is refused."""
     config = read_json(files.adapter / "adapter_config.json", "student.model")
     if config.get("peft_type") != "LORA":

@@ -38,6 +38,10 @@ def enable(model: nn.Module) -> bool:
     return True
 
 
+def is_enabled(model: nn.Module) -> bool:
+    return model.config.get_text_config()._attn_implementation == NAME
+
+
 def disable(model: nn.Module) -> None:
     """Back to the attention that it had before `enable`."""
     model.set_attn_implementation("sdpa")

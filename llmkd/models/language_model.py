@@ -1,38 +1,73 @@
-"""A causal LM as its body (hidden states) and its head."""
+"""A causal LM, parted into its body (token ids to last hidden states) and its head."""
 
 import inspect
 import re
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from ..batch import View
 from ..head import Head
-from . import last_layer
 from .families import decoder_of, head_of
+from .last_layer import LastLayer, at_rows
+
+
+@dataclass(frozen=True)
+class Capabilities:
+    """What the startup checks found of a model, and so how it is run. The defaults are right for every model whose head is known.
+
+    own_forward                  the head is not known: `hidden` returns the logits of the model's own forward pass, `head` passes them on
+    packed_attention             packed rows get llmkd's variable-length attention
+    last_layer                   the hooks that compute the last layer at the target positions alone; None where that is not exact
+    parameters_without_gradient  trainable parameters that a small batch gave no gradient
+    """
+
+    own_forward: bool = False
+    packed_attention: bool = False
+    last_layer: LastLayer | None = None
+    parameters_without_gradient: tuple[str, ...] = ()
 
 
 class LanguageModel(nn.Module):
-    """A causal language model, with or without an adapter, parted into its body (`hidden`) and its `head`.
+    """A causal language model, with or without an adapter: `hidden(view)` and `head`. `load.py` makes finished ones.
 
-    `autocast` is the type in which the body's products are computed, where that is not the weights' own. Several students may be
-    adapters on one base, side by side in `model`: then `adapter` is this one's name there, and it is switched to when it is used.
+    model         a transformers model, or PEFT's wrapper of one
+    vocab         the tokenizer's size
+    adapter       its adapter's name where several students have adapters on one base; it is activated before each use
+    autocast      the dtype of the body's matrix products, where that is not the weights' own
+    input_device  where its inputs go, if that is not where its embedding is
+    head          the head, where that is not the model's own output embedding
+    capabilities  what the startup checks found
+    fidelity      how far a transformed teacher is from the loaded one (`teachers/fidelity.py`)
     """
 
-    def __init__(self, model: nn.Module, vocab: int, adapter: str | None = None):
+    def __init__(
+        self,
+        model: nn.Module,
+        vocab: int,
+        adapter: str | None = None,
+        *,
+        autocast: torch.dtype | None = None,
+        input_device: torch.device | None = None,
+        head: Head | None = None,
+        capabilities: Capabilities | None = None,
+        fidelity: dict[str, float] | None = None,
+    ):
         super().__init__()
         self.model, self.adapter = model, adapter
-        self.autocast: torch.dtype | None = None
-        self.own_forward = False
-        self.varlen = False  # whether packed rows have llmkd's attention
-        self.last_layer: last_layer.LastLayer | None = None  # where it is computed at the rows alone
-        self.input_device: torch.device | None = None  # where its inputs go, if that is not where its weights are
-        self.parameters_without_gradient: list[str] = []  # trainable parameters that a small batch gave no gradient
-        self.fidelity: dict[str, float] = {}  # how far it was moved since it was loaded: see `honing.compare`
-        self.head = head_of(self.base_model, vocab, adapter)
+        self.autocast, self.input_device = autocast, input_device
+        self.capabilities, self.fidelity = capabilities or Capabilities(), fidelity or {}
+        self.head = Head(nn.Identity(), vocab) if self.capabilities.own_forward else head or head_of(self.base_model, vocab, adapter)
+
+    def replaced(self, **changes) -> "LanguageModel":
+        """Another one on the same modules, with other arguments than this one's for those in `changes`."""
+        own = {"autocast": self.autocast, "input_device": self.input_device, "capabilities": self.capabilities, "fidelity": self.fidelity}
+        own |= {} if self.capabilities.own_forward else {"head": self.head}
+        return LanguageModel(self.model, self.head.vocab, self.adapter, **own | changes).train(self.training)
 
     def set_active_adapter(self) -> None:
-        """Of several adapters in `model`, this one alone is used, and requires a gradient."""
+        """Of several adapters in `model`, this one alone is used and requires a gradient."""
         if self.adapter and self.model.active_adapter != self.adapter:
             self.model.set_adapter(self.adapter)
 
@@ -48,35 +83,31 @@ class LanguageModel(nn.Module):
 
     @property
     def dtype(self) -> torch.dtype:
-        """What the unquantised weights are held in."""
+        """The type of the unquantised weights."""
         return self.base_model.get_input_embeddings().weight.dtype
 
     def replace_with(self, model: nn.Module) -> None:
-        """Go on as another form of the same model, frozen and in eval mode: with its adapter merged, say."""
+        """Use another form of the same model from now on, frozen and in eval mode: with its adapter merged, say."""
         self.model = model.requires_grad_(False).eval()
-        if not self.own_forward:
+        if not self.capabilities.own_forward:
             self.head = head_of(self.base_model, self.head.vocab)
 
-    def use_own_forward(self) -> None:
-        """For a family whose head is not known: what `hidden` gives are the model's own logits, and the head passes them on."""
-        self.own_forward = True
-        self.head = Head(nn.Identity(), self.head.vocab)
-
     def hidden(self, view: View) -> Tensor:
-        """Last hidden states [N, H] at the view's rows."""
+        """Last hidden states [N, H] at the view's rows; with `own_forward` logits [N, V], whose columns past the vocabulary are not cut."""
         self.set_active_adapter()
         autocast = torch.autocast(view.rows_N.device.type, self.autocast, enabled=self.autocast is not None)
-        with autocast, last_layer.at_rows(self.last_layer, view):
-            if self.own_forward:
+        with autocast, at_rows(self.capabilities.last_layer, view):
+            if self.capabilities.own_forward:
                 return self._logits(view)
             hidden_BTH = decoder_of(self.base_model)(**self._inputs(view), use_cache=False)[0]
         return hidden_BTH.flatten(0, 1).index_select(0, view.rows_N)
 
     def _inputs(self, view: View) -> dict[str, Tensor]:
-        return view.inputs | ({"attention_mask": view.packed.mask()} if view.packed and self.varlen else {})
+        packed = view.packed and self.capabilities.packed_attention
+        return view.inputs | ({"attention_mask": view.packed.mask()} if packed else {})
 
     def _logits(self, view: View) -> Tensor:
-        """The model's own logits [N, V] at the view's rows; of the other positions no more than those in the same column."""
+        """The model's own logits [N, V] at the view's rows; of the other positions only those in the same column are computed."""
         T = view.inputs["input_ids"].shape[1]
         columns, wanted = (view.rows_N % T).unique(return_inverse=True)
         if "logits_to_keep" not in inspect.signature(self.base_model.forward).parameters or not len(columns):
@@ -85,7 +116,7 @@ class LanguageModel(nn.Module):
         return logits_BCV.flatten(0, 1).index_select(0, view.rows_N // T * len(columns) + wanted)
 
     def trainable(self) -> dict[str, nn.Parameter]:
-        """What trains, by the names that it has where the student is alone."""
+        """The parameters that train, by the names that they have where the student is alone."""
         self.set_active_adapter()
         own = re.compile(rf"\.{self.adapter}(?=\.|$)")
         return {own.sub(".default", name): p for name, p in self.model.named_parameters() if p.requires_grad}

@@ -1,7 +1,11 @@
-"""The last layer only where a target is predicted: of every other position nothing is ever read but its keys and values."""
+"""The last layer computed at the target positions alone: of every other position only its keys and values are ever read."""
 
 import contextlib
+import dataclasses
+import itertools
+import weakref
 from collections.abc import Iterator
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -12,113 +16,137 @@ from .activation_checkpointing import is_recomputed
 from .families import layers_of
 from .probe import probe_ids, relative_gap
 
-#: Modules of a layer that need a position for that position's own result, [*, in] -> [*, out].
-_OWN = ("q_proj", "o_proj", "mlp")
-#: Above this share of supervised positions picking them out costs more than it saves.
+#: Modules of a layer that need a position's input for that position's output alone, [*, in] -> [*, out].
+_POSITIONWISE = ("q_proj", "o_proj", "mlp")
+#: Above this share of target positions, selecting them costs more than it saves.
 _WORTH = 0.9
 
 
 class _Active:
-    """What the hooks are to do at the moment; a global, as torch.compile takes what hangs on a module for a constant."""
+    """The positions that the hooks of one last layer compute at the moment; `rows_N` is None while they do nothing."""
 
     rows_N: Tensor | None = None
     ids_BT: Tensor | None = None
-    fill = 0.0
+    fill = 0.0  # what stands at the positions that are not computed
 
 
-_ACTIVE = _Active()
+#: Oddity: the hooks' state lies here, by the number of their `LastLayer`, and not on that object. torch.compile takes the value of what a
+#: hook can reach through a module or a closure for a constant, and compiled the layer anew for every batch; the entries of a module's
+#: dictionary are inputs of the compiled code. Each model has its own entry, so that models on several threads do not meet. An entry
+#: stays when its model goes, since a deep copy of the model's modules has the same hooks; it holds no tensor outside of `at`.
+_ACTIVE: dict[int, _Active] = {}
+_NUMBERS = itertools.count()
+#: The hooks that a transformers model has already: students on one base share them.
+_HOOKED: "weakref.WeakKeyDictionary[nn.Module, LastLayer]" = weakref.WeakKeyDictionary()
 
 
 class LastLayer:
-    """Hooks on the last layer of one tree of modules; at rest outside of `at`, so that several students of the tree may have them.
+    """Forward hooks that restrict q_proj, o_proj and the MLP of the last layer to the target positions.
 
-    The modules get the rows alone, [1, N, in], and what they make of them, [1, N, out], is put into zeros [B, T, out].
+    They do nothing outside `with at(view)`, so students that share the modules do not interfere. Each module reads the rows alone,
+    [1, N, in]; its output [1, N, out] is scattered into zeros [B, T, out].
     """
 
     def __init__(self, layer: nn.Module):
-        self.modules = _own(layer)
-        self.hooks = [
-            hook for module in self.modules for hook in (module.register_forward_pre_hook(_gather), module.register_forward_hook(_scatter))
+        self.modules, self._number = _positionwise(layer), next(_NUMBERS)
+        self._active = _ACTIVE[self._number] = _Active()
+        self._hooks = [
+            hook
+            for module in self.modules
+            for hook in (
+                module.register_forward_pre_hook(partial(_gather, self._number)),
+                module.register_forward_hook(partial(_scatter, self._number)),
+            )
         ]
 
     def remove(self) -> None:
-        for hook in self.hooks:
+        for hook in self._hooks:
             hook.remove()
 
     @contextlib.contextmanager
     def at(self, view: View) -> Iterator[None]:
-        """Until the end of it, only the view's rows, unless they are none or nearly all."""
+        """Inside, the last layer computes the view's rows alone, unless these are none or nearly all positions."""
         ids_BT = view.inputs["input_ids"]
         if 0 < len(view.rows_N) <= _WORTH * ids_BT.numel():
-            _ACTIVE.rows_N, _ACTIVE.ids_BT = view.rows_N, ids_BT
+            self._active.rows_N, self._active.ids_BT = view.rows_N, ids_BT
         try:
             yield
         finally:
-            _ACTIVE.rows_N = _ACTIVE.ids_BT = None
+            self._active.rows_N = self._active.ids_BT = None
+
+    @contextlib.contextmanager
+    def filled_with(self, value: float) -> Iterator[None]:
+        """Inside, `value` stands at the positions that are not computed."""
+        self._active.fill = value
+        try:
+            yield
+        finally:
+            self._active.fill = 0.0
 
 
-def _own(layer: nn.Module) -> list[nn.Module]:
-    return [module for name, module in layer.named_modules() if name.rsplit(".", 1)[-1] in _OWN]
+def _positionwise(layer: nn.Module) -> list[nn.Module]:
+    return [module for name, module in layer.named_modules() if name.rsplit(".", 1)[-1] in _POSITIONWISE]
 
 
-def _gather(module: nn.Module, args: tuple) -> tuple | None:
-    if _ACTIVE.rows_N is None:
+def _gather(number: int, module: nn.Module, args: tuple) -> tuple | None:
+    active = _ACTIVE[number]
+    if active.rows_N is None:
         return None
     x_BTC, *others = args
-    if x_BTC.shape[:-1] != _ACTIVE.ids_BT.shape:
+    if x_BTC.shape[:-1] != active.ids_BT.shape:
         raise ValueError(f"{type(module).__name__} reads {tuple(x_BTC.shape)}")
-    return x_BTC.flatten(0, 1).index_select(0, _ACTIVE.rows_N)[None], *others
+    return x_BTC.flatten(0, 1).index_select(0, active.rows_N)[None], *others
 
 
-def _scatter(module: nn.Module, args: tuple, out_1NC: Tensor) -> Tensor | None:
-    if _ACTIVE.rows_N is None:
+def _scatter(number: int, module: nn.Module, args: tuple, out_1NC: Tensor) -> Tensor | None:
+    active = _ACTIVE[number]
+    if active.rows_N is None:
         return None
-    out = out_1NC.new_full((_ACTIVE.ids_BT.numel(), out_1NC.shape[-1]), _ACTIVE.fill)
-    return out.index_copy_(0, _ACTIVE.rows_N, out_1NC.squeeze(0)).unflatten(0, _ACTIVE.ids_BT.shape)
+    out = out_1NC.new_full((active.ids_BT.numel(), out_1NC.shape[-1]), active.fill)
+    return out.index_copy_(0, active.rows_N, out_1NC.squeeze(0)).unflatten(0, active.ids_BT.shape)
 
 
 def at_rows(last: LastLayer | None, view: View) -> contextlib.AbstractContextManager:
     return last.at(view) if last else contextlib.nullcontext()
 
 
-def enable_if_exact(model, tolerance: float) -> None:
-    """Set `model.last_layer`, if the model computes the same with it: on a small batch, in eval mode, and its gradients if it trains.
+def enable_if_exact(model, tolerance: float) -> LastLayer | None:
+    """Put the hooks on a `LanguageModel`'s last layer; None where the model does not compute the same with them.
 
-    That nothing at the rows depends on what the modules would say elsewhere is compared without rounding: with two fillings there.
+    Compared on a small batch: hidden states, and gradients if the model trains, within `tolerance` of the largest value. To prove
+    that target positions do not depend on the skipped ones, the batch runs twice with the skipped positions filled with 0 and with 1;
+    the outputs must be bitwise equal.
     """
-    model.last_layer = None
-    layers = layers_of(model.base_model)
-    in_8bit = getattr(model.base_model, "is_loaded_in_8bit", False)  # it rounds a position by what else is in the batch
-    if layers is None or in_8bit or is_recomputed(layers[-1]):  # in the backward pass, when the rows are no longer known
-        return
-    last = getattr(model.base_model, "last_layer", None)
-    if last is None or list(map(id, last.modules)) != list(map(id, _own(layers[-1]))):  # an adapter was merged, say
+    base = model.base_model
+    layers = layers_of(base)
+    in_8bit = getattr(base, "is_loaded_in_8bit", False)  # it quantises the activations of a position by what else is in the batch
+    if layers is None or in_8bit or is_recomputed(layers[-1]):  # recomputing comes in the backward pass, outside of `at`
+        return None
+    last = _HOOKED.get(base)
+    if last is None or list(map(id, last.modules)) != list(map(id, _positionwise(layers[-1]))):  # after merging an adapter, say
         if last:
             last.remove()
-        last = model.base_model.last_layer = LastLayer(layers[-1])
-    with contextlib.suppress(Exception):  # a module that gives a tuple, or reads something else
-        if last.modules and _same(model, last, tolerance):
-            model.last_layer = last
+        last = _HOOKED[base] = LastLayer(layers[-1])
+    with contextlib.suppress(Exception):  # a module that returns a tuple, or reads another shape
+        if last.modules and _is_exact(model, last, tolerance):
+            return last
+    return None
 
 
-def _same(model, last: LastLayer, tolerance: float) -> bool:
-    ids_BT = probe_ids(model.head.vocab, model.device)
-    view = View({"input_ids": ids_BT}, torch.tensor([0, 3, 4, 7, 10, 14, 17, 22], device=model.device))
+def _is_exact(model, last: LastLayer, tolerance: float) -> bool:
+    rows_N = torch.tensor([0, 3, 4, 7, 10, 14, 17, 22], device=model.device)
+    view = View({"input_ids": probe_ids(model.head.vocab, model.device)}, rows_N)
     parameters = list(model.trainable().values())
 
-    def run(using: LastLayer | None, fill: float = 0.0) -> list[Tensor]:
-        model.last_layer, _ACTIVE.fill = using, fill
+    def results(hooks: LastLayer | None) -> list[Tensor]:
+        tried = model.replaced(capabilities=dataclasses.replace(model.capabilities, last_layer=hooks))
         with torch.set_grad_enabled(bool(parameters)):
-            hidden_NH = model.hidden(view)
+            hidden_NH = tried.hidden(view)
             grads = torch.autograd.grad(widen(hidden_NH).cos().sum(), parameters, allow_unused=True) if parameters else ()
         return [hidden_NH.detach(), *(g for g in grads if g is not None)]
 
-    try:
-        whole, part, other = run(None), run(last), run(last, 1.0)
-    finally:
-        model.last_layer, _ACTIVE.fill = None, 0.0
-    return (
-        torch.equal(part[0], other[0])
-        and relative_gap(whole[:1], part[:1]) <= tolerance
-        and relative_gap(whole[1:], part[1:]) <= 10 * tolerance
-    )
+    whole, part = results(None), results(last)
+    with last.filled_with(1.0):
+        other = results(last)
+    same_hidden = torch.equal(part[0], other[0]) and relative_gap(whole[:1], part[:1]) <= tolerance
+    return same_hidden and relative_gap(whole[1:], part[1:]) <= 10 * tolerance

@@ -1,6 +1,10 @@
-"""Students and teachers loaded together: what they have in common is in memory once."""
+"""Students and teachers, loaded together and checked: weights that they have in common are in memory once.
+
+The builder of every finished `LanguageModel`: what the startup checks find, and what a teacher's settings ask for, is applied here.
+"""
 
 import contextlib
+import dataclasses
 from collections import Counter
 from collections.abc import Callable
 
@@ -8,43 +12,49 @@ import torch
 from torch import nn
 
 from ..config.recipe import Lora, Student, Teacher
-from ..config.recipe import Student as StudentSettings
-from ..config.recipe import Teacher as TeacherSettings
 from ..console import info
 from ..errors import UserError, attribute_to_student
 from ..model_files import ModelFiles, find
-from . import activation_checkpointing, adapters, last_layer, pretrained, shared_weights, startup_checks
-from .adapters import _fresh_adapter, _kept_adapter, note_quantization
+from . import activation_checkpointing, adapters, attention, pretrained, shared_weights, startup_checks
 from .families import beside_text
 from .float8 import refuse_without_products
 from .language_model import LanguageModel
+from .last_layer import enable_if_exact
 from .offload import OFFLOAD, head_on, offload, resolve_device
 from .teacher_transforms import apply_transforms
 
-#: A context manager round a change of a teacher, from (teacher, its settings, their name).
-AroundTransform = Callable[[LanguageModel, TeacherSettings, str], contextlib.AbstractContextManager]
+#: From (teacher, its settings, their name): a context manager round a change of the teacher, whose value is the teacher's `fidelity`.
+AroundTransform = Callable[[LanguageModel, Teacher, str], contextlib.AbstractContextManager[dict[str, float]]]
 
 
-def _nothing_around(teacher: LanguageModel, settings: TeacherSettings, setting: str) -> contextlib.AbstractContextManager:
-    return contextlib.nullcontext()
+def _unmeasured(teacher: LanguageModel, settings: Teacher, setting: str) -> contextlib.AbstractContextManager[dict[str, float]]:
+    return contextlib.nullcontext({})
+
+
+def checked(model: LanguageModel, setting: str, packing: int = 0, implementation: str = "auto") -> LanguageModel:
+    """The model with what the startup checks find of it put to use. UserError where it cannot be used; see `startup_checks.check`."""
+    found = startup_checks.check(model, setting, packing, implementation)
+    if found.packed_attention:
+        attention.enable(model.base_model)
+    return model.replaced(capabilities=found)
 
 
 def load_teacher(
-    settings: TeacherSettings,
+    settings: Teacher,
     vocab: int,
     device,
     packing: int = 0,
     setting: str = "teacher",
     files: ModelFiles | None = None,
     base: nn.Module | None = None,
-    around_transform: AroundTransform = _nothing_around,
+    around_transform: AroundTransform = _unmeasured,
 ) -> LanguageModel:
-    """The teacher, frozen and in eval mode. A model, or an adapter on its base, merged or not.
+    """The teacher, frozen and in eval mode: a model, or an adapter on its base, merged or not.
 
-    device        where the student is, and where the head of a teacher that is held elsewhere (`settings.device`) is too
-    packing       packed rows of so many tokens must be safe
-    files, base   what was found and loaded already
-    around_transform   entered round a merge or a conversion to fp8, to measure what that changes
+    device            the student's device, and that of the head of a teacher that is elsewhere (`settings.device`)
+    packing           packed rows of so many tokens must be safe; 0 without packing
+    files, base       its files and its base, where they are located and loaded already
+    around_transform  entered round a merge or a conversion to fp8, to measure the change
     """
     name, held = f"{setting}.model", resolve_device(setting, settings.device, device)
     files = files or find(settings.model, name, settings.revision, settings.base)
@@ -52,30 +62,26 @@ def load_teacher(
         refuse_without_products(held, setting)
     model = base or pretrained.load_pretrained(files.base, name, settings.dtype, settings.attention, held, settings.loaded_in)
     if files.adapter:
-        note_quantization(files, settings.loaded_in, setting)
+        adapters.note_quantization(files, settings.loaded_in, setting)
         model = adapters.load(model, files, name).to(held)
-    teacher = LanguageModel(model, _fits(model, vocab, name))
+    teacher = LanguageModel(model, _checked_vocab(model, vocab, name))
     teacher.requires_grad_(False).eval()
     if settings.device == OFFLOAD:
-        teacher.head, teacher.input_device = head_on(teacher.head, torch.device(device)), torch.device(device)
+        teacher = teacher.replaced(head=head_on(teacher.head, torch.device(device)), input_device=torch.device(device))
         offload(teacher.base_model, device)
-    startup_checks.check(teacher, name, packing, settings.attention)
+    teacher = checked(teacher, name, packing, settings.attention)
     if settings.is_transformed:
-        with around_transform(teacher, settings, setting):
+        with around_transform(teacher, settings, setting) as fidelity:
             apply_transforms(teacher, settings, files, setting)
-        last_layer.enable_if_exact(teacher, startup_checks.tolerance(teacher))  # which has other modules now
+        last = enable_if_exact(teacher, startup_checks.tolerance(teacher))  # the teacher consists of other modules now
+        teacher = teacher.replaced(fidelity=fidelity, capabilities=dataclasses.replace(teacher.capabilities, last_layer=last))
     if settings.device not in (None, OFFLOAD):
-        teacher.head = head_on(teacher.head, torch.device(device))
+        teacher = teacher.replaced(head=head_on(teacher.head, torch.device(device)))
     return teacher
 
 
-def load_student(settings: StudentSettings, vocab: int, device, seed: int, packing: int = 0) -> LanguageModel:
-    """The student in training mode; exactly what `method` names requires a gradient. `packing`: packed rows of so many tokens must be safe."""
-    return load_students([settings], vocab, device, seed, packing)[0]
-
-
 def load_students(
-    many: list[StudentSettings],
+    many: list[Student],
     vocab: int,
     device,
     seed: int,
@@ -83,9 +89,12 @@ def load_students(
     found: list[ModelFiles] | None = None,
     base: nn.Module | None = None,
 ) -> list[LanguageModel]:
-    """Students that differ in their adapters only, on one base in memory: each as it would be alone. One may be of any method.
+    """Students in training mode, of which exactly the parameters that `method` names require a gradient.
 
-    found, base   what was found of each and loaded already
+    Several must differ in their adapters alone: they stand on one base in memory, each as it would be alone. One may be of any method.
+
+    packing      packed rows of so many tokens must be safe; 0 without packing
+    found, base  the files of each and their base, where they are located and loaded already
     """
     settings = many[0]
     found = found or [find(one.model, "student.model", one.revision, one.base) for one in many if one.model]
@@ -103,39 +112,42 @@ def load_students(
     if settings.gradient_checkpointing:
         activation_checkpointing.enable(model, settings.gradient_checkpointing)
     if settings.mixed_precision == "bf16" and next(model.parameters()).dtype != torch.float32:
-        info("note: student.mixed_precision: bf16 is for weights held in float32; these are not, and it changes little or nothing")
+        info("note: student.mixed_precision: bf16 is for float32 weights; these have another dtype, so it changes little or nothing")
     names: list[str | None] = [None]
     if settings.method == "lora":
         model.requires_grad_(False)
         names = [f"arm{k}" for k in range(len(many))] if len(many) > 1 else ["default"]
-        model = _adapted(model, found, many, names, seed).to(device)
-    students = [LanguageModel(model, _fits(model, vocab, "student.model"), name) for name in names]
-    for k, (student, own) in enumerate(zip(students, many, strict=True)):
+        model = _with_adapters(model, found, many, names, seed).to(device)
+    vocab = _checked_vocab(model, vocab, "student.model")
+    students = []
+    for k, (name, own) in enumerate(zip(names, many, strict=True)):
         with attribute_to_student(k):
-            _ready(student, own, packing)
+            students.append(_student(model, vocab, name, own, packing))
     return students
 
 
-def _adapted(model: nn.Module, found: list[ModelFiles], many: list[StudentSettings], names: list[str], seed: int) -> nn.Module:
-    """One adapter after the other, each from the same seed. Those of all-linear come first: it means the layers of the bare base."""
+def _with_adapters(model: nn.Module, found: list[ModelFiles], many: list[Student], names: list[str], seed: int) -> nn.Module:
+    """Adapters put on one after the other, each from the same seed; all-linear first, since it means the layers of the bare base."""
     order = sorted(range(len(many)), key=lambda k: (found[k].adapter is not None, (many[k].lora or Lora()).target_modules != "all-linear"))
     for k in order:
         torch.manual_seed(seed)
         with attribute_to_student(k):
-            model = (_kept_adapter if found[k].adapter else _fresh_adapter)(model, found[k], many[k], names[k])
+            model = (adapters.load_to_train if found[k].adapter else adapters.add_new)(model, found[k], many[k], names[k])
     if len(many) > 1:
         model.set_adapter(names[0])
     return model
 
 
-def _ready(student: LanguageModel, settings: StudentSettings, packing: int) -> None:
-    student.autocast = torch.bfloat16 if settings.mixed_precision == "bf16" else None
-    startup_checks.check(student.train(), "student.model", packing, settings.attention)
+def _student(model: nn.Module, vocab: int, name: str | None, settings: Student, packing: int) -> LanguageModel:
+    """One student of those on `model`: checked, in training mode."""
+    autocast = torch.bfloat16 if settings.mixed_precision == "bf16" else None
+    student = checked(LanguageModel(model, vocab, name, autocast=autocast).train(), "student.model", packing, settings.attention)
     _check_narrow(student, settings)
-    student.parameters_without_gradient = startup_checks.parameters_without_gradient(student, "student.model")
-    if student.parameters_without_gradient:
-        some = f"{len(student.parameters_without_gradient)} of {len(student.trainable())} trainable tensors, such as {student.parameters_without_gradient[0]}"
+    unused = startup_checks.parameters_without_gradient(student, "student.model")
+    if unused:
+        some = f"{len(unused)} of {len(student.trainable())} trainable tensors, such as {unused[0]}"
         info(f"note: student: {some}, get no gradient from a small batch; they are never used, or seldom")
+    return student.replaced(capabilities=dataclasses.replace(student.capabilities, parameters_without_gradient=tuple(unused)))
 
 
 def _check_full(model: nn.Module, files: ModelFiles | None) -> None:
@@ -152,7 +164,7 @@ def _check_full(model: nn.Module, files: ModelFiles | None) -> None:
         info("note: bfloat16 weights lose updates below 1/256 of a weight; dtype: float32 with mixed_precision: bf16 keeps them")
 
 
-def _check_narrow(student: LanguageModel, settings: StudentSettings) -> None:
+def _check_narrow(student: LanguageModel, settings: Student) -> None:
     """LoRA's own matrices are in float32 at least; copies of modules and biases are in the base's type, and train in it."""
     narrow = {name: p.dtype for name, p in student.trainable().items() if p.dtype in (torch.bfloat16, torch.float16)}
     if settings.method == "full" or not narrow:
@@ -163,7 +175,7 @@ def _check_narrow(student: LanguageModel, settings: StudentSettings) -> None:
     info(f"note: student: {some}, train in bfloat16 and lose updates below 1/256 of a weight; student.dtype: float32 keeps them")
 
 
-def _fits(model: nn.Module, vocab: int, setting: str) -> int:
+def _checked_vocab(model: nn.Module, vocab: int, setting: str) -> int:
     rows = model.get_input_embeddings().weight.shape[0]
     if rows < vocab:
         raise UserError(f"{setting}: the tokenizer has {vocab} entries and the model's embedding {rows}; they do not belong together")
@@ -177,17 +189,17 @@ def load_models(
     device,
     seed: int,
     packing: int = 0,
-    around_transform: AroundTransform = _nothing_around,
+    around_transform: AroundTransform = _unmeasured,
 ) -> tuple[list[LanguageModel], list[LanguageModel]]:
-    """The students as `load_students` gives them and the teachers as `load_teacher` does, each as it would be alone.
+    """The students as `load_students` returns them and the teachers as `load_teacher` does, each as it would be alone.
 
-    teachers   with the names of their settings: teacher, or teacher.0, teacher.1, ...
-    packing    packed rows of so many tokens must be safe
-    around_transform   see `load_teacher`
+    teachers          with the names of their settings: teacher, or teacher.0, teacher.1, ...
+    packing           packed rows of so many tokens must be safe; 0 without packing
+    around_transform  see `load_teacher`
 
-    A base that several of them stand on, held alike, is loaded once; of others, such as a teacher in 16 bit and a student in 4,
-    the tensors that are equal are kept once. Only where `share_base` says so, and beside the student alone; a base that trains is
-    never shared, and of one that a teacher is merged into, or rounds, only what stays equal.
+    A base that several of them use in the same form is loaded once; of two forms of one base, such as 16 bit for a teacher and 4 bit
+    for a student, the tensors that are equal are kept once. Sharing needs `share_base: true` and a teacher on the student's device. A
+    base that trains is never shared. If a teacher merges its adapter or is quantised to fp8, only the tensors left unchanged are shared.
     """
     for setting, teacher in teachers:
         held = resolve_device(setting, teacher.device, device)
@@ -200,7 +212,7 @@ def load_models(
     bases: dict[tuple, nn.Module] = {}
 
     def base(key: tuple | None, files: ModelFiles, setting: str, settings: Student | Teacher) -> nn.Module | None:
-        """One that others stand on too; None where there are no others."""
+        """A base that several models use; None for one that a single model loads for itself."""
         if key not in bases:
             if waiting[key] < 2:
                 return None
@@ -226,7 +238,7 @@ def _shares_base(teacher: Teacher) -> bool:
 
 
 def _keys(students: list[Student], own: list[ModelFiles], teachers: list[tuple[str, Teacher]], theirs: list[ModelFiles]) -> list:
-    """Of the students' base (one for all) and of each teacher's; None for those that share none."""
+    """The identity of the students' base (one for all) and of each teacher's; None for a base that is not shared."""
     candidates = [
         (files, one, f"{setting}.model") if _shares_base(one) and not one.is_transformed else None
         for (setting, one), files in zip(teachers, theirs, strict=True)

@@ -1,12 +1,14 @@
-"""At the start of every run, on a few tokens: what llmkd assumes of a model, compared with what the model does.
+"""Checks at the start of every run, on a small batch: the assumptions of llmkd about a model against the model's own forward pass.
 
-Three assumptions: the logits are the head's on the hidden states of the body (else the model's own forward pass is
-used), no position sees a later one (padding stands to the right, without a mask), and with packing no example sees
-another in its row. The last depends on the family, its attention implementation and transformers' version.
+Three assumptions: the head applied to the body's last hidden states gives the model's logits (otherwise the model's own forward pass
+is used); no position attends to a later one (padding stands on the right, without a mask); and in a packed row no example attends to
+another. The last depends on the family, its attention implementation and the version of transformers.
 """
 
 import contextlib
+import dataclasses
 import math
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -14,22 +16,25 @@ from torch import Tensor
 from ..batch import PackedLayout, View
 from ..console import info
 from ..errors import UserError, brief
-from . import attention as packed_attention
+from . import attention
+from .language_model import Capabilities, LanguageModel
 from .last_layer import enable_if_exact
 from .probe import largest_difference, probe_ids
 
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4}
 
 
-def check(model, setting: str, packing: int = 0, attention: str = "auto") -> None:
-    """Compare what `models.LanguageModel` assumes; switch the model to its own forward pass where the head is not its own.
+def check(model: LanguageModel, setting: str, packing: int = 0, implementation: str = "auto") -> Capabilities:
+    """What the model can do, tried in eval mode; the model itself is left as it was. UserError where it cannot be used.
 
-    UserError where it cannot be used. `packing`: the most tokens that a packed row may hold, 0 without packing; it then gets llmkd's
-    attention for such rows, unless `attention` is another.
+    setting         its name in the recipe, for messages
+    packing         the most tokens that a packed row may hold; 0 without packing
+    implementation  the attention that the recipe asks for; llmkd's own for packed rows is tried with "auto" alone
     """
     family = model.base_model.config.model_type
     model.set_active_adapter()
     with _eval_no_grad(model):
+        model = model.replaced(autocast=None)
         try:
             ids_BT = probe_ids(model.head.vocab, model.device)
             own_NV = model.model(input_ids=ids_BT, use_cache=False).logits.flatten(0, 1)[:, : model.head.vocab]
@@ -39,42 +44,52 @@ def check(model, setting: str, packing: int = 0, attention: str = "auto") -> Non
         if not math.isfinite(size):
             raise UserError(f"{setting}: its logits are not finite; its weights hold NaN or infinity, or its dtype is too narrow")
         limit = tolerance(model, own_NV.dtype) * max(size, 1e-3)
-        gap, failed = _gap_to(model, ids_BT, own_NV)
-        if not gap <= limit:
-            model.use_own_forward()
-            gap, again = _gap_to(model, ids_BT, own_NV)
-            if again:
-                raise UserError(f"{setting}: {family} fails on a second small batch ({brief(failed or again)}); it cannot be used")
-            info(
-                f"note: {setting}: llmkd does not know {family}'s head; the model's own forward pass is used, "
-                "which is right and holds the logits of a whole micro-batch in memory"
-            )
-            if not gap <= limit:
-                raise UserError(f"{setting}: {family}'s logits differ between two passes by {gap:.2g} of {size:.2g}; it cannot be used")
-        limit = max(limit, 1e-5 * size)  # some families compute their attention in float32, whatever they are held in
+        model = _with_known_head(model, ids_BT, own_NV, limit, setting)
+        limit = max(limit, 1e-5 * size)  # some families compute their attention in float32, whatever their weights' dtype
         _check_causal(model, ids_BT, limit, setting)
         if packing:
-            _check_packing(model, ids_BT, limit, setting, packing, attention)
-        enable_if_exact(model, tolerance(model))
+            model = _with_packing(model, ids_BT, limit, setting, packing, implementation)
+        return dataclasses.replace(model.capabilities, last_layer=enable_if_exact(model, tolerance(model)))
 
 
-def _gap_to(model, ids_BT: Tensor, own_NV: Tensor) -> tuple[float, Exception | None]:
-    """How far the logits are from the model's own; or infinity, and why there are none."""
+def _with_known_head(model: LanguageModel, ids_BT: Tensor, own_NV: Tensor, limit: float, setting: str) -> LanguageModel:
+    """The model as it is where its head is known, or with its own forward pass."""
+    gap, failed = _gap_to(model, ids_BT, own_NV)
+    if gap <= limit:
+        return model
+    family, size = model.base_model.config.model_type, own_NV.abs().max().item()
+    model = model.replaced(capabilities=Capabilities(own_forward=True))
+    gap, again = _gap_to(model, ids_BT, own_NV)
+    if again:
+        raise UserError(f"{setting}: {family} fails on a second small batch ({brief(failed or again)}); it cannot be used")
+    info(
+        f"note: {setting}: llmkd does not know {family}'s head; the model's own forward pass is used, "
+        "which is right and holds the logits of a whole micro-batch in memory"
+    )
+    if not gap <= limit:
+        raise UserError(f"{setting}: {family}'s logits differ between two passes by {gap:.2g} of {size:.2g}; it cannot be used")
+    return model
+
+
+def _gap_to(model: LanguageModel, ids_BT: Tensor, own_NV: Tensor) -> tuple[float, Exception | None]:
+    """The largest difference between the head's logits and the model's own; or infinity, and the error that prevents a comparison."""
     try:
         return largest_difference(_logits(model, ids_BT), own_NV), None
     except Exception as error:
         return math.inf, error
 
 
-def tolerance(model, *dtypes: torch.dtype) -> float:
-    """The gap, relative to the largest logit, that rounding alone may leave. An 8-bit model quantises its activations
-    by what else is in the batch."""
+def tolerance(model: LanguageModel, *dtypes: torch.dtype) -> float:
+    """The difference that rounding alone may leave, relative to the largest logit.
+
+    An 8-bit model quantises its activations by what else is in the batch, so it differs from itself by far more.
+    """
     if getattr(model.base_model, "is_loaded_in_8bit", False):
         return 0.2
     return max(_ROUNDING.get(dtype, 3e-2) for dtype in (model.dtype, *dtypes))
 
 
-def _check_causal(model, ids_BT: Tensor, limit: float, setting: str) -> None:
+def _check_causal(model: LanguageModel, ids_BT: Tensor, limit: float, setting: str) -> None:
     changed_BT = ids_BT.clone()
     changed_BT[:, -1] = (changed_BT[:, -1] + 1) % model.head.vocab
     before = torch.arange(ids_BT.numel(), device=ids_BT.device).reshape(ids_BT.shape)[:, :-1].flatten()
@@ -85,26 +100,31 @@ def _check_causal(model, ids_BT: Tensor, limit: float, setting: str) -> None:
         )
 
 
-def _check_packing(model, ids_BT: Tensor, limit: float, setting: str, tokens: int, attention: str) -> None:
-    """With llmkd's attention where that is right for the model and no other is asked for, or with the model's own."""
+def _with_packing(model: LanguageModel, ids_BT: Tensor, limit: float, setting: str, tokens: int, implementation: str) -> LanguageModel:
+    """With llmkd's attention in packed rows where that is right for the model and no other is asked for, or with the model's own."""
     which = f"{setting} ({model.base_model.config.model_type})"
-    if attention == "auto" and packed_attention.enable(model.base_model):
-        model.varlen = True
-        if not (_problem_of_packing(model, ids_BT, limit, tokens, which) or _problem_of_sharing(model, ids_BT, limit)):
-            return
-        packed_attention.disable(model.base_model)
-        model.varlen = False
-    if problem := _problem_of_packing(model, ids_BT, limit, tokens, which):
+    had_it = attention.is_enabled(model.base_model)  # for another student on the same base
+    if implementation == "auto" and attention.enable(model.base_model):
+        tried = model.replaced(capabilities=dataclasses.replace(model.capabilities, packed_attention=True))
+        try:
+            if not (_packing_problem(tried, ids_BT, limit, tokens, which) or _shared_prefix_differs(tried, ids_BT, limit)):
+                return tried
+        finally:
+            if not had_it:
+                attention.disable(model.base_model)
+    if problem := _packing_problem(model, ids_BT, limit, tokens, which):
         raise UserError(f"data.packing: {problem}set data.packing: false")
-    if attention == "auto":
-        info(f"note: {which}: its own attention is kept in packed rows, of whose pairs of tokens it may compute more than it needs")
+    if implementation == "auto":
+        info(f"note: {which}: its own attention is kept in packed rows, and may compute more pairs of tokens than are needed")
+    return model
 
 
-def _problem_of_packing(model, ids_BT: Tensor, limit: float, tokens: int, which: str) -> str:
-    """What is wrong with `which` model, if anything is. The second of two packed examples is what it is apart, and does not change at all with the first.
+def _packing_problem(model: LanguageModel, ids_BT: Tensor, limit: float, tokens: int, which: str) -> str:
+    """The reason why examples cannot be packed for the model, as the start of a sentence; empty where there is none.
 
-    "At all" is as exact as it is for two rows that cannot see each other: an 8-bit model rounds its activations by what
-    else is in the batch. So a leak is found that is smaller than the rounding between packed and apart.
+    Of two packed examples, the second must have the logits that it has alone, and must not change at all with the first. Tolerance for
+    such leakage is the noise between two unpacked rows (8-bit models quantise activations per batch), which is far below the
+    packed-versus-unpacked rounding; so small leaks are detected.
     """
     other_BT = torch.cat([ids_BT[:1].flip(1), ids_BT[1:]])
     second = slice(ids_BT.shape[1], None)
@@ -120,9 +140,9 @@ def _problem_of_packing(model, ids_BT: Tensor, limit: float, tokens: int, which:
     T = ids_BT.shape[1]
     config = model.base_model.config.get_text_config()
     if getattr(config, "attn_temperature_tuning", None) and tokens >= (scale := getattr(config, "floor_scale", None) or 8192):
-        return _too_long(which, scale - 1, tokens)  # Llama 4's attention depends on the place in the row from there on
+        return _too_long(which, scale - 1, tokens)  # Llama 4's attention depends on the position in the row from there on
     table = max((b.shape[-1] for b in model.base_model.buffers() if b.ndim > 1 and b.shape[-1] == b.shape[-2]), default=0)
-    if tokens > table > 0:  # a mask of its own may be as long as the longest example
+    if tokens > table > 0:  # a family's own mask may be as long as the longest example
         long_BT = ids_BT[:1].repeat(table // T + 1, 1)
         try:
             gap = largest_difference(_logits(model, long_BT, packed=True)[-T:], apart_NV[:T])
@@ -140,29 +160,31 @@ def _too_long(which: str, most: int, tokens: int) -> str:
     )
 
 
-def _problem_of_sharing(model, ids_BT: Tensor, limit: float) -> bool:
-    """Whether two examples that share their first tokens are something else where these are computed once."""
+def _shared_prefix_differs(model: LanguageModel, ids_BT: Tensor, limit: float) -> bool:
+    """Whether the logits of two examples with a common prefix change where that prefix is computed once for both."""
     T, P = ids_BT.shape[1], ids_BT.shape[1] // 2
     ids_BT = torch.cat([ids_BT[:1], torch.cat([ids_BT[:1, :P], ids_BT[1:, P:]], 1)])
     place = torch.arange(T, device=ids_BT.device)
     inputs = {"input_ids": torch.cat([ids_BT[0], ids_BT[1, P:]])[None], "position_ids": torch.cat([place, place[P:]])[None]}
     packed = PackedLayout.of([P, T - P, T - P], [-1, 0, 0], [-1, 0, 1]).each(lambda x: x.to(ids_BT.device))
     rows_N = torch.cat([place, place[:P], place[P:] + T - P])
-    return not largest_difference(model.head.logits(model.hidden(View(inputs, rows_N, packed))), _logits(model, ids_BT)) <= limit
+    shared_NV = model.head.logits(model.hidden(View(inputs, rows_N, packed)))
+    return not largest_difference(shared_NV, _logits(model, ids_BT)) <= limit
 
 
-def _logits(model, ids_BT: Tensor, packed: bool = False) -> Tensor:
-    rows_N, view = torch.arange(ids_BT.numel(), device=ids_BT.device), {"input_ids": ids_BT}
+def _logits(model: LanguageModel, ids_BT: Tensor, packed: bool = False) -> Tensor:
+    """Logits [B * T, V] at all positions, in the order of the rows; of rows apart, or of one packed row."""
+    rows_N, inputs = torch.arange(ids_BT.numel(), device=ids_BT.device), {"input_ids": ids_BT}
     if not packed:
-        return model.head.logits(model.hidden(View(view, rows_N)))
+        return model.head.logits(model.hidden(View(inputs, rows_N)))
     B, T = ids_BT.shape
     inputs = {"input_ids": ids_BT.reshape(1, -1), "position_ids": torch.arange(T, device=ids_BT.device).repeat(B)[None]}
     layout = PackedLayout.of([T] * B).each(lambda x: x.to(ids_BT.device))
     return model.head.logits(model.hidden(View(inputs, rows_N, layout)))
 
 
-def parameters_without_gradient(model, setting: str) -> list[str]:
-    """Trainable parameters that a small batch, or a single token, gives no gradient. UserError where there is no backward pass."""
+def parameters_without_gradient(model: LanguageModel, setting: str) -> list[str]:
+    """Trainable parameters that get no gradient from a small batch, or from a single token. UserError where there is no backward pass."""
     ids_BT = probe_ids(model.head.vocab, model.device)
     out = {}
     for batch_BT in (ids_BT, ids_BT[:1, :1]):
@@ -177,14 +199,11 @@ def parameters_without_gradient(model, setting: str) -> list[str]:
 
 
 @contextlib.contextmanager
-def _eval_no_grad(model):
-    """Eval mode without gradients or autocast, and back."""
-    was_training, autocast = model.training, model.autocast
+def _eval_no_grad(model: LanguageModel) -> Iterator[None]:
+    was_training = model.training
     model.eval()
-    model.autocast = None
     try:
         with torch.no_grad():
             yield
     finally:
         model.train(was_training)
-        model.autocast = autocast

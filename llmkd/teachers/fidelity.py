@@ -49,15 +49,15 @@ Asked = Callable[[str], Sequence[Batch]]
 
 
 @contextlib.contextmanager
-def measured_transform(asked: Asked, teacher: LanguageModel, settings: Teacher, setting: str) -> Iterator[None]:
-    """Compares the teacher's answers before and after what happens inside: logged in a line, and kept as `teacher.fidelity`."""
-    batches = asked(setting)
+def measured_transform(asked: Asked, teacher: LanguageModel, settings: Teacher, setting: str) -> Iterator[dict[str, float]]:
+    """Compares the teacher's answers before and after what happens inside, in a line of the log and in the dictionary that it yields."""
+    batches, found = asked(setting), {}
     with torch.no_grad():
         before, head = _hidden(teacher, batches), _kept(teacher.head)
-        yield
+        yield found
         if not batches:
             return
-        teacher.fidelity = found = compare(before, head, _hidden(teacher, batches), teacher.head)
+        found |= compare(before, head, _hidden(teacher, batches), teacher.head)
     if not math.isfinite(found["forward_kl"]):
         which = "quantization" if settings.float8 else "merge_adapter"
         raise UserError(f"{setting}.{which}: the teacher's answers are finite as it was loaded, and not with {settings.held}; leave it out")

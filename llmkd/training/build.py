@@ -32,7 +32,9 @@ def load(
         *(("student.model", one) for one in students),
         *((f"{name}.model", one) for (name, _), one in zip(teachers, found, strict=True)),
     ]
-    if recipe.data.share_prefixes and (other := next(((setting, one) for setting, one in every if not one.varlen), None)):
+    if recipe.data.share_prefixes and (
+        other := next(((setting, one) for setting, one in every if not one.capabilities.packed_attention), None)
+    ):
         raise UserError(
             f"data.share_prefixes: {other[0]} ({other[1].base_model.config.model_type}) keeps an attention of its own in packed rows, which cannot "
             "share; set it to false"
@@ -56,7 +58,9 @@ def build_student(recipe: Recipe, student: LanguageModel, total_steps: int, acce
     objective = Objective(loss.kd_ratio, loss.temperature, make_divergence(loss.divergence, **loss.divergence_options))
     parameters = student.trainable()
     optimizer = optimizers.build(optim, parameters)
-    if student.parameters_without_gradient and accelerator.num_processes > 1:  # or the processes would wait for gradients that never come
+    if (
+        student.capabilities.parameters_without_gradient and accelerator.num_processes > 1
+    ):  # or the processes would wait for gradients that never come
         accelerator.ddp_handler.find_unused_parameters = True
     distiller = accelerator.prepare_model(Distiller(student, objective, loss.chunk_size or rows))
     return StudentState(distiller, optimizer, parameters, schedule(recipe, total_steps), optim.max_grad_norm)

@@ -21,8 +21,8 @@ from llmkd.head import Head
 from llmkd.losses.divergences import make_divergence
 from llmkd.losses.fused import fused_loss
 from llmkd.losses.objective import Objective
-from llmkd.models import startup_checks
 from llmkd.models.language_model import LanguageModel
+from llmkd.models.load import checked
 from llmkd.signals import Dense
 from llmkd.teachers.live import LiveTeacher
 from llmkd.training import loop
@@ -160,7 +160,7 @@ def language_model(adapted: bool) -> LanguageModel:
     if adapted:
         model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=4, target_modules="all-linear"))
     model = LanguageModel(model, 96).train(adapted)
-    startup_checks.check(model, "student.model")
+    model = checked(model, "student.model")
     return model
 
 

@@ -14,8 +14,9 @@ from llmkd.data.reading.skills import tokenizer
 from llmkd.errors import UserError
 from llmkd.models import saved_student
 from llmkd.models.language_model import LanguageModel
-from llmkd.models.load import load_student, load_students, load_teacher
+from llmkd.models.load import load_students, load_teacher
 from tests.kit.families import tiny
+from tests.kit.models import load_student
 
 IDS = torch.arange(40).reshape(4, 10) * 13 % 640
 
@@ -238,4 +239,4 @@ def test_an_adapted_head_takes_hidden_states_of_autocast(tmp_path, capsys):
     )
     view = View({"input_ids": IDS}, torch.arange(0, 40, 3))
     fused_loss(model.hidden(view), model.head, torch.arange(14), Objective(), chunk=5)[0].backward()
-    assert not model.own_forward and all(p.grad is not None and p.grad.isfinite().all() for p in model.trainable().values())
+    assert not model.capabilities.own_forward and all(p.grad is not None and p.grad.isfinite().all() for p in model.trainable().values())

@@ -13,8 +13,9 @@ from llmkd.data.collate import collate, select_examples
 from llmkd.data.examples import Examples
 from llmkd.data.shared_prefixes import SHORTEST, shared_prefixes
 from llmkd.errors import UserError
-from llmkd.models import attention, startup_checks
+from llmkd.models import attention
 from llmkd.models.language_model import LanguageModel
+from llmkd.models.load import checked
 from tests.conftest import distance
 from tests.kit.families import tiny
 
@@ -37,7 +38,7 @@ def model_of(family: str, checkpointing: bool = False, **changes) -> LanguageMod
     model = LanguageModel(tiny(family, **STILL, **changes), 90)
     if checkpointing:
         model.model.gradient_checkpointing_enable({"use_reentrant": False})
-    startup_checks.check(model, "student.model", packing=1000)
+    model = checked(model, "student.model", packing=1000)
     return model.train()
 
 
@@ -69,7 +70,7 @@ def outcome(model: LanguageModel, encoded: Examples, **how):
 )
 def test_packed_and_shared_rows_equal_rows_apart(family, changes, checkpointing):
     model, encoded = model_of(family, checkpointing, **changes), examples()
-    assert model.varlen
+    assert model.capabilities.packed_attention
     expected, gradients, apart = outcome(model, encoded)
     single = family in ("gemma3_text",)  # attention in float32
     for how in ({"packing": True}, {"packing": True, "share": True}):
@@ -107,7 +108,7 @@ def test_under_autocast_products_are_in_its_type(monkeypatch):
         lambda q, k, v, *rest, **more: (types.update({q.dtype, k.dtype, v.dtype}), real(q, k, v, *rest, **more))[1],
     )
     model, encoded = model_of("llama"), examples()
-    model.float().autocast = torch.bfloat16
+    model = model.float().replaced(autocast=torch.bfloat16)
     apart = outcome(model, encoded)[0]
     types.clear()
     packed = outcome(model, encoded, packing=True)[0]
@@ -136,23 +137,23 @@ def test_a_family_whose_attention_is_more_than_that_keeps_its_own(family):
     before = plain.config._attn_implementation
     model = LanguageModel(plain, 90)
     try:
-        startup_checks.check(model, "student.model", packing=1000)
+        model = checked(model, "student.model", packing=1000)
     except UserError as error:
         assert "data.packing" in str(error)
-    assert not model.varlen and plain.config._attn_implementation == before
+    assert not model.capabilities.packed_attention and plain.config._attn_implementation == before
 
 
 def test_an_attention_that_was_asked_for_is_kept():
     model = LanguageModel(tiny("llama"), 90)
-    startup_checks.check(model, "student.model", 1000, "sdpa")
-    assert not model.varlen and model.base_model.config._attn_implementation == "sdpa"
+    model = checked(model, "student.model", 1000, "sdpa")
+    assert not model.capabilities.packed_attention and model.base_model.config._attn_implementation == "sdpa"
 
 
 def test_one_whose_packed_rows_would_leak_is_found_out_and_left(monkeypatch):
     monkeypatch.setattr(PackedLayout, "mask", lambda self: torch.ones(1, 1, 1, 1, dtype=torch.bool))
     model = LanguageModel(tiny("llama"), 90)
-    startup_checks.check(model, "student.model", packing=1000)
-    assert not model.varlen and model.base_model.config._attn_implementation == "sdpa"
+    model = checked(model, "student.model", packing=1000)
+    assert not model.capabilities.packed_attention and model.base_model.config._attn_implementation == "sdpa"
 
 
 # ---- beginnings
@@ -240,11 +241,11 @@ def test_sharing_is_refused_where_it_cannot_be(make_recipe, monkeypatch):
 def test_a_row_is_no_longer_than_attention_by_place_allows():
     """Llama 4 scales attention by the place in the row, from floor_scale on; its chunks keep it from llmkd's attention."""
     changes = {"attn_temperature_tuning": True, "floor_scale": 300}
-    startup_checks.check(LanguageModel(tiny("llama4_text", **changes), 90), "student.model", 299)
+    checked(LanguageModel(tiny("llama4_text", **changes), 90), "student.model", 299)
     with pytest.raises(
         UserError, match=r"\(llama4_text\) a packed row may hold 299 tokens, and this run's up to 300 \(train.*\); lower that, or"
     ):
-        startup_checks.check(LanguageModel(tiny("llama4_text", **changes), 90), "student.model", 300)
+        checked(LanguageModel(tiny("llama4_text", **changes), 90), "student.model", 300)
 
 
 @pytest.mark.parametrize("repeat", [False, True])

@@ -6,9 +6,8 @@ import torch
 from llmkd.config.recipe import Lora, Quantization, Student
 from llmkd.errors import Stopped, UserError
 from llmkd.models import compile as compilation
-from llmkd.models import startup_checks
 from llmkd.models.language_model import LanguageModel
-from llmkd.models.load import load_students
+from llmkd.models.load import checked, load_students
 from llmkd.training.run import run
 from llmkd.training.shutdown import ShutdownRequest
 from tests.conftest import distance
@@ -31,7 +30,7 @@ def graphs() -> int:
 
 def test_one_graph_serves_the_layers_that_are_alike(traced):
     model = LanguageModel(tiny("llama", num_hidden_layers=3), V - 6).train()
-    startup_checks.check(model, "student.model")
+    model = checked(model, "student.model")
     names, expected, before = list(model.state_dict()), results(model, True, view()), graphs()
     compilation.compile_layers(model, "student.model", packing=False)
     assert list(model.state_dict()) == names
@@ -44,7 +43,7 @@ def test_one_graph_serves_the_layers_that_are_alike(traced):
 @pytest.mark.slow
 def test_a_model_that_cannot_be_compiled_is_refused(traced, monkeypatch):
     model = LanguageModel(tiny("llama"), V - 6)
-    startup_checks.check(model, "student.model")
+    model = checked(model, "student.model")
 
     def different(model, args, out):
         return out + 1e-3 if torch.compiler.is_compiling() else out

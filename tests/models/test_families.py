@@ -12,7 +12,8 @@ from llmkd.losses.divergences import reverse_kl
 from llmkd.losses.fused import fused_loss
 from llmkd.losses.objective import Objective
 from llmkd.models import startup_checks
-from llmkd.models.language_model import LanguageModel
+from llmkd.models.language_model import Capabilities, LanguageModel
+from llmkd.models.load import checked
 from llmkd.signals import Dense
 from tests.kit.families import V, tiny
 
@@ -107,8 +108,8 @@ def compare_with_own(model: LanguageModel, rtol: float) -> None:
 @pytest.mark.parametrize("family", KNOWN)
 def test_the_fused_path_equals_the_models_own_logits(family, capsys):
     model = language_model(family)
-    startup_checks.check(model, "student.model")
-    assert not model.own_forward and not capsys.readouterr().err
+    model = checked(model, "student.model")
+    assert not model.capabilities.own_forward and not capsys.readouterr().err
     assert (pytest.approx(model.head.scale), model.head.softcap) == KNOWN[family]
     compare_with_own(model, 1e-4 if family in SINGLE else 1e-10)
 
@@ -124,15 +125,15 @@ def test_weights_that_a_single_token_does_not_use_are_known():
 @pytest.mark.parametrize("family", UNKNOWN)
 def test_an_unknown_head_falls_back_to_the_models_own_forward(family, capsys):
     model = language_model(family)
-    startup_checks.check(model, "teacher.model")
-    assert model.own_forward
+    model = checked(model, "teacher.model")
+    assert model.capabilities.own_forward
     assert capsys.readouterr().err.count(f"note: teacher.model: llmkd does not know {family}'s head") == 1
     compare_with_own(model, 1e-10)
 
 
 def test_the_fallback_computes_only_the_columns_it_needs():
     model, seen = language_model("llama"), []
-    model.use_own_forward()
+    model = model.replaced(capabilities=Capabilities(own_forward=True))
     model.base_model.lm_head.register_forward_hook(lambda module, inputs, output: seen.append(output.shape[1]))
     view, _ = batch()
     model.hidden(view)
@@ -150,18 +151,18 @@ def test_a_head_that_a_family_calls_its_decoder_is_not_taken_for_the_body():
 @pytest.mark.parametrize("family", BIDIRECTIONAL)
 def test_a_model_that_sees_later_tokens_is_refused(family):
     with pytest.raises(UserError, match=r"student.model: .* sees? the tokens after it|see the tokens after it"):
-        startup_checks.check(language_model(family), "student.model")
+        checked(language_model(family), "student.model")
 
 
 @pytest.mark.parametrize("family", sorted(KNOWN.keys() - set(LEAKING)) + ["modernbert-decoder"])
 def test_packing_is_allowed_where_it_is_isolated(family):
-    startup_checks.check(language_model(family), "student.model", packing=True)
+    checked(language_model(family), "student.model", packing=True)
 
 
 @pytest.mark.parametrize("family", LEAKING)
 def test_packing_is_refused_where_examples_see_one_another(family):
     with pytest.raises(UserError, match=r"data.packing: .* see one another|data.packing: .* takes no packed rows"):
-        startup_checks.check(language_model(family), "student.model", packing=True)
+        checked(language_model(family), "student.model", packing=True)
 
 
 @pytest.mark.slow
@@ -175,7 +176,7 @@ def test_every_causal_family_of_transformers_is_right_or_refused():
             unbuilt.append(f"{family} ({error})")
             continue
         try:
-            startup_checks.check(model, family)
+            model = checked(model, family)
         except UserError as error:
             refused.append(str(error))
             continue

@@ -1,5 +1,9 @@
 """The last layer at the supervised rows alone, and layers that are recomputed: nothing changes but what is computed."""
 
+import dataclasses
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from torch import nn
@@ -8,10 +12,10 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from llmkd.batch import View
 from llmkd.config.recipe import Lora, Quantization, Student, Teacher
 from llmkd.errors import UserError
-from llmkd.models import activation_checkpointing, startup_checks
+from llmkd.models import activation_checkpointing
 from llmkd.models.families import layers_of
 from llmkd.models.language_model import LanguageModel
-from llmkd.models.load import load_models, load_students, load_teacher
+from llmkd.models.load import checked, load_models, load_students, load_teacher
 from tests.kit.families import V, tiny
 
 N, TOTAL = 9, 27
@@ -27,15 +31,16 @@ def view(rows=(0, 3, 4, 8, 10, 11, 18, 21, 22), packed=False) -> View:
     return View(inputs, torch.tensor(rows, dtype=torch.long))
 
 
+def whole(model: LanguageModel) -> LanguageModel:
+    """The same model, computing its last layer at all positions."""
+    return model.replaced(capabilities=dataclasses.replace(model.capabilities, last_layer=None))
+
+
 def results(model: LanguageModel, spared: bool, on: View, seed: int = 0) -> dict[str, torch.Tensor]:
     """Hidden states at the rows, and the gradients of all that trains, with the last layer's hooks or without."""
-    hooks = model.last_layer
-    assert hooks is not None
-    if not spared:
-        model.last_layer = None
+    assert model.capabilities.last_layer is not None
     torch.manual_seed(seed)
-    hidden_NH = model.hidden(on)
-    model.last_layer = hooks
+    hidden_NH = (model if spared else whole(model)).hidden(on)
     hidden_NH.cos().sum().backward()
     found = {"hidden": hidden_NH.detach()} | {name: p.grad.clone() for name, p in model.trainable().items() if p.grad is not None}
     model.zero_grad(set_to_none=True)
@@ -61,7 +66,7 @@ def lengths_seen(model: LanguageModel, name: str, layer: int = -1) -> list[int]:
 @pytest.mark.parametrize("family", FAMILIES)
 def test_it_is_exact(family):
     model = LanguageModel(tiny(family), V - 6).eval()
-    startup_checks.check(model, "student.model")
+    model = checked(model, "student.model")
     assert gap(results(model, True, view()), results(model, False, view())) < 1e-12
 
 
@@ -71,10 +76,10 @@ def test_it_is_exact_or_left_out_in_every_family():
     for family in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
         try:
             model = LanguageModel(tiny(family), V - 6).eval()
-            startup_checks.check(model, "student.model")
+            model = checked(model, "student.model")
         except Exception:  # not built this small, or refused
             continue
-        if model.last_layer:
+        if model.capabilities.last_layer:
             assert gap(results(model, True, view()), results(model, False, view())) < 1e-6, family  # some route in float32
             used.append(family)
     assert len(used) >= 80
@@ -84,7 +89,7 @@ def test_it_is_exact_or_left_out_in_every_family():
 @pytest.mark.parametrize("name", ["q_proj", "o_proj", "mlp"])
 def test_only_the_rows_reach_the_last_layers_modules(name, packed):
     model = LanguageModel(tiny("llama"), V - 6)
-    startup_checks.check(model, "student.model", packing=packed)
+    model = checked(model, "student.model", packing=packed)
     last, first, keys = lengths_seen(model, name), lengths_seen(model, name, 0), lengths_seen(model, "k_proj")
     model.hidden(view(packed=packed))
     assert (last, first, keys) == ([N], [TOTAL], [TOTAL])
@@ -93,7 +98,7 @@ def test_only_the_rows_reach_the_last_layers_modules(name, packed):
 @pytest.mark.parametrize("rows", [(), tuple(range(25)), tuple(range(27))])
 def test_it_is_left_out_where_nearly_all_positions_are_supervised_or_none_is(rows):
     model = LanguageModel(tiny("llama"), V - 6)
-    startup_checks.check(model, "student.model")
+    model = checked(model, "student.model")
     seen = lengths_seen(model, "mlp")
     assert model.hidden(view(rows)).shape == (len(rows), 32) and seen == [TOTAL]
 
@@ -130,8 +135,8 @@ def test_it_is_left_out_where_something_else_is_read(name, wrap, dtype, trains):
         layer = layers_of(model.base_model)[-1]
         if changed:
             setattr(layer, name, wrap(getattr(layer, name)))
-        startup_checks.check(model, "student.model")
-        assert (model.last_layer is None) == changed
+        model = checked(model, "student.model")
+        assert (model.capabilities.last_layer is None) == changed
 
 
 @pytest.mark.parametrize("family", ["gpt_oss", "mamba2"])  # a pair from the mlp; none of the modules
@@ -139,8 +144,27 @@ def test_it_is_left_out_where_a_family_is_made_otherwise(family):
     if family not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         pytest.skip(f"this version of transformers has no {family}")
     model = LanguageModel(tiny(family), V - 6)
-    startup_checks.check(model, "student.model")
-    assert model.last_layer is None
+    model = checked(model, "student.model")
+    assert model.capabilities.last_layer is None
+
+
+def test_two_models_on_two_threads_compute_their_own_rows():
+    """Each stops in the middle of its forward pass until the other is there too."""
+    models = [checked(LanguageModel(tiny("llama"), V - 6).eval(), "student.model") for _ in range(2)]
+    views = [view(), view((1, 2, 26))]
+    with torch.no_grad():
+        expected = [model.hidden(on) for model, on in zip(models, views, strict=True)]
+        meeting = threading.Barrier(2, timeout=60)
+        for model in models:
+            layers_of(model.base_model)[0].register_forward_hook(lambda *_: (meeting.wait(), None)[1])
+
+        def hidden(model, on):
+            with torch.no_grad():
+                return model.hidden(on)
+
+        with ThreadPoolExecutor(2) as pool:
+            found = list(pool.map(hidden, models, views))
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 
 
 def student(world, **changes) -> list[LanguageModel]:
@@ -164,15 +188,13 @@ def test_adapters_side_by_side_and_the_teacher_beside_them(world):
         "cpu",
         seed=7,
     )
-    assert one.last_layer is other.last_layer is not teacher.last_layer
+    assert one.capabilities.last_layer is other.capabilities.last_layer is not teacher.capabilities.last_layer
     stirred(one), stirred(other)
     for model in (one, other, one):
         with torch.no_grad():
             before = teacher.hidden(view())
         assert gap(results(model, True, view()), results(model, False, view())) < 1e-12
-        teacher.last_layer, hooks = None, teacher.last_layer
-        torch.testing.assert_close(teacher.hidden(view()), before, rtol=1e-12, atol=1e-12)
-        teacher.last_layer = hooks
+        torch.testing.assert_close(whole(teacher).hidden(view()), before, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("type_", ["nf4", "int8"])
@@ -181,7 +203,7 @@ def test_a_quantised_base(world, type_, tmp_path):
     base = Student(model=str(world / "student"), dtype="float32", quantization=Quantization(type=type_), lora=Lora(rank=4))
     (model,) = load_students([base], 640, "cpu", seed=7)
     if type_ == "int8":
-        assert model.last_layer is None
+        assert model.capabilities.last_layer is None
         return
     stirred(model)
     assert gap(results(model, True, view()), results(model, False, view())) < 1e-5
@@ -193,17 +215,16 @@ def test_offloaded_and_in_bfloat16(world):
         seen = lengths_seen(teacher, "mlp")
         with torch.no_grad():
             part = teacher.hidden(view())
-            teacher.last_layer = None
-            whole = teacher.hidden(view())
+            everywhere = whole(teacher).hidden(view())
         assert seen == [N, TOTAL]
-        torch.testing.assert_close(part, whole, rtol=3e-2 if part.dtype == torch.bfloat16 else 1e-12, atol=3e-2)
+        torch.testing.assert_close(part, everywhere, rtol=3e-2 if part.dtype == torch.bfloat16 else 1e-12, atol=3e-2)
 
 
 @pytest.mark.parametrize("share, recomputed", [(True, 3), (0.5, 2), (0.01, 1), (0.99, 3)])
 def test_layers_are_recomputed_from_the_first_and_never_the_last(share, recomputed):
     model = LanguageModel(tiny("llama", num_hidden_layers=4), V - 6).train()
     activation_checkpointing.enable(model.base_model, share)
-    startup_checks.check(model, "student.model")
+    model = checked(model, "student.model")
     seen = [lengths_seen(model, "mlp", n) for n in range(4)]
     results(model, True, view())
     assert [len(one) for one in seen] == [2] * recomputed + [1] * (4 - recomputed)
@@ -222,8 +243,8 @@ def test_recomputing_changes_no_bit(world, share):
 def test_a_last_layer_that_is_recomputed_is_left_whole():
     model = LanguageModel(tiny("llama"), V - 6).train()
     model.base_model.gradient_checkpointing_enable({"use_reentrant": False})
-    startup_checks.check(model, "student.model")
-    assert model.last_layer is None
+    model = checked(model, "student.model")
+    assert model.capabilities.last_layer is None
 
 
 def test_a_share_is_refused_where_layers_cannot_be_chosen():

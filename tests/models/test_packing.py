@@ -12,6 +12,7 @@ from llmkd.losses.divergences import reverse_kl
 from llmkd.losses.fused import fused_loss
 from llmkd.losses.objective import Objective
 from llmkd.models.language_model import LanguageModel
+from llmkd.models.load import checked
 from llmkd.signals import Dense
 from tests.conftest import distance
 from tests.kit.families import tiny
@@ -90,9 +91,8 @@ def test_a_run_whose_model_leaks_is_refused_before_it_writes(world, make_recipe,
 
 def test_a_packed_row_is_no_longer_than_a_model_takes():
     """GPT-Neo's mask is a table of 128 x 128 here; where positions start again is of no concern to it."""
-    from llmkd.models import startup_checks
 
     for family, tokens in (("gpt_neo", 128), ("llama", 512)):
-        startup_checks.check(LanguageModel(tiny(family), 90), "student.model", tokens)
+        checked(LanguageModel(tiny(family), 90), "student.model", tokens)
     with pytest.raises(UserError, match=r"\(gpt_neo\) a packed row may hold 128 tokens, and this run's up to 129 .*; lower that"):
-        startup_checks.check(LanguageModel(tiny("gpt_neo"), 90), "student.model", 129)
+        checked(LanguageModel(tiny("gpt_neo"), 90), "student.model", 129)

@@ -17,8 +17,9 @@ from llmkd.losses.fused import fused_loss
 from llmkd.losses.objective import Objective
 from llmkd.models import saved_student
 from llmkd.models.language_model import LanguageModel
-from llmkd.models.load import load_student, load_teacher
+from llmkd.models.load import load_teacher
 from tests.conftest import distance
+from tests.kit.models import load_student
 
 ALL = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}
 

@@ -8,12 +8,13 @@ import pytest
 import torch
 
 from llmkd.data.collate import collate
-from llmkd.models.load import load_student, load_teacher
+from llmkd.models.load import load_teacher
 from llmkd.teachers.fidelity import sample_examples
 from llmkd.teachers.live import LiveTeacher
 from llmkd.training.prepare import prepare
 from llmkd.training.run import run
 from llmkd.training.validate import validate
+from tests.kit.models import load_student
 
 
 def check_of(recipe) -> list[dict]:
