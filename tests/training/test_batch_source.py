@@ -17,12 +17,13 @@ from safetensors.torch import load_file, save_file
 from llmkd.config import loader
 from llmkd.data.batch_source import Step
 from llmkd.data.collate import collate
-from llmkd.models.load import load_student, load_teacher
+from llmkd.models.load import load_teacher
 from llmkd.teachers.live import LiveTeacher
 from llmkd.training.build import build_student
 from llmkd.training.loop import count_targets, train
 from llmkd.training.prepare import prepare
 from tests.conftest import plain_recipe
+from tests.kit.models import load_student
 
 REPO = Path(__file__).parents[2]
 
