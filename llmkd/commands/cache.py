@@ -13,6 +13,7 @@ from pathlib import Path
 
 import numpy as np
 
+from ..config.fields import with_setting_names
 from ..config.recipe import Recipe, Teacher
 from ..config.teacher import CACHE_KINDS, Cache
 from ..console import duration, first_process, info, progress_bar
@@ -48,7 +49,7 @@ def chosen(
 ) -> tuple[Prepared, list[TeacherSource]]:
     """The recipe's data, and those of its teachers that are meant; `nothing` is what is wrong with one that has none. Refused before a model is
     loaded."""
-    many = taught.named(recipe.teacher)
+    many = with_setting_names(recipe.teacher, "teacher")
     if not any(which(one) for _, one in many):
         raise UserError(nothing)
     for setting, one in many:

@@ -103,10 +103,10 @@ def test_samples_are_refused_for_what_they_are_not_right_for(caches, make_recipe
 
 def test_two_attempts_never_write_one_cache(make_recipe, tmp_path):
     """One would take the other's unfinished files for those of an attempt that was killed."""
-    from llmkd.output.run_folder import lock
+    from llmkd.output.run_folder import lock_folder
 
     recipe = make_recipe(teacher__cache={"path": str(tmp_path / "cache"), "k": 8})
-    with lock(tmp_path / "cache"), pytest.raises(UserError, match=r"teacher.cache.path: .*cache is in use by"):
+    with lock_folder(tmp_path / "cache"), pytest.raises(UserError, match=r"teacher.cache.path: .*cache is in use by"):
         cache(recipe)
     cache(recipe)
 
@@ -166,7 +166,7 @@ def test_the_settings_that_a_cache_was_made_by_may_stay_in_the_recipe(make_recip
         (
             {"kind": "hidden", "hidden_dtype": "int8"},
             {"kind": "topk", "k": 9, "value_bits": 5},
-            {"kind": "sampled", "draws": 7, "temperature": 2.0, "seed": 3},
+            {"kind": "sampled", "num_samples": 7, "temperature": 2.0, "seed": 3},
         )
     ):
         recipe = make_recipe(
