@@ -11,7 +11,7 @@ import sys
 import warnings
 from pathlib import Path
 
-from . import __version__
+from . import __version__, console
 from .commands import arguments
 from .config import loader
 from .errors import UserError, exit_code
@@ -22,6 +22,7 @@ _COMPUTES = ("train", "sweep", "cache", "data", "export", "eval", "tasks")
 def main(argv: list[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
+    console.show_messages()
     return exit_code(lambda: dispatch([word for word in argv if word != "--debug"]), debug=debug)
 
 
@@ -146,10 +147,8 @@ def compare(options: argparse.Namespace, overrides: dict) -> None:
     from llmkd_eval.comparison.compare_text import as_json, as_text
     from llmkd_eval.comparison.items import parse_arms
 
-    from .console import info
-
     arms = parse_arms(options.places)
-    rows = comparison.compare(arms, options.baseline, options.tasks or None, options.metrics or None, options.common, info)
+    rows = comparison.compare(arms, options.baseline, options.tasks or None, options.metrics or None, options.common, console.info)
     print(as_text(rows))
     if options.json:
         Path(options.json).parent.mkdir(parents=True, exist_ok=True)
@@ -172,13 +171,12 @@ def recipes(options: argparse.Namespace, overrides: dict) -> None:
 
 def init(options: argparse.Namespace, overrides: dict) -> None:
     from .commands.recipes import DEFAULT_FOLDER, copy_recipe
-    from .console import info
 
     name, folder = (*_places(options, "init", "a recipe's name", "llmkd init NAME [FOLDER] (llmkd recipes lists them)", most=2), None)[:2]
     written, command = copy_recipe(name, Path(folder or DEFAULT_FOLDER))
     for path in written:
         print(path)
-    info(f"next: {command}")
+    console.info(f"next: {command}")
 
 
 def completion(options: argparse.Namespace, overrides: dict) -> None:

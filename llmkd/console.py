@@ -1,7 +1,15 @@
-"""What is said to the person at the console: only by the first process, on stderr."""
+"""Messages, progress bars and tables on the console. Only rank 0 of a launch writes them.
 
+Messages go to `logging.getLogger("llmkd")`, so a program that imports llmkd routes or silences them as it does those of any library.
+The command line shows them as plain lines on stderr (`show_messages`); stdout is for results.
+"""
+
+import logging
 import os
 import sys
+from collections.abc import Sequence
+
+logger = logging.getLogger("llmkd")
 
 
 def first_process() -> bool:
@@ -9,33 +17,71 @@ def first_process() -> bool:
     return os.environ.get("RANK", "0") == "0"
 
 
+def _from_first_process(record: logging.LogRecord) -> bool:
+    return first_process()
+
+
+logger.addFilter(_from_first_process)  # for every handler, llmkd's or the program's own
+
+
 def info(text: str) -> None:
-    if first_process():
-        print(text, file=sys.stderr, flush=True)
+    logger.info(text)
+
+
+def warn(text: str) -> None:
+    """A message that may call for a change: it begins with "note:" or "warning:"."""
+    logger.warning(text)
+
+
+class _Stderr(logging.Handler):
+    """The message alone, on what sys.stderr is at that moment, above any progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        tqdm = sys.modules.get("tqdm")  # a bar that is shown has loaded it
+        if tqdm is None:
+            print(record.getMessage(), file=sys.stderr, flush=True)
+        else:
+            tqdm.tqdm.write(record.getMessage(), file=sys.stderr, nolock=True)
+
+
+def show_messages() -> None:
+    """Show llmkd's messages on stderr, and there alone, as the command line does. Called again, it changes nothing."""
+    if not any(isinstance(handler, _Stderr) for handler in logger.handlers):
+        logger.addHandler(_Stderr())
+        logger.propagate = False
+    if logger.level == logging.NOTSET:
+        logger.setLevel(logging.INFO)
 
 
 def progress_bar(name: str):
-    """A progress bar round an iterable, gone when it is done; none where nobody looks."""
+    """A function that wraps an iterable in a progress bar on stderr, removed at the end. No bar off a terminal or on other ranks."""
     from tqdm import tqdm
 
     return lambda items: tqdm(items, name, leave=False, disable=None if first_process() else True)
 
 
 def duration(seconds: float) -> str:
+    """Seconds in words: "90 seconds", "2.5 minutes", "3 hours"."""
     for size, unit in ((86400, "days"), (3600, "hours"), (60, "minutes")):
         if seconds >= 1.5 * size:
             return f"{seconds / size:.0f} {unit}" if seconds >= 10 * size else f"{seconds / size:.1f} {unit}"
     return f"{seconds:.0f} seconds" if seconds >= 1.5 else "a second"
 
 
+def align(lines: Sequence[Sequence[str]]) -> list[str]:
+    """Lines of equally many cells as text: the first column left-aligned, the others right-aligned."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    return [
+        "  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))) for line in lines
+    ]
+
+
 def table(rows: list[dict[str, object]]) -> str:
-    """Rows of the same keys as aligned text."""
+    """Rows with the same keys as aligned text with a header; floats with four decimals, None as nothing."""
     names = list(rows[0])
-    cells = [names] + [
-        [f"{v:.4f}" if isinstance(v, float) else "" if v is None else str(v) for v in (row.get(n) for n in names)] for row in rows
-    ]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(names))]
-    lines = [
-        "  ".join(cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))) for row in cells
-    ]
-    return "\n".join([lines[0], "-" * len(lines[0]), *lines[1:]])
+    header, *body = align([names, *([_cell(row.get(name)) for name in names] for row in rows)])
+    return "\n".join([header, "-" * len(header), *body])
+
+
+def _cell(value: object) -> str:
+    return f"{value:.4f}" if isinstance(value, float) else "" if value is None else str(value)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from llmkd import console
 from llmkd.cli import main
 from llmkd.config import loader
 from llmkd.config.recipe import Source
@@ -20,6 +21,7 @@ from llmkd.errors import UserError
 from llmkd.training.run import run
 
 torch.set_num_threads(1)
+console.show_messages()  # as on the command line: tests of runs read stderr
 
 ANSWERS = "Yes. It is so. The answer is that nobody knows what a robin does in the garden at night. No! Perhaps the owl, the wren and the crow know.".split()
 

@@ -8,7 +8,7 @@ import logging
 import os
 from pathlib import Path
 
-from llmkd.console import info
+from llmkd.console import info, warn
 from llmkd.errors import UserError
 
 
@@ -41,7 +41,7 @@ def _load(name: str, tasks_dir: Path | None, fewshot: int | None) -> dict:
         if getattr(task, "UNSAFE_CODE", False):
             raise UserError(f"--tasks: {task.task_name}: runs code that the model writes, which is not done here")
         if fewshot and shots(task, fewshot) != fewshot:
-            info(f"note: {task.task_name} has its examples in its prompt; --fewshot {fewshot} does not change it")
+            warn(f"note: {task.task_name} has its examples in its prompt; --fewshot {fewshot} does not change it")
     return tasks
 
 
@@ -52,7 +52,7 @@ def _index_with(name: str, tasks_dir: Path | None):
             return local
         if (tasks_dir / f"{name}.yaml").exists():
             raise UserError(f"--tasks_dir: {tasks_dir / name}.yaml cannot be read as a task; write it again (llmkd tasks)")
-        info(f"note: {tasks_dir} has no task {name}; looking among the harness's own")
+        warn(f"note: {tasks_dir} has no task {name}; looking among the harness's own")
     every = index(tasks_dir, True)
     if name not in every.task_index:
         near = difflib.get_close_matches(name, every.all_tasks, 3)

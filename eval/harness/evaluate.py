@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmkd import __version__
-from llmkd.console import first_process, info
+from llmkd.console import first_process, info, warn
 from llmkd.errors import Stopped, UserError
 from llmkd.training.shutdown import ShutdownRequest
 
@@ -76,7 +76,7 @@ def _known(target: Target, tasks: dict, options: Options) -> dict[str, dict | No
     for name, task in tasks.items():
         record = None if options.force else record_files.read_record(target.out, name)
         if record is not None and not _whole(target.out, name):
-            info(f"note: {target.out / name}.jsonl is not whole; evaluating {name} again")
+            warn(f"note: {target.out / name}.jsonl is not whole; evaluating {name} again")
             record = None
         if record is not None:
             differ = record_files.differences(record, _settings(target, task, options))
@@ -224,7 +224,7 @@ class _Work:
         )
         if record["cut"]:
             items_cut = sum(item["cut"] for item in items)
-            info(
+            warn(
                 f"warning: {name}: {record['cut']} requests, of {items_cut} of {len(items)} items, are longer than the model's context of "
                 f"{context} tokens; the harness cut off their beginning, so those items say little"
             )

@@ -9,7 +9,7 @@ import torch
 from .. import console as tracking_console
 from ..batch import Batch
 from ..config.recipe import Recipe
-from ..console import info, progress_bar
+from ..console import info, progress_bar, warn
 from ..data.batching import make_micro_batches
 from ..data.collate import collate
 from ..data.examples import Examples
@@ -60,7 +60,7 @@ def check(recipe: Recipe, examples: int = 64) -> None:
         mine = examples_of(prepared.train, prepared.teachers.index(teacher))
         sample = sample_examples(prepared.train.take(mine), examples)
         if not len(sample):
-            info(f"note: {teacher.setting}: no training rows are left to it")
+            warn(f"note: {teacher.setting}: no training rows are left to it")
             continue
         stored = opened(recipe, prepared, teacher)
         info(f"on {len(sample)} training examples, {int(sample.loss_mask.sum())} targets; nats per target")

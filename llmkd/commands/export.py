@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ..console import info
+from ..console import info, warn
 from ..data.encoding.tokenizer import load_tokenizer, save_tokenizer, shared_vocab
 from ..errors import UserError
 from ..files import write_folder
@@ -106,7 +106,7 @@ def _sample(run: Path, vocab: int):
         first = np.arange(len(encoded)) < SAMPLE
         return encoded.subset(first), f"{first.sum()} {'held-out' if prepared.validation else 'training'} examples"
     except UserError as error:
-        info(f"note: the run's data cannot be read ({error.problems[0]}); comparing on random tokens")
+        warn(f"note: the run's data cannot be read ({error.problems[0]}); comparing on random tokens")
     ids = np.random.default_rng(0).integers(0, vocab, (8, 64), np.int32)
     marks = np.ones_like(ids, bool)
     marks[:, 0] = False

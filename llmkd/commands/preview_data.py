@@ -11,7 +11,7 @@ import numpy as np
 
 from ..config.fields import as_tuple, with_setting_names
 from ..config.recipe import Recipe, Student, distils
-from ..console import info
+from ..console import align, info
 from ..data.dataset import hold_out, read_data, refuse_empty_sources, refuse_too_few_positions, report_notes
 from ..data.encoding.token_cache import load_or_encode
 from ..data.encoding.tokenizer import student_base, student_tokenizer
@@ -100,11 +100,7 @@ def table(parts: list[Examples], names: list[str]) -> str:
             (name, c["rows"], len(part), c["tokens"], c["targets"], share, c["too_long"], c["unsupervised"], low, median, high, most)
         )
     texts = [[f"{value:,}" if isinstance(value, int | np.integer) else value for value in line] for line in lines]
-    widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
-    return "\n".join(
-        "  ".join(value.ljust(w) if n == 0 else value.rjust(w) for n, (value, w) in enumerate(zip(line, widths, strict=True))).rstrip()
-        for line in texts
-    )
+    return "\n".join(line.rstrip() for line in align(texts))
 
 
 def mark_supervised(ids, loss_mask, tokenizer, colour: bool) -> str:

@@ -9,7 +9,7 @@ import numpy as np
 
 from ..config.fields import with_setting_names
 from ..config.recipe import Data, Source, Teacher
-from ..console import info
+from ..console import info, warn
 from ..errors import UserError
 from ..model_files import positions
 from .batching import num_draws
@@ -57,7 +57,7 @@ def _warn_of_shared(rows: dict[str, list[Rows]], data: Data) -> None:
         pairs += [(b, a) for i, a in enumerate(train) for b in train[i + 1 :]]
     for (name, path, content), (other, _, others) in pairs:
         if content == others:
-            info(
+            warn(
                 f"warning: {name} and {other} are read from the same data ({path}), so held-out figures would be of rows that are trained on"
             )
 
@@ -104,7 +104,7 @@ def refuse_too_few_positions(data: Data, configs: dict[str, dict]) -> None:
         rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
         short = rope.get("original_max_position_embeddings") or text.get("original_max_position_embeddings")
         if rope.get("rope_type", rope.get("type")) == "longrope" and short and data.max_length > short:
-            info(
+            warn(
                 f"note: {setting}: its rotary positions (longrope) are others for all of a micro-batch whose longest example exceeds {short} tokens, "
                 "so results depend on what stands together; a lower data.max_length, or train.micro_batch_size: 1 without packing, avoids it"
             )
@@ -181,4 +181,4 @@ def report_notes(examples: Examples, name: str) -> None:
     c = examples.counts
     for key, words in _NOTES.items():
         if c.get(key):
-            info(f"note: {name}: {words.format(c[key])}")
+            warn(f"note: {name}: {words.format(c[key])}")

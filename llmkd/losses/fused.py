@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..batch import Rows
-from ..console import info
+from ..console import info, warn
 from ..errors import ArgumentError, brief
 from ..head import Head
 from ..signals import Dense, FullDistribution, Signal
@@ -155,7 +155,7 @@ def _kernels_run(device: torch.device) -> bool:
         reason = brief(error)
     if interpreted:
         raise RuntimeError(f"the Triton kernel: {reason}")
-    info(f"note: the Triton kernel is not used on {device} ({reason}); PyTorch's way is slower and no less right")
+    warn(f"note: the Triton kernel is not used on {device} ({reason}); PyTorch's way is slower and no less right")
     return False
 
 

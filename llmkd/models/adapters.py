@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..config.recipe import Lora, Quantization
 from ..config.recipe import Student as StudentSettings
-from ..console import info
+from ..console import info, warn
 from ..errors import UserError, brief
 from ..model_files import ModelFiles, read_json, record_of, tensors
 from .families import beside_text
@@ -97,7 +97,7 @@ def save(adapted: nn.Module, folder: Path, name: str = "default") -> None:
     if set_peft_model_state_dict(adapted, load_file(path), adapter_name=name).unexpected_keys:
         save_file({_renamed(adapted, key, back=True): value for key, value in load_file(path).items()}, path, {"format": "pt"})
         if lost := set_peft_model_state_dict(adapted, load_file(path), adapter_name=name).unexpected_keys:
-            info(
+            warn(
                 f"note: {folder}: PEFT alone does not read back {len(lost)} of its tensors, such as {lost[0]}; llmkd does: "
                 "give others what llmkd export makes of it"
             )
@@ -130,7 +130,7 @@ def add_lora(model: nn.Module, lora: Lora, revision: str | None, name: str = "de
     beside = [name for name, module in plain.named_modules() if any(id(p) in unused for p in module.parameters(recurse=False))]
     if lora.target_modules == "all-linear" and (others := [name for name, module in plain.named_modules() if _is_custom_linear(module)]):
         kinds = ", ".join(sorted({type(plain.get_submodule(name)).__name__ for name in others}))
-        info(f"note: student.lora.target_modules: all-linear leaves out {kinds}, which is more than a linear layer")
+        warn(f"note: student.lora.target_modules: all-linear leaves out {kinds}, which is more than a linear layer")
         beside += others
     targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
     config = LoraConfig(
@@ -161,7 +161,7 @@ def add_lora(model: nn.Module, lora: Lora, revision: str | None, name: str = "de
     except Exception as error:
         outs = [name for name, _ in plain.named_modules() if name.endswith((".out_proj", ".conv1d"))]
         if "Mamba" in str(error) and targets == "all-linear" and not set(outs) & set(beside):
-            info("note: student.lora.target_modules: all-linear leaves out out_proj, whose weight Mamba's kernels use past any adapter")
+            warn("note: student.lora.target_modules: all-linear leaves out out_proj, whose weight Mamba's kernels use past any adapter")
             config.exclude_modules = beside + outs
             return get_peft_model(model, config, adapter_name=name)
         if "ParamWrapper" in str(error):  # PEFT's way to adapt what is no module
@@ -260,4 +260,4 @@ def note_quantization(files: ModelFiles, now: Quantization | None, who: str) -> 
     then = then["type"] if isinstance(then, dict) else then and then.type
     if then != now:
         was, now = then or "an unquantised base", now or "an unquantised one"
-        info(f"note: {who}.quantization: the adapter {files.adapter} was trained on {was}, and is used on {now}")
+        warn(f"note: {who}.quantization: the adapter {files.adapter} was trained on {was}, and is used on {now}")

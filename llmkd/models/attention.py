@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from ..batch import PackedLayout
-from ..console import info
+from ..console import warn
 from ..errors import brief
 
 NAME = "llmkd_varlen"
@@ -145,5 +145,5 @@ def _one_call(device: torch.device, windowed: bool) -> Callable[..., Tensor] | N
             reason = "it does not agree with scaled_dot_product_attention"
         except Exception as error:
             reason = brief(error)
-    info(f"note: variable-length attention in one call is not used on {device} ({reason}); packed rows are slower and no less right")
+    warn(f"note: variable-length attention in one call is not used on {device} ({reason}); packed rows are slower and no less right")
     return None

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ..config.recipe import Quantization
-from ..console import info
+from ..console import warn
 from ..model_files import read_json
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
@@ -17,7 +17,7 @@ def note_share(model: nn.Module, setting: str) -> None:
     size = {p: p.numel() * p.element_size() for p in model.parameters()}
     quantised = sum(bytes_ for p, bytes_ in size.items() if p.dtype in (torch.int8, torch.uint8, torch.float8_e4m3fn))
     if quantised < 0.2 * (total := sum(size.values())):
-        info(
+        warn(
             f"note: {setting}: quantised linear layers are {quantised / total:.0%} of what it still takes in memory; embeddings, head and "
             "experts that are no linear layers are as they were"
         )

@@ -3,6 +3,7 @@
 import sys
 import time
 
+from ..console import info
 from .metrics import peak_memory
 
 
@@ -12,7 +13,7 @@ class Display:
     def __init__(self, total_steps: int, done: int, main: bool):
         from tqdm import tqdm
 
-        self.main, self.lines = main, main and not sys.stderr.isatty()
+        self.lines = main and not sys.stderr.isatty()
         self.bar = tqdm(
             total=total_steps,
             initial=done,
@@ -45,11 +46,10 @@ class Display:
             self.shown = now
             left = (now - self.started) / (step - self.first) * (self.total - step)
             figures = "  ".join(f"{k} {v}" for k, v in shown.items())
-            print(f"step {step}/{self.total}  {figures}  {left:.0f} s left", file=sys.stderr, flush=True)
+            info(f"step {step}/{self.total}  {figures}  {left:.0f} s left")
 
     def info(self, text: str) -> None:
-        if self.main:
-            self.bar.write(text, file=sys.stderr, nolock=True)
+        info(text)
 
     def close(self) -> None:
         self.bar.close()
