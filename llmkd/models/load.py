@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from ..config.recipe import Lora, Student, Teacher
-from ..console import info
+from ..console import info, warn
 from ..errors import UserError, attribute_to_student
 from ..model_files import ModelFiles, find
 from . import activation_checkpointing, adapters, attention, pretrained, shared_weights, startup_checks
@@ -112,7 +112,7 @@ def load_students(
     if settings.gradient_checkpointing:
         activation_checkpointing.enable(model, settings.gradient_checkpointing)
     if settings.mixed_precision == "bf16" and next(model.parameters()).dtype != torch.float32:
-        info("note: student.mixed_precision: bf16 is for float32 weights; these have another dtype, so it changes little or nothing")
+        warn("note: student.mixed_precision: bf16 is for float32 weights; these have another dtype, so it changes little or nothing")
     names: list[str | None] = [None]
     if settings.method == "lora":
         model.requires_grad_(False)
@@ -146,7 +146,7 @@ def _student(model: nn.Module, vocab: int, name: str | None, settings: Student, 
     unused = startup_checks.parameters_without_gradient(student, "student.model")
     if unused:
         some = f"{len(unused)} of {len(student.trainable())} trainable tensors, such as {unused[0]}"
-        info(f"note: student: {some}, get no gradient from a small batch; they are never used, or seldom")
+        warn(f"note: student: {some}, get no gradient from a small batch; they are never used, or seldom")
     return student.replaced(capabilities=dataclasses.replace(student.capabilities, parameters_without_gradient=tuple(unused)))
 
 
@@ -161,7 +161,7 @@ def _check_full(model: nn.Module, files: ModelFiles | None) -> None:
     if dtype == torch.float16:
         raise UserError("student.dtype: float16 weights cannot be trained in full; set float32, with mixed_precision: bf16 for speed")
     if dtype == torch.bfloat16:
-        info("note: bfloat16 weights lose updates below 1/256 of a weight; dtype: float32 with mixed_precision: bf16 keeps them")
+        warn("note: bfloat16 weights lose updates below 1/256 of a weight; dtype: float32 with mixed_precision: bf16 keeps them")
 
 
 def _check_narrow(student: LanguageModel, settings: Student) -> None:
@@ -172,7 +172,7 @@ def _check_narrow(student: LanguageModel, settings: Student) -> None:
     some = f"{len(narrow)} tensors, such as {min(narrow)}"
     if torch.float16 in narrow.values():
         raise UserError(f"student.dtype: {some}, would train in float16; set student.dtype: float32, with mixed_precision: bf16 for speed")
-    info(f"note: student: {some}, train in bfloat16 and lose updates below 1/256 of a weight; student.dtype: float32 keeps them")
+    warn(f"note: student: {some}, train in bfloat16 and lose updates below 1/256 of a weight; student.dtype: float32 keeps them")
 
 
 def _checked_vocab(model: nn.Module, vocab: int, setting: str) -> int:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ..batch import PackedLayout, View
-from ..console import info
+from ..console import warn
 from ..errors import UserError, brief
 from . import attention
 from .language_model import Capabilities, LanguageModel
@@ -62,7 +62,7 @@ def _with_known_head(model: LanguageModel, ids_BT: Tensor, own_NV: Tensor, limit
     gap, again = _gap_to(model, ids_BT, own_NV)
     if again:
         raise UserError(f"{setting}: {family} fails on a second small batch ({brief(failed or again)}); it cannot be used")
-    info(
+    warn(
         f"note: {setting}: llmkd does not know {family}'s head; the model's own forward pass is used, "
         "which is right and holds the logits of a whole micro-batch in memory"
     )
@@ -115,7 +115,7 @@ def _with_packing(model: LanguageModel, ids_BT: Tensor, limit: float, setting: s
     if problem := _packing_problem(model, ids_BT, limit, tokens, which):
         raise UserError(f"data.packing: {problem}set data.packing: false")
     if implementation == "auto":
-        info(f"note: {which}: its own attention is kept in packed rows, and may compute more pairs of tokens than are needed")
+        warn(f"note: {which}: its own attention is kept in packed rows, and may compute more pairs of tokens than are needed")
     return model
 
 

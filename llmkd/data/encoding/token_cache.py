@@ -16,7 +16,7 @@ import numpy as np
 
 from ...config.fields import shaping
 from ...config.recipe import Data, Source
-from ...console import info, progress_bar
+from ...console import info, progress_bar, warn
 from ...errors import UserError
 from ...files import lock_file, remove_leftovers, write_folder
 from ..examples import Examples
@@ -95,7 +95,7 @@ def _load(entry: Path, info) -> Examples | None:
         teacher = Examples(**theirs, row=arrays["row"]) if theirs else None
         return Examples(**arrays, counts=manifest["counts"], teacher_view=teacher)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        info(f"warning: the token cache's {entry} is damaged ({error}); tokenising again")
+        warn(f"warning: the token cache's {entry} is damaged ({error}); tokenising again")
         shutil.rmtree(entry, ignore_errors=True)
         return None
 
@@ -118,4 +118,4 @@ def _store(entry: Path, result: Examples, info) -> None:
             (part / "manifest.json").write_text(json.dumps({"sha256": _hash(raw, result.counts), "counts": result.counts}))
     except OSError as error:
         if not os.path.exists(entry / "manifest.json"):  # another process may have been first
-            info(f"warning: the token cache {entry.parent} cannot be written ({error.strerror}); continuing without it")
+            warn(f"warning: the token cache {entry.parent} cannot be written ({error.strerror}); continuing without it")

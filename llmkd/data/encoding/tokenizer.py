@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ...config.recipe import Student
-from ...console import info
+from ...console import warn
 from ...errors import UserError
 from ...model_files import TOKENIZER, locate, read_json
 from ..reading import skills
@@ -61,7 +61,7 @@ def save_tokenizer(tokenizer, folder: Path) -> None:
             path.write_text(json.dumps(read_json(path, str(folder)) | {"tokenizer_class": kind}, indent=2, ensure_ascii=False) + "\n")
         if not (differences := tokenizer_differences(tokenizer, load_tokenizer(str(folder), str(folder)))):
             return
-    info(f"note: {folder}: transformers loads this tokenizer with a difference ({differences[0]}); use the base model's tokenizer")
+    warn(f"note: {folder}: transformers loads this tokenizer with a difference ({differences[0]}); use the base model's tokenizer")
 
 
 _PROBES = (
