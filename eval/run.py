@@ -33,10 +33,10 @@ def evaluate(options: argparse.Namespace) -> None:
         from llmkd.console import table
 
         rows = [
-            {"model": name, "task": task, "shots": record["fewshot"], "items": record["n"], "metric": metric, "score": in_words(figure)}
+            {"model": name, "task": task, "shots": record["fewshot"], "items": record["n"], "metric": metric, "score": in_words(value)}
             for name, of_model in records.items()
             for task, record in of_model.items()
-            for metric, figure in record["metrics"].items()
+            for metric, value in record["metrics"].items()
         ]
         print(table(rows))
 

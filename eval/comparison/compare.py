@@ -13,7 +13,7 @@ from .items import HELD_OUT, Measured, read, seed_of, tasks_of
 
 #: What must be the same for two evaluations to have measured the same thing.
 CONDITIONS = ("version", "harness", "fewshot", "limit", "seeds", "chat_template")
-#: Figures of held-out rows, and whether higher is better; the first three are compared unless others are asked for.
+#: Metrics of held-out rows, and whether higher is better; the first three are compared unless others are asked for.
 HELD_OUT_METRICS = {"ce": False, "forward_kl": False, "top1_agreement": True, "reverse_kl": False}
 _OF_TEACHER = ("forward_kl", "reverse_kl", "top1_agreement")
 _ROUNDING = 1e-12
@@ -122,13 +122,13 @@ def _tasks(arms: dict[str, list[Path]], wanted: list[str] | None, info) -> list[
 
 
 def _measure(run: Path, task: str, info) -> Measured:
-    """A run's items of a task, with those metrics alone that are means over them: the record's figure is recomputed."""
+    """A run's items of a task, with those metrics alone that are means over them: the record's value is recomputed."""
     m = read(run, task)
     if task == HELD_OUT:
         return m
     kept = {}
-    for name, figure in m.record.get("metrics", {}).items():
-        stated = figure.get("value") if isinstance(figure, dict) else None
+    for name, metric in m.record.get("metrics", {}).items():
+        stated = metric.get("value") if isinstance(metric, dict) else None
         found = m.values[name].mean() if name in m.values else None
         if isinstance(stated, int | float) and found is not None and abs(found - stated) <= 1e-4 * max(1, abs(stated)):
             kept[name] = m.values[name]
@@ -195,7 +195,7 @@ def _has(arm: str, runs: list[Measured], first: Measured, task: str, metric: str
 
 
 def _same_teacher(m: Measured, first: Measured) -> bool:
-    """A divergence from another teacher is another figure. The same teacher's cross-entropies differ by rounding alone, 0.05 % from a teacher cache."""
+    """A divergence from another teacher is another metric. The same teacher's cross-entropies differ by rounding alone, 0.05 % from a teacher cache."""
     a, b = m.values.get("teacher_ce"), first.values.get("teacher_ce")
     return a is None or b is None or bool(np.abs(a - b).sum() <= 0.002 * np.abs(b).sum())
 

@@ -16,7 +16,7 @@ EXPLANATION = (
     "p, two-sided: McNemar's exact test where both arms have one seed and the metric is 0 or 1, otherwise sign flips of the items' differences.",
     'Holm\'s p is corrected for all arms of its task and metric, not for several tasks and metrics. "No difference shown": it is 0.05 or more;',
     "there may be one that is smaller than these items can show. < 1 se: the difference is within one standard error of 0.",
-    "What is drawn anew is the items: the tests speak of these trained models. Whether training again would give the same, only seeds can tell.",
+    "The tests resample items, so they are about these trained models. Only seeds show whether training again would give the same.",
 )
 _COLUMNS = 140  # names that would make a table wider than this stand on a line of their own
 
@@ -54,7 +54,7 @@ def as_markdown(rows: list[Row]) -> str:
 
 
 def as_json(rows: list[Row]) -> str:
-    """Every figure unrounded, with what the tests rest on."""
+    """Every number unrounded, with what the tests rest on."""
     conditions = {"llmkd": __version__, "level": stats.LEVEL, "power": stats.POWER, "resamples": stats.RESAMPLES, "seed": 0}
     return json.dumps(conditions | {"explanation": " ".join(EXPLANATION), "rows": [asdict(row) for row in rows]}, indent=1, allow_nan=False)
 
@@ -134,7 +134,7 @@ def too_few(others: list[Row]) -> str:
 
 
 def digits(block: list[Row]) -> int:
-    """Decimals that show two figures of the smallest standard error of a difference; four at least."""
+    """Decimals that show two digits of the smallest standard error of a difference; four at least."""
     errors = [row.difference_stderr for row in block if row.difference_stderr]
     return min(8, max(4, 1 - math.floor(math.log10(min(errors))))) if errors else 4
 

@@ -147,14 +147,14 @@ def holm(p: np.ndarray) -> np.ndarray:
 
 
 def seed_spread(values: np.ndarray) -> tuple[float, float]:
-    """Standard deviation (n - 1) of one figure over seeds, and the standard error of its mean, sd / sqrt(seeds). One seed: NaN."""
+    """Standard deviation (n - 1) of one metric over seeds, and the standard error of its mean, sd / sqrt(seeds). One seed: NaN."""
     values = np.asarray(values, float)
     sd = float(values.std(ddof=1)) if len(values) > 1 else math.nan
     return sd, sd / math.sqrt(len(values))
 
 
 def seed_interval(a: np.ndarray, b: np.ndarray, paired: bool) -> tuple[float, float] | None:
-    """95 % interval of mean(a) - mean(b), the figures of two arms' seeds, by Student's t; None where an arm has one seed.
+    """95 % interval of mean(a) - mean(b), a metric of two arms' seeds, by Student's t; None where an arm has one seed.
 
     Paired (the same seeds in the same order): mean ± t(k - 1) sd(a - b) / sqrt(k). Otherwise Welch's: standard error
     sqrt(se_a² + se_b²), degrees of freedom by Welch and Satterthwaite, rounded down. Two seeds give t(1) = 12.7: next to nothing is shown.

@@ -33,8 +33,8 @@ def _load(name: str, tasks_dir: Path | None, fewshot: int | None) -> dict:
         empty = [task for task in tasks.values() if not len(task.eval_docs)]
     except Exception as error:
         reason = (str(error).splitlines() or [""])[0][:200]
-        mend = "write its task file again (llmkd tasks)" if tasks_dir else "without a network, name local task files with --tasks_dir"
-        raise UserError(f"--tasks: {name}: its data cannot be had ({type(error).__name__}: {reason}); {mend}") from error
+        fix = "write its task file again (llmkd tasks)" if tasks_dir else "without a network, name local task files with --tasks_dir"
+        raise UserError(f"--tasks: {name}: its data cannot be had ({type(error).__name__}: {reason}); {fix}") from error
     if empty:
         raise UserError(f"--tasks: {name}: {empty[0].task_name} has no items")
     for task in tasks.values():
@@ -97,7 +97,7 @@ def harness_version() -> str:
 
 
 def _quiet() -> None:
-    """The harness speaks a line for every shortened request, and its bars and those of its libraries fill log files."""
+    """The harness prints a line for every shortened request, and its bars and those of its libraries fill log files."""
     os.environ.setdefault("TQDM_DISABLE", "1")
     os.environ.setdefault("HF_DATASETS_DISABLE_PROGRESS_BARS", "1")
     logging.getLogger("lm_eval").setLevel(logging.ERROR)

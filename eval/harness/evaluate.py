@@ -218,15 +218,15 @@ class _Work:
         return values
 
     def tell(self, record: dict, items: list[dict], context: int) -> None:
-        name, figures = record["task"], "  ".join(f"{metric} {in_words(value)}" for metric, value in record["metrics"].items())
+        name, metrics = record["task"], "  ".join(f"{metric} {in_words(value)}" for metric, value in record["metrics"].items())
         info(
-            f"[{self.done + 1}/{self.left}] {record['model']['path']}: {name}  {figures}  ({record['n']} items, {record['seconds']:.0f} s)"
+            f"[{self.done + 1}/{self.left}] {record['model']['path']}: {name}  {metrics}  ({record['n']} items, {record['seconds']:.0f} s)"
         )
         if record["cut"]:
             items_cut = sum(item["cut"] for item in items)
             warn(
                 f"warning: {name}: {record['cut']} requests, of {items_cut} of {len(items)} items, are longer than the model's context of "
-                f"{context} tokens; the harness cut off their beginning, so those items say little"
+                f"{context} tokens; the harness cut off their first part, so the scores of those items mean little"
             )
 
     def check_stop(self) -> None:

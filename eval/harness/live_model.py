@@ -21,7 +21,7 @@ def live_model_class():
         To the harness it is one process. Each process of the launch answers the requests of its share of the documents and gets the
         others' answers, so that all see every document in order: few-shot examples and sums are those of a single process.
 
-        `cut` holds the requests (as `request_key` gives them) that were longer than the model's context and lost their beginning.
+        `cut` holds the requests (as `request_key` gives them) that were longer than the model's context and lost their first part.
         """
 
         def __init__(self, model, tokenizer, batch_size, accelerator, stop):
@@ -72,7 +72,7 @@ def live_model_class():
                     problem = _in_words(error)
                     if problem is None and ranks == 1:
                         raise
-                    problem = problem or f"{type(error).__name__}: {error}"  # the other processes wait to hear of it
+                    problem = problem or f"{type(error).__name__}: {error}"  # the other processes wait for it
             if ranks > 1:
                 from accelerate.utils import gather_object
 

@@ -8,19 +8,19 @@ from llmkd.errors import UserError
 from .live_model import request_key
 
 
-def in_words(figure: dict) -> str:
+def in_words(metric: dict) -> str:
     """A metric with its standard error, where it has one."""
-    return f"{figure['value']:.4f}" + ("" if figure["stderr"] is None else f" ± {figure['stderr']:.4f}")
+    return f"{metric['value']:.4f}" + ("" if metric["stderr"] is None else f" ± {metric['stderr']:.4f}")
 
 
 def record_of(found: dict, name: str, items: list[dict], settings: dict, seconds: float) -> dict:
     """A task's record out of what the harness returned."""
-    figures, better = found["results"][name], found["higher_is_better"].get(name, {})
+    values, better = found["results"][name], found["higher_is_better"].get(name, {})
     metrics = {}
-    for key, value in figures.items():
+    for key, value in values.items():
         metric, comma, how = key.partition(",")
         if comma and not metric.endswith("_stderr") and isinstance(value, int | float):
-            error = figures.get(f"{metric}_stderr,{how}")
+            error = values.get(f"{metric}_stderr,{how}")
             error = float(error) if isinstance(error, int | float) and math.isfinite(error) else None
             metrics[_metric(metric, how)] = {"value": float(value), "stderr": error, "higher_is_better": better.get(metric)}
     date = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%dT%H:%M:%SZ")
@@ -56,7 +56,7 @@ def items_of(samples: list[dict], cut: set) -> list[dict]:
             item["target"] = sample["target"]
         numbers = [*item["metrics"].values(), *item.get("loglikelihoods", [])]
         if not all(map(math.isfinite, numbers)):
-            raise UserError(f"item {item['id']} has a figure that is not finite; look at the model, or try --dtype float32")
+            raise UserError(f"item {item['id']} has a metric that is not finite; look at the model, or try --dtype float32")
     return [items[key] for key in sorted(items)]
 
 

@@ -122,7 +122,7 @@ def _map(name: str, title: str, chosen: list[str], places: dict[str, list], rows
     for arm, (y, x) in places.items():
         place = (ys.index(y), xs.index(x))
         row = rows.get(arm)
-        cells[place] = Cell(row.value, f"{row.value:.{d}f}", mark(row)) if row else Cell(math.nan, "", "no figure")
+        cells[place] = Cell(row.value, f"{row.value:.{d}f}", mark(row)) if row else Cell(math.nan, "", "no value")
     up = next((row.higher_is_better for row in rows.values()), None)
     xs_text, ys_text = [_shown(x) for x in xs], [_shown(y) for y in ys]
     svg = heat(name, f"{title} ({_way(up)})", chosen[1], chosen[0], xs_text, ys_text, cells, up)

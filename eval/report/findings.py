@@ -23,7 +23,7 @@ NAMES = {
 
 
 def measure(arms: dict[str, list[Path]], baseline: str, info: Callable[[str], None]) -> list[Row]:
-    """Rows of every task that any arm has, the baseline's first; an arm that cannot be compared stands there with its figures alone.
+    """Rows of every task that any arm has, the baseline's first; an arm that cannot be compared stands there with its metrics alone.
 
     `arms`: finished runs only. One task that cannot be compared doesn't cost the others.
     """
@@ -57,7 +57,7 @@ def _has_more(arm: str, run: Path, task: str, known: set[tuple[str, str]]) -> bo
 
 
 def _alone(arm: str, runs: list[Path], task: str, info: Callable[[str], None]) -> list[Row]:
-    """An arm's own figures: those it has as the baseline of a comparison with itself."""
+    """An arm's own metrics: those it has as the baseline of a comparison with itself."""
     try:
         rows = compare({arm: runs, "": runs}, arm, [task])
     except UserError as error:
@@ -101,8 +101,8 @@ def _statement(block: list[Row], baseline: str) -> Text:
         first, several = members[0], len(members) > 1
         judged = Span(kind, kind) if kind in ("better", "worse") else kind
         most = [", ", Span(first.arm), " the most"] if several else []
-        figures = f" (difference {first.difference:+.{d}f}{_between(first, d)}, Holm's p {_p(first.p_adjusted)})"
-        parts.append([*_listed(members, len(others)), " are " if several else " is ", judged, " than ", Span(baseline), *most, figures])
+        numbers = f" (difference {first.difference:+.{d}f}{_between(first, d)}, Holm's p {_p(first.p_adjusted)})"
+        parts.append([*_listed(members, len(others)), " are " if several else " is ", judged, " than ", Span(baseline), *most, numbers])
     if quiet:
         least = f" ({'smallest ' if len(quiet) > 1 else ''}Holm's p {_p(min(row.p_adjusted for row in quiet))})"
         names = [f"any of the {len(quiet)} arms"] if len(others) == len(quiet) > 4 else _listed(quiet, len(others))

@@ -1,4 +1,4 @@
-"""Published figures that ours can stand beside: torchtune's study of Llama-3.1-8B to Llama-3.2-1B. The only place they are kept."""
+"""Published results that ours can stand beside: torchtune's study of Llama-3.1-8B to Llama-3.2-1B. The only place they are kept."""
 
 import json
 import math
@@ -26,7 +26,7 @@ class Published:
     """One model of the study. `conditions` by dotted path and `teacher` (None, "tuned" or "untuned") say which arm of ours is its like."""
 
     name: str
-    figures: tuple[float, float, float, float]
+    values: tuple[float, float, float, float]
     teacher: str | None = None
     conditions: dict = field(default_factory=dict)
     trained: bool = True
@@ -76,7 +76,7 @@ CONDITIONS = {
 }
 #: What differs whatever the recipe says.
 ALWAYS = (
-    "The published figures have no seeds and no error bars, and were made with lm-evaluation-harness of autumn 2024; its truthfulqa_mc2 was "
+    "The published results have no seeds and no error bars, and were made with lm-evaluation-harness of autumn 2024; its truthfulqa_mc2 was "
     "changed since (version 3 no longer takes the labels for sorted). Ours are made with the versions named in this report.",
     "Their loss was a mean over micro-batches of a mean over 8 chunks; ours is the exact mean over a step's targets.",
     "Their adapters were bfloat16, ours are float32, and their seed isn't known.",

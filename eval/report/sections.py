@@ -85,7 +85,7 @@ def _cut(text: str, most: int = 400) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
-def teacher_gate(sweep: SweepFolder) -> list:
+def teacher_checks(sweep: SweepFolder) -> list:
     """Each teacher's CE against the students' before training, and how far the KD loss went."""
     out: list = [Heading("Teacher", "teacher")]
     groups: dict[str, list[Run]] = {}
@@ -206,8 +206,8 @@ def cost(sweep: SweepFolder) -> list:
         actual = ["not recorded"] * 2 if unknown else [f"{took:.1f}", f"{took / len(group['arms']):.1f}"]
         rows.append([str(i), names, how, str(len(group["arms"])), planned, *actual, memory])
         if took or unknown:
-            taught = sum(run.distils for run in own)
-            passes, alone = passes + (taught > 0), alone + taught
+            distilling = sum(run.distils for run in own)
+            passes, alone = passes + (distilling > 0), alone + distilling
         seconds, lost = seconds + took, lost or unknown
     head: list[Text] = ["group", "arms", "how", "arms", "seconds, estimated", "actual", "an arm's share", "memory, estimated"]
     before = sum(stage.get("seconds") or 0.0 for stage in (sweep.data.get("stages") or {}).values())
@@ -232,10 +232,10 @@ def cost(sweep: SweepFolder) -> list:
 
 
 def published_beside(sweep: SweepFolder, rows: list, versions: str) -> list:
-    """torchtune's figures with ours beside them; nothing where the recipe isn't that of the study."""
+    """torchtune's results with ours beside them; nothing where the recipe isn't that of the study."""
     if not published.applies(sweep.base, sweep.path):
         return []
-    out: list = [Heading("Published figures beside ours", "published")]
+    out: list = [Heading("Published results beside ours", "published")]
     out.append(Para(f"Published: {published.TITLE}, {published.SOURCE}. Ours: measured here, ± one standard error over questions."))
     ours = {(row.task, row.metric, row.arm): row for row in rows}
     body: list[list[Text]] = []
@@ -243,15 +243,15 @@ def published_beside(sweep: SweepFolder, rows: list, versions: str) -> list:
         alike = [arm for arm in sweep.arms.values() if arm.done and published.like(row, *_likeness(sweep, arm))]
         for arm in alike or [None]:
             cells: list[Text] = []
-            for (task, metric), figure in zip(published.COLUMNS, row.figures, strict=True):
+            for (task, metric), value in zip(published.COLUMNS, row.values, strict=True):
                 own = ours.get((task, metric, arm.name)) if arm else None
                 error = f" ±{own.stderr:.4f}" if own and own.stderr is not None else ""
-                cells += [Span(f"{figure:.4f}", "quiet"), f"{own.value:.4f}{error}" if own else "–"]
+                cells += [Span(f"{value:.4f}", "quiet"), f"{own.value:.4f}{error}" if own else "–"]
             body.append([row.name, Span(arm.name) if arm else Span("none", "quiet"), *cells])
     heads = [text for task, metric in published.COLUMNS for text in (f"{task} {metric}, published", "ours")]
     out.append(Table(["published model", "our arm of its kind", *heads], body, left=2))
     errors = ", ".join(f"{task} {metric} {error}" for (task, metric), error in published.COLUMNS.items())
-    out.append(Para(f"One standard error of a published figure, by the number of questions: about {errors}.", "small"))
+    out.append(Para(f"One standard error of a published result, by the number of questions: about {errors}.", "small"))
     differs = published.differing(sweep.base)
     told = [
         *published.ALWAYS,

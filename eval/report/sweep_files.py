@@ -1,4 +1,4 @@
-"""What a sweep's folder holds, read for a report: arms with their runs, curves, figures, groups. Nothing is computed here."""
+"""What a sweep's folder holds, read for a report: arms with their runs, curves, metrics, groups. Nothing is computed here."""
 
 import functools
 import json
@@ -60,7 +60,7 @@ class Run:
         return _points((r["step"], r.get(name)) for r in self.records if "loss" in r)
 
     def held_out(self, name: str) -> list[tuple[float, float]]:
-        """(step, value) of a figure of the held-out rows."""
+        """(step, value) of a metric of the held-out rows."""
         return _points((r["step"], r["validation"].get(name)) for r in self.records if "validation" in r)
 
 

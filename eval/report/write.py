@@ -36,7 +36,7 @@ def document(sweep: SweepFolder, rows: list[Row], notes: list[str]) -> list:
     held, tasks = ([row for row in rows if (row.task == HELD_OUT) == here] for here in (True, False))
     out = summary(sweep, rows, notes)
     out += sections.what_was_run(sweep)
-    out += sections.teacher_gate(sweep)
+    out += sections.teacher_checks(sweep)
     out += learning(sweep)
     out += [Heading("Held-out rows", "held-out"), *results(sweep, held, "held")]
     out += [Heading("Benchmarks", "benchmarks"), *results(sweep, tasks, "task")]
@@ -71,12 +71,12 @@ def why_nothing(sweep: SweepFolder, rows: list[Row], notes: list[str]) -> Text:
     if not done:
         return "No arm is finished, so there is nothing to compare."
     if len(sweep.arms) == 1:
-        return "The sweep has one arm, so there is nothing to compare it with; its figures are below."
+        return "The sweep has one arm, so there is nothing to compare it with; its metrics are below."
     if sweep.baseline not in [arm.name for arm in done]:
         return (
             "No statement about differences: the baseline ",
             Span(sweep.baseline),
-            " has no finished run. The arms' own figures are below.",
+            " has no finished run. The arms' own metrics are below.",
         )
     if len(done) == 1:
         return ("No statement about differences: of the arms only the baseline ", Span(sweep.baseline), " is finished.")
@@ -103,7 +103,7 @@ def learning(sweep: SweepFolder) -> list:
     else:
         out.append(
             Para(
-                "No held-out figures over steps: the recipes hold no rows out (data.validation or data.validation_fraction), or measured once."
+                "No held-out metrics over steps: the recipes hold no rows out (data.validation or data.validation_fraction), or measured once."
             )
         )
     return out
@@ -174,7 +174,7 @@ def settings_map(sweep: SweepFolder, rows: list[Row]) -> list:
         return [*out, Para("No map: the arms don't differ in just one or two settings.")]
     names: list[str | Span] = [part for key in chosen for part in (" and ", Span(key))][1:]
     if not drawn:
-        why = "there is no figure to draw yet" if len(chosen) == 2 or not rows else "its values are no numbers, and the tables above say it"
+        why = "there is no value to draw yet" if len(chosen) == 2 or not rows else "its values are no numbers, and the tables above say it"
         return [*out, Para(("The arms differ in ", *names, f"; {why}."))]
     others = [name for name in sweep.arms if name not in {arm.name for arm in arms}]
     told: list[str | Span] = ["Means over seeds. "]

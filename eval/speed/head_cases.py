@@ -118,8 +118,8 @@ def torchtune(p: Problem) -> Result:
     def loss(hidden_NH):
         logits = [p.student_head(chunk) for chunk in hidden_NH[None].chunk(8, dim=1)]
         with torch.no_grad():
-            taught = [p.teacher_head(chunk) for chunk in p.teacher_NH[None].chunk(8, dim=1)]
-        kd_loss = kd(logits, taught, p.labels_N[None])
+            teacher_chunks = [p.teacher_head(chunk) for chunk in p.teacher_NH[None].chunk(8, dim=1)]
+        kd_loss = kd(logits, teacher_chunks, p.labels_N[None])
         return 0.5 * ce(logits, p.labels_N[None]) + 0.5 * kd_loss
 
     return backward(p, loss)
@@ -152,9 +152,9 @@ def trl_gkd(beta: float) -> Callable[[Problem], Result]:
 
         def loss(hidden_NH):
             with torch.no_grad():
-                taught = p.teacher_head(p.teacher_NH[None])
+                teacher_logits = p.teacher_head(p.teacher_NH[None])
             return GKDTrainer.generalized_jsd_loss(
-                p.student_head(hidden_NH[None]), taught, p.labels_N[None], beta, num_items_in_batch=len(p.rows)
+                p.student_head(hidden_NH[None]), teacher_logits, p.labels_N[None], beta, num_items_in_batch=len(p.rows)
             )
 
         return backward(p, loss)

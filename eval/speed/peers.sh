@@ -1,6 +1,6 @@
 #!/bin/sh
 # Peers for eval/speed/head.py, step.py and plots.py, pinned, in a folder of their own: sh eval/speed/peers.sh FOLDER [PYTHON]
-# They run on the torch and transformers that PYTHON has; their own wishes for others are not heard (--no-deps).
+# They run on the torch and transformers that PYTHON has; their own version requirements are ignored (--no-deps).
 set -eu
 folder=${1:?usage: sh eval/speed/peers.sh FOLDER [PYTHON]}
 python=${2:-python}

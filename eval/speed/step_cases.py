@@ -190,7 +190,7 @@ def products(world: World, teacher: bool) -> Round:
     tokens, targets = (round(x) for x in world.window)
     pieces = math.ceil(tokens / world.options.tokens)
     each, buffers = math.ceil(tokens / pieces), Buffers(world)
-    taught = [m.weight for m in decoder_of(world.teacher.base_model).modules() if isinstance(m, nn.Linear)] if teacher else []
+    teacher_weights = [m.weight for m in decoder_of(world.teacher.base_model).modules() if isinstance(m, nn.Linear)] if teacher else []
     layers = [
         (m.base_layer.weight, *(getattr(m, f"lora_{x}")["default"].weight.to(world.dtype) for x in "AB"), _feeds_back(name))
         for name, m in decoder_of(world.student.base_model).named_modules()
@@ -200,7 +200,7 @@ def products(world: World, teacher: bool) -> Round:
 
     def step() -> None:
         for _ in range(pieces):
-            for W in taught:
+            for W in teacher_weights:
                 buffers.mm(each, "x", W.T, "y")
             for W, A, B, _ in layers:
                 buffers.mm(each, "x", W.T, "y")

@@ -147,7 +147,7 @@ def recipe_class():
 
 
 class Marks:
-    """Stands where the recipe's metric logger does, which hears of every step."""
+    """Stands where the recipe's metric logger does, which is called at every step."""
 
     def __init__(self, world: World):
         self.first, self.clock = {}, Clock(world.device)

@@ -13,7 +13,7 @@ from .step_examples import MICRO, counted, padded
 from .step_world import IGNORE, World
 
 
-def twin(model: nn.Module) -> nn.Module:
+def plain_copy(model: nn.Module) -> nn.Module:
     """The same parameters in a module of its own, which a trainer may wrap as it likes."""
     return copy.deepcopy(model, {id(p): p for p in model.parameters()})
 
@@ -61,8 +61,8 @@ def gkd(world: World) -> Round:
             max_length=None,
         )
         trainer = Trainer(
-            twin(world.student.model),
-            twin(world.teacher.model),
+            plain_copy(world.student.model),
+            plain_copy(world.teacher.model),
             config,
             data_collator=DataCollatorForLanguageModeling(0),
             train_dataset=datasets.Dataset.from_list(rows),
@@ -103,8 +103,8 @@ def chunked(world: World) -> Round:
             inputs = {"input_ids": one["input_ids"], "attention_mask": one["attention_mask"], "use_cache": False}
             hidden_BTH = student(**inputs)[0][:, :-1]
             with torch.no_grad():
-                taught_BTH = teacher(**inputs)[0][:, :-1]
-            loss, *_ = _chunked_divergence_loss(hidden_BTH, taught_BTH, *weights, one["labels"][:, 1:] != IGNORE, 0.0, count)
+                teacher_BTH = teacher(**inputs)[0][:, :-1]
+            loss, *_ = _chunked_divergence_loss(hidden_BTH, teacher_BTH, *weights, one["labels"][:, 1:] != IGNORE, 0.0, count)
             loss.backward()
             told.append(loss.detach())
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)

@@ -515,7 +515,7 @@ def test_published_figures_stand_beside_arms_of_their_kind_for_that_recipe_alone
     assert len(rows) == 1 + len(published.ROWS)
     for name, arm in (("1B tuned by LoRA without a teacher", "sft"), ("1B distilled, kd_ratio 0.5, lr 3e-4", "kd"), ("1B distilled, kd_ratio 1.0", "all"), ("1B distilled, untuned teacher", "untuned"), ("1B distilled, lr 1e-5", "none")):  # fmt: skip
         assert rows[name][1] == arm
-        figure = next(row.figures for row in published.ROWS if row.name == name)
+        figure = next(row.values for row in published.ROWS if row.name == name)
         assert [float(cell) for cell in rows[name][2::2]] == list(figure)
         if arm != "none":
             own = json.loads((folder / f"arms/{arm}/eval/hellaswag.json").read_text())["metrics"]["acc"]["value"]
