@@ -1,7 +1,7 @@
-"""`llmkd cache`: what a teacher says at every target of a recipe's data, asked once and kept in a teacher cache.
+"""`llmkd cache`: write a teacher's outputs at every target of a recipe's data to a teacher cache, which runs then read.
 
-Any number of processes write it together, each its own shards; a shard that is whole stays, so that an attempt that was stopped or
-killed goes on where it was. Size and time are said first.
+Any number of processes write one cache together, each its own shards. Finished shards are kept, so that an attempt which was
+stopped or killed continues where it was. Size and time are printed before the first shard.
 """
 
 import contextlib
@@ -9,6 +9,7 @@ import functools
 import shutil
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,62 +17,65 @@ import numpy as np
 from ..config.fields import with_setting_names
 from ..config.recipe import Recipe, Teacher
 from ..config.teacher import CACHE_KINDS, Cache
-from ..console import duration, first_process, info, progress_bar
+from ..console import duration, first_process, info
 from ..data.batching import make_micro_batches
 from ..data.examples import Examples, concat
 from ..errors import Stopped, UserError, on_main_process, report_from_any_rank
-from ..files import sha256_file
 from ..output.run_folder import lock_folder
-from ..teachers import resolve as taught
+from ..teachers import resolve
 from ..teachers.resolve import TeacherSource
 from ..training.prepare import Prepared, prepare
 from ..training.shutdown import ShutdownRequest
 
 
-def cache(recipe: Recipe, foreign: str | None = None, stop: ShutdownRequest | None = None) -> list[Path]:
-    """Write every cache that the recipe's teachers name. Raises UserError, or Stopped when a signal came: what is whole is kept.
+def cache(recipe: Recipe, import_file: str | None = None, stop: ShutdownRequest | None = None) -> list[Path]:
+    """Write every cache that the recipe's teachers name, and return their folders.
 
-    `foreign`: a file of answers that came from elsewhere, for the one teacher that has a teacher cache.
+    `import_file`: a file of log-probabilities from elsewhere, for the one teacher that has a cache. Raises UserError, or Stopped when
+    a signal arrived; finished shards are kept.
     """
     from ..training.launch import start
+    from .cache_import import import_cache
 
-    nothing = "teacher.cache.path: not given; name the folder of the cache, such as --teacher.cache.path runs/cache"
-    prepared, todo = chosen(recipe, lambda one: one.cache, nothing, foreign)
+    missing = "teacher.cache.path: not given; name the folder of the cache, such as --teacher.cache.path runs/cache"
+    prepared, sources = select_teachers(recipe, lambda teacher: teacher.cache, missing, import_file)
     accelerator = start()
-    if foreign:
-        return [read_foreign(recipe, prepared, todo, foreign, accelerator)]
-    with stop or ShutdownRequest("finishing this batch; what is whole is kept") as stop, contextlib.ExitStack() as held:
-        return [write(recipe, prepared, teacher, accelerator, stop, held) for teacher in todo]
+    if import_file:
+        return [import_cache(recipe, prepared, sources, import_file, accelerator)]
+    with stop or ShutdownRequest("finishing this batch; finished shards are kept") as stop, contextlib.ExitStack() as locks:
+        return [write(recipe, prepared, source, accelerator, stop, locks) for source in sources]
 
 
-def chosen(
-    recipe: Recipe, which: Callable[[Teacher], object], nothing: str, foreign: str | None = None
+def select_teachers(
+    recipe: Recipe, wanted: Callable[[Teacher], object], missing: str, import_file: str | None = None
 ) -> tuple[Prepared, list[TeacherSource]]:
-    """The recipe's data, and those of its teachers that are meant; `nothing` is what is wrong with one that has none. Refused before a model is
-    loaded."""
-    many = with_setting_names(recipe.teacher, "teacher")
-    if not any(which(one) for _, one in many):
-        raise UserError(nothing)
-    for setting, one in many:
-        if which(one) and not one.model and not foreign:
-            raise UserError(f"{setting}.model: not given; name the teacher whose answers {one.cache.path} is to hold")
+    """The recipe's data, and the teachers for which `wanted` is true; `missing` is the error where there is none.
+
+    Every mistake is found before a model is loaded.
+    """
+    named = with_setting_names(recipe.teacher, "teacher")
+    if not any(wanted(teacher) for _, teacher in named):
+        raise UserError(missing)
+    for setting, teacher in named:
+        if wanted(teacher) and not teacher.model and not import_file:
+            raise UserError(f"{setting}.model: not given; name the teacher whose outputs {teacher.cache.path} is to hold")
     if recipe.data.streaming:
-        raise UserError("data.streaming: found true, and a teacher cache is of rows that are all known; set it to false")
+        raise UserError("data.streaming: found true, and a teacher cache needs all rows beforehand; set it to false")
     if not recipe.loss.kd_ratio:
-        raise UserError("loss.kd_ratio: found 0, with which no teacher is asked; leave it out here")
-    for setting, one in many:
-        if one.cache and which(one):
-            check_cache_settings(one.cache, f"{setting}.cache")
+        raise UserError("loss.kd_ratio: found 0, with which no teacher is used; leave it out here")
+    for setting, teacher in named:
+        if teacher.cache and wanted(teacher):
+            check_cache_settings(teacher.cache, f"{setting}.cache")
     prepared = prepare(recipe, open_caches=False)
-    todo = [one for one in prepared.teachers if which(one.settings)]
-    for one in todo:
-        if one.settings.cache and not len(asked(recipe, prepared, one)):
-            raise UserError(f"{one.setting}: no source leaves it any rows, so there is nothing to keep of it; leave it out")
-    return prepared, todo
+    sources = [source for source in prepared.teachers if wanted(source.settings)]
+    for source in sources:
+        if source.settings.cache and not len(teacher_examples(recipe, prepared, source)):
+            raise UserError(f"{source.setting}: no data source uses this teacher, so its cache would be empty; leave its cache out")
+    return prepared, sources
 
 
 def check_cache_settings(cache: Cache, setting: str) -> None:
-    """Options of another kind than the default, where kind is not given; a path that is no folder's."""
+    """UserError for an option of another kind than the default while `kind` is not given, and for a path that is a file."""
     if cache.kind is None:
         for kind, options in CACHE_KINDS.items():
             for name in options:
@@ -84,150 +88,141 @@ def check_cache_settings(cache: Cache, setting: str) -> None:
         raise UserError(f"{setting}.path: {cache.path} is a file; name a folder")
 
 
-def asked(recipe: Recipe, prepared: Prepared, teacher: TeacherSource) -> Examples:
-    """Everything that a teacher is asked in a run: training and held-out rows that are not left to others, in the rows' order.
+def teacher_examples(recipe: Recipe, prepared: Prepared, source: TeacherSource) -> Examples:
+    """All examples that a run needs this teacher for, training and held-out, in the order of the data's rows.
 
-    Rows of data.validation are numbered on behind those of data.train.
+    The rows of data.validation are numbered after those of data.train.
     """
-    parts = [one for one in (prepared.train, prepared.validation) if one is not None]
-    before = [0, 0 if recipe.data.validation_fraction else sum(source["rows"] for source in prepared.origins["data.train"])]
-    whole = concat(parts, before[: len(parts)], {})
-    mine = taught.examples_of(whole, prepared.teachers.index(teacher))
+    parts = [examples for examples in (prepared.train, prepared.validation) if examples is not None]
+    first_row = [0, 0 if recipe.data.validation_fraction else sum(origin["rows"] for origin in prepared.origins["data.train"])]
+    whole = concat(parts, first_row[: len(parts)], {})
+    mine = resolve.examples_of(whole, prepared.teachers.index(source))
     return whole.take(mine[np.argsort(whole.row[mine], kind="stable")])
 
 
-def planned(encoded: Examples, bytes_per_target: int):
+def shard_plan(examples: Examples, bytes_per_target: int):
     from ..teachers.cache.shards import ShardPlan
 
-    return ShardPlan.of([encoded.content_hash(i) for i in range(len(encoded))], encoded.num_targets.tolist(), bytes_per_target)
+    return ShardPlan.of([examples.content_hash(i) for i in range(len(examples))], examples.num_targets.tolist(), bytes_per_target)
 
 
 def write(
-    recipe: Recipe, prepared: Prepared, teacher: TeacherSource, accelerator, stop: ShutdownRequest, held: contextlib.ExitStack
+    recipe: Recipe, prepared: Prepared, source: TeacherSource, accelerator, stop: ShutdownRequest, locks: contextlib.ExitStack
 ) -> Path:
-    """One teacher's cache; `held` keeps other attempts out of its folder."""
-    from ..data.collate import collate
-    from ..models.load import load_models
-    from ..teachers.cache.records import make_record_format
+    """Write one teacher's cache and return its folder. The folder stays locked until `locks` is closed."""
     from ..teachers.cache.shards import Writer
-    from ..teachers.fidelity import measured_transform, sample_teacher_batches
-    from ..teachers.live import LiveTeacher
 
-    setting, device, rank, ranks = teacher.setting, accelerator.device, accelerator.process_index, accelerator.num_processes
-    folder, encoded = Path(teacher.settings.cache.path).expanduser(), asked(recipe, prepared, teacher)
-    number, size, pad = prepared.teachers.index(teacher), recipe.validation.micro_batch_size, prepared.tokenizer.eos_token_id
-
-    def some(_) -> list:
-        return sample_teacher_batches(encoded, number, size, pad, device)
-
-    around = functools.partial(measured_transform, some)
-    (model,) = load_models([], [(setting, teacher.settings)], prepared.vocab, device, recipe.seed, around_transform=around)[1]
-    record_format = make_record_format(teacher.settings.cache, prepared.vocab, model)
-    plan = planned(encoded, record_format.bytes)
-    provenance = taught.provenance(recipe, teacher, prepared.tokenizer, taught.contents(prepared))
-    writer = Writer(folder, record_format, provenance, plan, f"{setting}.cache.path")
-    size = f"{len(plan.hash_E):,} examples, {plan.targets_E.sum():,} targets of {record_format.bytes} bytes, {plan.targets_E.sum() * record_format.bytes / 1e6:,.1f} MB"
+    folder, setting = Path(source.settings.cache.path).expanduser(), f"{source.setting}.cache.path"
+    examples = teacher_examples(recipe, prepared, source)
+    recorder = _load_recorder(recipe, prepared, source, examples, accelerator.device)
+    provenance = resolve.provenance(recipe, source, prepared.tokenizer, resolve.data_hashes(prepared))
+    plan = shard_plan(examples, recorder.format.bytes)
+    writer = Writer(folder, recorder.format, provenance, plan, setting)
+    targets, width = int(plan.targets_E.sum()), recorder.format.bytes
+    size = f"{len(plan.hash_E):,} examples, {targets:,} targets of {width} bytes, {targets * width / 1e6:,.1f} MB"
 
     def begin() -> bool:
-        held.callback(lock_folder(folder, f"{setting}.cache.path").close)
+        locks.callback(lock_folder(folder, setting).close)
         return writer.begin()
 
     if on_main_process(accelerator, begin):
-        info(f"{folder} is whole: {size}; nothing to do")
+        info(f"{folder} is complete: {size}; nothing to do")
         return folder
-    mine = writer.left(rank, ranks)
-    needs, free = sum(int(plan.targets_E[plan.shards[n]].sum()) for n in mine) * record_format.bytes, shutil.disk_usage(folder).free
-    with report_from_any_rank():
-        if needs > free:
-            raise UserError(
-                f"{setting}.cache.path: {folder} needs {needs / 1e6:,.1f} MB and has {free / 1e6:,.1f} MB free; choose another folder or kind"
-            )
+    shards = writer.left(accelerator.process_index, accelerator.num_processes)
+    check_disk_space(writer, shards)
+    batches = {n: batches_of(examples, plan.first_E[plan.shards[n]], recipe.validation.micro_batch_size) for n in shards}
+    seconds = estimate_seconds(recorder, [batch for of_shard in batches.values() for batch in of_shard], examples.lengths)
+    info(f"{folder}: {size}; this process writes {len(shards)} of {len(plan.shards)} shards in about {duration(seconds)}")
+    write_shards(writer, batches, recorder, stop)
+    accelerator.wait_for_everyone()
+    on_main_process(accelerator, writer.finish)
+    info(f"{folder} is complete")
+    return folder
 
-    def answers(examples: list[int]):
-        batch = collate(encoded, examples, prepared.tokenizer.eos_token_id).to(device)
-        records = record_format.record(live(batch), batch.labels_N, batch.examples)
+
+@dataclass(frozen=True)
+class Recorder:
+    """Computes the records of a batch of examples with a live teacher."""
+
+    teacher: Callable
+    examples: Examples
+    format: object  # a `records.RecordFormat`
+    pad: int
+    device: object
+
+    def __call__(self, batch_examples: list[int]) -> tuple[list[str], list[int], np.ndarray]:
+        """Of those examples: content hashes, numbers of targets, and records [targets, bytes]."""
+        from ..data.collate import collate
+
+        batch = collate(self.examples, batch_examples, self.pad).to(self.device)
+        records = self.format.record(self.teacher(batch), batch.labels_N, batch.examples)
         return [one.content_hash for one in batch.examples], [one.num_targets for one in batch.examples], records
 
-    live = LiveTeacher(model)
-    batches = {n: dealt(encoded, plan.first_E[plan.shards[n]], recipe.validation.micro_batch_size) for n in mine}
-    every = [batch for of_shard in batches.values() for batch in of_shard]
-    seconds = time_of(answers, every, encoded.lengths)
-    info(f"{folder}: {size}; {len(mine)} of {len(plan.shards)} shards to write here, about {duration(seconds)}")
-    with progress(sum(map(len, every))) as shown:
+
+def _load_recorder(recipe: Recipe, prepared: Prepared, source: TeacherSource, examples: Examples, device) -> Recorder:
+    from ..models.load import load_models
+    from ..teachers.cache.records import make_record_format
+    from ..teachers.fidelity import measured_transform, sample_teacher_batches
+    from ..teachers.live import LiveTeacher
+
+    number, size, pad = prepared.teachers.index(source), recipe.validation.micro_batch_size, prepared.tokenizer.eos_token_id
+
+    def probe(setting: str) -> list:
+        return sample_teacher_batches(examples, number, size, pad, device)
+
+    around = functools.partial(measured_transform, probe)
+    _, (model,) = load_models([], [(source.setting, source.settings)], prepared.vocab, device, recipe.seed, around_transform=around)
+    record_format = make_record_format(source.settings.cache, prepared.vocab, model)
+    return Recorder(LiveTeacher(model), examples, record_format, pad, device)
+
+
+def check_disk_space(writer, shards: list[int]) -> None:
+    """UserError where this process's shards do not fit on the disk."""
+    plan = writer.plan
+    needed = sum(int(plan.targets_E[plan.shards[n]].sum()) for n in shards) * writer.format.bytes
+    free = shutil.disk_usage(writer.folder).free
+    with report_from_any_rank():
+        if needed > free:
+            raise UserError(
+                f"{writer.setting}: {writer.folder} needs {needed / 1e6:,.1f} MB and has {free / 1e6:,.1f} MB free; "
+                "choose another folder or kind"
+            )
+
+
+def write_shards(writer, batches: dict[int, list[list[int]]], recorder: Recorder, stop: Callable[[], bool]) -> None:
+    """Record and write the shards, `batches` of examples for each. Raises Stopped between two batches when `stop()` is true."""
+    with _progress(sum(len(batch) for of_shard in batches.values() for batch in of_shard)) as shown:
         for n, of_shard in batches.items():
             shard = writer.shard(n)
             for batch in of_shard:
                 if stop():
-                    raise Stopped(f"stopped by a signal; {folder} is not finished, and the same command goes on with it")
+                    raise Stopped(f"stopped by a signal; {writer.folder} is not complete, and the same command continues it")
                 with report_from_any_rank():
-                    shard.put(*answers(batch))
+                    shard.put(*recorder(batch))
                 shown.update(len(batch))
             with report_from_any_rank():
                 shard.write()
-    accelerator.wait_for_everyone()
-    on_main_process(accelerator, writer.finish)
-    info(f"{folder} is whole")
-    return folder
 
 
-def read_foreign(recipe: Recipe, prepared: Prepared, todo: list[TeacherSource], file: str, accelerator) -> Path:
-    """A teacher cache of answers that came from elsewhere: see `teachers.foreign` for what the file holds."""
-    from ..teachers.cache import import_logprobs as foreign
-    from ..teachers.cache.shards import Writer
-
-    if len(todo) > 1 or accelerator.num_processes > 1:
-        raise UserError("--import: fills the cache of one teacher, in one process; leave the others out")
-    (teacher,) = todo
-    cache, where = teacher.settings.cache, f"{teacher.setting}.cache"
-    if cache.kind not in (None, "topk"):
-        raise UserError(f"{where}.kind: found {cache.kind}, and answers from elsewhere are likeliest tokens; use topk, or leave it out")
-    encoded, defaults = asked(recipe, prepared, teacher), CACHE_KINDS["topk"]
-    record_format = foreign.record_format(prepared.vocab, cache.k or defaults["k"], cache.value_bits or defaults["value_bits"])
-    provenance = taught.provenance(recipe, teacher, prepared.tokenizer, taught.contents(prepared)) | {"read from": content_of(file)}
-    writer = Writer(Path(cache.path).expanduser(), record_format, provenance, planned(encoded, record_format.bytes), f"{where}.path")
-    counts = foreign.write(file, encoded, prepared.tokenizer, writer, progress_bar("reading"))
-    notes = {
-        "unknown_tokens": "tokens are no single token of the vocabulary, and part of the rest",
-        "unknown_targets": "last targets have no answer, and add nothing to the loss",
-        "unused": "lines are of rows that have no example",
-    }
-    info(
-        "; ".join(
-            [
-                f"{writer.folder} is whole: {len(encoded):,} examples",
-                *(f"{counts[name]:,} {words}" for name, words in notes.items() if counts.get(name)),
-            ]
-        )
-    )
-    return writer.folder
+def batches_of(examples: Examples, chosen: np.ndarray, size: int) -> list[list[int]]:
+    """The chosen examples in batches of similar length."""
+    return [chosen[batch].tolist() for batch in make_micro_batches(list(range(len(chosen))), examples.lengths[chosen], size)]
 
 
-def content_of(file: str) -> str:
-    try:
-        return sha256_file(file)
-    except OSError as error:
-        raise UserError(f"--import: {file}: {error.strerror}; name the file of answers") from None
-
-
-def dealt(encoded: Examples, examples: np.ndarray, size: int) -> list[list[int]]:
-    """Batches of examples of similar length."""
-    return [examples[batch].tolist() for batch in make_micro_batches(list(range(len(examples))), encoded.lengths[examples], size)]
-
-
-def time_of(answers: Callable[[list[int]], object], batches: list[list[int]], lengths: np.ndarray) -> float:
-    """Seconds for all of them, from one of middle size that is timed after it has warmed up."""
+def estimate_seconds(recorder: Callable[[list[int]], object], batches: list[list[int]], lengths: np.ndarray) -> float:
+    """Seconds for all batches, from the second of two runs of the batch of median size."""
     if not batches:
         return 0.0
     tokens = [int(lengths[batch].sum()) for batch in batches]
     middle = sorted(range(len(batches)), key=tokens.__getitem__)[len(batches) // 2]
     for _ in range(2):
         start = time.monotonic()
-        answers(batches[middle])
+        recorder(batches[middle])
         seconds = time.monotonic() - start
     return seconds * sum(tokens) / tokens[middle]
 
 
-def progress(total: int):
+def _progress(total: int):
     from tqdm import tqdm
 
-    return tqdm(total=total, desc="asking the teacher", unit=" examples", leave=False, disable=None if first_process() else True)
+    return tqdm(total=total, desc="running the teacher", unit=" examples", leave=False, disable=None if first_process() else True)

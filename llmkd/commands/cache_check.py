@@ -1,4 +1,4 @@
-"""`llmkd cache --check`: what is lost where a teacher is held in 4 or 8 bit, or where its answers were kept in a teacher cache."""
+"""`llmkd cache --check`: measure what a teacher loses by quantisation or merging, and by its teacher cache."""
 
 import dataclasses
 import gc
@@ -6,10 +6,9 @@ from pathlib import Path
 
 import torch
 
-from .. import console as tracking_console
 from ..batch import Batch
 from ..config.recipe import Recipe
-from ..console import info, progress_bar, warn
+from ..console import info, progress_bar, table, warn
 from ..data.batching import make_micro_batches
 from ..data.collate import collate
 from ..data.examples import Examples
@@ -25,11 +24,11 @@ from ..teachers.resolve import TeacherSource, check_cache, examples_of
 from ..training.launch import start
 from ..training.prepare import Prepared
 from ..training.validate import validate
-from .cache import chosen
+from .cache import select_teachers
 
 
 class RecordedTeacher:
-    """A live teacher's hidden states and its head, after its body is gone; found by the examples they are of."""
+    """A live teacher's hidden states and head, kept while its body is freed. Examples are found by their content hash."""
 
     metrics = TEACHER_METRICS
 
@@ -43,76 +42,77 @@ class RecordedTeacher:
             self.hidden |= {example.content_hash: part.cpu() for example, part in zip(batch.examples, parts, strict=True)}
 
     def __call__(self, batch: Batch) -> Dense:
-        return Dense(torch.cat([self.hidden[example.content_hash] for example in batch.examples]).to(batch.labels_N.device), self.head)
+        hidden_NH = torch.cat([self.hidden[example.content_hash] for example in batch.examples])
+        return Dense(hidden_NH.to(batch.labels_N.device), self.head)
 
 
 def check(recipe: Recipe, examples: int = 64) -> None:
-    """Print, for every teacher that is quantised, merged or has a teacher cache, metrics on a sample of the training rows."""
-    prepared, todo = chosen(
+    """Print metrics on a sample of the training rows, for every teacher that is quantised, merged or cached."""
+    prepared, sources = select_teachers(
         recipe,
-        lambda one: one.cache or one.held,
+        lambda teacher: teacher.cache or teacher.held,
         "teacher.quantization, teacher.merge_adapter, teacher.cache.path: none is given, and nothing else loses anything",
     )
     accelerator = start()
     if accelerator.num_processes > 1:
         raise UserError("--check: runs in one process; leave accelerate launch out")
-    for teacher in todo:
-        mine = examples_of(prepared.train, prepared.teachers.index(teacher))
+    for source in sources:
+        mine = examples_of(prepared.train, prepared.teachers.index(source))
         sample = sample_examples(prepared.train.take(mine), examples)
         if not len(sample):
-            warn(f"note: {teacher.setting}: no training rows are left to it")
+            warn(f"note: {source.setting}: no training rows use this teacher")
             continue
-        stored = opened(recipe, prepared, teacher)
-        info(f"on {len(sample)} training examples, {int(sample.loss_mask.sum())} targets; nats per target")
-        if teacher.settings.held:
-            print(tracking_console.table(quantised(recipe, prepared, teacher, sample, accelerator)))
-        if stored:
-            print(tracking_console.table(kept(recipe, prepared, stored, sample, accelerator)))
+        cached = open_cache(recipe, prepared, source)
+        info(f"on {len(sample)} training examples with {int(sample.loss_mask.sum())} targets; nats per target")
+        if source.settings.held:
+            print(table(compare_transformed(recipe, prepared, source, sample, accelerator)))
+        if cached:
+            print(table(compare_cached(recipe, prepared, cached, sample, accelerator)))
 
 
-def quantised(recipe: Recipe, prepared: Prepared, teacher: TeacherSource, sample: Examples, accelerator) -> list[dict]:
-    """The teacher as it is, and in 4 or 8 bit, or merged. One after the other: only one of them is in memory."""
+def compare_transformed(recipe: Recipe, prepared: Prepared, source: TeacherSource, sample: Examples, accelerator) -> list[dict]:
+    """Two rows of metrics: the teacher as it was saved, and quantised or merged. Only one of them is in memory at a time."""
     size, pad, vocab = recipe.validation.micro_batch_size, prepared.tokenizer.eos_token_id, prepared.vocab
-    whole = dataclasses.replace(teacher.settings, quantization=None, merge_adapter=False)
-    (model,) = load_models([], [(teacher.setting, whole)], vocab, accelerator.device, recipe.seed)[1]
+    whole = dataclasses.replace(source.settings, quantization=None, merge_adapter=False)
+    (model,) = load_models([], [(source.setting, whole)], vocab, accelerator.device, recipe.seed)[1]
     before = RecordedTeacher(model, sample, pad, size, accelerator.device)
     del model
     gc.collect()
-    (model,) = load_models([], [(teacher.setting, teacher.settings)], vocab, accelerator.device, recipe.seed)[1]
+    (model,) = load_models([], [(source.setting, source.settings)], vocab, accelerator.device, recipe.seed)[1]
     found = validate([model], before, sample, pad, size, accelerator, progress=progress_bar("the quantised teacher"))[0].metrics()
     row = {name: found[name] for name in ("forward_kl", "reverse_kl", "top1_agreement")}
     itself = {"forward_kl": 0.0, "reverse_kl": 0.0, "top1_agreement": 1.0}
     return [
         {
-            teacher.setting: "unquantised" if teacher.settings.quantization else "unmerged",
+            source.setting: "unquantised" if source.settings.quantization else "unmerged",
             "ce": found["teacher_ce"],
             "entropy": found["teacher_entropy"],
         }
         | itself,
-        {teacher.setting: teacher.settings.held, "ce": found["ce"], "entropy": found["entropy"]} | row,
+        {source.setting: source.settings.held, "ce": found["ce"], "entropy": found["entropy"]} | row,
     ]
 
 
-def kept(recipe: Recipe, prepared: Prepared, teacher: TeacherSource, sample: Examples, accelerator) -> list[dict]:
-    """The recipe's untrained student before the live teacher, and before the cache of its outputs."""
+def compare_cached(recipe: Recipe, prepared: Prepared, source: TeacherSource, sample: Examples, accelerator) -> list[dict]:
+    """Two rows of metrics of the recipe's untrained student: against the live teacher, and against its cache."""
     size, pad = recipe.validation.micro_batch_size, prepared.tokenizer.eos_token_id
-    students, models = load_models([recipe.student], [(teacher.setting, teacher.settings)], prepared.vocab, accelerator.device, recipe.seed)
+    students, models = load_models([recipe.student], [(source.setting, source.settings)], prepared.vocab, accelerator.device, recipe.seed)
     rows = []
-    for name, one in (
+    for name, teacher in (
         ("live", LiveTeacher(models[0])),
-        (str(teacher.settings.cache.path), CachedTeacher(teacher.cache, accelerator.device)),
+        (str(source.settings.cache.path), CachedTeacher(source.cache, accelerator.device)),
     ):
-        found = validate(students, one, sample, pad, size, accelerator, progress=progress_bar(name))[0].metrics()
-        rows.append({teacher.setting: name} | {figure: found[figure] for figure in TEACHER_METRICS if figure in found})
+        found = validate(students, teacher, sample, pad, size, accelerator, progress=progress_bar(name))[0].metrics()
+        rows.append({source.setting: name} | {metric: found[metric] for metric in TEACHER_METRICS if metric in found})
     return rows
 
 
-def opened(recipe: Recipe, prepared: Prepared, teacher: TeacherSource) -> TeacherSource | None:
-    """The teacher with its cache, which must be its own; None where it names none, or where that is yet to be written and the teacher's
-    number format is looked at."""
-    cache = teacher.settings.cache
-    if not cache or (teacher.settings.held and not Path(cache.path).expanduser().exists()):
+def open_cache(recipe: Recipe, prepared: Prepared, source: TeacherSource) -> TeacherSource | None:
+    """The source with its cache, which must fit the recipe. None where no cache is named, or where it is not yet written and the
+    teacher's number format is measured."""
+    cache = source.settings.cache
+    if not cache or (source.settings.held and not Path(cache.path).expanduser().exists()):
         return None
-    found = dataclasses.replace(teacher, cache=TeacherCache.open(cache.path, f"{teacher.setting}.cache.path"))
+    found = dataclasses.replace(source, cache=TeacherCache.open(cache.path, f"{source.setting}.cache.path"))
     check_cache(recipe, found, prepared.tokenizer, prepared.vocab)
     return found

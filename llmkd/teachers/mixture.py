@@ -13,7 +13,7 @@ from ..data.collate import per_target, select_examples
 from ..signals import TEACHER_METRICS, Divergence, Signal, Teacher
 
 
-def combined(teachers: Sequence[Teacher], settings: Sequence[TeacherSettings], mixture: MixtureSettings) -> Teacher:
+def combine_teachers(teachers: Sequence[Teacher], settings: Sequence[TeacherSettings], mixture: MixtureSettings) -> Teacher:
     """One teacher out of several, as their settings have it; a single one is itself."""
     if len(teachers) == 1:
         return teachers[0]

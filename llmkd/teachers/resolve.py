@@ -1,10 +1,11 @@
-"""The teachers that a recipe names, found and checked before a model is loaded: a model's files, or a teacher cache."""
+"""Find and check the teachers that a recipe names, before a model is loaded: a model's files, a teacher cache, or both. No torch here."""
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -17,24 +18,42 @@ from ..errors import UserError
 from ..model_files import ModelFiles, find, fingerprint, read_json
 from .cache.shards import TeacherCache, read_header
 
+if TYPE_CHECKING:
+    from .. import signals
+
 
 @dataclass(frozen=True)
 class TeacherSource:
-    """A teacher by its setting's name (teacher, or teacher.0, ...): its model's files, if it names one, and its cache, if it has one."""
+    """Where a teacher's outputs come from: the files of its model, its cache, or both (then the cache is read)."""
 
-    setting: str
+    setting: str  # the name of its setting: teacher, or teacher.0, ...
     settings: Teacher
     files: ModelFiles | None
     cache: TeacherCache | None
 
     @property
+    def needs_model(self) -> bool:
+        """Whether a run must load its model."""
+        return self.cache is None
+
+    def open(self, device, models: Iterator) -> "signals.Teacher":
+        """The teacher itself, whose signals are on `device`. If it needs a model (a LanguageModel), it takes the next of `models`."""
+        if self.needs_model:
+            from .live import LiveTeacher
+
+            return LiveTeacher(next(models))
+        from .cached import CachedTeacher
+
+        return CachedTeacher(self.cache, device)
+
+    @property
     def tuned(self) -> bool:
-        """Whether it was trained by somebody for some task: an adapter, or what a run of llmkd left."""
+        """Whether it looks fine-tuned: it is an adapter, or the output of an llmkd run."""
         return bool(self.files and (self.files.adapter or (self.files.base.parent / "summary.json").exists()))
 
     @property
     def identity(self) -> str:
-        """What tells its answers from another teacher's; nothing for those that are yet to come from elsewhere."""
+        """A fingerprint of the teacher: equal fingerprints give equal outputs. Empty for a cache that is still to be imported."""
         if self.cache is not None:
             return self.cache.identity
         if self.files is None:
@@ -43,7 +62,7 @@ class TeacherSource:
 
 
 def resolve_teachers(recipe: Recipe, open_caches: bool = True) -> tuple[TeacherSource, ...]:
-    """Every teacher of a recipe that distils. Without `open_caches` those are not opened: they are yet to be written."""
+    """Every teacher of a recipe; none where it does not distil. `open_caches` is false where the caches are still to be written."""
     out = []
     for setting, one in with_setting_names(recipe.teacher, "teacher") if distils(recipe) else ():
         files = find(one.model, f"{setting}.model", one.revision, one.base) if one.model else None
@@ -55,7 +74,7 @@ def resolve_teachers(recipe: Recipe, open_caches: bool = True) -> tuple[TeacherS
 
 
 def check_transforms(files: ModelFiles, settings: Teacher, setting: str) -> None:
-    """UserError where there is no adapter to merge, or where the base is quantised on disk and is to be merged into, or rounded, anew."""
+    """UserError for `merge_adapter` without an adapter, and for merging into, or converting, a base that is quantised on disk."""
     if settings.merge_adapter and not files.adapter:
         raise UserError(f"{setting}.merge_adapter: found true, and {settings.model} is not an adapter; leave it out")
     if settings.is_transformed and "quantization_config" in files.config:
@@ -63,32 +82,32 @@ def check_transforms(files: ModelFiles, settings: Teacher, setting: str) -> None
         raise UserError(f"{setting}.{name}: {files.base} is quantised already; leave it out, or name the unquantised model")
 
 
-def provenance(recipe: Recipe, teacher: TeacherSource, tokenizer, contents: dict[str, str]) -> dict[str, dict]:
-    """What a teacher cache follows from. `contents` are the hashes of the data."""
-    one, data, weights = teacher.settings, recipe.data, {"dtype": teacher.settings.dtype}
+def provenance(recipe: Recipe, teacher: TeacherSource, tokenizer, data: dict[str, str]) -> dict[str, dict]:
+    """All that the contents of a teacher cache depend on, by name: tokenizer, teacher and data. `data` are the hashes of the data."""
+    one, settings, weights = teacher.settings, recipe.data, {"dtype": teacher.settings.dtype}
     if files := teacher.files:
         folders = {"base": files.base, "adapter": files.adapter}
-        weights = {"dtype": held_in(files, one)} | {
-            name: folder and f"{fingerprint(folder, f'{teacher.setting}.model')} {read_as(folder, f'{teacher.setting}.model')}"
+        weights = {"dtype": weights_dtype(files, one)} | {
+            name: folder and f"{fingerprint(folder, f'{teacher.setting}.model')} {config_hash(folder, f'{teacher.setting}.model')}"
             for name, folder in folders.items()
         }
     template = hashlib.sha256(json.dumps(tokenizer.chat_template).encode()).hexdigest()
     return {
         "tokenizer": {"tokenizer": token_cache.tokenizer_hash(tokenizer, template=False), "chat_template": template},
         "teacher": weights | {"quantization": one.quantization and one.quantization.type, "merge_adapter": one.merge_adapter or None},
-        "data": contents | {f"data.{name}": value for name, value in shaping(data, "teacher").items()},
+        "data": data | {f"data.{name}": value for name, value in shaping(settings, "teacher").items()},
     }
 
 
-#: What of a model's or an adapter's configuration says where it came from, or how it is held, and not what it computes.
+#: Fields of a model's or an adapter's configuration that do not change what it computes.
 _BOOKKEEPING = {
     *("_name_or_path", "architectures", "auto_mapping", "base_model_name_or_path", "dtype", "inference_mode", "peft_version"),
     *("quantization_config", "revision", "task_type", "torch_dtype", "transformers_version", "use_cache"),
 }
 
 
-def read_as(folder: Path, setting: str) -> str:
-    """A hash of the configuration that weights are read by: an adapter of another lora_alpha, say, is another teacher."""
+def config_hash(folder: Path, setting: str) -> str:
+    """A hash of the configuration beside the weights: the same adapter weights with another lora_alpha are another teacher."""
     name = "adapter_config.json" if (folder / "adapter_config.json").exists() else "config.json"
     said = {key: value for key, value in read_json(folder / name, setting).items() if key not in _BOOKKEEPING}
     if isinstance(modules := said.get("target_modules"), list):  # a set, written in any order
@@ -96,13 +115,13 @@ def read_as(folder: Path, setting: str) -> str:
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
 
 
-def held_in(files: ModelFiles, settings: Teacher) -> str:
-    """The type of a teacher's weights: as the recipe says, or as they were saved."""
+def weights_dtype(files: ModelFiles, settings: Teacher) -> str:
+    """The type of a teacher's weights in memory: the recipe's, or for `auto` the type they were saved in."""
     return files.dtype or "float32" if settings.dtype == "auto" else settings.dtype
 
 
-def contents(prepared) -> dict[str, str]:
-    """Of `Prepared.identity` the hashes of the data."""
+def data_hashes(prepared) -> dict[str, str]:
+    """The hashes of the data in `Prepared.identity`."""
     return {name: prepared.identity[name] for name in ("the training data", "the held-out data")}
 
 
@@ -116,7 +135,7 @@ _OTHER = {
 
 
 def check_cache(recipe: Recipe, teacher: TeacherSource, tokenizer, vocab: int) -> None:
-    """Refuse a teacher cache of another tokenizer, template, teacher or kind than the recipe's; every difference is named."""
+    """UserError, naming every difference, for a cache of another tokenizer, chat template, teacher or kind than the recipe's."""
     header, setting, cache = teacher.cache.header, teacher.setting, teacher.settings.cache
     provenance_then, kept = header["provenance"], header["kind"]
     where, ours = f"{setting}.cache.path: {cache.path} was made", provenance(recipe, teacher, tokenizer, {})
@@ -125,11 +144,9 @@ def check_cache(recipe: Recipe, teacher: TeacherSource, tokenizer, vocab: int) -
         for name, value in ours[part].items():
             if provenance_then[part].get(name) != value:
                 then = _OTHER.get(name, f"by a teacher with {name} {provenance_then[part].get(name)}, not {value}")
-                problems.append(f"{where} {then}; give the one that it was made with, or write another by llmkd cache")
+                problems.append(f"{where} {then}; use that one, or write another cache with llmkd cache")
     if header["vocab"] != vocab:
-        problems.append(
-            f"{where} over {header['vocab']} entries of the vocabulary, and the models of this run have {vocab}; write another by llmkd cache"
-        )
+        problems.append(f"{where} over {header['vocab']} tokens, and the models of this run have {vocab}; write another with llmkd cache")
     for name in ("kind", *(name for known in CACHE_KINDS.values() for name in known)):
         value, then = getattr(cache, name), kept["name"] if name == "kind" else kept.get(name)
         if value not in (None, "auto", then):
@@ -139,7 +156,7 @@ def check_cache(recipe: Recipe, teacher: TeacherSource, tokenizer, vocab: int) -
 
 
 def check_sampled_caches(recipe: Recipe) -> None:
-    """Refuse a recipe whose loss the samples in one of its caches are not right for. Of caches that are there yet, and by their headers alone."""
+    """UserError where a recipe's loss needs more than the samples in one of its caches. Reads the headers of caches that exist."""
     problems = []
     for setting, one in with_setting_names(recipe.teacher, "teacher") if distils(recipe) else ():
         if one.cache and (Path(one.cache.path).expanduser() / "cache.json").exists():
@@ -150,26 +167,27 @@ def check_sampled_caches(recipe: Recipe) -> None:
 
 
 def sample_problems(recipe: Recipe, path: str, kept: dict) -> list[str]:
-    """What is wrong with a recipe that learns from a teacher cache of this kind, if that holds samples."""
+    """Why a recipe cannot use a cache with this `kept` (the header's "kind"): sampled tokens estimate one divergence at one temperature."""
     if kept["name"] != "sampled":
         return []
     loss, drawn, by, problems = recipe.loss, kept["temperature"], recipe.checkpoint.best_by, []
-    why = f"and {path} holds samples, which are right on average"
+    why = f"and {path} holds sampled tokens, which estimate the loss without bias"
     if loss.temperature != drawn:
-        problems.append(f"loss.temperature: found {loss.temperature:g}, {why} at the temperature that they were drawn at, {drawn:g}")
+        problems.append(f"loss.temperature: found {loss.temperature:g}, {why} only at the temperature of their sampling, {drawn:g}")
     if loss.divergence != "forward_kl":
-        problems.append(f"loss.divergence: found {loss.divergence}, {why} for forward_kl alone")
+        problems.append(f"loss.divergence: found {loss.divergence}, {why} for forward_kl only")
     if recipe.mixture.combine == "log_probabilities":
-        problems.append(f"mixture.combine: found log_probabilities, {why} for probabilities and divergences alone")
+        problems.append(f"mixture.combine: found log_probabilities, {why} for probabilities and divergences only")
     if by not in (None, "ce", "forward_kl" if drawn == 1 else None):
-        problems.append(f"checkpoint.best_by: found {by}, {why} for forward_kl at their own temperature alone; use ce")
+        problems.append(f"checkpoint.best_by: found {by}, {why} for forward_kl at the temperature of their sampling only; use ce")
     return problems
 
 
 def check_coverage(teacher: TeacherSource, number: int, parts: dict[str, tuple[Examples | None, Sequence[str]]], ours: dict) -> None:
-    """Refuse a teacher cache that lacks examples that teacher `number` is to answer.
+    """UserError where the cache lacks examples that teacher `number` is used for.
 
-    `parts` are each setting's examples and their places, `ours` is what a teacher cache of this recipe would be made of.
+    parts   for each data setting its examples (None where there are none) and the place of each in its file
+    ours    the `provenance` that a cache of this recipe would have
     """
     then, now = teacher.cache.header["provenance"]["data"], ours["data"]
     for setting, (encoded, places) in parts.items():
@@ -187,10 +205,10 @@ def check_coverage(teacher: TeacherSource, number: int, parts: dict[str, tuple[E
                 f"{teacher.setting}.cache.path: {teacher.settings.cache.path} lacks {len(missing)} of {len(mine)} examples of {setting}, such as "
                 f"{places[mine[missing[0]]]}"
                 + (f"; it was made of other data ({', '.join(shown)})" if shown else "")
-                + "; run llmkd cache for these"
+                + "; run llmkd cache with this recipe"
             )
 
 
 def examples_of(encoded: Examples, number: int) -> np.ndarray:
-    """The examples that teacher `number` answers, alone or with others."""
+    """Indices of the examples that teacher `number` is used for, alone or in the ensemble."""
     return np.flatnonzero(np.isin(encoded.teacher_index, (ALL_TEACHERS, number)))

@@ -19,10 +19,8 @@ from ..models.language_model import LanguageModel
 from ..output.progress import Display
 from ..output.run_folder import RunFolder
 from ..signals import Teacher
-from ..teachers.cached import CachedTeacher
 from ..teachers.fidelity import measured_transform, sample_examples, sample_teacher_batches
-from ..teachers.live import LiveTeacher
-from ..teachers.mixture import combined
+from ..teachers.mixture import combine_teachers
 from . import checkpoint
 from .auto_batch import AutoBatchSize, chunk_rows
 from .build import build_student, load
@@ -44,7 +42,7 @@ class Trainer:
         recipe = recipes[0]
         self.recipe, self.prepared, self.accelerator, self.stop = recipe, prepared, accelerator, stop
         self.main, self.pad = accelerator.is_main_process, prepared.tokenizer.eos_token_id
-        live = [(one.setting, one.settings) for one in prepared.teachers if one.cache is None]
+        live = [(one.setting, one.settings) for one in prepared.teachers if one.needs_model]
         try:
             around_transform = functools.partial(measured_transform, self.teacher_probe)
             models, teacher_models = load(recipes, live, prepared.vocab, accelerator.device, around_transform)
@@ -72,10 +70,9 @@ class Trainer:
 
     def build_teacher(self, recipe: Recipe, live: list[LanguageModel]) -> Teacher | None:
         """The teacher of a step: models in memory, teacher caches, or a mixture of them."""
-        found, rest = self.prepared.teachers, iter(live)
-        device = self.accelerator.device
-        each = [CachedTeacher(one.cache, device) if one.cache else LiveTeacher(next(rest)) for one in found]
-        return combined(each, [one.settings for one in found], recipe.mixture) if each else None
+        sources, models = self.prepared.teachers, iter(live)
+        each = [source.open(self.accelerator.device, models) for source in sources]
+        return combine_teachers(each, [source.settings for source in sources], recipe.mixture) if each else None
 
     def teacher_probe(self, setting: str) -> list[Batch]:
         """Some of the batches that the teacher of that name will see."""

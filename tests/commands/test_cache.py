@@ -88,7 +88,7 @@ def test_a_cache_is_the_same_bytes_however_it_was_written(world, caches, make_re
 
     from llmkd.errors import Stopped
 
-    with pytest.raises(Stopped, match="goes on"):
+    with pytest.raises(Stopped, match="the same command continues it"):
         cache(again, stop=Soon())
     with pytest.raises(UserError, match="not finished"):
         run(from_cache(make_recipe, tmp_path, "again", "early"))
@@ -149,7 +149,7 @@ def test_teachers_that_have_rows_of_their_own_are_checked_on_them(world, make_re
     check(recipe)
     said = capsys.readouterr()
     assert "on 37 training examples" in said.err and "on 9 training examples" in said.err and said.out.count("live") == 2
-    with pytest.raises(UserError, match=r"teacher.1: no source leaves it any rows"):
+    with pytest.raises(UserError, match=r"teacher.1: no data source uses this teacher"):
         cache(make_recipe(teacher=both, data__train=parted[:1]))
 
 
@@ -271,7 +271,7 @@ def test_answers_from_elsewhere_are_read_by_rows_and_trained_on(caches, make_rec
     lines = answers_of(live, 8)
     file.write_text("".join(json.dumps(line) + "\n" for line in reversed(lines)))
     own = loader.load_recipe(recipe, {"data.validation_fraction": 0.2, "teacher": {"cache": {"path": str(tmp_path / "told"), "k": 8}}})
-    assert cache(own, str(file)) == [tmp_path / "told"] and "is whole: 37 examples" in capsys.readouterr().err
+    assert cache(own, str(file)) == [tmp_path / "told"] and "is complete: 37 examples" in capsys.readouterr().err
     told = run(make_recipe("run", **(FLOAT32 | held | {"teacher": {"cache": {"path": str(tmp_path / "told")}}, "teacher__dtype": "auto"})))
     kept = run(from_cache(make_recipe, caches, "narrow", "kept", **held))
     for name in ("forward_kl", "reverse_kl", "top1_agreement"):

@@ -53,7 +53,7 @@ class World:
         return {"prompt_token_ids": [*ids, 5], "prompt_logprobs": [*told, {}]}
 
     def openai(self, i, leave=0):
-        texts = foreign._Reader(None, self.encoded, self.tokenizer, foreign.record_format(self.vocab, K, 16))._strings()
+        texts = foreign._Reader(None, self.encoded, self.tokenizer, foreign.make_format(self.vocab, K, 16))._strings()
         content = []
         for t in self.places(i)[: -leave or None]:
             label, top = self.ids(i)[t], self.top(i, t)
@@ -67,7 +67,7 @@ class World:
     def write(self, lines, k=K + 1, name="cache"):
         path = self.folder / "answers.jsonl"
         path.write_text("".join((line if isinstance(line, str) else json.dumps(line)) + "\n" for line in lines))
-        record_format = foreign.record_format(self.vocab, k, 16)
+        record_format = foreign.make_format(self.vocab, k, 16)
         identities = [self.encoded.content_hash(i) for i in range(len(self.encoded))]
         targets = [len(self.places(i)) for i in range(len(self.encoded))]
         writer = Writer(self.folder / name, record_format, {}, ShardPlan.of(identities, targets, record_format.bytes, 300))
@@ -164,7 +164,7 @@ def test_the_api_puts_it_into_choices(small):
 def test_strings_that_begin_with_a_space_in_another_kind_of_tokenizer(tmp_path):
     world = World(tmp_path, skills_tokenizer())
     world.write(world.all("openai"))
-    reader = foreign._Reader(None, world.encoded, world.tokenizer, foreign.record_format(world.vocab, K, 8))
+    reader = foreign._Reader(None, world.encoded, world.tokenizer, foreign.make_format(world.vocab, K, 8))
     assert len(reader._strings()) == world.vocab and len(reader._ids) > world.vocab / 2
 
 

@@ -42,7 +42,7 @@ class Line:
     example: int
 
 
-def record_format(vocab: int, k: int, value_bits: int) -> TopKFormat:
+def make_format(vocab: int, k: int, value_bits: int) -> TopKFormat:
     """What a teacher cache of such answers keeps. `k` at most what the file lists; where it lists more, they join the rest."""
     return TopKFormat(vocab, min(k, vocab), value_bits, TAIL_EXPONENTS)
 

@@ -1,0 +1,47 @@
+"""`llmkd cache --import`: a teacher cache from log-probabilities that were computed elsewhere."""
+
+from pathlib import Path
+
+from ..config.recipe import Recipe
+from ..config.teacher import CACHE_KINDS
+from ..console import info, progress_bar
+from ..errors import UserError
+from ..files import sha256_file
+from ..teachers import resolve
+from ..teachers.resolve import TeacherSource
+from ..training.prepare import Prepared
+
+
+def import_cache(recipe: Recipe, prepared: Prepared, sources: list[TeacherSource], file: str, accelerator) -> Path:
+    """Check the whole file, then write the cache and return its folder. `teachers/cache/import_logprobs.py` describes the file."""
+    from ..teachers.cache import import_logprobs
+    from ..teachers.cache.shards import Writer
+    from .cache import shard_plan, teacher_examples
+
+    if len(sources) > 1 or accelerator.num_processes > 1:
+        raise UserError("--import: writes the cache of one teacher, in one process; leave the other teachers and processes out")
+    (source,) = sources
+    cache, setting = source.settings.cache, f"{source.setting}.cache"
+    if cache.kind not in (None, "topk"):
+        raise UserError(f"{setting}.kind: found {cache.kind}, and imported log-probabilities are of kind topk; use topk, or leave it out")
+    examples, defaults = teacher_examples(recipe, prepared, source), CACHE_KINDS["topk"]
+    record_format = import_logprobs.make_format(prepared.vocab, cache.k or defaults["k"], cache.value_bits or defaults["value_bits"])
+    provenance = resolve.provenance(recipe, source, prepared.tokenizer, resolve.data_hashes(prepared)) | {"imported from": _hash_of(file)}
+    folder = Path(cache.path).expanduser()
+    writer = Writer(folder, record_format, provenance, shard_plan(examples, record_format.bytes), f"{setting}.path")
+    counts = import_logprobs.write(file, examples, prepared.tokenizer, writer, progress_bar("reading"))
+    notes = {
+        "unknown_tokens": "strings match no single token and were counted as tail mass",
+        "unknown_targets": "last targets have no log-probabilities and add nothing to the loss",
+        "unused": "lines are about rows that have no example",
+    }
+    told = [f"{counts[name]:,} {words}" for name, words in notes.items() if counts.get(name)]
+    info("; ".join([f"{folder} is complete: {len(examples):,} examples", *told]))
+    return folder
+
+
+def _hash_of(file: str) -> str:
+    try:
+        return sha256_file(file)
+    except OSError as error:
+        raise UserError(f"--import: {file}: {error.strerror}; name the file of log-probabilities") from None
