@@ -68,6 +68,11 @@ def duration(seconds: float) -> str:
     return f"{seconds:.0f} seconds" if seconds >= 1.5 else "a second"
 
 
+def count(number: int, noun: str, several: str | None = None) -> str:
+    """ "1 arm", "2 arms"; `several` is the plural where it is not noun + s."""
+    return f"{number:,} {noun if number == 1 else several or noun + 's'}"
+
+
 def align(lines: Sequence[Sequence[str]]) -> list[str]:
     """Lines of equally many cells as text: the first column left-aligned, the others right-aligned."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]

@@ -1,4 +1,4 @@
-"""How a run ends when it does not end well: the exceptions and their exit codes."""
+"""The exceptions that end a run, their exit codes, and which rank reports them."""
 
 import contextlib
 import errno
@@ -9,7 +9,7 @@ from .console import first_process
 
 
 class UserError(Exception):
-    """Something the user can mend. Each problem is one line: where, what was found, what to do."""
+    """A mistake the user can fix. Each problem is one line: the setting or file:line, what was found, what to do."""
 
     exit_code = 2
 
@@ -23,7 +23,7 @@ class ArgumentError(UserError, ValueError):
 
 
 class NonFinite(Exception):
-    """Training met an infinity or a NaN at `step`, in `term`, and stopped before it reached the weights."""
+    """`term` was inf or NaN at `step`. Training stopped before the weights changed."""
 
     exit_code = 3
 
@@ -33,7 +33,7 @@ class NonFinite(Exception):
 
 
 class Stopped(Exception):
-    """A signal asked the run to stop. What it had done is saved; `--resume` goes on from there."""
+    """A signal stopped the run. A checkpoint is saved; `--resume` continues from it."""
 
     exit_code = 75
 
@@ -84,7 +84,7 @@ def is_disk_full(error: BaseException) -> bool:
 
 
 def brief(error: BaseException) -> str:
-    """Another's exception in one line: its type and the first line of its text, with the next where that only announces it."""
+    """A library's exception in one line: its type and the first line of its text, joined with the second if the first ends in a colon."""
     first, *more = str(error).splitlines() or [""]
     return f"{type(error).__name__}: {f'{first} {more[0].strip()}' if first.endswith(':') and more else first}"[:320]
 
@@ -99,12 +99,12 @@ def _first_line(error: BaseException) -> str:
 
 
 def exit_code(action, *, debug: bool = False) -> int:
-    """Run `action()` and turn whatever comes out of it into one line per problem and an exit code.
+    """Run `action()`; print an exception as one line per problem on stderr and return its exit code.
 
-    0 done, 1 a bug, 2 the user can mend it, 3 stopped on a non-finite value, 75 stopped by a signal.
+    0 done, 1 a bug, 2 a mistake the user can fix, 3 stopped at a non-finite value, 75 stopped by a signal.
     With several processes only rank 0 prints, except bugs, out of memory and exceptions marked by `report_from_any_rank`.
     """
-    speaks = first_process()
+    prints = first_process()
     try:
         action()
         return 0
@@ -114,26 +114,26 @@ def exit_code(action, *, debug: bool = False) -> int:
         sys.stdout = None
         return 0
     except KeyboardInterrupt as error:
-        caught, text, code = error, "interrupted; go on with --resume from the last checkpoint, if there is one", Stopped.exit_code
+        caught, text, code = error, "interrupted; --resume continues from the last checkpoint, if there is one", Stopped.exit_code
     except Exception as error:
         caught = error
         if is_disk_full(error):
-            text, code = f"{_first_line(error)}; make room, then --resume", UserError.exit_code
+            text, code = f"{_first_line(error)}; free some space, then --resume", UserError.exit_code
         elif isinstance(error, OSError) and error.errno in _REFUSED:
-            text, code = f"{_first_line(error)}; choose a place that can be written to, then --resume", UserError.exit_code
+            text, code = f"{_first_line(error)}; choose a writable folder, then --resume", UserError.exit_code
         elif is_out_of_memory(error):
-            text, code, speaks = (
+            text, code, prints = (
                 f"out of memory ({_first_line(error)}); lower train.micro_batch_size, train.micro_batch_tokens or data.max_length, then --resume",
                 UserError.exit_code,
                 True,
             )
         else:
-            text, code, speaks = f"bug: {type(error).__name__}: {error} (--debug shows where)", 1, True
+            text, code, prints = f"bug: {type(error).__name__}: {error} (--debug shows where)", 1, True
     lines = text.splitlines()
-    speaks = speaks or getattr(caught, "any_rank", False)
+    prints = prints or getattr(caught, "any_rank", False)
     if debug:
         traceback.print_exception(caught)
-    if speaks:
+    if prints:
         for line in lines:
             print(f"llmkd: {line}", file=sys.stderr)
     return code

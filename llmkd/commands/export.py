@@ -1,4 +1,4 @@
-"""A finished run's student as one plain transformers model, which needs neither PEFT nor llmkd."""
+"""`llmkd export`: write a finished run's student as one plain transformers model, which needs neither PEFT nor llmkd."""
 
 import dataclasses
 import json
@@ -46,7 +46,7 @@ def export(run: Path, to: Path | None = None, checkpoint: str | None = None) -> 
         save_tokenizer(tokenizer, part)
         if is_adapter and (student / "README.md").exists():
             card = (student / "README.md").read_text(encoding="utf-8")
-            if "llmkd" in card:  # another's card is not ours to rewrite
+            if "llmkd" in card:  # a model card that llmkd did not write is left alone
                 (part / "README.md").write_text(merged_card(card, to, record), encoding="utf-8")
         if record:
             (part / RECORD).write_text(json.dumps(record, indent=1) + "\n")
@@ -54,7 +54,7 @@ def export(run: Path, to: Path | None = None, checkpoint: str | None = None) -> 
 
 
 def drift(merged, files: ModelFiles, tokenizer, vocab: int, run: Path, saved: Path | None) -> dict | None:
-    """For an adapter trained on a quantised base: how far the merged model is from it.
+    """How far the merged model is from the trained one, for an adapter trained on a quantised base.
 
     {"trained_on": the quantisation, "merged_into": the unquantised base, or the dequantised one where the folder holds no other,
     "drift": ce and trained_ce, forward_kl (trained || merged), agreement}; None for adapters on others.
@@ -87,7 +87,7 @@ def drift(merged, files: ModelFiles, tokenizer, vocab: int, run: Path, saved: Pa
     }
     into = "unquantised" if settings.quantization else "dequantised"
     info(
-        f"merged into the {into} base; on {where}, against the model as it was trained: KL {metrics['forward_kl']:.4f} nats, "
+        f"merged into the {into} base; compared with the trained model on {where}: KL {metrics['forward_kl']:.4f} nats, "
         f"agreement {metrics['top1_agreement']:.3f}, CE {metrics['ce']:.4f} (trained: {metrics['trained_ce']:.4f})"
     )
     merged.to("cpu")
@@ -95,7 +95,7 @@ def drift(merged, files: ModelFiles, tokenizer, vocab: int, run: Path, saved: Pa
 
 
 def _sample(run: Path, vocab: int):
-    """Examples of the run's own data, held-out ones where there are any; random tokens where the data is not to be had."""
+    """Examples of the run's held-out rows, or else of its training rows; random tokens if the data cannot be read. And a description."""
     from ..config.loader import load_recipe
     from ..data.examples import Examples
 
@@ -114,7 +114,7 @@ def _sample(run: Path, vocab: int):
 
 
 def checkpoint_folder(run: Path, which: str) -> Path:
-    """The folder of a checkpoint by its step, or of the best by the recipe's checkpoint.best_by; whole, or refused."""
+    """The folder of a checkpoint, by its step or `best` (by checkpoint.best_by). Raises UserError if it is absent or damaged."""
     from ..training.checkpoint import damaged
 
     if which == "best":

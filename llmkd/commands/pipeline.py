@@ -1,4 +1,4 @@
-"""A pipeline: recipes run one after another, then their students compared with one teacher on the same held-out rows."""
+"""A pipeline (a file with stages:): runs its recipes in order, then compares their students on the same held-out rows."""
 
 import dataclasses
 import json
@@ -17,7 +17,7 @@ from ..training.run import run
 
 
 def run_pipeline(config: str, overrides: dict, resume: bool) -> dict:
-    """Run every stage (with `resume`, those that are not finished), compare, and return the comparison."""
+    """Run every stage (with `resume`, those that are not finished), compare the students, and return {stage: metrics}."""
     overrides = dict(overrides)
     pipeline = load_pipeline(config, overrides.pop("output_dir", None))
     recipes = stage_recipes(pipeline, Path(config), overrides)
@@ -39,7 +39,7 @@ def run_pipeline(config: str, overrides: dict, resume: bool) -> dict:
 
 
 def stage_recipes(pipeline: Pipeline, config: Path, overrides: dict) -> dict[str, Recipe]:
-    """Every stage's recipe, all of them checked before the first runs. `{output_dir}` in a setting is the pipeline's folder."""
+    """Every stage's recipe, all checked before the first runs. `{output_dir}` in a setting stands for the pipeline's folder."""
     recipes, problems = {}, []
     for name, stage in pipeline.stages.items():
         changes = {k: v.replace("{output_dir}", pipeline.output_dir) if isinstance(v, str) else v for k, v in stage.set.items()}
@@ -60,7 +60,7 @@ def stage_recipes(pipeline: Pipeline, config: Path, overrides: dict) -> dict[str
 
 
 def compare(pipeline: Pipeline, recipes: dict[str, Recipe]) -> dict[str, dict[str, float]]:
-    """Teacher and students on the first student's held-out rows and questions."""
+    """Metrics of the teacher and the students on the first student's held-out rows and questions."""
     from ..models.load import load_teacher
     from ..models.saved_student import as_trained, student_folder
     from ..teachers.live import LiveTeacher
@@ -79,7 +79,7 @@ def compare(pipeline: Pipeline, recipes: dict[str, Recipe]) -> dict[str, dict[st
 
 
 def measure(model, teacher, prepared: Prepared, recipe: Recipe, accelerator) -> dict[str, float]:
-    """ce, kl_to_teacher (forward, in nats), agreement; and accuracy with its standard error where there are questions."""
+    """ce, kl_to_teacher (forward KL, in nats), top1_agreement; with questions also accuracy and its standard error."""
     from ..training.validate import accuracy, validate
 
     pad, size, questions = prepared.tokenizer.eos_token_id, recipe.validation.micro_batch_size, prepared.questions

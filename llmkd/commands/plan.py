@@ -1,4 +1,4 @@
-"""What a run will cost, said before it starts: estimates from the models' shapes, the data and a measured matrix product."""
+"""Estimates of a run's time and memory before it starts, from the models' sizes, the data and the measured speed of a matrix product."""
 
 import json
 import time
@@ -13,7 +13,7 @@ from ..model_files import find
 from ..models.size import ModelSize, adapter_parameters, model_size, weight_bytes
 from ..training.prepare import prepare, student_files
 
-EFFICIENCY = 0.4  # of the rate of a large matrix product that training reaches
+EFFICIENCY = 0.4  # training speed over that of a large matrix product
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class Cost:
 
 
 def estimate(recipes: list[Recipe], sizes: dict) -> Cost | None:
-    """Of training the recipes' students side by side. `sizes` remembers data that was counted. None for a stream, or new weights."""
+    """Cost of training the recipes' students side by side. `sizes` caches counts of data. None for a stream or for new random weights."""
     recipe = recipes[0]
     files, train = student_files(recipe), recipe.train
     key = json.dumps([repr(recipe.data), recipe.student.tokenizer])
@@ -66,7 +66,7 @@ def estimate(recipes: list[Recipe], sizes: dict) -> Cost | None:
 
 
 def largest_micro_batch_tokens(lengths: np.ndarray, size: int | None, tokens: int | str | None) -> int:
-    """Its tokens. `auto` needs no more than the longest example, and takes what there is."""
+    """Tokens of the largest micro-batch. `auto` needs no more than the longest example, and uses the memory there is."""
     if tokens:
         return max(int(lengths.max()), min(tokens, int(lengths.sum())) if isinstance(tokens, int) else 0)
     return int(np.sort(lengths)[-size:].sum())
@@ -84,25 +84,25 @@ def step_operations(
 ) -> float:
     """Multiplications and additions for `tokens` (without padding) with `targets` among them; a teacher reads `read` tokens.
 
-    2 per weight and token in a forward pass, as many again for the gradient of the activations, and for that of the weights where
-    all of them train; the head on targets alone; a teacher's body once for all students, its head once for each. What a teacher cache
-    answers costs next to nothing.
+    2 per weight and token in a forward pass, as many again for the gradient of the activations, and for that of the weights if all
+    of them train. The head is computed at targets alone; a teacher's body once for all students, its head once per student. Reading a
+    teacher cache costs next to nothing.
     """
     passes = 4 + (2 if full else 0) + 2 * checkpointing
     own = passes * student.body * tokens + (6 if full else 4) * student.vocab * student.hidden * targets
-    asked = sum(students * 2 * teacher.vocab * teacher.hidden * targets + 2 * teacher.body * read for teacher in teachers)
-    return students * own + asked
+    taught = sum(students * 2 * teacher.vocab * teacher.hidden * targets + 2 * teacher.body * read for teacher in teachers)
+    return students * own + taught
 
 
 def training_memory(student: ModelSize, trained: int, tokens: int, checkpointing: float) -> float:
-    """Bytes beside the weights: 16 for each of the `trained` parameters (weight, gradient, two moments), the activations of one
-    micro-batch of `tokens`, and half a gigabyte for the rest. recipes/README.md has finer formulas."""
+    """Bytes apart from frozen weights: 16 per trained parameter (weight, gradient, two moments), activations of one micro-batch of `tokens`,
+    and half a gigabyte for the rest. recipes/README.md has finer formulas."""
     kept = (60 - 58 * checkpointing) * student.layers + 60 * (checkpointing > 0)
     return 16.0 * trained + tokens * student.hidden * kept + 0.5e9
 
 
 def matmul_flops(device: str) -> float:
-    """Operations a second in a matrix product on this machine (bfloat16 on a GPU), measured for a fraction of a second."""
+    """Operations per second of a matrix product on `device` (bfloat16 on a GPU, float32 on a CPU), measured for 0.3 seconds."""
     import torch
 
     kind = torch.bfloat16 if device == "cuda" else torch.float32

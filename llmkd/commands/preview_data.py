@@ -1,4 +1,4 @@
-"""`llmkd data`: what a recipe's rows become, in figures and as text with the supervised tokens marked, without a model."""
+"""`llmkd data`: counts of a recipe's tokenised data, and examples as text with the supervised tokens marked. Loads no model."""
 
 import contextlib
 import os
@@ -21,15 +21,15 @@ from ..data.stream import StreamSource
 from ..errors import UserError
 from ..model_files import read_json
 
-_MARKS = ("", "", "⟦", "⟧")  # around what is not supervised, and what is
+_MARKS = ("", "", "⟦", "⟧")  # around unsupervised text, and around supervised text
 _COLOURS = ("\x1b[2m", "\x1b[0m", "\x1b[1;32m", "\x1b[0m")
 
 
 def preview(recipe: Recipe, count: int = 3, example: int | None = None, out: TextIO | None = None) -> None:
-    """Print the figures of every source, then `count` examples drawn by the recipe's seed, or one by its number."""
+    """Print counts of every source, then `count` examples drawn by the recipe's seed, or the one numbered `example`."""
     out = out or sys.stdout
     if hasattr(out, "reconfigure"):
-        out.reconfigure(errors="backslashreplace")  # a terminal that lacks a character still shows something
+        out.reconfigure(errors="backslashreplace")  # for terminals that cannot show a character
     rows, tokenizer = read_data(recipe.data), student_tokenizer(recipe.student)
     refuse_too_few_positions(recipe.data, _configs(recipe))
     train, places = _print_counts(recipe, "data.train", rows, tokenizer, out)
@@ -45,11 +45,11 @@ def preview(recipe: Recipe, count: int = 3, example: int | None = None, out: Tex
         print(f"\n{head}\n{mark_supervised(ids, loss_mask, tokenizer, uses_colour(out))}", file=out)
         theirs = train.teacher_view.example(i) if train.teacher_view is not None else (ids, loss_mask)
         if len(theirs[0]) != len(ids) or (theirs[0] != ids).any():
-            print(f"what the teacher reads  {len(theirs[0])} tokens\n{mark_supervised(*theirs, tokenizer, uses_colour(out))}", file=out)
+            print(f"teacher's input  {len(theirs[0])} tokens\n{mark_supervised(*theirs, tokenizer, uses_colour(out))}", file=out)
 
 
 def _configs(recipe: Recipe) -> dict[str, dict]:
-    """The models' configurations, as far as they are here: a teacher may be yet to come."""
+    """config.json of the models that exist already; a teacher may not be trained yet."""
     configs = {"student.model": recipe.student.architecture or _config(student_base(recipe.student))}
     for setting, one in with_setting_names(recipe.teacher, "teacher") if distils(recipe) else ():
         with contextlib.suppress(UserError):
@@ -63,7 +63,7 @@ def _config(folder: Path) -> dict:
 
 
 def _print_counts(recipe: Recipe, setting: str, rows: dict[str, list[Rows]], tokenizer, out: TextIO) -> tuple[Examples, list[str]]:
-    """Print the figures of a setting's sources; its examples, and the place of each."""
+    """Print counts of a setting's sources. Returns their examples, and the file and line of each."""
     data, train = recipe.data, recipe.train
     if setting == "data.train" and data.streaming:
         (source,) = as_tuple(data.train)
@@ -90,7 +90,7 @@ def _chosen(whole: Examples, count: int, example: int | None, seed: int) -> list
 
 
 def table(parts: list[Examples], names: list[str]) -> str:
-    """Figures of each source, and of all together."""
+    """Counts of each source and, if there are several, of all together."""
     lines = [("", "rows", "examples", "tokens", "targets", "supervised", "too long", "no answer", "shortest", "median", "95 %", "longest")]
     for name, part in [*zip(names, parts, strict=True), *([("in total", merge(parts))] if len(parts) > 1 else [])]:
         c, lengths = part.counts, part.lengths
@@ -104,18 +104,20 @@ def table(parts: list[Examples], names: list[str]) -> str:
 
 
 def mark_supervised(ids, loss_mask, tokenizer, colour: bool) -> str:
-    """The example as text, control tokens included, with its supervised spans marked or coloured."""
+    """The example as text, control tokens included, with the supervised spans in brackets or in colour."""
     plain_on, plain_off, on, off = _COLOURS if colour else _MARKS
     out = []
     for text, supervised in supervised_spans([int(i) for i in ids], [bool(m) for m in loss_mask], tokenizer):
-        text = "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)  # no escape sequence of the data's own
+        text = "".join(
+            c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text
+        )  # escape sequences in the data stay visible text
         if text:
             out.append(f"{on}{text}{off}" if supervised else f"{plain_on}{text}{plain_off}")
     return "".join(out)
 
 
 def supervised_spans(ids: list[int], loss_mask: list[bool], tokenizer) -> list[tuple[str, bool]]:
-    """The text cut where supervision starts or ends, never inside a character: one that is half supervised counts as supervised."""
+    """[(text, supervised)], cut where supervision starts or ends but never inside a character: a half supervised one counts as supervised."""
 
     def text(stop: int) -> str:
         return tokenizer.decode(ids[:stop], skip_special_tokens=False, clean_up_tokenization_spaces=False)
@@ -137,7 +139,7 @@ def supervised_spans(ids: list[int], loss_mask: list[bool], tokenizer) -> list[t
 
 
 def uses_colour(out: TextIO) -> bool:
-    """On a terminal, unless NO_COLOR says otherwise; FORCE_COLOR says so anywhere (no-color.org, force-color.org)."""
+    """Colour on a terminal unless NO_COLOR is set, and anywhere if FORCE_COLOR is set (no-color.org, force-color.org)."""
     if os.environ.get("NO_COLOR"):
         return False
     return bool(os.environ.get("FORCE_COLOR")) or out.isatty()

@@ -1,7 +1,7 @@
-"""A sweep: arms of one recipe, trained side by side before one teacher where they can be, each as it would be alone.
+"""`llmkd sweep`: arms (changed copies of one recipe), trained side by side with one teacher where possible. Each ends as if trained alone.
 
-Arms that see the same data in the same order and start from one base share every batch and the teacher's answer to it. The
-others run one after another. A sweep that was stopped or killed goes on with --resume: finished arms are left as they are.
+Arms with the same data in the same order and the same base share every batch and the teacher's outputs for it. The others run one
+after another. `--resume` continues a sweep that was stopped or killed: finished arms are kept.
 """
 
 import dataclasses
@@ -14,7 +14,7 @@ from pathlib import Path
 from ..config.loader import load_recipe, load_sweep
 from ..config.recipe import Recipe, distils
 from ..config.sweep import ArmSpec, Sweep, expand
-from ..console import info
+from ..console import count, info
 from ..errors import Stopped, UserError, attribute_to_student, is_out_of_memory
 from ..files import is_leftover
 from ..model_files import ModelFiles, read_json
@@ -30,7 +30,7 @@ from .sweep_state import Group, SweepState
 
 
 def run_sweep(config: str, overrides: dict, resume: bool, then: Callable[[Path], None] = lambda folder: None) -> Path:
-    """Train what is not trained yet, then do what follows, in the sweep's folder, which is given. Raises Stopped when a signal came."""
+    """Train the arms that are not finished, then call `then` with the sweep's folder. Raises Stopped after a signal."""
     sweep = load_sweep(config, overrides)
     folder = Path(sweep.output_dir).expanduser()
     specs = {spec.name: spec for spec in expand(sweep)}
@@ -42,7 +42,7 @@ def run_sweep(config: str, overrides: dict, resume: bool, then: Callable[[Path],
         with state.lock():
             stages = load.stages()
             if stages and not all(RunFolder(recipe, True).finished for recipe in stages.values()):
-                info(f"{len(stages)} stages first ({', '.join(stages)}), then {len(specs)} arms")
+                info(f"{count(len(stages), 'stage')} first ({', '.join(stages)}), then {count(len(specs), 'arm')}")
             for name, recipe in stages.items():
                 if not RunFolder(recipe, True).finished:
                     info(f"\nstage {name}")
@@ -55,7 +55,10 @@ def run_sweep(config: str, overrides: dict, resume: bool, then: Callable[[Path],
             state.record_base(load.base())
             groups = group_arms(recipes, [name for name in recipes if state.is_waiting(name)], sweep.students_per_teacher)
             state.record_plan(groups, recipes)
-            for group in groups:
+            for number, group in enumerate(groups, 1):
+                info(
+                    f"\n[{number}/{len(groups)}] {'arm' if len(group.arms) == 1 else f'{len(group.arms)} arms side by side:'} {', '.join(group.arms)}"
+                )
                 train_group(group, recipes, state, resume, stop)
             accelerator.wait_for_everyone()  # and what the first process wrote is there for all
             then(folder)
@@ -63,7 +66,7 @@ def run_sweep(config: str, overrides: dict, resume: bool, then: Callable[[Path],
 
 
 def check_recipes_unchanged(recipes: dict[str, Recipe]) -> None:
-    """An arm that was begun is gone on with by the recipe that it was begun with, or arms of one sweep would not be comparable."""
+    """Raise UserError if an arm was begun with another recipe: the arms of one sweep would not be comparable."""
     problems = []
     for name, recipe in recipes.items():
         folder = RunFolder(recipe, True)
@@ -77,13 +80,12 @@ def check_recipes_unchanged(recipes: dict[str, Recipe]) -> None:
 
 
 def train_group(group: Group, recipes: dict[str, Recipe], state: SweepState, resume: bool, stop: ShutdownRequest) -> None:
-    """Train a group's arms and keep how each ended. An arm that cannot be built is left out, and the others train without it.
+    """Train a group's arms and record how each ended. An arm that cannot be built is left out, and the others train without it.
 
-    What goes wrong in one group is no reason to leave out the next. With several processes that holds for what all of them meet alike,
-    an arm that cannot be built or values that are not finite; anything else ends the sweep, since one of them would wait for the others.
+    An error in one group does not stop the next. With several processes this holds for errors that every rank meets alike (an arm that
+    cannot be built, non-finite values); any other error ends the sweep, since the other ranks would wait for ever.
     """
     names, began = list(group.arms), time.monotonic()
-    info(f"\n{len(names)} of {len(state.data['arms'])} arms: {', '.join(names)}")
     ends: dict[str, tuple[str | None, bool]] = {}
     try:
         while names:
@@ -123,7 +125,7 @@ class SweepRecipes:
         self.sweep, self.config, self.specs = sweep, config, specs
 
     def recipes(self) -> dict[str, Recipe]:
-        """Of every arm, checked; read anew after the stages, since an arm may start from what they leave."""
+        """Every arm's recipe, checked. Called again after the stages, since an arm may start from their results."""
         out, problems = {}, []
         for stage in self.stages().values():
             hub.check(stage.push_to_hub)
@@ -152,10 +154,10 @@ class SweepRecipes:
         return out
 
     def base(self) -> Recipe:
-        """What the arms are changes of."""
+        """The recipe that the arms are changed copies of."""
         try:
             return self._load({}, "")
-        except UserError:  # the arms may mend it
+        except UserError:  # the arms may complete it
             return self._load(next(iter(self.specs.values())).changes, "")
 
     def _load(self, changes: dict, where: str) -> Recipe:
@@ -176,9 +178,9 @@ class SweepRecipes:
 
 
 def group_arms(recipes: dict[str, Recipe], waiting: list[str] | None = None, students_per_teacher: int | None = None) -> list[Group]:
-    """Which of the waiting arms train together. An arm without a teacher joins others that have one: it sees the same data.
+    """Which of the waiting arms train together. An arm without a teacher joins a group that has one if their data agree.
 
-    Where no such arm waits, or fits, one that has ended still lends its teacher (`teacher_arm`), for the same figures on the held-out rows.
+    If no such arm is waiting, or none fits, `teacher_arm` names a finished one: its teacher is loaded for the same validation metrics.
     """
     waiting = list(recipes) if waiting is None else waiting
     groups: dict[str, Group] = {}
@@ -209,31 +211,32 @@ def group_arms(recipes: dict[str, Recipe], waiting: list[str] | None = None, stu
             for some in (part[i::count] for i in range(count)):  # dealt, so that arms without a teacher are among others that have one
                 out.append(Group(some, None, None if distils(recipes[some[0]]) else group.teacher_arm))
     return [
-        Group(g.arms, g.why or (None if len(g.arms) > 1 else "no other that waits can train beside it"), g.teacher_arm) for g in out + alone
+        Group(g.arms, g.why or (None if len(g.arms) > 1 else "no waiting arm has the same data and base"), g.teacher_arm)
+        for g in out + alone
     ]
 
 
 def why_alone(recipe: Recipe, files: ModelFiles | None) -> str | None:
     if recipe.student.method == "full":
-        return "full fine-tuning trains a base of its own"
+        return "full fine-tuning changes the base"
     config = read_json(files.adapter / "adapter_config.json", "student.model") if files.adapter else {}
     if config.get("modules_to_save") or (recipe.student.lora and recipe.student.lora.modules_to_save):
-        return "modules_to_save changes the base for all"
+        return "modules_to_save changes the base"
     if config.get("bias", "none") != "none":
         return "its adapter trains biases of the base"
     others = [name for name in recipe.report_to if name != "tensorboard"]
-    return f"{others[0]} follows one run at a time" if others else None
+    return f"{others[0]} logs one run at a time" if others else None
 
 
 def sharing_key(recipe: Recipe, files: ModelFiles) -> str:
-    """What arms must have in common: the teacher in the first line, all else but loss, optimizer and adapter in the second."""
+    """What arms that train together have in common, as text: the teacher in line 1; all but loss, optimizer and adapter in line 2."""
     rest = dataclasses.asdict(recipe) | {name: None for name in ("output_dir", "teacher", "loss", "optim")}
     rest["student"] |= {"model": str(files.base.resolve()), "revision": None, "base": None, "lora": None}
     return json.dumps(dataclasses.asdict(recipe)["teacher"] if distils(recipe) else None) + "\n" + json.dumps(rest)
 
 
 def _with_common_checkpoint(names: list[str], recipes: dict[str, Recipe]) -> list[list[str]]:
-    """Parts whose arms have a checkpoint of one step in common, or none at all: only those can go on together."""
+    """Split arms so that those of a part share a checkpoint step, or have no checkpoint: only those can resume together."""
     parts: list[tuple[set[str], list[str]]] = []
     for name in names:
         steps = {path.name for path in RunFolder(recipes[name], True).checkpoints.glob("step-*") if not is_leftover(path)}

@@ -1,4 +1,4 @@
-"""How a sweep stands: sweep.json, and what is to be done next."""
+"""The state of a sweep, kept in sweep.json: every arm's status, the groups that train together, times and estimates."""
 
 import contextlib
 import dataclasses
@@ -12,15 +12,19 @@ from .. import __version__
 from ..config.dotted import flatten
 from ..config.recipe import Recipe, distils
 from ..config.sweep import ArmSpec, Sweep
-from ..console import first_process, info
+from ..console import count, first_process, info
 from ..errors import UserError
 from ..files import write_atomic
 from ..output.run_folder import lock_folder
 
 
+def _some(names: list[str], most: int = 4) -> str:
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+
+
 @dataclasses.dataclass
 class Group:
-    """Arms that train together, or one alone and why. `teacher_arm`: an arm whose teacher measures them, where none of them has one."""
+    """Arms that train together, or one alone and why. `teacher_arm`: an arm whose teacher is used for validation if none of these has one."""
 
     arms: list[str]
     why: str | None = None
@@ -28,7 +32,7 @@ class Group:
 
 
 class SweepState:
-    """`sweep.json`: the arms, how each stands, and what it cost. Written by the first process, whole each time."""
+    """`sweep.json`: every arm with its status and cost. Rank 0 rewrites the whole file at each change."""
 
     def __init__(self, folder: Path, sweep: Sweep, specs: dict[str, ArmSpec], resume: bool):
         self.folder, self.path = folder, folder / "sweep.json"
@@ -63,7 +67,7 @@ class SweepState:
                 arm |= {"status": "failed", "final": True, "reason": f"step {found['step']}: {found['term']} is not finite"}
 
     def lock(self):
-        """The folder, for one sweep at a time, as a context."""
+        """Lock the sweep's folder: a context manager. Also records date, machine and versions."""
         if not first_process():
             return contextlib.nullcontext()
         held = lock_folder(self.folder)
@@ -76,7 +80,7 @@ class SweepState:
         return held
 
     def is_waiting(self, name: str) -> bool:
-        """Whether an arm is still to be trained. One that met infinities would meet them again; other failures can be mended."""
+        """Whether an arm is still to be trained. Other failures may have been fixed since; a non-finite value would come again."""
         arm = self.data["arms"][name]
         return arm["status"] == "waiting" or (arm["status"] == "failed" and not arm.get("final"))
 
@@ -90,7 +94,7 @@ class SweepState:
         self._write()
 
     def record_plan(self, groups: list[Group], recipes: dict[str, Recipe]) -> None:
-        """Say what will be done and what it costs, and keep it."""
+        """Print which arms train together and the estimated cost, and record it."""
         from .plan import Cost, estimate
 
         if not groups:
@@ -100,7 +104,8 @@ class SweepState:
         costs = [estimate([recipes[name] for name in group.arms], sizes) for group in groups]
         spent = self._take_out({name for group in groups for name in group.arms})
         for group, cost in zip(groups, costs, strict=True):
-            how = f"{len(group.arms)} arms side by side" if len(group.arms) > 1 else f"1 arm alone ({group.why})"
+            alone = f"arm {group.arms[0]} alone ({group.why})"
+            how = alone if len(group.arms) == 1 else f"{len(group.arms)} arms side by side ({_some(group.arms)})"
             info(f"{how}: {cost}" if cost else how)
             entry = {"arms": group.arms, "shared": len(group.arms) > 1, "why": group.why}
             entry["seconds"] = round(sum(spent.get(name, 0.0) for name in group.arms), 1)
@@ -110,13 +115,15 @@ class SweepState:
             self.data["groups"].append(entry)
         if all(costs):
             total = Cost(sum(c.seconds for c in costs), max(c.bytes for c in costs))
-            taught = sum(any(distils(recipes[name]) for name in group.arms) for group in groups)
-            alone = sum(distils(recipes[name]) for group in groups for name in group.arms)
-            info(f"in all {total} (estimates) for {sum(len(g.arms) for g in groups)} arms; {taught} passes of a teacher instead of {alone}")
+            passes = sum(any(distils(recipes[name]) for name in group.arms) for group in groups)
+            apart = sum(distils(recipes[name]) for group in groups for name in group.arms)
+            taught = f"; {count(passes, 'pass', 'passes')} of the teacher over the data" if passes else ""
+            taught += f" ({apart} if every arm trained alone)" if passes < apart else ""
+            info(f"in all {total} (estimates) for {count(sum(len(g.arms) for g in groups), 'arm')}{taught}")
         self._write()
 
     def _take_out(self, waiting: set[str]) -> dict[str, float]:
-        """Take arms that are to be trained out of the groups of earlier sessions; the seconds that each has cost already."""
+        """Remove arms that will be trained from the groups of earlier attempts. Returns the seconds each has cost already."""
         spent, groups = {}, []
         for group in self.data["groups"]:
             share = group["seconds"] / len(group["arms"])
@@ -130,7 +137,7 @@ class SweepState:
         return spent
 
     def record_group(self, group: Group, ends: dict[str, tuple[str | None, bool]], seconds: float) -> None:
-        """What a group's arms came to, {arm: (why it failed, whether it would again)}; those that were stopped wait on."""
+        """Record a group's results, {arm: (why it failed or None, whether it would fail again)}. Stopped arms stay waiting."""
         for name, (reason, last) in ends.items():
             self.data["arms"][name] |= {"status": "failed" if reason else "done", "reason": reason, "final": last}
         for name in group.arms:

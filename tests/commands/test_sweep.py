@@ -131,10 +131,20 @@ def test_arms_that_cannot_share_run_alone(sweep, world, tmp_path, capsys):
     folder = run_sweep(sweep(grid={}, arms=arms), {"train.max_steps": 1}, False)
     found = state(folder)
     assert [group["arms"] for group in found["groups"]] == [["a", "b"], ["fewer"], ["untuned"], ["full"]]
-    assert found["groups"][3]["why"] == "full fine-tuning trains a base of its own"
+    assert found["groups"][3]["why"] == "full fine-tuning changes the base"
     assert (folder / "arms/full/model/model.safetensors").exists()
     said = capsys.readouterr().err
-    assert "2 arms side by side: about" in said and "in all about" in said and "4 passes of a teacher instead of 5" in said
+    lines = said.splitlines()
+    assert "2 arms side by side (a, b): about " in said and "\narm full alone (full fine-tuning changes the base): about " in said
+    assert next(line for line in lines if line.startswith("in all about ")).endswith(
+        " (estimates) for 5 arms; 4 passes of the teacher over the data (5 if every arm trained alone)"
+    )
+    assert [line for line in lines if line.startswith("[")] == [
+        "[1/4] 2 arms side by side: a, b",
+        "[2/4] arm fewer",
+        "[3/4] arm untuned",
+        "[4/4] arm full",
+    ]
 
 
 def test_a_failed_arm_does_not_stop_the_rest(sweep, tmp_path, monkeypatch, capsys):
@@ -163,7 +173,7 @@ def test_a_failed_arm_does_not_stop_the_rest(sweep, tmp_path, monkeypatch, capsy
     monkeypatch.undo()
     assert distance(weights(folder / "arms/good"), alone(folder, "good", tmp_path / "alone")) == 0
     run_sweep(path, {}, True)  # infinities would come again; the other may have been mended
-    assert "2 of 4 arms: worse, late" in capsys.readouterr().err and state(folder)["arms"]["bad"]["status"] == "failed"
+    assert "[1/1] 2 arms side by side: worse, late\n" in capsys.readouterr().err and state(folder)["arms"]["bad"]["status"] == "failed"
 
 
 @pytest.mark.slow

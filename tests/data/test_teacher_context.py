@@ -459,7 +459,7 @@ def test_the_data_command_shows_what_the_teacher_reads(world, tmp_path, capsys, 
     assert cli.main(["data", "--config", str(tmp_path / "r.yaml")]) == 0
     plain, told = capsys.readouterr().out.split("\nexample ")[1:]
     assert "the teacher reads" not in plain
-    own, read = told.split("what the teacher reads  ")
+    own, read = told.split("teacher's input  ")
     assert read.split("\n", 1)[1].strip() == "Say no.\n\n" + own.split("\n", 1)[1].strip() and "⟦No.<|end|>⟧" in read
 
 
