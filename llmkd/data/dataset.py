@@ -58,7 +58,7 @@ def _warn_of_shared(rows: dict[str, list[Rows]], data: Data) -> None:
     for (name, path, content), (other, _, others) in pairs:
         if content == others:
             warn(
-                f"warning: {name} and {other} are read from the same data ({path}), so held-out figures would be of rows that are trained on"
+                f"warning: {name} and {other} are read from the same data ({path}), so held-out metrics would be of rows that are trained on"
             )
 
 

@@ -13,7 +13,7 @@ from .trackers import Trackers
 
 
 class Record:
-    """One student's figures: a JSON object a line in `metrics.jsonl`, and the same to the recipe's trackers.
+    """One student's metrics: a JSON object a line in `metrics.jsonl`, and the same to the recipe's trackers.
 
     A resumed run writes on from its checkpoint: what was recorded after it is dropped.
     """

@@ -19,7 +19,7 @@ from ..config.recipe import Quantization, Recipe, Source, distils
 from ..model_files import ModelFiles, hub_origin, licence
 from ..teachers.resolve import TeacherSource
 
-#: Validation figures by the names that the hub's metrics have, where they have one, and what they are.
+#: Validation metrics by the names that the hub's metrics have, where they have one, and what they are.
 METRICS = {
     "ce": ("cross_entropy", "cross-entropy, nats per token"),
     "perplexity": ("perplexity", "perplexity"),
@@ -29,7 +29,7 @@ METRICS = {
     "accuracy": ("accuracy", "accuracy on multiple-choice questions"),
 }
 
-#: Figures that a teacher is part of.
+#: Metrics that need a teacher.
 OF_TEACHER = ("forward_kl", "reverse_kl", "top1_agreement", "teacher_ce", "teacher_entropy")
 
 #: What `pretrained.load_pretrained` does too.
@@ -99,8 +99,8 @@ def card(
             "\n## Data\n",
             *(f"- {what}: {one}" for what, group in data.items() for one in group),
             *([f"- {recipe.data.validation_fraction:.2%} of the training rows were held out."] if recipe.data.validation_fraction else []),
-            "\n## Held-out figures\n",
-            *figures(summary),
+            "\n## Held-out metrics\n",
+            *metrics_table(summary),
             "\n## Recipe\n",
             f"llmkd {__version__}, Python {platform.python_version()}, {', '.join(f'{name} {version(name)}' for name in packages)}.\n",
             block(dump(recipe), "yaml"),
@@ -110,7 +110,7 @@ def card(
 
 
 def without_teacher(summary: dict) -> dict:
-    """Without the figures of a teacher, which a sweep measures of arms that learned from none: it is no part of such a student."""
+    """Without the metrics that need a teacher. A sweep measures them also of students that did not learn from one."""
     return summary | {part: {k: v for k, v in summary.get(part, {}).items() if k not in OF_TEACHER} for part in ("before", "validation")}
 
 
@@ -119,14 +119,14 @@ def merged(text: str, folder: Path, drift: dict | None) -> str:
     _, front_matter, body = text.split("---\n", 2)
     metadata = yaml.safe_load(front_matter)
     metadata |= {"library_name": "transformers"} | ({"base_model_relation": "finetune"} if "base_model" in metadata else {})
-    if drift:  # the figures are those of the adapter on its quantised base
+    if drift:  # the metrics are those of the adapter on its quantised base
         metadata.pop("model-index", None)
     notes = ["The adapter described here, merged into its base.\n"]
     if drift:
         rows = "".join(f"| {name} | {value:.4f} |\n" for name, value in drift["drift"].items())
         notes.append(
-            f"The adapter was trained on a quantised base, and merged into the {drift['merged_into']} one. The held-out figures below are of the model as it was "
-            f"trained; against that one, on {drift['measured_on']} (forward_kl is KL(trained, merged)):\n\n| figure | value |\n|---|---|\n{rows}"
+            f"The adapter was trained on a quantised base, and merged into the {drift['merged_into']} one. The held-out metrics below are of the model as it was "
+            f"trained; against that one, on {drift['measured_on']} (forward_kl is KL(trained, merged)):\n\n| metric | value |\n|---|---|\n{rows}"
         )
     head, _, rest = body.partition("\n## Use\n")
     fence = re.search(r"^(`{3,})python\n.*?^\1$", rest, re.DOTALL | re.MULTILINE)
@@ -168,7 +168,7 @@ def metadata_of(
 
 
 def measured(summary: dict, data: dict[str, list[Used]]) -> list[tuple[list[Used], list[dict]]]:
-    """(the rows measured on, the figures in the hub's form): of the held-out rows, and of the questions."""
+    """(the rows measured on, the metrics in the hub's form): of the held-out rows, and of the questions."""
     found = {
         name: {"type": type_, "value": round(summary["validation"][name], 6), "name": text}
         for name, (type_, text) in METRICS.items()
@@ -208,14 +208,14 @@ def what_it_is(recipe: Recipe, student: ModelFiles | None, teachers: tuple[Teach
         if name
         else "- The licence of the base is not known: no model card lay beside it."
     )
-    lines += [f"- Teacher: {taught_by(teacher)}" for teacher in teachers]
+    lines += [f"- Teacher: {in_one_line(teacher)}" for teacher in teachers]
     if len(teachers) > 1:
         how = " times the probability that each gives the target" if recipe.mixture.weights == "confidence" else ""
         lines.append(f"- The teachers are combined by their {recipe.mixture.combine.replace('_', '-')}, with their weights{how}")
     return lines
 
 
-def taught_by(teacher: TeacherSource) -> str:
+def in_one_line(teacher: TeacherSource) -> str:
     """A teacher in one line of Markdown: its model, how it was held or kept, its share."""
     one, files, parts = teacher.settings, teacher.files, []
     if files:
@@ -280,8 +280,8 @@ def quantized(q: Quantization, dtype: str, config: dict) -> str:
     )
 
 
-def figures(summary: dict) -> list[str]:
-    """A table of every held-out figure, before and after."""
+def metrics_table(summary: dict) -> list[str]:
+    """A table of every held-out metric, before and after."""
     before, after = summary.get("before", {}), summary["validation"]
     if not after:
         return ["None were measured."]
@@ -290,7 +290,7 @@ def figures(summary: dict) -> list[str]:
         f"| {name}{f' ({METRICS[name][1]})' if name in METRICS else ''} | {cell(before.get(name))} | {cell(value)} |"
         for name, value in after.items()
     ]
-    return ["| figure | before | after |", "|---|---|---|", *rows]
+    return ["| metric | before | after |", "|---|---|---|", *rows]
 
 
 def title(recipe: Recipe) -> str:

@@ -6,7 +6,7 @@ from ..files import read_jsonl
 
 
 def plot(folder: Path) -> None:
-    """loss.png from metrics.jsonl: the training terms, and below them the validation figures that there are."""
+    """loss.png from metrics.jsonl: the training terms, and below them the validation metrics, where there are any."""
     import matplotlib
 
     matplotlib.use("agg")

@@ -45,8 +45,8 @@ class Display:
         if self.lines and (now - self.shown > 10 or step == self.total):
             self.shown = now
             left = (now - self.started) / (step - self.first) * (self.total - step)
-            figures = "  ".join(f"{k} {v}" for k, v in shown.items())
-            info(f"step {step}/{self.total}  {figures}  {left:.0f} s left")
+            metrics = "  ".join(f"{k} {v}" for k, v in shown.items())
+            info(f"step {step}/{self.total}  {metrics}  {left:.0f} s left")
 
     def info(self, text: str) -> None:
         info(text)

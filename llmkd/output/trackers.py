@@ -1,4 +1,4 @@
-"""The figures of metrics.jsonl for Accelerate's trackers too: tensorboard, wandb, trackio, mlflow.
+"""Sends what goes into metrics.jsonl to Accelerate's trackers too: tensorboard, wandb, trackio, mlflow.
 
 metrics.jsonl is the record; a tracker that fails is left out with one note, and the run goes on.
 """
@@ -37,9 +37,9 @@ class Trackers:
         """A record of metrics.jsonl."""
         group = next((name for name in ("validation", "teacher_check", "fidelity") if name in record), "train")
         values = record.get(group, record)
-        figures = {f"{group}/{k}": v for k, v in values.items() if k != "step"}
+        metrics = {f"{group}/{k}": v for k, v in values.items() if k != "step"}
         for name, tracker in list(self.running.items()):
-            self._try(name, tracker.log, figures, step=record["step"])
+            self._try(name, tracker.log, metrics, step=record["step"])
 
     def finish(self) -> None:
         for name, tracker in list(self.running.items()):
