@@ -14,10 +14,11 @@ from llmkd.data.batch_source import Collator, PlannedSource
 from llmkd.data.batching import BatchPlan, TokenBudget
 from llmkd.data.collate import collate
 from llmkd.data.examples import Examples
-from llmkd.models import adapters, float8, shared_weights
+from llmkd.models import float8, shared_weights
 from llmkd.models.compile import compile_layers, configure_torch_compile
 from llmkd.models.language_model import LanguageModel
 from llmkd.models.load import checked
+from llmkd.models.lora import add_lora
 
 IGNORE, LONGEST = -100, 131_072
 RANK, ALPHA = 64, 128.0
@@ -98,7 +99,7 @@ class World:
                 model = transformers.AutoModelForCausalLM.from_config(shape.config(self.vocab), dtype=self.dtype)
             made[who] = model.requires_grad_(False)
         self._bare = shared_weights.copy_sharing_weights(made["student"])
-        student = adapters.add_lora(made["student"], Lora(rank=RANK, alpha=ALPHA), None).to(self.device)
+        student = add_lora(made["student"], Lora(rank=RANK, alpha=ALPHA), None).to(self.device)
         self.student = checked(LanguageModel(student, self.vocab).train(), "student.model", options.tokens)
         self.teacher = checked(LanguageModel(made["teacher"], self.vocab).eval(), "teacher.model", options.tokens)
         self.data = alpaca_like(options.batch * (options.steps + 2), self.vocab)
@@ -117,7 +118,7 @@ class World:
         """As many students on the student's base, beside the one."""
         model, names = self._bare, [f"arm{k}" for k in range(4)]
         for name in names:
-            model = adapters.add_lora(model, Lora(rank=RANK, alpha=ALPHA), None, name)
+            model = add_lora(model, Lora(rank=RANK, alpha=ALPHA), None, name)
         model = model.to(self.device)
         return [checked(LanguageModel(model, self.vocab, name).train(), "student.model", self.options.tokens) for name in names]
 

@@ -1,4 +1,4 @@
-"""Adapters from a folder, or fresh ones, onto a base by PEFT, strictly: what it would load without a word is refused here."""
+"""Adapters from a folder onto a base, and back: PEFT's, with the checks that it leaves out."""
 
 import shutil
 from pathlib import Path
@@ -6,12 +6,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from ..config.recipe import Lora, Quantization
-from ..config.recipe import Student as StudentSettings
+from ..config.recipe import Lora, Quantization, Student
 from ..console import info, warn
 from ..errors import UserError, brief
 from ..model_files import ModelFiles, read_json, record_of, tensors
-from .families import beside_text
 
 #: PEFT's types that change what the model reads, or need PEFT's own forward pass, and not (only) its weights.
 _NO_WEIGHTS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "MULTITASK_PROMPT_TUNING", "CPT", "ADAPTION_PROMPT", "CARTRIDGE", "XLORA")
@@ -20,44 +18,63 @@ _CHANGE_BASE = ("pissa", "olora", "OLORA", "corda", "loftq", "lora_ga", "mica")
 
 
 def load(model: nn.Module, files: ModelFiles, setting: str, trainable: bool = False, name: str = "default") -> nn.Module:
-    """PEFT loads an adapter of another depth or base without a word: the keys must match exactly, and be finite.
+    """The base with the adapter of a folder on it. UserError unless every tensor fits the base by name and shape, and is finite.
 
-    A model that has adapters already gets this one beside them, as `name`.
+    PEFT itself loads an adapter of another depth, or of another base, without a word. A model that has adapters already gets this one
+    beside them, as `name`.
     """
-    from peft import PeftModel, get_peft_model_state_dict
-    from safetensors.torch import load_file
-
-    path = files.adapter / "adapter_model.safetensors"
     config = read_json(files.adapter / "adapter_config.json", setting)
+    _refuse_unsupported(config, model, files, setting, name)
+    adapted, weights = _attach(model, files, setting, trainable, name)
+    for key, value in weights.items():
+        if not torch.isfinite(value).all():
+            raise UserError(f"{setting}: the adapter {files.adapter} holds values that are not finite, in {key}; train or copy it again")
+    matched = _matched(adapted, weights, files, setting, name)
+    _read_in_full(adapted, matched, name, f"{setting}: the adapter {files.adapter}")
+    return adapted
+
+
+def _refuse_unsupported(config: dict, model: nn.Module, files: ModelFiles, setting: str, name: str) -> None:
+    """UserError for an adapter that is more than a change of weights, or that changes the base it is put on."""
     kind = "aLoRA" if config.get("alora_invocation_tokens") else config.get("peft_type")
     if kind == "aLoRA" or kind in _NO_WEIGHTS:
         raise UserError(
             f"{setting}: {files.adapter} is an adapter of type {kind}, which is more than a change of weights; only those, such as LORA, are supported"
         )
-    _refuse_dora_in_8bit(model, config.get("use_dora"), setting.removesuffix(".model"))
+    refuse_dora_in_8bit(model, config.get("use_dora"), setting.removesuffix(".model"))
     init = str(config.get("init_lora_weights"))
     if init.startswith("pissa_niter"):
         raise UserError(
-            f"{setting}: {files.adapter} was initialised by {init}, which changes the base by chance each time it is loaded; save it by PEFT's "
+            f"{setting}: {files.adapter} was initialised by {init}, which changes the base at random each time it is loaded; save it by PEFT's "
             "save_pretrained(..., path_initial_model_for_weight_conversion=...) as a plain adapter"
         )
     if name != "default" and init in _CHANGE_BASE:
         raise UserError(f"{setting}: {files.adapter} was initialised by {init}, which changes the base; train it alone, not beside others")
+
+
+def _attach(model: nn.Module, files: ModelFiles, setting: str, trainable: bool, name: str) -> tuple[nn.Module, dict[str, Tensor]]:
+    """PEFT's model with the adapter on it, and the tensors in the adapter's file."""
+    from peft import PeftModel
+    from safetensors.torch import load_file
+
+    path = files.adapter / "adapter_model.safetensors"
     try:
-        tensors(path)  # whole
+        tensors(path)  # raises where the file is truncated
         weights = load_file(path)
         if isinstance(model, PeftModel):
             model.load_adapter(files.adapter, adapter_name=name, is_trainable=trainable)
-            adapted = model
-        else:
-            adapted = PeftModel.from_pretrained(model, files.adapter, adapter_name=name, is_trainable=trainable)
+            return model, weights
+        return PeftModel.from_pretrained(model, files.adapter, adapter_name=name, is_trainable=trainable), weights
     except UserError:
         raise
     except Exception as error:
         raise UserError(f"{setting}: the adapter {files.adapter} cannot be loaded ({brief(error)})") from error
-    for name_, value in weights.items():
-        if not torch.isfinite(value).all():
-            raise UserError(f"{setting}: the adapter {files.adapter} holds values that are not finite, in {name_}; train or copy it again")
+
+
+def _matched(adapted: nn.Module, weights: dict[str, Tensor], files: ModelFiles, setting: str, name: str) -> dict[str, Tensor]:
+    """The file's tensors by their names in the model. UserError for one that is missing, or left over."""
+    from peft import get_peft_model_state_dict
+
     expected = get_peft_model_state_dict(adapted, adapter_name=name, save_embedding_layers=False)
     renamed = {key: key if key in expected else _renamed(adapted, key) for key in weights}
     found = {renamed[key] if renamed[key] in expected else key: value for key, value in weights.items()}
@@ -67,12 +84,11 @@ def load(model: nn.Module, files: ModelFiles, setting: str, trainable: bool = Fa
             raise UserError(
                 f"{setting}: the adapter {files.adapter} {what} {len(keys)} tensors for the base {files.base}, such as {min(keys)}; it belongs to another base"
             )
-    _read_in_full(adapted, {key: found[key] for key in expected}, name, f"{setting}: the adapter {files.adapter}")
-    return adapted
+    return {key: found[key] for key in expected}
 
 
 def _read_in_full(adapted: nn.Module, weights: dict[str, Tensor], name: str, whose: str) -> None:
-    """PEFT renames tensors as transformers does a checkpoint's, and leaves those at their initial values whose new name is none."""
+    """Copy in the tensors that PEFT left at their initial values: it renames them as transformers does a checkpoint's, and drops unknown names."""
     from peft import get_peft_model_state_dict
 
     for attempt in range(2):
@@ -85,7 +101,7 @@ def _read_in_full(adapted: nn.Module, weights: dict[str, Tensor], name: str, who
 
 
 def save(adapted: nn.Module, folder: Path, name: str = "default") -> None:
-    """The adapter as PEFT saves it; and read back by PEFT, as whoever loads it will, since it may not find every tensor again."""
+    """Save the adapter as PEFT does, and let PEFT read it back, since it does not find every family's tensors again."""
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file, save_file
 
@@ -104,7 +120,7 @@ def save(adapted: nn.Module, folder: Path, name: str = "default") -> None:
 
 
 def _renamed(model: nn.Module, key: str, back: bool = False) -> str:
-    """A tensor's name in the model for its name in a checkpoint of transformers, as PEFT renames an adapter's; or `back`."""
+    """From a tensor's name in a checkpoint of transformers to its name in the model, as PEFT renames an adapter's; or `back`."""
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightRenaming, rename_source_key
 
@@ -113,110 +129,19 @@ def _renamed(model: nn.Module, key: str, back: bool = False) -> str:
 
 
 def _is_base_weight(model: nn.Module, name: str, value: Tensor) -> bool:
-    """PEFT saves the base's own head or embedding beside an adapter on it; that is no left-over if it is the same."""
+    """Whether a tensor is the base's own head or embedding, which PEFT saves beside an adapter on it."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     own = parameters.get(name, parameters.get(name.replace(".weight", ".base_layer.weight")))
     return own is not None and own.shape == value.shape and torch.equal(own.cpu(), value.to(own.dtype))
 
 
-def add_lora(model: nn.Module, lora: Lora, revision: str | None, name: str = "default") -> nn.Module:
-    """The base with a fresh LoRA adapter, which alone requires a gradient; beside those that the model has already, as `name`."""
-    from peft import LoraConfig, PeftModel, get_peft_model
-
-    several = isinstance(model, PeftModel)
-    plain = model.get_base_model() if several else model
-    _refuse_dora_in_8bit(plain, lora.dora, "student")
-    unused = {id(p) for p in beside_text(plain)}
-    beside = [name for name, module in plain.named_modules() if any(id(p) in unused for p in module.parameters(recurse=False))]
-    if lora.target_modules == "all-linear" and (others := [name for name, module in plain.named_modules() if _is_custom_linear(module)]):
-        kinds = ", ".join(sorted({type(plain.get_submodule(name)).__name__ for name in others}))
-        warn(f"note: student.lora.target_modules: all-linear leaves out {kinds}, which is more than a linear layer")
-        beside += others
-    targets = lora.target_modules if isinstance(lora.target_modules, str) else list(lora.target_modules)
-    config = LoraConfig(
-        task_type="CAUSAL_LM",
-        r=lora.rank,
-        lora_alpha=lora.alpha,
-        lora_dropout=lora.dropout,
-        target_modules=targets,
-        exclude_modules=beside or None,
-        modules_to_save=list(lora.modules_to_save) or None,
-        use_rslora=lora.rslora,
-        use_dora=lora.dora,
-        revision=revision,
-    )
-    names = {name.rsplit(".", 1)[-1] for name, _ in plain.named_modules()}
-    if missing := [name for name in lora.modules_to_save if name.rsplit(".", 1)[-1] not in names]:
-        raise UserError(f"student.lora.modules_to_save: the model has no module {missing[0]!r}; leave it out")
-    try:
-        if several:
-            if targets == "all-linear":  # PEFT would count the other adapters' matrices among the linear layers
-                first = next(iter(model.peft_config.values()))
-                config.target_modules, config.exclude_modules = first.target_modules, first.exclude_modules
-            model.add_adapter(name, config)
-            return _checked(model, name)
-        return _checked(get_peft_model(model, config, adapter_name=name), name)
-    except UserError:
-        raise
-    except Exception as error:
-        outs = [name for name, _ in plain.named_modules() if name.endswith((".out_proj", ".conv1d"))]
-        if "Mamba" in str(error) and targets == "all-linear" and not set(outs) & set(beside):
-            warn("note: student.lora.target_modules: all-linear leaves out out_proj, whose weight Mamba's kernels use past any adapter")
-            config.exclude_modules = beside + outs
-            return get_peft_model(model, config, adapter_name=name)
-        if "ParamWrapper" in str(error):  # PEFT's way to adapt what is no module
-            which = "dora" if lora.dora else "dropout"
-            raise UserError(
-                f"student.lora.{which}: found {getattr(lora, which)}, which is not to be had for experts that are no linear layers; leave it out, or "
-                "give student.lora.target_modules without the experts, such as [q_proj, k_proj, v_proj, o_proj]"
-            ) from error
-        setting = "student.lora.target_modules" if "target modules" in str(error).lower() else "student.lora"
-        raise UserError(f"{setting}: no such adapter can be put on {plain.config.model_type} ({brief(error)})") from error
-
-
-def _checked(adapted: nn.Module, name: str) -> nn.Module:
-    """PEFT trains what it finds of a list, and says nothing of the rest; and DoRA divides each row of a weight by its norm."""
-    targets = adapted.peft_config[name].target_modules  # less those that became parameters of experts
-    modules = [f".{where}" for where, _ in adapted.named_modules()]
-    for target in () if isinstance(targets, str) else sorted(targets or ()):
-        if not any(where.endswith(f".{target}") for where in modules):
-            raise UserError(f"student.lora.target_modules: the model has no module {target!r}; leave it out")
-    for where, module in adapted.named_modules():
-        norms = getattr(module, "lora_magnitude_vector", {})
-        if name in norms and not norms[name].weight.all():
-            raise UserError(
-                f"student.lora.dora: {where.removeprefix('base_model.model.')} has rows of zeros, by whose norm DoRA divides; "
-                "leave it out of student.lora.target_modules"
-            )
-    return adapted
-
-
-def _is_custom_linear(module: nn.Module) -> bool:
-    """A family's own kind of linear layer that gives something else, such as a router its choice: no adapter can be put on it."""
-    if not isinstance(module, nn.Linear) or not type(module).__module__.startswith("transformers.models."):
-        return False
-    try:
-        with torch.no_grad():
-            out = module(module.weight.new_zeros(2, module.in_features))
-    except Exception:
-        return True
-    return not (isinstance(out, Tensor) and out.shape == (2, module.out_features))
-
-
-def _refuse_dora_in_8bit(model: nn.Module, dora: bool | None, who: str) -> None:
+def refuse_dora_in_8bit(model: nn.Module, dora: bool | None, who: str) -> None:
     if dora and getattr(model, "is_loaded_in_8bit", False):
         raise UserError(f"{who}.quantization: found int8 with a DoRA adapter, whose second forward pass fails in PEFT; use nf4")
 
 
-def add_new(model: nn.Module, files: ModelFiles, settings: StudentSettings, name: str) -> nn.Module:
-    adapted = add_lora(model, settings.lora or Lora(), settings.revision, name)
-    path = Path(settings.model)
-    adapted.peft_config[name].base_model_name_or_path = str(path.resolve()) if path.is_dir() else settings.model
-    return adapted
-
-
-def load_to_train(model: nn.Module, files: ModelFiles, settings: StudentSettings, name: str) -> nn.Module:
-    """An adapter that exists is trained on, with its own rank and modules; a recipe that says otherwise is refused."""
+def load_to_train(model: nn.Module, files: ModelFiles, settings: Student, name: str) -> nn.Module:
+    """The base with an adapter from a folder, to train on. UserError for a recipe with another rank or other modules than the adapter's."""
     config = read_json(files.adapter / "adapter_config.json", "student.model")
     if config.get("peft_type") != "LORA":
         raise UserError(f"student.model: {settings.model} is an adapter of type {config.get('peft_type')}; only LORA can be trained on")
@@ -229,8 +154,8 @@ def load_to_train(model: nn.Module, files: ModelFiles, settings: StudentSettings
     return adapted
 
 
-def _refuse_other_settings(settings: StudentSettings, config: dict) -> None:
-    """An adapter keeps its own shape, so a recipe that gives it another one is refused; what was set first, then defaults."""
+def _refuse_other_settings(settings: Student, config: dict) -> None:
+    """UserError where `student.lora` differs from the adapter: settings that are not defaults are named first."""
     lora, default = settings.lora, Lora()
     if lora is None or (lora == default and not Path(settings.model).is_dir()):  # a hub id's defaults were written out unasked
         return
@@ -255,7 +180,7 @@ def _refuse_other_settings(settings: StudentSettings, config: dict) -> None:
 
 
 def note_quantization(files: ModelFiles, now: Quantization | None, who: str) -> None:
-    """An adapter fits the base it was trained on, errors of its quantisation included."""
+    """A note where the base is quantised otherwise than when the adapter was trained: it has learnt to correct those rounding errors."""
     then, now = record_of(files.adapter).get("quantization", now), now and now.type
     then = then["type"] if isinstance(then, dict) else then and then.type
     if then != now:

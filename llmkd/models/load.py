@@ -20,6 +20,7 @@ from .families import beside_text
 from .float8 import refuse_without_products
 from .language_model import LanguageModel
 from .last_layer import enable_if_exact
+from .lora import add_new_adapter, refuse_missing_modules
 from .offload import OFFLOAD, head_on, offload, resolve_device
 from .teacher_transforms import apply_transforms
 
@@ -132,7 +133,7 @@ def _with_adapters(model: nn.Module, found: list[ModelFiles], many: list[Student
     for k in order:
         torch.manual_seed(seed)
         with attribute_to_student(k):
-            model = (adapters.load_to_train if found[k].adapter else adapters.add_new)(model, found[k], many[k], names[k])
+            model = (adapters.load_to_train if found[k].adapter else add_new_adapter)(model, found[k], many[k], names[k])
     if len(many) > 1:
         model.set_adapter(names[0])
     return model
@@ -207,6 +208,9 @@ def load_models(
             refuse_without_products(held, setting)
     own = [find(one.model, "student.model", one.revision, one.base) for one in students if one.model]
     theirs = [find(one.model, f"{setting}.model", one.revision, one.base) for setting, one in teachers]
+    for k, (student, files) in enumerate(zip(students, own, strict=False)):
+        with attribute_to_student(k):
+            refuse_missing_modules(student, files)
     keys = _keys(students, own, teachers, theirs)
     waiting = Counter(key for key in keys if key)
     bases: dict[tuple, nn.Module] = {}

@@ -9,15 +9,15 @@ from safetensors.torch import load_file
 from torch.testing import assert_close
 
 from llmkd.batch import View
-from llmkd.config.recipe import Lora
-from llmkd.config.recipe import Student as StudentSettings
-from llmkd.config.recipe import Teacher as TeacherSettings
+from llmkd.config.recipe import Lora, Student, Teacher
 from llmkd.errors import UserError
 from llmkd.losses.fused import fused_loss
 from llmkd.losses.objective import Objective
-from llmkd.models import saved_student
+from llmkd.model_files import find
+from llmkd.models import pretrained, saved_student
 from llmkd.models.language_model import LanguageModel
-from llmkd.models.load import load_teacher
+from llmkd.models.load import load_models, load_teacher
+from llmkd.models.lora import refuse_missing_modules
 from tests.conftest import distance
 from tests.kit.models import load_student
 
@@ -25,13 +25,15 @@ ALL = {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_pro
 
 
 def load(path, **changes) -> LanguageModel:
-    return load_student(StudentSettings(model=str(path), **changes), 640, "cpu", 0)
+    return load_student(Student(model=str(path), **changes), 640, "cpu", 0)
 
 
 def touched(model: LanguageModel) -> set[str]:
     """The base's modules whose adapters, or copies, train."""
     return {part for name in model.trainable() for part in name.split(".") if part in ALL | {"lm_head", "embed_tokens", "norm"}}
 
+
+LINEAR = "The model's linear modules are down_proj, gate_proj, k_proj, lm_head, o_proj, q_proj, up_proj, v_proj"
 
 VARIANTS = {
     "all-linear": (Lora(), ALL),
@@ -64,8 +66,8 @@ def test_exactly_the_adapter_trains(world, variant, tmp_path):
     own_NV = model.eval().base_model(**view.inputs, use_cache=False).logits.flatten(0, 1)[view.rows_N, :640]
     assert_close(model.head.logits(model.hidden(view)), own_NV, rtol=1e-12, atol=1e-12)
 
-    saved_student.save(model, tmp_path / "adapter", StudentSettings())
-    again = load_teacher(TeacherSettings(model=str(tmp_path / "adapter")), 640, "cpu")
+    saved_student.save(model, tmp_path / "adapter", Student())
+    again = load_teacher(Teacher(model=str(tmp_path / "adapter")), 640, "cpu")
     with torch.no_grad():
         assert_close(again.head.logits(again.hidden(view)), own_NV.detach(), rtol=1e-12, atol=1e-12)
 
@@ -78,15 +80,34 @@ def test_full_training_trains_every_weight(world):
 @pytest.mark.parametrize(
     "lora, words",
     [
-        (Lora(target_modules=("qproj",)), "student.lora.target_modules: .*qproj"),
-        (Lora(target_modules="all-liner"), "student.lora.target_modules: .*all-liner"),
-        (Lora(modules_to_save=("lm_haed",)), "student.lora.modules_to_save: the model has no module 'lm_haed'"),
-        (Lora(target_modules=("q_proj", "vproj")), "student.lora.target_modules: the model has no module 'vproj'; leave it out"),
+        (Lora(target_modules=("q_porj",)), f"student.lora.target_modules: the model has no module 'q_porj'; did you mean q_proj. {LINEAR}"),
+        (Lora(target_modules="all-liner"), "student.lora.target_modules: the model has no module 'all-liner'; did you mean all-linear"),
+        (
+            Lora(modules_to_save=("lm_haed",)),
+            f"student.lora.modules_to_save: the model has no module 'lm_haed'; did you mean lm_head. {LINEAR}",
+        ),
+        (
+            Lora(target_modules=("q_proj", "vproj")),
+            f"student.lora.target_modules: the model has no module 'vproj'; did you mean v_proj. {LINEAR}",
+        ),
+        (
+            Lora(target_modules=("q_proj", "xyz")),
+            "student.lora.target_modules: the model has no module 'xyz'; leave it out, or name another",
+        ),
     ],
 )
-def test_modules_that_are_not_there_are_refused(world, lora, words):
+def test_modules_that_are_not_there_are_refused(world, lora, words, monkeypatch):
+    """When the model is there, and before its weights, or the teacher's, are loaded."""
     with pytest.raises(UserError, match=words):
         load(world / "student", lora=lora)
+    monkeypatch.setattr(pretrained, "load_pretrained", lambda *a: pytest.fail("a model was loaded"))
+    with pytest.raises(UserError, match=words):
+        load_models([Student(model=str(world / "student"), lora=lora)], [("teacher", Teacher(model=str(world / "teacher")))], 640, "cpu", 0)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_modules_that_are_there_are_found_without_weights(world, variant):
+    refuse_missing_modules(Student(model=str(world / "student"), lora=VARIANTS[variant][0]), find(str(world / "student"), "student.model"))
 
 
 def test_an_adapter_is_trained_on_from_where_it_stands(world, trained, tmp_path):
@@ -152,7 +173,7 @@ def test_an_adapter_that_is_no_change_of_weights_is_refused(world, tmp_path, who
         if who == "student":
             load(tmp_path / "prompt")
         else:
-            load_teacher(TeacherSettings(model=str(tmp_path / "prompt")), 640, "cpu")
+            load_teacher(Teacher(model=str(tmp_path / "prompt")), 640, "cpu")
 
 
 def test_an_adapter_that_acts_from_a_mark_in_the_text_on_is_refused(world, tmp_path):
@@ -160,7 +181,7 @@ def test_an_adapter_that_acts_from_a_mark_in_the_text_on_is_refused(world, tmp_p
     config = json.loads((tmp_path / "activated/adapter_config.json").read_text())
     (tmp_path / "activated/adapter_config.json").write_text(json.dumps(config | {"alora_invocation_tokens": [5, 6]}))
     with pytest.raises(UserError, match="is an adapter of type aLoRA, which is more than a change of weights"):
-        load_teacher(TeacherSettings(model=str(tmp_path / "activated")), 640, "cpu")
+        load_teacher(Teacher(model=str(tmp_path / "activated")), 640, "cpu")
 
 
 def test_tables_that_older_versions_saved_with_the_weights_are_no_strangers(world, tmp_path):
