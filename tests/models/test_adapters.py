@@ -182,7 +182,7 @@ def test_an_adapter_that_changes_the_base_by_chance_is_refused(tmp_path):
     by_peft(base(tmp_path / "base"), {"init_lora_weights": "pissa_niter_4"}, tmp_path / "adapter")
     for load in (teacher, student):
         with pytest.raises(
-            UserError, match="was initialised by pissa_niter_4, which changes the base by chance .*path_initial_model_for_weight"
+            UserError, match="was initialised by pissa_niter_4, which changes the base at random .*path_initial_model_for_weight"
         ):
             load(tmp_path / "adapter")
 
