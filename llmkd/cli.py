@@ -145,7 +145,7 @@ def compare(options: argparse.Namespace, overrides: dict) -> None:
         raise UserError("compare: no run given; write llmkd compare RUN RUN ... (see llmkd compare --help)")
     from llmkd_eval.comparison import compare as comparison
     from llmkd_eval.comparison.compare_text import as_json, as_text
-    from llmkd_eval.comparison.items import parse_arms
+    from llmkd_eval.comparison.item_results import parse_arms
 
     arms = parse_arms(options.places)
     rows = comparison.compare(arms, options.baseline, options.tasks or None, options.metrics or None, options.common, console.info)

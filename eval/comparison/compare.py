@@ -9,7 +9,7 @@ import numpy as np
 from llmkd.errors import UserError
 
 from . import stats
-from .items import HELD_OUT, Measured, read, seed_of, tasks_of
+from .item_results import HELD_OUT, Measured, read, seed_of, tasks_of
 
 #: What must be the same for two evaluations to have measured the same thing.
 CONDITIONS = ("version", "harness", "fewshot", "limit", "seeds", "chat_template")
@@ -157,7 +157,10 @@ def _aligned(measured: dict[str, list[Measured]], baseline: str, task: str, comm
             )
     if not shared:
         raise UserError(f"{task}: the arms have no item in common; name other tasks with --tasks")
-    for name, of in (("cut prompts", lambda m: m.record.get("cut")), ("dtype", lambda m: (m.record.get("model") or {}).get("dtype"))):
+    for name, of in (
+        ("truncated prompts", lambda m: m.record.get("truncated")),
+        ("dtype", lambda m: (m.record.get("model") or {}).get("dtype")),
+    ):
         found = {str(of(m)) for m in every}
         if len(found) > 1:
             info(f"{task}: note that the {name} of the runs differ: {', '.join(sorted(found))}")

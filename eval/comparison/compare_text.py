@@ -9,7 +9,7 @@ from llmkd import __version__
 
 from . import stats
 from .compare import Row
-from .items import HELD_OUT
+from .item_results import HELD_OUT
 
 EXPLANATION = (
     "A difference is the arm minus the baseline on the same items; ± is one standard error, the interval (95 %) a paired bootstrap over items.",

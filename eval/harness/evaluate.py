@@ -20,8 +20,8 @@ from llmkd.training.shutdown import ShutdownRequest
 from . import record_files
 from .benchmarks import find_tasks, harness_version, index, need_harness, shots
 from .live_model import live_model_class
+from .model_refs import ModelToEvaluate, find_models
 from .samples import in_words, items_of, record_of
-from .targets import Target, find_targets
 
 CPU_BATCH = 8  # where "auto", which tries how much fits into a GPU's memory, cannot be tried
 
@@ -41,12 +41,12 @@ class Options:
         return own if self.seed is None else dict.fromkeys(own, self.seed)
 
 
-def evaluate(target: Path | str, tasks: list[str], *, tasks_dir=None, out=None, **options) -> dict[str, dict]:
+def evaluate(model: Path | str, tasks: list[str], *, tasks_dir=None, out=None, **options) -> dict[str, dict]:
     """One model's records by task, new ones and those that were there already. `options` are those of `Options`."""
-    return evaluate_all([str(target)], tasks, tasks_dir=tasks_dir, out=out, **options)[str(target)]
+    return evaluate_all([str(model)], tasks, tasks_dir=tasks_dir, out=out, **options)[str(model)]
 
 
-def evaluate_all(targets: list[str], tasks: list[str], *, tasks_dir=None, out=None, **options) -> dict[str, dict[str, dict]]:
+def evaluate_all(models: list[str], tasks: list[str], *, tasks_dir=None, out=None, **options) -> dict[str, dict[str, dict]]:
     """{model: {task: record}}. Everything that can be refused is, before a model is loaded; files are written by the first process.
 
     A task that fails for one model does not keep the others from being done; then a UserError tells of it at the end. Raises Stopped
@@ -56,38 +56,38 @@ def evaluate_all(targets: list[str], tasks: list[str], *, tasks_dir=None, out=No
     need_harness()
     with ShutdownRequest("leaving the evaluation") as stop:
         found_tasks = find_tasks(tasks, tasks_dir, options.fewshot)
-        found_targets = find_targets(list(dict.fromkeys(targets)), out, options.dtype)
-        records = {target.name: _known(target, found_tasks, options) for target in found_targets}
+        found_models = find_models(list(dict.fromkeys(models)), out, options.dtype)
+        records = {ref.name: _known(ref, found_tasks, options) for ref in found_models}
         left = sum(record is None for of_model in records.values() for record in of_model.values())
         if left:
             from llmkd.training.launch import start
 
             work = _Work(found_tasks, options, start(), stop, left)
-            for target in found_targets:
-                work.evaluate(target, records[target.name])
+            for ref in found_models:
+                work.evaluate(ref, records[ref.name])
             if work.problems:
                 raise UserError(*work.problems)
     return records
 
 
-def _known(target: Target, tasks: dict, options: Options) -> dict[str, dict | None]:
+def _known(ref: ModelToEvaluate, tasks: dict, options: Options) -> dict[str, dict | None]:
     """What is there of each task: its record, or None where it is to be evaluated. UserError where other settings are there."""
     found, problems = {}, []
     for name, task in tasks.items():
-        record = None if options.force else record_files.read_record(target.out, name)
-        if record is not None and not _whole(target.out, name):
-            warn(f"note: {target.out / name}.jsonl is not whole; evaluating {name} again")
+        record = None if options.force else record_files.read_record(ref.out, name)
+        if record is not None and not _whole(ref.out, name):
+            warn(f"note: {ref.out / name}.jsonl is not whole; evaluating {name} again")
             record = None
         if record is not None:
-            differ = record_files.differences(record, _settings(target, task, options))
-            if not differ and not _same_items(target.out, name, task, options.limit):
+            differ = record_files.differences(record, _settings(ref, task, options))
+            if not differ and not _same_items(ref.out, name, task, options.limit):
                 differ = ["the task's items are others now"]
             if differ:
                 problems.append(
-                    f"{target.name}: {name} was evaluated with other settings ({'; '.join(differ)}); give those, another --out, or --force to replace it"
+                    f"{ref.name}: {name} was evaluated with other settings ({'; '.join(differ)}); give those, another --out, or --force to replace it"
                 )
             else:
-                info(f"{target.name}: {name} is evaluated already ({target.out})")
+                info(f"{ref.name}: {name} is evaluated already ({ref.out})")
         found[name] = record
     if problems:
         raise UserError(*problems)
@@ -113,7 +113,7 @@ def _same_items(folder: Path, name: str, task, limit: int | None) -> bool:
     }
 
 
-def _settings(target: Target, task, options: Options) -> dict:
+def _settings(ref: ModelToEvaluate, task, options: Options) -> dict:
     """What of a record is known beforehand."""
     return {
         "task": task.task_name,
@@ -123,7 +123,7 @@ def _settings(target: Target, task, options: Options) -> dict:
         "fewshot": shots(task, options.fewshot),
         "limit": options.limit,
         "seeds": options.seeds,
-        "model": target.identity,
+        "model": ref.identity,
     }
 
 
@@ -134,22 +134,22 @@ class _Work:
         self.tasks, self.options, self.accelerator, self.stop = tasks, options, accelerator, stop
         self.left, self.done, self.problems = left, 0, []
 
-    def evaluate(self, target: Target, records: dict[str, dict | None]) -> None:
+    def evaluate(self, ref: ModelToEvaluate, records: dict[str, dict | None]) -> None:
         """Fill in the records that are missing."""
         wanted = [name for name, record in records.items() if record is None]
         if not wanted:
             return
         self.check_stop()
-        live = self.load(target)
+        live = self.load(ref)
         for name in wanted:
             self.check_stop()
             try:
-                records[name] = self.run(live, target, name)
+                records[name] = self.run(live, ref, name)
                 self.done += 1
             except Stopped:
                 raise self.stopped() from None
             except UserError as error:
-                self.problems += [f"{target.name}: {name}: {problem}" for problem in error.problems]
+                self.problems += [f"{ref.name}: {name}: {problem}" for problem in error.problems]
         del live
         gc.collect()
         if self.accelerator.device.type == "cuda":
@@ -157,31 +157,31 @@ class _Work:
 
             torch.cuda.empty_cache()
 
-    def load(self, target: Target):
+    def load(self, ref: ModelToEvaluate):
         """The model as it was trained, whatever its head's padding, for the harness."""
         from llmkd.data.encoding.tokenizer import load_tokenizer, shared_vocab
         from llmkd.model_files import rows_of
         from llmkd.models import adapters, pretrained
 
-        files, device = target.files, self.accelerator.device
+        files, device = ref.files, self.accelerator.device
         own = files.adapter and (files.adapter / "tokenizer.json").exists()
-        tokenizer = load_tokenizer(str(files.adapter if own else files.base), target.name)
-        shared_vocab(tokenizer, {target.name: rows_of(files.config)})
-        dtype = self.options.dtype or target.settings.dtype
-        model = pretrained.load_pretrained(files.base, target.name, dtype, "auto", device, target.settings.quantization)
+        tokenizer = load_tokenizer(str(files.adapter if own else files.base), ref.name)
+        shared_vocab(tokenizer, {ref.name: rows_of(files.config)})
+        dtype = self.options.dtype or ref.settings.dtype
+        model = pretrained.load_pretrained(files.base, ref.name, dtype, "auto", device, ref.settings.quantization)
         if files.adapter:
-            model = adapters.load(model, files, target.name).to(device)
+            model = adapters.load(model, files, ref.name).to(device)
         batch = self.options.batch_size
         if str(batch).startswith("auto") and device.type == "cpu":
             batch = CPU_BATCH
         return live_model_class()(model.eval(), tokenizer, batch, self.accelerator, self.stop)
 
-    def run(self, live, target: Target, name: str) -> dict:
+    def run(self, live, ref: ModelToEvaluate, name: str) -> dict:
         """One task for one model: evaluated, written, said; the record on all processes."""
         import lm_eval
 
         started, options = time.monotonic(), self.options
-        live.cut = set()
+        live.truncated = set()
         try:
             with contextlib.redirect_stdout(io.StringIO()), _without_asides():  # its notes on batch sizes
                 found = lm_eval.simple_evaluate(
@@ -198,9 +198,9 @@ class _Work:
         record, problem = None, None
         if first_process():
             try:
-                items = items_of(found["samples"][name], live.cut)
-                record = record_of(found, name, items, _settings(target, self.tasks[name], options), time.monotonic() - started)
-                record = record_files.write_task(target.out, record, items)
+                items = items_of(found["samples"][name], live.truncated)
+                record = record_of(found, name, items, _settings(ref, self.tasks[name], options), time.monotonic() - started)
+                record = record_files.write_task(ref.out, record, items)
                 self.tell(record, items, live.max_length)
             except UserError as error:
                 problem = str(error)
@@ -222,10 +222,10 @@ class _Work:
         info(
             f"[{self.done + 1}/{self.left}] {record['model']['path']}: {name}  {metrics}  ({record['n']} items, {record['seconds']:.0f} s)"
         )
-        if record["cut"]:
-            items_cut = sum(item["cut"] for item in items)
+        if record["truncated"]:
+            truncated_items = sum(item["truncated"] for item in items)
             warn(
-                f"warning: {name}: {record['cut']} requests, of {items_cut} of {len(items)} items, are longer than the model's context of "
+                f"warning: {name}: {record['cut']} requests, of {truncated_items} of {len(items)} items, are longer than the model's context of "
                 f"{context} tokens; the harness cut off their first part, so the scores of those items mean little"
             )
 

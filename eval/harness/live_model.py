@@ -21,13 +21,13 @@ def live_model_class():
         To the harness it is one process. Each process of the launch answers the requests of its share of the documents and gets the
         others' answers, so that all see every document in order: few-shot examples and sums are those of a single process.
 
-        `cut` holds the requests (as `request_key` gives them) that were longer than the model's context and lost their first part.
+        `truncated` holds the requests (as `request_key` gives them) that were longer than the model's context and lost their first part.
         """
 
         def __init__(self, model, tokenizer, batch_size, accelerator, stop):
             with _weights_as_they_are(model):
                 super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, backend="causal")
-            self.launch, self.stop, self.cut = accelerator, stop, set()
+            self.launch, self.stop, self.truncated = accelerator, stop, set()
 
         def loglikelihood(self, requests, disable_tqdm=False):
             return self._shared(super().loglikelihood, requests)
@@ -44,7 +44,7 @@ def live_model_class():
                 if wanted >= self.max_length:
                     raise UserError(f"up to {wanted} tokens are to be generated, and the model's context holds {self.max_length}")
                 if len(self.tok_encode(context)) > self.max_length - wanted:
-                    self.cut.add(request_key((context, options)))
+                    self.truncated.add(request_key((context, options)))
             return super().generate_until(requests, disable_tqdm=disable_tqdm)
 
         def _loglikelihood_tokens(self, requests, **options):
@@ -53,7 +53,7 @@ def live_model_class():
                 raise UserError(f"an answer has {longest} tokens, and the model's context holds {self.max_length}")
             for words, context, continuation in requests:
                 if words is not None and len(context) + len(continuation) > self.max_length + 1:  # a piece of a rolling text has no words
-                    self.cut.add(request_key(words))
+                    self.truncated.add(request_key(words))
             return super()._loglikelihood_tokens(requests, **options)
 
         def get_model_info(self):
@@ -76,12 +76,12 @@ def live_model_class():
             if ranks > 1:
                 from accelerate.utils import gather_object
 
-                parts = gather_object([(share, answers, self.cut, problem)])
+                parts = gather_object([(share, answers, self.truncated, problem)])
             else:
-                parts = [(share, answers, self.cut, problem)]
+                parts = [(share, answers, self.truncated, problem)]
             if problem := next((part[3] for part in parts if part[3]), None):
                 raise UserError(problem)
-            self.cut = set().union(*(part[2] for part in parts))
+            self.truncated = set().union(*(part[2] for part in parts))
             found = {i: answer for share, answers, *_ in parts for i, answer in zip(share, answers, strict=True)}
             return [found[i] for i in range(len(requests))]
 

@@ -29,20 +29,26 @@ def record_of(found: dict, name: str, items: list[dict], settings: dict, seconds
         "fewshot": found["n-shot"][name],
         "n": len(items),
         "metrics": metrics,
-        "cut": sum(item["cut_requests"] for item in items),
+        "truncated": sum(item["truncated_requests"] for item in items),
         "items_sha256": None,
         "date": date,
         "seconds": round(seconds, 2),
     }
 
 
-def items_of(samples: list[dict], cut: set) -> list[dict]:
+def items_of(samples: list[dict], truncated: set) -> list[dict]:
     """One item a document out of the harness's samples, of which there is one for each way to read an answer (filter)."""
     items: dict[int, dict] = {}
     for sample in samples:
         requests = [request_key(arguments) for arguments in sample["arguments"]]
-        shortened = sum(key in cut for key in requests)
-        item = {"id": sample["doc_id"], "hash": sample["doc_hash"], "metrics": {}, "cut": shortened > 0, "cut_requests": shortened}
+        shortened = sum(key in truncated for key in requests)
+        item = {
+            "id": sample["doc_id"],
+            "hash": sample["doc_hash"],
+            "metrics": {},
+            "truncated": shortened > 0,
+            "truncated_requests": shortened,
+        }
         item = items.setdefault(sample["doc_id"], item)
         for metric in sample["metrics"]:
             if isinstance(sample[metric], int | float):  # some are pairs that only their aggregate makes a number of

@@ -8,7 +8,7 @@ import itertools
 import math
 from dataclasses import dataclass, field
 
-from .svg import BOTTOM, CHAR, HEAT, RIGHT, TOP, WIDTH, Svg, limits, marker, nice_ticks, scale, stroke, svg, tick_labels, widened, word
+from .svg import BOTTOM, CHAR, HEAT, RIGHT, TOP, WIDTH, Svg, limits, marker, nice_ticks, scale, stroke, svg, text, tick_labels, widened
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ def lines(name: str, title: str, x_label: str, y_label: str, series: list[Series
     series = [_finite(s, log_x) for s in series]
     shown = [p for s in series if s.kind != "raw" for p in s.points] or [p for s in series for p in s.points]
     if not shown:
-        return svg(name, title, "No points.", 80, [word(WIDTH / 2, 55, "no points", "none", "middle")])
+        return svg(name, title, "No points.", 80, [text(WIDTH / 2, 55, "no points", "none", "middle")])
     spread = [y + e for s in series for (_, y), error in zip(s.points, s.errors, strict=False) if error for e in (error, -error)]
     low, high = widened([y for _, y in shown] + spread)
     ticks = nice_ticks(low, high)
@@ -45,16 +45,16 @@ def lines(name: str, title: str, x_label: str, y_label: str, series: list[Series
     ]
     for tick, label in zip(ticks, labels, strict=True):
         out.append(f'<line class="grid" x1="{left:.1f}" x2="{WIDTH - RIGHT}" y1="{py(tick):.1f}" y2="{py(tick):.1f}"/>')
-        out.append(word(left - 6, py(tick) + 4, label, "tick", "end"))
+        out.append(text(left - 6, py(tick) + 4, label, "tick", "end"))
     xs = sorted(set(x_ticks)) if x_ticks else [t for t in nice_ticks(x_low, x_high, whole=True) if x_low <= t <= x_high]
     last = -math.inf
     for tick, label in zip(xs, [f"{x:g}" for x in xs] if x_ticks else tick_labels(xs), strict=True):
         x, half = px(warp(tick)), CHAR * len(label) / 2
         out.append(f'<line class="grid" x1="{x:.1f}" x2="{x:.1f}" y1="{bottom}" y2="{bottom + 4}"/>')
         if x - half > last + 4:
-            out.append(word(x, bottom + 17, label, "tick", "middle"))
+            out.append(text(x, bottom + 17, label, "tick", "middle"))
             last = x + half
-    out.append(word((left + WIDTH - RIGHT) / 2, height - 8, x_label, "label", "middle"))
+    out.append(text((left + WIDTH - RIGHT) / 2, height - 8, x_label, "label", "middle"))
     middle = (TOP + bottom) / 2
     out.append(f'<text class="label" transform="translate(13 {middle:.1f}) rotate(-90)" text-anchor="middle">{html.escape(y_label)}</text>')
     drawn = [_drawn(s, lambda x: px(warp(x)), py) for s in sorted(series, key=lambda s: s.kind != "raw")]
@@ -88,7 +88,7 @@ class Cell:
     note: str = ""  # a word below it
 
 
-def heat(
+def heatmap(
     name: str,
     title: str,
     x_label: str,
@@ -106,31 +106,31 @@ def heat(
     wide = (WIDTH - RIGHT - left) / max(1, len(columns))
     height, out = TOP + tall * len(rows) + BOTTOM, []
     for r, label in enumerate(cut):
-        out.append(word(left - 7, TOP + tall * (r + 0.5) + 4, label, "tick", "end", rows[r]))
+        out.append(text(left - 7, TOP + tall * (r + 0.5) + 4, label, "tick", "end", rows[r]))
     for c, label in enumerate(columns):
         room = max(3, int(wide / CHAR))
         short = label if len(label) <= room else label[: room - 1] + "…"
-        out.append(word(left + wide * (c + 0.5), TOP + tall * len(rows) + 17, short, "tick", "middle", label))
+        out.append(text(left + wide * (c + 0.5), TOP + tall * len(rows) + 17, short, "tick", "middle", label))
     frame = ""
     for r, c in itertools.product(range(len(rows)), range(len(columns))):
         x, y, cell = left + wide * c, TOP + tall * r, cells.get((r, c))
         box = f'x="{x + 1:.1f}" y="{y + 1:.1f}" width="{wide - 2:.1f}" height="{tall - 2}" rx="3"'
         if (r, c) not in good:
-            out.append(f'<rect class="hole" {box}/>' + word(x + wide / 2, y + tall / 2 + 4, cell.note if cell else "–", "none", "middle"))
+            out.append(f'<rect class="hole" {box}/>' + text(x + wide / 2, y + tall / 2 + 4, cell.note if cell else "–", "none", "middle"))
             continue
         level = round((good[r, c] - low) / (high - low) * (len(HEAT) - 1)) if high > low else len(HEAT) // 2
         size = min(13.0, (wide - 6) / (0.6 * max(len(cell.text), 1)))
         out.append(f'<rect class="h{level}" {box}/>')
-        out.append(word(x + wide / 2, y + tall / 2 + (-1 if cell.note else 4.5), cell.text, f"t{level}", "middle", size=size))
+        out.append(text(x + wide / 2, y + tall / 2 + (-1 if cell.note else 4.5), cell.text, f"t{level}", "middle", size=size))
         if cell.note:
             out.append(
-                word(
+                text(
                     x + wide / 2, y + tall / 2 + 14, cell.note, f"t{level}", "middle", size=min(10.5, (wide - 6) / (0.56 * len(cell.note)))
                 )
             )
         if good[r, c] == high and high > low:
             frame += f'<rect class="best" {box}/>'
-    out += [frame, word((left + WIDTH - RIGHT) / 2, height - 8, x_label, "label", "middle")]
+    out += [frame, text((left + WIDTH - RIGHT) / 2, height - 8, x_label, "label", "middle")]
     middle = TOP + tall * len(rows) / 2
     out.append(f'<text class="label" transform="translate(13 {middle:.1f}) rotate(-90)" text-anchor="middle">{html.escape(y_label)}</text>')
     said = "; ".join(
@@ -159,16 +159,16 @@ def forest(name: str, title: str, x_label: str, intervals: list[Interval]) -> Sv
         kind = "zero" if tick == 0 else "grid"
         out.append(f'<line class="{kind}" x1="{px(tick):.1f}" x2="{px(tick):.1f}" y1="{TOP}" y2="{bottom}"/>')
         half = CHAR * len(label) / 2
-        out.append(word(min(max(px(tick), half), WIDTH - half), bottom + 17, label, "tick", "middle"))
+        out.append(text(min(max(px(tick), half), WIDTH - half), bottom + 17, label, "tick", "middle"))
     for k, i in enumerate(intervals):
         y = TOP + 36 * k + 26
         short = i.label if len(i.label) <= 66 else i.label[:65] + "…"
-        out.append(word(left, y - 11, short, "name", "start", i.label))
+        out.append(text(left, y - 11, short, "name", "start", i.label))
         if i.interval and all(map(math.isfinite, i.interval)):
             a, b = (px(x) for x in i.interval)
             out.append(f'<line class="interval i-{i.kind}" x1="{a:.1f}" x2="{b:.1f}" y1="{y}" y2="{y}"/>')
         out.append(f'<circle class="mark i-{i.kind}" cx="{px(i.value):.1f}" cy="{y}" r="4.2"/>')
-    out.append(word((left + right) / 2, height - 8, x_label, "label", "middle"))
+    out.append(text((left + right) / 2, height - 8, x_label, "label", "middle"))
     said = "; ".join(
         f"{i.label}: {i.value:+.4g}" + (f" ({i.interval[0]:+.4g} to {i.interval[1]:+.4g})" if i.interval else "") for i in intervals
     )

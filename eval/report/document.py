@@ -102,7 +102,7 @@ class Table:
 
 
 @dataclass(frozen=True)
-class Figure:
+class Chart:
     """A chart, or in Markdown its table; where it has none, a link to it in the HTML."""
 
     name: str
@@ -114,7 +114,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Gallery:
-    figures: list[Figure]
+    charts: list[Chart]
     legend: list[tuple[Text, int]] = field(default_factory=list)  # label and number of the series
 
 
@@ -160,17 +160,17 @@ def _block(block) -> str:
             return f"<ul{_class(kind)}>" + "".join(f"<li>{_inline(item)}</li>" for item in items) + "</ul>"
         case Table():
             return _table(block)
-        case Figure():
+        case Chart():
             return _figure(block)
-        case Gallery(figures, legend):
+        case Gallery(charts, legend):
             keys = "".join(f"<li>{ink.key(number)}{_inline(label)}</li>" for label, number in legend)
-            return (f'<ul class="legend">{keys}</ul>' if keys else "") + f'<div class="gallery">{"".join(map(_figure, figures))}</div>'
+            return (f'<ul class="legend">{keys}</ul>' if keys else "") + f'<div class="gallery">{"".join(map(_figure, charts))}</div>'
         case Fold(summary, inside):
             return f"<details><summary>{html.escape(summary)}</summary>{''.join(map(_block, inside))}</details>"
     raise TypeError(block)
 
 
-def _figure(figure: Figure) -> str:
+def _figure(figure: Chart) -> str:
     caption = f"<figcaption>{_inline(figure.caption)}</figcaption>" if figure.caption else ""
     return f'<figure id="{figure.name}">{figure.svg}{caption}</figure>'
 
@@ -222,12 +222,12 @@ def _md(block, page: str) -> str:
             return "\n".join(f"- {_md_inline(item)}" for item in items)
         case Table():
             return _md_table(block)
-        case Figure(name, heading, _, caption, table):
+        case Chart(name, heading, _, caption, table):
             link = f"[{_plain(heading)}]({page}#{name})" + (f" {_md_inline(caption)}" if caption else "")
             return link + (f"\n\n{_md_table(table)}" if table else "")
-        case Gallery(figures):
-            split = "\n\n" if any(figure.table for figure in figures) else "\n"
-            return split.join(("" if figure.table else "- ") + _md(figure, page) for figure in figures)
+        case Gallery(charts):
+            split = "\n\n" if any(chart.table for chart in charts) else "\n"
+            return split.join(("" if chart.table else "- ") + _md(chart, page) for chart in charts)
         case Fold(summary, inside):
             return "\n\n".join([f"<details><summary>{html.escape(summary)}</summary>", *(_md(b, page) for b in inside), "</details>"])
     raise TypeError(block)

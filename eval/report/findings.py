@@ -9,11 +9,11 @@ from llmkd.errors import UserError
 from ..comparison import stats
 from ..comparison.compare import HELD_OUT_METRICS, Row, compare
 from ..comparison.compare_text import blocks, digits, too_few
-from ..comparison.items import HELD_OUT, read, tasks_of
+from ..comparison.item_results import HELD_OUT, read, tasks_of
 from .document import Span, Text
 
 #: A row of an arm that could not be compared with the baseline has this for a verdict.
-ALONE = "not compared"
+NOT_COMPARED = "not compared"
 NAMES = {
     "ce": "Held-out CE",
     "forward_kl": "Held-out KL(teacher || student)",
@@ -63,7 +63,7 @@ def _alone(arm: str, runs: list[Path], task: str, info: Callable[[str], None]) -
     except UserError as error:
         info(f"{task}: {arm} left out; {error}")
         return []
-    return [replace(row, verdict=ALONE) for row in rows if row.arm == arm]
+    return [replace(row, verdict=NOT_COMPARED) for row in rows if row.arm == arm]
 
 
 def compared(rows: list[Row]) -> list[Row]:

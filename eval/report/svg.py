@@ -127,7 +127,7 @@ def scale(low: float, high: float, start: float, end: float):
     return lambda value: start + (value - low) / (high - low) * (end - start)
 
 
-def word(x: float, y: float, text: str, kind: str = "", anchor: str = "start", full: str = "", size: float | None = None) -> str:
+def text(x: float, y: float, text: str, kind: str = "", anchor: str = "start", full: str = "", size: float | None = None) -> str:
     style = f' style="font-size:{size:.1f}px"' if size else ""
     whole = f"<title>{html.escape(full)}</title>" if full and full != text else ""
     return f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"{style}>{html.escape(text)}{whole}</text>'
@@ -135,7 +135,7 @@ def word(x: float, y: float, text: str, kind: str = "", anchor: str = "start", f
 
 def svg(name: str, title: str, description: str, height: float, inside: list[str]) -> Svg:
     room = int(WIDTH / 8.4)
-    heading = word(2, 16, title if len(title) <= room else title[: room - 1] + "…", "title")
+    heading = text(2, 16, title if len(title) <= room else title[: room - 1] + "…", "title")
     return Svg(
         f'<svg class="chart" viewBox="0 0 {WIDTH} {height}" role="img" aria-labelledby="{name}-title {name}-desc">'
         f'<title id="{name}-title">{html.escape(title)}</title><desc id="{name}-desc">{html.escape(description)}</desc>{heading}{"".join(inside)}</svg>'

@@ -7,10 +7,10 @@ from llmkd.files import write_atomic
 
 from ..comparison.compare import Row
 from ..comparison.compare_text import EXPLANATION, blocks, cells, digits, reach, title
-from ..comparison.items import HELD_OUT
-from . import figures, sections
+from ..comparison.item_results import HELD_OUT
+from . import sections, sweep_charts
 from .document import Heading, Items, Para, Span, Table, Text, as_html, as_markdown
-from .findings import ALONE, compared, label, mark, measure, statements
+from .findings import NOT_COMPARED, compared, label, mark, measure, statements
 from .sweep_files import SweepFolder, read_json, read_sweep
 
 MARKS = "Better and worse: what Holm's p shows to differ over items."
@@ -87,7 +87,7 @@ def why_nothing(sweep: SweepFolder, rows: list[Row], notes: list[str]) -> Text:
 
 def learning(sweep: SweepFolder) -> list:
     out: list = [Heading("Learning curves", "curves")]
-    training, held = figures.training_curves(sweep), figures.held_out_curves(sweep)
+    training, held = sweep_charts.training_curves(sweep), sweep_charts.held_out_curves(sweep)
     if training:
         out += [
             training,
@@ -133,7 +133,7 @@ def results(sweep: SweepFolder, rows: list[Row], prefix: str) -> list:
     ]
     for i, block in enumerate(blocks(rows)):
         out.append(Heading(title(block).replace(f"{block[0].task} {block[0].metric}", label(block[0].task, block[0].metric), 1)))
-        chart = figures.intervals(block, f"{prefix}-{i}")
+        chart = sweep_charts.intervals(block, f"{prefix}-{i}")
         out += [chart] if chart else []
         out.append(statistics(block))
         out += [Para(text, "small") for text in reach(block)]
@@ -164,12 +164,18 @@ def overview(row: Row | None) -> Text:
         return Span("not measured", "quiet")
     value = f"{row.value:.4f}"
     kind = {True: "better", False: "worse", None: ""}[row.better]
-    return (value, " ", Span(mark(row), kind)) if kind else (value, Span(f" {ALONE}", "quiet")) if row.verdict == ALONE else value
+    return (
+        (value, " ", Span(mark(row), kind))
+        if kind
+        else (value, Span(f" {NOT_COMPARED}", "quiet"))
+        if row.verdict == NOT_COMPARED
+        else value
+    )
 
 
 def settings_map(sweep: SweepFolder, rows: list[Row]) -> list:
     out: list = [Heading("By setting", "settings")]
-    drawn, chosen, arms = figures.maps(sweep, rows)
+    drawn, chosen, arms = sweep_charts.maps(sweep, rows)
     if not chosen:
         return [*out, Para("No map: the arms don't differ in just one or two settings.")]
     names: list[str | Span] = [part for key in chosen for part in (" and ", Span(key))][1:]
@@ -183,7 +189,7 @@ def settings_map(sweep: SweepFolder, rows: list[Row]) -> list:
                 "comparison's with the baseline, and a cell without one shows no difference (†: none over seeds). The best value is framed. ", *told]  # fmt: skip
     if others:
         told += ["Not in it, since they differ in more: ", *[part for name in others for part in (", ", Span(name))][1:], "."]
-    return [*out, Para(("Arms that differ in ", *names, " alone. ", *told)), figures.Gallery(drawn)]
+    return [*out, Para(("Arms that differ in ", *names, " alone. ", *told)), sweep_charts.Gallery(drawn)]
 
 
 def harness(sweep: SweepFolder, rows: list[Row]) -> str:

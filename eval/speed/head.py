@@ -143,7 +143,7 @@ def main() -> None:
 
 def report(options, p: Problem, known: list[Case]) -> list[str]:
     able, unable, checks = [], [], {}
-    right = {key: exact(p, *key) for key in {_key(case) for case in known if not case.floor}}
+    right = {key: exact(p, *key) for key in {_key(case) for case in known if not case.lower_bound}}
     for case in known:
         try:
             result = call_of(case, p)()
@@ -160,8 +160,8 @@ def report(options, p: Problem, known: list[Case]) -> list[str]:
         for case in able:
             times[case.name].append(timed(call_of(case, p), options.device))
     medians = {name: statistics.median(values) for name, values in times.items()}
-    floors = {case.trains: medians[case.name] for case in known if case.floor}
-    memory = {case.name: None if case.floor else peak_of(case, p, options.device) for case in able}
+    lower_bounds = {case.trains: medians[case.name] for case in known if case.lower_bound}
+    memory = {case.name: None if case.lower_bound else peak_of(case, p, options.device) for case in able}
     lines = [
         f"{options.rows} rows, {len(p.rows)} of them supervised; widths {options.width} and {options.teacher_width}, {options.vocab} tokens, "
         f"{options.dtype}; student's head frozen, and trained in the rows that say so; loss 0.5 KD + 0.5 CE, or KD alone.",
@@ -173,7 +173,9 @@ def report(options, p: Problem, known: list[Case]) -> list[str]:
         name, values = case.name, times[case.name]
         mib = "-" if memory[name] is None else f"{memory[name]:.0f}"
         shown = f"{medians[name]:.0f} ({min(values):.0f} to {max(values):.0f})"
-        lines.append(f"| {name} | {shown} | {medians[name] / floors[case.trains]:.2f} | {mib} | {checks.get(name, '')} | {case.remark} |")
+        lines.append(
+            f"| {name} | {shown} | {medians[name] / lower_bounds[case.trains]:.2f} | {mib} | {checks.get(name, '')} | {case.remark} |"
+        )
     unit = f"CPU time, {options.threads} thread(s)" if options.device == "cpu" else "CUDA events"
     return [*lines, "", *unable, f"{unit}; {options.rounds} interleaved rounds. {machine(options)}"]
 

@@ -40,7 +40,7 @@ class Case:
     run: Callable[[Problem], Result | None]
     remark: str = ""
     trains: bool = False  # the student's head
-    floor: bool = False  # the products alone
+    lower_bound: bool = False  # the products alone
 
 
 def problem(options) -> Problem:
@@ -176,7 +176,7 @@ def cases(options) -> list[Case]:
     FKL, RKL, JSD = "forward_kl", "reverse_kl", "generalized_jsd"
     chunk = f"chunk {options.chunk or default_chunk(options.vocab, options.device)}"
     mine = [(FKL, 0.5), (RKL, 0.5), (JSD, 0.5), (FKL, 1.0), (JSD, 1.0)]
-    found = [Case("the three matrix products", "", 0, products, floor=True)]
+    found = [Case("the three matrix products", "", 0, products, lower_bound=True)]
     found += [Case(f"llmkd {d}{' + CE' if kd < 1 else ''}", d, kd, ours(d, kd, options.chunk), chunk) for d, kd in mine]
     no_entropy, makes_it = "its loss leaves out the teacher's entropy", "makes the head's gradient too"
     chunked_jsd = Case("Liger chunked JSD + CE, compiled", JSD, 0.5, liger(True, options.chunk or 1024), makes_it)
@@ -194,7 +194,7 @@ def cases(options) -> list[Case]:
         peers.append(Case("Liger Triton JSD", JSD, 1.0, liger_triton, makes_it))
     shown = found + (peers if options.peers else [])
     trained = [one for one in shown if one.name in (found[1].name, found[3].name, peers[0].name, chunked_jsd.name)]
-    shown.append(Case("the four matrix products, of a head that trains", "", 0, with_head(products), trains=True, floor=True))
+    shown.append(Case("the four matrix products, of a head that trains", "", 0, with_head(products), trains=True, lower_bound=True))
     remarks = {chunked_jsd.name: ""}
     return shown + [
         dataclasses.replace(

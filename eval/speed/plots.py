@@ -31,7 +31,7 @@ class Line:
     label: str
     case: str  # its name in head_cases.py
     chunks: bool = False  # whether the rows of a chunk can be chosen
-    floor: bool = False
+    lower_bound: bool = False
 
 
 @dataclass(frozen=True)
@@ -46,14 +46,14 @@ class Sweep:
         return value * self.factor
 
 
-FLOOR = Line("matrix products alone", "the three matrix products", floor=True)
+LOWER_BOUND = Line("matrix products alone", "the three matrix products", lower_bound=True)
 LINES = (
     Line("llmkd, forward KL + CE", "llmkd forward_kl + CE", chunks=True),
     Line("torchtune, forward KL + CE", "torchtune chunked forward KL + chunked CE"),
     Line("Liger, JSD + CE, compiled", "Liger chunked JSD + CE, compiled", chunks=True),
     Line("TRL chunked, forward KL", "TRL chunked forward KL"),
     Line("TRL GKD, forward KL", "TRL GKD forward KL"),
-    FLOOR,
+    LOWER_BOUND,
 )
 MARKERS = "osD^v"
 
@@ -87,7 +87,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="path without an ending")
     options = parser.parse_args()
     options.out = options.out or REPO / f"eval/speed/results/head_growth_{options.device}"
-    known, plan = [one for one in LINES if options.peers or one.floor or one is LINES[0]], sweeps(options.device, options.scale)
+    known, plan = [one for one in LINES if options.peers or one.lower_bound or one is LINES[0]], sweeps(options.device, options.scale)
     points = measured(options, known, plan)
     draw(points, known, plan, options.out.with_suffix(".png"), options.device)
     options.out.with_suffix(".md").write_text("\n".join(table(points, known, plan, options)) + "\n")
@@ -139,11 +139,11 @@ def draw(points: dict, known: list[Line], plan: list[Sweep], path: Path, device:
             axis = axes[row, column]
             for number, line in enumerate(lines_of(sweep, known)):
                 drawn = values_of(points, sweep, line, what)
-                if not drawn or (line.floor and what == "mib"):
+                if not drawn or (line.lower_bound and what == "mib"):
                     continue
                 number = known.index(line)
-                style = {"color": LIGHT["quiet"], "linestyle": (0, (1.5, 2))} if line.floor else {"color": SERIES[number]}
-                style |= {} if line.floor else {"marker": MARKERS[number], "markersize": 5, "markeredgecolor": "white"}
+                style = {"color": LIGHT["quiet"], "linestyle": (0, (1.5, 2))} if line.lower_bound else {"color": SERIES[number]}
+                style |= {} if line.lower_bound else {"marker": MARKERS[number], "markersize": 5, "markeredgecolor": "white"}
                 axis.plot(*zip(*drawn, strict=True), linewidth=2.2 if number == 0 else 1.5, label=line.label, zorder=9 - number, **style)
             axis.set_xscale("log")
             axis.set_yscale("log")
@@ -183,7 +183,7 @@ def table(points: dict, known: list[Line], plan: list[Sweep], options) -> list[s
             cells = []
             for line in columns:
                 one = points.get(key_of(sweep, value, line))
-                mib = "" if line.floor or not one else f" / {one['mib']:,.0f}"
+                mib = "" if line.lower_bound or not one else f" / {one['mib']:,.0f}"
                 cells.append(f"{statistics.median(one['ms']):,.0f}{mib}" if one else "failed")
             out.append(f"| {sweep.shown(value):,.0f} | {' | '.join(cells)} |")
     hidden = " and ".join(str(plan[0].fixed[name]) for name in ("width", "teacher_width"))

@@ -27,7 +27,7 @@ from torch.profiler import ProfilerActivity, profile, record_function  # noqa: E
 
 from eval.speed.step import heading, parser  # noqa: E402
 from eval.speed.step_cases import learning  # noqa: E402
-from eval.speed.step_world import World  # noqa: E402
+from eval.speed.step_setup import Setup  # noqa: E402
 from llmkd.batch import Batch  # noqa: E402
 from llmkd.data.batch_source import BatchSource  # noqa: E402
 from llmkd.data.batching import TokenBudget  # noqa: E402
@@ -51,36 +51,36 @@ def main() -> None:
     if options.float8 or options.peers:
         raise SystemExit("--float8, --peers: found one of them, which step.py measures; leave it out")
     options.steps += WARM_UP
-    world = World(options, start())
+    setup = Setup(options, start())
     if options.compile:
-        world.compile()
-    text = "\n".join([*heading(world, "profile_step"), *profiled(world, options)])
+        setup.compile()
+    text = "\n".join([*heading(setup, "profile_step"), *profiled(setup, options)])
     print(text)
     if options.out:
         options.out.write_text(text + "\n")
 
 
-def profiled(world: World, options: argparse.Namespace) -> list[str]:
+def profiled(setup: Setup, options: argparse.Namespace) -> list[str]:
     state, teacher = (
-        learning(world, 0.0 if options.alone else 0.5, world.student),
-        None if options.alone else named(TEACHER, LiveTeacher(world.teacher)),
+        learning(setup, 0.0 if options.alone else 0.5, setup.student),
+        None if options.alone else named(TEACHER, LiveTeacher(setup.teacher)),
     )
-    source, steps = Waited(world.source(TokenBudget(options.tokens, packing=options.packed))), 0
-    kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if world.device.type == "cuda" else [])]
+    source, steps = Waited(setup.source(TokenBudget(options.tokens, packing=options.packed))), 0
+    kinds = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if setup.device.type == "cuda" else [])]
     profiler = profile(activities=kinds)
-    with parts_named(world):
-        for progress in loop.train(source, [state], teacher, world.accelerator):
+    with parts_named(setup):
+        for progress in loop.train(source, [state], teacher, setup.accelerator):
             if progress.step == WARM_UP:
                 profiler.start()
             steps = progress.step - WARM_UP
-        if world.device.type == "cuda":
+        if setup.device.type == "cuda":
             torch.cuda.synchronize()
         profiler.stop()
     with tempfile.TemporaryDirectory() as folder:
         path = options.trace or Path(folder) / "trace.json"
         profiler.export_chrome_trace(str(path))
         trace = Trace(json.loads(path.read_text())["traceEvents"])
-    device = world.device.type == "cuda"
+    device = setup.device.type == "cuda"
     return [*by_part(trace, steps, device), "", *by_operator(profiler, steps, device), "", *(on_device(trace, steps) if device else [])]
 
 
@@ -110,13 +110,13 @@ class Waited:
 
 
 @contextlib.contextmanager
-def parts_named(world: World):
+def parts_named(setup: Setup):
     """While this is open, the calls of a step say which part they are."""
     calls = [
         (Batch, "to", COPY),
-        (world.student, "hidden", STUDENT),
+        (setup.student, "hidden", STUDENT),
         (distiller, "fused_loss", HEADS),
-        (world.accelerator, "backward", BACKWARD),
+        (setup.accelerator, "backward", BACKWARD),
         (loop, "unscale_and_norm_", OPTIMIZER),
         (loop, "optimizer_step", OPTIMIZER),
         (loop.StepResult, "__init__", TERMS),

@@ -35,14 +35,14 @@ for name in ("TQDM_DISABLE", "TRL_EXPERIMENTAL_SILENCE", "HF_HUB_OFFLINE"):
 import torch  # noqa: E402
 import transformers  # noqa: E402
 
-from eval.speed.step_cases import Case, Round, cases  # noqa: E402
-from eval.speed.step_world import World  # noqa: E402
+from eval.speed.step_cases import Case, Measurement, cases  # noqa: E402
+from eval.speed.step_setup import Setup  # noqa: E402
 from llmkd.training.launch import start  # noqa: E402
 
-#: How far the means of CE and KL may be from the truth, relative to it.
+#: How far the means of CE and KL may be from the reference, relative to it.
 TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 3e-3}
 HEADER = ("teacher", "row", "tokens/s (slowest to fastest step)", "of the first of llmkd", "of the products alone", "targets/s")
-HEADER += ("passes a step", "padding", "peak GB", "distance to the truth", "")
+HEADER += ("passes a step", "padding", "peak GB", "distance to the reference", "")
 
 
 def parser(description: str | None = __doc__) -> argparse.ArgumentParser:
@@ -68,58 +68,58 @@ def main() -> None:
     if options.peers and options.batch % 4:
         raise SystemExit(f"--batch: found {options.batch}, expected a multiple of 4, in which peers take examples")
     warnings.simplefilter("ignore")
-    world = World(options, start())
-    known = cases(world)
+    setup = Setup(options, start())
+    known = cases(setup)
     if options.peers:
         sys.path.append(options.peers)  # after PEFT has looked for torchao, of which it bears newer versions only
         from eval.speed.step_peers import peers
 
-        known = sorted([*known, *peers(world)], key=lambda case: not case.teacher)
+        known = sorted([*known, *peers(setup)], key=lambda case: not case.teacher)
     text = ""
-    for rounds, unable in measured(world, known):  # what is there after each round, should the next be cut off
-        text = "\n".join(report(world, rounds, unable))
+    for measurements, unable in measured(setup, known):  # what is there after each round, should the next be cut off
+        text = "\n".join(report(setup, measurements, unable))
         if options.out:
             options.out.write_text(text + "\n")
     print(text)
 
 
-def measured(world: World, known: list[Case]) -> Iterator[tuple[dict[Case, list[Round]], list[str]]]:
+def measured(setup: Setup, known: list[Case]) -> Iterator[tuple[dict[Case, list[Measurement]], list[str]]]:
     """Rounds of each case so far, in turns; and a line about each that fails. llmkd's may run out of memory, and may not fail otherwise."""
-    rounds, unable = {case: [] for case in known}, []
-    for _ in range(world.options.repeats):
-        for case in list(rounds):
+    measurements, unable = {case: [] for case in known}, []
+    for _ in range(setup.options.repeats):
+        for case in list(measurements):
             try:
-                rounds[case].append(case.run(world))
+                measurements[case].append(case.run(setup))
             except Exception as error:
-                if (case.floor or case.name.startswith("llmkd")) and not isinstance(error, torch.OutOfMemoryError):
+                if (case.lower_bound or case.name.startswith("llmkd")) and not isinstance(error, torch.OutOfMemoryError):
                     raise
                 unable.append(f"Not measured: {case.name} ({type(error).__name__}: {str(error).splitlines()[0][:200]}).  ")
-                del rounds[case]
-        yield rounds, unable
+                del measurements[case]
+        yield measurements, unable
 
 
-def distances(world: World, rounds: list[Round]) -> dict[str, float]:
-    """Of CE, KL and the norm of the gradient, where a row has them, from the truth about a round's first step; the largest."""
+def distances(setup: Setup, measurements: list[Measurement]) -> dict[str, float]:
+    """Of CE, KL and the norm of the gradient, where a row has them, from the reference about a round's first step; the largest."""
     found = {}
-    for one in rounds:
-        truth = world.truth(one.first)
-        for name, value, right in (("CE", one.ce, truth.ce), ("KL", one.kl, truth.kl)):
+    for one in measurements:
+        reference = setup.reference(one.first)
+        for name, value, right in (("CE", one.ce, reference.ce), ("KL", one.kl, reference.kl)):
             if value is not None:
                 found[name] = max(found.get(name, 0.0), abs(value - right) / right if math.isfinite(value) else math.inf)
         for kd, norm in one.gradient.items():
-            off = abs(norm - truth.gradients[kd]) / truth.gradients[kd] if math.isfinite(norm) else math.inf
+            off = abs(norm - reference.gradients[kd]) / reference.gradients[kd] if math.isfinite(norm) else math.inf
             found["gradient"] = max(found.get("gradient", 0.0), off)
     return found
 
 
-def rate(rounds: list[Round], counts: str) -> list[float]:
+def rate(measurements: list[Measurement], counts: str) -> list[float]:
     """Tokens or targets a second, of every step but each round's first."""
-    return [n / s for one in rounds for n, s in zip(getattr(one, counts)[1:], one.seconds[1:], strict=True)]
+    return [n / s for one in measurements for n, s in zip(getattr(one, counts)[1:], one.seconds[1:], strict=True)]
 
 
-def report(world: World, rounds: dict[Case, list[Round]], unable: list[str]) -> list[str]:
-    tolerance, rows, bases, floors = TOLERANCE[world.dtype], [], {}, {}
-    for case, found in rounds.items():
+def report(setup: Setup, measurements: dict[Case, list[Measurement]], unable: list[str]) -> list[str]:
+    tolerance, rows, bases, lower_bounds = TOLERANCE[setup.dtype], [], {}, {}
+    for case, found in measurements.items():
         speeds = rate(found, "tokens")
         middle, last = statistics.median(speeds), found[-1]
         shown = [
@@ -132,35 +132,35 @@ def report(world: World, rounds: dict[Case, list[Round]], unable: list[str]) -> 
             f"{last.passes:.1f}",
             f"{1 - sum(last.tokens) / last.slots:.1%}",
         ]
-        if case.floor:
-            floors[case.teacher] = middle
+        if case.lower_bound:
+            lower_bounds[case.teacher] = middle
             rows.append([*shown[:4], "100%", *shown[5:], "", "", case.remark])
             continue
-        off = distances(world, found)
+        off = distances(setup, found)
         right = bool(off) and all(value <= (10 if name == "gradient" else 1) * tolerance for name, value in off.items())
         if right:
             base = bases.setdefault(case.teacher, middle)
-            shown[3:5] = [f"{middle / base:.2f} x", f"{middle / floors[case.teacher]:.0%}"]
+            shown[3:5] = [f"{middle / base:.2f} x", f"{middle / lower_bounds[case.teacher]:.0%}"]
         said = ", ".join(f"{name} {value:.0e}" for name, value in off.items())
         rows.append([*shown, f"{last.bytes / 1e9:.2f}", said if right else f"**not equal**: {said}", case.remark + last.remark])
-    return [*heading(world), *(f"| {' | '.join(row)} |" for row in [HEADER, ["---"] * len(HEADER), *rows]), "", *unable, *footing(world)]
+    return [*heading(setup), *(f"| {' | '.join(row)} |" for row in [HEADER, ["---"] * len(HEADER), *rows]), "", *unable, *footing(setup)]
 
 
-def heading(world: World, script: str = "step") -> list[str]:
-    options, device = world.options, world.device
+def heading(setup: Setup, script: str = "step") -> list[str]:
+    options, device = setup.options, setup.device
     given = ["PEERS" if word == options.peers else word for word in sys.argv[1:] if word not in ("--out", str(options.out))]
     where = f"{platform.machine()}, {torch.get_num_threads()} thread(s) of {os.cpu_count()}"
     if device.type == "cuda":
         where = torch.cuda.get_device_name(device)
     versions = [f"{name} {version}" for name in ("torchtune", "torchao", "trl") if options.peers and (version := _version(name))]
     versions = [f"torch {torch.__version__}", f"transformers {transformers.__version__}", *versions]
-    sizes = [sum(p.numel() for p in model.base_model.parameters()) / 1e6 for model in (world.teacher, world.student)]
-    weights = sum(p.nbytes for model in (world.teacher, world.student) for p in model.parameters()) / 1e9
+    sizes = [sum(p.numel() for p in model.base_model.parameters()) / 1e6 for model in (setup.teacher, setup.student)]
+    weights = sum(p.nbytes for model in (setup.teacher, setup.student) for p in model.parameters()) / 1e9
     return [
         f"`{' '.join([f'python eval/speed/{script}.py', *given])}`  ",
         f"{where}, {', '.join(versions)}, {time.strftime('%Y-%m-%d')}  ",
-        f"teacher {sizes[0]:,.1f} M, student {sizes[1]:,.1f} M parameters ({weights:.2f} GB); V = {world.vocab:,}; {options.batch} examples of "
-        f"{world.data.lengths.mean():.0f} tokens on average a step",
+        f"teacher {sizes[0]:,.1f} M, student {sizes[1]:,.1f} M parameters ({weights:.2f} GB); V = {setup.vocab:,}; {options.batch} examples of "
+        f"{setup.data.lengths.mean():.0f} tokens on average a step",
         "",
     ]
 
@@ -172,15 +172,15 @@ def _version(name: str) -> str | None:
         return None
 
 
-def footing(world: World) -> list[str]:
-    name = {torch.float32: "float32", torch.bfloat16: "bfloat16"}[world.dtype]
+def footing(setup: Setup) -> list[str]:
+    name = {torch.float32: "float32", torch.bfloat16: "bfloat16"}[setup.dtype]
     return [
         "Medians over all steps but each round's first. Peak: beside the weights, of the last round. The last column but one: how far the means of "
-        f"the first step's CE and KL are from those of plain transformers' whole logits, relative to them; {TOLERANCE[world.dtype]:.0e} is let "
+        f"the first step's CE and KL are from those of plain transformers' whole logits, relative to them; {TOLERANCE[setup.dtype]:.0e} is let "
         f"pass in {name}. The products alone are those of the linear layers of both bodies (frozen weights have no gradient) and of the heads at "
         "the targets, without attention's own. Of llmkd's rows the norm of the first step's gradient is compared too, of peers' it is not. Peers take "
         "examples as they come; llmkd sorts those of a step by length, so that it pads less."
-        + ("" if world.dtype == torch.float32 else " Small shapes of the same family in float32, on a CPU, hold peers' weights to 1e-05."),
+        + ("" if setup.dtype == torch.float32 else " Small shapes of the same family in float32, on a CPU, hold peers' weights to 1e-05."),
     ]
 
 

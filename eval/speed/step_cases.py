@@ -27,11 +27,11 @@ from llmkd.training.distiller import Distiller
 from llmkd.training.loop import StudentState, train
 from llmkd.training.memory import memory_gauge
 
-from .step_world import World
+from .step_setup import Setup
 
 
 @dataclass
-class Round:
+class Measurement:
     """What some steps took; the first is there to warm up."""
 
     seconds: list[float]
@@ -54,10 +54,10 @@ class Round:
 @dataclass(frozen=True)
 class Case:
     name: str
-    run: Callable[[World], Round]
+    run: Callable[[Setup], Measurement]
     teacher: bool = True
     remark: str = ""
-    floor: bool = False
+    lower_bound: bool = False
 
 
 class Clock:
@@ -82,96 +82,98 @@ class Clock:
         return [b - a for a, b in zip(self.marks, self.marks[1:], strict=False)]
 
 
-def cases(world: World) -> list[Case]:
-    tokens = world.options.tokens
+def cases(setup: Setup) -> list[Case]:
+    tokens = setup.options.tokens
     settings = [
         ("micro_batch_size 4", {"size": 4}),
         (f"micro_batch_tokens {tokens}", {"size": TokenBudget(tokens)}),
         ("the same, packed", {"size": TokenBudget(tokens, packing=True)}),
     ]  # what a setting may be: the arguments of `ours`
-    if world.options.compile:
+    if setup.options.compile:
         settings.append(("the same, packed and compiled", {"size": TokenBudget(tokens, packing=True), "compiled": True}))
     found = []
     for teacher in (True, False):
-        found.append(Case("the matrix products alone", partial(products, teacher=teacher), teacher, floor=True))
+        found.append(Case("the matrix products alone", partial(products, teacher=teacher), teacher, lower_bound=True))
         found += [Case(f"llmkd, {name}", partial(ours, kd=0.5 if teacher else 0.0, **how), teacher) for name, how in settings]
     name, how = settings[-1]
     remark = "its hidden states made before, and kept in memory; the products are of a live one"
     found.append(Case(f"llmkd, {name}, hidden states known", partial(ours, kd=0.5, teacher=known, **how), remark=remark))
     remark = "every token counts for each, and the products are of one"
     found.append(
-        Case("llmkd, the same, packed, four students", partial(ours, kd=0.5, students=World.four, **settings[2][1]), remark=remark)
+        Case("llmkd, the same, packed, four students", partial(ours, kd=0.5, students=Setup.four, **settings[2][1]), remark=remark)
     )
-    if world.options.float8:
+    if setup.options.float8:
         remark = "its KL and gradient are others, and are not compared"
         found.append(Case(f"llmkd, {name}, teacher in fp8", partial(ours, kd=0.5, teacher=in_float8, **how), remark=remark))
     return sorted(found, key=lambda case: not case.teacher)
 
 
-def learning(world: World, kd: float, student: LanguageModel) -> StudentState:
-    parameters = world.fresh_adapter(student)
-    distiller = world.accelerator.prepare_model(Distiller(student, Objective(kd, 1.0, make_divergence("forward_kl"))))
+def learning(setup: Setup, kd: float, student: LanguageModel) -> StudentState:
+    parameters = setup.fresh_adapter(student)
+    distiller = setup.accelerator.prepare_model(Distiller(student, Objective(kd, 1.0, make_divergence("forward_kl"))))
     return StudentState(distiller, optimizers.build(Optim(), parameters), parameters, lambda step: 2e-4, 1.0)
 
 
 class Known(LiveTeacher):
     """A teacher whose hidden states at every target are in memory already, as `teacher.cache.kind: hidden` has them on a disk."""
 
-    def __init__(self, world: World):
-        super().__init__(world.teacher)
+    def __init__(self, setup: Setup):
+        super().__init__(setup.teacher)
         self.found = {}
-        for example in range(len(world.data)):
-            batch = collate(world.data, [example], pad=0).to(world.device)
+        for example in range(len(setup.data)):
+            batch = collate(setup.data, [example], pad=0).to(setup.device)
             hidden_nH = super().__call__(batch).hidden_NH.cpu()
-            self.found[world.data.content_hash(example)] = hidden_nH.pin_memory() if world.device.type == "cuda" else hidden_nH
+            self.found[setup.data.content_hash(example)] = hidden_nH.pin_memory() if setup.device.type == "cuda" else hidden_nH
 
     def __call__(self, batch: Batch) -> Dense:
         hidden_NH = torch.cat([self.found[example.content_hash] for example in batch.examples])
         return Dense(hidden_NH.to(batch.labels_N.device, non_blocking=True), self.model.head)
 
 
-def live(world: World) -> Teacher:
-    return LiveTeacher(world.teacher)
+def live(setup: Setup) -> Teacher:
+    return LiveTeacher(setup.teacher)
 
 
-def in_float8(world: World) -> Teacher:
-    return LiveTeacher(world.float8_teacher)
+def in_float8(setup: Setup) -> Teacher:
+    return LiveTeacher(setup.float8_teacher)
 
 
 @functools.cache
-def known(world: World) -> Teacher:
-    return Known(world)
+def known(setup: Setup) -> Teacher:
+    return Known(setup)
 
 
 def ours(
-    world: World,
+    setup: Setup,
     size: int | TokenBudget,
     kd: float,
     compiled: bool = False,
-    teacher: Callable[[World], Teacher] = live,
-    students: Callable[[World], list[LanguageModel]] = lambda world: [world.student],
-) -> Round:
+    teacher: Callable[[Setup], Teacher] = live,
+    students: Callable[[Setup], list[LanguageModel]] = lambda setup: [setup.student],
+) -> Measurement:
     """By the loop that a run is, with prefetch as there."""
     if compiled:
-        world.compile()
+        setup.compile()
     with contextlib.nullcontext() if compiled else torch.compiler.set_stance("force_eager"):
-        return _ours(world, size, kd, teacher(world) if kd else None, students(world), teacher is not in_float8)
+        return _ours(setup, size, kd, teacher(setup) if kd else None, students(setup), teacher is not in_float8)
 
 
-def _ours(world: World, size: int | TokenBudget, kd: float, teacher: Teacher | None, students: list[LanguageModel], true: bool) -> Round:
-    """`true`: the teacher is the one that the truth is of."""
-    states = [learning(world, kd, student) for student in students]
-    source = world.source(size)
-    clock, targets, first, norm = Clock(world.device), [], {}, 0.0
-    for progress in train(source, states, teacher, world.accelerator):
+def _ours(
+    setup: Setup, size: int | TokenBudget, kd: float, teacher: Teacher | None, students: list[LanguageModel], true: bool
+) -> Measurement:
+    """`true`: the teacher is the one that the reference is of."""
+    states = [learning(setup, kd, student) for student in students]
+    source = setup.source(size)
+    clock, targets, first, norm = Clock(setup.device), [], {}, 0.0
+    for progress in train(source, states, teacher, setup.accelerator):
         clock.mark()
         first, norm = first or progress.terms[0], norm or progress.grad_norms[0]
         targets.append(progress.num_targets)
     steps, built = zip(*source.steps(), strict=True)
     batches = [micro for micro_batches in built for micro in micro_batches]
-    return Round(
+    return Measurement(
         clock.seconds,
-        [len(states) * world.tokens(step.examples) for step in steps],
+        [len(states) * setup.tokens(step.examples) for step in steps],
         [len(states) * n for n in targets],
         len(batches) / len(steps),
         len(states) * sum(batch.student.inputs["input_ids"].numel() for batch in batches),
@@ -184,19 +186,19 @@ def _ours(world: World, size: int | TokenBudget, kd: float, teacher: Teacher | N
 
 
 @torch.no_grad()
-def products(world: World, teacher: bool) -> Round:
+def products(setup: Setup, teacher: bool) -> Measurement:
     """A step's linear layers: the teacher forward; the student forward and back, with its adapter's gradients and none of frozen weights;
     both heads at the targets, and the student's back. Micro-batches as full as the budget lets them be, without padding."""
-    tokens, targets = (round(x) for x in world.window)
-    pieces = math.ceil(tokens / world.options.tokens)
-    each, buffers = math.ceil(tokens / pieces), Buffers(world)
-    teacher_weights = [m.weight for m in decoder_of(world.teacher.base_model).modules() if isinstance(m, nn.Linear)] if teacher else []
+    tokens, targets = (round(x) for x in setup.window)
+    pieces = math.ceil(tokens / setup.options.tokens)
+    each, buffers = math.ceil(tokens / pieces), Buffers(setup)
+    teacher_weights = [m.weight for m in decoder_of(setup.teacher.base_model).modules() if isinstance(m, nn.Linear)] if teacher else []
     layers = [
-        (m.base_layer.weight, *(getattr(m, f"lora_{x}")["default"].weight.to(world.dtype) for x in "AB"), _feeds_back(name))
-        for name, m in decoder_of(world.student.base_model).named_modules()
+        (m.base_layer.weight, *(getattr(m, f"lora_{x}")["default"].weight.to(setup.dtype) for x in "AB"), _feeds_back(name))
+        for name, m in decoder_of(setup.student.base_model).named_modules()
         if hasattr(m, "lora_A")
     ]
-    heads = [model.head.project.weight for model in ([world.student, world.teacher] if teacher else [world.student])]
+    heads = [model.head.project.weight for model in ([setup.student, setup.teacher] if teacher else [setup.student])]
 
     def step() -> None:
         for _ in range(pieces):
@@ -214,19 +216,19 @@ def products(world: World, teacher: bool) -> Round:
                 if feeds:
                     buffers.mm(each, "y", W, "x")
                     buffers.mm(each, "low", A, "x")
-        chunk = default_chunk(world.vocab, world.device.type)
+        chunk = default_chunk(setup.vocab, setup.device.type)
         for start in range(0, targets, chunk):
             n = min(chunk, targets - start)
             for W in heads:
                 buffers.mm(n, "h", W.T, "logits", wide=True)
             buffers.mm(n, "g", heads[0], "h")
 
-    clock = Clock(world.device)
-    for _ in range(world.options.steps + 1):
+    clock = Clock(setup.device)
+    for _ in range(setup.options.steps + 1):
         step()
         clock.mark()
     count = len(clock.seconds)
-    return Round(clock.seconds, [tokens] * count, [targets] * count, pieces, tokens * count)
+    return Measurement(clock.seconds, [tokens] * count, [targets] * count, pieces, tokens * count)
 
 
 def _feeds_back(name: str) -> bool:
@@ -237,16 +239,16 @@ def _feeds_back(name: str) -> bool:
 class Buffers:
     """Tensors by role and width, made once."""
 
-    def __init__(self, world: World):
-        self.world, self.held = world, {}
+    def __init__(self, setup: Setup):
+        self.setup, self.held = setup, {}
 
     def __call__(self, role: str, rows: int, width: int, dtype=None) -> Tensor:
         key = role, width, dtype
         if key not in self.held or len(self.held[key]) < rows:
-            self.held[key] = torch.ones(rows, width, dtype=dtype or self.world.dtype, device=self.world.device)
+            self.held[key] = torch.ones(rows, width, dtype=dtype or self.setup.dtype, device=self.setup.device)
         return self.held[key][:rows]
 
     def mm(self, rows: int, left: str, right: Tensor, into: str, wide: bool = False) -> None:
-        wide = wide and self.world.device.type == "cuda"
+        wide = wide and self.setup.device.type == "cuda"
         out = self(into, rows, right.shape[1], torch.float32 if wide else None)
         torch.mm(self(left, rows, right.shape[0]), right, **({"out_dtype": torch.float32} if wide else {}), out=out)

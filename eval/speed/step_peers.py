@@ -5,16 +5,16 @@ row of TRL's chunked loss is a loop of ours, after its DistillationTrainer, whic
 """
 
 from .step_cases import Case
+from .step_setup import Setup
 from .step_torchtune import Torchtune
 from .step_trl import chunked, gkd
-from .step_world import World
 
 
-def peers(world: World) -> list[Case]:
+def peers(setup: Setup) -> list[Case]:
     torchtune = "its recipe's own train(); adapters on all linear layers; divides its gradient by the targets twice"
     return [
         Case("torchtune, batches of 4", Torchtune(packed=False), remark=torchtune),
-        Case(f"torchtune, packed rows of {world.options.tokens // 4}, compiled", Torchtune(packed=True), remark=torchtune),
+        Case(f"torchtune, packed rows of {setup.options.tokens // 4}, compiled", Torchtune(packed=True), remark=torchtune),
         Case("TRL GKDTrainer, lmbda 0, batches of 4", gkd, remark="no CE; gradient checkpointing off, where its default is on"),
         Case("TRL's chunked divergence, batches of 4", chunked, remark="no CE; in a plain loop, on transformers' bodies"),
     ]

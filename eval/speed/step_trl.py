@@ -8,9 +8,9 @@ from torch import nn
 
 from llmkd.models.families import decoder_of
 
-from .step_cases import Clock, Round
+from .step_cases import Clock, Measurement
 from .step_examples import MICRO, counted, padded
-from .step_world import IGNORE, World
+from .step_setup import IGNORE, Setup
 
 
 def plain_copy(model: nn.Module) -> nn.Module:
@@ -18,7 +18,7 @@ def plain_copy(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(p): p for p in model.parameters()})
 
 
-def gkd(world: World) -> Round:
+def gkd(setup: Setup) -> Measurement:
     """TRL's trainer on top of transformers', with its own loss; nothing of it is generated."""
     import datasets
     from transformers import PrinterCallback, TrainerCallback
@@ -27,7 +27,7 @@ def gkd(world: World) -> Round:
 
     class Marking(TrainerCallback):
         def on_train_begin(self, *_, **__):
-            self.clock = Clock(world.device)
+            self.clock = Clock(setup.device)
 
         def on_step_end(self, *_, **__):
             self.clock.mark()
@@ -38,9 +38,9 @@ def gkd(world: World) -> Round:
             told.append(loss.detach())
             return loss
 
-    steps, rows, slots = padded(world)
-    world.fresh_adapter()
-    told, marking, passes = [], Marking(), world.options.batch // MICRO
+    steps, rows, slots = padded(setup)
+    setup.fresh_adapter()
+    told, marking, passes = [], Marking(), setup.options.batch // MICRO
     with tempfile.TemporaryDirectory() as folder:
         config = GKDConfig(
             folder,
@@ -52,8 +52,8 @@ def gkd(world: World) -> Round:
             learning_rate=2e-4,
             train_sampling_strategy="sequential",
             gradient_checkpointing=False,
-            use_cpu=world.device.type == "cpu",
-            bf16=world.dtype == torch.bfloat16,
+            use_cpu=setup.device.type == "cpu",
+            bf16=setup.dtype == torch.bfloat16,
             logging_strategy="no",
             save_strategy="no",
             report_to=[],
@@ -61,8 +61,8 @@ def gkd(world: World) -> Round:
             max_length=None,
         )
         trainer = Trainer(
-            plain_copy(world.student.model),
-            plain_copy(world.teacher.model),
+            plain_copy(setup.student.model),
+            plain_copy(setup.teacher.model),
             config,
             data_collator=DataCollatorForLanguageModeling(0),
             train_dataset=datasets.Dataset.from_list(rows),
@@ -71,7 +71,7 @@ def gkd(world: World) -> Round:
         )
         trainer.remove_callback(PrinterCallback)
         trainer.train()
-    return counted(world, marking.clock, steps, passes, slots, kl=float(sum(told[:passes])))
+    return counted(setup, marking.clock, steps, passes, slots, kl=float(sum(told[:passes])))
 
 
 def tokenizer():
@@ -83,23 +83,23 @@ def tokenizer():
     return PreTrainedTokenizerFast(tokenizer_object=plain, pad_token="<pad>", eos_token="<eos>")
 
 
-def chunked(world: World) -> Round:
+def chunked(setup: Setup) -> Measurement:
     """A step as TRL's DistillationTrainer takes it, on given text: bodies on padded batches, its chunked loss, clipping, AdamW."""
     from trl.trainer.distillation_trainer import _chunked_divergence_loss
     from trl.trainer.sft_trainer import DataCollatorForLanguageModeling
 
-    steps, rows, slots = padded(world)
-    parameters = list(world.fresh_adapter().values())
+    steps, rows, slots = padded(setup)
+    parameters = list(setup.fresh_adapter().values())
     optimizer = torch.optim.AdamW(parameters, 2e-4, weight_decay=0.0, fused=True)
-    collator, batch, passes = DataCollatorForLanguageModeling(0), world.options.batch, world.options.batch // MICRO
-    student, teacher = decoder_of(world.student.base_model), decoder_of(world.teacher.base_model)
-    weights = [model.base_model.get_output_embeddings().weight for model in (world.student, world.teacher)]
-    clock, told = Clock(world.device), []
+    collator, batch, passes = DataCollatorForLanguageModeling(0), setup.options.batch, setup.options.batch // MICRO
+    student, teacher = decoder_of(setup.student.base_model), decoder_of(setup.teacher.base_model)
+    weights = [model.base_model.get_output_embeddings().weight for model in (setup.student, setup.teacher)]
+    clock, told = Clock(setup.device), []
     for k in range(len(steps)):
         micro = [collator(rows[a : a + MICRO]) for a in range(k * batch, (k + 1) * batch, MICRO)]
         count = sum(int((one["labels"][:, 1:] != IGNORE).sum()) for one in micro)
         for one in micro:
-            one = {name: value.to(world.device) for name, value in one.items()}
+            one = {name: value.to(setup.device) for name, value in one.items()}
             inputs = {"input_ids": one["input_ids"], "attention_mask": one["attention_mask"], "use_cache": False}
             hidden_BTH = student(**inputs)[0][:, :-1]
             with torch.no_grad():
@@ -111,4 +111,4 @@ def chunked(world: World) -> Round:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         clock.mark()
-    return counted(world, clock, steps, passes, slots, kl=float(sum(told[:passes])))
+    return counted(setup, clock, steps, passes, slots, kl=float(sum(told[:passes])))

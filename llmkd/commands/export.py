@@ -20,7 +20,7 @@ def export(run: Path, to: Path | None = None, checkpoint: str | None = None) -> 
     """Write `RUN/merged` (or `to`). `run` may be a run's folder, or an adapter's; `checkpoint` is a step's number, or best."""
     from ..models.merge import from_checkpoint, merge, verify_saved
     from ..models.saved_student import student_folder
-    from ..output.model_card import merged as merged_card
+    from ..output.model_card import merged_card
 
     if not run.is_dir():
         raise UserError(f"{run}: no such folder; name a run's output_dir or an adapter")

@@ -18,8 +18,7 @@ from ..console import count, info
 from ..errors import Stopped, UserError, attribute_to_student, is_out_of_memory
 from ..files import is_leftover
 from ..model_files import ModelFiles, read_json
-from ..output import hub_upload as hub
-from ..output import trackers
+from ..output import hub_upload, trackers
 from ..output.run_folder import RunFolder
 from ..teachers.resolve import check_sampled_caches
 from ..training.launch import start
@@ -128,7 +127,7 @@ class SweepRecipes:
         """Every arm's recipe, checked. Called again after the stages, since an arm may start from their results."""
         out, problems = {}, []
         for stage in self.stages().values():
-            hub.check(stage.push_to_hub)
+            hub_upload.check(stage.push_to_hub)
             trackers.check(stage.report_to)
         for name, spec in self.specs.items():
             try:

@@ -12,7 +12,7 @@ from ..files import read_jsonl, write_atomic
 from .trackers import Trackers
 
 
-class Record:
+class MetricsLog:
     """One student's metrics: a JSON object a line in `metrics.jsonl`, and the same to the recipe's trackers.
 
     A resumed run writes on from its checkpoint: what was recorded after it is dropped.

@@ -30,7 +30,7 @@ METRICS = {
 }
 
 #: Metrics that need a teacher.
-OF_TEACHER = ("forward_kl", "reverse_kl", "top1_agreement", "teacher_ce", "teacher_entropy")
+TEACHER_METRICS = ("forward_kl", "reverse_kl", "top1_agreement", "teacher_ce", "teacher_entropy")
 
 #: What `pretrained.load_pretrained` does too.
 REPACKING = (
@@ -41,7 +41,7 @@ REPACKING = (
 
 
 @dataclass(frozen=True)
-class Used:
+class DataSource:
     """A source of data, and what was found when it was read: path, name, split, resolved revision, rows."""
 
     source: Source
@@ -65,10 +65,10 @@ class Used:
         dropped = rows - self.found.get("used", rows) if rows else 0
         drawn = f", drawn by seed {s.seed}" if s.seed is not None else ", the first"
         parts = [
-            code(s.path),
-            f"configuration {code(s.name)}" if s.name else "",
-            f"split {code(s.split)}" if self.hub or s.path.startswith("builtin:") else "",
-            f"revision {code(self.revision)}" if self.revision else "the default branch's head" if self.hub else "",
+            code_span(s.path),
+            f"configuration {code_span(s.name)}" if s.name else "",
+            f"split {code_span(s.split)}" if self.hub or s.path.startswith("builtin:") else "",
+            f"revision {code_span(self.revision)}" if self.revision else "the default branch's head" if self.hub else "",
             f"format {s.format}",
             f"{rows:,} rows" if rows else "",
             f"{dropped:,} of them dropped (too long, or without an answer)" if dropped else "",
@@ -78,24 +78,24 @@ class Used:
         return ", ".join(part for part in parts if part)
 
 
-def card(
+def model_card(
     recipe: Recipe, summary: dict, student: ModelFiles | None, teachers: tuple[TeacherSource, ...], origins: dict[str, list[dict]]
 ) -> str:
     """The card's Markdown. `student` is None for new weights; `teachers` and `origins` are `Prepared`'s."""
-    data = used(recipe, origins)
+    data = sources_by_purpose(recipe, origins)
     if not distils(recipe):
-        summary = without_teacher(summary)
-    metadata = yaml.safe_dump(metadata_of(recipe, summary, student, teachers, data), sort_keys=False, allow_unicode=True, width=140)
+        summary = drop_teacher_metrics(summary)
+    metadata = yaml.safe_dump(hub_metadata(recipe, summary, student, teachers, data), sort_keys=False, allow_unicode=True, width=140)
     packages = ["torch", "transformers", "peft", "accelerate", "datasets"]
     if recipe.student.quantization or any(one.settings.loaded_in for one in teachers) or recipe.optim.name != "adamw":
         packages.append("bitsandbytes")
     return "\n".join(
         [
             f"---\n{metadata}---\n",
-            f"# {escaped(title(recipe))}\n",
-            *what_it_is(recipe, student, teachers),
+            f"# {escape_markdown(title(recipe))}\n",
+            *introduction(recipe, student, teachers),
             "\n## Use\n",
-            block(snippet(recipe, student), "python"),
+            code_block(usage_snippet(recipe, student), "python"),
             "\n## Data\n",
             *(f"- {what}: {one}" for what, group in data.items() for one in group),
             *([f"- {recipe.data.validation_fraction:.2%} of the training rows were held out."] if recipe.data.validation_fraction else []),
@@ -103,18 +103,20 @@ def card(
             *metrics_table(summary),
             "\n## Recipe\n",
             f"llmkd {__version__}, Python {platform.python_version()}, {', '.join(f'{name} {version(name)}' for name in packages)}.\n",
-            block(dump(recipe), "yaml"),
+            code_block(dump(recipe), "yaml"),
             "",
         ]
     )
 
 
-def without_teacher(summary: dict) -> dict:
+def drop_teacher_metrics(summary: dict) -> dict:
     """Without the metrics that need a teacher. A sweep measures them also of students that did not learn from one."""
-    return summary | {part: {k: v for k, v in summary.get(part, {}).items() if k not in OF_TEACHER} for part in ("before", "validation")}
+    return summary | {
+        part: {k: v for k, v in summary.get(part, {}).items() if k not in TEACHER_METRICS} for part in ("before", "validation")
+    }
 
 
-def merged(text: str, folder: Path, drift: dict | None) -> str:
+def merged_card(text: str, folder: Path, drift: dict | None) -> str:
     """The adapter's card made that of the plain model which its merging gave. `drift` is what `export.drift` measured."""
     _, front_matter, body = text.split("---\n", 2)
     metadata = yaml.safe_load(front_matter)
@@ -130,30 +132,30 @@ def merged(text: str, folder: Path, drift: dict | None) -> str:
         )
     head, _, rest = body.partition("\n## Use\n")
     fence = re.search(r"^(`{3,})python\n.*?^\1$", rest, re.DOTALL | re.MULTILINE)
-    rest = rest[: fence.start()] + block(plain_snippet(repr(str(folder))), "python") + rest[fence.end() :]
+    rest = rest[: fence.start()] + code_block(full_model_snippet(repr(str(folder))), "python") + rest[fence.end() :]
     metadata = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True, width=140)
     return f"---\n{metadata}---\n{head}\n" + "\n".join(notes) + f"\n## Use\n{rest}"
 
 
-def used(recipe: Recipe, origins: dict[str, list[dict]]) -> dict[str, list[Used]]:
+def sources_by_purpose(recipe: Recipe, origins: dict[str, list[dict]]) -> dict[str, list[DataSource]]:
     """The sources of the data by what they were for."""
     out = {}
     for what, name in (("trained on", "train"), ("held out", "validation"), ("questions", "choices")):
         given = as_tuple(getattr(recipe.data, name))
         found = origins.get(f"data.{name}") or [{}] * len(given)
-        out[what] = [Used(source, origin) for source, origin in zip(given, found, strict=True)]
+        out[what] = [DataSource(source, origin) for source, origin in zip(given, found, strict=True)]
     return out
 
 
-def metadata_of(
-    recipe: Recipe, summary: dict, student: ModelFiles | None, teachers: tuple[TeacherSource, ...], data: dict[str, list[Used]]
+def hub_metadata(
+    recipe: Recipe, summary: dict, student: ModelFiles | None, teachers: tuple[TeacherSource, ...], data: dict[str, list[DataSource]]
 ) -> dict:
     """What the hub reads. Names of local folders and files are left out: they mean nothing there."""
     base = student and hub_origin(student.base)
     lora, train = recipe.student.method == "lora", [one.source.path for one in data["trained on"] if one.hub]
     results = [
-        {"task": {"type": "text-generation"}, "dataset": dataset_of(where), "metrics": metrics}
-        for where, metrics in measured(summary, data)
+        {"task": {"type": "text-generation"}, "dataset": dataset_metadata(where), "metrics": metrics}
+        for where, metrics in eval_results(summary, data)
         if metrics
     ]
     return {
@@ -167,7 +169,7 @@ def metadata_of(
     }
 
 
-def measured(summary: dict, data: dict[str, list[Used]]) -> list[tuple[list[Used], list[dict]]]:
+def eval_results(summary: dict, data: dict[str, list[DataSource]]) -> list[tuple[list[DataSource], list[dict]]]:
     """(the rows measured on, the metrics in the hub's form): of the held-out rows, and of the questions."""
     found = {
         name: {"type": type_, "value": round(summary["validation"][name], 6), "name": text}
@@ -178,7 +180,7 @@ def measured(summary: dict, data: dict[str, list[Used]]) -> list[tuple[list[Used
     return [(data["held out"] or data["trained on"], list(found.values())), (data["questions"], questions)]
 
 
-def dataset_of(rows: list[Used]) -> dict:
+def dataset_metadata(rows: list[DataSource]) -> dict:
     """A data set as a result's metadata names it: type is an id of the hub, or custom."""
     hub = rows[0] if len(rows) == 1 and rows[0].hub else None
     name = ", ".join(one_line(one.source.path if one.hub else Path(one.source.path).name) for one in rows)
@@ -186,7 +188,7 @@ def dataset_of(rows: list[Used]) -> dict:
     return {"type": hub.source.path if hub else "custom", "name": f"{name} (held out)", **{k: v for k, v in details.items() if v}}
 
 
-def what_it_is(recipe: Recipe, student: ModelFiles | None, teachers: tuple[TeacherSource, ...]) -> list[str]:
+def introduction(recipe: Recipe, student: ModelFiles | None, teachers: tuple[TeacherSource, ...]) -> list[str]:
     """A sentence each on the student, its base and licence, and the teacher."""
     loss, quantization = recipe.loss, recipe.student.quantization
     kind = "A LoRA adapter" if recipe.student.method == "lora" else "A model"
@@ -197,56 +199,56 @@ def what_it_is(recipe: Recipe, student: ModelFiles | None, teachers: tuple[Teach
     terms = licence(student.base)
     name = terms.get("license_name", terms.get("license"))
     lines.append(
-        f"- Base: {where(student.base)}" + (f", held in {quantization.type} by bitsandbytes while it trained" if quantization else "")
+        f"- Base: {model_name(student.base)}" + (f", held in {quantization.type} by bitsandbytes while it trained" if quantization else "")
     )
     if student.adapter:
-        lines.append(f"- Went on from the adapter {where(student.adapter)}")
+        lines.append(f"- Went on from the adapter {model_name(student.adapter)}")
     lines.append(
-        f"- Licence of the base, as its card says: {code(name)}"
-        + (f" ({code(terms['license_link'])})" if "license_link" in terms else "")
+        f"- Licence of the base, as its card says: {code_span(name)}"
+        + (f" ({code_span(terms['license_link'])})" if "license_link" in terms else "")
         + ". The data have terms of their own."
         if name
         else "- The licence of the base is not known: no model card lay beside it."
     )
-    lines += [f"- Teacher: {in_one_line(teacher)}" for teacher in teachers]
+    lines += [f"- Teacher: {describe_teacher(teacher)}" for teacher in teachers]
     if len(teachers) > 1:
         how = " times the probability that each gives the target" if recipe.mixture.weights == "confidence" else ""
         lines.append(f"- The teachers are combined by their {recipe.mixture.combine.replace('_', '-')}, with their weights{how}")
     return lines
 
 
-def in_one_line(teacher: TeacherSource) -> str:
+def describe_teacher(teacher: TeacherSource) -> str:
     """A teacher in one line of Markdown: its model, how it was held or kept, its share."""
     one, files, parts = teacher.settings, teacher.files, []
     if files:
-        parts.append((f"the adapter {where(files.adapter)} on " if files.adapter else "") + where(files.base))
+        parts.append((f"the adapter {model_name(files.adapter)} on " if files.adapter else "") + model_name(files.base))
     if one.merge_adapter:
         parts.append("merged")
     if one.quantization:
         parts.append(f"held in {one.quantization.type}")
     if teacher.cache:
-        parts.append(f"its answers read from {code(one.cache.path)} ({teacher.cache.header['kind']['name']})")
+        parts.append(f"its answers read from {code_span(one.cache.path)} ({teacher.cache.header['kind']['name']})")
     return ", ".join(parts + ([f"weight {one.weight:g}"] if one.weight != 1 else []))
 
 
-def where(folder: Path) -> str:
+def model_name(folder: Path) -> str:
     """A model's name on the hub with its commit, or its folder."""
     origin = hub_origin(folder)
-    return f"{code(origin[0])} (revision {code(origin[1])})" if origin else code(str(folder))
+    return f"{code_span(origin[0])} (revision {code_span(origin[1])})" if origin else code_span(str(folder))
 
 
-def snippet(recipe: Recipe, student: ModelFiles | None) -> str:
+def usage_snippet(recipe: Recipe, student: ModelFiles | None) -> str:
     """Python that loads the student as it was trained."""
     lora, push = recipe.student.method == "lora", recipe.push_to_hub
     here = push.repo if push and "/" in push.repo else str(Path(recipe.output_dir, "adapter" if lora else "model"))
     top = f"{here!r}  # this folder, or its id on the hub"
     if not lora:
-        return plain_snippet(top)
+        return full_model_snippet(top)
     origin, quantization = hub_origin(student.base), recipe.student.quantization
     dtype = "auto" if recipe.student.dtype == "auto" else recipe.student.dtype
     arguments = [repr(origin[0] if origin else str(student.base))] + ([f"revision={origin[1]!r}"] if origin else []) + [f"dtype={dtype!r}"]
     if quantization:
-        arguments.append(f"quantization_config={quantized(quantization, dtype, student.config)}")
+        arguments.append(f"quantization_config={bitsandbytes_config(quantization, dtype, student.config)}")
     more = ", BitsAndBytesConfig" if quantization else ""
     return (
         "from peft import PeftModel\n"
@@ -259,7 +261,7 @@ def snippet(recipe: Recipe, student: ModelFiles | None) -> str:
     )
 
 
-def plain_snippet(here: str) -> str:
+def full_model_snippet(here: str) -> str:
     return (
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f"here = {here}\n"
@@ -268,7 +270,7 @@ def plain_snippet(here: str) -> str:
     )
 
 
-def quantized(q: Quantization, dtype: str, config: dict) -> str:
+def bitsandbytes_config(q: Quantization, dtype: str, config: dict) -> str:
     """The BitsAndBytesConfig of a setting, as Python."""
     if q.type == "int8":
         return "BitsAndBytesConfig(load_in_8bit=True)"
@@ -301,17 +303,17 @@ def one_line(text: str) -> str:
     return " ".join(text.split())
 
 
-def escaped(text: str) -> str:
+def escape_markdown(text: str) -> str:
     """Text that Markdown shows as it is."""
     return re.sub(r"([\\`*_{}\[\]<>#|&~])", r"\\\1", text)
 
 
-def code(text: str) -> str:
+def code_span(text: str) -> str:
     """A code span; its fence is longer than any run of backticks in the text."""
     text, fence = one_line(text), "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{fence} {text} {fence}" if "`" in text else f"{fence}{text}{fence}"
 
 
-def block(text: str, language: str) -> str:
+def code_block(text: str, language: str) -> str:
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return f"{fence}{language}\n{text.rstrip()}\n{fence}"

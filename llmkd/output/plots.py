@@ -5,7 +5,7 @@ from pathlib import Path
 from ..files import read_jsonl
 
 
-def plot(folder: Path) -> None:
+def plot_losses(folder: Path) -> None:
     """loss.png from metrics.jsonl: the training terms, and below them the validation metrics, where there are any."""
     import matplotlib
 

@@ -7,7 +7,7 @@ from ..console import info
 from .metrics import peak_memory
 
 
-class Display:
+class ProgressDisplay:
     """How far training is, on stderr: a bar on a terminal, a line now and then in a file. Silent on every rank but the first."""
 
     def __init__(self, total_steps: int, done: int, main: bool):

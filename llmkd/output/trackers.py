@@ -48,7 +48,7 @@ class Trackers:
 
     def _start(self, name: str, recipe: Recipe, folder: Path, done: int) -> None:
         folder.mkdir(exist_ok=True)
-        tracker = made(name, recipe.output_dir, folder, done)
+        tracker = make_tracker(name, recipe.output_dir, folder, done)
         tracker.start()
         self.running[name] = tracker
         tracker.store_init_configuration(configuration(recipe))
@@ -64,7 +64,7 @@ class Trackers:
             )
 
 
-def made(name: str, run: str, folder: Path, done: int):
+def make_tracker(name: str, run: str, folder: Path, done: int):
     """One of Accelerate's trackers. A resumed run goes on in the same curve, except in mlflow, where it is a second run of the name."""
     from accelerate import tracking
 

@@ -5,8 +5,7 @@ import contextlib
 from ..config.recipe import Recipe
 from ..console import first_process, info
 from ..errors import NonFinite, Stopped
-from ..output import hub_upload as hub
-from ..output import trackers
+from ..output import hub_upload, trackers
 from ..output.run_folder import RunFolder
 from .launch import start
 from .prepare import prepare
@@ -17,16 +16,16 @@ def run(recipe: Recipe, resume: bool = False, stop: ShutdownRequest | None = Non
     """Train, and return the run's summary. Raises UserError, NonFinite or Stopped. `stop`: the handler of signals, if one is installed already."""
     folder = RunFolder(recipe, resume)
     folder.check()
-    hub.check(recipe.push_to_hub)
+    hub_upload.check(recipe.push_to_hub)
     trackers.check(recipe.report_to)
     if resume and folder.finished:
         info(f"{folder.path} is finished; nothing to do" + (" but to upload it" if recipe.push_to_hub else ""))
-        return hub.publish(recipe, folder) if first_process() else folder.summary()
+        return hub_upload.publish(recipe, folder) if first_process() else folder.summary()
     with contextlib.nullcontext(stop) if stop else ShutdownRequest() as stop:
         (failure,) = train_together([recipe], [folder], stop)
         if failure:
             raise failure
-        return hub.publish(recipe, folder) if first_process() and recipe.push_to_hub else folder.summary()
+        return hub_upload.publish(recipe, folder) if first_process() and recipe.push_to_hub else folder.summary()
 
 
 def train_together(

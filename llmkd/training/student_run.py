@@ -10,7 +10,7 @@ from ..files import read_jsonl, remove_leftovers, write_atomic, write_folder
 from ..models import saved_student
 from ..models.language_model import LanguageModel
 from ..output import metrics, plots
-from ..output.model_card import card
+from ..output.model_card import model_card
 from ..output.run_folder import RunFolder
 from . import checkpoint
 from .loop import StudentState
@@ -27,7 +27,7 @@ class StudentRun:
 
     def open_metrics(self, done: int, info) -> None:
         if self.main:
-            self.record = metrics.Record(self.recipe, self.folder.path, done, info)
+            self.record = metrics.MetricsLog(self.recipe, self.folder.path, done, info)
 
     def restore(self, saved: checkpoint.Saved) -> None:
         checkpoint.load(saved, self.state.parameters, self.state.optimizer)
@@ -88,7 +88,7 @@ class StudentRun:
         }
         (self.folder.path / "nonfinite.json").unlink(missing_ok=True)  # of an attempt before this one
         output = self.write_student(summary)
-        plots.plot(self.folder.path)
+        plots.plot_losses(self.folder.path)
         write_atomic(self.folder.path / "summary.json", json.dumps(summary, indent=1))
         return output
 
@@ -99,6 +99,6 @@ class StudentRun:
         with write_folder(output, replace=True) as part:
             saved_student.save(self.model, part, self.recipe.student)
             save_tokenizer(self.prepared.tokenizer, part)
-            text = card(self.recipe, summary, self.prepared.student, self.prepared.teachers, self.prepared.origins)
+            text = model_card(self.recipe, summary, self.prepared.student, self.prepared.teachers, self.prepared.origins)
             (part / "README.md").write_text(text, encoding="utf-8")
         return output

@@ -16,7 +16,7 @@ from ..console import info, progress_bar, table
 from ..data.examples import Examples
 from ..errors import Stopped, UserError, attribute_to_student, on_main_process
 from ..models.language_model import LanguageModel
-from ..output.progress import Display
+from ..output.progress import ProgressDisplay
 from ..output.run_folder import RunFolder
 from ..signals import Teacher
 from ..teachers.fidelity import measured_transform, sample_examples, sample_teacher_batches
@@ -61,7 +61,7 @@ class Trainer:
                 self.students.append(StudentRun(own, own_data, folder, model, state, self.main))
         self.lock_folders()
         self.done = self.written = self.resume(folders)
-        self.display = Display(self.source.total_steps, self.done, self.main)
+        self.display = ProgressDisplay(self.source.total_steps, self.done, self.main)
         for student in self.students:
             student.open_metrics(self.done, self.display.info)
         trained, every = (sum(p.numel() for p in ps) for ps in (self.students[0].state.parameters.values(), models[0].parameters()))

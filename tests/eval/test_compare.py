@@ -12,7 +12,7 @@ import pytest
 from llmkd_eval.comparison import compare as comparison
 from llmkd_eval.comparison.compare import compare
 from llmkd_eval.comparison.compare_text import as_json, as_markdown, as_text, words
-from llmkd_eval.comparison.items import parse_arms
+from llmkd_eval.comparison.item_results import parse_arms
 
 from llmkd import cli
 from llmkd.errors import UserError
@@ -34,7 +34,7 @@ def evaluated(run: str, metrics: dict[str, list[float]], task: str = "quiz", ord
     lines = [json.dumps({"id": k, "hash": hashes[i], "metrics": {m: float(x[i]) for m, x in metrics.items()}}) for k, i in enumerate(order)]
     (folder / f"{task}.jsonl").write_text("\n".join(lines) + "\n")
     figures = {m: {"value": float(np.mean(x)), "stderr": 0.1, "higher_is_better": m != "loss"} for m, x in metrics.items()}
-    whole = {"task": task, "version": 1.0, "harness": "0.4.13", "fewshot": 0, "limit": None, "n": n, "metrics": figures, "cut": 0}
+    whole = {"task": task, "version": 1.0, "harness": "0.4.13", "fewshot": 0, "limit": None, "n": n, "metrics": figures, "truncated": 0}
     (folder / f"{task}.json").write_text(json.dumps(whole | record))
     if seed is not None:
         (Path(run) / "recipe.yaml").write_text(f"seed: {seed}\n")

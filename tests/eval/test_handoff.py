@@ -226,8 +226,8 @@ def test_a_record_says_what_was_measured_and_how(base, tmp_path, tasks_dir):
 
     record = evaluate(base, ["hellaswag"], tasks_dir=tasks_dir, fewshot=1, limit=6, seed=3, out=tmp_path / "out")["hellaswag"]
     assert record == record_files.read_record(tmp_path / "out", "hellaswag") and tasks_in(tmp_path / "out") == ["hellaswag"]
-    assert list(record) == ("task version harness llmkd fewshot limit seeds model n metrics cut items_sha256 date seconds".split())
-    assert (record["version"], record["fewshot"], record["limit"], record["n"], record["cut"]) == (1.0, 1, 6, 6, 0)
+    assert list(record) == ("task version harness llmkd fewshot limit seeds model n metrics truncated items_sha256 date seconds".split())
+    assert (record["version"], record["fewshot"], record["limit"], record["n"], record["truncated"]) == (1.0, 1, 6, 6, 0)
     assert record["seeds"] == dict.fromkeys(("random", "numpy", "torch", "fewshot"), 3)
     items = record_files.read_items(tmp_path / "out", "hellaswag")
     assert [item["id"] for item in items] == list(range(6)) and len({item["hash"] for item in items}) == 6
@@ -238,7 +238,7 @@ def test_a_record_says_what_was_measured_and_how(base, tmp_path, tasks_dir):
         best_normed = max(range(4), key=lambda j: item["loglikelihoods"][j] / len(hellaswag(i)["endings"][j]))
         right.append(float(best == i % 4))
         normed.append(float(best_normed == i % 4))
-        assert item["metrics"] == {"acc": right[-1], "acc_norm": normed[-1]} and not item["cut"]
+        assert item["metrics"] == {"acc": right[-1], "acc_norm": normed[-1]} and not item["truncated"]
     assert lengths[0] != lengths[3] and record["metrics"]["acc"]["higher_is_better"] is True
     for name, values in (("acc", right), ("acc_norm", normed)):
         error = statistics.stdev(values) / math.sqrt(6)
@@ -377,8 +377,8 @@ def test_prompts_longer_than_the_context_are_counted_and_said(small, tmp_path, t
             texts = [f"{task.doc_to_text(doc)} {choice}" for choice in task.doc_to_choice(doc)]
             marked.append(sum(len(encode(text)["input_ids"]) > 97 for text in texts))  # the last token is not read
         cut_of[name] = sum(marked)
-        assert records[name]["cut"] == sum(marked)
-        assert [item["cut"] for item in record_files.read_items(tmp_path / "out", name)] == [n > 0 for n in marked]
+        assert records[name]["truncated"] == sum(marked)
+        assert [item["truncated"] for item in record_files.read_items(tmp_path / "out", name)] == [n > 0 for n in marked]
     assert cut_of["truthfulqa_mc2"] == 20 and cut_of["hellaswag"] == 0
     assert len(said) == sum(n > 0 for n in cut_of.values())
     assert "20 requests, of 5 of 5 items, are longer than the model's context of 96 tokens" in said[-1]
@@ -405,7 +405,7 @@ def test_what_does_not_fit_into_the_context_fails_in_words_and_the_other_tasks_a
     assert "long_choice: an answer has " in refusals[1]
     assert tasks_in(tmp_path / "out") == ["short_answer"]
     items = record_files.read_items(tmp_path / "out", "short_answer")
-    assert [item["cut"] for item in items] == [False, True] and all(isinstance(item["answers"][0], str) for item in items)
+    assert [item["truncated"] for item in items] == [False, True] and all(isinstance(item["answers"][0], str) for item in items)
 
 
 def test_a_signal_keeps_what_is_finished_and_the_same_command_goes_on(base, tmp_path, tasks_dir, monkeypatch, capsys):

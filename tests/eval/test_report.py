@@ -11,7 +11,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from llmkd_eval.report import charts, figures, published
+from llmkd_eval.report import charts, published, sweep_charts
 from llmkd_eval.report import svg as ink
 from llmkd_eval.report import write as report
 from llmkd_eval.report.document import CSS, Para, Span, Table, as_html, as_markdown
@@ -425,7 +425,7 @@ def test_two_settings_make_maps_with_their_values_in_the_cells(made):
     html, text = written(folder)
     checked(html)
     sweep = read_sweep(folder)
-    chosen, arms = figures.varied(sweep)
+    chosen, arms = sweep_charts.varied(sweep)
     assert chosen == ["loss.kd_ratio", "optim.lr"] and len(arms) == 6
     assert "Not in it, since they differ in more: `full`." in text and '"' not in "".join(chosen)
     for title in ("Held-out CE", "Held-out KL(teacher || student)", "Held-out agreement with the teacher", "quiz acc"):
@@ -451,7 +451,7 @@ def test_two_settings_make_maps_with_their_values_in_the_cells(made):
 )  # fmt: skip
 def test_which_settings_vary(made, arms, chosen, inside):
     sweep = read_sweep(made(arms))
-    found, members = figures.varied(sweep)
+    found, members = sweep_charts.varied(sweep)
     assert found == chosen and len(members) == inside
 
 
@@ -542,8 +542,8 @@ def test_figures_that_are_not_finite_leave_the_charts_whole(made):
         charts.lines("a", "t", "x", "y", [charts.Series("s", 3, [(k, 1e9 * k) for k in range(9)])]),
         charts.forest("a", "t" * 90, "x", [charts.Interval("n" * 90, 0.0, None, "none"), charts.Interval("b", nan, None, "none"), charts.Interval("c", -1e-7, (-inf, 0.0), "worse")]),
         charts.forest("a", "t", "x", []),
-        charts.heat("a", "t", "x", "y", ["l" * 50] * 12, ["k" * 50], {(0, 0): charts.Cell(nan, "", "no figure"), (0, 5): charts.Cell(2.0, "2.00000000")}, False),
-        charts.heat("a", "t", "x", "y", ["1"], ["1"], {}, None),
+        charts.heatmap("a", "t", "x", "y", ["l" * 50] * 12, ["k" * 50], {(0, 0): charts.Cell(nan, "", "no figure"), (0, 5): charts.Cell(2.0, "2.00000000")}, False),
+        charts.heatmap("a", "t", "x", "y", ["1"], ["1"], {}, None),
     ):  # fmt: skip
         drawn(picture)
 
@@ -551,7 +551,7 @@ def test_figures_that_are_not_finite_leave_the_charts_whole(made):
 def test_the_best_cell_is_framed_whichever_way_is_up():
     cells = {(0, 0): charts.Cell(1.0, "1.0"), (0, 1): charts.Cell(2.0, "2.0")}
     for up, best, strong in ((True, 1, 1), (False, 0, 0)):
-        root = ET.fromstring(charts.heat("a", "t", "x", "y", ["p", "q"], ["r"], cells, up))
+        root = ET.fromstring(charts.heatmap("a", "t", "x", "y", ["p", "q"], ["r"], cells, up))
         boxes = [r for r in root.iter("rect") if r.get("class") != "best"]
         (frame,) = [r for r in root.iter("rect") if r.get("class") == "best"]
         assert frame.get("x") == boxes[best].get("x") and boxes[strong].get("class") == f"h{len(ink.HEAT) - 1}"

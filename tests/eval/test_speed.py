@@ -10,70 +10,70 @@ import torch
 sys.path.append(str(Path(__file__).parents[2]))
 
 from eval.speed import head, head_cases, plots, profile_step, step, step_cases
-from eval.speed.step_world import World
+from eval.speed.step_setup import Setup
 from llmkd.training.launch import start
 
 TINY = ["--hidden", "32", "--layers", "1", "--vocab", "211", "--batch", "4", "--tokens", "512", "--steps", "1", "--repeats", "1"]
 
 
-def world_of(family: str) -> World:
-    return World(step.parser().parse_args([*TINY, "--family", family]), start())
+def setup_of(family: str) -> Setup:
+    return Setup(step.parser().parse_args([*TINY, "--family", family]), start())
 
 
 @pytest.fixture(scope="module")
-def world():
-    return world_of("llama")
+def setup():
+    return setup_of("llama")
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2"])
 def test_rows_of_a_step_are_right_and_a_wrong_one_is_not_shown_as_equal(family):
-    world = world_of(family)
+    setup = setup_of(family)
 
-    def wrong(world):
-        one = step_cases.ours(world, 4, 0.5)
+    def wrong(setup):
+        one = step_cases.ours(setup, 4, 0.5)
         one.kl *= 1.001
         return one
 
-    def other_way(world):
-        one = step_cases.ours(world, 4, 0.5)
+    def other_way(setup):
+        one = step_cases.ours(setup, 4, 0.5)
         one.gradient[0.5] *= 1.001
         return one
 
-    known = [*step_cases.cases(world), step_cases.Case("wrong", wrong), step_cases.Case("other way", other_way)]
-    *_, (rounds, unable) = step.measured(world, known)
-    assert not unable and set(rounds) == set(known)
-    text = step.report(world, rounds, unable)
+    known = [*step_cases.cases(setup), step_cases.Case("wrong", wrong), step_cases.Case("other way", other_way)]
+    *_, (measurements, unable) = step.measured(setup, known)
+    assert not unable and set(measurements) == set(known)
+    text = step.report(setup, measurements, unable)
     rows = {line.split("|")[2].strip(): line for line in text if line.startswith("| live")}
     assert len(rows) == 8 and "not equal" in rows.pop("wrong") and "not equal" in rows.pop("other way")
     assert "not equal" not in "".join(rows.values()) and "100%" in rows["the matrix products alone"]
-    for case, (one,) in rounds.items():
-        if not case.floor:
+    for case, (one,) in measurements.items():
+        if not case.lower_bound:
             wrong = {"wrong": "KL", "other way": "gradient"}.get(case.name)
-            assert all((off > 1e-5) == (name == wrong) for name, off in step.distances(world, [one]).items())
+            assert all((off > 1e-5) == (name == wrong) for name, off in step.distances(setup, [one]).items())
             students = 4 if "four" in case.name else 1
-            assert one.tokens[0] == students * world.tokens(one.first)
-            assert one.targets[0] == students * sum(map(world.targets, one.first))
+            assert one.tokens[0] == students * setup.tokens(one.first)
+            assert one.targets[0] == students * sum(map(setup.targets, one.first))
 
 
-def test_the_truth_is_that_of_whole_logits(world):
-    example = world.order[0]
-    truth, (ids, marks) = world.truth([example]), world.data.example(example)
+def test_the_truth_is_that_of_whole_logits(setup):
+    example = setup.order[0]
+    reference, (ids, marks) = setup.reference([example]), setup.data.example(example)
     with torch.no_grad():
         log_q, log_p = (
-            m.base_model(torch.from_numpy(ids)[None].long()).logits[0, :-1].double().log_softmax(-1) for m in (world.student, world.teacher)
+            m.base_model(torch.from_numpy(ids)[None].long()).logits[0, :-1].double().log_softmax(-1) for m in (setup.student, setup.teacher)
         )
     at = torch.from_numpy(marks[1:])
     ce = torch.nn.functional.nll_loss(log_q[at], torch.from_numpy(ids[1:]).long()[at])
     kl = torch.nn.functional.kl_div(log_q[at], log_p[at], log_target=True, reduction="sum") / at.sum()
-    assert truth.ce == pytest.approx(ce.item(), rel=1e-6) and truth.kl == pytest.approx(kl.item(), rel=1e-6)
-    assert truth.targets == at.sum() and truth.kl > 0.1
+    assert reference.ce == pytest.approx(ce.item(), rel=1e-6) and reference.kl == pytest.approx(kl.item(), rel=1e-6)
+    assert reference.targets == at.sum() and reference.kl > 0.1
 
 
-def test_the_products_of_a_step_are_as_many_as_arithmetic_says(world):
+def test_the_products_of_a_step_are_as_many_as_arithmetic_says(setup):
     """Multiplications of the linear layers: the teacher's once, the student's twice but for three of the first layer, the heads' 2 + 1."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    shapes, (tokens, targets) = world.shapes, map(round, world.window)
+    shapes, (tokens, targets) = setup.shapes, map(round, setup.window)
 
     def layer(s):
         return 2 * s.hidden**2 + 2 * s.hidden * s.hidden // s.heads * s.kv + 3 * s.hidden * s.inner
@@ -83,12 +83,12 @@ def test_the_products_of_a_step_are_as_many_as_arithmetic_says(world):
     frozen = 2 * student.layers * layer(student) - student.hidden * (student.hidden + 2 * kv)
     sides = 9 * student.hidden + 2 * kv + 3 * student.inner  # inputs and outputs of a layer's seven
     low = 64 * (3 * student.layers * sides - 3 * student.hidden)
-    heads = world.vocab * (2 * student.hidden + teacher.hidden)
+    heads = setup.vocab * (2 * student.hidden + teacher.hidden)
     with FlopCounterMode(display=False) as counter:
-        step_cases.products(world, teacher=True)
-    steps = world.options.steps + 1
+        step_cases.products(setup, teacher=True)
+    steps = setup.options.steps + 1
     expected = steps * 2 * (tokens * (teacher.layers * layer(teacher) + frozen + low) + targets * heads)
-    assert tokens <= world.options.tokens and counter.get_total_flops() == expected  # in one piece, or pieces would be rounded up
+    assert tokens <= setup.options.tokens and counter.get_total_flops() == expected  # in one piece, or pieces would be rounded up
 
 
 def test_rows_of_the_head_are_right_with_the_head_frozen_and_trained():
@@ -96,7 +96,7 @@ def test_rows_of_the_head_are_right_with_the_head_frozen_and_trained():
         dtype="float32", device="cpu", width=16, teacher_width=24, vocab=300, rows=24, supervised=0.5, chunk=5, peers=None
     )
     p = head_cases.problem(options)
-    known = [case for case in head_cases.cases(options) if not case.floor]
+    known = [case for case in head_cases.cases(options) if not case.lower_bound]
     assert sum(case.trains for case in known) == 2
     for case in known:
         value, grads = case.run(p)
@@ -107,13 +107,13 @@ def test_rows_of_the_head_are_right_with_the_head_frozen_and_trained():
     assert not p.student_head.weight.requires_grad
 
 
-def test_a_profile_names_the_parts_of_a_step(world):
-    options = argparse.Namespace(**vars(world.options) | {"packed": False, "alone": False, "trace": None, "steps": 1})
-    world.options.steps = 1 + profile_step.WARM_UP
+def test_a_profile_names_the_parts_of_a_step(setup):
+    options = argparse.Namespace(**vars(setup.options) | {"packed": False, "alone": False, "trace": None, "steps": 1})
+    setup.options.steps = 1 + profile_step.WARM_UP
     try:
-        text = profile_step.profiled(world, options)
+        text = profile_step.profiled(setup, options)
     finally:
-        world.options.steps = 1
+        setup.options.steps = 1
     shares = {line.split("|")[1].strip(): float(line.split("|")[3].strip(" %")) for line in text if line.endswith("% |")}
     assert all(shares[part] > 0 for part in (profile_step.TEACHER, profile_step.STUDENT, profile_step.HEADS, profile_step.BACKWARD))
     assert sum(shares[part] for part in (*profile_step.PARTS, "everything else")) == pytest.approx(100, abs=0.5)
@@ -160,21 +160,21 @@ def test_a_plot_and_its_table_are_of_the_same_points(tmp_path):
     assert any(line.startswith("| 64 | 256 / 1,280 | failed | 256 / 1,280 |") for line in lines)
 
 
-def test_a_peer_may_fail_and_llmkd_may_only_run_out_of_memory(world):
+def test_a_peer_may_fail_and_llmkd_may_only_run_out_of_memory(setup):
     def case(name, error):
-        def broken(world):
+        def broken(setup):
             raise error
 
         return step_cases.Case(name, broken)
 
-    *_, (rounds, unable) = step.measured(
-        world, [case("peer", ImportError("no such peer")), case("llmkd, large", torch.OutOfMemoryError("full"))]
+    *_, (measurements, unable) = step.measured(
+        setup, [case("peer", ImportError("no such peer")), case("llmkd, large", torch.OutOfMemoryError("full"))]
     )
-    assert not rounds and [line.split(" (")[1] for line in unable] == ["ImportError: no such peer).  ", "OutOfMemoryError: full).  "]
+    assert not measurements and [line.split(" (")[1] for line in unable] == ["ImportError: no such peer).  ", "OutOfMemoryError: full).  "]
     with pytest.raises(ImportError):
-        list(step.measured(world, [case("llmkd, broken", ImportError("no such module"))]))
+        list(step.measured(setup, [case("llmkd, broken", ImportError("no such module"))]))
 
 
 def test_a_round_that_ran_fewer_steps_than_it_was_to_is_an_error():
     with pytest.raises(ValueError, match="1 steps ran, and 2 were to"):
-        step_cases.Round([1.0], [5, 5], [3, 3])
+        step_cases.Measurement([1.0], [5, 5], [3, 3])

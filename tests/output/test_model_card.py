@@ -11,7 +11,7 @@ from huggingface_hub import ModelCard
 from llmkd.config import loader
 from llmkd.config.recipe import Quantization, Source
 from llmkd.model_files import find
-from llmkd.output.model_card import card, code, escaped
+from llmkd.output.model_card import code_span, escape_markdown, model_card
 from llmkd.teachers.resolve import TeacherSource
 from llmkd.training.run import run
 from tests.conftest import weights
@@ -42,7 +42,7 @@ def test_the_metadata_are_the_hubs(make_recipe, hub_student, world):
     origins = {"data.train": [{"revision": "abcdef", "rows": 5}, {"revision": None, "rows": 1234, "used": 1200}]}
     summary = SUMMARY | {"validation": SUMMARY["validation"] | {"accuracy": 0.75, "accuracy_stderr": 0.1}}
     made = ModelCard(
-        card(
+        model_card(
             recipe,
             summary,
             find(str(hub_student), "s"),
@@ -87,7 +87,7 @@ def test_the_metadata_are_the_hubs(make_recipe, hub_student, world):
 
 
 def test_local_folders_are_named_in_the_text_only(make_recipe, world):
-    made = ModelCard(card(make_recipe(teacher=None), SUMMARY, find(str(world / "student"), "s"), (), {}))
+    made = ModelCard(model_card(make_recipe(teacher=None), SUMMARY, find(str(world / "student"), "s"), (), {}))
     assert not {"base_model", "base_model_relation", "license", "datasets"} & made.data.to_dict().keys()
     assert f"Base: `{world / 'student'}`" in made.text and "licence of the base is not known" in made.text
     assert "distil" not in made.content.split("## Recipe")[0]
@@ -95,7 +95,7 @@ def test_local_folders_are_named_in_the_text_only(make_recipe, world):
 
 def test_new_weights_have_no_base(make_recipe):
     recipe = make_recipe(student={"architecture": {"model_type": "llama"}, "tokenizer": "builtin:skills", "method": "full"}, teacher=None)
-    made = ModelCard(card(recipe, SUMMARY | {"validation": {}}, None, (), {}))
+    made = ModelCard(model_card(recipe, SUMMARY | {"validation": {}}, None, (), {}))
     assert made.data.library_name == "transformers" and made.data.base_model is None and made.data.eval_results is None
     assert "new random weights" in made.text and "None were measured." in made.text
 
@@ -104,7 +104,7 @@ def test_new_weights_have_no_base(make_recipe):
 def test_a_student_without_a_teacher_has_no_figures_of_another_arm_s(make_recipe, world, setting):
     of_teacher = {"forward_kl": 0.25, "reverse_kl": 0.5, "top1_agreement": 0.75, "teacher_ce": 1.25, "teacher_entropy": 1.0}
     summary = {"before": {"ce": 2.0} | of_teacher, "validation": {"ce": 1.5, "entropy": 1.1, "accuracy": 0.5} | of_teacher}
-    made = ModelCard(card(make_recipe(**setting), summary, find(str(world / "student"), "s"), (), {}))
+    made = ModelCard(model_card(make_recipe(**setting), summary, find(str(world / "student"), "s"), (), {}))
     assert {r.metric_type for r in made.data.eval_results} == {"cross_entropy", "accuracy"}
     table = [line.split("|")[1].split("(")[0].strip() for line in made.text.splitlines() if line.startswith("|")]
     assert table == ["figure", "---", "ce", "entropy", "accuracy"] and "teacher" not in made.text.split("## Recipe")[0]
@@ -118,7 +118,7 @@ def test_names_that_users_choose_break_nothing(make_recipe, world, tmp_path):
     folder = tmp_path / NASTY.replace("/", "")
     shutil.copytree(world / "student", folder)
     recipe = make_recipe(output_dir=NASTY, student__model=str(folder), data__train={"path": NASTY, "split": NASTY, "revision": NASTY})
-    made = ModelCard(card(recipe, SUMMARY, find(str(folder), "s"), (), {}))
+    made = ModelCard(model_card(recipe, SUMMARY, find(str(folder), "s"), (), {}))
     assert made.data.eval_results[0].metric_value == 1.5
     assert made.data["tags"] == ["llmkd", "lora"]
     lines = made.text.splitlines()
@@ -139,8 +139,8 @@ def use(made: ModelCard) -> dict:
 
 
 def test_code_spans_and_escapes():
-    assert code("a") == "`a`" and code("a`b") == "`` a`b ``" and code("``a\nb") == "``` ``a b ```"
-    assert escaped("a_b*c") == r"a\_b\*c"
+    assert code_span("a") == "`a`" and code_span("a`b") == "`` a`b ``" and code_span("``a\nb") == "``` ``a b ```"
+    assert escape_markdown("a_b*c") == r"a\_b\*c"
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
@@ -162,6 +162,6 @@ def test_the_snippet_of_a_quantised_student_quantises_its_base(make_recipe, worl
     plain = make_recipe(student__dtype="float32", train__max_steps=2)
     run(plain)
     recipe = dataclasses.replace(plain, student=dataclasses.replace(plain.student, quantization=Quantization(type=type_)))
-    made = ModelCard(card(recipe, SUMMARY, find(str(world / "student"), "s"), (), {}))
+    made = ModelCard(model_card(recipe, SUMMARY, find(str(world / "student"), "s"), (), {}))
     assert any(type(m).__name__ == layer for m in use(made)["model"].modules())
     assert f"held in {type_} by bitsandbytes while it trained" in made.text and "bitsandbytes 0." in made.text

@@ -6,8 +6,8 @@ from itertools import combinations, groupby
 
 from ..comparison.compare import Row
 from ..comparison.compare_text import digits
-from .charts import Cell, Interval, Series, forest, heat, lines
-from .document import Figure, Gallery, Span, Table, Text
+from .charts import Cell, Interval, Series, forest, heatmap, lines
+from .document import Chart, Gallery, Span, Table, Text
 from .findings import compared, label, mark
 from .sweep_files import Arm, SweepFolder, changed
 
@@ -17,7 +17,7 @@ _MANY = 21  # arms beyond which the raw lines are left out: they would be a thic
 
 def training_curves(sweep: SweepFolder) -> Gallery | None:
     """CE and KD loss over steps: smoothed, with the raw values behind."""
-    figures, seen = [], {}
+    charts, seen = [], {}
     for name, title in (("ce", "Training: cross-entropy"), ("kd", "Training: KD loss")):
         drawn = [(arm, curve) for arm in sweep.arms.values() for run in arm.runs if len(curve := run.curve(name)) > 1]
         seen |= {arm.number: arm for arm, _ in drawn}
@@ -25,13 +25,13 @@ def training_curves(sweep: SweepFolder) -> Gallery | None:
         smoothed = [Series(arm.name, arm.number, thin(smooth(curve))) for arm, curve in drawn]
         if drawn:
             svg = lines(f"curve-{name}", title, "optimizer step", "nats per target", raw + smoothed)
-            figures.append(Figure(f"curve-{name}", title, svg))
-    return Gallery(figures, legend([seen[number] for number in sorted(seen)])) if figures else None
+            charts.append(Chart(f"curve-{name}", title, svg))
+    return Gallery(charts, legend([seen[number] for number in sorted(seen)])) if charts else None
 
 
 def held_out_curves(sweep: SweepFolder) -> Gallery | None:
     """CE, KL and agreement on the held-out rows over steps."""
-    figures = []
+    charts = []
     for name, title, unit in (
         ("ce", "Held-out cross-entropy", "nats per target"),
         ("forward_kl", "Held-out KL(teacher || student)", "nats per target"),
@@ -41,9 +41,9 @@ def held_out_curves(sweep: SweepFolder) -> Gallery | None:
             Series(a.name, a.number, thin(curve), "dots") for a in sweep.arms.values() for r in a.runs if len(curve := r.held_out(name)) > 1
         ]
         if series:
-            figures.append(Figure(f"held-{name}", title, lines(f"held-{name}", title, "optimizer step", unit, series)))
+            charts.append(Chart(f"held-{name}", title, lines(f"held-{name}", title, "optimizer step", unit, series)))
     arms = [arm for arm in sweep.arms.values() if any(len(run.held_out("ce")) > 1 for run in arm.runs)]
-    return Gallery(figures, legend(arms)) if figures else None
+    return Gallery(charts, legend(arms)) if charts else None
 
 
 def legend(arms: list[Arm]) -> list[tuple[Text, int]]:
@@ -56,7 +56,7 @@ def legend(arms: list[Arm]) -> list[tuple[Text, int]]:
     return out
 
 
-def intervals(block: list[Row], name: str) -> Figure | None:
+def intervals(block: list[Row], name: str) -> Chart | None:
     """The differences of one task and metric; colour and filling follow the verdict, which is corrected, the interval is not."""
     others = compared(block)
     if not others:
@@ -66,7 +66,7 @@ def intervals(block: list[Row], name: str) -> Figure | None:
     title = f"{label(block[0].task, block[0].metric)}: difference"
     drawn = [Interval(row.arm, row.difference, row.interval, kinds[row.better]) for row in others]
     svg = forest(name, title, f"arm minus baseline{better}", drawn)
-    return Figure(name, title, svg)
+    return Chart(name, title, svg)
 
 
 def varied(sweep: SweepFolder) -> tuple[list[str], list[Arm]]:
@@ -93,7 +93,7 @@ def value_of(sweep: SweepFolder, arm: Arm, key: str):
     return changed(sweep.base, arm.runs[0].changes).get(key)
 
 
-def maps(sweep: SweepFolder, rows: list[Row]) -> tuple[list[Figure], list[str], list[Arm]]:
+def maps(sweep: SweepFolder, rows: list[Row]) -> tuple[list[Chart], list[str], list[Arm]]:
     """Heat maps over two settings, or lines over one numeric setting, of every task and metric. Also the settings, and the arms in them."""
     chosen, arms = varied(sweep)
     if not chosen:
@@ -101,22 +101,22 @@ def maps(sweep: SweepFolder, rows: list[Row]) -> tuple[list[Figure], list[str], 
     held = {key: [value_of(sweep, arm, key) for arm in arms] for key in chosen}
     if len(chosen) == 1 and not all(_numeric(value) for value in held[chosen[0]]):
         return [], chosen, arms
-    figures = []
+    charts = []
     for (task, metric), found in groupby(rows, key=lambda row: (row.task, row.metric)):
         block = list(found)
         by_arm = {row.arm: row for row in block}
         inside = [arm for arm in arms if arm.name in by_arm]
         if len(inside) < 2:
             continue
-        name, title = f"map-{len(figures)}", label(task, metric)
+        name, title = f"map-{len(charts)}", label(task, metric)
         draw = _map if len(chosen) == 2 else _line
-        figures.append(
+        charts.append(
             draw(name, title, chosen, {arm.name: [value_of(sweep, arm, key) for key in chosen] for arm in arms}, by_arm, digits(block))
         )
-    return figures, chosen, arms
+    return charts, chosen, arms
 
 
-def _map(name: str, title: str, chosen: list[str], places: dict[str, list], rows: dict[str, Row], d: int) -> Figure:
+def _map(name: str, title: str, chosen: list[str], places: dict[str, list], rows: dict[str, Row], d: int) -> Chart:
     ys, xs = (_ordered([place[i] for place in places.values()]) for i in (0, 1))
     cells = {}
     for arm, (y, x) in places.items():
@@ -125,7 +125,7 @@ def _map(name: str, title: str, chosen: list[str], places: dict[str, list], rows
         cells[place] = Cell(row.value, f"{row.value:.{d}f}", mark(row)) if row else Cell(math.nan, "", "no value")
     up = next((row.higher_is_better for row in rows.values()), None)
     xs_text, ys_text = [_shown(x) for x in xs], [_shown(y) for y in ys]
-    svg = heat(name, f"{title} ({_way(up)})", chosen[1], chosen[0], xs_text, ys_text, cells, up)
+    svg = heatmap(name, f"{title} ({_way(up)})", chosen[1], chosen[0], xs_text, ys_text, cells, up)
     body = []
     for r, y in enumerate(ys_text):
         line: list[Text] = [y]
@@ -133,10 +133,10 @@ def _map(name: str, title: str, chosen: list[str], places: dict[str, list], rows
             cell = cells.get((r, c))
             line.append("" if cell is None else cell.note if not cell.text else cell.text + (f", {cell.note}" if cell.note else ""))
         body.append(line)
-    return Figure(name, title, svg, "", Table([f"{chosen[0]} \\ {chosen[1]}", *xs_text], body))
+    return Chart(name, title, svg, "", Table([f"{chosen[0]} \\ {chosen[1]}", *xs_text], body))
 
 
-def _line(name: str, title: str, chosen: list[str], places: dict[str, list], rows: dict[str, Row], d: int) -> Figure:
+def _line(name: str, title: str, chosen: list[str], places: dict[str, list], rows: dict[str, Row], d: int) -> Chart:
     points = sorted((float(place[0]), rows[arm]) for arm, place in places.items() if arm in rows)
     xs = [x for x, _ in points]
     series = Series(title, 0, [(x, row.value) for x, row in points], "dots", [row.stderr for _, row in points])
@@ -144,7 +144,7 @@ def _line(name: str, title: str, chosen: list[str], places: dict[str, list], row
     up = points[0][1].higher_is_better
     svg = lines(name, f"{title} ({_way(up)})", chosen[0] + (", logarithmic" if log else ""), "mean ± 1 standard error", [series], xs, log)
     body = [[f"{x:g}", f"{row.value:.{d}f}", "" if row.stderr is None else f"{row.stderr:.{d}f}", mark(row)] for x, row in points]
-    return Figure(name, title, svg, "", Table([chosen[0], "value", "standard error", ""], body, words=1))
+    return Chart(name, title, svg, "", Table([chosen[0], "value", "standard error", ""], body, words=1))
 
 
 def _way(up: bool | None) -> str:

@@ -11,7 +11,7 @@ from llmkd.model_files import RECORD, ModelFiles, find, fingerprint, read_json
 
 
 @dataclass(frozen=True)
-class Target:
+class ModelToEvaluate:
     name: str  # as it was given
     files: ModelFiles
     settings: Teacher  # how it is loaded: type and quantisation as it was trained
@@ -19,23 +19,21 @@ class Target:
     out: Path  # the folder for them
 
 
-def find_targets(names: list[str], out: str | Path | None = None, dtype: str | None = None) -> list[Target]:
+def find_models(names: list[str], out: str | Path | None = None, dtype: str | None = None) -> list[ModelToEvaluate]:
     """Each model's files and where its results go; UserError where a model, or a place to write to, is missing."""
-    targets = [_find(name, out and Path(out), len(names) > 1, dtype) for name in names]
-    places: dict[Path, Target] = {}
-    for target in targets:
-        other = places.setdefault(target.out.resolve(), target)
-        if other is not target:
-            raise UserError(
-                f"{target.name}: its results would go to {target.out}, as those of {other.name}; give them one by one, with --out"
-            )
-        nearest = next(p for p in (target.out, *target.out.absolute().parents) if p.exists())
+    refs = [_find(name, out and Path(out), len(names) > 1, dtype) for name in names]
+    places: dict[Path, ModelToEvaluate] = {}
+    for ref in refs:
+        other = places.setdefault(ref.out.resolve(), ref)
+        if other is not ref:
+            raise UserError(f"{ref.name}: its results would go to {ref.out}, as those of {other.name}; give them one by one, with --out")
+        nearest = next(p for p in (ref.out, *ref.out.absolute().parents) if p.exists())
         if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-            raise UserError(f"{target.name}: {nearest} cannot be written to; say where the results shall go with --out")
-    return targets
+            raise UserError(f"{ref.name}: {nearest} cannot be written to; say where the results shall go with --out")
+    return refs
 
 
-def _find(name: str, out: Path | None, several: bool, dtype: str | None) -> Target:
+def _find(name: str, out: Path | None, several: bool, dtype: str | None) -> ModelToEvaluate:
     from llmkd.models.saved_student import as_trained, student_folder
 
     folder, run = Path(name).expanduser(), None
@@ -65,7 +63,7 @@ def _find(name: str, out: Path | None, several: bool, dtype: str | None) -> Targ
         "dtype": saved or wanted if wanted == "auto" else wanted,
         "quantization": settings.quantization.type if settings.quantization else own,
     }
-    return Target(name, files, settings, identity, _out(name, folder, run, out, several))
+    return ModelToEvaluate(name, files, settings, identity, _out(name, folder, run, out, several))
 
 
 def _base(name: str, kind: str, folder: Path, run: Path | None) -> str | None:

@@ -1,4 +1,4 @@
-"""What eval/speed/step.py measures on: two models made on the spot, data of Alpaca's lengths, and the truth about a step's loss."""
+"""What eval/speed/step.py measures on: two models made on the spot, data of Alpaca's lengths, and the reference about a step's loss."""
 
 import functools
 import math
@@ -76,7 +76,7 @@ def shapes_of(options) -> tuple[dict[str, Shape], int]:
 
 
 @dataclass(frozen=True)
-class Truth:
+class Reference:
     """Of some examples: how many targets, and the means over them by plain transformers and whole logits."""
 
     targets: int
@@ -86,7 +86,7 @@ class Truth:
     gradients: dict[float, float]  # by kd_ratio, 0 or 0.5, the norm of the mean loss's gradient
 
 
-class World:
+class Setup:
     def __init__(self, options, accelerator):
         self.options, self.accelerator = options, accelerator
         self.shapes, self.vocab = shapes_of(options)
@@ -162,12 +162,12 @@ class World:
             torch.nn.init.normal_(p.data, std=0.02) if "lora_B" in name else torch.nn.init.kaiming_uniform_(p.data, a=math.sqrt(5))
         return parameters
 
-    def truth(self, examples: list[int]) -> Truth:
+    def reference(self, examples: list[int]) -> Reference:
         """With a fresh adapter."""
-        return self._truth(tuple(examples))
+        return self._reference(tuple(examples))
 
     @functools.cache  # noqa: B019
-    def _truth(self, examples: tuple[int, ...]) -> Truth:
+    def _reference(self, examples: tuple[int, ...]) -> Reference:
         parameters = list(self.fresh_adapter().values())
         sums, count, of_ce, of_kl = torch.zeros(3, dtype=torch.float64), 0, *([0.0] * len(parameters) for _ in range(2))
         for start in range(0, len(examples), 4):
@@ -180,7 +180,7 @@ class World:
             count += batch.num_targets
         mixed = [0.5 * (a + b) for a, b in zip(of_ce, of_kl, strict=True)]
         norms = {kd: torch.nn.utils.get_total_norm(grads).item() / count for kd, grads in ((0.0, of_ce), (0.5, mixed))}
-        return Truth(count, *(sums / count).tolist(), norms)
+        return Reference(count, *(sums / count).tolist(), norms)
 
     def _log_probs(self, model: nn.Module, batch) -> torch.Tensor:
         logits_BTV = model(**batch.student.inputs, use_cache=False).logits
