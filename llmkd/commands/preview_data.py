@@ -11,9 +11,8 @@ import numpy as np
 
 from ..config.fields import as_tuple, with_setting_names
 from ..config.recipe import Recipe, Student, distils
-from ..console import align, info
-from ..data.dataset import hold_out, read_data, refuse_empty_sources, refuse_too_few_positions, report_notes
-from ..data.encoding.token_cache import load_or_encode
+from ..console import align
+from ..data.dataset import Dataset, encode_sources, hold_out, join, read_data, refuse_empty_sources, refuse_too_few_positions, report_notes
 from ..data.encoding.tokenizer import student_base, student_tokenizer
 from ..data.examples import Examples, merge
 from ..data.reading.sources import Rows
@@ -32,18 +31,19 @@ def preview(recipe: Recipe, count: int = 3, example: int | None = None, out: Tex
         out.reconfigure(errors="backslashreplace")  # for terminals that cannot show a character
     rows, tokenizer = read_data(recipe.data), student_tokenizer(recipe.student)
     refuse_too_few_positions(recipe.data, _configs(recipe))
-    train, places = _print_counts(recipe, "data.train", rows, tokenizer, out)
+    train = _print_counts(recipe, "data.train", rows, tokenizer, out)
     if not recipe.data.streaming:
-        refuse_empty_sources(hold_out(train, recipe.data.validation_fraction)[0], recipe.data)
+        refuse_empty_sources(hold_out(train, recipe.data.validation_fraction)[0].examples, recipe.data)
     if recipe.data.validation_fraction:
         print(f"data.validation_fraction: {recipe.data.validation_fraction:g} of these rows, drawn by seed, are held out", file=out)
     if rows["data.validation"]:
         _print_counts(recipe, "data.validation", rows, tokenizer, out)
-    for i in _chosen(train, count, example, recipe.seed):
-        ids, loss_mask = train.example(i)
-        head = f"example {i} of {len(train)}  {places[i]}  {len(ids)} tokens, {int(loss_mask.sum())} of them supervised"
+    examples = train.examples
+    for i in _chosen(examples, count, example, recipe.seed):
+        ids, loss_mask = examples.example(i)
+        head = f"example {i} of {len(examples)}  {train.places[i]}  {len(ids)} tokens, {int(loss_mask.sum())} of them supervised"
         print(f"\n{head}\n{mark_supervised(ids, loss_mask, tokenizer, uses_colour(out))}", file=out)
-        theirs = train.teacher_view.example(i) if train.teacher_view is not None else (ids, loss_mask)
+        theirs = examples.teacher_view.example(i) if examples.teacher_view is not None else (ids, loss_mask)
         if len(theirs[0]) != len(ids) or (theirs[0] != ids).any():
             print(f"teacher's input  {len(theirs[0])} tokens\n{mark_supervised(*theirs, tokenizer, uses_colour(out))}", file=out)
 
@@ -62,23 +62,20 @@ def _config(folder: Path) -> dict:
     return read_json(folder / "config.json", "student.model") if (folder / "config.json").exists() else {}
 
 
-def _print_counts(recipe: Recipe, setting: str, rows: dict[str, list[Rows]], tokenizer, out: TextIO) -> tuple[Examples, list[str]]:
-    """Print counts of a setting's sources. Returns their examples, and the file and line of each."""
+def _print_counts(recipe: Recipe, setting: str, rows: dict[str, list[Rows]], tokenizer, out: TextIO) -> Dataset:
+    """Print counts of a setting's sources, and notes on them. Returns the setting's examples."""
     data, train = recipe.data, recipe.train
     if setting == "data.train" and data.streaming:
         (source,) = as_tuple(data.train)
         stream = StreamSource(source, data, tokenizer, recipe.seed, train.batch_size, train.batch_size, train.max_steps)
         print("the first step of a stream:", file=out)
-        parts, names, places = [stream.examples], [f"{setting} {source.path}"], stream.places
+        parts = [Dataset(f"{setting} ({source.path})", stream.examples, stream.places, [stream.origin])]
     else:
-        read, of_setting = rows[setting], with_setting_names(data.train if setting == "data.train" else data.validation, setting)
-        parts = [load_or_encode(r, source, data, tokenizer, name, info) for (name, source), r in zip(of_setting, read, strict=True)]
-        names, of_rows = [f"{name} {source.path}" for name, source in of_setting], [place for r in read for place in r.places]
-        places = [of_rows[i] for i in merge(parts).row]
-    print(table(parts, names), file=out)
-    for part, name in zip(parts, names, strict=True):
-        report_notes(part, name)
-    return merge(parts), places
+        parts = encode_sources(rows[setting], data.train if setting == "data.train" else data.validation, setting, data, tokenizer)
+    print(table([part.examples for part in parts], [part.name for part in parts]), file=out)
+    for part in parts:
+        report_notes(part)
+    return join(setting, parts)
 
 
 def _chosen(whole: Examples, count: int, example: int | None, seed: int) -> list[int]:

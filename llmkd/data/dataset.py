@@ -1,4 +1,4 @@
-"""Moved here from another file."""
+"""A recipe's data as finished parts: rows that were read, examples with their places, held-out examples, multiple-choice questions."""
 
 import dataclasses
 import random
@@ -13,24 +13,44 @@ from ..console import info, warn
 from ..errors import UserError
 from ..model_files import positions
 from .batching import num_draws
-from .encoding import token_cache
 from .encoding.formats import FORMATS
+from .encoding.token_cache import load_or_encode
 from .encoding.tokenizer import vocab_size
 from .examples import ALL_TEACHERS, Examples, merge
 from .reading.sources import Rows, read_sources
 
 
 @dataclass(frozen=True)
+class Dataset:
+    """The examples of a setting, or of one of its sources."""
+
+    name: str  # in reports
+    examples: Examples
+    places: Sequence[str]  # [examples]: where each was read, as file:line
+    origins: list[dict]  # of each source its entry in the model card: path, name, split, revision, rows, and rows that were used
+
+    def subset(self, name: str, keep: np.ndarray, origins: list[dict]) -> "Dataset":
+        """The examples where the boolean array `keep` [examples] is true."""
+        return Dataset(name, self.examples.subset(keep), [self.places[i] for i in np.flatnonzero(keep)], origins)
+
+
+@dataclass(frozen=True)
 class Questions:
-    """Multiple choice: the encoded choices, how many each question has, and which is right."""
+    """Multiple choice: the encoded choices of all questions, the number of choices of each question, and the index of its answer."""
 
     examples: Examples
     counts: list[int]
     answers: list[int]
 
 
+# ---- reading
+
+
 def read_data(data: Data) -> dict[str, list[Rows]]:
-    """The rows of every setting that names any, all of them checked; but those of a stream are read when they are trained on."""
+    """The checked rows of data.train, data.validation and data.choices; none for a stream, which is read while training.
+
+    UserError names every bad row of all of them.
+    """
     wanted = {"data.train": None if data.streaming else data.train, "data.validation": data.validation, "data.choices": data.choices}
     out, problems = {}, []
     for setting, value in wanted.items():
@@ -40,12 +60,12 @@ def read_data(data: Data) -> dict[str, list[Rows]]:
             problems += error.problems
     if problems:
         raise UserError(*problems)
-    _warn_of_shared(out, data)
+    _warn_of_shared_data(out, data)
     return out
 
 
-def _warn_of_shared(rows: dict[str, list[Rows]], data: Data) -> None:
-    """Rows that are trained on say little when they are measured on as well."""
+def _warn_of_shared_data(rows: dict[str, list[Rows]], data: Data) -> None:
+    """Warn where held-out rows and training rows come from the same data."""
 
     def read(setting: str, value) -> list[tuple[str, str, str]]:
         of_setting = zip(with_setting_names(value, setting), rows[setting], strict=False)  # a stream's rows are not read yet
@@ -57,35 +77,83 @@ def _warn_of_shared(rows: dict[str, list[Rows]], data: Data) -> None:
         pairs += [(b, a) for i, a in enumerate(train) for b in train[i + 1 :]]
     for (name, path, content), (other, _, others) in pairs:
         if content == others:
-            warn(
-                f"warning: {name} and {other} are read from the same data ({path}), so held-out metrics would be of rows that are trained on"
-            )
+            warn(f"warning: {name} and {other} are the same data ({path}), so validation metrics would be measured on training rows")
+
+
+# ---- encoding
 
 
 def encode_sources(
-    rows: dict[str, list[Rows]], setting: str, data: Data, tokenizer, teachers: tuple[Teacher, ...] = (), said=info
-) -> Examples | None:
-    """A setting's examples, from all its sources; where there are several, each is reported."""
-    parts = []
-    of_setting = with_setting_names(data.train if setting == "data.train" else data.validation, setting)
-    for (name, source), read in zip(of_setting, rows[setting], strict=True):
-        parts.append(token_cache.load_or_encode(read, source, data, tokenizer, name, said))
-        parts[-1].teacher_index[:] = teacher_index(source, teachers)
-        read.origin["used"] = len(set(parts[-1].row.tolist()))
-        if len(of_setting) > 1 and said:
-            report_examples(parts[-1], f"{name} ({source.path})")
-    return merge(parts) if parts else None
+    rows: list[Rows], sources: Source | tuple[Source, ...] | None, setting: str, data: Data, tokenizer, teachers: tuple[Teacher, ...] = ()
+) -> list[Dataset]:
+    """The examples of a setting, one data set for each of its sources. `rows`: what `read_data` returned for the setting."""
+    out = []
+    for (name, source), read in zip(with_setting_names(sources, setting), rows, strict=True):
+        examples = load_or_encode(read, source, data, tokenizer, name)
+        examples.teacher_index[:] = teacher_index(source, teachers)
+        origin = read.origin | {"used": len(set(examples.row.tolist()))}
+        out.append(Dataset(f"{name} ({source.path})", examples, [read.places[i] for i in examples.row], [origin]))
+    return out
+
+
+def join(name: str, parts: list[Dataset]) -> Dataset | None:
+    """The data sets of a setting's sources as one; None without a source."""
+    if not parts:
+        return None
+    places = [place for part in parts for place in part.places]
+    return Dataset(name, merge([part.examples for part in parts]), places, [origin for part in parts for origin in part.origins])
 
 
 def teacher_index(source: Source, teachers: tuple[Teacher, ...]) -> int:
-    """The number of the teacher that a source's rows are left to, or ALL_TEACHERS."""
+    """The index of the teacher that answers a source's rows alone, or ALL_TEACHERS."""
     if source.teacher is None or len(teachers) < 2:
         return ALL_TEACHERS
     return [teacher.name for teacher in teachers].index(source.teacher)
 
 
+def hold_out(data: Dataset, fraction: float) -> tuple[Dataset, Dataset | None]:
+    """Training and held-out examples of data from one setting; None without a fraction.
+
+    Rows are drawn the same way for every seed of a run, so that runs with different seeds can be compared on them. All examples of a row
+    (pieces of a text, turns of a conversation) stay together.
+    """
+    rows = sorted(set(data.examples.row.tolist()))
+    count = round(fraction * len(rows))
+    if not count:
+        if fraction:
+            raise UserError(f"data.validation_fraction: {fraction:g} of {len(rows)} rows is none; raise it")
+        return data, None
+    if count == len(rows):
+        raise UserError(f"data.validation_fraction: {fraction:g} of {len(rows)} rows leaves none to train on; lower it")
+    held = np.isin(data.examples.row, random.Random("held out").sample(rows, count))
+    return data.subset(data.name, ~held, data.origins), data.subset("validation", held, [])
+
+
+def encode_choices(rows: Rows, source: Source, data: Data, tokenizer) -> Questions:
+    """One example for each choice of each question, with only the choice supervised. The student reads no context for the teacher."""
+    questions = [{column: value for column, value in row.items() if column != "teacher_context"} for row in rows.rows]
+    answered = [FORMATS[source.format].with_answer(row, choice) for row in questions for choice in row["choices"]]
+    source = dataclasses.replace(source, format=answered[0][1])
+    expanded = Rows(
+        [row for row, _ in answered],
+        [place for row, place in zip(rows.rows, rows.places, strict=True) for _ in row["choices"]],
+        rows.content + " choices",
+    )
+    # a choice that is cut off would get a higher likelihood, so too long ones are refused
+    whole = dataclasses.replace(data, too_long="refuse", train_on_input=False, teacher_context=None)
+    examples = load_or_encode(expanded, source, whole, tokenizer, "data.choices")
+    if len(examples) != len(expanded.rows):
+        raise UserError(
+            f"data.choices: {len(expanded.rows) - len(examples)} of {len(expanded.rows)} choices are empty; give every choice a text"
+        )
+    return Questions(examples, [len(row["choices"]) for row in rows.rows], [row["answer"] for row in rows.rows])
+
+
+# ---- checks
+
+
 def refuse_empty_sources(train: Examples, data: Data) -> None:
-    """A source whose weight leaves none of its examples in an epoch is a mistake; so is one that is held out as a whole."""
+    """UserError where a source has no example in an epoch: all are held out, or its weight is too small."""
     for i, (setting, source) in enumerate(with_setting_names(data.train, "data.train")):
         count = int((train.source == i).sum())
         if not count:
@@ -95,7 +163,7 @@ def refuse_empty_sources(train: Examples, data: Data) -> None:
 
 
 def refuse_too_few_positions(data: Data, configs: dict[str, dict]) -> None:
-    """Examples may not be longer than what a model has positions for; `configs` are those of each setting's model."""
+    """UserError where data.max_length exceeds a model's positions. `configs`: each setting's model configuration."""
     for setting, config in configs.items():
         longest = positions(config)
         if longest and data.max_length > longest:
@@ -105,80 +173,46 @@ def refuse_too_few_positions(data: Data, configs: dict[str, dict]) -> None:
         short = rope.get("original_max_position_embeddings") or text.get("original_max_position_embeddings")
         if rope.get("rope_type", rope.get("type")) == "longrope" and short and data.max_length > short:
             warn(
-                f"note: {setting}: its rotary positions (longrope) are others for all of a micro-batch whose longest example exceeds {short} tokens, "
-                "so results depend on what stands together; a lower data.max_length, or train.micro_batch_size: 1 without packing, avoids it"
+                f"note: {setting}: its rotary embeddings (longrope) change for every example of a micro-batch whose longest one exceeds {short} "
+                "tokens, so results depend on the micro-batches; to avoid it, lower data.max_length, or set train.micro_batch_size: 1 without packing"
             )
 
 
-def refuse_unknown_tokens(vocab: int, examples: Examples, places: Sequence[str], tokenizer) -> None:
-    """Tokens that the tokenizer has and a model has not would be an index error, or on a GPU worse."""
-    for i in range(len(examples)) if vocab < vocab_size(tokenizer) else ():
-        ids = np.concatenate([of.example(i)[0] for of in (examples, examples.teacher_view) if of is not None])
+def refuse_unknown_tokens(vocab: int, data: Dataset, tokenizer) -> None:
+    """UserError where an example has a token that the tokenizer has and a model has no row for: it would be an index error, or worse on a GPU."""
+    views = [view for view in (data.examples, data.examples.teacher_view) if view is not None]
+    for i in range(len(data.examples)) if vocab < vocab_size(tokenizer) else ():
+        ids = np.concatenate([view.example(i)[0] for view in views])
         if (ids >= vocab).any():
             token = tokenizer.convert_ids_to_tokens(int(ids.max()))
-            raise UserError(f"{places[i]}: holds {token!r}, which the tokenizer knows and a model has no row for; remove it from the text")
+            raise UserError(f"{data.places[i]}: contains the token {token!r}, for which a model has no row; remove it from the text")
 
 
-def hold_out(examples: Examples, share: float) -> tuple[Examples, Examples | None]:
-    """Part off a share of the rows, the same ones whatever the run's seed, so that seeds can be compared on them.
-
-    Pieces of one text, or turns of one conversation, stay together.
-    """
-    rows = sorted(set(examples.row.tolist()))
-    count = round(share * len(rows))
-    if not count:
-        if share:
-            raise UserError(f"data.validation_fraction: {share:g} of {len(rows)} rows is none; raise it")
-        return examples, None
-    if count == len(rows):
-        raise UserError(f"data.validation_fraction: {share:g} of {len(rows)} rows leaves none to train on; lower it")
-    held = np.isin(examples.row, random.Random("held out").sample(rows, count))
-    return examples.subset(~held), examples.subset(held)
-
-
-def encode_choices(rows: Rows, source: Source, data: Data, tokenizer) -> Questions:
-    """One example for each choice of each question; the answer's tokens are supervised."""
-    asked = [{column: value for column, value in row.items() if column != "teacher_context"} for row in rows.rows]  # the student alone
-    answered = [FORMATS[source.format].with_answer(row, choice) for row in asked for choice in row["choices"]]
-    source = dataclasses.replace(source, format=answered[0][1])
-    expanded = Rows(
-        [row for row, _ in answered],
-        [place for row, place in zip(rows.rows, rows.places, strict=True) for _ in row["choices"]],
-        rows.content + " choices",
-    )
-    whole = dataclasses.replace(
-        data, too_long="refuse", train_on_input=False, teacher_context=None
-    )  # a choice cut short would look the likelier
-    examples = token_cache.load_or_encode(expanded, source, whole, tokenizer, "data.choices", info)
-    if len(examples) != len(expanded.rows):
-        raise UserError(
-            f"data.choices: {len(expanded.rows) - len(examples)} of {len(expanded.rows)} choices are empty; give every choice a text"
-        )
-    return Questions(examples, [len(row["choices"]) for row in rows.rows], [row["answer"] for row in rows.rows])
+# ---- reports
 
 
 _NOTES = {
     "as_characters": "{} with the characters of a control token, which stay characters",
-    "endless": "{} that the chat template ends with no control token: the student will not learn from them where to stop",
+    "endless": "{} that the chat template ends without a control token: from these the student does not learn to stop",
 }
 
 
-def report_examples(examples: Examples, name: str) -> None:
-    c = examples.counts
+def report_examples(data: Dataset) -> None:
+    """One line with the number of examples, tokens and targets, and the notes."""
+    examples, c = data.examples, data.examples.counts
     dropped = [
         f"{c[k]} {words}" for k, words in (("too_long", "too long"), ("unsupervised", "with nothing supervised, dropped")) if c.get(k)
     ]
     info(
-        f"{name}: {len(examples)} examples, {len(examples.ids)} tokens, {int(examples.loss_mask.sum())} targets"
+        f"{data.name}: {len(examples)} examples, {len(examples.ids)} tokens, {int(examples.loss_mask.sum())} targets"
         + (f", {len(examples.teacher_view.ids)} tokens for the teacher with its context" if examples.teacher_view is not None else "")
         + (f" ({', '.join(dropped)})" if dropped else "")
     )
-    report_notes(examples, name)
+    report_notes(data)
 
 
-def report_notes(examples: Examples, name: str) -> None:
-    """What a person should know of the examples, said once."""
-    c = examples.counts
+def report_notes(data: Dataset) -> None:
+    """A line for each oddity of the examples that may matter."""
     for key, words in _NOTES.items():
-        if c.get(key):
-            warn(f"note: {name}: {words.format(c[key])}")
+        if data.examples.counts.get(key):
+            warn(f"note: {data.name}: {words.format(data.examples.counts[key])}")

@@ -11,10 +11,12 @@ from ..console import info
 from ..data.batch_source import Collator, PlannedSource, TrainingSource
 from ..data.batching import MOST_TOKENS, BatchPlan, TokenBudget
 from ..data.dataset import (
+    Dataset,
     Questions,
     encode_choices,
     encode_sources,
     hold_out,
+    join,
     read_data,
     refuse_empty_sources,
     refuse_too_few_positions,
@@ -124,36 +126,41 @@ def find_tokenizer(recipe: Recipe, models: FoundModels) -> tuple[object, int]:
 
 def encode_data(recipe: Recipe, rows: dict[str, list[Rows]], tokenizer, vocab: int) -> EncodedData:
     """Training, held-out and multiple-choice examples, from rows that were read; the training examples as a batch source."""
-    data, who = recipe.data, as_tuple(recipe.teacher)
-    held_out = encode_sources(rows, "data.validation", data, tokenizer, who)
-    row_places = [place for read in rows["data.validation"] for place in read.places]
-    held_out_places = [row_places[i] for i in held_out.row] if held_out else []
-    origins = {setting: [source.origin for source in read] for setting, read in rows.items()}
+    data, how = recipe.data, (recipe.data, tokenizer, as_tuple(recipe.teacher))
+    held_out = _joined("validation", encode_sources(rows["data.validation"], data.validation, "data.validation", *how))
     if data.streaming:
         source = _stream(recipe, tokenizer)
-        train, places, content, origins["data.train"] = source.examples, source.places, source.content, [source.origin]
-        refuse_unknown_tokens(vocab, train, places, tokenizer)
+        train, content = Dataset("train", source.examples, source.places, [source.origin]), source.content
+        refuse_unknown_tokens(vocab, train, tokenizer)
     else:
-        train = encode_sources(rows, "data.train", data, tokenizer, who)
-        content = "\n".join(source.content for source in rows["data.train"])
-        row_places = [place for read in rows["data.train"] for place in read.places]
-        refuse_unknown_tokens(vocab, train, [row_places[i] for i in train.row], tokenizer)
+        train = _joined("train", encode_sources(rows["data.train"], data.train, "data.train", *how))
+        content = "\n".join(read.content for read in rows["data.train"])
+        refuse_unknown_tokens(vocab, train, tokenizer)
         if data.validation_fraction:
-            report_examples(train, "rows to part")
+            report_examples(dataclasses.replace(train, name="train and validation"))
             train, held_out = hold_out(train, data.validation_fraction)
-            held_out_places = [row_places[i] for i in held_out.row] if held_out else []
-        refuse_empty_sources(train, data)
-        report_examples(train, "train")
-        places = [row_places[i] for i in train.row]
+        refuse_empty_sources(train.examples, data)
+        report_examples(train)
         collator = Collator(tokenizer.eos_token_id, data.packing, data.share_prefixes)
-        source = PlannedSource(train, places, batch_plan(recipe, train), micro_batch(recipe), collator)
+        source = PlannedSource(train.examples, train.places, batch_plan(recipe, train.examples), micro_batch(recipe), collator)
     if held_out:
-        report_examples(held_out, "validation")
-        if not data.validation_fraction:
-            refuse_unknown_tokens(vocab, held_out, held_out_places, tokenizer)
-    identity = {"the training data": content, "the held-out data": " ".join(source.content for source in rows["data.validation"])}
-    questions = encode_choices(rows["data.choices"][0], data.choices, data, tokenizer) if data.choices else None
-    return EncodedData(source, train, places, held_out, held_out_places, questions, identity, origins)
+        report_examples(held_out)
+        refuse_unknown_tokens(vocab, held_out, tokenizer)
+    identity = {"the training data": content, "the held-out data": " ".join(read.content for read in rows["data.validation"])}
+    origins = {"data.train": train.origins, "data.validation": held_out.origins if held_out else []}
+    questions = None
+    if data.choices:
+        (read,) = rows["data.choices"]
+        questions, origins["data.choices"] = encode_choices(read, data.choices, data, tokenizer), [read.origin]
+    validation, places = (held_out.examples, held_out.places) if held_out else (None, [])
+    return EncodedData(source, train.examples, train.places, validation, places, questions, identity, origins)
+
+
+def _joined(name: str, parts: list[Dataset]) -> Dataset | None:
+    """The examples of a setting; of several sources each is reported."""
+    for part in parts if len(parts) > 1 else ():
+        report_examples(part)
+    return join(name, parts)
 
 
 def check_caches_cover(recipe: Recipe, teachers: tuple[TeacherSource, ...], tokenizer, data: EncodedData) -> None:

@@ -118,7 +118,7 @@ def test_rows_that_are_both_trained_on_and_held_out_are_a_warning(command, world
         ({"train": [{"path": train}, {"path": train, "weight": 2}], "validation_fraction": 0.3}, "data.train.1 and data.train.0"),
     ):
         code, _, err = command("--show", "0", **data)
-        assert code == 0 and f"warning: {names} are read from the same data ({train})" in err
+        assert code == 0 and f"warning: {names} are the same data ({train})" in err
     assert not command("--show", "0", train=[{"path": train}, {"path": train}])[2]
 
 

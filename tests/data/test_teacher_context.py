@@ -14,7 +14,7 @@ from llmkd.commands import plan
 from llmkd.config.loader import dump, load_recipe
 from llmkd.config.recipe import Data, Source
 from llmkd.data.collate import collate
-from llmkd.data.dataset import refuse_unknown_tokens
+from llmkd.data.dataset import Dataset, refuse_unknown_tokens
 from llmkd.data.encoding.encode import encode as encode_rows
 from llmkd.data.encoding.formats import ALPACA
 from llmkd.data.encoding.token_cache import load_or_encode
@@ -268,10 +268,11 @@ def test_the_reader_for_whom_an_example_is_too_long_is_named():
 def test_a_token_that_a_model_has_no_row_for_is_found_in_the_teachers_view():
     tokenizer = skills_tokenizer()
     encoded = encode(rows_of(talk("u a", "a b")), "chat", Data(teacher_context="Rain"), tokenizer)
+    data = Dataset("train", encoded, ["f.jsonl:1"], [])
     assert encoded.teacher_view.ids.max() > encoded.ids.max()
-    with pytest.raises(UserError, match=r"f.jsonl:1: holds"):
-        refuse_unknown_tokens(int(encoded.ids.max()) + 1, encoded, ["f.jsonl:1"], tokenizer)
-    refuse_unknown_tokens(int(encoded.teacher_view.ids.max()) + 1, encoded, ["f.jsonl:1"], tokenizer)
+    with pytest.raises(UserError, match=r"f.jsonl:1: contains the token"):
+        refuse_unknown_tokens(int(encoded.ids.max()) + 1, data, tokenizer)
+    refuse_unknown_tokens(int(encoded.teacher_view.ids.max()) + 1, data, tokenizer)
 
 
 # ---- examples together
@@ -458,7 +459,7 @@ def test_the_data_command_shows_what_the_teacher_reads(world, tmp_path, capsys, 
     (tmp_path / "r.yaml").write_text(json.dumps(recipe))
     assert cli.main(["data", "--config", str(tmp_path / "r.yaml")]) == 0
     plain, told = capsys.readouterr().out.split("\nexample ")[1:]
-    assert "the teacher reads" not in plain
+    assert "teacher's input" not in plain
     own, read = told.split("teacher's input  ")
     assert read.split("\n", 1)[1].strip() == "Say no.\n\n" + own.split("\n", 1)[1].strip() and "⟦No.<|end|>⟧" in read
 

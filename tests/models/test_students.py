@@ -279,7 +279,7 @@ def test_an_added_token_that_a_model_has_no_row_for_is_left_out(world, trained, 
 
     export(tmp_path / "with")
     (tmp_path / "bad.jsonl").write_text('{"instruction": "a", "output": "b"}\n{"instruction": "a <note>", "output": "b"}\n')
-    with pytest.raises(UserError, match=r"bad.jsonl:2: holds '<note>', which the tokenizer knows and a model has no row for"):
+    with pytest.raises(UserError, match=r"bad.jsonl:2: contains the token '<note>', for which a model has no row"):
         prepare(make_recipe(**changes, **{"data.train.path": str(tmp_path / "bad.jsonl")}))
 
 

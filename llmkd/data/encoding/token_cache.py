@@ -16,7 +16,7 @@ import numpy as np
 
 from ...config.fields import shaping
 from ...config.recipe import Data, Source
-from ...console import info, progress_bar, warn
+from ...console import progress_bar, warn
 from ...errors import UserError
 from ...files import lock_file, remove_leftovers, write_folder
 from ..examples import Examples
@@ -44,18 +44,18 @@ def tokenizer_hash(tokenizer, template: bool = True) -> str:
     return hashlib.sha256(json.dumps([state, named], sort_keys=True, default=str).encode()).hexdigest()
 
 
-def load_or_encode(rows: Rows, source: Source, data: Data, tokenizer, setting: str, info=info, encode=encode) -> Examples:
+def load_or_encode(rows: Rows, source: Source, data: Data, tokenizer, setting: str, warn=warn, encode=encode) -> Examples:
     """The source's examples, from the cache, or encoded now and put there. UserError when no example has a supervised token."""
     shaped_by = [*shaping(source, "tokens").values(), *shaping(data, "tokens").values()]
     made_from = [VERSION, rows.content, *shaped_by, tokenizer_hash(tokenizer)]  # the content includes the columns' names
     entry = folder(data) / hashlib.sha256(json.dumps(made_from).encode()).hexdigest()[:32]
     with _lock(entry):
-        result = _load(entry, info)
+        result = _load(entry, warn)
         if result is None:
             refuse_without_template(source, rows.rows, tokenizer, setting)
             result = encode(rows, source, data, tokenizer, progress_bar("tokenising"))
             if len(result):
-                _store(entry, result, info)
+                _store(entry, result, warn)
     if not len(result):
         c = result.counts
         raise UserError(
@@ -80,7 +80,7 @@ def _lock(entry: Path):
         yield
 
 
-def _load(entry: Path, info) -> Examples | None:
+def _load(entry: Path, warn) -> Examples | None:
     if not os.path.exists(entry / "manifest.json"):  # unlike Path.exists, false for a name that is too long
         return None
     try:
@@ -104,7 +104,7 @@ def _hash(raw: bytes, counts: dict) -> str:
     return hashlib.sha256(raw + json.dumps(counts, sort_keys=True).encode()).hexdigest()
 
 
-def _store(entry: Path, result: Examples, info) -> None:
+def _store(entry: Path, result: Examples, warn) -> None:
     """Write an entry. A cache that cannot be written does not fail the run: a line says so."""
     from safetensors.numpy import save
 
