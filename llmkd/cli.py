@@ -13,6 +13,7 @@ from pathlib import Path
 
 from . import __version__, console
 from .commands import arguments
+from .commands.parser import HelpShown, did_you_mean
 from .config import loader
 from .errors import UserError, exit_code
 
@@ -41,13 +42,13 @@ def dispatch(argv: list[str]) -> None:
     elif command in COMMANDS:
         try:
             options, overrides = arguments.parse(command, words)
-        except arguments.HelpShown:
+        except HelpShown:
             return
         if command in _COMPUTES:
             quiet()
         COMMANDS[command](options, overrides)
     else:
-        hint = arguments.did_you_mean(command, COMMANDS)
+        hint = did_you_mean(command, COMMANDS)
         raise UserError(f"{command}: no such command{hint or ';'} there are {', '.join(COMMANDS)} (see llmkd --help)")
 
 
@@ -86,7 +87,8 @@ def run_sweep(config: str, overrides: dict, resume: bool) -> None:
 
 def cache(options: argparse.Namespace, overrides: dict) -> None:
     config = _config(options)
-    if options.check and options.import_file:
+    import_file = getattr(options, "import")
+    if options.check and import_file:
         raise UserError("--check: given together with --import; import first, then check")
     recipe = loader.load_recipe(config, overrides)
     if options.check:
@@ -96,7 +98,7 @@ def cache(options: argparse.Namespace, overrides: dict) -> None:
         return
     from .commands.cache import cache as write_caches
 
-    for path in write_caches(recipe, options.import_file):
+    for path in write_caches(recipe, import_file):
         print(path)
 
 

@@ -10,6 +10,7 @@ from llmkd import __version__, cli
 from llmkd.commands import arguments
 from llmkd.config.recipe import Recipe
 from llmkd.config.schema import describe
+from llmkd.errors import UserError
 
 
 def refused(capsys, *argv) -> str:
@@ -42,7 +43,7 @@ def test_each_command_has_a_help_text_of_its_own(capsys, command):
 def test_the_overview_names_every_command(capsys):
     text = shown(capsys, "--help")
     assert text == shown(capsys) == shown(capsys, "help")
-    assert cli.COMMANDS.keys() == arguments.SUMMARY.keys() == arguments.command_parsers().keys()
+    assert list(cli.COMMANDS) == [command.name for command in arguments.COMMANDS] == list(arguments.command_parsers())
     assert all(f"\n  {command} " in text for command in cli.COMMANDS)
 
 
@@ -81,10 +82,14 @@ def test_help_on_one_section_of_the_settings(capsys):
         (["cache", "--config", "x", "--check", "--import", "f"], "--check: given together with --import"),
         (["export"], "export: a run's folder is not given; write llmkd export RUN"),
         (["export", "a", "b"], "export: found a b, expected a run's folder and nothing else"),
-        (["export", "a", "--two", "b"], "--two: export has no such option; did you mean --to?; it has --to, --checkpoint"),
+        (["export", "a", "--two", "b"], "--two: export has no such option; did you mean --to?"),
+        (["export", "a", "--quick"], "--quick: export has no such option; it has --to, --checkpoint"),
         (["export", "runs/none"], "runs/none: no such folder"),
         (["eval", "runs/none", "--tasks", "x"], "eval: there is no folder runs/none"),
-        (["eval", "m", "--tasks", "x", "--dtype", "float12"], "--dtype: found float12; did you mean float32?, expected one of float32"),
+        (
+            ["eval", "m", "--tasks", "x", "--dtype", "float12"],
+            "--dtype: found float12, expected one of float32, bfloat16, float16, float64; did you mean float32?",
+        ),
         (["eval", "m", "--tasks", "x", "--batch_size", "0"], "--batch_size: found 0, expected auto or a whole number >= 1"),
         (["eval", "m", "--tasks", "x", "--limit", "0"], "--limit: found 0, expected a whole number >= 1"),
         (["eval", "m"], "eval: names no task"),
@@ -123,7 +128,7 @@ def test_positional_arguments_and_options_in_any_order():
 
 def test_values_of_settings_are_left_as_they_are():
     words = ["--data.train", "[{path: a.jsonl}, {path: b.jsonl}]", "--config", "r", "--output_dir", "--x"]
-    with pytest.raises(arguments.UserError, match="--output_dir: no value given"):
+    with pytest.raises(UserError, match="--output_dir: no value given"):
         arguments.parse("train", words)
     _, overrides = arguments.parse("train", [*words[:-1], "1e3"])
     assert overrides == {"data.train": [{"path": "a.jsonl"}, {"path": "b.jsonl"}], "output_dir": "1e3"}

@@ -14,7 +14,7 @@ from pathlib import Path
 import yaml
 
 from ..errors import UserError
-from .arguments import did_you_mean
+from .parser import did_you_mean
 
 DEFAULT_FOLDER = "recipes"
 
