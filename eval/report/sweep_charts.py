@@ -4,6 +4,8 @@ import math
 from collections import Counter
 from itertools import combinations, groupby
 
+from llmkd.output.plots import moving_average
+
 from ..comparison.compare import Row
 from ..comparison.compare_text import digits
 from .charts import Cell, Interval, Series, forest, heatmap, lines
@@ -173,13 +175,8 @@ def _shown(value) -> str:
 
 
 def smooth(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """An exponential mean of the values, without the pull towards its start: over a twentieth of them, ten at most."""
-    share = max(0.0, min(0.9, 1 - 20 / len(points)))
-    out, mean, weight = [], 0.0, 0.0
-    for step, value in points:
-        mean, weight = share * mean + (1 - share) * value, share * weight + (1 - share)
-        out.append((step, mean / weight))
-    return out
+    """(step, value) with the values smoothed as in a run's loss.png."""
+    return [(step, value) for (step, _), value in zip(points, moving_average([y for _, y in points]), strict=True)]
 
 
 def thin(points: list[tuple[float, float]]) -> list[tuple[float, float]]:

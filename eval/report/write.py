@@ -92,7 +92,7 @@ def learning(sweep: SweepFolder) -> list:
         out += [
             training,
             Para(
-                "Lines: an exponential mean over about a twentieth of the logged steps, ten at most. Light behind them: the steps themselves.",
+                "Lines: a moving average over a twentieth of the logged steps. Light lines behind them: the single steps.",
                 "small",
             ),
         ]

@@ -1,5 +1,6 @@
-"""Moved here from another file."""
+"""loss.png: training terms and held-out metrics of one run over its steps."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..files import read_jsonl
@@ -24,7 +25,7 @@ def plot_losses(folder: Path) -> None:
         if points:
             xs, ys = zip(*points, strict=True)
             axes[0, 0].plot(xs, ys, color=colour, alpha=0.25, linewidth=1)
-            axes[0, 0].plot(xs, smooth(ys), color=colour, linewidth=1.6, label=name)
+            axes[0, 0].plot(xs, moving_average(ys), color=colour, linewidth=1.6, label=name)
     axes[0, 0].set_ylabel("training, nats per target")
     if held_out:
         _lines(axes[1, 0], held_out, (("ce", "student CE", "#1f6fb4"), ("teacher_ce", "teacher CE", "#888888")))
@@ -50,10 +51,11 @@ def _lines(axis, records: list[dict], series) -> None:
             axis.plot(*zip(*points, strict=True), color=colour, marker="o", markersize=3, linewidth=1.4, label=label)
 
 
-def smooth(values, share: float = 0.9) -> list[float]:
-    """An exponential mean without the pull towards its start."""
-    out, mean, weight = [], 0.0, 0.0
-    for value in values:
-        mean, weight = share * mean + (1 - share) * value, share * weight + (1 - share)
-        out.append(mean / weight)
-    return out
+def moving_average(values: Sequence[float]) -> list[float]:
+    """The mean of each value and its neighbours, in a centred window of a twentieth of all values; at the ends, of those that exist.
+
+    Centred, so that the line has no lag: an exponential mean of the same width trails a falling loss by the whole window.
+    """
+    half = round(len(values) / 20) // 2
+    windows = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
+    return [sum(window) / len(window) for window in windows]

@@ -1,4 +1,4 @@
-"""Moved here from another file."""
+"""Progress of a run on the console: a bar on a terminal, a line now and then in a log file."""
 
 import sys
 import time

@@ -1,0 +1,39 @@
+"""loss.png: the smoothed lines do not trail the values."""
+
+import json
+
+import pytest
+from llmkd_eval.report import sweep_charts
+
+from llmkd.output.plots import moving_average, plot_losses
+
+
+@pytest.mark.parametrize("count", [1, 2, 24, 39, 400])
+def test_a_falling_loss_is_smoothed_without_lag(count):
+    falling = [10 - 6 * k / count for k in range(count)]
+    smooth = moving_average(falling)
+    slope, half = 6 / count, round(count / 20) // 2
+    assert smooth == pytest.approx(falling, abs=slope * half / 2 + 1e-9)  # at the very ends
+    assert smooth[half : count - half] == pytest.approx(falling[half : count - half])
+
+
+def test_a_short_run_ends_where_its_last_step_does():
+    values = [5.3 - 0.1 * k for k in range(24)]
+    assert moving_average(values) == values
+
+
+def test_noise_is_averaged_over_a_twentieth_of_the_steps():
+    alternating = [1.0 + (-1) ** k for k in range(1000)]
+    assert moving_average(alternating) == pytest.approx([1.0] * 1000, abs=0.05)
+
+
+def test_the_report_smooths_as_loss_png_does():
+    points = [(10.0 * k, (k * 37 % 11) / 7) for k in range(200)]
+    assert sweep_charts.smooth(points) == [(x, y) for (x, _), y in zip(points, moving_average([y for _, y in points]), strict=True)]
+
+
+def test_a_picture_of_a_run_that_has_just_begun(tmp_path):
+    records = [{"step": 1, "loss": 3.0, "ce": 3.0}, {"step": 1, "validation": {"ce": 3.0, "teacher_ce": 2.0, "forward_kl": 0.5}}]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    plot_losses(tmp_path)
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
