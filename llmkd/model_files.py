@@ -35,9 +35,18 @@ class ModelFiles:
 
     @property
     def dtype(self) -> str | None:
-        """The type that the weights were saved in, as far as the configuration says it."""
-        c = self.config
-        return c.get("dtype") or c.get("torch_dtype") or c.get("text_config", {}).get("dtype")
+        """See `saved_dtype`."""
+        return saved_dtype(self.config)
+
+
+def saved_dtype(config: dict) -> str | None:
+    """The type of a model's weights on disk by its config.json, whichever version of transformers wrote it; None where it does not say."""
+    return config.get("dtype") or config.get("torch_dtype") or config.get("text_config", {}).get("dtype")
+
+
+def loaded_dtype(config: dict, wanted: str) -> str:
+    """The type of the weights in memory: the wanted one, or for `auto` the saved one; float32 where that is not known."""
+    return (saved_dtype(config) or "float32") if wanted == "auto" else wanted
 
 
 def find(name: str, setting: str, revision: str | None = None, base: str | None = None) -> ModelFiles:

@@ -51,7 +51,7 @@ def _find(name: str, out: Path | None, several: bool, dtype: str | None) -> Mode
         kind = "full"
     else:
         kind = "merged" if "merged" in folder.name or (files.base / RECORD).exists() else "base"
-    saved = files.config.get("dtype") or files.config.get("torch_dtype") or files.config.get("text_config", {}).get("dtype")
+    saved = files.dtype
     own = files.config.get("quantization_config", {}).get("quant_method")
     marks = [fingerprint(folder, "eval") for folder in (files.base, files.adapter) if folder]
     wanted = dtype or settings.dtype

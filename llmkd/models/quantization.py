@@ -7,7 +7,7 @@ from torch import nn
 
 from ..config.recipe import Quantization
 from ..console import warn
-from ..model_files import read_json
+from ..model_files import loaded_dtype, read_json
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 
@@ -29,9 +29,8 @@ def bitsandbytes_config(settings: Quantization, dtype: str, folder: Path, settin
 
     if settings.type == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
-    config = read_json(folder / "config.json", setting)
-    saved = config.get("dtype") or config.get("torch_dtype") or config.get("text_config", {}).get("dtype") or "float32"
-    compute = next(name for name in (settings.compute_dtype, dtype, saved) if name != "auto")
+    weights = loaded_dtype(read_json(folder / "config.json", setting), dtype)
+    compute = weights if settings.compute_dtype == "auto" else settings.compute_dtype
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=settings.type,

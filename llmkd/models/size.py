@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..config.recipe import Lora
-from ..model_files import ModelFiles, tensors
+from ..model_files import ModelFiles, loaded_dtype, tensors
 
 _BYTES = {"nf4": 0.516, "fp4": 0.516, "int8": 1.0, "fp8": 1.0}
 
@@ -54,4 +54,4 @@ def weight_bytes(files: ModelFiles, dtype: str, quantization) -> float:
     """Bytes that a weight takes in memory."""
     if quantization:
         return _BYTES[quantization.type]
-    return {"float64": 8, "float32": 4}.get(files.dtype or "float32" if dtype == "auto" else dtype, 2)
+    return {"float64": 8, "float32": 4}.get(loaded_dtype(files.config, dtype), 2)

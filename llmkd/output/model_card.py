@@ -16,7 +16,7 @@ from .. import __version__
 from ..config.fields import as_tuple
 from ..config.loader import dump
 from ..config.recipe import Quantization, Recipe, Source, distils
-from ..model_files import ModelFiles, hub_origin, licence
+from ..model_files import ModelFiles, hub_origin, licence, loaded_dtype
 from ..teachers.resolve import TeacherSource
 
 #: Validation metrics by the names that the hub's metrics have, where they have one, and what they are.
@@ -274,8 +274,7 @@ def bitsandbytes_config(q: Quantization, dtype: str, config: dict) -> str:
     """The BitsAndBytesConfig of a setting, as Python."""
     if q.type == "int8":
         return "BitsAndBytesConfig(load_in_8bit=True)"
-    own = config.get("dtype", config.get("torch_dtype")) if dtype == "auto" else dtype
-    compute = (own or "float32") if q.compute_dtype == "auto" else q.compute_dtype
+    compute = loaded_dtype(config, dtype) if q.compute_dtype == "auto" else q.compute_dtype
     return (
         f"BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type={q.type!r}, "
         f"bnb_4bit_use_double_quant={q.double_quant}, bnb_4bit_compute_dtype={compute!r})"

@@ -15,7 +15,7 @@ from ..config.teacher import CACHE_KINDS, Teacher
 from ..data.encoding import token_cache
 from ..data.examples import ALL_TEACHERS, Examples
 from ..errors import UserError
-from ..model_files import ModelFiles, find, fingerprint, read_json
+from ..model_files import ModelFiles, find, fingerprint, loaded_dtype, read_json
 from .cache.shards import TeacherCache, read_header
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ def config_hash(folder: Path, setting: str) -> str:
 
 def weights_dtype(files: ModelFiles, settings: Teacher) -> str:
     """The type of a teacher's weights in memory: the recipe's, or for `auto` the type they were saved in."""
-    return files.dtype or "float32" if settings.dtype == "auto" else settings.dtype
+    return loaded_dtype(files.config, settings.dtype)
 
 
 def data_hashes(prepared) -> dict[str, str]:
