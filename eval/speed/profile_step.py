@@ -31,8 +31,9 @@ from eval.speed.step_setup import Setup  # noqa: E402
 from llmkd.batch import Batch  # noqa: E402
 from llmkd.data.batch_source import BatchSource  # noqa: E402
 from llmkd.data.batching import TokenBudget  # noqa: E402
+from llmkd.losses import terms  # noqa: E402
 from llmkd.teachers.live import LiveTeacher  # noqa: E402
-from llmkd.training import distiller, loop  # noqa: E402
+from llmkd.training import loop  # noqa: E402
 from llmkd.training.launch import start  # noqa: E402
 
 WAIT, COPY, TEACHER, STUDENT, HEADS = "waiting for batches", "copies to the device", "teacher's body", "student's body", "heads and loss"
@@ -115,7 +116,7 @@ def parts_named(setup: Setup):
     calls = [
         (Batch, "to", COPY),
         (setup.student, "hidden", STUDENT),
-        (distiller, "fused_loss", HEADS),
+        (terms, "fused_loss", HEADS),
         (setup.accelerator, "backward", BACKWARD),
         (loop, "unscale_and_norm_", OPTIMIZER),
         (loop, "optimizer_step", OPTIMIZER),

@@ -18,6 +18,7 @@ from llmkd.data.collate import collate
 from llmkd.losses.divergences import make_divergence
 from llmkd.losses.fused import default_chunk
 from llmkd.losses.objective import Objective
+from llmkd.losses.terms import HeadTerm
 from llmkd.models.families import decoder_of
 from llmkd.models.language_model import LanguageModel
 from llmkd.signals import Dense, Teacher
@@ -110,7 +111,7 @@ def cases(setup: Setup) -> list[Case]:
 
 def learning(setup: Setup, kd: float, student: LanguageModel) -> StudentState:
     parameters = setup.fresh_adapter(student)
-    distiller = setup.accelerator.prepare_model(Distiller(student, Objective(kd, 1.0, make_divergence("forward_kl"))))
+    distiller = setup.accelerator.prepare_model(Distiller(student, [HeadTerm(Objective(kd, 1.0, make_divergence("forward_kl")))]))
     return StudentState(distiller, optimizers.build(Optim(), parameters), parameters, lambda step: 2e-4, 1.0)
 
 

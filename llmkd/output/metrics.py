@@ -11,6 +11,9 @@ from ..config.recipe import Recipe
 from ..files import read_jsonl, write_atomic
 from .trackers import Trackers
 
+#: What a training step's record holds beside the loss's terms.
+_BESIDE_TERMS = ("step", "epoch", "lr", "grad_norm", "targets", "targets_per_s", "peak_memory")
+
 
 class MetricsLog:
     """One student's metrics: a JSON object a line in `metrics.jsonl`, and the same to the recipe's trackers.
@@ -36,6 +39,11 @@ class MetricsLog:
 
     def close(self) -> None:
         self.trackers.finish()
+
+
+def terms(record: dict) -> dict[str, float]:
+    """The loss and its terms in a training step's record, the loss first."""
+    return {"loss": record["loss"]} | {name: value for name, value in record.items() if name not in _BESIDE_TERMS}
 
 
 def peak_memory() -> int:

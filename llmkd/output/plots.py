@@ -4,10 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..files import read_jsonl
+from . import metrics
+
+_COLOURS = {"loss": "#333333", "ce": "#1f6fb4", "kd": "#d1495b"}  # others take matplotlib's
 
 
 def plot_losses(folder: Path) -> None:
-    """loss.png from metrics.jsonl: the training terms, and below them the validation metrics, where there are any."""
+    """loss.png from metrics.jsonl: the loss and its terms, and below them the validation metrics."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -20,12 +23,11 @@ def plot_losses(folder: Path) -> None:
     kl = [r for r in held_out if "forward_kl" in r["validation"]]
     panels = 1 + bool(held_out) + bool(kl)
     figure, axes = plt.subplots(panels, 1, figsize=(7, 2.6 * panels), sharex=True, layout="constrained", squeeze=False)
-    for name, colour in (("loss", "#333333"), ("ce", "#1f6fb4"), ("kd", "#d1495b")):
-        points = [(r["step"], r[name]) for r in steps if name in r]
-        if points:
-            xs, ys = zip(*points, strict=True)
-            axes[0, 0].plot(xs, ys, color=colour, alpha=0.25, linewidth=1)
-            axes[0, 0].plot(xs, moving_average(ys), color=colour, linewidth=1.6, label=name)
+    for n, name in enumerate(dict.fromkeys(name for r in steps for name in metrics.terms(r))):
+        xs, ys = zip(*((r["step"], r[name]) for r in steps if name in r), strict=True)
+        colour = _COLOURS.get(name, f"C{n}")
+        axes[0, 0].plot(xs, ys, color=colour, alpha=0.25, linewidth=1)
+        axes[0, 0].plot(xs, moving_average(ys), color=colour, linewidth=1.6, label=name)
     axes[0, 0].set_ylabel("training, nats per target")
     if held_out:
         _lines(axes[1, 0], held_out, (("ce", "student CE", "#1f6fb4"), ("teacher_ce", "teacher CE", "#888888")))

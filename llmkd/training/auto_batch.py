@@ -16,7 +16,7 @@ from ..batch import Batch
 from ..data.batch_source import ExampleSource, Step
 from ..data.batching import MOST_PACKED, MOST_TOKENS, TokenBudget
 from ..errors import UserError, is_out_of_memory
-from ..losses.fused import LEAST_ROWS, MOST_ROWS, default_chunk
+from ..losses.fused import LEAST_ROWS, MOST_ROWS
 from ..signals import Teacher
 from .distiller import Distiller
 from .loop import StudentState, forward_backward
@@ -27,7 +27,7 @@ _FEWEST_ROWS = 128  # of a chunk that is made smaller because memory ran out
 _HEADS_SHARE = 1 / 8  # of the free memory: what the head's tiles take of it
 
 
-def chunk_rows(vocab: int, device: torch.device, info) -> int | None:
+def head_chunk_size(vocab: int, device: torch.device, info) -> int | None:
     """Rows per chunk of the head on a GPU whose models are loaded: `MOST_ROWS`, or fewer, to `LEAST_ROWS`, where the float32 tiles of
     student and teacher would take more than an eighth of the free memory. None on a CPU, where the vocabulary alone decides."""
     if device.type != "cuda":
@@ -151,10 +151,4 @@ class AutoBatchSize:
 
     def _smaller_chunks(self) -> int:
         """Halve them, but not below `_FEWEST_ROWS`; the most rows of those that were, or 0 where none was."""
-        halved = [0]
-        for one in self.chunked:
-            rows = one.chunk_rows or default_chunk(one.student.head.vocab, self.accelerator.device.type)
-            if rows > _FEWEST_ROWS:
-                one.chunk_rows = max(_FEWEST_ROWS, rows // 2)
-                halved.append(one.chunk_rows)
-        return max(halved)
+        return max((one.halve_chunks(self.accelerator.device.type, _FEWEST_ROWS) for one in self.chunked), default=0)

@@ -3,12 +3,13 @@
 import math
 from collections.abc import Callable
 
-from ..config.recipe import Recipe, Teacher
+from ..config.recipe import Loss, Recipe, Teacher
 from ..console import info
 from ..data.batching import TokenBudget
 from ..errors import UserError
 from ..losses.divergences import make_divergence
 from ..losses.objective import Objective
+from ..losses.terms import HeadTerm, Term
 from ..models.compile import compile_layers, configure_torch_compile
 from ..models.language_model import LanguageModel
 from ..models.load import AroundTransform, load_models
@@ -52,18 +53,23 @@ def longest_row(recipe: Recipe) -> int:
     return max(most, min(size.tokens, recipe.train.batch_size * most)) if isinstance(size, TokenBudget) else size * most
 
 
-def build_student(recipe: Recipe, student: LanguageModel, total_steps: int, accelerator, rows: int | None = None) -> StudentState:
-    """The student with its objective, optimizer and schedule. `rows`: of a chunk of the head, where the recipe does not say."""
-    loss, optim = recipe.loss, recipe.optim
-    objective = Objective(loss.kd_ratio, loss.temperature, make_divergence(loss.divergence, **loss.divergence_options))
-    parameters = student.trainable()
+def build_student(recipe: Recipe, student: LanguageModel, total_steps: int, accelerator, chunk_size: int | None = None) -> StudentState:
+    """The student with its terms, optimizer and schedule. `chunk_size`: rows of the head, where the recipe does not say."""
+    optim = recipe.optim
+    distiller = Distiller(student, [term.to(accelerator.device) for term in build_terms(recipe.loss, chunk_size)])
+    parameters = distiller.trainable()
     optimizer = optimizers.build(optim, parameters)
     if (
         student.capabilities.parameters_without_gradient and accelerator.num_processes > 1
     ):  # or the processes would wait for gradients that never come
         accelerator.ddp_handler.find_unused_parameters = True
-    distiller = accelerator.prepare_model(Distiller(student, objective, loss.chunk_size or rows))
-    return StudentState(distiller, optimizer, parameters, schedule(recipe, total_steps), optim.max_grad_norm)
+    return StudentState(accelerator.prepare_model(distiller), optimizer, parameters, schedule(recipe, total_steps), optim.max_grad_norm)
+
+
+def build_terms(loss: Loss, chunk_size: int | None = None) -> list[Term]:
+    """The terms of the loss. `chunk_size`: rows of the head at a time, where the settings do not say."""
+    divergence = make_divergence(loss.divergence, **loss.divergence_options)
+    return [HeadTerm(Objective(loss.kd_ratio, loss.temperature, divergence), loss.chunk_size or chunk_size)]
 
 
 def schedule(recipe: Recipe, total: int) -> Callable[[int], float]:

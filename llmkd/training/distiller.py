@@ -1,31 +1,50 @@
-"""Student and objective in one module: what DDP wraps, so that it sees a single forward call."""
+"""Student and loss terms in one module: what DDP wraps, so that it sees a single forward call."""
 
-from dataclasses import dataclass
+import functools
+import operator
+from collections.abc import Iterable
 
-from torch import Tensor, nn
+from torch import nn
 
 from ..batch import Batch
-from ..losses.fused import fused_loss
-from ..losses.objective import Objective
+from ..losses.terms import Loss, StudentOutputs, Term, by_name
 from ..models.language_model import LanguageModel
-from ..signals import Signal
-
-
-@dataclass(frozen=True)
-class Loss:
-    """`total` is the mixed loss summed over the batch's targets, to be back-propagated; `rows` each term per target."""
-
-    total: Tensor
-    rows: dict[str, Tensor]
+from ..signals import Signal, Teacher
 
 
 class Distiller(nn.Module):
-    def __init__(self, student: LanguageModel, objective: Objective, chunk_rows: int | None = None):
+    """A student and the terms that it minimises."""
+
+    def __init__(self, student: LanguageModel, terms: Iterable[Term]):
         super().__init__()
-        self.student, self.objective, self.chunk_rows = student, objective, chunk_rows
+        self.student, self.terms = student, by_name(terms)
 
     def forward(self, batch: Batch, signal: Signal | None) -> Loss:
-        hidden_NH = self.student.hidden(batch.student)
-        signal = signal if self.objective.kd_ratio else None  # another student's, where several share a teacher
-        total, rows = fused_loss(hidden_NH, self.student.head, batch.labels_N, self.objective, signal, self.chunk_rows)
-        return Loss(total, rows)
+        """All terms at the batch's targets: their weighted sum, and each one's rows."""
+        student = StudentOutputs(self.student.hidden(batch.student), self.student.head)
+        parts = [term(student, signal, batch) for term in self.terms.values()]
+        return Loss(
+            functools.reduce(operator.add, (part.total for part in parts)),
+            {name: rows_N for part in parts for name, rows_N in part.rows.items()},
+        )
+
+    @property
+    def needs_teacher(self) -> bool:
+        return any(term.needs_teacher for term in self.terms.values())
+
+    def trainable(self) -> dict[str, nn.Parameter]:
+        """Everything that trains: the student's parameters, and those of the terms as terms.TERM.PARAMETER."""
+        return self.student.trainable() | {f"terms.{name}": p for name, p in self.terms.named_parameters() if p.requires_grad}
+
+    def combine(self, values: dict[str, float]) -> float:
+        """The loss from the terms' values by name: means over targets, say."""
+        return functools.reduce(operator.add, (term.combine(values) for term in self.terms.values()))
+
+    def explain_nonfinite(self, name: str, batch: Batch, rows: list[int], teacher: Teacher | None) -> str:
+        """Why the term `name` may not be finite at those targets of a batch; "" where nothing is known."""
+        found = (term.explain_nonfinite(name, batch, rows, teacher) for term in self.terms.values() if name in term.names)
+        return next(found, "")
+
+    def halve_chunks(self, device: str, least: int) -> int:
+        """To save memory, let terms that work in chunks of rows take half as many. The new number, or 0."""
+        return max(term.halve_chunks(self.student.head.vocab, device, least) for term in self.terms.values())

@@ -41,7 +41,7 @@ class StudentState:
 class Progress:
     """The result of a step, by the students' numbers; those that failed earlier are no longer in it.
 
-    `terms` are means over the step's targets, {"ce": ..., "kd": ..., "loss": ...}; empty for a step whose metrics were not wanted.
+    `terms` are means over the step's targets, {"ce": ..., "kd": ..., ..., "loss": ...}; empty for a step whose metrics were not wanted.
     A student in `failures` met a value that is not finite, in this step or the one before: its weights are as they were before
     that, and it takes no further steps.
     """
@@ -113,12 +113,12 @@ def read_step_metrics(
     result: StepResult, progress: Progress, active: dict[int, StudentState], teacher: Teacher | None, accelerator
 ) -> tuple[dict[int, dict[str, float]], dict[int, float]]:
     """Wait for a step's terms and gradient norms. A student with one that is not finite fails: it leaves `active`."""
-    objectives = {k: unwrap(student).objective for k, student in active.items()}
-    terms, norms, stop = result.read(objectives)
+    distillers = {k: unwrap(student) for k, student in active.items()}
+    terms, norms, stop = result.read({k: distiller.combine for k, distiller in distillers.items()})
     progress.stop = progress.stop or stop
     for k in terms:
         if not all(map(math.isfinite, (*terms[k].values(), norms[k]))):
-            progress.failures[k] = diagnose_nonfinite(result, k, terms[k], objectives[k].temperature, teacher, accelerator)
+            progress.failures[k] = diagnose_nonfinite(result, k, terms[k], distillers[k].explain_nonfinite, teacher, accelerator)
             del active[k]
     return terms, norms
 

@@ -1,6 +1,7 @@
 """The result of an optimizer step: sums gathered on the device and read when the host waits for them; the cause of a value that is not finite."""
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor
 from ..batch import Batch
 from ..data.batch_source import Step
 from ..errors import NonFinite
-from ..losses.objective import Objective
+from ..signals import Teacher
 
 
 @dataclass
@@ -51,37 +52,39 @@ class StepResult:
         else:
             self.values = values
 
-    def read(self, objectives: dict[int, Objective]) -> tuple[dict[int, dict[str, float]], dict[int, float], bool]:
-        """For the students with these objectives each term's mean and the gradient's norm; whether any rank was asked to stop."""
+    def read(self, combine: dict[int, Callable[[dict[str, float]], float]]) -> tuple[dict[int, dict[str, float]], dict[int, float], bool]:
+        """For the students in `combine` each term's mean, the loss that `combine[k]` makes of them, and the gradient's norm; whether any rank
+        was asked to stop."""
         if self.copied:
             self.copied.synchronize()
         values = self.values.tolist()
         every = list(dict.fromkeys(k for k, _ in self.names))
         norms = dict(zip(every, values[len(self.names) + 1 :], strict=True))
-        terms: dict[int, dict[str, float]] = {k: {} for k in every if k in objectives}
+        terms: dict[int, dict[str, float]] = {k: {} for k in every if k in combine}
         for (k, name), value in zip(self.names, values, strict=False):
             if k in terms:
                 terms[k][name] = value / self.accumulated.num_targets
         for k in terms:
-            terms[k]["loss"] = objectives[k].combine(terms[k])
+            terms[k]["loss"] = combine[k](terms[k])
         return terms, {k: norms[k] for k in terms}, values[len(self.names)] > 0
 
 
-def diagnose_nonfinite(result: StepResult, k: int, terms: dict[str, float], temperature: float, teacher, accelerator) -> NonFinite:
-    """The step, the term and the examples of a value that is not finite, over all ranks, for student `k` and its loss's temperature."""
+def diagnose_nonfinite(
+    result: StepResult,
+    k: int,
+    terms: dict[str, float],
+    explain: Callable[[str, Batch, list[int], Teacher | None], str],
+    teacher,
+    accelerator,
+) -> NonFinite:
+    """The step, the term and the examples of a value that is not finite, over all ranks, for student `k`; `explain` looks for a cause."""
     term = next((name for name, value in terms.items() if not math.isfinite(value)), "gradient")
     examples, cause = set(), ""
     for micro, rows in zip(result.accumulated.micro_batches, result.accumulated.terms_by_micro_batch[k], strict=True):
         bad_N = (~torch.isfinite(rows[term])).nonzero().flatten().tolist() if term in rows else range(micro.num_targets)
         examples |= {int(micro.example_N[n]) for n in bad_N}
-        if term == "kd" and bad_N and not cause:
-            log_p_V = teacher(micro.to(accelerator.device)).log_probs(slice(bad_N[0], bad_N[0] + 1), temperature=temperature)[0]
-            if torch.isnan(log_p_V).any():
-                cause = "teacher logits"
-            elif (
-                torch.isneginf(log_p_V).any() and "top1_agreement" in teacher.metrics
-            ):  # a sampled teacher leaves most tokens out by design
-                cause = "kd (the teacher rules tokens out, where this divergence is infinite; forward_kl and generalized_jsd stay finite)"
+        if term in rows and bad_N and not cause:
+            cause = explain(term, micro.to(accelerator.device), bad_N, teacher)
     if accelerator.num_processes > 1:
         from accelerate.utils import gather_object
 

@@ -82,7 +82,7 @@ class StudentRun:
             "steps": steps,
             "output": "adapter" if self.recipe.student.method == "lora" else "model",
             "before": held_out[0],
-            "train": {k: last[k] for k in ("loss", "ce", "kd") if k in last},
+            "train": metrics.terms(last),
             "validation": held_out[-1] | scored,
             "best": self.best,
         }

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..batch import Batch
-from ..config.recipe import Recipe, distils
+from ..config.recipe import Recipe
 from ..console import info, progress_bar, table
 from ..data.examples import Examples
 from ..errors import Stopped, UserError, attribute_to_student, on_main_process
@@ -22,7 +22,7 @@ from ..signals import Teacher
 from ..teachers.fidelity import measured_transform, sample_examples, sample_teacher_batches
 from ..teachers.mixture import combine_teachers
 from . import checkpoint
-from .auto_batch import AutoBatchSize, chunk_rows
+from .auto_batch import AutoBatchSize, head_chunk_size
 from .build import build_student, load
 from .loop import StepHooks, StudentState, no_retry, train, unwrap
 from .prepare import Prepared
@@ -53,10 +53,10 @@ class Trainer:
         self.teacher = self.build_teacher(teacher_recipe, teacher_models)
         self.fidelity = {f"{name}.{k}": v for (name, _), model in zip(live, teacher_models, strict=True) for k, v in model.fidelity.items()}
         self.source = prepared.source.for_rank(accelerator.process_index, accelerator.num_processes, accelerator.device)
-        self.students, rows = [], chunk_rows(prepared.vocab, accelerator.device, info)
+        self.students, chunk_size = [], head_chunk_size(prepared.vocab, accelerator.device, info)
         for k, (own, folder, model) in enumerate(zip(recipes, folders, models, strict=True)):
             with attribute_to_student(k):
-                state = build_student(own, model, self.source.total_steps, accelerator, rows)
+                state = build_student(own, model, self.source.total_steps, accelerator, chunk_size)
                 own_data = prepared if own is teacher_recipe else prepared.of(own)
                 self.students.append(StudentRun(own, own_data, folder, model, state, self.main))
         self.lock_folders()
@@ -122,7 +122,7 @@ class Trainer:
             if self.stop.any_rank(self.accelerator):
                 raise self.stopped(self.done)
             states = [student.state for student in self.students]
-            teacher = self.teacher if any(distils(student.recipe) for student in self.students) else None
+            teacher = self.teacher if any(unwrap(state).needs_teacher for state in states) else None
             retry = self.auto_batch(states, teacher) if recipe.train.micro_batch_tokens == "auto" and self.done < total else no_retry
             hooks = StepHooks(self.stop, retry, self.is_read)
             with contextlib.closing(train(self.source, states, teacher, self.accelerator, self.done, hooks)) as steps:

@@ -21,6 +21,7 @@ from llmkd.head import Head
 from llmkd.losses.divergences import make_divergence
 from llmkd.losses.fused import fused_loss
 from llmkd.losses.objective import Objective
+from llmkd.losses.terms import HeadTerm
 from llmkd.models.language_model import LanguageModel
 from llmkd.models.load import checked
 from llmkd.signals import Dense
@@ -170,7 +171,7 @@ KERNELS = {"teacher": 102, "student": 158, "loss": 54, "backward": 199, "clip": 
 
 def test_kernels_of_a_step():
     teacher, student = LiveTeacher(language_model(False)), language_model(True)
-    distiller, trained = Distiller(student, Objective(0.5)), student.trainable()
+    distiller, trained = Distiller(student, [HeadTerm(Objective(0.5))]), student.trainable()
     student_state = loop.StudentState(distiller, optimizers.build(Optim(), trained), trained, lambda step: 1e-3, max_grad_norm=1.0)
     one = SimpleNamespace(device=torch.device("cpu"), num_processes=1, process_index=0, no_sync=lambda _: contextlib.nullcontext())
     one.backward = lambda loss: loss.backward()

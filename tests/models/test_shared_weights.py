@@ -15,6 +15,7 @@ from llmkd.config.recipe import Lora, Quantization, Student, Teacher
 from llmkd.data.collate import collate
 from llmkd.errors import UserError
 from llmkd.losses.objective import Objective
+from llmkd.losses.terms import HeadTerm
 from llmkd.models import pretrained, shared_weights
 from llmkd.models.language_model import LanguageModel
 from llmkd.models.load import load_models, load_teacher
@@ -55,7 +56,7 @@ def parameters(teacher: LanguageModel) -> dict[str, torch.Tensor]:
 def distil(student: Student, teacher: Teacher, batches) -> tuple[list, list, dict, LanguageModel, LanguageModel]:
     """A few steps: losses, gradients, the student's weights; held to what must be true after the teacher has spoken."""
     (learner,), (model,) = load_models([student], [("teacher", teacher)], 640, "cpu", seed=7)
-    live, distiller, before = LiveTeacher(model), Distiller(learner, Objective(0.5, 2.0)), parameters(model)
+    live, distiller, before = LiveTeacher(model), Distiller(learner, [HeadTerm(Objective(0.5, 2.0))]), parameters(model)
     trained = learner.trainable()
     optimizer = torch.optim.AdamW(trained.values(), lr=0.02)
     losses, gradients = [], []

@@ -12,6 +12,7 @@ from llmkd.head import Head
 from llmkd.losses.divergences import forward_kl, make_divergence
 from llmkd.losses.fused import fused_loss
 from llmkd.losses.objective import Objective
+from llmkd.losses.terms import HeadTerm
 from llmkd.signals import Dense
 from llmkd.teachers.cache import records
 from llmkd.teachers.cache.codec import decode_ids, decode_values, encode_ids, encode_values, id_bytes, packed_bytes
@@ -321,5 +322,6 @@ def test_what_is_not_finite_before_a_teacher_known_by_samples_is_not_laid_at_its
     ask = type("Teacher", (), {"metrics": ("teacher_ce",), "__call__": lambda self, batch: signal})()
     rows = {"ce": torch.zeros(count), "kd": torch.zeros(count).index_fill(0, torch.tensor([1]), math.inf)}
     result = SimpleNamespace(step=Step(3, 0), accumulated=Accumulated([batch], count, 1.0, {0: [rows]}))
-    found = diagnose_nonfinite(result, 0, {"ce": 0.0, "kd": math.inf}, 2.0, ask, SimpleNamespace(device="cpu", num_processes=1))
+    explain = HeadTerm(Objective(0.5, 2.0)).explain_nonfinite
+    found = diagnose_nonfinite(result, 0, {"ce": 0.0, "kd": math.inf}, explain, ask, SimpleNamespace(device="cpu", num_processes=1))
     assert (found.step, found.term, found.places) == (3, "kd", ["example 1"])

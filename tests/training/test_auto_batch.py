@@ -224,10 +224,10 @@ def test_two_processes_agree_on_a_budget(world, trained, tmp_path):
 def test_chunks_of_the_head_follow_from_what_is_free_on_a_gpu(monkeypatch, vocab, free, rows):
     monkeypatch.setattr(auto_batch, "memory_gauge", lambda device: SimpleNamespace(room=free))
     lines = []
-    assert auto_batch.chunk_rows(vocab, torch.device("cuda"), lines.append) == rows
+    assert auto_batch.head_chunk_size(vocab, torch.device("cuda"), lines.append) == rows
     assert rows == 1024 or 8 * vocab * rows <= free / 8
     assert len(lines) == 1 and lines[0].startswith(f"head: chunks of {rows:,} rows")
-    assert auto_batch.chunk_rows(vocab, torch.device("cpu"), lines.append) is None and len(lines) == 1
+    assert auto_batch.head_chunk_size(vocab, torch.device("cpu"), lines.append) is None and len(lines) == 1
 
 
 class Head:
@@ -236,9 +236,9 @@ class Head:
     rows = 10**9
 
     def __init__(self, monkeypatch):
-        from llmkd.training import distiller
+        from llmkd.losses import terms
 
-        self.asked, real = [], distiller.fused_loss
+        self.asked, real = [], terms.fused_loss
 
         def limited(*args):
             self.asked.append(args[-1])
@@ -246,7 +246,7 @@ class Head:
                 raise torch.OutOfMemoryError("a tile")
             return real(*args)
 
-        monkeypatch.setattr(distiller, "fused_loss", limited)
+        monkeypatch.setattr(terms, "fused_loss", limited)
 
 
 @pytest.mark.parametrize("found_while_measuring", [True, False])

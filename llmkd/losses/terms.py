@@ -1,0 +1,127 @@
+"""Terms: the things that a student minimises, each by name, with its weight and, where it has any, its own trainable parameters."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..batch import Batch
+from ..head import Head
+from ..signals import Signal, Teacher
+from .fused import default_chunk, fused_loss
+from .objective import Objective
+
+
+@dataclass(frozen=True)
+class StudentOutputs:
+    """What a student computed for a batch."""
+
+    hidden_NH: Tensor  # last hidden states at the targets
+    head: Head
+
+
+@dataclass(frozen=True)
+class Loss:
+    """`total` is the weighted loss summed over the batch's targets, to be back-propagated; `rows` each term per target, [N], detached."""
+
+    total: Tensor
+    rows: dict[str, Tensor]
+
+
+class Term(nn.Module):
+    """One or several named parts of the loss. Its parameters train with the student's, are in the run's checkpoints and are not exported.
+
+    Everything is summed over targets; the training loop divides by their number in the whole optimizer step.
+    """
+
+    names: tuple[str, ...]
+    needs_teacher = False
+
+    def forward(self, student: StudentOutputs, signal: Signal | None, batch: Batch) -> Loss:
+        """The weighted sum over the batch's targets and the unweighted rows, by `names`. A micro-batch may have no targets."""
+        raise NotImplementedError
+
+    def combine(self, values: dict[str, float]) -> float:
+        """The weighted sum of this term's own `values` (means over targets, say), as in the loss."""
+        raise NotImplementedError
+
+    def explain_nonfinite(self, name: str, batch: Batch, rows: list[int], teacher: Teacher | None) -> str:
+        """Why the part `name` may not be finite at those targets of a batch; "" where nothing is known."""
+        return ""
+
+    def halve_chunks(self, vocab: int, device: str, least: int) -> int:
+        """To save memory: work in chunks of half as many rows, but no fewer than `least`. The new number; 0 where nothing can be halved."""
+        return 0
+
+
+class RowTerm(Term):
+    """A term with one name, whose gradient is autograd's: a subclass gives `rows`."""
+
+    def __init__(self, name: str, weight: float):
+        super().__init__()
+        self.names, self.weight = (name,), weight
+
+    def rows(self, student: StudentOutputs, signal: Signal | None, batch: Batch) -> Tensor:
+        """The term for each target, [N], differentiable."""
+        raise NotImplementedError
+
+    def forward(self, student: StudentOutputs, signal: Signal | None, batch: Batch) -> Loss:
+        rows_N = self.rows(student, signal, batch)
+        return Loss(self.weight * rows_N.sum(), {self.names[0]: rows_N.detach()})
+
+    def combine(self, values: dict[str, float]) -> float:
+        return self.weight * values[self.names[0]]
+
+
+class HeadTerm(Term):
+    """Cross-entropy ("ce") and with a teacher the divergence ("kd"), both from the fused head.
+
+    chunk_size   rows of the head at a time; None: as the device does best
+    """
+
+    names = ("ce", "kd")
+
+    def __init__(self, objective: Objective, chunk_size: int | None = None):
+        super().__init__()
+        self.objective, self.chunk_size = objective, chunk_size
+
+    @property
+    def needs_teacher(self) -> bool:
+        return self.objective.kd_ratio > 0
+
+    def forward(self, student: StudentOutputs, signal: Signal | None, batch: Batch) -> Loss:
+        signal = signal if self.needs_teacher else None  # another student's, where several share a teacher
+        total, rows = fused_loss(student.hidden_NH, student.head, batch.labels_N, self.objective, signal, self.chunk_size)
+        return Loss(total, rows)
+
+    def combine(self, values: dict[str, float]) -> float:
+        return self.objective.combine({name: values[name] for name in self.names if name in values})
+
+    def explain_nonfinite(self, name: str, batch: Batch, rows: list[int], teacher: Teacher | None) -> str:
+        if name != "kd" or teacher is None:
+            return ""
+        log_p_V = teacher(batch).log_probs(slice(rows[0], rows[0] + 1), temperature=self.objective.temperature)[0]
+        if torch.isnan(log_p_V).any():
+            return "teacher logits"
+        if torch.isneginf(log_p_V).any() and "top1_agreement" in teacher.metrics:  # a sampled teacher leaves most tokens out by design
+            return "kd (the teacher rules tokens out, where this divergence is infinite; forward_kl and generalized_jsd stay finite)"
+        return ""
+
+    def halve_chunks(self, vocab: int, device: str, least: int) -> int:
+        rows = self.chunk_size or default_chunk(vocab, device)
+        if rows <= least:
+            return 0
+        self.chunk_size = max(least, rows // 2)
+        return self.chunk_size
+
+
+def by_name(terms: Iterable[Term]) -> nn.ModuleDict:
+    """Terms by their first names. ValueError where two have a name in common, or one is named as the loss is."""
+    found, taken = nn.ModuleDict(), {"loss"}
+    for term in terms:
+        if shared := taken & set(term.names):
+            raise ValueError(f"two terms are named {', '.join(sorted(shared))}")
+        taken |= set(term.names)
+        found[term.names[0]] = term
+    return found

@@ -1,0 +1,141 @@
+"""Terms are an open list: one that nobody knows, with a parameter of its own, trains, is logged, saved, resumed and never exported."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from llmkd.errors import NonFinite
+from llmkd.files import read_jsonl
+from llmkd.losses.objective import Objective
+from llmkd.losses.terms import HeadTerm, RowTerm, by_name
+from llmkd.training import build
+from llmkd.training.run import run
+from tests.conftest import distance, plain_recipe, weights
+from tests.training.test_resume import LONG, comparable, unfinish
+
+WIDTH, WEIGHT = 16, 0.3
+BUILD_TERMS = build.build_terms
+
+
+class Probe(RowTerm):
+    """A learned linear of the student's last hidden states that is to say 1 at every target."""
+
+    def __init__(self):
+        super().__init__("probe", WEIGHT)
+        self.map = nn.Linear(WIDTH, 1, dtype=torch.float64)
+        with torch.no_grad():
+            self.map.weight.copy_(torch.arange(WIDTH) / WIDTH)
+            self.map.bias.zero_()
+
+    def rows(self, student, signal, batch):
+        return (self.map(student.hidden_NH)[:, 0] - 1) ** 2
+
+
+def with_probe(loss, chunk_size=None):
+    return [*BUILD_TERMS(loss, chunk_size), Probe()]
+
+
+@pytest.fixture
+def probed(monkeypatch):
+    monkeypatch.setattr(build, "build_terms", with_probe)
+
+
+def of_checkpoint(out: Path, step: int) -> dict[str, torch.Tensor]:
+    return load_file(out / f"checkpoints/step-{step}/student.safetensors")
+
+
+PROBE = {"terms.probe.map.weight", "terms.probe.map.bias"}
+
+
+def test_it_trains_with_the_student_is_logged_and_is_not_exported(probed, make_recipe, trained, tmp_path):
+    exported = trained("probed", **LONG)
+    out = tmp_path / "probed"
+    first, last = of_checkpoint(out, 1), of_checkpoint(out, 6)
+    assert {name for name in first if name.startswith("terms.")} == PROBE
+    assert all(not torch.equal(first[name], last[name]) for name in PROBE)
+    moments = load_file(out / "checkpoints/step-6/optimizer.safetensors")
+    assert {name.rpartition("/")[0] for name in moments} >= PROBE
+    assert exported and not [name for name in exported if "probe" in name or "terms" in name]
+    steps = [record for record in read_jsonl(out / "metrics.jsonl") if "loss" in record]
+    for record in steps:
+        assert record["loss"] == pytest.approx(0.5 * record["ce"] + 0.5 * record["kd"] + WEIGHT * record["probe"], rel=1e-12)
+    assert steps[-1]["probe"] < steps[0]["probe"]
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["train"] == {name: steps[-1][name] for name in ("loss", "ce", "kd", "probe")}
+
+
+def test_it_moves_the_student_and_its_gradient_is_clipped_with_the_others(probed, trained, tmp_path, monkeypatch):
+    one = {"train__max_steps": 2, "student__method": "full", "optim__max_grad_norm": None}
+    with_it = trained("with", **one)
+    norm = read_jsonl(tmp_path / "with/metrics.jsonl")[-1]["grad_norm"]
+    monkeypatch.setattr(build, "build_terms", BUILD_TERMS)
+    without = trained("without", **one)
+    assert with_it.keys() == without.keys(), "a whole model holds no term either"
+    assert distance(with_it, without) > 1e-6 and norm != read_jsonl(tmp_path / "without/metrics.jsonl")[-1]["grad_norm"]
+
+
+@pytest.mark.parametrize("step", [1, 4])
+def test_it_resumes_bit_for_bit(probed, trained, make_recipe, tmp_path, step):
+    whole = trained("whole", **LONG)
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    unfinish(tmp_path / "again", step)
+    run(make_recipe("again", **LONG), resume=True)
+    assert distance(weights(tmp_path / "again"), whole) == 0
+    assert comparable(tmp_path / "again") == comparable(tmp_path / "whole")
+    assert distance(of_checkpoint(tmp_path / "again", 6), of_checkpoint(tmp_path / "whole", 6)) == 0
+
+
+@pytest.mark.parametrize("micro", [1, 3, 8])
+def test_micro_batches_do_not_matter_to_it(probed, trained, tmp_path, micro):
+    trained("cut", train__micro_batch_size=micro, checkpoint__every=5)
+    trained("whole", train__micro_batch_size=4, checkpoint__every=5)
+    assert distance(of_checkpoint(tmp_path / "cut", 5), of_checkpoint(tmp_path / "whole", 5)) < 1e-12
+
+
+def test_its_values_that_are_not_finite_are_named(probed, make_recipe, monkeypatch, tmp_path):
+    real = Probe.rows
+
+    def rows(self, student, signal, batch):
+        return real(self, student, signal, batch) / (batch.example_N != 11)
+
+    monkeypatch.setattr(Probe, "rows", rows)
+    with pytest.raises(NonFinite, match=r"probe is not finite at .*train.jsonl:12;"):
+        run(make_recipe())
+    assert json.loads((tmp_path / "out/nonfinite.json").read_text())["term"] == "probe"
+
+
+def test_names_belong_to_one_term():
+    with pytest.raises(ValueError, match="two terms are named probe"):
+        by_name([Probe(), HeadTerm(Objective(0.5)), Probe()])
+
+
+TWO = textwrap.dedent("""
+    import sys
+    from llmkd.cli import main
+    from llmkd.training import build
+    from tests.training.test_terms import with_probe
+    build.build_terms = with_probe
+    sys.exit(main(["train", "--config", sys.argv[1]]))
+""")
+
+
+@pytest.mark.slow
+def test_two_ranks_exchange_its_gradients(probed, trained, world, tmp_path):
+    trained("one", checkpoint__every=5)
+    recipe = plain_recipe(world, tmp_path / "two") | {"checkpoint": {"every": 5}}
+    (tmp_path / "two.yaml").write_text(json.dumps(recipe))
+    (tmp_path / "two.py").write_text(TWO)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(tmp_path / "two.py")]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
+    done = subprocess.run([*command, str(tmp_path / "two.yaml")], capture_output=True, text=True, env=environment, timeout=200)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert distance(of_checkpoint(tmp_path / "two", 5), of_checkpoint(tmp_path / "one", 5)) < 1e-12
