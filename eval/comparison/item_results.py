@@ -1,6 +1,5 @@
 """What an evaluation left, item by item: RUN/eval/<task>.json with <task>.jsonl, and RUN/held_out.jsonl as the task `held_out`."""
 
-import hashlib
 import json
 import math
 from collections import Counter
@@ -10,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from llmkd.errors import UserError
+from llmkd.files import sha256_file
 
 HELD_OUT = "held_out"
 
@@ -71,7 +71,7 @@ def read(run: Path, task: str) -> Measured:
     record = {} if task == HELD_OUT else _parse(_text(path.with_suffix(".json")), str(path.with_suffix(".json")))
     part = "sums" if task == HELD_OUT else "metrics"
     stated = record.get("items_sha256")
-    if stated and hashlib.sha256(path.read_bytes()).hexdigest() != stated:
+    if stated and sha256_file(path) != stated:
         raise UserError(f"{path}: is not what {task}.json was made of; evaluate {run} again")
     items = []
     for number, line in enumerate(_text(path).removesuffix("\n").split("\n"), 1):  # splitlines() would cut at what texts may hold

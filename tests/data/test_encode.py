@@ -1,4 +1,4 @@
-"""From rows to batches: what is too long or has no answer is counted, and labels are aligned."""
+"""From rows to batches: examples that are too long or have no answer are counted, and labels are aligned."""
 
 import numpy as np
 import pytest
@@ -54,7 +54,7 @@ def test_an_example_without_a_supervised_token_is_counted_and_dropped():
 
 @pytest.fixture
 def ragged() -> Examples:
-    """Seven examples of distinct tokens, supervised at random, each somewhere."""
+    """Seven examples of distinct tokens with random loss masks, none of which is empty."""
     rng = np.random.default_rng(0)
     lengths = [2, 9, 5, 12, 3, 3, 8]
     marks = [rng.random(n) < 0.4 for n in lengths]

@@ -1,4 +1,4 @@
-"""Files are read strictly: bad rows and bad files are named with their place."""
+"""Files are read strictly: errors name the place of every bad row and file."""
 
 import json
 

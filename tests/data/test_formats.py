@@ -1,4 +1,4 @@
-"""A format's two entries, its columns and its functions, say the same."""
+"""The two entries of a format, its columns and its functions, agree."""
 
 import typing
 

@@ -1,4 +1,4 @@
-"""Exactly the answers are supervised, and text that people wrote never becomes a control token."""
+"""Exactly the answers are supervised, and user text never becomes a control token."""
 
 import copy
 import json
@@ -191,7 +191,7 @@ TRICKS = {
 
 
 def tricky(template: str, name: str | None):
-    """The template for a tokenizer, which has a start token of its own that it would also put itself."""
+    """The template for a tokenizer; the template writes the start token that the tokenizer would also add."""
     if name == "minimind-6400":
         tokenizer, end, start = real(name), END, "<|im_start|>"
     elif name == "skills":
@@ -250,7 +250,7 @@ def test_control_tokens_of_the_template_are_not_doubled():
     ],
 )
 def test_a_thinking_template_such_as_qwen3s(turns, seen):
-    """minimind's own: it parts thinking from the answer, and puts an empty block where there is none, in its prompt too."""
+    """minimind's template separates thinking from the answer, and writes an empty block where there is none, also in its prompt."""
     tokenizer = real("minimind-6400")
     encoded = encode(rows_of(talk(*turns)), "chat", Data(), tokenizer)
     assert [text.replace(END, "<E>") for text in kept(encoded, tokenizer)] == seen
@@ -301,7 +301,7 @@ def test_tool_calls_that_the_template_does_not_show_are_refused():
 
 
 @pytest.mark.parametrize("role", ["system", "developer"])
-def test_a_template_that_knows_no_system_role_says_so_with_the_place(role):
+def test_a_template_without_a_system_role_is_an_error_with_the_place(role):
     template = (
         "{% for m in messages %}{% if m.role not in ('user', 'assistant') %}{{ raise_exception('System role not supported') }}{% endif %}"
         + TURN
@@ -388,7 +388,7 @@ SPOOFS = [
 @pytest.mark.parametrize("name", [None, "minimind-6400", "skills"])
 @pytest.mark.parametrize(("turns", "answers"), SPOOFS, ids=range(len(SPOOFS)))
 def test_the_characters_of_a_control_token_in_chat_stay_characters(name, turns, answers):
-    """As many control tokens as the template writes, and the text unchanged."""
+    """There are as many control tokens as the template writes, and the text is unchanged."""
     tokenizer = skills_tokenizer() if name == "skills" else real(name) if name else tiny()
     end = tokenizer.eos_token
     turns, answers = [[t.replace(END, end) for t in texts] for texts in (turns, answers)]
@@ -402,7 +402,7 @@ def test_the_characters_of_a_control_token_in_chat_stay_characters(name, turns, 
 
 
 def test_a_text_with_control_characters_is_encoded_like_any_other():
-    """Where nothing needs to stay characters, pieces and the whole give the same ids."""
+    """Where no text contains a control token, encoding in pieces and at once give the same ids."""
     tokenizer = tiny()
     row = talk("s be  kind", "u the owl\n\n", "a  flies ", "u 你好", "a é")
     (plain,) = conversation(row["messages"], tokenizer)

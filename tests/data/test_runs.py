@@ -1,4 +1,4 @@
-"""Several sources in whole runs: each is reported, weighed, held out from, written down; and the run resumes bit for bit."""
+"""Runs with several sources: each is reported, weighted, held out from and recorded, and the run resumes bit for bit."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Every kind of file, folders, saved data sets and the hub give the same rows; what is damaged or ambiguous is refused."""
+"""Every kind of file, folders, saved data sets and the hub give the same rows; damaged and ambiguous ones are refused."""
 
 import csv
 import io
@@ -78,7 +78,7 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path, name):
 
 @pytest.mark.parametrize("name", ["t.jsonl", "t.parquet", "t.arrow"])
 def test_what_parquet_adds_to_messages_is_not_there(tmp_path, name):
-    """A null that somebody wrote into an argument in JSON stays."""
+    """A null in an argument that is itself JSON text stays."""
     rows = read(write(tmp_path / name, TALKS), format="chat").rows
     assert rows[0]["messages"] == [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a 0"}]
     written = {"y": None} if name == "t.jsonl" else {}
@@ -403,7 +403,7 @@ SHA = "0123456789abcdef0123456789abcdef01234567"
 
 @pytest.fixture
 def hub(monkeypatch):
-    """What `load_dataset` gives, without a network; and what it was asked for."""
+    """A stand-in for `load_dataset` without a network, which records its arguments."""
     import datasets
 
     asked, served = [], list(TALKS)
@@ -420,7 +420,7 @@ def hub(monkeypatch):
     return asked, served
 
 
-def test_a_data_set_of_the_hub_says_its_commit_and_hashes_what_was_read(hub):
+def test_a_hub_data_set_has_its_commit_and_the_hash_of_the_rows_that_were_read(hub):
     rows = read("owner/talks", format="chat", split="train", name="en", revision="v2", limit=4)
     asked, served = hub
     assert asked == [("owner/talks", "en", "train", "v2", False)]

@@ -1,4 +1,4 @@
-"""Context distillation: what only the teacher reads changes nothing of what the student does, and both predict the same tokens."""
+"""Context distillation: a context for the teacher alone does not change the student's input, and both predict the same tokens."""
 
 import dataclasses
 import itertools
@@ -62,7 +62,7 @@ def problem(*args, **source) -> str:
         (("s ", "u q", "a one"), f"s {TOLD}"),
     ],
 )
-def test_a_chat_is_told_as_a_system_message_or_at_the_head_of_its_own(template, turns, system):
+def test_a_chats_context_is_a_system_message_or_the_beginning_of_its_own(template, turns, system):
     tokenizer = tiny(template) if template else skills_tokenizer()
     encoded = encode(rows_of(talk(*turns)), "chat", CONTEXT, tokenizer)
     written = encode(rows_of(talk(system, *(turn for turn in turns if turn[0] != "s"))), "chat", Data(), tokenizer)
@@ -77,12 +77,12 @@ def test_a_developer_message_is_the_system_message():
 
 
 @pytest.mark.parametrize("format", ["alpaca", "prompt_completion"])
-def test_a_prompt_in_a_chat_template_is_told_as_a_chat(format):
+def test_the_context_of_a_prompt_in_a_chat_template_is_that_of_a_chat(format):
     (text,) = theirs(encode(rows_of(ROWS[format]), format, CONTEXT, tiny(), chat_template=True), tiny())
     assert text.startswith(f"<|im_start|>system\n{TOLD}<|im_end|>\n<|im_start|>user\n") and text.count("<|im_start|>") == 3
 
 
-def test_lists_of_messages_are_told_as_a_chat_and_the_completion_stays_the_target():
+def test_lists_of_messages_have_a_chats_context_and_the_completion_stays_the_target():
     messages = talk("u q", "a one", "u r", "a two")["messages"]
     encoded = encode(rows_of({"prompt": messages[:3], "completion": messages[3:]}), "prompt_completion", CONTEXT, tiny())
     assert kept(encoded, tiny()) == kept(encoded.teacher_view, tiny()) == ["two<|im_end|>"]
@@ -216,7 +216,7 @@ def test_what_a_context_does_not_go_with_is_refused_in_a_row_and_as_a_setting(ma
 
 
 @pytest.mark.parametrize("context", ["", " \n"])
-def test_a_context_that_says_nothing_is_refused(make_recipe, context):
+def test_an_empty_context_is_refused(make_recipe, context):
     with pytest.raises(UserError, match="data.teacher_context: "):
         make_recipe(data__teacher_context=context)
 
@@ -232,7 +232,7 @@ def test_a_column_of_another_kind_is_refused(refused):
 
 
 def views(own: int, context: int):
-    """A text of `own` tokens, all but the first of them targets, and a context of so many tokens with its blank line."""
+    """A text of `own` tokens, all but the first of them targets, and a context of as many tokens as wanted, with its blank line."""
     tokenizer = tiny()
     told = next(c for c in ("the" + " the" * n for n in itertools.count()) if len(tokenizer.tokenize(c + "\n\nthe")) == context + 1)
     said = "the" + " the" * (own - 2)
@@ -369,7 +369,7 @@ def test_choices_are_scored_by_the_student_without_a_context(make_recipe, tmp_pa
 
 
 def by_hand(world, rows, told) -> dict[str, float]:
-    """Means over the answers' tokens, from two separately built inputs of each row."""
+    """Means over the answers' tokens, computed from two separately built inputs of each row."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 

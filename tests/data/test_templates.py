@@ -1,4 +1,4 @@
-"""Families' own templates, and templates with worse tricks: the answer is found, or the row refused; never another text."""
+"""Chat templates of model families, and artificial ones with worse tricks: the answer is located, or the row is refused."""
 
 import copy
 
@@ -133,7 +133,7 @@ SPECIAL = [
 
 
 def made(template: str, end: str = END, special=(), plain=(), bos: str = "<s>"):
-    """The tiny tokenizer with a template, its control tokens, and those of them that it does not mark special."""
+    """The tiny tokenizer with a template and control tokens, some of which are not marked special."""
     tokenizer = copy.deepcopy(tiny())
     tokenizer.add_special_tokens({"additional_special_tokens": [*special]})
     tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in plain])
@@ -251,7 +251,7 @@ def test_a_turn_ends_with_its_end_token_and_nothing_behind_it(template, end, see
 
 
 def test_a_control_token_that_takes_white_space_in_is_not_supervised_for_it():
-    """Phi-3's role tokens swallow the white space on their right."""
+    """Phi-3's role tokens include the white space on their right."""
     tokenizer = made("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|im_end|>{% endfor %}")
     swallow = [AddedToken(f"<|{role}|>", special=True, rstrip=True, lstrip=role == "assistant") for role in ("user", "assistant")]
     tokenizer.add_special_tokens({"additional_special_tokens": swallow})

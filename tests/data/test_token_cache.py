@@ -1,4 +1,4 @@
-"""Rows are tokenised once, keyed by what they are made from and checked by what is held."""
+"""Rows are tokenised once; the key covers everything that tokens depend on, and damaged entries are made again."""
 
 import copy
 import json
@@ -20,16 +20,16 @@ from tests.kit.data import GOOD, MARKED, encode, rows_of, same, talk, tiny
 
 
 class Cache:
-    """A cache folder, and what was said about it."""
+    """A cache folder, and the warnings about it."""
 
     def __init__(self, folder: Path):
-        self.folder, self.said, self.encode = folder, [], encode_rows
+        self.folder, self.warnings, self.encode = folder, [], encode_rows
 
     def __call__(self, rows: Rows, format: str = "alpaca", tokenizer=None, **data) -> Examples:
-        self.said = []
+        self.warnings = []
         settings = Data(**({"cache_dir": str(self.folder)} | data))
         source = Source(path="f.jsonl", format=format)
-        return load_or_encode(rows, source, settings, tokenizer or tiny(), "data.train", self.said.append, self.encode)
+        return load_or_encode(rows, source, settings, tokenizer or tiny(), "data.train", self.warnings.append, self.encode)
 
     @property
     def entries(self) -> list[Path]:
@@ -56,7 +56,7 @@ def test_a_hit_equals_a_miss_bit_for_bit(cache, no_encoding):
     made = cache(ROWS)
     assert same(made, encode(ROWS, "alpaca", Data(), tiny()))
     no_encoding()
-    assert same(cache(ROWS), made) and not cache.said
+    assert same(cache(ROWS), made) and not cache.warnings
     assert len(cache.entries) == 1
 
 
@@ -110,29 +110,29 @@ def test_the_format_and_the_limit_are_in_the_key(cache, read):
 
 
 @pytest.mark.parametrize("at", [0, 9, 100, 0.5, -1])
-def test_a_flipped_byte_is_noticed_said_and_mended(cache, no_encoding, at):
+def test_a_flipped_byte_is_noticed_reported_and_made_again(cache, no_encoding, at):
     made = cache(ROWS)
     path = cache.entries[0] / "tokens.safetensors"
     raw = bytearray(path.read_bytes())
     raw[int(at * len(raw)) if at == 0.5 else at] ^= 1
     path.write_bytes(raw)
     assert same(cache(ROWS), made)
-    assert len(cache.said) == 1 and "damaged" in cache.said[0] and str(cache.entries[0]) in cache.said[0]
+    assert len(cache.warnings) == 1 and "damaged" in cache.warnings[0] and str(cache.entries[0]) in cache.warnings[0]
     no_encoding()
-    assert same(cache(ROWS), made) and not cache.said
+    assert same(cache(ROWS), made) and not cache.warnings
 
 
 @pytest.mark.parametrize("manifest", [b"", b"[]", b"{", b"\xff", b"{}", b'{"sha256": 1}'])
-def test_a_damaged_manifest_is_noticed_said_and_mended(cache, no_encoding, manifest):
+def test_a_damaged_manifest_is_noticed_reported_and_made_again(cache, no_encoding, manifest):
     made = cache(ROWS)
     (cache.entries[0] / "manifest.json").write_bytes(manifest)
-    assert same(cache(ROWS), made) and "damaged" in cache.said[0]
+    assert same(cache(ROWS), made) and "damaged" in cache.warnings[0]
     no_encoding()
-    assert same(cache(ROWS), made) and not cache.said
+    assert same(cache(ROWS), made) and not cache.warnings
 
 
 @pytest.mark.parametrize("missing", ["tokens.safetensors", "manifest.json"])
-def test_an_entry_that_lacks_a_file_is_mended(cache, no_encoding, missing):
+def test_an_entry_that_lacks_a_file_is_made_again(cache, no_encoding, missing):
     made = cache(ROWS)
     (cache.entries[0] / missing).unlink()
     assert same(cache(ROWS), made)
@@ -152,7 +152,7 @@ def test_a_cache_that_cannot_be_written_does_not_fail_the_run(tmp_path, folder):
     (tmp_path / "file").write_text("")
     cache = Cache(tmp_path / folder)
     assert len(cache(ROWS)) == 9
-    assert len(cache.said) == 1 and "cannot be written" in cache.said[0]
+    assert len(cache.warnings) == 1 and "cannot be written" in cache.warnings[0]
 
 
 def test_a_full_disk_does_not_fail_the_run_and_leaves_nothing_behind(cache, monkeypatch):
@@ -161,7 +161,7 @@ def test_a_full_disk_does_not_fail_the_run_and_leaves_nothing_behind(cache, monk
 
     monkeypatch.setattr(Path, "write_bytes", full)
     assert len(cache(ROWS)) == 9
-    assert "No space left" in cache.said[0] and cache.entries == []
+    assert "No space left" in cache.warnings[0] and cache.entries == []
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Two tokenizers are the same only if every id, control token and encoding is; the first differences are named."""
+"""Two tokenizers are equal only if every id, control token and encoding is; errors name the first differences."""
 
 import copy
 import json
@@ -160,7 +160,7 @@ def test_the_real_vocabulary_ends_at_the_highest_id():
 
 
 def test_a_tokenizer_is_read_back_as_it_was(tmp_path, capsys):
-    """transformers forgets `legacy`, by which Mistral's puts a space before every piece of a text and not the first alone."""
+    """transformers does not save `legacy`, with which Mistral's tokenizer puts a space before every piece of a text, not only the first."""
     from transformers import LlamaTokenizer
 
     vocab = {t: i for i, t in enumerate(["<unk>", "<s>", "</s>", "\u2581", "a", "b"])}

@@ -1,4 +1,4 @@
-"""What the tests of data share: a small tokenizer, rows, and what an example says."""
+"""Shared by the tests of data: a small tokenizer, rows, and examples as text."""
 
 import copy
 import functools
@@ -33,7 +33,7 @@ FORGETS = (
 
 @functools.cache
 def tiny(template: str | None = PLAIN, pad: str = "<|pad|>", seen: str = ""):
-    """A byte-level BPE tokenizer that knows a few words, pairs of line ends among them."""
+    """A byte-level BPE tokenizer with a few words and pairs of line ends as tokens."""
     from transformers import PreTrainedTokenizerFast
 
     backend = Tokenizer(models.BPE())
@@ -74,13 +74,13 @@ def encode(rows: Rows, format: str, data: Data, tokenizer, **source) -> Examples
 
 
 def talk(*turns: str) -> dict:
-    """'u hello' is the user saying hello; likewise a and s."""
+    """A conversation: 'u hello' is a user's message with the text hello; likewise a and s."""
     roles = {"u": "user", "a": "assistant", "s": "system"}
     return {"messages": [{"role": roles[turn[0]], "content": turn[2:]} for turn in turns]}
 
 
 def kept(encoded: Examples, tokenizer) -> list[str]:
-    """What each example's labels say, by way of the collator."""
+    """Each example's labels as text, from the collator."""
     return [tokenizer.decode(collate(encoded, [i], 0).labels_N) for i in range(len(encoded))]
 
 

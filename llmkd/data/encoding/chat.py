@@ -10,7 +10,6 @@ import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 from .control_tokens import Span, Text, controls, insert_guards, private_use_chars, refuse_unmarked, remove_guards
 
@@ -164,7 +163,7 @@ def _locate_turn(head: list[dict], after: str, probe: TemplateProbe) -> Span:
         behind = probe.render([*head[:-1], {**message, "content": probe.marker}]).rpartition(probe.marker)[2]
         stop = len(after) - len(behind)
         answer = after[start:stop]
-        if after.endswith(behind) and _no_spaces(answer).endswith(_no_spaces(content)) and not probe.control.search(answer):
+        if after.endswith(behind) and no_spaces(answer).endswith(no_spaces(content)) and not probe.control.search(answer):
             return start, stop
     elif not content:  # the template always appends its prompt, or has none: the turn's header is the text before any answer
         header = probe.render([*head[:-1], {"role": "assistant", "content": probe.marker}]).partition(probe.marker)[0]
@@ -235,6 +234,6 @@ def _turn_start(head: list[dict], after: str, render: Callable[..., str]) -> int
         return None
 
 
-def _no_spaces(text: Any) -> str:
+def no_spaces(text: str) -> str:
     """A text without its white space, which templates change."""
-    return "".join(str(text).split())
+    return "".join(text.split())

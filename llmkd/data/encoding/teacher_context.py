@@ -10,6 +10,7 @@ import numpy as np
 
 from ...config.data import no_context_with
 from ...config.recipe import Data, Source
+from .chat import no_spaces
 from .control_tokens import Text, controls, refuse_unmarked
 from .formats import FORMATS, paragraphs
 
@@ -32,18 +33,13 @@ def teacher_texts(row: dict, own: list[Text], source: Source, data: Data, tokeni
         refuse_unmarked([text.text for text in theirs if text.raw], controls(tokenizer))
     except ValueError as error:
         raise ValueError(f"with the teacher's context, {error}") from None
-    if not all(_no_spaces(context) in _no_spaces(text.text) for text in theirs):
+    if not all(no_spaces(context) in no_spaces(text.text) for text in theirs):
         raise ValueError("the chat template does not show the teacher's context, a system message; use a tokenizer whose template does")
     if len(theirs) != len(own):
         raise ValueError(
             f"the chat template makes {len(own)} examples of it, and with the teacher's context {len(theirs)}; fix the row or the template"
         )
     return theirs
-
-
-def _no_spaces(text: str) -> str:
-    """A text without its white space, which templates change."""
-    return "".join(text.split())
 
 
 def align(own: Tokens, theirs: Tokens, raw: bool, tokenizer) -> Tokens:
