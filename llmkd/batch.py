@@ -1,4 +1,4 @@
-"""What a step reads: Batch, View, Example, how a packed row lies."""
+"""The input of a step: Batch, View, Example, and the layout of a packed row."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,15 +10,19 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class PackedLayout:
-    """How a packed row lies in segments. Tensors are where the row is; `lengths` and `prefix_of` are known without asking a device."""
+    """The S segments of a packed row [1, T], in their order. Tensors are on the row's device, the rest is known without a synchronisation.
 
-    lengths: tuple[int, ...]  # of the segments, S of them
-    prefix_of: tuple[int, ...]  # for each the number of the segment that it goes on from, or -1
-    examples: tuple[int, ...]  # for each the number in the batch of the example that it is of, or -1 where several share it
-    kv_lengths: tuple[int, ...]  # for each how many tokens it sees: its own, and those of the segment that it goes on from
-    cu_seqlens_q: Tensor  # where the segments begin and the last ends [S + 1], int32
-    cu_seqlens_k: Tensor  # the same, counting for each segment all that it sees
-    kv_index: Tensor | None  # the places in the row of all that each segment sees; None where that is itself alone
+    A segment attends causally to itself and, if it has one, to all of its prefix segment, so that a prompt prefix that several examples
+    share is computed once.
+    """
+
+    lengths: tuple[int, ...]  # tokens of each segment
+    prefix_of: tuple[int, ...]  # the index of each segment's prefix segment, or -1
+    examples: tuple[int, ...]  # the index in the batch of each segment's example, or -1 where several share the segment
+    kv_lengths: tuple[int, ...]  # keys of each segment: its own tokens and those of its prefix segment
+    cu_seqlens_q: Tensor  # [S + 1] int32, cumulated lengths from 0
+    cu_seqlens_k: Tensor  # [S + 1] int32, cumulated kv_lengths from 0
+    kv_index: Tensor | None  # [sum of kv_lengths] positions in the row of each segment's keys; None without prefix segments
 
     @classmethod
     def of(cls, lengths: Sequence[int], prefix_of: Sequence[int] | None = None, examples: Sequence[int] | None = None) -> "PackedLayout":
@@ -38,7 +42,7 @@ class PackedLayout:
         return PackedLayout(self.lengths, self.prefix_of, self.examples, self.kv_lengths, *tensors)
 
     def select(self, mine: Sequence[bool]) -> tuple["PackedLayout", list[bool]]:
-        """The segments of some of the examples, as they lie without the others; and which segments those are."""
+        """The layout of some of the examples alone, and which segments [S] those keep. `mine`: for each example of the batch, whether to keep it."""
         keep = [example >= 0 and mine[example] for example in self.examples]
         for segment, before in enumerate(self.prefix_of):
             if keep[segment] and before >= 0:
@@ -51,13 +55,15 @@ class PackedLayout:
         return PackedLayout.of([self.lengths[segment] for segment in kept], prefix_of, of), keep
 
     def mask(self) -> Tensor:
-        """What stands for this as a model's attention_mask: of four dimensions, so that transformers hands it on to every layer as it is."""
+        """An attention_mask [1, 1, 1, 1] that carries this layout to `models/attention.py`."""
+        # Oddity: the layout travels as an attribute of a tensor. transformers hands an attention_mask of four dimensions to every layer as
+        # it is; other arguments it hands on in some families only, and a dictionary it would take for masks by the kind of layer.
         mask = torch.ones(1, 1, 1, 1, dtype=torch.bool, device=self.cu_seqlens_q.device)
         mask.packed = self
         return mask
 
 
-#: Which targets of a batch: a part of them, or their numbers.
+#: Targets of a batch: a slice of them, or their indices.
 Rows = slice | Tensor
 
 

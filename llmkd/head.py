@@ -1,4 +1,4 @@
-"""From last hidden states to logits: all that a model family does there is known here and nowhere else."""
+"""From last hidden states to logits: everything that a model family does there is in this file and nowhere else."""
 
 import torch
 from torch import Tensor, nn
@@ -6,21 +6,21 @@ from torch.autograd.function import once_differentiable
 
 
 class Head:
-    """How a model turns last hidden states into logits over the real vocabulary, in at least float32.
+    """The map from a model's last hidden states [N, H] to its logits [N, V] over the real vocabulary, in at least float32.
 
-    project    the model's output embedding: a Linear, or what PEFT or a quantiser made of it
-    vocab      the tokenizer's size; padding columns past it are cut
-    scale      logits are multiplied by it (Cohere's logit_scale, 1 / Granite's logits_scaling, ...)
-    softcap    logits become softcap * tanh(logits / softcap) (Gemma 2)
+    project    the model's output embedding: a Linear, or PEFT's or a quantiser's module in its place
+    vocab      V, the tokenizer's size; padding columns past it are cut
+    scale      factor of the logits (Cohere's logit_scale, 1 / Granite's logits_scaling, ...)
+    softcap    logits become softcap * tanh(logits / softcap) (Gemma 2, arXiv:2408.00118, section 2)
     """
 
     def __init__(self, project: nn.Module, vocab: int, scale: float = 1.0, softcap: float | None = None):
         self.project, self.vocab, self.scale, self.softcap = project, vocab, scale, softcap
 
     def logits(self, hidden_NH: Tensor, out: Tensor | None = None) -> Tensor:
-        """Logits [N, V] of hidden states [N, H]; equal to the model's own, but not rounded to its dtype.
+        """Logits [N, V] of hidden states [N, H]: the model's own, without rounding to its dtype.
 
-        `out`, of `self.dtype`, may be used for them, where no gradient is asked for.
+        out  a buffer [N, V] of `self.dtype` that may be used for them, where no gradient is needed
         """
         project = self.project
         if type(project) is nn.Linear:
@@ -41,19 +41,21 @@ class Head:
 
     @property
     def is_affine(self) -> bool:
-        """Whether logits are a matrix product and what commutes with it, so that their way back is one too."""
+        """Whether logits are a matrix product, a bias and a scale alone: then `backward` computes the gradient, without autograd."""
         return type(self.project) is nn.Linear and not self.softcap
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of a plain head's logits."""
+        """The type of an affine head's logits."""
         return widen(self.project.weight[:0]).dtype
 
     def backward(self, grad_nV: Tensor, hidden_nH: Tensor, grad_hidden_nH: Tensor | None, grads: list[Tensor]) -> None:
-        """Of a plain head: from a gradient of the logits to that of the hidden states, written, and of what trains, added.
+        """The backward pass of an affine head, for a chunk of n rows.
 
-        grad_nV   of `self.dtype`, or on a GPU of the weight's
-        grads     of `self.trainable()`, in that order
+        grad_nV         gradient of the logits, of `self.dtype`, or on a GPU of the weight's
+        hidden_nH       the hidden states of the forward pass
+        grad_hidden_nH  overwritten by the gradient of the hidden states; None where that is not needed
+        grads           gradients of `self.trainable()` in that order; this chunk's are added
         """
         weight_VH = self.project.weight[: self.vocab]
         if grad_hidden_nH is not None:
@@ -77,10 +79,10 @@ def widen(x: Tensor) -> Tensor:
 
 
 def _product(hidden_NH: Tensor, weight_VH: Tensor, out: Tensor | None = None) -> Tensor:
-    """hidden @ weight.T with a float32 result of half-precision operands.
+    """hidden @ weight.T [N, V], with a float32 result of half-precision operands.
 
-    Rounding the logits to bfloat16 would put 1 to 24 % of error into the gradient, most of it late in a
-    distillation, when student and teacher nearly agree.
+    Rounding the logits to bfloat16 would change the gradient by 1 to 24 %, most of it late in a distillation, when student and teacher
+    nearly agree.
     """
     if hidden_NH.dtype != weight_VH.dtype:
         hidden_NH = hidden_NH.to(weight_VH.dtype)
@@ -97,7 +99,7 @@ def _product(hidden_NH: Tensor, weight_VH: Tensor, out: Tensor | None = None) ->
 
 
 def _product_back(grad_NV: Tensor, weight_VH: Tensor, out_NH: Tensor) -> None:
-    """grad @ weight, rounded to the type of `out_NH` once."""
+    """grad @ weight [N, H], rounded to the type of `out_NH` once."""
     if grad_NV.dtype == weight_VH.dtype:
         if out_NH.dtype == grad_NV.dtype:
             torch.mm(grad_NV, weight_VH, out=out_NH)
@@ -120,7 +122,7 @@ def _add_outer(total_VH: Tensor, grad_nV: Tensor, hidden_nH: Tensor, scale: floa
 
 
 class _WideProduct(torch.autograd.Function):
-    """`_product` with its gradients."""
+    """`_product` with its gradients, which autograd does not have for an output of another type."""
 
     @staticmethod
     def forward(ctx, hidden_NH: Tensor, weight_VH: Tensor) -> Tensor:

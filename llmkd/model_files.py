@@ -1,4 +1,4 @@
-"""What lies in a model's or adapter's folder, read without loading it and without torch."""
+"""The files of a model or an adapter, read without torch and without loading weights."""
 
 import contextlib
 import functools
@@ -16,18 +16,18 @@ from .errors import UserError
 
 _HUB_ID = re.compile(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)?")
 _WANTED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt"]
-TOKENIZER = ["*.json", "*.jinja", "*.model", "*.txt"]  # what of a model a tokenizer needs
-_MENDS = {
+TOKENIZER = ["*.json", "*.jinja", "*.model", "*.txt"]  # the files of a model that its tokenizer needs
+_HUB_HINTS = {
     "GatedRepoError": "ask for access on its page at the hub, then log in by hf auth login or set HF_TOKEN",
     "RepositoryNotFoundError": "check the name; a private one needs hf auth login or HF_TOKEN",
     "RevisionNotFoundError": "check the revision",
 }
-RECORD = "llmkd.json"  # beside an adapter: on which base it was trained
+RECORD = "llmkd.json"  # beside an adapter: the base that it was trained on
 
 
 @dataclass(frozen=True)
 class ModelFiles:
-    """A model: a base, and perhaps an adapter on it."""
+    """The folders of a model: a base, and perhaps an adapter on it."""
 
     base: Path
     adapter: Path | None
@@ -50,7 +50,10 @@ def loaded_dtype(config: dict, wanted: str) -> str:
 
 
 def find(name: str, setting: str, revision: str | None = None, base: str | None = None) -> ModelFiles:
-    """The folders behind a model's or an adapter's name (a folder or a hub id). `base` overrides where an adapter's base is."""
+    """The files of a model or an adapter, by a folder or a hub id. UserError where they are missing or do not belong together.
+
+    base  the folder or hub id of an adapter's base, where the one in its adapter_config.json is not to be used
+    """
     folder = locate(name, setting, revision)
     if not (folder / "adapter_config.json").exists():
         if base is not None:
@@ -80,12 +83,12 @@ def find(name: str, setting: str, revision: str | None = None, base: str | None 
 
 @functools.cache
 def _note(text: str) -> None:
-    """Once in a run, however often a model is looked for."""
+    """A note, once in a process, however often a model is located."""
     info(text)
 
 
 def locate(name: str, setting: str, revision: str | None = None, wanted: list[str] = _WANTED) -> Path:
-    """A folder as it is; a hub id downloaded (or taken from the cache). A mistyped path never goes to the network."""
+    """The folder of a name: itself, or a hub id's, downloaded or from the hub's cache. A mistyped path never goes to the network."""
     if (path := Path(name).expanduser()).is_dir():
         return path
     refuse_mistyped_folder(name, setting)
@@ -95,9 +98,11 @@ def locate(name: str, setting: str, revision: str | None = None, wanted: list[st
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
     except Exception as error:
         kind, reason = type(error).__name__, (str(error).strip().splitlines() or [""])[0]
-        mend = f"; {_MENDS[kind]}" if kind in _MENDS else ""
-        raise UserError(f"{setting}: {name} is no folder here and could not be had from the hub ({kind}: {reason[:160]}){mend}") from None
-    with contextlib.suppress(Exception):  # the card, for the licence: apart, since a cache filled by others may lack it
+        hint = f"; {_HUB_HINTS[kind]}" if kind in _HUB_HINTS else ""
+        raise UserError(
+            f"{setting}: {name} is no folder here and could not be downloaded from the hub ({kind}: {reason[:160]}){hint}"
+        ) from None
+    with contextlib.suppress(Exception):  # the card, for the licence: apart, since a filled cache may lack it
         snapshot_download(name, revision=folder.name, allow_patterns=["README.md"])
     return folder
 
@@ -115,7 +120,7 @@ def refuse_mistyped_folder(name: str, setting: str) -> None:
 
 
 def hub_origin(folder: Path) -> tuple[str, str] | None:
-    """The repository's id and the commit, of a folder in the hub's cache; None of any other."""
+    """The repository's id and the commit of a folder in the hub's cache; None for any other folder."""
     match = re.search(r"/models--([^/]+)/snapshots/([^/]+)$", folder.as_posix())
     return (match[1].replace("--", "/"), match[2]) if match else None
 
@@ -185,9 +190,9 @@ def tensors(path: Path) -> dict[str, dict]:
 
 
 def fingerprint(folder: Path, setting: str) -> str:
-    """A hash of names, shapes, types and three samples of every tensor: tells weights apart in a fraction of a second.
+    """A hash of names, shapes, types and three samples of every tensor, which tells weights apart in a fraction of a second.
 
-    It does not depend on how the tensors are spread over files, nor on the type they are loaded in.
+    It does not depend on how the tensors are spread over files, nor on the type they are loaded in. UserError for a damaged file.
     """
     rows = []
     for path in sorted(folder.glob("*.safetensors")):
@@ -206,21 +211,21 @@ def fingerprint(folder: Path, setting: str) -> str:
 
 
 def record_of(adapter: Path) -> dict:
-    """What llmkd left beside an adapter that it trained: base_fingerprint, dtype, quantization. Empty for others'."""
+    """The record beside an adapter that llmkd trained: base_fingerprint, dtype, quantization. Empty for other adapters."""
     return read_json(adapter / RECORD, "model") if (adapter / RECORD).exists() else {}
 
 
 def identity_of(name: str, setting: str, files: ModelFiles | None) -> dict[str, str]:
-    """{name: fingerprints of a model's weights}; empty where there is no such model."""
+    """{name: fingerprints of a model's weights}; empty without a model."""
     return {name: " ".join(fingerprint(folder, setting) for folder in (files.base, files.adapter) if folder)} if files else {}
 
 
 def positions(config: dict) -> int | None:
-    """How many positions a model has, by whatever name its family gives the number; None where it has no bound."""
+    """The longest sequence of a model in tokens, under the name of its family; None where it has no bound."""
     config = config.get("text_config", config)
     return next((config[name] for name in ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx") if config.get(name)), None)
 
 
 def rows_of(config: dict) -> int | None:
-    """How many tokens a model has rows for, as its configuration says."""
+    """The rows of a model's embedding, by its configuration."""
     return config.get("text_config", config).get("vocab_size")

@@ -1,4 +1,4 @@
-"""Whose activations are computed again in the backward pass instead of being kept."""
+"""Activation checkpointing: layers whose activations are recomputed in the backward pass instead of being kept."""
 
 from torch import nn
 
@@ -7,10 +7,10 @@ from .families import layers_of
 
 
 def enable(model: nn.Module, share: bool | float) -> None:
-    """Gradient checkpointing of that share of the layers, counted from the first; of all (True) but the last.
+    """Recompute that share of the layers, counted from the first; with True all but the last.
 
-    The backward pass comes to the first layers last: by then what the others kept is gone, so that recomputing a layer adds nothing
-    to the peak. The last layer's activations are needed at once, and recomputing it would save none. UserError for a family that has none.
+    The backward pass reaches the first layers last. By then the activations of the others are freed, so recomputing a layer adds nothing to
+    the peak. The last layer's activations are needed at once, so recomputing it would save nothing. UserError for a family without support.
     """
     kind = model.config.model_type
     if not model.supports_gradient_checkpointing:

@@ -95,7 +95,9 @@ def _read_in_full(adapted: nn.Module, weights: dict[str, Tensor], name: str, who
         own = get_peft_model_state_dict(adapted, adapter_name=name, save_embedding_layers=False)
         lost = [key for key, value in weights.items() if not torch.equal(own[key].cpu(), value.to(own[key].dtype))]
         if lost and attempt:
-            raise UserError(f"{whose} cannot be read: PEFT gives {len(lost)} tensors, such as {min(lost)}, other values than the file")
+            raise UserError(
+                f"{whose} cannot be read: PEFT gives {len(lost)} tensors, such as {min(lost)}, other values than the file; save it again with this version of PEFT"
+            )
         for key in lost:
             own[key].copy_(weights[key])
 
@@ -115,7 +117,7 @@ def save(adapted: nn.Module, folder: Path, name: str = "default") -> None:
         if lost := set_peft_model_state_dict(adapted, load_file(path), adapter_name=name).unexpected_keys:
             warn(
                 f"note: {folder}: PEFT alone does not read back {len(lost)} of its tensors, such as {lost[0]}; llmkd does: "
-                "give others what llmkd export makes of it"
+                "share the model that llmkd export writes instead"
             )
 
 

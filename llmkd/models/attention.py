@@ -1,10 +1,10 @@
 """Variable-length attention for packed rows: work and memory grow with the examples' own lengths, not with the row's square.
 
-A packed row lies in segments, one after another. A segment sees itself, causally, and before that the whole of the segment that it goes on
-from, if there is one: so a beginning that several examples share is computed once.
+A packed row is a list of segments. A segment attends causally to itself and, if it has one, to all of its prefix segment, so a prompt
+prefix shared by several examples is computed once (`batch.PackedLayout`).
 
-On a GPU in half precision it is one call of torch.nn.attention.varlen (FlashAttention) a layer; elsewhere one of
-scaled_dot_product_attention a segment. Rows that are not packed get transformers' sdpa as ever.
+On a GPU in half precision each layer makes one call of torch.nn.attention.varlen (FlashAttention), elsewhere one call of
+scaled_dot_product_attention for each segment. Rows that are not packed get transformers' sdpa.
 """
 
 import functools
@@ -23,7 +23,7 @@ NAME = "llmkd_varlen"
 
 
 def enable(model: nn.Module) -> bool:
-    """Give a transformers model this attention, if that can be right for it: its layers see everything, or a sliding window of it."""
+    """Give a transformers model this attention. False for a model whose layers have neither full attention nor a sliding window."""
     config = model.config.get_text_config()
     kinds = set(getattr(config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
     other = kinds or getattr(config, "attention_chunk_size", None) or config._attn_implementation not in ("sdpa", NAME)
@@ -43,7 +43,7 @@ def is_enabled(model: nn.Module) -> bool:
 
 
 def disable(model: nn.Module) -> None:
-    """Back to the attention that it had before `enable`."""
+    """Give it back the attention that it had before `enable`."""
     model.set_attn_implementation("sdpa")
 
 
@@ -58,7 +58,10 @@ def attention(
     scaling=None,
     **others,
 ) -> tuple[Tensor, None]:
-    """As transformers calls it: query [B, heads, T, D], key and value [B, kv_heads, T, D]; gives [B, T, heads, D]."""
+    """Called by transformers: query [B, heads, T, D], key and value [B, kv_heads, T, D]; returns [B, T, heads, D] and no weights.
+
+    NotImplementedError for a family with more than a scaled softmax; the startup checks then keep its own attention.
+    """
     packed = getattr(attention_mask, "packed", None)
     if packed is None:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -67,7 +70,7 @@ def attention(
     if odd := [name for name in ("softcap", "s_aux", "position_bias", "head_mask") if others.get(name) is not None]:
         raise NotImplementedError(f"{odd[0]} in packed attention")
     window = _window(module, others)
-    if torch.is_autocast_enabled(query.device.type):  # positions have turned queries and keys, and not values, back to float32
+    if torch.is_autocast_enabled(query.device.type):  # rotary embeddings have made queries and keys float32, and not values
         query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
     groups = query.shape[1] // key.shape[1]
     query, key, value = (x[0].transpose(0, 1) for x in (query, key, value))  # [T, heads, D]
@@ -81,16 +84,16 @@ def attention(
 
 
 def _window(module: nn.Module, others: dict) -> int | None:
-    """How many tokens back a layer sees, itself counted. Families whose layers differ in it say so in every call."""
+    """The sliding window of a layer in tokens, the query's own counted; None without one. Where layers differ, each call gives it."""
     config = module.config
     limited = "sliding_attention" in (getattr(config, "layer_types", None) or ()) or getattr(config, "sliding_window", None)
     if limited and getattr(config, "use_sliding_window", True) and "sliding_window" not in others:
-        raise NotImplementedError("a sliding window that is not told")
+        raise NotImplementedError("a sliding window that the call does not give")
     return others.get("sliding_window")
 
 
 def _by_segment(query, key, value, packed: PackedLayout, dropout: float, scale: float | None, groups: int, window: int | None) -> Tensor:
-    """[T, heads, D]; `groups` heads of a query to one of a key."""
+    """Attention of [T, heads, D] queries, one scaled_dot_product_attention a segment. `groups`: query heads for each key head."""
     if groups > 1:
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     parts, out = (query.split(packed.lengths), key.split(packed.kv_lengths), value.split(packed.kv_lengths)), []
@@ -107,12 +110,12 @@ def _by_segment(query, key, value, packed: PackedLayout, dropout: float, scale: 
 
 
 def _flash(query, key, value, packed: PackedLayout, scale: float | None, groups: int, window: int | None, repeat: bool = False) -> Tensor:
-    """The same by one kernel, which takes heads in groups as they are or, with `repeat`, a key's and value's repeated."""
+    """The same by one FlashAttention kernel. It takes grouped heads as they are or, with `repeat`, keys and values repeated for each head."""
     from torch.nn.attention.varlen import varlen_attn
 
     if repeat and groups > 1:
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
-    # torch 2.11 has no such option, and the same kernel
+    # torch 2.11 has the same kernel without this option
     grouped = {"enable_gqa": groups > 1 and not repeat} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
     tensors, layout = (
         [x.contiguous() for x in (query, key, value)],
@@ -123,8 +126,11 @@ def _flash(query, key, value, packed: PackedLayout, scale: float | None, groups:
 
 @functools.cache
 def _one_call(device: torch.device, windowed: bool) -> Callable[..., Tensor] | None:
-    """`_flash` as it is right here. Tried, forward and backward, before it is believed: versions and devices differ in what they take,
-    and in where a causal mask begins."""
+    """The form of `_flash` that is right on this device, or None.
+
+    It is compared with `_by_segment`, forward and backward, before it is used: versions of torch and devices differ in the head sizes they
+    accept, and in where the causal mask of a segment with a longer key sequence begins.
+    """
     packed = PackedLayout.of([20, 40, 7, 33], [-1, 0, 0, -1]).each(lambda x: x.to(device))
     generator = torch.Generator().manual_seed(0)
     sizes = ((packed.lengths, 4), (packed.kv_lengths, 2), (packed.kv_lengths, 2))
@@ -145,5 +151,5 @@ def _one_call(device: torch.device, windowed: bool) -> Callable[..., Tensor] | N
             reason = "it does not agree with scaled_dot_product_attention"
         except Exception as error:
             reason = brief(error)
-    warn(f"note: variable-length attention in one call is not used on {device} ({reason}); packed rows are slower and no less right")
+    warn(f"note: variable-length attention in one call is not used on {device} ({reason}); packed rows are slower, with the same results")
     return None

@@ -1,4 +1,4 @@
-"""torch.compile of a model's layers, each by itself: what is compiled for one serves all that are like it."""
+"""torch.compile of a model's layers, each by itself: code compiled for one layer serves all layers like it."""
 
 import torch
 from torch import Tensor
@@ -11,21 +11,22 @@ from .probe import probe_ids, relative_gap
 from .startup_checks import tolerance
 
 BACKEND = "inductor"
-#: Length of the rows that are compiled for first: a GPU's kernels are chosen by the size. No width of a model, or what is equal then is held equal.
+#: Length of the first rows that are compiled, by device: a GPU's kernels are chosen by it. No width of a model: torch.compile would take two
+#: sizes that are equal at first for one.
 _LENGTH = {"cuda": 1021, "cpu": 23}
-_VARIANTS = 256  # of a layer's code: by student, its place, training or not, one row or several
+_VARIANTS = 256  # versions of a layer's code: by student, position, training or not, one row or several
 
 
 def configure_torch_compile(device: torch.device) -> None:
-    """Settings of torch.compile that its use here needs. UserError where nothing can be compiled."""
+    """Set the options of torch.compile that `compile_layers` needs. UserError where nothing can be compiled."""
     import torch._dynamo
     import torch._inductor.config
 
     dynamo = torch._dynamo.config
-    dynamo.skip_nnmodule_hook_guards = False  # or the last layer's hooks would be forgotten, or found in the other layers
+    dynamo.skip_nnmodule_hook_guards = False  # or code with the last layer's hooks would serve other layers, and the reverse
     dynamo.recompile_limit = max(dynamo.recompile_limit, _VARIANTS)
     dynamo.accumulated_recompile_limit = max(dynamo.accumulated_recompile_limit, 16 * _VARIANTS)
-    torch._inductor.config.fallback_random = True  # dropout's masks are those of a model that is not compiled
+    torch._inductor.config.fallback_random = True  # the same dropout masks as without compilation
     try:
         torch.compile(lambda x: x + 1, backend=BACKEND)(torch.zeros(8, device=device))
     except Exception as error:
@@ -36,9 +37,9 @@ def configure_torch_compile(device: torch.device) -> None:
 
 
 def compile_layers(model, setting: str, packing: bool) -> None:
-    """Compile a `models.LanguageModel`, and compare it with what it was, on a batch of the run's form. UserError where it differs.
+    """Compile the layers of a `LanguageModel`. UserError where its results on a batch of the run's form are not those of the eager model.
 
-    No module gets another name or place. Where several students share a tree of modules, each is compared by itself.
+    No module gets another name or parent. Where several students share modules, each is compared by itself.
     """
     layers, family = layers_of(model.base_model), model.base_model.config.model_type
     if layers is None:
@@ -58,7 +59,7 @@ def compile_layers(model, setting: str, packing: bool) -> None:
 
 
 def _results(model, packing: bool) -> list[Tensor]:
-    """Hidden states, and the gradients of what trains, as in the run: in its mode, with dropout, and with two of three positions supervised."""
+    """Hidden states and gradients under the run's conditions: the model's mode, dropout, and two of three positions supervised."""
     device = model.device
     T = min(_LENGTH.get(device.type, 23), getattr(model.base_model.config.get_text_config(), "max_position_embeddings", None) or 23)
     ids_BT = probe_ids(model.head.vocab, device, T)

@@ -1,18 +1,17 @@
-"""What a model family does between its last hidden states and its logits, and where its body is.
+"""Where a model family keeps its body and layers, and what it does between last hidden states and logits.
 
-A family that is not known here is no error: `selftest.py` finds that the logits differ, and the model's own forward
-pass is used instead.
+A family that is not known here is no error: the startup checks find that the logits differ, and the model's own forward pass is used.
 """
 
 from torch import nn
 
 from ..head import Head
 
-#: Settings that multiply the logits, whichever family has them.
+#: Options of config.json that multiply the logits, in whichever family they appear.
 _MULTIPLIERS = ("logit_scale", "lm_head_multiplier")
 #: Families whose `logits_scaling` multiplies; in all others (Granite, MiniCPM3) it divides.
 _MULTIPLY_BY_LOGITS_SCALING = ("hyperclovax",)
-#: Settings that divide the logits, or the hidden states before the head, which is the same unless the head has a bias.
+#: Options that divide the logits, or the hidden states before the head, which is the same unless the head has a bias.
 _DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap", "logit_softcap")
 
@@ -26,14 +25,14 @@ def decoder_of(model: nn.Module) -> nn.Module:
 
 
 def layers_of(model: nn.Module) -> nn.ModuleList | None:
-    """The body's layers in their order; None where a family keeps them otherwise."""
+    """The body's layers in their order; None where a family has no list of them."""
     count = getattr(model.config.get_text_config(), "num_hidden_layers", None)
     lists = (module for module in decoder_of(model).modules() if isinstance(module, nn.ModuleList))
     return next((layers for layers in lists if len(layers) == count), None)
 
 
 def beside_text(model: nn.Module) -> list[nn.Parameter]:
-    """Parameters that text never meets: the eyes and ears of a model that has them. Nothing there can be trained on text."""
+    """Parameters that text does not pass through, such as a vision tower's: they get no gradient from text."""
     if model.config.get_text_config() is model.config:
         return []
     used = {id(p) for part in (decoder_of(model), model.get_output_embeddings()) for p in part.parameters()}
@@ -41,9 +40,9 @@ def beside_text(model: nn.Module) -> list[nn.Parameter]:
 
 
 def head_of(model: nn.Module, vocab: int, adapter: str | None = None) -> Head:
-    """The head, with the scale and the soft cap that the model's configuration names; padding columns past `vocab` are cut.
+    """The head, with the scale and the soft cap of the model's configuration; padding columns past `vocab` are cut.
 
-    Where several adapters are in the model, the head is what it is with `adapter` alone.
+    adapter  among several in the model, the one that this head has
     """
     config = model.config.get_text_config()
     scale = 1.0
@@ -57,7 +56,7 @@ def head_of(model: nn.Module, vocab: int, adapter: str | None = None) -> Head:
 
 
 def _without_others(module: nn.Module, adapter: str | None) -> nn.Module:
-    """A module on which PEFT has put other adapters than this one: the module itself."""
+    """The module without PEFT's wrapper, where only other adapters than this one are on it."""
     for inner, kept in (("base_layer", "lora_A"), ("base_layer", "lora_embedding_A"), ("original_module", "modules_to_save")):
         if adapter and len(getattr(module, kept, ())) and adapter not in getattr(module, kept):
             return getattr(module, inner)

@@ -1,7 +1,7 @@
-"""Linear layers in 8-bit floats (e4m3), for a teacher: one scale for each row of the weight and, made anew, for each token.
+"""Linear layers in 8-bit floats (e4m3), for a teacher, with one scale for each row of the weight and, computed anew, for each token.
 
-On a GPU the product is `torch._scaled_mm`'s, with a sum in float32 that is rounded to bfloat16; elsewhere the same arithmetic in float32,
-which is slow, and there to be measured.
+On a GPU `torch._scaled_mm` computes the product, accumulated in float32 and rounded to bfloat16. Elsewhere the same arithmetic runs in
+float32, which is slow and serves to measure the accuracy.
 """
 
 import torch
@@ -12,7 +12,7 @@ from .families import decoder_of
 
 FLOAT8 = torch.float8_e4m3fn
 _LARGEST = torch.finfo(FLOAT8).max
-#: Layers that choose experts: a rounded choice is another expert's answer.
+#: Layers that choose experts: rounding could choose another expert.
 _ROUTERS = ("gate", "router")
 
 
@@ -25,13 +25,13 @@ def refuse_without_products(device: torch.device, setting: str) -> None:
 
 
 def to_float8(x_NK: Tensor) -> tuple[Tensor, Tensor]:
-    """Each row as float8 [N, K] times a float32 scale [N, 1], by which its largest value becomes the largest there is."""
+    """Rows as float8 [N, K] and their float32 scales [N, 1]: the largest value of a row becomes the largest float8."""
     scale_N1 = torch.linalg.vector_norm(x_NK, float("inf"), -1, keepdim=True).float().clamp(min=1e-30) / _LARGEST
     return (x_NK / scale_N1).to(FLOAT8, memory_format=torch.contiguous_format), scale_N1
 
 
 class Float8Linear(nn.Linear):
-    """A frozen linear layer [O, K] in float8. `weight` is what it multiplies by, for whoever reads it past `forward`, as DoRA does."""
+    """A frozen linear layer [O, K] in float8. `weight` is the dequantised weight, for code that does not call `forward`, such as DoRA."""
 
     def __init__(self, linear: nn.Linear):
         nn.Module.__init__(self)
@@ -59,13 +59,15 @@ def _product(x_NK: Tensor, weight_OK: Tensor, scale_N1: Tensor, scale_O1: Tensor
 
 
 def reference(x_NK: Tensor, weight_OK: Tensor, scale_N1: Tensor, scale_O1: Tensor) -> Tensor:
-    """What the GPU computes, [N, O] in float32."""
+    """The GPU's product, [N, O], computed in float32."""
     return (x_NK.float() @ weight_OK.float().T) * scale_N1 * scale_O1.T
 
 
 def convert(model: nn.Module) -> int:
-    """Turn the body's linear layers into float8, in place; how many. An adapter's own matrices stay, and so do embeddings, the head, routers
-    and layers whose sizes are no multiples of 16."""
+    """Convert the body's linear layers to float8 in place, and return their number.
+
+    An adapter's own matrices, embeddings, the head, routers and layers whose sizes are no multiples of 16 stay.
+    """
     adapters, head = set(getattr(model, "peft_config", ())), {id(m) for m in model.get_output_embeddings().modules()}
     found = [
         (parent, name, layer)
@@ -75,7 +77,7 @@ def convert(model: nn.Module) -> int:
         if not {*_ROUTERS} & {name, *path.split(".")} and layer.in_features % 16 == layer.out_features % 16 == 0
     ]
     count = len(found)
-    while found:  # each as it was is let go before the next is made
+    while found:  # one by one, so that the old weight is freed before the next layer is converted
         parent, name, layer = found.pop()
         setattr(parent, name, Float8Linear(layer))
     return count

@@ -147,7 +147,7 @@ def _student(model: nn.Module, vocab: int, name: str | None, settings: Student, 
     unused = startup_checks.parameters_without_gradient(student, "student.model")
     if unused:
         some = f"{len(unused)} of {len(student.trainable())} trainable tensors, such as {unused[0]}"
-        warn(f"note: student: {some}, get no gradient from a small batch; they are never used, or seldom")
+        warn(f"note: student: {some}, get no gradient from a small batch; they may never be used")
     return student.replaced(capabilities=dataclasses.replace(student.capabilities, parameters_without_gradient=tuple(unused)))
 
 

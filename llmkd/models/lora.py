@@ -132,7 +132,7 @@ def _translated(error: Exception, lora: Lora, base: nn.Module, linear: list[str]
     if "ParamWrapper" in text:  # PEFT's way to adapt parameters that belong to no linear layer
         which = "dora" if lora.dora else "dropout"
         return UserError(
-            f"student.lora.{which}: found {getattr(lora, which)}, which is not to be had for experts that are no linear layers; leave it out, or "
+            f"student.lora.{which}: found {getattr(lora, which)}, which PEFT does not support for experts that are no linear layers; leave it out, or "
             "give student.lora.target_modules without the experts, such as [q_proj, k_proj, v_proj, o_proj]"
         )
     if "not found in the base model" in text:

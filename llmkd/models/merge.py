@@ -1,4 +1,4 @@
-"""A trained student as one plain model, and how far that is from the model that was trained."""
+"""A trained student as one plain transformers model: its adapter merged, or the weights of a checkpoint loaded."""
 
 import functools
 import warnings
@@ -15,18 +15,19 @@ from .probe import largest_difference, probe_ids
 
 
 def merge(files: ModelFiles, vocab: int, checkpoint: Path | None = None) -> nn.Module:
-    """The base with the adapter merged into it (in at least float32, then as it was held): a plain transformers model.
+    """The base with the adapter merged into it, in at least float32 and then in the base's dtype: a plain transformers model.
 
-    An adapter trained on a quantised base is not merged into that: rounding the sum to 4 bits again would move the
-    logits by about a tenth, while the unquantised base differs from the trained model by the errors of quantisation.
+    An adapter that was trained on a quantised base is merged into the unquantised one. It differs from the trained model by the errors of
+    quantisation; rounding the sum to 4 bits again would move the logits by about a tenth.
 
     With `checkpoint` the adapter's weights are those of that checkpoint. A tied head stays tied if it may: one merged
     tensor cannot be both where the adapter changes head and embedding differently. UserError if the logits moved.
     """
     base = pretrained.load_pretrained(files.base, "export")
-    if getattr(base, "is_quantized", False):  # as its folder holds it: there is no better one to merge into
+    if getattr(base, "is_quantized", False):  # its folder holds no unquantised weights
         base = base.dequantize()
-        base._weight_conversions = None  # or saving would undo what loading quantised weights took
+        # Oddity: a private attribute of transformers.
+        base._weight_conversions = None  # or saving would convert the weights back as if they were quantised
     held = {name: t.dtype for name, t in _tensors(base)}
     base = base.to(torch.promote_types(base.get_input_embeddings().weight.dtype, torch.float32))
     adapted = adapters.load(base, files, "export").eval()
@@ -39,24 +40,25 @@ def merge(files: ModelFiles, vocab: int, checkpoint: Path | None = None) -> nn.M
         gap = largest_difference(merged(input_ids=ids_BT, use_cache=False).logits, expected)
     if not gap <= 1e-3 * max(1.0, expected.abs().max().item()):
         raise UserError(f"export: merging {files.adapter} moved its logits by {gap:.2g}; use the adapter unmerged")
-    for name, t in _tensors(merged):  # one by one: some are held wider than the rest, such as the bias of a router's choice
+    for name, t in _tensors(merged):  # one by one: some have a wider type than the rest, such as the bias of a router
         t.data = t.data.to(held[name])
     return merged
 
 
 def merge_adapter_(adapted: nn.Module, which: str) -> nn.Module:
-    """The plain model with the adapter in its weights, in place: layer by layer in at least float32, then as each was held.
+    """Merge the adapter into the weights in place, layer by layer in at least float32, and return the plain model in its own dtypes.
 
-    `which` adapter it is, for a UserError. A tied head stays tied if it may.
+    which  the setting and the adapter, for a UserError
     """
     base = adapted.get_base_model()
     tied = _untied(base)
     for layer in adapted.modules():
         if hasattr(layer, "base_layer") and hasattr(layer, "merge"):
+            # Oddity: the layer's method is replaced on the object, since merge_and_unload calls it and offers no choice of the dtype.
             layer.merge = functools.partial(_merge_wide, layer, layer.merge)
     try:
         with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message=".*no longer tied after merging")  # they are tied again below where they may be
+            warnings.filterwarnings("ignore", message=".*no longer tied after merging")  # tied again below where they are equal
             merged = adapted.merge_and_unload()
     except Exception as error:
         raise UserError(f"{which} cannot be merged ({brief(error)}); use the adapter unmerged") from error
@@ -67,7 +69,7 @@ def merge_adapter_(adapted: nn.Module, which: str) -> nn.Module:
 
 
 def _merge_wide(layer: nn.Module, merge: Callable, **how) -> None:
-    """PEFT's own `merge` of a layer, in at least float32: in 16 bit it rounds the part of some kinds, experts' say, before it is added."""
+    """PEFT's `merge` of a layer, in at least float32: in 16 bit it rounds the update of some kinds of layers, such as experts, before adding it."""
     del layer.merge
     held = {name: t.dtype for name, t in _tensors(layer)}
     layer.to(functools.reduce(torch.promote_types, held.values(), torch.float32))
@@ -77,7 +79,7 @@ def _merge_wide(layer: nn.Module, merge: Callable, **how) -> None:
 
 
 def _untied(base: nn.Module) -> bool:
-    """Give a tied head a weight of its own, below the adapter that is on it already. Whether it was tied."""
+    """Give a tied head a weight of its own, below the adapter on it. True if it was tied."""
     shared = {id(p) for p in base.get_input_embeddings().parameters()}
     owned = [
         (module, name) for module in base.get_output_embeddings().modules() for name, p in module._parameters.items() if id(p) in shared
@@ -92,14 +94,14 @@ def _tensors(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
 
 
 def from_checkpoint(model_folder: Path, checkpoint: Path) -> nn.Module:
-    """A fully trained model as it was at a checkpoint."""
+    """A fully trained model with the weights of a checkpoint."""
     model = pretrained.load_pretrained(model_folder, "export")
     load_trained_weights(model, checkpoint)
     return model
 
 
 def verify_saved(model: nn.Module, folder: Path) -> None:
-    """UserError unless `folder` gives the model that was saved there, to the last bit."""
+    """UserError unless the model in `folder` is bitwise the one that was saved there."""
     again, saved = pretrained.load_pretrained(folder, "export").state_dict(), model.state_dict()
     wrong = [k for k in saved if k not in again or not torch.equal(again[k].double(), saved[k].cpu().double())]
     if wrong or again.keys() - saved.keys():
@@ -107,7 +109,7 @@ def verify_saved(model: nn.Module, folder: Path) -> None:
 
 
 def load_trained_weights(model: nn.Module, checkpoint: Path) -> None:
-    """Give a model the trained weights of a checkpoint."""
+    """Load the trained weights of a checkpoint into a model in place."""
     from safetensors.torch import load_file
 
     parameters = dict(model.named_parameters())

@@ -1,4 +1,4 @@
-"""Where a teacher is held, if not beside the student: on another device, or in the machine's memory and brought layer by layer."""
+"""A teacher that is not on the student's device: on another device, or in CPU memory and loaded to the GPU layer by layer."""
 
 import copy
 import functools
@@ -15,7 +15,7 @@ OFFLOAD = "offload"
 
 
 def resolve_device(setting: str, name: str | None, beside: torch.device | str) -> torch.device:
-    """Where the weights are loaded to. UserError for a device that this machine has not."""
+    """The device that the weights are loaded to. UserError for a device that this machine does not have."""
     if name is None or name == OFFLOAD:
         return torch.device(beside if name is None else "cpu")
     try:
@@ -25,19 +25,19 @@ def resolve_device(setting: str, name: str | None, beside: torch.device | str) -
         torch.empty(0, device=device)
     except Exception as error:
         here = ", ".join(["cpu", *(f"cuda:{i}" for i in range(torch.cuda.device_count())), OFFLOAD])
-        raise UserError(f"{setting}.device: found {name}, which cannot be had here ({brief(error)}); this machine has {here}") from None
+        raise UserError(f"{setting}.device: found {name}, which cannot be used here ({brief(error)}); this machine has {here}") from None
     return device
 
 
 def offload(plain: nn.Module, device: torch.device | str) -> None:
-    """The weights of a transformers model stay in memory; each layer's are on `device` while it is used. Not for one that trains.
+    """Keep the weights of a frozen transformers model in CPU memory; each layer's are on `device` while it runs.
 
-    Not by accelerate's cpu_offload, which takes a module that is handed to another (PEFT does so for DoRA) for an input to be moved.
+    accelerate's cpu_offload would not do: a module that is passed to another (PEFT does so for DoRA) it takes for an input to be moved.
     """
     on_gpu = torch.device(device).type == "cuda"
     for module, parts in list(_units(plain, set(getattr(plain, "_no_split_modules", None) or ()))):
         slots = [(part, name, p) for part in parts for name, p in part._parameters.items() if p is not None]
-        if on_gpu:  # copied without a stay in between
+        if on_gpu:  # copied without an intermediate buffer
             for _, _, parameter in slots:
                 parameter.data = parameter.data.pin_memory()
         module.register_forward_pre_hook(functools.partial(_load_layer, slots, device))
@@ -48,8 +48,11 @@ def offload(plain: nn.Module, device: torch.device | str) -> None:
 
 
 def _units(module: nn.Module, layers: set[str]) -> Iterator[tuple[nn.Module, list[nn.Module]]]:
-    """What is brought when `module` is called: a layer or an adapter's module as a whole, since they may use a part's weights without
-    calling it; elsewhere a module's own parameters."""
+    """Pairs of a module and the modules whose weights are loaded when it is called.
+
+    A layer, or a module with an adapter, is loaded as a whole, since it may use a submodule's weights without calling it; elsewhere each
+    module loads its own parameters.
+    """
     if type(module).__name__ in layers or hasattr(module, "base_layer"):
         yield module, list(module.modules())
         return
@@ -70,7 +73,7 @@ def _unload_layer(slots: list[tuple[nn.Module, str, nn.Parameter]], *_) -> None:
 
 
 def head_on(head: Head, device: torch.device) -> Head:
-    """The same head on `device`, for hidden states that are there; a second one even where it is there already, on the same weights."""
+    """The same head on `device`. Always another module, without the original's hooks: on the same weights where these are there already."""
     project = head.project
     there = all(p.device == device for p in project.parameters())
     return Head(copy_sharing_weights(project) if there else copy.deepcopy(project).to(device), head.vocab, head.scale, head.softcap)

@@ -1,4 +1,4 @@
-"""Weights from a folder into transformers, strictly: what it would load without a word is refused here."""
+"""Weights from a folder into transformers, with the checks that it leaves out: missing, unknown and misshapen tensors are refused."""
 
 from pathlib import Path
 
@@ -11,14 +11,14 @@ from ..errors import UserError, brief
 from ..model_files import read_json
 from .quantization import DTYPES, bitsandbytes_config, note_share
 
-#: Masks and tables that older versions of transformers saved with the weights and newer ones compute.
+#: Buffers that older versions of transformers saved with the weights and newer ones compute.
 _OLD_BUFFERS = (".masked_bias", ".attn.bias", ".rotary_emb.inv_freq")
 
 
 def load_pretrained(
     folder: Path, setting: str, dtype: str = "auto", attention: str = "auto", device="cpu", quantization: Quantization | None = None
 ) -> nn.Module:
-    """A model as its folder holds it, on `device`. UserError unless every tensor fits its configuration."""
+    """A model from its folder, on `device`. UserError unless every tensor fits its configuration."""
     from transformers import AutoModelForCausalLM
 
     options = {}
@@ -50,7 +50,9 @@ def load_pretrained(
                 f"{setting}: {folder} {what} {len(keys)} tensors, such as {sorted(map(str, keys))[0]}; its config.json and weights do not belong together"
             )
     for module in model.modules():
-        if hasattr(module, "support_avx512bf16_for_cpu"):  # in eval mode it would repack the weights into a form without a gradient
+        if hasattr(
+            module, "support_avx512bf16_for_cpu"
+        ):  # in eval mode bitsandbytes would repack the weights into a form without a gradient
             module.support_avx512bf16_for_cpu = False
     if quantization:
         note_share(model, setting)
@@ -58,7 +60,7 @@ def load_pretrained(
 
 
 def new_model(settings: StudentSettings, vocab: int) -> nn.Module:
-    """Random weights of `settings.architecture`."""
+    """A model of `settings.architecture` with random weights."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     wanted = {"vocab_size": vocab, **settings.architecture}
@@ -66,11 +68,11 @@ def new_model(settings: StudentSettings, vocab: int) -> nn.Module:
         config = AutoConfig.for_model(**wanted)
         ignored = [k for k in wanted if k != "model_type" and not hasattr(type(config)(), k)]
         if ignored:
-            raise UserError(f"student.architecture.{ignored[0]}: unknown to {wanted['model_type']}")
+            raise UserError(f"student.architecture.{ignored[0]}: unknown to {wanted['model_type']}; leave it out")
         dtype = DTYPES.get(settings.dtype, torch.float32)
         attention = None if settings.attention == "auto" else settings.attention
         return AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention)
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"student.architecture: transformers refuses it ({brief(error)})") from error
+        raise UserError(f"student.architecture: transformers cannot make it ({brief(error)}); change it") from error

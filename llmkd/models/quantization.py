@@ -1,4 +1,4 @@
-"""Moved here from another file."""
+"""The base of a student or teacher in 4 or 8 bit."""
 
 from pathlib import Path
 
@@ -13,18 +13,18 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def note_share(model: nn.Module, setting: str) -> None:
-    """Only linear layers are quantised; a mixture of experts may hold most of its weights otherwise."""
+    """A note where little of a model is quantised: only linear layers are, and a mixture of experts may keep most weights in others."""
     size = {p: p.numel() * p.element_size() for p in model.parameters()}
     quantised = sum(bytes_ for p, bytes_ in size.items() if p.dtype in (torch.int8, torch.uint8, torch.float8_e4m3fn))
     if quantised < 0.2 * (total := sum(size.values())):
         warn(
-            f"note: {setting}: quantised linear layers are {quantised / total:.0%} of what it still takes in memory; embeddings, head and "
-            "experts that are no linear layers are as they were"
+            f"note: {setting}: quantised linear layers are {quantised / total:.0%} of its memory; embeddings, head and "
+            "experts that are no linear layers are not quantised"
         )
 
 
 def bitsandbytes_config(settings: Quantization, dtype: str, folder: Path, setting: str):
-    """What transformers wants to hear for a base in 4 or 8 bit."""
+    """transformers' BitsAndBytesConfig for a base in 4 or 8 bit."""
     from transformers import BitsAndBytesConfig
 
     if settings.type == "int8":

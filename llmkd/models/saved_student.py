@@ -1,4 +1,4 @@
-"""A trained student on disk: written in Hugging Face's form, found again, and loaded as it was trained."""
+"""A trained student on disk, in Hugging Face's form: written, located in a run's folder, and described for loading."""
 
 import dataclasses
 import json
@@ -14,7 +14,7 @@ from .language_model import LanguageModel
 
 
 def as_trained(folder: Path, base: Path | None = None) -> TeacherSettings:
-    """A student, to be loaded for measuring it: an adapter on its base in the type and quantisation it was trained on."""
+    """Settings that load a trained student for an evaluation: its adapter on the base in the dtype and quantisation of the training."""
     record = record_of(folder)
     quantization = record.get("quantization")
     return TeacherSettings(
@@ -26,7 +26,7 @@ def as_trained(folder: Path, base: Path | None = None) -> TeacherSettings:
 
 
 def student_folder(run: str | Path) -> Path:
-    """Where a finished run keeps its student: `adapter` or `model`."""
+    """The folder of a finished run's student: `adapter` or `model`. UserError where there is none."""
     for name in ("adapter", "model"):
         if (Path(run) / name).is_dir():
             return Path(run) / name
@@ -34,9 +34,9 @@ def student_folder(run: str | Path) -> Path:
 
 
 def save(model: LanguageModel, folder: Path, settings: StudentSettings) -> None:
-    """The student in Hugging Face's form: an adapter (PEFT) or a whole model, with its generation config.
+    """Write the student in Hugging Face's form: an adapter (PEFT) or a whole model, with its generation config.
 
-    Beside an adapter stands what it was trained on: which base, and how that was held (`as_trained` reads it).
+    Beside an adapter, llmkd.json names the base's fingerprint, dtype and quantisation; `as_trained` reads it.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if hasattr(model.model, "peft_config"):

@@ -1,7 +1,7 @@
-"""One set of weights in memory for several models: each is a tree of modules of its own, and some of their tensors are one.
+"""Several models on one set of weights in memory: each has modules of its own, and some of their parameters are the same tensor.
 
-Nothing is ever switched between teacher and student: a mode, an adapter, a gradient or a wrapper of one tree cannot reach another.
-What is shared does not train, so no model can change it under the others.
+Nothing is switched between teacher and student: a mode, an adapter, a gradient or a wrapper belongs to one model's modules. Shared
+tensors are frozen, so no model changes them for the others.
 """
 
 import copy
@@ -14,14 +14,14 @@ from torch import Tensor, nn
 from ..config.recipe import Student, Teacher
 from ..model_files import ModelFiles, fingerprint, read_json
 
-#: Ways to initialise LoRA that leave the base's weights as they are, beside PEFT's own (a bool).
+#: Ways to initialise LoRA that do not change the base's weights, beside PEFT's default (a bool).
 _LEAVE_BASE = ("gaussian", "eva", "orthogonal")
-#: Settings in config.json that say nothing of what a model computes, or that the recipe's stand for.
+#: Options of config.json that do not change a model's results, or that the recipe overrides.
 _NOT_COMPUTED = ("_name_or_path", "transformers_version", "dtype", "torch_dtype")
 
 
 def base_identity(files: ModelFiles, settings: Student | Teacher, setting: str) -> tuple | None:
-    """Equal for two models that stand on the same base, held alike; None where the adapter may change the base that it is put on."""
+    """Equal for two models on the same base, with the same dtype, attention and quantisation; None where the adapter may change its base."""
     if files.adapter and not _leaves_base(read_json(files.adapter / "adapter_config.json", setting)):
         return None
     config = {name: value for name, value in files.config.items() if name not in _NOT_COMPUTED}
@@ -37,15 +37,15 @@ def _leaves_base(adapter: dict) -> bool:
 
 
 def copy_sharing_weights(module: nn.Module) -> nn.Module:
-    """A second tree of modules on the very parameters (and persistent buffers) of the first. Take it before an adapter is put on."""
+    """A copy of a module that uses the same parameters and persistent buffers. To be made before an adapter is put on."""
     for one in module.modules():
         if getattr(getattr(one, "weight", None), "CB", None) is not None and hasattr(one, "init_8bit_state"):
-            one.init_8bit_state()  # bitsandbytes would do it in a first forward pass, and find nothing in the second tree's
+            one.init_8bit_state()  # bitsandbytes would do it in the first forward pass, and find nothing to move in the copy
     return copy.deepcopy(module, {id(held): held for held in _held(module)})
 
 
 def _held(module: nn.Module) -> Iterator[object]:
-    """What two trees have in common: tensors that are loaded from a checkpoint, and what quantised ones are read by."""
+    """The objects that a copy shares: tensors that come from a checkpoint, and the quantisation state of those."""
     for one in module.modules():
         state = getattr(one, "state", None)  # bitsandbytes, in 8 bit; quant_state in 4
         kept = [buffer for name, buffer in one._buffers.items() if name not in one._non_persistent_buffers_set]
@@ -54,10 +54,11 @@ def _held(module: nn.Module) -> Iterator[object]:
 
 
 def deduplicate_weights(models: Iterable[nn.Module]) -> None:
-    """Frozen parameters that are bit for bit the same in several models, under one name, become one tensor in memory.
+    """Make frozen parameters that have the same name and are bitwise equal in several models one tensor in memory.
 
-    So do embeddings, norms and the head of a base that one model holds in 16 bit and another in 4. `models`: transformers' own, with
-    PEFT's layers in them or not.
+    Such are the embeddings, the norms and the head of a base that one model has in 16 bit and another in 4 bit.
+
+    models  transformers models, with PEFT's layers in them or not
     """
     first: dict[str, list[nn.Parameter]] = {}
     for model in models:
@@ -71,7 +72,7 @@ def deduplicate_weights(models: Iterable[nn.Module]) -> None:
 
 
 def _frozen(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
-    """The base's parameters that do not train, by the names they have without an adapter."""
+    """The base's frozen parameters, by their names without an adapter."""
     adapters = set(getattr(model, "peft_config", ()))
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad and parameter.dtype != torch.int8 and not adapters & set(name.split(".")):
@@ -87,6 +88,6 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 
 def storage_bytes(*models: nn.Module) -> dict[int, int]:
-    """Bytes of the parameters by the storage they are in: what is in memory once is counted once."""
+    """Bytes of each storage that the models' parameters are in, by its address: shared storages are counted once."""
     found = [p.untyped_storage() for model in models for p in model.parameters() if not p.is_meta]
     return {storage.data_ptr(): storage.nbytes() for storage in found}

@@ -1,4 +1,4 @@
-"""Moved here from another file."""
+"""The number and the memory of a model's parameters, from its files alone: nothing is loaded."""
 
 from dataclasses import dataclass
 
@@ -12,7 +12,7 @@ _BYTES = {"nf4": 0.516, "fp4": 0.516, "int8": 1.0, "fp8": 1.0}
 
 @dataclass(frozen=True)
 class ModelSize:
-    """A model as arithmetic sees it: weights outside embedding and head, vocabulary, hidden size, layers."""
+    """Numbers that determine the cost of a step: weights outside embedding and head, vocabulary size, hidden size, layers."""
 
     body: int
     vocab: int
@@ -25,7 +25,7 @@ class ModelSize:
 
 
 def model_size(files: ModelFiles) -> ModelSize:
-    """Read from the headers of the weights; nothing is loaded."""
+    """The size of a model, read from the headers of its weight files."""
     config = files.config.get("text_config", files.config)
     sizes = {}
     for path in sorted(files.base.glob("*.safetensors")):
@@ -40,7 +40,7 @@ def model_size(files: ModelFiles) -> ModelSize:
 
 
 def adapter_parameters(files: ModelFiles, lora: Lora) -> int:
-    """Parameters of an adapter: rank x (inputs + outputs) of every matrix it is put on."""
+    """The parameters of a LoRA adapter: rank x (inputs + outputs) of each matrix that it is put on."""
     total, named = 0, lora.target_modules if isinstance(lora.target_modules, tuple) else None
     for path in sorted(files.base.glob("*.safetensors")):
         for name, t in tensors(path).items():
@@ -51,7 +51,7 @@ def adapter_parameters(files: ModelFiles, lora: Lora) -> int:
 
 
 def weight_bytes(files: ModelFiles, dtype: str, quantization) -> float:
-    """Bytes that a weight takes in memory."""
+    """Bytes of memory for each weight, in a dtype of the recipe or a quantisation."""
     if quantization:
         return _BYTES[quantization.type]
     return {"float64": 8, "float32": 4}.get(loaded_dtype(files.config, dtype), 2)

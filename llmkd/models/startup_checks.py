@@ -39,7 +39,9 @@ def check(model: LanguageModel, setting: str, packing: int = 0, implementation: 
             ids_BT = probe_ids(model.head.vocab, model.device)
             own_NV = model.model(input_ids=ids_BT, use_cache=False).logits.flatten(0, 1)[:, : model.head.vocab]
         except Exception as error:
-            raise UserError(f"{setting}: {family} fails on a first small batch ({brief(error)})") from error
+            raise UserError(
+                f"{setting}: {family} fails on a first small batch ({brief(error)}); check its files, or use another model"
+            ) from error
         size = own_NV.abs().max().item()
         if not math.isfinite(size):
             raise UserError(f"{setting}: its logits are not finite; its weights hold NaN or infinity, or its dtype is too narrow")
@@ -192,7 +194,9 @@ def parameters_without_gradient(model: LanguageModel, setting: str) -> list[str]
             with torch.enable_grad():
                 _logits(model, batch_BT).logsumexp(-1).sum().backward()
         except Exception as error:
-            raise UserError(f"{setting}: {model.base_model.config.model_type} fails in a first backward pass ({brief(error)})") from error
+            raise UserError(
+                f"{setting}: {model.base_model.config.model_type} fails in a first backward pass ({brief(error)}); it cannot be trained here, use another model"
+            ) from error
         out |= {name: None for name, p in model.trainable().items() if p.grad is None}
         model.zero_grad(set_to_none=True)
     return list(out)

@@ -1,4 +1,4 @@
-"""A teacher made faster once it is loaded: its adapter merged, its linear layers in 8-bit floats."""
+"""Changes of a loaded teacher that make it faster: its adapter merged, its linear layers in 8-bit floats."""
 
 import torch
 
@@ -13,7 +13,7 @@ from .quantization import note_share
 
 @torch.no_grad()
 def apply_transforms(teacher, settings: Teacher, files: ModelFiles, setting: str) -> None:
-    """Change a `LanguageModel` as its settings say, in place."""
+    """Merge the adapter of a `LanguageModel` and convert it to fp8, as its settings say, in place. UserError where it then fails."""
     if settings.merge_adapter:
         teacher.replace_with(merge_adapter_(teacher.model, f"{setting}.merge_adapter: {files.adapter}"))
     if settings.float8:

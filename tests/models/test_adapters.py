@@ -152,7 +152,7 @@ def test_what_experts_cannot_have_is_refused_with_the_way_out(tmp_path):
     attention = ("q_proj", "k_proj", "v_proj", "o_proj")
     for setting, lora in (("dropout: found 0.1", {"dropout": 0.1}), ("dora: found True", {"dora": True})):
         with pytest.raises(
-            UserError, match=rf"student.lora.{setting}, which is not to be had for experts .*target_modules without the experts"
+            UserError, match=rf"student.lora.{setting}, which PEFT does not support for experts .*target_modules without the experts"
         ):
             student(tmp_path, lora=Lora(rank=4, **lora))
         assert len(student(tmp_path, lora=Lora(rank=4, target_modules=attention, **lora)).trainable()) >= 16

@@ -314,7 +314,7 @@ def test_a_device_that_is_not_there_is_refused_before_anything_is_loaded(world, 
     monkeypatch.setattr(pretrained, "load_pretrained", lambda *a: pytest.fail("a model was loaded"))
     teachers = [("teacher.0", Teacher(model=str(world / "teacher"))), ("teacher.1", Teacher(model=str(world / "adapter"), device=device))]
     with pytest.raises(
-        UserError, match=rf"^teacher.1.device: found {device}, which cannot be had here \(.*\); this machine has cpu, .*offload$"
+        UserError, match=rf"^teacher.1.device: found {device}, which cannot be used here \(.*\); this machine has cpu, .*offload$"
     ):
         load_models([Student(model=str(world / "teacher"))], teachers, 640, "cpu", seed=7)
 

@@ -80,7 +80,7 @@ def _adapter(world: Path, to: Path, tensors: dict) -> str:
         (lacking, "lacks 1 tensors"),
         (other_tokenizer, "not the same"),
         (lambda w, to: str(to), "there is no folder"),
-        (lambda w, to: "nobody/nothing-of-the-kind", "could not be had from the hub"),
+        (lambda w, to: "nobody/nothing-of-the-kind", "could not be downloaded from the hub"),
         (lambda w, to: str(w / "train.jsonl"), "is a file"),
         (lambda w, to: str(w), "neither config.json nor adapter_config.json"),
     ],
