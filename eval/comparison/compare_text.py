@@ -6,6 +6,7 @@ from dataclasses import asdict
 from itertools import groupby
 
 from llmkd import __version__
+from llmkd.output import markdown
 
 from . import stats
 from .compare import Row
@@ -46,9 +47,9 @@ def as_markdown(rows: list[Row]) -> str:
     """The same in tables of Markdown."""
     out = []
     for block in blocks(rows):
-        head, *body = [[cell.replace("|", "\\|") for cell in line] for line in cells(block)]
+        head, *body = cells(block)
         rule = [":--", *["--:"] * (len(head) - 2), ":--"]
-        table = "\n".join("| " + " | ".join(line) + " |" for line in (head, rule, *body))
+        table = "\n".join(map(markdown.table_row, (head, rule, *body)))
         out.append("\n\n".join([f"**{title(block)}**", table, "\n".join(remarks(block))]))
     return "\n\n".join([*out, " ".join(EXPLANATION)])
 
@@ -89,8 +90,10 @@ def cells(block: list[Row]) -> list[list[str]]:
         if row.difference is None:
             out.append([*line, "", "", "", "", words(row)])
             continue
-        between = _between(row.interval, d)
-        out.append([*line, _plus_minus(row.difference, row.difference_stderr, d, "+"), between, _p(row.p), _p(row.p_adjusted), words(row)])
+        between = interval_text(row.interval, d)
+        out.append(
+            [*line, _plus_minus(row.difference, row.difference_stderr, d, "+"), between, p_text(row.p), p_text(row.p_adjusted), words(row)]
+        )
     return out
 
 
@@ -101,7 +104,7 @@ def remarks(block: list[Row]) -> list[str]:
         if row.seed_interval:
             kind = f"{row.seeds} matching seeds (paired t)" if row.seeds_matched else "seeds (Welch's t)"
             zero = "holds 0" if row.seed_interval[0] <= 0 <= row.seed_interval[1] else "beyond 0"
-            out.append(f"{row.arm}: 95 % interval over {kind} {_between(row.seed_interval, d)}, {zero}.")
+            out.append(f"{row.arm}: 95 % interval over {kind} {interval_text(row.seed_interval, d)}, {zero}.")
     return out
 
 
@@ -143,9 +146,9 @@ def _plus_minus(value: float, stderr: float | None, d: int, sign: str) -> str:
     return f"{value:{sign}.{d}f}" + ("" if stderr is None else f" ±{stderr:.{d}f}")
 
 
-def _between(interval: tuple[float, float] | None, d: int) -> str:
+def interval_text(interval: tuple[float, float] | None, d: int) -> str:
     return "unknown" if interval is None else f"{interval[0]:+.{d}f} to {interval[1]:+.{d}f}"
 
 
-def _p(p: float) -> str:
+def p_text(p: float) -> str:
     return f"{p:.4f}" if p >= 0.00005 else f"{p:.0e}"

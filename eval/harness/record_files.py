@@ -5,7 +5,7 @@ import json
 from pathlib import Path
 
 from llmkd.errors import UserError
-from llmkd.files import write_atomic
+from llmkd.files import read_jsonl, sha256_file, write_atomic
 
 #: What makes two evaluations of a task the same one.
 SAME = ("version", "harness", "fewshot", "limit", "seeds", "model.fingerprint", "model.dtype", "model.quantization")
@@ -27,10 +27,9 @@ def read_items(place: Path | str, task: str) -> list[dict]:
     record, path = read_record(place, task), _path(place, task, "jsonl")
     if record is None or not path.exists():
         raise UserError(f"{path}: there is no evaluation of {task} here; llmkd eval makes one")
-    text = path.read_bytes()
-    if hashlib.sha256(text).hexdigest() != record.get("items_sha256"):
+    if sha256_file(path) != record.get("items_sha256"):
         raise UserError(f"{path}: is not what {task}.json was made of; evaluate again with --force")
-    return [json.loads(line) for line in text.splitlines()]
+    return read_jsonl(path)
 
 
 def write_task(folder: Path, record: dict, items: list[dict]) -> dict:

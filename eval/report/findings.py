@@ -8,7 +8,7 @@ from llmkd.errors import UserError
 
 from ..comparison import stats
 from ..comparison.compare import HELD_OUT_METRICS, Row, compare
-from ..comparison.compare_text import blocks, digits, too_few
+from ..comparison.compare_text import blocks, digits, interval_text, p_text, too_few
 from ..comparison.item_results import HELD_OUT, read, tasks_of
 from .document import Span, Text
 
@@ -101,10 +101,11 @@ def _statement(block: list[Row], baseline: str) -> Text:
         first, several = members[0], len(members) > 1
         judged = Span(kind, kind) if kind in ("better", "worse") else kind
         most = [", ", Span(first.arm), " the most"] if several else []
-        numbers = f" (difference {first.difference:+.{d}f}{_between(first, d)}, Holm's p {_p(first.p_adjusted)})"
+        between = "" if first.interval is None else f", 95 % {interval_text(first.interval, d)}"
+        numbers = f" (difference {first.difference:+.{d}f}{between}, Holm's p {p_text(first.p_adjusted)})"
         parts.append([*_listed(members, len(others)), " are " if several else " is ", judged, " than ", Span(baseline), *most, numbers])
     if quiet:
-        least = f" ({'smallest ' if len(quiet) > 1 else ''}Holm's p {_p(min(row.p_adjusted for row in quiet))})"
+        least = f" ({'smallest ' if len(quiet) > 1 else ''}Holm's p {p_text(min(row.p_adjusted for row in quiet))})"
         names = [f"any of the {len(quiet)} arms"] if len(others) == len(quiet) > 4 else _listed(quiet, len(others))
         if 1 < len(quiet) <= 4:
             names = ["any of ", *names]
@@ -165,11 +166,3 @@ def _listed(rows: list[Row], of: int) -> list[str | Span]:
             *([" (not over seeds)"] if not_over_seeds(row) else []),
         ]
     return out
-
-
-def _between(row: Row, d: int) -> str:
-    return "" if row.interval is None else f", 95 % {row.interval[0]:+.{d}f} to {row.interval[1]:+.{d}f}"
-
-
-def _p(p: float) -> str:
-    return f"{p:.4f}" if p >= 0.00005 else f"{p:.0e}"

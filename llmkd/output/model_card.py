@@ -1,6 +1,6 @@
-"""The card beside a trained adapter or model: what it is, how it was made, what was measured, in the hub's metadata form.
+"""The model card beside a trained adapter or model: what it is, how it was made, what was measured, with the hub's metadata.
 
-Names and paths come from users: whatever they hold, the metadata stays YAML and the text Markdown.
+Names and paths come from users. Whatever characters they contain, the metadata stays valid YAML and the text valid Markdown.
 """
 
 import math
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
-import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from .. import __version__
 from ..config.fields import as_tuple
@@ -18,6 +18,7 @@ from ..config.loader import dump
 from ..config.recipe import Quantization, Recipe, Source, distils
 from ..model_files import ModelFiles, hub_origin, licence, loaded_dtype
 from ..teachers.resolve import TeacherSource
+from . import markdown
 
 #: Validation metrics by the names that the hub's metrics have, where they have one, and what they are.
 METRICS = {
@@ -31,6 +32,12 @@ METRICS = {
 
 #: Metrics that need a teacher.
 TEACHER_METRICS = ("forward_kl", "reverse_kl", "top1_agreement", "teacher_ce", "teacher_entropy")
+
+#: The end of both snippets.
+GENERATE = """
+inputs = tokenizer("Write the prompt in the format of the training data.", return_tensors="pt")
+answer = model.generate(**inputs, max_new_tokens=40)[0, inputs["input_ids"].shape[1] :]
+print(tokenizer.decode(answer, skip_special_tokens=True))"""
 
 #: What `pretrained.load_pretrained` does too.
 REPACKING = (
@@ -65,10 +72,10 @@ class DataSource:
         dropped = rows - self.found.get("used", rows) if rows else 0
         drawn = f", drawn by seed {s.seed}" if s.seed is not None else ", the first"
         parts = [
-            code_span(s.path),
-            f"configuration {code_span(s.name)}" if s.name else "",
-            f"split {code_span(s.split)}" if self.hub or s.path.startswith("builtin:") else "",
-            f"revision {code_span(self.revision)}" if self.revision else "the default branch's head" if self.hub else "",
+            markdown.code_span(s.path),
+            f"configuration {markdown.code_span(s.name)}" if s.name else "",
+            f"split {markdown.code_span(s.split)}" if self.hub or s.path.startswith("builtin:") else "",
+            f"revision {markdown.code_span(self.revision)}" if self.revision else "the default branch's head" if self.hub else "",
             f"format {s.format}",
             f"{rows:,} rows" if rows else "",
             f"{dropped:,} of them dropped (too long, or without an answer)" if dropped else "",
@@ -85,17 +92,16 @@ def model_card(
     data = sources_by_purpose(recipe, origins)
     if not distils(recipe):
         summary = drop_teacher_metrics(summary)
-    metadata = yaml.safe_dump(hub_metadata(recipe, summary, student, teachers, data), sort_keys=False, allow_unicode=True, width=140)
     packages = ["torch", "transformers", "peft", "accelerate", "datasets"]
     if recipe.student.quantization or any(one.settings.loaded_in for one in teachers) or recipe.optim.name != "adamw":
         packages.append("bitsandbytes")
     return "\n".join(
         [
-            f"---\n{metadata}---\n",
-            f"# {escape_markdown(title(recipe))}\n",
+            f"---\n{card_data(recipe, summary, student, teachers, data).to_yaml()}\n---\n",
+            f"# {markdown.escape(title(recipe))}\n",
             *introduction(recipe, student, teachers),
             "\n## Use\n",
-            code_block(usage_snippet(recipe, student), "python"),
+            markdown.code_block(usage_snippet(recipe, student), "python"),
             "\n## Data\n",
             *(f"- {what}: {one}" for what, group in data.items() for one in group),
             *([f"- {recipe.data.validation_fraction:.2%} of the training rows were held out."] if recipe.data.validation_fraction else []),
@@ -103,7 +109,7 @@ def model_card(
             *metrics_table(summary),
             "\n## Recipe\n",
             f"llmkd {__version__}, Python {platform.python_version()}, {', '.join(f'{name} {version(name)}' for name in packages)}.\n",
-            code_block(dump(recipe), "yaml"),
+            markdown.code_block(dump(recipe), "yaml"),
             "",
         ]
     )
@@ -118,11 +124,12 @@ def drop_teacher_metrics(summary: dict) -> dict:
 
 def merged_card(text: str, folder: Path, drift: dict | None) -> str:
     """The adapter's card made that of the plain model which its merging gave. `drift` is what `export.drift` measured."""
-    _, front_matter, body = text.split("---\n", 2)
-    metadata = yaml.safe_load(front_matter)
-    metadata |= {"library_name": "transformers"} | ({"base_model_relation": "finetune"} if "base_model" in metadata else {})
+    card = ModelCard(text)
+    card.data.library_name = "transformers"
+    if card.data.base_model:
+        card.data.base_model_relation = "finetune"
     if drift:  # the metrics are those of the adapter on its quantised base
-        metadata.pop("model-index", None)
+        card.data.eval_results = None
     notes = ["The adapter described here, merged into its base.\n"]
     if drift:
         rows = "".join(f"| {name} | {value:.4f} |\n" for name, value in drift["drift"].items())
@@ -130,11 +137,10 @@ def merged_card(text: str, folder: Path, drift: dict | None) -> str:
             f"The adapter was trained on a quantised base, and merged into the {drift['merged_into']} one. The held-out metrics below are of the model as it was "
             f"trained; against that one, on {drift['measured_on']} (forward_kl is KL(trained, merged)):\n\n| metric | value |\n|---|---|\n{rows}"
         )
-    head, _, rest = body.partition("\n## Use\n")
+    head, _, rest = card.text.partition("\n## Use\n")
     fence = re.search(r"^(`{3,})python\n.*?^\1$", rest, re.DOTALL | re.MULTILINE)
-    rest = rest[: fence.start()] + code_block(full_model_snippet(repr(str(folder))), "python") + rest[fence.end() :]
-    metadata = yaml.safe_dump(metadata, sort_keys=False, allow_unicode=True, width=140)
-    return f"---\n{metadata}---\n{head}\n" + "\n".join(notes) + f"\n## Use\n{rest}"
+    rest = rest[: fence.start()] + markdown.code_block(full_model_snippet(repr(str(folder))), "python") + rest[fence.end() :]
+    return f"---\n{card.data.to_yaml()}\n---\n{head}\n" + "\n".join(notes) + f"\n## Use\n{rest}"
 
 
 def sources_by_purpose(recipe: Recipe, origins: dict[str, list[dict]]) -> dict[str, list[DataSource]]:
@@ -147,45 +153,48 @@ def sources_by_purpose(recipe: Recipe, origins: dict[str, list[dict]]) -> dict[s
     return out
 
 
-def hub_metadata(
+def card_data(
     recipe: Recipe, summary: dict, student: ModelFiles | None, teachers: tuple[TeacherSource, ...], data: dict[str, list[DataSource]]
-) -> dict:
-    """What the hub reads. Names of local folders and files are left out: they mean nothing there."""
+) -> ModelCardData:
+    """The metadata that the hub reads. Names of local folders and files are left out: they mean nothing there."""
     base = student and hub_origin(student.base)
     lora, train = recipe.student.method == "lora", [one.source.path for one in data["trained on"] if one.hub]
+    held_out = data["held out"] or data["trained on"]
     results = [
-        {"task": {"type": "text-generation"}, "dataset": dataset_metadata(where), "metrics": metrics}
-        for where, metrics in eval_results(summary, data)
-        if metrics
-    ]
-    return {
-        **({"base_model": base[0], "base_model_relation": "adapter" if lora else "finetune"} if base else {}),
-        **(licence(student.base) if student else {}),
-        "library_name": "peft" if lora else "transformers",
-        "pipeline_tag": "text-generation",
-        "tags": ["llmkd", *(["lora"] if lora else []), *(["distillation"] if teachers else [])],
-        **({"datasets": list(dict.fromkeys(train))} if train else {}),
-        **({"model-index": [{"name": title(recipe), "results": results}]} if results else {}),
-    }
-
-
-def eval_results(summary: dict, data: dict[str, list[DataSource]]) -> list[tuple[list[DataSource], list[dict]]]:
-    """(the rows measured on, the metrics in the hub's form): of the held-out rows, and of the questions."""
-    found = {
-        name: {"type": type_, "value": round(summary["validation"][name], 6), "name": text}
-        for name, (type_, text) in METRICS.items()
+        eval_result(name, summary["validation"][name], data["questions"] if name == "accuracy" else held_out)
+        for name in METRICS
         if math.isfinite(summary["validation"].get(name, math.nan))
-    }
-    questions = [found.pop("accuracy")] if "accuracy" in found else []
-    return [(data["held out"] or data["trained on"], list(found.values())), (data["questions"], questions)]
+    ]
+    relation = {"base_model_relation": "adapter" if lora else "finetune"} if base else {}
+    return ModelCardData(
+        base_model=base[0] if base else None,
+        **relation,
+        **(licence(student.base) if student else {}),
+        library_name="peft" if lora else "transformers",
+        pipeline_tag="text-generation",
+        tags=["llmkd", *(["lora"] if lora else []), *(["distillation"] if teachers else [])],
+        datasets=list(dict.fromkeys(train)) or None,
+        model_name=title(recipe),
+        eval_results=results or None,
+    )
 
 
-def dataset_metadata(rows: list[DataSource]) -> dict:
-    """A data set as a result's metadata names it: type is an id of the hub, or custom."""
+def eval_result(name: str, value: float, rows: list[DataSource]) -> EvalResult:
+    """A metric with the rows it was measured on. A data set's type is an id of the hub, or "custom"."""
     hub = rows[0] if len(rows) == 1 and rows[0].hub else None
-    name = ", ".join(one_line(one.source.path if one.hub else Path(one.source.path).name) for one in rows)
-    details = {"config": hub.source.name, "split": hub.source.split, "revision": hub.revision} if hub else {}
-    return {"type": hub.source.path if hub else "custom", "name": f"{name} (held out)", **{k: v for k, v in details.items() if v}}
+    names = ", ".join(one_line(one.source.path if one.hub else Path(one.source.path).name) for one in rows)
+    kind, described = METRICS[name]
+    return EvalResult(
+        task_type="text-generation",
+        dataset_type=hub.source.path if hub else "custom",
+        dataset_name=f"{names} (held out)",
+        dataset_config=hub.source.name if hub else None,
+        dataset_split=hub.source.split if hub else None,
+        dataset_revision=hub.revision if hub else None,
+        metric_type=kind,
+        metric_value=round(value, 6),
+        metric_name=described,
+    )
 
 
 def introduction(recipe: Recipe, student: ModelFiles | None, teachers: tuple[TeacherSource, ...]) -> list[str]:
@@ -204,8 +213,8 @@ def introduction(recipe: Recipe, student: ModelFiles | None, teachers: tuple[Tea
     if student.adapter:
         lines.append(f"- Went on from the adapter {model_name(student.adapter)}")
     lines.append(
-        f"- Licence of the base, as its card says: {code_span(name)}"
-        + (f" ({code_span(terms['license_link'])})" if "license_link" in terms else "")
+        f"- Licence of the base, as its card says: {markdown.code_span(name)}"
+        + (f" ({markdown.code_span(terms['license_link'])})" if "license_link" in terms else "")
         + ". The data have terms of their own."
         if name
         else "- The licence of the base is not known: no model card lay beside it."
@@ -227,14 +236,14 @@ def describe_teacher(teacher: TeacherSource) -> str:
     if one.quantization:
         parts.append(f"held in {one.quantization.type}")
     if teacher.cache:
-        parts.append(f"its answers read from {code_span(one.cache.path)} ({teacher.cache.header['kind']['name']})")
+        parts.append(f"its answers read from {markdown.code_span(one.cache.path)} ({teacher.cache.header['kind']['name']})")
     return ", ".join(parts + ([f"weight {one.weight:g}"] if one.weight != 1 else []))
 
 
 def model_name(folder: Path) -> str:
     """A model's name on the hub with its commit, or its folder."""
     origin = hub_origin(folder)
-    return f"{code_span(origin[0])} (revision {code_span(origin[1])})" if origin else code_span(str(folder))
+    return f"{markdown.code_span(origin[0])} (revision {markdown.code_span(origin[1])})" if origin else markdown.code_span(str(folder))
 
 
 def usage_snippet(recipe: Recipe, student: ModelFiles | None) -> str:
@@ -257,7 +266,7 @@ def usage_snippet(recipe: Recipe, student: ModelFiles | None) -> str:
         f"base = AutoModelForCausalLM.from_pretrained({', '.join(arguments)})\n"
         f"{REPACKING if quantization and quantization.type != 'int8' else ''}"
         "model = PeftModel.from_pretrained(base, here)\n"
-        "tokenizer = AutoTokenizer.from_pretrained(here)"
+        "tokenizer = AutoTokenizer.from_pretrained(here)\n" + GENERATE
     )
 
 
@@ -266,7 +275,7 @@ def full_model_snippet(here: str) -> str:
         "from transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
         f"here = {here}\n"
         'model = AutoModelForCausalLM.from_pretrained(here, dtype="auto")\n'
-        "tokenizer = AutoTokenizer.from_pretrained(here)"
+        "tokenizer = AutoTokenizer.from_pretrained(here)\n" + GENERATE
     )
 
 
@@ -295,24 +304,11 @@ def metrics_table(summary: dict) -> list[str]:
 
 
 def title(recipe: Recipe) -> str:
-    return one_line(recipe.push_to_hub.repo.rpartition("/")[2] if recipe.push_to_hub else recipe.output_dir)
+    """The repository's name, or that of the run's folder."""
+    return one_line(
+        recipe.push_to_hub.repo.rpartition("/")[2] if recipe.push_to_hub else Path(recipe.output_dir).expanduser().resolve().name
+    )
 
 
 def one_line(text: str) -> str:
     return " ".join(text.split())
-
-
-def escape_markdown(text: str) -> str:
-    """Text that Markdown shows as it is."""
-    return re.sub(r"([\\`*_{}\[\]<>#|&~])", r"\\\1", text)
-
-
-def code_span(text: str) -> str:
-    """A code span; its fence is longer than any run of backticks in the text."""
-    text, fence = one_line(text), "`" * (1 + max(map(len, re.findall("`+", text)), default=0))
-    return f"{fence} {text} {fence}" if "`" in text else f"{fence}{text}{fence}"
-
-
-def code_block(text: str, language: str) -> str:
-    fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
-    return f"{fence}{language}\n{text.rstrip()}\n{fence}"

@@ -11,7 +11,8 @@ from huggingface_hub import ModelCard
 from llmkd.config import loader
 from llmkd.config.recipe import Quantization, Source
 from llmkd.model_files import find
-from llmkd.output.model_card import code_span, escape_markdown, model_card
+from llmkd.output.markdown import code_span, escape
+from llmkd.output.model_card import model_card
 from llmkd.teachers.resolve import TeacherSource
 from llmkd.training.run import run
 from tests.conftest import weights
@@ -101,14 +102,20 @@ def test_new_weights_have_no_base(make_recipe):
 
 
 @pytest.mark.parametrize("setting", [{"teacher": None}, {"loss__kd_ratio": 0}])
-def test_a_student_without_a_teacher_has_no_figures_of_another_arm_s(make_recipe, world, setting):
+def test_a_student_without_a_teacher_has_no_metrics_of_another_s_teacher(make_recipe, world, setting):
     of_teacher = {"forward_kl": 0.25, "reverse_kl": 0.5, "top1_agreement": 0.75, "teacher_ce": 1.25, "teacher_entropy": 1.0}
     summary = {"before": {"ce": 2.0} | of_teacher, "validation": {"ce": 1.5, "entropy": 1.1, "accuracy": 0.5} | of_teacher}
     made = ModelCard(model_card(make_recipe(**setting), summary, find(str(world / "student"), "s"), (), {}))
     assert {r.metric_type for r in made.data.eval_results} == {"cross_entropy", "accuracy"}
     table = [line.split("|")[1].split("(")[0].strip() for line in made.text.splitlines() if line.startswith("|")]
-    assert table == ["figure", "---", "ce", "entropy", "accuracy"] and "teacher" not in made.text.split("## Recipe")[0]
+    assert table == ["metric", "---", "ce", "entropy", "accuracy"] and "teacher" not in made.text.split("## Recipe")[0]
     assert "forward_kl" in summary["validation"]
+
+
+@pytest.mark.parametrize("output_dir", ["../out/k", "runs/mine/../k/", "/tmp/k"])
+def test_the_title_is_a_name_and_no_path(make_recipe, world, output_dir):
+    made = ModelCard(model_card(make_recipe(output_dir=output_dir), SUMMARY, find(str(world / "student"), "s"), (), {}))
+    assert made.text.strip().splitlines()[0] == "# k" and made.data.model_name == "k"
 
 
 NASTY = "a: \"b\" 'c' `d` ```e``` | # {f} [g](h) \n---\n- i & <j> é \u2028 %k ~~l~~"
@@ -140,7 +147,7 @@ def use(made: ModelCard) -> dict:
 
 def test_code_spans_and_escapes():
     assert code_span("a") == "`a`" and code_span("a`b") == "`` a`b ``" and code_span("``a\nb") == "``` ``a b ```"
-    assert escape_markdown("a_b*c") == r"a\_b\*c"
+    assert escape("a_b*c _d_") == r"a_b\*c \_d\_"
 
 
 @pytest.mark.parametrize("method", ["lora", "full"])
