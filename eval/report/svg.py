@@ -36,38 +36,14 @@ for _names, _series, _heat, _words in ((LIGHT, SERIES, HEAT, "ddddd" + "ll"), (D
     _names |= {f"s{i}": colour for i, colour in enumerate(_series)} | {f"h{i}": colour for i, colour in enumerate(_heat)}
     _names |= {f"t{i}": {"d": "#10151a", "l": "#ffffff"}[word] for i, word in enumerate(_words)}
 
-CSS = """
-svg.chart { display: block; width: 100%; height: auto; max-width: 40rem; font-family: inherit; }
-.chart text { fill: currentColor; font-size: 12px; }
-.chart .title { font-size: 13.5px; font-weight: 600; }
-.chart .tick, .chart .label, .chart .none { fill: var(--quiet); }
-.chart .grid { stroke: var(--rule); stroke-width: 1; }
-.chart .zero { stroke: var(--quiet); stroke-width: 1.2; stroke-dasharray: 2 3; }
-@media (max-width: 30rem) { .chart .tick, .chart .label, .chart .name { font-size: 13px; } }
-.line { fill: none; stroke-width: 1.8; stroke-linejoin: round; }
-.raw { fill: none; stroke-width: 1; opacity: .22; }
-.errors { stroke-width: 1.2; }
-.dot { stroke: var(--page); stroke-width: .8; }
-.i-better { stroke: var(--better); fill: var(--better); } .i-worse { stroke: var(--worse); fill: var(--worse); }
-.i-none { stroke: var(--quiet); fill: var(--page); }
-.interval { stroke-width: 2.2; }
-.mark { stroke-width: 1.6; }
-svg.chart .name { paint-order: stroke; stroke: var(--page); stroke-width: 4px; stroke-linejoin: round; }
-.best { fill: none; stroke: currentColor; stroke-width: 2; }
-.hole { fill: none; stroke: var(--rule); stroke-dasharray: 3 3; }
-""" + "".join(f".s{i} {{ stroke: var(--s{i}); }} .f{i} {{ fill: var(--s{i}); }}\n" for i in range(len(SERIES)))
-CSS += "".join(f".h{i} {{ fill: var(--h{i}); }} .chart text.t{i} {{ fill: var(--t{i}); }}\n" for i in range(len(HEAT)))
 _DASHES = ("", "6 3", "2 2.5", "9 3 2 3")
 
 
 class Svg(str):
-    """Markup that is escaped already."""
+    """Markup that is escaped already, which a template takes as it is."""
 
-
-def variables() -> str:
-    """The colours of both schemes. Paper is light."""
-    light, dark = ("".join(f" --{name}: {colour};" for name, colour in names.items()) for names in (LIGHT, DARK))
-    return f":root {{{light} }}\n@media screen and (prefers-color-scheme: dark) {{ :root {{{dark} }} }}\n"
+    def __html__(self) -> str:
+        return self
 
 
 def stroke(number: int) -> tuple[int, str]:

@@ -11,10 +11,9 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from llmkd_eval.report import charts, published, sweep_charts
-from llmkd_eval.report import svg as ink
+from llmkd_eval.report import charts, published, svg, sweep_charts
 from llmkd_eval.report import write as report
-from llmkd_eval.report.document import CSS, Para, Span, Table, as_html, as_markdown
+from llmkd_eval.report.document import Para, Span, Table, as_html, as_markdown
 from llmkd_eval.report.sweep_files import read_sweep
 
 from llmkd.cli import main
@@ -554,22 +553,30 @@ def test_the_best_cell_is_framed_whichever_way_is_up():
         root = ET.fromstring(charts.heatmap("a", "t", "x", "y", ["p", "q"], ["r"], cells, up))
         boxes = [r for r in root.iter("rect") if r.get("class") != "best"]
         (frame,) = [r for r in root.iter("rect") if r.get("class") == "best"]
-        assert frame.get("x") == boxes[best].get("x") and boxes[strong].get("class") == f"h{len(ink.HEAT) - 1}"
+        assert frame.get("x") == boxes[best].get("x") and boxes[strong].get("class") == f"h{len(svg.HEAT) - 1}"
 
 
 @pytest.mark.parametrize(
     ("values", "low", "high"), [([0.0] * 3, -1, 1), ([0.0, 3e-17], -1, 1), ([2.0] * 3, 1.9, 2.1), ([-2.0, -2.0 + 1e-15], -2.1, -1.9), ([2e-7, 3e-7], 2e-7, 3e-7)]
 )  # fmt: skip
 def test_the_axis_of_a_constant_figure_has_a_sensible_range(values, low, high):
-    assert ink.limits(values) == pytest.approx((low, high))
+    assert svg.limits(values) == pytest.approx((low, high))
     picture = charts.lines("a", "t", "x", "y", [charts.Series("s", 0, list(enumerate(values)), "dots")])
     words = [element.text for element in drawn(picture).iter("text")]
     assert ("-1.0" in words and "1.0" in words) == (high == 1) and ("2.00" in words) == (high == 2.1), words
 
 
+def test_every_series_and_shade_has_its_colour_in_the_style():
+    html = as_html("t", [], "f")
+    for i in range(len(svg.SERIES)):
+        assert f".s{i} {{ stroke: var(--s{i}); }}" in html and f".f{i} {{ fill: var(--s{i}); }}" in html
+    for i in range(len(svg.HEAT)):
+        assert f".h{i} {{ fill: var(--h{i}); }}" in html and f".t{i} {{ fill: var(--t{i}); }}" in html
+
+
 def test_ticks_are_round_and_cover_the_range():
     for low, high in ((0, 1), (-3.7e-4, 9e-5), (12, 4300), (0.49, 0.51)):
-        ticks = ink.nice_ticks(low, high)
+        ticks = svg.nice_ticks(low, high)
         step = (ticks[-1] - ticks[0]) / (len(ticks) - 1)
         assert 4 <= len(ticks) <= 10 and low - 1e-12 <= ticks[0] < low + step * 1.001 and high + 1e-12 >= ticks[-1] > high - step * 1.001
         assert min(abs(step / 10 ** math.floor(math.log10(step) + 1e-9) - m) for m in (1, 2, 5, 10)) < 1e-6
@@ -577,15 +584,15 @@ def test_ticks_are_round_and_cover_the_range():
 
 def test_both_colour_schemes_define_every_variable_and_text_can_be_read_on_them():
     html = as_html("t", [Para("x", "warn")], "f")
-    used = set(re.findall(r"var\(--([a-z0-9]+)\)", html + CSS + ink.CSS))
-    assert used <= set(ink.LIGHT) == set(ink.DARK) and used >= {"page", "text", "s0", f"s{len(ink.SERIES) - 1}", f"h{len(ink.HEAT) - 1}"}
+    used = set(re.findall(r"var\(--([a-z0-9]+)\)", html))
+    assert used <= set(svg.LIGHT) == set(svg.DARK) and used >= {"page", "text", "s0", f"s{len(svg.SERIES) - 1}", f"h{len(svg.HEAT) - 1}"}
     light, dark = re.findall(r":root \{([^}]*)\}", html)
-    for names, given in ((ink.LIGHT, light), (ink.DARK, dark)):
+    for names, given in ((svg.LIGHT, light), (svg.DARK, dark)):
         assert all(f"--{name}: {colour};" in given for name, colour in names.items())
         for name, colour in names.items():  # WCAG 2.1: 4.5 for text, 3 for lines
             if name in ("text", "quiet", "better", "worse") or name.startswith("s"):
                 assert contrast(colour, names["page"]) >= (3 if name.startswith("s") else 4.5), (name, colour)
-        assert all(contrast(names[f"t{i}"], names[f"h{i}"]) >= 4.5 for i in range(len(ink.HEAT)))
+        assert all(contrast(names[f"t{i}"], names[f"h{i}"]) >= 4.5 for i in range(len(svg.HEAT)))
     assert "@media screen and (prefers-color-scheme: dark)" in html
 
 
