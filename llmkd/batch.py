@@ -81,11 +81,11 @@ class View:
 
 @dataclass(frozen=True)
 class Example:
-    """What is known of one example of a batch: who it is (see `Examples.content_hash`), its targets, and who teaches it."""
+    """One example of a batch: its identity (`Examples.content_hash`), the number of its targets, and its teacher."""
 
     content_hash: str
     num_targets: int
-    teacher: int  # its number among several, or -1 for all of them together
+    teacher: int  # its index among several, or -1 for all of them together
 
 
 @dataclass(frozen=True)

@@ -73,7 +73,7 @@ def find(name: str, setting: str, revision: str | None = None, base: str | None 
     record = folder / RECORD
     trained_on = read_json(record, setting).get("base_fingerprint") if record.exists() else None
     if not trained_on:
-        _note(f"note: {name} does not say which weights it was trained on; taking {base_name} as its base")
+        _note(f"note: {name} has no record of the weights that it was trained on; taking {base_name} as its base")
     if trained_on and trained_on != fingerprint(base_folder, setting):
         raise UserError(
             f"{setting}: the adapter {name} was trained on other weights than {base_name} holds; name the base that it was trained on"
@@ -108,7 +108,7 @@ def locate(name: str, setting: str, revision: str | None = None, wanted: list[st
 
 
 def refuse_mistyped_folder(name: str, setting: str) -> None:
-    """Raise UserError for a name that is neither a folder nor can be a hub id; nothing is loaded and the network is not asked."""
+    """Raise UserError for a name that is neither a folder nor can be a hub id; nothing is loaded or downloaded."""
     path = Path(name).expanduser()
     if path.is_dir():
         return

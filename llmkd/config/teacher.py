@@ -97,7 +97,7 @@ class Teacher:
 
     @property
     def is_transformed(self) -> bool:
-        """Whether it is changed after it is loaded: see `honing`."""
+        """Whether it is changed after it is loaded: see `models/teacher_transforms.py`."""
         return self.merge_adapter or self.float8
 
     @property

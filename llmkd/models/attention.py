@@ -126,7 +126,12 @@ def _flash(query, key, value, packed: PackedLayout, scale: float | None, groups:
 
 @functools.cache
 def _one_call(device: torch.device, windowed: bool) -> Callable[..., Tensor] | None:
-    """The form of `_flash` that is right on this device, or None.
+    """The form of `_flash` that is right on this device, or None; tried once in a process."""
+    return _right_form(_flash, device, windowed)
+
+
+def _right_form(flash: Callable[..., Tensor], device: torch.device, windowed: bool) -> Callable[..., Tensor] | None:
+    """`flash` with grouped heads as they are, else with repeated keys and values, or None where neither is right on this device.
 
     It is compared with `_by_segment`, forward and backward, before it is used: versions of torch and devices differ in the head sizes they
     accept, and in where the causal mask of a segment with a longer key sequence begins.
@@ -144,7 +149,7 @@ def _one_call(device: torch.device, windowed: bool) -> Callable[..., Tensor] | N
 
     right = outcome(_by_segment, torch.float32, 0.0)
     for repeat in (False, True):
-        way = functools.partial(_flash, repeat=repeat)
+        way = functools.partial(flash, repeat=repeat)
         try:
             if all((a - b).norm() < 0.03 * a.norm() for a, b in zip(right, outcome(way, torch.bfloat16), strict=True)):
                 return way

@@ -117,7 +117,7 @@ def load_students(
     names: list[str | None] = [None]
     if settings.method == "lora":
         model.requires_grad_(False)
-        names = [f"arm{k}" for k in range(len(many))] if len(many) > 1 else ["default"]
+        names = [f"student{k}" for k in range(len(many))] if len(many) > 1 else ["default"]
         model = _with_adapters(model, found, many, names, seed).to(device)
     vocab = _checked_vocab(model, vocab, "student.model")
     students = []

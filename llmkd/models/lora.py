@@ -104,7 +104,7 @@ def _put_on(model: nn.Module, config, name: str) -> nn.Module:
 
 
 def _without_adapter(base: nn.Module, lora: Lora) -> list[str]:
-    """Modules that get no adapter whatever `target_modules` says: those that text never meets, and with all-linear a family's own kinds."""
+    """Modules without an adapter whatever `target_modules` is: those that text does not pass through, and with all-linear a family's own kinds."""
     unused = {id(p) for p in beside_text(base)}
     out = [where for where, module in base.named_modules() if any(id(p) in unused for p in module.parameters(recurse=False))]
     if lora.target_modules == "all-linear" and (custom := [where for where, module in base.named_modules() if _is_custom_linear(module)]):
@@ -165,7 +165,7 @@ def _refuse_missing_copies(base: nn.Module, lora: Lora) -> None:
 
 
 def _refuse_missing_targets(adapted: nn.Module, name: str, linear: list[str]) -> None:
-    """PEFT trains what it finds of a list, and says nothing of the rest."""
+    """PEFT puts adapters on the modules of a list that it finds, and is silent on the rest."""
     targets = adapted.peft_config[name].target_modules  # less those that became parameters of experts
     modules = [f".{where}" for where, _ in adapted.named_modules()]
     for target in () if isinstance(targets, str) else sorted(targets or ()):

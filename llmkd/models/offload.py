@@ -14,10 +14,10 @@ from .shared_weights import copy_sharing_weights
 OFFLOAD = "offload"
 
 
-def resolve_device(setting: str, name: str | None, beside: torch.device | str) -> torch.device:
-    """The device that the weights are loaded to. UserError for a device that this machine does not have."""
+def resolve_device(setting: str, name: str | None, student: torch.device | str) -> torch.device:
+    """The device that the weights are loaded to; `student` is the student's. UserError for a device that this machine does not have."""
     if name is None or name == OFFLOAD:
-        return torch.device(beside if name is None else "cpu")
+        return torch.device(student if name is None else "cpu")
     try:
         device = torch.device(name)
         if device.type == "meta":

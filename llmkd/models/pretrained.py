@@ -50,9 +50,8 @@ def load_pretrained(
                 f"{setting}: {folder} {what} {len(keys)} tensors, such as {sorted(map(str, keys))[0]}; its config.json and weights do not belong together"
             )
     for module in model.modules():
-        if hasattr(
-            module, "support_avx512bf16_for_cpu"
-        ):  # in eval mode bitsandbytes would repack the weights into a form without a gradient
+        # Oddity: an attribute of bitsandbytes' modules. In eval mode they would repack the weights into a form without a gradient.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
     if quantization:
         note_share(model, setting)

@@ -103,7 +103,7 @@ def _check_causal(model: LanguageModel, ids_BT: Tensor, limit: float, setting: s
 
 
 def _with_packing(model: LanguageModel, ids_BT: Tensor, limit: float, setting: str, tokens: int, implementation: str) -> LanguageModel:
-    """With llmkd's attention in packed rows where that is right for the model and no other is asked for, or with the model's own."""
+    """With llmkd's attention in packed rows where that is right for the model and the recipe names no other, or with the model's own."""
     which = f"{setting} ({model.base_model.config.model_type})"
     had_it = attention.is_enabled(model.base_model)  # for another student on the same base
     if implementation == "auto" and attention.enable(model.base_model):

@@ -263,15 +263,14 @@ def test_the_one_call_is_one_that_torch_takes(window, repeat):
 
 
 @pytest.mark.parametrize("windowed", [False, True])
-def test_the_one_call_is_believed_where_it_is_right(windowed, monkeypatch, capsys):
+def test_the_one_call_is_used_where_it_is_right(windowed, capsys):
     def kernel(takes, changed=lambda out: out):
         def flash(query, key, value, packed, scale, groups, window, repeat):
             if repeat not in takes:
                 raise RuntimeError("heads differ")
             return changed(attention._by_segment(query, key, value, packed, 0.0, scale, groups, window))
 
-        monkeypatch.setattr(attention, "_flash", flash)
-        return attention._one_call.__wrapped__(torch.device("cpu"), windowed)
+        return attention._right_form(flash, torch.device("cpu"), windowed)
 
     assert [kernel(takes).keywords["repeat"] for takes in ((False, True), (True,))] == [False, True]
     assert capsys.readouterr().err == ""
@@ -295,7 +294,7 @@ def test_the_one_call_is_given_what_torch_documents(window, monkeypatch, capsys)
             return torch.cat(parts).to(query.dtype)
 
         monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
-        return attention._one_call.__wrapped__(torch.device("cpu"), window is not None)
+        return attention._right_form(attention._flash, torch.device("cpu"), window is not None)
 
     def whole(back, left, right):
         return (back >= -right) & ((back <= left) | (left < 0))
