@@ -1,4 +1,4 @@
-"""Adapters out of folders and into them: what was trained is what everyone reads back, or there is a refusal."""
+"""Adapters from and to folders: PEFT reads back the trained weights, or the adapter is refused."""
 
 import json
 import shutil

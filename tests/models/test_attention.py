@@ -1,4 +1,4 @@
-"""Attention of packed rows: pieces, sliding windows, beginnings that are computed once; against transformers' own on rows apart."""
+"""Attention of packed rows (segments, sliding windows, shared prefixes) against transformers' own on rows apart."""
 
 import itertools
 

@@ -1,4 +1,4 @@
-"""The last layer at the supervised rows alone, and layers that are recomputed: nothing changes but what is computed."""
+"""The last layer at the target positions alone, and activation checkpointing: the results do not change."""
 
 import dataclasses
 import threading

@@ -1,4 +1,4 @@
-"""4 and 8 bit: teachers, QLoRA students, their gradients, resume, and the way out."""
+"""4 and 8 bit: teachers, QLoRA students, their gradients, resume and export."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Teacher and student on one set of weights: as with two models in every bit, in the memory of one."""
+"""Teacher and student on shared weights: bitwise the results of two models, in the memory of one."""
 
 import dataclasses
 import json

@@ -1,4 +1,4 @@
-"""What trains, for every way a student can be given: exactly its own parameters, whatever else is in the model."""
+"""The parameters that train, for every kind of student: exactly its own, whatever else is in the model."""
 
 import json
 import shutil

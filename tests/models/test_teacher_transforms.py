@@ -1,4 +1,4 @@
-"""Teachers that are not used as they were loaded: merged, in 8-bit floats; what that moves, and what it must not touch."""
+"""Transformed teachers (merged, in 8-bit floats): how far their answers move, and the parts that must not change."""
 
 import functools
 import json
