@@ -13,8 +13,8 @@ from llmkd.data.collate import collate, select_examples
 from llmkd.data.examples import Examples
 from llmkd.data.shared_prefixes import SHORTEST, shared_prefixes
 from llmkd.errors import UserError
-from llmkd.models import attention
-from llmkd.models.language_model import LanguageModel
+from llmkd.models import attention, startup_checks
+from llmkd.models.language_model import Capabilities, LanguageModel
 from llmkd.models.load import checked
 from tests.conftest import distance
 from tests.kit.families import tiny
@@ -156,7 +156,25 @@ def test_one_whose_packed_rows_would_leak_is_found_out_and_left(monkeypatch):
     assert not model.capabilities.packed_attention and model.base_model.config._attn_implementation == "sdpa"
 
 
-# ---- beginnings
+def test_the_checks_leave_the_model_as_it_was():
+    model = LanguageModel(tiny("llama"), 90).train()
+    found = startup_checks.check(model, "student.model", packing=1000)
+    assert found.packed_attention and found.last_layer and model.capabilities == Capabilities()
+    assert model.base_model.config._attn_implementation == "sdpa" and all(module.training for module in model.modules())
+
+
+def test_a_model_on_the_same_base_that_keeps_its_attention_leaves_the_others_theirs(monkeypatch):
+    first, encoded = model_of("llama"), examples()
+    expected = outcome(first, encoded, packing=True)[0]
+    with monkeypatch.context() as patched:
+        patched.setattr(PackedLayout, "mask", lambda self: torch.ones(1, 1, 1, 1, dtype=torch.bool))
+        second = checked(LanguageModel(first.base_model, 90), "student.model", packing=1000)
+    assert first.capabilities.packed_attention and not second.capabilities.packed_attention
+    assert torch.equal(outcome(first, encoded, packing=True)[0], expected)
+    assert_close(outcome(second, encoded, packing=True)[0], expected, rtol=1e-10, atol=1e-10)
+
+
+# ---- shared prefixes
 
 
 def best(ids, most) -> int:
