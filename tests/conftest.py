@@ -1,8 +1,10 @@
 """A small world: one tokenizer, two tiny models that share it, an adapter on the larger one, ragged data."""
 
+import gc
 import json
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -26,13 +28,18 @@ console.show_messages()  # as on the command line: tests of runs read stderr
 ANSWERS = "Yes. It is so. The answer is that nobody knows what a robin does in the garden at night. No! Perhaps the owl, the wren and the crow know.".split()
 
 
+def pytest_collection_modifyitems(items) -> None:
+    """Slow tests first, so that the last minutes of a run on several cores are not one test's."""
+    items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("LLMKD_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
 @pytest.fixture(scope="session")
-def world(tmp_path_factory) -> Path:
+def world(tmp_path_factory) -> Iterator[Path]:
     """Folders student, teacher (bases, float64), adapter (LoRA on teacher); train.jsonl of 37 ragged rows, held.jsonl of 9."""
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -64,7 +71,10 @@ def world(tmp_path_factory) -> Path:
     adapted.save_pretrained(root / "adapter")
     for name, count, shift in (("train", 37, 0), ("held", 9, 40)):
         write_rows(root / f"{name}.jsonl", count, shift)
-    return root
+    gc.collect()
+    gc.freeze()  # what is imported by now: a collection that a test asks for then takes milliseconds, not half a second
+    yield root
+    gc.unfreeze()
 
 
 def write_rows(path: Path, count: int, shift: int = 0) -> None:
