@@ -1,1 +1,1 @@
-"""Evaluation and comparison of runs; installed as `llmkd_eval`. It may import llmkd, and only llmkd's command line loads it."""
+"""Evaluation, comparison and reports of finished runs. Installed as `llmkd_eval`. Of llmkd only the command line imports it."""

@@ -1,4 +1,4 @@
-"""What follows the training of a sweep's arms: each is measured by the harness, then all are compared and reported."""
+"""After the arms of a sweep are trained: evaluate each with the harness, compare them, and write the report."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from .harness.record_files import read_record
 
 
 def check(folder: Path, wanted: Evaluation) -> None:
-    """UserError for a task or harness that cannot be had, or arms that were measured otherwise: hours before it would be met."""
+    """UserError if a task or the harness is missing, or if an arm was evaluated with other settings. Called before the arms are trained."""
     if not wanted.tasks:
         return
     from .harness.benchmarks import find_tasks, need_harness
@@ -28,13 +28,13 @@ def check(folder: Path, wanted: Evaluation) -> None:
                 asked = getattr(wanted, name)
                 if record and record.get(name) != asked and (name == "limit" or asked is not None):
                     raise UserError(
-                        f"eval.{name}: found {asked}, and {arm.name} was measured on {task} with {record.get(name)}; "
-                        f"give that, or remove {folder}/arms/*/eval to measure all arms again"
+                        f"eval.{name}: found {asked}, and {arm.name} was evaluated on {task} with {record.get(name)}; "
+                        f"use that value, or remove {folder}/arms/*/eval to evaluate all arms again"
                     )
 
 
 def finish(folder: Path, wanted: Evaluation) -> None:
-    """Evaluate every arm that is done, unless it was before, and write the report. What failed is said at the end."""
+    """Evaluate every finished arm that has no results yet, and write the report. Failures are raised at the end."""
     from .report import write as report
 
     arms = json.loads((folder / "sweep.json").read_text())["arms"]
@@ -43,7 +43,7 @@ def finish(folder: Path, wanted: Evaluation) -> None:
     if wanted.tasks and done:
         from .harness.evaluate import evaluate_all
 
-        info(f"\nmeasuring {len(done)} arms on {', '.join(wanted.tasks)}")
+        info(f"\nevaluating {len(done)} arms on {', '.join(wanted.tasks)}")
         options = {"fewshot": wanted.fewshot, "limit": wanted.limit, "batch_size": wanted.batch_size or "auto"}
         try:
             evaluate_all(done, list(wanted.tasks), tasks_dir=wanted.tasks_dir, **options)

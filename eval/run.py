@@ -1,4 +1,4 @@
-"""accelerate launch eval/run.py RUN_OR_MODEL... --tasks hellaswag,commonsense_qa; the same as `llmkd eval` on one process."""
+"""accelerate launch eval/run.py RUN_OR_MODEL... --tasks hellaswag,commonsense_qa; `llmkd eval` on several processes."""
 
 import argparse
 import importlib.util
@@ -21,7 +21,7 @@ def evaluate(options: argparse.Namespace) -> None:
     """`llmkd eval`: evaluate and print a table. `options` are those of `llmkd.commands.arguments`."""
     if not options.places or not options.tasks:
         raise UserError(
-            f"eval: names no {'task' if options.places else 'model'}; write llmkd eval RUN_OR_MODEL... --tasks TASK,TASK (see llmkd eval --help)"
+            f"eval: no {'task' if options.places else 'model'} is given; write llmkd eval RUN_OR_MODEL... --tasks TASK,TASK (see llmkd eval --help)"
         )
     for name in options.places:
         refuse_mistyped_folder(name, "eval")  # before the harness is loaded, which takes minutes

@@ -1,4 +1,4 @@
-"""Runs compared with a baseline, item by item: differences with standard errors, intervals, tests, and words that follow them."""
+"""Paired comparison of runs with a baseline, item by item: differences with standard errors, intervals, tests and verdicts."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -21,7 +21,7 @@ _ROUNDING = 1e-12
 
 @dataclass(frozen=True)
 class Row:
-    """One arm on one task and metric. What there is not is None: a baseline's difference, the spread of one seed, one item's error."""
+    """One arm on one task and metric. A value that does not exist is None: a baseline's difference, the spread of one seed."""
 
     task: str
     metric: str
@@ -42,7 +42,7 @@ class Row:
     verdict: str = "baseline"  # or "no difference shown", "higher", "lower"
     better: bool | None = None  # of a difference that is shown
     within_one_stderr: bool | None = None
-    detectable: float | None = None  # the true difference that is shown 4 times in 5; None where too few items, or no spread, tell
+    detectable: float | None = None  # the true difference that is shown with a probability of 80 %; None with too few items or no spread
     seed_interval: tuple[float, float] | None = None  # 95 % for the difference, over seeds
     seeds_matched: bool | None = None  # whether both arms have the same seeds
 
@@ -75,7 +75,7 @@ def compare(
 
     `common`: compare on the items that all arms have. Otherwise other items are refused, as are other conditions of measurement.
     On held-out rows examples of one row of data are one draw, and arms whose teacher was another one than the baseline's
-    are left out of the divergences. What is left out is told to `say`. Raises UserError.
+    are left out of the divergences. `info` gets a line about everything that is left out. Raises UserError.
     """
     if len(arms) < 2:
         raise UserError(f"compare: found {len(arms)} arm, expected two or more")
@@ -138,7 +138,7 @@ def _measure(run: Path, task: str, info) -> Measured:
 
 
 def _aligned(measured: dict[str, list[Measured]], baseline: str, task: str, common: bool, info) -> dict[str, list[Measured]]:
-    """The same items in the same order, or a refusal that says what differs."""
+    """All runs with the same items in the same order. UserError names what differs."""
     first = measured[baseline][0]
     every = [m for runs in measured.values() for m in runs]
     shared = set(first.keys)
@@ -192,7 +192,7 @@ def _has(arm: str, runs: list[Measured], first: Measured, task: str, metric: str
     if lacking:
         info(f"{task} {metric}: {arm} left out; {', '.join(lacking)} did not measure it")
     elif task == HELD_OUT and metric in _OF_TEACHER and not all(_same_teacher(m, first) for m in runs):
-        info(f"{task} {metric}: {arm} left out; its teacher is another one than {first.run}'s, by the teachers' own cross-entropy")
+        info(f"{task} {metric}: {arm} left out; it has another teacher than {first.run}: the teachers' cross-entropies differ")
         return False
     return not lacking
 

@@ -12,12 +12,17 @@ from . import stats
 from .compare import Row
 from .item_results import HELD_OUT
 
+#: What the words of a verdict mean. Shown under every table of the report and of `llmkd compare`.
+LEGEND = (
+    'better, worse: Holm\'s p is below 0.05. "No difference shown": it is not; a difference that is too small for these items may exist.',
+    '"Shown 4 times in 5": a true difference of that size gives a Holm\'s p below 0.05 with a probability of 80 %.',
+    '"Not over seeds" (†): the items show the difference, and its 95 % interval over seeds contains 0. "< 1 se": within one standard error of 0.',
+)
 EXPLANATION = (
-    "A difference is the arm minus the baseline on the same items; ± is one standard error, the interval (95 %) a paired bootstrap over items.",
-    "p, two-sided: McNemar's exact test where both arms have one seed and the metric is 0 or 1, otherwise sign flips of the items' differences.",
-    'Holm\'s p is corrected for all arms of its task and metric, not for several tasks and metrics. "No difference shown": it is 0.05 or more;',
-    "there may be one that is smaller than these items can show. < 1 se: the difference is within one standard error of 0.",
-    "The tests resample items, so they are about these trained models. Only seeds show whether training again would give the same.",
+    "A difference is the arm minus the baseline on the same items; ± is one standard error; the 95 % interval is a paired bootstrap over items.",
+    "p is two-sided: McNemar's exact test where both arms have one seed and the metric is 0 or 1, otherwise sign flips of the items' differences.",
+    "Holm's p is corrected for the arms of one task and metric, not for looking at several tasks and metrics.",
+    "The tests resample items, so they are about these trained models. Only several seeds tell whether training again would give the same.",
 )
 _COLUMNS = 140  # names that would make a table wider than this stand on a line of their own
 
@@ -40,7 +45,7 @@ def as_text(rows: list[Row]) -> str:
         rule = "-" * max(map(len, lines))
         lines = [f"{long[i]}\n{line}" if i in long else line for i, line in enumerate(lines)]
         out.append("\n".join([title(block), lines[0], rule, *lines[1:], *remarks(block)]))
-    return "\n\n".join([*out, "\n".join(EXPLANATION)])
+    return "\n\n".join([*out, "\n".join((*LEGEND, *EXPLANATION))])
 
 
 def as_markdown(rows: list[Row]) -> str:
@@ -51,13 +56,15 @@ def as_markdown(rows: list[Row]) -> str:
         rule = [":--", *["--:"] * (len(head) - 2), ":--"]
         table = "\n".join(map(markdown.table_row, (head, rule, *body)))
         out.append("\n\n".join([f"**{title(block)}**", table, "\n".join(remarks(block))]))
-    return "\n\n".join([*out, " ".join(EXPLANATION)])
+    return "\n\n".join([*out, " ".join((*LEGEND, *EXPLANATION))])
 
 
 def as_json(rows: list[Row]) -> str:
     """Every number unrounded, with what the tests rest on."""
     conditions = {"llmkd": __version__, "level": stats.LEVEL, "power": stats.POWER, "resamples": stats.RESAMPLES, "seed": 0}
-    return json.dumps(conditions | {"explanation": " ".join(EXPLANATION), "rows": [asdict(row) for row in rows]}, indent=1, allow_nan=False)
+    return json.dumps(
+        conditions | {"explanation": " ".join((*LEGEND, *EXPLANATION)), "rows": [asdict(row) for row in rows]}, indent=1, allow_nan=False
+    )
 
 
 def words(row: Row) -> str:
@@ -103,7 +110,7 @@ def remarks(block: list[Row]) -> list[str]:
     for row in block:
         if row.seed_interval:
             kind = f"{row.seeds} matching seeds (paired t)" if row.seeds_matched else "seeds (Welch's t)"
-            zero = "holds 0" if row.seed_interval[0] <= 0 <= row.seed_interval[1] else "beyond 0"
+            zero = "contains 0" if row.seed_interval[0] <= 0 <= row.seed_interval[1] else "excludes 0"
             out.append(f"{row.arm}: 95 % interval over {kind} {interval_text(row.seed_interval, d)}, {zero}.")
     return out
 
@@ -122,7 +129,7 @@ def reach(block: list[Row]) -> list[str]:
     if same:
         names = ", ".join(same) if len(same) <= 4 else f"{len(same)} arms"
         what = "row" if block[0].task == HELD_OUT else "item"
-        out.append(f"{names}: the same as the baseline on every {what}, so how large a difference could have been shown is not known.")
+        out.append(f"{names}: the same as the baseline on every {what}, so the smallest difference that could be shown is not known.")
     return out
 
 

@@ -1,4 +1,4 @@
-"""What an evaluation left, item by item: RUN/eval/<task>.json with <task>.jsonl, and RUN/held_out.jsonl as the task `held_out`."""
+"""Reads results item by item: RUN/eval/<task>.json with <task>.jsonl, and RUN/held_out.jsonl as the task `held_out`."""
 
 import json
 import math
@@ -23,7 +23,7 @@ class Measured:
     keys: list[tuple[str, int]]
     values: dict[str, np.ndarray]  # [items] float64; with weights: sums over the item's targets
     weights: np.ndarray | None  # [items], targets
-    groups: list[str] | None  # [items]: examples of one row of data are one draw
+    groups: list[str] | None  # [items]: the row of data; examples of one row are resampled together
     others: list[str]  # metrics that are not one number an item
 
 

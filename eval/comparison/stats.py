@@ -1,6 +1,6 @@
 """The statistics of a comparison: pure functions on numpy arrays, two-sided throughout, the same result for the same seed.
 
-An item is what is drawn: a question of a task, a row that was held out. All tests are paired: both models answered the same items.
+The unit of sampling is the item: a question of a task, or a held-out row. All tests are paired: both models answered the same items.
 """
 
 import math
@@ -206,7 +206,7 @@ def least_p(n: int, family: int = 1) -> float:
 
 
 def detectable(stderr: float, family: int = 1) -> float:
-    """The true difference that a comparison with this standard error shows 4 times in 5.
+    """The true difference that a comparison with this standard error shows with a probability of 80 % (4 times in 5).
 
     (z(1 - 0.05 / (2 family)) + z(0.8)) stderr: 2.80 standard errors for one comparison, more where Holm's first step asks
     for 0.05 / family (Cohen, Statistical Power Analysis; the normal approximation, so too small for a handful of items).

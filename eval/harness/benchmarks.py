@@ -1,4 +1,4 @@
-"""The harness's tasks by their names, with their data read: from a folder of task files, or else its own."""
+"""Finds the harness's tasks by name and reads their data: from a folder of task files, or the harness's own."""
 
 import difflib
 import functools
@@ -13,13 +13,13 @@ from llmkd.errors import UserError
 
 
 def find_tasks(names: list[str], tasks_dir: Path | str | None, fewshot: int | None) -> dict:
-    """{name: the harness's task}, with its data read; a group or tag stands for its tasks. UserError for what cannot be had."""
+    """{name: the harness's task}, with its data read; a group or tag stands for its tasks. UserError for tasks that cannot be loaded."""
     tasks_dir = _task_folder(tasks_dir)
     found = {}
     for name in names:
         found |= _load(name, tasks_dir, fewshot)
     if not found:
-        raise UserError("--tasks: names no task; write --tasks hellaswag,commonsense_qa")
+        raise UserError("--tasks: no task is given; write --tasks hellaswag,commonsense_qa")
     return found
 
 
@@ -34,14 +34,14 @@ def _load(name: str, tasks_dir: Path | None, fewshot: int | None) -> dict:
     except Exception as error:
         reason = (str(error).splitlines() or [""])[0][:200]
         fix = "write its task file again (llmkd tasks)" if tasks_dir else "without a network, name local task files with --tasks_dir"
-        raise UserError(f"--tasks: {name}: its data cannot be had ({type(error).__name__}: {reason}); {fix}") from error
+        raise UserError(f"--tasks: {name}: its data cannot be loaded ({type(error).__name__}: {reason}); {fix}") from error
     if empty:
         raise UserError(f"--tasks: {name}: {empty[0].task_name} has no items")
     for task in tasks.values():
         if getattr(task, "UNSAFE_CODE", False):
-            raise UserError(f"--tasks: {task.task_name}: runs code that the model writes, which is not done here")
+            raise UserError(f"--tasks: {task.task_name}: runs code that the model writes, which llmkd does not do; leave it out")
         if fewshot and shots(task, fewshot) != fewshot:
-            warn(f"note: {task.task_name} has its examples in its prompt; --fewshot {fewshot} does not change it")
+            warn(f"note: {task.task_name} has its examples in its prompt, so --fewshot {fewshot} has no effect")
     return tasks
 
 

@@ -1,7 +1,7 @@
-"""Runs and models handed to lm-evaluation-harness: its own tasks, prompts, metrics, few-shot examples and batches.
+"""Evaluates runs and models with lm-evaluation-harness: its own tasks, prompts, metrics, few-shot examples and batches.
 
-What is added round it: models loaded as they were trained, task data from a local folder, a record of each task, and that nothing is
-evaluated twice, cut short in silence or mixed up with other settings.
+llmkd adds: models are loaded as they were trained, task data may lie in a local folder, each task has a record, nothing is evaluated
+twice, truncated prompts are counted, and results of different settings are never mixed.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ from .live_model import live_model_class
 from .model_refs import ModelToEvaluate, find_models
 from .samples import in_words, items_of, record_of
 
-CPU_BATCH = 8  # where "auto", which tries how much fits into a GPU's memory, cannot be tried
+CPU_BATCH = 8  # for "auto", which measures what fits into a GPU's memory
 
 
 @dataclass(frozen=True)
@@ -47,10 +47,10 @@ def evaluate(model: Path | str, tasks: list[str], *, tasks_dir=None, out=None, *
 
 
 def evaluate_all(models: list[str], tasks: list[str], *, tasks_dir=None, out=None, **options) -> dict[str, dict[str, dict]]:
-    """{model: {task: record}}. Everything that can be refused is, before a model is loaded; files are written by the first process.
+    """{model: {task: record}}. Wrong arguments are refused before a model is loaded. Rank 0 writes the files.
 
-    A task that fails for one model does not keep the others from being done; then a UserError tells of it at the end. Raises Stopped
-    on a signal, with what was finished kept.
+    If a task fails for one model, the others are still evaluated, and a UserError is raised at the end. Raises Stopped on a signal;
+    finished evaluations are kept.
     """
     options = Options(**options)
     need_harness()
@@ -76,12 +76,12 @@ def _known(ref: ModelToEvaluate, tasks: dict, options: Options) -> dict[str, dic
     for name, task in tasks.items():
         record = None if options.force else record_files.read_record(ref.out, name)
         if record is not None and not _whole(ref.out, name):
-            warn(f"note: {ref.out / name}.jsonl is not whole; evaluating {name} again")
+            warn(f"note: {ref.out / name}.jsonl is damaged; evaluating {name} again")
             record = None
         if record is not None:
             differ = record_files.differences(record, _settings(ref, task, options))
             if not differ and not _same_items(ref.out, name, task, options.limit):
-                differ = ["the task's items are others now"]
+                differ = ["the task's items have changed"]
             if differ:
                 problems.append(
                     f"{ref.name}: {name} was evaluated with other settings ({'; '.join(differ)}); give those, another --out, or --force to replace it"
@@ -114,7 +114,7 @@ def _same_items(folder: Path, name: str, task, limit: int | None) -> bool:
 
 
 def _settings(ref: ModelToEvaluate, task, options: Options) -> dict:
-    """What of a record is known beforehand."""
+    """The part of a record that is known before the evaluation."""
     return {
         "task": task.task_name,
         "version": task.VERSION,
@@ -189,7 +189,7 @@ class _Work:
                     tasks=[self.tasks[name]],
                     num_fewshot=options.fewshot,
                     limit=options.limit,
-                    task_manager=index(None, False),  # or it would make one of all its tasks
+                    task_manager=index(None, False),  # else it would index all its tasks
                     **{f"{what}_random_seed" if what != "random" else "random_seed": seed for what, seed in options.seeds.items()},
                 )
         except (AssertionError, ValueError, KeyError, IndexError) as error:
@@ -226,7 +226,7 @@ class _Work:
             truncated_items = sum(item["truncated"] for item in items)
             warn(
                 f"warning: {name}: {record['cut']} requests, of {truncated_items} of {len(items)} items, are longer than the model's context of "
-                f"{context} tokens; the harness cut off their first part, so the scores of those items mean little"
+                f"{context} tokens; the harness dropped their beginning, so the scores of those items mean little"
             )
 
     def check_stop(self) -> None:

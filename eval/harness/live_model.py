@@ -1,4 +1,4 @@
-"""The harness's own HFLM round a model that is already loaded, its requests shared by the processes of a launch."""
+"""The harness's HFLM around a model that is already loaded. The processes of a launch share its requests."""
 
 import contextlib
 import functools
@@ -21,7 +21,7 @@ def live_model_class():
         To the harness it is one process. Each process of the launch answers the requests of its share of the documents and gets the
         others' answers, so that all see every document in order: few-shot examples and sums are those of a single process.
 
-        `truncated` holds the requests (as `request_key` gives them) that were longer than the model's context and lost their first part.
+        `truncated` holds the requests (as `request_key` gives them) that were longer than the model's context, so that their beginning was dropped.
         """
 
         def __init__(self, model, tokenizer, batch_size, accelerator, stop):

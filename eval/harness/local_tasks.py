@@ -47,7 +47,7 @@ TASKS: dict[str, tuple[str, Callable[[dict], bool]]] = {
 def write_tasks(data: Path, to: Path) -> dict[str, list[Path]]:
     """Write `to`/<task>.yaml for every task whose data lies in the folder `data`; {task: its data files}. UserError if there is none."""
     if not data.is_dir():
-        raise UserError(f"{data}: there is no such folder; name the one that holds the tasks' data")
+        raise UserError(f"{data}: there is no such folder; name the folder with the tasks' data")
     found: dict[str, dict[str, list[Path]]] = {}
     for path in sorted(p for p in data.resolve().rglob("*") if p.suffix.lower() in _READERS and p.is_file()):
         split, row = _split(path.relative_to(data.resolve())), _first_row(path)
@@ -55,7 +55,9 @@ def write_tasks(data: Path, to: Path) -> dict[str, list[Path]]:
             found.setdefault(task, {}).setdefault(split, []).append(path)
     found = {task: splits for task, splits in found.items() if "validation" in splits}
     if not found:
-        raise UserError(f"{data}: holds the validation data of none of {', '.join(TASKS)}; they are known by the columns of their rows")
+        raise UserError(
+            f"{data}: has no validation data of {', '.join(TASKS)}, which are recognised by the columns of their rows; name the folder that has it"
+        )
     for task, splits in found.items():
         for paths in (splits.get("train", []), splits["validation"]):
             if len(paths) > 1 and not all(_SHARD.fullmatch(path.name) for path in paths):

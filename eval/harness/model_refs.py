@@ -1,4 +1,4 @@
-"""What is to be evaluated: a run, an adapter, a merged model, a base or a hub id, found without loading it."""
+"""Finds the models to evaluate without loading them: a run, an adapter, a merged model, a base or a hub id."""
 
 import os
 from dataclasses import dataclass
@@ -26,10 +26,12 @@ def find_models(names: list[str], out: str | Path | None = None, dtype: str | No
     for ref in refs:
         other = places.setdefault(ref.out.resolve(), ref)
         if other is not ref:
-            raise UserError(f"{ref.name}: its results would go to {ref.out}, as those of {other.name}; give them one by one, with --out")
+            raise UserError(
+                f"{ref.name}: its results and those of {other.name} would both go to {ref.out}; evaluate them one by one, each with --out"
+            )
         nearest = next(p for p in (ref.out, *ref.out.absolute().parents) if p.exists())
         if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-            raise UserError(f"{ref.name}: {nearest} cannot be written to; say where the results shall go with --out")
+            raise UserError(f"{ref.name}: {nearest} cannot be written to; name another folder with --out")
     return refs
 
 

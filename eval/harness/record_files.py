@@ -1,4 +1,4 @@
-"""What an evaluation leaves, a pair of files a task: <task>.json says what was measured and how, <task>.jsonl each item of it."""
+"""The result files of an evaluation, two for each task: <task>.json with metrics and settings, <task>.jsonl with one item a line."""
 
 import hashlib
 import json
@@ -7,7 +7,7 @@ from pathlib import Path
 from llmkd.errors import UserError
 from llmkd.files import read_jsonl, sha256_file, write_atomic
 
-#: What makes two evaluations of a task the same one.
+#: Settings that two evaluations of a task must share to be the same evaluation.
 SAME = ("version", "harness", "fewshot", "limit", "seeds", "model.fingerprint", "model.dtype", "model.quantization")
 
 
@@ -23,12 +23,12 @@ def read_record(place: Path | str, task: str) -> dict | None:
 
 
 def read_items(place: Path | str, task: str) -> list[dict]:
-    """The items of a task in the order of their ids. UserError unless they are just those that the record was made of."""
+    """The items of a task in the order of their ids. UserError if they are not those that the record was made from."""
     record, path = read_record(place, task), _path(place, task, "jsonl")
     if record is None or not path.exists():
         raise UserError(f"{path}: there is no evaluation of {task} here; llmkd eval makes one")
     if sha256_file(path) != record.get("items_sha256"):
-        raise UserError(f"{path}: is not what {task}.json was made of; evaluate again with --force")
+        raise UserError(f"{path}: does not match {task}.json (items_sha256); evaluate again with --force")
     return read_jsonl(path)
 
 

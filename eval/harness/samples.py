@@ -1,4 +1,4 @@
-"""From what the harness returns of a task to its record and its items."""
+"""Turns the harness's results of a task into its record and its items."""
 
 import datetime
 import math
@@ -62,7 +62,7 @@ def items_of(samples: list[dict], truncated: set) -> list[dict]:
             item["target"] = sample["target"]
         numbers = [*item["metrics"].values(), *item.get("loglikelihoods", [])]
         if not all(map(math.isfinite, numbers)):
-            raise UserError(f"item {item['id']} has a metric that is not finite; look at the model, or try --dtype float32")
+            raise UserError(f"item {item['id']} has a metric that is not finite; check the model, or try --dtype float32")
     return [items[key] for key in sorted(items)]
 
 

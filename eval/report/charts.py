@@ -1,6 +1,10 @@
 """Charts as inline SVG: lines, heat maps, intervals. Colours are CSS variables, so that they follow light and dark.
 
 Every chart is 480 wide in its own units and scales with the page. Points that are not finite are left out.
+
+matplotlib's SVG was tried for lines and intervals and is not used: it writes colours and font sizes into every element, so a dark scheme
+and larger letters on phones would need its output rewritten; its element ids repeat from chart to chart, which one page must not have; it
+has no titles for screen readers and pointers; and a chart takes 0.6 s instead of 3 ms, of which a report has dozens.
 """
 
 import html

@@ -1,4 +1,4 @@
-"""A document of headings, sentences, tables and charts, written as one HTML file and as Markdown. All text is escaped here."""
+"""The blocks of a document (headings, paragraphs, tables, charts), written as one HTML file or as Markdown with all text escaped."""
 
 import html
 from dataclasses import dataclass, field

@@ -1,4 +1,4 @@
-"""What a sweep's measurements say: rows of the comparison, and sentences that follow from them and from nothing else."""
+"""The findings of a sweep: rows of the comparison, and sentences made from these rows alone."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -83,8 +83,8 @@ def statements(rows: list[Row], baseline: str) -> list[Text]:
         pairs = len({(row.task, row.metric) for row in every})
         if pairs > 1:
             found.append(
-                f"p is corrected (Holm) for the arms of one task and metric, not for looking at {pairs} tasks and metrics: where there is nothing to find, "
-                f"each of them still shows something with a chance of {stats.LEVEL:.0%}."
+                f"Holm's correction covers the arms of one task and metric. It does not cover looking at {pairs} tasks and metrics: where no arm differs from "
+                f"the baseline, each of them still shows a difference with a probability of {stats.LEVEL:.0%}."
             )
     return found
 
@@ -126,7 +126,7 @@ def _statement(block: list[Row], baseline: str) -> Text:
 
 
 def not_over_seeds(row: Row) -> bool:
-    """Whether a difference that the items show is not shown over seeds, where there are enough to ask."""
+    """Whether the items show a difference and the seeds, where there are two or more, do not."""
     return row.verdict != "no difference shown" and bool(row.seed_interval) and row.seed_interval[0] <= 0 <= row.seed_interval[1]
 
 
@@ -142,15 +142,15 @@ def _over_seeds(rows: list[Row]) -> Text:
     if not any(row.seed_interval for row in rows):
         return (
             "No arm and the baseline both have two seeds or more, so these statements are about these trained models: whether training again "
-            "would give the same is not known (seeds: [1, 2, 3] in the sweep would tell)."
+            "would give the same is not known. Several seeds (seeds: [1, 2, 3] in the sweep) would tell."
         )
     fewest = min(row.seeds for row in rows if row.seed_interval)
     shown = [row for row in rows if row.verdict != "no difference shown" and row.seed_interval]
     lost = [row for row in shown if not_over_seeds(row)]
-    text = f"Of the {len(shown)} differences that the items show, {len(shown) - len(lost)} show over {fewest} seeds too (95 % interval of Student's t beyond 0)."
+    text = f"Of the {len(shown)} differences that the items show, {len(shown) - len(lost)} show over {fewest} seeds too (the 95 % interval by Student's t excludes 0)."
     if not shown:
-        text = f"No difference is shown over items, so none is to be looked for over the {fewest} seeds."
-    return text + (" Two seeds can show next to nothing: t is 12.7." if fewest == 2 and lost else "")
+        text = f"No difference is shown over items, so the {fewest} seeds have none to confirm."
+    return text + (" Two seeds show only very large differences: t is 12.7." if fewest == 2 and lost else "")
 
 
 def _listed(rows: list[Row], of: int) -> list[str | Span]:

@@ -1,4 +1,4 @@
-"""Published results that ours can stand beside: torchtune's study of Llama-3.1-8B to Llama-3.2-1B. The only place they are kept."""
+"""Published results to compare with: torchtune's study of Llama-3.1-8B to Llama-3.2-1B."""
 
 import json
 import math

@@ -1,4 +1,4 @@
-"""Parts of a sweep's report that need no statistics: what was run, the teacher against the students, what it cost."""
+"""Sections of a sweep's report without statistics: what was run, the teacher beside the students, the cost."""
 
 import json
 import math
@@ -138,14 +138,14 @@ def teacher_checks(sweep: SweepFolder) -> list:
     table = Table(head, rows, left=2, words=2)
     out += [
         Para(
-            "Held-out rows of the transfer data, before training: a teacher that is worse there than its student teaches little.", "small"
+            "Measured on the held-out rows before training. A student learns little from a teacher with a higher CE than its own.", "small"
         ),
         table,
     ]
     if all(row[2] == "–" for row in rows):
         out.append(
             Para(
-                "No held-out rows were measured with a teacher (data.validation or data.validation_fraction), so nobody knows whether it was the better model.",
+                "No held-out rows were measured with a teacher (data.validation or data.validation_fraction), so it is not known whether the teacher was the better model.",
                 "warn",
             )
         )

@@ -1,4 +1,4 @@
-"""What charts are drawn with: colours as CSS variables, markers, ticks, scales, escaped text."""
+"""Parts of SVG charts: colours as CSS variables, markers, ticks, scales, escaped text."""
 
 import html
 import itertools

@@ -1,4 +1,4 @@
-"""A sweep's measurements as charts: curves over steps, maps over settings, intervals of differences."""
+"""The charts of a sweep's report: curves over steps, maps over settings, intervals of differences."""
 
 import math
 from collections import Counter
@@ -14,7 +14,7 @@ from .findings import compared, label, mark
 from .sweep_files import Arm, SweepFolder, changed
 
 _POINTS = 240  # of a curve that are drawn
-_MANY = 21  # arms beyond which the raw lines are left out: they would be a thicket
+_MANY = 21  # arms beyond which the raw lines are left out, which would hide the others
 
 
 def training_curves(sweep: SweepFolder) -> Gallery | None:

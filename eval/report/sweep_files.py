@@ -1,4 +1,4 @@
-"""What a sweep's folder holds, read for a report: arms with their runs, curves, metrics, groups. Nothing is computed here."""
+"""Reads a sweep's folder for the report: arms with their runs, curves, metrics and groups. Nothing is computed here."""
 
 import functools
 import json
@@ -44,7 +44,7 @@ class Run:
 
     @property
     def teachers(self) -> tuple[str, ...]:
-        """Whom it learned from: each teacher's model, or the cache of its outputs where that is all that is named."""
+        """The teachers it learned from: each one's model, or its teacher cache where only that is named."""
         if not self.recipe.get("loss.kd_ratio"):
             return ()
         several = self.recipe.get("teacher")
@@ -98,7 +98,7 @@ class SweepFolder:
 def read_sweep(folder: Path) -> SweepFolder:
     path = folder / "sweep.json"
     if not path.exists():
-        raise UserError(f"{folder}: holds no sweep.json; name the output_dir of a sweep, which llmkd sweep writes")
+        raise UserError(f"{folder}: holds no sweep.json; name the output_dir of a sweep that llmkd sweep has run")
     try:
         data = json.loads(path.read_text(encoding="utf-8"))
         base = flatten(data.get("base") or {})

@@ -1,4 +1,4 @@
-"""The report of a sweep: what was run and what its measurements say, as one HTML file and as Markdown, from the files of its folder."""
+"""Writes the report of a sweep from the files of its folder, as one HTML file and as Markdown."""
 
 from pathlib import Path
 
@@ -6,15 +6,12 @@ from llmkd import __version__
 from llmkd.files import write_atomic
 
 from ..comparison.compare import Row
-from ..comparison.compare_text import EXPLANATION, blocks, cells, digits, reach, title
+from ..comparison.compare_text import EXPLANATION, LEGEND, blocks, cells, digits, reach, title
 from ..comparison.item_results import HELD_OUT
 from . import sections, sweep_charts
 from .document import Heading, Items, Para, Span, Table, Text, as_html, as_markdown
 from .findings import NOT_COMPARED, compared, label, mark, measure, statements
 from .sweep_files import SweepFolder, read_json, read_sweep
-
-MARKS = "Better and worse: what Holm's p shows to differ over items."
-DAGGER = " †: the interval over seeds holds 0."
 
 
 def write(folder: Path) -> tuple[Path, Path]:
@@ -24,7 +21,7 @@ def write(folder: Path) -> tuple[Path, Path]:
     finished = {arm.name: [run.folder for run in arm.done if run.folder.is_dir()] for arm in sweep.arms.values()}
     rows = measure({name: runs for name, runs in finished.items() if runs}, sweep.baseline, notes.append)
     blocks_ = document(sweep, rows, list(dict.fromkeys(notes)))
-    heading = f"Sweep {sweep.path.resolve().name}"
+    heading = f"Report of the sweep {sweep.path.resolve().name}"
     foot = f"Written by llmkd {__version__} from the files of this folder; llmkd report writes it again."
     page, text = sweep.path / "report.html", sweep.path / "report.md"
     write_atomic(page, as_html(heading, blocks_, foot))
@@ -56,7 +53,7 @@ def summary(sweep: SweepFolder, rows: list[Row], notes: list[str]) -> list:
     if not items:
         items.append(why_nothing(sweep, rows, notes))
     open_ = [run for run in sweep.runs if run.status != "done"]
-    for status, words in (("failed", "failed and count nowhere"), ("waiting", "not trained yet")):
+    for status, words in (("failed", "failed and are not counted"), ("waiting", "not trained yet")):
         names = [run.name for run in open_ if run.status == status]
         if names:
             listed = [part for name in names[:6] for part in (", ", Span(name))][1:]
@@ -103,7 +100,7 @@ def learning(sweep: SweepFolder) -> list:
     else:
         out.append(
             Para(
-                "No held-out metrics over steps: the recipes hold no rows out (data.validation or data.validation_fraction), or measured once."
+                "No held-out metrics over steps: the recipes have no held-out rows (data.validation or data.validation_fraction), or measured them once."
             )
         )
     return out
@@ -115,7 +112,7 @@ def results(sweep: SweepFolder, rows: list[Row], prefix: str) -> list:
         if prefix == "held":
             return [Para("No finished arm has held-out rows: data.validation or data.validation_fraction was not set.")]
         return [
-            Para("No finished arm has been measured on a benchmark: eval.tasks of the sweep names none, or it has not come to that yet.")
+            Para("No finished arm has been measured on a benchmark: eval.tasks of the sweep names none, or the evaluation has not run yet.")
         ]
     columns = list(dict.fromkeys((row.task, row.metric) for row in rows))
     found = {(row.task, row.metric, row.arm): row for row in rows}
@@ -123,14 +120,16 @@ def results(sweep: SweepFolder, rows: list[Row], prefix: str) -> list:
     for arm in dict.fromkeys(row.arm for row in rows):
         body.append([Span(arm), *(overview(found.get((*column, arm))) for column in columns)])
     base = found.get((*columns[0], sweep.baseline))
-    caption = f"Baseline: {sweep.baseline}. " if base and compared(rows) else ""
+    caption = f"Baseline: {sweep.baseline}." if base and compared(rows) else ""
     out: list = [
         Table(
             ["arm", *(label(*column) for column in columns)],
             body,
-            caption=caption + MARKS + DAGGER * any(row.seed_interval for row in rows),
+            caption=caption,
         )
     ]
+    if compared(rows):
+        out.append(Para(" ".join(LEGEND), "small"))
     for i, block in enumerate(blocks(rows)):
         out.append(Heading(title(block).replace(f"{block[0].task} {block[0].metric}", label(block[0].task, block[0].metric), 1)))
         chart = sweep_charts.intervals(block, f"{prefix}-{i}")
@@ -180,13 +179,15 @@ def settings_map(sweep: SweepFolder, rows: list[Row]) -> list:
         return [*out, Para("No map: the arms don't differ in just one or two settings.")]
     names: list[str | Span] = [part for key in chosen for part in (" and ", Span(key))][1:]
     if not drawn:
-        why = "there is no value to draw yet" if len(chosen) == 2 or not rows else "its values are no numbers, and the tables above say it"
+        why = (
+            "there is no value to draw yet" if len(chosen) == 2 or not rows else "its values are no numbers, so the tables above show them"
+        )
         return [*out, Para(("The arms differ in ", *names, f"; {why}."))]
     others = [name for name in sweep.arms if name not in {arm.name for arm in arms}]
     told: list[str | Span] = ["Means over seeds. "]
     if len(chosen) == 2:
-        told = ["The stronger the colour the better, between this map's own extremes, which may lie within chance: the words in the cells are the ",
-                "comparison's with the baseline, and a cell without one shows no difference (†: none over seeds). The best value is framed. ", *told]  # fmt: skip
+        told = ["The stronger the colour, the better the value. Colours run from the worst to the best value of the map, a distance that may be chance. ",
+                "The words in the cells are the comparison with the baseline; a cell without a word shows no difference. The best value is framed. ", *told]  # fmt: skip
     if others:
         told += ["Not in it, since they differ in more: ", *[part for name in others for part in (", ", Span(name))][1:], "."]
     return [*out, Para(("Arms that differ in ", *names, " alone. ", *told)), sweep_charts.Gallery(drawn)]

@@ -1,4 +1,4 @@
-"""Uploading a finished student to the hub: refused at the start where it cannot work, and never at the cost of the run."""
+"""Uploads a finished student to the hub. What cannot work is refused at the start, and a failed upload never costs the run."""
 
 import json
 import shlex
@@ -13,7 +13,7 @@ from .run_folder import RunFolder
 
 
 def check(settings: PushToHub | None) -> None:
-    """What can be known without asking the hub. UserError names everything that is missing."""
+    """Checks that need no network. UserError names everything that is missing."""
     if settings is None:
         return
     from huggingface_hub import get_token, is_offline_mode
@@ -60,7 +60,7 @@ def upload(settings: PushToHub, student: Path) -> str:
         reason = reason if isinstance(error, UserError) else f"{type(error).__name__}: {reason[:300]}"
         command = f"hf upload {'--private ' if settings.private else ''}{shlex.quote(settings.repo)} {shlex.quote(str(student))} ."
         raise UserError(
-            f"push_to_hub: {settings.repo} could not be uploaded to ({reason}); the student is whole in {student}: "
+            f"push_to_hub: {settings.repo} could not be uploaded to ({reason}); the finished student is in {student}: "
             f"--resume tries again, and so does {command}"
         ) from error
     return str(repo)

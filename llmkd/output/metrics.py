@@ -1,11 +1,9 @@
-"""What a run shows and keeps of its progress: the bar, metrics.jsonl, trackers, loss.png, and tables for the console."""
+"""metrics.jsonl: the record of a run's metrics, which its trackers get too."""
 
 import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
-
-import torch
 
 from ..config.recipe import Recipe
 from ..files import read_jsonl, write_atomic
@@ -48,6 +46,8 @@ def terms(record: dict) -> dict[str, float]:
 
 def peak_memory() -> int:
     """Bytes: the most the GPU's allocator held, or without a GPU the most this process held."""
+    import torch  # here, so that the report, which draws with plots.py, does not load it
+
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     import resource

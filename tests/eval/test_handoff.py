@@ -127,7 +127,7 @@ def likelihoods(place: Path, task: str) -> list[list[float]]:
 
 
 def by_hand(folder: Path, tasks_dir: Path, name: str, **options) -> tuple[list[list[float]], dict]:
-    """The harness alone, on a folder that it loads itself: log-likelihoods of each item, and the task's figures."""
+    """The harness alone, on a folder that it loads itself: log-likelihoods of each item, and the task's metrics."""
     import lm_eval
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
@@ -160,15 +160,15 @@ def test_adapter_merged_model_and_the_harness_by_hand_agree(world, tmp_path, tas
     of_merged = evaluate(merged, TASKS, tasks_dir=tasks_dir, out=tmp_path / "merged")
     assert of_adapter["hellaswag"]["model"]["kind"] == "adapter" and of_merged["hellaswag"]["model"]["kind"] == "merged"
     for name in TASKS:
-        hand, figures = by_hand(merged, tasks_dir, name)
+        hand, metrics = by_hand(merged, tasks_dir, name)
         ours, theirs = likelihoods(folder, name), likelihoods(tmp_path / "merged", name)
         assert sum(map(len, hand)) > 19 and [len(item) for item in hand] == [len(item) for item in ours]
         for a, b, c in zip(ours, theirs, hand, strict=True):
             assert a == pytest.approx(c, abs=1e-6) and b == pytest.approx(c, abs=1e-6)
-        for metric, figure in of_adapter[name]["metrics"].items():
-            assert figure["value"] == pytest.approx(figures[f"{metric},none"], abs=1e-6)
-            assert figure["stderr"] == pytest.approx(figures[f"{metric}_stderr,none"], abs=1e-6)
-            assert of_merged[name]["metrics"][metric]["value"] == pytest.approx(figure["value"], abs=1e-6)
+        for metric, value in of_adapter[name]["metrics"].items():
+            assert value["value"] == pytest.approx(metrics[f"{metric},none"], abs=1e-6)
+            assert value["stderr"] == pytest.approx(metrics[f"{metric}_stderr,none"], abs=1e-6)
+            assert of_merged[name]["metrics"][metric]["value"] == pytest.approx(value["value"], abs=1e-6)
     assert before == {path: path.read_bytes() for path in folder.rglob("*.safetensors")}
 
 
@@ -495,8 +495,8 @@ def test_two_processes_find_what_one_finds(base, tmp_path, tasks_dir):
         one, two = (record_files.read_record(tmp_path / out, name) for out in ("one", "two"))
         timed = {"date": 0, "seconds": 0, "items_sha256": 0, "metrics": 0}
         assert one | timed == two | timed
-        for metric, figure in one["metrics"].items():
-            assert figure == pytest.approx(two["metrics"][metric], abs=1e-9)
+        for metric, value in one["metrics"].items():
+            assert value == pytest.approx(two["metrics"][metric], abs=1e-9)
         for a, b in zip(record_files.read_items(tmp_path / "one", name), record_files.read_items(tmp_path / "two", name), strict=True):
             assert a["id"] == b["id"] and a["hash"] == b["hash"] and a["loglikelihoods"] == pytest.approx(b["loglikelihoods"], abs=1e-9)
 
@@ -521,8 +521,8 @@ def test_a_real_model_on_real_questions_scores_as_by_hand(tmp_path):
     stories = SHARED / "models/stories260K"
     records = evaluate(stories, TASKS, tasks_dir=tmp_path / "tasks", limit=6, out=tmp_path / "out")
     for name in TASKS:
-        hand, figures = by_hand(stories, tmp_path / "tasks", name, limit=6)
-        assert records[name]["metrics"]["acc"]["value"] == pytest.approx(figures["acc,none"], abs=1e-6)
+        hand, metrics = by_hand(stories, tmp_path / "tasks", name, limit=6)
+        assert records[name]["metrics"]["acc"]["value"] == pytest.approx(metrics["acc,none"], abs=1e-6)
         assert [x for item in likelihoods(tmp_path / "out", name) for x in item] == pytest.approx(
             [x for item in hand for x in item], abs=1e-4
         )

@@ -75,8 +75,8 @@ def made(tmp_path):
                 for task in tasks:
                     rows = [{"id": i, "hash": f"h{i:04d}", "metrics": {"acc": x}} for i, x in enumerate(right)]
                     lines(run / f"eval/{task}.jsonl", rows)
-                    figure = {"value": sum(right) / items, "stderr": 0.1, "higher_is_better": True}
-                    record = {"task": task, "version": 1, "harness": "0.4.13", "n": items, "metrics": {"acc": figure}}
+                    stated = {"value": sum(right) / items, "stderr": 0.1, "higher_is_better": True}
+                    record = {"task": task, "version": 1, "harness": "0.4.13", "n": items, "metrics": {"acc": stated}}
                     (run / f"eval/{task}.json").write_text(json.dumps(record))
                 before = {"ce": 3.0, "forward_kl": 1.0, "top1_agreement": 0.1, "teacher_ce": teacher_ce, "targets": 100}
                 steps = [{"step": s, "ce": 3 - s / 20, "kd": 1 - s / 50, "loss": 2 - s / 20} for s in range(1, 31)]
@@ -181,7 +181,7 @@ def drawn(picture: str) -> ET.Element:
 
 
 @pytest.mark.slow
-def test_a_real_sweep_is_reported_with_the_figures_of_its_files(world, tmp_path, capsys):
+def test_a_real_sweep_is_reported_with_the_numbers_of_its_files(world, tmp_path, capsys):
     from llmkd.commands.sweep import run_sweep
 
     recipe = plain_recipe(world, tmp_path / "unused")
@@ -266,7 +266,10 @@ def test_too_few_items_and_equal_answers_are_said_to_tell_nothing(made):
     again = made({"a": ({"loss.kd_ratio": 0}, 0.5), "b": ({}, 0.5)}, held=False)
     text = written(again)[1]
     assert "quiz acc: no difference shown between `b` and `a` (Holm's p 1.0000). `b` is the same as `a` on every item." in text
-    assert "would have been shown" not in text and "b: the same as the baseline on every item, so how large a difference" in text
+    assert (
+        "would have been shown" not in text
+        and "b: the same as the baseline on every item, so the smallest difference that could be shown" in text
+    )
 
 
 def test_many_arms_are_counted_and_seeds_are_asked(made):
@@ -358,7 +361,12 @@ def changed(folder: Path, **arms) -> None:
     "arms, options, states, words",
     [
         ({"only": ({}, 0.5)}, {}, {}, ["one arm, so there is nothing to compare", "`only`", "No map"]),
-        (TWO, {"held": False}, {}, ["No finished arm has held-out rows", "nobody knows whether it was the better model", "quiz acc"]),
+        (
+            TWO,
+            {"held": False},
+            {},
+            ["No finished arm has held-out rows", "it is not known whether the teacher was the better model", "quiz acc"],
+        ),
         (TWO, {"tasks": ()}, {}, ["No finished arm has been measured on a benchmark", "Held-out CE: `kd` is better"]),
         (
             TWO,
@@ -503,7 +511,7 @@ LLAMA = {
 }
 
 
-def test_published_figures_stand_beside_arms_of_their_kind_for_that_recipe_alone(made):
+def test_published_results_stand_beside_arms_of_their_kind_for_that_recipe_alone(made):
     arms = TWO | {"all": ({"loss.kd_ratio": 1.0}, 0.7), "untuned": ({"teacher.model": "meta-llama/Llama-3.1-8B-Instruct"}, 0.6)}
     folder = made(arms, base=LLAMA, tasks=("hellaswag",), items=50)
     recipe = folder / "stages/teacher/recipe.yaml"
@@ -514,19 +522,19 @@ def test_published_figures_stand_beside_arms_of_their_kind_for_that_recipe_alone
     assert len(rows) == 1 + len(published.ROWS)
     for name, arm in (("1B tuned by LoRA without a teacher", "sft"), ("1B distilled, kd_ratio 0.5, lr 3e-4", "kd"), ("1B distilled, kd_ratio 1.0", "all"), ("1B distilled, untuned teacher", "untuned"), ("1B distilled, lr 1e-5", "none")):  # fmt: skip
         assert rows[name][1] == arm
-        figure = next(row.values for row in published.ROWS if row.name == name)
-        assert [float(cell) for cell in rows[name][2::2]] == list(figure)
+        stated = next(row.values for row in published.ROWS if row.name == name)
+        assert [float(cell) for cell in rows[name][2::2]] == list(stated)
         if arm != "none":
             own = json.loads((folder / f"arms/{arm}/eval/hellaswag.json").read_text())["metrics"]["acc"]["value"]
             assert rows[name][5].startswith(f"{own:.4f} ±") and rows[name][3] == "–"
     assert published.SOURCE in html and "train.batch_size: here 32, there 128" in text and "hellaswag version 1" in text
 
 
-def test_no_published_figures_for_other_recipes(made):
+def test_no_published_results_for_other_recipes(made):
     assert published.SOURCE not in written(made(TWO))[0]
 
 
-def test_figures_that_are_not_finite_leave_the_charts_whole(made):
+def test_values_that_are_not_finite_leave_the_charts_whole(made):
     folder = made(TWO)
     with open(folder / "arms/kd/metrics.jsonl", "a") as file:
         file.write(

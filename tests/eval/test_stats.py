@@ -33,7 +33,7 @@ def test_a_ratio_s_standard_error_is_the_bootstrap_s(rng):
     x = w * rng.gamma(2, 0.5, 150)
     drawn = [rng.integers(0, 150, 150) for _ in range(4000)]
     brute = np.std([x[i].sum() / w[i].sum() for i in drawn])
-    naive = np.std(x / w, ddof=1) / math.sqrt(150)  # of the unweighted mean: another figure
+    naive = np.std(x / w, ddof=1) / math.sqrt(150)  # of the unweighted mean: another number
     assert stats.ratio_stderr(x, w)[1] == pytest.approx(brute, rel=0.05) and abs(naive / brute - 1) > 0.1
 
 

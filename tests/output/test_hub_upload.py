@@ -1,4 +1,4 @@
-"""What is had from the hub and what is brought to it, against a small hub of the tests' own."""
+"""Downloads from the hub and uploads to it, against a small hub of the tests' own."""
 
 import json
 import os

@@ -54,7 +54,7 @@ def test_tensorboard_has_what_metrics_jsonl_has(make_recipe, world, tmp_path):
         "train/grad_norm",
         "train/targets_per_s",
         "validation/ce",
-        "gate/teacher_ce",
+        "teacher_check/teacher_ce",
     } <= found.keys()
     assert set(found["train/loss"]) == {1, 2, 3, 4, 5, 6} and set(found["validation/forward_kl"]) == {0, 2, 4, 6}
     same(found, recorded(tmp_path / "out"))
