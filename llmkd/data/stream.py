@@ -51,13 +51,13 @@ class StreamSource(ExampleSource):
         self.batch_size, self.teacher = batch_size, teacher
         self.counts: dict[str, int] = {}
         self._pass_rows: int | None = None  # known after the first pass
-        self._hashes: dict[int, str] = {}  # of the rows that the last few steps and all before them took
+        self._hashes: dict[int, str] = {}  # by step, of all rows up to it; of the last few steps
         self._expected: str | None = None
         self.files = None if source.path == "builtin:skills" else local(source, self.setting)
         listed = next((name for name, path in self.files or [] if kind_of(path) == ".json"), None)
         if listed:
             raise UserError(
-                f"data.streaming: {listed} is one list, which must be read whole; write its rows to a .jsonl file, or set it to false"
+                f"data.streaming: {listed} is one list, which must be read as a whole; write its rows to a .jsonl file, or set it to false"
             )
         self.origin = {"path": source.path, "name": source.name, "split": source.split, "revision": source.revision, "rows": None}
         self.examples, self.places = self._first()
@@ -77,7 +77,7 @@ class StreamSource(ExampleSource):
         return f"stream {hashlib.sha256(repr(named).encode()).hexdigest()}"
 
     def state(self, step: int) -> dict:
-        """A hash of the rows that steps 1 to `step` took, to be kept with what was learnt from them; of the last few steps."""
+        """A hash of the rows of steps 1 to `step`, which a checkpoint keeps. It is known for the last few steps."""
         return {"rows": self._hashes.get(step)}
 
     def restore(self, state: dict) -> None:
@@ -85,8 +85,8 @@ class StreamSource(ExampleSource):
         self._expected = state.get("rows")
 
     def steps(self, done: int = 0):
-        """The steps after the first `done`. The next step's rows are read and tokenised in the background; what is wrong with them
-        is raised when that step is asked for."""
+        """The steps after the first `done`. The next step's rows are read and tokenised in the background; errors in them are raised when
+        that step is reached."""
         yield from super().steps(done)
         c = self.counts
         if c:
@@ -100,8 +100,8 @@ class StreamSource(ExampleSource):
         def arrived() -> None:
             if self._expected not in (None, digest.hexdigest()):
                 raise UserError(
-                    f"{self.setting}: the rows that the first {done} steps took have changed since, or their order has; give {self.source.path} as it was "
-                    "(a bad row may be mended, not removed), or choose another output_dir"
+                    f"{self.setting}: the rows of the first {done} steps, or their order, have changed; give {self.source.path} as it was "
+                    "(a bad row may be corrected, not removed), or choose another output_dir"
                 )
 
         rows, barren = self._rows(done * self.batch_size, digest, arrived if done else None), 0
@@ -115,7 +115,7 @@ class StreamSource(ExampleSource):
             barren = 0 if len(data) else barren + len(taken)
             if self._pass_rows and barren >= self._pass_rows:
                 raise UserError(
-                    f"{self.setting}: none of {self.source.path}'s rows has a supervised token left; look at data.max_length and the rows"
+                    f"{self.setting}: none of {self.source.path}'s rows gives a supervised token; check data.max_length and the rows"
                 )
             examples = list(range(len(data)))
             split = self.split(examples, data.max_lengths)
@@ -177,7 +177,7 @@ class StreamSource(ExampleSource):
                 yield f"{place}:{number}", functools.partial(row_of, row)
         except Exception as error:  # the network may fail days into a run
             reason = (str(error).strip().splitlines() or [""])[0]
-            raise UserError(f"{place}: could not be read on ({type(error).__name__}: {reason[:160]}); try again, with --resume") from None
+            raise UserError(f"{place}: reading stopped ({type(error).__name__}: {reason[:160]}); try again, with --resume") from None
 
     def _checked(self, taken: list[tuple[str, Any]]) -> Rows:
         problems, rows, places = ErrorCollector(), [], []

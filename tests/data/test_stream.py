@@ -110,7 +110,7 @@ def test_dropped_rows_make_a_step_smaller_and_are_counted(tmp_path, capsys):
         ("", {}, "has no rows"),
         (f"{GOOD}\n{{bad", {}, "t.jsonl:2: not valid JSON"),
         (f"{GOOD}\n{{}}", {}, "t.jsonl:2: no column 'instruction'"),
-        (json.dumps(row(1, "")) + "\n", {}, "none of .* rows has a supervised token left"),
+        (json.dumps(row(1, "")) + "\n", {}, "none of .* rows gives a supervised token"),
     ],
 )
 def test_what_is_wrong_at_the_start_is_found_at_the_start(tmp_path, text, settings, words):
@@ -166,7 +166,7 @@ def test_a_network_that_fails_on_the_way_is_no_bug(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", lambda *args, **settings: datasets.IterableDataset.from_generator(rows))
     steps = stream("owner/rows").steps()
     assert [next(steps)[0].number for _ in range(7)] == list(range(1, 8))
-    with pytest.raises(UserError, match=r"^owner/rows\[train\]: could not be read on \(ConnectionError: gone\); .* --resume$"):
+    with pytest.raises(UserError, match=r"^owner/rows\[train\]: reading stopped \(ConnectionError: gone\); .* --resume$"):
         next(steps)
 
 
@@ -212,13 +212,13 @@ def test_a_bad_row_in_a_stream_ends_the_run_with_its_place_and_a_checkpoint(worl
         run(make_recipe("bad", **settings))
     assert [p.split(": ")[0] for p in info.value.problems] == [f"{path}:31"] * 2
     assert [p.name for p in (tmp_path / "bad/checkpoints").iterdir()] == ["step-4"]
-    path.write_text("".join(lines[:30]) + lines[0] + "".join(lines[30:]))  # mended: go on
+    path.write_text("".join(lines[:30]) + lines[0] + "".join(lines[30:]))  # corrected: resume
     run(make_recipe("bad", **settings), resume=True)
     assert distance(weights(tmp_path / "bad"), _fresh(make_recipe, tmp_path, settings)) == 0
 
 
 @pytest.mark.parametrize("row", [2, 5])
-def test_a_bad_row_is_mended_wherever_it_stands(world, make_recipe, tmp_path, row):
+def test_a_bad_row_is_corrected_wherever_it_is(world, make_recipe, tmp_path, row):
     """Also in the first bytes of a file, and in the block that was being read."""
     lines = (world / "train.jsonl").read_text().splitlines(keepends=True)
     folder = tmp_path / "shards"
@@ -261,7 +261,7 @@ def test_a_stream_goes_on_only_behind_the_rows_that_it_took(tmp_path, name, chan
     other.restore(kept)
     if done == 1 and change == "changed":  # the step may not have taken the row
         return
-    with pytest.raises(UserError, match=f"^data.train: the rows that the first {done} steps took have changed since"):
+    with pytest.raises(UserError, match=f"^data.train: the rows of the first {done} steps, or their order, have changed"):
         next(other.steps(done))
 
 
@@ -274,7 +274,7 @@ def test_a_resumed_run_notices_rows_that_are_gone(make_recipe, tmp_path):
     for step in (4, 5, 6):
         shutil.rmtree(out / f"checkpoints/step-{step}")
     write(path, [row(i) for i in range(29)])
-    with pytest.raises(UserError, match="^data.train: the rows that the first 3 steps took have changed since"):
+    with pytest.raises(UserError, match="^data.train: the rows of the first 3 steps, or their order, have changed"):
         run(make_recipe("gone", **settings), resume=True)
 
 

@@ -136,7 +136,7 @@ def _with_end(text: str, span: Span, probe: TemplateProbe) -> Span:
     return (span[0], end.end()) if end and not text.endswith(probe.end, *span) else span
 
 
-# ---- where a turn stands
+# ---- where a turn begins and ends, without its end token
 
 
 def _locate_turn(head: list[dict], after: str, probe: TemplateProbe) -> Span:

@@ -2,7 +2,7 @@
 
 A format is two entries: its columns in `config.data.FORMATS`, by which settings and rows are checked, and its functions in `FORMATS` here.
 
-`context` is a text that stands before all the rest: a conversation's system message, or the beginning of a plain text.
+`context` is a text before all others: a conversation's system message, or the beginning of a plain text.
 
 User text never becomes a control token: in the plain formats all of it is encoded as characters; in chat (see chat.py) only the
 template writes control tokens.
