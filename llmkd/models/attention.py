@@ -117,11 +117,10 @@ def _flash(query, key, value, packed: PackedLayout, scale: float | None, groups:
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
     # torch 2.11 has the same kernel without this option
     grouped = {"enable_gqa": groups > 1 and not repeat} if "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
-    tensors, layout = (
-        [x.contiguous() for x in (query, key, value)],
-        (packed.cu_seqlens_q, packed.cu_seqlens_k, max(packed.lengths), max(packed.kv_lengths)),
-    )
-    return varlen_attn(*tensors, *layout, scale=scale, window_size=(-1 if window is None else window - 1, 0), **grouped)
+    query, key, value = (x.contiguous() for x in (query, key, value))
+    lengths = packed.cu_seqlens_q, packed.cu_seqlens_k, max(packed.lengths), max(packed.kv_lengths)
+    window_size = (-1 if window is None else window - 1, 0)
+    return varlen_attn(query, key, value, *lengths, scale=scale, window_size=window_size, **grouped)
 
 
 @functools.cache

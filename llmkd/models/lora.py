@@ -84,7 +84,9 @@ def refuse_missing_modules(settings: Student, files: ModelFiles) -> None:
             return
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(files.base, trust_remote_code=False))
-        add_lora(model, dataclasses.replace(lora, dora=False), None)
+        _refuse_missing_copies(model, lora)
+        if lora.target_modules != "all-linear":
+            add_lora(model, dataclasses.replace(lora, dora=False), None)
     except _MissingModule:
         raise
     except Exception:  # of a model that cannot be made without weights, or a damaged file: found again when it is loaded
