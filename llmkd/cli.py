@@ -62,7 +62,7 @@ def train(options: argparse.Namespace, overrides: dict) -> None:
 
         run_pipeline(config, overrides, options.resume)
     else:
-        recipe = loader.load_recipe(config, overrides)
+        recipe = loader.load_recipe(config, overrides, check_inputs=True)
         from .training.run import run
 
         run(recipe, options.resume)
@@ -90,7 +90,7 @@ def cache(options: argparse.Namespace, overrides: dict) -> None:
     import_file = getattr(options, "import")
     if options.check and import_file:
         raise UserError("--check: given together with --import; import first, then check")
-    recipe = loader.load_recipe(config, overrides)
+    recipe = loader.load_recipe(config, overrides, check_inputs=True)
     if options.check:
         from .commands.cache_check import check
 

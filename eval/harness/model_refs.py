@@ -4,7 +4,7 @@ import os
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmkd.config.loader import read
+from llmkd.config.loader import read_placed
 from llmkd.config.recipe import Teacher
 from llmkd.errors import UserError
 from llmkd.model_files import RECORD, ModelFiles, find, fingerprint, read_json
@@ -72,7 +72,7 @@ def _base(name: str, kind: str, folder: Path, run: Path | None) -> str | None:
     """The model that it was made from, as far as that is written down beside it; a base is its own."""
     adapter = (folder if kind == "adapter" else folder.parent / "adapter") / "adapter_config.json"
     if kind == "full" and (run / "recipe.yaml").exists():
-        return read(run / "recipe.yaml")[0].get("student", {}).get("model")
+        return read_placed(run / "recipe.yaml").get("student", {}).get("model")
     if kind != "base" and adapter.exists():
         return read_json(adapter, "eval").get("base_model_name_or_path")
     return name if kind == "base" else None

@@ -107,7 +107,7 @@ def stage_base(model: str, folder: Path) -> str:
     """The model that a stage of the sweep in `folder` tuned, where `model` is that stage's result; else ""."""
     named = re.search(r"/stages/([^/]+)/(adapter|model|merged)/?$", model)
     path = folder / "stages" / named[1] / "recipe.yaml" if named else None
-    return str((loader.read(path)[0].get("student") or {}).get("model") or "") if path and path.exists() else ""
+    return str((loader.read_placed(path).get("student") or {}).get("model") or "") if path and path.exists() else ""
 
 
 def like(row: Published, recipe: dict, teacher: str | None, tuned_before: bool) -> bool:

@@ -30,7 +30,7 @@ class Run:
     def recipe(self) -> dict:
         """By dotted path: the resolved recipe, or where the run has none yet the sweep's base with the arm's changes."""
         path = self.folder / "recipe.yaml"
-        return flatten(loader.read(path)[0]) if path.exists() else changed(self.base, self.changes)
+        return flatten(loader.read_placed(path)) if path.exists() else changed(self.base, self.changes)
 
     @functools.cached_property
     def summary(self) -> dict:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..config.fields import as_tuple
 from ..config.loader import load_pipeline, load_recipe
+from ..config.paths import place_changes
 from ..config.recipe import Recipe
 from ..config.sweep import Pipeline
 from ..console import info, progress_bar, table
@@ -42,9 +43,10 @@ def stage_recipes(pipeline: Pipeline, config: Path, overrides: dict) -> dict[str
     """Every stage's recipe, all checked before the first runs. `{output_dir}` in a setting stands for the pipeline's folder."""
     recipes, problems = {}, []
     for name, stage in pipeline.stages.items():
-        changes = {k: v.replace("{output_dir}", pipeline.output_dir) if isinstance(v, str) else v for k, v in stage.set.items()}
         try:
-            recipes[name] = load_recipe(config.parent / stage.recipe, changes | overrides | {"output_dir": f"{pipeline.output_dir}/{name}"})
+            changes = place_changes(stage.set, str(config.parent), pipeline.output_dir)
+            changes |= overrides | {"output_dir": f"{pipeline.output_dir}/{name}"}
+            recipes[name] = load_recipe(stage.recipe, changes, check_inputs=True, written_later=pipeline.output_dir)
         except UserError as error:
             problems += [f"stage {name}: {problem}" for problem in error.problems]
     if problems:

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..config.loader import load_recipe, load_sweep
+from ..config.paths import place_changes
 from ..config.recipe import Recipe, distils
 from ..config.sweep import ArmSpec, Sweep, expand
 from ..console import count, info
@@ -33,7 +34,7 @@ def run_sweep(config: str, overrides: dict, resume: bool, then: Callable[[Path],
     sweep = load_sweep(config, overrides)
     folder = Path(sweep.output_dir).expanduser()
     specs = {spec.name: spec for spec in expand(sweep)}
-    load = SweepRecipes(sweep, Path(config), specs)
+    load = SweepRecipes(sweep, Path(config), specs, check_inputs=True)
     check_recipes_unchanged(load.recipes())  # every problem before anything runs
     state = SweepState(folder, sweep, specs, resume)
     with ShutdownRequest() as stop:
@@ -120,32 +121,33 @@ def failure_message(error: Exception, arms: int) -> str:
 class SweepRecipes:
     """The recipes of a sweep's stages and arms."""
 
-    def __init__(self, sweep: Sweep, config: Path, specs: dict[str, ArmSpec]):
-        self.sweep, self.config, self.specs = sweep, config, specs
+    def __init__(self, sweep: Sweep, config: Path, specs: dict[str, ArmSpec], check_inputs: bool = False):
+        self.sweep, self.config, self.specs, self.check_inputs = sweep, config, specs, check_inputs
 
     def recipes(self) -> dict[str, Recipe]:
         """Every arm's recipe, checked. Called again after the stages, since an arm may start from their results."""
-        out, problems = {}, []
+        out: dict[str, Recipe] = {}
+        problems: dict[str, list[str]] = {}  # each with the arms that have it
         for stage in self.stages().values():
             hub_upload.check(stage.push_to_hub)
             trackers.check(stage.report_to)
         for name, spec in self.specs.items():
             try:
-                out[name] = self._load(spec.changes, f"arms/{name}")
+                out[name] = self._load(self.sweep.recipe, self.sweep.set | spec.changes, f"arms/{name}")
                 check_sampled_caches(out[name])
             except UserError as error:
-                problems += [f"arm {name}: {problem}" for problem in error.problems]
+                for problem in error.problems:
+                    problems.setdefault(problem, []).append(name)
         if problems:
-            raise UserError(*dict.fromkeys(problems))
+            raise UserError(*(f"{_arms(names)}: {problem}" for problem, names in problems.items()))
         trackers.check(tuple(dict.fromkeys(name for recipe in out.values() for name in recipe.report_to)))
         return out
 
     def stages(self) -> dict[str, Recipe]:
         out, problems = {}, []
         for name, stage in self.sweep.stages.items():
-            changes = self._substituted(stage.set) | {"output_dir": f"{self.sweep.output_dir}/stages/{name}"}
             try:
-                out[name] = load_recipe(self.config.parent / stage.recipe, changes)
+                out[name] = self._load(stage.recipe, stage.set, f"stages/{name}")
             except UserError as error:
                 problems += [f"stage {name}: {problem}" for problem in error.problems]
         if problems:
@@ -155,25 +157,18 @@ class SweepRecipes:
     def base(self) -> Recipe:
         """The recipe that the arms are changed copies of."""
         try:
-            return self._load({}, "")
+            return self._load(self.sweep.recipe, self.sweep.set, "")
         except UserError:  # the arms may complete it
-            return self._load(next(iter(self.specs.values())).changes, "")
+            return self._load(self.sweep.recipe, self.sweep.set | next(iter(self.specs.values())).changes, "")
 
-    def _load(self, changes: dict, where: str) -> Recipe:
-        changes = self._substituted(self.sweep.set | changes) | {"output_dir": f"{self.sweep.output_dir}/{where}".rstrip("/")}
-        return load_recipe(self.config.parent / self.sweep.recipe, changes)
+    def _load(self, recipe: str, changes: dict, where: str) -> Recipe:
+        output_dir = self.sweep.output_dir
+        changes = place_changes(changes, str(self.config.parent), output_dir) | {"output_dir": f"{output_dir}/{where}".rstrip("/")}
+        return load_recipe(recipe, changes, check_inputs=self.check_inputs and bool(where), written_later=output_dir)
 
-    def _substituted(self, changes: dict) -> dict:
-        """`{output_dir}` in a setting, however deep, is the sweep's folder."""
 
-        def substituted(value):
-            if isinstance(value, dict):
-                return {key: substituted(inner) for key, inner in value.items()}
-            if isinstance(value, list):
-                return [substituted(inner) for inner in value]
-            return value.replace("{output_dir}", self.sweep.output_dir) if isinstance(value, str) else value
-
-        return substituted(changes)
+def _arms(names: list[str]) -> str:
+    return f"arm {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
 def group_arms(recipes: dict[str, Recipe], waiting: list[str] | None = None, students_per_teacher: int | None = None) -> list[Group]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import re
 import typing
 from pathlib import Path
@@ -9,11 +10,13 @@ from pathlib import Path
 import yaml
 
 from ..errors import UserError
+from . import paths
+from .dotted import flatten
 from .fields import as_tuple
-from .recipe import Lora, Recipe
+from .recipe import Lora, Recipe, distils
 from .schema import describe, join_or
 from .sweep import Pipeline, Sweep
-from .validation import check, renamed
+from .validation import check, locator, renamed
 from .yaml_loader import Dumper, parse_yaml
 
 _MAX_BYTES = 1 << 20
@@ -70,17 +73,59 @@ def file_kind(path: str | Path) -> str:
     return "sweep" if data.keys() & {"grid", "arms"} else "pipeline" if "stages" in data else "recipe"
 
 
-def load_recipe(path: str | Path, overrides: dict[str, typing.Any] | None = None) -> Recipe:
-    """Read, override, check and resolve. Raises UserError with every problem, one line each."""
+def load_recipe(
+    path: str | Path, overrides: dict[str, typing.Any] | None = None, *, check_inputs: bool = False, written_later: str | None = None
+) -> Recipe:
+    """The recipe of a file, checked and with its defaults written out. Raises UserError with every problem, one line each.
+
+    overrides       {dotted path: value}, as the command line gives them
+    check_inputs    refuse models and data that are to be read from this machine and do not exist
+    written_later   a folder that earlier stages have yet to write: what is below it may be missing
+
+    What a recipe reads is relative to its own file; what it writes (`output_dir`, `teacher.cache.path`, `data.cache_dir`) and what
+    `overrides` names are relative to the working folder, and so is a path that begins with `{cwd}`. See `paths`.
+    """
     data, lines, problems = read(path)
     changed = _override(data, overrides or {}, problems)
-    recipe = check(Recipe, data, str(path), lines, problems, changed)
-    return resolve(recipe)
+    _place_paths(Recipe, data, path, locator(str(path), lines, changed), changed, problems)
+    recipe = resolve(check(Recipe, data, str(path), lines, problems, changed))
+    if check_inputs and (problems := _missing_inputs(recipe, path, locator(str(path), lines, changed), written_later)):
+        raise UserError(*problems)
+    return recipe
+
+
+def read_placed(path: str | Path) -> dict:
+    """The plain data of a recipe's file, its paths as they can be opened from the working folder. Nothing is checked."""
+    data, _, problems = read(path)
+    _place_paths(Recipe, data, path, locator(str(path), {}, set()), set(), problems)
+    return data
+
+
+def _place_paths(kind: type, data: dict, path: str | Path, where: typing.Callable, changed: set[tuple], problems: list[str]) -> None:
+    """Replace every path in `data` by one that can be opened from the working folder."""
+    for mapping, key, keys, what in paths.paths_in(kind, data):
+        given = any(keys[: len(one)] == one for one in changed)  # on the command line
+        try:
+            mapping[key] = paths.place(mapping[key], what, "" if given else str(Path(path).parent))
+        except ValueError as error:
+            problems.append(f"{where(keys)}: {error}")
+
+
+def _missing_inputs(recipe: Recipe, path: str | Path, where: typing.Callable, written_later: str | None) -> list[str]:
+    problems = []
+    data = dataclasses.asdict(recipe if distils(recipe) else dataclasses.replace(recipe, teacher=None))
+    for mapping, key, keys, what in paths.paths_in(Recipe, json.loads(json.dumps(data))):
+        later = written_later and Path(os.path.abspath(mapping[key])).is_relative_to(os.path.abspath(written_later))
+        if not later and (problem := paths.missing(mapping[key], what, str(Path(path).parent))):
+            problems.append(f"{where(keys)}: {problem}")
+    return problems
 
 
 def load_pipeline(path: str | Path, output_dir: str | None = None) -> Pipeline:
+    """A pipeline's file. Its recipes, and the paths in `set:`, are relative to it."""
     data, lines, problems = read(path)
     changed = _override(data, {"output_dir": output_dir} if output_dir else {}, problems)
+    _place_paths(Pipeline, data, path, locator(str(path), lines, changed), changed, problems)
     pipeline = check(Pipeline, data, str(path), lines, problems, changed)
     missing = [s for s in (pipeline.teacher, *pipeline.students) if s not in pipeline.stages]
     if problems := [f"{path}: {s}: not a stage; the stages are {', '.join(pipeline.stages)}" for s in missing] + _bad_stages(
@@ -104,8 +149,14 @@ def load_sweep(path: str | Path, overrides: dict[str, typing.Any] | None = None)
     own = {field.name for field in dataclasses.fields(Sweep)}
     mine = {dotted: value for dotted, value in (overrides or {}).items() if dotted.partition(".")[0] in own or renamed(Sweep, (dotted,))}
     changed = _override(data, mine, problems)
+    _place_paths(Sweep, data, path, locator(str(path), lines, changed), changed, problems)
     if isinstance(data.get("set", {}), dict):
-        data["set"] = (data.get("set") or {}) | {dotted: value for dotted, value in (overrides or {}).items() if dotted not in mine}
+        for dotted, value in (overrides or {}).items():
+            if dotted not in mine:
+                try:  # absolute, since other paths in `set:` are relative to the file
+                    data["set"] = (data.get("set") or {}) | paths.place_changes({dotted: value}, os.getcwd())
+                except UserError as error:
+                    problems += error.problems
     sweep = check(Sweep, data, str(path), lines, problems, changed)
     if bad := _bad_stages(sweep, path, lines):
         raise UserError(*bad)
@@ -126,9 +177,24 @@ def resolve(recipe: Recipe) -> Recipe:
     return dataclasses.replace(recipe, student=student, loss=loss, train=train)
 
 
-def dump(recipe) -> str:
-    """The recipe as YAML that `load_recipe` reads back to an equal object."""
-    return yaml.dump(json.loads(json.dumps(dataclasses.asdict(recipe))), Dumper=Dumper, sort_keys=False)
+def dump(recipe, folder: str | Path | None = None) -> str:
+    """The recipe as YAML that `load_recipe` reads back to an equal object.
+
+    Paths in it are relative to `folder`, where the file will be, or else begin with `{cwd}`.
+    """
+    data = json.loads(json.dumps(dataclasses.asdict(recipe)))
+    for mapping, key, _, what in paths.paths_in(type(recipe), data):
+        mapping[key] = paths.relative_to(mapping[key], what, folder)
+    return yaml.dump(data, Dumper=Dumper, sort_keys=False)
+
+
+def comparable(recipe: Recipe) -> dict[str, typing.Any]:
+    """A recipe by dotted path, its local paths absolute: for comparing two that were read in different places."""
+    flat = flatten(recipe, lists=True)
+    for mapping, key, _, what in paths.paths_in(Recipe, flat):
+        if paths.is_local(mapping[key], what):
+            mapping[key] = os.path.abspath(mapping[key])
+    return flat
 
 
 def _override(data: dict, overrides: dict, problems: list[str]) -> set[tuple]:

@@ -10,14 +10,14 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from .dotted import flatten
-from .fields import Count, Seed, config_dataclass
+from .fields import Count, Seed, config_dataclass, path_to
 
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._=,+-]*")
 
 
 @config_dataclass
 class Stage:
-    recipe: str = Field(description="Recipe of this stage, relative to the pipeline's file.")
+    recipe: str = path_to("file", description="Recipe of this stage, relative to the pipeline's file.")
     set: dict[str, Any] = Field(default_factory=dict, description="Settings changed in it, by dotted path.")
 
 
@@ -25,7 +25,7 @@ class Stage:
 class Pipeline:
     """Several recipes run in order, then their students compared with one teacher on the same held-out rows."""
 
-    output_dir: str = Field(min_length=1, description="Where the pipeline is written: each stage in a folder of its name.")
+    output_dir: str = path_to("output", min_length=1, description="Where the pipeline is written: each stage in a folder of its name.")
     stages: dict[str, Stage] = Field(min_length=1, description="Name of each stage and what it runs, in order.")
     teacher: str = Field(description="Stage whose result is the teacher of the comparison.")
     students: tuple[str, ...] = Field(min_length=1, description="Stages whose results are compared with it.")
@@ -34,7 +34,7 @@ class Pipeline:
 @config_dataclass
 class Evaluation:
     tasks: tuple[str, ...] = Field((), description="lm-evaluation-harness tasks on which every arm is measured; none by default.")
-    tasks_dir: str | None = Field(None, description="Folder of task files for local data (llmkd tasks writes one).")
+    tasks_dir: str | None = path_to("folder", None, description="Folder of task files for local data (llmkd tasks writes one).")
     fewshot: Annotated[int, Field(ge=0)] | None = Field(
         None, description="Worked examples before each question; null for the task's own number."
     )
@@ -46,11 +46,11 @@ class Evaluation:
 class Sweep:
     """One recipe with a grid of changes, or a list of them: every combination is an arm, trained, measured and compared."""
 
-    output_dir: str = Field(min_length=1, description="Where the sweep is written: each arm in arms/ as a run of its own.")
+    output_dir: str = path_to("output", min_length=1, description="Where the sweep is written: each arm in arms/ as a run of its own.")
     stages: dict[str, Stage] = Field(
         default_factory=dict, description="Runs that the arms need first, in order, such as a tuned teacher; in stages/."
     )
-    recipe: str = Field(description="Recipe that the arms start from, relative to the sweep's file.")
+    recipe: str = path_to("file", description="Recipe that the arms start from, relative to the sweep's file.")
     set: dict[str, Any] = Field(default_factory=dict, description="Settings changed in it for every arm, by dotted path.")
     grid: dict[str, Any] = Field(default_factory=dict, description="Values by dotted path; every combination of them is an arm.")
     arms: dict[str, dict[str, Any]] = Field(

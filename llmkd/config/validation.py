@@ -4,6 +4,7 @@ import dataclasses
 import difflib
 import json
 import re
+from collections.abc import Callable
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -60,9 +61,8 @@ def renamed(kind, path: tuple) -> str | None:
     return new and ".".join([*map(str, path[:-1]), new.rpartition(".")[2]])
 
 
-def check(kind, data: dict, name: str, lines: dict, problems: list[str], changed: set[tuple]):
-    """Validate; leave out what failed and validate the rest, until it holds; then look for contradictions in it."""
-    adapter = TypeAdapter(kind)
+def locator(name: str, lines: dict, changed: set[tuple]) -> Callable[[tuple], str]:
+    """A function from a setting's keys to where it was given: on the command line, or in a line of the file."""
 
     def where(path: tuple) -> str:
         dotted = ".".join(map(str, path))
@@ -71,6 +71,12 @@ def check(kind, data: dict, name: str, lines: dict, problems: list[str], changed
         found = next((lines[path[:n]] for n in range(len(path), 0, -1) if path[:n] in lines), None)
         return f"{name}:{found}: {dotted}" if found else f"{name}: {dotted}"
 
+    return where
+
+
+def check(kind, data: dict, name: str, lines: dict, problems: list[str], changed: set[tuple]):
+    """Validate; leave out what failed and validate the rest, until it holds; then look for contradictions in it."""
+    adapter, where = TypeAdapter(kind), locator(name, lines, changed)
     broken: list[tuple] = []
     result = None
     while result is None:

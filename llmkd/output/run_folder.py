@@ -5,8 +5,7 @@ import os
 import socket
 from pathlib import Path
 
-from ..config.dotted import flatten
-from ..config.loader import dump, load_recipe
+from ..config.loader import comparable, dump, load_recipe
 from ..config.recipe import Recipe
 from ..config.schema import may_change_on_resume
 from ..errors import UserError
@@ -43,7 +42,7 @@ class RunFolder:
             if (self.path / "recipe.yaml").exists():
                 raise UserError(f"output_dir: {self.path} holds an unfinished run; go on with it by --resume, or choose another folder")
         elif (self.path / "recipe.yaml").exists():
-            before, now = (flatten(one, lists=True) for one in (load_recipe(self.path / "recipe.yaml"), self.recipe))
+            before, now = (comparable(one) for one in (load_recipe(self.path / "recipe.yaml"), self.recipe))
             differing = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]
             changed = [k for k in differing if not may_change_on_resume(k)]
             if changed:
@@ -73,7 +72,7 @@ class RunFolder:
                         f"{what} has changed since the run in {self.path} was started; give what it was, or choose another output_dir"
                     )
         write_atomic(
-            self.path / "recipe.yaml", dump(self.recipe)
+            self.path / "recipe.yaml", dump(self.recipe, self.path)
         )  # first: it marks the folder as a run's, so that a kill here can be resumed
         write_atomic(known, json.dumps(identity, indent=1))
 

@@ -1,0 +1,155 @@
+"""Paths in recipes, pipelines and sweeps: relative to which folder they are, and what may stand in them.
+
+What is read (models, tokenizers, data, other recipes) is relative to the file that names it. What is written (`output_dir`,
+`teacher.cache.path`, `data.cache_dir`) is relative to the working folder, as is everything given on the command line. A path that
+begins with `{cwd}` is relative to the working folder wherever it stands: so a recipe reads what an earlier run has written.
+`~`, `$NAME` and `${NAME}` are expanded. A name that can be one of the hub, and is no file or folder beside the recipe, is left to
+the hub. Which settings are paths is declared at their fields: see `fields.path_to`.
+"""
+
+import difflib
+import os
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from .fields import PathKind, metadata
+from .recipe import Recipe
+from .schema import section_of
+
+CWD = "{cwd}"
+_HUB_ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9._-]+)?")
+_FILE = re.compile(r"\.(jsonl?|csv|parquet|arrow|ya?ml)", re.IGNORECASE)
+
+
+def paths_in(kind: type | None, data: Any, path: tuple = ()) -> Iterator[tuple[dict, Any, tuple, PathKind]]:
+    """Every setting of plain data that is a path, as (the mapping that holds it, its key there, its path, its kind)."""
+    if isinstance(data, list):
+        for i, item in enumerate(data):
+            yield from paths_in(kind, item, (*path, i))
+    elif isinstance(data, dict) and kind is not None:
+        for dotted, value in data.items():
+            *sections, last = str(dotted).split(".")  # in `set:` a key is a dotted path
+            inner: type | None = kind
+            for section in sections:
+                inner = inner if section.isdigit() or inner is None else section_of(inner, section)
+            if inner is None:
+                continue
+            what = metadata(inner, last).path
+            if what and isinstance(value, str):
+                yield data, dotted, (*path, dotted), what
+            elif isinstance(value, dict | list):
+                yield from paths_in(inner if last.isdigit() else section_of(inner, last), value, (*path, dotted))
+
+
+def place(value: str, what: PathKind, folder: str = "") -> str:
+    """A path of a file in `folder` as it can be opened from the working folder; a hub id as it is. ValueError says what is wrong.
+
+    `folder` is empty for a path that was given on the command line.
+    """
+    if value.startswith("builtin:"):
+        return value
+    text = _expand(value)
+    if text.startswith(CWD):
+        return text.removeprefix(CWD).lstrip("/") or "."
+    if what == "output" or not folder or os.path.isabs(text) or not text:
+        return text
+    here = os.path.normpath(os.path.join(folder, text))
+    if os.path.exists(here):
+        return here
+    if os.path.exists(text):
+        raise ValueError(
+            f"found {value}, which exists only relative to the working folder {os.getcwd()}; paths in a recipe are relative to its file: "
+            f'write {os.path.relpath(text, folder)}, or "{CWD}/{text}"'
+        )
+    first, _, rest = text.partition("/")
+    return text if may_be_on_hub(text, what) and not (rest and os.path.isdir(os.path.join(folder, first))) else here
+
+
+def may_be_on_hub(text: str, what: PathKind) -> bool:
+    return what in ("model", "data") and bool(_HUB_ID.fullmatch(text)) and not _FILE.fullmatch(os.path.splitext(text)[1])
+
+
+def is_local(text: str, what: PathKind) -> bool:
+    """Whether a placed path is one of this machine, and no name of the hub or of built-in data."""
+    return not text.startswith("builtin:") and (os.path.exists(text) or os.path.isabs(text) or not may_be_on_hub(text, what))
+
+
+def relative_to(text: str, what: PathKind, folder: str | Path | None) -> str:
+    """The inverse of `place`: a placed path as a file in `folder`, or in any folder, names it. Absolute paths, outputs and hub ids stay."""
+    if what == "output" or os.path.isabs(text) or not is_local(text, what):
+        return text
+    if folder is None:
+        return f"{CWD}/{text}"
+    relative = os.path.relpath(text, folder)
+    return relative if relative.startswith("..") else os.path.join(".", relative)
+
+
+def place_changes(changes: dict[str, Any], folder: str, output_dir: str = "") -> dict[str, Any]:
+    """The `set:` of a pipeline or a sweep, or an arm's changes, with its paths placed: `{output_dir}` is the folder that it writes.
+
+    UserError has every problem, with the name of its setting.
+    """
+    written, problems = _replaced(changes, "{output_dir}", output_dir), []
+    for before, after in zip(paths_in(Recipe, changes), paths_in(Recipe, written), strict=True):
+        (old, key, path, what), (new, *_) = before, after
+        try:
+            new[key] = place(new[key], what, "" if "{output_dir}" in old[key] else folder)
+        except ValueError as error:
+            problems.append(f"--{'.'.join(map(str, path))}: {error}")
+    if problems:
+        raise UserError(*problems)
+    return written
+
+
+def _replaced(value: Any, old: str, new: str) -> Any:
+    """A copy with a text replaced in every text, however deep."""
+    if isinstance(value, dict):
+        return {key: _replaced(inner, old, new) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [_replaced(inner, old, new) for inner in value]
+    return value.replace(old, new) if isinstance(value, str) and new else value
+
+
+def _expand(value: str) -> str:
+    def variable(match: re.Match) -> str:
+        name = match[1] or match[2]
+        if name not in os.environ:
+            raise ValueError(f"found {value}, and the environment variable {name} is not set; set it, or write the path out")
+        return os.environ[name]
+
+    text = os.path.expanduser(re.sub(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})", variable, value))
+    if other := re.search(r"\{\w+\}", text.removeprefix(CWD)):
+        also = ", or in the set: of a pipeline or sweep with {output_dir}" if other[0] == "{output_dir}" else ""
+        raise ValueError(f"found {value}, where {other[0]} has no meaning; a path may begin with {CWD}, the working folder{also}")
+    return text
+
+
+def missing(text: str, what: PathKind, folder: str) -> str | None:
+    """What to say of a placed path that is to be read and does not exist; None where it exists or may be on the hub."""
+    if what == "output" or not is_local(text, what) or os.path.exists(text):
+        return None
+    place = Path(os.path.abspath(text))
+    noun = {"file": "file", "data": "file or folder"}.get(what, "folder")
+    found = f"there is no {noun} {place}"
+    if writer := _written_by(place, Path(folder or ".")):
+        return f"{found}; {writer} writes it, so run that first: llmkd train --config {writer}"
+    near = difflib.get_close_matches(place.name, os.listdir(place.parent), 1, 0.6) if place.parent.is_dir() else []
+    return found + (f"; did you mean {near[0]}?" if near else "; check the path")
+
+
+def _written_by(missing: Path, folder: Path) -> Path | None:
+    """The recipe beside this one whose run writes a path."""
+    from .yaml_loader import parse_yaml
+
+    for path in sorted(folder.glob("*.yaml")):
+        try:
+            output_dir = parse_yaml(path.read_text(encoding="utf-8"), str(path))[0].get("output_dir")
+            written = os.path.abspath(place(output_dir, "output"))
+        except Exception:  # not a recipe, or a broken one
+            continue
+        if missing.is_relative_to(written):
+            return path
+    return None
