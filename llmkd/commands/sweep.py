@@ -139,7 +139,7 @@ class SweepRecipes:
                 for problem in error.problems:
                     problems.setdefault(problem, []).append(name)
         if problems:
-            raise UserError(*(f"{_arms(names)}: {problem}" for problem, names in problems.items()))
+            raise UserError(*(f"arm {names[0]}: {problem}{_in_others(len(names) - 1)}" for problem, names in problems.items()))
         trackers.check(tuple(dict.fromkeys(name for recipe in out.values() for name in recipe.report_to)))
         return out
 
@@ -167,8 +167,8 @@ class SweepRecipes:
         return load_recipe(recipe, changes, check_inputs=self.check_inputs and bool(where), written_later=output_dir)
 
 
-def _arms(names: list[str]) -> str:
-    return f"arm {names[0]}" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+def _in_others(arms: int) -> str:
+    return f" (and in {count(arms, 'more arm')})" if arms else ""
 
 
 def group_arms(recipes: dict[str, Recipe], waiting: list[str] | None = None, students_per_teacher: int | None = None) -> list[Group]:

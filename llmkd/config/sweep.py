@@ -12,7 +12,8 @@ from pydantic import Field
 from .dotted import flatten
 from .fields import Count, Seed, config_dataclass, path_to
 
-NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._=,+-]*")
+#: Of an arm: no quotation marks are needed in YAML or a shell.
+NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]*")
 
 
 @config_dataclass
@@ -80,24 +81,24 @@ def expand(sweep: Sweep) -> list[ArmSpec]:
     if "seed" in grid:
         seeds = grid.pop("seed")
     out = []
-    for arm, changes in (_combined(grid, alone=not sweep.arms) | sweep.arms).items():
+    for arm, changes in (*_combined(grid, alone=not sweep.arms), *sweep.arms.items()):
         for seed in seeds or [changes.get("seed")]:
             own = {} if seed is None else {"seed": seed}
-            out.append(ArmSpec(f"{arm},seed={seed}" if len(seeds) > 1 else arm, arm, seed, changes | own))
+            out.append(ArmSpec(f"{arm}_seed-{seed}" if len(seeds) > 1 else arm, arm, seed, changes | own))
     return out
 
 
-def _combined(grid: dict[str, Any], alone: bool) -> dict[str, dict[str, Any]]:
-    """The grid's arms by name; without a grid the recipe itself, if it is to be `alone`."""
+def _combined(grid: dict[str, Any], alone: bool) -> list[tuple[str, dict[str, Any]]]:
+    """(name, changes) of the grid's arms; without a grid the recipe itself, if there are no other arms (`alone`)."""
     if not grid:
-        return {"recipe": {}} if alone else {}
+        return [("recipe", {})] if alone else []
     short = {path: path.rpartition(".")[2] for path in grid}
     names = {path: last if list(short.values()).count(last) == 1 else path for path, last in short.items()}
     texts = {path: _texts(values) for path, values in grid.items()}
-    out = {}
+    out = []
     for places in itertools.product(*(range(len(values)) for values in grid.values())):
         chosen = list(zip(grid, places, strict=True))
-        out[",".join(f"{names[path]}={texts[path][i]}" for path, i in chosen)] = {path: grid[path][i] for path, i in chosen}
+        out.append(("_".join(f"{names[path]}-{texts[path][i]}" for path, i in chosen), {path: grid[path][i] for path, i in chosen}))
     return out
 
 
@@ -117,7 +118,7 @@ def sweep_contradictions(sweep: Sweep) -> Iterator[tuple[tuple[str, ...], str]]:
     own = [arm for arm, changes in sweep.arms.items() if "seed" in changes]
     if own and (sweep.seeds or "seed" in grid):
         yield (f"arms.{own[0]}", "seeds", "grid"), "gives a seed of its own beside those of all arms; keep one of them"
-    same = sweep.arms.keys() & _combined({path: values for path, values in grid.items() if path != "seed"}, alone=False).keys()
+    same = sweep.arms.keys() & dict(_combined({path: values for path, values in grid.items() if path != "seed"}, alone=False)).keys()
     if same:
         yield (f"arms.{min(same)}", "grid"), "is the name of one of the grid's arms too; give it another"
     if len(set(sweep.seeds)) < len(sweep.seeds):
@@ -132,14 +133,24 @@ def sweep_contradictions(sweep: Sweep) -> Iterator[tuple[tuple[str, ...], str]]:
                     else f"sets {name}; upload an arm by hand",
                 )
     arms = expand(sweep)
+    of_name: dict[str, ArmSpec] = {}
+    for spec in arms:
+        if of_name.setdefault(spec.name, spec).changes != spec.changes and not same:
+            yield (f"arms.{spec.arm}", "arms", "grid"), f"two runs would be called {spec.name}; give the arms other names under arms:"
+            break
     for spec in arms:
         if not NAME.fullmatch(spec.name) or len(spec.name) > 150:
             yield (
                 (f"arms.{spec.arm}", "arms"),
-                "a name has letters, digits and . _ = , + - only, and at most 150 of them; give the arm one under arms:",
+                "a name has letters, digits and . _ + - only, and at most 150 of them; give the arm one under arms:",
             )
-    if sweep.baseline is not None and sweep.baseline not in {spec.arm for spec in arms}:
-        yield ("baseline",), f"found {sweep.baseline}, which is no arm; the arms are {', '.join(dict.fromkeys(s.arm for s in arms))}"
+    known = list(dict.fromkeys(spec.arm for spec in arms))
+    if sweep.baseline is not None and sweep.baseline not in known:
+        new = sweep.baseline.replace("=", "-").replace(",", "_")  # as names were written before
+        yield (
+            ("baseline",),
+            f"found {sweep.baseline}, " + (f"which is now {new}" if new in known else f"which is no arm; the arms are {', '.join(known)}"),
+        )
 
 
 def _texts(values: list[Any]) -> list[str]:

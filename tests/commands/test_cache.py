@@ -125,7 +125,7 @@ def test_the_arms_of_a_sweep_learn_from_a_cache_as_they_would_alone(world, cache
     (tmp_path / "sweep.yaml").write_text(json.dumps(sweep))
     assert main(["train", "--config", str(tmp_path / "sweep.yaml")]) == 0
     alone = loader.load_recipe(tmp_path / "base.yaml", {"output_dir": str(tmp_path / "alone"), "loss.kd_ratio": 0.9})
-    assert distance(trained_by(alone), weights(tmp_path / "sweep/arms/kd_ratio=0.9")) < 1e-6
+    assert distance(trained_by(alone), weights(tmp_path / "sweep/arms/kd_ratio-0.9")) < 1e-6
 
 
 def test_check_says_what_a_cache_and_a_quantised_teacher_lose(world, caches, make_recipe, capsys):

@@ -2,12 +2,14 @@
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import yaml
 
 from llmkd.commands.sweep import group_arms, run_sweep
 from llmkd.config import loader
@@ -93,7 +95,7 @@ def test_held_out_rows_are_kept_one_by_one_and_sum_to_the_figures(world, sweep, 
     recipe = {"data": {"train": {"path": str(world / "train.jsonl")}, "validation_fraction": 0.2, "max_length": 256}}
     folder = run_sweep(sweep(recipe, grid={"loss.kd_ratio": [0, 1]}), {"train.max_steps": 2}, False)
     tables = []
-    for name in ("kd_ratio=0", "kd_ratio=1"):
+    for name in ("kd_ratio-0", "kd_ratio-1"):
         lines = [json.loads(line) for line in (folder / "arms" / name / "held_out.jsonl").read_text().splitlines()]
         metrics = json.loads((folder / "arms" / name / "summary.json").read_text())["validation"]
         assert sum(line["targets"] for line in lines) == metrics["targets"]
@@ -105,9 +107,9 @@ def test_held_out_rows_are_kept_one_by_one_and_sum_to_the_figures(world, sweep, 
 
 
 def test_seeds_make_groups_of_their_own_and_names(sweep):
-    file = loader.load_sweep(sweep(seeds=[1, 2], baseline="kd_ratio=0,lr=0.01"))
+    file = loader.load_sweep(sweep(seeds=[1, 2], baseline="kd_ratio-0_lr-0.01"))
     specs = expand(file)
-    assert len(specs) == 12 and specs[0].name == "kd_ratio=0,lr=0.01,seed=1" and specs[0].arm == "kd_ratio=0,lr=0.01"
+    assert len(specs) == 12 and specs[0].name == "kd_ratio-0_lr-0.01_seed-1" and specs[0].arm == "kd_ratio-0_lr-0.01"
     from llmkd.commands.sweep import SweepRecipes
 
     recipes = SweepRecipes(file, Path(file.recipe), {s.name: s for s in specs})
@@ -115,7 +117,7 @@ def test_seeds_make_groups_of_their_own_and_names(sweep):
     groups = group_arms(recipes.recipes())
     assert sorted(len(g.arms) for g in groups) == [6, 6] and all(len({n[-1] for n in g.arms}) == 1 for g in groups)
     four = group_arms(recipes.recipes(), students_per_teacher=4)
-    assert [len(g.arms) for g in four] == [3, 3, 3, 3] and all(sum("kd_ratio=0," in n for n in g.arms) == 1 for g in four)
+    assert [len(g.arms) for g in four] == [3, 3, 3, 3] and all(sum("kd_ratio-0_" in n for n in g.arms) == 1 for g in four)
     one = group_arms(recipes.recipes(), students_per_teacher=1)
     assert len(one) == 12 and {g.why for g in one} == {"students_per_teacher: 1"}
 
@@ -218,7 +220,7 @@ def test_arms_at_different_steps_go_on_from_one_that_all_have(sweep, world, tmp_
     path = sweep({**HELD, "data": data}, grid={"loss.kd_ratio": [0.25, 0.75]})
     whole = run_sweep(path, {"output_dir": str(tmp_path / "whole")}, False)
     folder = run_sweep(path, {}, False)
-    for name, step in (("kd_ratio=0.25", 5), ("kd_ratio=0.75", 4)):  # killed between two saves of step 5
+    for name, step in (("kd_ratio-0.25", 5), ("kd_ratio-0.75", 4)):  # killed between two saves of step 5
         for gone in ("summary.json", "adapter", *(["checkpoints/step-5"] if step == 4 else [])):
             target = folder / "arms" / name / gone
             shutil.rmtree(target) if target.is_dir() else target.unlink()
@@ -326,13 +328,22 @@ def test_stages_come_first_and_arms_may_start_from_what_they_leave(sweep, world,
         ({"grid": {}}, "grid: neither is given"),
         ({"grid": {"loss.kd_ratio": 0.5}}, "grid.loss.kd_ratio: found 0.5, expected a list of values"),
         ({"grid": {"loss.kd_ratio": [0.5, 0.5]}}, "has a value twice"),
-        ({"grid": {"loss.kd_ratoi": [0.5, 1]}}, "arm kd_ratoi=0.5: --loss.kd_ratoi: unknown setting; did you mean loss.kd_ratio?"),
-        ({"grid": {"loss.kd_ratio": [0.5, 2]}}, "arm kd_ratio=2: --loss.kd_ratio: found 2, expected a number >= 0, <= 1"),
-        ({"baseline": "kd_ratio=9"}, "baseline: found kd_ratio=9, which is no arm; the arms are kd_ratio=0,lr=0.01"),
+        (
+            {"grid": {"loss.kd_ratoi": [0.5, 1]}},
+            "arm kd_ratoi-0.5: --loss.kd_ratoi: unknown setting; did you mean loss.kd_ratio? (and in 1 more arm)",
+        ),
+        ({"grid": {"loss.kd_ratio": [0.5, 2]}}, "arm kd_ratio-2: --loss.kd_ratio: found 2, expected a number >= 0, <= 1"),
+        ({"baseline": "kd_ratio-9"}, "baseline: found kd_ratio-9, which is no arm; the arms are kd_ratio-0_lr-0.01"),
+        ({"baseline": "kd_ratio=1,lr=0.01"}, "baseline: found kd_ratio=1,lr=0.01, which is now kd_ratio-1_lr-0.01"),
         ({"seeds": [1, 1]}, "seeds: has a seed twice"),
         ({"seeds": [1], "grid": {"seed": [1, 2]}}, "seeds: given together with seed in grid"),
         ({"arms": {"a/b": {}}}, "a name has letters, digits"),
-        ({"arms": {"kd_ratio=1,lr=0.01": {}}}, "is the name of one of the grid's arms too"),
+        ({"arms": {"a=b,c": {}}}, "a name has letters, digits"),
+        (
+            {"grid": {"student.model": ["a", "a_dtype-b"], "student.dtype": ["c", "b_dtype-c"]}},
+            "two runs would be called model-a_dtype-b_dtype-c; give the arms other names under arms:",
+        ),
+        ({"arms": {"kd_ratio-1_lr-0.01": {}}}, "is the name of one of the grid's arms too"),
         ({"arms": {"a": {"seed": 3}}, "seeds": [1]}, "gives a seed of its own beside those of all arms"),
         ({"set": {"output_dir": "x"}}, "set: changes output_dir"),
         ({"grdi": {}}, "grdi: unknown setting; did you mean grid?"),
@@ -356,9 +367,9 @@ def test_another_sweeps_folder_is_not_gone_on_with(sweep, tmp_path):
     run_sweep(path, {"train.max_steps": 1}, True)
     assert known["train.max_steps"] == 1 and state(tmp_path / "sweep")["base"] == known
     more = sweep(grid={"loss.kd_ratio": [0.5, 1.0]})  # an arm more is welcome
-    assert set(state(run_sweep(more, {"train.max_steps": 1}, True))["arms"]) == {"kd_ratio=0.5", "kd_ratio=1"}
+    assert set(state(run_sweep(more, {"train.max_steps": 1}, True))["arms"]) == {"kd_ratio-0.5", "kd_ratio-1"}
     for changes in ({"optim.lr": 5e-4}, {"seeds": [3]}):
-        with pytest.raises(UserError, match="arm kd_ratio=0.5: (optim.lr|seed): .* in the run that is to be resumed"):
+        with pytest.raises(UserError, match="arm kd_ratio-0.5: (optim.lr|seed): .* in the run that is to be resumed"):
             run_sweep(more, {"train.max_steps": 1, **changes}, True)
 
 
@@ -376,15 +387,15 @@ def test_a_failure_that_a_kill_kept_from_the_list_is_known_and_the_others_go_on(
         for gone in ("summary.json", "adapter"):
             target = folder / "arms" / name / gone
             shutil.rmtree(target) if target.is_dir() else target.unlink()
-    bad = folder / "arms/kd_ratio=0.25"
+    bad = folder / "arms/kd_ratio-0.25"
     shutil.rmtree(bad / "checkpoints")
     (bad / "nonfinite.json").write_text('{"step": 2, "term": "kd", "examples": []}')
     (folder / "sweep.json").write_text(json.dumps(data))
     run_sweep(path, {}, True)
     found = state(folder)["arms"]
     assert [arm["status"] for arm in found.values()] == ["failed", "done", "done"]
-    assert found["kd_ratio=0.25"]["reason"] == "step 2: kd is not finite"
-    for name in ("kd_ratio=0.75", "kd_ratio=1"):
+    assert found["kd_ratio-0.25"]["reason"] == "step 2: kd is not finite"
+    for name in ("kd_ratio-0.75", "kd_ratio-1"):
         assert distance(weights(whole / "arms" / name), weights(folder / "arms" / name)) == 0
         assert (folder / f"arms/{name}/metrics.jsonl").read_text().count('"loss"') == 5
 
@@ -431,13 +442,15 @@ def test_an_arm_without_a_teacher_is_measured_against_the_others_even_alone(swee
 @pytest.mark.parametrize(
     "grid, names",
     [
-        ({"teacher.model": ["runs/t1/adapter", "runs/t2/adapter"]}, ["model=runs-t1-adapter", "model=runs-t2-adapter"]),
-        ({"teacher.model": ["runs/t1", "runs/t2"]}, ["model=t1", "model=t2"]),
-        ({"optim.lr": [1e-4, 1.0000001e-4]}, ["lr=0.0001", "lr=0.00010000001"]),
-        ({"data.x": [-1, 1]}, ["x=-1", "x=1"]),
-        ({"data.x": ["é", "è"]}, ["x=none-1", "x=none-2"]),
-        ({"seed": [1, 2]}, ["recipe,seed=1", "recipe,seed=2"]),
+        ({"teacher.model": ["runs/t1/adapter", "runs/t2/adapter"]}, ["model-runs-t1-adapter", "model-runs-t2-adapter"]),
+        ({"teacher.model": ["runs/t1", "runs/t2"]}, ["model-t1", "model-t2"]),
+        ({"optim.lr": [1e-4, 1.0000001e-4]}, ["lr-0.0001", "lr-0.00010000001"]),
+        ({"data.x": [-1, 1]}, ["x--1", "x-1"]),
+        ({"data.x": ["é", "è"]}, ["x-none-1", "x-none-2"]),
+        ({"seed": [1, 2]}, ["recipe_seed-1", "recipe_seed-2"]),
     ],
 )
 def test_names_of_a_grids_arms_tell_them_apart(sweep, grid, names):
     assert [spec.name for spec in expand(loader.load_sweep(sweep(grid=grid)))] == names
+    for name in names:  # as it stands, in a shell and in YAML
+        assert shlex.quote(name) == name and yaml.safe_load(f"{{model: arms/{name}/model}}") == {"model": f"arms/{name}/model"}

@@ -34,21 +34,21 @@ def test_every_arm_is_measured_compared_and_reported(file, tmp_path, capsys):
     out = tmp_path / "sweep"
     assert str(out / "report.html") in capsys.readouterr().out
     text = (out / "report.md").read_text()
-    for name in ("kd_ratio=0,seed=1", "kd_ratio=1,seed=2"):
+    for name in ("kd_ratio-0_seed-1", "kd_ratio-1_seed-2"):
         items = record_files.read_items(out / "arms" / name, "hellaswag")
         record = record_files.read_record(out / "arms" / name, "hellaswag")
         assert len(items) == 9 and record["metrics"]["acc"]["value"] == pytest.approx(sum(i["metrics"]["acc"] for i in items) / 9)
-    assert "kd_ratio=1" in text and "hellaswag" in text
-    written = (out / "arms/kd_ratio=0,seed=1/eval/hellaswag.json").stat().st_mtime_ns
+    assert "kd_ratio-1" in text and "hellaswag" in text
+    written = (out / "arms/kd_ratio-0_seed-1/eval/hellaswag.json").stat().st_mtime_ns
     assert main(["sweep", "--config", file, "--resume"]) == 0
-    assert (out / "arms/kd_ratio=0,seed=1/eval/hellaswag.json").stat().st_mtime_ns == written
+    assert (out / "arms/kd_ratio-0_seed-1/eval/hellaswag.json").stat().st_mtime_ns == written
     assert "every arm is done" in capsys.readouterr().err
-    runs = [f"{arm}={','.join(str(out / f'arms/{arm},seed={s}') for s in (1, 2))}" for arm in ("kd_ratio=0", "kd_ratio=1")]
-    assert main(["compare", *[run.replace("kd_ratio=", "kd", 1) for run in runs]]) == 0
+    runs = [f"{arm}={','.join(str(out / f'arms/{arm}_seed-{s}') for s in (1, 2))}" for arm in ("kd_ratio-0", "kd_ratio-1")]
+    assert main(["compare", *runs]) == 0
     assert "held_out ce" in (said := capsys.readouterr().out) and "hellaswag acc" in said
-    changed = out / "arms/kd_ratio=1,seed=2/eval/hellaswag.jsonl"
+    changed = out / "arms/kd_ratio-1_seed-2/eval/hellaswag.jsonl"
     changed.write_text(changed.read_text().replace('"acc": 0.0', '"acc": 1.0', 1))
-    assert main(["compare", *[run.replace("kd_ratio=", "kd", 1) for run in runs], "--tasks", "hellaswag"]) == 2
+    assert main(["compare", *runs, "--tasks", "hellaswag"]) == 2
     assert f"{changed}: is not what hellaswag.json was made of" in capsys.readouterr().err
 
 
@@ -63,8 +63,8 @@ def test_a_failed_arm_is_said_at_the_end_and_the_others_are_measured(file, tmp_p
 
     monkeypatch.setattr(Distiller, "forward", forward)
     assert main(["sweep", "--config", file, "--seeds", "[1]"]) == 2
-    assert "llmkd: arm kd_ratio=1: step 1: gradient is not finite" in capsys.readouterr().err
-    assert record_files.read_record(tmp_path / "sweep/arms/kd_ratio=0", "hellaswag")
+    assert "llmkd: arm kd_ratio-1: step 1: gradient is not finite" in capsys.readouterr().err
+    assert record_files.read_record(tmp_path / "sweep/arms/kd_ratio-0", "hellaswag")
     assert "not finite" in (tmp_path / "sweep/report.md").read_text()
 
 
