@@ -87,12 +87,14 @@ def recipes(options, teacher: dict | None, folder: Path, count: int) -> list:
 
 def trained(many: list) -> tuple[float, float, int]:
     """Seconds of the training loop, the share of it that the teacher took, and targets passed."""
+    from llmkd.training.build import build_setup
     from llmkd.training.launch import start
     from llmkd.training.prepare import prepare
     from llmkd.training.trainer import Trainer
 
     with ShutdownRequest() as stop:
-        trainer = Trainer(many, many[0], prepare(many[0]), [RunFolder(recipe, False) for recipe in many], start(), stop)
+        folders, accelerator = [RunFolder(recipe, False) for recipe in many], start()
+        trainer = Trainer(build_setup(many, many[0], prepare(many[0]), folders, accelerator, stop), many[0], accelerator, stop)
         trainer.teacher = asked = Timed(trainer.teacher) if trainer.teacher else None
         before = time.perf_counter()
         trainer.train()

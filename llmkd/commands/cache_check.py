@@ -23,7 +23,7 @@ from ..teachers.live import LiveTeacher
 from ..teachers.resolve import TeacherSource, check_cache, examples_of
 from ..training.launch import start
 from ..training.prepare import Prepared
-from ..training.validate import validate
+from ..training.validate import Evaluator
 from .cache import select_teachers
 
 
@@ -79,7 +79,7 @@ def compare_transformed(recipe: Recipe, prepared: Prepared, source: TeacherSourc
     del model
     gc.collect()
     (model,) = load_models([], [(source.setting, source.settings)], vocab, accelerator.device, recipe.seed)[1]
-    found = validate([model], before, sample, pad, size, accelerator, progress=progress_bar("the quantised teacher"))[0].metrics()
+    found = Evaluator(accelerator, pad, size).validate([model], before, sample, progress_bar("the quantised teacher"))[0].metrics()
     row = {name: found[name] for name in ("forward_kl", "reverse_kl", "top1_agreement")}
     itself = {"forward_kl": 0.0, "reverse_kl": 0.0, "top1_agreement": 1.0}
     return [
@@ -102,7 +102,7 @@ def compare_cached(recipe: Recipe, prepared: Prepared, source: TeacherSource, sa
         ("live", LiveTeacher(models[0])),
         (str(source.settings.cache.path), CachedTeacher(source.cache, accelerator.device)),
     ):
-        found = validate(students, teacher, sample, pad, size, accelerator, progress=progress_bar(name))[0].metrics()
+        found = Evaluator(accelerator, pad, size).validate(students, teacher, sample, progress_bar(name))[0].metrics()
         rows.append({source.setting: name} | {metric: found[metric] for metric in TEACHER_METRICS if metric in found})
     return rows
 

@@ -70,7 +70,7 @@ def drift(merged, files: ModelFiles, tokenizer, vocab: int, run: Path, saved: Pa
     from ..models.merge import load_trained_weights
     from ..teachers.live import LiveTeacher
     from ..training.launch import start
-    from ..training.validate import validate
+    from ..training.validate import Evaluator
 
     sample, where = _sample(run, vocab)
     accelerator = start()
@@ -78,7 +78,7 @@ def drift(merged, files: ModelFiles, tokenizer, vocab: int, run: Path, saved: Pa
     if saved:
         load_trained_weights(trained.model, saved)
     plain = LanguageModel(merged.to(accelerator.device), vocab).eval()
-    found = validate([plain], LiveTeacher(trained), sample, tokenizer.eos_token_id, 4, accelerator)[0].metrics()
+    found = Evaluator(accelerator, tokenizer.eos_token_id, 4).validate([plain], LiveTeacher(trained), sample)[0].metrics()
     metrics = {
         "ce": found["ce"],
         "trained_ce": found["teacher_ce"],

@@ -82,12 +82,12 @@ def compare(pipeline: Pipeline, recipes: dict[str, Recipe]) -> dict[str, dict[st
 
 def measure(model, teacher, prepared: Prepared, recipe: Recipe, accelerator) -> dict[str, float]:
     """ce, kl_to_teacher (forward KL, in nats), top1_agreement; with questions also accuracy and its standard error."""
-    from ..training.validate import accuracy, validate
+    from ..training.validate import Evaluator
 
-    pad, size, questions = prepared.tokenizer.eos_token_id, recipe.validation.micro_batch_size, prepared.questions
-    metrics = validate([model], teacher, prepared.validation, pad, size, accelerator, None, progress_bar("validation"))[0].metrics()
+    evaluator = Evaluator(accelerator, prepared.tokenizer.eos_token_id, recipe.validation.micro_batch_size)
+    metrics = evaluator.validate([model], teacher, prepared.validation, progress_bar("validation"))[0].metrics()
     out = {"ce": metrics["ce"], "kl_to_teacher": metrics["forward_kl"], "top1_agreement": metrics["top1_agreement"]}
-    if questions:
-        scored = accuracy(model, questions.examples, questions.answers, questions.counts, pad, size, accelerator, progress_bar("questions"))
+    if prepared.questions:
+        scored = evaluator.accuracy(model, prepared.questions, progress_bar("questions"))
         out |= {k: scored[k] for k in ("accuracy", "accuracy_stderr")}
     return out

@@ -2,10 +2,8 @@
 
 import json
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
-from ..config.recipe import Recipe
 from ..files import read_jsonl, write_atomic
 from .trackers import Trackers
 
@@ -19,12 +17,12 @@ class MetricsLog:
     A resumed run writes on from its checkpoint: what was recorded after it is dropped.
     """
 
-    def __init__(self, recipe: Recipe, folder: Path, done: int, info: Callable[[str], None]):
+    def __init__(self, folder: Path, done: int, trackers: Trackers):
         self.path = folder / "metrics.jsonl"
         if self.path.exists():
             kept = [r for r in read_jsonl(self.path) if r["step"] <= done] if done else []
             write_atomic(self.path, "".join(json.dumps(r) + "\n" for r in kept))
-        self.trackers = Trackers(recipe, folder, done, info)
+        self.trackers = trackers
 
     def step(self, step: int, epoch: int, terms: dict[str, float], lr: float, grad_norm: float, targets: int, speed: float) -> None:
         measured = {"grad_norm": grad_norm, "targets": targets, "targets_per_s": round(speed, 1), "peak_memory": peak_memory()}

@@ -1,33 +1,134 @@
-"""From a recipe to the parts of a trainer: models in memory, the order of the data, students with their optimizers."""
+"""Builds the finished parts of a training run, which the trainer then drives: models, teacher, batch source, students."""
 
+import functools
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 
-from ..config.recipe import Loss, Recipe, Teacher
+from ..batch import Batch
+from ..config.recipe import Data, Loss, Optim, Recipe, Train
+from ..config.recipe import Teacher as TeacherSettings
 from ..console import info
+from ..data.batch_source import TrainingSource
 from ..data.batching import TokenBudget
-from ..errors import UserError
+from ..errors import Stopped, UserError, attribute_to_student, on_main_process
 from ..losses.divergences import make_divergence
 from ..losses.objective import Objective
 from ..losses.terms import HeadTerm, Term
 from ..models.compile import compile_layers, configure_torch_compile
 from ..models.language_model import LanguageModel
 from ..models.load import AroundTransform, load_models
+from ..output.run_folder import RunFolder
+from ..signals import Teacher
+from ..teachers.fidelity import measured_transform, sample_teacher_batches
+from ..teachers.mixture import combine_teachers
+from . import checkpoint
 from . import optim as optimizers
+from .auto_batch import head_chunk_size
 from .distiller import Distiller
 from .loop import StudentState
 from .optim import learning_rate
-from .prepare import micro_batch
+from .prepare import Prepared, micro_batch_size
+from .student_run import StudentRun
+
+
+@dataclass(frozen=True)
+class TrainingSetup:
+    """The finished parts of a training run.
+
+    prepared   data, tokenizer and the models' files
+    source     where the micro-batches of this process come from
+    teacher    None without one; where no student learns from it, it serves validation alone
+    students   one, or several side by side before one teacher; restored, their folders locked
+    fidelity   how far merged or quantised teachers are from themselves, by setting
+    done       steps done before, by the checkpoint that is resumed from
+    """
+
+    prepared: Prepared
+    source: TrainingSource
+    teacher: Teacher | None
+    students: tuple[StudentRun, ...]
+    fidelity: dict[str, float]
+    done: int
+
+
+def build_setup(
+    recipes: list[Recipe], teacher_recipe: Recipe, prepared: Prepared, folders: list[RunFolder], accelerator, stop_asked: Callable[[], bool]
+) -> TrainingSetup:
+    """Several recipes may differ in student.lora, loss and optim only, and in the adapter that student.model names on one base.
+
+    teacher_recipe   the recipe whose data and teacher are used (`prepared` was made of it)
+
+    The order of construction: models, all at once, since they may share weights; the teacher; this process's batch source; each
+    student's terms, optimizer and schedule, which need the number of steps; only then are the folders locked, when nothing is left
+    that could be refused; last the newest checkpoint is loaded.
+    """
+    device, recipe = accelerator.device, recipes[0]
+    live = [(source.setting, source.settings) for source in prepared.teachers if source.needs_model]
+    around_transform = functools.partial(measured_transform, functools.partial(teacher_probe, recipe, prepared, device))
+    try:
+        models, teacher_models = load(recipes, live, prepared.vocab, device, around_transform)
+    except UserError:
+        if stop_asked():  # a signal to the whole group ends a compiler too, which is nobody's mistake
+            raise Stopped("stopped by a signal before the first step; the same command starts again") from None
+        raise
+    fidelity = {f"{name}.{k}": v for (name, _), model in zip(live, teacher_models, strict=True) for k, v in model.fidelity.items()}
+    found = iter(teacher_models)
+    opened = [source.open(device, found) for source in prepared.teachers]
+    teacher = combine_teachers(opened, [source.settings for source in prepared.teachers], teacher_recipe.mixture) if opened else None
+    source = prepared.source.for_rank(accelerator.process_index, accelerator.num_processes, device)
+    students, chunk_size = [], head_chunk_size(prepared.vocab, device, info)
+    for k, (own, folder, model) in enumerate(zip(recipes, folders, models, strict=True)):
+        with attribute_to_student(k):
+            state = build_student(own, model, source.total_steps, accelerator, chunk_size)
+            own_data = prepared if own is teacher_recipe else prepared.of(own)
+            students.append(StudentRun(own, own_data, folder, model, state, accelerator.is_main_process))
+    lock_folders(students, accelerator)
+    done = restore(students, source, accelerator.is_main_process) if folders[0].resume else 0
+    return TrainingSetup(prepared, source, teacher, tuple(students), fidelity, done)
+
+
+def teacher_probe(recipe: Recipe, prepared: Prepared, device, setting: str) -> list[Batch]:
+    """Some of the batches that the teacher of that setting will see."""
+    number = [source.setting for source in prepared.teachers].index(setting)
+    size, pad = recipe.validation.micro_batch_size, prepared.tokenizer.eos_token_id
+    return sample_teacher_batches(prepared.train, number, size, pad, device)
+
+
+def lock_folders(students: list[StudentRun], accelerator) -> None:
+    """The first process locks the students' folders; if one cannot be locked, every process raises the error."""
+
+    def take() -> None:
+        for k, student in enumerate(students):
+            with attribute_to_student(k):
+                student.folder.claim(student.prepared.identity)
+
+    on_main_process(accelerator, take)
+
+
+def restore(students: list[StudentRun], source: TrainingSource, main: bool) -> int:
+    """Load the newest checkpoint that all students have; returns its step, or 0 without one."""
+    folders = [student.folder for student in students]
+    saved = checkpoint.newest([folder.checkpoints for folder in folders], info)
+    done = saved[0].step if saved else 0
+    for student, one in zip(students, saved, strict=False):
+        student.restore(one)
+        source.restore(one.state)
+    for folder in folders if main and saved else ():
+        checkpoint.drop_after(folder.checkpoints, done)
+    where = f"resuming after step {done} of {source.total_steps}"
+    info(where if saved else f"{folders[0].path} has no checkpoint to resume from; starting at step 1")
+    return done
 
 
 def load(
-    recipes: list[Recipe], teachers: list[tuple[str, Teacher]], vocab: int, device, around_transform: AroundTransform
+    recipes: list[Recipe], teachers: list[tuple[str, TeacherSettings]], vocab: int, device, around_transform: AroundTransform
 ) -> tuple[list[LanguageModel], list[LanguageModel]]:
     """The recipes' students and the teachers, by their settings' names, ready for packed rows and compiled where the recipe says so."""
     recipe = recipes[0]
     if recipe.train.compile:
         configure_torch_compile(device)
-    packing = recipe.data.packing * longest_row(recipe)
+    packing = recipe.data.packing * longest_row(recipe.train, recipe.data)
     students, found = load_models([one.student for one in recipes], teachers, vocab, device, recipe.seed, packing, around_transform)
     every = [
         *(("student.model", one) for one in students),
@@ -47,10 +148,10 @@ def load(
     return students, found
 
 
-def longest_row(recipe: Recipe) -> int:
+def longest_row(train: Train, data: Data) -> int:
     """The tokens that a packed row may hold."""
-    size, most = micro_batch(recipe), recipe.data.max_length
-    return max(most, min(size.tokens, recipe.train.batch_size * most)) if isinstance(size, TokenBudget) else size * most
+    size, most = micro_batch_size(train, data.packing), data.max_length
+    return max(most, min(size.tokens, train.batch_size * most)) if isinstance(size, TokenBudget) else size * most
 
 
 def build_student(recipe: Recipe, student: LanguageModel, total_steps: int, accelerator, chunk_size: int | None = None) -> StudentState:
@@ -59,11 +160,10 @@ def build_student(recipe: Recipe, student: LanguageModel, total_steps: int, acce
     distiller = Distiller(student, [term.to(accelerator.device) for term in build_terms(recipe.loss, chunk_size)])
     parameters = distiller.trainable()
     optimizer = optimizers.build(optim, parameters)
-    if (
-        student.capabilities.parameters_without_gradient and accelerator.num_processes > 1
-    ):  # or the processes would wait for gradients that never come
+    if student.capabilities.parameters_without_gradient and accelerator.num_processes > 1:
+        # Oddity: accelerate has no argument for it. Without it the processes would wait for gradients that never come.
         accelerator.ddp_handler.find_unused_parameters = True
-    return StudentState(accelerator.prepare_model(distiller), optimizer, parameters, schedule(recipe, total_steps), optim.max_grad_norm)
+    return StudentState(accelerator.prepare_model(distiller), optimizer, parameters, schedule(optim, total_steps), optim.max_grad_norm)
 
 
 def build_terms(loss: Loss, chunk_size: int | None = None) -> list[Term]:
@@ -72,9 +172,8 @@ def build_terms(loss: Loss, chunk_size: int | None = None) -> list[Term]:
     return [HeadTerm(Objective(loss.kd_ratio, loss.temperature, divergence), loss.chunk_size or chunk_size)]
 
 
-def schedule(recipe: Recipe, total: int) -> Callable[[int], float]:
+def schedule(optim: Optim, total: int) -> Callable[[int], float]:
     """The learning rate by step."""
-    optim = recipe.optim
     if optim.warmup_steps and optim.warmup_steps > total:
         raise UserError(
             f"optim.warmup_steps: found {optim.warmup_steps}, and the whole run has {total} steps; lower it, or use optim.warmup_ratio"

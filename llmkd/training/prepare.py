@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..config.fields import as_tuple, with_setting_names
-from ..config.recipe import Recipe, distils
+from ..config.recipe import Recipe, Train, distils
 from ..console import info
 from ..data.batch_source import Collator, PlannedSource, TrainingSource
 from ..data.batching import MOST_TOKENS, BatchPlan, TokenBudget
@@ -142,7 +142,9 @@ def encode_data(recipe: Recipe, rows: dict[str, list[Rows]], tokenizer, vocab: i
         refuse_empty_sources(train.examples, data)
         report_examples(train)
         collator = Collator(tokenizer.eos_token_id, data.packing, data.share_prefixes)
-        source = PlannedSource(train.examples, train.places, batch_plan(recipe, train.examples), micro_batch(recipe), collator)
+        source = PlannedSource(
+            train.examples, train.places, batch_plan(recipe, train.examples), micro_batch_size(recipe.train, data.packing), collator
+        )
     if held_out:
         report_examples(held_out)
         refuse_unknown_tokens(vocab, held_out, tokenizer)
@@ -192,17 +194,17 @@ def batch_plan(recipe: Recipe, examples: Examples) -> BatchPlan:
 
 
 def _stream(recipe: Recipe, tokenizer) -> StreamSource:
-    train, (source,) = recipe.train, as_tuple(recipe.data.train)
+    train, (source,), size = recipe.train, as_tuple(recipe.data.train), micro_batch_size(recipe.train, recipe.data.packing)
     teacher = teacher_index(source, as_tuple(recipe.teacher))
-    stream = StreamSource(source, recipe.data, tokenizer, recipe.seed, train.batch_size, micro_batch(recipe), train.max_steps, teacher)
+    stream = StreamSource(source, recipe.data, tokenizer, recipe.seed, train.batch_size, size, train.max_steps, teacher)
     info(f"train: streaming {source.path}")
     return stream
 
 
-def micro_batch(recipe: Recipe) -> int | TokenBudget:
-    """How large a micro-batch may be; for `auto` the bound, until it is measured."""
-    tokens = recipe.train.micro_batch_tokens
-    return TokenBudget(MOST_TOKENS if tokens == "auto" else tokens, recipe.data.packing) if tokens else recipe.train.micro_batch_size
+def micro_batch_size(train: Train, packing: bool) -> int | TokenBudget:
+    """How large a micro-batch may be, in examples or tokens; for `auto` the bound, until it is measured."""
+    tokens = train.micro_batch_tokens
+    return TokenBudget(MOST_TOKENS if tokens == "auto" else tokens, packing) if tokens else train.micro_batch_size
 
 
 def check_packages(recipe: Recipe) -> None:

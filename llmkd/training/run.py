@@ -31,15 +31,18 @@ def run(recipe: Recipe, resume: bool = False, stop: ShutdownRequest | None = Non
 def train_together(
     recipes: list[Recipe], folders: list[RunFolder], stop: ShutdownRequest, teacher_recipe: Recipe | None = None
 ) -> list[NonFinite | None]:
-    """Train the recipes' students side by side. Returns each student's failure, or None. See `trainer.Trainer`."""
+    """Train the recipes' students side by side. Returns each student's failure, or None. See `build.build_setup`."""
     teacher_recipe = teacher_recipe or recipes[0]
     prepared = prepare(teacher_recipe)
     if stop():
         raise Stopped("stopped by a signal before anything was trained; go on with --resume")
+    from .build import build_setup
     from .trainer import Trainer
 
     try:
-        trainer = Trainer(recipes, teacher_recipe, prepared, folders, start(), stop)
+        accelerator = start()
+        setup = build_setup(recipes, teacher_recipe, prepared, folders, accelerator, stop)
+        trainer = Trainer(setup, recipes[0], accelerator, stop)
         trainer.train()
         trainer.finish()
         return [student.failure for student in trainer.students]

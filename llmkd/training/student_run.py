@@ -12,6 +12,7 @@ from ..models.language_model import LanguageModel
 from ..output import metrics, plots
 from ..output.model_card import model_card
 from ..output.run_folder import RunFolder
+from ..output.trackers import Trackers
 from . import checkpoint
 from .loop import StudentState
 from .prepare import Prepared
@@ -27,7 +28,7 @@ class StudentRun:
 
     def open_metrics(self, done: int, info) -> None:
         if self.main:
-            self.record = metrics.MetricsLog(self.recipe, self.folder.path, done, info)
+            self.record = metrics.MetricsLog(self.folder.path, done, Trackers(self.recipe, self.folder.path, done, info))
 
     def restore(self, saved: checkpoint.Saved) -> None:
         checkpoint.load(saved, self.state.parameters, self.state.optimizer)

@@ -1,109 +1,50 @@
-"""Models, optimizers and folders together: trains one student, or several side by side before one teacher.
+"""The trainer: trains one student, or several side by side before one teacher, and does what falls due between steps.
 
-`Trainer` holds what students share (teacher, data, plan, the progress bar) and does what falls due between steps; a `StudentRun` is
-one student with its own recipe and folder. An ordinary run has one student.
+The parts are built in build.py, in the order that is stated there. A `StudentRun` is one student with its own recipe and folder.
 """
 
 import contextlib
-import functools
+import dataclasses
 import math
 from collections.abc import Callable
 from pathlib import Path
 
-from ..batch import Batch
 from ..config.recipe import Recipe
-from ..console import info, progress_bar, table
+from ..console import progress_bar, table
 from ..data.examples import Examples
-from ..errors import Stopped, UserError, attribute_to_student, on_main_process
+from ..errors import Stopped, UserError
 from ..models.language_model import LanguageModel
 from ..output.progress import ProgressDisplay
-from ..output.run_folder import RunFolder
 from ..signals import Teacher
-from ..teachers.fidelity import measured_transform, sample_examples, sample_teacher_batches
-from ..teachers.mixture import combine_teachers
-from . import checkpoint
-from .auto_batch import AutoBatchSize, head_chunk_size
-from .build import build_student, load
+from ..teachers.fidelity import sample_examples
+from .auto_batch import AutoBatchSize
+from .build import TrainingSetup
 from .loop import StepHooks, StudentState, no_retry, train, unwrap
-from .prepare import Prepared
+from .shutdown import ShutdownRequest
 from .student_run import StudentRun
 from .teacher_check import message
-from .validate import HeldOut, accuracy, validate
+from .validate import Evaluator, HeldOut
 
 
 class Trainer:
-    """Several recipes may differ in student.lora, loss and optim only, and in the adapter that student.model names on one base.
+    """Drives a setup of finished parts: training steps, and the validation, checkpoints and stops that fall due between them.
 
-    `teacher_recipe`: the recipe whose data and teacher are used (`prepared` was made of it). If no student of this group distils, its
-    teacher is used for validation metrics only.
+    recipe   of the first student; of its settings those are read here that all students have in common
     """
 
-    def __init__(self, recipes: list[Recipe], teacher_recipe: Recipe, prepared: Prepared, folders: list[RunFolder], accelerator, stop):
-        recipe = recipes[0]
-        self.recipe, self.prepared, self.accelerator, self.stop = recipe, prepared, accelerator, stop
-        self.main, self.pad = accelerator.is_main_process, prepared.tokenizer.eos_token_id
-        live = [(one.setting, one.settings) for one in prepared.teachers if one.needs_model]
-        try:
-            around_transform = functools.partial(measured_transform, self.teacher_probe)
-            models, teacher_models = load(recipes, live, prepared.vocab, accelerator.device, around_transform)
-        except UserError:
-            if stop():  # a signal to the whole group ends a compiler too, which is nobody's mistake
-                raise Stopped("stopped by a signal before the first step; the same command starts again") from None
-            raise
-        self.teacher = self.build_teacher(teacher_recipe, teacher_models)
-        self.fidelity = {f"{name}.{k}": v for (name, _), model in zip(live, teacher_models, strict=True) for k, v in model.fidelity.items()}
-        self.source = prepared.source.for_rank(accelerator.process_index, accelerator.num_processes, accelerator.device)
-        self.students, chunk_size = [], head_chunk_size(prepared.vocab, accelerator.device, info)
-        for k, (own, folder, model) in enumerate(zip(recipes, folders, models, strict=True)):
-            with attribute_to_student(k):
-                state = build_student(own, model, self.source.total_steps, accelerator, chunk_size)
-                own_data = prepared if own is teacher_recipe else prepared.of(own)
-                self.students.append(StudentRun(own, own_data, folder, model, state, self.main))
-        self.lock_folders()
-        self.done = self.written = self.resume(folders)
+    def __init__(self, setup: TrainingSetup, recipe: Recipe, accelerator, stop: ShutdownRequest):
+        self.recipe, self.accelerator, self.stop, self.main = recipe, accelerator, stop, accelerator.is_main_process
+        self.prepared, self.source, self.teacher, self.students = setup.prepared, setup.source, setup.teacher, setup.students
+        self.fidelity, self.done, self.written = setup.fidelity, setup.done, setup.done
+        pad, size = self.prepared.tokenizer.eos_token_id, recipe.validation.micro_batch_size
+        self.evaluator = Evaluator(accelerator, pad, size, stop)
         self.display = ProgressDisplay(self.source.total_steps, self.done, self.main)
         for student in self.students:
             student.open_metrics(self.done, self.display.info)
-        trained, every = (sum(p.numel() for p in ps) for ps in (self.students[0].state.parameters.values(), models[0].parameters()))
-        others = f", beside {len(models) - 1} more students" if len(models) > 1 else ""
+        first = self.students[0]
+        trained, every = (sum(p.numel() for p in ps) for ps in (first.state.parameters.values(), first.model.parameters()))
+        others = f", beside {len(self.students) - 1} more students" if len(self.students) > 1 else ""
         self.display.info(f"student: {every:,} parameters, {trained:,} of them train{others}; {self.source.total_steps} steps")
-
-    def build_teacher(self, recipe: Recipe, live: list[LanguageModel]) -> Teacher | None:
-        """The teacher of a step: models in memory, teacher caches, or a mixture of them."""
-        sources, models = self.prepared.teachers, iter(live)
-        each = [source.open(self.accelerator.device, models) for source in sources]
-        return combine_teachers(each, [source.settings for source in sources], recipe.mixture) if each else None
-
-    def teacher_probe(self, setting: str) -> list[Batch]:
-        """Some of the batches that the teacher of that name will see."""
-        number = [one.setting for one in self.prepared.teachers].index(setting)
-        size = self.recipe.validation.micro_batch_size
-        return sample_teacher_batches(self.prepared.train, number, size, self.pad, self.accelerator.device)
-
-    def lock_folders(self) -> None:
-        """The first process locks the students' folders; if one cannot be locked, every process raises the error."""
-
-        def take() -> None:
-            for k, student in enumerate(self.students):
-                with attribute_to_student(k):
-                    student.folder.claim(student.prepared.identity)
-
-        on_main_process(self.accelerator, take)
-
-    def resume(self, folders: list[RunFolder]) -> int:
-        """Load the newest checkpoint that all students have; returns its step."""
-        if not folders[0].resume:
-            return 0
-        saved = checkpoint.newest([folder.checkpoints for folder in folders], info)
-        done = saved[0].step if saved else 0
-        for student, one in zip(self.students, saved, strict=False):
-            student.restore(one)
-            self.source.restore(one.state)
-        for folder in folders if self.main and saved else ():
-            checkpoint.drop_after(folder.checkpoints, done)
-        where = f"resuming after step {done} of {self.source.total_steps}"
-        info(where if saved else f"{folders[0].path} has no checkpoint to resume from; starting at step 1")
-        return done
 
     @property
     def active(self) -> list[StudentRun]:
@@ -195,10 +136,9 @@ class Trainer:
         self.display.info(message(found, len(sample), self.prepared.teachers, self.prepared.student))
 
     def measure(self, students: list[LanguageModel], data: Examples, name: str, step: int) -> list[HeldOut]:
-        """Every student on all of the data; a stop is heard meanwhile."""
-        size = self.recipe.validation.micro_batch_size
+        """Every student on all of the data; a signal that arrives meanwhile stops the run."""
         try:
-            return validate(students, self.teacher, data, self.pad, size, self.accelerator, self.stop, progress_bar(name))
+            return self.evaluator.validate(students, self.teacher, data, progress_bar(name))
         except Stopped:
             raise self.stopped(step) from None
         finally:
@@ -236,21 +176,9 @@ class Trainer:
 
     def finish(self) -> None:
         """Write every student; of a single one also print a short table."""
-        questions = self.prepared.questions
+        questions, evaluator = self.prepared.questions, dataclasses.replace(self.evaluator, stop=None)
         for student in self.active:
-            scored = {}
-            if questions:
-                size = self.recipe.validation.micro_batch_size
-                args = (
-                    questions.examples,
-                    questions.answers,
-                    questions.counts,
-                    self.pad,
-                    size,
-                    self.accelerator,
-                    progress_bar("questions"),
-                )
-                scored = accuracy(student.model, *args)
+            scored = evaluator.accuracy(student.model, questions, progress_bar("questions")) if questions else {}
             if self.main:
                 output = student.finish(self.source.total_steps, scored)
                 if len(self.students) == 1:

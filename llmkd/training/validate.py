@@ -1,8 +1,9 @@
-"""What a student is worth on held-out rows: cross-entropy, true KL both ways, agreement, entropies; multiple choice."""
+"""Validation: cross-entropy, KL both ways, top-1 agreement and entropies on held-out rows; accuracy on multiple choice."""
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -11,17 +12,19 @@ from torch import Tensor
 from ..batch import Batch
 from ..data.batching import make_micro_batches
 from ..data.collate import collate
+from ..data.dataset import Questions
 from ..data.examples import Examples
 from ..errors import Stopped
 from ..losses.divergences import forward_kl, reverse_kl
 from ..losses.fused import default_chunk
 from ..models.language_model import LanguageModel
 from ..signals import TEACHER_METRICS, Signal, Teacher
+from .shutdown import ShutdownRequest
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """What was measured on held-out examples, one by one: `sums[name]` [examples] over each example's `targets`, in nats."""
+    """Metrics of each held-out example: `sums[name]` [examples] over each example's `targets`, in nats."""
 
     targets: np.ndarray
     sums: dict[str, np.ndarray]
@@ -33,84 +36,77 @@ class HeldOut:
         return {"ce": means.pop("ce"), "perplexity": math.exp(min(self.sums["ce"].sum() / count, 700))} | means | {"targets": count}
 
 
-@torch.no_grad()
-def validate(
-    students: list[LanguageModel],
-    teacher: Teacher | None,
-    data: Examples,
-    pad: int,
-    micro_batch_size: int,
-    accelerator,
-    stop=None,
-    progress=iter,
-) -> list[HeldOut]:
-    """Every student on all targets of `data`, at temperature 1 and over all processes; the teacher speaks once for all of them.
+@dataclass(frozen=True)
+class Evaluator:
+    """Measures students on held-out examples, spread over all processes; it changes neither weights nor training mode.
 
-    ce and entropy of the student; with a teacher also forward_kl KL(p || q), reverse_kl KL(q || p), agreement (1 where both find
-    the same token likeliest), teacher_ce and teacher_entropy, as far as they can be told of it. Changes neither weights nor training mode. Raises Stopped when a
-    signal came meanwhile.
+    stop   a signal that arrives meanwhile raises Stopped
     """
-    names = ["ce", "entropy"] + [name for name in TEACHER_METRICS if teacher and name in teacher.metrics]
-    sums_FE = [torch.zeros(len(names), len(data), dtype=torch.float64, device=accelerator.device) for _ in students]
-    for batch in _batches(students, data, pad, micro_batch_size, accelerator, stop, progress):
-        signal = teacher(batch) if teacher else None
-        for student, sums in zip(students, sums_FE, strict=True):
+
+    accelerator: Any
+    pad: int
+    micro_batch_size: int
+    stop: ShutdownRequest | None = None
+
+    @torch.no_grad()
+    def validate(self, students: list[LanguageModel], teacher: Teacher | None, data: Examples, progress=iter) -> list[HeldOut]:
+        """Every student on all targets of `data`, at temperature 1; the teacher is computed once for all of them.
+
+        ce and entropy of the student; with a teacher also forward_kl KL(p || q), reverse_kl KL(q || p), top1_agreement (1 where both
+        find the same token likeliest), teacher_ce and teacher_entropy, as far as its signals allow.
+        """
+        names = ["ce", "entropy"] + [name for name in TEACHER_METRICS if teacher and name in teacher.metrics]
+        sums_FE = [torch.zeros(len(names), len(data), dtype=torch.float64, device=self.accelerator.device) for _ in students]
+        for batch in self._batches(students, data, progress):
+            signal = teacher(batch) if teacher else None
+            for student, sums in zip(students, sums_FE, strict=True):
+                hidden_NH = student.hidden(batch.student)
+                for rows in _chunks(batch, student.head.vocab):
+                    metrics = _metrics(student, hidden_NH[rows], batch.labels_N[rows], signal, rows, names)
+                    sums.index_add_(1, batch.example_N[rows], torch.stack([metrics[name].double() for name in names]))
+        sums_FE = [self._over_ranks(sums) for sums in sums_FE]
+        return [HeldOut(data.num_targets, dict(zip(names, sums.cpu().numpy(), strict=True))) for sums in sums_FE]
+
+    @torch.no_grad()
+    def accuracy(self, student: LanguageModel, questions: Questions, progress=iter) -> dict[str, float]:
+        """Multiple choice: the choice with the least cross-entropy, summed over its tokens, is the model's answer.
+
+        The standard error is binomial, sqrt(a (1 - a) / (n - 1)).
+        """
+        data = questions.examples
+        totals = torch.zeros(len(data), dtype=torch.float64, device=self.accelerator.device)
+        for batch in self._batches([student], data, progress):
             hidden_NH = student.hidden(batch.student)
             for rows in _chunks(batch, student.head.vocab):
-                metrics = _metrics(student, hidden_NH[rows], batch.labels_N[rows], signal, rows, names)
-                sums.index_add_(1, batch.example_N[rows], torch.stack([metrics[name].double() for name in names]))
-    if accelerator.num_processes > 1:
-        sums_FE = [accelerator.reduce(sums, "sum") for sums in sums_FE]
-    return [HeldOut(data.num_targets, dict(zip(names, sums.cpu().numpy(), strict=True))) for sums in sums_FE]
+                log_q_nV = torch.log_softmax(student.head.logits(hidden_NH[rows]), dim=-1)
+                ce_n = -log_q_nV.gather(-1, batch.labels_N[rows, None])[:, 0]
+                totals.index_add_(0, batch.example_N[rows], ce_n.double())
+        totals = self._over_ranks(totals)
+        ends = np.cumsum(questions.counts)
+        per_question = zip(ends, questions.counts, questions.answers, strict=True)
+        right = [int(totals[end - n : end].argmin()) == answer for end, n, answer in per_question]
+        share, n = sum(right) / len(right), len(right)
+        return {"accuracy": share, "accuracy_stderr": math.sqrt(share * (1 - share) / max(1, n - 1)), "questions": n}
 
+    def _over_ranks(self, sums: Tensor) -> Tensor:
+        return self.accelerator.reduce(sums, "sum") if self.accelerator.num_processes > 1 else sums
 
-@torch.no_grad()
-def accuracy(
-    student: LanguageModel,
-    data: Examples,
-    answers: list[int],
-    choices: list[int],
-    pad: int,
-    micro_batch_size: int,
-    accelerator,
-    progress=iter,
-) -> dict[str, float]:
-    """Multiple choice: the choice with the least cross-entropy, summed over its tokens, is the model's answer.
-
-    `data` holds, question by question, one example for each choice; `choices[i]` is question i's number of them.
-    The standard error is binomial, sqrt(a (1 - a) / (n - 1)).
-    """
-    totals = torch.zeros(len(data), dtype=torch.float64, device=accelerator.device)
-    for batch in _batches([student], data, pad, micro_batch_size, accelerator, None, progress):
-        hidden_NH = student.hidden(batch.student)
-        for rows in _chunks(batch, student.head.vocab):
-            log_q_nV = torch.log_softmax(student.head.logits(hidden_NH[rows]), dim=-1)
-            ce_n = -log_q_nV.gather(-1, batch.labels_N[rows, None])[:, 0]
-            totals.index_add_(0, batch.example_N[rows], ce_n.double())
-    if accelerator.num_processes > 1:
-        totals = accelerator.reduce(totals, "sum")
-    ends = np.cumsum(choices)
-    right = [int(totals[end - n : end].argmin()) == answer for end, n, answer in zip(ends, choices, answers, strict=True)]
-    share, n = sum(right) / len(right), len(right)
-    return {"accuracy": share, "accuracy_stderr": math.sqrt(share * (1 - share) / max(1, n - 1)), "questions": n}
-
-
-def _batches(students, data: Examples, pad: int, micro_batch_size: int, accelerator, stop, progress) -> Iterator[Batch]:
-    """Every example once, spread over the ranks, with the students in eval mode."""
-    modes = [student.training for student in students]
-    for student in students:
-        student.eval()
-    try:
-        mine = make_micro_batches(
-            list(range(len(data))), data.lengths, micro_batch_size, accelerator.process_index, accelerator.num_processes
-        )
-        for examples in progress(mine):
-            if stop and stop.any_rank(accelerator):
-                raise Stopped("stopped by a signal while validating")
-            yield collate(data, examples, pad).to(accelerator.device)
-    finally:
-        for student, mode in zip(students, modes, strict=True):
-            student.train(mode)
+    def _batches(self, students: list[LanguageModel], data: Examples, progress) -> Iterator[Batch]:
+        """Every example once, spread over the ranks, with the students in eval mode."""
+        modes, here = [student.training for student in students], self.accelerator
+        for student in students:
+            student.eval()
+        try:
+            every = list(range(len(data)))
+            for examples in progress(
+                make_micro_batches(every, data.lengths, self.micro_batch_size, here.process_index, here.num_processes)
+            ):
+                if self.stop and self.stop.any_rank(here):
+                    raise Stopped("stopped by a signal while validating")
+                yield collate(data, examples, self.pad).to(here.device)
+        finally:
+            for student, mode in zip(students, modes, strict=True):
+                student.train(mode)
 
 
 def _chunks(batch: Batch, vocab: int) -> Iterator[slice]:

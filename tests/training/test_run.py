@@ -22,7 +22,7 @@ from llmkd.files import read_jsonl
 from llmkd.models import load
 from llmkd.models.load import load_teacher
 from llmkd.teachers.live import LiveTeacher
-from llmkd.training import trainer
+from llmkd.training import build
 from llmkd.training.distiller import Distiller
 from llmkd.training.prepare import prepare
 from llmkd.training.run import run
@@ -371,9 +371,9 @@ def test_a_signal_that_ends_a_compiler_is_a_stop(make_recipe, monkeypatch):
         stop.asked = True
         raise UserError("train.compile: C++ compile error")
 
-    monkeypatch.setattr(trainer, "load", load)
+    monkeypatch.setattr(build, "load", load)
     with pytest.raises(Stopped, match="before the first step"):
         run(make_recipe(), stop=stop)
     with pytest.raises(UserError, match="compile error"):
-        monkeypatch.setattr(trainer, "load", lambda *args: (_ for _ in ()).throw(UserError("train.compile: C++ compile error")))
+        monkeypatch.setattr(build, "load", lambda *args: (_ for _ in ()).throw(UserError("train.compile: C++ compile error")))
         run(make_recipe())

@@ -13,7 +13,7 @@ from llmkd.teachers.fidelity import sample_examples
 from llmkd.teachers.live import LiveTeacher
 from llmkd.training.prepare import prepare
 from llmkd.training.run import run
-from llmkd.training.validate import validate
+from llmkd.training.validate import Evaluator
 from tests.kit.models import load_student
 
 
@@ -91,10 +91,10 @@ def test_a_stream_is_judged_by_its_first_step(make_recipe):
 
 
 def test_its_time_is_not_trainings(make_recipe, monkeypatch):
-    from llmkd.training import trainer
 
+    validate = Evaluator.validate
     slow = lambda *args: time.sleep(1.5) or validate(*args)  # noqa: E731
-    monkeypatch.setattr(trainer, "validate", slow)
+    monkeypatch.setattr(Evaluator, "validate", slow)
     recipe = make_recipe(train__max_steps=2)
     run(recipe)
     first = next(line for line in map(json.loads, (Path(recipe.output_dir) / "metrics.jsonl").read_text().splitlines()) if "loss" in line)
