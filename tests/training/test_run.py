@@ -359,7 +359,7 @@ def test_positions_that_depend_on_the_longest_example_are_told_of(capsys):
     refuse_too_few_positions(Data(max_length=64), {"student.model": one})
     assert not said(capsys)
     refuse_too_few_positions(Data(max_length=65), {"student.model": one})
-    assert "note: student.model: its rotary positions (longrope) are others" in said(capsys)
+    assert "note: student.model: its rotary embeddings (longrope) change" in said(capsys)
 
 
 def test_a_signal_that_ends_a_compiler_is_a_stop(make_recipe, monkeypatch):
