@@ -1,11 +1,11 @@
-"""What a teacher cache takes on disk, what it loses, and what reading it costs.
+"""Size of a teacher cache on disk, error of the loss that it gives, and time to read it.
 
     python eval/speed/cache.py [--vocab 128256] [--targets 96] [--cache_mb 100] [--threads 1]
 
-Sizes and errors are of distributions over --vocab tokens, drawn after Zipf's law with entropies of 0.8 to 7.6 nats, and of a student
-that is some way from the teacher; the loss of a step and its gradient with respect to the student's logits are compared with those from the
-whole distribution, in float64. Reading is timed on a teacher cache of --cache_mb, by batches of 8 examples of 70 targets in random order, decoding
-included; beside it the time of one forward and backward pass of the fused head on the same targets. Whole training steps are in
+Sizes and errors are of distributions over --vocab tokens, drawn after Zipf's law with entropies of 0.8 to 7.6 nats, for a student
+whose distribution differs from the teacher's. The loss of a step and its gradient with respect to the student's logits are compared with those
+from the whole distribution in float64. Reading is timed on a teacher cache of --cache_mb, in batches of 8 examples of 70 targets in random order, decoding
+included, beside the time of one forward and backward pass of the fused head on the same targets. Whole training steps are in
 epoch.py. Prints Markdown.
 """
 

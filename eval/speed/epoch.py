@@ -1,9 +1,9 @@
 """python eval/speed/epoch.py [--steps 12] [--rounds 5] [--students 1 4 9] [--teacher FOLDER --student FOLDER]
 
-What training costs by who answers: a live teacher, a teacher cache (hidden states, likeliest tokens, samples), nobody; for one
-student and for several side by side before one teacher. Times are those of the training loop alone, interleaved, after a round that
-warms up: the median with the smallest and largest. Besides, the operations counted (llmkd/cost.py), which say what several students
-or a teacher cache can save at best. Writing a cache is timed once.
+Time of training by kind of teacher: live, a teacher cache (hidden states, top-k, samples), or none; for one student and for several that
+share a teacher. Times are those of the training loop alone, interleaved, after one warm-up round: median, smallest and largest. Beside them
+the counted matrix operations (llmkd/commands/plan.py), which say what several students or a teacher cache can save at best.
+Writing a cache is timed once.
 """
 
 import argparse

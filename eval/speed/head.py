@@ -1,12 +1,12 @@
 """python eval/speed/head.py [--peers FOLDER] [--rows 1024] [--supervised 0.5] [--vocab 32000] ... [--out FILE.md]
 
-The head and the loss alone, forward and backward, on random tensors: time, share of the three matrix products that it cannot do
-without (measured in the same run), peak memory; ours, and peers where FOLDER has them (eval/speed/peers.sh installs them).
+Measures the head and the loss alone, forward and backward, on random tensors: time, time relative to the three matrix products that any
+implementation needs (the lower bound, measured in the same run), and peak memory. Peers are measured too if FOLDER has them (eval/speed/peers.sh).
 
 On a CPU: CPU time of one thread, and the rise of the process's largest resident size over a second call in a process of its own. On a
 GPU: CUDA events, and torch.cuda.max_memory_allocated less what was allocated before. Rounds are interleaved; median, smallest and
 largest. Every case's loss and gradient of the student's hidden states, and of its head where that trains, are compared with float64 from
-whole logits. KDFlow's loss is not here: no index of packages has it.
+whole logits. KDFlow's loss is not measured: it is not on a package index.
 """
 
 import argparse

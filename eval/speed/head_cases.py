@@ -1,4 +1,4 @@
-"""What eval/speed/head.py measures: the matrix products alone, llmkd's head, and peers' as their authors run it."""
+"""The cases of eval/speed/head.py: the matrix products alone, llmkd's head, and peers' heads as their authors run them."""
 
 import dataclasses
 import functools
@@ -15,7 +15,7 @@ from llmkd.losses.objective import Objective
 from llmkd.signals import Dense
 
 IGNORE = -100
-#: What a case gives: the mean loss over the targets, and gradients: of the student's hidden states, [N, H], and of its head, if that trains.
+#: Mean loss over the targets, and gradients of the student's hidden states [N, H] and, if it trains, of the student's head.
 Result = tuple[Tensor, list[Tensor]]
 
 

@@ -1,10 +1,10 @@
-"""How the loss head's time and memory grow: with targets, with the vocabulary, with the rows of a chunk; ours beside torchtune, Liger, TRL.
+"""Time and memory of the loss head over the number of targets, the vocabulary and the chunk size: llmkd, torchtune, Liger and TRL.
 
     python eval/speed/plots.py --peers FOLDER [--out eval/speed/results/head_growth_cpu] [--rounds 3] [--data FILE.json]
 
 Every point is a process of its own, eval/speed/head.py --alone: first its peak memory, then the median of some rounds of CPU time, or of
-CUDA events. Half of all rows are targets. Writes OUT.png, and OUT.md with the same numbers. --data keeps what was measured, and what
-is there already is not measured again. On a quiet CPU it takes some ten minutes, half of them imports.
+CUDA events. Half of all rows are targets. Writes OUT.png, and OUT.md with the same numbers. --data FILE keeps measurements, which are
+then not repeated. On a quiet CPU it takes some ten minutes, half of them imports.
 """
 
 import argparse

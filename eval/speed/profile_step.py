@@ -1,10 +1,10 @@
-"""Where the time of a training step of llmkd goes: by part, by operator, and on a GPU where it waits.
+"""Profile of a training step of llmkd: time by part and by operator, and on a GPU the idle time.
 
     python eval/speed/profile_step.py [--packed] [--alone] [--trace FILE.json] [--shapes llama] and the other settings of step.py
 
 torch.profiler over --steps steps after two that warm up, on the models and data of step.py. The parts are calls of llmkd that are wrapped
 from outside. On a GPU a kernel belongs to the part in whose time it was launched, whatever thread did it, and the device is idle where
-no kernel and no copy runs. The profiler itself takes time: shares mean more than milliseconds. Prints Markdown.
+no kernel and no copy runs. The profiler itself takes time, so rely on the shares rather than on the milliseconds. Prints Markdown.
 """
 
 import argparse

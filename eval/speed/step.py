@@ -1,4 +1,4 @@
-"""One whole training step: llmkd's, cut in several ways, with a live teacher and with none; and peers', as their authors run it.
+"""Speed of whole training steps: llmkd with several micro-batch settings, with and without a live teacher, and peers as their authors run them.
 
     python eval/speed/step.py [--peers FOLDER] [--hidden 128 --layers 2 --vocab 8192] [--batch 32] [--tokens 2048] [--steps 3] [--repeats 2]
     python eval/speed/step.py --shapes llama --tokens 16384 --batch 128     # a GPU: Llama-3.1-8B to Llama-3.2-1B, random weights in bfloat16
@@ -6,11 +6,11 @@
 
 The models are made on the spot, a teacher twice as wide and deep as the student, and so are the data: random tokens of log-normal lengths,
 of which the last 56 % are supervised, roughly as in Alpaca. LoRA of rank 64, forward KL and CE by halves (KL alone where a peer has no
-CE), AdamW. Everything is what a run does in a step, by the same loop; rows take turns. Tokens are real ones: padding is not counted.
+CE), AdamW. The loop is that of a run; rows take turns. Padding is not counted as tokens.
 
-A row is right if the means of CE and KL over its first step's targets are those of plain transformers with whole logits, on the same
+A row is correct if the means of CE and KL over its first step's targets are those of plain transformers with whole logits, on the same
 examples from the same weights, and in llmkd's rows the gradient's norm too (ten times the tolerance; peers' gradients are not looked at);
-one that is not is marked, and has no share of anything. FOLDER is what eval/speed/peers.sh filled. On a
+a row that is not correct is marked and gets no relative speed. FOLDER is what eval/speed/peers.sh filled. On a
 CPU seconds are of CPU time, so give it one thread (OMP_NUM_THREADS=1). Prints Markdown.
 """
 
@@ -28,7 +28,7 @@ from pathlib import Path
 
 REPO = Path(__file__).resolve().parents[2]
 if __name__ == "__main__":
-    sys.path[0] = str(REPO)  # eval/speed stood there, whose names are not modules of anybody
+    sys.path[0] = str(REPO)  # instead of eval/speed, whose files are not top-level modules
 for name in ("TQDM_DISABLE", "TRL_EXPERIMENTAL_SILENCE", "HF_HUB_OFFLINE"):
     os.environ.setdefault(name, "1")
 

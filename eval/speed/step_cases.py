@@ -1,4 +1,4 @@
-"""The rows of eval/speed/step.py: the matrix products that a step cannot do without, and llmkd's ways of doing it."""
+"""The rows of eval/speed/step.py: the matrix products that any step needs (the lower bound), and llmkd's settings."""
 
 import contextlib
 import functools
@@ -33,7 +33,7 @@ from .step_setup import Setup
 
 @dataclass
 class Measurement:
-    """What some steps took; the first is there to warm up."""
+    """Measured steps of one case. The first is a warm-up."""
 
     seconds: list[float]
     tokens: list[int]
@@ -152,7 +152,7 @@ def ours(
     teacher: Callable[[Setup], Teacher] = live,
     students: Callable[[Setup], list[LanguageModel]] = lambda setup: [setup.student],
 ) -> Measurement:
-    """By the loop that a run is, with prefetch as there."""
+    """Steps by the training loop of a run, with its prefetch."""
     if compiled:
         setup.compile()
     with contextlib.nullcontext() if compiled else torch.compiler.set_stance("force_eager"):

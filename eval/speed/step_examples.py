@@ -1,4 +1,4 @@
-"""How the examples of eval/speed/step.py reach peers, and what is counted of their steps."""
+"""The examples of eval/speed/step.py in peers' formats, and the counts of tokens and targets of their steps."""
 
 from .step_cases import Clock, Measurement
 from .step_setup import IGNORE, Setup

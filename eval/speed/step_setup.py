@@ -1,4 +1,4 @@
-"""What eval/speed/step.py measures on: two models made on the spot, data of Alpaca's lengths, and the reference about a step's loss."""
+"""The setup of eval/speed/step.py: two models with random weights, data with Alpaca's lengths, and reference values of a step's loss."""
 
 import functools
 import math
@@ -77,7 +77,7 @@ def shapes_of(options) -> tuple[dict[str, Shape], int]:
 
 @dataclass(frozen=True)
 class Reference:
-    """Of some examples: how many targets, and the means over them by plain transformers and whole logits."""
+    """Reference values for some examples: the number of targets, and means over them by plain transformers with whole logits."""
 
     targets: int
     ce: float
@@ -87,6 +87,8 @@ class Reference:
 
 
 class Setup:
+    """Models, data and options that all cases share."""
+
     def __init__(self, options, accelerator):
         self.options, self.accelerator = options, accelerator
         self.shapes, self.vocab = shapes_of(options)
@@ -115,7 +117,7 @@ class Setup:
 
     @functools.cache  # noqa: B019
     def four(self) -> list[LanguageModel]:
-        """As many students on the student's base, beside the one."""
+        """Four more students on the student's base."""
         model, names = self._bare, [f"arm{k}" for k in range(4)]
         for name in names:
             model = add_lora(model, Lora(rank=RANK, alpha=ALPHA), None, name)
@@ -132,7 +134,7 @@ class Setup:
             compile_layers(model, f"{who}.model", packing=True)
 
     def source(self, size: int | TokenBudget) -> PlannedSource:
-        """Of steps that are measured, and one before them."""
+        """Batches of one warm-up step and the measured steps."""
         plan = BatchPlan(self.data.lengths, 0, self.options.batch, None, self.options.steps + 1)
         collator = Collator(0, isinstance(size, TokenBudget) and size.packing)
         return PlannedSource(self.data, (), plan, size, collator).for_rank(0, 1, self.device)

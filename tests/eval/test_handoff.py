@@ -1,4 +1,4 @@
-"""The hand-off to lm-evaluation-harness: what is evaluated is what was trained, once, whole, and written down as it was."""
+"""Evaluation with lm-evaluation-harness: the model is the trained one, each task runs once and whole, and its record is right."""
 
 import functools
 import json

@@ -1,4 +1,4 @@
-"""The measurements of eval/speed measure what they say: every row is right, and one that is not is not shown as equal."""
+"""eval/speed measures what it says: every row is correct, and a wrong row is marked."""
 
 import argparse
 import sys
