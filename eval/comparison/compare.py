@@ -125,6 +125,8 @@ def _measure(run: Path, task: str, info) -> Measured:
     """A run's items of a task, with those metrics alone that are means over them: the record's value is recomputed."""
     m = read(run, task)
     if task == HELD_OUT:
+        if "agreement" in m.values:
+            info(f"{task} agreement: left out for {run}; its held_out.jsonl has the name of llmkd 0.1.0; rename it to top1_agreement there")
         return m
     kept = {}
     for name, metric in m.record.get("metrics", {}).items():

@@ -16,7 +16,7 @@ from pathlib import Path
 REPO = Path(__file__).resolve().parents[2]
 sys.path[0] = str(REPO)  # eval/speed stood there, whose names are not modules of anybody
 
-from llmkd.commands import plan as cost  # noqa: E402
+from llmkd.commands import plan  # noqa: E402
 from llmkd.config import loader  # noqa: E402
 from llmkd.models.size import model_size  # noqa: E402
 from llmkd.output.run_folder import RunFolder  # noqa: E402
@@ -113,7 +113,7 @@ def counted(options, teachers: dict, root: Path) -> dict:
     out = {}
     for who in teachers:
         for count in options.students:
-            out[who, count] = cost.step_operations(student, live if who == "live" else [], count, tokens, targets, False, False, tokens)
+            out[who, count] = plan.step_operations(student, live if who == "live" else [], count, tokens, targets, False, False, tokens)
     return out
 
 

@@ -177,6 +177,15 @@ def test_an_arm_with_another_teacher_is_left_out_of_the_divergences(home):
     assert "held_out forward_kl: c left out; it has another teacher than a" in said[0] and "d left out; d did not measure it" in said[1]
 
 
+def test_a_metric_under_the_name_of_an_older_version_is_left_out_with_a_note(home):
+    said, targets = [], np.array([5, 9, 20, 11])
+    held_out("a", {"ce": targets, "top1_agreement": targets * 0.5}, targets)
+    held_out("b", {"ce": targets, "agreement": targets * 0.5}, targets)
+    rows = compare(arms("a", "b"), info=said.append)
+    assert {row.metric for row in rows} == {"ce"}
+    assert [line for line in said if "agreement: left out for b" in line and "rename it to top1_agreement" in line]
+
+
 def test_holm_s_family_is_the_arms_of_one_task_and_metric(home):
     for i, share in enumerate((0.5, 0.53, 0.5, 0.56, 0.52)):
         evaluated(f"r{i}", {"acc": answers(500, share, i), "acc_norm": answers(500, share, 50 + i)})
