@@ -69,7 +69,7 @@ Rows = slice | Tensor
 
 @dataclass(frozen=True)
 class View:
-    """What one model reads of a batch, and which of its flattened positions predict the N targets."""
+    """The inputs of one model, and the flattened positions that predict the N targets. Student and teacher may have different views."""
 
     inputs: dict[str, Tensor]  # keyword arguments of the model, each [B, T]
     rows_N: Tensor  # positions in the flattened [B * T] that predict the targets, each once
@@ -90,20 +90,20 @@ class Example:
 
 @dataclass(frozen=True)
 class Batch:
-    """Targets, and the views from which student and teacher predict them.
+    """N targets, and the views from which student and teacher predict them.
 
-    `labels_N[i]` is the token that position `rows_N[i]` of either view must predict: aligned once, in the collator.
-    The targets of one example stand together, in the order of `examples`.
+    `labels_N[i]` is the token that position `rows_N[i]` of either view must predict. Labels are aligned once, in the collator;
+    no other code shifts them. The targets of one example are contiguous, in the order of `examples`.
     """
 
     labels_N: Tensor
-    example_N: Tensor  # which example of the data set each target belongs to
+    example_N: Tensor  # the index in the data set of the example of each target
     student: View
     teacher: View
     examples: tuple[Example, ...] = ()
 
     def each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
-        """The same with every tensor changed."""
+        """The same batch with `change` applied to every tensor."""
         student = self.student.each(change)
         teacher = student if self.teacher is self.student else self.teacher.each(change)
         return Batch(change(self.labels_N), change(self.example_N), student, teacher, self.examples)
@@ -112,7 +112,7 @@ class Batch:
         return self.each(lambda x: x.to(device, non_blocking=True))
 
     def pinned(self) -> "Batch":
-        """In memory that a GPU copies from without waiting."""
+        """The same batch in pinned memory, from which copies to a GPU are asynchronous."""
         return self.each(Tensor.pin_memory)
 
     @property

@@ -1,13 +1,14 @@
-"""Divergences with their slopes in closed form, over tiles that are used again: what autograd would keep twenty tiles for.
+"""Divergences with their gradients in closed form, on reused [n, V] buffers where autograd would keep about twenty of them.
 
-Each function of `divergences.py` that has a twin here is the same function of the same name and options. A twin takes a
-pair of distributions as `p_nV`, `q_nV` and `d_nV` = log q - log p (0 where both rule a token out), and `scratch(i)`, the
-i-th tile [n, V] to write in; it gives (terms, slope), both [n, V]: the terms, each >= 0 up to rounding, whose sum is
-the divergence, and its derivative with respect to log q. It may overwrite d, never p or q.
+Each function here is the analytic-gradient version of the function of the same name and options in `divergences.py`.
 
-The terms are those of `divergences.py`, where no difference of near equals is taken: q - p is +-max(p, q) (1 - exp(-|d|)),
-and log m of a mixture m comes from the likelier of its two parts
-(in float32 to some 1e-7 / share, where that part's share in m is small: 6e-5 at 1/1000).
+Inputs: `p_nV` (teacher), `q_nV` (student), `d_nV` = log q - log p (0 where both are 0), and `scratch(i)`, a reusable [n, V]
+buffer. Returns (terms, slope), both [n, V]: terms >= 0 up to rounding that sum to the divergence, and its derivative with
+respect to log q. `d_nV` is overwritten; `p_nV` and `q_nV` are not.
+
+The terms are those of `divergences.py`, computed without subtracting nearly equal numbers: q - p is
++-max(p, q) (1 - exp(-|d|)), and log m of a mixture m follows from the larger of its two parts. In float32 log m is
+accurate to about 1e-7 / w, where w is that part's weight in m: 6e-5 at w = 1/1000.
 """
 
 import math
@@ -24,9 +25,9 @@ Closed = Callable[[Tensor, Tensor, Tensor, Scratch], tuple[Tensor, Tensor]]
 
 
 def closed_form(divergence: Divergence) -> Closed | None:
-    """The twin of a divergence, with its options; None where it has none."""
-    twin, options = _CLOSED_FORMS.get(divergences.builtin_name(divergence)), getattr(divergence, "keywords", {})
-    return twin and (lambda p, q, d, scratch: twin(p, q, d, scratch, **options))
+    """The closed form of a divergence, with its options fixed; None where there is none."""
+    function, options = _CLOSED_FORMS.get(divergences.builtin_name(divergence)), getattr(divergence, "keywords", {})
+    return function and (lambda p, q, d, scratch: function(p, q, d, scratch, **options))
 
 
 def forward_kl(p_nV: Tensor, q_nV: Tensor, d_nV: Tensor, scratch: Scratch) -> tuple[Tensor, Tensor]:
@@ -50,7 +51,7 @@ def symmetric_kl(p_nV: Tensor, q_nV: Tensor, d_nV: Tensor, scratch: Scratch, for
 
 
 def generalized_jsd(p_nV: Tensor, q_nV: Tensor, d_nV: Tensor, scratch: Scratch, beta: float = 0.5) -> tuple[Tensor, Tensor]:
-    """Its terms are beta p log(p/m) + (1 - beta) q log(q/m): the rest of the two KLs' terms cancels, since m is their mean."""
+    """Terms beta p log(p/m) + (1 - beta) q log(q/m): the other parts of the two KLs' terms cancel, since m is their mean."""
     if beta in (0, 1):
         return (reverse_kl if beta else forward_kl)(p_nV, q_nV, d_nV, scratch)
     of_p, of_q = _over_mixture(d_nV, beta, scratch)
@@ -88,16 +89,16 @@ _CLOSED_FORMS: dict[str, Closed] = {
 
 
 def _gap(p_nV: Tensor, q_nV: Tensor, d_nV: Tensor, scratch: Scratch, i: int = 0) -> Tensor:
-    """q - p, in the i-th tile; the first two are used."""
+    """q - p, in scratch(i); uses scratch(0) or scratch(i), and scratch(1)."""
     size = torch.maximum(p_nV, q_nV, out=scratch(1))
     gap = torch.abs(d_nV, out=scratch(i)).neg_().expm1_().mul_(size)
     return torch.copysign(gap, d_nV, out=gap)
 
 
 def _over_mixture(d_nV: Tensor, beta: float, scratch: Scratch) -> tuple[Tensor, Tensor]:
-    """-log(p/m), in place of d, and log(q/m), in the second tile, for m = beta p + (1 - beta) q; the first is used.
+    """-log(p/m), written over d, and log(q/m), in scratch(1), for m = beta p + (1 - beta) q. Uses scratch(0).
 
-    The likelier of p and q is m / (1 - share (1 - exp(-|d|))), where `share` is the other's in m.
+    The larger of p and q is m / (1 - w (1 - exp(-|d|))), where w is the weight of the smaller one in m.
     """
     log_m = torch.abs(d_nV, out=scratch(0)).neg_().expm1_()
     if beta == 0.5:
@@ -110,11 +111,11 @@ def _over_mixture(d_nV: Tensor, beta: float, scratch: Scratch) -> tuple[Tensor, 
 
 
 def _share(gap: Tensor, p_nV: Tensor, q_nV: Tensor, beta: float, out: Tensor) -> Tensor:
-    """gap q / m for m = beta p + (1 - beta) q, in place of the gap."""
+    """gap q / m for m = beta p + (1 - beta) q, written over `gap`."""
     m = torch.mul(q_nV, 1 - beta, out=out).add_(p_nV, alpha=beta)
     return _zero_nans(gap.mul_(q_nV).div_(m))
 
 
 def _zero_nans(x: Tensor) -> Tensor:
-    """0 log 0 = 0. A NaN of the models themselves is put back by the caller, row by row."""
+    """Replace NaN by 0, since 0 log 0 = 0. The caller adds a NaN back to every row where a model's own logits hold one."""
     return x.nan_to_num_(0.0, math.inf, -math.inf)

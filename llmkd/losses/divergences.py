@@ -1,12 +1,12 @@
-"""How far a student q is from a teacher p, row by row: pure functions of two tensors of log-probabilities.
+"""Divergences between a teacher p and a student q: pure functions of two tensors of log-probabilities, row by row.
 
 Every function takes `log_q` (student) and `log_p` (teacher), both [N, E] and normalised over the last axis, and
-returns [N]. They know nothing of labels, masks, temperature, reduction or devices. `log_p` takes no gradient and
-may hold -inf (a teacher that rules tokens out); where the divergence is then infinite, so is the result.
+returns [N], in nats. None of them depends on labels, masks, temperature, reduction or device. `log_p` gets no gradient and
+may hold -inf (a teacher that gives a token no probability); where the divergence is then infinite, so is the result.
 
-All of them are sums of terms that are each >= 0 by themselves, so that rounding cannot make the sum negative and a
+Every divergence is a sum of terms that are >= 0 one by one, so that rounding cannot make the sum negative and a
 small divergence keeps its leading digits: sum a (log a - log b) is written sum a (log a - log b) - a + b, which is
-the same because a and b both sum to one, and has the same gradient on normalised inputs.
+equal because a and b both sum to one, and has the same gradient on normalised inputs.
 """
 
 import functools
@@ -28,7 +28,7 @@ def forward_kl(log_q: Tensor, log_p: Tensor) -> Tensor:
 def reverse_kl(log_q: Tensor, log_p: Tensor) -> Tensor:
     """KL(q || p) = sum q (log q - log p). Gu et al. 2023, MiniLLM (arXiv 2306.08543), section 2.2, per token.
 
-    Infinite where the teacher rules out a token that the student does not.
+    Infinite where the teacher gives probability 0 to a token and the student does not.
     """
     return _kl(log_q, log_p)
 
@@ -99,7 +99,7 @@ def alpha_beta(log_q: Tensor, log_p: Tensor, alpha: float = 0.2, beta: float = 0
 
 
 def make_divergence(name: str, **options: float) -> Divergence:
-    """The divergence of that name with its options fixed."""
+    """The divergence of that name with its options fixed. Unchecked: `llmkd.make_divergence` checks name and options."""
     return functools.partial(DIVERGENCES[name], **options)
 
 
@@ -114,7 +114,7 @@ DIVERGENCES: dict[str, Divergence] = {
 
 
 def builtin_name(divergence: Divergence) -> str | None:
-    """The name in DIVERGENCES of a divergence with or without options; None of a function of somebody else, whatever its name."""
+    """The name of a divergence in DIVERGENCES, with or without options; None for any other function, even one with such a name."""
     function = getattr(divergence, "func", divergence)
     name = getattr(function, "__name__", "")
     return name if DIVERGENCES.get(name) is function else None
@@ -134,13 +134,13 @@ class _KL(torch.autograd.Function):
     """sum a (log a - log b) - a + b for rows that each sum to one; the last two parts cancel in the sum.
 
     With d = log b - log a the terms are (b - a) - a d, and b - a = +-max(a, b) (1 - exp(-|d|)) is taken without
-    cancellation. Written out because autograd would keep and read some twenty tiles where the gradients,
-    -a d for log a and b - a for log b, are at hand already.
+    cancellation. Written out because autograd would keep about twenty [n, V] tensors, and the gradients are already here:
+    -a d for log a and b - a for log b.
     """
 
     @staticmethod
     def forward(ctx, log_a, log_b):
-        a, d = log_a.exp(), (log_b - log_a).nan_to_num_(0.0, math.inf, -math.inf)  # ruled out by both is no difference
+        a, d = log_a.exp(), (log_b - log_a).nan_to_num_(0.0, math.inf, -math.inf)  # both -inf: no difference
         difference = torch.copysign(torch.maximum(log_a, log_b).exp_().mul_(d.abs().neg_().expm1_()), d)
         weighted = d.mul_(a).nan_to_num_(0.0, math.inf, -math.inf)  # 0 log 0 = 0; a NaN of the inputs stays in `difference`
         terms = torch.sub(difference, weighted, out=a).clamp_min_(0)

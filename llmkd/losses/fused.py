@@ -1,12 +1,12 @@
-"""The head and the loss in one: neither model's [N, V] logits ever exist.
+"""The head and the loss in one function that never holds the [N, V] logits of either model.
 
-For a chunk of rows: both models' logits, every term of the loss and, written over the student's logits, the gradient
-with respect to them; from it the gradient with respect to the student's hidden states (and to the head's own weights
-only where they train), all in the forward pass. What is kept for the backward pass is [N, H]; backward only scales
-it. The student's head costs two matrix products a row (three where it trains), the teacher's one.
+For each chunk of rows the forward pass computes both models' logits, every term of the loss, the gradient with respect to
+the student's logits (written over them), and from that the gradient with respect to the student's hidden states, and to the
+head's weights where they train. It keeps [N, H] for the backward pass, which only scales it. The student's head costs two
+matrix products a row (three where it trains), the teacher's head one.
 
-Two tiles [chunk, V] live through a call. What comes between the matrix products takes a block of a few rows at a time,
-with tiles of its own that stay in a CPU's cache.
+Two buffers [chunk, V] exist throughout a call. The element-wise work between the matrix products is done on blocks of a few
+rows, with buffers of their own that stay in a CPU's cache.
 """
 
 import functools
@@ -27,14 +27,14 @@ from .closed_form import closed_form
 from .divergences import divergence_name
 from .objective import Objective
 
-_TILE_BYTES = {"cuda": 512 << 20, "cpu": 32 << 20}  # large products are fast ones
+_TILE_BYTES = {"cuda": 512 << 20, "cpu": 32 << 20}  # large matrix products are faster
 _BLOCK_BYTES = {"cuda": 64 << 20, "cpu": 1 << 20}
-LEAST_ROWS = {"cuda": 1024, "cpu": 128}  # below it a product reads its weights for longer than it multiplies
-MOST_ROWS = {"cuda": 2048, "cpu": 4096}  # above it nothing is gained
+LEAST_ROWS = {"cuda": 1024, "cpu": 128}  # below it reading the weights takes longer than multiplying
+MOST_ROWS = {"cuda": 2048, "cpu": 4096}  # above it there is no gain
 
 
 def default_chunk(vocab: int, device: str) -> int:
-    """Rows per chunk: one float32 tile of logits is 512 MiB on a GPU and 32 MiB on a CPU, within 1024 to 2048 rows there and 128 to 4096 here."""
+    """Rows per chunk. A float32 buffer of logits has 512 MiB on a GPU (1024 to 2048 rows) and 32 MiB on a CPU (128 to 4096 rows)."""
     return max(_of(LEAST_ROWS, device), min(_of(MOST_ROWS, device), _of(_TILE_BYTES, device) // (4 * vocab)))
 
 
@@ -45,10 +45,12 @@ def _of(table: dict[str, int], device: str) -> int:
 def fused_loss(
     hidden_NH: Tensor, head: Head, labels_N: Tensor, objective: Objective, signal: Signal | None = None, chunk: int | None = None
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """The sum of the mixed loss over all rows (differentiable), and each term row by row, [N] and detached.
+    """The sum of the weighted loss over all rows (differentiable), and each term per row, [N] and detached.
 
-    hidden_NH   the student's last hidden states at the supervised rows
+    hidden_NH   the student's last hidden states at the supervised positions
     chunk       rows per chunk; it changes memory and speed, never the result
+
+    Arguments are not checked here: see `llmkd.fused_loss`.
     """
     chunk = chunk or default_chunk(head.vocab, hidden_NH.device.type)
     weights = head.trainable()
@@ -96,10 +98,10 @@ class _Fused(torch.autograd.Function):
 def _loss_and_grad(
     objective: Objective, student: "_Product | _Module", labels_n: Tensor, signal: Signal | None, rows: slice, tiles: "_Tiles", train: bool
 ) -> dict[str, Tensor]:
-    """The terms of a chunk; its logits become their gradient where one is asked for."""
+    """The terms of one chunk of rows. With `train`, the gradient is written over the student's logits."""
     kernel, how = _choose_backend(objective, student, signal)
     if train:
-        _say_how(how)
+        _log_backend(how)
     n, T = len(labels_n), objective.temperature
     grad_nV = student.grad_nV if train else None
     log_p_nV = _teacher(signal, rows, T, tiles, soften=not kernel) if has_full_distribution(signal) else None
@@ -109,22 +111,22 @@ def _loss_and_grad(
         return kernel(objective, student.logits_nV, labels_n, grad_nV, log_p_nV)
     block = max(1, _block_bytes(labels_n.device.type) // (4 * tiles.vocab))
     if signal is not None and log_p_nV is None:
-        block = max(block, 128)  # it may have a head to ask, a block at a time
+        block = max(block, 128)  # its divergence may need a matrix product, which is slow for few rows
     pieces = []
     for start in range(0, n, block):
         part = slice(start, min(start + block, n))
         log_p = None if log_p_nV is None else log_p_nV[part].to(student.logits_nV.dtype)
-        asked = None
+        of_signal = None
         if signal is not None and log_p is None:
-            asked = _divergence_of(signal, objective, slice(rows.start + part.start, rows.start + part.stop))
+            of_signal = _divergence_of(signal, objective, slice(rows.start + part.start, rows.start + part.stop))
         tile = tiles.of("block", part.stop - part.start, min(block, n), student.logits_nV.dtype)
         grad = None if grad_nV is None else grad_nV[part]
-        pieces.append(objective.loss_and_grad(student.logits_nV[part], labels_n[part], tile, grad, log_p, asked))
+        pieces.append(objective.loss_and_grad(student.logits_nV[part], labels_n[part], tile, grad, log_p, of_signal))
     return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
 
 
 def _choose_backend(objective: Objective, student: "_Product | _Module", signal: Signal | None) -> tuple[Callable | None, str]:
-    """Which way the terms and their gradient are come by: the kernel, if it is that, and words for the log."""
+    """The function that computes the terms and their gradient (None: PyTorch, by `Objective.loss_and_grad`), and a line for the log."""
     name = "cross-entropy" if signal is None else divergence_name(objective.divergence)
     plain = type(student) is _Product and student.logits_nV.dtype == torch.float32 and (signal is None or type(signal) is Dense)
     if plain and _kernels_run(student.logits_nV.device):
@@ -135,13 +137,13 @@ def _choose_backend(objective: Objective, student: "_Product | _Module", signal:
     if signal is None or (has_full_distribution(signal) and closed_form(objective.divergence)):
         return None, f"{name}, by PyTorch, with its gradient in closed form"
     if has_full_distribution(signal):
-        return None, f"{name}, by PyTorch, with autograd's gradient, which is slower: it has none in closed form"
-    return None, f"{name} of a {type(signal).__name__.lower()} teacher, by PyTorch, with autograd's gradient"
+        return None, f"{name}, by PyTorch, with its gradient by autograd, which is slower than a closed form"
+    return None, f"{name} of a {type(signal).__name__.lower()} teacher, by PyTorch, with its gradient by autograd"
 
 
 @functools.cache
 def _kernels_run(device: torch.device) -> bool:
-    """On a GPU, or in Triton's interpreter, where Triton is installed; and only if the kernel says there what PyTorch says."""
+    """Whether to use the Triton kernel: on a GPU (or in Triton's interpreter) with Triton, if it agrees with PyTorch on a small case."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if not (device.type == "cuda" or interpreted) or importlib.util.find_spec("triton") is None:
         return False
@@ -155,13 +157,13 @@ def _kernels_run(device: torch.device) -> bool:
         reason = brief(error)
     if interpreted:
         raise RuntimeError(f"the Triton kernel: {reason}")
-    warn(f"note: the Triton kernel is not used on {device} ({reason}); PyTorch's way is slower and no less right")
+    warn(f"note: the Triton kernel is not used on {device} ({reason}); the loss is computed by PyTorch, which is slower and as accurate")
     return False
 
 
 @functools.cache
-def _say_how(how: str) -> None:
-    """Once in a run."""
+def _log_backend(how: str) -> None:
+    """Log a line once in a process."""
     info(f"loss: {how}")
 
 
@@ -171,7 +173,7 @@ def has_full_distribution(signal: Signal | None) -> bool:
 
 
 def _teacher(signal: FullDistribution, rows: Rows, temperature: float, tiles: "_Tiles", soften: bool) -> Tensor:
-    """A teacher's log-probabilities for a chunk, at the temperature, or its logits, as they are unless they are to be softened."""
+    """A teacher's log-probabilities at the temperature for a chunk; of a Dense signal its logits, divided by it if `soften`."""
     if type(signal) is not Dense:
         return signal.log_probs(rows, None, temperature)
     hidden_nH, head = signal.hidden_NH[rows], signal.head
@@ -193,7 +195,7 @@ def _block_bytes(device: str) -> int:
 
 
 class _Tiles:
-    """Buffers [rows, V], made when first asked for and used again for every chunk."""
+    """Buffers [rows, V] by name, allocated at first use and reused for every chunk."""
 
     def __init__(self, vocab: int, device: torch.device):
         self.vocab, self.device, self.held = vocab, device, {}
@@ -208,7 +210,7 @@ class _Tiles:
 
 
 class _Product:
-    """A chunk of a plain head's logits in a tile, and the way back from their gradient, which takes their place."""
+    """The logits of one chunk from a plain Linear head, and the backward pass from their gradient, which is written over them."""
 
     def __init__(self, head: Head, hidden_nH: Tensor, tiles: _Tiles, *_):
         self.head, self.hidden_nH = head, hidden_nH
@@ -222,7 +224,7 @@ class _Product:
 
 
 class _Module:
-    """The same of a head with an adapter, a soft cap or other weights, whose way back autograd knows. Its logits may be anyone's."""
+    """The same for a head with an adapter, a soft cap or quantised weights: autograd does the backward pass."""
 
     def __init__(self, head: Head, hidden_nH: Tensor, tiles: _Tiles, needs_hidden: bool, weights: tuple[Tensor, ...]):
         with torch.set_grad_enabled(needs_hidden or bool(weights)):

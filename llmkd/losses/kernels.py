@@ -1,11 +1,11 @@
 """`Objective.loss_and_grad` for a chunk of logits as one Triton kernel: cross-entropy, the KLs and JSD, and their gradient in place.
 
-A program has a row. It reads both models' logits once for the statistics of their softmaxes and once more for the terms
-and the gradient (twice more for JSD, whose gradient needs a sum over the row first), and writes the gradient over the
-student's logits in the type of the head's weights. Nothing else of the vocabulary's width is made.
+One program handles one row. It reads both models' logits once for the statistics of their softmaxes and once more for the
+terms and the gradient (twice more for JSD, whose gradient needs a sum over the row first), and writes the gradient over the
+student's logits in the type of the head's weights. It allocates nothing else of the vocabulary's width.
 
-So far run in Triton's interpreter only, against float64, and compiled for sm_90; not yet run on a GPU. The reference is `objective.py`.
-Imported only where it is used; `fused.py` decides.
+So far it ran in Triton's interpreter only, against float64, and was compiled for sm_90; it has not run on a GPU. The reference is
+`objective.py`. `fused.py` decides whether it is used, and imports it only then.
 """
 
 import torch
@@ -17,7 +17,7 @@ from .divergences import builtin_name, make_divergence
 from .objective import Objective
 
 NONE, KL, JSD = 0, 1, 2
-#: Of a divergence's options: which kernel, and the share that it takes.
+#: For each divergence, from its options: the kernel's KIND, and the weight of p.
 _KINDS = {
     "forward_kl": lambda: (KL, 1.0),
     "reverse_kl": lambda: (KL, 0.0),
@@ -27,7 +27,7 @@ _KINDS = {
 
 
 def kind(objective: Objective) -> tuple[int, float] | None:
-    """What the kernel knows of an objective's divergence; None where it does not know it."""
+    """The kernel's KIND and weight for an objective's divergence; None where the kernel does not have it."""
     find = _KINDS.get(builtin_name(objective.divergence))
     return find and find(**getattr(objective.divergence, "keywords", {}))
 
@@ -35,7 +35,7 @@ def kind(objective: Objective) -> tuple[int, float] | None:
 def loss_and_grad(
     objective: Objective, logits_nV: Tensor, labels_n: Tensor, grad_nV: Tensor | None, teacher_nV: Tensor | None
 ) -> dict[str, Tensor]:
-    """As `Objective.loss_and_grad`, of both models' logits as they are, the student's in float32; `grad_nV` may lie over them, row by row."""
+    """As `Objective.loss_and_grad`, but of both models' raw logits, the student's in float32; `grad_nV` may share their memory, row by row."""
     n, V = logits_nV.shape
     ce_n, kd_n = (torch.empty(n, dtype=torch.float32, device=logits_nV.device) for _ in range(2))
     which, share = kind(objective) if teacher_nV is not None else (NONE, 0.0)
@@ -92,14 +92,14 @@ def agrees(device: torch.device) -> bool:
 
 @triton.jit
 def _expm1(x):
-    """For x <= 0: where it is small, the exponential less one would keep few digits."""
+    """exp(x) - 1 for x <= 0, accurate also near 0."""
     near = x * (1 + x / 2 * (1 + x / 3 * (1 + x / 4 * (1 + x / 5 * (1 + x / 6 * (1 + x / 7))))))
     return tl.where(x > -0.35, near, tl.exp(x) - 1)
 
 
 @triton.jit
 def _log1p(x):
-    """For -1 <= x <= 0."""
+    """log(1 + x) for -1 <= x <= 0, accurate also near 0."""
     s = x / (2 + x)
     s2 = s * s
     near = 2 * s * (1 + s2 * (1.0 / 3 + s2 * (1.0 / 5 + s2 * (1.0 / 7 + s2 / 9))))
@@ -108,7 +108,7 @@ def _log1p(x):
 
 @triton.jit
 def _online(x, top, total):
-    """The largest of all so far, the sum of exponentials less it, this block's exponentials, and what earlier ones shrink by."""
+    """One block of an online softmax: the new maximum, the new sum, this block's exponentials, and the factor for earlier ones."""
     new = tl.maximum(top, tl.max(x, 0))
     base = tl.where(new == float("-inf"), 0.0, new)
     e, shrink = tl.exp(x - base), tl.exp(top - base)
@@ -141,7 +141,7 @@ def _kernel(
     z_label = tl.load(z_row + label)
     columns = tl.arange(0, BLOCK)
 
-    # the two softmaxes: of the student at 1 and at T, of the teacher at T; and the mean of the log-ratio under the student
+    # statistics of the softmaxes: the student's at 1 and at T, the teacher's at T; and the mean log-ratio under the student
     top_z, sum_z, top_q, sum_q, top_p, sum_p, mean = float("-inf"), 0.0, float("-inf"), 0.0, float("-inf"), 0.0, 0.0
     for start in range(0, V, BLOCK):
         here = start + columns < V
@@ -163,7 +163,7 @@ def _kernel(
     tl.store(ce + row, log_z - (z_label - top))
     offset = log_q - log_p
 
-    # what the slopes of the divergence sum to
+    # the row sum of the divergence's slope
     slopes = 0.0
     if KIND == 1 and REVERSE:
         slopes = (1 - share) * (mean / sum_q - (top_q - top_p) - offset)
@@ -176,7 +176,7 @@ def _kernel(
             of_q, _ = _over_mixture(_difference(a, b) - offset, share)
             slopes += tl.sum(tl.where(q > 0, q * of_q, 0.0), 0)
         slopes *= 1 - share
-    slopes += 0 * offset  # a NaN of either model
+    slopes += 0 * offset  # NaN where either model's logits hold one
 
     value = 0 * offset
     for start in range(0, V, BLOCK):

@@ -1,4 +1,4 @@
-"""What the student minimises: (1 - kd_ratio) CE + kd_ratio T^2 D, and its gradient, from the logits of a few rows at a time."""
+"""The student's loss (1 - kd_ratio) CE + kd_ratio T^2 D and its gradient, from the logits of a few rows at a time."""
 
 import math
 from collections.abc import Callable
@@ -12,16 +12,20 @@ from ..signals import Divergence
 from .closed_form import Closed, closed_form
 from .divergences import forward_kl
 
-#: A tile [n, V] to write in, by name.
+#: Gives a reusable [n, V] buffer by its name.
 Tile = Callable[[str], Tensor]
 
 
 @dataclass(frozen=True)
 class Objective:
-    """Cross-entropy and a divergence, mixed by `kd_ratio`.
+    """Cross-entropy (CE) and a divergence D from the teacher, weighted by `kd_ratio`: (1 - kd_ratio) CE + kd_ratio T^2 D.
 
-    The divergence is taken between both models softened by `temperature` and multiplied by its square, so that its
-    gradient keeps its size and kd_ratio means the same at every temperature (Hinton et al. 2015, section 2).
+    kd_ratio      weight of the divergence, 0 to 1
+    temperature   T > 0: both models' logits are divided by it in D. The factor T^2 keeps the size of D's gradient, so that
+                  kd_ratio means the same at every temperature (Hinton et al. 2015, section 2)
+    divergence    a function (log_q [n, E], log_p [n, E]) -> [n]; `llmkd.make_divergence` gives the built-in ones
+
+    ArgumentError where one of them is out of range.
     """
 
     kd_ratio: float = 0.0
@@ -42,12 +46,12 @@ class Objective:
             raise ArgumentError(*problems)
 
     def combine(self, terms: dict[str, Tensor]) -> Tensor:
-        """The weighted sum of the terms, row by row. A term without weight is left out, so it cannot spoil the rest."""
+        """The weighted sum of the terms, row by row. A term of weight 0 is left out, so that an infinite one has no effect."""
         weights = self._weights("kd" in terms)
         return sum(weights[name] * term for name, term in terms.items() if weights[name])
 
-    def _weights(self, taught: bool) -> dict[str, float]:
-        return {"ce": 1 - self.kd_ratio, "kd": self.kd_ratio} if taught else {"ce": 1.0}
+    def _weights(self, has_teacher: bool) -> dict[str, float]:
+        return {"ce": 1 - self.kd_ratio, "kd": self.kd_ratio} if has_teacher else {"ce": 1.0}
 
     def loss_and_grad(
         self,
@@ -60,18 +64,19 @@ class Objective:
     ) -> dict[str, Tensor]:
         """The terms for each row: {"ce": [n]}, and with a teacher "kd": [n], which is T^2 D.
 
-        logits_nV    the student's, float32 or wider; read only
-        grad_nV      takes the gradient of the mixed loss with respect to the logits; it may lie over them
-        log_p_nV     of a teacher that is known whole, at the temperature; they need not be normalised
-        divergence   of another teacher: from the student's log-probabilities at the temperature to D, [n]
+        logits_nV    the student's, float32 or wider; not changed, unless grad_nV shares their memory
+        tile         gives reusable [n, V] buffers
+        grad_nV      receives the gradient of the weighted loss with respect to the logits; it may share their memory
+        log_p_nV     the teacher's log-probabilities at the temperature, if it has a full distribution; need not be normalised
+        divergence   for any other teacher: a function from the student's log-probabilities at the temperature to D, [n]
         """
         T = self.temperature
-        taught = log_p_nV is not None or divergence is not None
-        weights = self._weights(taught)
+        has_teacher = log_p_nV is not None or divergence is not None
+        weights = self._weights(has_teacher)
         hard = _softmax(logits_nV, tile("q"))
         terms = {"ce": hard.cross_entropy(logits_nV, labels_n)}
         slope = None
-        if taught:
+        if has_teacher:
             soft_nV = logits_nV if T == 1 else torch.div(logits_nV, T, out=tile("d"))
             soft = hard if T == 1 else _softmax(soft_nV, tile("soft q"))
             closed = log_p_nV is not None and closed_form(self.divergence)
@@ -111,11 +116,11 @@ class Objective:
 
 @dataclass(frozen=True)
 class _Softmax:
-    """The softmax of rows, and what makes log-probabilities of them: x - top + log_peak."""
+    """The softmax of rows, and two values a row that turn logits x into log-probabilities: x - top + log_peak."""
 
     probs_nV: Tensor
     top_n: Tensor  # the largest logit
-    log_peak_n: Tensor  # the log-probability of the likeliest token
+    log_peak_n: Tensor  # the log-probability of the most likely token
 
     def cross_entropy(self, logits_nV: Tensor, labels_n: Tensor) -> Tensor:
         return (self.top_n - logits_nV.gather(-1, labels_n[:, None])[:, 0]) - self.log_peak_n
@@ -127,21 +132,21 @@ def _softmax(logits_nV: Tensor, out: Tensor) -> _Softmax:
 
 
 def _compare(closed: Closed, logits_nV: Tensor, q: _Softmax, log_p_nV: Tensor, tile: Tile) -> tuple[Tensor, Tensor, Tensor]:
-    """A divergence in closed form: its values [n], the slope with respect to log q, and the slope's sums [n]."""
+    """A divergence in closed form: its values [n], its slope with respect to log q [n, V], and the slope's row sums [n]."""
     p = _softmax(log_p_nV, tile("p"))
     offset_n = q.log_peak_n - p.log_peak_n
-    # log q - log p; from the tops, since a difference of the logits as they are would be rounded as the largest of them
+    # log q - log p, relative to each row's maximum: a difference of raw logits would carry the rounding of the largest of them
     d_nV = torch.sub(logits_nV, q.top_n[:, None], out=tile("d"))
     d_nV.sub_(torch.sub(log_p_nV, p.top_n[:, None], out=tile("scratch 0"))).add_(offset_n[:, None]).nan_to_num_(0.0, math.inf, -math.inf)
     terms_nV, slope_nV = closed(p.probs_nV, q.probs_nV, d_nV, lambda i: tile(f"scratch {i}"))
-    nan_n = 0 * offset_n  # where either model says NaN
+    nan_n = 0 * offset_n  # NaN in the rows where either model's logits hold one
     return terms_nV.clamp_min_(0).sum(-1) + nan_n, slope_nV, slope_nV.sum(-1) + nan_n
 
 
 def _differentiate(
     divergence: Callable[[Tensor], Tensor], logits_nV: Tensor, with_slope: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """The same by autograd, for what has no closed form; without slope where it is not asked for."""
+    """The same by autograd, for a divergence without a closed form; (values, None, None) without `with_slope`."""
     log_q_nV = torch.log_softmax(logits_nV, -1).requires_grad_(with_slope)
     with torch.set_grad_enabled(with_slope):
         value_n = divergence(log_q_nV)

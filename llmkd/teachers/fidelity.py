@@ -1,4 +1,4 @@
-"""How far a merged, quantised or cached teacher is from itself."""
+"""How much a teacher's outputs change when it is merged or converted to fp8, and the samples of data to measure that on."""
 
 import contextlib
 import copy
@@ -23,18 +23,21 @@ from ..losses.fused import default_chunk
 from ..models.language_model import LanguageModel
 from .resolve import examples_of
 
-#: On how many it is measured what became of a teacher that is not used as it was loaded.
+#: Targets on which the change of a transformed teacher is measured.
 TARGETS = 1024
 
 
 def sample_examples(train: Examples, count: int) -> Examples:
-    """So many training examples, the same ones for every run; of a stream, those of its first step."""
+    """`count` random training examples, the same for every run; of a stream, from its first window."""
     chosen = random.Random("gate").sample(range(len(train)), min(count, len(train)))
     return train.take(np.array(sorted(chosen), np.int64))
 
 
 def sample_teacher_batches(train: Examples, teacher: int, size: int, pad: int, device) -> list[Batch]:
-    """Batches of at most `size` examples that teacher number `teacher` is asked, the same ones for every run: as many as hold TARGETS."""
+    """Batches of at most `size` training examples of teacher number `teacher`, with at most TARGETS targets (at least one example).
+
+    The same for every run. Empty where no example uses this teacher.
+    """
     mine = examples_of(train, teacher).tolist()
     chosen = np.array(random.Random("asked").sample(mine, min(len(mine), TARGETS)), np.int64)
     if not len(chosen):
@@ -44,23 +47,24 @@ def sample_teacher_batches(train: Examples, teacher: int, size: int, pad: int, d
     return [collate(few, examples, pad).to(device) for examples in make_micro_batches(list(range(len(few))), few.lengths, size)]
 
 
-#: Some of what a teacher will be asked, by the name of its setting.
-Asked = Callable[[str], Sequence[Batch]]
+#: Sample batches of the teacher with that setting's name.
+ProbeBatches = Callable[[str], Sequence[Batch]]
 
 
 @contextlib.contextmanager
-def measured_transform(asked: Asked, teacher: LanguageModel, settings: Teacher, setting: str) -> Iterator[dict[str, float]]:
-    """Compares the teacher's answers before and after what happens inside, in a line of the log and in the dictionary that it yields."""
-    batches, found = asked(setting), {}
+def measured_transform(probe: ProbeBatches, teacher: LanguageModel, settings: Teacher, setting: str) -> Iterator[dict[str, float]]:
+    """Compare the teacher's outputs on the probe batches before and after the body: KL(before || after) and top-1 agreement, as a line of
+    the log and in the dictionary that is yielded. UserError where the outputs are no longer finite."""
+    batches, found = probe(setting), {}
     with torch.no_grad():
-        before, head = _hidden(teacher, batches), _kept(teacher.head)
+        before, head = _hidden(teacher, batches), _frozen_head(teacher.head)
         yield found
         if not batches:
             return
         found |= compare(before, head, _hidden(teacher, batches), teacher.head)
     if not math.isfinite(found["forward_kl"]):
         which = "quantization" if settings.float8 else "merge_adapter"
-        raise UserError(f"{setting}.{which}: the teacher's answers are finite as it was loaded, and not with {settings.held}; leave it out")
+        raise UserError(f"{setting}.{which}: the teacher's outputs are finite as it was loaded, and not with {settings.held}; leave it out")
     info(
         f"{setting}: {settings.held}: KL to the teacher before {found['forward_kl']:.1e} nats per token, "
         f"top-1 agreement {found['top1_agreement']:.1%} over {found['targets']:,} targets"
@@ -68,7 +72,8 @@ def measured_transform(asked: Asked, teacher: LanguageModel, settings: Teacher, 
 
 
 def compare(before_NH: Tensor, head: Head, after_NH: Tensor, now: Head) -> dict[str, float]:
-    """forward_kl: the mean of KL(before || after) in nats, in float64; agreement: where both find the same token likeliest; targets: N."""
+    """forward_kl: the mean of KL(before || after) in nats, in float64; top1_agreement: the share of targets with the same most likely
+    token; targets: N."""
     chunk = default_chunk(now.vocab, after_NH.device.type) // 8
     kl, same = 0.0, 0
     for before_nH, after_nH in zip(before_NH.split(chunk), after_NH.split(chunk), strict=True):
@@ -79,12 +84,12 @@ def compare(before_NH: Tensor, head: Head, after_NH: Tensor, now: Head) -> dict[
 
 
 def _hidden(teacher, batches: Sequence[Batch]) -> Tensor | None:
-    """Last hidden states [N, H] at all targets."""
+    """Last hidden states [N, H] at all targets; None without batches."""
     views = [batch.teacher.each(lambda x: x.to(teacher.device)) for batch in batches]
     return torch.cat([teacher.hidden(view) for view in views]) if views else None
 
 
-def _kept(head: Head) -> Head:
-    """The head as it is, whatever becomes of it: an adapter on it is merged in place, and a plain one never changes."""
+def _frozen_head(head: Head) -> Head:
+    """A head that later changes of this one do not affect. A plain Linear never changes; an adapter would be merged in place."""
     project = head.project if type(head.project) is torch.nn.Linear else copy.deepcopy(head.project)
     return Head(project, head.vocab, head.scale, head.softcap)

@@ -8,7 +8,7 @@ from ..signals import TEACHER_METRICS, Dense
 
 
 class LiveTeacher:
-    """Its hidden states and its head are where the batch is, wherever the model itself is held."""
+    """Signals are on the batch's device, whatever device the model is on."""
 
     metrics = TEACHER_METRICS
 

@@ -1,4 +1,4 @@
-"""Teachers made of teachers: an ensemble that answers every row, or one teacher for each row."""
+"""Teachers made of teachers: an ensemble for every example, or one teacher for each data source."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -14,7 +14,7 @@ from ..signals import TEACHER_METRICS, Divergence, Signal, Teacher
 
 
 def combine_teachers(teachers: Sequence[Teacher], settings: Sequence[TeacherSettings], mixture: MixtureSettings) -> Teacher:
-    """One teacher out of several, as their settings have it; a single one is itself."""
+    """One teacher from several by their settings: an ensemble, and routing by data source where a teacher has a name."""
     if len(teachers) == 1:
         return teachers[0]
     ensemble = Mixture(teachers, [one.weight for one in settings], mixture.combine, mixture.weights == "confidence")
@@ -22,7 +22,12 @@ def combine_teachers(teachers: Sequence[Teacher], settings: Sequence[TeacherSett
 
 
 class Mixture:
-    """All teachers answer for every target; what they say is combined as `recipe_teacher.Mixture` has it."""
+    """An ensemble: every teacher's signal at every target, combined as `Mixed` describes.
+
+    weights      relative weights, one for each teacher; they need not sum to one
+    combine      probabilities, log_probabilities or divergences
+    confidence   weigh each teacher also by the probability that it gives the target
+    """
 
     def __init__(self, teachers: Sequence[Teacher], weights: Sequence[float], combine: str = "probabilities", confidence: bool = False):
         self.teachers, self.combine, self.confidence = list(teachers), combine, confidence
@@ -37,13 +42,13 @@ class Mixture:
 
 @dataclass(frozen=True)
 class Mixed:
-    """What several teachers say of the same targets, with weights w that sum to one at each target.
+    """The signals of several teachers for the same targets, combined with weights w that sum to one at each target.
 
     probabilities       p = sum w_i p_i, the arithmetic mean of the distributions at the student's temperature (Hinton et al. 2015, section 3)
     log_probabilities   p ~ exp sum w_i log p_i, the geometric mean, normalised (Hinton 2002, products of experts, with weights)
-    divergences         sum w_i D(q, p_i); where one distribution is asked for, that of `probabilities`
+    divergences         sum w_i D(q, p_i); `log_probs` is then that of `probabilities`
 
-    With `confidence`, w_i is in proportion to its fixed weight times the probability that teacher i gives the target, at temperature 1.
+    With `confidence`, w_i is proportional to its fixed weight times the probability that teacher i gives the target, at temperature 1.
     """
 
     parts: list[Signal]
@@ -71,7 +76,7 @@ class Mixed:
             else:
                 log_p_nV = log_p_nV + share
                 total_nV = log_p_nV if total_nV is None else torch.logaddexp(total_nV, log_p_nV, out=total_nV)
-        return torch.log_softmax(total_nV, dim=-1)  # of a mean of probabilities it takes away rounding alone
+        return torch.log_softmax(total_nV, dim=-1)  # for a mean of probabilities this only removes rounding
 
     @torch.no_grad()
     def label_log_probs(self, rows: Rows, labels_n: Tensor) -> Tensor:
@@ -87,14 +92,14 @@ class Mixed:
         return {"teacher_ce": -self.label_log_probs(rows, labels_n)}
 
     def _log_shares(self, rows: Rows, label_log_probs: list[Tensor] | None = None) -> list[float] | list[Tensor]:
-        """log w_i: numbers, or with confidence [n] each."""
+        """log w_i for each teacher: floats, or [n] with confidence."""
         if not self.confidence:
             return self.log_weights
         labels_n = self.labels_N[rows]
         with torch.no_grad():
             each = label_log_probs or [part.label_log_probs(rows, labels_n) for part in self.parts]
             joint_Pn = torch.stack([weight + value for weight, value in zip(self.log_weights, each, strict=True)])
-            return list(joint_Pn.nan_to_num(neginf=-1e4).log_softmax(0))  # where none gives the target anything: alike
+            return list(joint_Pn.nan_to_num(neginf=-1e4).log_softmax(0))  # equal where no teacher gives the target any probability
 
 
 def _exp(log: float | Tensor) -> float | Tensor:
@@ -102,7 +107,7 @@ def _exp(log: float | Tensor) -> float | Tensor:
 
 
 class Routed:
-    """Each example is answered by the teacher that its source names (`Example.teacher`); the others by the ensemble of all."""
+    """Each example has the teacher that its data source names (`Example.teacher`), or else the ensemble of all."""
 
     def __init__(self, ensemble: Teacher, teachers: Sequence[Teacher]):
         self.ensemble, self.teachers = ensemble, list(teachers)
@@ -110,8 +115,8 @@ class Routed:
         self.metrics = tuple(name for name in TEACHER_METRICS if all(name in teacher.metrics for teacher in every))
 
     def __call__(self, batch: Batch) -> Signal:
-        asked = [example.teacher for example in batch.examples]
-        groups = {k: [other == k for other in asked] for k in dict.fromkeys(asked)}
+        wanted = [example.teacher for example in batch.examples]
+        groups = {k: [other == k for other in wanted] for k in dict.fromkeys(wanted)}
         if len(groups) < 2:
             return self._of(next(iter(groups), -1))(batch)
         parts = [self._of(k)(select_examples(batch, mine)) for k, mine in groups.items()]
@@ -127,7 +132,7 @@ class Routed:
 
 @dataclass(frozen=True)
 class RoutedSignal:
-    """Signals of parts of a batch: target i is target `place_N[i]` of part `owner_N[i]` (both on the CPU)."""
+    """The signal of a batch whose parts had different teachers: target i is target `place_N[i]` of part `owner_N[i]` (both on the CPU)."""
 
     parts: list[Signal]
     owner_N: Tensor
@@ -150,7 +155,7 @@ class RoutedSignal:
         return {"teacher_ce": -self.label_log_probs(rows, labels_n)}
 
     def _each(self, rows: Rows, ask: Callable[[Signal, Tensor, Tensor], Tensor]) -> Tensor:
-        """Every part's answer for its own of these targets, in the targets' order."""
+        """`ask(part, targets of the part, their positions in rows)` for every part, put back in the order of `rows`."""
         rows = rows.cpu() if isinstance(rows, Tensor) else rows
         owner_n, place_n, found, order = self.owner_N[rows], self.place_N[rows], [], []
         for number, part in enumerate(self.parts):

@@ -1,4 +1,4 @@
-"""What is known of a teacher that was not kept whole: its likeliest tokens and the mass of the rest, or tokens drawn from it."""
+"""Signals of a teacher whose distribution is known in part: its top k tokens and the tail mass, or tokens sampled from it."""
 
 import math
 from dataclasses import dataclass
@@ -10,29 +10,34 @@ from ..batch import Rows
 from ..losses.divergences import forward_kl
 from ..signals import Divergence
 
-#: Exponents s at which the rest's mass, log of the sum of p^s over it, is kept: temperatures 4, 2, 1 and 1/2.
+#: Exponents s for which the tail mass, the logarithm of the sum of p^s over the tail, is stored: temperatures 4, 2, 1 and 1/2.
 TAIL_EXPONENTS = (0.25, 0.5, 1.0, 2.0)
-#: A token below it is part of the rest, whatever its rank: a mask that a model puts on tokens would else stretch the levels of all others.
+#: A token with a log-probability below this belongs to the tail, whatever its rank. A model that masks tokens would otherwise widen
+#: the range over which all others are quantised.
 NEGLIGIBLE = -100.0
-_NOTHING = -1e30  # log-probability of an event that a student cannot see: finite, so that no gradient is a NaN
+_NOTHING = -1e30  # log-probability of an event that the student does not have: finite, so that no gradient is NaN
 
 
 @dataclass(frozen=True)
 class TopK:
-    """K tokens and one bucket for all others: K + 1 events, over which student and teacher are compared.
+    """K tokens and one bucket for the tail: K + 1 events, over which student and teacher are compared.
 
-    Merging tokens into a bucket can only lower a divergence, so that a KL here lies between 0 and the dense one, and equals it at
-    K = V. At temperature T = 1/s the bucket's mass needs f(s) = log sum p^s over the rest, which is convex: f(0) is the logarithm
-    of the number of its tokens, some further values are kept (`tail_NS`, at `tail_exponents`) and falling cubics join them. What that gets
-    wrong, as a mean KL in nats at T = 0.7, 1.5, 3 and 8 (none at the nodes): 8e-5, 3e-4, 4e-5, 8e-6 for K = 64, V = 128,256 and
-    distributions of Zipf's kind; 4e-7, 1e-6, 9e-5, 2e-3 for K = 50 of a trained model's V = 512. With s = 1 alone (a teacher cache from
-    elsewhere) f is a line, as if the rest were uniform: 8e-3, 0.1, 0.08, 7e-4 for the first.
+    Merging tokens into a bucket can only lower a divergence, so a KL here lies between 0 and the dense one, and equals it at K = V.
+    At temperature T = 1/s the tail mass is f(s) = log sum p^s over the tail, which is convex. f(0) is the logarithm of the number of
+    tail tokens; further values are stored (`tail_NS`, at `tail_exponents`), and decreasing cubics interpolate between them. The error
+    of that, as a mean KL in nats at T = 0.7, 1.5, 3 and 8 (0 at the stored exponents): 8e-5, 3e-4, 4e-5, 8e-6 for K = 64, V = 128,256
+    and Zipf-like distributions; 4e-7, 1e-6, 9e-5, 2e-3 for K = 50 of a trained model's V = 512. With s = 1 alone (imported
+    log-probabilities) f is a line, as if the tail were uniform: 8e-3, 0.1, 0.08, 7e-4 for the first.
 
-    An id whose log-probability is -inf is part of the rest. Ids of one target differ and rise.
+    ids_NK          token ids of each target, increasing. An id with log-probability -inf belongs to the tail
+    log_p_NK        their log-probabilities at temperature 1
+    tail_NS         f at `tail_exponents`
+    label_log_p_N   the log-probability of each target's own token, at temperature 1
+    entropy_N       the entropy of the whole distribution, in nats; NaN where it is not known
     """
 
     ids_NK: Tensor
-    log_p_NK: Tensor  # at temperature 1
+    log_p_NK: Tensor
     tail_NS: Tensor
     vocab: int
     label_log_p_N: Tensor
@@ -41,7 +46,7 @@ class TopK:
 
     @staticmethod
     def of(log_p_NV: Tensor, k: int, labels_N: Tensor) -> "TopK":
-        """The K likeliest tokens of a dense distribution, in its own precision."""
+        """The K most likely tokens of a dense distribution [N, V], in its own precision."""
         ids_NK = log_p_NV.topk(k).indices.sort().values
         found_NK = log_p_NV.gather(1, ids_NK)
         ruled_out_NK = found_NK < NEGLIGIBLE
@@ -63,10 +68,10 @@ class TopK:
         return torch.cat([log_p_nK * s, rest_n[:, None]], 1).log_softmax(1)
 
     def student_events(self, rows: Rows, log_q_nV: Tensor) -> Tensor:
-        """A student's log-probabilities of the same events."""
+        """The student's log-probabilities of the same events, [n, K + 1]."""
         ids_nK, kept_nK = self.ids_NK[rows], self.log_p_NK[rows] > -math.inf
         log_q_nK = log_q_nV.gather(1, ids_nK)
-        rest_nV = log_q_nV.scatter(1, ids_nK, torch.where(kept_nK, _NOTHING, log_q_nK))  # 1 - sum q would lose all its digits
+        rest_nV = log_q_nV.scatter(1, ids_nK, torch.where(kept_nK, _NOTHING, log_q_nK))  # 1 - sum q would cancel
         return torch.cat([torch.where(kept_nK, log_q_nK, _NOTHING), rest_nV.logsumexp(1, keepdim=True)], 1)
 
     def divergence(self, divergence: Divergence, rows: Rows, log_q_nV: Tensor, temperature: float = 1.0) -> Tensor:
@@ -74,7 +79,7 @@ class TopK:
 
     @torch.no_grad()
     def log_probs(self, rows: Rows, log_q_nV: Tensor | None = None, temperature: float = 1.0) -> Tensor:
-        """All V, the rest's mass shared out as the student does it (without one, evenly)."""
+        """All V tokens, with the tail mass distributed in proportion to the student's probabilities (evenly without them)."""
         ids_nK = self.ids_NK[rows]
         log_p_nE = self.events(rows, temperature)
         if log_q_nV is None:
@@ -97,28 +102,28 @@ class TopK:
 
 @dataclass(frozen=True)
 class Sampled:
-    """Tokens drawn from the teacher, with replacement, at one temperature. Anshumann et al. 2025 (arXiv 2503.16870).
+    """D tokens sampled from the teacher, with replacement, at one temperature. Anshumann et al. 2025 (arXiv 2503.16870).
 
-    The gradient of the forward KL is linear in the teacher's probabilities, so that the shares of the tokens drawn give it right on
-    average; no other divergence has that. The value is right on average too, since the teacher's entropy is kept and not
-    estimated: that of one target may be negative.
+    The gradient of the forward KL is linear in the teacher's probabilities, so the samples' frequencies estimate it without bias;
+    that holds for no other divergence. The value is unbiased too, since the teacher's exact entropy is stored; the value of a
+    single target may be negative.
     """
 
     ids_ND: Tensor
     vocab: int
     temperature: float
-    soft_entropy_N: Tensor  # of the distribution drawn from
+    soft_entropy_N: Tensor  # of the distribution that was sampled
     label_log_p_N: Tensor
     entropy_N: Tensor
 
     def divergence(self, divergence: Divergence, rows: Rows, log_q_nV: Tensor, temperature: float = 1.0) -> Tensor:
         if getattr(divergence, "func", divergence) is not forward_kl:
-            raise ValueError("a teacher that is known by samples has a forward KL and no other divergence")
+            raise ValueError("loss.divergence: sampled tokens estimate forward_kl only; use forward_kl, or a cache of kind topk or hidden")
         self._check(temperature)
         return -log_q_nV.gather(1, self.ids_ND[rows]).mean(1) - self.soft_entropy_N[rows].to(log_q_nV.dtype)
 
     def log_probs(self, rows: Rows, log_q_nV: Tensor | None = None, temperature: float = 1.0) -> Tensor:
-        """The logarithm of each token's share of the draws: -inf where it was never drawn."""
+        """The logarithm of each token's frequency among the samples; -inf where it was not sampled."""
         self._check(temperature)
         ids_nD = self.ids_ND[rows]
         dtype = torch.float32 if log_q_nV is None else log_q_nV.dtype
@@ -133,7 +138,9 @@ class Sampled:
 
     def _check(self, temperature: float) -> None:
         if temperature != self.temperature:
-            raise ValueError(f"the tokens were drawn at temperature {self.temperature:g}, not {temperature:g}")
+            raise ValueError(
+                f"loss.temperature: found {temperature:g}, and the tokens were sampled at {self.temperature:g}; use that temperature"
+            )
 
 
 def _recorded_metrics(signal: TopK | Sampled, rows: Rows) -> dict[str, Tensor]:
@@ -145,9 +152,9 @@ def entropy(log_p_NV: Tensor) -> Tensor:
 
 
 def interpolate(nodes: tuple[float, ...], values_NS: Tensor, at: float) -> Tensor:
-    """A smooth falling function of rising nodes at one more place, [N]: exact at the nodes, and falling between them.
+    """Monotone cubic interpolation at `at` of N decreasing functions given at increasing `nodes`, [N]. Exact at the nodes.
 
-    Cubics with the slopes of Fritsch and Butland (1984); two nodes make a line, and past the last one it goes on as one.
+    The slopes are those of Fritsch and Butland (1984). Two nodes give a line; past the last node the function continues as a line.
     Where a value is -inf, so is the result.
     """
     x, y = nodes, values_NS.unbind(1)
@@ -165,7 +172,7 @@ def interpolate(nodes: tuple[float, ...], values_NS: Tensor, at: float) -> Tenso
 
 
 def _slope(h: list[float], chord: list[Tensor], i: int) -> Tensor:
-    """At node i: inside, the weighted harmonic mean of the chords beside it; at an end, that of a parabola. Never rising."""
+    """The slope at node i, never positive: inside, the weighted harmonic mean of the two chords; at an end, that of a parabola."""
     if 0 < i < len(h):
         a, b = 2 * h[i] + h[i - 1], h[i] + 2 * h[i - 1]
         product = chord[i - 1] * chord[i]

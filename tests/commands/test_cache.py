@@ -90,7 +90,7 @@ def test_a_cache_is_the_same_bytes_however_it_was_written(world, caches, make_re
 
     with pytest.raises(Stopped, match="the same command continues it"):
         cache(again, stop=Soon())
-    with pytest.raises(UserError, match="not finished"):
+    with pytest.raises(UserError, match="not complete"):
         run(from_cache(make_recipe, tmp_path, "again", "early"))
     cache(again)
     a, b = (sorted(path.name for path in root.iterdir()) for root in (tmp_path / "again", caches / "sampled"))

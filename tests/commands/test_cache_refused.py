@@ -112,7 +112,7 @@ def test_two_attempts_never_write_one_cache(make_recipe, tmp_path):
 
 
 def test_a_cache_is_not_written_over_by_another(caches, make_recipe):
-    with pytest.raises(UserError, match="holds a teacher cache of other answers .*provenance.teacher.dtype: float32 -> float64"):
+    with pytest.raises(UserError, match="holds another teacher cache .*provenance.teacher.dtype: float32 -> float64"):
         cache(make_recipe(teacher__cache__path=str(caches / "narrow"), teacher__cache__k=8, data__validation_fraction=0.2))
 
 

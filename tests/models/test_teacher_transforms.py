@@ -373,7 +373,7 @@ def test_what_cannot_be_merged_or_rounded_is_refused_before_a_model_is_loaded(wo
 
 def test_answers_that_are_not_finite_are_refused(wide, batches, monkeypatch):
     monkeypatch.setattr("llmkd.teachers.fidelity.compare", lambda *a: {"forward_kl": float("nan"), "top1_agreement": 0.0, "targets": 3})
-    with pytest.raises(UserError, match="teacher.quantization: the teacher's answers are finite as it was loaded, and not with fp8"):
+    with pytest.raises(UserError, match="teacher.quantization: the teacher's outputs are finite as it was loaded, and not with fp8"):
         load(wide / "base", batches, quantization=FP8)
 
 

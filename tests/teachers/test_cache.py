@@ -136,7 +136,7 @@ def test_processes_batches_and_kills_leave_the_same_files(name, tmp_path, data, 
     fill(killed, [0, 2], encoded, teacher, size=len(encoded))
     with open(tmp_path / "killed/shard-00000.safetensors", "r+b") as file:
         file.truncate(500)
-    with pytest.raises(UserError, match=r"not finished: 2 of \d+ shards"):
+    with pytest.raises(UserError, match=r"not complete: 2 of \d+ shards"):
         TeacherCache.open(tmp_path / "killed")
     again = Writer(tmp_path / "killed", record_format, PROVENANCE, plan_of(encoded, record_format, 4000))
     assert not again.begin() and 2 not in again.left() and 0 in again.left()
@@ -161,7 +161,7 @@ def test_a_shard_is_not_written_before_all_its_examples_are_there(tmp_path):
     writer.begin()
     shard = writer.shard(0)
     shard.put(["0b"], [2], np.ones((2, record_format.bytes), np.uint8))
-    with pytest.raises(ValueError, match="1 of its examples were never put"):
+    with pytest.raises(ValueError, match="1 of its examples have no records"):
         shard.write()
 
 
@@ -261,7 +261,7 @@ def test_there_is_no_cache_and_no_such_example(tmp_path, made):
     cache = TeacherCache.open(folder)
     mine, stranger = f"{writer.plan.hash_E[3]:016x}", "00000000000000ab"
     assert cache.missing([mine, stranger, mine, "f" * 16]) == [1, 3]
-    with pytest.raises(UserError, match="has no answers for an example .00000000000000ab"):
+    with pytest.raises(UserError, match="has no record of an example .00000000000000ab"):
         cache.read([mine, stranger], [int(writer.plan.targets_E[3]), 1])
     with pytest.raises(UserError, match=r"targets of an example .* that has 77"):
         cache.read([mine], [77])

@@ -177,7 +177,7 @@ def change(line, *path, to):
 
 WRONG = [
     ("ours", ("labels", 1), 3, r"answers.jsonl:2: target 2 is 3 .* here, and \d+ .* in the example"),
-    ("ours", ("labels",), [], r":2: has 0 targets, and the example \d+; it is of another text"),
+    ("ours", ("labels",), [], r":2: has 0 targets, and the example \d+; it was made with another text"),
     ("ours", ("top", 0), [], r":2: target 1 .* has no log-probabilities"),
     ("ours", ("top", 0), [[5, 0.3]], r":2: target 1: found 0.3 for token 5 .*, expected a log-probability"),
     ("ours", ("top", 0), [[5, math.nan]], "found nan"),
@@ -188,14 +188,14 @@ WRONG = [
     ("ours", ("top", 0), 7, "expected a list of"),
     ("ours", ("top",), None, "expected lists as labels and top"),
     ("ours", ("row",), "x", "row: found 'x'"),
-    ("ours", ("row",), 1, "row 1 was answered in line 1 already"),
+    ("ours", ("row",), 1, "row 1 is also in line 1; remove one of them"),
     ("vllm", ("prompt_token_ids", 4), 3, r":2: token 5 is 3 .* here, and \d+ "),
     ("vllm", ("prompt_logprobs",), [None], "expected lists of one length"),
     ("vllm", ("prompt_logprobs", -3), {"a": 1}, 'prompt_logprobs: expected {"id"'),
-    ("vllm", ("prompt_logprobs", -3), {"3": -0.1}, r":2: prompt_logprobs: target \d+ .* is not among its own"),
+    ("vllm", ("prompt_logprobs", -3), {"3": -0.1}, r":2: prompt_logprobs: target \d+ .* is not in its own list"),
     ("openai", ("logprobs", "content", 0, "token"), "zebra", r":2: target 1 is 'zebra' here, and \d+ .* in the example"),
     ("openai", ("logprobs", "content"), None, "logprobs.content: expected token"),
-    ("openai", ("logprobs", "content"), [], r"answers 0 targets, and the example has \d+"),
+    ("openai", ("logprobs", "content"), [], r"has 0 targets, and the example \d+"),
     ("openai", ("logprobs",), None, "found neither top, prompt_logprobs nor logprobs.content"),
 ]
 
@@ -210,9 +210,9 @@ def test_what_is_wrong_is_named_with_its_line_and_nothing_is_written(small, spel
 
 def test_lines_that_are_too_few_too_many_or_no_json(small):
     lines = small.all("ours")
-    assert small.refused(lines[:2]) == ["answers.jsonl: answers 2 of 3 examples; the first without an answer is of row 3"]
+    assert small.refused(lines[:2]) == ["answers.jsonl: has lines for 2 of 3 examples; the first one missing is of row 3"]
     assert "there are 3 examples, and this is line 4" in small.refused([*lines, lines[0]])[0]
-    assert "answers.jsonl:2: is no JSON" in small.refused([lines[0], "{", lines[2]])[0]
+    assert "answers.jsonl:2: is not JSON" in small.refused([lines[0], "{", lines[2]])[0]
     assert "expected an object" in small.refused([lines[0], "[]", lines[2]])[0]
     assert len(small.refused([lines[1], lines[0], lines[2]])) == 2
 

@@ -1,18 +1,18 @@
-"""How a target's tokens and their log-probabilities become a fixed number of bytes, and what that costs in accuracy.
+"""Encode a target's token ids and log-probabilities in a fixed number of bytes, and decode them.
 
-Sorted token ids are written as Elias and Fano do: of each id the low l = floor(log2(V / K)) bits as they are, and the
-high parts as a unary bit vector, about l + 2 bits an id instead of log2(V). Log-probabilities are measured from the
-largest one, and rounded to levels that stand denser there, since an error in log p counts in proportion to p.
+Sorted token ids use the Elias-Fano code: the low l = floor(log2(V / K)) bits of each id as they are, and the high parts as a
+unary bit vector, about l + 2 bits an id instead of log2(V). Log-probabilities are stored relative to the largest one, rounded to
+levels that are denser near it, since an error in log p counts in proportion to p.
 
-Bytes of ids and values at V = 128,256, and the KL that rounding the values causes by itself (nats; mean over 96 drawn
-distributions of Zipf's kind, entropies 0.8 to 7.6):
+Bytes of ids and values at V = 128,256, and the KL that rounding the values causes (nats; mean over 96 random Zipf-like
+distributions, entropies 0.8 to 7.6):
 
     K     ids   4 bits           5 bits           6 bits           7 bits           8 bits
     50     83   108   3.2e-3     115   7.1e-4     121   1.6e-4     127   3.9e-5     133   9.5e-6
     64    104   136   3.7e-3     144   7.5e-4     152   1.7e-4     160   4.6e-5     168   1.1e-5
     128   192   256   4.6e-3     272   1.0e-3     288   2.2e-4     304   6.1e-5     320   1.4e-5
 
-Everything works on whole arrays, on a CPU or a GPU.
+All functions work on whole tensors, on a CPU or a GPU.
 """
 
 import math
@@ -20,8 +20,8 @@ import math
 import torch
 from torch import Tensor
 
-_BEND = 3.0  # 1 + _BEND: how much denser the levels stand at the largest log-probability than at the smallest
-_WIDEST = 6e4  # of a range, so that it is a float16
+_BEND = 3.0  # levels are 1 + _BEND times as dense at the largest log-probability as at the smallest
+_WIDEST = 6e4  # limit of the range, so that it fits a float16
 
 
 def packed_bytes(count: int, bits: int) -> int:
@@ -29,12 +29,12 @@ def packed_bytes(count: int, bits: int) -> int:
 
 
 def pack(numbers_NK: Tensor, bits: int) -> Tensor:
-    """Numbers below 2^bits, one after another: uint8 [N, packed_bytes(K, bits)]."""
+    """Pack integers below 2^bits: uint8 [N, packed_bytes(K, bits)]."""
     return _to_bytes(_to_bits(numbers_NK, bits))
 
 
 def unpack(bytes_NB: Tensor, count: int, bits: int) -> Tensor:
-    """`count` numbers of at most 25 bits, int64 [N, count]."""
+    """The inverse of `pack`, for at most 25 bits: int64 [N, count]."""
     start_K = torch.arange(count, device=bytes_NB.device) * bits
     padded_NB = torch.nn.functional.pad(bytes_NB, (0, 4)).long()
     word_NK = sum(padded_NB[:, start_K // 8 + i] << 8 * i for i in range(4))
@@ -47,7 +47,7 @@ def id_bytes(count: int, vocab: int) -> int:
 
 
 def encode_ids(ids_NK: Tensor, vocab: int) -> Tensor:
-    """Ids in [0, vocab), each row in rising order (equal ones may stand side by side): uint8 [N, id_bytes(K, vocab)]."""
+    """Encode ids in [0, vocab), each row in non-decreasing order: uint8 [N, id_bytes(K, vocab)]."""
     count = ids_NK.shape[1]
     low, high = _parts(count, vocab)
     high_NM = torch.zeros(len(ids_NK), high, dtype=torch.long, device=ids_NK.device)
@@ -56,7 +56,7 @@ def encode_ids(ids_NK: Tensor, vocab: int) -> Tensor:
 
 
 def decode_ids(bytes_NB: Tensor, count: int, vocab: int) -> Tensor:
-    """What `encode_ids` was given, int64 [N, count]."""
+    """The inverse of `encode_ids`, int64 [N, count]."""
     low, high = _parts(count, vocab)
     first = count * low
     high_NM = _to_bits(bytes_NB[:, first // 8 :], 8)[:, first % 8 :]
@@ -65,9 +65,9 @@ def decode_ids(bytes_NB: Tensor, count: int, vocab: int) -> Tensor:
 
 
 def encode_values(log_p_NK: Tensor, bits: int) -> tuple[Tensor, Tensor]:
-    """Log-probabilities in `bits` bits each: uint8 [N, packed_bytes(K, bits)] and the range of each row, float16 [N].
+    """Encode log-probabilities in `bits` bits each: uint8 [N, packed_bytes(K, bits)], and the range of each row, float16 [N].
 
-    -inf has a code of its own, the last.
+    -inf has its own code, the largest.
     """
     kept_NK = log_p_NK > -math.inf
     depth_NK = torch.where(kept_NK, log_p_NK.amax(1, True) - log_p_NK, 0.0)
@@ -87,13 +87,13 @@ def decode_values(bytes_NB: Tensor, range_N: Tensor, count: int, bits: int) -> T
 
 
 def _parts(count: int, vocab: int) -> tuple[int, int]:
-    """Low bits of each id, and the length of the unary bit vector."""
+    """The number of low bits of an id, and the length of the unary bit vector."""
     low = max(0, (vocab // count).bit_length() - 1)
     return low, count + (vocab - 1 >> low)
 
 
 def _to_bits(numbers_NK: Tensor, bits: int) -> Tensor:
-    """The lowest first, [N, K * bits]."""
+    """Bits [N, K * bits], the lowest bit of each number first."""
     return (numbers_NK[..., None] >> torch.arange(bits, dtype=numbers_NK.dtype, device=numbers_NK.device) & 1).flatten(1)
 
 

@@ -1,15 +1,16 @@
-"""Top-k log-probabilities that came from elsewhere, into a teacher cache: our own form, vLLM's, or that of an OpenAI-style API.
+"""Write a teacher cache from top-k log-probabilities that were computed elsewhere: by vLLM, an OpenAI-style API, or in our own format.
 
-A JSONL file, one line for each example, in the order of the examples or with "row", the number of the data's row (from 1). A line is one of
+The file is JSON lines: one line for each example, in the order of the examples, or with "row", the number of the data's row (from 1).
+A line has one of these forms:
 
     {"labels": [5, 7], "top": [[[5, -0.1], [9, -3.2]], [[7, -0.02]]]}                    ids and log-probabilities, target by target
     {"prompt_token_ids": [1, 5, 7], "prompt_logprobs": [null, {"5": {"logprob": -0.1}, ...}, ...]}      vLLM, the whole text; each has its own token
     {"logprobs": {"content": [{"token": " so", "logprob": -0.1, "top_logprobs": [{"token": ..., "logprob": ...}, ...]}, ...]}}
 
-(the last also inside "choices", as the API gives it; only for examples with one answer). Log-probabilities are of the model's own
-distribution, temperature 1. What is not listed is the rest, one bucket; tokens below exp(-100) belong to it, and so do strings that
-are no token's or several tokens'. Every target is compared with the example's own label. The last target of an example may lack an
-entry (APIs seldom give one for the end of the turn): then nothing is known of it, and it adds nothing to the loss.
+(the last also inside "choices", as the API returns it; only for examples with one answer). Log-probabilities are natural logarithms of
+the model's own distribution at temperature 1. Tokens that are not listed form the tail, and so do tokens below exp(-100) and strings that
+match no token or several. Every target is compared with the example's own label. The last target of an example may have no entry
+(APIs seldom return one for the end of the turn): it then adds nothing to the loss.
 """
 
 import json
@@ -29,10 +30,10 @@ from ..sparse import NEGLIGIBLE, TopK
 from .records import TopKFormat
 from .shards import Writer
 
-TAIL_EXPONENTS = (1.0,)  # nothing but its mass is known of the rest
-_SLACK = 1e-3  # by which rounding may carry a log-probability above 0, or a sum of probabilities above 1
+TAIL_EXPONENTS = (1.0,)  # only the tail's mass at temperature 1 is known
+_SLACK = 1e-3  # how far rounding may put a log-probability above 0, or a sum of probabilities above 1
 
-Entry = dict[int, float]  # of one target: token id to log-probability
+Entry = dict[int, float]  # for one target: token id to log-probability
 
 
 @dataclass(frozen=True)
@@ -43,13 +44,15 @@ class Line:
 
 
 def make_format(vocab: int, k: int, value_bits: int) -> TopKFormat:
-    """What a teacher cache of such answers keeps. `k` at most what the file lists; where it lists more, they join the rest."""
+    """The format of such a cache. Where the file lists more than `k` tokens for a target, the others join the tail."""
     return TopKFormat(vocab, min(k, vocab), value_bits, TAIL_EXPONENTS)
 
 
 def write(path: str | Path, encoded: Examples, tokenizer, writer: Writer, progress=iter) -> dict[str, int]:
-    """Check the whole file, then write the cache (`writer` has a `record_format`; it is begun here). Counts: `unknown_tokens` strings that were left to
-    the rest, `unknown_targets` last targets without an entry, `unused` lines of rows that have no example. UserErrors name file and line.
+    """Check the whole file, then write the cache. Returns counts: `unknown_tokens`, strings that match no single token and joined the
+    tail; `unknown_targets`, last targets without an entry; `unused`, lines about rows that have no example.
+
+    `writer` has a format from `make_format` and is begun here. UserErrors name file and line.
     """
     reader = _Reader(Path(path), encoded, tokenizer, writer.format)
     lines = reader.lines(progress)
@@ -71,7 +74,7 @@ class _Reader:
         self._ids: dict[str, int] = {}
 
     def lines(self, progress) -> dict[int, Line]:
-        """Where the answers to each example stand, all of them read and checked."""
+        """The line of each example, after reading and checking all lines."""
         problems, found = ErrorCollector(), {}
         for before, (number, start, content) in enumerate(progress(self._raw())):
             try:
@@ -81,9 +84,7 @@ class _Reader:
                     self.counts["unused"] += 1
                     continue
                 if i in found:
-                    raise ValueError(
-                        f"row {int(self.encoded.row[i]) + 1} was answered in line {found[i].number} already; remove one of them"
-                    )
+                    raise ValueError(f"row {int(self.encoded.row[i]) + 1} is also in line {found[i].number}; remove one of them")
                 self._targets(line, i, self.counts)
                 found[i] = Line(number, start, i)
             except ValueError as error:
@@ -92,7 +93,7 @@ class _Reader:
         if len(found) < len(self.encoded):
             lacking = next(i for i in range(len(self.encoded)) if i not in found)
             raise UserError(
-                f"{self.path}: answers {len(found)} of {len(self.encoded)} examples; the first without an answer is of row {int(self.encoded.row[lacking]) + 1}"
+                f"{self.path}: has lines for {len(found)} of {len(self.encoded)} examples; the first one missing is of row {int(self.encoded.row[lacking]) + 1}"
             )
         return found
 
@@ -116,14 +117,14 @@ class _Reader:
         try:
             line = json.loads(content)
         except ValueError as error:
-            raise ValueError(f"is no JSON ({error})") from None
+            raise ValueError(f"is not JSON ({error})") from None
         if not isinstance(line, dict):
             raise ValueError("expected an object")
         choices = line.get("choices")
         return line | choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else line
 
     def _example(self, line: dict, before: int) -> int | None:
-        """Which example a line is about: by its row, or by how many lines stand before it. None for a row that has no example."""
+        """The index of a line's example: by its row, or by the number of lines before it. None for a row without an example."""
         row = line.get("row")
         if row is None:
             if before >= len(self.encoded):
@@ -135,7 +136,7 @@ class _Reader:
         return int(of_row[0]) if len(of_row) else None
 
     def _targets(self, line: dict, i: int, counts: Counter) -> list[tuple[Entry, int]]:
-        """Each target's entry and label. ValueError where the line is not about this example."""
+        """The entry and label of each target. ValueError where the line is not about this example."""
         ids, marks = self.encoded.example(i)
         labels = ids[marks].tolist()
         if "top" in line:
@@ -150,7 +151,7 @@ class _Reader:
             entries.append({})
         if len(entries) != len(labels):
             raise ValueError(
-                f"answers {len(entries)} targets, and the example has {len(labels)}; it is of another text, template or tokenizer"
+                f"has {len(entries)} targets, and the example {len(labels)}; it was made with another text, template or tokenizer"
             )
         for n, entry in enumerate(entries):
             if not entry and n + 1 < len(labels):
@@ -186,7 +187,7 @@ class _Reader:
         for n, (entry, label) in enumerate(zip(entries, ids[marks].tolist(), strict=True), 1):
             if entry and label not in entry:  # vLLM lists every token of the prompt itself
                 raise ValueError(
-                    f"prompt_logprobs: target {n} ({self._shown(label)}) is not among its own; are they of the token after, or before?"
+                    f"prompt_logprobs: target {n} ({self._shown(label)}) is not in its own list; is the list shifted by one token?"
                 )
         return entries
 
@@ -194,16 +195,16 @@ class _Reader:
         texts, entries = self._strings(), []
         try:
             if len(content) > len(labels):
-                raise ValueError(f"answers {len(content)} targets, and the example has {len(labels)}")
-            for n, (told, label) in enumerate(zip(content, labels, strict=False), 1):
-                if told["token"] != texts[label]:
-                    raise ValueError(f"target {n} is {told['token']!r} here, and {self._shown(label)} in the example")
-                entry = {label: told["logprob"]}
-                for other in told.get("top_logprobs") or ():
+                raise ValueError(f"has {len(content)} targets, and the example {len(labels)}")
+            for n, (given, label) in enumerate(zip(content, labels, strict=False), 1):
+                if given["token"] != texts[label]:
+                    raise ValueError(f"target {n} is {given['token']!r} here, and {self._shown(label)} in the example")
+                entry = {label: given["logprob"]}
+                for other in given.get("top_logprobs") or ():
                     token = self._ids.get(other["token"], -1)
                     if token >= 0:
                         entry.setdefault(token, other["logprob"])
-                    elif other["token"] != told["token"]:
+                    elif other["token"] != given["token"]:
                         counts["unknown_tokens"] += 1
                 entries.append(entry)
         except (AttributeError, KeyError, TypeError):
@@ -211,7 +212,7 @@ class _Reader:
         return entries
 
     def _strings(self) -> list[str]:
-        """What each token reads in the middle of a text; `_ids` has those that only one token reads."""
+        """The string of each token in the middle of a text. `_ids` maps the strings that belong to a single token to it."""
         if self._texts is None:
             before = self.tokenizer("a", add_special_tokens=False)["input_ids"][-1:]
             plain = {"clean_up_tokenization_spaces": False, "skip_special_tokens": False}
@@ -226,7 +227,9 @@ class _Reader:
             if a != b:
                 raise ValueError(f"{what} {n} is {self._shown(a)} here, and {self._shown(b)} in the example")
         if len(given) != len(wanted):
-            raise ValueError(f"has {len(given)} {what}s, and the example {len(wanted)}; it is of another text, template or tokenizer")
+            raise ValueError(
+                f"has {len(given)} {what}s, and the example {len(wanted)}; it was made with another text, template or tokenizer"
+            )
 
     def _shown(self, token) -> str:
         known = type(token) is int and 0 <= token < self.format.vocab

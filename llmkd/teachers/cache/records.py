@@ -1,13 +1,13 @@
-"""What a teacher cache keeps of each target: how it is recorded from a live teacher's signal, and read back as a signal.
+"""The record formats of a teacher cache: what is stored for each target, how it is computed from a signal, and how it is read back.
 
     kind      bytes per target (V = 128,256)            what is lost, and when to use it
-    topk      K = 50: 147, 64: 182, 128: 334 (8 bits)   the shape of the rest; the general choice: any divergence and temperature
-              122, 150, 270 (4 bits)                    and what 4 bits round off: see `codec`
-    sampled   50 draws: 89                              nothing on average, but it is noisy; the smallest, for forward KL at one temperature
-    hidden    2 H (bfloat16), H + 4 (int8)              nothing (int8: see `HiddenFormat`); where the disk has room, and for measuring.
-                                                        Its step costs a product with the teacher's head, the others' hardly more than none
+    topk      K = 50: 147, 64: 182, 128: 334 (8 bits)   the shape of the tail; the general choice, for any divergence and temperature
+              122, 150, 270 (4 bits)                    also the rounding of 4 bits: see `codec`
+    sampled   50 samples: 89                            nothing on average, but it is noisy; the smallest, for forward KL at one temperature
+    hidden    2 H (bfloat16), H + 4 (int8)              nothing (int8: see `HiddenFormat`); if the disk is large enough, and for measuring.
+                                                        A step costs a product with the teacher's head; the other formats cost almost nothing
 
-A record is a row of bytes, and its parts stand side by side: all records of a teacher cache have one size.
+A record is a row of bytes, its parts one after another. All records of a cache have the same size.
 """
 
 import math
@@ -30,21 +30,25 @@ from .stored_head import StoredHead
 
 
 class RecordFormat(Protocol):
-    metrics: tuple[str, ...]  # which of signals.TEACHER_METRICS can be told of its signals
-    bytes: int  # of each target
+    """What is stored for each target."""
+
+    metrics: tuple[str, ...]  # the TEACHER_METRICS that its signals support
+    bytes: int  # per target
 
     def options(self) -> dict:
-        """What the cache's header says of it, by the names of the settings: `read_record_format` makes it again from that."""
+        """The format in the cache's header, by the names of the settings. `read_record_format` is the inverse."""
 
     def record(self, signal: Signal, labels_N: Tensor, examples: Sequence[Example]) -> np.ndarray:
-        """The records of a batch's targets, uint8 [N, bytes]. Never holds an [N, V] tensor."""
+        """The records of a batch's targets, uint8 [N, bytes], computed in chunks: no [N, V] tensor is held."""
 
     def signal(self, records_NR: Tensor, device) -> Signal:
-        """What the records say, on the device."""
+        """The signal that the records store, on the device."""
 
 
 @dataclass(frozen=True)
 class TopKFormat:
+    """The k most likely tokens with log-probabilities of `value_bits` bits, and the tail mass at `tail_exponents`."""
+
     vocab: int
     k: int
     value_bits: int
@@ -63,7 +67,7 @@ class TopKFormat:
         return {"name": "topk", "k": self.k, "value_bits": self.value_bits, "tail_exponents": list(self.tail_exponents)}
 
     def record(self, signal: Signal, labels_N: Tensor, examples: Sequence[Example]) -> np.ndarray:
-        return _in_chunks(self, labels_N, lambda rows: self.encode(TopK.of(_answers(signal, rows), self.k, labels_N[rows])))
+        return _in_chunks(self, labels_N, lambda rows: self.encode(TopK.of(_log_probs(signal, rows), self.k, labels_N[rows])))
 
     def encode(self, known: TopK) -> Tensor:
         values, range_N = encode_values(known.log_p_NK, self.value_bits)
@@ -71,20 +75,20 @@ class TopKFormat:
         return _pack_bytes(ids, values, range_N, known.tail_NS.half(), known.label_log_p_N.half(), known.entropy_N.half())
 
     def signal(self, records_NR: Tensor, device) -> TopK:
-        """The largest log-probability is not kept: it follows, since K tokens and the rest sum to one."""
+        """The largest log-probability is not stored: it follows, since the K tokens and the tail sum to one."""
         ids, values, *halves = records_NR.to(device, non_blocking=True).split(self.widths, 1)
         range_N1, tail_NS, label_N1, entropy_N1 = (_halves(part) for part in halves)
         log_p_NK = decode_values(values, range_N1[:, 0], self.k, self.value_bits)
         rest_N1 = tail_NS[:, self.tail_exponents.index(1), None]
         log_p_NK = log_p_NK - log_p_NK.logsumexp(1, keepdim=True) + torch.log(-torch.expm1(rest_N1))
-        log_p_NK.nan_to_num_(-math.inf, neginf=-math.inf)  # nothing kept: all of it is in the rest
+        log_p_NK.nan_to_num_(-math.inf, neginf=-math.inf)  # no token stored: all of the mass is in the tail
         ids_NK = decode_ids(ids, self.k, self.vocab)
         return TopK(ids_NK, log_p_NK, tail_NS, self.vocab, label_N1[:, 0], entropy_N1[:, 0], self.tail_exponents)
 
 
 @dataclass(frozen=True)
 class SampledFormat:
-    """The draws of a target follow from the seed, its example and its place in it: whatever the batch, and however often."""
+    """Tokens sampled with replacement. They depend on the seed, the example and the target's position in it alone, not on the batch."""
 
     vocab: int
     num_samples: int
@@ -93,7 +97,7 @@ class SampledFormat:
 
     @property
     def metrics(self) -> tuple[str, ...]:
-        """Held-out metrics are at temperature 1, and nothing but the draws' own divergence can be told of them."""
+        """Validation metrics are at temperature 1, and samples estimate forward_kl only at their own temperature."""
         return (*(("forward_kl",) if self.temperature == 1 else ()), "teacher_ce", "teacher_entropy")
 
     @property
@@ -108,13 +112,13 @@ class SampledFormat:
         return {"name": "sampled", "num_samples": self.num_samples, "temperature": self.temperature, "seed": self.seed}
 
     def record(self, signal: Signal, labels_N: Tensor, examples: Sequence[Example]) -> np.ndarray:
-        chance_ND = torch.from_numpy(uniform_draws(self.seed, examples, self.num_samples)).to(labels_N.device)
+        uniform_ND = torch.from_numpy(uniform_draws(self.seed, examples, self.num_samples)).to(labels_N.device)
 
         def chunk(rows: slice) -> Tensor:
-            log_p_nV = _answers(signal, rows)
+            log_p_nV = _log_probs(signal, rows)
             soft_nV = log_p_nV if self.temperature == 1 else (log_p_nV / self.temperature).log_softmax(1)
             below_nV = soft_nV.double().exp().cumsum(1)
-            ids_nD = torch.searchsorted(below_nV, chance_ND[rows] * below_nV[:, -1:], right=True).clamp_max(self.vocab - 1)
+            ids_nD = torch.searchsorted(below_nV, uniform_ND[rows] * below_nV[:, -1:], right=True).clamp_max(self.vocab - 1)
             label_n = log_p_nV.gather(1, labels_N[rows, None])[:, 0]
             halves = [x.half() for x in (entropy(soft_nV), label_n, entropy(log_p_nV))]
             return _pack_bytes(encode_ids(ids_nD.sort().values, self.vocab), *halves)
@@ -129,10 +133,10 @@ class SampledFormat:
 
 @dataclass(frozen=True)
 class HiddenFormat:
-    """The last hidden state: with the head beside the cache, the teacher's whole distribution.
+    """The last hidden state. With the head, which is stored in the cache's folder, it gives the teacher's whole distribution.
 
-    float32 and bfloat16 are exact where the teacher computes in them. int8 rounds to 127ths of the largest entry of a state: a KL of
-    8e-6 and 3e-4 nats a target for two small trained models (H = 128 and 64).
+    float32 and bfloat16 are exact if the teacher computes in them. int8 rounds to 127ths of the largest entry of a state: a KL of
+    8e-6 and 3e-4 nats per target for two small trained models (H = 128 and 64).
     """
 
     vocab: int
@@ -167,7 +171,7 @@ class HiddenFormat:
 
 
 def make_record_format(cache: Cache, vocab: int, teacher=None) -> RecordFormat:
-    """What the settings ask for, with the kind's own defaults; of hidden states the teacher (a LanguageModel) says what they are."""
+    """The format of a cache to be written, from its settings and the defaults of its kind. `hidden` needs the teacher (a LanguageModel)."""
     name = cache.kind or "topk"
     options = {key: default if getattr(cache, key) is None else getattr(cache, key) for key, default in CACHE_KINDS[name].items()}
     if name == "topk":
@@ -181,7 +185,7 @@ def make_record_format(cache: Cache, vocab: int, teacher=None) -> RecordFormat:
 
 
 def read_record_format(options: dict, vocab: int, folder=None) -> RecordFormat:
-    """The kind that a teacher cache's header tells of."""
+    """The format of a cache from its header's "kind"; `folder` holds the head of kind hidden."""
     options = dict(options)
     name = options.pop("name")
     if name == "topk":
@@ -192,7 +196,10 @@ def read_record_format(options: dict, vocab: int, folder=None) -> RecordFormat:
 
 
 def uniform_draws(seed: int, examples: Sequence[Example], num_samples: int) -> np.ndarray:
-    """Numbers in [0, 1) for the draws of a batch's targets, float64 [N, num_samples]: a hash of seed, example, place and draw."""
+    """Uniform numbers in [0, 1) for sampling at a batch's targets, float64 [N, num_samples].
+
+    A hash of seed, example, the target's position in the example and the sample's number (counter-based, so no state is kept).
+    """
     identity_N = np.repeat(np.array([int(e.content_hash, 16) for e in examples], np.uint64), [e.num_targets for e in examples])
     place_N = np.concatenate([np.zeros(0, np.uint64), *(np.arange(e.num_targets, dtype=np.uint64) for e in examples)])
     state_N = _splitmix64(_splitmix64(identity_N ^ _splitmix64(np.full_like(identity_N, seed))) ^ place_N)
@@ -212,7 +219,7 @@ def _halves(part_NB: Tensor) -> Tensor:
 
 
 def _dense(x: Tensor) -> Tensor:
-    """A copy that can be seen as another type: of one row or none, `contiguous` would keep a place in memory or strides that cannot."""
+    """A contiguous copy, which `view(dtype)` accepts. `contiguous()` would return a tensor of one row or none with its old strides."""
     return x.clone(memory_format=torch.contiguous_format)
 
 
@@ -226,17 +233,17 @@ def _in_chunks(record_format: RecordFormat, labels_N: Tensor, records) -> np.nda
     return out_NR
 
 
-def _answers(signal: Signal, rows: slice) -> Tensor:
+def _log_probs(signal: Signal, rows: slice) -> Tensor:
     return _finite(signal.log_probs(rows))
 
 
-def _finite(answers: Tensor) -> Tensor:
-    """As they are, unless a number is none: -inf is a probability of 0."""
-    if answers.isnan().any():
-        raise UserError("teacher.model: what it says of a target is not a number; look at its weights, or set teacher.dtype: float32")
-    return answers
+def _finite(outputs: Tensor) -> Tensor:
+    """The same tensor; UserError if it holds a NaN (-inf is a probability of 0)."""
+    if outputs.isnan().any():
+        raise UserError("teacher.model: its output at a target is NaN; check its weights, or set teacher.dtype: float32")
+    return outputs
 
 
 def _pack_bytes(*parts: Tensor) -> Tensor:
-    """Any tensors [N] or [N, ...] as bytes, uint8 [N, R]."""
+    """Tensors [N] or [N, ...] of any types as bytes, one after another, uint8 [N, R]."""
     return torch.cat([_dense(part.reshape(len(part), -1)).view(torch.uint8) for part in parts], 1)

@@ -1,13 +1,13 @@
-"""A folder of teacher answers, a record of bytes for each target, found by who the example is and never by its place in a run.
+"""A teacher cache: a folder with a record of bytes for each target. Examples are found by their content hash, not by their position.
 
-    cache.json              written last: the header, every shard with its checksum, and a checksum of all that
-    unfinished.json         the header, while the cache is not finished
-    shard-00000.safetensors records [targets, bytes], and of its examples the content hash and the number of targets
-    shard-00000.json        its checksum and its header's, written after it
+    cache.json              written last: the header, every shard with its checksum, and a checksum of all of it
+    unfinished.json         the header, while the cache is not complete
+    shard-00000.safetensors records [targets, bytes], and for each example its content hash and number of targets
+    shard-00000.json        its checksum and the header's, written after it
     head.safetensors        for hidden states
 
-The header, a plain dict, says all that the shards follow from: kind and its options, vocabulary, bytes per target, `provenance`
-(fingerprints), and a hash of the plan. Which examples make up a shard follows from it alone, so that any number of processes and any
+The header, a plain dict, holds all that the shards depend on: kind and its options, vocabulary, bytes per target, `provenance`
+(fingerprints), and a hash of the plan. It alone decides which examples are in which shard, so that any number of processes and any
 later attempt write the same files. No torch here.
 """
 
@@ -34,11 +34,11 @@ SETTING = "teacher.cache.path"
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """The examples of a teacher cache, each once, and how they are spread over its shards."""
+    """The distinct examples of a teacher cache, and which shard each is in."""
 
     hash_E: np.ndarray  # uint64
     targets_E: np.ndarray  # int64
-    first_E: np.ndarray  # which of the examples that were given it is
+    first_E: np.ndarray  # its index in the list of examples that was given
     shards: list[slice]
 
     @staticmethod
@@ -58,7 +58,7 @@ class ShardPlan:
 
 
 class Writer:
-    """Writes a teacher cache, or what is missing of one. The first process begins and finishes; between the two, and waiting for it, all write shards."""
+    """Writes a teacher cache, or what is missing of one. Rank 0 calls `begin` and `finish`; between them every rank writes its shards."""
 
     def __init__(self, folder: str | Path, record_format, provenance: dict, plan: ShardPlan, setting: str = SETTING):
         """`record_format` is a `records.RecordFormat`."""
@@ -67,7 +67,7 @@ class Writer:
         self.header = json.loads(json.dumps({"version": VERSION, **options, "provenance": provenance, "plan": plan.header()}))
 
     def begin(self) -> bool:
-        """Whether the cache is whole already. UserError where the folder holds a teacher cache of other answers; then nothing is touched."""
+        """Prepare the folder; returns whether the cache is complete already. UserError, with nothing changed, if the folder holds another cache."""
         _refuse_version_1(self.folder, self.setting)
         self.folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(self.folder)
@@ -77,7 +77,7 @@ class Writer:
                 found.pop("files", None)
                 if changed := differences(found, self.header):
                     raise UserError(
-                        f"{self.setting}: {self.folder} holds a teacher cache of other answers ({'; '.join(changed)}); choose another folder, or delete it"
+                        f"{self.setting}: {self.folder} holds another teacher cache ({'; '.join(changed)}); choose another folder, or delete it"
                     )
         head = getattr(self.format, "head", None)
         if head and _digest(self.folder / head.options()["file"]) != head.sha256:
@@ -90,7 +90,7 @@ class Writer:
         return False
 
     def left(self, rank: int = 0, ranks: int = 1) -> list[int]:
-        """Which of this process's shards are not here, or not whole."""
+        """The numbers of this rank's shards that are missing or damaged."""
         return [n for n in range(rank, len(self.plan.shards), ranks) if not self._whole(n)]
 
     def shard(self, n: int) -> "Shard":
@@ -98,7 +98,7 @@ class Writer:
         return Shard(self, n, self.plan.first_E[part], self.plan.hash_E[part], self.plan.targets_E[part])
 
     def finish(self) -> None:
-        """Seal the cache, once all processes are done."""
+        """Write cache.json, once all ranks have written their shards."""
         if left := [_name(n) for n in range(len(self.plan.shards)) if not (self.folder / f"{_name(n)}.json").exists()]:
             raise UserError(f"{self.setting}: {self.folder} lacks {left[0]} and {len(left) - 1} more; run llmkd cache again")
         files = [_read_json(self.folder / f"{_name(n)}.json") for n in range(len(self.plan.shards))]
@@ -116,11 +116,11 @@ class Writer:
 
 @dataclass
 class Shard:
-    """A part of a teacher cache that is being written. Its examples' records may come in any order."""
+    """A shard that is being written. The records of its examples may be put in any order."""
 
     writer: Writer
     number: int
-    examples: np.ndarray  # which of the examples that the plan was made of
+    examples: np.ndarray  # their indices in the list that the plan was made of
     hash_E: np.ndarray
     targets_E: np.ndarray
 
@@ -131,7 +131,7 @@ class Shard:
         self._wanted = set(self._rows)
 
     def put(self, hashes: list[str], targets: list[int], records_NR: np.ndarray) -> None:
-        """The records of some of its examples, one after another."""
+        """Set the records [targets, bytes] of some of its examples, one after another."""
         start = 0
         for content_hash, count in zip(hashes, targets, strict=True):
             self._records_NR[self._rows[int(content_hash, 16)]] = records_NR[start : start + count]
@@ -142,7 +142,7 @@ class Shard:
         from safetensors.numpy import save
 
         if self._wanted:
-            raise ValueError(f"shard {self.number}: {len(self._wanted)} of its examples were never put")
+            raise ValueError(f"shard {self.number}: {len(self._wanted)} of its examples have no records")
         content = save({"records": self._records_NR, "content_hash": self.hash_E, "targets": self.targets_E})
         name, digest = _name(self.number), hashlib.sha256(content).hexdigest()
         write_atomic(self.writer.folder / f"{name}.safetensors", content)
@@ -151,7 +151,7 @@ class Shard:
 
 
 class TeacherCache:
-    """A finished cache, read by memory map. `header` is what it was made by."""
+    """A complete teacher cache, read by memory map. Open one with `TeacherCache.open(path)`; `CachedTeacher` makes signals of its records."""
 
     def __init__(self, folder: Path, header: dict, setting: str):
         self.folder, self.header, self.setting = folder, header, setting
@@ -161,13 +161,13 @@ class TeacherCache:
         shard_E = np.repeat(np.arange(len(targets)), [len(part) for part in targets])
         start_E = np.concatenate([np.cumsum(part) - part for part in targets])
         self._where_E3 = np.stack([shard_E, start_E, np.concatenate(targets)], 1)[order]
-        self._map = functools.lru_cache(256)(self._map)  # not all at once: each holds a file open
+        self._map = functools.lru_cache(256)(self._map)  # at most 256 at a time: each keeps a file open
 
     @staticmethod
     def open(path: str | Path, setting: str = SETTING) -> "TeacherCache":
-        """Check a teacher cache and open it. UserError names the file that is missing or damaged.
+        """Check a cache and open it. UserError names a missing or damaged file.
 
-        Of several processes on a machine each reads its share of the shards for that.
+        Of several processes on a machine each checks its share of the shards.
         """
         folder = Path(path).expanduser()
         header = read_header(folder, setting)
@@ -178,7 +178,7 @@ class TeacherCache:
             raise UserError(f"{setting}: {folder / lacking[0]} is missing{more}; run llmkd cache again")
         rank, ranks = (int(os.environ.get(name, value)) for name, value in (("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1")))
         mine = files[rank::ranks]
-        threads = min(8, os.cpu_count() or 1)  # hashing leaves the interpreter to others
+        threads = min(8, os.cpu_count() or 1)  # hashing releases the GIL
         with report_from_any_rank(), concurrent.futures.ThreadPoolExecutor(threads) as pool:
             for file, found in zip(mine, pool.map(lambda file: _digest(folder / file["file"]), mine), strict=True):
                 if found != file["sha256"]:
@@ -193,20 +193,20 @@ class TeacherCache:
 
     @property
     def identity(self) -> str:
-        """A hash of all that it holds."""
+        """A hash of its contents."""
         return _checksum(self.header)
 
     def missing(self, hashes: list[str]) -> list[int]:
-        """The places in the list of the examples that are not in the cache."""
+        """The indices in `hashes` of the examples that are not in the cache."""
         wanted = np.array([int(x, 16) for x in hashes], np.uint64)
         return np.flatnonzero(~self._found(wanted)[1]).tolist()
 
     def read(self, hashes: list[str], targets: list[int]) -> np.ndarray:
-        """The records of those examples, one after another: uint8 [targets, bytes]."""
+        """The records of those examples, one after another: uint8 [sum of targets, bytes]. UserError for an example that is not in the cache."""
         wanted = np.array([int(x, 16) for x in hashes], np.uint64)
         places, here = self._found(wanted)
         if not here.all():
-            raise UserError(f"{self.setting}: {self.folder} has no answers for an example ({hashes[here.argmin()]}); run llmkd cache again")
+            raise UserError(f"{self.setting}: {self.folder} has no record of an example ({hashes[here.argmin()]}); run llmkd cache again")
         out_NR, end = np.empty((sum(targets), self.bytes_per_target), np.uint8), 0
         for content_hash, count, (shard, start, own) in zip(hashes, targets, self._where_E3[places].tolist(), strict=True):
             if own != count:
@@ -239,14 +239,12 @@ class TeacherCache:
 
 
 def read_header(folder: Path, setting: str = SETTING) -> dict:
-    """A finished cache's header, checked by itself: the shards are not looked at."""
+    """The header of a complete cache, checked against its own checksum. The shards are not read."""
     _refuse_version_1(folder, setting)
     if not (folder / "cache.json").exists():
         if (folder / "unfinished.json").exists():
             done, of = len(list(folder.glob("shard-*.json"))), _read_json(folder / "unfinished.json", setting).get("plan", {}).get("shards")
-            raise UserError(
-                f"{setting}: {folder} is not finished: {done} of {of} shards; run llmkd cache with the settings that it was begun with"
-            )
+            raise UserError(f"{setting}: {folder} is not complete: {done} of {of} shards; run llmkd cache again with the same settings")
         raise UserError(f"{setting}: there is no teacher cache at {folder}; llmkd cache writes one")
     header = _read_json(folder / "cache.json", setting)
     if header.get("version") != VERSION:
@@ -268,7 +266,7 @@ def _refuse_version_1(folder: Path, setting: str) -> None:
 
 
 def differences(old: dict, new: dict) -> list[str]:
-    """What differs between two headers, as "provenance.tokenizer: a -> b"."""
+    """The differences of two headers, as "provenance.tokenizer: a -> b"."""
     old, new = flatten(old), flatten(new)
     return [
         f"{key}: {old.get(key, 'nothing')} -> {new.get(key, 'nothing')}" for key in sorted({*old, *new}) if old.get(key) != new.get(key)

@@ -1,4 +1,4 @@
-"""The teacher's head beside a teacher cache of its hidden states: read off a live model, written, and made again."""
+"""The teacher's head in a cache of its hidden states: taken from a live model, written to the folder, and rebuilt from it."""
 
 import copy
 import functools
@@ -18,12 +18,12 @@ FILE = "head.safetensors"
 
 @dataclass(frozen=True)
 class StoredHead:
-    """`weights` weight [V, H] and perhaps bias [V], cut to the real vocabulary; scale and softcap as in `Head`."""
+    """`weights`: "weight" [V, H] and, if there is one, "bias" [V], cut to the real vocabulary. scale and softcap as in `Head`."""
 
     weights: dict[str, Tensor]
     scale: float
     softcap: float | None
-    _made: dict = field(default_factory=dict, compare=False)  # one for each device
+    _made: dict = field(default_factory=dict, compare=False)  # a Head for each device
 
     @staticmethod
     def of(head: Head) -> "StoredHead":
@@ -34,7 +34,7 @@ class StoredHead:
         return StoredHead(load_file(Path(folder) / options["file"]), options["scale"], options["softcap"])
 
     def content(self) -> bytes:
-        """The file that stands in the cache."""
+        """The bytes of the file in the cache's folder."""
         return save(self.weights)
 
     @functools.cached_property
@@ -60,15 +60,15 @@ class StoredHead:
 
 @torch.no_grad()
 def effective(head: Head, block: int = 256) -> dict[str, Tensor]:
-    """Weight [V, H] and bias [V] of what a head computes, on the CPU.
+    """The weight [V, H] and, if it is not 0, bias [V] that a head applies, on the CPU.
 
-    A plain Linear's are its own, in its type. Of an adapted or quantised one they are what it makes of the unit vectors, in float32
-    at least: exact, where the live model's product would be rounded to its type.
+    A plain Linear's own, in its type. For a head with an adapter or quantised weights they are its outputs for the unit vectors, in
+    at least float32: exact, where the live model's product is rounded to its type.
     """
     project = head.project
     if isinstance(project, nn.Identity):
         raise UserError(
-            "teacher.cache.kind: found hidden, and how this teacher's logits follow from its hidden states is not known; use topk or sampled"
+            "teacher.cache.kind: found hidden, and this teacher's head is not a matrix that could be stored; use topk or sampled"
         )
     if type(project) is nn.Linear:
         found = {"weight": project.weight, "bias": project.bias}
