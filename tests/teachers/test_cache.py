@@ -355,7 +355,7 @@ def test_an_answer_that_is_not_a_number_is_not_kept():
     hidden[1, 2] = float("nan")
     signal = Dense(hidden, Head(nn.Linear(4, 9), 9))
     for record_format in (TopKFormat(9, 3, 8), HiddenFormat(9, 4, "float32", StoredHead.of(signal.head))):
-        with pytest.raises(UserError, match="not a number"):
+        with pytest.raises(UserError, match="its output at a target is NaN"):
             record_format.record(signal, torch.zeros(3, dtype=torch.long), [])
 
 
