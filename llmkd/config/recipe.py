@@ -1,6 +1,6 @@
 """A run as data: every setting, its type, range, default and one sentence about it.
 
-Plain frozen dataclasses; `settings.py` reads them from YAML and the command line and writes them back.
+Plain frozen dataclasses; `loader` reads them from YAML and the command line and writes them back.
 Nothing here imports torch: a recipe is checked before anything heavy is loaded.
 """
 

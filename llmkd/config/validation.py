@@ -38,6 +38,9 @@ _ELSEWHERE = {
     "alpha": "loss.kd_ratio",
 }
 
+#: Other names of values, for the hint at one that is not known.
+_VALUES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "fp64": "float64"}
+
 #: Settings that have been renamed, by the file they are in: old dotted path to new. The old one is refused with the new one's name.
 _RENAMED = {
     Recipe: {
@@ -165,11 +168,19 @@ def _explain(kind, path: tuple, item: dict) -> str:
         return "not given, and it has no default"
     if isinstance(found, str) and "expected" in item.get("ctx", {}):
         options = re.findall(r"'([^']*)'", str(item["ctx"]["expected"]))
-        near = difflib.get_close_matches(found, options, 1, 0.6)
+        near = [_VALUES[found]] if _VALUES.get(found) in options else difflib.get_close_matches(found, options, 1, 0.6)
         return f"found {found!r}, expected {join_or(options)}" + (f"; did you mean {near[0]}?" if near else "")
     known = {dotted: (type_, text) for dotted, type_, _, text in describe(kind)}
     type_, text = known.get(".".join(str(key) for key in path if not isinstance(key, int) or key == path[-1]), (None, None))
     if not type_ and item["msg"].startswith(("Input should be less", "Input should be greater")):
         return f"found {json.dumps(found)[:80]}, expected a number {item['msg'].removeprefix('Input should be ')}"
     expected = type_ or re.sub(r"^Input should be (a )?(valid )?", "a ", item["msg"]).replace("a an object", "a mapping of settings")
-    return f"found {json.dumps(found, ensure_ascii=False)[:80]}, expected {expected}"
+    hint = "; remove the quotation marks" if expected.startswith(("a number", "a whole number")) and _is_number(found) else ""
+    return f"found {json.dumps(found, ensure_ascii=False)[:80]}, expected {expected}{hint}"
+
+
+def _is_number(found) -> bool:
+    try:
+        return isinstance(found, str) and bool(float(found) or True)
+    except ValueError:
+        return False

@@ -43,7 +43,9 @@ def parse_yaml(text: str, name: str) -> tuple[typing.Any, dict[tuple, int], list
         raise UserError(f"{name}:{line}: not valid YAML: the character {error.character!r} is not allowed") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
-        raise UserError(f"{name}:{mark.line + 1 if mark else 1}: not valid YAML: {getattr(error, 'problem', error)}") from None
+        problem = str(getattr(error, "problem", error))
+        hint = "; indent the settings of one section alike" if "expected <block end>" in problem else ""
+        raise UserError(f"{name}:{mark.line + 1 if mark else 1}: not valid YAML: {problem}{hint}") from None
     except RecursionError:
         raise UserError(f"{name}: nested too deeply; a recipe is flat") from None
     lines: dict[tuple, int] = {}
