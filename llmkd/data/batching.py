@@ -1,4 +1,4 @@
-"""Which examples make up which optimizer step: a pure function of (seed, epoch). Nothing here has state to restore.
+"""The order of the examples and their split into micro-batches: pure functions of (seed, epoch), with no state to restore.
 
 An optimizer step takes `batch_size` examples, however many processes there are. They are sorted by length, split into
 micro-batches and handed to the ranks in turn; since the loss is a sum over the step's targets divided by their number, how
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-MOST_TOKENS = 65_536  # of a micro-batch whose budget is measured: beyond, nothing becomes faster
+MOST_TOKENS = 65_536  # upper bound of a measured token budget: larger micro-batches are not faster
 MOST_PACKED = (
     8_192  # of a packed row alike: but for flash attention, every pair of its tokens is computed, and those of two examples dropped
 )
@@ -22,13 +22,13 @@ _FLOOR = 1024  # tokens: a smaller pass takes a GPU about as long, since launchi
 
 @dataclass(frozen=True)
 class TokenBudget:
-    """The tokens of a micro-batch at most, padding counted."""
+    """The largest number of tokens in a micro-batch, padding included."""
 
     tokens: int
     packing: bool = False
 
     def of(self, lengths: np.ndarray) -> int:
-        """The tokens of one micro-batch of examples so long."""
+        """The tokens of one micro-batch of examples of these lengths."""
         return int(lengths.sum() if self.packing else len(lengths) * lengths.max(initial=0))
 
 
@@ -60,7 +60,7 @@ class BatchPlan:
         return self.max_steps or self.epochs * self.steps_per_epoch
 
     def step_batches(self, epoch: int) -> list[list[int]]:
-        """The epoch's optimizer steps: every example as often as its source weighs (once, by default).
+        """The examples of each optimizer step of an epoch: every example as often as its source's weight says (once, by default).
 
         One of them may be short: the last, unless grouped by length.
         """
@@ -78,7 +78,7 @@ class BatchPlan:
             ]
         batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
         if self.group_by_length > 1:
-            rng.shuffle(batches)  # or every group would begin with its longest examples
+            rng.shuffle(batches)  # otherwise every group would begin with its longest examples
         return batches
 
     def steps(self, done: int = 0) -> Iterator[tuple[int, int, list[int]]]:

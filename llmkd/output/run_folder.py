@@ -1,4 +1,4 @@
-"""The folder a run writes: claimed by one run at a time, never silently overwritten, and what makes two runs the same."""
+"""The folder of a run: locked by one run at a time, never silently overwritten, and resumed only by the same recipe, data and models."""
 
 import json
 import os

@@ -1,7 +1,6 @@
-"""How many tokens a micro-batch may have: as many as fit into memory, found by measurement before the first step. And the head's chunks.
+"""Automatic micro-batch size: the largest that fits into memory, measured before the first step; likewise the head's chunk size.
 
-Where memory runs out all the same, an optimizer step is done again from its beginning with half of both; nothing of it had been
-applied yet.
+If memory runs out later, the optimizer step is repeated from its beginning with both halved; none of it had been applied yet.
 """
 
 import dataclasses
@@ -23,8 +22,8 @@ from .loop import StudentState, forward_backward
 from .memory import memory_gauge
 from .step_result import Accumulated
 
-_FEWEST_ROWS = 128  # of a chunk that is made smaller because memory ran out
-_HEADS_SHARE = 1 / 8  # of the free memory: what the head's tiles take of it
+_FEWEST_ROWS = 128  # chunks of the head are not halved below it
+_HEADS_SHARE = 1 / 8  # of the free memory, for the head's tiles
 
 
 def head_chunk_size(vocab: int, device: torch.device, info) -> int | None:
@@ -68,8 +67,8 @@ class AutoBatchSize:
     def measure(self, batch_size: int) -> None:
         """Find the largest budget, by doubling, whose worst micro-batch goes through: the longest examples, forward and backward.
 
-        No other trace stays: gradients are dropped, random numbers put back, and the optimizer is not asked (room for its state is
-        left). All processes agree on the smallest. UserError where not even the longest example fits.
+        It has no side effects: gradients are dropped, random states restored, and the optimizer takes no step (room for its state is
+        reserved). All processes use the smallest budget found. UserError if not even the longest example fits.
         """
         ranks = self.accelerator.num_processes
         lengths_E = self.source.examples.max_lengths
@@ -150,5 +149,5 @@ class AutoBatchSize:
             self.info(f"out of memory in step {step.number}; done again with {' and '.join(smaller)}")
 
     def _smaller_chunks(self) -> int:
-        """Halve them, but not below `_FEWEST_ROWS`; the most rows of those that were, or 0 where none was."""
+        """Halve the chunks, but not below `_FEWEST_ROWS`; returns the largest new size, or 0 if none was halved."""
         return max((one.halve_chunks(self.accelerator.device.type, _FEWEST_ROWS) for one in self.chunked), default=0)

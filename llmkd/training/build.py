@@ -69,7 +69,7 @@ def build_setup(
     try:
         models, teacher_models = load(recipes, live, prepared.vocab, device, around_transform)
     except UserError:
-        if stop_asked():  # a signal to the whole group ends a compiler too, which is nobody's mistake
+        if stop_asked():  # a signal to the process group also kills the compiler, which is no error of the recipe
             raise Stopped("stopped by a signal before the first step; the same command starts again") from None
         raise
     fidelity = {f"{name}.{k}": v for (name, _), model in zip(live, teacher_models, strict=True) for k, v in model.fidelity.items()}

@@ -3,7 +3,7 @@
 A checkpoint is `step-N/` with the trainable weights and the optimizer's state in safetensors, `state.json`, and
 `manifest.json` with the size and SHA-256 of each, written last. It is built under another name and renamed when all
 of it is on the disk; the previous one is deleted only after that. The frozen base is never in it. The order of the
-data, the learning rate and the dropout masks follow from the step number alone, so there is nothing else to keep.
+data, the learning rate and the dropout masks are functions of the step number, so nothing else has to be saved.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Moved here from another file."""
+"""Starts the Accelerator, and checks that as many processes joined as the launcher announced."""
 
 import os
 
@@ -6,7 +6,7 @@ from ..errors import UserError
 
 
 def start():
-    """The Accelerator, with as many processes as were asked for; refused otherwise."""
+    """The Accelerator. UserError unless it has as many processes as WORLD_SIZE says."""
     asked = int(os.environ.get("WORLD_SIZE", "1"))
     if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ and "ACCELERATE_USE_CPU" in os.environ:
         raise UserError(

@@ -1,8 +1,8 @@
 """The training loop, and nothing else.
 
-For every step: take the targets of one optimizer step, ask the teacher what it would have said at each target, ask the
-student, compare the two on just those targets, and move the student. The loop yields after every step; what is due
-then (logging, validation, saving, stopping) is its caller's business.
+For every step: take the micro-batches of one optimizer step, compute the teacher's signal at each target and the student's
+outputs, compare the two at just those targets, and update the student. The loop yields after every step; the caller does
+what is due then (logging, validation, saving, stopping).
 
 To avoid a synchronisation with the device, the host reads whether step N was finite while step N + 1 runs. The optimizer checks
 the same flag on the device, so a step that is not finite never changes the weights.
@@ -61,7 +61,7 @@ def no_retry(attempt: Callable[[list[Batch]], Accumulated], step: Step, micro_ba
 
 @dataclass(frozen=True)
 class StepHooks:
-    """The caller's say in a step.
+    """Callbacks of the loop.
 
     stop_asked      whether this process was asked to stop
     retry_on_oom    called like `no_retry`; may repeat the attempt with other micro-batches when memory runs out
@@ -186,7 +186,8 @@ def optimizer_step(student: StudentState, step: int, norm: Tensor, nonfinite: Te
         torch.nn.utils.clip_grads_with_norm_(student.parameters.values(), student.max_grad_norm, norm)
     for group in student.optimizer.param_groups:
         group["lr"] = student.learning_rate(step)
-    if getattr(student.optimizer, "_step_supports_amp_scaling", False):  # torch's fused optimizers read the flag on the device
+    # Oddity: private attributes of torch, made for its GradScaler. Its fused optimizers read `found_inf` on the device and then do nothing.
+    if getattr(student.optimizer, "_step_supports_amp_scaling", False):
         student.optimizer.found_inf = nonfinite.isnan().float()
         student.optimizer.step()
     elif not nonfinite.isnan().item():

@@ -1,4 +1,4 @@
-"""Moved here from another file."""
+"""Memory gauges: the peak that was used since a moment, and the bytes that are free, on a GPU or the CPU."""
 
 import contextlib
 import ctypes
@@ -11,9 +11,9 @@ from ..errors import UserError
 
 
 class GpuMemory:
-    """Bytes taken at most since it was made, and how many there are room for."""
+    """GPU memory in bytes: `taken`, the peak since this object was made, and `room`, 90 % of what was free then."""
 
-    cautious = False  # memory that runs out there is only an exception
+    cautious = False  # running out of it only raises an exception
 
     def __init__(self, device):
         self.device = device
@@ -28,13 +28,13 @@ class GpuMemory:
 
 
 class CpuMemory:
-    """The same of the machine's memory. Half of what is free counts: then a doubling stays inside it even where the need is quadratic."""
+    """The machine's memory, likewise. `room` is half of what was free: then doubling stays inside it even where the need is quadratic."""
 
-    cautious = True  # memory that runs out here ends the process
+    cautious = True  # running out of it ends the process
 
     def __init__(self):
         with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL(None).malloc_trim(0)  # glibc keeps what was freed, and what is taken from there would not be seen
+            ctypes.CDLL(None).malloc_trim(0)  # glibc keeps freed memory, and allocations from it would not be seen
         try:
             Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
             self.before = self._status("VmRSS")

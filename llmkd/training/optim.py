@@ -1,4 +1,4 @@
-"""The optimizer that a recipe names: torch's AdamW, or bitsandbytes' with its state in 8 bit, or where it may be paged out."""
+"""Optimizers by name (torch's AdamW; bitsandbytes' with 8-bit or paged state) and the learning rate schedule."""
 
 import math
 import warnings
@@ -27,7 +27,7 @@ def build(optim: Optim, parameters: dict[str, nn.Parameter]) -> torch.optim.Opti
         raise UserError(f"optim.name: found {optim.name}, which has no float64; use adamw, or student.dtype: float32")
     import bitsandbytes
 
-    warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")  # as said above
+    warnings.filterwarnings("ignore", message="Paged optimizers are not supported on CPU")  # see the docstring
     return getattr(bitsandbytes.optim, _BITSANDBYTES[optim.name])(groups, **options)
 
 

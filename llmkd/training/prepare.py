@@ -1,4 +1,4 @@
-"""Everything that is read and checked before a model is loaded: rows, tokenizers, model folders."""
+"""Prepares a run without loading weights: model files, tokenizer, encoded data with its batch source, and checks of teacher caches."""
 
 import dataclasses
 import importlib.util
@@ -208,7 +208,7 @@ def micro_batch_size(train: Train, packing: bool) -> int | TokenBudget:
 
 
 def check_packages(recipe: Recipe) -> None:
-    """What a recipe asks for and an installation may lack."""
+    """UserError if a package that the recipe needs is not installed."""
     wanted = {
         "student.quantization": recipe.student.quantization,
         "optim.name": recipe.optim.name != "adamw",
