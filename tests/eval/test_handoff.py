@@ -347,8 +347,8 @@ def test_refusals_come_before_a_model_is_loaded(base, tmp_path, tasks_dir, capsy
         ([base, "--tasks", "hellaswag", "--limit", "0"], "--limit: found 0, expected a whole number >= 1"),
         ([base, "--tasks", "hellaswag", "--batch_size", "big"], "--batch_size: found 'big'"),
         ([base, "--tasks", "hellaswag", "--shots", "1"], "--shots: eval has no such option"),
-        ([base], "names no task"),
-        (["--tasks", "hellaswag"], "names no model"),
+        ([base], "no task is given"),
+        (["--tasks", "hellaswag"], "no model is given"),
     ):
         code, table, err = command(capsys, *words)
         lines = [line for line in err.splitlines() if not line.startswith("note: ")]
