@@ -179,7 +179,7 @@ def temperature():
 def sweep():
     """The committed report of eval/results/ablation_small: KL and CE over kd_ratio and learning rate."""
     text = (REPO / "eval/results/ablation_small/report.md").read_text(encoding="utf-8")
-    row = re.compile(r"^\| `kd_ratio\W([\d.]+)\W+lr\W([\d.e-]+)` \| ([\d.]+)[^|]*\| ([\d.]+)[^|]*\|", re.MULTILINE)
+    row = re.compile(r"^\| `kd_ratio[=-]([\d.]+)[,_]lr[=-]([\d.e-]+)` \| ([\d.]+)[^|]*\| ([\d.]+)[^|]*\|", re.MULTILINE)
     found = {}
     for ratio, rate, ce, kl in row.findall(text):
         found.setdefault((float(ratio), float(rate)), (float(ce), float(kl)))
@@ -210,7 +210,7 @@ def comparison():
     shown = {"reverse_kl": "reverse KL", "jsd": "JSD", "base_teacher": "untuned teacher", "tuned_student": "tuned student"}
     rows = []
     for name, *numbers, verdict in row.findall(table):
-        grid = re.fullmatch(r"kd_ratio\W([\d.]+)\W+lr\W0.003", name)
+        grid = re.fullmatch(r"kd_ratio[=-]([\d.]+)[,_]lr[=-]0\.003", name)
         if grid or name in shown:
             rows.append((f"kd_ratio {grid[1]}" if grid else shown[name], *(float(one) for one in numbers), verdict.split(",")[-1].strip()))
     figure, axes = plt.subplots(figsize=(9.6, 3.3))

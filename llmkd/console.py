@@ -69,7 +69,7 @@ def duration(seconds: float) -> str:
 
 
 def count(number: int, noun: str, several: str | None = None) -> str:
-    """ "1 arm", "2 arms"; `several` is the plural where it is not noun + s."""
+    """ "1 run", "2 runs"; `several` is the plural where it is not noun + s."""
     return f"{number:,} {noun if number == 1 else several or noun + 's'}"
 
 

@@ -20,7 +20,7 @@ DOCS = REPO / "docs"
 PAGES = [REPO / "README.md", REPO / "recipes/README.md", *sorted(DOCS.glob("*.md"))]
 
 #: Files that the reader is told to write.
-READERS_OWN = {"mine.yaml", "1_teacher.yaml", "2_distill.yaml", "/recipes/recipe.yaml"}
+READERS_OWN = {"mine.yaml", "1_teacher.yaml", "2_distill.yaml", "recipe.yaml"}
 #: What a YAML block that shows a part of a recipe is completed with.
 MINIMAL = {"output_dir": "runs/x", "student": {"model": "a/b"}, "data": {"train": {"path": "train.jsonl", "format": "text"}}}
 

@@ -44,10 +44,10 @@ def estimate(recipes: list[Recipe], sizes: dict) -> Cost | None:
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    taught = next((r for r in recipes if distils(r)), None)
+    distilling = next((r for r in recipes if distils(r)), None)
     student, present = model_size(files), []
     bytes_ = student.parameters * weight_bytes(files, recipe.student.dtype, recipe.student.quantization)
-    for setting, one in with_setting_names(taught.teacher, "teacher") if taught else ():
+    for setting, one in with_setting_names(distilling.teacher, "teacher") if distilling else ():
         if one.cache is None:
             theirs = find(one.model, f"{setting}.model", one.revision, one.base)
             present.append(model_size(theirs))
@@ -90,8 +90,8 @@ def step_operations(
     """
     passes = 4 + (2 if full else 0) + 2 * checkpointing
     own = passes * student.body * tokens + (6 if full else 4) * student.vocab * student.hidden * targets
-    taught = sum(students * 2 * teacher.vocab * teacher.hidden * targets + 2 * teacher.body * read for teacher in teachers)
-    return students * own + taught
+    teachers_own = sum(students * 2 * teacher.vocab * teacher.hidden * targets + 2 * teacher.body * read for teacher in teachers)
+    return students * own + teachers_own
 
 
 def training_memory(student: ModelSize, trained: int, tokens: int, checkpointing: float) -> float:

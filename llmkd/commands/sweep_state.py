@@ -117,9 +117,9 @@ class SweepState:
             total = Cost(sum(c.seconds for c in costs), max(c.bytes for c in costs))
             passes = sum(any(distils(recipes[name]) for name in group.arms) for group in groups)
             apart = sum(distils(recipes[name]) for group in groups for name in group.arms)
-            taught = f"; {count(passes, 'pass', 'passes')} of the teacher over the data" if passes else ""
-            taught += f" ({apart} if every arm trained alone)" if passes < apart else ""
-            info(f"in all {total} (estimates) for {count(sum(len(g.arms) for g in groups), 'arm')}{taught}")
+            saved = f"; {count(passes, 'pass', 'passes')} of the teacher over the data" if passes else ""
+            saved += f" ({apart} if every arm trained alone)" if passes < apart else ""
+            info(f"in all {total} (estimates) for {count(sum(len(g.arms) for g in groups), 'arm')}{saved}")
         self._write()
 
     def _take_out(self, waiting: set[str]) -> dict[str, float]:

@@ -121,7 +121,7 @@ class Data:
     )
     share_prefixes: bool = changeable(
         False,
-        description="With packing: compute a beginning that examples of a micro-batch have in common, such as a template's first words, once for "
+        description="With packing: compute a prefix that examples of a micro-batch have in common, such as a template's first words, once for "
         "all of them. The result is the same but for rounding, and for dropout, which is then drawn there once.",
     )
     streaming: bool = fixed(

@@ -159,7 +159,7 @@ class Checkpoint:
     every: Count | None = changeable(None, description="Steps between checkpoints; null for only when stopped by a signal.")
     keep: Count = changeable(2, description="How many of the newest are kept.")
     best_by: Literal["ce", "forward_kl", "reverse_kl", "top1_agreement"] | None = changeable(
-        None, description="Also keep the best by this validation figure; checkpoints are then written at every validation."
+        None, description="Also keep the best by this validation metric; checkpoints are then written at every validation."
     )
 
 
@@ -187,7 +187,7 @@ class Recipe:
     validation: Validation = Field(default_factory=Validation)
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
     report_to: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = changeable(
-        (), description="Accelerate's trackers that also get the figures of metrics.jsonl."
+        (), description="Accelerate's trackers that also get what goes into metrics.jsonl."
     )
     push_to_hub: PushToHub | None = changeable(None, description="Upload the finished student to the hub; null for not.")
 
@@ -198,7 +198,7 @@ def distils(recipe: Recipe) -> bool:
 
 
 def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Settings that are each right and together wrong: (the settings read, the one to blame first; what is wrong and how to mend it)."""
+    """Settings that are each right and together wrong: (the settings read, the one to blame first; what is wrong and how to fix it)."""
     student, data, loss, optim, train = recipe.student, recipe.data, recipe.loss, recipe.optim, recipe.train
     if not recipe.output_dir.strip("\0 "):
         yield ("output_dir",), "not given; name the folder the run shall write, such as runs/first"

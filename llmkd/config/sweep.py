@@ -103,7 +103,7 @@ def _combined(grid: dict[str, Any], alone: bool) -> list[tuple[str, dict[str, An
 
 
 def sweep_contradictions(sweep: Sweep) -> Iterator[tuple[tuple[str, ...], str]]:
-    """(the setting to blame; what is wrong and how to mend it), as for a recipe."""
+    """(the setting to blame; what is wrong and how to fix it), as for a recipe."""
     grid = flatten(sweep.grid)
     if not grid and not sweep.arms and not sweep.seeds:
         yield ("grid", "arms"), "neither is given; name values to combine, such as loss.kd_ratio: [0, 0.5], or arms by name"

@@ -47,11 +47,11 @@ def _packed_view(ids: list[np.ndarray], rows: list[np.ndarray], share: bool) -> 
     groups = shared_prefixes(ids, [x[0] for x in rows]) if share else [(0, list(range(len(ids))))]
     pieces, positions, follows, of, places, at = [], [], [], [], [_NONE] * len(ids), 0
     for shared, members in groups:
-        beginning = len(pieces) if shared else -1
+        prefix = len(pieces) if shared else -1
         for example, start, end in [(-1, 0, shared)] * bool(shared) + [(i, shared, len(ids[i])) for i in members]:
             pieces.append(ids[members[0] if example < 0 else example][start:end])
             positions.append(np.arange(start, end))
-            follows.append(beginning if start else -1)
+            follows.append(prefix if start else -1)
             of.append(example)
             if example >= 0:
                 places[example] = rows[example] - start + at
