@@ -225,7 +225,7 @@ class _Work:
         if record["truncated"]:
             truncated_items = sum(item["truncated"] for item in items)
             warn(
-                f"warning: {name}: {record['cut']} requests, of {truncated_items} of {len(items)} items, are longer than the model's context of "
+                f"warning: {name}: {record['truncated']} requests, of {truncated_items} of {len(items)} items, are longer than the model's context of "
                 f"{context} tokens; the harness dropped their beginning, so the scores of those items mean little"
             )
 
