@@ -121,7 +121,7 @@ def _expand(value: str) -> str:
         return os.environ[name]
 
     text = os.path.expanduser(re.sub(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})", variable, value))
-    if other := re.search(r"\{\w+\}", text.removeprefix(CWD)):
+    if other := re.search(r"^\{\w+\}|\{(?:output_dir|cwd)\}", text.removeprefix(CWD)):  # elsewhere a brace is a character of a name
         also = ", or in the set: of a pipeline or sweep with {output_dir}" if other[0] == "{output_dir}" else ""
         raise ValueError(f"found {value}, where {other[0]} has no meaning; a path may begin with {CWD}, the working folder{also}")
     return text

@@ -185,5 +185,5 @@ def test_an_arm_that_samples_are_not_right_for_is_named_before_anything_runs(wor
     (tmp_path / "sweep.yaml").write_text(json.dumps(sweep))
     assert main(["train", "--config", str(tmp_path / "sweep.yaml")]) == 2
     err = capsys.readouterr().err
-    assert "arm temperature=2: loss.temperature: found 2" in err and "temperature=1:" not in err
+    assert "arm temperature-2: loss.temperature: found 2" in err and "temperature-1:" not in err
     assert not (tmp_path / "sweep").exists()

@@ -264,7 +264,7 @@ def test_a_model_that_quantisation_hardly_makes_smaller_is_said(single, tmp_path
     from transformers import AutoModelForCausalLM
 
     student(single, NF4)
-    assert "quantised linear layers are 10% of what" in capsys.readouterr().err
+    assert "quantised linear layers are 10% of its memory" in capsys.readouterr().err
     model = AutoModelForCausalLM.from_pretrained(single / "student", num_hidden_layers=2)
     model.resize_token_embeddings(64)
     model.save_pretrained(tmp_path / "small")

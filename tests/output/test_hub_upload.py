@@ -171,7 +171,7 @@ def test_a_public_repository_does_not_get_what_shall_be_private(llmkd, hub, tmp_
     ],
 )
 def test_what_cannot_be_uploaded_is_said_before_anything_is_loaded(llmkd, hub, tmp_path, repo, environment, words):
-    code, said = llmkd("--push_to_hub.repo", repo, "--student.model", "nowhere/at/all", **environment)
+    code, said = llmkd("--push_to_hub.repo", repo, "--student.model", str(tmp_path), **environment)
     assert code == 2 and len(problems(said)) == 1 and all(word in said for word in words), said
     assert not hub.asked and not (tmp_path / "out").exists()
 
