@@ -311,7 +311,7 @@ def test_other_items_or_torn_files_are_no_result(base, tmp_path, tasks_dir, caps
     with pytest.raises(UserError, match="does not match commonsense_qa.json"):
         record_files.read_items(out, "commonsense_qa")
     code, _, err = command(capsys, *words, tasks_dir)
-    assert code == 0 and "is not whole" in err and (out / "commonsense_qa.jsonl").read_bytes() == whole
+    assert code == 0 and "is damaged" in err and (out / "commonsense_qa.jsonl").read_bytes() == whole
 
 
 def test_refusals_come_before_a_model_is_loaded(base, tmp_path, tasks_dir, capsys, monkeypatch):
