@@ -14,18 +14,17 @@ from pathlib import Path
 
 import numpy as np
 
-from ..config.fields import with_setting_names
-from ..config.recipe import Recipe, Teacher
-from ..config.teacher import CACHE_KINDS, Cache
+from ..config.recipe import Recipe
 from ..console import duration, first_process, info
 from ..data.batching import make_micro_batches
-from ..data.examples import Examples, concat
+from ..data.examples import Examples
 from ..errors import Stopped, UserError, on_main_process, report_from_any_rank
 from ..output.run_folder import lock_folder
 from ..teachers import resolve
 from ..teachers.resolve import TeacherSource
-from ..training.prepare import Prepared, prepare
+from ..training.prepare import Prepared
 from ..training.shutdown import ShutdownRequest
+from .cache_selection import select_teachers, shard_plan, teacher_examples
 
 
 def cache(recipe: Recipe, import_file: str | None = None, stop: ShutdownRequest | None = None) -> list[Path]:
@@ -44,66 +43,6 @@ def cache(recipe: Recipe, import_file: str | None = None, stop: ShutdownRequest 
         return [import_cache(recipe, prepared, sources, import_file, accelerator)]
     with stop or ShutdownRequest("finishing this batch; finished shards are kept") as stop, contextlib.ExitStack() as locks:
         return [write(recipe, prepared, source, accelerator, stop, locks) for source in sources]
-
-
-def select_teachers(
-    recipe: Recipe, wanted: Callable[[Teacher], object], missing: str, import_file: str | None = None
-) -> tuple[Prepared, list[TeacherSource]]:
-    """The recipe's data, and the teachers for which `wanted` is true; `missing` is the error where there is none.
-
-    Every mistake is found before a model is loaded.
-    """
-    named = with_setting_names(recipe.teacher, "teacher")
-    if not any(wanted(teacher) for _, teacher in named):
-        raise UserError(missing)
-    for setting, teacher in named:
-        if wanted(teacher) and not teacher.model and not import_file:
-            raise UserError(f"{setting}.model: not given; name the teacher whose outputs {teacher.cache.path} is to hold")
-    if recipe.data.streaming:
-        raise UserError("data.streaming: found true, and a teacher cache needs all rows beforehand; set it to false")
-    if not recipe.loss.kd_ratio:
-        raise UserError("loss.kd_ratio: found 0, with which no teacher is used; leave it out here")
-    for setting, teacher in named:
-        if teacher.cache and wanted(teacher):
-            check_cache_settings(teacher.cache, f"{setting}.cache")
-    prepared = prepare(recipe, open_caches=False)
-    sources = [source for source in prepared.teachers if wanted(source.settings)]
-    for source in sources:
-        if source.settings.cache and not len(teacher_examples(recipe, prepared, source)):
-            raise UserError(f"{source.setting}: no data source uses this teacher, so its cache would be empty; leave its cache out")
-    return prepared, sources
-
-
-def check_cache_settings(cache: Cache, setting: str) -> None:
-    """UserError for an option of another kind than the default while `kind` is not given, and for a path that is a file."""
-    if cache.kind is None:
-        for kind, options in CACHE_KINDS.items():
-            for name in options:
-                if name not in CACHE_KINDS["topk"] and getattr(cache, name) is not None:
-                    raise UserError(
-                        f"{setting}.{name}: is of kind {kind}, and kind is not given, which is topk; set {setting}.kind: {kind}"
-                    )
-    folder = Path(cache.path).expanduser()
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{setting}.path: {cache.path} is a file; name a folder")
-
-
-def teacher_examples(recipe: Recipe, prepared: Prepared, source: TeacherSource) -> Examples:
-    """All examples that a run needs this teacher for, training and held-out, in the order of the data's rows.
-
-    The rows of data.validation are numbered after those of data.train.
-    """
-    parts = [examples for examples in (prepared.train, prepared.validation) if examples is not None]
-    first_row = [0, 0 if recipe.data.validation_fraction else sum(origin["rows"] for origin in prepared.origins["data.train"])]
-    whole = concat(parts, first_row[: len(parts)], {})
-    mine = resolve.examples_of(whole, prepared.teachers.index(source))
-    return whole.take(mine[np.argsort(whole.row[mine], kind="stable")])
-
-
-def shard_plan(examples: Examples, bytes_per_target: int):
-    from ..teachers.cache.shards import ShardPlan
-
-    return ShardPlan.of([examples.content_hash(i) for i in range(len(examples))], examples.num_targets.tolist(), bytes_per_target)
 
 
 def write(

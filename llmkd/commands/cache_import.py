@@ -10,13 +10,13 @@ from ..files import sha256_file
 from ..teachers import resolve
 from ..teachers.resolve import TeacherSource
 from ..training.prepare import Prepared
+from .cache_selection import shard_plan, teacher_examples
 
 
 def import_cache(recipe: Recipe, prepared: Prepared, sources: list[TeacherSource], file: str, accelerator) -> Path:
     """Check the whole file, then write the cache and return its folder. `teachers/cache/import_logprobs.py` describes the file."""
     from ..teachers.cache import import_logprobs
     from ..teachers.cache.shards import Writer
-    from .cache import shard_plan, teacher_examples
 
     if len(sources) > 1 or accelerator.num_processes > 1:
         raise UserError("--import: writes the cache of one teacher, in one process; leave the other teachers and processes out")
