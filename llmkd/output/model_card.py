@@ -180,12 +180,15 @@ def card_data(
 
 
 def eval_result(name: str, value: float, rows: list[DataSource]) -> EvalResult:
-    """A metric with the rows it was measured on. A data set's type is an id of the hub, or "custom"."""
+    """A metric with the rows it was measured on. A data set's type is an id of the hub, or "custom".
+
+    Questions have a task of their own: results of one task, type, configuration, split and revision get the name of the first's data.
+    """
     hub = rows[0] if len(rows) == 1 and rows[0].hub else None
     names = ", ".join(one_line(one.source.path if one.hub else Path(one.source.path).name) for one in rows)
     kind, described = METRICS[name]
     return EvalResult(
-        task_type="text-generation",
+        task_type="multiple-choice" if name == "accuracy" else "text-generation",
         dataset_type=hub.source.path if hub else "custom",
         dataset_name=f"{names} (held out)",
         dataset_config=hub.source.name if hub else None,

@@ -87,6 +87,17 @@ def test_the_metadata_are_the_hubs(make_recipe, hub_student, world):
     assert f"from_pretrained('someone/tiny', revision='{COMMIT}'" in text and "here = 'me/mine'" in text
 
 
+def test_local_questions_are_not_taken_for_the_held_out_rows(make_recipe, world):
+    recipe = make_recipe(data__validation={"path": "held.jsonl"}, data__choices={"path": "questions.jsonl"}, teacher=None)
+    summary = SUMMARY | {"validation": {"ce": 1.5, "accuracy": 0.75}}
+    made = ModelCard(model_card(recipe, summary, find(str(world / "student"), "s"), (), {}))
+    named = {r.metric_type: (r.dataset_name, r.task_type) for r in made.data.eval_results}
+    assert named == {
+        "cross_entropy": ("held.jsonl (held out)", "text-generation"),
+        "accuracy": ("questions.jsonl (held out)", "multiple-choice"),
+    }
+
+
 def test_local_folders_are_named_in_the_text_only(make_recipe, world):
     made = ModelCard(model_card(make_recipe(teacher=None), SUMMARY, find(str(world / "student"), "s"), (), {}))
     assert not {"base_model", "base_model_relation", "license", "datasets"} & made.data.to_dict().keys()
