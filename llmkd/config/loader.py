@@ -150,16 +150,19 @@ def load_sweep(path: str | Path, overrides: dict[str, typing.Any] | None = None)
     mine = {dotted: value for dotted, value in (overrides or {}).items() if dotted.partition(".")[0] in own or renamed(Sweep, (dotted,))}
     changed = _override(data, mine, problems)
     _place_paths(Sweep, data, path, locator(str(path), lines, changed), changed, problems)
+    for_arms: dict[str, typing.Any] = {}
+    for dotted, value in (overrides or {}).items():
+        if dotted not in mine:
+            try:
+                for_arms |= paths.place_changes({dotted: value}, os.getcwd())
+            except UserError as error:
+                problems += error.problems
     if isinstance(data.get("set", {}), dict):
-        for dotted, value in (overrides or {}).items():
-            if dotted not in mine:
-                try:  # absolute, since other paths in `set:` are relative to the file
-                    data["set"] = (data.get("set") or {}) | paths.place_changes({dotted: value}, os.getcwd())
-                except UserError as error:
-                    problems += error.problems
+        data["set"] = (data.get("set") or {}) | for_arms
     sweep = check(Sweep, data, str(path), lines, problems, changed)
     if bad := _bad_stages(sweep, path, lines):
         raise UserError(*bad)
+    sweep.set.update(for_arms)  # again, since checking has made plain text of what is `Placed`, and that is relative to the file
     return sweep
 
 

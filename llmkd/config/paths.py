@@ -24,6 +24,10 @@ _HUB_ID = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9._-]*(/[A-Za-z0-9._-]+)?")
 _FILE = re.compile(r"\.(jsonl?|csv|parquet|arrow|ya?ml)", re.IGNORECASE)
 
 
+class Placed(str):
+    """A path that `place` has placed already, and leaves as it is: its text may begin with what would mean something else."""
+
+
 def paths_in(kind: type | None, data: Any, path: tuple = ()) -> Iterator[tuple[dict, Any, tuple, PathKind]]:
     """Every setting of plain data that is a path, as (the mapping that holds it, its key there, its path, its kind)."""
     if isinstance(data, list):
@@ -49,9 +53,9 @@ def place(value: str, what: PathKind, folder: str = "") -> str:
 
     `folder` is empty for a path that was given on the command line.
     """
-    if value.startswith("builtin:"):
+    if isinstance(value, Placed) or value.startswith("builtin:"):
         return value
-    text = _expand(value)
+    text = value if os.path.exists(os.path.join(folder, value)) else _expand(value)
     if text.startswith(CWD):
         return text.removeprefix(CWD).lstrip("/") or "."
     if what == "output" or not folder or os.path.isabs(text) or not text:
@@ -90,13 +94,14 @@ def relative_to(text: str, what: PathKind, folder: str | Path | None) -> str:
 def place_changes(changes: dict[str, Any], folder: str, output_dir: str = "") -> dict[str, Any]:
     """The `set:` of a pipeline or a sweep, or an arm's changes, with its paths placed: `{output_dir}` is the folder that it writes.
 
-    UserError has every problem, with the name of its setting.
+    They are `Placed`, so that they may be changes of a recipe or a sweep in any folder. UserError has every problem, with the name of
+    its setting.
     """
     written, problems = _replaced(changes, "{output_dir}", output_dir), []
     for before, after in zip(paths_in(Recipe, changes), paths_in(Recipe, written), strict=True):
         (old, key, path, what), (new, *_) = before, after
         try:
-            new[key] = place(new[key], what, "" if "{output_dir}" in old[key] else folder)
+            new[key] = Placed(place(new[key], what, "" if "{output_dir}" in old[key] else folder))
         except ValueError as error:
             problems.append(f"--{'.'.join(map(str, path))}: {error}")
     if problems:
@@ -110,7 +115,7 @@ def _replaced(value: Any, old: str, new: str) -> Any:
         return {key: _replaced(inner, old, new) for key, inner in value.items()}
     if isinstance(value, list):
         return [_replaced(inner, old, new) for inner in value]
-    return value.replace(old, new) if isinstance(value, str) and new else value
+    return value.replace(old, new) if isinstance(value, str) and old in value and new else value
 
 
 def _expand(value: str) -> str:

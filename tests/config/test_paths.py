@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 
 from llmkd import cli
+from llmkd.commands.sweep import SweepRecipes
 from llmkd.config import loader
 from llmkd.config.fields import as_tuple
 from llmkd.config.paths import place_changes
+from llmkd.config.sweep import expand
 from llmkd.errors import UserError
 
 REPO = Path(__file__).parents[2]
@@ -186,3 +188,36 @@ def test_a_copy_of_the_quickstart_reads_its_own_files_from_any_folder(tmp_path, 
     recipe = loader.load_recipe(f"mine/{name}.yaml")
     for model in (recipe.student.model, *(one.model for one in as_tuple(recipe.teacher))):
         assert model.startswith("runs/quickstart/") or Path(model).is_dir() and model.startswith("mine/base/")
+
+
+@pytest.mark.parametrize("overrides", [{"data.train.path": "{cwd}/runs/rows.jsonl"}, {"data.train": {"path": "{cwd}/runs/rows.jsonl"}}])
+def test_the_working_folder_by_name_in_a_sweeps_override(place, overrides):
+    Path("runs/rows.jsonl").write_text("{}\n")
+    assert {Path(one.data.train.path).resolve() for one in arms(place, overrides)} == {Path("runs/rows.jsonl").resolve()}
+
+
+def test_a_sweeps_override_that_is_a_name_of_the_hub_is_no_folder_beside_the_sweep(place, tmp_path):
+    (tmp_path / "recipes/gpt2").mkdir()
+    assert {one.student.model for one in arms(place, {"student.model": "gpt2"})} == {"gpt2"}
+
+
+def test_folders_may_have_braces_and_dollar_signs_in_their_names(place, tmp_path, monkeypatch):
+    odd = tmp_path / "a{b} $c"
+    shutil.copytree(tmp_path / "recipes", odd / "recipes")
+    monkeypatch.chdir(odd)
+    (odd / "rows.jsonl").write_text("{}\n")
+    for overrides in ({}, {"data.train.path": "rows.jsonl"}):
+        found = arms(place, overrides, str(odd / "recipes/r.yaml"))
+        assert {Path(one.data.train.path) for one in found} == {odd / "recipes/rows.jsonl" if not overrides else odd / "rows.jsonl"}
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/recipe.yaml").write_text(loader.dump(found[0], tmp_path / "run"))
+    assert loader.comparable(loader.load_recipe(tmp_path / "run/recipe.yaml")) == loader.comparable(found[0])
+
+
+def arms(place, overrides: dict, recipe: str = "../recipes/r.yaml") -> list:
+    """The recipes of a sweep that lies beside that recipe."""
+    place(name=recipe)
+    file = Path(recipe).with_name("s.yaml")
+    file.write_text("output_dir: runs/s\nrecipe: r.yaml\ngrid: {optim.lr: [0.1, 0.2]}\n")
+    sweep = loader.load_sweep(file, overrides)
+    return list(SweepRecipes(sweep, file, {spec.name: spec for spec in expand(sweep)}).recipes().values())
