@@ -1,4 +1,4 @@
-"""The data's settings: where rows come from, what they are, what becomes of them. A part of `recipe.py`."""
+"""Settings of the data: sources of rows, their formats, and how rows become examples. A part of `recipe.py`."""
 
 import dataclasses
 from collections.abc import Iterator
@@ -14,21 +14,21 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 @dataclasses.dataclass(frozen=True)
 class Column:
     kind: Literal["text", "messages", "text or messages", "tools"] = "text"
-    optional: bool = False  # a file need not have it
+    optional: bool = False  # a file may lack it
 
 
 @dataclasses.dataclass(frozen=True)
 class RowFormat:
-    """What the rows of a format hold. How a row becomes text is in data/encoding/formats.py: a new format is an entry here and one there."""
+    """The columns of a format. How a row becomes text is in data/encoding/formats.py: a new format is one entry here and one there."""
 
     row: dict[str, Column]
-    answer: str | None = None  # the column that a multiple-choice question lacks, since its choices stand for it
-    supervised: Literal["answer", "all"] = "answer"  # with "all" there is no answer to choose, and a text may be split
+    answer: str | None = None  # the column that a multiple-choice question lacks: its choices take that place
+    supervised: Literal["answer", "all"] = "answer"  # "all": no answer that choices could replace, and a text may be split
     template: Literal["optional", "always", "never"] = "never"  # whether the tokenizer's chat template renders it
 
     @property
     def columns(self) -> dict[str, Column]:
-        """Of a row, with the one that every format has."""
+        """The columns of a row, with teacher_context, which every format has."""
         return {**self.row, "teacher_context": Column(optional=True)}
 
     @property
@@ -36,7 +36,7 @@ class RowFormat:
         return any("messages" in column.kind for column in self.row.values())
 
     def names(self, choices: bool = False) -> tuple[str, ...]:
-        """What `Source.fields` may rename: columns, what a message holds, and what a multiple-choice question has."""
+        """The names that `Source.fields` may map: columns, the keys of a message, and those of a multiple-choice question."""
         in_message = ("role", "content") if self.has_messages else ()
         return (*self.row, *in_message, "teacher_context", *(("choices", "answer") if choices else ()))
 
@@ -68,103 +68,116 @@ class Source:
     )
     fields: dict[str, str] = fixed(
         default_factory=dict,
-        description="What the file calls the format's columns, where it has other names: {messages: conversations, role: from, content: value}.",
+        description="The file's own names for the format's columns: {messages: conversations, role: from, content: value}.",
     )
     roles: dict[str, str] = fixed(
         default_factory=dict,
-        description="What the file calls the roles of a chat, where it has other names: {user: human, assistant: gpt}.",
+        description="The file's own names for the roles of a chat: {user: human, assistant: gpt}.",
     )
     chat_template: bool = fixed(
         False,
         shapes=("tokens",),
-        description="alpaca and prompt_completion: the prompt is a user's turn and the answer an assistant's, in the tokenizer's chat template.",
+        description="alpaca and prompt_completion: render the prompt as a user turn and the answer as an assistant turn, in the tokenizer's chat template.",
     )
     name: str | None = fixed(
         None, description="Configuration of a hub data set; for builtin:skills, questions (conversations) or prose (plain text)."
     )
     split: str = fixed("train", description="Split of a hub data set, of a folder whose files are named by split, or of builtin:skills.")
     revision: str | None = fixed(None, description="Revision of a hub data set.")
-    limit: Count | None = fixed(None, description="Use only so many rows: the first ones, or with seed a random sample.")
-    seed: Seed | None = fixed(None, description="Draw the limit's rows by this seed.")
+    limit: Count | None = fixed(None, description="Number of rows to use: the first ones, or with seed a random sample.")
+    seed: Seed | None = fixed(None, description="Seed of the random sample of limit rows; null: the first rows.")
     weight: float = fixed(
-        1.0, gt=0, le=1000, description="Passes over this source in one epoch: 2 is twice, 0.5 a half, drawn anew each epoch."
+        1.0,
+        gt=0,
+        le=1000,
+        description="Passes over this source per epoch: with 2 every row is used twice, with 0.5 a half of them, drawn anew each epoch.",
     )
-    teacher: str | None = fixed(None, description="Name of the one teacher that these rows are left to; null for all of them together.")
+    teacher: str | None = fixed(
+        None, description="Name of the teacher that is used for these rows; null: all teachers, combined by mixture."
+    )
 
 
 @config_dataclass
 class Data:
-    train: OneOrMany[Source] = fixed(None, description="What the student trains on: a source, or a list of them.")
-    validation: OneOrMany[Source] = fixed(None, description="Held-out rows; or set validation_fraction.")
-    validation_fraction: float = fixed(0.0, ge=0, lt=1, description="Share of the training rows, drawn by seed, held out for validation.")
+    train: OneOrMany[Source] = fixed(None, description="Training rows: one source, or a list of sources.")
+    validation: OneOrMany[Source] = fixed(None, description="Held-out rows: one source, or a list of sources. Or set validation_fraction.")
+    validation_fraction: float = fixed(
+        0.0, ge=0, lt=1, description="Fraction of the training rows that is held out for validation, drawn by seed."
+    )
     choices: Source | None = changeable(
         None,
-        description="Multiple-choice questions in the same format, scored at the end: rows have choices (texts) and answer (an index).",
+        description="Multiple-choice questions, scored at the end of the run. Rows have the format's columns without the answer's, and choices (texts) and answer (an index).",
     )
     max_length: Annotated[int, Field(ge=2)] = fixed(512, shapes=("tokens", "teacher"), description="Longest example in tokens.")
     too_long: Literal["drop", "truncate", "split", "refuse"] = fixed(
         "drop",
         shapes=("tokens", "teacher"),
-        description="What becomes of a longer one: drop it, cut its end off, split it into several (text only), or refuse the run.",
+        description="Longer examples: drop them, truncate them at the end, split them into several (text only), or refuse the run.",
     )
     train_on_input: bool = fixed(
-        False, shapes=("tokens", "teacher"), description="Supervise the prompt's tokens too, not only the answer's."
+        False, shapes=("tokens", "teacher"), description="Train on the prompt's tokens too, not only on the answer's."
     )
     teacher_context: str | None = fixed(
         None,
         shapes=("tokens", "teacher"),
-        description="Text that only the teacher reads before each example (a chat's system message); a row's own column teacher_context follows it.",
+        description="Text before each example that only the teacher reads (in a chat: the system message). A row's own column teacher_context is added after it.",
     )
     packing: bool = changeable(
         False,
-        description="Concatenate a micro-batch's examples into one row without padding; they stay isolated, and the result is the same.",
+        description="Concatenate the examples of a micro-batch into one row without padding. Examples do not attend to one another, so the result is the same.",
     )
     share_prefixes: bool = changeable(
         False,
-        description="With packing: compute a prefix that examples of a micro-batch have in common, such as a template's first words, once for "
-        "all of them. The result is the same but for rounding, and for dropout, which is then drawn there once.",
+        description="With packing: compute a prefix that several examples of a micro-batch share, such as the start of a template, only once. The "
+        "result is the same up to rounding; dropout in the prefix is drawn once for all of them.",
     )
     streaming: bool = fixed(
-        False, description="Read and tokenise the training rows while training instead of before; needs train.max_steps."
+        False, description="Read and tokenise training rows during training instead of before it; needs train.max_steps."
     )
-    shuffle_buffer: Count = fixed(10_000, description="Streaming: rows that are shuffled together.")
+    shuffle_buffer: Count = fixed(10_000, description="With streaming: number of rows that are shuffled together.")
     cache_dir: str | None = changeable(
-        None, path="output", description="Where tokenised data is kept; by default ~/.cache/llmkd, or LLMKD_CACHE."
+        None, path="output", description="Folder of the token cache; null: LLMKD_CACHE, or else ~/.cache/llmkd."
     )
 
 
 def no_context_with(data: Data) -> Iterator[tuple[str, str]]:
-    """Settings that do not go together with a context for the teacher, and what to do about it."""
+    """Settings that cannot be used with a context for the teacher: yields (setting, problem and fix)."""
     if data.too_long == "split":
-        yield "data.too_long", "too_long: split, whose later pieces no context stands before; use drop, truncate or refuse"
+        yield "data.too_long", "too_long: split: only the first part of a split text would have the context; use drop, truncate or refuse"
     if data.train_on_input:
-        yield "data.train_on_input", "train_on_input, and the teacher's input is not the student's; set it to false"
+        yield "data.train_on_input", "train_on_input, but teacher and student have different inputs; set it to false"
 
 
 def data_contradictions(data: Data, max_steps: int | None, group_by_length: int) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Settings of the data that are each right and together wrong, as `recipe.contradictions` gives them."""
+    """Settings of the data that are each valid, but not together, in the form of `recipe.contradictions`."""
     if not as_tuple(data.train):
-        yield ("data.train",), "not given; name what to train on, such as {path: train.jsonl, format: alpaca}"
+        yield ("data.train",), "not given; name the training data, such as {path: train.jsonl, format: alpaca}"
     if data.validation == ():
         yield ("data.validation",), "found an empty list; name a source, or leave it out"
     if as_tuple(data.validation) and data.validation_fraction:
         yield ("data.validation_fraction", "data.validation"), "given together with data.validation; keep one of them"
     if data.teacher_context is not None:
         if not data.teacher_context.strip():
-            yield ("data.teacher_context",), "found no text; give what the teacher shall read, or leave it out"
+            yield ("data.teacher_context",), "found no text; give the text for the teacher, or leave it out"
         for setting, problem in no_context_with(data):
-            yield ("data.teacher_context", setting), f"given with {problem}"
+            yield ("data.teacher_context", setting), f"cannot be used with {problem}"
     every = (*as_tuple(data.train), *as_tuple(data.validation))
     if data.too_long == "split" and any(FORMATS[s.format].supervised != "all" for s in every):
         whole = " and ".join(name for name, one in FORMATS.items() if one.supervised == "all")
-        yield ("data.too_long", "data.train", "data.validation"), f"found split, which only format: {whole} can be; use drop or truncate"
+        yield (
+            ("data.too_long", "data.train", "data.validation"),
+            f"found split, which works with format: {whole} only; use drop or truncate",
+        )
     for setting, value in (("data.train", data.train), ("data.validation", data.validation), ("data.choices", data.choices)):
         for i, source in enumerate(as_tuple(value)):
             for name, problem in _source_contradictions(source, setting):
                 path = f"{setting}.{i}" if isinstance(value, tuple) else setting
                 yield (f"{path}.{name}",), problem
     if data.share_prefixes and not data.packing:
-        yield ("data.share_prefixes", "data.packing"), "given without data.packing, to whose rows it belongs; set that to true"
+        yield (
+            ("data.share_prefixes", "data.packing"),
+            "found true without data.packing; prefixes are shared in packed rows only; set data.packing to true",
+        )
     if data.streaming:
         yield from _streaming_contradictions(data, max_steps, group_by_length)
 
@@ -175,11 +188,11 @@ def _source_contradictions(source: Source, setting: str) -> Iterator[tuple[str, 
         yield "path", f"found {source.path!r}; the only built-in corpus is builtin:skills"
     if choices and row_format.supervised == "all":
         *others, last = (name for name, one in FORMATS.items() if one.supervised == "answer")
-        yield "format", f"found {source.format}, which has no answer to choose; use {', '.join(others)} or {last}"
+        yield "format", f"found {source.format}, which has no answer that choices could replace; use {', '.join(others)} or {last}"
     if source.weight != 1 and setting != "data.train":
-        yield "weight", f"found {source.weight:g}, and only training sources have weights; leave it out"
+        yield "weight", f"found {source.weight:g}, but only training sources have weights; leave it out"
     if source.seed is not None and source.limit is None:
-        yield "seed", "given without limit, whose rows it draws; give a limit, or leave it out"
+        yield "seed", "set without limit; it is the seed of the sample that limit takes; set limit, or leave it out"
     if source.chat_template and row_format.template != "optional":
         why = "is always rendered by it" if row_format.template == "always" else "has no turns to render"
         yield "chat_template", f"found true with format: {source.format}, which {why}; leave it out"
@@ -195,7 +208,7 @@ def _source_contradictions(source: Source, setting: str) -> Iterator[tuple[str, 
             other = next(c for c in theirs if c != twice and theirs[c] == theirs[twice])
             yield f"fields.{twice}", f"found {theirs[twice]!r}, which is also read as {other}; give each its own column"
     if source.roles and not row_format.has_messages:
-        yield "roles", f"given with format: {source.format}, which has no roles; leave it out"
+        yield "roles", f"set with format: {source.format}, which has no roles; leave it out"
     for role, name in source.roles.items():
         if role not in ROLES:
             yield f"roles.{role}", f"no such role; the roles are {', '.join(ROLES)}"
@@ -205,27 +218,33 @@ def _source_contradictions(source: Source, setting: str) -> Iterator[tuple[str, 
 
 def _streaming_contradictions(data: Data, max_steps: int | None, group_by_length: int) -> Iterator[tuple[tuple[str, ...], str]]:
     if not max_steps:
-        yield ("data.streaming", "train.max_steps"), "found true without train.max_steps; the length of a stream is not known, so give it"
+        yield (
+            ("data.streaming", "train.max_steps"),
+            "found true without train.max_steps; the length of a stream is not known; set train.max_steps",
+        )
     if data.validation_fraction:
         yield (
             ("data.validation_fraction", "data.streaming"),
-            "given with data.streaming, which reads no rows beforehand to part; use data.validation",
+            "cannot be used with data.streaming, where no rows are read before training; use data.validation",
         )
     if isinstance(data.train, tuple) and len(data.train) > 1:
         yield (
             ("data.train", "data.streaming"),
-            "several sources with data.streaming, which reads one; write them to one folder, or set it to false",
+            "found several sources, but data.streaming reads only one; write them to one folder, or set data.streaming to false",
         )
     for source in as_tuple(data.train):
         if source.weight != 1:
-            yield ("data.train", "data.streaming"), "a weight with data.streaming, which reads a source again and again; leave it out"
+            yield (
+                ("data.train", "data.streaming"),
+                "found a weight, but with data.streaming one source is read over and over; leave the weight out",
+            )
         if source.seed is not None:
             yield (
                 ("data.train", "data.streaming"),
-                "limit with seed and data.streaming, which cannot draw from rows it has not read; use the first",
+                "found limit with seed, but data.streaming cannot sample from rows that are not read yet; leave seed out",
             )
     if group_by_length > 1:
         yield (
             ("train.group_by_length", "data.streaming"),
-            f"found {group_by_length} with data.streaming, where lengths are not known; use 1",
+            f"found {group_by_length} with data.streaming, where lengths are not known in advance; use 1",
         )

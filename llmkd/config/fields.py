@@ -1,7 +1,7 @@
-"""What the settings' dataclasses are made of: fields that say what depends on them, and settings that hold one item or a list.
+"""Building blocks of the settings' dataclasses: fields with metadata, and settings that hold one item or a list.
 
-A field is declared by `fixed` or `changeable`, so that each says by itself whether a resumed run may change it. `shapes` names
-the caches on disk that follow from it, `path` what kind of path it is. `metadata` reads them back.
+A field is declared with `fixed` or `changeable`: whether a resumed run may change it. `shapes` names the caches on disk whose
+content depends on it, `path` the kind of path that it holds. `metadata` reads these.
 """
 
 import dataclasses
@@ -22,10 +22,10 @@ PathKind = Literal["model", "data", "folder", "file", "output"]
 
 @dataclasses.dataclass(frozen=True)
 class Metadata:
-    """What depends on a setting, beside the run itself.
+    """Metadata of a setting.
 
-    `changeable`: a resumed run may give it another value, since it does not touch what is learnt; of a section, everything in it.
-    `shapes`: the caches whose content follows from it: tokens (of a source's rows) and teacher (records of a teacher's outputs).
+    `changeable`: a resumed run may give it another value, since the result does not depend on it. Of a section: all its settings.
+    `shapes`: the caches whose content depends on it: tokens (the token cache of a source) and teacher (the teacher cache).
     `path`: a model's folder or hub id, data (a file, a folder or a hub id), another folder or file that is read, or an output.
     """
 
@@ -35,7 +35,7 @@ class Metadata:
 
 
 def fixed(*default, shapes: tuple[CacheName, ...] = (), path: PathKind | None = None, **field) -> Any:
-    """A field that a resumed run must have as it was. `field` is as pydantic's Field has it."""
+    """A field that a resumed run may not change. `field`: arguments of pydantic's Field."""
     return Field(*default, **field, json_schema_extra={"changeable": False, "shapes": shapes, "path": path})
 
 
@@ -50,13 +50,13 @@ def path_to(path: PathKind, *default, **field) -> Any:
 
 
 def metadata(kind: type, name: str) -> Metadata:
-    """Of one field of a settings class; `changeable` is None where nothing was declared, as of the sections of a recipe."""
+    """Metadata of one field of a settings class. `changeable` is None if it was not declared, as for the sections of a recipe."""
     info = next((field.default for field in dataclasses.fields(kind) if field.name == name), None)
     return Metadata(**(getattr(info, "json_schema_extra", None) or {}))
 
 
 def shaping(section: Any, cache: CacheName) -> dict[str, Any]:
-    """The settings of a section that shape a cache, by name, in the order in which they are declared."""
+    """The settings of a section on which a cache's content depends, by name, in the order of their declaration."""
     names = [field.name for field in dataclasses.fields(section)]
     return {name: getattr(section, name) for name in names if cache in metadata(type(section), name).shapes}
 
@@ -70,7 +70,7 @@ def _form(value) -> str:
     return "none" if value is None else "several" if isinstance(value, list | tuple) else "one"
 
 
-#: An item, a list of items or null. The tags keep pydantic from explaining what is wrong with the form that was not meant.
+#: An item, a list of items or null. The tags make pydantic report the errors of the given form alone.
 OneOrMany = Annotated[
     Annotated[T, Tag("one")] | Annotated[tuple[T, ...], Tag("several")] | Annotated[None, Tag("none")],
     Discriminator(_form),
@@ -83,5 +83,5 @@ def as_tuple(value: T | tuple[T, ...] | None) -> tuple[T, ...]:
 
 
 def with_setting_names(value: T | tuple[T, ...] | None, setting: str) -> list[tuple[str, T]]:
-    """Each item with the name of its own setting: data.train where there is one, data.train.0, data.train.1, ... in a list."""
+    """Each item with its dotted path: data.train for a single one, data.train.0, data.train.1, ... in a list."""
     return [(f"{setting}.{i}" if isinstance(value, tuple) else setting, item) for i, item in enumerate(as_tuple(value))]

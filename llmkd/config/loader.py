@@ -1,4 +1,4 @@
-"""From YAML and the command line to a checked recipe, and back. Every problem is found at once."""
+"""Reads recipes, pipelines and sweeps from YAML and the command line, and writes them back. All problems are reported at once."""
 
 import dataclasses
 import json
@@ -50,7 +50,7 @@ def parse_overrides(words: list[str], options: tuple[str, ...] = ("config",)) ->
 
 
 def read(path: str | Path) -> tuple[dict, dict[tuple, int], list[str]]:
-    """A recipe file's data, lines and problems; refused when it is no mapping or cannot be read."""
+    """The data of a file, the line of each setting, and the problems found. UserError if it cannot be read or is no mapping."""
     try:
         raw = Path(path).read_bytes()
     except OSError as error:
@@ -68,7 +68,7 @@ def read(path: str | Path) -> tuple[dict, dict[tuple, int], list[str]]:
 
 
 def file_kind(path: str | Path) -> str:
-    """What a file holds: a recipe, a pipeline or a sweep."""
+    """The kind of a file: "recipe", "pipeline" or "sweep"."""
     data = read(path)[0]
     return "sweep" if data.keys() & {"grid", "arms"} else "pipeline" if "stages" in data else "recipe"
 
@@ -95,7 +95,7 @@ def load_recipe(
 
 
 def read_placed(path: str | Path) -> dict:
-    """The plain data of a recipe's file, its paths as they can be opened from the working folder. Nothing is checked."""
+    """The unchecked data of a recipe's file, with paths that can be opened from the working folder."""
     data, _, problems = read(path)
     _place_paths(Recipe, data, path, locator(str(path), {}, set()), set(), problems)
     return data
@@ -144,7 +144,7 @@ def _bad_stages(pipeline: Pipeline | Sweep, path: str | Path, lines: dict) -> li
 
 
 def load_sweep(path: str | Path, overrides: dict[str, typing.Any] | None = None) -> Sweep:
-    """A sweep's file. An override that is none of the sweep's own settings is one for every arm."""
+    """A sweep's file. An override that is no setting of the sweep itself applies to every arm."""
     data, lines, problems = read(path)
     own = {field.name for field in dataclasses.fields(Sweep)}
     mine = {dotted: value for dotted, value in (overrides or {}).items() if dotted.partition(".")[0] in own or renamed(Sweep, (dotted,))}
@@ -167,7 +167,7 @@ def load_sweep(path: str | Path, overrides: dict[str, typing.Any] | None = None)
 
 
 def resolve(recipe: Recipe) -> Recipe:
-    """Write out the defaults that depend on other settings. An adapter that is gone on with keeps its own."""
+    """Fill in the defaults that depend on other settings. An adapter that is trained further keeps its own settings."""
     student, loss, train = recipe.student, recipe.loss, recipe.train
     if student.method == "lora" and student.lora is None and student.model and not Path(student.model, "adapter_config.json").exists():
         student = dataclasses.replace(student, lora=Lora())
@@ -192,7 +192,7 @@ def dump(recipe, folder: str | Path | None = None) -> str:
 
 
 def comparable(recipe: Recipe) -> dict[str, typing.Any]:
-    """A recipe by dotted path, its local paths absolute: for comparing two that were read in different places."""
+    """A recipe by dotted path, with absolute local paths, so that recipes read in different folders can be compared."""
     flat = flatten(recipe, lists=True)
     for mapping, key, _, what in paths.paths_in(Recipe, flat):
         if paths.is_local(mapping[key], what):
@@ -223,7 +223,7 @@ def _override(data: dict, overrides: dict, problems: list[str]) -> set[tuple]:
         else:
             last = _index(place, last)
             if isinstance(place, list) and not isinstance(last, int):
-                which = f"it has no {last}, but {_items(place)}" if last.isdigit() else f"say which, such as --{'.'.join(parents)}.0.{last}"
+                which = f"it has no {last}, but {_items(place)}" if last.isdigit() else f"name one, such as --{'.'.join(parents)}.0.{last}"
                 problems.append(f"--{dotted}: {'.'.join(parents)} is a list of {len(place)}; {which}")
                 continue
             place[last] = value
@@ -236,5 +236,5 @@ def _items(place: list) -> str:
 
 
 def _index(place, key: str) -> str | int:
-    """A list's items go by their numbers."""
+    """A key of a mapping, or of a list the index."""
     return int(key) if isinstance(place, list) and key.isdigit() and int(key) < len(place) else key

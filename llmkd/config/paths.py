@@ -1,8 +1,8 @@
-"""Paths in recipes, pipelines and sweeps: relative to which folder they are, and what may stand in them.
+"""Paths in recipes, pipelines and sweeps: the folder that they are relative to, and the expansion of ~ and variables.
 
 What is read (models, tokenizers, data, other recipes) is relative to the file that names it. What is written (`output_dir`,
 `teacher.cache.path`, `data.cache_dir`) is relative to the working folder, as is everything given on the command line. A path that
-begins with `{cwd}` is relative to the working folder wherever it stands: so a recipe reads what an earlier run has written.
+begins with `{cwd}` is relative to the working folder in every setting: so a recipe can read the output of an earlier run.
 `~`, `$NAME` and `${NAME}` are expanded. A name that can be one of the hub, and is no file or folder beside the recipe, is left to
 the hub. Which settings are paths is declared at their fields: see `fields.path_to`.
 """
@@ -77,7 +77,7 @@ def may_be_on_hub(text: str, what: PathKind) -> bool:
 
 
 def is_local(text: str, what: PathKind) -> bool:
-    """Whether a placed path is one of this machine, and no name of the hub or of built-in data."""
+    """Whether a placed path is on this machine, and not a hub id or built-in data."""
     return not text.startswith("builtin:") and (os.path.exists(text) or os.path.isabs(text) or not may_be_on_hub(text, what))
 
 
@@ -110,7 +110,7 @@ def place_changes(changes: dict[str, Any], folder: str, output_dir: str = "") ->
 
 
 def _replaced(value: Any, old: str, new: str) -> Any:
-    """A copy with a text replaced in every text, however deep."""
+    """A copy with `old` replaced by `new` in every text, at any depth."""
     if isinstance(value, dict):
         return {key: _replaced(inner, old, new) for key, inner in value.items()}
     if isinstance(value, list):
@@ -133,7 +133,7 @@ def _expand(value: str) -> str:
 
 
 def missing(text: str, what: PathKind, folder: str) -> str | None:
-    """What to say of a placed path that is to be read and does not exist; None where it exists or may be on the hub."""
+    """The problem with a placed path that cannot be read because it does not exist; None if it exists or may be on the hub."""
     if what == "output" or not is_local(text, what) or os.path.exists(text):
         return None
     place = Path(os.path.abspath(text))

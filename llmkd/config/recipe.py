@@ -40,7 +40,7 @@ class Lora:
         description="Modules that get an adapter: all-linear (all but the head; experts too), a list of name endings, or a regular expression.",
     )
     modules_to_save: tuple[str, ...] = fixed(
-        (), description="Modules that train in full beside the adapter, such as lm_head, in the base's type."
+        (), description="Modules trained in full in addition to the adapter, such as lm_head, in the base's dtype."
     )
     rslora: bool = fixed(False, description="Rank-stabilised scaling, alpha / sqrt(rank).")
     dora: bool = fixed(False, description="Weight-decomposed LoRA.")
@@ -48,28 +48,37 @@ class Lora:
 
 @config_dataclass
 class Student:
-    model: str | None = fixed(None, path="model", description="Folder or hub id of a base model, or of a LoRA adapter to go on training.")
+    model: str | None = fixed(
+        None, path="model", description="Folder or hub id of a base model, or of a LoRA adapter that is trained further."
+    )
     revision: str | None = fixed(None, description="Revision of a hub model or adapter.")
-    base: str | None = fixed(None, path="model", description="For an adapter: where its base is now, if not where the adapter says.")
+    base: str | None = fixed(
+        None, path="model", description="For an adapter: folder or hub id of its base, if it is not where adapter_config.json says."
+    )
     architecture: dict[str, Any] | None = fixed(
         None, description="Instead of model: a transformers configuration (model_type, hidden_size, ...) for new random weights."
     )
     tokenizer: str | None = fixed(
         None, path="model", description="Folder or hub id of the tokenizer, or builtin:skills; by default the model's own."
     )
-    method: Literal["lora", "full"] = fixed("lora", description="What trains: a LoRA adapter, or every weight.")
+    method: Literal["lora", "full"] = fixed("lora", description="What is trained: a LoRA adapter, or all weights.")
     lora: Lora | None = fixed(
-        None, description="The adapter of method: lora; null for its defaults, or for the settings of an adapter given as model."
+        None,
+        description="Settings of the adapter with method: lora. null: the defaults, or the settings of the adapter that student.model names.",
     )
-    quantization: Quantization | None = fixed(None, description="Hold the base in 4 or 8 bit (QLoRA); null for not.")
+    quantization: Quantization | None = fixed(None, description="Load the base in 4 or 8 bits (QLoRA); null: not quantised.")
     dtype: Dtype = fixed(
-        "auto", description="Type the base is held in; auto is the type it was saved in. Adapter matrices train in at least float32."
+        "auto", description="Dtype of the base's weights; auto: the dtype they were saved in. Adapter weights train in at least float32."
     )
-    attention: Attention = fixed("auto", description="Attention implementation; auto leaves it to transformers.")
-    mixed_precision: Literal["no", "bf16"] = fixed("no", description="bf16: autocast the body's products of weights held in float32.")
+    attention: Attention = fixed("auto", description="Attention implementation; auto: the default of transformers.")
+    mixed_precision: Literal["no", "bf16"] = fixed(
+        "no",
+        description="bf16: compute the matrix products of float32 weights in bfloat16 (autocast); the head and the loss stay as they are.",
+    )
     gradient_checkpointing: bool | Annotated[float, Field(gt=0, lt=1)] = changeable(
         False,
-        description="Recompute activations in the backward pass to save memory: of every layer but the last, or of a share of the layers, from the first.",
+        description="Recompute activations in the backward pass to save memory. true: in every layer but the last; a fraction: in that fraction of the "
+        "layers, counted from the first.",
     )
 
 
@@ -77,9 +86,12 @@ class Student:
 class Loss:
     kd_ratio: Share | None = fixed(
         None,
-        description="Weight of distillation: (1 - kd_ratio) CE + kd_ratio T^2 D. By default 0.5 with a teacher, 0 without; at 0 no teacher is loaded.",
+        description="Weight of the distillation term: the loss is (1 - kd_ratio) CE + kd_ratio T^2 D. Default 0.5 with a teacher, 0 without; with 0 no "
+        "teacher is loaded.",
     )
-    divergence: Literal[tuple(DIVERGENCES)] = fixed("forward_kl", description="How student and teacher are compared.")
+    divergence: Literal[tuple(DIVERGENCES)] = fixed(
+        "forward_kl", description="D: the divergence between the teacher's and the student's distributions."
+    )
     divergence_options: dict[str, float] = fixed(
         default_factory=dict,
         description="Options of the divergence: "
@@ -89,20 +101,23 @@ class Loss:
         + ".",
     )
     temperature: float = fixed(
-        1.0, gt=0, description="T: both models' logits are divided by it in the divergence, which is then scaled by T^2."
+        1.0,
+        gt=0,
+        description="T: both models' logits are divided by T before the divergence is computed; the divergence is then multiplied by T^2.",
     )
     chunk_size: Count | None = changeable(
         None,
-        description="Supervised tokens per chunk of the head. By default on a GPU 2048, or as few as 1024 where two tiles of logits would take more "
-        "than an eighth of the memory that is free beside the models, on a CPU those of a float32 tile of 32 MiB, 128 to 4096; after an "
-        "out-of-memory error that train.micro_batch_tokens: auto catches, half as many, to 128.",
+        description="Targets whose logits are computed at a time. It changes memory and speed, not the result. Default on a GPU: 2048, or down to "
+        "1024 if two tiles of logits would take more than an eighth of the memory that the models leave free. Default on a CPU: the rows of a "
+        "float32 tile of 32 MiB, 128 to 4096. With train.micro_batch_tokens: auto, running out of memory halves it, down to 128.",
     )
 
 
 @config_dataclass
 class Optim:
     name: Literal["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"] = fixed(
-        "adamw", description="AdamW of torch, or of bitsandbytes with 8-bit state, with state that may move to CPU memory, or with both."
+        "adamw",
+        description="adamw: torch's AdamW. The others are AdamW of bitsandbytes: with 8-bit state, with state paged to CPU memory, or with both.",
     )
     lr: float = fixed(2e-4, gt=0, description="Peak learning rate.")
     weight_decay: float = fixed(0.0, ge=0, description="AdamW's decoupled weight decay, on matrices only.")
@@ -110,62 +125,63 @@ class Optim:
         (0.9, 0.999), description="AdamW's decay rates."
     )
     eps: float = fixed(1e-8, gt=0, description="AdamW's epsilon.")
-    max_grad_norm: float | None = fixed(1.0, gt=0, description="Clip the gradient to this norm; null for never.")
+    max_grad_norm: float | None = fixed(1.0, gt=0, description="Clip the gradient to this norm; null: no clipping.")
     schedule: Literal["cosine", "linear", "constant"] = fixed("cosine", description="Shape of the learning rate after warm-up.")
     warmup_steps: Annotated[int, Field(ge=0)] | None = fixed(None, description="Steps of linear warm-up.")
-    warmup_ratio: Share | None = fixed(None, description="Instead: warm-up as a share of all steps.")
-    min_lr_ratio: Share = fixed(0.0, description="Where the schedule ends, as a share of lr.")
+    warmup_ratio: Share | None = fixed(None, description="Instead of warmup_steps: warm-up as a fraction of all steps.")
+    min_lr_ratio: Share = fixed(0.0, description="Learning rate at the end of the schedule, as a fraction of lr.")
 
 
 @config_dataclass
 class Train:
     batch_size: Count = fixed(
-        32, description="Examples per optimizer step, over all processes: the result does not depend on how they are split."
+        32, description="Examples per optimizer step over all processes. How they are split into micro-batches does not change the result."
     )
     micro_batch_size: Count | None = changeable(
         None,
-        description="Examples per forward pass of one process, at most (4 unless micro_batch_tokens is set); more is faster and takes more memory.",
+        description="Most examples in one forward pass of one process (4 unless micro_batch_tokens is set). More is faster and takes more memory.",
     )
     micro_batch_tokens: Count | Literal["auto"] | None = changeable(
         None,
-        description="Instead of micro_batch_size: tokens per forward pass of one process, at most, padding counted; a longer example stands alone. "
-        "auto: as many as fit, measured before the first step, and on one process halved where memory runs out while training. The result does "
-        "not depend on it but for dropout, whose masks are drawn by micro-batch.",
+        description="Instead of micro_batch_size: most tokens in one forward pass of one process, padding included; a longer example is a micro-batch "
+        "of its own. auto: as many as fit into memory, measured before the first step; on one process, running out of memory while training "
+        "halves it. It changes the result only through dropout, whose masks are drawn for each micro-batch.",
     )
     epochs: Count | None = fixed(None, description="Passes over the data (1 unless max_steps is set).")
-    max_steps: Count | None = fixed(None, description="Instead of epochs: optimizer steps.")
+    max_steps: Count | None = fixed(None, description="Instead of epochs: number of optimizer steps.")
     group_by_length: Count = fixed(
-        1, description="Optimizer steps whose examples are sorted by length together: less padding. 1 leaves the batches as drawn."
+        1, description="Sort the examples of this many optimizer steps together by length, for less padding. 1: batches stay as drawn."
     )
-    log_every: Count = changeable(1, description="Steps between records in metrics.jsonl.")
+    log_every: Count = changeable(1, description="Optimizer steps between records in metrics.jsonl.")
     compile: bool = changeable(
         False,
-        description="torch.compile the layers of the student and of teachers in memory: faster steps after some minutes of compiling, with the same "
-        "result to rounding. It needs a C++ compiler, and on a GPU Triton.",
+        description="Compile the layers of the student and of live teachers with torch.compile: some minutes at the start, then faster steps, with the "
+        "same result up to rounding. Needs a C++ compiler, and on a GPU Triton.",
     )
 
 
 @config_dataclass
 class Validation:
-    every: Count | None = changeable(None, description="Steps between validations; null for only before the first step and after the last.")
+    every: Count | None = changeable(None, description="Steps between validations; null: only before the first step and after the last.")
     micro_batch_size: Count = changeable(8, description="Examples per forward pass.")
     teacher_check: Annotated[int, Field(ge=0)] = changeable(
-        64, description="Training examples on which the teacher's CE is compared with the student's before the first step; 0 for none."
+        64,
+        description="Number of training examples on which the teacher's CE is compared with the student's before the first step; 0: no check.",
     )
 
 
 @config_dataclass
 class Checkpoint:
-    every: Count | None = changeable(None, description="Steps between checkpoints; null for only when stopped by a signal.")
-    keep: Count = changeable(2, description="How many of the newest are kept.")
+    every: Count | None = changeable(None, description="Steps between checkpoints; null: only when a signal stops the run.")
+    keep: Count = changeable(2, description="Number of checkpoints kept, the newest ones.")
     best_by: Literal["ce", "forward_kl", "reverse_kl", "top1_agreement"] | None = changeable(
-        None, description="Also keep the best by this validation metric; checkpoints are then written at every validation."
+        None, description="Also keep the best checkpoint by this validation metric; a checkpoint is then written at every validation."
     )
 
 
 @config_dataclass
 class PushToHub:
-    repo: str = changeable(description="Hub repository that the finished student is uploaded to: name or owner/name.")
+    repo: str = changeable(description="Hub repository for the finished student: name or owner/name.")
     private: bool = changeable(True, description="Create the repository as a private one.")
 
 
@@ -173,11 +189,11 @@ class PushToHub:
 class Recipe:
     """Every setting of a run, checked and immutable. `llmkd.load_recipe` reads one."""
 
-    output_dir: str = changeable("", path="output", description="Where the run leaves everything.")
-    seed: Seed = fixed(0, description="Order of the data, new weights and dropout follow from it.")
+    output_dir: str = changeable("", path="output", description="Folder for everything the run writes.")
+    seed: Seed = fixed(0, description="Seed of the data's order, of new weights and of dropout.")
     student: Student = Field(default_factory=Student)
     teacher: OneOrMany[Teacher] = fixed(
-        None, description="Whom the student learns from: a teacher, or a list of them; null for plain supervised fine-tuning."
+        None, description="The model that the student learns from: one teacher, or a list of teachers; null: plain supervised fine-tuning."
     )
     mixture: Mixture = Field(default_factory=Mixture)
     data: Data = Field(default_factory=Data)
@@ -187,21 +203,21 @@ class Recipe:
     validation: Validation = Field(default_factory=Validation)
     checkpoint: Checkpoint = Field(default_factory=Checkpoint)
     report_to: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = changeable(
-        (), description="Accelerate's trackers that also get what goes into metrics.jsonl."
+        (), description="Experiment trackers that also receive the records of metrics.jsonl."
     )
-    push_to_hub: PushToHub | None = changeable(None, description="Upload the finished student to the hub; null for not.")
+    push_to_hub: PushToHub | None = changeable(None, description="Upload the finished student to the hub; null: no upload.")
 
 
 def distils(recipe: Recipe) -> bool:
-    """Whether the student learns from a teacher. Otherwise none is loaded, whatever the recipe names."""
+    """Whether the student learns from a teacher. If not, no teacher is loaded, even if the recipe names one."""
     return bool(as_tuple(recipe.teacher)) and bool(recipe.loss.kd_ratio)
 
 
 def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Settings that are each right and together wrong: (the settings read, the one to blame first; what is wrong and how to fix it)."""
+    """Settings that are each valid, but not together. Yields (the settings involved, the one that the message names first; problem and fix)."""
     student, data, loss, optim, train = recipe.student, recipe.data, recipe.loss, recipe.optim, recipe.train
     if not recipe.output_dir.strip("\0 "):
-        yield ("output_dir",), "not given; name the folder the run shall write, such as runs/first"
+        yield ("output_dir",), "not given; name a folder for the run, such as runs/first"
     elif "\0" in recipe.output_dir:
         yield ("output_dir",), "holds a NUL character; name a folder"
     yield from _student_contradictions(student)
@@ -210,12 +226,12 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
     yield from data_contradictions(data, train.max_steps, train.group_by_length)
     yield from teacher_contradictions(recipe.teacher, data)
     if recipe.mixture != Mixture() and len(as_tuple(recipe.teacher)) < 2:
-        yield ("mixture", "teacher"), "given without several teachers to mix; leave it out"
+        yield ("mixture", "teacher"), "set, but there are not several teachers to mix; leave it out"
     sampled = [path for path, one in with_setting_names(recipe.teacher, "teacher") if one.cache and one.cache.kind == "sampled"]
     if sampled and loss.divergence != "forward_kl" and loss.kd_ratio:
         yield (
             ("loss.divergence", f"{sampled[0]}.cache.kind"),
-            f"found {loss.divergence} with a sampled cache, which is right on average for forward_kl alone; use that, or kind: topk or hidden",
+            f"found {loss.divergence} with a sampled cache, which is unbiased for forward_kl only; use forward_kl, or a cache of kind topk or hidden",
         )
     if loss.kd_ratio and recipe.teacher is None:
         yield ("loss.kd_ratio", "teacher"), f"found {loss.kd_ratio:g} without a teacher; give teacher.model, or set it to 0"
@@ -227,7 +243,7 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
     if train.micro_batch_size is not None and train.micro_batch_tokens is not None:
         yield (
             ("train.micro_batch_tokens", "train.micro_batch_size"),
-            "given together with train.micro_batch_size; keep one of them (null takes the other back)",
+            "given together with train.micro_batch_size; keep one of them (null unsets the other)",
         )
     other = [
         f"{path}.attention"
@@ -237,12 +253,12 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
     if data.share_prefixes and other:
         yield (
             ("data.share_prefixes", other[0]),
-            f"given with {other[0]}, and llmkd's own attention alone can share; leave one of them out",
+            f"found true, but {other[0]} is set, and only llmkd's own attention can share prefixes; leave one of them out",
         )
     if train.compile and (offloaded := [path for path, one in with_setting_names(recipe.teacher, "teacher") if one.device == "offload"]):
         yield (
             ("train.compile", f"{offloaded[0]}.device"),
-            f"given with {offloaded[0]}.device: offload, which it cannot follow; leave one of them out",
+            f"found true, but {offloaded[0]}.device is offload, and offloaded layers cannot be compiled; leave one of them out",
         )
     if train.max_steps and optim.warmup_steps and optim.warmup_steps > train.max_steps:
         yield ("optim.warmup_steps", "train.max_steps"), f"found {optim.warmup_steps}, more than train.max_steps ({train.max_steps})"
@@ -250,7 +266,7 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
     if not as_tuple(data.validation) and not data.validation_fraction:
         for path, given in (("validation.every", recipe.validation.every), ("checkpoint.best_by", recipe.checkpoint.best_by)):
             if given is not None:
-                yield (path, *no_held_out), "given without held-out rows; set data.validation or data.validation_fraction"
+                yield (path, *no_held_out), "needs held-out rows, but there are none; set data.validation or data.validation_fraction"
     if recipe.checkpoint.best_by not in (None, "ce") and not (recipe.teacher and loss.kd_ratio != 0):
         yield (
             ("checkpoint.best_by", "teacher", "loss.kd_ratio"),
@@ -275,23 +291,23 @@ def _student_contradictions(student: Student) -> Iterator[tuple[tuple[str, ...],
             yield ("student.method",), "found lora with student.architecture; new random weights train with method: full"
         for name in ("revision", "base"):
             if getattr(student, name) is not None:
-                yield (f"student.{name}", "student.architecture"), "given with student.architecture, which has none; leave it out"
+                yield (f"student.{name}", "student.architecture"), "set, but new weights (student.architecture) have none; leave it out"
     if student.method == "full" and student.quantization is not None:
         yield (
             ("student.quantization", "student.method"),
-            "given with method: full, and quantised weights cannot be trained; set method: lora",
+            "set with method: full, but quantised weights cannot be trained; set method: lora",
         )
     if student.quantization and student.quantization.type == "fp8":
         yield ("student.quantization.type",), "found fp8, which is for teachers: no gradient passes through it; use nf4"
     if student.quantization and student.quantization.type == "int8" and student.lora and student.lora.dora:
         yield (
             ("student.lora.dora", "student.quantization.type"),
-            "given with quantization int8, which PEFT's DoRA does not work with; use nf4",
+            "found true with quantization int8, which PEFT's DoRA does not support; use nf4",
         )
     if student.method == "full" and student.dtype == "float16":
         yield (
             ("student.dtype", "student.method"),
-            "found float16, in which all weights cannot be trained; use float32 with mixed_precision: bf16",
+            "found float16 with method: full; float16 weights cannot be trained; use float32 with mixed_precision: bf16",
         )
 
 

@@ -1,4 +1,4 @@
-"""Every setting as data: for --help and for error messages."""
+"""The list of settings, from the dataclasses: for --help, error messages and docs/settings.md."""
 
 import dataclasses
 import json
@@ -13,7 +13,7 @@ def join_or(options: list[str]) -> str:
 
 
 def section_of(kind, key):
-    """The section behind a key; behind a name of the user's own (a stage), the section that all of them are."""
+    """The section class of a key, or None. A key that the user chose (the name of a stage) has the class of all such entries."""
     if not dataclasses.is_dataclass(kind):
         return None
     hint = typing.get_type_hints(kind).get(key, kind)
@@ -21,7 +21,7 @@ def section_of(kind, key):
 
 
 def describe(kind=Recipe, prefix: str = ""):
-    """Every setting as (dotted path, type in words, default, sentence)."""
+    """Yields every setting as (dotted path, type in words, default, description)."""
     hints = typing.get_type_hints(kind, include_extras=True)
     for field in dataclasses.fields(kind):
         path, hint = prefix + field.name, hints[field.name]
@@ -67,7 +67,7 @@ def _plain(number: float) -> str:
 
 
 def may_change_on_resume(dotted: str, kind: type | None = Recipe) -> bool:
-    """Whether a resumed run may give a setting another value: where its field, or that of a section around it, is `changeable`."""
+    """Whether a resumed run may change a setting: if its field, or the field of a section around it, is `changeable`."""
     for key in dotted.split("."):
         if key.isdigit():  # an item of a list of sources or teachers
             continue
@@ -80,7 +80,7 @@ def may_change_on_resume(dotted: str, kind: type | None = Recipe) -> bool:
 
 
 def help_text(kind=Recipe, section: str = "") -> str:
-    """Every setting (of a section, where one is named) with its type, default and sentence, for --help."""
+    """The settings (of one section, if it is named) with type, default and description, for --help."""
     lines = []
     for path, type_, default, text in describe(kind):
         if section and path != section and not path.startswith(section + "."):

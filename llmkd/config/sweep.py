@@ -1,4 +1,4 @@
-"""Several runs as data: pipelines of stages that build on one another, and sweeps of arms that are compared."""
+"""Settings of several runs: pipelines (stages that build on one another) and sweeps (arms that are compared)."""
 
 import itertools
 import json
@@ -12,62 +12,62 @@ from pydantic import Field
 from .dotted import flatten
 from .fields import Count, Seed, config_dataclass, path_to
 
-#: Of an arm: no quotation marks are needed in YAML or a shell.
+#: An arm's name: one that needs no quotation marks in YAML or a shell.
 NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]*")
 
 
 @config_dataclass
 class Stage:
     recipe: str = path_to("file", description="Recipe of this stage, relative to the pipeline's file.")
-    set: dict[str, Any] = Field(default_factory=dict, description="Settings changed in it, by dotted path.")
+    set: dict[str, Any] = Field(default_factory=dict, description="Changes to the recipe's settings, by dotted path.")
 
 
 @config_dataclass
 class Pipeline:
     """Several recipes run in order, then their students compared with one teacher on the same held-out rows."""
 
-    output_dir: str = path_to("output", min_length=1, description="Where the pipeline is written: each stage in a folder of its name.")
-    stages: dict[str, Stage] = Field(min_length=1, description="Name of each stage and what it runs, in order.")
-    teacher: str = Field(description="Stage whose result is the teacher of the comparison.")
-    students: tuple[str, ...] = Field(min_length=1, description="Stages whose results are compared with it.")
+    output_dir: str = path_to(
+        "output", min_length=1, description="Folder of the pipeline's output: each stage has a folder of its name in it."
+    )
+    stages: dict[str, Stage] = Field(min_length=1, description="The stages by name, in the order in which they run.")
+    teacher: str = Field(description="Stage whose model is the teacher of the comparison.")
+    students: tuple[str, ...] = Field(min_length=1, description="Stages whose students are compared with that teacher.")
 
 
 @config_dataclass
 class Evaluation:
-    tasks: tuple[str, ...] = Field((), description="lm-evaluation-harness tasks on which every arm is measured; none by default.")
+    tasks: tuple[str, ...] = Field((), description="lm-evaluation-harness tasks on which every arm is evaluated; none by default.")
     tasks_dir: str | None = path_to("folder", None, description="Folder of task files for local data (llmkd tasks writes one).")
-    fewshot: Annotated[int, Field(ge=0)] | None = Field(
-        None, description="Worked examples before each question; null for the task's own number."
-    )
-    limit: Count | None = Field(None, description="Questions of each task, at most; null for all.")
-    batch_size: Count | None = Field(None, description="Sequences per forward pass; null for the harness's own choice.")
+    fewshot: Annotated[int, Field(ge=0)] | None = Field(None, description="Number of few-shot examples; null: the task's own number.")
+    limit: Count | None = Field(None, description="Most questions of each task; null: all.")
+    batch_size: Count | None = Field(None, description="Sequences per forward pass; null: the harness's own choice.")
 
 
 @config_dataclass
 class Sweep:
-    """One recipe with a grid of changes, or a list of them: every combination is an arm, trained, measured and compared."""
+    """One recipe with a grid or a list of changes: every combination is an arm that is trained, evaluated and compared."""
 
-    output_dir: str = path_to("output", min_length=1, description="Where the sweep is written: each arm in arms/ as a run of its own.")
+    output_dir: str = path_to("output", min_length=1, description="Folder of the sweep's output: each arm is a run of its own in arms/.")
     stages: dict[str, Stage] = Field(
-        default_factory=dict, description="Runs that the arms need first, in order, such as a tuned teacher; in stages/."
+        default_factory=dict, description="Runs before the arms, in order, such as the training of a teacher; their folders are in stages/."
     )
-    recipe: str = path_to("file", description="Recipe that the arms start from, relative to the sweep's file.")
-    set: dict[str, Any] = Field(default_factory=dict, description="Settings changed in it for every arm, by dotted path.")
-    grid: dict[str, Any] = Field(default_factory=dict, description="Values by dotted path; every combination of them is an arm.")
+    recipe: str = path_to("file", description="Recipe that the arms change, relative to the sweep's file.")
+    set: dict[str, Any] = Field(default_factory=dict, description="Changes to the recipe's settings for every arm, by dotted path.")
+    grid: dict[str, Any] = Field(default_factory=dict, description="Lists of values by dotted path; every combination is an arm.")
     arms: dict[str, dict[str, Any]] = Field(
-        default_factory=dict, description="Arms by name, and the settings changed in each, by dotted path."
+        default_factory=dict, description="Arms by name, each with its changes to the recipe's settings, by dotted path."
     )
-    seeds: tuple[Seed, ...] = Field((), description="Seeds; every arm is trained once with each. None for the recipe's own.")
-    baseline: str | None = Field(None, description="Arm that the others are compared with; by default the first.")
+    seeds: tuple[Seed, ...] = Field((), description="Every arm is trained once with each of these seeds. An empty list: the recipe's seed.")
+    baseline: str | None = Field(None, description="Arm that the others are compared with; null: the first.")
     students_per_teacher: Count | None = Field(
-        None, description="Students that train side by side before one teacher, at most; null for all that can, 1 for one after another."
+        None, description="Most students that train side by side with one teacher; null: as many as can, 1: one after another."
     )
     eval: Evaluation = Field(default_factory=Evaluation)
 
 
 @dataclass(frozen=True)
 class ArmSpec:
-    """An arm with one of its seeds. `arm` is its name without the seed, and what is compared."""
+    """An arm with one of its seeds. `arm` is its name without the seed: arms are compared over their seeds."""
 
     name: str
     arm: str
@@ -76,7 +76,7 @@ class ArmSpec:
 
 
 def expand(sweep: Sweep) -> list[ArmSpec]:
-    """Every arm with every seed, in the order of the file. See `sweep_contradictions` for what must hold."""
+    """Every arm with every seed, in the order of the file. Expects a sweep without `sweep_contradictions`."""
     grid, seeds = flatten(sweep.grid), list(sweep.seeds)
     if "seed" in grid:
         seeds = grid.pop("seed")
@@ -89,7 +89,7 @@ def expand(sweep: Sweep) -> list[ArmSpec]:
 
 
 def _combined(grid: dict[str, Any], alone: bool) -> list[tuple[str, dict[str, Any]]]:
-    """(name, changes) of the grid's arms; without a grid the recipe itself, if there are no other arms (`alone`)."""
+    """(name, changes) of the grid's arms. Without a grid: the unchanged recipe, if there are no other arms (`alone`)."""
     if not grid:
         return [("recipe", {})] if alone else []
     short = {path: path.rpartition(".")[2] for path in grid}
@@ -103,10 +103,10 @@ def _combined(grid: dict[str, Any], alone: bool) -> list[tuple[str, dict[str, An
 
 
 def sweep_contradictions(sweep: Sweep) -> Iterator[tuple[tuple[str, ...], str]]:
-    """(the setting to blame; what is wrong and how to fix it), as for a recipe."""
+    """Settings that are each valid, but not together, in the form of `recipe.contradictions`."""
     grid = flatten(sweep.grid)
     if not grid and not sweep.arms and not sweep.seeds:
-        yield ("grid", "arms"), "neither is given; name values to combine, such as loss.kd_ratio: [0, 0.5], or arms by name"
+        yield ("grid", "arms"), "not given; give values to combine, such as loss.kd_ratio: [0, 0.5], or arms by name"
     for path, values in grid.items():
         if not isinstance(values, list | tuple) or not values:
             yield (f"grid.{path}",), f"found {json.dumps(values)[:60]}, expected a list of values"
@@ -117,10 +117,10 @@ def sweep_contradictions(sweep: Sweep) -> Iterator[tuple[tuple[str, ...], str]]:
         yield ("seeds", "grid"), "given together with seed in grid; keep one of them"
     own = [arm for arm, changes in sweep.arms.items() if "seed" in changes]
     if own and (sweep.seeds or "seed" in grid):
-        yield (f"arms.{own[0]}", "seeds", "grid"), "gives a seed of its own beside those of all arms; keep one of them"
+        yield (f"arms.{own[0]}", "seeds", "grid"), "has a seed of its own, but seeds are given for all arms; keep one of them"
     same = sweep.arms.keys() & dict(_combined({path: values for path, values in grid.items() if path != "seed"}, alone=False)).keys()
     if same:
-        yield (f"arms.{min(same)}", "grid"), "is the name of one of the grid's arms too; give it another"
+        yield (f"arms.{min(same)}", "grid"), "is also the name of an arm of the grid; give it another name"
     if len(set(sweep.seeds)) < len(sweep.seeds):
         yield ("seeds",), "has a seed twice; keep one"
     for name in ("output_dir", "push_to_hub"):
@@ -154,7 +154,7 @@ def sweep_contradictions(sweep: Sweep) -> Iterator[tuple[tuple[str, ...], str]]:
 
 
 def _texts(values: list[Any]) -> list[str]:
-    """A setting's values in arms' names: short where that tells them apart, of a path its last part; else whole, or numbered."""
+    """A setting's values as parts of arms' names: short (of a path its last part) if these differ, else in full, else numbered."""
     for write in (_short, lambda value: value if isinstance(value, str) else json.dumps(value)):
         texts = [re.sub(r"[^A-Za-z0-9._+-]+", "-", write(value)).rstrip("-") or "none" for value in values]
         if len(set(texts)) == len(texts):

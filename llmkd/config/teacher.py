@@ -1,4 +1,4 @@
-"""The teachers' settings: where a teacher's answers come from, and how several are combined. A part of `recipe.py`."""
+"""Settings of the teachers: the model or cache of each, and how several are combined. A part of `recipe.py`."""
 
 from collections.abc import Iterator
 from typing import Annotated, Literal
@@ -14,15 +14,15 @@ Attention = Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attentio
 
 @config_dataclass
 class Quantization:
-    """The base's linear layers in 4 or 8 bit, by bitsandbytes or (fp8) by torch; embeddings, norms and the head keep `dtype`."""
+    """The base's linear layers in 4 or 8 bits, by bitsandbytes or (fp8) by torch. Embeddings, norms and the head keep `dtype`."""
 
     type: Literal["nf4", "fp4", "int8", "fp8"] = fixed(
         "nf4",
-        description="Number format of the base's linear layers. int8 rounds activations too, in evaluation only; fp8 (e4m3, a scale for each row "
-        "and token) too, and is for teachers, on GPUs of compute capability 8.9 or more (a CPU only imitates it).",
+        description="Number format of the base's linear layers. int8 also rounds activations, in evaluation only. fp8 (e4m3, one scale per row and "
+        "token) also rounds activations; it is for teachers, on GPUs of compute capability 8.9 or more (a CPU only imitates it).",
     )
     double_quant: bool = fixed(True, description="nf4 and fp4: quantise the quantisation constants too.")
-    compute_dtype: Dtype = fixed("auto", description="nf4 and fp4: type the products are computed in; auto is dtype.")
+    compute_dtype: Dtype = fixed("auto", description="nf4 and fp4: dtype of the matrix products; auto: the same as dtype.")
 
 
 #: The options of each kind of cache, with their defaults.
@@ -35,56 +35,60 @@ CACHE_KINDS: dict[str, dict[str, object]] = {
 
 @config_dataclass
 class Cache:
-    """The teacher's outputs at every target, on disk. `llmkd cache` writes it with these settings; null is the kind's default.
+    """A teacher cache: the teacher's outputs at every target, on disk. `llmkd cache` writes it with these settings; null: the kind's default.
 
-    A run that reads it needs none but `path`; one that is given must be the cache's own.
+    A run that reads the cache needs `path` only. Any other setting must have the value that the cache was written with.
     """
 
     path: str = fixed(min_length=1, path="output", description="Folder of the cache.")
     kind: Literal[tuple(CACHE_KINDS)] | None = fixed(
         None,
-        description="What is kept of each target: hidden (the teacher's last hidden state: exact), topk (the default; its likeliest tokens and "
-        "the mass of the rest) or sampled (tokens drawn from it: exact on average, for forward_kl).",
+        description="What is stored for each target. hidden: the teacher's last hidden state (exact). topk (default): the teacher's most likely "
+        "tokens and the tail mass. sampled: tokens sampled from the teacher (unbiased, for forward_kl only).",
     )
-    k: Count | None = fixed(None, description="topk: how many of the likeliest tokens (64).")
-    value_bits: Annotated[int, Field(ge=4, le=16)] | None = fixed(None, description="topk: bits of each log-probability (8).")
-    num_samples: Count | None = fixed(None, description="sampled: how many tokens are drawn (50).")
+    k: Count | None = fixed(None, description="topk: number of most likely tokens (64).")
+    value_bits: Annotated[int, Field(ge=4, le=16)] | None = fixed(None, description="topk: bits per log-probability (8).")
+    num_samples: Count | None = fixed(None, description="sampled: number of tokens sampled for each target (50).")
     temperature: Annotated[float, Field(gt=0)] | None = fixed(
-        None, description="sampled: of the distribution drawn from (1); it must be loss.temperature."
+        None, description="sampled: temperature of the sampling (1); it must equal loss.temperature."
     )
-    seed: Seed | None = fixed(None, description="sampled: what the draws follow from (0).")
+    seed: Seed | None = fixed(None, description="sampled: seed of the sampling (0).")
     hidden_dtype: Literal["auto", "float32", "bfloat16", "int8"] | None = fixed(
-        None, description="hidden: type of the states; auto is the teacher's own, int8 has one scale for each target."
+        None, description="hidden: dtype of the states; auto: the teacher's own; int8: with one scale per target."
     )
 
 
 @config_dataclass
 class Teacher:
-    name: str | None = fixed(None, description="What data sources call it by (their setting teacher), where there are several.")
+    name: str | None = fixed(
+        None, description="With several teachers: the name by which a data source's setting teacher refers to this one."
+    )
     model: str | None = fixed(
-        None, path="model", description="Folder or hub id of a model, or of a LoRA adapter (its base is read from its own configuration)."
+        None, path="model", description="Folder or hub id of a model, or of a LoRA adapter (its adapter_config.json names the base)."
     )
     revision: str | None = fixed(None, description="Revision of a hub model or adapter.")
-    base: str | None = fixed(None, path="model", description="For an adapter: where its base is now, if not where the adapter says.")
-    quantization: Quantization | None = fixed(None, description="Hold the teacher in 4 or 8 bit; null for not.")
+    base: str | None = fixed(
+        None, path="model", description="For an adapter: folder or hub id of its base, if it is not where adapter_config.json says."
+    )
+    quantization: Quantization | None = fixed(None, description="Load the teacher in 4 or 8 bits; null: not quantised.")
     merge_adapter: bool = fixed(
         False,
-        description="Merge the adapter into its base, in float32 and then as it is held: half the kernels of a layer. What it changes of the base "
-        "is the teacher's own then, whatever share_base says.",
+        description="Merge the adapter into its base, for half as many kernels per layer. The merge is computed in float32 and rounded to the "
+        "teacher's dtype. Merged weights are not shared with the student, whatever share_base says.",
     )
-    dtype: Dtype = fixed("auto", description="Type the teacher's weights are held in.")
-    attention: Attention = fixed("auto", description="Attention implementation; auto leaves it to transformers.")
+    dtype: Dtype = fixed("auto", description="Dtype of the teacher's weights; auto: the dtype they were saved in.")
+    attention: Attention = fixed("auto", description="Attention implementation; auto: the default of transformers.")
     share_base: bool = changeable(
         True,
-        description="Keep weights in memory once that it has in common with the student's frozen base, or with another teacher's; false for a copy of its own.",
+        description="Hold weights that are equal to the student's frozen base, or to another teacher's, in memory only once; false: a copy of its own.",
     )
     device: str | None = changeable(
         None,
-        description="Where it is held: null for beside the student; a device (cpu, cuda:1); or offload: in the machine's memory, each layer "
-        "brought to the student's device while it is used.",
+        description="Device of the teacher's weights. null: the student's; cpu, cuda:1, ...: that one; offload: CPU memory, from where each layer is "
+        "copied to the student's device while it computes.",
     )
-    cache: Cache | None = fixed(None, description="A teacher cache: llmkd cache writes it, and a run then reads it and loads no teacher.")
-    weight: float = fixed(1.0, gt=0, description="Among several teachers: its share.")
+    cache: Cache | None = fixed(None, description="Teacher cache: llmkd cache writes it; a run then reads it and loads no teacher.")
+    weight: float = fixed(1.0, gt=0, description="With several teachers: relative weight of this one in the mixture.")
 
     @property
     def float8(self) -> bool:
@@ -92,36 +96,36 @@ class Teacher:
 
     @property
     def loaded_in(self) -> Quantization | None:
-        """The quantisation that it is loaded in; fp8 is made of 16 or 32 bit after that."""
+        """The quantisation in which the weights are loaded. None for fp8: the loaded weights are converted to it."""
         return None if self.float8 else self.quantization
 
     @property
     def is_transformed(self) -> bool:
-        """Whether it is changed after it is loaded: see `models/teacher_transforms.py`."""
+        """Whether the teacher is changed after loading: see `models/teacher_transforms.py`."""
         return self.merge_adapter or self.float8
 
     @property
     def held(self) -> str:
-        """In words, where it is not as it was saved."""
+        """How the weights in memory differ from the saved ones, in words; "" where they do not."""
         return ", ".join(["adapter merged"] * self.merge_adapter + ([self.quantization.type] if self.quantization else []))
 
 
 @config_dataclass
 class Mixture:
-    """How several teachers are combined on a target that is not left to one of them."""
+    """How several teachers are combined, for examples whose source does not name one teacher."""
 
     combine: Literal["probabilities", "log_probabilities", "divergences"] = fixed(
         "probabilities",
-        description="probabilities: the weighted mean of their distributions (an ensemble); log_probabilities: of their logarithms (a product of "
-        "experts); divergences: the weighted sum of the divergences from each.",
+        description="probabilities: weighted mean of the teachers' distributions (an ensemble); log_probabilities: weighted mean of their logarithms "
+        "(a product of experts); divergences: weighted sum of the divergences from each teacher.",
     )
     weights: Literal["fixed", "confidence"] = fixed(
-        "fixed", description="fixed: teacher.weight; confidence: that times the probability that the teacher gives the target."
+        "fixed", description="fixed: teacher.weight; confidence: teacher.weight times the teacher's probability of the target."
     )
 
 
 def teacher_contradictions(setting: Teacher | tuple[Teacher, ...] | None, data: Data) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Settings of the teachers that are each right and together wrong, as `recipe.contradictions` gives them."""
+    """Settings of the teachers that are each valid, but not together, in the form of `recipe.contradictions`."""
     if setting == ():
         yield ("teacher",), "found an empty list; name a teacher, or leave it out"
     every = as_tuple(setting)
@@ -134,13 +138,13 @@ def teacher_contradictions(setting: Teacher | tuple[Teacher, ...] | None, data: 
         if teacher.model is None:
             for name in ("revision", "base", "quantization", "device"):
                 if getattr(teacher, name) is not None:
-                    yield (f"{path}.{name}", f"{path}.model"), "given without a model; name it, or leave this out"
+                    yield (f"{path}.{name}", f"{path}.model"), "set without a model; name the model, or leave this out"
             if teacher.merge_adapter:
-                yield (f"{path}.merge_adapter", f"{path}.model"), "given without a model; name it, or leave this out"
+                yield (f"{path}.merge_adapter", f"{path}.model"), "set without a model; name the model, or leave this out"
         if teacher.float8 and (not teacher.quantization.double_quant or teacher.quantization.compute_dtype != "auto"):
             yield (
                 (f"{path}.quantization.double_quant", f"{path}.quantization.compute_dtype"),
-                "given with type: fp8, whose they are not; leave them out",
+                "set with type: fp8, but they belong to nf4 and fp4; leave them out",
             )
         if teacher.merge_adapter and teacher.loaded_in is not None:
             yield (
@@ -150,31 +154,31 @@ def teacher_contradictions(setting: Teacher | tuple[Teacher, ...] | None, data: 
         if teacher.merge_adapter and teacher.device == "offload":
             yield (
                 (f"{path}.merge_adapter", f"{path}.device"),
-                "found true with device: offload, where the way to the GPU is what takes time; leave one of them out",
+                "found true with device: offload, where copying to the GPU takes the time and merging saves none; leave one of them out",
             )
         if teacher.quantization is not None and teacher.device is not None and not teacher.device.startswith("cuda"):
             yield (
                 (f"{path}.device", f"{path}.quantization"),
-                f"found {teacher.device} with quantization, which is for a GPU; leave one of them out",
+                f"found {teacher.device} with quantization, which needs a GPU; leave one of them out",
             )
         if teacher.cache is not None:
             kind = teacher.cache.kind or "topk"
             for other, options in CACHE_KINDS.items():
                 for name in options:
                     if getattr(teacher.cache, name) is not None and teacher.cache.kind is not None and name not in CACHE_KINDS[kind]:
-                        yield (f"{path}.cache.{name}", f"{path}.cache.kind"), f"is of kind {other}, and kind is {kind}; leave it out"
+                        yield (f"{path}.cache.{name}", f"{path}.cache.kind"), f"belongs to kind {other}, but kind is {kind}; leave it out"
         if teacher.weight != 1 and len(every) < 2:
-            yield (f"{path}.weight",), f"found {teacher.weight:g}, and there is no other teacher; leave it out"
+            yield (f"{path}.weight",), f"found {teacher.weight:g}, but there is only one teacher; leave it out"
     names = [teacher.name for teacher in every if teacher.name is not None]
     if twice := next((name for name in names if names.count(name) > 1), None):
         where = next(path for path, teacher in reversed(with_setting_names(setting, "teacher")) if teacher.name == twice)
         yield (f"{where}.name",), f"found {twice!r} twice; give every teacher a name of its own"
     folders = [(path, teacher.cache.path) for path, teacher in with_setting_names(setting, "teacher") if teacher.cache]
     if twice := next((path for n, (path, folder) in enumerate(folders) if folder in [other for _, other in folders[:n]]), None):
-        yield (f"{twice}.cache.path",), "is another teacher's too; give each its own folder"
+        yield (f"{twice}.cache.path",), "is the cache of another teacher too; give each teacher its own folder"
     for name, value in (("data.train", data.train), ("data.validation", data.validation)):
         for i, source in enumerate(as_tuple(value)):
             if source.teacher is not None and every and source.teacher not in names:
                 path = f"{name}.{i}.teacher" if isinstance(value, tuple) else f"{name}.teacher"
                 known = ", ".join(names) or "none; set teacher.name"
-                yield (path, "teacher"), f"found {source.teacher!r}, and no teacher has that name; the names are: {known}"
+                yield (path, "teacher"), f"found {source.teacher!r}, but no teacher has that name; the names are: {known}"

@@ -1,4 +1,4 @@
-"""Check a recipe; explain every problem at once."""
+"""Checks a recipe, a pipeline or a sweep, and reports all problems at once."""
 
 import dataclasses
 import difflib
@@ -14,7 +14,7 @@ from .recipe import Recipe, contradictions
 from .schema import describe, join_or, section_of
 from .sweep import Sweep, sweep_contradictions
 
-#: What other trainers call some of our settings, for the hint at an unknown name.
+#: Names of settings in other trainers, for the hint at an unknown name.
 _ELSEWHERE = {
     "learning_rate": "optim.lr",
     "num_train_epochs": "train.epochs",
@@ -38,7 +38,7 @@ _ELSEWHERE = {
     "alpha": "loss.kd_ratio",
 }
 
-#: Other names of values, for the hint at one that is not known.
+#: Other names of values, for the hint at an unknown value.
 _VALUES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "fp64": "float64"}
 
 #: Settings that have been renamed, by the file they are in: old dotted path to new. The old one is refused with the new one's name.
@@ -59,13 +59,13 @@ _RENAMED = {
 
 
 def renamed(kind, path: tuple) -> str | None:
-    """The new dotted path of a setting that is given by its old name; None where it has not been renamed."""
+    """The new dotted path of a setting with an old name; None if there is no such old name."""
     new = _RENAMED.get(kind, {}).get(".".join(str(key) for key in path if not isinstance(key, int)))
     return new and ".".join([*map(str, path[:-1]), new.rpartition(".")[2]])
 
 
 def locator(name: str, lines: dict, changed: set[tuple]) -> Callable[[tuple], str]:
-    """A function from a setting's keys to where it was given: on the command line, or in a line of the file."""
+    """A function from a setting's keys to its place for messages: `--dotted.path` or `file:line: dotted.path`."""
 
     def where(path: tuple) -> str:
         dotted = ".".join(map(str, path))
@@ -78,7 +78,10 @@ def locator(name: str, lines: dict, changed: set[tuple]) -> Callable[[tuple], st
 
 
 def check(kind, data: dict, name: str, lines: dict, problems: list[str], changed: set[tuple]):
-    """Validate; leave out what failed and validate the rest, until it holds; then look for contradictions in it."""
+    """The checked object of class `kind`. UserError with every problem, those found by the caller (`problems`) first.
+
+    Settings that fail are removed and the rest is checked again, until the rest is valid; then contradictions are looked for.
+    """
     adapter, where = TypeAdapter(kind), locator(name, lines, changed)
     broken: list[tuple] = []
     result = None
@@ -100,7 +103,7 @@ def check(kind, data: dict, name: str, lines: dict, problems: list[str], changed
             for path in remove:
                 _remove(data, path)
                 broken.append(path)
-            if json.dumps(data) == before:  # nothing more can be left out
+            if json.dumps(data) == before:  # nothing more can be removed
                 break
     together = {Recipe: contradictions, Sweep: sweep_contradictions}.get(kind)
     if together and result is not None:
@@ -115,7 +118,7 @@ def check(kind, data: dict, name: str, lines: dict, problems: list[str], changed
 
 
 def _real_path(loc: tuple, data) -> tuple:
-    """pydantic's location without the names of union members, which are not settings."""
+    """The location of an error without the names of union members, which pydantic puts in and which are no settings."""
     path, here = [], data
     for i, key in enumerate(loc):
         last = i == len(loc) - 1
@@ -130,7 +133,7 @@ def _real_path(loc: tuple, data) -> tuple:
 
 
 def _remove(data: dict, path: tuple) -> None:
-    """Leave a setting out; for an item of a list, the list."""
+    """Remove a setting; of an item of a list, the whole list."""
     for i, key in enumerate(path):
         if i == len(path) - 1 or not isinstance(data.get(key), dict):
             data.pop(key, None)
@@ -139,7 +142,7 @@ def _remove(data: dict, path: tuple) -> None:
 
 
 def _explain(kind, path: tuple, item: dict) -> str:
-    """What was found, what is allowed, and the nearest known name for a typo."""
+    """The message for one error of pydantic: found, expected, and for a typo the nearest known name."""
     found = item["input"]
     parent, parent_path = kind, []
     for key in path[:-1]:

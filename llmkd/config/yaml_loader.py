@@ -1,4 +1,4 @@
-"""YAML 1.2's plain values with the line of each, safely: no tags, no anchors' bombs, no duplicate keys."""
+"""A safe YAML 1.2 reader that knows the line of every value. Tags, duplicate keys and endless aliases are refused."""
 
 import re
 import typing
@@ -15,7 +15,7 @@ class Loader(yaml.SafeLoader):
 
 
 class Dumper(yaml.SafeDumper):
-    """Quotes what `Loader` would not read back as the same text."""
+    """Quotes texts that `Loader` would otherwise read back as another type."""
 
 
 Loader.yaml_implicit_resolvers = Dumper.yaml_implicit_resolvers = {}
@@ -35,7 +35,7 @@ for _tag, _pattern, _first in (
 
 
 def parse_yaml(text: str, name: str) -> tuple[typing.Any, dict[tuple, int], list[str]]:
-    """The data in `text`, the line of every path in it, and the problems found (duplicate keys, odd tags)."""
+    """The data in `text`, the line of every path in it, and the problems found (duplicate keys, tags)."""
     try:
         root = yaml.compose(text, Loader=Loader)
     except yaml.reader.ReaderError as error:
@@ -81,7 +81,7 @@ def parse_yaml(text: str, name: str) -> tuple[typing.Any, dict[tuple, int], list
             return [build(value, (*path, i)) for i, value in enumerate(node.value)]
         try:
             node.value.encode()
-            if kind == "float":  # PyYAML's own converter is YAML 1.1's
+            if kind == "float":  # PyYAML converts floats by YAML 1.1
                 return float(re.sub(r"\.(?=inf|nan)", "", node.value.lower()))
             return loader.construct_object(node)
         except (ValueError, KeyError):

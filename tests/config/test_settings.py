@@ -181,8 +181,8 @@ CONTRADICTIONS = [
     ("train: {epochs: 1, max_steps: 3}", ("r.yaml:5: train.max_steps: ", "keep one")),
     ("train: {micro_batch_size: 4, micro_batch_tokens: auto}", ("r.yaml:5: train.micro_batch_tokens: ", "keep one")),
     ("train: {micro_batch_tokens: all}", ("r.yaml:5: train.micro_batch_tokens: found", "a whole number >= 1 or auto or null")),
-    ("validation: {every: 5}", ("r.yaml:5: validation.every: ", "without held-out rows")),
-    ("checkpoint: {best_by: ce}", ("r.yaml:5: checkpoint.best_by: ", "without held-out rows")),
+    ("validation: {every: 5}", ("r.yaml:5: validation.every: ", "needs held-out rows, but there are none")),
+    ("checkpoint: {best_by: ce}", ("r.yaml:5: checkpoint.best_by: ", "needs held-out rows, but there are none")),
     ("  validation_fraction: 0.1\ncheckpoint: {best_by: top1_agreement}", ("r.yaml:6: checkpoint.best_by: ", "needs a teacher")),
     ("  validation: {path: v.jsonl}\n  validation_fraction: 0.1", ("r.yaml:6: data.validation_fraction: ", "keep one")),
     ("  too_long: split", ("r.yaml:5: data.too_long: ", "format: text")),
@@ -541,7 +541,7 @@ SOURCE_CONTRADICTIONS = [
     ("  validation: {path: v.jsonl, weight: 2}", "r.yaml:5: data.validation.weight: ", "only training sources"),
     ("  validation: [{path: v.jsonl}, {path: w.jsonl, weight: 2}]", "r.yaml:5: data.validation.1.weight: ", "only training sources"),
     ("  choices: {path: v.jsonl, weight: 2}", "r.yaml:5: data.choices.weight: ", "only training sources"),
-    ("  choices: {path: v.jsonl, format: text}", "r.yaml:5: data.choices.format: ", "no answer to choose"),
+    ("  choices: {path: v.jsonl, format: text}", "r.yaml:5: data.choices.format: ", "no answer that choices could replace"),
     ("  validation: []", "r.yaml:5: data.validation: ", "empty list"),
     ("  validation: [{path: builtin:skill}]", "r.yaml:5: data.validation.0.path: ", "builtin:skills"),
     ("  validation: {path: v, format: chat, chat_template: true}", "r.yaml:5: data.validation.chat_template: ", "always rendered"),
@@ -589,7 +589,7 @@ def test_sources_on_the_command_line(load, refused):
     assert load(several, loader.parse_overrides(["--data.train.1.path", "x.jsonl"])).data.train[1].path == "x.jsonl"
     for name in ("data.train.2.weight", "data.train.2"):
         found(refused(several, {name: 3}), (f"--{name}: ", "data.train is a list of 2; it has no 2, but 0 and 1"))
-    found(refused(several, {"data.train.path": "x"}), ("--data.train.path: ", "is a list of 2; say which, such as --data.train.0.path"))
+    found(refused(several, {"data.train.path": "x"}), ("--data.train.path: ", "is a list of 2; name one, such as --data.train.0.path"))
     found(refused(several, {"data.train.1.format": "x"}), ("--data.train.1.format: ", "alpaca, chat"))
     found(refused(BASE, {"data.train": [{"path": "a"}, {"path": "b", "limit": 0}]}), ("--data.train.1.limit: ", "found 0"))
     found(refused(BASE, {"data.train": []}), ("--data.train: ", "not given"))

@@ -204,14 +204,17 @@ def test_the_first_token_of_a_bare_text_is_not_a_target_of_the_teachers_alone():
 
 @pytest.mark.parametrize(
     ("data", "words"),
-    [({"too_long": "split"}, "too_long: split, whose later pieces"), ({"train_on_input": True}, "train_on_input, and the teacher's input")],
+    [
+        ({"too_long": "split"}, "too_long: split: only the first part"),
+        ({"train_on_input": True}, "train_on_input, but teacher and student"),
+    ],
 )
 def test_what_a_context_does_not_go_with_is_refused_in_a_row_and_as_a_setting(make_recipe, data, words):
     rows = rows_of({"text": "a b", "teacher_context": ""}, {"text": "a b", "teacher_context": "c"})
-    assert problem(rows, "text", Data(**data), tiny()).startswith(f"f.jsonl:2: teacher_context is given with {words}")
+    assert problem(rows, "text", Data(**data), tiny()).startswith(f"f.jsonl:2: teacher_context cannot be used with {words}")
     named = problem(rows, "text", Data(**data), tiny(), fields={"teacher_context": "found"})
-    assert named.startswith("f.jsonl:2: found is given with")
-    with pytest.raises(UserError, match=f"data.teacher_context: given with {words}"):
+    assert named.startswith("f.jsonl:2: found cannot be used with")
+    with pytest.raises(UserError, match=f"data.teacher_context: cannot be used with {words}"):
         make_recipe(data__teacher_context="c", data__train__format="text", **{f"data__{k}": v for k, v in data.items()})
 
 

@@ -249,7 +249,7 @@ def test_sharing_is_refused_where_it_cannot_be(make_recipe, monkeypatch):
     from llmkd.training.run import run
 
     changes = {"data.packing": True, "data.share_prefixes": True}
-    with pytest.raises(UserError, match="data.share_prefixes: given with teacher.attention"):
+    with pytest.raises(UserError, match="data.share_prefixes: found true, but teacher.attention is set"):
         make_recipe(**changes, **{"teacher.attention": "eager"})
     monkeypatch.setattr(attention, "enable", lambda model: False)
     with pytest.raises(UserError, match=r"data.share_prefixes: student.model \(llama\) keeps an attention of its own"):

@@ -68,7 +68,7 @@ def test_without_a_compiler_it_is_refused_before_a_model_is_loaded(make_recipe, 
 
 
 def test_it_is_refused_with_a_teacher_that_is_offloaded(make_recipe):
-    with pytest.raises(UserError, match=r"train.compile: given with teacher.device: offload"):
+    with pytest.raises(UserError, match=r"train.compile: found true, but teacher.device is offload"):
         make_recipe(train__compile=True, teacher__device="offload")
 
 

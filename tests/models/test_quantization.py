@@ -296,7 +296,7 @@ def test_without_bitsandbytes_the_install_line_is_given(make_recipe, monkeypatch
 
 
 def test_int8_with_dora_is_refused_before_it_fails(single, trained, tmp_path, make_recipe):
-    with pytest.raises(UserError, match="student.lora.dora: given with quantization int8"):
+    with pytest.raises(UserError, match="student.lora.dora: found true with quantization int8"):
         make_recipe(**{"student.quantization": {"type": "int8"}, "student.lora.dora": True})
     trained("out", **qlora(single, **{"student.lora.dora": True, "student.lora.dropout": 0.0}))
     for load, settings, who in (

@@ -346,10 +346,10 @@ def test_check_compares_both_teachers(wide, make_recipe, capsys):
             "teacher.merge_adapter: found true with quantization nf4",
         ),
         ({"teacher.merge_adapter": True, "teacher.device": "offload"}, "teacher.merge_adapter: found true with device: offload"),
-        ({"teacher.merge_adapter": True, "teacher.model": None, "teacher.cache.path": "x"}, "teacher.merge_adapter: given without a model"),
+        ({"teacher.merge_adapter": True, "teacher.model": None, "teacher.cache.path": "x"}, "teacher.merge_adapter: set without a model"),
         ({"teacher.quantization": {"type": "fp8"}, "teacher.device": "offload"}, "teacher.device: found offload with quantization"),
-        ({"teacher.quantization": {"type": "fp8", "double_quant": False}}, "teacher.quantization.double_quant: given with type: fp8"),
-        ({"teacher.quantization": {"type": "fp8", "compute_dtype": "bfloat16"}}, "given with type: fp8"),
+        ({"teacher.quantization": {"type": "fp8", "double_quant": False}}, "teacher.quantization.double_quant: set with type: fp8"),
+        ({"teacher.quantization": {"type": "fp8", "compute_dtype": "bfloat16"}}, "set with type: fp8"),
     ],
 )
 def test_contradictions(make_recipe, changes, words):

@@ -285,7 +285,7 @@ def test_the_held_out_figures_are_those_of_the_ensemble(two, world):
         ({"teacher": [{"name": "a", "model": "x"}, {"model": "y"}]}, ["data.train.1.teacher: found 'b'", "the names are: a"]),
         (
             {"mixture": {"combine": "divergences"}, "teacher": {"name": "a", "model": "x"}, "data__train": {"path": "x"}},
-            ["mixture: given without several"],
+            ["mixture: set, but there are not several"],
         ),
         ({"teacher": [{"name": "a", "model": "x"}, {"name": "b", "weight": 0, "model": "y"}]}, ["teacher.1.weight: found 0", "> 0"]),
         ({"teacher": [{"name": "a", "model": "x"}, {"name": "b"}]}, ["teacher.1.model: not given"]),

@@ -27,7 +27,7 @@ def teacher_texts(row: dict, own: list[Text], source: Source, data: Data, tokeni
     if not context:
         return None
     for _, problem in no_context_with(data):
-        raise ValueError(f"{source.fields.get('teacher_context', 'teacher_context')} is given with {problem}")
+        raise ValueError(f"{source.fields.get('teacher_context', 'teacher_context')} cannot be used with {problem}")
     try:
         theirs = FORMATS[source.format].render(row, source, tokenizer, context)
         refuse_unmarked([text.text for text in theirs if text.raw], controls(tokenizer))
