@@ -10,11 +10,14 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
+
+_LEFTOVER = re.compile(r".+\.tmp-\d+-[0-9a-f]{8}")
 
 
 class FileLocked(Exception):
@@ -48,16 +51,16 @@ def write_folder(path: Path, replace: bool = False) -> Iterator[Path]:
         for below, _, files in os.walk(part):
             for name in (*files, ""):
                 _sync(Path(below, name))
-        if replace and os.path.exists(path):
+        if replace and os.path.lexists(path):
             os.rename(path, old)
         os.rename(part, path)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
-        if os.path.exists(old) and not os.path.exists(path):
+        if os.path.lexists(old) and not os.path.lexists(path):
             os.rename(old, path)
         raise
     _sync(path.parent)
-    shutil.rmtree(old, ignore_errors=True)
+    _remove(old)
 
 
 def remove_leftovers(folder: Path, name: str = "*") -> None:
@@ -65,17 +68,13 @@ def remove_leftovers(folder: Path, name: str = "*") -> None:
 
     Only for the process that holds the lock of these files: another one may be writing them.
     """
-    for leftover in folder.glob(f"{name}.tmp-*"):
-        if leftover.is_dir():
-            shutil.rmtree(leftover, ignore_errors=True)
-        else:
-            with contextlib.suppress(OSError):
-                leftover.unlink()
+    for leftover in filter(is_leftover, folder.glob(f"{name}.tmp-*")):
+        _remove(leftover)
 
 
 def is_leftover(path: Path) -> bool:
     """Whether a name is one of those that unfinished files and folders have."""
-    return ".tmp-" in path.name
+    return bool(_LEFTOVER.fullmatch(path.name))
 
 
 def lock_file(path: Path, wait: bool = False) -> IO[str]:
@@ -117,6 +116,15 @@ def read_jsonl(path: Path) -> list[dict]:
 def _temporary(path: Path) -> Path:
     """Random, since two machines or containers that share a folder may give two processes one number."""
     return path.with_name(f"{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
+
+
+def _remove(path: Path) -> None:
+    """A file, a folder with all in it, or a link, of which what it leads to stays. No error where it cannot be removed."""
+    if path.is_symlink() or path.is_file():
+        with contextlib.suppress(OSError):
+            path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:

@@ -146,6 +146,25 @@ def test_an_error_leaves_the_folder_as_it_was(tmp_path, monkeypatch, fails):
     assert (tmp_path / "f/below/a.txt").read_text() == "old" and names(tmp_path) == ["f"]
 
 
+@pytest.mark.parametrize("target", ["real", "nowhere"])
+def test_a_link_is_replaced_and_what_it_leads_to_stays(tmp_path, target):
+    fill(tmp_path / "real", "kept")
+    (tmp_path / "f").symlink_to(target)
+    fill(tmp_path / "f", "new")
+    assert names(tmp_path) == ["f", "real"] and (tmp_path / "f/below/a.txt").read_text() == "new"
+    assert (tmp_path / "real/below/a.txt").read_text() == "kept"
+    (tmp_path / "f.tmp-1-0123abcd").symlink_to("real")
+    remove_leftovers(tmp_path)
+    assert names(tmp_path) == ["f", "real"]
+
+
+@pytest.mark.parametrize("name", ["notes.tmp-old", "a.tmp-1", "a.tmp-1-0123abcd.jsonl", "a.tmp-1-0123ABCD"])
+def test_files_of_others_are_no_leftovers(tmp_path, name):
+    (tmp_path / name).write_text("mine")
+    remove_leftovers(tmp_path)
+    assert names(tmp_path) == [name] and not is_leftover(tmp_path / name)
+
+
 def test_two_unfinished_files_of_one_name_do_not_meet(tmp_path):
     """As of two containers that share a folder, in each of which the process has the same number."""
     with write_folder(tmp_path / "f", replace=True) as one, write_folder(tmp_path / "f", replace=True) as other:

@@ -257,7 +257,7 @@ def test_a_launch_that_starts_fewer_processes_is_refused(command, monkeypatch):
 def test_a_kill_while_the_folder_was_claimed_can_be_resumed(make_recipe, tmp_path):
     recipe = make_recipe(**SHORT)
     (tmp_path / "out").mkdir()
-    (tmp_path / "out/recipe.yaml.tmp-123").write_text("seed")
+    (tmp_path / "out/recipe.yaml.tmp-123-0123abcd").write_text("seed")
     run(recipe)
     for name in ("identity.json", "summary.json"):
         (tmp_path / "out" / name).unlink()
