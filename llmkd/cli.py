@@ -16,6 +16,7 @@ from .commands import arguments
 from .commands.parser import HelpShown, did_you_mean
 from .config import loader
 from .errors import UserError, exit_code
+from .training.launcher import launcher_pid
 
 _COMPUTES = ("train", "sweep", "cache", "data", "export", "eval", "tasks")
 
@@ -24,6 +25,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
     console.show_messages()
+    launcher_pid()
     return exit_code(lambda: dispatch([word for word in argv if word != "--debug"]), debug=debug)
 
 

@@ -14,10 +14,21 @@ from pathlib import Path
 _MARKS = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
 _COMMANDS = (b"accelerate", b"torchrun", b"torch.distributed")
 _SECONDS = 0.25  # between two looks
+_known: dict[int, int | None] = {}  # the launcher by the id of the process that asked
 
 
 def launcher_pid() -> int | None:
-    """The process id of the launcher that is this process's parent, or None where nobody launched it."""
+    """The process id of the launcher that was this process's parent when it first asked, or None where nobody launched it.
+
+    The command line asks at its start, since a launcher may end while a run is still reading its data.
+    """
+    process = os.getpid()  # a fork has a parent of its own
+    if process not in _known:
+        _known[process] = _find_launcher()
+    return _known[process]
+
+
+def _find_launcher() -> int | None:
     if not any(mark in os.environ for mark in _MARKS):
         return None
     parent = os.getppid()

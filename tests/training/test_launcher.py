@@ -24,9 +24,11 @@ def started(command: list[str]) -> subprocess.Popen:
 
 
 def test_without_a_launcher_nothing_is_watched(monkeypatch):
+    monkeypatch.setattr(launcher, "_known", {})
     for mark in launcher._MARKS:
         monkeypatch.delenv(mark, raising=False)
     assert launcher.launcher_pid() is None
+    launcher._known.clear()
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # inherited from somewhere: this process's parent is no launcher
     if sys.platform == "linux" and b"accelerate" not in Path(f"/proc/{os.getppid()}/cmdline").read_bytes():
         assert launcher.launcher_pid() is None
@@ -46,6 +48,36 @@ CHILD = """
         print("watching", launcher_pid() == os.getppid(), gone.is_set(), flush=True)
         print("told", gone.wait(20), flush=True)
 """
+
+
+WAITING = """
+    import os, subprocess, sys, time  # accelerate
+    subprocess.Popen([sys.executable, "-c", *sys.argv[1:]])
+    while not os.path.exists(sys.argv[2]):
+        time.sleep(0.05)
+"""
+EARLY = """
+    import os, sys, time
+    os.environ["ACCELERATE_MIXED_PRECISION"] = "no"
+    from llmkd.cli import main
+    first = os.getppid()
+    main(["--version"])
+    open(sys.argv[1], "w").close()
+    while os.getppid() == first:
+        time.sleep(0.05)
+    from llmkd.training.shutdown import ShutdownRequest
+    with ShutdownRequest() as stop:
+        deadline = time.monotonic() + 10
+        while not stop() and time.monotonic() < deadline:
+            time.sleep(0.05)
+        print("asked", stop(), flush=True)
+"""
+
+
+def test_a_launcher_that_ended_before_the_run_watched_it_stops_the_run(tmp_path):
+    command = [sys.executable, "-c", textwrap.dedent(WAITING), textwrap.dedent(EARLY), str(tmp_path / "begun")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.stdout.split()[-2:] == ["asked", "True"], done.stderr
 
 
 def test_the_end_of_a_parent_is_told_once():
