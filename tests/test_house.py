@@ -13,12 +13,12 @@ PACKAGE = Path(__file__).parents[1] / "llmkd"
 EVALUATION = PACKAGE.parent / "eval"  # installed as llmkd_eval
 RECIPES = PACKAGE.parent / "recipes"  # installed as llmkd_recipes
 
-#: Files at the top of llmkd/ and its folders. Each imports only from lines above its own; models, data and losses never one another.
+#: Files at the top of llmkd/ and its folders. Each imports only from lines above its own: so losses, models and data never one another.
 LAYERS = (
     "__init__ console files batch head",
     "errors signals",
-    "config model_files losses",
-    "models data",
+    "config model_files",
+    "losses models data",
     "teachers",
     "output",
     "training",

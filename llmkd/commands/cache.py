@@ -54,7 +54,7 @@ def write(
     folder, setting = Path(source.settings.cache.path).expanduser(), f"{source.setting}.cache.path"
     examples = teacher_examples(recipe, prepared, source)
     recorder = _load_recorder(recipe, prepared, source, examples, accelerator.device)
-    provenance = resolve.provenance(recipe, source, prepared.tokenizer, resolve.data_hashes(prepared))
+    provenance = resolve.provenance(recipe.data, source, prepared.tokenizer, resolve.data_hashes(prepared))
     plan = shard_plan(examples, recorder.format.bytes)
     writer = Writer(folder, recorder.format, provenance, plan, setting)
     targets, width = int(plan.targets_E.sum()), recorder.format.bytes

@@ -26,7 +26,9 @@ def import_cache(recipe: Recipe, prepared: Prepared, sources: list[TeacherSource
         raise UserError(f"{setting}.kind: found {cache.kind}, and imported log-probabilities are of kind topk; use topk, or leave it out")
     examples, defaults = teacher_examples(recipe, prepared, source), CACHE_KINDS["topk"]
     record_format = import_logprobs.make_format(prepared.vocab, cache.k or defaults["k"], cache.value_bits or defaults["value_bits"])
-    provenance = resolve.provenance(recipe, source, prepared.tokenizer, resolve.data_hashes(prepared)) | {"imported from": _hash_of(file)}
+    provenance = resolve.provenance(recipe.data, source, prepared.tokenizer, resolve.data_hashes(prepared)) | {
+        "imported from": _hash_of(file)
+    }
     folder = Path(cache.path).expanduser()
     writer = Writer(folder, record_format, provenance, shard_plan(examples, record_format.bytes), f"{setting}.path")
     counts = import_logprobs.write(file, examples, prepared.tokenizer, writer, progress_bar("reading"))

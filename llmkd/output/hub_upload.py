@@ -5,7 +5,7 @@ import shlex
 from pathlib import Path
 
 from .. import __version__
-from ..config.recipe import PushToHub, Recipe
+from ..config.recipe import PushToHub
 from ..console import info
 from ..errors import UserError
 from ..files import write_atomic
@@ -35,9 +35,9 @@ def check(settings: PushToHub | None) -> None:
         raise UserError(*problems)
 
 
-def publish(recipe: Recipe, folder: RunFolder) -> dict:
-    """Upload a finished run's student, unless summary.json says that it was; the summary, which then says so."""
-    summary, settings = folder.summary(), recipe.push_to_hub
+def publish(settings: PushToHub | None, folder: RunFolder) -> dict:
+    """Upload a finished run's student, unless summary.json records that upload already. Returns the summary, with the upload recorded."""
+    summary = folder.summary()
     if settings and summary.get("pushed") != settings.repo:
         info(f"uploaded to {upload(settings, folder.path / summary['output'])}")
         summary["pushed"] = settings.repo

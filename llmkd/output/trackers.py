@@ -25,13 +25,19 @@ def check(names: tuple[str, ...]) -> None:
 
 
 class Trackers:
-    """Those that a recipe asks for, started. `done` is the step that a resumed run goes on from."""
+    """The trackers of a run, started.
 
-    def __init__(self, recipe: Recipe, folder: Path, done: int, info: Callable[[str], None]):
+    names           of `report_to`
+    run             the run's name in the trackers
+    configuration   the recipe's settings, see `configuration`
+    done            the step after which a resumed run continues
+    """
+
+    def __init__(self, names: tuple[str, ...], run: str, configuration: dict, folder: Path, done: int, info: Callable[[str], None]):
         self.info, self.running = info, {}
-        for name in dict.fromkeys(recipe.report_to):
+        for name in dict.fromkeys(names):
             self.running[name] = None
-            self._try(name, self._start, name, recipe, folder / "trackers", done)
+            self._try(name, self._start, name, run, configuration, folder / "trackers", done)
 
     def log(self, record: dict) -> None:
         """A record of metrics.jsonl."""
@@ -46,12 +52,12 @@ class Trackers:
             self._try(name, tracker.finish)
         self.running = {}
 
-    def _start(self, name: str, recipe: Recipe, folder: Path, done: int) -> None:
+    def _start(self, name: str, run: str, configuration: dict, folder: Path, done: int) -> None:
         folder.mkdir(exist_ok=True)
-        tracker = make_tracker(name, recipe.output_dir, folder, done)
+        tracker = make_tracker(name, run, folder, done)
         tracker.start()
         self.running[name] = tracker
-        tracker.store_init_configuration(configuration(recipe))
+        tracker.store_init_configuration(configuration)
 
     def _try(self, name: str, action: Callable, *args, **kwargs) -> None:
         try:

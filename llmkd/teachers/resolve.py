@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from ..config.data import Data
 from ..config.fields import shaping, with_setting_names
 from ..config.recipe import Recipe, distils
 from ..config.teacher import CACHE_KINDS, Teacher
@@ -82,9 +83,9 @@ def check_transforms(files: ModelFiles, settings: Teacher, setting: str) -> None
         raise UserError(f"{setting}.{name}: {files.base} is quantised already; leave it out, or name the unquantised model")
 
 
-def provenance(recipe: Recipe, teacher: TeacherSource, tokenizer, data: dict[str, str]) -> dict[str, dict]:
+def provenance(settings: Data, teacher: TeacherSource, tokenizer, data: dict[str, str]) -> dict[str, dict]:
     """All that the contents of a teacher cache depend on, by name: tokenizer, teacher and data. `data` are the hashes of the data."""
-    one, settings, weights = teacher.settings, recipe.data, {"dtype": teacher.settings.dtype}
+    one, weights = teacher.settings, {"dtype": teacher.settings.dtype}
     if files := teacher.files:
         folders = {"base": files.base, "adapter": files.adapter}
         weights = {"dtype": weights_dtype(files, one)} | {
@@ -138,7 +139,7 @@ def check_cache(recipe: Recipe, teacher: TeacherSource, tokenizer, vocab: int) -
     """UserError, naming every difference, for a cache of another tokenizer, chat template, teacher or kind than the recipe's."""
     header, setting, cache = teacher.cache.header, teacher.setting, teacher.settings.cache
     provenance_then, kept = header["provenance"], header["kind"]
-    where, ours = f"{setting}.cache.path: {cache.path} was made", provenance(recipe, teacher, tokenizer, {})
+    where, ours = f"{setting}.cache.path: {cache.path} was made", provenance(recipe.data, teacher, tokenizer, {})
     problems = []
     for part in ("tokenizer", "teacher") if teacher.files else ("tokenizer",):
         for name, value in ours[part].items():

@@ -80,7 +80,7 @@ def build_setup(
     students, chunk_size = [], head_chunk_size(prepared.vocab, device, info)
     for k, (own, folder, model) in enumerate(zip(recipes, folders, models, strict=True)):
         with attribute_to_student(k):
-            state = build_student(own, model, source.total_steps, accelerator, chunk_size)
+            state = build_student(own.loss, own.optim, model, source.total_steps, accelerator, chunk_size)
             own_data = prepared if own is teacher_recipe else prepared.of(own)
             students.append(StudentRun(own, own_data, folder, model, state, accelerator.is_main_process))
     lock_folders(students, accelerator)
@@ -154,10 +154,11 @@ def longest_row(train: Train, data: Data) -> int:
     return max(most, min(size.tokens, train.batch_size * most)) if isinstance(size, TokenBudget) else size * most
 
 
-def build_student(recipe: Recipe, student: LanguageModel, total_steps: int, accelerator, chunk_size: int | None = None) -> StudentState:
-    """The student with its terms, optimizer and schedule. `chunk_size`: rows of the head, where the recipe does not say."""
-    optim = recipe.optim
-    distiller = Distiller(student, [term.to(accelerator.device) for term in build_terms(recipe.loss, chunk_size)])
+def build_student(
+    loss: Loss, optim: Optim, student: LanguageModel, total_steps: int, accelerator, chunk_size: int | None = None
+) -> StudentState:
+    """The student with its terms, optimizer and schedule. `chunk_size`: rows of the head at a time, if `loss` does not set it."""
+    distiller = Distiller(student, [term.to(accelerator.device) for term in build_terms(loss, chunk_size)])
     parameters = distiller.trainable()
     optimizer = optimizers.build(optim, parameters)
     if student.capabilities.parameters_without_gradient and accelerator.num_processes > 1:
@@ -167,7 +168,7 @@ def build_student(recipe: Recipe, student: LanguageModel, total_steps: int, acce
 
 
 def build_terms(loss: Loss, chunk_size: int | None = None) -> list[Term]:
-    """The terms of the loss. `chunk_size`: rows of the head at a time, where the settings do not say."""
+    """The terms of the loss. `chunk_size`: rows of the head at a time, if `loss` does not set it."""
     divergence = make_divergence(loss.divergence, **loss.divergence_options)
     return [HeadTerm(Objective(loss.kd_ratio, loss.temperature, divergence), loss.chunk_size or chunk_size)]
 

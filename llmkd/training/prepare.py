@@ -170,7 +170,7 @@ def check_caches_cover(recipe: Recipe, teachers: tuple[TeacherSource, ...], toke
     parts = {"data.train": (data.train, data.places), "the held-out rows": (data.validation, data.validation_places)}
     for number, teacher in enumerate(teachers):
         if teacher.cache:
-            check_coverage(teacher, number, parts, provenance(recipe, teacher, tokenizer, data.identity))
+            check_coverage(teacher, number, parts, provenance(recipe.data, teacher, tokenizer, data.identity))
 
 
 def student_files(recipe: Recipe) -> ModelFiles | None:

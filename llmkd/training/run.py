@@ -19,13 +19,13 @@ def run(recipe: Recipe, resume: bool = False, stop: ShutdownRequest | None = Non
     hub_upload.check(recipe.push_to_hub)
     trackers.check(recipe.report_to)
     if resume and folder.finished:
-        info(f"{folder.path} is finished; nothing to do" + (" but to upload it" if recipe.push_to_hub else ""))
-        return hub_upload.publish(recipe, folder) if first_process() else folder.summary()
+        info(f"{folder.path} is finished; nothing to do" + (" except the upload" if recipe.push_to_hub else ""))
+        return hub_upload.publish(recipe.push_to_hub, folder) if first_process() else folder.summary()
     with contextlib.nullcontext(stop) if stop else ShutdownRequest() as stop:
         (failure,) = train_together([recipe], [folder], stop)
         if failure:
             raise failure
-        return hub_upload.publish(recipe, folder) if first_process() and recipe.push_to_hub else folder.summary()
+        return hub_upload.publish(recipe.push_to_hub, folder) if first_process() and recipe.push_to_hub else folder.summary()
 
 
 def train_together(

@@ -12,7 +12,7 @@ from ..models.language_model import LanguageModel
 from ..output import metrics, plots
 from ..output.model_card import model_card
 from ..output.run_folder import RunFolder
-from ..output.trackers import Trackers
+from ..output.trackers import Trackers, configuration
 from . import checkpoint
 from .loop import StudentState
 from .prepare import Prepared
@@ -28,7 +28,9 @@ class StudentRun:
 
     def open_metrics(self, done: int, info) -> None:
         if self.main:
-            self.record = metrics.MetricsLog(self.folder.path, done, Trackers(self.recipe, self.folder.path, done, info))
+            recipe, folder = self.recipe, self.folder.path
+            trackers = Trackers(recipe.report_to, recipe.output_dir, configuration(recipe), folder, done, info)
+            self.record = metrics.MetricsLog(folder, done, trackers)
 
     def restore(self, saved: checkpoint.Saved) -> None:
         checkpoint.load(saved, self.state.parameters, self.state.optimizer)

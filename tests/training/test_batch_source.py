@@ -58,7 +58,7 @@ def parts(recipe, accelerator):
     prepared = prepare(recipe)
     student = load_student(recipe.student, prepared.vocab, "cpu", recipe.seed)
     teacher = LiveTeacher(load_teacher(recipe.teacher, prepared.vocab, "cpu"))
-    return prepared.train, build_student(recipe, student, 4, accelerator), teacher
+    return prepared.train, build_student(recipe.loss, recipe.optim, student, 4, accelerator), teacher
 
 
 def one_process():
