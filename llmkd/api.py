@@ -47,7 +47,7 @@ def make_divergence(name: str, **options: float) -> Divergence:
     The formulas, their sources and the meaning of each option are in `llmkd.divergences`. ArgumentError for an unknown
     name, an unknown option, or a value outside the option's range.
     """
-    if name not in DIVERGENCES:
+    if not isinstance(name, str) or name not in DIVERGENCES:
         close = difflib.get_close_matches(str(name), [*DIVERGENCES, *_OTHER_NAMES], 1)
         hint = f"; did you mean {_OTHER_NAMES.get(close[0], close[0])}?" if close else ""
         raise ArgumentError(f"name: found {name!r}, expected one of {', '.join(DIVERGENCES)}{hint}")

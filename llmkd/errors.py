@@ -31,6 +31,10 @@ class NonFinite(Exception):
         self.step, self.term, self.places = step, term, places
         super().__init__(text or f"step {step}: {term} is not finite")
 
+    def __reduce__(self):
+        """To be pickled, as between processes."""
+        return type(self), (self.step, self.term, self.places, str(self))
+
 
 class Stopped(Exception):
     """A signal stopped the run. A checkpoint is saved; `--resume` continues from it."""

@@ -2,6 +2,7 @@
 
 import ast
 import importlib
+import pickle
 import subprocess
 import sys
 import threading
@@ -221,6 +222,9 @@ def test_a_function_with_the_name_of_a_built_in_one_is_not_taken_for_it():
         ({"kd_ratio": 1.5}, "kd_ratio: found 1.5, expected 0 to 1"),
         ({"kd_ratio": -0.1}, "kd_ratio: found -0.1"),
         ({"kd_ratio": float("nan")}, "kd_ratio: found nan"),
+        ({"kd_ratio": "half"}, "kd_ratio: found 'half'"),
+        ({"kd_ratio": True}, "kd_ratio: found True"),
+        ({"temperature": None}, "temperature: found None, expected a number above 0"),
         ({"temperature": 0.0}, "temperature: found 0.0, expected a number above 0"),
         ({"temperature": -1}, "temperature: found -1"),
         ({"temperature": float("inf")}, "temperature: found inf"),
@@ -238,6 +242,7 @@ def test_an_objective_is_checked(options, line):
         ("foward_kl", {}, "name: found 'foward_kl', expected one of forward_kl, .*; did you mean forward_kl?"),
         ("jsd", {}, "did you mean generalized_jsd?"),
         (3, {}, "name: found 3"),
+        (["forward_kl"], {}, r"name: found \['forward_kl'\]"),
         ("generalized_jsd", {"beta": 2}, "beta: found 2, expected 0 to 1"),
         ("generalized_jsd", {"beta": "half"}, "beta: found 'half', expected 0 to 1"),
         ("skewed_forward_kl", {"alpha": 1.0}, "alpha: found 1.0, expected 0 to 0.99"),
@@ -255,6 +260,12 @@ def test_the_divergences_are_those_of_the_module():
     found = llmkd.make_divergence("generalized_jsd", beta=0.3)(log_q, log_p)
     assert torch.equal(found, llmkd.divergences.generalized_jsd(log_q, log_p, beta=0.3))
     assert llmkd.divergences.DIVERGENCES.keys() == importlib.import_module("llmkd.config.recipe").DIVERGENCES.keys()
+
+
+@pytest.mark.parametrize("error", [llmkd.UserError("a", "b"), llmkd.NonFinite(3, "kd", ["a:1"]), llmkd.Stopped("c")], ids=repr)
+def test_errors_can_be_pickled(error):
+    again = pickle.loads(pickle.dumps(error))
+    assert type(again) is type(error) and str(again) == str(error) and vars(again) == vars(error)
 
 
 def test_train_wants_a_recipe():

@@ -92,6 +92,7 @@ def test_help_on_one_section_of_the_settings(capsys):
         ),
         (["eval", "m", "--tasks", "x", "--batch_size", "0"], "--batch_size: found 0, expected auto or a whole number >= 1"),
         (["eval", "m", "--tasks", "x", "--limit", "0"], "--limit: found 0, expected a whole number >= 1"),
+        (["eval", "m", "--tasks", "x", "--limit", "²"], "--limit: found '²', expected a whole number >= 1"),
         (["eval", "m"], "eval: no task is given"),
         (["eval", "--tasks", "x"], "eval: no model is given"),
         (["compare"], "compare: no run given"),

@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import re
 
 from ..config.schema import describe, help_text, section_of
 from ..errors import UserError
@@ -67,7 +68,7 @@ class Once(argparse.Action):
 
 def whole_number(least: int):
     def number(text: str) -> int:
-        whole = text.lstrip("+-").isdigit()
+        whole = bool(re.fullmatch(r"[+-]?[0-9]{1,18}", text))
         if not whole or int(text) < least:
             raise argparse.ArgumentTypeError(f"found {text if whole else repr(text)}, expected a whole number >= {least}")
         return int(text)

@@ -1,6 +1,7 @@
 """The student's loss (1 - kd_ratio) CE + kd_ratio T^2 D and its gradient, from the logits of a few rows at a time."""
 
 import math
+import numbers
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -34,9 +35,9 @@ class Objective:
 
     def __post_init__(self):
         problems = []
-        if not 0 <= self.kd_ratio <= 1:
+        if not _is_number(self.kd_ratio) or not 0 <= self.kd_ratio <= 1:
             problems.append(f"kd_ratio: found {self.kd_ratio!r}, expected 0 to 1")
-        if not 0 < self.temperature < math.inf:
+        if not _is_number(self.temperature) or not 0 < self.temperature < math.inf:
             problems.append(f"temperature: found {self.temperature!r}, expected a number above 0")
         if not callable(self.divergence):
             problems.append(
@@ -158,3 +159,7 @@ def _differentiate(
             return value_n, None, None
         (slope_nV,) = torch.autograd.grad(value_n.sum(), log_q_nV)
     return value_n.detach(), slope_nV, slope_nV.sum(-1)
+
+
+def _is_number(value) -> bool:
+    return isinstance(value, numbers.Real) and not isinstance(value, bool)
