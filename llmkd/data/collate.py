@@ -45,22 +45,23 @@ def _view(data: Examples, indices: list[int], pad: int, packing: bool, share: bo
 def _packed_view(ids: list[np.ndarray], rows: list[np.ndarray], share: bool) -> View:
     """One row: of each group of examples the shared prefix, if there is one, and then the rest of each example."""
     groups = shared_prefixes(ids, [x[0] for x in rows]) if share else [(0, list(range(len(ids))))]
-    pieces, positions, follows, of, places, at = [], [], [], [], [_NONE] * len(ids), 0
+    segments, positions, prefix_of, example_of = [], [], [], []
+    target_rows, length = [_NONE] * len(ids), 0  # length: of the row so far
     for shared, members in groups:
-        prefix = len(pieces) if shared else -1
+        prefix = len(segments) if shared else -1
         for example, start, end in [(-1, 0, shared)] * bool(shared) + [(i, shared, len(ids[i])) for i in members]:
-            pieces.append(ids[members[0] if example < 0 else example][start:end])
+            segments.append(ids[members[0] if example < 0 else example][start:end])
             positions.append(np.arange(start, end))
-            follows.append(prefix if start else -1)
-            of.append(example)
+            prefix_of.append(prefix if start else -1)
+            example_of.append(example)
             if example >= 0:
-                places[example] = rows[example] - start + at
-            at += end - start
+                target_rows[example] = rows[example] - start + length
+            length += end - start
     inputs = {
-        "input_ids": torch.from_numpy(np.concatenate(pieces).astype(np.int64)[None]),
+        "input_ids": torch.from_numpy(np.concatenate(segments).astype(np.int64)[None]),
         "position_ids": torch.from_numpy(np.concatenate(positions)[None]),
     }
-    return View(inputs, torch.from_numpy(np.concatenate(places)), PackedLayout.of([len(x) for x in pieces], follows, of))
+    return View(inputs, torch.from_numpy(np.concatenate(target_rows)), PackedLayout.of([len(x) for x in segments], prefix_of, example_of))
 
 
 def select_examples(batch: Batch, mine: list[bool]) -> Batch:
