@@ -26,7 +26,7 @@ def train(recipe: Recipe, resume: bool = False) -> dict:
     """Train the student of a recipe, as `llmkd train` does, and return the contents of its `summary.json`.
 
     recipe   from `llmkd.load_recipe(path, overrides)`
-    resume   go on from the newest checkpoint in the recipe's output folder
+    resume   continue from the newest checkpoint in the recipe's output folder
 
     Raises UserError (a mistake in the recipe or its data), NonFinite (a loss or gradient became inf or NaN) or Stopped
     (SIGTERM or SIGINT arrived; the run is saved). In the main thread these signals are handled while training runs; in

@@ -98,9 +98,9 @@ def locate(name: str, setting: str, revision: str | None = None, wanted: list[st
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
     except Exception as error:
         kind, reason = type(error).__name__, (str(error).strip().splitlines() or [""])[0]
-        hint = f"; {_HUB_HINTS[kind]}" if kind in _HUB_HINTS else ""
+        hint = _HUB_HINTS.get(kind, "check the name and the connection")
         raise UserError(
-            f"{setting}: {name} is no folder here and could not be downloaded from the hub ({kind}: {reason[:160]}){hint}"
+            f"{setting}: {name} is no folder here and could not be downloaded from the hub ({kind}: {reason[:160]}); {hint}"
         ) from None
     with contextlib.suppress(Exception):  # the card, for the licence: apart, since a filled cache may lack it
         snapshot_download(name, revision=folder.name, allow_patterns=["README.md"])
@@ -116,7 +116,7 @@ def refuse_mistyped_folder(name: str, setting: str) -> None:
         raise UserError(f"{setting}: {name} is a file; name the folder that holds the model")
     looks_local = name.startswith((".", "/", "~", "runs/")) or (len(path.parts) > 1 and Path(path.parts[0]).is_dir())
     if looks_local or not _HUB_ID.fullmatch(name):
-        raise UserError(f"{setting}: there is no folder {name}")
+        raise UserError(f"{setting}: there is no folder {name}; check the path")
 
 
 def hub_origin(folder: Path) -> tuple[str, str] | None:
@@ -140,7 +140,7 @@ def read_json(path: Path, setting: str) -> dict:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{setting}: {path} cannot be read ({error})") from None
+        raise UserError(f"{setting}: {path} cannot be read ({error}); copy it again") from None
     if not isinstance(found, dict):
         raise UserError(f"{setting}: {path} holds {type(found).__name__}, expected an object of settings; copy it again")
     return found
@@ -163,7 +163,7 @@ def _config(folder: Path, name: str, setting: str) -> dict:
     config = read_json(folder / "config.json", setting)
     if "auto_map" in config:
         raise UserError(
-            f"{setting}: {name} wants to run code of its own (auto_map), which is not done; use a model whose architecture is in transformers"
+            f"{setting}: {name} asks to run its own code (auto_map), which llmkd never does; use a model whose architecture is in transformers"
         )
     return config
 

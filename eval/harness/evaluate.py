@@ -234,7 +234,7 @@ class _Work:
             raise self.stopped()
 
     def stopped(self) -> Stopped:
-        return Stopped(f"stopped by a signal with {self.done} of {self.left} evaluations done; the same command goes on")
+        return Stopped(f"stopped by a signal with {self.done} of {self.left} evaluations done; run the same command to continue")
 
 
 def _without_asides():

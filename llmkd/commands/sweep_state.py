@@ -56,7 +56,7 @@ class SweepState:
                 raise UserError(f"output_dir: {folder} is not empty and holds no sweep; choose another folder")
             return
         if not resume:
-            raise UserError(f"output_dir: {folder} holds a sweep; go on with it by --resume, or choose another folder by --output_dir")
+            raise UserError(f"output_dir: {folder} holds a sweep; continue it with --resume, or choose another folder by --output_dir")
         before = json.loads(self.path.read_text())
         kept = {name: before["arms"][name] for name in arms if name in before["arms"]}
         self.data |= {"stages": before["stages"], "groups": before["groups"], "arms": arms | kept}

@@ -68,7 +68,9 @@ def _attach(model: nn.Module, files: ModelFiles, setting: str, trainable: bool, 
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{setting}: the adapter {files.adapter} cannot be loaded ({brief(error)})") from error
+        raise UserError(
+            f"{setting}: the adapter {files.adapter} cannot be loaded ({brief(error)}); check its files, or train it again"
+        ) from error
 
 
 def _matched(adapted: nn.Module, weights: dict[str, Tensor], files: ModelFiles, setting: str, name: str) -> dict[str, Tensor]:
@@ -152,7 +154,7 @@ def load_to_train(model: nn.Module, files: ModelFiles, settings: Student, name: 
     adapted = load(model, files, "student.model", trainable=True, name=name)
     if settings.base:
         adapted.peft_config[name].base_model_name_or_path = str(files.base.resolve())
-    info(f"student: going on with the adapter {settings.model} (rank {config.get('r')}, alpha {config.get('lora_alpha')})")
+    info(f"student: continuing with the adapter {settings.model} (rank {config.get('r')}, alpha {config.get('lora_alpha')})")
     return adapted
 
 

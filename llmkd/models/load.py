@@ -154,7 +154,7 @@ def _student(model: nn.Module, vocab: int, name: str | None, settings: Student, 
 def _check_full(model: nn.Module, files: ModelFiles | None) -> None:
     if files and files.adapter:
         raise UserError(
-            f"student.method: found full, and {files.adapter} is an adapter; merge it first (llmkd export), or go on with method: lora"
+            f"student.method: found full, and {files.adapter} is an adapter; merge it first (llmkd export), or use method: lora"
         )
     if getattr(model, "is_quantized", False):
         raise UserError(f"student.method: found full, and {files.base} is quantised; quantised weights cannot be trained, use method: lora")

@@ -115,7 +115,7 @@ def load_trained_weights(model: nn.Module, checkpoint: Path) -> None:
     parameters = dict(model.named_parameters())
     weights = load_file(checkpoint / "student.safetensors")
     if not weights.keys() <= parameters.keys():
-        raise UserError(f"export: {checkpoint} holds weights that this model does not have")
+        raise UserError(f"export: {checkpoint} holds weights that this model does not have; export it with the run's own recipe and base")
     with torch.no_grad():
         for name, value in weights.items():
             parameters[name].copy_(value)

@@ -39,7 +39,7 @@ def load_pretrained(
             **options,
         )
     except Exception as error:
-        raise UserError(f"{setting}: {folder} cannot be loaded ({brief(error)})") from error
+        raise UserError(f"{setting}: {folder} cannot be loaded ({brief(error)}); check its files, or use another model") from error
     for what, keys in (
         ("lacks", report["missing_keys"]),
         ("holds, beyond its architecture,", [k for k in report["unexpected_keys"] if not str(k).endswith(_OLD_BUFFERS)]),
@@ -74,4 +74,4 @@ def new_model(settings: StudentSettings, vocab: int) -> nn.Module:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"student.architecture: transformers cannot make it ({brief(error)}); change it") from error
+        raise UserError(f"student.architecture: transformers cannot build it ({brief(error)}); correct it") from error

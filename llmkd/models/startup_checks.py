@@ -63,13 +63,13 @@ def _with_known_head(model: LanguageModel, ids_BT: Tensor, own_NV: Tensor, limit
     model = model.replaced(capabilities=Capabilities(own_forward=True))
     gap, again = _gap_to(model, ids_BT, own_NV)
     if again:
-        raise UserError(f"{setting}: {family} fails on a second small batch ({brief(failed or again)}); it cannot be used")
+        raise UserError(f"{setting}: {family} fails on a second small batch ({brief(failed or again)}); use another model")
     warn(
         f"note: {setting}: llmkd does not know {family}'s head; the model's own forward pass is used, "
-        "which is right and holds the logits of a whole micro-batch in memory"
+        "which is exact, but holds the logits of a whole micro-batch in memory"
     )
     if not gap <= limit:
-        raise UserError(f"{setting}: {family}'s logits differ between two passes by {gap:.2g} of {size:.2g}; it cannot be used")
+        raise UserError(f"{setting}: {family}'s logits differ between two passes by {gap:.2g} of {size:.2g}; use another model")
     return model
 
 

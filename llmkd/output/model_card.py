@@ -211,16 +211,17 @@ def introduction(recipe: Recipe, student: ModelFiles | None, teachers: tuple[Tea
     terms = licence(student.base)
     name = terms.get("license_name", terms.get("license"))
     lines.append(
-        f"- Base: {model_name(student.base)}" + (f", held in {quantization.type} by bitsandbytes while it trained" if quantization else "")
+        f"- Base: {model_name(student.base)}"
+        + (f", quantised to {quantization.type} by bitsandbytes during training" if quantization else "")
     )
     if student.adapter:
-        lines.append(f"- Went on from the adapter {model_name(student.adapter)}")
+        lines.append(f"- Continued from the adapter {model_name(student.adapter)}")
     lines.append(
         f"- Licence of the base, as its card says: {markdown.code_span(name)}"
         + (f" ({markdown.code_span(terms['license_link'])})" if "license_link" in terms else "")
         + ". The data have terms of their own."
         if name
-        else "- The licence of the base is not known: no model card lay beside it."
+        else "- The licence of the base is not known: the base has no model card."
     )
     lines += [f"- Teacher: {describe_teacher(teacher)}" for teacher in teachers]
     if len(teachers) > 1:
@@ -230,16 +231,16 @@ def introduction(recipe: Recipe, student: ModelFiles | None, teachers: tuple[Tea
 
 
 def describe_teacher(teacher: TeacherSource) -> str:
-    """A teacher in one line of Markdown: its model, how it was held or kept, its share."""
+    """A teacher in one line of Markdown: its model, how it was loaded or cached, its weight."""
     one, files, parts = teacher.settings, teacher.files, []
     if files:
         parts.append((f"the adapter {model_name(files.adapter)} on " if files.adapter else "") + model_name(files.base))
     if one.merge_adapter:
         parts.append("merged")
     if one.quantization:
-        parts.append(f"held in {one.quantization.type}")
+        parts.append(f"quantised to {one.quantization.type}")
     if teacher.cache:
-        parts.append(f"its answers read from {markdown.code_span(one.cache.path)} ({teacher.cache.header['kind']['name']})")
+        parts.append(f"its outputs read from {markdown.code_span(one.cache.path)} ({teacher.cache.header['kind']['name']})")
     return ", ".join(parts + ([f"weight {one.weight:g}"] if one.weight != 1 else []))
 
 

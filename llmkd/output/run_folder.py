@@ -40,7 +40,7 @@ class RunFolder:
             if self.finished:
                 raise UserError(f"output_dir: {self.path} holds a finished run; choose another folder, or remove it")
             if (self.path / "recipe.yaml").exists():
-                raise UserError(f"output_dir: {self.path} holds an unfinished run; go on with it by --resume, or choose another folder")
+                raise UserError(f"output_dir: {self.path} holds an unfinished run; continue it with --resume, or choose another folder")
         elif (self.path / "recipe.yaml").exists():
             before, now = (comparable(one) for one in (load_recipe(self.path / "recipe.yaml"), self.recipe))
             differing = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]
@@ -69,7 +69,7 @@ class RunFolder:
             for what, value in identity.items():
                 if before.get(what) != value:
                     raise UserError(
-                        f"{what} has changed since the run in {self.path} was started; give what it was, or choose another output_dir"
+                        f"{what} has changed since the run in {self.path} was started; restore what it was, or choose another output_dir"
                     )
         write_atomic(
             self.path / "recipe.yaml", dump(self.recipe, self.path)
@@ -87,7 +87,7 @@ def lock_folder(folder: Path, setting: str = "output_dir"):
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"{setting}: {folder} cannot be made ({error.strerror}); choose another folder") from None
+        raise UserError(f"{setting}: {folder} cannot be created ({error.strerror}); choose another folder") from None
     try:
         held = lock_file(folder / ".lock")
     except FileLocked as owner:

@@ -146,7 +146,7 @@ class AutoBatchSize:
             if sizes:
                 self._set(max(sizes) // 2)
                 smaller.insert(0, f"micro-batches of at most {self.budget.tokens:,} tokens")
-            self.info(f"out of memory in step {step.number}; done again with {' and '.join(smaller)}")
+            self.info(f"out of memory in step {step.number}; repeating it with {' and '.join(smaller)}")
 
     def _smaller_chunks(self) -> int:
         """Halve the chunks, but not below `_FEWEST_ROWS`; returns the largest new size, or 0 if none was halved."""

@@ -138,11 +138,11 @@ def load(
         other := next(((setting, one) for setting, one in every if not one.capabilities.packed_attention), None)
     ):
         raise UserError(
-            f"data.share_prefixes: {other[0]} ({other[1].base_model.config.model_type}) keeps an attention of its own in packed rows, which cannot "
-            "share; set it to false"
+            f"data.share_prefixes: {other[0]} ({other[1].base_model.config.model_type}) uses its own attention in packed rows, which cannot "
+            "share prefixes; set it to false"
         )
     if recipe.train.compile:
-        info("compiling the layers of student and teachers, which takes a while; what was compiled before is found again")
+        info("compiling the layers of student and teachers, which takes some minutes, or less where they were compiled before")
         for setting, model in every:
             compile_layers(model, setting, recipe.data.packing)
     return students, found

@@ -67,13 +67,13 @@ def newest(folders: list[Path], info: Callable[[str], None] = print) -> list[Sav
         damages = [f"{path} ({damage})" for path in paths if (damage := damaged(path))]
         if not damages:
             for p in passed:
-                info(f"passing over the damaged checkpoint {p}")
+                info(f"skipping the damaged checkpoint {p}")
             return [Saved(path, step, json.loads((path / "state.json").read_text())) for path in paths]
         passed += damages
     if passed:
         where = folders[0] if len(folders) == 1 else folders[0].parent.parent
         raise UserError(
-            *(f"the checkpoint {p}" for p in passed), f"no whole checkpoint is left in {where}; start again in another output_dir"
+            *(f"the checkpoint {p}" for p in passed), f"no undamaged checkpoint is left in {where}; start again in another output_dir"
         )
     return []
 

@@ -24,6 +24,6 @@ def start():
     accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no", kwargs_handlers=handlers)
     if accelerator.num_processes != asked:
         raise UserError(
-            f"{asked} processes were asked for and {accelerator.num_processes} work together; start with accelerate launch --num_processes {asked} or torchrun"
+            f"{asked} processes were requested, but {accelerator.num_processes} joined; start with accelerate launch --num_processes {asked} or torchrun"
         )
     return accelerator

@@ -35,7 +35,7 @@ def train_together(
     teacher_recipe = teacher_recipe or recipes[0]
     prepared = prepare(teacher_recipe)
     if stop():
-        raise Stopped("stopped by a signal before anything was trained; go on with --resume")
+        raise Stopped("stopped by a signal before anything was trained; continue with --resume")
     from .build import build_setup
     from .trainer import Trainer
 

@@ -72,7 +72,7 @@ class Trainer:
                     for k, error in progress.failures.items():
                         self.students[k].fail(error)
                         if len(self.students) > 1:
-                            self.display.info(f"{self.students[k].folder.path.name} is given up: {self.students[k].failure}")
+                            self.display.info(f"{self.students[k].folder.path.name} stops here: {self.students[k].failure}")
                     self.show(progress, last)
                     if not self.active:
                         return
@@ -172,7 +172,7 @@ class Trainer:
 
     def stopped(self, step: int) -> Stopped:
         self.save(step)
-        return Stopped(f"stopped by a signal after step {step} of {self.source.total_steps}; go on with --resume")
+        return Stopped(f"stopped by a signal after step {step} of {self.source.total_steps}; continue with --resume")
 
     def finish(self) -> None:
         """Write every student; of a single one also print a short table."""

@@ -359,7 +359,7 @@ def test_mistakes_are_refused_before_anything_runs(sweep, tmp_path, changes, wor
 def test_another_sweeps_folder_is_not_gone_on_with(sweep, tmp_path):
     path = sweep(grid={"loss.kd_ratio": [0.5]})
     run_sweep(path, {"train.max_steps": 1}, False)
-    with pytest.raises(UserError, match="holds a sweep; go on with it by --resume"):
+    with pytest.raises(UserError, match="holds a sweep; continue it with --resume"):
         run_sweep(path, {"train.max_steps": 1}, False)
     with pytest.raises(UserError, match="is not empty and holds no sweep"):
         run_sweep(path, {"output_dir": str(tmp_path)}, False)

@@ -417,7 +417,7 @@ def test_a_signal_keeps_what_is_finished_and_the_same_command_goes_on(base, tmp_
         return record
 
     monkeypatch.setattr(record_files, "write_task", write_and_signal)
-    with pytest.raises(Stopped, match="1 of 3 evaluations done; the same command goes on"):
+    with pytest.raises(Stopped, match="1 of 3 evaluations done; run the same command to continue"):
         evaluate(base, TASKS, tasks_dir=tasks_dir, out=out)
     assert tasks_in(out) == TASKS[:1] and not list(out.glob("*.tmp-*"))
     kept = (out / f"{TASKS[0]}.json").read_bytes()

@@ -269,7 +269,7 @@ def test_a_run_says_and_records_what_it_moved(world, wide, tmp_path, capsys):
     (found,) = [line["fidelity"] for line in lines if "fidelity" in line]
     assert len(said) == 1 and said[0][0] == "adapter merged, fp8" and said[0][1] == f"{found['teacher.forward_kl']:.1e}"
     assert 0 < found["teacher.targets"] <= TARGETS and 1e-5 < found["teacher.forward_kl"] < 0.3
-    assert "merged, held in fp8" in (tmp_path / "out" / "adapter" / "README.md").read_text()
+    assert "merged, quantised to fp8" in (tmp_path / "out" / "adapter" / "README.md").read_text()
 
 
 def test_a_stream_is_measured_on_its_first_step(wide, make_recipe):

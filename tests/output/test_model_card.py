@@ -182,4 +182,4 @@ def test_the_snippet_of_a_quantised_student_quantises_its_base(make_recipe, worl
     recipe = dataclasses.replace(plain, student=dataclasses.replace(plain.student, quantization=Quantization(type=type_)))
     made = ModelCard(model_card(recipe, SUMMARY, find(str(world / "student"), "s"), (), {}))
     assert any(type(m).__name__ == layer for m in use(made)["model"].modules())
-    assert f"held in {type_} by bitsandbytes while it trained" in made.text and "bitsandbytes 0." in made.text
+    assert f"quantised to {type_} by bitsandbytes during training" in made.text and "bitsandbytes 0." in made.text

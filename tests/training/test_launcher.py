@@ -120,8 +120,8 @@ def test_a_signal_to_the_launcher_reaches_the_run(world, tmp_path, launch, numbe
     process.wait()
     assert (
         time.monotonic() - sent < 60
-        and "go on with --resume" in rest
-        and "Traceback (most recent call last)" not in rest.split("go on with")[0]
+        and "continue with --resume" in rest
+        and "Traceback (most recent call last)" not in rest.split("continue with")[0]
     )
     (saved,) = (tmp_path / "out/checkpoints").glob("step-*")
     assert int(saved.name.removeprefix("step-")) < 10_000 and not (tmp_path / "out/summary.json").exists()

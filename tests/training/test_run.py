@@ -347,7 +347,7 @@ def test_a_real_signal_to_the_command(world, tmp_path):
             process.send_signal(signal.SIGTERM)
             break
     rest = process.stderr.read()
-    assert process.wait() == 75 and "go on with --resume" in rest and "Traceback" not in rest
+    assert process.wait() == 75 and "continue with --resume" in rest and "Traceback" not in rest
     assert list((tmp_path / "out/checkpoints").glob("step-*"))
 
 
