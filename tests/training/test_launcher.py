@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from llmkd.training import launcher
+from llmkd.training import launcher, shutdown
 from tests.conftest import plain_recipe, write_rows
 from tests.training.test_parity import REPO
 
@@ -48,6 +48,27 @@ CHILD = """
         print("watching", launcher_pid() == os.getppid(), gone.is_set(), flush=True)
         print("told", gone.wait(20), flush=True)
 """
+
+
+def test_a_second_signal_ends_at_once(monkeypatch):
+    ended, before = [], signal.getsignal(signal.SIGINT)
+    monkeypatch.setattr(shutdown.os, "_exit", ended.append)
+    with shutdown.ShutdownRequest() as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop() and not ended
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert ended == [75]
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_signal_that_was_ignored_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with shutdown.ShutdownRequest() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop() and signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 WAITING = """
