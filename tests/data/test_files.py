@@ -70,13 +70,43 @@ def test_a_bad_conversation_is_named(refused, messages, words):
     ("format", "row", "words"),
     [
         ("chat", '{"message": []}', "no column 'messages'; did you mean 'message'?"),
-        ("chat", '{"conversations": []}', "no column 'messages'; found 'conversations'"),
+        (
+            "chat",
+            '{"conversations": []}',
+            "no column 'messages'; found 'conversations'; set fields: {messages: conversations} if it has another name",
+        ),
+        (
+            "chat",
+            '{"talk": [{"from": "human", "value": "a"}], "id": 1}',
+            "no column 'messages'; found 'talk', 'id'; for ShareGPT's names set fields: {messages: talk, role: from, content: value} "
+            "and roles: {user: human, assistant: gpt}",
+        ),
+        (
+            "chat",
+            '{"instruction": "a", "output": "b"}',
+            "no column 'messages'; found 'instruction', 'output'; set format: alpaca, whose columns these are",
+        ),
         ("text", '{"txt": "a"}', "no column 'text'; did you mean 'txt'?"),
         ("text", "{}", "no column 'text'; found none"),
     ],
 )
 def test_a_missing_column_is_named(refused, format, row, words):
     assert refused(row, format=format) == [f"t.jsonl:1: {words}"]
+
+
+def test_a_file_of_another_format_is_named_once_with_the_setting_that_fits(refused):
+    rows = "\n".join(['{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}'] * 30)
+    assert refused(rows, format="alpaca") == [
+        "t.jsonl:1: no column 'instruction'; found 'messages'; set format: chat, whose columns these are",
+        "t.jsonl:1: no column 'output'; found 'messages'; set format: chat, whose columns these are",
+        "... and 29 more rows: no column 'instruction' in t.jsonl",
+        "... and 29 more rows: no column 'output' in t.jsonl",
+    ]
+    rows = "\n".join(['{"question": "a", "answer": "b"}'] * 2)
+    assert refused(rows, format="prompt_completion")[:2] == [
+        "t.jsonl:1: no column 'prompt'; found 'question', 'answer'; set fields: {prompt: NAME} if it has another name",
+        "t.jsonl:1: no column 'completion'; found 'question', 'answer'; set fields: {completion: NAME} if it has another name",
+    ]
 
 
 def test_what_is_nested_too_deeply_is_named(refused):

@@ -156,7 +156,10 @@ BAD_CSV = [
     ("instruction,output\na,b\0\n", ":2: contains a NUL character"),
     ("\ufeffinstruction,output\na,b\n", ":1: starts with a byte order mark"),
     (b"instruction,output\na,caf\xe9\n", ":2: not UTF-8 (byte 0xe9)"),
-    ("instruction;output\na;b\n", ":2: no column 'instruction'; did you mean 'instruction;output'?"),
+    (
+        "instruction;output\na;b\n",
+        ":2: no column 'instruction'; found 'instruction;output'; columns are separated by ';' here, expected commas",
+    ),
     ("a\fb\x1b[2J,output\nc,d\n", ":2: no column 'instruction'; found 'a\\x0cb\\x1b[2J', 'output'"),
     ("instruction,out\x1bput\na,b,c\n", ":2: 3 fields, expected 2 (instruction, out\\x1bput)"),
     ("instruction," + "x" * 9999 + "\na,b,c\n", ":2: 3 fields, expected 2 (instruction, xxx"),

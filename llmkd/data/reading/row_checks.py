@@ -8,6 +8,7 @@ from typing import Any
 
 from ...config.data import FORMATS, ROLES, Source
 from ...errors import UserError
+from .column_hints import column_hint
 
 SHOWN = 20
 
@@ -17,15 +18,24 @@ class ErrorCollector:
 
     def __init__(self):
         self.found: list[str] = []
+        self._alike: dict[str, int] = {}
 
-    def add(self, problem: str) -> None:
-        """Add an error as one line: characters that do not print are escaped, and the rest after 600 characters is cut off."""
+    def add(self, problem: str, alike: str = "") -> None:
+        """Add an error as one line: characters that do not print are escaped, and the rest after 600 characters is cut off.
+
+        Of the errors with the same `alike`, which every row of a file may have, the first is shown and the others are counted.
+        """
+        if alike:
+            self._alike[alike] = self._alike.get(alike, 0) + 1
+            if self._alike[alike] > 1:
+                return
         line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in problem)
         self.found.append(line if len(line) <= 600 else f"{line[:600]} ...")
 
     def raise_if_any(self) -> None:
         if self.found:
             more = [f"... and {len(self.found) - SHOWN} more problems like these"] if len(self.found) > SHOWN else []
+            more += [f"... and {count - 1} more rows: {alike}" for alike, count in self._alike.items() if count > 1]
             raise UserError(*self.found[:SHOWN], *more)
 
 
@@ -52,7 +62,7 @@ def _checked(row: Any, place: str, source: Source, problems: ErrorCollector, cho
     }
     for column, name in theirs.items():
         if name not in row:
-            _missing(columns[column].optional and column == name, name, row, theirs, place, problems)
+            _missing(columns[column].optional and column == name, column, row, theirs, source, place, problems)
             continue
         value, value_kind = row[name], columns[column].kind
         if value_kind == "messages" or (value_kind == "text or messages" and isinstance(value, list)):
@@ -75,16 +85,17 @@ def _checked(row: Any, place: str, source: Source, problems: ErrorCollector, cho
     return found
 
 
-def _missing(optional: bool, name: str, row: dict, theirs: dict, place: str, problems: ErrorCollector) -> None:
+def _missing(optional: bool, column: str, row: dict, theirs: dict, source: Source, place: str, problems: ErrorCollector) -> None:
+    name = theirs[column]
     if optional:  # but a name that was given in the recipe must be there
         near = difflib.get_close_matches(name, row.keys() - set(theirs.values()), 1, 0.8)
         if near:
             problems.add(f"{place}: no column {name!r}; did you mean {near[0]!r}?")
         return
-    near = difflib.get_close_matches(name, row, 1, 0.6)
-    problems.add(
-        f"{place}: no column {name!r}" + (f"; did you mean {near[0]!r}?" if near else f"; found {', '.join(map(repr, row)) or 'none'}")
-    )
+    file = place.rpartition(":")[0]
+    hint = column_hint(column, row, theirs, source, csv=file.endswith(".csv"))
+    wrong_shape = not any(c in row for c in theirs.values())  # then every row of the file is likely to be so
+    problems.add(f"{place}: no column {name!r}{hint}", alike=f"no column {name!r} in {file}" if wrong_shape else "")
 
 
 def _messages(messages: Any, name: str, source: Source, place: str, problems: ErrorCollector) -> Any:
