@@ -12,7 +12,7 @@ HEAD = """\
 Every setting of a recipe and of a sweep, as `llmkd train --help all` and `llmkd sweep --help all` list them (`llmkd train --help loss` has one section). Each can be given in the YAML file, and on the command line
 by its dotted path (`--optim.lr 1e-4`). This page is written by `python docs/settings.py`.
 
-`null` means not given. `data.validation` and `data.choices` are sources with the same settings as `data.train`; `teacher` and
+What a path is relative to: [Paths](operations.md#paths). `null` means not given. `data.validation` and `data.choices` are sources with the same settings as `data.train`; `teacher` and
 `student` have the same settings under `quantization`.
 """
 #: Sections whose settings are listed once, under another name.

@@ -121,6 +121,11 @@ def test_switches_are_understood_as_settings_are_written():
         assert options.resume is resume and options.config == "r" and overrides == {"optim.lr": -1e-4, "seed": 3, "teacher": None}
 
 
+def test_a_settings_last_name_is_left_to_the_recipes_check(tmp_path, capsys):
+    (tmp_path / "r.yaml").write_text("output_dir: out\nstudent: {model: base}\ndata: {train: {path: a.jsonl}}\n")
+    assert refused(capsys, "train", "--config", str(tmp_path / "r.yaml"), "--lr", "1e-4") == "--lr: unknown setting; did you mean optim.lr?"
+
+
 def test_positional_arguments_and_options_in_any_order():
     for words in (["a", "--json", "f", "b", "--common"], ["--common", "--json=f", "a", "b"], ["a", "b", "--common", "--json", "f"]):
         options, _ = arguments.parse("compare", words)

@@ -254,6 +254,7 @@ def parse(command: str, words: list[str]) -> tuple[argparse.Namespace, dict[str,
     unknown = [word for word in rest if word.startswith("-") and word != "-"]
     if parser.kind:
         own = {field.name for kind in (Recipe, Sweep, Pipeline) for field in dataclasses.fields(kind)}
+        own |= {path.rpartition(".")[2] for path, *_ in describe(Recipe)}  # --lr: parse_overrides names optim.lr
         for word in unknown:
             name = word.partition("=")[0]
             if "." not in name and name[2:] not in own and (hint := did_you_mean(name, parser.flags())):

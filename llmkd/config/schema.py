@@ -47,7 +47,9 @@ def _words(hint, bounds=()) -> str:
     if origin is typing.Literal:
         return join_or([str(a) for a in args])
     if origin is tuple:
-        return "a list of " + (_words(args[0]) + "s" if args[-1] is ... else f"{len(args)} numbers")
+        if args[-1] is not ...:
+            return f"a list of {len(args)} numbers"
+        return f"a list of {_words(args[0])}" + ("" if typing.get_origin(args[0]) is typing.Literal else "s")
     if origin is dict:
         return "a mapping"
     if args:

@@ -10,6 +10,14 @@ from ..errors import UserError
 MAX_NODES, MAX_DEPTH = 100_000, 40
 
 
+#: What a message of the parser says, and what to do.
+_YAML_HINTS = {
+    "expected <block end>": "indent the settings of one section alike",
+    "mapping values are not allowed": "indent the settings of one section alike, and quote a text that holds a colon and a space",
+    "but got '<stream end>'": "close the bracket or brace that is still open",
+}
+
+
 class Loader(yaml.SafeLoader):
     """YAML 1.2's plain scalars: 1e-4 is a number; no, on, 010 and 12:30 are text."""
 
@@ -44,7 +52,7 @@ def parse_yaml(text: str, name: str) -> tuple[typing.Any, dict[tuple, int], list
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         problem = str(getattr(error, "problem", error))
-        hint = "; indent the settings of one section alike" if "expected <block end>" in problem else ""
+        hint = next((f"; {fix}" for words, fix in _YAML_HINTS.items() if words in problem), "")
         raise UserError(f"{name}:{mark.line + 1 if mark else 1}: not valid YAML: {problem}{hint}") from None
     except RecursionError:
         raise UserError(f"{name}: nested too deeply; a recipe is flat") from None

@@ -1,5 +1,6 @@
 """The folder of a run: locked by one run at a time, never silently overwritten, and resumed only by the same recipe, data and models."""
 
+import contextlib
 import json
 import os
 import socket
@@ -13,7 +14,7 @@ from ..files import FileLocked, is_leftover, lock_file, remove_leftovers, write_
 
 
 class RunFolder:
-    """`check()` refuses, and changes nothing, before the costly part; `claim()` creates and locks."""
+    """`check()` refuses, and leaves nothing behind, before the costly part; `claim()` creates and locks."""
 
     def __init__(self, recipe: Recipe, resume: bool):
         self.recipe, self.resume = recipe, resume
@@ -34,6 +35,8 @@ class RunFolder:
         nearest = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
         if not os.access(nearest, os.W_OK | os.X_OK):
             raise UserError(f"output_dir: {nearest} cannot be written to; choose another folder")
+        if nearest != self.path.absolute():
+            _try_to_make(nearest / self.path.absolute().relative_to(nearest).parts[0], self.path)
         if self.path.is_dir() and not (self.path / "recipe.yaml").exists() and any(self._foreign()):
             raise UserError(f"output_dir: {self.path} is not empty and holds no run of llmkd; choose another folder")
         if not self.resume:
@@ -80,6 +83,20 @@ class RunFolder:
         if self._lock and not self._lock.closed:
             self._lock.truncate(0)
             self._lock.close()
+
+
+def _try_to_make(folder: Path, whole: Path) -> None:
+    """UserError where `folder`, the first missing part of the path `whole`, cannot be made: access rights do not tell (/proc, a read-only mount)."""
+    try:
+        folder.mkdir()
+    except FileExistsError:  # another process has made it
+        return
+    except OSError as error:
+        if folder.parent.is_dir():  # else another process had only tried it: `claim` tells
+            raise UserError(f"output_dir: {whole} cannot be made ({error.strerror}); choose another folder") from None
+        return
+    with contextlib.suppress(OSError):  # another process has put something into it
+        folder.rmdir()
 
 
 def lock_folder(folder: Path, setting: str = "output_dir"):

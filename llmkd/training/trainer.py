@@ -43,7 +43,8 @@ class Trainer:
             student.open_metrics(self.done, self.display.info)
         first = self.students[0]
         trained, every = (sum(p.numel() for p in ps) for ps in (first.state.parameters.values(), first.model.parameters()))
-        others = f", beside {len(self.students) - 1} more students" if len(self.students) > 1 else ""
+        more = len(self.students) - 1
+        others = f", beside {more} more student{'s' * (more > 1)}" if more else ""
         self.display.info(f"student: {every:,} parameters, {trained:,} of them train{others}; {self.source.total_steps} steps")
 
     @property
