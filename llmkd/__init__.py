@@ -1,7 +1,7 @@
 """White-box distillation of a large causal language model into a small one.
 
 The names of `__all__` are the Python API. Each is imported when it is first used, so that `import llmkd` and `llmkd.load_recipe`
-need no torch. `__init__.pyi` tells type checkers where they are.
+need no torch. `__init__.pyi` declares them for type checkers.
 """
 
 import importlib

@@ -73,11 +73,12 @@ def count(number: int, noun: str, several: str | None = None) -> str:
     return f"{number:,} {noun if number == 1 else several or noun + 's'}"
 
 
-def align(lines: Sequence[Sequence[str]]) -> list[str]:
-    """Lines of equally many cells as text: the first column left-aligned, the others right-aligned."""
+def align(lines: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> list[str]:
+    """Lines of equally many cells as text: the columns numbered in `left` are left-aligned, the others right-aligned."""
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     return [
-        "  ".join(cell.rjust(w) if i else cell.ljust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))) for line in lines
+        "  ".join(cell.ljust(w) if i in left else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True)))
+        for line in lines
     ]
 
 

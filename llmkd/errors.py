@@ -48,6 +48,7 @@ def attribute_to_student(student: int):
     try:
         yield
     except Exception as error:
+        # Oddity: an attribute set on any exception, so that its type and its text stay those of where it was raised.
         error.student = student
         raise
 
@@ -58,6 +59,7 @@ def report_from_any_rank():
     try:
         yield
     except Exception as error:
+        # Oddity: an attribute on any exception, as above.
         error.any_rank = True
         raise
 

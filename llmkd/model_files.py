@@ -40,7 +40,7 @@ class ModelFiles:
 
 
 def saved_dtype(config: dict) -> str | None:
-    """The type of a model's weights on disk by its config.json, whichever version of transformers wrote it; None where it does not say."""
+    """The type of a model's weights on disk by its config.json, for every version of transformers; None if it is not recorded."""
     return config.get("dtype") or config.get("torch_dtype") or config.get("text_config", {}).get("dtype")
 
 
@@ -190,7 +190,7 @@ def tensors(path: Path) -> dict[str, dict]:
 
 
 def fingerprint(folder: Path, setting: str) -> str:
-    """A hash of names, shapes, types and three samples of every tensor, which tells weights apart in a fraction of a second.
+    """A hash of names, shapes, types and three samples of every tensor, which distinguishes different weights in a fraction of a second.
 
     It does not depend on how the tensors are spread over files, nor on the type they are loaded in. UserError for a damaged file.
     """

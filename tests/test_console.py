@@ -78,3 +78,9 @@ def test_table():
 )
 def test_duration(seconds, words):
     assert console.duration(seconds) == words
+
+
+def test_columns_of_a_table_are_aligned_left_or_right():
+    lines = [["name", "n", "remark"], ["a", "10", "x"]]
+    assert console.align(lines) == ["name   n  remark", "a     10       x"]
+    assert console.align(lines, left=(0, 2)) == ["name   n  remark", "a     10  x     "]

@@ -6,6 +6,7 @@ from dataclasses import asdict
 from itertools import groupby
 
 from llmkd import __version__
+from llmkd.console import align
 from llmkd.output import markdown
 
 from . import stats
@@ -36,12 +37,7 @@ def as_text(rows: list[Row]) -> str:
         long = {i: line[0] for i, line in enumerate(body, 1) if len(line[0]) > room}
         for i in long:
             body[i - 1][0] = ""
-        widths = [max(map(len, column)) for column in zip(head, *body, strict=True)]
-        left = (0, len(head) - 1)
-        lines = [
-            "  ".join(cell.ljust(w) if i in left else cell.rjust(w) for i, (cell, w) in enumerate(zip(line, widths, strict=True))).rstrip()
-            for line in (head, *body)
-        ]
+        lines = [line.rstrip() for line in align([head, *body], left=(0, len(head) - 1))]
         rule = "-" * max(map(len, lines))
         lines = [f"{long[i]}\n{line}" if i in long else line for i, line in enumerate(lines)]
         out.append("\n".join([title(block), lines[0], rule, *lines[1:], *remarks(block)]))

@@ -15,7 +15,7 @@ class _Format(argparse.RawDescriptionHelpFormatter):
 
 
 class HelpShown(Exception):
-    """Help was asked for and printed: nothing else is to be done."""
+    """Help was printed: the command has nothing else to do."""
 
 
 class Parser(argparse.ArgumentParser):

@@ -40,7 +40,7 @@ def run_pipeline(config: str, overrides: dict, resume: bool) -> dict:
 
 
 def stage_recipes(pipeline: Pipeline, config: Path, overrides: dict) -> dict[str, Recipe]:
-    """Every stage's recipe, all checked before the first runs. `{output_dir}` in a setting stands for the pipeline's folder."""
+    """Every stage's recipe, all checked before the first runs. `{output_dir}` in a setting is replaced by the pipeline's folder."""
     recipes, problems = {}, []
     for name, stage in pipeline.stages.items():
         try:

@@ -79,8 +79,8 @@ def load_recipe(
     """The recipe of a file, checked and with its defaults written out. Raises UserError with every problem, one line each.
 
     overrides       {dotted path: value}, as the command line gives them
-    check_inputs    refuse models and data that are to be read from this machine and do not exist
-    written_later   a folder that earlier stages have yet to write: what is below it may be missing
+    check_inputs    refuse local models and data that do not exist
+    written_later   a folder that earlier stages will write: paths in it may be missing
 
     What a recipe reads is relative to its own file; what it writes (`output_dir`, `teacher.cache.path`, `data.cache_dir`) and what
     `overrides` names are relative to the working folder, and so is a path that begins with `{cwd}`. See `paths`.

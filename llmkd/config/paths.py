@@ -49,7 +49,7 @@ def paths_in(kind: type | None, data: Any, path: tuple = ()) -> Iterator[tuple[d
 
 
 def place(value: str, what: PathKind, folder: str = "") -> str:
-    """A path of a file in `folder` as it can be opened from the working folder; a hub id as it is. ValueError says what is wrong.
+    """A path of a file in `folder` as it can be opened from the working folder; a hub id is returned unchanged. ValueError with the problem.
 
     `folder` is empty for a path that was given on the command line.
     """

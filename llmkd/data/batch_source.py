@@ -23,7 +23,7 @@ if TYPE_CHECKING:  # batches are torch's, and checking data loads no torch
 class Step:
     """One optimizer step. A source that takes its batches from no examples leaves out all but the first two.
 
-    num_targets     over all ranks, where the source knows it before the batches exist; None: the loop counts the finished micro-batches
+    num_targets     over all ranks, if known before the batches are built; None: the loop counts them in the finished micro-batches
     data, places    the examples that the numbers below index, and where each was read
     examples        those of all ranks
     micro_batches   this rank's part of them; a list may be empty, and all ranks have equally many

@@ -14,10 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 
 MOST_TOKENS = 65_536  # upper bound of a measured token budget: larger micro-batches are not faster
-MOST_PACKED = (
-    8_192  # of a packed row alike: but for flash attention, every pair of its tokens is computed, and those of two examples dropped
-)
-_FLOOR = 1024  # tokens: a smaller pass takes a GPU about as long, since launching its kernels then takes the time
+MOST_PACKED = 8_192  # the same for a packed row: without flash attention every pair of its tokens is computed, also pairs of two examples
+_FLOOR = 1024  # tokens: smaller passes take a GPU about as long, since they are bound by kernel launches
 
 
 @dataclass(frozen=True)
@@ -42,7 +40,7 @@ class BatchPlan:
     epochs: int | None
     max_steps: int | None
     group_by_length: int = 1
-    sources: np.ndarray | None = None  # which source each example is of, where there are several
+    sources: np.ndarray | None = None  # the source of each example, if there are several
     weights: tuple[float, ...] = (1.0,)  # passes over each source in an epoch
 
     @property
@@ -60,7 +58,7 @@ class BatchPlan:
         return self.max_steps or self.epochs * self.steps_per_epoch
 
     def step_batches(self, epoch: int) -> list[list[int]]:
-        """The examples of each optimizer step of an epoch: every example as often as its source's weight says (once, by default).
+        """The examples of each optimizer step of an epoch: every example as often as its source's weight (1 by default).
 
         One of them may be short: the last, unless grouped by length.
         """
@@ -99,7 +97,7 @@ def num_draws(examples: int, weight: float) -> int:
 def make_micro_batches(examples: list[int], lengths: np.ndarray, size: int | TokenBudget, rank: int = 0, ranks: int = 1) -> list[list[int]]:
     """Cut examples into micro-batches of `size`, examples or tokens, longest first, and deal them to the ranks in turn.
 
-    Without packing a micro-batch has examples of similar length. One that is longer than a budget stands alone.
+    Without packing a micro-batch has examples of similar length. An example longer than the budget is a micro-batch of its own.
     """
     longest_first = sorted(examples, key=lambda i: (-lengths[i], i))
     if isinstance(size, TokenBudget):
@@ -144,7 +142,7 @@ def _slice_to_budget(lengths: list[int], tokens: int, ranks: int) -> list[list[i
 
 
 def _first_fit_pack(lengths: list[int], tokens: int, ranks: int) -> list[list[int]]:
-    """Rows of at most `tokens`, from falling `lengths`: first-fit decreasing says how many, and they are even where that is possible."""
+    """Rows of at most `tokens`, from falling `lengths`: first-fit decreasing gives their number; the rows are then made as even as that number allows."""
     rows, room = [], []
     for n, length in enumerate(lengths):
         place = next((r for r, free in enumerate(room) if free >= length), len(rows))

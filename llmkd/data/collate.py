@@ -65,7 +65,7 @@ def _packed_view(ids: list[np.ndarray], rows: list[np.ndarray], share: bool) -> 
 
 
 def select_examples(batch: Batch, mine: list[bool]) -> Batch:
-    """Some of a batch's examples, for a teacher: `mine[i]` says whether example i is one. Both views are the teacher's."""
+    """Some of a batch's examples, for a teacher: `mine[i]`: whether example i is kept. Both views are the teacher's."""
     view, keep_N = batch.teacher, per_target(batch, mine).to(batch.labels_N.device)
     kept_N, device, packed = view.rows_N[keep_N], batch.labels_N.device, None
     ids_BT = view.inputs["input_ids"]

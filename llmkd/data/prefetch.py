@@ -10,10 +10,10 @@ _END = object()
 
 
 def prefetch(items: Generator[T, None, None]) -> Generator[T, None, None]:
-    """The same items in the same order, each begun in a thread of its own when the one before it is handed over.
+    """The same items in the same order. While one item is used, the next is computed in another thread.
 
-    What `items` raises arrives with the item that it stands in place of. When this is closed, or ends, it waits for the item in the
-    making, closes `items`, and leaves no thread behind: close it (`contextlib.closing`) where the loop over it may end by an exception.
+    An exception of `items` is raised where its item would have been returned. At the end, or when closed, this waits for the item in
+    progress, closes `items` and ends the thread: use `contextlib.closing` if the loop over it may end with an exception.
     """
     with contextlib.closing(items), ThreadPoolExecutor(1, "llmkd-prefetch") as thread:
         coming = thread.submit(next, items, _END)

@@ -66,7 +66,7 @@ def skewed_reverse_kl(log_q: Tensor, log_p: Tensor, alpha: float = 0.1) -> Tenso
 def adaptive_kl(log_q: Tensor, log_p: Tensor, head_mass: float = 0.5) -> Tensor:
     """w KL(p || q) + (1 - w) KL(q || p), w = g_head / (g_head + g_tail).
 
-    Wu et al. 2024 (arXiv 2404.02657), section 4. The head is the smallest set of the teacher's likeliest events
+    Wu et al. 2024 (arXiv 2404.02657), section 4. The head is the smallest set of the teacher's most likely events
     that holds at least `head_mass`; g = sum |p - q| over head and tail. w takes no gradient; it is 1/2 at p = q.
     """
     with torch.no_grad():

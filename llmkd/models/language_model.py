@@ -87,7 +87,7 @@ class LanguageModel(nn.Module):
         return self.base_model.get_input_embeddings().weight.dtype
 
     def replace_with(self, model: nn.Module) -> None:
-        """Use another form of the same model from now on, frozen and in eval mode: with its adapter merged, say."""
+        """Use another form of the same model from now on, frozen and in eval mode, such as one with its adapter merged."""
         self.model = model.requires_grad_(False).eval()
         if not self.capabilities.own_forward:
             self.head = head_of(self.base_model, self.head.vocab)

@@ -1,6 +1,6 @@
 """Students and teachers, loaded together and checked: weights that they have in common are in memory once.
 
-The builder of every finished `LanguageModel`: what the startup checks find, and what a teacher's settings ask for, is applied here.
+The builder of every finished `LanguageModel`: the results of the startup checks and a teacher's settings are applied here.
 """
 
 import contextlib
@@ -92,7 +92,8 @@ def load_students(
 ) -> list[LanguageModel]:
     """Students in training mode, of which exactly the parameters that `method` names require a gradient.
 
-    Several must differ in their adapters alone: they stand on one base in memory, each as it would be alone. One may be of any method.
+    Several students may differ only in their adapters: they share one base in memory, and each behaves as if it were alone. A single
+    student may use any method.
 
     packing      packed rows of so many tokens must be safe; 0 without packing
     found, base  the files of each and their base, where they are located and loaded already

@@ -29,7 +29,7 @@ def add_new_adapter(model: nn.Module, files: ModelFiles, settings: Student, name
 
 
 def add_lora(model: nn.Module, lora: Lora, revision: str | None, name: str = "default") -> nn.Module:
-    """The base with a new LoRA adapter, which alone requires a gradient. On a model that has adapters already it stands beside them."""
+    """The base with a new LoRA adapter, which alone requires a gradient. A model that already has adapters keeps them."""
     from peft import LoraConfig, PeftModel
 
     base = model.get_base_model() if isinstance(model, PeftModel) else model

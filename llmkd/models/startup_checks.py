@@ -29,7 +29,7 @@ def check(model: LanguageModel, setting: str, packing: int = 0, implementation: 
 
     setting         its name in the recipe, for messages
     packing         the most tokens that a packed row may hold; 0 without packing
-    implementation  the attention that the recipe asks for; llmkd's own for packed rows is tried with "auto" alone
+    implementation  the recipe's `attention`; llmkd's own for packed rows is tried with "auto" only
     """
     family = model.base_model.config.model_type
     model.set_active_adapter()

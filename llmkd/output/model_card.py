@@ -63,7 +63,7 @@ class DataSource:
 
     @property
     def revision(self) -> str | None:
-        """The commit that was read where it is known, else what the recipe asks for."""
+        """The commit that was read, if known, else the recipe's revision."""
         return self.found.get("revision") or self.source.revision
 
     def __str__(self) -> str:

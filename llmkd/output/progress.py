@@ -32,7 +32,7 @@ class ProgressDisplay:
         self.bar.update()
 
     def speed(self) -> float:
-        """Targets a second since this was last asked."""
+        """Targets per second since the last call."""
         now = time.monotonic()
         speed = self.targets_since / max(now - self.time_since, 1e-9)
         self.targets_since, self.time_since = 0, now

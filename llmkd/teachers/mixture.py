@@ -154,14 +154,14 @@ class RoutedSignal:
             return {}
         return {"teacher_ce": -self.label_log_probs(rows, labels_n)}
 
-    def _each(self, rows: Rows, ask: Callable[[Signal, Tensor, Tensor], Tensor]) -> Tensor:
-        """`ask(part, targets of the part, their positions in rows)` for every part, put back in the order of `rows`."""
+    def _each(self, rows: Rows, compute: Callable[[Signal, Tensor, Tensor], Tensor]) -> Tensor:
+        """`compute(part, targets of the part, their positions in rows)` for every part, put back in the order of `rows`."""
         rows = rows.cpu() if isinstance(rows, Tensor) else rows
         owner_n, place_n, found, order = self.owner_N[rows], self.place_N[rows], [], []
         for number, part in enumerate(self.parts):
             mine = (owner_n == number).nonzero().flatten()
             if len(mine):
-                found.append(ask(part, place_n[mine], mine))
+                found.append(compute(part, place_n[mine], mine))
                 order.append(mine)
         back = torch.cat(order).argsort()
         return torch.cat(found)[back.to(found[0].device)]

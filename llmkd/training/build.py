@@ -124,7 +124,7 @@ def restore(students: list[StudentRun], source: TrainingSource, main: bool) -> i
 def load(
     recipes: list[Recipe], teachers: list[tuple[str, TeacherSettings]], vocab: int, device, around_transform: AroundTransform
 ) -> tuple[list[LanguageModel], list[LanguageModel]]:
-    """The recipes' students and the teachers, by their settings' names, ready for packed rows and compiled where the recipe says so."""
+    """The recipes' students and the teachers, by their settings' names, ready for packed rows, and compiled with train.compile."""
     recipe = recipes[0]
     if recipe.train.compile:
         configure_torch_compile(device)

@@ -79,7 +79,7 @@ def newest(folders: list[Path], info: Callable[[str], None] = print) -> list[Sav
 
 
 def drop_after(folder: Path, step: int) -> None:
-    """Checkpoints past the one that is gone on with: they will be written again."""
+    """Remove the checkpoints after the one that the run resumes from: they will be written again."""
     for number, path in _steps(folder):
         if number > step:
             shutil.rmtree(path, ignore_errors=True)

@@ -6,7 +6,7 @@ from ..errors import UserError
 
 
 def start():
-    """The Accelerator. UserError unless it has as many processes as WORLD_SIZE says."""
+    """The Accelerator. UserError unless it has WORLD_SIZE processes."""
     asked = int(os.environ.get("WORLD_SIZE", "1"))
     if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ and "ACCELERATE_USE_CPU" in os.environ:
         raise UserError(

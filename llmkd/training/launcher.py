@@ -18,9 +18,9 @@ _known: dict[int, int | None] = {}  # the launcher by the id of the process that
 
 
 def launcher_pid() -> int | None:
-    """The process id of the launcher that was this process's parent when it first asked, or None where nobody launched it.
+    """The process id of the launcher that was this process's parent at the first call, or None without a launcher.
 
-    The command line asks at its start, since a launcher may end while a run is still reading its data.
+    The command line calls this at its start, since a launcher may end while a run is still reading its data.
     """
     process = os.getpid()  # a fork has a parent of its own
     if process not in _known:

@@ -30,7 +30,7 @@ class StepResult:
     """
 
     def __init__(self, step: Step, accumulated: Accumulated, norms: dict[int, Tensor], nonfinite, stop: bool, accelerator):
-        """One all-reduce where there are several ranks; it also tells every rank of a stop that one of them was asked for."""
+        """One all-reduce where there are several ranks; it also passes a request to stop from one rank to all."""
         self.step, self.accumulated = step, accumulated
         by_micro_batch = accumulated.terms_by_micro_batch
         self.names = [(k, name) for k in norms for name in by_micro_batch[k][0]]

@@ -83,7 +83,7 @@ class Trainer:
                         self.save(step)
                     if progress.stop and not last:
                         raise self.stopped(step)
-        except UserError:  # a bad row of a stream: what was learnt so far is kept, if it is known that it was learnt
+        except UserError:  # a bad row of a stream: the steps so far are saved, if the last one is known to be finite
             if self.is_read(step):
                 self.save(step)
             raise

@@ -53,7 +53,7 @@ class Evaluator:
         """Every student on all targets of `data`, at temperature 1; the teacher is computed once for all of them.
 
         ce and entropy of the student; with a teacher also forward_kl KL(p || q), reverse_kl KL(q || p), top1_agreement (1 where both
-        find the same token likeliest), teacher_ce and teacher_entropy, as far as its signals allow.
+        have the same most likely token), teacher_ce and teacher_entropy, as far as its signals allow.
         """
         names = ["ce", "entropy"] + [name for name in TEACHER_METRICS if teacher and name in teacher.metrics]
         sums_FE = [torch.zeros(len(names), len(data), dtype=torch.float64, device=self.accelerator.device) for _ in students]

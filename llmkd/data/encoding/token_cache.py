@@ -105,7 +105,7 @@ def _hash(raw: bytes, counts: dict) -> str:
 
 
 def _store(entry: Path, result: Examples, warn) -> None:
-    """Write an entry. A cache that cannot be written does not fail the run: a line says so."""
+    """Write an entry. If the cache cannot be written, the run prints a warning and continues."""
     from safetensors.numpy import save
 
     arrays = {name: getattr(result, name) for name in (*_READ, "row")}

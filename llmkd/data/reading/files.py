@@ -18,7 +18,7 @@ Records = Iterator[tuple[str, Callable[[], Any]]]
 
 
 class BadRow(ValueError):
-    """A row that cannot be read; the text says why."""
+    """A row that cannot be read; the text is the reason."""
 
 
 def _raise(message: str) -> Any:

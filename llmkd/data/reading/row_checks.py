@@ -1,6 +1,6 @@
 """Checks of a row against its format: columns that are missing, null, or of the wrong type are errors with the row's place.
 
-Nothing is repaired, since a repair would be silent. Columns and roles are renamed as the recipe says.
+Nothing is repaired, since a repair would be silent. Columns and roles are renamed by the recipe's `fields` and `roles`.
 """
 
 import difflib
