@@ -55,7 +55,8 @@ def place(value: str, what: PathKind, folder: str = "") -> str:
     """
     if isinstance(value, Placed) or value.startswith("builtin:"):
         return value
-    text = value if os.path.exists(os.path.join(folder, value)) else _expand(value)
+    is_name = not value.startswith(("~", "$", CWD)) and os.path.exists(os.path.join(folder, value))  # a dollar sign may be one of a name
+    text = value if is_name else _expand(value)
     if text.startswith(CWD):
         return text.removeprefix(CWD).lstrip("/") or "."
     if what == "output" or not folder or os.path.isabs(text) or not text:

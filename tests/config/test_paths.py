@@ -214,6 +214,18 @@ def test_folders_may_have_braces_and_dollar_signs_in_their_names(place, tmp_path
     assert loader.comparable(loader.load_recipe(tmp_path / "run/recipe.yaml")) == loader.comparable(found[0])
 
 
+@pytest.mark.parametrize("start", ["~", "$DATA", "{cwd}"])
+def test_what_begins_a_path_keeps_its_meaning_where_a_folder_has_that_name(place, tmp_path, monkeypatch, start):
+    home = tmp_path / "home"
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("DATA", str(home))
+    for folder in (home, tmp_path / "recipes" / start, Path()):
+        folder.mkdir(exist_ok=True)
+        (folder / "rows.jsonl").write_text("{}\n")
+    found = place(f'data: {{train: {{path: "{start}/rows.jsonl"}}}}').data.train.path
+    assert Path(found).resolve() == (Path() if start == "{cwd}" else home).resolve() / "rows.jsonl"
+
+
 def arms(place, overrides: dict, recipe: str = "../recipes/r.yaml") -> list:
     """The recipes of a sweep that lies beside that recipe."""
     place(name=recipe)
