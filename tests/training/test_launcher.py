@@ -51,14 +51,14 @@ CHILD = """
 
 
 def test_a_second_signal_ends_at_once(monkeypatch):
-    ended, before = [], signal.getsignal(signal.SIGINT)
+    ended, before = [], signal.getsignal(signal.SIGUSR1)
     monkeypatch.setattr(shutdown.os, "_exit", ended.append)
     with shutdown.ShutdownRequest() as stop:
-        os.kill(os.getpid(), signal.SIGINT)
+        os.kill(os.getpid(), signal.SIGUSR1)
         assert stop() and not ended
         os.kill(os.getpid(), signal.SIGTERM)
         assert ended == [75]
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(signal.SIGUSR1) is before
 
 
 def test_a_signal_that_was_ignored_stays_ignored():

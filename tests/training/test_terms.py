@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from llmkd.files import read_jsonl
 from llmkd.losses.objective import Objective
 from llmkd.losses.terms import HeadTerm, RowTerm, by_name
 from llmkd.training import build
+from llmkd.training.distiller import Distiller
 from llmkd.training.run import run
 from tests.conftest import distance, plain_recipe, weights
 from tests.training.test_resume import LONG, comparable, unfinish
@@ -116,6 +118,15 @@ def test_its_values_that_are_not_finite_are_named(probed, make_recipe, monkeypat
 def test_names_belong_to_one_term():
     with pytest.raises(ValueError, match="two terms are named probe"):
         by_name([Probe(), HeadTerm(Objective(0.5)), Probe()])
+
+
+def test_a_term_without_chunks_does_not_keep_another_from_halving_its_own():
+    student = SimpleNamespace(head=SimpleNamespace(vocab=100))
+    head = HeadTerm(Objective(0.5), 1000)
+    distiller = SimpleNamespace(student=student, terms=by_name([Probe(), head]))
+    assert Distiller.halve_chunks(distiller, "cpu", 300) == head.chunk_size == 500
+    assert Distiller.halve_chunks(distiller, "cpu", 300) == head.chunk_size == 300
+    assert Distiller.halve_chunks(distiller, "cpu", 300) == 0
 
 
 TWO = textwrap.dedent("""
