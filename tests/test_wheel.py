@@ -52,6 +52,7 @@ def test_init_copies_a_recipe_with_what_it_refers_to(name, tmp_path, monkeypatch
 def test_init_overwrites_nothing(tmp_path, capsys):
     assert cli.main(["init", "quickstart", str(tmp_path / "new")]) == 0
     mine = tmp_path / "new/quickstart/2_distill.yaml"
+    assert f"# Run: llmkd train --config {mine}\n" in mine.read_text()
     mine.write_text("mine")
     mine.with_name("1_teacher.yaml").unlink()
     capsys.readouterr()

@@ -85,7 +85,11 @@ def copy_recipe(name: str, folder: Path) -> tuple[list[Path], str]:
         raise UserError(f"init: {there[0]} exists; name another folder: llmkd init {name} FOLDER")
     for place in places:
         (folder / place).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(root / place, folder / place)
+        if place.suffix == ".yaml":  # its comments name the commands, for where the files are now
+            text = (root / place).read_text(encoding="utf-8")
+            (folder / place).write_text(text.replace("--config recipes/", f"--config {folder.as_posix()}/"), encoding="utf-8")
+        else:
+            shutil.copyfile(root / place, folder / place)
     return [folder / place for place in places], _command(entries[name], folder)
 
 

@@ -7,6 +7,8 @@ import pytest
 import torch
 
 from llmkd.cli import main
+from llmkd.errors import UserError
+from llmkd.models import saved_student
 from llmkd.training.prepare import prepare
 from llmkd.training.run import run
 from tests.conftest import said, tie
@@ -109,3 +111,13 @@ def test_export_of_the_best_checkpoint(world, trained, make_recipe, tmp_path, me
     for step in (100, 20):
         (tmp_path / f"out/checkpoints/step-{step}").mkdir()
     assert main(["export", str(tmp_path / "out"), "--checkpoint", "99"]) == 2 and "20, 100\n" in said(capsys)
+
+
+def test_a_folder_of_several_runs_is_refused_with_one_of_them(tmp_path):
+    for name in ("arms/b", "arms/a"):
+        (tmp_path / name / "adapter").mkdir(parents=True)
+    with pytest.raises(UserError, match=f"{tmp_path}: holds 2 runs and is none itself; name one of them, such as {tmp_path}/arms/a"):
+        saved_student.student_folder(tmp_path)
+    (tmp_path / "kd_student/model").mkdir(parents=True)
+    with pytest.raises(UserError, match=f"holds 1 run and is none itself; name it: {tmp_path}/kd_student"):
+        saved_student.student_folder(tmp_path)

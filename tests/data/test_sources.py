@@ -454,3 +454,11 @@ def test_the_commit_is_the_recipes_where_the_library_does_not_say_it():
 
     assert sources.hub_revision(Data, Source(path="x", revision="v1")) == "v1"
     assert sources.hub_revision(Data, Source(path="x")) is None
+
+
+def test_offline_a_data_set_of_the_hub_says_what_to_unset(hub, monkeypatch):
+    def offline(*args, **options):
+        raise ConnectionError("Couldn't reach 'owner/nothing' on the Hub (OfflineModeIsEnabled)")
+
+    monkeypatch.setattr("datasets.load_dataset", offline)
+    assert problems("owner/nothing")[0].endswith("(OfflineModeIsEnabled)); unset HF_HUB_OFFLINE, or name local files")

@@ -206,8 +206,9 @@ def from_hub(source: Source, setting: str, streaming: bool = False) -> Any:
         return load_dataset(source.path, source.name, split=source.split, revision=source.revision, streaming=streaming)
     except Exception as error:
         reason = (str(error).strip().splitlines() or [""])[0]
+        fix = "unset HF_HUB_OFFLINE, or name local files" if "OfflineModeIsEnabled" in reason else "check the name and the connection"
         raise UserError(
-            f"{setting}.path: {source.path} is not a file here and could not be read from the hub ({type(error).__name__}: {reason[:160]}); check the name and the connection"
+            f"{setting}.path: {source.path} is not a file here and could not be read from the hub ({type(error).__name__}: {reason[:160]}); {fix}"
         ) from None
 
 
