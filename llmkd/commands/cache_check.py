@@ -24,7 +24,7 @@ from ..teachers.resolve import TeacherSource, check_cache, examples_of
 from ..training.launch import start
 from ..training.prepare import Prepared
 from ..training.validate import Evaluator
-from .cache import select_teachers
+from .cache_selection import select_teachers
 
 
 class RecordedTeacher:
