@@ -168,3 +168,11 @@ def test_help_mistakes_and_listing_load_no_torch():
     codes, modules = json.loads(done.stdout.splitlines()[-1])
     assert codes[3:5] == [2, 2] and not any(codes[:3] + codes[5:])
     assert not {"torch", "transformers", "datasets", "peft", "accelerate", "lm_eval", "huggingface_hub"} & set(modules)
+
+
+@pytest.mark.parametrize(
+    ("words", "resume"),
+    [(["--resume=True"], True), (["--resume", "TRUE"], True), (["--resume=False"], False), (["--resume", "false", "--seed", "3"], False)],
+)
+def test_a_switch_may_be_written_as_a_setting_is(words, resume):
+    assert arguments.parse("train", ["--config", "r.yaml", *words])[0].resume is resume

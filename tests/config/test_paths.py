@@ -214,6 +214,15 @@ def test_folders_may_have_braces_and_dollar_signs_in_their_names(place, tmp_path
     assert loader.comparable(loader.load_recipe(tmp_path / "run/recipe.yaml")) == loader.comparable(found[0])
 
 
+def test_a_folder_beside_a_written_recipe_is_not_taken_for_a_hub_id_when_it_is_gone(place, tmp_path):
+    recipe = place()
+    (tmp_path / "recipes/again.yaml").write_text(loader.dump(recipe, tmp_path / "recipes"))
+    shutil.rmtree(tmp_path / "recipes/models")
+    again = loader.load_recipe("../recipes/again.yaml")
+    assert again == recipe
+    assert "there is no folder" in problem(loader.load_recipe, "../recipes/again.yaml", check_inputs=True)
+
+
 @pytest.mark.parametrize("start", ["~", "$DATA", "{cwd}"])
 def test_what_begins_a_path_keeps_its_meaning_where_a_folder_has_that_name(place, tmp_path, monkeypatch, start):
     home = tmp_path / "home"

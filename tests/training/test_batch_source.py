@@ -1,5 +1,6 @@
 """Batch sources: the loop takes any of them, counts the targets where a source states none, and nobody asks which one it is."""
 
+import dataclasses
 import json
 import os
 import re
@@ -59,6 +60,17 @@ def parts(recipe, accelerator):
     student = load_student(recipe.student, prepared.vocab, "cpu", recipe.seed)
     teacher = LiveTeacher(load_teacher(recipe.teacher, prepared.vocab, "cpu"))
     return prepared.train, build_student(recipe.loss, recipe.optim, student, 4, accelerator), teacher
+
+
+@pytest.mark.parametrize(("processes", "unused", "looks"), [(2, ("x",), True), (1, ("x",), False), (2, (), False)])
+def test_processes_do_not_wait_for_gradients_that_never_come(make_recipe, processes, unused, looks):
+    recipe, ddp = make_recipe(), SimpleNamespace(find_unused_parameters=False)
+    student = load_student(recipe.student, 64, "cpu", recipe.seed)
+    student = student.replaced(capabilities=dataclasses.replace(student.capabilities, parameters_without_gradient=unused))
+    build_student(
+        recipe, student, 4, SimpleNamespace(device="cpu", num_processes=processes, ddp_handler=ddp, prepare_model=lambda model: model)
+    )
+    assert ddp.find_unused_parameters is looks
 
 
 def one_process():

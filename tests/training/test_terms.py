@@ -129,6 +129,13 @@ def test_a_term_without_chunks_does_not_keep_another_from_halving_its_own():
     assert Distiller.halve_chunks(distiller, "cpu", 300) == 0
 
 
+def test_only_the_term_that_is_asked_about_explains(monkeypatch):
+    monkeypatch.setattr(Probe, "explain_nonfinite", lambda self, name, *_: f"why {name}")
+    distiller = SimpleNamespace(terms=by_name([Probe(), HeadTerm(Objective(0.5))]))
+    found = [Distiller.explain_nonfinite(distiller, name, None, [0], None) for name in ("probe", "ce", "gradient")]
+    assert found == ["why probe", "", ""]
+
+
 TWO = textwrap.dedent("""
     import sys
     from llmkd.cli import main
