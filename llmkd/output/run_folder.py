@@ -35,7 +35,7 @@ class RunFolder:
         nearest = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
         if not os.access(nearest, os.W_OK | os.X_OK):
             raise UserError(f"output_dir: {nearest} cannot be written to; choose another folder")
-        if nearest != self.path.absolute():
+        if not self.path.exists():
             _try_to_make(nearest / self.path.absolute().relative_to(nearest).parts[0], self.path)
         if self.path.is_dir() and not (self.path / "recipe.yaml").exists() and any(self._foreign()):
             raise UserError(f"output_dir: {self.path} is not empty and holds no run of llmkd; choose another folder")
