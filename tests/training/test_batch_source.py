@@ -20,9 +20,10 @@ from llmkd.data.batch_source import Step
 from llmkd.data.collate import collate
 from llmkd.models.load import load_teacher
 from llmkd.teachers.live import LiveTeacher
-from llmkd.training.build import build_student
+from llmkd.training.build import build_student, longest_row
 from llmkd.training.loop import count_targets, train
 from llmkd.training.prepare import prepare
+from llmkd.training.student_run import StudentRun
 from tests.conftest import plain_recipe
 from tests.kit.models import load_student
 
@@ -67,10 +68,32 @@ def test_processes_do_not_wait_for_gradients_that_never_come(make_recipe, proces
     recipe, ddp = make_recipe(), SimpleNamespace(find_unused_parameters=False)
     student = load_student(recipe.student, 64, "cpu", recipe.seed)
     student = student.replaced(capabilities=dataclasses.replace(student.capabilities, parameters_without_gradient=unused))
-    build_student(
-        recipe, student, 4, SimpleNamespace(device="cpu", num_processes=processes, ddp_handler=ddp, prepare_model=lambda model: model)
-    )
+    two = SimpleNamespace(device="cpu", num_processes=processes, ddp_handler=ddp, prepare_model=lambda model: model)
+    build_student(recipe.loss, recipe.optim, student, 4, two)
     assert ddp.find_unused_parameters is looks
+
+
+@pytest.mark.parametrize(
+    ("train_settings", "longest"),
+    [
+        ({"micro_batch_size": 4}, 400),
+        ({"micro_batch_tokens": 250}, 250),
+        ({"micro_batch_tokens": 50}, 100),
+        ({"micro_batch_tokens": 5000}, 800),
+    ],
+)
+def test_a_packed_row_holds_at_most_a_step_and_at_least_an_example(make_recipe, train_settings, longest):
+    recipe = make_recipe(data__max_length=100, data__packing=True)
+    settings = dataclasses.replace(recipe.train, **{"micro_batch_size": None, "micro_batch_tokens": None} | train_settings)
+    assert longest_row(settings, recipe.data) == longest
+
+
+@pytest.mark.parametrize(("by", "kept"), [("ce", 1), ("top1_agreement", 2)])
+def test_the_best_step_has_the_lowest_cross_entropy_or_the_highest_agreement(by, kept):
+    run = SimpleNamespace(recipe=SimpleNamespace(checkpoint=SimpleNamespace(best_by=by)), main=False, best=None, validated=None)
+    for step, value in ((1, 0.2), (2, 0.5), (3, 0.4)):
+        StudentRun.record_validation(run, step, SimpleNamespace(metrics=lambda value=value: {by: value}))
+    assert (run.best["step"], run.validated) == (kept, 3)
 
 
 def one_process():
