@@ -27,6 +27,14 @@ def stream(path, buffer: int = 7, batch: int = 4, steps: int = 20, seed: int = 3
     return StreamSource(Source(path=str(path), format=format, **settings), data, tiny(), seed, batch, 2, steps)
 
 
+def test_every_example_is_given_the_streams_teacher(tmp_path):
+    path = write(tmp_path / "t.jsonl", [row(i) for i in range(9)])
+    plain = stream(path)
+    feed = StreamSource(plain.source, plain.data, plain.tokenizer, 3, 4, 2, 5, teacher=1)
+    assert set(feed.examples.teacher_index) == {1}
+    assert all(set(step.data.teacher_index) == {1} for step, _ in feed.steps())
+
+
 def told(feed: StreamSource, done: int = 0) -> list[list[str]]:
     """The places of each step's examples, shortened to the row's number."""
     return [[int(step.place(i).rsplit(":", 1)[1]) for i in sorted(sum(step.micro_batches, []))] for step, _ in feed.steps(done)]

@@ -24,6 +24,7 @@ from llmkd.training.build import build_student, longest_row
 from llmkd.training.loop import count_targets, train
 from llmkd.training.prepare import prepare
 from llmkd.training.student_run import StudentRun
+from llmkd.training.trainer import Trainer
 from tests.conftest import plain_recipe
 from tests.kit.models import load_student
 
@@ -94,6 +95,16 @@ def test_the_best_step_has_the_lowest_cross_entropy_or_the_highest_agreement(by,
     for step, value in ((1, 0.2), (2, 0.5), (3, 0.4)):
         StudentRun.record_validation(run, step, SimpleNamespace(metrics=lambda value=value: {by: value}))
     assert (run.best["step"], run.validated) == (kept, 3)
+
+
+def test_a_step_that_has_a_checkpoint_is_not_saved_again():
+    saved = []
+    student = SimpleNamespace(save=lambda step, state: saved.append(step), prune=lambda: None)
+    source, accelerator = SimpleNamespace(state=lambda step: {}), SimpleNamespace(wait_for_everyone=lambda: None)
+    trainer = SimpleNamespace(written=3, main=True, active=[student], source=source, accelerator=accelerator)
+    for step in (2, 3, 4, 4):
+        Trainer.save(trainer, step)
+    assert saved == [4]
 
 
 def one_process():
