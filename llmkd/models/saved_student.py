@@ -30,7 +30,7 @@ def student_folder(run: str | Path) -> Path:
     for name in ("adapter", "model"):
         if (Path(run) / name).is_dir():
             return Path(run) / name
-    for pattern in ("*", "arms/*"):  # a pipeline's or sweep's folder
+    for pattern in ("*", "*/*"):  # a pipeline's or sweep's folder
         inner = [path for path in sorted(Path(run).glob(pattern)) if (path / "adapter").is_dir() or (path / "model").is_dir()]
         if inner:
             found, fix = (f"{len(inner)} runs", "name one of them, such as") if len(inner) > 1 else ("1 run", "name it:")
