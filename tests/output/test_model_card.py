@@ -98,6 +98,12 @@ def test_local_questions_are_not_taken_for_the_held_out_rows(make_recipe, world)
     }
 
 
+def test_metrics_that_are_not_finite_are_no_results(make_recipe, world):
+    summary = SUMMARY | {"validation": {"ce": 1.5, "perplexity": float("inf"), "forward_kl": float("nan")}}
+    made = ModelCard(model_card(make_recipe(), summary, find(str(world / "student"), "s"), (), {}))
+    assert [r.metric_type for r in made.data.eval_results] == ["cross_entropy"]
+
+
 def test_local_folders_are_named_in_the_text_only(make_recipe, world):
     made = ModelCard(model_card(make_recipe(teacher=None), SUMMARY, find(str(world / "student"), "s"), (), {}))
     assert not {"base_model", "base_model_relation", "license", "datasets"} & made.data.to_dict().keys()
