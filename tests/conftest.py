@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -31,6 +32,14 @@ ANSWERS = "Yes. It is so. The answer is that nobody knows what a robin does in t
 def pytest_collection_modifyitems(items) -> None:
     """Slow tests first, so that the last minutes of a run on several cores are not one test's."""
     items.sort(key=lambda item: item.get_closest_marker("slow") is None)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _signals_not_ignored():
+    """A background job's SIGINT and nohup's SIGHUP are ignored, and a run leaves ignored signals so: tests of signals need them back."""
+    for number, default in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, default)
 
 
 @pytest.fixture(autouse=True)

@@ -194,12 +194,12 @@ def test_a_real_sweep_is_reported_with_the_numbers_of_its_files(world, tmp_path,
     assert main(["report", str(folder)]) == 0
     assert capsys.readouterr().out.split() == [str(folder / "report.html"), str(folder / "report.md")]
     page, text = checked((folder / "report.html").read_text()), (folder / "report.md").read_text()
-    for arm in ("kd_ratio=0", "kd_ratio=0.5", "kd_ratio=1"):
-        seeds = [(folder / f"arms/{arm},seed={seed}/held_out.jsonl").read_text().splitlines() for seed in (1, 2)]
+    for arm in ("kd_ratio-0", "kd_ratio-0.5", "kd_ratio-1"):
+        seeds = [(folder / f"arms/{arm}_seed-{seed}/held_out.jsonl").read_text().splitlines() for seed in (1, 2)]
         rows = [json.loads(line) for seed in seeds for line in seed]
         mean = sum(row["sums"]["ce"] for row in rows) / sum(row["targets"] for row in rows)
         assert [row for row in page.rows if row[:1] == [arm] and f"{mean:.4f}" in row[1]] and f"| `{arm}` |" in text, (arm, mean)
-    assert "seed" not in read_sweep(folder).arms["kd_ratio=1"].changes
+    assert "seed" not in read_sweep(folder).arms["kd_ratio-1"].changes
     assert "Teacher passes over the training data: 2; one for each arm that distils would have been 4, so 2 were saved." in text
 
 

@@ -252,7 +252,7 @@ def test_sharing_is_refused_where_it_cannot_be(make_recipe, monkeypatch):
     with pytest.raises(UserError, match="data.share_prefixes: found true, but teacher.attention is set"):
         make_recipe(**changes, **{"teacher.attention": "eager"})
     monkeypatch.setattr(attention, "enable", lambda model: False)
-    with pytest.raises(UserError, match=r"data.share_prefixes: student.model \(llama\) keeps an attention of its own"):
+    with pytest.raises(UserError, match=r"data.share_prefixes: student.model \(llama\) uses its own attention in packed rows"):
         run(make_recipe(**changes))
 
 
