@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import textwrap
+import threading
 import time
 from pathlib import Path
 
@@ -20,7 +21,13 @@ LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
 
 def started(command: list[str]) -> subprocess.Popen:
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONUNBUFFERED": "1"}
-    return subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment)
+    process = subprocess.Popen(
+        command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True, env=environment, start_new_session=True
+    )
+    watchdog = threading.Timer(180, lambda: process.poll() is None and os.killpg(process.pid, signal.SIGKILL))  # or it would hang
+    watchdog.daemon = True
+    watchdog.start()
+    return process
 
 
 def test_without_a_launcher_nothing_is_watched(monkeypatch):
