@@ -194,6 +194,11 @@ def test_a_quantised_base(world, type_, tmp_path):
     assert gap(results(model, True, view()), results(model, False, view())) < 1e-5
 
 
+def test_after_a_merge_no_hook_of_the_layer_before_it_stays(world):
+    last = load_teacher(Teacher(model=str(world / "adapter"), merge_adapter=True), 640, "cpu").capabilities.last_layer
+    assert last.modules and {(len(m._forward_pre_hooks), len(m._forward_hooks)) for m in last.modules} == {(1, 1)}
+
+
 def test_offloaded_and_in_bfloat16(world):
     for settings in (Teacher(model=str(world / "adapter"), device="offload"), Teacher(model=str(world / "adapter"), dtype="bfloat16")):
         teacher = load_teacher(settings, 640, "cpu")
