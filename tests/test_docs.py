@@ -1,6 +1,5 @@
 """The documents agree with the code: links, commands, YAML, settings, environment variables."""
 
-import importlib.util
 import json
 import re
 import shlex
@@ -14,6 +13,7 @@ import yaml
 from llmkd.cli import main
 from llmkd.config import loader, schema
 from llmkd.config.sweep import Sweep
+from tests.kit.scripts import load_script
 
 REPO = Path(__file__).parents[1]
 DOCS = REPO / "docs"
@@ -165,16 +165,8 @@ def test_the_readme_is_short_and_opens_with_the_two_commands():
     assert re.findall(r"^```(\w*)", text, re.MULTILINE)[:3] == ["", "", ""], ".ci/run takes the second block"
 
 
-def load(name: str):
-    """A script beside the pages, as a module."""
-    spec = importlib.util.spec_from_file_location(f"docs_{name}", DOCS / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
 def test_the_settings_page_is_the_code_s():
-    assert (DOCS / "settings.md").read_text(encoding="utf-8") == load("settings").page(), "run: python docs/settings.py"
+    assert (DOCS / "settings.md").read_text(encoding="utf-8") == load_script(DOCS / "settings.py").page(), "run: python docs/settings.py"
 
 
 def test_every_environment_variable_is_in_the_table():

@@ -1,19 +1,13 @@
 """The examples and the notebook are run as they are, with fewer steps."""
 
-import importlib.util
 import json
 from pathlib import Path
 
 import pytest
 
+from tests.kit.scripts import load_script
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
-
-
-def example(name: str):
-    spec = importlib.util.spec_from_file_location(f"example_{name}", EXAMPLES / f"{name}.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 def test_every_example_has_a_test():
@@ -26,18 +20,18 @@ def test_every_example_has_a_test():
 
 
 def test_own_loop():
-    results = example("own_loop").main(steps=25)
+    results = load_script(EXAMPLES / "own_loop.py").main(steps=25)
     assert results["student distilled"].keys() == {"ce", "kd"} and results["student alone"].keys() == {"ce"}
     assert 2 < results["teacher"]["ce"] < 3.9  # log 48 is 3.87
 
 
 def test_custom_divergence():
-    terms = example("custom_divergence").main()
+    terms = load_script(EXAMPLES / "custom_divergence.py").main()
     assert ((terms > 0) & (terms < 4)).all()
 
 
 def test_custom_teacher():
-    found = example("custom_teacher").main(steps=40)
+    found = load_script(EXAMPLES / "custom_teacher.py").main(steps=40)
     assert found["after"] < found["before"] / 3
 
 

@@ -1,0 +1,13 @@
+"""Scripts beside the package, loaded as modules: those of docs/ and examples/."""
+
+import importlib.util
+from pathlib import Path
+from types import ModuleType
+
+
+def load_script(path: Path) -> ModuleType:
+    """Run a script's top level under its own name, so that `if __name__ == "__main__"` does not hold."""
+    spec = importlib.util.spec_from_file_location(f"{path.parent.name}_{path.stem}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
