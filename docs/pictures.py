@@ -170,7 +170,7 @@ def temperature():
         axes.bar(range(len(p)), p / p.sum(), color=TEACHER, width=0.75)
         axes.set_title(f"T = {T:g}", fontsize=12, weight="bold", loc="left")
         axes.set(xticks=[], ylim=(0, 1))
-        axes.set_xlabel("tokens, likeliest first")
+        axes.set_xlabel("tokens, most likely first")
     places[0].set_ylabel("teacher's probability")
     figure.tight_layout()
     return figure

@@ -182,7 +182,7 @@ class _Extent:
 
 
 def _extents(signal: Signal | None) -> Iterator[_Extent]:
-    """What is known of a signal without computing it; nothing of a signal from elsewhere."""
+    """The number of targets and the vocabulary of a signal, if it states them: of a signal of another class nothing is known."""
     match signal:
         case Dense():
             yield _Extent(len(signal.hidden_NH), signal.head.vocab, signal.hidden_NH.device)

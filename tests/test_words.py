@@ -15,7 +15,7 @@ SUFFIXES = {".py", ".pyi", ".md", ".yaml", ".yml", ".sh", ".css", ".html", ".jin
 #: Settings of other names today.
 SETTINGS = "share_beginnings|validation_share|length_group|warmup_share|min_lr_share|forward_share|side_by_side"
 
-#: What is not said any more, and what is said instead.
+#: Retired words as patterns, and the words that replaced them.
 RETIRED = {
     r"stores?": "teacher cache (cache)",
     r"figures?": "metric; chart or picture for what is drawn",

@@ -94,8 +94,8 @@ class TopK:
 
     def exact_metrics(self, rows: Rows, labels_n: Tensor, log_q_nV: Tensor) -> dict[str, Tensor]:
         """Exact where the record was made from the whole distribution; imported log-probabilities know only their top k."""
-        likeliest_n = self.ids_NK[rows].gather(1, self.log_p_NK[rows].argmax(1, True))[:, 0]
-        return {"top1_agreement": (log_q_nV.argmax(1) == likeliest_n).float()} | (
+        top1_n = self.ids_NK[rows].gather(1, self.log_p_NK[rows].argmax(1, True))[:, 0]
+        return {"top1_agreement": (log_q_nV.argmax(1) == top1_n).float()} | (
             _recorded_metrics(self, rows) if self.tail_exponents == TAIL_EXPONENTS else {}
         )
 

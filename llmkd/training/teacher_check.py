@@ -6,7 +6,7 @@ from ..model_files import ModelFiles
 from ..teachers.resolve import TeacherSource
 
 #: As torchtune's study of the reference case found (https://pytorch.org/blog/llama-into-torchtune/).
-ADVICE = "Published advice: tune the teacher on the data first, as the 1_teacher.yaml of a recipe does; from a teacher that is not, the KD loss hardly moves."
+ADVICE = "Published advice: tune the teacher on the data first, as the 1_teacher.yaml of a recipe does; with an untuned teacher the KD loss hardly moves."
 
 
 def message(metrics: list[dict[str, float]], examples: int, teachers: Sequence[TeacherSource], student: ModelFiles | None) -> str:
