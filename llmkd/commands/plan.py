@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..config.fields import with_setting_names
-from ..config.recipe import Lora, Recipe, distils
+from ..config.recipe import Lora, Recipe, distils, uses_teacher
 from ..console import duration
 from ..model_files import find
 from ..models.size import ModelSize, adapter_parameters, model_size, weight_bytes
@@ -44,10 +44,10 @@ def estimate(recipes: list[Recipe], sizes: dict) -> Cost | None:
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    distilling = next((r for r in recipes if distils(r)), None)
+    teachers = with_setting_names(recipe.teacher, "teacher") if uses_teacher(recipe) else ()
     student, present = model_size(files), []
     bytes_ = student.parameters * weight_bytes(files, recipe.student.dtype, recipe.student.quantization)
-    for setting, one in with_setting_names(distilling.teacher, "teacher") if distilling else ():
+    for setting, one in teachers:
         if one.cache is None:
             theirs = find(one.model, f"{setting}.model", one.revision, one.base)
             present.append(model_size(theirs))
@@ -61,7 +61,9 @@ def estimate(recipes: list[Recipe], sizes: dict) -> Cost | None:
     full, checkpointing = recipe.student.method == "full", recipe.student.gradient_checkpointing
     trained = sum(student.parameters if full else adapter_parameters(files, r.student.lora or Lora()) for r in recipes)
     longest = largest_micro_batch_tokens(lengths, train.micro_batch_size, train.micro_batch_tokens)
-    operations = step_operations(student, present, len(recipes), tokens, targets, full, checkpointing, passes * read)
+    operations = step_operations(
+        student, present if any(map(distils, recipes)) else [], len(recipes), tokens, targets, full, checkpointing, passes * read
+    )
     return Cost(operations / (EFFICIENCY * matmul_flops(device)), bytes_ + training_memory(student, trained, longest, checkpointing))
 
 

@@ -10,7 +10,7 @@ from typing import TextIO
 import numpy as np
 
 from ..config.fields import as_tuple, with_setting_names
-from ..config.recipe import Recipe, Student, distils
+from ..config.recipe import Recipe, Student, uses_teacher
 from ..console import align
 from ..data.dataset import Dataset, encode_sources, hold_out, join, read_data, refuse_empty_sources, refuse_too_few_positions, report_notes
 from ..data.encoding.tokenizer import student_base, student_tokenizer
@@ -51,7 +51,7 @@ def preview(recipe: Recipe, count: int = 3, example: int | None = None, out: Tex
 def _configs(recipe: Recipe) -> dict[str, dict]:
     """config.json of the models that exist already; a teacher may not be trained yet."""
     configs = {"student.model": recipe.student.architecture or _config(student_base(recipe.student))}
-    for setting, one in with_setting_names(recipe.teacher, "teacher") if distils(recipe) else ():
+    for setting, one in with_setting_names(recipe.teacher, "teacher") if uses_teacher(recipe) else ():
         with contextlib.suppress(UserError):
             if one.model:
                 configs[f"{setting}.model"] = _config(student_base(Student(model=one.model, base=one.base, revision=one.revision)))

@@ -1,7 +1,7 @@
 """`llmkd sweep`: arms (changed copies of one recipe), trained side by side with one teacher where possible. Each ends as if trained alone.
 
-Arms with the same data in the same order and the same base share every batch and the teacher's outputs for it. The others run one
-after another. `--resume` continues a sweep that was stopped or killed: finished arms are kept.
+Arms with the same data in the same order, the same base and the same teacher share every batch and the teacher's outputs for it. The
+others run one after another. `--resume` continues a sweep that was stopped or killed: finished arms are kept.
 """
 
 import dataclasses
@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..config.loader import load_recipe, load_sweep
 from ..config.paths import place_changes
-from ..config.recipe import Recipe, distils
+from ..config.recipe import Recipe, distils, uses_teacher
 from ..config.sweep import ArmSpec, Sweep, expand
 from ..console import count, info
 from ..errors import Stopped, UserError, attribute_to_student, is_out_of_memory
@@ -27,6 +27,9 @@ from ..training.prepare import student_files
 from ..training.run import run, train_together
 from ..training.shutdown import ShutdownRequest
 from .sweep_state import Group, SweepState
+
+#: Every arm is measured against its teacher, those that do not learn from it as well. A sweep's `set` and its arms may say otherwise.
+MEASURED = {"validation.compare_to_teacher": True}
 
 
 def run_sweep(config: str, overrides: dict, resume: bool, then: Callable[[Path], None] = lambda folder: None) -> Path:
@@ -94,7 +97,7 @@ def train_group(group: Group, recipes: dict[str, Recipe], state: SweepState, res
                 for k, folder in enumerate(folders):
                     with attribute_to_student(k):
                         folder.check()
-                failures = train_together([recipes[name] for name in names], folders, stop, recipes[group.teacher_arm or names[0]])
+                failures = train_together([recipes[name] for name in names], folders, stop)
                 ends |= {name: (failure and str(failure), failure is not None) for name, failure in zip(names, failures, strict=True)}
                 break
             except Stopped:
@@ -133,13 +136,14 @@ class SweepRecipes:
             trackers.check(stage.report_to)
         for name, spec in self.specs.items():
             try:
-                out[name] = self._load(self.sweep.recipe, self.sweep.set | spec.changes, f"arms/{name}")
+                out[name] = self._load(self.sweep.recipe, MEASURED | self.sweep.set | spec.changes, f"arms/{name}")
                 check_sampled_caches(out[name])
             except UserError as error:
                 for problem in error.problems:
                     problems.setdefault(problem, []).append(name)
         if problems:
             raise UserError(*(f"arm {names[0]}: {problem}{_in_others(len(names) - 1)}" for problem, names in problems.items()))
+        out = lend_teachers(out)
         trackers.check(tuple(dict.fromkeys(name for recipe in out.values() for name in recipe.report_to)))
         return out
 
@@ -157,9 +161,9 @@ class SweepRecipes:
     def base(self) -> Recipe:
         """The recipe that the arms are changed copies of."""
         try:
-            return self._load(self.sweep.recipe, self.sweep.set, "")
+            return self._load(self.sweep.recipe, MEASURED | self.sweep.set, "")
         except UserError:  # the arms may complete it
-            return self._load(self.sweep.recipe, self.sweep.set | next(iter(self.specs.values())).changes, "")
+            return self._load(self.sweep.recipe, MEASURED | self.sweep.set | next(iter(self.specs.values())).changes, "")
 
     def _load(self, recipe: str, changes: dict, where: str) -> Recipe:
         output_dir = self.sweep.output_dir
@@ -171,43 +175,40 @@ def _in_others(arms: int) -> str:
     return f" (and in {count(arms, 'more arm')})" if arms else ""
 
 
-def group_arms(recipes: dict[str, Recipe], waiting: list[str] | None = None, students_per_teacher: int | None = None) -> list[Group]:
-    """Which of the waiting arms train together. An arm without a teacher joins a group that has one if their data agree.
+def lend_teachers(recipes: dict[str, Recipe]) -> dict[str, Recipe]:
+    """Arms without a teacher get that of the first arm with the same data that has one, so that their students are measured against it too."""
+    lenders: dict[str, Recipe] = {}
+    for recipe in recipes.values():
+        if uses_teacher(recipe):
+            lenders.setdefault(data_key(recipe), recipe)
+    out = {}
+    for name, recipe in recipes.items():
+        lender = lenders.get(data_key(recipe)) if recipe.teacher is None else None
+        out[name] = dataclasses.replace(recipe, teacher=lender.teacher, mixture=lender.mixture) if lender else recipe
+    return out
 
-    If no such arm is waiting, or none fits, `teacher_arm` names a finished one: its teacher is loaded for the same validation metrics.
-    """
+
+def group_arms(recipes: dict[str, Recipe], waiting: list[str] | None = None, students_per_teacher: int | None = None) -> list[Group]:
+    """Which of the waiting arms train together: those with the same data, base and teacher. In each group arms that distil come first."""
     waiting = list(recipes) if waiting is None else waiting
-    groups: dict[str, Group] = {}
-    alone, files, teacher_arms = [], {}, {}
-    for name, recipe in sorted(recipes.items(), key=lambda item: not distils(item[1])):  # stable, those with a teacher first
+    together: dict[str, list[str]] = {}
+    alone, files = [], {}
+    for name in sorted(waiting, key=lambda name: not distils(recipes[name])):  # stable
+        recipe = recipes[name]
         named = (recipe.student.model, recipe.student.revision, recipe.student.base)
         if named not in files:
             files[named] = student_files(recipe)
-        if recipe.student.method == "lora":
-            key = sharing_key(recipe, files[named])
-            data = key.partition("\n")[2]
-            teacher_arm = teacher_arms.setdefault(data, name) if distils(recipe) else teacher_arms.get(data)
+        why = why_alone(recipe, files[named]) or ("students_per_teacher: 1" if students_per_teacher == 1 else None)
+        if why:
+            alone.append(Group([name], why))
         else:
-            key, teacher_arm = name, None
-        if name not in waiting:
-            continue
-        why = why_alone(recipe, files[named])
-        if why or students_per_teacher == 1:
-            alone.append(Group([name], why or "students_per_teacher: 1", teacher_arm if not distils(recipe) else None))
-            continue
-        if not distils(recipe):
-            key = next((other for other in groups if other.partition("\n")[2] == data), key)
-        groups.setdefault(key, Group([], None, teacher_arm)).arms.append(name)
+            together.setdefault(sharing_key(recipe, files[named]), []).append(name)
     out = []
-    for group in groups.values():
-        for part in _with_common_checkpoint(group.arms, recipes):
+    for names in together.values():
+        for part in _with_common_checkpoint(names, recipes):
             count = -(-len(part) // (students_per_teacher or len(part)))
-            for some in (part[i::count] for i in range(count)):  # dealt, so that arms without a teacher are among others that have one
-                out.append(Group(some, None, None if distils(recipes[some[0]]) else group.teacher_arm))
-    return [
-        Group(g.arms, g.why or (None if len(g.arms) > 1 else "no waiting arm has the same data and base"), g.teacher_arm)
-        for g in out + alone
-    ]
+            out += [Group(part[i::count]) for i in range(count)]  # dealt, so that arms that do not distil are among others that do
+    return [Group(g.arms, None if len(g.arms) > 1 else "no waiting arm has the same data and base") for g in out] + alone
 
 
 def why_alone(recipe: Recipe, files: ModelFiles | None) -> str | None:
@@ -223,10 +224,16 @@ def why_alone(recipe: Recipe, files: ModelFiles | None) -> str | None:
 
 
 def sharing_key(recipe: Recipe, files: ModelFiles) -> str:
-    """What arms that train together have in common, as text: the teacher in line 1; all but loss, optimizer and adapter in line 2."""
-    rest = dataclasses.asdict(recipe) | {name: None for name in ("output_dir", "teacher", "loss", "optim")}
+    """What arms that train together have in common, as text: all but loss, optimizer and adapter."""
+    rest = dataclasses.asdict(recipe) | {name: None for name in ("output_dir", "loss", "optim")}
     rest["student"] |= {"model": str(files.base.resolve()), "revision": None, "base": None, "lora": None}
-    return json.dumps(dataclasses.asdict(recipe)["teacher"] if distils(recipe) else None) + "\n" + json.dumps(rest)
+    return json.dumps(rest)
+
+
+def data_key(recipe: Recipe) -> str:
+    """What arms have in common that see the same examples with the same tokenizer, as text."""
+    student = recipe.student
+    return json.dumps([dataclasses.asdict(recipe.data), student.model, student.revision, student.base, student.tokenizer])
 
 
 def _with_common_checkpoint(names: list[str], recipes: dict[str, Recipe]) -> list[list[str]]:

@@ -24,11 +24,10 @@ def _some(names: list[str], most: int = 4) -> str:
 
 @dataclasses.dataclass
 class Group:
-    """Arms that train together, or one alone and why. `teacher_arm`: an arm whose teacher is used for validation if none of these has one."""
+    """Arms that train together, or one alone and why."""
 
     arms: list[str]
     why: str | None = None
-    teacher_arm: str | None = None
 
 
 class SweepState:

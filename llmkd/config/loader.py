@@ -13,7 +13,7 @@ from ..errors import UserError
 from . import paths
 from .dotted import flatten
 from .fields import as_tuple
-from .recipe import Lora, Recipe, distils
+from .recipe import Lora, Recipe, uses_teacher
 from .schema import describe, join_or
 from .sweep import Pipeline, Sweep
 from .validation import check, locator, renamed
@@ -113,7 +113,7 @@ def _place_paths(kind: type, data: dict, path: str | Path, where: typing.Callabl
 
 def _missing_inputs(recipe: Recipe, path: str | Path, where: typing.Callable, written_later: str | None) -> list[str]:
     problems = []
-    data = dataclasses.asdict(recipe if distils(recipe) else dataclasses.replace(recipe, teacher=None))
+    data = dataclasses.asdict(recipe if uses_teacher(recipe) else dataclasses.replace(recipe, teacher=None))
     for mapping, key, keys, what in paths.paths_in(Recipe, json.loads(json.dumps(data))):
         later = written_later and Path(os.path.abspath(mapping[key])).is_relative_to(os.path.abspath(written_later))
         if not later and (problem := paths.missing(mapping[key], what, str(Path(path).parent))):

@@ -164,6 +164,11 @@ class Train:
 class Validation:
     every: Count | None = changeable(None, description="Steps between validations; null: only before the first step and after the last.")
     micro_batch_size: Count = changeable(8, description="Examples per forward pass.")
+    compare_to_teacher: bool = fixed(
+        False,
+        description="Measure KL to the recipe's teacher and agreement with it also where loss.kd_ratio is 0: the teacher is then loaded for "
+        "validation alone. A sweep sets it for its arms.",
+    )
     teacher_check: Annotated[int, Field(ge=0)] = changeable(
         64,
         description="Number of training examples on which the teacher's CE is compared with the student's before the first step; 0: no check.",
@@ -209,8 +214,14 @@ class Recipe:
 
 
 def distils(recipe: Recipe) -> bool:
-    """Whether the student learns from a teacher. If not, no teacher is loaded, even if the recipe names one."""
+    """Whether the student learns from a teacher."""
     return bool(as_tuple(recipe.teacher)) and bool(recipe.loss.kd_ratio)
+
+
+def uses_teacher(recipe: Recipe) -> bool:
+    """Whether the teacher is loaded: the student learns from it, or validation compares the two. If not, none is, even if the recipe names one."""
+    compares = recipe.validation.compare_to_teacher and (as_tuple(recipe.data.validation) or recipe.data.validation_fraction)
+    return distils(recipe) or bool(as_tuple(recipe.teacher) and compares)
 
 
 def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
@@ -267,10 +278,11 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
         for path, given in (("validation.every", recipe.validation.every), ("checkpoint.best_by", recipe.checkpoint.best_by)):
             if given is not None:
                 yield (path, *no_held_out), "needs held-out rows, but there are none; set data.validation or data.validation_fraction"
-    if recipe.checkpoint.best_by not in (None, "ce") and not (recipe.teacher and loss.kd_ratio != 0):
+    if recipe.checkpoint.best_by not in (None, "ce") and not uses_teacher(recipe):
+        remedy = "set validation.compare_to_teacher: true" if recipe.teacher else "give teacher.model"
         yield (
-            ("checkpoint.best_by", "teacher", "loss.kd_ratio"),
-            f"found {recipe.checkpoint.best_by}, which needs a teacher and loss.kd_ratio above 0; use ce",
+            ("checkpoint.best_by", "teacher", "loss.kd_ratio", "validation.compare_to_teacher"),
+            f"found {recipe.checkpoint.best_by}, which needs a teacher to compare with; {remedy}, or use ce",
         )
 
 

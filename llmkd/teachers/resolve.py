@@ -11,7 +11,7 @@ import numpy as np
 
 from ..config.data import Data
 from ..config.fields import shaping, with_setting_names
-from ..config.recipe import Recipe, distils
+from ..config.recipe import Recipe, uses_teacher
 from ..config.teacher import CACHE_KINDS, Teacher
 from ..data.encoding import token_cache
 from ..data.examples import ALL_TEACHERS, Examples
@@ -63,9 +63,9 @@ class TeacherSource:
 
 
 def resolve_teachers(recipe: Recipe, open_caches: bool = True) -> tuple[TeacherSource, ...]:
-    """Every teacher of a recipe; none where it does not distil. `open_caches` is false where the caches are still to be written."""
+    """Every teacher that a recipe uses. `open_caches` is false where the caches are still to be written."""
     out = []
-    for setting, one in with_setting_names(recipe.teacher, "teacher") if distils(recipe) else ():
+    for setting, one in with_setting_names(recipe.teacher, "teacher") if uses_teacher(recipe) else ():
         files = find(one.model, f"{setting}.model", one.revision, one.base) if one.model else None
         if files:
             check_transforms(files, one, setting)
@@ -159,7 +159,7 @@ def check_cache(recipe: Recipe, teacher: TeacherSource, tokenizer, vocab: int) -
 def check_sampled_caches(recipe: Recipe) -> None:
     """UserError where a recipe's loss needs more than the samples in one of its caches. Reads the headers of caches that exist."""
     problems = []
-    for setting, one in with_setting_names(recipe.teacher, "teacher") if distils(recipe) else ():
+    for setting, one in with_setting_names(recipe.teacher, "teacher") if uses_teacher(recipe) else ():
         if one.cache and (Path(one.cache.path).expanduser() / "cache.json").exists():
             header = read_header(Path(one.cache.path).expanduser(), f"{setting}.cache.path")
             problems += sample_problems(recipe, one.cache.path, header["kind"])
@@ -173,9 +173,9 @@ def sample_problems(recipe: Recipe, path: str, kept: dict) -> list[str]:
         return []
     loss, drawn, by, problems = recipe.loss, kept["temperature"], recipe.checkpoint.best_by, []
     why = f"and {path} holds sampled tokens, which estimate the loss without bias"
-    if loss.temperature != drawn:
+    if loss.kd_ratio and loss.temperature != drawn:
         problems.append(f"loss.temperature: found {loss.temperature:g}, {why} only at the temperature of their sampling, {drawn:g}")
-    if loss.divergence != "forward_kl":
+    if loss.kd_ratio and loss.divergence != "forward_kl":
         problems.append(f"loss.divergence: found {loss.divergence}, {why} for forward_kl only")
     if recipe.mixture.combine == "log_probabilities":
         problems.append(f"mixture.combine: found log_probabilities, {why} for probabilities and divergences only")

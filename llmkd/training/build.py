@@ -53,11 +53,11 @@ class TrainingSetup:
 
 
 def build_setup(
-    recipes: list[Recipe], teacher_recipe: Recipe, prepared: Prepared, folders: list[RunFolder], accelerator, stop_asked: Callable[[], bool]
+    recipes: list[Recipe], prepared: Prepared, folders: list[RunFolder], accelerator, stop_asked: Callable[[], bool]
 ) -> TrainingSetup:
     """Several recipes may differ in student.lora, loss and optim only, and in the adapter that student.model names on one base.
 
-    teacher_recipe   the recipe whose data and teacher are used (`prepared` was made of it)
+    prepared   made of the first recipe, whose data and teacher are all students'
 
     The order of construction: models, all at once, since they may share weights; the teacher; this process's batch source; each
     student's terms, optimizer and schedule, which need the number of steps; only then are the folders locked, when nothing is left
@@ -75,13 +75,13 @@ def build_setup(
     fidelity = {f"{name}.{k}": v for (name, _), model in zip(live, teacher_models, strict=True) for k, v in model.fidelity.items()}
     found = iter(teacher_models)
     opened = [source.open(device, found) for source in prepared.teachers]
-    teacher = combine_teachers(opened, [source.settings for source in prepared.teachers], teacher_recipe.mixture) if opened else None
+    teacher = combine_teachers(opened, [source.settings for source in prepared.teachers], recipe.mixture) if opened else None
     source = prepared.source.for_rank(accelerator.process_index, accelerator.num_processes, device)
     students, chunk_size = [], head_chunk_size(prepared.vocab, device, info)
     for k, (own, folder, model) in enumerate(zip(recipes, folders, models, strict=True)):
         with attribute_to_student(k):
             state = build_student(own.loss, own.optim, model, source.total_steps, accelerator, chunk_size)
-            own_data = prepared if own is teacher_recipe else prepared.of(own)
+            own_data = prepared if own is recipe else prepared.of(own)
             students.append(StudentRun(own, own_data, folder, model, state, accelerator.is_main_process))
     lock_folders(students, accelerator)
     done = restore(students, source, accelerator.is_main_process) if folders[0].resume else 0

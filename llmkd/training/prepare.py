@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..config.fields import as_tuple, with_setting_names
-from ..config.recipe import Recipe, Train, distils
+from ..config.recipe import Recipe, Train, uses_teacher
 from ..console import info
 from ..data.batch_source import Collator, PlannedSource, TrainingSource
 from ..data.batching import MOST_TOKENS, BatchPlan, TokenBudget
@@ -76,7 +76,7 @@ class Prepared:
 
     def of(self, recipe: Recipe) -> "Prepared":
         """The same for a recipe that differs in its student, and perhaps learns without the teacher that others have."""
-        student, teachers = student_files(recipe), self.teachers if distils(recipe) else ()
+        student, teachers = student_files(recipe), self.teachers if uses_teacher(recipe) else ()
         identity = self.identity | identity_of("the student's base", "student.model", student)
         if not teachers:
             identity.pop("the teacher", None)

@@ -28,12 +28,9 @@ def run(recipe: Recipe, resume: bool = False, stop: ShutdownRequest | None = Non
         return hub_upload.publish(recipe.push_to_hub, folder) if first_process() and recipe.push_to_hub else folder.summary()
 
 
-def train_together(
-    recipes: list[Recipe], folders: list[RunFolder], stop: ShutdownRequest, teacher_recipe: Recipe | None = None
-) -> list[NonFinite | None]:
+def train_together(recipes: list[Recipe], folders: list[RunFolder], stop: ShutdownRequest) -> list[NonFinite | None]:
     """Train the recipes' students side by side. Returns each student's failure, or None. See `build.build_setup`."""
-    teacher_recipe = teacher_recipe or recipes[0]
-    prepared = prepare(teacher_recipe)
+    prepared = prepare(recipes[0])
     if stop():
         raise Stopped("stopped by a signal before anything was trained; continue with --resume")
     from .build import build_setup
@@ -41,7 +38,7 @@ def train_together(
 
     try:
         accelerator = start()
-        setup = build_setup(recipes, teacher_recipe, prepared, folders, accelerator, stop)
+        setup = build_setup(recipes, prepared, folders, accelerator, stop)
         trainer = Trainer(setup, recipes[0], accelerator, stop)
         trainer.train()
         trainer.finish()

@@ -126,7 +126,8 @@ class Trainer:
 
     def check_teacher(self) -> None:
         """Before the first step: compare the cross-entropy of teacher and student on training examples."""
-        if self.teacher is None or not self.recipe.validation.teacher_check:
+        learning = any(unwrap(student.state).needs_teacher for student in self.students)
+        if not learning or not self.recipe.validation.teacher_check:
             return
         sample = sample_examples(self.prepared.train, self.recipe.validation.teacher_check)
         found = [one.metrics() for one in self.measure([one.model for one in self.students], sample, "teacher check", 0)]

@@ -149,6 +149,29 @@ def test_arms_that_cannot_share_run_alone(sweep, world, tmp_path, capsys):
     ]
 
 
+def test_arms_that_do_not_distil_are_measured_against_the_teacher_however_they_train(world, sweep):
+    """In full, where no teacher is shared; kept by KL; and an arm that names no teacher against that of the others."""
+    data = {"train": {"path": str(world / "train.jsonl")}, "validation_fraction": 0.2, "max_length": 256}
+    recipe = {"data": data, "student": {"model": str(world / "student"), "method": "full"}, "checkpoint": {"best_by": "forward_kl"}}
+    arms = {"plain": {"teacher": None, "loss.kd_ratio": 0, "checkpoint.best_by": "ce"}}
+    folder = run_sweep(sweep(recipe, grid={"loss.kd_ratio": [0, 1]}, arms=arms), {"train.max_steps": 1}, False)
+    found = {name: json.loads((folder / "arms" / name / "summary.json").read_text()) for name in ("kd_ratio-0", "kd_ratio-1", "plain")}
+    assert all(one["validation"].keys() == found["kd_ratio-1"]["validation"].keys() for one in found.values())
+    assert found["kd_ratio-0"]["best"] == {"by": "forward_kl", "step": 1, "value": found["kd_ratio-0"]["validation"]["forward_kl"]}
+    assert found["plain"]["validation"] == found["kd_ratio-0"]["validation"] != found["kd_ratio-1"]["validation"]
+
+
+def test_an_arm_that_does_not_distil_joins_those_of_its_own_teacher(world, sweep, tmp_path):
+    from llmkd.commands.sweep import SweepRecipes
+
+    path = sweep(grid={"loss.kd_ratio": [0, 1], "teacher.model": [str(world / "teacher"), str(world / "student")]})
+    file = loader.load_sweep(path)
+    recipes = SweepRecipes(file, Path(path), {spec.name: spec for spec in expand(file)}).recipes()
+    assert [sorted(group.arms) for group in group_arms(recipes)] == [
+        [f"kd_ratio-{k}_model-{name}" for k in (0, 1)] for name in ("teacher", "student")
+    ]
+
+
 def test_a_failed_arm_does_not_stop_the_rest(sweep, tmp_path, monkeypatch, capsys):
     from llmkd.training.distiller import Distiller
 
