@@ -167,7 +167,7 @@ class Validation:
     compare_to_teacher: bool = fixed(
         False,
         description="Measure KL to the recipe's teacher and agreement with it also where loss.kd_ratio is 0: the teacher is then loaded for "
-        "validation alone. A sweep sets it for its arms.",
+        "validation alone. A sweep sets it.",
     )
     teacher_check: Annotated[int, Field(ge=0)] = changeable(
         64,
