@@ -15,10 +15,12 @@ from . import __version__, console
 from .commands import arguments
 from .commands.parser import HelpShown, did_you_mean
 from .config import loader
+from .environment import check_environment
 from .errors import UserError, exit_code
 from .training.launcher import launcher_pid
 
-_COMPUTES = ("train", "sweep", "cache", "data", "export", "eval", "tasks")
+_COMPUTES = ("train", "sweep", "cache", "export", "eval")
+_QUIET = (*_COMPUTES, "data", "tasks")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -47,6 +49,8 @@ def dispatch(argv: list[str]) -> None:
         except HelpShown:
             return
         if command in _COMPUTES:
+            check_environment()
+        if command in _QUIET:
             quiet()
         COMMANDS[command](options, overrides)
     else:

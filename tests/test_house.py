@@ -17,7 +17,7 @@ RECIPES = PACKAGE.parent / "recipes"  # installed as llmkd_recipes
 LAYERS = (
     "__init__ console files batch head",
     "errors signals",
-    "config model_files",
+    "config model_files environment",
     "losses models data",
     "teachers",
     "output",

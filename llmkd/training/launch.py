@@ -1,29 +1,43 @@
-"""Starts the Accelerator, and checks that as many processes joined as the launcher announced."""
+"""Starts the Accelerator, and checks that as many processes joined as the launcher announced and that nothing else changes what is computed."""
 
 import os
 
+from ..console import warn
+from ..environment import check_environment
 from ..errors import UserError
+from .process_state import check_accelerator, check_process_state
 
 
 def start():
-    """The Accelerator. UserError unless it has WORLD_SIZE processes."""
+    """The Accelerator. UserError unless it has WORLD_SIZE processes, and where the environment would change what is computed."""
     asked = int(os.environ.get("WORLD_SIZE", "1"))
     if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ and "ACCELERATE_USE_CPU" in os.environ:
         raise UserError(
             "accelerate launch --cpu starts one process, whatever --num_processes says; use accelerate launch --multi_gpu --num_processes N, also without a GPU"
         )
+    check_environment()
     from datetime import timedelta
 
     import torch
     from accelerate import Accelerator
-    from accelerate.utils import DistributedDataParallelKwargs, InitProcessGroupKwargs
+    from accelerate.utils import DistributedDataParallelKwargs, GradientAccumulationPlugin, InitProcessGroupKwargs
 
+    check_process_state()
     if not torch.cuda.is_available() and "ACCELERATE_MIXED_PRECISION" in os.environ:  # accelerate launch sets OMP_NUM_THREADS=1
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
     handlers = [DistributedDataParallelKwargs(broadcast_buffers=False), InitProcessGroupKwargs(timeout=timedelta(minutes=10))]
-    accelerator = Accelerator(cpu=not torch.cuda.is_available(), mixed_precision="no", kwargs_handlers=handlers)
+    once = GradientAccumulationPlugin(num_steps=1)  # Oddity: without it the environment's number comes before an argument
+    try:
+        accelerator = Accelerator(
+            cpu=not torch.cuda.is_available(), mixed_precision="no", gradient_accumulation_plugin=once, kwargs_handlers=handlers
+        )
+    except ValueError as error:
+        raise UserError(f"Accelerate does not start: {error}") from error
+    check_accelerator(accelerator)
     if accelerator.num_processes != asked:
         raise UserError(
             f"{asked} processes were requested, but {accelerator.num_processes} joined; start with accelerate launch --num_processes {asked} or torchrun"
         )
+    if torch.cuda.is_available() and accelerator.device.type == "cpu":
+        warn("note: ACCELERATE_USE_CPU (use_cpu in Accelerate's config file) is set, so this computes on the CPU, although there is a GPU")
     return accelerator

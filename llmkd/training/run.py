@@ -4,16 +4,20 @@ import contextlib
 
 from ..config.recipe import Recipe
 from ..console import first_process, info
+from ..environment import check_environment
 from ..errors import NonFinite, Stopped
 from ..output import hub_upload, trackers
 from ..output.run_folder import RunFolder
 from .launch import start
 from .prepare import prepare
+from .process_state import check_process_state
 from .shutdown import ShutdownRequest
 
 
 def run(recipe: Recipe, resume: bool = False, stop: ShutdownRequest | None = None) -> dict:
     """Train, and return the run's summary. Raises UserError, NonFinite or Stopped. `stop`: the handler of signals, if one is installed already."""
+    check_environment()
+    check_process_state()
     folder = RunFolder(recipe, resume)
     folder.check()
     hub_upload.check(recipe.push_to_hub)

@@ -1,0 +1,254 @@
+"""Environment variables of Accelerate, torch and transformers that could change what is computed: each is refused, said, or known to be harmless.
+
+`accelerate launch` hands the settings of its config file to a run as such variables, so the table covers that file too. What a
+program (a notebook, sitecustomize) has set in torch itself is checked in `training/process_state.py`. No torch here.
+"""
+
+import fnmatch
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from .console import info
+from .errors import UserError
+
+REFUSED, SAID, HARMLESS = "refused", "said", "harmless"
+_OFF = ("0", "false", "no", "off", "n", "f")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What is done about variables.
+
+    names    patterns of their names, as in fnmatch. The first rule that fits a name is the one that counts
+    kind     REFUSED: a UserError; SAID: it has its effect, and a run says so; HARMLESS: nothing that is computed depends on it
+    why      its effect; of a harmless one, why there is none
+    fix      what to do about a refused one
+    allowed  values, in lower case, that change nothing, beside the empty one
+    """
+
+    names: tuple[str, ...]
+    kind: str
+    why: str
+    fix: str = ""
+    allowed: tuple[str, ...] = ()
+
+
+_DATA_PARALLEL = "llmkd shares the batch between processes and nothing else"
+_PLAIN_LAUNCH = "start with accelerate launch --multi_gpu, or leave the section out of Accelerate's config file"
+RULES = (
+    # Accelerate, and its config file by way of accelerate launch
+    Rule(
+        ("ACCELERATE_GRADIENT_ACCUMULATION_STEPS",),
+        REFUSED,
+        "Accelerate would divide every gradient by it; here train.batch_size and train.micro_batch_size set the accumulation",
+        "unset it, or give 1 in Accelerate's config file (accelerate launch --gradient_accumulation_steps 1)",
+        ("1",),
+    ),
+    Rule(
+        ("ACCELERATE_GRADIENT_CLIPPING",),
+        REFUSED,
+        "gradients are clipped by optim.max_grad_norm",
+        "unset it, or take gradient_clipping out of Accelerate's config file",
+        ("none",),
+    ),
+    Rule(
+        ("ACCELERATE_MIXED_PRECISION",),
+        REFUSED,
+        "the types of numbers are set by student.dtype, student.mixed_precision and teacher.dtype",
+        "unset it, or give no in Accelerate's config file (accelerate launch --mixed_precision no)",
+        ("no",),
+    ),
+    Rule(
+        ("ACCELERATE_DYNAMO_BACKEND",),
+        REFUSED,
+        "layers are compiled by train.compile; Accelerate would also allow TF32",
+        "unset it, or give no in Accelerate's config file (accelerate launch --dynamo_backend no)",
+        ("no",),
+    ),
+    Rule(("ACCELERATE_DYNAMO_*",), HARMLESS, "read with a backend alone, which is refused"),
+    Rule(("ACCELERATE_USE_DEEPSPEED",), REFUSED, f"{_DATA_PARALLEL}, so there is no DeepSpeed", _PLAIN_LAUNCH, _OFF),
+    Rule(("ACCELERATE_USE_FSDP",), REFUSED, f"{_DATA_PARALLEL}, so there is no FSDP", _PLAIN_LAUNCH, _OFF),
+    Rule(("ACCELERATE_USE_MEGATRON_LM",), REFUSED, f"{_DATA_PARALLEL}, so there is no Megatron-LM", _PLAIN_LAUNCH, _OFF),
+    Rule(
+        ("ACCELERATE_USE_PARALLELISM_CONFIG",),
+        REFUSED,
+        f"{_DATA_PARALLEL}, so there is no tensor, context or sequence parallelism",
+        _PLAIN_LAUNCH,
+        _OFF,
+    ),
+    Rule(("ACCELERATE_USE_SAGEMAKER",), REFUSED, "llmkd does not run under SageMaker's launcher", _PLAIN_LAUNCH, _OFF),
+    Rule(
+        (
+            "ACCELERATE_DEEPSPEED_*",
+            "ACCELERATE_CONFIG_DS_FIELDS",
+            "FSDP_*",
+            "MEGATRON_LM_*",
+            "PARALLELISM_CONFIG_*",
+            "ACCELERATE_SAGEMAKER_*",
+        ),
+        HARMLESS,
+        "options of what is refused by ACCELERATE_USE_...",
+    ),
+    Rule(("ACCELERATE_FP8_*", "FP8_*"), HARMLESS, "read with mixed precision fp8 alone, which is refused"),
+    Rule(
+        ("ACCELERATE_TORCH_DEVICE",),
+        REFUSED,
+        "every process would compute on that one device",
+        "unset it, and choose GPUs by CUDA_VISIBLE_DEVICES",
+    ),
+    Rule(("ACCELERATE_USE_CPU",), HARMLESS, "it chooses the device; a run on the CPU of a machine with a GPU says so"),
+    Rule(
+        ("ACCELERATE_DOWNCAST_BF16", "XLA_*", "USE_TORCH_XLA", "ACCELERATE_IN_TPU_POD", "PJRT_DEVICE"),
+        HARMLESS,
+        "for TPUs, on which llmkd does not start",
+    ),
+    Rule(
+        ("ACCELERATE_BYPASS_DEVICE_MAP", "ACCELERATE_INIT_INCLUDE_BUFFERS", "ACCELERATE_ALLOW_CP_STANDALONE"),
+        HARMLESS,
+        "for ways to load or shard a model that llmkd does not use",
+    ),
+    Rule(
+        (
+            "ACCELERATE_DEBUG_MODE",
+            "ACCELERATE_DEBUG_RDV_FILE",
+            "ACCELERATE_LOG_LEVEL",
+            "ACCELERATE_ENABLE_RICH",
+            "ACCELERATE_NUM_PROCESSES",
+        ),
+        HARMLESS,
+        "checks and messages",
+    ),
+    Rule(("ACCELERATE_CPU_AFFINITY", "FORK_LAUNCHED"), HARMLESS, "where processes run; the number of threads is OMP_NUM_THREADS"),
+    Rule(("ACCELERATE_*",), SAID, "not known to llmkd"),
+    # precision of matrix products
+    Rule(
+        ("TORCH_ALLOW_TF32_CUBLAS_OVERRIDE",),
+        REFUSED,
+        "float32 products would be rounded to TF32, the loss's too",
+        "unset it; student.mixed_precision: bf16 makes a run faster and leaves the loss alone",
+        ("0",),
+    ),
+    Rule(
+        ("NVIDIA_TF32_OVERRIDE",),
+        REFUSED,
+        "float32 products would be rounded to TF32, the loss's too",
+        "unset it; student.mixed_precision: bf16 makes a run faster and leaves the loss alone",
+        ("0",),
+    ),
+    Rule(
+        ("ONEDNN_DEFAULT_FPMATH_MODE", "DNNL_DEFAULT_FPMATH_MODE"),
+        REFUSED,
+        "float32 products on a CPU would be rounded to a shorter type, the loss's too",
+        "unset it, or give strict",
+        ("strict",),
+    ),
+    Rule(
+        ("MKL_BLAS_COMPUTE_MODE",),
+        REFUSED,
+        "float32 products would be rounded to a shorter type, the loss's too",
+        "unset it, or give STANDARD",
+        ("standard",),
+    ),
+    Rule(("TRITON_F32_DEFAULT",), REFUSED, "float32 products of Triton kernels would be rounded", "unset it, or give ieee", ("ieee",)),
+    Rule(("TRITON_KERNEL_OVERRIDE",), REFUSED, "kernels would be replaced by others", "unset it", _OFF),
+    # another rounding or another kernel
+    Rule(
+        ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA", "ONEDNN_CPU_ISA_HINTS", "DNNL_CPU_ISA_HINTS"),
+        SAID,
+        "other CPU instructions, so another rounding",
+    ),
+    Rule(
+        ("MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "MKL_DEBUG_CPU_TYPE", "MKL_DISABLE_FAST_MM", "OPENBLAS_CORETYPE", "GLIBC_TUNABLES"),
+        SAID,
+        "other CPU instructions, so another rounding",
+    ),
+    Rule(
+        ("TORCH_MKLDNN_MATMUL_*", "TORCH_LINEAR_FLATTEN_3D", "TORCH_BLAS_PREFER_*", "TORCH_LINALG_PREFER_*", "TORCH_CUDNN_*"),
+        SAID,
+        "another library for matrix products, so another rounding",
+    ),
+    Rule(
+        ("CUBLAS_WORKSPACE_CONFIG", "CUBLASLT_WORKSPACE_SIZE", "PYTORCH_TUNABLEOP_*", "BNB_CUDA_VERSION", "BNB_ROCM_VERSION"),
+        SAID,
+        "another choice of GPU kernels, so another rounding",
+    ),
+    Rule(
+        ("FLASH_ATTENTION_DETERMINISTIC", "TRANSFORMERS_SDPA_FORCE_GQA", "TRANSFORMERS_DISABLE_DEEPGEMM_LINEAR", "PYTORCH_JIT"),
+        SAID,
+        "another kernel of transformers or torch, so another rounding",
+    ),
+    Rule(
+        ("USE_HUB_KERNELS",),
+        SAID,
+        "transformers may fetch kernels, which are programs, from the hub; llmkd sets NO where nothing is set",
+        allowed=(*_OFF,),
+    ),
+    Rule(
+        ("NCCL_ALGO", "NCCL_PROTO", "NCCL_NVLS_ENABLE", "NCCL_COLLNET_ENABLE"), SAID, "another order of sums over GPUs, so another rounding"
+    ),
+    Rule(
+        (
+            "TORCHINDUCTOR_CACHE_DIR",
+            "TORCHINDUCTOR_COMPILE_THREADS",
+            "TORCHINDUCTOR_WORKER_*",
+            "TORCHINDUCTOR_FX_GRAPH_CACHE",
+            "TORCH_COMPILE_JOB_ID",
+        ),
+        HARMLESS,
+        "where and how fast torch.compile compiles",
+    ),
+    Rule(
+        ("TORCHINDUCTOR_*", "TORCHDYNAMO_*", "TORCH_DYNAMO_*", "TORCH_COMPILE_*"),
+        SAID,
+        "a setting of torch.compile; train.compile compares compiled layers with plain ones at the start",
+    ),
+    Rule(
+        ("TRITON_DEFAULT_FP_FUSION", "TRITON_FORCE_DISABLE_FP_FUSION", "DISABLE_PTXAS_OPT", "PTXAS_OPTIONS", "DISABLE_LLVM_OPT"),
+        SAID,
+        "a setting of Triton's compiler; the kernel is compared with plain PyTorch at the start",
+    ),
+    # known to be harmless
+    Rule(
+        ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "MKL_DYNAMIC", "OMP_DYNAMIC"),
+        HARMLESS,
+        "threads: a resumed run is bitwise the same on as many",
+    ),
+    Rule(("TOKENIZERS_PARALLELISM", "RAYON_NUM_THREADS", "HF_DATASETS_IN_MEMORY_MAX_SIZE"), HARMLESS, "speed; order and content stay"),
+    Rule(
+        ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_NO_CUDA_MEMORY_CACHING", "CUDA_LAUNCH_BLOCKING"),
+        HARMLESS,
+        "memory and order of launch",
+    ),
+    Rule(("TORCH_FORCE_NO_WEIGHTS_ONLY_LOAD", "TORCH_FORCE_WEIGHTS_ONLY_LOAD"), HARMLESS, "for pickled files, and llmkd reads none"),
+    Rule(("PYTHONHASHSEED",), HARMLESS, "nothing depends on the order of a set"),
+)
+
+
+def rule_for(name: str) -> Rule | None:
+    """The first rule that fits the name of a variable."""
+    return next((rule for rule in RULES if any(fnmatch.fnmatchcase(name, pattern) for pattern in rule.names)), None)
+
+
+def check_environment(variables: Mapping[str, str] = os.environ) -> None:
+    """UserError that names every variable that is refused; a message, once a process, for each that has an effect."""
+    refused = [line for rule, line in _effective(variables) if rule.kind == REFUSED]
+    if refused:
+        raise UserError(*refused)
+    for _, line in _effective(variables):
+        if line not in _said:
+            _said.add(line)
+            info(f"environment: {line}")
+    os.environ.setdefault("USE_HUB_KERNELS", "NO")  # read when transformers is imported
+
+
+_said: set[str] = set()
+
+
+def _effective(variables: Mapping[str, str]) -> Iterator[tuple[Rule, str]]:
+    """The variables that are refused or said, each with its line."""
+    for name in sorted(variables):
+        rule, value = rule_for(name), variables[name]
+        if rule is None or rule.kind == HARMLESS or value.strip().lower() in ("", *rule.allowed):
+            continue
+        yield rule, f"{name}: found {value}; {rule.why}" + (f"; {rule.fix}" if rule.fix else "")
