@@ -1,0 +1,235 @@
+"""Which settings a resumed run may change: every setting of a recipe with two values, and whether `--resume` takes the second for the first."""
+
+from pathlib import Path
+
+import pytest
+
+from llmkd.config import loader
+from llmkd.config.schema import describe
+from llmkd.errors import UserError
+from llmkd.output.run_folder import RunFolder
+
+PLAIN = {
+    "student.model": "models/student",
+    "teacher.model": "models/teacher",
+    "data.train.path": "rows.jsonl",
+    "data.validation.path": "held.jsonl",
+}
+NF4 = {"type": "nf4"}
+FROM_HUB = {"data.train.path": "owner/rows", "data.validation.path": "owner/rows"}
+CHAT = {"data.train.format": "chat", "data.validation.format": "chat"}
+CACHE = {"teacher.cache.path": "caches/one"}
+TWO = [{"model": "models/teacher", "name": "a"}, {"model": "models/other", "name": "b"}]
+SEVERAL = {"teacher": TWO}
+CHOICES = {"data.choices.path": "questions.jsonl"}
+
+#: (settings that both runs have, {setting: (its value before, its value now)}); None stands for null.
+REFUSED = [
+    (
+        {},
+        {
+            "seed": (0, 1),
+            "student.model": ("models/student", "models/other"),
+            "student.revision": (None, "main"),
+            "student.base": (None, "models/base"),
+            "student.tokenizer": (None, "models/tokenizer"),
+            "student.method": ("lora", "full"),
+            "student.quantization": (None, NF4),
+            "student.dtype": ("auto", "float32"),
+            "student.attention": ("auto", "eager"),
+            "student.mixed_precision": ("no", "bf16"),
+            "student.lora.rank": (16, 8),
+            "student.lora.alpha": (32.0, 16.0),
+            "student.lora.dropout": (0.0, 0.1),
+            "student.lora.target_modules": ("all-linear", ["q_proj"]),
+            "student.lora.modules_to_save": ([], ["lm_head"]),
+            "student.lora.rslora": (False, True),
+            "student.lora.dora": (False, True),
+            "teacher": ({"model": "models/teacher"}, TWO),
+            "teacher.name": (None, "a"),
+            "teacher.model": ("models/teacher", "models/other"),
+            "teacher.revision": (None, "main"),
+            "teacher.base": (None, "models/base"),
+            "teacher.quantization": (None, NF4),
+            "teacher.merge_adapter": (False, True),
+            "teacher.dtype": ("auto", "float32"),
+            "teacher.attention": ("auto", "eager"),
+            "teacher.cache": (None, {"path": "caches/one"}),
+            "data.train": ({"path": "rows.jsonl"}, [{"path": "rows.jsonl"}, {"path": "more.jsonl"}]),
+            "data.train.path": ("rows.jsonl", "more.jsonl"),
+            "data.train.format": ("alpaca", "text"),
+            "data.train.fields": ({}, {"output": "answer"}),
+            "data.train.chat_template": (False, True),
+            "data.train.limit": (None, 5),
+            "data.train.weight": (1.0, 2.0),
+            "data.validation": ({"path": "held.jsonl"}, [{"path": "held.jsonl"}, {"path": "more.jsonl"}]),
+            "data.validation.path": ("held.jsonl", "more.jsonl"),
+            "data.validation.format": ("alpaca", "text"),
+            "data.validation.fields": ({}, {"output": "answer"}),
+            "data.validation.chat_template": (False, True),
+            "data.validation.limit": (None, 5),
+            "data.max_length": (512, 256),
+            "data.too_long": ("drop", "truncate"),
+            "data.train_on_input": (False, True),
+            "data.teacher_context": (None, "Be brief."),
+            "data.shuffle_buffer": (10_000, 100),
+            "loss.kd_ratio": (0.5, 0.9),
+            "loss.divergence": ("forward_kl", "reverse_kl"),
+            "loss.temperature": (1.0, 2.0),
+            "optim.name": ("adamw", "adamw_8bit"),
+            "optim.lr": (2e-4, 1e-4),
+            "optim.weight_decay": (0.0, 0.1),
+            "optim.betas": ([0.9, 0.999], [0.9, 0.95]),
+            "optim.eps": (1e-8, 1e-6),
+            "optim.max_grad_norm": (1.0, None),
+            "optim.schedule": ("cosine", "linear"),
+            "optim.warmup_steps": (None, 2),
+            "optim.warmup_ratio": (None, 0.1),
+            "optim.min_lr_ratio": (0.0, 0.1),
+            "train.batch_size": (32, 16),
+            "train.epochs": (1, 2),
+            "train.group_by_length": (1, 4),
+        },
+    ),
+    ({"student.lora": None, "student.method": "full"}, {"student.lora": (None, {"rank": 4})}),
+    (
+        {"student.model": None, "student.method": "full", "student.tokenizer": "models/tokenizer"},
+        {"student.architecture": ({"model_type": "llama"}, {"model_type": "llama", "hidden_size": 64})},
+    ),
+    (
+        {"student.quantization": NF4},
+        {
+            "student.quantization.type": ("nf4", "fp4"),
+            "student.quantization.double_quant": (True, False),
+            "student.quantization.compute_dtype": ("auto", "float32"),
+        },
+    ),
+    (
+        {"teacher.quantization": NF4},
+        {
+            "teacher.quantization.type": ("nf4", "int8"),
+            "teacher.quantization.double_quant": (True, False),
+            "teacher.quantization.compute_dtype": ("auto", "float32"),
+        },
+    ),
+    (CACHE, {"teacher.cache.path": ("caches/one", "caches/two"), "teacher.cache.kind": (None, "topk"), "teacher.cache.k": (None, 8)}),
+    (
+        CACHE,
+        {
+            "teacher.cache.value_bits": (None, 6),
+            "teacher.cache.num_samples": (None, 7),
+            "teacher.cache.temperature": (None, 1.0),
+            "teacher.cache.seed": (None, 3),
+            "teacher.cache.hidden_dtype": (None, "float32"),
+        },
+    ),
+    (
+        SEVERAL,
+        {
+            "teacher.1.weight": (1.0, 2.0),
+            "mixture.combine": ("probabilities", "log_probabilities"),
+            "mixture.weights": ("fixed", "confidence"),
+            "data.train.teacher": (None, "a"),
+            "data.validation.teacher": (None, "b"),
+        },
+    ),
+    (CHAT, {"data.train.roles": ({}, {"user": "human"}), "data.validation.roles": ({}, {"user": "human"})}),
+    (
+        FROM_HUB,
+        {f"data.{part}.{name}": value for part in ("train", "validation") for name, value in (("name", (None, "en")), ("revision", (None, "v1")))},
+    ),
+    (FROM_HUB, {f"data.{part}.split": ("train", "test") for part in ("train", "validation")}),
+    (
+        {"data.train.limit": 9, "data.validation.limit": 9},
+        {"data.train.seed": (None, 1), "data.validation.seed": (None, 1)},
+    ),
+    ({"data.validation": None}, {"data.validation_fraction": (0.1, 0.2)}),
+    ({"train.max_steps": 5}, {"data.streaming": (False, True)}),
+    ({"train.epochs": None}, {"train.max_steps": (5, 6)}),
+    ({"loss.divergence": "generalized_jsd"}, {"loss.divergence_options": ({"beta": 0.5}, {"beta": 0.25})}),
+]
+ACCEPTED = [
+    (
+        {},
+        {
+            "output_dir": ("out", "moved"),
+            "student.gradient_checkpointing": (False, 0.5),
+            "teacher.share_base": (True, False),
+            "teacher.device": (None, "cpu"),
+            "data.choices": (None, {"path": "questions.jsonl"}),
+            "data.packing": (False, True),
+            "data.cache_dir": (None, "tokens"),
+            "loss.chunk_size": (None, 7),
+            "train.micro_batch_size": (4, 2),
+            "train.log_every": (1, 5),
+            "train.compile": (False, True),
+            "validation.every": (None, 3),
+            "validation.micro_batch_size": (8, 2),
+            "validation.teacher_check": (64, 0),
+            "checkpoint.every": (None, 3),
+            "checkpoint.keep": (2, 1),
+            "checkpoint.best_by": (None, "ce"),
+            "report_to": ([], ["tensorboard"]),
+            "push_to_hub": (None, {"repo": "owner/name"}),
+        },
+    ),
+    ({"train.micro_batch_size": None}, {"train.micro_batch_tokens": (100, "auto")}),
+    ({"data.packing": True}, {"data.share_prefixes": (False, True)}),
+    ({"push_to_hub.repo": "owner/name"}, {"push_to_hub.repo": ("owner/name", "owner/other"), "push_to_hub.private": (True, False)}),
+    (
+        CHOICES,
+        {
+            "data.choices.path": ("questions.jsonl", "others.jsonl"),
+            "data.choices.format": ("alpaca", "prompt_completion"),
+            "data.choices.fields": ({}, {"choices": "options"}),
+            "data.choices.chat_template": (False, True),
+            "data.choices.name": (None, "en"),
+            "data.choices.split": ("train", "test"),
+            "data.choices.revision": (None, "v1"),
+            "data.choices.limit": (None, 5),
+        },
+    ),
+    (CHOICES | {"data.choices.limit": 9}, {"data.choices.seed": (None, 1)}),
+    (CHOICES | {"data.choices.format": "prompt_completion"}, {"data.choices.roles": ({}, {"user": "human"})}),
+]
+#: Settings that a recipe may name, but for which it accepts no value than the default: there is nothing to change.
+ONE_VALUE = {"data.validation.weight", "data.choices.weight", "data.choices.teacher"}
+
+TABLE = [(setting, common, *values, taken) for table, taken in ((REFUSED, False), (ACCEPTED, True)) for common, part in table for setting, values in part.items()]
+
+
+def without_numbers(setting: str) -> str:
+    return ".".join(part for part in setting.split(".") if not part.isdigit())
+
+
+def test_the_table_is_complete():
+    """A new setting fails here until it says what a resumed run makes of another value."""
+    settings = [path for path, *_ in describe()]
+    listed = [without_numbers(setting) for setting, *_ in TABLE]
+    assert sorted([*listed, *ONE_VALUE]) == sorted(settings)
+
+
+@pytest.mark.parametrize(("setting", "common", "before", "now", "taken"), TABLE, ids=[one[0] for one in TABLE])
+def test_a_resumed_run_takes_or_refuses_another_value(setting, common, before, now, taken, tmp_path):
+    (tmp_path / "recipe.yaml").write_text("output_dir: out")
+    folder = RunFolder(recipe(tmp_path, common, setting, now), True)
+    (tmp_path / "recipe.yaml").write_text(loader.dump(recipe(tmp_path, common, setting, before)))
+    folder.path = tmp_path
+    if taken:
+        folder.check()
+        return
+    with pytest.raises(UserError) as refused:
+        folder.check()
+    named = {problem.partition(": ")[0] for problem in refused.value.problems}
+    inside = {name for name in named if f"{name}.".startswith(f"{setting}.")}
+    assert inside and all("in the run that is to be resumed" in problem for problem in refused.value.problems)
+    assert all(setting == "student.method" and name.startswith("student.lora") for name in named - inside)  # whose default is filled in
+
+
+def recipe(folder: Path, common: dict, setting: str, value):
+    """PLAIN with the settings of a group and one more."""
+    unset = [f"{path}." for path, given in common.items() if given is None or isinstance(given, list)]
+    plain = {path: given for path, given in PLAIN.items() if not f"{path}.".startswith((f"{setting}.", *unset))}
+    # a section before what is in it, and a null that unsets something before what takes its place
+    changes = sorted(({**plain, **common, setting: value}).items(), key=lambda one: (one[0].count("."), one[1] is not None))
+    return loader.load_recipe(folder / "recipe.yaml", dict(changes))
