@@ -49,7 +49,9 @@ def main() -> int:
 
 def plant(copies: list[Copy], faults: dict[str, Fault], chosen: argparse.Namespace) -> int:
     if not chosen.unchecked:
-        clean = copies[0].run(sorted({node for fault in faults.values() for node in fault.nodes}), 60 + len(faults) * chosen.limit, first=False)
+        clean = copies[0].run(
+            sorted({node for fault in faults.values() for node in fault.nodes}), 60 + len(faults) * chosen.limit, first=False
+        )
         print(f"without a fault: {clean.name}, {clean.seconds:.0f} s", flush=True)
         if clean.name != "passed":
             print(clean.output[-6000:])

@@ -14,7 +14,16 @@ from .fault import REPO, Fault
 
 FOLDERS = ("llmkd", "eval", "recipes", "tests", "docs", "examples")
 #: What every test needs and no fault is in: imported once, before the processes are forked.
-HEAVY = ("torch", "transformers", "transformers.models.llama.modeling_llama", "peft", "accelerate", "pytest", "pydantic", "safetensors.torch")
+HEAVY = (
+    "torch",
+    "transformers",
+    "transformers.models.llama.modeling_llama",
+    "peft",
+    "accelerate",
+    "pytest",
+    "pydantic",
+    "safetensors.torch",
+)
 
 
 @dataclass(frozen=True)
@@ -86,7 +95,15 @@ class Copy:
                 del sys.modules[name]
             import pytest
 
-            options = ["-q", "-p", "no:cacheprovider", f"--basetemp={self.scratch / 'tmp'}", "--rootdir", str(self.root), "-x" if first else "-ra"]
+            options = [
+                "-q",
+                "-p",
+                "no:cacheprovider",
+                f"--basetemp={self.scratch / 'tmp'}",
+                "--rootdir",
+                str(self.root),
+                "-x" if first else "-ra",
+            ]
             code = int(pytest.main([*options, *nodes]))
         finally:
             sys.stdout.flush()

@@ -136,7 +136,11 @@ REFUSED = [
     (CHAT, {"data.train.roles": ({}, {"user": "human"}), "data.validation.roles": ({}, {"user": "human"})}),
     (
         FROM_HUB,
-        {f"data.{part}.{name}": value for part in ("train", "validation") for name, value in (("name", (None, "en")), ("revision", (None, "v1")))},
+        {
+            f"data.{part}.{name}": value
+            for part in ("train", "validation")
+            for name, value in (("name", (None, "en")), ("revision", (None, "v1")))
+        },
     ),
     (FROM_HUB, {f"data.{part}.split": ("train", "test") for part in ("train", "validation")}),
     (
@@ -195,7 +199,12 @@ ACCEPTED = [
 #: Settings that a recipe may name, but for which it accepts no value than the default: there is nothing to change.
 ONE_VALUE = {"data.validation.weight", "data.choices.weight", "data.choices.teacher"}
 
-TABLE = [(setting, common, *values, taken) for table, taken in ((REFUSED, False), (ACCEPTED, True)) for common, part in table for setting, values in part.items()]
+TABLE = [
+    (setting, common, *values, taken)
+    for table, taken in ((REFUSED, False), (ACCEPTED, True))
+    for common, part in table
+    for setting, values in part.items()
+]
 
 
 def without_numbers(setting: str) -> str:

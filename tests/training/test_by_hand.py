@@ -1,0 +1,150 @@
+"""Whole runs, step by step, beside a loop written out here: plain torch, the logits of transformers, and nothing of llmkd's training.
+
+Of llmkd it takes what the run reads (which examples are in which step, their ids and marks, the adapter's first values), and what the
+run leaves: metrics.jsonl and a checkpoint of every step.
+"""
+
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from llmkd.files import read_jsonl
+from llmkd.training.prepare import prepare
+from llmkd.training.run import run
+from tests.kit.models import load_student
+
+#: Relative to the largest entry, in float64. Every bound is a thousand times or more what is found.
+BOUND = 1e-9
+#: Six steps: two epochs of 20 rows, of which the last step of each has four.
+COMMON = {"data__train__limit": 20, "train__epochs": 2, "checkpoint__every": 1, "checkpoint__keep": 99, "validation__teacher_check": 0}
+TOTAL = 6
+
+
+def optim(**settings) -> dict:
+    return {f"optim__{name}": value for name, value in ({"warmup_steps": None, "weight_decay": 0.0} | settings).items()}
+
+
+RUNS = {
+    "cosine, warm-up, clipped, lora": (
+        {"loss__temperature": 2.0, "loss__kd_ratio": 0.7},
+        optim(schedule="cosine", warmup_steps=2, min_lr_ratio=0.1, max_grad_norm=0.05, weight_decay=0.1, betas=(0.8, 0.95), eps=1e-6),
+    ),
+    "linear, warm-up by ratio, clipped, full": (
+        {"student__method": "full", "loss__temperature": 0.5},
+        optim(schedule="linear", warmup_ratio=0.3, min_lr_ratio=0.2, max_grad_norm=0.3, weight_decay=0.3, betas=(0.5, 0.9), eps=1e-4),
+    ),
+    "constant, never clipped, full": ({"student__method": "full", "loss__kd_ratio": 0.2}, optim(schedule="constant", max_grad_norm=None)),
+    "constant, warm-up, lora": ({"student__lora": {"rank": 3, "alpha": 12.0}}, optim(schedule="constant", warmup_steps=3, eps=1e-5)),
+    "linear, no warm-up, rslora, reverse": (
+        {"student__lora": {"rank": 4, "rslora": True}, "loss__divergence": "reverse_kl", "loss__temperature": 3.0},
+        optim(schedule="linear", weight_decay=0.01, max_grad_norm=1e6, eps=1e-5),
+    ),
+    "cosine, warm-up by ratio, full, no teacher": (
+        {"student__method": "full", "teacher": None},
+        optim(schedule="cosine", warmup_ratio=0.5, weight_decay=0.5, max_grad_norm=0.5),
+    ),
+}
+
+
+def rate(step: int, optim) -> float:
+    """Up to `lr` in equal strides, the last of which ends after the warm-up; then down to the least, which a step after the last would have."""
+    warmup = optim.warmup_steps or math.ceil((optim.warmup_ratio or 0) * TOTAL)
+    if step <= warmup:
+        return optim.lr * step / (warmup + 1)
+    least, way = optim.lr * optim.min_lr_ratio, (step - 1 - warmup) / (TOTAL - warmup)
+    if optim.schedule == "linear":
+        return optim.lr + (least - optim.lr) * way
+    return optim.lr if optim.schedule == "constant" else least + (optim.lr - least) * (1 + math.cos(math.pi * way)) / 2
+
+
+class Student:
+    """Weights of a base model, and with LoRA the adapter's: W + scale B A."""
+
+    def __init__(self, recipe, vocab: int):
+        from transformers import LlamaForCausalLM
+
+        self.base = LlamaForCausalLM.from_pretrained(recipe.student.model)
+        self.whole = dict(self.base.named_parameters())
+        self.lora = recipe.student.lora if recipe.student.method == "lora" else None
+        first = load_student(recipe.student, vocab, "cpu", recipe.seed).trainable() if self.lora else self.whole
+        self.trained = {name: p.detach().clone().requires_grad_() for name, p in first.items()}
+
+    def logits(self, ids: torch.Tensor) -> torch.Tensor:
+        weights = self.trained
+        if self.lora:
+            scale, weights = self.lora.alpha / (math.sqrt(self.lora.rank) if self.lora.rslora else self.lora.rank), dict(self.whole)
+            for name, a in self.trained.items():
+                if ".lora_A." in name:
+                    own = name.removeprefix("base_model.model.").replace(".lora_A.default", "")
+                    weights[own] = self.whole[own].detach() + scale * self.trained[name.replace("lora_A", "lora_B")] @ a
+        return torch.func.functional_call(self.base, weights, (ids[None],)).logits[0]
+
+
+def by_hand(recipe):
+    """Each step's loss, cross-entropy, divergence, gradient norm, learning rate, and the weights after it."""
+    from peft import PeftModel
+    from transformers import LlamaForCausalLM
+
+    prepared = prepare(recipe)
+    student, teacher = Student(recipe, prepared.vocab), None
+    if recipe.teacher:
+        adapter = Path(recipe.teacher.model)
+        teacher = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(adapter.parent / "teacher"), adapter).eval()
+    m = {name: torch.zeros_like(p) for name, p in student.trained.items()}
+    v = {name: torch.zeros_like(p) for name, p in student.trained.items()}
+    optim, ratio, T = recipe.optim, recipe.loss.kd_ratio, recipe.loss.temperature
+    for step, _, examples in prepared.source.plan.steps(0):
+        ce, kd, count = [], [], 0
+        for ids, mask in map(prepared.train.example, examples):
+            ids, at = torch.from_numpy(ids).long(), torch.from_numpy(mask).nonzero()[:, 0]
+            z = student.logits(ids)[at - 1]
+            ce.append(-z.log_softmax(-1)[torch.arange(len(at)), ids[at]].sum())
+            count += len(at)
+            if teacher:
+                with torch.no_grad():
+                    log_p = (teacher(ids[None]).logits[0][at - 1] / T).log_softmax(-1)
+                log_q = (z / T).log_softmax(-1)
+                a, b = (log_q, log_p) if recipe.loss.divergence == "reverse_kl" else (log_p, log_q)
+                kd.append(T**2 * (a.exp() * (a - b)).sum())
+        found = {"ce": sum(ce) / count} | ({"kd": sum(kd) / count} if teacher else {})
+        found["loss"] = (1 - ratio) * found["ce"] + ratio * found["kd"] if teacher else found["ce"]
+        grads = dict(zip(student.trained, torch.autograd.grad(found["loss"], list(student.trained.values())), strict=True))
+        norm = math.sqrt(sum(g.square().sum().item() for g in grads.values()))
+        lr, clip = rate(step, optim), 1.0
+        if optim.max_grad_norm is not None and norm > optim.max_grad_norm:
+            clip = optim.max_grad_norm / (norm + 1e-6)  # torch's clipping has this term
+        with torch.no_grad():
+            for name, p in student.trained.items():
+                g, (b1, b2) = clip * grads[name], optim.betas
+                m[name] = b1 * m[name] + (1 - b1) * g
+                v[name] = b2 * v[name] + (1 - b2) * g * g
+                decay = optim.weight_decay if p.dim() > 1 else 0.0  # norms go without
+                p -= lr * decay * p + lr * (m[name] / (1 - b1**step)) / ((v[name] / (1 - b2**step)).sqrt() + optim.eps)
+        yield {name: value.item() for name, value in found.items()} | {"grad_norm": norm, "lr": lr, "targets": count}, student.trained
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_every_step_is_the_one_worked_out_by_hand(make_recipe, tmp_path, name):
+    settings, optim = RUNS[name]
+    recipe = make_recipe(**COMMON, **settings, **optim)
+    run(recipe)
+    records = [record for record in read_jsonl(tmp_path / "out/metrics.jsonl") if "loss" in record]
+    clipped = []
+    for step, (expected, weights) in enumerate(by_hand(recipe), 1):
+        record = records[step - 1]
+        assert record["step"] == step and ("kd" in record) == ("kd" in expected)
+        for key, value in expected.items():
+            assert record[key] == pytest.approx(value, rel=BOUND, abs=0), (step, key)
+        clipped.append(recipe.optim.max_grad_norm is not None and expected["grad_norm"] > recipe.optim.max_grad_norm)
+        saved = load_file(tmp_path / f"out/checkpoints/step-{step}/student.safetensors")
+        assert saved.keys() == weights.keys()
+        for key, p in weights.items():
+            assert (saved[key] - p).abs().max() <= BOUND * p.abs().max(), (step, key)
+    assert len(records) == step == TOTAL
+    if "never" in name or "no warm-up" in name:
+        assert not any(clipped)
+    elif "clipped" in name:
+        assert all(clipped)

@@ -1,0 +1,146 @@
+"""Losses and gradient norms of twenty steps for every objective, as they were when golden_losses.json was written.
+
+The file is remade by
+
+    REMAKE=1 python -m pytest tests/training/test_golden_losses.py
+
+and its differences belong to the change that made them, with the reason. Models and data are worked out from sines and whole numbers, so
+that no generator of random numbers matters, and everything is in float64: what differs between processors is rounding, 1e-16. The last
+test changes all weights by a random part in 1e12, ten thousand times as much, and the results by less than a hundredth of TOLERANCE
+(relative). No two objectives are nearer to each other than a hundred times TOLERANCE.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+
+from llmkd.config.recipe import DIVERGENCES, Loss, Optim
+from llmkd.data.batch_source import Collator, PlannedSource
+from llmkd.data.batching import BatchPlan
+from llmkd.data.examples import Examples
+from llmkd.models.language_model import LanguageModel
+from llmkd.teachers.live import LiveTeacher
+from llmkd.training.build import build_student
+from llmkd.training.loop import train
+
+FILE, TOLERANCE, STEPS, V = Path(__file__).with_name("golden_losses.json"), 1e-5, 20, 40
+OPTIM = Optim(lr=0.005, weight_decay=0.01, betas=(0.9, 0.99), eps=1e-3, warmup_ratio=0.1, min_lr_ratio=0.1)
+
+#: (kd_ratio, temperature, divergence, its options)
+OBJECTIVES = [
+    (0.0, 1.0, "forward_kl", {}),
+    (1.0, 1.0, "forward_kl", {}),
+    (0.5, 2.0, "forward_kl", {}),
+    (0.5, 0.5, "forward_kl", {}),
+    (0.9, 1.0, "reverse_kl", {}),
+    (0.3, 4.0, "reverse_kl", {}),
+    (0.5, 1.0, "symmetric_kl", {}),
+    (0.7, 2.0, "symmetric_kl", {"forward_weight": 0.2}),
+    (0.5, 1.0, "generalized_jsd", {}),
+    (1.0, 2.0, "generalized_jsd", {"beta": 0.1}),
+    (0.6, 1.0, "generalized_jsd", {"beta": 0.0}),
+    (0.6, 1.0, "generalized_jsd", {"beta": 1.0}),
+    (0.5, 1.0, "skewed_forward_kl", {}),
+    (0.8, 2.0, "skewed_forward_kl", {"alpha": 0.5}),
+    (0.5, 1.0, "skewed_reverse_kl", {}),
+    (0.8, 2.0, "skewed_reverse_kl", {"alpha": 0.5}),
+    (0.5, 1.0, "adaptive_kl", {}),
+    (0.5, 2.0, "adaptive_kl", {"head_mass": 0.9}),
+    (0.5, 1.0, "total_variation", {}),
+    (0.9, 2.0, "total_variation", {}),
+    (0.5, 1.0, "alpha_beta", {}),
+    (0.5, 1.0, "alpha_beta", {"alpha": 0.0, "beta": 0.5}),
+    (0.5, 2.0, "alpha_beta", {"alpha": 1.5, "beta": 0.0}),
+]
+
+
+def name_of(ratio: float, temperature: float, divergence: str, options: dict) -> str:
+    return " ".join([f"kd_ratio {ratio:g}, T {temperature:g},", divergence, *(f"{key} {value:g}" for key, value in options.items())])
+
+
+NAMES = [name_of(*objective) for objective in OBJECTIVES]
+
+
+def model(width: int, noise: float = 0.0) -> LanguageModel:
+    """A Llama of one layer, `width` wide, with sines for weights. `noise`: of each weight's size."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = {"hidden_size": width, "intermediate_size": 2 * width, "num_hidden_layers": 1, "num_attention_heads": 2, "vocab_size": V}
+    made, generator, start = (
+        LlamaForCausalLM(LlamaConfig(**shape, attn_implementation="sdpa")).double(),
+        torch.Generator().manual_seed(0),
+        width,
+    )
+    with torch.no_grad():
+        for p in made.parameters():
+            places = torch.arange(start, start + p.numel(), dtype=torch.float64).view(p.shape)
+            p.copy_(1 + 0.2 * torch.sin(places) if p.dim() == 1 else 0.5 * torch.sin(places**2 / 7))
+            p.mul_(1 + noise * torch.randn(p.shape, generator=generator, dtype=torch.float64))
+            start += p.numel()
+    return LanguageModel(made, V)
+
+
+def source() -> PlannedSource:
+    """Twenty ragged examples, of which a first part is not supervised, five a step."""
+    lengths = [6 + 5 * i % 13 for i in range(20)]
+    offsets = np.concatenate([[0], np.cumsum(lengths)])
+    ids = np.arange(offsets[-1], dtype=np.int32) ** 2 * 7 % (V - 3) + 3
+    mask = np.concatenate([np.arange(n) > i % 4 for i, n in enumerate(lengths)])
+    examples = Examples(ids, mask, offsets, np.arange(20))
+    plan = BatchPlan(examples.lengths, seed=0, batch_size=5, epochs=STEPS // 4, max_steps=None)
+    return PlannedSource(examples, [], plan, 3, Collator(pad=0))
+
+
+def losses(objectives: list = OBJECTIVES, noise: float = 0.0) -> dict[str, list[list[float]]]:
+    """For each objective the loss and the gradient norm of every step, of students that train side by side."""
+    states = []
+    for ratio, temperature, divergence, options in objectives:
+        loss = Loss(kd_ratio=ratio, temperature=temperature, divergence=divergence, divergence_options=options)
+        states.append(build_student(loss, OPTIM, model(8, noise), STEPS, Accelerator(cpu=True)))
+    teacher = model(12, noise).requires_grad_(False).eval()
+    found = {name_of(*objective): [[], []] for objective in objectives}
+    for progress in train(source(), states, LiveTeacher(teacher), Accelerator(cpu=True)):
+        for k, rows in enumerate(found.values()):
+            for row, value in zip(rows, (progress.terms[k]["loss"], progress.grad_norms[k]), strict=True):
+                row.append(float(f"{value:.10g}"))
+    return found
+
+
+def gap(one: list[list[float]], other: list[list[float]]) -> float:
+    """The largest relative difference."""
+    return np.abs(np.array(one) / np.array(other) - 1).max()
+
+
+@pytest.fixture(scope="module")
+def golden() -> tuple[dict, dict]:
+    now = losses()
+    if os.environ.get("REMAKE"):
+        FILE.write_text("{\n" + ",\n".join(f"{json.dumps(name)}: {json.dumps(values)}" for name, values in now.items()) + "\n}\n")
+    return now, json.loads(FILE.read_text())
+
+
+def test_every_objective_is_in_the_file(golden):
+    assert list(golden[1]) == NAMES
+    assert {objective[2] for objective in OBJECTIVES} == DIVERGENCES.keys()
+    changed = {(divergence, option) for _, _, divergence, options in OBJECTIVES for option in options}
+    assert changed == {(divergence, option) for divergence, options in DIVERGENCES.items() for option in options}
+    assert all(np.array(values).shape == (2, STEPS) for values in golden[1].values())
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_losses_and_gradient_norms_are_the_golden_ones(golden, name):
+    assert gap(golden[0][name], golden[1][name]) < TOLERANCE
+
+
+def test_no_two_objectives_are_near_each_other(golden):
+    every = list(golden[1].values())
+    assert min(gap(a, b) for i, a in enumerate(every) for b in every[:i]) > 100 * TOLERANCE
+
+
+def test_other_rounding_stays_far_within_the_tolerance(golden):
+    assert max(gap(values, golden[0][name]) for name, values in losses(OBJECTIVES[::4], 1e-12).items()) < TOLERANCE / 100
