@@ -17,13 +17,17 @@ from .svg import BOTTOM, CHAR, HEAT, RIGHT, TOP, WIDTH, Svg, limits, marker, nic
 
 @dataclass(frozen=True)
 class Series:
-    """`number` picks colour, then dash. kind: "line", "raw" (light, in the background) or "dots" (a line through markers)."""
+    """`number` picks colour, then dash.
+
+    kind: "line", "dots" (a line through markers), "raw" (light, in the background) or "other" (grey, in the background).
+    """
 
     label: str
     number: int
     points: list[tuple[float, float]]
     kind: str = "line"
     errors: list[float | None] = field(default_factory=list)  # half a bar's height, for each point
+    band: list[tuple[float, float]] = field(default_factory=list)  # lowest and highest value, for each point
 
 
 def lines(name: str, title: str, x_label: str, y_label: str, series: list[Series], x_ticks: list[float] | None = None, log_x=False) -> Svg:
@@ -33,6 +37,7 @@ def lines(name: str, title: str, x_label: str, y_label: str, series: list[Series
     if not shown:
         return svg(name, title, "No points.", 80, [text(WIDTH / 2, 55, "no points", "none", "middle")])
     spread = [y + e for s in series for (_, y), error in zip(s.points, s.errors, strict=False) if error for e in (error, -error)]
+    spread += [y for s in series for pair in s.band for y in pair]
     low, high = widened([y for _, y in shown] + spread)
     ticks = nice_ticks(low, high)
     labels = tick_labels(ticks)
@@ -61,7 +66,7 @@ def lines(name: str, title: str, x_label: str, y_label: str, series: list[Series
     out.append(text((left + WIDTH - RIGHT) / 2, height - 8, x_label, "label", "middle"))
     middle = (TOP + bottom) / 2
     out.append(f'<text class="label" transform="translate(13 {middle:.1f}) rotate(-90)" text-anchor="middle">{html.escape(y_label)}</text>')
-    drawn = [_drawn(s, lambda x: px(warp(x)), py) for s in sorted(series, key=lambda s: s.kind != "raw")]
+    drawn = [_drawn(s, lambda x: px(warp(x)), py) for s in sorted(series, key=lambda s: (s.kind != "raw", s.kind != "other"))]
     out.append(f'<g clip-path="url(#{name}-clip)">{"".join(drawn)}</g>')
     ends = "; ".join(f"{s.label}: {s.points[0][1]:.4g} to {s.points[-1][1]:.4g}" for s in series if s.kind != "raw" and s.points)
     return svg(name, title, f"{y_label} over {x_label}. {ends}.", height, out)
@@ -72,7 +77,14 @@ def _drawn(s: Series, px, py) -> str:
     colour, dashed = stroke(s.number)
     if s.kind == "raw":
         return f'<polyline class="raw s{colour}" points="{path}"/>'
-    out = [f'<polyline class="line s{colour}" points="{path}"{dashed}><title>{html.escape(s.label)}</title></polyline>']
+    if s.kind == "other":
+        return f'<polyline class="other" points="{path}"><title>{html.escape(s.label)}</title></polyline>'
+    out = []
+    if s.band:
+        edge = [(x, low) for (x, _), (low, _) in zip(s.points, s.band, strict=True)]
+        edge += [(x, high) for (x, _), (_, high) in zip(s.points[::-1], s.band[::-1], strict=True)]
+        out.append(f'<polygon class="band f{colour}" points="{" ".join(f"{px(x):.1f},{py(y):.1f}" for x, y in edge)}"/>')
+    out += [f'<polyline class="line s{colour}" points="{path}"{dashed}><title>{html.escape(s.label)}</title></polyline>']
     for (x, y), error in itertools.zip_longest(s.points, s.errors):
         if error:
             out.append(
@@ -181,4 +193,5 @@ def forest(name: str, title: str, x_label: str, intervals: list[Interval]) -> Sv
 
 def _finite(s: Series, log_x: bool) -> Series:
     kept = [i for i, (x, y) in enumerate(s.points) if math.isfinite(x) and math.isfinite(y) and (x > 0 or not log_x)]
-    return Series(s.label, s.number, [s.points[i] for i in kept], s.kind, [s.errors[i] for i in kept] if s.errors else [])
+    errors, band = ([values[i] for i in kept] if values else [] for values in (s.errors, s.band))
+    return Series(s.label, s.number, [s.points[i] for i in kept], s.kind, errors, band)

@@ -71,7 +71,7 @@ class Chart:
 @dataclass(frozen=True)
 class Gallery:
     charts: list[Chart]
-    legend: list[tuple[Text, int]] = field(default_factory=list)  # label and number of the series
+    legend: list[tuple[Text, int | None]] = field(default_factory=list)  # label and number of the series; None: of those in grey
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def as_html(title: str, blocks: list, foot: Text) -> str:
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(_TEMPLATES), autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
-    environment.filters |= {"kind": lambda block: type(block).__name__, "parts": _parts}
+    environment.filters |= {"kind": lambda block: type(block).__name__, "parts": _parts, "plain": as_plain}
     return environment.get_template("report.html.jinja").render(
         title=title, blocks=blocks, foot=foot, light=svg.LIGHT, dark=svg.DARK, series_key=svg.key
     )
@@ -93,6 +93,10 @@ def as_html(title: str, blocks: list, foot: Text) -> str:
 
 def _parts(text: Text) -> tuple:
     return text if isinstance(text, tuple) else (text,)
+
+
+def as_plain(text: Text) -> str:
+    return "".join(part if isinstance(part, str) else part.text for part in _parts(text))
 
 
 def as_markdown(title: str, blocks: list, foot: Text, page: str) -> str:

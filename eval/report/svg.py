@@ -59,8 +59,10 @@ def marker(number: int, x: float, y: float) -> str:
     return f"M{x:.1f} {y:.1f}{shapes[number % len(shapes)]}"
 
 
-def key(number: int) -> Svg:
-    """A series' line and marker, for a legend in the page."""
+def key(number: int | None) -> Svg:
+    """A series' line and marker, for a legend in the page; None: the line of those in grey."""
+    if number is None:
+        return Svg('<svg viewBox="0 0 34 12" aria-hidden="true"><line class="other" x1="1" x2="33" y1="6" y2="6"/></svg>')
     colour, dashed = stroke(number)
     line = f'<line class="line s{colour}" x1="1" x2="33" y1="6" y2="6"{dashed}/>'
     return Svg(f'<svg viewBox="0 0 34 12" aria-hidden="true">{line}<path class="dot f{colour}" d="{marker(number, 17, 6)}"/></svg>')

@@ -8,54 +8,111 @@ from llmkd.output.plots import moving_average
 
 from ..comparison.compare import Row
 from ..comparison.compare_text import digits
+from .best import find_best
 from .charts import Cell, Interval, Series, forest, heatmap, lines
 from .document import Chart, Gallery, Span, Table, Text
 from .findings import compared, label, mark
-from .sweep_files import Arm, SweepFolder, changed
+from .sweep_files import Arm, SweepFolder
 
 _POINTS = 240  # of a curve that are drawn
-_MANY = 21  # arms beyond which the raw lines are left out, which would hide the others
+_HIGHLIGHTED = 8  # arms in colour; more cannot be told apart
 
 
-def training_curves(sweep: SweepFolder) -> Gallery | None:
-    """CE and KD loss over steps: smoothed, with the raw values behind."""
-    charts, seen = [], {}
-    for name, title in (("ce", "Training: cross-entropy"), ("kd", "Training: KD loss")):
-        drawn = [(arm, curve) for arm in sweep.arms.values() for run in arm.runs if len(curve := run.curve(name)) > 1]
-        seen |= {arm.number: arm for arm, _ in drawn}
-        raw = [Series(arm.name, arm.number, thin(curve), "raw") for arm, curve in drawn if len(sweep.arms) <= _MANY]
-        smoothed = [Series(arm.name, arm.number, thin(smooth(curve))) for arm, curve in drawn]
-        if drawn:
-            svg = lines(f"curve-{name}", title, "optimizer step", "nats per target", raw + smoothed)
-            charts.append(Chart(f"curve-{name}", title, svg))
-    return Gallery(charts, legend([seen[number] for number in sorted(seen)])) if charts else None
+def highlighted(sweep: SweepFolder, rows: list[Row]) -> dict[str, int]:
+    """The arms that curves show in colour, and the number of each one's colour: all, or of many the baseline and the best.
+
+    The best plain and the best distilled arm are among them, then the best by the first metric.
+    """
+    arms = list(sweep.arms)
+    if len(arms) > _HIGHLIGHTED:
+        found = find_best(sweep, rows)[:1]
+        first = [row.arm for one in found for row in (one.best, one.distilled, one.plain) if row]
+        block = [row for one in found for row in rows if (row.task, row.metric) == (one.best.task, one.best.metric)]
+        by_value = sorted(block, key=lambda row: -row.value if row.higher_is_better else row.value)
+        chosen = list(dict.fromkeys([sweep.baseline, *first, *(row.arm for row in by_value), *arms]))[:_HIGHLIGHTED]
+        arms = [name for name in arms if name in chosen]
+    return {name: number for number, name in enumerate(arms)}
 
 
-def held_out_curves(sweep: SweepFolder) -> Gallery | None:
-    """CE, KL and agreement on the held-out rows over steps."""
-    charts = []
-    for name, title, unit in (
-        ("ce", "Held-out cross-entropy", "nats per target"),
-        ("forward_kl", "Held-out KL(teacher || student)", "nats per target"),
-        ("top1_agreement", "Held-out agreement with the teacher", "share of targets"),
-    ):
-        series = [
-            Series(a.name, a.number, thin(curve), "dots") for a in sweep.arms.values() for r in a.runs if len(curve := r.held_out(name)) > 1
-        ]
-        if series:
-            charts.append(Chart(f"held-{name}", title, lines(f"held-{name}", title, "optimizer step", unit, series)))
-    arms = [arm for arm in sweep.arms.values() if any(len(run.held_out("ce")) > 1 for run in arm.runs)]
-    return Gallery(charts, legend(arms)) if charts else None
-
-
-def legend(arms: list[Arm]) -> list[tuple[Text, int]]:
-    out = []
+def training_curves(sweep: SweepFolder, colours: dict[str, int]) -> Gallery | None:
+    """CE and KD loss over steps, smoothed. KD losses of other divergences or temperatures are other quantities: each has its own chart."""
+    arms = list(sweep.arms.values())
+    charts = [_curves("curve-ce", "Training: cross-entropy", "nats per target", arms, colours, lambda run: smooth(run.curve("ce")), "line")]
+    kinds: dict[str, list[Arm]] = {}
     for arm in arms:
+        kinds.setdefault(_kd_loss(arm), []).append(arm)
+    kinds = {kind: some for kind, some in kinds.items() if any(len(run.curve("kd")) > 1 for arm in some for run in arm.runs)}
+    for number, (kind, some) in enumerate(kinds.items()):
+        title = "Training: KD loss" + (f" ({kind})" if len(kinds) > 1 else "")
+        charts.append(
+            _curves(f"curve-kd{number or ''}", title, "nats per target", some, colours, lambda run: smooth(run.curve("kd")), "line")
+        )
+    charts = [chart for chart in charts if chart]
+    return Gallery(charts, legend(sweep, colours)) if charts else None
+
+
+def _kd_loss(arm: Arm) -> str:
+    """What makes two arms' KD losses the same quantity."""
+    options = [
+        f"{path.rpartition('.')[2]} {value:g}"
+        for path, value in sorted(arm.settings.items())
+        if path.startswith("loss.divergence_options.")
+    ]
+    return ", ".join([str(arm.setting("loss.divergence")), *options, f"T {arm.setting('loss.temperature') or 1:g}"])
+
+
+def held_out_curves(sweep: SweepFolder, colours: dict[str, int]) -> Gallery | None:
+    """CE, KL and agreement on the held-out rows over steps."""
+    arms = list(sweep.arms.values())
+    charts = [
+        _curves(f"held-{name}", title, unit, arms, colours, lambda run, name=name: run.held_out(name), "dots")
+        for name, title, unit in (
+            ("ce", "Held-out cross-entropy", "nats per target"),
+            ("forward_kl", "Held-out KL(teacher || student)", "nats per target"),
+            ("top1_agreement", "Held-out agreement with the teacher", "share of targets"),
+        )
+    ]
+    charts = [chart for chart in charts if chart]
+    return Gallery(charts, legend(sweep, colours)) if charts else None
+
+
+def _curves(name: str, title: str, unit: str, arms: list[Arm], colours: dict[str, int], curve, kind: str) -> Chart | None:
+    """One curve an arm, the mean of its seeds in a band from the lowest to the highest. `curve` gives a run's points.
+
+    Of a single seed the raw values of a smoothed curve stand behind it.
+    """
+    series = []
+    for arm in arms:
+        points, band = over_seeds([found for run in arm.done or arm.runs if len(found := curve(run)) > 1])
+        if not points:
+            continue
+        some = thin(list(range(len(points))))
+        points, band = [points[i] for i in some], [band[i] for i in some] if band else []
+        shown = arm.name in colours
+        series.append(Series(arm.name, colours.get(arm.name, 0), points, kind if shown else "other", band=band if shown else []))
+    return Chart(name, title, lines(name, title, "optimizer step", unit, series)) if series else None
+
+
+def over_seeds(curves: list[list[tuple[float, float]]]) -> tuple[list[tuple[float, float]], list[tuple[float, float]]]:
+    """The mean at every step that all curves have, and with several curves the lowest and highest value there."""
+    if len(curves) < 2:
+        return (curves[0] if curves else []), []
+    values = [dict(curve) for curve in curves]
+    steps = sorted(set.intersection(*map(set, values)))
+    every = [[one[step] for one in values] for step in steps]
+    return [(step, sum(ys) / len(ys)) for step, ys in zip(steps, every, strict=True)], [(min(ys), max(ys)) for ys in every]
+
+
+def legend(sweep: SweepFolder, colours: dict[str, int]) -> list[tuple[Text, int | None]]:
+    out: list[tuple[Text, int | None]] = []
+    for name, number in colours.items():
+        arm = sweep.arms[name]
         seeds = f" {len(arm.runs)} seeds" if len(arm.runs) > 1 else ""
         states = Counter(run.status for run in arm.runs if run.status != "done")
         told = ", ".join(f"{count} {status}" if len(arm.runs) > 1 else status for status, count in states.items())
-        out.append(((Span(arm.name), seeds + (f" ({told})" if told else "")), arm.number))
-    return out
+        out.append(((Span(arm.name), seeds + (f" ({told})" if told else "")), number))
+    others = len(sweep.arms) - len(colours)
+    return out + ([(f"the other {others} arms", None)] if others else [])
 
 
 def intervals(block: list[Row], name: str) -> Chart | None:
@@ -85,14 +142,10 @@ def varied(sweep: SweepFolder) -> tuple[list[str], list[Arm]]:
             rest = {arm.name: repr(sorted((k, repr(v)) for k, v in own[arm.name].items() if k not in chosen)) for arm in arms}
             common = Counter(rest.values()).most_common(1)[0][0]
             inside = [arm for arm in arms if rest[arm.name] == common]
-            several = all(len({repr(value_of(sweep, arm, key)) for arm in inside}) > 1 for key in chosen)
+            several = all(len({repr(arm.setting(key)) for arm in inside}) > 1 for key in chosen)
             if several and len(inside) > max(1 + size, len(arms) / 2, len(best[1])):
                 best = (list(chosen), inside)
     return best
-
-
-def value_of(sweep: SweepFolder, arm: Arm, key: str):
-    return changed(sweep.base, arm.runs[0].changes).get(key)
 
 
 def maps(sweep: SweepFolder, rows: list[Row]) -> tuple[list[Chart], list[str], list[Arm]]:
@@ -100,7 +153,7 @@ def maps(sweep: SweepFolder, rows: list[Row]) -> tuple[list[Chart], list[str], l
     chosen, arms = varied(sweep)
     if not chosen:
         return [], [], []
-    held = {key: [value_of(sweep, arm, key) for arm in arms] for key in chosen}
+    held = {key: [arm.setting(key) for arm in arms] for key in chosen}
     if len(chosen) == 1 and not all(_numeric(value) for value in held[chosen[0]]):
         return [], chosen, arms
     charts = []
@@ -112,9 +165,7 @@ def maps(sweep: SweepFolder, rows: list[Row]) -> tuple[list[Chart], list[str], l
             continue
         name, title = f"map-{len(charts)}", label(task, metric)
         draw = _map if len(chosen) == 2 else _line
-        charts.append(
-            draw(name, title, chosen, {arm.name: [value_of(sweep, arm, key) for key in chosen] for arm in arms}, by_arm, digits(block))
-        )
+        charts.append(draw(name, title, chosen, {arm.name: [arm.setting(key) for key in chosen] for arm in arms}, by_arm, digits(block)))
     return charts, chosen, arms
 
 
@@ -179,7 +230,7 @@ def smooth(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
     return [(step, value) for (step, _), value in zip(points, moving_average([y for _, y in points]), strict=True)]
 
 
-def thin(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+def thin(points: list) -> list:
     """At most `_POINTS` of them, evenly, the last always."""
     every = math.ceil(len(points) / _POINTS)
     return points if every <= 1 else points[:-1][::every] + points[-1:]

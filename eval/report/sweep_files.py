@@ -30,7 +30,7 @@ class Run:
     def recipe(self) -> dict:
         """By dotted path: the resolved recipe, or where the run has none yet the sweep's base with the arm's changes."""
         path = self.folder / "recipe.yaml"
-        return flatten(loader.read_placed(path)) if path.exists() else changed(self.base, self.changes)
+        return flatten(loader.read_placed(path)) if path.exists() else self.settings
 
     @functools.cached_property
     def summary(self) -> dict:
@@ -41,6 +41,11 @@ class Run:
         """metrics.jsonl; a last line cut short by a kill is left out."""
         path = self.folder / "metrics.jsonl"
         return read_jsonl(path) if path.exists() else []
+
+    @property
+    def settings(self) -> dict:
+        """By dotted path what the arm's recipe was to be: the sweep's base with the arm's changes."""
+        return changed(self.base, self.changes)
 
     @property
     def teachers(self) -> tuple[str, ...]:
@@ -71,6 +76,18 @@ class Arm:
     name: str
     number: int
     runs: list[Run]
+
+    @property
+    def distils(self) -> bool:
+        return self.runs[0].distils
+
+    @property
+    def settings(self) -> dict:
+        return self.runs[0].settings
+
+    def setting(self, path: str):
+        """The arm's value of a setting, by its dotted path."""
+        return self.settings.get(path)
 
     @property
     def done(self) -> list[Run]:

@@ -3,19 +3,21 @@
 from pathlib import Path
 
 from llmkd import __version__
+from llmkd.console import info
 from llmkd.files import write_atomic
 
 from ..comparison.compare import Row
 from ..comparison.compare_text import EXPLANATION, LEGEND, blocks, cells, digits, reach, title
 from ..comparison.item_results import HELD_OUT
 from . import sections, sweep_charts
-from .document import Heading, Items, Para, Span, Table, Text, as_html, as_markdown
+from .best import best_sentence, find_best, headline
+from .document import Heading, Items, Para, Span, Table, Text, as_html, as_markdown, as_plain
 from .findings import NOT_COMPARED, compared, label, mark, measure, statements
 from .sweep_files import SweepFolder, read_json, read_sweep
 
 
 def write(folder: Path) -> tuple[Path, Path]:
-    """Write report.html and report.md into a sweep's folder, whatever state it is in. Raises UserError where there is no sweep."""
+    """Write report.html and report.md into a sweep's folder, whatever state it is in, and print the best arms. UserError where there is no sweep."""
     sweep = read_sweep(Path(folder))
     notes: list[str] = []
     finished = {arm.name: [run.folder for run in arm.done if run.folder.is_dir()] for arm in sweep.arms.values()}
@@ -26,15 +28,18 @@ def write(folder: Path) -> tuple[Path, Path]:
     page, text = sweep.path / "report.html", sweep.path / "report.md"
     write_atomic(page, as_html(heading, blocks_, foot))
     write_atomic(text, as_markdown(heading, blocks_, foot, page.name))
+    for one in find_best(sweep, rows):
+        info(as_plain(best_sentence(sweep, one)))
     return page, text
 
 
 def document(sweep: SweepFolder, rows: list[Row], notes: list[str]) -> list:
     held, tasks = ([row for row in rows if (row.task == HELD_OUT) == here] for here in (True, False))
-    out = summary(sweep, rows, notes)
+    out = headline(sweep, rows)
+    out += summary(sweep, rows, notes)
     out += sections.what_was_run(sweep)
     out += sections.teacher_checks(sweep)
-    out += learning(sweep)
+    out += learning(sweep, rows)
     out += [Heading("Held-out rows", "held-out"), *results(sweep, held, "held")]
     out += [Heading("Benchmarks", "benchmarks"), *results(sweep, tasks, "task")]
     out += settings_map(sweep, rows)
@@ -60,7 +65,7 @@ def summary(sweep: SweepFolder, rows: list[Row], notes: list[str]) -> list:
             items.append(
                 (f"{len(names)} of {len(sweep.runs)} runs {words}: ", *listed, f" and {len(names) - 6} more." if names[6:] else ".")
             )
-    return [Heading("Summary", "summary"), Items(items, "summary")]
+    return [Heading("Against the baseline", "summary"), Items(items, "summary")]
 
 
 def why_nothing(sweep: SweepFolder, rows: list[Row], notes: list[str]) -> Text:
@@ -82,14 +87,16 @@ def why_nothing(sweep: SweepFolder, rows: list[Row], notes: list[str]) -> Text:
     return "No statement about differences: no other arm could be compared with the baseline; the end of this report says why."
 
 
-def learning(sweep: SweepFolder) -> list:
+def learning(sweep: SweepFolder, rows: list[Row]) -> list:
     out: list = [Heading("Learning curves", "curves")]
-    training, held = sweep_charts.training_curves(sweep), sweep_charts.held_out_curves(sweep)
+    colours = sweep_charts.highlighted(sweep, rows)
+    training, held = sweep_charts.training_curves(sweep, colours), sweep_charts.held_out_curves(sweep, colours)
     if training:
         out += [
             training,
             Para(
-                "Lines: a moving average over a twentieth of the logged steps. Light lines behind them: the single steps.",
+                "Lines: a moving average over a twentieth of the logged steps; with several seeds their mean, in a band from the lowest to the highest."
+                + (f" In colour: the baseline and the best arms, {len(colours)} in all." if len(colours) < len(sweep.arms) else ""),
                 "small",
             ),
         ]

@@ -1,0 +1,133 @@
+"""The head of a sweep's report: the best arm, and the best distilled arm against the best plain one, each at its own best settings."""
+
+from dataclasses import dataclass
+
+from llmkd.errors import UserError
+
+from ..comparison.compare import Row, compare
+from ..comparison.compare_text import blocks, digits, interval_text, p_text
+from .document import Heading, Items, Para, Span, Text
+from .findings import compared, label
+from .sweep_files import Arm, SweepFolder
+
+
+@dataclass(frozen=True)
+class Best:
+    """The best arms by one task and metric. `pair`: the best distilled arm compared with the best plain one, row by row."""
+
+    best: Row
+    distilled: Row | None
+    plain: Row | None
+    pair: Row | None
+    digits: int
+
+
+def find_best(sweep: SweepFolder, rows: list[Row]) -> list[Best]:
+    """One for each task and metric that has a direction, of the arms that were measured on the same rows as the baseline."""
+    out = []
+    for block in blocks(rows):
+        known = [row for row in block if row.difference is not None or row.arm == sweep.baseline]
+        if block[0].higher_is_better is None or not compared(block):
+            continue
+        distilled, plain = (_first([row for row in known if sweep.arms[row.arm].distils == kind]) for kind in (True, False))
+        out.append(Best(_first(known), distilled, plain, _pair(sweep, plain, distilled), digits(block)))
+    return out
+
+
+def _first(rows: list[Row]) -> Row | None:
+    return min(rows, key=lambda row: -row.value if row.higher_is_better else row.value, default=None)
+
+
+def _pair(sweep: SweepFolder, plain: Row | None, distilled: Row | None) -> Row | None:
+    if plain is None or distilled is None:
+        return None
+    runs = {row.arm: [run.folder for run in sweep.arms[row.arm].done] for row in (plain, distilled)}
+    try:
+        found = compare(runs, plain.arm, [plain.task], [plain.metric])
+    except UserError:
+        return None
+    return next((row for row in found if row.arm == distilled.arm), None)
+
+
+def headline(sweep: SweepFolder, rows: list[Row]) -> list:
+    """Blocks of the report: the best arms by every metric, and what stands against believing them. Empty where nothing is compared."""
+    found = find_best(sweep, rows)
+    if not found:
+        return []
+    out: list = [Heading("The best arms", "best"), Items([best_sentence(sweep, one) for one in found], "summary")]
+    counts = [sum(arm.distils == kind and bool(arm.done) for arm in sweep.arms.values()) for kind in (True, False)]
+    if any(one.pair for one in found) and max(counts) > 1:
+        kinds = " and ".join(f"{n} {kind}" for n, kind in zip(counts, ("distilled", "plain"), strict=True))
+        text = f"Each was chosen out of {kinds} arms by the rows that they are compared on, which makes small differences look surer than they are."
+        out.append(Para(f"{text} Confirm one on other rows, or with several seeds.", "small"))
+    return [*out, *baseline_at_its_best(sweep, rows, found[0]), *learning_rates(sweep, found[0])]
+
+
+def best_sentence(sweep: SweepFolder, one: Best) -> Text:
+    """One line: the best arm by a metric, and the best of the other kind against it."""
+    d, pair = min(one.digits, 5), one.pair
+    out: list[str | Span] = [label(one.best.task, one.best.metric), ": ", *_named(sweep, one.best), f" is the best ({one.best.value:.{d}f}"]
+    if pair is None:
+        return (*out, ").")
+    kind, versus = ("distilled", one.plain) if one.best.arm == one.distilled.arm else ("plain", one.distilled)
+    judged = {True: Span("better", "better"), False: Span("worse", "worse"), None: "no difference shown"}[pair.better]
+    seeds = "" if not pair.seed_interval else f", over {pair.seeds} seeds {interval_text(pair.seed_interval, d)}"
+    out += [
+        f", {kind}). The best {'plain' if kind == 'distilled' else 'distilled'} arm is ",
+        *_named(sweep, versus),
+        f" ({versus.value:.{d}f}). ",
+    ]
+    out += [
+        "Distilled against plain: ",
+        judged,
+        f" ({pair.difference:+.{d}f}, 95 % {interval_text(pair.interval, d)}{seeds}, p {p_text(pair.p)}).",
+    ]
+    return tuple(out)
+
+
+def _named(sweep: SweepFolder, row: Row) -> list[str | Span]:
+    """The arm, with its learning rate where the arms differ in it and its name does not say it."""
+    rates, own = {_lr(arm) for arm in sweep.arms.values()}, _lr(sweep.arms[row.arm])
+    return [Span(row.arm), f" at lr {own:g}" if own and len(rates) > 1 and "lr-" not in row.arm else ""]
+
+
+def _lr(arm: Arm) -> float | None:
+    value = arm.setting("optim.lr")
+    return float(value) if isinstance(value, int | float) else None
+
+
+def baseline_at_its_best(sweep: SweepFolder, rows: list[Row], one: Best) -> list:
+    """A warning if an arm that differs from the baseline in optimizer settings alone is better by that metric."""
+    base = sweep.arms[sweep.baseline]
+    block = [row for row in rows if (row.task, row.metric) == (one.best.task, one.best.metric)]
+    alike = [row for row in block if _without_optimizer(sweep.arms[row.arm]) == _without_optimizer(base)]
+    best, own = _first(alike), next((row for row in alike if row.arm == base.name), None)
+    if own is None or best.value == own.value:
+        return []
+    what = label(best.task, best.metric)
+    text = f"{what} {best.value:.{one.digits}f} instead of {own.value:.{one.digits}f}. A difference from this baseline may come from these settings"
+    text += "; name the better arm as the sweep's baseline, or judge by the best arms above."
+    return [
+        Para(
+            ("The baseline ", Span(base.name), " is not at its best: ", Span(best.arm), " has other optimizer settings alone, and ", text),
+            "warn",
+        )
+    ]
+
+
+def _without_optimizer(arm: Arm) -> dict:
+    return {key: value for key, value in arm.settings.items() if not key.startswith("optim.")}
+
+
+def learning_rates(sweep: SweepFolder, one: Best) -> list:
+    """What is not known about the best learning rate of the two that are compared."""
+    items: list[Text] = []
+    for kind, row in (("distilled", one.distilled), ("plain", one.plain)) if one.pair else ():
+        arm = sweep.arms[row.arm]
+        tried, own = sorted({lr for other in sweep.arms.values() if other.distils == arm.distils and (lr := _lr(other))}), _lr(arm)
+        if len(tried) == 1:
+            items.append(f"The {kind} arms were tried at one learning rate, {own:g}: at their best one they may be better.")
+        elif own in tried[:1] + tried[-1:]:
+            end = "smallest" if own == tried[0] else "largest"
+            items.append(f"The best {kind} arm has the {end} learning rate that was tried, {own:g}: a better one may lie beyond it.")
+    return [Items(items)] if items else []

@@ -1,0 +1,1 @@
+from tests.kit.sweep_report import made  # noqa: F401  (a fixture)
