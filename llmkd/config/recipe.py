@@ -278,7 +278,8 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
         for path, given in (("validation.every", recipe.validation.every), ("checkpoint.best_by", recipe.checkpoint.best_by)):
             if given is not None:
                 yield (path, *no_held_out), "needs held-out rows, but there are none; set data.validation or data.validation_fraction"
-    if recipe.checkpoint.best_by not in (None, "ce") and not uses_teacher(recipe):
+    learns = recipe.teacher and loss.kd_ratio != 0  # null is not resolved yet, and will be above 0
+    if recipe.checkpoint.best_by not in (None, "ce") and not (learns or uses_teacher(recipe)):
         remedy = "set validation.compare_to_teacher: true" if recipe.teacher else "give teacher.model"
         yield (
             ("checkpoint.best_by", "teacher", "loss.kd_ratio", "validation.compare_to_teacher"),

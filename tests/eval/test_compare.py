@@ -1,5 +1,6 @@
 """Comparing runs: metrics recomputed from the files, refusals that name what differs, and words that follow the statistics."""
 
+import hashlib
 import itertools
 import json
 import math
@@ -319,6 +320,19 @@ def test_a_damaged_file_is_named_with_its_line(home, line, found):
     lines = path.read_text().splitlines()
     path.write_text("\n".join([lines[0], line, lines[2]]))
     with pytest.raises(UserError, match=found):
+        compare(arms("a", "b"))
+
+
+def test_edited_items_are_refused(home):
+    """Of the same size, so that only the hash in the record tells."""
+    for run in "ab":
+        path = evaluated(run, {"acc": [1, 0, 1]}) / "eval/quiz"
+        path = path.with_suffix(".jsonl")
+        record = json.loads(path.with_suffix(".json").read_text())
+        path.with_suffix(".json").write_text(json.dumps(record | {"items_sha256": hashlib.sha256(path.read_bytes()).hexdigest()}))
+    assert len(compare(arms("a", "b"))) == 2
+    path.write_text(path.read_text().replace('"acc": 0.0', '"acc": 1.0'))
+    with pytest.raises(UserError, match="quiz.jsonl: is not what quiz.json was made of; evaluate b again"):
         compare(arms("a", "b"))
 
 

@@ -310,6 +310,9 @@ def test_other_items_or_torn_files_are_no_result(base, tmp_path, tasks_dir, caps
     (out / "commonsense_qa.jsonl").write_bytes(whole[:-30])
     with pytest.raises(UserError, match="does not match commonsense_qa.json"):
         record_files.read_items(out, "commonsense_qa")
+    (out / "commonsense_qa.jsonl").write_bytes(whole.replace(b"0.0", b"1.0", 1) if b"0.0" in whole else whole.replace(b"1.0", b"0.0", 1))
+    with pytest.raises(UserError, match="does not match commonsense_qa.json"):  # edited, and as long as before
+        record_files.read_items(out, "commonsense_qa")
     code, _, err = command(capsys, *words, tasks_dir)
     assert code == 0 and "is damaged" in err and (out / "commonsense_qa.jsonl").read_bytes() == whole
 

@@ -320,3 +320,27 @@ def test_the_one_call_is_given_what_torch_documents(window, monkeypatch, capsys)
     assert kernel(whole) and capsys.readouterr().err == ""
     assert kernel(lambda back, left, right: (back <= left) | (left < 0)) is None
     assert (kernel(lambda back, left, right: back >= -right) is None) == (window is not None)
+
+
+@pytest.mark.parametrize("beyond", [0, 1, 2])
+def test_examples_with_one_and_the_same_prompt_or_with_one_other_token_equal_rows_apart(beyond):
+    """Two equal prompts whose answers begin alike, and otherwise; two equal examples; a prompt with another token at the first place that
+    is too early to be shared, at the last one before the answer, and in between."""
+    prompt, answer = list(range(40, 40 + SHORTEST + beyond)), [7, 8, 9, 10]
+    others = [[*prompt[:at], 5, *prompt[at + 1 :]] for at in (0, SHORTEST - 1, len(prompt) - 1)]
+    prompts = [prompt, prompt, prompt, prompt, *others]
+    answers = [answer, [7, 8, 11], [12, 13, 14, 15, 16], answer, answer, [7, 8, 17], [7]]
+    ids = [np.array([*p, *a], np.int32) for p, a in zip(prompts, answers, strict=True)]
+    marks = [np.arange(len(p) + len(a)) >= len(p) for p, a in zip(prompts, answers, strict=True)]
+    encoded = Examples(np.concatenate(ids), np.concatenate(marks), np.cumsum([0, *map(len, ids)]), np.arange(len(ids)))
+    model = model_of("llama")
+    expected, gradients, apart = outcome(model, encoded)
+    found, got, batch = outcome(model, encoded, packing=True, share=True)
+    assert torch.equal(batch.labels_N, apart.labels_N) and torch.equal(batch.example_N, apart.example_N)
+    assert_close(found, expected, rtol=1e-10, atol=1e-10)
+    for name, grad in gradients.items():
+        assert_close(got[name], grad, rtol=1e-6, atol=1e-6 * max(1.0, float(grad.abs().max())))  # norms round in float32
+    places = batch.student.inputs["input_ids"].numel()
+    plain = collate(encoded, list(range(len(ids))), 0, packing=True).student.inputs["input_ids"].numel()
+    # the last token of a prompt predicts a target, so it is never shared: in the shortest prompts nothing is
+    assert (places < plain) == (beyond > 0)

@@ -372,3 +372,19 @@ def test_other_families_can_be_twins_and_offloaded(tmp_path, family):
         offload(twin.model, "cpu")
         assert torch.equal(twin.hidden(view), expected)
     assert places == {name: p.data_ptr() for name, p in plain.named_parameters()} == {n: p.data_ptr() for n, p in twin.named_parameters()}
+
+
+@pytest.mark.parametrize("at", [0, 63, 64, -1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float8_e4m3fn])
+def test_tensors_that_differ_in_one_place_stay_apart(at, dtype):
+    """Wherever it is: also beyond the first 64, which are compared first."""
+    a = torch.nn.Linear(20, 10).requires_grad_(False)
+    equal, other = (torch.nn.Linear(20, 10).requires_grad_(False) for _ in range(2))
+    for one in (a, equal, other):
+        one.weight.data = torch.linspace(0.5, 1.5, 200).view(10, 20).to(dtype)
+        one.bias.data = torch.zeros(10)
+    flat = other.weight.data.view(torch.uint8).flatten() if dtype.itemsize == 1 else other.weight.data.flatten()
+    flat[at] = 3
+    shared_weights.deduplicate_weights([a, equal, other])
+    assert equal.weight.data_ptr() == a.weight.data_ptr() and other.weight.data_ptr() != a.weight.data_ptr()
+    assert a.bias.data_ptr() == equal.bias.data_ptr() == other.bias.data_ptr()

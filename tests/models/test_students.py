@@ -294,3 +294,22 @@ def test_a_tokenizer_with_ordinary_entries_beyond_the_model_is_refused(world, ma
     model.save_pretrained(tmp_path / "student")
     with pytest.raises(UserError, match="student.model: the tokenizer has 640 entries and the model 600 rows"):
         prepare(make_recipe(**{"student.model": str(tmp_path / "student")}))
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32", "bfloat16", "float16", "float64"])
+def test_a_saved_student_is_loaded_in_the_type_that_it_was_trained_in(world, tmp_path, dtype):
+    """And says the same bit for bit; of the base's own type, float64, it is an adapter in each of them."""
+    settings = Student(model=str(world / "student"), dtype=dtype, lora=Lora(rank=2))
+    student = load_student(settings, 640, "cpu", 0)
+    with torch.no_grad():
+        for name, p in student.trainable().items():
+            p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name))).to(p), alpha=0.1)
+    saved_student.save(student, tmp_path / "adapter", settings)
+    found = saved_student.as_trained(tmp_path / "adapter")
+    assert (found.dtype, found.quantization, found.model) == (dtype, None, str(tmp_path / "adapter"))
+    own = load_teacher(found, 640, "cpu")
+    assert str(own.dtype) == f"torch.{'float64' if dtype == 'auto' else dtype}" == str(student.dtype)
+    ids = torch.arange(3, 23)[None]
+    view = View({"input_ids": ids}, torch.arange(20))
+    with torch.no_grad():
+        assert torch.equal(own.head.logits(own.hidden(view)), student.eval().head.logits(student.hidden(view)))

@@ -89,6 +89,7 @@ REFUSED = [
             "train.batch_size": (32, 16),
             "train.epochs": (1, 2),
             "train.group_by_length": (1, 4),
+            "validation.compare_to_teacher": (False, True),
         },
     ),
     ({"student.lora": None, "student.method": "full"}, {"student.lora": (None, {"rank": 4})}),
