@@ -37,17 +37,26 @@ class RowFormat:
 
     def names(self, choices: bool = False) -> tuple[str, ...]:
         """The names that `Source.fields` may map: columns, the keys of a message, and those of a multiple-choice question."""
-        in_message = ("role", "content") if self.has_messages else ()
+        in_message = ("role", "content", "train") if self.has_messages else ()
         return (*self.row, *in_message, "teacher_context", *(("choices", "answer") if choices else ()))
 
 
 FORMATS = {
     "alpaca": RowFormat(
-        {"instruction": Column(), "input": Column(optional=True), "output": Column()}, answer="output", template="optional"
+        {"instruction": Column(), "input": Column(optional=True), "output": Column(), "system": Column(optional=True)},
+        answer="output",
+        template="optional",
     ),
-    "chat": RowFormat({"messages": Column("messages"), "tools": Column("tools", optional=True)}, template="always"),
+    "chat": RowFormat(
+        {"messages": Column("messages"), "tools": Column("tools", optional=True), "system": Column(optional=True)}, template="always"
+    ),
     "prompt_completion": RowFormat(
-        {"prompt": Column("text or messages"), "completion": Column("text or messages"), "tools": Column("tools", optional=True)},
+        {
+            "prompt": Column("text or messages"),
+            "completion": Column("text or messages"),
+            "tools": Column("tools", optional=True),
+            "system": Column(optional=True),
+        },
         answer="completion",
         template="optional",
     ),
@@ -73,6 +82,10 @@ class Source:
     roles: dict[str, str] = fixed(
         default_factory=dict,
         description="The file's own names for the roles of a chat: {user: human, assistant: gpt}.",
+    )
+    ignore: tuple[str, ...] = fixed(
+        (),
+        description="Columns of the file, and keys of its messages, that are left out on purpose; else those that change the meaning are refused.",
     )
     chat_template: bool = fixed(
         False,
@@ -200,8 +213,12 @@ def _source_contradictions(source: Source, setting: str) -> Iterator[tuple[str, 
     for column in source.fields:
         if column not in known:
             yield f"fields.{column}", f"format {source.format} has no such column; it has {', '.join(known)}"
-    without = ("role", "content", *([row_format.answer] if choices else []))
-    for group in (("role", "content"), tuple(c for c in known if c not in without)):
+    taken = {source.fields.get(c, c) for c in (*(c for c in columns if c in source.fields or not columns[c].optional), "role", "content")}
+    for name in source.ignore:
+        if name in taken and not (choices and name == row_format.answer):
+            yield "ignore", f"found {name!r}, which format {source.format} reads; remove it from the list"
+    without = ("role", "content", "train", *([row_format.answer] if choices else []))
+    for group in (("role", "content", *(["train"] if "train" in source.fields else [])), tuple(c for c in known if c not in without)):
         theirs = {c: source.fields.get(c, c) for c in group if c in source.fields or not (c in columns and columns[c].optional)}
         twice = next((c for c in source.fields if c in theirs and list(theirs.values()).count(theirs[c]) > 1), None)
         if twice:

@@ -18,6 +18,7 @@ from .encoding.token_cache import load_or_encode
 from .encoding.tokenizer import vocab_size
 from .examples import ALL_TEACHERS, Examples, merge
 from .reading.sources import Rows, read_sources
+from .reading.unread import note_unread
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,9 @@ def read_data(data: Data) -> dict[str, list[Rows]]:
             problems += error.problems
     if problems:
         raise UserError(*problems)
+    for setting, value in wanted.items():
+        for (name, source), read in zip(with_setting_names(value, setting), out[setting], strict=True):
+            note_unread(name, source, read.unread, len(read.rows))
     _warn_of_shared_data(out, data)
     return out
 

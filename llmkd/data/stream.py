@@ -12,6 +12,7 @@ import functools
 import hashlib
 import itertools
 import random
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -25,8 +26,10 @@ from .encoding.formats import refuse_without_template
 from .examples import ALL_TEACHERS, Examples
 from .reading import skills
 from .reading.files import BadRow, Records, kind_of, raw, records, row_of
-from .reading.row_checks import ErrorCollector, check_row
+from .reading.problems import ErrorCollector
+from .reading.row_checks import check_row
 from .reading.sources import Rows, from_hub, hub_revision, local, no_rows
+from .reading.unread import note_unread
 
 
 class StreamSource(ExampleSource):
@@ -67,7 +70,9 @@ class StreamSource(ExampleSource):
         block = list(itertools.islice(self._records(), self.data.shuffle_buffer))
         if not block:
             raise no_rows(self.source, self.setting)
-        self._checked(block)
+        unread = self._checked(block).unread
+        self._named = set(unread)
+        note_unread(self.setting, self.source, unread, len(block), "of the first {}")
         return self._encode([(place, get) for _, place, get in itertools.islice(self._rows(0), self.batch_size)])
 
     @property
@@ -180,19 +185,22 @@ class StreamSource(ExampleSource):
             raise UserError(f"{place}: reading stopped ({type(error).__name__}: {reason[:160]}); try again, with --resume") from None
 
     def _checked(self, taken: list[tuple[str, Any]]) -> Rows:
-        problems, rows, places = ErrorCollector(), [], []
+        problems, rows, places, unread = ErrorCollector(), [], [], Counter()
         for place, get in taken:
             try:
-                rows.append(check_row(get(), place, self.source, problems))
+                rows.append(check_row(get(), place, self.source, problems, unread=unread))
                 places.append(place)
             except BadRow as error:
                 problems.add(f"{place}: {error}")
         problems.raise_if_any()
-        return Rows(rows, places, "")
+        return Rows(rows, places, "", unread=unread)
 
     def _encode(self, taken: list[tuple[str, Any]]) -> tuple[Examples, list[str]]:
         """The examples of some rows, and the place of each."""
         rows = self._checked(taken)
+        if new := Counter({name: number for name, number in rows.unread.items() if name not in self._named}):
+            self._named |= set(new)
+            note_unread(self.setting, self.source, new, len(taken), f"of the {{}} of a step (near {taken[0][0]})")
         refuse_without_template(self.source, rows.rows, self.tokenizer, self.setting)
         examples = encode(rows, self.source, self.data, self.tokenizer)
         examples.teacher_index[:] = self.teacher

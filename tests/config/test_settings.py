@@ -561,6 +561,8 @@ SOURCE_CONTRADICTIONS = [
     ),
     ("  validation: {path: v, fields: {instruction: output}}", "r.yaml:5: data.validation.fields.instruction: ", "also read as output"),
     ("  validation: {path: v, format: chat, fields: {role: content}}", "r.yaml:5: data.validation.fields.role: ", "also read as content"),
+    ("  validation: {path: v, ignore: [output]}", "r.yaml:5: data.validation.ignore: ", "found 'output', which format alpaca reads"),
+    ("  validation: {path: v, format: chat, ignore: [role]}", "r.yaml:5: data.validation.ignore: ", "found 'role'"),
     ("  streaming: true", "r.yaml:5: data.streaming: ", "without train.max_steps"),
     ("  streaming: true\n  validation_fraction: 0.1\ntrain: {max_steps: 3}", "r.yaml:6: data.validation_fraction: ", "use data.validation"),
     ("  streaming: true\ntrain: {max_steps: 3, group_by_length: 2}", "r.yaml:6: train.group_by_length: ", "use 1"),

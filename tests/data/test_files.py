@@ -25,7 +25,7 @@ BAD_LINES = [
     ('{"instruction": "a", "output": true}', "output is true or false, expected text"),
     ('{"instruction": "a", "output": ["b"]}', "output is a list, expected text"),
     ('{"instruction": "a", "output": null}', "output is null, expected text"),
-    ('{"instruction": "a", "output": "b", "input": null}', "input is null, expected text"),
+    ('{"instruction": "a", "output": "b", "input": 1}', "input is a number, expected text"),
     ('{"instruction": "a"}', "no column 'output'; found 'instruction'"),
     ('{"instrction": "a", "output": "b"}', "no column 'instruction'; did you mean 'instrction'?"),
     ('{"instruction": "a", "inputs": "x", "output": "b"}', "did you mean 'inputs'?"),

@@ -27,12 +27,14 @@ _REASONING = ("reasoning_content", "reasoning", "thinking")
 
 
 def conversation(messages: list[dict], tokenizer, tools: list[dict] | None = None, first: int = 0) -> list[Text]:
-    """The conversation as text. The assistant's turns from message `first` on are supervised, with their end tokens.
+    """The conversation as text. The assistant's turns from message `first` on are supervised, with their end tokens; not those with `train: False`.
 
     Where a template shows earlier turns differently once later ones follow (it drops their thinking, say), there is one text for each
     assistant turn, as the model sees it when it generates that turn. ValueError if the template raises, or if the answer cannot be
     located in its text.
     """
+    context_only = {i for i, message in enumerate(messages) if message.get("train") is False}
+    messages = [{key: value for key, value in message.items() if key != "train"} for message in messages]
     control = controls(tokenizer)
     refuse_unmarked([messages, tools], control)
     guard, marker = private_use_chars(messages, tools, tokenizer.chat_template)
@@ -49,7 +51,8 @@ def conversation(messages: list[dict], tokenizer, tools: list[dict] | None = Non
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise ValueError(f"the chat template rejects this conversation: {reason}") from None
 
-    turns = [i for i, m in enumerate(messages) if i >= first and m["role"] == "assistant" and (m["content"].strip() or m.get("tool_calls"))]
+    answers = [i for i in range(first, len(messages)) if messages[i]["role"] == "assistant" and i not in context_only]
+    turns = [i for i in answers if messages[i]["content"].strip() or messages[i].get("tool_calls")]
     texts = _texts(messages, turns, TemplateProbe(render, marker, control.any, tokenizer.eos_token))
     if plain != (messages, tools):
         if render(messages).replace(guard, "") != render(plain[0], tools=plain[1]):

@@ -11,10 +11,11 @@ import numpy as np
 
 from ...config.recipe import Data, Source
 from ..examples import Examples
-from ..reading.row_checks import ErrorCollector
+from ..reading.problems import ErrorCollector
 from ..reading.sources import Rows
 from .control_tokens import Span, Text, controls, piecewise, refuse_unmarked
 from .formats import FORMATS
+from .marked_turns import refuse_unhonoured_marks
 from .teacher_context import Tokens, align, keep_common, teacher_texts
 
 _BATCH = 512
@@ -39,7 +40,7 @@ def encode(rows: Rows, source: Source, data: Data, tokenizer, progress=iter) -> 
     errors = ErrorCollector()
     texts = _render(rows, source, data, tokenizer, errors)
     errors.raise_if_any()
-    counts = {"rows": len(rows.rows), "unsupervised": 0, "too_long": 0}
+    counts = {"rows": len(rows.rows), "unsupervised": sum(row.get("train") is False for row in rows.rows), "too_long": 0}
     counts |= {"as_characters": sum(bool(t.student.pieces) for t in texts), "endless": sum(not t.student.ends_with_control for t in texts)}
     kept: list[tuple[Tokens, ...]] = []  # each example as the student reads it, and as its teacher does if that has a context
     kept_rows = []
@@ -75,10 +76,13 @@ def encode(rows: Rows, source: Source, data: Data, tokenizer, progress=iter) -> 
 
 
 def _render(rows: Rows, source: Source, data: Data, tokenizer, errors: ErrorCollector) -> list[Rendered]:
-    """The texts of all rows, as student and teacher read them. Bad rows are added to `errors`."""
+    """The texts of all rows, as student and teacher read them. Bad rows are added to `errors`. A row marked as not trained on has no text."""
     texts, control = [], controls(tokenizer)
     for i, row in enumerate(rows.rows):
         try:
+            refuse_unhonoured_marks(row, data)
+            if row.get("train") is False:
+                continue
             own = FORMATS[source.format].render(row, source, tokenizer)
             refuse_unmarked([text.text for text in own if text.raw], control)
             theirs = teacher_texts(row, own, source, data, tokenizer) or [None] * len(own)

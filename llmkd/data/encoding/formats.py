@@ -34,16 +34,16 @@ def alpaca(row: dict, source: Source, tokenizer, context: str = "") -> list[Text
     With a chat template the prompt is the user's turn, as in torchtune's recipes.
     """
     prompt = (ALPACA_WITH_INPUT if row.get("input") else ALPACA).format(instruction=row["instruction"], input=row.get("input", ""))
-    return _prompt_and_answer(prompt, row["output"], source, tokenizer, context)
+    return _prompt_and_answer(row, prompt, row["output"], source, tokenizer, context)
 
 
 def prompt_completion(row: dict, source: Source, tokenizer, context: str = "") -> list[Text]:
     """prompt and completion: one text, or two lists of messages that are one conversation. The completion is supervised."""
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, list):
-        prompt = _with_context(context, prompt)
+        prompt = _with_context(context, _with_system(row, prompt))
         return conversation([*prompt, *completion], tokenizer, row.get("tools"), first=len(prompt))
-    return _prompt_and_answer(prompt, completion, source, tokenizer, context)
+    return _prompt_and_answer(row, prompt, completion, source, tokenizer, context)
 
 
 def text(row: dict, source: Source, tokenizer, context: str = "") -> list[Text]:
@@ -52,8 +52,8 @@ def text(row: dict, source: Source, tokenizer, context: str = "") -> list[Text]:
 
 
 def chat(row: dict, source: Source, tokenizer, context: str = "") -> list[Text]:
-    """messages, and optionally tools that they may call. The assistant's turns with their end tokens are supervised."""
-    return conversation(_with_context(context, row["messages"]), tokenizer, row.get("tools"))
+    """messages, and optionally tools that they may call. The assistant's turns with their end tokens are supervised, but those marked `train: False`."""
+    return conversation(_with_context(context, _with_system(row, row["messages"])), tokenizer, row.get("tools"))
 
 
 def alpaca_answer(row: dict, answer: str) -> tuple[dict, str]:
@@ -67,7 +67,8 @@ def prompt_completion_answer(row: dict, answer: str) -> tuple[dict, str]:
 
 def chat_answer(row: dict, answer: str) -> tuple[dict, str]:
     """As prompt and completion, so that the assistant's turns in the question are not supervised."""
-    return {"prompt": row["messages"], "completion": _assistant(answer), "tools": row.get("tools")}, "prompt_completion"
+    question = {"prompt": row["messages"], "completion": _assistant(answer), "tools": row.get("tools"), "system": row.get("system")}
+    return question, "prompt_completion"
 
 
 @dataclass(frozen=True)
@@ -87,10 +88,11 @@ FORMATS = {
 }
 
 
-def _prompt_and_answer(prompt: str, answer: str, source: Source, tokenizer, context: str) -> list[Text]:
+def _prompt_and_answer(row: dict, prompt: str, answer: str, source: Source, tokenizer, context: str) -> list[Text]:
     if not source.chat_template:
         return _plain_text(prompt, answer, context)
-    return conversation(_with_context(context, [{"role": "user", "content": prompt}, *_assistant(answer)]), tokenizer)
+    messages = _with_system(row, [{"role": "user", "content": prompt}, *_assistant(answer)])
+    return conversation(_with_context(context, messages), tokenizer)
 
 
 def _assistant(answer: str) -> list[dict]:
@@ -100,6 +102,14 @@ def _assistant(answer: str) -> list[dict]:
 def _plain_text(prompt: str, answer: str, context: str) -> list[Text]:
     prompt = f"{context}\n\n{prompt}" if context else prompt
     return [Text(prompt + answer, [(len(prompt), len(prompt + answer))] if answer.strip() else [])]
+
+
+def _with_system(row: dict, messages: list[dict]) -> list[dict]:
+    """The conversation with the row's system message, unless it begins with that (row_checks refuses two different ones)."""
+    system = row.get("system") or ""
+    if not system.strip() or messages[0]["role"] in ("system", "developer"):
+        return messages
+    return [{"role": "system", "content": system}, *messages]
 
 
 def _with_context(context: str, messages: list[dict]) -> list[dict]:

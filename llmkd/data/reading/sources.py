@@ -13,6 +13,7 @@ import json
 import os
 import random
 import re
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +25,8 @@ from ...errors import UserError
 from . import skills
 from .files import KINDS, BadRow, Records, kind_of, records, row_of
 from .folders import data_files
-from .row_checks import ErrorCollector, check_row
+from .problems import ErrorCollector
+from .row_checks import check_row
 
 _HUB_ID = re.compile(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)?")
 
@@ -37,6 +39,7 @@ class Rows:
     places: list[str]
     content: str
     origin: dict[str, Any] = field(default_factory=dict)  # path, name, split, revision (resolved, where there is one), rows
+    unread: Counter = field(default_factory=Counter)  # columns that were not read, with the number of rows that have them
 
 
 def read_sources(setting: Source | tuple[Source, ...] | None, name: str, choices: bool = False) -> list[Rows]:
@@ -58,16 +61,16 @@ def read_source(source: Source, setting: str, choices: bool = False) -> Rows:
     found: Iterable[tuple[str, Any]] = _parsed(opened.records, problems)
     if source.limit and source.seed is not None:
         found = _sample(list(found), source.limit, source.seed)
-    rows, places = [], []
+    rows, places, unread = [], [], Counter()
     for place, row in itertools.islice(found, source.limit):
-        rows.append(check_row(row, place, source, problems, choices))
+        rows.append(check_row(row, place, source, problems, choices, unread))
         places.append(place)
     problems.raise_if_any()
     if not rows:
         raise no_rows(source, setting)
-    renamed = json.dumps([source.limit, source.seed, source.fields, source.roles], sort_keys=True)
+    settings = [source.limit, source.seed, source.fields, source.roles, *([list(source.ignore)] if source.ignore else [])]
     origin = {"path": source.path, "name": source.name, "split": opened.split, "revision": opened.revision, "rows": len(rows)}
-    return Rows(rows, places, f"{opened.content()} {renamed}", origin)
+    return Rows(rows, places, f"{opened.content()} {json.dumps(settings, sort_keys=True)}", origin, unread)
 
 
 def no_rows(source: Source, setting: str) -> UserError:

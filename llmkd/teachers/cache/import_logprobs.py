@@ -24,7 +24,7 @@ import numpy as np
 import torch
 
 from ...data.examples import Examples
-from ...data.reading.row_checks import ErrorCollector
+from ...data.reading.problems import ErrorCollector
 from ...errors import UserError
 from ..sparse import NEGLIGIBLE, TopK
 from .records import TopKFormat

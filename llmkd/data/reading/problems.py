@@ -1,0 +1,31 @@
+"""The errors of many rows, collected and raised as one."""
+
+from ...errors import UserError
+
+SHOWN = 20
+
+
+class ErrorCollector:
+    """Collects errors, one line each, and raises them as one UserError that shows the first twenty."""
+
+    def __init__(self):
+        self.found: list[str] = []
+        self._alike: dict[str, int] = {}
+
+    def add(self, problem: str, alike: str = "") -> None:
+        """Add an error as one line: characters that do not print are escaped, and the rest after 600 characters is cut off.
+
+        Of the errors with the same `alike`, which every row of a file may have, the first is shown and the others are counted.
+        """
+        if alike:
+            self._alike[alike] = self._alike.get(alike, 0) + 1
+            if self._alike[alike] > 1:
+                return
+        line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in problem)
+        self.found.append(line if len(line) <= 600 else f"{line[:600]} ...")
+
+    def raise_if_any(self) -> None:
+        if self.found:
+            more = [f"... and {len(self.found) - SHOWN} more problems like these"] if len(self.found) > SHOWN else []
+            more += [f"... and {count - 1} more rows: {alike}" for alike, count in self._alike.items() if count > 1]
+            raise UserError(*self.found[:SHOWN], *more)

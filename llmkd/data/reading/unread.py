@@ -1,0 +1,137 @@
+"""Columns of a row that its format does not read: counted, and refused where public data sets keep something in them that changes the meaning.
+
+The names are those of LLaMA-Factory, axolotl, TRL, ShareGPT, OpenAI, verl and well-known data sets, without case and punctuation.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ...config.data import FORMATS, Source
+from ...console import count, warn
+from .problems import ErrorCollector
+from .turn_marks import plain
+
+_ANSWERED = ("alpaca", "chat", "prompt_completion")
+_EMPTY = (None, "", [], {})
+
+
+@dataclass(frozen=True)
+class Meaning:
+    """Columns that mean something to the formats named, why their loss matters, and how they can be read."""
+
+    names: frozenset[str]
+    formats: tuple[str, ...]
+    what: str
+    fix: str = ""  # besides `ignore`; {} is the column's name
+    column: str = ""  # the format's column that reads it under its own name
+    holds: Callable[[Any], bool] = lambda value: True  # whether a value is such a thing
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+MEANINGS = (
+    Meaning(
+        _names("system systemprompt systemmessage systemmsg sysprompt systeminstruction systeminstructions systemcontent"),
+        _ANSWERED,
+        "a system message",
+        column="system",
+    ),
+    Meaning(
+        _names(
+            "tools functions tooldefinitions tooldefs toolspecs toolschemas toollist availabletools functiondefinitions functionschemas"
+        ),
+        _ANSWERED,
+        "the functions that may be called",
+        "write the row as format: chat with tools",
+        column="tools",
+    ),
+    Meaning(
+        _names("history conversationhistory chathistory dialoguehistory dialoghistory previousturns pastmessages"),
+        _ANSWERED,
+        "earlier turns",
+        "write them as messages (format: chat)",
+    ),
+    Meaning(
+        _names("rejected chosen rejectedresponse chosenresponse rejectedresponses chosenresponses"),
+        tuple(FORMATS),
+        "one half of a preference, and llmkd does not train on preferences",
+    ),
+    Meaning(
+        _names("label kttag kototag ktotag isgood accepted"),
+        _ANSWERED,
+        "whether an answer is a good one, and llmkd would learn bad ones too",
+        "remove the rows where it is false",
+        holds=lambda value: isinstance(value, bool),
+    ),
+    Meaning(
+        _names(
+            "reasoning reasoningcontent reasoningtrace reasoningtext thinking thinkingcontent thinkingtrajectory thoughts thought cot"
+            " complexcot chainofthought rationale"
+        ),
+        _ANSWERED,
+        "an answer's reasoning",
+        "write it as reasoning_content of an assistant message (format: chat), or into the answer",
+    ),
+    Meaning(
+        _names("image images imagepath imagepaths video videos audio audios"),
+        _ANSWERED,
+        "something else than text, and llmkd reads text only",
+    ),
+    Meaning(
+        _names("instruction input context"),
+        ("prompt_completion",),
+        "a part of a prompt",
+        "write it into the prompt, or use format: alpaca with fields: {{input: {0}}}",
+    ),
+    Meaning(_names("context"), ("alpaca",), "a part of a prompt", column="input"),
+    Meaning(
+        _names("chattemplatekwargs templatekwargs enablethinking documents"),
+        ("chat", "prompt_completion"),
+        "an argument of the chat template",
+        "remove it",
+        holds=lambda value: not isinstance(value, str),
+    ),
+)
+
+
+def count_unread(row: dict, read: set[str], source: Source, place: str, problems: ErrorCollector, unread: Counter) -> None:
+    """Count the row's columns that are neither in `read` nor ignored; those with a meaning are added to `problems`."""
+    for name, value in row.items():
+        if name in read or name in source.ignore or value is None:
+            continue
+        unread[name] += 1
+        meaning = next((m for m in MEANINGS if source.format in m.formats and plain(name) in m.names and m.holds(value)), None)
+        if meaning and value not in _EMPTY:
+            problems.add(
+                f"{place}: column {name!r} is not read: {_advice(meaning, name, row, source)}",
+                alike=f"column {name!r} is not read",
+            )
+
+
+def _advice(meaning: Meaning, name: str, row: dict, source: Source) -> str:
+    """What a column means, and the lines of the recipe that read it or leave it out."""
+    ways = []
+    columns = FORMATS[source.format].columns
+    if meaning.column in columns and source.fields.get(meaning.column, meaning.column) not in row:
+        fields = source.fields | {meaning.column: name}
+        ways.append(f"set fields: {{{', '.join(f'{ours}: {theirs}' for ours, theirs in fields.items())}}}")
+    elif meaning.fix:
+        ways.append(meaning.fix.format(name))
+    ways.append(f"set ignore: [{', '.join([*source.ignore, name])}] to train without it")
+    return f"it may hold {meaning.what}; {', or '.join(ways)}"
+
+
+def note_unread(setting: str, source: Source, unread: Counter, rows: int, of: str = "of {}") -> None:
+    """One line that lists what was not read, the most frequent first; none for the built-in corpus, which has columns for several formats.
+
+    `rows`: the number of rows that were counted; `of`: what they are.
+    """
+    if unread and not source.path.startswith("builtin:"):
+        listed = ", ".join(f"{name} ({number:,})" for name, number in unread.most_common())
+        warn(
+            f"note: {setting} ({source.path}): columns that are not read, with the rows that have them, {of.format(count(rows, 'row'))}: {listed}"
+        )

@@ -1,0 +1,27 @@
+"""Values of a row: their types in words, and texts that are none."""
+
+from typing import Any
+
+
+def check_text(text: str, where: str, problems) -> None:
+    if surrogate(text) is not None:
+        problems.add(f"{where} contains half of a surrogate pair, which is not a character; fix the file's encoding")
+
+
+def surrogate(value: Any) -> str | None:
+    """The first text in `value`, at any depth, that cannot be encoded as UTF-8."""
+    if isinstance(value, dict | list):
+        inner = [*value, *value.values()] if isinstance(value, dict) else value
+        return next((bad for bad in map(surrogate, inner) if bad is not None), None)
+    try:
+        if isinstance(value, str):
+            value.encode()
+    except UnicodeEncodeError:
+        return value
+    return None
+
+
+def kind(value: Any) -> str:
+    """The type of a value, in the words of JSON rather than Python."""
+    names = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number", bytes: "bytes"}
+    return "null" if value is None else names.get(type(value), f"a {type(value).__name__}")
