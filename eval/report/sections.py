@@ -38,7 +38,7 @@ def what_was_run(sweep: SweepFolder) -> list:
         ]
     out += [Heading("Arms, as differences to the base recipe")]
     out.append(Table(["arm", "differs in", "seeds", "status"], [_arm(sweep, arm) for arm in sweep.arms.values()], left=4))
-    return out + _unfinished(sweep)
+    return out + _unfinished(sweep) + _worsened(sweep)
 
 
 def _stage(sweep: SweepFolder, name: str, stage: dict) -> list[Text]:
@@ -79,6 +79,11 @@ def _unfinished(sweep: SweepFolder) -> list:
         names = [part for run in waiting for part in (", ", Span(run.name))][1:]
         out += [Heading("Runs that wait"), Para((*names, ". llmkd sweep with --resume trains them."))]
     return out
+
+
+def _worsened(sweep: SweepFolder) -> list:
+    items: list[Text] = [(Span(run.name), ": ", _cut(str(text))) for run in sweep.runs for text in run.summary.get("warnings") or ()]
+    return [Heading("Runs that ended worse than they began"), Items(items)] if items else []
 
 
 def _cut(text: str, most: int = 400) -> str:

@@ -9,7 +9,7 @@ from ..errors import NonFinite
 from ..files import read_jsonl, remove_leftovers, write_atomic, write_folder
 from ..models import saved_student
 from ..models.language_model import LanguageModel
-from ..output import metrics, plots
+from ..output import metrics, plots, worsening
 from ..output.model_card import model_card
 from ..output.run_folder import RunFolder
 from ..output.trackers import Trackers, configuration
@@ -88,6 +88,7 @@ class StudentRun:
             "train": metrics.terms(last),
             "validation": held_out[-1] | scored,
             "best": self.best,
+            "warnings": list(worsening.sentences(records, self.recipe.loss, self.recipe.optim)),
         }
         (self.folder.path / "nonfinite.json").unlink(missing_ok=True)  # of an attempt before this one
         output = self.write_student(summary)

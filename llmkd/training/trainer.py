@@ -183,6 +183,8 @@ class Trainer:
             scored = evaluator.accuracy(student.model, questions, progress_bar("questions")) if questions else {}
             if self.main:
                 output = student.finish(self.source.total_steps, scored)
+                for text in student.folder.summary()["warnings"]:
+                    self.display.info(f"{student.folder.path.name}: {text}")
                 if len(self.students) == 1:
                     self.print(student, output)
         self.accelerator.wait_for_everyone()

@@ -112,3 +112,11 @@ def test_every_cell_names_its_column_for_narrow_screens(made):
         heads = [re.sub("<.*?>", "", cell) for cell in re.findall(r"<th scope.*?>(.*?)</th>", table)]
         for row in re.findall(r"<tr>(<td.*?)</tr>", table):
             assert re.findall(r'<td[^>]*data-column="([^"]*)"', row) == [cell for cell in heads if cell], row
+
+
+def test_runs_that_ended_worse_than_they_began_are_listed(made):
+    folder = made(TWO)
+    assert "ended worse" not in written(folder)[1]
+    (folder / "arms/kd/summary.json").write_text(json.dumps({"warnings": ["worse than before training: <CE>"]}))
+    page, text = written(folder)
+    assert "### Runs that ended worse than they began\n\n- `kd`: worse than before training" in text and "training: &lt;CE&gt;" in page
