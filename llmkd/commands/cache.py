@@ -99,7 +99,7 @@ class Recorder:
 
 
 def _load_recorder(recipe: Recipe, prepared: Prepared, source: TeacherSource, examples: Examples, device) -> Recorder:
-    from ..models.load import load_models
+    from ..models.load import LoadContext, load_models
     from ..teachers.cache.records import make_record_format
     from ..teachers.fidelity import measured_transform, sample_teacher_batches
     from ..teachers.live import LiveTeacher
@@ -109,8 +109,8 @@ def _load_recorder(recipe: Recipe, prepared: Prepared, source: TeacherSource, ex
     def probe(setting: str) -> list:
         return sample_teacher_batches(examples, number, size, pad, device)
 
-    around = functools.partial(measured_transform, probe)
-    _, (model,) = load_models([], [(source.setting, source.settings)], prepared.vocab, device, recipe.seed, around_transform=around)
+    context = LoadContext(prepared.vocab, device, recipe.seed, around_transform=functools.partial(measured_transform, probe))
+    _, (model,) = load_models([], [(source.setting, source.settings)], context)
     record_format = make_record_format(source.settings.cache, prepared.vocab, model)
     return Recorder(LiveTeacher(model), examples, record_format, pad, device)
 

@@ -7,14 +7,14 @@ from pathlib import Path
 import torch
 
 from ..batch import Batch
-from ..config.recipe import Recipe
+from ..config.recipe import Recipe, Student
 from ..console import info, progress_bar, table, warn
 from ..data.batching import make_micro_batches
 from ..data.collate import collate
 from ..data.examples import Examples
 from ..errors import UserError
 from ..models.language_model import LanguageModel
-from ..models.load import load_models
+from ..models.load import LoadContext, load_models
 from ..signals import TEACHER_METRICS, Dense
 from ..teachers.cache.shards import TeacherCache
 from ..teachers.cached import CachedTeacher
@@ -56,6 +56,8 @@ def check(recipe: Recipe, examples: int = 64) -> None:
     accelerator = start()
     if accelerator.num_processes > 1:
         raise UserError("--check: runs in one process; leave accelerate launch out")
+    context = LoadContext(prepared.vocab, accelerator.device, recipe.seed)
+    evaluator = Evaluator(accelerator, prepared.tokenizer.eos_token_id, recipe.validation.micro_batch_size)
     for source in sources:
         mine = examples_of(prepared.train, prepared.teachers.index(source))
         sample = sample_examples(prepared.train.take(mine), examples)
@@ -65,21 +67,20 @@ def check(recipe: Recipe, examples: int = 64) -> None:
         cached = open_cache(recipe, prepared, source)
         info(f"on {len(sample)} training examples with {int(sample.loss_mask.sum())} targets; nats per target")
         if source.settings.held:
-            print(table(compare_transformed(recipe, prepared, source, sample, accelerator)))
+            print(table(compare_transformed(source, sample, context, evaluator)))
         if cached:
-            print(table(compare_cached(recipe, prepared, cached, sample, accelerator)))
+            print(table(compare_cached(recipe.student, cached, sample, context, evaluator)))
 
 
-def compare_transformed(recipe: Recipe, prepared: Prepared, source: TeacherSource, sample: Examples, accelerator) -> list[dict]:
+def compare_transformed(source: TeacherSource, sample: Examples, context: LoadContext, evaluator: Evaluator) -> list[dict]:
     """Two rows of metrics: the teacher as it was saved, and quantised or merged. Only one of them is in memory at a time."""
-    size, pad, vocab = recipe.validation.micro_batch_size, prepared.tokenizer.eos_token_id, prepared.vocab
     whole = dataclasses.replace(source.settings, quantization=None, merge_adapter=False)
-    (model,) = load_models([], [(source.setting, whole)], vocab, accelerator.device, recipe.seed)[1]
-    before = RecordedTeacher(model, sample, pad, size, accelerator.device)
+    (model,) = load_models([], [(source.setting, whole)], context)[1]
+    before = RecordedTeacher(model, sample, evaluator.pad, evaluator.micro_batch_size, context.device)
     del model
     gc.collect()
-    (model,) = load_models([], [(source.setting, source.settings)], vocab, accelerator.device, recipe.seed)[1]
-    found = Evaluator(accelerator, pad, size).validate([model], before, sample, progress_bar("the quantised teacher"))[0].metrics()
+    (model,) = load_models([], [(source.setting, source.settings)], context)[1]
+    found = evaluator.validate([model], before, sample, progress_bar("the quantised teacher"))[0].metrics()
     row = {name: found[name] for name in ("forward_kl", "reverse_kl", "top1_agreement")}
     itself = {"forward_kl": 0.0, "reverse_kl": 0.0, "top1_agreement": 1.0}
     return [
@@ -93,16 +94,15 @@ def compare_transformed(recipe: Recipe, prepared: Prepared, source: TeacherSourc
     ]
 
 
-def compare_cached(recipe: Recipe, prepared: Prepared, source: TeacherSource, sample: Examples, accelerator) -> list[dict]:
-    """Two rows of metrics of the recipe's untrained student: against the live teacher, and against its cache."""
-    size, pad = recipe.validation.micro_batch_size, prepared.tokenizer.eos_token_id
-    students, models = load_models([recipe.student], [(source.setting, source.settings)], prepared.vocab, accelerator.device, recipe.seed)
+def compare_cached(student: Student, source: TeacherSource, sample: Examples, context: LoadContext, evaluator: Evaluator) -> list[dict]:
+    """Two rows of metrics of the untrained student: against the live teacher, and against its cache."""
+    students, models = load_models([student], [(source.setting, source.settings)], context)
     rows = []
     for name, teacher in (
         ("live", LiveTeacher(models[0])),
-        (str(source.settings.cache.path), CachedTeacher(source.cache, accelerator.device)),
+        (str(source.settings.cache.path), CachedTeacher(source.cache, context.device)),
     ):
-        found = Evaluator(accelerator, pad, size).validate(students, teacher, sample, progress_bar(name))[0].metrics()
+        found = evaluator.validate(students, teacher, sample, progress_bar(name))[0].metrics()
         rows.append({source.setting: name} | {metric: found[metric] for metric in TEACHER_METRICS if metric in found})
     return rows
 

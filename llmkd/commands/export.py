@@ -66,7 +66,7 @@ def drift(merged, files: ModelFiles, tokenizer, vocab: int, run: Path, saved: Pa
     if not trained_on:
         return None
     from ..models.language_model import LanguageModel
-    from ..models.load import load_teacher
+    from ..models.load import LoadContext, load_teacher
     from ..models.merge import load_trained_weights
     from ..teachers.live import LiveTeacher
     from ..training.launch import start
@@ -74,7 +74,7 @@ def drift(merged, files: ModelFiles, tokenizer, vocab: int, run: Path, saved: Pa
 
     sample, where = _sample(run, vocab)
     accelerator = start()
-    trained = load_teacher(settings, vocab, accelerator.device)
+    trained = load_teacher(settings, LoadContext(vocab, accelerator.device))
     if saved:
         load_trained_weights(trained.model, saved)
     plain = LanguageModel(merged.to(accelerator.device), vocab).eval()

@@ -63,7 +63,7 @@ def stage_recipes(pipeline: Pipeline, config: Path, overrides: dict) -> dict[str
 
 def compare(pipeline: Pipeline, recipes: dict[str, Recipe]) -> dict[str, dict[str, float]]:
     """Metrics of the teacher and the students on the first student's held-out rows and questions."""
-    from ..models.load import load_teacher
+    from ..models.load import LoadContext, load_teacher
     from ..models.saved_student import as_trained, student_folder
     from ..teachers.live import LiveTeacher
 
@@ -73,7 +73,7 @@ def compare(pipeline: Pipeline, recipes: dict[str, Recipe]) -> dict[str, dict[st
 
     def load(stage: str):
         settings = dataclasses.replace(as_trained(student_folder(recipes[stage].output_dir)), attention=recipes[stage].student.attention)
-        return load_teacher(settings, prepared.vocab, accelerator.device)
+        return load_teacher(settings, LoadContext(prepared.vocab, accelerator.device))
 
     teacher = load(pipeline.teacher)
     names = {pipeline.teacher: teacher} | {name: None for name in pipeline.students}

@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -32,6 +33,24 @@ def _unmeasured(teacher: LanguageModel, settings: Teacher, setting: str) -> cont
     return contextlib.nullcontext({})
 
 
+@dataclass(frozen=True)
+class LoadContext:
+    """What all models of a run have in common when they are loaded.
+
+    vocab             entries of the tokenizer; every model must have a row for each
+    device            of the students, and of the head of a teacher that is elsewhere (`teacher.device`)
+    seed              of new weights and new adapters
+    packing           packed rows of so many tokens must be safe; 0 without packing
+    around_transform  entered round a teacher's merge or conversion to fp8, to measure the change
+    """
+
+    vocab: int
+    device: torch.device | str
+    seed: int = 0
+    packing: int = 0
+    around_transform: AroundTransform = _unmeasured
+
+
 def checked(model: LanguageModel, setting: str, packing: int = 0, implementation: str = "auto") -> LanguageModel:
     """The model with what the startup checks find of it put to use. UserError where it cannot be used; see `startup_checks.check`."""
     found = startup_checks.check(model, setting, packing, implementation)
@@ -41,23 +60,14 @@ def checked(model: LanguageModel, setting: str, packing: int = 0, implementation
 
 
 def load_teacher(
-    settings: Teacher,
-    vocab: int,
-    device,
-    packing: int = 0,
-    setting: str = "teacher",
-    files: ModelFiles | None = None,
-    base: nn.Module | None = None,
-    around_transform: AroundTransform = _unmeasured,
+    settings: Teacher, context: LoadContext, setting: str = "teacher", files: ModelFiles | None = None, base: nn.Module | None = None
 ) -> LanguageModel:
     """The teacher, frozen and in eval mode: a model, or an adapter on its base, merged or not.
 
-    device            the student's device, and that of the head of a teacher that is elsewhere (`settings.device`)
-    packing           packed rows of so many tokens must be safe; 0 without packing
-    files, base       its files and its base, where they are located and loaded already
-    around_transform  entered round a merge or a conversion to fp8, to measure the change
+    setting      the name of its settings: teacher, or teacher.0, ...
+    files, base  its files and its base, where they are located and loaded already
     """
-    name, held = f"{setting}.model", resolve_device(setting, settings.device, device)
+    device, name, held = context.device, f"{setting}.model", resolve_device(setting, settings.device, context.device)
     files = files or find(settings.model, name, settings.revision, settings.base)
     if settings.float8:
         refuse_without_products(held, setting)
@@ -65,14 +75,14 @@ def load_teacher(
     if files.adapter:
         adapters.note_quantization(files, settings.loaded_in, setting)
         model = adapters.load(model, files, name).to(held)
-    teacher = LanguageModel(model, _checked_vocab(model, vocab, name))
+    teacher = LanguageModel(model, _checked_vocab(model, context.vocab, name))
     teacher.requires_grad_(False).eval()
     if settings.device == OFFLOAD:
         teacher = teacher.replaced(head=head_on(teacher.head, torch.device(device)), input_device=torch.device(device))
         offload(teacher.base_model, device)
-    teacher = checked(teacher, name, packing, settings.attention)
+    teacher = checked(teacher, name, context.packing, settings.attention)
     if settings.is_transformed:
-        with around_transform(teacher, settings, setting) as fidelity:
+        with context.around_transform(teacher, settings, setting) as fidelity:
             apply_transforms(teacher, settings, files, setting)
         last = enable_if_exact(teacher, startup_checks.tolerance(teacher))  # the teacher consists of other modules now
         teacher = teacher.replaced(fidelity=fidelity, capabilities=dataclasses.replace(teacher.capabilities, last_layer=last))
@@ -82,31 +92,24 @@ def load_teacher(
 
 
 def load_students(
-    many: list[Student],
-    vocab: int,
-    device,
-    seed: int,
-    packing: int = 0,
-    found: list[ModelFiles] | None = None,
-    base: nn.Module | None = None,
+    many: list[Student], context: LoadContext, found: list[ModelFiles] | None = None, base: nn.Module | None = None
 ) -> list[LanguageModel]:
     """Students in training mode, of which exactly the parameters that `method` names require a gradient.
 
     Several students may differ only in their adapters: they share one base in memory, and each behaves as if it were alone. A single
     student may use any method.
 
-    packing      packed rows of so many tokens must be safe; 0 without packing
     found, base  the files of each and their base, where they are located and loaded already
     """
-    settings = many[0]
+    settings, device = many[0], context.device
     found = found or [find(one.model, "student.model", one.revision, one.base) for one in many if one.model]
-    torch.manual_seed(seed)
+    torch.manual_seed(context.seed)
     if found:
         model = base or pretrained.load_pretrained(
             found[0].base, "student.model", settings.dtype, settings.attention, device, settings.quantization
         )
     else:
-        model = pretrained.new_model(settings, vocab).to(device)
+        model = pretrained.new_model(settings, context.vocab).to(device)
     if settings.method == "full":
         _check_full(model, found[0] if found else None)
         for parameter in beside_text(model):
@@ -119,12 +122,12 @@ def load_students(
     if settings.method == "lora":
         model.requires_grad_(False)
         names = [f"student{k}" for k in range(len(many))] if len(many) > 1 else ["default"]
-        model = _with_adapters(model, found, many, names, seed).to(device)
-    vocab = _checked_vocab(model, vocab, "student.model")
+        model = _with_adapters(model, found, many, names, context.seed).to(device)
+    _checked_vocab(model, context.vocab, "student.model")
     students = []
     for k, (name, own) in enumerate(zip(names, many, strict=True)):
         with attribute_to_student(k):
-            students.append(_student(model, vocab, name, own, packing))
+            students.append(_student(model, name, own, context))
     return students
 
 
@@ -140,10 +143,11 @@ def _with_adapters(model: nn.Module, found: list[ModelFiles], many: list[Student
     return model
 
 
-def _student(model: nn.Module, vocab: int, name: str | None, settings: Student, packing: int) -> LanguageModel:
+def _student(model: nn.Module, name: str | None, settings: Student, context: LoadContext) -> LanguageModel:
     """One student of those on `model`: checked, in training mode."""
     autocast = torch.bfloat16 if settings.mixed_precision == "bf16" else None
-    student = checked(LanguageModel(model, vocab, name, autocast=autocast).train(), "student.model", packing, settings.attention)
+    student = LanguageModel(model, context.vocab, name, autocast=autocast).train()
+    student = checked(student, "student.model", context.packing, settings.attention)
     _check_narrow(student, settings)
     unused = startup_checks.parameters_without_gradient(student, "student.model")
     if unused:
@@ -185,26 +189,18 @@ def _checked_vocab(model: nn.Module, vocab: int, setting: str) -> int:
 
 
 def load_models(
-    students: list[Student],
-    teachers: list[tuple[str, Teacher]],
-    vocab: int,
-    device,
-    seed: int,
-    packing: int = 0,
-    around_transform: AroundTransform = _unmeasured,
+    students: list[Student], teachers: list[tuple[str, Teacher]], context: LoadContext
 ) -> tuple[list[LanguageModel], list[LanguageModel]]:
     """The students as `load_students` returns them and the teachers as `load_teacher` does, each as it would be alone.
 
-    teachers          with the names of their settings: teacher, or teacher.0, teacher.1, ...
-    packing           packed rows of so many tokens must be safe; 0 without packing
-    around_transform  see `load_teacher`
+    teachers  with the names of their settings: teacher, or teacher.0, teacher.1, ...
 
     A base that several of them use in the same form is loaded once; of two forms of one base, such as 16 bit for a teacher and 4 bit
     for a student, the tensors that are equal are kept once. Sharing needs `share_base: true` and a teacher on the student's device. A
     base that trains is never shared. If a teacher merges its adapter or is quantised to fp8, only the tensors left unchanged are shared.
     """
     for setting, teacher in teachers:
-        held = resolve_device(setting, teacher.device, device)
+        held = resolve_device(setting, teacher.device, context.device)
         if teacher.float8:
             refuse_without_products(held, setting)
     own = [find(one.model, "student.model", one.revision, one.base) for one in students if one.model]
@@ -221,16 +217,18 @@ def load_models(
         if key not in bases:
             if waiting[key] < 2:
                 return None
-            bases[key] = pretrained.load_pretrained(files.base, setting, settings.dtype, settings.attention, device, settings.quantization)
+            bases[key] = pretrained.load_pretrained(
+                files.base, setting, settings.dtype, settings.attention, context.device, settings.quantization
+            )
         waiting[key] -= 1
         return shared_weights.copy_sharing_weights(bases[key]) if waiting[key] else bases.pop(key)
 
     models = []
     for (setting, teacher), files, key in zip(teachers, theirs, keys[1:], strict=True):
         on = base(key, files, f"{setting}.model", teacher)
-        models.append(load_teacher(teacher, vocab, device, packing, setting, files, on, around_transform))
+        models.append(load_teacher(teacher, context, setting, files, on))
     on = base(keys[0], own[0], "student.model", students[0]) if own else None
-    learning = load_students(students, vocab, device, seed, packing, own, on) if students else []
+    learning = load_students(students, context, own, on) if students else []
     beside = [model for (_, teacher), model in zip(teachers, models, strict=True) if _shares_base(teacher)]
     shared_weights.deduplicate_weights(model.base_model for model in (*learning[:1], *beside))
     for n, ((setting, _), model) in enumerate(zip(teachers, models, strict=True)):

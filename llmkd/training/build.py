@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..batch import Batch
-from ..config.recipe import Data, Loss, Optim, Recipe, Train
+from ..config.recipe import Data, Loss, Optim, Recipe, Student, Train
 from ..config.recipe import Teacher as TeacherSettings
 from ..console import info
 from ..data.batch_source import TrainingSource
@@ -17,7 +17,7 @@ from ..losses.objective import Objective
 from ..losses.terms import HeadTerm, Term
 from ..models.compile import compile_layers, configure_torch_compile
 from ..models.language_model import LanguageModel
-from ..models.load import AroundTransform, load_models
+from ..models.load import LoadContext, load_models
 from ..output.run_folder import RunFolder
 from ..signals import Teacher
 from ..teachers.fidelity import measured_transform, sample_teacher_batches
@@ -64,10 +64,13 @@ def build_setup(
     that could be refused; last the newest checkpoint is loaded.
     """
     device, recipe = accelerator.device, recipes[0]
+    data, train = recipe.data, recipe.train
     live = [(source.setting, source.settings) for source in prepared.teachers if source.needs_model]
-    around_transform = functools.partial(measured_transform, functools.partial(teacher_probe, recipe, prepared, device))
+    probe = functools.partial(teacher_probe, prepared, recipe.validation.micro_batch_size, device)
+    packing = data.packing * longest_row(train, data)
+    context = LoadContext(prepared.vocab, device, recipe.seed, packing, functools.partial(measured_transform, probe))
     try:
-        models, teacher_models = load(recipes, live, prepared.vocab, device, around_transform)
+        models, teacher_models = load([one.student for one in recipes], live, context, data.share_prefixes, train.compile)
     except UserError:
         if stop_asked():  # a signal to the process group also kills the compiler, which is no error of the recipe
             raise Stopped("stopped by a signal before the first step; the same command starts again") from None
@@ -88,11 +91,10 @@ def build_setup(
     return TrainingSetup(prepared, source, teacher, tuple(students), fidelity, done)
 
 
-def teacher_probe(recipe: Recipe, prepared: Prepared, device, setting: str) -> list[Batch]:
+def teacher_probe(prepared: Prepared, micro_batch_size: int, device, setting: str) -> list[Batch]:
     """Some of the batches that the teacher of that setting will see."""
     number = [source.setting for source in prepared.teachers].index(setting)
-    size, pad = recipe.validation.micro_batch_size, prepared.tokenizer.eos_token_id
-    return sample_teacher_batches(prepared.train, number, size, pad, device)
+    return sample_teacher_batches(prepared.train, number, micro_batch_size, prepared.tokenizer.eos_token_id, device)
 
 
 def lock_folders(students: list[StudentRun], accelerator) -> None:
@@ -122,30 +124,26 @@ def restore(students: list[StudentRun], source: TrainingSource, main: bool) -> i
 
 
 def load(
-    recipes: list[Recipe], teachers: list[tuple[str, TeacherSettings]], vocab: int, device, around_transform: AroundTransform
+    students: list[Student], teachers: list[tuple[str, TeacherSettings]], context: LoadContext, share_prefixes: bool, compile: bool
 ) -> tuple[list[LanguageModel], list[LanguageModel]]:
-    """The recipes' students and the teachers, by their settings' names, ready for packed rows, and compiled with train.compile."""
-    recipe = recipes[0]
-    if recipe.train.compile:
-        configure_torch_compile(device)
-    packing = recipe.data.packing * longest_row(recipe.train, recipe.data)
-    students, found = load_models([one.student for one in recipes], teachers, vocab, device, recipe.seed, packing, around_transform)
+    """The students and the teachers, by their settings' names, checked for data.share_prefixes and compiled with train.compile."""
+    if compile:
+        configure_torch_compile(context.device)
+    learning, found = load_models(students, teachers, context)
     every = [
-        *(("student.model", one) for one in students),
+        *(("student.model", one) for one in learning),
         *((f"{name}.model", one) for (name, _), one in zip(teachers, found, strict=True)),
     ]
-    if recipe.data.share_prefixes and (
-        other := next(((setting, one) for setting, one in every if not one.capabilities.packed_attention), None)
-    ):
+    if share_prefixes and (other := next(((setting, one) for setting, one in every if not one.capabilities.packed_attention), None)):
         raise UserError(
             f"data.share_prefixes: {other[0]} ({other[1].base_model.config.model_type}) uses its own attention in packed rows, which cannot "
             "share prefixes; set it to false"
         )
-    if recipe.train.compile:
+    if compile:
         info("compiling the layers of student and teachers, which takes some minutes, or less where they were compiled before")
         for setting, model in every:
-            compile_layers(model, setting, recipe.data.packing)
-    return students, found
+            compile_layers(model, setting, context.packing > 0)
+    return learning, found
 
 
 def longest_row(train: Train, data: Data) -> int:

@@ -248,12 +248,12 @@ def test_a_killed_attempt_goes_on(world, tmp_path):
 def answers_of(recipe, k: int, held_out: bool = True) -> list[dict]:
     """What another program would give: the k likeliest tokens of the live teacher at every target, by row."""
     from llmkd.data.collate import collate
-    from llmkd.models.load import load_teacher
+    from llmkd.models.load import LoadContext, load_teacher
     from llmkd.teachers.live import LiveTeacher
     from llmkd.training.prepare import prepare
 
     prepared = prepare(recipe, open_caches=False)
-    live, lines = LiveTeacher(load_teacher(as_tuple(recipe.teacher)[0], prepared.vocab, "cpu")), []
+    live, lines = LiveTeacher(load_teacher(as_tuple(recipe.teacher)[0], LoadContext(prepared.vocab, "cpu"))), []
     for encoded in (prepared.train, prepared.validation) if held_out else (prepared.train,):
         for i in range(len(encoded)):
             batch = collate(encoded, [i], 0)

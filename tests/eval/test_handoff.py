@@ -193,7 +193,7 @@ def test_a_student_trained_on_four_bits_is_evaluated_on_them(world, tmp_path, ta
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from llmkd.data.reading.skills import tokenizer
-    from llmkd.models.load import load_teacher
+    from llmkd.models.load import LoadContext, load_teacher
     from llmkd.models.saved_student import as_trained
 
     torch.manual_seed(1)
@@ -204,7 +204,7 @@ def test_a_student_trained_on_four_bits_is_evaluated_on_them(world, tmp_path, ta
     folder = trained(world, tmp_path, **{"student.model": str(tmp_path / "student")}, **quantised)
     record = evaluate(folder, ["commonsense_qa"], tasks_dir=tasks_dir, batch_size=1)["commonsense_qa"]
     assert record["model"]["quantization"] == "nf4"
-    plain = load_teacher(as_trained(folder / "adapter"), 640, "cpu").model
+    plain = load_teacher(as_trained(folder / "adapter"), LoadContext(640, "cpu")).model
     prompt, encode = benchmarks.find_tasks(["commonsense_qa"], tasks_dir, None)["commonsense_qa"], tokenizer()
     doc = prompt.eval_docs[0]
     for letter, found in zip("ABCDE", likelihoods(folder, "commonsense_qa")[0], strict=True):

@@ -14,7 +14,7 @@ from llmkd.data.reading.skills import tokenizer
 from llmkd.errors import UserError
 from llmkd.models import saved_student
 from llmkd.models.language_model import LanguageModel
-from llmkd.models.load import load_students, load_teacher
+from llmkd.models.load import LoadContext, load_students, load_teacher
 from tests.kit.families import tiny
 from tests.kit.models import load_student
 
@@ -32,7 +32,7 @@ def student(path, **changes) -> LanguageModel:
 
 
 def teacher(path) -> LanguageModel:
-    return load_teacher(TeacherSettings(model=str(path)), 640, "cpu")
+    return load_teacher(TeacherSettings(model=str(path)), LoadContext(640, "cpu"))
 
 
 def moved(model: torch.nn.Module) -> torch.nn.Module:
@@ -192,7 +192,7 @@ def test_an_adapter_that_takes_something_out_of_the_base_trains_alone(tmp_path):
     assert torch.equal(logits(student(tmp_path / "adapter").eval()), expected)
     arms = [StudentSettings(model=str(tmp_path / "base")), StudentSettings(model=str(tmp_path / "adapter"))]
     with pytest.raises(UserError, match="student.model: .* was initialised by pissa, which changes the base; train it alone"):
-        load_students(arms, 640, "cpu", 0)
+        load_students(arms, LoadContext(640, "cpu", seed=0))
 
 
 def test_dora_on_rows_of_zeros_is_refused(tmp_path):

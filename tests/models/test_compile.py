@@ -7,7 +7,7 @@ from llmkd.config.recipe import Lora, Quantization, Student
 from llmkd.errors import Stopped, UserError
 from llmkd.models import compile as compilation
 from llmkd.models.language_model import LanguageModel
-from llmkd.models.load import checked, load_students
+from llmkd.models.load import LoadContext, checked, load_students
 from llmkd.training.run import run
 from llmkd.training.shutdown import ShutdownRequest
 from tests.conftest import distance
@@ -110,7 +110,7 @@ def test_students_side_by_side_and_a_base_in_four_bit(world):
     for quantization in (None, Quantization(type="nf4")):
         base = {"model": str(world / "student"), "dtype": "float32", "quantization": quantization}
         arms = [Student(**base, lora=Lora(rank=4, dropout=0.3)), Student(**base, lora=Lora(rank=2))]
-        models = [stirred(model) for model in load_students(arms, 640, "cpu", seed=7)]
+        models = [stirred(model) for model in load_students(arms, LoadContext(640, "cpu", seed=7))]
         expected = [results(model, True, view()) for model in models]
         for model in models:
             compilation.compile_layers(model, "student.model", packing=False)

@@ -15,7 +15,7 @@ from llmkd.errors import UserError
 from llmkd.models import activation_checkpointing
 from llmkd.models.families import layers_of
 from llmkd.models.language_model import LanguageModel
-from llmkd.models.load import checked, load_models, load_students, load_teacher
+from llmkd.models.load import LoadContext, checked, load_models, load_students, load_teacher
 from tests.kit.families import V, tiny
 
 N, TOTAL = 9, 27
@@ -154,7 +154,7 @@ def test_two_models_on_two_threads_compute_their_own_rows():
 
 def student(world, **changes) -> list[LanguageModel]:
     arms = [Student(model=str(world / "student"), lora=lora, **changes) for lora in (LORA, Lora(rank=2, alpha=64.0))]
-    return load_students(arms, 640, "cpu", seed=7)
+    return load_students(arms, LoadContext(640, "cpu", seed=7))
 
 
 def stirred(model: LanguageModel) -> LanguageModel:
@@ -169,9 +169,7 @@ def test_adapters_side_by_side_and_the_teacher_beside_them(world):
     (one, other), (teacher,) = load_models(
         [Student(model=str(world / "student"), lora=lora) for lora in (Lora(rank=4), Lora(rank=2))],
         [("teacher", Teacher(model=str(world / "student")))],
-        640,
-        "cpu",
-        seed=7,
+        LoadContext(640, "cpu", seed=7),
     )
     assert one.capabilities.last_layer is other.capabilities.last_layer is not teacher.capabilities.last_layer
     stirred(one), stirred(other)
@@ -186,7 +184,7 @@ def test_adapters_side_by_side_and_the_teacher_beside_them(world):
 def test_a_quantised_base(world, type_, tmp_path):
     pytest.importorskip("bitsandbytes")
     base = Student(model=str(world / "student"), dtype="float32", quantization=Quantization(type=type_), lora=Lora(rank=4))
-    (model,) = load_students([base], 640, "cpu", seed=7)
+    (model,) = load_students([base], LoadContext(640, "cpu", seed=7))
     if type_ == "int8":
         assert model.capabilities.last_layer is None
         return
@@ -195,13 +193,13 @@ def test_a_quantised_base(world, type_, tmp_path):
 
 
 def test_after_a_merge_no_hook_of_the_layer_before_it_stays(world):
-    last = load_teacher(Teacher(model=str(world / "adapter"), merge_adapter=True), 640, "cpu").capabilities.last_layer
+    last = load_teacher(Teacher(model=str(world / "adapter"), merge_adapter=True), LoadContext(640, "cpu")).capabilities.last_layer
     assert last.modules and {(len(m._forward_pre_hooks), len(m._forward_hooks)) for m in last.modules} == {(1, 1)}
 
 
 def test_offloaded_and_in_bfloat16(world):
     for settings in (Teacher(model=str(world / "adapter"), device="offload"), Teacher(model=str(world / "adapter"), dtype="bfloat16")):
-        teacher = load_teacher(settings, 640, "cpu")
+        teacher = load_teacher(settings, LoadContext(640, "cpu"))
         seen = lengths_seen(teacher, "mlp")
         with torch.no_grad():
             part = teacher.hidden(view())

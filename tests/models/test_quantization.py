@@ -18,7 +18,7 @@ from llmkd.losses.fused import fused_loss
 from llmkd.losses.objective import Objective
 from llmkd.models import saved_student
 from llmkd.models.language_model import LanguageModel
-from llmkd.models.load import load_teacher
+from llmkd.models.load import LoadContext, load_teacher
 from tests.conftest import distance
 from tests.kit.models import load_student
 
@@ -131,8 +131,8 @@ def test_four_bit_layers_are_never_repacked_on_cpus_that_could(single, monkeypat
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_quantised_teacher_is_in_eval_mode_and_says_the_same_twice(single, kind):
     pupil = student(single, None)
-    teacher = load_teacher(TeacherSettings(model=str(single / "teacher"), quantization=KINDS[kind]), 640, "cpu")
-    full = load_teacher(TeacherSettings(model=str(single / "teacher")), 640, "cpu")
+    teacher = load_teacher(TeacherSettings(model=str(single / "teacher"), quantization=KINDS[kind]), LoadContext(640, "cpu"))
+    full = load_teacher(TeacherSettings(model=str(single / "teacher")), LoadContext(640, "cpu"))
     view, _ = batch()
     with torch.no_grad():
         first, second, plain = teacher.hidden(view), teacher.hidden(view), full.hidden(view)
@@ -222,7 +222,7 @@ def test_merging_goes_into_the_unquantised_base_and_says_how_far_that_is(world, 
     ids = batch()[0].inputs["input_ids"]
     with torch.no_grad():
         gap = (merged(ids).logits - adapted(ids).logits).abs().max()
-        trained_model = load_teacher(TeacherSettings(model=str(tmp_path / "out/adapter"), quantization=NF4), 640, "cpu")
+        trained_model = load_teacher(TeacherSettings(model=str(tmp_path / "out/adapter"), quantization=NF4), LoadContext(640, "cpu"))
         far = (merged(ids).logits - trained_model.base_model(ids).logits).abs().max()
     assert gap < 1e-4 < far
     metrics = json.loads((merged_folder / "llmkd.json").read_text())
@@ -256,7 +256,7 @@ def test_an_adapter_on_a_base_that_is_quantised_on_disk_is_merged_into_the_dequa
     assert "merged into the dequantised one" in (tmp_path / "out/merged/README.md").read_text()
     ids = batch()[0].inputs["input_ids"]
     with torch.no_grad():
-        own = load_teacher(TeacherSettings(model=str(tmp_path / "out/adapter")), 640, "cpu").base_model(ids).logits
+        own = load_teacher(TeacherSettings(model=str(tmp_path / "out/adapter")), LoadContext(640, "cpu")).base_model(ids).logits
         assert (merged(ids).logits - own).abs().max() < (1e-4 if bits == 4 else 0.3)
 
 
@@ -268,14 +268,14 @@ def test_a_model_that_quantisation_hardly_makes_smaller_is_said(single, tmp_path
     model = AutoModelForCausalLM.from_pretrained(single / "student", num_hidden_layers=2)
     model.resize_token_embeddings(64)
     model.save_pretrained(tmp_path / "small")
-    load_teacher(TeacherSettings(model=str(tmp_path / "small"), quantization=NF4), 64, "cpu")
+    load_teacher(TeacherSettings(model=str(tmp_path / "small"), quantization=NF4), LoadContext(64, "cpu"))
     assert "quantised linear layers" not in capsys.readouterr().err
 
 
 def test_an_adapter_on_another_precision_than_it_was_trained_on_is_said(single, trained, tmp_path, capsys):
     trained("out", **qlora(single))
     capsys.readouterr()
-    load_teacher(TeacherSettings(model=str(tmp_path / "out/adapter")), 640, "cpu")
+    load_teacher(TeacherSettings(model=str(tmp_path / "out/adapter")), LoadContext(640, "cpu"))
     assert "was trained on nf4, and is used on an unquantised" in capsys.readouterr().err
 
 
@@ -323,6 +323,6 @@ def test_the_card_of_a_four_bit_dora_student_loads_it(single, trained, tmp_path,
     code, found = (tmp_path / "out/adapter/README.md").read_text().split("```python\n")[1].split("```")[0], {}
     exec(code, found)
     ids = batch()[0].inputs["input_ids"]
-    own = load_teacher(saved_student.as_trained(tmp_path / "out/adapter"), 640, "cpu")
+    own = load_teacher(saved_student.as_trained(tmp_path / "out/adapter"), LoadContext(640, "cpu"))
     with torch.no_grad():
         assert torch.equal(found["model"].eval()(ids).logits, own.base_model(ids).logits)

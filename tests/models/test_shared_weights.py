@@ -18,7 +18,7 @@ from llmkd.losses.objective import Objective
 from llmkd.losses.terms import HeadTerm
 from llmkd.models import pretrained, shared_weights
 from llmkd.models.language_model import LanguageModel
-from llmkd.models.load import load_models, load_teacher
+from llmkd.models.load import LoadContext, load_models, load_teacher
 from llmkd.models.offload import offload
 from llmkd.teachers.live import LiveTeacher
 from llmkd.training.distiller import Distiller
@@ -55,7 +55,7 @@ def parameters(teacher: LanguageModel) -> dict[str, torch.Tensor]:
 
 def distil(student: Student, teacher: Teacher, batches) -> tuple[list, list, dict, LanguageModel, LanguageModel]:
     """A few steps: losses, gradients, the student's weights; held to what must be true after the teacher has spoken."""
-    (learner,), (model,) = load_models([student], [("teacher", teacher)], 640, "cpu", seed=7)
+    (learner,), (model,) = load_models([student], [("teacher", teacher)], LoadContext(640, "cpu", seed=7))
     live, distiller, before = LiveTeacher(model), Distiller(learner, [HeadTerm(Objective(0.5, 2.0))]), parameters(model)
     trained = learner.trainable()
     optimizer = torch.optim.AdamW(trained.values(), lr=0.02)
@@ -170,7 +170,9 @@ def test_a_base_held_otherwise_is_loaded_apart_and_equal_tensors_once(world, bat
     monkeypatch.setattr(pretrained, "load_pretrained", lambda *a: loaded.append(a[0]) or real(*a))
     student = Student(model=str(world / "teacher"), lora=LORA)
     for changes, share in (({"attention": "eager"}, 1), ({"dtype": "float64"}, 1), ({"dtype": "float32"}, 0)):
-        (learner,), (model,) = load_models([student], [("teacher", Teacher(model=str(world / "teacher"), **changes))], 640, "cpu", 7)
+        (learner,), (model,) = load_models(
+            [student], [("teacher", Teacher(model=str(world / "teacher"), **changes))], LoadContext(640, "cpu", seed=7)
+        )
         assert in_common(learner, model) == share * base_bytes(world / "teacher")
     assert len(loaded) == 2 + 1 + 2
 
@@ -181,7 +183,7 @@ def test_several_teachers_stand_on_one_base(world, batches, tmp_path, monkeypatc
     named = [(f"teacher.{i}", one) for i, one in enumerate(settings)]
     loaded, real = [], pretrained.load_pretrained
     monkeypatch.setattr(pretrained, "load_pretrained", lambda *a: loaded.append(a[0]) or real(*a))
-    (learner,), teachers = load_models([Student(model=str(world / "student"))], named, 640, "cpu", 7)
+    (learner,), teachers = load_models([Student(model=str(world / "student"))], named, LoadContext(640, "cpu", seed=7))
     assert (
         len(loaded) == 2
         and in_common(*teachers) == 2 * base_bytes(world / "teacher")
@@ -190,11 +192,11 @@ def test_several_teachers_stand_on_one_base(world, batches, tmp_path, monkeypatc
     assert "teacher.1: shares" in capsys.readouterr().err
     signals = [LiveTeacher(teacher)(batches[0]) for teacher in teachers]
     for signal, one in zip(signals, settings, strict=True):
-        alone = LiveTeacher(load_teacher(one, 640, "cpu"))(batches[0])
+        alone = LiveTeacher(load_teacher(one, LoadContext(640, "cpu")))(batches[0])
         assert torch.equal(signal.log_probs(slice(None)), alone.log_probs(slice(None)))
     named[1] = ("teacher.1", Teacher(model=str(tmp_path / "nowhere")))
     with pytest.raises(UserError, match="^teacher.1.model: there is no folder"):
-        load_models([Student(model=str(world / "student"))], named, 640, "cpu", 7)
+        load_models([Student(model=str(world / "student"))], named, LoadContext(640, "cpu", seed=7))
 
 
 RUN = {"student.lora": {"rank": 4, "dropout": 0.2}, "teacher.share_base": True}
@@ -255,12 +257,12 @@ import sys, torch
 from llmkd.config.recipe import Lora, Student, Teacher
 from llmkd.teachers.live import LiveTeacher
 from llmkd.batch import Batch, View
-from llmkd.models.load import load_models
+from llmkd.models.load import LoadContext, load_models
 base, how = sys.argv[1:]
 view = View({"input_ids": torch.arange(8)[None]}, torch.arange(8))
 batch = Batch(torch.arange(8), torch.zeros(8, dtype=torch.long), view, view)
 named = [] if how == "alone" else [("teacher", Teacher(model=base, dtype="float32", share_base=how == "shared"))]
-(student,), teachers = load_models([Student(model=base, dtype="float32", lora=Lora(rank=2))], named, 640, "cpu", 7)
+(student,), teachers = load_models([Student(model=base, dtype="float32", lora=Lora(rank=2))], named, LoadContext(640, "cpu", seed=7))
 for one in teachers:
     LiveTeacher(one)(batch).log_probs(slice(None))
 student.head.logits(student.hidden(view)).sum().backward()
@@ -294,10 +296,10 @@ def test_a_teacher_that_is_held_elsewhere_says_the_same(world, batches, tmp_path
     path = str(world / who)
     if who in ("head", "dora"):
         path = peft_adapter(world / "teacher", tmp_path / who, target_modules=["q_proj", "lm_head"], use_dora=who == "dora")
-    plain = LiveTeacher(load_teacher(Teacher(model=path), 640, "cpu"))
+    plain = LiveTeacher(load_teacher(Teacher(model=path), LoadContext(640, "cpu")))
     for device in ("cpu", "offload"):
         (learner,), (model,) = load_models(
-            [Student(model=str(world / "teacher"))], [("teacher", Teacher(model=path, device=device))], 640, "cpu", seed=7
+            [Student(model=str(world / "teacher"))], [("teacher", Teacher(model=path, device=device))], LoadContext(640, "cpu", seed=7)
         )
         for batch in batches:
             assert torch.equal(LiveTeacher(model)(batch).log_probs(slice(None)), plain(batch).log_probs(slice(None)))
@@ -316,7 +318,7 @@ def test_a_device_that_is_not_there_is_refused_before_anything_is_loaded(world, 
     with pytest.raises(
         UserError, match=rf"^teacher.1.device: found {device}, which cannot be used here \(.*\); this machine has cpu, .*offload$"
     ):
-        load_models([Student(model=str(world / "teacher"))], teachers, 640, "cpu", seed=7)
+        load_models([Student(model=str(world / "teacher"))], teachers, LoadContext(640, "cpu", seed=7))
 
 
 @pytest.fixture(scope="module")

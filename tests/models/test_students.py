@@ -16,7 +16,7 @@ from llmkd.losses.objective import Objective
 from llmkd.model_files import find
 from llmkd.models import pretrained, saved_student
 from llmkd.models.language_model import LanguageModel
-from llmkd.models.load import load_models, load_teacher
+from llmkd.models.load import LoadContext, load_models, load_teacher
 from llmkd.models.lora import refuse_missing_modules
 from tests.conftest import distance
 from tests.kit.models import load_student
@@ -67,7 +67,7 @@ def test_exactly_the_adapter_trains(world, variant, tmp_path):
     assert_close(model.head.logits(model.hidden(view)), own_NV, rtol=1e-12, atol=1e-12)
 
     saved_student.save(model, tmp_path / "adapter", Student())
-    again = load_teacher(Teacher(model=str(tmp_path / "adapter")), 640, "cpu")
+    again = load_teacher(Teacher(model=str(tmp_path / "adapter")), LoadContext(640, "cpu"))
     with torch.no_grad():
         assert_close(again.head.logits(again.hidden(view)), own_NV.detach(), rtol=1e-12, atol=1e-12)
 
@@ -102,7 +102,11 @@ def test_modules_that_are_not_there_are_refused(world, lora, words, monkeypatch)
         load(world / "student", lora=lora)
     monkeypatch.setattr(pretrained, "load_pretrained", lambda *a: pytest.fail("a model was loaded"))
     with pytest.raises(UserError, match=words):
-        load_models([Student(model=str(world / "student"), lora=lora)], [("teacher", Teacher(model=str(world / "teacher")))], 640, "cpu", 0)
+        load_models(
+            [Student(model=str(world / "student"), lora=lora)],
+            [("teacher", Teacher(model=str(world / "teacher")))],
+            LoadContext(640, "cpu", seed=0),
+        )
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -173,7 +177,7 @@ def test_an_adapter_that_is_no_change_of_weights_is_refused(world, tmp_path, who
         if who == "student":
             load(tmp_path / "prompt")
         else:
-            load_teacher(Teacher(model=str(tmp_path / "prompt")), 640, "cpu")
+            load_teacher(Teacher(model=str(tmp_path / "prompt")), LoadContext(640, "cpu"))
 
 
 def test_an_adapter_that_acts_from_a_mark_in_the_text_on_is_refused(world, tmp_path):
@@ -181,7 +185,7 @@ def test_an_adapter_that_acts_from_a_mark_in_the_text_on_is_refused(world, tmp_p
     config = json.loads((tmp_path / "activated/adapter_config.json").read_text())
     (tmp_path / "activated/adapter_config.json").write_text(json.dumps(config | {"alora_invocation_tokens": [5, 6]}))
     with pytest.raises(UserError, match="is an adapter of type aLoRA, which is more than a change of weights"):
-        load_teacher(Teacher(model=str(tmp_path / "activated")), 640, "cpu")
+        load_teacher(Teacher(model=str(tmp_path / "activated")), LoadContext(640, "cpu"))
 
 
 def test_tables_that_older_versions_saved_with_the_weights_are_no_strangers(world, tmp_path):

@@ -18,7 +18,7 @@ from llmkd.errors import UserError
 from llmkd.losses.divergences import forward_kl
 from llmkd.models.float8 import Float8Linear
 from llmkd.models.language_model import LanguageModel
-from llmkd.models.load import load_models, load_teacher
+from llmkd.models.load import LoadContext, load_models, load_teacher
 from llmkd.models.shared_weights import storage_bytes
 from llmkd.teachers.fidelity import TARGETS, compare, measured_transform, sample_teacher_batches
 from llmkd.teachers.live import LiveTeacher
@@ -67,7 +67,9 @@ def batches(make_recipe):
 
 def load(path: Path, batches=None, **options) -> LanguageModel:
     settings = Teacher(model=str(path), **{"dtype": "float32"} | options)
-    return load_teacher(settings, 640, "cpu", around_transform=functools.partial(measured_transform, lambda setting: batches or ()))
+    return load_teacher(
+        settings, LoadContext(640, "cpu", around_transform=functools.partial(measured_transform, lambda setting: batches or ()))
+    )
 
 
 def answers(model: LanguageModel, batches) -> torch.Tensor:
@@ -214,7 +216,7 @@ def test_sizes_that_are_no_multiples_of_16_and_routers_stay(world, wide, batches
     with pytest.raises(
         UserError, match="teacher.quantization.type: found fp8, and .* has no linear layers whose sizes are multiples of 16"
     ):
-        load_teacher(Teacher(model=str(world / "teacher"), quantization=FP8), 640, "cpu")
+        load_teacher(Teacher(model=str(world / "teacher"), quantization=FP8), LoadContext(640, "cpu"))
     from llmkd.models import float8
 
     plain = load(wide / "base").base_model
@@ -232,7 +234,9 @@ def test_sizes_that_are_no_multiples_of_16_and_routers_stay(world, wide, batches
 @pytest.mark.parametrize("options", [{"merge_adapter": True}, {"quantization": FP8}, {"merge_adapter": True, "quantization": FP8}])
 def test_the_students_base_is_not_touched_and_what_stays_equal_is_held_once(wide, options):
     teacher = Teacher(model=str(wide / "base-plain"), dtype="float32", **options)
-    (student,), (model,) = load_models([Student(model=str(wide / "base"), dtype="float32")], [("teacher", teacher)], 640, "cpu", 7)
+    (student,), (model,) = load_models(
+        [Student(model=str(wide / "base"), dtype="float32")], [("teacher", teacher)], LoadContext(640, "cpu", seed=7)
+    )
     own = load(wide / "base").state_dict()
     held = {name.replace(".base_layer", ""): p for name, p in student.base_model.named_parameters() if "lora" not in name}
     assert all(torch.equal(p, own[f"model.{name}"]) for name, p in held.items())
@@ -245,7 +249,7 @@ def test_two_teachers_in_8_bit_on_one_base_hold_it_once(wide):
         (f"teacher.{i}", Teacher(model=str(wide / f"base-{kind}"), dtype="float32", quantization=FP8))
         for i, kind in enumerate(("plain", "head"))
     ]
-    _, found = load_models([], teachers, 640, "cpu", 7)
+    _, found = load_models([], teachers, LoadContext(640, "cpu", seed=7))
     rounded = sum(p.nbytes for p in found[0].parameters() if p.dtype == torch.float8_e4m3fn)
     assert rounded and in_common(*found) >= rounded
     assert max(storage_bytes(*found).values()) > 0

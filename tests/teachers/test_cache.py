@@ -21,7 +21,7 @@ from llmkd.errors import UserError
 from llmkd.head import Head
 from llmkd.losses.divergences import forward_kl
 from llmkd.models.families import head_of
-from llmkd.models.load import load_teacher
+from llmkd.models.load import LoadContext, load_teacher
 from llmkd.signals import Dense
 from llmkd.teachers.cache.records import HiddenFormat, TopKFormat, make_record_format
 from llmkd.teachers.cache.shards import ShardPlan, TeacherCache, Writer
@@ -42,7 +42,7 @@ def data(world):
 
 @pytest.fixture(scope="module")
 def teacher(world, data):
-    return load_teacher(Teacher(model=str(world / "adapter"), dtype="float32"), data[1], "cpu")
+    return load_teacher(Teacher(model=str(world / "adapter"), dtype="float32"), LoadContext(data[1], "cpu"))
 
 
 def plan_of(encoded, record_format, shard_bytes):
@@ -332,7 +332,7 @@ def test_logits_instead_of_hidden_states_cannot_be_kept_so():
 @pytest.mark.parametrize("dtype, most", [("float32", 1e-12), ("bfloat16", 1e-12), ("int8", 1e-3)])
 def test_hidden_states_are_exact_and_nearly_so_in_8_bits(world, data, tmp_path, dtype, most):
     encoded, vocab = data
-    model = load_teacher(Teacher(model=str(world / "adapter"), dtype="float32" if dtype == "int8" else dtype), vocab, "cpu")
+    model = load_teacher(Teacher(model=str(world / "adapter"), dtype="float32" if dtype == "int8" else dtype), LoadContext(vocab, "cpu"))
     settings = Cache(path="x", kind="hidden", hidden_dtype="int8" if dtype == "int8" else None)
     record_format = make_record_format(settings, vocab, model)
     assert record_format.dtype == dtype and record_format.bytes == {"float32": 96, "bfloat16": 48, "int8": 28}[dtype]

@@ -267,10 +267,10 @@ def test_the_held_out_figures_are_those_of_the_ensemble(two, world):
         train__max_steps=2,
     )
     found = run(recipe)["before"]
-    from llmkd.models.load import load_teacher
+    from llmkd.models.load import LoadContext, load_teacher
 
     prepared = prepare(recipe)
-    live = [LiveTeacher(load_teacher(one, prepared.vocab, "cpu")) for one in recipe.teacher]
+    live = [LiveTeacher(load_teacher(one, LoadContext(prepared.vocab, "cpu"))) for one in recipe.teacher]
     batch = collate(prepared.validation, list(range(len(prepared.validation))), 0)
     p = torch.stack([t(batch).log_probs(slice(None)).exp() for t in live]).mean(0)
     assert found["teacher_ce"] == pytest.approx(float(-p.gather(-1, batch.labels_N[:, None]).log().mean()), abs=1e-9)

@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from llmkd.config import loader
 from llmkd.data.batch_source import Step
 from llmkd.data.collate import collate
-from llmkd.models.load import load_teacher
+from llmkd.models.load import LoadContext, load_teacher
 from llmkd.teachers.live import LiveTeacher
 from llmkd.training.build import build_student, longest_row
 from llmkd.training.loop import count_targets, train
@@ -60,7 +60,7 @@ def parts(recipe, accelerator):
     """The data, a student with its optimizer, and the teacher."""
     prepared = prepare(recipe)
     student = load_student(recipe.student, prepared.vocab, "cpu", recipe.seed)
-    teacher = LiveTeacher(load_teacher(recipe.teacher, prepared.vocab, "cpu"))
+    teacher = LiveTeacher(load_teacher(recipe.teacher, LoadContext(prepared.vocab, "cpu")))
     return prepared.train, build_student(recipe.loss, recipe.optim, student, 4, accelerator), teacher
 
 

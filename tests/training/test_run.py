@@ -20,7 +20,7 @@ from llmkd.data.collate import collate
 from llmkd.errors import Stopped, UserError
 from llmkd.files import read_jsonl
 from llmkd.models import load
-from llmkd.models.load import load_teacher
+from llmkd.models.load import LoadContext, load_teacher
 from llmkd.teachers.live import LiveTeacher
 from llmkd.training import build
 from llmkd.training.distiller import Distiller
@@ -101,7 +101,7 @@ def test_an_unmerged_adapter_is_a_teacher_like_any_other(world, make_recipe):
     from peft import PeftModel
     from transformers import LlamaForCausalLM
 
-    teacher = load_teacher(Teacher(model=str(world / "adapter")), 640, "cpu")
+    teacher = load_teacher(Teacher(model=str(world / "adapter")), LoadContext(640, "cpu"))
     reference = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(world / "teacher"), world / "adapter").eval()
     batch = collate(prepare(make_recipe()).train, [0, 3, 5], pad=1)
     with torch.no_grad():
@@ -237,7 +237,7 @@ def test_a_teachers_adapter_on_head_or_embedding_counts(world, make_recipe, tmp_
     from transformers import LlamaForCausalLM
 
     path = head_adapter(world / "teacher", tmp_path / "adapter", *targets)
-    teacher = load_teacher(Teacher(model=path), 640, "cpu")
+    teacher = load_teacher(Teacher(model=path), LoadContext(640, "cpu"))
     reference = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(world / "teacher"), path).eval()
     batch = collate(prepare(make_recipe()).train, [0, 3], pad=1)
     with torch.no_grad():

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from llmkd.data.collate import collate
-from llmkd.models.load import load_teacher
+from llmkd.models.load import LoadContext, load_teacher
 from llmkd.teachers.fidelity import sample_examples
 from llmkd.teachers.live import LiveTeacher
 from llmkd.training.prepare import prepare
@@ -28,7 +28,7 @@ def test_its_figures_are_the_cross_entropies_of_both_on_the_sample(make_recipe, 
     prepared = prepare(recipe)
     sample = sample_examples(prepared.train, 11)
     batch = collate(sample, list(range(11)), 0)
-    teacher = LiveTeacher(load_teacher(recipe.teacher, prepared.vocab, "cpu"))
+    teacher = LiveTeacher(load_teacher(recipe.teacher, LoadContext(prepared.vocab, "cpu")))
     student = load_student(recipe.student, prepared.vocab, "cpu", recipe.seed).eval()
     log_q = torch.log_softmax(student.head.logits(student.hidden(batch.student)), -1)
     expected = {
