@@ -86,6 +86,18 @@ def test_imports_at_load_time_have_no_cycle():
     TopologicalSorter(graph).prepare()
 
 
+#: Who may take a whole recipe: what is started by the user, what hands out a recipe's sections, and what writes down all of them.
+TAKE_RECIPES = ("config.", "commands.", "api", "training.run", "training.prepare", "training.build")
+TAKE_RECIPES += ("training.student_run", "output.run_folder", "output.trackers", "output.model_card")
+
+
+def test_a_component_takes_its_own_settings_and_not_the_whole_recipe():
+    for name, path in MODULES.items():
+        nodes = [node for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(node, ast.ImportFrom)]
+        if any(alias.name == "Recipe" for node in nodes for alias in node.names):
+            assert name.removeprefix("llmkd.").startswith(TAKE_RECIPES), f"{name}: give it the sections that it needs"
+
+
 @pytest.mark.parametrize("folder", [PACKAGE, EVALUATION])
 def test_no_name_at_the_top_shadows_a_module_that_python_would_import(folder):
     """`python llmkd/train.py` puts llmkd/ first on sys.path, where every file in it becomes a top-level module."""

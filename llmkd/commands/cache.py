@@ -52,7 +52,7 @@ def write(
     from ..teachers.cache.shards import Writer
 
     folder, setting = Path(source.settings.cache.path).expanduser(), f"{source.setting}.cache.path"
-    examples = teacher_examples(recipe, prepared, source)
+    examples = teacher_examples(prepared, source, recipe.data.validation_fraction)
     recorder = _load_recorder(recipe, prepared, source, examples, accelerator.device)
     provenance = resolve.provenance(recipe.data, source, prepared.tokenizer, resolve.data_hashes(prepared))
     plan = shard_plan(examples, recorder.format.bytes)

@@ -22,7 +22,7 @@ from ..teachers.fidelity import sample_examples
 from ..teachers.live import LiveTeacher
 from ..teachers.resolve import TeacherSource, check_cache, examples_of
 from ..training.launch import start
-from ..training.prepare import Prepared
+from ..training.prepare import Prepared, signal_use
 from ..training.validate import Evaluator
 from .cache_selection import select_teachers
 
@@ -114,5 +114,5 @@ def open_cache(recipe: Recipe, prepared: Prepared, source: TeacherSource) -> Tea
     if not cache or (source.settings.held and not Path(cache.path).expanduser().exists()):
         return None
     found = dataclasses.replace(source, cache=TeacherCache.open(cache.path, f"{source.setting}.cache.path"))
-    check_cache(recipe, found, prepared.tokenizer, prepared.vocab)
+    check_cache(found, recipe.data, signal_use(recipe), prepared.tokenizer, prepared.vocab)
     return found

@@ -38,7 +38,7 @@ def select_teachers(
     prepared = prepare(recipe, open_caches=False)
     sources = [source for source in prepared.teachers if wanted(source.settings)]
     for source in sources:
-        if source.settings.cache and not len(teacher_examples(recipe, prepared, source)):
+        if source.settings.cache and not len(teacher_examples(prepared, source, recipe.data.validation_fraction)):
             raise UserError(f"{source.setting}: no data source uses this teacher, so its cache would be empty; leave its cache out")
     return prepared, sources
 
@@ -57,13 +57,13 @@ def check_cache_settings(cache: Cache, setting: str) -> None:
         raise UserError(f"{setting}.path: {cache.path} is a file; name a folder")
 
 
-def teacher_examples(recipe: Recipe, prepared: Prepared, source: TeacherSource) -> Examples:
+def teacher_examples(prepared: Prepared, source: TeacherSource, validation_fraction: float) -> Examples:
     """All examples that a run needs this teacher for, training and held-out, in the order of the data's rows.
 
     The rows of data.validation are numbered after those of data.train.
     """
     parts = [examples for examples in (prepared.train, prepared.validation) if examples is not None]
-    first_row = [0, 0 if recipe.data.validation_fraction else sum(origin["rows"] for origin in prepared.origins["data.train"])]
+    first_row = [0, 0 if validation_fraction else sum(origin["rows"] for origin in prepared.origins["data.train"])]
     whole = concat(parts, first_row[: len(parts)], {})
     mine = resolve.examples_of(whole, prepared.teachers.index(source))
     return whole.take(mine[np.argsort(whole.row[mine], kind="stable")])

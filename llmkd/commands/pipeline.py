@@ -66,10 +66,12 @@ def compare(pipeline: Pipeline, recipes: dict[str, Recipe]) -> dict[str, dict[st
     from ..models.load import LoadContext, load_teacher
     from ..models.saved_student import as_trained, student_folder
     from ..teachers.live import LiveTeacher
+    from ..training.validate import Evaluator
 
     first = recipes[pipeline.students[0]]
     prepared = prepare(first)
     accelerator = start()
+    evaluator = Evaluator(accelerator, prepared.tokenizer.eos_token_id, first.validation.micro_batch_size)
 
     def load(stage: str):
         settings = dataclasses.replace(as_trained(student_folder(recipes[stage].output_dir)), attention=recipes[stage].student.attention)
@@ -77,14 +79,11 @@ def compare(pipeline: Pipeline, recipes: dict[str, Recipe]) -> dict[str, dict[st
 
     teacher = load(pipeline.teacher)
     names = {pipeline.teacher: teacher} | {name: None for name in pipeline.students}
-    return {name: measure(model or load(name), LiveTeacher(teacher), prepared, first, accelerator) for name, model in names.items()}
+    return {name: measure(model or load(name), LiveTeacher(teacher), prepared, evaluator) for name, model in names.items()}
 
 
-def measure(model, teacher, prepared: Prepared, recipe: Recipe, accelerator) -> dict[str, float]:
+def measure(model, teacher, prepared: Prepared, evaluator) -> dict[str, float]:
     """ce, kl_to_teacher (forward KL, in nats), top1_agreement; with questions also accuracy and its standard error."""
-    from ..training.validate import Evaluator
-
-    evaluator = Evaluator(accelerator, prepared.tokenizer.eos_token_id, recipe.validation.micro_batch_size)
     metrics = evaluator.validate([model], teacher, prepared.validation, progress_bar("validation"))[0].metrics()
     out = {"ce": metrics["ce"], "kl_to_teacher": metrics["forward_kl"], "top1_agreement": metrics["top1_agreement"]}
     if prepared.questions:

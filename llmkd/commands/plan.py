@@ -6,8 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..config.fields import with_setting_names
-from ..config.recipe import Lora, Recipe, distils, uses_teacher
+from ..config.recipe import Lora, Recipe, distils, used_teachers
 from ..console import duration
 from ..model_files import find
 from ..models.size import ModelSize, adapter_parameters, model_size, weight_bytes
@@ -28,7 +27,7 @@ class Cost:
 def estimate(recipes: list[Recipe], sizes: dict) -> Cost | None:
     """Cost of training the recipes' students side by side. `sizes` caches counts of data. None for a stream or for new random weights."""
     recipe = recipes[0]
-    files, train = student_files(recipe), recipe.train
+    files, train = student_files(recipe.student), recipe.train
     key = json.dumps([repr(recipe.data), recipe.student.tokenizer])
     if key not in sizes:
         prepared, sizes[key] = prepare(recipe), None
@@ -44,10 +43,9 @@ def estimate(recipes: list[Recipe], sizes: dict) -> Cost | None:
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    teachers = with_setting_names(recipe.teacher, "teacher") if uses_teacher(recipe) else ()
     student, present = model_size(files), []
     bytes_ = student.parameters * weight_bytes(files, recipe.student.dtype, recipe.student.quantization)
-    for setting, one in teachers:
+    for setting, one in used_teachers(recipe):
         if one.cache is None:
             theirs = find(one.model, f"{setting}.model", one.revision, one.base)
             present.append(model_size(theirs))

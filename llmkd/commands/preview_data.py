@@ -9,9 +9,10 @@ from typing import TextIO
 
 import numpy as np
 
-from ..config.fields import as_tuple, with_setting_names
-from ..config.recipe import Recipe, Student, uses_teacher
+from ..config.fields import as_tuple
+from ..config.recipe import Recipe, Student, used_teachers
 from ..console import align
+from ..data.batching import Batching
 from ..data.dataset import Dataset, encode_sources, hold_out, join, read_data, refuse_empty_sources, refuse_too_few_positions, report_notes
 from ..data.encoding.tokenizer import student_base, student_tokenizer
 from ..data.examples import Examples, merge
@@ -51,7 +52,7 @@ def preview(recipe: Recipe, count: int = 3, example: int | None = None, out: Tex
 def _configs(recipe: Recipe) -> dict[str, dict]:
     """config.json of the models that exist already; a teacher may not be trained yet."""
     configs = {"student.model": recipe.student.architecture or _config(student_base(recipe.student))}
-    for setting, one in with_setting_names(recipe.teacher, "teacher") if uses_teacher(recipe) else ():
+    for setting, one in used_teachers(recipe):
         with contextlib.suppress(UserError):
             if one.model:
                 configs[f"{setting}.model"] = _config(student_base(Student(model=one.model, base=one.base, revision=one.revision)))
@@ -67,7 +68,7 @@ def _print_counts(recipe: Recipe, setting: str, rows: dict[str, list[Rows]], tok
     data, train = recipe.data, recipe.train
     if setting == "data.train" and data.streaming:
         (source,) = as_tuple(data.train)
-        stream = StreamSource(source, data, tokenizer, recipe.seed, train.batch_size, train.batch_size, train.max_steps)
+        stream = StreamSource(source, data, tokenizer, Batching(recipe.seed, train.batch_size, train.batch_size, max_steps=train.max_steps))
         print("the first step of a stream:", file=out)
         parts = [Dataset(f"{setting} ({source.path})", stream.examples, stream.places, [stream.origin])]
     else:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from ..config.loader import load_recipe, load_sweep
 from ..config.paths import place_changes
-from ..config.recipe import Recipe, distils, uses_teacher
+from ..config.recipe import Recipe, distils, used_teachers, uses_teacher
 from ..config.sweep import ArmSpec, Sweep, expand
 from ..console import count, info
 from ..errors import Stopped, UserError, attribute_to_student, is_out_of_memory
@@ -23,7 +23,7 @@ from ..output import hub_upload, trackers
 from ..output.run_folder import RunFolder
 from ..teachers.resolve import check_sampled_caches
 from ..training.launch import start
-from ..training.prepare import student_files
+from ..training.prepare import signal_use, student_files
 from ..training.run import run, train_together
 from ..training.shutdown import ShutdownRequest
 from .sweep_state import Group, SweepState
@@ -137,7 +137,7 @@ class SweepRecipes:
         for name, spec in self.specs.items():
             try:
                 out[name] = self._load(self.sweep.recipe, MEASURED | self.sweep.set | spec.changes, f"arms/{name}")
-                check_sampled_caches(out[name])
+                check_sampled_caches(used_teachers(out[name]), signal_use(out[name]))
             except UserError as error:
                 for problem in error.problems:
                     problems.setdefault(problem, []).append(name)
@@ -197,7 +197,7 @@ def group_arms(recipes: dict[str, Recipe], waiting: list[str] | None = None, stu
         recipe = recipes[name]
         named = (recipe.student.model, recipe.student.revision, recipe.student.base)
         if named not in files:
-            files[named] = student_files(recipe)
+            files[named] = student_files(recipe.student)
         why = why_alone(recipe, files[named]) or ("students_per_teacher: 1" if students_per_teacher == 1 else None)
         if why:
             alone.append(Group([name], why))

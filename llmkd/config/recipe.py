@@ -224,6 +224,11 @@ def uses_teacher(recipe: Recipe) -> bool:
     return distils(recipe) or bool(as_tuple(recipe.teacher) and compares)
 
 
+def used_teachers(recipe: Recipe) -> list[tuple[str, Teacher]]:
+    """The teachers that are loaded, each with the name of its setting: teacher, or teacher.0, teacher.1, ..."""
+    return with_setting_names(recipe.teacher, "teacher") if uses_teacher(recipe) else []
+
+
 def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
     """Settings that are each valid, but not together. Yields (the settings involved, the one that the message names first; problem and fix)."""
     student, data, loss, optim, train = recipe.student, recipe.data, recipe.loss, recipe.optim, recipe.train

@@ -31,6 +31,23 @@ class TokenBudget:
 
 
 @dataclass(frozen=True)
+class Batching:
+    """How training examples become optimizer steps and micro-batches. Of `epochs` and `max_steps` one is given; a stream needs `max_steps`.
+
+    batch_size         examples of an optimizer step, over all processes
+    micro_batch_size   examples, or tokens of a budget
+    group_by_length    optimizer steps whose examples are sorted together by length
+    """
+
+    seed: int
+    batch_size: int
+    micro_batch_size: int | TokenBudget
+    epochs: int | None = None
+    max_steps: int | None = None
+    group_by_length: int = 1
+
+
+@dataclass(frozen=True)
 class BatchPlan:
     """The whole run's order. `lengths[i]` is the number of tokens of example i."""
 

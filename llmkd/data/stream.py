@@ -20,7 +20,7 @@ from ..config.recipe import Data, Source
 from ..console import info
 from ..errors import UserError
 from .batch_source import Collator, ExampleSource, Step
-from .batching import TokenBudget
+from .batching import Batching
 from .encoding.encode import encode
 from .encoding.formats import refuse_without_template
 from .examples import ALL_TEACHERS, Examples
@@ -37,21 +37,11 @@ class StreamSource(ExampleSource):
 
     reads_while_training = True
 
-    def __init__(
-        self,
-        source: Source,
-        data: Data,
-        tokenizer,
-        seed: int,
-        batch_size: int,
-        micro_batch_size: int | TokenBudget,
-        total_steps: int,
-        teacher: int = ALL_TEACHERS,
-    ):
+    def __init__(self, source: Source, data: Data, tokenizer, batching: Batching, teacher: int = ALL_TEACHERS):
         collator = Collator(tokenizer.eos_token_id, data.packing, data.share_prefixes)
-        super().__init__(seed, total_steps, micro_batch_size, collator)
+        super().__init__(batching.seed, batching.max_steps, batching.micro_batch_size, collator)
         self.source, self.data, self.tokenizer, self.setting = source, data, tokenizer, "data.train"
-        self.batch_size, self.teacher = batch_size, teacher
+        self.batch_size, self.teacher = batching.batch_size, teacher
         self.counts: dict[str, int] = {}
         self._pass_rows: int | None = None  # known after the first pass
         self._hashes: dict[int, str] = {}  # by step, of all rows up to it; of the last few steps

@@ -15,7 +15,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from .. import __version__
 from ..config.fields import as_tuple
 from ..config.loader import dump
-from ..config.recipe import Quantization, Recipe, Source, distils
+from ..config.recipe import Data, Loss, Mixture, Quantization, Recipe, Source, Student, distils
 from ..model_files import ModelFiles, hub_origin, licence, loaded_dtype
 from ..teachers.resolve import TeacherSource
 from . import markdown
@@ -88,8 +88,11 @@ class DataSource:
 def model_card(
     recipe: Recipe, summary: dict, student: ModelFiles | None, teachers: tuple[TeacherSource, ...], origins: dict[str, list[dict]]
 ) -> str:
-    """The card's Markdown. `student` is None for new weights; `teachers` and `origins` are `Prepared`'s."""
-    data = sources_by_purpose(recipe, origins)
+    """The card's Markdown. `student` is None for new weights; `teachers` and `origins` are `Prepared`'s.
+
+    It takes the whole recipe because it prints it.
+    """
+    data = sources_by_purpose(recipe.data, origins)
     if not distils(recipe):
         summary = drop_teacher_metrics(summary)
     packages = ["torch", "transformers", "peft", "accelerate", "datasets"]
@@ -99,7 +102,7 @@ def model_card(
         [
             f"---\n{card_data(recipe, summary, student, teachers, data).to_yaml()}\n---\n",
             f"# {markdown.escape(title(recipe))}\n",
-            *introduction(recipe, student, teachers),
+            *introduction(recipe.student, recipe.loss, recipe.mixture, student, teachers),
             "\n## Use\n",
             markdown.code_block(usage_snippet(recipe, student), "python"),
             "\n## Data\n",
@@ -143,11 +146,11 @@ def merged_card(text: str, folder: Path, drift: dict | None) -> str:
     return f"---\n{card.data.to_yaml()}\n---\n{head}\n" + "\n".join(notes) + f"\n## Use\n{rest}"
 
 
-def sources_by_purpose(recipe: Recipe, origins: dict[str, list[dict]]) -> dict[str, list[DataSource]]:
+def sources_by_purpose(settings: Data, origins: dict[str, list[dict]]) -> dict[str, list[DataSource]]:
     """The sources of the data by what they were for."""
     out = {}
     for what, name in (("trained on", "train"), ("held out", "validation"), ("questions", "choices")):
-        given = as_tuple(getattr(recipe.data, name))
+        given = as_tuple(getattr(settings, name))
         found = origins.get(f"data.{name}") or [{}] * len(given)
         out[what] = [DataSource(source, origin) for source, origin in zip(given, found, strict=True)]
     return out
@@ -200,10 +203,11 @@ def eval_result(name: str, value: float, rows: list[DataSource]) -> EvalResult:
     )
 
 
-def introduction(recipe: Recipe, student: ModelFiles | None, teachers: tuple[TeacherSource, ...]) -> list[str]:
+def introduction(
+    settings: Student, loss: Loss, mixture: Mixture, student: ModelFiles | None, teachers: tuple[TeacherSource, ...]
+) -> list[str]:
     """A sentence each on the student, its base and licence, and the teacher."""
-    loss, quantization = recipe.loss, recipe.student.quantization
-    kind = "A LoRA adapter" if recipe.student.method == "lora" else "A model"
+    quantization, kind = settings.quantization, "A LoRA adapter" if settings.method == "lora" else "A model"
     made = f"distilled ({loss.divergence}, kd_ratio {loss.kd_ratio:g}, temperature {loss.temperature:g})" if teachers else "fine-tuned"
     lines = [f"{kind} {made} with llmkd.\n"]
     if student is None:
@@ -225,8 +229,8 @@ def introduction(recipe: Recipe, student: ModelFiles | None, teachers: tuple[Tea
     )
     lines += [f"- Teacher: {describe_teacher(teacher)}" for teacher in teachers]
     if len(teachers) > 1:
-        how = " times the probability that each gives the target" if recipe.mixture.weights == "confidence" else ""
-        lines.append(f"- The teachers are combined by their {recipe.mixture.combine.replace('_', '-')}, with their weights{how}")
+        how = " times the probability that each gives the target" if mixture.weights == "confidence" else ""
+        lines.append(f"- The teachers are combined by their {mixture.combine.replace('_', '-')}, with their weights{how}")
     return lines
 
 

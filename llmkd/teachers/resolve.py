@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..config.data import Data
-from ..config.fields import shaping, with_setting_names
-from ..config.recipe import Recipe, uses_teacher
-from ..config.teacher import CACHE_KINDS, Teacher
+from ..config.fields import shaping
+from ..config.recipe import Loss
+from ..config.teacher import CACHE_KINDS, Mixture, Teacher
 from ..data.encoding import token_cache
 from ..data.examples import ALL_TEACHERS, Examples
 from ..errors import UserError
@@ -62,10 +62,24 @@ class TeacherSource:
         return " ".join(fingerprint(folder, f"{self.setting}.model") for folder in (self.files.base, self.files.adapter) if folder)
 
 
-def resolve_teachers(recipe: Recipe, open_caches: bool = True) -> tuple[TeacherSource, ...]:
-    """Every teacher that a recipe uses. `open_caches` is false where the caches are still to be written."""
+@dataclass(frozen=True)
+class SignalUse:
+    """What a run computes from its teachers' outputs; sampled tokens do not suffice for all of it.
+
+    loss      its divergence and temperature
+    mixture   how several teachers are combined
+    best_by   `checkpoint.best_by`
+    """
+
+    loss: Loss
+    mixture: Mixture
+    best_by: str | None
+
+
+def resolve_teachers(named: Sequence[tuple[str, Teacher]], open_caches: bool = True) -> tuple[TeacherSource, ...]:
+    """Every teacher, by its setting and settings. `open_caches` is false where the caches are still to be written."""
     out = []
-    for setting, one in with_setting_names(recipe.teacher, "teacher") if uses_teacher(recipe) else ():
+    for setting, one in named:
         files = find(one.model, f"{setting}.model", one.revision, one.base) if one.model else None
         if files:
             check_transforms(files, one, setting)
@@ -135,11 +149,11 @@ _OTHER = {
 }
 
 
-def check_cache(recipe: Recipe, teacher: TeacherSource, tokenizer, vocab: int) -> None:
+def check_cache(teacher: TeacherSource, data: Data, use: SignalUse, tokenizer, vocab: int) -> None:
     """UserError, naming every difference, for a cache of another tokenizer, chat template, teacher or kind than the recipe's."""
     header, setting, cache = teacher.cache.header, teacher.setting, teacher.settings.cache
     provenance_then, kept = header["provenance"], header["kind"]
-    where, ours = f"{setting}.cache.path: {cache.path} was made", provenance(recipe.data, teacher, tokenizer, {})
+    where, ours = f"{setting}.cache.path: {cache.path} was made", provenance(data, teacher, tokenizer, {})
     problems = []
     for part in ("tokenizer", "teacher") if teacher.files else ("tokenizer",):
         for name, value in ours[part].items():
@@ -152,32 +166,32 @@ def check_cache(recipe: Recipe, teacher: TeacherSource, tokenizer, vocab: int) -
         value, then = getattr(cache, name), kept["name"] if name == "kind" else kept.get(name)
         if value not in (None, "auto", then):
             problems.append(f"{setting}.cache.{name}: found {value}, and {cache.path} was made with {then}; leave it out")
-    if problems := problems + sample_problems(recipe, cache.path, kept):
+    if problems := problems + sample_problems(use, cache.path, kept):
         raise UserError(*problems)
 
 
-def check_sampled_caches(recipe: Recipe) -> None:
-    """UserError where a recipe's loss needs more than the samples in one of its caches. Reads the headers of caches that exist."""
+def check_sampled_caches(named: Sequence[tuple[str, Teacher]], use: SignalUse) -> None:
+    """UserError where a run needs more than the samples in one of its teachers' caches. Reads the headers of caches that exist."""
     problems = []
-    for setting, one in with_setting_names(recipe.teacher, "teacher") if uses_teacher(recipe) else ():
+    for setting, one in named:
         if one.cache and (Path(one.cache.path).expanduser() / "cache.json").exists():
             header = read_header(Path(one.cache.path).expanduser(), f"{setting}.cache.path")
-            problems += sample_problems(recipe, one.cache.path, header["kind"])
+            problems += sample_problems(use, one.cache.path, header["kind"])
     if problems:
         raise UserError(*problems)
 
 
-def sample_problems(recipe: Recipe, path: str, kept: dict) -> list[str]:
-    """Why a recipe cannot use a cache with this `kept` (the header's "kind"): sampled tokens estimate one divergence at one temperature."""
+def sample_problems(use: SignalUse, path: str, kept: dict) -> list[str]:
+    """Why a run cannot use a cache with this `kept` (the header's "kind"): sampled tokens estimate one divergence at one temperature."""
     if kept["name"] != "sampled":
         return []
-    loss, drawn, by, problems = recipe.loss, kept["temperature"], recipe.checkpoint.best_by, []
+    loss, drawn, by, problems = use.loss, kept["temperature"], use.best_by, []
     why = f"and {path} holds sampled tokens, which estimate the loss without bias"
     if loss.kd_ratio and loss.temperature != drawn:
         problems.append(f"loss.temperature: found {loss.temperature:g}, {why} only at the temperature of their sampling, {drawn:g}")
     if loss.kd_ratio and loss.divergence != "forward_kl":
         problems.append(f"loss.divergence: found {loss.divergence}, {why} for forward_kl only")
-    if recipe.mixture.combine == "log_probabilities":
+    if use.mixture.combine == "log_probabilities":
         problems.append(f"mixture.combine: found log_probabilities, {why} for probabilities and divergences only")
     if by not in (None, "ce", "forward_kl" if drawn == 1 else None):
         problems.append(f"checkpoint.best_by: found {by}, {why} for forward_kl at the temperature of their sampling only; use ce")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from ..batch import Batch
-from ..config.recipe import Data, Loss, Optim, Recipe, Student, Train
+from ..config.recipe import Data, Loss, Optim, Recipe, Student, Train, uses_teacher
 from ..config.recipe import Teacher as TeacherSettings
 from ..console import info
 from ..data.batch_source import TrainingSource
@@ -57,6 +57,8 @@ def build_setup(
 ) -> TrainingSetup:
     """Several recipes may differ in student.lora, loss and optim only, and in the adapter that student.model names on one base.
 
+    Whole recipes are taken here, and each part gets the sections that it needs.
+
     prepared   made of the first recipe, whose data and teacher are all students'
 
     The order of construction: models, all at once, since they may share weights; the teacher; this process's batch source; each
@@ -84,7 +86,7 @@ def build_setup(
     for k, (own, folder, model) in enumerate(zip(recipes, folders, models, strict=True)):
         with attribute_to_student(k):
             state = build_student(own.loss, own.optim, model, source.total_steps, accelerator, chunk_size)
-            own_data = prepared if own is recipe else prepared.of(own)
+            own_data = prepared if own is recipe else prepared.for_student(own.student, uses_teacher(own))
             students.append(StudentRun(own, own_data, folder, model, state, accelerator.is_main_process))
     lock_folders(students, accelerator)
     done = restore(students, source, accelerator.is_main_process) if folders[0].resume else 0

@@ -1,4 +1,7 @@
-"""Prepares a run without loading weights: model files, tokenizer, encoded data with its batch source, and checks of teacher caches."""
+"""Prepares a run without loading weights: model files, tokenizer, encoded data with its batch source, and checks of teacher caches.
+
+`prepare` takes the whole recipe, since it reads almost every section, and gives each of its four parts the sections that the part needs.
+"""
 
 import dataclasses
 import importlib.util
@@ -6,10 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..config.fields import as_tuple, with_setting_names
-from ..config.recipe import Recipe, Train, uses_teacher
+from ..config.recipe import Data, Optim, Recipe, Student, Teacher, Train, used_teachers
 from ..console import info
 from ..data.batch_source import Collator, PlannedSource, TrainingSource
-from ..data.batching import MOST_TOKENS, BatchPlan, TokenBudget
+from ..data.batching import MOST_TOKENS, Batching, BatchPlan, TokenBudget
 from ..data.dataset import (
     Dataset,
     Questions,
@@ -31,7 +34,7 @@ from ..data.reading.sources import Rows
 from ..data.stream import StreamSource
 from ..errors import UserError
 from ..model_files import ModelFiles, find, identity_of, rows_of
-from ..teachers.resolve import TeacherSource, check_cache, check_coverage, provenance, resolve_teachers
+from ..teachers.resolve import SignalUse, TeacherSource, check_cache, check_coverage, provenance, resolve_teachers
 
 
 @dataclass(frozen=True)
@@ -74,9 +77,9 @@ class Prepared:
     student: ModelFiles | None
     teachers: tuple[TeacherSource, ...]
 
-    def of(self, recipe: Recipe) -> "Prepared":
-        """The same for a recipe that differs in its student, and perhaps learns without the teacher that others have."""
-        student, teachers = student_files(recipe), self.teachers if uses_teacher(recipe) else ()
+    def for_student(self, settings: Student, with_teachers: bool) -> "Prepared":
+        """The same for another student, which perhaps learns without the teacher that others have."""
+        student, teachers = student_files(settings), self.teachers if with_teachers else ()
         identity = self.identity | identity_of("the student's base", "student.model", student)
         if not teachers:
             identity.pop("the teacher", None)
@@ -88,15 +91,17 @@ def prepare(recipe: Recipe, open_caches: bool = True) -> Prepared:
 
     Without `open_caches` these are left alone, being yet to be written.
     """
-    check_packages(recipe)
+    check_packages(recipe.student, recipe.optim, with_setting_names(recipe.teacher, "teacher"))
     rows = read_data(recipe.data)
-    models = find_models(recipe, open_caches)
-    tokenizer, vocab = find_tokenizer(recipe, models)
+    models = find_models(recipe.student, used_teachers(recipe), recipe.data, open_caches)
+    tokenizer, vocab = find_tokenizer(recipe.student, models)
     for teacher in models.teachers:
         if teacher.cache:
-            check_cache(recipe, teacher, tokenizer, vocab)
-    data = encode_data(recipe, rows, tokenizer, vocab)
-    check_caches_cover(recipe, models.teachers, tokenizer, data)
+            check_cache(teacher, recipe.data, signal_use(recipe), tokenizer, vocab)
+    data = encode_data(
+        rows, recipe.data, batching(recipe.train, recipe.seed, recipe.data.packing), as_tuple(recipe.teacher), tokenizer, vocab
+    )
+    check_caches_cover(recipe.data, models.teachers, tokenizer, data)
     identity = data.identity | {"the tokenizer": token_cache.tokenizer_hash(tokenizer)}
     identity |= identity_of("the student's base", "student.model", models.student)
     identity |= {"the teacher": " ".join(teacher.identity for teacher in models.teachers)} if models.teachers else {}
@@ -104,18 +109,18 @@ def prepare(recipe: Recipe, open_caches: bool = True) -> Prepared:
     return Prepared(tokenizer=tokenizer, vocab=vocab, student=models.student, teachers=models.teachers, **parts)
 
 
-def find_models(recipe: Recipe, open_caches: bool = True) -> FoundModels:
+def find_models(student_settings: Student, named_teachers: Sequence[tuple[str, Teacher]], data: Data, open_caches: bool) -> FoundModels:
     """The files of student and teachers, and the teachers' caches. UserError where one is missing, or is too short for data.max_length."""
-    student, teachers = student_files(recipe), resolve_teachers(recipe, open_caches)
-    configs = {"student.model": student.config if student else recipe.student.architecture}
+    student, teachers = student_files(student_settings), resolve_teachers(named_teachers, open_caches)
+    configs = {"student.model": student.config if student else student_settings.architecture}
     configs |= {f"{teacher.setting}.model": teacher.files.config for teacher in teachers if teacher.files}
-    refuse_too_few_positions(recipe.data, configs)
+    refuse_too_few_positions(data, configs)
     return FoundModels(student, teachers, configs)
 
 
-def find_tokenizer(recipe: Recipe, models: FoundModels) -> tuple[object, int]:
+def find_tokenizer(student: Student, models: FoundModels) -> tuple[object, int]:
     """The student's tokenizer, and the entries that it and all models have. UserError where a teacher's tokenizer is another one."""
-    tokenizer = _tokenizer(recipe, models.student)
+    tokenizer = _tokenizer(student, models.student)
     for teacher in models.teachers:
         if teacher.files:
             _same_tokenizer(tokenizer, teacher)
@@ -124,12 +129,14 @@ def find_tokenizer(recipe: Recipe, models: FoundModels) -> tuple[object, int]:
     return tokenizer, shared_vocab(tokenizer, rows_known)
 
 
-def encode_data(recipe: Recipe, rows: dict[str, list[Rows]], tokenizer, vocab: int) -> EncodedData:
+def encode_data(
+    rows: dict[str, list[Rows]], data: Data, batching: Batching, teachers: tuple[Teacher, ...], tokenizer, vocab: int
+) -> EncodedData:
     """Training, held-out and multiple-choice examples, from rows that were read; the training examples as a batch source."""
-    data, how = recipe.data, (recipe.data, tokenizer, as_tuple(recipe.teacher))
+    how = (data, tokenizer, teachers)
     held_out = _joined("validation", encode_sources(rows["data.validation"], data.validation, "data.validation", *how))
     if data.streaming:
-        source = _stream(recipe, tokenizer)
+        source = _stream(data, batching, teachers, tokenizer)
         train, content = Dataset("train", source.examples, source.places, [source.origin]), source.content
         refuse_unknown_tokens(vocab, train, tokenizer)
     else:
@@ -142,9 +149,8 @@ def encode_data(recipe: Recipe, rows: dict[str, list[Rows]], tokenizer, vocab: i
         refuse_empty_sources(train.examples, data)
         report_examples(train)
         collator = Collator(tokenizer.eos_token_id, data.packing, data.share_prefixes)
-        source = PlannedSource(
-            train.examples, train.places, batch_plan(recipe, train.examples), micro_batch_size(recipe.train, data.packing), collator
-        )
+        plan = batch_plan(batching, train.examples, tuple(source.weight for source in as_tuple(data.train)))
+        source = PlannedSource(train.examples, train.places, plan, batching.micro_batch_size, collator)
     if held_out:
         report_examples(held_out)
         refuse_unknown_tokens(vocab, held_out, tokenizer)
@@ -165,38 +171,47 @@ def _joined(name: str, parts: list[Dataset]) -> Dataset | None:
     return join(name, parts)
 
 
-def check_caches_cover(recipe: Recipe, teachers: tuple[TeacherSource, ...], tokenizer, data: EncodedData) -> None:
+def check_caches_cover(settings: Data, teachers: tuple[TeacherSource, ...], tokenizer, data: EncodedData) -> None:
     """UserError where a teacher cache lacks examples that it is to answer."""
     parts = {"data.train": (data.train, data.places), "the held-out rows": (data.validation, data.validation_places)}
     for number, teacher in enumerate(teachers):
         if teacher.cache:
-            check_coverage(teacher, number, parts, provenance(recipe.data, teacher, tokenizer, data.identity))
+            check_coverage(teacher, number, parts, provenance(settings, teacher, tokenizer, data.identity))
 
 
-def student_files(recipe: Recipe) -> ModelFiles | None:
-    student = recipe.student
+def signal_use(recipe: Recipe) -> SignalUse:
+    """What a run of the recipe computes from its teachers' outputs."""
+    return SignalUse(recipe.loss, recipe.mixture, recipe.checkpoint.best_by)
+
+
+def student_files(student: Student) -> ModelFiles | None:
+    """The files of the student's base and adapter; None for new weights."""
     return find(student.model, "student.model", student.revision, student.base) if student.model else None
 
 
-def batch_plan(recipe: Recipe, examples: Examples) -> BatchPlan:
-    """The order of the training examples."""
-    train = recipe.train
+def batching(train: Train, seed: int, packing: bool) -> Batching:
+    """How a recipe's training examples are batched."""
+    size = micro_batch_size(train, packing)
+    return Batching(seed, train.batch_size, size, train.epochs, train.max_steps, train.group_by_length)
+
+
+def batch_plan(batching: Batching, examples: Examples, weights: tuple[float, ...]) -> BatchPlan:
+    """The order of the training examples. `weights`: passes over each source in an epoch."""
     return BatchPlan(
         lengths=examples.lengths,
-        seed=recipe.seed,
-        batch_size=train.batch_size,
-        epochs=train.epochs,
-        max_steps=train.max_steps,
-        group_by_length=train.group_by_length,
+        seed=batching.seed,
+        batch_size=batching.batch_size,
+        epochs=batching.epochs,
+        max_steps=batching.max_steps,
+        group_by_length=batching.group_by_length,
         sources=examples.source,
-        weights=tuple(source.weight for source in as_tuple(recipe.data.train)),
+        weights=weights,
     )
 
 
-def _stream(recipe: Recipe, tokenizer) -> StreamSource:
-    train, (source,), size = recipe.train, as_tuple(recipe.data.train), micro_batch_size(recipe.train, recipe.data.packing)
-    teacher = teacher_index(source, as_tuple(recipe.teacher))
-    stream = StreamSource(source, recipe.data, tokenizer, recipe.seed, train.batch_size, size, train.max_steps, teacher)
+def _stream(data: Data, batching: Batching, teachers: tuple[Teacher, ...], tokenizer) -> StreamSource:
+    (source,) = as_tuple(data.train)
+    stream = StreamSource(source, data, tokenizer, batching, teacher_index(source, teachers))
     info(f"train: streaming {source.path}")
     return stream
 
@@ -207,12 +222,10 @@ def micro_batch_size(train: Train, packing: bool) -> int | TokenBudget:
     return TokenBudget(MOST_TOKENS if tokens == "auto" else tokens, packing) if tokens else train.micro_batch_size
 
 
-def check_packages(recipe: Recipe) -> None:
-    """UserError if a package that the recipe needs is not installed."""
-    wanted = {
-        "student.quantization": recipe.student.quantization,
-        "optim.name": recipe.optim.name != "adamw",
-    } | {f"{setting}.quantization": teacher.loaded_in for setting, teacher in with_setting_names(recipe.teacher, "teacher")}
+def check_packages(student: Student, optim: Optim, teachers: Sequence[tuple[str, Teacher]]) -> None:
+    """UserError if a package that the settings need is not installed."""
+    wanted = {"student.quantization": student.quantization, "optim.name": optim.name != "adamw"}
+    wanted |= {f"{setting}.quantization": teacher.loaded_in for setting, teacher in teachers}
     lacking = [setting for setting, value in wanted.items() if value and importlib.util.find_spec("bitsandbytes") is None]
     if lacking:
         raise UserError(
@@ -220,14 +233,13 @@ def check_packages(recipe: Recipe) -> None:
         )
 
 
-def _tokenizer(recipe: Recipe, student: ModelFiles | None):
-    if not recipe.student.tokenizer:
-        return load_tokenizer(str(student.base), "student.model")
-    tokenizer = load_tokenizer(recipe.student.tokenizer, "student.tokenizer")
-    if student and (student.base / "tokenizer.json").exists():
-        _refuse_differences(
-            tokenizer, load_tokenizer(str(student.base), "student.model"), "student.tokenizer", "it", f"{student.base}'s own"
-        )
+def _tokenizer(student: Student, files: ModelFiles | None):
+    if not student.tokenizer:
+        return load_tokenizer(str(files.base), "student.model")
+    tokenizer = load_tokenizer(student.tokenizer, "student.tokenizer")
+    if files and (files.base / "tokenizer.json").exists():
+        own = load_tokenizer(str(files.base), "student.model")
+        _refuse_differences(tokenizer, own, "student.tokenizer", "it", f"{files.base}'s own")
     return tokenizer
 
 

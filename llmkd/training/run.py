@@ -38,12 +38,12 @@ def train_together(recipes: list[Recipe], folders: list[RunFolder], stop: Shutdo
     if stop():
         raise Stopped("stopped by a signal before anything was trained; continue with --resume")
     from .build import build_setup
-    from .trainer import Trainer
+    from .trainer import Trainer, TrainerSettings
 
     try:
         accelerator = start()
-        setup = build_setup(recipes, prepared, folders, accelerator, stop)
-        trainer = Trainer(setup, recipes[0], accelerator, stop)
+        setup, first = build_setup(recipes, prepared, folders, accelerator, stop), recipes[0]
+        trainer = Trainer(setup, TrainerSettings(first.train, first.validation, first.checkpoint), accelerator, stop)
         trainer.train()
         trainer.finish()
         return [student.failure for student in trainer.students]

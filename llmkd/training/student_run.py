@@ -20,7 +20,10 @@ from .validate import HeldOut
 
 
 class StudentRun:
-    """One student of a trainer: its recipe, folder, training state, metrics and output. Files are written by the first process."""
+    """One student of a trainer: its recipe, folder, training state, metrics and output. Files are written by the first process.
+
+    It has the whole recipe because it writes all of it: to the trackers and into the model card.
+    """
 
     def __init__(self, recipe: Recipe, prepared: Prepared, folder: RunFolder, model: LanguageModel, state: StudentState, main: bool):
         self.recipe, self.prepared, self.folder, self.model, self.state, self.main = recipe, prepared, folder, model, state, main

@@ -7,9 +7,10 @@ import contextlib
 import dataclasses
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
-from ..config.recipe import Recipe
+from ..config.recipe import Checkpoint, Train, Validation
 from ..console import progress_bar, table
 from ..data.examples import Examples
 from ..errors import Stopped, UserError
@@ -26,17 +27,23 @@ from .teacher_check import message
 from .validate import Evaluator, HeldOut
 
 
+@dataclass(frozen=True)
+class TrainerSettings:
+    """The sections of a recipe that all students of a trainer have in common."""
+
+    train: Train
+    validation: Validation
+    checkpoint: Checkpoint
+
+
 class Trainer:
-    """Drives a setup of finished parts: training steps, and the validation, checkpoints and stops that fall due between them.
+    """Drives a setup of finished parts: training steps, and the validation, checkpoints and stops that fall due between them."""
 
-    recipe   of the first student; of its settings those are read here that all students have in common
-    """
-
-    def __init__(self, setup: TrainingSetup, recipe: Recipe, accelerator, stop: ShutdownRequest):
-        self.recipe, self.accelerator, self.stop, self.main = recipe, accelerator, stop, accelerator.is_main_process
+    def __init__(self, setup: TrainingSetup, settings: TrainerSettings, accelerator, stop: ShutdownRequest):
+        self.settings, self.accelerator, self.stop, self.main = settings, accelerator, stop, accelerator.is_main_process
         self.prepared, self.source, self.teacher, self.students = setup.prepared, setup.source, setup.teacher, setup.students
         self.fidelity, self.done, self.written = setup.fidelity, setup.done, setup.done
-        pad, size = self.prepared.tokenizer.eos_token_id, recipe.validation.micro_batch_size
+        pad, size = self.prepared.tokenizer.eos_token_id, settings.validation.micro_batch_size
         self.evaluator = Evaluator(accelerator, pad, size, stop)
         self.display = ProgressDisplay(self.source.total_steps, self.done, self.main)
         for student in self.students:
@@ -53,19 +60,19 @@ class Trainer:
 
     def train(self) -> None:
         """Every step from where the run stands, with validation, checkpoints and stops as they fall due."""
-        recipe, total, step = self.recipe, self.source.total_steps, self.done
+        settings, total, step = self.settings, self.source.total_steps, self.done
         try:
             if self.done == 0:
                 for student in self.students if self.main and self.fidelity else ():
                     student.record.write({"step": 0, "fidelity": self.fidelity})
                 self.check_teacher()
-            if self.done in (0, total) or due(recipe.validation.every, self.done):
+            if self.done in (0, total) or due(settings.validation.every, self.done):
                 self.validate(self.done)
             if self.stop.any_rank(self.accelerator):
                 raise self.stopped(self.done)
             states = [student.state for student in self.students]
             teacher = self.teacher if any(unwrap(state).needs_teacher for state in states) else None
-            retry = self.auto_batch(states, teacher) if recipe.train.micro_batch_tokens == "auto" and self.done < total else no_retry
+            retry = self.auto_batch(states, teacher) if settings.train.micro_batch_tokens == "auto" and self.done < total else no_retry
             hooks = StepHooks(self.stop, retry, self.is_read)
             with contextlib.closing(train(self.source, states, teacher, self.accelerator, self.done, hooks)) as steps:
                 for progress in steps:
@@ -77,9 +84,9 @@ class Trainer:
                     self.show(progress, last)
                     if not self.active:
                         return
-                    if last or due(recipe.validation.every, step):
+                    if last or due(settings.validation.every, step):
                         self.validate(step)
-                    if due(recipe.checkpoint.every, step) or (last and recipe.checkpoint.every):
+                    if due(settings.checkpoint.every, step) or (last and settings.checkpoint.every):
                         self.save(step)
                     if progress.stop and not last:
                         raise self.stopped(step)
@@ -94,22 +101,22 @@ class Trainer:
 
     def is_read(self, step: int) -> bool:
         """Whether the metrics of that step are read, so that it is known to be finite: something falls due after it, or the next may fail."""
-        recipe = self.recipe
-        every = (recipe.train.log_every, recipe.validation.every, recipe.checkpoint.every)
+        settings = self.settings
+        every = (settings.train.log_every, settings.validation.every, settings.checkpoint.every)
         return self.source.reads_while_training or any(due(one, step) for one in every)
 
     def auto_batch(self, states: list[StudentState], teacher: Teacher | None) -> Callable:
         """Measure how large micro-batches may be. Returns the loop's `retry_on_oom`, which works with one process."""
         chunked = [unwrap(student.state) for student in self.students if student.recipe.loss.chunk_size is None]
         auto = AutoBatchSize(self.source, states, teacher, self.accelerator, self.display.info, chunked)
-        auto.measure(self.recipe.train.batch_size)
+        auto.measure(self.settings.train.batch_size)
         self.display.speed()  # what was spent here is not training's
         return auto if self.accelerator.num_processes == 1 else no_retry
 
     def show(self, progress, last: bool) -> None:
         """Count the step; record and show it where that is due."""
         self.display.count(progress.num_targets)
-        if not (last or due(self.recipe.train.log_every, progress.step)):
+        if not (last or due(self.settings.train.log_every, progress.step)):
             return
         speed = self.display.speed()
         going = [k for k in progress.terms if not self.students[k].failure]
@@ -127,9 +134,9 @@ class Trainer:
     def check_teacher(self) -> None:
         """Before the first step: compare the cross-entropy of teacher and student on training examples."""
         learning = any(unwrap(student.state).needs_teacher for student in self.students)
-        if not learning or not self.recipe.validation.teacher_check:
+        if not learning or not self.settings.validation.teacher_check:
             return
-        sample = sample_examples(self.prepared.train, self.recipe.validation.teacher_check)
+        sample = sample_examples(self.prepared.train, self.settings.validation.teacher_check)
         found = [one.metrics() for one in self.measure([one.model for one in self.students], sample, "teacher check", 0)]
         for student, values in zip(self.students if self.main else (), found, strict=False):
             student.record.write(
@@ -157,7 +164,7 @@ class Trainer:
             name = f" of {student.folder.path.name}" if len(self.students) > 1 else ""
             shown = "  ".join(f"{k} {v:.4f}" for k, v in values.items() if k != "targets")
             self.display.info(f"validation{name} at step {step}: {shown}")
-        if self.recipe.checkpoint.best_by and step:
+        if self.settings.checkpoint.best_by and step:
             self.save(step)
 
     def save(self, step: int) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 from llmkd.config.recipe import Data, Source
+from llmkd.data.batching import Batching
 from llmkd.data.stream import StreamSource
 from llmkd.errors import UserError
 from llmkd.training.run import run
@@ -24,13 +25,13 @@ def row(i: int, output: str = "owl") -> dict:
 
 def stream(path, buffer: int = 7, batch: int = 4, steps: int = 20, seed: int = 3, format: str = "alpaca", **settings) -> StreamSource:
     data = Data(streaming=True, shuffle_buffer=buffer, max_length=settings.pop("max_length", 512))
-    return StreamSource(Source(path=str(path), format=format, **settings), data, tiny(), seed, batch, 2, steps)
+    return StreamSource(Source(path=str(path), format=format, **settings), data, tiny(), Batching(seed, batch, 2, max_steps=steps))
 
 
 def test_every_example_is_given_the_streams_teacher(tmp_path):
     path = write(tmp_path / "t.jsonl", [row(i) for i in range(9)])
     plain = stream(path)
-    feed = StreamSource(plain.source, plain.data, plain.tokenizer, 3, 4, 2, 5, teacher=1)
+    feed = StreamSource(plain.source, plain.data, plain.tokenizer, Batching(3, 4, 2, max_steps=5), teacher=1)
     assert set(feed.examples.teacher_index) == {1}
     assert all(set(step.data.teacher_index) == {1} for step, _ in feed.steps())
 
@@ -181,7 +182,7 @@ def test_a_network_that_fails_on_the_way_is_no_bug(monkeypatch):
 def test_a_chat_stream_without_a_template_is_refused(tmp_path):
     path = write(tmp_path / "t.jsonl", [{"messages": [{"role": "user", "content": "q"}]}] * 9)
     with pytest.raises(UserError, match=r"^data.train.format: found chat, and the tokenizer has no chat template"):
-        StreamSource(Source(path=str(path), format="chat"), Data(streaming=True), tiny(None), 0, 4, 2, 3)
+        StreamSource(Source(path=str(path), format="chat"), Data(streaming=True), tiny(None), Batching(0, 4, 2, max_steps=3))
 
 
 # ---- training on a stream

@@ -13,6 +13,7 @@ from llmkd import cli
 from llmkd.commands import plan
 from llmkd.config.loader import dump, load_recipe
 from llmkd.config.recipe import Data, Source
+from llmkd.data.batching import Batching
 from llmkd.data.collate import collate
 from llmkd.data.dataset import Dataset, refuse_unknown_tokens
 from llmkd.data.encoding.encode import encode as encode_rows
@@ -347,7 +348,7 @@ def test_a_stream_gives_what_would_have_been_read_before(tmp_path):
     path = write(tmp_path / "t.jsonl", lines)
     data = Data(streaming=True, shuffle_buffer=1, teacher_context=TOLD)
     feed, before = (
-        StreamSource(Source(path=str(path), format="chat"), data, tiny(), 0, 4, 2, 2),
+        StreamSource(Source(path=str(path), format="chat"), data, tiny(), Batching(0, 4, 2, max_steps=2)),
         encode(rows_of(*lines), "chat", CONTEXT, tiny()),
     )
     for n, (step, _) in enumerate(feed.steps()):

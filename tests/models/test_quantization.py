@@ -300,12 +300,12 @@ def test_int8_with_dora_is_refused_before_it_fails(single, trained, tmp_path, ma
         make_recipe(**{"student.quantization": {"type": "int8"}, "student.lora.dora": True})
     trained("out", **qlora(single, **{"student.lora.dora": True, "student.lora.dropout": 0.0}))
     for load, settings, who in (
-        (load_teacher, TeacherSettings, "teacher"),
-        (load_student, StudentSettings, "student"),
+        (lambda settings: load_teacher(settings, LoadContext(640, "cpu")), TeacherSettings, "teacher"),
+        (lambda settings: load_student(settings, 640, "cpu", 0), StudentSettings, "student"),
     ):
         given = settings(model=str(tmp_path / "out/adapter"), quantization=Quantization(type="int8"))
         with pytest.raises(UserError, match=f"{who}.quantization: found int8 with a DoRA adapter"):
-            load(given, 640, "cpu", *([0] if who == "student" else []))
+            load(given)
 
 
 def test_the_card_of_a_four_bit_dora_student_loads_it(single, trained, tmp_path, monkeypatch):
