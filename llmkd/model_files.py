@@ -1,18 +1,15 @@
 """The files of a model or an adapter, read without torch and without loading weights."""
 
 import contextlib
-import functools
-import hashlib
-import json
 import re
-import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
 
-from .console import info
 from .errors import UserError
+from .weight_files import read_json, some, weight_files
 
 _HUB_ID = re.compile(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)?")
 _WANTED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt"]
@@ -22,7 +19,6 @@ _HUB_HINTS = {
     "RepositoryNotFoundError": "check the name; a private one needs hf auth login or HF_TOKEN",
     "RevisionNotFoundError": "check the revision",
 }
-RECORD = "llmkd.json"  # beside an adapter: the base that it was trained on
 
 
 @dataclass(frozen=True)
@@ -63,28 +59,24 @@ def find(name: str, setting: str, revision: str | None = None, base: str | None 
     base_name = base or adapter.get("base_model_name_or_path")
     if not base_name or not isinstance(base_name, str):
         raise UserError(f"{setting}: {name}/adapter_config.json names no base model; set {setting.removesuffix('.model')}.base to it")
-    if not (folder / "adapter_model.safetensors").exists():
-        raise UserError(f"{setting}: {name} has no adapter_model.safetensors (pickled weights are not loaded); save it with safetensors")
+    weight_files(folder, setting)
+    own = f"{setting.removesuffix('.model')}.base"
     try:
         base_folder = locate(base_name, setting, adapter.get("revision"))
     except UserError as error:
-        raise UserError(f"{setting}: the adapter {name} was trained on a base that is not here: {error}") from None
-    files = ModelFiles(base_folder, folder, _config(base_folder, base_name, setting))
-    record = folder / RECORD
-    trained_on = read_json(record, setting).get("base_fingerprint") if record.exists() else None
-    if not trained_on:
-        _note(f"note: {name} has no record of the weights that it was trained on; taking {base_name} as its base")
-    if trained_on and trained_on != fingerprint(base_folder, setting):
+        reason = error.problems[0].removeprefix(f"{setting}: ")
+        if base:
+            fix = f"correct {own}"
+        elif setting.endswith(".model"):
+            fix = f"set {own} to the base that it was trained on"
+        else:
+            fix = f"write where it is now as base_model_name_or_path into {name}/adapter_config.json"
+        raise UserError(f"{setting}: the adapter {name} was trained on a base that is not here: {reason}; {fix}") from None
+    if (base_folder / "adapter_config.json").exists():
         raise UserError(
-            f"{setting}: the adapter {name} was trained on other weights than {base_name} holds; name the base that it was trained on"
+            f"{setting}: the base of the adapter {name}, {base_name}, is itself an adapter; merge that first (llmkd export), and set {own}"
         )
-    return files
-
-
-@functools.cache
-def _note(text: str) -> None:
-    """A note, once in a process, however often a model is located."""
-    info(text)
+    return ModelFiles(base_folder, folder, _config(base_folder, base_name, setting))
 
 
 def locate(name: str, setting: str, revision: str | None = None, wanted: list[str] = _WANTED) -> Path:
@@ -136,88 +128,44 @@ def licence(folder: Path) -> dict[str, str]:
     return {name: card[name] for name in names if isinstance(card.get(name), str)} if isinstance(card, dict) else {}
 
 
-def read_json(path: Path, setting: str) -> dict:
-    try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{setting}: {path} cannot be read ({error}); copy it again") from None
-    if not isinstance(found, dict):
-        raise UserError(f"{setting}: {path} holds {type(found).__name__}, expected an object of settings; copy it again")
-    return found
+def check_config(config: dict, where: str, setting: str) -> None:
+    """UserError for a configuration that has code run which is not in transformers: its own, or kernels that are fetched from the hub."""
+    if "auto_map" in config:
+        raise UserError(
+            f"{setting}: {where} asks to run its own code (auto_map), which llmkd never does; use a model whose architecture is in transformers"
+        )
+    for key, value in _settings(config):
+        if key.removesuffix("_internal").endswith("_implementation") and isinstance(value, str) and "/" in value:
+            raise UserError(
+                f"{setting}: {where} asks for {key}: {value!r}, code from the hub that llmkd never runs; remove that line, "
+                f"and choose by {setting.removesuffix('.model')}.attention if need be"
+            )
+
+
+def _settings(value: object, key: str = "") -> Iterator[tuple[str, object]]:
+    """Every name in a nested configuration with what it is set to; what is inside a list or an object also under the name of that."""
+    if isinstance(value, dict):
+        for name, one in value.items():
+            yield from _settings(one, name)
+            if key.endswith("_implementation"):  # {"text_config": "sdpa", ...}
+                yield key, one
+    elif isinstance(value, list):
+        for one in value:
+            yield from _settings(one, key)
+    else:
+        yield key, value
 
 
 def _config(folder: Path, name: str, setting: str) -> dict:
     if not (folder / "config.json").exists():
         inside = next(
-            (f"; did you mean {name}/{n}?" for n in ("adapter", "model", "merged") if (folder / n).is_dir()), f"; it holds {_some(folder)}"
+            (f"; did you mean {name}/{n}?" for n in ("adapter", "model", "merged") if (folder / n).is_dir()), f"; it holds {some(folder)}"
         )
         raise UserError(f"{setting}: {name} has neither config.json nor adapter_config.json{inside}")
-    if not list(folder.glob("*.safetensors")):
-        pickled = [*folder.glob("*.bin"), *folder.glob("*.pt"), *folder.glob("*.pth")]
-        why = (
-            f"only pickled weights ({pickled[0].name}), which are not loaded; convert them to safetensors"
-            if pickled
-            else f"no weights; it holds {_some(folder)}"
-        )
-        raise UserError(f"{setting}: {name} has {why}")
     config = read_json(folder / "config.json", setting)
-    if "auto_map" in config:
-        raise UserError(
-            f"{setting}: {name} asks to run its own code (auto_map), which llmkd never does; use a model whose architecture is in transformers"
-        )
+    weight_files(folder, setting)
+    check_config(config, f"{name}/config.json", setting)
     return config
-
-
-def _some(folder: Path) -> str:
-    names = sorted(p.name for p in folder.iterdir())
-    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "") or "nothing"
-
-
-def tensors(path: Path) -> dict[str, dict]:
-    """The header of a safetensors file: {name: {dtype, shape, data_offsets}}. ValueError if it is damaged."""
-    with open(path, "rb") as file:
-        size = path.stat().st_size
-        prefix = file.read(8)
-        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
-        if 8 + length > size:
-            raise ValueError(f"{path} is truncated")
-        header = json.loads(file.read(length))
-    header.pop("__metadata__", None)
-    end = 8 + length + max((t["data_offsets"][1] for t in header.values()), default=0)
-    if end != size:
-        raise ValueError(f"{path} is {size} bytes and should be {end}")
-    return {name: dict(t, start=8 + length + t["data_offsets"][0], stop=8 + length + t["data_offsets"][1]) for name, t in header.items()}
-
-
-def fingerprint(folder: Path, setting: str) -> str:
-    """A hash of names, shapes, types and three samples of every tensor, which distinguishes different weights in a fraction of a second.
-
-    It does not depend on how the tensors are spread over files, nor on the type they are loaded in. UserError for a damaged file.
-    """
-    rows = []
-    for path in sorted(folder.glob("*.safetensors")):
-        try:
-            header = tensors(path)
-        except ValueError as error:
-            raise UserError(f"{setting}: {error}; fetch or copy it again") from None
-        with open(path, "rb") as file:
-            for name, t in header.items():
-                digest = hashlib.sha256()
-                for where in (t["start"], (t["start"] + t["stop"]) // 2, max(t["start"], t["stop"] - 1024)):
-                    file.seek(where)
-                    digest.update(file.read(min(1024, t["stop"] - where)))
-                rows.append(f"{name} {t['dtype']} {t['shape']} {digest.hexdigest()}")
-    return hashlib.sha256("\n".join(sorted(rows)).encode()).hexdigest()
-
-
-def record_of(adapter: Path) -> dict:
-    """The record beside an adapter that llmkd trained: base_fingerprint, dtype, quantization. Empty for other adapters."""
-    return read_json(adapter / RECORD, "model") if (adapter / RECORD).exists() else {}
-
-
-def identity_of(name: str, setting: str, files: ModelFiles | None) -> dict[str, str]:
-    """{name: fingerprints of a model's weights}; empty without a model."""
-    return {name: " ".join(fingerprint(folder, setting) for folder in (files.base, files.adapter) if folder)} if files else {}
 
 
 def positions(config: dict) -> int | None:

@@ -17,7 +17,9 @@ RECIPES = PACKAGE.parent / "recipes"  # installed as llmkd_recipes
 LAYERS = (
     "__init__ console files batch head",
     "errors signals",
-    "config model_files environment",
+    "weight_files",
+    "weight_hashes",
+    "config model_files model_identity environment",
     "losses models data",
     "teachers",
     "output",

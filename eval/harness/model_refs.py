@@ -7,7 +7,9 @@ from pathlib import Path
 from llmkd.config.loader import read_placed
 from llmkd.config.recipe import Teacher
 from llmkd.errors import UserError
-from llmkd.model_files import RECORD, ModelFiles, find, fingerprint, read_json
+from llmkd.model_files import ModelFiles, find
+from llmkd.model_identity import config_hash, fingerprint, record_of, verify
+from llmkd.weight_files import read_json
 
 
 @dataclass(frozen=True)
@@ -52,10 +54,12 @@ def _find(name: str, out: Path | None, several: bool, dtype: str | None) -> Mode
     elif run:
         kind = "full"
     else:
-        kind = "merged" if "merged" in folder.name or (files.base / RECORD).exists() else "base"
+        made = record_of(files.base, "eval")
+        kind = "full" if made.get("student") == "full" else "merged" if made or "merged" in folder.name else "base"
     saved = files.dtype
     own = files.config.get("quantization_config", {}).get("quant_method")
-    marks = [fingerprint(folder, "eval") for folder in (files.base, files.adapter) if folder]
+    verify(files.base, files.adapter, "eval")
+    marks = [f"{fingerprint(folder, 'eval')}.{config_hash(folder, 'eval')}" for folder in (files.base, files.adapter) if folder]
     wanted = dtype or settings.dtype
     identity = {
         "path": name,

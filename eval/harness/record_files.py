@@ -6,6 +6,7 @@ from pathlib import Path
 
 from llmkd.errors import UserError
 from llmkd.files import read_jsonl, sha256_file, write_atomic
+from llmkd.model_identity import WHOLE
 
 #: Settings that two evaluations of a task must share to be the same evaluation.
 SAME = ("version", "harness", "fewshot", "limit", "seeds", "model.fingerprint", "model.dtype", "model.quantization")
@@ -45,7 +46,12 @@ def write_task(folder: Path, record: dict, items: list[dict]) -> dict:
 def differences(before: dict, now: dict) -> list[str]:
     """In which of the settings that matter two records differ, in words."""
     pairs = ((name, _at(before, name), _at(now, name)) for name in SAME)
-    return [f"{name} {_short(then)} there and {_short(here)} now" for name, then, here in pairs if then != here]
+    return [f"{name} {_short(then)} there and {_short(here)} now{_why(name, then)}" for name, then, here in pairs if then != here]
+
+
+def _why(name: str, then) -> str:
+    earlier = name == "model.fingerprint" and isinstance(then, str) and not then.startswith(WHOLE)
+    return ", since an earlier version recorded samples of the weights" if earlier else ""
 
 
 def _at(record: dict, dotted: str):

@@ -10,7 +10,8 @@ from ..console import info, warn
 from ..data.encoding.tokenizer import load_tokenizer, save_tokenizer, shared_vocab
 from ..errors import UserError
 from ..files import write_folder
-from ..model_files import RECORD, ModelFiles, find, rows_of
+from ..model_files import ModelFiles, find, rows_of
+from ..model_identity import verify, write_record
 from ..training.prepare import prepare
 
 SAMPLE = 64  # examples on which the merged model is compared with the trained one
@@ -36,6 +37,7 @@ def export(run: Path, to: Path | None = None, checkpoint: str | None = None) -> 
     if to.exists():
         raise UserError(f"--to: {to} exists; choose another folder, or remove it")
     files = find(str(student), "export")
+    verify(files.base, files.adapter, "export")
     tokenizer = load_tokenizer(str(student if (student / "tokenizer.json").exists() else files.base), "export")
     vocab = shared_vocab(tokenizer, {"export": rows_of(files.config)})
     model = merge(files, vocab, saved) if is_adapter else from_checkpoint(student, saved)
@@ -48,8 +50,7 @@ def export(run: Path, to: Path | None = None, checkpoint: str | None = None) -> 
             card = (student / "README.md").read_text(encoding="utf-8")
             if "llmkd" in card:  # a model card that llmkd did not write is left alone
                 (part / "README.md").write_text(merged_card(card, to, record), encoding="utf-8")
-        if record:
-            (part / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+        write_record(part, "export", student="merged" if is_adapter else "full", **(record or {}))
     return to
 
 

@@ -1,18 +1,28 @@
 """Adapters from a folder onto a base, and back: PEFT's, with the checks that it leaves out."""
 
+import contextlib
+import re
 import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from ..config.recipe import Lora, Quantization, Student
-from ..console import info, warn
+from ..console import count, info, warn
 from ..errors import UserError, brief
-from ..model_files import ModelFiles, read_json, record_of, tensors
+from ..model_files import ModelFiles
+from ..model_identity import record_of, verify
+from ..weight_files import ADAPTER, read_json, tensors
+from .adapter_names import regular_names
 
 #: PEFT's types that change what the model reads, or need PEFT's own forward pass, and not (only) its weights.
-_NO_WEIGHTS = ("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "MULTITASK_PROMPT_TUNING", "CPT", "ADAPTION_PROMPT", "CARTRIDGE", "XLORA")
+_NO_WEIGHTS = (
+    *("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "MULTITASK_PROMPT_TUNING", "CPT", "ADAPTION_PROMPT", "CARTRIDGE", "XLORA"),
+    *("POLY", "SHADOW"),
+)
 #: Ways to initialise LoRA that take something out of the base's weights, whenever the adapter is loaded.
 _CHANGE_BASE = ("pissa", "olora", "OLORA", "corda", "loftq", "lora_ga", "mica")
 
@@ -25,6 +35,7 @@ def load(model: nn.Module, files: ModelFiles, setting: str, trainable: bool = Fa
     """
     config = read_json(files.adapter / "adapter_config.json", setting)
     _refuse_unsupported(config, model, files, setting, name)
+    verify(files.base, files.adapter, setting)
     adapted, weights = _attach(model, files, setting, trainable, name)
     for key, value in weights.items():
         if not torch.isfinite(value).all():
@@ -57,20 +68,68 @@ def _attach(model: nn.Module, files: ModelFiles, setting: str, trainable: bool, 
     from peft import PeftModel
     from safetensors.torch import load_file
 
-    path = files.adapter / "adapter_model.safetensors"
+    path, weights = files.adapter / ADAPTER, {}
     try:
         tensors(path)  # raises where the file is truncated
         weights = load_file(path)
-        if isinstance(model, PeftModel):
-            model.load_adapter(files.adapter, adapter_name=name, is_trainable=trainable)
-            return model, weights
-        return PeftModel.from_pretrained(model, files.adapter, adapter_name=name, is_trainable=trainable), weights
+        with _renamed_copy(model, files.adapter, weights, setting) as (folder, weights):
+            if isinstance(model, PeftModel):
+                model.load_adapter(folder, adapter_name=name, is_trainable=trainable)
+                return model, weights
+            return PeftModel.from_pretrained(model, folder, adapter_name=name, is_trainable=trainable), weights
     except UserError:
         raise
     except Exception as error:
+        if hint := _resized(model, weights, files, setting):
+            raise hint from error
         raise UserError(
             f"{setting}: the adapter {files.adapter} cannot be loaded ({brief(error)}); check its files, or train it again"
         ) from error
+
+
+@contextlib.contextmanager
+def _renamed_copy(model: nn.Module, folder: Path, weights: dict[str, Tensor], setting: str) -> Iterator[tuple[Path, dict[str, Tensor]]]:
+    """The adapter's folder and tensors; where these are named otherwise than PEFT does, a copy for PEFT under its names, and a note of it."""
+    from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+    from safetensors.torch import save_file
+
+    kind = read_json(folder / "adapter_config.json", setting).get("peft_type")
+    names = regular_names(weights, _own_modules(model), PEFT_TYPE_TO_PREFIX_MAPPING.get(kind))
+    if not (changed := [name for name in weights if names[name] != name]):
+        yield folder, weights
+        return
+    renamed = {names[name]: value for name, value in weights.items()}
+    with tempfile.TemporaryDirectory(prefix="llmkd-") as copy:
+        shutil.copy(folder / "adapter_config.json", copy)
+        save_file(renamed, Path(copy, ADAPTER), {"format": "pt"})
+        yield Path(copy), renamed
+    info(
+        f"{setting}: {len(changed)} of the tensors of {folder} have other names than PEFT's, such as {changed[0]}; it is read as {names[changed[0]]}"
+    )
+
+
+def _own_modules(model: nn.Module) -> list[str]:
+    """The names of the base's modules, without those that adapters on it have added."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    put_on = tuple(
+        f"{name}." for name, module in base.named_modules() if hasattr(module, "base_layer") or hasattr(module, "original_module")
+    )
+    return [name for name, _ in base.named_modules() if not name.startswith(put_on or ("\0",))]
+
+
+def _resized(model: nn.Module, weights: dict[str, Tensor], files: ModelFiles, setting: str) -> UserError | None:
+    """The error for an adapter that was trained after tokens were added to its base."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    rows = base.get_input_embeddings().weight.shape[0]
+    for name, value in weights.items():
+        own = max(value.shape[:1] if not re.search(r"lora_embedding_A", name) else value.shape[-1:], default=0)
+        if re.search(r"embed_tokens|wte|embed_in|lm_head|embed_out", name) and own > rows and "lora_A" not in name:
+            return UserError(
+                f"{setting}: the adapter {files.adapter} has {own} rows in {name}, and its base {files.base} has {rows}: {own - rows} tokens were "
+                f"added before it was trained; enlarge the base likewise (transformers: model.resize_token_embeddings({own})), save it with the "
+                f"adapter's tokenizer, and name that folder as {setting.removesuffix('.model')}.base"
+            )
+    return None
 
 
 def _matched(adapted: nn.Module, weights: dict[str, Tensor], files: ModelFiles, setting: str, name: str) -> dict[str, Tensor]:
@@ -81,10 +140,22 @@ def _matched(adapted: nn.Module, weights: dict[str, Tensor], files: ModelFiles, 
     renamed = {key: key if key in expected else _renamed(adapted, key) for key in weights}
     found = {renamed[key] if renamed[key] in expected else key: value for key, value in weights.items()}
     copies = {key for key in found.keys() - expected.keys() if _is_base_weight(adapted, key, found[key])}
-    for what, keys in (("lacks", expected.keys() - found.keys()), ("holds left-over", found.keys() - expected.keys() - copies)):
-        if keys:
+    lacking, left = expected.keys() - found.keys(), found.keys() - expected.keys() - copies
+    sides = [
+        f"{what} {count(len(keys), 'tensor')}, such as {min(keys)}"
+        for what, keys in (("lacks", lacking), ("holds left-over", left))
+        if keys
+    ]
+    if sides:
+        raise UserError(
+            f"{setting}: the adapter {files.adapter} {', and '.join(sides)}, for the base {files.base}; it belongs to another base, or its tensors "
+            "have names that PEFT does not give them"
+        )
+    for key, value in found.items():
+        if key in expected and value.shape != expected[key].shape:
             raise UserError(
-                f"{setting}: the adapter {files.adapter} {what} {len(keys)} tensors for the base {files.base}, such as {min(keys)}; it belongs to another base"
+                f"{setting}: the adapter {files.adapter} has {key} in shape {list(value.shape)}, and {files.base} needs {list(expected[key].shape)}; "
+                "it belongs to another base"
             )
     return {key: found[key] for key in expected}
 
@@ -185,7 +256,7 @@ def _refuse_other_settings(settings: Student, config: dict) -> None:
 
 def note_quantization(files: ModelFiles, now: Quantization | None, who: str) -> None:
     """A note where the base is quantised otherwise than when the adapter was trained: it has learnt to correct those rounding errors."""
-    then, now = record_of(files.adapter).get("quantization", now), now and now.type
+    then, now = record_of(files.adapter, f"{who}.model").get("quantization", now), now and now.type
     then = then["type"] if isinstance(then, dict) else then and then.type
     if then != now:
         was, now = then or "an unquantised base", now or "an unquantised one"

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from ..config.recipe import Lora, Student
 from ..console import warn
 from ..errors import UserError, brief
-from ..model_files import ModelFiles, tensors
+from ..model_files import ModelFiles
+from ..weight_files import headers
 from .adapters import refuse_dora_in_8bit
 from .families import beside_text
 
@@ -76,7 +77,7 @@ def refuse_missing_modules(settings: Student, files: ModelFiles) -> None:
     try:
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        stored = {key.rpartition(".")[0] for path in files.base.glob("*.safetensors") for key in tensors(path)}
+        stored = {key.rpartition(".")[0] for key in headers(files.base, "student.model")}
         targets = () if lora.target_modules == "all-linear" else lora.target_modules
         known = not isinstance(targets, str) or any(re.fullmatch(targets, where) for where in stored)
         listed = (*(() if isinstance(targets, str) else targets), *lora.modules_to_save)

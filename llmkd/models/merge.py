@@ -50,6 +50,8 @@ def merge_adapter_(adapted: nn.Module, which: str) -> nn.Module:
 
     which  the setting and the adapter, for a UserError
     """
+    if any(getattr(config, "layer_replication", None) for config in adapted.peft_config.values()):
+        raise UserError(f"{which} cannot be merged: its layer_replication gives several layers one base weight; use the adapter unmerged")
     base = adapted.get_base_model()
     tied = _untied(base)
     for layer in adapted.modules():
@@ -68,12 +70,12 @@ def merge_adapter_(adapted: nn.Module, which: str) -> nn.Module:
     return merged
 
 
-def _merge_wide(layer: nn.Module, merge: Callable, **how) -> None:
+def _merge_wide(layer: nn.Module, merge: Callable, *which, **how) -> None:
     """PEFT's `merge` of a layer, in at least float32: in 16 bit it rounds the update of some kinds of layers, such as experts, before adding it."""
     del layer.merge
     held = {name: t.dtype for name, t in _tensors(layer)}
     layer.to(functools.reduce(torch.promote_types, held.values(), torch.float32))
-    merge(**how)
+    merge(*which, **how)
     for name, t in _tensors(layer):
         t.data = t.data.to(held.get(name, t.dtype))
 

@@ -8,7 +8,8 @@ from torch import nn
 from ..config.recipe import Quantization
 from ..config.recipe import Student as StudentSettings
 from ..errors import UserError, brief
-from ..model_files import read_json
+from ..model_identity import verify
+from ..weight_files import read_json
 from .quantization import DTYPES, bitsandbytes_config, note_share
 
 #: Buffers that older versions of transformers saved with the weights and newer ones compute.
@@ -21,6 +22,7 @@ def load_pretrained(
     """A model from its folder, on `device`. UserError unless every tensor fits its configuration."""
     from transformers import AutoModelForCausalLM
 
+    verify(folder, None, setting)
     options = {}
     if quantization:
         if "quantization_config" in read_json(folder / "config.json", setting):

@@ -1,14 +1,13 @@
 """A trained student on disk, in Hugging Face's form: written, located in a run's folder, and described for loading."""
 
 import dataclasses
-import json
 from pathlib import Path
 
 from ..config.recipe import Quantization
 from ..config.recipe import Student as StudentSettings
 from ..config.recipe import Teacher as TeacherSettings
 from ..errors import UserError
-from ..model_files import RECORD, fingerprint, record_of
+from ..model_identity import fingerprint, record_of, write_record
 from . import adapters
 from .language_model import LanguageModel
 
@@ -41,7 +40,8 @@ def student_folder(run: str | Path) -> Path:
 def save(model: LanguageModel, folder: Path, settings: StudentSettings) -> None:
     """Write the student in Hugging Face's form: an adapter (PEFT) or a whole model, with its generation config.
 
-    Beside an adapter, llmkd.json names the base's fingerprint, dtype and quantisation; `as_trained` reads it.
+    Beside it, llmkd.json holds the hashes of the folder's files, so its tokenizer is to be there already. For an adapter it also names
+    the base's fingerprint, dtype and quantisation; `as_trained` reads them.
     """
     folder.mkdir(parents=True, exist_ok=True)
     if hasattr(model.model, "peft_config"):
@@ -54,6 +54,7 @@ def save(model: LanguageModel, folder: Path, settings: StudentSettings) -> None:
             "dtype": settings.dtype,
             "quantization": settings.quantization and dataclasses.asdict(settings.quantization),
         }
-        (folder / RECORD).write_text(json.dumps(record, indent=1) + "\n")
+        write_record(folder, "output_dir", student="adapter", **record)
     else:
         model.model.save_pretrained(folder)
+        write_record(folder, "output_dir", student="full")

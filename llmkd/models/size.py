@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..config.recipe import Lora
-from ..model_files import ModelFiles, loaded_dtype, tensors
+from ..model_files import ModelFiles, loaded_dtype
+from ..weight_files import headers
 
 _BYTES = {"nf4": 0.516, "fp4": 0.516, "int8": 1.0, "fp8": 1.0}
 
@@ -27,9 +28,7 @@ class ModelSize:
 def model_size(files: ModelFiles) -> ModelSize:
     """The size of a model, read from the headers of its weight files."""
     config = files.config.get("text_config", files.config)
-    sizes = {}
-    for path in sorted(files.base.glob("*.safetensors")):
-        sizes |= {name: int(np.prod(t["shape"])) for name, t in tensors(path).items()}
+    sizes = {name: int(np.prod(t["shape"])) for name, t in headers(files.base, "plan").items()}
     hidden = next(config[name] for name in ("hidden_size", "n_embd", "d_model") if name in config)
     layers = next((config[name] for name in ("num_hidden_layers", "n_layer", "num_layers") if name in config), 1)
     vocab = config["vocab_size"]
@@ -42,11 +41,10 @@ def model_size(files: ModelFiles) -> ModelSize:
 def adapter_parameters(files: ModelFiles, lora: Lora) -> int:
     """The parameters of a LoRA adapter: rank x (inputs + outputs) of each matrix that it is put on."""
     total, named = 0, lora.target_modules if isinstance(lora.target_modules, tuple) else None
-    for path in sorted(files.base.glob("*.safetensors")):
-        for name, t in tensors(path).items():
-            module = name.removesuffix(".weight").rpartition(".")[2]
-            if len(t["shape"]) == 2 and (module in named if named else not any(word in name for word in ("embed", "head", "wte"))):
-                total += lora.rank * sum(t["shape"])
+    for name, t in headers(files.base, "plan").items():
+        module = name.removesuffix(".weight").rpartition(".")[2]
+        if len(t["shape"]) == 2 and (module in named if named else not any(word in name for word in ("embed", "head", "wte"))):
+            total += lora.rank * sum(t["shape"])
     return total
 
 

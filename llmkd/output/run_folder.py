@@ -69,6 +69,11 @@ class RunFolder:
         known = self.path / "identity.json"
         if known.exists():
             before = json.loads(known.read_text())
+            if before.keys() & {"the student's base", "the teacher"}:
+                raise UserError(
+                    f"output_dir: {self.path} was started by an earlier version of llmkd, which recorded samples of the models' weights; "
+                    "finish it with that version, or choose another output_dir"
+                )
             for what, value in identity.items():
                 if before.get(what) != value:
                     raise UserError(

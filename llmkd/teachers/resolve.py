@@ -16,7 +16,8 @@ from ..config.teacher import CACHE_KINDS, Mixture, Teacher
 from ..data.encoding import token_cache
 from ..data.examples import ALL_TEACHERS, Examples
 from ..errors import UserError
-from ..model_files import ModelFiles, find, fingerprint, loaded_dtype, read_json
+from ..model_files import ModelFiles, find, loaded_dtype
+from ..model_identity import WHOLE, config_hash, fingerprint, identity_of, same_weights, verify
 from .cache.shards import TeacherCache, read_header
 
 if TYPE_CHECKING:
@@ -53,13 +54,17 @@ class TeacherSource:
         return bool(self.files and (self.files.adapter or (self.files.base.parent / "summary.json").exists()))
 
     @property
-    def identity(self) -> str:
-        """A fingerprint of the teacher: equal fingerprints give equal outputs. Empty for a cache that is still to be imported."""
+    def identities(self) -> dict[str, str]:
+        """What `--resume` compares of the teacher, by file: equal ones give equal outputs. Empty for a cache that is still to be imported.
+
+        UserError where a file is not what the record beside it says, and for an adapter on other weights than those it was trained on.
+        """
         if self.cache is not None:
-            return self.cache.identity
+            return {f"the {self.setting}'s cache": self.cache.identity}
         if self.files is None:
-            return ""
-        return " ".join(fingerprint(folder, f"{self.setting}.model") for folder in (self.files.base, self.files.adapter) if folder)
+            return {}
+        verify(self.files.base, self.files.adapter, f"{self.setting}.model")
+        return identity_of(f"the {self.setting}", f"{self.setting}.model", self.files.base, self.files.adapter)
 
 
 @dataclass(frozen=True)
@@ -114,22 +119,6 @@ def provenance(settings: Data, teacher: TeacherSource, tokenizer, data: dict[str
     }
 
 
-#: Fields of a model's or an adapter's configuration that do not change what it computes.
-_BOOKKEEPING = {
-    *("_name_or_path", "architectures", "auto_mapping", "base_model_name_or_path", "dtype", "inference_mode", "peft_version"),
-    *("quantization_config", "revision", "task_type", "torch_dtype", "transformers_version", "use_cache"),
-}
-
-
-def config_hash(folder: Path, setting: str) -> str:
-    """A hash of the configuration beside the weights: the same adapter weights with another lora_alpha are another teacher."""
-    name = "adapter_config.json" if (folder / "adapter_config.json").exists() else "config.json"
-    said = {key: value for key, value in read_json(folder / name, setting).items() if key not in _BOOKKEEPING}
-    if isinstance(modules := said.get("target_modules"), list):  # a set, written in any order
-        said["target_modules"] = sorted(map(str, modules))
-    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
-
-
 def weights_dtype(files: ModelFiles, settings: Teacher) -> str:
     """The type of a teacher's weights in memory: the recipe's, or for `auto` the type they were saved in."""
     return loaded_dtype(files.config, settings.dtype)
@@ -157,8 +146,9 @@ def check_cache(teacher: TeacherSource, data: Data, use: SignalUse, tokenizer, v
     problems = []
     for part in ("tokenizer", "teacher") if teacher.files else ("tokenizer",):
         for name, value in ours[part].items():
-            if provenance_then[part].get(name) != value:
-                then = _OTHER.get(name, f"by a teacher with {name} {provenance_then[part].get(name)}, not {value}")
+            known = provenance_then[part].get(name)
+            if known != value and not (name in ("base", "adapter") and _same_by_samples(known, getattr(teacher.files, name), setting)):
+                then = _OTHER.get(name, f"by a teacher with {name} {known}, not {value}")
                 problems.append(f"{where} {then}; use that one, or write another cache with llmkd cache")
     if header["vocab"] != vocab:
         problems.append(f"{where} over {header['vocab']} tokens, and the models of this run have {vocab}; write another with llmkd cache")
@@ -168,6 +158,14 @@ def check_cache(teacher: TeacherSource, data: Data, use: SignalUse, tokenizer, v
             problems.append(f"{setting}.cache.{name}: found {value}, and {cache.path} was made with {then}; leave it out")
     if problems := problems + sample_problems(use, cache.path, kept):
         raise UserError(*problems)
+
+
+def _same_by_samples(known: str | None, folder: Path | None, setting: str) -> bool:
+    """Whether a cache of an earlier version, which recorded samples of the weights, was made by this folder's model as far as they tell."""
+    if not known or not folder or known.startswith(WHOLE):
+        return False
+    weights, _, config = known.partition(" ")
+    return same_weights(weights, folder, f"{setting}.model") and config == config_hash(folder, f"{setting}.model")
 
 
 def check_sampled_caches(named: Sequence[tuple[str, Teacher]], use: SignalUse) -> None:

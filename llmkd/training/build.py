@@ -11,7 +11,7 @@ from ..config.recipe import Teacher as TeacherSettings
 from ..console import info
 from ..data.batch_source import TrainingSource
 from ..data.batching import TokenBudget
-from ..errors import Stopped, UserError, attribute_to_student, on_main_process
+from ..errors import Stopped, UserError, attribute_to_student, on_main_process, report_from_any_rank
 from ..losses.divergences import make_divergence
 from ..losses.objective import Objective
 from ..losses.terms import HeadTerm, Term
@@ -28,7 +28,7 @@ from .auto_batch import head_chunk_size
 from .distiller import Distiller
 from .loop import StudentState
 from .optim import learning_rate
-from .prepare import Prepared, micro_batch_size
+from .prepare import Prepared, micro_batch_size, model_identity
 from .student_run import StudentRun
 
 
@@ -73,6 +73,7 @@ def build_setup(
     context = LoadContext(prepared.vocab, device, recipe.seed, packing, functools.partial(measured_transform, probe))
     try:
         models, teacher_models = load([one.student for one in recipes], live, context, data.share_prefixes, train.compile)
+        refuse_changed_models(prepared)
     except UserError:
         if stop_asked():  # a signal to the process group also kills the compiler, which is no error of the recipe
             raise Stopped("stopped by a signal before the first step; the same command starts again") from None
@@ -91,6 +92,15 @@ def build_setup(
     lock_folders(students, accelerator)
     done = restore(students, source, accelerator.is_main_process) if folders[0].resume else 0
     return TrainingSetup(prepared, source, teacher, tuple(students), fidelity, done)
+
+
+def refuse_changed_models(prepared: Prepared) -> None:
+    """UserError where a file of the models was changed between the check before the run and the loading."""
+    with report_from_any_rank():
+        now = model_identity(prepared.student, prepared.teachers)
+        for what, value in now.items():
+            if prepared.identity.get(what) != value:
+                raise UserError(f"{what} was changed while the run was starting; start again when it is whole")
 
 
 def teacher_probe(prepared: Prepared, micro_batch_size: int, device, setting: str) -> list[Batch]:

@@ -33,8 +33,11 @@ from ..data.examples import Examples
 from ..data.reading.sources import Rows
 from ..data.stream import StreamSource
 from ..errors import UserError
-from ..model_files import ModelFiles, find, identity_of, rows_of
+from ..model_files import ModelFiles, find, rows_of
+from ..model_identity import identity_of, verify
 from ..teachers.resolve import SignalUse, TeacherSource, check_cache, check_coverage, provenance, resolve_teachers
+
+MODELS = ("the student", "the teacher")  # how the names of models begin in `Prepared.identity`
 
 
 @dataclass(frozen=True)
@@ -80,9 +83,7 @@ class Prepared:
     def for_student(self, settings: Student, with_teachers: bool) -> "Prepared":
         """The same for another student, which perhaps learns without the teacher that others have."""
         student, teachers = student_files(settings), self.teachers if with_teachers else ()
-        identity = self.identity | identity_of("the student's base", "student.model", student)
-        if not teachers:
-            identity.pop("the teacher", None)
+        identity = {name: value for name, value in self.identity.items() if not name.startswith(MODELS)} | model_identity(student, teachers)
         return dataclasses.replace(self, student=student, teachers=teachers, identity=identity)
 
 
@@ -95,6 +96,7 @@ def prepare(recipe: Recipe, open_caches: bool = True) -> Prepared:
     rows = read_data(recipe.data)
     models = find_models(recipe.student, used_teachers(recipe), recipe.data, open_caches)
     tokenizer, vocab = find_tokenizer(recipe.student, models)
+    of_models = model_identity(models.student, models.teachers)
     for teacher in models.teachers:
         if teacher.cache:
             check_cache(teacher, recipe.data, signal_use(recipe), tokenizer, vocab)
@@ -102,11 +104,23 @@ def prepare(recipe: Recipe, open_caches: bool = True) -> Prepared:
         rows, recipe.data, batching(recipe.train, recipe.seed, recipe.data.packing), as_tuple(recipe.teacher), tokenizer, vocab
     )
     check_caches_cover(recipe.data, models.teachers, tokenizer, data)
-    identity = data.identity | {"the tokenizer": token_cache.tokenizer_hash(tokenizer)}
-    identity |= identity_of("the student's base", "student.model", models.student)
-    identity |= {"the teacher": " ".join(teacher.identity for teacher in models.teachers)} if models.teachers else {}
+    identity = data.identity | {"the tokenizer": token_cache.tokenizer_hash(tokenizer)} | of_models
     parts = {field.name: getattr(data, field.name) for field in dataclasses.fields(data)} | {"identity": identity}
     return Prepared(tokenizer=tokenizer, vocab=vocab, student=models.student, teachers=models.teachers, **parts)
+
+
+def model_identity(student: ModelFiles | None, teachers: Sequence[TeacherSource]) -> dict[str, str]:
+    """What `--resume` compares of the models, by file: their weights and configurations. Every weight file is read, unless it was before.
+
+    UserError where a file is not what the record beside it says, and for an adapter on other weights than those it was trained on.
+    """
+    found = {}
+    if student:
+        verify(student.base, student.adapter, "student.model")
+        found |= identity_of("the student", "student.model", student.base, student.adapter)
+    for teacher in teachers:
+        found |= teacher.identities
+    return found
 
 
 def find_models(student_settings: Student, named_teachers: Sequence[tuple[str, Teacher]], data: Data, open_caches: bool) -> FoundModels:

@@ -6,6 +6,7 @@ from ..config.recipe import Recipe
 from ..console import first_process, info
 from ..environment import check_environment
 from ..errors import NonFinite, Stopped
+from ..model_identity import verify
 from ..output import hub_upload, trackers
 from ..output.run_folder import RunFolder
 from .launch import start
@@ -23,6 +24,9 @@ def run(recipe: Recipe, resume: bool = False, stop: ShutdownRequest | None = Non
     hub_upload.check(recipe.push_to_hub)
     trackers.check(recipe.report_to)
     if resume and folder.finished:
+        for name in ("adapter", "model"):
+            if (folder.path / name).is_dir():
+                verify(folder.path / name, None, "output_dir")
         info(f"{folder.path} is finished; nothing to do" + (" except the upload" if recipe.push_to_hub else ""))
         return hub_upload.publish(recipe.push_to_hub, folder) if first_process() else folder.summary()
     with contextlib.nullcontext(stop) if stop else ShutdownRequest() as stop:

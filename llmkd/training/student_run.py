@@ -104,8 +104,8 @@ class StudentRun:
         output = self.folder.path / summary["output"]
         remove_leftovers(self.folder.path, output.name)
         with write_folder(output, replace=True) as part:
-            saved_student.save(self.model, part, self.recipe.student)
             save_tokenizer(self.prepared.tokenizer, part)
+            saved_student.save(self.model, part, self.recipe.student)
             text = model_card(self.recipe, summary, self.prepared.student, self.prepared.teachers, self.prepared.origins)
             (part / "README.md").write_text(text, encoding="utf-8")
         return output

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from llmkd.commands.export import export
 from llmkd.config.recipe import Lora
@@ -211,6 +212,79 @@ def test_json_that_is_no_object_is_a_refusal(tmp_path, file, text, kind):
     (tmp_path / ("base" if file == "config.json" else "adapter") / file).write_text(text)
     with pytest.raises(UserError, match=rf"teacher.model: .*{file} holds {kind}, expected an object"):
         teacher(tmp_path / "adapter")
+
+
+WRAPPED = {
+    "compiled": lambda name: name.replace("base_model.model.", "base_model.model._orig_mod."),
+    "sharded": lambda name: "_fsdp_wrapped_module." + name.replace(".self_attn", "._fsdp_wrapped_module.self_attn"),
+    "with the adapter's name": lambda name: name.replace(".weight", ".default.weight") if "lora_" in name else name,
+    "without a prefix": lambda name: name.removeprefix("base_model.model."),
+    "of a larger model, by DDP": lambda name: "module." + name.replace("model.model.layers", "model.language_model.model.layers"),
+}
+
+
+def test_an_adapter_whose_tensors_have_other_names_is_read_where_these_are_certain(tmp_path, capsys):
+    lora = {"target_modules": ["q_proj", "embed_tokens"], "modules_to_save": ["lm_head"]}
+    expected, path = by_peft(base(tmp_path / "base"), lora, tmp_path / "adapter"), tmp_path / "adapter/adapter_model.safetensors"
+    weights = load_file(path)
+    for renamed in WRAPPED.values():
+        save_file({renamed(name): value for name, value in weights.items()}, path)
+        assert torch.equal(logits(teacher(tmp_path / "adapter")), expected)
+        said = [line for line in capsys.readouterr().err.splitlines() if "other names than PEFT's" in line]
+        assert len(said) == 1 and "it is read as base_model.model." in said[0]
+    assert torch.equal(logits(student(tmp_path / "adapter").eval()), expected)
+    torch.testing.assert_close(logits(plain(export(tmp_path / "adapter"))), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_names_that_fit_no_layer_are_shown_from_both_sides(tmp_path):
+    by_peft(base(tmp_path / "base"), {}, tmp_path / "adapter")
+    path = tmp_path / "adapter/adapter_model.safetensors"
+    save_file({name.replace("layers", "blocks"): value for name, value in load_file(path).items()}, path)
+    with pytest.raises(
+        UserError,
+        match=r"lacks 4 tensors, such as base_model.model.model.layers.0.*lora_A.weight, and holds left-over 4 tensors, such as "
+        r"base_model.model.model.blocks.0.*lora_A.weight, for the base .*; it belongs to another base",
+    ):
+        teacher(tmp_path / "adapter")
+
+
+def test_a_base_that_is_elsewhere_now_and_one_with_more_tokens_say_what_to_set(tmp_path):
+    by_peft(base(tmp_path / "base"), {"modules_to_save": ["embed_tokens"]}, tmp_path / "adapter")
+    gone = changed(tmp_path / "adapter", tmp_path / "gone", base_model_name_or_path="/data/models/Qwen2.5-7B")
+    with pytest.raises(UserError, match="teacher.model: the adapter .* no folder /data/models/Qwen2.5-7B.*; set teacher.base to the base"):
+        teacher(gone)
+    with pytest.raises(UserError, match="student.model: the adapter .*; set student.base to the base"):
+        student(gone)
+    with pytest.raises(
+        UserError, match="export: the adapter .*; write where it is now as base_model_name_or_path into .*adapter_config.json"
+    ):
+        export(gone)
+    path = tmp_path / "adapter/adapter_model.safetensors"
+    weights = load_file(path)
+    (name,) = (name for name in weights if "embed_tokens" in name)
+    save_file(weights | {name: torch.nn.functional.pad(weights[name], (0, 0, 0, 2))}, path)
+    with pytest.raises(
+        UserError, match=r"has 642 rows in .*embed_tokens.*, and its base .* has 640: 2 tokens were added .*resize_token_embeddings\(642\)"
+    ):
+        teacher(tmp_path / "adapter")
+
+
+def test_an_adapter_that_was_changed_since_it_was_trained_is_refused_by_all(tmp_path):
+    model = moved(student(base(tmp_path / "base"), lora=Lora(rank=4)))
+    (tmp_path / "adapter").mkdir()
+    tokenizer().save_pretrained(tmp_path / "adapter")
+    saved_student.save(model, tmp_path / "adapter", StudentSettings())
+    elsewhere = changed(tmp_path / "adapter", tmp_path / "elsewhere", base_model_name_or_path=str(tmp_path / "base"), inference_mode=False)
+    assert torch.equal(logits(teacher(elsewhere)), logits(model))
+    path = elsewhere / "adapter_model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-3] ^= 1
+    path.write_bytes(content)
+    for load in (teacher, student, export):
+        with pytest.raises(UserError, match="adapter_model.safetensors has changed since llmkd wrote it"):
+            load(elsewhere)
+    with pytest.raises(UserError, match="adapter_config.json has changed since llmkd wrote it"):
+        teacher(changed(tmp_path / "adapter", tmp_path / "alpha", lora_alpha=3))
 
 
 def changed(folder, to, **config):

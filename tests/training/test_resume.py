@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -270,3 +271,51 @@ def test_resume_refuses_what_has_changed(make_recipe, world, tmp_path):
     rows.write_text(rows.read_text() + rows.read_text().splitlines()[0] + "\n")
     with pytest.raises(UserError, match="the training data has changed"):
         run(make_recipe("b", train__max_steps=1, optim__warmup_steps=0, data__train__path=str(rows)), resume=True)
+
+
+@pytest.mark.parametrize(
+    ("file", "named"),
+    [
+        ("student/model.safetensors", "the student's base (model.safetensors)"),
+        ("student/config.json", "the student's base (config.json)"),
+        ("teacher/model.safetensors", "the teacher's base (model.safetensors)"),
+        ("adapter/adapter_model.safetensors", "the teacher's adapter (adapter_model.safetensors)"),
+        ("adapter/adapter_config.json", "the teacher's adapter (adapter_config.json)"),
+    ],
+)
+def test_one_bit_of_any_model_file_is_noticed_by_name(make_recipe, world, tmp_path, file, named):
+    from llmkd.output.run_folder import RunFolder
+    from llmkd.training.build import refuse_changed_models
+    from llmkd.training.prepare import prepare
+
+    for name in ("student", "teacher", "adapter"):
+        shutil.copytree(world / name, tmp_path / name)
+    teacher = {"model": str(tmp_path / "adapter"), "base": str(tmp_path / "teacher")}
+    recipe = make_recipe(teacher=teacher, student__model=str(tmp_path / "student"))
+    prepared, folder = prepare(recipe), RunFolder(recipe, True)
+    folder.claim(prepared.identity)
+    folder.release()
+    refuse_changed_models(prepared)
+    content = bytearray((tmp_path / file).read_bytes())
+    at = content.index(b"rms_norm_eps") + 15 if b"rms_norm_eps" in content else content.index(b'"r":') + 5 if b'"r":' in content else -1
+    content[at] ^= 1
+    (tmp_path / file).write_bytes(content)
+    with pytest.raises(UserError, match=f"^{re.escape(named)} has changed since the run in .* was started"):
+        folder.claim(prepare(recipe).identity)
+    with pytest.raises(UserError, match=f"^{re.escape(named)} was changed while the run was starting"):  # between the check and the loading
+        refuse_changed_models(prepared)
+
+
+def test_a_finished_run_is_whole_and_one_of_an_earlier_version_is_told_of(trained, make_recipe, tmp_path):
+    settings = {"train__max_steps": 1, "optim__warmup_steps": 0}
+    trained("out", **settings)
+    path = tmp_path / "out/adapter/adapter_model.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"output_dir: .*adapter_model.safetensors has changed since llmkd wrote it"):
+        run(make_recipe("out", **settings), resume=True)
+    (tmp_path / "out/summary.json").unlink()
+    (tmp_path / "out/identity.json").write_text(json.dumps({"the student's base": "0" * 64}))
+    with pytest.raises(UserError, match="was started by an earlier version of llmkd, which recorded samples of the models' weights"):
+        run(make_recipe("out", **settings), resume=True)

@@ -9,7 +9,8 @@ from typing import Any
 from ...config.recipe import Student
 from ...console import warn
 from ...errors import UserError
-from ...model_files import TOKENIZER, locate, read_json
+from ...model_files import TOKENIZER, locate
+from ...weight_files import read_json
 from ..reading import skills
 
 

@@ -25,7 +25,7 @@ import numpy as np
 from ...config.dotted import flatten
 from ...errors import UserError, report_from_any_rank
 from ...files import remove_leftovers, sha256_file, write_atomic
-from ...model_files import tensors
+from ...weight_files import tensors
 
 VERSION = 2  # 1 was written as store.json, with other names in it
 SHARD_BYTES = 64 << 20

@@ -1,0 +1,158 @@
+"""Whether a model's files are what they were: hashes of all that it is made of, and the record beside a student that llmkd wrote. No torch."""
+
+import functools
+import hashlib
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from .console import info, warn
+from .errors import UserError
+from .files import sha256_file
+from .weight_files import read_json, tensors, weight_files
+from .weight_hashes import tensor_hashes
+
+RECORD = "llmkd.json"  # beside a student that llmkd wrote: the hashes of its files, and of the base of an adapter
+WHOLE = "sha256:"  # begins a fingerprint of all bytes; those of earlier versions have no such beginning
+CONFIGS = ("adapter_config.json", "config.json", "generation_config.json")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja")
+
+#: Fields of a model's or an adapter's configuration that do not change what it computes.
+_BOOKKEEPING = {
+    *("_name_or_path", "architectures", "auto_mapping", "base_model_name_or_path", "dtype", "inference_mode", "peft_version"),
+    *("quantization_config", "revision", "task_type", "torch_dtype", "transformers_version", "use_cache"),
+}
+
+
+def fingerprint(folder: Path, setting: str) -> str:
+    """A hash of all weights in a folder: names, shapes, types and every byte. UserError for a damaged file.
+
+    It does not depend on how the tensors are spread over files, nor on the type they are loaded in. The files are read whole once, and
+    again only when they have changed (see weight_hashes.py).
+    """
+    return WHOLE + _digest(row for rows in _hashes(folder, setting).values() for row in rows)
+
+
+def _hashes(folder: Path, setting: str) -> dict[str, list[str]]:
+    """For each weight file "tensor dtype shape sha256" of its tensors."""
+    paths = weight_files(folder, setting)
+    try:
+        found = tensor_hashes(paths)
+    except (ValueError, OSError) as error:
+        raise UserError(f"{setting}: {error}; fetch or copy it again") from None
+    return {
+        str(path.relative_to(folder)): [f"{name} {about}" for name, about in one.items()] for path, one in zip(paths, found, strict=True)
+    }
+
+
+def _digest(rows) -> str:
+    return hashlib.sha256("\n".join(sorted(rows)).encode()).hexdigest()
+
+
+def same_weights(recorded: str, folder: Path, setting: str) -> bool:
+    """Whether a folder holds the weights of a recorded fingerprint. Records of earlier versions hold one of samples, which is compared as such."""
+    return recorded == (fingerprint if recorded.startswith(WHOLE) else _sampled_fingerprint)(folder, setting)
+
+
+def _sampled_fingerprint(folder: Path, setting: str) -> str:
+    """The fingerprint of earlier versions: names, shapes, types and three samples of 1 KiB of every tensor."""
+    rows = []
+    for path in weight_files(folder, setting):
+        with open(path, "rb") as file:
+            for name, t in tensors(path).items():
+                digest = hashlib.sha256()
+                for where in (t["start"], (t["start"] + t["stop"]) // 2, max(t["start"], t["stop"] - 1024)):
+                    file.seek(where)
+                    digest.update(file.read(min(1024, t["stop"] - where)))
+                rows.append(f"{name} {t['dtype']} {t['shape']} {digest.hexdigest()}")
+    return _digest(rows)
+
+
+def config_hash(folder: Path, setting: str) -> str:
+    """A hash of the configuration beside the weights: the same adapter weights with another lora_alpha are another model."""
+    return _config_hash(folder / next(name for name in CONFIGS if (folder / name).exists()), setting)
+
+
+def _config_hash(path: Path, setting: str) -> str:
+    said = {key: value for key, value in read_json(path, setting).items() if key not in _BOOKKEEPING}
+    if isinstance(modules := said.get("target_modules"), list):  # a set, written in any order
+        said["target_modules"] = sorted(map(str, modules))
+    return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def identity_of(what: str, setting: str, base: Path, adapter: Path | None) -> dict[str, str]:
+    """What `--resume` compares of a model: {"the student's base (model.safetensors)": hash of its tensors, ... (config.json): ...}."""
+    found = {}
+    for kind, folder in (("base", base), ("adapter", adapter)):
+        if folder:
+            found |= {f"{what}'s {kind} ({name})": _digest(rows) for name, rows in _hashes(folder, setting).items()}
+            found |= {f"{what}'s {kind} ({name})": sha256_file(folder / name) for name in CONFIGS[:2] if (folder / name).is_file()}
+    return found
+
+
+def record_of(folder: Path, setting: str = "model") -> dict:
+    """The record beside a student that llmkd wrote, checked against its own hash; empty for other models.
+
+    base_fingerprint, dtype and quantization of an adapter; weights and files, their hashes.
+    """
+    if not (folder / RECORD).exists():
+        return {}
+    record = read_json(folder / RECORD, setting)
+    own = record.pop("record", None)
+    if own is not None and own != _record_hash(record):
+        raise UserError(f"{setting}: {folder / RECORD} is damaged (it does not match its own hash); copy it again")
+    return record
+
+
+def _record_hash(record: dict) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def write_record(folder: Path, setting: str, **record) -> None:
+    """Write llmkd.json, to be called when all other files of a student are written: `record`, and the hashes of weights and files."""
+    files = {name: _file_hash(folder / name, setting) for name in (*CONFIGS, *TOKENIZER_FILES) if (folder / name).is_file()}
+    record |= {"weights": fingerprint(folder, setting), "files": files}
+    text = json.dumps(record | {"record": _record_hash(json.loads(json.dumps(record)))}, indent=1)
+    (folder / RECORD).write_text(text + "\n", encoding="utf-8")
+
+
+def _file_hash(path: Path, setting: str) -> str:
+    return _config_hash(path, setting) if path.name in CONFIGS else sha256_file(path)
+
+
+def verify(base: Path, adapter: Path | None, setting: str) -> None:
+    """UserError unless model, adapter and the adapter's base are those that the records beside them name. They are read whole."""
+    for folder in (base, adapter):
+        if folder and (record := record_of(folder, setting)):
+            _verify_files(folder, record, setting)
+    if not adapter:
+        return
+    trained_on = record_of(adapter, setting).get("base_fingerprint")
+    if not trained_on:
+        _note(f"note: {adapter} has no record of the weights that it was trained on; taking {base} as its base")
+    elif not same_weights(str(trained_on), base, setting):
+        raise UserError(
+            f"{setting}: the adapter {adapter} was trained on other weights than {base} holds; name the base that it was trained on"
+        )
+    elif not str(trained_on).startswith(WHOLE):
+        _note(f"note: {adapter / RECORD} is of an earlier version, which recorded samples of the base's weights; only those are compared")
+
+
+def _verify_files(folder: Path, record: dict, setting: str) -> None:
+    hint = f"copy it again; if you have changed it yourself, delete {folder / RECORD}"
+    files = record.get("files") or {}
+    for name, expected in files.items():
+        if not (folder / name).is_file():
+            _note(f"note: {folder} lacks {name}, which was written with it")
+        elif _file_hash(folder / name, setting) != expected:
+            raise UserError(f"{setting}: {folder / name} has changed since llmkd wrote it; {hint}")
+    weights = record.get("weights")
+    if weights and weights != fingerprint(folder, setting):
+        named: Sequence[str] = [path.name for path in weight_files(folder, setting)]
+        raise UserError(f"{setting}: {folder / named[0]}{' or another file' if named[1:] else ''} has changed since llmkd wrote it; {hint}")
+
+
+@functools.cache
+def _note(text: str) -> None:
+    """A note, once in a process."""
+    (warn if text.startswith("warning") else info)(text)

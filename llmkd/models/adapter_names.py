@@ -1,0 +1,71 @@
+"""The names of an adapter's tensors in the world's files, by those that PEFT gives them on this base. No torch.
+
+PEFT saves `base_model.model.` + the module's name + the tensor's own part, such as `lora_A.weight`. What was saved under torch.compile, FSDP,
+DDP or activation checkpointing, from a state dict with the adapter's name in it, or on the text part of a larger model, differs in parts
+that name no layer.
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+
+#: What wraps a module and its parameters: torch.compile, FSDP, activation checkpointing, DDP and DeepSpeed.
+WRAPPERS = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module", "module")
+_PREFIX = ("base_model", "model")
+_NO_LAYER = {*_PREFIX, "language_model", "text_model", "transformer", "default"}  # parts that a model's form adds to a layer's name
+_BESIDE = ("modules_to_save", "original_module", "token_adapter", "base_layer")  # PEFT's, between a module and its tensor
+
+
+def without_wrappers(name: str) -> str:
+    """The name of a tensor of a checkpoint without the parts that torch's wrappers add. `module` is one at the beginning only."""
+    parts = [part for part in name.split(".") if part not in WRAPPERS[:-1]]
+    while parts[1:] and parts[0] == "module":
+        parts = parts[1:]
+    return ".".join(parts)
+
+
+def regular_names(names: Iterable[str], modules: Iterable[str], prefix: str | None) -> dict[str, str]:
+    """For each tensor of an adapter's file the name that PEFT would give it on a base with these modules: often its own.
+
+    A name is changed only where that is certain: a part that names no layer is left out, or the one module is taken whose name differs
+    in such parts alone. If two tensors would get one name, all keep their own.
+
+    modules  the names of the base's modules, those of adapters not among them
+    prefix   how the names of the tuner's tensors begin, such as lora_
+    """
+    names, modules = list(names), set(modules)
+    by_layer: dict[tuple, list[str]] = {}
+    for module in modules:
+        by_layer.setdefault(_layer(module.split(".")), []).append(module)
+    adapter = _adapter_name(names, prefix)
+    found = {name: _regular(name, modules, by_layer, prefix, adapter) for name in names}
+    return found if max(Counter(found.values()).values(), default=1) == 1 else {name: name for name in names}
+
+
+def _regular(name: str, modules: set[str], by_layer: dict[tuple, list[str]], prefix: str | None, adapter: set[str]) -> str:
+    parts = without_wrappers(name).split(".")
+    if tuple(parts[:2]) == _PREFIX:
+        parts = parts[2:]
+    while parts[1:] and parts[0] == "module":  # base_model.model.module....
+        parts = parts[1:]
+    if parts[0] == _PREFIX[0]:  # base_model.vera_A: shared by all modules
+        return ".".join(part for part in parts if part not in adapter)
+    at = next((i for i, part in enumerate(parts) if part in _BESIDE or (prefix and part.startswith(prefix))), len(parts) - 1)
+    module, tail = ".".join(parts[:at]), [part for part in parts[at:] if part not in adapter and part != "modules_to_save"]
+    if module not in modules and len(same := by_layer.get(_layer(parts[:at]), [])) == 1:
+        module = same[0]
+    return ".".join([*_PREFIX, *filter(None, [module]), *tail])
+
+
+def _layer(parts: list[str]) -> tuple[str, ...]:
+    return tuple(part for part in parts if part not in _NO_LAYER and part not in WRAPPERS)
+
+
+def _adapter_name(names: list[str], prefix: str | None) -> set[str]:
+    """The name of the adapter in the tensors' names, as in lora_A.default.weight, if all have one and the same; `default` in any case."""
+    after = set()
+    for name in names:
+        parts = name.split(".")
+        for one, following in zip(parts, [*parts[1:], ""], strict=True):
+            if one == "modules_to_save" or (prefix and one.startswith(prefix)):
+                after.add(following if following not in ("", "weight", "bias") else None)
+    return {"default"} | (after if len(after) == 1 else set())
