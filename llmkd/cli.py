@@ -12,6 +12,7 @@ import warnings
 from pathlib import Path
 
 from . import __version__, console
+from .bus_error import report_bus_errors
 from .commands import arguments
 from .commands.parser import HelpShown, did_you_mean
 from .config import loader
@@ -27,6 +28,7 @@ def main(argv: list[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
     console.show_messages()
+    report_bus_errors()
     launcher_pid()
     return exit_code(lambda: dispatch([word for word in argv if word != "--debug"]), debug=debug)
 

@@ -1,5 +1,7 @@
 """Weights from a folder into transformers, with the checks that it leaves out: missing, unknown and misshapen tensors are refused."""
 
+import bisect
+import re
 from pathlib import Path
 
 import torch
@@ -57,7 +59,24 @@ def load_pretrained(
             module.support_avx512bf16_for_cpu = False
     if quantization:
         note_share(model, setting)
+    _own_memory(model)
     return model if getattr(model, "is_loaded_in_8bit", False) else model.to(device)
+
+
+def _own_memory(model: nn.Module) -> None:
+    """Copy the weights that are still mapped from their files, so that nothing that happens to a file changes or ends a run that uses it."""
+    try:
+        maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
+        places = [found.groups() for found in re.finditer(r"^([0-9a-f]+)-([0-9a-f]+) \S+ \S+ \S+ [1-9]", maps, re.MULTILINE)]
+        mapped = sorted((int(start, 16), int(stop, 16)) for start, stop in places)
+    except OSError:  # not Linux: all of them may be
+        mapped = [(0, 1 << 64)]
+    starts = [start for start, _ in mapped]
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.device.type == "cpu" and tensor.numel():
+            place = bisect.bisect_right(starts, tensor.data_ptr()) - 1
+            if place >= 0 and tensor.data_ptr() < mapped[place][1]:
+                tensor.data = tensor.data.clone()
 
 
 def new_model(settings: StudentSettings, vocab: int) -> nn.Module:

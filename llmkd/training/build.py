@@ -27,8 +27,9 @@ from . import optim as optimizers
 from .auto_batch import head_chunk_size
 from .distiller import Distiller
 from .loop import StudentState
+from .model_watch import ModelWatch
 from .optim import learning_rate
-from .prepare import Prepared, micro_batch_size, model_identity
+from .prepare import Prepared, micro_batch_size
 from .student_run import StudentRun
 
 
@@ -42,6 +43,7 @@ class TrainingSetup:
     students   one, or several side by side before one teacher; restored, their folders locked
     fidelity   how far merged or quantised teachers are from themselves, by setting
     done       steps done before, by the checkpoint that is resumed from
+    watch      notices that the models' files are changed
     """
 
     prepared: Prepared
@@ -50,6 +52,7 @@ class TrainingSetup:
     students: tuple[StudentRun, ...]
     fidelity: dict[str, float]
     done: int
+    watch: ModelWatch
 
 
 def build_setup(
@@ -73,7 +76,8 @@ def build_setup(
     context = LoadContext(prepared.vocab, device, recipe.seed, packing, functools.partial(measured_transform, probe))
     try:
         models, teacher_models = load([one.student for one in recipes], live, context, data.share_prefixes, train.compile)
-        refuse_changed_models(prepared)
+        with report_from_any_rank():
+            watch = ModelWatch(prepared)
     except UserError:
         if stop_asked():  # a signal to the process group also kills the compiler, which is no error of the recipe
             raise Stopped("stopped by a signal before the first step; the same command starts again") from None
@@ -91,16 +95,7 @@ def build_setup(
             students.append(StudentRun(own, own_data, folder, model, state, accelerator.is_main_process))
     lock_folders(students, accelerator)
     done = restore(students, source, accelerator.is_main_process) if folders[0].resume else 0
-    return TrainingSetup(prepared, source, teacher, tuple(students), fidelity, done)
-
-
-def refuse_changed_models(prepared: Prepared) -> None:
-    """UserError where a file of the models was changed between the check before the run and the loading."""
-    with report_from_any_rank():
-        now = model_identity(prepared.student, prepared.teachers)
-        for what, value in now.items():
-            if prepared.identity.get(what) != value:
-                raise UserError(f"{what} was changed while the run was starting; start again when it is whole")
+    return TrainingSetup(prepared, source, teacher, tuple(students), fidelity, done, watch)
 
 
 def teacher_probe(prepared: Prepared, micro_batch_size: int, device, setting: str) -> list[Batch]:

@@ -21,6 +21,7 @@ from ..teachers.fidelity import sample_examples
 from .auto_batch import AutoBatchSize
 from .build import TrainingSetup
 from .loop import StepHooks, StudentState, no_retry, train, unwrap
+from .model_watch import ChangedFiles
 from .shutdown import ShutdownRequest
 from .student_run import StudentRun
 from .teacher_check import message
@@ -42,7 +43,7 @@ class Trainer:
     def __init__(self, setup: TrainingSetup, settings: TrainerSettings, accelerator, stop: ShutdownRequest):
         self.settings, self.accelerator, self.stop, self.main = settings, accelerator, stop, accelerator.is_main_process
         self.prepared, self.source, self.teacher, self.students = setup.prepared, setup.source, setup.teacher, setup.students
-        self.fidelity, self.done, self.written = setup.fidelity, setup.done, setup.done
+        self.fidelity, self.done, self.written, self.watch = setup.fidelity, setup.done, setup.done, setup.watch
         pad, size = self.prepared.tokenizer.eos_token_id, settings.validation.micro_batch_size
         self.evaluator = Evaluator(accelerator, pad, size, stop)
         self.display = ProgressDisplay(self.source.total_steps, self.done, self.main)
@@ -73,7 +74,7 @@ class Trainer:
             states = [student.state for student in self.students]
             teacher = self.teacher if any(unwrap(state).needs_teacher for state in states) else None
             retry = self.auto_batch(states, teacher) if settings.train.micro_batch_tokens == "auto" and self.done < total else no_retry
-            hooks = StepHooks(self.stop, retry, self.is_read)
+            hooks = StepHooks(lambda: self.stop() or self.watch.changed() is not None, retry, self.is_read)
             with contextlib.closing(train(self.source, states, teacher, self.accelerator, self.done, hooks)) as steps:
                 for progress in steps:
                     step, last = progress.step, progress.step == total
@@ -179,12 +180,17 @@ class Trainer:
         self.accelerator.wait_for_everyone()
         self.written = step
 
-    def stopped(self, step: int) -> Stopped:
+    def stopped(self, step: int) -> Stopped | ChangedFiles:
+        """The exception for a run that was asked to stop, or whose models' files have changed. What it has learnt is saved."""
         self.save(step)
+        if change := self.watch.changed(every=0):
+            return ChangedFiles(f"{change}; it is saved after step {step}: put the file back as it was, then --resume")
         return Stopped(f"stopped by a signal after step {step} of {self.source.total_steps}; continue with --resume")
 
     def finish(self) -> None:
-        """Write every student; of a single one also print a short table."""
+        """Write every student; of a single one also print a short table. ChangedFiles if it would be named after other weights."""
+        if self.watch.changed(every=0):
+            raise self.stopped(self.source.total_steps)
         questions, evaluator = self.prepared.questions, dataclasses.replace(self.evaluator, stop=None)
         for student in self.active:
             scored = evaluator.accuracy(student.model, questions, progress_bar("questions")) if questions else {}

@@ -31,7 +31,9 @@ class StoredHead:
 
     @staticmethod
     def read(folder: Path, options: dict) -> "StoredHead":
-        return StoredHead(load_file(Path(folder) / options["file"]), options["scale"], options["softcap"])
+        # copies: the file's own pages would follow whatever is written to it
+        weights = {name: value.clone() for name, value in load_file(Path(folder) / options["file"]).items()}
+        return StoredHead(weights, options["scale"], options["softcap"])
 
     def content(self) -> bytes:
         """The bytes of the file in the cache's folder."""

@@ -1,0 +1,61 @@
+"""Notices that the files of a run's models are changed: between the check and the loading, or while the run goes on. No torch."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..errors import UserError
+from ..model_files import ModelFiles
+from ..model_identity import CONFIGS
+from ..teachers.resolve import TeacherSource
+from ..weight_files import weight_files
+from ..weight_hashes import stamp
+from .prepare import Prepared, model_identity
+
+
+class ChangedFiles(UserError):
+    """A file of a model was changed under the running process: its weights on disk are no longer those in memory."""
+
+    exit_code = 1
+
+
+class ModelWatch:
+    """What the models of a run were read from. To be made when they are loaded: UserError if they are not what was checked before."""
+
+    def __init__(self, prepared: Prepared):
+        self._student, self._teachers = prepared.student, prepared.teachers
+        self._stamps, self._looked = _stamps(prepared.student, prepared.teachers), time.monotonic()
+        self._identity = model_identity(prepared.student, prepared.teachers)
+        for what, value in self._identity.items():
+            if prepared.identity.get(what) != value:
+                raise ChangedFiles(f"{what} was changed while the run was starting; start again when it is whole")
+
+    def changed(self, every: float = 1.0) -> str | None:
+        """What has changed in the files, in a sentence; None if they are what they were. They are looked at every so many seconds.
+
+        Only a file that was touched is read again.
+        """
+        if time.monotonic() < self._looked + every:
+            return None
+        self._looked = time.monotonic()
+        try:
+            now = {path: stamp(path) for path in self._stamps}
+            if now == self._stamps:
+                return None
+            found = model_identity(self._student, self._teachers)
+        except OSError as error:
+            return f"{error.filename or 'a file of the models'} was removed while the run was using it ({error.strerror})"
+        except UserError as error:
+            return f"a model's files were changed while the run was using them ({error})"
+        for what, value in self._identity.items():
+            if found.get(what) != value:
+                return f"{what} was changed while the run was using it"
+        self._stamps = now
+        return None
+
+
+def _stamps(student: ModelFiles | None, teachers: Sequence[TeacherSource]) -> dict[Path, list[int]]:
+    models = [student, *(teacher.files for teacher in teachers if teacher.cache is None)]
+    folders = {folder for files in models if files for folder in (files.base, files.adapter) if folder}
+    paths = [path for folder in folders for path in (*weight_files(folder, "output_dir"), *(folder / name for name in CONFIGS[:2]))]
+    return {path: stamp(path) for path in paths if path.exists()}
