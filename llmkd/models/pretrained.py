@@ -1,6 +1,7 @@
 """Weights from a folder into transformers, with the checks that it leaves out: missing, unknown and misshapen tensors are refused."""
 
 import bisect
+import functools
 import re
 from pathlib import Path
 
@@ -9,9 +10,11 @@ from torch import nn
 
 from ..config.recipe import Quantization
 from ..config.recipe import Student as StudentSettings
+from ..console import info
 from ..errors import UserError, brief
 from ..model_identity import verify
-from ..weight_files import read_json
+from ..weight_files import headers, read_json
+from .adapter_names import WRAPPERS, without_wrappers
 from .quantization import DTYPES, bitsandbytes_config, note_share
 
 #: Buffers that older versions of transformers saved with the weights and newer ones compute.
@@ -32,6 +35,7 @@ def load_pretrained(
                 f"{setting.removesuffix('.model')}.quantization: {folder} is quantised already; leave it out, or name the unquantised model"
             )
         options = {"quantization_config": bitsandbytes_config(quantization, dtype, folder, setting), "device_map": {"": device}}
+    renaming = _unwrapping(folder, setting)
     try:
         model, report = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -40,6 +44,7 @@ def load_pretrained(
             trust_remote_code=False,
             use_safetensors=True,
             output_loading_info=True,
+            key_mapping=renaming or None,
             **options,
         )
     except Exception as error:
@@ -59,8 +64,40 @@ def load_pretrained(
             module.support_avx512bf16_for_cpu = False
     if quantization:
         note_share(model, setting)
+    if renaming:
+        # Oddity: a private attribute of transformers, without which saving would give the tensors their wrapped names back.
+        model._weight_conversions = [one for one in model._weight_conversions if one.source_patterns[0] not in renaming]
     _own_memory(model)
     return model if getattr(model, "is_loaded_in_8bit", False) else model.to(device)
+
+
+def _unwrapping(folder: Path, setting: str) -> dict[str, str]:
+    """How transformers is to rename the tensors of a checkpoint that was saved under torch.compile, FSDP or DDP; empty for any other.
+
+    UserError where two tensors would get one name.
+    """
+    names = list(headers(folder, setting))
+    plain = {name: without_wrappers(name) for name in names}
+    if not (wrapped := [name for name in names if plain[name] != name]):
+        return {}
+    if len(set(plain.values())) < len(names):
+        raise UserError(
+            f"{setting}: {folder} holds tensors with names of torch's wrappers, such as {wrapped[0]}, and others without; save it again by "
+            "the model's own save_pretrained"
+        )
+    _note(
+        f"{setting}: {len(wrapped)} of the tensors of {folder} have names of torch's wrappers, such as {wrapped[0]}; it is read as {plain[wrapped[0]]}"
+    )
+    most = max(len(name.split(".")) - len(plain[name].split(".")) for name in wrapped)
+    # A pattern replaces one occurrence, and is a dict's key: each more of it is the same pattern written with one more empty group.
+    again = {"(?:)" * n + rf"(?<![^.]){one}\.": "" for n in range(most) for one in WRAPPERS if one != "module"}
+    return {r"^(?:module\.)+": "", **again, r"(?:)^(?:module\.)+": ""}
+
+
+@functools.cache
+def _note(text: str) -> None:
+    """Once in a process, however often a model is loaded."""
+    info(text)
 
 
 def _own_memory(model: nn.Module) -> None:

@@ -311,9 +311,33 @@ def test_a_saved_student_is_loaded_in_the_type_that_it_was_trained_in(world, tmp
     saved_student.save(student, tmp_path / "adapter", settings)
     found = saved_student.as_trained(tmp_path / "adapter")
     assert (found.dtype, found.quantization, found.model) == (dtype, None, str(tmp_path / "adapter"))
-    own = load_teacher(found, 640, "cpu")
+    own = load_teacher(found, LoadContext(640, "cpu"))
     assert str(own.dtype) == f"torch.{'float64' if dtype == 'auto' else dtype}" == str(student.dtype)
     ids = torch.arange(3, 23)[None]
     view = View({"input_ids": ids}, torch.arange(20))
     with torch.no_grad():
         assert torch.equal(own.head.logits(own.hidden(view)), student.eval().head.logits(student.hidden(view)))
+
+
+def test_a_checkpoint_that_was_saved_under_torchs_wrappers_is_read_and_saved_under_its_own_names(world, tmp_path, capsys):
+    from safetensors.torch import load_file, save_file
+
+    from llmkd.models.pretrained import load_pretrained
+
+    shutil.copytree(world / "student", tmp_path / "m")
+    path = tmp_path / "m/model.safetensors"
+    tensors = load_file(path)
+
+    def wrapped(name: str) -> str:
+        name = name.replace("layers.0.", "layers.0._fsdp_wrapped_module._checkpoint_wrapped_module.")
+        return "module._orig_mod." + name.replace("self_attn.", "self_attn._fsdp_wrapped_module.")
+
+    save_file({wrapped(name): value for name, value in tensors.items()}, path, {"format": "pt"})
+    model = load_pretrained(tmp_path / "m", "student.model")
+    assert capsys.readouterr().err.count("names of torch's wrappers") == 1
+    assert all(torch.equal(value, tensors[name]) for name, value in model.state_dict().items())
+    model.save_pretrained(tmp_path / "again")
+    assert load_file(tmp_path / "again/model.safetensors").keys() == tensors.keys()
+    save_file({wrapped(name): value for name, value in tensors.items()} | {"lm_head.weight": tensors["lm_head.weight"].clone()}, path)
+    with pytest.raises(UserError, match="holds tensors with names of torch's wrappers, such as .*, and others without"):
+        load_pretrained(tmp_path / "m", "student.model")
