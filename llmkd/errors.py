@@ -18,6 +18,12 @@ class UserError(Exception):
         super().__init__("\n".join(problems))
 
 
+class ChangedFiles(UserError):
+    """A file that the running process reads was changed under it: what is on disk is no longer what it began with."""
+
+    exit_code = 1
+
+
 class ArgumentError(UserError, ValueError):
     """An argument of the Python API is wrong."""
 

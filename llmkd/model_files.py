@@ -56,11 +56,12 @@ def find(name: str, setting: str, revision: str | None = None, base: str | None 
             raise UserError(f"{setting}: {name} is not an adapter (it has no adapter_config.json), so it has no base to name")
         return ModelFiles(folder, None, _config(folder, name, setting))
     adapter = read_json(folder / "adapter_config.json", setting)
-    base_name = base or adapter.get("base_model_name_or_path")
+    base_name, own = base or adapter.get("base_model_name_or_path"), f"{setting.removesuffix('.model')}.base"
+    as_now = f"as base_model_name_or_path into {name}/adapter_config.json"
     if not base_name or not isinstance(base_name, str):
-        raise UserError(f"{setting}: {name}/adapter_config.json names no base model; set {setting.removesuffix('.model')}.base to it")
+        fix = f"set {own} to it" if setting.endswith(".model") else f"write it {as_now}"
+        raise UserError(f"{setting}: {name}/adapter_config.json names no base model; {fix}")
     weight_files(folder, setting)
-    own = f"{setting.removesuffix('.model')}.base"
     try:
         base_folder = locate(base_name, setting, adapter.get("revision"))
     except UserError as error:
@@ -70,7 +71,7 @@ def find(name: str, setting: str, revision: str | None = None, base: str | None 
         elif setting.endswith(".model"):
             fix = f"set {own} to the base that it was trained on"
         else:
-            fix = f"write where it is now as base_model_name_or_path into {name}/adapter_config.json"
+            fix = f"write where it is now {as_now}"
         raise UserError(f"{setting}: the adapter {name} was trained on a base that is not here: {reason}; {fix}") from None
     if (base_folder / "adapter_config.json").exists():
         raise UserError(

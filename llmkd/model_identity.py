@@ -9,7 +9,7 @@ from pathlib import Path
 from .console import info, warn
 from .errors import UserError
 from .files import sha256_file
-from .weight_files import read_json, tensors, weight_files
+from .weight_files import INDEX, read_json, tensors, weight_files
 from .weight_hashes import tensor_hashes
 
 RECORD = "llmkd.json"  # beside a student that llmkd wrote: the hashes of its files, and of the base of an adapter
@@ -86,7 +86,7 @@ def identity_of(what: str, setting: str, base: Path, adapter: Path | None) -> di
     for kind, folder in (("base", base), ("adapter", adapter)):
         if folder:
             found |= {f"{what}'s {kind} ({name})": _digest(rows) for name, rows in _hashes(folder, setting).items()}
-            found |= {f"{what}'s {kind} ({name})": sha256_file(folder / name) for name in CONFIGS[:2] if (folder / name).is_file()}
+            found |= {f"{what}'s {kind} ({name})": sha256_file(folder / name) for name in (*CONFIGS, INDEX) if (folder / name).is_file()}
     return found
 
 

@@ -4,19 +4,13 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import UserError
+from ..errors import ChangedFiles, UserError
 from ..model_files import ModelFiles
 from ..model_identity import CONFIGS
 from ..teachers.resolve import TeacherSource
-from ..weight_files import weight_files
+from ..weight_files import INDEX, weight_files
 from ..weight_hashes import stamp
 from .prepare import Prepared, model_identity
-
-
-class ChangedFiles(UserError):
-    """A file of a model was changed under the running process: its weights on disk are no longer those in memory."""
-
-    exit_code = 1
 
 
 class ModelWatch:
@@ -57,5 +51,5 @@ class ModelWatch:
 def _stamps(student: ModelFiles | None, teachers: Sequence[TeacherSource]) -> dict[Path, list[int]]:
     models = [student, *(teacher.files for teacher in teachers if teacher.cache is None)]
     folders = {folder for files in models if files for folder in (files.base, files.adapter) if folder}
-    paths = [path for folder in folders for path in (*weight_files(folder, "output_dir"), *(folder / name for name in CONFIGS[:2]))]
+    paths = [path for folder in folders for path in (*weight_files(folder, "output_dir"), *(folder / name for name in (*CONFIGS, INDEX)))]
     return {path: stamp(path) for path in paths if path.exists()}

@@ -13,7 +13,7 @@ from pathlib import Path
 from ..config.recipe import Checkpoint, Train, Validation
 from ..console import progress_bar, table
 from ..data.examples import Examples
-from ..errors import Stopped, UserError
+from ..errors import ChangedFiles, Stopped, UserError
 from ..models.language_model import LanguageModel
 from ..output.progress import ProgressDisplay
 from ..signals import Teacher
@@ -21,7 +21,6 @@ from ..teachers.fidelity import sample_examples
 from .auto_batch import AutoBatchSize
 from .build import TrainingSetup
 from .loop import StepHooks, StudentState, no_retry, train, unwrap
-from .model_watch import ChangedFiles
 from .shutdown import ShutdownRequest
 from .student_run import StudentRun
 from .teacher_check import message

@@ -17,7 +17,7 @@ from llmkd.data.collate import collate
 from llmkd.data.encoding.encode import encode
 from llmkd.data.encoding.tokenizer import load_tokenizer
 from llmkd.data.reading.sources import read_source
-from llmkd.errors import UserError
+from llmkd.errors import ChangedFiles, UserError
 from llmkd.head import Head
 from llmkd.losses.divergences import forward_kl
 from llmkd.models.families import head_of
@@ -199,6 +199,17 @@ def test_one_bit_that_flipped_is_noticed_and_its_file_named(made, data, teacher,
         TeacherCache.open(folder)
     write(folder, writer.format, data[0], teacher)
     assert content(folder) == before
+
+
+def test_a_shard_that_is_changed_while_it_is_in_use_is_named(made):
+    writer, folder = made
+    cache, example, count = TeacherCache.open(folder), f"{writer.plan.hash_E[0]:016x}", int(writer.plan.targets_E[0])
+    before = cache.read([example], [count])
+    flip(folder / "shard-00000.safetensors", -1)
+    with pytest.raises(ChangedFiles, match=r"^teacher.cache.path: .*/shard-00000.safetensors was changed while the run was using it"):
+        cache.read([example], [count])
+    flip(folder / "shard-00000.safetensors", -1)
+    assert (TeacherCache.open(folder).read([example], [count]) == before).all()
 
 
 def test_a_shard_that_is_missing_or_cut_is_named(made, data, teacher):

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from llmkd import files
-from llmkd.errors import Stopped, UserError
+from llmkd.errors import ChangedFiles, Stopped, UserError
 from llmkd.files import read_jsonl
 from llmkd.training import checkpoint
 from llmkd.training.run import run
@@ -285,7 +285,7 @@ def test_resume_refuses_what_has_changed(make_recipe, world, tmp_path):
 )
 def test_one_bit_of_any_model_file_is_noticed_by_name(make_recipe, world, tmp_path, file, named):
     from llmkd.output.run_folder import RunFolder
-    from llmkd.training.model_watch import ChangedFiles, ModelWatch
+    from llmkd.training.model_watch import ModelWatch
     from llmkd.training.prepare import prepare
 
     for name in ("student", "teacher", "adapter"):
@@ -314,7 +314,7 @@ def test_one_bit_of_any_model_file_is_noticed_by_name(make_recipe, world, tmp_pa
 
 @pytest.mark.parametrize("model", ["student", "teacher"])
 def test_a_model_file_that_is_rewritten_under_a_run_ends_it_with_all_that_it_has_learnt(make_recipe, world, tmp_path, monkeypatch, model):
-    from llmkd.training.model_watch import ChangedFiles, ModelWatch
+    from llmkd.training.model_watch import ModelWatch
 
     for name in ("student", "teacher"):
         shutil.copytree(world / name, tmp_path / name)

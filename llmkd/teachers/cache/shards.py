@@ -23,7 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from ...config.dotted import flatten
-from ...errors import UserError, report_from_any_rank
+from ...errors import ChangedFiles, UserError, report_from_any_rank
 from ...files import remove_leftovers, sha256_file, write_atomic
 from ...weight_files import tensors
 
@@ -153,8 +153,9 @@ class Shard:
 class TeacherCache:
     """A complete teacher cache, read by memory map. Open one with `TeacherCache.open(path)`; `CachedTeacher` makes signals of its records."""
 
-    def __init__(self, folder: Path, header: dict, setting: str):
-        self.folder, self.header, self.setting = folder, header, setting
+    def __init__(self, folder: Path, header: dict, setting: str, written: list[tuple[int, int, int]]):
+        """`written`: what `_written` gave of each shard when it was checked."""
+        self.folder, self.header, self.setting, self._shards_then = folder, header, setting, written
         hashes, targets = zip(*(self._index(file["file"]) for file in header["files"]), strict=True)
         order = np.argsort(np.concatenate(hashes))
         self._hash_E = np.concatenate(hashes)[order]
@@ -177,7 +178,7 @@ class TeacherCache:
             more = f" (and {len(lacking) - 1} more are)" if len(lacking) > 1 else ""
             raise UserError(f"{setting}: {folder / lacking[0]} is missing{more}; run llmkd cache again")
         rank, ranks = (int(os.environ.get(name, value)) for name, value in (("LOCAL_RANK", "0"), ("LOCAL_WORLD_SIZE", "1")))
-        mine = files[rank::ranks]
+        mine, written = files[rank::ranks], [_written(folder / file["file"]) for file in header["files"]]
         threads = min(8, os.cpu_count() or 1)  # hashing releases the GIL
         with report_from_any_rank(), concurrent.futures.ThreadPoolExecutor(threads) as pool:
             for file, found in zip(mine, pool.map(lambda file: _digest(folder / file["file"]), mine), strict=True):
@@ -185,7 +186,7 @@ class TeacherCache:
                     raise UserError(
                         f"{setting}: {folder / file['file']} is damaged (its content does not match its checksum); delete it and run llmkd cache again"
                     )
-        return TeacherCache(folder, header, setting)
+        return TeacherCache(folder, header, setting, written)
 
     @property
     def bytes_per_target(self) -> int:
@@ -207,6 +208,10 @@ class TeacherCache:
         places, here = self._found(wanted)
         if not here.all():
             raise UserError(f"{self.setting}: {self.folder} has no record of an example ({hashes[here.argmin()]}); run llmkd cache again")
+        for shard in set(self._where_E3[places, 0].tolist()):
+            path = self.folder / self.header["files"][shard]["file"]
+            if _written(path) != self._shards_then[shard]:
+                raise ChangedFiles(f"{self.setting}: {path} was changed while the run was using it; write the cache again, then --resume")
         out_NR, end = np.empty((sum(targets), self.bytes_per_target), np.uint8), 0
         for content_hash, count, (shard, start, own) in zip(hashes, targets, self._where_E3[places].tolist(), strict=True):
             if own != count:
@@ -275,6 +280,14 @@ def differences(old: dict, new: dict) -> list[str]:
 
 def _name(n: int) -> str:
     return f"shard-{n:05d}"
+
+
+def _written(path: Path) -> tuple[int, int, int] | None:
+    """Inode, size and time of the last writing of a file: the same for one that is as it was. None if it is gone."""
+    with contextlib.suppress(OSError):
+        about = os.stat(path)
+        return about.st_ino, about.st_size, about.st_mtime_ns
+    return None
 
 
 def _checksum(header: dict) -> str:
