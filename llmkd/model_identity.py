@@ -1,16 +1,17 @@
 """Whether a model's files are what they were: hashes of all that it is made of, and the record beside a student that llmkd wrote. No torch."""
 
+import contextlib
 import functools
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from .console import info, warn
-from .errors import UserError
+from .errors import ChangedFiles, UserError
 from .files import sha256_file
 from .weight_files import INDEX, read_json, tensors, weight_files
-from .weight_hashes import tensor_hashes
+from .weight_hashes import stamp, tensor_hashes
 
 RECORD = "llmkd.json"  # beside a student that llmkd wrote: the hashes of its files, and of the base of an adapter
 WHOLE = "sha256:"  # begins a fingerprint of all bytes; those of earlier versions have no such beginning
@@ -136,6 +137,19 @@ def verify(base: Path, adapter: Path | None, setting: str) -> None:
         )
     elif not str(trained_on).startswith(WHOLE):
         _note(f"note: {adapter / RECORD} is of an earlier version, which recorded samples of the base's weights; only those are compared")
+
+
+@contextlib.contextmanager
+def unchanged(folders: Sequence[Path], setting: str) -> Iterator[None]:
+    """ChangedFiles if a weight file of the folders is written to while the block reads them, whatever error that leads to."""
+    paths = [path for folder in folders for path in weight_files(folder, setting)]
+    before = [stamp(path)[:3] for path in paths]  # a new link to it, which counts as a change of the file, is none of its content
+    try:
+        yield
+    finally:
+        for path, then in zip(paths, before, strict=True):
+            if not path.exists() or stamp(path)[:3] != then:
+                raise ChangedFiles(f"{setting}: {path} was changed while it was being loaded; start again when it is whole")
 
 
 def _verify_files(folder: Path, record: dict, setting: str) -> None:

@@ -11,9 +11,9 @@ import pytest
 from safetensors.numpy import save_file
 
 from llmkd import model_identity, weight_hashes
-from llmkd.errors import UserError
+from llmkd.errors import ChangedFiles, UserError
 from llmkd.model_files import find
-from llmkd.model_identity import fingerprint, same_weights, verify, write_record
+from llmkd.model_identity import fingerprint, same_weights, unchanged, verify, write_record
 from llmkd.weight_files import weight_files
 
 
@@ -141,6 +141,15 @@ def test_a_file_that_changes_while_it_is_read_is_a_refusal(tmp_path, monkeypatch
     monkeypatch.setattr(weight_hashes, "_piece", slow)
     with pytest.raises(UserError, match=r"m: .*model.safetensors was changed while it was read"):
         fingerprint(folder, "m")
+
+
+def test_a_file_that_changes_while_it_is_loaded_is_named_whatever_else_goes_wrong(tmp_path):
+    folder = model(tmp_path / "m")
+    with unchanged([folder], "m"):
+        os.link(folder / "model.safetensors", tmp_path / "link")
+    with pytest.raises(ChangedFiles, match=r"m: .*model.safetensors was changed while it was being loaded"), unchanged([folder], "m"):
+        (folder / "model.safetensors").write_bytes(b"")
+        raise ValueError("a header of no bytes")
 
 
 def test_the_files_that_transformers_loads_are_the_ones_that_count(tmp_path):

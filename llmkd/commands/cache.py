@@ -103,6 +103,7 @@ def _load_recorder(recipe: Recipe, prepared: Prepared, source: TeacherSource, ex
     from ..teachers.cache.records import make_record_format
     from ..teachers.fidelity import measured_transform, sample_teacher_batches
     from ..teachers.live import LiveTeacher
+    from ..training.model_watch import ModelWatch
 
     number, size, pad = prepared.teachers.index(source), recipe.validation.micro_batch_size, prepared.tokenizer.eos_token_id
 
@@ -111,6 +112,8 @@ def _load_recorder(recipe: Recipe, prepared: Prepared, source: TeacherSource, ex
 
     context = LoadContext(prepared.vocab, device, recipe.seed, around_transform=functools.partial(measured_transform, probe))
     _, (model,) = load_models([], [(source.setting, source.settings)], context)
+    with report_from_any_rank():
+        ModelWatch(prepared)  # what is loaded is what the cache is said to be of
     record_format = make_record_format(source.settings.cache, prepared.vocab, model)
     return Recorder(LiveTeacher(model), examples, record_format, pad, device)
 

@@ -41,6 +41,13 @@ def regular_names(names: Iterable[str], modules: Iterable[str], prefix: str | No
     return found if max(Counter(found.values()).values(), default=1) == 1 else {name: name for name in names}
 
 
+def layer_of(name: str, prefix: str | None) -> str | None:
+    """The module of the base that a tensor of the tuner belongs to, by its regular name; None for other tensors."""
+    parts = name.split(".")[len(_PREFIX) :]
+    at = next((i for i, part in enumerate(parts) if prefix and part.startswith(prefix)), 0)
+    return ".".join(part for part in parts[:at] if part != "base_layer") or None
+
+
 def _regular(name: str, modules: set[str], by_layer: dict[tuple, list[str]], prefix: str | None, adapter: set[str]) -> str:
     parts = without_wrappers(name).split(".")
     if tuple(parts[:2]) == _PREFIX:

@@ -1,10 +1,6 @@
 """Adapters from a folder onto a base, and back: PEFT's, with the checks that it leaves out."""
 
-import contextlib
-import re
 import shutil
-import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -14,9 +10,9 @@ from ..config.recipe import Lora, Quantization, Student
 from ..console import count, info, warn
 from ..errors import UserError, brief
 from ..model_files import ModelFiles
-from ..model_identity import record_of, verify
+from ..model_identity import record_of, unchanged, verify
 from ..weight_files import ADAPTER, read_json, tensors
-from .adapter_names import regular_names
+from .adapter_files import as_peft_names_it, more_tokens
 
 #: PEFT's types that change what the model reads, or need PEFT's own forward pass, and not (only) its weights.
 _NO_WEIGHTS = (
@@ -72,7 +68,7 @@ def _attach(model: nn.Module, files: ModelFiles, setting: str, trainable: bool, 
     try:
         tensors(path)  # raises where the file is truncated
         weights = load_file(path)
-        with _renamed_copy(model, files.adapter, weights, setting) as (folder, weights):
+        with unchanged([files.adapter], setting), as_peft_names_it(model, files.adapter, weights, setting) as (folder, weights):
             if isinstance(model, PeftModel):
                 model.load_adapter(folder, adapter_name=name, is_trainable=trainable)
                 return model, weights
@@ -80,56 +76,11 @@ def _attach(model: nn.Module, files: ModelFiles, setting: str, trainable: bool, 
     except UserError:
         raise
     except Exception as error:
-        if hint := _resized(model, weights, files, setting):
+        if hint := more_tokens(model, weights, files, setting):
             raise hint from error
         raise UserError(
             f"{setting}: the adapter {files.adapter} cannot be loaded ({brief(error)}); check its files, or train it again"
         ) from error
-
-
-@contextlib.contextmanager
-def _renamed_copy(model: nn.Module, folder: Path, weights: dict[str, Tensor], setting: str) -> Iterator[tuple[Path, dict[str, Tensor]]]:
-    """The adapter's folder and tensors; where these are named otherwise than PEFT does, a copy for PEFT under its names, and a note of it."""
-    from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
-    from safetensors.torch import save_file
-
-    kind = read_json(folder / "adapter_config.json", setting).get("peft_type")
-    names = regular_names(weights, _own_modules(model), PEFT_TYPE_TO_PREFIX_MAPPING.get(kind))
-    if not (changed := [name for name in weights if names[name] != name]):
-        yield folder, weights
-        return
-    renamed = {names[name]: value for name, value in weights.items()}
-    with tempfile.TemporaryDirectory(prefix="llmkd-") as copy:
-        shutil.copy(folder / "adapter_config.json", copy)
-        save_file(renamed, Path(copy, ADAPTER), {"format": "pt"})
-        yield Path(copy), renamed
-    info(
-        f"{setting}: {len(changed)} of the tensors of {folder} have other names than PEFT's, such as {changed[0]}; it is read as {names[changed[0]]}"
-    )
-
-
-def _own_modules(model: nn.Module) -> list[str]:
-    """The names of the base's modules, without those that adapters on it have added."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    put_on = tuple(
-        f"{name}." for name, module in base.named_modules() if hasattr(module, "base_layer") or hasattr(module, "original_module")
-    )
-    return [name for name, _ in base.named_modules() if not name.startswith(put_on or ("\0",))]
-
-
-def _resized(model: nn.Module, weights: dict[str, Tensor], files: ModelFiles, setting: str) -> UserError | None:
-    """The error for an adapter that was trained after tokens were added to its base."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    rows = base.get_input_embeddings().weight.shape[0]
-    for name, value in weights.items():
-        own = max(value.shape[:1] if not re.search(r"lora_embedding_A", name) else value.shape[-1:], default=0)
-        if re.search(r"embed_tokens|wte|embed_in|lm_head|embed_out", name) and own > rows and "lora_A" not in name:
-            return UserError(
-                f"{setting}: the adapter {files.adapter} has {own} rows in {name}, and its base {files.base} has {rows}: {own - rows} tokens were "
-                f"added before it was trained; enlarge the base likewise (transformers: model.resize_token_embeddings({own})), save it with the "
-                f"adapter's tokenizer, and name that folder as {setting.removesuffix('.model')}.base"
-            )
-    return None
 
 
 def _matched(adapted: nn.Module, weights: dict[str, Tensor], files: ModelFiles, setting: str, name: str) -> dict[str, Tensor]:

@@ -12,7 +12,7 @@ from ..config.recipe import Quantization
 from ..config.recipe import Student as StudentSettings
 from ..console import info
 from ..errors import UserError, brief
-from ..model_identity import verify
+from ..model_identity import unchanged, verify
 from ..weight_files import headers, read_json
 from .adapter_names import WRAPPERS, without_wrappers
 from .quantization import DTYPES, bitsandbytes_config, note_share
@@ -37,16 +37,19 @@ def load_pretrained(
         options = {"quantization_config": bitsandbytes_config(quantization, dtype, folder, setting), "device_map": {"": device}}
     renaming = _unwrapping(folder, setting)
     try:
-        model, report = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=DTYPES.get(dtype, "auto"),
-            attn_implementation=None if attention == "auto" else attention,
-            trust_remote_code=False,
-            use_safetensors=True,
-            output_loading_info=True,
-            key_mapping=renaming or None,
-            **options,
-        )
+        with unchanged([folder], setting):
+            model, report = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=DTYPES.get(dtype, "auto"),
+                attn_implementation=None if attention == "auto" else attention,
+                trust_remote_code=False,
+                use_safetensors=True,
+                output_loading_info=True,
+                key_mapping=renaming or None,
+                **options,
+            )
+    except UserError:
+        raise
     except Exception as error:
         raise UserError(f"{setting}: {folder} cannot be loaded ({brief(error)}); check its files, or use another model") from error
     for what, keys in (

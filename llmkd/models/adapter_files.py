@@ -1,0 +1,77 @@
+"""An adapter's folder as PEFT wants it: a copy under PEFT's names where its tensors have others, and the error for a base of another size."""
+
+import contextlib
+import json
+import re
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from ..console import info
+from ..errors import UserError
+from ..model_files import ModelFiles
+from ..weight_files import ADAPTER, read_json
+from .adapter_names import layer_of, regular_names
+
+
+@contextlib.contextmanager
+def as_peft_names_it(model: nn.Module, folder: Path, weights: dict[str, Tensor], setting: str) -> Iterator[tuple[Path, dict[str, Tensor]]]:
+    """The adapter's folder and tensors; where these are named otherwise than PEFT does, a copy for PEFT under its names, and a note of it.
+
+    Modules that the adapter's configuration names otherwise than the base does are, in the copy, those that have tensors.
+    """
+    from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+    from safetensors.torch import save_file
+
+    config = read_json(folder / "adapter_config.json", setting)
+    prefix, modules = PEFT_TYPE_TO_PREFIX_MAPPING.get(config.get("peft_type")), _own_modules(model)
+    names = regular_names(weights, modules, prefix)
+    if not (changed := [name for name in weights if names[name] != name]):
+        yield folder, weights
+        return
+    renamed = {names[name]: value for name, value in weights.items()}
+    adapted = sorted({layer for name in renamed if (layer := layer_of(name, prefix))})
+    if not set(adapted) <= _targeted(config.get("target_modules"), modules):
+        config["target_modules"] = adapted
+    with tempfile.TemporaryDirectory(prefix="llmkd-") as copy:
+        Path(copy, "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+        save_file(renamed, Path(copy, ADAPTER), {"format": "pt"})
+        yield Path(copy), renamed
+    info(
+        f"{setting}: {len(changed)} of the tensors of {folder} have other names than PEFT's, such as {changed[0]}; it is read as {names[changed[0]]}"
+    )
+
+
+def _own_modules(model: nn.Module) -> list[str]:
+    """The names of the base's modules, without those that adapters on it have added."""
+    modules = list((model.get_base_model() if hasattr(model, "get_base_model") else model).named_modules())
+    put_on = tuple(f"{name}." for name, module in modules if hasattr(module, "base_layer") or hasattr(module, "original_module"))
+    return [name for name, _ in modules if not (put_on and name.startswith(put_on))]
+
+
+def _targeted(targets: object, modules: list[str]) -> set[str]:
+    """The modules that `target_modules` of an adapter's configuration means: a pattern of whole names, or a list of their ends."""
+    if targets == "all-linear" or not targets:
+        return set(modules)
+    if isinstance(targets, str):
+        return {name for name in modules if re.fullmatch(targets, name)}
+    return {name for name in modules if any(f".{name}".endswith(f".{one}") for one in targets)}
+
+
+def more_tokens(model: nn.Module, weights: dict[str, Tensor], files: ModelFiles, setting: str) -> UserError | None:
+    """The error for an adapter that was trained after tokens were added to its base; None for any other."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    rows = base.get_input_embeddings().weight.shape[0]
+    for name, value in weights.items():
+        if not re.search(r"embed_tokens|wte|embed_in|lm_head|embed_out", name) or "lora_A" in name or not value.dim():
+            continue
+        own = value.shape[-1 if "lora_embedding_A" in name else 0]
+        if own > rows and "lora_embedding_B" not in name:
+            return UserError(
+                f"{setting}: the adapter {files.adapter} has {own} rows in {name}, and its base {files.base} has {rows}: {own - rows} tokens were "
+                f"added before it was trained; enlarge the base likewise (transformers: model.resize_token_embeddings({own})), save it with the "
+                f"adapter's tokenizer, and name that folder as {setting.removesuffix('.model')}.base"
+            )
+    return None
