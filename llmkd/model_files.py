@@ -139,8 +139,13 @@ def check_config(config: dict, where: str, setting: str) -> None:
         if key.removesuffix("_internal").endswith("_implementation") and isinstance(value, str) and "/" in value:
             raise UserError(
                 f"{setting}: {where} asks for {key}: {value!r}, code from the hub that llmkd never runs; remove that line, "
-                f"and choose by {setting.removesuffix('.model')}.attention if need be"
+                "and choose by the setting attention if need be"
             )
+
+
+def attention_of(config: dict) -> list[str]:
+    """The implementations of attention that a configuration asks for, at any depth."""
+    return [value for key, value in _settings(config) if "attn_implementation" in key and isinstance(value, str)]
 
 
 def _settings(value: object, key: str = "") -> Iterator[tuple[str, object]]:

@@ -13,7 +13,7 @@ from ..console import info
 from ..errors import UserError
 from ..model_files import ModelFiles
 from ..weight_files import ADAPTER, read_json
-from .adapter_names import layer_of, regular_names
+from .adapter_names import layer_of, regular_module, regular_names
 
 
 @contextlib.contextmanager
@@ -35,6 +35,11 @@ def as_peft_names_it(model: nn.Module, folder: Path, weights: dict[str, Tensor],
     adapted = sorted({layer for name in renamed if (layer := layer_of(name, prefix))})
     if not set(adapted) <= _targeted(config.get("target_modules"), modules):
         config["target_modules"] = adapted
+    for name in ("rank_pattern", "alpha_pattern"):
+        if isinstance(config.get(name), dict):
+            config[name] = {
+                _as_here(key, modules, f"{setting}: {folder}/adapter_config.json's {name}"): value for key, value in config[name].items()
+            }
     with tempfile.TemporaryDirectory(prefix="llmkd-") as copy:
         Path(copy, "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
         save_file(renamed, Path(copy, ADAPTER), {"format": "pt"})
@@ -58,6 +63,15 @@ def _targeted(targets: object, modules: list[str]) -> set[str]:
     if isinstance(targets, str):
         return {name for name in modules if re.fullmatch(targets, name)}
     return {name for name in modules if any(f".{name}".endswith(f".{one}") for one in targets)}
+
+
+def _as_here(key: str, modules: list[str], whose: str) -> str:
+    """A key of rank_pattern or alpha_pattern, by the names of this base. UserError where it fits no module, and PEFT would ignore it."""
+    if any(re.fullmatch(rf"(.*\.)?({key})", name) for name in modules):
+        return key
+    if found := regular_module(key, modules):
+        return found
+    raise UserError(f"{whose} has {key}, which fits no module of this base; rename it as the base names its modules")
 
 
 def more_tokens(model: nn.Module, weights: dict[str, Tensor], files: ModelFiles, setting: str) -> UserError | None:

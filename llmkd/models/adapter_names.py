@@ -41,6 +41,12 @@ def regular_names(names: Iterable[str], modules: Iterable[str], prefix: str | No
     return found if max(Counter(found.values()).values(), default=1) == 1 else {name: name for name in names}
 
 
+def regular_module(name: str, modules: Iterable[str]) -> str | None:
+    """The one module whose name differs from this one in parts that name no layer; None if there is none or more than one."""
+    same = [module for module in modules if _layer(module.split(".")) == _layer(name.split("."))]
+    return same[0] if len(same) == 1 else None
+
+
 def layer_of(name: str, prefix: str | None) -> str | None:
     """The module of the base that a tensor of the tuner belongs to, by its regular name; None for other tensors."""
     parts = name.split(".")[len(_PREFIX) :]

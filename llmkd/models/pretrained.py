@@ -2,6 +2,7 @@
 
 import bisect
 import functools
+import importlib.util
 import re
 from pathlib import Path
 
@@ -12,6 +13,7 @@ from ..config.recipe import Quantization
 from ..config.recipe import Student as StudentSettings
 from ..console import info
 from ..errors import UserError, brief
+from ..model_files import attention_of, check_config
 from ..model_identity import unchanged, verify
 from ..weight_files import headers, read_json
 from .adapter_names import WRAPPERS, without_wrappers
@@ -28,6 +30,7 @@ def load_pretrained(
     from transformers import AutoModelForCausalLM
 
     verify(folder, None, setting)
+    _refuse_missing_attention(folder, setting, attention)
     options = {}
     if quantization:
         if "quantization_config" in read_json(folder / "config.json", setting):
@@ -70,8 +73,19 @@ def load_pretrained(
     if renaming:
         # Oddity: a private attribute of transformers, without which saving would give the tensors their wrapped names back.
         model._weight_conversions = [one for one in model._weight_conversions if one.source_patterns[0] not in renaming]
+    model = model if getattr(model, "is_loaded_in_8bit", False) else model.to(device)
     _own_memory(model)
-    return model if getattr(model, "is_loaded_in_8bit", False) else model.to(device)
+    return model
+
+
+def _refuse_missing_attention(folder: Path, setting: str, attention: str) -> None:
+    """UserError where config.json asks for FlashAttention and there is none: transformers would then fetch a kernel from the hub."""
+    config = read_json(folder / "config.json", setting)
+    wanted = [one for one in attention_of(config) if one.startswith("flash_attention")]
+    if attention == "auto" and wanted and importlib.util.find_spec("flash_attn") is None:
+        raise UserError(
+            f"{setting}: {folder}/config.json asks for {wanted[0]}, and flash-attn is not installed; set {setting.removesuffix('.model')}.attention: sdpa"
+        )
 
 
 def _unwrapping(folder: Path, setting: str) -> dict[str, str]:
@@ -125,6 +139,7 @@ def new_model(settings: StudentSettings, vocab: int) -> nn.Module:
 
     wanted = {"vocab_size": vocab, **settings.architecture}
     try:
+        check_config(wanted, "the architecture", "student.architecture")
         config = AutoConfig.for_model(**wanted)
         ignored = [k for k in wanted if k != "model_type" and not hasattr(type(config)(), k)]
         if ignored:

@@ -239,11 +239,15 @@ def test_an_adapter_whose_tensors_have_other_names_is_read_where_these_are_certa
 def test_modules_that_the_configuration_names_as_a_larger_model_does_are_those_with_tensors(tmp_path):
     expected = by_peft(base(tmp_path / "base"), {"alpha_pattern": {"layers.1.self_attn.q_proj": 3}}, tmp_path / "adapter")
     for n, targets in enumerate((r".*language_model.*\.q_proj", [f"model.language_model.layers.{i}.self_attn.q_proj" for i in range(2)])):
-        folder = changed(tmp_path / "adapter", tmp_path / str(n), target_modules=targets)
+        scale = {"model.language_model.layers.1.self_attn.q_proj": 3}
+        folder = changed(tmp_path / "adapter", tmp_path / str(n), target_modules=targets, alpha_pattern=scale)
         weights = load_file(folder / "adapter_model.safetensors")
         renamed = {name.replace("model.layers", "model.language_model.layers"): value for name, value in weights.items()}
         save_file(renamed, folder / "adapter_model.safetensors")
         assert torch.equal(logits(teacher(folder)), expected)
+    folder = changed(folder, tmp_path / "strange", alpha_pattern={"model.blocks.1.q_proj": 3})
+    with pytest.raises(UserError, match="alpha_pattern has model.blocks.1.q_proj, which fits no module of this base"):
+        teacher(folder)
 
 
 def test_names_that_fit_no_layer_are_shown_from_both_sides(tmp_path):

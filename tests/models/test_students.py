@@ -319,8 +319,21 @@ def test_a_saved_student_is_loaded_in_the_type_that_it_was_trained_in(world, tmp
         assert torch.equal(own.head.logits(own.hidden(view)), student.eval().head.logits(student.hidden(view)))
 
 
+def test_attention_that_would_be_fetched_from_the_hub_is_refused_before_anything_is_loaded(world, tmp_path):
+    from llmkd.models.pretrained import load_pretrained
+
+    shutil.copytree(world / "student", tmp_path / "m")
+    config = json.loads((tmp_path / "m/config.json").read_text())
+    (tmp_path / "m/config.json").write_text(json.dumps(config | {"attn_implementation": "flash_attention_2"}))
+    with pytest.raises(UserError, match="asks for flash_attention_2, and flash-attn is not installed; set student.attention: sdpa"):
+        load_pretrained(tmp_path / "m", "student.model")
+    load_pretrained(tmp_path / "m", "student.model", attention="sdpa")
+    with pytest.raises(UserError, match="student.architecture: the architecture asks for attn_implementation: 'owner/kernel'"):
+        load_student(Student(architecture={"model_type": "llama", "attn_implementation": "owner/kernel"}, method="full"), 640, "cpu", 0)
+
+
 def test_a_checkpoint_that_was_saved_under_torchs_wrappers_is_read_and_saved_under_its_own_names(world, tmp_path, capsys):
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
 
     from llmkd.models.pretrained import load_pretrained
 
