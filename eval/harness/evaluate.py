@@ -14,13 +14,13 @@ from pathlib import Path
 
 from llmkd import __version__
 from llmkd.console import first_process, info, warn
-from llmkd.errors import Stopped, UserError
+from llmkd.errors import ChangedFiles, Stopped, UserError
 from llmkd.training.shutdown import ShutdownRequest
 
 from . import record_files
 from .benchmarks import find_tasks, harness_version, index, need_harness, shots
 from .live_model import live_model_class
-from .model_refs import ModelToEvaluate, find_models
+from .model_refs import ModelToEvaluate, find_models, weights_of
 from .samples import in_words, items_of, record_of
 
 CPU_BATCH = 8  # for "auto", which measures what fits into a GPU's memory
@@ -171,6 +171,8 @@ class _Work:
         model = pretrained.load_pretrained(files.base, ref.name, dtype, "auto", device, ref.settings.quantization)
         if files.adapter:
             model = adapters.load(model, files, ref.name).to(device)
+        if weights_of(files) != ref.identity["fingerprint"]:
+            raise ChangedFiles(f"{ref.name}: its files were changed after this command was started; start it again")
         batch = self.options.batch_size
         if str(batch).startswith("auto") and device.type == "cpu":
             batch = CPU_BATCH

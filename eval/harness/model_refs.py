@@ -23,7 +23,8 @@ class ModelToEvaluate:
 
 def find_models(names: list[str], out: str | Path | None = None, dtype: str | None = None) -> list[ModelToEvaluate]:
     """Each model's files and where its results go; UserError where a model, or a place to write to, is missing."""
-    refs = [_find(name, out and Path(out), len(names) > 1, dtype) for name in names]
+    located = [_locate(name) for name in names]  # all of them, before the first one's weights are read
+    refs = [_find(name, *where, out and Path(out), len(names) > 1, dtype) for name, where in zip(names, located, strict=True)]
     places: dict[Path, ModelToEvaluate] = {}
     for ref in refs:
         other = places.setdefault(ref.out.resolve(), ref)
@@ -37,8 +38,14 @@ def find_models(names: list[str], out: str | Path | None = None, dtype: str | No
     return refs
 
 
-def _find(name: str, out: Path | None, several: bool, dtype: str | None) -> ModelToEvaluate:
-    from llmkd.models.saved_student import as_trained, student_folder
+def weights_of(files: ModelFiles) -> str:
+    """A fingerprint of base and adapter, weights and configurations. The files are read whole, unless they were before."""
+    return "+".join(f"{fingerprint(folder, 'eval')}.{config_hash(folder, 'eval')}" for folder in (files.base, files.adapter) if folder)
+
+
+def _locate(name: str) -> tuple[Path, Path | None, ModelFiles]:
+    """A model's folder, the run that it is of, and its files. UserError where they are missing."""
+    from llmkd.models.saved_student import student_folder
 
     folder, run = Path(name).expanduser(), None
     if folder.is_dir():
@@ -47,7 +54,15 @@ def _find(name: str, out: Path | None, several: bool, dtype: str | None) -> Mode
             run, folder = folder, student_folder(folder)
         elif folder.name in ("adapter", "model") and (folder.parent / "recipe.yaml").exists():
             run = folder.parent
-    files = find(str(folder) if folder.is_dir() else name, "eval")
+    return folder, run, find(str(folder) if folder.is_dir() else name, "eval")
+
+
+def _find(
+    name: str, folder: Path, run: Path | None, files: ModelFiles, out: Path | None, several: bool, dtype: str | None
+) -> ModelToEvaluate:
+    """UserError where a file of the model is not what the record beside it says."""
+    from llmkd.models.saved_student import as_trained
+
     settings = as_trained(files.adapter) if files.adapter else Teacher(model=str(files.base))
     if files.adapter:
         kind = "adapter"
@@ -59,13 +74,12 @@ def _find(name: str, out: Path | None, several: bool, dtype: str | None) -> Mode
     saved = files.dtype
     own = files.config.get("quantization_config", {}).get("quant_method")
     verify(files.base, files.adapter, "eval")
-    marks = [f"{fingerprint(folder, 'eval')}.{config_hash(folder, 'eval')}" for folder in (files.base, files.adapter) if folder]
     wanted = dtype or settings.dtype
     identity = {
         "path": name,
         "kind": kind,
         "base": _base(name, kind, folder, run),
-        "fingerprint": "+".join(marks),
+        "fingerprint": weights_of(files),
         "dtype": saved or wanted if wanted == "auto" else wanted,
         "quantization": settings.quantization.type if settings.quantization else own,
     }

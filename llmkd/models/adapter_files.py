@@ -83,9 +83,12 @@ def more_tokens(model: nn.Module, weights: dict[str, Tensor], files: ModelFiles,
             continue
         own = value.shape[-1 if "lora_embedding_A" in name else 0]
         if own > rows and "lora_embedding_B" not in name:
+            as_now = (
+                f"{setting.removesuffix('.model')}.base" if setting.endswith(".model") else "base_model_name_or_path in adapter_config.json"
+            )
             return UserError(
                 f"{setting}: the adapter {files.adapter} has {own} rows in {name}, and its base {files.base} has {rows}: {own - rows} tokens were "
                 f"added before it was trained; enlarge the base likewise (transformers: model.resize_token_embeddings({own})), save it with the "
-                f"adapter's tokenizer, and name that folder as {setting.removesuffix('.model')}.base"
+                f"adapter's tokenizer, and name that folder as {as_now}"
             )
     return None

@@ -83,9 +83,8 @@ def _refuse_missing_attention(folder: Path, setting: str, attention: str) -> Non
     config = read_json(folder / "config.json", setting)
     wanted = [one for one in attention_of(config) if one.startswith("flash_attention")]
     if attention == "auto" and wanted and importlib.util.find_spec("flash_attn") is None:
-        raise UserError(
-            f"{setting}: {folder}/config.json asks for {wanted[0]}, and flash-attn is not installed; set {setting.removesuffix('.model')}.attention: sdpa"
-        )
+        fix = f"set {setting.removesuffix('.model')}.attention: sdpa" if setting.endswith(".model") else "remove that line"
+        raise UserError(f"{setting}: {folder}/config.json asks for {wanted[0]}, and flash-attn is not installed; {fix}")
 
 
 def _unwrapping(folder: Path, setting: str) -> dict[str, str]:
