@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from .console import info, progress_bar
-from .files import lock_file, write_atomic
+from .files import lock_file, remove_leftovers, write_atomic
 from .weight_files import tensors
 
 VERSION = 1  # raise it when the hash of the same tensors changes
@@ -133,6 +133,7 @@ def _keep(path: Path, before: list[int], hashes: dict[str, str]) -> None:
     entry = {"version": VERSION, "path": str(path.resolve()), "stamp": before, "tensors": hashes}
     with contextlib.suppress(OSError, RuntimeError):
         _entry(path).parent.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(_entry(path).parent, _entry(path).name)
         write_atomic(_entry(path), json.dumps(entry | {"checksum": _checksum(entry)}))
 
 

@@ -1,6 +1,7 @@
 """An adapter's folder as PEFT wants it: a copy under PEFT's names where its tensors have others, and the error for a base of another size."""
 
 import contextlib
+import dataclasses
 import json
 import re
 import tempfile
@@ -9,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from ..console import info
+from ..console import info, warn
 from ..errors import UserError
 from ..model_files import ModelFiles
 from ..weight_files import ADAPTER, read_json
@@ -72,6 +73,21 @@ def _as_here(key: str, modules: list[str], whose: str) -> str:
     if found := regular_module(key, modules):
         return found
     raise UserError(f"{whose} has {key}, which fits no module of this base; rename it as the base names its modules")
+
+
+def note_unknown(config: dict, whose: str) -> None:
+    """UserError for a kind of adapter that PEFT does not know; a warning of options that it does not know, and leaves out."""
+    import peft
+    from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+    kind = config.get("peft_type")
+    if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        raise UserError(
+            f"{whose} is an adapter of type {kind}, which PEFT {peft.__version__} does not know; update PEFT, or use another one"
+        )
+    known = {field.name for field in dataclasses.fields(PEFT_TYPE_TO_CONFIG_MAPPING[kind])}
+    if unknown := sorted(name for name, value in config.items() if value and name not in known):
+        warn(f"warning: {whose}/adapter_config.json sets {', '.join(unknown)}, which PEFT {peft.__version__} does not know and leaves out")
 
 
 def more_tokens(model: nn.Module, weights: dict[str, Tensor], files: ModelFiles, setting: str) -> UserError | None:

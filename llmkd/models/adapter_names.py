@@ -56,8 +56,8 @@ def layer_of(name: str, prefix: str | None) -> str | None:
 
 def _regular(name: str, modules: set[str], by_layer: dict[tuple, list[str]], prefix: str | None, adapter: set[str]) -> str:
     parts = without_wrappers(name).split(".")
-    if tuple(parts[:2]) == _PREFIX:
-        parts = parts[2:]
+    after = [i + 2 for i in range(len(parts)) if tuple(parts[i : i + 2]) == _PREFIX]  # what is before PEFT's prefix is no part of the model
+    parts = parts[after[-1] if after else 0 :]
     while parts[1:] and parts[0] == "module":  # base_model.model.module....
         parts = parts[1:]
     if parts[0] == _PREFIX[0]:  # base_model.vera_A: shared by all modules

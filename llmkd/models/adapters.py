@@ -12,13 +12,15 @@ from ..errors import UserError, brief
 from ..model_files import ModelFiles
 from ..model_identity import record_of, unchanged, verify
 from ..weight_files import ADAPTER, read_json, tensors
-from .adapter_files import as_peft_names_it, more_tokens
+from .adapter_files import as_peft_names_it, more_tokens, note_unknown
 
 #: PEFT's types that change what the model reads, or need PEFT's own forward pass, and not (only) its weights.
 _NO_WEIGHTS = (
     *("PROMPT_TUNING", "P_TUNING", "PREFIX_TUNING", "MULTITASK_PROMPT_TUNING", "CPT", "ADAPTION_PROMPT", "CARTRIDGE", "XLORA"),
     *("POLY", "SHADOW"),
 )
+#: Variants of LoRA that need PEFT's own forward pass, by the option that makes them.
+_VARIANTS = {"alora_invocation_tokens": "aLoRA", "arrow_config": "Arrow"}
 #: Ways to initialise LoRA that take something out of the base's weights, whenever the adapter is loaded.
 _CHANGE_BASE = ("pissa", "olora", "OLORA", "corda", "loftq", "lora_ga", "mica")
 
@@ -43,11 +45,12 @@ def load(model: nn.Module, files: ModelFiles, setting: str, trainable: bool = Fa
 
 def _refuse_unsupported(config: dict, model: nn.Module, files: ModelFiles, setting: str, name: str) -> None:
     """UserError for an adapter that is more than a change of weights, or that changes the base it is put on."""
-    kind = "aLoRA" if config.get("alora_invocation_tokens") else config.get("peft_type")
-    if kind == "aLoRA" or kind in _NO_WEIGHTS:
+    kind = next((name for key, name in _VARIANTS.items() if config.get(key)), config.get("peft_type"))
+    if kind in _VARIANTS.values() or kind in _NO_WEIGHTS:
         raise UserError(
             f"{setting}: {files.adapter} is an adapter of type {kind}, which is more than a change of weights; only those, such as LORA, are supported"
         )
+    note_unknown(config, f"{setting}: {files.adapter}")
     refuse_dora_in_8bit(model, config.get("use_dora"), setting.removesuffix(".model"))
     init = str(config.get("init_lora_weights"))
     if init.startswith("pissa_niter"):
@@ -55,8 +58,11 @@ def _refuse_unsupported(config: dict, model: nn.Module, files: ModelFiles, setti
             f"{setting}: {files.adapter} was initialised by {init}, which changes the base at random each time it is loaded; save it by PEFT's "
             "save_pretrained(..., path_initial_model_for_weight_conversion=...) as a plain adapter"
         )
-    if name != "default" and init in _CHANGE_BASE:
-        raise UserError(f"{setting}: {files.adapter} was initialised by {init}, which changes the base; train it alone, not beside others")
+    changes = init if init in _CHANGE_BASE else next((one for one in ("kasa_config", "layer_replication") if config.get(one)), None)
+    if name != "default" and changes:
+        raise UserError(
+            f"{setting}: {files.adapter} was initialised by {changes}, which changes the base; train it alone, not beside others"
+        )
 
 
 def _attach(model: nn.Module, files: ModelFiles, setting: str, trainable: bool, name: str) -> tuple[nn.Module, dict[str, Tensor]]:

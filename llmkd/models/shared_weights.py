@@ -35,7 +35,9 @@ def base_identity(files: ModelFiles, settings: Student | Teacher, setting: str) 
 def _leaves_base(adapter: dict) -> bool:
     init = adapter.get("init_lora_weights", True)
     usual = isinstance(init, bool) or init in _LEAVE_BASE
-    return usual and adapter.get("peft_type") == "LORA" and adapter.get("bias", "none") == "none"
+    # Variants of LoRA have a configuration of their own; some, such as KaSA, take something out of the base.
+    variant = adapter.get("layer_replication") or any(value for name, value in adapter.items() if name.endswith("_config"))
+    return usual and not variant and adapter.get("peft_type") == "LORA" and adapter.get("bias", "none") == "none"
 
 
 def copy_sharing_weights(module: nn.Module) -> nn.Module:

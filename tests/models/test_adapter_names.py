@@ -24,6 +24,8 @@ Q = "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"
         "base_model.model.module.model.layers.0.self_attn.q_proj.lora_A.default.weight",
         "base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight",
         "base_model.model.model.layers.0.self_attn.q_proj.lora_A.maths.weight",
+        "base_model.model.base_model.model.model.layers.0.self_attn.q_proj.lora_A.default.weight",
+        "student.base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight",
         "model.layers.0.self_attn.q_proj.lora_A.weight",
         "layers.0.self_attn.q_proj.lora_A.weight",
         "base_model.model.layers.0.self_attn.q_proj.lora_A.weight",

@@ -262,6 +262,15 @@ def test_names_that_fit_no_layer_are_shown_from_both_sides(tmp_path):
         teacher(tmp_path / "adapter")
 
 
+def test_kinds_and_options_that_peft_does_not_know_are_named(tmp_path, capsys):
+    by_peft(base(tmp_path / "base"), {}, tmp_path / "adapter")
+    teacher(changed(tmp_path / "adapter", tmp_path / "newer", use_something=True, something_else=None))
+    assert "newer/adapter_config.json sets use_something, which PEFT" in capsys.readouterr().err
+    for option, said in (({"peft_type": "FOO"}, "type FOO, which PEFT .* does not know"), ({"arrow_config": {"top_k": 1}}, "type Arrow")):
+        with pytest.raises(UserError, match=f"is an adapter of {said}"):
+            teacher(changed(tmp_path / "adapter", tmp_path / next(iter(option)), **option))
+
+
 def test_a_base_that_is_elsewhere_now_and_one_with_more_tokens_say_what_to_set(tmp_path):
     by_peft(base(tmp_path / "base"), {"modules_to_save": ["embed_tokens"]}, tmp_path / "adapter")
     gone = changed(tmp_path / "adapter", tmp_path / "gone", base_model_name_or_path="/data/models/Qwen2.5-7B")

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft.tuners.lora import config
 
 from llmkd.batch import View
 from llmkd.config.recipe import Lora, Quantization, Student, Teacher
@@ -26,6 +27,8 @@ from llmkd.training.prepare import prepare
 from tests.conftest import distance, plain_recipe, weights
 
 LORA = Lora(rank=4, dropout=0.3)
+#: KaSA, which PEFT has from 0.21 on, takes the smallest singular values out of the base.
+KASA = [{"kasa_config": config.KasaConfig()}] if hasattr(config, "KasaConfig") else []
 
 
 @pytest.fixture
@@ -145,7 +148,7 @@ def test_embedding_and_head_that_are_one_tensor(world, batches, tmp_path):
         assert in_common(learner, model) == base_bytes(tmp_path / "tied")
 
 
-@pytest.mark.parametrize("config", [{"init_lora_weights": "pissa"}, {"bias": "all"}])
+@pytest.mark.parametrize("config", [{"init_lora_weights": "pissa"}, {"bias": "all"}, *KASA])
 def test_an_adapter_that_changes_its_base_leaves_the_others_alone(world, batches, tmp_path, config):
     """What stays equal is in memory once all the same."""
     from llmkd.data.reading.skills import tokenizer
