@@ -187,3 +187,27 @@ def test_an_arm_that_samples_are_not_right_for_is_named_before_anything_runs(wor
     err = capsys.readouterr().err
     assert "arm temperature-2: loss.temperature: found 2" in err and "temperature-1:" not in err
     assert not (tmp_path / "sweep").exists()
+
+
+def test_a_cache_of_an_earlier_version_which_took_samples_of_the_weights_is_read_and_not_continued(make_recipe, world, damaged):
+    import hashlib
+
+    from llmkd.model_identity import _sampled_fingerprint, config_hash
+    from llmkd.training.prepare import prepare
+
+    folder = damaged()
+    header = json.loads((folder / "cache.json").read_text())
+    del header["checksum"]
+    for name, model in (("base", "teacher"), ("adapter", "adapter")):
+        header["provenance"]["teacher"][name] = f"{_sampled_fingerprint(world / model, 'm')} {config_hash(world / model, 'm')}"
+    checksum = hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()
+    (folder / "cache.json").write_text(json.dumps(header | {"checksum": checksum}))
+    made_by = {"model": str(world / "adapter"), "dtype": "float32"}
+    prepare(make_recipe(teacher=made_by | {"cache": {"path": str(folder)}}, data__validation_fraction=0.2))
+    with pytest.raises(UserError, match="by a teacher with another adapter, or with none"):
+        prepare(
+            make_recipe(teacher=made_by | {"model": str(world / "teacher"), "cache": {"path": str(folder)}}, data__validation_fraction=0.2)
+        )
+    kind = {"kind": "topk", "k": 4096, "value_bits": 16, "path": str(folder)}
+    with pytest.raises(UserError, match="an earlier version recorded samples of the weights only: runs read that cache, and it cannot"):
+        cache(make_recipe(teacher=made_by | {"cache": kind}, data__validation_fraction=0.2))

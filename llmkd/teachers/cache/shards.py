@@ -17,6 +17,7 @@ import functools
 import hashlib
 import json
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -30,6 +31,8 @@ from ...weight_files import tensors
 VERSION = 2  # 1 was written as store.json, with other names in it
 SHARD_BYTES = 64 << 20
 SETTING = "teacher.cache.path"
+#: A difference between a header of an earlier version, whose fingerprints are of samples, and one of this version.
+_EARLIER = re.compile(r"provenance\.teacher\.(base|adapter): (?!sha256:|nothing).* -> sha256:")
 
 
 @dataclass(frozen=True)
@@ -76,8 +79,14 @@ class Writer:
                 found = read_header(self.folder, self.setting) if name == "cache.json" else _read_json(self.folder / name, self.setting)
                 found.pop("files", None)
                 if changed := differences(found, self.header):
+                    earlier = any(_EARLIER.match(one) for one in changed)
+                    why = (
+                        "; an earlier version recorded samples of the weights only: runs read that cache, and it cannot be continued"
+                        if earlier
+                        else ""
+                    )
                     raise UserError(
-                        f"{self.setting}: {self.folder} holds another teacher cache ({'; '.join(changed)}); choose another folder, or delete it"
+                        f"{self.setting}: {self.folder} holds another teacher cache ({'; '.join(changed)}){why}; choose another folder, or delete it"
                     )
         head = getattr(self.format, "head", None)
         if head and _digest(self.folder / head.options()["file"]) != head.sha256:
