@@ -63,7 +63,8 @@ def find(name: str, setting: str, revision: str | None = None, base: str | None 
         raise UserError(f"{setting}: {name}/adapter_config.json names no base model; {fix}")
     weight_files(folder, setting)
     try:
-        base_folder = locate(base_name, setting, adapter.get("revision"))
+        same = base_name == adapter.get("base_model_name_or_path")
+        base_folder = locate(base_name, setting, adapter.get("revision") if same else None)
     except UserError as error:
         reason = error.problems[0].removeprefix(f"{setting}: ")
         if base:

@@ -55,15 +55,14 @@ def load_pretrained(
         raise
     except Exception as error:
         raise UserError(f"{setting}: {folder} cannot be loaded ({brief(error)}); check its files, or use another model") from error
-    for what, keys in (
-        ("lacks", report["missing_keys"]),
-        ("holds, beyond its architecture,", [k for k in report["unexpected_keys"] if not str(k).endswith(_OLD_BUFFERS)]),
-        ("has wrong shapes of", report["mismatched_keys"]),
-    ):
-        if keys:
-            raise UserError(
-                f"{setting}: {folder} {what} {len(keys)} tensors, such as {sorted(map(str, keys))[0]}; its config.json and weights do not belong together"
-            )
+    wrong = {
+        "lacks": report["missing_keys"],
+        "holds, beyond its architecture,": [k for k in report["unexpected_keys"] if not str(k).endswith(_OLD_BUFFERS)],
+        "has wrong shapes of": report["mismatched_keys"],
+    }
+    sides = [f"{what} {len(keys)} tensors, such as {min(map(str, keys))}" for what, keys in wrong.items() if keys]
+    if sides:
+        raise UserError(f"{setting}: {folder} {', and '.join(sides)}; its config.json and weights do not belong together")
     for module in model.modules():
         # Oddity: an attribute of bitsandbytes' modules. In eval mode they would repack the weights into a form without a gradient.
         if hasattr(module, "support_avx512bf16_for_cpu"):

@@ -346,6 +346,12 @@ def test_a_checkpoint_that_was_saved_under_torchs_wrappers_is_read_and_saved_und
         return "module._orig_mod." + name.replace("self_attn.", "self_attn._fsdp_wrapped_module.")
 
     save_file({wrapped(name): value for name, value in tensors.items()}, path, {"format": "pt"})
+    (tmp_path / "other").mkdir()
+    shutil.copy(tmp_path / "m/config.json", tmp_path / "other")
+    save_file({f"base.{name}": value for name, value in tensors.items()}, tmp_path / "other/model.safetensors", {"format": "pt"})
+    both = "lacks 21 tensors, such as lm_head.weight, and holds, beyond its architecture, 21 tensors, such as base.lm_head.weight; "
+    with pytest.raises(UserError, match=both):
+        load_pretrained(tmp_path / "other", "student.model")
     model = load_pretrained(tmp_path / "m", "student.model")
     assert capsys.readouterr().err.count("names of torch's wrappers") == 1
     assert all(torch.equal(value, tensors[name]) for name, value in model.state_dict().items())
