@@ -1,0 +1,121 @@
+"""Faults in what is known of a model's files: which count, whether they are what they were, and how an adapter's names are read."""
+
+from tests.planted.fault import Fault
+
+FILES, HASHES, IDENTITY = "llmkd/weight_files.py", "llmkd/weight_hashes.py", "llmkd/model_identity.py"
+NAMES, MERGE = "llmkd/models/adapter_names.py", "llmkd/models/merge.py"
+
+FAULTS = [
+    Fault(
+        "pieces-skipped",
+        "of a large tensor every second piece is hashed",
+        HASHES,
+        'max(t["stop"], t["start"] + 1), PIECE)',
+        'max(t["stop"], t["start"] + 1), 2 * PIECE)',
+        "test_weight_files.py::test_a_hash_is_that_of_the_pieces_whatever_their_number",
+    ),
+    Fault(
+        "kept-without-change-time",
+        "a hash is kept by size, inode and time of writing alone",
+        HASHES,
+        "return [about.st_size, about.st_ino, about.st_mtime_ns, about.st_ctime_ns]",
+        "return [about.st_size, about.st_ino, about.st_mtime_ns, 0]",
+        "test_weight_files.py::test_a_file_is_read_again_only_when_it_was_changed",
+    ),
+    Fault(
+        "young-files-kept",
+        "the hash of a file that was written just now is kept",
+        HASHES,
+        "if now - max(before[path][2:]) >= SETTLED * 1e9:",
+        "if True:",
+        "test_weight_files.py::test_a_file_that_was_just_written_is_not_remembered",
+    ),
+    Fault(
+        "entry-believed",
+        "a damaged entry of the hashes' cache is believed",
+        HASHES,
+        'if entry.pop("checksum") == _checksum(entry) and ',
+        'if entry.pop("checksum") and ',
+        "test_weight_files.py::test_a_damaged_entry_of_the_cache_is_not_believed",
+    ),
+    Fault(
+        "index-first",
+        "an index counts before the one file beside it",
+        FILES,
+        "for one in (MODEL, INDEX) if",
+        "for one in (INDEX, MODEL) if",
+        "test_weight_files.py::test_the_files_that_transformers_loads_are_the_ones_that_count",
+    ),
+    Fault(
+        "out-of-the-folder",
+        "an index may name files outside of its folder",
+        FILES,
+        'if ".." in parts or Path(*parts).is_absolute():',
+        'if ".." == parts[0]:',
+        "test_weight_files.py::test_an_index_that_leads_out_of_its_folder_is_refused",
+    ),
+    Fault(
+        "configuration-forgotten",
+        "a resumed run does not compare its models' configurations",
+        IDENTITY,
+        "for name in (*CONFIGS, INDEX) if (folder / name).is_file()}",
+        "for name in () if (folder / name).is_file()}",
+        "training/test_resume.py::test_one_bit_of_any_model_file_is_noticed_by_name",
+    ),
+    Fault(
+        "student-unverified",
+        "the weights of a student are not compared with its record",
+        IDENTITY,
+        "if weights and weights != fingerprint(folder, setting):",
+        "if not weights and weights != fingerprint(folder, setting):",
+        "models/test_adapters.py::test_an_adapter_that_was_changed_since_it_was_trained_is_refused_by_all",
+    ),
+    Fault(
+        "mapped",
+        "the weights on a CPU stay mapped from their files",
+        "llmkd/models/pretrained.py",
+        "                tensor.data = tensor.data.clone()",
+        "                tensor.data = tensor.data",
+        "training/test_resume.py::test_a_model_file_that_is_rewritten_under_a_run_ends_it_with_all_that_it_has_learnt",
+    ),
+    Fault(
+        "names-not-one-to-one",
+        "two tensors of an adapter may be read as one",
+        NAMES,
+        "if max(Counter(found.values()).values(), default=1) == 1 else",
+        "if max(Counter(found.values()).values(), default=1) else",
+        "models/test_adapter_names.py::test_where_two_tensors_would_get_one_name_none_is_changed",
+    ),
+    Fault(
+        "any-layer-of-that-name",
+        "of several layers that a name may mean the first is taken",
+        NAMES,
+        "if module not in modules and len(same := by_layer.get(_layer(parts[:at]), [])) == 1:",
+        "if module not in modules and (same := by_layer.get(_layer(parts[:at]), [])):",
+        "models/test_adapter_names.py::test_where_two_tensors_would_get_one_name_none_is_changed",
+    ),
+    Fault(
+        "base-changed-for-all",
+        "an adapter that changes its base shares it with another model",
+        "llmkd/models/shared_weights.py",
+        "return usual and not variant and",
+        "return usual and",
+        "models/test_shared_weights.py::test_an_adapter_that_changes_its_base_leaves_the_others_alone",
+    ),
+    Fault(
+        "replicated-layers-merged",
+        "an adapter on replicated layers is merged into the one weight they share",
+        MERGE,
+        'if any(getattr(config, "layer_replication", None) for',
+        'if any(getattr(config, "layer_replications", None) for',
+        "models/test_merge.py::test_what_cannot_be_merged_is_refused_by_name",
+    ),
+    Fault(
+        "scale-by-another-name",
+        "alpha_pattern keeps the names of a larger model, and PEFT leaves it out",
+        "llmkd/models/adapter_files.py",
+        "if found := regular_module(key, modules):\n        return found",
+        "if regular_module(key, modules):\n        return key",
+        "models/test_adapters.py::test_modules_that_the_configuration_names_as_a_larger_model_does_are_those_with_tensors",
+    ),
+]
