@@ -19,8 +19,10 @@ from .config import loader
 from .environment import check_environment
 from .errors import UserError, exit_code
 from .training.launcher import launcher_pid
+from .training.shutdown import end_on_signal
 
 _COMPUTES = ("train", "sweep", "cache", "export", "eval")
+_RESUMED = ("train", "sweep")
 _QUIET = (*_COMPUTES, "data", "tasks")
 
 
@@ -30,7 +32,9 @@ def main(argv: list[str] | None = None) -> int:
     console.show_messages()
     report_bus_errors()
     launcher_pid()
-    return exit_code(lambda: dispatch([word for word in argv if word != "--debug"]), debug=debug)
+    again = "continue with --resume" if argv and argv[0] in _RESUMED else "start it again"
+    with end_on_signal(again):
+        return exit_code(lambda: dispatch([word for word in argv if word != "--debug"]), debug=debug, again=again)
 
 
 def entry() -> None:

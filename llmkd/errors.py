@@ -1,11 +1,13 @@
 """The exceptions that end a run, their exit codes, and which rank reports them."""
 
 import contextlib
-import errno
+import select
 import sys
 import traceback
 
+from . import rank_messages
 from .console import first_process
+from .machine_errors import machine_error
 
 
 class UserError(Exception):
@@ -61,7 +63,7 @@ def attribute_to_student(student: int):
 
 @contextlib.contextmanager
 def report_from_any_rank():
-    """Let any rank print an exception raised in here, since it may happen on one rank alone (a damaged local file, say)."""
+    """Let any rank print a NonFinite or Stopped raised in here, by which else all ranks end: it may happen on one rank alone."""
     try:
         yield
     except Exception as error:
@@ -87,12 +89,12 @@ def on_main_process(accelerator, action):
     return found[0]
 
 
-_REFUSED = {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENAMETOOLONG, errno.ENOTDIR, errno.ELOOP}
-
-
-def is_disk_full(error: BaseException) -> bool:
-    """safetensors reports a full disk in its own exception, as text."""
-    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+def _nobody_reads() -> bool:
+    """Whether the reader of this process's stdout or stderr, a pipe, has closed it."""
+    poll = select.poll()
+    poll.register(1, 0)
+    poll.register(2, 0)
+    return any(events & select.POLLERR for _, events in poll.poll(0))
 
 
 def brief(error: BaseException) -> str:
@@ -101,51 +103,41 @@ def brief(error: BaseException) -> str:
     return f"{type(error).__name__}: {f'{first} {more[0].strip()}' if first.endswith(':') and more else first}"[:320]
 
 
-def is_out_of_memory(error: BaseException) -> bool:
-    said = ("can't allocate memory", "CUBLAS_STATUS_ALLOC_FAILED")
-    return "OutOfMemory" in type(error).__name__ or any(words in str(error) for words in said)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def exit_code(action, *, debug: bool = False) -> int:
+def exit_code(action, *, debug: bool = False, again: str = "start it again") -> int:
     """Run `action()`; print an exception as one line per problem on stderr and return its exit code.
 
-    0 done, 1 a bug, 2 a mistake the user can fix, 3 stopped at a non-finite value, 75 stopped by a signal.
-    With several processes only rank 0 prints, except bugs, out of memory and exceptions marked by `report_from_any_rank`.
+    0 done, 1 an error of the machine or a bug, 2 a mistake the user can fix, 3 stopped at a non-finite value, 75 stopped by a signal.
+    `again`: how the command goes on after an error of the machine.
+
+    With several processes one of them prints what all or some of them met; see `rank_messages`.
     """
-    prints = first_process()
     try:
         action()
         return 0
-    except (UserError, NonFinite, Stopped) as error:
-        caught, text, code = error, str(error), error.exit_code
-    except BrokenPipeError:  # `| head` has seen enough
-        sys.stdout = None
-        return 0
-    except KeyboardInterrupt as error:
-        caught, text, code = error, "interrupted; --resume continues from the last checkpoint, if there is one", Stopped.exit_code
-    except Exception as error:
+    except BrokenPipeError as error:
+        if _nobody_reads():  # `| head` has seen enough
+            sys.stdout = None
+            return 0
         caught = error
-        if is_disk_full(error):
-            text, code = f"{_first_line(error)}; free some space, then --resume", UserError.exit_code
-        elif isinstance(error, OSError) and error.errno in _REFUSED:
-            text, code = f"{_first_line(error)}; choose a writable folder, then --resume", UserError.exit_code
-        elif is_out_of_memory(error):
-            text, code, prints = (
-                f"out of memory ({_first_line(error)}); lower train.micro_batch_size, train.micro_batch_tokens or data.max_length, then --resume",
-                UserError.exit_code,
-                True,
-            )
-        else:
-            text, code, prints = f"bug: {type(error).__name__}: {error} (--debug shows where)", 1, True
-    lines = text.splitlines()
-    prints = prints or getattr(caught, "any_rank", False)
+    except (Exception, KeyboardInterrupt) as error:
+        caught = error
     if debug:
         traceback.print_exception(caught)
-    if prints:
-        for line in lines:
-            print(f"llmkd: {line}", file=sys.stderr)
+    text, code = _in_words(caught, again)
+    alike = isinstance(caught, NonFinite | Stopped | KeyboardInterrupt) and not getattr(caught, "any_rank", False)
+    for line in text.splitlines() if (first_process() if alike else rank_messages.is_first_to_say(text, caught)) else ():
+        print(f"llmkd: {line}", file=sys.stderr)
     return code
+
+
+def _in_words(error: BaseException, again: str) -> tuple[str, int]:
+    """What is said of an exception, and the exit code."""
+    if isinstance(error, KeyboardInterrupt):
+        return str(error) or f"interrupted; {again}", Stopped.exit_code
+    cause = error.__cause__ if isinstance(error, UserError) else error
+    failed = None if isinstance(error, NonFinite | Stopped) else machine_error(cause)
+    if failed and (failed.certain or not isinstance(error, UserError)):
+        return f"{failed.name} ({brief(cause)}); {failed.advice}, then {again}", failed.exit_code
+    if isinstance(error, UserError | NonFinite | Stopped):
+        return str(error), error.exit_code
+    return f"bug: {type(error).__name__}: {error} (--debug shows where; please report it with what that prints)", 1

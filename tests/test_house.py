@@ -15,7 +15,8 @@ RECIPES = PACKAGE.parent / "recipes"  # installed as llmkd_recipes
 
 #: Files at the top of llmkd/ and its folders. Each imports only from lines above its own: so losses, models and data never one another.
 LAYERS = (
-    "__init__ console files batch head bus_error",
+    "__init__ console files batch head bus_error machine_errors",
+    "rank_messages",
     "errors signals",
     "weight_files",
     "weight_hashes",

@@ -6,7 +6,8 @@ import sys
 import time
 
 from llmkd.console import first_process, info
-from llmkd.errors import Stopped, UserError, is_out_of_memory
+from llmkd.errors import Stopped, UserError
+from llmkd.machine_errors import is_out_of_memory
 
 
 @functools.cache

@@ -16,8 +16,9 @@ from ..config.paths import place_changes
 from ..config.recipe import Recipe, distils, used_teachers, uses_teacher
 from ..config.sweep import ArmSpec, Sweep, expand
 from ..console import count, info
-from ..errors import Stopped, UserError, attribute_to_student, is_out_of_memory
+from ..errors import Stopped, UserError, attribute_to_student
 from ..files import is_leftover
+from ..machine_errors import is_out_of_memory
 from ..model_files import ModelFiles
 from ..output import hub_upload, trackers
 from ..output.run_folder import RunFolder

@@ -1,8 +1,10 @@
-"""SIGTERM, SIGINT, SIGHUP, SIGUSR1 and the end of the launcher ask a run to stop; a second signal ends it at once."""
+"""SIGTERM, SIGINT, SIGHUP, SIGUSR1 and the end of the launcher ask a run to stop; a second signal ends it at once. Other commands end by the first."""
 
 import contextlib
 import os
 import signal
+import threading
+from collections.abc import Iterator
 
 from ..console import first_process
 from ..errors import Stopped
@@ -10,6 +12,25 @@ from .launcher import watch_launcher
 
 #: Windows knows only some of them.
 _SIGNALS = [getattr(signal, name) for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1") if hasattr(signal, name)]
+
+
+@contextlib.contextmanager
+def end_on_signal(again: str) -> Iterator[None]:
+    """Let a signal end the command as Ctrl-C does, by a KeyboardInterrupt that says so; what is half written is removed on the way.
+
+    A second one kills at once. For the commands and moments in which no `ShutdownRequest` holds the signals. `again`: how it goes on.
+    """
+
+    def interrupt(number: int, frame) -> None:
+        signal.signal(number, signal.SIG_DFL)
+        raise KeyboardInterrupt(f"stopped by {signal.Signals(number).name}; nothing half-written is left; {again}")
+
+    with contextlib.ExitStack() as on_exit:
+        for number in _SIGNALS if threading.current_thread() is threading.main_thread() else ():
+            if (before := signal.getsignal(number)) == signal.SIG_DFL:
+                signal.signal(number, interrupt)
+                on_exit.callback(signal.signal, number, before)
+        yield
 
 
 class ShutdownRequest:

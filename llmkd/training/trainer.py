@@ -92,7 +92,7 @@ class Trainer:
                         raise self.stopped(step)
         except UserError:  # a bad row of a stream: the steps so far are saved, if the last one is known to be finite
             if self.is_read(step):
-                self.save(step)
+                self.write_checkpoint(step)  # no waiting: the others may not have met it
             raise
         finally:
             self.display.close()
@@ -169,14 +169,17 @@ class Trainer:
 
     def save(self, step: int) -> None:
         """A checkpoint of every student, unless this step has one; older ones are removed when all are written."""
-        if step <= self.written:
-            return
-        if self.main:
+        if step > self.written:
+            self.write_checkpoint(step)
+            self.accelerator.wait_for_everyone()
+
+    def write_checkpoint(self, step: int) -> None:
+        """`save` without waiting for the other processes."""
+        if self.main and step > self.written:
             for student in self.active:
                 student.save(step, self.source.state(step))
             for student in self.active:
                 student.prune()
-        self.accelerator.wait_for_everyone()
         self.written = step
 
     def stopped(self, step: int) -> Stopped | ChangedFiles:
