@@ -16,7 +16,7 @@ from ..errors import UserError
 from .parser import Once, Parser, batch_size, did_you_mean, names_list, one_of, plain_switches, sections_overview, whole_number
 
 EXIT_CODES = """\
-exit codes: 0 done, 1 an error of the machine or a bug, 2 a mistake you can fix (one line each), 3 stopped at a non-finite value, 75 stopped by a signal
+exit codes: 0 done, 1 the machine failed, or a bug, 2 a mistake you can fix, 3 stopped at a non-finite value, 75 stopped by a signal
 (--resume continues). accelerate launch and torchrun turn all of them into 1."""
 
 _SETTINGS = """\
