@@ -1,5 +1,6 @@
 """Files are written whole or not at all, whatever ends the process, and a lock is held by one process at a time."""
 
+import hashlib
 import json
 import os
 import signal
@@ -225,6 +226,9 @@ def test_where_a_lock_cannot_be_had_it_is_an_os_error(tmp_path, monkeypatch):
 def test_a_hash_is_that_of_the_content(tmp_path):
     (tmp_path / "a").write_bytes(b"abc")
     assert sha256_file(tmp_path / "a") == "ba7816bf8f01cfea414140de5dae2223b00361a396177a9cb410ff61f20015ad"
+    long = b"0123456789" * 300_000
+    (tmp_path / "a").write_bytes(long)
+    assert sha256_file(tmp_path / "a") == hashlib.sha256(long).hexdigest()
 
 
 @pytest.mark.parametrize("last", [b"", b'{"n": 2', b'{"n": "\xc3', b"{"])

@@ -9,6 +9,7 @@ import pytest
 from llmkd.cli import main
 from llmkd.commands.cache import cache
 from llmkd.errors import UserError
+from llmkd.training import prepare as preparing
 from llmkd.training.run import run
 from tests.conftest import plain_recipe
 from tests.kit.cache import from_cache
@@ -211,3 +212,10 @@ def test_a_cache_of_an_earlier_version_which_took_samples_of_the_weights_is_read
     kind = {"kind": "topk", "k": 4096, "value_bits": 16, "path": str(folder)}
     with pytest.raises(UserError, match="an earlier version recorded samples of the weights only: runs read that cache, and it cannot"):
         cache(make_recipe(teacher=made_by | {"cache": kind}, data__validation_fraction=0.2))
+
+
+def test_a_cache_over_another_vocabulary_is_refused(make_recipe, caches, monkeypatch):
+    """With one and the same tokenizer: a model without rows for its last entries."""
+    real = preparing.check_cache
+    monkeypatch.setattr(preparing, "check_cache", lambda *given: real(*given[:-1], given[-1] - 1))
+    assert "over 640 tokens, and the models of this run have 639; write another" in refusal(from_cache(make_recipe, caches, "topk", "out"))

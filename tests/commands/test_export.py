@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from llmkd.cli import main
+from llmkd.commands.export import checkpoint_folder
 from llmkd.errors import UserError
 from llmkd.models import saved_student
 from llmkd.training.prepare import prepare
@@ -121,3 +122,10 @@ def test_a_folder_of_several_runs_is_refused_with_one_of_them(tmp_path):
     (tmp_path / "kd_student/model").mkdir(parents=True)
     with pytest.raises(UserError, match=f"holds 1 run and is none itself; name it: {tmp_path}/kd_student"):
         saved_student.student_folder(tmp_path)
+
+
+def test_a_damaged_checkpoint_is_not_exported(tmp_path):
+    folder = tmp_path / "checkpoints/step-7"
+    folder.mkdir(parents=True)
+    with pytest.raises(UserError, match=r"^--checkpoint: .*step-7 is damaged \(.*manifest.json"):
+        checkpoint_folder(tmp_path, "7")

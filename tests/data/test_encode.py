@@ -23,6 +23,13 @@ def test_what_is_too_long_is_dropped_or_cut_and_counted(policy, examples):
     assert kept(encoded, tiny())[0] == "owl" + END
 
 
+def test_an_example_of_just_the_longest_length_is_kept_whole():
+    whole = encode(rows_of(SHORT), "alpaca", Data(), tiny())
+    for policy in ("drop", "truncate", "refuse"):
+        encoded = encode(rows_of(SHORT), "alpaca", Data(max_length=int(whole.lengths[0]), too_long=policy), tiny())
+        assert encoded.counts["too_long"] == 0 and encoded.ids.tolist() == whole.ids.tolist()
+
+
 def test_what_is_too_long_can_be_refused_with_its_place():
     with pytest.raises(UserError) as info:
         encode(rows_of(SHORT, LONG), "alpaca", Data(max_length=120, too_long="refuse"), tiny())

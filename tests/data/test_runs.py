@@ -132,3 +132,10 @@ def test_of_a_question_only_the_choice_is_supervised(make_recipe, tmp_path, form
     assert (questions.counts, questions.answers) == ([2], [1])
     said = [tokenizer.decode(ids[marks]).strip() for ids, marks in (questions.examples.example(i) for i in range(2))]
     assert said == [f"Yes.{tokenizer.eos_token}", f"No, it is so.{tokenizer.eos_token}"]
+
+
+def test_a_choice_that_is_too_long_is_refused_and_never_cut(make_recipe, tmp_path):
+    """Cut off, it would get a higher likelihood."""
+    (tmp_path / "q.jsonl").write_text(json.dumps({"instruction": "Say 1", "choices": ["Yes.", "It is so. " * 40], "answer": 0}) + "\n")
+    with pytest.raises(UserError, match=r"q.jsonl:1: \d+ tokens, more than data.max_length \(150\)"):
+        prepare(make_recipe(data__max_length=150, data__too_long="truncate", data__choices={"path": str(tmp_path / "q.jsonl")}))

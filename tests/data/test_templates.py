@@ -364,3 +364,11 @@ def test_a_message_nested_too_deeply_is_one_line():
         inner = inner["x"]
     with pytest.raises(UserError, match=r"^f.jsonl:1: nested too deeply"):
         said({"messages": [message, *talk("a one")["messages"]]}, made(CHATML + PROMPT))
+
+
+def test_a_role_token_in_angle_brackets_is_no_tag_of_the_assistants():
+    """A tag is one of a pair, such as <think> and </think>."""
+    template = "{% for m in messages %}<{{ m.role }}>{{ m.content }}<|im_end|>{% endfor %}"
+    tokenizer = made(template, plain=["<user>", "<assistant>"])
+    with pytest.raises(UserError, match="the text has '<user>'"):
+        said(talk("u <user>", "a one"), tokenizer)

@@ -119,6 +119,19 @@ def test_seeds_that_do_not_match_are_not_paired(home):
     assert c.seed_interval is None and c.seeds_matched is None and c.seeds == 1
 
 
+def test_the_spread_of_held_out_values_over_seeds_is_per_target(home):
+    targets, rng = np.array([3, 90, 20, 7]), np.random.default_rng(0)
+    for run in ("a1", "a2", "b1", "b2"):
+        held_out(run, {"ce": targets * (1 + rng.random(4))}, targets)
+        Path(run, "recipe.yaml").write_text(f"seed: {run[1]}\n")
+    base, row = compare(arms("a=a1,a2", "b=b1,b2"))
+    lines = {run: map(json.loads, Path(run, "held_out.jsonl").read_text().splitlines()) for run in ("a1", "a2", "b1", "b2")}
+    means = {run: sum(item["sums"]["ce"] for item in items) / targets.sum() for run, items in lines.items()}
+    assert base.seed_spread == pytest.approx(np.std([means["a1"], means["a2"]], ddof=1))
+    d = np.array([means["b1"] - means["a1"], means["b2"] - means["a2"]])
+    assert np.mean(row.seed_interval) == pytest.approx(d.mean()) and row.difference == pytest.approx(d.mean())
+
+
 def test_values_of_held_out_rows_are_weighted_by_targets(home):
     rng = np.random.default_rng(5)
     targets = rng.integers(3, 90, 80)

@@ -6,6 +6,7 @@ import torch
 
 from llmkd.errors import UserError
 from llmkd.model_files import find
+from llmkd.models import merge as merging
 from llmkd.models.merge import merge
 from tests.models.test_adapters import base, logits, moved, plain
 
@@ -77,3 +78,9 @@ def test_what_cannot_be_merged_is_refused_by_name(on, config, options, said):
     folder, *_ = on(config, **options)
     with pytest.raises(UserError, match=said):
         merge(find(str(folder), "export"), 640)
+
+
+def test_a_merge_that_moves_the_logits_is_refused(world, monkeypatch):
+    monkeypatch.setattr(merging, "largest_difference", lambda a, b: 2e-3 * b.abs().max().item())
+    with pytest.raises(UserError, match="moved its logits by .*; use the adapter unmerged"):
+        merge(find(str(world / "adapter"), "export"), 640)

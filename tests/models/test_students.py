@@ -360,3 +360,20 @@ def test_a_checkpoint_that_was_saved_under_torchs_wrappers_is_read_and_saved_und
     save_file({wrapped(name): value for name, value in tensors.items()} | {"lm_head.weight": tensors["lm_head.weight"].clone()}, path)
     with pytest.raises(UserError, match="holds tensors with names of torch's wrappers, such as .*, and others without"):
         load_pretrained(tmp_path / "m", "student.model")
+
+
+def test_new_adapters_follow_from_the_seed(world):
+    settings = Student(model=str(world / "student"), lora=Lora(rank=2))
+    one, same, other = (load_student(settings, 640, "cpu", seed).trainable() for seed in (3, 3, 4))
+    assert all(torch.equal(p, same[name]) for name, p in one.items())
+    assert all(torch.equal(p, other[name]) == ("lora_B" in name) for name, p in one.items())
+
+
+def test_a_model_with_too_few_rows_is_refused(world):
+    with pytest.raises(UserError, match="student.model: the tokenizer has 641 entries and the model's embedding 640"):
+        load_student(Student(model=str(world / "student")), 641, "cpu", 0)
+
+
+def test_dora_trains_a_magnitude_beside_each_pair_of_matrices(world):
+    plain, dora = (load(world / "student", lora=Lora(rank=2, target_modules=("q_proj",), dora=dora)).trainable() for dora in (False, True))
+    assert plain.keys() < dora.keys() and {name.split(".")[-3] for name in dora.keys() - plain.keys()} == {"lora_magnitude_vector"}

@@ -39,6 +39,11 @@ class Fault:
         return [f"tests/{test}" for test in self.tests.split()]
 
 
+def in_file(file: str, *entries: tuple[str, ...]) -> list[Fault]:
+    """Faults of one file: (name, says, old, new, tests), and with a sixth part `equivalent`."""
+    return [Fault(name, says, file, old, new, tests, *equivalent) for name, says, old, new, tests, *equivalent in entries]
+
+
 def every_fault() -> dict[str, Fault]:
     """All faults by ROOM/NAME, in the order of the files in rooms/. ValueError where two have one name."""
     from . import rooms

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 from llmkd.cli import main
+from llmkd.files import read_jsonl
 from llmkd.training.run import run
 from llmkd.training.student_run import StudentRun
 
@@ -42,7 +43,9 @@ def test_the_best_step_is_in_the_middle_and_outlives_a_kill(make_recipe, world, 
     shutil.copytree(out / "checkpoints/step-3", tmp_path / "third")
     assert run(recipe, resume=True)["best"] == {"by": by, "step": 3, "value": VALUES[by][2]}
     assert steps(out) == {3, 6}
-    assert json.loads((out / "summary.json").read_text())["validation"][by] == VALUES[by][5]
+    summary = json.loads((out / "summary.json").read_text())
+    first = next(record["validation"] for record in read_jsonl(out / "metrics.jsonl") if "validation" in record)
+    assert summary["validation"][by] == VALUES[by][5] and summary["before"] == first and first[by] not in VALUES[by]
     assert main(["export", str(out), "--checkpoint", "best"]) == 0
     base, third = load_file(world / "student/model.safetensors"), load_file(tmp_path / "third/student.safetensors")
     merged, lora = load_file(out / "merged-best/model.safetensors"), recipe.student.lora

@@ -106,6 +106,7 @@ def losses(objectives: list = OBJECTIVES, noise: float = 0.0) -> dict[str, list[
     found = {name_of(*objective): [[], []] for objective in objectives}
     for progress in train(source(), states, LiveTeacher(teacher), Accelerator(cpu=True)):
         for k, rows in enumerate(found.values()):
+            assert ("kd" in progress.terms[k]) == (objectives[k][0] > 0), "a student that learns without the teacher of the others"
             for row, value in zip(rows, (progress.terms[k]["loss"], progress.grad_norms[k]), strict=True):
                 row.append(float(f"{value:.10g}"))
     return found

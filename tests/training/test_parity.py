@@ -107,7 +107,7 @@ def torchrun(processes: int, arguments: list[str], cache: Path) -> subprocess.Co
     return subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment, timeout=300)
 
 
-def test_a_refusal_reaches_the_other_processes_with_all_its_lines_and_its_arm():
+def test_a_refusal_reaches_the_other_processes_with_all_its_lines_and_its_arm(monkeypatch):
     """They get it as `broadcast_object_list` carries it."""
     import pickle
 
@@ -125,3 +125,9 @@ def test_a_refusal_reaches_the_other_processes_with_all_its_lines_and_its_arm():
     there = pickle.loads(pickle.dumps(info.value))
     assert there.problems == ("one: a", "two: b") and there.student == 3 and str(there) == "one: a\ntwo: b"
     assert on_main_process(First(), lambda: 7) == 7
+    sent = []
+    monkeypatch.setattr("accelerate.utils.broadcast_object_list", sent.append)
+    First.num_processes = 2
+    with pytest.raises(UserError, match="one: a\ntwo: b"):
+        on_main_process(First(), refuse)
+    assert len(sent) == 1 and sent[0][1].problems == ("one: a", "two: b"), "the others wait for ever"

@@ -1,5 +1,6 @@
 """A run that was stopped and resumed is, bit for bit, the run that was not; and no kill leaves it without a way on."""
 
+import dataclasses
 import json
 import os
 import re
@@ -9,15 +10,21 @@ import subprocess
 import sys
 import textwrap
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from llmkd import files
 from llmkd.errors import ChangedFiles, Stopped, UserError
 from llmkd.files import read_jsonl
+from llmkd.models.load import LoadContext, load_students
 from llmkd.training import checkpoint
+from llmkd.training.build import restore
+from llmkd.training.prepare import prepare
 from llmkd.training.run import run
+from llmkd.training.validate import Evaluator
 from tests.conftest import distance, plain_recipe, weights
 from tests.training.test_parity import torchrun
 
@@ -53,20 +60,36 @@ def whole(world, tmp_path_factory):
 
 
 @pytest.mark.parametrize("step", range(1, STEPS))
-def test_resume_at_every_step(whole, step, tmp_path):
-    import dataclasses
-
+def test_resume_at_every_step(whole, step, tmp_path, capsys):
     out = tmp_path / "out"
     shutil.copytree(whole.output_dir, out)
     unfinish(out, step)
     torch.manual_seed(step)  # whatever the process's own state is
     run(dataclasses.replace(whole, output_dir=str(out)), resume=True)
+    assert f"resuming after step {step} of {STEPS}" in capsys.readouterr().err
     assert distance(weights(out), weights(Path(whole.output_dir))) == 0
     assert comparable(out) == comparable(Path(whole.output_dir))
 
 
 def test_validation_changes_nothing(whole, trained):
     assert distance(trained("silent", **LONG), weights(Path(whole.output_dir))) == 0
+
+
+def test_a_validation_has_no_dropout(whole, world, make_recipe):
+    """The last validation is that of the adapter that is left, loaded anew."""
+    prepared = prepare(whole)
+    (model,) = load_students(
+        [dataclasses.replace(whole.student, model=f"{whole.output_dir}/adapter", lora=None)], LoadContext(prepared.vocab, "cpu")
+    )
+    found = Evaluator(Accelerator(cpu=True), 0, 8).validate([model.eval()], None, prepared.validation)[0].metrics()
+    last = [record["validation"] for record in read_jsonl(Path(whole.output_dir) / "metrics.jsonl") if "validation" in record][-1]
+    assert last["ce"] == pytest.approx(found["ce"], rel=1e-10)
+
+
+def test_another_seed_gives_another_order(whole):
+    one, other = (prepare(dataclasses.replace(whole, seed=seed)).source for seed in (whole.seed, whole.seed + 1))
+    first = [[step.examples for step in source.schedule()] for source in (one, other)]
+    assert first[0] != first[1] and sorted(sum(first[0], [])) == sorted(sum(first[1], []))
 
 
 def test_dropout_is_on(whole, trained):
@@ -96,8 +119,6 @@ def test_a_checkpoint_is_small_and_plain(whole):
 
 @pytest.mark.parametrize("damage", ["flip", "cut", "missing", "manifest"])
 def test_a_damaged_checkpoint_is_passed_over_by_name(whole, damage, tmp_path, capsys):
-    import dataclasses
-
     out = tmp_path / "out"
     shutil.copytree(whole.output_dir, out)
     unfinish(out, 4)
@@ -111,6 +132,16 @@ def test_a_damaged_checkpoint_is_passed_over_by_name(whole, damage, tmp_path, ca
     run(dataclasses.replace(whole, output_dir=str(out)), resume=True)
     assert "step-4" in (said := capsys.readouterr().err) and "resuming after step 3" in said
     assert distance(weights(out), weights(Path(whole.output_dir))) == 0
+
+
+def test_checkpoints_after_the_one_that_is_resumed_from_are_removed(whole, tmp_path):
+    """A damaged one would stay, if the resumed run wrote none at that step."""
+    for step in range(1, 5):
+        shutil.copytree(Path(whole.output_dir) / f"checkpoints/step-{step}", tmp_path / f"c/step-{step}")
+    (tmp_path / "c/step-4/state.json").write_text("{}")
+    student = SimpleNamespace(folder=SimpleNamespace(checkpoints=tmp_path / "c", path=tmp_path), restore=lambda saved: None)
+    assert restore([student], SimpleNamespace(restore=lambda state: None, total_steps=STEPS), main=True) == 3
+    assert sorted(path.name for path in (tmp_path / "c").iterdir()) == ["step-1", "step-2", "step-3"]
 
 
 def test_no_whole_checkpoint_left_is_refused(whole, tmp_path):

@@ -246,3 +246,26 @@ def recipe(folder: Path, common: dict, setting: str, value):
     # a section before what is in it, and a null that unsets something before what takes its place
     changes = sorted(({**plain, **common, setting: value}).items(), key=lambda one: (one[0].count("."), one[1] is not None))
     return loader.load_recipe(folder / "recipe.yaml", dict(changes))
+
+
+def test_one_folder_under_two_names_is_no_change(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("student", "teacher"):
+        (tmp_path / "models" / name).mkdir(parents=True)
+    (tmp_path / "recipe.yaml").write_text("output_dir: out")
+    both = [recipe(tmp_path, {}, "student.model", name) for name in ("models/../models/student", str(tmp_path / "models/student"))]
+    assert both[0].student.model != both[1].student.model
+    (tmp_path / "recipe.yaml").write_text(loader.dump(both[0]))
+    folder = RunFolder(both[1], True)
+    folder.path = tmp_path
+    folder.check()
+
+
+def test_a_source_that_is_gone_is_named(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("output_dir: out")
+    two, one = (recipe(tmp_path, {}, "data.train", [{"path": name} for name in names]) for names in (("a.jsonl", "b.jsonl"), ("a.jsonl",)))
+    (tmp_path / "recipe.yaml").write_text(loader.dump(two))
+    folder = RunFolder(one, True)
+    folder.path = tmp_path
+    with pytest.raises(UserError, match=r"data.train.1.path: '.*b.jsonl' in the run that is to be resumed and None now"):
+        folder.check()

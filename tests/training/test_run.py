@@ -1,6 +1,7 @@
 """Whole runs of the small world: what must be the same before and after, and what is left behind."""
 
 import json
+import math
 import os
 import shutil
 import signal
@@ -180,7 +181,7 @@ def test_validation_figures_from_the_models_own_logits(make_recipe, world, tmp_p
         "teacher_entropy": -(p.exp() * p).sum(-1).mean(),
     }
     assert {k: metrics[k] for k in expected} == pytest.approx({k: v.item() for k, v in expected.items()}, rel=1e-10)
-    assert metrics["targets"] == len(y)
+    assert metrics["targets"] == len(y) and metrics["perplexity"] == pytest.approx(math.exp(metrics["ce"]), rel=1e-12)
 
 
 @pytest.mark.parametrize(

@@ -74,15 +74,18 @@ def test_a_failure_that_was_passed_is_forgotten(command, tmp_path, poisoned):
 
 
 def test_an_infinite_gradient_stops_the_run(make_recipe, monkeypatch):
-    real = Distiller.forward
+    real, before, after = Distiller.forward, {}, {}
 
     def forward(self, batch, signal):
         loss = real(self, batch, signal)
+        after.update(self.trainable())
+        before.update({name: p.detach().clone() for name, p in after.items() if name not in before})
         return type(loss)(loss.total + 0 * loss.total * (loss.total - loss.total).sqrt(), loss.rows)
 
     monkeypatch.setattr(Distiller, "forward", forward)
     with pytest.raises(NonFinite, match="step 1: gradient is not finite"):
         run(make_recipe())
+    assert before and all(torch.equal(p, before[name]) for name, p in after.items()), "the weights moved"
 
 
 POISONED = """
