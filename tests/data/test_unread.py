@@ -6,6 +6,8 @@ import pytest
 
 from llmkd.commands.preview_data import preview
 from llmkd.config.recipe import Data, Source
+from llmkd.data.batching import Batching
+from llmkd.data.stream import StreamSource
 from llmkd.training.prepare import prepare
 from tests.data.test_sources import write
 from tests.kit.data import encode, rows_of, shown, tiny
@@ -119,11 +121,9 @@ def test_keys_of_messages_beside_those_that_fields_names_are_listed(read):
 
 
 def test_a_stream_lists_them_too_and_new_ones_when_they_come(tmp_path, capsys):
-    from llmkd.data.stream import StreamSource
-
     rows = [ANSWER | {"id": 1}] * 4 + [ANSWER | {"late": 1}] * 4
     source = Source(path=str(write(tmp_path / "t.jsonl", rows)))
-    stream = StreamSource(source, Data(shuffle_buffer=4), tiny(), seed=0, batch_size=4, micro_batch_size=4, total_steps=4)
+    stream = StreamSource(source, Data(shuffle_buffer=4), tiny(), Batching(0, 4, 4, max_steps=4))
     assert len(list(stream.schedule())) == 4
     first, second = [line for line in capsys.readouterr().err.splitlines() if "not read" in line]
     assert first.endswith("of the first 4 rows: id (4)") and second.endswith(": late (4)")

@@ -99,11 +99,12 @@ def test_the_best_step_has_the_lowest_cross_entropy_or_the_highest_agreement(by,
 
 def test_a_step_that_has_a_checkpoint_is_not_saved_again():
     saved = []
-    student = SimpleNamespace(save=lambda step, state: saved.append(step), prune=lambda: None)
+    student = SimpleNamespace(save=lambda step, state: saved.append(step), prune=lambda: None, failure=None)
     source, accelerator = SimpleNamespace(state=lambda step: {}), SimpleNamespace(wait_for_everyone=lambda: None)
-    trainer = SimpleNamespace(written=3, main=True, active=[student], source=source, accelerator=accelerator)
+    trainer = object.__new__(Trainer)
+    vars(trainer).update(written=3, main=True, students=[student], source=source, accelerator=accelerator)
     for step in (2, 3, 4, 4):
-        Trainer.save(trainer, step)
+        trainer.save(step)
     assert saved == [4]
 
 
