@@ -279,7 +279,7 @@ LAYERS = (
     (("output/", "run folder, metrics, model card, hub"),),
     (("teachers/", "live, cached, mixture; the cache on disk"),),
     (("models/", "load, adapters, attention"), ("data/", "files to examples to batches")),
-    (("config/", "settings"), ("losses/", "divergences, fused head"), ("model_files.py", "a model's folder")),
+    (("config/", "settings"), ("losses/", "divergences, fused head"), ("model_folder/", "files, weights, hashes")),
     (("batch.py  signals.py  head.py", "the nouns"), ("console.py  errors.py  files.py", "messages, exit codes, files")),
 )
 

@@ -14,7 +14,7 @@ if not __package__:  # run as a script: this folder's names are ours alone, and 
 
 from llmkd.console import first_process
 from llmkd.errors import UserError
-from llmkd.model_files import refuse_mistyped_folder
+from llmkd.model_folder.files import refuse_mistyped_folder
 
 
 def evaluate(options: argparse.Namespace) -> None:

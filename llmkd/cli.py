@@ -12,12 +12,12 @@ import warnings
 from pathlib import Path
 
 from . import __version__, console
-from .bus_error import report_bus_errors
 from .commands import arguments
 from .commands.parser import HelpShown, did_you_mean
 from .config import loader
-from .environment import check_environment
 from .errors import UserError, exit_code
+from .process.bus_error import report_bus_errors
+from .training.environment import check_environment
 from .training.launcher import launcher_pid
 from .training.shutdown import end_on_signal
 

@@ -5,9 +5,9 @@ import select
 import sys
 import traceback
 
-from . import rank_messages
 from .console import first_process
-from .machine_errors import machine_error
+from .process import rank_messages
+from .process.machine_errors import machine_error
 
 
 class UserError(Exception):
@@ -109,7 +109,7 @@ def exit_code(action, *, debug: bool = False, again: str = "start it again") -> 
     0 done, 1 an error of the machine or a bug, 2 a mistake the user can fix, 3 stopped at a non-finite value, 75 stopped by a signal.
     `again`: how the command goes on after an error of the machine.
 
-    With several processes one of them prints what all or some of them met; see `rank_messages`.
+    With several processes one of them prints what all or some of them met; see `process/rank_messages.py`.
     """
     try:
         action()

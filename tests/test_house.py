@@ -15,12 +15,9 @@ RECIPES = PACKAGE.parent / "recipes"  # installed as llmkd_recipes
 
 #: Files at the top of llmkd/ and its folders. Each imports only from lines above its own: so losses, models and data never one another.
 LAYERS = (
-    "__init__ console files batch head bus_error machine_errors",
-    "rank_messages",
+    "__init__ console files batch head process",
     "errors signals",
-    "weight_files",
-    "weight_hashes",
-    "config model_files model_identity environment",
+    "config model_folder",
     "losses models data",
     "teachers",
     "output",

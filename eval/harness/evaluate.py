@@ -160,7 +160,7 @@ class _Work:
     def load(self, ref: ModelToEvaluate):
         """The model as it was trained, whatever its head's padding, for the harness."""
         from llmkd.data.encoding.tokenizer import load_tokenizer, shared_vocab
-        from llmkd.model_files import rows_of
+        from llmkd.model_folder.files import rows_of
         from llmkd.models import adapters, pretrained
 
         files, device = ref.files, self.accelerator.device

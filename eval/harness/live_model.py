@@ -7,7 +7,7 @@ import time
 
 from llmkd.console import first_process, info
 from llmkd.errors import Stopped, UserError
-from llmkd.machine_errors import is_out_of_memory
+from llmkd.process.machine_errors import is_out_of_memory
 
 
 @functools.cache

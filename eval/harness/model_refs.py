@@ -7,9 +7,9 @@ from pathlib import Path
 from llmkd.config.loader import read_placed
 from llmkd.config.recipe import Teacher
 from llmkd.errors import UserError
-from llmkd.model_files import ModelFiles, find
-from llmkd.model_identity import config_hash, fingerprint, record_of, verify
-from llmkd.weight_files import read_json
+from llmkd.model_folder.files import ModelFiles, find
+from llmkd.model_folder.identity import config_hash, fingerprint, record_of, verify
+from llmkd.model_folder.weights import read_json
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from llmkd.errors import UserError
 from llmkd.files import read_jsonl, sha256_file, write_atomic
-from llmkd.model_identity import WHOLE
+from llmkd.model_folder.identity import WHOLE
 
 #: Settings that two evaluations of a task must share to be the same evaluation.
 SAME = ("version", "harness", "fewshot", "limit", "seeds", "model.fingerprint", "model.dtype", "model.quantization")

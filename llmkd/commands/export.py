@@ -10,8 +10,8 @@ from ..console import info, warn
 from ..data.encoding.tokenizer import load_tokenizer, save_tokenizer, shared_vocab
 from ..errors import UserError
 from ..files import write_folder
-from ..model_files import ModelFiles, find, rows_of
-from ..model_identity import verify, write_record
+from ..model_folder.files import ModelFiles, find, rows_of
+from ..model_folder.identity import verify, write_record
 from ..training.prepare import prepare
 
 SAMPLE = 64  # examples on which the merged model is compared with the trained one

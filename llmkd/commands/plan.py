@@ -8,7 +8,7 @@ import numpy as np
 
 from ..config.recipe import Lora, Recipe, distils, used_teachers
 from ..console import duration
-from ..model_files import find
+from ..model_folder.files import find
 from ..models.size import ModelSize, adapter_parameters, model_size, weight_bytes
 from ..training.prepare import prepare, student_files
 

@@ -19,7 +19,7 @@ from ..data.examples import Examples, merge
 from ..data.reading.sources import Rows
 from ..data.stream import StreamSource
 from ..errors import UserError
-from ..weight_files import read_json
+from ..model_folder.weights import read_json
 
 _MARKS = ("", "", "⟦", "⟧")  # around unsupervised text, and around supervised text
 _COLOURS = ("\x1b[2m", "\x1b[0m", "\x1b[1;32m", "\x1b[0m")

@@ -18,16 +18,16 @@ from ..config.sweep import ArmSpec, Sweep, expand
 from ..console import count, info
 from ..errors import Stopped, UserError, attribute_to_student
 from ..files import is_leftover
-from ..machine_errors import is_out_of_memory
-from ..model_files import ModelFiles
+from ..model_folder.files import ModelFiles
+from ..model_folder.weights import read_json
 from ..output import hub_upload, trackers
 from ..output.run_folder import RunFolder
+from ..process.machine_errors import is_out_of_memory
 from ..teachers.resolve import check_sampled_caches
 from ..training.launch import start
 from ..training.prepare import signal_use, student_files
 from ..training.run import run, train_together
 from ..training.shutdown import ShutdownRequest
-from ..weight_files import read_json
 from .sweep_state import Group, SweepState
 
 #: Every arm is measured against its teacher, those that do not learn from it as well. A sweep's `set` and its arms may say otherwise.

@@ -11,7 +11,7 @@ from ..config.fields import with_setting_names
 from ..config.recipe import Data, Source, Teacher
 from ..console import info, warn
 from ..errors import UserError
-from ..model_files import positions
+from ..model_folder.files import positions
 from .batching import num_draws
 from .encoding.formats import FORMATS
 from .encoding.token_cache import load_or_encode

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from ..console import info, warn
 from ..errors import UserError
-from ..model_files import ModelFiles
-from ..weight_files import ADAPTER, read_json
+from ..model_folder.files import ModelFiles
+from ..model_folder.weights import ADAPTER, read_json
 from .adapter_names import layer_of, regular_module, regular_names
 
 

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 from ..config.recipe import Lora, Quantization, Student
 from ..console import count, info, warn
 from ..errors import UserError, brief
-from ..model_files import ModelFiles
-from ..model_identity import record_of, unchanged, verify
-from ..weight_files import ADAPTER, read_json, tensors
+from ..model_folder.files import ModelFiles
+from ..model_folder.identity import record_of, unchanged, verify
+from ..model_folder.weights import ADAPTER, read_json, tensors
 from .adapter_files import as_peft_names_it, more_tokens, note_unknown
 
 #: PEFT's types that change what the model reads, or need PEFT's own forward pass, and not (only) its weights.

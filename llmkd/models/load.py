@@ -15,7 +15,7 @@ from torch import nn
 from ..config.recipe import Lora, Student, Teacher
 from ..console import info, warn
 from ..errors import UserError, attribute_to_student
-from ..model_files import ModelFiles, find
+from ..model_folder.files import ModelFiles, find
 from . import activation_checkpointing, adapters, attention, pretrained, shared_weights, startup_checks
 from .families import beside_text
 from .float8 import refuse_without_products

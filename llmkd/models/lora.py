@@ -11,8 +11,8 @@ from torch import Tensor, nn
 from ..config.recipe import Lora, Student
 from ..console import warn
 from ..errors import UserError, brief
-from ..model_files import ModelFiles
-from ..weight_files import headers
+from ..model_folder.files import ModelFiles
+from ..model_folder.weights import headers
 from .adapters import refuse_dora_in_8bit
 from .families import beside_text
 

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from ..errors import UserError, brief
-from ..model_files import ModelFiles
+from ..model_folder.files import ModelFiles
 from . import adapters, pretrained
 from .probe import largest_difference, probe_ids
 

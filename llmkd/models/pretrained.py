@@ -13,9 +13,9 @@ from ..config.recipe import Quantization
 from ..config.recipe import Student as StudentSettings
 from ..console import info
 from ..errors import UserError, brief
-from ..model_files import attention_of, check_config
-from ..model_identity import unchanged, verify
-from ..weight_files import headers, read_json
+from ..model_folder.files import attention_of, check_config
+from ..model_folder.identity import unchanged, verify
+from ..model_folder.weights import headers, read_json
 from .adapter_names import WRAPPERS, without_wrappers
 from .quantization import DTYPES, bitsandbytes_config, note_share
 

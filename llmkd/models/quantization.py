@@ -7,8 +7,8 @@ from torch import nn
 
 from ..config.recipe import Quantization
 from ..console import warn
-from ..model_files import loaded_dtype
-from ..weight_files import read_json
+from ..model_folder.files import loaded_dtype
+from ..model_folder.weights import read_json
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16, "float64": torch.float64}
 

@@ -7,7 +7,7 @@ from ..config.recipe import Quantization
 from ..config.recipe import Student as StudentSettings
 from ..config.recipe import Teacher as TeacherSettings
 from ..errors import UserError
-from ..model_identity import fingerprint, record_of, write_record
+from ..model_folder.identity import fingerprint, record_of, write_record
 from . import adapters
 from .language_model import LanguageModel
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor, nn
 
 from ..config.recipe import Student, Teacher
-from ..model_files import ModelFiles
-from ..model_identity import fingerprint
-from ..weight_files import read_json
+from ..model_folder.files import ModelFiles
+from ..model_folder.identity import fingerprint
+from ..model_folder.weights import read_json
 
 #: Ways to initialise LoRA that do not change the base's weights, beside PEFT's default (a bool).
 _LEAVE_BASE = ("gaussian", "eva", "orthogonal")

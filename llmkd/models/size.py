@@ -5,8 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..config.recipe import Lora
-from ..model_files import ModelFiles, loaded_dtype
-from ..weight_files import headers
+from ..model_folder.files import ModelFiles, loaded_dtype
+from ..model_folder.weights import headers
 
 _BYTES = {"nf4": 0.516, "fp4": 0.516, "int8": 1.0, "fp8": 1.0}
 

@@ -4,7 +4,7 @@ import torch
 
 from ..config.recipe import Teacher
 from ..errors import UserError, brief
-from ..model_files import ModelFiles
+from ..model_folder.files import ModelFiles
 from . import float8
 from .merge import merge_adapter_
 from .probe import probe_ids

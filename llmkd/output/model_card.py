@@ -16,7 +16,7 @@ from .. import __version__
 from ..config.fields import as_tuple
 from ..config.loader import dump
 from ..config.recipe import Data, Loss, Mixture, Quantization, Recipe, Source, Student, distils
-from ..model_files import ModelFiles, hub_origin, licence, loaded_dtype
+from ..model_folder.files import ModelFiles, hub_origin, licence, loaded_dtype
 from ..teachers.resolve import TeacherSource
 from . import markdown
 

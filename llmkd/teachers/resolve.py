@@ -16,8 +16,8 @@ from ..config.teacher import CACHE_KINDS, Mixture, Teacher
 from ..data.encoding import token_cache
 from ..data.examples import ALL_TEACHERS, Examples
 from ..errors import UserError
-from ..model_files import ModelFiles, find, loaded_dtype
-from ..model_identity import WHOLE, config_hash, fingerprint, identity_of, same_weights, verify
+from ..model_folder.files import ModelFiles, find, loaded_dtype
+from ..model_folder.identity import WHOLE, config_hash, fingerprint, identity_of, same_weights, verify
 from .cache.shards import TeacherCache, read_header
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from ..data.batch_source import ExampleSource, Step
 from ..data.batching import MOST_PACKED, MOST_TOKENS, TokenBudget
 from ..errors import UserError
 from ..losses.fused import LEAST_ROWS, MOST_ROWS
-from ..machine_errors import is_out_of_memory
+from ..process.machine_errors import is_out_of_memory
 from ..signals import Teacher
 from .distiller import Distiller
 from .loop import StudentState, forward_backward

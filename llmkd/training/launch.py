@@ -3,8 +3,8 @@
 import os
 
 from ..console import warn
-from ..environment import check_environment
 from ..errors import UserError
+from .environment import check_environment
 from .process_state import check_accelerator, check_process_state
 
 

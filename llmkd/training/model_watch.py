@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import ChangedFiles, UserError
-from ..model_files import ModelFiles
-from ..model_identity import CONFIGS
+from ..model_folder.files import ModelFiles
+from ..model_folder.hashes import stamp
+from ..model_folder.identity import CONFIGS
+from ..model_folder.weights import INDEX, weight_files
 from ..teachers.resolve import TeacherSource
-from ..weight_files import INDEX, weight_files
-from ..weight_hashes import stamp
 from .prepare import Prepared, model_identity
 
 

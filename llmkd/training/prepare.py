@@ -33,8 +33,8 @@ from ..data.examples import Examples
 from ..data.reading.sources import Rows
 from ..data.stream import StreamSource
 from ..errors import UserError
-from ..model_files import ModelFiles, find, rows_of
-from ..model_identity import identity_of, verify
+from ..model_folder.files import ModelFiles, find, rows_of
+from ..model_folder.identity import identity_of, verify
 from ..teachers.resolve import SignalUse, TeacherSource, check_cache, check_coverage, provenance, resolve_teachers
 
 MODELS = ("the student", "the teacher")  # how the names of models begin in `Prepared.identity`

@@ -4,11 +4,11 @@ import contextlib
 
 from ..config.recipe import Recipe
 from ..console import first_process, info
-from ..environment import check_environment
 from ..errors import NonFinite, Stopped
-from ..model_identity import verify
+from ..model_folder.identity import verify
 from ..output import hub_upload, trackers
 from ..output.run_folder import RunFolder
+from .environment import check_environment
 from .launch import start
 from .prepare import prepare
 from .process_state import check_process_state

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from ..model_files import ModelFiles
+from ..model_folder.files import ModelFiles
 from ..teachers.resolve import TeacherSource
 
 #: As torchtune's study of the reference case found (https://pytorch.org/blog/llama-into-torchtune/).

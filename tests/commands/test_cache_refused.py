@@ -193,7 +193,7 @@ def test_an_arm_that_samples_are_not_right_for_is_named_before_anything_runs(wor
 def test_a_cache_of_an_earlier_version_which_took_samples_of_the_weights_is_read_and_not_continued(make_recipe, world, damaged):
     import hashlib
 
-    from llmkd.model_identity import _sampled_fingerprint, config_hash
+    from llmkd.model_folder.identity import _sampled_fingerprint, config_hash
     from llmkd.training.prepare import prepare
 
     folder = damaged()

@@ -22,7 +22,7 @@ from llmkd.data.encoding.token_cache import load_or_encode
 from llmkd.data.examples import merge
 from llmkd.data.stream import StreamSource
 from llmkd.errors import UserError
-from llmkd.model_files import find
+from llmkd.model_folder.files import find
 from llmkd.models.size import model_size
 from llmkd.training.prepare import prepare
 from llmkd.training.run import run

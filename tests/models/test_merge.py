@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from llmkd.errors import UserError
-from llmkd.model_files import find
+from llmkd.model_folder.files import find
 from llmkd.models import merge as merging
 from llmkd.models.merge import merge
 from tests.models.test_adapters import base, logits, moved, plain

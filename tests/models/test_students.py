@@ -13,7 +13,7 @@ from llmkd.config.recipe import Lora, Student, Teacher
 from llmkd.errors import UserError
 from llmkd.losses.fused import fused_loss
 from llmkd.losses.objective import Objective
-from llmkd.model_files import find
+from llmkd.model_folder.files import find
 from llmkd.models import pretrained, saved_student
 from llmkd.models.language_model import LanguageModel
 from llmkd.models.load import LoadContext, load_models, load_teacher

@@ -10,7 +10,7 @@ from huggingface_hub import ModelCard
 
 from llmkd.config import loader
 from llmkd.config.recipe import Quantization, Source
-from llmkd.model_files import find
+from llmkd.model_folder.files import find
 from llmkd.output.markdown import code_span, escape
 from llmkd.output.model_card import model_card
 from llmkd.teachers.resolve import TeacherSource

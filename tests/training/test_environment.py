@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from llmkd import environment
-from llmkd.environment import HARMLESS, REFUSED, RULES, SAID, check_environment, rule_for
 from llmkd.errors import UserError
-from llmkd.training import launch, process_state
+from llmkd.training import environment, launch, process_state
+from llmkd.training.environment import HARMLESS, REFUSED, RULES, SAID, check_environment, rule_for
 from llmkd.training.run import run
 
 ONE_STEP = {"train__max_steps": 1, "optim__warmup_steps": None, "teacher": None, "loss__kd_ratio": 0.0}

@@ -31,7 +31,7 @@ def truncated(world: Path, to: Path) -> str:
 
 
 def another_base(world: Path, to: Path) -> str:
-    from llmkd.model_identity import fingerprint
+    from llmkd.model_folder.identity import fingerprint
 
     _adapter(world, to, load_file(world / "adapter/adapter_model.safetensors"))
     (to / "llmkd.json").write_text(json.dumps({"base_fingerprint": fingerprint(world / "stranger", "x")}))

@@ -9,8 +9,8 @@ from typing import Any
 from ...config.recipe import Student
 from ...console import warn
 from ...errors import UserError
-from ...model_files import TOKENIZER, locate
-from ...weight_files import read_json
+from ...model_folder.files import TOKENIZER, locate
+from ...model_folder.weights import read_json
 from ..reading import skills
 
 

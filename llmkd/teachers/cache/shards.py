@@ -26,7 +26,7 @@ import numpy as np
 from ...config.dotted import flatten
 from ...errors import ChangedFiles, UserError, report_from_any_rank
 from ...files import remove_leftovers, sha256_file, write_atomic
-from ...weight_files import tensors
+from ...model_folder.weights import tensors
 
 VERSION = 2  # 1 was written as store.json, with other names in it
 SHARD_BYTES = 64 << 20

@@ -233,13 +233,13 @@ FAULTS = [
         ),
     ),
     *in_file(
-        "llmkd/machine_errors.py",
+        "llmkd/process/machine_errors.py",
         (
             "full-disk-is-a-bug",
             "a full disk is called a bug",
             '(errno.ENOSPC, errno.EDQUOT),\n        r"No space left on device|',
             '(errno.EDQUOT,),\n        r"',
-            "test_machine_errors.py",
+            "process/test_machine_errors.py",
         ),
     ),
     *in_file(

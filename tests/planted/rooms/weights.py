@@ -2,7 +2,7 @@
 
 from tests.planted.fault import Fault
 
-FILES, HASHES, IDENTITY = "llmkd/weight_files.py", "llmkd/weight_hashes.py", "llmkd/model_identity.py"
+FILES, HASHES, IDENTITY = "llmkd/model_folder/weights.py", "llmkd/model_folder/hashes.py", "llmkd/model_folder/identity.py"
 NAMES, MERGE = "llmkd/models/adapter_names.py", "llmkd/models/merge.py"
 
 FAULTS = [
@@ -12,7 +12,7 @@ FAULTS = [
         HASHES,
         'max(t["stop"], t["start"] + 1), PIECE)',
         'max(t["stop"], t["start"] + 1), 2 * PIECE)',
-        "test_weight_files.py::test_a_hash_is_that_of_the_pieces_whatever_their_number",
+        "model_folder/test_weights.py::test_a_hash_is_that_of_the_pieces_whatever_their_number",
     ),
     Fault(
         "kept-without-change-time",
@@ -20,7 +20,7 @@ FAULTS = [
         HASHES,
         "return [about.st_size, about.st_ino, about.st_mtime_ns, about.st_ctime_ns]",
         "return [about.st_size, about.st_ino, about.st_mtime_ns, 0]",
-        "test_weight_files.py::test_a_file_is_read_again_only_when_it_was_changed",
+        "model_folder/test_weights.py::test_a_file_is_read_again_only_when_it_was_changed",
     ),
     Fault(
         "young-files-kept",
@@ -28,7 +28,7 @@ FAULTS = [
         HASHES,
         "if now - max(before[path][2:]) >= SETTLED * 1e9:",
         "if True:",
-        "test_weight_files.py::test_a_file_that_was_just_written_is_not_remembered",
+        "model_folder/test_weights.py::test_a_file_that_was_just_written_is_not_remembered",
     ),
     Fault(
         "entry-believed",
@@ -36,7 +36,7 @@ FAULTS = [
         HASHES,
         'if entry.pop("checksum") == _checksum(entry) and ',
         'if entry.pop("checksum") and ',
-        "test_weight_files.py::test_a_damaged_entry_of_the_cache_is_not_believed",
+        "model_folder/test_weights.py::test_a_damaged_entry_of_the_cache_is_not_believed",
     ),
     Fault(
         "index-first",
@@ -44,7 +44,7 @@ FAULTS = [
         FILES,
         "for one in (MODEL, INDEX) if",
         "for one in (INDEX, MODEL) if",
-        "test_weight_files.py::test_the_files_that_transformers_loads_are_the_ones_that_count",
+        "model_folder/test_weights.py::test_the_files_that_transformers_loads_are_the_ones_that_count",
     ),
     Fault(
         "out-of-the-folder",
@@ -52,7 +52,7 @@ FAULTS = [
         FILES,
         'if ".." in parts or Path(*parts).is_absolute():',
         'if ".." == parts[0]:',
-        "test_weight_files.py::test_an_index_that_leads_out_of_its_folder_is_refused",
+        "model_folder/test_weights.py::test_an_index_that_leads_out_of_its_folder_is_refused",
     ),
     Fault(
         "configuration-forgotten",

@@ -15,9 +15,9 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from .console import info, progress_bar
-from .files import lock_file, remove_leftovers, write_atomic
-from .weight_files import tensors
+from ..console import info, progress_bar
+from ..files import lock_file, remove_leftovers, write_atomic
+from .weights import tensors
 
 VERSION = 1  # raise it when the hash of the same tensors changes
 PIECE = 32 << 20  # bytes that are hashed one after another: a tensor's hash is that of the hashes of its pieces

@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from llmkd import rank_messages
 from llmkd.errors import UserError, exit_code
+from llmkd.process import rank_messages
 from llmkd.training.shutdown import end_on_signal
 
 GLOO = "[/src/third_party/gloo/gloo/transport/tcp/pair.cc:553] Connection closed by peer [127.0.0.1]:16422"

@@ -5,7 +5,7 @@ import sys
 
 CODE = """
 import mmap, os, sys
-from llmkd.bus_error import report_bus_errors
+from llmkd.process.bus_error import report_bus_errors
 report_bus_errors()
 with open(sys.argv[1], "r+b") as file:
     held = mmap.mmap(file.fileno(), 0)

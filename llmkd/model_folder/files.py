@@ -8,8 +8,8 @@ from pathlib import Path
 
 import yaml
 
-from .errors import UserError
-from .weight_files import read_json, some, weight_files
+from ..errors import UserError
+from .weights import read_json, some, weight_files
 
 _HUB_ID = re.compile(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)?")
 _WANTED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt"]

@@ -10,11 +10,11 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from llmkd import model_identity, weight_hashes
 from llmkd.errors import ChangedFiles, UserError
-from llmkd.model_files import find
-from llmkd.model_identity import fingerprint, same_weights, unchanged, verify, write_record
-from llmkd.weight_files import weight_files
+from llmkd.model_folder import hashes, identity
+from llmkd.model_folder.files import find
+from llmkd.model_folder.identity import fingerprint, same_weights, unchanged, verify, write_record
+from llmkd.model_folder.weights import weight_files
 
 
 def model(folder: Path, **tensors) -> Path:
@@ -63,9 +63,9 @@ def test_a_hash_is_that_of_the_pieces_whatever_their_number(tmp_path, monkeypatc
 
     save_file({"a": np.arange(300, dtype=np.uint8)}, tmp_path / "x.safetensors")
     content = np.arange(300, dtype=np.uint8).tobytes()
-    monkeypatch.setattr(weight_hashes, "PIECE", 128)
+    monkeypatch.setattr(hashes, "PIECE", 128)
     pieces = b"".join(hashlib.sha256(content[i : i + 128]).digest() for i in (0, 128, 256))
-    (found,) = weight_hashes.tensor_hashes([tmp_path / "x.safetensors"])
+    (found,) = hashes.tensor_hashes([tmp_path / "x.safetensors"])
     assert found == {"a": f"U8 [300] {hashlib.sha256(pieces).hexdigest()}"}
 
 
@@ -73,15 +73,15 @@ def test_a_hash_is_that_of_the_pieces_whatever_their_number(tmp_path, monkeypatc
 def kept(tmp_path, monkeypatch):
     """A model whose hash is kept on disk, and the number of files that were read since."""
     reads = []
-    monkeypatch.setattr(weight_hashes, "KEPT_FROM", 0)
-    monkeypatch.setattr(weight_hashes, "SETTLED", -1e9)  # as if all was written long ago
+    monkeypatch.setattr(hashes, "KEPT_FROM", 0)
+    monkeypatch.setattr(hashes, "SETTLED", -1e9)  # as if all was written long ago
     monkeypatch.setenv("LLMKD_CACHE", str(tmp_path / "cache"))
-    piece = weight_hashes._piece
-    monkeypatch.setattr(weight_hashes, "_piece", lambda path, *rest: reads.append(path) or piece(path, *rest))
+    piece = hashes._piece
+    monkeypatch.setattr(hashes, "_piece", lambda path, *rest: reads.append(path) or piece(path, *rest))
 
     def go(folder: Path) -> tuple[str, bool]:
         """Its fingerprint in a new process, and whether its files were read for it."""
-        weight_hashes._memory.clear()
+        hashes._memory.clear()
         reads.clear()
         return fingerprint(folder, "m"), bool(reads)
 
@@ -122,7 +122,7 @@ def test_without_a_place_to_keep_them_hashes_are_computed_each_time(tmp_path, ke
 
 
 def test_a_file_that_was_just_written_is_not_remembered(tmp_path, kept, monkeypatch):
-    monkeypatch.setattr(weight_hashes, "SETTLED", 60.0)
+    monkeypatch.setattr(hashes, "SETTLED", 60.0)
     folder = model(tmp_path / "m")
     first, _ = kept(folder)
     assert kept(folder) == (first, True)
@@ -131,14 +131,14 @@ def test_a_file_that_was_just_written_is_not_remembered(tmp_path, kept, monkeypa
 
 def test_a_file_that_changes_while_it_is_read_is_a_refusal(tmp_path, monkeypatch):
     folder = model(tmp_path / "m")
-    piece = weight_hashes._piece
+    piece = hashes._piece
 
     def slow(path, *rest):
         time.sleep(0.02)
         flip(path, path.stat().st_size - 1)
         return piece(path, *rest)
 
-    monkeypatch.setattr(weight_hashes, "_piece", slow)
+    monkeypatch.setattr(hashes, "_piece", slow)
     with pytest.raises(UserError, match=r"m: .*model.safetensors was changed while it was read"):
         fingerprint(folder, "m")
 
@@ -248,7 +248,7 @@ def test_what_llmkd_wrote_is_refused_when_any_file_of_it_has_changed(tmp_path):
 
 def test_records_of_earlier_versions_are_compared_by_their_samples(tmp_path, capsys):
     base, adapter = model(tmp_path / "base"), model(tmp_path / "adapter")
-    (adapter / "llmkd.json").write_text(json.dumps({"base_fingerprint": model_identity._sampled_fingerprint(base, "m")}))
+    (adapter / "llmkd.json").write_text(json.dumps({"base_fingerprint": identity._sampled_fingerprint(base, "m")}))
     verify(base, adapter, "m")
     assert "is of an earlier version, which recorded samples" in capsys.readouterr().err
     size = (base / "model.safetensors").stat().st_size

@@ -7,11 +7,11 @@ import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from .console import info, warn
-from .errors import ChangedFiles, UserError
-from .files import sha256_file
-from .weight_files import INDEX, read_json, tensors, weight_files
-from .weight_hashes import stamp, tensor_hashes
+from ..console import info, warn
+from ..errors import ChangedFiles, UserError
+from ..files import sha256_file
+from .hashes import stamp, tensor_hashes
+from .weights import INDEX, read_json, tensors, weight_files
 
 RECORD = "llmkd.json"  # beside a student that llmkd wrote: the hashes of its files, and of the base of an adapter
 WHOLE = "sha256:"  # begins a fingerprint of all bytes; those of earlier versions have no such beginning
@@ -29,7 +29,7 @@ def fingerprint(folder: Path, setting: str) -> str:
     """A hash of all weights in a folder: names, shapes, types and every byte. UserError for a damaged file.
 
     It does not depend on how the tensors are spread over files, nor on the type they are loaded in. The files are read whole once, and
-    again only when they have changed (see weight_hashes.py).
+    again only when they have changed (see hashes.py).
     """
     return WHOLE + _digest(row for rows in _hashes(folder, setting).values() for row in rows)
 

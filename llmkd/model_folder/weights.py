@@ -4,7 +4,7 @@ import json
 import struct
 from pathlib import Path
 
-from .errors import UserError
+from ..errors import UserError
 
 MODEL, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"
 

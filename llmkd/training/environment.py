@@ -9,8 +9,8 @@ import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from .console import info
-from .errors import UserError
+from ..console import info
+from ..errors import UserError
 
 REFUSED, SAID, HARMLESS = "refused", "said", "harmless"
 _OFF = ("0", "false", "no", "off", "n", "f")
