@@ -73,6 +73,16 @@ def test_no_torch_before_it_is_needed():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
+@pytest.mark.parametrize("first", ["the file", "the function"])
+def test_the_file_train_py_does_not_take_the_functions_name(monkeypatch, first):
+    monkeypatch.delitem(sys.modules, "llmkd.train", raising=False)
+    monkeypatch.delitem(vars(llmkd), "train", raising=False)
+    if first == "the function":
+        assert callable(llmkd.train)
+    importlib.import_module("llmkd.train")
+    assert llmkd.train is llmkd.api.train and importlib.import_module("llmkd.train") is llmkd.api.train
+
+
 def test_an_unknown_name():
     with pytest.raises(AttributeError, match="module 'llmkd' has no attribute 'distil'"):
         llmkd.distil  # noqa: B018
