@@ -15,6 +15,10 @@ def start():
         raise UserError(
             "accelerate launch --cpu starts one process, whatever --num_processes says; use accelerate launch --multi_gpu --num_processes N, also without a GPU"
         )
+    if asked > 1 and os.environ.get("MASTER_PORT") == "0":  # torch would wait for ever
+        raise UserError(
+            "MASTER_PORT is 0, which is no port to meet at; start with torchrun --standalone, or name a free port (--master_port)"
+        )
     check_environment()
     from datetime import timedelta
 

@@ -255,6 +255,13 @@ def test_a_launch_that_starts_fewer_processes_is_refused(command, monkeypatch):
     assert code == 2 and "--multi_gpu" in lines[0]
 
 
+def test_a_launch_with_port_0_is_refused_instead_of_waiting(command, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("MASTER_PORT", "0")
+    code, lines = command()
+    assert code == 2 and "--standalone" in lines[0]
+
+
 def test_a_kill_while_the_folder_was_claimed_can_be_resumed(make_recipe, tmp_path):
     recipe = make_recipe(**SHORT)
     (tmp_path / "out").mkdir()
