@@ -49,13 +49,20 @@ def _own_cache(tmp_path_factory, monkeypatch):
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory) -> Iterator[Path]:
+    root = make_world(tmp_path_factory.mktemp("world"))
+    gc.collect()
+    gc.freeze()  # what is imported by now: a collection that a test asks for then takes milliseconds, not half a second
+    yield root
+    gc.unfreeze()
+
+
+def make_world(root: Path) -> Path:
     """Folders student, teacher (bases, float64), adapter (LoRA on teacher); train.jsonl of 37 ragged rows, held.jsonl of 9."""
     from peft import LoraConfig, get_peft_model
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from llmkd.data.reading.skills import tokenizer
 
-    root = tmp_path_factory.mktemp("world")
     tok = tokenizer()
     for name, width, seed in (("student", 16, 1), ("teacher", 24, 2), ("stranger", 24, 3)):
         torch.manual_seed(seed)
@@ -80,10 +87,7 @@ def world(tmp_path_factory) -> Iterator[Path]:
     adapted.save_pretrained(root / "adapter")
     for name, count, shift in (("train", 37, 0), ("held", 9, 40)):
         write_rows(root / f"{name}.jsonl", count, shift)
-    gc.collect()
-    gc.freeze()  # what is imported by now: a collection that a test asks for then takes milliseconds, not half a second
-    yield root
-    gc.unfreeze()
+    return root
 
 
 def write_rows(path: Path, count: int, shift: int = 0) -> None:

@@ -155,7 +155,7 @@ def test_the_host_waits_for_the_device_only_where_somebody_asks(make_recipe, mon
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit"])
-def test_when_figures_are_asked_for_changes_nothing(trained, optimizer):
+def test_when_metrics_are_asked_for_changes_nothing(trained, optimizer):
     if optimizer != "adamw":
         pytest.importorskip("bitsandbytes")
     changes = {"train__batch_size": 8, "student__dtype": "float32", "optim__name": optimizer, **SHORT}
