@@ -93,6 +93,11 @@ MACHINE = [
         "test_files.py::test_an_error_leaves_the_file_as_it_was_and_no_leftover data/test_token_cache.py::test_a_full_disk_does_not_fail_the_run_and_leaves_nothing_behind",
     ),
     Row(
+        "a file that may not grow during train, cache or export",
+        "one line, exit code 1; the same command goes on where there is room",
+        "faults/test_limited_disk.py::test_a_file_that_may_not_grow_is_said_in_one_line_and_nothing_half_written_stays",
+    ),
+    Row(
         "too little memory for a micro-batch",
         "the step is repeated with half of it",
         "training/test_auto_batch.py::test_memory_that_runs_out_repeats_the_step_with_half training/test_auto_batch.py::test_where_nothing_smaller_can_help_the_error_comes_out",
