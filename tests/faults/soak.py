@@ -29,6 +29,7 @@ REPO = Path(__file__).parents[2]
 MARK = "LLMKD_SOAK"  # an environment variable that every process of a call inherits: so one that is left over is found
 SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 LONGEST = 300  # seconds until a call that does not end counts as hanging
+LINGER = 90  # seconds that processes of a call may take to end after the one that was called
 
 
 def main() -> int:
@@ -156,9 +157,9 @@ def of_group(group: int) -> list[int]:
     return found or [group]
 
 
-def left_over(group: int, patience: float = 90) -> int | None:
-    """A process of a call that is still there `patience` seconds after the one that was called has ended."""
-    end = time.monotonic() + patience
+def left_over(group: int) -> int | None:
+    """A process of a call that is still there LINGER seconds after the one that was called has ended."""
+    end = time.monotonic() + LINGER
     while (found := [one for one in of_group(group) if one != group]) and time.monotonic() < end:
         time.sleep(0.2)
     for one in found:
