@@ -11,6 +11,7 @@ from ..data.encoding.tokenizer import load_tokenizer, save_tokenizer, shared_voc
 from ..errors import UserError
 from ..files import write_folder
 from ..model_folder.files import ModelFiles, find, rows_of
+from ..model_folder.generation import generation_settings
 from ..model_folder.identity import verify, write_record
 from ..training.prepare import prepare
 
@@ -20,7 +21,7 @@ SAMPLE = 64  # examples on which the merged model is compared with the trained o
 def export(run: Path, to: Path | None = None, checkpoint: str | None = None) -> Path:
     """Write `RUN/merged` (or `to`). `run` may be a run's folder, or an adapter's; `checkpoint` is a step's number, or best."""
     from ..models.merge import from_checkpoint, merge, verify_saved
-    from ..models.saved_student import student_folder
+    from ..models.saved_student import save_whole, student_folder
     from ..output.model_card import merged_card
 
     if not run.is_dir():
@@ -43,7 +44,7 @@ def export(run: Path, to: Path | None = None, checkpoint: str | None = None) -> 
     model = merge(files, vocab, saved) if is_adapter else from_checkpoint(student, saved)
     record = drift(model, files, tokenizer, vocab, run, saved) if is_adapter else None
     with write_folder(to) as part:
-        model.save_pretrained(part)
+        save_whole(model, part, generation_settings(files.config, (files.adapter, files.base), "export"))
         verify_saved(model, part)
         save_tokenizer(tokenizer, part)
         if is_adapter and (student / "README.md").exists():

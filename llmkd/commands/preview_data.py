@@ -14,11 +14,13 @@ from ..config.recipe import Recipe, Student, used_teachers
 from ..console import align
 from ..data.batching import Batching
 from ..data.dataset import Dataset, encode_sources, hold_out, join, read_data, refuse_empty_sources, refuse_too_few_positions, report_notes
+from ..data.encoding.end_tokens import end_tokens, report_end_tokens
 from ..data.encoding.tokenizer import student_base, student_tokenizer
 from ..data.examples import Examples, merge
 from ..data.reading.sources import Rows
 from ..data.stream import StreamSource
 from ..errors import UserError
+from ..model_folder.generation import generation_settings
 from ..model_folder.weights import read_json
 
 _MARKS = ("", "", "⟦", "⟧")  # around unsupervised text, and around supervised text
@@ -31,7 +33,8 @@ def preview(recipe: Recipe, count: int = 3, example: int | None = None, out: Tex
     if hasattr(out, "reconfigure"):
         out.reconfigure(errors="backslashreplace")  # for terminals that cannot show a character
     rows, tokenizer = read_data(recipe.data), student_tokenizer(recipe.student)
-    refuse_too_few_positions(recipe.data, _configs(recipe))
+    configs = _configs(recipe)
+    refuse_too_few_positions(recipe.data, configs)
     train = _print_counts(recipe, "data.train", rows, tokenizer, out)
     if not recipe.data.streaming:
         refuse_empty_sources(hold_out(train, recipe.data.validation_fraction)[0].examples, recipe.data)
@@ -40,6 +43,9 @@ def preview(recipe: Recipe, count: int = 3, example: int | None = None, out: Tex
     if rows["data.validation"]:
         _print_counts(recipe, "data.validation", rows, tokenizer, out)
     examples = train.examples
+    folders = [student_base(recipe.student)] if recipe.student.model else []
+    settings = generation_settings(configs["student.model"], folders, "student.model")
+    report_end_tokens(end_tokens(examples, recipe.data, tokenizer), settings, tokenizer)
     for i in _chosen(examples, count, example, recipe.seed):
         ids, loss_mask = examples.example(i)
         head = f"example {i} of {len(examples)}  {train.places[i]}  {len(ids)} tokens, {int(loss_mask.sum())} of them supervised"

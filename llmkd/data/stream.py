@@ -22,6 +22,7 @@ from ..errors import UserError
 from .batch_source import Collator, ExampleSource, Step
 from .batching import Batching
 from .encoding.encode import encode
+from .encoding.end_tokens import end_tokens
 from .encoding.formats import refuse_without_template
 from .examples import ALL_TEACHERS, Examples
 from .reading import skills
@@ -43,6 +44,7 @@ class StreamSource(ExampleSource):
         self.source, self.data, self.tokenizer, self.setting = source, data, tokenizer, "data.train"
         self.batch_size, self.teacher = batching.batch_size, teacher
         self.counts: dict[str, int] = {}
+        self.end_tokens: set[int] = set()  # of the steps that were read; one set for all copies of this source
         self._pass_rows: int | None = None  # known after the first pass
         self._hashes: dict[int, str] = {}  # by step, of all rows up to it; of the last few steps
         self._expected: str | None = None
@@ -194,4 +196,5 @@ class StreamSource(ExampleSource):
         refuse_without_template(self.source, rows.rows, self.tokenizer, self.setting)
         examples = encode(rows, self.source, self.data, self.tokenizer)
         examples.teacher_index[:] = self.teacher
+        self.end_tokens |= end_tokens(examples, self.data, self.tokenizer)
         return examples, [rows.places[i] for i in examples.row]

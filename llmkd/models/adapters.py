@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from ..config.recipe import Lora, Quantization, Student
 from ..console import count, info, warn
 from ..errors import UserError, brief
+from ..model_folder import generation
 from ..model_folder.files import ModelFiles
 from ..model_folder.identity import record_of, unchanged, verify
 from ..model_folder.weights import ADAPTER, read_json, tensors
@@ -40,6 +41,10 @@ def load(model: nn.Module, files: ModelFiles, setting: str, trainable: bool = Fa
             raise UserError(f"{setting}: the adapter {files.adapter} holds values that are not finite, in {key}; train or copy it again")
     matched = _matched(adapted, weights, files, setting, name)
     _read_in_full(adapted, matched, name, f"{setting}: the adapter {files.adapter}")
+    if (files.adapter / generation.NAME).is_file():  # it stops where its own training data ended, not where the base's did
+        from transformers import GenerationConfig
+
+        adapted.get_base_model().generation_config = GenerationConfig.from_pretrained(files.adapter)
     return adapted
 
 

@@ -3,10 +3,13 @@
 import dataclasses
 from pathlib import Path
 
+from torch import nn
+
 from ..config.recipe import Quantization
 from ..config.recipe import Student as StudentSettings
 from ..config.recipe import Teacher as TeacherSettings
 from ..errors import UserError
+from ..model_folder.generation import write_generation
 from ..model_folder.identity import fingerprint, record_of, write_record
 from . import adapters
 from .language_model import LanguageModel
@@ -37,8 +40,8 @@ def student_folder(run: str | Path) -> Path:
     raise UserError(f"{run}: holds neither adapter nor model; is the run finished?")
 
 
-def save(model: LanguageModel, folder: Path, settings: StudentSettings) -> None:
-    """Write the student in Hugging Face's form: an adapter (PEFT) or a whole model, with its generation config.
+def save(model: LanguageModel, folder: Path, settings: StudentSettings, generation: dict) -> None:
+    """Write the student in Hugging Face's form: an adapter (PEFT) or a whole model, with this generation config.
 
     Beside it, llmkd.json holds the hashes of the folder's files, so its tokenizer is to be there already. For an adapter it also names
     the base's fingerprint, dtype and quantisation; `as_trained` reads them.
@@ -46,8 +49,7 @@ def save(model: LanguageModel, folder: Path, settings: StudentSettings) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     if hasattr(model.model, "peft_config"):
         adapters.save(model.model, folder, model.adapter or "default")
-        if model.base_model.generation_config is not None:
-            model.base_model.generation_config.save_pretrained(folder)
+        write_generation(folder, generation)
         base = Path(model.base_model.config._name_or_path)
         record = {
             "base_fingerprint": fingerprint(base, "student.model"),
@@ -56,5 +58,15 @@ def save(model: LanguageModel, folder: Path, settings: StudentSettings) -> None:
         }
         write_record(folder, "output_dir", student="adapter", **record)
     else:
-        model.model.save_pretrained(folder)
+        save_whole(model.model, folder, generation)
         write_record(folder, "output_dir", student="full")
+
+
+def save_whole(model: nn.Module, folder: Path, generation: dict) -> None:
+    """Write a plain transformers model, with this generation config."""
+    held, model.generation_config = model.generation_config, None if model.generation_config is None else type(model.generation_config)()
+    try:
+        model.save_pretrained(folder)
+    finally:
+        model.generation_config = held
+    write_generation(folder, generation)

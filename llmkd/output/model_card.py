@@ -6,6 +6,7 @@ Names and paths come from users. Whatever characters they contain, the metadata 
 import math
 import platform
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -86,9 +87,14 @@ class DataSource:
 
 
 def model_card(
-    recipe: Recipe, summary: dict, student: ModelFiles | None, teachers: tuple[TeacherSource, ...], origins: dict[str, list[dict]]
+    recipe: Recipe,
+    summary: dict,
+    student: ModelFiles | None,
+    teachers: tuple[TeacherSource, ...],
+    origins: dict[str, list[dict]],
+    end_tokens: Sequence[str] = (),
 ) -> str:
-    """The card's Markdown. `student` is None for new weights; `teachers` and `origins` are `Prepared`'s.
+    """The card's Markdown. `student` is None for new weights; `teachers` and `origins` are `Prepared`'s; `end_tokens` close the answers.
 
     It takes the whole recipe because it prints it.
     """
@@ -103,6 +109,7 @@ def model_card(
             f"---\n{card_data(recipe, summary, student, teachers, data).to_yaml()}\n---\n",
             f"# {markdown.escape(title(recipe))}\n",
             *introduction(recipe.student, recipe.loss, recipe.mixture, student, teachers),
+            *stopping(end_tokens),
             "\n## Use\n",
             markdown.code_block(usage_snippet(recipe, student), "python"),
             "\n## Data\n",
@@ -234,6 +241,14 @@ def introduction(
     return lines
 
 
+def stopping(end_tokens: Sequence[str]) -> list[str]:
+    """A sentence on where generation stops."""
+    if not end_tokens:
+        return ["- No answer of the training data ends with an end token: generation may not stop by itself."]
+    listed = " or ".join(map(markdown.code_span, end_tokens))
+    return [f"- Answers end with {listed}, where generation stops: `eos_token_id` in generation_config.json names it."]
+
+
 def describe_teacher(teacher: TeacherSource) -> str:
     """A teacher in one line of Markdown: its model, how it was loaded or cached, its weight."""
     one, files, parts = teacher.settings, teacher.files, []
@@ -269,11 +284,12 @@ def usage_snippet(recipe: Recipe, student: ModelFiles | None) -> str:
     more = ", BitsAndBytesConfig" if quantization else ""
     return (
         "from peft import PeftModel\n"
-        f"from transformers import AutoModelForCausalLM, AutoTokenizer{more}\n\n"
+        f"from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig{more}\n\n"
         f"here = {top}\n"
         f"base = AutoModelForCausalLM.from_pretrained({', '.join(arguments)})\n"
         f"{REPACKING if quantization and quantization.type != 'int8' else ''}"
         "model = PeftModel.from_pretrained(base, here)\n"
+        "model.generation_config = GenerationConfig.from_pretrained(here)  # it stops where answers end\n"
         "tokenizer = AutoTokenizer.from_pretrained(here)\n" + GENERATE
     )
 

@@ -28,12 +28,14 @@ from ..data.dataset import (
     teacher_index,
 )
 from ..data.encoding import token_cache
+from ..data.encoding.end_tokens import end_tokens, report_end_tokens
 from ..data.encoding.tokenizer import load_tokenizer, shared_vocab, tokenizer_differences
 from ..data.examples import Examples
 from ..data.reading.sources import Rows
 from ..data.stream import StreamSource
 from ..errors import UserError
 from ..model_folder.files import ModelFiles, find, rows_of
+from ..model_folder.generation import generation_settings
 from ..model_folder.identity import identity_of, verify
 from ..teachers.resolve import SignalUse, TeacherSource, check_cache, check_coverage, provenance, resolve_teachers
 
@@ -60,6 +62,7 @@ class EncodedData:
     validation_places: Sequence[str]
     questions: Questions | None
     identity: dict[str, str]  # hashes of the training and the held-out data
+    end_tokens: set[int]  # that close the training answers; of a stream those of the steps that were read
     origins: dict[str, list[dict]]  # of each setting (data.train, ...) its sources: path, name, split, resolved revision, rows
 
 
@@ -76,6 +79,7 @@ class Prepared:
     validation_places: Sequence[str]
     questions: Questions | None
     identity: dict[str, str]
+    end_tokens: set[int]
     origins: dict[str, list[dict]]
     student: ModelFiles | None
     teachers: tuple[TeacherSource, ...]
@@ -104,6 +108,7 @@ def prepare(recipe: Recipe, open_caches: bool = True) -> Prepared:
         rows, recipe.data, batching(recipe.train, recipe.seed, recipe.data.packing), as_tuple(recipe.teacher), tokenizer, vocab
     )
     check_caches_cover(recipe.data, models.teachers, tokenizer, data)
+    report_end_tokens(data.end_tokens, generation_before(recipe.student, models.student), tokenizer)
     identity = data.identity | {"the tokenizer": token_cache.tokenizer_hash(tokenizer)} | of_models
     parts = {field.name: getattr(data, field.name) for field in dataclasses.fields(data)} | {"identity": identity}
     return Prepared(tokenizer=tokenizer, vocab=vocab, student=models.student, teachers=models.teachers, **parts)
@@ -152,6 +157,7 @@ def encode_data(
     if data.streaming:
         source = _stream(data, batching, teachers, tokenizer)
         train, content = Dataset("train", source.examples, source.places, [source.origin]), source.content
+        ends = source.end_tokens
         refuse_unknown_tokens(vocab, train, tokenizer)
     else:
         train = _joined("train", encode_sources(rows["data.train"], data.train, "data.train", *how))
@@ -165,6 +171,7 @@ def encode_data(
         collator = Collator(tokenizer.eos_token_id, data.packing, data.share_prefixes)
         plan = batch_plan(batching, train.examples, tuple(source.weight for source in as_tuple(data.train)))
         source = PlannedSource(train.examples, train.places, plan, batching.micro_batch_size, collator)
+        ends = end_tokens(train.examples, data, tokenizer)
     if held_out:
         report_examples(held_out)
         refuse_unknown_tokens(vocab, held_out, tokenizer)
@@ -175,7 +182,7 @@ def encode_data(
         (read,) = rows["data.choices"]
         questions, origins["data.choices"] = encode_choices(read, data.choices, data, tokenizer), [read.origin]
     validation, places = (held_out.examples, held_out.places) if held_out else (None, [])
-    return EncodedData(source, train.examples, train.places, validation, places, questions, identity, origins)
+    return EncodedData(source, train.examples, train.places, validation, places, questions, identity, ends, origins)
 
 
 def _joined(name: str, parts: list[Dataset]) -> Dataset | None:
@@ -201,6 +208,12 @@ def signal_use(recipe: Recipe) -> SignalUse:
 def student_files(student: Student) -> ModelFiles | None:
     """The files of the student's base and adapter; None for new weights."""
     return find(student.model, "student.model", student.revision, student.base) if student.model else None
+
+
+def generation_before(student: Student, files: ModelFiles | None) -> dict:
+    """The generation config of what the student is trained from."""
+    config, folders = (files.config, (files.adapter, files.base)) if files else (student.architecture, ())
+    return generation_settings(config, folders, "student.model")
 
 
 def batching(train: Train, seed: int, packing: bool) -> Batching:

@@ -7,6 +7,7 @@ from ..config.recipe import Recipe
 from ..data.encoding.tokenizer import save_tokenizer
 from ..errors import NonFinite
 from ..files import read_jsonl, remove_leftovers, write_atomic, write_folder
+from ..model_folder.generation import stopping_at
 from ..models import saved_student
 from ..models.language_model import LanguageModel
 from ..output import metrics, plots, worsening
@@ -15,7 +16,7 @@ from ..output.run_folder import RunFolder
 from ..output.trackers import Trackers, configuration
 from . import checkpoint
 from .loop import StudentState
-from .prepare import Prepared
+from .prepare import Prepared, generation_before
 from .validate import HeldOut
 
 
@@ -105,7 +106,9 @@ class StudentRun:
         remove_leftovers(self.folder.path, output.name)
         with write_folder(output, replace=True) as part:
             save_tokenizer(self.prepared.tokenizer, part)
-            saved_student.save(self.model, part, self.recipe.student)
-            text = model_card(self.recipe, summary, self.prepared.student, self.prepared.teachers, self.prepared.origins)
+            generation = stopping_at(generation_before(self.recipe.student, self.prepared.student), self.prepared.end_tokens)
+            saved_student.save(self.model, part, self.recipe.student, generation)
+            ends = self.prepared.tokenizer.convert_ids_to_tokens(sorted(self.prepared.end_tokens))
+            text = model_card(self.recipe, summary, self.prepared.student, self.prepared.teachers, self.prepared.origins, ends)
             (part / "README.md").write_text(text, encoding="utf-8")
         return output

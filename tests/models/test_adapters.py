@@ -74,7 +74,7 @@ def test_an_adapter_whose_tensors_peft_renames_is_read_back_in_full_by_all(tmp_p
 
     model = moved(student(base(tmp_path / "base", "laguna"), lora=Lora(rank=4)))
     expected = logits(model)
-    saved_student.save(model, tmp_path / "ours", StudentSettings())
+    saved_student.save(model, tmp_path / "ours", StudentSettings(), {})
     model.model.save_pretrained(tmp_path / "theirs")
     assert torch.equal(logits(PeftModel.from_pretrained(plain(tmp_path / "base"), tmp_path / "ours").eval()), expected)
     for folder in ("ours", "theirs"):
@@ -117,7 +117,7 @@ def test_parameters_that_are_held_wider_than_the_rest_stay_so_when_merged(tmp_pa
     model.save_pretrained(tmp_path / "base")
     tokenizer().save_pretrained(tmp_path / "base")
     untrained = student(tmp_path / "base", lora=Lora(rank=4, target_modules=("o_proj",)))
-    saved_student.save(untrained, tmp_path / "adapter", StudentSettings())
+    saved_student.save(untrained, tmp_path / "adapter", StudentSettings(), {})
     merged, held = plain(export(tmp_path / "adapter")), plain(tmp_path / "base")
     assert torch.equal(logits(merged), logits(held))
     assert {n: t.dtype for n, t in merged.state_dict().items()} == {n: t.dtype for n, t in held.state_dict().items()}
@@ -296,7 +296,7 @@ def test_an_adapter_that_was_changed_since_it_was_trained_is_refused_by_all(tmp_
     model = moved(student(base(tmp_path / "base"), lora=Lora(rank=4)))
     (tmp_path / "adapter").mkdir()
     tokenizer().save_pretrained(tmp_path / "adapter")
-    saved_student.save(model, tmp_path / "adapter", StudentSettings())
+    saved_student.save(model, tmp_path / "adapter", StudentSettings(), {})
     elsewhere = changed(tmp_path / "adapter", tmp_path / "elsewhere", base_model_name_or_path=str(tmp_path / "base"), inference_mode=False)
     assert torch.equal(logits(teacher(elsewhere)), logits(model))
     path = elsewhere / "adapter_model.safetensors"

@@ -66,7 +66,7 @@ def test_exactly_the_adapter_trains(world, variant, tmp_path):
     own_NV = model.eval().base_model(**view.inputs, use_cache=False).logits.flatten(0, 1)[view.rows_N, :640]
     assert_close(model.head.logits(model.hidden(view)), own_NV, rtol=1e-12, atol=1e-12)
 
-    saved_student.save(model, tmp_path / "adapter", Student())
+    saved_student.save(model, tmp_path / "adapter", Student(), {})
     again = load_teacher(Teacher(model=str(tmp_path / "adapter")), LoadContext(640, "cpu"))
     with torch.no_grad():
         assert_close(again.head.logits(again.hidden(view)), own_NV.detach(), rtol=1e-12, atol=1e-12)
@@ -308,7 +308,7 @@ def test_a_saved_student_is_loaded_in_the_type_that_it_was_trained_in(world, tmp
     with torch.no_grad():
         for name, p in student.trainable().items():
             p.add_(torch.randn(p.shape, generator=torch.Generator().manual_seed(len(name))).to(p), alpha=0.1)
-    saved_student.save(student, tmp_path / "adapter", settings)
+    saved_student.save(student, tmp_path / "adapter", settings, {})
     found = saved_student.as_trained(tmp_path / "adapter")
     assert (found.dtype, found.quantization, found.model) == (dtype, None, str(tmp_path / "adapter"))
     own = load_teacher(found, LoadContext(640, "cpu"))

@@ -1,0 +1,43 @@
+"""The generation config of a saved student, as JSON: that of what it was trained from, with the end tokens that it has learnt.
+
+It is not written by transformers, which refuses to save some of the settings that it loads (a temperature without do_sample).
+"""
+
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from .weights import read_json
+
+NAME = "generation_config.json"
+
+
+def generation_settings(config: dict, folders: Sequence[Path | None], setting: str) -> dict:
+    """The generation config in the first of the folders that has one, else the tokens that a model's configuration names."""
+    for folder in folders:
+        if folder and (folder / NAME).is_file():
+            return read_json(folder / NAME, setting)
+    config = config.get("text_config", {}) | config
+    return {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(key) is not None}
+
+
+def stops_at(settings: dict) -> list[int]:
+    """The ids at which generation stops."""
+    eos = settings.get("eos_token_id")
+    return [] if eos is None else list(eos) if isinstance(eos, list) else [eos]
+
+
+def stopping_at(settings: dict, end_tokens: Iterable[int]) -> dict:
+    """The settings, with these ids after those at which generation stops already."""
+    known = stops_at(settings)
+    new = [i for i in sorted(end_tokens) if i not in known]
+    if not new:
+        return settings
+    eos = known + new
+    # with _from_model_config transformers would take the ids of config.json again
+    rest = {key: value for key, value in settings.items() if key != "_from_model_config"}
+    return rest | {"eos_token_id": eos if len(eos) > 1 else eos[0]}
+
+
+def write_generation(folder: Path, settings: dict) -> None:
+    (folder / NAME).write_text(json.dumps(settings, indent=2, sort_keys=True) + "\n", encoding="utf-8")

@@ -1,0 +1,47 @@
+"""Faults in what rows say: end tokens, control tokens that differ, formats that are recognised, long rows."""
+
+from tests.planted.fault import in_file
+
+ENDS, STOPS = "data/test_end_tokens.py", "models/test_generation.py"
+
+FAULTS = [
+    *in_file(
+        "llmkd/data/encoding/end_tokens.py",
+        ("ends-of-cut-examples", "a token at which an example was cut is an end", 'in ("truncate", "split")', 'in ("split",)', ENDS),
+        ("ends-inside", "a token between thought and answer ends a turn", "return found - inside or found", "return found", ENDS),
+        ("ends-of-words", "any token that closes an answer is an end", " & control\n", "\n", ENDS),
+        (
+            "ends-before-spaces",
+            "a line break behind the end token hides it",
+            "places = np.where(at_blank, places - 1, places)",
+            "break",
+            ENDS,
+        ),
+    ),
+    *in_file(
+        "llmkd/model_folder/generation.py",
+        ("first-stop", "new end tokens take the place of the old ones", "eos = known + new", "eos = new", STOPS),
+        ("config-again", "transformers takes the ids of config.json again", 'if key != "_from_model_config"', "if True", STOPS),
+        ("base-first", "an adapter's generation config is not read", "for folder in folders:", "for folder in reversed(folders):", STOPS),
+    ),
+    *in_file(
+        "llmkd/models/adapters.py",
+        (
+            "adapter-stops-as-base",
+            "an adapter stops where its base does",
+            "if (files.adapter / generation.NAME).is_file():",
+            "if False:",
+            STOPS,
+        ),
+    ),
+    *in_file(
+        "llmkd/data/stream.py",
+        (
+            "stream-never-stops",
+            "end tokens of a stream are not collected",
+            "self.end_tokens |= end_tokens(examples, self.data, self.tokenizer)",
+            "pass",
+            STOPS,
+        ),
+    ),
+]
