@@ -1,11 +1,11 @@
 """After the arms of a sweep are trained: evaluate each with the harness, compare them, and write the report."""
 
-import json
 from pathlib import Path
 
 from llmkd.config.sweep import Evaluation
 from llmkd.console import first_process, info
 from llmkd.errors import UserError
+from llmkd.files import read_sealed
 
 from .harness.record_files import read_record
 
@@ -37,7 +37,7 @@ def finish(folder: Path, wanted: Evaluation) -> None:
     """Evaluate every finished arm that has no results yet, and write the report. Failures are raised at the end."""
     from .report import write as report
 
-    arms = json.loads((folder / "sweep.json").read_text())["arms"]
+    arms = read_sealed(folder / "sweep.json")["arms"]
     done = [str(folder / arm["folder"]) for arm in arms.values() if arm["status"] == "done"]
     problems: tuple[str, ...] = ()
     if wanted.tasks and done:

@@ -16,6 +16,7 @@ from .commands import arguments
 from .commands.parser import HelpShown, did_you_mean
 from .config import loader
 from .errors import UserError, exit_code
+from .files import write_atomic
 from .process.bus_error import report_bus_errors
 from .training.environment import check_environment
 from .training.launcher import launcher_pid
@@ -166,7 +167,7 @@ def compare(options: argparse.Namespace, overrides: dict) -> None:
     print(as_text(rows))
     if options.json:
         Path(options.json).parent.mkdir(parents=True, exist_ok=True)
-        Path(options.json).write_text(as_json(rows) + "\n", encoding="utf-8")
+        write_atomic(Path(options.json), as_json(rows) + "\n")
 
 
 def report(options: argparse.Namespace, overrides: dict) -> None:

@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, locks between processes, hashes of files, and JSONL. No torch, nothing else of llmkd.
+"""Files that are written whole or not at all, locks between processes, hashes of files, JSON and JSONL. No torch, nothing else of llmkd.
 
 What is not finished stands under a temporary name, NAME.tmp-PID-RANDOM, beside its own. A process that is killed leaves it there;
 `remove_leftovers` takes it away.
@@ -13,11 +13,15 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
 _LEFTOVER = re.compile(r".+\.tmp-\d+-[0-9a-f]{8}")
+
+
+class Damaged(ValueError):
+    """The content of a file is not what was written. The text says what was found, such as "it is empty"."""
 
 
 class FileLocked(Exception):
@@ -60,7 +64,7 @@ def write_folder(path: Path, replace: bool = False) -> Iterator[Path]:
             os.rename(old, path)
         raise
     _sync(path.parent)
-    _remove(old)
+    remove(old)
 
 
 def remove_leftovers(folder: Path, name: str = "*") -> None:
@@ -69,12 +73,21 @@ def remove_leftovers(folder: Path, name: str = "*") -> None:
     Only for the process that holds the lock of these files: another one may be writing them.
     """
     for leftover in filter(is_leftover, folder.glob(f"{name}.tmp-*")):
-        _remove(leftover)
+        remove(leftover)
 
 
 def is_leftover(path: Path) -> bool:
     """Whether a name is one of those that unfinished files and folders have."""
     return bool(_LEFTOVER.fullmatch(path.name))
+
+
+def remove(path: Path) -> None:
+    """A file, a folder with all in it, or a link, of which what it leads to stays. No error where it cannot be removed."""
+    if path.is_symlink() or path.is_file():
+        with contextlib.suppress(OSError):
+            path.unlink()
+    else:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def lock_file(path: Path, wait: bool = False) -> IO[str]:
@@ -102,29 +115,74 @@ def sha256_file(path: Path | str) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def read_jsonl(path: Path) -> list[dict]:
-    """The records of a file with one JSON object a line. A last line that a kill cut short is left out, with all that follows it."""
-    records = []
-    for line in path.read_bytes().splitlines():
+def write_sealed(path: Path, content: dict) -> None:
+    """Write a JSON file with a checksum of its content in it, see `read_sealed`."""
+    write_atomic(path, json.dumps(content | {"checksum": checksum(content)}, indent=1))
+
+
+def read_sealed(path: Path) -> dict:
+    """The object of a JSON file, without its checksum. Files of earlier versions have none.
+
+    Damaged if it does not match its checksum or is no JSON object; OSError where the file cannot be opened.
+    """
+    found = read_object(path)
+    if "checksum" in found and found.pop("checksum") != checksum(found):
+        raise Damaged('it does not match its checksum; after a change of your own delete the "checksum" in it')
+    return found
+
+
+def checksum(content: dict) -> str:
+    """The SHA-256 of what JSON keeps of an object, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(json.loads(json.dumps(content)), sort_keys=True).encode()).hexdigest()
+
+
+def read_object(path: Path) -> dict:
+    """The object of a JSON file. Damaged if it holds anything else; OSError where it cannot be opened."""
+    return _object(path.read_bytes())
+
+
+def _object(content: bytes) -> dict:
+    if not content.strip():
+        raise Damaged("it is empty")
+    try:
+        found = json.loads(content.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise Damaged(f"its byte {error.start} is not UTF-8") from error
+    except (ValueError, RecursionError) as error:
+        raise Damaged(f"it is not JSON: {error}") from error
+    if not isinstance(found, dict):
+        raise Damaged(f"it holds a {type(found).__name__}, expected an object")
+    return found
+
+
+def append(path: Path, content: str) -> None:
+    """Add to a file that is there, and wait until it is on the disk. OSError if the file is gone."""
+    with open(path, "rb+") as file:
+        file.seek(0, os.SEEK_END)
+        file.write(content.encode())
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def read_jsonl(path: Path, damaged: Callable[[int, str], None] = lambda line, what: None) -> list[dict]:
+    """The records of a file with one JSON object a line.
+
+    What is no object is left out, and `damaged` is called with the line's number and what was found; not for a last line that a kill cut
+    short.
+    """
+    records, lines = [], path.read_bytes().split(b"\n")
+    for number, line in enumerate(lines, 1):
         try:
-            records.append(json.loads(line))
-        except ValueError:
-            break
+            records.append(_object(line))
+        except Damaged as error:
+            if number < len(lines):
+                damaged(number, str(error))
     return records
 
 
 def _temporary(path: Path) -> Path:
     """Random, since two machines or containers that share a folder may give two processes one number."""
     return path.with_name(f"{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
-
-
-def _remove(path: Path) -> None:
-    """A file, a folder with all in it, or a link, of which what it leads to stays. No error where it cannot be removed."""
-    if path.is_symlink() or path.is_file():
-        with contextlib.suppress(OSError):
-            path.unlink()
-    else:
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def _sync(path: Path) -> None:

@@ -1,5 +1,6 @@
 """Reads results item by item: RUN/eval/<task>.json with <task>.jsonl, and RUN/held_out.jsonl as the task `held_out`."""
 
+import hashlib
 import json
 import math
 from collections import Counter
@@ -9,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from llmkd.errors import UserError
-from llmkd.files import sha256_file
+from llmkd.output.run_folder import read_run_file
 
 HELD_OUT = "held_out"
 
@@ -68,13 +69,18 @@ def tasks_of(run: Path) -> list[str]:
 def read(run: Path, task: str) -> Measured:
     """One task's items, in the order of their ids' text. Damaged files are refused with their line."""
     path = run / f"{HELD_OUT}.jsonl" if task == HELD_OUT else run / "eval" / f"{task}.jsonl"
-    record = {} if task == HELD_OUT else _parse(_text(path.with_suffix(".json")), str(path.with_suffix(".json")))
+    of = run / "summary.json" if task == HELD_OUT else path.with_suffix(".json")
+    fix = f"name other tasks with --tasks, or train {run} again" if task == HELD_OUT else f"evaluate {run} again"
+    made = read_run_file(of, fix) if of.exists() or task != HELD_OUT else {}
+    content, stated = _content(path), made.get("held_out_sha256" if task == HELD_OUT else "items_sha256")
+    if stated and hashlib.sha256(content).hexdigest() != stated:
+        raise UserError(f"{path}: is not what {of.name} was made of; {fix}")
+    record = {} if task == HELD_OUT else made
     part = "sums" if task == HELD_OUT else "metrics"
-    stated = record.get("items_sha256")
-    if stated and sha256_file(path) != stated:
-        raise UserError(f"{path}: is not what {task}.json was made of; evaluate {run} again")
     items = []
-    for number, line in enumerate(_text(path).removesuffix("\n").split("\n"), 1):  # splitlines() would cut at what texts may hold
+    for number, line in enumerate(
+        content.decode(errors="replace").removesuffix("\n").split("\n"), 1
+    ):  # splitlines() would cut at what texts may hold
         item = _parse(line, f"{path}:{number}")
         if not isinstance(item.get("hash"), str) or not isinstance(item.get(part), dict):
             raise UserError(f"{path}:{number}: not an item; expected hash and {part}; evaluate {run} again")
@@ -110,8 +116,11 @@ def seed_of(run: Path) -> int | None:
     return loader.read(path)[0].get("seed") if path.exists() else None
 
 
-def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8", errors="replace")
+def _content(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); evaluate its run again") from error
 
 
 def _number(value) -> bool:

@@ -5,8 +5,9 @@ import json
 from pathlib import Path
 
 from llmkd.errors import UserError
-from llmkd.files import read_jsonl, sha256_file, write_atomic
+from llmkd.files import read_jsonl, sha256_file, write_atomic, write_sealed
 from llmkd.model_folder.identity import WHOLE
+from llmkd.output.run_folder import read_run_file
 
 #: Settings that two evaluations of a task must share to be the same evaluation.
 SAME = ("version", "harness", "fewshot", "limit", "seeds", "model.fingerprint", "model.dtype", "model.quantization")
@@ -15,12 +16,7 @@ SAME = ("version", "harness", "fewshot", "limit", "seeds", "model.fingerprint", 
 def read_record(place: Path | str, task: str) -> dict | None:
     """The record of a task; None if there is none."""
     path = _path(place, task, "json")
-    if not path.exists():
-        return None
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error}); evaluate again with --force") from None
+    return read_run_file(path, "evaluate again with --force") if path.exists() else None
 
 
 def read_items(place: Path | str, task: str) -> list[dict]:
@@ -39,7 +35,7 @@ def write_task(folder: Path, record: dict, items: list[dict]) -> dict:
     record = record | {"items_sha256": hashlib.sha256(text.encode()).hexdigest()}
     folder.mkdir(parents=True, exist_ok=True)
     write_atomic(folder / f"{_name(record['task'])}.jsonl", text)
-    write_atomic(folder / f"{_name(record['task'])}.json", json.dumps(record, indent=1, allow_nan=False) + "\n")
+    write_sealed(folder / f"{_name(record['task'])}.json", record)
     return record
 
 

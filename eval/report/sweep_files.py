@@ -1,15 +1,17 @@
 """Reads a sweep's folder for the report: arms with their runs, curves, metrics and groups. Nothing is computed here."""
 
 import functools
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 
+from llmkd.commands.sweep_state import REBUILD
 from llmkd.config import loader
 from llmkd.config.dotted import flatten
+from llmkd.console import warn
 from llmkd.errors import UserError
-from llmkd.files import read_jsonl
+from llmkd.output.metrics import read_metrics
+from llmkd.output.run_folder import read_run_file
 
 
 @dataclass(frozen=True)
@@ -38,9 +40,8 @@ class Run:
 
     @functools.cached_property
     def records(self) -> list[dict]:
-        """metrics.jsonl; a last line cut short by a kill is left out."""
-        path = self.folder / "metrics.jsonl"
-        return read_jsonl(path) if path.exists() else []
+        """metrics.jsonl; what is damaged in it is left out, with a warning."""
+        return read_metrics(self.folder, warn) if (self.folder / "metrics.jsonl").is_file() else []
 
     @property
     def settings(self) -> dict:
@@ -117,7 +118,7 @@ def read_sweep(folder: Path) -> SweepFolder:
     if not path.exists():
         raise UserError(f"{folder}: holds no sweep.json; name the output_dir of a sweep that llmkd sweep has run")
     try:
-        data = json.loads(path.read_text(encoding="utf-8"))
+        data = read_run_file(path, REBUILD)
         base = flatten(data.get("base") or {})
         arms: dict[str, list[Run]] = {}
         for name, arm in data["arms"].items():
@@ -134,7 +135,7 @@ def read_sweep(folder: Path) -> SweepFolder:
         named = {name: Arm(name, number, runs) for number, (name, runs) in enumerate(arms.items())}
         baseline = data.get("baseline") or next(iter(named))
     except (ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
-        raise UserError(f"{path}: is not a sweep's state ({type(error).__name__}: {error}); run the sweep again with --resume") from None
+        raise UserError(f"{path}: is not a sweep's state ({type(error).__name__}: {error}); {REBUILD}") from None
     return SweepFolder(folder, data, base, named, baseline)
 
 
@@ -147,12 +148,13 @@ def changed(base: dict, changes: dict) -> dict:
 
 
 def read_json(path: Path) -> dict:
-    """{} for what is missing or damaged: a report says what it has."""
-    try:
-        value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return value if isinstance(value, dict) else {}
+    """{} for what is missing, and with a warning for what is damaged: a report says what it has."""
+    if path.exists():
+        try:
+            return read_run_file(path, "the report leaves it out")
+        except UserError as error:
+            warn(f"warning: {error}")
+    return {}
 
 
 def _points(pairs) -> list[tuple[float, float]]:

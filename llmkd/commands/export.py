@@ -1,7 +1,6 @@
 """`llmkd export`: write a finished run's student as one plain transformers model, which needs neither PEFT nor llmkd."""
 
 import dataclasses
-import json
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ from ..files import write_folder
 from ..model_folder.files import ModelFiles, find, rows_of
 from ..model_folder.generation import generation_settings
 from ..model_folder.identity import verify, write_record
+from ..output.run_folder import read_run_file, run_of
 from ..training.prepare import prepare
 
 SAMPLE = 64  # examples on which the merged model is compared with the trained one
@@ -117,17 +117,20 @@ def _sample(run: Path, vocab: int):
 
 def checkpoint_folder(run: Path, which: str) -> Path:
     """The folder of a checkpoint, by its step or `best` (by checkpoint.best_by). Raises UserError if it is absent or damaged."""
-    from ..training.checkpoint import damaged
+    from ..training.checkpoint import Unusable, verified
 
     if which == "best":
-        best = json.loads((run / "summary.json").read_text()).get("best") if (run / "summary.json").exists() else None
-        if not best:
+        path = run / "summary.json"
+        best = read_run_file(path, "name a step instead of best").get("best") if path.exists() else None
+        if not (isinstance(best, dict) and "step" in best):
             raise UserError(f"--checkpoint: {run} kept no best checkpoint; it needs checkpoint.best_by in its recipe")
         which = str(best["step"])
     folder = run / "checkpoints" / f"step-{which}"
     there = ", ".join(sorted((p.name.removeprefix("step-") for p in folder.parent.glob("step-*")), key=lambda n: (len(n), n))) or "none"
     if not folder.is_dir():
         raise UserError(f"--checkpoint: {run} has no checkpoint {which}; it has {there}")
-    if damage := damaged(folder):
-        raise UserError(f"--checkpoint: {folder} is damaged ({damage}); the run has {there}")
+    try:
+        verified(folder, run_of(run))
+    except Unusable as error:
+        raise UserError(f"--checkpoint: {folder} cannot be used ({error}); the run has {there}") from error
     return folder

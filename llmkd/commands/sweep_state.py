@@ -14,8 +14,12 @@ from ..config.recipe import Recipe, distils
 from ..config.sweep import ArmSpec, Sweep
 from ..console import count, first_process, info
 from ..errors import UserError
-from ..files import write_atomic
-from ..output.run_folder import lock_folder
+from ..files import is_leftover, write_sealed
+from ..output.run_folder import lock_folder, read_run_file
+
+#: What to do about a damaged sweep.json.
+REBUILD = "delete it and run the sweep again with --resume, which keeps the finished arms"
+STATES = ("waiting", "done", "failed")
 
 
 def _some(names: list[str], most: int = 4) -> str:
@@ -50,20 +54,41 @@ class SweepState:
         }
         first = next(iter(specs.values())).arm
         self.data = {"llmkd": __version__, "baseline": sweep.baseline or first, "base": {}, "stages": {}, "groups": [], "arms": arms}
-        if not self.path.exists():
-            if folder.is_dir() and any(p.name not in (".lock", "stages") for p in folder.iterdir()):
+        if self.path.exists():
+            if not resume:
+                raise UserError(f"output_dir: {folder} holds a sweep; continue it with --resume, or choose another folder by --output_dir")
+            self._restore(arms)
+        elif folder.is_dir() and any(p.name not in (".lock", "stages") and not is_leftover(p) for p in folder.iterdir()):
+            if not (resume and (folder / "arms").is_dir()):
                 raise UserError(f"output_dir: {folder} is not empty and holds no sweep; choose another folder")
+            info(f"note: {self.path} is missing, and is made anew: finished arms are kept, and what they have cost is not known any more")
+        for arm in arms.values() if resume else ():  # a kill may have come before its end was written here, or the file is lost
+            self._look_for_end(arm)
+
+    def _restore(self, arms: dict[str, dict]) -> None:
+        """Take over what an earlier attempt recorded. UserError if that is damaged."""
+        before = read_run_file(self.path, REBUILD)
+        try:
+            kept = {name: before["arms"][name] for name in arms if name in before["arms"]}
+            whole = all(arm["status"] in STATES and {"seconds", "group", "folder"} <= arm.keys() for arm in kept.values())
+            whole &= all({"arms", "seconds"} <= group.keys() for group in before["groups"]) and isinstance(before["stages"], dict)
+        except (KeyError, TypeError, AttributeError):
+            whole = False
+        if not whole:
+            raise UserError(f"{self.path}: is not a sweep's state; {REBUILD}")
+        arms |= kept
+        self.data |= {"stages": before["stages"], "groups": before["groups"]}
+
+    def _look_for_end(self, arm: dict) -> None:
+        """The end of a waiting arm by what its run has left."""
+        run = self.folder / arm["folder"]
+        if arm["status"] != "waiting":
             return
-        if not resume:
-            raise UserError(f"output_dir: {folder} holds a sweep; continue it with --resume, or choose another folder by --output_dir")
-        before = json.loads(self.path.read_text())
-        kept = {name: before["arms"][name] for name in arms if name in before["arms"]}
-        self.data |= {"stages": before["stages"], "groups": before["groups"], "arms": arms | kept}
-        for arm in kept.values():  # a kill may have come before its failure was written here
-            failed = folder / arm["folder"] / "nonfinite.json"
-            if arm["status"] == "waiting" and failed.exists():
-                found = json.loads(failed.read_text())
-                arm |= {"status": "failed", "final": True, "reason": f"step {found['step']}: {found['term']} is not finite"}
+        if (run / "summary.json").exists():
+            arm |= {"status": "done", "reason": None}
+        elif (run / "nonfinite.json").exists():
+            found = read_run_file(run / "nonfinite.json", "delete it and run the sweep again with --resume, which trains that arm further")
+            arm |= {"status": "failed", "final": True, "reason": f"step {found.get('step')}: {found.get('term')} is not finite"}
 
     def lock(self):
         """Lock the sweep's folder: a context manager. Also records date, machine and versions."""
@@ -147,4 +172,4 @@ class SweepState:
 
     def _write(self) -> None:
         if first_process():
-            write_atomic(self.path, json.dumps(self.data, indent=1))
+            write_sealed(self.path, self.data)

@@ -1,6 +1,5 @@
 """Uploads a finished student to the hub. What cannot work is refused at the start, and a failed upload never costs the run."""
 
-import json
 import shlex
 from pathlib import Path
 
@@ -8,7 +7,7 @@ from .. import __version__
 from ..config.recipe import PushToHub
 from ..console import info
 from ..errors import UserError
-from ..files import write_atomic
+from ..files import write_sealed
 from .run_folder import RunFolder
 
 
@@ -41,7 +40,7 @@ def publish(settings: PushToHub | None, folder: RunFolder) -> dict:
     if settings and summary.get("pushed") != settings.repo:
         info(f"uploaded to {upload(settings, folder.path / summary['output'])}")
         summary["pushed"] = settings.repo
-        write_atomic(folder.path / "summary.json", json.dumps(summary, indent=1))
+        write_sealed(folder.path / "summary.json", summary)
     return summary
 
 

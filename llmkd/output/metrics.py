@@ -1,40 +1,90 @@
 """metrics.jsonl: the record of a run's metrics, which its trackers get too."""
 
+import hashlib
 import json
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
-from ..files import read_jsonl, write_atomic
+from ..console import count, warn
+from ..files import append, read_jsonl, write_atomic
 from .trackers import Trackers
 
 #: What a training step's record holds beside the loss's terms.
 _BESIDE_TERMS = ("step", "epoch", "lr", "grad_norm", "targets", "targets_per_s", "peak_memory")
 
 
+#: What else a record may hold, by what was measured.
+_GROUPS = ("validation", "teacher_check", "fidelity")
+
+
 class MetricsLog:
     """One student's metrics: a JSON object a line in `metrics.jsonl`, and the same to the recipe's trackers.
 
-    A resumed run writes on from its checkpoint: what was recorded after it is dropped.
+    A resumed run writes on from its checkpoint: what was recorded after it is dropped. `then`: `state` at that checkpoint.
     """
 
-    def __init__(self, folder: Path, done: int, trackers: Trackers):
-        self.path = folder / "metrics.jsonl"
-        if self.path.exists():
-            kept = [r for r in read_jsonl(self.path) if r["step"] <= done] if done else []
-            write_atomic(self.path, "".join(json.dumps(r) + "\n" for r in kept))
-        self.trackers = trackers
+    def __init__(self, folder: Path, done: int, trackers: Trackers, then: dict | None = None):
+        self.path, self.trackers = folder / "metrics.jsonl", trackers
+        kept = [r for r in read_metrics(folder, warn) if r["step"] <= done] if done else []
+        content = "".join(json.dumps(r) + "\n" for r in kept)
+        self._bytes, self._hash = 0, hashlib.sha256()
+        self._count(content)
+        if then and hashlib.sha256(content.encode()[: then["bytes"]]).hexdigest() != then["sha256"]:
+            warn(
+                f"warning: {self.path} is not what was written up to step {done}; what is left of it is kept, and loss.png is drawn from that"
+            )
+        write_atomic(self.path, content)
+
+    @property
+    def state(self) -> dict:
+        """What a checkpoint keeps: bytes and hash of what was recorded so far."""
+        return {"bytes": self._bytes, "sha256": self._hash.hexdigest()}
 
     def step(self, step: int, epoch: int, terms: dict[str, float], lr: float, grad_norm: float, targets: int, speed: float) -> None:
         measured = {"grad_norm": grad_norm, "targets": targets, "targets_per_s": round(speed, 1), "peak_memory": peak_memory()}
         self.write({"step": step, "epoch": epoch, **terms, "lr": lr, **measured})
 
     def write(self, record: dict) -> None:
-        with open(self.path, "a", encoding="utf-8") as file:
-            file.write(json.dumps(record) + "\n")
+        line = json.dumps(record) + "\n"
+        append(self.path, line)
+        self._count(line)
         self.trackers.log(record)
+
+    def _count(self, content: str) -> None:
+        self._bytes += len(content.encode())
+        self._hash.update(content.encode())
 
     def close(self) -> None:
         self.trackers.finish()
+
+
+def read_metrics(folder: Path, note: Callable[[str], None] = lambda text: None) -> list[dict]:
+    """The records of a run's metrics.jsonl. Lines that are damaged, or no records of metrics, are left out and `note`d; so is a missing file.
+
+    OSError where it cannot be read.
+    """
+    path, found, bad = folder / "metrics.jsonl", [], []
+    if not path.exists():
+        note(f"warning: {path} is missing: what was recorded so far is lost to loss.png and the report")
+        return found
+    for record in read_jsonl(path, lambda line, what: bad.append((f"line {line}", what))):
+        if _is_record(record):
+            found.append(record)
+        else:
+            bad.append((json.dumps(record)[:60], "it is no record of metrics"))
+    if bad:
+        (where, what), more = bad[0], f", and {count(len(bad) - 1, 'more line')}" if bad[1:] else ""
+        note(f"warning: {path}: {where} is left out ({what}){more}; the other records are read")
+    return found
+
+
+def _is_record(record: dict) -> bool:
+    """Whether it has a step, and the terms of the loss or a group of measurements."""
+    group = next((record[name] for name in _GROUPS if name in record), record)
+    step = record.get("step")
+    whole = isinstance(step, int) and isinstance(group, dict) and (group is not record or "loss" in record)
+    return whole and all(isinstance(value, int | float) for value in group.values())
 
 
 def terms(record: dict) -> dict[str, float]:

@@ -1,9 +1,10 @@
 """loss.png: training terms and held-out metrics of one run over its steps."""
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..files import read_jsonl
+from ..files import write_atomic
 from . import metrics
 
 _COLOURS = {"loss": "#333333", "ce": "#1f6fb4", "kd": "#d1495b"}  # others take matplotlib's
@@ -17,7 +18,7 @@ def plot_losses(folder: Path) -> None:
     from matplotlib import pyplot as plt
     from matplotlib.ticker import MaxNLocator
 
-    records = read_jsonl(folder / "metrics.jsonl")
+    records = metrics.read_metrics(folder)
     steps = [r for r in records if "loss" in r]
     held_out = [r for r in records if "validation" in r]
     kl = [r for r in held_out if "forward_kl" in r["validation"]]
@@ -42,8 +43,10 @@ def plot_losses(folder: Path) -> None:
         if axis.get_legend_handles_labels()[0]:
             axis.legend(frameon=False, fontsize=9)
     figure.suptitle(folder.name, fontsize=10)
-    figure.savefig(folder / "loss.png", dpi=130)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=130)
     plt.close(figure)
+    write_atomic(folder / "loss.png", drawn.getvalue())
 
 
 def _lines(axis, records: list[dict], series) -> None:

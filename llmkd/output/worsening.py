@@ -17,7 +17,7 @@ def worsened(before: dict, after: dict, loss: Loss) -> list[str]:
 def sentences(records: Sequence[dict], loss: Loss, optim: Optim) -> Iterator[str]:
     """One line for each metric that became worse. `records`: those of metrics.jsonl."""
     held_out = [(record["step"], record["validation"]) for record in records if "validation" in record]
-    if len(held_out) < 2:
+    if len(held_out) < 2 or held_out[0][0] != 0:  # the first one is lost
         return
     before, after = held_out[0][1], held_out[-1][1]
     for name in worsened(before, after, loss):

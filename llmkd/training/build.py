@@ -107,18 +107,21 @@ def teacher_probe(prepared: Prepared, micro_batch_size: int, device, setting: st
 def lock_folders(students: list[StudentRun], accelerator) -> None:
     """The first process locks the students' folders; if one cannot be locked, every process raises the error."""
 
-    def take() -> None:
+    def take() -> list[dict[str, str]]:
+        runs = []
         for k, student in enumerate(students):
             with attribute_to_student(k):
-                student.folder.claim(student.prepared.identity)
+                runs.append(student.folder.claim(student.prepared.identity))
+        return runs
 
-    on_main_process(accelerator, take)
+    for student, run in zip(students, on_main_process(accelerator, take), strict=True):
+        student.folder.run = run
 
 
 def restore(students: list[StudentRun], source: TrainingSource, main: bool) -> int:
     """Load the newest checkpoint that all students have; returns its step, or 0 without one."""
     folders = [student.folder for student in students]
-    saved = checkpoint.newest([folder.checkpoints for folder in folders], info)
+    saved = checkpoint.newest([folder.checkpoints for folder in folders], [folder.run for folder in folders], source.total_steps, info)
     done = saved[0].step if saved else 0
     for student, one in zip(students, saved, strict=False):
         student.restore(one)

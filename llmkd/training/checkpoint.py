@@ -1,8 +1,8 @@
 """Checkpoints: written whole or not at all, verified before they are used, bit for bit what was saved.
 
 A checkpoint is `step-N/` with the trainable weights and the optimizer's state in safetensors, `state.json`, and
-`manifest.json` with the size and SHA-256 of each, written last. It is built under another name and renamed when all
-of it is on the disk; the previous one is deleted only after that. The frozen base is never in it. The order of the
+`manifest.json`, written last: the step, the run that it is of, and the size and SHA-256 of each file. It is built under
+another name and renamed when all of it is on the disk; the previous one is deleted only after that. The frozen base is never in it. The order of the
 data, the learning rate and the dropout masks are functions of the step number, so nothing else has to be saved.
 """
 
@@ -17,9 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import UserError
-from ..files import remove_leftovers, sha256_file, write_folder
+from ..files import Damaged, read_object, read_sealed, remove, remove_leftovers, sha256_file, write_folder, write_sealed
+from ..process.machine_errors import machine_error
 
 _STEP = re.compile(r"step-(\d+)")
+WEIGHTS, MOMENTS, STATE, MANIFEST = "student.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
 
 
 @dataclass(frozen=True)
@@ -29,14 +31,19 @@ class Saved:
     state: dict
 
 
+class Unusable(Exception):
+    """What is wrong with a checkpoint, in a few words."""
+
+
 def save(
     folder: Path,
     step: int,
     parameters: dict[str, nn.Parameter],
     optimizer: torch.optim.Optimizer,
     state: dict,
+    run: dict[str, str],
 ) -> Path:
-    """Write `folder/step-N`."""
+    """Write `folder/step-N`. `run`: see `RunFolder.run`. The folder around `folder` is not made: if it is gone, OSError."""
     from safetensors.torch import save_file
 
     weights = {name: p.detach().cpu().contiguous() for name, p in parameters.items()}
@@ -44,11 +51,11 @@ def save(
     _need_room(folder, sum(t.numel() * t.element_size() for t in (*weights.values(), *moments.values())))
     remove_leftovers(folder)
     with write_folder(folder / f"step-{step}", replace=True) as part:
-        save_file(weights, part / "student.safetensors")
-        save_file(moments, part / "optimizer.safetensors")
-        (part / "state.json").write_text(json.dumps({"step": step, **state}, indent=1), encoding="utf-8")
+        save_file(weights, part / WEIGHTS)
+        save_file(moments, part / MOMENTS)
+        (part / STATE).write_text(json.dumps({"step": step, **state}, indent=1), encoding="utf-8")
         files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256_file(p)} for p in sorted(part.iterdir())}
-        (part / "manifest.json").write_text(json.dumps({"files": files}, indent=1), encoding="utf-8")
+        write_sealed(part / MANIFEST, {"step": step, "run": run, "files": files})
     return folder / f"step-{step}"
 
 
@@ -56,24 +63,33 @@ def prune(folder: Path, keep: int, best: int | None = None) -> None:
     """Drop all checkpoints but the newest `keep` and the step `best`."""
     for _, old in sorted(_steps(folder))[:-keep]:
         if old != folder / f"step-{best}":
-            shutil.rmtree(old, ignore_errors=True)
+            remove(old)
 
 
-def newest(folders: list[Path], info: Callable[[str], None] = print) -> list[Saved]:
-    """The newest checkpoint that is whole, at a step that all the folders have; those passed over are named. Empty if there is none."""
+def newest(folders: list[Path], runs: list[dict[str, str]], last: int, info: Callable[[str], None] = print) -> list[Saved]:
+    """The newest checkpoint that is whole, at a step up to `last` that all the folders have; those passed over are named. Empty if there is none.
+
+    runs   of each folder the run that its checkpoints are to be of
+    """
     passed, common = [], set.intersection(*({step for step, _ in _steps(folder)} for folder in folders))
     for step in sorted(common, reverse=True):
-        paths = [folder / f"step-{step}" for folder in folders]
-        damages = [f"{path} ({damage})" for path in paths if (damage := damaged(path))]
-        if not damages:
+        found = []
+        for folder, run in zip(folders, runs, strict=True):
+            path = folder / f"step-{step}"
+            try:
+                if step > last:
+                    raise Unusable(f"it is beyond the run's last step, {last}")
+                found.append(verified(path, run))
+            except Unusable as error:
+                passed.append(f"{path} ({error})")
+        if len(found) == len(folders):
             for p in passed:
-                info(f"skipping the damaged checkpoint {p}")
-            return [Saved(path, step, json.loads((path / "state.json").read_text())) for path in paths]
-        passed += damages
+                info(f"passing over the checkpoint {p}")
+            return found
     if passed:
         where = folders[0] if len(folders) == 1 else folders[0].parent.parent
         raise UserError(
-            *(f"the checkpoint {p}" for p in passed), f"no undamaged checkpoint is left in {where}; start again in another output_dir"
+            *(f"the checkpoint {p}" for p in passed), f"no usable checkpoint is left in {where}; start again in another output_dir"
         )
     return []
 
@@ -82,31 +98,49 @@ def drop_after(folder: Path, step: int) -> None:
     """Remove the checkpoints after the one that the run resumes from: they will be written again."""
     for number, path in _steps(folder):
         if number > step:
-            shutil.rmtree(path, ignore_errors=True)
+            remove(path)
 
 
-def damaged(path: Path) -> str | None:
-    """What is wrong with a checkpoint, or None."""
+def verified(path: Path, run: dict[str, str]) -> Saved:
+    """A checkpoint whose every file is what was written, at the step that its folder's name says and by that run. Else Unusable."""
     try:
-        files = json.loads((path / "manifest.json").read_text())["files"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return "its manifest.json is missing or unreadable"
-    for name, expected in files.items():
-        file = path / name
-        if not file.is_file():
-            return f"{name} is missing"
-        if file.stat().st_size != expected["bytes"]:
-            return f"{name} has {file.stat().st_size} bytes, not {expected['bytes']}"
-        if sha256_file(file) != expected["sha256"]:
-            return f"{name} does not match its hash"
-    return None
+        manifest = read_sealed(path / MANIFEST)
+        step, of, files = manifest.get("step"), manifest.get("run"), manifest.get("files")
+        if not isinstance(step, int) or not isinstance(of, dict) or not isinstance(files, dict):
+            raise Unusable(f"its {MANIFEST} names no step, run and files: it is of an earlier version, or damaged")
+        if path.name != f"step-{step}":
+            raise Unusable(f"it was written as step-{step}")
+        if differing := [what for what in run if of.get(what) != run[what]]:
+            raise Unusable(f"it is of another run, with other {' and '.join(differing)}")
+        for name in (WEIGHTS, MOMENTS, STATE):
+            _verify(path / name, files.get(name))
+        state = read_object(path / STATE)
+        best, validated = state["best"], state["validated"]
+        if state["step"] != step or not isinstance(best, dict | None) or not isinstance(validated, int | None):
+            raise Unusable(f"its {STATE} is not one of that step")
+        if best and not (isinstance(best["by"], str) and isinstance(best["step"], int) and isinstance(best["value"], int | float)):
+            raise Unusable(f"its {STATE} names no best step")
+    except OSError as error:
+        if (failed := machine_error(error)) and failed.certain:
+            raise
+        raise Unusable(f"{Path(str(error.filename or path)).name}: {(error.strerror or str(error)).lower()}") from error
+    except (Damaged, KeyError, TypeError) as error:
+        raise Unusable(f"its {MANIFEST} or {STATE} cannot be used: {error}") from error
+    return Saved(path, step, state)
+
+
+def _verify(path: Path, expected: dict) -> None:
+    if (size := path.stat().st_size) != expected["bytes"]:
+        raise Unusable(f"{path.name} has {size} bytes, not {expected['bytes']}")
+    if sha256_file(path) != expected["sha256"]:
+        raise Unusable(f"{path.name} does not match its hash")
 
 
 def load(saved: Saved, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer | None = None) -> None:
     """Put weights, and the optimizer's state, back in place."""
     from safetensors.torch import load_file
 
-    weights = load_file(saved.path / "student.safetensors")
+    weights = load_file(saved.path / WEIGHTS)
     if weights.keys() != parameters.keys() or any(
         weights[n].shape != p.shape or weights[n].dtype != p.dtype for n, p in parameters.items()
     ):
@@ -116,7 +150,7 @@ def load(saved: Saved, parameters: dict[str, nn.Parameter], optimizer: torch.opt
             p.copy_(weights[name])
     if optimizer is not None:
         state: dict[str, dict[str, Tensor]] = {}
-        for name, value in load_file(saved.path / "optimizer.safetensors").items():
+        for name, value in load_file(saved.path / MOMENTS).items():
             parameter, _, key = name.rpartition("/")
             state.setdefault(parameter, {})[key] = value
         for name, p in parameters.items():
@@ -134,11 +168,11 @@ def _plain(value: Tensor | int) -> Tensor:
 
 
 def _steps(folder: Path) -> list[tuple[int, Path]]:
-    return [(int(m[1]), p) for p in folder.glob("step-*") if (m := _STEP.fullmatch(p.name)) and p.is_dir()]
+    return [(int(m[1]), p) for p in folder.glob("step-*") if (m := _STEP.fullmatch(p.name))]
 
 
 def _need_room(folder: Path, size: int) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(exist_ok=True)
     free = shutil.disk_usage(folder).free
     if free < 1.2 * size:
         raise UserError(

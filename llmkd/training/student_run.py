@@ -1,12 +1,14 @@
 """StudentRun: one student, its recipe, folder and results."""
 
+import hashlib
 import json
 from pathlib import Path
 
 from ..config.recipe import Recipe
+from ..console import warn
 from ..data.encoding.tokenizer import save_tokenizer
 from ..errors import NonFinite
-from ..files import read_jsonl, remove_leftovers, write_atomic, write_folder
+from ..files import remove_leftovers, write_atomic, write_folder, write_sealed
 from ..model_folder.generation import stopping_at
 from ..models import saved_student
 from ..models.language_model import LanguageModel
@@ -29,16 +31,19 @@ class StudentRun:
     def __init__(self, recipe: Recipe, prepared: Prepared, folder: RunFolder, model: LanguageModel, state: StudentState, main: bool):
         self.recipe, self.prepared, self.folder, self.model, self.state, self.main = recipe, prepared, folder, model, state, main
         self.best, self.validated, self.record, self.failure = None, None, None, None
+        self.held_out_hash: str | None = None  # of held_out.jsonl
+        self.recorded: dict | None = None  # of metrics.jsonl, at the checkpoint that the run resumes from
 
     def open_metrics(self, done: int, info) -> None:
         if self.main:
             recipe, folder = self.recipe, self.folder.path
             trackers = Trackers(recipe.report_to, recipe.output_dir, configuration(recipe), folder, done, info)
-            self.record = metrics.MetricsLog(folder, done, trackers)
+            self.record = metrics.MetricsLog(folder, done, trackers, self.recorded)
 
     def restore(self, saved: checkpoint.Saved) -> None:
         checkpoint.load(saved, self.state.parameters, self.state.optimizer)
         self.best, self.validated = saved.state["best"], saved.state["validated"]
+        self.held_out_hash, self.recorded = saved.state.get("held_out"), saved.state.get("metrics")
 
     def record_validation(self, step: int, held_out: HeldOut) -> dict[str, float]:
         """Write the held-out metrics, and remember the step if it is the best so far."""
@@ -60,11 +65,15 @@ class StudentRun:
         for i, targets in enumerate(held_out.targets.tolist()):
             sums = {name: float(values[i]) for name, values in held_out.sums.items()}
             lines.append(json.dumps({"id": i, "hash": data.student_hash(i), "place": places[i], "targets": targets, "sums": sums}) + "\n")
-        write_atomic(self.folder.path / "held_out.jsonl", "".join(lines))
+        content = "".join(lines)
+        write_atomic(self.folder.path / "held_out.jsonl", content)
+        self.held_out_hash = hashlib.sha256(content.encode()).hexdigest()
 
     def save(self, step: int, source_state: dict) -> None:
+        """By the first process: a checkpoint of what the student has learnt in `step` steps."""
         state = {"best": self.best, "validated": self.validated, **source_state}
-        checkpoint.save(self.folder.checkpoints, step, self.state.parameters, self.state.optimizer, state)
+        state |= {"metrics": self.record.state, "held_out": self.held_out_hash}
+        checkpoint.save(self.folder.checkpoints, step, self.state.parameters, self.state.optimizer, state, self.folder.run)
 
     def prune(self) -> None:
         checkpoint.prune(self.folder.checkpoints, self.recipe.checkpoint.keep, self.best["step"] if self.best else None)
@@ -73,31 +82,30 @@ class StudentRun:
         """The failure with the examples' places; also written to the run's folder."""
         places = error.places
         if self.main:
-            write_atomic(
-                self.folder.path / "nonfinite.json", json.dumps({"step": error.step, "term": error.term, "examples": places}, indent=1)
-            )
+            write_sealed(self.folder.path / "nonfinite.json", {"step": error.step, "term": error.term, "examples": places})
         shown = ", ".join(places[:8]) + (f" and {len(places) - 8} more" if len(places) > 8 else "")
         text = f"step {error.step}: {error.term} is not finite at {shown}; the weights are as they were before it"
         self.failure = NonFinite(error.step, error.term, places, text)
 
     def finish(self, steps: int, scored: dict[str, float]) -> Path:
         """Write the student, the summary, the plot and the card. `scored` is the multiple-choice accuracy, where there are questions."""
-        records = read_jsonl(self.folder.path / "metrics.jsonl")
-        last = next(r for r in reversed(records) if "loss" in r)
-        held_out = [r["validation"] for r in records if "validation" in r] or [{}]
+        records = metrics.read_metrics(self.folder.path, warn)
+        last = next((r for r in reversed(records) if "loss" in r), None)
+        held_out = [(r["step"], r["validation"]) for r in records if "validation" in r]
         summary = {
             "steps": steps,
             "output": "adapter" if self.recipe.student.method == "lora" else "model",
-            "before": held_out[0],
-            "train": metrics.terms(last),
-            "validation": held_out[-1] | scored,
+            "before": next((values for step, values in held_out if step == 0), {}),
+            "train": metrics.terms(last) if last else {},
+            "validation": (held_out[-1][1] if held_out else {}) | scored,
             "best": self.best,
+            "held_out_sha256": self.held_out_hash,
             "warnings": list(worsening.sentences(records, self.recipe.loss, self.recipe.optim)),
         }
         (self.folder.path / "nonfinite.json").unlink(missing_ok=True)  # of an attempt before this one
         output = self.write_student(summary)
         plots.plot_losses(self.folder.path)
-        write_atomic(self.folder.path / "summary.json", json.dumps(summary, indent=1))
+        write_sealed(self.folder.path / "summary.json", summary)
         return output
 
     def write_student(self, summary: dict) -> Path:

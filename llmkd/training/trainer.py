@@ -90,9 +90,13 @@ class Trainer:
                         self.save(step)
                     if progress.stop and not last:
                         raise self.stopped(step)
-        except UserError:  # a bad row of a stream: the steps so far are saved, if the last one is known to be finite
+        except (
+            UserError,
+            OSError,
+        ):  # a bad row of a stream, a file that is gone: the steps so far are saved, if the last one is known to be finite
             if self.is_read(step):
-                self.write_checkpoint(step)  # no waiting: the others may not have met it
+                with contextlib.suppress(OSError):  # what failed may fail again
+                    self.write_checkpoint(step)  # no waiting: the others may not have met it
             raise
         finally:
             self.display.close()

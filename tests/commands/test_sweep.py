@@ -15,6 +15,7 @@ from llmkd.commands.sweep import group_arms, run_sweep
 from llmkd.config import loader
 from llmkd.config.sweep import expand
 from llmkd.errors import UserError
+from llmkd.files import read_sealed
 from llmkd.output.run_folder import RunFolder
 from llmkd.training.run import run
 from tests.conftest import distance, plain_recipe, weights
@@ -39,7 +40,7 @@ def sweep(world, tmp_path):
 
 
 def state(folder: Path) -> dict:
-    return json.loads((folder / "sweep.json").read_text())
+    return read_sealed(folder / "sweep.json")
 
 
 def alone(folder: Path, name: str, out: Path) -> dict[str, torch.Tensor]:

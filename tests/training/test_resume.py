@@ -20,6 +20,7 @@ from llmkd import files
 from llmkd.errors import ChangedFiles, Stopped, UserError
 from llmkd.files import read_jsonl
 from llmkd.models.load import LoadContext, load_students
+from llmkd.output.run_folder import run_of
 from llmkd.training import checkpoint
 from llmkd.training.build import restore
 from llmkd.training.prepare import prepare
@@ -139,7 +140,8 @@ def test_checkpoints_after_the_one_that_is_resumed_from_are_removed(whole, tmp_p
     for step in range(1, 5):
         shutil.copytree(Path(whole.output_dir) / f"checkpoints/step-{step}", tmp_path / f"c/step-{step}")
     (tmp_path / "c/step-4/state.json").write_text("{}")
-    student = SimpleNamespace(folder=SimpleNamespace(checkpoints=tmp_path / "c", path=tmp_path), restore=lambda saved: None)
+    folder = SimpleNamespace(checkpoints=tmp_path / "c", path=tmp_path, run=run_of(Path(whole.output_dir)))
+    student = SimpleNamespace(folder=folder, restore=lambda saved: None)
     assert restore([student], SimpleNamespace(restore=lambda state: None, total_steps=STEPS), main=True) == 3
     assert sorted(path.name for path in (tmp_path / "c").iterdir()) == ["step-1", "step-2", "step-3"]
 
@@ -148,7 +150,10 @@ def test_no_whole_checkpoint_left_is_refused(whole, tmp_path):
     shutil.copytree(Path(whole.output_dir) / "checkpoints/step-1", tmp_path / "c/step-1")
     (tmp_path / "c/step-1/state.json").write_text("{}")
     with pytest.raises(UserError, match=r"step-1 \(state.json has 2 bytes"):
-        checkpoint.newest([tmp_path / "c"])
+        checkpoint.newest([tmp_path / "c"], [run_of(Path(whole.output_dir))], STEPS)
+
+
+STATE, RUN = {"best": None, "validated": None}, {"settings": "a", "data or models": "b"}
 
 
 def save_points():
@@ -160,18 +165,18 @@ def test_a_kill_inside_a_save_leaves_a_whole_checkpoint(tmp_path, point):
     """A forked child is killed with SIGKILL at one point of writing step 2; step 1, or step 2, is then whole."""
     p = torch.nn.Parameter(torch.arange(4.0))
     optimizer = torch.optim.SGD([p], lr=0.1)
-    checkpoint.save(tmp_path, 1, {"p": p}, optimizer, {})
+    checkpoint.save(tmp_path, 1, {"p": p}, optimizer, STATE, RUN)
     child = os.fork()
     if child == 0:
         _die_at(point)
-        checkpoint.save(tmp_path, 2, {"p": p}, optimizer, {})
+        checkpoint.save(tmp_path, 2, {"p": p}, optimizer, STATE, RUN)
         checkpoint.prune(tmp_path, 1)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
-    (found,) = checkpoint.newest([tmp_path])
+    (found,) = checkpoint.newest([tmp_path], [RUN], 2)
     assert found.step == (2 if point in ("sync after", "delete old") else 1)
-    checkpoint.save(tmp_path, 2, {"p": p}, optimizer, {})
-    assert checkpoint.newest([tmp_path])[0].step == 2 and not list(tmp_path.glob("*.tmp-*"))
+    checkpoint.save(tmp_path, 2, {"p": p}, optimizer, STATE, RUN)
+    assert checkpoint.newest([tmp_path], [RUN], 2)[0].step == 2 and not list(tmp_path.glob("*.tmp-*"))
 
 
 def _die_at(point: str) -> None:
@@ -193,10 +198,12 @@ def _die_at(point: str) -> None:
 
     if point in ("weights", "optimizer"):
         safetensors.torch.save_file = after(safetensors.torch.save_file, point == "optimizer")
-    elif point in ("state", "manifest"):
-        Path.write_text = after(Path.write_text, point == "manifest")
+    elif point == "state":
+        Path.write_text = kill
+    elif point == "manifest":
+        checkpoint.write_sealed = kill
     elif point.startswith("sync"):
-        files._sync = after(files._sync, {"sync 0": 0, "sync 3": 3, "sync after": 5}[point])
+        files._sync = after(files._sync, {"sync 0": 2, "sync 3": 5, "sync after": 7}[point])  # 0 and 1 are of the manifest alone
     elif point == "rename":
         os.rename = kill
     else:

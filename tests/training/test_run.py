@@ -19,7 +19,7 @@ from llmkd.config import loader
 from llmkd.config.recipe import Teacher
 from llmkd.data.collate import collate
 from llmkd.errors import Stopped, UserError
-from llmkd.files import read_jsonl
+from llmkd.files import read_jsonl, read_sealed
 from llmkd.models import load
 from llmkd.models.load import LoadContext, load_teacher
 from llmkd.teachers.live import LiveTeacher
@@ -137,7 +137,7 @@ def test_what_a_run_leaves_behind(make_recipe, world, tmp_path):
     assert loader.load_recipe(out / "recipe.yaml") == recipe
     assert {"adapter", "metrics.jsonl", "loss.png", "recipe.yaml", "summary.json"} <= {p.name for p in out.iterdir()}
     assert not list(out.rglob("*.tmp-*")) and not (out / ".lock").read_text()
-    assert json.loads((out / "summary.json").read_text()) == summary
+    assert read_sealed(out / "summary.json") == summary
     assert {
         "ce",
         "perplexity",

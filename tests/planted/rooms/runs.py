@@ -274,8 +274,8 @@ FAULTS = [
         (
             "damaged-checkpoint",
             "a damaged checkpoint is exported",
-            "    if damage := damaged(folder):\n",
-            "    if damage := None:\n",
+            "        verified(folder, run_of(run))\n",
+            "        pass\n",
             "commands/test_export.py",
         ),
         (

@@ -296,8 +296,8 @@ FAULTS = [
         (
             "hash-not-compared",
             "a flipped bit in a checkpoint is not noticed",
-            "if sha256_file(file) != expected[",
-            "if False and sha256_file(file) != expected[",
+            "if sha256_file(path) != expected[",
+            "if False and sha256_file(path) != expected[",
             f"{RESUME}::test_a_damaged_checkpoint_is_passed_over_by_name",
         ),
         (
