@@ -160,7 +160,7 @@ FAULTS = [
         (
             "edited-items",
             "edited items are compared",
-            "    if stated and sha256_file(path) != stated:\n",
+            "    if stated and hashlib.sha256(content).hexdigest() != stated:\n",
             "    if False:\n",
             f"{COMPARE}::test_edited_items_are_refused",
         ),

@@ -4,6 +4,7 @@ from tests.planted.fault import in_file
 
 HAND, GOLDEN, BEST = "training/test_by_hand.py", "training/test_golden_losses.py", "training/test_best.py"
 PASSES, RESUME, RESULT = "training/test_accumulation.py", "training/test_resume.py", "training/test_step_result.py"
+CHECKPOINT = "training/test_checkpoint.py"
 
 FAULTS = [
     *in_file(
@@ -271,15 +272,15 @@ FAULTS = [
         (
             "before-is-after",
             "the summary's values before training are those after it",
-            '"before": held_out[0]',
-            '"before": held_out[-1]',
+            "in held_out if step == 0)",
+            "in held_out[::-1])",
             BEST,
         ),
         (
             "after-is-before",
             "the summary's values are those before training",
-            '"validation": held_out[-1] | scored',
-            '"validation": held_out[0] | scored',
+            "(held_out[-1][1] if held_out",
+            "(held_out[0][1] if held_out",
             BEST,
         ),
     ),
@@ -293,6 +294,35 @@ FAULTS = [
             f"{RESUME}::test_resume_at_every_step",
         ),
         ("one-more-is-kept", "one checkpoint more is kept than asked", "[:-keep]:", "[: -keep - 1]:", BEST),
+        (
+            "step-not-compared",
+            "a checkpoint that was renamed is used",
+            'if path.name != f"step-{step}":',
+            "if False:",
+            CHECKPOINT,
+        ),
+        (
+            "run-not-compared",
+            "a checkpoint of another run is used",
+            "if differing := [what for what in run if of.get(what) != run[what]]:",
+            "if differing := []:",
+            CHECKPOINT,
+        ),
+        ("beyond-the-end", "a checkpoint beyond the last step is used", "if step > last:", "if False:", CHECKPOINT),
+        (
+            "moments-not-verified",
+            "the optimizer's state is not verified",
+            "for name in (WEIGHTS, MOMENTS, STATE):",
+            "for name in (WEIGHTS, STATE):",
+            CHECKPOINT,
+        ),
+        (
+            "run-made-again",
+            "a checkpoint brings back a run's folder that was removed",
+            "    folder.mkdir(exist_ok=True)\n",
+            "    folder.mkdir(parents=True, exist_ok=True)\n",
+            CHECKPOINT,
+        ),
         (
             "hash-not-compared",
             "a flipped bit in a checkpoint is not noticed",
