@@ -3,8 +3,7 @@
 import json
 import os
 import signal
-import subprocess
-import sys
+import threading
 import time
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from llmkd.errors import UserError
 from llmkd.training.run import run
 from tests.conftest import distance, plain_recipe, weights
 from tests.kit.cache import FLOAT32, from_cache, trained_by
+from tests.kit.processes import launch
 
 
 def steps(recipe) -> list[dict]:
@@ -178,21 +178,6 @@ def test_a_process_that_finds_damage_in_its_share_says_so(damaged, make_recipe, 
     assert "head.safetensors is damaged" in capsys.readouterr().err
 
 
-def launched(*words: str, processes: int, cwd: Path, **environment: str) -> subprocess.CompletedProcess:
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        f"--nproc-per-node={processes}",
-        "--master-port=0",
-        "--rdzv-backend=c10d",
-        "--rdzv-endpoint=localhost:0",
-    ]
-    return subprocess.run(
-        [*command, *words], cwd=cwd, env=os.environ | {"OMP_NUM_THREADS": "1"} | environment, capture_output=True, text=True, timeout=300
-    )
-
-
 @pytest.mark.slow
 def test_two_processes_write_the_same_cache_and_learn_from_it_as_one_does(world, caches, make_recipe, tmp_path):
     recipe = plain_recipe(world, tmp_path / "two") | {"validation": {"teacher_check": 0}}
@@ -200,25 +185,24 @@ def test_two_processes_write_the_same_cache_and_learn_from_it_as_one_does(world,
     recipe["teacher"] |= {"dtype": "float32", "cache": {"path": str(tmp_path / "cache"), "kind": "hidden"}}
     recipe["data"]["validation_fraction"] = 0.2
     (tmp_path / "two.yaml").write_text(json.dumps(recipe))
-    written = launched("-m", "llmkd", "cache", "--config", "two.yaml", processes=2, cwd=tmp_path)
+    written = launch(2, main, ["cache", "--config", "two.yaml"], cwd=tmp_path)
     assert written.returncode == 0, written.stderr
     for name in sorted(path.name for path in (caches / "hidden").glob("*.safetensors")):
         assert (tmp_path / "cache" / name).read_bytes() == (caches / "hidden" / name).read_bytes()
-    trained = launched(
-        "-m",
-        "llmkd",
-        "train",
-        "--config",
-        "two.yaml",
-        "--data.validation_fraction",
-        "0",
-        "--data.packing",
-        "true",
-        processes=2,
-        cwd=tmp_path,
-    )
+    words = ["train", "--config", "two.yaml", "--data.validation_fraction", "0", "--data.packing", "true"]
+    trained = launch(2, main, words, cwd=tmp_path)
     assert trained.returncode == 0, trained.stderr
     assert distance(weights(tmp_path / "two"), trained_by(make_recipe("live", **FLOAT32))) < 1e-3
+
+
+def killed_when_it_exists(file: Path, words: list[str]) -> int:
+    def watch() -> None:
+        while not file.exists():
+            time.sleep(0.01)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    threading.Thread(target=watch, daemon=True).start()
+    return main(words)
 
 
 @pytest.mark.slow
@@ -228,15 +212,10 @@ def test_a_killed_attempt_goes_on(world, tmp_path):
     recipe["data"]["validation_fraction"] = 0.2
     recipe["validation"] = {"micro_batch_size": 1}
     (tmp_path / "r.yaml").write_text(json.dumps(recipe))
-    words = [sys.executable, "-m", "llmkd", "cache", "--config", "r.yaml"]
-    threads = os.environ | {"OMP_NUM_THREADS": "1"}  # as here: with another number sums are rounded otherwise
-    process = subprocess.Popen(words, cwd=tmp_path, stderr=subprocess.PIPE, text=True, env=threads)
-    while not (tmp_path / "cache/unfinished.json").exists() and process.poll() is None:
-        time.sleep(0.01)
-    process.send_signal(signal.SIGKILL)
-    process.wait()
+    words = ["cache", "--config", str(tmp_path / "r.yaml")]
+    assert launch(1, killed_when_it_exists, tmp_path / "cache/unfinished.json", words).returncode == -signal.SIGKILL
     assert not (tmp_path / "cache/cache.json").exists()
-    assert subprocess.run(words, cwd=tmp_path, env=threads).returncode == 0
+    assert main(words) == 0
     cache(loader.load_recipe(tmp_path / "r.yaml", {"teacher.cache.path": str(tmp_path / "whole")}))
     name = "shard-00000.safetensors"
     assert (tmp_path / "cache" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()

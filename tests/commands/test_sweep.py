@@ -3,22 +3,24 @@
 import json
 import os
 import shlex
-import subprocess
-import sys
+import signal
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
+from llmkd.cli import main
 from llmkd.commands.sweep import group_arms, run_sweep
 from llmkd.config import loader
 from llmkd.config.sweep import expand
 from llmkd.errors import UserError
 from llmkd.files import read_sealed
 from llmkd.output.run_folder import RunFolder
+from llmkd.training import loop
 from llmkd.training.run import run
 from tests.conftest import distance, plain_recipe, weights
+from tests.kit.processes import launch, train_on_two
 
 GRID = {"loss.kd_ratio": [0, 0.5, 1.0], "optim.lr": [1e-2, 3e-3]}
 
@@ -202,9 +204,22 @@ def test_a_failed_arm_does_not_stop_the_rest(sweep, tmp_path, monkeypatch, capsy
     assert "[1/1] 2 arms side by side: worse, late\n" in capsys.readouterr().err and state(folder)["arms"]["bad"]["status"] == "failed"
 
 
+def sweep_until(step: int, number: int, words: list[str]) -> int:
+    """`llmkd sweep` that gets a signal when the first student has moved in that step."""
+    real, sent = loop.optimizer_step, []
+
+    def move(learner, at, *rest):
+        real(learner, at, *rest)
+        if at == step and not sent:
+            sent.append(at)
+            os.kill(os.getpid(), number)
+
+    loop.optimizer_step = move
+    return main(["sweep", *words])
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("kills", [2])
-def test_a_sweep_that_is_killed_goes_on(sweep, world, tmp_path, kills):
+def test_a_sweep_that_is_killed_goes_on(sweep, world, tmp_path):
     """Stopped by SIGKILL at one step, by SIGTERM at another, then whole: bit for bit the sweep that was not."""
     recipe = {
         **HELD,
@@ -212,22 +227,8 @@ def test_a_sweep_that_is_killed_goes_on(sweep, world, tmp_path, kills):
     }
     path = sweep(recipe, grid={"loss.kd_ratio": [0.25, 0.75]}, seeds=[0, 1])
     whole = run_sweep(path, {"output_dir": str(tmp_path / "whole")}, False)
-    for signal, step, code, flags in (("KILL", 3, -9, []), ("TERM", 4, 75, ["--resume"])):
-        program = f"""
-import os, signal, sys
-from llmkd import cli
-from llmkd.training import loop
-real = loop.optimizer_step
-def move(learner, step, *rest):
-    real(learner, step, *rest)
-    if step == {step} and not os.path.exists({str(tmp_path / signal)!r}):
-        open({str(tmp_path / signal)!r}, 'w').close()
-        os.kill(os.getpid(), signal.SIG{signal})
-loop.optimizer_step = move
-sys.exit(cli.main(['sweep', '--config', {path!r}] + {flags!r}))
-"""
-        threads = os.environ | {"OMP_NUM_THREADS": "1"}  # as here: with another number sums are rounded otherwise
-        done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=200, env=threads)
+    for number, step, code, flags in ((signal.SIGKILL, 3, -9, []), (signal.SIGTERM, 4, 75, ["--resume"])):
+        done = launch(1, sweep_until, step, number, ["--config", path, *flags])
         assert done.returncode == code, done.stderr[-2000:]
     folder = run_sweep(path, {}, True)
     for name in state(whole)["arms"]:
@@ -283,11 +284,9 @@ def test_an_arm_that_joins_a_sweep_that_was_stopped_does_not_take_the_others_bac
 
 @pytest.mark.slow
 def test_two_processes_share_a_teacher_too(sweep, tmp_path):
-    from tests.training.test_parity import torchrun
-
     path = sweep(grid={"loss.kd_ratio": [0, 1.0]})
     one = run_sweep(path, {"output_dir": str(tmp_path / "one")}, False)
-    done = torchrun(2, ["--config", path, "--output_dir", str(tmp_path / "two")], tmp_path)
+    done = train_on_two(["--config", path, "--output_dir", str(tmp_path / "two")])
     assert done.returncode == 0, done.stderr[-3000:]
     for name in state(one)["arms"]:
         assert distance(weights(one / "arms" / name), weights(tmp_path / "two/arms" / name)) < 1e-12
@@ -298,15 +297,13 @@ def test_a_folder_that_one_process_cannot_have_does_not_leave_the_others_waiting
     """Only the first process takes folders. The arm is left out on both, and the others train, also in the group that follows."""
     import fcntl
 
-    from tests.training.test_parity import torchrun
-
     path = sweep(grid={}, arms={"held": {}, "free": {"optim.lr": 1e-3}, "later": {"train.batch_size": 4}})
     (tmp_path / "sweep/arms/held").mkdir(parents=True)
     (tmp_path / "sweep/stages").mkdir()
     (tmp_path / "sweep/sweep.json").write_text(json.dumps({"arms": {}, "groups": [], "stages": {}}))
     with open(tmp_path / "sweep/arms/held/.lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
-        done = torchrun(2, ["--config", path, "--train.max_steps", "2", "--resume"], tmp_path)
+        done = train_on_two(["--config", path, "--train.max_steps", "2", "--resume"])
     found = state(tmp_path / "sweep")["arms"]
     assert [arm["status"] for arm in found.values()] == ["failed", "done", "done"], done.stderr[-3000:]
     assert "is in use by" in found["held"]["reason"]

@@ -3,8 +3,7 @@
 import copy
 import json
 import os
-import subprocess
-import sys
+import signal
 import time
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from llmkd.data.examples import Examples
 from llmkd.data.reading.sources import Rows, read_source
 from llmkd.errors import UserError
 from tests.kit.data import GOOD, MARKED, encode, rows_of, same, talk, tiny
+from tests.kit.processes import launch
 
 
 class Cache:
@@ -187,63 +187,42 @@ def test_chat_without_a_template_is_refused(cache):
 
 # ---- several processes
 
-WORKER = """
-import json, sys, time
-from pathlib import Path
-from llmkd.config.recipe import Data, Source
-from llmkd.data.encoding.encode import encode
-from llmkd.data.encoding.token_cache import load_or_encode
-from llmkd.data.reading.sources import Rows
-from llmkd.errors import UserError
-from tests.kit import data as data_kit
 
-folder, number, how = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
-def slow(*args):
-    with open(folder / "made", "a") as log:
-        log.write(number + "\\n")
-    time.sleep(60 if how == "hang" else 0.5)
-    return encode(*args)
-rows = [{"instruction": "q", "output": "" if how == "fail" else "owl"}] * 3
-while time.time() < float(sys.argv[4]):
-    time.sleep(0.01)
-try:
-    read, data = Rows(rows, ["f:1"] * 3, "content"), Data(cache_dir=str(folder))
-    examples = load_or_encode(read, Source(path="f.jsonl"), data, data_kit.tiny(), "data.train", encode=slow)
-    print(examples.ids.sum())
-except UserError as error:
-    print(error)
-"""
+def make_entry(folder: Path, how: str) -> None:
+    """Prints the number of tokens, or what is wrong; `how`: work, fail, or die in the middle."""
 
+    def slow(*args):
+        with open(folder / "made", "a") as log:
+            log.write(f"{os.getpid()}\n")
+        if how == "die":
+            os.kill(os.getpid(), signal.SIGKILL)
+        time.sleep(0.5)
+        return encode_rows(*args)
 
-def start_workers(folder: Path, count: int, how: str) -> list[subprocess.Popen]:
-    env = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
-    start = str(time.time() + 3)
-    return [
-        subprocess.Popen([sys.executable, "-c", WORKER, str(folder), str(n), how, start], env=env, stdout=subprocess.PIPE, text=True)
-        for n in range(count)
-    ]
+    rows = Rows([{"instruction": "q", "output": "" if how == "fail" else "owl"}] * 3, ["f:1"] * 3, "content")
+    try:
+        examples = load_or_encode(rows, Source(path="f.jsonl"), Data(cache_dir=str(folder)), tiny(), "data.train", encode=slow)
+        print(examples.ids.sum())
+    except UserError as error:
+        print(error)
 
 
 @pytest.mark.slow
 def test_the_processes_of_a_launch_make_an_entry_once(tmp_path):
-    said = [worker.communicate(timeout=60)[0] for worker in start_workers(tmp_path, 2, "work")]
-    assert len(set(said)) == 1 and int(said[0]) > 0
+    said = launch(2, make_entry, tmp_path, "work").stdout.splitlines()
+    assert len(said) == 2 and len(set(said)) == 1 and int(said[0]) > 0
     assert len((tmp_path / "made").read_text().splitlines()) == 1
 
 
 @pytest.mark.slow
 def test_where_the_first_fails_the_others_try_and_fail_alike(tmp_path):
-    said = [worker.communicate(timeout=60)[0] for worker in start_workers(tmp_path, 2, "fail")]
-    assert len(set(said)) == 1 and "none of f.jsonl's 3 rows" in said[0]
+    said = launch(2, make_entry, tmp_path, "fail").stdout.splitlines()
+    assert len(said) == 2 and len(set(said)) == 1 and "none of f.jsonl's 3 rows" in said[0]
     assert len((tmp_path / "made").read_text().splitlines()) == 2
 
 
 def test_a_killed_process_leaves_no_lock(tmp_path):
-    (worker,) = start_workers(tmp_path, 1, "hang")
-    while not (tmp_path / "made").exists():
-        time.sleep(0.05)
-    worker.kill()
-    worker.wait()
+    assert launch(1, make_entry, tmp_path, "die").returncode == -signal.SIGKILL and (tmp_path / "made").exists()
     start = time.perf_counter()
     assert len(Cache(tmp_path)(rows_of({"instruction": "q", "output": "owl"}))) == 1
     assert time.perf_counter() - start < 5

@@ -25,6 +25,7 @@ from llmkd.config import loader
 from llmkd.errors import Stopped, UserError
 from llmkd.training.run import run
 from tests.conftest import plain_recipe
+from tests.kit.processes import launch
 from tests.test_real_data import SHARED
 
 REPO = Path(__file__).parents[2]
@@ -486,11 +487,7 @@ def test_data_is_known_by_its_columns(tmp_path, capsys):
 def test_two_processes_find_what_one_finds(base, tmp_path, tasks_dir):
     """With few-shot examples, which the harness draws one item after another, and a number of items that two do not divide."""
     words = [str(base), "--tasks", "commonsense_qa,truthfulqa_mc2", "--fewshot", "2", "--tasks_dir", str(tasks_dir), "--out"]
-    launch = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--standalone"]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*launch, str(REPO / "eval/run.py"), *words, str(tmp_path / "two")], capture_output=True, text=True, env=environment
-    )
+    done = launch(2, main, ["eval", *words, str(tmp_path / "two")])
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("commonsense_qa") == 1, "the table is the first process's"
     assert main(["eval", *words, str(tmp_path / "one")]) == 0

@@ -25,6 +25,7 @@ from llmkd.teachers.live import LiveTeacher
 from llmkd.training.distiller import Distiller
 from llmkd.training.prepare import prepare
 from tests.conftest import distance, plain_recipe, weights
+from tests.kit.processes import train_on_two
 
 LORA = Lora(rank=4, dropout=0.3)
 #: KaSA, which PEFT has from 0.21 on, takes the smallest singular values out of the base.
@@ -235,8 +236,6 @@ def test_arms_of_a_sweep_share_the_teachers_base_too(world, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_share_a_base_as_one_does(world, trained, tmp_path):
-    from tests.training.test_parity import torchrun
-
     (tmp_path / "two.yaml").write_text(json.dumps(plain_recipe(world, tmp_path / "unused")))
     for who, checkpointing, dropout in (("adapter", True, 0.2), ("teacher", False, 0.0)):
         ends = []
@@ -244,9 +243,7 @@ def test_two_processes_share_a_base_as_one_does(world, trained, tmp_path):
             out = tmp_path / f"{who}-{share}"
             words = {"output_dir": out, "student.model": world / "teacher", "teacher.model": world / who, "teacher.share_base": share}
             words |= {"student.gradient_checkpointing": str(checkpointing).lower(), "student.lora.dropout": dropout}
-            done = torchrun(
-                2, ["--config", str(tmp_path / "two.yaml"), *(str(w) for k, v in words.items() for w in (f"--{k}", v))], tmp_path
-            )
+            done = train_on_two(["--config", str(tmp_path / "two.yaml"), *(str(w) for k, v in words.items() for w in (f"--{k}", v))])
             assert done.returncode == 0, done.stderr[-3000:]
             assert ("of its weights with the student" in done.stderr) == (share == "true")
             ends.append(weights(out))

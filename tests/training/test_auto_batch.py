@@ -21,7 +21,8 @@ from llmkd.training import auto_batch
 from llmkd.training import memory as memory_gauges
 from llmkd.training.run import run
 from tests.conftest import distance, plain_recipe, weights
-from tests.training.test_parity import BOUND, torchrun
+from tests.kit.processes import train_on_two
+from tests.training.test_parity import BOUND
 
 AUTO = {"train__micro_batch_size": None, "train__micro_batch_tokens": "auto"}
 DROPOUT = {"student__lora__dropout": 0.3}
@@ -205,7 +206,7 @@ def test_two_processes_agree_on_a_budget(world, trained, tmp_path):
     one = trained("one", train__micro_batch_size=8)
     (tmp_path / "two.yaml").write_text(json.dumps(plain_recipe(world, tmp_path / "two")))
     words = ["--train.micro_batch_size", "null", "--train.micro_batch_tokens", "auto"]
-    done = torchrun(2, ["--config", str(tmp_path / "two.yaml"), *words], tmp_path)
+    done = train_on_two(["--config", str(tmp_path / "two.yaml"), *words])
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stderr.count("micro-batches of at most") == 1
     assert distance(weights(tmp_path / "two"), one) < BOUND

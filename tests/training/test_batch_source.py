@@ -2,11 +2,7 @@
 
 import dataclasses
 import json
-import os
 import re
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,12 +17,14 @@ from llmkd.data.collate import collate
 from llmkd.models.load import LoadContext, load_teacher
 from llmkd.teachers.live import LiveTeacher
 from llmkd.training.build import build_student, longest_row
+from llmkd.training.launch import start
 from llmkd.training.loop import count_targets, train
 from llmkd.training.prepare import prepare
 from llmkd.training.student_run import StudentRun
 from llmkd.training.trainer import Trainer
 from tests.conftest import plain_recipe
 from tests.kit.models import load_student
+from tests.kit.processes import launch
 
 REPO = Path(__file__).parents[2]
 
@@ -168,38 +166,20 @@ def test_a_rank_waits_for_others_only_where_the_source_does_not_know():
     assert count_targets(Step(1, 0), [], SimpleNamespace(num_processes=1)) == 1
 
 
-TWO = textwrap.dedent("""
-    import sys
-    from llmkd.config import loader
-    from llmkd.training.launch import start
-    from tests.training.test_batch_source import Rollouts, parts, save_weights, train
+def train_rollouts(recipe: str, out: str) -> None:
     accelerator = start()
-    data, state, teacher = parts(loader.load_recipe(sys.argv[1]), accelerator)
+    data, state, teacher = parts(loader.load_recipe(recipe), accelerator)
     source = Rollouts(data, state.parameters, accelerator.process_index, accelerator.num_processes)
-    found = list(train(source, [state], teacher, accelerator))
+    counts = [progress.num_targets for progress in train(source, [state], teacher, accelerator)]
     if accelerator.is_main_process:
-        save_weights(state, sys.argv[2], [p.num_targets for p in found])
-""")
-
-
-def save_weights(state, path: str, counts: list[int]) -> None:
-    save_file({name: p.detach().contiguous() for name, p in state.parameters.items()} | {"counts": torch.tensor(counts)}, path)
+        save_file({name: p.detach().contiguous() for name, p in state.parameters.items()} | {"counts": torch.tensor(counts)}, out)
 
 
 @pytest.mark.slow
 def test_two_ranks_count_their_targets_together(world, tmp_path):
     """Each has other examples, and neither knows of the other's how many targets they have."""
     (tmp_path / "r.yaml").write_text(json.dumps(plain_recipe(world, tmp_path / "out")))
-    (tmp_path / "two.py").write_text(TWO)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(tmp_path / "two.py")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(REPO)}
-    done = subprocess.run(
-        [*command, str(tmp_path / "r.yaml"), str(tmp_path / "two.safetensors")],
-        capture_output=True,
-        text=True,
-        env=environment,
-        timeout=200,
-    )
+    done = launch(2, train_rollouts, str(tmp_path / "r.yaml"), str(tmp_path / "two.safetensors"))
     assert done.returncode == 0, done.stderr[-3000:]
     data, state, teacher = parts(loader.load_recipe(tmp_path / "r.yaml"), one_process())
     found = list(train(Rollouts(data, state.parameters), [state], teacher, one_process()))

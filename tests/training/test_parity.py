@@ -1,7 +1,6 @@
 """The first law of the project: how an optimizer step is cut into micro-batches and ranks changes nothing."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import distance, plain_recipe, weights
+from tests.kit.processes import train_on_two
 
 REPO = Path(__file__).parents[2]
 BOUND = 1e-12  # float64, after five steps; the last window has 5 of 8 examples
@@ -69,9 +69,18 @@ def test_two_processes_are_one(world, reference, tmp_path):
     three = ["--train.micro_batch_size", "3"]
     for name, changes in (("lora", []), ("lora3", three), ("lora9", tokens), ("full", ["--student.method", "full"])):
         (tmp_path / f"{name}.yaml").write_text(json.dumps(plain_recipe(world, tmp_path / name)))
-        done = torchrun(2, ["--config", str(tmp_path / f"{name}.yaml"), *changes], tmp_path)
+        done = train_on_two(["--config", str(tmp_path / f"{name}.yaml"), *changes])
         assert done.returncode == 0, done.stderr[-3000:]
         assert distance(weights(tmp_path / name), reference(name.rstrip("39"))) < BOUND
+
+
+@pytest.mark.slow
+def test_torchrun_starts_them(world, reference, tmp_path):
+    (tmp_path / "r.yaml").write_text(json.dumps(plain_recipe(world, tmp_path / "out")))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(REPO / "llmkd/train.py")]
+    done = subprocess.run([*command, "--config", str(tmp_path / "r.yaml")], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert distance(weights(tmp_path / "out"), reference("lora")) < BOUND
 
 
 @pytest.mark.slow
@@ -87,24 +96,10 @@ def test_two_processes_are_one_where_some_weights_are_never_used(world, trained,
     one = trained("one", **changes, **{"student.model": str(student)})
     (tmp_path / "two.yaml").write_text(json.dumps(plain_recipe(world, tmp_path / "two")))
     words = [word for key, value in changes.items() for word in (f"--{key}", str(value))]
-    done = torchrun(2, ["--config", str(tmp_path / "two.yaml"), "--student.model", str(student), *words], tmp_path)
+    done = train_on_two(["--config", str(tmp_path / "two.yaml"), "--student.model", str(student), *words])
     assert done.returncode == 0, done.stderr[-3000:]
     assert "get no gradient from a small batch" in done.stderr
     assert distance(weights(tmp_path / "two"), one) < BOUND
-
-
-def torchrun(processes: int, arguments: list[str], cache: Path) -> subprocess.CompletedProcess:
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        f"--nproc_per_node={processes}",
-        "--master_port=0",
-        "--standalone",
-        str(REPO / "llmkd/train.py"),
-    ]
-    environment = os.environ | {"LLMKD_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
-    return subprocess.run([*command, *arguments], capture_output=True, text=True, env=environment, timeout=300)
 
 
 def test_a_refusal_reaches_the_other_processes_with_all_its_lines_and_its_arm(monkeypatch):

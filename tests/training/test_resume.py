@@ -6,9 +6,6 @@ import os
 import re
 import shutil
 import signal
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -17,17 +14,19 @@ import torch
 from accelerate import Accelerator
 
 from llmkd import files
+from llmkd.cli import main
 from llmkd.errors import ChangedFiles, Stopped, UserError
 from llmkd.files import read_jsonl
 from llmkd.models.load import LoadContext, load_students
 from llmkd.output.run_folder import run_of
 from llmkd.training import checkpoint
 from llmkd.training.build import restore
+from llmkd.training.distiller import Distiller
 from llmkd.training.prepare import prepare
 from llmkd.training.run import run
 from llmkd.training.validate import Evaluator
 from tests.conftest import distance, plain_recipe, weights
-from tests.training.test_parity import torchrun
+from tests.kit.processes import launch, train_on_two
 
 #: Two epochs of three steps over 20 rows (the last window has 4), dropout on, validation in between.
 LONG = {"data__train__limit": 20, "train__epochs": 2, "student__lora__dropout": 0.3, "checkpoint__every": 1, "checkpoint__keep": 99}
@@ -214,8 +213,6 @@ def _die_at(point: str) -> None:
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1])
 def test_a_signal_saves_and_stops(make_recipe, trained, tmp_path, monkeypatch, number):
     """A signal in the second step: that step is finished and saved; the resumed run is the uninterrupted one."""
-    from llmkd.training.distiller import Distiller
-
     expected = trained("straight", **LONG | {"checkpoint__every": None})
     real, calls = Distiller.forward, [0]
 
@@ -234,19 +231,17 @@ def test_a_signal_saves_and_stops(make_recipe, trained, tmp_path, monkeypatch, n
     assert distance(weights(tmp_path / "stopped"), expected) == 0
 
 
-KILLED = textwrap.dedent("""
-    import os, signal, sys
-    from llmkd.training.distiller import Distiller
-    from llmkd.cli import main
+def train_until_killed(call: int, words: list[str]) -> int:
     real, calls = Distiller.forward, [0]
+
     def forward(self, *args):
         calls[0] += 1
-        if calls[0] == int(sys.argv[1]):
+        if calls[0] == call:
             os.kill(os.getpid(), signal.SIGKILL)
         return real(self, *args)
+
     Distiller.forward = forward
-    sys.exit(main(["train", "--config", *sys.argv[2:]]))
-""")
+    return main(["train", *words])
 
 
 @pytest.mark.parametrize("call", [1, 8])
@@ -254,9 +249,8 @@ def test_kill_9_in_the_middle_of_an_accumulation(world, trained, tmp_path, call)
     expected = trained("straight", **LONG)
     (tmp_path / "k.yaml").write_text(json.dumps(plain_recipe(world, tmp_path / "killed")))
     changes = [w for k, v in LONG.items() for w in ("--" + k.replace("__", "."), str(v))]
-    command = [sys.executable, "-c", KILLED, str(call), str(tmp_path / "k.yaml"), *changes]
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    assert subprocess.run(command, env=environment, capture_output=True).returncode == -signal.SIGKILL
+    done = launch(1, train_until_killed, call, ["--config", str(tmp_path / "k.yaml"), *changes])
+    assert done.returncode == -signal.SIGKILL, done.stderr[-3000:]
     from llmkd.config import loader
 
     recipe = loader.load_recipe(tmp_path / "k.yaml", {k.replace("__", "."): v for k, v in LONG.items()})
@@ -270,10 +264,10 @@ def test_kill_9_in_the_middle_of_an_accumulation(world, trained, tmp_path, call)
 def test_two_processes_resume_bit_for_bit(world, tmp_path):
     (tmp_path / "r.yaml").write_text(json.dumps(plain_recipe(world, tmp_path / "out")))
     changes = [w for k, v in LONG.items() for w in ("--" + k.replace("__", "."), str(v))]
-    assert torchrun(2, ["--config", str(tmp_path / "r.yaml"), *changes], tmp_path).returncode == 0
+    assert train_on_two(["--config", str(tmp_path / "r.yaml"), *changes]).returncode == 0
     shutil.copytree(tmp_path / "out", tmp_path / "expected")
     unfinish(tmp_path / "out", 4)
-    done = torchrun(2, ["--config", str(tmp_path / "r.yaml"), *changes, "--resume"], tmp_path)
+    done = train_on_two(["--config", str(tmp_path / "r.yaml"), *changes, "--resume"])
     assert done.returncode == 0 and "resuming after step 4" in done.stderr, done.stderr[-2000:]
     assert distance(weights(tmp_path / "out"), weights(tmp_path / "expected")) == 0
 

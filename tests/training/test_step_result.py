@@ -2,19 +2,19 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from llmkd.cli import main
 from llmkd.errors import NonFinite, UserError
 from llmkd.teachers.live import LiveTeacher
 from llmkd.training import loop, trainer
 from llmkd.training.distiller import Distiller
 from llmkd.training.run import run
 from tests.conftest import distance, plain_recipe
+from tests.kit.processes import launch
 
 SHORT = {"train__max_steps": 2}
 
@@ -88,30 +88,25 @@ def test_an_infinite_gradient_stops_the_run(make_recipe, monkeypatch):
     assert before and all(torch.equal(p, before[name]) for name, p in after.items()), "the weights moved"
 
 
-POISONED = """
-import os, sys
-from llmkd.cli import main
-from llmkd.training.distiller import Distiller
-real, calls = Distiller.forward, [0]
-def forward(self, batch, signal):
-    loss = real(self, batch, signal)
-    calls[0] += 1
-    if os.environ["RANK"] == "1" and calls[0] == 3:
-        loss.rows["ce"][0] = float("nan")
-        loss = type(loss)(loss.total * float("nan"), loss.rows)
-    return loss
-Distiller.forward = forward
-sys.exit(main(["train", *sys.argv[1:]]))
-"""
+def train_poisoned(recipe: str) -> int:
+    real, calls = Distiller.forward, [0]
+
+    def forward(self, batch, signal):
+        loss = real(self, batch, signal)
+        calls[0] += 1
+        if os.environ["RANK"] == "1" and calls[0] == 3:
+            loss.rows["ce"][0] = float("nan")
+            loss = type(loss)(loss.total * float("nan"), loss.rows)
+        return loss
+
+    Distiller.forward = forward
+    return main(["train", "--config", recipe, "--train.micro_batch_size", "2"])
 
 
 @pytest.mark.slow
 def test_a_nan_on_one_rank_stops_them_all(world, tmp_path):
-    (tmp_path / "poisoned.py").write_text(POISONED)
     (tmp_path / "r.yaml").write_text(json.dumps(plain_recipe(world, tmp_path / "out")))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(tmp_path / "poisoned.py")]
-    command += ["--config", str(tmp_path / "r.yaml"), "--train.micro_batch_size", "2"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    done = launch(2, train_poisoned, str(tmp_path / "r.yaml"))
     report = json.loads((tmp_path / "out/nonfinite.json").read_text())
     assert report["step"] == 2 and report["term"] == "ce" and len(report["examples"]) == 1
     assert done.stderr.count("llmkd: step 2: ce is not finite") == 1

@@ -1,11 +1,7 @@
 """Terms are an open list: one that nobody knows, with a parameter of its own, trains, is logged, saved, resumed and never exported."""
 
 import json
-import os
 import shutil
-import subprocess
-import sys
-import textwrap
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +10,7 @@ import torch
 from safetensors.torch import load_file
 from torch import nn
 
+from llmkd.cli import main
 from llmkd.errors import NonFinite
 from llmkd.files import read_jsonl
 from llmkd.losses.objective import Objective
@@ -22,6 +19,7 @@ from llmkd.training import build
 from llmkd.training.distiller import Distiller
 from llmkd.training.run import run
 from tests.conftest import distance, plain_recipe, weights
+from tests.kit.processes import launch
 from tests.training.test_resume import LONG, comparable, unfinish
 
 WIDTH, WEIGHT = 16, 0.3
@@ -136,14 +134,9 @@ def test_only_the_term_that_is_asked_about_explains(monkeypatch):
     assert found == ["why probe", "", ""]
 
 
-TWO = textwrap.dedent("""
-    import sys
-    from llmkd.cli import main
-    from llmkd.training import build
-    from tests.training.test_terms import with_probe
+def train_with_probe(recipe: str) -> int:
     build.build_terms = with_probe
-    sys.exit(main(["train", "--config", sys.argv[1]]))
-""")
+    return main(["train", "--config", recipe])
 
 
 @pytest.mark.slow
@@ -151,9 +144,6 @@ def test_two_ranks_exchange_its_gradients(probed, trained, world, tmp_path):
     trained("one", checkpoint__every=5)
     recipe = plain_recipe(world, tmp_path / "two") | {"checkpoint": {"every": 5}}
     (tmp_path / "two.yaml").write_text(json.dumps(recipe))
-    (tmp_path / "two.py").write_text(TWO)
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(tmp_path / "two.py")]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    done = subprocess.run([*command, str(tmp_path / "two.yaml")], capture_output=True, text=True, env=environment, timeout=200)
+    done = launch(2, train_with_probe, str(tmp_path / "two.yaml"))
     assert done.returncode == 0, done.stderr[-3000:]
     assert distance(of_checkpoint(tmp_path / "two", 5), of_checkpoint(tmp_path / "one", 5)) < 1e-12
