@@ -5,11 +5,12 @@
 
 import dataclasses
 import importlib.util
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..config.fields import as_tuple, with_setting_names
-from ..config.recipe import Data, Optim, Recipe, Student, Teacher, Train, used_teachers
+from ..config.recipe import Data, Optim, Recipe, Source, Student, Teacher, Train, used_teachers
 from ..console import info
 from ..data.batch_source import Collator, PlannedSource, TrainingSource
 from ..data.batching import MOST_TOKENS, Batching, BatchPlan, TokenBudget
@@ -29,7 +30,8 @@ from ..data.dataset import (
 )
 from ..data.encoding import token_cache
 from ..data.encoding.end_tokens import end_tokens, report_end_tokens
-from ..data.encoding.tokenizer import load_tokenizer, shared_vocab, tokenizer_differences
+from ..data.encoding.same_tokenizer import refuse_other_ends, refuse_other_tokens, report_chosen
+from ..data.encoding.tokenizer import load_tokenizer, shared_vocab
 from ..data.examples import Examples
 from ..data.reading.sources import Rows
 from ..data.stream import StreamSource
@@ -99,7 +101,7 @@ def prepare(recipe: Recipe, open_caches: bool = True) -> Prepared:
     check_packages(recipe.student, recipe.optim, with_setting_names(recipe.teacher, "teacher"))
     rows = read_data(recipe.data)
     models = find_models(recipe.student, used_teachers(recipe), recipe.data, open_caches)
-    tokenizer, vocab = find_tokenizer(recipe.student, models)
+    tokenizer, vocab = find_tokenizer(recipe.student, models, recipe.data, rows)
     of_models = model_identity(models.student, models.teachers)
     for teacher in models.teachers:
         if teacher.cache:
@@ -137,12 +139,19 @@ def find_models(student_settings: Student, named_teachers: Sequence[tuple[str, T
     return FoundModels(student, teachers, configs)
 
 
-def find_tokenizer(student: Student, models: FoundModels) -> tuple[object, int]:
+def find_tokenizer(student: Student, models: FoundModels, data: Data, rows: dict[str, list[Rows]]) -> tuple[object, int]:
     """The student's tokenizer, and the entries that it and all models have. UserError where a teacher's tokenizer is another one."""
+    sources = [
+        (name, source, read)
+        for setting in rows
+        for (name, source), read in itertools.zip_longest(
+            with_setting_names(getattr(data, setting.removeprefix("data.")), setting), rows[setting]
+        )
+    ]
     tokenizer = _tokenizer(student, models.student)
     for teacher in models.teachers:
         if teacher.files:
-            _same_tokenizer(tokenizer, teacher)
+            _same_tokenizer(tokenizer, teacher, sources)
     rows_known = {setting: rows_of(config) for setting, config in models.configs.items()}
     rows_known |= {f"{teacher.setting}.cache.path": teacher.cache.header["vocab"] for teacher in models.teachers if teacher.cache}
     return tokenizer, shared_vocab(tokenizer, rows_known)
@@ -266,22 +275,14 @@ def _tokenizer(student: Student, files: ModelFiles | None):
     tokenizer = load_tokenizer(student.tokenizer, "student.tokenizer")
     if files and (files.base / "tokenizer.json").exists():
         own = load_tokenizer(str(files.base), "student.model")
-        _refuse_differences(tokenizer, own, "student.tokenizer", "it", f"{files.base}'s own")
+        refuse_other_tokens(tokenizer, own, "student.tokenizer", "it", f"{files.base}'s own")
+        report_chosen(tokenizer, own, files.base)
     return tokenizer
 
 
-def _same_tokenizer(tokenizer, teacher: TeacherSource) -> None:
+def _same_tokenizer(tokenizer, teacher: TeacherSource, sources: list[tuple[str, Source, Rows | None]]) -> None:
     files, setting = teacher.files, f"{teacher.setting}.model"
     with_tokenizer = files.adapter if files.adapter and (files.adapter / "tokenizer.json").exists() else files.base
     theirs = load_tokenizer(str(with_tokenizer), setting)
-    _refuse_differences(tokenizer, theirs, setting, "the student's tokenizer", f"{teacher.settings.model}'s")
-
-
-def _refuse_differences(ours, theirs, setting: str, our_name: str, their_name: str) -> None:
-    differences = tokenizer_differences(ours, theirs)
-    if differences:
-        more = f" (and {len(differences) - 3} more)" if len(differences) > 3 else ""
-        raise UserError(
-            f"{setting}: {our_name} and {their_name} are not the same: {'; '.join(differences[:3])}{more}; token ids must mean the same to all models; "
-            "use a teacher and a student of one tokenizer family"
-        )
+    refuse_other_tokens(tokenizer, theirs, setting, "the student's tokenizer", f"{teacher.settings.model}'s")
+    refuse_other_ends(tokenizer, theirs, setting, with_tokenizer, sources)

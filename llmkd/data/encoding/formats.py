@@ -133,7 +133,7 @@ def refuse_without_template(source: Source, rows: list[dict], tokenizer, setting
         return
     if source.chat_template:
         raise UserError(
-            f"{setting}.chat_template: found true, and the tokenizer has no chat template; use a tokenizer that has one, or set it to false"
+            f"{setting}.chat_template: found true, and the tokenizer has no chat template; set student.tokenizer to one that has it, such as the teacher's, or set it to false"
         )
     row_format = config.FORMATS[source.format]
     lists = any(
@@ -142,5 +142,5 @@ def refuse_without_template(source: Source, rows: list[dict], tokenizer, setting
     if row_format.template == "always" or lists:
         found = "lists of messages" if lists else source.format
         raise UserError(
-            f"{setting}.format: found {found}, and the tokenizer has no chat template; use another format or a tokenizer that has one"
+            f"{setting}.format: found {found}, and the tokenizer has no chat template; set student.tokenizer to one that has it, such as the teacher's, or use another format"
         )

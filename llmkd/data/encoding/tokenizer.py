@@ -98,26 +98,41 @@ def shared_vocab(tokenizer, rows: dict[str, int | None]) -> int:
 
 
 def tokenizer_differences(ours, theirs) -> list[str]:
-    """The differences of two tokenizers: the first entries, control tokens, rules and encodings that differ. Empty if they are equal.
+    """The differences of two tokenizers, padding tokens and chat templates aside. Empty if they are equal."""
+    named = [f"{name}_id is {one} here and {two} there" for name, (one, two) in named_differences(ours, theirs).items()]
+    return named + token_differences(ours, theirs)
+
+
+def named_differences(ours, theirs) -> dict[str, tuple[str, str]]:
+    """The tokens that two tokenizers name differently as the start, the end or the unknown part of a text: {eos_token: (ours, theirs)}."""
+    names = {i: token for vocabulary in (theirs.get_vocab(), ours.get_vocab()) for token, i in vocabulary.items()}
+    pairs = {name: (getattr(ours, f"{name}_id"), getattr(theirs, f"{name}_id")) for name in ("bos_token", "eos_token", "unk_token")}
+    return {name: (_token(one, names), _token(two, names)) for name, (one, two) in pairs.items() if one != two}
+
+
+def token_differences(ours, theirs) -> list[str]:
+    """The first entries, control tokens, rules and encodings that differ: where an id or a text does not mean the same to both.
 
     Everything that the encoding of a text depends on is compared: entries, merges, scores, normaliser, pre-tokenizer, the matching of
-    added tokens. Padding tokens may differ, since padding is masked. Chat templates may differ too: the student's is used.
+    added tokens. Padding tokens may differ or lack, since padding is masked. Chat templates may differ too: the student's is used.
     """
     a, b = ours.get_vocab(), theirs.get_vocab()
     names = {i: token for vocabulary in (b, a) for token, i in vocabulary.items()}
+    only_padding = _padding_alone(ours, b) | _padding_alone(theirs, a)
     out = [
         f"{token!r} is {a.get(token, 'absent')} here and {b.get(token, 'absent')} there"
         for token in sorted(
-            (t for t in a.keys() | b.keys() if a.get(t) != b.get(t)), key=lambda t: (min(a.get(t, 1 << 40), b.get(t, 1 << 40)), t)
+            (t for t in a.keys() | b.keys() if a.get(t) != b.get(t) and t not in only_padding),
+            key=lambda t: (min(a.get(t, 1 << 40), b.get(t, 1 << 40)), t),
         )
     ]
-    for name in ("bos_token_id", "eos_token_id", "unk_token_id"):
-        one, two = getattr(ours, name), getattr(theirs, name)
-        if one != two:
-            out.append(f"{name} is {_token(one, names)} here and {_token(two, names)} there")
     control, also = ({t.content for t in tok.added_tokens_decoder.values() if t.special} - {tok.pad_token} for tok in (ours, theirs))
     paddings = {ours.pad_token, theirs.pad_token}
-    out += [f"{token!r} is a control token {'here' if token in control else 'there'} only" for token in sorted((control ^ also) - paddings)]
+    named = {getattr(tok, name) for tok in (ours, theirs) for name in ("bos_token", "eos_token", "unk_token")}
+    out += [
+        f"{token!r} is a control token {'here' if token in control else 'there'} only"
+        for token in sorted((control ^ also) - paddings - named)
+    ]
     out += _rules_differ(*(json.loads(tok.backend_tokenizer.to_str()) for tok in (ours, theirs)), paddings)
     probes = [*_PROBES, *(f"a {token}b{token} {token}" for token in sorted(control & also)[:64])]
     for text, special in [(_PROBES[0], True), *((text, False) for text in probes)]:  # the first also with the special tokens around a text
@@ -126,6 +141,12 @@ def tokenizer_differences(ours, theirs) -> list[str]:
             i = next((i for i, (x, y) in enumerate(zip(one, two, strict=False)) if x != y), min(len(one), len(two)))
             out.append(f"{text!r} is encoded differently (from token {i}: {_some(one, i, names)} here, {_some(two, i, names)} there)")
     return out
+
+
+def _padding_alone(tokenizer, other: dict[str, int]) -> set[str]:
+    """The padding token of a tokenizer, if the other vocabulary has neither it nor its id, and it is for nothing else."""
+    token, others = tokenizer.pad_token, (tokenizer.bos_token, tokenizer.eos_token, tokenizer.unk_token)
+    return set() if token is None or token in others or token in other or tokenizer.pad_token_id in other.values() else {token}
 
 
 def _rules_differ(ours: dict, theirs: dict, paddings: set) -> list[str]:

@@ -2,7 +2,7 @@
 
 from tests.planted.fault import in_file
 
-ENDS, STOPS = "data/test_end_tokens.py", "models/test_generation.py"
+ENDS, STOPS, SAME = "data/test_end_tokens.py", "models/test_generation.py", "data/test_same_tokenizer.py"
 
 FAULTS = [
     *in_file(
@@ -42,6 +42,30 @@ FAULTS = [
             "self.end_tokens |= end_tokens(examples, self.data, self.tokenizer)",
             "pass",
             STOPS,
+        ),
+    ),
+    *in_file(
+        "llmkd/data/encoding/same_tokenizer.py",
+        ("ends-taken", "a plain text may end as its teacher never ends one", 'elif plain and name == "eos_token":', "elif False:", SAME),
+        (
+            "template-not-read",
+            "a template may write an end that the teacher does not know",
+            "if template and re.search",
+            "if False and re.search",
+            SAME,
+        ),
+        ("plain-start", "a start token that no text gets is refused", 'elif plain and name == "eos_token":', "elif plain:", SAME),
+        ("first-row-only", "a text among lists of messages is not seen", "any(isinstance(row", "all(isinstance(row", SAME),
+        ("stream-taken", "an unread stream is taken for conversations", "return rows is None or", "return rows is not None and", SAME),
+    ),
+    *in_file(
+        "llmkd/data/encoding/tokenizer.py",
+        (
+            "padding-ends",
+            "an end token that only one has is no difference",
+            "if token is None or token in others or",
+            "if token is None or",
+            SAME,
         ),
     ),
 ]

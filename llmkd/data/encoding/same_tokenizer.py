@@ -1,0 +1,68 @@
+"""Whether a model's tokenizer is the run's own: the same ids for the same texts, and the same end of text where one is written.
+
+Two tokenizers of one vocabulary may name other tokens as the start and the end of a text: an instruct model ends a turn with <|im_end|>, its
+base ends a text with <|endoftext|>. That matters only where a text gets the token that is so named.
+"""
+
+import re
+from collections.abc import Sequence
+
+from ...config.data import FORMATS, Source
+from ...console import info
+from ...errors import UserError
+from ..reading.sources import Rows
+from .tokenizer import named_differences, token_differences
+
+_WORDS = {"eos_token": "end-of-text token", "bos_token": "start-of-text token"}
+
+
+def refuse_other_tokens(ours, theirs, setting: str, our_name: str, their_name: str) -> None:
+    """UserError where the same id is another token, or the same text has other ids. Named tokens may differ."""
+    differences = token_differences(ours, theirs)
+    if differences:
+        more = f" (and {len(differences) - 3} more)" if len(differences) > 3 else ""
+        raise UserError(
+            f"{setting}: {our_name} and {their_name} are not the same: {'; '.join(differences[:3])}{more}; token ids must mean the same to all models; "
+            "use a teacher and a student of one tokenizer family"
+        )
+
+
+def report_chosen(tokenizer, own, base) -> None:
+    """One line where student.tokenizer ends or starts texts with other tokens than the base's own tokenizer does."""
+    for name, (one, two) in named_differences(tokenizer, own).items():
+        if name in _WORDS:
+            info(f"student.tokenizer: its {_WORDS[name]} is {one}, which is used, and that of {base}'s own tokenizer is {two}")
+
+
+def refuse_other_ends(tokenizer, theirs, setting: str, folder, sources: Sequence[tuple[str, Source, Rows | None]]) -> None:
+    """UserError where a text would get the student's own token for the start or end of a text, and the teacher has another one.
+
+    folder   of the teacher's tokenizer
+    sources  every source with its setting's name, and its rows, where they are known
+    """
+    different = {name: pair for name, pair in named_differences(tokenizer, theirs).items() if name in _WORDS}
+    if not different:
+        return
+    template = tokenizer.get_chat_template() if isinstance(tokenizer.chat_template, dict) else tokenizer.chat_template
+    plain = next((one for one in sources if _is_plain(*one[1:])), None)
+    for name, (ours, other) in different.items():
+        if template and re.search(rf"\b{name}\b", template) and not all(_is_plain(*one[1:]) for one in sources):
+            where, fix = f"the student's chat template writes {name}", ""
+        elif plain and name == "eos_token":
+            where = f"texts of {plain[0]} (format: {plain[1].format}) end with it"
+            fix = ", or chat_template: true" if FORMATS[plain[1].format].template == "optional" else ""
+        else:
+            continue
+        raise UserError(
+            f"{setting}: the {_WORDS[name]} of the student's tokenizer is {ours}, that of {folder} is {other}, and {where}, which this teacher "
+            f"does not expect there; set student.tokenizer: {folder}{fix}"
+        )
+    named = " and ".join(f"{_WORDS[name]} is {other} (the student's: {ours})" for name, (ours, other) in different.items())
+    info(f"{setting}: its tokenizer's {named}; nothing depends on it, since the chat template writes every conversation without it")
+
+
+def _is_plain(source: Source, rows: Rows | None) -> bool:
+    """Whether rows of the source are texts without the chat template. A stream of prompt_completion is taken to be."""
+    if source.chat_template or FORMATS[source.format].template == "always":
+        return False
+    return rows is None or source.format != "prompt_completion" or any(isinstance(row["prompt"], str) for row in rows.rows)
