@@ -92,6 +92,12 @@ class Source:
         shapes=("tokens",),
         description="alpaca and prompt_completion: render the prompt as a user turn and the answer as an assistant turn, in the tokenizer's chat template.",
     )
+    answers: Literal["all", "last"] = fixed(
+        "all",
+        shapes=("tokens",),
+        description="Which of the assistant's turns in a row of messages are supervised: all, or the last one alone. A row is then one example, "
+        "also where the chat template would make one of each turn.",
+    )
     name: str | None = fixed(
         None, description="Configuration of a hub data set; for builtin:skills, questions (conversations) or prose (plain text)."
     )
@@ -209,6 +215,8 @@ def _source_contradictions(source: Source, setting: str) -> Iterator[tuple[str, 
     if source.chat_template and row_format.template != "optional":
         why = "is always rendered by it" if row_format.template == "always" else "has no turns to render"
         yield "chat_template", f"found true with format: {source.format}, which {why}; leave it out"
+    if source.answers == "last" and not row_format.has_messages:
+        yield "answers", f"found last with format: {source.format}, whose rows have one answer each; leave it out"
     known, columns = row_format.names(choices), row_format.columns
     for column in source.fields:
         if column not in known:

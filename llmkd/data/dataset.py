@@ -17,6 +17,7 @@ from .encoding.formats import FORMATS
 from .encoding.token_cache import load_or_encode
 from .encoding.tokenizer import vocab_size
 from .examples import ALL_TEACHERS, Examples, merge
+from .notes import example_notes
 from .reading.sources import Rows, read_sources
 from .reading.unread import note_unread
 
@@ -195,12 +196,6 @@ def refuse_unknown_tokens(vocab: int, data: Dataset, tokenizer) -> None:
 # ---- reports
 
 
-_NOTES = {
-    "as_characters": "{} with the characters of a control token, which stay characters",
-    "endless": "{} that the chat template ends without a control token: from these the student does not learn to stop",
-}
-
-
 def report_examples(data: Dataset) -> None:
     """One line with the number of examples, tokens and targets, and the notes."""
     examples, c = data.examples, data.examples.counts
@@ -217,6 +212,6 @@ def report_examples(data: Dataset) -> None:
 
 def report_notes(data: Dataset) -> None:
     """A line for each oddity of the examples that may matter."""
-    for key, words in _NOTES.items():
-        if data.examples.counts.get(key):
-            warn(f"note: {data.name}: {words.format(data.examples.counts[key])}")
+    for note in example_notes(data.examples.counts):
+        kind, _, words = note.partition(": ")
+        warn(f"{kind}: {data.name}: {words}")

@@ -83,7 +83,7 @@ def merge(parts: list[Examples]) -> Examples:
     if len(parts) == 1:
         return parts[0]
     before = np.cumsum([0, *(part.counts["rows"] for part in parts)])
-    counts = {key: sum(part.counts[key] for part in parts) for key in parts[0].counts}
+    counts = {key: sum(part.counts.get(key, 0) for part in parts) for part in parts for key in part.counts}
     return concat(parts, before[:-1].tolist(), counts, np.repeat(np.arange(len(parts)), [len(part) for part in parts]))
 
 

@@ -26,6 +26,7 @@ from ..data.dataset import (
     refuse_too_few_positions,
     refuse_unknown_tokens,
     report_examples,
+    report_notes,
     teacher_index,
 )
 from ..data.encoding import token_cache
@@ -167,6 +168,7 @@ def encode_data(
         source = _stream(data, batching, teachers, tokenizer)
         train, content = Dataset("train", source.examples, source.places, [source.origin]), source.content
         ends = source.end_tokens
+        report_notes(dataclasses.replace(train, name="train, the first step"))
         refuse_unknown_tokens(vocab, train, tokenizer)
     else:
         train = _joined("train", encode_sources(rows["data.train"], data.train, "data.train", *how))

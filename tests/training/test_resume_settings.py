@@ -136,7 +136,15 @@ REFUSED = [
             "data.validation.teacher": (None, "b"),
         },
     ),
-    (CHAT, {"data.train.roles": ({}, {"user": "human"}), "data.validation.roles": ({}, {"user": "human"})}),
+    (
+        CHAT,
+        {
+            "data.train.roles": ({}, {"user": "human"}),
+            "data.train.answers": ("all", "last"),
+            "data.validation.roles": ({}, {"user": "human"}),
+            "data.validation.answers": ("all", "last"),
+        },
+    ),
     (
         FROM_HUB,
         {
@@ -198,7 +206,10 @@ ACCEPTED = [
         },
     ),
     (CHOICES | {"data.choices.limit": 9}, {"data.choices.seed": (None, 1)}),
-    (CHOICES | {"data.choices.format": "prompt_completion"}, {"data.choices.roles": ({}, {"user": "human"})}),
+    (
+        CHOICES | {"data.choices.format": "prompt_completion"},
+        {"data.choices.roles": ({}, {"user": "human"}), "data.choices.answers": ("all", "last")},
+    ),
 ]
 #: Settings that a recipe may name, but for which it accepts no value than the default: there is nothing to change.
 ONE_VALUE = {"data.validation.weight", "data.choices.weight", "data.choices.teacher"}

@@ -9,7 +9,8 @@ import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-Span = tuple[int, int]
+from .locate import Span
+from .template_process import rendered
 
 _KNOWN: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # reading a tokenizer's list of added tokens is slow
 _NEUTRAL = [{"role": role, "content": "x"} for role in ("system", "user", "assistant")]
@@ -25,6 +26,7 @@ class Text:
     ends_with_control: bool = True  # each supervised span ends with a control token
     #: Where the text has the characters of a control token: (begin, stop, id of the control token, or None for characters).
     pieces: tuple[tuple[int, int, int | None], ...] = ()
+    unshown: tuple[str, ...] = ()  # keys of messages that the chat template does not show
 
 
 @dataclass(frozen=True)
@@ -60,8 +62,8 @@ def _template(tokenizer) -> str:
 
 def _written(tokenizer, messages: list[dict]) -> str:
     try:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    except Exception:  # a template may raise anything, such as for a system turn
+        return rendered(tokenizer.get_chat_template(), tokenizer.special_tokens_map, messages)
+    except ValueError:  # such as for a system turn, or where there is no default template
         return ""
 
 
@@ -146,6 +148,7 @@ def remove_guards(text: Text, guard: str, control: re.Pattern, tokenizer) -> Tex
         False,
         text.ends_with_control,
         tuple((moved(a), moved(b), token) for a, b, token in pieces),
+        text.unshown,
     )
 
 

@@ -5,17 +5,21 @@ in that text. A token across the border of prompt and answer belongs to the answ
 """
 
 import itertools
+import re
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
 
 from ...config.recipe import Data, Source
+from ...errors import UserError
 from ..examples import Examples
 from ..reading.problems import ErrorCollector
 from ..reading.sources import Rows
 from .control_tokens import Span, Text, controls, piecewise, refuse_unmarked
 from .formats import FORMATS
 from .marked_turns import refuse_unhonoured_marks
+from .rendered_text import turn_token
 from .teacher_context import Tokens, align, keep_common, teacher_texts
 
 _BATCH = 512
@@ -28,20 +32,24 @@ class Rendered:
     row: int
     student: Text
     teacher: Text | None  # where the teacher reads another text, with a context
+    of: int = 1  # texts of the row
+    last: bool = True
 
 
 def encode(rows: Rows, source: Source, data: Data, tokenizer, progress=iter) -> Examples:
     """Encode rows; drop, cut, split or refuse examples that are too long; drop those with nothing supervised. UserError names every bad row.
 
     `counts`: rows, examples, tokens and targets; too_long and unsupervised examples; as_characters, texts that contain the characters of
-    a control token; endless, texts that a chat template ends without a control token. An example that is too long, or has nothing
+    a control token; endless, texts that a chat template ends without a control token; `rendered TOKEN`, rows whose text holds a token of
+    a chat template; `unshown KEY`, rows with something that the chat template does not show; apart, rows of which the template makes
+    several examples, apart_examples and apart_tokens, these, and apart_last, the tokens of the last of each row. An example that is too long, or has nothing
     supervised, for its student or its teacher is so for both.
     """
     errors = ErrorCollector()
     texts = _render(rows, source, data, tokenizer, errors)
     errors.raise_if_any()
     counts = {"rows": len(rows.rows), "unsupervised": sum(row.get("train") is False for row in rows.rows), "too_long": 0}
-    counts |= {"as_characters": sum(bool(t.student.pieces) for t in texts), "endless": sum(not t.student.ends_with_control for t in texts)}
+    counts |= _oddities(rows, texts, controls(tokenizer).any)
     kept: list[tuple[Tokens, ...]] = []  # each example as the student reads it, and as its teacher does if that has a context
     kept_rows = []
     for first in progress(range(0, len(texts), _BATCH)):
@@ -49,6 +57,9 @@ def encode(rows: Rows, source: Source, data: Data, tokenizer, progress=iter) -> 
         theirs = iter(_tokens([text.teacher for text in part if text.teacher], data, tokenizer))
         for text, own in zip(part, _tokens([text.student for text in part], data, tokenizer), strict=True):
             place = rows.places[text.row]
+            if text.of > 1:
+                counts["apart_tokens"] += len(own[0])
+                counts["apart_last"] += len(own[0]) if text.last else 0
             try:
                 views = (own, align(own, next(theirs), text.student.raw, tokenizer)) if text.teacher else (own,)
             except ValueError as error:
@@ -89,11 +100,24 @@ def _render(rows: Rows, source: Source, data: Data, tokenizer, errors: ErrorColl
         except ValueError as error:
             errors.add(f"{rows.places[i]}: {error}")
             continue
+        except UserError as error:  # the template's process was ended: it would be so for every row
+            raise UserError(f"{rows.places[i]}: {error}") from None
         except RecursionError:
             errors.add(f"{rows.places[i]}: nested too deeply; give it fewer levels")
             continue
-        texts += [Rendered(i, *pair) for pair in zip(own, theirs, strict=True)]
+        texts += [Rendered(i, *pair, len(own), n == len(own)) for n, pair in enumerate(zip(own, theirs, strict=True), 1)]
     return texts
+
+
+def _oddities(rows: Rows, texts: list[Rendered], control: re.Pattern) -> dict[str, int]:
+    """The counts of what may not be meant, see `encode`."""
+    found = Counter(f"rendered {token}" for row in rows.rows if (token := turn_token(row, control)))
+    found.update(f"unshown {key}" for text in texts if text.last for key in text.student.unshown)
+    apart = [text for text in texts if text.of > 1]
+    if apart:
+        found.update({"apart": sum(text.last for text in apart), "apart_examples": len(apart), "apart_tokens": 0, "apart_last": 0})
+    as_characters = sum(bool(t.student.pieces or (t.student.raw and control.search(t.student.text))) for t in texts)
+    return {"as_characters": as_characters, "endless": sum(not t.student.ends_with_control for t in texts), **found}
 
 
 def _flat(examples: list[Tokens]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -10,9 +10,9 @@ import numpy as np
 
 from ...config.data import no_context_with
 from ...config.recipe import Data, Source
-from .chat import no_spaces
 from .control_tokens import Text, controls, refuse_unmarked
 from .formats import FORMATS, paragraphs
+from .locate import NotShown, no_spaces
 
 #: Token ids, and the mask of the supervised ones.
 Tokens = tuple[np.ndarray, np.ndarray]
@@ -31,10 +31,14 @@ def teacher_texts(row: dict, own: list[Text], source: Source, data: Data, tokeni
     try:
         theirs = FORMATS[source.format].render(row, source, tokenizer, context)
         refuse_unmarked([text.text for text in theirs if text.raw], controls(tokenizer))
+        if not all(no_spaces(context) in no_spaces(text.text) for text in theirs):
+            raise NotShown
+    except NotShown:
+        raise ValueError(
+            "the chat template does not show the teacher's context, a system message; use a tokenizer whose template does"
+        ) from None
     except ValueError as error:
         raise ValueError(f"with the teacher's context, {error}") from None
-    if not all(no_spaces(context) in no_spaces(text.text) for text in theirs):
-        raise ValueError("the chat template does not show the teacher's context, a system message; use a tokenizer whose template does")
     if len(theirs) != len(own):
         raise ValueError(
             f"the chat template makes {len(own)} examples of it, and with the teacher's context {len(theirs)}; fix the row or the template"

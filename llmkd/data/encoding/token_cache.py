@@ -24,8 +24,8 @@ from ..reading.sources import Rows
 from .encode import encode
 from .formats import refuse_without_template
 
-#: Raise it when encoding makes other tokens of the same rows, or an entry's files change. 8: marked turns, system columns.
-VERSION = 8
+#: Raise it when encoding makes other tokens of the same rows, or an entry's files change. 9: forms of tool calls, counts of what is not shown.
+VERSION = 9
 
 _READ = ("ids", "loss_mask", "offsets")  # the arrays of Examples that a model reads
 

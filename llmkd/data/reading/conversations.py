@@ -1,5 +1,6 @@
 """Checks of conversations: lists of messages with a role and a content, and the tools that they may call."""
 
+import itertools
 import json
 from collections import Counter
 from typing import Any
@@ -30,22 +31,72 @@ def read_messages(messages: Any, name: str, source: Source, place: str, problems
         if not isinstance(role, str) or role not in roles:
             problems.add(f"{where}.{role_name} is {role!r}, expected one of {', '.join(roles)}")
             continue
+        if isinstance(content, list):
+            content = _text_of_parts(content, f"{where}.{content_name}", f"{name}[].{content_name}[]", problems, left_out)
+            if content is None:
+                continue
         only_calls = content is None and roles[role] == "assistant" and message.get("tool_calls")
         if not isinstance(content, str) and not only_calls:
-            problems.add(f"{where}.{content_name} is {kind(content)}, expected text")
+            old = "; function_call is an old form of tool_calls, write that" if content is None and message.get("function_call") else ""
+            problems.add(f"{where}.{content_name} is {kind(content)}, expected text{old}")
             continue
         rest = {k: v for k, v in message.items() if k not in (role_name, content_name, *source.ignore) and v is not None}
         trained, marks = mark_of(rest, source.fields.get("train"), where, problems)
         taken = {k for k in ("role", "content", "train") if k in rest and k not in marks}  # the file's own, beside those named in `fields`
         left_out |= taken
         rest = {k: v for k, v in rest.items() if k not in taken | marks}
+        if "tool_calls" in rest and (calls := read_calls(rest.pop("tool_calls"), f"{where}.tool_calls", problems)):
+            rest["tool_calls"] = calls
         if surrogate(rest) is not None:
             problems.add(f"{where} contains half of a surrogate pair, which is not a character; fix the file's encoding")
         check_text(content or "", f"{where}.{content_name}", problems)
         mark = {} if trained is None else {"train": trained}
         out.append({"role": roles[role], "content": content or "", **rest, **mark})
-    unread.update(f"{name}[].{key}" for key in left_out)
+    unread.update(key if key.startswith(name) else f"{name}[].{key}" for key in left_out)
     return out
+
+
+def _text_of_parts(parts: list, where: str, name: str, problems: ErrorCollector, left_out: set[str]) -> str | None:
+    """The text of a content that is a list of parts, [{type: text, text: ...}], as templates of vision models take it; None if it is refused.
+
+    Keys of parts that are left out are added to `left_out`.
+    """
+    texts = []
+    for j, part in enumerate(parts):
+        part = {"text": part} if isinstance(part, str) else part
+        part_kind = part.get("type") or "text" if isinstance(part, dict) else None
+        if part_kind not in ("text", "input_text", "output_text") or not isinstance(part.get("text"), str):
+            found = f"a part of type {part_kind!r}" if part_kind else kind(part)
+            problems.add(f"{where}[{j}] is {found}, expected {{type: text, text: ...}}; llmkd reads text only")
+            return None
+        part = {key: value for key, value in part.items() if value is not None}  # a null in parquet is an absent key
+        left_out |= {f"{name}.{key}" for key in part.keys() - {"type", "text"}}
+        texts.append(part["text"])
+    texts = [text for text in texts if text]
+    glued = next((j for j, (a, b) in enumerate(itertools.pairwise(texts)) if not (a[-1].isspace() or b[0].isspace())), None)
+    if glued is not None:
+        problems.add(f"{where} is {len(texts)} texts without white space between them, and how they are joined is not said; write one text")
+        return None
+    return "".join(texts)
+
+
+def read_calls(calls: Any, where: str, problems: ErrorCollector) -> list[dict] | None:
+    """The calls of a turn: a list of objects with a name, or of {function: {name, arguments}}; the same as JSON text, as in many tables."""
+    if isinstance(calls, str):
+        try:
+            calls = json.loads(calls) if calls.strip() else None
+        except (ValueError, RecursionError):
+            problems.add(f"{where} is text that is not JSON, expected a list of objects, or the same as JSON text")
+            return None
+    if calls is not None and not isinstance(calls, list):
+        problems.add(f"{where} is {kind(calls)}, expected a list of objects")
+        return None
+    for j, call in enumerate(calls or []):
+        function = call.get("function") if isinstance(call, dict) and isinstance(call.get("function"), dict) else call
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
+            problems.add(f"{where}[{j}] is {kind(call)} without the name of a function, expected {{function: {{name, arguments}}}}")
+            return None
+    return calls or None
 
 
 def read_tools(tools: Any, name: str, place: str, problems: ErrorCollector) -> Any:

@@ -9,6 +9,7 @@ SHARED, PARITY = (
 )
 SAME_PROMPT = "models/test_attention.py::test_examples_with_one_and_the_same_prompt_or_with_one_other_token_equal_rows_apart"
 CONTEXT = "data/test_teacher_context.py"
+SHOWN, PROCESS = "data/test_what_is_shown.py", "data/test_template_process.py"
 
 FAULTS = [
     *in_file(
@@ -388,6 +389,17 @@ FAULTS = [
     ),
     *in_file(
         "llmkd/data/encoding/chat.py",
+        ("every-answer", "answers: last is not heeded", "answers[-1:] if last_only else answers", "answers", SHOWN),
+        (
+            "not-the-last-answer",
+            "with answers: last an earlier turn is supervised where the last is not to be trained on",
+            'turns = [i for i in (answers[-1:] if last_only else answers) if messages[i].get("train") is not False]',
+            'turns = [i for i in answers if messages[i].get("train") is not False][-1 if last_only else 0 :]',
+            SHOWN,
+        ),
+    ),
+    *in_file(
+        "llmkd/data/encoding/locate.py",
         (
             "end-token-of-a-turn",
             "a turn ends before its end token",
@@ -396,11 +408,118 @@ FAULTS = [
             "data/test_masks.py",
         ),
         (
-            "todays-date",
-            "a template's date is today's",
-            'template = _DATED + template if "strftime_now" in template else template',
-            "template = template",
-            "data/test_templates.py",
+            "calls-begin-as-answers",
+            "calls are supervised from where an answer would begin",
+            "return start if start >= len(before)",
+            "return len(header) if start >= len(before)",
+            SHOWN,
+        ),
+        (
+            "calls-inside-a-control-token",
+            "a control token of which an answer has the first characters is half supervised",
+            "if m.start() < start < m.end()), start)",
+            "if False), start)",
+            SHOWN,
+        ),
+        ("any-header", "what stands between is taken for a header at any length", "len(header) - start <= _HEADER", "True", SHOWN),
+        (
+            "calls-not-marked",
+            "calls that the template leaves out are not noticed",
+            'if messages[i].get("tool_calls") and (i, "tool_calls") not in probe.found)',
+            "if False)",
+            f"{SHOWN} data/test_masks.py",
+        ),
+    ),
+    *in_file(
+        "llmkd/data/encoding/forms.py",
+        (
+            "hidden-messages",
+            "a message may be left out",
+            'if key == "content" and role != "assistant":',
+            'if key == "content" and role == "none":',
+            SHOWN,
+        ),
+        ("text-never", "arguments are never given as text", '*([] if all(texts) else ["text"])', '""', SHOWN),
+        ("objects-never", "arguments are never given as objects", '*(["objects"] if any(texts) else [])', '""', SHOWN),
+        (
+            "quoted-arguments",
+            "arguments may come out in quotes",
+            "any(json.dumps(given, ensure_ascii=ascii) in neutral for ascii in (True, False)):",
+            "False:",
+            SHOWN,
+        ),
+        (
+            "pythons-arguments",
+            "arguments may come out as Python writes them",
+            "if str(value) in neutral and str(value) !=",
+            "if str(value) in neutral and False !=",
+            SHOWN,
+        ),
+        ("lost-arguments", "arguments may be left out", "    if lost is not None:", "    if False:", SHOWN),
+        ("parts-never", "no template gets parts", "[known, known | every,", "[known] or [known | every,", SHOWN),
+        ("unused-keys", "keys that the template does not show are not listed", "lacking += _unused_keys(", "_unused_keys(", SHOWN),
+        ("tools-by-name", "tools count as shown where a call has their name", "if template not in _SHOWS_TOOLS:", "if False:", SHOWN),
+    ),
+    *in_file(
+        "llmkd/data/encoding/template.py",
+        ("todays-date", "a template's date is today's", "_TODAY.strftime,", "datetime.datetime.now().strftime,", "data/test_templates.py"),
+        ("no-time-limit", "templates may run for ever", "signal.ITIMER_PROF, SECONDS)", "signal.ITIMER_PROF, 3600)", PROCESS),
+        ("no-longest-text", "templates may write any number of characters", "if len(text) > _LONGEST:", "if False:", PROCESS),
+        (
+            "reasoning-by-one-name",
+            "reasoning has no other names, as it has in transformers",
+            '{"thinking": reasoning, **message, "reasoning_content": reasoning}',
+            "message",
+            PROCESS,
+        ),
+    ),
+    *in_file(
+        "llmkd/data/encoding/template_worker.py",
+        ("no-memory-limit", "templates may take all memory", "(resource.RLIMIT_AS, MEMORY)", "(resource.RLIMIT_AS, 1 << 45)", PROCESS),
+        (
+            "ended-by-ctrl-c",
+            "the templates' process ends by a signal of the terminal",
+            "(signal.SIGINT, signal.SIGTERM,",
+            "(signal.SIGHUP,",
+            PROCESS,
+        ),
+    ),
+    *in_file(
+        "llmkd/data/encoding/template_process.py",
+        (
+            "answer-of-the-last-question",
+            "an interrupted question's answer is given to the next",
+            "self.close(kill=True)\n                    raise",
+            "raise",
+            PROCESS,
+        ),
+        (
+            "process-of-the-parent",
+            "a fork asks the process of its parent",
+            "os.register_at_fork(after_in_child=_PROCESS.forget)",
+            "pass",
+            PROCESS,
+        ),
+    ),
+    *in_file(
+        "llmkd/data/encoding/rendered_text.py",
+        ("only-own-tokens", "other models' templates are not known", "_TURNS.search(text) or control", "control", SHOWN),
+        (
+            "only-known-tokens",
+            "the tokenizer's own tokens are not known",
+            "_TURNS.search(text) or control.search(text)",
+            "_TURNS.search(text)",
+            SHOWN,
+        ),
+    ),
+    *in_file(
+        "llmkd/data/notes.py",
+        (
+            "factor-of-one",
+            "rows that are taken apart seem to cost nothing",
+            '/ max(1, counts["apart_last"])',
+            '/ max(1, counts["apart_tokens"])',
+            SHOWN,
         ),
     ),
     *in_file(

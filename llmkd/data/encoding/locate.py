@@ -1,0 +1,255 @@
+"""Where the assistant's turns are in the text that a chat template writes. For the process of `template_worker.py`.
+
+A template is a program: it may trim, merge or insert text, drop earlier thinking, or ignore its arguments. So neither its source nor its
+generation tags are relied on. It is rendered a second time with a marker in place of every answer and every thought; the text around the
+markers is the template's own.
+"""
+
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+from .template import REASONING
+
+Span = tuple[int, int]
+
+#: Thinking that a template puts before an answer that has none: it is the template's text, not the assistant's.
+_EMPTY_THINKING = re.compile(r"\s*<think>\s*</think>\s*")
+_THINKING = re.compile(r"(\s*(?:<think>)?)(.*?)(</think>)(.*)", re.DOTALL)
+_HEADER = 100  # characters: more than this of a turn's header is no header
+#: A text, its supervised spans, and whether each of them ends with a control token.
+Located = tuple[str, list[Span], bool]
+
+
+class NotShown(ValueError):
+    """The template does not show a message."""
+
+
+@dataclass(frozen=True)
+class TemplateProbe:
+    """What locates answers in rendered text: the template, a marker that occurs nowhere in the conversation, the control tokens."""
+
+    render: Callable[..., str]  # (messages, prompt=False)
+    marker: str
+    control: re.Pattern
+    end: str  # the end-of-text token
+    found: set[tuple[int, str]] = field(default_factory=set)  # (message, key) that the template was seen to show
+
+    def example(self, messages: list[dict]) -> str:
+        """The rendered conversation, after `neutral`."""
+        text = self.render(messages)
+        self.neutral(messages, text)
+        return text
+
+    def neutral(self, messages: list[dict], text: str) -> tuple[str, list[tuple[int, str]]]:
+        """The conversation with a marker in place of every text, and behind the name of every call: rendered; and what is not shown.
+
+        ValueError if `text`, the conversation itself, has other control tokens.
+        """
+        marked, places = list(messages), []
+
+        def mark(i: int, key: str) -> str:
+            places.append((i, key))
+            return f"{self.marker}{len(places) - 1}{self.marker}"
+
+        for i, message in enumerate(messages):
+            texts = [key for key in ("content", *REASONING) if isinstance(message.get(key), str) and message[key].strip()]
+            marked[i] = message | {key: mark(i, key) for key in texts}
+            if calls := message.get("tool_calls"):
+                marked[i]["tool_calls"] = [_with_name(call, lambda name, i=i: name + mark(i, "tool_calls")) for call in calls]
+        neutral = self.render(marked)
+        if self.control.findall(text) != self.control.findall(neutral):
+            raise ValueError("the chat template turns a message's text into control tokens; fix the row or the template")
+        one = rf"(?:{self.marker}|\\u{ord(self.marker):04x})"  # the latter by `tojson(ensure_ascii=True)`
+        shown = {int(n) for n in re.findall(rf"{one}(\d+){one}", neutral)}
+        lacking = [place for n, place in enumerate(places) if n not in shown]
+        self.found.update(set(places) - set(lacking))
+        return neutral, lacking
+
+    def ends_with_control(self, text: str, stop: int) -> bool:
+        return any(m.end() == stop for m in self.control.finditer(text, max(0, stop - 64), stop))
+
+
+def _with_name(call: dict, name: Callable[[str], str]) -> dict:
+    """A call of a tool with another name: {function: {name, arguments}}, or {name, arguments}."""
+    if isinstance(call.get("function"), dict):
+        return call | {"function": _with_name(call["function"], name)}
+    return call | {"name": name(str(call.get("name", "")))}
+
+
+def texts(messages: list[dict], turns: list[int], probe: TemplateProbe, text: str) -> list[Located]:
+    """The text of the conversation, which is `text`, with the spans of `turns`; or a text for each, where later turns change what is before."""
+    render, last = probe.render, len(messages) - 1
+    afters = [text if i == last else render(messages[: i + 1]) for i in turns]
+    if all(text.startswith(after) for after in afters):
+        _refuse_hidden_calls(messages, turns, probe)
+        plain = [i for i in turns if messages[i]["content"].strip() and not any(messages[i].get(key) for key in REASONING)]
+        places = _locate(text, messages, [(i, "content", "{}", [messages[i]["content"]]) for i in plain], probe)
+        known = dict(zip(plain, places, strict=True)) if places and all(places) else {}
+        spans = [_with_end(text, _span(messages, i, after, probe, known.get(i)), probe) for i, after in zip(turns, afters, strict=True)]
+        return [(text, spans, all(probe.ends_with_control(text, stop) for _, stop in spans))]
+    out = []
+    for i in turns:
+        after = probe.example(messages[: i + 1])
+        _refuse_hidden_calls(messages, [i], probe)
+        span = _span(messages, i, after, probe)
+        out.append((after, [span], probe.ends_with_control(after, span[1])))
+    return out
+
+
+def _refuse_hidden_calls(messages: list[dict], turns: list[int], probe: TemplateProbe) -> None:
+    hidden = next((i for i in turns if messages[i].get("tool_calls") and (i, "tool_calls") not in probe.found), None)
+    if hidden is not None:
+        raise ValueError(f"the chat template does not show the tool calls of messages[{hidden}]; use a tokenizer whose template does")
+
+
+# ---- where a turn ends
+
+
+def _span(messages: list[dict], i: int, after: str, probe: TemplateProbe, known: Span | None = None) -> Span:
+    """Where turn i is in `after`, the text that ends with it: from its first character to the end of its end token.
+
+    The end token is the first control token after the answer, with the end-of-text token where that follows at once. Where the turn
+    calls tools, or no control token follows, the span ends with the text.
+    """
+    head, calls = messages[: i + 1], bool(messages[i].get("tool_calls"))
+    start, stop = known or _locate_turn(head, after, probe)
+    end = None if calls else probe.control.search(after, stop)
+    if not end:
+        return start, _without_prompt(head, after, stop, probe, calls)
+    further = probe.control.match(after, end.end())
+    return start, further.end() if further and further[0] == probe.end != end[0] else end.end()
+
+
+def _without_prompt(head: list[dict], after: str, stop: int, probe: TemplateProbe, calls: bool) -> int:
+    """The end of the text without a generation prompt: some templates always append one. It is recognised by standing before the turn too."""
+    tail = after[stop:].rstrip()
+    last = stop + len(tail)
+    if len(head) < 2 or probe.render(head, True) != after:
+        return last
+    prompt = last - len(os.path.commonprefix([probe.render(head[:-1]).rstrip()[::-1], tail[::-1]]))
+    end = next((m.end() for m in probe.control.finditer(after, stop, last) if m.end() > prompt), None)
+    return end or (last if calls else prompt)
+
+
+def _with_end(text: str, span: Span, probe: TemplateProbe) -> Span:
+    """The span with an end-of-text token that the template writes only once another turn follows: it belongs to the turn."""
+    gap = "" if probe.ends_with_control(text, span[1]) else r"\s*"
+    end = re.compile(gap + re.escape(probe.end)).match(text, span[1])
+    return (span[0], end.end()) if end and not text.endswith(probe.end, *span) else span
+
+
+# ---- where a turn begins and ends, without its end token
+
+
+def _locate_turn(head: list[dict], after: str, probe: TemplateProbe) -> Span:
+    """Where the last turn of `head` is in `after`, the text that ends with it; without its end token."""
+    i, message = len(head) - 1, head[-1]
+    content = message["content"].strip()
+    thoughts = [(i, key, "{}", [str(message[key])]) for key in REASONING if message.get(key)]
+    before = _turn_start(head, after, probe.render)
+    for answer in _answer_forms(i, message["content"]):
+        slots = [*answer, *thoughts]
+        found = _locate(after, head, slots, probe) if slots else None
+        if found and all(found[: sum(len(slot[3]) for slot in answer)]):
+            places = [place for place in found if place]
+            if not places:
+                continue
+            start, stop = min(places)[0], max(place[1] for place in places)
+            thinks = len(places) > len(answer) or (answer and answer[0][2] != "{}")
+            return (before if thinks and before is not None and before <= start else start), stop
+    if before is not None:
+        empty = None if content.startswith("<think>") or thoughts else _EMPTY_THINKING.match(after, before)
+        start = empty.end() if empty else before
+        if not content:
+            return start, start
+        behind = probe.render([*head[:-1], {**message, "content": probe.marker}]).rpartition(probe.marker)[2]
+        stop = len(after) - len(behind)
+        answer = after[start:stop]
+        if after.endswith(behind) and no_spaces(answer).endswith(no_spaces(content)) and not probe.control.search(answer):
+            return start, stop
+    elif not content:  # the template always appends its prompt, or has none
+        start = _start_of_calls(head, after, probe)
+        if start is not None:
+            return start, start
+    raise ValueError(
+        f"the chat template changes the assistant's answer in messages[{i}], so its tokens cannot be located; fix the row or the template"
+    )
+
+
+def _start_of_calls(head: list[dict], after: str, probe: TemplateProbe) -> int | None:
+    """Where the calls of the last turn of `head` begin: where the text stops being that of a turn that answers.
+
+    Its header is before both. Some templates have none, and begin answers with a space but not calls (Mistral's).
+    """
+    header = probe.render([*head[:-1], {"role": "assistant", "content": probe.marker}]).partition(probe.marker)[0]
+    start = len(os.path.commonprefix([header, after]))
+    start = next((m.start() for m in probe.control.finditer(after) if m.start() < start < m.end()), start)
+    before = os.path.commonprefix([probe.render(head[:-1]), after]) if len(head) > 1 else ""
+    return start if start >= len(before) and len(header) - start <= _HEADER else None
+
+
+#: A part of a message that is replaced by markers: the message's number, the key, the new text with {} for each marker, the replaced texts.
+Slot = tuple[int, str, str, list[str]]
+
+
+def _answer_forms(i: int, content: str) -> list[list[Slot]]:
+    """The forms in which a template may show an answer: as one text, or its thinking and the rest each on its own."""
+    if not content.strip():
+        return [[]]
+    forms: list[list[Slot]] = [[(i, "content", "{}", [content])]]
+    parts = _THINKING.fullmatch(content)
+    if parts:
+        shown = [part for part in (parts[2], parts[4]) if part.strip()]
+        form = "".join("{}" if n in (2, 4) and parts[n].strip() else parts[n].replace("{", "{{").replace("}", "}}") for n in (1, 2, 3, 4))
+        forms += [[(i, "content", form, shown)]] if shown else []
+    return forms
+
+
+def _locate(text: str, messages: list[dict], slots: list[Slot], probe: TemplateProbe) -> list[Span | None] | None:
+    """Where `text` has the text of each slot (whole or trimmed), if the rest of `text` stays the same with markers in the slots.
+
+    None in the list for a slot that the template does not show. None for all where it shows one twice, or its other text depends on one.
+    """
+    marked, replaced = list(messages), []
+    for i, key, form, texts in slots:
+        markers = [f"{probe.marker}{len(replaced) + n}{probe.marker}" for n in range(len(texts))]
+        marked[i] = {**marked[i], key: form.format(*markers)}
+        replaced += texts
+    fixed = re.split(f"{probe.marker}(\\d+){probe.marker}", probe.render(marked))
+    order = [int(n) for n in fixed[1::2]]
+    if len(set(order)) < len(order) or not text.startswith(fixed[0]):
+        return None
+    found: list[Span | None] = [None] * len(replaced)
+    at = len(fixed[0])
+    for place, (n, behind) in enumerate(zip(order, fixed[2::2], strict=True), 1):
+        for form in _trimmed(replaced[n]):
+            stop = at + len(form)
+            if text.startswith(form, at) and (text[stop:] == behind if place == len(order) else text.startswith(behind, stop)):
+                found[n], at = (at, stop), stop + len(behind)
+                break
+        else:
+            return None
+    return found
+
+
+def _trimmed(text: str) -> dict[str, None]:
+    return dict.fromkeys(strip(text, *of) for of in ((), ("\n",)) for strip in (lambda t, *_: t, str.strip, str.lstrip, str.rstrip))
+
+
+def _turn_start(head: list[dict], after: str, render: Callable[..., str]) -> int | None:
+    """Where the last turn of `head` begins, right after the generation prompt; None if the template has no prompt or puts the turn elsewhere."""
+    try:
+        if len(head) > 1:
+            without, prompt = render(head[:-1]), render(head[:-1], True)
+            return len(prompt) if prompt != without and after.startswith(prompt) else None
+        prompt = render(head, True)[len(after) :]  # templates refuse an empty conversation: the prompt that would come next
+        return after.find(prompt) + len(prompt) if prompt and prompt in after else None
+    except ValueError:
+        return None
+
+
+def no_spaces(text: str) -> str:
+    """A text without its white space, which templates change."""
+    return "".join(text.split())

@@ -1,0 +1,26 @@
+"""Texts that a chat template has rendered already: they hold tokens that begin or end turns, which are only characters here."""
+
+import re
+
+#: Such tokens in the templates of well-known families.
+_TURNS = re.compile(
+    "|".join(
+        map(
+            re.escape,
+            "<|im_start|> <|im_end|> <|start_header_id|> <|end_header_id|> <|eot_id|> <|header_start|> <|eot|> <start_of_turn> <end_of_turn>"
+            " <|turn> <turn|> [INST] [/INST] <<SYS>> <|user|> <|assistant|> <|system|> <|end|> <｜User｜> <｜Assistant｜> <|User|> <|Assistant|>"
+            " <|start|> <|message|> <|START_OF_TURN_TOKEN|> <|END_OF_TURN_TOKEN|> <|start_of_role|> <|end_of_role|> <|im_user|>"
+            " <|im_assistant|> <|observation|> <|prompter|> <|begin_of_text|> <|begin_of_sentence|> <extra_id_1>User".split(),
+        )
+    )
+)
+
+
+def turn_token(row: dict, control: re.Pattern) -> str | None:
+    """The first such token, or control token of the tokenizer, in a text of the row or in the content of a message."""
+    for value in row.values():
+        contents = [one.get("content") for one in value if isinstance(one, dict)] if isinstance(value, list) else [value]
+        for text in contents:
+            if isinstance(text, str) and (found := _TURNS.search(text) or control.search(text)):
+                return found[0]
+    return None

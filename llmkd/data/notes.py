@@ -1,0 +1,35 @@
+"""Notes on examples: what a template or a format did with the rows that may not be meant."""
+
+from ..console import count
+
+_NOTES = {
+    "as_characters": "{} with the characters of a control token, which stay characters",
+    "endless": "{} that the chat template ends without a control token: from these the student does not learn to stop",
+}
+
+
+def example_notes(counts: dict[str, int]) -> list[str]:
+    """A line for each oddity in the counts of `encode` that may matter."""
+    rendered = {key.partition(" ")[2]: number for key, number in counts.items() if key.startswith("rendered ")}
+    most = 2 * sum(rendered.values()) >= counts.get("rows", 0)
+    out = [
+        f"note: {words.format(counts[key])}" for key, words in _NOTES.items() if counts.get(key) and not (key == "as_characters" and most)
+    ]
+    if rendered and most:
+        out.append(
+            f"warning: {sum(rendered.values())} of {count(counts['rows'], 'row')} hold tokens of a chat template ({max(rendered, key=rendered.get)!r}), as "
+            "if they were rendered already; here they are characters, not tokens; give the messages themselves (format: chat), or prompt and "
+            "answer without these tokens (format: prompt_completion with chat_template: true)"
+        )
+    unshown = {key.partition(" ")[2]: number for key, number in counts.items() if key.startswith("unshown ")}
+    if unshown:
+        listed = ", ".join(f"{name} ({number:,})" for name, number in sorted(unshown.items(), key=lambda one: (-one[1], one[0])))
+        out.append(f"note: not shown by the chat template, with the rows that have it, of {count(counts['rows'], 'row')}: {listed}")
+    if counts.get("apart"):
+        factor = counts["apart_tokens"] / max(1, counts["apart_last"])
+        out.append(
+            f"note: {count(counts['apart'], 'row')} taken apart into {count(counts['apart_examples'], 'example')}, one for each answer, since the chat "
+            f"template shows earlier answers differently once others follow: {counts['apart_tokens']:,} tokens, {factor:.1f} times those of "
+            f"the last examples alone ({counts['apart_last']:,}); answers: last trains on these alone"
+        )
+    return out

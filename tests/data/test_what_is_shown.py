@@ -1,0 +1,301 @@
+"""What a row says comes out as the chat template means it, or is refused or counted: tool calls, parts, names, tools, rendered texts."""
+
+import copy
+import json
+
+import pytest
+
+from llmkd.config.recipe import Data
+from llmkd.data.examples import merge
+from llmkd.data.notes import example_notes
+from llmkd.errors import UserError
+from tests.data.test_templates import made
+from tests.kit.data import END, PLAIN, PROMPT, encode, kept, rows_of, shown, talk, tiny
+
+HEAD = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% for c in m.tool_calls or [] %}"
+TAIL = "{% endfor %}<|im_end|>\n{% endfor %}" + PROMPT
+CALLS = {
+    "tojson": '{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson }}}',
+    "verbatim": '{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments }}}',
+    "joined": """{{ '{"name": "' + c.function.name + '", "arguments": ' + c.function.arguments + '}' }}""",
+    "either": '{"name": "{{ c.function.name }}", "arguments": {% if c.function.arguments is string %}{{ c.function.arguments }}{% else %}{{ c.function.arguments | tojson }}{% endif %}}',
+    "whole": "{{ c.function | tojson }}",
+    "escaped": '{"name": "{{ c.function.name }}", "arguments": {{ c.function.arguments | tojson(ensure_ascii=True) }}}',
+}
+XML = "{{ c.function.name }}{% for k, v in c.function.arguments.items() %}<{{ k }}>{{ v if v is string else v | tojson }}</{{ k }}>{% endfor %}"
+ARGUMENTS = {"a": 3, "b": True, "note": 'an "owl" é', "of": [None, {"x": "y"}], "none": {}}
+
+
+def calling(*given, content: str = "", **more) -> dict:
+    calls = [{"type": "function", "function": {"name": "mul", "arguments": one}} for one in given]
+    turn = {"role": "assistant", "content": content, "tool_calls": calls} | more
+    tool = {"role": "tool", "content": "54 {'a': 3}"}  # an echo of a call, as Python writes it
+    return {"messages": [*talk("u q")["messages"], turn, tool, *talk("a one")["messages"]]}
+
+
+def said(row: dict, template: str, **settings) -> list[str]:
+    tokenizer = made(template)
+    return kept(encode(rows_of(row), "chat", Data(max_length=4096), tokenizer, **settings), tokenizer)
+
+
+@pytest.mark.parametrize("form", ["object", "text"])
+@pytest.mark.parametrize("name", CALLS)
+def test_arguments_are_the_json_that_the_template_means(name, form):
+    given = ARGUMENTS if form == "object" else json.dumps(ARGUMENTS, ensure_ascii=False)
+    (text,) = said(calling(given, given), HEAD + CALLS[name] + "\n" + TAIL)
+    first, second, end = text.split("\n")
+    assert json.loads(first) == json.loads(second) == {"name": "mul", "arguments": ARGUMENTS} and end == f"{END}one{END}"
+    assert ("\\u00e9" in text) == (name == "escaped")
+
+
+@pytest.mark.parametrize("form", ["object", "text"])
+def test_arguments_that_a_template_takes_one_by_one(form):
+    given = ARGUMENTS if form == "object" else json.dumps(ARGUMENTS)
+    shows = '<a>3</a><b>true</b><note>an "owl" é</note><of>[null, {"x": "y"}]</of><none>{}</none>'
+    assert said(calling(given), HEAD + XML + TAIL) == [f"mul{shows}{END}one{END}"]
+
+
+def test_text_arguments_stay_as_they_are_where_the_template_shows_them_so():
+    assert '{"a":3}' in said(calling('{"a":3}'), HEAD + CALLS["either"] + TAIL)[0]
+    assert '"arguments": {}' in said(calling(""), HEAD + CALLS["tojson"] + TAIL)[0]  # no arguments, in OpenAI's way
+    assert '"arguments": {}' in said(calling("{}"), HEAD + CALLS["tojson"] + TAIL)[0]
+
+
+@pytest.mark.parametrize(
+    ("given", "code", "words"),
+    [
+        ("3 * 18", CALLS["tojson"], "the arguments of a call of 'mul' are text that is not a JSON object ('3 * 18')"),
+        ("[3]", XML, "the arguments of a call of 'mul' are text that is not a JSON object ('[3]')"),
+        (
+            {"a": {"b": True}},
+            XML.replace(" | tojson", ""),
+            "the chat template writes the arguments of 'mul' in messages[1] as Python does ({'b': True})",
+        ),
+        (
+            {"a": 3, "b": "owl"},
+            "{{ c.function.name }}({{ c.function.arguments.a }})",
+            "the chat template does not show 'b' of the arguments of 'mul'",
+        ),
+        ({"a": 3}, "{{ c.type }}", "the chat template does not show the tool calls of messages[1]"),
+        (
+            {"a": 3},
+            "{% if loop.first %}" + CALLS["tojson"] + "{% endif %}",
+            "the chat template does not show the tool calls of messages[1]",
+        ),
+    ],
+)
+def test_arguments_that_do_not_come_out_are_refused(given, code, words):
+    with pytest.raises(UserError) as caught:
+        said(calling(given, given), HEAD + code + TAIL)
+    assert caught.value.problems[0].startswith(f"f.jsonl:1: {words}") and len(caught.value.problems) == 1
+
+
+MISTRAL = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }}[/INST]{% elif m.tool_calls %}[TOOL_CALLS] ["
+    "{% for c in m.tool_calls %}{{ c.function | tojson }}{% endfor %}]{{ eos_token }}{% elif m.role == 'assistant' %} {{ m.content }}{{ eos_token }}"
+    "{% elif m.role == 'tool' %}[TOOL_RESULTS] {{ m.content }}[/TOOL_RESULTS]{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("given", [{"a": 3}, '{"a": 3}'])
+@pytest.mark.parametrize("begins", ["[TOOL_CALLS] [", " [TOOL_CALLS] [", "<|im_start|>[", " <|pad|>["])
+def test_calls_that_begin_otherwise_than_answers_are_supervised_from_there(given, begins):
+    call = begins + '{"name": "mul", "arguments": {"a": 3}}]'
+    assert "".join(said(calling(given), MISTRAL.replace("[TOOL_CALLS] [", begins))) == f"{call.lstrip()}{END}one{END}"
+
+
+def test_calls_in_a_long_turn_of_their_own_are_refused():
+    """What a turn that answers has before its answer is no header of this length."""
+    with pytest.raises(UserError, match=r"the chat template changes the assistant's answer in messages\[1\]"):
+        said(calling({"a": 3}), MISTRAL.replace(" {{ m.content }}", " " + "header " * 20 + "{{ m.content }}"))
+
+
+@pytest.mark.parametrize(("role", "who"), [("system", "a system message"), ("tool", "a tool's answer"), ("user", "a user's turn")])
+def test_a_message_that_the_template_does_not_show_is_refused(role, who):
+    row = calling({"a": 3})
+    row["messages"].insert(0, {"role": "system", "content": "be"})
+    i = next(i for i, message in enumerate(row["messages"]) if message["role"] == role)
+    template = "{% for m in messages if m.role != 'ROLE' %}" + (HEAD + CALLS["tojson"] + TAIL).partition("%}")[2]
+    with pytest.raises(UserError) as caught:
+        said(row, template.replace("ROLE", role))
+    assert caught.value.problems == (
+        f"f.jsonl:1: the chat template does not show messages[{i}], {who}; use a tokenizer whose template does, or remove it",
+    )
+
+
+def notes(row: dict, template: str, format: str = "chat", **source) -> list[str]:
+    return example_notes(encode(rows_of(row), format, Data(max_length=4096), made(template), **source).counts)
+
+
+def test_what_a_template_does_not_show_of_a_message_is_counted():
+    row, template = calling({"a": 3}, reasoning_content="hm"), HEAD + CALLS["tojson"] + TAIL
+    row["messages"][0]["name"], row["messages"][2]["name"], row["messages"][2]["tool_call_id"] = "bob", "mul", "1"
+    row["tools"] = [{"type": "function", "function": {"name": "mul"}}]  # a name that the text has, as that of the call
+    said_of = "note: not shown by the chat template, with the rows that have it, of 1 row: "
+    assert notes(row, template) == [said_of + "messages[].name (1), messages[].reasoning_content (1), tools (1)"]
+    shows = "{% for t in tools %}{{ t | tojson }}{% endfor %}"
+    assert notes(row, shows + template.replace("{{ m.role }}", "{{ m.role }} {{ m.name }} {{ m.reasoning_content }}")) == []
+    row["tools"].append({"type": "function", "function": {"name": "div"}})
+    assert notes(row, "{{ tools[0] }}" + template)[0].endswith("tools (1)")
+    assert notes(row, shows.replace(" in tools", " in tools or []") + template)[0].endswith("messages[].reasoning_content (1)")
+    assert "tools" not in notes(row, shows + template)[0]
+
+
+def test_a_templates_wish_for_a_key_is_no_fault():
+    row = talk("u q", "a one")
+    row["messages"][0]["name"] = "bob"
+    assert notes(row, "{% if not messages[0].name %}{{ raise_exception('no name') }}{% endif %}" + PLAIN.replace("m.name or ", "")) == []
+
+
+# ---- parts
+
+PARTS = "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for p in m.content %}{% if p.type == 'text' %}{{ p.text }}{% endif %}{% endfor %}<|im_end|>\n{% endfor %}"
+MIXED = PARTS.replace("{% for p in m.content", "{% if m.role == 'assistant' %}{{ m.content + '' }}{% else %}{% for p in m.content").replace(
+    "{% endfor %}<|im_end|>", "{% endfor %}{% endif %}<|im_end|>"
+)
+BOTH = PARTS.replace("{% for p in m.content", "{% if m.content is string %}{{ m.content }}{% else %}{% for p in m.content").replace(
+    "{% endfor %}<|im_end|>", "{% endfor %}{% endif %}<|im_end|>"
+)
+
+
+@pytest.mark.parametrize(
+    "template", [PARTS, PARTS + PROMPT, PARTS.replace("p.text", "p['text'] | trim"), MIXED, MIXED + PROMPT, BOTH, PLAIN]
+)
+def test_templates_of_parts_get_parts_and_others_text(template):
+    tokenizer, row = made(template), talk("s be", "u q", "a one", "u r", "a two")
+    for _ in "once", "with what was learned of the template":
+        encoded = encode(rows_of(row), "chat", Data(), tokenizer)
+        assert "".join(kept(encoded, tokenizer)) == f"one{END}two{END}" and all(
+            part in shown(encoded, tokenizer)[-1] for part in ("be", "q", "r")
+        )
+
+
+def part(text: str) -> dict:
+    return {"type": "text", "text": text}
+
+
+def test_rows_with_parts_are_the_rows_with_their_text(read):
+    talks = [
+        {
+            "messages": [
+                {"role": "user", "content": [part("q "), part("r") | {"image": None}]},
+                {"role": "assistant", "content": [part("one")]},
+            ]
+        },
+        {
+            "messages": [
+                {"role": "user", "content": ["q ", {"text": "r"}]},
+                {"role": "assistant", "content": [part("one") | {"cache_control": {}}]},
+            ]
+        },
+    ]
+    rows = read("\n".join(map(json.dumps, talks)), format="chat")
+    assert rows.rows == [talk("u q r", "a one")] * 2 and rows.unread == {"messages[].content[].cache_control": 1}
+    for template in (PARTS, PLAIN):
+        assert kept(encode(rows, "chat", Data(), made(template)), made(template)) == [f"one{END}"] * 2
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (
+            [part("q"), {"type": "image", "image": "x"}],
+            "messages[0].content[1] is a part of type 'image', expected {type: text, text: ...}; llmkd reads",
+        ),
+        ([{"type": "text"}], "messages[0].content[0] is a part of type 'text', expected {type: text, text: ...}"),
+        ([3], "messages[0].content[0] is a number"),
+        ([part("q"), part("r")], "messages[0].content is 2 texts without white space between them"),
+    ],
+)
+def test_parts_that_are_no_text_are_refused(read, content, words):
+    with pytest.raises(UserError) as caught:
+        read(json.dumps({"messages": [{"role": "user", "content": content}, {"role": "assistant", "content": "a"}]}), format="chat")
+    assert caught.value.problems[0].partition(":1: ")[2].startswith(words)
+
+
+@pytest.mark.parametrize(
+    ("turn", "words"),
+    [
+        ({"tool_calls": "[{"}, "tool_calls is text that is not JSON"),
+        ({"tool_calls": {"name": "f"}}, "tool_calls is an object, expected a list of objects"),
+        ({"tool_calls": [{"function": {"arguments": "{}"}}]}, "tool_calls[0] is an object without the name of a function"),
+        ({"tool_calls": ["f"]}, "tool_calls[0] is text without the name of a function"),
+        ({"function_call": {"name": "f"}}, "content is null, expected text; function_call is an old form of tool_calls"),
+    ],
+)
+def test_tool_calls_that_are_none_are_refused(read, turn, words):
+    with pytest.raises(UserError) as caught:
+        read(json.dumps({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": None} | turn]}), format="chat")
+    assert caught.value.problems[0].partition(":1: messages[1].")[2].startswith(words)
+
+
+def test_tool_calls_as_json_text(read):
+    row = calling({"a": 3})
+    written = copy.deepcopy(row)
+    written["messages"][1]["tool_calls"] = json.dumps(row["messages"][1]["tool_calls"])
+    assert read(json.dumps(written), format="chat").rows == [row]
+
+
+# ---- texts that were rendered already
+
+RENDERED = "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n"
+
+
+@pytest.mark.parametrize(
+    ("format", "row", "token"),
+    [
+        ("text", {"text": RENDERED}, "<|im_start|>"),
+        ("text", {"text": "[INST] q [/INST] a"}, "[INST]"),
+        ("text", {"text": "q<|pad|>"}, "<|pad|>"),
+        ("prompt_completion", {"prompt": "<start_of_turn>user\nq", "completion": "a"}, "<start_of_turn>"),
+        ("alpaca", {"instruction": "q", "output": f"a{END}"}, END),
+        ("chat", talk("u <|start_header_id|>user", "a one"), "<|start_header_id|>"),
+    ],
+)
+def test_texts_that_were_rendered_already_are_warned_of_where_most_are(format, row, token):
+    plain = encode(rows_of({key: "q" for key in row} if format != "chat" else talk("u q", "a one")), format, Data(), tiny())
+    encoded = encode(rows_of(row), format, Data(), tiny())
+    assert example_notes(plain.counts) == []
+    assert example_notes(encoded.counts)[0].startswith(
+        f"warning: 1 of 1 row hold tokens of a chat template ('{token}'), as if they were rendered already"
+    )
+    assert example_notes(merge([encoded, plain]).counts)[0].startswith("warning: 1 of 2 rows")
+    few = example_notes(merge([encoded, plain, plain]).counts)
+    assert few == ["note: 1 with the characters of a control token, which stay characters"] * (token in tiny().all_special_tokens)
+
+
+# ---- long talks
+
+FORGETS = PLAIN.replace("{{ m.content }}", "{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}")
+TALK = talk("u q", "a one", "u r", "a two", "u s", "a three")
+
+
+def test_rows_that_a_template_takes_apart_are_counted_with_the_factor():
+    tokenizer = made(FORGETS)
+    encoded = encode(rows_of(TALK), "chat", Data(), tokenizer)
+    assert kept(encoded, tokenizer) == [f"one{END}", f"two{END}", f"three{END}"]
+    (note,) = example_notes(encoded.counts)
+    last = int(encoded.lengths[-1])
+    assert note.startswith("note: 1 row taken apart into 3 examples, one for each answer") and note.endswith(
+        "answers: last trains on these alone"
+    )
+    assert f"{encoded.lengths.sum()} tokens, {encoded.lengths.sum() / last:.1f} times those of the last examples alone ({last})" in note
+    assert notes(TALK, PLAIN) == []
+
+
+@pytest.mark.parametrize("template", [FORGETS, PLAIN])
+def test_the_last_answer_alone(template):
+    assert said(TALK, template, answers="last") == [f"three{END}"]
+    assert notes(TALK, template, answers="last") == []
+    context_only = copy.deepcopy(TALK)
+    context_only["messages"][-1]["train"] = False
+    assert said(context_only, template, answers="last") == []
+    asked = {"messages": [*TALK["messages"], *talk("u t")["messages"]]}
+    assert said(asked, template, answers="last") == [f"three{END}"]
+
+
+def test_the_last_answer_of_a_completion():
+    prompt, completion = TALK["messages"][:3], TALK["messages"][3:]
+    row = {"prompt": prompt, "completion": completion}
+    every, last = (encode(rows_of(row), "prompt_completion", Data(), made(PLAIN), answers=answers) for answers in ("all", "last"))
+    assert kept(every, made(PLAIN)) == [f"two{END}three{END}"] and kept(last, made(PLAIN)) == [f"three{END}"]
