@@ -277,7 +277,7 @@ LAYERS = (
     (("commands/", "sweep, cache, export, data, ..."), ("api.py", "the Python API")),
     (("training/", "run, trainer, loop, checkpoint, validation"),),
     (("output/", "run folder, metrics, model card, hub"),),
-    (("teachers/", "live, cached, mixture; the cache on disk"),),
+    (("teachers/", "live, cached, mixture; the cache on disk"), ("rollouts/", "text that a model writes")),
     (("models/", "load, adapters, attention"), ("data/", "files to examples to batches")),
     (("config/", "settings"), ("losses/", "divergences, fused head"), ("model_folder/", "files, weights, hashes")),
     (("batch.py  signals.py  head.py", "the nouns"), ("console.py  errors.py  files.py", "messages, exit codes, files")),

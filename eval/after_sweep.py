@@ -33,9 +33,9 @@ def check(folder: Path, wanted: Evaluation) -> None:
                     )
 
 
-def finish(folder: Path, wanted: Evaluation) -> None:
-    """Evaluate every finished arm that has no results yet, and write the report. Failures are raised at the end."""
-    from .report import write as report
+def finish(folder: Path, wanted: Evaluation) -> dict:
+    """Evaluate every finished arm that has no results yet, write the report and return its numbers. Failures are raised at the end."""
+    from .report.write import read_report, write
 
     arms = read_sealed(folder / "sweep.json")["arms"]
     done = [str(folder / arm["folder"]) for arm in arms.values() if arm["status"] == "done"]
@@ -49,9 +49,13 @@ def finish(folder: Path, wanted: Evaluation) -> None:
             evaluate_all(done, list(wanted.tasks), tasks_dir=wanted.tasks_dir, **options)
         except UserError as error:
             problems = error.problems
+    numbers = {}
     if first_process():
-        for path in report.write(folder):
+        report = read_report(folder)
+        numbers = report.numbers()
+        for path in write(report):
             print(path)
     failed = [f"arm {name}: {arm['reason']}" for name, arm in arms.items() if arm["status"] == "failed"]
     if failed or problems:
         raise UserError(*failed, *problems)
+    return numbers

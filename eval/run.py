@@ -17,8 +17,8 @@ from llmkd.errors import UserError
 from llmkd.model_folder.files import refuse_mistyped_folder
 
 
-def evaluate(options: argparse.Namespace) -> None:
-    """`llmkd eval`: evaluate and print a table. `options` are those of `llmkd.commands.arguments`."""
+def evaluate(options: argparse.Namespace) -> list[dict]:
+    """`llmkd eval`: evaluate, print a table and return its numbers. `options` are those of `llmkd.commands.arguments`."""
     if not options.places or not options.tasks:
         raise UserError(
             f"eval: no {'task' if options.places else 'model'} is given; write llmkd eval RUN_OR_MODEL... --tasks TASK,TASK (see llmkd eval --help)"
@@ -29,24 +29,27 @@ def evaluate(options: argparse.Namespace) -> None:
 
     given = {name: getattr(options, name) for name in ("tasks_dir", "out", "dtype", "fewshot", "limit", "seed", "force")}
     records = evaluate_all(options.places, options.tasks, batch_size=options.batch_size or "auto", **given)
+    from llmkd.console import table
+
+    rows = [
+        {"model": name, "task": task, "shots": record["fewshot"], "items": record["n"], "metric": metric} | value
+        for name, of_model in records.items()
+        for task, record in of_model.items()
+        for metric, value in record["metrics"].items()
+    ]
     if first_process():
-        from llmkd.console import table
-
-        rows = [
-            {"model": name, "task": task, "shots": record["fewshot"], "items": record["n"], "metric": metric, "score": in_words(value)}
-            for name, of_model in records.items()
-            for task, record in of_model.items()
-            for metric, value in record["metrics"].items()
-        ]
-        print(table(rows))
+        print(table([{key: row[key] for key in ("model", "task", "shots", "items", "metric")} | {"score": in_words(row)} for row in rows]))
+    return rows
 
 
-def tasks(data: Path, to: Path) -> None:
+def tasks(data: Path, to: Path) -> list[dict]:
     """`llmkd tasks`: write task files for local data."""
     from llmkd_eval.harness.local_tasks import write_tasks
 
-    for task, paths in write_tasks(data, to).items():
-        print(f"{to / task}.yaml  {', '.join(map(str, paths))}")
+    rows = [{"task": task, "file": to / f"{task}.yaml", "data": paths} for task, paths in write_tasks(data, to).items()]
+    for row in rows:
+        print(f"{row['file']}  {', '.join(map(str, row['data']))}")
+    return rows
 
 
 if __name__ == "__main__":

@@ -7,22 +7,24 @@ load torch are imported by the function that needs them.
 import argparse
 import logging
 import os
+import shutil
 import sys
 import warnings
 from pathlib import Path
+from typing import Any
 
 from . import __version__, console
 from .commands import arguments
+from .commands.outputs import check_file, json_results, write_file
 from .commands.parser import HelpShown, did_you_mean
 from .config import loader
 from .errors import UserError, exit_code
-from .files import write_atomic
 from .process.bus_error import report_bus_errors
 from .training.environment import check_environment
 from .training.launcher import launcher_pid
 from .training.shutdown import end_on_signal
 
-_COMPUTES = ("train", "sweep", "cache", "export", "eval")
+_COMPUTES = ("train", "sweep", "cache", "sample", "export", "eval")
 _RESUMED = ("train", "sweep")
 _QUIET = (*_COMPUTES, "data", "tasks")
 
@@ -59,46 +61,48 @@ def dispatch(argv: list[str]) -> None:
             check_environment()
         if command in _QUIET:
             quiet()
-        COMMANDS[command](options, overrides)
+        with json_results(getattr(options, "json", None)) as write:
+            write(COMMANDS[command](options, overrides))
     else:
         hint = did_you_mean(command, COMMANDS)
         raise UserError(f"{command}: no such command{hint or ';'} there are {', '.join(COMMANDS)} (see llmkd --help)")
 
 
-def train(options: argparse.Namespace, overrides: dict) -> None:
+def train(options: argparse.Namespace, overrides: dict) -> Any:
     config = _config(options)
     kind = loader.file_kind(config)
     if kind == "sweep":
-        run_sweep(config, overrides, options.resume)
-    elif kind == "pipeline":
+        return run_sweep(config, overrides, options.resume)
+    if kind == "pipeline":
         from .commands.pipeline import run_pipeline
 
-        run_pipeline(config, overrides, options.resume)
-    else:
-        recipe = loader.load_recipe(config, overrides, check_inputs=True)
-        from .training.run import run
+        return run_pipeline(config, overrides, options.resume)
+    recipe = loader.load_recipe(config, overrides, check_inputs=True)
+    from .training.run import run
 
-        run(recipe, options.resume)
+    return run(recipe, options.resume)
 
 
-def sweep(options: argparse.Namespace, overrides: dict) -> None:
+def sweep(options: argparse.Namespace, overrides: dict) -> Any:
     config = _config(options)
     if loader.file_kind(config) != "sweep":
         raise UserError(f"--config {config}: is not a sweep (it has neither grid: nor arms:); run it by llmkd train")
-    run_sweep(config, overrides, options.resume)
+    return run_sweep(config, overrides, options.resume)
 
 
-def run_sweep(config: str, overrides: dict, resume: bool) -> None:
+def run_sweep(config: str, overrides: dict, resume: bool) -> dict:
     from llmkd_eval import after_sweep
 
     settings = loader.load_sweep(config, overrides)
     after_sweep.check(Path(settings.output_dir).expanduser(), settings.eval)
     from .commands.sweep import run_sweep as train_sweep
 
-    train_sweep(config, overrides, resume, lambda folder: after_sweep.finish(folder, settings.eval))
+    numbers: dict = {}
+    train_sweep(config, overrides, resume, lambda folder: numbers.update(after_sweep.finish(folder, settings.eval)))
+    return numbers
 
 
-def cache(options: argparse.Namespace, overrides: dict) -> None:
+def cache(options: argparse.Namespace, overrides: dict) -> dict:
     config = _config(options)
     import_file = getattr(options, "import")
     if options.check and import_file:
@@ -107,15 +111,16 @@ def cache(options: argparse.Namespace, overrides: dict) -> None:
     if options.check:
         from .commands.cache_check import check
 
-        check(recipe)
-        return
+        return check(recipe)
     from .commands.cache import cache as write_caches
 
-    for path in write_caches(recipe, import_file):
+    written = list(write_caches(recipe, import_file))
+    for path in written:
         print(path)
+    return {"caches": written}
 
 
-def data(options: argparse.Namespace, overrides: dict) -> None:
+def data(options: argparse.Namespace, overrides: dict) -> dict:
     config = _config(options)
     if (kind := loader.file_kind(config)) != "recipe":
         file = loader.read(config)[0]
@@ -130,7 +135,7 @@ def data(options: argparse.Namespace, overrides: dict) -> None:
         )
     from .commands.preview_data import preview
 
-    preview(loader.load_recipe(config, overrides), 3 if options.show is None else options.show, options.example)
+    return preview(loader.load_recipe(config, overrides), 3 if options.show is None else options.show, options.example)
 
 
 def export(options: argparse.Namespace, overrides: dict) -> None:
@@ -142,46 +147,69 @@ def export(options: argparse.Namespace, overrides: dict) -> None:
     print(write_merged(Path(run), Path(options.to) if options.to else None, options.checkpoint))
 
 
-def evaluate(options: argparse.Namespace, overrides: dict) -> None:
+def sample(options: argparse.Namespace, overrides: dict) -> Any:
+    (run,) = _places(options, "sample", "a run's folder", "llmkd sample RUN")
+    if not Path(run).is_dir():  # before torch is loaded
+        raise UserError(f"{run}: no such folder; name a run's output_dir")
+    if options.seed is not None and not options.temperature:
+        raise UserError("--seed: given without --temperature, and the most likely tokens need none; give both, or leave it out")
+    if options.to:
+        check_file(options.to, "--to")
+    from .commands.sample import sample as ask
+    from .commands.sample_text import as_text
+
+    given = {name: getattr(options, name) for name in ("count", "models", "temperature", "max_new_tokens", "seed", "batch_size")}
+    samples = ask(Path(run), options.prompts and Path(options.prompts), **{k: v for k, v in given.items() if v is not None})
+    print(as_text(samples, shutil.get_terminal_size().columns))
+    if options.to:
+        from llmkd_eval.report.samples import samples_page
+
+        write_file(options.to, samples_page(samples))
+        print(options.to)
+    return samples
+
+
+def evaluate(options: argparse.Namespace, overrides: dict) -> list[dict]:
     from llmkd_eval import run
 
-    run.evaluate(options)
+    return run.evaluate(options)
 
 
-def tasks(options: argparse.Namespace, overrides: dict) -> None:
+def tasks(options: argparse.Namespace, overrides: dict) -> list[dict]:
     from llmkd_eval import run
 
     (folder,) = _places(options, "tasks", "a folder of data", "llmkd tasks DATA_DIR")
-    run.tasks(Path(folder), Path(options.to or "eval/tasks"))
+    return run.tasks(Path(folder), Path(options.to or "eval/tasks"))
 
 
-def compare(options: argparse.Namespace, overrides: dict) -> None:
+def compare(options: argparse.Namespace, overrides: dict) -> dict:
     if not options.places:
         raise UserError("compare: no run given; write llmkd compare RUN RUN ... (see llmkd compare --help)")
     from llmkd_eval.comparison import compare as comparison
-    from llmkd_eval.comparison.compare_text import as_json, as_text
+    from llmkd_eval.comparison.compare_text import as_numbers, as_text
     from llmkd_eval.comparison.item_results import parse_arms
 
     arms = parse_arms(options.places)
     rows = comparison.compare(arms, options.baseline, options.tasks or None, options.metrics or None, options.common, console.info)
     print(as_text(rows))
-    if options.json:
-        Path(options.json).parent.mkdir(parents=True, exist_ok=True)
-        write_atomic(Path(options.json), as_json(rows) + "\n")
+    return as_numbers(rows)
 
 
-def report(options: argparse.Namespace, overrides: dict) -> None:
+def report(options: argparse.Namespace, overrides: dict) -> dict:
     (folder,) = _places(options, "report", "the folder of a sweep", "llmkd report SWEEP_FOLDER")
-    from llmkd_eval.report.write import write
+    from llmkd_eval.report.write import read_report, write
 
-    for path in write(Path(folder)):
+    found = read_report(Path(folder))
+    for path in write(found):
         print(path)
+    return found.numbers()
 
 
-def recipes(options: argparse.Namespace, overrides: dict) -> None:
-    from .commands.recipes import list_recipes
+def recipes(options: argparse.Namespace, overrides: dict) -> dict:
+    from .commands.recipes import list_recipes, shipped
 
     print(list_recipes())
+    return shipped()
 
 
 def init(options: argparse.Namespace, overrides: dict) -> None:
@@ -206,6 +234,7 @@ COMMANDS = {
     "sweep": sweep,
     "cache": cache,
     "data": data,
+    "sample": sample,
     "export": export,
     "eval": evaluate,
     "tasks": tasks,

@@ -4,9 +4,12 @@ Messages go to `logging.getLogger("llmkd")`, so a program that imports llmkd rou
 The command line shows them as plain lines on stderr (`show_messages`); stdout is for results.
 """
 
+import itertools
 import logging
 import os
+import re
 import sys
+import unicodedata
 from collections.abc import Sequence
 
 logger = logging.getLogger("llmkd")
@@ -71,6 +74,44 @@ def duration(seconds: float) -> str:
 def count(number: int, noun: str, several: str | None = None) -> str:
     """ "1 run", "2 runs"; `several` is the plural where it is not noun + s."""
     return f"{number:,} {noun if number == 1 else several or noun + 's'}"
+
+
+def printable(text: str) -> str:
+    """A text whose characters that do not print, such as the escape sequences of a terminal, stand there as \\x1b; line breaks and tabs stay."""
+    return "".join(c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text)
+
+
+def text_width(text: str) -> int:
+    """The columns that a text takes on a terminal: a Chinese character takes two, an accent that is put on a letter none."""
+    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+
+
+def wrap(text: str, width: int) -> list[str]:
+    """The lines of a text, each at most `width` columns wide: broken at spaces, and within a word that is wider."""
+    out = []
+    for line in printable(text).expandtabs(4).split("\n"):
+        now = ""
+        for word in re.findall(r"\s+|\S+", line):
+            if text_width(now + word) <= width:
+                now += word
+                continue
+            if now:
+                out.append(now.rstrip())
+            now = "" if word.isspace() else word
+            while text_width(now) > width:
+                cut = next(n for n in range(len(now), 0, -1) if text_width(now[:n]) <= width or n == 1)
+                out.append(now[:cut])
+                now = now[cut:]
+        out.append(now.rstrip())
+    return out
+
+
+def in_columns(texts: Sequence[str], width: int, gap: int = 3) -> list[str]:
+    """Texts as columns of one width that fill `width` columns together."""
+    each = (width + gap) // len(texts) - gap
+    columns = [wrap(text, each) for text in texts]
+    rows = itertools.zip_longest(*columns, fillvalue="")
+    return [(" " * gap).join(cell + " " * (each - text_width(cell)) for cell in row).rstrip() for row in rows]
 
 
 def align(lines: Sequence[Sequence[str]], left: Sequence[int] = (0,)) -> list[str]:

@@ -19,7 +19,7 @@ LAYERS = (
     "errors signals",
     "config model_folder",
     "losses models data",
-    "teachers",
+    "teachers rollouts",
     "output",
     "training",
     "api commands",

@@ -1,6 +1,5 @@
-"""Rows of a comparison as text for a terminal, as Markdown for a report, and as JSON."""
+"""Rows of a comparison as text for a terminal, as Markdown for a report, and as numbers."""
 
-import json
 import math
 from dataclasses import asdict
 from itertools import groupby
@@ -55,12 +54,10 @@ def as_markdown(rows: list[Row]) -> str:
     return "\n\n".join([*out, " ".join((*LEGEND, *EXPLANATION))])
 
 
-def as_json(rows: list[Row]) -> str:
+def as_numbers(rows: list[Row]) -> dict:
     """Every number unrounded, with what the tests rest on."""
     conditions = {"llmkd": __version__, "level": stats.LEVEL, "power": stats.POWER, "resamples": stats.RESAMPLES, "seed": 0}
-    return json.dumps(
-        conditions | {"explanation": " ".join((*LEGEND, *EXPLANATION)), "rows": [asdict(row) for row in rows]}, indent=1, allow_nan=False
-    )
+    return conditions | {"explanation": " ".join((*LEGEND, *EXPLANATION)), "rows": [asdict(row) for row in rows]}
 
 
 def words(row: Row) -> str:

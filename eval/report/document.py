@@ -15,7 +15,7 @@ _TEMPLATES = Path(__file__).parent
 
 @dataclass(frozen=True)
 class Span:
-    """Text of a kind: "code" (a name), "better", "worse" or "quiet"."""
+    """Text of a kind: "code" (a name), "better", "worse", "quiet", or "text", whose lines are kept."""
 
     text: str
     kind: str = "code"

@@ -1,5 +1,6 @@
 """Writes the report of a sweep from the files of its folder, as one HTML file and as Markdown."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
 from llmkd import __version__
@@ -7,7 +8,7 @@ from llmkd.console import info
 from llmkd.files import write_atomic
 
 from ..comparison.compare import Row
-from ..comparison.compare_text import EXPLANATION, LEGEND, blocks, cells, digits, reach, title
+from ..comparison.compare_text import EXPLANATION, LEGEND, as_numbers, blocks, cells, digits, reach, title
 from ..comparison.item_results import HELD_OUT
 from . import sections, sweep_charts
 from .best import best_sentence, find_best, headline
@@ -16,13 +17,38 @@ from .findings import NOT_COMPARED, compared, label, mark, measure, statements
 from .sweep_files import SweepFolder, read_json, read_sweep
 
 
-def write(folder: Path) -> tuple[Path, Path]:
-    """Write report.html and report.md into a sweep's folder, whatever state it is in, and print the best arms. UserError where there is no sweep."""
+@dataclass(frozen=True)
+class Report:
+    """What is known of a sweep. `notes`: what was left out of the comparisons."""
+
+    sweep: SweepFolder
+    rows: list[Row]
+    notes: list[str]
+
+    def numbers(self) -> dict:
+        """Every run with its results and every comparison, unrounded."""
+        runs = [
+            {name: getattr(run, name) for name in ("name", "arm", "seed", "status", "reason", "seconds", "changes", "folder")}
+            | {name: run.summary.get(name) for name in ("before", "validation", "train", "best")}
+            for run in self.sweep.runs
+        ]
+        best = [{name: getattr(one, name) for name in ("best", "distilled", "plain", "pair")} for one in find_best(self.sweep, self.rows)]
+        return {"baseline": self.sweep.baseline, "runs": runs, "best": best, "notes": self.notes, **as_numbers(self.rows)}
+
+
+def read_report(folder: Path) -> Report:
+    """Read a sweep's folder, whatever state it is in, and compare its arms. UserError where there is no sweep."""
     sweep = read_sweep(Path(folder))
     notes: list[str] = []
     finished = {arm.name: [run.folder for run in arm.done if run.folder.is_dir()] for arm in sweep.arms.values()}
     rows = measure({name: runs for name, runs in finished.items() if runs}, sweep.baseline, notes.append)
-    blocks_ = document(sweep, rows, list(dict.fromkeys(notes)))
+    return Report(sweep, rows, list(dict.fromkeys(notes)))
+
+
+def write(report: Report) -> tuple[Path, Path]:
+    """Write report.html and report.md into the sweep's folder, and print the best arms."""
+    sweep, rows = report.sweep, report.rows
+    blocks_ = document(sweep, rows, report.notes)
     heading = f"Report of the sweep {sweep.path.resolve().name}"
     foot = f"Written by llmkd {__version__} from the files of this folder; llmkd report writes it again."
     page, text = sweep.path / "report.html", sweep.path / "report.md"

@@ -13,7 +13,19 @@ from ..config.recipe import Recipe
 from ..config.schema import describe
 from ..config.sweep import Pipeline, Sweep
 from ..errors import UserError
-from .parser import Once, Parser, batch_size, did_you_mean, names_list, one_of, plain_switches, sections_overview, whole_number
+from .parser import (
+    Once,
+    Parser,
+    batch_size,
+    did_you_mean,
+    names_list,
+    number,
+    one_of,
+    plain_switches,
+    sections_overview,
+    some_of,
+    whole_number,
+)
 
 EXIT_CODES = """\
 exit codes: 0 done, 1 the machine failed, or a bug, 2 a mistake you can fix, 3 stopped at a non-finite value, 75 stopped by a signal
@@ -56,13 +68,14 @@ class Command:
     exit_codes: bool = True
 
 
+_JSON = Option("--json", "FILE", "also write the results as JSON to FILE; - writes them to stdout, and all else to stderr")
 _CONFIG = Option("--config", "RECIPE", "the recipe, in YAML or JSON")
 
 COMMANDS = (
     Command(
         "train",
         "Train a student by distillation, or without a teacher; also runs a pipeline of stages or a sweep",
-        "--config RECIPE [--section.name VALUE ...] [--resume]",
+        "--config RECIPE [--section.name VALUE ...] [--resume] [--json FILE]",
         "Train the recipe's student: by distillation, or by plain fine-tuning where the recipe names no teacher. A pipeline (a file with\n"
         "stages:) runs its stages in order and compares their students; a sweep (a file with grid: or arms:) trains every configuration.\n"
         "Settings on the command line replace those of the file; in a pipeline or a sweep they apply to every run.\n"
@@ -71,26 +84,28 @@ COMMANDS = (
         (
             Option("--config", "RECIPE", "a recipe, a pipeline or a sweep, in YAML or JSON"),
             Switch("--resume", "continue a stopped run from its newest checkpoint; finished parts are kept"),
+            _JSON,
         ),
         Recipe,
     ),
     Command(
         "sweep",
         "Train every configuration of a sweep, then measure, compare and report them",
-        "--config SWEEP [--section.name VALUE ...] [--resume]",
+        "--config SWEEP [--section.name VALUE ...] [--resume] [--json FILE]",
         "Train every configuration of a sweep (a recipe and a grid of changes), several at a time beside one teacher where their data\n"
         "agree; then evaluate, compare and report them. A setting that is not the sweep's own applies to every configuration.",
         "llmkd sweep --config recipes/ablation.yaml --students_per_teacher 4",
         (
             Option("--config", "SWEEP", "the sweep's file, with grid: or arms:"),
             Switch("--resume", "continue: finished configurations are kept"),
+            _JSON,
         ),
         Sweep,
     ),
     Command(
         "cache",
         "Run the teachers once and write their outputs to the teacher cache; check a cache; import log-probabilities",
-        "--config RECIPE [--check | --import FILE] [--section.name VALUE ...]",
+        "--config RECIPE [--check | --import FILE] [--json FILE] [--section.name VALUE ...]",
         "Run the recipe's teachers once over its data and write their outputs at every target to the folders that teacher.cache names.\n"
         "Runs that read the cache need no teacher in memory. Several processes: accelerate launch -m llmkd cache --config RECIPE ...",
         "llmkd cache --config recipes/quickstart/3_from_cache.yaml",
@@ -98,13 +113,14 @@ COMMANDS = (
             _CONFIG,
             Switch("--check", "measure the error of a quantised teacher, or of a cache, on training examples"),
             Option("--import", "FILE", "write the cache from log-probabilities in FILE (JSON lines) instead of a model"),
+            _JSON,
         ),
         Recipe,
     ),
     Command(
         "data",
         "Read and tokenise a recipe's data; print counts and examples with the supervised tokens marked",
-        "--config RECIPE [--show N] [--example I] [--section.name VALUE ...]",
+        "--config RECIPE [--show N] [--example I] [--json FILE] [--section.name VALUE ...]",
         "Read and tokenise a recipe's data as a run would, without a model. Prints counts of every source, then examples with the\n"
         "supervised tokens marked.",
         "llmkd data --config recipes/quickstart/2_distill.yaml --show 2",
@@ -112,8 +128,37 @@ COMMANDS = (
             _CONFIG,
             Option("--show", "N", "how many examples to print, drawn by the recipe's seed (default 3)", whole_number(0)),
             Option("--example", "I", "print the example with this number instead", whole_number(0)),
+            _JSON,
         ),
         Recipe,
+    ),
+    Command(
+        "sample",
+        "Show what teacher, student before and student after write to the same prompts, side by side",
+        "RUN [--prompts FILE] [--to FILE.html] [options]",
+        "Let the teacher of a finished run, its student before the training and the student after it answer the same prompts, and print the\n"
+        "answers side by side. Without --prompts they are asked rows of the run's held-out data, whose answers stand beside theirs. One model\n"
+        "is in memory at a time. The file of prompts is .jsonl, .json, .csv or .parquet, with rows as those of the run's data (the answer may\n"
+        "be missing), or rows with a prompt (text or messages), messages or an instruction; or .txt, a prompt a line. Every prompt is rendered\n"
+        "as in training.",
+        "llmkd sample runs/first --prompts prompts.txt --to samples.html",
+        (
+            Option("--prompts", "FILE", "a file of prompts (default: held-out rows of the run's data)"),
+            Option("--count", "N", "the first N prompts of the file (default all), or N held-out rows (default 8)", whole_number(1)),
+            Option(
+                "--models",
+                "MODELS",
+                "some of teacher, before and after, separated by commas (default all)",
+                some_of("teacher", "before", "after"),
+            ),
+            Option("--temperature", "T", "temperature of sampling (default 0: always the most likely token)", number(0)),
+            Option("--max_new_tokens", "N", "longest answer in tokens (default 128); a longer one is cut off", whole_number(1)),
+            Option("--seed", "S", "seed of sampling with a temperature (default 0)", whole_number(0)),
+            Option("--batch_size", "N", "prompts at a time (default 8)", whole_number(1)),
+            Option("--to", "FILE.html", "also write an HTML page"),
+            _JSON,
+        ),
+        places=("RUN", "a run's output_dir"),
     ),
     Command(
         "export",
@@ -154,18 +199,19 @@ COMMANDS = (
             ),
             Option("--out", "DIR", "folder for the results"),
             Switch("--force", "evaluate again where results exist, and replace them"),
+            _JSON,
         ),
         places=("RUN_OR_MODEL", "a run, a model's folder or a hub id"),
     ),
     Command(
         "tasks",
         "Write harness task files that read their data from a local folder",
-        "DATA_DIR [--to FOLDER]",
+        "DATA_DIR [--to FOLDER] [--json FILE]",
         "Write task files for a folder of data, so that the harness runs without a network: truthfulqa_mc1, truthfulqa_mc2, hellaswag and\n"
         "commonsense_qa, recognised by the columns of their rows (.jsonl, .json, .parquet). The files name paths of this machine: do not\n"
         "commit them.",
         "llmkd tasks data/benchmarks --to eval/tasks",
-        (Option("--to", "FOLDER", "where to write the task files (default eval/tasks)"),),
+        (Option("--to", "FOLDER", "where to write the task files (default eval/tasks)"), _JSON),
         places=("DATA_DIR", "a folder of data files"),
     ),
     Command(
@@ -180,25 +226,27 @@ COMMANDS = (
             Option("--tasks", "TASKS", "only these tasks, separated by commas", names_list),
             Option("--metrics", "METRICS", "only these metrics, separated by commas", names_list),
             Switch("--common", "compare on the items that all runs have, where some have more"),
-            Option("--json", "FILE", "also write the numbers to FILE"),
+            _JSON,
         ),
         places=("RUN", "an evaluated run, or NAME=RUN, or NAME=RUN,RUN for several seeds"),
     ),
     Command(
         "report",
         "Write report.html and report.md of a sweep",
-        "SWEEP_FOLDER",
+        "SWEEP_FOLDER [--json FILE]",
         "Write report.html and report.md of a sweep, finished or not: the runs, learning curves, comparisons, maps over settings, cost.\n"
         "Prints the two paths.",
         "llmkd report runs/ablation",
+        (_JSON,),
         places=("SWEEP_FOLDER", "the sweep's output_dir"),
     ),
     Command(
         "recipes",
         "List the recipes that come with llmkd",
-        "",
+        "[--json FILE]",
         "List the recipes that come with llmkd: what each does, what it needs and the command that runs it. llmkd init copies one.",
         "llmkd recipes",
+        (_JSON,),
         exit_codes=False,
     ),
     Command(
@@ -297,7 +345,7 @@ def completion_script(shell: str) -> str:
         for action in parser._actions:
             if action.dest == "help":
                 action.nargs = 0  # a section behind it is not completed
-            elif action.dest in ("config", "import", "json"):
+            elif action.dest in ("config", "import", "json", "prompts") or (action.dest == "to" and name == "sample"):
                 action.complete = shtab.FILE
             elif action.dest in ("to", "out", "tasks_dir", "places") and name not in ("init", "completion"):
                 action.complete = shtab.DIRECTORY

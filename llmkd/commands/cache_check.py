@@ -46,8 +46,8 @@ class RecordedTeacher:
         return Dense(hidden_NH.to(batch.labels_N.device), self.head)
 
 
-def check(recipe: Recipe, examples: int = 64) -> None:
-    """Print metrics on a sample of the training rows, for every teacher that is quantised, merged or cached."""
+def check(recipe: Recipe, examples: int = 64) -> dict[str, dict]:
+    """Print metrics on a sample of the training rows, for every teacher that is quantised, merged or cached. Returns them by its setting."""
     prepared, sources = select_teachers(
         recipe,
         lambda teacher: teacher.cache or teacher.held,
@@ -58,6 +58,7 @@ def check(recipe: Recipe, examples: int = 64) -> None:
         raise UserError("--check: runs in one process; leave accelerate launch out")
     context = LoadContext(prepared.vocab, accelerator.device, recipe.seed)
     evaluator = Evaluator(accelerator, prepared.tokenizer.eos_token_id, recipe.validation.micro_batch_size)
+    out: dict[str, dict] = {}
     for source in sources:
         mine = examples_of(prepared.train, prepared.teachers.index(source))
         sample = sample_examples(prepared.train.take(mine), examples)
@@ -66,10 +67,14 @@ def check(recipe: Recipe, examples: int = 64) -> None:
             continue
         cached = open_cache(recipe, prepared, source)
         info(f"on {len(sample)} training examples with {int(sample.loss_mask.sum())} targets; nats per target")
+        found = out[source.setting] = {"examples": len(sample), "targets": int(sample.loss_mask.sum())}
         if source.settings.held:
-            print(table(compare_transformed(source, sample, context, evaluator)))
+            found["held"] = compare_transformed(source, sample, context, evaluator)
+            print(table(found["held"]))
         if cached:
-            print(table(compare_cached(recipe.student, cached, sample, context, evaluator)))
+            found["cached"] = compare_cached(recipe.student, cached, sample, context, evaluator)
+            print(table(found["cached"]))
+    return out
 
 
 def compare_transformed(source: TeacherSource, sample: Examples, context: LoadContext, evaluator: Evaluator) -> list[dict]:

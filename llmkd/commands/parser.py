@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import difflib
+import math
 import re
 
 from ..config.schema import describe, help_text, section_of
@@ -76,6 +77,19 @@ def whole_number(least: int):
     return number
 
 
+def number(least: float):
+    def value(text: str) -> float:
+        try:
+            found = float(text)
+        except ValueError:
+            found = math.nan
+        if not least <= found < math.inf:
+            raise argparse.ArgumentTypeError(f"found {text}, expected a number >= {least:g}")
+        return found
+
+    return value
+
+
 def one_of(*names: str):
     def name(text: str) -> str:
         if text not in names:
@@ -87,6 +101,13 @@ def one_of(*names: str):
 
 def names_list(text: str) -> list[str]:
     return [name for name in text.split(",") if name]
+
+
+def some_of(*names: str):
+    def some(text: str) -> list[str]:
+        return [one_of(*names)(name) for name in names_list(text)] or [one_of(*names)(text)]
+
+    return some
 
 
 def batch_size(text: str) -> int | str:

@@ -5,13 +5,13 @@ import os
 import random
 import sys
 from pathlib import Path
-from typing import TextIO
+from typing import Any, TextIO
 
 import numpy as np
 
 from ..config.fields import as_tuple
 from ..config.recipe import Recipe, Student, used_teachers
-from ..console import align
+from ..console import align, printable
 from ..data.batching import Batching
 from ..data.dataset import Dataset, encode_sources, hold_out, join, read_data, refuse_empty_sources, refuse_too_few_positions, report_notes
 from ..data.encoding.end_tokens import end_tokens, report_end_tokens
@@ -27,21 +27,22 @@ _MARKS = ("", "", "⟦", "⟧")  # around unsupervised text, and around supervis
 _COLOURS = ("\x1b[2m", "\x1b[0m", "\x1b[1;32m", "\x1b[0m")
 
 
-def preview(recipe: Recipe, count: int = 3, example: int | None = None, out: TextIO | None = None) -> None:
-    """Print counts of every source, then `count` examples drawn by the recipe's seed, or the one numbered `example`."""
+def preview(recipe: Recipe, count: int = 3, example: int | None = None, out: TextIO | None = None) -> dict[str, list[dict[str, Any]]]:
+    """Print counts of every source, then `count` examples drawn by the recipe's seed, or the one numbered `example`. Returns the counts."""
     out = out or sys.stdout
     if hasattr(out, "reconfigure"):
         out.reconfigure(errors="backslashreplace")  # for terminals that cannot show a character
     rows, tokenizer = read_data(recipe.data), student_tokenizer(recipe.student)
     configs = _configs(recipe)
     refuse_too_few_positions(recipe.data, configs)
-    train = _print_counts(recipe, "data.train", rows, tokenizer, out)
+    numbers: dict[str, list[dict[str, Any]]] = {}
+    train = _print_counts(recipe, "data.train", rows, tokenizer, numbers, out)
     if not recipe.data.streaming:
         refuse_empty_sources(hold_out(train, recipe.data.validation_fraction)[0].examples, recipe.data)
     if recipe.data.validation_fraction:
         print(f"data.validation_fraction: {recipe.data.validation_fraction:g} of these rows, drawn by seed, are held out", file=out)
     if rows["data.validation"]:
-        _print_counts(recipe, "data.validation", rows, tokenizer, out)
+        _print_counts(recipe, "data.validation", rows, tokenizer, numbers, out)
     examples = train.examples
     folders = [student_base(recipe.student)] if recipe.student.model else []
     settings = generation_settings(configs["student.model"], folders, "student.model")
@@ -53,6 +54,7 @@ def preview(recipe: Recipe, count: int = 3, example: int | None = None, out: Tex
         theirs = examples.teacher_view.example(i) if examples.teacher_view is not None else (ids, loss_mask)
         if len(theirs[0]) != len(ids) or (theirs[0] != ids).any():
             print(f"teacher's input  {len(theirs[0])} tokens\n{mark_supervised(*theirs, tokenizer, uses_colour(out))}", file=out)
+    return numbers
 
 
 def _configs(recipe: Recipe) -> dict[str, dict]:
@@ -69,8 +71,8 @@ def _config(folder: Path) -> dict:
     return read_json(folder / "config.json", "student.model") if (folder / "config.json").exists() else {}
 
 
-def _print_counts(recipe: Recipe, setting: str, rows: dict[str, list[Rows]], tokenizer, out: TextIO) -> Dataset:
-    """Print counts of a setting's sources, and notes on them. Returns the setting's examples."""
+def _print_counts(recipe: Recipe, setting: str, rows: dict[str, list[Rows]], tokenizer, numbers: dict, out: TextIO) -> Dataset:
+    """Print counts of a setting's sources, and notes on them; add the counts to `numbers`. Returns the setting's examples."""
     data, train = recipe.data, recipe.train
     if setting == "data.train" and data.streaming:
         (source,) = as_tuple(data.train)
@@ -79,7 +81,8 @@ def _print_counts(recipe: Recipe, setting: str, rows: dict[str, list[Rows]], tok
         parts = [Dataset(f"{setting} ({source.path})", stream.examples, stream.places, [stream.origin])]
     else:
         parts = encode_sources(rows[setting], data.train if setting == "data.train" else data.validation, setting, data, tokenizer)
-    print(table([part.examples for part in parts], [part.name for part in parts]), file=out)
+    numbers[setting] = counts([part.examples for part in parts], [part.name for part in parts])
+    print(table(numbers[setting]), file=out)
     for part in parts:
         report_notes(part)
     return join(setting, parts)
@@ -93,18 +96,26 @@ def _chosen(whole: Examples, count: int, example: int | None, seed: int) -> list
     return [example]
 
 
-def table(parts: list[Examples], names: list[str]) -> str:
-    """Counts of each source and, if there are several, of all together."""
-    lines = [("", "rows", "examples", "tokens", "targets", "supervised", "too long", "no answer", "shortest", "median", "95 %", "longest")]
+def counts(parts: list[Examples], names: list[str]) -> list[dict[str, Any]]:
+    """Counts of each source and, if there are several, of all together; lengths in tokens."""
+    out = []
     for name, part in [*zip(names, parts, strict=True), *([("in total", merge(parts))] if len(parts) > 1 else [])]:
         c, lengths = part.counts, part.lengths
-        low, median, high, most = np.percentile(lengths, [0, 50, 95, 100]).round().astype(int) if len(lengths) else [0] * 4
-        share = f"{c['targets'] / max(1, c['tokens']):.1%}"
-        lines.append(
-            (name, c["rows"], len(part), c["tokens"], c["targets"], share, c["too_long"], c["unsupervised"], low, median, high, most)
-        )
-    texts = [[f"{value:,}" if isinstance(value, int | np.integer) else value for value in line] for line in lines]
-    return "\n".join(line.rstrip() for line in align(texts))
+        low, median, high, most = np.percentile(lengths, [0, 50, 95, 100]).tolist() if len(lengths) else [0] * 4
+        found = {"source": name, "rows": c["rows"], "examples": len(part), "tokens": c["tokens"], "targets": c["targets"]}
+        found |= {"supervised": c["targets"] / max(1, c["tokens"]), "too_long": c["too_long"], "no_answer": c["unsupervised"]}
+        out.append(found | {"shortest": int(low), "median": median, "percentile_95": high, "longest": int(most)})
+    return out
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The counts as text."""
+    heads = {"source": "", "too_long": "too long", "no_answer": "no answer", "percentile_95": "95 %"}
+    lines = [[heads.get(name, name) for name in rows[0]]]
+    for row in rows:
+        shown = row | {"supervised": f"{row['supervised']:.1%}"}
+        lines.append([value if isinstance(value, str) else f"{round(value):,}" for value in shown.values()])
+    return "\n".join(line.rstrip() for line in align(lines))
 
 
 def mark_supervised(ids, loss_mask, tokenizer, colour: bool) -> str:
@@ -112,9 +123,7 @@ def mark_supervised(ids, loss_mask, tokenizer, colour: bool) -> str:
     plain_on, plain_off, on, off = _COLOURS if colour else _MARKS
     out = []
     for text, supervised in supervised_spans([int(i) for i in ids], [bool(m) for m in loss_mask], tokenizer):
-        text = "".join(
-            c if c.isprintable() or c in "\n\t" else repr(c)[1:-1] for c in text
-        )  # escape sequences in the data stay visible text
+        text = printable(text)
         if text:
             out.append(f"{on}{text}{off}" if supervised else f"{plain_on}{text}{plain_off}")
     return "".join(out)

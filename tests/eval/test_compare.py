@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 from llmkd_eval.comparison import compare as comparison
 from llmkd_eval.comparison.compare import compare
-from llmkd_eval.comparison.compare_text import as_json, as_markdown, as_text, words
+from llmkd_eval.comparison.compare_text import as_markdown, as_numbers, as_text, words
 from llmkd_eval.comparison.item_results import parse_arms
 
 from llmkd import cli
@@ -375,7 +375,7 @@ def test_all_equal_arms_and_a_single_item(home):
     same, one = rows["quiz", "b"], rows["one", "b"]
     assert (same.difference, same.p, same.interval, same.verdict) == (0, 1, (0, 0), "no difference shown")
     assert (one.n, one.stderr, one.difference_stderr, one.interval, one.p) == (1, None, None, None, 1)
-    assert json.loads(as_json(list(rows.values())))["rows"] and "unknown" in as_text(list(rows.values()))
+    assert as_numbers(list(rows.values()))["rows"] and "unknown" in as_text(list(rows.values()))
 
 
 def test_items_that_cannot_show_any_difference_are_said_to_be_too_few(home):

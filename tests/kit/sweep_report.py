@@ -105,7 +105,7 @@ TWO = {"sft": ({"loss.kd_ratio": 0}, 0.5), "kd": ({}, 0.7)}
 
 
 def written(folder: Path) -> tuple[str, str]:
-    page, text = report.write(folder)
+    page, text = report.write(report.read_report(folder))
     return page.read_text(), text.read_text()
 
 

@@ -54,8 +54,8 @@ def encode(rows: Rows, source: Source, data: Data, tokenizer, progress=iter) -> 
     kept_rows = []
     for first in progress(range(0, len(texts), _BATCH)):
         part = texts[first : first + _BATCH]
-        theirs = iter(_tokens([text.teacher for text in part if text.teacher], data, tokenizer))
-        for text, own in zip(part, _tokens([text.student for text in part], data, tokenizer), strict=True):
+        theirs = iter(tokens_of([text.teacher for text in part if text.teacher], data, tokenizer))
+        for text, own in zip(part, tokens_of([text.student for text in part], data, tokenizer), strict=True):
             place = rows.places[text.row]
             if text.of > 1:
                 counts["apart_tokens"] += len(own[0])
@@ -128,7 +128,7 @@ def _flat(examples: list[Tokens]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     return np.concatenate([ids for ids, _ in examples]), np.concatenate([loss_mask for _, loss_mask in examples]), offsets
 
 
-def _tokens(texts: list[Text], data: Data, tokenizer) -> list[Tokens]:
+def tokens_of(texts: list[Text], data: Data, tokenizer) -> list[Tokens]:
     """Each text's ids and loss mask. A batch goes through the tokenizer in one call, which uses all cores."""
     made: list = [piecewise(text, tokenizer) if text.pieces else None for text in texts]
     for raw in (True, False):
@@ -146,7 +146,7 @@ def _tokens(texts: list[Text], data: Data, tokenizer) -> list[Tokens]:
         )
         for i, ids, places in zip(group, made_batch["input_ids"], made_batch["offset_mapping"], strict=True):
             made[i] = ids, places
-    start, end = _edges(tokenizer)
+    start, end = edges(tokenizer)
     strips_spaces = controls(tokenizer).strips_spaces
     return [
         _with_loss_mask(text, *_narrowed(text, *one, strips_spaces), start, end, data.train_on_input)
@@ -201,7 +201,7 @@ def _shorten(ids, loss_mask, data: Data) -> list:
     return []
 
 
-def _edges(tokenizer) -> tuple[list[int], list[int]]:
+def edges(tokenizer) -> tuple[list[int], list[int]]:
     """The start token, where the tokenizer itself adds one, and the end token."""
     bos = tokenizer.bos_token_id
     starts = bos is not None and tokenizer("", add_special_tokens=True)["input_ids"][:1] == [bos]

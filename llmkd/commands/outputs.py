@@ -1,0 +1,75 @@
+"""Where a command writes what its options name: places that are checked before anything slow, and results as JSON."""
+
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ..console import first_process
+from ..errors import UserError
+from ..files import write_atomic
+
+
+def check_file(path: str, option: str) -> None:
+    """UserError unless a file can be written at that path. Nothing is made."""
+    file = Path(path).expanduser()
+    if not path.strip() or file.is_dir():
+        raise UserError(f"{option}: {path or 'an empty name'} is {'a folder' if path.strip() else 'no file'}; name a file")
+    parents = list(file.absolute().parents)
+    there = next(n for n, folder in enumerate(parents) if folder.exists())
+    try:
+        if there:  # access rights do not tell (/proc, a read-only mount)
+            parents[there - 1].mkdir()
+            parents[there - 1].rmdir()
+        elif not os.access(parents[0], os.W_OK | os.X_OK):
+            raise PermissionError
+    except FileExistsError:  # another process has made it
+        pass
+    except OSError:
+        raise UserError(f"{option}: {parents[there]} cannot be written to; name another file") from None
+
+
+def write_file(path: str, content: str) -> None:
+    """Write a file whose folder is made where it is missing."""
+    file = Path(path).expanduser()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(file, content)
+
+
+@contextlib.contextmanager
+def json_results(to: str | None) -> Iterator[Any]:
+    """Gives a function that writes a command's results as JSON to the file `to`. With - they go to stdout, where nothing else is then printed."""
+    if to not in (None, "-"):
+        check_file(to, "--json")
+    stdout = sys.stdout
+
+    def write(results: Any) -> None:
+        if to is None or not first_process():
+            return
+        text = json.dumps(plain(results), indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+        if to == "-":
+            stdout.write(text)
+        else:
+            write_file(to, text)
+
+    with contextlib.redirect_stdout(sys.stderr) if to == "-" else contextlib.nullcontext():
+        yield write
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON has them: dataclasses as objects, paths as text, numbers of numpy as numbers, and those that are not finite as null."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    if isinstance(value, dict):
+        return {str(key): plain(one) for key, one in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [plain(one) for one in value]
+    if isinstance(value, Path):
+        return str(value)
+    value = value.item() if hasattr(value, "item") else value
+    return None if isinstance(value, float) and not math.isfinite(value) else value

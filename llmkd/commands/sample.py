@@ -1,0 +1,219 @@
+"""`llmkd sample`: what the teacher, the student before its training and the student after it write to the same prompts."""
+
+import dataclasses
+import gc
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..config.fields import as_tuple, with_setting_names
+from ..config.loader import load_recipe
+from ..config.recipe import Data, Recipe, Teacher
+from ..console import info, progress_bar
+from ..data.dataset import Dataset, encode_sources, hold_out, join
+from ..data.encoding.tokenizer import load_tokenizer, shared_vocab
+from ..data.prompt_files import read_prompts
+from ..data.prompts import Prompt, decoded, prompts_of
+from ..data.reading.sources import read_sources
+from ..errors import UserError
+from ..model_folder.files import ModelFiles, find, positions, rows_of
+from ..model_folder.identity import verify
+
+MODELS = ("teacher", "before", "after")
+COUNT = 8  # held-out rows, where their number is not given
+
+
+@dataclass(frozen=True)
+class Answer:
+    """A model's answer to a prompt. `finished`: it ended by itself; else it was cut off."""
+
+    text: str
+    tokens: int  # the end token included
+    finished: bool
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A prompt as the models read it, and their answers by the models' names. `teacher_prompt` is given where a teacher read another one."""
+
+    place: str
+    prompt: str
+    teacher_prompt: str | None
+    reference: str | None
+    answers: dict[str, Answer]
+
+
+@dataclass(frozen=True)
+class Samples:
+    """`models`: what each column is; `sampling`: temperature, max_new_tokens and seed."""
+
+    run: str
+    sampling: dict[str, Any]
+    models: dict[str, str]
+    asked: list[Asked]
+
+    def summary(self) -> list[dict[str, Any]]:
+        """A row for each model: how long its answers are, and how many of them ended by themselves."""
+        answers = {name: [one.answers[name] for one in self.asked] for name in self.models}
+        return [
+            {
+                "model": name,
+                "answers": len(of_model),
+                "mean tokens": sum(one.tokens for one in of_model) / len(of_model),
+                "ended by themselves": sum(one.finished for one in of_model),
+                "from": self.models[name],
+            }
+            for name, of_model in answers.items()
+        ]
+
+
+def sample(
+    run: Path,
+    prompts: Path | None = None,
+    count: int | None = None,
+    models: tuple[str, ...] = MODELS,
+    temperature: float = 0.0,
+    max_new_tokens: int = 128,
+    seed: int = 0,
+    batch_size: int = 8,
+) -> Samples:
+    """Ask the models of a finished run, one of them in memory at a time.
+
+    prompts  a file of prompts; None: held-out rows of the run's data, with their answers as reference
+    count    the first so many prompts of the file, or so many held-out rows, drawn the same way every time
+    """
+    recipe, student = _finished(run)
+    wanted = dict(_models(recipe, student, models))
+    files = {name: find(one.model, setting, one.revision, one.base) for name, (setting, one) in wanted.items()}
+    tokenizer = load_tokenizer(str(student), "sample")
+    data = dataclasses.replace(recipe.data, train_on_input=False)
+    found = read_prompts(prompts, as_tuple(data.train), data, tokenizer)[:count] if prompts else _held_out(run, data, tokenizer, count)
+    vocab = shared_vocab(tokenizer, {name: rows_of(one.config) for name, one in files.items()})
+    _refuse_unfit(found, vocab, files, tokenizer)
+
+    from ..rollouts.generate import Sampling
+
+    sampling = Sampling(temperature, max_new_tokens, seed)
+    answers: dict[str, list[Answer]] = {}
+    for name, (setting, settings) in wanted.items():
+        verify(files[name].base, files[name].adapter, setting)
+        answers[name] = _answers(name, setting, settings, files[name], found, sampling, vocab, tokenizer, batch_size)
+    asked = [
+        Asked(
+            one.place,
+            decoded(one.ids, tokenizer),
+            decoded(one.teacher_ids, tokenizer) if len(one.teacher_ids) != len(one.ids) else None,
+            one.reference,
+            {name: answers[name][i] for name in wanted},
+        )
+        for i, one in enumerate(found)
+    ]
+    named = {name: settings.model for name, (_, settings) in wanted.items()}
+    return Samples(str(run), dataclasses.asdict(sampling), named, asked)
+
+
+def _finished(run: Path) -> tuple[Recipe, Path]:
+    """The recipe of a finished run, and the folder of its student."""
+    from ..models.saved_student import student_folder
+
+    if not run.is_dir():
+        raise UserError(f"{run}: no such folder; name a run's output_dir")
+    student = student_folder(run)
+    if not (run / "recipe.yaml").exists():
+        raise UserError(f"{run}: holds no recipe.yaml, so its teacher and its data are not known; name a run's output_dir")
+    return load_recipe(run / "recipe.yaml"), student
+
+
+def _models(recipe: Recipe, student: Path, wanted: tuple[str, ...]) -> Iterator[tuple[str, tuple[str, Teacher]]]:
+    """(name, (the setting that names it, how it is loaded)) of each model that is asked. A line says which of them there is not."""
+    from ..models.saved_student import as_trained
+
+    own = recipe.student
+    for setting, teacher in with_setting_names(recipe.teacher, "teacher") if "teacher" in wanted else ():
+        if teacher.model:
+            yield setting, (f"{setting}.model", dataclasses.replace(teacher, cache=None))
+        else:
+            info(f"{setting}: is a teacher cache, and no model that could write; left out")
+    if "teacher" in wanted and recipe.teacher is None:
+        info("the run had no teacher; left out")
+    if "before" in wanted and own.model:
+        start = Teacher(
+            model=own.model,
+            revision=own.revision,
+            base=own.base,
+            quantization=own.quantization,
+            dtype=own.dtype,
+            attention=own.attention,
+        )
+        yield "before", ("student.model", start)
+    elif "before" in wanted:
+        info("the student began with new random weights; before is left out")
+    if "after" in wanted:
+        is_adapter = (student / "adapter_config.json").exists()
+        end = as_trained(student) if is_adapter else Teacher(model=str(student))
+        yield "after", ("sample", dataclasses.replace(end, attention=own.attention))
+
+
+def _held_out(run: Path, data: Data, tokenizer, count: int | None) -> list[Prompt]:
+    """Prompts of held-out rows of the run, in the order of the data."""
+    held_out = _validation(run, data, tokenizer)
+    if held_out is None:
+        raise UserError(
+            f"{run}: its recipe has no held-out rows (data.validation, data.validation_fraction); give a file of prompts by --prompts"
+        )
+    firsts = np.unique(held_out.examples.row, return_index=True)[1]  # of a conversation that became several examples
+    chosen = sorted(random.Random("samples").sample(firsts.tolist(), min(count or COUNT, len(firsts))))
+    return prompts_of(held_out.examples.take(np.array(chosen)), [held_out.places[i] for i in chosen], tokenizer)
+
+
+def _validation(run: Path, data: Data, tokenizer) -> Dataset | None:
+    of_train = not as_tuple(data.validation)
+    setting, sources = ("data.train", data.train) if of_train else ("data.validation", data.validation)
+    if of_train and not data.validation_fraction:
+        return None
+    try:
+        rows = read_sources(sources, setting)
+    except UserError as error:
+        raise UserError(*error.problems, f"{run}: its held-out rows cannot be read; give a file of prompts by --prompts") from None
+    whole = join(setting, encode_sources(rows, sources, setting, data, tokenizer))
+    return hold_out(whole, data.validation_fraction)[1] if of_train else whole
+
+
+def _refuse_unfit(prompts: list[Prompt], vocab: int, files: dict[str, ModelFiles], tokenizer) -> None:
+    """UserError where a prompt leaves a model no position to write at, or has a token that a model has no row for."""
+    problems = []
+    for prompt in prompts:
+        longest = max(len(prompt.ids), len(prompt.teacher_ids))
+        for name, one in files.items():
+            most = positions(one.config)
+            if most and longest >= most:
+                problems.append(f"{prompt.place}: the prompt has {longest} tokens, and {name} {most} positions; shorten it")
+                break
+        if max(prompt.ids) >= vocab:
+            token = tokenizer.convert_ids_to_tokens(int(max(prompt.ids)))
+            problems.append(f"{prompt.place}: contains the token {token!r}, for which a model has no row; remove it from the text")
+    if problems:
+        raise UserError(*problems)
+
+
+def _answers(name, setting, settings, files, prompts, sampling, vocab, tokenizer, batch_size) -> list[Answer]:
+    """A model's answers; it is loaded for them, and gone afterwards."""
+    import torch
+
+    from ..models.load import LoadContext, load_teacher
+    from ..rollouts.generate import generate, stops_of
+    from ..training.launch import start
+
+    model = load_teacher(settings, LoadContext(vocab, start().device), setting.removesuffix(".model"), files)
+    ends = {tokenizer.eos_token_id, *stops_of(model)}.union(*(prompt.ends for prompt in prompts))
+    ids = [prompt.ids if name in ("before", "after") else prompt.teacher_ids for prompt in prompts]
+    found = generate(model, ids, sampling, ends, batch_size, progress_bar(name))
+    del model
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return [Answer(decoded(one.ids[: len(one.ids) - one.finished], tokenizer), len(one.ids), one.finished) for one in found]

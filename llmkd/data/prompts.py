@@ -1,0 +1,62 @@
+"""Prompts for a model to go on from: of examples, all before the first target. `prompt_files.py` reads files of them."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from .encoding.control_tokens import controls
+from .encoding.teacher_context import Tokens
+from .examples import Examples
+
+#: Tokens that are a prompt where all of a text is supervised: so many of its first ones, and at most half of it.
+TEXT_PROMPT = 32
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """What a model is to go on from. `ends`: the control token that ends an answer to it in training, if one does."""
+
+    place: str
+    ids: np.ndarray  # int32 [tokens]
+    teacher_ids: np.ndarray  # as a teacher reads it: the same, or with its context before
+    reference: str | None = None  # the answer of the data
+    ends: frozenset[int] = frozenset()
+
+
+def prompts_of(examples: Examples, places: Sequence[str], tokenizer) -> list[Prompt]:
+    """The prompt of each example: all before its first target, and as reference the targets that follow it without a gap.
+
+    Of a text that is supervised from its beginning, a part is the prompt: see TEXT_PROMPT.
+    """
+    theirs = examples.teacher_view or examples
+    return [parted(places[i], examples.example(i), theirs.example(i), tokenizer) for i in range(len(examples))]
+
+
+def parted(place: str, own: Tokens, theirs: Tokens, tokenizer) -> Prompt:
+    """An example as a prompt and the answer that follows it."""
+    ids, loss_mask = own
+    first = int(loss_mask.argmax())
+    gap = first + int(loss_mask[first:].argmin())
+    stop = gap if gap > first else len(ids)
+    more = max(0, min(TEXT_PROMPT, len(ids) // 2) - first) if first <= 1 and stop == len(ids) else 0
+    answer = ids[first + more : stop]
+    close = _closing(answer, tokenizer)
+    reference = decoded(answer[:close], tokenizer)
+    ends = frozenset(answer[close : close + 1].tolist())
+    return Prompt(place, ids[: first + more], theirs[0][: int(theirs[1].argmax()) + more], reference, ends)
+
+
+def _closing(supervised: np.ndarray, tokenizer) -> int:
+    """Where the control tokens begin that close what is supervised, white space after them or not; its end, if none does."""
+    control, tokens = controls(tokenizer).any, tokenizer.convert_ids_to_tokens(supervised.tolist())
+    place = n = len(tokens)
+    while n and (control.fullmatch(tokens[n - 1]) or not decoded(supervised[n - 1 : n], tokenizer).strip()):
+        n -= 1
+        place = n if control.fullmatch(tokens[n]) else place
+    return place
+
+
+def decoded(ids: Sequence[int], tokenizer) -> str:
+    """Tokens as text, control tokens included."""
+    return tokenizer.decode([int(i) for i in ids], skip_special_tokens=False, clean_up_tokenization_spaces=False)

@@ -1,0 +1,73 @@
+"""`--json`: there for every command that prints a table, whole numbers of it, alone on stdout, and refused early where it cannot be written."""
+
+import contextlib
+import io
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from llmkd import cli
+from llmkd.commands import arguments
+from llmkd.commands.outputs import json_results, plain
+from llmkd.errors import UserError
+
+
+def test_every_command_that_prints_a_table_takes_json():
+    with_json = {command.name for command in arguments.COMMANDS if any(option.flag == "--json" for option in command.options)}
+    others = {"export", "init", "completion"}  # they print a path or a script
+    assert with_json == set(cli.COMMANDS) - others
+
+
+def test_values_become_plain_json():
+    @dataclass
+    class Point:
+        x: float
+        where: Path
+
+    assert plain({"a": [Point(np.float64(0.1), Path("a/b")), (1, True, None)], 2: {"n": float("nan"), "i": float("-inf")}}) == {
+        "a": [{"x": 0.1, "where": "a/b"}, [1, True, None]],
+        "2": {"n": None, "i": None},
+    }
+
+
+def test_a_dash_leaves_stdout_to_json_and_a_file_leaves_it_to_the_table(tmp_path):
+    out, err = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        with json_results("-") as write:
+            print("table")
+            write({"x": 1 / 3})
+        with json_results(str(tmp_path / "new" / "f.json")) as write:
+            print("second")
+            write([])
+        with json_results(None) as write:
+            write({"nowhere": 1})
+    text, found = out.getvalue(), json.loads((tmp_path / "new/f.json").read_text())
+    assert json.loads(text.removesuffix("second\n")) == {"x": 1 / 3} and err.getvalue() == "table\n" and found == []
+
+
+def test_a_file_that_cannot_be_written_is_refused_before_the_command_runs(tmp_path, capsys, monkeypatch):
+    monkeypatch.setitem(cli.COMMANDS, "recipes", lambda *_: pytest.fail("it ran"))
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path, tmp_path / "file" / "f.json", "/proc/none/f.json", ""):
+        assert cli.main(["recipes", "--json", str(path)]) == 2 and "--json: " in capsys.readouterr().err
+    with pytest.raises(UserError), json_results(str(tmp_path)):
+        pass
+
+
+def test_recipes_and_data_as_json(world, tmp_path, capsys):
+    assert cli.main(["recipes", "--json", "-"]) == 0
+    assert "quickstart/2_distill.yaml" in [one["path"] for one in json.loads(capsys.readouterr().out)["quickstart"]]
+    recipe = {
+        "output_dir": "out",
+        "student": {"model": str(world / "student")},
+        "data": {"train": {"path": str(world / "train.jsonl")}, "max_length": 256},
+    }
+    (tmp_path / "r.json").write_text(json.dumps(recipe))
+    assert cli.main(["data", "--config", str(tmp_path / "r.json"), "--json", "-"]) == 0
+    out, err = capsys.readouterr()
+    (row,) = json.loads(out)["data.train"]
+    assert (row["rows"], row["examples"]) == (37, 37) and row["supervised"] == row["targets"] / row["tokens"]
+    assert f"{row['supervised']:.1%}" in err and f"{row['tokens']:,}" in err and "example " in err
