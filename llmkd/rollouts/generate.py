@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..model_folder.files import positions
+from ..model_folder.generation import stops_at
 from ..models.language_model import LanguageModel
 
 
@@ -33,8 +34,8 @@ class Completion:
 
 def stops_of(model: LanguageModel) -> set[int]:
     """The ids at which the model's own generation config ends a text."""
-    found = getattr(model.base_model.generation_config, "eos_token_id", None)
-    return set() if found is None else set(found) if isinstance(found, list) else {found}
+    config = model.base_model.generation_config
+    return set(stops_at(config.to_dict())) if config else set()
 
 
 @torch.no_grad()
