@@ -275,6 +275,7 @@ def head():
 LAYERS = (
     (("train.py  cli.py", "entry points"), ("eval/", "benchmarks, comparison, report")),
     (("commands/", "sweep, cache, export, data, ..."), ("api.py", "the Python API")),
+    (("doctor/", "checks of a recipe before it is run"),),
     (("training/", "run, trainer, loop, checkpoint, validation"),),
     (("output/", "run folder, metrics, model card, hub"),),
     (("teachers/", "live, cached, mixture; the cache on disk"), ("rollouts/", "text that a model writes")),
@@ -289,8 +290,8 @@ def layers():
     for i, row in enumerate(LAYERS):
         width = (88 - 2 * (len(row) - 1)) / len(row)
         for j, (name, text) in enumerate(row):
-            x, y = 3 + j * (width + 2), 49.5 - 6.7 * i
-            box(axes, x, y, width, 5.2, "", STUDENT if i == 2 else TEACHER if i == 4 else SOFT)
+            x, y = 3 + j * (width + 2), 49.5 - 5.95 * i
+            box(axes, x, y, width, 5.2, "", STUDENT if i == 3 else TEACHER if i == 5 else SOFT)
             axes.text(x + width / 2, y + 3.4, name, ha="center", va="center", fontsize=11, weight="bold", family="DejaVu Sans Mono")
             axes.text(x + width / 2, y + 1.5, text, ha="center", va="center", fontsize=9, color=SOFT)
     arrow(axes, (92.6, 54), (92.6, 3))

@@ -24,7 +24,7 @@ from .training.environment import check_environment
 from .training.launcher import launcher_pid
 from .training.shutdown import end_on_signal
 
-_COMPUTES = ("train", "sweep", "cache", "sample", "export", "eval")
+_COMPUTES = ("train", "sweep", "cache", "sample", "export", "eval", "doctor")
 _RESUMED = ("train", "sweep")
 _QUIET = (*_COMPUTES, "data", "tasks")
 
@@ -121,21 +121,26 @@ def cache(options: argparse.Namespace, overrides: dict) -> dict:
 
 
 def data(options: argparse.Namespace, overrides: dict) -> dict:
-    config = _config(options)
-    if (kind := loader.file_kind(config)) != "recipe":
-        file = loader.read(config)[0]
-        stages = file["stages"].values() if isinstance(file.get("stages"), dict) else []
-        named = [
-            os.path.relpath(Path(config).parent / str(one["recipe"]))
-            for one in (file, *stages)
-            if isinstance(one, dict) and one.get("recipe")
-        ]
-        raise UserError(
-            f"--config {config}: is a {kind}; name the recipe of one of its runs: {', '.join(dict.fromkeys(named)) or 'it has none'}"
-        )
+    config = _recipe(options)
     from .commands.preview_data import preview
 
     return preview(loader.load_recipe(config, overrides), 3 if options.show is None else options.show, options.example)
+
+
+def doctor(options: argparse.Namespace, overrides: dict) -> dict:
+    config = _recipe(options)
+    recipe = loader.load_recipe(config, overrides, check_inputs=True)
+    if options.to:
+        check_file(options.to, "--to")
+    from .commands import doctor as command
+
+    results = command.doctor(recipe, options.rows or command.ROWS)
+    if options.to:
+        from llmkd_eval.report.doctor import doctor_page
+
+        write_file(options.to, doctor_page(results, config))
+        print(options.to)
+    return command.unless_failed(results, config)
 
 
 def export(options: argparse.Namespace, overrides: dict) -> None:
@@ -234,6 +239,7 @@ COMMANDS = {
     "sweep": sweep,
     "cache": cache,
     "data": data,
+    "doctor": doctor,
     "sample": sample,
     "export": export,
     "eval": evaluate,
@@ -250,6 +256,23 @@ def _config(options: argparse.Namespace) -> str:
     if not options.config:
         raise UserError("--config: not given; name a recipe, such as --config recipes/quickstart.yaml (llmkd recipes lists them)")
     return options.config
+
+
+def _recipe(options: argparse.Namespace) -> str:
+    """The recipe that is named. UserError for a pipeline or a sweep, with the recipes of its runs."""
+    config = _config(options)
+    if (kind := loader.file_kind(config)) != "recipe":
+        file = loader.read(config)[0]
+        stages = file["stages"].values() if isinstance(file.get("stages"), dict) else []
+        named = [
+            os.path.relpath(Path(config).parent / str(one["recipe"]))
+            for one in (file, *stages)
+            if isinstance(one, dict) and one.get("recipe")
+        ]
+        raise UserError(
+            f"--config {config}: is a {kind}; name the recipe of one of its runs: {', '.join(dict.fromkeys(named)) or 'it has none'}"
+        )
+    return config
 
 
 def _places(options: argparse.Namespace, command: str, what: str, usage: str, most: int = 1) -> list[str]:

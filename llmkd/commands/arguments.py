@@ -133,6 +133,22 @@ COMMANDS = (
         Recipe,
     ),
     Command(
+        "doctor",
+        "Check a recipe, its models, data and loss on a few rows, before a long run",
+        "--config RECIPE [--rows N] [--to FILE.html] [--json FILE] [--section.name VALUE ...]",
+        "Read a few rows of a recipe and load its models as a run does, then check what could silently be wrong: the loss and its gradient\n"
+        "against a plain float64 one, what is supervised, which parameters train, padding, packing, adapters, the teacher, the cache, what\n"
+        "is saved. Takes a minute or two, writes to a temporary folder alone, and ends with exit code 2 where a check fails.",
+        "llmkd doctor --config recipes/quickstart/1_teacher.yaml --to doctor.html",
+        (
+            _CONFIG,
+            Option("--rows", "N", "rows of each source that are read, the first ones (default 64)", whole_number(2)),
+            Option("--to", "FILE.html", "also write an HTML page"),
+            _JSON,
+        ),
+        Recipe,
+    ),
+    Command(
         "sample",
         "Show what teacher, student before and student after write to the same prompts, side by side",
         "RUN [--prompts FILE] [--to FILE.html] [options]",
@@ -345,7 +361,7 @@ def completion_script(shell: str) -> str:
         for action in parser._actions:
             if action.dest == "help":
                 action.nargs = 0  # a section behind it is not completed
-            elif action.dest in ("config", "import", "json", "prompts") or (action.dest == "to" and name == "sample"):
+            elif action.dest in ("config", "import", "json", "prompts") or (action.dest == "to" and name in ("sample", "doctor")):
                 action.complete = shtab.FILE
             elif action.dest in ("to", "out", "tasks_dir", "places") and name not in ("init", "completion"):
                 action.complete = shtab.DIRECTORY

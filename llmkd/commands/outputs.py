@@ -43,7 +43,10 @@ def write_file(path: str, content: str) -> None:
 
 @contextlib.contextmanager
 def json_results(to: str | None) -> Iterator[Any]:
-    """Gives a function that writes a command's results as JSON to the file `to`. With - they go to stdout, where nothing else is then printed."""
+    """Gives a function that writes a command's results as JSON to the file `to`. With - they go to stdout, where nothing else is then printed.
+
+    Those of an exception that ends the command, its attribute `results`, are written too.
+    """
     if to not in (None, "-"):
         check_file(to, "--json")
     stdout = sys.stdout
@@ -58,7 +61,12 @@ def json_results(to: str | None) -> Iterator[Any]:
             write_file(to, text)
 
     with contextlib.redirect_stdout(sys.stderr) if to == "-" else contextlib.nullcontext():
-        yield write
+        try:
+            yield write
+        except UserError as error:
+            if hasattr(error, "results"):
+                write(error.results)
+            raise
 
 
 def plain(value: Any) -> Any:

@@ -15,6 +15,7 @@ from ..console import align, printable
 from ..data.batching import Batching
 from ..data.dataset import Dataset, encode_sources, hold_out, join, read_data, refuse_empty_sources, refuse_too_few_positions, report_notes
 from ..data.encoding.end_tokens import end_tokens, report_end_tokens
+from ..data.encoding.supervised_text import supervised_spans
 from ..data.encoding.tokenizer import student_base, student_tokenizer
 from ..data.examples import Examples, merge
 from ..data.reading.sources import Rows
@@ -127,28 +128,6 @@ def mark_supervised(ids, loss_mask, tokenizer, colour: bool) -> str:
         if text:
             out.append(f"{on}{text}{off}" if supervised else f"{plain_on}{text}{plain_off}")
     return "".join(out)
-
-
-def supervised_spans(ids: list[int], loss_mask: list[bool], tokenizer) -> list[tuple[str, bool]]:
-    """[(text, supervised)], cut where supervision starts or ends but never inside a character: a half supervised one counts as supervised."""
-
-    def text(stop: int) -> str:
-        return tokenizer.decode(ids[:stop], skip_special_tokens=False, clean_up_tokenization_spaces=False)
-
-    def whole(stop: int) -> bool:
-        return not text(stop).endswith("\ufffd") or text(stop) == text(len(ids))[: len(text(stop))]
-
-    out, before = [], ""
-    for i in range(1, len(ids) + 1):
-        if i < len(ids) and loss_mask[i] == loss_mask[i - 1]:
-            continue
-        stop, step = i, 1 if loss_mask[i - 1] else -1  # towards the side that is not supervised
-        while 0 < stop < len(ids) and not whole(stop):
-            stop += step
-        here = text(stop)
-        out.append((here[len(before) :], loss_mask[i - 1]))
-        before = here
-    return out
 
 
 def uses_colour(out: TextIO) -> bool:

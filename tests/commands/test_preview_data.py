@@ -9,9 +9,10 @@ import numpy as np
 import pytest
 
 from llmkd import cli
-from llmkd.commands.preview_data import mark_supervised, supervised_spans
+from llmkd.commands.preview_data import mark_supervised
 from llmkd.config.recipe import Data, Source
 from llmkd.data.encoding.encode import encode
+from llmkd.data.encoding.supervised_text import supervised_spans
 from tests.kit.data import END, rows_of, skills_tokenizer, talk, tiny
 
 

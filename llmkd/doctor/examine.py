@@ -1,0 +1,75 @@
+"""All checks, in their order, and how they are asked one after the other."""
+
+import contextlib
+import os
+import shutil
+import tempfile
+import time
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from ..config.recipe import Recipe
+from ..errors import UserError, brief
+from ..model_folder.hashes import cache_root
+from . import data, files, losses, models, training
+from .check import Check, Result, failed, not_asked, passed
+from .setup import Setup
+
+
+def load(setup: Setup) -> Result:
+    """What a run loads and tries before its first step. UserError says what is wrong."""
+    setup.load()
+    return passed(
+        "loaded: " + ", ".join(f"{name} ({sum(p.numel() for p in one.parameters()):,} parameters)" for name, one in setup.models.items())
+    )
+
+
+LOAD = Check("the models are loaded and can be used", "Models", "data", "correct that, and start llmkd doctor again", load)
+
+CHECKS: tuple[Check, ...] = (*data.CHECKS, LOAD, *models.CHECKS, *losses.CHECKS, *training.CHECKS, *files.CHECKS)
+
+
+def examine(recipe: Recipe, rows: int = 64, on_result: Callable[[Check, Result], None] = lambda check, result: None) -> list[Result]:
+    """Ask every check. `on_result` is called after each. Writes to a temporary folder alone; the random state stays as it was."""
+    cache = os.environ.get("LLMKD_CACHE")
+    with tempfile.TemporaryDirectory(prefix="llmkd-doctor-") as folder, torch.random.fork_rng():
+        with contextlib.suppress(OSError, RuntimeError):  # hashes of large weights are known from there
+            shutil.copytree(cache_root() / "hashes", Path(folder) / "cache" / "hashes")
+        os.environ["LLMKD_CACHE"] = f"{folder}/cache"
+        try:
+            (Path(folder) / "work").mkdir()
+            return ask_all(Setup(recipe, rows, Path(folder) / "work"), CHECKS, on_result)
+        finally:
+            os.environ.pop("LLMKD_CACHE")
+            if cache is not None:
+                os.environ["LLMKD_CACHE"] = cache
+
+
+def ask_all(setup: Setup, checks: tuple[Check, ...], on_result: Callable[[Check, Result], None]) -> list[Result]:
+    """The checks' results, in their order. Where the data or models are not to be had, the checks that need them are not asked."""
+    results, lacking = [], ""
+    for check in checks:
+        if lacking and check.needs != "nothing":
+            result = not_asked(f"it needs what the failed check ({lacking}) was to find").of(check, 0.0)
+        else:
+            result = ask(setup, check)
+            if result.status == "failed" and check.run in (data.read, load):
+                lacking = check.name
+        results.append(result)
+        on_result(check, result)
+    return results
+
+
+def ask(setup: Setup, check: Check) -> Result:
+    """The check's result; an exception in it is a failure."""
+    start = time.monotonic()
+    try:
+        result = check.run(setup)
+    except UserError as error:
+        result = failed("; ".join(error.problems), check.fix)
+    except Exception as error:
+        result = failed(f"it could not be completed ({brief(error)})", check.fix, tuple(traceback.format_exc().splitlines()[-8:]))
+    return result.of(check, time.monotonic() - start)

@@ -1,0 +1,248 @@
+"""Checks of what a run writes and reads: the saved and the exported student, its end tokens, the teacher cache, free disk."""
+
+import dataclasses
+import json
+import os
+import shutil
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..config.recipe import Teacher
+from ..config.teacher import Cache
+from ..console import count
+from ..data.encoding.tokenizer import save_tokenizer
+from ..model_folder.files import find
+from ..model_folder.generation import generation_settings, stopping_at, stops_at
+from ..models import merge as merging
+from ..models import saved_student
+from ..models.load import LoadContext, load_models, load_teacher
+from ..teachers.cache.records import make_record_format
+from ..teachers.cached import CachedTeacher
+from ..teachers.live import LiveTeacher
+from ..teachers.resolve import TeacherSource, examples_of
+from ..teachers.sparse import Sampled, TopK
+from ..training.prepare import generation_before
+from . import plain
+from .check import BUG, Check, Result, failed, not_asked, passed, short, warned
+from .data import last_tokens
+from .losses import logits
+from .setup import Setup
+
+MOST_BYTES = 8 << 30  # of a model that is written for a check
+
+
+def saved(setup: Setup) -> Result:
+    """The student with its weights moved, written as a run does at its end, and loaded again as an evaluation does."""
+    if why := _too_large(setup, whole=setup.small.student.method == "full"):
+        return not_asked(why)
+    student, settings = setup.student, setup.small.student
+    with moved(setup):
+        folder = _write(setup)
+        before = _logits(setup)
+    again = saved_student.as_trained(folder) if settings.method == "lora" else Teacher(model=str(folder), dtype=settings.dtype)
+    model = load_teacher(again, LoadContext(setup.prepared.vocab, setup.device), "the saved student")
+    gap = _gap(before, _logits(setup, model))
+    found = f"the saved student's logits differ from the trained one's by {short(gap)} of the largest"
+    return passed(found) if gap <= setup.rounding(student) else failed(found, "what a run leaves is not what it trained: " + BUG)
+
+
+def exported(setup: Setup) -> Result:
+    """The same, merged into its base as `llmkd export` does, and loaded by transformers alone."""
+    student, settings = setup.student, setup.small.student
+    if settings.method == "full":
+        return not_asked("the student trains in full and is a plain model already")
+    if settings.quantization or "quantization_config" in setup.prepared.student.config:
+        return not_asked("the base is quantised, and a merge differs by its rounding; llmkd export measures that")
+    if why := _too_large(setup, whole=True):
+        return not_asked(why)
+    with moved(setup):
+        folder = _write(setup)
+        before = _logits(setup)
+    files, to = find(str(folder), "export"), setup.folder / "merged"
+    merged = merging.merge(files, setup.prepared.vocab)
+    saved_student.save_whole(merged, to, generation_settings(files.config, (files.adapter, files.base), "export"))
+    merging.verify_saved(merged, to)
+    del merged
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(to, dtype="auto", trust_remote_code=False).to(setup.device).eval()
+    batch = setup.batch()
+    with torch.no_grad():
+        logits_BTV = model(input_ids=batch.student.inputs["input_ids"], use_cache=False).logits
+    after = logits_BTV.flatten(0, 1)[batch.student.rows_N, : setup.prepared.vocab]
+    gap = _gap(before, after)
+    shutil.rmtree(to)
+    found = f"the exported model's logits differ from the trained student's by {short(gap)} of the largest"
+    near = max(setup.rounding(student), 3e-2 if next(model.parameters()).dtype in (torch.bfloat16, torch.float16) else 0.0)
+    return passed(found) if gap <= near else failed(found, "share the adapter instead of the export; " + BUG)
+
+
+def end_tokens(setup: Setup) -> Result:
+    """The token that ends the answers, among those at which the saved student's generation stops."""
+    tokenizer, found = setup.prepared.tokenizer, last_tokens(setup)
+    if not found:
+        return not_asked("every example is cut at data.max_length, so no answer ends")
+    total = sum(found.values())
+    usual = [token for token, times in found.most_common() if times >= 0.05 * total]
+    if usual[0] is None:
+        fix = "let the chat template end the assistant's turn with a control token, or use a format without a template, which adds the end token"
+        return warned(f"{found[None]} of {total} examples end without a control token, so the student does not learn to stop", fix)
+    stops = generation_ends(setup)
+    ends = [token for token in usual if token is not None]
+    words = ", ".join(f"{found[token]} of {total} examples end with {tokenizer.convert_ids_to_tokens(token)!r}" for token in ends)
+    at = ", ".join(repr(tokenizer.convert_ids_to_tokens(token)) for token in stops) or "nothing"
+    if lacking := [token for token in ends if token not in stops]:
+        fix = f"add {', '.join(map(str, lacking))} to eos_token_id in the generation_config.json of student.model"
+        return failed(f"{words}, and the saved student stops at {at}: it would write on after its answer", fix)
+    return passed(f"{words}; the saved student stops at {at}")
+
+
+def generation_ends(setup: Setup) -> list[int]:
+    """The end tokens in the generation config that is saved with the student."""
+    if _too_large(setup, whole=setup.small.student.method == "full"):
+        return stops_at(_generation(setup))
+    return stops_at(json.loads((_write(setup) / "generation_config.json").read_text()))
+
+
+def cache(setup: Setup) -> Result:
+    """What the cache says of the rows, against the model that it was made by; of one that is not written yet, what it would say."""
+    asked, why, wrong = [], [], False
+    for number, source in enumerate(setup.prepared.teachers):
+        planned = setup.unwritten.get(source.setting)
+        if not source.cache and not planned:
+            continue
+        if not source.settings.model:
+            why.append(f"{source.setting} names no model beside its cache")
+        elif not len(mine := examples_of(setup.few, number)):
+            why.append(f"none of the examples is {source.setting}'s")
+        else:
+            found, bad = _against_live(setup, source, mine.tolist(), planned)
+            asked.append(f"{source.setting}: {found}")
+            wrong = wrong or bad
+    if wrong:
+        fix = "write the cache again by llmkd cache with this recipe, into another folder; with kind: topk, more value_bits are closer"
+        return failed("; ".join(asked), fix)
+    return passed("; ".join(asked)) if asked else not_asked("; ".join(why) or "no teacher has a cache")
+
+
+def _against_live(setup: Setup, source: TeacherSource, mine: list[int], planned: Cache | None) -> tuple[str, bool]:
+    """What was compared, and whether it is wrong. `planned`: settings of a cache that is not written; its records are made in memory."""
+    batch, every = setup.batch(mine), slice(None)
+    model = setup.live.get(source.setting)
+    if model is None:
+        alone = (source.setting, dataclasses.replace(source.settings, cache=None))
+        (model,) = load_models([], [alone], LoadContext(setup.prepared.vocab, setup.device, setup.small.seed))[1]
+    live = LiveTeacher(model)(batch)
+    if planned:
+        form = make_record_format(planned, setup.prepared.vocab, model)
+        kept = form.signal(torch.from_numpy(form.record(live, batch.labels_N, batch.examples)), setup.device)
+    else:
+        kept = CachedTeacher(source.cache, setup.device)(batch)
+    log_p_NV = live.log_probs(every).double()
+    own_N = log_p_NV[torch.arange(batch.num_targets, device=setup.device), batch.labels_N]
+    most = (kept.label_log_probs(every, batch.labels_N).double() - own_N).abs().max().item()
+    found, wrong = f"the labels' log-probability by at most {short(most)} nats", not most <= 0.05 + 2 * setup.rounding(model)
+    if not isinstance(kept, Sampled):
+        distance = plain.kl(*_on_one_set(log_p_NV, kept)).mean().item()
+        found += f", KL(live || cache) {short(distance)} nats per token"
+        wrong = wrong or not distance <= 0.02
+    where = "not written yet; its records made in memory" if planned else source.settings.cache.path
+    return f"{where}, against the live teacher at {batch.num_targets} targets: {found}", wrong
+
+
+def _on_one_set(log_p_NV: Tensor, kept) -> tuple[Tensor, Tensor]:
+    """The live and the cached distribution over the events that the cache has: all tokens, or its top k and the rest together."""
+    if not isinstance(kept, TopK):
+        return log_p_NV, torch.log_softmax(kept.log_probs(slice(None)).double(), -1)
+    named_NV = torch.zeros_like(log_p_NV).scatter(1, kept.ids_NK, (kept.log_p_NK > -torch.inf).double())
+    rest_N1 = (log_p_NV.exp() * (1 - named_NV)).sum(1, keepdim=True).clamp_min(1e-30).log()
+    live_NK = torch.where(kept.log_p_NK > -torch.inf, log_p_NV.gather(1, kept.ids_NK), -torch.inf)
+    tail_N1 = kept.tail_NS[:, [kept.tail_exponents.index(1.0)]].double().clamp_min(-69.0)
+    return torch.cat([live_NK, rest_N1], 1), torch.cat([kept.log_p_NK.double(), tail_N1], 1).log_softmax(1)
+
+
+def disk(setup: Setup) -> Result:
+    """Room for checkpoints and the finished student where output_dir is to be."""
+    recipe, state = setup.small, setup.state
+    trained = sum(p.numel() * p.element_size() for p in state.parameters.values())
+    size = sum(p.numel() * p.element_size() for p in setup.student.parameters()) if recipe.student.method == "full" else trained
+    keeps = recipe.checkpoint.keep + 1 + bool(recipe.checkpoint.best_by)  # the next one is written before the oldest is removed
+    needed = keeps * 3 * trained + size  # weights and the two moments of each checkpoint, and the finished student
+    folder = Path(recipe.output_dir).expanduser().absolute()
+    nearest = next(path for path in (folder, *folder.parents) if path.exists())
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        return failed(f"output_dir: {nearest} cannot be written to", "choose another output_dir")
+    free = shutil.disk_usage(nearest).free
+    found = f"{count(keeps, 'checkpoint')} and the student take about {needed / 1e9:.2g} GB, and {nearest} has {free / 1e9:,.1f} GB free"
+    if needed > free:
+        return failed(found, "free some, choose another output_dir, or lower checkpoint.keep")
+    return (
+        warned(found, "it may fill up while the run lasts: free some, or choose another output_dir") if 2 * needed > free else passed(found)
+    )
+
+
+# ---- the student with other weights
+
+
+class moved:
+    """The student's trained weights moved a little while the block lasts, since a new adapter changes nothing yet."""
+
+    def __init__(self, setup: Setup):
+        self.setup, self.kept = setup, setup.weights_kept()
+
+    def __enter__(self) -> None:
+        self.kept.__enter__()
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for p in self.setup.state.parameters.values():
+                size = max(p.float().pow(2).mean().sqrt().item(), 0.02) * 0.1
+                p.add_((torch.randn(p.shape, generator=generator) * size).to(p.device, p.dtype))
+
+    def __exit__(self, *error) -> None:
+        self.kept.__exit__(*error)
+
+
+def _write(setup: Setup) -> Path:
+    folder = setup.folder / "student"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    save_tokenizer(setup.prepared.tokenizer, folder)
+    saved_student.save(setup.student, folder, setup.small.student, _generation(setup))
+    return folder
+
+
+def _generation(setup: Setup) -> dict:
+    return stopping_at(generation_before(setup.small.student, setup.prepared.student), setup.prepared.end_tokens)
+
+
+def _logits(setup: Setup, model=None) -> Tensor:
+    model = model or setup.student.replaced(autocast=None)
+    with torch.no_grad():
+        return logits(model.eval(), setup.batch().student)
+
+
+def _gap(before_NV: Tensor, after_NV: Tensor) -> float:
+    before_NV, after_NV = before_NV.double().cpu(), after_NV.double().cpu()
+    return (before_NV - after_NV).abs().max().item() / max(before_NV.abs().max().item(), 1e-3)
+
+
+def _too_large(setup: Setup, whole: bool) -> str:
+    """Why the student is not written; empty where it can be."""
+    tensors = setup.student.model.parameters() if whole else setup.state.parameters.values()
+    size, free = sum(p.numel() * p.element_size() for p in tensors), shutil.disk_usage(setup.folder).free
+    if size > MOST_BYTES:
+        return f"it takes {size / 1e9:.0f} GB, more than this check writes ({MOST_BYTES / 1e9:.0f} GB)"
+    if size > 0.4 * free:
+        return f"it takes {size / 1e9:.1f} GB, and {setup.folder.parent} has {free / 1e9:.1f} GB free (TMPDIR names another folder)"
+    return ""
+
+
+CHECKS = (
+    Check("the saved student has the trained one's logits", "Files", "models", BUG, saved),
+    Check("the exported student has them too", "Files", "models", BUG, exported),
+    Check("the student learns to end, and stops there", "Files", "models", BUG, end_tokens),
+    Check("the teacher cache holds what the live teacher says", "Files", "models", "write the cache again by llmkd cache", cache),
+    Check("there is room on the disk", "Files", "models", "choose another output_dir", disk),
+)

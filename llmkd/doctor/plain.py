@@ -1,0 +1,151 @@
+"""The loss as textbooks have it, in float64 and with nothing of llmkd's own loss in it: what the run's loss is compared with.
+
+Slow and wasteful on purpose. log_q and log_p are log-probabilities [N, E] of student and teacher.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ..head import Head
+from ..signals import Dense, Signal
+from ..teachers.mixture import Mixed
+from ..teachers.sparse import Sampled, TopK
+
+
+def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
+    """sum a log(a / b), [N]; 0 where a is 0."""
+    return torch.where(log_a == -math.inf, 0.0, log_a.exp() * (log_a - log_b)).sum(-1)
+
+
+def mix(share: float, log_a: Tensor, log_b: Tensor) -> Tensor:
+    return (share * log_a.exp() + (1 - share) * log_b.exp()).log()
+
+
+def symmetric_kl(log_q: Tensor, log_p: Tensor, forward_weight: float = 0.5) -> Tensor:
+    return forward_weight * kl(log_p, log_q) + (1 - forward_weight) * kl(log_q, log_p)
+
+
+def generalized_jsd(log_q: Tensor, log_p: Tensor, beta: float = 0.5) -> Tensor:
+    if beta in (0, 1):
+        return kl(log_p, log_q) if beta == 0 else kl(log_q, log_p)
+    log_m = mix(beta, log_p, log_q)
+    return beta * kl(log_p, log_m) + (1 - beta) * kl(log_q, log_m)
+
+
+def adaptive_kl(log_q: Tensor, log_p: Tensor, head_mass: float = 0.5) -> Tensor:
+    p, gap = log_p.exp(), (log_p.exp() - log_q.exp()).abs().detach()
+    order = p.argsort(dim=-1, descending=True, stable=True)
+    before = p.gather(-1, order).cumsum(-1) - p.gather(-1, order)
+    in_head = (gap.gather(-1, order) * (before < head_mass)).sum(-1)
+    total = gap.sum(-1)
+    weight = torch.where(total > 0, in_head / total.clamp_min(1e-300), 0.5)
+    return weight * kl(log_p, log_q) + (1 - weight) * kl(log_q, log_p)
+
+
+def alpha_beta(log_q: Tensor, log_p: Tensor, alpha: float = 0.2, beta: float = 0.7) -> Tensor:
+    if alpha == 0:
+        return kl_unnormalised(beta * log_q, beta * log_p) / beta**2
+    if beta == 0:
+        return kl_unnormalised(alpha * log_p, alpha * log_q) / alpha**2
+    p, q, both = log_p.exp(), log_q.exp(), alpha + beta
+    return -(p**alpha * q**beta - alpha / both * p**both - beta / both * q**both).sum(-1) / (alpha * beta)
+
+
+def kl_unnormalised(log_a: Tensor, log_b: Tensor) -> Tensor:
+    return kl(log_a, log_b) + (log_b.exp() - log_a.exp()).sum(-1)
+
+
+DIVERGENCES: dict[str, Callable[..., Tensor]] = {
+    "forward_kl": lambda log_q, log_p: kl(log_p, log_q),
+    "reverse_kl": lambda log_q, log_p: kl(log_q, log_p),
+    "symmetric_kl": symmetric_kl,
+    "generalized_jsd": generalized_jsd,
+    "skewed_forward_kl": lambda log_q, log_p, alpha=0.1: kl(log_p, mix(alpha, log_p, log_q)),
+    "skewed_reverse_kl": lambda log_q, log_p, alpha=0.1: kl(log_q, mix(alpha, log_q, log_p)),
+    "adaptive_kl": adaptive_kl,
+    "total_variation": lambda log_q, log_p: (log_q.exp() - log_p.exp()).abs().sum(-1) / 2,
+    "alpha_beta": alpha_beta,
+}
+
+
+def cross_entropy(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
+    log_q_NV = logits_NV - logits_NV.logsumexp(-1, keepdim=True)
+    return -log_q_NV[torch.arange(len(labels_N), device=labels_N.device), labels_N]
+
+
+def distance(logits_NV: Tensor, signal: Signal, divergence: str, options: dict[str, float], temperature: float) -> Tensor:
+    """T^2 D between the student, by its logits in float64, and a signal about the same targets, [N].
+
+    TypeError for a signal that has no textbook form: a top-k record at a temperature that its tail is not kept for.
+    """
+    log_q_NV = torch.log_softmax(logits_NV / temperature, -1)
+    value_N = _distance(log_q_NV, signal, DIVERGENCES[divergence], options, temperature)
+    return temperature**2 * value_N
+
+
+def _distance(log_q_NV: Tensor, signal: Signal, divergence: Callable, options: dict[str, float], temperature: float) -> Tensor:
+    match signal:
+        case Dense() | Mixed(combine="probabilities" | "log_probabilities"):
+            return divergence(log_q_NV, _log_probs(signal, temperature), **options)
+        case Mixed(combine="divergences"):
+            each = [_distance(log_q_NV, part, divergence, options, temperature) for part in signal.parts]
+            return sum(share * value for share, value in zip(_shares(signal), each, strict=True))
+        case TopK() if 1 / temperature in signal.tail_exponents:
+            kept_NK = signal.log_p_NK > -math.inf
+            tail_N = signal.tail_NS[:, signal.tail_exponents.index(1 / temperature)].double()
+            log_p_NE = torch.cat([signal.log_p_NK.double() / temperature, tail_N[:, None]], 1).log_softmax(-1)
+            q_NV = log_q_NV.exp()
+            named_NV = torch.zeros_like(q_NV).scatter(1, signal.ids_NK, kept_NK.to(q_NV.dtype))
+            rest_N = (q_NV * (1 - named_NV)).sum(-1).clamp_min(1e-300).log()
+            log_q_NK = torch.where(kept_NK, log_q_NV.gather(1, signal.ids_NK), -1e30)
+            return divergence(torch.cat([log_q_NK, rest_N[:, None]], 1), log_p_NE, **options)
+        case Sampled():
+            return -log_q_NV.gather(1, signal.ids_ND).mean(1) - signal.soft_entropy_N.double()
+    raise TypeError(type(signal).__name__)
+
+
+def take(signal: Signal, rows_n: Tensor) -> Signal:
+    """The signal at some of its targets."""
+    if isinstance(signal, Mixed):
+        return dataclasses.replace(signal, parts=[take(part, rows_n) for part in signal.parts], labels_N=signal.labels_N[rows_n])
+    each = {field.name: getattr(signal, field.name) for field in dataclasses.fields(signal)}
+    return dataclasses.replace(signal, **{name: value[rows_n] for name, value in each.items() if isinstance(value, Tensor)})
+
+
+def _log_probs(signal: Signal, temperature: float) -> Tensor:
+    if isinstance(signal, Dense):
+        return torch.log_softmax(logits(signal.head, signal.hidden_NH) / temperature, -1)
+    parts, shares = [_log_probs(part, temperature) for part in signal.parts], _shares(signal)
+    if signal.combine == "log_probabilities":
+        return torch.log_softmax(sum(share * log_p for share, log_p in zip(shares, parts, strict=True)), -1)
+    return sum(share * log_p.exp() for share, log_p in zip(shares, parts, strict=True)).log()
+
+
+def _shares(signal: Mixed) -> list[Tensor]:
+    """The weight of each part at each target, [N, 1]; they sum to one."""
+    weights = [torch.full((len(signal.labels_N), 1), math.exp(one), dtype=torch.float64) for one in signal.log_weights]
+    if signal.confidence:
+        each = [part.label_log_probs(slice(None), signal.labels_N).double().cpu().exp()[:, None] for part in signal.parts]
+        weights = [weight * value for weight, value in zip(weights, each, strict=True)]
+    total = sum(weights)
+    if signal.combine == "divergences":
+        return [(weight / total)[:, 0].to(signal.labels_N.device) for weight in weights]
+    return [(weight / total).to(signal.labels_N.device) for weight in weights]
+
+
+def logits(head: Head, hidden_NH: Tensor) -> Tensor:
+    """Logits in float64, [N, V]. Of a plain linear head the product is taken in float64, of any other as it is computed."""
+    project = head.project
+    if type(project) is not torch.nn.Linear:
+        return head.logits(hidden_NH).double()
+    weight_VH, hidden_NH = project.weight[: head.vocab], hidden_NH.to(project.weight.dtype)  # as its own product would take it
+    blocks = [hidden_NH.double() @ weight_VH[at : at + 8192].double().T for at in range(0, len(weight_VH), 8192)]
+    out_NV = torch.cat(blocks, 1)
+    if project.bias is not None:
+        out_NV = out_NV + project.bias[: head.vocab].double()
+    out_NV = out_NV * head.scale
+    return torch.tanh(out_NV / head.softcap) * head.softcap if head.softcap else out_NV

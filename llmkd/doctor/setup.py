@@ -1,0 +1,219 @@
+"""What the checks look at: a recipe's data, models and loss, made as a run makes them, of a few rows and once for all checks."""
+
+import contextlib
+import dataclasses
+import functools
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..batch import Batch
+from ..config.fields import as_tuple, with_setting_names
+from ..config.recipe import Recipe, distils
+from ..config.teacher import Cache
+from ..data.collate import collate
+from ..data.dataset import read_data
+from ..data.examples import Examples
+from ..losses.divergences import make_divergence
+from ..losses.objective import Objective
+from ..losses.terms import HeadTerm
+from ..models.language_model import LanguageModel
+from ..models.load import LoadContext
+from ..models.startup_checks import tolerance
+from ..signals import Signal, Teacher
+from ..teachers.fidelity import measured_transform
+from ..teachers.mixture import combine_teachers
+from ..training.build import build_student, build_terms, load, longest_row, teacher_probe
+from ..training.launch import start
+from ..training.loop import StudentState, unwrap
+from ..training.prepare import Prepared, prepare
+
+MOST_EXAMPLES = 8  # that are computed with; the teacher is compared with the student on all rows that were read
+MOST_TOKENS = 4096  # of them together, but for the first two
+
+
+class Setup:
+    """The parts of a run, which exist after `read` and `load`.
+
+    small     the user's recipe with the first `rows` rows of each source
+    unwritten caches that are not written yet, by their teachers' settings; `small` has the teachers themselves in their place
+    folder    an empty folder, the only one that checks write to
+    prepared  data, tokenizer and the models' files (after `read`)
+    few       the examples that checks compute with (after `read`)
+    student, state, teacher, live   (after `load`) the student; with its loss and optimizer; its teacher, or None; the teachers that are
+                                    models, by setting
+    """
+
+    def __init__(self, recipe: Recipe, rows: int, folder: Path):
+        self.folder = folder
+        self.small, self.unwritten = without_unwritten_caches(with_few_rows(recipe, rows))
+        self.device = torch.device("cpu")
+
+    # ---- the stages
+
+    def read(self) -> None:
+        self.prepared: Prepared = prepare(self.small)
+        self.few = few_examples(self.prepared.train)
+
+    def load(self) -> None:
+        recipe, prepared = self.small, self.prepared
+        self.accelerator = start()
+        self.device = self.accelerator.device
+        live = [(source.setting, source.settings) for source in prepared.teachers if source.needs_model]
+        probe = functools.partial(teacher_probe, prepared, recipe.validation.micro_batch_size, self.device)
+        packing = recipe.data.packing * longest_row(recipe.train, recipe.data)
+        context = LoadContext(prepared.vocab, self.device, recipe.seed, packing, functools.partial(measured_transform, probe))
+        (self.student,), teachers = load([recipe.student], live, context, recipe.data.share_prefixes, compile=False)
+        self.live: dict[str, LanguageModel] = {name: model for (name, _), model in zip(live, teachers, strict=True)}
+        found = iter(teachers)
+        opened = [source.open(self.device, found) for source in prepared.teachers]
+        settings = [source.settings for source in prepared.teachers]
+        self.teacher: Teacher | None = combine_teachers(opened, settings, recipe.mixture) if opened else None
+        steps = max(prepared.source.total_steps, (recipe.optim.warmup_steps or 0) + 1)
+        self.state: StudentState = build_student(recipe.loss, recipe.optim, self.student, steps, self.accelerator)
+        self.student.eval()
+
+    # ---- what checks need of them
+
+    @property
+    def distils(self) -> bool:
+        return distils(self.small)
+
+    @property
+    def distiller(self):
+        return unwrap(self.state)
+
+    @property
+    def models(self) -> dict[str, LanguageModel]:
+        """The student and the teachers that are models, by their settings."""
+        return {"student": self.student} | self.live
+
+    @functools.cached_property
+    def rows(self) -> list[dict] | None:
+        """The rows that the training examples were made of; `Examples.row` numbers them. None for a stream."""
+        read = read_data(self.small.data)["data.train"]
+        return [row for one in read for row in one.rows] or None
+
+    @functools.cached_property
+    def formats(self) -> list[str]:
+        """The format of each source."""
+        return [source.format for source in as_tuple(self.small.data.train)]
+
+    def batch(self, indices: list[int] | None = None, packing: bool = False) -> Batch:
+        """Some of the few examples, or all of them, as a batch on the student's device."""
+        indices = list(range(len(self.few))) if indices is None else indices
+        pad, share = self.prepared.tokenizer.eos_token_id, packing and self.small.data.share_prefixes
+        return collate(self.few, indices, pad, packing, share).to(self.device)
+
+    def signal(self, batch: Batch) -> Signal | None:
+        return self.teacher(batch) if self.distils else None
+
+    def objective(self, kd_ratio: float | None = None) -> Objective:
+        loss = self.small.loss
+        divergence = make_divergence(loss.divergence, **loss.divergence_options)
+        return Objective(loss.kd_ratio if kd_ratio is None else kd_ratio, loss.temperature, divergence)
+
+    def term(self, kd_ratio: float | None = None, chunk: int | None = None) -> HeadTerm:
+        """The recipe's loss as a run computes it, or with another weight or chunk."""
+        if kd_ratio is None:
+            (term,) = build_terms(self.small.loss, chunk)
+            term.chunk_size = chunk or term.chunk_size
+            return term
+        return HeadTerm(self.objective(kd_ratio), chunk)
+
+    def loss_rows(self, batch: Batch) -> dict[str, Tensor]:
+        """Each term of the run's loss at each target of a batch [N], float64 on the CPU."""
+        with torch.no_grad():
+            rows = self.distiller(batch, self.signal(batch)).rows
+        return {name: values.double().cpu() for name, values in rows.items()}
+
+    @functools.cached_property
+    def alone(self) -> list[dict[str, Tensor]]:
+        """The terms of each example computed alone, without padding or neighbours."""
+        return [self.loss_rows(self.batch([i])) for i in range(len(self.few))]
+
+    def rounding(self, model: LanguageModel) -> float:
+        """The difference that rounding may leave in a model's logits, relative to the largest."""
+        return tolerance(model, *([model.autocast] if model.autocast else []))
+
+    @functools.cached_property
+    def largest_logit(self) -> float:
+        with torch.no_grad():
+            batch = self.batch()
+            return self.student.head.logits(self.student.hidden(batch.student)).abs().max().item() if batch.num_targets else 1.0
+
+    @property
+    def allowed(self) -> float:
+        """The difference that rounding in the models may leave in a term of the loss at one target."""
+        most = max(self.rounding(model) for model in self.models.values())
+        return 4 * most * max(self.largest_logit, 1.0) * max(1.0, self.small.loss.temperature)
+
+    @contextlib.contextmanager
+    def as_trained(self) -> Iterator[None]:
+        """The student in training mode, unless it has dropout: then two passes would differ."""
+        dropout = any(isinstance(m, torch.nn.Dropout) and m.p for m in self.student.modules())
+        config = self.student.base_model.config.get_text_config()
+        dropout = dropout or any("drop" in name and isinstance(v, float) and v for name, v in config.to_dict().items())
+        self.student.train(not dropout)
+        try:
+            yield
+        finally:
+            self.student.eval()
+
+    @contextlib.contextmanager
+    def weights_kept(self) -> Iterator[None]:
+        """What trains is as it was afterwards."""
+        parameters = self.state.parameters
+        before = {name: p.detach().to("cpu", copy=True) for name, p in parameters.items()}
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, p in parameters.items():
+                    p.copy_(before[name])
+            self.state.optimizer.zero_grad(set_to_none=True)
+
+
+def with_few_rows(recipe: Recipe, rows: int) -> Recipe:
+    """The recipe with at most `rows` rows of each source, each used once, and without a token cache of its own. A stream is left as it is."""
+    data = recipe.data
+
+    def few(sources):
+        if sources is None:
+            return None
+        taken = tuple(dataclasses.replace(one, limit=min(one.limit or rows, rows), weight=1.0) for one in as_tuple(sources))
+        return taken if isinstance(sources, tuple) else taken[0]
+
+    data = dataclasses.replace(
+        data,
+        train=data.train if data.streaming else few(data.train),
+        validation=few(data.validation),
+        choices=few(data.choices),
+        validation_fraction=max(data.validation_fraction, 0.1) if data.validation_fraction else 0.0,
+        cache_dir=None,
+    )
+    return dataclasses.replace(recipe, data=data)
+
+
+def without_unwritten_caches(recipe: Recipe) -> tuple[Recipe, dict[str, Cache]]:
+    """The recipe with live teachers where their caches are still to be written, and those caches."""
+    named = with_setting_names(recipe.teacher, "teacher")
+    waiting = {setting: one.cache for setting, one in named if one.model and one.cache and not Path(one.cache.path).expanduser().exists()}
+    teachers = tuple(dataclasses.replace(one, cache=None) if setting in waiting else one for setting, one in named)
+    return dataclasses.replace(recipe, teacher=teachers if isinstance(recipe.teacher, tuple) else (*teachers, None)[0]), waiting
+
+
+def few_examples(examples: Examples) -> Examples:
+    """At most MOST_EXAMPLES of them, the same for every call, with MOST_TOKENS tokens."""
+    order = random.Random("doctor").sample(range(len(examples)), len(examples))
+    chosen, tokens = [], 0
+    for i in order:
+        tokens += int(examples.max_lengths[i])
+        if len(chosen) == MOST_EXAMPLES or (len(chosen) >= 2 and tokens > MOST_TOKENS):
+            break
+        chosen.append(i)
+    return examples.take(np.array(sorted(chosen), np.int64))

@@ -1,0 +1,234 @@
+"""Checks of a step: what trains, and that neither micro-batches, padding, packing nor ranks change the loss or its gradient."""
+
+import contextlib
+import re
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..batch import Batch
+from ..data.batch_source import Step
+from ..data.batching import make_micro_batches
+from ..models.families import beside_text
+from ..training.loop import accumulate_gradients, optimizer_step, unscale_and_norm_
+from . import plain
+from .check import BUG, Check, Result, failed, not_asked, passed, short, warned
+from .setup import Setup
+
+
+@dataclass(frozen=True)
+class Rank:
+    """What the loop uses of an accelerator, for one process of several that exchange nothing."""
+
+    device: torch.device
+    process_index: int
+    num_processes: int
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+    def no_sync(self, module: nn.Module):
+        return contextlib.nullcontext()
+
+
+def gradients(setup: Setup, micro_batches: list[Batch], accelerator=None) -> dict[str, Tensor]:
+    """The gradient of a step over all few examples, as the loop computes it, by parameter; on the CPU."""
+    accelerator, state, targets = accelerator or setup.accelerator, setup.state, int(setup.few.num_targets.sum())
+    with setup.as_trained():
+        teacher = setup.teacher if setup.distils else None
+        found = accumulate_gradients(0, Step(1, 0, targets), targets, {0: state}, teacher, accelerator, micro_batches)
+        unscale_and_norm_(state, 1 / found.scale)
+    return _taken(setup)
+
+
+def _taken(setup: Setup) -> dict[str, Tensor]:
+    """The gradients that the parameters hold, which they then no longer hold."""
+    taken = {name: p.grad.detach().to("cpu", copy=True) for name, p in setup.state.parameters.items() if p.grad is not None}
+    setup.state.optimizer.zero_grad(set_to_none=True)
+    return taken
+
+
+def gap(these: dict[str, Tensor], those: dict[str, Tensor]) -> float:
+    """The norm of the difference of two gradients, relative to that of the first; infinite where they are of other parameters."""
+    if these.keys() != those.keys():
+        return float("inf")
+    pairs = [(these[name].double(), those[name].double()) for name in these]
+    size = sum(float((a**2).sum()) for a, _ in pairs) ** 0.5
+    return sum(float(((a - b) ** 2).sum()) for a, b in pairs) ** 0.5 / max(size, 1e-30)
+
+
+def _limit(setup: Setup) -> float:
+    """What rounding may change of a gradient, relative to it: bfloat16 rounds each of many sums."""
+    rounding = max(setup.rounding(model) for model in setup.models.values())
+    return {1e-9: 1e-7, 1e-4: 1e-3}.get(rounding, 5 * rounding)
+
+
+def splits(setup: Setup) -> Result:
+    """One micro-batch, one for each example, and a plain loss whose mean autograd differentiates."""
+    n = len(setup.few)
+    if n < 2:
+        return not_asked("there is one example only, which cannot be split")
+    whole = gradients(setup, [setup.batch()])
+    apart = gap(whole, gradients(setup, [setup.batch([i]) for i in range(n)]))
+    expected = _plain_gradients(setup)
+    found = f"one micro-batch of {n} examples and {n} of one: gradients differ by {short(apart)} of their size"
+    against = None if expected is None else gap(expected, whole)
+    if against is not None:
+        found += f"; from autograd's of the mean over targets of a plain loss by {short(against)}"
+    if max(apart, against or 0.0) <= _limit(setup):
+        return passed(found)
+    return failed(found, "an optimizer step would depend on train.micro_batch_size: " + BUG)
+
+
+def _plain_gradients(setup: Setup) -> dict[str, Tensor] | None:
+    """Of the mean over all targets of the textbook's loss; None for a signal that has no textbook form."""
+    loss, targets = setup.small.loss, int(setup.few.num_targets.sum())
+    try:
+        with setup.as_trained():
+            for i in range(len(setup.few)):
+                batch = setup.batch([i])
+                signal = setup.signal(batch)
+                logits_NV = setup.student.head.logits(setup.student.hidden(batch.student)).double()
+                ratio = loss.kd_ratio if signal is not None else 0.0
+                total = (1 - ratio) * plain.cross_entropy(logits_NV, batch.labels_N).sum()
+                if ratio:
+                    kd = plain.distance(logits_NV, signal, loss.divergence, loss.divergence_options, loss.temperature)
+                    total = total + ratio * kd.sum()
+                (total / targets).backward()
+    except TypeError:
+        _taken(setup)
+        return None
+    return _taken(setup)
+
+
+def ranks(setup: Setup) -> Result:
+    """Two ranks, one after the other in this process: their examples, and the mean of their gradients, which is what ranks exchange."""
+    n = len(setup.few)
+    if n < 2:
+        return not_asked("there is one example only, and two ranks would have to share it")
+    size = max(1, n // 4)
+    dealt = [make_micro_batches(list(range(n)), setup.few.max_lengths, size, rank, 2) for rank in range(2)]
+    if sorted(i for one in dealt for micro in one for i in micro) != list(range(n)):
+        return failed(f"of {n} examples two ranks get {dealt}", "some would be trained on twice, or never: " + BUG)
+    one = gradients(setup, [setup.batch()])
+    each = [gradients(setup, [setup.batch(i) for i in dealt[rank]], Rank(setup.device, rank, 2)) for rank in range(2)]
+    mean = {name: sum(part.get(name, torch.zeros_like(one[name])) for part in each) / 2 for name in one}
+    apart = gap(one, mean)
+    found = f"the mean of two ranks' gradients differs from one process's by {short(apart)} of its size"
+    found += " (both computed in this process; no data were exchanged)"
+    return passed(found) if apart <= _limit(setup) else failed(found, "more processes would train another model: " + BUG)
+
+
+def padding(setup: Setup) -> Result:
+    """Each example alone, and all in one padded micro-batch."""
+    if len(set(setup.few.max_lengths.tolist())) < 2:
+        return not_asked("the examples have one length, so there is no padding")
+    return _unmoved(setup, setup.batch(), "padding", "train.micro_batch_size: 1 avoids it, and ")
+
+
+def packing(setup: Setup) -> Result:
+    """Each example alone, and all in one packed row."""
+    if not setup.small.data.packing:
+        return not_asked("data.packing is false")
+    words = "packing with shared prefixes" if setup.small.data.share_prefixes else "packing"
+    return _unmoved(setup, setup.batch(packing=True), words, "set data.packing: false; ")
+
+
+def _unmoved(setup: Setup, batch: Batch, what: str, fix: str) -> Result:
+    together, alone = setup.loss_rows(batch), setup.alone
+    most = {
+        name: (together[name] - torch.cat([one[name] for one in alone])).abs().max().item() for name in together if together[name].numel()
+    }
+    found = f"{what} of {len(alone)} examples moves " + " and ".join(f"{name} by at most {short(gap)}" for name, gap in most.items())
+    if max(most.values(), default=0.0) <= setup.allowed:
+        return passed(found)
+    return failed(found, fix + BUG)
+
+
+def parameters(setup: Setup) -> Result:
+    """Those that the recipe means, no others; each is the optimizer's and gets a gradient; one step changes them and nothing else."""
+    student, state = setup.student, setup.state
+    wanted, trained = intended(setup), set(state.parameters)
+    if wanted != trained:
+        more, less = sorted(trained - wanted), sorted(wanted - trained)
+        sides = [f"{len(x)} {words}, such as {x[0]}" for x, words in ((more, "train unasked"), (less, "do not train")) if x]
+        return failed(f"of {len(wanted)} tensors that are to train, " + "; ".join(sides), "check student.method and student.lora; " + BUG)
+    held = {id(p) for group in state.optimizer.param_groups for p in group["params"]}
+    if held != {id(p) for p in state.parameters.values()}:
+        return failed(f"the optimizer has {len(held)} tensors, and {len(trained)} train", BUG)
+    frozen = _sums([student, *setup.live.values()], trained)
+    with setup.weights_kept():
+        before = {name: p.detach().to("cpu", copy=True) for name, p in state.parameters.items()}
+        found = gradients(setup, [setup.batch()])
+        for name, p in state.parameters.items():
+            p.grad = found[name].to(p.device, copy=True) if name in found else None
+        optimizer_step(state, 1, torch.tensor(1.0, device=setup.device), torch.zeros((), device=setup.device))
+        still = [name for name, p in state.parameters.items() if torch.equal(before[name], p.detach().cpu())]
+    _forget(state.optimizer)
+    if (others := _sums([student, *setup.live.values()], trained)) != frozen:
+        moved = [name for name in frozen if others[name] != frozen[name]]
+        return failed(f"a step changes {len(moved)} tensors that do not train, such as {moved[0]}", BUG)
+    lacking, bad = sorted(trained - found.keys()), [name for name, g in found.items() if not torch.isfinite(g).all()]
+    if bad:
+        return failed(f"the gradient of {len(bad)} tensors, such as {bad[0]}, is not finite", "check the weights, and student.dtype")
+    zero = {name for name, g in found.items() if not g.any()}
+    pairs = {name for name in zero if re.search(r"\.lora_A\.", name) and _is_zero(state.parameters, name)}
+    known = {name for name in lacking if ".experts." in name} | set(student.capabilities.parameters_without_gradient)
+    size = sum(p.numel() for p in state.parameters.values())
+    words = f"{size:,} parameters in {len(trained)} tensors train, of {sum(p.numel() for p in student.parameters()):,}"
+    if idle := sorted([*lacking, *(zero - pairs)]):
+        fix = "they may belong to parts that text does not use, or experts that no token chose: then name other modules in student.lora.target_modules"
+        lost = set(lacking) - known
+        return (failed if lost else warned)(f"{words}; {len(idle)} get no gradient, such as {min(lost or idle)}", fix)
+    fixed = [name for name in still if name not in zero]
+    if fixed:
+        return failed(f"{words}; a step does not change {len(fixed)} that have a gradient, such as {fixed[0]}", f"raise optim.lr, or {BUG}")
+    new = f"; the first gradient of {len(pairs)} A matrices is 0, since their B are" if pairs else ""
+    return passed(f"{words}; each has a gradient, and a step changes these and nothing else{new}")
+
+
+def intended(setup: Setup) -> set[str]:
+    """The names of the parameters that the recipe means to train."""
+    student, settings = setup.student, setup.small.student
+    named = dict(student.model.named_parameters())
+    if settings.method == "full":
+        unused = {id(p) for p in beside_text(student.base_model)}
+        return {name for name, p in named.items() if id(p) not in unused}
+    copies = settings.lora.modules_to_save if settings.lora else ()
+    if setup.prepared.student.adapter:
+        copies = next(iter(student.model.peft_config.values())).modules_to_save or ()
+    own = re.compile(r"\.lora_[A-Za-z_]+(\.|$)" + (r"|\.modules_to_save\." if copies else ""))
+    return {name for name in named if own.search(name)}
+
+
+def _sums(models: list, trained: set[str]) -> dict[str, int]:
+    """For each tensor that does not train a sum over its bytes."""
+    out = {}
+    for number, model in enumerate(models):
+        for name, x in [*model.model.named_parameters(), *model.model.named_buffers()]:
+            if number or name not in trained:
+                x = x.detach().contiguous().reshape(-1)
+                whole = x.view(torch.uint8) if x.element_size() % 4 or not x.numel() else x.view(torch.int32)
+                out[f"{number} {name}"] = int(whole.sum(dtype=torch.int64))
+    return out
+
+
+def _is_zero(parameters: dict[str, nn.Parameter], name: str) -> bool:
+    other = parameters.get(name.replace(".lora_A.", ".lora_B."))
+    return other is not None and not other.any()
+
+
+def _forget(optimizer: torch.optim.Optimizer) -> None:
+    optimizer.state.clear()
+
+
+CHECKS = (
+    Check(
+        "exactly what is meant trains, and all of it gets a gradient", "Step", "models", "check student.method and student.lora", parameters
+    ),
+    Check("gradients are equal under two splits of a batch", "Step", "models", BUG, splits),
+    Check("padding leaves the loss alone", "Step", "models", BUG, padding),
+    Check("packing leaves the loss alone", "Step", "models", "set data.packing: false", packing),
+    Check("ranks agree with one process", "Step", "models", BUG, ranks),
+)

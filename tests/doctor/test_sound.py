@@ -1,0 +1,89 @@
+"""The doctor on sound runs: every check passes, or says why it is not asked."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmkd.cli import main
+from llmkd.doctor.examine import CHECKS, ask_all
+from tests.conftest import plain_recipe
+
+#: Of the small world's random models neither knows the rows better, so that check is asked in test_faults_models.py.
+BETTER = "the teacher knows the rows better than the student"
+
+
+def statuses(results) -> dict[str, str]:
+    return {one.check: one.status for one in results if one.check != BETTER}
+
+
+def test_a_sound_run_passes_every_check(setup):
+    results = ask_all(setup, CHECKS[:3], lambda check, result: None) + ask_all(setup, CHECKS[4:], lambda check, result: None)
+    found = statuses(results)
+    assert found.pop("the teacher cache holds what the live teacher says") == "not asked"
+    assert set(found.values()) == {"passed"}, [one for one in results if one.status != "passed"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"loss__kd_ratio": 0.0, "student__method": "full", "student__lora": None},
+        {"teacher": [{"model": "{world}/adapter"}, {"model": "{world}/teacher", "weight": 2.0}], "mixture__combine": "divergences"},
+        {"data__teacher_context": "Think.", "loss__divergence": "generalized_jsd", "student__lora__dropout": 0.5},
+        {"data__streaming": True, "train__max_steps": 4, "student__lora__modules_to_save": ["lm_head"]},
+    ],
+)
+def test_other_kinds_of_runs_pass(make_setup, world, tmp_path, monkeypatch, changes):
+    monkeypatch.setenv("LLMKD_CACHE", str(tmp_path))
+    if "teacher" in changes:
+        changes = changes | {"teacher": json.loads(json.dumps(changes["teacher"]).replace("{world}", str(world)))}
+    setup = make_setup(loaded=False, **changes)
+    found = statuses(results := ask_all(setup, CHECKS, lambda check, result: None))
+    assert set(found.values()) <= {"passed", "not asked"}, [one for one in results if one.status not in ("passed", "not asked")]
+    assert list(found.values()).count("not asked") <= 8
+
+
+def test_the_command_prints_a_page_and_writes_json_and_html(world, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "r.yaml").write_text(json.dumps(plain_recipe(world, tmp_path / "out")))
+    before, state = sorted(tmp_path.rglob("*")), torch.random.get_rng_state()
+    code = main(["doctor", "--config", "r.yaml", "--rows", "20", "--json", "d.json", "--to", "d.html", "--teacher", "null"])
+    out, said = capsys.readouterr()
+    assert code == 0, said
+    assert "24 checks: " in out and "not asked  the teacher's adapter changes it" in out and "⟦Yes." in out
+    found = json.loads((tmp_path / "d.json").read_text())
+    assert found["passed"] and len(found["checks"]) == len(CHECKS) and {"check", "status", "found", "fix"} <= found["checks"][0].keys()
+    page = (tmp_path / "d.html").read_text()
+    assert all(one["check"].replace("'", "&#39;") in page for one in found["checks"])
+    assert sorted(tmp_path.rglob("*")) == sorted([*before, tmp_path / "d.json", tmp_path / "d.html"])
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_a_failed_check_ends_the_command_with_2(world, tmp_path, capsys):
+    (tmp_path / "r.yaml").write_text(json.dumps(plain_recipe(world, tmp_path / "out")))
+    (tmp_path / "rows.jsonl").write_text('{"instruction": "Say"}\n')
+    words = ["--data.train.path", str(tmp_path / "rows.jsonl"), "--json", str(tmp_path / "d.json")]
+    code = main(["doctor", "--config", str(tmp_path / "r.yaml"), *words])
+    out, said = capsys.readouterr()
+    assert code == 2 and "llmkd: doctor: 1 check failed" in said.splitlines()[-1]
+    assert "FAILED     the recipe's files and rows are read" in out and "rows.jsonl:1" in out
+    assert json.loads((tmp_path / "d.json").read_text())["passed"] is False
+
+
+@pytest.mark.parametrize("words", [["--json", "."], ["--to", "."], ["--rows", "1"], ["--config", "sweep.yaml"]])
+def test_mistakes_are_found_before_anything_is_read(world, tmp_path, capsys, monkeypatch, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "r.yaml").write_text(json.dumps(plain_recipe(world, tmp_path / "out")))
+    (tmp_path / "sweep.yaml").write_text(json.dumps({"recipe": "r.yaml", "grid": {"seed": [0, 1]}, "output_dir": "s"}))
+    config = [] if "--config" in words else ["--config", "r.yaml"]
+    assert main(["doctor", *config, *words]) == 2
+    assert words[0] in capsys.readouterr().err
+
+
+def test_the_page_of_the_documents_names_every_check():
+    page = (Path(__file__).parents[2] / "docs/doctor.md").read_text()
+    for check in CHECKS:
+        assert f"\n| {check.name} | " in page
+    assert {check.name for check in CHECKS} == set(re.findall(r"^\| ([a-z][^|]+?) \| ", page, re.M)) - {"passed", "warned", "not asked"}
