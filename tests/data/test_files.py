@@ -73,20 +73,20 @@ def test_a_bad_conversation_is_named(refused, messages, words):
         (
             "chat",
             '{"conversations": []}',
-            "no column 'messages'; found 'conversations'; set fields: {messages: conversations} if it has another name",
+            "no column 'messages'; found 'conversations'; set fields: {messages: conversations} if the file has other names",
         ),
         (
             "chat",
             '{"talk": [{"from": "human", "value": "a"}], "id": 1}',
-            "no column 'messages'; found 'talk', 'id'; for ShareGPT's names set fields: {messages: talk, role: from, content: value} "
-            "and roles: {user: human, assistant: gpt}",
+            "no column 'messages'; found 'talk', 'id'; set fields: {messages: talk, role: from, content: value}, roles: {user: human, "
+            "assistant: gpt}",
         ),
         (
             "chat",
             '{"instruction": "a", "output": "b"}',
-            "no column 'messages'; found 'instruction', 'output'; set format: alpaca, whose columns these are",
+            "no column 'messages'; found 'instruction', 'output'; set format: alpaca, chat_template: true",
         ),
-        ("text", '{"txt": "a"}', "no column 'text'; did you mean 'txt'?"),
+        ("text", '{"txt": "a"}', "no column 'text'; found 'txt'; set fields: {text: txt}"),
         ("text", "{}", "no column 'text'; found none"),
     ],
 )
@@ -97,15 +97,12 @@ def test_a_missing_column_is_named(refused, format, row, words):
 def test_a_file_of_another_format_is_named_once_with_the_setting_that_fits(refused):
     rows = "\n".join(['{"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]}'] * 30)
     assert refused(rows, format="alpaca") == [
-        "t.jsonl:1: no column 'instruction'; found 'messages'; set format: chat, whose columns these are",
-        "t.jsonl:1: no column 'output'; found 'messages'; set format: chat, whose columns these are",
-        "... and 29 more rows: no column 'instruction' in t.jsonl",
-        "... and 29 more rows: no column 'output' in t.jsonl",
+        "t.jsonl:1: no columns 'instruction' and 'output'; found 'messages'; set format: chat",
+        "... and 29 more rows: no columns 'instruction' and 'output' in t.jsonl",
     ]
     rows = "\n".join(['{"question": "a", "answer": "b"}'] * 2)
-    assert refused(rows, format="prompt_completion")[:2] == [
-        "t.jsonl:1: no column 'prompt'; found 'question', 'answer'; set fields: {prompt: NAME} if it has another name",
-        "t.jsonl:1: no column 'completion'; found 'question', 'answer'; set fields: {completion: NAME} if it has another name",
+    assert refused(rows, format="prompt_completion")[:1] == [
+        "t.jsonl:1: no columns 'prompt' and 'completion'; found 'question', 'answer'; set fields: {prompt: question, completion: answer}",
     ]
 
 
@@ -146,7 +143,7 @@ def test_a_bad_question_is_named(refused, columns, words):
         (b"\xef\xbb\xbf" + GOOD.encode(), "t.jsonl", "t.jsonl:1: starts with a byte order mark"),
         (b"\xef\xbb\xbf[]", "t.json", "t.json:1: starts with a byte order mark"),
         (GOOD.encode() + b'\n{"instruction": "caf\xe9"}', "t.jsonl", "t.jsonl:2: not UTF-8 (byte 0xe9)"),
-        (GOOD.encode("utf-16"), "t.jsonl", "t.jsonl:1: not UTF-8"),
+        (GOOD.encode("utf-16"), "t.jsonl", "t.jsonl:1: the file is UTF-16; save it as plain UTF-8"),
         ("", "t.jsonl", "data.train.path: t.jsonl has no rows"),
         ("\n \n", "t.jsonl", "data.train.path: t.jsonl has no rows"),
         ("[]", "t.json", "data.train.path: t.json has no rows"),

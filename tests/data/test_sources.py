@@ -158,12 +158,12 @@ BAD_CSV = [
     (b"instruction,output\na,caf\xe9\n", ":2: not UTF-8 (byte 0xe9)"),
     (
         "instruction;output\na;b\n",
-        ":2: no column 'instruction'; found 'instruction;output'; columns are separated by ';' here, expected commas",
+        ":1: columns are separated by ';' here (instruction;output), expected commas (the delimiter of csv): save the file with commas",
     ),
     ("a\fb\x1b[2J,output\nc,d\n", ":2: no column 'instruction'; found 'a\\x0cb\\x1b[2J', 'output'"),
     ("instruction,out\x1bput\na,b,c\n", ":2: 3 fields, expected 2 (instruction, out\\x1bput)"),
     ("instruction," + "x" * 9999 + "\na,b,c\n", ":2: 3 fields, expected 2 (instruction, xxx"),
-    ("a,b\nc,d\n", ":2: no column 'instruction'; found 'a', 'b'"),
+    ("a,b\nc,d\n", ":2: no columns 'instruction' and 'output'; found 'a', 'b'; the first line of a .csv file is its header"),
     ("", " has no rows"),
     ("instruction,output\n", " has no rows"),
     ("instruction,output\na\rb,c\n", ":2: not valid CSV (a carriage return outside quotes; end lines by a line feed)"),
@@ -383,7 +383,7 @@ def test_every_bad_row_of_every_source_is_named(tmp_path):
     one, two = write(tmp_path / "a.jsonl", [{"x": 1}]), write(tmp_path / "b.jsonl", [{"y": 1}])
     with pytest.raises(UserError) as info:
         read_sources((Source(path=str(one)), Source(path=str(two)), Source(path="no.jsonl")), "data.train")
-    starts = [str(one), str(one), str(two), str(two), "data.train.2.path: no.jsonl: No such file"]
+    starts = [str(one), str(two), "data.train.2.path: no.jsonl: No such file"]
     assert all(p.startswith(s) for p, s in zip(info.value.problems, starts, strict=True)), info.value.problems
 
 

@@ -118,7 +118,7 @@ def test_dropped_rows_make_a_step_smaller_and_are_counted(tmp_path, capsys):
     [
         ("", {}, "has no rows"),
         (f"{GOOD}\n{{bad", {}, "t.jsonl:2: not valid JSON"),
-        (f"{GOOD}\n{{}}", {}, "t.jsonl:2: no column 'instruction'"),
+        (f"{GOOD}\n{{}}", {}, "t.jsonl:2: no columns 'instruction' and 'output'"),
         (json.dumps(row(1, "")) + "\n", {}, "none of .* rows gives a supervised token"),
     ],
 )

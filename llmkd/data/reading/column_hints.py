@@ -1,38 +1,65 @@
-"""What to write in the recipe where a row does not have the columns of its format."""
+"""What to write in the recipe, or to change in the file, where a row does not have the columns of its format."""
 
 import difflib
+import json
 from typing import Any
 
-from ...config.data import FORMATS, Source
+from ...config.data import Source
+from .recognise import Check, is_read, settings_for
 
 
-def column_hint(column: str, row: dict[str, Any], theirs: dict[str, str], source: Source, csv: bool) -> str:
-    """The end of the message about a missing column: the closest name, or what was found and the setting that fits it.
+def column_hint(
+    columns: list[str], row: dict[str, Any], theirs: dict[str, str], source: Source, check: Check, csv: bool
+) -> tuple[str, bool]:
+    """The end of the message about missing columns, and whether it names settings for rows of this shape.
 
-    `column` is the format's own name; `theirs` maps the format's columns to what the recipe says that the file calls them.
+    `columns` are the format's own names; `theirs` maps the format's columns to what the recipe says that the file calls them.
     """
-    found = f"; found {', '.join(map(repr, row)) or 'none'}"
-    if csv and len(row) == 1 and (separators := [s for s in ";\t|" if s in next(iter(row))]):
-        return f"{found}; columns are separated by {separators[0]!r} here, expected commas: save the file with commas"
-    if not source.fields and (fits := [name for name in FORMATS if name != source.format and _fits(name, row)]):
-        return f"{found}; set format: {fits[0]}, whose columns these are"
-    if near := difflib.get_close_matches(theirs[column], row, 1, 0.6):
-        return f"; did you mean {near[0]!r}?"
-    for name, value in row.items():
-        if (
-            column == "messages"
-            and isinstance(value, list)
-            and value
-            and isinstance(value[0], dict)
-            and {"from", "value"} <= value[0].keys()
-        ):
-            return (
-                f"{found}; for ShareGPT's names set fields: {{messages: {name}, role: from, content: value}} and "
-                "roles: {user: human, assistant: gpt}"
-            )
+    for column in columns:
+        if column in source.fields and (near := difflib.get_close_matches(theirs[column], row, 1, 0.6)):
+            return f"; did you mean {near[0]!r}?", False  # a name that the recipe gives has a slip in it
+    if settings := settings_for(row, source, check):
+        return f"{_found(row)}; {settings}", True
+    if near := difflib.get_close_matches(theirs[columns[0]], row, 1, 0.6):
+        return f"; did you mean {near[0]!r}?", False
+    return f"{_found(row)}{_described(columns, row, theirs, source, check, csv)}", False
+
+
+def _found(row: dict[str, Any]) -> str:
+    return f"; found {', '.join(map(repr, row)) or 'none'}"
+
+
+def _described(columns: list[str], row: dict[str, Any], theirs: dict[str, str], source: Source, check: Check, csv: bool) -> str:
+    """What a row is that no known settings read."""
+    if inner := next((name for name, value in row.items() if isinstance(value, dict) and is_read(value, source, check)), None):
+        return f"; the columns are inside {inner!r}: write what it holds as the row"
+    if rows := next((name for name, value in row.items() if is_rows(value) and is_read(value[0], source, check)), None):
+        return f"; {rows!r} is a list of objects with columns: write each as a row of its own, or a talk as messages of role and content"
     unused = [name for name in row if name not in theirs.values()]
-    return found + (f"; set fields: {{{column}: {unused[0] if len(unused) == 1 else 'NAME'}}} if it has another name" if unused else "")
+    wanted = ", ".join(f"{column}: {unused[0] if len(unused) == len(columns) == 1 else 'NAME'}" for column in columns)
+    header = "; the first line of a .csv file is its header" if csv and len(columns) > 1 else ""
+    return header + (f"; set fields: {{{wanted}}} if the file has other names" if unused else "")
 
 
-def _fits(name: str, row: dict) -> bool:
-    return all(column in row for column, kind in FORMATS[name].row.items() if not kind.optional)
+def is_rows(value: Any) -> bool:
+    """Whether it is a list of objects, such as the rows of a file."""
+    return isinstance(value, list) and bool(value) and all(isinstance(one, dict) for one in value)
+
+
+def row_hint(row: Any, source: Source, check: Check) -> str:
+    """The end of the message about a row that is no object."""
+    if isinstance(row, str):
+        return '; write {"text": ...}' + (" and set format: text" if source.format != "text" else "")
+    if is_rows(row):
+        messages = "role" in row[0] or settings_for({"messages": row}, source, check)
+        return '; write {"messages": [...]} on each line' if messages else "; a file that is one list of rows has the ending .json"
+    return ""
+
+
+def text_hint(value: Any) -> str:
+    """The end of the message about a text where a list of messages is expected."""
+    try:
+        parsed = json.loads(value) if isinstance(value, str) else None
+    except (ValueError, RecursionError):
+        parsed = None
+    return "; it is JSON in a text: write it as JSON itself, in a .jsonl, .json or .parquet file" if isinstance(parsed, list) else ""

@@ -6,18 +6,22 @@ from collections import Counter
 from typing import Any
 
 from ...config.data import ROLES, Source
+from .column_hints import text_hint
 from .problems import ErrorCollector
+from .recognise import Check, settings_for
 from .turn_marks import mark_of
 from .values import check_text, kind, surrogate
 
 
-def read_messages(messages: Any, name: str, source: Source, place: str, problems: ErrorCollector, unread: Counter) -> Any:
-    """The conversation with our own names for roles and fields. A null field of a message is absent: parquet adds such fields to every message.
+def read_messages(row: dict, name: str, source: Source, place: str, problems: ErrorCollector, unread: Counter, check: Check) -> Any:
+    """The conversation in the row's column `name`, with our own names for roles and fields. A null field of a message is absent: parquet adds such fields to every message.
 
     A turn that is marked as trained on, or as not, has `train` true or false. Keys that are left out are counted in `unread`.
     """
+    messages = row[name]
     if not isinstance(messages, list) or not messages:
-        problems.add(f"{place}: {name} is {kind(messages) if messages != [] else 'empty'}, expected a list of {{role, content}}")
+        found = kind(messages) if messages != [] else "empty"
+        problems.add(f"{place}: {name} is {found}, expected a list of {{role, content}}{text_hint(messages)}")
         return messages
     role_name, content_name = (source.fields.get(c, c) for c in ("role", "content"))
     roles = {source.roles.get(role, role): role for role in ROLES}
@@ -29,7 +33,13 @@ def read_messages(messages: Any, name: str, source: Source, place: str, problems
             continue
         role, content = message.get(role_name), message.get(content_name)
         if not isinstance(role, str) or role not in roles:
-            problems.add(f"{where}.{role_name} is {role!r}, expected one of {', '.join(roles)}")
+            settings = settings_for(row, source, check) if problems.hints and not source.roles else None
+            hint = f"; {settings}" if settings and settings.startswith("set ") else ""
+            problems.add(
+                f"{where}.{role_name} is {role!r}, expected one of {', '.join(roles)}{hint}", alike=f"role {role!r}" if hint else ""
+            )
+            if hint:
+                break
             continue
         if isinstance(content, list):
             content = _text_of_parts(content, f"{where}.{content_name}", f"{name}[].{content_name}[]", problems, left_out)

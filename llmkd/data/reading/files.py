@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from .json_shapes import head_of, not_a_list, over_lines
+
 Records = Iterator[tuple[str, Callable[[], Any]]]
 
 
@@ -70,19 +72,17 @@ def _text(raw: bytes) -> str:
         raise BadRow(f"not UTF-8 (byte {raw[error.start]:#04x}); save the file as UTF-8") from None
 
 
-def _without_mark(file: BinaryIO) -> bool:
-    """Whether the file starts without a byte order mark. The file is left at its start."""
-    start = file.read(3)
-    file.seek(0)
-    return start != _MARK
-
-
-_HAS_MARK = functools.partial(_raise, "starts with a byte order mark; save the file as plain UTF-8")
+def _marked(start: bytes) -> str | None:
+    """What is wrong with a file that starts with a byte order mark; None where it does not."""
+    if start.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return "the file is UTF-16; save it as plain UTF-8"
+    return "starts with a byte order mark; save the file as plain UTF-8" if start.startswith(_MARK) else None
 
 
 def _jsonl(file: BinaryIO, name: str) -> Records:
-    if not _without_mark(file):
-        yield f"{name}:1", _HAS_MARK
+    head = head_of(file)
+    if wrong := _marked(head) or over_lines(head):
+        yield f"{name}:1", functools.partial(_raise, wrong)
         return
     for number, line in enumerate(file, 1):
         if line.strip():
@@ -95,14 +95,15 @@ def _json_line(line: bytes) -> Any:
     except BadRow:
         raise
     except (ValueError, RecursionError) as error:
-        raise BadRow(f"not valid JSON ({getattr(error, 'msg', error)})") from None
+        fix = "; remove the comma at its end" if line.rstrip().endswith(b",") else ""
+        raise BadRow(f"not valid JSON ({getattr(error, 'msg', error)}){fix}") from None
 
 
 def _json(file: BinaryIO, name: str) -> Records:
     """The objects of one JSON list, each with the line it starts on."""
     raw = file.read()
-    if raw.startswith(_MARK):
-        yield f"{name}:1", _HAS_MARK
+    if wrong := _marked(raw):
+        yield f"{name}:1", functools.partial(_raise, wrong)
         return
     try:
         text = raw.decode("utf-8")
@@ -117,8 +118,7 @@ def _json_values(text: str) -> Iterator[tuple[int, Callable[[], Any]]]:
     at, line = _SPACE.match(text).end(), 1
     line += text.count("\n", 0, at)
     if text[at : at + 1] != "[":
-        found = f"found {text[at : at + 10]!r}, expected a list of objects; a file with one object per line needs the ending .jsonl"
-        yield line, functools.partial(_raise, found)
+        yield line, functools.partial(_raise, not_a_list(text))
         return
     at += 1
     expect_value = False
@@ -166,8 +166,9 @@ def _same(value: Any) -> Any:
 
 def _csv(file: BinaryIO, name: str) -> Records:
     """Comma-separated, with a header and as many fields in each row. A row's place is the line on which it starts."""
-    if not _without_mark(file):
-        yield f"{name}:1", _HAS_MARK
+    head = head_of(file)
+    if wrong := _marked(head) or _separated_otherwise(head.partition(b"\n")[0]):
+        yield f"{name}:1", functools.partial(_raise, wrong)
         return
     csv.field_size_limit(2**31 - 1)  # the default refuses long texts
     rows = csv.reader(map(_text, file), strict=True)
@@ -198,6 +199,15 @@ def _csv(file: BinaryIO, name: str) -> Records:
                 wrong = "has a column without a name" if "" in header else f"has the column {twice!r} twice"
                 yield f"{name}:{start}", functools.partial(_raise, f"the header {wrong}; give each column its own name")
                 return
+
+
+def _separated_otherwise(header: bytes) -> str | None:
+    """What is wrong with a header whose columns are separated by something else than commas."""
+    most = max(b";\t|", key=header.count)
+    if header.count(most) <= header.count(b","):
+        return None
+    names = header.decode("utf-8", "replace").strip()[:80]
+    return f"columns are separated by {chr(most)!r} here ({names}), expected commas (the delimiter of csv): save the file with commas"
 
 
 def _csv_row(header: list[str], row: list[str]) -> dict[str, str]:

@@ -6,9 +6,13 @@ SHOWN = 20
 
 
 class ErrorCollector:
-    """Collects errors, one line each, and raises them as one UserError that shows the first twenty."""
+    """Collects errors, one line each, and raises them as one UserError that shows the first twenty.
 
-    def __init__(self):
+    hints   whether they are to say which settings would read a row; not where such settings are tried
+    """
+
+    def __init__(self, hints: bool = True):
+        self.hints = hints
         self.found: list[str] = []
         self._alike: dict[str, int] = {}
 

@@ -8,7 +8,7 @@ from collections import Counter
 from typing import Any
 
 from ...config.data import FORMATS, Source
-from .column_hints import column_hint
+from .column_hints import column_hint, row_hint
 from .conversations import read_messages, read_tools
 from .problems import ErrorCollector
 from .turn_marks import row_mark
@@ -30,7 +30,10 @@ def check_row(row: Any, place: str, source: Source, problems: ErrorCollector, ch
 
 def _checked(row: Any, place: str, source: Source, problems: ErrorCollector, choices: bool, unread: Counter) -> Any:
     if not isinstance(row, dict):
-        problems.add(f"{place}: found {kind(row)}, expected an object with the columns of format {source.format}")
+        hint = row_hint(row, source, check_row) if problems.hints else ""
+        problems.add(
+            f"{place}: found {kind(row)}, expected an object with the columns of format {source.format}{hint}", alike=f"{kind(row)}"
+        )
         return row
     row_format = FORMATS[source.format]
     columns = {name: column for name, column in row_format.columns.items() if not (choices and name == row_format.answer)}
@@ -39,20 +42,24 @@ def _checked(row: Any, place: str, source: Source, problems: ErrorCollector, cho
     theirs = {column: source.fields.get(column, column) for column in columns if column not in absent}
     asked = {c: source.fields.get(c, c) for c in ("choices", "answer")} if choices else {}
     read = {*theirs.values(), *asked.values()}
+    lacking = [c for c, name in theirs.items() if name not in row and not (columns[c].optional and c == name)]
+    if lacking and _missing(lacking, row, theirs, source, place, problems):
+        return row  # what else is wrong follows from it
     trained, marks = row_mark(row, {*read, *source.ignore}, place, problems)
     count_unread(row, read | marks, source, place, problems, unread)
     hidden = absent | (marks | set(source.ignore)) - read
     found = {c: value for c, value in row.items() if c not in hidden} | {c: row[name] for c, name in asked.items() if name in row}
     for column, name in theirs.items():
         if name not in row:
-            _missing(columns[column].optional and column == name, column, row, theirs, source, place, problems)
+            if column not in lacking:
+                _slip(name, row, theirs, source, place, problems)
             continue
         value, value_kind = row[name], columns[column].kind
         if value is None and columns[column].optional:  # a null field is an absent one: parquet has them in every row
             found.pop(column, None)
             continue
         if value_kind == "messages" or (value_kind == "text or messages" and isinstance(value, list)):
-            value = read_messages(value, name, source, place, problems, unread)
+            value = read_messages(row, name, source, place, problems, unread, check_row)
         elif value_kind == "tools":
             value = read_tools(value, name, place, problems)
         elif not isinstance(value, str):
@@ -90,17 +97,22 @@ def _check_system(row: dict, theirs: dict[str, str], source: Source, place: str,
         problems.add(f"{place}: {name} and the first message are two system messages; keep one, or set ignore: [{name}]")
 
 
-def _missing(optional: bool, column: str, row: dict, theirs: dict, source: Source, place: str, problems: ErrorCollector) -> None:
-    name = theirs[column]
-    if optional:  # but a name that was given in the recipe must be there
-        near = difflib.get_close_matches(name, row.keys() - {*theirs.values(), *source.ignore}, 1, 0.8)
-        if near:
-            problems.add(f"{place}: no column {name!r}; did you mean {near[0]!r}?")
-        return
+def _missing(lacking: list[str], row: dict, theirs: dict, source: Source, place: str, problems: ErrorCollector) -> bool:
+    """One problem that names the columns that the row lacks, and the settings that read it. True if the row is of another shape throughout."""
+    named = f"column{'s' * (len(lacking) > 1)} {' and '.join(repr(theirs[column]) for column in lacking)}"
     file = place.rpartition(":")[0]
-    hint = column_hint(column, row, theirs, source, csv=file.endswith(".csv"))
-    wrong_shape = not any(c in row for c in theirs.values())  # then every row of the file is likely to be so
-    problems.add(f"{place}: no column {name!r}{hint}", alike=f"no column {name!r} in {file}" if wrong_shape else "")
+    csv = file.endswith(".csv")
+    hint, known = column_hint(lacking, row, theirs, source, check_row, csv) if problems.hints else ("", False)
+    other_shape = known or not any(name in row for name in theirs.values())
+    problems.add(f"{place}: no {named}{hint}", alike=f"no {named} in {file}" if other_shape else "")
+    return other_shape
+
+
+def _slip(name: str, row: dict, theirs: dict, source: Source, place: str, problems: ErrorCollector) -> None:
+    """A problem where an optional column is missing, and another one has nearly its name."""
+    near = difflib.get_close_matches(name, row.keys() - {*theirs.values(), *source.ignore}, 1, 0.8)
+    if near:
+        problems.add(f"{place}: no column {name!r}; did you mean {near[0]!r}?")
 
 
 def _check_choices(row: dict, source: Source, place: str, problems: ErrorCollector) -> None:

@@ -125,6 +125,18 @@ def _builtin(source: Source) -> Opened:
     return Opened(found, lambda: f"skills {skills.VERSION} {source.split} {name}", source.split)
 
 
+_OTHER_KINDS = {
+    ".tsv": "its columns are separated by tabs: save it with commas, as .csv",
+    ".txt": 'write each text as a line {"text": ...} of a .jsonl file, with format: text',
+    ".ndjson": "rename it to .jsonl",
+    ".jsonlines": "rename it to .jsonl",
+    ".pq": "rename it to .parquet",
+    ".xlsx": "save it as .csv (UTF-8, with commas)",
+    ".xls": "save it as .csv (UTF-8, with commas)",
+    ".ods": "save it as .csv (UTF-8, with commas)",
+} | dict.fromkeys((".gz", ".zst", ".bz2", ".xz", ".zip"), "unpack it")
+
+
 def local(source: Source, setting: str) -> list[tuple[str, Path]] | None:
     """The files at a path, each with its name in places; None if the path can only be a hub data set."""
     path, kinds = _path(source.path, setting), ", ".join(KINDS)
@@ -132,7 +144,8 @@ def local(source: Source, setting: str) -> list[tuple[str, Path]] | None:
         files = data_files(path, source, setting)
     elif kind_of(path) or path.is_file():
         if not kind_of(path):
-            raise UserError(f"{setting}.path: {source.path} is not a file of a known kind ({kinds}); convert it to one")
+            fix = _OTHER_KINDS.get(path.suffix.lower(), "convert it to one")
+            raise UserError(f"{setting}.path: {source.path} is not a file of a known kind ({kinds}); {fix}")
         if not path.is_file():
             raise UserError(f"{setting}.path: {source.path}: No such file or directory{_nearest(path)}")
         if source.split != "train":

@@ -3,6 +3,7 @@
 from tests.planted.fault import in_file
 
 ENDS, STOPS, SAME = "data/test_end_tokens.py", "models/test_generation.py", "data/test_same_tokenizer.py"
+SHAPES = "data/test_recognise.py"
 
 FAULTS = [
     *in_file(
@@ -66,6 +67,50 @@ FAULTS = [
             "if token is None or token in others or",
             "if token is None or",
             SAME,
+        ),
+    ),
+    *in_file(
+        "llmkd/data/reading/recognise.py",
+        ("first-proposal", "a proposal that does not read the row wins", "len(problems.found) < best[0]", "False", SHAPES),
+        (
+            "own-format-last",
+            "the format that the recipe names is tried last",
+            "name not in own, name != source.format",
+            "name not in own, False",
+            SHAPES,
+        ),
+        (
+            "proposes-a-part",
+            "another format's own columns are not seen",
+            "(name not in own, name != source.format)",
+            "name != source.format",
+            SHAPES,
+        ),
+        ("unquoted-names", "a name that is no plain YAML is not quoted", "and yaml.safe_load(name) == name", "", SHAPES),
+        (
+            "unseen-role",
+            "ShareGPT's answers are not expected where the first row has none",
+            'return found | {"assistant": "gpt"} if',
+            "return found if",
+            SHAPES,
+        ),
+        (
+            "one-half",
+            "of a pair of answers the rejected one stays",
+            "ignore = tuple(dict.fromkeys((",
+            "ignore = tuple(dict.fromkeys(()and(",
+            SHAPES,
+        ),
+    ),
+    *in_file(
+        "llmkd/data/reading/json_shapes.py",
+        ("messages-are-rows", "a conversation in one object is taken for its rows", "and not _is_talk(inner)", "", SHAPES),
+        (
+            "broken-line",
+            "a broken line is taken for an object over several lines",
+            'if value is None and start not in ("{", "["):',
+            "if False:",
+            SHAPES,
         ),
     ),
 ]

@@ -1,0 +1,166 @@
+"""The settings of a source that would read a row which the given ones do not: format, fields, roles.
+
+Columns, keys and roles are known by the names that public data sets give them. What is proposed has been tried on the row.
+"""
+
+import dataclasses
+import json
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import yaml
+
+from ...config.data import FORMATS, ROLES, Source
+from .problems import ErrorCollector
+from .turn_marks import plain
+
+_PROMPTS = "instruction prompt question query problem input user human request task inputs questions prompts".split()
+_ANSWERS = (
+    "output response answer completion solution target reply assistant bot generation chosen responses answers completions targets outputs"
+    " expectedoutput modeloutput goldanswer finalanswer"
+).split()
+_INPUTS = "input context".split()
+_TEXTS = "text content document body passage article story abstract code rawcontent doc txt paragraph".split()
+_SYSTEMS = "system systemprompt systemmessage".split()
+_ROLE_KEYS = "role from speaker author sender".split()
+_CONTENT_KEYS = "content value text message utterance body".split()
+_ROLE_NAMES = {
+    "user": "user human prompter customer client question usermessage".split(),
+    "assistant": "assistant gpt bot model chatgpt ai chatbot agent assistantmessage bing bard answer".split(),
+    "system": ["system", "systemprompt"],
+    "tool": "tool function observation toolresponse ipython toolresult functionresponse".split(),
+}
+
+
+#: Checks a row against a source and adds what is wrong to the collector: `row_checks.check_row`.
+Check = Callable[[dict, str, Source, ErrorCollector], Any]
+
+
+def settings_for(row: dict, source: Source, check: Check) -> str | None:
+    """What to set, such as "set format: chat, fields: {messages: conversations}", so that the row is read; None if nothing is known.
+
+    The source's own format comes first. Where no proposal reads the whole row, it is the one with the fewest problems.
+    """
+    best = None
+    for candidate in _candidates(row, source):
+        problems = ErrorCollector(hints=False)
+        check(row, "", candidate, problems)
+        if best is None or len(problems.found) < best[0]:
+            best = len(problems.found), candidate
+    said = _changes(best[1], source) if best else None
+    return said and (f"the nearest is {said}" if best[0] else f"set {said}")
+
+
+def is_read(row: Any, source: Source, check: Check) -> bool:
+    """Whether a row is read by a source, or would be by other settings that are known."""
+    problems = ErrorCollector(hints=False)
+    check(row, "", source, problems)
+    return not problems.found or (isinstance(row, dict) and settings_for(row, source, check) is not None)
+
+
+def _changes(candidate: Source, source: Source) -> str | None:
+    """The settings in which the candidate differs from the source, as lines of a recipe."""
+    names = ("format", "fields", "roles", "ignore", "chat_template")
+    said = [f"{name}: {_shown(getattr(candidate, name))}" for name in names if getattr(candidate, name) != getattr(source, name)]
+    return ", ".join(said) or None
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{key}: {_name(name)}' for key, name in value.items())}}}"
+    return f"[{', '.join(map(_name, value))}]" if isinstance(value, tuple) else str(value).lower() if isinstance(value, bool) else value
+
+
+def _name(name: str) -> str:
+    """A name as YAML: in quotes where it has to be."""
+    return (
+        name
+        if re.fullmatch(r"[A-Za-z_][\w.-]*( [\w.-]+)*", name) and yaml.safe_load(name) == name
+        else json.dumps(name, ensure_ascii=False)
+    )
+
+
+def _candidates(row: dict, source: Source) -> Iterator[Source]:
+    """Sources that may read the row: first those of formats whose own columns it has, then of the given format."""
+    own = {name for name in _READERS if all(column in row for column, kind in FORMATS[name].row.items() if not kind.optional)}
+    for name in sorted(_READERS, key=lambda name: (name not in own, name != source.format)):
+        for fields, roles in _READERS[name](row):
+            kept = {
+                ours: theirs for ours, theirs in source.fields.items() if name == source.format and ours not in fields and theirs in row
+            }
+            fields = kept | {ours: theirs for ours, theirs in fields.items() if ours != theirs}
+            taken = {fields.get(column, column) for column in FORMATS[name].columns}
+            pair = tuple(
+                column
+                for column in ("chosen", "rejected")
+                if row.get(column) and column not in taken and {"chosen", "rejected"} <= row.keys()
+            )
+            template = FORMATS[name].template == "optional" and (
+                source.chat_template or source.format == "chat" or bool(row.get(fields.get("system", "system")))
+            )
+            ignore = tuple(dict.fromkeys((*(column for column in source.ignore if column not in taken), *pair)))
+            yield dataclasses.replace(source, format=name, fields=fields, roles=roles, ignore=ignore, chat_template=template)
+
+
+Found = Iterator[tuple[dict[str, str], dict[str, str]]]
+
+
+def _chat(row: dict) -> Found:
+    for name, value in row.items():
+        keys = _message_keys(value)
+        if keys:
+            yield {"messages": name, **keys, **_system(row)}, _roles({message[keys["role"]] for message in value})
+
+
+def _message_keys(value: Any) -> dict[str, str]:
+    """The keys of a list of messages that hold role and content; empty for anything else."""
+    if not isinstance(value, list) or not value or not all(isinstance(message, dict) for message in value):
+        return {}
+    found = {}
+    for ours, names in (("role", _ROLE_KEYS), ("content", _CONTENT_KEYS)):
+        there = [key for name in names for key in value[0] if plain(key) == name and all(isinstance(one.get(key), str) for one in value)]
+        found |= {ours: there[0]} if there else {}
+    return found if len(found) == 2 else {}
+
+
+def _roles(theirs: set[str]) -> dict[str, str]:
+    """The settings for the file's own names of the roles; a name that is known needs none."""
+    names = sorted(theirs - set(ROLES))
+    found = {role: name for role in ROLES for name in names if role not in theirs and plain(name) in _ROLE_NAMES.get(role, ())}
+    return found | {"assistant": "gpt"} if found == {"user": "human"} and "assistant" not in theirs else found  # ShareGPT's, not seen yet
+
+
+def _alpaca(row: dict) -> Found:
+    for prompt, answer in _pairs(row):
+        given = next((name for name in _named(row, _INPUTS) if name not in (prompt, answer)), None)
+        yield {"instruction": prompt, **({"input": given} if given else {}), "output": answer, **_system(row)}, {}
+
+
+def _prompt_completion(row: dict) -> Found:
+    for prompt, answer in _pairs(row):
+        yield {"prompt": prompt, "completion": answer, **_system(row)}, {}
+
+
+def _pairs(row: dict) -> Iterator[tuple[str, str]]:
+    yield from ((prompt, answer) for prompt in _named(row, _PROMPTS)[:1] for answer in _named(row, _ANSWERS)[:1])
+
+
+def _text(row: dict) -> Found:
+    if not _named(row, _PROMPTS) and not _named(row, _ANSWERS):
+        known = _named(row, _TEXTS) or list(row)[: len(row) == 1]
+        yield from (({"text": name}, {}) for name in known[:1] if isinstance(row[name], str))
+
+
+def _system(row: dict) -> dict[str, str]:
+    names = _named(row, _SYSTEMS)
+    return {"system": names[0]} if names else {}
+
+
+def _named(row: dict, names: list[str]) -> list[str]:
+    """The columns that have one of these names, in the names' order."""
+    return [column for name in names for column in row if plain(column) == name and row[column] is not None]
+
+
+#: In the order in which they are tried.
+_READERS = {"chat": _chat, "prompt_completion": _prompt_completion, "alpaca": _alpaca, "text": _text}
