@@ -18,15 +18,16 @@ def check(folder: Path, wanted: Evaluation) -> None:
 
     need_harness()
     try:
-        find_tasks(list(wanted.tasks), wanted.tasks_dir, wanted.fewshot)
+        find_tasks(list(wanted.tasks), wanted.tasks_dir, wanted.fewshot, wanted.allow_task_code)
     except UserError as error:
         raise UserError(*(problem.replace("--tasks", "eval.tasks", 1) for problem in error.problems)) from None
     for task in wanted.tasks:
         for arm in sorted(folder.glob("arms/*")):
             record = read_record(arm, task) or {}
-            for name in ("limit", "fewshot"):
-                asked = getattr(wanted, name)
-                if record and record.get(name) != asked and (name == "limit" or asked is not None):
+            for name in ("limit", "fewshot", "chat_template"):
+                there, asked = record.get(name), getattr(wanted, name)
+                differs = bool(there) != asked if name == "chat_template" else there != asked
+                if record and differs and (name != "fewshot" or asked is not None):
                     raise UserError(
                         f"eval.{name}: found {asked}, and {arm.name} was evaluated on {task} with {record.get(name)}; "
                         f"use that value, or remove {folder}/arms/*/eval to evaluate all arms again"
@@ -45,6 +46,7 @@ def finish(folder: Path, wanted: Evaluation) -> dict:
 
         info(f"\nevaluating {len(done)} arms on {', '.join(wanted.tasks)}")
         options = {"fewshot": wanted.fewshot, "limit": wanted.limit, "batch_size": wanted.batch_size or "auto"}
+        options |= {"chat_template": wanted.chat_template, "allow_task_code": wanted.allow_task_code}
         try:
             evaluate_all(done, list(wanted.tasks), tasks_dir=wanted.tasks_dir, **options)
         except UserError as error:

@@ -25,9 +25,12 @@ def evaluate(options: argparse.Namespace) -> list[dict]:
         )
     for name in options.places:
         refuse_mistyped_folder(name, "eval")  # before the harness is loaded, which takes minutes
+    from llmkd_eval.harness.benchmarks import find_groups
     from llmkd_eval.harness.evaluate import evaluate_all, in_words
+    from llmkd_eval.harness.groups import group_means
 
-    given = {name: getattr(options, name) for name in ("tasks_dir", "out", "dtype", "fewshot", "limit", "seed", "force")}
+    names = ("tasks_dir", "out", "dtype", "fewshot", "limit", "seed", "force", "chat_template", "allow_task_code")
+    given = {name: getattr(options, name) for name in names}
     records = evaluate_all(options.places, options.tasks, batch_size=options.batch_size or "auto", **given)
     from llmkd.console import table
 
@@ -37,6 +40,8 @@ def evaluate(options: argparse.Namespace) -> list[dict]:
         for task, record in of_model.items()
         for metric, value in record["metrics"].items()
     ]
+    groups = find_groups(options.tasks, options.tasks_dir, options.fewshot)
+    rows += [{"model": name} | row for name, of_model in records.items() for row in group_means(groups, of_model)]
     if first_process():
         print(table([{key: row[key] for key in ("model", "task", "shots", "items", "metric")} | {"score": in_words(row)} for row in rows]))
     return rows

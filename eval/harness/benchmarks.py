@@ -11,25 +11,43 @@ from pathlib import Path
 from llmkd.console import info, warn
 from llmkd.errors import UserError
 
+from .task_code import refuse_task_code, sandbox_templates
 
-def find_tasks(names: list[str], tasks_dir: Path | str | None, fewshot: int | None) -> dict:
-    """{name: the harness's task}, with its data read; a group or tag stands for its tasks. UserError for tasks that cannot be loaded."""
+
+def find_tasks(names: list[str], tasks_dir: Path | str | None, fewshot: int | None, allow_task_code: bool = False) -> dict:
+    """{name: the harness's task}, with its data read; a group or tag stands for its tasks. UserError for tasks that cannot be loaded.
+
+    allow_task_code  files in `tasks_dir` may name Python that is then run
+    """
     tasks_dir = _task_folder(tasks_dir)
+    if not allow_task_code:
+        if tasks_dir:
+            refuse_task_code(tasks_dir, own_tasks())
+        sandbox_templates()
     found = {}
     for name in names:
-        found |= _load(name, tasks_dir, fewshot)
+        found |= _load(name, tasks_dir, fewshot)[0]
     if not found:
         raise UserError("--tasks: no task is given; write --tasks hellaswag,commonsense_qa")
     return found
 
 
+def find_groups(names: list[str], tasks_dir: Path | str | None, fewshot: int | None) -> dict:
+    """{name: the harness's group} of those among the names, and in their groups, that have a mean. Their tasks are those of `find_tasks`."""
+    tasks_dir, found = _task_folder(tasks_dir), {}
+    for name in names:
+        found |= {group.name: group for group in _load(name, tasks_dir, fewshot)[1].values() if group.has_aggregation}
+    return found
+
+
 @functools.cache
-def _load(name: str, tasks_dir: Path | None, fewshot: int | None) -> dict:
-    """Kept for the next model; apart for each number of examples, which the harness writes into the task."""
+def _load(name: str, tasks_dir: Path | None, fewshot: int | None) -> tuple[dict, dict]:
+    """Tasks and groups. Kept for the next model; apart for each number of examples, which the harness writes into the task."""
     _quiet()
     known = _index_with(name, tasks_dir)
     try:
-        tasks = known.load([name])["tasks"]
+        loaded = known.load([name])
+        tasks = loaded["tasks"]
         empty = [task for task in tasks.values() if not len(task.eval_docs)]
     except Exception as error:
         reason = (str(error).splitlines() or [""])[0][:200]
@@ -42,7 +60,7 @@ def _load(name: str, tasks_dir: Path | None, fewshot: int | None) -> dict:
             raise UserError(f"--tasks: {task.task_name}: runs code that the model writes, which llmkd does not do; leave it out")
         if fewshot and shots(task, fewshot) != fewshot:
             warn(f"note: {task.task_name} has its examples in its prompt, so --fewshot {fewshot} has no effect")
-    return tasks
+    return tasks, loaded["groups"]
 
 
 def _index_with(name: str, tasks_dir: Path | None):
@@ -85,6 +103,12 @@ def shots(task, asked: int | None) -> int:
     """How many examples the harness will give: a task that says 0 itself keeps it."""
     own = task.get_config("num_fewshot")
     return own or 0 if asked is None or own == 0 else asked
+
+
+def own_tasks() -> Path:
+    """The folder of the installed harness's own tasks, found without loading it."""
+    need_harness()
+    return Path(importlib.util.find_spec("lm_eval").origin).resolve().parent / "tasks"
 
 
 def need_harness() -> None:

@@ -12,6 +12,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import jinja2
+
 from llmkd import __version__
 from llmkd.console import first_process, info, warn
 from llmkd.errors import ChangedFiles, Stopped, UserError
@@ -20,7 +22,7 @@ from llmkd.training.shutdown import ShutdownRequest
 from . import record_files
 from .benchmarks import find_tasks, harness_version, index, need_harness, shots
 from .live_model import live_model_class
-from .model_refs import ModelToEvaluate, find_models, weights_of
+from .model_refs import ModelToEvaluate, find_models, tokenizer_of, weights_of
 from .samples import in_words, items_of, record_of
 
 CPU_BATCH = 8  # for "auto", which measures what fits into a GPU's memory
@@ -34,6 +36,7 @@ class Options:
     seed: int | None = None  # None: the harness's own seeds
     dtype: str | None = None  # None: as the model was trained, or is saved
     force: bool = False  # evaluate again what has a record
+    chat_template: bool = False  # prompts are rendered in the model's chat template, few-shot examples as turns of it
 
     @property
     def seeds(self) -> dict[str, int]:
@@ -41,12 +44,14 @@ class Options:
         return own if self.seed is None else dict.fromkeys(own, self.seed)
 
 
-def evaluate(model: Path | str, tasks: list[str], *, tasks_dir=None, out=None, **options) -> dict[str, dict]:
+def evaluate(model: Path | str, tasks: list[str], *, tasks_dir=None, out=None, allow_task_code=False, **options) -> dict[str, dict]:
     """One model's records by task, new ones and those that were there already. `options` are those of `Options`."""
-    return evaluate_all([str(model)], tasks, tasks_dir=tasks_dir, out=out, **options)[str(model)]
+    return evaluate_all([str(model)], tasks, tasks_dir=tasks_dir, out=out, allow_task_code=allow_task_code, **options)[str(model)]
 
 
-def evaluate_all(models: list[str], tasks: list[str], *, tasks_dir=None, out=None, **options) -> dict[str, dict[str, dict]]:
+def evaluate_all(
+    models: list[str], tasks: list[str], *, tasks_dir=None, out=None, allow_task_code=False, **options
+) -> dict[str, dict[str, dict]]:
     """{model: {task: record}}. Wrong arguments are refused before a model is loaded. Rank 0 writes the files.
 
     If a task fails for one model, the others are still evaluated, and a UserError is raised at the end. Raises Stopped on a signal;
@@ -55,8 +60,8 @@ def evaluate_all(models: list[str], tasks: list[str], *, tasks_dir=None, out=Non
     options = Options(**options)
     need_harness()
     with ShutdownRequest("leaving the evaluation") as stop:
-        found_tasks = find_tasks(tasks, tasks_dir, options.fewshot)
-        found_models = find_models(list(dict.fromkeys(models)), out, options.dtype)
+        found_tasks = find_tasks(tasks, tasks_dir, options.fewshot, allow_task_code)
+        found_models = find_models(list(dict.fromkeys(models)), out, options.dtype, options.chat_template)
         records = {ref.name: _known(ref, found_tasks, options) for ref in found_models}
         left = sum(record is None for of_model in records.values() for record in of_model.values())
         if left:
@@ -122,6 +127,7 @@ def _settings(ref: ModelToEvaluate, task, options: Options) -> dict:
         "llmkd": __version__,
         "fewshot": shots(task, options.fewshot),
         "limit": options.limit,
+        "chat_template": options.chat_template or None,
         "seeds": options.seeds,
         "model": ref.identity,
     }
@@ -159,13 +165,12 @@ class _Work:
 
     def load(self, ref: ModelToEvaluate):
         """The model as it was trained, whatever its head's padding, for the harness."""
-        from llmkd.data.encoding.tokenizer import load_tokenizer, shared_vocab
+        from llmkd.data.encoding.tokenizer import shared_vocab
         from llmkd.model_folder.files import rows_of
         from llmkd.models import adapters, pretrained
 
         files, device = ref.files, self.accelerator.device
-        own = files.adapter and (files.adapter / "tokenizer.json").exists()
-        tokenizer = load_tokenizer(str(files.adapter if own else files.base), ref.name)
+        tokenizer = tokenizer_of(files, ref.name)
         shared_vocab(tokenizer, {ref.name: rows_of(files.config)})
         dtype = self.options.dtype or ref.settings.dtype
         model = pretrained.load_pretrained(files.base, ref.name, dtype, "auto", device, ref.settings.quantization)
@@ -183,7 +188,7 @@ class _Work:
         import lm_eval
 
         started, options = time.monotonic(), self.options
-        live.truncated = set()
+        live.truncated, live.no_system = set(), False
         try:
             with contextlib.redirect_stdout(io.StringIO()), _without_asides():  # its notes on batch sizes
                 found = lm_eval.simple_evaluate(
@@ -191,10 +196,12 @@ class _Work:
                     tasks=[self.tasks[name]],
                     num_fewshot=options.fewshot,
                     limit=options.limit,
+                    apply_chat_template=options.chat_template,
+                    fewshot_as_multiturn=options.chat_template,
                     task_manager=index(None, False),  # else it would index all its tasks
                     **{f"{what}_random_seed" if what != "random" else "random_seed": seed for what, seed in options.seeds.items()},
                 )
-        except (AssertionError, ValueError, KeyError, IndexError) as error:
+        except (AssertionError, ValueError, KeyError, IndexError, jinja2.TemplateError) as error:
             reason = (str(error).splitlines() or [""])[0][:200]
             raise UserError(f"the harness cannot evaluate it ({type(error).__name__}: {reason})") from error
         record, problem = None, None
@@ -203,7 +210,7 @@ class _Work:
                 items = items_of(found["samples"][name], live.truncated)
                 record = record_of(found, name, items, _settings(ref, self.tasks[name], options), time.monotonic() - started)
                 record = record_files.write_task(ref.out, record, items)
-                self.tell(record, items, live.max_length)
+                self.tell(record, items, live)
             except UserError as error:
                 problem = str(error)
         record, problem = self.shared([record, problem])
@@ -219,7 +226,7 @@ class _Work:
             broadcast_object_list(values)
         return values
 
-    def tell(self, record: dict, items: list[dict], context: int) -> None:
+    def tell(self, record: dict, items: list[dict], live) -> None:
         name, metrics = record["task"], "  ".join(f"{metric} {in_words(value)}" for metric, value in record["metrics"].items())
         info(
             f"[{self.done + 1}/{self.left}] {record['model']['path']}: {name}  {metrics}  ({record['n']} items, {record['seconds']:.0f} s)"
@@ -228,8 +235,11 @@ class _Work:
             truncated_items = sum(item["truncated"] for item in items)
             warn(
                 f"warning: {name}: {record['truncated']} requests, of {truncated_items} of {len(items)} items, are longer than the model's context of "
-                f"{context} tokens; the harness dropped their beginning, so the scores of those items mean little"
+                f"{live.max_length} tokens; the harness dropped their beginning, so the scores of those items mean little"
             )
+
+        if live.no_system:
+            warn(f"warning: {name}: the chat template takes no system message, so the task's description is left out of the prompts")
 
     def check_stop(self) -> None:
         if self.stop.any_rank(self.accelerator):

@@ -6,6 +6,7 @@ import sys
 import time
 
 from llmkd.console import first_process, info
+from llmkd.data.encoding.template_process import rendered
 from llmkd.errors import Stopped, UserError
 from llmkd.process.machine_errors import is_out_of_memory
 
@@ -28,7 +29,7 @@ def live_model_class():
         def __init__(self, model, tokenizer, batch_size, accelerator, stop):
             with _weights_as_they_are(model):
                 super().__init__(pretrained=model, tokenizer=tokenizer, batch_size=batch_size, backend="causal")
-            self.launch, self.stop, self.truncated = accelerator, stop, set()
+            self.launch, self.stop, self.truncated, self.no_system = accelerator, stop, set(), False
 
         def loglikelihood(self, requests, disable_tqdm=False):
             return self._shared(super().loglikelihood, requests)
@@ -56,6 +57,20 @@ def live_model_class():
                 if words is not None and len(context) + len(continuation) > self.max_length + 1:  # a piece of a rolling text has no words
                     self.truncated.add(request_key(words))
             return super()._loglikelihood_tokens(requests, **options)
+
+        def apply_chat_template(self, chat_history, add_generation_prompt=True):
+            """As in training: in a process of its own, with a fixed date. `no_system` is set where the template takes no system message."""
+            if not add_generation_prompt:  # the harness begins the answer itself
+                return super().apply_chat_template(chat_history, add_generation_prompt)
+            template, tokens = self.tokenizer.get_chat_template(), self.tokenizer.special_tokens_map
+            try:
+                return rendered(template, tokens, chat_history)
+            except ValueError:
+                rest = [message for message in chat_history if message["role"] != "system"]
+                if len(rest) == len(chat_history):
+                    raise
+                self.no_system = True
+                return rendered(template, tokens, rest)
 
         def get_model_info(self):
             """Said by our own record; the harness would ask the hub for a model of this object's name."""

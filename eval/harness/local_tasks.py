@@ -4,7 +4,6 @@ Each includes the task that is installed with the harness, so that prompt, choic
 overrides only where the data comes from. The harness wants absolute paths in them, so they are made for each machine.
 """
 
-import importlib.util
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +14,7 @@ from llmkd.data.reading import files
 from llmkd.errors import UserError
 from llmkd.files import write_atomic
 
-from .benchmarks import need_harness
+from .benchmarks import own_tasks
 
 _READERS = {".jsonl": "json", ".json": "json", ".parquet": "parquet"}  # what `datasets` calls them
 _SHARD = re.compile(r".*-\d+-of-\d+\.\w+")
@@ -62,7 +61,7 @@ def write_tasks(data: Path, to: Path) -> dict[str, list[Path]]:
         for paths in (splits.get("train", []), splits["validation"]):
             if len(paths) > 1 and not all(_SHARD.fullmatch(path.name) for path in paths):
                 raise UserError(f"{data}: {paths[0].name} and {paths[1].name} both hold rows of {task}; name a folder that has one of them")
-    installed = _harness_tasks()
+    installed = own_tasks()
     to.mkdir(parents=True, exist_ok=True)
     for task, splits in found.items():
         write_atomic(to / f"{task}.yaml", _task_file(task, splits, installed))
@@ -96,9 +95,3 @@ def _first_row(path: Path) -> dict | None:
         except files.BadRow:
             return None
     return row if isinstance(row, dict) else None
-
-
-def _harness_tasks() -> Path:
-    """The folder of the installed harness's own tasks, found without loading it."""
-    need_harness()
-    return Path(importlib.util.find_spec("lm_eval").origin).parent / "tasks"

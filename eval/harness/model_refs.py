@@ -1,5 +1,7 @@
 """Finds the models to evaluate without loading them: a run, an adapter, a merged model, a base or a hub id."""
 
+import dataclasses
+import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,10 +23,16 @@ class ModelToEvaluate:
     out: Path  # the folder for them
 
 
-def find_models(names: list[str], out: str | Path | None = None, dtype: str | None = None) -> list[ModelToEvaluate]:
-    """Each model's files and where its results go; UserError where a model, or a place to write to, is missing."""
+def find_models(
+    names: list[str], out: str | Path | None = None, dtype: str | None = None, chat_template: bool = False
+) -> list[ModelToEvaluate]:
+    """Each model's files and where its results go; UserError where a model, its chat template or a place to write to is missing."""
     located = [_locate(name) for name in names]  # all of them, before the first one's weights are read
+    templates = [
+        {"chat_template": _template(files, name)} if chat_template else {} for name, (*_, files) in zip(names, located, strict=True)
+    ]
     refs = [_find(name, *where, out and Path(out), len(names) > 1, dtype) for name, where in zip(names, located, strict=True)]
+    refs = [dataclasses.replace(ref, identity=ref.identity | template) for ref, template in zip(refs, templates, strict=True)]
     places: dict[Path, ModelToEvaluate] = {}
     for ref in refs:
         other = places.setdefault(ref.out.resolve(), ref)
@@ -41,6 +49,22 @@ def find_models(names: list[str], out: str | Path | None = None, dtype: str | No
 def weights_of(files: ModelFiles) -> str:
     """A fingerprint of base and adapter, weights and configurations. The files are read whole, unless they were before."""
     return "+".join(f"{fingerprint(folder, 'eval')}.{config_hash(folder, 'eval')}" for folder in (files.base, files.adapter) if folder)
+
+
+def tokenizer_of(files: ModelFiles, name: str):
+    """The tokenizer of a model, or of its adapter where that has one."""
+    from llmkd.data.encoding.tokenizer import load_tokenizer
+
+    own = files.adapter and (files.adapter / "tokenizer.json").exists()
+    return load_tokenizer(str(files.adapter if own else files.base), name)
+
+
+def _template(files: ModelFiles, name: str) -> str:
+    """A hash of the model's chat template. UserError where it has none."""
+    tokenizer = tokenizer_of(files, name)
+    if not tokenizer.chat_template:
+        raise UserError(f"--chat_template: the tokenizer of {name} has no chat template; leave it out, or evaluate a model that has one")
+    return hashlib.sha256(tokenizer.get_chat_template().encode()).hexdigest()
 
 
 def _locate(name: str) -> tuple[Path, Path | None, ModelFiles]:

@@ -10,7 +10,8 @@ from llmkd.model_folder.identity import WHOLE
 from llmkd.output.run_folder import read_run_file
 
 #: Settings that two evaluations of a task must share to be the same evaluation.
-SAME = ("version", "harness", "fewshot", "limit", "seeds", "model.fingerprint", "model.dtype", "model.quantization")
+SAME = ("version", "harness", "fewshot", "limit", "chat_template", "seeds")
+SAME += ("model.fingerprint", "model.dtype", "model.quantization", "model.chat_template")
 
 
 def read_record(place: Path | str, task: str) -> dict | None:

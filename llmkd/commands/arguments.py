@@ -213,6 +213,8 @@ COMMANDS = (
                 "float32, bfloat16, float16 or float64 (default: as the student was trained, or as the model is saved)",
                 one_of("float32", "bfloat16", "float16", "float64"),
             ),
+            Switch("--chat_template", "render the prompts in the model's chat template, few-shot examples as its turns"),
+            Switch("--allow_task_code", "run the Python that task files in --tasks_dir name (!function and its like)"),
             Option("--out", "DIR", "folder for the results"),
             Switch("--force", "evaluate again where results exist, and replace them"),
             _JSON,

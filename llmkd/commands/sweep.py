@@ -16,6 +16,7 @@ from ..config.paths import place_changes
 from ..config.recipe import Recipe, distils, used_teachers, uses_teacher
 from ..config.sweep import ArmSpec, Sweep, expand
 from ..console import count, info
+from ..data.encoding.tokenizer import student_tokenizer
 from ..errors import Stopped, UserError, attribute_to_student
 from ..files import is_leftover
 from ..model_folder.files import ModelFiles
@@ -40,7 +41,10 @@ def run_sweep(config: str, overrides: dict, resume: bool, then: Callable[[Path],
     folder = Path(sweep.output_dir).expanduser()
     specs = {spec.name: spec for spec in expand(sweep)}
     load = SweepRecipes(sweep, Path(config), specs, check_inputs=True)
-    check_recipes_unchanged(load.recipes())  # every problem before anything runs
+    recipes = load.recipes()  # every problem before anything runs
+    check_recipes_unchanged(recipes)
+    if sweep.eval.tasks and sweep.eval.chat_template:
+        refuse_without_template(recipes)
     state = SweepState(folder, sweep, specs, resume)
     with ShutdownRequest() as stop:
         accelerator = start()  # all processes are here before one of them writes
@@ -82,6 +86,19 @@ def check_recipes_unchanged(recipes: dict[str, Recipe]) -> None:
                 problems += [f"arm {name}: {problem}" for problem in error.problems]
     if problems:
         raise UserError(*problems)
+
+
+def refuse_without_template(recipes: dict[str, Recipe]) -> None:
+    """UserError where a student is to be evaluated in a chat template that its tokenizer does not have."""
+    students = [recipe.student for recipe in recipes.values()]
+    for student in {(one.tokenizer, one.model, one.revision, one.base): one for one in students}.values():
+        try:
+            template = student_tokenizer(student).chat_template
+        except UserError:  # of a model that a stage is still to write
+            continue
+        if not template:
+            name = student.tokenizer or student.model
+            raise UserError(f"eval.chat_template: found true, and the tokenizer of {name} has no chat template; set it to false")
 
 
 def train_group(group: Group, recipes: dict[str, Recipe], state: SweepState, resume: bool, stop: ShutdownRequest) -> None:

@@ -41,6 +41,8 @@ class Evaluation:
     fewshot: Annotated[int, Field(ge=0)] | None = Field(None, description="Number of few-shot examples; null: the task's own number.")
     limit: Count | None = Field(None, description="Most questions of each task; null: all.")
     batch_size: Count | None = Field(None, description="Sequences per forward pass; null: the harness's own choice.")
+    chat_template: bool = Field(False, description="Render the prompts in the student's chat template, few-shot examples as its turns.")
+    allow_task_code: bool = Field(False, description="Run the Python that task files in tasks_dir name (!function and its like).")
 
 
 @config_dataclass

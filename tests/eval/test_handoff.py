@@ -227,7 +227,9 @@ def test_a_record_says_what_was_measured_and_how(base, tmp_path, tasks_dir):
 
     record = evaluate(base, ["hellaswag"], tasks_dir=tasks_dir, fewshot=1, limit=6, seed=3, out=tmp_path / "out")["hellaswag"]
     assert record == record_files.read_record(tmp_path / "out", "hellaswag") and tasks_in(tmp_path / "out") == ["hellaswag"]
-    assert list(record) == ("task version harness llmkd fewshot limit seeds model n metrics truncated items_sha256 date seconds".split())
+    assert list(record) == (
+        "task version harness llmkd fewshot limit chat_template seeds model n metrics truncated items_sha256 date seconds".split()
+    )
     assert (record["version"], record["fewshot"], record["limit"], record["n"], record["truncated"]) == (1.0, 1, 6, 6, 0)
     assert record["seeds"] == dict.fromkeys(("random", "numpy", "torch", "fewshot"), 3)
     items = record_files.read_items(tmp_path / "out", "hellaswag")

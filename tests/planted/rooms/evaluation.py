@@ -185,15 +185,15 @@ FAULTS = [
         (
             "another-limit",
             "an evaluation of other items is not done again",
-            '"fewshot", "limit", "seeds",',
-            '"fewshot", "seeds",',
+            '"fewshot", "limit", "chat_template",',
+            '"fewshot", "chat_template",',
             f"{HANDOFF}::test_nothing_is_evaluated_twice_or_mixed_up",
         ),
         (
             "another-number-of-shots",
             "an evaluation with other shots is not done again",
-            '"fewshot", "limit", "seeds",',
-            '"limit", "seeds",',
+            '"fewshot", "limit", "chat_template",',
+            '"limit", "chat_template",',
             f"{HANDOFF}::test_nothing_is_evaluated_twice_or_mixed_up",
         ),
         (

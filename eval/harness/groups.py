@@ -1,0 +1,48 @@
+"""The means of groups of tasks, as the harness defines them."""
+
+from typing import Any
+
+
+def group_means(groups: dict[str, Any], records: dict[str, dict]) -> list[dict]:
+    """A row for each group and metric that the harness takes a mean of: value and standard error over its tasks.
+
+    groups   the harness's groups, of `benchmarks.find_groups`
+    records  one model's records by task
+
+    The group says which metrics, and whether its tasks weigh by their items or alike. A mean is left out where a task lacks the metric.
+    """
+    measured = {name: _as_of_the_harness(record) for name, record in records.items()}
+    out = []
+    for name, group in groups.items():
+        names = [task.task_name for task in group.get_all_tasks()]
+        found, shots = group.aggregate(measured), {records[task]["fewshot"] for task in names}
+        for wanted in group.aggregate_metric_list:
+            for key in [key for key in found if key.partition(",")[0] == wanted.metric and "," in key]:
+                if not all(key in measured[task] for task in names):
+                    continue
+                metric, _, how = key.partition(",")
+                error, named = found.get(f"{metric}_stderr,{how}"), metric if how == "none" else key
+                better = {records[task]["metrics"][named].get("higher_is_better") for task in names}
+                out.append(
+                    {
+                        "task": name,
+                        "tasks": names,
+                        "weighting": "items" if wanted.weight_by_size else "tasks",
+                        "shots": shots.pop() if len(shots) == 1 else None,
+                        "items": sum(records[task]["n"] for task in names),
+                        "metric": named,
+                        "value": found[key],
+                        "stderr": error if isinstance(error, float) else None,
+                        "higher_is_better": better.pop() if len(better) == 1 else None,
+                    }
+                )
+    return out
+
+
+def _as_of_the_harness(record: dict) -> dict[str, Any]:
+    """A task's results under the harness's names."""
+    out: dict[str, Any] = {"sample_len": record["n"]}
+    for name, metric in record["metrics"].items():
+        key, how = name.partition(",")[0], name.partition(",")[2] or "none"
+        out |= {f"{key},{how}": metric["value"], f"{key}_stderr,{how}": "N/A" if metric["stderr"] is None else metric["stderr"]}
+    return out

@@ -1,0 +1,88 @@
+"""Faults in generation, prompts, `llmkd sample`, chat templates and groups of evaluations, code in task files, and `--json`."""
+
+from tests.planted.fault import in_file
+
+GENERATE, PROMPTS, SAMPLE = "rollouts/test_generate.py", "data/test_prompts.py", "commands/test_sample.py"
+CHAT, OUTPUTS = "eval/test_chat_template.py", "commands/test_outputs.py"
+
+FAULTS = [
+    *in_file(
+        "llmkd/rollouts/generate.py",
+        ("padded-on-the-right", "prompts are padded on the right", "ids_BT[row, longest - len(prompt) :]", "ids_BT[row, : len(prompt)]", GENERATE),
+        (
+            "positions-of-the-padding",
+            "positions count the padding",
+            "(mask_BT.cumsum(-1) - 1).clamp(min=0)",
+            "(torch.ones_like(mask_BT).cumsum(-1) - 1)",
+            GENERATE,
+        ),
+        ("positions-stand-still", "every new token has one position", "position_BT[:, -1:] + 1).clamp", "position_BT[:, -1:] + 0).clamp", GENERATE),
+        ("hot-noise", "the noise is divided by the temperature too", "/ sampling.temperature + noise_BV.to(logits_BV.device))", "+ noise_BV.to(logits_BV.device))", GENERATE),
+        ("noise-of-the-row", "noise depends on the row of the batch", "[(i, len(written[i])) for i in prompts]", "[(k, len(written[i])) for k, i in enumerate(prompts)]", GENERATE),
+        ("noise-of-the-prompt-alone", "noise is the same at every position", "np.array([0, position, 0, 0], np.uint64)", "np.array([0, 0, 0, 0], np.uint64)", GENERATE),
+        ("noise-without-the-seed", "noise does not depend on the seed", "key=np.array([seed, prompt], np.uint64)", "key=np.array([0, prompt], np.uint64)", GENERATE),
+        ("overlapping-noise", "noise of one position goes on where the last began", "np.array([0, position, 0, 0], np.uint64)", "np.array([position, 0, 0, 0], np.uint64)", GENERATE),
+        ("half-a-gumbel", "noise is exponential", "return -np.log(-np.log(", "return -np.log((", GENERATE),
+        ("one-end-token", "only the least end token ends an answer", "sampling, frozenset(end_ids))", "sampling, frozenset(sorted(end_ids)[:1]))", GENERATE),
+        ("goes-on-after-its-end", "an answer that has ended goes on", "            if i in going:\n", "            if True:\n", GENERATE),
+        ("one-too-many", "an answer may be one token longer", "if len(written[i]) < room[i] and", "if len(written[i]) <= room[i] and", GENERATE),
+        ("past-the-last-position", "an answer goes on past the model's last position", "min(sampling.max_new_tokens, most - len(ids))", "sampling.max_new_tokens", GENERATE),
+        ("stays-in-eval", "the model is left in eval mode", "    finally:\n        model.train(training)", "    finally:\n        pass", GENERATE),
+        ("writes-with-dropout", "text is written in training mode", "    training = model.training\n    model.eval()", "    training = model.training", GENERATE),
+        ("in-the-order-of-the-batches", "answers come back in the order of their lengths", "return [found[i] for i in range(len(prompts))]", "return list(found.values())", GENERATE),
+    ),
+    *in_file(
+        "llmkd/models/language_model.py",
+        ("logits-of-the-first", "the next token is chosen by the first position", "self.head.logits(out[0][:, -1])", "self.head.logits(out[0][:, 0])", GENERATE),
+        ("logits-of-padding-columns", "tokens past the vocabulary are chosen", "return logits_BV[:, : self.head.vocab], out", "return logits_BV, out", GENERATE),
+        ("cache-thrown-away", "the cache is not given back", '{} if cache is None else {"past_key_values": cache}', "{}", GENERATE),
+    ),
+    *in_file(
+        "llmkd/data/prompts.py",
+        ("prompt-with-its-answer", "a prompt ends with the first token of the answer", "return Prompt(place, ids[: first + more],", "return Prompt(place, ids[: first + more + 1],", PROMPTS),
+        ("reference-of-every-turn", "the reference goes on after the first answer", "stop = gap if gap > first else len(ids)", "stop = len(ids)", PROMPTS),
+        ("teachers-context-lost", "the teacher reads the student's prompt", "theirs[0][: int(theirs[1].argmax()) + more]", "ids[: first + more]", PROMPTS),
+        ("no-end-known", "the end token of training is not known", "frozenset(answer[close : close + 1].tolist())", "frozenset()", PROMPTS),
+    ),
+    *in_file(
+        "llmkd/data/prompt_files.py",
+        ("answer-left-in-the-conversation", "the reference stays in the conversation", "            *messages, last = messages\n", "            last = messages[-1]\n", PROMPTS),
+        ("end-after-the-prompt", "an end token stands behind a plain prompt", "return ids[: len(ids) - len(edges(tokenizer)[1])]", "return ids", PROMPTS),
+        ("answer-joined-to-the-prompt", "the last word of a prompt is joined with the placeholder", "    if reference:\n", "    if has_answer:\n", PROMPTS),
+        ("made-up-reference", "the placeholder is a reference", "elif answer and answered:", "elif answer:", PROMPTS),
+        ("text-where-turns-are-meant", "a text is no turn where the run's prompts are", "and has_turns())", "and False)", PROMPTS),
+        ("context-lost-in-files", "a row's context is lost", '    question |= {"teacher_context": row.get("teacher_context")}\n', "", PROMPTS),
+    ),
+    *in_file(
+        "llmkd/commands/sample.py",
+        ("before-is-after", "before shows the trained student", "            model=own.model,\n", "            model=str(student),\n", SAMPLE),
+        ("end-token-shown", "the end token is a part of the answer", "decoded(one.ids[: len(one.ids) - one.finished], tokenizer)", "decoded(one.ids, tokenizer)", SAMPLE),
+        ("models-pile-up", "a model stays in memory", "    del model\n    gc.collect()\n", "    sampling.__dict__.setdefault('kept', []).append(model)\n", SAMPLE),
+        ("count-forgotten", "every prompt of a file is asked", "data, tokenizer)[:count] if prompts", "data, tokenizer) if prompts", SAMPLE),
+    ),
+    *in_file(
+        "llmkd/commands/outputs.py",
+        ("table-on-stdout", "the table stands beside the JSON", 'with contextlib.redirect_stdout(sys.stderr) if to == "-" else', 'with contextlib.redirect_stdout(sys.stderr) if to == "" else', OUTPUTS),
+        ("refused-too-late", "a place that cannot be written is met at the end", '        check_file(to, "--json")', "        pass", OUTPUTS),
+    ),
+    *in_file(
+        "eval/harness/evaluate.py",
+        ("template-not-applied", "prompts are plain", "apply_chat_template=options.chat_template,", "apply_chat_template=False,", CHAT),
+        ("shots-in-one-turn", "few-shot examples are one turn", "fewshot_as_multiturn=options.chat_template,", "fewshot_as_multiturn=False,", CHAT),
+        ("template-not-recorded", "a record does not say that a template was applied", '"chat_template": options.chat_template or None,', '"chat_template": None,', CHAT),
+    ),
+    *in_file(
+        "eval/harness/record_files.py",
+        ("another-template", "results of another template are kept", '"model.quantization", "model.chat_template")', '"model.quantization")', CHAT),
+    ),
+    *in_file(
+        "eval/harness/groups.py",
+        ("group-without-a-task", "a mean leaves out the tasks that lack the metric", "if not all(key in measured[task] for task in names):", "if not any(key in measured[task] for task in names):", CHAT),
+        ("groups-of-one-size", "all tasks of a group have one size", '{"sample_len": record["n"]}', '{"sample_len": 1}', CHAT),
+    ),
+    *in_file(
+        "eval/harness/task_code.py",
+        ("included-code", "files that are included are not looked at", "                    yield from _code_in(path.parent / text, harness, seen)\n", "                    pass\n", CHAT),
+        ("templates-out-of-the-box", "templates reach Python", "        utils.env = boxed\n", "        pass\n", CHAT),
+    ),
+]  # fmt: skip
