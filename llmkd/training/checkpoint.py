@@ -59,6 +59,13 @@ def save(
     return folder / f"step-{step}"
 
 
+def is_finite(parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> bool:
+    """Whether weights and optimizer's state hold no inf or NaN."""
+    values = [*parameters.values(), *(value for p in parameters.values() for value in optimizer.state.get(p, {}).values())]
+    found = [torch.isfinite(value).all() for value in values if isinstance(value, Tensor)]
+    return bool(torch.stack([one.to(found[0].device) for one in found]).all()) if found else True
+
+
 def prune(folder: Path, keep: int, best: int | None = None) -> None:
     """Drop all checkpoints but the newest `keep` and the step `best`."""
     for _, old in sorted(_steps(folder))[:-keep]:

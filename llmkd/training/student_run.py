@@ -70,7 +70,10 @@ class StudentRun:
         self.held_out_hash = hashlib.sha256(content.encode()).hexdigest()
 
     def save(self, step: int, source_state: dict) -> None:
-        """By the first process: a checkpoint of what the student has learnt in `step` steps."""
+        """By the first process: a checkpoint of what the student has learnt in `step` steps; none of values that are not finite."""
+        if not checkpoint.is_finite(self.state.parameters, self.state.optimizer):
+            warn(f"warning: no checkpoint of step {step} in {self.folder.path}: its update left weights that are not finite")
+            return
         state = {"best": self.best, "validated": self.validated, **source_state}
         state |= {"metrics": self.record.state, "held_out": self.held_out_hash}
         checkpoint.save(self.folder.checkpoints, step, self.state.parameters, self.state.optimizer, state, self.folder.run)
@@ -78,13 +81,14 @@ class StudentRun:
     def prune(self) -> None:
         checkpoint.prune(self.folder.checkpoints, self.recipe.checkpoint.keep, self.best["step"] if self.best else None)
 
-    def fail(self, error: NonFinite) -> None:
-        """The failure with the examples' places; also written to the run's folder."""
+    def fail(self, error: NonFinite, left: str) -> None:
+        """Keep the failure, with the examples' places and what is `left`; it is also written to the run's folder."""
         places = error.places
         if self.main:
             write_sealed(self.folder.path / "nonfinite.json", {"step": error.step, "term": error.term, "examples": places})
         shown = ", ".join(places[:8]) + (f" and {len(places) - 8} more" if len(places) > 8 else "")
-        text = f"step {error.step}: {error.term} is not finite at {shown}; the weights are as they were before it"
+        where = f" at {shown}" if places else ""
+        text = f"step {error.step}: {error.term} is not finite{where}; {left}"
         self.failure = NonFinite(error.step, error.term, places, text)
 
     def finish(self, steps: int, scored: dict[str, float]) -> Path:

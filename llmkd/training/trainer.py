@@ -13,11 +13,12 @@ from pathlib import Path
 from ..config.recipe import Checkpoint, Train, Validation
 from ..console import progress_bar, table
 from ..data.examples import Examples
-from ..errors import ChangedFiles, Stopped, UserError
+from ..errors import ChangedFiles, NonFinite, Stopped, UserError
 from ..models.language_model import LanguageModel
 from ..output.progress import ProgressDisplay
 from ..signals import Teacher
 from ..teachers.fidelity import sample_examples
+from . import checkpoint
 from .auto_batch import AutoBatchSize
 from .build import TrainingSetup
 from .loop import StepHooks, StudentState, no_retry, train, unwrap
@@ -78,7 +79,7 @@ class Trainer:
                 for progress in steps:
                     step, last = progress.step, progress.step == total
                     for k, error in progress.failures.items():
-                        self.students[k].fail(error)
+                        self.fail(self.students[k], error)
                         if len(self.students) > 1:
                             self.display.info(f"{self.students[k].folder.path.name} stops here: {self.students[k].failure}")
                     self.show(progress, last)
@@ -102,6 +103,16 @@ class Trainer:
             self.display.close()
             for student in self.students if self.main else ():
                 student.record.close()
+
+    def fail(self, student: StudentRun, error: NonFinite) -> None:
+        """A student ends before the step in `error`. What it had learnt until then, which is what its weights still are, is saved."""
+        good = error.step - 1
+        if self.main and good > self.written:
+            student.save(good, self.source.state(good))
+            student.prune()
+        saved = f", and {path} holds them" if (path := student.folder.checkpoints / f"step-{good}").is_dir() else ""
+        student.fail(error, f"the weights are as they were before it{saved}")
+        self.accelerator.wait_for_everyone()  # the launcher ends the first process when another one has ended
 
     def is_read(self, step: int) -> bool:
         """Whether the metrics of that step are read, so that it is known to be finite: something falls due after it, or the next may fail."""
@@ -197,6 +208,10 @@ class Trainer:
         """Write every student; of a single one also print a short table. ChangedFiles if it would be named after other weights."""
         if self.watch.changed(every=0):
             raise self.stopped(self.source.total_steps)
+        for student in self.active:
+            if not checkpoint.is_finite(student.state.parameters, student.state.optimizer):
+                error = NonFinite(self.source.total_steps, "a weight after the update", [])
+                student.fail(error, f"lower optim.lr; {student.folder.checkpoints} keeps what was saved before")
         questions, evaluator = self.prepared.questions, dataclasses.replace(self.evaluator, stop=None)
         for student in self.active:
             scored = evaluator.accuracy(student.model, questions, progress_bar("questions")) if questions else {}

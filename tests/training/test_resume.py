@@ -18,7 +18,7 @@ from llmkd.cli import main
 from llmkd.errors import ChangedFiles, Stopped, UserError
 from llmkd.files import read_jsonl
 from llmkd.models.load import LoadContext, load_students
-from llmkd.output.run_folder import run_of
+from llmkd.output.run_files import run_of
 from llmkd.training import checkpoint
 from llmkd.training.build import restore
 from llmkd.training.distiller import Distiller

@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmkd.cli import main
@@ -13,7 +14,7 @@ from llmkd.teachers.live import LiveTeacher
 from llmkd.training import loop, trainer
 from llmkd.training.distiller import Distiller
 from llmkd.training.run import run
-from tests.conftest import distance, plain_recipe
+from tests.conftest import distance, plain_recipe, weights
 from tests.kit.processes import launch
 
 SHORT = {"train__max_steps": 2}
@@ -71,6 +72,36 @@ def test_a_failure_that_was_passed_is_forgotten(command, tmp_path, poisoned):
     poisoned(heal=2)
     assert command()[0] == 3 and (tmp_path / "out/nonfinite.json").exists()
     assert command("--resume")[0] == 0 and not (tmp_path / "out/nonfinite.json").exists()
+
+
+@pytest.mark.parametrize("log_every", [1, 2])
+def test_the_steps_before_a_failure_are_saved_and_the_run_goes_on_from_them(command, trained, tmp_path, poisoned, log_every):
+    """Also where the failure is noticed one step later, by when the step after it has run."""
+    poisoned(heal=2)
+    code, lines = command("--train.log_every", str(log_every))
+    saved = tmp_path / "out/checkpoints/step-1"
+    assert code == 3 and lines[0].endswith(f"the weights are as they were before it, and {saved} holds them")
+    assert [path.name for path in saved.parent.iterdir()] == ["step-1"]
+    assert all(value.isfinite().all() for value in load_file(saved / "student.safetensors").values())
+    assert command("--resume")[0] == 0
+    assert distance(weights(tmp_path / "out"), trained("whole")) == 0
+
+
+@pytest.mark.parametrize(("step", "term"), [(3, "ce"), (5, "a weight after the update")])
+def test_weights_that_are_not_finite_are_neither_saved_nor_the_result(command, tmp_path, monkeypatch, step, term):
+    """An update may leave them after a step whose loss was finite: the third, or the last."""
+    real = loop.optimizer_step
+
+    def optimizer_step(student, number, *rest):
+        real(student, number, *rest)
+        if number == step:
+            next(iter(student.parameters.values())).data.flatten()[0] = float("inf")
+
+    monkeypatch.setattr(loop, "optimizer_step", optimizer_step)
+    code, lines = command("--checkpoint.every", "1", "--checkpoint.keep", "2")
+    assert code == 3 and len(lines) == 1 and f": {term} is not finite" in lines[0]
+    assert sorted(path.name for path in (tmp_path / "out/checkpoints").iterdir()) == [f"step-{step - 2}", f"step-{step - 1}"]
+    assert not (tmp_path / "out/adapter").exists() and not (tmp_path / "out/summary.json").exists()
 
 
 def test_an_infinite_gradient_stops_the_run(make_recipe, monkeypatch):
