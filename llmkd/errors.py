@@ -7,7 +7,7 @@ import traceback
 
 from .console import first_process
 from .process import rank_messages
-from .process.machine_errors import machine_error
+from .process.machine_errors import MachineError, machine_error
 
 
 class UserError(Exception):
@@ -130,13 +130,20 @@ def exit_code(action, *, debug: bool = False, again: str = "start it again") -> 
     return code
 
 
+def of_the_machine(error: BaseException) -> MachineError | None:
+    """What of the machine failed where that, and no mistake of the user's, is the cause of an exception."""
+    if isinstance(error, NonFinite | Stopped):
+        return None
+    failed = machine_error(error.__cause__ if isinstance(error, UserError) else error)
+    return failed if failed and (failed.certain or not isinstance(error, UserError)) else None
+
+
 def _in_words(error: BaseException, again: str) -> tuple[str, int]:
     """What is said of an exception, and the exit code."""
     if isinstance(error, KeyboardInterrupt):
         return str(error) or f"interrupted; {again}", Stopped.exit_code
-    cause = error.__cause__ if isinstance(error, UserError) else error
-    failed = None if isinstance(error, NonFinite | Stopped) else machine_error(cause)
-    if failed and (failed.certain or not isinstance(error, UserError)):
+    if failed := of_the_machine(error):
+        cause = error.__cause__ if isinstance(error, UserError) else error
         return f"{failed.name} ({brief(cause)}); {failed.advice}, then {again}", failed.exit_code
     if isinstance(error, UserError | NonFinite | Stopped):
         return str(error), error.exit_code

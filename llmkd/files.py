@@ -1,7 +1,7 @@
 """Files that are written whole or not at all, locks between processes, hashes of files, JSON and JSONL. No torch, nothing else of llmkd.
 
-What is not finished stands under a temporary name, NAME.tmp-PID-RANDOM, beside its own. A process that is killed leaves it there;
-`remove_leftovers` takes it away.
+What is not finished stands under a temporary name, NAME.tmp-PID-RANDOM, beside its own, and is locked while it is written. A process
+that is killed leaves it there; `remove_leftovers` takes it away.
 """
 
 import contextlib
@@ -13,6 +13,7 @@ import os
 import re
 import secrets
 import shutil
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
@@ -32,9 +33,12 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     """Write a file. A kill or a power cut leaves the file that was there before, or the new one, never a part. Text is UTF-8."""
     part = _temporary(path)
     try:
-        part.write_bytes(content.encode() if isinstance(content, str) else content)
-        _sync(part)
-        os.replace(part, path)
+        with open(part, "xb") as file:
+            _hold(file.fileno())
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            _sync(part)
+            os.replace(part, path)
     except BaseException:
         part.unlink(missing_ok=True)
         raise
@@ -46,11 +50,13 @@ def write_folder(path: Path, replace: bool = False) -> Iterator[Path]:
     """A new folder to fill. At the end of the `with` block, when all of it is on the disk, it is renamed to `path`.
 
     So `path` is never a part of it, and after an error in the block nothing has changed. With `replace` it takes the place of a folder
-    of that name; without, OSError where there is one that is not empty.
+    of that name; without, OSError where there is one that is not empty. The folder around it is not made.
     """
     part, old = _temporary(path), _temporary(path)
+    part.mkdir()
+    held = os.open(part, os.O_RDONLY)
     try:
-        part.mkdir(parents=True)
+        _hold(held)
         yield part
         for below, _, files in os.walk(part):
             for name in (*files, ""):
@@ -63,17 +69,37 @@ def write_folder(path: Path, replace: bool = False) -> Iterator[Path]:
         if os.path.lexists(old) and not os.path.lexists(path):
             os.rename(old, path)
         raise
+    finally:
+        os.close(held)
     _sync(path.parent)
     remove(old)
+
+
+@contextlib.contextmanager
+def temporary_folder(name: str) -> Iterator[Path]:
+    """A folder among the system's temporary files for the `with` block. Those of killed processes are removed."""
+    place = Path(tempfile.gettempdir(), f"llmkd-{name}")
+    remove_leftovers(place.parent, place.name)
+    folder = _temporary(place)
+    folder.mkdir(mode=0o700)
+    held = os.open(folder, os.O_RDONLY)
+    try:
+        _hold(held)
+        yield folder
+    finally:
+        os.close(held)
+        remove(folder)
 
 
 def remove_leftovers(folder: Path, name: str = "*") -> None:
     """Remove what killed processes left unfinished of the files and folders `name`, a glob pattern.
 
-    Only for the process that holds the lock of these files: another one may be writing them.
+    What another process is writing at that moment is left alone, by its lock; where nothing can be locked, this is only for the process
+    that has the folder to itself.
     """
     for leftover in filter(is_leftover, folder.glob(f"{name}.tmp-*")):
-        remove(leftover)
+        if not _is_held(leftover):
+            remove(leftover)
 
 
 def is_leftover(path: Path) -> bool:
@@ -178,6 +204,28 @@ def read_jsonl(path: Path, damaged: Callable[[int, str], None] = lambda line, wh
             if number < len(lines):
                 damaged(number, str(error))
     return records
+
+
+def _hold(descriptor: int) -> None:
+    """Lock what is being written, until it is closed, so that others see that somebody does."""
+    with contextlib.suppress(OSError):  # a file system without locks
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def _is_held(path: Path) -> bool:
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+    except OSError:  # a link, or gone
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return False
 
 
 def _temporary(path: Path) -> Path:

@@ -96,6 +96,45 @@ def test_a_folder_is_written_and_replaced(tmp_path):
         assert (tmp_path / "f/below/a.txt").read_text() == text and names(tmp_path) == ["f"]
 
 
+def test_what_another_process_is_writing_is_no_leftover(tmp_path, monkeypatch):
+    """In the same folder, of the same name; for a file at the moment before it has its name."""
+    seen, sync = [], files._sync
+
+    def look(path):
+        remove_leftovers(tmp_path)
+        seen.append(path.exists())
+        sync(path)
+
+    with write_folder(tmp_path / "f") as part:
+        remove_leftovers(tmp_path)
+        assert part.is_dir()
+    monkeypatch.setattr(files, "_sync", look)
+    write_atomic(tmp_path / "a", "text")
+    assert seen == [True, True] and names(tmp_path) == ["a", "f"]
+
+
+def test_a_link_by_the_name_of_a_leftover_goes_and_what_it_leads_to_stays(tmp_path):
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "a.tmp-1-0123abcd").symlink_to(tmp_path / "mine")
+    remove_leftovers(tmp_path)
+    assert names(tmp_path) == ["mine"]
+
+
+def test_a_temporary_folder_goes_with_its_process_or_the_next_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(files.tempfile, "tempdir", str(tmp_path))
+
+    def use():
+        with files.temporary_folder("adapter") as folder:
+            (folder / "a").write_text("")
+            kill()
+
+    killed(use)
+    assert len(names(tmp_path)) == 1
+    with files.temporary_folder("adapter") as folder, files.temporary_folder("adapter") as second:
+        assert names(tmp_path) == sorted([folder.name, second.name])
+    assert names(tmp_path) == []
+
+
 def test_a_folder_that_is_there_is_kept_unless_it_is_to_be_replaced(tmp_path):
     fill(tmp_path / "f", "mine")
     with pytest.raises(OSError):

@@ -89,7 +89,15 @@ def test_imports_at_load_time_have_no_cycle():
 
 #: Who may take a whole recipe: what is started by the user, what hands out a recipe's sections, and what writes down all of them.
 TAKE_RECIPES = ("config.", "commands.", "api", "training.run", "training.prepare", "training.build")
-TAKE_RECIPES += ("doctor.setup", "doctor.examine", "training.student_run", "output.run_folder", "output.trackers", "output.model_card")
+TAKE_RECIPES += (
+    "doctor.setup",
+    "doctor.examine",
+    "training.student_run",
+    "output.run_files",
+    "output.run_folder",
+    "output.trackers",
+    "output.model_card",
+)
 
 
 def test_a_component_takes_its_own_settings_and_not_the_whole_recipe():

@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from llmkd.errors import UserError
-from llmkd.output.run_folder import read_run_file
+from llmkd.output.run_files import RECIPE, SUMMARY, read_run_file
 
 HELD_OUT = "held_out"
 
@@ -69,10 +69,10 @@ def tasks_of(run: Path) -> list[str]:
 def read(run: Path, task: str) -> Measured:
     """One task's items, in the order of their ids' text. Damaged files are refused with their line."""
     path = run / f"{HELD_OUT}.jsonl" if task == HELD_OUT else run / "eval" / f"{task}.jsonl"
-    of = run / "summary.json" if task == HELD_OUT else path.with_suffix(".json")
+    of = run / SUMMARY if task == HELD_OUT else path.with_suffix(".json")
     fix = f"name other tasks with --tasks, or train {run} again" if task == HELD_OUT else f"evaluate {run} again"
     made = read_run_file(of, fix) if of.exists() or task != HELD_OUT else {}
-    content, stated = _content(path), made.get("held_out_sha256" if task == HELD_OUT else "items_sha256")
+    content, stated = _content(path), _stated(made, path.name) if task == HELD_OUT else made.get("items_sha256")
     if stated and hashlib.sha256(content).hexdigest() != stated:
         raise UserError(f"{path}: is not what {of.name} was made of; {fix}")
     record = {} if task == HELD_OUT else made
@@ -112,8 +112,19 @@ def seed_of(run: Path) -> int | None:
     """The seed that a run was trained with, by its recipe.yaml; None where there is none."""
     from llmkd.config import loader
 
-    path = run / "recipe.yaml"
-    return loader.read(path)[0].get("seed") if path.exists() else None
+    path, summary = run / RECIPE, run / SUMMARY
+    if not path.exists():
+        return None
+    stated = _stated(read_run_file(summary, f"train {run} again"), RECIPE) if summary.exists() else None
+    if stated and hashlib.sha256(_content(path)).hexdigest() != stated:
+        raise UserError(f"{path}: is not what {SUMMARY} was made of; put it back as it was")
+    return loader.read(path)[0].get("seed")
+
+
+def _stated(summary: dict, name: str) -> str | None:
+    """The hash of a file by its run's summary."""
+    files = summary.get("files")
+    return files.get(name) if isinstance(files, dict) else None
 
 
 def _content(path: Path) -> bytes:

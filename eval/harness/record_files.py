@@ -5,9 +5,9 @@ import json
 from pathlib import Path
 
 from llmkd.errors import UserError
-from llmkd.files import read_jsonl, sha256_file, write_atomic, write_sealed
+from llmkd.files import read_jsonl, remove_leftovers, sha256_file, write_atomic, write_sealed
 from llmkd.model_folder.identity import WHOLE
-from llmkd.output.run_folder import read_run_file
+from llmkd.output.run_files import read_run_file
 
 #: Settings that two evaluations of a task must share to be the same evaluation.
 SAME = ("version", "harness", "fewshot", "limit", "chat_template", "seeds")
@@ -35,6 +35,7 @@ def write_task(folder: Path, record: dict, items: list[dict]) -> dict:
     text = "".join(json.dumps(item, ensure_ascii=False, allow_nan=False) + "\n" for item in items)
     record = record | {"items_sha256": hashlib.sha256(text.encode()).hexdigest()}
     folder.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(folder)
     write_atomic(folder / f"{_name(record['task'])}.jsonl", text)
     write_sealed(folder / f"{_name(record['task'])}.json", record)
     return record

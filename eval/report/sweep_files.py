@@ -10,8 +10,9 @@ from llmkd.config import loader
 from llmkd.config.dotted import flatten
 from llmkd.console import warn
 from llmkd.errors import UserError
+from llmkd.files import sha256_file
 from llmkd.output.metrics import read_metrics
-from llmkd.output.run_folder import read_run_file
+from llmkd.output.run_files import RECIPE, SUMMARY, read_run_file
 
 
 @dataclass(frozen=True)
@@ -31,12 +32,24 @@ class Run:
     @functools.cached_property
     def recipe(self) -> dict:
         """By dotted path: the resolved recipe, or where the run has none yet the sweep's base with the arm's changes."""
-        path = self.folder / "recipe.yaml"
-        return flatten(loader.read_placed(path)) if path.exists() else self.settings
+        path = self.folder / RECIPE
+        try:
+            return flatten(loader.read_placed(path)) if path.exists() else self.settings
+        except UserError as error:
+            warn(f"warning: {path} cannot be read ({error.problems[0]}); the report goes by {self.folder.parents[1] / 'sweep.json'}")
+            return self.settings
 
     @functools.cached_property
     def summary(self) -> dict:
-        return read_json(self.folder / "summary.json")
+        return read_json(self.folder / SUMMARY)
+
+    def check_files(self) -> None:
+        """A warning for each file that is not what the summary was made of."""
+        stated = self.summary.get("files") if self.status == "done" else None
+        for name, sha256 in stated.items() if isinstance(stated, dict) else ():
+            path = self.folder / name
+            if not path.is_file() or sha256_file(path) != sha256:
+                warn(f"warning: {path} is not what {SUMMARY} was made of; what the report shows of it may be wrong")
 
     @functools.cached_property
     def records(self) -> list[dict]:
@@ -136,7 +149,10 @@ def read_sweep(folder: Path) -> SweepFolder:
         baseline = data.get("baseline") or next(iter(named))
     except (ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:
         raise UserError(f"{path}: is not a sweep's state ({type(error).__name__}: {error}); {REBUILD}") from None
-    return SweepFolder(folder, data, base, named, baseline)
+    sweep = SweepFolder(folder, data, base, named, baseline)
+    for run in sweep.runs:
+        run.check_files()
+    return sweep
 
 
 def changed(base: dict, changes: dict) -> dict:

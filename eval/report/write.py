@@ -5,7 +5,7 @@ from pathlib import Path
 
 from llmkd import __version__
 from llmkd.console import info
-from llmkd.files import write_atomic
+from llmkd.files import remove_leftovers, write_atomic
 
 from ..comparison.compare import Row
 from ..comparison.compare_text import EXPLANATION, LEGEND, as_numbers, blocks, cells, digits, reach, title
@@ -52,6 +52,7 @@ def write(report: Report) -> tuple[Path, Path]:
     heading = f"Report of the sweep {sweep.path.resolve().name}"
     foot = f"Written by llmkd {__version__} from the files of this folder; llmkd report writes it again."
     page, text = sweep.path / "report.html", sweep.path / "report.md"
+    remove_leftovers(sweep.path, "report.*")
     write_atomic(page, as_html(heading, blocks_, foot))
     write_atomic(text, as_markdown(heading, blocks_, foot, page.name))
     for one in find_best(sweep, rows):

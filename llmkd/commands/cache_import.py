@@ -46,4 +46,4 @@ def _hash_of(file: str) -> str:
     try:
         return sha256_file(file)
     except OSError as error:
-        raise UserError(f"--import: {file}: {error.strerror}; name the file of log-probabilities") from None
+        raise UserError(f"--import: {file}: {error.strerror}; name the file of log-probabilities") from error

@@ -4,15 +4,16 @@ import dataclasses
 from pathlib import Path
 
 import numpy as np
+import yaml
 
 from ..console import info, warn
 from ..data.encoding.tokenizer import load_tokenizer, save_tokenizer, shared_vocab
 from ..errors import UserError
-from ..files import write_folder
+from ..files import remove_leftovers, write_folder
 from ..model_folder.files import ModelFiles, find, rows_of
 from ..model_folder.generation import generation_settings
 from ..model_folder.identity import verify, write_record
-from ..output.run_folder import read_run_file, run_of
+from ..output.run_files import read_run_file, run_of
 from ..training.prepare import prepare
 
 SAMPLE = 64  # examples on which the merged model is compared with the trained one
@@ -22,7 +23,6 @@ def export(run: Path, to: Path | None = None, checkpoint: str | None = None) -> 
     """Write `RUN/merged` (or `to`). `run` may be a run's folder, or an adapter's; `checkpoint` is a step's number, or best."""
     from ..models.merge import from_checkpoint, merge, verify_saved
     from ..models.saved_student import save_whole, student_folder
-    from ..output.model_card import merged_card
 
     if not run.is_dir():
         raise UserError(f"{run}: no such folder; name a run's output_dir or an adapter")
@@ -30,6 +30,8 @@ def export(run: Path, to: Path | None = None, checkpoint: str | None = None) -> 
     student = run if (run / "adapter_config.json").exists() else student_folder(run)
     saved = checkpoint_folder(run, checkpoint) if checkpoint else None
     is_adapter = (student / "adapter_config.json").exists()
+    if student.name == "adapter" and not is_adapter:
+        raise UserError(f"export: {student} has no adapter_config.json, which was written with it; copy it again")
     if not is_adapter and not saved:
         raise UserError(f"{run}: was trained in full, so {student} is already a plain model; nothing to merge")
     if to is None:
@@ -43,16 +45,30 @@ def export(run: Path, to: Path | None = None, checkpoint: str | None = None) -> 
     vocab = shared_vocab(tokenizer, {"export": rows_of(files.config)})
     model = merge(files, vocab, saved) if is_adapter else from_checkpoint(student, saved)
     record = drift(model, files, tokenizer, vocab, run, saved) if is_adapter else None
+    to.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(to.parent, to.name)
     with write_folder(to) as part:
         save_whole(model, part, generation_settings(files.config, (files.adapter, files.base), "export"))
         verify_saved(model, part)
         save_tokenizer(tokenizer, part)
-        if is_adapter and (student / "README.md").exists():
-            card = (student / "README.md").read_text(encoding="utf-8")
-            if "llmkd" in card:  # a model card that llmkd did not write is left alone
-                (part / "README.md").write_text(merged_card(card, to, record), encoding="utf-8")
+        if is_adapter and (card := _card(student / "README.md", to, record)):
+            (part / "README.md").write_text(card, encoding="utf-8")
         write_record(part, "export", student="merged" if is_adapter else "full", **(record or {}))
     return to
+
+
+def _card(path: Path, to: Path, record: dict | None) -> str | None:
+    """The merged model's card, made of the adapter's. None where there is none, for one that llmkd did not write, and for a damaged one."""
+    from ..output.model_card import merged_card
+
+    if not path.exists():
+        return None
+    try:
+        card = path.read_text(encoding="utf-8")
+        return merged_card(card, to, record) if "llmkd" in card else None
+    except (OSError, ValueError, yaml.YAMLError) as error:
+        warn(f"note: {to} gets no model card: {path} is damaged ({str(error).splitlines()[0]})")
+        return None
 
 
 def drift(merged, files: ModelFiles, tokenizer, vocab: int, run: Path, saved: Path | None) -> dict | None:
@@ -121,7 +137,9 @@ def checkpoint_folder(run: Path, which: str) -> Path:
 
     if which == "best":
         path = run / "summary.json"
-        best = read_run_file(path, "name a step instead of best").get("best") if path.exists() else None
+        if not path.exists():
+            raise UserError(f"--checkpoint: {run} has no summary.json, which names the best step; finish the run, or name a step")
+        best = read_run_file(path, "name a step instead of best").get("best")
         if not (isinstance(best, dict) and "step" in best):
             raise UserError(f"--checkpoint: {run} kept no best checkpoint; it needs checkpoint.best_by in its recipe")
         which = str(best["step"])

@@ -17,13 +17,13 @@ from ..config.recipe import Recipe, distils, used_teachers, uses_teacher
 from ..config.sweep import ArmSpec, Sweep, expand
 from ..console import count, info
 from ..data.encoding.tokenizer import student_tokenizer
-from ..errors import Stopped, UserError, attribute_to_student
+from ..errors import Stopped, UserError, attribute_to_student, of_the_machine
 from ..files import is_leftover
 from ..model_folder.files import ModelFiles
 from ..model_folder.weights import read_json
 from ..output import hub_upload, trackers
 from ..output.run_folder import RunFolder
-from ..process.machine_errors import is_out_of_memory
+from ..process.machine_errors import OUT_OF_MEMORY, is_out_of_memory
 from ..teachers.resolve import check_sampled_caches
 from ..training.launch import start
 from ..training.prepare import signal_use, student_files
@@ -105,7 +105,8 @@ def train_group(group: Group, recipes: dict[str, Recipe], state: SweepState, res
     """Train a group's arms and record how each ended. An arm that cannot be built is left out, and the others train without it.
 
     An error in one group does not stop the next. With several processes this holds for errors that every rank meets alike (an arm that
-    cannot be built, non-finite values); any other error ends the sweep, since the other ranks would wait for ever.
+    cannot be built, non-finite values); any other error ends the sweep, since the other ranks would wait for ever. So does an error of the
+    machine, such as a full disk, which every group would meet; out of memory may be one group's alone.
     """
     names, began = list(group.arms), time.monotonic()
     ends: dict[str, tuple[str | None, bool]] = {}
@@ -123,6 +124,8 @@ def train_group(group: Group, recipes: dict[str, Recipe], state: SweepState, res
                 raise
             except Exception as error:
                 student = getattr(error, "student", None)
+                if of_the_machine(error) not in (None, OUT_OF_MEMORY):
+                    raise
                 if student is None and int(os.environ.get("WORLD_SIZE", "1")) > 1:
                     raise
                 reason = failure_message(error, len(names))

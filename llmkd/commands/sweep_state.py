@@ -14,8 +14,9 @@ from ..config.recipe import Recipe, distils
 from ..config.sweep import ArmSpec, Sweep
 from ..console import count, first_process, info
 from ..errors import UserError
-from ..files import is_leftover, write_sealed
-from ..output.run_folder import lock_folder, read_run_file
+from ..files import is_leftover, remove_leftovers, write_sealed
+from ..output.run_files import read_run_file
+from ..output.run_folder import lock_folder
 
 #: What to do about a damaged sweep.json.
 REBUILD = "delete it and run the sweep again with --resume, which keeps the finished arms"
@@ -95,6 +96,7 @@ class SweepState:
         if not first_process():
             return contextlib.nullcontext()
         held = lock_folder(self.folder)
+        remove_leftovers(self.folder)
         self.data |= {
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "machine": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",

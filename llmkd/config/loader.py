@@ -54,7 +54,7 @@ def read(path: str | Path) -> tuple[dict, dict[tuple, int], list[str]]:
     try:
         raw = Path(path).read_bytes()
     except OSError as error:
-        raise UserError(f"--config {path}: {error.strerror or error}; name a recipe, such as recipes/quickstart.yaml") from None
+        raise UserError(f"--config {path}: {error.strerror or error}; name a recipe, such as recipes/quickstart.yaml") from error
     if len(raw) > _MAX_BYTES:
         raise UserError(f"{path}: {len(raw)} bytes; a recipe is at most {_MAX_BYTES}")
     try:

@@ -160,7 +160,7 @@ class StreamSource(ExampleSource):
                 with open(path, "rb") as file:
                     yield from records(file, name, path)
             except OSError as error:
-                raise UserError(f"{self.setting}.path: {name}: {error.strerror}") from None
+                raise UserError(f"{self.setting}.path: {name}: {error.strerror}") from error
 
     def _elsewhere(self) -> Records:
         if self.source.path == "builtin:skills":

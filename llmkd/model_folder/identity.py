@@ -40,7 +40,7 @@ def _hashes(folder: Path, setting: str) -> dict[str, list[str]]:
     try:
         found = tensor_hashes(paths)
     except (ValueError, OSError) as error:
-        raise UserError(f"{setting}: {error}; fetch or copy it again") from None
+        raise UserError(f"{setting}: {error}; fetch or copy it again") from error
     return {
         str(path.relative_to(folder)): [f"{name} {about}" for name, about in one.items()] for path, one in zip(paths, found, strict=True)
     }
@@ -155,7 +155,11 @@ def unchanged(folders: Sequence[Path], setting: str) -> Iterator[None]:
 def _verify_files(folder: Path, record: dict, setting: str) -> None:
     hint = f"copy it again; if you have changed it yourself, delete {folder / RECORD}"
     files = record.get("files") or {}
+    if record.get("student") == "adapter" and not (folder / "adapter_config.json").is_file():
+        raise UserError(f"{setting}: {folder} has no adapter_config.json, which was written with it; copy it again")
     for name, expected in files.items():
+        if (folder / name).is_dir():
+            raise UserError(f"{setting}: {folder / name} is a folder, and was written as a file; copy it again")
         if not (folder / name).is_file():
             _note(f"note: {folder} lacks {name}, which was written with it")
         elif _file_hash(folder / name, setting) != expected:

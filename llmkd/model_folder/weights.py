@@ -72,7 +72,7 @@ def read_json(path: Path, setting: str) -> dict:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{setting}: {path} cannot be read ({error}); copy it again") from None
+        raise UserError(f"{setting}: {path} cannot be read ({error}); copy it again") from error
     if not isinstance(found, dict):
         raise UserError(f"{setting}: {path} holds {type(found).__name__}, expected an object of settings; copy it again")
     return found

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import json
 import re
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from ..console import info, warn
 from ..errors import UserError
+from ..files import temporary_folder
 from ..model_folder.files import ModelFiles
 from ..model_folder.weights import ADAPTER, read_json
 from .adapter_names import layer_of, regular_module, regular_names
@@ -41,10 +41,10 @@ def as_peft_names_it(model: nn.Module, folder: Path, weights: dict[str, Tensor],
             config[name] = {
                 _as_here(key, modules, f"{setting}: {folder}/adapter_config.json's {name}"): value for key, value in config[name].items()
             }
-    with tempfile.TemporaryDirectory(prefix="llmkd-") as copy:
-        Path(copy, "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
-        save_file(renamed, Path(copy, ADAPTER), {"format": "pt"})
-        yield Path(copy), renamed
+    with temporary_folder("adapter") as copy:
+        (copy / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
+        save_file(renamed, copy / ADAPTER, {"format": "pt"})
+        yield copy, renamed
     info(
         f"{setting}: {len(changed)} of the tensors of {folder} have other names than PEFT's, such as {changed[0]}; it is read as {names[changed[0]]}"
     )

@@ -1,5 +1,6 @@
 """metrics.jsonl: the record of a run's metrics, which its trackers get too."""
 
+import errno
 import hashlib
 import json
 import sys
@@ -35,6 +36,12 @@ class MetricsLog:
                 f"warning: {self.path} is not what was written up to step {done}; what is left of it is kept, and loss.png is drawn from that"
             )
         write_atomic(self.path, content)
+        self._inode = self.path.stat().st_ino
+
+    def check_there(self) -> None:
+        """OSError if the file, or the run's folder with it, was moved, removed or replaced: nothing is written to another one in its place."""
+        if self.path.stat().st_ino != self._inode:
+            raise FileNotFoundError(errno.ENOENT, "another file has taken its place", str(self.path))
 
     @property
     def state(self) -> dict:
@@ -46,6 +53,7 @@ class MetricsLog:
         self.write({"step": step, "epoch": epoch, **terms, "lr": lr, **measured})
 
     def write(self, record: dict) -> None:
+        self.check_there()
         line = json.dumps(record) + "\n"
         append(self.path, line)
         self._count(line)

@@ -133,7 +133,10 @@ def drop_teacher_metrics(summary: dict) -> dict:
 
 
 def merged_card(text: str, folder: Path, drift: dict | None) -> str:
-    """The adapter's card made that of the plain model which its merging gave. `drift` is what `export.drift` measured."""
+    """The adapter's card made that of the plain model which its merging gave. `drift` is what `export.drift` measured.
+
+    ValueError for a text that is no card of llmkd's.
+    """
     card = ModelCard(text)
     card.data.library_name = "transformers"
     if card.data.base_model:
@@ -149,6 +152,8 @@ def merged_card(text: str, folder: Path, drift: dict | None) -> str:
         )
     head, _, rest = card.text.partition("\n## Use\n")
     fence = re.search(r"^(`{3,})python\n.*?^\1$", rest, re.DOTALL | re.MULTILINE)
+    if fence is None:
+        raise ValueError("it has no Python under Use")
     rest = rest[: fence.start()] + markdown.code_block(full_model_snippet(repr(str(folder))), "python") + rest[fence.end() :]
     return f"---\n{card.data.to_yaml()}\n---\n{head}\n" + "\n".join(notes) + f"\n## Use\n{rest}"
 

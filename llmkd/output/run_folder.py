@@ -9,17 +9,14 @@ from ..config.loader import comparable, dump, load_recipe
 from ..config.recipe import Recipe
 from ..config.schema import may_change_on_resume
 from ..errors import UserError
-from ..files import Damaged, FileLocked, checksum, is_leftover, lock_file, read_sealed, remove_leftovers, write_atomic, write_sealed
-
-IDENTITY = "identity.json"
-SETTINGS = "the settings"  # in it, beside data and models
+from ..files import FileLocked, is_leftover, lock_file, remove_leftovers, write_atomic
+from .run_files import IDENTITY, RECIPE, SUMMARY, other_settings, read_identity, read_run_file, recipe_is_changed, write_identity
 
 
 class RunFolder:
     """`check()` refuses, and leaves nothing behind, before the costly part; `claim()` creates and locks.
 
-    run   which run this is, as its checkpoints say it: hashes of the settings that --resume does not change, and of data and models;
-          known when the folder is claimed
+    run   which run this is, see `run_files.run_of`; known when the folder is claimed
     """
 
     def __init__(self, recipe: Recipe, resume: bool):
@@ -31,13 +28,15 @@ class RunFolder:
 
     @property
     def finished(self) -> bool:
-        return (self.path / "summary.json").exists()
+        return (self.path / SUMMARY).exists()
 
     def summary(self) -> dict:
-        return read_run_file(
-            self.path / "summary.json",
-            "--resume writes it again from the last checkpoint, once it is deleted",
-        )
+        return read_run_file(self.path / SUMMARY, "--resume writes it again from the last checkpoint, once it is deleted")
+
+    @property
+    def started(self) -> bool:
+        """Whether it holds a run. `recipe.yaml` is written first; it may be lost later."""
+        return (self.path / RECIPE).exists() or (self.path / IDENTITY).exists()
 
     def check(self) -> None:
         if self.path.exists() and not self.path.is_dir():
@@ -47,24 +46,43 @@ class RunFolder:
             raise UserError(f"output_dir: {nearest} cannot be written to; choose another folder")
         if not self.path.exists():
             _try_to_make(nearest / self.path.absolute().relative_to(nearest).parts[0], self.path)
-        if self.path.is_dir() and not (self.path / "recipe.yaml").exists() and any(self._foreign()):
+        if self.path.is_dir() and not self.started and any(self._foreign()):
             raise UserError(f"output_dir: {self.path} is not empty and holds no run of llmkd; choose another folder")
         if not self.resume:
             if self.finished:
                 raise UserError(f"output_dir: {self.path} holds a finished run; choose another folder, or remove it")
-            if (self.path / "recipe.yaml").exists():
+            if self.started:
                 raise UserError(f"output_dir: {self.path} holds an unfinished run; continue it with --resume, or choose another folder")
-        elif (self.path / "recipe.yaml").exists():
-            before, now = (comparable(one) for one in (load_recipe(self.path / "recipe.yaml"), self.recipe))
-            differing = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]
-            changed = [k for k in differing if not may_change_on_resume(k)]
-            if changed:
+        elif self.started:
+            self._compare_settings()
+
+    def _compare_settings(self) -> None:
+        """UserError for each setting that a resumed run may not change."""
+        path, fix = self.path / RECIPE, f"put it back as it was, or delete it: --resume then goes by {IDENTITY}"
+        if not path.exists():
+            if other_settings(self.path, self.recipe):
                 raise UserError(
-                    *(
-                        f"{k}: {before.get(k)!r} in the run that is to be resumed and {now.get(k)!r} now; give it as it was, or choose another output_dir"
-                        for k in changed
-                    )
+                    f"output_dir: the settings are others than those that the run in {self.path} was started with, and {path}, which holds "
+                    "those, is missing; give the settings as they were, or choose another output_dir"
                 )
+            return
+        try:
+            before, now = (comparable(one) for one in (load_recipe(path), self.recipe))
+        except UserError as error:
+            if recipe_is_changed(self.path) or not path.is_file():
+                raise UserError(f"{path}: is damaged ({error.problems[0]}); {fix}") from error
+            raise
+        differing = [k for k in sorted(before.keys() | now.keys()) if before.get(k) != now.get(k)]
+        changed = [k for k in differing if not may_change_on_resume(k)]
+        if changed and recipe_is_changed(self.path):
+            raise UserError(f"{path}: is damaged (it is not what was written); {fix}")
+        if changed:
+            raise UserError(
+                *(
+                    f"{k}: {before.get(k)!r} in the run that is to be resumed and {now.get(k)!r} now; give it as it was, or choose another output_dir"
+                    for k in changed
+                )
+            )
 
     def _foreign(self):
         """What lies in the folder beyond a lock and what a kill may leave of the very first writes."""
@@ -74,11 +92,9 @@ class RunFolder:
         """Create the folder, lock it for this process's life, and compare `identity` (hashes of data, models, tokenizer). Returns `run`."""
         self._lock = lock_folder(self.path)
         self.check()  # another run may have come and gone meanwhile
-        for name in ("*.yaml", "*.json", "*.jsonl"):
-            remove_leftovers(self.path, name)
-        known, settings = self.path / IDENTITY, {SETTINGS: _settings_hash(self.recipe)}
-        if known.exists():
-            before = _identity(self.path)
+        remove_leftovers(self.path)
+        if (self.path / IDENTITY).exists():
+            before = read_identity(self.path)
             if before.keys() & {"the student's base", "the teacher"}:
                 raise UserError(
                     f"output_dir: {self.path} was started by an earlier version of llmkd, which recorded samples of the models' weights; "
@@ -89,47 +105,16 @@ class RunFolder:
                     raise UserError(
                         f"{what} has changed since the run in {self.path} was started; restore what it was, or choose another output_dir"
                     )
-            identity = settings | before  # `check` has compared the settings; a later version may hash them otherwise
-        write_atomic(
-            self.path / "recipe.yaml", dump(self.recipe, self.path)
-        )  # first: it marks the folder as a run's, so that a kill here can be resumed
-        write_sealed(known, settings | identity)
-        self.run = _run(settings | identity)
+            identity = before  # with the settings' hash, which a later version may make otherwise
+        # the recipe first: it marks the folder as a run's, so that a kill here can be resumed
+        write_atomic(self.path / RECIPE, dump(self.recipe, self.path))
+        self.run = write_identity(self.path, self.recipe, identity)
         return self.run
 
     def release(self) -> None:
         if self._lock and not self._lock.closed:
             self._lock.truncate(0)
             self._lock.close()
-
-
-def run_of(folder: Path) -> dict[str, str]:
-    """`RunFolder.run` of a run that was started. UserError where it is not known."""
-    return _run(_identity(folder))
-
-
-def _identity(folder: Path) -> dict:
-    return read_run_file(
-        folder / IDENTITY, "put it back as it was; if it is lost, delete it, and --resume goes by the checkpoints' own record"
-    )
-
-
-def _run(identity: dict) -> dict[str, str]:
-    return {"settings": str(identity.get(SETTINGS)), "data or models": checksum({k: v for k, v in identity.items() if k != SETTINGS})}
-
-
-def _settings_hash(recipe: Recipe) -> str:
-    return checksum({key: value for key, value in comparable(recipe).items() if not may_change_on_resume(key)})
-
-
-def read_run_file(path: Path, fix: str) -> dict:
-    """A JSON file of a run's or a sweep's folder. UserError, which says what to do (`fix`), where it cannot be read or is not what was written."""
-    try:
-        return read_sealed(path)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); {fix}") from error
-    except Damaged as error:
-        raise UserError(f"{path}: is damaged ({error}); {fix}") from error
 
 
 def _try_to_make(folder: Path, whole: Path) -> None:

@@ -8,12 +8,13 @@ from ..config.recipe import Recipe
 from ..console import warn
 from ..data.encoding.tokenizer import save_tokenizer
 from ..errors import NonFinite
-from ..files import remove_leftovers, write_atomic, write_folder, write_sealed
+from ..files import remove_leftovers, sha256_file, write_atomic, write_folder, write_sealed
 from ..model_folder.generation import stopping_at
 from ..models import saved_student
 from ..models.language_model import LanguageModel
 from ..output import metrics, plots, worsening
 from ..output.model_card import model_card
+from ..output.run_files import RECIPE, SUMMARY
 from ..output.run_folder import RunFolder
 from ..output.trackers import Trackers, configuration
 from . import checkpoint
@@ -74,6 +75,7 @@ class StudentRun:
         if not checkpoint.is_finite(self.state.parameters, self.state.optimizer):
             warn(f"warning: no checkpoint of step {step} in {self.folder.path}: its update left weights that are not finite")
             return
+        self.record.check_there()
         state = {"best": self.best, "validated": self.validated, **source_state}
         state |= {"metrics": self.record.state, "held_out": self.held_out_hash}
         checkpoint.save(self.folder.checkpoints, step, self.state.parameters, self.state.optimizer, state, self.folder.run)
@@ -103,14 +105,19 @@ class StudentRun:
             "train": metrics.terms(last) if last else {},
             "validation": (held_out[-1][1] if held_out else {}) | scored,
             "best": self.best,
-            "held_out_sha256": self.held_out_hash,
+            "files": {name: value for name, value in self.hashes().items() if value},
             "warnings": list(worsening.sentences(records, self.recipe.loss, self.recipe.optim)),
         }
         (self.folder.path / "nonfinite.json").unlink(missing_ok=True)  # of an attempt before this one
         output = self.write_student(summary)
         plots.plot_losses(self.folder.path)
-        write_sealed(self.folder.path / "summary.json", summary)
+        write_sealed(self.folder.path / SUMMARY, summary)
         return output
+
+    def hashes(self) -> dict[str, str | None]:
+        """What the summary knows of the files that comparisons and reports read beside it."""
+        recipe = sha256_file(self.folder.path / RECIPE)
+        return {RECIPE: recipe, "metrics.jsonl": self.record.state["sha256"], "held_out.jsonl": self.held_out_hash}
 
     def write_student(self, summary: dict) -> Path:
         """`adapter` or `model` in the run's folder, whole or not at all."""

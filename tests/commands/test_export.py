@@ -129,6 +129,6 @@ def test_a_damaged_checkpoint_is_not_exported(tmp_path):
     folder.mkdir(parents=True)
     with pytest.raises(UserError, match="identity.json: cannot be read .*put it back"):
         checkpoint_folder(tmp_path, "7")
-    (tmp_path / "identity.json").write_text("{}")
+    (tmp_path / "identity.json").write_text('{"the training data": ""}')
     with pytest.raises(UserError, match=r"^--checkpoint: .*step-7 cannot be used \(manifest.json: no such file"):
         checkpoint_folder(tmp_path, "7")

@@ -1,5 +1,6 @@
 """Sweeps: arms side by side end as they would alone, to the last bit; kills, failures, and what is refused."""
 
+import errno
 import json
 import os
 import shlex
@@ -475,3 +476,42 @@ def test_names_of_a_grids_arms_tell_them_apart(sweep, grid, names):
     assert [spec.name for spec in expand(loader.load_sweep(sweep(grid=grid)))] == names
     for name in names:  # as it stands, in a shell and in YAML
         assert shlex.quote(name) == name and yaml.safe_load(f"{{model: arms/{name}/model}}") == {"model": f"arms/{name}/model"}
+
+
+@pytest.mark.parametrize(
+    ("error", "ends"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), True),
+        (FileNotFoundError(errno.ENOENT, "No such file or directory"), True),
+        (MemoryError(), False),
+        (ValueError("a bug"), False),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_an_error_of_the_machine_ends_the_sweep_and_is_no_arms_failure(sweep, tmp_path, monkeypatch, error, ends):
+    """All groups would meet it. Out of memory may be one group's alone."""
+    from llmkd.commands import sweep as sweep_command
+
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(sweep_command, "train_together", fail)
+    path = sweep(grid={"loss.kd_ratio": [0, 1.0]})
+    if ends:
+        with pytest.raises(type(error)):
+            run_sweep(path, {}, False)
+    else:
+        run_sweep(path, {}, False)
+    assert {arm["status"] for arm in state(tmp_path / "sweep")["arms"].values()} == {"waiting" if ends else "failed"}
+
+
+def test_a_full_disk_behind_a_refusal_is_the_machines_too(sweep, tmp_path, monkeypatch):
+    from llmkd.commands import sweep as sweep_command
+
+    def fail(*_):
+        raise UserError("output_dir: x cannot be created") from OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(sweep_command, "train_together", fail)
+    with pytest.raises(UserError, match="cannot be created"):
+        run_sweep(sweep(grid={"loss.kd_ratio": [0, 1.0]}), {}, False)
+    assert {arm["status"] for arm in state(tmp_path / "sweep")["arms"].values()} == {"waiting"}

@@ -1,10 +1,13 @@
 """What a run's folder refuses before anything is read."""
 
+import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
 
 from llmkd.errors import UserError
+from llmkd.output.metrics import MetricsLog, read_metrics
 from llmkd.output.run_folder import RunFolder
 
 
@@ -19,3 +22,79 @@ def test_a_folder_that_cannot_be_made_is_refused_at_once_and_one_that_can_leaves
     for name in ("/proc/nowhere/run", "/proc/nowhere"):
         with pytest.raises(UserError, match=f"output_dir: {name} cannot be made"):
             RunFolder(SimpleNamespace(output_dir=name), False).check()
+
+
+@pytest.mark.parametrize("done", ["removed", "renamed", "replaced"])
+def test_a_folder_that_is_moved_under_its_run_ends_it_with_one_line_and_is_not_made_again(command, tmp_path, monkeypatch, done):
+    """Also where another run's folder has taken its place, which stays as it is."""
+    real, out = MetricsLog.step, tmp_path / "out"
+
+    def step(self, number, *rest):
+        if number == 2:
+            out.rename(tmp_path / "moved")
+            if done == "removed":
+                shutil.rmtree(tmp_path / "moved")
+            if done == "replaced":
+                (out / "checkpoints").mkdir(parents=True)
+                (out / "metrics.jsonl").write_text("theirs\n")
+        real(self, number, *rest)
+
+    monkeypatch.setattr(MetricsLog, "step", step)
+    code, lines = command("--checkpoint.every", "1")
+    assert code == 1 and len(lines) == 1
+    assert lines[0].startswith("llmkd: a file or folder is gone (") and f"{out}/metrics.jsonl" in lines[0]
+    left = sorted(str(path.relative_to(out)) for path in out.rglob("*")) if out.exists() else []
+    assert left == (["checkpoints", "metrics.jsonl"] if done == "replaced" else [])
+    if done == "renamed":
+        (tmp_path / "moved").rename(out)
+        monkeypatch.setattr(MetricsLog, "step", real)
+        assert command("--resume")[0] == 0
+
+
+def test_metrics_that_are_gone_end_a_run_after_a_checkpoint(command, tmp_path, monkeypatch):
+    """Not silently with a summary that lacks what was before."""
+    real = MetricsLog.step
+
+    def step(self, number, *rest):
+        if number == 3:
+            self.path.unlink()
+        real(self, number, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MetricsLog, "step", step)
+        code, lines = command()
+    assert code == 1 and "metrics.jsonl" in lines[0]
+
+
+def test_damaged_lines_of_metrics_are_named_and_the_lines_after_them_are_read(tmp_path):
+    records = [
+        {"step": 1, "loss": 3.0},
+        {"step": 1, "validation": {"ce": 2.0}},
+        {"step": 2, "loss": float("nan")},
+        {"step": 3, "loss": 1.0},
+    ]
+    lines = [json.dumps(record).encode() for record in records]
+    foreign = [b"", b"[]", b"null", b"\xff\xfe", b'{"step": 2, "lo', b'{"loss": 1.0}', b'{"step": "2", "loss": 1.0}', b'{"step": 2}']
+    foreign += [b'{"step": 2, "validation": 3}', b'{"step": 2, "validation": {"ce": "x"}}', b'{"step": 2, "loss": null}', b"[" * 100_000]
+    for bad in foreign:
+        for at in range(len(lines)):
+            said = []
+            (tmp_path / "metrics.jsonl").write_bytes(b"".join(line + b"\n" for line in (*lines[:at], bad, *lines[at:])))
+            assert str(read_metrics(tmp_path, said.append)) == str(records), bad[:50]
+            assert len(said) == 1 and "metrics.jsonl" in said[0] and "is left out (" in said[0]
+    said = []
+    (tmp_path / "metrics.jsonl").write_bytes(b"".join(line + b"\n" for line in lines) + b'{"step": 4, "lo')
+    assert len(read_metrics(tmp_path, said.append)) == 4 and not said  # a kill's, which is no damage
+    (tmp_path / "metrics.jsonl").unlink()
+    assert read_metrics(tmp_path, said.append) == [] and "is missing" in said[0]
+
+
+def test_what_killed_commands_left_goes_with_the_next(command, tmp_path):
+    leftovers = ("metrics.jsonl", "loss.png", "held_out.jsonl", "recipe.yaml", "merged")
+    assert command("--train.max_steps", "1", "--optim.warmup_steps", "0")[0] == 0
+    (tmp_path / "out/summary.json").unlink()
+    for name in leftovers:
+        (tmp_path / f"out/{name}.tmp-1-0123abcd").mkdir() if name == "merged" else (tmp_path / f"out/{name}.tmp-1-0123abcd").write_text("x")
+    (tmp_path / "out/mine.tmp").write_text("the user's")
+    assert command("--resume", "--train.max_steps", "1", "--optim.warmup_steps", "0")[0] == 0
+    assert [path.name for path in (tmp_path / "out").iterdir() if ".tmp" in path.name] == ["mine.tmp"]

@@ -113,6 +113,7 @@ def _store(entry: Path, result: Examples, warn) -> None:
         arrays |= {f"teacher_{name}": getattr(result.teacher_view, name) for name in _READ}
     raw = save({name: np.ascontiguousarray(array) for name, array in arrays.items()})
     try:
+        entry.parent.mkdir(parents=True, exist_ok=True)
         with write_folder(entry, replace=not os.path.exists(entry / "manifest.json")) as part:
             (part / "tokens.safetensors").write_bytes(raw)
             (part / "manifest.json").write_text(json.dumps({"sha256": _hash(raw, result.counts), "counts": result.counts}))

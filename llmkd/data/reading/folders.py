@@ -116,7 +116,7 @@ def _json(path: Path, setting: str) -> dict:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UserError(f"{setting}.path: {path} cannot be read ({error}); save the data set again") from None
+        raise UserError(f"{setting}.path: {path} cannot be read ({error}); save the data set again") from error
     return value if isinstance(value, dict) else {}
 
 

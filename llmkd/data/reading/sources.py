@@ -207,7 +207,7 @@ class _Files:
         try:
             raw = path.read_bytes()
         except OSError as error:
-            raise UserError(f"{self.setting}.path: {name}: {error.strerror}") from None
+            raise UserError(f"{self.setting}.path: {name}: {error.strerror}") from error
         self.hashes[name] = hashlib.sha256(raw).hexdigest()
         return raw
 

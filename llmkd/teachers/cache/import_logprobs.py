@@ -111,7 +111,7 @@ class _Reader:
                         yield number, start, content
                     start += len(content)
         except OSError as error:
-            raise UserError(f"{self.path}: cannot be read ({error.strerror})") from None
+            raise UserError(f"{self.path}: cannot be read ({error.strerror})") from error
 
     def _parsed(self, content: bytes) -> dict:
         try:

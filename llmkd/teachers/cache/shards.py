@@ -25,7 +25,7 @@ import numpy as np
 
 from ...config.dotted import flatten
 from ...errors import ChangedFiles, UserError, report_from_any_rank
-from ...files import remove_leftovers, sha256_file, write_atomic
+from ...files import Damaged, checksum, read_object, remove_leftovers, sha256_file, write_atomic, write_sealed
 from ...model_folder.weights import tensors
 
 VERSION = 2  # 1 was written as store.json, with other names in it
@@ -112,13 +112,13 @@ class Writer:
             raise UserError(f"{self.setting}: {self.folder} lacks {left[0]} and {len(left) - 1} more; run llmkd cache again")
         files = [_read_json(self.folder / f"{_name(n)}.json") for n in range(len(self.plan.shards))]
         sealed = self.header | {"files": files}
-        write_atomic(self.folder / "cache.json", json.dumps(sealed | {"checksum": _checksum(sealed)}, indent=1).encode())
+        write_sealed(self.folder / "cache.json", sealed)
         (self.folder / "unfinished.json").unlink(missing_ok=True)
 
     def _whole(self, n: int) -> bool:
         try:
             about = _read_json(self.folder / f"{_name(n)}.json")
-            return about["of"] == _checksum(self.header) and about["sha256"] == _digest(self.folder / about["file"])
+            return about["of"] == checksum(self.header) and about["sha256"] == _digest(self.folder / about["file"])
         except (UserError, KeyError):
             return False
 
@@ -156,7 +156,7 @@ class Shard:
         name, digest = _name(self.number), hashlib.sha256(content).hexdigest()
         write_atomic(self.writer.folder / f"{name}.safetensors", content)
         about = {"file": f"{name}.safetensors", "sha256": digest, "examples": len(self.hash_E), "targets": len(self._records_NR)}
-        write_atomic(self.writer.folder / f"{name}.json", json.dumps(about | {"of": _checksum(self.writer.header)}).encode())
+        write_atomic(self.writer.folder / f"{name}.json", json.dumps(about | {"of": checksum(self.writer.header)}).encode())
 
 
 class TeacherCache:
@@ -204,7 +204,7 @@ class TeacherCache:
     @property
     def identity(self) -> str:
         """A hash of its contents."""
-        return _checksum(self.header)
+        return checksum(self.header)
 
     def missing(self, hashes: list[str]) -> list[int]:
         """The indices in `hashes` of the examples that are not in the cache."""
@@ -246,10 +246,10 @@ class TeacherCache:
         try:
             with safe_open(self.folder / file, "numpy") as found:
                 return found.get_tensor("content_hash"), found.get_tensor("targets")
-        except Exception:
+        except Exception as error:
             raise UserError(
                 f"{self.setting}: {self.folder / file} is damaged (it cannot be read); delete it and run llmkd cache again"
-            ) from None
+            ) from error
 
 
 def read_header(folder: Path, setting: str = SETTING) -> dict:
@@ -261,11 +261,11 @@ def read_header(folder: Path, setting: str = SETTING) -> dict:
             raise UserError(f"{setting}: {folder} is not complete: {done} of {of} shards; run llmkd cache again with the same settings")
         raise UserError(f"{setting}: there is no teacher cache at {folder}; llmkd cache writes one")
     header = _read_json(folder / "cache.json", setting)
-    if header.get("version") != VERSION:
+    if header.get("version", VERSION) != VERSION:
         raise UserError(
             f"{setting}: {folder} is a teacher cache of version {header.get('version')}, expected {VERSION}; run llmkd cache again, to another folder"
         )
-    if header.pop("checksum", None) != _checksum(header):
+    if header.pop("checksum", None) != checksum(header):
         raise UserError(
             f"{setting}: {folder / 'cache.json'} is damaged (its content does not match its checksum); delete it and run llmkd cache again"
         )
@@ -299,21 +299,14 @@ def _written(path: Path) -> tuple[int, int, int] | None:
     return None
 
 
-def _checksum(header: dict) -> str:
-    return hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()
-
-
 def _digest(path: Path) -> str | None:
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(FileNotFoundError, IsADirectoryError, NotADirectoryError):
         return sha256_file(path)
     return None
 
 
 def _read_json(path: Path, setting: str = SETTING) -> dict:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-        if isinstance(found, dict):
-            return found
-    except (OSError, ValueError):
-        pass
-    raise UserError(f"{setting}: {path} is damaged (it cannot be read); delete it and run llmkd cache again")
+        return read_object(path)
+    except (OSError, Damaged) as error:
+        raise UserError(f"{setting}: {path} is damaged (it cannot be read); delete it and run llmkd cache again") from error

@@ -2,6 +2,7 @@
 
 from tests.planted.fault import in_file
 
+DAMAGED = "output/test_damaged_files.py"
 FILES, TABLE, SETTINGS, RESUME = "test_files.py", "training/test_resume_settings.py", "config/test_settings.py", "training/test_resume.py"
 
 FAULTS = [
@@ -17,7 +18,7 @@ FAULTS = [
         (
             "unfinished-run-overwritten",
             "an unfinished run's folder is begun anew",
-            '            if (self.path / "recipe.yaml").exists():\n                raise',
+            "            if self.started:\n                raise",
             "            if False:\n                raise",
             f"{RESUME}::test_kill_9_in_the_middle_of_an_accumulation",
         ),
@@ -179,15 +180,15 @@ FAULTS = [
         (
             "not-on-the-disk",
             "a file has its name before it is on the disk",
-            "        _sync(part)\n        os.replace(part, path)",
-            "        os.replace(part, path)",
+            "            _sync(part)\n            os.replace(part, path)",
+            "            os.replace(part, path)",
             f"{FILES}::test_the_content_is_on_the_disk_before_it_has_its_name",
         ),
         (
             "written-in-place",
             "a file is written in place",
-            "        os.replace(part, path)\n",
-            "        path.write_bytes(part.read_bytes())\n        part.unlink()\n",
+            "            os.replace(part, path)\n",
+            "            path.write_bytes(part.read_bytes())\n            part.unlink()\n",
             FILES,
         ),
         ("leftover-of-an-error", "an error leaves a part of a file", "        part.unlink(missing_ok=True)\n", "        pass\n", FILES),
@@ -196,6 +197,27 @@ FAULTS = [
             "an error leaves no folder where there was one",
             "            os.rename(old, path)\n",
             "            pass\n",
+            FILES,
+        ),
+        (
+            "others-at-work",
+            "what another process is writing is taken for a leftover",
+            "        if not _is_held(leftover):\n",
+            "        if True:\n",
+            FILES,
+        ),
+        (
+            "checksum-ignored",
+            "an edited file counts as whole",
+            'found.pop("checksum") != checksum(found)',
+            "False",
+            "training/test_checkpoint.py",
+        ),
+        (
+            "lines-lost",
+            "the lines after a damaged one are lost",
+            "                damaged(number, str(error))\n",
+            "                break\n",
             FILES,
         ),
         ("lock-shared", "a lock may be held twice", "fcntl.LOCK_EX | (0 if wait", "fcntl.LOCK_SH | (0 if wait", FILES),
@@ -243,7 +265,31 @@ FAULTS = [
         ),
     ),
     *in_file(
+        "llmkd/output/run_files.py",
+        (
+            "lost-settings-taken",
+            "a run whose recipe.yaml is lost is resumed with other settings",
+            "return known is not None and known != settings_hash(recipe)",
+            "return False",
+            f"{DAMAGED}::test_and_then_other_settings_are_still_refused",
+        ),
+        (
+            "recipe-not-hashed",
+            "a damaged recipe.yaml is taken for another one",
+            "        return read_identity(folder).get(RECIPE, (now := sha256_file(folder / RECIPE))) != now\n",
+            "        return False\n",
+            f"{DAMAGED}::test_a_damaged_file_is_named_in_one_line_or_harmless",
+        ),
+    ),
+    *in_file(
         "llmkd/output/metrics.py",
+        (
+            "another-runs-metrics",
+            "metrics are written into the file of another run",
+            "if self.path.stat().st_ino != self._inode:",
+            "if False:",
+            "output/test_run_folder.py",
+        ),
         (
             "later-records-stay",
             "records after the checkpoint stay",

@@ -1,0 +1,67 @@
+"""Which run a folder's files are of: identity.json, and the reading of the small files of runs, sweeps and evaluations."""
+
+from pathlib import Path
+
+from ..config.loader import comparable
+from ..config.recipe import Recipe
+from ..config.schema import may_change_on_resume
+from ..errors import UserError
+from ..files import Damaged, checksum, read_sealed, sha256_file, write_sealed
+
+RECIPE, IDENTITY, SUMMARY = "recipe.yaml", "identity.json", "summary.json"
+_SETTINGS = "the settings"  # in identity.json, beside the hashes of data and models; so is that of recipe.yaml
+
+
+def read_run_file(path: Path, fix: str) -> dict:
+    """A JSON file of a run's or a sweep's folder. UserError, which says what to do (`fix`), where it cannot be read or is not what was written."""
+    try:
+        return read_sealed(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); {fix}") from error
+    except Damaged as error:
+        raise UserError(f"{path}: is damaged ({error}); {fix}") from error
+
+
+def read_identity(folder: Path) -> dict[str, str]:
+    """Hashes of what a run was started with, by name. UserError if it is damaged."""
+    path, fix = folder / IDENTITY, "put it back as it was, or delete it: --resume then goes by what the checkpoints hold"
+    found = read_run_file(path, fix)
+    if not found or not all(isinstance(value, str) for value in found.values()):
+        raise UserError(f"{path}: is damaged (it names no data and models); {fix}")
+    return found
+
+
+def write_identity(folder: Path, recipe: Recipe, identity: dict[str, str]) -> dict[str, str]:
+    """Write identity.json; returns which run this is, see `run_of`. `identity`: what is known, with the settings' hash if the run has one."""
+    found = {_SETTINGS: settings_hash(recipe)} | identity | {RECIPE: sha256_file(folder / RECIPE)}
+    write_sealed(folder / IDENTITY, found)
+    return _run(found)
+
+
+def run_of(folder: Path) -> dict[str, str]:
+    """Which run this is, as its checkpoints say it: hashes of the settings that --resume does not change, and of data and models."""
+    return _run(read_identity(folder))
+
+
+def _run(identity: dict[str, str]) -> dict[str, str]:
+    rest = {name: value for name, value in identity.items() if name not in (_SETTINGS, RECIPE)}
+    return {"settings": identity.get(_SETTINGS, ""), "data or models": checksum(rest)}
+
+
+def settings_hash(recipe: Recipe) -> str:
+    """A hash of the settings that --resume does not change."""
+    return checksum({key: value for key, value in comparable(recipe).items() if not may_change_on_resume(key)})
+
+
+def other_settings(folder: Path, recipe: Recipe) -> bool:
+    """Whether a run was started with other settings, by its identity.json."""
+    known = read_identity(folder).get(_SETTINGS)
+    return known is not None and known != settings_hash(recipe)
+
+
+def recipe_is_changed(folder: Path) -> bool:
+    """Whether recipe.yaml is known to be another one than was written."""
+    try:
+        return read_identity(folder).get(RECIPE, (now := sha256_file(folder / RECIPE))) != now
+    except (UserError, OSError):
+        return False

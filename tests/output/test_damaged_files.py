@@ -1,0 +1,195 @@
+"""Each file that a command reads, damaged: it is named in one line, with what to do, or the result is what it would have been.
+
+A checkpoint's own files are in training/test_checkpoint.py, byte by byte.
+"""
+
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from llmkd.cli import main
+from llmkd.files import read_sealed, write_sealed
+from tests.conftest import plain_recipe, said, weights
+
+
+def flipped(path: Path) -> None:
+    """One bit of one byte, another one for each file."""
+    content, chosen = bytearray(path.read_bytes()), random.Random(path.name)
+    content[chosen.randrange(len(content))] ^= 1 << chosen.randrange(7)
+    path.write_bytes(content)
+
+
+def a_folder(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+DAMAGES = {
+    "one bit flipped": flipped,
+    "empty": lambda path: path.write_bytes(b""),
+    "half": lambda path: os.truncate(path, path.stat().st_size // 2),
+    "a folder": a_folder,
+    "another type": lambda path: path.write_text("[]"),
+    "not UTF-8": lambda path: path.write_bytes(b"\xff\xfe\xfa\n" + path.read_bytes()[4:]),
+}
+
+
+@pytest.fixture(scope="module")
+def runs(world, tmp_path_factory) -> Path:
+    """Folders run (finished, three checkpoints, with the best), other (a copy), and sweep of two arms; their recipes beside them."""
+    root = tmp_path_factory.mktemp("runs")
+    recipe = plain_recipe(world, root / "run")
+    recipe["data"] |= {"validation": {"path": str(world / "held.jsonl")}}
+    recipe |= {"validation": {"every": 1}, "checkpoint": {"every": 1, "keep": 9, "best_by": "ce"}}
+    recipe["train"] |= {"max_steps": 3}
+    (root / "run.yaml").write_text(json.dumps(recipe))
+    shorter = {"train.max_steps": 1, "optim.warmup_steps": 0, "checkpoint.every": None, "checkpoint.best_by": None}
+    sweep = {"output_dir": str(root / "sweep"), "recipe": str(root / "run.yaml"), "set": shorter, "grid": {"loss.kd_ratio": [0.0, 0.5]}}
+    (root / "sweep.yaml").write_text(json.dumps(sweep))
+    assert main(["train", "--config", str(root / "run.yaml")]) == 0
+    assert main(["sweep", "--config", str(root / "sweep.yaml")]) == 0
+    shutil.copytree(root / "run", root / "other")
+    return root
+
+
+def unfinished(run: Path) -> None:
+    """As a kill after step 2 leaves it."""
+    (run / "summary.json").unlink()
+    shutil.rmtree(run / "adapter")
+    shutil.rmtree(run / "checkpoints/step-3")
+
+
+#: name: (the folder that is copied, what is done to it first, the command). {victim} is the copy, {runs} the folder of all.
+COMMANDS = {
+    "resume": ("run", unfinished, "train --config {runs}/run.yaml --resume --output_dir {victim}"),
+    "finished": ("run", lambda run: None, "train --config {runs}/run.yaml --resume --output_dir {victim}"),
+    "export": ("run", lambda run: None, "export {victim} --to {victim}/whole"),
+    "best": ("run", lambda run: None, "export {victim} --to {victim}/whole --checkpoint best"),
+    "compare": ("run", lambda run: None, "compare {runs}/other {victim}"),
+    "report": ("sweep", lambda sweep: None, "report {victim}"),
+    "sweep": ("sweep", lambda sweep: None, "sweep --config {runs}/sweep.yaml --resume --output_dir {victim}"),
+}
+ARM = "arms/kd_ratio-0.5"
+ADAPTER = (
+    "adapter_config.json",
+    "adapter_model.safetensors",
+    "llmkd.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "generation_config.json",
+)
+READ = [
+    *(("resume", name) for name in ("recipe.yaml", "identity.json", "metrics.jsonl")),
+    *(("finished", name) for name in ("recipe.yaml", "summary.json", *(f"adapter/{name}" for name in ADAPTER))),
+    *(("export", f"adapter/{name}") for name in (*ADAPTER, "README.md")),
+    *(("best", name) for name in ("summary.json", "identity.json", "checkpoints/step-3/manifest.json")),
+    *(("compare", name) for name in ("recipe.yaml", "summary.json", "held_out.jsonl")),
+    *(
+        ("report", name)
+        for name in ("sweep.json", *(f"{ARM}/{one}" for one in ("recipe.yaml", "summary.json", "metrics.jsonl", "held_out.jsonl")))
+    ),
+    *(("sweep", name) for name in ("sweep.json", f"{ARM}/recipe.yaml")),
+]
+#: A damage that these do not look at, since the command does not need the file, or makes it again.
+HARMLESS = {
+    ("export", "adapter/README.md", "one bit flipped"),
+    ("export", "adapter/README.md", "empty"),
+    ("export", "adapter/README.md", "half"),
+    ("export", "adapter/README.md", "another type"),
+}
+
+
+@pytest.fixture
+def call(runs, tmp_path, capsys):
+    """A command on a copy of its folder that `damage(copy)` has changed: exit code and lines of stderr."""
+
+    def go(command: str, damage) -> tuple[int, list[str]]:
+        base, before, words = COMMANDS[command]
+        victim = tmp_path / "victim"
+        shutil.rmtree(victim, ignore_errors=True)
+        shutil.copytree(runs / base, victim)
+        before(victim)
+        damage(victim)
+        capsys.readouterr()
+        code = main([word.format(runs=runs, victim=victim) for word in words.split()])
+        return code, said(capsys).splitlines()
+
+    return go
+
+
+@pytest.mark.parametrize(("command", "file"), READ, ids=lambda value: value)
+def test_a_damaged_file_is_named_in_one_line_or_harmless(call, runs, tmp_path, command, file):
+    for kind, damage in DAMAGES.items():
+        code, lines = call(command, lambda victim, damage=damage: damage(victim / file))
+        named = [line for line in lines if Path(file).name in line]
+        ended = [line for line in lines if line.startswith("llmkd: ")]
+        assert code in (0, 2) and not any("bug" in line for line in lines), (kind, lines)
+        assert len(ended) == (code == 2), (kind, lines)
+        if code == 2:
+            assert named == ended and ";" in ended[0], (kind, ended)
+        elif command == "resume":
+            assert_same_weights(tmp_path / "victim", runs / "run")
+            assert named or summary(tmp_path / "victim") == summary(runs / "run"), (kind, lines)
+        else:
+            assert named or (command, file, kind) in HARMLESS, (kind, lines)
+
+
+def assert_same_weights(run: Path, other: Path) -> None:
+    found = weights(run)
+    assert all(torch.equal(value, found[name]) for name, value in weights(other).items())
+
+
+def summary(run: Path) -> dict:
+    return {name: value for name, value in read_sealed(run / "summary.json").items() if name != "files"}
+
+
+@pytest.mark.parametrize("file", ["identity.json", "recipe.yaml"])
+def test_one_of_the_two_files_that_say_which_run_it_is_may_be_lost(call, runs, tmp_path, file):
+    """The other one, or the checkpoints, hold what it says."""
+    code, lines = call("resume", lambda victim: (victim / file).unlink())
+    assert code == 0 and any("resuming after step 2" in line for line in lines)
+    assert read_sealed(tmp_path / "victim/identity.json") == read_sealed(runs / "run/identity.json") | {
+        "recipe.yaml": read_sealed(tmp_path / "victim/identity.json")["recipe.yaml"]
+    }
+
+
+@pytest.mark.parametrize("lost", [("identity.json",), ("recipe.yaml",), ("identity.json", "recipe.yaml")], ids="+".join)
+def test_and_then_other_settings_are_still_refused(call, runs, lost, monkeypatch):
+    base, before, words = COMMANDS["resume"]
+    monkeypatch.setitem(COMMANDS, "resume", (base, before, f"{words} --optim.lr 0.5"))
+    code, lines = call("resume", lambda victim: [(victim / name).unlink() for name in lost])
+    assert code == 2
+    words = {1: "optim.lr: 0.01 in the run" if lost == ("identity.json",) else "the settings are others", 2: "holds no run of llmkd"}
+    assert any(words[len(lost)] in line for line in lines), lines
+
+
+def test_a_checkpoint_of_another_run_or_step_is_passed_over_by_a_whole_run(call, runs, tmp_path, capsys, monkeypatch):
+    assert main(["train", "--config", str(runs / "run.yaml"), "--seed", "5", "--output_dir", str(tmp_path / "foreign")]) == 0
+
+    def foreign(victim):
+        shutil.copytree(tmp_path / "foreign/checkpoints/step-3", victim / "checkpoints/step-3")
+        shutil.copytree(victim / "checkpoints/step-1", victim / "checkpoints/step-999")
+
+    code, lines = call("resume", foreign)
+    passed = [line for line in lines if line.startswith("passing over the checkpoint")]
+    assert code == 0 and len(passed) == 2 and "step-999 (it is beyond the run's last step, 3)" in passed[0]
+    assert "step-3 (it is of another run, with other settings)" in passed[1] and any("resuming after step 2 of 3" in one for one in lines)
+    assert sorted(path.name for path in (tmp_path / "victim/checkpoints").iterdir()) == ["step-1", "step-2", "step-3"]
+    assert_same_weights(tmp_path / "victim", runs / "run")
+
+
+def test_a_lost_list_of_a_sweep_is_made_anew_from_its_runs(call, tmp_path):
+    code, lines = call("sweep", lambda victim: (victim / "sweep.json").unlink())
+    assert code == 0 and any("sweep.json is missing, and is made anew: finished arms are kept" in line for line in lines)
+    assert {arm["status"] for arm in read_sealed(tmp_path / "victim/sweep.json")["arms"].values()} == {"done"}
+
+
+@pytest.mark.parametrize("content", [{"arms": []}, {"arms": {}, "groups": {}}, {"arms": {"kd_ratio-0": {}}, "groups": [], "stages": {}}])
+def test_a_list_of_a_sweep_that_is_whole_and_no_state_is_refused(call, content):
+    code, lines = call("sweep", lambda victim: write_sealed(victim / "sweep.json", content))
+    assert code == 2 and "sweep.json: is not a sweep's state; delete it and run the sweep again with --resume" in lines[-1]
