@@ -12,7 +12,7 @@ from typing import Any
 
 from ..console import first_process
 from ..errors import UserError
-from ..files import write_atomic
+from ..files import remove_leftovers, write_atomic
 
 
 def check_file(path: str, option: str) -> None:
@@ -38,6 +38,7 @@ def write_file(path: str, content: str) -> None:
     """Write a file whose folder is made where it is missing."""
     file = Path(path).expanduser()
     file.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(file.parent, file.name)
     write_atomic(file, content)
 
 
