@@ -4,6 +4,7 @@ Most control tokens are marked special, and a tokenizer can encode such a token'
 tokens that are ordinary added tokens, which are always encoded as tokens: a text with one of these is refused.
 """
 
+import itertools
 import re
 import weakref
 from collections.abc import Iterator
@@ -88,8 +89,8 @@ def refuse_unmarked(value, control: Control) -> None:
 
 def private_use_chars(*values) -> tuple[str, str]:
     """Two private-use characters (U+E000 to U+F8FF) that occur nowhere in the values."""
-    used = set().union(*(set(text) for text in _strings(values)))
-    free = [c for c in map(chr, range(0xE000, 0xF8FF)) if c not in used]
+    texts = list(_strings(values))
+    free = list(itertools.islice((c for c in map(chr, range(0xE000, 0xF8FF)) if not any(c in text for text in texts)), 2))
     if len(free) < 2:
         raise ValueError("a conversation uses every private-use character (U+E000 to U+F8FF), and two must be free; remove some")
     return free[0], free[1]
