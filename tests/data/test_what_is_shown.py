@@ -55,8 +55,10 @@ def test_arguments_that_a_template_takes_one_by_one(form):
     assert said(calling(given), HEAD + XML + TAIL) == [f"mul{shows}{END}one{END}"]
 
 
-def test_text_arguments_stay_as_they_are_where_the_template_shows_them_so():
-    assert '{"a":3}' in said(calling('{"a":3}'), HEAD + CALLS["either"] + TAIL)[0]
+def test_text_arguments_are_objects_wherever_the_template_takes_them():
+    either, verbatim = (said(calling('{"a":3}'), HEAD + CALLS[name] + TAIL)[0] for name in ("either", "verbatim"))
+    assert '"arguments": {"a": 3}' in either and '"arguments": {"a":3}' in verbatim
+    assert '"arguments": 3 * 18' in said(calling("3 * 18"), HEAD + CALLS["verbatim"] + TAIL)[0]
     assert '"arguments": {}' in said(calling(""), HEAD + CALLS["tojson"] + TAIL)[0]  # no arguments, in OpenAI's way
     assert '"arguments": {}' in said(calling("{}"), HEAD + CALLS["tojson"] + TAIL)[0]
 
@@ -102,6 +104,20 @@ MISTRAL = (
 def test_calls_that_begin_otherwise_than_answers_are_supervised_from_there(given, begins):
     call = begins + '{"name": "mul", "arguments": {"a": 3}}]'
     assert "".join(said(calling(given), MISTRAL.replace("[TOOL_CALLS] [", begins))) == f"{call.lstrip()}{END}one{END}"
+
+
+def test_calls_before_the_content_of_their_turn_are_supervised():
+    for prompt in ("", PROMPT):
+        template = HEAD.replace("{{ m.content }}", "") + CALLS["tojson"] + "{% endfor %}{{ m.content }}<|im_end|>\n{% endfor %}" + prompt
+        assert said(calling({"a": 3}, content="hm"), template) == ['{"name": "mul", "arguments": {"a": 3}}hm' + f"{END}one{END}"]
+
+
+def test_a_content_that_is_not_shown_beside_calls_is_refused():
+    template = HEAD.replace("{{ m.content }}", "{% if not m.tool_calls %}{{ m.content }}{% endif %}") + CALLS["tojson"] + TAIL
+    with pytest.raises(
+        UserError, match=r"^f.jsonl:1: the chat template does not show the content of messages\[1\] beside its tool calls; remove it"
+    ):
+        said(calling({"a": 3}, content="hm"), template)
 
 
 def test_calls_in_a_long_turn_of_their_own_are_refused():

@@ -106,7 +106,7 @@ def _attempts(template: str, messages: list[dict]) -> Iterator[Forms]:
     known, every = _PARTS.get(template, frozenset()), frozenset(message["role"] for message in messages)
     given = [_function(call).get("arguments") for message in messages for call in message.get("tool_calls") or ()]
     texts = [isinstance(one, str) for one in given]
-    arguments = ["", *(["objects"] if any(texts) else []), *([] if all(texts) else ["text"])]
+    arguments = [*(["objects"] if any(texts) else []), "", *([] if all(texts) else ["text"])]
     for parts in dict.fromkeys([known, known | every, known | every - {"assistant"}, known | {"user"}]):
         yield from (Forms(parts, form) for form in arguments)
 

@@ -84,7 +84,7 @@ def texts(messages: list[dict], turns: list[int], probe: TemplateProbe, text: st
     afters = [text if i == last else render(messages[: i + 1]) for i in turns]
     if all(text.startswith(after) for after in afters):
         _refuse_hidden_calls(messages, turns, probe)
-        plain = [i for i in turns if messages[i]["content"].strip() and not any(messages[i].get(key) for key in REASONING)]
+        plain = [i for i in turns if messages[i]["content"].strip() and not any(messages[i].get(key) for key in (*REASONING, "tool_calls"))]
         places = _locate(text, messages, [(i, "content", "{}", [messages[i]["content"]]) for i in plain], probe)
         known = dict(zip(plain, places, strict=True)) if places and all(places) else {}
         spans = [_with_end(text, _span(messages, i, after, probe, known.get(i)), probe) for i, after in zip(turns, afters, strict=True)]
@@ -99,9 +99,13 @@ def texts(messages: list[dict], turns: list[int], probe: TemplateProbe, text: st
 
 
 def _refuse_hidden_calls(messages: list[dict], turns: list[int], probe: TemplateProbe) -> None:
-    hidden = next((i for i in turns if messages[i].get("tool_calls") and (i, "tool_calls") not in probe.found), None)
-    if hidden is not None:
-        raise ValueError(f"the chat template does not show the tool calls of messages[{hidden}]; use a tokenizer whose template does")
+    for i in turns:
+        if messages[i].get("tool_calls") and (i, "tool_calls") not in probe.found:
+            raise ValueError(f"the chat template does not show the tool calls of messages[{i}]; use a tokenizer whose template does")
+        if messages[i].get("tool_calls") and messages[i]["content"].strip() and (i, "content") not in probe.found:
+            raise ValueError(
+                f"the chat template does not show the content of messages[{i}] beside its tool calls; remove it, or use a tokenizer whose template does"
+            )
 
 
 # ---- where a turn ends
@@ -158,7 +162,9 @@ def _locate_turn(head: list[dict], after: str, probe: TemplateProbe) -> Span:
                 continue
             start, stop = min(places)[0], max(place[1] for place in places)
             thinks = len(places) > len(answer) or (answer and answer[0][2] != "{}")
-            return (before if thinks and before is not None and before <= start else start), stop
+            if thinks and before is not None and before <= start:
+                return before, stop
+            return _before_calls(head, after, start, before, probe), stop
     if before is not None:
         empty = None if content.startswith("<think>") or thoughts else _EMPTY_THINKING.match(after, before)
         start = empty.end() if empty else before
@@ -178,6 +184,15 @@ def _locate_turn(head: list[dict], after: str, probe: TemplateProbe) -> Span:
     )
 
 
+def _before_calls(head: list[dict], after: str, start: int, before: int | None, probe: TemplateProbe) -> int:
+    """Where the last turn of `head`, whose content begins at `start`, begins if its calls are before that (Gemma 4's)."""
+    names = [str((call.get("function") or call).get("name")) for call in head[-1].get("tool_calls") or ()]
+    if not names:
+        return start
+    lead = _start_of_calls(head, after, probe) if before is None else before
+    return lead if lead is not None and any(name in after[lead:start] for name in names) else start
+
+
 def _start_of_calls(head: list[dict], after: str, probe: TemplateProbe) -> int | None:
     """Where the calls of the last turn of `head` begin: where the text stops being that of a turn that answers.
 
@@ -185,7 +200,6 @@ def _start_of_calls(head: list[dict], after: str, probe: TemplateProbe) -> int |
     """
     header = probe.render([*head[:-1], {"role": "assistant", "content": probe.marker}]).partition(probe.marker)[0]
     start = len(os.path.commonprefix([header, after]))
-    start = next((m.start() for m in probe.control.finditer(after) if m.start() < start < m.end()), start)
     before = os.path.commonprefix([probe.render(head[:-1]), after]) if len(head) > 1 else ""
     return start if start >= len(before) and len(header) - start <= _HEADER else None
 
