@@ -425,8 +425,8 @@ FAULTS = [
         (
             "calls-not-marked",
             "calls that the template leaves out are not noticed",
-            'if messages[i].get("tool_calls") and (i, "tool_calls") not in probe.found)',
-            "if False)",
+            'if messages[i].get("tool_calls") and (i, "tool_calls") not in probe.found:',
+            "if False:",
             f"{SHOWN} data/test_masks.py",
         ),
     ),
