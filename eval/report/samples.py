@@ -3,9 +3,9 @@
 from llmkd import __version__
 from llmkd.commands.sample import Samples
 from llmkd.commands.sample_text import columns
-from llmkd.console import printable
 
 from .document import Heading, Para, Span, Table, Text, as_html
+from .sweep_samples import kept
 
 
 def samples_page(samples: Samples) -> str:
@@ -31,12 +31,8 @@ def samples_page(samples: Samples) -> str:
     ]
     for i, one in enumerate(samples.asked, 1):
         texts = columns(one)
-        blocks += [Heading(f"{i}. {one.place}"), Para(_text(one.prompt))]
+        blocks += [Heading(f"{i}. {one.place}"), Para(kept(one.prompt))]
         if one.teacher_prompt is not None:
-            blocks += [Para("The teacher's prompt:", "small"), Para(_text(one.teacher_prompt))]
-        blocks.append(Table(list(texts), [[_text(text) for text in texts.values()]], left=0, words=len(texts)))
+            blocks += [Para("The teacher's prompt:", "small"), Para(kept(one.teacher_prompt))]
+        blocks.append(Table(list(texts), [[kept(text) for text in texts.values()]], left=0, words=len(texts)))
     return as_html(f"Samples of {samples.run}", blocks, f"Written by llmkd {__version__} (llmkd sample).")
-
-
-def _text(text: str) -> Span:
-    return Span(printable(text), "text")

@@ -15,6 +15,7 @@ from .best import best_sentence, find_best, headline
 from .document import Heading, Items, Para, Span, Table, Text, as_html, as_markdown, as_plain
 from .findings import NOT_COMPARED, compared, label, mark, measure, statements
 from .sweep_files import SweepFolder, read_json, read_sweep
+from .sweep_samples import sweep_samples
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,7 @@ def document(sweep: SweepFolder, rows: list[Row], notes: list[str]) -> list:
     out += sections.teacher_checks(sweep)
     out += learning(sweep, rows)
     out += [Heading("Held-out rows", "held-out"), *results(sweep, held, "held")]
+    out += sweep_samples(sweep)
     out += [Heading("Benchmarks", "benchmarks"), *results(sweep, tasks, "task")]
     out += settings_map(sweep, rows)
     out += sections.published_beside(sweep, rows, harness(sweep, tasks))

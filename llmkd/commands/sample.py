@@ -2,13 +2,10 @@
 
 import dataclasses
 import gc
-import random
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 from ..config.fields import as_tuple, with_setting_names
 from ..config.loader import load_recipe
@@ -17,7 +14,7 @@ from ..console import info, progress_bar
 from ..data.dataset import Dataset, encode_sources, hold_out, join
 from ..data.encoding.tokenizer import load_tokenizer, shared_vocab
 from ..data.prompt_files import read_prompts
-from ..data.prompts import Prompt, decoded, prompts_of
+from ..data.prompts import Prompt, decoded, held_out_prompts
 from ..data.reading.sources import read_sources
 from ..errors import UserError
 from ..model_folder.files import ModelFiles, find, positions, rows_of
@@ -159,15 +156,13 @@ def _models(recipe: Recipe, student: Path, wanted: tuple[str, ...]) -> Iterator[
 
 
 def _held_out(run: Path, data: Data, tokenizer, count: int | None) -> list[Prompt]:
-    """Prompts of held-out rows of the run, in the order of the data."""
+    """Prompts of held-out rows of the run."""
     held_out = _validation(run, data, tokenizer)
     if held_out is None:
         raise UserError(
             f"{run}: its recipe has no held-out rows (data.validation, data.validation_fraction); give a file of prompts by --prompts"
         )
-    firsts = np.unique(held_out.examples.row, return_index=True)[1]  # of a conversation that became several examples
-    chosen = sorted(random.Random("samples").sample(firsts.tolist(), min(count or COUNT, len(firsts))))
-    return prompts_of(held_out.examples.take(np.array(chosen)), [held_out.places[i] for i in chosen], tokenizer)
+    return held_out_prompts(held_out.examples, held_out.places, count or COUNT, tokenizer)
 
 
 def _validation(run: Path, data: Data, tokenizer) -> Dataset | None:

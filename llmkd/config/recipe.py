@@ -169,6 +169,12 @@ class Validation:
         description="Measure KL to the recipe's teacher and agreement with it also where loss.kd_ratio is 0: the teacher is then loaded for "
         "validation alone. A sweep sets it.",
     )
+    samples: Annotated[int, Field(ge=0)] = changeable(
+        0,
+        description="Held-out prompts that the student answers at every validation, always by the most likely token, into samples.jsonl of the run's "
+        "folder; 0: none. The training is the same with and without.",
+    )
+    sample_tokens: Count = changeable(64, description="Longest of these answers, in tokens.")
     teacher_check: Annotated[int, Field(ge=0)] = changeable(
         64,
         description="Number of training examples on which the teacher's CE is compared with the student's before the first step; 0: no check.",
@@ -241,6 +247,15 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
         yield ("optim.name", "student.dtype"), f"found {optim.name}, which has no float64; use adamw, or student.dtype: float32"
     yield from data_contradictions(data, train.max_steps, train.group_by_length)
     yield from teacher_contradictions(recipe.teacher, data)
+    if recipe.validation.samples and not (as_tuple(data.validation) or data.validation_fraction):
+        fix = "give data.validation or data.validation_fraction, or set it to 0"
+        yield ("validation.samples", "data.validation"), f"found {recipe.validation.samples}, and there are no held-out rows; {fix}"
+    if recipe.validation.samples and data.train_on_input:
+        why = "where prompts are not known from their answers"
+        yield (
+            ("validation.samples", "data.train_on_input"),
+            f"found {recipe.validation.samples} with data.train_on_input, {why}; set one of them to 0 or false",
+        )
     if recipe.mixture != Mixture() and len(as_tuple(recipe.teacher)) < 2:
         yield ("mixture", "teacher"), "set, but there are not several teachers to mix; leave it out"
     sampled = [path for path, one in with_setting_names(recipe.teacher, "teacher") if one.cache and one.cache.kind == "sampled"]

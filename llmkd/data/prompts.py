@@ -1,5 +1,6 @@
 """Prompts for a model to go on from: of examples, all before the first target. `prompt_files.py` reads files of them."""
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -31,6 +32,13 @@ def prompts_of(examples: Examples, places: Sequence[str], tokenizer) -> list[Pro
     """
     theirs = examples.teacher_view or examples
     return [parted(places[i], examples.example(i), theirs.example(i), tokenizer) for i in range(len(examples))]
+
+
+def held_out_prompts(examples: Examples, places: Sequence[str], count: int, tokenizer) -> list[Prompt]:
+    """Prompts of `count` held-out rows, in the order of the data: the same ones every time. Of a row that became several examples the first."""
+    firsts = np.unique(examples.row, return_index=True)[1]
+    chosen = sorted(random.Random("samples").sample(firsts.tolist(), min(count, len(firsts))))
+    return prompts_of(examples.take(np.array(chosen, np.int64)), [places[i] for i in chosen], tokenizer)
 
 
 def parted(place: str, own: Tokens, theirs: Tokens, tokenizer) -> Prompt:

@@ -130,7 +130,7 @@ class LanguageModel(nn.Module):
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
             out = body(**inputs, **before, **last, use_cache=True)
             logits_BV = self.head.logits(out[0][:, -1])
-        return logits_BV[:, : self.head.vocab], out.get("past_key_values")
+        return logits_BV, out.get("past_key_values")
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The parameters that train, by the names that they have where the student is alone."""

@@ -21,6 +21,7 @@ from . import checkpoint
 from .loop import StudentState
 from .prepare import Prepared, generation_before
 from .validate import HeldOut
+from .validation_samples import write_samples
 
 
 class StudentRun:
@@ -53,6 +54,8 @@ class StudentRun:
         if self.main:
             self.record.write({"step": step, "validation": values})
             self.write_held_out(held_out)
+            if self.recipe.validation.samples:
+                write_samples(self.folder.path, step, self.model, self.prepared, self.recipe.validation)
         if by and step:
             sign = -1 if by == "top1_agreement" else 1
             if self.best is None or self.best["by"] != by or sign * values[by] < sign * self.best["value"]:

@@ -179,6 +179,7 @@ class Trainer:
             name = f" of {student.folder.path.name}" if len(self.students) > 1 else ""
             shown = "  ".join(f"{k} {v:.4f}" for k, v in values.items() if k != "targets")
             self.display.info(f"validation{name} at step {step}: {shown}")
+        self.display.speed()  # neither is what samples took
         if self.settings.checkpoint.best_by and step:
             self.save(step)
 

@@ -73,6 +73,16 @@ def test_one_model_is_in_memory_at_a_time(run, monkeypatch):
     assert most == [0, 0, 0]
 
 
+def test_an_answer_that_ended_is_shown_without_its_end_token(run, monkeypatch):
+    import llmkd.rollouts.generate as module
+
+    tok, asked = tokenizer(), []
+    ended = module.Completion((*tok("It is 7.", add_special_tokens=False)["input_ids"], tok.eos_token_id), True)
+    monkeypatch.setattr(module, "generate", lambda model, prompts, sampling, ends, *rest: (asked.append(ends), [ended] * len(prompts))[1])
+    (one,) = sample(run, count=1, models=("after",)).asked
+    assert one.answers == {"after": Answer("It is 7.", len(ended.ids), True)} and tok.eos_token_id in asked[0]
+
+
 def test_prompts_of_a_file_on_the_terminal_on_a_page_and_as_json(run, tmp_path, capsys, monkeypatch):
     (tmp_path / "p.txt").write_text("Say <b>7</b>\nSay 8\nSay 9\n")
     words = ["sample", str(run), "--prompts", str(tmp_path / "p.txt"), "--count", "2", "--max_new_tokens", "5", "--models", "before,after"]

@@ -17,7 +17,7 @@ CHANGEABLE = (
     *("output_dir", "report_to", "push_to_hub", "push_to_hub.repo", "push_to_hub.private"),
     *("student.gradient_checkpointing", "teacher.device", "teacher.share_base", "loss.chunk_size"),
     *("train.compile", "train.log_every", "train.micro_batch_size", "train.micro_batch_tokens"),
-    *("validation.every", "validation.micro_batch_size", "validation.teacher_check"),
+    *("validation.every", "validation.micro_batch_size", "validation.teacher_check", "validation.samples", "validation.sample_tokens"),
     *("checkpoint.every", "checkpoint.keep", "checkpoint.best_by"),
     *("data.cache_dir", "data.packing", "data.share_prefixes"),
     *(path for path in SETTINGS if path.split(".")[:2] == ["data", "choices"]),

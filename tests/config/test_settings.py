@@ -662,7 +662,9 @@ def test_asking_for_help_is_no_failure(capsys, argv, text):
         (["train", "nope.yaml"], ["nope.yaml: not understood"]),
         (
             ["trian"],
-            ["trian: no such command; did you mean train? there are train, sweep, cache, data, export, eval, tasks, compare, report"],
+            [
+                "trian: no such command; did you mean train? there are train, sweep, cache, data, doctor, sample, export, eval, tasks, compare, report"
+            ],
         ),
         (["export", "run", "--too", "x"], ["--too: export has no such option"]),
         (["train", "--config", "BAD"], [":5: optim.lr: ", ":6: sed: ", ":7: train.max_steps: "]),

@@ -71,6 +71,7 @@ def test_noise_is_a_sample_of_the_gumbel_distribution_for_each_seed_prompt_and_p
     noise = np.stack([gumbel_noise(*place, 5000) for place in places])
     assert noise.mean() == pytest.approx(0.5772, abs=0.03) and noise.std() == pytest.approx(math.pi / 6**0.5, abs=0.03)
     assert np.abs(np.corrcoef(noise) - np.eye(8)).max() < 0.06
+    assert len(np.unique(noise)) == noise.size, "no number is drawn for two places"
     assert np.array_equal(gumbel_noise(1, 0, 1, 5000), noise[5])
 
 

@@ -188,6 +188,10 @@ ACCEPTED = [
             "push_to_hub": (None, {"repo": "owner/name"}),
         },
     ),
+    (
+        {"data.validation.path": "held.jsonl"},
+        {"validation.samples": (0, 3), "validation.sample_tokens": (64, 9)},
+    ),
     ({"train.micro_batch_size": None}, {"train.micro_batch_tokens": (100, "auto")}),
     ({"data.packing": True}, {"data.share_prefixes": (False, True)}),
     ({"push_to_hub.repo": "owner/name"}, {"push_to_hub.repo": ("owner/name", "owner/other"), "push_to_hub.private": (True, False)}),

@@ -4,6 +4,7 @@ from tests.planted.fault import in_file
 
 GENERATE, PROMPTS, SAMPLE = "rollouts/test_generate.py", "data/test_prompts.py", "commands/test_sample.py"
 CHAT, OUTPUTS = "eval/test_chat_template.py", "commands/test_outputs.py"
+SAMPLES = "training/test_validation_samples.py"
 
 FAULTS = [
     *in_file(
@@ -34,7 +35,6 @@ FAULTS = [
     *in_file(
         "llmkd/models/language_model.py",
         ("logits-of-the-first", "the next token is chosen by the first position", "self.head.logits(out[0][:, -1])", "self.head.logits(out[0][:, 0])", GENERATE),
-        ("logits-of-padding-columns", "tokens past the vocabulary are chosen", "return logits_BV[:, : self.head.vocab], out", "return logits_BV, out", GENERATE),
         ("cache-thrown-away", "the cache is not given back", '{} if cache is None else {"past_key_values": cache}', "{}", GENERATE),
     ),
     *in_file(
@@ -64,6 +64,22 @@ FAULTS = [
         "llmkd/commands/outputs.py",
         ("table-on-stdout", "the table stands beside the JSON", 'with contextlib.redirect_stdout(sys.stderr) if to == "-" else', 'with contextlib.redirect_stdout(sys.stderr) if to == "" else', OUTPUTS),
         ("refused-too-late", "a place that cannot be written is met at the end", '        check_file(to, "--json")', "        pass", OUTPUTS),
+    ),
+    *in_file(
+        "llmkd/training/validation_samples.py",
+        ("doubled-steps", "a resumed run writes a step twice", 'if record["step"] < step]', 'if record["step"] <= step]', SAMPLES),
+        ("sampled-at-validation", "answers are drawn", "Sampling(max_new_tokens=settings.sample_tokens)", "Sampling(1.0, settings.sample_tokens)", SAMPLES),
+        ("longer-answers", "sample_tokens is not read", "Sampling(max_new_tokens=settings.sample_tokens)", "Sampling()", SAMPLES),
+        ("no-learnt-end", "the end tokens of the data do not end an answer", ", *prepared.end_tokens}", "}", SAMPLES),
+        ("end-token-written", "the end token is a part of the text", "decoded(one.ids[: len(one.ids) - one.finished], tokenizer)", "decoded(one.ids, tokenizer)", SAMPLES),
+    ),
+    *in_file(
+        "llmkd/config/recipe.py",
+        ("samples-of-whole-rows", "samples are taken where prompts are supervised", "if recipe.validation.samples and data.train_on_input:", "if False:", SAMPLES),
+    ),
+    *in_file(
+        "eval/report/sweep_samples.py",
+        ("unescaped-control-characters", "control characters of an answer reach the page", 'Span(printable(text), "text")', 'Span(text, "text")', "eval/test_report_samples.py"),
     ),
     *in_file(
         "eval/harness/evaluate.py",
