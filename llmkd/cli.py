@@ -128,13 +128,14 @@ def data(options: argparse.Namespace, overrides: dict) -> dict:
 
 
 def doctor(options: argparse.Namespace, overrides: dict) -> dict:
-    config = _recipe(options)
-    recipe = loader.load_recipe(config, overrides, check_inputs=True)
+    config = _config(options)
+    if loader.file_kind(config) == "sweep":
+        _recipe(options)
     if options.to:
         check_file(options.to, "--to")
     from .commands import doctor as command
 
-    results = command.doctor(recipe, options.rows or command.ROWS)
+    results = command.doctor(config, overrides, options.rows or command.ROWS)
     if options.to:
         from llmkd_eval.report.doctor import doctor_page
 

@@ -23,20 +23,28 @@ def blocks(results: list[Result]) -> list:
     if todo:
         out += [
             Heading("To do", "todo"),
-            Items([(_status(one), f" {one.check}: {one.found}. To do: {one.fix}") for one in todo], "summary"),
+            Items(
+                [(_status(one), f" {one.stage + ': ' if one.stage else ''}{one.check}: {one.found}. To do: {one.fix}") for one in todo],
+                "summary",
+            ),
         ]
-    groups: dict[str, list[Result]] = {}
-    for result in results:
-        groups.setdefault(result.group, []).append(result)
-    for name, mine in groups.items():
-        out.append(Heading(name, name.lower()))
-        rows = [[_status(one), one.check, one.found, f"{one.seconds:.1f} s"] for one in mine]
-        out.append(Table([" ", "Check", "Found", "Time"], rows, left=1, words=3))
-        for one in mine:
-            if one.shown and one.status == "failed":
-                out.append(Fold(f"{one.check}: what was looked at", [Items(_lines(one.shown))]))
-            elif one.shown:
-                out += [Para("Supervised is what stands in colour:", "small"), Items(_lines(one.shown))]
+    for stage in dict.fromkeys(one.stage for one in results):
+        of_stage = [one for one in results if one.stage == stage]
+        out += [Heading(stage, f"stage-{stage}")] if stage else []
+        for group in dict.fromkeys(one.group for one in of_stage):
+            out.append(Heading(group, "" if stage else group.lower()))
+            out += _group([one for one in of_stage if one.group == group])
+    return out
+
+
+def _group(results: list[Result]) -> list:
+    rows = [[_status(one), one.check, one.found, f"{one.seconds:.1f} s"] for one in results]
+    out: list = [Table([" ", "Check", "Found", "Time"], rows, left=1, words=3)]
+    for one in results:
+        if one.shown and one.status == "failed":
+            out.append(Fold(f"{one.check}: what was looked at", [Items(_lines(one.shown))]))
+        elif one.shown:
+            out += [Para("In colour, between ⟦ and ⟧, is what the student learns to write:", "small"), Items(_lines(one.shown))]
     return out
 
 
@@ -50,7 +58,7 @@ def _lines(shown: tuple[str, ...]) -> list:
     for example in "\n".join(shown).split("\n\n"):
         parts = []
         for n, piece in enumerate(example.replace("⟧", "⟦").split("⟦")):
-            parts.append(Span(piece, "better") if n % 2 else piece)
+            parts.append(Span(f"⟦{piece}⟧", "better") if n % 2 else piece)
         if example.strip():
             out.append(tuple(parts))
     return out

@@ -1,15 +1,18 @@
 """`llmkd doctor`: asks the questions of `llmkd/doctor/` about a recipe and prints a line for each."""
 
+import dataclasses
 import os
 import shutil
 import sys
 import textwrap
 from collections import Counter
-from typing import TextIO
+from pathlib import Path
 
 from .. import __version__
+from ..config import loader
+from ..config.fields import with_setting_names
 from ..config.recipe import Recipe
-from ..console import count, info
+from ..console import count, info, printable
 from ..doctor.check import Check, ChecksFailed, Result
 from ..errors import UserError
 
@@ -17,27 +20,62 @@ ROWS = 64
 _INDENT = 11
 
 
-def doctor(recipe: Recipe, rows: int = ROWS, out: TextIO | None = None) -> list[Result]:
-    """Ask every check and print each result as it comes."""
+def doctor(config: str, overrides: dict, rows: int = ROWS) -> list[Result]:
+    """Ask every check about a recipe, or each stage of a pipeline, and print each result as it comes."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("doctor: runs in one process; leave accelerate launch, or torchrun, out")
+    if loader.file_kind(config) == "pipeline":
+        from .pipeline import stage_recipes
+
+        overrides = dict(overrides)
+        pipeline = loader.load_pipeline(config, overrides.pop("output_dir", None))
+        stages = stage_recipes(pipeline, Path(config), overrides)
+    else:
+        stages = {"": loader.load_recipe(config, overrides, check_inputs=True)}
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="backslashreplace")  # for terminals that cannot show a character
+    info(f"examining the recipe on at most {rows} rows of each source; a minute or two" + (" a stage" if len(stages) > 1 else ""))
+    results = [result for name in stages for result in examined(name, stages, rows)]
+    print(f"\n{summary(results)}", flush=True)
+    return results
+
+
+def examined(stage: str, recipes: dict[str, Recipe], rows: int) -> list[Result]:
+    """The results for one recipe of several, printed as they come; what stages before it are to train is replaced by what they train it from."""
     from ..doctor.examine import examine
 
-    out = out or sys.stdout
-    if hasattr(out, "reconfigure"):
-        out.reconfigure(errors="backslashreplace")  # for terminals that cannot show a character
-    headings = set()
+    headings: list[str] = []
 
     def show(check: Check, result: Result) -> None:
         if check.group not in headings:
-            headings.add(check.group)
-            print(f"\n{check.group}", file=out)
-        print("\n".join(as_text(result)), file=out, flush=True)
+            headings.append(check.group)
+            print(f"\n{stage}: {check.group}" if stage else f"\n{check.group}")
+        print(printable("\n".join(as_text(result))), flush=True)
 
-    info(f"examining the recipe on at most {rows} rows of each source; a minute or two")
-    results = examine(recipe, rows, show)
-    print(f"\n{summary(results)}", file=out, flush=True)
-    return results
+    recipe, stand_ins = with_stand_ins(recipes[stage], recipes)
+    for setting, name in stand_ins.items():
+        info(f"{stage}: {setting} is trained by the stage {name}; until then what that is trained from stands in for it")
+    return [dataclasses.replace(one, stage=stage) for one in examine(recipe, rows, show, frozenset(stand_ins))]
+
+
+def with_stand_ins(recipe: Recipe, stages: dict[str, Recipe]) -> tuple[Recipe, dict[str, str]]:
+    """The recipe with the untrained model in the place of each that a stage has still to train, and {setting: that stage}."""
+    found: dict[str, str] = {}
+
+    def stand_in(setting: str, one):
+        path = Path(one.model).expanduser() if one.model else None
+        if path is None or path.exists():
+            return one
+        for name, other in stages.items():
+            if name and Path(other.output_dir).expanduser().absolute() in path.absolute().parents:
+                found[setting] = name
+                student, _ = with_stand_ins(other, {key: value for key, value in stages.items() if key != name})
+                return dataclasses.replace(one, model=student.student.model, base=student.student.base, revision=student.student.revision)
+        return one
+
+    teachers = tuple(stand_in(setting, one) for setting, one in with_setting_names(recipe.teacher, "teacher"))
+    teacher = teachers if isinstance(recipe.teacher, tuple) else (*teachers, None)[0]
+    return dataclasses.replace(recipe, student=stand_in("student", recipe.student), teacher=teacher), found
 
 
 def as_text(result: Result) -> list[str]:

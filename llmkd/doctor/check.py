@@ -17,7 +17,7 @@ Status = Literal["passed", "failed", "warned", "not asked"]
 class Result:
     """What a check found. A failed or warned one says how to put it right; one that could not be asked says why in `found`.
 
-    check, group  of the check
+    check, group  of the check; `stage` of a pipeline that it was asked of
     shown    what it looked at, line by line, such as decoded examples
     seconds  that it took
     """
@@ -28,6 +28,7 @@ class Result:
     shown: tuple[str, ...] = ()
     check: str = ""
     group: str = ""
+    stage: str = ""
     seconds: float = 0.0
 
     def of(self, check: "Check", seconds: float) -> "Result":

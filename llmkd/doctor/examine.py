@@ -32,8 +32,16 @@ LOAD = Check("the models are loaded and can be used", "Models", "data", "correct
 CHECKS: tuple[Check, ...] = (*data.CHECKS, LOAD, *models.CHECKS, *losses.CHECKS, *training.CHECKS, *files.CHECKS)
 
 
-def examine(recipe: Recipe, rows: int = 64, on_result: Callable[[Check, Result], None] = lambda check, result: None) -> list[Result]:
-    """Ask every check. `on_result` is called after each. Writes to a temporary folder alone; the random state stays as it was."""
+def examine(
+    recipe: Recipe,
+    rows: int = 64,
+    on_result: Callable[[Check, Result], None] = lambda check, result: None,
+    stand_ins: frozenset[str] = frozenset(),
+) -> list[Result]:
+    """Ask every check. `on_result` is called after each. Writes to a temporary folder alone; the random state stays as it was.
+
+    stand_ins  settings of models that are to be trained first, in whose place the recipe names untrained ones
+    """
     cache = os.environ.get("LLMKD_CACHE")
     with tempfile.TemporaryDirectory(prefix="llmkd-doctor-") as folder, torch.random.fork_rng():
         with contextlib.suppress(OSError, RuntimeError):  # hashes of large weights are known from there
@@ -41,7 +49,7 @@ def examine(recipe: Recipe, rows: int = 64, on_result: Callable[[Check, Result],
         os.environ["LLMKD_CACHE"] = f"{folder}/cache"
         try:
             (Path(folder) / "work").mkdir()
-            return ask_all(Setup(recipe, rows, Path(folder) / "work"), CHECKS, on_result)
+            return ask_all(Setup(recipe, rows, Path(folder) / "work", stand_ins), CHECKS, on_result)
         finally:
             os.environ.pop("LLMKD_CACHE")
             if cache is not None:

@@ -154,6 +154,8 @@ def better(setup: Setup) -> Result:
     """The teacher's cross-entropy against the student's, paired by example."""
     if setup.teacher is None:
         return not_asked("the recipe loads no teacher")
+    if missing := [source.setting for source in setup.prepared.teachers if source.setting in setup.stand_ins]:
+        return not_asked(f"{missing[0]} is trained by an earlier stage, and an untrained model stands in for it")
     if "teacher_ce" not in setup.teacher.metrics:
         return not_asked("this teacher does not give the labels' probabilities")
     evaluator = Evaluator(setup.accelerator, setup.prepared.tokenizer.eos_token_id, setup.small.validation.micro_batch_size)

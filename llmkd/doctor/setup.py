@@ -42,14 +42,15 @@ class Setup:
     small     the user's recipe with the first `rows` rows of each source
     unwritten caches that are not written yet, by their teachers' settings; `small` has the teachers themselves in their place
     folder    an empty folder, the only one that checks write to
+    stand_ins models by setting that are to be trained first, in whose place untrained ones stand
     prepared  data, tokenizer and the models' files (after `read`)
     few       the examples that checks compute with (after `read`)
     student, state, teacher, live   (after `load`) the student; with its loss and optimizer; its teacher, or None; the teachers that are
                                     models, by setting
     """
 
-    def __init__(self, recipe: Recipe, rows: int, folder: Path):
-        self.folder = folder
+    def __init__(self, recipe: Recipe, rows: int, folder: Path, stand_ins: frozenset[str] = frozenset()):
+        self.folder, self.stand_ins = folder, stand_ins
         self.small, self.unwritten = without_unwritten_caches(with_few_rows(recipe, rows))
         self.device = torch.device("cpu")
 
@@ -148,9 +149,9 @@ class Setup:
 
     @property
     def allowed(self) -> float:
-        """The difference that rounding in the models may leave in a term of the loss at one target."""
+        """The difference that rounding in the models may leave in a term of the loss at one target; in their mean a tenth of it."""
         most = max(self.rounding(model) for model in self.models.values())
-        return 4 * most * max(self.largest_logit, 1.0) * max(1.0, self.small.loss.temperature)
+        return most * max(self.largest_logit, 1.0) * max(1.0, self.small.loss.temperature)
 
     @contextlib.contextmanager
     def as_trained(self) -> Iterator[None]:

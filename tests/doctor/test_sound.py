@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from llmkd.cli import main
+from llmkd.doctor import examine
 from llmkd.doctor.examine import CHECKS, ask_all
 from tests.conftest import plain_recipe
 
@@ -80,6 +81,28 @@ def test_mistakes_are_found_before_anything_is_read(world, tmp_path, capsys, mon
     config = [] if "--config" in words else ["--config", "r.yaml"]
     assert main(["doctor", *config, *words]) == 2
     assert words[0] in capsys.readouterr().err
+
+
+def test_every_stage_of_a_pipeline_is_examined_before_the_first_is_run(world, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(examine, "CHECKS", [one for one in CHECKS if one.group in ("Data", "Models") or "knows the rows" in one.name])
+    recipe = plain_recipe(world, tmp_path / "none")
+    held = {"validation": {"path": str(world / "held.jsonl")}}
+    first = recipe | {"student": {"model": str(world / "teacher"), "lora": {"rank": 4}}, "data": recipe["data"] | held, "teacher": None}
+    (tmp_path / "first.yaml").write_text(json.dumps(first))
+    (tmp_path / "second.yaml").write_text(json.dumps(recipe | {"data": recipe["data"] | held}))
+    stages = {
+        "first": {"recipe": "first.yaml"},
+        "second": {"recipe": "second.yaml", "set": {"teacher.model": "{output_dir}/first/adapter"}},
+    }
+    (tmp_path / "p.yaml").write_text(json.dumps({"output_dir": "p", "stages": stages, "teacher": "first", "students": ["second"]}))
+    assert main(["doctor", "--config", "p.yaml", "--json", "d.json", "--to", "d.html"]) == 0
+    out, said = capsys.readouterr()
+    assert "first: Data" in out and "second: Data" in out and "second: teacher is trained by the stage first" in said
+    found = json.loads((tmp_path / "d.json").read_text())["checks"]
+    assert [one["stage"] for one in found] == ["first"] * 7 + ["second"] * 7
+    assert found[-1]["status"] == "not asked" and "stands in" in found[-1]["found"]
+    assert '<h2 id="stage-second">second</h2>' in (tmp_path / "d.html").read_text() and not (tmp_path / "p").exists()
 
 
 def test_the_page_of_the_documents_names_every_check():
