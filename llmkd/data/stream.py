@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from ..config.recipe import Data, Source
-from ..console import info
+from ..console import info, warn
 from ..errors import UserError
 from .batch_source import Collator, ExampleSource, Step
 from .batching import Batching
@@ -25,6 +25,7 @@ from .encoding.encode import encode
 from .encoding.end_tokens import end_tokens
 from .encoding.formats import refuse_without_template
 from .examples import ALL_TEACHERS, Examples
+from .notes import example_notes
 from .reading import skills
 from .reading.files import BadRow, Records, kind_of, raw, records, row_of
 from .reading.problems import ErrorCollector
@@ -87,6 +88,8 @@ class StreamSource(ExampleSource):
         yield from super().steps(done)
         c = self.counts
         if c:
+            for note in example_notes(c):
+                warn(note.replace(": ", ": train: ", 1))
             info(
                 f"train: {c['rows']} rows streamed, {c['examples']} examples ({c['too_long']} too long, {c['unsupervised']} with nothing supervised)"
             )

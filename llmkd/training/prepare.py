@@ -29,7 +29,7 @@ from ..data.dataset import (
     report_notes,
     teacher_index,
 )
-from ..data.encoding import token_cache
+from ..data.encoding import template_process, token_cache
 from ..data.encoding.end_tokens import end_tokens, report_end_tokens
 from ..data.encoding.same_tokenizer import refuse_other_ends, refuse_other_tokens, report_chosen
 from ..data.encoding.tokenizer import load_tokenizer, shared_vocab
@@ -192,6 +192,8 @@ def encode_data(
     if data.choices:
         (read,) = rows["data.choices"]
         questions, origins["data.choices"] = encode_choices(read, data.choices, data, tokenizer), [read.origin]
+    if not data.streaming:
+        template_process.close()
     validation, places = (held_out.examples, held_out.places) if held_out else (None, [])
     return EncodedData(source, train.examples, train.places, validation, places, questions, identity, ends, origins)
 

@@ -55,6 +55,16 @@ def test_arguments_that_a_template_takes_one_by_one(form):
     assert said(calling(given), HEAD + XML + TAIL) == [f"mul{shows}{END}one{END}"]
 
 
+@pytest.mark.parametrize("given", [{"a": 3}, '{"a": 3}'])
+@pytest.mark.parametrize(
+    "code", [CALLS["tojson"], CALLS["verbatim"], CALLS["whole"], CALLS["tojson"].replace("c.function", "(c.function or c)")]
+)
+def test_calls_without_an_object_of_the_function(code, given):
+    row = calling(given)
+    row["messages"][1]["tool_calls"] = [row["messages"][1]["tool_calls"][0]["function"]]
+    assert said(row, HEAD + code + TAIL) == ['{"name": "mul", "arguments": {"a": 3}}' + f"{END}one{END}"]
+
+
 def test_text_arguments_are_objects_wherever_the_template_takes_them():
     either, verbatim = (said(calling('{"a":3}'), HEAD + CALLS[name] + TAIL)[0] for name in ("either", "verbatim"))
     assert '"arguments": {"a": 3}' in either and '"arguments": {"a":3}' in verbatim
@@ -297,6 +307,14 @@ def test_rows_that_a_template_takes_apart_are_counted_with_the_factor():
     )
     assert f"{encoded.lengths.sum()} tokens, {encoded.lengths.sum() / last:.1f} times those of the last examples alone ({last})" in note
     assert notes(TALK, PLAIN) == []
+
+
+def test_a_row_of_many_examples_is_said_at_once(capsys):
+    long = {"messages": TALK["messages"] * 11}
+    encode(rows_of(TALK, long, long), "chat", Data(max_length=4096), made(FORGETS))
+    assert capsys.readouterr().err.splitlines() == [
+        "note: f.jsonl:2: the chat template makes 33 examples of it, one for each answer; answers: last makes one"
+    ]
 
 
 @pytest.mark.parametrize("template", [FORGETS, PLAIN])

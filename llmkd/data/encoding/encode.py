@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ...config.recipe import Data, Source
+from ...console import warn
 from ...errors import UserError
 from ..examples import Examples
 from ..reading.problems import ErrorCollector
@@ -23,6 +24,7 @@ from .rendered_text import turn_token
 from .teacher_context import Tokens, align, keep_common, teacher_texts
 
 _BATCH = 512
+_MANY = 32  # examples of one row
 
 
 @dataclass(frozen=True)
@@ -105,6 +107,8 @@ def _render(rows: Rows, source: Source, data: Data, tokenizer, errors: ErrorColl
         except RecursionError:
             errors.add(f"{rows.places[i]}: nested too deeply; give it fewer levels")
             continue
+        if len(own) > _MANY and not any(text.of > _MANY for text in texts):  # said at once: it may take hours for many such rows
+            warn(f"note: {rows.places[i]}: the chat template makes {len(own)} examples of it, one for each answer; answers: last makes one")
         texts += [Rendered(i, *pair, len(own), n == len(own)) for n, pair in enumerate(zip(own, theirs, strict=True), 1)]
     return texts
 

@@ -31,17 +31,22 @@ class Forms:
 
     parts: frozenset[str] = frozenset()  # roles whose content is a list of parts
     arguments: str = ""  # of tool calls: "" as the row has them, or "objects", or "text"
+    inside: bool = False  # a call's name and arguments are inside `function`
 
     def shape(self, message: dict) -> dict:
         if message["role"] in self.parts:
             message = message | {"content": [{"type": "text", "text": message["content"]}] if message["content"] else []}
-        if self.arguments and message.get("tool_calls"):
+        if (self.arguments or self.inside) and message.get("tool_calls"):
             message = message | {"tool_calls": [self.shape_call(call) for call in message["tool_calls"]]}
         return message
 
     def shape_call(self, call: dict) -> dict:
-        if self.arguments and isinstance(call.get("function"), dict):
-            return call | {"function": self.shape_call(call["function"])}
+        if isinstance(call.get("function"), dict):
+            return call | {"function": self._shape_arguments(call["function"])}
+        call = self._shape_arguments(call)
+        return {"type": "function", "function": call} if self.inside else call
+
+    def _shape_arguments(self, call: dict) -> dict:
         given = call.get("arguments")
         if self.arguments == "objects" and isinstance(given, str):
             return call | {"arguments": _object(given, call)}
@@ -104,11 +109,12 @@ def _program(template: str, tokens: dict[str, str], tools: list[dict] | None, fo
 
 def _attempts(template: str, messages: list[dict]) -> Iterator[Forms]:
     known, every = _PARTS.get(template, frozenset()), frozenset(message["role"] for message in messages)
-    given = [_function(call).get("arguments") for message in messages for call in message.get("tool_calls") or ()]
-    texts = [isinstance(one, str) for one in given]
+    calls = [call for message in messages for call in message.get("tool_calls") or ()]
+    texts = [isinstance(_function(call).get("arguments"), str) for call in calls]
     arguments = [*(["objects"] if any(texts) else []), "", *([] if all(texts) else ["text"])]
     for parts in dict.fromkeys([known, known | every, known | every - {"assistant"}, known | {"user"}]):
-        yield from (Forms(parts, form) for form in arguments)
+        for inside in (False, True) if any(_function(call) is call for call in calls) else (False,):
+            yield from (Forms(parts, form, inside) for form in arguments)
 
 
 def _compare(messages: list[dict], text: str, probe: TemplateProbe, forms: Forms) -> list[tuple[int, str]]:
