@@ -14,7 +14,6 @@ if not __package__:  # run as a script: this folder's names are ours alone, and 
 
 from llmkd.console import first_process
 from llmkd.errors import UserError
-from llmkd.model_folder.files import refuse_mistyped_folder
 
 
 def evaluate(options: argparse.Namespace) -> list[dict]:
@@ -23,8 +22,9 @@ def evaluate(options: argparse.Namespace) -> list[dict]:
         raise UserError(
             f"eval: no {'task' if options.places else 'model'} is given; write llmkd eval RUN_OR_MODEL... --tasks TASK,TASK (see llmkd eval --help)"
         )
-    for name in options.places:
-        refuse_mistyped_folder(name, "eval")  # before the harness is loaded, which takes minutes
+    from llmkd_eval.harness.model_refs import refuse_missing
+
+    refuse_missing(options.places, options.out)  # before the harness is loaded, which takes half a minute
     from llmkd_eval.harness.benchmarks import find_groups
     from llmkd_eval.harness.evaluate import evaluate_all, in_words
     from llmkd_eval.harness.groups import group_means

@@ -161,6 +161,8 @@ def sample(options: argparse.Namespace, overrides: dict) -> Any:
         raise UserError("--seed: given without --temperature, and the most likely tokens need none; give both, or leave it out")
     if options.to:
         check_file(options.to, "--to")
+    if options.prompts and not Path(options.prompts).is_file():
+        raise UserError(f"--prompts: {options.prompts}: no such file; name a file of prompts")
     from .commands.sample import sample as ask
     from .commands.sample_text import as_text
 

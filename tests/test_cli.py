@@ -11,6 +11,7 @@ from llmkd.commands import arguments
 from llmkd.config.recipe import Recipe
 from llmkd.config.schema import describe
 from llmkd.errors import UserError
+from tests.conftest import plain_recipe
 
 
 def refused(capsys, *argv) -> str:
@@ -168,6 +169,54 @@ def test_help_mistakes_and_listing_load_no_torch():
     codes, modules = json.loads(done.stdout.splitlines()[-1])
     assert codes[3:5] == [2, 2] and not any(codes[:3] + codes[5:])
     assert not {"torch", "transformers", "datasets", "peft", "accelerate", "lm_eval", "huggingface_hub"} & set(modules)
+
+
+def test_what_is_missing_or_cannot_be_written_to_is_said_before_torch_is_loaded(world, tmp_path):
+    """In a process of its own, one command after another."""
+    recipe = plain_recipe(world, tmp_path / "out") | {"optim": {"lr": 0.01}}
+    (tmp_path / "r.yaml").write_text(json.dumps(recipe))
+    (tmp_path / "s.yaml").write_text(
+        json.dumps({"output_dir": str(tmp_path / "sweep"), "recipe": "r.yaml", "grid": {"loss.kd_ratio": [0, 1]}})
+    )
+    for name in ("empty", "unfinished", "full/model"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "unfinished/recipe.yaml").write_text("")
+    cases = {
+        "train --config none.yaml": "none.yaml: No such file",
+        "train --config r.yaml --output_dir /proc/no": "output_dir: /proc/no cannot be made",
+        "train --config r.yaml --student.model ./no": "student.model: there is no folder",
+        "train --config r.yaml --data.train.path no.jsonl": "there is no file or folder",
+        "train --config r.yaml --data.train.fields {instruction:\xa0no}": "no column 'no'",
+        "sweep --config s.yaml --output_dir /proc/no": "output_dir: /proc/no cannot be made",
+        "cache --config r.yaml --teacher.cache.path /proc/no": "teacher.cache.path: /proc/no cannot be made",
+        "cache --config r.yaml --teacher.cache.path c --import no": "--import: no: no such file",
+        "data --config none.yaml": "none.yaml: No such file",
+        "export empty": "is the run finished?",
+        "export unfinished": "is the run finished?",
+        "export full --to /proc/no --checkpoint 3": "--to: /proc/no cannot be made",
+        "export full --checkpoint 3": "has no checkpoint 3; it has none",
+        "eval empty --tasks x": "neither config.json nor adapter_config.json",
+        "eval unfinished --tasks x": "is the run finished?",
+        "compare no empty": "no: no such folder",
+        "report no": "holds no sweep.json",
+        "sample empty": "is the run finished?",
+        "sample empty --prompts no.txt": "--prompts: no.txt: no such file",
+        "tasks empty --to /proc/no": "--to: /proc/no cannot be made",
+    }
+    calls = [[word.replace("\xa0", " ") for word in words.split(" ")] for words in cases]
+    code = (
+        "import json, sys, llmkd.cli\n"
+        f"codes = [llmkd.cli.main(argv) for argv in {calls!r}]\n"
+        "print(json.dumps([codes, sorted({m.split('.')[0] for m in sys.modules})]))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=tmp_path)
+    codes, modules = json.loads(done.stdout.splitlines()[-1])
+    lines = [line for line in done.stderr.splitlines() if line.startswith("llmkd: ") and "more rows" not in line]
+    assert set(codes) == {2} and len(lines) == len(cases), done.stderr
+    for line, words in zip(lines, cases.values(), strict=True):
+        assert words in line
+    assert not {"torch", "transformers", "peft", "accelerate", "lm_eval"} & set(modules)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["empty", "full", "r.yaml", "s.yaml", "unfinished"]
 
 
 @pytest.mark.parametrize(

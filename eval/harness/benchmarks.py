@@ -6,12 +6,16 @@ import importlib.metadata
 import importlib.util
 import logging
 import os
+import re
 from pathlib import Path
 
 from llmkd.console import info, warn
 from llmkd.errors import UserError
 
 from .task_code import refuse_task_code, sandbox_templates
+
+#: How task files name tasks, groups and tags.
+_NAMED = re.compile(rb"^\s*(?:- )?(?:task|group|tag): *[\"']?([\w./-]+)", re.MULTILINE)
 
 
 def find_tasks(names: list[str], tasks_dir: Path | str | None, fewshot: int | None, allow_task_code: bool = False) -> dict:
@@ -71,12 +75,31 @@ def _index_with(name: str, tasks_dir: Path | None):
         if (tasks_dir / f"{name}.yaml").exists():
             raise UserError(f"--tasks_dir: {tasks_dir / name}.yaml cannot be read as a task; write it again (llmkd tasks)")
         warn(f"note: {tasks_dir} has no task {name}; looking among the harness's own")
+    if (named := _names_unless_written(name)) is not None:
+        raise _unknown(name, named)
     every = index(tasks_dir, True)
     if name not in every.task_index:
-        near = difflib.get_close_matches(name, every.all_tasks, 3)
-        also = f"; did you mean {' or '.join(near)}?" if near else "; lm-eval ls tasks lists them"
-        raise UserError(f"--tasks: {name}: lm-evaluation-harness {harness_version()} has no such task{also}")
+        raise _unknown(name, every.all_tasks)
     return every
+
+
+def _unknown(name: str, known: list[str]) -> UserError:
+    near = difflib.get_close_matches(name, known, 3)
+    also = f"; did you mean {' or '.join(near)}?" if near else "; lm-eval ls tasks lists them"
+    return UserError(f"--tasks: {name}: lm-evaluation-harness {harness_version()} has no such task{also}")
+
+
+def _names_unless_written(name: str) -> list[str] | None:
+    """The names of the harness's tasks where none of its task files holds this text, which is known much sooner than its index. Else None."""
+    found: set[str] = set()
+    for folder, _, files in os.walk(own_tasks()):
+        for file in files:
+            if file.endswith((".yaml", ".yml", ".py")):
+                content = Path(folder, file).read_bytes()
+                if name.encode() in content or name == Path(file).stem:
+                    return None
+                found.update(named.decode() for named in _NAMED.findall(content))
+    return sorted(found)
 
 
 @functools.cache

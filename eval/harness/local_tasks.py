@@ -13,6 +13,7 @@ import yaml
 from llmkd.data.reading import files
 from llmkd.errors import UserError
 from llmkd.files import write_atomic
+from llmkd.output.run_folder import refuse_unwritable
 
 from .benchmarks import own_tasks
 
@@ -47,6 +48,7 @@ def write_tasks(data: Path, to: Path) -> dict[str, list[Path]]:
     """Write `to`/<task>.yaml for every task whose data lies in the folder `data`; {task: its data files}. UserError if there is none."""
     if not data.is_dir():
         raise UserError(f"{data}: there is no such folder; name the folder with the tasks' data")
+    refuse_unwritable(to, "--to")
     found: dict[str, dict[str, list[Path]]] = {}
     for path in sorted(p for p in data.resolve().rglob("*") if p.suffix.lower() in _READERS and p.is_file()):
         split, row = _split(path.relative_to(data.resolve())), _first_row(path)

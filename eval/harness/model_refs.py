@@ -9,9 +9,10 @@ from pathlib import Path
 from llmkd.config.loader import read_placed
 from llmkd.config.recipe import Teacher
 from llmkd.errors import UserError
-from llmkd.model_folder.files import ModelFiles, find
+from llmkd.model_folder.files import ModelFiles, find, refuse_mistyped_folder, student_folder
 from llmkd.model_folder.identity import config_hash, fingerprint, record_of, verify
 from llmkd.model_folder.weights import read_json
+from llmkd.output.run_folder import refuse_unwritable
 
 
 @dataclass(frozen=True)
@@ -40,10 +41,17 @@ def find_models(
             raise UserError(
                 f"{ref.name}: its results and those of {other.name} would both go to {ref.out}; evaluate them one by one, each with --out"
             )
-        nearest = next(p for p in (ref.out, *ref.out.absolute().parents) if p.exists())
-        if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
-            raise UserError(f"{ref.name}: {nearest} cannot be written to; name another folder with --out")
     return refs
+
+
+def refuse_missing(names: list[str], out: str | Path | None) -> None:
+    """UserError for a local model or run that is not there, and for a place that cannot be written to. Nothing is hashed or downloaded."""
+    for name in names:
+        refuse_mistyped_folder(name, "eval")
+        folder, run = _folder(name)
+        if folder.is_dir() and not (folder / "adapter_config.json").exists():  # an adapter's base may have to be downloaded
+            find(str(folder), "eval")
+        refuse_unwritable(_out(name, folder, run, out and Path(out), len(names) > 1), "--out")
 
 
 def weights_of(files: ModelFiles) -> str:
@@ -69,8 +77,12 @@ def _template(files: ModelFiles, name: str) -> str:
 
 def _locate(name: str) -> tuple[Path, Path | None, ModelFiles]:
     """A model's folder, the run that it is of, and its files. UserError where they are missing."""
-    from llmkd.models.saved_student import student_folder
+    folder, run = _folder(name)
+    return folder, run, find(str(folder) if folder.is_dir() else name, "eval")
 
+
+def _folder(name: str) -> tuple[Path, Path | None]:
+    """A model's folder and the run that it is of, by its name. UserError for a run that has none."""
     folder, run = Path(name).expanduser(), None
     if folder.is_dir():
         is_model = any((folder / config).exists() for config in ("config.json", "adapter_config.json"))
@@ -78,7 +90,7 @@ def _locate(name: str) -> tuple[Path, Path | None, ModelFiles]:
             run, folder = folder, student_folder(folder)
         elif folder.name in ("adapter", "model") and (folder.parent / "recipe.yaml").exists():
             run = folder.parent
-    return folder, run, find(str(folder) if folder.is_dir() else name, "eval")
+    return folder, run
 
 
 def _find(

@@ -10,6 +10,7 @@ from ..config.recipe import Recipe, Teacher
 from ..config.teacher import CACHE_KINDS, Cache
 from ..data.examples import Examples, concat
 from ..errors import UserError
+from ..output.run_folder import refuse_unwritable
 from ..teachers import resolve
 from ..teachers.resolve import TeacherSource
 from ..training.prepare import Prepared, prepare
@@ -35,6 +36,10 @@ def select_teachers(
     for setting, teacher in named:
         if teacher.cache and wanted(teacher):
             check_cache_settings(teacher.cache, f"{setting}.cache")
+    if import_file and not Path(import_file).is_file():
+        raise UserError(
+            f"--import: {import_file}: {'is a folder' if Path(import_file).is_dir() else 'no such file'}; name the file of log-probabilities"
+        )
     prepared = prepare(recipe, open_caches=False)
     sources = [source for source in prepared.teachers if wanted(source.settings)]
     for source in sources:
@@ -52,9 +57,7 @@ def check_cache_settings(cache: Cache, setting: str) -> None:
                     raise UserError(
                         f"{setting}.{name}: is of kind {kind}, and kind is not given, which is topk; set {setting}.kind: {kind}"
                     )
-    folder = Path(cache.path).expanduser()
-    if folder.exists() and not folder.is_dir():
-        raise UserError(f"{setting}.path: {cache.path} is a file; name a folder")
+    refuse_unwritable(Path(cache.path).expanduser(), f"{setting}.path")
 
 
 def teacher_examples(prepared: Prepared, source: TeacherSource, validation_fraction: float) -> Examples:

@@ -10,10 +10,11 @@ from ..console import info, warn
 from ..data.encoding.tokenizer import load_tokenizer, save_tokenizer, shared_vocab
 from ..errors import UserError
 from ..files import remove_leftovers, write_folder
-from ..model_folder.files import ModelFiles, find, rows_of
+from ..model_folder.files import ModelFiles, find, rows_of, student_folder
 from ..model_folder.generation import generation_settings
 from ..model_folder.identity import verify, write_record
 from ..output.run_files import read_run_file, run_of
+from ..output.run_folder import refuse_unwritable
 from ..training.prepare import prepare
 
 SAMPLE = 64  # examples on which the merged model is compared with the trained one
@@ -21,24 +22,25 @@ SAMPLE = 64  # examples on which the merged model is compared with the trained o
 
 def export(run: Path, to: Path | None = None, checkpoint: str | None = None) -> Path:
     """Write `RUN/merged` (or `to`). `run` may be a run's folder, or an adapter's; `checkpoint` is a step's number, or best."""
-    from ..models.merge import from_checkpoint, merge, verify_saved
-    from ..models.saved_student import save_whole, student_folder
-
     if not run.is_dir():
         raise UserError(f"{run}: no such folder; name a run's output_dir or an adapter")
     run = run.resolve()
     student = run if (run / "adapter_config.json").exists() else student_folder(run)
-    saved = checkpoint_folder(run, checkpoint) if checkpoint else None
     is_adapter = (student / "adapter_config.json").exists()
     if student.name == "adapter" and not is_adapter:
         raise UserError(f"export: {student} has no adapter_config.json, which was written with it; copy it again")
-    if not is_adapter and not saved:
+    if not is_adapter and not checkpoint:
         raise UserError(f"{run}: was trained in full, so {student} is already a plain model; nothing to merge")
     if to is None:
         name = f"merged-{checkpoint}" if checkpoint else "merged"
         to = run.with_name(f"{run.name}-{name}") if student == run else run / name
     if to.exists():
         raise UserError(f"--to: {to} exists; choose another folder, or remove it")
+    refuse_unwritable(to, "--to")
+    saved = checkpoint_folder(run, checkpoint) if checkpoint else None
+    from ..models.merge import from_checkpoint, merge, verify_saved
+    from ..models.saved_student import save_whole
+
     files = find(str(student), "export")
     verify(files.base, files.adapter, "export")
     tokenizer = load_tokenizer(str(student if (student / "tokenizer.json").exists() else files.base), "export")
@@ -133,8 +135,6 @@ def _sample(run: Path, vocab: int):
 
 def checkpoint_folder(run: Path, which: str) -> Path:
     """The folder of a checkpoint, by its step or `best` (by checkpoint.best_by). Raises UserError if it is absent or damaged."""
-    from ..training.checkpoint import Unusable, verified
-
     if which == "best":
         path = run / "summary.json"
         if not path.exists():
@@ -147,6 +147,8 @@ def checkpoint_folder(run: Path, which: str) -> Path:
     there = ", ".join(sorted((p.name.removeprefix("step-") for p in folder.parent.glob("step-*")), key=lambda n: (len(n), n))) or "none"
     if not folder.is_dir():
         raise UserError(f"--checkpoint: {run} has no checkpoint {which}; it has {there}")
+    from ..training.checkpoint import Unusable, verified
+
     try:
         verified(folder, run_of(run))
     except Unusable as error:

@@ -12,6 +12,7 @@ from ..config.sweep import Pipeline
 from ..console import info, progress_bar, table
 from ..errors import UserError
 from ..files import write_atomic
+from ..model_folder.files import student_folder
 from ..training.launch import start
 from ..training.prepare import Prepared, prepare
 from ..training.run import run
@@ -64,7 +65,7 @@ def stage_recipes(pipeline: Pipeline, config: Path, overrides: dict) -> dict[str
 def compare(pipeline: Pipeline, recipes: dict[str, Recipe]) -> dict[str, dict[str, float]]:
     """Metrics of the teacher and the students on the first student's held-out rows and questions."""
     from ..models.load import LoadContext, load_teacher
-    from ..models.saved_student import as_trained, student_folder
+    from ..models.saved_student import as_trained
     from ..teachers.live import LiveTeacher
     from ..training.validate import Evaluator
 

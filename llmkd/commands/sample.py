@@ -17,7 +17,7 @@ from ..data.prompt_files import read_prompts
 from ..data.prompts import Prompt, decoded, held_out_prompts
 from ..data.reading.sources import read_sources
 from ..errors import UserError
-from ..model_folder.files import ModelFiles, find, positions, rows_of
+from ..model_folder.files import ModelFiles, find, positions, rows_of, student_folder
 from ..model_folder.identity import verify
 
 MODELS = ("teacher", "before", "after")
@@ -115,8 +115,6 @@ def sample(
 
 def _finished(run: Path) -> tuple[Recipe, Path]:
     """The recipe of a finished run, and the folder of its student."""
-    from ..models.saved_student import student_folder
-
     if not run.is_dir():
         raise UserError(f"{run}: no such folder; name a run's output_dir")
     student = student_folder(run)

@@ -22,7 +22,7 @@ from ..files import is_leftover
 from ..model_folder.files import ModelFiles
 from ..model_folder.weights import read_json
 from ..output import hub_upload, trackers
-from ..output.run_folder import RunFolder
+from ..output.run_folder import RunFolder, refuse_unwritable
 from ..process.machine_errors import OUT_OF_MEMORY, is_out_of_memory
 from ..teachers.resolve import check_sampled_caches
 from ..training.launch import start
@@ -39,6 +39,7 @@ def run_sweep(config: str, overrides: dict, resume: bool, then: Callable[[Path],
     """Train the arms that are not finished, then call `then` with the sweep's folder. Raises Stopped after a signal."""
     sweep = load_sweep(config, overrides)
     folder = Path(sweep.output_dir).expanduser()
+    refuse_unwritable(folder, "output_dir")
     specs = {spec.name: spec for spec in expand(sweep)}
     load = SweepRecipes(sweep, Path(config), specs, check_inputs=True)
     recipes = load.recipes()  # every problem before anything runs

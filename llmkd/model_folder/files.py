@@ -101,6 +101,19 @@ def locate(name: str, setting: str, revision: str | None = None, wanted: list[st
     return folder
 
 
+def student_folder(run: str | Path) -> Path:
+    """The folder of a finished run's student: `adapter` or `model`. UserError where there is none."""
+    for name in ("adapter", "model"):
+        if (Path(run) / name).is_dir():
+            return Path(run) / name
+    for pattern in ("*", "*/*"):  # a pipeline's or sweep's folder
+        inner = [path for path in sorted(Path(run).glob(pattern)) if (path / "adapter").is_dir() or (path / "model").is_dir()]
+        if inner:
+            found, fix = (f"{len(inner)} runs", "name one of them, such as") if len(inner) > 1 else ("1 run", "name it:")
+            raise UserError(f"{run}: holds {found} and is none itself; {fix} {inner[0]}")
+    raise UserError(f"{run}: holds neither adapter nor model; is the run finished?")
+
+
 def refuse_mistyped_folder(name: str, setting: str) -> None:
     """Raise UserError for a name that is neither a folder nor can be a hub id; nothing is loaded or downloaded."""
     path = Path(name).expanduser()

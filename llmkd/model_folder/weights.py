@@ -1,7 +1,9 @@
 """Which files of a model's folder hold its weights, as transformers chooses them, and the headers of safetensors files. No torch."""
 
 import json
+import re
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import UserError
@@ -113,3 +115,16 @@ def headers(folder: Path, setting: str) -> dict[str, dict]:
         except ValueError as error:
             raise UserError(f"{setting}: {error}; fetch or copy it again") from None
     return found
+
+
+def modules_are_named(folder: Path, targets: str | Sequence[str], copies: Sequence[str]) -> bool:
+    """Whether the weight files name all modules that an adapter is to be put on, `targets` (of `student.lora.target_modules`), and `copies`."""
+    if targets == "all-linear" and not copies:
+        return True
+    try:
+        stored = {key.rpartition(".")[0] for key in headers(folder, "student.model")}
+        known = not isinstance(targets, str) or targets == "all-linear" or any(re.fullmatch(targets, where) for where in stored)
+    except (UserError, OSError, re.error):  # found again when the model is loaded
+        return False
+    listed = (*(() if isinstance(targets, str) else targets), *copies)
+    return known and all(any(f".{where}".endswith(f".{one}") for where in stored) for one in listed)

@@ -12,7 +12,7 @@ from ..config.recipe import Lora, Student
 from ..console import warn
 from ..errors import UserError, brief
 from ..model_folder.files import ModelFiles
-from ..model_folder.weights import headers
+from ..model_folder.weights import modules_are_named
 from .adapters import refuse_dora_in_8bit
 from .families import beside_text
 
@@ -72,17 +72,11 @@ def refuse_missing_modules(settings: Student, files: ModelFiles) -> None:
     cannot be made there is checked when it is loaded.
     """
     lora = settings.lora
-    if not lora or files.adapter or (lora.target_modules == "all-linear" and not lora.modules_to_save):
+    if not lora or files.adapter or modules_are_named(files.base, lora.target_modules, lora.modules_to_save):
         return
     try:
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        stored = {key.rpartition(".")[0] for key in headers(files.base, "student.model")}
-        targets = () if lora.target_modules == "all-linear" else lora.target_modules
-        known = not isinstance(targets, str) or any(re.fullmatch(targets, where) for where in stored)
-        listed = (*(() if isinstance(targets, str) else targets), *lora.modules_to_save)
-        if known and all(any(f".{where}".endswith(f".{one}") for where in stored) for one in listed):
-            return
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(files.base, trust_remote_code=False))
         _refuse_missing_copies(model, lora)

@@ -8,7 +8,6 @@ from torch import nn
 from ..config.recipe import Quantization
 from ..config.recipe import Student as StudentSettings
 from ..config.recipe import Teacher as TeacherSettings
-from ..errors import UserError
 from ..model_folder.generation import write_generation
 from ..model_folder.identity import fingerprint, record_of, write_record
 from . import adapters
@@ -25,19 +24,6 @@ def as_trained(folder: Path, base: Path | None = None) -> TeacherSettings:
         dtype=record.get("dtype", "auto"),
         quantization=quantization and Quantization(**quantization),
     )
-
-
-def student_folder(run: str | Path) -> Path:
-    """The folder of a finished run's student: `adapter` or `model`. UserError where there is none."""
-    for name in ("adapter", "model"):
-        if (Path(run) / name).is_dir():
-            return Path(run) / name
-    for pattern in ("*", "*/*"):  # a pipeline's or sweep's folder
-        inner = [path for path in sorted(Path(run).glob(pattern)) if (path / "adapter").is_dir() or (path / "model").is_dir()]
-        if inner:
-            found, fix = (f"{len(inner)} runs", "name one of them, such as") if len(inner) > 1 else ("1 run", "name it:")
-            raise UserError(f"{run}: holds {found} and is none itself; {fix} {inner[0]}")
-    raise UserError(f"{run}: holds neither adapter nor model; is the run finished?")
 
 
 def save(model: LanguageModel, folder: Path, settings: StudentSettings, generation: dict) -> None:

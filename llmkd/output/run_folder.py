@@ -39,13 +39,7 @@ class RunFolder:
         return (self.path / RECIPE).exists() or (self.path / IDENTITY).exists()
 
     def check(self) -> None:
-        if self.path.exists() and not self.path.is_dir():
-            raise UserError(f"output_dir: {self.path} is a file; name a folder")
-        nearest = next(p for p in (self.path, *self.path.absolute().parents) if p.exists())
-        if not os.access(nearest, os.W_OK | os.X_OK):
-            raise UserError(f"output_dir: {nearest} cannot be written to; choose another folder")
-        if not self.path.exists():
-            _try_to_make(nearest / self.path.absolute().relative_to(nearest).parts[0], self.path)
+        refuse_unwritable(self.path, "output_dir")
         if self.path.is_dir() and not self.started and any(self._foreign()):
             raise UserError(f"output_dir: {self.path} is not empty and holds no run of llmkd; choose another folder")
         if not self.resume:
@@ -117,7 +111,18 @@ class RunFolder:
             self._lock.close()
 
 
-def _try_to_make(folder: Path, whole: Path) -> None:
+def refuse_unwritable(path: Path, setting: str) -> None:
+    """UserError unless a folder can be made at that path, or is there and can be written to. Nothing is left behind."""
+    if path.exists() and not path.is_dir():
+        raise UserError(f"{setting}: {path} is a file; name a folder")
+    nearest = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        raise UserError(f"{setting}: {nearest} cannot be written to; choose another folder")
+    if not path.exists():
+        _try_to_make(nearest / path.absolute().relative_to(nearest).parts[0], path, setting)
+
+
+def _try_to_make(folder: Path, whole: Path, setting: str) -> None:
     """UserError where `folder`, the first missing part of the path `whole`, cannot be made: access rights do not tell (/proc, a read-only mount)."""
     try:
         folder.mkdir()
@@ -125,7 +130,7 @@ def _try_to_make(folder: Path, whole: Path) -> None:
         return
     except OSError as error:
         if folder.parent.is_dir():  # else another process had only tried it: `claim` tells
-            raise UserError(f"output_dir: {whole} cannot be made ({error.strerror}); choose another folder") from error
+            raise UserError(f"{setting}: {whole} cannot be made ({error.strerror}); choose another folder") from error
         return
     with contextlib.suppress(OSError):  # another process has put something into it
         folder.rmdir()

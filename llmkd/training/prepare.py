@@ -40,6 +40,7 @@ from ..errors import UserError
 from ..model_folder.files import ModelFiles, find, rows_of
 from ..model_folder.generation import generation_settings
 from ..model_folder.identity import identity_of, verify
+from ..model_folder.weights import modules_are_named
 from ..teachers.resolve import SignalUse, TeacherSource, check_cache, check_coverage, provenance, resolve_teachers
 
 MODELS = ("the student", "the teacher")  # how the names of models begin in `Prepared.identity`
@@ -137,7 +138,18 @@ def find_models(student_settings: Student, named_teachers: Sequence[tuple[str, T
     configs = {"student.model": student.config if student else student_settings.architecture}
     configs |= {f"{teacher.setting}.model": teacher.files.config for teacher in teachers if teacher.files}
     refuse_too_few_positions(data, configs)
+    if student:
+        _refuse_missing_modules(student_settings, student)
     return FoundModels(student, teachers, configs)
+
+
+def _refuse_missing_modules(settings: Student, files: ModelFiles) -> None:
+    """UserError for modules of `student.lora` that the model does not have. Torch is loaded only where the weight files do not name them."""
+    lora = settings.lora
+    if lora and not files.adapter and not modules_are_named(files.base, lora.target_modules, lora.modules_to_save):
+        from ..models.lora import refuse_missing_modules
+
+        refuse_missing_modules(settings, files)
 
 
 def find_tokenizer(student: Student, models: FoundModels, data: Data, rows: dict[str, list[Rows]]) -> tuple[object, int]:

@@ -9,7 +9,7 @@ import torch
 from llmkd.cli import main
 from llmkd.commands.export import checkpoint_folder
 from llmkd.errors import UserError
-from llmkd.models import saved_student
+from llmkd.model_folder.files import student_folder
 from llmkd.training.prepare import prepare
 from llmkd.training.run import run
 from tests.conftest import said, tie
@@ -118,10 +118,10 @@ def test_a_folder_of_several_runs_is_refused_with_one_of_them(tmp_path):
     for name in ("arms/b", "arms/a"):
         (tmp_path / name / "adapter").mkdir(parents=True)
     with pytest.raises(UserError, match=f"{tmp_path}: holds 2 runs and is none itself; name one of them, such as {tmp_path}/arms/a"):
-        saved_student.student_folder(tmp_path)
+        student_folder(tmp_path)
     (tmp_path / "kd_student/model").mkdir(parents=True)
     with pytest.raises(UserError, match=f"holds 1 run and is none itself; name it: {tmp_path}/kd_student"):
-        saved_student.student_folder(tmp_path)
+        student_folder(tmp_path)
 
 
 def test_a_damaged_checkpoint_is_not_exported(tmp_path):
