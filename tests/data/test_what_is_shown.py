@@ -167,6 +167,33 @@ def test_what_a_template_does_not_show_of_a_message_is_counted():
     assert "tools" not in notes(row, shows + template)[0]
 
 
+def test_a_content_that_is_cut_or_changed_is_counted():
+    row = talk("s  be\tkind ", 'u say "a\n b"', "a one")
+    assert (
+        notes(row, PLAIN)
+        == notes(row, PLAIN.replace("{{ m.content }}", "{{ m.content | tojson if m.role == 'user' else m.content | trim }}"))
+        == []
+    )
+    for change in ("[:5]", " | upper", ".split('a')[0]"):
+        assert notes(row, PLAIN.replace("{{ m.content }}", f"{{{{ m.content if m.role == 'assistant' else m.content{change} }}}}"))[
+            0
+        ].endswith("of 1 row: messages[].content, whole and unchanged (1)")
+
+
+def test_tools_beside_a_prompt_of_text(read):
+    line = json.dumps(row := {"prompt": "q", "completion": "one", "tools": [{"name": "mul"}]})
+    tokenizer = made("{% for t in tools %}{{ t | tojson }}{% endfor %}" + PLAIN)
+    encoded = encode(rows_of(row), "prompt_completion", Data(), tokenizer, chat_template=True)
+    assert shown(encoded, tokenizer)[0].startswith('{"name": "mul"}<|im_start|>user')
+    assert notes(row, PLAIN, "prompt_completion", chat_template=True)[0].endswith("of 1 row: tools (1)")
+    with pytest.raises(
+        UserError, match=":1: tools is a list of tools, for which a prompt without a chat template has no place; set chat_template: true"
+    ):
+        read(line, format="prompt_completion")
+    for settings in ({"chat_template": True}, {"ignore": ("tools",)}):
+        assert len(read(line, format="prompt_completion", **settings).rows) == 1
+
+
 def test_a_templates_wish_for_a_key_is_no_fault():
     row = talk("u q", "a one")
     row["messages"][0]["name"] = "bob"

@@ -93,7 +93,7 @@ def _prompt_and_answer(row: dict, prompt: str, answer: str, source: Source, toke
     if not source.chat_template:
         return _plain_text(prompt, answer, context)
     messages = _with_system(row, [{"role": "user", "content": prompt}, *_assistant(answer)])
-    return conversation(_with_context(context, messages), tokenizer)
+    return conversation(_with_context(context, messages), tokenizer, row.get("tools"))
 
 
 def _assistant(answer: str) -> list[dict]:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from .locate import NotShown, TemplateProbe
+from .locate import NotShown, TemplateProbe, no_spaces
 from .template import REASONING, render
 
 #: Keys of a message that are read elsewhere, or tie a tool's answer to its call: they mean nothing to the model beyond that.
@@ -95,6 +95,7 @@ def settle(
     forms, probe, text, lacking = found
     _PARTS[template] = forms.parts
     lacking += _unused_keys(messages, text, probe.render)
+    lacking += [(i, "content, whole and unchanged") for i in _changed(messages, text)]
     if tools and not _shows_tools(template, messages, tools, text, probe.render):
         lacking.append((-1, "tools"))
     return probe, text, lacking
@@ -130,6 +131,13 @@ def _compare(messages: list[dict], text: str, probe: TemplateProbe, forms: Forms
         for call in message.get("tool_calls") or () if (i, "tool_calls") in probe.found else ():
             _refuse_python(i, forms.shape_call(call), neutral)
     return lacking
+
+
+def _changed(messages: list[dict], text: str) -> list[int]:
+    """The messages whose content, but for white space, is not in the text. Not answers: they are located, or their thinking is left out."""
+    contents = [(i, message["content"].strip()) for i, message in enumerate(messages) if message["role"] != "assistant"]
+    rest = [(i, content) for i, content in contents if not any(form in text for form in _spellings(content))]
+    return [i for i, content in rest if no_spaces(content) not in no_spaces(text)]
 
 
 def _unused_keys(messages: list[dict], text: str, program: Callable[..., str]) -> list[tuple[int, str]]:

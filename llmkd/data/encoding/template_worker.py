@@ -12,6 +12,7 @@ import resource
 import select
 import signal
 import traceback
+from pathlib import Path
 from typing import BinaryIO
 
 from .forms import settle
@@ -54,10 +55,18 @@ def write(file: BinaryIO, message: dict) -> None:
     file.flush()
 
 
+def _address_space() -> int:
+    """Bytes, before any template."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    except OSError:  # no Linux
+        return 0
+
+
 def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, signal.SIG_IGN)
-    for kind, most in ((resource.RLIMIT_AS, MEMORY), (resource.RLIMIT_CORE, 0)):
+    for kind, most in ((resource.RLIMIT_AS, _address_space() + MEMORY), (resource.RLIMIT_CORE, 0)):
         with contextlib.suppress(ValueError, OSError):  # a system without this limit, or with a lower one
             resource.setrlimit(kind, (most, most))
     with open(0, "rb") as jobs, open(1, "wb") as replies:

@@ -82,18 +82,24 @@ def _checked(row: Any, place: str, source: Source, problems: ErrorCollector, cho
 
 
 def _check_system(row: dict, theirs: dict[str, str], source: Source, place: str, problems: ErrorCollector) -> None:
-    """A system message needs a conversation to be in, and that has one already, or none."""
-    system, name = row.get("system"), theirs.get("system")
-    if name is None or not isinstance(system, str) or not system.strip():
-        return
-    first = next((row[c] for c in ("messages", "prompt") if isinstance(row.get(c), list)), None)
-    if first is None and not source.chat_template:
-        problems.add(
-            f"{place}: {name} is a system message, for which a prompt without a chat template has no place; set chat_template: true, "
-            f"or ignore: [{name}] to train without it",
-            alike=f"{name} is a system message",
-        )
-    elif first and isinstance(first[0], dict) and first[0].get("role") in ("system", "developer") and first[0].get("content") != system:
+    """A system message needs a conversation to be in, and that has one already, or none. Tools need a conversation too."""
+    system, first = row.get("system"), next((row[c] for c in ("messages", "prompt") if isinstance(row.get(c), list)), None)
+    said = {"system": isinstance(system, str) and system.strip() and "a system message", "tools": row.get("tools") and "a list of tools"}
+    for column, what in said.items() if first is None and not source.chat_template else ():
+        if (name := theirs.get(column)) and what:
+            problems.add(
+                f"{place}: {name} is {what}, for which a prompt without a chat template has no place; set chat_template: true, "
+                f"or ignore: [{name}] to train without it",
+                alike=f"{name} is {what}",
+            )
+    if (
+        (name := theirs.get("system"))
+        and said["system"]
+        and first
+        and isinstance(first[0], dict)
+        and first[0].get("role") in ("system", "developer")
+        and first[0].get("content") != system
+    ):
         problems.add(f"{place}: {name} and the first message are two system messages; keep one, or set ignore: [{name}]")
 
 

@@ -474,7 +474,7 @@ FAULTS = [
     ),
     *in_file(
         "llmkd/data/encoding/template_worker.py",
-        ("no-memory-limit", "templates may take all memory", "(resource.RLIMIT_AS, MEMORY)", "(resource.RLIMIT_AS, 1 << 45)", PROCESS),
+        ("no-memory-limit", "templates may take all memory", "_address_space() + MEMORY", "1 << 45", PROCESS),
         (
             "ended-by-ctrl-c",
             "the templates' process ends by a signal of the terminal",
