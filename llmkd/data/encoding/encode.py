@@ -4,6 +4,7 @@ A text is encoded as a whole and its supervised part is found by character offse
 in that text. A token across the border of prompt and answer belongs to the answer.
 """
 
+import dataclasses
 import itertools
 import re
 from collections import Counter
@@ -19,11 +20,12 @@ from ..reading.problems import ErrorCollector
 from ..reading.sources import Rows
 from .control_tokens import Span, Text, controls, piecewise, refuse_unmarked
 from .formats import FORMATS
+from .long_texts import beginning, is_longer
 from .marked_turns import refuse_unhonoured_marks
 from .rendered_text import turn_token
 from .teacher_context import Tokens, align, keep_common, teacher_texts
 
-_BATCH = 512
+_BATCH, _MOST_CHARACTERS = 512, 1 << 20
 _MANY = 32  # examples of one row
 
 
@@ -52,10 +54,10 @@ def encode(rows: Rows, source: Source, data: Data, tokenizer, progress=iter) -> 
     errors.raise_if_any()
     counts = {"rows": len(rows.rows), "unsupervised": sum(row.get("train") is False for row in rows.rows), "too_long": 0}
     counts |= _oddities(rows, texts, controls(tokenizer).any)
+    texts = _shortened(texts, rows, data, tokenizer, counts, errors)
     kept: list[tuple[Tokens, ...]] = []  # each example as the student reads it, and as its teacher does if that has a context
     kept_rows = []
-    for first in progress(range(0, len(texts), _BATCH)):
-        part = texts[first : first + _BATCH]
+    for part in progress(_batches(texts)):
         theirs = iter(tokens_of([text.teacher for text in part if text.teacher], data, tokenizer))
         for text, own in zip(part, tokens_of([text.student for text in part], data, tokenizer), strict=True):
             place = rows.places[text.row]
@@ -71,7 +73,7 @@ def encode(rows: Rows, source: Source, data: Data, tokenizer, progress=iter) -> 
             if too_long:
                 counts["too_long"] += 1
                 if data.too_long == "refuse":
-                    errors.add(f"{place}: {too_long}, more than data.max_length ({data.max_length}); raise it, or set data.too_long")
+                    errors.add(_refused(place, too_long, data))
             for piece in zip(*(_shorten(*view, data) for view in views), strict=True) if too_long else [views]:
                 keep_common(piece)
                 if piece[0][1].any():
@@ -122,6 +124,41 @@ def _oddities(rows: Rows, texts: list[Rendered], control: re.Pattern) -> dict[st
         found.update({"apart": sum(text.last for text in apart), "apart_examples": len(apart), "apart_tokens": 0, "apart_last": 0})
     as_characters = sum(bool(t.student.pieces or (t.student.raw and control.search(t.student.text))) for t in texts)
     return {"as_characters": as_characters, "endless": sum(not t.student.ends_with_control for t in texts), **found}
+
+
+def _shortened(texts: list[Rendered], rows: Rows, data: Data, tokenizer, counts: dict[str, int], errors: ErrorCollector) -> list[Rendered]:
+    """The texts without those that are known to be too long, or with their beginnings instead, so that these are not tokenised."""
+    kept = []
+    for text in texts:
+        longest = max((one.text for one in (text.student, text.teacher) if one), key=len)
+        if data.too_long == "truncate" and not text.teacher:
+            try:
+                kept.append(dataclasses.replace(text, student=beginning(text.student, data.max_length, tokenizer)))
+            except ValueError as error:
+                errors.add(f"{rows.places[text.row]}: {error}")
+        elif data.too_long in ("drop", "refuse") and is_longer(longest, data.max_length, tokenizer):
+            counts["too_long"] += 1
+            if data.too_long == "refuse":
+                errors.add(_refused(rows.places[text.row], f"{len(longest):,} characters", data, " tokens"))
+        else:
+            kept.append(text)
+    return kept
+
+
+def _refused(place: str, length: str, data: Data, unit: str = "") -> str:
+    return f"{place}: {length}, more than data.max_length ({data.max_length}{unit}); raise it, or set data.too_long"
+
+
+def _batches(texts: list[Rendered]) -> list[list[Rendered]]:
+    """The texts in batches for the tokenizer, whose output takes some hundred times the memory of its input."""
+    batches, size = [], _MOST_CHARACTERS
+    for text in texts:
+        if size >= _MOST_CHARACTERS or len(batches[-1]) == _BATCH:
+            batches.append([])
+            size = 0
+        batches[-1].append(text)
+        size += sum(len(one.text) for one in (text.student, text.teacher) if one)
+    return batches
 
 
 def _flat(examples: list[Tokens]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -3,7 +3,7 @@
 from tests.planted.fault import in_file
 
 ENDS, STOPS, SAME = "data/test_end_tokens.py", "models/test_generation.py", "data/test_same_tokenizer.py"
-SHAPES = "data/test_recognise.py"
+SHAPES, LONG = "data/test_recognise.py", "data/test_long_texts.py"
 
 FAULTS = [
     *in_file(
@@ -111,6 +111,70 @@ FAULTS = [
             'if value is None and start not in ("{", "["):',
             "if False:",
             SHAPES,
+        ),
+    ),
+    *in_file(
+        "llmkd/data/encoding/long_texts.py",
+        (
+            "shrinks-forgotten",
+            "a normaliser that composes characters is left out of the bound",
+            "return Cover(shrinks * max(",
+            "return Cover(max(",
+            LONG,
+        ),
+        (
+            "unknown-runs",
+            "runs of unknown characters count",
+            "counted = None\n",
+            "return Cover(max(map(len, entries)), None, True)\n",
+            LONG,
+        ),
+        (
+            "cut-in-words",
+            "a text is cut inside a word",
+            'at = text.find(" ", first, first + _SEARCHED)\n    while',
+            "at = first\n    while False and",
+            LONG,
+        ),
+        ("cut-at-once", "a text is cut at the first space", "end = cut and _space(text.text, cut + 1)", "end = cut", LONG),
+        (
+            "crossing-spaces",
+            "entries that go over a space are not seen",
+            "return Cover(shrinks * max(map(len, entries)), counted, not crosses)",
+            "return Cover(shrinks * max(map(len, entries)), counted, True)",
+            LONG,
+        ),
+        (
+            "spans-uncut",
+            "what is supervised goes on behind the cut",
+            "(begin, min(stop, end)) for begin, stop in",
+            "(begin, stop) for begin, stop in",
+            LONG,
+        ),
+        (
+            "pieces-uncut",
+            "control tokens of the text behind a cut stay",
+            "for begin, stop, token in text.pieces if begin < end",
+            "for begin, stop, token in text.pieces",
+            LONG,
+        ),
+        ("bound-off", "a text of just the bound is taken for longer", "len(text) <= (least", "len(text) < (least", LONG),
+    ),
+    *in_file(
+        "llmkd/data/encoding/encode.py",
+        (
+            "too-long-uncounted",
+            "rows that are dropped unseen are not counted",
+            'counts["too_long"] += 1\n            if data.too_long == "refuse":',
+            'if data.too_long == "refuse":',
+            LONG,
+        ),
+        (
+            "teacher-cut",
+            "a text with a context for the teacher is cut before it is aligned",
+            'if data.too_long == "truncate" and not text.teacher:',
+            'if data.too_long == "truncate":',
+            LONG,
         ),
     ),
 ]

@@ -1,0 +1,193 @@
+"""A text that is known to be too long is not tokenised whole, and what comes of it is what tokenising all of it gives."""
+
+import copy
+import json
+import random
+
+import pytest
+from tokenizers import Tokenizer, models, normalizers
+
+from llmkd.config.recipe import Data
+from llmkd.data.encoding import long_texts
+from llmkd.data.encoding.control_tokens import Text
+from llmkd.data.encoding.encode import Rendered, _batches
+from llmkd.data.encoding.long_texts import Cover, beginning, cover_of, is_longer
+from llmkd.errors import UserError
+from tests.kit.data import END, encode, real, rows_of, same, skills_tokenizer, talk, tiny
+
+WORDS = [
+    "the",
+    "owl",
+    "flies",
+    "at",
+    "night,",
+    "naïve",
+    "cafe\u0301",
+    "你好",
+    "\U0001f600",
+    "x1234",
+    "\n\n\n",
+    "  ",
+    "\t",
+    "\u00a0",
+    "-->",
+    END,
+    "a.b.c",
+]
+
+
+def normalised(normalizer):
+    other = copy.deepcopy(tiny())
+    other.backend_tokenizer.normalizer = normalizer
+    return other
+
+
+def sentencepiece(byte_fallback: bool, **settings):
+    """A BPE on characters, with spaces written as in sentencepiece: Llama 2's way."""
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = [
+        "<unk>",
+        "</s>",
+        *(f"<0x{byte:02X}>" for byte in range(256 * byte_fallback)),
+        *"▁abcdefghijklmnopqrstuvwxyz.,-<>|_",
+        "th",
+        "the",
+        "▁t",
+        "▁the",
+    ]
+    merges = [("t", "h"), ("th", "e"), ("▁", "t"), ("▁", "the")]
+    model = models.BPE({piece: i for i, piece in enumerate(pieces)}, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=byte_fallback)
+    backend = Tokenizer(model)
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="</s>", chat_template=tiny().chat_template.replace(END, "</s>"), **settings
+    )
+
+
+TOKENIZERS = {
+    "byte level": tiny,
+    "NFC": lambda: normalised(normalizers.NFC()),
+    "digits": skills_tokenizer,
+    "bytes for what is unknown": lambda: sentencepiece(True),
+    "one token for what is unknown": lambda: sentencepiece(False),
+}
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+@pytest.mark.parametrize("too_long", ["truncate", "drop"])
+def test_what_is_not_tokenised_changes_nothing(monkeypatch, name, too_long):
+    monkeypatch.setattr(long_texts, "_FEW", 1)
+    draw, tokenizer, data = random.Random(0), TOKENIZERS[name](), Data(max_length=9, too_long=too_long)
+    texts = [" ".join(draw.choices(WORDS, k=n)) for n in (1, 3, 20, 60, 200, 400, 400, 900)]
+    seen = []
+    with monkeypatch.context() as patch:
+        patch.setattr(long_texts, "cover_of", lambda tokenizer: seen.append(cover_of(tokenizer)) or seen[-1])
+        short = {format: encode(rows, format, data, tokenizer) for format, rows in of(texts).items()}
+    assert seen and None not in seen
+    monkeypatch.setattr(long_texts, "cover_of", lambda tokenizer: None)
+    for format, rows in of(texts).items():
+        assert same(short[format], encode(rows, format, data, tokenizer)) and short[format].counts["too_long"] >= 4
+
+
+def of(texts: list[str]) -> dict:
+    texts = [text.replace("</s>", "").replace("|", "") for text in texts]
+    return {
+        "text": rows_of(*({"text": text} for text in texts)),
+        "prompt_completion": rows_of(*({"prompt": text[:5], "completion": text[5:]} for text in texts)),
+        "chat": rows_of(*(talk("u q", f"a {text}", "u r", f"a {text}") for text in texts)),
+    }
+
+
+@pytest.mark.parametrize(("name", "most"), [("gpt2", 128), ("mistral-7b-v0.1", 16), ("minimind-6400", 21)])
+def test_real_tokenizers_are_read(name, most):
+    assert cover_of(real(name)) == Cover(most, None, True)
+
+
+def test_ten_megabytes_take_a_moment(monkeypatch):
+    big = "the owl flies at night " * 430_000
+    rows, seen = {"chat": rows_of(talk("u q", f"a {big}")), "text": rows_of({"text": big})}, []
+    monkeypatch.setattr("llmkd.data.encoding.encode._MOST_CHARACTERS", 1 << 20)
+    whole = type(tiny()).__call__
+    monkeypatch.setattr(
+        type(tiny()), "__call__", lambda self, text, *args, **kw: seen.append(len(str(text))) or whole(self, text, *args, **kw)
+    )
+    for format, one in rows.items():
+        assert len(encode(one, format, Data(max_length=512), tiny())) == 0
+        assert encode(one, format, Data(max_length=512, too_long="truncate"), tiny()).lengths.tolist() == [512]
+    assert max(seen) < 10_000
+
+
+def test_a_refusal_counts_characters():
+    with pytest.raises(UserError) as info:
+        encode(rows_of({"text": "the owl " * 100}), "text", Data(max_length=9, too_long="refuse"), tiny())
+    assert info.value.problems == ("f.jsonl:1: 800 characters, more than data.max_length (9 tokens); raise it, or set data.too_long",)
+
+
+def test_the_bound_is_exact_and_counts_what_a_normaliser_composes():
+    composing = TOKENIZERS["NFC"]()
+    assert (cover_of(tiny()).most, cover_of(composing).most) == (16, 64)
+    assert not is_longer("x" * 64 * 9, 9, composing) and is_longer("x" * (64 * 9 + 1), 9, composing)
+
+
+def test_a_text_with_a_context_for_the_teacher_is_aligned_before_it_is_cut():
+    rows, data = rows_of({"prompt": "q", "completion": " the owl" * 100}), Data(max_length=9, too_long="truncate", teacher_context="owls")
+    found = encode(rows, "prompt_completion", data, tiny())
+    assert found.lengths.tolist() == [9] == found.teacher_view.lengths.tolist()
+
+
+def test_a_text_without_spaces_is_tokenised_whole_or_refused(monkeypatch):
+    text, data = rows_of({"text": "你好" * 100}), Data(max_length=9, too_long="truncate")
+    assert encode(text, "text", data, tiny()).lengths.tolist() == [9]
+    monkeypatch.setattr(long_texts, "_WHOLE", 150)
+    with pytest.raises(UserError) as info:
+        encode(text, "text", data, tiny())
+    assert info.value.problems == (
+        "f.jsonl:1: 200 characters, and no space to truncate them at (looked for behind character 145); shorten the text, or set data.too_long: drop",
+    )
+
+
+def test_a_cut_stands_at_the_second_space_behind_the_bound():
+    text = Text("x" * 300 + " ab cd\u00a0 ef", [(10, 400)])
+    assert beginning(text, 9, tiny()).text == "x" * 300 + " ab"
+    assert beginning(text, 9, tiny()).spans == [(10, 303)]
+    assert beginning(Text("x" * 300, []), 30, tiny()).text == "x" * 300
+    pieces = ((0, 200, None), (200, 301, 1), (301, 305, 2), (305, 307, None))
+    assert beginning(Text(text.text, [], pieces=pieces), 9, tiny()).pieces == ((0, 200, None), (200, 301, 1), (301, 303, 2))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda state: state.update(normalizer={"type": "Strip", "strip_left": True, "strip_right": True}),
+        lambda state: state.update(normalizer={"type": "Replace", "pattern": {"Regex": "a+"}, "content": "a"}),
+        lambda state: state.update(normalizer={"type": "Sequence", "normalizers": [{"type": "NFC"}, {"type": "StripAccents"}]}),
+        lambda state: state.update(pre_tokenizer={"type": "WhitespaceSplit"}),
+        lambda state: state.update(
+            pre_tokenizer={
+                "type": "Sequence",
+                "pretokenizers": [{"type": "Split", "pattern": {"String": "a"}, "behavior": "Removed", "invert": False}],
+            }
+        ),
+        lambda state: state["model"].update(type="WordPiece"),
+        lambda state: state["model"].update(continuing_subword_prefix="##"),
+    ],
+)
+def test_a_tokenizer_that_may_leave_characters_out_is_not_relied_on(change):
+    state = json.loads(tiny().backend_tokenizer.to_str())
+    change(state)
+    assert long_texts._cover(state) is None
+
+
+def test_characters_that_may_be_unknown_are_not_counted():
+    tokenizer = sentencepiece(False)
+    assert cover_of(tokenizer).counted.startswith("eaot") and "A" not in cover_of(tokenizer).counted
+    assert not is_longer("你好 " * 1000, 9, tokenizer) and is_longer("the " * 1000, 9, tokenizer)
+    crossing = json.loads(tiny().backend_tokenizer.to_str())
+    crossing["model"]["vocab"]["aĠ"] = 999
+    assert not long_texts._cover(crossing).cut_at_space
+
+
+def test_batches_are_small_in_characters_and_in_order():
+    texts = [Rendered(i, Text("x" * n, []), None) for i, n in enumerate([1 << 19, 1 << 20, 5, 5, 1 << 21, 7])]
+    assert [[text.row for text in part] for part in _batches(texts)] == [[0, 1], [2, 3, 4], [5]]
