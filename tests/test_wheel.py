@@ -115,7 +115,18 @@ def test_the_quickstart_runs_from_the_wheel(site, tmp_path):
     assert listed.returncode == 0 and "quickstart/2_distill.yaml" in listed.stdout
     made = llmkd(site, tmp_path, "init", "quickstart")
     assert made.returncode == 0 and made.stderr == "next: llmkd train --config recipes/quickstart.yaml\n"
-    few = ("--train.epochs", "null", "--train.max_steps", "2", "--data.train.limit", "200")
+    few = (
+        "--train.epochs",
+        "null",
+        "--train.max_steps",
+        "2",
+        "--data.train.limit",
+        "200",
+        "--data.validation.limit",
+        "32",
+        "--data.choices",
+        "null",
+    )
     one = llmkd(site, tmp_path, "train", "--config", "recipes/quickstart.yaml", *few)
     assert one.returncode == 0 and "kd_student" in one.stdout, one.stderr[-3000:]
     assert (tmp_path / "runs/quickstart/kd_student/adapter/adapter_model.safetensors").exists()

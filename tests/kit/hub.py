@@ -18,12 +18,7 @@ class FakeHub:
     """`repos[kind, id]` is {commit: {path: bytes}}, oldest first; `refs` names commits besides main, the newest."""
 
     def __init__(self):
-        self.repos: dict[tuple[str, str], dict[str, dict[str, bytes]]] = {}
-        self.refs: dict[tuple[str, str, str], str] = {}
-        self.private: dict[str, bool] = {}
-        self.gated: set[str] = set()  # what nobody has access to yet
-        self.asked: list[str] = []
-        self.refuses = ""  # a part of a path that is answered with 500
+        self.clear()
         hub = self
 
         class Handler(BaseHTTPRequestHandler):
@@ -40,6 +35,14 @@ class FakeHub:
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self.url = f"http://127.0.0.1:{self.server.server_port}"
         threading.Thread(target=self.server.serve_forever, daemon=True).start()
+
+    def clear(self) -> None:
+        self.repos: dict[tuple[str, str], dict[str, dict[str, bytes]]] = {}
+        self.refs: dict[tuple[str, str, str], str] = {}
+        self.private: dict[str, bool] = {}
+        self.gated: set[str] = set()  # what nobody has access to yet
+        self.asked: list[str] = []
+        self.refuses = ""  # a part of a path that is answered with 500
 
     def environment(self, home: Path) -> dict[str, str]:
         """What makes a process use this hub and nothing else."""

@@ -88,7 +88,7 @@ def serve() -> None:
         try:
             count, function, arguments, variables, cwd, limit, written = pickle.load(sys.stdin.buffer)
         except EOFError:
-            return
+            os._exit(0)
         going, port = set(), _free_port()
         for rank in range(count):
             process = os.fork()

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,23 +10,38 @@ from pathlib import Path
 import pytest
 from huggingface_hub import ModelCard
 
+from llmkd.cli import main
 from llmkd.errors import UserError
 from tests.conftest import plain_recipe
 from tests.kit.hub import FakeHub
+from tests.kit.processes import Server, launch
 
 REPO = Path(__file__).parents[2]
 CARD = b"---\nlicense: apache-2.0\n---\n# Tiny\n"
 
 
-@pytest.fixture
-def hub():
-    hub = FakeHub()
-    yield hub
+@pytest.fixture(scope="module")
+def started(tmp_path_factory):
+    """A fake hub, a home folder for what comes from it, and a server of processes that know only that hub."""
+    hub, home = FakeHub(), tmp_path_factory.mktemp("home")
+    server = Server(**hub.environment(home))
+    yield hub, home, server
+    server.close()
     hub.server.shutdown()
 
 
 @pytest.fixture
-def llmkd(world, tmp_path, hub):
+def hub(started):
+    """The hub, empty again, as are the files from it."""
+    hub, home, _ = started
+    hub.clear()
+    shutil.rmtree(home)
+    home.mkdir()
+    return hub
+
+
+@pytest.fixture
+def llmkd(world, tmp_path, hub, started):
     """`llmkd train` in a process of its own, which knows only the fake hub: exit code and what it said."""
 
     def go(*arguments: str, change=None, **environment: str | None) -> tuple[int, str]:
@@ -33,10 +49,9 @@ def llmkd(world, tmp_path, hub):
         if change:
             change(recipe)
         (tmp_path / "r.yaml").write_text(json.dumps(recipe))
-        settings = {**os.environ, **hub.environment(tmp_path / "home"), "LLMKD_CACHE": str(tmp_path / "cache"), **environment}
-        command = [sys.executable, "-m", "llmkd.train", "--config", str(tmp_path / "r.yaml"), *arguments]
-        settings = {k: v for k, v in settings.items() if v is not None}
-        done = subprocess.run(command, env=settings, cwd=REPO, capture_output=True, text=True, timeout=300)
+        settings = {**hub.environment(started[1]), "LLMKD_CACHE": str(tmp_path / "cache"), **environment}
+        start = launch if "HF_HUB_OFFLINE" in environment else started[2].launch  # it is read when huggingface_hub is imported
+        done = start(1, main, ["train", "--config", str(tmp_path / "r.yaml"), *arguments], **settings)
         return done.returncode, done.stderr
 
     return go
@@ -47,7 +62,7 @@ def problems(said: str) -> list[str]:
 
 
 @pytest.mark.slow
-def test_a_model_and_a_data_set_by_revision(llmkd, hub, world, tmp_path):
+def test_a_model_and_a_data_set_by_revision(llmkd, hub, started, world, tmp_path):
     old = {p.name: p.read_bytes() for p in (world / "student").iterdir()} | {"README.md": CARD, "pytorch_model.bin": b"pickled"}
     commit = hub.add("models", "someone/tiny", old, ref="v1")
     hub.add("models", "someone/tiny", {"config.json": b"{}"})  # main is another model by now
@@ -71,7 +86,7 @@ def test_a_model_and_a_data_set_by_revision(llmkd, hub, world, tmp_path):
     assert not [a for a in hub.asked if "pytorch_model.bin" in a]
     # the snippet, in a process that has only the cache
     snippet = card.text.split("```python\n")[1].split("\n```")[0]
-    offline = {**os.environ, **hub.environment(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    offline = {**os.environ, **hub.environment(started[1]), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-c", snippet], env=offline, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
 
@@ -132,7 +147,7 @@ def test_the_finished_student_is_uploaded(llmkd, hub, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_failed_upload_loses_nothing_and_resume_tries_again(llmkd, hub, tmp_path):
+def test_a_failed_upload_loses_nothing_and_resume_tries_again(llmkd, hub, started, tmp_path):
     hub.refuses = "/commit/"
     code, said = llmkd(change=push)
     assert code == 2 and len(problems(said)) == 1, said
@@ -144,7 +159,7 @@ def test_a_failed_upload_loses_nothing_and_resume_tries_again(llmkd, hub, tmp_pa
     code, said = llmkd("--resume", change=push)
     assert code == 0 and "uploaded" in said, said
     assert len(hub.repos["models", "someone/mine"]) == 2
-    environment = {**os.environ, **hub.environment(tmp_path / "home"), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    environment = {**os.environ, **hub.environment(started[1]), "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
     del hub.repos["models", "someone/mine"]
     subprocess.run(command, shell=True, env=environment, check=True, timeout=60)  # what the message says works too
     assert "README.md" in hub.repos["models", "someone/mine"][hub.commit("models", "someone/mine", "main")]
