@@ -113,6 +113,14 @@ def test_the_fused_path_equals_the_models_own_logits(family, capsys):
     assert not model.capabilities.own_forward and not capsys.readouterr().err
     assert (pytest.approx(model.head.scale), model.head.softcap) == KNOWN[family]
     compare_with_own(model, 1e-4 if family in SINGLE else 1e-10)
+    compare_last_layer(model)
+
+
+def compare_last_layer(model: LanguageModel) -> None:
+    """Where the last layer may compute the targets alone, it is exact."""
+    if model.capabilities.last_layer:
+        model.eval().zero_grad(set_to_none=True)
+        assert gap(results(model, True, view()), results(model, False, view())) < 1e-6  # some route in float32
 
 
 def test_weights_that_a_single_token_does_not_use_are_known():
@@ -167,10 +175,10 @@ def test_packing_is_refused_where_examples_see_one_another(family):
 
 
 @pytest.mark.slow
-def test_every_causal_family_of_transformers_is_right_or_refused():
+def test_every_other_causal_family_of_transformers_is_right_or_refused():
     """Those that can be built this small: none may be silently wrong, and the last layer at the targets alone is exact or left out."""
     compared, refused, unbuilt, shortened = [], [], [], []
-    for family in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES):
+    for family in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() - KNOWN.keys()):
         try:
             model = language_model(family)
         except Exception as error:
@@ -181,13 +189,10 @@ def test_every_causal_family_of_transformers_is_right_or_refused():
         except UserError as error:
             refused.append(str(error))
             continue
-        if family not in KNOWN:
-            compare_with_own(model, 1e-3)
-            compared.append(family)
-        if model.capabilities.last_layer:
-            model.eval().zero_grad(set_to_none=True)
-            assert gap(results(model, True, view()), results(model, False, view())) < 1e-6, family  # some route in float32
-            shortened.append(family)
+        compare_with_own(model, 1e-3)
+        compare_last_layer(model)
+        compared.append(family)
+        shortened += [family] if model.capabilities.last_layer else []
     print(f"compared {len(compared)}, refused {len(refused)}: {refused}; not built {len(unbuilt)}: {unbuilt}")
-    assert len(compared) >= 70 and len(shortened) >= 80
+    assert len(compared) >= 70 and len(shortened) >= 50
     assert all("tokens after it" in text or "fails on a first small batch" in text for text in refused)
