@@ -59,5 +59,7 @@ def finish(folder: Path, wanted: Evaluation) -> dict:
             print(path)
     failed = [f"arm {name}: {arm['reason']}" for name, arm in arms.items() if arm["status"] == "failed"]
     if failed or problems:
-        raise UserError(*failed, *problems)
+        error = UserError(*failed, *problems)
+        error.results = numbers  # for --json
+        raise error
     return numbers

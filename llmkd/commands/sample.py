@@ -2,6 +2,7 @@
 
 import dataclasses
 import gc
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,6 +84,8 @@ def sample(
     prompts  a file of prompts; None: held-out rows of the run's data, with their answers as reference
     count    the first so many prompts of the file, or so many held-out rows, drawn the same way every time
     """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("sample: runs in one process; leave accelerate launch out")
     recipe, student = _finished(run)
     wanted = dict(_models(recipe, student, models))
     files = {name: find(one.model, setting, one.revision, one.base) for name, (setting, one) in wanted.items()}

@@ -11,11 +11,14 @@ import numpy as np
 
 from ..config import data as config
 from ..config.recipe import Data, Source
+from ..console import warn
 from ..errors import UserError
 from .encoding.control_tokens import Text, controls, refuse_unmarked
 from .encoding.encode import edges, tokens_of
-from .encoding.formats import FORMATS, refuse_without_template
+from .encoding.formats import FORMATS
+from .encoding.rendered_text import turn_token
 from .encoding.teacher_context import teacher_texts
+from .notes import example_notes
 from .prompts import Prompt, parted
 from .reading.files import KINDS, BadRow, Records, kind_of, records
 from .reading.problems import ErrorCollector
@@ -36,7 +39,7 @@ def read_prompts(path: Path, sources: Sequence[Source], data: Data, tokenizer, s
     A row has the columns of one of the sources, with or without the answer, or instead a `prompt` (text or messages), `messages` or an
     `instruction`; in a .txt file each line is a prompt.
     """
-    problems, unread, out = ErrorCollector(), Counter(), []
+    problems, unread, counts, out = ErrorCollector(), Counter(), Counter(), []
     has_turns = functools.cache(lambda: _has_turns(sources[0], setting))
     for place, get in _records(path, setting):
         try:
@@ -44,8 +47,9 @@ def read_prompts(path: Path, sources: Sequence[Source], data: Data, tokenizer, s
             found = len(problems.found)
             row = check_row(row, place, source, problems, unread=unread)
             if len(problems.found) == found:
-                refuse_without_template(source, [row], tokenizer, place)
-                out.append(_prompt_of(row, answered, place, source, data, tokenizer))
+                prompt, unshown = _prompt_of(row, answered, place, source, data, tokenizer)
+                out.append(prompt)
+                counts.update([*(f"unshown {key}" for key in unshown), f"rendered {turn_token(row, controls(tokenizer).any)}"])
         except (BadRow, ValueError) as error:
             problems.add(f"{place}: {error}")
         except RecursionError:
@@ -54,6 +58,9 @@ def read_prompts(path: Path, sources: Sequence[Source], data: Data, tokenizer, s
     if not out:
         raise UserError(f"{setting}: {path} has no prompts; write one a line")
     note_unread(setting, dataclasses.replace(sources[0], path=str(path)), unread, len(out))
+    counts.pop("rendered None", None)
+    for note in example_notes(counts | {"rows": len(out)}):
+        warn(note.replace(": ", f": {setting} ({path}): ", 1))
     return out
 
 
@@ -157,9 +164,11 @@ def _has_turns(source: Source, setting: str) -> bool:
 # ---- rendering
 
 
-def _prompt_of(row: dict, answered: bool, place: str, source: Source, data: Data, tokenizer) -> Prompt:
-    """A checked row as a prompt. ValueError where it cannot be rendered."""
+def _prompt_of(row: dict, answered: bool, place: str, source: Source, data: Data, tokenizer) -> tuple[Prompt, tuple[str, ...]]:
+    """A checked row as a prompt, and the keys in it that the chat template does not show. ValueError where it cannot be rendered."""
     row = {column: value for column, value in row.items() if column != "train"}
+    if not tokenizer.chat_template and any(isinstance(row.get(column), list) for column in ("prompt", "messages")):
+        raise ValueError("it is a conversation, and the run's tokenizer has no chat template; give a text")
     answer, reference = config.FORMATS[source.format].answer, None
     if source.format == "chat":
         messages = [{key: value for key, value in message.items() if key != "train"} for message in row["messages"]]
@@ -185,7 +194,7 @@ def _prompt_of(row: dict, answered: bool, place: str, source: Source, data: Data
         prompt = dataclasses.replace(parted(place, *tokens_of([text, theirs], data, tokenizer), tokenizer), reference=reference)
     if not len(prompt.ids):
         raise ValueError("the prompt is empty")
-    return prompt
+    return prompt, text.unshown
 
 
 def _raw_prompt(reference: str | None, has_answer: bool, data: Data, tokenizer, text: Text) -> np.ndarray:

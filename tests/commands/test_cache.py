@@ -130,9 +130,14 @@ def test_the_arms_of_a_sweep_learn_from_a_cache_as_they_would_alone(world, cache
 
 def test_check_says_what_a_cache_and_a_quantised_teacher_lose(world, caches, make_recipe, capsys):
     cached = {"teacher__cache__path": str(caches / "narrow"), "teacher__dtype": "float32"}
-    check(make_recipe(**cached))
+    numbers = check(make_recipe(**cached))["teacher"]
     out = capsys.readouterr().out
     assert "live" in out and "narrow" in out and "forward_kl" in out
+    assert numbers["targets"] > numbers["examples"] == 37 and [row["teacher"] for row in numbers["cached"]] == [
+        "live",
+        str(caches / "narrow"),
+    ]
+    assert all(f"{row['forward_kl']:.4f}" in out and row["forward_kl"] != round(row["forward_kl"], 4) for row in numbers["cached"])
     pytest.importorskip("bitsandbytes")
     check(make_recipe(teacher__quantization={"type": "nf4"}, teacher__dtype="float32"))
     out = capsys.readouterr().out

@@ -155,6 +155,20 @@ def test_rows_that_ask_nothing_or_more_than_is_read_are_refused(ask, rows, one, 
     assert problem in found.value.problems[0] and len(found.value.problems) == 1
 
 
+def test_a_conversation_needs_a_template(ask):
+    with pytest.raises(UserError, match="p.jsonl:1: it is a conversation, and the run's tokenizer has no chat template; give a text"):
+        ask([{"prompt": talk("u hello")["messages"]}], source("prompt_completion"), tokenizer=tiny(None))
+
+
+def test_texts_that_were_rendered_already_and_what_a_template_does_not_show_are_named(ask, capsys):
+    ask([{"prompt": "<|im_start|>user\nhello<|im_end|>"}], source("chat"))
+    assert "warning: --prompts (" in (err := capsys.readouterr().err) and "'<|im_start|>'" in err and "1 of 1 row hold" in err
+    ask([talk("u hello") | {"tools": [{"type": "function", "function": {"name": "owl"}}]}, talk("u hello")], source("chat"))
+    assert "p.jsonl): not shown by the chat template, with the rows that have it, of 2 rows: tools (1)" in capsys.readouterr().err
+    ask([talk("u hello")], source("chat"))
+    assert not capsys.readouterr().err
+
+
 def test_files_that_are_none_are_refused(tmp_path, ask):
     for path, problem in (
         (tmp_path / "no.jsonl", "no such file"),

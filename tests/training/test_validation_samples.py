@@ -13,6 +13,7 @@ from llmkd.data.reading.skills import tokenizer
 from llmkd.errors import UserError
 from llmkd.output.samples import last_samples, read_samples
 from llmkd.rollouts.generate import Completion, Sampling
+from llmkd.training.prepare import prepare
 from llmkd.training.run import run
 from tests.conftest import distance, plain_recipe, weights
 from tests.training.test_resume import LONG, comparable, unfinish
@@ -92,6 +93,20 @@ def test_an_answer_ends_where_training_teaches_it_to_and_is_written_without_that
     run(recipe)
     assert all(sampling == Sampling(0.0, 64) and tok.eos_token_id in ends for sampling, ends in asked) and len(asked) == 2
     assert [(record["text"], record["finished"]) for record in read_samples(Path(recipe.output_dir))] == [("It is 7.", True)] * 4
+
+
+def test_all_that_ends_an_answer_is_given(whole, tmp_path, monkeypatch):
+    """The end tokens of the training data, the tokenizer's, and those of the model's generation config."""
+    import llmkd.training.validation_samples as module
+
+    asked = []
+    monkeypatch.setattr(
+        module, "generate", lambda model, prompts, sampling, ends, size: (asked.append(ends), [Completion((7,), False)] * len(prompts))[1]
+    )
+    monkeypatch.setattr(module, "stops_of", lambda model: {31})
+    prepared = dataclasses.replace(prepare(whole), end_tokens={29, 30})
+    module.write_samples(tmp_path, 1, None, prepared, whole.validation)
+    assert asked == [{tokenizer().eos_token_id, 29, 30, 31}] and read_samples(tmp_path)[0]["text"] == tokenizer().decode([7])
 
 
 @pytest.mark.parametrize(
