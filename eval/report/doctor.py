@@ -53,12 +53,9 @@ def _status(result: Result) -> Span:
 
 
 def _lines(shown: tuple[str, ...]) -> list:
-    """Each example, its supervised parts in colour."""
+    """Each text, its supervised parts in colour."""
     out = []
-    for example in "\n".join(shown).split("\n\n"):
-        parts = []
-        for n, piece in enumerate(example.replace("⟧", "⟦").split("⟦")):
-            parts.append(Span(f"⟦{piece}⟧", "better") if n % 2 else piece)
-        if example.strip():
-            out.append(tuple(parts))
+    for text in shown:
+        pieces = text.replace("\n", " ⏎ ").replace("⟧", "⟦").split("⟦")
+        out.append(tuple(Span(f"⟦{piece}⟧", "better") if n % 2 else piece for n, piece in enumerate(pieces)))
     return out

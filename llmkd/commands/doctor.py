@@ -85,7 +85,7 @@ def as_text(result: Result) -> list[str]:
     lines = [f"{status:<{_INDENT}}{result.check}"]
     for text in (result.found, f"to do: {result.fix}" if result.fix else ""):
         lines += [" " * _INDENT + line for line in textwrap.wrap(text, width, break_on_hyphens=False, break_long_words=False)]
-    return lines + ["    | " + line for line in result.shown]
+    return lines + ["    | " + line for text in result.shown for line in (*text.splitlines(), "")]
 
 
 def summary(results: list[Result]) -> str:

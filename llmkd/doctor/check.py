@@ -18,7 +18,7 @@ class Result:
     """What a check found. A failed or warned one says how to put it right; one that could not be asked says why in `found`.
 
     check, group  of the check; `stage` of a pipeline that it was asked of
-    shown    what it looked at, line by line, such as decoded examples
+    shown    what it looked at, such as decoded examples: texts of some lines each
     seconds  that it took
     """
 

@@ -31,7 +31,7 @@ def read(setup: Setup) -> Result:
 def supervised_text(setup: Setup) -> Result:
     """Decoded examples. Of each row the answer is to be supervised, and the prompt not."""
     few, data = setup.few, setup.small.data
-    shown = tuple(line for i in range(min(SHOWN, len(few))) for line in _shown(few, i, setup.prepared.tokenizer))
+    shown = tuple(_shown(few, i, setup.prepared.tokenizer) for i in range(min(SHOWN, len(few))))
     if setup.rows is None:
         return passed("decoded below; the rows of a stream are not compared with what is supervised of them", shown)
     problems, cut = [], 0
@@ -98,7 +98,7 @@ def squeezed(text: str) -> str:
     return "".join(text.split())
 
 
-def _shown(examples: Examples, i: int, tokenizer) -> list[str]:
+def _shown(examples: Examples, i: int, tokenizer) -> str:
     ids, mask = examples.example(i)
     spans = supervised_spans(ids.tolist(), mask.tolist(), tokenizer)
     parts = []
@@ -106,7 +106,7 @@ def _shown(examples: Examples, i: int, tokenizer) -> list[str]:
         text = printable(text)
         text = text if len(text) <= _LONG else f"{text[: _LONG // 2]} [...] {text[-_LONG // 2 :]}"
         parts.append(f"⟦{text}⟧" if yes else text)
-    return [f"example {i}, {len(ids)} tokens, {int(mask.sum())} of them supervised:", *"".join(parts).splitlines(), ""]
+    return f"example {i}, {len(ids)} tokens, {int(mask.sum())} of them supervised:\n{''.join(parts)}"
 
 
 def targets(setup: Setup) -> Result:

@@ -79,5 +79,5 @@ def ask(setup: Setup, check: Check) -> Result:
     except UserError as error:
         result = failed("; ".join(error.problems), check.fix)
     except Exception as error:
-        result = failed(f"it could not be completed ({brief(error)})", check.fix, tuple(traceback.format_exc().splitlines()[-8:]))
+        result = failed(f"it could not be completed ({brief(error)})", check.fix, ("\n".join(traceback.format_exc().splitlines()[-8:]),))
     return result.of(check, time.monotonic() - start)

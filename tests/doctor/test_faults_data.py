@@ -5,10 +5,11 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
-from llmkd.batch import View
 from llmkd.data import collate
 from llmkd.data.encoding import encode
+from llmkd.doctor import setup as setups
 from llmkd.doctor.examine import CHECKS, ask_all
 
 TEXT, PLACE = "the answers are supervised", "each target is"
@@ -71,17 +72,21 @@ def test_targets_beside_their_positions(setup, caught, monkeypatch, shift):
     assert "padded micro-batch for the student" in caught(setup, PLACE)
 
 
-def test_a_target_twice_and_one_missing(setup, caught, monkeypatch):
-    whole = collate._view
+@pytest.mark.parametrize("fault", ["labels", "twice"])
+def test_labels_of_other_targets_and_a_target_that_is_there_twice(setup, caught, monkeypatch, fault):
+    whole = setups.collate
 
-    def doubled(*args) -> View:
-        view = whole(*args)
-        rows_N = view.rows_N.clone()
-        rows_N[1] = rows_N[0]
-        return dataclasses.replace(view, rows_N=rows_N)
+    def other(*args):
+        batch = whole(*args)
+        order = torch.arange(batch.num_targets)
+        order[:2] = order[:2].flip(0) if fault == "labels" else 0
+        if fault == "labels":
+            return dataclasses.replace(batch, labels_N=batch.labels_N[order])
+        view = dataclasses.replace(batch.student, rows_N=batch.student.rows_N[order])
+        return dataclasses.replace(batch, labels_N=batch.labels_N[order], student=view)
 
-    monkeypatch.setattr(collate, "_view", doubled)
-    caught(setup, PLACE)
+    monkeypatch.setattr(setups, "collate", other)
+    assert ("predicts" if fault == "labels" else "1 targets are missing, and 1 are there twice") in caught(setup, PLACE)
 
 
 def test_labels_in_the_packed_rows_alone(setup, caught, monkeypatch):

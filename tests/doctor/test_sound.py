@@ -49,11 +49,13 @@ def test_other_kinds_of_runs_pass(make_setup, world, tmp_path, monkeypatch, chan
 def test_the_command_prints_a_page_and_writes_json_and_html(world, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "r.yaml").write_text(json.dumps(plain_recipe(world, tmp_path / "out")))
+    torch.manual_seed(123)
     before, state = sorted(tmp_path.rglob("*")), torch.random.get_rng_state()
     code = main(["doctor", "--config", "r.yaml", "--rows", "20", "--json", "d.json", "--to", "d.html", "--teacher", "null"])
     out, said = capsys.readouterr()
     assert code == 0, said
     assert "24 checks: " in out and "not asked  the teacher's adapter changes it" in out and "⟦Yes." in out
+    assert "20 examples with" in out
     found = json.loads((tmp_path / "d.json").read_text())
     assert found["passed"] and len(found["checks"]) == len(CHECKS) and {"check", "status", "found", "fix"} <= found["checks"][0].keys()
     page = (tmp_path / "d.html").read_text()
