@@ -211,8 +211,13 @@ BOTH = PARTS.replace("{% for p in m.content", "{% if m.content is string %}{{ m.
 )
 
 
+ALL_BUT_SYSTEM = PARTS.replace(
+    "{% for p in m.content", "{% if m.role == 'system' %}{{ m.content + '' }}{% else %}{% for p in m.content"
+).replace("{% endfor %}<|im_end|>", "{% endfor %}{% endif %}<|im_end|>")
+
+
 @pytest.mark.parametrize(
-    "template", [PARTS, PARTS + PROMPT, PARTS.replace("p.text", "p['text'] | trim"), MIXED, MIXED + PROMPT, BOTH, PLAIN]
+    "template", [ALL_BUT_SYSTEM, PARTS, PARTS + PROMPT, PARTS.replace("p.text", "p['text'] | trim"), MIXED, MIXED + PROMPT, BOTH, PLAIN]
 )
 def test_templates_of_parts_get_parts_and_others_text(template):
     tokenizer, row = made(template), talk("s be", "u q", "a one", "u r", "a two")
@@ -280,6 +285,18 @@ def test_tool_calls_that_are_none_are_refused(read, turn, words):
     with pytest.raises(UserError) as caught:
         read(json.dumps({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": None} | turn]}), format="chat")
     assert caught.value.problems[0].partition(":1: messages[1].")[2].startswith(words)
+
+
+def test_parameters_of_tools_as_json_text(read):
+    tool, shape = {"type": "function", "function": {"name": "mul", "parameters": {"type": "object"}}}, json.dumps({"type": "object"})
+    row = talk("u q", "a one") | {"tools": [tool, tool["function"]]}
+    written = talk("u q", "a one") | {
+        "tools": [{**tool, "function": {"name": "mul", "parameters": shape}}, {"name": "mul", "parameters": shape}]
+    }
+    assert read(json.dumps(written), format="chat").rows == [row] == read(json.dumps(row), format="chat").rows
+    written["tools"][1]["parameters"] = "{"
+    with pytest.raises(UserError, match=r":1: tools\[1\].parameters is text that is not JSON"):
+        read(json.dumps(written), format="chat")
 
 
 def test_tool_calls_as_json_text(read):

@@ -4,8 +4,10 @@ Some templates want the arguments of tool calls as text, some as objects; those 
 are tried until the template shows everything as what it is: arguments as JSON, or each by itself. No source of a template is read.
 """
 
+import itertools
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +21,9 @@ _WHO = {"system": "a system message", "developer": "a system message", "tool": "
 #: What was learned of a template: the roles whose content it shows as parts only, and whether it shows tools.
 _PARTS: dict[str, frozenset[str]] = {}
 _SHOWS_TOOLS: set[str] = set()
+#: Of each template, the rows that it showed in no form. After some, lists of parts are no longer tried: there may be millions of such rows.
+_FAILED: Counter[str] = Counter()
+_TRIALS = 20
 
 
 class _NoObject(ValueError):
@@ -89,6 +94,7 @@ def settle(
             break
         hiding = hiding or found  # earlier answers, say
     else:
+        _FAILED[template] += 1
         if not hiding:
             raise next((error for error in errors if isinstance(error, _NoObject)), errors[0])
         found = hiding
@@ -109,11 +115,16 @@ def _program(template: str, tokens: dict[str, str], tools: list[dict] | None, fo
 
 
 def _attempts(template: str, messages: list[dict]) -> Iterator[Forms]:
-    known, every = _PARTS.get(template, frozenset()), frozenset(message["role"] for message in messages)
+    known, roles = _PARTS.get(template, frozenset()), sorted({message["role"] for message in messages})
+    others = (
+        ()
+        if _FAILED[template] > _TRIALS
+        else (frozenset(some) for n in range(len(roles), 0, -1) for some in itertools.combinations(roles, n))
+    )
     calls = [call for message in messages for call in message.get("tool_calls") or ()]
     texts = [isinstance(_function(call).get("arguments"), str) for call in calls]
     arguments = [*(["objects"] if any(texts) else []), "", *([] if all(texts) else ["text"])]
-    for parts in dict.fromkeys([known, known | every, known | every - {"assistant"}, known | {"user"}]):
+    for parts in itertools.chain([known], (known | some for some in others if not some <= known)):
         for inside in (False, True) if any(_function(call) is call for call in calls) else (False,):
             yield from (Forms(parts, form, inside) for form in arguments)
 

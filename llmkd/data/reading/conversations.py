@@ -119,6 +119,14 @@ def read_tools(tools: Any, name: str, place: str, problems: ErrorCollector) -> A
             return None
     if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
         problems.add(f"{place}: {name} is {kind(tools)}, expected a list of objects")
-    elif surrogate(tools) is not None:
+        return None
+    for i, tool in enumerate(tools or []):
+        function = tool["function"] if isinstance(tool.get("function"), dict) else tool
+        if isinstance(function.get("parameters"), str):
+            try:
+                function["parameters"] = json.loads(function["parameters"])
+            except (ValueError, RecursionError):
+                problems.add(f"{place}: {name}[{i}].parameters is text that is not JSON, expected an object, or the same as JSON text")
+    if surrogate(tools) is not None:
         problems.add(f"{place}: {name} contains half of a surrogate pair, which is not a character; fix the file's encoding")
     return tools or None
