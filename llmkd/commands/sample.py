@@ -88,7 +88,7 @@ def sample(
         raise UserError("sample: runs in one process; leave accelerate launch out")
     recipe, student = _finished(run)
     wanted = dict(_models(recipe, student, models))
-    files = {name: find(one.model, setting, one.revision, one.base) for name, (setting, one) in wanted.items()}
+    files = {name: _files(name, *one) for name, one in wanted.items()}
     tokenizer = load_tokenizer(str(student), "sample")
     data = dataclasses.replace(recipe.data, train_on_input=False)
     found = read_prompts(prompts, as_tuple(data.train), data, tokenizer)[:count] if prompts else _held_out(run, data, tokenizer, count)
@@ -154,6 +154,14 @@ def _models(recipe: Recipe, student: Path, wanted: tuple[str, ...]) -> Iterator[
         is_adapter = (student / "adapter_config.json").exists()
         end = as_trained(student) if is_adapter else Teacher(model=str(student))
         yield "after", ("sample", dataclasses.replace(end, attention=own.attention))
+
+
+def _files(name: str, setting: str, settings: Teacher) -> ModelFiles:
+    try:
+        return find(settings.model, setting, settings.revision, settings.base)
+    except UserError as error:
+        others = ",".join(one for one in MODELS if one != name.partition(".")[0])
+        raise UserError(*error.problems, f"sample: {name} is not here; --models {others} leaves it out") from None
 
 
 def _held_out(run: Path, data: Data, tokenizer, count: int | None) -> list[Prompt]:

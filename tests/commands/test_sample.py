@@ -2,6 +2,7 @@
 
 import gc
 import json
+import shutil
 import weakref
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from llmkd.models.load import LoadContext, load_teacher
 from llmkd.models.saved_student import as_trained
 from llmkd.training.run import run as train
 from tests.conftest import plain_recipe
+from tests.kit.sweep_report import Checked
 
 
 @pytest.fixture(scope="module")
@@ -91,7 +93,7 @@ def test_prompts_of_a_file_on_the_terminal_on_a_page_and_as_json(run, tmp_path, 
     text, page, numbers = capsys.readouterr().out, (tmp_path / "new/s.html").read_text(), json.loads((tmp_path / "s.json").read_text())
     assert list(numbers) == ["run", "sampling", "models", "asked"] and list(numbers["models"]) == ["before", "after"]
     assert [one["place"] for one in numbers["asked"]] == ["p.txt:1", "p.txt:2"] and "p.txt:2  (2 of 2)" in text
-    assert "Say &lt;b&gt;7&lt;/b&gt;" in page and "<b>7" not in page and "Say 9" not in page
+    assert Checked(page).rows and "Say &lt;b&gt;7&lt;/b&gt;" in page and "<b>7" not in page and "Say 9" not in page
     (line,) = [line for line in text.splitlines() if "-- before" in line][:1]
     assert "-- after" in line, "side by side"
     for one in numbers["asked"]:
@@ -133,6 +135,16 @@ def test_what_cannot_be_sampled_is_refused_before_a_model_is_loaded(run, world, 
     for words, problem in cases.items():
         assert main(["sample", *words]) == 2
         assert problem in capsys.readouterr().err, words
+
+
+def test_a_model_that_is_gone_can_be_left_out(run, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "run")
+    recipe = loader.read_placed(run / "recipe.yaml")
+    recipe["teacher"]["model"] = str(tmp_path / "gone")
+    (tmp_path / "run/recipe.yaml").write_text(json.dumps(recipe))
+    assert main(["sample", str(tmp_path / "run")]) == 2
+    assert "sample: teacher is not here; --models before,after leaves it out" in capsys.readouterr().err
+    assert main(["sample", str(tmp_path / "run"), "--models", "before,after", "--count", "1", "--max_new_tokens", "1"]) == 0
 
 
 def test_a_run_without_held_out_rows_or_without_a_teacher_says_so(make_recipe, capsys):
