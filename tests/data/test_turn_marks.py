@@ -8,7 +8,7 @@ from llmkd.config.recipe import Data, Source
 from llmkd.data.encoding.encode import encode as encode_source
 from llmkd.data.reading.sources import read_source
 from llmkd.errors import UserError
-from tests.kit.data import END, FORGETS, PLAIN, kept, shown, tiny
+from tests.kit.data import END, FORGETS, PLAIN, kept, shown, talk, tiny
 
 SHOWS_ALL = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{% for k in m if k not in ('role', 'content') %}{{ k }}{% endfor %}<|im_end|>\n{% endfor %}"
 
@@ -127,3 +127,77 @@ def test_a_rows_mark_that_cannot_be_honoured_is_refused(tmp_path, mark, words):
     (problem,) = refused(tmp_path, marked({}, **mark))
     assert problem.startswith(f"t.jsonl:1: {words}")
     assert len(encoded(tmp_path, marked({}, **mark), ignore=tuple(mark))) == 1
+
+
+@pytest.mark.parametrize(
+    ("keys", "named"),
+    [
+        ({"supervised": 0.5}, "supervised"),
+        ({"is_target": False}, "is_target"),
+        ({"requires_grad": False}, "requires_grad"),
+        ({"context": 1}, "context"),
+        ({"use": False}, "use"),
+        ({"bad": True}, "bad"),
+        ({"metadata": {"train": False}}, "metadata.train"),
+        ({"meta": {"loss": {"masked": 1}}}, "meta.loss.masked"),
+        ({"extra": [{"loss_mask": [0, 1]}]}, "extra.loss_mask"),
+    ],
+)
+def test_a_key_of_a_message_that_may_be_a_mark_is_refused_by_name(tmp_path, keys, named):
+    (problem,) = refused(tmp_path, marked(keys))
+    assert problem.startswith(f"t.jsonl:1: messages[1].{named}") and refused(tmp_path, marked({}, keys))
+    assert kept(encoded(tmp_path, marked(keys), ignore=(next(iter(keys)),)), tiny()) == ["BAD" + END + "GOOD" + END]
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"user_id": 1, "output_tokens": 0, "score": 0, "label": "greeting", "rating": 1.0},
+        {"metadata": {"train": True, "masked": False, "weight": 1}},
+        {"tool_calls": [{"function": {"name": "f", "arguments": {"train": False, "mask": True}}}]},
+    ],
+)
+def test_what_marks_nothing_is_left_to_the_template(tmp_path, keys):
+    shows = PLAIN.replace("{{ m.content }}", "{{ m.content }}{% if m.tool_calls %}{{ m.tool_calls }}{% endif %}")
+    assert "BAD" in shown(encoded(tmp_path, marked(keys), template=shows), tiny())[0]
+
+
+@pytest.fixture
+def from_file(request):
+    return request.getfixturevalue("refused")
+
+
+ROWS = [
+    ({"train_turns": [3]}, "train_turns may say which parts of the row are trained on"),
+    ({"message_weights": {"1": 0}}, "message_weights may say which parts"),
+    ({"train_on_last_only": True}, "train_on_last_only may say which parts"),
+    ({"last_turn_only": True}, "last_turn_only may say which parts"),
+    ({"labels": [-100, 5]}, "labels may say which parts"),
+    ({"meta": {"loss_mask": [0, 1]}}, "meta.loss_mask may say which parts"),
+    ({"metadata": {"info": [{"train": False}]}}, "metadata.info.train may say which parts"),
+    ({"skip": True}, "skip is True: it may mark a row that is not to be used"),
+    ({"is_valid": 0}, "is_valid is 0: it may mark a row that is not to be used"),
+]
+
+
+@pytest.mark.parametrize(("keys", "words"), ROWS)
+@pytest.mark.parametrize("format", ["chat", "alpaca"])
+def test_a_column_that_may_be_a_mark_is_refused_by_name(from_file, format, keys, words):
+    row = talk("u q", "a BAD") if format == "chat" else {"instruction": "q", "output": "BAD"}
+    (problem,) = from_file(json.dumps(row | keys), format=format)
+    assert problem.startswith(f"t.jsonl:1: {words}") and f"ignore: [{next(iter(keys))}]" in problem
+
+
+def test_columns_that_mark_nothing_are_only_named(read):
+    others = {"skip": False, "valid": True, "train_id": 1, "labels": ["a"], "training_time": 3.5, "meta": {"weight": 1}, "loss_note": "x"}
+    rows = read(json.dumps(talk("u q", "a b") | others), format="chat")
+    assert rows.unread.keys() == others.keys()
+
+
+def test_a_parquet_file_with_marks_inside_objects_is_refused_too(read, tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    pq.write_table(pa.Table.from_pylist([marked({"meta": {"train": False}})]), tmp_path / "made.parquet")
+    with pytest.raises(UserError, match=r"messages\[1\].meta.train: it may mark what is trained on"):
+        read((tmp_path / "made.parquet").read_bytes(), "t.parquet", format="chat")

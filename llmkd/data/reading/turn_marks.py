@@ -15,7 +15,7 @@ from .values import kind
 TRAINED = set(
     "train training trainable istrainable shouldtrain dotrain totrain trainon trainonturn trainonthis usefortraining istrain"
     " weight lossweight sampleweight trainingweight loss lossscale hasloss useloss inloss computeloss calculateloss includeinloss"
-    " countsforloss learn learnable supervise supervised issupervised".split()
+    " countsforloss learn learnable supervise supervised issupervised trained importanceweight exampleweight instanceweight rowweight".split()
 )
 #: The reverse: true or 1 is context only.
 UNTRAINED = set(
@@ -27,9 +27,26 @@ UNCLEAR = {"mask", "lossmask", "skip", "skipped", "ignore", "ignored", "exclude"
 #: Columns that say of each token or turn whether it is trained on.
 MASKS = set(
     "mask masks lossmask lossmasks completionmask assistantmask assistantmasks assistanttokensmask labelmask labelsmask trainmask trainingmask"
-    " targetmask maskhistory traindetail trainingdetail trainoninput trainoninputs weights lossweights tokenweights rolestotrain".split()
+    " targetmask maskhistory traindetail trainingdetail trainoninput trainoninputs weights lossweights tokenweights rolestotrain"
+    " lastturnonly lastonly onlylast onlylastturn lastroundonly targetturn targetturns contextturns numcontextturns".split()
 )
 _ABOUT_TRAINING = re.compile(r"(train|loss|mask|weight|supervis)")
+#: Words of a message's key that may be a mark if its value is true, false, 0 or 1.
+_MAY_MARK = re.compile(
+    "(predict|backprop|grad|gradient|finetune|tune|sft|optimi[sz]e|imitate|teach|contribute|label|target|context|prompt|input|output|completion|"
+    "history|include|exclude|use|active|enable|valid|good|bad|correct|wrong|reject|accept|approve|delete|hidden|omit|drop|keep|kept|coef|coefficient|"
+    "multiplier|importance|generate|generation|gen|frozen|only)(s|d|ed)?"
+)
+#: Words of a number that counts or names something, and marks nothing.
+_COUNTS = set("id ids idx index count num number size len length tokens token time epoch step version order rank position pos".split())
+#: Columns with which files mark rows that are not to be used: by true or 1, and by false or 0.
+_LEFT_OUT = UNCLEAR - {"mask", "lossmask"} | set(
+    "drop dropped deleted isdeleted holdout heldout isholdout isbad invalid isinvalid isrejected".split()
+)
+_KEPT = set(
+    "include included keep kept use used usable valid isvalid active enabled approved isapproved isaccepted iscorrect correct".split()
+)
+_ELSEWHERE = ("tool_calls", "function_call", "tools", "functions")  # objects whose keys are a function's
 
 
 def plain(name: str) -> str:
@@ -53,10 +70,10 @@ def mark_of(message: dict, own: str | None, where: str, problems: ErrorCollector
             keys.add(key)
             if value is not None and (truth := _truth(value, f"{where}.{key}", problems)) is not None:
                 said[key] = truth != (key != own and name in UNTRAINED)
-        elif value is not None and (name in UNCLEAR or any(map(_ABOUT_TRAINING.match, _words(key)))):
+        elif value is not None and (inner := _unclear(key, value)):
             keys.add(key)
             problems.add(
-                f"{where}.{key}: it may mark what is trained on, and llmkd does not read it; write train: true or false for a whole turn, "
+                f"{where}.{inner}: it may mark what is trained on, and llmkd does not read it; write train: true or false for a whole turn, "
                 f"or set ignore: [{key}]",
                 alike=f"{key} in messages",
             )
@@ -72,16 +89,69 @@ def row_mark(row: dict, read: set[str], place: str, problems: ErrorCollector) ->
         keys.add(key)
         if (truth := _truth(value, f"{place}: {key}", problems, f"; set ignore: [{key}] if it is something else")) is not None:
             said[key] = truth != (plain(key) in UNTRAINED)
-    for key, _ in _columns(row, read, MASKS):
-        keys.add(key)
-        problems.add(
-            f"{place}: {key} may say which parts of the row are trained on, and llmkd does not read it; write train: true or false into "
-            f"messages (format: chat), or set ignore: [{key}]",
-            alike=f"{key}, which llmkd does not read",
-        )
+    for key, value in row.items():
+        if key in read or key in keys or value in (None, "", [], {}):
+            continue
+        if inner := _mask(key, value):
+            keys.add(key)
+            problems.add(
+                f"{place}: {inner} may say which parts of the row are trained on, and llmkd does not read it; write train: true or false into "
+                f"messages (format: chat), or set ignore: [{key}]",
+                alike=f"{inner}, which llmkd does not read",
+            )
+        elif _is_flag(value) and plain(key) in (_LEFT_OUT if value else _KEPT):
+            problems.add(
+                f"{place}: {key} is {value!r}: it may mark a row that is not to be used, and llmkd does not read it; remove such rows, or set ignore: [{key}]",
+                alike=f"{key}, which llmkd does not read",
+            )
     if len(set(said.values())) > 1:
         problems.add(f"{place}: {' and '.join(said)} contradict each other; keep one")
     return next(iter(said.values()), None), keys
+
+
+def _unclear(key: str, value: Any) -> str | None:
+    """The key, or one inside its value, that may mark a turn and cannot be honoured; None where there is none."""
+    words = _words(key)
+    if plain(key) in UNCLEAR or any(map(_ABOUT_TRAINING.match, words)):
+        return key
+    if _is_mark(value, words) and any(map(_MAY_MARK.fullmatch, words)):
+        return key
+    return _inside(key, value)
+
+
+def _mask(key: str, value: Any) -> str | None:
+    """The column, or a key inside its value, that may say which parts of a row are trained on; None where there is none."""
+    name, several = plain(key), isinstance(value, list | dict)
+    if name in MASKS or ((several or _is_mark(value, _words(key))) and any(map(_ABOUT_TRAINING.match, _words(key)))):
+        return key
+    if name in ("labels", "tokenlabels") and several and all(type(one) is int for one in value):
+        return key
+    return _inside(key, value)
+
+
+def _inside(key: str, value: Any, depth: int = 3) -> str | None:
+    """Where an object, or one in a list, has a mark that says that something is not trained on, or of which part: `meta.train`."""
+    if not depth or key in _ELSEWHERE:
+        return None
+    for one in [value] if isinstance(value, dict) else value if isinstance(value, list) else ():
+        for name, inner in one.items() if isinstance(one, dict) else ():
+            known, flag = plain(name), _is_flag(inner)
+            if (flag and (known in UNCLEAR or (known in TRAINED and not inner) or (known in UNTRAINED and inner))) or (
+                isinstance(inner, list) and inner and known in MASKS
+            ):
+                return f"{key}.{name}"
+            if found := _inside(f"{key}.{name}", inner, depth - 1):
+                return found
+    return None
+
+
+def _is_mark(value: Any, words: list[str]) -> bool:
+    """Whether a value may mark something: true and false, and 0 and 1 of a key that does not say that it counts or names."""
+    return isinstance(value, bool) or (_is_flag(value) and not _COUNTS.intersection(words))
+
+
+def _is_flag(value: Any) -> bool:
+    return isinstance(value, bool | int | float) and value in (0, 1)
 
 
 def _columns(row: dict, read: set[str], names: set[str]) -> Iterator[tuple[str, Any]]:
@@ -89,7 +159,7 @@ def _columns(row: dict, read: set[str], names: set[str]) -> Iterator[tuple[str, 
 
 
 def _truth(value: Any, where: str, problems: ErrorCollector, fix: str = "") -> bool | None:
-    if isinstance(value, bool | int | float) and value in (0, 1):
+    if _is_flag(value):
         return bool(value)
     shown = f"{value:g}" if isinstance(value, float) else repr(value) if isinstance(value, int | str) else kind(value)
     problems.add(f"{where} is {shown[:40]}, expected true, false, 1 or 0: a turn is trained on or it is not{fix}")

@@ -3,7 +3,7 @@
 from tests.planted.fault import in_file
 
 ENDS, STOPS, SAME = "data/test_end_tokens.py", "models/test_generation.py", "data/test_same_tokenizer.py"
-SHAPES, LONG = "data/test_recognise.py", "data/test_long_texts.py"
+SHAPES, LONG, MARKS = "data/test_recognise.py", "data/test_long_texts.py", "data/test_turn_marks.py"
 
 FAULTS = [
     *in_file(
@@ -176,5 +176,39 @@ FAULTS = [
             'if data.too_long == "truncate":',
             LONG,
         ),
+    ),
+    *in_file(
+        "llmkd/data/reading/turn_marks.py",
+        (
+            "inside-unread",
+            "marks inside a turn's metadata are not seen",
+            "    return _inside(key, value)\n\n\ndef _mask",
+            "    return None\n\n\ndef _mask",
+            MARKS,
+        ),
+        (
+            "inside-row-unread",
+            "marks inside a row's metadata are not seen",
+            "    return _inside(key, value)\n\n\ndef _inside",
+            "    return None\n\n\ndef _inside",
+            MARKS,
+        ),
+        (
+            "trained-refused",
+            "a turn that is marked as trained on inside metadata is refused",
+            "known in TRAINED and not inner",
+            "known in TRAINED",
+            MARKS,
+        ),
+        ("arguments-are-marks", "a tool's arguments are taken for marks", "if not depth or key in _ELSEWHERE:", "if not depth:", MARKS),
+        (
+            "counts-are-marks",
+            "a number that counts is taken for a mark",
+            "(_is_flag(value) and not _COUNTS.intersection(words))",
+            "_is_flag(value)",
+            MARKS,
+        ),
+        ("kept-rows", "a row that is to be used is refused", "(_LEFT_OUT if value else _KEPT)", "(_LEFT_OUT | _KEPT)", MARKS),
+        ("labels-are-masks", "labels of a text are taken for a mask", "all(type(one) is int for one in value)", "True", MARKS),
     ),
 ]
