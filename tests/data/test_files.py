@@ -57,7 +57,10 @@ def test_a_bad_line_is_named(refused, line, words):
         ('[{"content": "a"}]', "messages[0].role is None"),
         ('[{"role": ["user"], "content": "a"}]', "messages[0].role is ['user']"),
         ('[{"role": "user"}]', "messages[0].content is null, expected text"),
-        ('[{"role": "user", "content": [{"type": "text"}]}]', "messages[0].content is a list, expected text"),
+        (
+            '[{"role": "user", "content": [{"type": "text"}]}]',
+            "messages[0].content[0] is a part of type 'text', expected {type: text, text: ...}",
+        ),
         ('[{"role": "user", "content": "\\udfff"}]', "messages[0].content contains half of a surrogate pair"),
     ],
 )
