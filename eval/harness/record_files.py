@@ -25,7 +25,11 @@ def read_items(place: Path | str, task: str) -> list[dict]:
     record, path = read_record(place, task), _path(place, task, "jsonl")
     if record is None or not path.exists():
         raise UserError(f"{path}: there is no evaluation of {task} here; llmkd eval makes one")
-    if sha256_file(path) != record.get("items_sha256"):
+    try:
+        found = sha256_file(path)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); evaluate again with --force") from error
+    if found != record.get("items_sha256"):
         raise UserError(f"{path}: does not match {task}.json (items_sha256); evaluate again with --force")
     return read_jsonl(path)
 

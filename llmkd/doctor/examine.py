@@ -3,16 +3,15 @@
 import contextlib
 import os
 import shutil
-import tempfile
 import time
 import traceback
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
 
 from ..config.recipe import Recipe
 from ..errors import UserError, brief
+from ..files import temporary_folder
 from ..model_folder.hashes import cache_root
 from . import data, files, losses, models, training
 from .check import Check, Result, failed, not_asked, passed
@@ -43,13 +42,13 @@ def examine(
     stand_ins  settings of models that are to be trained first, in whose place the recipe names untrained ones
     """
     cache = os.environ.get("LLMKD_CACHE")
-    with tempfile.TemporaryDirectory(prefix="llmkd-doctor-") as folder, torch.random.fork_rng():
+    with temporary_folder("doctor") as folder, torch.random.fork_rng():
         with contextlib.suppress(OSError, RuntimeError):  # hashes of large weights are known from there
-            shutil.copytree(cache_root() / "hashes", Path(folder) / "cache" / "hashes")
+            shutil.copytree(cache_root() / "hashes", folder / "cache" / "hashes")
         os.environ["LLMKD_CACHE"] = f"{folder}/cache"
         try:
-            (Path(folder) / "work").mkdir()
-            return ask_all(Setup(recipe, rows, Path(folder) / "work", stand_ins), CHECKS, on_result)
+            (folder / "work").mkdir()
+            return ask_all(Setup(recipe, rows, folder / "work", stand_ins), CHECKS, on_result)
         finally:
             os.environ.pop("LLMKD_CACHE")
             if cache is not None:

@@ -31,7 +31,11 @@ class RunFolder:
         return (self.path / SUMMARY).exists()
 
     def summary(self) -> dict:
-        return read_run_file(self.path / SUMMARY, "--resume writes it again from the last checkpoint, once it is deleted")
+        path, fix = self.path / SUMMARY, "--resume writes it again from the last checkpoint, once it is deleted"
+        found = read_run_file(path, fix)
+        if lacking := {"steps", "output"} - found.keys():
+            raise UserError(f"{path}: is damaged (it has no {min(lacking)}); {fix}")
+        return found
 
     @property
     def started(self) -> bool:
@@ -86,7 +90,8 @@ class RunFolder:
         """Create the folder, lock it for this process's life, and compare `identity` (hashes of data, models, tokenizer). Returns `run`."""
         self._lock = lock_folder(self.path)
         self.check()  # another run may have come and gone meanwhile
-        remove_leftovers(self.path)
+        for folder in (self.path, self.checkpoints, self.path / "trackers"):
+            remove_leftovers(folder)
         if (self.path / IDENTITY).exists():
             before = read_identity(self.path)
             if before.keys() & {"the student's base", "the teacher"}:

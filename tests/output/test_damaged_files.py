@@ -11,9 +11,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from llmkd_eval.comparison import item_results
+from llmkd_eval.harness import record_files
 
 from llmkd.cli import main
+from llmkd.errors import UserError
 from llmkd.files import read_sealed, write_sealed
+from llmkd.teachers.cache.shards import TeacherCache
 from tests.conftest import plain_recipe, said, weights
 
 
@@ -193,3 +197,35 @@ def test_a_lost_list_of_a_sweep_is_made_anew_from_its_runs(call, tmp_path):
 def test_a_list_of_a_sweep_that_is_whole_and_no_state_is_refused(call, content):
     code, lines = call("sweep", lambda victim: write_sealed(victim / "sweep.json", content))
     assert code == 2 and "sweep.json: is not a sweep's state; delete it and run the sweep again with --resume" in lines[-1]
+
+
+@pytest.mark.parametrize("kind", ["topk", "hidden"])
+def test_a_damaged_file_of_a_teacher_cache_is_named(caches, tmp_path, kind):
+    read = [path.name for path in (caches / kind).iterdir() if path.name == "cache.json" or path.suffix == ".safetensors"]
+    assert len(read) == (2 if kind == "topk" else 3)
+    for name in read:
+        for damage in DAMAGES.values():
+            shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+            shutil.copytree(caches / kind, tmp_path / "cache")
+            damage(tmp_path / "cache" / name)
+            with pytest.raises(
+                UserError, match=f"^teacher.cache.path: .*{name}.* is damaged .*; delete it and run llmkd cache again"
+            ) as refused:
+                TeacherCache.open(tmp_path / "cache")
+            assert len(refused.value.problems) == 1
+
+
+@pytest.mark.parametrize("name", ["quiz.json", "quiz.jsonl"])
+def test_a_damaged_file_of_an_evaluation_is_named(tmp_path, name):
+    items = [{"id": i, "hash": f"h{i}", "metrics": {"acc": i % 2}} for i in range(4)]
+    record = {"task": "quiz", "version": 1, "n": 4, "metrics": {"acc": {"value": 0.5, "higher_is_better": True}}}
+    for kind, damage in DAMAGES.items():
+        for run in ("a", "b"):
+            shutil.rmtree(tmp_path / run, ignore_errors=True)
+            record_files.write_task(tmp_path / run / "eval", record, items)
+        assert main(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 0
+        damage(tmp_path / "b/eval" / name)
+        for read in (record_files.read_items, item_results.read):
+            with pytest.raises(UserError, match=f"{name}: .*evaluate") as refused:
+                read(tmp_path / "b", "quiz")
+            assert len(refused.value.problems) == 1, kind

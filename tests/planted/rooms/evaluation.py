@@ -158,6 +158,13 @@ FAULTS = [
     *in_file(
         "eval/comparison/item_results.py",
         (
+            "edited-held-out-rows",
+            "edited held-out results are compared",
+            "_stated(made, path.name) if task == HELD_OUT else",
+            "None if task == HELD_OUT else",
+            "output/test_damaged_files.py::test_a_damaged_file_is_named_in_one_line_or_harmless",
+        ),
+        (
             "edited-items",
             "edited items are compared",
             "    if stated and hashlib.sha256(content).hexdigest() != stated:\n",
@@ -178,7 +185,7 @@ FAULTS = [
         (
             "edited-evaluation",
             "edited items of an evaluation are read",
-            'if sha256_file(path) != record.get("items_sha256"):',
+            'if found != record.get("items_sha256"):',
             "if False:",
             f"{HANDOFF}::test_other_items_or_torn_files_are_no_result",
         ),

@@ -265,6 +265,16 @@ FAULTS = [
         ),
     ),
     *in_file(
+        "llmkd/commands/sweep_state.py",
+        (
+            "finished-arms-trained-again",
+            "with sweep.json the finished arms are lost",
+            '        if (run / "summary.json").exists():\n',
+            "        if False:\n",
+            f"{DAMAGED}::test_a_lost_list_of_a_sweep_is_made_anew_from_its_runs",
+        ),
+    ),
+    *in_file(
         "llmkd/output/run_files.py",
         (
             "lost-settings-taken",
@@ -365,6 +375,13 @@ FAULTS = [
     ),
     *in_file(
         "llmkd/commands/sweep.py",
+        (
+            "full-disk-is-an-arms-failure",
+            "a full disk counts as one failed arm",
+            "if of_the_machine(error) not in (None, OUT_OF_MEMORY):",
+            "if False:",
+            "commands/test_sweep.py::test_an_error_of_the_machine_ends_the_sweep_and_is_no_arms_failure",
+        ),
         (
             "seed-of-the-group",
             "arms that do not share a teacher are trained with another's",

@@ -214,6 +214,20 @@ FAULTS = [
     ),
     *in_file(
         "llmkd/training/trainer.py",
+        (
+            "good-steps-lost",
+            "the steps before a value that is not finite are not saved",
+            "if self.main and good > self.written:",
+            "if False:",
+            f"{RESULT}::test_the_steps_before_a_failure_are_saved_and_the_run_goes_on_from_them",
+        ),
+        (
+            "infinite-result",
+            "weights that are not finite are the result",
+            "            if not checkpoint.is_finite(student.state.parameters",
+            "            if False and not checkpoint.is_finite(student.state.parameters",
+            f"{RESULT}::test_weights_that_are_not_finite_are_neither_saved_nor_the_result",
+        ),
         ("best-not-saved", "the best step has no checkpoint", "if self.settings.checkpoint.best_by and step:", "if False:", BEST),
         (
             "due-a-step-late",
@@ -246,6 +260,13 @@ FAULTS = [
     ),
     *in_file(
         "llmkd/training/student_run.py",
+        (
+            "infinite-checkpoint",
+            "weights that are not finite are saved",
+            "if not checkpoint.is_finite(self.state.parameters",
+            "if False and not checkpoint.is_finite(self.state.parameters",
+            f"{RESULT}::test_weights_that_are_not_finite_are_neither_saved_nor_the_result",
+        ),
         (
             "best-agreement-is-the-lowest",
             "the lowest agreement is the best",
