@@ -13,6 +13,7 @@ from ..config.recipe import Recipe
 from ..errors import UserError, brief
 from ..files import temporary_folder
 from ..model_folder.hashes import cache_root
+from ..process.machine_errors import machine_error
 from . import data, files, losses, models, training
 from .check import Check, Result, failed, not_asked, passed
 from .setup import Setup
@@ -78,5 +79,7 @@ def ask(setup: Setup, check: Check) -> Result:
     except UserError as error:
         result = failed("; ".join(error.problems), check.fix)
     except Exception as error:
-        result = failed(f"it could not be completed ({brief(error)})", check.fix, ("\n".join(traceback.format_exc().splitlines()[-8:]),))
+        machine = machine_error(error)
+        fix = f"{machine.name}: {machine.advice}" if machine else check.fix
+        result = failed(f"it could not be completed ({brief(error)})", fix, ("\n".join(traceback.format_exc().splitlines()[-8:]),))
     return result.of(check, time.monotonic() - start)

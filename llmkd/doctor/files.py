@@ -71,7 +71,7 @@ def exported(setup: Setup) -> Result:
     batch = setup.batch()
     with torch.no_grad():
         logits_BTV = model(input_ids=batch.student.inputs["input_ids"], use_cache=False).logits
-    after = logits_BTV.flatten(0, 1)[batch.student.rows_N, : setup.prepared.vocab]
+    after = logits_BTV.flatten(0, 1)[batch.student.rows_N[setup.sample(batch)], : setup.prepared.vocab]
     gap = _gap(before, after)
     shutil.rmtree(to)
     found = f"the exported model's logits differ from the trained student's by {short(gap)} of the largest"
@@ -219,8 +219,7 @@ def _generation(setup: Setup) -> dict:
 
 def _logits(setup: Setup, model=None) -> Tensor:
     model = model or setup.student.replaced(autocast=None)
-    with torch.no_grad():
-        return logits(model.eval(), setup.batch().student)
+    return logits(setup, "student", model.eval(), setup.batch())
 
 
 def _gap(before_NV: Tensor, after_NV: Tensor) -> float:

@@ -9,9 +9,7 @@ from ..models.language_model import LanguageModel
 from ..teachers.live import LiveTeacher
 from . import plain
 from .check import BUG, Check, Result, failed, not_asked, passed, short
-from .setup import Setup
-
-MOST_TARGETS = 32  # of each example that are compared with the textbook: float64 rows over a large vocabulary are large
+from .setup import MOST_TARGETS, Setup
 
 
 def itself(setup: Setup) -> Result:
@@ -146,13 +144,24 @@ def later_tokens(setup: Setup) -> Result:
 def _logits_gap(model: LanguageModel, view: View, other: View) -> Tensor:
     """The largest difference of the logits at each target, [N]."""
     with torch.no_grad():
-        a, b = (logits(model, one) for one in (view, other))
-        return (a.double() - b.double()).abs().amax(-1)
+        pair = [model.hidden(one) for one in (view, other)]
+        gaps = []
+        for at in range(0, len(pair[0]), 128):
+            a, b = (head_logits(model, hidden_NH[at : at + 128]).double() for hidden_NH in pair)
+            gaps.append((a - b).abs().amax(-1))
+        return torch.cat(gaps)
 
 
-def logits(model: LanguageModel, view: View) -> Tensor:
-    hidden_NH = model.hidden(view)
-    weight = getattr(model.head.project, "weight", hidden_NH)
+def logits(setup: Setup, setting: str, model: LanguageModel, batch: Batch) -> Tensor:
+    """A model's logits at the sampled targets of a batch, [n, V]; the teachers read the teacher's view."""
+    view = batch.student if setting == "student" else batch.teacher
+    with torch.no_grad():
+        hidden_NH = model.hidden(view.each(lambda x: x.to(model.device)))
+        return head_logits(model, hidden_NH[setup.sample(batch).to(hidden_NH.device)])
+
+
+def head_logits(model: LanguageModel, hidden_NH: Tensor) -> Tensor:
+    weight = getattr(model.head.project, "weight", hidden_NH)  # the head of a teacher that is elsewhere is on the student's device
     return model.head.logits(hidden_NH.to(weight.device))
 
 

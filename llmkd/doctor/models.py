@@ -35,9 +35,7 @@ def vocabularies(setup: Setup) -> Result:
         compared += 1
     for setting, model in setup.models.items():
         rows = model.base_model.get_input_embeddings().weight.shape[0]
-        with torch.no_grad():
-            view = setup.batch([0]).student.each(lambda x, model=model: x.to(model.device))
-            columns = logits(model, view).shape[1]
+        columns = logits(setup, setting, model, setup.batch([0])).shape[1]
         if rows < prepared.vocab or columns != prepared.vocab:
             problems.append(f"{setting}: {rows} rows of the embedding and {columns} logits for {prepared.vocab} tokens")
     highest = max(int(view.ids.max()) for view in (prepared.train, prepared.train.teacher_view) if view is not None)
@@ -59,13 +57,11 @@ def own_logits(setup: Setup) -> Result:
     gaps, problems = {}, []
     batch = setup.batch()
     for setting, model in setup.models.items():
-        view = batch.student if setting == "student" else batch.teacher
-        with torch.no_grad():
-            ours_NV = logits(model, view.each(lambda x, model=model: x.to(model.device)))
-            if not torch.isfinite(ours_NV).all():
-                problems.append(f"{setting}: its logits are not finite")
-                continue
-            theirs_NV = torch.cat([_transformers_logits(setup, setting, model, i) for i in range(len(setup.few))])
+        ours_NV = logits(setup, setting, model, batch)
+        if not torch.isfinite(ours_NV).all():
+            problems.append(f"{setting}: its logits are not finite")
+            continue
+        theirs_NV = torch.cat([_transformers_logits(setup, setting, model, i) for i in range(len(setup.few))])
         size = theirs_NV.abs().max().item()
         gaps[setting] = (ours_NV.double().cpu() - theirs_NV.double().cpu()).abs().max().item() / max(size, 1e-3)
         if gaps[setting] > setup.rounding(model):
@@ -75,13 +71,14 @@ def own_logits(setup: Setup) -> Result:
     return passed("differences relative to the largest logit: " + ", ".join(f"{name} {short(gap)}" for name, gap in gaps.items()))
 
 
+@torch.no_grad()
 def _transformers_logits(setup: Setup, setting: str, model: LanguageModel, i: int) -> Tensor:
     batch = setup.batch([i])
     view = (batch.student if setting == "student" else batch.teacher).each(lambda x: x.to(model.device))
     model.set_active_adapter()
     with torch.autocast(model.device.type, model.autocast, enabled=model.autocast is not None):
         logits_BTV = model.base_model(input_ids=view.inputs["input_ids"], use_cache=False).logits
-    return logits_BTV[0, view.rows_N.to(logits_BTV.device), : model.head.vocab]
+    return logits_BTV[0, view.rows_N[setup.sample(batch).to(view.rows_N.device)].to(logits_BTV.device), : model.head.vocab]
 
 
 def adapters(setup: Setup) -> Result:
@@ -97,11 +94,9 @@ def adapters(setup: Setup) -> Result:
         elif not hasattr(model.model, "disable_adapter"):
             why.append(f"{source.setting}'s adapter is merged")
         else:
-            view = batch.teacher.each(lambda x, model=model: x.to(model.device))
-            with torch.no_grad():
-                within = torch.log_softmax(logits(model, view).double(), -1)
-                with _base_alone(model):
-                    without = torch.log_softmax(logits(model, view).double(), -1)
+            within = torch.log_softmax(logits(setup, source.setting, model, batch).double(), -1)
+            with _base_alone(model):
+                without = torch.log_softmax(logits(setup, source.setting, model, batch).double(), -1)
             changed[source.setting] = (within.exp() * (within - without)).sum(-1).mean().item()
             if not changed[source.setting] > 1e-6:
                 problems.append(f"{source.setting}: its adapter {source.settings.model} changes nothing")
@@ -133,9 +128,7 @@ def deterministic(setup: Setup) -> Result:
         return not_asked("the teacher is a cache, which is read as it was written")
     batch, problems, most = setup.batch(), [], 0.0
     for setting, model in setup.live.items():
-        view = batch.teacher.each(lambda x, model=model: x.to(model.device))
-        with torch.no_grad():
-            a, b = (logits(model, view).double() for _ in range(2))
+        a, b = (logits(setup, setting, model, batch).double() for _ in range(2))
         gap = (a - b).abs().max().item() / max(a.abs().max().item(), 1e-3)
         most = max(most, gap)
         if model.training or any(p.requires_grad for p in model.parameters()):

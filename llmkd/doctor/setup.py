@@ -33,7 +33,8 @@ from ..training.loop import StudentState, unwrap
 from ..training.prepare import Prepared, prepare
 
 MOST_EXAMPLES = 8  # that are computed with; the teacher is compared with the student on all rows that were read
-MOST_TOKENS = 4096  # of them together, but for the first two
+MOST_TOKENS = 2048  # of them together, unless the two shortest have more
+MOST_TARGETS = 32  # of each example, where logits of several models are held at once
 
 
 class Setup:
@@ -110,6 +111,12 @@ class Setup:
         pad, share = self.prepared.tokenizer.eos_token_id, packing and self.small.data.share_prefixes
         return collate(self.few, indices, pad, packing, share).to(self.device)
 
+    def sample(self, batch: Batch) -> Tensor:
+        """The first MOST_TARGETS targets of each example, as indices into the batch's targets [n]."""
+        counts = [example.num_targets for example in batch.examples]
+        place = torch.cat([torch.arange(count) for count in counts]) if counts else torch.zeros(0)
+        return (place < MOST_TARGETS).nonzero()[:, 0].to(batch.labels_N.device)
+
     def signal(self, batch: Batch) -> Signal | None:
         return self.teacher(batch) if self.distils else None
 
@@ -145,7 +152,7 @@ class Setup:
     def largest_logit(self) -> float:
         with torch.no_grad():
             batch = self.batch()
-            return self.student.head.logits(self.student.hidden(batch.student)).abs().max().item() if batch.num_targets else 1.0
+            return self.student.head.logits(self.student.hidden(batch.student)[self.sample(batch)]).abs().max().item()
 
     @property
     def allowed(self) -> float:
@@ -209,12 +216,12 @@ def without_unwritten_caches(recipe: Recipe) -> tuple[Recipe, dict[str, Cache]]:
 
 
 def few_examples(examples: Examples) -> Examples:
-    """At most MOST_EXAMPLES of them, the same for every call, with MOST_TOKENS tokens."""
-    order = random.Random("doctor").sample(range(len(examples)), len(examples))
-    chosen, tokens = [], 0
-    for i in order:
-        tokens += int(examples.max_lengths[i])
-        if len(chosen) == MOST_EXAMPLES or (len(chosen) >= 2 and tokens > MOST_TOKENS):
-            break
-        chosen.append(i)
+    """At most MOST_EXAMPLES of them, the same for every call: drawn at random, without those that exceed MOST_TOKENS together."""
+    lengths, chosen, tokens = examples.max_lengths, [], 0
+    for i in random.Random("doctor").sample(range(len(examples)), len(examples)):
+        if len(chosen) < MOST_EXAMPLES and tokens + lengths[i] <= MOST_TOKENS:
+            chosen.append(i)
+            tokens += int(lengths[i])
+    if len(chosen) < 2:
+        chosen = np.argsort(lengths, kind="stable")[:2].tolist()
     return examples.take(np.array(sorted(chosen), np.int64))

@@ -22,7 +22,7 @@ def make_setup(world, tmp_path_factory):
         (folder / "recipe.yaml").write_text(json.dumps(plain_recipe(world, folder / "out")))
         (folder / "work").mkdir()
         recipe = loader.load_recipe(folder / "recipe.yaml", {name.replace("__", "."): value for name, value in changes.items()})
-        setup = Setup(recipe, 64, folder / "work")
+        setup = Setup(recipe, 16, folder / "work")
         if loaded:
             setup.read()
             setup.load()
