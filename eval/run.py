@@ -43,8 +43,16 @@ def evaluate(options: argparse.Namespace) -> list[dict]:
     groups = find_groups(options.tasks, options.tasks_dir, options.fewshot)
     rows += [{"model": name} | row for name, of_model in records.items() for row in group_means(groups, of_model)]
     if first_process():
-        print(table([{key: row[key] for key in ("model", "task", "shots", "items", "metric")} | {"score": in_words(row)} for row in rows]))
+        shown = [{"model": row["model"], "task": _named(row)} | {key: row[key] for key in ("shots", "items", "metric")} for row in rows]
+        print(table([one | {"score": in_words(row)} for one, row in zip(shown, rows, strict=True)]))
     return rows
+
+
+def _named(row: dict) -> str:
+    """A task, or a group with what its mean is of."""
+    if "tasks" not in row:
+        return row["task"]
+    return f"{row['task']} (mean of {len(row['tasks'])}, {'by items' if row['weighting'] == 'items' else 'each alike'})"
 
 
 def tasks(data: Path, to: Path) -> list[dict]:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from llmkd.cli import main
-from llmkd.commands.sample import Answer, Asked, Samples, sample
+from llmkd.commands.sample import MODELS, Answer, Asked, Samples, _models, sample
 from llmkd.commands.sample_text import as_text
 from llmkd.config import loader
 from llmkd.config.recipe import Teacher
@@ -135,6 +135,41 @@ def test_what_cannot_be_sampled_is_refused_before_a_model_is_loaded(run, world, 
     for words, problem in cases.items():
         assert main(["sample", *words]) == 2
         assert problem in capsys.readouterr().err, words
+
+
+def test_the_teacher_reads_its_context_and_the_student_does_not(run, tmp_path, monkeypatch):
+    import llmkd.rollouts.generate as module
+
+    shutil.copytree(run, tmp_path / "run")
+    recipe = loader.read_placed(run / "recipe.yaml")
+    recipe["data"]["teacher_context"] = "Be brief."
+    (tmp_path / "run/recipe.yaml").write_text(json.dumps(recipe))
+    asked, tok = [], tokenizer()
+    monkeypatch.setattr(
+        module, "generate", lambda model, ids, *rest: (asked.append(tok.decode(ids[0])), [module.Completion((5,), False)])[1]
+    )
+    (one,) = sample(tmp_path / "run", count=1).asked
+    assert one.teacher_prompt == f"Be brief.\n\n{one.prompt}" and asked == [one.teacher_prompt, one.prompt, one.prompt]
+
+
+def test_every_teacher_that_can_write_is_asked_and_what_cannot_is_said(make_recipe, world, caches, capsys):
+    several = [
+        {"model": str(world / "adapter"), "weight": 2.0},
+        {"cache": {"path": str(caches / "narrow")}},
+        {"model": str(world / "teacher")},
+    ]
+    recipe = make_recipe(teacher=several)
+    found = dict(_models(recipe, world / "adapter", MODELS))
+    assert [(name, setting) for name, (setting, _) in found.items()] == [
+        ("teacher.0", "teacher.0.model"),
+        ("teacher.2", "teacher.2.model"),
+        ("before", "student.model"),
+        ("after", "sample"),
+    ]
+    assert "teacher.1: is a teacher cache, and no model that could write; left out" in capsys.readouterr().err
+    fresh = make_recipe(student={"architecture": {"model_type": "llama"}, "tokenizer": "builtin:skills", "method": "full"})
+    assert list(dict(_models(fresh, world / "student", ("before", "after")))) == ["after"]
+    assert "began with new random weights" in capsys.readouterr().err
 
 
 def test_a_model_that_is_gone_can_be_left_out(run, tmp_path, capsys):

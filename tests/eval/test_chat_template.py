@@ -127,6 +127,7 @@ def test_a_groups_mean_is_the_harnesss(base, tasks_dir, tmp_path, capsys):
     for name, row in rows.items():
         assert (row["items"], row["shots"]) == ({"birds": 7, "few": 3}.get(name, 10), 0)
         assert f"{row['value']:.4f} ± {row['stderr']:.4f}" in err
+    assert "by_items (mean of 2, by items)" in err and "alike (mean of 2, each alike)" in err
     index, harness = TaskManager(include_path=str(tasks_dir), include_defaults=False), HFLM(pretrained=str(base), device="cpu")
     for name in ("by_items", "alike"):
         found = lm_eval.simple_evaluate(harness, tasks=[name], task_manager=index)["results"][name]

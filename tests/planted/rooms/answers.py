@@ -55,6 +55,13 @@ FAULTS = [
     ),
     *in_file(
         "llmkd/commands/sample.py",
+        (
+            "teacher-without-its-context",
+            "the teacher is asked what the student is asked",
+            'prompt.ids if name in ("before", "after") else prompt.teacher_ids',
+            "prompt.ids",
+            SAMPLE,
+        ),
         ("before-is-after", "before shows the trained student", "            model=own.model,\n", "            model=str(student),\n", SAMPLE),
         ("end-token-shown", "the end token is a part of the answer", "decoded(one.ids[: len(one.ids) - one.finished], tokenizer)", "decoded(one.ids, tokenizer)", SAMPLE),
         ("models-pile-up", "a model stays in memory", "    del model\n    gc.collect()\n", "    sampling.__dict__.setdefault('kept', []).append(model)\n", SAMPLE),
