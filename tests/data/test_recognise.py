@@ -26,6 +26,7 @@ ROWS = [
     ("chat", {"instruction": "a", "input": "i", "output": "b", "system": "s"}, "format: alpaca, chat_template: true"),
     ("alpaca", {"question": "a", "answer": "b"}, "fields: {instruction: question, output: answer}"),
     ("alpaca", {"question": "a", "context": "c", "answer": "b"}, "fields: {instruction: question, input: context, output: answer}"),
+    ("alpaca", {"question": "a", "passage": "c", "answer": "b"}, "fields: {instruction: question, input: passage, output: answer}"),
     ("prompt_completion", {"question": "a", "answer": "b", "id": 1}, "fields: {prompt: question, completion: answer}"),
     ("text", {"prompt": "a", "completion": "b"}, "format: prompt_completion"),
     (

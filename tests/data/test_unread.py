@@ -28,6 +28,12 @@ SHAREGPT = {
         ({}, ANSWER | {"history": [["q", "a"]]}, "write them as messages (format: chat), or set ignore: [history]"),
         ({}, ANSWER | {"system": "Be brief."}, "set chat_template: true, or ignore: [system]"),
         ({}, ANSWER | {"context": "c"}, "set fields: {input: context}, or set ignore: [context]"),
+        ({}, ANSWER | {"document": "c"}, "set fields: {input: document}, or set ignore: [document]"),
+        ({"format": "prompt_completion"}, PAIR | {"passage": "c"}, "write it into the prompt, or use format: alpaca with"),
+        ({"format": "prompt_completion"}, PAIR | {"bad_output": "c"}, "llmkd does not train on preferences; set ignore: [bad_output]"),
+        (SHAREGPT, TALK | {"context": "c"}, "it may hold what the answers rely on; write it into a message, or set ignore: [context]"),
+        (SHAREGPT, TALK | {"developer_prompt": "s"}, "content: value, system: developer_prompt}, or set ignore: [developer_prompt]"),
+        (SHAREGPT, TALK | {"message_history": "h"}, "write them as messages (format: chat), or set ignore: [message_history]"),
         ({}, ANSWER | {"tools": "[]x"}, "write the row as format: chat with tools, or set ignore: [tools]"),
         ({}, ANSWER | {"Complex_CoT": "c"}, "write it as reasoning_content of an assistant message (format: chat)"),
         (

@@ -20,7 +20,7 @@ _ANSWERS = (
     "output response answer completion solution target reply assistant bot generation chosen responses answers completions targets outputs"
     " expectedoutput modeloutput goldanswer finalanswer"
 ).split()
-_INPUTS = "input context".split()
+_INPUTS = "input context document passage article background".split()
 _TEXTS = "text content document body passage article story abstract code rawcontent doc txt paragraph".split()
 _SYSTEMS = "system systemprompt systemmessage".split()
 _ROLE_KEYS = "role from speaker author sender".split()

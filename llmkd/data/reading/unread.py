@@ -33,9 +33,14 @@ def _names(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
+_SOURCES = "context contexts document passage passages article background knowledge evidence"  # what a prompt asks about
+
 MEANINGS = (
     Meaning(
-        _names("system systemprompt systemmessage systemmsg sysprompt systeminstruction systeminstructions systemcontent"),
+        _names(
+            "system systemprompt systemmessage systemmsg sysprompt systeminstruction systeminstructions systemcontent"
+            " sys developer developerprompt developermessage developerinstructions"
+        ),
         _ANSWERED,
         "a system message",
         column="system",
@@ -43,6 +48,7 @@ MEANINGS = (
     Meaning(
         _names(
             "tools functions tooldefinitions tooldefs toolspecs toolschemas toollist availabletools functiondefinitions functionschemas"
+            " functionlist availablefunctions apis apilist availableapis toolset"
         ),
         _ANSWERED,
         "the functions that may be called",
@@ -50,13 +56,19 @@ MEANINGS = (
         column="tools",
     ),
     Meaning(
-        _names("history conversationhistory chathistory dialoguehistory dialoghistory previousturns pastmessages"),
+        _names(
+            "history conversationhistory chathistory dialoguehistory dialoghistory messagehistory previousturns previousmessages pastmessages"
+            " priorturns priormessages"
+        ),
         _ANSWERED,
         "earlier turns",
         "write them as messages (format: chat)",
     ),
     Meaning(
-        _names("rejected chosen rejectedresponse chosenresponse rejectedresponses chosenresponses"),
+        _names(
+            "rejected chosen rejectedresponse chosenresponse rejectedresponses chosenresponses responserejected responsechosen rejectedoutput"
+            " chosenoutput outputrejected outputchosen rejectedanswer chosenanswer rejectedmessages chosenmessages badoutput badresponse"
+        ),
         tuple(FORMATS),
         "one half of a preference, and llmkd does not train on preferences",
     ),
@@ -70,24 +82,27 @@ MEANINGS = (
     Meaning(
         _names(
             "reasoning reasoningcontent reasoningtrace reasoningtext thinking thinkingcontent thinkingtrajectory thoughts thought cot"
-            " complexcot chainofthought rationale"
+            " complexcot chainofthought rationale think scratchpad"
         ),
         _ANSWERED,
         "an answer's reasoning",
         "write it as reasoning_content of an assistant message (format: chat), or into the answer",
     ),
     Meaning(
-        _names("image images imagepath imagepaths video videos audio audios"),
+        _names(
+            "image images imagepath imagepaths imageurl imageurls pixelvalues video videos videopath videourl audio audios audiopath audiourl"
+        ),
         _ANSWERED,
         "something else than text, and llmkd reads text only",
     ),
     Meaning(
-        _names("instruction input context"),
+        _names(f"instruction input {_SOURCES}"),
         ("prompt_completion",),
         "a part of a prompt",
         "write it into the prompt, or use format: alpaca with fields: {{input: {0}}}",
     ),
-    Meaning(_names("context"), ("alpaca",), "a part of a prompt", column="input"),
+    Meaning(_names(_SOURCES), ("alpaca",), "a part of a prompt", column="input"),
+    Meaning(_names("context contexts"), ("chat",), "what the answers rely on", "write it into a message"),
     Meaning(
         _names("chattemplatekwargs templatekwargs enablethinking documents"),
         ("chat", "prompt_completion"),
