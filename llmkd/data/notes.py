@@ -17,9 +17,9 @@ def example_notes(counts: dict[str, int]) -> list[str]:
     ]
     if rendered and most:
         out.append(
-            f"warning: {sum(rendered.values())} of {count(counts['rows'], 'row')} hold tokens of a chat template ({max(rendered, key=rendered.get)!r}), as "
-            "if they were rendered already; here they are characters, not tokens; give the messages themselves (format: chat), or prompt and "
-            "answer without these tokens (format: prompt_completion with chat_template: true)"
+            f"warning: {sum(rendered.values())} of {count(counts['rows'], 'row')} hold control tokens as text ({max(rendered, key=rendered.get)!r}), as if a chat "
+            "template had rendered them already; here they are characters; give the messages themselves (format: chat), or texts without these "
+            "tokens (the end token is added)"
         )
     unshown = {key.partition(" ")[2]: number for key, number in counts.items() if key.startswith("unshown ")}
     if unshown:

@@ -327,7 +327,7 @@ def test_texts_that_were_rendered_already_are_warned_of_where_most_are(format, r
     encoded = encode(rows_of(row), format, Data(), tiny())
     assert example_notes(plain.counts) == []
     assert example_notes(encoded.counts)[0].startswith(
-        f"warning: 1 of 1 row hold tokens of a chat template ('{token}'), as if they were rendered already"
+        f"warning: 1 of 1 row hold control tokens as text ('{token}'), as if a chat template had rendered"
     )
     assert example_notes(merge([encoded, plain]).counts)[0].startswith("warning: 1 of 2 rows")
     few = example_notes(merge([encoded, plain, plain]).counts)

@@ -297,6 +297,32 @@ DATA = [
         "data/test_masks.py::test_a_template_that_fails_is_named_with_the_row data/test_masks.py::test_tool_calls_that_the_template_does_not_show_are_refused",
     ),
     Row(
+        "a template that leaves out a message, a call or an argument",
+        "refused with the row; other keys, reasoning and tools are listed",
+        "data/test_what_is_shown.py::test_a_message_that_the_template_does_not_show_is_refused data/test_what_is_shown.py::test_arguments_that_do_not_come_out_are_refused "
+        "data/test_what_is_shown.py::test_what_a_template_does_not_show_of_a_message_is_counted",
+    ),
+    Row(
+        "tool calls whose arguments are text where the template wants objects, or the reverse",
+        "given as the template wants them",
+        "data/test_what_is_shown.py::test_arguments_are_the_json_that_the_template_means",
+    ),
+    Row(
+        "a template with an endless loop, or that writes gigabytes",
+        "ended after 5 s or at 1 GB, one line",
+        "data/test_template_process.py::test_a_template_that_takes_long_is_refused_in_one_line data/test_template_process.py::test_a_template_that_takes_much_memory_is_refused_in_one_line",
+    ),
+    Row(
+        "the process of the templates is killed, or its question is interrupted",
+        "starts again; no answer of another question",
+        "data/test_template_process.py::test_a_process_that_was_ended_by_others_starts_again data/test_template_process.py::test_an_interrupted_question_leaves_no_answer_to_the_next",
+    ),
+    Row(
+        "texts that a chat template has rendered already",
+        "warned of where most rows are",
+        "data/test_what_is_shown.py::test_texts_that_were_rendered_already_are_warned_of_where_most_are",
+    ),
+    Row(
         "an example longer than max_length",
         "dropped, cut or refused as set, and counted",
         "data/test_encode.py::test_what_is_too_long_is_dropped_or_cut_and_counted data/test_encode.py::test_what_is_too_long_can_be_refused_with_its_place",
