@@ -9,7 +9,7 @@ from tokenizers import Tokenizer, models, normalizers
 
 from llmkd.config.recipe import Data
 from llmkd.data.encoding import long_texts
-from llmkd.data.encoding.control_tokens import Text
+from llmkd.data.encoding.control_tokens import Text, _ends_of_pieces
 from llmkd.data.encoding.encode import Rendered, _batches
 from llmkd.data.encoding.long_texts import Cover, beginning, cover_of, is_longer
 from llmkd.errors import UserError
@@ -191,3 +191,15 @@ def test_characters_that_may_be_unknown_are_not_counted():
 def test_batches_are_small_in_characters_and_in_order():
     texts = [Rendered(i, Text("x" * n, []), None) for i, n in enumerate([1 << 19, 1 << 20, 5, 5, 1 << 21, 7])]
     assert [[text.row for text in part] for part in _batches(texts)] == [[0, 1], [2, 3, 4], [5]]
+
+
+def test_control_tokens_in_a_long_text_are_compared_at_the_ends_of_its_pieces():
+    text = "ab" * 40_000
+    pieces = [(0, 70_000, None), (70_000, 70_005, 1), (70_005, 80_000, None)]
+    short = _ends_of_pieces(text, pieces)
+    assert [stop - begin for begin, stop, _ in short.pieces] == [2 << 14, 5, 9_995] and [token for *_, token in short.pieces] == [None, 1, None]
+    assert short.text == text[: 1 << 14] + text[70_000 - (1 << 14) :]
+    big = "the owl flies at night " * 100_000
+    data = Data(max_length=512, too_long="truncate")
+    found = encode(rows_of(talk("u q", f"a {END} {big} {END}")), "chat", data, tiny())
+    assert found.lengths.tolist() == [512] and found.counts["as_characters"] == 1

@@ -14,6 +14,7 @@ from .locate import Span
 from .template_process import rendered
 
 _KNOWN: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # reading a tokenizer's list of added tokens is slow
+_END_OF_PIECE = 1 << 14  # characters
 _NEUTRAL = [{"role": role, "content": "x"} for role in ("system", "user", "assistant")]
 
 
@@ -133,8 +134,8 @@ def remove_guards(text: Text, guard: str, control: re.Pattern, tokenizer) -> Tex
         pieces += [(at, m.start(), None), (m.start(), m.end(), tokenizer.convert_tokens_to_ids(m[0]))]
         at = m.end()
     pieces = [p for p in [*pieces, (at, len(text.text), None)] if p[1] > p[0]]
-    guarded = Text(text.text, [], False, True, tuple(pieces))
-    if piecewise(guarded, tokenizer)[0] != tokenizer(text.text, add_special_tokens=False, verbose=False)["input_ids"]:
+    guarded = _ends_of_pieces(text.text, pieces)
+    if piecewise(guarded, tokenizer)[0] != tokenizer(guarded.text, add_special_tokens=False, verbose=False)["input_ids"]:
         token = control.search(text.text.replace(guard, ""))
         raise ValueError(
             f"a message contains a control token (the text has {token[0]!r}) that this tokenizer cannot encode as characters; remove it"
@@ -151,6 +152,18 @@ def remove_guards(text: Text, guard: str, control: re.Pattern, tokenizer) -> Tex
         tuple((moved(a), moved(b), token) for a, b, token in pieces),
         text.unshown,
     )
+
+
+def _ends_of_pieces(text: str, pieces: list[tuple[int, int, int | None]]) -> Text:
+    """The text in pieces, long ones without their middle: what a tokenizer does otherwise with a piece, it does at its ends."""
+    parts, kept, at = [], [], 0
+    for begin, stop, token in pieces:
+        whole = stop - begin <= 2 * _END_OF_PIECE
+        part = text[begin:stop] if whole else text[begin : begin + _END_OF_PIECE] + text[stop - _END_OF_PIECE : stop]
+        parts.append(part)
+        kept.append((at, at + len(part), token))
+        at += len(part)
+    return Text("".join(parts), [], False, True, tuple(kept))
 
 
 def piecewise(text: Text, tokenizer) -> tuple[list[int], list[Span]]:
