@@ -21,6 +21,7 @@ from llmkd.config import loader
 from llmkd.config.recipe import Source
 from llmkd.data.reading.sources import Rows, read_source
 from llmkd.errors import UserError
+from llmkd.output import plots
 from llmkd.training.run import run
 
 torch.set_num_threads(1)
@@ -45,6 +46,12 @@ def _signals_not_ignored():
 @pytest.fixture(autouse=True)
 def _own_cache(tmp_path_factory, monkeypatch):
     monkeypatch.setenv("LLMKD_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+@pytest.fixture(autouse=True)
+def _no_pictures(monkeypatch):
+    """Runs do not draw loss.png, which takes a sixth of their time here. The one from the wheel does, and test_plots.py."""
+    monkeypatch.setattr(plots, "plot_losses", lambda folder: (folder / "loss.png").touch())
 
 
 @pytest.fixture(scope="session")

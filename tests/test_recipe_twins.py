@@ -58,6 +58,7 @@ def rows(format: str, path: Path) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("folder", FOLDERS, ids=lambda f: f.name)
 def test_both_stages_run_on_a_twin(folder, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)  # the recipes write to runs/

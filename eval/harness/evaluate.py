@@ -190,7 +190,7 @@ class _Work:
         started, options = time.monotonic(), self.options
         live.truncated, live.no_system = set(), False
         try:
-            with contextlib.redirect_stdout(io.StringIO()), _without_asides():  # its notes on batch sizes
+            with contextlib.redirect_stdout(io.StringIO()), without_asides():  # its notes on batch sizes
                 found = lm_eval.simple_evaluate(
                     live,
                     tasks=[self.tasks[name]],
@@ -249,7 +249,7 @@ class _Work:
         return Stopped(f"stopped by a signal with {self.done} of {self.left} evaluations done; run the same command to continue")
 
 
-def _without_asides():
+def without_asides():
     """simple_evaluate would ask git (whose complaint is printed) and pip list after every task, for what our record does not keep."""
     from unittest.mock import patch
 

@@ -43,6 +43,7 @@ def test_export_loads_in_plain_transformers_and_says_the_same(make_recipe, world
 
 def test_lm_eval_takes_adapter_and_merged_folder(make_recipe, world, tmp_path):
     lm_eval = pytest.importorskip("lm_eval")
+    from llmkd_eval.harness.evaluate import without_asides
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
@@ -73,7 +74,8 @@ def test_lm_eval_takes_adapter_and_merged_folder(make_recipe, world, tmp_path):
     ):
         model = HFLM(**arguments, device="cpu", dtype="float64", batch_size=4)
         tasks = TaskManager(include_path=str(tmp_path / "tasks"), include_defaults=False)
-        results = lm_eval.simple_evaluate(model, tasks=["own"], task_manager=tasks, log_samples=True, bootstrap_iters=0)
+        with without_asides():
+            results = lm_eval.simple_evaluate(model, tasks=["own"], task_manager=tasks, log_samples=True, bootstrap_iters=0)
         scores.append([float(choice[0][0]) for sample in results["samples"]["own"] for choice in sample["resps"]])
     assert len(scores[0]) == 36 and scores[0] == pytest.approx(scores[1], rel=1e-9)
 

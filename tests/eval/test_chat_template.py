@@ -10,7 +10,7 @@ import yaml
 pytest.importorskip("lm_eval")
 from llmkd_eval import after_sweep
 from llmkd_eval.harness import benchmarks, record_files
-from llmkd_eval.harness.evaluate import evaluate
+from llmkd_eval.harness.evaluate import evaluate, without_asides
 from llmkd_eval.harness.groups import group_means
 from llmkd_eval.harness.task_code import refuse_task_code
 
@@ -130,7 +130,8 @@ def test_a_groups_mean_is_the_harnesss(base, tasks_dir, tmp_path, capsys):
     assert "by_items (mean of 2, by items)" in err and "alike (mean of 2, each alike)" in err
     index, harness = TaskManager(include_path=str(tasks_dir), include_defaults=False), HFLM(pretrained=str(base), device="cpu")
     for name in ("by_items", "alike"):
-        found = lm_eval.simple_evaluate(harness, tasks=[name], task_manager=index)["results"][name]
+        with without_asides():
+            found = lm_eval.simple_evaluate(harness, tasks=[name], task_manager=index)["results"][name]
         assert (rows[name]["value"], rows[name]["stderr"]) == pytest.approx((found["acc,none"], found["acc_stderr,none"]))
 
 

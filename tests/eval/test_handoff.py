@@ -16,7 +16,7 @@ import yaml
 
 pytest.importorskip("lm_eval")
 from llmkd_eval.harness import benchmarks, record_files
-from llmkd_eval.harness.evaluate import _without_asides, evaluate, evaluate_all
+from llmkd_eval.harness.evaluate import evaluate, evaluate_all, without_asides
 from llmkd_eval.harness.local_tasks import write_tasks
 
 from llmkd.cli import main
@@ -135,7 +135,7 @@ def by_hand(folder: Path, tasks_dir: Path, name: str, **options) -> tuple[list[l
 
     harness = HFLM(pretrained=str(folder), device="cpu", batch_size=3)
     index = TaskManager(include_path=str(tasks_dir), include_defaults=False)
-    with _without_asides():
+    with without_asides():
         found = lm_eval.simple_evaluate(harness, tasks=[name], task_manager=index, log_samples=True, **options)
     return [[answer[0] for answer in sample["filtered_resps"]] for sample in found["samples"][name]], found["results"][name]
 
@@ -489,7 +489,7 @@ def test_data_is_known_by_its_columns(tmp_path, capsys):
 @pytest.mark.slow
 def test_two_processes_find_what_one_finds(base, tmp_path, tasks_dir):
     """With few-shot examples, which the harness draws one item after another, and a number of items that two do not divide."""
-    words = [str(base), "--tasks", "commonsense_qa,truthfulqa_mc2", "--fewshot", "2", "--tasks_dir", str(tasks_dir), "--out"]
+    words = [str(base), "--tasks", "commonsense_qa,truthfulqa_mc2", "--fewshot", "3", "--tasks_dir", str(tasks_dir), "--out"]
     done = launch(2, main, ["eval", *words, str(tmp_path / "two")])
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("commonsense_qa") == 1, "the table is the first process's"
