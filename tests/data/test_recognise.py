@@ -107,6 +107,21 @@ def test_names_that_the_recipe_gives_are_not_talked_over(refused):
     assert problem.endswith("no column 'question'; did you mean 'questoin'?")
 
 
+@pytest.mark.parametrize(
+    ("format", "settings"),
+    [
+        ("alpaca", "fields: {choices: options, answer: label, instruction: question}"),
+        ("prompt_completion", "fields: {choices: options, answer: label, prompt: question}"),
+        ("chat", "format: prompt_completion, fields: {choices: options, answer: label, prompt: question}, chat_template: true"),
+    ],
+)
+def test_questions_need_no_answer_column(read, refused, format, settings):
+    row, named = json.dumps({"question": "a", "options": ["b", "c"], "label": 1}), {"choices": "options", "answer": "label"}
+    (problem,) = refused(row, format=format, choices=True, fields=named)
+    assert problem.endswith(f"; set {settings}")
+    assert len(read(row, **{"format": format, "choices": True, **yaml.safe_load(f"{{{settings}}}")}).rows) == 1
+
+
 ROW = {"instruction": "a", "output": "b"}
 WRITE = "write that list alone (jq"
 

@@ -4,12 +4,12 @@ import difflib
 import json
 from typing import Any
 
-from ...config.data import Source
+from ...config.data import FORMATS, Source
 from .recognise import Check, is_read, settings_for
 
 
 def column_hint(
-    columns: list[str], row: dict[str, Any], theirs: dict[str, str], source: Source, check: Check, csv: bool
+    columns: list[str], row: dict[str, Any], theirs: dict[str, str], source: Source, check: Check, csv: bool, choices: bool
 ) -> tuple[str, bool]:
     """The end of the message about missing columns, and whether it names settings for rows of this shape.
 
@@ -18,11 +18,18 @@ def column_hint(
     for column in columns:
         if column in source.fields and (near := difflib.get_close_matches(theirs[column], row, 1, 0.6)):
             return f"; did you mean {near[0]!r}?", False  # a name that the recipe gives has a slip in it
-    if settings := settings_for(row, source, check):
+    if settings := settings_for(_answered(row, source) if choices else row, source, check):
         return f"{_found(row)}; {settings}", True
     if near := difflib.get_close_matches(theirs[columns[0]], row, 1, 0.6):
         return f"; did you mean {near[0]!r}?", False
     return f"{_found(row)}{_described(columns, row, theirs, source, check, csv)}", False
+
+
+def _answered(row: dict[str, Any], source: Source) -> dict[str, Any]:
+    """A multiple-choice question as a row with an answer, in which its choices are not looked for."""
+    asked = {source.fields.get(name, name) for name in ("choices", "answer")}
+    answer = {one.answer: "x" for one in FORMATS.values() if one.answer}
+    return {name: value for name, value in row.items() if name not in asked} | answer
 
 
 def _found(row: dict[str, Any]) -> str:

@@ -87,7 +87,9 @@ def _candidates(row: dict, source: Source) -> Iterator[Source]:
     for name in sorted(_READERS, key=lambda name: (name not in own, name != source.format)):
         for fields, roles in _READERS[name](row):
             kept = {
-                ours: theirs for ours, theirs in source.fields.items() if name == source.format and ours not in fields and theirs in row
+                ours: theirs
+                for ours, theirs in source.fields.items()
+                if ours not in fields and (ours in ("choices", "answer") or (name == source.format and theirs in row))
             }
             fields = kept | {ours: theirs for ours, theirs in fields.items() if ours != theirs}
             taken = {fields.get(column, column) for column in FORMATS[name].columns}
@@ -132,18 +134,21 @@ def _roles(theirs: set[str]) -> dict[str, str]:
 
 
 def _alpaca(row: dict) -> Found:
-    for prompt, answer in _pairs(row):
+    for prompt, answer in _pairs(row, "instruction", "output"):
         given = next((name for name in _named(row, _INPUTS) if name not in (prompt, answer)), None)
         yield {"instruction": prompt, **({"input": given} if given else {}), "output": answer, **_system(row)}, {}
 
 
 def _prompt_completion(row: dict) -> Found:
-    for prompt, answer in _pairs(row):
+    for prompt, answer in _pairs(row, "prompt", "completion"):
         yield {"prompt": prompt, "completion": answer, **_system(row)}, {}
 
 
-def _pairs(row: dict) -> Iterator[tuple[str, str]]:
-    yield from ((prompt, answer) for prompt in _named(row, _PROMPTS)[:1] for answer in _named(row, _ANSWERS)[:1])
+def _pairs(row: dict, *own: str) -> Iterator[list[str]]:
+    """The columns of prompt and answer: those with the format's own names, or the first that have another known name."""
+    named = [[name] if row.get(name) is not None else _named(row, names) for name, names in zip(own, (_PROMPTS, _ANSWERS), strict=True)]
+    if all(named):
+        yield [names[0] for names in named]
 
 
 def _text(row: dict) -> Found:

@@ -43,7 +43,7 @@ def _checked(row: Any, place: str, source: Source, problems: ErrorCollector, cho
     asked = {c: source.fields.get(c, c) for c in ("choices", "answer")} if choices else {}
     read = {*theirs.values(), *asked.values()}
     lacking = [c for c, name in theirs.items() if name not in row and not (columns[c].optional and c == name)]
-    if lacking and _missing(lacking, row, theirs, source, place, problems):
+    if lacking and _missing(lacking, row, theirs, source, place, problems, choices):
         return row  # what else is wrong follows from it
     trained, marks = row_mark(row, {*read, *source.ignore}, place, problems)
     count_unread(row, read | marks, source, place, problems, unread)
@@ -103,12 +103,14 @@ def _check_system(row: dict, theirs: dict[str, str], source: Source, place: str,
         problems.add(f"{place}: {name} and the first message are two system messages; keep one, or set ignore: [{name}]")
 
 
-def _missing(lacking: list[str], row: dict, theirs: dict, source: Source, place: str, problems: ErrorCollector) -> bool:
+def _missing(
+    lacking: list[str], row: dict, theirs: dict, source: Source, place: str, problems: ErrorCollector, choices: bool = False
+) -> bool:
     """One problem that names the columns that the row lacks, and the settings that read it. True if the row is of another shape throughout."""
     named = f"column{'s' * (len(lacking) > 1)} {' and '.join(repr(theirs[column]) for column in lacking)}"
     file = place.rpartition(":")[0]
     csv = file.endswith(".csv")
-    hint, known = column_hint(lacking, row, theirs, source, check_row, csv) if problems.hints else ("", False)
+    hint, known = column_hint(lacking, row, theirs, source, check_row, csv, choices) if problems.hints else ("", False)
     other_shape = known or not any(name in row for name in theirs.values())
     problems.add(f"{place}: no {named}{hint}", alike=f"no {named} in {file}" if other_shape else "")
     return other_shape
