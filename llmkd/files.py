@@ -181,13 +181,14 @@ def _object(content: bytes) -> dict:
     return found
 
 
-def append(path: Path, content: str) -> None:
-    """Add to a file that is there, and wait until it is on the disk. OSError if the file is gone."""
+def append(path: Path, content: str, sync: bool = True) -> None:
+    """Add to a file that is there; with `sync` wait until all of it is on the disk. OSError if the file is gone."""
     with open(path, "rb+") as file:
         file.seek(0, os.SEEK_END)
         file.write(content.encode())
         file.flush()
-        os.fsync(file.fileno())
+        if sync:
+            os.fsync(file.fileno())
 
 
 def read_jsonl(path: Path, damaged: Callable[[int, str], None] = lambda line, what: None) -> list[dict]:

@@ -30,8 +30,8 @@ def check_file(path: str, option: str) -> None:
             raise PermissionError
     except FileExistsError:  # another process has made it
         pass
-    except OSError:
-        raise UserError(f"{option}: {parents[there]} cannot be written to; name another file") from None
+    except OSError as error:
+        raise UserError(f"{option}: {parents[there]} cannot be written to; name another file") from error
 
 
 def write_file(path: str, content: str) -> None:

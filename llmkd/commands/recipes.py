@@ -6,7 +6,6 @@ Needs, Does and Run, which are what the list shows.
 
 import importlib.util
 import re
-import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import yaml
 
 from ..errors import UserError
+from ..files import remove_leftovers, write_atomic
 from .parser import did_you_mean
 
 DEFAULT_FOLDER = "recipes"
@@ -85,11 +85,11 @@ def copy_recipe(name: str, folder: Path) -> tuple[list[Path], str]:
         raise UserError(f"init: {there[0]} exists; name another folder: llmkd init {name} FOLDER")
     for place in places:
         (folder / place).parent.mkdir(parents=True, exist_ok=True)
+        content = (root / place).read_bytes()
         if place.suffix == ".yaml":  # its comments name the commands, for where the files are now
-            text = (root / place).read_text(encoding="utf-8")
-            (folder / place).write_text(text.replace("--config recipes/", f"--config {folder.as_posix()}/"), encoding="utf-8")
-        else:
-            shutil.copyfile(root / place, folder / place)
+            content = content.replace(b"--config recipes/", f"--config {folder.as_posix()}/".encode())
+        remove_leftovers((folder / place).parent, place.name)
+        write_atomic(folder / place, content)
     return [folder / place for place in places], _command(entries[name], folder)
 
 

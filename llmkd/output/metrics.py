@@ -1,9 +1,9 @@
 """metrics.jsonl: the record of a run's metrics, which its trackers get too."""
 
-import errno
 import hashlib
 import json
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +15,8 @@ from .trackers import Trackers
 _BESIDE_TERMS = ("step", "epoch", "lr", "grad_norm", "targets", "targets_per_s", "peak_memory")
 
 
+#: Seconds after which what was recorded is synced to the disk; a kill loses none of it, a power cut what came after the last time.
+SYNC_EVERY = 1.0
 #: What else a record may hold, by what was measured.
 _GROUPS = ("validation", "teacher_check", "fidelity")
 
@@ -23,10 +25,11 @@ class MetricsLog:
     """One student's metrics: a JSON object a line in `metrics.jsonl`, and the same to the recipe's trackers.
 
     A resumed run writes on from its checkpoint: what was recorded after it is dropped. `then`: `state` at that checkpoint.
+    `check_there` is called before each record, and raises an OSError if the folder is the run's no longer.
     """
 
-    def __init__(self, folder: Path, done: int, trackers: Trackers, then: dict | None = None):
-        self.path, self.trackers = folder / "metrics.jsonl", trackers
+    def __init__(self, folder: Path, done: int, trackers: Trackers, then: dict | None, check_there: Callable[[], None]):
+        self.path, self.trackers, self.check_there = folder / "metrics.jsonl", trackers, check_there
         kept = [r for r in read_metrics(folder, warn) if r["step"] <= done] if done else []
         content = "".join(json.dumps(r) + "\n" for r in kept)
         self._bytes, self._hash = 0, hashlib.sha256()
@@ -36,12 +39,7 @@ class MetricsLog:
                 f"warning: {self.path} is not what was written up to step {done}; what is left of it is kept, and loss.png is drawn from that"
             )
         write_atomic(self.path, content)
-        self._inode = self.path.stat().st_ino
-
-    def check_there(self) -> None:
-        """OSError if the file, or the run's folder with it, was moved, removed or replaced: nothing is written to another one in its place."""
-        if self.path.stat().st_ino != self._inode:
-            raise FileNotFoundError(errno.ENOENT, "another file has taken its place", str(self.path))
+        self._synced = time.monotonic()
 
     @property
     def state(self) -> dict:
@@ -54,10 +52,18 @@ class MetricsLog:
 
     def write(self, record: dict) -> None:
         self.check_there()
-        line = json.dumps(record) + "\n"
-        append(self.path, line)
-        self._count(line)
+        self._append(json.dumps(record) + "\n", time.monotonic() - self._synced >= SYNC_EVERY)
         self.trackers.log(record)
+
+    def sync(self) -> None:
+        """Before a checkpoint: what was recorded so far is on the disk."""
+        self._append("", True)
+
+    def _append(self, content: str, sync: bool) -> None:
+        append(self.path, content, sync)
+        self._count(content)
+        if sync:
+            self._synced = time.monotonic()
 
     def _count(self, content: str) -> None:
         self._bytes += len(content.encode())

@@ -1,6 +1,7 @@
 """The folder of a run: locked by one run at a time, never silently overwritten, and resumed only by the same recipe, data and models."""
 
 import contextlib
+import errno
 import os
 import socket
 from pathlib import Path
@@ -110,6 +111,15 @@ class RunFolder:
         self.run = write_identity(self.path, self.recipe, identity)
         return self.run
 
+    def check_there(self) -> None:
+        """OSError if the folder was moved or removed since it was claimed, or is another run's by now: then nothing may be written to it.
+
+        By the lock's content, since inodes are not lasting on every network drive.
+        """
+        path = self.path / ".lock"
+        if path.read_text(encoding="utf-8") != _owner():
+            raise FileNotFoundError(errno.ENOENT, "another run has taken its place", str(path))
+
     def release(self) -> None:
         if self._lock and not self._lock.closed:
             self._lock.truncate(0)
@@ -154,6 +164,10 @@ def lock_folder(folder: Path, setting: str = "output_dir"):
     except OSError as error:
         raise UserError(f"{setting}: {folder} cannot be locked ({error.strerror}); choose a folder on another file system") from error
     held.truncate(0)
-    held.write(f"process {os.getpid()} on {socket.gethostname()}")
+    held.write(_owner())
     held.flush()
     return held
+
+
+def _owner() -> str:
+    return f"process {os.getpid()} on {socket.gethostname()}"

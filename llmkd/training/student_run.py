@@ -1,5 +1,6 @@
 """StudentRun: one student, its recipe, folder and results."""
 
+import contextlib
 import hashlib
 import json
 from pathlib import Path
@@ -40,7 +41,7 @@ class StudentRun:
         if self.main:
             recipe, folder = self.recipe, self.folder.path
             trackers = Trackers(recipe.report_to, recipe.output_dir, configuration(recipe), folder, done, info)
-            self.record = metrics.MetricsLog(folder, done, trackers, self.recorded)
+            self.record = metrics.MetricsLog(folder, done, trackers, self.recorded, self.folder.check_there)
 
     def restore(self, saved: checkpoint.Saved) -> None:
         checkpoint.load(saved, self.state.parameters, self.state.optimizer)
@@ -78,7 +79,9 @@ class StudentRun:
         if not checkpoint.is_finite(self.state.parameters, self.state.optimizer):
             warn(f"warning: no checkpoint of step {step} in {self.folder.path}: its update left weights that are not finite")
             return
-        self.record.check_there()
+        self.folder.check_there()
+        with contextlib.suppress(FileNotFoundError):  # it alone is gone: what was learnt is not lost with it
+            self.record.sync()
         state = {"best": self.best, "validated": self.validated, **source_state}
         state |= {"metrics": self.record.state, "held_out": self.held_out_hash}
         checkpoint.save(self.folder.checkpoints, step, self.state.parameters, self.state.optimizer, state, self.folder.run)

@@ -190,6 +190,7 @@ def test_a_checkpoint_of_another_run_or_step_is_passed_over_by_a_whole_run(call,
 def test_a_lost_list_of_a_sweep_is_made_anew_from_its_runs(call, tmp_path):
     code, lines = call("sweep", lambda victim: (victim / "sweep.json").unlink())
     assert code == 0 and any("sweep.json is missing, and is made anew: finished arms are kept" in line for line in lines)
+    assert "every arm is done" in lines
     assert {arm["status"] for arm in read_sealed(tmp_path / "victim/sweep.json")["arms"].values()} == {"done"}
 
 

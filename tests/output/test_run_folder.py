@@ -6,9 +6,12 @@ from types import SimpleNamespace
 
 import pytest
 
+from llmkd.cli import main
 from llmkd.errors import UserError
+from llmkd.files import read_sealed
 from llmkd.output.metrics import MetricsLog, read_metrics
 from llmkd.output.run_folder import RunFolder
+from tests.conftest import said
 
 
 def test_a_folder_that_cannot_be_made_is_refused_at_once_and_one_that_can_leaves_nothing(tmp_path, monkeypatch):
@@ -37,21 +40,22 @@ def test_a_folder_that_is_moved_under_its_run_ends_it_with_one_line_and_is_not_m
             if done == "replaced":
                 (out / "checkpoints").mkdir(parents=True)
                 (out / "metrics.jsonl").write_text("theirs\n")
+                (out / ".lock").write_text("process 1 on another")
         real(self, number, *rest)
 
     monkeypatch.setattr(MetricsLog, "step", step)
     code, lines = command("--checkpoint.every", "1")
     assert code == 1 and len(lines) == 1
-    assert lines[0].startswith("llmkd: a file or folder is gone (") and f"{out}/metrics.jsonl" in lines[0]
+    assert lines[0].startswith("llmkd: a file or folder is gone (") and f"{out}/.lock" in lines[0]
     left = sorted(str(path.relative_to(out)) for path in out.rglob("*")) if out.exists() else []
-    assert left == (["checkpoints", "metrics.jsonl"] if done == "replaced" else [])
+    assert left == ([".lock", "checkpoints", "metrics.jsonl"] if done == "replaced" else [])
     if done == "renamed":
         (tmp_path / "moved").rename(out)
         monkeypatch.setattr(MetricsLog, "step", real)
         assert command("--resume")[0] == 0
 
 
-def test_metrics_that_are_gone_end_a_run_after_a_checkpoint(command, tmp_path, monkeypatch):
+def test_metrics_that_are_gone_end_a_run_after_a_checkpoint(command, tmp_path, monkeypatch, capsys):
     """Not silently with a summary that lacks what was before."""
     real = MetricsLog.step
 
@@ -64,6 +68,12 @@ def test_metrics_that_are_gone_end_a_run_after_a_checkpoint(command, tmp_path, m
         patch.setattr(MetricsLog, "step", step)
         code, lines = command()
     assert code == 1 and "metrics.jsonl" in lines[0]
+    assert [path.name for path in (tmp_path / "out/checkpoints").iterdir()] == ["step-3"]
+    capsys.readouterr()
+    assert main(["train", "--config", str(tmp_path / "r.yaml"), "--resume"]) == 0
+    assert "metrics.jsonl is missing: what was recorded so far is lost" in said(capsys)
+    summary = read_sealed(tmp_path / "out/summary.json")
+    assert summary["before"] == {} and "kd" in summary["train"]
 
 
 def test_damaged_lines_of_metrics_are_named_and_the_lines_after_them_are_read(tmp_path):
