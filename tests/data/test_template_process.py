@@ -49,13 +49,14 @@ def test_a_template_that_takes_much_memory_is_refused_in_one_line(code):
     assert kept(encode(rows_of(ROW), "chat", Data(), tiny()), tiny()) == [f"one{END}"]  # the next template has a new process
 
 
-def test_a_template_that_takes_long_is_refused_in_one_line(small_limits):
-    start = time.process_time()
+def test_a_template_that_takes_long_is_refused_in_one_line(small_limits, monkeypatch):
+    start, starts, begin = time.process_time(), [], template_process.subprocess.Popen
+    monkeypatch.setattr(template_process.subprocess, "Popen", lambda *given, **more: starts.append(1) or begin(*given, **more))
     with pytest.raises(
         UserError, match="^the tokenizer's chat template takes more than 5 s for one conversation; it may have an endless loop"
     ):
         encode(rows_of(ROW), "chat", Data(), tiny(LOOP + PLAIN))
-    assert time.process_time() - start < 3
+    assert time.process_time() - start < 3 and len(starts) == 1
 
 
 def test_a_row_at_which_a_template_takes_long_is_named(small_limits):

@@ -351,6 +351,9 @@ def test_rows_that_a_template_takes_apart_are_counted_with_the_factor():
     )
     assert f"{encoded.lengths.sum()} tokens, {encoded.lengths.sum() / last:.1f} times those of the last examples alone ({last})" in note
     assert notes(TALK, PLAIN) == []
+    named = copy.deepcopy(TALK)
+    named["messages"][0]["name"] = "bob"
+    assert notes(named, FORGETS.replace("m.name or ", ""))[0].endswith("of 1 row: messages[].name (1)")
 
 
 def test_a_row_of_many_examples_is_said_at_once(capsys):

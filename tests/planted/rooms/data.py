@@ -278,6 +278,21 @@ FAULTS = [
     ),
     *in_file(
         "llmkd/data/encoding/encode.py",
+        ("factor-of-all", "all examples count as the last of their row", "if text.last else 0", "if True else 0", SHOWN),
+        (
+            "unshown-of-each-example",
+            "a row that is taken apart is counted for each example",
+            "for text in texts if text.last for key",
+            "for text in texts for key",
+            SHOWN,
+        ),
+        (
+            "limits-without-a-place",
+            "a row at which a template takes long is not named",
+            'raise UserError(f"{rows.places[i]}: {error}") from None',
+            "raise",
+            PROCESS,
+        ),
         (
             "end-token-not-supervised",
             "the end token is not trained",
@@ -331,6 +346,13 @@ FAULTS = [
     ),
     *in_file(
         "llmkd/data/encoding/formats.py",
+        (
+            "tools-of-a-text-prompt",
+            "tools beside a prompt of text are left out",
+            'conversation(_with_context(context, messages), tokenizer, row.get("tools"))',
+            "conversation(_with_context(context, messages), tokenizer)",
+            SHOWN,
+        ),
         (
             "input-forgotten",
             "alpaca's input is left out",
@@ -433,6 +455,35 @@ FAULTS = [
     *in_file(
         "llmkd/data/encoding/forms.py",
         (
+            "wishes-are-faults",
+            "a key without which the template raises counts as unused",
+            "    except ValueError:  # the template wants what is left out here\n        return True",
+            "    except ValueError:\n        return False",
+            SHOWN,
+        ),
+        ("names-never-listed", "names that are not shown are not listed", '"tool_call_id", "id"}', '"tool_call_id", "id", "name"}', SHOWN),
+        (
+            "cut-contents",
+            "contents that the template cuts are not listed",
+            "if no_spaces(content) not in no_spaces(text)]",
+            "if False]",
+            SHOWN,
+        ),
+        (
+            "own-form-first",
+            "text arguments stay text wherever a template takes them",
+            '[*(["objects"] if any(texts) else []), "",',
+            '["", *(["objects"] if any(texts) else []),',
+            SHOWN,
+        ),
+        (
+            "flat-calls",
+            "calls are never put inside an object of the function",
+            "for inside in (False, True) if",
+            "for inside in (False,) if",
+            SHOWN,
+        ),
+        (
             "hidden-messages",
             "a message may be left out",
             'if key == "content" and role != "assistant":',
@@ -492,6 +543,13 @@ FAULTS = [
     *in_file(
         "llmkd/data/encoding/template_process.py",
         (
+            "asked-twice",
+            "a question that took too long is asked again",
+            "if attempt == 2 or code in",
+            "if attempt == 2 or [] and code in",
+            PROCESS,
+        ),
+        (
             "answer-of-the-last-question",
             "an interrupted question's answer is given to the next",
             "self.close(kill=True)\n                    raise",
@@ -514,6 +572,23 @@ FAULTS = [
             "the tokenizer's own tokens are not known",
             "_TURNS.search(text) or control.search(text)",
             "_TURNS.search(text)",
+            SHOWN,
+        ),
+    ),
+    *in_file(
+        "llmkd/data/reading/conversations.py",
+        ("glued-parts", "parts are joined where no white space is between them", "if glued is not None:", "if False:", SHOWN),
+        ("keys-of-parts", "keys of parts are left out in silence", "left_out |= {f", "left_out | {f", SHOWN),
+        ("nameless-calls", "calls need no name", 'or not isinstance(function.get("name"), str) or not function["name"]', "", SHOWN),
+        ("any-part", "an image is read as its text", 'if part_kind not in ("text", "input_text", "output_text") or', "if", SHOWN),
+    ),
+    *in_file(
+        "llmkd/data/reading/row_checks.py",
+        (
+            "tools-in-plain-texts",
+            "tools beside a prompt without a template are left out",
+            'row.get("tools") and "a list of tools"',
+            "False",
             SHOWN,
         ),
     ),
