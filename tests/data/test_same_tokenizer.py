@@ -1,6 +1,8 @@
 """Tokenizers of one vocabulary that name other start and end tokens go together where no text gets such a token, and only there."""
 
 import copy
+import json
+import shutil
 
 import pytest
 
@@ -8,6 +10,7 @@ from llmkd.config.recipe import Source
 from llmkd.data.encoding.same_tokenizer import refuse_other_ends, refuse_other_tokens, report_chosen
 from llmkd.data.encoding.tokenizer import tokenizer_differences
 from llmkd.errors import UserError
+from llmkd.training.prepare import prepare
 from tests.kit.data import END, PLAIN, rows_of, talk, tiny
 
 CHAT = ("data.train", Source(path="f", format="chat"), rows_of(talk("u q", "a b")))
@@ -108,3 +111,23 @@ def test_a_padding_token_that_only_one_has_is_no_difference_and_any_other_entry_
     ends = copy.deepcopy(tiny())
     ends.add_special_tokens({"pad_token": "[PAD]", "eos_token": "[PAD]"})
     assert any(line.startswith("'[PAD]' is absent here and ") for line in tokenizer_differences(tiny(), ends))
+
+
+@pytest.fixture
+def ends_otherwise(world, tmp_path) -> str:
+    """The small world's teacher, whose tokenizer ends texts with the padding token."""
+    shutil.copytree(world / "teacher", tmp_path / "instruct")
+    config = json.loads((tmp_path / "instruct/tokenizer_config.json").read_text())
+    (tmp_path / "instruct/tokenizer_config.json").write_text(json.dumps(config | {"eos_token": config["pad_token"]}))
+    return str(tmp_path / "instruct")
+
+
+def test_a_run_takes_such_a_teacher_for_chats_or_by_its_own_tokenizer(make_recipe, ends_otherwise, capsys):
+    chats = {"data__train__chat_template": True}
+    found = prepare(make_recipe(teacher__model=ends_otherwise, **chats))
+    assert found.tokenizer.convert_ids_to_tokens(sorted(found.end_tokens)) == ["<|end|>"]
+    with pytest.raises(UserError, match=r"^teacher.model: the end-of-text token .* texts of data.train \(format: alpaca\) end with it"):
+        prepare(make_recipe(teacher__model=ends_otherwise))
+    found = prepare(make_recipe(teacher__model=ends_otherwise, student__tokenizer=ends_otherwise))
+    assert found.end_tokens == {found.tokenizer.pad_token_id}
+    assert "student.tokenizer: its end-of-text token is " in capsys.readouterr().err
