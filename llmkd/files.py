@@ -195,7 +195,7 @@ def read_jsonl(path: Path, damaged: Callable[[int, str], None] = lambda line, wh
     """The records of a file with one JSON object a line.
 
     What is no object is left out, and `damaged` is called with the line's number and what was found; not for a last line that a kill cut
-    short.
+    short. Of a line that has become one with the next the whole objects at its beginning and end are kept.
     """
     records, lines = [], path.read_bytes().split(b"\n")
     for number, line in enumerate(lines, 1):
@@ -204,7 +204,21 @@ def read_jsonl(path: Path, damaged: Callable[[int, str], None] = lambda line, wh
         except Damaged as error:
             if number < len(lines):
                 damaged(number, str(error))
+                records += _ends(line.decode("utf-8", "replace"))
     return records
+
+
+def _ends(line: str) -> Iterator[dict]:
+    """The object that a line begins with, and the longest one that it ends with."""
+    with contextlib.suppress(ValueError, RecursionError):
+        first, _ = json.JSONDecoder().raw_decode(line)
+        if isinstance(first, dict):
+            yield first
+    starts = [found.start() for found in re.finditer('{"', line)]
+    for start in starts[:100]:
+        with contextlib.suppress(ValueError, RecursionError):
+            yield json.loads(line[start:])
+            return
 
 
 def _hold(descriptor: int) -> None:

@@ -89,7 +89,7 @@ def read_metrics(folder: Path, note: Callable[[str], None] = lambda text: None) 
             bad.append((json.dumps(record)[:60], "it is no record of metrics"))
     if bad:
         (where, what), more = bad[0], f", and {count(len(bad) - 1, 'more line')}" if bad[1:] else ""
-        note(f"warning: {path}: {where} is left out ({what}){more}; the other records are read")
+        note(f"warning: {path}: {where} is damaged and left out ({what}){more}; the other records are read")
     return found
 
 

@@ -117,7 +117,8 @@ class RunFolder:
         By the lock's content, since inodes are not lasting on every network drive.
         """
         path = self.path / ".lock"
-        if path.read_text(encoding="utf-8") != _owner():
+        self._lock.seek(0)
+        if path.read_text(encoding="utf-8") != self._lock.read():
             raise FileNotFoundError(errno.ENOENT, "another run has taken its place", str(path))
 
     def release(self) -> None:
@@ -164,10 +165,6 @@ def lock_folder(folder: Path, setting: str = "output_dir"):
     except OSError as error:
         raise UserError(f"{setting}: {folder} cannot be locked ({error.strerror}); choose a folder on another file system") from error
     held.truncate(0)
-    held.write(_owner())
+    held.write(f"process {os.getpid()} on {socket.gethostname()}")
     held.flush()
     return held
-
-
-def _owner() -> str:
-    return f"process {os.getpid()} on {socket.gethostname()}"

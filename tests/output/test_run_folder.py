@@ -91,7 +91,11 @@ def test_damaged_lines_of_metrics_are_named_and_the_lines_after_them_are_read(tm
             said = []
             (tmp_path / "metrics.jsonl").write_bytes(b"".join(line + b"\n" for line in (*lines[:at], bad, *lines[at:])))
             assert str(read_metrics(tmp_path, said.append)) == str(records), bad[:50]
-            assert len(said) == 1 and "metrics.jsonl" in said[0] and "is left out (" in said[0]
+            assert len(said) == 1 and "metrics.jsonl" in said[0] and "is damaged and left out (" in said[0]
+    for joined, left in ((lines[0][:20] + lines[1], records[1:]), (lines[0] + b"\x0b" + lines[1], records), (lines[0] + lines[1], records)):
+        said = []
+        (tmp_path / "metrics.jsonl").write_bytes(b"".join(line + b"\n" for line in (joined, *lines[2:])))
+        assert str(read_metrics(tmp_path, said.append)) == str(left) and len(said) == 1
     said = []
     (tmp_path / "metrics.jsonl").write_bytes(b"".join(line + b"\n" for line in lines) + b'{"step": 4, "lo')
     assert len(read_metrics(tmp_path, said.append)) == 4 and not said  # a kill's, which is no damage
