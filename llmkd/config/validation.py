@@ -36,6 +36,9 @@ _ELSEWHERE = {
     "save_total_limit": "checkpoint.keep",
     "logging_steps": "train.log_every",
     "alpha": "loss.kd_ratio",
+    "beta": "loss.divergence_options.beta",
+    "trackers": "report_to",
+    "tracking": "report_to",
 }
 
 #: Other names of values, for the hint at an unknown value.
@@ -158,7 +161,7 @@ def _explain(kind, path: tuple, item: dict) -> str:
                 f"unknown setting; in a file sections are nested: {str(path[-1]).replace('.', ': {')}: ...{'}' * str(path[-1]).count('.')}"
             )
         here = [f.name for f in dataclasses.fields(parent)]
-        near = difflib.get_close_matches(str(path[-1]), here, 1, 0.6)
+        near = difflib.get_close_matches(str(path[-1]), here, 1, 0.8 if path[-1] in _ELSEWHERE else 0.6)
         if near:
             return f"unknown setting; did you mean {'.'.join([*parent_path, near[0]])}?"
         leaves = dict(_ELSEWHERE)

@@ -14,6 +14,7 @@ MAX_NODES, MAX_DEPTH = 100_000, 40
 _YAML_HINTS = {
     "expected <block end>": "indent the settings of one section alike",
     "mapping values are not allowed": "indent the settings of one section alike, and quote a text that holds a colon and a space",
+    "character '\\t'": "indent by spaces, not by tabs",
     "but got '<stream end>'": "close the bracket or brace that is still open",
 }
 

@@ -105,6 +105,8 @@ def test_names_that_the_recipe_gives_are_not_talked_over(refused):
     assert problem.endswith("expected one of system, developer, user, gpt, tool")
     (problem,) = refused('{"questoin": "a", "answer": "b"}', fields={"instruction": "question", "output": "answer"})
     assert problem.endswith("no column 'question'; did you mean 'questoin'?")
+    (problem,) = refused('{"instruction": "a", "output": "b"}', fields={"output": "answer"})
+    assert problem.endswith("set fields: {output: output}")  # and not fields: {}
 
 
 @pytest.mark.parametrize(

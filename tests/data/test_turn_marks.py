@@ -54,6 +54,25 @@ def test_a_turn_marked_as_not_trained_on_is_context_only(tmp_path, mark, templat
     assert "BAD" in shown(found, tiny(template))[0] and not any(key in shown(found, tiny(template))[0] for key in mark)
 
 
+@pytest.mark.parametrize("mark", [{"weight": 0}, {"train": False}, {"masked": True}])
+def test_a_part_of_an_answer_marked_as_not_trained_on_is_refused(refused, read, mark):
+    def row(role: str, mark: dict) -> str:
+        turns = [
+            {"role": name, "content": [{"type": "text", "text": "x ", **(mark if name == role else {})}]} for name in ("user", "assistant")
+        ]
+        return json.dumps({"messages": turns})
+
+    (problem,) = refused(row("assistant", mark), format="chat")
+    (key,) = mark
+    assert f"messages[1].content[0] is marked as not trained on ({key})" in problem and problem.endswith(f"set ignore: [{key}]")
+    for allowed in (
+        {"content": row("assistant", mark), "ignore": (key,)},
+        {"content": row("user", mark)},
+        {"content": row("assistant", {key: None})},
+    ):
+        assert len(read(**allowed, format="chat").rows) == 1
+
+
 @pytest.mark.parametrize("mark", [{"weight": 1}, {"train": True}, {"masked": False}, {"loss": None}, {"weight": 1.0}])
 def test_other_marks_change_nothing(tmp_path, mark):
     found = encoded(tmp_path, marked(mark, mark))

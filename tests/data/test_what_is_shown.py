@@ -71,6 +71,8 @@ def test_text_arguments_are_objects_wherever_the_template_takes_them():
     assert '"arguments": 3 * 18' in said(calling("3 * 18"), HEAD + CALLS["verbatim"] + TAIL)[0]
     assert '"arguments": {}' in said(calling(""), HEAD + CALLS["tojson"] + TAIL)[0]  # no arguments, in OpenAI's way
     assert '"arguments": {}' in said(calling("{}"), HEAD + CALLS["tojson"] + TAIL)[0]
+    assert '"arguments": {}' in said(calling(None), HEAD + CALLS["verbatim"] + TAIL)[0]  # not Python's None
+    assert '"arguments": null' in said(calling(None), HEAD + CALLS["tojson"] + TAIL)[0]
 
 
 @pytest.mark.parametrize(

@@ -201,6 +201,8 @@ def _refuse_python(i: int, call: dict, neutral: str) -> None:
     for value in _containers(given):
         if str(value) in neutral and str(value) != json.dumps(value, ensure_ascii=False):
             raise ValueError(f"the chat template writes {where} as Python does ({str(value)[:40]}), not as JSON; fix the template")
+    if given is None and "None" in neutral and "null" not in neutral:
+        raise ValueError(f"the chat template writes {where}, null, as Python does; write {{}} for none, or fix the template")
     if given is None or any(json.dumps(given, ensure_ascii=ascii) in neutral for ascii in (False, True)):
         return
     lost = next((leaf for leaf in _leaves(given) if not any(form in neutral for form in _spellings(leaf))), None)

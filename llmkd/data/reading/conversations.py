@@ -42,7 +42,8 @@ def read_messages(row: dict, name: str, source: Source, place: str, problems: Er
                 break
             continue
         if isinstance(content, list):
-            content = _text_of_parts(content, f"{where}.{content_name}", f"{name}[].{content_name}[]", problems, left_out)
+            marked = source if roles[role] == "assistant" else None
+            content = _text_of_parts(content, f"{where}.{content_name}", f"{name}[].{content_name}[]", problems, left_out, marked)
             if content is None:
                 continue
         only_calls = content is None and roles[role] == "assistant" and message.get("tool_calls")
@@ -66,10 +67,11 @@ def read_messages(row: dict, name: str, source: Source, place: str, problems: Er
     return out
 
 
-def _text_of_parts(parts: list, where: str, name: str, problems: ErrorCollector, left_out: set[str]) -> str | None:
+def _text_of_parts(parts: list, where: str, name: str, problems: ErrorCollector, left_out: set[str], marked: Source | None) -> str | None:
     """The text of a content that is a list of parts, [{type: text, text: ...}], as templates of vision models take it; None if it is refused.
 
-    Keys of parts that are left out are added to `left_out`.
+    Keys of parts that are left out are added to `left_out`. With `marked`, the source of an assistant's turn, parts that are not to be
+    trained on are refused, since a turn is supervised as a whole.
     """
     texts = []
     for j, part in enumerate(parts):
@@ -80,7 +82,18 @@ def _text_of_parts(parts: list, where: str, name: str, problems: ErrorCollector,
             problems.add(f"{where}[{j}] is {found}, expected {{type: text, text: ...}}; llmkd reads text only")
             return None
         part = {key: value for key, value in part.items() if value is not None}  # a null in parquet is an absent key
-        left_out |= {f"{name}.{key}" for key in part.keys() - {"type", "text"}}
+        rest = {key: value for key, value in part.items() if key not in ("type", "text")}
+        left_out |= {f"{name}.{key}" for key in rest}
+        if marked:
+            of_mark = {key: value for key, value in rest.items() if key not in marked.ignore}
+            trained, keys = mark_of(of_mark, marked.fields.get("train"), f"{where}[{j}]", problems)
+            if trained is False:
+                problems.add(
+                    f"{where}[{j}] is marked as not trained on ({', '.join(sorted(keys))}), and llmkd supervises whole turns; write train: false "
+                    f"for the turn, or set ignore: [{', '.join([*marked.ignore, *sorted(keys)])}]",
+                    alike="a part that is marked as not trained on",
+                )
+                return None
         texts.append(part["text"])
     texts = [text for text in texts if text]
     glued = next((j for j, (a, b) in enumerate(itertools.pairwise(texts)) if not (a[-1].isspace() or b[0].isspace())), None)

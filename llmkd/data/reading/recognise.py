@@ -62,7 +62,11 @@ def is_read(row: Any, source: Source, check: Check) -> bool:
 def _changes(candidate: Source, source: Source) -> str | None:
     """The settings in which the candidate differs from the source, as lines of a recipe."""
     names = ("format", "fields", "roles", "ignore", "chat_template")
-    said = [f"{name}: {_shown(getattr(candidate, name))}" for name in names if getattr(candidate, name) != getattr(source, name)]
+    said = []
+    for name in names:
+        value, given = getattr(candidate, name), getattr(source, name)
+        if value != given:  # a mapping that is no longer needed: each name for itself
+            said.append(f"{name}: {_shown({key: key for key in given} if value == {} else value)}")
     return ", ".join(said) or None
 
 
