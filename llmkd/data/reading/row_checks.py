@@ -4,6 +4,7 @@ Nothing is repaired, since a repair would be silent. Columns and roles are renam
 """
 
 import difflib
+import functools
 from collections import Counter
 from typing import Any
 
@@ -118,9 +119,14 @@ def _missing(
 
 def _slip(name: str, row: dict, theirs: dict, source: Source, place: str, problems: ErrorCollector) -> None:
     """A problem where an optional column is missing, and another one has nearly its name."""
-    near = difflib.get_close_matches(name, row.keys() - {*theirs.values(), *source.ignore}, 1, 0.8)
+    near = _near(name, frozenset(row.keys() - {*theirs.values(), *source.ignore}))
     if near:
-        problems.add(f"{place}: no column {name!r}; did you mean {near[0]!r}?")
+        problems.add(f"{place}: no column {name!r}; did you mean {near!r}?")
+
+
+@functools.lru_cache(1024)  # every row of a file has the same columns
+def _near(name: str, columns: frozenset[str]) -> str | None:
+    return next(iter(difflib.get_close_matches(name, sorted(columns), 1, 0.8)), None)
 
 
 def _check_choices(row: dict, source: Source, place: str, problems: ErrorCollector) -> None:

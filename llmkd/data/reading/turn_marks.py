@@ -4,6 +4,7 @@ A mark is honoured exactly or refused: a value between 0 and 1, and a key that m
 gives every message all the keys that any has.
 """
 
+import functools
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -49,11 +50,13 @@ _KEPT = set(
 _ELSEWHERE = ("tool_calls", "function_call", "tools", "functions")  # objects whose keys are a function's
 
 
+@functools.lru_cache(4096)  # every row of a file has the same names
 def plain(name: str) -> str:
     """A name without case, spaces, dashes and underscores: isTrainable and is_trainable are one."""
     return re.sub(r"[\W_]+", "", name).lower()
 
 
+@functools.lru_cache(4096)
 def _words(name: str) -> list[str]:
     return [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name)]
 
@@ -111,18 +114,22 @@ def row_mark(row: dict, read: set[str], place: str, problems: ErrorCollector) ->
 
 def _unclear(key: str, value: Any) -> str | None:
     """The key, or one inside its value, that may mark a turn and cannot be honoured; None where there is none."""
-    words = _words(key)
-    if plain(key) in UNCLEAR or any(map(_ABOUT_TRAINING.match, words)):
+    if plain(key) in UNCLEAR or _about_training(key):
         return key
-    if _is_mark(value, words) and any(map(_MAY_MARK.fullmatch, words)):
+    if _is_flag(value) and _is_mark(value, _words(key)) and any(map(_MAY_MARK.fullmatch, _words(key))):
         return key
     return _inside(key, value)
+
+
+@functools.lru_cache(4096)
+def _about_training(key: str) -> bool:
+    return any(map(_ABOUT_TRAINING.match, _words(key)))
 
 
 def _mask(key: str, value: Any) -> str | None:
     """The column, or a key inside its value, that may say which parts of a row are trained on; None where there is none."""
     name, several = plain(key), isinstance(value, list | dict)
-    if name in MASKS or ((several or _is_mark(value, _words(key))) and any(map(_ABOUT_TRAINING.match, _words(key)))):
+    if name in MASKS or (_about_training(key) and (several or _is_mark(value, _words(key)))):
         return key
     if name in ("labels", "tokenlabels") and several and all(type(one) is int for one in value):
         return key
@@ -131,9 +138,9 @@ def _mask(key: str, value: Any) -> str | None:
 
 def _inside(key: str, value: Any, depth: int = 3) -> str | None:
     """Where an object, or one in a list, has a mark that says that something is not trained on, or of which part: `meta.train`."""
-    if not depth or key in _ELSEWHERE:
+    if not depth or not isinstance(value, dict | list) or key in _ELSEWHERE:
         return None
-    for one in [value] if isinstance(value, dict) else value if isinstance(value, list) else ():
+    for one in [value] if isinstance(value, dict) else value:
         for name, inner in one.items() if isinstance(one, dict) else ():
             known, flag = plain(name), _is_flag(inner)
             if (flag and (known in UNCLEAR or (known in TRAINED and not inner) or (known in UNTRAINED and inner))) or (

@@ -182,8 +182,8 @@ FAULTS = [
         (
             "inside-unread",
             "marks inside a turn's metadata are not seen",
-            "    return _inside(key, value)\n\n\ndef _mask",
-            "    return None\n\n\ndef _mask",
+            "    return _inside(key, value)\n\n\n@functools",
+            "    return None\n\n\n@functools",
             MARKS,
         ),
         (
@@ -200,7 +200,7 @@ FAULTS = [
             "known in TRAINED",
             MARKS,
         ),
-        ("arguments-are-marks", "a tool's arguments are taken for marks", "if not depth or key in _ELSEWHERE:", "if not depth:", MARKS),
+        ("arguments-are-marks", "a tool's arguments are taken for marks", "or key in _ELSEWHERE:", "or False:", MARKS),
         (
             "counts-are-marks",
             "a number that counts is taken for a mark",
