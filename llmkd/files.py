@@ -37,12 +37,12 @@ def write_atomic(path: Path, content: str | bytes) -> None:
             _hold(file.fileno())
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
-            _sync(part)
+            sync(part)
             os.replace(part, path)
     except BaseException:
         part.unlink(missing_ok=True)
         raise
-    _sync(path.parent)
+    sync(path.parent)
 
 
 @contextlib.contextmanager
@@ -60,7 +60,7 @@ def write_folder(path: Path, replace: bool = False) -> Iterator[Path]:
         yield part
         for below, _, files in os.walk(part):
             for name in (*files, ""):
-                _sync(Path(below, name))
+                sync(Path(below, name))
         if replace and os.path.lexists(path):
             os.rename(path, old)
         os.rename(part, path)
@@ -71,7 +71,7 @@ def write_folder(path: Path, replace: bool = False) -> Iterator[Path]:
         raise
     finally:
         os.close(held)
-    _sync(path.parent)
+    sync(path.parent)
     remove(old)
 
 
@@ -248,7 +248,7 @@ def _temporary(path: Path) -> Path:
     return path.with_name(f"{path.name}.tmp-{os.getpid()}-{secrets.token_hex(4)}")
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
     """Wait until a file's content, or a folder's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:

@@ -49,7 +49,7 @@ def test_a_file_is_written_and_replaced(tmp_path, content):
         assert names(tmp_path) == ["a"]
 
 
-@pytest.mark.parametrize("point", ["_sync", "os.replace"])
+@pytest.mark.parametrize("point", ["sync", "os.replace"])
 def test_a_kill_leaves_the_file_as_it_was_and_a_leftover_that_is_known_as_one(tmp_path, point):
     write_atomic(tmp_path / "a.json", "old")
 
@@ -67,7 +67,7 @@ def test_a_kill_leaves_the_file_as_it_was_and_a_leftover_that_is_known_as_one(tm
     assert names(tmp_path) == ["a.json"]
 
 
-@pytest.mark.parametrize("point", ["_sync", "os.replace"])
+@pytest.mark.parametrize("point", ["sync", "os.replace"])
 def test_an_error_leaves_the_file_as_it_was_and_no_leftover(tmp_path, monkeypatch, point):
     write_atomic(tmp_path / "a", "old")
     monkeypatch.setattr(os, "replace", fail) if point == "os.replace" else monkeypatch.setattr(files, point, fail)
@@ -77,8 +77,8 @@ def test_an_error_leaves_the_file_as_it_was_and_no_leftover(tmp_path, monkeypatc
 
 
 def test_the_content_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
-    order, sync = [], files._sync
-    monkeypatch.setattr(files, "_sync", lambda path: (order.append(("sync", path.name.partition(".tmp-")[0])), sync(path)))
+    order, sync = [], files.sync
+    monkeypatch.setattr(files, "sync", lambda path: (order.append(("sync", path.name.partition(".tmp-")[0])), sync(path)))
     for name in ("replace", "rename"):
         real = getattr(os, name)
         monkeypatch.setattr(os, name, lambda a, b, real=real: (order.append(("rename", b.name)), real(a, b)))
@@ -98,7 +98,7 @@ def test_a_folder_is_written_and_replaced(tmp_path):
 
 def test_what_another_process_is_writing_is_no_leftover(tmp_path, monkeypatch):
     """In the same folder, of the same name; for a file at the moment before it has its name."""
-    seen, sync = [], files._sync
+    seen, sync = [], files.sync
 
     def look(path):
         remove_leftovers(tmp_path)
@@ -108,7 +108,7 @@ def test_what_another_process_is_writing_is_no_leftover(tmp_path, monkeypatch):
     with write_folder(tmp_path / "f") as part:
         remove_leftovers(tmp_path)
         assert part.is_dir()
-    monkeypatch.setattr(files, "_sync", look)
+    monkeypatch.setattr(files, "sync", look)
     write_atomic(tmp_path / "a", "text")
     assert seen == [True, True] and names(tmp_path) == ["a", "f"]
 
@@ -151,7 +151,7 @@ def test_a_kill_leaves_a_whole_folder_or_none(tmp_path, there, point):
 
     def write():
         if point == "sync":
-            files._sync = kill
+            files.sync = kill
         elif point == "rename":
             os.rename = kill
         elif point == "remove":

@@ -69,7 +69,7 @@ def test_the_kernel_is_the_pytorch_path(monkeypatch, dtype, bound, divergence, t
     )
     results = []
     for by_kernel in (True, False):
-        monkeypatch.setattr(fused, "_kernels_run", lambda device, by_kernel=by_kernel: by_kernel)
+        monkeypatch.setattr(fused, "kernels_run", lambda device, by_kernel=by_kernel: by_kernel)
         h = hidden.clone().requires_grad_()
         total, rows = fused.fused_loss(h, Head(weight, V), labels, objective, signal, 128)
         total.backward()
@@ -140,7 +140,7 @@ def test_packed_rows_on_the_gpu(make_recipe, tmp_path, attention):
 def test_variable_length_attention_in_one_call(windowed):
     from llmkd.models import attention
 
-    way = attention._one_call(torch.device("cuda", 0), windowed)
+    way = attention.one_call(torch.device("cuda", 0), windowed)
     assert way and not way.keywords["repeat"]  # heads in groups as they are
 
 

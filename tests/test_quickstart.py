@@ -33,7 +33,7 @@ def test_the_corpus_is_the_same_every_time_and_its_splits_do_not_meet():
     assert not asked["train"] & asked["validation"] and not asked["train"] & asked["test"] and not asked["validation"] & asked["test"]
     prose = " ".join(row["text"] for row in skills.rows("train", "prose"))
     assert not [q for q in asked["test"] | asked["validation"] if q in prose]
-    skills._questions.cache_clear()
+    skills.question_splits.cache_clear()
     assert asked["test"] == {row["messages"][0]["content"] for row in skills.rows("test")}
 
 

@@ -61,11 +61,11 @@ def paired_difference(a: np.ndarray, b: np.ndarray, w: np.ndarray | None = None,
     if n == 1:
         return Difference(value, stderr, (math.nan, math.nan))
     tail = NormalDist().cdf(-t_quantile(1 - LEVEL, n - 1) * math.sqrt(n / (n - 1)))
-    low, high = np.quantile(_bootstrap(d, w, resamples, np.random.default_rng(seed)), [tail, 1 - tail])
+    low, high = np.quantile(bootstrap(d, w, resamples, np.random.default_rng(seed)), [tail, 1 - tail])
     return Difference(value, stderr, (float(low), float(high)))
 
 
-def _bootstrap(d: np.ndarray, w: np.ndarray | None, resamples: int, rng: np.random.Generator) -> np.ndarray:
+def bootstrap(d: np.ndarray, w: np.ndarray | None, resamples: int, rng: np.random.Generator) -> np.ndarray:
     """sum(d) / sum(w) of `resamples` samples of n items with replacement."""
     n = len(d)
     if w is None:
@@ -101,11 +101,11 @@ def sign_flip(d: np.ndarray, resamples: int = RESAMPLES, seed: int = 0) -> tuple
         for x in d[1:]:
             sums = np.concatenate([sums + x, sums - x])
         return float((np.abs(sums) >= enough).mean()), True
-    as_large = (np.abs(_flipped_sums(d, resamples, np.random.default_rng(seed))) >= enough).sum()
+    as_large = (np.abs(flipped_sums(d, resamples, np.random.default_rng(seed))) >= enough).sum()
     return float((as_large + 1) / (resamples + 1)), False
 
 
-def _flipped_sums(d: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
+def flipped_sums(d: np.ndarray, resamples: int, rng: np.random.Generator) -> np.ndarray:
     """sum(s d) for `resamples` draws of signs s."""
     n, (sizes, counts) = len(d), np.unique(np.abs(d).round(12), return_counts=True)
     if len(sizes) <= min(_FEW, n // 4):

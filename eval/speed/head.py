@@ -143,7 +143,7 @@ def main() -> None:
 
 def report(options, p: Problem, known: list[Case]) -> list[str]:
     able, unable, checks = [], [], {}
-    right = {key: exact(p, *key) for key in {_key(case) for case in known if not case.lower_bound}}
+    right = {key: exact(p, *key) for key in {exact_key(case) for case in known if not case.lower_bound}}
     for case in known:
         try:
             result = call_of(case, p)()
@@ -152,7 +152,7 @@ def report(options, p: Problem, known: list[Case]) -> list[str]:
             continue
         able.append(case)
         if result is not None:
-            value, grads = right[_key(case)]
+            value, grads = right[exact_key(case)]
             far = max(((g.double() - grad).norm() / grad.norm()).item() for g, grad in zip(result[1], grads, strict=True))
             checks[case.name] = f"gradient {far:.0e}, loss {abs(result[0].item() - value) / value:.0e}"
     times = {case.name: [] for case in able}
@@ -180,7 +180,7 @@ def report(options, p: Problem, known: list[Case]) -> list[str]:
     return [*lines, "", *unable, f"{unit}; {options.rounds} interleaved rounds. {machine(options)}"]
 
 
-def _key(case: Case) -> tuple[str, float, bool]:
+def exact_key(case: Case) -> tuple[str, float, bool]:
     return case.divergence, case.kd_ratio, case.trains
 
 

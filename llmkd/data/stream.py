@@ -66,7 +66,7 @@ class StreamSource(ExampleSource):
         unread = self._checked(block).unread
         self._named = set(unread)
         note_unread(self.setting, self.source, unread, len(block), "of the first {}")
-        return self._encode([(place, get) for _, place, get in itertools.islice(self._rows(0), self.batch_size)])
+        return self._encode([(place, get) for _, place, get in itertools.islice(self.rows_from(0), self.batch_size)])
 
     @property
     def content(self) -> str:
@@ -104,7 +104,7 @@ class StreamSource(ExampleSource):
                     "(a bad row may be corrected, not removed), or choose another output_dir"
                 )
 
-        rows, barren = self._rows(done * self.batch_size, digest, arrived if done else None), 0
+        rows, barren = self.rows_from(done * self.batch_size, digest, arrived if done else None), 0
         for number in range(done + 1, self.total_steps + 1):
             taken = list(itertools.islice(rows, self.batch_size))
             self._hashes[number] = digest.hexdigest()
@@ -121,7 +121,7 @@ class StreamSource(ExampleSource):
             split = self.split(examples, data.max_lengths)
             yield Step(number, taken[0][0], int(data.num_targets.sum()), examples, split, data, places)
 
-    def _rows(self, skip: int, digest=None, arrived: Callable[[], None] | None = None) -> Iterator[tuple[int, str, Any]]:
+    def rows_from(self, skip: int, digest=None, arrived: Callable[[], None] | None = None) -> Iterator[tuple[int, str, Any]]:
         """(pass, place, get) of the endless stream, from row `skip` on; `arrived` is called there.
 
         Rows of the first pass, skipped ones too, go into `digest` as they are taken.

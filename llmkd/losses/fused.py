@@ -101,7 +101,7 @@ def _loss_and_grad(
     """The terms of one chunk of rows. With `train`, the gradient is written over the student's logits."""
     kernel, how = _choose_backend(objective, student, signal)
     if train:
-        _log_backend(how)
+        log_backend(how)
     n, T = len(labels_n), objective.temperature
     grad_nV = student.grad_nV if train else None
     log_p_nV = _teacher(signal, rows, T, tiles, soften=not kernel) if has_full_distribution(signal) else None
@@ -129,7 +129,7 @@ def _choose_backend(objective: Objective, student: "_Product | _Module", signal:
     """The function that computes the terms and their gradient (None: PyTorch, by `Objective.loss_and_grad`), and a line for the log."""
     name = "cross-entropy" if signal is None else divergence_name(objective.divergence)
     plain = type(student) is _Product and student.logits_nV.dtype == torch.float32 and (signal is None or type(signal) is Dense)
-    if plain and _kernels_run(student.logits_nV.device):
+    if plain and kernels_run(student.logits_nV.device):
         from . import kernels
 
         if signal is None or kernels.kind(objective):
@@ -142,7 +142,7 @@ def _choose_backend(objective: Objective, student: "_Product | _Module", signal:
 
 
 @functools.cache
-def _kernels_run(device: torch.device) -> bool:
+def kernels_run(device: torch.device) -> bool:
     """Whether to use the Triton kernel: on a GPU (or in Triton's interpreter) with Triton, if it agrees with PyTorch on a small case."""
     interpreted = os.environ.get("TRITON_INTERPRET") == "1"
     if not (device.type == "cuda" or interpreted) or importlib.util.find_spec("triton") is None:
@@ -162,7 +162,7 @@ def _kernels_run(device: torch.device) -> bool:
 
 
 @functools.cache
-def _log_backend(how: str) -> None:
+def log_backend(how: str) -> None:
     """Log a line once in a process."""
     info(f"loss: {how}")
 

@@ -44,7 +44,7 @@ def loss_and_grad(
     written_nV = logits_nV if grad_nV is None else grad_nV
     block = min(4096, triton.next_power_of_2(V))
     if n:
-        _kernel[(n,)](
+        rows_kernel[(n,)](
             logits_nV,
             teacher_nV,
             labels_n,
@@ -130,7 +130,7 @@ def _over_mixture(d, share):
 
 
 @triton.jit
-def _kernel(
+def rows_kernel(
     logits, teacher, labels, grad, ce, kd, V, logits_stride, teacher_stride, grad_stride, w_ce, w_kd, inverse_T, share,
     KIND: tl.constexpr, FORWARD: tl.constexpr, REVERSE: tl.constexpr, SOFT: tl.constexpr, GRADIENT: tl.constexpr,
     HARD: tl.constexpr, TAUGHT: tl.constexpr, BLOCK: tl.constexpr,

@@ -24,7 +24,7 @@ PIECE = 32 << 20  # bytes that are hashed one after another: a tensor's hash is 
 SETTLED = 2.0  # seconds; the coarsest clock of a usual file system
 KEPT_FROM = 64 << 20  # bytes; smaller files are read as fast as their kept hash
 
-_memory: dict[Path, tuple[list[int], dict[str, str]]] = {}  # of this process
+kept: dict[Path, tuple[list[int], dict[str, str]]] = {}  # of this process
 _local = threading.local()
 
 
@@ -70,7 +70,7 @@ def _read(paths: list[Path]) -> dict[Path, dict[str, str]]:
     digests: dict[tuple[Path, str], list[bytes]] = {}
     with concurrent.futures.ThreadPoolExecutor(_threads()) as pool:  # hashing and reading release the GIL
         try:
-            for (path, name, *_), one in zip(pieces, bar([pool.submit(_piece, *piece) for piece in pieces]), strict=True):
+            for (path, name, *_), one in zip(pieces, bar([pool.submit(hash_piece, *piece) for piece in pieces]), strict=True):
                 digests.setdefault((path, name), []).append(one.result())
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
@@ -95,7 +95,7 @@ def _threads() -> int:
     return min(16, len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
-def _piece(path: Path, name: str, at: int, stop: int) -> bytes:
+def hash_piece(path: Path, name: str, at: int, stop: int) -> bytes:
     if not hasattr(_local, "buffer"):
         _local.buffer = bytearray(4 << 20)
     digest, view = hashlib.sha256(), memoryview(_local.buffer)
@@ -113,21 +113,21 @@ def _piece(path: Path, name: str, at: int, stop: int) -> bytes:
 def _known(path: Path) -> dict[str, str] | None:
     """The hashes of a file that has not changed since they were kept."""
     now = stamp(path)
-    if path in _memory and _memory[path][0] == now:
-        return _memory[path][1]
+    if path in kept and kept[path][0] == now:
+        return kept[path][1]
     if now[0] < KEPT_FROM:
         return None
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError):  # damaged: read the weights again
         entry = json.loads(_entry(path).read_text(encoding="utf-8"))
         if entry.pop("checksum") == _checksum(entry) and entry["version"] == VERSION and entry["stamp"] == now:
-            _memory[path] = now, entry["tensors"]
+            kept[path] = now, entry["tensors"]
             return entry["tensors"]
     return None
 
 
 def _keep(path: Path, before: list[int], hashes: dict[str, str]) -> None:
     """In memory, and for a large file on disk. Where the cache cannot be written, the file is read again the next time."""
-    _memory[path] = before, hashes
+    kept[path] = before, hashes
     if before[0] < KEPT_FROM:
         return
     entry = {"version": VERSION, "path": str(path.resolve()), "stamp": before, "tensors": hashes}

@@ -52,10 +52,10 @@ def _digest(rows) -> str:
 
 def same_weights(recorded: str, folder: Path, setting: str) -> bool:
     """Whether a folder holds the weights of a recorded fingerprint. Records of earlier versions hold one of samples, which is compared as such."""
-    return recorded == (fingerprint if recorded.startswith(WHOLE) else _sampled_fingerprint)(folder, setting)
+    return recorded == (fingerprint if recorded.startswith(WHOLE) else sampled_fingerprint)(folder, setting)
 
 
-def _sampled_fingerprint(folder: Path, setting: str) -> str:
+def sampled_fingerprint(folder: Path, setting: str) -> str:
     """The fingerprint of earlier versions: names, shapes, types and three samples of 1 KiB of every tensor."""
     rows = []
     for path in sorted(folder.glob("*.safetensors")):  # all of them counted then

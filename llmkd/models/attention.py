@@ -78,9 +78,9 @@ def attention(
         key, value = (x.index_select(0, packed.kv_index) for x in (key, value))
     half, D = query.dtype in (torch.bfloat16, torch.float16), query.shape[-1]
     takes = query.is_cuda and half and not dropout and D == value.shape[-1] <= 256 and D % 8 == 0
-    if takes and (way := _one_call(query.device, window is not None)):
+    if takes and (way := one_call(query.device, window is not None)):
         return way(query, key, value, packed, scaling, groups, window)[None], None
-    return _by_segment(query, key, value, packed, dropout, scaling, groups, window)[None], None
+    return by_segment(query, key, value, packed, dropout, scaling, groups, window)[None], None
 
 
 def _window(module: nn.Module, others: dict) -> int | None:
@@ -92,7 +92,7 @@ def _window(module: nn.Module, others: dict) -> int | None:
     return others.get("sliding_window")
 
 
-def _by_segment(query, key, value, packed: PackedLayout, dropout: float, scale: float | None, groups: int, window: int | None) -> Tensor:
+def by_segment(query, key, value, packed: PackedLayout, dropout: float, scale: float | None, groups: int, window: int | None) -> Tensor:
     """Attention of [T, heads, D] queries, one scaled_dot_product_attention a segment. `groups`: query heads for each key head."""
     if groups > 1:
         key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
@@ -109,7 +109,9 @@ def _by_segment(query, key, value, packed: PackedLayout, dropout: float, scale: 
     return torch.cat(out)
 
 
-def _flash(query, key, value, packed: PackedLayout, scale: float | None, groups: int, window: int | None, repeat: bool = False) -> Tensor:
+def flash_attention(
+    query, key, value, packed: PackedLayout, scale: float | None, groups: int, window: int | None, repeat: bool = False
+) -> Tensor:
     """The same by one FlashAttention kernel. It takes grouped heads as they are or, with `repeat`, keys and values repeated for each head."""
     from torch.nn.attention.varlen import varlen_attn
 
@@ -124,15 +126,15 @@ def _flash(query, key, value, packed: PackedLayout, scale: float | None, groups:
 
 
 @functools.cache
-def _one_call(device: torch.device, windowed: bool) -> Callable[..., Tensor] | None:
-    """The form of `_flash` that is right on this device, or None; tried once in a process."""
-    return _right_form(_flash, device, windowed)
+def one_call(device: torch.device, windowed: bool) -> Callable[..., Tensor] | None:
+    """The form of `flash_attention` that is right on this device, or None; tried once in a process."""
+    return right_form(flash_attention, device, windowed)
 
 
-def _right_form(flash: Callable[..., Tensor], device: torch.device, windowed: bool) -> Callable[..., Tensor] | None:
+def right_form(flash: Callable[..., Tensor], device: torch.device, windowed: bool) -> Callable[..., Tensor] | None:
     """`flash` with grouped heads as they are, else with repeated keys and values, or None where neither is right on this device.
 
-    It is compared with `_by_segment`, forward and backward, before it is used: versions of torch and devices differ in the head sizes they
+    It is compared with `by_segment`, forward and backward, before it is used: versions of torch and devices differ in the head sizes they
     accept, and in where the causal mask of a segment with a longer key sequence begins.
     """
     packed = PackedLayout.of([20, 40, 7, 33], [-1, 0, 0, -1]).each(lambda x: x.to(device))
@@ -146,7 +148,7 @@ def _right_form(flash: Callable[..., Tensor], device: torch.device, windowed: bo
             out = way(*given, packed, *rest, None, 2, 9 if windowed else None)
             return [x.float() for x in (out, *torch.autograd.grad(out.float().square().sum(), given))]
 
-    right = outcome(_by_segment, torch.float32, 0.0)
+    right = outcome(by_segment, torch.float32, 0.0)
     for repeat in (False, True):
         way = functools.partial(flash, repeat=repeat)
         try:

@@ -23,7 +23,7 @@ def is_first_to_say(text: str, error: BaseException) -> bool:
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return True
     with contextlib.suppress(Exception):  # the launcher may be gone: better twice than never
-        server, lost = _connect(), machine_error(error) is DEAD_PEER
+        server, lost = connect(), machine_error(error) is DEAD_PEER
         if lost:
             for _ in range(round(10 * _SECONDS)):
                 if server.add(f"{_PREFIX}count", 0):
@@ -35,7 +35,7 @@ def is_first_to_say(text: str, error: BaseException) -> bool:
     return True
 
 
-def _connect():
+def connect():
     """A connection to the launcher's server. RuntimeError where there is none."""
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE", "").lower() != "true":
         raise RuntimeError("the launcher has no key-value server")

@@ -236,13 +236,13 @@ def check_environment(variables: Mapping[str, str] = os.environ) -> None:
     if refused:
         raise UserError(*refused)
     for _, line in _effective(variables):
-        if line not in _said:
-            _said.add(line)
+        if line not in told:
+            told.add(line)
             info(f"environment: {line}")
     os.environ.setdefault("USE_HUB_KERNELS", "NO")  # read when transformers is imported
 
 
-_said: set[str] = set()
+told: set[str] = set()
 
 
 def _effective(variables: Mapping[str, str]) -> Iterator[tuple[Rule, str]]:

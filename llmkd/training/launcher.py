@@ -14,7 +14,7 @@ from pathlib import Path
 _MARKS = ("ACCELERATE_MIXED_PRECISION", "TORCHELASTIC_RUN_ID")
 _COMMANDS = (b"accelerate", b"torchrun", b"torch.distributed")
 _SECONDS = 0.25  # between two looks
-_known: dict[int, int | None] = {}  # the launcher by the id of the process that asked
+launchers: dict[int, int | None] = {}  # the launcher by the id of the process that asked
 
 
 def launcher_pid() -> int | None:
@@ -23,9 +23,9 @@ def launcher_pid() -> int | None:
     The command line calls this at its start, since a launcher may end while a run is still reading its data.
     """
     process = os.getpid()  # a fork has a parent of its own
-    if process not in _known:
-        _known[process] = _find_launcher()
-    return _known[process]
+    if process not in launchers:
+        launchers[process] = _find_launcher()
+    return launchers[process]
 
 
 def _find_launcher() -> int | None:

@@ -63,12 +63,12 @@ def check_process_state() -> None:
     if problems:
         raise UserError(*problems)
     for text, found in SAID:
-        if found(torch) and text not in _said:
-            _said.add(text)
+        if found(torch) and text not in told:
+            told.add(text)
             info(f"torch: {text}")
 
 
-_said: set[str] = set()
+told: set[str] = set()
 
 
 def _problems(torch) -> Iterator[str]:

@@ -193,14 +193,14 @@ def test_an_arm_that_samples_are_not_right_for_is_named_before_anything_runs(wor
 def test_a_cache_of_an_earlier_version_which_took_samples_of_the_weights_is_read_and_not_continued(make_recipe, world, damaged):
     import hashlib
 
-    from llmkd.model_folder.identity import _sampled_fingerprint, config_hash
+    from llmkd.model_folder.identity import config_hash, sampled_fingerprint
     from llmkd.training.prepare import prepare
 
     folder = damaged()
     header = json.loads((folder / "cache.json").read_text())
     del header["checksum"]
     for name, model in (("base", "teacher"), ("adapter", "adapter")):
-        header["provenance"]["teacher"][name] = f"{_sampled_fingerprint(world / model, 'm')} {config_hash(world / model, 'm')}"
+        header["provenance"]["teacher"][name] = f"{sampled_fingerprint(world / model, 'm')} {config_hash(world / model, 'm')}"
     checksum = hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()
     (folder / "cache.json").write_text(json.dumps(header | {"checksum": checksum}))
     made_by = {"model": str(world / "adapter"), "dtype": "float32"}

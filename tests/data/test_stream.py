@@ -144,7 +144,7 @@ def test_a_large_file_gives_its_first_batch_at_once_and_keeps_a_block_in_memory(
     next(steps)
     assert time.perf_counter() - start < 3
     tracemalloc.start()
-    list(itertools.islice(feed._rows(0), 31_000))
+    list(itertools.islice(feed.rows_from(0), 31_000))
     list(itertools.islice(steps, 3))
     assert tracemalloc.get_traced_memory()[1] < 60e6
     tracemalloc.stop()

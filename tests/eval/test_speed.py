@@ -100,7 +100,7 @@ def test_rows_of_the_head_are_right_with_the_head_frozen_and_trained():
     assert sum(case.trains for case in known) == 2
     for case in known:
         value, grads = case.run(p)
-        loss, right = head.exact(p, *head._key(case))
+        loss, right = head.exact(p, *head.exact_key(case))
         assert value.item() == pytest.approx(loss, rel=1e-5) and len(grads) == 1 + case.trains
         for found, grad in zip(grads, right, strict=True):
             assert (found - grad).norm() < 1e-5 * grad.norm(), case.name

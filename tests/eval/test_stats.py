@@ -66,8 +66,8 @@ def test_pairing_takes_out_what_makes_an_item_hard_for_both(rng):
 
 def test_few_different_values_are_resampled_alike_by_counts_and_by_items(rng):
     d = rng.choice([1.0, 0.0, -1.0], 400, p=[0.2, 0.7, 0.1])
-    by_counts = stats._bootstrap(d, None, 20_000, np.random.default_rng(0))
-    by_items = stats._bootstrap(d, np.ones(400), 20_000, np.random.default_rng(0))
+    by_counts = stats.bootstrap(d, None, 20_000, np.random.default_rng(0))
+    by_items = stats.bootstrap(d, np.ones(400), 20_000, np.random.default_rng(0))
     quantiles = [0.025, 0.16, 0.5, 0.84, 0.975]
     assert not np.array_equal(by_counts, by_items)
     assert np.quantile(by_counts, quantiles) == pytest.approx(np.quantile(by_items, quantiles), abs=0.003)  # se 0.026
@@ -80,7 +80,7 @@ def test_few_different_values_are_resampled_alike_by_counts_and_by_items(rng):
 def test_memory_stays_bounded(n, monkeypatch):
     monkeypatch.setattr(stats, "_CELLS", 1 << 14)  # many blocks: the last is a short one
     rng, d = np.random.default_rng(0), np.linspace(-1, 1.1, n)
-    assert stats._bootstrap(d, None, 333, rng).shape == (333,) and stats._flipped_sums(d, 333, rng).shape == (333,)
+    assert stats.bootstrap(d, None, 333, rng).shape == (333,) and stats.flipped_sums(d, 333, rng).shape == (333,)
 
 
 def test_sign_flips_enumerate_every_pattern(rng):

@@ -393,7 +393,7 @@ def test_other_signals(monkeypatch, temperature, divergence):
 
 def test_the_log_says_once_which_way_it_went(monkeypatch):
     said = []
-    fused._log_backend.cache_clear()
+    fused.log_backend.cache_clear()
     monkeypatch.setattr(fused, "info", said.append)
     hidden, labels = case()
     for divergence in ("forward_kl", "forward_kl", "adaptive_kl"):

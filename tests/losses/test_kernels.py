@@ -55,9 +55,9 @@ def test_compiles_for_a_gpu_that_is_not_here(which, forward, reverse, soft):
     pointers = dict.fromkeys(("logits", "teacher", "ce", "kd"), "*fp32") | {"labels": "*i64", "grad": "*bf16"}
     numbers = {"V": "i32"} | dict.fromkeys(("logits_stride", "teacher_stride", "grad_stride"), "i64")
     types = pointers | numbers | dict.fromkeys(("w_ce", "w_kd", "inverse_T", "share"), "fp32")
-    signature = {name: types.get(name, "constexpr") for name in kernels._kernel.arg_names}
-    constants = {(kernels._kernel.arg_names.index(name),): value for name, value in (flags | {"BLOCK": 4096}).items()}
-    source = triton.compiler.ASTSource(fn=kernels._kernel, signature=signature, constexprs=constants)
+    signature = {name: types.get(name, "constexpr") for name in kernels.rows_kernel.arg_names}
+    constants = {(kernels.rows_kernel.arg_names.index(name),): value for name, value in (flags | {"BLOCK": 4096}).items()}
+    source = triton.compiler.ASTSource(fn=kernels.rows_kernel, signature=signature, constexprs=constants)
     compiled = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
     assert compiled.asm["cubin"] and ".local" not in compiled.asm["ptx"]  # nothing spilt
 
@@ -164,7 +164,7 @@ def test_the_whole_head_by_the_kernel(monkeypatch, name, options, train):
         head.requires_grad_(train and head is heads[0]).weight.data.copy_(randn(*head.weight.shape, seed=3))
     from llmkd.losses import kernels
 
-    assert fused._kernels_run(torch.device("cpu"))  # looks at the kernel once, by itself
+    assert fused.kernels_run(torch.device("cpu"))  # looks at the kernel once, by itself
     monkeypatch.setattr(
         kernels, "loss_and_grad", lambda *args, loss_and_grad=kernels.loss_and_grad: calls.append(1) or loss_and_grad(*args)
     )
@@ -197,4 +197,4 @@ def test_a_kernel_that_is_wrong_is_found_out_before_it_is_used(monkeypatch):
     monkeypatch.setattr(kernels, "loss_and_grad", lambda *args: {name: 1.01 * term for name, term in right(*args).items()})
     assert not kernels.agrees(cpu)
     with pytest.raises(RuntimeError, match="does not agree"):
-        fused._kernels_run.__wrapped__(cpu)
+        fused.kernels_run.__wrapped__(cpu)

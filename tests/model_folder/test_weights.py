@@ -76,12 +76,12 @@ def kept(tmp_path, monkeypatch):
     monkeypatch.setattr(hashes, "KEPT_FROM", 0)
     monkeypatch.setattr(hashes, "SETTLED", -1e9)  # as if all was written long ago
     monkeypatch.setenv("LLMKD_CACHE", str(tmp_path / "cache"))
-    piece = hashes._piece
-    monkeypatch.setattr(hashes, "_piece", lambda path, *rest: reads.append(path) or piece(path, *rest))
+    piece = hashes.hash_piece
+    monkeypatch.setattr(hashes, "hash_piece", lambda path, *rest: reads.append(path) or piece(path, *rest))
 
     def go(folder: Path) -> tuple[str, bool]:
         """Its fingerprint in a new process, and whether its files were read for it."""
-        hashes._memory.clear()
+        hashes.kept.clear()
         reads.clear()
         return fingerprint(folder, "m"), bool(reads)
 
@@ -131,14 +131,14 @@ def test_a_file_that_was_just_written_is_not_remembered(tmp_path, kept, monkeypa
 
 def test_a_file_that_changes_while_it_is_read_is_a_refusal(tmp_path, monkeypatch):
     folder = model(tmp_path / "m")
-    piece = hashes._piece
+    piece = hashes.hash_piece
 
     def slow(path, *rest):
         time.sleep(0.02)
         flip(path, path.stat().st_size - 1)
         return piece(path, *rest)
 
-    monkeypatch.setattr(hashes, "_piece", slow)
+    monkeypatch.setattr(hashes, "hash_piece", slow)
     with pytest.raises(UserError, match=r"m: .*model.safetensors was changed while it was read"):
         fingerprint(folder, "m")
 
@@ -248,7 +248,7 @@ def test_what_llmkd_wrote_is_refused_when_any_file_of_it_has_changed(tmp_path):
 
 def test_records_of_earlier_versions_are_compared_by_their_samples(tmp_path, capsys):
     base, adapter = model(tmp_path / "base"), model(tmp_path / "adapter")
-    (adapter / "llmkd.json").write_text(json.dumps({"base_fingerprint": identity._sampled_fingerprint(base, "m")}))
+    (adapter / "llmkd.json").write_text(json.dumps({"base_fingerprint": identity.sampled_fingerprint(base, "m")}))
     verify(base, adapter, "m")
     assert "is of an earlier version, which recorded samples" in capsys.readouterr().err
     size = (base / "model.safetensors").stat().st_size

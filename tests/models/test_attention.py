@@ -273,7 +273,7 @@ def test_the_one_call_is_one_that_torch_takes(window, repeat):
     packed = PackedLayout.of([20, 40, 7, 33], [-1, 0, 0, -1]).each(lambda x: x.to("meta"))
     sizes = ((100, 4, 64), (sum(packed.kv_lengths), 2, 64), (sum(packed.kv_lengths), 2, 64))
     given = [torch.empty(*size, device="meta", dtype=torch.bfloat16, requires_grad=True) for size in sizes]
-    out = attention._flash(*given, packed, 0.125, 2, window, repeat)
+    out = attention.flash_attention(*given, packed, 0.125, 2, window, repeat)
     out.sum().backward()
     assert (out.shape, out.dtype) == ((100, 4, 64), torch.bfloat16) and [x.grad.shape for x in given] == [
         torch.Size(size) for size in sizes
@@ -286,9 +286,9 @@ def test_the_one_call_is_used_where_it_is_right(windowed, capsys):
         def flash(query, key, value, packed, scale, groups, window, repeat):
             if repeat not in takes:
                 raise RuntimeError("heads differ")
-            return changed(attention._by_segment(query, key, value, packed, 0.0, scale, groups, window))
+            return changed(attention.by_segment(query, key, value, packed, 0.0, scale, groups, window))
 
-        return attention._right_form(flash, torch.device("cpu"), windowed)
+        return attention.right_form(flash, torch.device("cpu"), windowed)
 
     assert [kernel(takes).keywords["repeat"] for takes in ((False, True), (True,))] == [False, True]
     assert capsys.readouterr().err == ""
@@ -312,7 +312,7 @@ def test_the_one_call_is_given_what_torch_documents(window, monkeypatch, capsys)
             return torch.cat(parts).to(query.dtype)
 
         monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", varlen_attn)
-        return attention._right_form(attention._flash, torch.device("cpu"), window is not None)
+        return attention.right_form(attention.flash_attention, torch.device("cpu"), window is not None)
 
     def whole(back, left, right):
         return (back >= -right) & ((back <= left) | (left < 0))

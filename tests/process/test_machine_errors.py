@@ -124,7 +124,7 @@ class Server:
 def launch(monkeypatch):
     server = Server()
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr(rank_messages, "_connect", lambda: server)
+    monkeypatch.setattr(rank_messages, "connect", lambda: server)
     monkeypatch.setattr(rank_messages, "_SECONDS", 0.2)
 
     def ends(rank: str, error: Exception, capsys) -> str:
@@ -155,7 +155,7 @@ def test_a_process_that_dies_without_a_word_is_missed_once(launch, capsys):
 
 
 def test_without_a_server_every_process_says_what_it_met(launch, capsys, monkeypatch):
-    monkeypatch.setattr(rank_messages, "_connect", lambda: 1 / 0)
+    monkeypatch.setattr(rank_messages, "connect", lambda: 1 / 0)
     assert "x" in launch("0", UserError("x"), capsys) and "x" in launch("1", UserError("x"), capsys)
 
 

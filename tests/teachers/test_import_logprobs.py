@@ -53,7 +53,7 @@ class World:
         return {"prompt_token_ids": [*ids, 5], "prompt_logprobs": [*told, {}]}
 
     def openai(self, i, leave=0):
-        texts = foreign._Reader(None, self.encoded, self.tokenizer, foreign.make_format(self.vocab, K, 16))._strings()
+        texts = foreign.AnswersReader(None, self.encoded, self.tokenizer, foreign.make_format(self.vocab, K, 16)).token_strings()
         content = []
         for t in self.places(i)[: -leave or None]:
             label, top = self.ids(i)[t], self.top(i, t)
@@ -164,8 +164,8 @@ def test_the_api_puts_it_into_choices(small):
 def test_strings_that_begin_with_a_space_in_another_kind_of_tokenizer(tmp_path):
     world = World(tmp_path, skills_tokenizer())
     world.write(world.all("openai"))
-    reader = foreign._Reader(None, world.encoded, world.tokenizer, foreign.make_format(world.vocab, K, 8))
-    assert len(reader._strings()) == world.vocab and len(reader._ids) > world.vocab / 2
+    reader = foreign.AnswersReader(None, world.encoded, world.tokenizer, foreign.make_format(world.vocab, K, 8))
+    assert len(reader.token_strings()) == world.vocab and len(reader.ids_of_strings) > world.vocab / 2
 
 
 def change(line, *path, to):

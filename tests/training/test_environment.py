@@ -19,8 +19,8 @@ OPERATIONS = Path(__file__).parents[2] / "docs/operations.md"
 
 @pytest.fixture(autouse=True)
 def _nothing_said_yet(monkeypatch):
-    monkeypatch.setattr(environment, "_said", set())
-    monkeypatch.setattr(process_state, "_said", set())
+    monkeypatch.setattr(environment, "told", set())
+    monkeypatch.setattr(process_state, "told", set())
 
 
 def examples(kind: str) -> list[tuple[str, environment.Rule]]:

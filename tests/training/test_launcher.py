@@ -31,11 +31,11 @@ def started(command: list[str]) -> subprocess.Popen:
 
 
 def test_without_a_launcher_nothing_is_watched(monkeypatch):
-    monkeypatch.setattr(launcher, "_known", {})
+    monkeypatch.setattr(launcher, "launchers", {})
     for mark in launcher._MARKS:
         monkeypatch.delenv(mark, raising=False)
     assert launcher.launcher_pid() is None
-    launcher._known.clear()
+    launcher.launchers.clear()
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")  # inherited from somewhere: this process's parent is no launcher
     if sys.platform == "linux" and b"accelerate" not in Path(f"/proc/{os.getppid()}/cmdline").read_bytes():
         assert launcher.launcher_pid() is None

@@ -202,7 +202,7 @@ def _die_at(point: str) -> None:
     elif point == "manifest":
         checkpoint.write_sealed = kill
     elif point.startswith("sync"):
-        files._sync = after(files._sync, {"sync 0": 2, "sync 3": 5, "sync after": 7}[point])  # 0 and 1 are of the manifest alone
+        files.sync = after(files.sync, {"sync 0": 2, "sync 3": 5, "sync after": 7}[point])  # 0 and 1 are of the manifest alone
     elif point == "rename":
         os.rename = kill
     else:

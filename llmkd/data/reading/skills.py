@@ -149,11 +149,11 @@ def rows(split: str, name: str = "questions") -> list[dict]:
         raise UserError(f"builtin:skills: found name {name!r} with split {split!r}, expected {known}")
     if name == "prose":
         return [_told(sentences) for sentences in _prose(split)]
-    return [_conversation(question, split) for question in _questions()[split]]
+    return [_conversation(question, split) for question in question_splits()[split]]
 
 
 @functools.cache
-def _questions() -> dict[str, list[tuple[str, str, list[str], str]]]:
+def question_splits() -> dict[str, list[tuple[str, str, list[str], str]]]:
     """Distinct questions, shuffled once and divided into splits."""
     rng, seen, found = random.Random("skills"), set(), []
     while len(found) < sum(SIZES["questions"].values()):
@@ -247,7 +247,7 @@ def _asked(rng: random.Random) -> str:
 
 @functools.cache
 def _held_out() -> set[str]:
-    return {question for split in ("validation", "test") for question, *_ in _questions()[split]}
+    return {question for split in ("validation", "test") for question, *_ in question_splits()[split]}
 
 
 _SENTENCES = [_about, _about, _about_words, _about_numbers, _about_people, _asked, _asked, _asked]

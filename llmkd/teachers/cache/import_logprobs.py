@@ -54,7 +54,7 @@ def write(path: str | Path, encoded: Examples, tokenizer, writer: Writer, progre
 
     `writer` has a format from `make_format` and is begun here. UserErrors name file and line.
     """
-    reader = _Reader(Path(path), encoded, tokenizer, writer.format)
+    reader = AnswersReader(Path(path), encoded, tokenizer, writer.format)
     lines = reader.lines(progress)
     if not writer.begin():
         for number in progress(writer.left()):
@@ -66,12 +66,12 @@ def write(path: str | Path, encoded: Examples, tokenizer, writer: Writer, progre
     return dict(reader.counts)
 
 
-class _Reader:
+class AnswersReader:
     def __init__(self, path: Path, encoded: Examples, tokenizer, record_format: TopKFormat):
         self.path, self.encoded, self.tokenizer, self.format = path, encoded, tokenizer, record_format
         self.counts = Counter(unknown_tokens=0, unknown_targets=0, unused=0)
         self._texts: list[str] | None = None
-        self._ids: dict[str, int] = {}
+        self.ids_of_strings: dict[str, int] = {}
 
     def lines(self, progress) -> dict[int, Line]:
         """The line of each example, after reading and checking all lines."""
@@ -192,7 +192,7 @@ class _Reader:
         return entries
 
     def _openai(self, content, labels: list[int], counts: Counter) -> list[Entry]:
-        texts, entries = self._strings(), []
+        texts, entries = self.token_strings(), []
         try:
             if len(content) > len(labels):
                 raise ValueError(f"has {len(content)} targets, and the example {len(labels)}")
@@ -201,7 +201,7 @@ class _Reader:
                     raise ValueError(f"target {n} is {given['token']!r} here, and {self._shown(label)} in the example")
                 entry = {label: given["logprob"]}
                 for other in given.get("top_logprobs") or ():
-                    token = self._ids.get(other["token"], -1)
+                    token = self.ids_of_strings.get(other["token"], -1)
                     if token >= 0:
                         entry.setdefault(token, other["logprob"])
                     elif other["token"] != given["token"]:
@@ -211,15 +211,15 @@ class _Reader:
             raise ValueError("logprobs.content: expected token, logprob and top_logprobs for each target") from None
         return entries
 
-    def _strings(self) -> list[str]:
-        """The string of each token in the middle of a text. `_ids` maps the strings that belong to a single token to it."""
+    def token_strings(self) -> list[str]:
+        """The string of each token in the middle of a text. `ids_of_strings` maps the strings that belong to a single token to it."""
         if self._texts is None:
             before = self.tokenizer("a", add_special_tokens=False)["input_ids"][-1:]
             plain = {"clean_up_tokenization_spaces": False, "skip_special_tokens": False}
             start = len(self.tokenizer.decode(before, **plain))
             self._texts = [text[start:] for text in self.tokenizer.batch_decode([[*before, i] for i in range(self.format.vocab)], **plain)]
             often = Counter(self._texts)
-            self._ids = {text: i for i, text in enumerate(self._texts) if often[text] == 1}
+            self.ids_of_strings = {text: i for i, text in enumerate(self._texts) if often[text] == 1}
         return self._texts
 
     def _same(self, given: list, wanted: list[int], what: str = "target") -> None:

@@ -639,8 +639,8 @@ FAULTS = [
         (
             "stream-skips-too-few",
             "a resumed stream begins a step early",
-            "self._rows(done * self.batch_size, digest",
-            "self._rows(max(0, done - 1) * self.batch_size, digest",
+            "self.rows_from(done * self.batch_size, digest",
+            "self.rows_from(max(0, done - 1) * self.batch_size, digest",
             "data/test_stream.py::test_going_on_after_k_steps_is_the_tail_of_the_whole",
         ),
         (

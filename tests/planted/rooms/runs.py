@@ -180,7 +180,7 @@ FAULTS = [
         (
             "not-on-the-disk",
             "a file has its name before it is on the disk",
-            "            _sync(part)\n            os.replace(part, path)",
+            "            sync(part)\n            os.replace(part, path)",
             "            os.replace(part, path)",
             f"{FILES}::test_the_content_is_on_the_disk_before_it_has_its_name",
         ),
