@@ -15,7 +15,6 @@ from llmkd.data.encoding.encode import encode
 from llmkd.data.encoding.supervised_text import supervised_spans
 from tests.kit.data import END, rows_of, skills_tokenizer, talk, tiny
 
-
 ENDS = "answers end with '<|end|>' (1), at which the saved student's generation stops\n"
 
 

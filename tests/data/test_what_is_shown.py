@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 
 import pytest
 
@@ -364,6 +365,13 @@ def test_a_row_of_many_examples_is_said_at_once(capsys):
     assert capsys.readouterr().err.splitlines() == [
         "note: f.jsonl:2: the chat template makes 33 examples of it, one for each answer; answers: last makes one"
     ]
+
+
+def test_a_row_that_takes_long_is_said_at_once(capsys, monkeypatch):
+    monkeypatch.setattr("llmkd.data.encoding.encode._SLOW", 0.0)
+    encode(rows_of(TALK, TALK), "chat", Data(), made(PLAIN))
+    encode(rows_of({"text": "q"}), "text", Data(), made(PLAIN))
+    assert re.fullmatch(r"note: f\.jsonl:1: the chat template takes \d\.\d s for this row\n", capsys.readouterr().err)
 
 
 @pytest.mark.parametrize("template", [FORGETS, PLAIN])

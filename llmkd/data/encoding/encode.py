@@ -7,6 +7,7 @@ in that text. A token across the border of prompt and answer belongs to the answ
 import dataclasses
 import itertools
 import re
+import time
 from collections import Counter
 from dataclasses import dataclass
 
@@ -27,6 +28,7 @@ from .teacher_context import Tokens, align, keep_common, teacher_texts
 
 _BATCH, _MOST_CHARACTERS = 512, 1 << 20
 _MANY = 32  # examples of one row
+_SLOW = 4.0  # seconds for one row
 
 
 @dataclass(frozen=True)
@@ -92,8 +94,16 @@ def encode(rows: Rows, source: Source, data: Data, tokenizer, progress=iter) -> 
 
 def _render(rows: Rows, source: Source, data: Data, tokenizer, errors: ErrorCollector) -> list[Rendered]:
     """The texts of all rows, as student and teacher read them. Bad rows are added to `errors`. A row marked as not trained on has no text."""
-    texts, control = [], controls(tokenizer)
+    texts, control, said = [], controls(tokenizer), set()
+
+    def say(what: str) -> None:  # at once: all rows may take hours
+        kind = what.partition(" ")[0]
+        if kind not in said:
+            warn(f"note: {rows.places[i]}: the chat template {what}")
+        said.add(kind)
+
     for i, row in enumerate(rows.rows):
+        started = time.monotonic()
         try:
             refuse_unhonoured_marks(row, data)
             if row.get("train") is False:
@@ -109,8 +119,10 @@ def _render(rows: Rows, source: Source, data: Data, tokenizer, errors: ErrorColl
         except RecursionError:
             errors.add(f"{rows.places[i]}: nested too deeply; give it fewer levels")
             continue
-        if len(own) > _MANY and not any(text.of > _MANY for text in texts):  # said at once: it may take hours for many such rows
-            warn(f"note: {rows.places[i]}: the chat template makes {len(own)} examples of it, one for each answer; answers: last makes one")
+        if len(own) > _MANY:
+            say(f"makes {len(own)} examples of it, one for each answer; answers: last makes one")
+        if (seconds := time.monotonic() - started) > _SLOW and not own[0].raw:
+            say(f"takes {seconds:.1f} s for this row")
         texts += [Rendered(i, *pair, len(own), n == len(own)) for n, pair in enumerate(zip(own, theirs, strict=True), 1)]
     return texts
 
