@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from ..errors import UserError
 from .weights import read_json
 
 NAME = "generation_config.json"
@@ -16,9 +17,17 @@ def generation_settings(config: dict, folders: Sequence[Path | None], setting: s
     """The generation config in the first of the folders that has one, else the tokens that a model's configuration names."""
     for folder in folders:
         if folder and (folder / NAME).is_file():
-            return read_json(folder / NAME, setting)
+            return _checked(read_json(folder / NAME, setting), folder / NAME, setting)
     config = config.get("text_config", {}) | config
     return {key: config[key] for key in ("bos_token_id", "eos_token_id", "pad_token_id") if config.get(key) is not None}
+
+
+def _checked(settings: dict, path: Path, setting: str) -> dict:
+    if not all(type(i) is int for i in stops_at(settings)):
+        raise UserError(
+            f"{setting}: {path} has eos_token_id: {settings['eos_token_id']!r}, expected a token's id or a list of them; correct it"
+        )
+    return settings
 
 
 def stops_at(settings: dict) -> list[int]:

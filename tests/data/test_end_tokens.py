@@ -16,10 +16,10 @@ CHANNELS = (
 )
 #: A turn that calls a tool ends otherwise than an answer.
 CALLS = (
-    "{% for m in messages %}{{ m.role }}\n{{ m.content }}{% if m.tool_calls %}call{{ m.tool_calls[0].f }}<|im_start|>"
+    "{% for m in messages %}{{ m.role }}\n{{ m.content }}{% if m.tool_calls %}call{{ m.tool_calls[0].function.name }}{{ m.tool_calls[0].function.arguments | tojson }}<|im_start|>"
     "{% else %}<|im_end|>{% endif %}{% endfor %}"
 )
-CALL = {"role": "assistant", "content": "", "tool_calls": [{"f": "x"}]}
+CALL = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "x", "arguments": {"a": "b"}}}]}
 
 
 def names(examples, data, tokenizer) -> list[str]:
@@ -95,6 +95,12 @@ def test_an_example_that_is_cut_teaches_no_end():
             {2},
             {},
             "answers end with '<|im_end|>' (2), at which the saved student's generation stops; that of the model it is trained from stops at no token",
+        ),
+        (
+            {2},
+            {"eos_token_id": [-1, 9999]},
+            "answers end with '<|im_end|>' (2), at which the saved student's generation stops; that of the model it is trained from stops at no "
+            "token of the tokenizer (-1) and no token of the tokenizer (9999)",
         ),
         (set(), {"eos_token_id": 2}, "note: no example is supervised up to an end token, so the student does not learn to stop"),
     ],

@@ -6,6 +6,7 @@ import shutil
 import pytest
 
 from llmkd.cli import main
+from llmkd.errors import UserError
 from llmkd.model_folder.generation import generation_settings, stopping_at, stops_at
 from llmkd.training.run import run
 
@@ -57,6 +58,13 @@ def test_an_adapters_own_settings_come_before_its_bases(tmp_path):
     assert generation_settings(config, (adapter, base), "s") == {"eos_token_id": 3}
     (adapter / "generation_config.json").write_text('{"eos_token_id": [3, 4]}')
     assert generation_settings(config, (adapter, base), "s") == {"eos_token_id": [3, 4]}
+
+
+@pytest.mark.parametrize("eos", ['"</s>"', '["</s>"]', "[2.5]"])
+def test_ids_that_are_none_are_named(tmp_path, eos):
+    (tmp_path / "generation_config.json").write_text(f'{{"eos_token_id": {eos}}}')
+    with pytest.raises(UserError, match=r"^s: .*generation_config.json has eos_token_id: .*, expected a token's id or a list of them"):
+        generation_settings({}, (tmp_path,), "s")
 
 
 @pytest.mark.parametrize(

@@ -50,4 +50,5 @@ def report_end_tokens(end_tokens: set[int], settings: dict, tokenizer) -> None:
 
 
 def _named(i: int, tokenizer) -> str:
-    return f"{tokenizer.convert_ids_to_tokens(i)!r} ({i})"
+    token = tokenizer.convert_ids_to_tokens(i) if i >= 0 else None
+    return f"no token of the tokenizer ({i})" if token is None else f"{token!r} ({i})"
