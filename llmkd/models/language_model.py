@@ -115,11 +115,11 @@ class LanguageModel(nn.Module):
         logits_BCV = self.base_model(**self._inputs(view), use_cache=False, logits_to_keep=columns).logits
         return logits_BCV.flatten(0, 1).index_select(0, view.rows_N // T * len(columns) + wanted)
 
-    def next_logits(self, inputs: dict[str, Tensor], cache=None) -> tuple[Tensor, object | None]:
-        """Logits [B, V] of the token after the last one of each row, and the cache of keys and values that now has all tokens.
+    def next_logits(self, inputs: dict[str, Tensor], cache=None, use_cache: bool = True) -> tuple[Tensor, object | None]:
+        """Logits [B, V] of the token after the last one of each row, and with `use_cache` the keys and values of all tokens so far.
 
         inputs  input_ids and position_ids [B, T] of tokens that are not in the cache; attention_mask of all, those in the cache too
-        cache   of the tokens before; None for none. A model that keeps no cache of this kind returns None, and is to be given all tokens
+        cache   of the tokens before; None for none
         """
         self.set_active_adapter()
         body = self.base_model if self.capabilities.own_forward else decoder_of(self.base_model)
@@ -128,9 +128,9 @@ class LanguageModel(nn.Module):
         last = {"logits_to_keep": 1} if self.capabilities.own_forward and "logits_to_keep" in known else {}
         before = {} if cache is None else {"past_key_values": cache}
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
-            out = body(**inputs, **before, **last, use_cache=True)
+            out = body(**inputs, **before, **last, use_cache=use_cache)
             logits_BV = self.head.logits(out[0][:, -1])
-        return logits_BV, out.get("past_key_values")
+        return logits_BV, out.get("past_key_values") if use_cache else None
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """The parameters that train, by the names that they have where the student is alone."""

@@ -13,6 +13,7 @@ from ..errors import UserError
 from ..model_folder.files import positions
 from ..model_folder.generation import stops_at
 from ..models.language_model import LanguageModel
+from .way import Inputs, Way, way_of
 
 
 @dataclass(frozen=True)
@@ -53,16 +54,16 @@ def generate(
     end_ids   a completion ends with the first of these
     progress  wraps the list of batches
 
-    Prompts of like lengths share a batch, padded on the left. Which ones share it changes a completion by rounding alone: the noise is a
+    Prompts of like lengths share a batch, as far as the model can take that (`way.py`). Which ones share it changes a completion by rounding alone: the noise is a
     function of (seed, index of the prompt, position in its completion).
     """
     if any(not len(prompt) for prompt in prompts):
         raise ValueError("a prompt has no token")
-    batches = _batches([len(prompt) for prompt in prompts], batch_size, _takes_padding(model))
     found: dict[int, Completion] = {}
     with _eval_mode(model):
-        for batch in progress(batches):
-            found |= _completions(model, {i: prompts[i] for i in batch}, sampling, frozenset(end_ids))
+        way = way_of(model)
+        for batch in progress(_batches([len(prompt) for prompt in prompts], batch_size, way.padded)):
+            found |= _completions(model, way, {i: prompts[i] for i in batch}, sampling, frozenset(end_ids))
     return [found[i] for i in range(len(prompts))]
 
 
@@ -71,11 +72,6 @@ def _batches(lengths: list[int], size: int, padded: bool) -> list[list[int]]:
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
     groups = [order] if padded else [list(group) for _, group in itertools.groupby(order, key=lambda i: lengths[i])]
     return [group[i : i + size] for group in groups for i in range(0, len(group), size)]
-
-
-def _takes_padding(model: LanguageModel) -> bool:
-    """Oddity: the eager attention of transformers takes its softmax in float32, where the mask of a padded float64 row becomes NaN."""
-    return not (model.dtype == torch.float64 and model.base_model.config.get_text_config()._attn_implementation == "eager")
 
 
 @contextlib.contextmanager
@@ -90,18 +86,15 @@ def _eval_mode(model: LanguageModel) -> Iterator[None]:
 
 
 def _completions(
-    model: LanguageModel, prompts: dict[int, Sequence[int]], sampling: Sampling, end_ids: frozenset[int]
+    model: LanguageModel, way: Way, prompts: dict[int, Sequence[int]], sampling: Sampling, end_ids: frozenset[int]
 ) -> dict[int, Completion]:
     """Completions of a batch of prompts, by their indices. Rows that have ended stay in the batch, and what they go on with is not read."""
     most = positions(model.base_model.config.to_dict())
     room = {i: sampling.max_new_tokens if most is None else min(sampling.max_new_tokens, most - len(ids)) for i, ids in prompts.items()}
     written: dict[int, list[int]] = {i: [] for i in prompts}
-    ids_BT, mask_BT = _left_padded(list(prompts.values()), model.device)
-    position_BT, cache = (mask_BT.cumsum(-1) - 1).clamp(min=0), None
+    text, cache = Inputs.of(list(prompts.values()), model.device), None
     while going := [i for i in prompts if len(written[i]) < room[i] and not end_ids.intersection(written[i][-1:])]:
-        new = slice(None) if cache is None else slice(-1, None)
-        inputs = {"input_ids": ids_BT[:, new], "attention_mask": mask_BT, "position_ids": position_BT[:, new]}
-        logits_BV, cache = model.next_logits(inputs, cache)
+        logits_BV, cache = model.next_logits(text.columns(slice(None) if cache is None else slice(-1, None)), cache, way.cached)
         if logits_BV.isnan().any():
             where = model.base_model.config._name_or_path or model.base_model.config.model_type
             raise UserError(f"{where}: its logits are NaN, so it can write no text; check its weights, or load it in another dtype")
@@ -109,19 +102,8 @@ def _completions(
         for i, token in zip(prompts, chosen_B.tolist(), strict=True):
             if i in going:
                 written[i].append(token)
-        ids_BT, mask_BT = (torch.cat([x_BT, one_B[:, None]], -1) for x_BT, one_B in ((ids_BT, chosen_B), (mask_BT, mask_BT[:, -1])))
-        position_BT = torch.cat([position_BT, (position_BT[:, -1:] + 1).clamp(max=(most or 1 << 60) - 1)], -1)
+        text = text.with_next(chosen_B, most)
     return {i: Completion(tuple(ids), bool(end_ids.intersection(ids[-1:]))) for i, ids in written.items()}
-
-
-def _left_padded(prompts: list[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor]:
-    """Token ids and the mask of those that are not padding, both int64 [B, T]."""
-    longest = max(map(len, prompts))
-    ids_BT, mask_BT = torch.zeros(2, len(prompts), longest, dtype=torch.int64)
-    for row, prompt in enumerate(prompts):
-        ids_BT[row, longest - len(prompt) :] = torch.as_tensor(np.asarray(prompt, np.int64))
-        mask_BT[row, longest - len(prompt) :] = 1
-    return ids_BT.to(device), mask_BT.to(device)
 
 
 def _choose(logits_BV: Tensor, places: list[tuple[int, int]], sampling: Sampling) -> Tensor:

@@ -10,6 +10,7 @@ from llmkd.errors import UserError
 from llmkd.models.language_model import LanguageModel
 from llmkd.models.load import checked
 from llmkd.rollouts.generate import Completion, Sampling, generate, gumbel_noise, stops_of
+from llmkd.rollouts.way import Way, way_of
 from tests.kit.families import V, tiny
 
 LENGTHS = (1, 2, 5, 9, 17, 3)
@@ -45,6 +46,22 @@ def test_greedy_text_is_that_of_transformers_on_each_prompt_alone(family):
         stop = next((n + 1 for n, token in enumerate(text) if token in ends), len(text))
         assert one == Completion(tuple(text[:stop]), text[stop - 1] in ends)
     assert sum(one.finished for one in found) >= 2
+
+
+def test_each_model_is_run_in_the_best_way_in_which_it_is_right(llama, monkeypatch):
+    assert way_of(llama) == Way(padded=True, cached=True)
+    assert way_of(LanguageModel(tiny("mamba"), V).eval()) == Way(padded=True, cached=False)
+    assert way_of(LanguageModel(tiny("gemma2"), V).eval()) == Way(padded=False, cached=True), (
+        "eager attention makes NaN of a padded float64 row"
+    )
+    asked, greedy = prompts(), Sampling(max_new_tokens=6)
+    expected = generate(llama, asked, greedy, {7})
+    deaf = LanguageModel(tiny("llama"), V).eval()
+    real = deaf.model.model.forward
+    monkeypatch.setattr(deaf.model.model, "forward", lambda input_ids, use_cache: real(input_ids=input_ids, use_cache=False))
+    assert generate(deaf, asked, greedy, {7}) == expected and way_of(deaf) == Way(padded=False, cached=False), (
+        "it takes neither mask nor cache"
+    )
 
 
 def test_a_head_that_is_not_known_and_padding_columns_go_the_models_own_way(llama):

@@ -9,15 +9,6 @@ SAMPLES = "training/test_validation_samples.py"
 FAULTS = [
     *in_file(
         "llmkd/rollouts/generate.py",
-        ("padded-on-the-right", "prompts are padded on the right", "ids_BT[row, longest - len(prompt) :]", "ids_BT[row, : len(prompt)]", GENERATE),
-        (
-            "positions-of-the-padding",
-            "positions count the padding",
-            "(mask_BT.cumsum(-1) - 1).clamp(min=0)",
-            "(torch.ones_like(mask_BT).cumsum(-1) - 1)",
-            GENERATE,
-        ),
-        ("positions-stand-still", "every new token has one position", "position_BT[:, -1:] + 1).clamp", "position_BT[:, -1:] + 0).clamp", GENERATE),
         ("hot-noise", "the noise is divided by the temperature too", "/ sampling.temperature + noise_BV.to(logits_BV.device))", "+ noise_BV.to(logits_BV.device))", GENERATE),
         ("noise-of-the-row", "noise depends on the row of the batch", "[(i, len(written[i])) for i in prompts]", "[(k, len(written[i])) for k, i in enumerate(prompts)]", GENERATE),
         ("noise-of-the-prompt-alone", "noise is the same at every position", "np.array([0, position, 0, 0], np.uint64)", "np.array([0, 0, 0, 0], np.uint64)", GENERATE),
@@ -31,6 +22,21 @@ FAULTS = [
         ("stays-in-eval", "the model is left in eval mode", "    finally:\n        model.train(training)", "    finally:\n        pass", GENERATE),
         ("writes-with-dropout", "text is written in training mode", "    training = model.training\n    model.eval()", "    training = model.training", GENERATE),
         ("in-the-order-of-the-batches", "answers come back in the order of their lengths", "return [found[i] for i in range(len(prompts))]", "return list(found.values())", GENERATE),
+    ),
+    *in_file(
+        "llmkd/rollouts/way.py",
+        ("padded-on-the-right", "prompts are padded on the right", "ids_BT[row, longest - len(prompt) :]", "ids_BT[row, : len(prompt)]", GENERATE),
+        (
+            "positions-of-the-padding",
+            "positions count the padding",
+            "(mask_BT.cumsum(-1) - 1).clamp(min=0)",
+            "(torch.ones_like(mask_BT).cumsum(-1) - 1)",
+            GENERATE,
+        ),
+        ("positions-stand-still", "every new token has one position", "self.position_BT[:, -1:] + 1).clamp", "self.position_BT[:, -1:] + 0).clamp", GENERATE),
+        ("mask-stands-still", "new tokens are masked", "torch.ones_like(token_B[:, None])", "torch.zeros_like(token_B[:, None])", GENERATE),
+        ("padding-untried", "prompts are padded whatever the model makes of it", "way == _WAYS[-1] or _is_right(", "True or _is_right(", GENERATE),
+        ("slowest-way", "no model keeps its keys and values", "_WAYS = (Way(True, True), Way(False, True), ", "_WAYS = (", GENERATE),
     ),
     *in_file(
         "llmkd/models/language_model.py",
