@@ -196,7 +196,8 @@ class moved:
         self.kept.__enter__()
         generator = torch.Generator().manual_seed(0)
         with torch.no_grad():
-            for p in self.setup.state.parameters.values():
+            idle = self.setup.student.capabilities.parameters_without_gradient
+            for p in (p for name, p in self.setup.state.parameters.items() if name not in idle):
                 size = max(p.float().pow(2).mean().sqrt().item(), 0.02) * 0.1
                 p.add_((torch.randn(p.shape, generator=generator) * size).to(p.device, p.dtype))
 

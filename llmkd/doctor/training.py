@@ -1,8 +1,6 @@
 """Checks of a step: what trains, and that neither micro-batches, padding, packing nor ranks change the loss or its gradient."""
 
-import contextlib
 import re
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -11,30 +9,15 @@ from ..batch import Batch
 from ..data.batch_source import Step
 from ..data.batching import make_micro_batches
 from ..models.families import beside_text
-from ..training.loop import accumulate_gradients, optimizer_step, unscale_and_norm_
-from . import plain
+from ..training.loop import StudentState, accumulate_gradients, optimizer_step, unscale_and_norm_
+from . import plain, two_processes
 from .check import BUG, Check, Result, failed, not_asked, passed, short, warned
 from .setup import Setup
 
 
-@dataclass(frozen=True)
-class Rank:
-    """What the loop uses of an accelerator, for one process of several that exchange nothing."""
-
-    device: torch.device
-    process_index: int
-    num_processes: int
-
-    def backward(self, loss: Tensor) -> None:
-        loss.backward()
-
-    def no_sync(self, module: nn.Module):
-        return contextlib.nullcontext()
-
-
-def gradients(setup: Setup, micro_batches: list[Batch], accelerator=None) -> dict[str, Tensor]:
+def gradients(setup: Setup, micro_batches: list[Batch], accelerator=None, state: StudentState | None = None) -> dict[str, Tensor]:
     """The gradient of a step over all few examples, as the loop computes it, by parameter; on the CPU."""
-    accelerator, state, targets = accelerator or setup.accelerator, setup.state, int(setup.few.num_targets.sum())
+    accelerator, state, targets = accelerator or setup.accelerator, state or setup.state, int(setup.few.num_targets.sum())
     with setup.as_trained():
         teacher = setup.teacher if setup.distils else None
         found = accumulate_gradients(0, Step(1, 0, targets), targets, {0: state}, teacher, accelerator, micro_batches)
@@ -105,7 +88,7 @@ def _plain_gradients(setup: Setup) -> dict[str, Tensor] | None:
 
 
 def ranks(setup: Setup) -> Result:
-    """Two ranks, one after the other in this process: their examples, and the mean of their gradients, which is what ranks exchange."""
+    """Two ranks: their examples, the mean of their gradients, and, without a GPU, what two processes exchange."""
     n = len(setup.few)
     if n < 2:
         return not_asked("there is one example only, and two ranks would have to share it")
@@ -114,11 +97,19 @@ def ranks(setup: Setup) -> Result:
     if sorted(i for one in dealt for micro in one for i in micro) != list(range(n)):
         return failed(f"of {n} examples two ranks get {dealt}", "some would be trained on twice, or never: " + BUG)
     one = gradients(setup, [setup.batch()])
-    each = [gradients(setup, [setup.batch(i) for i in dealt[rank]], Rank(setup.device, rank, 2)) for rank in range(2)]
+    each = [gradients(setup, [setup.batch(i) for i in dealt[rank]], two_processes.Rank(setup.device, rank, 2)) for rank in range(2)]
     mean = {name: sum(part.get(name, torch.zeros_like(one[name])) for part in each) / 2 for name in one}
     apart = gap(one, mean)
     found = f"the mean of two ranks' gradients differs from one process's by {short(apart)} of its size"
-    found += " (both computed in this process; no data were exchanged)"
+    if not two_processes.can_fork():
+        found += " (computed one after the other in this process: no second one was started, since there is a GPU)"
+    else:
+        try:
+            exchanged = gap(one, two_processes.exchanged_gradients(setup, dealt, gradients))
+        except TimeoutError as error:
+            return warned(f"{found}; {error}", "the machine may be busy: ask again, or try a run of a few steps with accelerate launch")
+        found += f"; what two processes exchanged over gloo by {short(exchanged)}"
+        apart = max(apart, exchanged)
     return passed(found) if apart <= _limit(setup) else failed(found, "more processes would train another model: " + BUG)
 
 

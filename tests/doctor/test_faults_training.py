@@ -1,13 +1,14 @@
 """Faults planted in a step, in what trains, and in padding, packing and ranks: each is caught by the check that is for it."""
 
 import dataclasses
+import time
 
 import pytest
 import torch
 
 from llmkd.batch import View
 from llmkd.data import collate
-from llmkd.doctor import training
+from llmkd.doctor import training, two_processes
 from llmkd.losses.terms import HeadTerm
 from llmkd.models.language_model import LanguageModel
 from llmkd.training import loop
@@ -82,6 +83,32 @@ def test_ranks_that_add_where_they_average(setup, caught, changed):
 
     changed(loop, "forward_backward", half)
     caught(setup, RANKS)
+
+
+def test_ranks_that_exchange_too_early(setup, caught, changed):
+    """With the first micro-batch alone: what the others add stays with each process."""
+
+    def early(whole, micro, active, teacher, seed, factor, accelerator, sync):
+        return whole(micro, active, teacher, seed, factor, accelerator, not sync)
+
+    changed(loop, "forward_backward", early)
+    assert "exchanged over gloo" in caught(setup, RANKS)
+
+
+def test_what_a_process_meets_and_processes_that_do_not_end(setup, asked, monkeypatch):
+    monkeypatch.setattr(two_processes, "_one", lambda setup, rank, *more: (setup.folder / "error").write_text("OSError: no network"))
+    result = asked(setup, RANKS)
+    assert result.status == "failed" and "OSError: no network" in result.found
+    monkeypatch.setattr(two_processes, "SECONDS", 0.1)
+    monkeypatch.setattr(two_processes, "_one", lambda *more: time.sleep(30))
+    assert asked(setup, RANKS).status == "warned"
+
+
+def test_with_a_gpu_no_process_is_started(setup, asked, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(two_processes, "exchanged_gradients", None)
+    result = asked(setup, RANKS)
+    assert result.status == "passed" and "no second one was started" in result.found
 
 
 def test_an_example_on_both_ranks(setup, caught, changed):
