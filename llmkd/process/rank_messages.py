@@ -25,10 +25,11 @@ def is_first_to_say(text: str, error: BaseException) -> bool:
     with contextlib.suppress(Exception):  # the launcher may be gone: better twice than never
         server, lost = connect(), machine_error(error) is DEAD_PEER
         if lost:
-            for _ in range(round(10 * _SECONDS)):
-                if server.add(f"{_PREFIX}count", 0):
-                    return False
-                time.sleep(0.1)
+            with contextlib.suppress(KeyboardInterrupt):  # the launcher ends the processes that are left: say it now
+                for _ in range(round(10 * _SECONDS)):
+                    if server.add(f"{_PREFIX}count", 0):
+                        return False
+                    time.sleep(0.1)
         key = "lost" if lost else hashlib.sha256(text.encode()).hexdigest()
         server.add(f"{_PREFIX}count", 1)
         return server.add(_PREFIX + key, 1) == 1

@@ -154,6 +154,14 @@ def test_a_process_that_dies_without_a_word_is_missed_once(launch, capsys):
     assert launch("1", RuntimeError(GLOO.replace("closed", "reset")), capsys) == ""
 
 
+def test_a_process_that_the_launcher_ends_meanwhile_still_says_that_another_was_lost(launch, capsys, monkeypatch):
+    def signalled(seconds):
+        raise KeyboardInterrupt("stopped by SIGTERM")
+
+    monkeypatch.setattr(rank_messages.time, "sleep", signalled)
+    assert launch("0", RuntimeError(GLOO), capsys).startswith("llmkd: another process of this launch has died or cannot be reached (")
+
+
 def test_without_a_server_every_process_says_what_it_met(launch, capsys, monkeypatch):
     monkeypatch.setattr(rank_messages, "connect", lambda: 1 / 0)
     assert "x" in launch("0", UserError("x"), capsys) and "x" in launch("1", UserError("x"), capsys)
