@@ -7,6 +7,7 @@ import re
 import pytest
 
 from llmkd.config.recipe import Data
+from llmkd.data.encoding.template_process import rendered
 from llmkd.data.examples import merge
 from llmkd.data.notes import example_notes
 from llmkd.errors import UserError
@@ -229,6 +230,16 @@ def test_templates_of_parts_get_parts_and_others_text(template):
         assert "".join(kept(encoded, tokenizer)) == f"one{END}two{END}" and all(
             part in shown(encoded, tokenizer)[-1] for part in ("be", "q", "r")
         )
+
+
+def test_prompts_alone_are_shown_too():
+    messages = talk("s be", "u q", "a one", "u r")["messages"]
+    for template in (PARTS, PLAIN, "{% if messages[0].content is string %}{{ raise_exception('') }}{% endif %}" + PARTS):
+        text = rendered(template + PROMPT, {}, messages)
+        assert [line for line in text.replace("<", "\n").split("\n") if line in ("be", "q", "one", "r")] == ["be", "q", "one", "r"]
+    assert "be" not in rendered(PLAIN.replace("{{ m.content }}", "{{ m.content if m.role != 'system' }}"), {}, messages)
+    with pytest.raises(ValueError, match="the chat template rejects this conversation: no$"):
+        rendered("{{ raise_exception('no' if messages[0].content is string else 'yes') }}", {}, messages)
 
 
 def part(text: str) -> dict:

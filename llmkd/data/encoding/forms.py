@@ -107,6 +107,23 @@ def settle(
     return probe, text, lacking
 
 
+def prompt(template: str, tokens: dict[str, str], messages: list[dict]) -> str:
+    """The messages with the generation prompt; with lists of parts where only so the template shows all contents. ValueError if it raises."""
+    found: list[str | ValueError] = []
+    for parts in (frozenset(), frozenset(message["role"] for message in messages)):
+        try:
+            found.append(_program(template, tokens, None, Forms(parts))(messages, prompt=True))
+        except ValueError as error:
+            found.append(error)
+            continue
+        if not _changed([message | {"role": ""} for message in messages], found[-1]):
+            return found[-1]
+    first = next((text for text in found if isinstance(text, str)), found[0])
+    if isinstance(first, ValueError):
+        raise first
+    return first
+
+
 def _program(template: str, tokens: dict[str, str], tools: list[dict] | None, forms: Forms) -> Callable[..., str]:
     def program(messages: list[dict], prompt: bool = False, tools: list[dict] | None = tools) -> str:
         return render(template, tokens, [forms.shape(message) for message in messages], tools, prompt)

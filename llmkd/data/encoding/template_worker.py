@@ -15,9 +15,8 @@ import traceback
 from pathlib import Path
 from typing import BinaryIO
 
-from .forms import settle
+from .forms import prompt, settle
 from .locate import NotShown, texts
-from .template import render
 
 MEMORY = 1 << 30  # bytes
 OUT_OF_MEMORY = 77  # the exit code
@@ -25,7 +24,7 @@ _IDLE = 60  # seconds
 
 
 def rendered(job: dict) -> str:
-    return render(job["template"], job["tokens"], job["messages"], None, True)
+    return prompt(job["template"], job["tokens"], job["messages"])
 
 
 def conversation(job: dict) -> dict:
