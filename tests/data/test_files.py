@@ -150,7 +150,7 @@ def test_a_bad_question_is_named(refused, columns, words):
         ("", "t.jsonl", "data.train.path: t.jsonl has no rows"),
         ("\n \n", "t.jsonl", "data.train.path: t.jsonl has no rows"),
         ("[]", "t.json", "data.train.path: t.json has no rows"),
-        ("", "t.json", "t.json:1: found '', expected a list"),
+        ("", "t.json", "t.json:1: the file is empty, expected a list"),
         (f"\n{GOOD}\n{GOOD}", "t.json", "t.json:2: found"),
         (f"[{GOOD},\n\n{GOOD},\n]", "t.json", "t.json:4: not valid JSON"),
         (f"[{GOOD}\n{GOOD}]", "t.json", "t.json:2: not valid JSON"),

@@ -84,6 +84,11 @@ def test_a_parquet_file_of_another_shape_is_recognised_too(read, refused, tmp_pa
             {"instruction": "a", "text": "b"},
             "; found 'instruction', 'text'; set fields: {output: text} if the file has other names",
         ),
+        (
+            "alpaca",
+            {"document": "d", "summary": "s"},
+            "; found 'document', 'summary'; set fields: {instruction: NAME, output: NAME} if the file has other names",
+        ),
         ("alpaca", MESSAGES, '; write {"messages": [...]} on each line'),
         ("alpaca", [{"instruction": "a", "output": "b"}], "; a file that is one list of rows has the ending .json"),
         ("chat", "a", '; write {"text": ...} and set format: text'),

@@ -11,6 +11,8 @@ _HEAD = 1 << 22  # characters of a .jsonl file that are looked at
 def not_a_list(text: str) -> str:
     """Why the text of a .json file, which does not begin with a list, is refused."""
     wanted = "expected a list of objects"
+    if not text.strip():
+        return f"the file is empty, {wanted}"
     value, rest = _first(text)
     if not isinstance(value, dict):
         return f"found {text.strip()[:10]!r}, {wanted}; a file with one object per line needs the ending .jsonl"

@@ -18,7 +18,7 @@ from .turn_marks import plain
 _PROMPTS = "instruction prompt question query problem input user human request task inputs questions prompts".split()
 _ANSWERS = (
     "output response answer completion solution target reply assistant bot generation chosen responses answers completions targets outputs"
-    " expectedoutput modeloutput goldanswer finalanswer"
+    " expectedoutput modeloutput goldanswer finalanswer summary highlights"
 ).split()
 _INPUTS = "input context document passage article background".split()
 _TEXTS = "text content document body passage article story abstract code rawcontent doc txt paragraph".split()
