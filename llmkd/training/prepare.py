@@ -8,6 +8,7 @@ import importlib.util
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from ..config.fields import as_tuple, with_setting_names
 from ..config.recipe import Data, Optim, Recipe, Source, Student, Teacher, Train, used_teachers
@@ -138,15 +139,18 @@ def find_models(student_settings: Student, named_teachers: Sequence[tuple[str, T
     configs = {"student.model": student.config if student else student_settings.architecture}
     configs |= {f"{teacher.setting}.model": teacher.files.config for teacher in teachers if teacher.files}
     refuse_too_few_positions(data, configs)
-    if student:
-        _refuse_missing_modules(student_settings, student)
     return FoundModels(student, teachers, configs)
 
 
-def _refuse_missing_modules(settings: Student, files: ModelFiles) -> None:
-    """UserError for modules of `student.lora` that the model does not have. Torch is loaded only where the weight files do not name them."""
-    lora = settings.lora
-    if lora and not files.adapter and not modules_are_named(files.base, lora.target_modules, lora.modules_to_save):
+def refuse_missing_targets(settings: Student) -> None:
+    """UserError for modules of `student.lora` that a local model does not have; one on the hub is checked when it is loaded.
+
+    Torch is loaded only where the weight files do not name them.
+    """
+    if not (lora := settings.lora) or not (settings.model and Path(settings.model).is_dir()):
+        return
+    files = student_files(settings)
+    if not files.adapter and not modules_are_named(files.base, lora.target_modules, lora.modules_to_save):
         from ..models.lora import refuse_missing_modules
 
         refuse_missing_modules(settings, files)

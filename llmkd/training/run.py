@@ -4,13 +4,13 @@ import contextlib
 
 from ..config.recipe import Recipe
 from ..console import first_process, info
-from ..errors import NonFinite, Stopped
+from ..errors import NonFinite, Stopped, attribute_to_student
 from ..model_folder.identity import verify
 from ..output import hub_upload, trackers
 from ..output.run_folder import RunFolder
 from .environment import check_environment
 from .launch import start
-from .prepare import prepare
+from .prepare import prepare, refuse_missing_targets
 from .process_state import check_process_state
 from .shutdown import ShutdownRequest
 
@@ -38,6 +38,9 @@ def run(recipe: Recipe, resume: bool = False, stop: ShutdownRequest | None = Non
 
 def train_together(recipes: list[Recipe], folders: list[RunFolder], stop: ShutdownRequest) -> list[NonFinite | None]:
     """Train the recipes' students side by side. Returns each student's failure, or None. See `build.build_setup`."""
+    for k, recipe in enumerate(recipes):
+        with attribute_to_student(k):
+            refuse_missing_targets(recipe.student)
     prepared = prepare(recipes[0])
     if stop():
         raise Stopped("stopped by a signal before anything was trained; continue with --resume")
