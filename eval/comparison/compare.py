@@ -51,6 +51,11 @@ class Row:
         """Whether arm and baseline have the same value for every item, up to rounding."""
         return self.difference_stderr is not None and max(abs(self.difference), self.difference_stderr) <= _ROUNDING * abs(self.value)
 
+    @property
+    def not_over_seeds(self) -> bool:
+        """Whether the items show a difference and the seeds, where there are two or more, do not."""
+        return self.verdict != "no difference shown" and bool(self.seed_interval) and self.seed_interval[0] <= 0 <= self.seed_interval[1]
+
 
 def compare(
     arms: dict[str, list[Path]],

@@ -65,8 +65,7 @@ def words(row: Row) -> str:
     if row.verdict == "no difference shown":
         return row.verdict + (", < 1 se" if row.within_one_stderr else "")
     judged = {True: ", better", False: ", worse", None: ""}[row.better]
-    over_seeds = row.seed_interval and row.seed_interval[0] <= 0 <= row.seed_interval[1]
-    return row.verdict + judged + (", not over seeds" if over_seeds else "")
+    return row.verdict + judged + (", not over seeds" if row.not_over_seeds else "")
 
 
 def blocks(rows: list[Row]) -> list[list[Row]]:

@@ -80,6 +80,7 @@ def best_sentence(sweep: SweepFolder, one: Best) -> Text:
     out += [
         "Distilled against plain: ",
         judged,
+        ", not over seeds" * pair.not_over_seeds,
         f" ({pair.difference:+.{d}f}, 95 % {interval_text(pair.interval, d)}{seeds}, p {p_text(pair.p)}).",
     ]
     return tuple(out)

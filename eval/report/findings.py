@@ -125,17 +125,12 @@ def _statement(block: list[Row], baseline: str) -> Text:
     return tuple(out)
 
 
-def not_over_seeds(row: Row) -> bool:
-    """Whether the items show a difference and the seeds, where there are two or more, do not."""
-    return row.verdict != "no difference shown" and bool(row.seed_interval) and row.seed_interval[0] <= 0 <= row.seed_interval[1]
-
-
 def mark(row: Row) -> str:
     """A word for what the comparison shows, with a dagger where the seeds don't show it; "" for no difference."""
     if row.difference is None:
         return row.verdict
     word = {True: "better", False: "worse", None: "" if row.verdict == "no difference shown" else row.verdict}[row.better]
-    return word + "†" * not_over_seeds(row)
+    return word + "†" * row.not_over_seeds
 
 
 def _over_seeds(rows: list[Row]) -> Text:
@@ -146,7 +141,7 @@ def _over_seeds(rows: list[Row]) -> Text:
         )
     fewest = min(row.seeds for row in rows if row.seed_interval)
     shown = [row for row in rows if row.verdict != "no difference shown" and row.seed_interval]
-    lost = [row for row in shown if not_over_seeds(row)]
+    lost = [row for row in shown if row.not_over_seeds]
     text = f"Of the {len(shown)} differences that the items show, {len(shown) - len(lost)} show over {fewest} seeds too (the 95 % interval by Student's t excludes 0)."
     if not shown:
         text = f"No difference is shown over items, so the {fewest} seeds have none to confirm."
@@ -156,13 +151,13 @@ def _over_seeds(rows: list[Row]) -> Text:
 def _listed(rows: list[Row], of: int) -> list[str | Span]:
     """Up to four names, or how many arms of `of`; with those of which the seeds don't say the same."""
     if len(rows) > 4:
-        lost = sum(map(not_over_seeds, rows))
+        lost = sum(row.not_over_seeds for row in rows)
         return [f"{len(rows)} of {of} arms" + (f" ({lost} of them not over seeds)" if lost else "")]
     out: list[str | Span] = []
     for i, row in enumerate(rows):
         out += [
             *([" and " if i == len(rows) - 1 else ", "] if i else []),
             Span(row.arm),
-            *([" (not over seeds)"] if not_over_seeds(row) else []),
+            *([" (not over seeds)"] if row.not_over_seeds else []),
         ]
     return out

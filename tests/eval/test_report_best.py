@@ -3,11 +3,14 @@
 import json
 import random
 import re
+from dataclasses import replace
 
 import pytest
 from llmkd_eval.comparison.compare import compare
 from llmkd_eval.comparison.compare_text import p_text
-from llmkd_eval.report.sweep_charts import over_seeds
+from llmkd_eval.report.best import Best, best_sentence
+from llmkd_eval.report.sweep_charts import over_seeds as band_of
+from llmkd_eval.report.sweep_files import read_sweep
 
 from tests.kit.sweep_report import TWO, checked, lines, written
 
@@ -37,6 +40,15 @@ def test_the_best_distilled_arm_is_compared_with_the_best_plain_one_row_by_row(m
         )
         assert f"Distilled against plain: better ({distilled.difference:+.4f}"[:-1] in line and line.endswith(f"p {p_text(distilled.p)}).")
     assert "Each was chosen out of 3 distilled and 3 plain arms" in text
+
+
+@pytest.mark.parametrize("over_seeds, said", [((-0.1, 0.2), "better, not over seeds ("), ((0.01, 0.2), "better ("), (None, "better (")])
+def test_a_difference_that_the_seeds_do_not_show_is_not_called_better_alone(made, over_seeds, said):
+    sweep = read_sweep(made(GRID))
+    plain, distilled = compare({name: [sweep.path / "arms" / name] for name in ("sft-0.003", "kd-0.01")}, "sft-0.003", ["quiz"], ["acc"])
+    pair = replace(distilled, seeds=2, seed_interval=over_seeds)
+    text = "".join(getattr(part, "text", part) for part in best_sentence(sweep, Best(distilled, distilled, plain, pair, 4)))
+    assert f"Distilled against plain: {said}" in text
 
 
 def test_a_plain_arm_that_is_the_best_is_said_to_be(made):
@@ -86,9 +98,9 @@ def test_seeds_are_drawn_as_their_mean_in_a_band(made):
     checked(page)
     ce = re.search(r'<figure id="curve-ce">.*?</figure>', page, re.S)[0]
     assert ce.count('class="band f') == 2 and len(re.findall('class="line s', ce)) == 2
-    points, band = over_seeds([[(1, 3.0), (2, 2.0), (3, 1.0)], [(1, 5.0), (2, 1.0)]])
+    points, band = band_of([[(1, 3.0), (2, 2.0), (3, 1.0)], [(1, 5.0), (2, 1.0)]])
     assert points == [(1, 4.0), (2, 1.5)] and band == [(3.0, 5.0), (1.0, 2.0)]
-    assert over_seeds([[(1, 3.0)]]) == ([(1, 3.0)], []) and over_seeds([]) == ([], [])
+    assert band_of([[(1, 3.0)]]) == ([(1, 3.0)], []) and band_of([]) == ([], [])
 
 
 def test_kd_losses_of_other_divergences_or_temperatures_have_their_own_charts(made):
