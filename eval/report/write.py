@@ -71,6 +71,7 @@ def document(sweep: SweepFolder, rows: list[Row], notes: list[str]) -> list:
     out += [Heading("Held-out rows", "held-out"), *results(sweep, held, "held")]
     out += sweep_samples(sweep)
     out += [Heading("Benchmarks", "benchmarks"), *results(sweep, tasks, "task")]
+    out += [Para(f"Measured with {measured}.", "small")] if (measured := harness(sweep, tasks)) else []
     out += settings_map(sweep, rows)
     out += sections.published_beside(sweep, rows, harness(sweep, tasks))
     out += sections.cost(sweep)
@@ -236,5 +237,6 @@ def harness(sweep: SweepFolder, rows: list[Row]) -> str:
         for task in dict.fromkeys(row.task for row in rows):
             record = read_json(run.folder / "eval" / f"{task}.json")
             if record:
-                found.add(f"lm-evaluation-harness {record.get('harness')}, {task} version {record.get('version')}")
+                rendered = ", in the model's chat template" if record.get("chat_template") else ""
+                found.add(f"lm-evaluation-harness {record.get('harness')}, {task} version {record.get('version')}{rendered}")
     return "; ".join(sorted(found))

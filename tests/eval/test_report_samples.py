@@ -1,5 +1,7 @@
 """The samples of a sweep's runs in its report: the last validation's, for the same prompts, and nothing where there are none."""
 
+import json
+
 from llmkd_eval.report.sweep_files import read_sweep
 from llmkd_eval.report.sweep_samples import RUNS, sweep_samples
 
@@ -22,6 +24,14 @@ def test_the_last_answers_of_every_run_stand_below_their_prompt(made):
     assert ["the data", "", "seven"] in rows and ["sft", "3, cut off", "<b>six\n\\x1b[2J"] in rows and ["kd", "3", "seven"] in rows
     assert "<b>six" not in page and "early" not in page and "Say owl" in page and "## Samples" in text
     assert rows.index(["kd", "3", "seven"]) < rows.index(["sft", "3", "owl"]), "of the second prompt one run has an answer"
+
+
+def test_the_benchmarks_say_whether_a_chat_template_was_applied(made):
+    folder = made(TWO)
+    for arm in TWO:
+        path = folder / "arms" / arm / "eval/quiz.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"chat_template": True}))
+    assert "Measured with lm-evaluation-harness 0.4.13, quiz version 1, in the model&#39;s chat template." in written(folder)[0]
 
 
 def test_without_samples_there_is_no_section_and_of_many_runs_some_are_shown(made):

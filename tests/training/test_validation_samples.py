@@ -11,10 +11,12 @@ from llmkd.commands.sample import sample
 from llmkd.config import loader
 from llmkd.data.reading.skills import tokenizer
 from llmkd.errors import UserError
+from llmkd.output.run_folder import RunFolder
 from llmkd.output.samples import last_samples, read_samples
 from llmkd.rollouts.generate import Completion, Sampling
 from llmkd.training.prepare import prepare
-from llmkd.training.run import run
+from llmkd.training.run import run, train_together
+from llmkd.training.shutdown import ShutdownRequest
 from tests.conftest import distance, plain_recipe, weights
 from tests.training.test_resume import LONG, comparable, unfinish
 
@@ -93,6 +95,16 @@ def test_an_answer_ends_where_training_teaches_it_to_and_is_written_without_that
     run(recipe)
     assert all(sampling == Sampling(0.0, 64) and tok.eos_token_id in ends for sampling, ends in asked) and len(asked) == 2
     assert [(record["text"], record["finished"]) for record in read_samples(Path(recipe.output_dir))] == [("It is 7.", True)] * 4
+
+
+def test_students_side_by_side_write_what_each_writes_alone(make_recipe, world):
+    given = {"data__validation": {"path": str(world / "held.jsonl")}, "validation__samples": 3, "validation__sample_tokens": 9}
+    given |= {"train__max_steps": 4, "validation__teacher_check": 0, "optim__warmup_steps": 0, "optim__schedule": "constant"}
+    slow, fast, alone = (make_recipe(out, **given, optim__lr=lr) for out, lr in (("slow", 1e-4), ("fast", 0.1), ("alone", 0.1)))
+    assert train_together([slow, fast], [RunFolder(one, False) for one in (slow, fast)], ShutdownRequest()) == [None, None]
+    run(alone)
+    slows, fasts, alones = ((Path(one.output_dir) / "samples.jsonl").read_bytes() for one in (slow, fast, alone))
+    assert fasts == alones != slows and slows.splitlines()[:3] == fasts.splitlines()[:3], "before training they are one"
 
 
 def test_all_that_ends_an_answer_is_given(whole, tmp_path, monkeypatch):
