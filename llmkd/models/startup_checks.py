@@ -44,7 +44,9 @@ def check(model: LanguageModel, setting: str, packing: int = 0, implementation: 
             ) from error
         size = own_NV.abs().max().item()
         if not math.isfinite(size):
-            raise UserError(f"{setting}: its logits are not finite; its weights hold NaN or infinity, or its dtype is too narrow")
+            raise UserError(
+                f"{setting}: its logits are not finite; its weights hold NaN or infinity, or its dtype is too narrow; load it in another dtype, or use other weights"
+            )
         limit = tolerance(model, own_NV.dtype) * max(size, 1e-3)
         model = _with_known_head(model, ids_BT, own_NV, limit, setting)
         limit = max(limit, 1e-5 * size)  # some families compute their attention in float32, whatever their weights' dtype

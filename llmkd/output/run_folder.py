@@ -61,7 +61,7 @@ class RunFolder:
         if not path.exists():
             if other_settings(self.path, self.recipe):
                 raise UserError(
-                    f"output_dir: the settings are others than those that the run in {self.path} was started with, and {path}, which holds "
+                    f"output_dir: the settings differ from those that the run in {self.path} was started with, and {path}, which holds "
                     "those, is missing; give the settings as they were, or choose another output_dir"
                 )
             return

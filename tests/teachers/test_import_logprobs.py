@@ -210,7 +210,7 @@ def test_what_is_wrong_is_named_with_its_line_and_nothing_is_written(small, spel
 
 def test_lines_that_are_too_few_too_many_or_no_json(small):
     lines = small.all("ours")
-    assert small.refused(lines[:2]) == ["answers.jsonl: has lines for 2 of 3 examples; the first one missing is of row 3"]
+    assert small.refused(lines[:2]) == ["answers.jsonl: has lines for 2 of 3 examples; the first one missing is that of row 3; add them"]
     assert "there are 3 examples, and this is line 4" in small.refused([*lines, lines[0]])[0]
     assert "answers.jsonl:2: is not JSON" in small.refused([lines[0], "{", lines[2]])[0]
     assert "expected an object" in small.refused([lines[0], "[]", lines[2]])[0]

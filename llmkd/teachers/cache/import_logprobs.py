@@ -93,7 +93,7 @@ class AnswersReader:
         if len(found) < len(self.encoded):
             lacking = next(i for i in range(len(self.encoded)) if i not in found)
             raise UserError(
-                f"{self.path}: has lines for {len(found)} of {len(self.encoded)} examples; the first one missing is of row {int(self.encoded.row[lacking]) + 1}"
+                f"{self.path}: has lines for {len(found)} of {len(self.encoded)} examples; the first one missing is that of row {int(self.encoded.row[lacking]) + 1}; add them"
             )
         return found
 
@@ -111,7 +111,9 @@ class AnswersReader:
                         yield number, start, content
                     start += len(content)
         except OSError as error:
-            raise UserError(f"{self.path}: cannot be read ({error.strerror})") from error
+            raise UserError(
+                f"{self.path}: cannot be read ({error.strerror}); copy it again, or give this user the right to read it"
+            ) from error
 
     def _parsed(self, content: bytes) -> dict:
         try:

@@ -255,6 +255,16 @@ FAULTS = [
         ),
     ),
     *in_file(
+        "llmkd/train.py",
+        (
+            "file-for-function",
+            "import llmkd.train takes the name of the function llmkd.train",
+            "    sys.modules[__name__] = api.train\n",
+            "    pass\n",
+            "test_api.py::test_the_file_train_py_does_not_take_the_functions_name",
+        ),
+    ),
+    *in_file(
         "llmkd/process/machine_errors.py",
         (
             "full-disk-is-a-bug",
