@@ -1,7 +1,7 @@
 """Processes that start at once: a server that has imported what a run needs forks them.
 
 A fresh interpreter spends more time on its imports than a run of the small world takes. What depends on the launcher itself (its signals,
-its variables) is tested with `accelerate launch` and torchrun in test_parity.py, test_launcher.py and test_wheel.py.
+its variables) is tested with `accelerate launch` and torchrun in test_parity.py and test_launcher.py.
 """
 
 import atexit

@@ -3,14 +3,12 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
 from tests.conftest import distance, plain_recipe, weights
 from tests.kit.processes import train_on_two
 
-REPO = Path(__file__).parents[2]
 BOUND = 1e-12  # float64, after five steps; the last window has 5 of 8 examples
 
 
@@ -77,8 +75,8 @@ def test_two_processes_are_one(world, reference, tmp_path):
 @pytest.mark.slow
 def test_torchrun_starts_them(world, reference, tmp_path):
     (tmp_path / "r.yaml").write_text(json.dumps(plain_recipe(world, tmp_path / "out")))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(REPO / "llmkd/train.py")]
-    done = subprocess.run([*command, "--config", str(tmp_path / "r.yaml")], capture_output=True, text=True, timeout=300)
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m", "llmkd", "train"]
+    done = subprocess.run([*command, "--config", str(tmp_path / "r.yaml")], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert distance(weights(tmp_path / "out"), reference("lora")) < BOUND
 
