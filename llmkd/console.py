@@ -97,12 +97,22 @@ def wrap(text: str, width: int) -> list[str]:
                 continue
             if now:
                 out.append(now.rstrip())
-            now = "" if word.isspace() else word
-            while text_width(now) > width:
-                cut = next(n for n in range(len(now), 0, -1) if text_width(now[:n]) <= width or n == 1)
-                out.append(now[:cut])
-                now = now[cut:]
+            *full, now = [""] if word.isspace() else _pieces(word, width)
+            out += full
         out.append(now.rstrip())
+    return out
+
+
+def _pieces(word: str, width: int) -> list[str]:
+    """A word cut where it is wider than `width`."""
+    out, taken = [""], 0
+    for c in word:
+        wide = text_width(c)
+        if taken + wide > width and out[-1]:
+            out.append("")
+            taken = 0
+        out[-1] += c
+        taken += wide
     return out
 
 

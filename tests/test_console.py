@@ -8,6 +8,17 @@ import pytest
 from tqdm import tqdm
 
 from llmkd import console
+from llmkd.console import in_columns, text_width, wrap
+
+
+def test_texts_are_wrapped_by_the_columns_that_they_take():
+    assert wrap("one two  three", 8) == ["one two", "three"] and wrap("a\n\n  b", 9) == ["a", "", "  b"]
+    assert wrap("abcdefgh ij", 3) == ["abc", "def", "gh", "ij"] and wrap("", 5) == [""]
+    assert wrap("\u4f60\u597d\u4f60\u597d", 5) == ["\u4f60\u597d", "\u4f60\u597d"] and text_width("e\u0301\u4f60") == 3
+    assert wrap("\x1b[2J\tx", 20) == ["\\x1b[2J x"], "what moves a terminal's cursor is text"
+    assert wrap("e\u0301" * 7, 3) == ["e\u0301" * 3, "e\u0301" * 3, "e\u0301"]
+    assert len(wrap("x" * 200_000, 80)) == 2500
+    assert in_columns(["\u4f60", "b\nc"], 11) == ["\u4f60     b", "       c"]
 
 
 def test_messages_are_plain_lines_on_what_stderr_is_now(capsys):
