@@ -106,6 +106,30 @@ def test_arguments_that_do_not_come_out_are_refused(given, code, words):
     assert caught.value.problems[0].startswith(f"f.jsonl:1: {words}") and len(caught.value.problems) == 1
 
 
+STRINGS = XML.replace("v if v is string else v | tojson", "v | string")  # as Qwen3-Coder's
+
+
+@pytest.mark.parametrize(("value", "python", "as_json"), [(True, "True", "true"), (False, "False", "false"), (None, "None", "null")])
+@pytest.mark.parametrize("form", ["object", "text"])
+def test_values_that_come_out_in_python_spelling_are_refused(value, python, as_json, form):
+    row = calling(given := {"a": 3, "b": value} if form == "object" else json.dumps({"a": 3, "b": value}))
+    row["messages"][0]["content"] = "True, False or None?"
+    with pytest.raises(UserError) as caught:
+        said(row, HEAD + STRINGS + TAIL)
+    assert caught.value.problems[0] == (
+        f"f.jsonl:1: the chat template writes {as_json} in the arguments of a call in messages[1] as Python does ({python}), which is not read back "
+        f'as {as_json}; write the text "{as_json}" instead, or fix the template'
+    )
+    row["messages"][1] = calling({"a": 3, "b": as_json, "c": "True, False or None"})["messages"][1]
+    assert said(row, HEAD + STRINGS + TAIL)[0].startswith(f"mul<a>3</a><b>{as_json}</b><c>True, False or None</c>")
+    assert f"<b>{as_json}</b>" in said(calling(given), HEAD + XML + TAIL)[0]
+
+
+@pytest.mark.parametrize("also", [None, '{"a": 3}'])
+def test_null_arguments_are_an_empty_object_to_a_template_that_wants_one(also):
+    assert said(calling(None, *[also] * bool(also)), HEAD + STRINGS + TAIL)[0].startswith("mul" + "mul<a>3</a>" * bool(also))
+
+
 MISTRAL = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }}[/INST]{% elif m.tool_calls %}[TOOL_CALLS] ["
     "{% for c in m.tool_calls %}{{ c.function | tojson }}{% endfor %}]{{ eos_token }}{% elif m.role == 'assistant' %} {{ m.content }}{{ eos_token }}"

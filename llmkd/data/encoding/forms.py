@@ -41,6 +41,9 @@ class Forms:
     def shape(self, message: dict) -> dict:
         if message["role"] in self.parts:
             message = message | {"content": [{"type": "text", "text": message["content"]}] if message["content"] else []}
+        return self.shape_calls(message)
+
+    def shape_calls(self, message: dict) -> dict:
         if (self.arguments or self.inside) and message.get("tool_calls"):
             message = message | {"tool_calls": [self.shape_call(call) for call in message["tool_calls"]]}
         return message
@@ -53,8 +56,8 @@ class Forms:
 
     def _shape_arguments(self, call: dict) -> dict:
         given = call.get("arguments")
-        if self.arguments == "objects" and isinstance(given, str):
-            return call | {"arguments": _object(given, call)}
+        if self.arguments == "objects" and (given is None or isinstance(given, str)):
+            return call | {"arguments": _object(given or "", call)}
         if self.arguments == "text" and not isinstance(given, str):
             return call | {"arguments": json.dumps({} if given is None else given, ensure_ascii=False)}
         return call
@@ -139,8 +142,9 @@ def _attempts(template: str, messages: list[dict]) -> Iterator[Forms]:
         else (frozenset(some) for n in range(len(roles), 0, -1) for some in itertools.combinations(roles, n))
     )
     calls = [call for message in messages for call in message.get("tool_calls") or ()]
-    texts = [isinstance(_function(call).get("arguments"), str) for call in calls]
-    arguments = [*(["objects"] if any(texts) else []), "", *([] if all(texts) else ["text"])]
+    given = [_function(call).get("arguments") for call in calls]
+    texts = [isinstance(one, str) for one in given]
+    arguments = ["objects"] * any(texts) + [""] + ["text"] * (not all(texts)) + ["objects"] * (None in given and not any(texts))
     for parts in itertools.chain([known], (known | some for some in others if not some <= known)):
         for inside in (False, True) if any(_function(call) is call for call in calls) else (False,):
             yield from (Forms(parts, form, inside) for form in arguments)
@@ -158,6 +162,7 @@ def _compare(messages: list[dict], text: str, probe: TemplateProbe, forms: Forms
     for i, message in enumerate(messages):
         for call in message.get("tool_calls") or () if (i, "tool_calls") in probe.found else ():
             _refuse_python(i, forms.shape_call(call), neutral)
+    _refuse_python_words([forms.shape_calls(message) for message in messages], text, probe)
     return lacking
 
 
@@ -225,6 +230,46 @@ def _refuse_python(i: int, call: dict, neutral: str) -> None:
     lost = next((leaf for leaf in _leaves(given) if not any(form in neutral for form in _spellings(leaf))), None)
     if lost is not None:
         raise ValueError(f"the chat template does not show {str(lost)[:40]!r} of {where}; use a tokenizer whose template does")
+
+
+_WORDS = {"True": True, "False": False, "None": None}  # as Python writes them
+
+
+def _refuse_python_words(messages: list[dict], text: str, probe: TemplateProbe) -> None:
+    """ValueError where the template writes a true, false or null among the arguments of a call by itself, as Python does: the text has fewer
+    of Python's words without those values."""
+    for word in (word for word in _WORDS if word in text):
+        i = next((i for i, message in enumerate(messages) if _has(message, _WORDS[word])), None)
+        if i is None:
+            continue
+        without = probe.render([_without(message, _WORDS[word]) for message in messages])
+        if without.count(word) < text.count(word):
+            as_json = json.dumps(_WORDS[word])
+            raise ValueError(
+                f"the chat template writes {as_json} in the arguments of a call in messages[{i}] as Python does ({word}), which is not read back as "
+                f'{as_json}; write the text "{as_json}" instead, or fix the template'
+            )
+
+
+def _has(message: dict, literal: bool | None) -> bool:
+    given = [_function(call).get("arguments") for call in message.get("tool_calls") or ()]
+    return any(leaf is literal for one in given if isinstance(one, dict | list) for leaf in _leaves(one))
+
+
+def _without(message: dict, literal: bool | None) -> dict:
+    """The message with a text in place of one of JSON's words in the arguments of its calls."""
+
+    def replaced(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: replaced(inner) for key, inner in value.items()}
+        return [replaced(inner) for inner in value] if isinstance(value, list) else "x" if value is literal else value
+
+    def of_call(call: dict) -> dict:
+        function = _function(call)
+        function = function | {"arguments": replaced(function["arguments"])} if isinstance(function.get("arguments"), dict | list) else function
+        return call | {"function": function} if _function(call) is not call else function
+
+    return message | {"tool_calls": [of_call(call) for call in message["tool_calls"]]} if message.get("tool_calls") else message
 
 
 def _containers(value: Any) -> Iterator[dict | list]:
