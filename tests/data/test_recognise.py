@@ -107,11 +107,35 @@ def test_what_no_setting_reads_is_described(refused, format, row, end):
 def test_names_that_the_recipe_gives_are_not_talked_over(refused):
     talk = json.dumps({"messages": [{"role": "user", "content": "q"}, {"role": "bot", "content": "a"}]})
     (problem,) = refused(talk, format="chat", roles={"assistant": "gpt"})
-    assert problem.endswith("expected one of system, developer, user, gpt, tool")
+    assert problem.endswith(
+        "expected one of system, developer, user, gpt, tool; set roles: {assistant: bot}, or write 'gpt' for it in the file"
+    )
     (problem,) = refused('{"questoin": "a", "answer": "b"}', fields={"instruction": "question", "output": "answer"})
     assert problem.endswith("no column 'question'; did you mean 'questoin'?")
     (problem,) = refused('{"instruction": "a", "output": "b"}', fields={"output": "answer"})
     assert problem.endswith("set fields: {output: output}")  # and not fields: {}
+
+
+@pytest.mark.parametrize(
+    ("role", "hint"),
+    [
+        ("observation", "set roles: {user: human, assistant: gpt, tool: observation}"),
+        ("function_call", "turns of 'function_call' call tools: write each as an assistant's message with tool_calls: [{name, arguments}]"),
+        ("gtp", "did you mean 'gpt'?"),
+    ],
+)
+def test_a_role_beside_those_that_the_recipe_names(read, refused, role, hint):
+    row = json.dumps({"conversations": [*SHAREGPT, {"from": role, "value": "f"}]})
+    named = yaml.safe_load(f"{{{NAMES}}}")
+    problems = refused(f"{row}\n{row}", format="chat", **named)
+    assert f"; {hint}" in problems[0] and problems[1] == f"... and 1 more rows: role {role!r}" and len(problems) == 2
+    if hint.startswith("set "):
+        assert len(read(row, **{"format": "chat", **named, **yaml.safe_load(f"{{{hint[4:]}}}")}).rows) == 1
+
+
+def test_a_slip_in_a_role_is_named(refused):
+    (problem,) = refused(json.dumps({"messages": [MESSAGES[0], {"role": "asistant", "content": "a"}]}), format="chat")
+    assert problem.endswith("; did you mean 'assistant'?")
 
 
 @pytest.mark.parametrize(

@@ -316,13 +316,38 @@ def test_parts_that_are_no_text_are_refused(read, content, words):
         ({"tool_calls": {"name": "f"}}, "tool_calls is an object, expected a list of objects"),
         ({"tool_calls": [{"function": {"arguments": "{}"}}]}, "tool_calls[0] is an object without the name of a function"),
         ({"tool_calls": ["f"]}, "tool_calls[0] is text without the name of a function"),
-        ({"function_call": {"name": "f"}}, "content is null, expected text; function_call is an old form of tool_calls"),
+        ({"function_call": {"name": "f"}}, "content is null, expected text; function_call is another form of tool_calls"),
+        (
+            {"content": "x", "function_call": {"name": "f"}},
+            "function_call is a call that the model would not see: function_call is another form of tool_calls, write tool_calls: "
+            "[{function: {name, arguments}}]; set ignore: [function_call] to train without it",
+        ),
+        ({"content": "x", "toolCalls": [{"name": "f"}]}, "toolCalls is a call that the model would not see: toolCalls is another form"),
+        (
+            {"role": "user", "content": "x", "tool_calls": [{"name": "f", "arguments": {}}]},
+            "tool_calls is a call that the model would not see: calls are an assistant's; set ignore: [tool_calls] to train",
+        ),
+        (
+            {"tool_calls": [{"function": {"name": "f", "parameters": {}}}]},
+            "tool_calls[0] has its arguments under 'parameters'; rename the key to 'arguments'",
+        ),
+        ({"tool_calls": [{"name": "f", "arguments": None, "args": "{}"}]}, "tool_calls[0] has its arguments under 'args'; rename"),
+        (
+            {"tool_calls": [{"name": "f"}]},
+            "tool_calls[0] has no key 'arguments', expected {function: {name, arguments}}; write {} for none",
+        ),
     ],
 )
 def test_tool_calls_that_are_none_are_refused(read, turn, words):
     with pytest.raises(UserError) as caught:
         read(json.dumps({"messages": [{"role": "user", "content": "q"}, {"role": "assistant", "content": None} | turn]}), format="chat")
     assert caught.value.problems[0].partition(":1: messages[1].")[2].startswith(words)
+
+
+def test_calls_that_are_ignored_or_empty_are_no_fault(read):
+    answer = {"role": "assistant", "content": "x", "function_call": {"name": "f"}, "tool_call": {}}
+    row = {"messages": [{"role": "user", "content": "q", "tool_calls": [], "function_call": None}, answer]}
+    assert read(json.dumps(row), format="chat", ignore=("function_call",)).rows[0]["messages"][1]["content"] == "x"
 
 
 def test_parameters_of_tools_as_json_text(read):

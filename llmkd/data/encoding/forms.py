@@ -266,7 +266,9 @@ def _without(message: dict, literal: bool | None) -> dict:
 
     def of_call(call: dict) -> dict:
         function = _function(call)
-        function = function | {"arguments": replaced(function["arguments"])} if isinstance(function.get("arguments"), dict | list) else function
+        function = (
+            function | {"arguments": replaced(function["arguments"])} if isinstance(function.get("arguments"), dict | list) else function
+        )
         return call | {"function": function} if _function(call) is not call else function
 
     return message | {"tool_calls": [of_call(call) for call in message["tool_calls"]]} if message.get("tool_calls") else message

@@ -8,8 +8,8 @@ from typing import Any
 from ...config.data import ROLES, Source
 from .column_hints import text_hint
 from .problems import ErrorCollector
-from .recognise import Check, settings_for
-from .turn_marks import mark_of
+from .recognise import CALLS, Check, role_hint, settings_for
+from .turn_marks import mark_of, plain
 from .values import check_text, kind, surrogate
 
 
@@ -34,7 +34,8 @@ def read_messages(row: dict, name: str, source: Source, place: str, problems: Er
         role, content = message.get(role_name), message.get(content_name)
         if not isinstance(role, str) or role not in roles:
             settings = settings_for(row, source, check) if problems.hints and not source.roles else None
-            hint = f"; {settings}" if settings and settings.startswith("set ") else ""
+            named = role_hint(role, roles, source) if problems.hints and isinstance(role, str) else ""
+            hint = f"; {settings}" if settings and settings.startswith("set ") else named
             problems.add(
                 f"{where}.{role_name} is {role!r}, expected one of {', '.join(roles)}{hint}", alike=f"role {role!r}" if hint else ""
             )
@@ -48,9 +49,15 @@ def read_messages(row: dict, name: str, source: Source, place: str, problems: Er
                 continue
         only_calls = content is None and roles[role] == "assistant" and message.get("tool_calls")
         if not isinstance(content, str) and not only_calls:
-            old = "; function_call is an old form of tool_calls, write that" if content is None and message.get("function_call") else ""
+            old = f"; {_OLD.format(lost[0])}" if content is None and (lost := _lost_calls(message, "assistant", source)) else ""
             problems.add(f"{where}.{content_name} is {kind(content)}, expected text{old}")
             continue
+        for key in _lost_calls(message, roles[role], source):
+            why = "calls are an assistant's" if key == "tool_calls" else _OLD.format(key)
+            problems.add(
+                f"{where}.{key} is a call that the model would not see: {why}; set ignore: [{', '.join([*source.ignore, key])}] to train without it",
+                alike=f"{key} of a turn of role {role}",
+            )
         rest = {k: v for k, v in message.items() if k not in (role_name, content_name, *source.ignore) and v is not None}
         trained, marks = mark_of(rest, source.fields.get("train"), where, problems)
         taken = {k for k in ("role", "content", "train") if k in rest and k not in marks}  # the file's own, beside those named in `fields`
@@ -65,6 +72,15 @@ def read_messages(row: dict, name: str, source: Source, place: str, problems: Er
         out.append({"role": roles[role], "content": content or "", **rest, **mark})
     unread.update(key if key.startswith(name) else f"{name}[].{key}" for key in left_out)
     return out
+
+
+_OLD = "{} is another form of tool_calls, write tool_calls: [{{function: {{name, arguments}}}}]"
+
+
+def _lost_calls(message: dict, role: str, source: Source) -> list[str]:
+    """The keys of a message that hold a call and are not read: function_call and its like, and the tool_calls of a turn that is no assistant's."""
+    names = [key for key in message if plain(key) in CALLS and not (key == "tool_calls" and role == "assistant")]
+    return [key for key in names if key not in source.ignore and message[key] not in (None, "", [], {})]
 
 
 def _text_of_parts(parts: list, where: str, name: str, problems: ErrorCollector, left_out: set[str], marked: Source | None) -> str | None:
@@ -103,6 +119,10 @@ def _text_of_parts(parts: list, where: str, name: str, problems: ErrorCollector,
     return "".join(texts)
 
 
+#: Other names for a call's arguments.
+_ARGUMENTS = ("parameters", "params", "args", "kwargs", "input", "inputs", "argument", "parameter")
+
+
 def read_calls(calls: Any, where: str, problems: ErrorCollector) -> list[dict] | None:
     """The calls of a turn: a list of objects with a name, or of {function: {name, arguments}}; the same as JSON text, as in many tables."""
     if isinstance(calls, str):
@@ -118,6 +138,18 @@ def read_calls(calls: Any, where: str, problems: ErrorCollector) -> list[dict] |
         function = call.get("function") if isinstance(call, dict) and isinstance(call.get("function"), dict) else call
         if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
             problems.add(f"{where}[{j}] is {kind(call)} without the name of a function, expected {{function: {{name, arguments}}}}")
+            return None
+        if function.get("arguments") is None and (other := next((key for key in _ARGUMENTS if function.get(key) is not None), None)):
+            problems.add(
+                f"{where}[{j}] has its arguments under {other!r}; rename the key to 'arguments'",
+                alike=f"calls with {other!r} for 'arguments'",
+            )
+            return None
+        if "arguments" not in function:
+            problems.add(
+                f"{where}[{j}] has no key 'arguments', expected {{function: {{name, arguments}}}}; write {{}} for none",
+                alike="calls without 'arguments'",
+            )
             return None
     return calls or None
 

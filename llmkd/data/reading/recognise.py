@@ -4,6 +4,7 @@ Columns, keys and roles are known by the names that public data sets give them. 
 """
 
 import dataclasses
+import difflib
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -32,6 +33,9 @@ _ROLE_NAMES = {
     "tool": "tool function observation toolresponse ipython toolresult functionresponse".split(),
 }
 
+
+#: Names of a turn, or of a message's key, that calls tools.
+CALLS = set("functioncall functioncalls toolcall toolcalls tooluse tooluses toolinvocation toolinvocations".split())
 
 #: Checks a row against a source and adds what is wrong to the collector: `row_checks.check_row`.
 Check = Callable[[dict, str, Source, ErrorCollector], Any]
@@ -135,6 +139,21 @@ def _roles(theirs: set[str]) -> dict[str, str]:
     names = sorted(theirs - set(ROLES))
     found = {role: name for role in ROLES for name in names if role not in theirs and plain(name) in _ROLE_NAMES.get(role, ())}
     return found | {"assistant": "gpt"} if found == {"user": "human"} and "assistant" not in theirs else found  # ShareGPT's, not seen yet
+
+
+def role_hint(role: str, roles: dict[str, str], source: Source) -> str:
+    """The end of the message about a role that is not known. `roles`: ours by the file's own names, as the source has them."""
+    if plain(role) in CALLS:
+        return (
+            f"; turns of {role!r} call tools: write each as an assistant's message with tool_calls: [{{name, arguments}}], and its answers as messages "
+            "of role tool"
+        )
+    ours = next((ours for ours, names in _ROLE_NAMES.items() if plain(role) in names), None)
+    if ours:
+        already = f", or write {source.roles[ours]!r} for it in the file" if ours in source.roles else ""
+        return f"; set roles: {_shown(source.roles | {ours: role})}{already}"
+    near = difflib.get_close_matches(role, roles, 1, 0.6)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def _alpaca(row: dict) -> Found:
