@@ -104,7 +104,12 @@ def counts(parts: list[Examples], names: list[str]) -> list[dict[str, Any]]:
         c, lengths = part.counts, part.lengths
         low, median, high, most = np.percentile(lengths, [0, 50, 95, 100]).tolist() if len(lengths) else [0] * 4
         found = {"source": name, "rows": c["rows"], "examples": len(part), "tokens": c["tokens"], "targets": c["targets"]}
-        found |= {"supervised": c["targets"] / max(1, c["tokens"]), "too_long": c["too_long"], "no_answer": c["unsupervised"]}
+        found |= {
+            "supervised": c["targets"] / max(1, c["tokens"]),
+            "too_long": c["too_long"],
+            "no_answer": c["unsupervised"],
+            "marked": c["marked"],
+        }
         out.append(found | {"shortest": int(low), "median": median, "percentile_95": high, "longest": int(most)})
     return out
 

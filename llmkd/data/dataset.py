@@ -199,9 +199,8 @@ def refuse_unknown_tokens(vocab: int, data: Dataset, tokenizer) -> None:
 def report_examples(data: Dataset) -> None:
     """One line with the number of examples, tokens and targets, and the notes."""
     examples, c = data.examples, data.examples.counts
-    dropped = [
-        f"{c[k]} {words}" for k, words in (("too_long", "too long"), ("unsupervised", "with nothing supervised, dropped")) if c.get(k)
-    ]
+    reasons = {"too_long": "too long", "unsupervised": "with nothing supervised, dropped", "marked": "marked as not trained on, dropped"}
+    dropped = [f"{c[k]} {words}" for k, words in reasons.items() if c.get(k)]
     info(
         f"{data.name}: {len(examples)} examples, {len(examples.ids)} tokens, {int(examples.loss_mask.sum())} targets"
         + (f", {len(examples.teacher_view.ids)} tokens for the teacher with its context" if examples.teacher_view is not None else "")

@@ -10,7 +10,10 @@ _NOTES = {
 
 def example_notes(counts: dict[str, int]) -> list[str]:
     """A line for each oddity in the counts of `encode` that may matter."""
-    rendered = {key.partition(" ")[2]: number for key, number in counts.items() if key.startswith("rendered ")}
+    rendered, turns, unshown = (
+        {key.partition(" ")[2]: number for key, number in counts.items() if key.startswith(f"{what} ")}
+        for what in ("rendered", "turns", "unshown")
+    )
     most = 2 * sum(rendered.values()) >= counts.get("rows", 0)
     out = [
         f"note: {words.format(counts[key])}" for key, words in _NOTES.items() if counts.get(key) and not (key == "as_characters" and most)
@@ -21,7 +24,12 @@ def example_notes(counts: dict[str, int]) -> list[str]:
             "template had rendered them already; here they are characters; give the messages themselves (format: chat), or texts without these "
             "tokens (the end token is added)"
         )
-    unshown = {key.partition(" ")[2]: number for key, number in counts.items() if key.startswith("unshown ")}
+    if turns and 2 * sum(turns.values()) >= counts["rows"]:
+        out.append(
+            f"warning: {sum(turns.values())} of {count(counts['rows'], 'row')} hold a conversation as text ({max(turns, key=turns.get)!r}), as if it had been "
+            "rendered already: all of it is supervised, the user's turns too; to train on the answers alone, give messages (format: chat), "
+            "or prompt and answer (format: prompt_completion)"
+        )
     if unshown:
         listed = ", ".join(f"{name} ({number:,})" for name, number in sorted(unshown.items(), key=lambda one: (-one[1], one[0])))
         out.append(f"note: not shown by the chat template, with the rows that have it, of {count(counts['rows'], 'row')}: {listed}")

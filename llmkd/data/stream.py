@@ -90,9 +90,9 @@ class StreamSource(ExampleSource):
         if c:
             for note in example_notes(c):
                 warn(note.replace(": ", ": train: ", 1))
-            info(
-                f"train: {c['rows']} rows streamed, {c['examples']} examples ({c['too_long']} too long, {c['unsupervised']} with nothing supervised)"
-            )
+            marked = f", {c['marked']} marked as not trained on" if c["marked"] else ""
+            dropped = f"{c['too_long']} too long, {c['unsupervised']} with nothing supervised{marked}"
+            info(f"train: {c['rows']} rows streamed, {c['examples']} examples ({dropped})")
 
     def schedule(self, done: int = 0) -> Iterator[Step]:
         digest = hashlib.sha256()

@@ -170,6 +170,15 @@ def test_a_full_disk_does_not_fail_the_run_and_leaves_nothing_behind(cache, monk
         ([talk("u q")] * 3, "chat", {}, ["none of f.jsonl's 3 rows", "0 are longer", "3 have no answer"]),
         ([json.loads(GOOD)] * 2, "alpaca", {"max_length": 5}, ["none of f.jsonl's 2 rows", "2 are longer than data.max_length = 5"]),
         ([{"text": ""}], "text", {}, ["none of f.jsonl's 1 rows", "1 have no answer"]),
+        (
+            [
+                {"messages": [*talk("u q")["messages"], {"role": "assistant", "content": "a", "train": False}]},
+                {"messages": [], "train": False},
+            ],
+            "chat",
+            {},
+            ["0 have no answer, 2 are marked as not trained on); remove the marks, or list their keys under ignore"],
+        ),
     ],
 )
 def test_rows_with_nothing_to_train_on_are_refused_with_counts(cache, rows, format, data, words):

@@ -380,6 +380,7 @@ RENDERED = "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n"
         ("text", {"text": RENDERED}, "<|im_start|>"),
         ("text", {"text": "[INST] q [/INST] a"}, "[INST]"),
         ("text", {"text": "q<|pad|>"}, "<|pad|>"),
+        ("text", {"text": "q</s>"}, "</s>"),
         ("prompt_completion", {"prompt": "<start_of_turn>user\nq", "completion": "a"}, "<start_of_turn>"),
         ("alpaca", {"instruction": "q", "output": f"a{END}"}, END),
         ("chat", talk("u <|start_header_id|>user", "a one"), "<|start_header_id|>"),
@@ -395,6 +396,25 @@ def test_texts_that_were_rendered_already_are_warned_of_where_most_are(format, r
     assert example_notes(merge([encoded, plain]).counts)[0].startswith("warning: 1 of 2 rows")
     few = example_notes(merge([encoded, plain, plain]).counts)
     assert few == ["note: 1 with the characters of a control token, which stay characters"] * (token in tiny().all_special_tokens)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("A chat. USER: q ASSISTANT: a", "USER:"),
+        ("### Instruction:\nq\n\n### Response:\na", "### Instruction"),
+        ("Human: q\n\nAssistant: a", "Human:"),
+        ("**User:** q\n**Assistant:** a", "**User:"),
+        ("<human>: q\n<bot>: a".replace("bot", "assistant"), "<human>:"),
+        ("Q: q\nA: a", "Q:"),
+    ],
+)
+def test_conversations_in_words_are_warned_of_where_most_texts_hold_them(text, words):
+    held, plain = (encode(rows_of({"text": one}), "text", Data(), tiny()) for one in (text, "The user: a human. Answer it, assistant."))
+    assert example_notes(merge([held, plain]).counts)[0].startswith(f"warning: 1 of 2 rows hold a conversation as text ({words!r}), as if")
+    assert example_notes(merge([held, plain, plain]).counts) == [] == example_notes(plain.counts)
+    row = {"prompt": text, "completion": "b"}
+    assert example_notes(encode(rows_of(row), "prompt_completion", Data(), tiny()).counts) == []
 
 
 # ---- long talks

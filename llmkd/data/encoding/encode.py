@@ -22,8 +22,8 @@ from ..reading.sources import Rows
 from .control_tokens import Span, Text, controls, piecewise, refuse_unmarked
 from .formats import FORMATS
 from .long_texts import beginning, is_longer
-from .marked_turns import refuse_unhonoured_marks
-from .rendered_text import turn_token
+from .marked_turns import has_marks, refuse_unhonoured_marks
+from .rendered_text import turn_token, turn_words
 from .teacher_context import Tokens, align, keep_common, teacher_texts
 
 _BATCH, _MOST_CHARACTERS = 512, 1 << 20
@@ -45,17 +45,18 @@ class Rendered:
 def encode(rows: Rows, source: Source, data: Data, tokenizer, progress=iter) -> Examples:
     """Encode rows; drop, cut, split or refuse examples that are too long; drop those with nothing supervised. UserError names every bad row.
 
-    `counts`: rows, examples, tokens and targets; too_long and unsupervised examples; as_characters, texts that contain the characters of
+    `counts`: rows, examples, tokens and targets; too_long and unsupervised examples, and marked ones, with nothing supervised because of a
+    mark in the row; as_characters, texts that contain the characters of
     a control token; endless, texts that a chat template ends without a control token; `rendered TOKEN`, rows whose text holds a token of
-    a chat template; `unshown KEY`, rows with something that the chat template does not show; apart, rows of which the template makes
+    a chat template; `turns WORDS`, rows of format text whose text holds a conversation; `unshown KEY`, rows with something that the chat template does not show; apart, rows of which the template makes
     several examples, apart_examples and apart_tokens, these, and apart_last, the tokens of the last of each row. An example that is too long, or has nothing
     supervised, for its student or its teacher is so for both.
     """
     errors = ErrorCollector()
     texts = _render(rows, source, data, tokenizer, errors)
     errors.raise_if_any()
-    counts = {"rows": len(rows.rows), "unsupervised": sum(row.get("train") is False for row in rows.rows), "too_long": 0}
-    counts |= _oddities(rows, texts, controls(tokenizer).any)
+    counts = {"rows": len(rows.rows), "unsupervised": 0, "marked": sum(row.get("train") is False for row in rows.rows), "too_long": 0}
+    counts |= _oddities(rows, source.format, texts, controls(tokenizer).any)
     texts = _shortened(texts, rows, data, tokenizer, counts, errors)
     kept: list[tuple[Tokens, ...]] = []  # each example as the student reads it, and as its teacher does if that has a context
     kept_rows = []
@@ -82,7 +83,7 @@ def encode(rows: Rows, source: Source, data: Data, tokenizer, progress=iter) -> 
                     kept.append(piece)
                     kept_rows.append(text.row)
                 else:
-                    counts["unsupervised"] += 1
+                    counts["marked" if has_marks(rows.rows[text.row]) and not text.student.spans else "unsupervised"] += 1
     errors.raise_if_any()
     of_rows = np.array(kept_rows, np.int64)
     examples = Examples(*_flat([views[0] for views in kept]), of_rows, counts)
@@ -127,9 +128,11 @@ def _render(rows: Rows, source: Source, data: Data, tokenizer, errors: ErrorColl
     return texts
 
 
-def _oddities(rows: Rows, texts: list[Rendered], control: re.Pattern) -> dict[str, int]:
+def _oddities(rows: Rows, format: str, texts: list[Rendered], control: re.Pattern) -> dict[str, int]:
     """The counts of what may not be meant, see `encode`."""
     found = Counter(f"rendered {token}" for row in rows.rows if (token := turn_token(row, control)))
+    if format == "text":
+        found.update(f"turns {words}" for row in rows.rows if (words := turn_words(row["text"])))
     found.update(f"unshown {key}" for text in texts if text.last for key in text.student.unshown)
     apart = [text for text in texts if text.of > 1]
     if apart:

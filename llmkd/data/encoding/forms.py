@@ -144,7 +144,8 @@ def _attempts(template: str, messages: list[dict]) -> Iterator[Forms]:
     calls = [call for message in messages for call in message.get("tool_calls") or ()]
     given = [_function(call).get("arguments") for call in calls]
     texts = [isinstance(one, str) for one in given]
-    arguments = ["objects"] * any(texts) + [""] + ["text"] * (not all(texts)) + ["objects"] * (None in given and not any(texts))
+    arguments = [*(["objects"] if any(texts) else []), "", *([] if all(texts) else ["text"])]
+    arguments += ["objects"] if None in given and not any(texts) else []
     for parts in itertools.chain([known], (known | some for some in others if not some <= known)):
         for inside in (False, True) if any(_function(call) is call for call in calls) else (False,):
             yield from (Forms(parts, form, inside) for form in arguments)

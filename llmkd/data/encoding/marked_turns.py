@@ -3,6 +3,12 @@
 from ...config.recipe import Data
 
 
+def has_marks(row: dict) -> bool:
+    """Whether an answer of the row is marked as not trained on."""
+    messages = [message for name in ("messages", "completion") if isinstance(row.get(name), list) for message in row[name]]
+    return any(message["role"] == "assistant" and message.get("train") is False for message in messages)
+
+
 def refuse_unhonoured_marks(row: dict, data: Data) -> None:
     """ValueError where a turn is marked as trained on and would not be, or the reverse."""
     for name in ("messages", "prompt", "completion"):

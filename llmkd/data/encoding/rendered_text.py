@@ -1,4 +1,4 @@
-"""Texts that a chat template has rendered already: they hold tokens that begin or end turns, which are only characters here."""
+"""Texts that a chat template has rendered already: they hold tokens that begin or end turns, which are only characters here, or the words."""
 
 import re
 
@@ -10,10 +10,26 @@ _TURNS = re.compile(
             "<|im_start|> <|im_end|> <|start_header_id|> <|end_header_id|> <|eot_id|> <|header_start|> <|eot|> <start_of_turn> <end_of_turn>"
             " <|turn> <turn|> [INST] [/INST] <<SYS>> <|user|> <|assistant|> <|system|> <|end|> <｜User｜> <｜Assistant｜> <|User|> <|Assistant|>"
             " <|start|> <|message|> <|START_OF_TURN_TOKEN|> <|END_OF_TURN_TOKEN|> <|start_of_role|> <|end_of_role|> <|im_user|>"
-            " <|im_assistant|> <|observation|> <|prompter|> <|begin_of_text|> <|begin_of_sentence|> <extra_id_1>User".split(),
+            " <|im_assistant|> <|observation|> <|prompter|> <|begin_of_text|> <|begin_of_sentence|> </s> <extra_id_1>User".split(),
         )
     )
 )
+
+#: Words that begin a user's turn and an answer in the plain formats of Vicuna, Alpaca, Anthropic, Guanaco and others.
+_USER, _ANSWER = (
+    re.compile(rf"\b{capitals}: |^#{{2,4}} ?(?:{words})\b|^\W{{0,3}}(?:{words})\W{{0,3}}:|<(?:{words})>", re.MULTILINE)
+    for capitals, words in (
+        ("USER", "USER|[Uu]ser|[Hh]uman|[Ii]nstruction|[Qq]uestion|Q|[Pp]rompt|[Cc]ustomer"),
+        ("ASSISTANT", "ASSISTANT|[Aa]ssistant|[Rr]esponse|[Aa]nswer|A|[Bb]ot|AI|GPT|gpt"),
+    )
+)
+_LOOKED_AT = 20_000  # characters: the words are at the beginning
+
+
+def turn_words(text: str) -> str | None:
+    """The words that begin the first user's turn of a text that has an answer after it."""
+    user = _USER.search(text, 0, _LOOKED_AT)
+    return user[0].strip() if user and _ANSWER.search(text, user.end(), _LOOKED_AT) else None
 
 
 def turn_token(row: dict, control: re.Pattern) -> str | None:

@@ -24,8 +24,8 @@ from ..reading.sources import Rows
 from .encode import encode
 from .formats import refuse_without_template
 
-#: Raise it when encoding makes other tokens of the same rows, or an entry's files change. 9: forms of tool calls, counts of what is not shown.
-VERSION = 9
+#: Raise it when encoding makes other tokens of the same rows, or an entry's files change. 10: counts of marked rows and of turns written as text.
+VERSION = 10
 
 _READ = ("ids", "loss_mask", "offsets")  # the arrays of Examples that a model reads
 
@@ -58,9 +58,13 @@ def load_or_encode(rows: Rows, source: Source, data: Data, tokenizer, setting: s
                 _store(entry, result, warn)
     if not len(result):
         c = result.counts
+        marked = f", {c['marked']} are marked as not trained on" if c["marked"] else ""
+        fix = f"raise data.max_length, or check the rows and {setting}.format"
+        if marked:
+            fix = "remove the marks, or list their keys under ignore" + f"; {fix}" * (c["too_long"] + c["unsupervised"] > 0)
         raise UserError(
             f"{setting}: none of {source.path}'s {c['rows']} rows gives a supervised token ({c['too_long']} are longer than data.max_length = "
-            f"{data.max_length}, {c['unsupervised']} have no answer); raise data.max_length, or check the rows and {setting}.format"
+            f"{data.max_length}, {c['unsupervised']} have no answer{marked}); {fix}"
         )
     return result
 
