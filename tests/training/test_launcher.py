@@ -14,8 +14,8 @@ import pytest
 
 from llmkd.training import launcher, shutdown
 from tests.conftest import plain_recipe, write_rows
-from tests.training.test_parity import REPO
 
+REPO = Path(__file__).parents[2]
 LAUNCH = [sys.executable, "-m", "accelerate.commands.launch"]
 
 
