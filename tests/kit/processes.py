@@ -39,7 +39,7 @@ class Server:
         command = [sys.executable, "-m", "tests.kit.processes"]
         self.process = subprocess.Popen(command, cwd=REPO, env=variables, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
 
-    def launch(self, count: int, function: Callable, *arguments, cwd: Path | None = None, limit: float = 120, **environment: str | None):
+    def launch(self, count: int, function: Callable, *arguments, cwd: Path | None = None, limit: float = 300, **environment: str | None):
         """`function(*arguments)` in `count` processes, ranks of one launch, on one thread each; what it returns is their exit code.
 
         Returns a CompletedProcess: the exit code of the first that failed, or 0, and what all of them wrote. As with torchrun, the others
