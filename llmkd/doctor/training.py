@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..batch import Batch
+from ..config.recipe import Lora
 from ..data.batch_source import Step
 from ..data.batching import make_micro_batches
 from ..models.families import beside_text
@@ -147,6 +148,8 @@ def parameters(setup: Setup) -> Result:
         more, less = sorted(trained - wanted), sorted(wanted - trained)
         sides = [f"{len(x)} {words}, such as {x[0]}" for x, words in ((more, "train unasked"), (less, "do not train")) if x]
         return failed(f"of {len(wanted)} tensors that are to train, " + "; ".join(sides), "check student.method and student.lora; " + BUG)
+    if problem := _other_adapter(setup):
+        return failed(problem, "it is not what student.lora asks for: " + BUG)
     held = {id(p) for group in state.optimizer.param_groups for p in group["params"]}
     if held != {id(p) for p in state.parameters.values()}:
         return failed(f"the optimizer has {len(held)} tensors, and {len(trained)} train", BUG)
@@ -179,6 +182,22 @@ def parameters(setup: Setup) -> Result:
         return failed(f"{words}; a step does not change {len(fixed)} that have a gradient, such as {fixed[0]}", f"raise optim.lr, or {BUG}")
     new = f"; the first gradient of {len(pairs)} A matrices is 0, since their B are" if pairs else ""
     return passed(f"{words}; each has a gradient, and a step changes these and nothing else{new}")
+
+
+def _other_adapter(setup: Setup) -> str:
+    """Where a new adapter is another than `student.lora` describes; empty where it is as described, or is none."""
+    settings, lora = setup.small.student, setup.small.student.lora or Lora()
+    if settings.method != "lora" or setup.prepared.student.adapter:
+        return ""
+    scale = lora.alpha / (lora.rank**0.5 if lora.rslora else lora.rank)
+    for where, module in setup.student.model.named_modules():
+        for name, factor in module.scaling.items() if hasattr(module, "lora_A") else ():
+            dropout = getattr(module.lora_dropout[name], "p", 0.0) if name in getattr(module, "lora_dropout", {}) else lora.dropout
+            found = (module.r[name], factor, dropout, bool(getattr(module, "use_dora", {}).get(name)))
+            if found != (lora.rank, scale, lora.dropout, lora.dora):
+                wanted = f"rank {lora.rank}, a scale of {scale:g}, dropout {lora.dropout:g} and dora {str(lora.dora).lower()}"
+                return f"{where} has rank {found[0]}, a scale of {found[1]:g}, dropout {found[2]:g} and dora {str(found[3]).lower()}, and the recipe {wanted}"
+    return ""
 
 
 def intended(setup: Setup) -> set[str]:

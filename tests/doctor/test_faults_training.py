@@ -130,6 +130,12 @@ def test_an_adapter_weight_that_does_not_train(setup, caught, monkeypatch):
     assert "1 do not train" in caught(setup, TRAINS)
 
 
+def test_an_adapter_with_another_scale(setup, caught, monkeypatch):
+    module = next(module for module in setup.student.model.modules() if hasattr(module, "lora_A"))
+    monkeypatch.setitem(module.scaling, "default", 1.0)
+    assert "a scale of 1, " in caught(setup, TRAINS) and "the recipe rank 4, a scale of 8" in caught(setup, TRAINS)
+
+
 def test_a_weight_that_the_optimizer_does_not_have(setup, caught, monkeypatch):
     group = setup.state.optimizer.param_groups[0]
     monkeypatch.setitem(group, "params", group["params"][1:])

@@ -56,6 +56,14 @@ FAULTS = [
     *in_file(
         "llmkd/doctor/training.py",
         ("unasked-trains", "what trains is not compared", "if wanted != trained:", "if wanted > trained:", TRAINING),
+        (
+            "adapter-not-compared",
+            "an adapter's scale is not compared",
+            "if problem := _other_adapter(setup):",
+            "if problem := None:",
+            TRAINING,
+        ),
+        ("exchange-not-compared", "what two processes exchange is not compared", "apart = max(apart, exchanged)", "pass", TRAINING),
         ("optimizer-lacks", "the optimizer's list is not compared", "if held != {", "if False and held != {", TRAINING),
         (
             "frozen-moves",
