@@ -30,6 +30,12 @@ def small_limits():
     template_process.close()
 
 
+def named(template: str):
+    tokenizer = tiny(template)
+    tokenizer.name_or_path = "owls"
+    return tokenizer
+
+
 @pytest.mark.parametrize(
     "code",
     [
@@ -43,8 +49,10 @@ def small_limits():
 )
 def test_a_template_that_takes_much_memory_is_refused_in_one_line(code):
     before = psutil.Process().memory_info().rss
-    with pytest.raises(UserError, match="^the tokenizer's chat template takes more than 1 GB of memory for one conversation; ") as caught:
-        encode(rows_of(ROW), "chat", Data(), tiny(code + PLAIN))
+    with pytest.raises(
+        UserError, match="^owls: the tokenizer's chat template takes more than 1 GB of memory for one conversation; "
+    ) as caught:
+        encode(rows_of(ROW), "chat", Data(), named(code + PLAIN))
     assert "\n" not in str(caught.value) and psutil.Process().memory_info().rss - before < 100 << 20
     assert kept(encode(rows_of(ROW), "chat", Data(), tiny()), tiny()) == [f"one{END}"]  # the next template has a new process
 
@@ -53,9 +61,9 @@ def test_a_template_that_takes_long_is_refused_in_one_line(small_limits, monkeyp
     start, starts, begin = time.process_time(), [], template_process.subprocess.Popen
     monkeypatch.setattr(template_process.subprocess, "Popen", lambda *given, **more: starts.append(1) or begin(*given, **more))
     with pytest.raises(
-        UserError, match="^the tokenizer's chat template takes more than 5 s for one conversation; it may have an endless loop"
+        UserError, match="^owls: the tokenizer's chat template takes more than 5 s for one conversation; it may have an endless loop"
     ):
-        encode(rows_of(ROW), "chat", Data(), tiny(LOOP + PLAIN))
+        encode(rows_of(ROW), "chat", Data(), named(LOOP + PLAIN))
     assert time.process_time() - start < 3 and len(starts) == 1
 
 

@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from ...errors import UserError
 from .locate import Span
 from .template_process import rendered
 
@@ -67,6 +68,8 @@ def _written(tokenizer, messages: list[dict]) -> str:
         return rendered(tokenizer.get_chat_template(), tokenizer.special_tokens_map, messages)
     except ValueError:  # such as for a system turn, or where there is no default template
         return ""
+    except UserError as error:  # its process was ended: before any row, so that there is none to name
+        raise UserError(f"{tokenizer.name_or_path}: {error}") from None
 
 
 def _is_markup(token: str, every: set[str]) -> bool:
