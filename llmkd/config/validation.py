@@ -27,6 +27,8 @@ _ELSEWHERE = {
     "lr_scheduler_type": "optim.schedule",
     "clip_grad_norm": "optim.max_grad_norm",
     "lora_rank": "student.lora.rank",
+    "r": "student.lora.rank",
+    "top_k": "teacher.cache.k",
     "lora_r": "student.lora.rank",
     "lora_alpha": "student.lora.alpha",
     "lora_dropout": "student.lora.dropout",
@@ -42,7 +44,17 @@ _ELSEWHERE = {
 }
 
 #: Other names of values, for the hint at an unknown value.
-_VALUES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "fp64": "float64"}
+_VALUES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "fp64": "float64"} | {
+    name: format
+    for format, names in {
+        "chat": "sharegpt messages openai chatml conversation conversations conversational",
+        "alpaca": "instruct instruction",
+        "text": "plain raw pretrain pretraining language_modeling",
+    }.items()
+    for name in names.split()
+}
+#: What else a value under another name needs.
+_WITH = {"sharegpt": " with fields: {messages: conversations, role: from, content: value}, roles: {user: human, assistant: gpt}"}
 
 #: Settings that have been renamed, by the file they are in: old dotted path to new. The old one is refused with the new one's name.
 _RENAMED = {
@@ -160,6 +172,8 @@ def _explain(kind, path: tuple, item: dict) -> str:
             return (
                 f"unknown setting; in a file sections are nested: {str(path[-1]).replace('.', ': {')}: ...{'}' * str(path[-1]).count('.')}"
             )
+        if found is None and re.search(r"[/=.\\ ]", str(path[-1])):
+            return "unknown setting; a comma inside { } begins the next setting: put a text that has a comma in quotes"
         here = [f.name for f in dataclasses.fields(parent)]
         near = difflib.get_close_matches(str(path[-1]), here, 1, 0.8 if path[-1] in _ELSEWHERE else 0.6)
         if near:
@@ -175,7 +189,7 @@ def _explain(kind, path: tuple, item: dict) -> str:
     if isinstance(found, str) and "expected" in item.get("ctx", {}):
         options = re.findall(r"'([^']*)'", str(item["ctx"]["expected"]))
         near = [_VALUES[found]] if _VALUES.get(found) in options else difflib.get_close_matches(found, options, 1, 0.6)
-        return f"found {found!r}, expected {join_or(options)}" + (f"; did you mean {near[0]}?" if near else "")
+        return f"found {found!r}, expected {join_or(options)}" + (f"; did you mean {near[0]}{_WITH.get(found, '')}?" if near else "")
     known = {dotted: (type_, text) for dotted, type_, _, text in describe(kind)}
     type_, text = known.get(".".join(str(key) for key in path if not isinstance(key, int) or key == path[-1]), (None, None))
     if not type_ and item["msg"].startswith(("Input should be less", "Input should be greater")):

@@ -126,7 +126,7 @@ def hold_out(data: Dataset, fraction: float) -> tuple[Dataset, Dataset | None]:
     count = round(fraction * len(rows))
     if not count:
         if fraction:
-            raise UserError(f"data.validation_fraction: {fraction:g} of {len(rows)} rows is none; raise it")
+            raise UserError(f"data.validation_fraction: {fraction:g} of {len(rows)} rows is none; raise it to {1 / len(rows):.2g} or more")
         return data, None
     if count == len(rows):
         raise UserError(f"data.validation_fraction: {fraction:g} of {len(rows)} rows leaves none to train on; lower it")

@@ -90,6 +90,29 @@ def note_unknown(config: dict, whose: str) -> None:
         warn(f"warning: {whose}/adapter_config.json sets {', '.join(unknown)}, which PEFT {peft.__version__} does not know and leaves out")
 
 
+def _base_setting(setting: str) -> str:
+    """What names the base of an adapter that a setting names."""
+    return f"{setting.removesuffix('.model')}.base" if setting.endswith(".model") else "base_model_name_or_path in adapter_config.json"
+
+
+_MISMATCH = re.compile(
+    r"size mismatch for (\S+): copying a param with shape torch.Size\(\[(\d+), (\d+)\]\) from checkpoint, the shape in current model is torch.Size\(\[(\d+), (\d+)\]\)"
+)
+
+
+def other_width(error: Exception, files: ModelFiles, setting: str) -> UserError | None:
+    """The error for an adapter of LoRA whose base is narrower or wider than the one that it was trained on; None for any other error of PEFT."""
+    for name, *sizes in _MISMATCH.findall(str(error)):
+        theirs, own = sizes[:2], sizes[2:]
+        side = 1 if "lora_A" in name else 0  # the other one is the rank
+        if theirs[side] != own[side]:
+            return UserError(
+                f"{setting}: the adapter {files.adapter} was trained on another base than {files.base}: {name} has {theirs[side]} "
+                f"{'inputs' if side else 'outputs'}, and this base {own[side]}; set {_base_setting(setting)} to its own"
+            )
+    return None
+
+
 def more_tokens(model: nn.Module, weights: dict[str, Tensor], files: ModelFiles, setting: str) -> UserError | None:
     """The error for an adapter that was trained after tokens were added to its base; None for any other."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -99,12 +122,9 @@ def more_tokens(model: nn.Module, weights: dict[str, Tensor], files: ModelFiles,
             continue
         own = value.shape[-1 if "lora_embedding_A" in name else 0]
         if own > rows and "lora_embedding_B" not in name:
-            as_now = (
-                f"{setting.removesuffix('.model')}.base" if setting.endswith(".model") else "base_model_name_or_path in adapter_config.json"
-            )
             return UserError(
                 f"{setting}: the adapter {files.adapter} has {own} rows in {name}, and its base {files.base} has {rows}: {own - rows} tokens were "
                 f"added before it was trained; enlarge the base likewise (transformers: model.resize_token_embeddings({own})), save it with the "
-                f"adapter's tokenizer, and name that folder as {as_now}"
+                f"adapter's tokenizer, and name that folder as {_base_setting(setting)}"
             )
     return None

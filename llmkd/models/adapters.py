@@ -13,7 +13,7 @@ from ..model_folder import generation
 from ..model_folder.files import ModelFiles
 from ..model_folder.identity import record_of, unchanged, verify
 from ..model_folder.weights import ADAPTER, read_json, tensors
-from .adapter_files import as_peft_names_it, more_tokens, note_unknown
+from .adapter_files import as_peft_names_it, more_tokens, note_unknown, other_width
 
 #: PEFT's types that change what the model reads, or need PEFT's own forward pass, and not (only) its weights.
 _NO_WEIGHTS = (
@@ -87,7 +87,7 @@ def _attach(model: nn.Module, files: ModelFiles, setting: str, trainable: bool, 
     except UserError:
         raise
     except Exception as error:
-        if hint := more_tokens(model, weights, files, setting):
+        if hint := more_tokens(model, weights, files, setting) or other_width(error, files, setting):
             raise hint from error
         raise UserError(
             f"{setting}: the adapter {files.adapter} cannot be loaded ({brief(error)}); check its files, or train it again"

@@ -98,7 +98,7 @@ def test_a_pipeline_and_a_missing_recipe_are_refused(command, tmp_path, capsys, 
 def test_what_a_run_refuses_of_the_data_is_refused(command, world, tmp_path):
     for words, data, problem in (
         (["--data.max_length", "257"], {}, "data.max_length: found 257, and student.model has 256 positions; lower it"),
-        (["--data.validation_fraction", "0.01"], {}, "data.validation_fraction: 0.01 of 37 rows is none; raise it"),
+        (["--data.validation_fraction", "0.01"], {}, "data.validation_fraction: 0.01 of 37 rows is none; raise it to 0.027 or more"),
         (
             [],
             {"train": [{"path": str(world / "train.jsonl")}, {"path": str(world / "held.jsonl"), "weight": 0.01}]},

@@ -133,6 +133,25 @@ def test_a_role_beside_those_that_the_recipe_names(read, refused, role, hint):
         assert len(read(row, **{"format": "chat", **named, **yaml.safe_load(f"{{{hint[4:]}}}")}).rows) == 1
 
 
+def test_rows_of_one_turn_each_lose_no_role(refused):
+    """oasst's: as plain text they would lose who said it."""
+    turn = {"message_id": "1", "parent_id": None, "text": "q", "role": "prompter", "lang": "en"}
+    problems = refused("\n".join(json.dumps(turn | {"role": role}) for role in ("prompter", "assistant")), format="alpaca")
+    assert "set format: text" not in problems[0] and problems[0].endswith(
+        "; a row is one turn: write the turns of each conversation as one row, {messages: [{role, content}, ...]} (format: chat)"
+    )
+    assert len(problems) == 2
+
+
+def test_questions_without_their_columns_are_named_once(refused):
+    rows = "\n".join([json.dumps({"instruction": "q", "output": "a", "answer": 1})] * 3)
+    problems = refused(rows, format="alpaca", choices=True)
+    assert problems == [
+        "t.jsonl:1: no column 'choices'; found 'instruction', 'output', 'answer'; set fields: {choices: NAME} if the file has other names",
+        "... and 2 more rows: no column 'choices'",
+    ]
+
+
 def test_a_slip_in_a_role_is_named(refused):
     (problem,) = refused(json.dumps({"messages": [MESSAGES[0], {"role": "asistant", "content": "a"}]}), format="chat")
     assert problem.endswith("; did you mean 'assistant'?")

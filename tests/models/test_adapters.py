@@ -1,6 +1,7 @@
 """Adapters from and to folders: PEFT reads back the trained weights, or the adapter is refused."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -323,6 +324,19 @@ def test_a_base_that_is_no_name_and_a_wrong_rank_are_refusals_that_say_what_is_w
         student(changed(tmp_path / "adapter", tmp_path / "number", base_model_name_or_path=3))
     with pytest.raises(UserError, match="cannot be loaded .*size mismatch for .*q_proj.lora_A"):
         teacher(changed(tmp_path / "adapter", tmp_path / "rank", r=8))
+
+
+def test_an_adapter_of_a_wider_base_says_what_to_set(tmp_path):
+    by_peft(base(tmp_path / "base"), {}, tmp_path / "adapter")
+    narrow = base(tmp_path / "narrow", hidden_size=16)
+    for load, setting in ((teacher, "teacher"), (student, "student")):
+        with pytest.raises(UserError) as caught:
+            load(changed(tmp_path / "adapter", tmp_path / setting, base_model_name_or_path=str(narrow)))
+        assert re.fullmatch(
+            rf"{setting}.model: the adapter \S+ was trained on another base than {narrow}: \S+q_proj.lora_A\S+ has \d+ inputs, and this base 16; "
+            rf"set {setting}.base to its own",
+            str(caught.value),
+        )
 
 
 def test_an_adapted_head_takes_hidden_states_of_autocast(tmp_path, capsys):

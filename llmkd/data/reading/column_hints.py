@@ -5,7 +5,7 @@ import json
 from typing import Any
 
 from ...config.data import FORMATS, Source
-from .recognise import Check, is_read, settings_for
+from .recognise import Check, is_read, is_turn, settings_for
 
 
 def column_hint(
@@ -42,6 +42,8 @@ def _described(columns: list[str], row: dict[str, Any], theirs: dict[str, str], 
         return f"; the columns are inside {inner!r}: write what it holds as the row"
     if rows := next((name for name, value in row.items() if is_rows(value) and is_read(value[0], source, check)), None):
         return f"; {rows!r} is a list of objects with columns: write each as a row of its own, or a talk as messages of role and content"
+    if is_turn(row):
+        return "; a row is one turn: write the turns of each conversation as one row, {messages: [{role, content}, ...]} (format: chat)"
     unused = [name for name in row if name not in theirs.values()]
     wanted = ", ".join(f"{column}: {unused[0] if len(unused) == len(columns) == 1 else 'NAME'}" for column in columns)
     header = "; the first line of a .csv file is its header" if csv and len(columns) > 1 else ""

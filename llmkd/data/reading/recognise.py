@@ -174,8 +174,14 @@ def _pairs(row: dict, *own: str) -> Iterator[list[str]]:
         yield [names[0] for names in named]
 
 
+def is_turn(row: dict) -> bool:
+    """Whether a row is one turn of a conversation (oasst's): its role is a column."""
+    every = {name for names in _ROLE_NAMES.values() for name in names}
+    return any(isinstance(row[name], str) and plain(row[name]) in every for name in _named(row, _ROLE_KEYS))
+
+
 def _text(row: dict) -> Found:
-    if not _named(row, _PROMPTS) and not _named(row, _ANSWERS):
+    if not is_turn(row) and not _named(row, _PROMPTS) and not _named(row, _ANSWERS):
         known = _named(row, _TEXTS) or list(row)[: len(row) == 1]
         yield from (({"text": name}, {}) for name in known[:1] if isinstance(row[name], str))
 

@@ -72,7 +72,14 @@ def _checked(row: Any, place: str, source: Source, problems: ErrorCollector, cho
     mixed = [c for c in theirs if columns[c].kind == "text or messages" and c in found]
     if len({isinstance(found[c], list) for c in mixed}) > 1:
         problems.add(f"{place}: {' and '.join(mixed)} are of two kinds; give both as text or both as lists of messages")
-    if choices:
+    if unnamed := [repr(name) for name in asked.values() if name not in row]:
+        columns = f"column{'s' * (len(unnamed) > 1)} {' and '.join(unnamed)}"
+        fields = ", ".join(f"{c}: NAME" for c, name in asked.items() if name not in row)
+        problems.add(
+            f"{place}: no {columns}; found {', '.join(map(repr, row))}; set fields: {{{fields}}} if the file has other names",
+            alike=f"no {columns}",
+        )
+    elif choices:
         _check_choices(found, source, place, problems)
     _check_system(found, theirs, source, place, problems)
     if trained is False:
