@@ -29,6 +29,7 @@ ROWS = [
     ("alpaca", {"question": "a", "passage": "c", "answer": "b"}, "fields: {instruction: question, input: passage, output: answer}"),
     ("prompt_completion", {"question": "a", "answer": "b", "id": 1}, "fields: {prompt: question, completion: answer}"),
     ("text", {"prompt": "a", "completion": "b"}, "format: prompt_completion"),
+    ("alpaca", {"author": "bot", "question": "a", "answer": "b"}, "fields: {instruction: question, output: answer}"),
     (
         "chat",
         {"query": "a", "response": "b"},
@@ -141,6 +142,11 @@ def test_rows_of_one_turn_each_lose_no_role(refused):
         "; a row is one turn: write the turns of each conversation as one row, {messages: [{role, content}, ...]} (format: chat)"
     )
     assert len(problems) == 2
+    assert refused(json.dumps(turn), format="chat")[0].endswith(problems[0].partition("; found")[2])
+    assert refused(json.dumps(turn), format="text") == [
+        "t.jsonl:1: column 'role' is not read: it may hold who says it, so that a row is one turn; write the turns of each conversation as one row, "
+        "{messages: [{role, content}, ...]} (format: chat), or set ignore: [role] to train without it"
+    ]
 
 
 def test_questions_without_their_columns_are_named_once(refused):

@@ -407,6 +407,9 @@ def test_texts_that_were_rendered_already_are_warned_of_where_most_are(format, r
         ("**User:** q\n**Assistant:** a", "**User:"),
         ("<human>: q\n<bot>: a".replace("bot", "assistant"), "<human>:"),
         ("Q: q\nA: a", "Q:"),
+        ("### Human: q### Assistant: a", "### Human"),
+        ("Human: q Assistant: a", "Human:"),
+        ("用户：q\n助手：a", "用户："),
     ],
 )
 def test_conversations_in_words_are_warned_of_where_most_texts_hold_them(text, words):

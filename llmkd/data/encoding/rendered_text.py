@@ -16,12 +16,15 @@ _TURNS = re.compile(
 )
 
 #: Words that begin a user's turn and an answer in the plain formats of Vicuna, Alpaca, Anthropic, Guanaco and others.
-_USER, _ANSWER = (
-    re.compile(rf"\b{capitals}: |^#{{2,4}} ?(?:{words})\b|^\W{{0,3}}(?:{words})\W{{0,3}}:|<(?:{words})>", re.MULTILINE)
-    for capitals, words in (
-        ("USER", "USER|[Uu]ser|[Hh]uman|[Ii]nstruction|[Qq]uestion|Q|[Pp]rompt|[Cc]ustomer"),
-        ("ASSISTANT", "ASSISTANT|[Aa]ssistant|[Rr]esponse|[Aa]nswer|A|[Bb]ot|AI|GPT|gpt"),
-    )
+_WORDS = r"^\W{0,3}(?:WORDS)\W{0,3}[:：]|#{2,4} ?(?:WORDS)\b|<(?:WORDS)>"
+_USER = re.compile(
+    r"\bUSER: |" + _WORDS.replace("WORDS", "USER|[Uu]ser|[Hh]uman|[Ii]nstruction|[Qq]uestion|Q|[Pp]rompt|[Cc]ustomer|用户|人类|问"),
+    re.MULTILINE,
+)
+_ANSWER = re.compile(
+    r"\b(?:ASSISTANT|Assistant|Answer|Response|AI|Bot): |"
+    + _WORDS.replace("WORDS", "ASSISTANT|[Aa]ssistant|[Rr]esponse|[Aa]nswer|A|[Bb]ot|AI|GPT|gpt|助手|答|回答"),
+    re.MULTILINE,
 )
 _LOOKED_AT = 20_000  # characters: the words are at the beginning
 

@@ -5,7 +5,7 @@ import json
 from typing import Any
 
 from ...config.data import FORMATS, Source
-from .recognise import Check, is_read, is_turn, settings_for
+from .recognise import ONE_ROW, Check, is_read, is_turn, settings_for
 
 
 def column_hint(
@@ -20,6 +20,8 @@ def column_hint(
             return f"; did you mean {near[0]!r}?", False  # a name that the recipe gives has a slip in it
     if settings := settings_for(_answered(row, source) if choices else row, source, check):
         return f"{_found(row)}; {settings}", True
+    if is_turn(row):
+        return f"{_found(row)}; a row is one turn: {ONE_ROW}", False
     if near := difflib.get_close_matches(theirs[columns[0]], row, 1, 0.6):
         return f"; did you mean {near[0]!r}?", False
     return f"{_found(row)}{_described(columns, row, theirs, source, check, csv)}", False
@@ -42,8 +44,6 @@ def _described(columns: list[str], row: dict[str, Any], theirs: dict[str, str], 
         return f"; the columns are inside {inner!r}: write what it holds as the row"
     if rows := next((name for name, value in row.items() if is_rows(value) and is_read(value[0], source, check)), None):
         return f"; {rows!r} is a list of objects with columns: write each as a row of its own, or a talk as messages of role and content"
-    if is_turn(row):
-        return "; a row is one turn: write the turns of each conversation as one row, {messages: [{role, content}, ...]} (format: chat)"
     unused = [name for name in row if name not in theirs.values()]
     wanted = ", ".join(f"{column}: {unused[0] if len(unused) == len(columns) == 1 else 'NAME'}" for column in columns)
     header = "; the first line of a .csv file is its header" if csv and len(columns) > 1 else ""

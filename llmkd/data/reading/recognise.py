@@ -24,7 +24,7 @@ _ANSWERS = (
 _INPUTS = "input context document passage article background".split()
 _TEXTS = "text content document body passage article story abstract code rawcontent doc txt paragraph".split()
 _SYSTEMS = "system systemprompt systemmessage".split()
-_ROLE_KEYS = "role from speaker author sender".split()
+ROLE_KEYS = "role from speaker author sender".split()
 _CONTENT_KEYS = "content value text message utterance body".split()
 _ROLE_NAMES = {
     "user": "user human prompter customer client question usermessage".split(),
@@ -33,6 +33,9 @@ _ROLE_NAMES = {
     "tool": "tool function observation toolresponse ipython toolresult functionresponse".split(),
 }
 
+
+#: What to do with rows that are turns.
+ONE_ROW = "write the turns of each conversation as one row, {messages: [{role, content}, ...]} (format: chat)"
 
 #: Names of a turn, or of a message's key, that calls tools.
 CALLS = set("functioncall functioncalls toolcall toolcalls tooluse tooluses toolinvocation toolinvocations".split())
@@ -128,7 +131,7 @@ def _message_keys(value: Any) -> dict[str, str]:
     if not isinstance(value, list) or not value or not all(isinstance(message, dict) for message in value):
         return {}
     found = {}
-    for ours, names in (("role", _ROLE_KEYS), ("content", _CONTENT_KEYS)):
+    for ours, names in (("role", ROLE_KEYS), ("content", _CONTENT_KEYS)):
         there = [key for name in names for key in value[0] if plain(key) == name and all(isinstance(one.get(key), str) for one in value)]
         found |= {ours: there[0]} if there else {}
     return found if len(found) == 2 else {}
@@ -176,8 +179,11 @@ def _pairs(row: dict, *own: str) -> Iterator[list[str]]:
 
 def is_turn(row: dict) -> bool:
     """Whether a row is one turn of a conversation (oasst's): its role is a column."""
-    every = {name for names in _ROLE_NAMES.values() for name in names}
-    return any(isinstance(row[name], str) and plain(row[name]) in every for name in _named(row, _ROLE_KEYS))
+    return any(is_role(row[name]) for name in _named(row, ROLE_KEYS))
+
+
+def is_role(value: Any) -> bool:
+    return isinstance(value, str) and any(plain(value) in names for names in _ROLE_NAMES.values())
 
 
 def _text(row: dict) -> Found:

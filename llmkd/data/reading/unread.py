@@ -11,6 +11,7 @@ from typing import Any
 from ...config.data import FORMATS, Source
 from ...console import count, warn
 from .problems import ErrorCollector
+from .recognise import ONE_ROW, ROLE_KEYS, is_role
 from .turn_marks import plain
 
 _ANSWERED = ("alpaca", "chat", "prompt_completion")
@@ -102,6 +103,13 @@ MEANINGS = (
         "write it into the prompt, or use format: alpaca with fields: {{input: {0}}}",
     ),
     Meaning(_names(_SOURCES), ("alpaca",), "a part of a prompt", column="input"),
+    Meaning(
+        frozenset(ROLE_KEYS),
+        ("text",),
+        "who says it, so that a row is one turn",
+        ONE_ROW.replace("{", "{{").replace("}", "}}"),
+        holds=is_role,
+    ),
     Meaning(_names("context contexts"), ("chat",), "what the answers rely on", "write it into a message"),
     Meaning(
         _names("chattemplatekwargs templatekwargs enablethinking documents"),
