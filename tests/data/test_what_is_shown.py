@@ -112,7 +112,7 @@ STRINGS = XML.replace("v if v is string else v | tojson", "v | string")  # as Qw
 @pytest.mark.parametrize(("value", "python", "as_json"), [(True, "True", "true"), (False, "False", "false"), (None, "None", "null")])
 @pytest.mark.parametrize("form", ["object", "text"])
 def test_values_that_come_out_in_python_spelling_are_refused(value, python, as_json, form):
-    row = calling(given := {"a": 3, "b": value} if form == "object" else json.dumps({"a": 3, "b": value}))
+    row = calling({"a": 3, "b": value} if form == "object" else json.dumps({"a": 3, "b": value}))
     row["messages"][0]["content"] = "True, False or None?"
     with pytest.raises(UserError) as caught:
         said(row, HEAD + STRINGS + TAIL)
@@ -122,7 +122,10 @@ def test_values_that_come_out_in_python_spelling_are_refused(value, python, as_j
     )
     row["messages"][1] = calling({"a": 3, "b": as_json, "c": "True, False or None"})["messages"][1]
     assert said(row, HEAD + STRINGS + TAIL)[0].startswith(f"mul<a>3</a><b>{as_json}</b><c>True, False or None</c>")
-    assert f"<b>{as_json}</b>" in said(calling(given), HEAD + XML + TAIL)[0]
+    row["messages"][1] = calling({"a": 3, "b": value, "c": python})["messages"][
+        1
+    ]  # written as JSON, beside a text that looks like Python's word
+    assert f"<b>{as_json}</b><c>{python}</c>" in said(row, HEAD + XML + TAIL)[0]
 
 
 @pytest.mark.parametrize("also", [None, '{"a": 3}'])
@@ -346,6 +349,7 @@ def test_tool_calls_that_are_none_are_refused(read, turn, words):
 
 def test_calls_that_are_ignored_or_empty_are_no_fault(read):
     answer = {"role": "assistant", "content": "x", "function_call": {"name": "f"}, "tool_call": {}}
+    answer["tool_calls"] = [{"name": "f", "arguments": {}, "input": "something else"}]
     row = {"messages": [{"role": "user", "content": "q", "tool_calls": [], "function_call": None}, answer]}
     assert read(json.dumps(row), format="chat", ignore=("function_call",)).rows[0]["messages"][1]["content"] == "x"
 

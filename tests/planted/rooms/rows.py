@@ -71,6 +71,8 @@ FAULTS = [
     ),
     *in_file(
         "llmkd/data/reading/recognise.py",
+        ("turns-as-texts", "rows of one turn are proposed as texts", "if not is_turn(row) and not _named", "if not _named", SHAPES),
+        ("roles-forgotten", "the hint for a role drops the others", "_shown(source.roles | {ours: role})", "_shown({ours: role})", SHAPES),
         ("first-proposal", "a proposal that does not read the row wins", "len(problems.found) < best[0]", "False", SHAPES),
         (
             "own-format-last",

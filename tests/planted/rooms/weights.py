@@ -111,6 +111,15 @@ FAULTS = [
         "models/test_merge.py::test_what_cannot_be_merged_is_refused_by_name",
     ),
     Fault(
+        "rank-as-width",
+        "an adapter of another rank seems to have another base",
+        "llmkd/models/adapter_files.py",
+        "side = 1 if",
+        "side = 0 if",
+        "models/test_adapters.py::test_an_adapter_of_a_wider_base_says_what_to_set "
+        "models/test_adapters.py::test_a_base_that_is_no_name_and_a_wrong_rank_are_refusals_that_say_what_is_wrong",
+    ),
+    Fault(
         "scale-by-another-name",
         "alpha_pattern keeps the names of a larger model, and PEFT leaves it out",
         "llmkd/models/adapter_files.py",
