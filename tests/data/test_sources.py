@@ -354,7 +354,9 @@ def test_columns_and_roles_by_the_files_own_names(tmp_path):
     ]
     row["conversations"][1]["from"] = "bot"
     (problem,) = problems(write(tmp_path / "t.jsonl", [row]), **settings)
-    assert problem.endswith(":1: conversations[1].from is 'bot', expected one of system, developer, human, gpt, tool")
+    assert problem.endswith(
+        ":1: conversations[1].from is 'bot', expected one of system, developer, human, gpt, tool; set roles: {user: human, assistant: bot}, or write 'gpt' for it in the file"
+    )
     (problem,) = problems(write(tmp_path / "t.jsonl", [{"conversation": []}]), **settings)
     assert problem.endswith("no column 'conversations'; did you mean 'conversation'?")
     asked = {"question": "q", "context": "c", "answer": "a"}
