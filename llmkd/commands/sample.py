@@ -87,7 +87,7 @@ def sample(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("sample: runs in one process; leave accelerate launch out")
     recipe, student = _finished(run)
-    wanted = dict(_models(recipe, student, models))
+    wanted = dict(models_to_ask(recipe, student, models))
     files = {name: _files(name, *one) for name, one in wanted.items()}
     tokenizer = load_tokenizer(str(student), "sample")
     data = dataclasses.replace(recipe.data, train_on_input=False)
@@ -126,7 +126,7 @@ def _finished(run: Path) -> tuple[Recipe, Path]:
     return load_recipe(run / "recipe.yaml"), student
 
 
-def _models(recipe: Recipe, student: Path, wanted: tuple[str, ...]) -> Iterator[tuple[str, tuple[str, Teacher]]]:
+def models_to_ask(recipe: Recipe, student: Path, wanted: tuple[str, ...]) -> Iterator[tuple[str, tuple[str, Teacher]]]:
     """(name, (the setting that names it, how it is loaded)) of each model that is asked. A line says which of them there is not."""
     from ..models.saved_student import as_trained
 

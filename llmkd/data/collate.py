@@ -18,8 +18,8 @@ def collate(data: Examples, indices: list[int], pad: int, packing: bool = False,
     a causal model never attends to padding on the right. With `packing` the examples are one row, one after another; with `share` a
     prefix that several of them share is in that row once. A teacher view of its own has the same labels, at other positions.
     """
-    student = _view(data, indices, pad, packing, share)
-    teacher = student if data.teacher_view is None else _view(data.teacher_view, indices, pad, packing, share)
+    student = build_view(data, indices, pad, packing, share)
+    teacher = student if data.teacher_view is None else build_view(data.teacher_view, indices, pad, packing, share)
     labels = [ids_L[1:][mask_L[1:]] for ids_L, mask_L in map(data.example, indices)]
     known = tuple(Example(data.content_hash(i), len(y), int(data.teacher_index[i])) for i, y in zip(indices, labels, strict=True))
     labels_N = np.concatenate([_NONE, *labels])
@@ -27,13 +27,13 @@ def collate(data: Examples, indices: list[int], pad: int, packing: bool = False,
     return Batch(torch.from_numpy(labels_N), torch.from_numpy(example_N), student, teacher, known)
 
 
-def _view(data: Examples, indices: list[int], pad: int, packing: bool, share: bool) -> View:
+def build_view(data: Examples, indices: list[int], pad: int, packing: bool, share: bool) -> View:
     ids, rows = [], []
     for ids_L, mask_L in map(data.example, indices):
         rows.append(np.flatnonzero(mask_L[1:]))
         ids.append(ids_L[: rows[-1][-1] + 1])
     if packing and indices:
-        return _packed_view(ids, rows, share)
+        return packed_view(ids, rows, share)
     lengths = [len(x) for x in ids] or [1]
     ids_BT = np.full((len(lengths), max(lengths)), pad, np.int64)
     for b, x in enumerate(ids):
@@ -42,7 +42,7 @@ def _view(data: Examples, indices: list[int], pad: int, packing: bool, share: bo
     return View({"input_ids": torch.from_numpy(ids_BT)}, torch.from_numpy(rows_N))
 
 
-def _packed_view(ids: list[np.ndarray], rows: list[np.ndarray], share: bool) -> View:
+def packed_view(ids: list[np.ndarray], rows: list[np.ndarray], share: bool) -> View:
     """One row: of each group of examples the shared prefix, if there is one, and then the rest of each example."""
     groups = shared_prefixes(ids, [x[0] for x in rows]) if share else [(0, list(range(len(ids))))]
     segments, positions, prefix_of, example_of = [], [], [], []

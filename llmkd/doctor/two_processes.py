@@ -49,7 +49,7 @@ def exchanged_gradients(setup: Setup, dealt: list[list[list[int]]], step) -> dic
     """
     for name in ("gradients", "error", "meeting"):
         (setup.folder / name).unlink(missing_ok=True)
-    with _forked([lambda rank=rank: _one(setup, rank, dealt[rank], step) for rank in range(2)]) as children:
+    with _forked([lambda rank=rank: run_rank(setup, rank, dealt[rank], step) for rank in range(2)]) as children:
         until = time.monotonic() + SECONDS
         while children and time.monotonic() < until:
             for child in [child for child in children if os.waitpid(child, os.WNOHANG)[0]]:
@@ -62,7 +62,7 @@ def exchanged_gradients(setup: Setup, dealt: list[list[list[int]]], step) -> dic
     return torch.load(setup.folder / "gradients", weights_only=True)
 
 
-def _one(setup: Setup, rank: int, micro_batches: list[list[int]], step) -> None:
+def run_rank(setup: Setup, rank: int, micro_batches: list[list[int]], step) -> None:
     try:
         torch.set_num_threads(1)  # the parent's other threads are not in this process
         where, limit = f"file://{setup.folder}/meeting", datetime.timedelta(seconds=SECONDS)

@@ -104,7 +104,7 @@ def _loss_and_grad(
         log_backend(how)
     n, T = len(labels_n), objective.temperature
     grad_nV = student.grad_nV if train else None
-    log_p_nV = _teacher(signal, rows, T, tiles, soften=not kernel) if has_full_distribution(signal) else None
+    log_p_nV = teacher_log_probs(signal, rows, T, tiles, soften=not kernel) if has_full_distribution(signal) else None
     if log_p_nV is not None and log_p_nV.shape != student.logits_nV.shape:
         raise ArgumentError(f"signal: {_found_probs(signal, log_p_nV)}, expected {tuple(student.logits_nV.shape)}")
     if kernel:
@@ -172,7 +172,7 @@ def has_full_distribution(signal: Signal | None) -> bool:
     return getattr(signal, "full_distribution", False)
 
 
-def _teacher(signal: FullDistribution, rows: Rows, temperature: float, tiles: "_Tiles", soften: bool) -> Tensor:
+def teacher_log_probs(signal: FullDistribution, rows: Rows, temperature: float, tiles: "_Tiles", soften: bool) -> Tensor:
     """A teacher's log-probabilities at the temperature for a chunk; of a Dense signal its logits, divided by it if `soften`."""
     if type(signal) is not Dense:
         return signal.log_probs(rows, None, temperature)

@@ -99,10 +99,10 @@ class LanguageModel(nn.Module):
         with autocast, at_rows(self.capabilities.last_layer, view):
             if self.capabilities.own_forward:
                 return self._logits(view)
-            hidden_BTH = decoder_of(self.base_model)(**self._inputs(view), use_cache=False)[0]
+            hidden_BTH = decoder_of(self.base_model)(**self.model_inputs(view), use_cache=False)[0]
         return hidden_BTH.flatten(0, 1).index_select(0, view.rows_N)
 
-    def _inputs(self, view: View) -> dict[str, Tensor]:
+    def model_inputs(self, view: View) -> dict[str, Tensor]:
         packed = view.packed and self.capabilities.packed_attention
         return view.inputs | ({"attention_mask": view.packed.mask()} if packed else {})
 
@@ -111,8 +111,8 @@ class LanguageModel(nn.Module):
         T = view.inputs["input_ids"].shape[1]
         columns, wanted = (view.rows_N % T).unique(return_inverse=True)
         if "logits_to_keep" not in inspect.signature(self.base_model.forward).parameters or not len(columns):
-            return self.base_model(**self._inputs(view), use_cache=False).logits.flatten(0, 1).index_select(0, view.rows_N)
-        logits_BCV = self.base_model(**self._inputs(view), use_cache=False, logits_to_keep=columns).logits
+            return self.base_model(**self.model_inputs(view), use_cache=False).logits.flatten(0, 1).index_select(0, view.rows_N)
+        logits_BCV = self.base_model(**self.model_inputs(view), use_cache=False, logits_to_keep=columns).logits
         return logits_BCV.flatten(0, 1).index_select(0, view.rows_N // T * len(columns) + wanted)
 
     def next_logits(self, inputs: dict[str, Tensor], cache=None, use_cache: bool = True) -> tuple[Tensor, object | None]:

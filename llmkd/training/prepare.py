@@ -168,7 +168,7 @@ def find_tokenizer(student: Student, models: FoundModels, data: Data, rows: dict
     tokenizer = _tokenizer(student, models.student)
     for teacher in models.teachers:
         if teacher.files:
-            _same_tokenizer(tokenizer, teacher, sources)
+            check_same_tokenizer(tokenizer, teacher, sources)
     rows_known = {setting: rows_of(config) for setting, config in models.configs.items()}
     rows_known |= {f"{teacher.setting}.cache.path": teacher.cache.header["vocab"] for teacher in models.teachers if teacher.cache}
     return tokenizer, shared_vocab(tokenizer, rows_known)
@@ -300,7 +300,7 @@ def _tokenizer(student: Student, files: ModelFiles | None):
     return tokenizer
 
 
-def _same_tokenizer(tokenizer, teacher: TeacherSource, sources: list[tuple[str, Source, Rows | None]]) -> None:
+def check_same_tokenizer(tokenizer, teacher: TeacherSource, sources: list[tuple[str, Source, Rows | None]]) -> None:
     files, setting = teacher.files, f"{teacher.setting}.model"
     with_tokenizer = files.adapter if files.adapter and (files.adapter / "tokenizer.json").exists() else files.base
     theirs = load_tokenizer(str(with_tokenizer), setting)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from llmkd.cli import main
-from llmkd.commands.sample import MODELS, Answer, Asked, Samples, _models, sample
+from llmkd.commands.sample import MODELS, Answer, Asked, Samples, models_to_ask, sample
 from llmkd.commands.sample_text import as_text
 from llmkd.config import loader
 from llmkd.config.recipe import Teacher
@@ -159,7 +159,7 @@ def test_every_teacher_that_can_write_is_asked_and_what_cannot_is_said(make_reci
         {"model": str(world / "teacher")},
     ]
     recipe = make_recipe(teacher=several)
-    found = dict(_models(recipe, world / "adapter", MODELS))
+    found = dict(models_to_ask(recipe, world / "adapter", MODELS))
     assert [(name, setting) for name, (setting, _) in found.items()] == [
         ("teacher.0", "teacher.0.model"),
         ("teacher.2", "teacher.2.model"),
@@ -168,7 +168,7 @@ def test_every_teacher_that_can_write_is_asked_and_what_cannot_is_said(make_reci
     ]
     assert "teacher.1: is a teacher cache, and no model that could write; left out" in capsys.readouterr().err
     fresh = make_recipe(student={"architecture": {"model_type": "llama"}, "tokenizer": "builtin:skills", "method": "full"})
-    assert list(dict(_models(fresh, world / "student", ("before", "after")))) == ["after"]
+    assert list(dict(models_to_ask(fresh, world / "student", ("before", "after")))) == ["after"]
     assert "began with new random weights" in capsys.readouterr().err
 
 

@@ -9,8 +9,8 @@ from tokenizers import Tokenizer, models, normalizers
 
 from llmkd.config.recipe import Data
 from llmkd.data.encoding import long_texts
-from llmkd.data.encoding.control_tokens import Text, _ends_of_pieces
-from llmkd.data.encoding.encode import Rendered, _batches
+from llmkd.data.encoding.control_tokens import Text, ends_of_pieces
+from llmkd.data.encoding.encode import Rendered, batches_of
 from llmkd.data.encoding.long_texts import Cover, beginning, cover_of, is_longer
 from llmkd.errors import UserError
 from tests.kit.data import END, encode, real, rows_of, same, skills_tokenizer, talk, tiny
@@ -176,7 +176,7 @@ def test_a_cut_stands_at_the_second_space_behind_the_bound():
 def test_a_tokenizer_that_may_leave_characters_out_is_not_relied_on(change):
     state = json.loads(tiny().backend_tokenizer.to_str())
     change(state)
-    assert long_texts._cover(state) is None
+    assert long_texts.cover_of_state(state) is None
 
 
 def test_characters_that_may_be_unknown_are_not_counted():
@@ -185,18 +185,18 @@ def test_characters_that_may_be_unknown_are_not_counted():
     assert not is_longer("你好 " * 1000, 9, tokenizer) and is_longer("the " * 1000, 9, tokenizer)
     crossing = json.loads(tiny().backend_tokenizer.to_str())
     crossing["model"]["vocab"]["aĠ"] = 999
-    assert not long_texts._cover(crossing).cut_at_space
+    assert not long_texts.cover_of_state(crossing).cut_at_space
 
 
 def test_batches_are_small_in_characters_and_in_order():
     texts = [Rendered(i, Text("x" * n, []), None) for i, n in enumerate([1 << 19, 1 << 20, 5, 5, 1 << 21, 7])]
-    assert [[text.row for text in part] for part in _batches(texts)] == [[0, 1], [2, 3, 4], [5]]
+    assert [[text.row for text in part] for part in batches_of(texts)] == [[0, 1], [2, 3, 4], [5]]
 
 
 def test_control_tokens_in_a_long_text_are_compared_at_the_ends_of_its_pieces():
     text = "ab" * 40_000
     pieces = [(0, 70_000, None), (70_000, 70_005, 1), (70_005, 80_000, None)]
-    short = _ends_of_pieces(text, pieces)
+    short = ends_of_pieces(text, pieces)
     assert [(stop - begin, token) for begin, stop, token in short.pieces] == [(2 << 14, None), (5, 1), (9_995, None)]
     assert short.text == text[: 1 << 14] + text[70_000 - (1 << 14) :]
     big = "the owl flies at night " * 100_000

@@ -29,20 +29,20 @@ def read(make_setup, tmp_path, monkeypatch):
 
 
 def test_a_prompt_that_is_supervised(read, caught, monkeypatch):
-    whole = encode._with_loss_mask
-    monkeypatch.setattr(encode, "_with_loss_mask", lambda text, ids, places, start, end, _: whole(text, ids, places, start, end, True))
+    whole = encode.with_loss_mask
+    monkeypatch.setattr(encode, "with_loss_mask", lambda text, ids, places, start, end, _: whole(text, ids, places, start, end, True))
     assert "the prompt 'Say" in caught(read(), TEXT)
 
 
 def test_an_answer_that_is_not_all_supervised(read, caught, monkeypatch):
-    whole = encode._with_loss_mask
+    whole = encode.with_loss_mask
 
     def without_the_first(*args):
         ids, mask = whole(*args)
         mask[np.flatnonzero(mask)[:2]] = False
         return ids, mask
 
-    monkeypatch.setattr(encode, "_with_loss_mask", without_the_first)
+    monkeypatch.setattr(encode, "with_loss_mask", without_the_first)
     assert "is not all supervised" in caught(read(), TEXT)
 
 
@@ -62,13 +62,13 @@ def test_other_formats_pass_and_a_prompt_that_is_meant_to_train(read, asked, tmp
 
 @pytest.mark.parametrize("shift", [1, -1])
 def test_targets_beside_their_positions(setup, caught, monkeypatch, shift):
-    whole = collate._view
+    whole = collate.build_view
 
     def moved(*args):
         view = whole(*args)
         return dataclasses.replace(view, rows_N=(view.rows_N + shift).clamp_min(0))
 
-    monkeypatch.setattr(collate, "_view", moved)
+    monkeypatch.setattr(collate, "build_view", moved)
     assert "padded micro-batch for the student" in caught(setup, PLACE)
 
 
@@ -90,8 +90,8 @@ def test_labels_of_other_targets_and_a_target_that_is_there_twice(setup, caught,
 
 
 def test_labels_in_the_packed_rows_alone(setup, caught, monkeypatch):
-    whole = collate._packed_view
-    monkeypatch.setattr(collate, "_packed_view", lambda *args: dataclasses.replace(found := whole(*args), rows_N=found.rows_N.roll(1)))
+    whole = collate.packed_view
+    monkeypatch.setattr(collate, "packed_view", lambda *args: dataclasses.replace(found := whole(*args), rows_N=found.rows_N.roll(1)))
     assert "packed micro-batch" in caught(setup, PLACE)
 
 
@@ -105,7 +105,7 @@ def test_a_row_that_cannot_be_read_is_named_and_nothing_else_is_asked(make_setup
 
 
 def test_an_exception_is_a_failure_and_the_others_go_on(setup, monkeypatch):
-    monkeypatch.setattr(collate, "_view", lambda *args: 1 / 0)
+    monkeypatch.setattr(collate, "build_view", lambda *args: 1 / 0)
     results = ask_all(setup, CHECKS[1:3], lambda check, result: None)
     assert [one.status for one in results] == ["passed", "failed"]
     assert "ZeroDivisionError" in results[1].found and results[1].fix

@@ -32,12 +32,12 @@ def changed(monkeypatch):
 
 @pytest.mark.parametrize("check", [ITSELF, TEXTBOOK])
 def test_the_teachers_vocabulary_is_shifted(setup, caught, changed, check):
-    changed(fused, "_teacher", lambda whole, *args, **more: whole(*args, **more).roll(1, -1))
+    changed(fused, "teacher_log_probs", lambda whole, *args, **more: whole(*args, **more).roll(1, -1))
     caught(setup, check)
 
 
 def test_the_teachers_head_is_scaled(setup, caught, changed):
-    changed(fused, "_teacher", lambda whole, *args, **more: whole(*args, **more) * 1.1)
+    changed(fused, "teacher_log_probs", lambda whole, *args, **more: whole(*args, **more) * 1.1)
     caught(setup, ITSELF)
 
 

@@ -41,7 +41,7 @@ def test_another_tokenizer_that_was_let_through(make_setup, world, tmp_path, cau
     (one, a), (two, b) = sorted(vocab.items(), key=lambda item: item[1])[-2:]
     vocab[one], vocab[two] = b, a
     (other / "tokenizer.json").write_text(json.dumps(tokenizer))
-    monkeypatch.setattr(prepare, "_same_tokenizer", lambda *args: None)
+    monkeypatch.setattr(prepare, "check_same_tokenizer", lambda *args: None)
     setup = make_setup(teacher__model=str(other))
     assert "2 tokens" in caught(setup, VOCAB)
 

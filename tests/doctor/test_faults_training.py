@@ -58,12 +58,12 @@ def test_positions_that_go_on_in_a_packed_row(setup, caught, changed):
         inputs = view.inputs | {"position_ids": torch.arange(view.inputs["input_ids"].shape[1])[None]}
         return View(inputs, view.rows_N, view.packed)
 
-    changed(collate, "_packed_view", going_on)
+    changed(collate, "packed_view", going_on)
     assert "packing" in caught(setup, PACKING)
 
 
 def test_examples_that_see_one_another(setup, caught, monkeypatch):
-    whole = LanguageModel._inputs
+    whole = LanguageModel.model_inputs
     one = torch.ones(1, 1, dtype=torch.long)
 
     def seen(self, view):
@@ -73,7 +73,7 @@ def test_examples_that_see_one_another(setup, caught, monkeypatch):
             found["position_ids"] = torch.arange(view.inputs["input_ids"].shape[1])[None]
         return found
 
-    monkeypatch.setattr(LanguageModel, "_inputs", seen)
+    monkeypatch.setattr(LanguageModel, "model_inputs", seen)
     caught(setup, PACKING)
 
 
@@ -96,11 +96,11 @@ def test_ranks_that_exchange_too_early(setup, caught, changed):
 
 
 def test_what_a_process_meets_and_processes_that_do_not_end(setup, asked, monkeypatch):
-    monkeypatch.setattr(two_processes, "_one", lambda setup, rank, *more: (setup.folder / "error").write_text("OSError: no network"))
+    monkeypatch.setattr(two_processes, "run_rank", lambda setup, rank, *more: (setup.folder / "error").write_text("OSError: no network"))
     result = asked(setup, RANKS)
     assert result.status == "failed" and "OSError: no network" in result.found
     monkeypatch.setattr(two_processes, "SECONDS", 0.1)
-    monkeypatch.setattr(two_processes, "_one", lambda *more: time.sleep(30))
+    monkeypatch.setattr(two_processes, "run_rank", lambda *more: time.sleep(30))
     assert asked(setup, RANKS).status == "warned"
 
 

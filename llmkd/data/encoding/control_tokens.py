@@ -137,7 +137,7 @@ def remove_guards(text: Text, guard: str, control: re.Pattern, tokenizer) -> Tex
         pieces += [(at, m.start(), None), (m.start(), m.end(), tokenizer.convert_tokens_to_ids(m[0]))]
         at = m.end()
     pieces = [p for p in [*pieces, (at, len(text.text), None)] if p[1] > p[0]]
-    guarded = _ends_of_pieces(text.text, pieces)
+    guarded = ends_of_pieces(text.text, pieces)
     if piecewise(guarded, tokenizer)[0] != tokenizer(guarded.text, add_special_tokens=False, verbose=False)["input_ids"]:
         token = control.search(text.text.replace(guard, ""))
         raise ValueError(
@@ -157,7 +157,7 @@ def remove_guards(text: Text, guard: str, control: re.Pattern, tokenizer) -> Tex
     )
 
 
-def _ends_of_pieces(text: str, pieces: list[tuple[int, int, int | None]]) -> Text:
+def ends_of_pieces(text: str, pieces: list[tuple[int, int, int | None]]) -> Text:
     """The text in pieces, long ones without their middle: what a tokenizer does otherwise with a piece, it does at its ends."""
     parts, kept, at = [], [], 0
     for begin, stop, token in pieces:

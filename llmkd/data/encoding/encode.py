@@ -60,7 +60,7 @@ def encode(rows: Rows, source: Source, data: Data, tokenizer, progress=iter) -> 
     texts = _shortened(texts, rows, data, tokenizer, counts, errors)
     kept: list[tuple[Tokens, ...]] = []  # each example as the student reads it, and as its teacher does if that has a context
     kept_rows = []
-    for part in progress(_batches(texts)):
+    for part in progress(batches_of(texts)):
         theirs = iter(tokens_of([text.teacher for text in part if text.teacher], data, tokenizer))
         for text, own in zip(part, tokens_of([text.student for text in part], data, tokenizer), strict=True):
             place = rows.places[text.row]
@@ -164,7 +164,7 @@ def _refused(place: str, length: str, data: Data, unit: str = "") -> str:
     return f"{place}: {length}, more than data.max_length ({data.max_length}{unit}); raise it, or set data.too_long"
 
 
-def _batches(texts: list[Rendered]) -> list[list[Rendered]]:
+def batches_of(texts: list[Rendered]) -> list[list[Rendered]]:
     """The texts in batches for the tokenizer, whose output takes some hundred times the memory of its input."""
     batches, size = [], _MOST_CHARACTERS
     for text in texts:
@@ -205,7 +205,7 @@ def tokens_of(texts: list[Text], data: Data, tokenizer) -> list[Tokens]:
     start, end = edges(tokenizer)
     strips_spaces = controls(tokenizer).strips_spaces
     return [
-        _with_loss_mask(text, *_narrowed(text, *one, strips_spaces), start, end, data.train_on_input)
+        with_loss_mask(text, *_narrowed(text, *one, strips_spaces), start, end, data.train_on_input)
         for text, one in zip(texts, made, strict=True)
     ]
 
@@ -221,7 +221,7 @@ def _narrowed(text: Text, ids: list[int], places: list[Span], strips_spaces: dic
     return ids, places
 
 
-def _with_loss_mask(
+def with_loss_mask(
     text: Text, ids: list[int], places: list, start: list[int], end: list[int], whole: bool
 ) -> tuple[np.ndarray, np.ndarray]:
     first, last = np.fromiter(itertools.chain.from_iterable(places), np.int64, 2 * len(ids)).reshape(-1, 2).T

@@ -81,11 +81,11 @@ def _space(text: str, first: int) -> int | None:
 def cover_of(tokenizer) -> Cover | None:
     """What a tokenizer's tokens cover; None where that cannot be read off it."""
     if tokenizer not in _KNOWN:
-        _KNOWN[tokenizer] = _cover(json.loads(tokenizer.backend_tokenizer.to_str()))
+        _KNOWN[tokenizer] = cover_of_state(json.loads(tokenizer.backend_tokenizer.to_str()))
     return _KNOWN[tokenizer]
 
 
-def _cover(state: dict) -> Cover | None:
+def cover_of_state(state: dict) -> Cover | None:
     model, added, before = state["model"], [token["content"] for token in state["added_tokens"]], state["pre_tokenizer"]
     shrinks = _shrinks(state["normalizer"])
     if (

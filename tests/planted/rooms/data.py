@@ -143,8 +143,8 @@ FAULTS = [
         (
             "student-for-teacher",
             "the teacher reads what the student reads",
-            "else _view(data.teacher_view, indices",
-            "else _view(data, indices",
+            "else build_view(data.teacher_view, indices",
+            "else build_view(data, indices",
             CONTEXT,
         ),
         (
