@@ -127,9 +127,9 @@ def test_half_a_surrogate_pair_in_tools_is_named(refused):
 CHOICES = [
     ('"choices": ["x", "y"], "answer": 2', "answer is 2, expected an index from 0 to 1"),
     ('"choices": ["x", "y"], "answer": true', "answer is True"),
-    ('"choices": ["x", "y"]', "answer is None"),
+    ('"choices": ["x", "y"]', "no column 'answer'"),
     ('"choices": ["x"], "answer": 0', "at least two texts"),
-    ('"answer": 0', "choices is null"),
+    ('"answer": 0', "no column 'choices'"),
     ('"choices": ["x", "\\ud800"], "answer": 0', "surrogate"),
 ]
 
