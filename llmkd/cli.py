@@ -147,7 +147,7 @@ def doctor(options: argparse.Namespace, overrides: dict) -> dict:
 def export(options: argparse.Namespace, overrides: dict) -> None:
     (run,) = _places(options, "export", "a run's folder", "llmkd export RUN")
     if not Path(run).is_dir():  # before torch is loaded
-        raise UserError(f"{run}: no such folder; name a run's output_dir or an adapter")
+        raise UserError(f"{run}: {'is a file' if Path(run).exists() else 'no such folder'}; name a run's output_dir or an adapter")
     from .commands.export import export as write_merged
 
     print(write_merged(Path(run), Path(options.to) if options.to else None, options.checkpoint))
@@ -156,7 +156,7 @@ def export(options: argparse.Namespace, overrides: dict) -> None:
 def sample(options: argparse.Namespace, overrides: dict) -> Any:
     (run,) = _places(options, "sample", "a run's folder", "llmkd sample RUN")
     if not Path(run).is_dir():  # before torch is loaded
-        raise UserError(f"{run}: no such folder; name a run's output_dir")
+        raise UserError(f"{run}: {'is a file' if Path(run).exists() else 'no such folder'}; name a run's output_dir")
     if options.seed is not None and not options.temperature:
         raise UserError("--seed: given without --temperature, and the most likely tokens need none; give both, or leave it out")
     if options.to:

@@ -111,6 +111,10 @@ def student_folder(run: str | Path) -> Path:
         if inner:
             found, fix = (f"{len(inner)} runs", "name one of them, such as") if len(inner) > 1 else ("1 run", "name it:")
             raise UserError(f"{run}: holds {found} and is none itself; {fix} {inner[0]}")
+    if (Path(run) / "adapter_config.json").exists() or (Path(run) / "config.json").exists():  # a student, not the run that wrote it
+        above = Path(run).absolute().parent
+        named = f"; name the run: {above}" if (above / "recipe.yaml").exists() else "; name a run's output_dir"
+        raise UserError(f"{run}: is a model itself, and no run{named}")
     raise UserError(f"{run}: holds neither adapter nor model; is the run finished?")
 
 

@@ -91,6 +91,7 @@ def test_prompts_of_a_file_on_the_terminal_on_a_page_and_as_json(run, tmp_path, 
     monkeypatch.setenv("COLUMNS", "120")
     assert main([*words, "--to", str(tmp_path / "new/s.html"), "--json", str(tmp_path / "s.json")]) == 0
     text, page, numbers = capsys.readouterr().out, (tmp_path / "new/s.html").read_text(), json.loads((tmp_path / "s.json").read_text())
+    assert '<tr><td class="words" data-column="before, ' in page and ":is(:not(:first-child), .words)::before" in page, "named on a phone"
     assert list(numbers) == ["run", "sampling", "models", "asked"] and list(numbers["models"]) == ["before", "after"]
     assert [one["place"] for one in numbers["asked"]] == ["p.txt:1", "p.txt:2"] and "p.txt:2  (2 of 2)" in text
     assert Checked(page).rows and "Say &lt;b&gt;7&lt;/b&gt;" in page and "<b>7" not in page and "Say 9" not in page
@@ -130,7 +131,10 @@ def test_what_cannot_be_sampled_is_refused_before_a_model_is_loaded(run, world, 
         (str(run), "--json", "/proc/none/s.json"): "--json: /proc cannot be written to",
         (str(run), "--prompts", "none.txt"): "--prompts: none.txt: no such file; name a file of prompts",
         (str(run), "--prompts", str(tmp_path / "long.txt")): "long.txt:2: the prompt has",
-        (str(world / "adapter"),): "holds neither adapter nor model",
+        (str(tmp_path / "long.txt"),): "long.txt: is a file; name a run's output_dir",
+        (str(tmp_path),): "holds neither adapter nor model",
+        (str(world / "adapter"),): "adapter: is a model itself, and no run; name a run's output_dir",
+        (str(run / "adapter"),): f"adapter: is a model itself, and no run; name the run: {run}",
     }
     for words, problem in cases.items():
         assert main(["sample", *words]) == 2
