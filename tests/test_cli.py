@@ -74,6 +74,8 @@ def test_help_on_one_section_of_the_settings(capsys):
         (["zzz"], "zzz: no such command; there are train, sweep"),
         (["train", "--resum", "--config", "x"], "--resum: train has no such option; did you mean --resume?"),
         (["train", "--conf", "x"], "--conf: train has no such option; did you mean --config?"),
+        (["doctor", "--config", "x", "--resume"], "--resume: doctor has no such option; it belongs to llmkd train, sweep"),
+        (["train", "--config", "x", "--show", "3"], "--show: train has no such option; it belongs to llmkd data"),
         (["train", "--resume=maybe"], "--resume: found maybe, expected true or false, or --resume without a value"),
         (["train", "--config", "a", "--config", "b"], "--config: given twice; keep one"),
         (["train", "--optim.lr", "1", "--optim.lr", "2", "--config", "x"], "--optim.lr: given twice; keep one"),

@@ -323,7 +323,11 @@ def parse(command: str, words: list[str]) -> tuple[argparse.Namespace, dict[str,
         own |= {path.rpartition(".")[2] for path, *_ in describe(Recipe)}  # --lr: parse_overrides names optim.lr
         for word in unknown:
             name = word.partition("=")[0]
-            if "." not in name and name[2:] not in own and (hint := did_you_mean(name, parser.flags())):
+            if "." in name or name[2:] in own:
+                continue
+            elsewhere = [other.name for other in COMMANDS if any(option.flag == name for option in other.options)]
+            hint = f"; it belongs to llmkd {', '.join(elsewhere)}" if elsewhere else did_you_mean(name, parser.flags())
+            if hint:
                 raise UserError(f"{name}: {command} has no such option{hint}")
         if rest and not rest[0].startswith("-") and not options.config:
             raise UserError(f"{rest[0]}: not understood; the recipe is given by --config {rest[0]} (see llmkd {command} --help)")
