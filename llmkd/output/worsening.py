@@ -22,7 +22,7 @@ def sentences(records: Sequence[dict], loss: Loss, optim: Optim) -> Iterator[str
     before, after = held_out[0][1], held_out[-1][1]
     for name in worsened(before, after, loss):
         reasons = "; ".join(_reasons(name, held_out, [record["loss"] for record in records if "loss" in record], loss, optim))
-        yield f"worse than before training: {LOWER_IS_BETTER[name]} on the held-out rows rose from {before[name]:.4f} to {after[name]:.4f}. {reasons}"
+        yield f"worse than before training: {LOWER_IS_BETTER[name]} on the held-out rows rose from {before[name]:.4f} to {after[name]:.4f}: {reasons}"
 
 
 def _reasons(name: str, held_out: list[tuple[int, dict]], losses: list[float], loss: Loss, optim: Optim) -> Iterator[str]:
@@ -33,7 +33,7 @@ def _reasons(name: str, held_out: list[tuple[int, dict]], losses: list[float], l
     if rose:
         yield f"the training loss did not fall either: the learning rate ({optim.lr:g}) is likely too high"
     elif step > held_out[0][0]:
-        yield f"it was {best:.4f} at step {step}, so the run was too long for this data; checkpoint.best_by: {name} keeps such a step"
+        yield f"it was {best:.4f} at step {step}, so the run was too long for this data; checkpoint.best_by: {name} keeps such a step, and llmkd export RUN --checkpoint best writes it"
     else:
         yield f"the training loss fell: the held-out rows are unlike the training rows, or the learning rate ({optim.lr:g}) is too high"
     if loss.kd_ratio and before.get("teacher_ce", -1) >= before["ce"]:

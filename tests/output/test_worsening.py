@@ -23,7 +23,7 @@ def told(ce: list[float], losses: list[float], kl: list[float] | None = None, te
 @pytest.mark.parametrize(
     "given, words",
     [
-        (dict(ce=[2.0, 3.0], losses=ROSE), "CE on the held-out rows rose from 2.0000 to 3.0000. the training loss did not fall either: the learning rate (0.5)"),
+        (dict(ce=[2.0, 3.0], losses=ROSE), "CE on the held-out rows rose from 2.0000 to 3.0000: the training loss did not fall either: the learning rate (0.5)"),
         (dict(ce=[2.0, 1.5, 2.5], losses=FELL), "it was 1.5000 at step 10, so the run was too long for this data; checkpoint.best_by: ce"),
         (dict(ce=[2.0, 2.1, 2.5], losses=FELL), "the held-out rows are unlike the training rows"),
         (dict(ce=[2.0, 2.5], losses=FELL, teacher_ce=2.0), "the teacher's CE there (2.0000) is no better than the student's was"),
