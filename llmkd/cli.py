@@ -130,7 +130,11 @@ def data(options: argparse.Namespace, overrides: dict) -> dict:
 def doctor(options: argparse.Namespace, overrides: dict) -> dict:
     config = _config(options)
     if loader.file_kind(config) == "sweep":
-        _recipe(options)
+        recipe = loader.load_sweep(config).recipe
+        raise UserError(
+            f"--config {config}: is a sweep, and doctor examines a recipe or a pipeline; name the recipe that its arms change "
+            f"(--config {recipe}), with an arm's changes behind it, as in --optim.lr 1e-4"
+        )
     if options.to:
         check_file(options.to, "--to")
     from .commands import doctor as command

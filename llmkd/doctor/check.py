@@ -76,7 +76,8 @@ class Check:
     run: Callable[["Setup"], Result]
 
 
-BUG = "this is llmkd's mistake or that of a library it uses, not the recipe's: do not train; report it with this page"
+#: Only where the recipe, the rows and rounding cannot be the cause.
+BUG = "this is a mistake of llmkd, of a library it uses, or in the model's own code, not in the recipe: do not train; report it with this page"
 
 
 def short(x: float) -> str:

@@ -7,13 +7,13 @@ import shutil
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..config.recipe import Teacher
 from ..config.teacher import Cache
 from ..console import count
 from ..data.encoding.tokenizer import save_tokenizer
-from ..model_folder.files import find
+from ..model_folder.files import ModelFiles, find
 from ..model_folder.generation import generation_settings, stopping_at, stops_at
 from ..models import merge as merging
 from ..models import saved_student
@@ -29,6 +29,7 @@ from .check import BUG, Check, Result, failed, not_asked, passed, short, warned
 from .data import last_tokens
 from .losses import logits
 from .setup import Setup
+from .weights import moved, round_at_random_, widened
 
 MOST_BYTES = 8 << 30  # of a model that is written for a check
 
@@ -45,7 +46,7 @@ def saved(setup: Setup) -> Result:
     model = load_teacher(again, LoadContext(setup.prepared.vocab, setup.device), "the saved student")
     gap = _gap(before, _logits(setup, model))
     found = f"the saved student's logits differ from the trained one's by {short(gap)} of the largest"
-    return passed(found) if gap <= setup.rounding(student) else failed(found, "what a run leaves is not what it trained: " + BUG)
+    return passed(found) if gap <= setup.rounding(student) else failed(found, "what a run leaves is not what it trained: " + setup.cause)
 
 
 def exported(setup: Setup) -> Result:
@@ -57,26 +58,71 @@ def exported(setup: Setup) -> Result:
         return not_asked("the base is quantised, and a merge differs by its rounding; llmkd export measures that")
     if why := _too_large(setup, whole=True):
         return not_asked(why)
-    with moved(setup):
-        folder = _write(setup)
-        before = _logits(setup)
+    folder, before, share = _moved_far(setup)
     files, to = find(str(folder), "export"), setup.folder / "merged"
+    merged = merging.merge(files, setup.prepared.vocab, trained_in=settings.dtype).to(setup.device).eval()
+    unrounded = _plain_logits(setup, merged)
+    dtype = merged.get_input_embeddings().weight.dtype
+    del merged
+    model = _exported(setup, files, to)
+    narrow = max((student.dtype, model.dtype), key=lambda dtype: torch.finfo(dtype).eps)
+    with widened(model):
+        after = _plain_logits(setup, model)
+        round_at_random_(model, narrow)
+        rounding = _size(_plain_logits(setup, model) - after) / _size(after)
+    off, gap = _size(before - unrounded) / _size(before), _size(unrounded - after) / _size(before)
+    near = 1e-9 if dtype == torch.float64 else 1e-4
+    found = f"moved until its logits differ by {share:.0%}, the student merged in {_name(dtype)} differs from the trained one by {short(off)} of the"
+    found += f" logits' size, and the exported model from that by {short(gap)}; rounding its weights to {_name(narrow)} does about {short(rounding)}"
+    if off <= near and gap <= max(near, 3 * rounding):
+        return passed(found)
+    return failed(found, "share the adapter instead of the export; " + BUG)
+
+
+def _exported(setup: Setup, files: ModelFiles, to: Path) -> nn.Module:
+    """The model that `llmkd export` would write, loaded by transformers alone."""
+    from transformers import AutoModelForCausalLM
+
     merged = merging.merge(files, setup.prepared.vocab)
     saved_student.save_whole(merged, to, generation_settings(files.config, (files.adapter, files.base), "export"))
     merging.verify_saved(merged, to)
     del merged
-    from transformers import AutoModelForCausalLM
+    try:
+        return AutoModelForCausalLM.from_pretrained(to, dtype="auto", trust_remote_code=False).to(setup.device).eval()
+    finally:
+        shutil.rmtree(to)
 
-    model = AutoModelForCausalLM.from_pretrained(to, dtype="auto", trust_remote_code=False).to(setup.device).eval()
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _moved_far(setup: Setup) -> tuple[Path, Tensor, float]:
+    """The student saved with its weights moved until its logits differ by a third, as a trained adapter's may: a merge that is wrong by
+    1 % would not show in a new adapter's. With it those logits [n, V], computed in at least float32, and by how much they differ."""
+    with widened(setup.student.model):
+        old = _logits(setup).double().cpu()
+    change, share = 0.0, 0.01
+    while change < 0.3 and share < 100:
+        share *= 10
+        with moved(setup, share):
+            with widened(setup.student.model):
+                new = _logits(setup).double().cpu()
+            change = _size(new - old) / _size(old)
+            folder = _write(setup)
+    return folder, new, change
+
+
+def _plain_logits(setup: Setup, model) -> Tensor:
+    """Logits at the sampled targets by transformers' own forward pass, [n, V], float64 on the CPU."""
     batch = setup.batch()
     with torch.no_grad():
         logits_BTV = model(input_ids=batch.student.inputs["input_ids"], use_cache=False).logits
-    after = logits_BTV.flatten(0, 1)[batch.student.rows_N[setup.sample(batch)], : setup.prepared.vocab]
-    gap = _gap(before, after)
-    shutil.rmtree(to)
-    found = f"the exported model's logits differ from the trained student's by {short(gap)} of the largest"
-    near = max(setup.rounding(student), 3e-2 if next(model.parameters()).dtype in (torch.bfloat16, torch.float16) else 0.0)
-    return passed(found) if gap <= near else failed(found, "share the adapter instead of the export; " + BUG)
+    return logits_BTV.flatten(0, 1)[batch.student.rows_N[setup.sample(batch)], : setup.prepared.vocab].double().cpu()
+
+
+def _size(x: Tensor) -> float:
+    return max(x.pow(2).mean().sqrt().item(), 1e-30)
 
 
 def end_tokens(setup: Setup) -> Result:
@@ -181,28 +227,6 @@ def disk(setup: Setup) -> Result:
     return (
         warned(found, "it may fill up while the run lasts: free some, or choose another output_dir") if 2 * needed > free else passed(found)
     )
-
-
-# ---- the student with other weights
-
-
-class moved:
-    """The student's trained weights moved a little while the block lasts, since a new adapter changes nothing yet."""
-
-    def __init__(self, setup: Setup):
-        self.setup, self.kept = setup, setup.weights_kept()
-
-    def __enter__(self) -> None:
-        self.kept.__enter__()
-        generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            idle = self.setup.student.capabilities.parameters_without_gradient
-            for p in (p for name, p in self.setup.state.parameters.items() if name not in idle):
-                size = max(p.float().pow(2).mean().sqrt().item(), 0.02) * 0.1
-                p.add_((torch.randn(p.shape, generator=generator) * size).to(p.device, p.dtype))
-
-    def __exit__(self, *error) -> None:
-        self.kept.__exit__(*error)
 
 
 def _write(setup: Setup) -> Path:

@@ -67,7 +67,9 @@ def own_logits(setup: Setup) -> Result:
         if gaps[setting] > setup.rounding(model):
             problems.append(f"{setting}: llmkd's logits and the model's own differ by {short(gaps[setting])} of the largest")
     if problems:
-        return failed("; ".join(problems), "its weights may hold NaN, or transformers computes it in a way that llmkd does not: " + BUG)
+        return failed(
+            "; ".join(problems), "its weights may hold NaN, or transformers computes it in a way that llmkd does not: " + setup.cause
+        )
     return passed("differences relative to the largest logit: " + ", ".join(f"{name} {short(gap)}" for name, gap in gaps.items()))
 
 

@@ -80,7 +80,8 @@ def cross_entropy(logits_NV: Tensor, labels_N: Tensor) -> Tensor:
 def distance(logits_NV: Tensor, signal: Signal, divergence: str, options: dict[str, float], temperature: float) -> Tensor:
     """T^2 D between the student, by its logits in float64, and a signal about the same targets, [N].
 
-    TypeError for a signal that has no textbook form: a top-k record at a temperature that its tail is not kept for.
+    TypeError for a signal that has no textbook form: a top-k record at a temperature that its tail is not kept for, or whose distribution
+    is mixed with another teacher's (its tail then follows the student's).
     """
     log_q_NV = torch.log_softmax(logits_NV / temperature, -1)
     value_N = _distance(log_q_NV, signal, DIVERGENCES[divergence], options, temperature)
@@ -108,6 +109,13 @@ def _distance(log_q_NV: Tensor, signal: Signal, divergence: Callable, options: d
     raise TypeError(type(signal).__name__)
 
 
+def precisions(signal: Signal, labels_N: Tensor) -> set[torch.dtype]:
+    """The types in which the parts of a signal compute their log-probabilities."""
+    if isinstance(signal, Mixed):
+        return {dtype for part in signal.parts for dtype in precisions(part, labels_N)}
+    return {signal.label_log_probs(slice(None), labels_N).dtype}
+
+
 def take(signal: Signal, rows_n: Tensor) -> Signal:
     """The signal at some of its targets."""
     if isinstance(signal, Mixed):
@@ -119,6 +127,8 @@ def take(signal: Signal, rows_n: Tensor) -> Signal:
 def _log_probs(signal: Signal, temperature: float) -> Tensor:
     if isinstance(signal, Dense):
         return torch.log_softmax(logits(signal.head, signal.hidden_NH) / temperature, -1)
+    if not isinstance(signal, Mixed):
+        raise TypeError(f"mixed {type(signal).__name__}")
     parts, shares = [_log_probs(part, temperature) for part in signal.parts], _shares(signal)
     if signal.combine == "log_probabilities":
         return torch.log_softmax(sum(share * log_p for share, log_p in zip(shares, parts, strict=True)), -1)

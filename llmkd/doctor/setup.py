@@ -31,6 +31,7 @@ from ..training.build import build_student, build_terms, load, longest_row, teac
 from ..training.launch import start
 from ..training.loop import StudentState, unwrap
 from ..training.prepare import Prepared, prepare
+from .check import BUG
 
 MOST_EXAMPLES = 8  # that are computed with; the teacher is compared with the student on all rows that were read
 MOST_TOKENS = 2048  # of them together, unless the two shortest have more
@@ -143,6 +144,17 @@ class Setup:
     def alone(self) -> list[dict[str, Tensor]]:
         """The terms of each example computed alone, without padding or neighbours."""
         return [self.loss_rows(self.batch([i])) for i in range(len(self.few))]
+
+    @property
+    def cause(self) -> str:
+        """What to do where numbers differ by more than rounding should leave."""
+        dtypes = {dtype for model in self.models.values() for dtype in (model.dtype, model.autocast) if dtype}
+        if dtypes <= {torch.float32, torch.float64} and not self.small.student.quantization:
+            return BUG
+        return (
+            "first ask again with float32 weights (--student.dtype, --teacher.dtype; without mixed precision and quantization). If it passes, "
+            "this model is more sensitive to rounding than most, and its narrow weights may train worse. If it fails, " + BUG
+        )
 
     def rounding(self, model: LanguageModel) -> float:
         """The difference that rounding may leave in a model's logits, relative to the largest."""

@@ -62,7 +62,7 @@ def splits(setup: Setup) -> Result:
         found += f"; from autograd's of the mean over targets of a plain loss by {short(against)}"
     if max(apart, against or 0.0) <= _limit(setup):
         return passed(found)
-    return failed(found, "an optimizer step would depend on train.micro_batch_size: " + BUG)
+    return failed(found, "an optimizer step would depend on train.micro_batch_size: " + setup.cause)
 
 
 def _plain_gradients(setup: Setup) -> dict[str, Tensor] | None:
@@ -111,7 +111,7 @@ def ranks(setup: Setup) -> Result:
             return warned(f"{found}; {error}", "the machine may be busy: ask again, or try a run of a few steps with accelerate launch")
         found += f"; what two processes exchanged over gloo by {short(exchanged)}"
         apart = max(apart, exchanged)
-    return passed(found) if apart <= _limit(setup) else failed(found, "more processes would train another model: " + BUG)
+    return passed(found) if apart <= _limit(setup) else failed(found, "more processes would train another model: " + setup.cause)
 
 
 def padding(setup: Setup) -> Result:
@@ -137,7 +137,7 @@ def _unmoved(setup: Setup, batch: Batch, what: str, fix: str) -> Result:
     )
     if all(gap.max().item() <= setup.allowed and gap.mean().item() <= 0.1 * setup.allowed for gap in moved.values()):
         return passed(found)
-    return failed(found, fix + BUG)
+    return failed(found, fix + setup.cause)
 
 
 def parameters(setup: Setup) -> Result:

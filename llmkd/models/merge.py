@@ -14,16 +14,17 @@ from . import adapters, pretrained
 from .probe import largest_difference, probe_ids
 
 
-def merge(files: ModelFiles, vocab: int, checkpoint: Path | None = None) -> nn.Module:
+def merge(files: ModelFiles, vocab: int, checkpoint: Path | None = None, trained_in: str | None = None) -> nn.Module:
     """The base with the adapter merged into it, in at least float32 and then in the base's dtype: a plain transformers model.
 
     An adapter that was trained on a quantised base is merged into the unquantised one. It differs from the trained model by the errors of
     quantisation; rounding the sum to 4 bits again would move the logits by about a tenth.
 
-    With `checkpoint` the adapter's weights are those of that checkpoint. A tied head stays tied if it may: one merged
+    With `checkpoint` the adapter's weights are those of that checkpoint. With `trained_in`, the dtype that a student was trained in, the
+    base is rounded to that as it was then, and the sum stays in at least float32: the trained student but for its arithmetic. A tied head stays tied if it may: one merged
     tensor cannot be both where the adapter changes head and embedding differently. UserError if the logits moved.
     """
-    base = pretrained.load_pretrained(files.base, "export")
+    base = pretrained.load_pretrained(files.base, "export", trained_in or "auto")
     if getattr(base, "is_quantized", False):  # its folder holds no unquantised weights
         base = base.dequantize()
         # Oddity: a private attribute of transformers.
@@ -40,6 +41,8 @@ def merge(files: ModelFiles, vocab: int, checkpoint: Path | None = None) -> nn.M
         gap = largest_difference(merged(input_ids=ids_BT, use_cache=False).logits, expected)
     if not gap <= 1e-3 * max(1.0, expected.abs().max().item()):
         raise UserError(f"export: merging {files.adapter} moved its logits by {gap:.2g}; use the adapter unmerged")
+    if trained_in:
+        return merged
     for name, t in _tensors(merged):  # one by one: some have a wider type than the rest, such as the bias of a router
         t.data = t.data.to(held[name])
     return merged

@@ -5,12 +5,21 @@ import json
 import pytest
 
 from llmkd.config import loader
+from llmkd.doctor import setup as setup_module
 from llmkd.doctor.check import Check, Result
 from llmkd.doctor.examine import CHECKS, ask
 from llmkd.doctor.setup import Setup
 from tests.conftest import plain_recipe
 
 CACHED = ("alone", "largest_logit", "rows", "formats")  # what a setup remembers of its own computations
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _fewer_examples():
+    """Checks compute with half as many examples as on the command line."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(setup_module, "MOST_EXAMPLES", 4)
+        yield
 
 
 @pytest.fixture(scope="session")

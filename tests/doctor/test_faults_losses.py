@@ -69,6 +69,21 @@ def test_value_and_gradient_that_no_textbook_has(setup, caught, changed, fault):
     caught(setup, TEXTBOOK)
 
 
+def test_a_float32_record_is_compared_as_float32_with_a_float64_student(make_setup, caches, asked, caught, changed):
+    path = {"teacher.cache.path": str(caches / "narrow"), "teacher.dtype": "float32", "data.validation_fraction": 0.2}
+    setup = make_setup(**path)
+    assert asked(setup, TEXTBOOK).status == "passed"
+    assert plain.precisions(setup.signal(setup.batch()), setup.batch().labels_N) == {torch.float32}
+    changed(TopK, "events", lambda whole, *args: whole(*args) * 1.0005)
+    caught(setup, TEXTBOOK)
+
+
+def test_what_to_do_depends_on_whether_rounding_may_be_the_cause(setup, monkeypatch):
+    assert "--student.dtype" not in setup.cause
+    monkeypatch.setattr(setup.student, "autocast", torch.bfloat16)
+    assert "ask again with float32 weights (--student.dtype" in setup.cause
+
+
 def test_labels_of_the_next_target(setup, caught, changed):
     changed(
         terms,
@@ -170,3 +185,11 @@ def test_the_textbook_agrees_with_every_kind_of_teacher(name):
 def test_a_tail_at_a_temperature_that_it_is_not_kept_for_has_no_textbook_form():
     with pytest.raises(TypeError, match="TopK"):
         plain.distance(log_rows(1), dataclasses.replace(signals()["topk"]), "forward_kl", {}, 1.5)
+
+
+@pytest.mark.parametrize("kind", ["topk", "sampled"])
+def test_a_record_whose_distribution_is_mixed_has_no_textbook_form(kind):
+    every = signals()
+    mixed = dataclasses.replace(every["probabilities False"], parts=[every["dense"], every[kind]])
+    with pytest.raises(TypeError, match="mixed"):
+        plain.distance(log_rows(1), mixed, "forward_kl", {}, 1.0)

@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 
-from llmkd.doctor import data, files
+from llmkd.doctor import data, files, weights
 from llmkd.models import adapters, merge
 from llmkd.models.language_model import LanguageModel
 from llmkd.signals import Dense
@@ -126,8 +126,71 @@ def test_an_adapter_saved_with_other_values(setup, caught, changed):
 
 
 def test_a_merge_that_forgets_the_adapter(setup, caught, changed):
-    changed(merge, "merge", lambda whole, found, vocab: merge.pretrained.load_pretrained(found.base, "export"))
-    assert "the exported model's logits differ" in caught(setup, EXPORTED)
+    changed(merge, "merge", lambda whole, found, vocab, **how: merge.pretrained.load_pretrained(found.base, "export"))
+    assert "the student merged in float64 differs" in caught(setup, EXPORTED)
+
+
+@pytest.fixture(scope="session")
+def narrow_setup(make_setup, tmp_path_factory):
+    """A bfloat16 student of rank 2, whose logits the rounding of its weights moves by more than a percent."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LLMKD_CACHE", str(tmp_path_factory.mktemp("cache")))
+        return make_setup(student__dtype="bfloat16", student__lora__rank=2, teacher=None)
+
+
+def scaled(adapted):
+    for layer in adapters_of(adapted):
+        layer.scaling = {name: value * 1.01 for name, value in layer.scaling.items()}
+
+
+def of_another_layer(adapted):
+    a, b = [layer for layer in adapters_of(adapted) if layer.in_features == layer.out_features][:2]
+    a.lora_B, b.lora_B = b.lora_B, a.lora_B
+
+
+def left_out(adapted):
+    for layer in adapters_of(adapted):
+        layer.scaling = dict.fromkeys(layer.scaling, 0.0)
+
+
+def adapters_of(adapted) -> list:
+    return [layer for layer in adapted.modules() if hasattr(layer, "lora_B")]
+
+
+@pytest.mark.parametrize("fault", [scaled, of_another_layer, left_out])
+def test_a_wrong_merge_is_told_from_the_rounding_of_bfloat16(narrow_setup, caught, changed, fault):
+    def other(whole, *args):
+        fault(adapted := whole(*args))
+        return adapted
+
+    changed(merge.adapters, "load", other)
+    assert "merged in float32 differs" in caught(narrow_setup, EXPORTED)
+
+
+def test_a_rounded_export_passes_and_one_that_is_not_the_merge_does_not(narrow_setup, asked, caught, changed):
+    assert asked(narrow_setup, EXPORTED).status == "passed"
+
+    def another(whole, found, vocab, **how):
+        return whole(found, vocab, **how) if how else merge.pretrained.load_pretrained(found.base, "export")
+
+    changed(merge, "merge", another)
+    assert "and the exported model from that by" in caught(narrow_setup, EXPORTED)
+
+
+def test_weights_are_widened_for_a_while_and_rounded_by_half_a_gap_at_most():
+    model = torch.nn.Linear(64, 64).bfloat16()
+    model.bias.data[0] = 0.0
+    before = [p.clone() for p in model.parameters()]
+    with weights.widened(model):
+        assert model.weight.dtype == torch.float32
+        weights.round_at_random_(model, torch.bfloat16)
+        gap = (model.weight - before[0].float()).abs() / before[0].float().abs()
+        assert 2**-9 < gap.max().item() <= 2**-8 and model.bias[0] == 0
+    assert model.weight.dtype == torch.bfloat16
+    again = model.weight.clone()
+    with weights.widened(model):
+        pass
+    assert torch.equal(model.weight, again)
 
 
 def test_a_student_that_would_write_on(setup, caught, changed):

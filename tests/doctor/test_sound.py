@@ -82,7 +82,10 @@ def test_mistakes_are_found_before_anything_is_read(world, tmp_path, capsys, mon
     (tmp_path / "sweep.yaml").write_text(json.dumps({"recipe": "r.yaml", "grid": {"seed": [0, 1]}, "output_dir": "s"}))
     config = [] if "--config" in words else ["--config", "r.yaml"]
     assert main(["doctor", *config, *words]) == 2
-    assert words[0] in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert words[0] in said
+    if "sweep.yaml" in words:
+        assert "examines a recipe or a pipeline" in said and "(--config r.yaml)" in said
 
 
 def test_every_stage_of_a_pipeline_is_examined_before_the_first_is_run(world, tmp_path, capsys, monkeypatch):

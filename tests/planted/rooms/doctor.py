@@ -41,6 +41,7 @@ FAULTS = [
     *in_file(
         "llmkd/doctor/plain.py",
         ("textbook-without-t", "the textbook has no T^2", "return temperature**2 * value_N", "return value_N", LOSSES),
+        ("all-float64", "a float32 teacher is compared as float64", "for dtype in precisions(part, labels_N)}", "for dtype in ()}", LOSSES),
         ("textbook-softcap", "the textbook has no soft cap", "if head.softcap else out_NV", "if False else out_NV", LOSSES),
         ("textbook-tail", "the textbook's tail holds all tokens", "(q_NV * (1 - named_NV))", "(q_NV * 1)", LOSSES),
     ),
@@ -120,11 +121,12 @@ FAULTS = [
         (
             "exported-passes",
             "another exported student passes",
-            "return passed(found) if gap <= near else",
-            "return passed(found) if True else",
+            "if off <= near and gap",
+            "if gap",
             MODELS,
         ),
-        ("not-moved", "a new adapter is saved, which changes nothing", "p.add_((torch.randn", "p.add_(0 * (torch.randn", MODELS),
+        ("rounding-passes", "what is exported is not compared", "and gap <= max(near, 3 * rounding):", "and True:", MODELS),
+        ("moved-little", "a merge is compared with an adapter that does little", "while change < 0.3", "while change < 0.0001", MODELS),
         ("never-stops", "an end token that is not saved passes", "if lacking := [token", "if False and [token", MODELS),
         ("cache-passes", "another cache passes", "wrong = wrong or bad", "wrong = False", MODELS),
         (
@@ -135,6 +137,11 @@ FAULTS = [
             MODELS,
         ),
         ("full-disk", "a full disk passes", "if needed > free:", "if False:", MODELS),
+    ),
+    *in_file(
+        "llmkd/doctor/weights.py",
+        ("not-moved", "a new adapter is saved, which changes nothing", "p.add_((torch.randn", "p.add_(0 * (torch.randn", MODELS),
+        ("stays-wide", "a model stays in another dtype", "t.data = t.data.to(dtype)", "pass", MODELS),
     ),
     *in_file(
         "llmkd/commands/doctor.py",
