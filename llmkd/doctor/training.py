@@ -169,7 +169,7 @@ def parameters(setup: Setup) -> Result:
     if bad:
         return failed(f"the gradient of {len(bad)} tensors, such as {bad[0]}, is not finite", "check the weights, and student.dtype")
     zero = {name for name, g in found.items() if not g.any()}
-    pairs = {name for name in zero if re.search(r"\.lora_A\.", name) and _is_zero(state.parameters, name)}
+    pairs = {name for name in zero if _partner_is_zero(state.parameters, name)}
     known = {name for name in lacking if ".experts." in name} | set(student.capabilities.parameters_without_gradient)
     size = sum(p.numel() for p in state.parameters.values())
     words = f"{size:,} parameters in {len(trained)} tensors train, of {sum(p.numel() for p in student.parameters()):,}"
@@ -180,7 +180,7 @@ def parameters(setup: Setup) -> Result:
     fixed = [name for name in still if name not in zero]
     if fixed:
         return failed(f"{words}; a step does not change {len(fixed)} that have a gradient, such as {fixed[0]}", f"raise optim.lr, or {BUG}")
-    new = f"; the first gradient of {len(pairs)} A matrices is 0, since their B are" if pairs else ""
+    new = f"; the first gradient of {len(pairs)} matrices is 0, since the other one of their pair is" if pairs else ""
     return passed(f"{words}; each has a gradient, and a step changes these and nothing else{new}")
 
 
@@ -226,9 +226,10 @@ def _sums(models: list, trained: set[str]) -> dict[str, int]:
     return out
 
 
-def _is_zero(parameters: dict[str, nn.Parameter], name: str) -> bool:
-    other = parameters.get(name.replace(".lora_A.", ".lora_B."))
-    return other is not None and not other.any()
+def _partner_is_zero(parameters: dict[str, nn.Parameter], name: str) -> bool:
+    """Whether a tensor is the half of a new adapter's pair whose other half is 0: A of a linear layer, B of an embedding."""
+    other = name.replace(".lora_A.", ".lora_B.").replace(".lora_embedding_B.", ".lora_embedding_A.")
+    return other != name and other in parameters and not parameters[other].any()
 
 
 def _forget(optimizer: torch.optim.Optimizer) -> None:

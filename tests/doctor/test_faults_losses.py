@@ -193,3 +193,9 @@ def test_a_record_whose_distribution_is_mixed_has_no_textbook_form(kind):
     mixed = dataclasses.replace(every["probabilities False"], parts=[every["dense"], every[kind]])
     with pytest.raises(TypeError, match="mixed"):
         plain.distance(log_rows(1), mixed, "forward_kl", {}, 1.0)
+
+
+def test_a_mixture_is_as_precise_as_its_parts():
+    every, labels = signals(), torch.arange(6)
+    mixed = dataclasses.replace(every["divergences False"], parts=[every["dense"], every["sampled"]])
+    assert plain.precisions(mixed, labels) == {torch.float64, torch.float32}

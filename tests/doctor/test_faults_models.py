@@ -168,7 +168,8 @@ def test_a_wrong_merge_is_told_from_the_rounding_of_bfloat16(narrow_setup, caugh
 
 
 def test_a_rounded_export_passes_and_one_that_is_not_the_merge_does_not(narrow_setup, asked, caught, changed):
-    assert asked(narrow_setup, EXPORTED).status == "passed"
+    result = asked(narrow_setup, EXPORTED)
+    assert result.status == "passed" and int(re.search(r"differ by (\d+)%", result.found)[1]) >= 30
 
     def another(whole, found, vocab, **how):
         return whole(found, vocab, **how) if how else merge.pretrained.load_pretrained(found.base, "export")

@@ -169,6 +169,13 @@ def test_a_student_that_gets_no_gradient(setup, caught, changed):
     assert "14 get no gradient" in found, found
 
 
+def test_a_new_adapter_on_the_embedding_is_no_reason_to_warn(make_setup, asked, tmp_path, monkeypatch):
+    monkeypatch.setenv("LLMKD_CACHE", str(tmp_path))
+    setup = make_setup(teacher=None, student__lora__target_modules=["q_proj", "embed_tokens"])
+    result = asked(setup, TRAINS)
+    assert result.status == "passed" and "gradient of 3 matrices is 0" in result.found, result
+
+
 def test_the_weights_are_as_before(setup, asked):
     before = {name: p.detach().clone() for name, p in setup.state.parameters.items()}
     assert asked(setup, TRAINS).status == "passed"
