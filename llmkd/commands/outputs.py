@@ -18,6 +18,8 @@ from ..files import remove_leftovers, write_atomic
 def check_file(path: str, option: str) -> None:
     """UserError unless a file can be written at that path. Nothing is made."""
     file = Path(path).expanduser()
+    if path == "-":
+        raise UserError(f"{option}: - is no file name; only --json writes to stdout")
     if not path.strip() or file.is_dir():
         raise UserError(f"{option}: {path or 'an empty name'} is {'a folder' if path.strip() else 'no file'}; name a file")
     parents = list(file.absolute().parents)

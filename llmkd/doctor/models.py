@@ -43,7 +43,7 @@ def vocabularies(setup: Setup) -> Result:
         problems.append(f"the rows have token {highest}, and the models know {prepared.vocab}")
     if problems:
         return failed("; ".join(problems), "use a teacher and a student of one tokenizer family, each with its own model's tokenizer")
-    alike = f"; {compared} teacher's tokenizer is the same" if compared == 1 else f"; {compared} teachers' are the same" if compared else ""
+    alike = "; the teacher's tokenizer is the same" if compared == 1 else f"; {compared} teachers' are the same" if compared else ""
     return passed(f"{vocab_size(ours):,} entries, of which all models know {prepared.vocab:,}{alike}")
 
 

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from ..config.recipe import Recipe
-from ..console import warn
+from ..console import info, warn
 from ..data.encoding.tokenizer import save_tokenizer
 from ..errors import NonFinite
 from ..files import remove_leftovers, sha256_file, write_atomic, write_folder, write_sealed
@@ -118,6 +118,9 @@ class StudentRun:
         output = self.write_student(summary)
         plots.plot_losses(self.folder.path)
         write_sealed(self.folder.path / SUMMARY, summary)
+        if self.best and self.best["step"] != steps:
+            best = f"{self.best['by']} was best at step {self.best['step']} ({self.best['value']:.4f})"
+            info(f"{best}, and {output} holds the last step; llmkd export {self.folder.path} --checkpoint best writes the best one")
         return output
 
     def hashes(self) -> dict[str, str | None]:

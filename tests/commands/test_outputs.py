@@ -11,7 +11,7 @@ import pytest
 
 from llmkd import cli
 from llmkd.commands import arguments
-from llmkd.commands.outputs import json_results, plain
+from llmkd.commands.outputs import check_file, json_results, plain
 from llmkd.errors import UserError
 
 
@@ -55,6 +55,8 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_command_runs(tmp_pa
         assert cli.main(["recipes", "--json", str(path)]) == 2 and "--json: " in capsys.readouterr().err
     with pytest.raises(UserError), json_results(str(tmp_path)):
         pass
+    with pytest.raises(UserError, match="--to: - is no file name; only --json writes to stdout"):
+        check_file("-", "--to")
 
 
 def test_recipes_and_data_as_json(world, tmp_path, capsys):

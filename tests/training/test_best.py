@@ -23,7 +23,7 @@ class Killed(Exception):
 
 
 @pytest.mark.parametrize("by", VALUES)
-def test_the_best_step_is_in_the_middle_and_outlives_a_kill(make_recipe, world, monkeypatch, tmp_path, by):
+def test_the_best_step_is_in_the_middle_and_outlives_a_kill(make_recipe, world, monkeypatch, tmp_path, capsys, by):
     killed_at, real, out = [5], StudentRun.record_validation, tmp_path / "out"
 
     def scripted(self, step, held_out):
@@ -42,6 +42,7 @@ def test_the_best_step_is_in_the_middle_and_outlives_a_kill(make_recipe, world, 
     assert steps(out) == {3, 4}
     shutil.copytree(out / "checkpoints/step-3", tmp_path / "third")
     assert run(recipe, resume=True)["best"] == {"by": by, "step": 3, "value": VALUES[by][2]}
+    assert f"{by} was best at step 3 ({VALUES[by][2]:.4f}), and {out / 'adapter'} holds the last step" in capsys.readouterr().err
     assert steps(out) == {3, 6}
     summary = json.loads((out / "summary.json").read_text())
     first = next(record["validation"] for record in read_jsonl(out / "metrics.jsonl") if "validation" in record)
