@@ -176,6 +176,7 @@ def test_a_rounded_export_passes_and_one_that_is_not_the_merge_does_not(narrow_s
 
     changed(merge, "merge", another)
     assert "and the exported model from that by" in caught(narrow_setup, EXPORTED)
+    assert "the merge is right" in asked(narrow_setup, EXPORTED).fix
 
 
 def test_weights_are_widened_for_a_while_and_rounded_by_half_a_gap_at_most():
