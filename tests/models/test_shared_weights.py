@@ -277,7 +277,7 @@ def test_the_peak_of_memory_is_that_of_one_base(tmp_path):
 
     from llmkd.data.reading.skills import tokenizer
 
-    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 5, "num_attention_heads": 8}
+    sizes = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 4, "num_attention_heads": 8}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=640, bos_token_id=None, eos_token_id=1, **sizes))
     model.bfloat16().save_pretrained(tmp_path)  # used in float32: a weight is then memory of its own, and no page of the file
     tokenizer().save_pretrained(tmp_path)

@@ -168,7 +168,7 @@ def test_and_then_other_settings_are_still_refused(call, runs, lost, monkeypatch
     monkeypatch.setitem(COMMANDS, "resume", (base, before, f"{words} --optim.lr 0.5"))
     code, lines = call("resume", lambda victim: [(victim / name).unlink() for name in lost])
     assert code == 2
-    words = {1: "optim.lr: 0.01 in the run" if lost == ("identity.json",) else "the settings are others", 2: "holds no run of llmkd"}
+    words = {1: "optim.lr: 0.01 in the run" if lost == ("identity.json",) else "the settings differ from those", 2: "holds no run of llmkd"}
     assert any(words[len(lost)] in line for line in lines), lines
 
 
