@@ -35,6 +35,7 @@ VARIANTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "bound"), [("hidden", 2e-5), ("topk", 2e-3)])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_a_run_from_a_cache_is_the_run_from_the_live_teacher(make_recipe, caches, kind, bound, variant):

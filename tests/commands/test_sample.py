@@ -41,6 +41,7 @@ def greedy(settings: Teacher, texts: list[str], most: int) -> list[str]:
     return [tok.decode(ids[:-1] if ids[-1] == tok.eos_token_id else ids) for ids in out]
 
 
+@pytest.mark.slow
 def test_each_model_writes_its_own_text_to_the_runs_held_out_rows(run, world):
     found = sample(run, count=3, max_new_tokens=9)
     rows = [json.loads(line) for line in (world / "held.jsonl").read_text().splitlines()]

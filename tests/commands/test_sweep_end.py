@@ -29,6 +29,7 @@ def file(world, tmp_path, base, tasks_dir):  # noqa: F811
     return str(tmp_path / "sweep.yaml")
 
 
+@pytest.mark.slow
 def test_every_arm_is_measured_compared_and_reported(file, tmp_path, capsys):
     assert main(["sweep", "--config", file]) == 0, capsys.readouterr().err
     out = tmp_path / "sweep"

@@ -27,6 +27,7 @@ def test_a_sound_run_passes_every_check(setup):
     assert set(found.values()) == {"passed"}, [one for one in results if one.status != "passed"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "changes",
     [

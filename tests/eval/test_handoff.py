@@ -140,6 +140,7 @@ def by_hand(folder: Path, tasks_dir: Path, name: str, **options) -> tuple[list[l
     return [[answer[0] for answer in sample["filtered_resps"]] for sample in found["samples"][name]], found["results"][name]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "case",
     [

@@ -206,6 +206,7 @@ def test_dora_on_rows_of_zeros_is_refused(tmp_path):
         student(tmp_path, lora=Lora(rank=4, dora=True, target_modules=("q_proj", "lm_head")))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["adapter_config.json", "llmkd.json", "config.json"])
 @pytest.mark.parametrize(("text", "kind"), [("[]", "list"), ("null", "NoneType"), ('"a"', "str")])
 def test_json_that_is_no_object_is_a_refusal(tmp_path, file, text, kind):

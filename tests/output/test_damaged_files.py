@@ -126,6 +126,7 @@ def call(runs, tmp_path, capsys):
     return go
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("command", "file"), READ, ids=lambda value: value)
 def test_a_damaged_file_is_named_in_one_line_or_harmless(call, runs, tmp_path, command, file):
     for kind, damage in DAMAGES.items():

@@ -105,6 +105,7 @@ def test_a_data_set_of_the_hub_is_streamed(llmkd, hub, world):
     assert "train: streaming someone/rows" in said and "16 rows streamed, 16 examples" in said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("student", "train", "words"),
     [
@@ -176,6 +177,7 @@ def test_a_public_repository_does_not_get_what_shall_be_private(llmkd, hub, tmp_
     assert code == 0 and len(hub.repos["models", "someone/mine"]) == 2, said
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("repo", "environment", "words"),
     [

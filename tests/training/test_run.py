@@ -334,6 +334,7 @@ def test_a_pipeline_compares_its_students(world, tmp_path, capsys):
     assert main(["train", "--config", str(tmp_path / "pipeline.yaml"), "--train.epochs", "2", "--resume"]) == 0
 
 
+@pytest.mark.slow
 def test_a_real_signal_to_the_command(world, tmp_path):
     """The process itself: SIGTERM gives 75 and a checkpoint, the same command with --resume ends with 0."""
     write_rows(tmp_path / "rows.jsonl", 200)
