@@ -61,3 +61,9 @@ def test_the_best_step_is_in_the_middle_and_outlives_a_kill(make_recipe, world, 
 
 def steps(out: Path) -> set[int]:
     return {int(path.name.removeprefix("step-")) for path in (out / "checkpoints").iterdir()}
+
+
+def test_a_best_step_that_is_the_last_is_not_mentioned(make_recipe, world, capsys):
+    held = {"data__validation__path": str(world / "held.jsonl"), "validation__every": 1, "validation__teacher_check": 0}
+    found = run(make_recipe(**held, train__max_steps=1, optim__warmup_steps=0, checkpoint__best_by="ce"))
+    assert found["best"]["step"] == 1 and "holds the last step" not in capsys.readouterr().err
