@@ -91,6 +91,16 @@ def temporary_folder(name: str) -> Iterator[Path]:
         remove(folder)
 
 
+def try_to_make_in(folder: Path) -> None:
+    """OSError if nothing can be made in a folder: access rights do not tell (/proc, a read-only mount). Nothing stays.
+
+    Under a name of its own, so that no other process takes what is tried for the real thing.
+    """
+    tried = _temporary(folder / "llmkd")
+    tried.mkdir()
+    tried.rmdir()
+
+
 def remove_leftovers(folder: Path, name: str = "*") -> None:
     """Remove what killed processes left unfinished of the files and folders `name`, a glob pattern.
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from ..console import first_process
 from ..errors import UserError
-from ..files import remove_leftovers, write_atomic
+from ..files import remove_leftovers, try_to_make_in, write_atomic
 
 
 def check_file(path: str, option: str) -> None:
@@ -25,13 +25,10 @@ def check_file(path: str, option: str) -> None:
     parents = list(file.absolute().parents)
     there = next(n for n, folder in enumerate(parents) if folder.exists())
     try:
-        if there:  # access rights do not tell (/proc, a read-only mount)
-            parents[there - 1].mkdir()
-            parents[there - 1].rmdir()
+        if there:
+            try_to_make_in(parents[there])
         elif not os.access(parents[0], os.W_OK | os.X_OK):
             raise PermissionError
-    except FileExistsError:  # another process has made it
-        pass
     except OSError as error:
         raise UserError(f"{option}: {parents[there]} cannot be written to; name another file") from error
 

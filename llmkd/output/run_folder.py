@@ -1,6 +1,5 @@
 """The folder of a run: locked by one run at a time, never silently overwritten, and resumed only by the same recipe, data and models."""
 
-import contextlib
 import errno
 import os
 import socket
@@ -10,7 +9,7 @@ from ..config.loader import comparable, dump, load_recipe
 from ..config.recipe import Recipe
 from ..config.schema import may_change_on_resume
 from ..errors import UserError
-from ..files import FileLocked, is_leftover, lock_file, remove_leftovers, write_atomic
+from ..files import FileLocked, is_leftover, lock_file, remove_leftovers, try_to_make_in, write_atomic
 from .run_files import IDENTITY, RECIPE, SUMMARY, other_settings, read_identity, read_run_file, recipe_is_changed, write_identity
 
 
@@ -135,21 +134,10 @@ def refuse_unwritable(path: Path, setting: str) -> None:
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise UserError(f"{setting}: {nearest} cannot be written to; choose another folder")
     if not path.exists():
-        _try_to_make(nearest / path.absolute().relative_to(nearest).parts[0], path, setting)
-
-
-def _try_to_make(folder: Path, whole: Path, setting: str) -> None:
-    """UserError where `folder`, the first missing part of the path `whole`, cannot be made: access rights do not tell (/proc, a read-only mount)."""
-    try:
-        folder.mkdir()
-    except FileExistsError:  # another process has made it
-        return
-    except OSError as error:
-        if folder.parent.is_dir():  # else another process had only tried it: `claim` tells
-            raise UserError(f"{setting}: {whole} cannot be made ({error.strerror}); choose another folder") from error
-        return
-    with contextlib.suppress(OSError):  # another process has put something into it
-        folder.rmdir()
+        try:
+            try_to_make_in(nearest)
+        except OSError as error:
+            raise UserError(f"{setting}: {path} cannot be made ({error.strerror}); choose another folder") from error
 
 
 def lock_folder(folder: Path, setting: str = "output_dir"):

@@ -2,11 +2,13 @@
 
 import json
 import shutil
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 
 from llmkd.cli import main
+from llmkd.commands.outputs import check_file
 from llmkd.errors import UserError
 from llmkd.files import read_sealed
 from llmkd.output.metrics import MetricsLog, read_metrics
@@ -25,6 +27,15 @@ def test_a_folder_that_cannot_be_made_is_refused_at_once_and_one_that_can_leaves
     for name in ("/proc/nowhere/run", "/proc/nowhere"):
         with pytest.raises(UserError, match=f"output_dir: {name} cannot be made"):
             RunFolder(SimpleNamespace(output_dir=name), False).check()
+
+
+def test_what_is_tried_has_another_name_than_the_folder(tmp_path, monkeypatch):
+    """Else another process of the same run would find a folder that is gone a moment later."""
+    made, real = [], Path.mkdir
+    monkeypatch.setattr(Path, "mkdir", lambda self, *options, **more: (made.append(self), real(self, *options, **more)))
+    RunFolder(SimpleNamespace(output_dir=str(tmp_path / "a/b")), False).check()
+    check_file(str(tmp_path / "a/f.json"), "--json")
+    assert len({str(path) for path in made}) == 2 and all(path.parent == tmp_path and path.name != "a" for path in made)
 
 
 @pytest.mark.parametrize("done", ["removed", "renamed", "replaced"])
