@@ -8,11 +8,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from llmkd.files import read_sealed, sha256_file
 from tests.conftest import make_world, plain_recipe
 
 LLMKD = [sys.executable, "-m", "llmkd"]
 TWO = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m", "llmkd"]
-MEASURED = {"targets_per_s", "peak_memory"}  # what a line of metrics says of the clock and the machine
+#: What a line of metrics says of the clock and the machine, and in a summary the hash of all lines.
+MEASURED = {"targets_per_s", "peak_memory", "metrics.jsonl"}
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,8 @@ def run_result(folder: Path, run: str = "out") -> dict[str, str]:
     """Weights to the bit, the metrics of every step and validation, the summary, and the names of all files."""
     out = folder / run
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    summary = json.loads((out / "summary.json").read_text())
+    summary = read_sealed(out / "summary.json")
+    assert summary["files"]["metrics.jsonl"] == sha256_file(out / "metrics.jsonl")
     found = {f"{run}/metrics.jsonl": _steady(lines), f"{run}/summary.json": _steady(summary), f"{run}: files": names(out)}
     return found | hashes(folder, f"{run}/adapter/*.safetensors", f"{run}/held_out.jsonl")
 
@@ -104,7 +107,7 @@ def cache_result(folder: Path) -> dict[str, str]:
 
 
 def sweep_result(folder: Path) -> dict[str, str]:
-    state = json.loads((folder / "sweep/sweep.json").read_text())
+    state = read_sealed(folder / "sweep/sweep.json")
     found = {
         "arms": json.dumps({name: arm["status"] for name, arm in state["arms"].items()}),
         "sweep: files": names(folder / "sweep", depth=1),
@@ -115,7 +118,7 @@ def sweep_result(folder: Path) -> dict[str, str]:
 
 
 def eval_result(folder: Path) -> dict[str, str]:
-    result = json.loads((folder / "out/eval/soak.json").read_text())
+    result = read_sealed(folder / "out/eval/soak.json")
     return {"metrics": json.dumps(result["metrics"]), "out: files": names(folder / "out")} | hashes(folder, "out/eval/soak.jsonl")
 
 

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from llmkd.files import read_sealed, sha256_file, write_sealed
+
 from . import soak
-from .jobs import Job
+from .jobs import Job, run_result
 
 COUNTS = """
 import os, pathlib, time
@@ -57,3 +59,16 @@ def test_what_is_wrong_is_noticed(tmp_path, monkeypatch, program, words):
     monkeypatch.setattr(soak, "LINGER", 0.5)
     _, problems = outcome(program, tmp_path)
     assert any(words in problem for problem in problems), problems
+
+
+def test_what_the_clock_says_is_not_compared_and_a_loss_is(command, tmp_path):
+    assert command("--train.max_steps", "1")[0] == 0
+    quiet, lines, summary = run_result(tmp_path), tmp_path / "out/metrics.jsonl", tmp_path / "out/summary.json"
+    for what, differs in (("targets_per_s", False), ("ce", True)):
+        lines.write_text(lines.read_text().replace(f'"{what}": ', f'"{what}": 1'))
+        with pytest.raises(AssertionError):
+            run_result(tmp_path)
+        content = read_sealed(summary)
+        content["files"]["metrics.jsonl"] = sha256_file(lines)
+        write_sealed(summary, content)
+        assert bool(soak.differences(quiet, run_result(tmp_path))) == differs
