@@ -2,11 +2,12 @@
 
 import dataclasses
 from collections.abc import Iterator
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
 from .fields import Count, OneOrMany, Seed, as_tuple, changeable, config_dataclass, fixed
+from .where import where_contradictions
 
 ROLES = ("system", "developer", "user", "assistant", "tool")
 
@@ -103,6 +104,17 @@ class Source:
     )
     split: str = fixed("train", description="Split of a hub data set, of a folder whose files are named by split, or of builtin:skills.")
     revision: str | None = fixed(None, description="Revision of a hub data set.")
+    where: dict[str, Any] = fixed(
+        default_factory=dict,
+        description="Rows to use, chosen by the file's columns before any limit: a value, a list of values, or above, at_least, below, at_most "
+        "and not; several conditions are joined by and: {clean: true, lang: [en, de], score: {above: 0.5}}.",
+    )
+    noise: float = fixed(
+        0.0,
+        ge=0,
+        le=1,
+        description="Of builtin:skills: share of the answers that are replaced by wrong ones of the same kind; the column clean says which are not.",
+    )
     limit: Count | None = fixed(None, description="Number of rows to use: the first ones, or with seed a random sample.")
     seed: Seed | None = fixed(None, description="Seed of the random sample of limit rows; null: the first rows.")
     weight: float = fixed(
@@ -205,6 +217,16 @@ def _source_contradictions(source: Source, setting: str) -> Iterator[tuple[str, 
     choices, row_format = setting == "data.choices", FORMATS[source.format]
     if source.path.startswith("builtin:") and source.path != "builtin:skills":
         yield "path", f"found {source.path!r}; the only built-in corpus is builtin:skills"
+    if source.noise and source.path != "builtin:skills":
+        yield (
+            "noise",
+            f"found {source.noise:g}, and only builtin:skills has answers that can be replaced by others of their kind; leave it out",
+        )
+    elif source.noise and (choices or source.split == "test" or source.name == "prose"):
+        what = "multiple-choice questions" if choices or source.split == "test" else "prose, which has no answers"
+        yield "noise", f"found {source.noise:g} with {what}; only the questions of the splits train and validation take it; leave it out"
+    for path, problem in where_contradictions(source.where):
+        yield f"where.{path}".rstrip("."), problem
     if choices and row_format.supervised == "all":
         *others, last = (name for name, one in FORMATS.items() if one.supervised == "answer")
         yield "format", f"found {source.format}, which has no answer that choices could replace; use {', '.join(others)} or {last}"

@@ -1,6 +1,7 @@
 """A recipe's data as finished parts: rows that were read, examples with their places, held-out examples, multiple-choice questions."""
 
 import dataclasses
+import json
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -65,6 +66,7 @@ def read_data(data: Data) -> dict[str, list[Rows]]:
     for setting, value in wanted.items():
         for (name, source), read in zip(with_setting_names(value, setting), out[setting], strict=True):
             note_unread(name, source, read.unread, len(read.rows))
+            read.report_chosen(source)
     _warn_of_shared_data(out, data)
     return out
 
@@ -72,17 +74,24 @@ def read_data(data: Data) -> dict[str, list[Rows]]:
 def _warn_of_shared_data(rows: dict[str, list[Rows]], data: Data) -> None:
     """Warn where held-out rows and training rows come from the same data."""
 
-    def read(setting: str, value) -> list[tuple[str, str, str]]:
+    def read(setting: str, value) -> list[tuple[str, Source, Rows]]:
         of_setting = zip(with_setting_names(value, setting), rows[setting], strict=False)  # a stream's rows are not read yet
-        return [(name, source.path, one.content.partition(" [")[0]) for (name, source), one in of_setting]  # whatever its limit
+        return [(name, source, one) for (name, source), one in of_setting]
 
     train, held_out = read("data.train", data.train), read("data.validation", data.validation)
     pairs = [(a, b) for a in held_out for b in train]
     if data.validation_fraction:
         pairs += [(b, a) for i, a in enumerate(train) for b in train[i + 1 :]]
-    for (name, path, content), (other, _, others) in pairs:
-        if content == others:
-            warn(f"warning: {name} and {other} are the same data ({path}), so validation metrics would be measured on training rows")
+    for (name, source, one), (other, others_source, others) in pairs:
+        same = one.content.partition(" [")[0] == others.content.partition(" [")[0]  # whatever its limit
+        if same and (source.where or others_source.where):
+            same = not _texts(one).isdisjoint(_texts(others))
+        if same:
+            warn(f"warning: {name} and {other} are the same data ({source.path}), so validation metrics would be measured on training rows")
+
+
+def _texts(rows: Rows) -> set[str]:
+    return {json.dumps(row, sort_keys=True, default=repr) for row in rows.rows}
 
 
 # ---- encoding

@@ -32,6 +32,7 @@ from .reading.problems import ErrorCollector
 from .reading.row_checks import check_row
 from .reading.sources import Rows, from_hub, hub_revision, local, no_rows
 from .reading.unread import note_unread
+from .reading.where import Chosen
 
 
 class StreamSource(ExampleSource):
@@ -60,12 +61,15 @@ class StreamSource(ExampleSource):
 
     def _first(self) -> tuple[Examples, list[str]]:
         """The first step's examples. All rows of the first block are checked on the way, before any model is loaded."""
-        block = list(itertools.islice(self._records(), self.data.shuffle_buffer))
+        chosen = Chosen(self.source, self.setting)
+        block = list(itertools.islice(self._records(chosen), self.data.shuffle_buffer))
         if not block:
+            chosen.refuse_none()
             raise no_rows(self.source, self.setting)
         unread = self._checked(block).unread
         self._named = set(unread)
         note_unread(self.setting, self.source, unread, len(block), "of the first {}")
+        chosen.report(" so far")
         return self._encode([(place, get) for _, place, get in itertools.islice(self.rows_from(0), self.batch_size)])
 
     @property
@@ -153,9 +157,10 @@ class StreamSource(ExampleSource):
             turn += 1 + skip // count
             skip %= count
 
-    def _records(self) -> Records:
-        """One pass over the source."""
-        return itertools.islice(self._local() if self.files is not None else self._elsewhere(), self.source.limit)
+    def _records(self, chosen: Chosen | None = None) -> Records:
+        """One pass over the rows that the source's `where` chooses."""
+        chosen = chosen or Chosen(self.source, self.setting)
+        return itertools.islice(chosen.records(self._local() if self.files is not None else self._elsewhere()), self.source.limit)
 
     def _local(self) -> Records:
         for name, path in self.files:
@@ -167,7 +172,7 @@ class StreamSource(ExampleSource):
 
     def _elsewhere(self) -> Records:
         if self.source.path == "builtin:skills":
-            rows = skills.rows(self.source.split, self.source.name or "questions")
+            rows = skills.rows(self.source.split, self.source.name or "questions", self.source.noise)
         else:
             rows = from_hub(self.source, self.setting, streaming=True)
             self.origin["revision"] = hub_revision(rows, self.source)
@@ -186,7 +191,7 @@ class StreamSource(ExampleSource):
                 rows.append(check_row(get(), place, self.source, problems, unread=unread))
                 places.append(place)
             except BadRow as error:
-                problems.add(f"{place}: {error}")
+                problems.add(f"{place}: {error}", alike=error.alike)
         problems.raise_if_any()
         return Rows(rows, places, "", unread=unread)
 

@@ -17,6 +17,7 @@ from .. import __version__
 from ..config.fields import as_tuple
 from ..config.loader import dump
 from ..config.recipe import Data, Loss, Mixture, Quantization, Recipe, Source, Student, distils
+from ..config.where import where_words
 from ..model_folder.files import ModelFiles, hub_origin, licence, loaded_dtype
 from ..teachers.resolve import TeacherSource
 from . import markdown
@@ -78,6 +79,8 @@ class DataSource:
             f"split {markdown.code_span(s.split)}" if self.hub or s.path.startswith("builtin:") else "",
             f"revision {markdown.code_span(self.revision)}" if self.revision else "the default branch's head" if self.hub else "",
             f"format {s.format}",
+            f"{s.noise:g} of the answers replaced by wrong ones" if s.noise else "",
+            f"rows whose {markdown.escape(where_words(s.where))}" if s.where else "",
             f"{rows:,} rows" if rows else "",
             f"{dropped:,} of them dropped (too long, or without an answer)" if dropped else "",
             f"at most {s.limit:,}{drawn}" if s.limit else "",

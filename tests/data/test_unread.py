@@ -44,7 +44,11 @@ SHAREGPT = {
         (SHAREGPT, TALK | {"functions": [{"name": "f"}]}, "content: value, tools: functions}, or set ignore: [functions]"),
         (SHAREGPT, TALK | {"rejected": "b"}, "llmkd does not train on preferences; set ignore: [rejected]"),
         (SHAREGPT, TALK | {"images": ["a.png"]}, "llmkd reads text only; set ignore: [images]"),
-        ({"format": "prompt_completion"}, PAIR | {"label": False}, "remove the rows where it is false, or set ignore: [label]"),
+        (
+            {"format": "prompt_completion"},
+            PAIR | {"label": False},
+            "set where: {label: true} to train on the good ones alone, or set ignore: [label]",
+        ),
         (
             {"format": "prompt_completion"},
             PAIR | {"input": "x"},

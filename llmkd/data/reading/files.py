@@ -20,7 +20,11 @@ Records = Iterator[tuple[str, Callable[[], Any]]]
 
 
 class BadRow(ValueError):
-    """A row that cannot be read; the text is the reason."""
+    """A row that cannot be read; the text is the reason. `alike`: what the errors of many rows of a file have in common."""
+
+    def __init__(self, reason: str, alike: str = ""):
+        super().__init__(reason)
+        self.alike = alike
 
 
 def _raise(message: str) -> Any:

@@ -46,8 +46,8 @@ def _checked(row: Any, place: str, source: Source, problems: ErrorCollector, cho
     lacking = [c for c, name in theirs.items() if name not in row and not (columns[c].optional and c == name)]
     if lacking and _missing(lacking, row, theirs, source, place, problems, choices):
         return row  # what else is wrong follows from it
-    trained, marks = row_mark(row, {*read, *source.ignore}, place, problems)
-    count_unread(row, read | marks, source, place, problems, unread)
+    trained, marks = row_mark(row, {*read, *source.ignore}, place, problems, source.where.keys())
+    count_unread(row, read | marks | source.where.keys(), source, place, problems, unread)
     hidden = absent | (marks | set(source.ignore)) - read
     found = {c: value for c, value in row.items() if c not in hidden} | {c: row[name] for c, name in asked.items() if name in row}
     for column, name in theirs.items():
@@ -126,7 +126,7 @@ def _missing(
 
 def _slip(name: str, row: dict, theirs: dict, source: Source, place: str, problems: ErrorCollector) -> None:
     """A problem where an optional column is missing, and another one has nearly its name."""
-    near = _near(name, frozenset(row.keys() - {*theirs.values(), *source.ignore}))
+    near = _near(name, frozenset(row.keys() - {*theirs.values(), *source.ignore, *source.where}))
     if near:
         problems.add(f"{place}: no column {name!r}; did you mean {near!r}?")
 

@@ -140,8 +140,12 @@ SKILLS: list[Callable[[random.Random], Question]] = [_thing, _thing, _opposite, 
 _WORDINGS = ["It is {}.", "The answer is {}.", "{}.", "That would be {}."]
 
 
-def rows(split: str, name: str = "questions") -> list[dict]:
-    """The rows of a split. questions: {messages}, and for the test split also {choices, answer}; prose: {text, messages}."""
+def rows(split: str, name: str = "questions", noise: float = 0.0) -> list[dict]:
+    """The rows of a split. questions: {messages}, and for the test split also {choices, answer}; prose: {text, messages}.
+
+    noise   share of the answers of questions that are replaced by wrong ones of the same kind; each row then has {clean}, false where its
+            answer was. Of two shares the larger one replaces the answers of the smaller one too, by the same.
+    """
     from ...errors import UserError
 
     if split not in SIZES.get(name, {}):
@@ -149,7 +153,18 @@ def rows(split: str, name: str = "questions") -> list[dict]:
         raise UserError(f"builtin:skills: found name {name!r} with split {split!r}, expected {known}")
     if name == "prose":
         return [_told(sentences) for sentences in _prose(split)]
+    if noise:
+        return _with_noise(question_splits()[split], split, noise)
     return [_conversation(question, split) for question in question_splits()[split]]
+
+
+def _with_noise(questions: list[tuple[str, str, list[str], str]], split: str, noise: float) -> list[dict]:
+    order = random.Random(f"noise {split}").sample(range(len(questions)), len(questions))
+    wrong, out = set(order[: round(noise * len(questions))]), []
+    for i, (asked, right, others, wording) in enumerate(questions):
+        answer = random.Random(f"noise {asked}").choice(others) if i in wrong else right
+        out.append(_conversation((asked, answer, others, wording), split) | {"clean": i not in wrong})
+    return out
 
 
 @functools.cache

@@ -4,6 +4,7 @@ A source's content hash covers what was really read: the bytes of files with the
 may serve stale rows or flipped bits). So a changed bit never gives tokens from the token cache.
 """
 
+import dataclasses
 import difflib
 import functools
 import hashlib
@@ -27,6 +28,7 @@ from .files import KINDS, BadRow, Records, kind_of, records, row_of
 from .folders import data_files
 from .problems import ErrorCollector
 from .row_checks import check_row
+from .where import Chosen
 
 _HUB_ID = re.compile(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)?")
 
@@ -40,6 +42,13 @@ class Rows:
     content: str
     origin: dict[str, Any] = field(default_factory=dict)  # path, name, split, revision (resolved, where there is one), rows
     unread: Counter = field(default_factory=Counter)  # columns that were not read, with the number of rows that have them
+    chosen: Chosen | None = None  # what the source's `where` has kept and left out
+
+    def report_chosen(self, source: Source) -> None:
+        """One line with the rows that `where` kept and left out; none without it."""
+        if self.chosen:
+            reached = source.limit and source.seed is None and self.chosen.kept >= source.limit
+            self.chosen.report(" before the limit was reached" if reached else "")
 
 
 def read_sources(setting: Source | tuple[Source, ...] | None, name: str, choices: bool = False) -> list[Rows]:
@@ -67,10 +76,12 @@ def read_source(source: Source, setting: str, choices: bool = False) -> Rows:
         places.append(place)
     problems.raise_if_any()
     if not rows:
+        opened.chosen.refuse_none()
         raise no_rows(source, setting)
     settings = [source.limit, source.seed, source.fields, source.roles, *([list(source.ignore)] if source.ignore else [])]
+    settings += [{"where": source.where}] if source.where else []
     origin = {"path": source.path, "name": source.name, "split": opened.split, "revision": opened.revision, "rows": len(rows)}
-    return Rows(rows, places, f"{opened.content()} {json.dumps(settings, sort_keys=True)}", origin, unread)
+    return Rows(rows, places, f"{opened.content()} {json.dumps(settings, sort_keys=True)}", origin, unread, opened.chosen)
 
 
 def no_rows(source: Source, setting: str) -> UserError:
@@ -82,7 +93,7 @@ def _parsed(found: Records, problems: ErrorCollector) -> Iterator[tuple[str, Any
         try:
             row = get()
         except BadRow as error:
-            problems.add(f"{place}: {error}")
+            problems.add(f"{place}: {error}", alike=error.alike)
             continue
         yield place, row
 
@@ -104,10 +115,16 @@ class Opened:
     content: Any  # () -> str
     split: str | None = None
     revision: str | None = None
+    chosen: Chosen | None = None
 
 
 def open_source(source: Source, setting: str) -> Opened:
-    """Open the source of a setting; UserError where it does not exist. Rows are read one by one as they are used."""
+    """Open the source of a setting; UserError where it does not exist. Rows are read one by one as they are used, those that `where` chooses."""
+    opened, chosen = _open(source, setting), Chosen(source, setting)
+    return dataclasses.replace(opened, records=chosen.records(opened.records), chosen=chosen)
+
+
+def _open(source: Source, setting: str) -> Opened:
     if source.path == "builtin:skills":
         return _builtin(source)
     files = local(source, setting)
@@ -118,11 +135,10 @@ def open_source(source: Source, setting: str) -> Opened:
 
 
 def _builtin(source: Source) -> Opened:
-    name = source.name or "questions"
-    found = (
-        (f"builtin:skills[{source.split}]:{i + 1}", functools.partial(dict, row)) for i, row in enumerate(skills.rows(source.split, name))
-    )
-    return Opened(found, lambda: f"skills {skills.VERSION} {source.split} {name}", source.split)
+    name, noise = source.name or "questions", f" noise {source.noise!r}" if source.noise else ""
+    rows = skills.rows(source.split, name, source.noise)
+    found = ((f"builtin:skills[{source.split}]:{i + 1}", functools.partial(dict, row)) for i, row in enumerate(rows))
+    return Opened(found, lambda: f"skills {skills.VERSION} {source.split} {name}{noise}", source.split)
 
 
 _OTHER_KINDS = {

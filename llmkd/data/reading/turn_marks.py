@@ -6,7 +6,7 @@ gives every message all the keys that any has.
 
 import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Any
 
 from .problems import ErrorCollector
@@ -85,8 +85,13 @@ def mark_of(message: dict, own: str | None, where: str, problems: ErrorCollector
     return next(iter(said.values()), None), keys
 
 
-def row_mark(row: dict, read: set[str], place: str, problems: ErrorCollector) -> tuple[bool | None, set[str]]:
-    """The same of a whole row, whose columns named in `read` are the format's. Of a row marked false nothing is trained on."""
+def row_mark(
+    row: dict, read: set[str], place: str, problems: ErrorCollector, chosen_by: Collection[str] = ()
+) -> tuple[bool | None, set[str]]:
+    """The same of a whole row, whose columns named in `read` are the format's. Of a row marked false nothing is trained on.
+
+    `chosen_by`: the columns by which the row was chosen, so that they are no mark of a row that is not to be used.
+    """
     said, keys = {}, set()
     for key, value in _columns(row, read, TRAINED | UNTRAINED):
         keys.add(key)
@@ -102,9 +107,10 @@ def row_mark(row: dict, read: set[str], place: str, problems: ErrorCollector) ->
                 f"messages (format: chat), or set ignore: [{key}]",
                 alike=f"{inner}, which llmkd does not read",
             )
-        elif _is_flag(value) and plain(key) in (_LEFT_OUT if value else _KEPT):
+        elif _is_flag(value) and plain(key) in (_LEFT_OUT if value else _KEPT) and key not in chosen_by:
             problems.add(
-                f"{place}: {key} is {value!r}: it may mark a row that is not to be used, and llmkd does not read it; remove such rows, or set ignore: [{key}]",
+                f"{place}: {key} is {value!r}: it may mark a row that is not to be used, and llmkd does not read it; leave such rows out by where: "
+                f"{{{key}: {_other(value)}}}, or set ignore: [{key}]",
                 alike=f"{key}, which llmkd does not read",
             )
     if len(set(said.values())) > 1:
@@ -159,6 +165,10 @@ def _is_mark(value: Any, words: list[str]) -> bool:
 
 def _is_flag(value: Any) -> bool:
     return isinstance(value, bool | int | float) and value in (0, 1)
+
+
+def _other(value: Any) -> str:
+    return str(not value).lower() if isinstance(value, bool) else str(int(not value))
 
 
 def _columns(row: dict, read: set[str], names: set[str]) -> Iterator[tuple[str, Any]]:

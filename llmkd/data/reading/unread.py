@@ -77,7 +77,7 @@ MEANINGS = (
         _names("label kttag kototag ktotag isgood accepted"),
         _ANSWERED,
         "whether an answer is a good one, and llmkd would learn bad ones too",
-        "remove the rows where it is false",
+        "set where: {{{0}: true}} to train on the good ones alone",
         holds=lambda value: isinstance(value, bool),
     ),
     Meaning(
