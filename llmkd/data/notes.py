@@ -10,9 +10,9 @@ _NOTES = {
 
 def example_notes(counts: dict[str, int]) -> list[str]:
     """A line for each oddity in the counts of `encode` that may matter."""
-    rendered, turns, unshown = (
+    rendered, turns, listed, unshown = (
         {key.partition(" ")[2]: number for key, number in counts.items() if key.startswith(f"{what} ")}
-        for what in ("rendered", "turns", "unshown")
+        for what in ("rendered", "turns", "listed", "unshown")
     )
     most = 2 * sum(rendered.values()) >= counts.get("rows", 0)
     out = [
@@ -30,9 +30,14 @@ def example_notes(counts: dict[str, int]) -> list[str]:
             "rendered already: all of it is supervised, the user's turns too; to train on the answers alone, give messages (format: chat), "
             "or prompt and answer (format: prompt_completion)"
         )
+    if listed and 2 * sum(listed.values()) >= counts["rows"]:
+        out.append(
+            f"warning: {sum(listed.values())} of {count(counts['rows'], 'row')} hold a list of messages as text ({max(listed, key=listed.get)}), which "
+            "is read as the text that it is; write the list itself, in a .jsonl, .json or .parquet file"
+        )
     if unshown:
-        listed = ", ".join(f"{name} ({number:,})" for name, number in sorted(unshown.items(), key=lambda one: (-one[1], one[0])))
-        out.append(f"note: not shown by the chat template, with the rows that have it, of {count(counts['rows'], 'row')}: {listed}")
+        names = ", ".join(f"{name} ({number:,})" for name, number in sorted(unshown.items(), key=lambda one: (-one[1], one[0])))
+        out.append(f"note: not shown by the chat template, with the rows that have it, of {count(counts['rows'], 'row')}: {names}")
     if counts.get("apart"):
         factor = counts["apart_tokens"] / max(1, counts["apart_last"])
         out.append(

@@ -43,6 +43,22 @@ ROWS = [
     ("chat", {"content": "a", "meta": {"n": 1}}, "format: text, fields: {text: content}"),
     ("alpaca", {"log": [{"from": "function_call", "value": "f"}], "messages": MESSAGES}, "format: chat"),
     ("text", {"on": "a"}, 'fields: {text: "on"}'),
+    ("alpaca", {"task": "t", "inputs": "a", "targets": "b"}, "fields: {instruction: inputs, output: targets}"),
+    ("alpaca", {"source": "a", "target": "b", "task": "t"}, "fields: {instruction: source, output: target}"),
+    (
+        "chat",
+        {"prompt": MESSAGES[:1], "chosen": MESSAGES[1:], "rejected": MESSAGES[1:]},
+        "format: prompt_completion, fields: {completion: chosen}, ignore: [rejected], chat_template: true",
+    ),
+    ("alpaca", {"input": MESSAGES[:1], "output": "a"}, "format: prompt_completion, fields: {prompt: input, completion: output}"),
+    (
+        "alpaca",
+        {"dialog": SHAREGPT + [GIVEN], "response": "a"},
+        "format: prompt_completion, fields: {prompt: dialog, completion: response, role: from, content: value}, roles: {user: human, assistant: gpt}",
+    ),
+    ("alpaca", {"messages": [*MESSAGES, {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {}}]}]}, "format: chat"),
+    ("alpaca", {"messages": [one | {"content": [{"type": "text", "text": "x"}]} for one in MESSAGES]}, "format: chat"),
+    ("alpaca", {"talk": json.dumps(MESSAGES)}, "format: chat, fields: {messages: talk}"),
 ]
 
 
@@ -95,8 +111,18 @@ def test_a_parquet_file_of_another_shape_is_recognised_too(read, refused, tmp_pa
         ("chat", "a", '; write {"text": ...} and set format: text'),
         (
             "chat",
-            {"messages": json.dumps(MESSAGES)},
-            "; it is JSON in a text: write it as JSON itself, in a .jsonl, .json or .parquet file",
+            {"messages": str(MESSAGES)},
+            "; it is a list as Python writes it: write it as JSON, in a .jsonl, .json or .parquet file",
+        ),
+        (
+            "chat",
+            {"input": {"messages": MESSAGES[:1]}, "preferred_output": MESSAGES[1:]},
+            "; the columns are inside 'input': write what it holds as the row",
+        ),
+        (
+            "alpaca",
+            {"conversation_a": MESSAGES, "conversation_b": MESSAGES, "winner": "a"},
+            "; the nearest is format: chat, fields: {messages: conversation_a}",
         ),
     ],
 )
@@ -121,7 +147,6 @@ def test_names_that_the_recipe_gives_are_not_talked_over(refused):
     ("role", "hint"),
     [
         ("observation", "set roles: {user: human, assistant: gpt, tool: observation}"),
-        ("function_call", "turns of 'function_call' call tools: write each as an assistant's message with tool_calls: [{name, arguments}]"),
         ("gtp", "did you mean 'gpt'?"),
     ],
 )

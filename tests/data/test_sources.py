@@ -464,3 +464,18 @@ def test_offline_a_data_set_of_the_hub_says_what_to_unset(hub, monkeypatch):
 
     monkeypatch.setattr("datasets.load_dataset", offline)
     assert problems("owner/nothing")[0].endswith("(OfflineModeIsEnabled)); unset HF_HUB_OFFLINE, or name local files")
+
+
+def test_messages_of_a_csv_file_are_json_text(read):
+    turns = [{"role": "user", "content": "a, b"}, {"role": "assistant", "content": "c"}]
+    out = io.StringIO()
+    csv.writer(out).writerows([["messages"], [json.dumps(turns)]])
+    assert read(out.getvalue(), "t.csv", format="chat").rows == [{"messages": turns}]
+
+
+def test_a_text_that_completes_a_conversation_is_its_answer(read, refused):
+    turns = [{"role": "user", "content": "q"}]
+    (row,) = read(json.dumps({"prompt": turns, "completion": "a"}), format="prompt_completion").rows
+    assert row == {"prompt": turns, "completion": [{"role": "assistant", "content": "a"}]}
+    (problem,) = refused(json.dumps({"prompt": "q", "completion": turns}), format="prompt_completion")
+    assert problem.endswith("prompt and completion are of two kinds; give both as text, or the prompt as a list of messages")

@@ -5,6 +5,7 @@ import json
 import re
 
 import pytest
+import yaml
 
 from llmkd.config.recipe import Data
 from llmkd.data.encoding.template_process import rendered
@@ -319,13 +320,16 @@ def test_parts_that_are_no_text_are_refused(read, content, words):
         ({"tool_calls": {"name": "f"}}, "tool_calls is an object, expected a list of objects"),
         ({"tool_calls": [{"function": {"arguments": "{}"}}]}, "tool_calls[0] is an object without the name of a function"),
         ({"tool_calls": ["f"]}, "tool_calls[0] is text without the name of a function"),
-        ({"function_call": {"name": "f"}}, "content is null, expected text; function_call is another form of tool_calls"),
+        ({"function_call": {"name": "f"}}, "function_call[0] has no key 'arguments', expected {function: {name, arguments}}"),
+        ({"content": "x", "toolCalls": "f(x)"}, "toolCalls is text that is not JSON, expected a list of objects"),
         (
-            {"content": "x", "function_call": {"name": "f"}},
-            "function_call is a call that the model would not see: function_call is another form of tool_calls, write tool_calls: "
-            "[{function: {name, arguments}}]; set ignore: [function_call] to train without it",
+            {"content": "x", "function_call": {"name": "f", "arguments": "{}"}, "tool_calls": [{"name": "f", "arguments": {}}]},
+            "tool_calls is a call that the model would not see: function_call and tool_calls both hold calls; set ignore: [tool_calls] to train",
         ),
-        ({"content": "x", "toolCalls": [{"name": "f"}]}, "toolCalls is a call that the model would not see: toolCalls is another form"),
+        (
+            {"role": "user", "content": "x", "function_call": {"name": "f", "arguments": {}}},
+            "function_call is a call that the model would not see: calls are an assistant's; set ignore: [function_call] to train",
+        ),
         (
             {"role": "user", "content": "x", "tool_calls": [{"name": "f", "arguments": {}}]},
             "tool_calls is a call that the model would not see: calls are an assistant's; set ignore: [tool_calls] to train",
@@ -347,6 +351,50 @@ def test_tool_calls_that_are_none_are_refused(read, turn, words):
     assert caught.value.problems[0].partition(":1: messages[1].")[2].startswith(words)
 
 
+@pytest.mark.parametrize(
+    "turn",
+    [
+        {"function_call": {"name": "f", "arguments": '{"a": 3}'}},
+        {"functionCall": '{"name": "f", "arguments": "{\\"a\\": 3}"}', "tool_calls": None},
+        {"toolCalls": [{"name": "f", "arguments": '{"a": 3}'}], "function_call": {}},
+        {"tool_calls": '[{"name": "f", "arguments": "{\\"a\\": 3}"}]', "content": None},
+        {"role": "function_call", "content": '{"name": "f", "arguments": "{\\"a\\": 3}"}'},
+        {"role": "tool-call", "content": [{"name": "f", "arguments": '{"a": 3}'}]},
+    ],
+)
+def test_calls_under_other_names_are_tool_calls(read, turn):
+    (row,) = read(json.dumps({"messages": [{"role": "user", "content": "q"}, {"role": "assistant"} | turn]}), format="chat").rows
+    assert row["messages"][1] == {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": '{"a": 3}'}]}
+
+
+GLAIVE = [
+    {"from": "human", "value": "q"},
+    {"from": "function_call", "value": '{"name": "mul", "arguments": {"a": 3}}', "weight": 1},
+    {"from": "observation", "value": "54"},
+    {"from": "function_call", "value": '[{"name": "mul", "arguments": {"a": 4}}, {"name": "mul", "arguments": {"a": 5}}]', "loss": False},
+    {"from": "observation", "value": "55"},
+    {"from": "gpt", "value": "one"},
+]
+
+
+def test_turns_of_sharegpt_that_are_calls(read, refused):
+    row = {"conversations": GLAIVE, "tools": json.dumps([{"name": "mul"}])}
+    names = "fields: {messages: conversations, role: from, content: value}, roles: {user: human, assistant: gpt, tool: observation}"
+    assert refused(json.dumps(row), format="chat")[0].endswith(f"; set {names}")
+    rows = read(json.dumps(row), format="chat", **yaml.safe_load(f"{{{names}}}"))
+    tokenizer = made(
+        "{% for t in tools %}{{ t | tojson }}{% endfor %}" + HEAD.replace("m.content", "m.content or ''") + CALLS["tojson"] + TAIL
+    )
+    assert kept(encode(rows, "chat", Data(max_length=4096), tokenizer), tokenizer) == [
+        '{"name": "mul", "arguments": {"a": 3}}' + f"{END}one{END}"
+    ]
+    row["conversations"] = [GLAIVE[0], GLAIVE[1] | {"value": "mul(3)"}]
+    assert refused(json.dumps(row), format="chat", **yaml.safe_load(f"{{{names}}}")) == [
+        "t.jsonl:1: conversations[1].value is text that is no call, and a turn of 'function_call' is one: expected {name, arguments}, or a list of "
+        "such, as JSON"
+    ]
+
+
 def test_calls_that_are_ignored_or_empty_are_no_fault(read):
     answer = {"role": "assistant", "content": "x", "function_call": {"name": "f"}, "tool_call": {}}
     answer["tool_calls"] = [{"name": "f", "arguments": {}, "input": "something else"}]
@@ -361,7 +409,9 @@ def test_parameters_of_tools_as_json_text(read):
         "tools": [{**tool, "function": {"name": "mul", "parameters": shape}}, {"name": "mul", "parameters": shape}]
     }
     assert read(json.dumps(written), format="chat").rows == [row] == read(json.dumps(row), format="chat").rows
-    written["tools"][1]["parameters"] = "{"
+    written["tools"] = [json.dumps(tool) for tool in written["tools"]]  # each as text
+    assert read(json.dumps(written), format="chat").rows == [row]
+    written["tools"] = [{"name": "mul", "parameters": {}}, {"name": "mul", "parameters": "{"}]
     with pytest.raises(UserError, match=r":1: tools\[1\].parameters is text that is not JSON"):
         read(json.dumps(written), format="chat")
 
@@ -422,6 +472,19 @@ def test_conversations_in_words_are_warned_of_where_most_texts_hold_them(text, w
     assert example_notes(merge([held, plain, plain]).counts) == [] == example_notes(plain.counts)
     row = {"prompt": text, "completion": "b"}
     assert example_notes(encode(rows_of(row), "prompt_completion", Data(), tiny()).counts) == []
+
+
+@pytest.mark.parametrize(
+    "text", [json.dumps(talk("u q", "a one")["messages"]), str(talk("u q", "a one")["messages"]), '[ {"from": "human"}]']
+)
+def test_lists_of_messages_as_text_are_warned_of_where_most_rows_hold_them(text):
+    rows = {"prompt": text, "completion": "a"}, {"prompt": "q", "completion": "[{'x': 1}]", "notes": text}
+    held, plain = (encode(rows_of(row), "prompt_completion", Data(max_length=4096), tiny()) for row in rows)
+    assert example_notes(merge([held, plain]).counts) == [
+        "warning: 1 of 2 rows hold a list of messages as text (prompt), which is read as the text that it is; write the list itself, in a .jsonl, .json or "
+        ".parquet file"
+    ]
+    assert example_notes(merge([held, plain, plain]).counts) == [] == example_notes(plain.counts)
 
 
 # ---- long talks

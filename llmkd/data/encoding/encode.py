@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ...config import data as config
 from ...config.recipe import Data, Source
 from ...console import warn
 from ...errors import UserError
@@ -23,7 +24,7 @@ from .control_tokens import Span, Text, controls, piecewise, refuse_unmarked
 from .formats import FORMATS
 from .long_texts import beginning, is_longer
 from .marked_turns import has_marks, refuse_unhonoured_marks
-from .rendered_text import turn_token, turn_words
+from .rendered_text import listed_turns, turn_token, turn_words
 from .teacher_context import Tokens, align, keep_common, teacher_texts
 
 _BATCH, _MOST_CHARACTERS = 512, 1 << 20
@@ -48,8 +49,9 @@ def encode(rows: Rows, source: Source, data: Data, tokenizer, progress=iter) -> 
     `counts`: rows, examples, tokens and targets; too_long and unsupervised examples, and marked ones, with nothing supervised because of a
     mark in the row; as_characters, texts that contain the characters of
     a control token; endless, texts that a chat template ends without a control token; `rendered TOKEN`, rows whose text holds a token of
-    a chat template; `turns WORDS`, rows of format text whose text holds a conversation; `unshown KEY`, rows with something that the chat template does not show; apart, rows of which the template makes
-    several examples, apart_examples and apart_tokens, these, and apart_last, the tokens of the last of each row. An example that is too long, or has nothing
+    a chat template; `turns WORDS`, rows of format text whose text holds a conversation; `listed COLUMN`, rows with a list of messages as
+    text; `unshown KEY`, rows with something that the chat template does not show; apart, rows of which the template makes several examples,
+    apart_examples and apart_tokens, these, and apart_last, the tokens of the last of each row. An example that is too long, or has nothing
     supervised, for its student or its teacher is so for both.
     """
     errors = ErrorCollector()
@@ -131,6 +133,8 @@ def _render(rows: Rows, source: Source, data: Data, tokenizer, errors: ErrorColl
 def _oddities(rows: Rows, format: str, texts: list[Rendered], control: re.Pattern) -> dict[str, int]:
     """The counts of what may not be meant, see `encode`."""
     found = Counter(f"rendered {token}" for row in rows.rows if (token := turn_token(row, control)))
+    columns = config.FORMATS[format].row
+    found.update(f"listed {name}" for row in rows.rows if (name := listed_turns(row, columns)))
     if format == "text":
         found.update(f"turns {words}" for row in rows.rows if (words := turn_words(row["text"])))
     found.update(f"unshown {key}" for text in texts if text.last for key in text.student.unshown)

@@ -1,6 +1,7 @@
 """Texts that a chat template has rendered already: they hold tokens that begin or end turns, which are only characters here, or the words."""
 
 import re
+from collections.abc import Iterable
 
 #: Such tokens in the templates of well-known families.
 _TURNS = re.compile(
@@ -26,6 +27,8 @@ _ANSWER = re.compile(
     + _WORDS.replace("WORDS", "ASSISTANT|[Aa]ssistant|[Rr]esponse|[Aa]nswer|A|[Bb]ot|AI|GPT|gpt|助手|答|回答"),
     re.MULTILINE,
 )
+#: A list of messages as text, as JSON or as Python writes it.
+_LIST = re.compile(r"""\s*\[\s*\{\s*(['"])(?:role|content|from|value)\1\s*:""")
 _LOOKED_AT = 20_000  # characters: the words are at the beginning
 
 
@@ -33,6 +36,11 @@ def turn_words(text: str) -> str | None:
     """The words that begin the first user's turn of a text that has an answer after it."""
     user = _USER.search(text, 0, _LOOKED_AT)
     return user[0].strip() if user and _ANSWER.search(text, user.end(), _LOOKED_AT) else None
+
+
+def listed_turns(row: dict, columns: Iterable[str]) -> str | None:
+    """The first of these columns that holds a list of messages as text."""
+    return next((name for name in columns if isinstance(row.get(name), str) and _LIST.match(row[name])), None)
 
 
 def turn_token(row: dict, control: re.Pattern) -> str | None:

@@ -25,7 +25,7 @@ from .encode import encode
 from .formats import refuse_without_template
 
 #: Raise it when encoding makes other tokens of the same rows, or an entry's files change. 10: counts of marked rows and of turns written as text.
-VERSION = 10
+VERSION = 11
 
 _READ = ("ids", "loss_mask", "offsets")  # the arrays of Examples that a model reads
 

@@ -1,7 +1,7 @@
 """What to write in the recipe, or to change in the file, where a row does not have the columns of its format."""
 
 import difflib
-import json
+import re
 from typing import Any
 
 from ...config.data import FORMATS, Source
@@ -67,8 +67,5 @@ def row_hint(row: Any, source: Source, check: Check) -> str:
 
 def text_hint(value: Any) -> str:
     """The end of the message about a text where a list of messages is expected."""
-    try:
-        parsed = json.loads(value) if isinstance(value, str) else None
-    except (ValueError, RecursionError):
-        parsed = None
-    return "; it is JSON in a text: write it as JSON itself, in a .jsonl, .json or .parquet file" if isinstance(parsed, list) else ""
+    as_python = isinstance(value, str) and re.match(r"\[\s*\{\s*'", value.strip())
+    return "; it is a list as Python writes it: write it as JSON, in a .jsonl, .json or .parquet file" if as_python else ""

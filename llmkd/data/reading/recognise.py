@@ -15,8 +15,9 @@ import yaml
 from ...config.data import FORMATS, ROLES, Source
 from .problems import ErrorCollector
 from .turn_marks import plain
+from .values import parsed
 
-_PROMPTS = "instruction prompt question query problem input user human request task inputs questions prompts".split()
+_PROMPTS = "instruction prompt question query problem input inputs user human questions prompts source request task".split()
 _ANSWERS = (
     "output response answer completion solution target reply assistant bot generation chosen responses answers completions targets outputs"
     " expectedoutput modeloutput goldanswer finalanswer summary highlights"
@@ -37,8 +38,6 @@ _ROLE_NAMES = {
 #: What to do with rows that are turns.
 ONE_ROW = "write the turns of each conversation as one row, {messages: [{role, content}, ...]} (format: chat)"
 
-#: Names of a turn, or of a message's key, that calls tools.
-CALLS = set("functioncall functioncalls toolcall toolcalls tooluse tooluses toolinvocation toolinvocations".split())
 
 #: Checks a row against a source and adds what is wrong to the collector: `row_checks.check_row`.
 Check = Callable[[dict, str, Source, ErrorCollector], Any]
@@ -47,16 +46,24 @@ Check = Callable[[dict, str, Source, ErrorCollector], Any]
 def settings_for(row: dict, source: Source, check: Check) -> str | None:
     """What to set, such as "set format: chat, fields: {messages: conversations}", so that the row is read; None if nothing is known.
 
-    The source's own format comes first. Where no proposal reads the whole row, it is the one with the fewest problems.
+    The source's own format comes first. Where no proposal reads the whole row, it is the one with the fewest problems. A conversation
+    that does not end with an answer comes after all others, and one without a user's turn is not proposed: its question is elsewhere in the row.
     """
     best = None
     for candidate in _candidates(row, source):
         problems = ErrorCollector(hints=False)
-        check(row, "", candidate, problems)
-        if best is None or len(problems.found) < best[0]:
-            best = len(problems.found), candidate
+        read = check(row, "", candidate, problems)
+        roles = _roles_in(read) if candidate.format == "chat" else ["user", "assistant"]
+        rank = roles[-1:] != ["assistant"], len(problems.found)
+        if "user" in roles and (best is None or rank < best[0]):
+            best = rank, candidate
     said = _changes(best[1], source) if best else None
-    return said and (f"the nearest is {said}" if best[0] else f"set {said}")
+    return said and (f"the nearest is {said}" if best[0][1] else f"set {said}")
+
+
+def _roles_in(row: dict) -> list[str]:
+    messages = row.get("messages")
+    return [one.get("role") for one in messages if isinstance(one, dict)] if isinstance(messages, list) else []
 
 
 def is_read(row: Any, source: Source, check: Check) -> bool:
@@ -104,11 +111,7 @@ def _candidates(row: dict, source: Source) -> Iterator[Source]:
             }
             fields = kept | {ours: theirs for ours, theirs in fields.items() if ours != theirs}
             taken = {fields.get(column, column) for column in FORMATS[name].columns}
-            pair = tuple(
-                column
-                for column in ("chosen", "rejected")
-                if row.get(column) and column not in taken and {"chosen", "rejected"} <= row.keys()
-            )
+            pair = ("rejected",) if "chosen" in taken and row.get("rejected") and "rejected" not in taken else ()
             template = FORMATS[name].template == "optional" and (
                 source.chat_template or source.format == "chat" or bool(row.get(fields.get("system", "system")))
             )
@@ -123,16 +126,19 @@ def _chat(row: dict) -> Found:
     for name, value in row.items():
         keys = _message_keys(value)
         if keys:
-            yield {"messages": name, **keys, **_system(row)}, _roles({message[keys["role"]] for message in value})
+            yield {"messages": name, **keys, **_system(row)}, _roles({message[keys["role"]] for message in parsed(value)})
 
 
 def _message_keys(value: Any) -> dict[str, str]:
     """The keys of a list of messages that hold role and content; empty for anything else."""
+    value = parsed(value)
     if not isinstance(value, list) or not value or not all(isinstance(message, dict) for message in value):
         return {}
-    found = {}
+    found, kinds = {}, {"role": str, "content": str | list | None}
     for ours, names in (("role", ROLE_KEYS), ("content", _CONTENT_KEYS)):
-        there = [key for name in names for key in value[0] if plain(key) == name and all(isinstance(one.get(key), str) for one in value)]
+        there = [
+            key for name in names for key in value[0] if plain(key) == name and all(isinstance(one.get(key), kinds[ours]) for one in value)
+        ]
         found |= {ours: there[0]} if there else {}
     return found if len(found) == 2 else {}
 
@@ -146,11 +152,6 @@ def _roles(theirs: set[str]) -> dict[str, str]:
 
 def role_hint(role: str, roles: dict[str, str], source: Source) -> str:
     """The end of the message about a role that is not known. `roles`: ours by the file's own names, as the source has them."""
-    if plain(role) in CALLS:
-        return (
-            f"; turns of {role!r} call tools: write each as an assistant's message with tool_calls: [{{name, arguments}}], and its answers as messages "
-            "of role tool"
-        )
     ours = next((ours for ours, names in _ROLE_NAMES.items() if plain(role) in names), None)
     if ours:
         already = f", or write {source.roles[ours]!r} for it in the file" if ours in source.roles else ""
@@ -168,6 +169,11 @@ def _alpaca(row: dict) -> Found:
 def _prompt_completion(row: dict) -> Found:
     for prompt, answer in _pairs(row, "prompt", "completion"):
         yield {"prompt": prompt, "completion": answer, **_system(row)}, {}
+    for fields, roles in _chat(row):  # a conversation whose answer is another column
+        name = fields.pop("messages")
+        last, answer = parsed(row[name])[-1], next((one for one in _named(row, _ANSWERS) if isinstance(row[one], str)), None)
+        if answer and plain(last[fields["role"]]) in _ROLE_NAMES["user"]:
+            yield {"prompt": name, "completion": answer, **fields}, roles
 
 
 def _pairs(row: dict, *own: str) -> Iterator[list[str]]:

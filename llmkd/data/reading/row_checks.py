@@ -9,8 +9,9 @@ from collections import Counter
 from typing import Any
 
 from ...config.data import FORMATS, Source
+from .calls import read_tools
 from .column_hints import column_hint, row_hint
-from .conversations import read_messages, read_tools
+from .conversations import read_messages
 from .problems import ErrorCollector
 from .turn_marks import row_mark
 from .unread import count_unread
@@ -69,9 +70,11 @@ def _checked(row: Any, place: str, source: Source, problems: ErrorCollector, cho
         else:
             check_text(value, f"{place}: {name}", problems)
         found[column] = value
+    if isinstance(found.get("prompt"), list) and isinstance(found.get("completion"), str):  # the answer to a conversation
+        found["completion"] = [{"role": "assistant", "content": found["completion"]}]
     mixed = [c for c in theirs if columns[c].kind == "text or messages" and c in found]
     if len({isinstance(found[c], list) for c in mixed}) > 1:
-        problems.add(f"{place}: {' and '.join(mixed)} are of two kinds; give both as text or both as lists of messages")
+        problems.add(f"{place}: {' and '.join(mixed)} are of two kinds; give both as text, or the prompt as a list of messages")
     if unnamed := [repr(name) for name in asked.values() if name not in row]:
         columns = f"column{'s' * (len(unnamed) > 1)} {' and '.join(unnamed)}"
         fields = ", ".join(f"{c}: NAME" for c, name in asked.items() if name not in row)

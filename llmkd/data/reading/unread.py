@@ -69,6 +69,9 @@ MEANINGS = (
         _names(
             "rejected chosen rejectedresponse chosenresponse rejectedresponses chosenresponses responserejected responsechosen rejectedoutput"
             " chosenoutput outputrejected outputchosen rejectedanswer chosenanswer rejectedmessages chosenmessages badoutput badresponse"
+            " preferredoutput preferredresponse nonpreferredoutput nonpreferredresponse dispreferredoutput dispreferredresponse overallpreference"
+            " betterresponse worseresponse betterresponseid responsea responseb response0 response1 response2 conversationa conversationb"
+            " humanrefa humanrefb"
         ),
         tuple(FORMATS),
         "one half of a preference, and llmkd does not train on preferences",

@@ -1,5 +1,6 @@
 """Values of a row: their types in words, and texts that are none."""
 
+import json
 from typing import Any
 
 
@@ -19,6 +20,14 @@ def surrogate(value: Any) -> str | None:
     except UnicodeEncodeError:
         return value
     return None
+
+
+def parsed(value: Any) -> Any:
+    """What a text that is JSON says; any other value as it is."""
+    try:
+        return json.loads(value) if isinstance(value, str) else value
+    except (ValueError, RecursionError):
+        return value
 
 
 def kind(value: Any) -> str:

@@ -1,0 +1,113 @@
+"""Calls of tools in a conversation, and the tools that it may call, as OpenAI has them or in another form that says the same.
+
+A turn's `tool_calls` is a list of {function: {name, arguments}} or {name, arguments}. The same under another name is read too: a message's
+`function_call`, and ShareGPT's turns of role function_call, whose content is the call as JSON.
+"""
+
+import json
+from typing import Any
+
+from ...config.data import Source
+from .problems import ErrorCollector
+from .turn_marks import plain
+from .values import kind, parsed, surrogate
+
+#: Names of a turn, or of a message's key, that calls tools.
+_CALLS = set("functioncall functioncalls toolcall toolcalls tooluse tooluses toolinvocation toolinvocations".split())
+#: Other names for a call's arguments.
+_ARGUMENTS = ("parameters", "params", "args", "kwargs", "input", "inputs", "argument", "parameter")
+
+
+def is_call(name: str) -> bool:
+    """Whether a role, or a key of a message, is named as one that calls tools."""
+    return plain(name) in _CALLS
+
+
+def read_call_turn(content: Any, where: str, role: str, problems: ErrorCollector) -> list[dict] | None:
+    """The calls of a turn whose content they are: one, or a list of them; None, and a problem, if it holds anything else."""
+    calls = parsed(content)
+    calls = [calls] if isinstance(calls, dict) else calls
+    if not isinstance(calls, list) or not calls:
+        problems.add(
+            f"{where} is {kind(content)} that is no call, and a turn of {role!r} is one: expected {{name, arguments}}, or a list of such, as JSON",
+            alike=f"turns of {role!r} that are no call",
+        )
+        return None
+    return read_calls(calls, where, problems)
+
+
+def with_calls(message: dict, role: str, source: Source, where: str, problems: ErrorCollector) -> dict | None:
+    """The message with its calls as `tool_calls`, under whatever name it has them (OpenAI's older function_call).
+
+    None, and a problem, for calls that the model would not see, such as a user's, or that are none.
+    """
+    given = [key for key in message if is_call(key) and key not in source.ignore and message[key] not in (None, "", [], {})]
+    rest = {key: value for key, value in message.items() if key in source.ignore or not is_call(key)}
+    if not given:
+        return rest
+    if role != "assistant" or len(given) > 1:
+        why = f"{' and '.join(given)} both hold calls" if role == "assistant" else "calls are an assistant's"
+        problems.add(
+            f"{where}.{given[-1]} is a call that the model would not see: {why}; set ignore: [{', '.join([*source.ignore, given[-1]])}] to train without it",
+            alike=f"{given[-1]} of a turn of role {role}",
+        )
+        return None
+    (name,), calls = given, parsed(message[given[0]])
+    calls = read_calls([calls] if isinstance(calls, dict) and name != "tool_calls" else calls, f"{where}.{name}", problems)
+    return calls and rest | {"tool_calls": calls}
+
+
+def read_calls(calls: Any, where: str, problems: ErrorCollector) -> list[dict] | None:
+    """The calls of a turn: a list of objects with a name, or of {function: {name, arguments}}; the same as JSON text, as in many tables."""
+    if isinstance(calls, str):
+        try:
+            calls = json.loads(calls) if calls.strip() else None
+        except (ValueError, RecursionError):
+            problems.add(f"{where} is text that is not JSON, expected a list of objects, or the same as JSON text")
+            return None
+    if calls is not None and not isinstance(calls, list):
+        problems.add(f"{where} is {kind(calls)}, expected a list of objects")
+        return None
+    for j, call in enumerate(calls or []):
+        function = call.get("function") if isinstance(call, dict) and isinstance(call.get("function"), dict) else call
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
+            problems.add(f"{where}[{j}] is {kind(call)} without the name of a function, expected {{function: {{name, arguments}}}}")
+            return None
+        if function.get("arguments") is None and (other := next((key for key in _ARGUMENTS if function.get(key) is not None), None)):
+            problems.add(
+                f"{where}[{j}] has its arguments under {other!r}; rename the key to 'arguments'",
+                alike=f"calls with {other!r} for 'arguments'",
+            )
+            return None
+        if "arguments" not in function:
+            problems.add(
+                f"{where}[{j}] has no key 'arguments', expected {{function: {{name, arguments}}}}; write {{}} for none",
+                alike="calls without 'arguments'",
+            )
+            return None
+    return calls or None
+
+
+def read_tools(tools: Any, name: str, place: str, problems: ErrorCollector) -> Any:
+    """The functions that a conversation may call: a list of objects, the same as JSON text (as in many tables), or null."""
+    if isinstance(tools, str):
+        try:
+            tools = json.loads(tools) if tools.strip() else None
+        except (ValueError, RecursionError):
+            problems.add(f"{place}: {name} is text that is not JSON, expected a list of objects, or the same as JSON text")
+            return None
+    if isinstance(tools, list):  # some tables have each tool as JSON text
+        tools = [parsed(tool) for tool in tools]
+    if tools is not None and not (isinstance(tools, list) and all(isinstance(tool, dict) for tool in tools)):
+        problems.add(f"{place}: {name} is {kind(tools)}, expected a list of objects")
+        return None
+    for i, tool in enumerate(tools or []):
+        function = tool["function"] if isinstance(tool.get("function"), dict) else tool
+        if isinstance(function.get("parameters"), str):
+            try:
+                function["parameters"] = json.loads(function["parameters"])
+            except (ValueError, RecursionError):
+                problems.add(f"{place}: {name}[{i}].parameters is text that is not JSON, expected an object, or the same as JSON text")
+    if surrogate(tools) is not None:
+        problems.add(f"{place}: {name} contains half of a surrogate pair, which is not a character; fix the file's encoding")
+    return tools or None
