@@ -58,6 +58,7 @@ ROWS = [
     ),
     ("alpaca", {"messages": [*MESSAGES, {"role": "assistant", "tool_calls": [{"name": "f", "arguments": {}}]}]}, "format: chat"),
     ("alpaca", {"messages": [one | {"content": [{"type": "text", "text": "x"}]} for one in MESSAGES]}, "format: chat"),
+    ("prompt_completion", {"conversations": SHAREGPT, "answer": "a"}, f"format: chat, {NAMES}"),
     ("alpaca", {"talk": json.dumps(MESSAGES)}, "format: chat, fields: {messages: talk}"),
 ]
 
@@ -118,6 +119,11 @@ def test_a_parquet_file_of_another_shape_is_recognised_too(read, refused, tmp_pa
             "chat",
             {"input": {"messages": MESSAGES[:1]}, "preferred_output": MESSAGES[1:]},
             "; the columns are inside 'input': write what it holds as the row",
+        ),
+        (
+            "alpaca",
+            {"conversations": [GIVEN], "chosen": SHAREGPT[1], "rejected": SHAREGPT[1]},
+            f"; the nearest is format: chat, {NAMES}",
         ),
         (
             "alpaca",
