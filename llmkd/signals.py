@@ -1,12 +1,14 @@
 """What a teacher returns: a `Signal` about the N targets of a batch, and the `Teacher` that computes it.
 
+`Taps` say what a loss term reads inside a model beside its last hidden states.
+
 Shape letters: B examples, T positions, N targets (supervised positions), n targets of one chunk, V entries of the
 real vocabulary, H hidden width, K entries that a sparse signal keeps, E events over which two models are compared
 (V, or fewer for a sparse signal).
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import ClassVar, Protocol
 
 import torch
@@ -17,6 +19,22 @@ from .head import Head
 
 #: A function of the log-probabilities of student and teacher over the same events, both [n, E]: their distance, [n].
 Divergence = Callable[[Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Taps:
+    """What a model hands over from inside its forward pass, at the targets, beside its last hidden states.
+
+    layers   hidden states after these layers, counted from 1; 0 are the embeddings. The last layer's are those before the final norm
+    """
+
+    layers: frozenset[int] = frozenset()
+
+    def __or__(self, other: "Taps") -> "Taps":
+        return Taps(self.layers | other.layers)
+
+
+NO_TAPS = Taps()
 
 
 class Signal(Protocol):
@@ -89,10 +107,14 @@ class FullDistribution:
 
 @dataclass(frozen=True)
 class Dense(FullDistribution):
-    """The teacher's last hidden states `hidden_NH` and its head: its exact distribution, computed one chunk at a time."""
+    """The teacher's last hidden states `hidden_NH` and its head: its exact distribution, computed one chunk at a time.
+
+    layers   the hidden states [N, H] of the layers that were asked for (`Taps`), by number
+    """
 
     hidden_NH: Tensor
     head: Head
+    layers: dict[int, Tensor] = field(default_factory=dict)
 
     def log_probs(self, rows: Rows, log_q_nV: Tensor | None = None, temperature: float = 1.0) -> Tensor:
         with torch.no_grad():

@@ -26,8 +26,7 @@ from ..models.load import LoadContext
 from ..models.startup_checks import tolerance
 from ..signals import Signal, Teacher
 from ..teachers.fidelity import measured_transform
-from ..teachers.mixture import combine_teachers
-from ..training.build import build_student, build_terms, load, longest_row, teacher_probe
+from ..training.build import build_student, build_terms, load, longest_row, open_teacher, teacher_probe
 from ..training.launch import start
 from ..training.loop import StudentState, unwrap
 from ..training.prepare import Prepared, prepare
@@ -72,12 +71,10 @@ class Setup:
         context = LoadContext(prepared.vocab, self.device, recipe.seed, packing, functools.partial(measured_transform, probe))
         (self.student,), teachers = load([recipe.student], live, context, recipe.data.share_prefixes, compile=False)
         self.live: dict[str, LanguageModel] = {name: model for (name, _), model in zip(live, teachers, strict=True)}
-        found = iter(teachers)
-        opened = [source.open(self.device, found) for source in prepared.teachers]
-        settings = [source.settings for source in prepared.teachers]
-        self.teacher: Teacher | None = combine_teachers(opened, settings, recipe.mixture) if opened else None
         steps = max(prepared.source.total_steps, (recipe.optim.warmup_steps or 0) + 1)
         self.state: StudentState = build_student(recipe.loss, recipe.optim, self.student, steps, self.accelerator)
+        taps = unwrap(self.state).teacher_taps
+        self.teacher: Teacher | None = open_teacher(prepared.teachers, recipe.mixture, teachers, taps, self.device)
         self.student.eval()
 
     # ---- what checks need of them

@@ -1,14 +1,14 @@
 """Terms: the things that a student minimises, each by name, with its weight and, where it has any, its own trainable parameters."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 
 from ..batch import Batch
 from ..head import Head
-from ..signals import Signal, Teacher
+from ..signals import NO_TAPS, Signal, Teacher
 from .fused import default_chunk, fused_loss
 from .objective import Objective
 
@@ -19,6 +19,7 @@ class StudentOutputs:
 
     hidden_NH: Tensor  # last hidden states at the targets
     head: Head
+    layers: dict[int, Tensor] = field(default_factory=dict)  # hidden states [N, H] of the layers that the terms' taps ask for, by number
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,8 @@ class Term(nn.Module):
 
     names: tuple[str, ...]
     needs_teacher = False
+    student_taps = NO_TAPS  # what it reads inside the student, beside the last hidden states
+    teacher_taps = NO_TAPS  # and inside a live teacher, whose signal then has it
 
     def forward(self, student: StudentOutputs, signal: Signal | None, batch: Batch) -> Loss:
         """The weighted sum over the batch's targets and the unweighted rows, by `names`. A micro-batch may have no targets."""

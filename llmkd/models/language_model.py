@@ -9,8 +9,10 @@ from torch import Tensor, nn
 
 from ..batch import View
 from ..head import Head
+from ..signals import NO_TAPS, Taps
 from .families import decoder_of, head_of
 from .last_layer import LastLayer, at_rows
+from .taps import tapped
 
 
 @dataclass(frozen=True)
@@ -29,8 +31,20 @@ class Capabilities:
     parameters_without_gradient: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class ModelOutputs:
+    """What a model computed at the N rows of a view.
+
+    hidden_NH   last hidden states; with `own_forward` logits [N, V], whose columns past the vocabulary are not cut
+    layers      the hidden states [N, H] of the layers that were asked for, by number
+    """
+
+    hidden_NH: Tensor
+    layers: dict[int, Tensor]
+
+
 class LanguageModel(nn.Module):
-    """A causal language model, with or without an adapter: `hidden(view)` and `head`. `load.py` makes finished ones.
+    """A causal language model, with or without an adapter: `outputs(view)` and `head`. `load.py` makes finished ones.
 
     model         a transformers model, or PEFT's wrapper of one
     vocab         the tokenizer's size
@@ -93,14 +107,18 @@ class LanguageModel(nn.Module):
             self.head = head_of(self.base_model, self.head.vocab)
 
     def hidden(self, view: View) -> Tensor:
-        """Last hidden states [N, H] at the view's rows; with `own_forward` logits [N, V], whose columns past the vocabulary are not cut."""
+        """The `hidden_NH` of `outputs`."""
+        return self.outputs(view).hidden_NH
+
+    def outputs(self, view: View, taps: Taps = NO_TAPS) -> ModelOutputs:
+        """One forward pass: the last hidden states at the view's rows, and what `taps` ask for."""
         self.set_active_adapter()
         autocast = torch.autocast(view.rows_N.device.type, self.autocast, enabled=self.autocast is not None)
-        with autocast, at_rows(self.capabilities.last_layer, view):
+        with autocast, at_rows(self.capabilities.last_layer, view), tapped(self.base_model, taps.layers, view.rows_N) as layers:
             if self.capabilities.own_forward:
-                return self._logits(view)
+                return ModelOutputs(self._logits(view), layers)
             hidden_BTH = decoder_of(self.base_model)(**self.model_inputs(view), use_cache=False)[0]
-        return hidden_BTH.flatten(0, 1).index_select(0, view.rows_N)
+        return ModelOutputs(hidden_BTH.flatten(0, 1).index_select(0, view.rows_N), layers)
 
     def model_inputs(self, view: View) -> dict[str, Tensor]:
         packed = view.packed and self.capabilities.packed_attention

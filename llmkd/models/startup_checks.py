@@ -8,7 +8,7 @@ another. The last depends on the family, its attention implementation and the ve
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -16,10 +16,12 @@ from torch import Tensor
 from ..batch import PackedLayout, View
 from ..console import warn
 from ..errors import UserError, brief
+from ..signals import Taps
 from . import attention
+from .families import layers_of
 from .language_model import Capabilities, LanguageModel
 from .last_layer import enable_if_exact
-from .probe import largest_difference, probe_ids
+from .probe import largest_difference, probe_ids, relative_gap
 
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4}
 
@@ -202,6 +204,39 @@ def parameters_without_gradient(model: LanguageModel, setting: str) -> list[str]
         out |= {name: None for name, p in model.trainable().items() if p.grad is None}
         model.zero_grad(set_to_none=True)
     return list(out)
+
+
+def layer_widths(model: LanguageModel, layers: Iterable[int], setting: str) -> dict[int, int]:
+    """The width of the hidden states after each of `layers`, by number, tried on a small batch in eval mode (`signals.Taps`).
+
+    UserError for a layer that the model does not have, and for a family whose layers pass on something else than what transformers calls
+    the model's hidden states.
+
+    setting   the model's name in the recipe, for messages
+    """
+    which, modules = f"{setting} ({model.base_model.config.model_type})", layers_of(model.base_model)
+    if modules is None:
+        raise UserError(f"{which} does not keep its layers in a list, so that its hidden states cannot be read; use another model")
+    if beyond := [n for n in sorted(layers) if not 0 <= n <= len(modules)]:
+        raise UserError(
+            f"{which} has {len(modules)} layers: layer {beyond[0]} was asked for, and expected is 0 (embeddings) to {len(modules)}"
+        )
+    ids_BT = probe_ids(model.head.vocab, model.device)
+    view = View({"input_ids": ids_BT}, torch.arange(ids_BT.numel(), device=ids_BT.device))
+    with _eval_no_grad(model), torch.compiler.set_stance("force_eager"):
+        try:
+            taken = model.replaced(autocast=None).outputs(view, Taps(frozenset(layers))).layers
+            own = model.base_model(input_ids=ids_BT, use_cache=False, output_hidden_states=True).hidden_states
+            known = [hidden_BTH.flatten(0, 1) for hidden_BTH in own[: len(modules)]]  # the last one has passed the final norm
+        except Exception as error:
+            raise UserError(f"{which} gives no hidden states of its layers ({brief(error)}); use another model") from error
+    for number in layers:
+        hidden_NH = taken.get(number)
+        gaps = [relative_gap([one], [hidden_NH]) for one in known if hidden_NH is not None and one.shape == hidden_NH.shape]
+        checked = min(gaps, default=math.inf) <= tolerance(model) or number in (0, len(modules))  # some families do not list both ends
+        if hidden_NH is None or hidden_NH.ndim != 2 or not checked:
+            raise UserError(f"{which} does not pass its hidden states from layer to layer as one tensor; use another model")
+    return {number: hidden_NH.shape[-1] for number, hidden_NH in taken.items()}
 
 
 @contextlib.contextmanager

@@ -4,19 +4,19 @@ import torch
 
 from ..batch import Batch
 from ..models.language_model import LanguageModel
-from ..signals import TEACHER_METRICS, Dense
+from ..signals import NO_TAPS, TEACHER_METRICS, Dense, Taps
 
 
 class LiveTeacher:
-    """Signals are on the batch's device, whatever device the model is on."""
+    """Signals are on the batch's device, whatever device the model is on. `taps`: what they hold from inside the model."""
 
     metrics = TEACHER_METRICS
 
-    def __init__(self, model: LanguageModel):
-        self.model = model
+    def __init__(self, model: LanguageModel, taps: Taps = NO_TAPS):
+        self.model, self.taps = model, taps
 
     @torch.no_grad()
     def __call__(self, batch: Batch) -> Dense:
         view = batch.teacher
-        hidden_NH = self.model.hidden(view.each(lambda x: x.to(self.model.device)))
-        return Dense(hidden_NH.to(view.rows_N.device), self.model.head)
+        outputs, device = self.model.outputs(view.each(lambda x: x.to(self.model.device)), self.taps), view.rows_N.device
+        return Dense(outputs.hidden_NH.to(device), self.model.head, {number: h_NH.to(device) for number, h_NH in outputs.layers.items()})

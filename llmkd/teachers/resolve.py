@@ -38,12 +38,15 @@ class TeacherSource:
         """Whether a run must load its model."""
         return self.cache is None
 
-    def open(self, device, models: Iterator) -> "signals.Teacher":
-        """The teacher itself, whose signals are on `device`. If it needs a model (a LanguageModel), it takes the next of `models`."""
+    def open(self, device, models: Iterator, taps: "signals.Taps") -> "signals.Teacher":
+        """The teacher itself, whose signals are on `device`. If it needs a model (a LanguageModel), it takes the next of `models`.
+
+        taps   what its signals hold from inside the model, if it needs one
+        """
         if self.needs_model:
             from .live import LiveTeacher
 
-            return LiveTeacher(next(models))
+            return LiveTeacher(next(models), taps)
         from .cached import CachedTeacher
 
         return CachedTeacher(self.cache, device)

@@ -2,11 +2,12 @@
 
 import functools
 import math
-from collections.abc import Callable
+import operator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from ..batch import Batch
-from ..config.recipe import Data, Loss, Optim, Recipe, Student, Train, uses_teacher
+from ..config.recipe import Data, Loss, Mixture, Optim, Recipe, Student, Train, uses_teacher
 from ..config.recipe import Teacher as TeacherSettings
 from ..console import info
 from ..data.batch_source import TrainingSource
@@ -19,14 +20,15 @@ from ..models.compile import compile_layers, configure_torch_compile
 from ..models.language_model import LanguageModel
 from ..models.load import LoadContext, load_models
 from ..output.run_folder import RunFolder
-from ..signals import Teacher
+from ..signals import Taps, Teacher
 from ..teachers.fidelity import measured_transform, sample_teacher_batches
 from ..teachers.mixture import combine_teachers
+from ..teachers.resolve import TeacherSource
 from . import checkpoint
 from . import optim as optimizers
 from .auto_batch import head_chunk_size
 from .distiller import Distiller
-from .loop import StudentState
+from .loop import StudentState, unwrap
 from .model_watch import ModelWatch
 from .optim import learning_rate
 from .prepare import Prepared, micro_batch_size
@@ -64,9 +66,9 @@ def build_setup(
 
     prepared   made of the first recipe, whose data and teacher are all students'
 
-    The order of construction: models, all at once, since they may share weights; the teacher; this process's batch source; each
-    student's terms, optimizer and schedule, which need the number of steps; only then are the folders locked, when nothing is left
-    that could be refused; last the newest checkpoint is loaded.
+    The order of construction: models, all at once, since they may share weights; this process's batch source; each student's terms,
+    optimizer and schedule, which need the number of steps; the teacher, with what the terms read inside it; only then are the folders
+    locked, when nothing is left that could be refused; last the newest checkpoint is loaded.
     """
     device, recipe = accelerator.device, recipes[0]
     data, train = recipe.data, recipe.train
@@ -83,9 +85,6 @@ def build_setup(
             raise Stopped("stopped by a signal before the first step; the same command starts again") from None
         raise
     fidelity = {f"{name}.{k}": v for (name, _), model in zip(live, teacher_models, strict=True) for k, v in model.fidelity.items()}
-    found = iter(teacher_models)
-    opened = [source.open(device, found) for source in prepared.teachers]
-    teacher = combine_teachers(opened, [source.settings for source in prepared.teachers], recipe.mixture) if opened else None
     source = prepared.source.for_rank(accelerator.process_index, accelerator.num_processes, device)
     students, chunk_size = [], head_chunk_size(prepared.vocab, device, info)
     for k, (own, folder, model) in enumerate(zip(recipes, folders, models, strict=True)):
@@ -93,6 +92,8 @@ def build_setup(
             state = build_student(own.loss, own.optim, model, source.total_steps, accelerator, chunk_size)
             own_data = prepared if own is recipe else prepared.for_student(own.student, uses_teacher(own))
             students.append(StudentRun(own, own_data, folder, model, state, accelerator.is_main_process))
+    taps = functools.reduce(operator.or_, (unwrap(student.state).teacher_taps for student in students))
+    teacher = open_teacher(prepared.teachers, recipe.mixture, teacher_models, taps, device)
     lock_folders(students, accelerator)
     done = restore(students, source, accelerator.is_main_process) if folders[0].resume else 0
     return TrainingSetup(prepared, source, teacher, tuple(students), fidelity, done, watch)
@@ -102,6 +103,15 @@ def teacher_probe(prepared: Prepared, micro_batch_size: int, device, setting: st
     """Some of the batches that the teacher of that setting will see."""
     number = [source.setting for source in prepared.teachers].index(setting)
     return sample_teacher_batches(prepared.train, number, micro_batch_size, prepared.tokenizer.eos_token_id, device)
+
+
+def open_teacher(
+    sources: tuple[TeacherSource, ...], mixture: Mixture, models: Iterable[LanguageModel], taps: Taps, device
+) -> Teacher | None:
+    """The teacher, or several as one, whose signals are on `device`. `models`: of those that need one. `taps`: what is read inside them."""
+    found = iter(models)
+    opened = [source.open(device, found, taps) for source in sources]
+    return combine_teachers(opened, [source.settings for source in sources], mixture) if opened else None
 
 
 def lock_folders(students: list[StudentRun], accelerator) -> None:

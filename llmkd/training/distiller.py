@@ -9,7 +9,7 @@ from torch import nn
 from ..batch import Batch
 from ..losses.terms import Loss, StudentOutputs, Term, by_name
 from ..models.language_model import LanguageModel
-from ..signals import Signal, Teacher
+from ..signals import Signal, Taps, Teacher
 
 
 class Distiller(nn.Module):
@@ -21,7 +21,8 @@ class Distiller(nn.Module):
 
     def forward(self, batch: Batch, signal: Signal | None) -> Loss:
         """All terms at the batch's targets: their weighted sum, and each one's rows."""
-        student = StudentOutputs(self.student.hidden(batch.student), self.student.head)
+        outputs = self.student.outputs(batch.student, self.student_taps)
+        student = StudentOutputs(outputs.hidden_NH, self.student.head, outputs.layers)
         parts = [term(student, signal, batch) for term in self.terms.values()]
         return Loss(
             functools.reduce(operator.add, (part.total for part in parts)),
@@ -31,6 +32,16 @@ class Distiller(nn.Module):
     @property
     def needs_teacher(self) -> bool:
         return any(term.needs_teacher for term in self.terms.values())
+
+    @property
+    def student_taps(self) -> Taps:
+        """What the terms read inside the student."""
+        return functools.reduce(operator.or_, (term.student_taps for term in self.terms.values()))
+
+    @property
+    def teacher_taps(self) -> Taps:
+        """What the terms read inside the teacher."""
+        return functools.reduce(operator.or_, (term.teacher_taps for term in self.terms.values()))
 
     def trainable(self) -> dict[str, nn.Parameter]:
         """Everything that trains: the student's parameters, and those of the terms as terms.TERM.PARAMETER."""

@@ -12,11 +12,16 @@ from llmkd.losses.divergences import reverse_kl
 from llmkd.losses.fused import fused_loss
 from llmkd.losses.objective import Objective
 from llmkd.models import startup_checks
+from llmkd.models.families import decoder_of, layers_of
 from llmkd.models.language_model import Capabilities, LanguageModel
 from llmkd.models.load import checked
-from llmkd.signals import Dense
+from llmkd.models.startup_checks import layer_widths
+from llmkd.signals import Dense, Taps
 from tests.kit.families import V, tiny
 from tests.models.test_last_layer import gap, results, view
+
+#: The names of the norm between the last layer and the head; what has none of them has no norm there.
+FINAL_NORM = ("norm", "ln_f", "final_layernorm", "final_layer_norm", "final_norm", "embedding_norm", "out_norm", "norm_f", "layernorm")
 
 REAL = V - 6  # the tokenizer's entries; the model's head is padded
 
@@ -114,6 +119,26 @@ def test_the_fused_path_equals_the_models_own_logits(family, capsys):
     assert (pytest.approx(model.head.scale), model.head.softcap) == KNOWN[family]
     compare_with_own(model, 1e-4 if family in SINGLE else 1e-10)
     compare_last_layer(model)
+    compare_taps(model)
+
+
+def compare_taps(model: LanguageModel) -> None:
+    """The states inside are transformers' own before the last layer's; that one's are what the final norm, or the head, reads."""
+    (on, _), layers, seen = batch(), layers_of(model.base_model), {}
+    L = len(layers)
+    for norm in (module for name, module in decoder_of(model.base_model).named_children() if name in FINAL_NORM):
+        norm.register_forward_pre_hook(lambda module, args: seen.update(read=args[0].flatten(0, 1)[on.rows_N]))
+    with torch.no_grad():
+        outputs = model.outputs(on, Taps(frozenset(range(L + 1))))
+        before_norm = seen.get("read", outputs.hidden_NH)
+        own = model.base_model(**on.inputs, output_hidden_states=True, use_cache=False).hidden_states
+    own = [hidden_BTH.flatten(0, 1)[on.rows_N] for hidden_BTH in own]
+    assert len(own) == L + 1 and sorted(outputs.layers) == list(range(L + 1))
+    first = model.base_model.config.model_type == "mamba2"  # it does not list the embeddings
+    for n in range(first, L):
+        assert_close(outputs.layers[n], own[n - first], rtol=1e-10, atol=1e-10)
+    assert_close(outputs.layers[L], before_norm, rtol=1e-10, atol=1e-10)
+    assert layer_widths(model, range(L + 1), "student.model") == dict.fromkeys(range(L + 1), 32)
 
 
 def compare_last_layer(model: LanguageModel) -> None:

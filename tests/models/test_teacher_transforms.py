@@ -20,6 +20,7 @@ from llmkd.models.float8 import Float8Linear
 from llmkd.models.language_model import LanguageModel
 from llmkd.models.load import LoadContext, load_models, load_teacher
 from llmkd.models.shared_weights import storage_bytes
+from llmkd.signals import Taps
 from llmkd.teachers.fidelity import TARGETS, compare, measured_transform, sample_teacher_batches
 from llmkd.teachers.live import LiveTeacher
 from llmkd.training.prepare import prepare
@@ -100,8 +101,11 @@ def test_the_last_layer_goes_on_to_be_computed_at_the_rows_alone(wide, batches, 
     layer = teacher.base_model.model.layers[-1]
     for module in (layer.self_attn.q_proj, layer.self_attn.o_proj, layer.mlp.down_proj):
         module.register_forward_pre_hook(lambda module, args: seen.append(args[0].shape[:-1].numel()))
-    LiveTeacher(teacher)(batches[0])
-    assert seen == [batches[0].num_targets] * 3 and batches[0].num_targets < batches[0].teacher.inputs["input_ids"].numel()
+    found, on = LiveTeacher(teacher, Taps(frozenset({1, 2})))(batches[0]), batches[0].teacher
+    assert seen == [batches[0].num_targets] * 3 and batches[0].num_targets < on.inputs["input_ids"].numel()
+    own = teacher.base_model(**on.inputs, output_hidden_states=True).hidden_states[1].flatten(0, 1)[on.rows_N]
+    assert_close(found.layers[1], own)
+    assert_close(teacher.base_model.model.norm(found.layers[2]), found.hidden_NH)
 
 
 def test_the_sum_is_taken_in_float32_and_rounded_once(wide, batches):

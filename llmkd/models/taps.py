@@ -1,0 +1,52 @@
+"""Hidden states inside a model: what passes from layer to layer, at the target positions, of the forward pass that is made anyway."""
+
+import contextlib
+import functools
+from collections.abc import Iterable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from .families import layers_of
+
+
+@contextlib.contextmanager
+def tapped(model: nn.Module, layers: Iterable[int], rows_N: Tensor) -> Iterator[dict[int, Tensor]]:
+    """Filled, in a forward pass inside, with the hidden states [N, H] at `rows_N` after each of `layers`, by its number.
+
+    0 are the embeddings, as the first layer reads them; the last number is what the last layer returns, before the final norm
+    (transformers' `hidden_states` hold it after the norm). A gradient flows through them. Each model has modules of its own, also where
+    weights are shared, and a pass outside, such as the one that recomputes a layer, takes nothing.
+
+    Oddity: torch's private attribute for a compiled module is what a call of the module runs, and so a place outside of the code that is
+    compiled: a hook would be compiled with the layer, and compiled anew for each batch.
+    """
+    modules, taken = layers_of(model) or (), {}
+    wanted = {n: {number for number in (n, n + 1) if number in set(layers)} for n in range(len(modules))}
+    before = {n: modules[n]._compiled_call_impl for n, numbers in wanted.items() if numbers - ({n} if n else set())}
+    for n, compiled in before.items():
+        run = compiled or modules[n]._call_impl
+        modules[n]._compiled_call_impl = functools.partial(_call, run, taken, rows_N, n, wanted[n])
+    try:
+        yield taken
+    finally:
+        for n, compiled in before.items():
+            modules[n]._compiled_call_impl = compiled
+
+
+def _call(run, taken: dict[int, Tensor], rows_N: Tensor, n: int, wanted: set[int], *args, **kwargs):
+    """Run layer `n` and keep what it reads, where that is the embeddings, and what it returns."""
+    if n == 0 in wanted:
+        _take(taken, 0, args[0] if args else kwargs["hidden_states"], rows_N)
+    out = run(*args, **kwargs)
+    if n + 1 in wanted:
+        _take(taken, n + 1, out if isinstance(out, Tensor) else out[0], rows_N)
+    return out
+
+
+def _take(taken: dict[int, Tensor], number: int, hidden_BTH: Tensor, rows_N: Tensor) -> None:
+    if number in taken:
+        raise ValueError(f"layer {number} ran twice")
+    # Where a layer is recomputed in the backward pass, the tensors that are kept for it are counted: these are none of them.
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
+        taken[number] = hidden_BTH.flatten(0, 1).index_select(0, rows_N)
