@@ -10,7 +10,40 @@ SHARED, WEIGHTS, STUDENTS = (
 LAST, TRANSFORMS, BEST = "models/test_last_layer.py", "models/test_teacher_transforms.py", "training/test_best.py"
 SAVED = f"{STUDENTS}::test_a_saved_student_is_loaded_in_the_type_that_it_was_trained_in"
 
+TAPS = "models/test_taps.py"
+
 FAULTS = [
+    *in_file(
+        "llmkd/models/taps.py",
+        (
+            "taps-of-the-recomputed-pass",
+            "the states that are taken count among what is kept for a recomputed layer",
+            "    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):\n",
+            "    if True:\n",
+            f"{TAPS}::test_what_is_taken_inside_of_a_recomputed_layer_counts_for_nothing",
+        ),
+        (
+            "taps-stay",
+            "a layer goes on to hand over its states after the pass that was asked",
+            "            modules[n]._compiled_call_impl = compiled\n",
+            "            pass\n",
+            f"{TAPS}::test_a_layer_that_runs_twice_is_no_layer_that_can_be_read",
+        ),
+        (
+            "taps-one-layer-late",
+            "the states after a layer are what the layer reads",
+            "        _take(taken, n + 1, out if isinstance(out, Tensor) else out[0], rows_N)",
+            "        _take(taken, n + 1, args[0], rows_N)",
+            f"{TAPS}::test_every_student_on_a_base_and_the_teacher_beside_them_give_their_own",
+        ),
+        (
+            "taps-without-gradient",
+            "no gradient flows through the states inside",
+            "        taken[number] = hidden_BTH.flatten(0, 1).index_select(0, rows_N)",
+            "        taken[number] = hidden_BTH.detach().flatten(0, 1).index_select(0, rows_N)",
+            f"{TAPS}::test_what_is_taken_inside_of_a_recomputed_layer_counts_for_nothing",
+        ),
+    ),
     *in_file(
         "llmkd/models/language_model.py",
         (

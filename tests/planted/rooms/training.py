@@ -468,8 +468,8 @@ FAULTS = [
         (
             "teachers-view",
             "the student reads what the teacher reads",
-            "self.student.hidden(batch.student)",
-            "self.student.hidden(batch.teacher)",
+            "self.student.outputs(batch.student, self.student_taps)",
+            "self.student.outputs(batch.teacher, self.student_taps)",
             "data/test_teacher_context.py::test_the_loss_of_a_run_is_that_of_two_inputs_built_by_hand",
         ),
     ),
