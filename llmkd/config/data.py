@@ -99,6 +99,12 @@ class Source:
         description="Which of the assistant's turns in a row of messages are supervised: all, or the last one alone. A row is then one example, "
         "also where the chat template would make one of each turn.",
     )
+    call_values: Literal["refuse", "template", "json"] = fixed(
+        "refuse",
+        shapes=("tokens",),
+        description="What is right for true, false, null, lists and objects among the arguments of a tool call where the chat template writes them as Python does "
+        "(True, None, ['a']), such as Qwen3-Coder's: refuse the row, train on it as the template writes it, or give such values to the template as JSON text.",
+    )
     name: str | None = fixed(
         None, description="Configuration of a hub data set; for builtin:skills, questions (conversations) or prose (plain text)."
     )
@@ -239,6 +245,8 @@ def _source_contradictions(source: Source, setting: str) -> Iterator[tuple[str, 
         yield "chat_template", f"found true with format: {source.format}, which {why}; leave it out"
     if source.answers == "last" and not row_format.has_messages:
         yield "answers", f"found last with format: {source.format}, whose rows have one answer each; leave it out"
+    if source.call_values != "refuse" and not row_format.has_messages:
+        yield "call_values", f"found {source.call_values} with format: {source.format}, whose rows have no calls; leave it out"
     known, columns = row_format.names(choices), row_format.columns
     for column in source.fields:
         if column not in known:

@@ -76,13 +76,20 @@ def test_what_shapes_the_caches():
     source = Source(path="x", format="chat", chat_template=False)
     data = Data(max_length=9, too_long="truncate", train_on_input=True, teacher_context="c")
     shape = {"max_length": 9, "too_long": "truncate", "train_on_input": True, "teacher_context": "c"}
-    assert list(shaping(source, "tokens").items()) == [("format", "chat"), ("chat_template", False), ("answers", "all")]
+    assert list(shaping(source, "tokens").items()) == [
+        ("format", "chat"),
+        ("chat_template", False),
+        ("answers", "all"),
+        ("call_values", "refuse"),
+    ]
     assert list(shaping(data, "tokens").items()) == list(shaping(data, "teacher").items()) == list(shape.items())
     assert shaping(source, "teacher") == {}
     every = {cache: {path for path in SETTINGS if cache in declared(path).shapes} for cache in ("tokens", "teacher")}
     assert every["teacher"] == {f"data.{name}" for name in shape}
     assert every["tokens"] == every["teacher"] | {
-        f"data.{part}.{name}" for part in ("train", "validation", "choices") for name in ("format", "chat_template", "answers")
+        f"data.{part}.{name}"
+        for part in ("train", "validation", "choices")
+        for name in ("format", "chat_template", "answers", "call_values")
     }
 
 

@@ -561,6 +561,7 @@ SOURCE_CONTRADICTIONS = [
     ("  validation: [{path: builtin:skill}]", "r.yaml:5: data.validation.0.path: ", "builtin:skills"),
     ("  validation: {path: v, format: chat, chat_template: true}", "r.yaml:5: data.validation.chat_template: ", "always rendered"),
     ("  validation: {path: v, format: alpaca, answers: last}", "r.yaml:5: data.validation.answers: ", "one answer each"),
+    ("  validation: {path: v, format: alpaca, call_values: json}", "r.yaml:5: data.validation.call_values: ", "no calls; leave it out"),
     ("  validation: {path: v, format: text, chat_template: true}", "r.yaml:5: data.validation.chat_template: ", "no turns"),
     (
         "  validation: {path: v, format: chat, roles: {usr: human}}",

@@ -118,15 +118,58 @@ def test_values_that_come_out_in_python_spelling_are_refused(value, python, as_j
     with pytest.raises(UserError) as caught:
         said(row, HEAD + STRINGS + TAIL)
     assert caught.value.problems[0] == (
-        f"f.jsonl:1: the chat template writes {as_json} in the arguments of a call in messages[1] as Python does ({python}), which is not read back "
-        f'as {as_json}; write the text "{as_json}" instead, or fix the template'
+        f"f.jsonl:1: the chat template writes {as_json} in the arguments of a call in messages[1] as Python does ({python}); set call_values: template "
+        "to train on that, or call_values: json to give such values to the template as JSON"
     )
+    assert said(row, HEAD + STRINGS + TAIL, call_values="template")[0].startswith(f"mul<a>3</a><b>{python}</b>")
+    assert said(row, HEAD + STRINGS + TAIL, call_values="json")[0].startswith(f"mul<a>3</a><b>{as_json}</b>")
     row["messages"][1] = calling({"a": 3, "b": as_json, "c": "True, False or None"})["messages"][1]
     assert said(row, HEAD + STRINGS + TAIL)[0].startswith(f"mul<a>3</a><b>{as_json}</b><c>True, False or None</c>")
     row["messages"][1] = calling({"a": 3, "b": value, "c": python})["messages"][
         1
     ]  # written as JSON, beside a text that looks like Python's word
     assert f"<b>{as_json}</b><c>{python}</c>" in said(row, HEAD + XML + TAIL)[0]
+
+
+PYTHON = HEAD + "{{ c.function.name }}({% for k, v in c.function.arguments.items() %}{{ k }}={{ VALUE }};{% endfor %})" + TAIL
+MIXED_VALUES = {"a": 3, "n": 0.5, "b": True, "of": [None, {"x": "it's"}], "t": "True"}
+
+
+@pytest.mark.parametrize("form", ["object", "text"])
+@pytest.mark.parametrize(
+    ("call_values", "shown"),
+    [
+        ("template", """a=3;n=0.5;b=True;of=[None, {'x': "it's"}];t=True;"""),
+        ("json", """a=3;n=0.5;b=true;of=[null, {"x": "it's"}];t=True;"""),
+    ],
+)
+def test_values_that_a_template_writes_as_python_does_come_out_as_the_source_says(call_values, shown, form):
+    row = calling(MIXED_VALUES if form == "object" else json.dumps(MIXED_VALUES), {"a": 3})
+    assert said(row, PYTHON.replace("VALUE", "v"), call_values=call_values) == [f"mul({shown})mul(a=3;){END}one{END}"]
+    for template in (HEAD + XML + TAIL, HEAD + CALLS["verbatim"] + "\n" + TAIL):  # those that write JSON do so whatever the setting
+        assert said(row, template, call_values=call_values) == said(row, template)
+
+
+def test_json_that_a_template_would_write_in_quotes_is_refused():
+    """LFM2's calls are Python on purpose: a JSON text in them is a text."""
+    row, template = calling(MIXED_VALUES), PYTHON.replace("VALUE", '"\'" + v + "\'" if v is string else v')
+    with pytest.raises(UserError) as caught:
+        said(row, template, call_values="json")
+    assert caught.value.problems[0] == (
+        "f.jsonl:1: the chat template writes 'b' of the arguments of 'mul' in messages[1] as Python does, and as a text where it is given the JSON "
+        "true; set call_values: template"
+    )
+    assert said(row, template, call_values="template")[0].startswith("mul(a=3;n=0.5;b=True;of=[None")
+
+
+@pytest.mark.parametrize("call_values", ["template", "json"])
+def test_what_is_no_matter_of_spelling_is_refused_as_ever(call_values):
+    for given, code in (({"a": 3, "b": "owl"}, "{{ c.function.arguments.a }}"), ("3 * 18", CALLS["tojson"])):
+        with pytest.raises(UserError) as plain:
+            said(calling(given), HEAD + code + TAIL)
+        with pytest.raises(UserError) as other:
+            said(calling(given), HEAD + code + TAIL, call_values=call_values)
+        assert other.value.problems == plain.value.problems
 
 
 @pytest.mark.parametrize("also", [None, '{"a": 3}'])

@@ -141,8 +141,10 @@ REFUSED = [
         {
             "data.train.roles": ({}, {"user": "human"}),
             "data.train.answers": ("all", "last"),
+            "data.train.call_values": ("refuse", "json"),
             "data.validation.roles": ({}, {"user": "human"}),
             "data.validation.answers": ("all", "last"),
+            "data.validation.call_values": ("refuse", "template"),
         },
     ),
     (
@@ -212,7 +214,11 @@ ACCEPTED = [
     (CHOICES | {"data.choices.limit": 9}, {"data.choices.seed": (None, 1)}),
     (
         CHOICES | {"data.choices.format": "prompt_completion"},
-        {"data.choices.roles": ({}, {"user": "human"}), "data.choices.answers": ("all", "last")},
+        {
+            "data.choices.roles": ({}, {"user": "human"}),
+            "data.choices.answers": ("all", "last"),
+            "data.choices.call_values": ("refuse", "json"),
+        },
     ),
 ]
 #: Settings that a recipe may name, but for which it accepts no value than the default: there is nothing to change.

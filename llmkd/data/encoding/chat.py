@@ -7,9 +7,16 @@ from .control_tokens import Text, controls, insert_guards, private_use_chars, re
 from .template_process import conversation as located
 
 
-def conversation(messages: list[dict], tokenizer, tools: list[dict] | None = None, first: int = 0, last_only: bool = False) -> list[Text]:
+def conversation(
+    messages: list[dict],
+    tokenizer,
+    tools: list[dict] | None = None,
+    first: int = 0,
+    last_only: bool = False,
+    call_values: str = "refuse",
+) -> list[Text]:
     """The conversation as text. The assistant's turns from message `first` on are supervised, with their end tokens; not those with
-    `train: False`. With `last_only` the last of them alone is, if at all.
+    `train: False`. With `last_only` the last of them alone is, if at all. `call_values`: see `config.data.Source`.
 
     Where a template shows earlier turns differently once later ones follow (it drops their thinking, say), there is one text for each
     assistant turn, as the model sees it when it generates that turn. ValueError if the template raises, if it does not show a message,
@@ -25,7 +32,7 @@ def conversation(messages: list[dict], tokenizer, tools: list[dict] | None = Non
     guarded = insert_guards(messages, control.any, guard), insert_guards(tools, control.any, guard)
     plain = (messages, tools) if guarded != (messages, tools) else None
     job = {"messages": guarded[0], "tools": guarded[1], "plain": plain, "guard": guard, "marker": marker, "turns": turns}
-    job |= {"template": tokenizer.get_chat_template(tools=tools), "tokens": tokenizer.special_tokens_map}
+    job |= {"call_values": call_values, "template": tokenizer.get_chat_template(tools=tools), "tokens": tokenizer.special_tokens_map}
     answer = located(job | {"control": control.any.pattern, "end": tokenizer.eos_token})
     unshown = tuple(answer["unshown"])
     texts = [Text(text, [tuple(span) for span in spans], False, ends, unshown=unshown) for text, spans, ends in answer["texts"]]

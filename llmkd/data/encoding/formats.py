@@ -42,7 +42,7 @@ def prompt_completion(row: dict, source: Source, tokenizer, context: str = "") -
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, list):
         prompt = _with_context(context, _with_system(row, prompt))
-        return conversation([*prompt, *completion], tokenizer, row.get("tools"), len(prompt), source.answers == "last")
+        return conversation([*prompt, *completion], tokenizer, row.get("tools"), len(prompt), source.answers == "last", source.call_values)
     return _prompt_and_answer(row, prompt, completion, source, tokenizer, context)
 
 
@@ -54,7 +54,7 @@ def text(row: dict, source: Source, tokenizer, context: str = "") -> list[Text]:
 def chat(row: dict, source: Source, tokenizer, context: str = "") -> list[Text]:
     """messages, and optionally tools that they may call. The assistant's turns with their end tokens are supervised, but those marked `train: False`."""
     messages = _with_context(context, _with_system(row, row["messages"]))
-    return conversation(messages, tokenizer, row.get("tools"), last_only=source.answers == "last")
+    return conversation(messages, tokenizer, row.get("tools"), last_only=source.answers == "last", call_values=source.call_values)
 
 
 def alpaca_answer(row: dict, answer: str) -> tuple[dict, str]:

@@ -30,7 +30,14 @@ def rendered(job: dict) -> str:
 def conversation(job: dict) -> dict:
     """The texts of a conversation, see `chat.conversation`, and what the template does not show."""
     probe, text, unshown = settle(
-        job["template"], job["tokens"], job["messages"], job["tools"], job["marker"], re.compile(job["control"]), job["end"]
+        job["template"],
+        job["tokens"],
+        job["messages"],
+        job["tools"],
+        job["marker"],
+        re.compile(job["control"]),
+        job["end"],
+        job["call_values"],
     )
     if job["plain"]:  # the same without guards
         messages, tools = job["plain"]

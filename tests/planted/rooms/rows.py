@@ -92,8 +92,8 @@ FAULTS = [
         (
             "prompt-of-an-answer",
             "a conversation that is answered is proposed as a prompt",
-            'in _ROLE_NAMES["user"]:',
-            'in [*_ROLE_NAMES["user"], "assistant"]:',
+            'if answer and plain(last[fields["role"]]) in _ROLE_NAMES["user"]:',
+            "if answer:",
             SHAPES,
         ),
         (
