@@ -96,9 +96,11 @@ def try_to_make_in(folder: Path) -> None:
 
     Under a name of its own, so that no other process takes what is tried for the real thing.
     """
+    remove_leftovers(folder, "llmkd")
     tried = _temporary(folder / "llmkd")
     tried.mkdir()
-    tried.rmdir()
+    with contextlib.suppress(FileNotFoundError):  # another process took it for a leftover
+        tried.rmdir()
 
 
 def remove_leftovers(folder: Path, name: str = "*") -> None:

@@ -7,11 +7,22 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from llmkd import files
-from llmkd.files import FileLocked, is_leftover, lock_file, read_jsonl, remove_leftovers, sha256_file, write_atomic, write_folder
+from llmkd.files import (
+    FileLocked,
+    is_leftover,
+    lock_file,
+    read_jsonl,
+    remove_leftovers,
+    sha256_file,
+    try_to_make_in,
+    write_atomic,
+    write_folder,
+)
 
 
 def killed(action) -> None:
@@ -274,3 +285,17 @@ def test_a_hash_is_that_of_the_content(tmp_path):
 def test_a_line_that_a_kill_cut_short_is_left_out(tmp_path, last):
     (tmp_path / "a.jsonl").write_bytes(b"".join(json.dumps({"n": n}).encode() + b"\n" for n in range(2)) + last)
     assert read_jsonl(tmp_path / "a.jsonl") == [{"n": 0}, {"n": 1}]
+
+
+def test_a_killed_trial_is_removed_by_the_next_even_if_that_is_at_work(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "rmdir", lambda path: (_ for _ in ()).throw(KeyboardInterrupt))
+        try_to_make_in(tmp_path)
+    (left,) = tmp_path.iterdir()
+    assert is_leftover(left)
+    try_to_make_in(tmp_path)
+    assert not list(tmp_path.iterdir())
+    real = Path.mkdir
+    monkeypatch.setattr(Path, "mkdir", lambda path, *how: (real(path, *how), remove_leftovers(tmp_path)))
+    try_to_make_in(tmp_path)
+    assert not list(tmp_path.iterdir())

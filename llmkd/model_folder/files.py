@@ -187,6 +187,8 @@ def _config(folder: Path, name: str, setting: str) -> dict:
         )
         raise UserError(f"{setting}: {name} has neither config.json nor adapter_config.json{inside}")
     config = read_json(folder / "config.json", setting)
+    if (folder / "generation_config.json").is_file():  # transformers loads it with the model
+        read_json(folder / "generation_config.json", setting)
     weight_files(folder, setting)
     check_config(config, f"{name}/config.json", setting)
     return config

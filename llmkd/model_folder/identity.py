@@ -74,8 +74,15 @@ def config_hash(folder: Path, setting: str) -> str:
     return _config_hash(folder / next(name for name in CONFIGS if (folder / name).exists()), setting)
 
 
-def _config_hash(path: Path, setting: str) -> str:
+def base_config_hash(folder: Path, setting: str) -> str:
+    """The same of an adapter's base, without its ids of tokens: those at which the adapter's texts end are saved with the adapter."""
+    return _config_hash(folder / "config.json", setting, "_token_id")
+
+
+def _config_hash(path: Path, setting: str, without: str | None = None) -> str:
+    """`without`: how the names of fields end that do not count either."""
     said = {key: value for key, value in read_json(path, setting).items() if key not in _BOOKKEEPING}
+    said = {key: value for key, value in said.items() if without is None or not key.endswith(without)}
     if isinstance(modules := said.get("target_modules"), list):  # a set, written in any order
         said["target_modules"] = sorted(map(str, modules))
     return hashlib.sha256(json.dumps(said, sort_keys=True).encode()).hexdigest()[:16]
@@ -94,7 +101,7 @@ def identity_of(what: str, setting: str, base: Path, adapter: Path | None) -> di
 def record_of(folder: Path, setting: str = "model") -> dict:
     """The record beside a student that llmkd wrote, checked against its own hash; empty for other models.
 
-    base_fingerprint, dtype and quantization of an adapter; weights and files, their hashes.
+    base_fingerprint, base_config, dtype and quantization of an adapter; weights and files, their hashes.
     """
     if not (folder / RECORD).exists():
         return {}
@@ -128,12 +135,19 @@ def verify(base: Path, adapter: Path | None, setting: str) -> None:
             _verify_files(folder, record, setting)
     if not adapter:
         return
-    trained_on = record_of(adapter, setting).get("base_fingerprint")
+    record = record_of(adapter, setting)
+    trained_on, configured = record.get("base_fingerprint"), record.get("base_config")
     if not trained_on:
         _note(f"note: {adapter} has no record of the weights that it was trained on; taking {base} as its base")
     elif not same_weights(str(trained_on), base, setting):
         raise UserError(
-            f"{setting}: the adapter {adapter} was trained on other weights than {base} holds; name the base that it was trained on"
+            f"{setting}: the adapter {adapter} was trained on other weights than {base} holds; name the base that it was trained on, "
+            "or fetch that one again if it has changed"
+        )
+    elif configured and configured != base_config_hash(base, setting):
+        raise UserError(
+            f"{setting}: {base / 'config.json'} is another configuration than that with which the adapter {adapter} was trained, though the "
+            f"weights are the same; put it back as it was, or name the base that it was trained on (after a change of your own delete {adapter / RECORD})"
         )
     elif not str(trained_on).startswith(WHOLE):
         _note(f"note: {adapter / RECORD} is of an earlier version, which recorded samples of the base's weights; only those are compared")
@@ -161,7 +175,7 @@ def _verify_files(folder: Path, record: dict, setting: str) -> None:
         if (folder / name).is_dir():
             raise UserError(f"{setting}: {folder / name} is a folder, and was written as a file; copy it again")
         if not (folder / name).is_file():
-            _note(f"note: {folder} lacks {name}, which was written with it")
+            _note(f"note: {folder} lacks {name}, which was written with it; copy it again unless you have removed it")
         elif _file_hash(folder / name, setting) != expected:
             raise UserError(f"{setting}: {folder / name} has changed since llmkd wrote it; {hint}")
     weights = record.get("weights")

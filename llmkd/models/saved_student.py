@@ -9,7 +9,7 @@ from ..config.recipe import Quantization
 from ..config.recipe import Student as StudentSettings
 from ..config.recipe import Teacher as TeacherSettings
 from ..model_folder.generation import write_generation
-from ..model_folder.identity import fingerprint, record_of, write_record
+from ..model_folder.identity import base_config_hash, fingerprint, record_of, write_record
 from . import adapters
 from .language_model import LanguageModel
 
@@ -39,6 +39,7 @@ def save(model: LanguageModel, folder: Path, settings: StudentSettings, generati
         base = Path(model.base_model.config._name_or_path)
         record = {
             "base_fingerprint": fingerprint(base, "student.model"),
+            "base_config": base_config_hash(base, "student.model"),
             "dtype": settings.dtype,
             "quantization": settings.quantization and dataclasses.asdict(settings.quantization),
         }

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import math
 from pathlib import Path
 
 from ..config.recipe import Recipe
@@ -57,7 +58,7 @@ class StudentRun:
             self.write_held_out(held_out)
             if self.recipe.validation.samples:
                 write_samples(self.folder.path, step, self.model, self.prepared, self.recipe.validation)
-        if by and step:
+        if by and step and not math.isnan(values[by]):
             sign = -1 if by == "top1_agreement" else 1
             if self.best is None or self.best["by"] != by or sign * values[by] < sign * self.best["value"]:
                 self.best = {"by": by, "step": step, "value": values[by]}

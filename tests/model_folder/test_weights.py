@@ -256,3 +256,21 @@ def test_records_of_earlier_versions_are_compared_by_their_samples(tmp_path, cap
     assert not same_weights(json.loads((adapter / "llmkd.json").read_text())["base_fingerprint"], base, "m")
     with pytest.raises(UserError, match="was trained on other weights"):
         verify(base, adapter, "m")
+
+
+def test_an_adapter_goes_on_its_base_with_the_configuration_of_its_training(tmp_path):
+    base, adapter = model(tmp_path / "base"), model(tmp_path / "adapter")
+    write_record(adapter, "m", base_fingerprint=fingerprint(base, "m"), base_config=identity.base_config_hash(base, "m"))
+    known = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(known | {"eos_token_id": 3, "dtype": "bfloat16"}))  # neither changes its logits
+    verify(base, adapter, "m")
+    (base / "config.json").write_text(json.dumps(known | {"rope_theta": 1e6}))
+    with pytest.raises(UserError, match=r"m: .*base/config.json is another configuration than that .*; put it back as it was"):
+        verify(base, adapter, "m")
+
+
+def test_a_damaged_generation_config_is_named(tmp_path):
+    folder = model(tmp_path / "m")
+    (folder / "generation_config.json").write_text("[]")
+    with pytest.raises(UserError, match=r"m: .*generation_config.json holds list, expected an object of settings; copy it again"):
+        find(str(folder), "m")

@@ -63,15 +63,16 @@ def test_gradients_are_sums_over_ranks_and_exchanged_with_the_last_micro_batch(p
         silent.append(sum(p.grad is not None for p in state.parameters.values()))
         yield
 
-    for ranks in (1, 2):
-        accumulated = accumulate_gradients(0, Step(1, 0), 2 * micro.num_targets, {0: state}, None, a_rank(0, ranks, quiet), [micro] * 3)
+    for rank, ranks in ((0, 1), (0, 2), (1, 2)):
+        accumulated = accumulate_gradients(0, Step(1, 0), 2 * micro.num_targets, {0: state}, None, a_rank(rank, ranks, quiet), [micro] * 3)
         grads.append({name: p.grad / accumulated.scale for name, p in state.parameters.items()})
         assert len(silent) == 2 and silent[0] == 0 < silent[1], "the last of three micro-batches alone is exchanged"
         silent.clear()
         state.optimizer.zero_grad(set_to_none=True)
     assert max(g.abs().max() for g in grads[0].values()) > 0
     for name, grad in grads[0].items():
-        torch.testing.assert_close(grads[1][name], 2 * grad, rtol=1e-12, atol=0)
+        for of_a_rank in grads[1:]:
+            torch.testing.assert_close(of_a_rank[name], 2 * grad, rtol=1e-12, atol=0)
 
 
 def test_what_is_shown_of_a_step_is_summed_over_ranks():

@@ -1,6 +1,7 @@
 """checkpoint.best_by where the best is a step in the middle: what is kept, what a resumed run remembers, and what is exported."""
 
 import json
+import math
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -67,3 +68,12 @@ def test_a_best_step_that_is_the_last_is_not_mentioned(make_recipe, world, capsy
     held = {"data__validation__path": str(world / "held.jsonl"), "validation__every": 1, "validation__teacher_check": 0}
     found = run(make_recipe(**held, train__max_steps=1, optim__warmup_steps=0, checkpoint__best_by="ce"))
     assert found["best"]["step"] == 1 and "holds the last step" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("by", VALUES)
+def test_a_value_that_is_no_number_is_not_the_best(by):
+    recipe = SimpleNamespace(checkpoint=SimpleNamespace(best_by=by))
+    student = SimpleNamespace(recipe=recipe, best=None, validated=None, main=False)
+    for step, value in enumerate((math.nan, 0.5, math.nan, 0.5), 1):
+        StudentRun.record_validation(student, step, SimpleNamespace(metrics=lambda value=value: {by: value}))
+    assert student.best == {"by": by, "step": 2, "value": 0.5}
