@@ -121,7 +121,8 @@ def _sample(run: Path, vocab: int):
 
     try:
         recipe = load_recipe(run / "recipe.yaml")
-        prepared = prepare(dataclasses.replace(recipe, teacher=None, loss=dataclasses.replace(recipe.loss, kd_ratio=0.0)))
+        student, loss = dataclasses.replace(recipe.student, layers=None), dataclasses.replace(recipe.loss, kd_ratio=0.0)
+        prepared = prepare(dataclasses.replace(recipe, student=student, teacher=None, loss=loss))  # for its data alone
         encoded = prepared.validation or prepared.train
         first = np.arange(len(encoded)) < SAMPLE
         return encoded.subset(first), f"{first.sum()} {'held-out' if prepared.validation else 'training'} examples"

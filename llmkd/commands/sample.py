@@ -20,6 +20,8 @@ from ..data.reading.sources import read_sources
 from ..errors import UserError
 from ..model_folder.files import ModelFiles, find, positions, rows_of, student_folder
 from ..model_folder.identity import verify
+from ..output.run_files import recorded_layers
+from ..training.prepare import student_files
 
 MODELS = ("teacher", "before", "after")
 COUNT = 8  # held-out rows, where their number is not given
@@ -123,7 +125,10 @@ def _finished(run: Path) -> tuple[Recipe, Path]:
     student = student_folder(run)
     if not (run / "recipe.yaml").exists():
         raise UserError(f"{run}: holds no recipe.yaml, so its teacher and its data are not known; name a run's output_dir")
-    return load_recipe(run / "recipe.yaml"), student
+    recipe = load_recipe(run / "recipe.yaml")
+    if recipe.student.layers is not None:  # the numbers, also where they were measured
+        recipe = dataclasses.replace(recipe, student=dataclasses.replace(recipe.student, layers=recorded_layers(run)))
+    return recipe, student
 
 
 def models_to_ask(recipe: Recipe, student: Path, wanted: tuple[str, ...]) -> Iterator[tuple[str, tuple[str, Teacher]]]:
@@ -140,8 +145,8 @@ def models_to_ask(recipe: Recipe, student: Path, wanted: tuple[str, ...]) -> Ite
         info("the run had no teacher; left out")
     if "before" in wanted and own.model:
         start = Teacher(
-            model=own.model,
-            revision=own.revision,
+            model=own.model if own.layers is None else str(student_files(own).base),
+            revision=own.revision if own.layers is None else None,
             base=own.base,
             quantization=own.quantization,
             dtype=own.dtype,

@@ -218,7 +218,7 @@ def group_arms(recipes: dict[str, Recipe], waiting: list[str] | None = None, stu
     alone, files = [], {}
     for name in sorted(waiting, key=lambda name: not distils(recipes[name])):  # stable
         recipe = recipes[name]
-        named = (recipe.student.model, recipe.student.revision, recipe.student.base)
+        named = (recipe.student.model, recipe.student.revision, recipe.student.base, recipe.student.layers)
         if named not in files:
             files[named] = student_files(recipe.student)
         why = why_alone(recipe, files[named]) or ("students_per_teacher: 1" if students_per_teacher == 1 else None)

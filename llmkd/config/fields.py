@@ -66,14 +66,15 @@ def shaping(section: Any, cache: CacheName) -> dict[str, Any]:
 T = TypeVar("T")
 
 
-def _form(value) -> str:
+def form(value) -> str:
+    """Which of the forms of a setting a value has: one item, several or none."""
     return "none" if value is None else "several" if isinstance(value, list | tuple) else "one"
 
 
 #: An item, a list of items or null. The tags make pydantic report the errors of the given form alone.
 OneOrMany = Annotated[
     Annotated[T, Tag("one")] | Annotated[tuple[T, ...], Tag("several")] | Annotated[None, Tag("none")],
-    Discriminator(_form),
+    Discriminator(form),
 ]
 
 

@@ -4,14 +4,15 @@ Plain frozen dataclasses; `loader` reads them from YAML and the command line and
 Nothing here imports torch: a recipe is checked before anything heavy is loaded.
 """
 
+import itertools
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
 from .data import Data, data_contradictions
 from .data import Source as Source
-from .fields import Count, OneOrMany, Seed, as_tuple, changeable, config_dataclass, fixed, with_setting_names
+from .fields import Count, OneOrMany, Seed, as_tuple, changeable, config_dataclass, fixed, form, with_setting_names
 from .teacher import Attention, Dtype, Mixture, Quantization, Teacher, teacher_contradictions
 
 Share = Annotated[float, Field(ge=0, le=1)]
@@ -47,6 +48,23 @@ class Lora:
 
 
 @config_dataclass
+class LayerChoice:
+    count: Count = fixed(description="Number of layers that are kept.")
+    by: Literal["block_influence", "even"] = fixed(
+        "block_influence",
+        description="block_influence: those that change the hidden states most, measured on training rows before the first step (ShortGPT); even: evenly "
+        "spaced, the first and the last among them.",
+    )
+
+
+#: Numbers of layers, or how they are chosen. The tags make pydantic report the errors of the given form alone.
+Layers = Annotated[
+    Annotated[LayerChoice, Tag("one")] | Annotated[tuple[Annotated[int, Field(ge=0)], ...], Tag("several")] | Annotated[None, Tag("none")],
+    Discriminator(form),
+]
+
+
+@config_dataclass
 class Student:
     model: str | None = fixed(
         None, path="model", description="Folder or hub id of a base model, or of a LoRA adapter that is trained further."
@@ -57,6 +75,11 @@ class Student:
     )
     architecture: dict[str, Any] | None = fixed(
         None, description="Instead of model: a transformers configuration (model_type, hidden_size, ...) for new random weights."
+    )
+    layers: Layers = fixed(
+        None,
+        description="Layers of the base that are kept, by number from 0; the others are left out before training, and the student is an ordinary smaller "
+        "model. A list such as [0, 2, 5], or how they are chosen; null: all.",
     )
     tokenizer: str | None = fixed(
         None, path="model", description="Folder or hub id of the tokenizer, or builtin:skills; by default the model's own."
@@ -243,6 +266,11 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
     elif "\0" in recipe.output_dir:
         yield ("output_dir",), "holds a NUL character; name a folder"
     yield from _student_contradictions(student)
+    if student.layers is not None and student.method == "lora" and recipe.push_to_hub:
+        yield (
+            ("push_to_hub", "student.layers", "student.method"),
+            "set with student.layers and an adapter, whose base would not be on the hub; set student.method: full, or upload what llmkd export writes",
+        )
     if optim.name != "adamw" and student.dtype == "float64":
         yield ("optim.name", "student.dtype"), f"found {optim.name}, which has no float64; use adamw, or student.dtype: float32"
     yield from data_contradictions(data, train.max_steps, train.group_by_length)
@@ -325,6 +353,15 @@ def _student_contradictions(student: Student) -> Iterator[tuple[tuple[str, ...],
         for name in ("revision", "base"):
             if getattr(student, name) is not None:
                 yield (f"student.{name}", "student.architecture"), "set, but new weights (student.architecture) have none; leave it out"
+    if student.layers is not None and student.architecture is not None:
+        yield (
+            ("student.layers", "student.architecture"),
+            "set, but new weights (student.architecture) have no layers to leave out; leave it out",
+        )
+    if student.layers == ():
+        yield ("student.layers",), "found an empty list; name the layers that are kept, or leave it out"
+    if isinstance(student.layers, tuple) and any(a >= b for a, b in itertools.pairwise(student.layers)):
+        yield ("student.layers",), f"found {list(student.layers)}, expected each number once, in ascending order"
     if student.method == "full" and student.quantization is not None:
         yield (
             ("student.quantization", "student.method"),

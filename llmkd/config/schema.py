@@ -29,8 +29,9 @@ def describe(kind=Recipe, prefix: str = ""):
         info = field.default
         if section:
             if getattr(info, "description", None):
-                several = any(typing.get_origin(a) is tuple for a in typing.get_args(typing.get_type_hints(kind)[field.name]))
-                yield path, "a mapping of settings" + (", or a list of them" if several else ""), None, info.description
+                several = next((a for a in typing.get_args(typing.get_type_hints(kind)[field.name]) if typing.get_origin(a) is tuple), None)
+                a_list = "them" if several and section in typing.get_args(several) else "numbers"
+                yield path, "a mapping of settings" + (f", or a list of {a_list}" if several else ""), None, info.description
             yield from describe(section, path + ".")
             continue
         factory = getattr(info, "default_factory", None)

@@ -194,7 +194,9 @@ def _explain(kind, path: tuple, item: dict) -> str:
     type_, text = known.get(".".join(str(key) for key in path if not isinstance(key, int) or key == path[-1]), (None, None))
     if not type_ and item["msg"].startswith(("Input should be less", "Input should be greater")):
         return f"found {json.dumps(found)[:80]}, expected a number {item['msg'].removeprefix('Input should be ')}"
-    expected = type_ or re.sub(r"^Input should be (a )?(valid )?", "a ", item["msg"]).replace("a an object", "a mapping of settings")
+    expected = type_ or re.sub(r"^Input should be (a )?(valid )?", "a ", item["msg"]).replace(
+        "a an object", "a mapping of settings"
+    ).replace("a integer", "a whole number")
     hint = "; remove the quotation marks" if expected.startswith(("a number", "a whole number")) and _is_number(found) else ""
     return f"found {json.dumps(found, ensure_ascii=False)[:80]}, expected {expected}{hint}"
 

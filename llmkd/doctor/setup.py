@@ -59,6 +59,7 @@ class Setup:
 
     def read(self) -> None:
         self.prepared: Prepared = prepare(self.small)
+        self.small = dataclasses.replace(self.small, student=self.prepared.resolved(self.small.student))
         self.few = few_examples(self.prepared.train)
 
     def load(self) -> None:

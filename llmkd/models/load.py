@@ -17,6 +17,7 @@ from ..console import info, warn
 from ..errors import UserError, attribute_to_student
 from ..model_folder.files import ModelFiles, find
 from . import activation_checkpointing, adapters, attention, pretrained, shared_weights, startup_checks
+from .depth import find_student
 from .families import beside_text
 from .float8 import refuse_without_products
 from .language_model import LanguageModel
@@ -102,7 +103,7 @@ def load_students(
     found, base  the files of each and their base, where they are located and loaded already
     """
     settings, device = many[0], context.device
-    found = found or [find(one.model, "student.model", one.revision, one.base) for one in many if one.model]
+    found = found or [files for one in many if (files := find_student(one))]
     torch.manual_seed(context.seed)
     if found:
         model = base or pretrained.load_pretrained(
@@ -203,7 +204,7 @@ def load_models(
         held = resolve_device(setting, teacher.device, context.device)
         if teacher.float8:
             refuse_without_products(held, setting)
-    own = [find(one.model, "student.model", one.revision, one.base) for one in students if one.model]
+    own = [files for one in students if (files := find_student(one))]
     theirs = [find(one.model, f"{setting}.model", one.revision, one.base) for setting, one in teachers]
     for k, (student, files) in enumerate(zip(students, own, strict=False)):
         with attribute_to_student(k):

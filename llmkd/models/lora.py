@@ -23,8 +23,8 @@ class _MissingModule(UserError):
 
 def add_new_adapter(model: nn.Module, files: ModelFiles, settings: Student, name: str) -> nn.Module:
     """A student's base with the new adapter of its settings, which is saved with the base's name."""
-    adapted = add_lora(model, settings.lora or Lora(), settings.revision, name)
-    path = Path(settings.model)
+    adapted = add_lora(model, settings.lora or Lora(), None if settings.layers else settings.revision, name)
+    path = files.base if settings.layers else Path(settings.model)
     adapted.peft_config[name].base_model_name_or_path = str(path.resolve()) if path.is_dir() else settings.model
     return adapted
 

@@ -19,6 +19,8 @@ from ..config.loader import dump
 from ..config.recipe import Data, Loss, Mixture, Quantization, Recipe, Source, Student, distils
 from ..config.where import where_words
 from ..model_folder.files import ModelFiles, hub_origin, licence, loaded_dtype
+from ..model_folder.identity import record_of
+from ..model_folder.layers import layer_words
 from ..teachers.resolve import TeacherSource
 from . import markdown
 
@@ -272,7 +274,10 @@ def describe_teacher(teacher: TeacherSource) -> str:
 
 
 def model_name(folder: Path) -> str:
-    """A model's name on the hub with its commit, or its folder."""
+    """A model's name on the hub with its commit, or its folder; of some layers of a model also their numbers."""
+    record = record_of(folder)
+    if "cut_from" in record:
+        return f"{layer_words(record['layers'])} of {markdown.code_span(record['cut_from'])}"
     origin = hub_origin(folder)
     return f"{markdown.code_span(origin[0])} (revision {markdown.code_span(origin[1])})" if origin else markdown.code_span(str(folder))
 

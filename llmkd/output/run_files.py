@@ -9,6 +9,7 @@ from ..errors import UserError
 from ..files import Damaged, checksum, read_sealed, sha256_file, write_sealed
 
 RECIPE, IDENTITY, SUMMARY = "recipe.yaml", "identity.json", "summary.json"
+LAYERS = "the layers of the student"  # in identity.json, where not all of its base's are kept
 _SETTINGS = "the settings"  # in identity.json, beside the hashes of data and models; so is that of recipe.yaml
 
 
@@ -46,6 +47,12 @@ def run_of(folder: Path) -> dict[str, str]:
 def _run(identity: dict[str, str]) -> dict[str, str]:
     rest = {name: value for name, value in identity.items() if name not in (_SETTINGS, RECIPE)}
     return {"settings": identity.get(_SETTINGS, ""), "data or models": checksum(rest)}
+
+
+def recorded_layers(folder: Path) -> tuple[int, ...] | None:
+    """The layers of its base that the student of a run consists of; None for all, and where no run is begun."""
+    text = read_identity(folder).get(LAYERS) if (folder / IDENTITY).exists() else None
+    return tuple(map(int, text.split(", "))) if text else None
 
 
 def settings_hash(recipe: Recipe) -> str:

@@ -1,5 +1,6 @@
 """Builds the finished parts of a training run, which the trainer then drives: models, teacher, batch source, students."""
 
+import dataclasses
 import functools
 import math
 import operator
@@ -70,6 +71,7 @@ def build_setup(
     optimizer and schedule, which need the number of steps; the teacher, with what the terms read inside it; only then are the folders
     locked, when nothing is left that could be refused; last the newest checkpoint is loaded.
     """
+    recipes = [dataclasses.replace(one, student=prepared.resolved(one.student)) for one in recipes]
     device, recipe = accelerator.device, recipes[0]
     data, train = recipe.data, recipe.train
     live = [(source.setting, source.settings) for source in prepared.teachers if source.needs_model]

@@ -42,9 +42,11 @@ from ..model_folder.files import ModelFiles, find, rows_of
 from ..model_folder.generation import generation_settings
 from ..model_folder.identity import identity_of, verify
 from ..model_folder.weights import modules_are_named
+from ..output.run_files import LAYERS
 from ..teachers.resolve import SignalUse, TeacherSource, check_cache, check_coverage, provenance, resolve_teachers
 
 MODELS = ("the student", "the teacher")  # how the names of models begin in `Prepared.identity`
+MEASURED = 64  # training examples on which the influence of the student's layers is measured
 
 
 @dataclass(frozen=True)
@@ -88,24 +90,28 @@ class Prepared:
     origins: dict[str, list[dict]]
     student: ModelFiles | None
     teachers: tuple[TeacherSource, ...]
+    layers: tuple[int, ...] | None = None  # of the student's base that are kept; None for all
+
+    def resolved(self, settings: Student) -> Student:
+        """A student's settings with the numbers of its layers, where these were chosen by a measurement."""
+        return settings if self.layers is None else dataclasses.replace(settings, layers=self.layers)
 
     def for_student(self, settings: Student, with_teachers: bool) -> "Prepared":
         """The same for another student, which perhaps learns without the teacher that others have."""
-        student, teachers = student_files(settings), self.teachers if with_teachers else ()
+        student, teachers = student_files(self.resolved(settings)), self.teachers if with_teachers else ()
         identity = {name: value for name, value in self.identity.items() if not name.startswith(MODELS)} | model_identity(student, teachers)
         return dataclasses.replace(self, student=student, teachers=teachers, identity=identity)
 
 
-def prepare(recipe: Recipe, open_caches: bool = True) -> Prepared:
-    """Read and check data, model folders, tokenizers and teacher caches. No weights are loaded.
+def prepare(recipe: Recipe, open_caches: bool = True, layers: tuple[int, ...] | None = None) -> Prepared:
+    """Read and check data, model folders, tokenizers and teacher caches. No weights are loaded, unless the student's layers are to be measured.
 
-    Without `open_caches` these are left alone, being yet to be written.
+    Without `open_caches` these are left alone, being yet to be written. `layers`: those that were measured before, where a run is resumed.
     """
     check_packages(recipe.student, recipe.optim, with_setting_names(recipe.teacher, "teacher"))
     rows = read_data(recipe.data)
     models = find_models(recipe.student, used_teachers(recipe), recipe.data, open_caches)
     tokenizer, vocab = find_tokenizer(recipe.student, models, recipe.data, rows)
-    of_models = model_identity(models.student, models.teachers)
     for teacher in models.teachers:
         if teacher.cache:
             check_cache(teacher, recipe.data, signal_use(recipe), tokenizer, vocab)
@@ -114,9 +120,32 @@ def prepare(recipe: Recipe, open_caches: bool = True) -> Prepared:
     )
     check_caches_cover(recipe.data, models.teachers, tokenizer, data)
     report_end_tokens(data.end_tokens, generation_before(recipe.student, models.student), tokenizer)
-    identity = data.identity | {"the tokenizer": token_cache.tokenizer_hash(tokenizer)} | of_models
+    student, layers = with_layers(recipe.student, models.student, data.train, layers)
+    identity = data.identity | {"the tokenizer": token_cache.tokenizer_hash(tokenizer)} | model_identity(student, models.teachers)
+    identity |= {LAYERS: ", ".join(map(str, layers))} if layers else {}
     parts = {field.name: getattr(data, field.name) for field in dataclasses.fields(data)} | {"identity": identity}
-    return Prepared(tokenizer=tokenizer, vocab=vocab, student=models.student, teachers=models.teachers, **parts)
+    return Prepared(tokenizer=tokenizer, vocab=vocab, student=student, teachers=models.teachers, layers=layers, **parts)
+
+
+def with_layers(
+    settings: Student, files: ModelFiles | None, train: Examples, known: tuple[int, ...] | None
+) -> tuple[ModelFiles | None, tuple[int, ...] | None]:
+    """The student's files, cut to the layers that are kept, and the numbers of these; None for all. `known`: what a measurement gave before."""
+    if settings.layers is None:
+        return files, None
+    from ..models import depth
+
+    whole = find(settings.model, "student.model", settings.revision, settings.base)
+    kept = depth.kept_of(settings, whole)
+    if kept is not None:
+        info(f"student: {depth.described(kept, whole)}")
+        return files, kept
+    from ..teachers.fidelity import sample_examples
+
+    few = sample_examples(train, MEASURED)
+    kept = known or depth.choose_layers(settings, whole, [few.example(i)[0] for i in range(len(few))])
+    info(f"student: {depth.described(kept, whole)}")
+    return depth.cut(whole, kept), kept
 
 
 def model_identity(student: ModelFiles | None, teachers: Sequence[TeacherSource]) -> dict[str, str]:
@@ -235,7 +264,11 @@ def signal_use(recipe: Recipe) -> SignalUse:
 
 
 def student_files(student: Student) -> ModelFiles | None:
-    """The files of the student's base and adapter; None for new weights."""
+    """The files of the student's base and adapter, the base cut to `student.layers` where these are known; None for new weights."""
+    if student.layers is not None:
+        from ..models.depth import find_student
+
+        return find_student(student)
     return find(student.model, "student.model", student.revision, student.base) if student.model else None
 
 

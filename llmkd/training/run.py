@@ -7,6 +7,7 @@ from ..console import first_process, info
 from ..errors import NonFinite, Stopped, attribute_to_student
 from ..model_folder.identity import verify
 from ..output import hub_upload, trackers
+from ..output.run_files import recorded_layers
 from ..output.run_folder import RunFolder
 from .environment import check_environment
 from .launch import start
@@ -41,7 +42,7 @@ def train_together(recipes: list[Recipe], folders: list[RunFolder], stop: Shutdo
     for k, recipe in enumerate(recipes):
         with attribute_to_student(k):
             refuse_missing_targets(recipe.student)
-    prepared = prepare(recipes[0])
+    prepared = prepare(recipes[0], layers=recorded_layers(folders[0].path) if folders[0].resume else None)
     if stop():
         raise Stopped("stopped by a signal before anything was trained; continue with --resume")
     from .build import build_setup

@@ -1,9 +1,11 @@
 """StudentRun: one student, its recipe, folder and results."""
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import math
+import shutil
 from pathlib import Path
 
 from ..config.recipe import Recipe
@@ -11,6 +13,7 @@ from ..console import info, warn
 from ..data.encoding.tokenizer import save_tokenizer
 from ..errors import NonFinite
 from ..files import remove_leftovers, sha256_file, write_atomic, write_folder, write_sealed
+from ..model_folder.files import ModelFiles
 from ..model_folder.generation import stopping_at
 from ..models import saved_student
 from ..models.language_model import LanguageModel
@@ -113,6 +116,7 @@ class StudentRun:
             "validation": (held_out[-1][1] if held_out else {}) | scored,
             "best": self.best,
             "files": {name: value for name, value in self.hashes().items() if value},
+            **({"layers": list(self.prepared.layers)} if self.prepared.layers else {}),
             "warnings": list(worsening.sentences(records, self.recipe.loss, self.recipe.optim)),
         }
         (self.folder.path / "nonfinite.json").unlink(missing_ok=True)  # of an attempt before this one
@@ -131,13 +135,24 @@ class StudentRun:
 
     def write_student(self, summary: dict) -> Path:
         """`adapter` or `model` in the run's folder, whole or not at all."""
-        output = self.folder.path / summary["output"]
+        output, student = self.folder.path / summary["output"], self.prepared.student
+        if self.recipe.student.layers and summary["output"] == "adapter":
+            student = self.write_base()
         remove_leftovers(self.folder.path, output.name)
         with write_folder(output, replace=True) as part:
             save_tokenizer(self.prepared.tokenizer, part)
             generation = stopping_at(generation_before(self.recipe.student, self.prepared.student), self.prepared.end_tokens)
             saved_student.save(self.model, part, self.recipe.student, generation)
             ends = self.prepared.tokenizer.convert_ids_to_tokens(sorted(self.prepared.end_tokens))
-            text = model_card(self.recipe, summary, self.prepared.student, self.prepared.teachers, self.prepared.origins, ends)
+            text = model_card(self.recipe, summary, student, self.prepared.teachers, self.prepared.origins, ends)
             (part / "README.md").write_text(text, encoding="utf-8")
         return output
+
+    def write_base(self) -> ModelFiles:
+        """`base` in the run's folder: the base of an adapter where it is a model that is nowhere else, of some layers of another."""
+        base = self.folder.path / "base"
+        remove_leftovers(self.folder.path, base.name)
+        with write_folder(base, replace=True) as part:
+            shutil.copytree(self.prepared.student.base, part, dirs_exist_ok=True)
+        self.model.model.peft_config[self.model.adapter or "default"].base_model_name_or_path = str(base.resolve())
+        return dataclasses.replace(self.prepared.student, base=base.resolve())

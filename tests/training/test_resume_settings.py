@@ -32,6 +32,7 @@ REFUSED = [
             "student.model": ("models/student", "models/other"),
             "student.revision": (None, "main"),
             "student.base": (None, "models/base"),
+            "student.layers": (None, [0, 2]),
             "student.tokenizer": (None, "models/tokenizer"),
             "student.method": ("lora", "full"),
             "student.quantization": (None, NF4),
@@ -61,6 +62,7 @@ REFUSED = [
             "data.train.fields": ({}, {"output": "answer"}),
             "data.train.ignore": ([], ["system"]),
             "data.train.chat_template": (False, True),
+            "data.train.where": ({}, {"clean": True}),
             "data.train.limit": (None, 5),
             "data.train.weight": (1.0, 2.0),
             "data.validation": ({"path": "held.jsonl"}, [{"path": "held.jsonl"}, {"path": "more.jsonl"}]),
@@ -69,6 +71,7 @@ REFUSED = [
             "data.validation.fields": ({}, {"output": "answer"}),
             "data.validation.ignore": ([], ["system"]),
             "data.validation.chat_template": (False, True),
+            "data.validation.where": ({"clean": True}, {"clean": False}),
             "data.validation.limit": (None, 5),
             "data.max_length": (512, 256),
             "data.too_long": ("drop", "truncate"),
@@ -95,6 +98,11 @@ REFUSED = [
         },
     ),
     ({"student.lora": None, "student.method": "full"}, {"student.lora": (None, {"rank": 4})}),
+    ({"student.layers": {"count": 2}}, {"student.layers.count": (2, 3), "student.layers.by": ("block_influence", "even")}),
+    (
+        CHAT | {f"data.{part}.path": "builtin:skills" for part in ("train", "validation")},
+        {"data.train.noise": (0.0, 0.4), "data.validation.noise": (0.4, 0.2)},
+    ),
     (
         {"student.model": None, "student.method": "full", "student.tokenizer": "models/tokenizer"},
         {"student.architecture": ({"model_type": "llama"}, {"model_type": "llama", "hidden_size": 64})},
@@ -208,6 +216,7 @@ ACCEPTED = [
             "data.choices.name": (None, "en"),
             "data.choices.split": ("train", "test"),
             "data.choices.revision": (None, "v1"),
+            "data.choices.where": ({}, {"clean": True}),
             "data.choices.limit": (None, 5),
         },
     ),
@@ -222,7 +231,7 @@ ACCEPTED = [
     ),
 ]
 #: Settings that a recipe may name, but for which it accepts no value than the default: there is nothing to change.
-ONE_VALUE = {"data.validation.weight", "data.choices.weight", "data.choices.teacher"}
+ONE_VALUE = {"data.validation.weight", "data.choices.weight", "data.choices.teacher", "data.choices.noise"}
 
 TABLE = [
     (setting, common, *values, taken)

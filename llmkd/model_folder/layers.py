@@ -1,0 +1,107 @@
+"""Some layers of a model as an ordinary smaller one, from its files alone: the tensors of the others are left out, the rest are renumbered.
+
+No torch: which layers a family allows to leave out is for `models/depth.py` to say.
+"""
+
+import copy
+import json
+import re
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..errors import UserError
+from .files import TOKENIZER
+from .weights import MODEL, headers, tensors, weight_files
+
+#: The names of the number of layers in config.json, as families have them.
+COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
+_NUMBERED = re.compile(r"(.*?\.)?(\d+)\.(.+)")
+_CHUNK = 16 << 20
+
+
+def layer_count(config: dict, setting: str = "student.layers") -> tuple[str, int]:
+    """The name and the value of the number of layers in a config.json. UserError where there is none, or where a model has more parts."""
+    if "text_config" in config or config.get("is_encoder_decoder"):
+        what = "more parts than one stack of layers (text_config)" if "text_config" in config else "an encoder and a decoder"
+        raise UserError(f"{setting}: student.model ({config.get('model_type')}) has {what}, which llmkd does not cut; leave it out")
+    found = [name for name in COUNTS if type(config.get(name)) is int]
+    if len(found) != 1:
+        raise UserError(
+            f"{setting}: the config.json of student.model ({config.get('model_type')}) does not say how many layers it has; leave it out"
+        )
+    return found[0], config[found[0]]
+
+
+def layer_words(kept: Sequence[int]) -> str:
+    return f"layer{'s' * (len(kept) > 1)} {', '.join(map(str, kept))}"
+
+
+def cut_config(config: dict, kept: tuple[int, ...], lists: dict[str, list]) -> dict:
+    """config.json of the smaller model. `lists`: the settings that have one entry for each layer of the whole model."""
+    name, _ = layer_count(config)
+    return copy.deepcopy(config) | {name: len(kept)} | {key: [values[i] for i in kept] for key, values in lists.items()}
+
+
+def write_config(folder: Path, config: dict) -> None:
+    (folder / "config.json").write_text(json.dumps(config, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def write_layers(folder: Path, to: Path, config: dict, kept: tuple[int, ...], count: int, setting: str) -> None:
+    """Write a model of some of the layers of the model in `folder`, with this config.json, into the empty folder `to`.
+
+    Every byte of a tensor that is kept is as it was. UserError where the tensors of `count` layers cannot be told by their names.
+    """
+    found = headers(folder, setting)
+    prefix, new = _prefix_of_layers(list(found), count, folder, setting), {old: number for number, old in enumerate(kept)}
+    names = {}
+    for name in found:
+        at = _NUMBERED.fullmatch(name)
+        if not at or (at[1] or "") != prefix:
+            names[name] = name
+        elif int(at[2]) in new:
+            names[name] = f"{prefix}{new[int(at[2])]}.{at[3]}"
+    _write_tensors(weight_files(folder, setting), to / MODEL, names)
+    write_config(to, config)
+    for pattern in TOKENIZER:
+        for path in sorted(folder.glob(pattern)):
+            if path.name not in ("config.json", "llmkd.json") and not path.name.endswith(".safetensors.index.json"):
+                shutil.copyfile(path, to / path.name)
+
+
+def _prefix_of_layers(names: list[str], count: int, folder: Path, setting: str) -> str:
+    """What the names of the layers' tensors begin with, up to the number."""
+    numbers: dict[str, set[int]] = {}
+    for name in names:
+        if at := _NUMBERED.fullmatch(name):
+            numbers.setdefault(at[1] or "", set()).add(int(at[2]))
+    right = [prefix for prefix, found in numbers.items() if found == set(range(count))]
+    if len(right) != 1 or len(numbers) != 1:
+        listed = ", ".join(f"{prefix}0 to {max(found)}" for prefix, found in sorted(numbers.items())) or "none"
+        raise UserError(f"{setting}: {folder} has tensors of the layers {listed}, expected one list of {count}; its layers cannot be cut")
+    return right[0]
+
+
+def _write_tensors(files: list[Path], to: Path, names: dict[str, str]) -> None:
+    """Copy tensors under new names from safetensors files into one."""
+    header, at, pieces = {"__metadata__": {"format": "pt"}}, 0, []
+    for path in files:
+        for name, t in sorted(tensors(path).items(), key=lambda item: item[1]["start"]):
+            if name in names:
+                size = t["stop"] - t["start"]
+                header[names[name]] = {"dtype": t["dtype"], "shape": t["shape"], "data_offsets": [at, at + size]}
+                pieces.append((path, t["start"], size))
+                at += size
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with open(to, "xb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for path, start, size in pieces:
+            with open(path, "rb") as file:
+                file.seek(start)
+                while size:
+                    chunk = file.read(min(size, _CHUNK))
+                    if not chunk:
+                        raise OSError(f"{path} ended while it was read")
+                    out.write(chunk)
+                    size -= len(chunk)

@@ -1,0 +1,269 @@
+"""Students of fewer layers than their base (`student.layers`): which families allow it, where the smaller model is kept, which layers matter.
+
+The smaller model is made as files, before anything is loaded, so that it is an ordinary model for everything after: quantisation,
+adapters, checkpoints, export, and the tools of others. It is kept beside the token cache, and made again where it is missing or damaged.
+"""
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..config.recipe import LayerChoice, Student
+from ..console import info, warn
+from ..errors import UserError, brief
+from ..files import lock_file, read_sealed, remove_leftovers, temporary_folder, write_folder, write_sealed
+from ..model_folder.files import ModelFiles, find, hub_origin, licence
+from ..model_folder.identity import config_hash, fingerprint, verify, write_record
+from ..model_folder.layers import cut_config, layer_count, layer_words, write_config, write_layers
+from .block_influence import block_influence, most_influential
+from .families import layers_of
+
+SETTING = "student.layers"
+#: Options of config.json by which a layer's result depends on its place, or on how many there are.
+_BY_PLACE = ("scale_attn_by_inverse_layer_idx", "scale_depth", "num_kv_shared_layers", "num_nextn_predict_layers")
+_PLAIN = (bool, int, float, str, type(None))
+
+
+def find_student(settings: Student) -> ModelFiles | None:
+    """The files of the student's model, cut to `student.layers` where these are known; None for new weights."""
+    if not settings.model:
+        return None
+    files = find(settings.model, "student.model", settings.revision, settings.base)
+    kept = kept_of(settings, files)
+    return files if kept is None else cut(files, kept)
+
+
+def kept_of(settings: Student, files: ModelFiles) -> tuple[int, ...] | None:
+    """The layers that are kept; None for all of them, and where they are to be measured. UserError where the model has no such layers."""
+    if settings.layers is None:
+        return None
+    if files.adapter:
+        raise UserError(
+            f"{SETTING}: student.model is an adapter, which belongs to all layers of its base; merge it first (llmkd export), and name that folder"
+        )
+    return kept_layers(settings.layers, layer_count(files.config)[1])
+
+
+def cut(files: ModelFiles, kept: tuple[int, ...]) -> ModelFiles:
+    """The files of the model that consists of these layers of another, which are made if they are not there. UserError where that is no model."""
+    base, setting = files.base, "student.model"
+    verify(base, None, setting)
+    key = [fingerprint(base, setting), config_hash(base, setting), list(kept), str(base.resolve())]
+    folder = _cache() / "models" / _key(key)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with _locked(folder):
+            if not _is_whole(folder):
+                remove_leftovers(folder.parent, folder.name)
+                config = smaller_config(files, kept)
+                with write_folder(folder, replace=True) as part:
+                    write_layers(base, part, config, kept, layer_count(files.config)[1], setting)
+                    (part / "README.md").write_text(_readme(files, kept), encoding="utf-8")
+                    write_record(part, setting, student="base", cut_from=named(base), layers=list(kept))
+    except OSError as error:
+        raise UserError(
+            f"{SETTING}: the smaller model cannot be written to {folder.parent} ({error.strerror}); set LLMKD_CACHE to another folder"
+        ) from error
+    return find(str(folder), setting)
+
+
+def described(kept: tuple[int, ...], whole: ModelFiles) -> str:
+    return f"{layer_words(kept)} of the {layer_count(whole.config)[1]} of {named(whole.base)}"
+
+
+def _is_whole(folder: Path) -> bool:
+    if not folder.is_dir():
+        return False
+    try:
+        verify(folder, None, SETTING)
+        return (folder / "llmkd.json").is_file()
+    except UserError as error:
+        warn(f"warning: {error.problems[0]}; it is made again")
+        return False
+
+
+def named(base: Path) -> str:
+    """A base as people name it: its id on the hub with the commit, or its folder."""
+    origin = hub_origin(base)
+    return f"{origin[0]} ({origin[1]})" if origin else str(base.resolve())
+
+
+def _readme(files: ModelFiles, kept: tuple[int, ...]) -> str:
+    front = "".join(f"{name}: {json.dumps(value)}\n" for name, value in licence(files.base).items())
+    front = f"---\n{front}---\n" if front else ""
+    return (
+        f"{front}# {layer_words(kept).capitalize()} of {named(files.base)}\n\nAn ordinary transformers model: the other layers were left out, "
+        "and nothing was trained. Made by llmkd (student.layers).\n"
+    )
+
+
+def kept_layers(wanted: tuple[int, ...] | LayerChoice, count: int, setting: str = SETTING) -> tuple[int, ...] | None:
+    """The numbers of the layers of a model with `count` layers that are kept; None where they are to be measured first.
+
+    UserError where the model has no such layers, and where none would be left out.
+    """
+    if isinstance(wanted, tuple):
+        if beyond := [number for number in wanted if number >= count]:
+            raise UserError(f"{setting}: found layer {beyond[0]}, and student.model has {count} layers, 0 to {count - 1}")
+        chosen = wanted
+    else:
+        if wanted.count > count:
+            raise UserError(f"{setting}.count: found {wanted.count}, and student.model has {count} layers; lower it")
+        chosen = tuple(range(count)) if wanted.count == count else evenly(wanted.count, count) if wanted.by == "even" else None
+    if chosen is not None and len(chosen) == count:
+        raise UserError(f"{setting}: keeps all {count} layers of student.model; leave it out")
+    return chosen
+
+
+def evenly(count: int, layers: int) -> tuple[int, ...]:
+    """`count` numbers from 0 to `layers` - 1, evenly spaced, with the first and the last; halves are rounded up. Of one: the first."""
+    return tuple((2 * i * (layers - 1) + (count - 1)) // (2 * (count - 1)) for i in range(count)) if count > 1 else (0,)
+
+
+# ---- which families allow it
+
+
+def smaller_config(files: ModelFiles, kept: tuple[int, ...]) -> dict:
+    """config.json of the model of these layers. UserError where the layers of a family are not alike, or depend on their place.
+
+    Both models are built without weights and compared: every layer of the whole model has the same modules and parameters, and each that
+    is kept computes in the smaller one as it did, by all plain values in its modules but its own number.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config, kind = files.config, files.config.get("model_type")
+    for name in _BY_PLACE:
+        if config.get(name):
+            raise _unlike(kind, f"{name} makes what a layer computes depend on its place")
+    count = layer_count(config)[1]
+    whole_config = AutoConfig.from_pretrained(files.base, trust_remote_code=False)
+    lists = {
+        name: list(value)
+        for name, value in whole_config.to_dict().items()
+        if isinstance(value, list | tuple) and len(value) == count and "layer" in name
+    }
+    smaller = cut_config(config, kept, lists)
+    try:
+        with temporary_folder("config") as folder, torch.device("meta"):
+            write_config(folder, smaller)
+            whole = AutoModelForCausalLM.from_config(whole_config)
+            few = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder, trust_remote_code=False))
+    except Exception as error:
+        raise UserError(f"{SETTING}: a {kind} of these layers cannot be built ({brief(error)}); leave it out, or keep others") from error
+    layers, new = layers_of(whole), layers_of(few)
+    if layers is None or new is None or (len(layers), len(new)) != (count, len(kept)):
+        raise _unlike(kind, "it has no list of layers")
+    first, owners = _shape(layers[0]), {}
+    for i, layer in enumerate(layers):
+        if (own := _shape(layer)) != first:
+            other = min(name for name in first.keys() | own.keys() if first.get(name) != own.get(name))
+            raise _unlike(kind, f"layer {i} is not like layer 0 in {other or 'its kind'}")
+        for parameter in layer.parameters():
+            if owners.setdefault(id(parameter), i) != i:
+                raise _unlike(kind, f"layers {owners[id(parameter)]} and {i} share a parameter")
+    for now, before in enumerate(kept):
+        if place := _difference(layers[before], new[now], before, now):
+            raise _unlike(kind, f"layer {before} would not compute as it did ({place})")
+    of_whole, of_few = _beside(whole, layers), _beside(few, new)
+    if of_whole != of_few:
+        place = min(name for name in of_whole.keys() | of_few.keys() if of_whole.get(name) != of_few.get(name))
+        raise _unlike(kind, f"{place} depends on the number of layers")
+    return smaller
+
+
+def _unlike(kind: str | None, why: str) -> UserError:
+    return UserError(f"{SETTING}: the layers of student.model ({kind}) cannot be left out: {why}; leave it out, or use another model")
+
+
+def _shape(layer: nn.Module) -> dict[str, object]:
+    """A layer's modules by kind, and its parameters by shape."""
+    shapes = {name: tuple(tensor.shape) for name, tensor in layer.named_parameters()}
+    return {name: type(module).__name__ for name, module in layer.named_modules()} | shapes
+
+
+def _difference(old: nn.Module, new: nn.Module, before: int, now: int) -> str | None:
+    """The first plain value in a layer's modules that another number gives it, the number itself apart."""
+    was, has = _values(old), _values(new)
+    for name in sorted(was.keys() | has.keys()):
+        a, b = was.get(name), has.get(name)
+        if (a != b or type(a) is not type(b)) and not (type(a) is type(b) is int and (a, b) == (before, now)):
+            return name
+    return None
+
+
+def _values(module: nn.Module) -> dict[str, object]:
+    return {
+        f"{where}.{name}".lstrip("."): value
+        for where, one in module.named_modules()
+        for name, value in vars(one).items()
+        if isinstance(value, _PLAIN) and not name.startswith("_")
+    }
+
+
+def _beside(model: nn.Module, layers: nn.ModuleList) -> dict[str, tuple]:
+    """The parameters and buffers of a model outside its layers, by shape."""
+    inside = {id(tensor) for tensor in (*layers.parameters(), *layers.buffers())}
+    every = (*model.named_parameters(), *model.named_buffers())
+    return {name: tuple(tensor.shape) for name, tensor in every if id(tensor) not in inside}
+
+
+# ---- which layers matter
+
+
+def choose_layers(settings: Student, files: ModelFiles, examples: list[np.ndarray]) -> tuple[int, ...]:
+    """The layers of `student.layers: {count, by: block_influence}`, measured on token ids [T] of some training examples.
+
+    What was measured is kept, so that the processes of a launch, the runs of a sweep and a resumed run choose the same.
+    """
+    from . import pretrained
+
+    key = [fingerprint(files.base, "student.model"), config_hash(files.base, "student.model"), settings.dtype, settings.attention]
+    path = _cache() / "influence" / f"{_key([*key, [ids.tolist() for ids in examples]])}.json"
+    with _locked(path):
+        try:
+            found = read_sealed(path)["influence"]
+        except (OSError, ValueError, KeyError):
+            smaller_config(files, (0,))  # refused before the weights are loaded
+            model = pretrained.load_pretrained(
+                files.base, "student.model", settings.dtype, settings.attention, "cuda" if torch.cuda.is_available() else "cpu"
+            ).eval()
+            found = block_influence(model, [torch.from_numpy(ids_T).long() for ids_T in examples])
+            with contextlib.suppress(OSError):  # measured again next time
+                path.parent.mkdir(parents=True, exist_ok=True)
+                write_sealed(path, {"influence": found})
+    kept = most_influential(found, settings.layers.count)
+    shown = ", ".join(f"{i}: {value:.3f}" for i, value in enumerate(found))
+    info(f"student.layers: block influence on {len(examples)} training examples: {shown}")
+    return kept
+
+
+# ---- the cache
+
+
+def _cache() -> Path:
+    return Path(os.environ.get("LLMKD_CACHE") or Path.home() / ".cache" / "llmkd").expanduser()
+
+
+def _key(parts: list) -> str:
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:32]
+
+
+@contextlib.contextmanager
+def _locked(entry: Path) -> Iterator[None]:
+    """Held by one process of this machine at a time; where nothing can be locked, it is not held."""
+    try:
+        place = entry.parent.with_name("locks")
+        place.mkdir(parents=True, exist_ok=True)
+        file = lock_file(place / entry.name, wait=True)
+    except OSError:
+        yield
+        return
+    with file:
+        yield
