@@ -26,12 +26,16 @@ def evaluate(options: argparse.Namespace) -> list[dict]:
 
     refuse_missing(options.places, options.out)  # before the harness is loaded, which takes half a minute
     from llmkd_eval.harness.benchmarks import find_groups
-    from llmkd_eval.harness.evaluate import evaluate_all, in_words
+    from llmkd_eval.harness.evaluate import SomeFailed, evaluate_all, in_words
     from llmkd_eval.harness.groups import group_means
 
     names = ("tasks_dir", "out", "dtype", "fewshot", "limit", "seed", "force", "chat_template", "allow_task_code")
     given = {name: getattr(options, name) for name in names}
-    records = evaluate_all(options.places, options.tasks, batch_size=options.batch_size or "auto", **given)
+    failed = None
+    try:
+        records = evaluate_all(options.places, options.tasks, batch_size=options.batch_size or "auto", **given)
+    except SomeFailed as error:
+        records, failed = error.records, error
     from llmkd.console import table
 
     rows = [
@@ -42,9 +46,12 @@ def evaluate(options: argparse.Namespace) -> list[dict]:
     ]
     groups = find_groups(options.tasks, options.tasks_dir, options.fewshot)
     rows += [{"model": name} | row for name, of_model in records.items() for row in group_means(groups, of_model)]
-    if first_process():
+    if first_process() and rows:
         shown = [{"model": row["model"], "task": _named(row)} | {key: row[key] for key in ("shots", "items", "metric")} for row in rows]
         print(table([one | {"score": in_words(row)} for one, row in zip(shown, rows, strict=True)]))
+    if failed:
+        failed.results = rows  # for --json
+        raise failed
     return rows
 
 

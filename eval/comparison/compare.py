@@ -8,6 +8,7 @@ import numpy as np
 
 from llmkd.errors import UserError
 
+from ..harness.record_files import in_words
 from . import stats
 from .item_results import HELD_OUT, Measured, read, seed_of, tasks_of
 
@@ -153,7 +154,8 @@ def _aligned(measured: dict[str, list[Measured]], baseline: str, task: str, comm
         for name in CONDITIONS:
             if m.record.get(name) != first.record.get(name) and not (common and name == "limit"):
                 raise UserError(
-                    f"{task}: {first.run} was evaluated with {name} {first.record.get(name)}, {m.run} with {m.record.get(name)}; "
+                    f"{task}: {first.run} was evaluated with {name} {in_words(name, first.record.get(name))}, {m.run} with "
+                    f"{in_words(name, m.record.get(name))}; "
                     "evaluate one of them again, or name other tasks with --tasks"
                 )
         shared &= set(m.keys)

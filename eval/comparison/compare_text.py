@@ -16,7 +16,7 @@ from .item_results import HELD_OUT
 LEGEND = (
     'Better, worse: Holm\'s p is below 0.05. "No difference shown": it is not; a difference that is too small for these items may exist.',
     '"Shown 4 times in 5": a true difference of that size gives a Holm\'s p below 0.05 with a probability of 80 %.',
-    '"Not over seeds" (†): the items show the difference, and its 95 % interval over seeds contains 0. "< 1 se": within one standard error of 0.',
+    '"Not over seeds": the items show the difference, and its 95 % interval over seeds contains 0. "< 1 se": within one standard error of 0.',
 )
 EXPLANATION = (
     "A difference is the arm minus the baseline on the same items; ± is one standard error; the 95 % interval is a paired bootstrap over items.",

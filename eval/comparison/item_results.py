@@ -3,6 +3,7 @@
 import hashlib
 import json
 import math
+import os
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from llmkd.errors import UserError
+from llmkd.files import Damaged, read_object
 from llmkd.output.run_files import RECIPE, SUMMARY, read_run_file
 
 HELD_OUT = "held_out"
@@ -59,11 +61,21 @@ def _arm(word: str) -> tuple[str, list[Path]]:
 
 
 def tasks_of(run: Path) -> list[str]:
-    """The tasks that a run's folder has results of; `held_out` last. A task whose record is missing was not finished."""
+    """The tasks that a run's folder has results of; `held_out` last. A task without a record, which is written last, was not finished."""
     if not run.is_dir():
         raise UserError(f"{run}: no such folder; name a run that was evaluated, or NAME=RUN[,RUN...]")
-    tasks = sorted(path.stem for path in (run / "eval").glob("*.jsonl") if path.with_suffix(".json").exists())
+    tasks = sorted(path.stem for path in (run / "eval").glob("*.json") if _is_record(path))
     return tasks + [HELD_OUT] * (run / f"{HELD_OUT}.jsonl").exists()
+
+
+def _is_record(path: Path) -> bool:
+    """Whether a file is the record of a task, whose items may be lost, and not another JSON file."""
+    if os.path.lexists(path.with_suffix(".jsonl")):
+        return True
+    try:
+        return "items_sha256" in read_object(path)
+    except (OSError, Damaged):
+        return False
 
 
 def read(run: Path, task: str) -> Measured:

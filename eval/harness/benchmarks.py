@@ -84,6 +84,11 @@ def _index_with(name: str, tasks_dir: Path | None):
 
 
 def _unknown(name: str, known: list[str]) -> UserError:
+    if name == "held_out":  # what compare and report call them
+        return UserError(
+            f"--tasks: {name}: a run measures its held-out rows itself, so there is nothing to evaluate; llmkd compare RUN RUN and llmkd report "
+            "SWEEP read them"
+        )
     near = difflib.get_close_matches(name, known, 3)
     also = f"; did you mean {' or '.join(near)}?" if near else "; lm-eval ls tasks lists them"
     return UserError(f"--tasks: {name}: lm-evaluation-harness {harness_version()} has no such task{also}")

@@ -44,6 +44,14 @@ class Options:
         return own if self.seed is None else dict.fromkeys(own, self.seed)
 
 
+class SomeFailed(UserError):
+    """Tasks that could not be evaluated; `records` has the others, {model: {task: record}}."""
+
+    def __init__(self, problems: list[str], records: dict[str, dict[str, dict | None]]):
+        super().__init__(*problems)
+        self.records = {name: {task: record for task, record in one.items() if record} for name, one in records.items()}
+
+
 def evaluate(model: Path | str, tasks: list[str], *, tasks_dir=None, out=None, allow_task_code=False, **options) -> dict[str, dict]:
     """One model's records by task, new ones and those that were there already. `options` are those of `Options`."""
     return evaluate_all([str(model)], tasks, tasks_dir=tasks_dir, out=out, allow_task_code=allow_task_code, **options)[str(model)]
@@ -54,7 +62,7 @@ def evaluate_all(
 ) -> dict[str, dict[str, dict]]:
     """{model: {task: record}}. Wrong arguments are refused before a model is loaded. Rank 0 writes the files.
 
-    If a task fails for one model, the others are still evaluated, and a UserError is raised at the end. Raises Stopped on a signal;
+    If a task fails for one model, the others are still evaluated, and SomeFailed is raised at the end. Raises Stopped on a signal;
     finished evaluations are kept.
     """
     options = Options(**options)
@@ -71,7 +79,7 @@ def evaluate_all(
             for ref in found_models:
                 work.evaluate(ref, records[ref.name])
             if work.problems:
-                raise UserError(*work.problems)
+                raise SomeFailed(work.problems, records)
     return records
 
 

@@ -9,12 +9,15 @@ def group_means(groups: dict[str, Any], records: dict[str, dict]) -> list[dict]:
     groups   the harness's groups, of `benchmarks.find_groups`
     records  one model's records by task
 
-    The group says which metrics, and whether its tasks weigh by their items or alike. A mean is left out where a task lacks the metric.
+    The group says which metrics, and whether its tasks weigh by their items or alike. A mean is left out where a task is not
+    among the records or lacks the metric.
     """
     measured = {name: _as_of_the_harness(record) for name, record in records.items()}
     out = []
     for name, group in groups.items():
         names = [task.task_name for task in group.get_all_tasks()]
+        if not measured.keys() >= set(names):
+            continue
         found, shots = group.aggregate(measured), {records[task]["fewshot"] for task in names}
         for wanted in group.aggregate_metric_list:
             for key in [key for key in found if key.partition(",")[0] == wanted.metric and "," in key]:

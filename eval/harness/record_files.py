@@ -47,8 +47,21 @@ def write_task(folder: Path, record: dict, items: list[dict]) -> dict:
 
 def differences(before: dict, now: dict) -> list[str]:
     """In which of the settings that matter two records differ, in words."""
-    pairs = ((name, _at(before, name), _at(now, name)) for name in SAME)
-    return [f"{name} {_short(then)} there and {_short(here)} now{_why(name, then)}" for name, then, here in pairs if then != here]
+    pairs = [(name, then, here) for name in SAME if (then := _at(before, name)) != (here := _at(now, name))]
+    if "chat_template" in [name for name, *_ in pairs]:  # then so does which
+        pairs = [pair for pair in pairs if pair[0] != "model.chat_template"]
+    return [f"{name} {in_words(name, then)} there and {in_words(name, here)} now{_why(name, then)}" for name, then, here in pairs]
+
+
+def in_words(name: str, value) -> str:
+    """A setting's value in a record, for a message."""
+    if name == "chat_template":
+        return "on" if value else "off"
+    if value is None:
+        return "none"
+    if isinstance(value, str):
+        return f"{value[:12]}..." if len(value) > 40 else value
+    return json.dumps(value)
 
 
 def _why(name: str, then) -> str:
@@ -60,10 +73,6 @@ def _at(record: dict, dotted: str):
     for key in dotted.split("."):
         record = record.get(key) if isinstance(record, dict) else None
     return record
-
-
-def _short(value) -> str:
-    return f"{value[:12]}..." if isinstance(value, str) and len(value) > 40 else json.dumps(value)
 
 
 def _path(place: Path | str, task: str, ending: str) -> Path:

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmkd import __version__
-from llmkd.console import info
+from llmkd.console import count, info
 from llmkd.files import remove_leftovers, write_atomic
 
 from ..comparison.compare import Row
@@ -16,6 +16,8 @@ from .document import Heading, Items, Para, Span, Table, Text, as_html, as_markd
 from .findings import NOT_COMPARED, compared, label, mark, measure, statements
 from .sweep_files import SweepFolder, read_json, read_sweep
 from .sweep_samples import sweep_samples
+
+NOTES = 6  # the most that are printed
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,10 @@ def write(report: Report) -> tuple[Path, Path]:
     remove_leftovers(sweep.path, "report.*")
     write_atomic(page, as_html(heading, blocks_, foot))
     write_atomic(text, as_markdown(heading, blocks_, foot, page.name))
+    for note in report.notes[:NOTES]:
+        info(f"note: {note}")
+    if len(report.notes) > NOTES:
+        info(f"{count(len(report.notes) - NOTES, 'more note')} at the end of the report")
     for one in find_best(sweep, rows):
         info(as_plain(best_sentence(sweep, one)))
     return page, text
@@ -166,7 +172,7 @@ def results(sweep: SweepFolder, rows: list[Row], prefix: str) -> list:
         )
     ]
     if compared(rows):
-        out.append(Para(" ".join(LEGEND), "small"))
+        out.append(Para(" ".join(LEGEND).replace('"Not over seeds"', '"Not over seeds" (†)'), "small"))
     for i, block in enumerate(blocks(rows)):
         out.append(Heading(title(block).replace(f"{block[0].task} {block[0].metric}", label(block[0].task, block[0].metric), 1)))
         chart = sweep_charts.intervals(block, f"{prefix}-{i}")

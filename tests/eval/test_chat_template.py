@@ -10,7 +10,7 @@ import yaml
 pytest.importorskip("lm_eval")
 from llmkd_eval import after_sweep
 from llmkd_eval.harness import benchmarks, record_files
-from llmkd_eval.harness.evaluate import evaluate, without_asides
+from llmkd_eval.harness.evaluate import _Work, evaluate, without_asides
 from llmkd_eval.harness.groups import group_means
 from llmkd_eval.harness.task_code import refuse_task_code
 
@@ -82,10 +82,10 @@ def test_results_with_and_without_it_are_never_mixed(base, tasks_dir, tmp_path, 
     for run, more in (("a", ["--chat_template"]), ("b", [])):
         assert main([*command, str(tmp_path / run / "eval"), *more]) == 0
         assert main([*command, str(tmp_path / run / "eval"), *(["--chat_template"] if not more else [])]) == 2
-        then, now = ("true", "null") if more else ("null", "true")
-        assert f"chat_template {then} there and {now} now" in capsys.readouterr().err
+        then, now = ("on", "off") if more else ("off", "on")
+        assert f"(chat_template {then} there and {now} now)" in capsys.readouterr().err
     assert main(["compare", str(tmp_path / "a"), str(tmp_path / "b")]) == 2
-    assert "was evaluated with chat_template True" in capsys.readouterr().err
+    assert "was evaluated with chat_template on" in capsys.readouterr().err
     shutil.copytree(tmp_path / "a", tmp_path / "sweep/arms/a")
     after_sweep.check(tmp_path / "sweep", Evaluation(tasks=("birds",), tasks_dir=str(tasks_dir), chat_template=True))
     with pytest.raises(UserError, match="eval.chat_template: found False, and a was evaluated on birds with True"):
@@ -139,6 +139,7 @@ def test_a_group_whose_tasks_lack_the_metric_has_no_mean(tasks_dir):
     groups = benchmarks.find_groups(["by_items"], tasks_dir, None)
     record = {"n": 3, "fewshot": 0, "metrics": {"acc": {"value": 0.5, "stderr": None, "higher_is_better": True}}}
     assert group_means(groups, {"birds": record, "few": record})[0]["stderr"] is None
+    assert not group_means(groups, {"birds": record})
     assert not group_means(groups, {"birds": record, "few": record | {"metrics": {"f1": record["metrics"]["acc"]}}})
 
 
@@ -152,6 +153,32 @@ CODE = {
     "pickled data": "dataset_path: pandas\n",
     "included": "include: below/part.txt\n",
 }
+
+
+def test_the_results_of_other_tasks_are_kept_where_one_fails(base, tasks_dir, tmp_path, monkeypatch, capsys):
+    real = _Work.run
+
+    def run(work, live, ref, name):
+        if name == "few":
+            raise UserError("the harness cannot evaluate it")
+        return real(work, live, ref, name)
+
+    monkeypatch.setattr(_Work, "run", run)
+    words = [
+        "--tasks",
+        "few,birds,alike",
+        "--tasks_dir",
+        str(tasks_dir),
+        "--out",
+        str(tmp_path / "out"),
+        "--json",
+        str(tmp_path / "all.json"),
+    ]
+    assert main(["eval", str(base), *words]) == 2
+    table, said = capsys.readouterr()
+    assert f"{base}: few: the harness cannot evaluate it" in said and "birds" in table and "alike" not in table
+    (row,) = json.loads((tmp_path / "all.json").read_text())
+    assert (row["task"], row["items"], row["metric"]) == ("birds", 7, "acc")
 
 
 @pytest.mark.parametrize("kind", CODE)

@@ -238,7 +238,7 @@ def test_a_difference_that_the_seeds_do_not_bear_out_says_so(home):
         ({"version": 2.0}, "with version 1.0, b with 2.0"),
         ({"fewshot": 5}, "with fewshot 0, b with 5"),
         ({"harness": "0.4.9"}, "with harness 0.4.13, b with 0.4.9"),
-        ({"limit": 10}, "with limit None, b with 10"),
+        ({"limit": 10}, "with limit none, b with 10"),
         ({"hashes": [f"h{i}" for i in range(29)] + ["other"]}, "a has 30 items, b 30, and 29 are the same"),
         ({"hashes": [f"h{i}" for i in range(29)] + ["h0"]}, "a has 30 items, b 30, and 29 are the same"),
         ({"metrics": {"acc": answers(20, 0.5, 2)}}, "a has 30 items, b 20, and 20 are the same"),
@@ -346,6 +346,16 @@ def test_edited_items_are_refused(home):
     assert len(compare(arms("a", "b"))) == 2
     path.write_text(path.read_text().replace('"acc": 0.0', '"acc": 1.0'))
     with pytest.raises(UserError, match="quiz.jsonl: is not what quiz.json was made of; evaluate b again"):
+        compare(arms("a", "b"))
+
+
+def test_lost_items_are_missed_and_other_json_is_no_task(home):
+    for run in "ab":
+        record = evaluated(run, {"acc": [1, 0, 1]}) / "eval/quiz.json"
+        (record.parent / "all.json").write_text("[1]")
+    record.write_text(json.dumps(json.loads(record.read_text()) | {"items_sha256": "0" * 64}))
+    record.with_suffix(".jsonl").unlink()
+    with pytest.raises(UserError, match=r"b/eval/quiz.jsonl: cannot be read \(No such file or directory\); evaluate its run again"):
         compare(arms("a", "b"))
 
 

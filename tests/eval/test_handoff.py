@@ -294,7 +294,7 @@ def test_nothing_is_evaluated_twice_or_mixed_up(base, small, tmp_path, tasks_dir
         code, table, err = eval_("hellaswag,commonsense_qa", *words)
         assert code == 2 and what in err and len(err.splitlines()) == 1 and not table
     code, _, err = eval_("commonsense_qa", "--limit", 4, "--dtype", "float32")
-    assert code == 2 and 'model.dtype "float64" there and "float32" now' in err
+    assert code == 2 and "model.dtype float64 there and float32 now" in err
     code, _, err = command(capsys, small, "--tasks_dir", tasks_dir, "--out", out, "--tasks", "commonsense_qa", "--limit", 4)
     assert code == 2 and "model.fingerprint" in err
     assert len(loaded) == 1 and (out / "commonsense_qa.json").read_bytes() == first and not (out / "hellaswag.json").exists()
@@ -340,6 +340,7 @@ def test_refusals_come_before_a_model_is_loaded(base, tmp_path, tasks_dir, capsy
     (tmp_path / "unfinished/recipe.yaml").write_text("")
     for words, said in (
         ([base, "--tasks", "helaswag", "--tasks_dir", tasks_dir], "no such task; did you mean hellaswag"),
+        ([base, "--tasks", "held_out", "--tasks_dir", tasks_dir], "--tasks: held_out: a run measures its held-out rows itself"),
         ([base, "--tasks", "hellaswag"], "--tasks: hellaswag: its data cannot be loaded ("),
         (
             [base, "--tasks", "commonsense_qa", "--tasks_dir", tmp_path / "broken"],

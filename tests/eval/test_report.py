@@ -455,3 +455,15 @@ def contrast(a: str, b: str) -> float:
 def test_markdown_of_names_with_marks_of_markdown():
     text = as_markdown("a_b *c*", [Para(("see ", Span("x`y"), " <b>")), Table(["h|h"], [["a|b"], [Span("c|d")]])], "foot", "p.html")
     assert "# a_b \\*c\\*" in text and "see `` x`y `` \\<b\\>" in text and "| h\\|h |" in text and "| `c\\|d` |" in text
+
+
+def test_what_is_left_out_is_also_said_on_the_terminal(made, capsys):
+    folder = made(TWO, tasks=[f"quiz{n}" for n in range(5)])
+    for task in range(5):
+        (folder / f"arms/kd/eval/quiz{task}.jsonl").unlink()
+        record = folder / f"arms/kd/eval/quiz{task}.json"
+        record.write_text(json.dumps(json.loads(record.read_text()) | {"items_sha256": "0" * 64}))
+    assert main(["report", str(folder)]) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if "note" in line]
+    assert said[0].startswith("note: quiz0: not compared; ") and "kd/eval/quiz0.jsonl: cannot be read" in said[0]
+    assert len(said) == 7 and said[6] == "4 more notes at the end of the report"
