@@ -266,7 +266,7 @@ def test_thinking_given_on_its_own_is_supervised_where_the_template_shows_it():
 
 def test_a_template_that_drops_the_thinking_of_the_answer_itself_is_refused():
     template = EACH.replace("m.content", "m.content.split('</think>')[-1]") + PROMPT
-    with pytest.raises(UserError, match=r"^f.jsonl:2: the chat template changes the assistant's answer in messages\[1\]"):
+    with pytest.raises(UserError, match=r"^f.jsonl:2: the chat template leaves out the thinking in messages\[1\]"):
         encode(rows_of(talk("u q", "a one"), talk("u q", "a hm</think>one")), "chat", Data(), tricky(template, None)[0])
 
 

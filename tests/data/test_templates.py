@@ -192,6 +192,14 @@ def test_thinking_inside_an_answer_that_holds_the_answer(content):
         assert "".join(said(talk("u q", f"a {content}"), family(name)[0])[0].split()) == f"{start}2+2is4.</think>4{END}"
 
 
+@pytest.mark.parametrize("content", ["<think>\nhm hm\n</think>\n\none", "hm hm</think>one"])
+def test_thinking_that_a_template_leaves_out_of_the_last_answer_too_is_refused_as_such(content):
+    with pytest.raises(
+        UserError, match=r"^f.jsonl:1: the chat template leaves out the thinking in messages\[1\] \(up to </think>\), also in an answer"
+    ):
+        said(talk("u q", f"a {content}"), family("DeepSeek R1 distilled")[0])
+
+
 def test_thinking_tags_that_are_marked_special_end_no_answer():
     template = QWEN3 + PROMPT
     tokenizer = made(template, END, ["<think>", "</think>"])

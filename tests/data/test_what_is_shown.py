@@ -191,6 +191,58 @@ def test_calls_that_begin_otherwise_than_answers_are_supervised_from_there(given
     assert "".join(said(calling(given), MISTRAL.replace("[TOOL_CALLS] [", begins))) == f"{call.lstrip()}{END}one{END}"
 
 
+def test_calls_that_begin_with_a_prompt_that_is_always_there_are_supervised_behind_it():
+    """Command R7B's: its prompt has an empty thought, with which calls begin and answers do not."""
+    prompt = "<|im_start|>assistant\n<think></think>"
+    template = (
+        "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.tool_calls %}<think>{{ m.reasoning_content }}</think>{% for c in m.tool_calls %}"
+        + CALLS["tojson"]
+        + "{% endfor %}{% else %}{{ m.content }}{% endif %}<|im_end|>\n{% endfor %}"
+        + prompt
+    )
+    call = '{"name": "mul", "arguments": {"a": 3}}' + END
+    assert said(calling({"a": 3}), template) == [call, f"one{END}"]
+    assert said(calling({"a": 3}, reasoning_content="hm"), template) == [f"hm</think>{call}", f"one{END}"]
+
+
+THOUGHTFUL = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.role == 'assistant' %}<think>\n{{ m.reasoning_content }}\n</think>\n\n{% endif %}"
+    "{{ m.content }}{% for c in m.tool_calls or [] %}" + CALLS["tojson"] + TAIL.replace("assistant\n", "assistant\n<think>\n")
+)
+
+
+def test_calls_without_a_thought_are_supervised_behind_the_empty_one_as_answers_are():
+    call = '{"name": "mul", "arguments": {"a": 3}}' + END
+    assert said(calling({"a": 3}), THOUGHTFUL) == [f"{call}one{END}"]
+    assert said(calling({"a": 3}, content="hm"), THOUGHTFUL) == [f"hm{call}one{END}"]
+    assert said(calling({"a": 3}, reasoning_content="hm"), THOUGHTFUL) == [f"hm\n</think>\n\n{call}one{END}"]
+    assert said(calling({"a": 3}, content="</think>hm"), THOUGHTFUL)[0].endswith(f"</think>hm{call}one{END}")
+
+
+TWICE = (
+    "{% for m in messages %}{% if m.tool_calls %}<|im_start|>assistant\n{% for c in m.tool_calls %}"
+    + CALLS["tojson"]
+    + "{% endfor %}<|im_end|>{% endif %}{% if m.content is not none %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>{% endif %}{% endfor %}"
+    + PROMPT
+)
+
+
+@pytest.mark.parametrize("content", [None, ""])
+def test_a_turn_that_only_calls_has_a_content_of_null_where_a_template_asks_for_it(read, content):
+    """DeepSeek R1's template writes an empty turn behind the calls where the content is an empty text."""
+    row = calling({"a": 3})
+    row["messages"][1]["content"] = content
+    rows, call = read(json.dumps(row), format="chat"), '{"name": "mul", "arguments": {"a": 3}}' + END
+    for template, shows in (
+        (TWICE, f"{call}one{END}"),
+        (HEAD + CALLS["tojson"] + TAIL, f"{call}one{END}"),  # writes None for null
+        (HEAD.replace("m.content", "m.content + ''") + CALLS["tojson"] + TAIL, f"{call}one{END}"),  # takes texts only
+    ):
+        tokenizer = made(template)
+        for _ in "once", "with what was learned of the template":
+            assert kept(encode(rows, "chat", Data(max_length=4096), tokenizer), tokenizer) == [shows]
+
+
 def test_calls_before_the_content_of_their_turn_are_supervised():
     for prompt in ("", PROMPT):
         template = HEAD.replace("{{ m.content }}", "") + CALLS["tojson"] + "{% endfor %}{{ m.content }}<|im_end|>\n{% endfor %}" + prompt

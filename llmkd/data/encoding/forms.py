@@ -17,9 +17,10 @@ from .template import REASONING, render
 #: Keys of a message that are read elsewhere, or tie a tool's answer to its call: they mean nothing to the model beyond that.
 _OTHERWISE = {"role", "content", *REASONING, "tool_calls", "tool_call_id", "id"}
 _WHO = {"system": "a system message", "developer": "a system message", "tool": "a tool's answer", "user": "a user's turn"}
-#: What was learned of a template: the roles whose content it shows as parts only, and whether it shows tools.
+#: What was learned of a template: the roles whose content it shows as parts only, whether it shows tools, and see `_wants_null`.
 _PARTS: dict[str, frozenset[str]] = {}
 _SHOWS_TOOLS: set[str] = set()
+_NULL: dict[str, bool] = {}
 #: Of each template, the rows that it showed in no form. After some, lists of parts are no longer tried: there may be millions of such rows.
 _FAILED: Counter[str] = Counter()
 _TRIALS = 20
@@ -33,9 +34,12 @@ class Forms:
     arguments: str = ""  # of tool calls, see `call_arguments.shaped`
     inside: bool = False  # a call's name and arguments are inside `function`
     as_json: bool = True  # arguments must come out as JSON
+    null: bool = False  # the content of a turn that only calls tools is null
 
     def shape(self, message: dict) -> dict:
-        if message["role"] in self.parts:
+        if self.null and _only_calls(message):
+            message = message | {"content": None}
+        elif message["role"] in self.parts:
             message = message | {"content": [{"type": "text", "text": message["content"]}] if message["content"] else []}
         return self.shape_calls(message)
 
@@ -51,6 +55,10 @@ class Forms:
         return {"type": "function", "function": call} if self.inside else call
 
 
+def _only_calls(message: dict) -> bool:
+    return bool(message.get("tool_calls")) and not message["content"].strip()
+
+
 def settle(
     template: str,
     tokens: dict[str, str],
@@ -64,8 +72,8 @@ def settle(
     """The template with the forms in which it shows the conversation, the text of that, and (message, key) of what it does not show and
     that is no message of its own: keys of messages, and the tools (of message -1). ValueError where it does not show a message or a call,
     or shows arguments other than as JSON, and `call_values` does not say "template"."""
-    errors, hiding = [], None
-    for forms in _attempts(template, messages, call_values):
+    errors, hiding, null = [], None, _wants_null(template, tokens, messages, tools)
+    for forms in _attempts(template, messages, call_values, null):
         program = _program(template, tokens, tools, forms)
         probe = TemplateProbe(program, marker, control, end)
         try:
@@ -117,7 +125,29 @@ def _program(template: str, tokens: dict[str, str], tools: list[dict] | None, fo
     return program
 
 
-def _attempts(template: str, messages: list[dict], call_values: str) -> Iterator[Forms]:
+def _wants_null(template: str, tokens: dict[str, str], messages: list[dict], tools: list[dict] | None) -> bool:
+    """Whether the template writes a turn that only calls tools otherwise where its content is null, as it is in OpenAI's rows, and not as "None".
+
+    DeepSeek R1's writes a second, empty turn for an empty text.
+    """
+    if not any(map(_only_calls, messages)):
+        return False
+    if template not in _NULL:
+        empty, null = (_rendered(_program(template, tokens, tools, Forms(null=null)), messages) for null in (False, True))
+        if empty is None and null is None:
+            return False
+        _NULL[template] = null is not None and (empty is None or (null != empty and null.count("None") <= empty.count("None")))
+    return _NULL[template]
+
+
+def _rendered(program: Callable[..., str], messages: list[dict]) -> str | None:
+    try:
+        return program(messages)
+    except ValueError:
+        return None
+
+
+def _attempts(template: str, messages: list[dict], call_values: str, null: bool) -> Iterator[Forms]:
     known, roles = _PARTS.get(template, frozenset()), sorted({message["role"] for message in messages})
     others = (
         ()
@@ -133,7 +163,7 @@ def _attempts(template: str, messages: list[dict], call_values: str) -> Iterator
     forms += {"template": [(form, False) for form in arguments], "json": [("values", True)]}.get(call_values, []) if calls else []
     for parts in itertools.chain([known], (known | some for some in others if not some <= known)):
         for inside in (False, True) if any(function_of(call) is call for call in calls) else (False,):
-            yield from (Forms(parts, form, inside, strict) for form, strict in forms)
+            yield from (Forms(parts, form, inside, strict, null) for form, strict in forms)
 
 
 def _compare(messages: list[dict], text: str, probe: TemplateProbe, forms: Forms) -> list[tuple[int, str]]:

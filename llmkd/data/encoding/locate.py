@@ -14,8 +14,9 @@ from .template import REASONING
 
 Span = tuple[int, int]
 
-#: Thinking that a template puts before an answer that has none: it is the template's text, not the assistant's.
-_EMPTY_THINKING = re.compile(r"\s*<think>\s*</think>\s*")
+#: Thinking that a template puts before an answer that has none, or its end where the prompt begins it: it is the template's text, not the
+#: assistant's.
+_EMPTY_THINKING = re.compile(r"\s*(?:<think>)?\s*</think>\s*")
 _THINKING = re.compile(r"(\s*(?:<think>)?)(.*?)(</think>)(.*)", re.DOTALL)
 _HEADER = 100  # characters: more than this of a turn's header is no header
 #: A text, its supervised spans, and whether each of them ends with a control token.
@@ -166,7 +167,7 @@ def _locate_turn(head: list[dict], after: str, probe: TemplateProbe) -> Span:
                 return before, stop
             return _before_calls(head, after, start, before, probe), stop
     if before is not None:
-        empty = None if content.startswith("<think>") or thoughts else _EMPTY_THINKING.match(after, before)
+        empty = None if content.startswith(("<think>", "</think>")) or thoughts else _EMPTY_THINKING.match(after, before)
         start = empty.end() if empty else before
         if not content:
             return start, start
@@ -179,6 +180,12 @@ def _locate_turn(head: list[dict], after: str, probe: TemplateProbe) -> Span:
         start = _start_of_calls(head, after, probe)
         if start is not None:
             return start, start
+    thinking = _THINKING.fullmatch(message["content"])
+    if thinking and thinking[2].strip() and thinking[2].strip() not in after:
+        raise ValueError(
+            f"the chat template leaves out the thinking in messages[{i}] (up to </think>), also in an answer that is the last; remove it, or use a "
+            "tokenizer whose template shows it"
+        )
     raise ValueError(
         f"the chat template changes the assistant's answer in messages[{i}], so its tokens cannot be located; fix the row or the template"
     )
@@ -196,11 +203,15 @@ def _before_calls(head: list[dict], after: str, start: int, before: int | None, 
 def _start_of_calls(head: list[dict], after: str, probe: TemplateProbe) -> int | None:
     """Where the calls of the last turn of `head` begin: where the text stops being that of a turn that answers.
 
-    Its header is before both. Some templates have none, and begin answers with a space but not calls (Mistral's).
+    Its header is before both. Some templates have none, and begin answers with a space but not calls (Mistral's). Others always append a
+    prompt, with which calls begin and answers do not (Command R7B's).
     """
     header = probe.render([*head[:-1], {"role": "assistant", "content": probe.marker}]).partition(probe.marker)[0]
     start = len(os.path.commonprefix([header, after]))
-    before = os.path.commonprefix([probe.render(head[:-1]), after]) if len(head) > 1 else ""
+    without = probe.render(head[:-1]) if len(head) > 1 else ""
+    if len(without) > start and after.startswith(without):
+        return len(without)
+    before = os.path.commonprefix([without, after])
     return start if start >= len(before) and len(header) - start <= _HEADER else None
 
 

@@ -423,6 +423,20 @@ FAULTS = [
     *in_file(
         "llmkd/data/encoding/locate.py",
         (
+            "thoughts-end",
+            "the end of an empty thought before calls is supervised",
+            'r"\\s*(?:<think>)?\\s*</think>',
+            'r"\\s*<think>\\s*</think>',
+            SHOWN,
+        ),
+        (
+            "prompt-before-calls",
+            "calls behind a prompt that is always there are not found",
+            "if len(without) > start and after.startswith(without):",
+            "if False:",
+            SHOWN,
+        ),
+        (
             "end-token-of-a-turn",
             "a turn ends before its end token",
             "!= end[0] else end.end()",
@@ -499,6 +513,9 @@ FAULTS = [
             "(known for some in others",
             SHOWN,
         ),
+        ("null-never", "a turn that only calls never has a content of null", "null is not None and (empty", "False and (empty", SHOWN),
+        ("null-as-none", "null may come out as Python writes it", 'null.count("None") <= empty.count("None")', "True", SHOWN),
+        ("null-beside-text", "a content beside calls is replaced by null", 'and not message["content"].strip()', "", SHOWN),
         ("strict-always", "no template may write values as Python does", '"template": [(form, False)', '"template": [(form, True)', SHOWN),
         (
             "python-before-json",
