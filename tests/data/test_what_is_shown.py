@@ -243,6 +243,13 @@ def test_a_turn_that_only_calls_has_a_content_of_null_where_a_template_asks_for_
             assert kept(encode(rows, "chat", Data(max_length=4096), tokenizer), tokenizer) == [shows]
 
 
+def test_a_content_beside_calls_stays_where_others_of_the_row_are_null():
+    row = calling({"a": 3})
+    row["messages"] += calling({"a": 4}, content="hm")["messages"]
+    first, second = ('{"name": "mul", "arguments": ' + json.dumps({"a": a}) + "}" + END for a in (3, 4))
+    assert said(row, TWICE) == [f"{first}one{END}{second}<|im_start|>assistant\nhm{END}one{END}"]
+
+
 def test_calls_before_the_content_of_their_turn_are_supervised():
     for prompt in ("", PROMPT):
         template = HEAD.replace("{{ m.content }}", "") + CALLS["tojson"] + "{% endfor %}{{ m.content }}<|im_end|>\n{% endfor %}" + prompt
