@@ -24,3 +24,12 @@ def flatten(value, path: str = "", lists: bool = False) -> dict[str, typing.Any]
 def keys_of(dotted: str) -> tuple[str | int, ...]:
     """The keys behind a dotted path; those of a list's items are numbers."""
     return tuple(int(key) if key.isdigit() else key for key in dotted.split("."))
+
+
+def replaced(value: typing.Any, old: str, new: str) -> typing.Any:
+    """A copy with `old` replaced by `new` in every text, at any depth."""
+    if isinstance(value, dict):
+        return {key: replaced(inner, old, new) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [replaced(inner, old, new) for inner in value]
+    return value.replace(old, new) if isinstance(value, str) and old in value and new else value

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from .dotted import replaced
 from .fields import PathKind, metadata
 from .recipe import Recipe
 from .schema import section_of
@@ -98,7 +99,7 @@ def place_changes(changes: dict[str, Any], folder: str, output_dir: str = "") ->
     They are `Placed`, so that they may be changes of a recipe or a sweep in any folder. UserError has every problem, with the name of
     its setting.
     """
-    written, problems = _replaced(changes, "{output_dir}", output_dir), []
+    written, problems = replaced(changes, "{output_dir}", output_dir), []
     for before, after in zip(paths_in(Recipe, changes), paths_in(Recipe, written), strict=True):
         (old, key, path, what), (new, *_) = before, after
         try:
@@ -110,15 +111,6 @@ def place_changes(changes: dict[str, Any], folder: str, output_dir: str = "") ->
     return written
 
 
-def _replaced(value: Any, old: str, new: str) -> Any:
-    """A copy with `old` replaced by `new` in every text, at any depth."""
-    if isinstance(value, dict):
-        return {key: _replaced(inner, old, new) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [_replaced(inner, old, new) for inner in value]
-    return value.replace(old, new) if isinstance(value, str) and old in value and new else value
-
-
 def _expand(value: str) -> str:
     def variable(match: re.Match) -> str:
         name = match[1] or match[2]
@@ -127,8 +119,12 @@ def _expand(value: str) -> str:
         return os.environ[name]
 
     text = os.path.expanduser(re.sub(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})", variable, value))
-    if other := re.search(r"^\{\w+\}|\{(?:output_dir|cwd)\}", text.removeprefix(CWD)):  # elsewhere a brace is a character of a name
-        also = ", or in the set: of a pipeline or sweep with {output_dir}" if other[0] == "{output_dir}" else ""
+    if other := re.search(r"^\{\w+\}|\{(?:output_dir|cwd|seed)\}", text.removeprefix(CWD)):  # elsewhere a brace is a character of a name
+        places = {
+            "{output_dir}": ", or in the set: of a pipeline or sweep with {output_dir}",
+            "{seed}": "; {seed} is for the arms of a sweep with seeds",
+        }
+        also = places.get(other[0], "")
         raise ValueError(f"found {value}, where {other[0]} has no meaning; a path may begin with {CWD}, the working folder{also}")
     return text
 

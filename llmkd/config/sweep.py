@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from .dotted import flatten
+from .dotted import flatten, replaced
 from .fields import Count, Seed, config_dataclass, path_to
 
 #: An arm's name: one that needs no quotation marks in YAML or a shell.
@@ -78,7 +78,7 @@ class ArmSpec:
 
 
 def expand(sweep: Sweep) -> list[ArmSpec]:
-    """Every arm with every seed, in the order of the file. Expects a sweep without `sweep_contradictions`."""
+    """Every arm with every seed, in the order of the file; `{seed}` in a text is the arm's. Expects a sweep without `sweep_contradictions`."""
     grid, seeds = flatten(sweep.grid), list(sweep.seeds)
     if "seed" in grid:
         seeds = grid.pop("seed")
@@ -86,7 +86,8 @@ def expand(sweep: Sweep) -> list[ArmSpec]:
     for arm, changes in (*_combined(grid, alone=not sweep.arms), *sweep.arms.items()):
         for seed in seeds or [changes.get("seed")]:
             own = {} if seed is None else {"seed": seed}
-            out.append(ArmSpec(f"{arm}_seed-{seed}" if len(seeds) > 1 else arm, arm, seed, changes | own))
+            of_seed = changes if seed is None else replaced(changes, "{seed}", str(seed))
+            out.append(ArmSpec(f"{arm}_seed-{seed}" if len(seeds) > 1 else arm, arm, seed, of_seed | own))
     return out
 
 

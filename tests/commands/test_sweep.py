@@ -515,3 +515,20 @@ def test_a_full_disk_behind_a_refusal_is_the_machines_too(sweep, tmp_path, monke
     with pytest.raises(UserError, match="cannot be created"):
         run_sweep(sweep(grid={"loss.kd_ratio": [0, 1.0]}), {}, False)
     assert {arm["status"] for arm in state(tmp_path / "sweep")["arms"].values()} == {"waiting"}
+
+
+def test_an_arm_may_start_from_what_a_stage_made_with_its_seed(sweep):
+    of_seed = {"two": {"student.model": "{output_dir}/stages/first_seed-{seed}/adapter", "student.lora": None}, "plain": {}}
+    file = loader.load_sweep(sweep(grid={}, arms=of_seed, seeds=[3, 4], baseline="plain"))
+    models = {spec.name: spec.changes.get("student.model") for spec in expand(file)}
+    assert models["two_seed-3"] == "{output_dir}/stages/first_seed-3/adapter" and models["two_seed-4"].endswith("first_seed-4/adapter")
+    assert models["plain_seed-3"] is None
+    alone = loader.load_sweep(sweep(grid={}, arms=of_seed, seeds=[], baseline="plain"))
+    assert [spec.changes.get("student.model") for spec in expand(alone)] == [of_seed["two"]["student.model"], None]  # refused as a path
+
+
+def test_a_seed_has_no_meaning_in_a_recipe(world, tmp_path):
+    path = tmp_path / "r.yaml"
+    path.write_text(json.dumps(plain_recipe(world, tmp_path / "out")))
+    with pytest.raises(UserError, match=r"where \{seed\} has no meaning.*\{seed\} is for the arms of a sweep with seeds"):
+        loader.load_recipe(path, {"student.model": "runs/a_{seed}/adapter"})
