@@ -76,6 +76,7 @@ def fused_loss(
     signal: Signal | None = None,
     chunk_size: int | None = None,
     check_labels: bool = True,
+    weights: dict[str, Tensor] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The loss (1 - kd_ratio) CE + kd_ratio T^2 D over N targets, without ever holding an [N, V] tensor of logits.
 
@@ -86,6 +87,8 @@ def fused_loss(
     signal         the teacher's output for the same N targets, in the same order; needed if kd_ratio is above 0
     chunk_size     targets per chunk; it changes memory and speed, never the result. By default chosen for the device
     check_labels   check that every label is in the vocabulary. On a GPU this waits for the device once per call
+    weights        of "ce" and "kd" at each target, [N] each, any finite numbers; 1 without an entry. Targets whose weights are all 0 are not
+                   computed. The terms that are returned are times their weights. On a GPU it waits for the device once per call
 
     Returns the *sum* of the loss over the N targets (a scalar; divide by the number of targets of the whole optimizer
     step, then call backward), and each term per target, detached: {"ce": [N]}, and with a signal "kd": [N], which is T^2 D.
@@ -98,11 +101,25 @@ def fused_loss(
     ArgumentError where the arguments do not fit one another. Every check but `check_labels` reads shapes and types only.
     """
     problems = list(_problems(hidden_NH, head, labels_N, objective, signal, chunk_size))
+    problems += _weight_problems(weights, labels_N) if not problems else []
     if not problems and check_labels:
         problems = list(_label_problems(labels_N, head.vocab))
     if problems:
         raise ArgumentError(*problems)
-    return fused.fused_loss(hidden_NH, head, labels_N, objective, signal, chunk_size)
+    return fused.fused_loss(hidden_NH, head, labels_N, objective, signal, chunk_size, weights)
+
+
+def _weight_problems(weights, labels_N: Tensor) -> Iterator[str]:
+    if weights is not None and not isinstance(weights, dict):
+        yield f'weights: found {_shown(weights)}, expected a dict such as {{"ce": a float tensor [N]}}'
+        return
+    for name, w_N in (weights or {}).items():
+        if name not in ("ce", "kd"):
+            yield f"weights: found one for {name!r}; the terms are ce and kd"
+        elif not isinstance(w_N, Tensor) or w_N.shape != labels_N.shape or not w_N.is_floating_point():
+            yield f"weights[{name!r}]: found {_shown(w_N)}, expected a float tensor [{len(labels_N)}]"
+        elif w_N.device != labels_N.device:
+            yield f"weights[{name!r}]: is on {w_N.device}, and labels_N on {labels_N.device}; move one of them"
 
 
 def _problems(hidden_NH, head, labels_N, objective, signal, chunk_size) -> Iterator[str]:

@@ -1,7 +1,7 @@
-"""The input of a step: Batch, View, Example, and the layout of a packed row."""
+"""The input of a step: Batch with its target weights, View, Example, and the layout of a packed row."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import accumulate
 
 import torch
@@ -94,6 +94,11 @@ class Batch:
 
     `labels_N[i]` is the token that position `rows_N[i]` of either view must predict. Labels are aligned once, in the collator;
     no other code shifts them. The targets of one example are contiguous, in the order of `examples`.
+
+    `weights[name]` [N] weighs the part `name` of the loss ("ce", "kd") at each target: any finite numbers, also 0 and negative ones. A part
+    without an entry has weight 1 everywhere; one that is given as all ones is left out here. `zeros` are the targets by the names of the
+    parts whose weight there is 0, so that what need not be computed is known without waiting for a device; empty where no weight is 0. They
+    are found when a batch is made: do that on the CPU, as the collator does, since elsewhere it waits for the device.
     """
 
     labels_N: Tensor
@@ -101,12 +106,21 @@ class Batch:
     student: View
     teacher: View
     examples: tuple[Example, ...] = ()
+    weights: dict[str, Tensor] = field(default_factory=dict)
+    zeros: dict[tuple[str, ...], Rows] | None = None
+
+    def __post_init__(self):
+        if self.weights and self.zeros is None:
+            object.__setattr__(self, "weights", {name: w_N for name, w_N in self.weights.items() if not (w_N == 1).all()})
+            object.__setattr__(self, "zeros", zeros_of(self.weights))
 
     def each(self, change: Callable[[Tensor], Tensor]) -> "Batch":
         """The same batch with `change` applied to every tensor."""
         student = self.student.each(change)
         teacher = student if self.teacher is self.student else self.teacher.each(change)
-        return Batch(change(self.labels_N), change(self.example_N), student, teacher, self.examples)
+        weights = {name: change(w_N) for name, w_N in self.weights.items()}
+        zeros = {names: rows if isinstance(rows, slice) else change(rows) for names, rows in (self.zeros or {}).items()}
+        return Batch(change(self.labels_N), change(self.example_N), student, teacher, self.examples, weights, zeros)
 
     def to(self, device) -> "Batch":
         return self.each(lambda x: x.to(device, non_blocking=True))
@@ -118,3 +132,18 @@ class Batch:
     @property
     def num_targets(self) -> int:
         return self.labels_N.numel()
+
+
+def zeros_of(weights: dict[str, Tensor]) -> dict[tuple[str, ...], Rows]:
+    """`Batch.zeros` of some weights [N] by name: all targets, parted by the names whose weight there is 0. Empty where none is."""
+    names = list(weights)
+    if not any((w_N == 0).any() for w_N in weights.values()):
+        return {}
+    pattern_N = sum((w_N == 0).long() << i for i, w_N in enumerate(weights.values()))
+    parts = {}
+    for pattern in pattern_N.unique().tolist():
+        rows_n = (pattern_N == pattern).nonzero()[:, 0]
+        first, last = int(rows_n[0]), int(rows_n[-1])
+        key = tuple(name for i, name in enumerate(names) if pattern >> i & 1)
+        parts[key] = slice(first, last + 1) if last - first + 1 == len(rows_n) else rows_n
+    return parts

@@ -178,9 +178,14 @@ def _aligned(measured: dict[str, list[Measured]], baseline: str, task: str, comm
         info(f"{task}: compared on the {len(keys)} items that all runs have; they have {min(len(m.keys) for m in every)} and more")
     out = {arm: [_ordered(m, keys) for m in runs] for arm, runs in measured.items()}
     for m in (m for runs in out.values() for m in runs):
-        if m.weights is not None and not np.array_equal(m.weights, out[baseline][0].weights):
+        same = (out[baseline][0].weights, out[baseline][0].counted)
+        if m.weights is not None and not (np.array_equal(m.weights, same[0]) and _equal(m.counted, same[1])):
             raise UserError(f"{task}: {m.run} and {first.run} count different targets in the same examples; measure one of them again")
     return out
+
+
+def _equal(a: dict[str, np.ndarray], b: dict[str, np.ndarray]) -> bool:
+    return all(np.array_equal(a[name], b[name]) for name in a.keys() & b.keys())
 
 
 def _ordered(m: Measured, keys: list) -> Measured:
@@ -191,6 +196,7 @@ def _ordered(m: Measured, keys: list) -> Measured:
         keys=keys,
         values={name: x[order] for name, x in m.values.items()},
         weights=None if m.weights is None else m.weights[order],
+        counted={name: x[order] for name, x in m.counted.items()},
         groups=None if m.groups is None else [m.groups[i] for i in order],
     )
 
@@ -215,10 +221,12 @@ def _same_teacher(m: Measured, first: Measured) -> bool:
 def _rows(task: str, metric: str, measured: dict[str, list[Measured]], baseline: str, seeds: dict[str, list[int | None]]) -> list[Row]:
     first = measured[baseline][0]
     _, group = np.unique(first.groups, return_inverse=True) if first.groups else (None, np.arange(len(first.keys)))
-    w = None if first.weights is None else np.bincount(group, first.weights)
-    total = len(first.keys) if w is None else w.sum()
+    counted = first.counted.get(metric, first.weights)
+    w = None if counted is None else np.bincount(group, counted)
+    total, here = (len(first.keys), slice(None)) if w is None else (w.sum(), w > 0)
+    w = None if w is None else w[here]
     up = HELD_OUT_METRICS.get(metric) if task == HELD_OUT else first.record["metrics"][metric].get("higher_is_better")
-    x = {arm: np.stack([np.bincount(group, m.values[metric]) for m in runs]) for arm, runs in measured.items()}  # [seeds, n]
+    x = {arm: np.stack([np.bincount(group, m.values[metric])[here] for m in runs]) for arm, runs in measured.items()}  # [seeds, n]
     rows = []
     for arm in measured:
         value, stderr = stats.ratio_stderr(x[arm].mean(axis=0), w)

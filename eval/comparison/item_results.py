@@ -12,6 +12,7 @@ import numpy as np
 
 from llmkd.errors import UserError
 from llmkd.files import Damaged, read_object
+from llmkd.output.metrics import WEIGHED_BY
 from llmkd.output.run_files import RECIPE, SUMMARY, read_run_file
 
 HELD_OUT = "held_out"
@@ -26,6 +27,7 @@ class Measured:
     keys: list[tuple[str, int]]
     values: dict[str, np.ndarray]  # [items] float64; with weights: sums over the item's targets
     weights: np.ndarray | None  # [items], targets
+    counted: dict[str, np.ndarray]  # by metric, [items]: the targets that count in it, where examples have weights
     groups: list[str] | None  # [items]: the row of data; examples of one row are resampled together
     others: list[str]  # metrics that are not one number an item
 
@@ -115,9 +117,16 @@ def read(run: Path, task: str) -> Measured:
     values = {name: np.array([item[part][name] for item in items], float) for name in whole}
     others = [name for name in names if name not in whole]
     if task != HELD_OUT:
-        return Measured(run, record, keys, values, None, None, others)
+        return Measured(run, record, keys, values, None, {}, None, others)
     groups = [str(item.get("place") or f"example {i}") for i, item in enumerate(items)]
-    return Measured(run, record, keys, values, np.array([item["targets"] for item in items], float), groups, others)
+    targets, counted = np.array([item["targets"] for item in items], float), {}
+    for name in values.keys() & WEIGHED_BY.keys():
+        given = [(item.get("weights") or {}).get(WEIGHED_BY[name], 1.0) for item in items]
+        if any(weight != 1 for weight in given):
+            values[name], counted[name] = values[name] * given, targets * given
+            if not any(given):
+                del values[name]
+    return Measured(run, record, keys, values, targets, counted, groups, others)
 
 
 def seed_of(run: Path) -> int | None:

@@ -125,7 +125,7 @@ def _sample(run: Path, vocab: int):
         prepared = prepare(dataclasses.replace(recipe, student=student, teacher=None, loss=loss))  # for its data alone
         encoded = prepared.validation or prepared.train
         first = np.arange(len(encoded)) < SAMPLE
-        return encoded.subset(first), f"{first.sum()} {'held-out' if prepared.validation else 'training'} examples"
+        return encoded.subset(first).unweighted(), f"{first.sum()} {'held-out' if prepared.validation else 'training'} examples"
     except UserError as error:
         warn(f"note: the run's data cannot be read ({error.problems[0]}); comparing on random tokens")
     ids = np.random.default_rng(0).integers(0, vocab, (8, 64), np.int32)

@@ -13,7 +13,17 @@ from ..config.fields import as_tuple
 from ..config.recipe import Recipe, Student, used_teachers
 from ..console import align, printable
 from ..data.batching import Batching
-from ..data.dataset import Dataset, encode_sources, hold_out, join, read_data, refuse_empty_sources, refuse_too_few_positions, report_notes
+from ..data.dataset import (
+    Dataset,
+    encode_sources,
+    hold_out,
+    join,
+    read_data,
+    refuse_empty_sources,
+    refuse_too_few_positions,
+    report_notes,
+    weights_in_words,
+)
 from ..data.encoding.end_tokens import end_tokens, report_end_tokens
 from ..data.encoding.supervised_text import supervised_spans
 from ..data.encoding.tokenizer import student_base, student_tokenizer
@@ -85,6 +95,8 @@ def _print_counts(recipe: Recipe, setting: str, rows: dict[str, list[Rows]], tok
     numbers[setting] = counts([part.examples for part in parts], [part.name for part in parts])
     print(table(numbers[setting]), file=out)
     for part in parts:
+        if said := weights_in_words(part.examples):
+            print(f"{part.name}: {', '.join(said)}", file=out)
         report_notes(part)
     return join(setting, parts)
 

@@ -65,6 +65,19 @@ FORMATS = {
 }
 
 
+Weight = Annotated[float, Field(ge=-1000, le=1000)]
+
+
+@config_dataclass
+class SourceLoss:
+    """The weights of a source's targets in the two parts of the loss."""
+
+    ce: Weight = fixed(
+        1.0, description="Weight of the cross-entropy at every target of this source; 0: its answers are not trusted as labels."
+    )
+    kd: Weight = fixed(1.0, description="Weight of the distillation term at every target of this source; 0: the teacher has no say in it.")
+
+
 @config_dataclass
 class Source:
     path: str = fixed(
@@ -132,6 +145,7 @@ class Source:
     teacher: str | None = fixed(
         None, description="Name of the teacher that is used for these rows; null: all teachers, combined by mixture."
     )
+    loss: SourceLoss = Field(default_factory=SourceLoss)
 
 
 @config_dataclass
@@ -238,6 +252,10 @@ def _source_contradictions(source: Source, setting: str) -> Iterator[tuple[str, 
         yield "format", f"found {source.format}, which has no answer that choices could replace; use {', '.join(others)} or {last}"
     if source.weight != 1 and setting != "data.train":
         yield "weight", f"found {source.weight:g}, but only training sources have weights; leave it out"
+    if choices and source.loss != SourceLoss():
+        yield "loss", "given, but choices are scored and not trained on; leave it out"
+    if not source.loss.ce and not source.loss.kd and not choices:
+        yield "loss", "found ce: 0 and kd: 0, so these rows count for nothing; leave the source out"
     if source.seed is not None and source.limit is None:
         yield "seed", "set without limit; it is the seed of the sample that limit takes; set limit, or leave it out"
     if source.chat_template and row_format.template != "optional":

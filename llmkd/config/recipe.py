@@ -128,6 +128,12 @@ class Loss:
         gt=0,
         description="T: both models' logits are divided by T before the divergence is computed; the divergence is then multiplied by T^2.",
     )
+    normalize: Literal["targets", "weights"] = fixed(
+        "targets",
+        description="What the loss is divided by where sources have other weights than 1. targets: the number of targets of the optimizer step. weights: "
+        "each of the two terms by the sum of its own weights (of their absolute values), so that a term that few targets carry keeps its share of "
+        "the loss.",
+    )
     chunk_size: Count | None = changeable(
         None,
         description="Targets whose logits are computed at a time. It changes memory and speed, not the result. Default on a GPU: 2048, or down to "
@@ -295,6 +301,7 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
     if loss.kd_ratio and recipe.teacher is None:
         yield ("loss.kd_ratio", "teacher"), f"found {loss.kd_ratio:g} without a teacher; give teacher.model, or set it to 0"
     yield from _loss_contradictions(loss)
+    yield from _weight_contradictions(recipe)
     if optim.warmup_steps is not None and optim.warmup_ratio is not None:
         yield ("optim.warmup_ratio", "optim.warmup_steps"), "given together with optim.warmup_steps; keep one of them"
     if train.epochs is not None and train.max_steps is not None:
@@ -379,6 +386,27 @@ def _student_contradictions(student: Student) -> Iterator[tuple[tuple[str, ...],
             ("student.dtype", "student.method"),
             "found float16 with method: full; float16 weights cannot be trained; use float32 with mixed_precision: bf16",
         )
+
+
+def _weight_contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Weights of sources that leave nothing to train on or to measure."""
+    data, ratio = recipe.data, recipe.loss.kd_ratio
+    ratio = (0.5 if recipe.teacher else 0.0) if ratio is None else ratio
+    train, held_out = (
+        with_setting_names(value, setting) for setting, value in (("data.train", data.train), ("data.validation", data.validation))
+    )
+    for path, source in train:
+        for name, alone in (("ce", 1 - ratio), ("kd", ratio)):
+            if not getattr(source.loss, name) and alone == 1:
+                fix = f"set {name} to another number, loss.kd_ratio to one between 0 and 1, or leave the source out"
+                yield (f"{path}.loss.{name}", "loss.kd_ratio"), f"found 0 with loss.kd_ratio {ratio:g}, so these rows teach nothing; {fix}"
+    where = held_out or (train if data.validation_fraction else [])
+    best_by = recipe.checkpoint.best_by
+    for name, needed in (("ce", "cross-entropy is measured on them"), ("kd", f"checkpoint.best_by is {best_by}")):
+        if where and all(getattr(source.loss, name) <= 0 for _, source in where) and (name == "ce" or best_by not in (None, "ce")):
+            paths = (f"{where[0][0]}.loss.{name}", *(("checkpoint.best_by",) if name == "kd" else ()))
+            fix = "add held-out rows with labels that count" if name == "ce" else "use best_by: ce"
+            yield paths, f"found {getattr(where[0][1].loss, name):g}, and no held-out rows have a weight above 0 there, but {needed}; {fix}"
 
 
 def _loss_contradictions(loss: Loss) -> Iterator[tuple[tuple[str, ...], str]]:

@@ -24,6 +24,8 @@ class Step:
     """One optimizer step. A source that takes its batches from no examples leaves out all but the first two.
 
     num_targets     over all ranks, if known before the batches are built; None: the loop counts them in the finished micro-batches
+    weighted        if num_targets is known: by the part of the loss whose targets are weighted (`Batch.weights`), over all ranks the sum of
+                    its absolute weights, and the number of those that are not 0
     data, places    the examples that the numbers below index, and where each was read
     examples        those of all ranks
     micro_batches   this rank's part of them; a list may be empty, and all ranks have equally many
@@ -32,6 +34,7 @@ class Step:
     number: int  # from 1
     epoch: int  # from 0
     num_targets: int | None = None
+    weighted: dict[str, tuple[float, int]] = field(default_factory=dict)
     examples: list[int] = field(default_factory=list)
     micro_batches: list[list[int]] = field(default_factory=list)
     data: Examples | None = field(default=None, compare=False, repr=False)
@@ -169,7 +172,8 @@ class PlannedSource(ExampleSource):
     def schedule(self, done: int = 0) -> Iterator[Step]:
         for number, epoch, examples in self.plan.steps(done):
             num_targets, split = int(self._num_targets[examples].sum()), self.split(examples, self._max_lengths)
-            yield Step(number, epoch, num_targets, examples, split, self.examples, self.places)
+            weighted = self.examples.weighted(examples, self._num_targets)
+            yield Step(number, epoch, num_targets, weighted, examples, split, self.examples, self.places)
 
     def max_lengths(self, step: Step) -> np.ndarray:
         return self._max_lengths

@@ -17,6 +17,7 @@ def collate(data: Examples, indices: list[int], pad: int, packing: bool = False,
     Position t of the input predicts token t + 1, so an input ends before its last supervised token. No attention mask is needed, since
     a causal model never attends to padding on the right. With `packing` the examples are one row, one after another; with `share` a
     prefix that several of them share is in that row once. A teacher view of its own has the same labels, at other positions.
+    Every target has its example's weights.
     """
     student = build_view(data, indices, pad, packing, share)
     teacher = student if data.teacher_view is None else build_view(data.teacher_view, indices, pad, packing, share)
@@ -24,7 +25,8 @@ def collate(data: Examples, indices: list[int], pad: int, packing: bool = False,
     known = tuple(Example(data.content_hash(i), len(y), int(data.teacher_index[i])) for i, y in zip(indices, labels, strict=True))
     labels_N = np.concatenate([_NONE, *labels])
     example_N = np.repeat(np.array(indices, np.int64), [len(y) for y in labels])
-    return Batch(torch.from_numpy(labels_N), torch.from_numpy(example_N), student, teacher, known)
+    weights = {name: torch.from_numpy(w_E[example_N]) for name, w_E in data.weights.items()}
+    return Batch(torch.from_numpy(labels_N), torch.from_numpy(example_N), student, teacher, known, weights)
 
 
 def build_view(data: Examples, indices: list[int], pad: int, packing: bool, share: bool) -> View:

@@ -105,6 +105,7 @@ def encode_sources(
     for (name, source), read in zip(with_setting_names(sources, setting), rows, strict=True):
         examples = load_or_encode(read, source, data, tokenizer, name)
         examples.teacher_index[:] = teacher_index(source, teachers)
+        examples.weigh(dataclasses.asdict(source.loss))
         origin = read.origin | {"used": len(set(examples.row.tolist()))}
         out.append(Dataset(f"{name} ({source.path})", examples, [read.places[i] for i in examples.row], [origin]))
     return out
@@ -176,6 +177,16 @@ def refuse_empty_sources(train: Examples, data: Data) -> None:
             raise UserError(f"{setting}.weight: {source.weight:g} of {count} examples is none; raise it, or leave the source out")
 
 
+def refuse_uncounted(held_out: Examples, best_by: str | None) -> None:
+    """UserError where the held-out examples that were drawn from the training rows have no weight in a metric that is needed."""
+    for name, needed in (("ce", "cross-entropy is measured on them"), ("kd", f"checkpoint.best_by is {best_by}")):
+        if not (held_out.weight(name) > 0).any() and (name == "ce" or best_by not in (None, "ce")):
+            raise UserError(
+                f"data.validation_fraction: none of the rows that it holds out has a loss.{name} above 0, but {needed}; raise it, or give "
+                "data.validation"
+            )
+
+
 def refuse_too_few_positions(data: Data, configs: dict[str, dict]) -> None:
     """UserError where data.max_length exceeds a model's positions. `configs`: each setting's model configuration."""
     for setting, config in configs.items():
@@ -213,9 +224,19 @@ def report_examples(data: Dataset) -> None:
     info(
         f"{data.name}: {len(examples)} examples, {len(examples.ids)} tokens, {int(examples.loss_mask.sum())} targets"
         + (f", {len(examples.teacher_view.ids)} tokens for the teacher with its context" if examples.teacher_view is not None else "")
+        + "".join(f", {said}" for said in weights_in_words(examples))
         + (f" ({', '.join(dropped)})" if dropped else "")
     )
     report_notes(data)
+
+
+def weights_in_words(examples: Examples) -> list[str]:
+    """For each part of the loss in which examples have another weight than 1: its weights, and the targets that carry it."""
+    counts, said = examples.num_targets, []
+    for name, (_, carriers) in examples.weighted(range(len(examples)), counts).items():
+        values = ", ".join(f"{weight:g}" for weight in np.unique(examples.weights[name]))
+        said.append(f"loss.{name} {values} ({carriers} targets carry it)")
+    return said
 
 
 def report_notes(data: Dataset) -> None:

@@ -1,7 +1,8 @@
 """Examples: token ids, loss masks, and the rows and sources that they came from."""
 
 import hashlib
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
@@ -20,6 +21,7 @@ class Examples:
     source: np.ndarray | None = None  # int64 [examples]: the source that each came from
     teacher_index: np.ndarray | None = None  # int64 [examples]: the index of its teacher, or ALL_TEACHERS
     teacher_view: "Examples | None" = None  # the same examples as the teacher reads them, where its input differs
+    weights: dict[str, np.ndarray] = field(default_factory=dict)  # float32 [examples] by part of the loss, see `Batch.weights`; 1 without
 
     def __post_init__(self):
         if self.source is None:
@@ -57,7 +59,30 @@ class Examples:
         tokens = np.repeat(self.offsets[chosen] - offsets[:-1], lengths) + np.arange(offsets[-1])
         theirs = None if self.teacher_view is None else self.teacher_view.take(chosen)
         of_each = self.row[chosen], {}, self.source[chosen], self.teacher_index[chosen]
-        return Examples(self.ids[tokens], self.loss_mask[tokens], offsets, *of_each, theirs)
+        weights = {name: w_E[chosen] for name, w_E in self.weights.items()}
+        return Examples(self.ids[tokens], self.loss_mask[tokens], offsets, *of_each, theirs, weights)
+
+    def weigh(self, weights: dict[str, float]) -> None:
+        """Set the weights of all examples, by part of the loss."""
+        self.weights = {name: np.full(len(self), weight, np.float32) for name, weight in weights.items() if weight != 1}
+
+    def unweighted(self) -> "Examples":
+        """The same examples with all weights 1."""
+        return replace(self, weights={})
+
+    def weight(self, name: str) -> np.ndarray:
+        """The weight of each example in a part of the loss, float32 [examples]."""
+        return self.weights.get(name, np.ones(len(self), np.float32))
+
+    def weighted(self, chosen: Sequence[int], num_targets: np.ndarray) -> dict[str, tuple[float, int]]:
+        """Of some examples, by each part of the loss in which one has another weight than 1: the sum of the targets' absolute weights, and the
+        number of those that are not 0. `num_targets`: of all examples."""
+        counts, found = num_targets[chosen], {}
+        for name, w_E in self.weights.items():
+            own = w_E[chosen]
+            if (own != 1).any():
+                found[name] = float((np.abs(own.astype(np.float64)) * counts).sum()), int(counts[own != 0].sum())
+        return found
 
     @property
     def num_targets(self) -> np.ndarray:
@@ -98,7 +123,9 @@ def concat(parts: list[Examples], before: list[int], counts: dict[str, int], sou
     theirs = None
     if any(part.teacher_view is not None for part in parts):
         theirs = Examples(*_one_after_another([part.teacher_view or part for part in parts]), *of_each)
-    return Examples(*_one_after_another(parts), *of_each, theirs)
+    names = dict.fromkeys(name for part in parts for name in part.weights)
+    weights = {name: np.concatenate([part.weight(name) for part in parts]) for name in names}
+    return Examples(*_one_after_another(parts), *of_each, theirs, weights)
 
 
 def _one_after_another(parts: list[Examples]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

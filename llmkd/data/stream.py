@@ -8,6 +8,7 @@ The rows of the first pass are hashed in the order in which they are taken: a ru
 that ended the run was taken by no step, so it may be corrected.
 """
 
+import dataclasses
 import functools
 import hashlib
 import itertools
@@ -123,7 +124,8 @@ class StreamSource(ExampleSource):
                 )
             examples = list(range(len(data)))
             split = self.split(examples, data.max_lengths)
-            yield Step(number, taken[0][0], int(data.num_targets.sum()), examples, split, data, places)
+            counts = data.num_targets
+            yield Step(number, taken[0][0], int(counts.sum()), data.weighted(examples, counts), examples, split, data, places)
 
     def rows_from(self, skip: int, digest=None, arrived: Callable[[], None] | None = None) -> Iterator[tuple[int, str, Any]]:
         """(pass, place, get) of the endless stream, from row `skip` on; `arrived` is called there.
@@ -204,5 +206,6 @@ class StreamSource(ExampleSource):
         refuse_without_template(self.source, rows.rows, self.tokenizer, self.setting)
         examples = encode(rows, self.source, self.data, self.tokenizer)
         examples.teacher_index[:] = self.teacher
+        examples.weigh(dataclasses.asdict(self.source.loss))
         self.end_tokens |= end_tokens(examples, self.data, self.tokenizer)
         return examples, [rows.places[i] for i in examples.row]

@@ -155,7 +155,9 @@ def better(setup: Setup) -> Result:
         return not_asked("this teacher does not give the labels' probabilities")
     evaluator = Evaluator(setup.accelerator, setup.prepared.tokenizer.eos_token_id, setup.small.validation.micro_batch_size)
     found = evaluator.validate([setup.student], setup.teacher, setup.prepared.train)[0]
-    ours, theirs, targets = found.sums["ce"], found.sums["teacher_ce"], found.targets
+    (ours, targets), (theirs, _) = found.counting("ce"), found.counting("teacher_ce")
+    if not len(targets):
+        return not_asked("no training rows have a weight above 0 in the cross-entropy (data.train.loss.ce)")
     values = found.metrics()
     gain = (ours - theirs).sum() / targets.sum()
     residual = (ours - theirs) - gain * targets

@@ -104,11 +104,11 @@ class Setup:
         """The format of each source."""
         return [source.format for source in as_tuple(self.small.data.train)]
 
-    def batch(self, indices: list[int] | None = None, packing: bool = False) -> Batch:
-        """Some of the few examples, or all of them, as a batch on the student's device."""
+    def batch(self, indices: list[int] | None = None, packing: bool = False, weighted: bool = False) -> Batch:
+        """Some of the few examples, or all of them, as a batch on the student's device; all targets alike, or with their sources' weights."""
         indices = list(range(len(self.few))) if indices is None else indices
         pad, share = self.prepared.tokenizer.eos_token_id, packing and self.small.data.share_prefixes
-        return collate(self.few, indices, pad, packing, share).to(self.device)
+        return collate(self.few if weighted else self.few.unweighted(), indices, pad, packing, share).to(self.device)
 
     def sample(self, batch: Batch) -> Tensor:
         """The first MOST_TARGETS targets of each example, as indices into the batch's targets [n]."""

@@ -11,6 +11,7 @@ from ..data.batch_source import Step
 from ..data.batching import make_micro_batches
 from ..models.families import beside_text
 from ..training.loop import StudentState, accumulate_gradients, optimizer_step, unscale_and_norm_
+from ..training.step_result import TargetCounts
 from . import plain, two_processes
 from .check import BUG, Check, Result, failed, not_asked, passed, short, warned
 from .setup import Setup
@@ -18,10 +19,10 @@ from .setup import Setup
 
 def gradients(setup: Setup, micro_batches: list[Batch], accelerator=None, state: StudentState | None = None) -> dict[str, Tensor]:
     """The gradient of a step over all few examples, as the loop computes it, by parameter; on the CPU."""
-    accelerator, state, targets = accelerator or setup.accelerator, state or setup.state, int(setup.few.num_targets.sum())
+    accelerator, state, counts = accelerator or setup.accelerator, state or setup.state, TargetCounts(int(setup.few.num_targets.sum()))
     with setup.as_trained():
         teacher = setup.teacher if setup.distils else None
-        found = accumulate_gradients(0, Step(1, 0, targets), targets, {0: state}, teacher, accelerator, micro_batches)
+        found = accumulate_gradients(0, Step(1, 0, counts.targets), counts, {0: state}, teacher, accelerator, micro_batches)
         unscale_and_norm_(state, 1 / found.scale)
     return _taken(setup)
 
@@ -53,8 +54,8 @@ def splits(setup: Setup) -> Result:
     n = len(setup.few)
     if n < 2:
         return not_asked("there is one example only, which cannot be split")
-    whole = gradients(setup, [setup.batch()])
-    apart = gap(whole, gradients(setup, [setup.batch([i]) for i in range(n)]))
+    whole = gradients(setup, [setup.batch(weighted=True)])
+    apart = gap(whole, gradients(setup, [setup.batch([i], weighted=True) for i in range(n)]))
     expected = _plain_gradients(setup)
     found = f"one micro-batch of {n} examples and {n} of one: gradients differ by {short(apart)} of their size"
     against = None if expected is None else gap(expected, whole)
@@ -73,19 +74,23 @@ def _plain_gradients(setup: Setup) -> dict[str, Tensor] | None:
     try:
         with setup.as_trained():
             for i in range(len(setup.few)):
-                batch = setup.batch([i])
+                batch = setup.batch([i], weighted=True)
                 signal = setup.signal(batch)
                 logits_NV = setup.student.head.logits(setup.student.hidden(batch.student)).double()
                 ratio = loss.kd_ratio if signal is not None else 0.0
-                total = (1 - ratio) * plain.cross_entropy(logits_NV, batch.labels_N).sum()
+                total = (1 - ratio) * _weighted_sum(plain.cross_entropy(logits_NV, batch.labels_N), batch.weights.get("ce"))
                 if ratio:
                     kd = plain.distance(logits_NV, signal, loss.divergence, loss.divergence_options, loss.temperature)
-                    total = total + ratio * kd.sum()
+                    total = total + ratio * _weighted_sum(kd, batch.weights.get("kd"))
                 (total / targets).backward()
     except TypeError:
         _taken(setup)
         return None
     return _taken(setup)
+
+
+def _weighted_sum(term_N: Tensor, weight_N: Tensor | None) -> Tensor:
+    return term_N.sum() if weight_N is None else (term_N * weight_N)[weight_N != 0].sum()
 
 
 def ranks(setup: Setup) -> Result:
@@ -97,8 +102,11 @@ def ranks(setup: Setup) -> Result:
     dealt = [make_micro_batches(list(range(n)), setup.few.max_lengths, size, rank, 2) for rank in range(2)]
     if sorted(i for one in dealt for micro in one for i in micro) != list(range(n)):
         return failed(f"of {n} examples two ranks get {dealt}", "some would be trained on twice, or never: " + BUG)
-    one = gradients(setup, [setup.batch()])
-    each = [gradients(setup, [setup.batch(i) for i in dealt[rank]], two_processes.Rank(setup.device, rank, 2)) for rank in range(2)]
+    one = gradients(setup, [setup.batch(weighted=True)])
+    each = [
+        gradients(setup, [setup.batch(i, weighted=True) for i in dealt[rank]], two_processes.Rank(setup.device, rank, 2))
+        for rank in range(2)
+    ]
     mean = {name: sum(part.get(name, torch.zeros_like(one[name])) for part in each) / 2 for name in one}
     apart = gap(one, mean)
     found = f"the mean of two ranks' gradients differs from one process's by {short(apart)} of its size"

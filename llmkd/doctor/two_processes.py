@@ -71,7 +71,7 @@ def run_rank(setup: Setup, rank: int, micro_batches: list[list[int]], step) -> N
         with warnings.catch_warnings(action="ignore"):  # the name of the first option is a new one in torch 2.13; as in training/launch.py
             module = nn.parallel.DistributedDataParallel(setup.distiller, broadcast_buffers=False, find_unused_parameters=idle)
         state = dataclasses.replace(setup.state, distiller=module)
-        found = step(setup, [setup.batch(one) for one in micro_batches], Rank(setup.device, rank, 2), state)
+        found = step(setup, [setup.batch(one, weighted=True) for one in micro_batches], Rank(setup.device, rank, 2), state)
         if rank == 0:
             torch.save(found, setup.folder / "gradients")
         torch.distributed.barrier()

@@ -12,13 +12,14 @@ rows, with buffers of their own that stay in a CPU's cache.
 import functools
 import importlib.util
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from ..batch import Rows
+from ..batch import Rows, zeros_of
 from ..console import info, warn
 from ..errors import ArgumentError, brief
 from ..head import Head
@@ -43,45 +44,104 @@ def _of(table: dict[str, int], device: str) -> int:
 
 
 def fused_loss(
-    hidden_NH: Tensor, head: Head, labels_N: Tensor, objective: Objective, signal: Signal | None = None, chunk: int | None = None
+    hidden_NH: Tensor,
+    head: Head,
+    labels_N: Tensor,
+    objective: Objective,
+    signal: Signal | None = None,
+    chunk: int | None = None,
+    weights: dict[str, Tensor] | None = None,
+    zeros: dict[tuple[str, ...], Rows] | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """The sum of the weighted loss over all rows (differentiable), and each term per row, [N] and detached.
 
     hidden_NH   the student's last hidden states at the supervised positions
     chunk       rows per chunk; it changes memory and speed, never the result
+    weights     of a term at each row, [N] by its name; 1 where it has none. The terms that are returned are times their weights, and 0 where
+                the weight is, whatever the term is there. Rows with no weight are not computed, and rows without one for "kd" not by the teacher
+    zeros       the rows by the terms whose weight is 0 there (`Batch.zeros`), if they are known: finding them waits for the device
 
     Arguments are not checked here: see `llmkd.fused_loss`.
     """
     chunk = chunk or default_chunk(head.vocab, hidden_NH.device.type)
-    weights = head.trainable()
-    train = torch.is_grad_enabled() and (hidden_NH.requires_grad or bool(weights))
-    names = ("ce", "kd") if signal is not None else ("ce",)
-    total, *rows = _Fused.apply(hidden_NH, head, labels_N, objective, signal, chunk, train, *weights)
-    return total, dict(zip(names, rows, strict=True))
+    trained = head.trainable()
+    train = torch.is_grad_enabled() and (hidden_NH.requires_grad or bool(trained))
+    shares = objective.shares(signal is not None)
+    weights = {name: w_N for name, w_N in (weights or {}).items() if name in shares}
+    parts = [_Part(slice(0, len(hidden_NH)), signal)]
+    if weights:
+        parts = list(_parts(len(hidden_NH), shares, signal, weights, zeros_of(weights) if zeros is None else zeros))
+    total, *rows = _Fused.apply(hidden_NH, head, labels_N, objective, shares, parts, chunk, train, *trained)
+    return total, dict(zip(shares, rows, strict=True))
+
+
+@dataclass(frozen=True)
+class _Part:
+    """Rows that are computed in the same way: with a teacher or without, and with the weights of its terms [n] by name."""
+
+    rows: Rows
+    signal: Signal | None
+    weights: dict[str, Tensor] = field(default_factory=dict)
+
+    def chunks(self, size: int) -> Iterator[tuple[Rows, dict[str, Tensor]]]:
+        """At most `size` rows at a time, each with their weights."""
+        n = _count(self.rows)
+        for start in range(0, n, size):
+            part = slice(start, min(start + size, n))
+            yield _within(self.rows, part), {name: w_n[part] for name, w_n in self.weights.items()}
+
+
+def _parts(
+    N: int, shares: dict[str, float], signal: Signal | None, weights: dict[str, Tensor], zeros: dict[tuple[str, ...], Rows]
+) -> Iterator[_Part]:
+    """The rows that have a weight, with a teacher where that of "kd" is not 0."""
+    with_kd, without_kd = [], []
+    for without, rows in zeros.items() if zeros else [((), slice(0, N))]:
+        carried = set(shares) - set(without)
+        if carried:
+            (with_kd if "kd" in carried else without_kd).append(rows)
+    device = next(iter(weights.values())).device
+    for groups, teacher, names in ((with_kd, signal, ("ce", "kd")), (without_kd, None, ("ce",))):
+        if groups:
+            whole = sum(map(_count, groups)) == N
+            rows = slice(0, N) if whole else groups[0] if len(groups) == 1 else torch.cat([_indices(one, device) for one in groups])
+            yield _Part(rows, teacher, {name: weights[name][rows] for name in names if name in weights})
+
+
+def _count(rows: Rows) -> int:
+    return rows.stop - rows.start if isinstance(rows, slice) else len(rows)
+
+
+def _within(rows: Rows, part: slice) -> Rows:
+    """A part of some rows."""
+    return slice(rows.start + part.start, rows.start + part.stop) if isinstance(rows, slice) else rows[part]
+
+
+def _indices(rows: Rows, device: torch.device) -> Tensor:
+    return torch.arange(rows.start, rows.stop, device=device) if isinstance(rows, slice) else rows
 
 
 class _Fused(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_NH, head, labels_N, objective, signal, chunk, train, *weights):
+    def forward(ctx, hidden_NH, head, labels_N, objective, shares, parts, chunk, train, *trained):
         needs_hidden = train and hidden_NH.requires_grad
-        weights = weights if train else ()
+        trained = trained if train else ()
         grad_hidden = torch.zeros_like(hidden_NH) if needs_hidden else None
-        grad_weights = [torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)) for w in weights]
+        grad_weights = [torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)) for w in trained]
         total, pieces = hidden_NH.new_zeros((), dtype=torch.promote_types(hidden_NH.dtype, torch.float32)), []
         tiles = _Tiles(head.vocab, hidden_NH.device)
         with torch.autocast(hidden_NH.device.type, enabled=False):
-            for start in range(0, hidden_NH.shape[0], chunk):
-                rows = slice(start, min(start + chunk, hidden_NH.shape[0]))
-                student = (_Product if head.is_affine else _Module)(head, hidden_NH[rows].detach(), tiles, needs_hidden, weights)
-                terms = _loss_and_grad(objective, student, labels_N[rows], signal, rows, tiles, train)
-                if train:
-                    student.backward(grad_hidden[rows] if needs_hidden else None, grad_weights)
-                total += objective.combine(terms).sum()
-                pieces.append(list(terms.values()))
-        ctx.grads, ctx.dtypes = (grad_hidden, grad_weights), [w.dtype for w in weights]
-        rows_N = [torch.cat(column) for column in zip(*pieces, strict=True)] or [
-            total.new_zeros(0) for _ in range(1 if signal is None else 2)
-        ]
+            for part in parts:
+                for rows, weights in part.chunks(chunk):
+                    student = (_Product if head.is_affine else _Module)(head, hidden_NH[rows].detach(), tiles, needs_hidden, trained)
+                    terms = _loss_and_grad(objective, student, labels_N[rows], part.signal, rows, tiles, train, shares, weights)
+                    if train:
+                        _back_to(grad_hidden, rows, student, grad_weights)
+                    terms = {name: weighted(term, weights.get(name)) for name, term in terms.items()}
+                    total += _sum(objective.combine(terms, shares))
+                    pieces.append((rows, terms))
+        ctx.grads, ctx.dtypes = (grad_hidden, grad_weights), [w.dtype for w in trained]
+        rows_N = [_joined(pieces, name, len(hidden_NH), total) for name in shares]
         ctx.mark_non_differentiable(*rows_N)
         return total, *rows_N
 
@@ -92,13 +152,51 @@ class _Fused(torch.autograd.Function):
         if grad_hidden is not None:  # scaled in float32: a bfloat16 scale would be wrong by up to 0.4 %
             grad_hidden = (grad_hidden.to(scale.dtype) * scale).to(grad_hidden.dtype)
         grads = [(g * scale).to(dtype) for g, dtype in zip(grad_weights, ctx.dtypes, strict=True)]
-        return grad_hidden, None, None, None, None, None, None, *grads
+        return grad_hidden, None, None, None, None, None, None, None, *grads
+
+
+def weighted(term_n: Tensor, weight_n: Tensor | None) -> Tensor:
+    """A term times its weight at each row, and 0 where the weight is 0, also if the term is not finite there."""
+    return term_n if weight_n is None else torch.where(weight_n == 0, 0.0, weight_n * term_n)
+
+
+def _sum(loss_n: Tensor | int) -> Tensor | int:
+    return loss_n.sum() if isinstance(loss_n, Tensor) else loss_n
+
+
+def _back_to(grad_hidden: Tensor | None, rows: Rows, student: "_Product | _Module", grad_weights: list[Tensor]) -> None:
+    """The backward pass of a chunk: into its rows of `grad_hidden`, and added to the weights' gradients."""
+    if grad_hidden is None or isinstance(rows, slice):
+        student.backward(None if grad_hidden is None else grad_hidden[rows], grad_weights)
+    else:
+        own = grad_hidden.new_empty(len(rows), grad_hidden.shape[1])
+        student.backward(own, grad_weights)
+        grad_hidden.index_copy_(0, rows, own)
+
+
+def _joined(pieces: list[tuple[Rows, dict[str, Tensor]]], name: str, N: int, like: Tensor) -> Tensor:
+    """A term at all rows, 0 where it was not computed."""
+    found = [(rows, terms[name]) for rows, terms in pieces if name in terms]
+    if found and all(isinstance(rows, slice) for rows, _ in found) and sum(len(term) for _, term in found) == N:
+        return torch.cat([term for _, term in sorted(found, key=lambda one: one[0].start)])
+    out = like.new_zeros(N, dtype=found[0][1].dtype if found else like.dtype)
+    for rows, term in found:
+        out[rows] = term
+    return out
 
 
 def _loss_and_grad(
-    objective: Objective, student: "_Product | _Module", labels_n: Tensor, signal: Signal | None, rows: slice, tiles: "_Tiles", train: bool
+    objective: Objective,
+    student: "_Product | _Module",
+    labels_n: Tensor,
+    signal: Signal | None,
+    rows: Rows,
+    tiles: "_Tiles",
+    train: bool,
+    shares: dict[str, float],
+    weights: dict[str, Tensor],
 ) -> dict[str, Tensor]:
-    """The terms of one chunk of rows. With `train`, the gradient is written over the student's logits."""
+    """The unweighted terms of one chunk of rows. With `train`, the gradient is written over the student's logits."""
     kernel, how = _choose_backend(objective, student, signal)
     if train:
         log_backend(how)
@@ -108,7 +206,7 @@ def _loss_and_grad(
     if log_p_nV is not None and log_p_nV.shape != student.logits_nV.shape:
         raise ArgumentError(f"signal: {_found_probs(signal, log_p_nV)}, expected {tuple(student.logits_nV.shape)}")
     if kernel:
-        return kernel(objective, student.logits_nV, labels_n, grad_nV, log_p_nV)
+        return kernel(objective, student.logits_nV, labels_n, grad_nV, log_p_nV, shares, weights)
     block = max(1, _block_bytes(labels_n.device.type) // (4 * tiles.vocab))
     if signal is not None and log_p_nV is None:
         block = max(block, 128)  # its divergence may need a matrix product, which is slow for few rows
@@ -118,10 +216,11 @@ def _loss_and_grad(
         log_p = None if log_p_nV is None else log_p_nV[part].to(student.logits_nV.dtype)
         of_signal = None
         if signal is not None and log_p is None:
-            of_signal = _divergence_of(signal, objective, slice(rows.start + part.start, rows.start + part.stop))
+            of_signal = _divergence_of(signal, objective, _within(rows, part))
         tile = tiles.of("block", part.stop - part.start, min(block, n), student.logits_nV.dtype)
         grad = None if grad_nV is None else grad_nV[part]
-        pieces.append(objective.loss_and_grad(student.logits_nV[part], labels_n[part], tile, grad, log_p, of_signal))
+        own = {name: w_n[part] for name, w_n in weights.items()}
+        pieces.append(objective.loss_and_grad(student.logits_nV[part], labels_n[part], tile, grad, log_p, of_signal, shares, own))
     return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
 
 
@@ -201,7 +300,7 @@ class _Tiles:
         self.vocab, self.device, self.held = vocab, device, {}
 
     def __call__(self, name: str, n: int, dtype: torch.dtype, rows: int = 0) -> Tensor:
-        if name not in self.held:
+        if name not in self.held or len(self.held[name]) < n:
             self.held[name] = torch.empty(max(rows, n), self.vocab, dtype=dtype, device=self.device)
         return self.held[name][:n]
 

@@ -33,13 +33,21 @@ def kind(objective: Objective) -> tuple[int, float] | None:
 
 
 def loss_and_grad(
-    objective: Objective, logits_nV: Tensor, labels_n: Tensor, grad_nV: Tensor | None, teacher_nV: Tensor | None
+    objective: Objective,
+    logits_nV: Tensor,
+    labels_n: Tensor,
+    grad_nV: Tensor | None,
+    teacher_nV: Tensor | None,
+    shares: dict[str, float] | None = None,
+    weights: dict[str, Tensor] | None = None,
 ) -> dict[str, Tensor]:
     """As `Objective.loss_and_grad`, but of both models' raw logits, the student's in float32; `grad_nV` may share their memory, row by row."""
     n, V = logits_nV.shape
     ce_n, kd_n = (torch.empty(n, dtype=torch.float32, device=logits_nV.device) for _ in range(2))
     which, share = kind(objective) if teacher_nV is not None else (NONE, 0.0)
-    ratio, T = (objective.kd_ratio if which else 0.0), objective.temperature
+    shares = {"kd": 0.0} | (shares or objective.shares(which != NONE))
+    by_row = {name: w_n.float().contiguous() for name, w_n in (weights or {}).items()}
+    T = objective.temperature
     teacher_nV = logits_nV if teacher_nV is None else teacher_nV.float()
     written_nV = logits_nV if grad_nV is None else grad_nV
     block = min(4096, triton.next_power_of_2(V))
@@ -55,8 +63,10 @@ def loss_and_grad(
             logits_nV.stride(0),
             teacher_nV.stride(0),
             written_nV.stride(0),
-            1.0 - ratio,
-            ratio,
+            by_row.get("ce", ce_n),
+            by_row.get("kd", kd_n),
+            shares["ce"],
+            shares["kd"],
             1.0 / T,
             share,
             KIND=which,
@@ -64,8 +74,10 @@ def loss_and_grad(
             REVERSE=share < 1,
             SOFT=T != 1,
             GRADIENT=grad_nV is not None,
-            HARD=ratio < 1,
-            TAUGHT=ratio > 0,
+            HARD=shares["ce"] != 0,
+            TAUGHT=shares["kd"] != 0,
+            CE_BY_ROW="ce" in by_row,
+            KD_BY_ROW="kd" in by_row,
             BLOCK=block,
             num_warps=8 if block >= 2048 else 4,
         )
@@ -77,12 +89,15 @@ def agrees(device: torch.device) -> bool:
     generator = torch.Generator().manual_seed(0)
     student_nV, teacher_nV = (3 * torch.randn(6, 5001, generator=generator, dtype=torch.float64) for _ in range(2))
     labels_n = torch.arange(6) * 800
-    for name in ("forward_kl", "reverse_kl", "generalized_jsd"):
+    weights = {"ce": torch.tensor([0.0, 1.0, -2.0, 1.0, 0.5, 3.0]), "kd": torch.tensor([1.0, 1.0, 0.5, -1.0, 0.0, 2.0])}
+    for name, given in (("forward_kl", {}), ("reverse_kl", weights), ("generalized_jsd", weights)):
         objective, exact_nV = Objective(0.5, 2.0, make_divergence(name)), torch.empty_like(student_nV)
-        expected = objective.loss_and_grad(student_nV, labels_n, lambda _: torch.empty_like(student_nV), exact_nV, teacher_nV / 2)
+        tile = lambda _: torch.empty_like(student_nV)  # noqa: E731
+        expected = objective.loss_and_grad(student_nV, labels_n, tile, exact_nV, teacher_nV / 2, weights=given)
         logits_nV = student_nV.float().to(device)
         grad_nV = logits_nV.view(torch.bfloat16)[:, : logits_nV.shape[1]]  # over the logits, as in training
-        found = loss_and_grad(objective, logits_nV, labels_n.to(device), grad_nV, teacher_nV.float().to(device))
+        on_device = {term: w_n.to(device) for term, w_n in given.items()}
+        found = loss_and_grad(objective, logits_nV, labels_n.to(device), grad_nV, teacher_nV.float().to(device), weights=on_device)
         if not all(torch.allclose(found[term].cpu().double(), expected[term], rtol=1e-4, atol=1e-5) for term in expected):
             return False
         if (grad_nV.cpu().double() - exact_nV).norm() > 0.01 * exact_nV.norm():
@@ -131,15 +146,20 @@ def _over_mixture(d, share):
 
 @triton.jit
 def rows_kernel(
-    logits, teacher, labels, grad, ce, kd, V, logits_stride, teacher_stride, grad_stride, w_ce, w_kd, inverse_T, share,
+    logits, teacher, labels, grad, ce, kd, V, logits_stride, teacher_stride, grad_stride, ce_weights, kd_weights, w_ce, w_kd,
+    inverse_T, share,
     KIND: tl.constexpr, FORWARD: tl.constexpr, REVERSE: tl.constexpr, SOFT: tl.constexpr, GRADIENT: tl.constexpr,
-    HARD: tl.constexpr, TAUGHT: tl.constexpr, BLOCK: tl.constexpr,
+    HARD: tl.constexpr, TAUGHT: tl.constexpr, CE_BY_ROW: tl.constexpr, KD_BY_ROW: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     row = tl.program_id(0).to(tl.int64)
     z_row, y_row, g_row = logits + row * logits_stride, teacher + row * teacher_stride, grad + row * grad_stride
     label = tl.load(labels + row)
     z_label = tl.load(z_row + label)
     columns = tl.arange(0, BLOCK)
+    if CE_BY_ROW:
+        w_ce *= tl.load(ce_weights + row)
+    if KD_BY_ROW:
+        w_kd *= tl.load(kd_weights + row)
 
     # statistics of the softmaxes: the student's at 1 and at T, the teacher's at T; and the mean log-ratio under the student
     top_z, sum_z, top_q, sum_q, top_p, sum_p, mean = float("-inf"), 0.0, float("-inf"), 0.0, float("-inf"), 0.0, 0.0

@@ -3,7 +3,7 @@
 import math
 import numbers
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -25,13 +25,15 @@ class Objective:
     temperature   T > 0: both models' logits are divided by it in D. The factor T^2 keeps the size of D's gradient, so that
                   kd_ratio means the same at every temperature (Hinton et al. 2015, section 2)
     divergence    a function (log_q [n, E], log_p [n, E]) -> [n]; `llmkd.make_divergence` gives the built-in ones
+    scale         factors of CE and D in one step, see `normalized`
 
-    ArgumentError where one of them is out of range.
+    ArgumentError where one of the first three is out of range.
     """
 
     kd_ratio: float = 0.0
     temperature: float = 1.0
     divergence: Divergence = forward_kl
+    scale: tuple[float, float] = (1.0, 1.0)
 
     def __post_init__(self):
         problems = []
@@ -46,13 +48,19 @@ class Objective:
         if problems:
             raise ArgumentError(*problems)
 
-    def combine(self, terms: dict[str, Tensor]) -> Tensor:
-        """The weighted sum of the terms, row by row. A term of weight 0 is left out, so that an infinite one has no effect."""
-        weights = self._weights("kd" in terms)
-        return sum(weights[name] * term for name, term in terms.items() if weights[name])
+    def combine(self, terms: dict[str, Tensor], shares: dict[str, float] | None = None) -> Tensor:
+        """The sum of the terms by their shares, row by row. A term of share 0 is left out, so that an infinite one has no effect."""
+        shares = shares or self.shares("kd" in terms)
+        return sum(shares[name] * term for name, term in terms.items() if shares[name])
 
-    def _weights(self, has_teacher: bool) -> dict[str, float]:
-        return {"ce": 1 - self.kd_ratio, "kd": self.kd_ratio} if has_teacher else {"ce": 1.0}
+    def shares(self, has_teacher: bool) -> dict[str, float]:
+        """The factor of each term in the loss."""
+        ce, kd = self.scale
+        return {"ce": (1 - self.kd_ratio) * ce, "kd": self.kd_ratio * kd} if has_teacher else {"ce": ce}
+
+    def normalized(self, scale: dict[str, float]) -> "Objective":
+        """The same where each term is multiplied by its `scale`, 1 where it has none: the targets of a step over the sum of the term's weights."""
+        return replace(self, scale=(scale.get("ce", 1.0), scale.get("kd", 1.0)))
 
     def loss_and_grad(
         self,
@@ -62,18 +70,24 @@ class Objective:
         grad_nV: Tensor | None,
         log_p_nV: Tensor | None = None,
         divergence: Callable[[Tensor], Tensor] | None = None,
+        shares: dict[str, float] | None = None,
+        weights: dict[str, Tensor] | None = None,
     ) -> dict[str, Tensor]:
-        """The terms for each row: {"ce": [n]}, and with a teacher "kd": [n], which is T^2 D.
+        """The terms for each row: {"ce": [n]}, and with a teacher "kd": [n], which is T^2 D. They are not weighted; the gradient is.
 
         logits_nV    the student's, float32 or wider; not changed, unless grad_nV shares their memory
         tile         gives reusable [n, V] buffers
         grad_nV      receives the gradient of the weighted loss with respect to the logits; it may share their memory
         log_p_nV     the teacher's log-probabilities at the temperature, if it has a full distribution; need not be normalised
         divergence   for any other teacher: a function from the student's log-probabilities at the temperature to D, [n]
+        shares       of the terms in the loss; by default `shares` of this objective
+        weights      of a term at each row, [n] by its name; 1 where it has none
         """
         T = self.temperature
         has_teacher = log_p_nV is not None or divergence is not None
-        weights = self._weights(has_teacher)
+        shares = shares or self.shares(has_teacher)
+        by_row = {name: shares[name] * w_n.to(logits_nV.dtype)[:, None] for name, w_n in (weights or {}).items()}
+        ce, kd = (by_row.get(name, shares.get(name)) for name in ("ce", "kd"))  # [n, 1], or a number for all rows
         hard = _softmax(logits_nV, tile("q"))
         terms = {"ce": hard.cross_entropy(logits_nV, labels_n)}
         slope = None
@@ -85,30 +99,34 @@ class Objective:
                 value, slope, slope_sum = _compare(closed, soft_nV, soft, log_p_nV, tile)
             else:
                 value, slope, slope_sum = _differentiate(
-                    divergence or self._of(log_p_nV), soft_nV, grad_nV is not None and weights["kd"] > 0
+                    divergence or self._of(log_p_nV), soft_nV, grad_nV is not None and shares["kd"] > 0
                 )
             terms["kd"] = T * T * value
         if grad_nV is None:
             return terms
         # d D / d logits = (slope - q sum slope) / T, and d CE / d logits = q - [label]
         total_nV = hard.probs_nV
-        if slope is None or not weights["kd"]:
-            if weights["ce"] != 1:
-                total_nV.mul_(weights["ce"])
-        else:
-            slope_sum = -self.kd_ratio * T * slope_sum[:, None]
-            if soft is hard:
-                total_nV.mul_(slope_sum.add_(weights["ce"]))
-            elif weights["ce"]:
-                total_nV.mul_(weights["ce"]).add_(soft.probs_nV.mul_(slope_sum))
+        label = labels_n[:, None]
+        if slope is None or not shares["kd"]:
+            total_nV.scatter_add_(-1, label, total_nV.new_full(label.shape, -1.0))
+            if isinstance(ce, Tensor) or ce != 1:
+                torch.mul(total_nV, ce, out=grad_nV)
             else:
-                total_nV = soft.probs_nV.mul_(slope_sum)
-        if weights["ce"]:
-            total_nV.scatter_add_(-1, labels_n[:, None], total_nV.new_full((len(labels_n), 1), -weights["ce"]))
-        if slope is None or not weights["kd"]:
-            grad_nV.copy_(total_nV)
+                grad_nV.copy_(total_nV)
+            return terms
+        slope_sum = -T * kd * slope_sum[:, None]
+        if soft is hard:
+            total_nV.mul_(slope_sum.add_(ce))
+        elif shares["ce"]:
+            total_nV.mul_(ce).add_(soft.probs_nV.mul_(slope_sum))
         else:
-            torch.add(total_nV, slope, alpha=self.kd_ratio * T, out=grad_nV)
+            total_nV = soft.probs_nV.mul_(slope_sum)
+        if shares["ce"]:
+            total_nV.scatter_add_(-1, label, -ce if isinstance(ce, Tensor) else total_nV.new_full(label.shape, -ce))
+        if isinstance(kd, Tensor):
+            torch.addcmul(total_nV, slope, kd, value=T, out=grad_nV)
+        else:
+            torch.add(total_nV, slope, alpha=T * kd, out=grad_nV)
         return terms
 
     def _of(self, log_p_nV: Tensor) -> Callable[[Tensor], Tensor]:

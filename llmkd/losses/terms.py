@@ -1,6 +1,7 @@
 """Terms: the things that a student minimises, each by name, with its weight and, where it has any, its own trainable parameters."""
 
-from collections.abc import Iterable
+import functools
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 
 import torch
@@ -9,7 +10,7 @@ from torch import Tensor, nn
 from ..batch import Batch
 from ..head import Head
 from ..signals import NO_TAPS, Signal, Teacher
-from .fused import default_chunk, fused_loss
+from .fused import default_chunk, fused_loss, weighted
 from .objective import Objective
 
 
@@ -24,7 +25,8 @@ class StudentOutputs:
 
 @dataclass(frozen=True)
 class Loss:
-    """`total` is the weighted loss summed over the batch's targets, to be back-propagated; `rows` each term per target, [N], detached."""
+    """`total` is the loss summed over the batch's targets, to be back-propagated; `rows` each term per target times its weight there
+    (`Batch.weights`), [N], detached, and 0 where that weight is."""
 
     total: Tensor
     rows: dict[str, Tensor]
@@ -41,8 +43,15 @@ class Term(nn.Module):
     student_taps = NO_TAPS  # what it reads inside the student, beside the last hidden states
     teacher_taps = NO_TAPS  # and inside a live teacher, whose signal then has it
 
+    def start_step(self, step: int, scale: dict[str, float]) -> None:
+        """Before each optimizer step: its number, and for each part whose targets are weighted the targets over the sum of its absolute weights."""
+
+    def combiner(self) -> Callable[[dict[str, float]], float]:
+        """`combine` as it is in this step."""
+        return self.combine
+
     def forward(self, student: StudentOutputs, signal: Signal | None, batch: Batch) -> Loss:
-        """The weighted sum over the batch's targets and the unweighted rows, by `names`. A micro-batch may have no targets."""
+        """The sum over the batch's targets, and the rows by `names`. A micro-batch may have no targets."""
         raise NotImplementedError
 
     def combine(self, values: dict[str, float]) -> float:
@@ -70,7 +79,7 @@ class RowTerm(Term):
         raise NotImplementedError
 
     def forward(self, student: StudentOutputs, signal: Signal | None, batch: Batch) -> Loss:
-        rows_N = self.rows(student, signal, batch)
+        rows_N = weighted(self.rows(student, signal, batch), batch.weights.get(self.names[0]))
         return Loss(self.weight * rows_N.sum(), {self.names[0]: rows_N.detach()})
 
     def combine(self, values: dict[str, float]) -> float:
@@ -81,13 +90,14 @@ class HeadTerm(Term):
     """Cross-entropy ("ce") and with a teacher the divergence ("kd"), both from the fused head.
 
     chunk_size   rows of the head at a time; None: as the device does best
+    normalize    targets: the loss is divided by the number of targets; weights: each of the two by the sum of its absolute weights
     """
 
     names = ("ce", "kd")
 
-    def __init__(self, objective: Objective, chunk_size: int | None = None):
+    def __init__(self, objective: Objective, chunk_size: int | None = None, normalize: str = "targets"):
         super().__init__()
-        self.objective, self.chunk_size = objective, chunk_size
+        self.objective, self.chunk_size, self.normalize = objective, chunk_size, normalize
 
     @property
     def needs_teacher(self) -> bool:
@@ -95,11 +105,21 @@ class HeadTerm(Term):
 
     def forward(self, student: StudentOutputs, signal: Signal | None, batch: Batch) -> Loss:
         signal = signal if self.needs_teacher else None  # another student's, where several share a teacher
-        total, rows = fused_loss(student.hidden_NH, student.head, batch.labels_N, self.objective, signal, self.chunk_size)
-        return Loss(total, rows)
+        weights = (batch.weights, batch.zeros) if batch.weights else ()
+        return Loss(*fused_loss(student.hidden_NH, student.head, batch.labels_N, self.objective, signal, self.chunk_size, *weights))
+
+    def start_step(self, step: int, scale: dict[str, float]) -> None:
+        if self.normalize == "weights":
+            self.objective = self.objective.normalized(scale)
+
+    def combiner(self) -> Callable[[dict[str, float]], float]:
+        return functools.partial(self._combine, self.objective)
 
     def combine(self, values: dict[str, float]) -> float:
-        return self.objective.combine({name: values[name] for name in self.names if name in values})
+        return self._combine(self.objective, values)
+
+    def _combine(self, objective: Objective, values: dict[str, float]) -> float:
+        return objective.combine({name: values[name] for name in self.names if name in values})
 
     def explain_nonfinite(self, name: str, batch: Batch, rows: list[int], teacher: Teacher | None) -> str:
         if name != "kd" or teacher is None:

@@ -15,6 +15,8 @@ from .trackers import Trackers
 _BESIDE_TERMS = ("step", "epoch", "lr", "grad_norm", "targets", "targets_per_s", "peak_memory")
 
 
+#: The part of the loss whose weights say how much a held-out example counts in a metric; in the others all count alike.
+WEIGHED_BY = {"ce": "ce", "teacher_ce": "ce", "forward_kl": "kd", "reverse_kl": "kd", "top1_agreement": "kd"}
 #: Seconds after which what was recorded is synced to the disk; a kill loses none of it, a power cut what came after the last time.
 SYNC_EVERY = 1.0
 #: What else a record may hold, by what was measured.
@@ -103,7 +105,12 @@ def _is_record(record: dict) -> bool:
 
 def terms(record: dict) -> dict[str, float]:
     """The loss and its terms in a training step's record, the loss first."""
-    return {"loss": record["loss"]} | {name: value for name, value in record.items() if name not in _BESIDE_TERMS}
+    return {"loss": record["loss"]} | {name: value for name, value in record.items() if name not in _BESIDE_TERMS and not is_count(name)}
+
+
+def is_count(name: str) -> bool:
+    """Whether a metric is a number of targets: of all (targets), or of those that carry a term (NAME_targets)."""
+    return name == "targets" or name.endswith("_targets")
 
 
 def peak_memory() -> int:

@@ -28,9 +28,9 @@ TARGETS = 1024
 
 
 def sample_examples(train: Examples, count: int) -> Examples:
-    """`count` random training examples, the same for every run; of a stream, from its first window."""
+    """`count` random training examples, the same for every run; of a stream, from its first window. All count alike."""
     chosen = random.Random("gate").sample(range(len(train)), min(count, len(train)))
-    return train.take(np.array(sorted(chosen), np.int64))
+    return train.take(np.array(sorted(chosen), np.int64)).unweighted()
 
 
 def sample_teacher_batches(train: Examples, teacher: int, size: int, pad: int, device) -> list[Batch]:

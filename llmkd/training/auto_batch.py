@@ -108,7 +108,7 @@ class AutoBatchSize:
 
     def _fits(self, examples: list[int]) -> bool:
         try:
-            batch = self.source.collator(self.source.examples, examples)
+            batch = self.source.collator(self.source.examples.unweighted(), examples)  # rows without a weight would take less
             forward_backward(
                 batch, dict(enumerate(self.students)), self.teacher, 0, 1 / max(1, batch.num_targets), self.accelerator, sync=False
             )

@@ -190,7 +190,7 @@ def build_student(
 def build_terms(loss: Loss, chunk_size: int | None = None) -> list[Term]:
     """The terms of the loss. `chunk_size`: rows of the head at a time, if `loss` does not set it."""
     divergence = make_divergence(loss.divergence, **loss.divergence_options)
-    return [HeadTerm(Objective(loss.kd_ratio, loss.temperature, divergence), loss.chunk_size or chunk_size)]
+    return [HeadTerm(Objective(loss.kd_ratio, loss.temperature, divergence), loss.chunk_size or chunk_size, loss.normalize)]
 
 
 def schedule(optim: Optim, total: int) -> Callable[[int], float]:

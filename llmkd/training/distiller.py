@@ -2,7 +2,7 @@
 
 import functools
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 from torch import nn
 
@@ -49,7 +49,16 @@ class Distiller(nn.Module):
 
     def combine(self, values: dict[str, float]) -> float:
         """The loss from the terms' values by name: means over targets, say."""
-        return functools.reduce(operator.add, (term.combine(values) for term in self.terms.values()))
+        return _total([term.combine for term in self.terms.values()], values)
+
+    def start_step(self, step: int, scale: dict[str, float]) -> None:
+        """Before each optimizer step, see `Term.start_step`."""
+        for term in self.terms.values():
+            term.start_step(step, scale)
+
+    def combiner(self) -> Callable[[dict[str, float]], float]:
+        """`combine` as it is in this step, for its metrics, which are read when the next step has begun."""
+        return functools.partial(_total, [term.combiner() for term in self.terms.values()])
 
     def explain_nonfinite(self, name: str, batch: Batch, rows: list[int], teacher: Teacher | None) -> str:
         """Why the term `name` may not be finite at those targets of a batch; "" where nothing is known."""
@@ -59,3 +68,7 @@ class Distiller(nn.Module):
     def halve_chunks(self, device: str, least: int) -> int:
         """To save memory, let terms that work in chunks of rows take half as many. The new number, or 0."""
         return max(term.halve_chunks(self.student.head.vocab, device, least) for term in self.terms.values())
+
+
+def _total(parts: list[Callable[[dict[str, float]], float]], values: dict[str, float]) -> float:
+    return functools.reduce(operator.add, (part(values) for part in parts))

@@ -12,7 +12,7 @@ import contextlib
 import functools
 import hashlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -23,7 +23,7 @@ from ..data.batch_source import BatchSource, Step
 from ..errors import NonFinite
 from ..signals import Teacher
 from .distiller import Distiller
-from .step_result import Accumulated, StepResult, diagnose_nonfinite
+from .step_result import Accumulated, StepResult, TargetCounts, diagnose_nonfinite
 
 
 @dataclass
@@ -42,6 +42,7 @@ class Progress:
     """The result of a step, by the students' numbers; those that failed earlier are no longer in it.
 
     `terms` are means over the step's targets, {"ce": ..., "kd": ..., ..., "loss": ...}; empty for a step whose metrics were not wanted.
+    Where targets are weighted see `StepResult.read`.
     A student in `failures` met a value that is not finite, in this step or the one before: its weights are as they were before
     that, and it takes no further steps.
     """
@@ -88,8 +89,11 @@ def train(
     active, pending, nonfinite = dict(enumerate(students)), None, {}
     with contextlib.closing(source.steps(done)) as steps:
         for step, micro_batches in steps:
-            num_targets = count_targets(step, micro_batches, accelerator)
-            attempt = functools.partial(accumulate_gradients, source.seed, step, num_targets, active, teacher, accelerator)
+            names = {name for student in active.values() for term in unwrap(student).terms.values() for name in term.names}
+            counts = count_targets(step, micro_batches, accelerator, sorted(names))
+            for student in active.values():
+                unwrap(student).start_step(step.number, counts.scale)
+            attempt = functools.partial(accumulate_gradients, source.seed, step, counts, active, teacher, accelerator)
             accumulated = hooks.retry_on_oom(attempt, step, micro_batches)
             norms = {k: unscale_and_norm_(student, 1 / accumulated.scale) for k, student in active.items()}
             stop = hooks.stop_asked()
@@ -97,7 +101,7 @@ def train(
             nonfinite = result.nonfinite
             for k, student in active.items():
                 optimizer_step(student, step.number, norms[k], nonfinite[k])
-            progress = Progress(step.number, step.epoch, accumulated.num_targets, stop and accelerator.num_processes == 1)
+            progress = Progress(step.number, step.epoch, counts.targets, stop and accelerator.num_processes == 1)
             if pending:
                 read_step_metrics(pending, progress, active, teacher, accelerator)
             if progress.stop or hooks.wants_metrics(step.number) or step.number == source.total_steps:
@@ -113,33 +117,38 @@ def read_step_metrics(
     result: StepResult, progress: Progress, active: dict[int, StudentState], teacher: Teacher | None, accelerator
 ) -> tuple[dict[int, dict[str, float]], dict[int, float]]:
     """Wait for a step's terms and gradient norms. A student with one that is not finite fails: it leaves `active`."""
-    distillers = {k: unwrap(student) for k, student in active.items()}
-    terms, norms, stop = result.read({k: distiller.combine for k, distiller in distillers.items()})
+    terms, norms, stop = result.read(active)
     progress.stop = progress.stop or stop
     for k in terms:
         if not all(map(math.isfinite, (*terms[k].values(), norms[k]))):
-            progress.failures[k] = diagnose_nonfinite(result, k, terms[k], distillers[k].explain_nonfinite, teacher, accelerator)
+            progress.failures[k] = diagnose_nonfinite(result, k, terms[k], unwrap(active[k]).explain_nonfinite, teacher, accelerator)
             del active[k]
     return terms, norms
 
 
-def count_targets(step: Step, micro_batches: list[Batch], accelerator) -> int:
-    """The targets of a step over all micro-batches and ranks, at least 1: what its loss is divided by.
+def count_targets(step: Step, micro_batches: list[Batch], accelerator, names: Sequence[str] = ("ce", "kd")) -> TargetCounts:
+    """The targets of a step over all micro-batches and ranks. `names`: the parts of the loss that may be weighted.
 
-    Where the source knows the number beforehand nothing is counted, and no rank waits for another.
+    Where the source knows the numbers beforehand nothing is counted, and no rank waits for another.
     """
     if step.num_targets is not None:
-        return max(1, step.num_targets)
-    count = sum(micro.num_targets for micro in micro_batches)
+        return TargetCounts(max(1, step.num_targets), step.weighted)
+    counts = [sum(micro.num_targets for micro in micro_batches)]
+    for name in names:
+        given = [(micro.weights.get(name), micro.num_targets) for micro in micro_batches]
+        counts.append(sum(float(w_N.double().abs().sum()) if w_N is not None else n for w_N, n in given))
+        counts.append(sum(int((w_N != 0).sum()) if w_N is not None else n for w_N, n in given))
+        counts.append(sum(w_N is not None for w_N, _ in given))
     if accelerator.num_processes > 1:
-        count = int(accelerator.reduce(torch.tensor(count, device=accelerator.device), "sum"))
-    return max(1, count)
+        counts = accelerator.reduce(torch.tensor(counts, dtype=torch.float64, device=accelerator.device), "sum").tolist()
+    parts = zip(names, counts[1::3], counts[2::3], counts[3::3], strict=True)
+    return TargetCounts(max(1, int(counts[0])), {name: (mass, int(carriers)) for name, mass, carriers, given in parts if given})
 
 
 def accumulate_gradients(
     seed: int,
     step: Step,
-    num_targets: int,
+    counts: TargetCounts,
     active: dict[int, StudentState],
     teacher: Teacher | None,
     accelerator,
@@ -147,6 +156,7 @@ def accumulate_gradients(
 ) -> Accumulated:
     """Forward and backward of every micro-batch of an optimizer step."""
     rank, ranks = accelerator.process_index, accelerator.num_processes
+    num_targets = counts.targets
     scale = 2.0 ** round(math.log2(num_targets))  # divided out later; a power of two is exact, and keeps small float16 gradients in range
     terms: dict[int, list[dict[str, Tensor]]] = {k: [] for k in active}
     for i, micro in enumerate(micro_batches):
@@ -155,7 +165,7 @@ def accumulate_gradients(
         rows = forward_backward(micro, active, teacher, micro_seed, scale * ranks / num_targets, accelerator, last)
         for k in active:
             terms[k].append(rows[k])
-    return Accumulated(micro_batches, num_targets, scale, terms)
+    return Accumulated(micro_batches, counts, scale, terms, {k: unwrap(student).combiner() for k, student in active.items()})
 
 
 def forward_backward(

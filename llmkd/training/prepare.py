@@ -25,6 +25,7 @@ from ..data.dataset import (
     read_data,
     refuse_empty_sources,
     refuse_too_few_positions,
+    refuse_uncounted,
     refuse_unknown_tokens,
     report_examples,
     report_notes,
@@ -118,6 +119,8 @@ def prepare(recipe: Recipe, open_caches: bool = True, layers: tuple[int, ...] | 
     data = encode_data(
         rows, recipe.data, batching(recipe.train, recipe.seed, recipe.data.packing), as_tuple(recipe.teacher), tokenizer, vocab
     )
+    if data.validation is not None:
+        refuse_uncounted(data.validation, recipe.checkpoint.best_by)
     check_caches_cover(recipe.data, models.teachers, tokenizer, data)
     report_end_tokens(data.end_tokens, generation_before(recipe.student, models.student), tokenizer)
     student, layers = with_layers(recipe.student, models.student, data.train, layers)

@@ -1,8 +1,8 @@
 """The result of an optimizer step: sums gathered on the device and read when the host waits for them; the cause of a value that is not finite."""
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Container
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -13,14 +13,32 @@ from ..errors import NonFinite
 from ..signals import Teacher
 
 
+@dataclass(frozen=True)
+class TargetCounts:
+    """The targets of an optimizer step, over all micro-batches and ranks.
+
+    targets    at least 1: what the loss is divided by
+    weighted   by the part of the loss whose targets are weighted: the sum of its absolute weights, and the number of those that are not 0
+    """
+
+    targets: int
+    weighted: dict[str, tuple[float, int]] = field(default_factory=dict)
+
+    @property
+    def scale(self) -> dict[str, float]:
+        """What makes of a sum over `targets` the weighted mean; 1 for a part that no target carries."""
+        return {name: self.targets / mass if mass else 1.0 for name, (mass, _) in self.weighted.items()}
+
+
 @dataclass
 class Accumulated:
     """The forward and backward passes of one optimizer step; the gradients they left are `scale` times too large."""
 
     micro_batches: list[Batch]
-    num_targets: int
+    counts: TargetCounts
     scale: float
-    terms_by_micro_batch: dict[int, list[dict[str, Tensor]]]  # of each student, by micro-batch: each term row by row
+    terms_by_micro_batch: dict[int, list[dict[str, Tensor]]]  # of each student, by micro-batch: each term row by row, times its weight
+    combine: dict[int, Callable[[dict[str, float]], float]]  # of each student: the loss from its terms' sums over the number of targets
 
 
 class StepResult:
@@ -52,21 +70,32 @@ class StepResult:
         else:
             self.values = values
 
-    def read(self, combine: dict[int, Callable[[dict[str, float]], float]]) -> tuple[dict[int, dict[str, float]], dict[int, float], bool]:
-        """For the students in `combine` each term's mean, the loss that `combine[k]` makes of them, and the gradient's norm; whether any rank
-        was asked to stop."""
+    def read(self, active: Container[int]) -> tuple[dict[int, dict[str, float]], dict[int, float], bool]:
+        """For the active students each term's mean, the loss, and the gradient's norm; whether any rank was asked to stop.
+
+        The mean of a term x whose targets have weights w is sum w x / sum |w|, and left out where no target carries it. Where not all do,
+        the number of those that do is NAME_targets.
+        """
         if self.copied:
             self.copied.synchronize()
         values = self.values.tolist()
         every = list(dict.fromkeys(k for k, _ in self.names))
         norms = dict(zip(every, values[len(self.names) + 1 :], strict=True))
-        terms: dict[int, dict[str, float]] = {k: {} for k in every if k in combine}
+        sums: dict[int, dict[str, float]] = {k: {} for k in every if k in active}
         for (k, name), value in zip(self.names, values, strict=False):
-            if k in terms:
-                terms[k][name] = value / self.accumulated.num_targets
-        for k in terms:
-            terms[k]["loss"] = combine[k](terms[k])
-        return terms, {k: norms[k] for k in terms}, values[len(self.names)] > 0
+            if k in sums:
+                sums[k][name] = value
+        return {k: self._means(k, sums[k]) for k in sums}, {k: norms[k] for k in sums}, values[len(self.names)] > 0
+
+    def _means(self, k: int, sums: dict[str, float]) -> dict[str, float]:
+        counts, terms = self.accumulated.counts, {}
+        for name, value in sums.items():
+            mass, carriers = counts.weighted.get(name, (counts.targets, counts.targets))
+            if carriers or not math.isfinite(value):
+                terms[name] = value / (mass or 1)
+            if carriers < counts.targets:
+                terms[f"{name}_targets"] = carriers
+        return terms | {"loss": self.accumulated.combine[k]({name: value / counts.targets for name, value in sums.items()})}
 
 
 def diagnose_nonfinite(

@@ -73,7 +73,10 @@ class StudentRun:
         lines = []
         for i, targets in enumerate(held_out.targets.tolist()):
             sums = {name: float(values[i]) for name, values in held_out.sums.items()}
-            lines.append(json.dumps({"id": i, "hash": data.student_hash(i), "place": places[i], "targets": targets, "sums": sums}) + "\n")
+            line = {"id": i, "hash": data.student_hash(i), "place": places[i], "targets": targets, "sums": sums}
+            if weights := {part: float(w_E[i]) for part, w_E in held_out.weights.items()}:
+                line["weights"] = weights
+            lines.append(json.dumps(line) + "\n")
         content = "".join(lines)
         write_atomic(self.folder.path / "held_out.jsonl", content)
         self.held_out_hash = hashlib.sha256(content.encode()).hexdigest()

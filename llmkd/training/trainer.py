@@ -15,6 +15,7 @@ from ..console import progress_bar, table
 from ..data.examples import Examples
 from ..errors import ChangedFiles, NonFinite, Stopped, UserError
 from ..models.language_model import LanguageModel
+from ..output import metrics
 from ..output.progress import ProgressDisplay
 from ..signals import Teacher
 from ..teachers.fidelity import sample_examples
@@ -140,7 +141,8 @@ class Trainer:
             terms, norm = progress.terms[k], progress.grad_norms[k]
             self.students[k].record.step(progress.step, progress.epoch, terms, rates[k], norm, progress.num_targets, speed)
         if len(self.students) == 1 and going:
-            shown = {name: f"{value:.4f}" for name, value in progress.terms[0].items()} | {"lr": f"{rates[0]:.1e}"}
+            shown = {name: f"{value:.4f}" for name, value in progress.terms[0].items() if not metrics.is_count(name)}
+            shown |= {"lr": f"{rates[0]:.1e}"}
         else:
             losses = [progress.terms[k]["loss"] for k in going] or [math.nan]
             shown = {"students": str(len(going)), "loss": f"{min(losses):.4f} to {max(losses):.4f}"}
@@ -151,7 +153,14 @@ class Trainer:
         learning = any(unwrap(student.state).needs_teacher for student in self.students)
         if not learning or not self.settings.validation.teacher_check:
             return
-        sample = sample_examples(self.prepared.train, self.settings.validation.teacher_check)
+        train = self.prepared.train
+        labelled = train.subset(train.weight("ce") > 0) if "ce" in train.weights else train
+        if not len(labelled):
+            self.display.info(
+                "teacher check: left out, since no training rows have labels that count (loss.ce of their source is not above 0)"
+            )
+            return
+        sample = sample_examples(labelled, self.settings.validation.teacher_check)
         found = [one.metrics() for one in self.measure([one.model for one in self.students], sample, "teacher check", 0)]
         for student, values in zip(self.students if self.main else (), found, strict=False):
             student.record.write(
@@ -177,7 +186,7 @@ class Trainer:
         for student, held_out in zip(waiting, found, strict=True):
             values = student.record_validation(step, held_out)
             name = f" of {student.folder.path.name}" if len(self.students) > 1 else ""
-            shown = "  ".join(f"{k} {v:.4f}" for k, v in values.items() if k != "targets")
+            shown = "  ".join(f"{k} {v:.4f}" for k, v in values.items() if not metrics.is_count(k))
             self.display.info(f"validation{name} at step {step}: {shown}")
         self.display.speed()  # neither is what samples took
         if self.settings.checkpoint.best_by and step:
@@ -226,7 +235,7 @@ class Trainer:
 
     def print(self, student: StudentRun, output: Path) -> None:
         summary, folder = student.folder.summary(), student.folder.path
-        after = {name: value for name, value in summary["validation"].items() if name != "targets"}
+        after = {name: value for name, value in summary["validation"].items() if not metrics.is_count(name)}
         if after:
             print(table([{"held-out": n, "before": summary["before"].get(n), "after": value} for n, value in after.items()]))
         print(f"{output}  {folder / 'loss.png'}  {folder / 'metrics.jsonl'}")

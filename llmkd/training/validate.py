@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -18,22 +18,40 @@ from ..errors import Stopped
 from ..losses.divergences import forward_kl, reverse_kl
 from ..losses.fused import default_chunk
 from ..models.language_model import LanguageModel
+from ..output.metrics import WEIGHED_BY
 from ..signals import TEACHER_METRICS, Signal, Teacher
 from .shutdown import ShutdownRequest
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Metrics of each held-out example: `sums[name]` [examples] over each example's `targets`, in nats."""
+    """Metrics of each held-out example: `sums[name]` [examples] over each example's `targets`, in nats.
+
+    `weights[part]` [examples]: how much an example counts in the metrics of that part of the loss (`WEIGHED_BY`): 0 where its source's
+    weight is not above 0, and 1 without an entry.
+    """
 
     targets: np.ndarray
     sums: dict[str, np.ndarray]
+    weights: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def counting(self, metric: str) -> tuple[np.ndarray, np.ndarray]:
+        """For the examples that count in a metric: their sums and their targets, both times their weight."""
+        w_E = self.weights.get(WEIGHED_BY.get(metric, ""), np.ones(len(self.targets)))
+        counts = w_E > 0
+        return (self.sums[metric] * w_E)[counts], (self.targets * w_E)[counts]
 
     def metrics(self) -> dict[str, float]:
-        """Means over all targets, with the perplexity and the number of targets."""
-        count = int(self.targets.sum())
-        means = {name: float(values.sum()) / count for name, values in self.sums.items()}
-        return {"ce": means.pop("ce"), "perplexity": math.exp(min(self.sums["ce"].sum() / count, 700))} | means | {"targets": count}
+        """Means over the targets that count, with the perplexity and the number of all targets; PART_targets is the number of those that count
+        in the metrics of a part of the loss, where not all do. A metric in which none counts is left out."""
+        means = {}
+        for name in self.sums:
+            sums, targets = self.counting(name)
+            if len(targets):
+                means[name] = float(sums.sum()) / float(targets.sum())
+        means = {"ce": means["ce"], "perplexity": math.exp(min(means["ce"], 700))} | means
+        fewer = {f"{part}_targets": int(self.targets[w_E > 0].sum()) for part, w_E in self.weights.items() if (w_E <= 0).any()}
+        return means | {"targets": int(self.targets.sum())} | fewer
 
 
 @dataclass(frozen=True)
@@ -65,7 +83,8 @@ class Evaluator:
                     metrics = _metrics(student, hidden_NH[rows], batch.labels_N[rows], signal, rows, names)
                     sums.index_add_(1, batch.example_N[rows], torch.stack([metrics[name].double() for name in names]))
         sums_FE = [self._over_ranks(sums) for sums in sums_FE]
-        return [HeldOut(data.num_targets, dict(zip(names, sums.cpu().numpy(), strict=True))) for sums in sums_FE]
+        weights = {part: np.maximum(w_E.astype(np.float64), 0) for part, w_E in data.weights.items()}
+        return [HeldOut(data.num_targets, dict(zip(names, sums.cpu().numpy(), strict=True)), weights) for sums in sums_FE]
 
     @torch.no_grad()
     def accuracy(self, student: LanguageModel, questions: Questions, progress=iter) -> dict[str, float]:

@@ -178,7 +178,7 @@ def test_kernels_of_a_step():
     view = View({"input_ids": torch.arange(24).reshape(2, 12)}, torch.tensor([3, 4, 5, 6, 15, 16, 17, 18]))
     batch = Batch(torch.arange(8), torch.arange(8) // 4, view, view)
     step, fine = Step(1, 0), torch.zeros(())
-    loop.accumulate_gradients(0, step, 8, {0: student_state}, teacher, one, [batch])
+    loop.accumulate_gradients(0, step, loop.TargetCounts(8), {0: student_state}, teacher, one, [batch])
     loop.optimizer_step(student_state, 1, loop.unscale_and_norm_(student_state, 1.0), fine)
 
     found = {}
@@ -195,9 +195,10 @@ def test_kernels_of_a_step():
     counted("backward", lambda: loss.total.backward())
     norm = counted("clip", lambda: loop.unscale_and_norm_(student_state, 1.0))
     counted("AdamW", lambda: loop.optimizer_step(student_state, 2, norm, fine))
-    counted("figures", lambda: loop.StepResult(step, loop.Accumulated([batch], 8, 8.0, {0: [loss.rows]}), {0: norm}, {0: fine}, False, one))
+    done = loop.Accumulated([batch], loop.TargetCounts(8), 8.0, {0: [loss.rows]}, {0: distiller.combine})
+    counted("figures", lambda: loop.StepResult(step, done, {0: norm}, {0: fine}, False, one))
     found["loss"] = found["loss"] - found["student"]
-    counted("all", lambda: loop.accumulate_gradients(0, step, 8, {0: student_state}, teacher, one, [batch]))
+    counted("all", lambda: loop.accumulate_gradients(0, step, loop.TargetCounts(8), {0: student_state}, teacher, one, [batch]))
     counts = {name: part.total() for name, part in found.items()}
     extra = counts.pop("all") - sum(counts[name] for name in ("teacher", "student", "loss", "backward"))
     assert 0 <= extra <= 2, "the loop multiplies the loss"

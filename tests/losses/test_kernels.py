@@ -52,7 +52,8 @@ def test_compiles_for_a_gpu_that_is_not_here(which, forward, reverse, soft):
     from llmkd.losses import kernels
 
     flags = {"KIND": which, "FORWARD": forward, "REVERSE": reverse, "SOFT": soft, "GRADIENT": True, "HARD": True, "TAUGHT": which > 0}
-    pointers = dict.fromkeys(("logits", "teacher", "ce", "kd"), "*fp32") | {"labels": "*i64", "grad": "*bf16"}
+    flags |= {"CE_BY_ROW": which > 0, "KD_BY_ROW": which > 1}
+    pointers = dict.fromkeys(("logits", "teacher", "ce", "kd", "ce_weights", "kd_weights"), "*fp32") | {"labels": "*i64", "grad": "*bf16"}
     numbers = {"V": "i32"} | dict.fromkeys(("logits_stride", "teacher_stride", "grad_stride"), "i64")
     types = pointers | numbers | dict.fromkeys(("w_ce", "w_kd", "inverse_T", "share"), "fp32")
     signature = {name: types.get(name, "constexpr") for name in kernels.rows_kernel.arg_names}
@@ -66,17 +67,17 @@ def randn(*shape, seed=0):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
 
 
-def pair(name, options, student, teacher, labels, kd_ratio=0.5, temperature=1.0, dtype=torch.float32):
+def pair(name, options, student, teacher, labels, kd_ratio=0.5, temperature=1.0, dtype=torch.float32, **more):
     """Terms and gradient by the kernel, which writes over the logits, and by the PyTorch path in float64."""
     from llmkd.losses import kernels
 
     objective, held = Objective(kd_ratio, temperature, make_divergence(name, **options)), {}
     wide, exact = student.double(), torch.empty_like(student, dtype=torch.float64)
     given = None if teacher is None else teacher.double() / temperature
-    right = objective.loss_and_grad(wide, labels, lambda k: held.setdefault(k, torch.empty_like(wide)), exact, given)
+    right = objective.loss_and_grad(wide, labels, lambda k: held.setdefault(k, torch.empty_like(wide)), exact, given, **more)
     tile = student.clone()
     grad = tile.view(dtype)[:, : tile.shape[1]]
-    return (kernels.loss_and_grad(objective, tile, labels, grad, teacher), grad), (right, exact)
+    return (kernels.loss_and_grad(objective, tile, labels, grad, teacher, **more), grad), (right, exact)
 
 
 def agree(found, right, bound=1e-4, floor=2e-7):
@@ -94,6 +95,17 @@ def agree(found, right, bound=1e-4, floor=2e-7):
 def test_equals_float64(name, options, temperature, n, V, spread):
     student, teacher = spread * randn(n, V), spread * randn(n, V, seed=1) + 5
     agree(*pair(name, options, student, teacher, torch.arange(n) * 5 % V, 0.3, temperature))
+
+
+@inside
+@pytest.mark.parametrize("names", [("ce",), ("kd",), ("ce", "kd")], ids=str)
+@each_kind
+def test_rows_have_weights_of_their_own(name, options, names):
+    every = {"ce": torch.tensor([0.0, 2.0, -1.0, 1e4]), "kd": torch.tensor([1.0, -0.5, 0.0, 300.0])}
+    weights = {term: every[term] for term in names}
+    student, teacher = randn(4, 700), randn(4, 700, seed=1)
+    agree(*pair(name, options, student, teacher, torch.arange(4), 0.3, 2.0, weights=weights))
+    agree(*pair(name, options, student, None, torch.arange(4), 0.3, weights={"ce": every["ce"]}, shares={"ce": 0.7, "kd": 0.3}))
 
 
 @inside
@@ -187,14 +199,16 @@ def test_a_kernel_that_is_wrong_is_found_out_before_it_is_used(monkeypatch):
     cpu, right = torch.device("cpu"), kernels.loss_and_grad
     assert kernels.agrees(cpu)
 
-    def off(objective, logits_nV, labels_n, grad_nV, teacher_nV):
-        terms = right(objective, logits_nV, labels_n, grad_nV, teacher_nV)
+    def off(objective, logits_nV, labels_n, grad_nV, teacher_nV, **weights):
+        terms = right(objective, logits_nV, labels_n, grad_nV, teacher_nV, **weights)
         grad_nV[2] *= 1.1
         return terms
 
     monkeypatch.setattr(kernels, "loss_and_grad", off)
     assert not kernels.agrees(cpu)
-    monkeypatch.setattr(kernels, "loss_and_grad", lambda *args: {name: 1.01 * term for name, term in right(*args).items()})
+    monkeypatch.setattr(kernels, "loss_and_grad", lambda *args, **w: {name: 1.01 * term for name, term in right(*args, **w).items()})
     assert not kernels.agrees(cpu)
+    monkeypatch.setattr(kernels, "loss_and_grad", lambda *args, weights: right(*args))
+    assert not kernels.agrees(cpu), "it looks at the weights of rows too"
     with pytest.raises(RuntimeError, match="does not agree"):
         fused.kernels_run.__wrapped__(cpu)

@@ -313,7 +313,7 @@ def test_what_is_not_finite_before_a_teacher_known_by_samples_is_not_laid_at_its
 
     from llmkd.batch import Batch, View
     from llmkd.data.batch_source import Step
-    from llmkd.training.step_result import Accumulated, diagnose_nonfinite
+    from llmkd.training.step_result import Accumulated, TargetCounts, diagnose_nonfinite
 
     signal = sampled(dense().float(), 5, 2.0)
     count = len(signal.ids_ND)
@@ -321,7 +321,7 @@ def test_what_is_not_finite_before_a_teacher_known_by_samples_is_not_laid_at_its
     batch = Batch(torch.zeros(count, dtype=torch.long), torch.arange(count), view, view)
     ask = type("Teacher", (), {"metrics": ("teacher_ce",), "__call__": lambda self, batch: signal})()
     rows = {"ce": torch.zeros(count), "kd": torch.zeros(count).index_fill(0, torch.tensor([1]), math.inf)}
-    result = SimpleNamespace(step=Step(3, 0), accumulated=Accumulated([batch], count, 1.0, {0: [rows]}))
+    result = SimpleNamespace(step=Step(3, 0), accumulated=Accumulated([batch], TargetCounts(count), 1.0, {0: [rows]}, {}))
     explain = HeadTerm(Objective(0.5, 2.0)).explain_nonfinite
     found = diagnose_nonfinite(result, 0, {"ce": 0.0, "kd": math.inf}, explain, ask, SimpleNamespace(device="cpu", num_processes=1))
     assert (found.step, found.term, found.places) == (3, "kd", ["example 1"])

@@ -12,7 +12,7 @@ from llmkd.data.collate import collate
 from llmkd.training.build import build_student
 from llmkd.training.loop import accumulate_gradients
 from llmkd.training.prepare import prepare
-from llmkd.training.step_result import Accumulated, StepResult
+from llmkd.training.step_result import Accumulated, StepResult, TargetCounts
 from tests.kit.models import load_student
 
 
@@ -42,7 +42,13 @@ def test_masks_differ_by_step_micro_batch_rank_and_seed(parts):
         """Of three equal micro-batches, for each of two students: the first module's masks."""
         seen.clear()
         accumulate_gradients(
-            seed, Step(number, 0), 9, dict(enumerate(states)), None, a_rank(rank, quiet=lambda _: contextlib.nullcontext()), [micro] * 3
+            seed,
+            Step(number, 0),
+            TargetCounts(9),
+            dict(enumerate(states)),
+            None,
+            a_rank(rank, quiet=lambda _: contextlib.nullcontext()),
+            [micro] * 3,
         )
         assert seen[0::2] == seen[1::2], "a student's masks depend on those beside it"
         return seen[0::2]
@@ -64,7 +70,9 @@ def test_gradients_are_sums_over_ranks_and_exchanged_with_the_last_micro_batch(p
         yield
 
     for rank, ranks in ((0, 1), (0, 2), (1, 2)):
-        accumulated = accumulate_gradients(0, Step(1, 0), 2 * micro.num_targets, {0: state}, None, a_rank(rank, ranks, quiet), [micro] * 3)
+        accumulated = accumulate_gradients(
+            0, Step(1, 0), TargetCounts(2 * micro.num_targets), {0: state}, None, a_rank(rank, ranks, quiet), [micro] * 3
+        )
         grads.append({name: p.grad / accumulated.scale for name, p in state.parameters.items()})
         assert len(silent) == 2 and silent[0] == 0 < silent[1], "the last of three micro-batches alone is exchanged"
         silent.clear()
@@ -79,6 +87,6 @@ def test_what_is_shown_of_a_step_is_summed_over_ranks():
     """Two ranks with the same values: their sum over the targets of both."""
     reduced = SimpleNamespace(num_processes=2, reduce=lambda x, how: {"sum": 2 * x, "mean": x}[how])
     rows = [{"ce": torch.tensor([1.0, 2.0])}, {"ce": torch.tensor([3.0])}]
-    result = StepResult(Step(1, 0), Accumulated([], 6, 1.0, {0: rows}), {0: torch.tensor(5.0)}, {}, True, reduced)
-    terms, norms, stop = result.read({0: lambda values: values["ce"]})
+    done = Accumulated([], TargetCounts(6), 1.0, {0: rows}, {0: lambda values: values["ce"]})
+    terms, norms, stop = StepResult(Step(1, 0), done, {0: torch.tensor(5.0)}, {}, True, reduced).read({0})
     assert terms == {0: {"ce": 2 * (1 + 2 + 3) / 6, "loss": 2.0}} and norms == {0: 5.0} and stop

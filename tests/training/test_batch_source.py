@@ -20,6 +20,7 @@ from llmkd.training.build import build_student, longest_row
 from llmkd.training.launch import start
 from llmkd.training.loop import count_targets, train
 from llmkd.training.prepare import prepare
+from llmkd.training.step_result import TargetCounts
 from llmkd.training.student_run import StudentRun
 from llmkd.training.trainer import Trainer
 from tests.conftest import plain_recipe
@@ -153,17 +154,21 @@ def test_targets_that_are_counted_are_those_that_are_stated(make_recipe):
 def test_a_rank_waits_for_others_only_where_the_source_does_not_know():
     reduced = []
 
-    def reduce(count, how):
-        reduced.append((int(count), how))
-        return count + 5
+    def reduce(counts, how):
+        reduced.append((counts.tolist(), how))
+        return counts + torch.tensor([5, 1.5, 2, 1, 5, 5, 0])  # the other rank has 5 targets, of which 2 carry a weight for the first term
 
     two = SimpleNamespace(num_processes=2, device="cpu", reduce=reduce)
-    micro_batches = [SimpleNamespace(num_targets=3), SimpleNamespace(num_targets=0)]
-    assert count_targets(Step(1, 0, 11), None, two) == 11 and not reduced
-    assert count_targets(Step(1, 0, 0), None, two) == 1, "a step without targets"
-    assert count_targets(Step(1, 0), micro_batches, two) == 8 and reduced == [(3, "sum")]
-    assert count_targets(Step(1, 0), micro_batches, SimpleNamespace(num_processes=1)) == 3
-    assert count_targets(Step(1, 0), [], SimpleNamespace(num_processes=1)) == 1
+    micro_batches = [SimpleNamespace(num_targets=3, weights={}), SimpleNamespace(num_targets=0, weights={})]
+    assert count_targets(Step(1, 0, 11), None, two) == TargetCounts(11) and not reduced
+    assert count_targets(Step(1, 0, 0), None, two) == TargetCounts(1), "a step without targets"
+    assert count_targets(Step(1, 0), micro_batches, two) == TargetCounts(8, {"ce": (4.5, 5)})
+    assert reduced == [([3, 3, 3, 0, 3, 3, 0], "sum")]
+    alone = SimpleNamespace(num_processes=1)
+    assert count_targets(Step(1, 0), micro_batches, alone) == TargetCounts(3)
+    assert count_targets(Step(1, 0), [], alone) == TargetCounts(1)
+    micro_batches[0].weights["kd"] = torch.tensor([-2.0, 0.0, 0.5])
+    assert count_targets(Step(1, 0), micro_batches, alone) == TargetCounts(3, {"kd": (2.5, 2)})
 
 
 def train_rollouts(recipe: str, out: str) -> None:

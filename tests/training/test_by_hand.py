@@ -46,6 +46,16 @@ RUNS = {
         {"student__method": "full", "teacher": None},
         optim(schedule="cosine", warmup_ratio=0.5, weight_decay=0.5, max_grad_norm=0.5),
     ),
+    "weighted targets": ({"loss__temperature": 2.0, "loss__kd_ratio": 0.3}, optim(max_grad_norm=0.05)),
+    "weighted targets, each term by its weights, packed": (
+        {"loss__normalize": "weights", "data__packing": True, "train__micro_batch_size": 3},
+        optim(weight_decay=0.1),
+    ),
+}
+#: Of the two sources where targets are weighted, {rows: (ce, kd)}. Of the second kind some micro-batches have no target with a label.
+WEIGHTS = {
+    "weighted targets": {12: (-0.5, 2.0), 8: (0.0, 1.0)},
+    "weighted targets, each term by its weights, packed": {15: (0.0, 0.25), 5: (1.0, 1.0)},
 }
 
 
@@ -83,7 +93,19 @@ class Student:
         return torch.func.functional_call(self.base, weights, (ids[None],)).logits[0]
 
 
-def by_hand(recipe):
+def sources(recipe, name: str) -> list[dict]:
+    """The rows as two sources, each with weights of its own."""
+    lines = Path(recipe.data.train.path).read_text().splitlines()
+    found, first = [], 0
+    for rows, (ce, kd) in WEIGHTS[name].items():
+        path = Path(recipe.output_dir).parent / f"{rows}.jsonl"
+        path.write_text("\n".join(lines[first : first + rows]) + "\n")
+        found.append({"path": str(path), "loss": {"ce": ce, "kd": kd}})
+        first += rows
+    return found
+
+
+def by_hand(recipe, weights):
     """Each step's loss, cross-entropy, divergence, gradient norm, learning rate, and the weights after it."""
     from peft import PeftModel
     from transformers import LlamaForCausalLM
@@ -97,20 +119,28 @@ def by_hand(recipe):
     v = {name: torch.zeros_like(p) for name, p in student.trained.items()}
     optim, ratio, T = recipe.optim, recipe.loss.kd_ratio, recipe.loss.temperature
     for step, _, examples in prepared.source.plan.steps(0):
-        ce, kd, count = [], [], 0
-        for ids, mask in map(prepared.train.example, examples):
+        ce, kd, count, mass, carriers = [], [], 0, {"ce": 0, "kd": 0}, {"ce": 0, "kd": 0}
+        for example in examples:
+            ids, mask = prepared.train.example(example)
+            w = dict(zip(("ce", "kd"), weights[prepared.train.source[example]], strict=True))
             ids, at = torch.from_numpy(ids).long(), torch.from_numpy(mask).nonzero()[:, 0]
             z = student.logits(ids)[at - 1]
-            ce.append(-z.log_softmax(-1)[torch.arange(len(at)), ids[at]].sum())
+            ce.append(-w["ce"] * z.log_softmax(-1)[torch.arange(len(at)), ids[at]].sum())
             count += len(at)
+            for term in w:
+                mass[term] += abs(w[term]) * len(at)
+                carriers[term] += len(at) if w[term] else 0
             if teacher:
                 with torch.no_grad():
                     log_p = (teacher(ids[None]).logits[0][at - 1] / T).log_softmax(-1)
                 log_q = (z / T).log_softmax(-1)
                 a, b = (log_q, log_p) if recipe.loss.divergence == "reverse_kl" else (log_p, log_q)
-                kd.append(T**2 * (a.exp() * (a - b)).sum())
-        found = {"ce": sum(ce) / count} | ({"kd": sum(kd) / count} if teacher else {})
-        found["loss"] = (1 - ratio) * found["ce"] + ratio * found["kd"] if teacher else found["ce"]
+                kd.append(w["kd"] * T**2 * (a.exp() * (a - b)).sum())
+        sums = {"ce": sum(ce)} | ({"kd": sum(kd)} if teacher else {})
+        found = {term: value / mass[term] for term, value in sums.items() if mass[term]}
+        parts = {term: value / (mass[term] or 1) if recipe.loss.normalize == "weights" else value / count for term, value in sums.items()}
+        found["loss"] = (1 - ratio) * parts["ce"] + ratio * parts["kd"] if teacher else parts["ce"]
+        fewer = {f"{term}_targets": number for term, number in carriers.items() if number < count and term in sums}
         grads = dict(zip(student.trained, torch.autograd.grad(found["loss"], list(student.trained.values())), strict=True))
         norm = math.sqrt(sum(g.square().sum().item() for g in grads.values()))
         lr, clip = rate(step, optim), 1.0
@@ -123,19 +153,26 @@ def by_hand(recipe):
                 v[name] = b2 * v[name] + (1 - b2) * g * g
                 decay = optim.weight_decay if p.dim() > 1 else 0.0  # norms go without
                 p -= lr * decay * p + lr * (m[name] / (1 - b1**step)) / ((v[name] / (1 - b2**step)).sqrt() + optim.eps)
-        yield {name: value.item() for name, value in found.items()} | {"grad_norm": norm, "lr": lr, "targets": count}, student.trained
+        yield (
+            {name: value.item() for name, value in found.items()} | {"grad_norm": norm, "lr": lr, "targets": count} | fewer,
+            student.trained,
+        )
 
 
 @pytest.mark.parametrize("name", RUNS)
 def test_every_step_is_the_one_worked_out_by_hand(make_recipe, tmp_path, name):
     settings, optim = RUNS[name]
-    recipe = make_recipe(**COMMON, **settings, **optim)
+    recipe, of_sources = make_recipe(**COMMON, **settings, **optim), [(1.0, 1.0)]
+    if name in WEIGHTS:
+        common = {key: value for key, value in COMMON.items() if key != "data__train__limit"}
+        recipe = make_recipe(**common, **settings, **optim, data__train=sources(recipe, name))
+        of_sources = list(WEIGHTS[name].values())
     run(recipe)
     records = [record for record in read_jsonl(tmp_path / "out/metrics.jsonl") if "loss" in record]
     clipped = []
-    for step, (expected, weights) in enumerate(by_hand(recipe), 1):
+    for step, (expected, weights) in enumerate(by_hand(recipe, of_sources), 1):
         record = records[step - 1]
-        assert record["step"] == step and ("kd" in record) == ("kd" in expected)
+        assert record["step"] == step and ({*record} - {"epoch", "step", "targets_per_s", "peak_memory"} == {*expected})
         for key, value in expected.items():
             assert record[key] == pytest.approx(value, rel=BOUND, abs=0), (step, key)
         clipped.append(recipe.optim.max_grad_norm is not None and expected["grad_norm"] > recipe.optim.max_grad_norm)

@@ -81,6 +81,11 @@ REFUSED = [
             "loss.kd_ratio": (0.5, 0.9),
             "loss.divergence": ("forward_kl", "reverse_kl"),
             "loss.temperature": (1.0, 2.0),
+            "loss.normalize": ("targets", "weights"),
+            "data.train.loss.ce": (1.0, 0.0),
+            "data.train.loss.kd": (1.0, 2.0),
+            "data.validation.loss.ce": (1.0, 3.0),
+            "data.validation.loss.kd": (1.0, 0.0),
             "optim.name": ("adamw", "adamw_8bit"),
             "optim.lr": (2e-4, 1e-4),
             "optim.weight_decay": (0.0, 0.1),
@@ -232,6 +237,7 @@ ACCEPTED = [
 ]
 #: Settings that a recipe may name, but for which it accepts no value than the default: there is nothing to change.
 ONE_VALUE = {"data.validation.weight", "data.choices.weight", "data.choices.teacher", "data.choices.noise"}
+ONE_VALUE |= {"data.choices.loss.ce", "data.choices.loss.kd"}
 
 TABLE = [
     (setting, common, *values, taken)

@@ -225,9 +225,9 @@ def test_a_step_knows_how_many_targets_it_has(make_recipe, monkeypatch, streamin
     """They come of the plan, and divide the loss: nobody counts them again."""
     seen, gradients = [], loop.accumulate_gradients
 
-    def counted(seed, step, num_targets, active, teacher, accelerator, micro_batches):
-        seen.append((step.num_targets, num_targets, sum(micro.num_targets for micro in micro_batches)))
-        return gradients(seed, step, num_targets, active, teacher, accelerator, micro_batches)
+    def counted(seed, step, counts, active, teacher, accelerator, micro_batches):
+        seen.append((step.num_targets, counts.targets, sum(micro.num_targets for micro in micro_batches)))
+        return gradients(seed, step, counts, active, teacher, accelerator, micro_batches)
 
     monkeypatch.setattr(loop, "accumulate_gradients", counted)
     run(make_recipe(train__max_steps=3, train__epochs=None, train__batch_size=7, data__streaming=streaming))

@@ -143,8 +143,8 @@ FAULTS = [
         (
             "mean-of-examples",
             "a seed's held-out value is the mean of the examples' sums",
-            "total = len(first.keys) if w is None else w.sum()",
-            "total = len(first.keys)",
+            "(len(first.keys), slice(None)) if w is None else (w.sum(), w > 0)",
+            "(len(first.keys), slice(None) if w is None else w > 0)",
             COMPARE,
         ),
         (

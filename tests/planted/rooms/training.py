@@ -114,8 +114,8 @@ FAULTS = [
         (
             "own-targets-alone",
             "each rank divides by its own targets",
-            "    if accelerator.num_processes > 1:\n        count = int(",
-            "    if accelerator.num_processes > 99:\n        count = int(",
+            "    if accelerator.num_processes > 1:\n        counts = ",
+            "    if accelerator.num_processes > 99:\n        counts = ",
             "training/test_batch_source.py::test_a_rank_waits_for_others_only_where_the_source_does_not_know",
         ),
         (
@@ -207,8 +207,8 @@ FAULTS = [
         (
             "chunk-setting-ignored",
             "loss.chunk_size is ignored",
-            "loss.chunk_size or chunk_size)]",
-            "chunk_size)]",
+            "loss.chunk_size or chunk_size, loss",
+            "chunk_size, loss",
             "training/test_auto_batch.py::test_chunks_are_not_halved_for_ever_and_a_number_given_is_kept_to",
         ),
     ),
@@ -364,8 +364,8 @@ FAULTS = [
         (
             "mean-over-micro-batches",
             "the terms that are shown are not means over targets",
-            "value / self.accumulated.num_targets",
-            "value / len(self.accumulated.micro_batches)",
+            "terms[name] = value / (mass or 1)",
+            "terms[name] = value / len(self.accumulated.micro_batches)",
             HAND,
         ),
         (
@@ -416,8 +416,8 @@ FAULTS = [
         (
             "mean-of-examples",
             "held-out values are means of the examples' means",
-            "float(values.sum()) / count",
-            "float((values / self.targets).mean())",
+            "float(sums.sum()) / float(targets.sum())",
+            "float((sums / targets).mean())",
             "training/test_run.py::test_validation_figures_from_the_models_own_logits",
         ),
         (

@@ -1,0 +1,112 @@
+"""Faults in the weights of targets: in the head, in the counts of a step, on the way from a source, and in validation."""
+
+from tests.planted.fault import Fault
+
+HEAD, RUNS, HAND = "losses/test_weights.py", "training/test_weights.py", "training/test_by_hand.py"
+
+FAULTS = [
+    Fault(
+        "weight-of-the-slopes-sum",
+        "the part of the softmax in the divergence's gradient is not weighted",
+        "llmkd/losses/objective.py",
+        "slope_sum = -T * kd * slope_sum[:, None]",
+        'slope_sum = -T * shares["kd"] * slope_sum[:, None]',
+        f"{HEAD}::test_every_row_counts_as_often_as_its_weight_says",
+    ),
+    Fault(
+        "weight-of-the-label",
+        "the label's part of the gradient is not weighted by row",
+        "llmkd/losses/objective.py",
+        "-ce if isinstance(ce, Tensor) else total_nV",
+        "total_nV",
+        f"{HEAD}::test_sums_are_those_of_loops",
+    ),
+    Fault(
+        "share-without-a-teacher",
+        "rows that only their label teaches have the whole weight",
+        "llmkd/losses/objective.py",
+        "shares = shares or self.shares(has_teacher)",
+        "shares = shares if has_teacher and shares else self.shares(has_teacher)",
+        f"{HEAD}::test_sums_are_those_of_loops",
+    ),
+    Fault(
+        "infinite-times-zero",
+        "a term that is infinite where it has no weight is NaN",
+        "llmkd/losses/fused.py",
+        "torch.where(weight_n == 0, 0.0, weight_n * term_n)",
+        "weight_n * term_n",
+        f"{HEAD}::test_an_infinite_term_without_a_weight_leaves_no_nan",
+    ),
+    Fault(
+        "all-rows-multiplied",
+        "rows without a weight are computed",
+        "llmkd/losses/fused.py",
+        "        if carried:\n",
+        "        if True:\n",
+        f"{HEAD}::test_rows_without_a_weight_are_not_multiplied",
+    ),
+    Fault(
+        "order-of-parts",
+        "the terms of rows that are computed apart lie in another order",
+        "llmkd/losses/fused.py",
+        "sorted(found, key=lambda one: one[0].start)",
+        "found",
+        f"{HEAD}::test_sums_are_those_of_loops {HEAD}::test_parts_are_put_back_in_order",
+    ),
+    Fault(
+        "tile-too-small",
+        "a later chunk that is larger than the first finds too small a buffer",
+        "llmkd/losses/fused.py",
+        "if name not in self.held or len(self.held[name]) < n:",
+        "if name not in self.held:",
+        f"{HEAD}::test_sums_are_those_of_loops {HEAD}::test_parts_are_put_back_in_order",
+    ),
+    Fault(
+        "negative-weights-cancel",
+        "the sum of weights is not that of their absolute values",
+        "llmkd/data/examples.py",
+        "np.abs(own.astype(np.float64)) * counts",
+        "own.astype(np.float64) * counts",
+        f"{RUNS}::test_examples_keep_their_weights {HAND}",
+    ),
+    Fault(
+        "weights-taken-apart",
+        "chosen examples have the weights of the first ones",
+        "llmkd/data/examples.py",
+        "{name: w_E[chosen] for name",
+        "{name: w_E[: len(chosen)] for name",
+        f"{RUNS}::test_examples_keep_their_weights",
+    ),
+    Fault(
+        "scale-of-the-next-step",
+        "a step's loss is told with the next step's weights",
+        "llmkd/losses/terms.py",
+        "return functools.partial(self._combine, self.objective)",
+        "return self.combine",
+        f"{HEAD}::test_each_term_may_be_divided_by_its_own_weights",
+    ),
+    Fault(
+        "means-over-all",
+        "the terms that are shown are means over all targets",
+        "llmkd/training/step_result.py",
+        "counts.weighted.get(name, (counts.targets, counts.targets))",
+        "counts.targets, counts.targets",
+        HAND,
+    ),
+    Fault(
+        "held-out-unweighted",
+        "held-out rows with a weight below 0 are subtracted",
+        "llmkd/training/validate.py",
+        "np.maximum(w_E.astype(np.float64), 0)",
+        "w_E.astype(np.float64)",
+        f"{RUNS}::test_held_out_rows_count_where_they_have_a_weight",
+    ),
+    Fault(
+        "compared-unweighted",
+        "a comparison counts all targets in every metric",
+        "eval/comparison/compare.py",
+        "counted = first.counted.get(metric, first.weights)",
+        "counted = first.weights",
+        f"{RUNS}::test_held_out_rows_count_where_they_have_a_weight",
+    ),
+]

@@ -1,0 +1,193 @@
+"""Sources with weights of their own in the loss: however a step is cut, resumed or spread, in validation, in what is said of them, and refused."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from eval.comparison.compare import compare
+from llmkd.cli import main
+from llmkd.commands.sweep import run_sweep
+from llmkd.config import loader
+from llmkd.errors import UserError
+from llmkd.files import read_jsonl
+from llmkd.training.prepare import prepare
+from llmkd.training.run import run
+from tests.conftest import distance, plain_recipe, weights
+from tests.kit.processes import train_on_two
+from tests.training.test_resume import comparable, unfinish
+
+LAST = {"train__epochs": None, "train__max_steps": 3, "validation__teacher_check": 0, "loss__kd_ratio": 0.3}
+BOUND = 1e-12
+
+
+def sources(world, *of_second, limit=20) -> list[dict]:
+    """The 37 rows, with or without a weight of the labels, and the nine held-out ones, with others."""
+    second = dict(zip(("ce", "kd"), of_second or (-0.5, 2.0), strict=True))
+    return [
+        {"path": str(world / "train.jsonl"), "limit": limit, "loss": {"ce": 0, "kd": 1}},
+        {"path": str(world / "held.jsonl"), "loss": second},
+    ]
+
+
+@pytest.mark.parametrize("normalize", ["targets", "weights"])
+def test_how_a_step_is_cut_does_not_matter(trained, world, normalize):
+    common = LAST | {"data__train": sources(world), "loss__normalize": normalize}
+    whole = trained("whole", **common, train__micro_batch_size=8)
+    packed = {"train__micro_batch_size": 3, "data__packing": True, "loss__chunk_size": 5}
+    cuts = {"ones": ({"train__micro_batch_size": 1}, BOUND), "packed": (packed, BOUND)}
+    if normalize == "targets":
+        cuts["shared"] = packed | {"data__share_prefixes": True}, 1e-6  # norms round in float32
+    for name, (cut, bound) in cuts.items():
+        assert distance(trained(name, **common, **cut), whole) < bound, name
+    assert distance(trained("unweighted", **LAST, data__train=[one | {"loss": {}} for one in sources(world)]), whole) > 1e-6
+
+
+def test_ones_are_no_weights_to_the_last_bit(trained, world, tmp_path):
+    plain = [{key: value for key, value in one.items() if key != "loss"} for one in sources(world)]
+    found = [
+        trained(name, **LAST, data__train=data) for name, data in (("a", plain), ("b", [one | {"loss": {"ce": 1.0}} for one in plain]))
+    ]
+    assert distance(*found) == 0 and comparable(tmp_path / "a") == comparable(tmp_path / "b")
+
+
+def test_it_goes_on_to_the_last_bit(make_recipe, world, tmp_path):
+    recipe = make_recipe(
+        **LAST, data__train=sources(world), loss__normalize="weights", student__lora__dropout=0.3, checkpoint__every=1, checkpoint__keep=9
+    )
+    run(recipe)
+    straight, records = weights(tmp_path / "out"), comparable(tmp_path / "out")
+    unfinish(tmp_path / "out", 1)
+    run(recipe, resume=True)
+    assert distance(weights(tmp_path / "out"), straight) == 0 and comparable(tmp_path / "out") == records
+    with pytest.raises(UserError, match=r"data.train.1.loss.kd"):
+        run(make_recipe(**LAST, data__train=sources(world, -0.5, 1.0), loss__normalize="weights", student__lora__dropout=0.3), resume=True)
+
+
+@pytest.mark.slow
+def test_two_processes_are_one_where_one_of_them_has_no_weights(trained, world, tmp_path):
+    """Micro-batches of one: some ranks see rows of the second source alone, whose weights are all 1, and some of the first alone."""
+    changes = LAST | {
+        "data__train": sources(world, 1.0, 1.0),
+        "loss__normalize": "weights",
+        "train__batch_size": 3,
+        "train__micro_batch_size": 1,
+    }
+    whole = trained("one", **changes)
+    (tmp_path / "two.yaml").write_text(json.dumps(plain_recipe(world, tmp_path / "two")))
+    words = [word for key, value in changes.items() for word in ("--" + key.replace("__", "."), json.dumps(value))]
+    done = train_on_two(["--config", str(tmp_path / "two.yaml"), *words])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert distance(weights(tmp_path / "two"), whole) < BOUND
+    for a, b in zip(comparable(tmp_path / "one"), comparable(tmp_path / "two"), strict=True):
+        assert a.keys() == b.keys() and [b[name] for name in a] == pytest.approx(list(a.values()), rel=1e-9)
+
+
+def test_side_by_side_each_ends_as_it_would_alone(world, tmp_path):
+    """Students with and without a teacher, and with each way to divide, on the same weighted batches."""
+    base = plain_recipe(world, tmp_path / "unused")
+    base |= {
+        "data": {"train": sources(world, 1.0, 0.0), "max_length": 256},
+        "train": {"max_steps": 2, "batch_size": 8, "micro_batch_size": 4},
+    }
+    base["data"]["train"][0]["loss"] = {"ce": 0.25, "kd": 1}
+    (tmp_path / "base.yaml").write_text(json.dumps(base))
+    arms = {"sft": {"loss.kd_ratio": 0}, "kd": {"loss.kd_ratio": 0.5}, "by_weights": {"loss.kd_ratio": 0.5, "loss.normalize": "weights"}}
+    (tmp_path / "sweep.yaml").write_text(json.dumps({"output_dir": str(tmp_path / "sweep"), "recipe": "base.yaml", "arms": arms}))
+    run_sweep(str(tmp_path / "sweep.yaml"), {}, False)
+    for name in arms:
+        folder = tmp_path / "sweep/arms" / name
+        run(loader.load_recipe(folder / "recipe.yaml", {"output_dir": str(tmp_path / name), "validation.compare_to_teacher": False}))
+        assert distance(weights(folder), weights(tmp_path / name)) == 0, name
+
+
+def test_held_out_rows_count_where_they_have_a_weight(make_recipe, world, tmp_path):
+    """By hand: from the sums of each example, of which the first source has no labels, and the second counts half in the divergences."""
+    held = [
+        {"path": str(world / "train.jsonl"), "limit": 6, "loss": {"ce": 0, "kd": 1}},
+        {"path": str(world / "held.jsonl"), "limit": 4, "loss": {"ce": 3, "kd": 0.5}},
+        {"path": str(world / "held.jsonl"), "limit": 2, "loss": {"ce": -2, "kd": 1}},
+    ]
+    for name, lr in (("out", 1e-2), ("other", 3e-2)):
+        run(make_recipe(name, **LAST, data__validation=held, optim__lr=lr))
+    lines = read_jsonl(tmp_path / "out/held_out.jsonl")
+    assert [line["weights"] for line in lines] == 6 * [{"ce": 0.0, "kd": 1.0}] + 4 * [{"ce": 3.0, "kd": 0.5}] + 2 * [{"ce": 0.0, "kd": 1.0}]
+    found = read_jsonl(tmp_path / "out/metrics.jsonl")[-1]["validation"]
+    for metric in ("ce", "teacher_ce", "forward_kl", "top1_agreement", "entropy"):
+        of = {"ce": "ce", "teacher_ce": "ce", "entropy": None}.get(metric, "kd")
+        w = [line["weights"][of] if of else 1.0 for line in lines]
+        top = sum(a * line["sums"][metric] for a, line in zip(w, lines, strict=True))
+        assert found[metric] == pytest.approx(top / sum(a * line["targets"] for a, line in zip(w, lines, strict=True)), rel=1e-12), metric
+    assert found["ce_targets"] == sum(line["targets"] for line in lines[6:10]) < found["targets"] and "kd_targets" not in found
+    rows = compare({name: [tmp_path / name] for name in ("out", "other")}, info=lambda line: None)
+    for row in rows:
+        values = read_jsonl(tmp_path / row.arm / "metrics.jsonl")[-1]["validation"]
+        assert row.value == pytest.approx(values[row.metric], rel=1e-9) and row.n == (
+            4 if row.metric == "ce" else 10
+        )  # a row that is there twice is one draw
+
+
+def test_training_rows_that_are_held_out_need_labels(make_recipe, world, tmp_path):
+    lone = [{"path": str(world / "train.jsonl"), "loss": {"ce": 0}}]
+    few = [lone[0], {"path": str(world / "held.jsonl"), "limit": 1}]
+    for data, words in ((lone, "data.train.0.loss.ce: found 0"), (few, "data.validation_fraction: none of the rows")):
+        with pytest.raises(UserError, match=words):
+            prepare(make_recipe(data__train=data, data__validation_fraction=0.1))
+
+
+@pytest.mark.parametrize(
+    "changes, words",
+    [
+        ({"data__train": {"path": "x.jsonl", "loss": {"ce": 0, "kd": 0}}}, "data.train.loss: found ce: 0 and kd: 0"),
+        ({"data__train": {"path": "x.jsonl", "loss": {"ce": 0}}, "loss__kd_ratio": 0}, "data.train.loss.ce: found 0 with loss.kd_ratio 0"),
+        ({"data__train": {"path": "x.jsonl", "loss": {"ce": 0}}, "teacher": None}, "data.train.loss.ce: found 0 with loss.kd_ratio 0"),
+        ({"data__train": {"path": "x.jsonl", "loss": {"kd": 0}}, "loss__kd_ratio": 1}, "data.train.loss.kd: found 0 with loss.kd_ratio 1"),
+        ({"data__train__loss__labels": 1}, "data.train.loss.labels"),
+        ({"data__train__loss__ce": "none"}, "data.train.loss.ce"),
+        ({"data__train__loss__ce": float("nan")}, "data.train.loss.ce"),
+        ({"data__train__loss__ce": 1001}, "data.train.loss.ce"),
+        ({"data__choices": {"path": "q.jsonl", "loss": {"ce": 0}}}, "data.choices.loss: given"),
+        ({"data__validation": {"path": "x.jsonl", "loss": {"ce": -1}}}, "data.validation.loss.ce: found -1"),
+        (
+            {"data__validation": {"path": "x.jsonl", "loss": {"kd": 0}}, "checkpoint__best_by": "forward_kl"},
+            "data.validation.loss.kd: found 0, and no held-out rows",
+        ),
+        ({"loss__normalize": "sum"}, "loss.normalize"),
+    ],
+    ids=str,
+)
+def test_what_is_refused(make_recipe, changes, words):
+    with pytest.raises(UserError, match=words.replace(".", r"\.")):
+        make_recipe(**changes)
+
+
+def test_it_is_said_which_source_carries_what(make_recipe, world, tmp_path, capsys):
+    path = tmp_path / "r.yaml"
+    path.write_text(json.dumps(plain_recipe(world, tmp_path / "out") | {"data": {"train": sources(world, 1.0, 1.0), "max_length": 256}}))
+    assert main(["data", "--config", str(path), "--show", "0"]) == 0
+    said = capsys.readouterr().out
+    assert f"data.train.0 ({world / 'train.jsonl'}): loss.ce 0 (0 targets carry it)" in said and "loss.kd" not in said
+    assert "data.train.1" not in [line.partition(" (")[0] for line in said.splitlines() if "carry" in line]
+
+
+def test_the_teacher_is_checked_on_rows_with_labels(make_recipe, world, tmp_path, capsys):
+    common = {"train__epochs": None, "train__max_steps": 1, "optim__warmup_steps": None}
+    run(make_recipe("some", **common, data__train=sources(world, 1.0, 1.0)))
+    assert "on 9 training examples" in capsys.readouterr().err
+    run(make_recipe("none", **common, data__train=sources(world)[0]))
+    said = capsys.readouterr().err
+    assert "teacher check: left out" in said
+    record = next(r for r in read_jsonl(tmp_path / "none/metrics.jsonl") if "loss" in r)
+    assert "ce" not in record and record["ce_targets"] == 0 and record["loss"] == pytest.approx(record["kd"] / 2)
+
+
+def test_examples_keep_their_weights(make_recipe, world):
+    data = prepare(make_recipe(data__train=sources(world))).train
+    counts = data.num_targets
+    assert data.weights["ce"].tolist() == 20 * [0.0] + 9 * [-0.5] and data.weights["kd"].tolist() == 20 * [1.0] + 9 * [2.0]
+    assert data.take(np.array([25, 3])).weights["ce"].tolist() == [-0.5, 0.0]
+    expected = {"ce": (0.5 * counts[20:].sum(), counts[20:].sum()), "kd": (counts[:20].sum() + 2 * counts[20:].sum(), counts.sum())}
+    assert data.weighted(range(29), counts) == expected
+    assert data.weighted([0, 1], counts) == {"ce": (0.0, 0)} and data.unweighted().weights == {}
+    assert SimpleNamespace(**vars(data)).ids is data.unweighted().ids
