@@ -151,6 +151,20 @@ RULES = (
         ("standard",),
     ),
     Rule(("TRITON_F32_DEFAULT",), REFUSED, "float32 products of Triton kernels would be rounded", "unset it, or give ieee", ("ieee",)),
+    Rule(
+        ("CUBLAS_EMULATE_*", "CUBLAS_EMULATION_*", "CUBLAS_FIXEDPOINT_EMULATION_*"),
+        REFUSED,
+        "float32 and float64 products would be put together out of shorter types",
+        "unset it",
+        ("0",),
+    ),
+    Rule(
+        ("TRITON_INSTRUMENTATION_MODE", "TRITON_FPSAN_HOMOMORPHIC_CASTS"),
+        REFUSED,
+        "Triton's sanitizer of floating point puts other arithmetic in the place of its kernels'",
+        "unset it",
+        _OFF,
+    ),
     Rule(("TRITON_KERNEL_OVERRIDE",), REFUSED, "kernels would be replaced by others", "unset it", _OFF),
     # another rounding or another kernel
     Rule(
@@ -159,7 +173,7 @@ RULES = (
         "other CPU instructions, so another rounding",
     ),
     Rule(
-        ("MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "MKL_DEBUG_CPU_TYPE", "MKL_DISABLE_FAST_MM", "OPENBLAS_CORETYPE", "GLIBC_TUNABLES"),
+        ("MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "MKL_DEBUG_CPU_TYPE", "MKL_DISABLE_FAST_MM", "OPENBLAS_CORETYPE", "BLIS_ARCH_TYPE", "GLIBC_TUNABLES"),
         SAID,
         "other CPU instructions, so another rounding",
     ),
@@ -169,12 +183,30 @@ RULES = (
         "another library for matrix products, so another rounding",
     ),
     Rule(
-        ("CUBLAS_WORKSPACE_CONFIG", "CUBLASLT_WORKSPACE_SIZE", "PYTORCH_TUNABLEOP_*", "BNB_CUDA_VERSION", "BNB_ROCM_VERSION"),
+        (
+            "CUBLAS_WORKSPACE_CONFIG",
+            "CUBLASLT_WORKSPACE_SIZE",
+            "DISABLE_ADDMM_CUDA_LT",
+            "PYTORCH_TUNABLEOP_*",
+            "BNB_CUDA_VERSION",
+            "BNB_ROCM_VERSION",
+            "ROCBLAS_*",
+            "HIPBLASLT_*",
+            "MIOPEN_*",
+            "TORCH_ROCM_FA_PREFER_CK",
+        ),
         SAID,
         "another choice of GPU kernels, so another rounding",
     ),
     Rule(
-        ("FLASH_ATTENTION_DETERMINISTIC", "TRANSFORMERS_SDPA_FORCE_GQA", "TRANSFORMERS_DISABLE_DEEPGEMM_LINEAR", "PYTORCH_JIT"),
+        (
+            "FLASH_ATTENTION_DETERMINISTIC",
+            "TRANSFORMERS_SDPA_FORCE_GQA",
+            "TRANSFORMERS_DISABLE_DEEPGEMM_LINEAR",
+            "PYTORCH_JIT",
+            "TORCH_DISABLE_NATIVE_JIT",
+            "TORCH_PYTHON_NATIVE_USER_GRAPH_ORDER_FN",
+        ),
         SAID,
         "another kernel of transformers or torch, so another rounding",
     ),
@@ -185,7 +217,23 @@ RULES = (
         allowed=(*_OFF,),
     ),
     Rule(
-        ("NCCL_ALGO", "NCCL_PROTO", "NCCL_NVLS_ENABLE", "NCCL_COLLNET_ENABLE"), SAID, "another order of sums over GPUs, so another rounding"
+        (
+            "NCCL_ALGO",
+            "NCCL_PROTO",
+            "NCCL_NVLS_ENABLE",
+            "NCCL_COLLNET_ENABLE",
+            "NCCL_MIN_*",
+            "NCCL_MAX_*",
+            "NCCL_NTHREADS",
+            "NCCL_BUFFSIZE",
+            "NCCL_TUNER_*",
+            "NCCL_GRAPH_FILE",
+            "NCCL_TOPO_FILE",
+            "NCCL_CONF_FILE",
+            "TORCH_DISTRIBUTED_USE_TORCHCOMMS",
+        ),
+        SAID,
+        "another order of sums over GPUs, so another rounding",
     ),
     Rule(
         (
@@ -199,12 +247,22 @@ RULES = (
         "where and how fast torch.compile compiles",
     ),
     Rule(
-        ("TORCHINDUCTOR_*", "TORCHDYNAMO_*", "TORCH_DYNAMO_*", "TORCH_COMPILE_*"),
+        ("TORCHINDUCTOR_*", "TORCHDYNAMO_*", "TORCH_DYNAMO_*", "TORCH_COMPILE_*", "TORCH_BISECT_*", "CUTLASS_*"),
         SAID,
         "a setting of torch.compile; train.compile compares compiled layers with plain ones at the start",
     ),
     Rule(
-        ("TRITON_DEFAULT_FP_FUSION", "TRITON_FORCE_DISABLE_FP_FUSION", "DISABLE_PTXAS_OPT", "PTXAS_OPTIONS", "DISABLE_LLVM_OPT"),
+        (
+            "TRITON_DEFAULT_FP_FUSION",
+            "TRITON_FORCE_DISABLE_FP_FUSION",
+            "TRITON_INTERPRET",
+            "TRITON_OVERRIDE_*",
+            "TRITON_PTXAS_PATH",
+            "TRITON_LIBDEVICE_PATH",
+            "DISABLE_PTXAS_OPT",
+            "PTXAS_OPTIONS",
+            "DISABLE_LLVM_OPT",
+        ),
         SAID,
         "a setting of Triton's compiler; the kernel is compared with plain PyTorch at the start",
     ),

@@ -7,10 +7,18 @@ from ..errors import UserError
 from .environment import check_environment
 from .process_state import check_accelerator, check_process_state
 
+_OF_MPI = ("PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE")
+
 
 def start():
     """The Accelerator. UserError unless it has WORLD_SIZE processes, and where the environment would change what is computed."""
     asked = int(os.environ.get("WORLD_SIZE", "1"))
+    for name in _OF_MPI if "WORLD_SIZE" not in os.environ else ():
+        if os.environ.get(name, "1") != "1":
+            raise UserError(
+                f"{name}: found {os.environ[name]}, and Accelerate would wait for so many processes (mpirun or srun has set it); start with "
+                f"accelerate launch or torchrun, or unset it for one process"
+            )
     if "MASTER_ADDR" in os.environ and "WORLD_SIZE" not in os.environ and "ACCELERATE_USE_CPU" in os.environ:
         raise UserError(
             "accelerate launch --cpu starts one process, whatever --num_processes says; use accelerate launch --multi_gpu --num_processes N, also without a GPU"

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from llmkd.data.batch_source import Step
 from llmkd.data.collate import collate
 from llmkd.training.build import build_student
-from llmkd.training.loop import accumulate_gradients
+from llmkd.training.loop import accumulate_gradients, count_targets
 from llmkd.training.prepare import prepare
 from llmkd.training.step_result import Accumulated, StepResult, TargetCounts
 from tests.kit.models import load_student
@@ -90,3 +90,10 @@ def test_what_is_shown_of_a_step_is_summed_over_ranks():
     done = Accumulated([], TargetCounts(6), 1.0, {0: rows}, {0: lambda values: values["ce"]})
     terms, norms, stop = StepResult(Step(1, 0), done, {0: torch.tensor(5.0)}, {}, True, reduced).read({0})
     assert terms == {0: {"ce": 2 * (1 + 2 + 3) / 6, "loss": 2.0}} and norms == {0: 5.0} and stop
+
+
+def test_targets_that_no_source_has_counted_are_those_of_every_micro_batch():
+    sizes = [SimpleNamespace(num_targets=n) for n in (3, 5, 0)]
+    assert count_targets(Step(1, 0), sizes, a_rank(0, 1)) == 8 and count_targets(Step(1, 0, 11), sizes, a_rank(0, 1)) == 11
+    alike = SimpleNamespace(num_processes=2, device="cpu", reduce=lambda count, how: {"sum": 2 * count}[how])
+    assert count_targets(Step(1, 0), sizes, alike) == 16 and count_targets(Step(1, 0), sizes[2:], alike) == 1

@@ -186,3 +186,11 @@ def test_deterministic_algorithms_are_said_and_change_nothing_here(make_recipe, 
     finally:
         torch.use_deterministic_algorithms(False)
     assert capsys.readouterr().err.count("torch: deterministic algorithms are on") == 1
+
+
+@pytest.mark.parametrize("name", ["PMI_SIZE", "OMPI_COMM_WORLD_SIZE", "MV2_COMM_WORLD_SIZE"])
+def test_a_launch_by_mpi_alone_is_refused_before_anything_waits(name, monkeypatch):
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    monkeypatch.setenv(name, "2")
+    with pytest.raises(UserError, match=f"^{name}: found 2, and Accelerate would wait .*; start with accelerate launch or torchrun"):
+        launch.start()
