@@ -31,10 +31,9 @@ class FileLocked(Exception):
 
 def write_atomic(path: Path, content: str | bytes) -> None:
     """Write a file. A kill or a power cut leaves the file that was there before, or the new one, never a part. Text is UTF-8."""
-    part = _temporary(path)
+    part, file = _new_file(path)
     try:
-        with open(part, "xb") as file:
-            _hold(file.fileno())
+        with file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             sync(part)
@@ -52,11 +51,8 @@ def write_folder(path: Path, replace: bool = False) -> Iterator[Path]:
     So `path` is never a part of it, and after an error in the block nothing has changed. With `replace` it takes the place of a folder
     of that name; without, OSError where there is one that is not empty. The folder around it is not made.
     """
-    part, old = _temporary(path), _temporary(path)
-    part.mkdir()
-    held = os.open(part, os.O_RDONLY)
+    old, (part, held) = _temporary(path), _new_folder(path)
     try:
-        _hold(held)
         yield part
         for below, _, files in os.walk(part):
             for name in (*files, ""):
@@ -80,11 +76,8 @@ def temporary_folder(name: str) -> Iterator[Path]:
     """A folder among the system's temporary files for the `with` block. Those of killed processes are removed."""
     place = Path(tempfile.gettempdir(), f"llmkd-{name}")
     remove_leftovers(place.parent, place.name)
-    folder = _temporary(place)
-    folder.mkdir(mode=0o700)
-    held = os.open(folder, os.O_RDONLY)
+    folder, held = _new_folder(place, 0o700)
     try:
-        _hold(held)
         yield folder
     finally:
         os.close(held)
@@ -110,8 +103,9 @@ def remove_leftovers(folder: Path, name: str = "*") -> None:
     that has the folder to itself.
     """
     for leftover in filter(is_leftover, folder.glob(f"{name}.tmp-*")):
-        if not _is_held(leftover):
-            remove(leftover)
+        with _free(leftover) as free:
+            if free:
+                remove(leftover)
 
 
 def is_leftover(path: Path) -> bool:
@@ -233,26 +227,53 @@ def _ends(line: str) -> Iterator[dict]:
             return
 
 
-def _hold(descriptor: int) -> None:
-    """Lock what is being written, until it is closed, so that others see that somebody does."""
+def _new_file(path: Path) -> tuple[Path, IO[bytes]]:
+    """A new file under a temporary name of `path`, open and locked until it is closed."""
+    while True:
+        part = _temporary(path)
+        file = open(part, "xb")  # noqa: SIM115 held by the caller
+        if _hold(part, file.fileno()):
+            return part, file
+        file.close()
+
+
+def _new_folder(path: Path, mode: int = 0o777) -> tuple[Path, int]:
+    """A new folder under a temporary name of `path`, and its descriptor, which is locked until it is closed."""
+    while True:
+        part = _temporary(path)
+        part.mkdir(mode=mode)
+        with contextlib.suppress(FileNotFoundError):
+            held = os.open(part, os.O_RDONLY)
+            if _hold(part, held):
+                return part, held
+            os.close(held)
+
+
+def _hold(part: Path, descriptor: int) -> bool:
+    """Lock what is being written, until it is closed, so that others see that somebody does. False if it was taken for a leftover before."""
     with contextlib.suppress(OSError):  # a file system without locks
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(descriptor, fcntl.LOCK_EX)  # waits for one that is just removing it
+    return os.path.lexists(part)
 
 
-def _is_held(path: Path) -> bool:
+@contextlib.contextmanager
+def _free(path: Path) -> Iterator[bool]:
+    """Whether no process writes to a file or folder; in the `with` block none can begin to."""
     try:
         descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
     except OSError:  # a link, or gone
-        return False
+        yield True
+        return
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:
-        return False
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            free = not isinstance(error, BlockingIOError)
+        else:
+            free = True
+        yield free
     finally:
         os.close(descriptor)
-    return False
 
 
 def _temporary(path: Path) -> Path:

@@ -1,11 +1,13 @@
 """Files are written whole or not at all, whatever ends the process, and a lock is held by one process at a time."""
 
+import fcntl
 import hashlib
 import json
 import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -299,3 +301,41 @@ def test_a_killed_trial_is_removed_by_the_next_even_if_that_is_at_work(tmp_path,
     monkeypatch.setattr(Path, "mkdir", lambda path, *how: (real(path, *how), remove_leftovers(tmp_path)))
     try_to_make_in(tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("write", ["file", "folder", "temporary"])
+def test_what_was_taken_for_a_leftover_before_it_was_locked_is_begun_again(tmp_path, monkeypatch, write):
+    """Another process lists the folder between the making of a file and its lock."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    real, made = fcntl.flock, []
+
+    def flock(descriptor, how):
+        (part,) = [path for path in tmp_path.iterdir() if is_leftover(path)]
+        made.append(part)
+        if len(made) == 1:
+            files.remove(part)
+        real(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    if write == "temporary":
+        monkeypatch.setattr(files, "remove_leftovers", lambda *which: None)
+        with files.temporary_folder("test") as folder:
+            assert folder.is_dir()
+    else:
+        (write_atomic if write == "file" else fill)(tmp_path / "f", "text")
+        assert tmp_path.joinpath("f", *["below/a.txt"] * (write == "folder")).read_text() == "text"
+    assert len(made) == 2 and made[0] != made[1] and names(tmp_path) == ["f"] * (write != "temporary")
+
+
+def test_a_leftover_is_locked_while_it_is_removed(tmp_path, monkeypatch):
+    """So that whoever made it just now waits, and sees that it is gone."""
+    (tmp_path / "a.tmp-1-0123abcd").mkdir()
+
+    def remove(path):
+        with pytest.raises(BlockingIOError):
+            fcntl.flock(os.open(path, os.O_RDONLY), fcntl.LOCK_EX | fcntl.LOCK_NB)
+        path.rmdir()
+
+    monkeypatch.setattr(files, "remove", remove)
+    remove_leftovers(tmp_path)
+    assert names(tmp_path) == []

@@ -153,6 +153,6 @@ def lock_folder(folder: Path, setting: str = "output_dir"):
     except OSError as error:
         raise UserError(f"{setting}: {folder} cannot be locked ({error.strerror}); choose a folder on another file system") from error
     held.truncate(0)
-    held.write(f"process {os.getpid()} on {socket.gethostname()}")
+    held.write(f"process {os.getpid()} on {socket.gethostname()}".encode(errors="replace").decode())  # a name may be no UTF-8
     held.flush()
     return held

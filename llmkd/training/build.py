@@ -126,6 +126,7 @@ def lock_folders(students: list[StudentRun], accelerator) -> None:
                 runs.append(student.folder.claim(student.prepared.identity))
         return runs
 
+    accelerator.wait_for_everyone()  # all have looked at the folders as they were
     for student, run in zip(students, on_main_process(accelerator, take), strict=True):
         student.folder.run = run
 

@@ -173,7 +173,15 @@ RULES = (
         "other CPU instructions, so another rounding",
     ),
     Rule(
-        ("MKL_CBWR", "MKL_ENABLE_INSTRUCTIONS", "MKL_DEBUG_CPU_TYPE", "MKL_DISABLE_FAST_MM", "OPENBLAS_CORETYPE", "BLIS_ARCH_TYPE", "GLIBC_TUNABLES"),
+        (
+            "MKL_CBWR",
+            "MKL_ENABLE_INSTRUCTIONS",
+            "MKL_DEBUG_CPU_TYPE",
+            "MKL_DISABLE_FAST_MM",
+            "OPENBLAS_CORETYPE",
+            "BLIS_ARCH_TYPE",
+            "GLIBC_TUNABLES",
+        ),
         SAID,
         "other CPU instructions, so another rounding",
     ),

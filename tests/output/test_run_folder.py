@@ -1,6 +1,7 @@
 """What a run's folder refuses before anything is read."""
 
 import json
+import os
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -12,7 +13,8 @@ from llmkd.commands.outputs import check_file
 from llmkd.errors import UserError
 from llmkd.files import read_sealed
 from llmkd.output.metrics import MetricsLog, read_metrics
-from llmkd.output.run_folder import RunFolder
+from llmkd.output.run_folder import RunFolder, lock_folder
+from llmkd.training.build import lock_folders
 from tests.conftest import said
 
 
@@ -123,3 +125,17 @@ def test_what_killed_commands_left_goes_with_the_next(command, tmp_path):
     (tmp_path / "out/mine.tmp").write_text("the user's")
     assert command("--resume", "--train.max_steps", "1", "--optim.warmup_steps", "0")[0] == 0
     assert [path.name for path in (tmp_path / "out").iterdir() if ".tmp" in path.name] == ["mine.tmp"]
+
+
+def test_a_machine_whose_name_is_no_text_locks_its_folders_too(tmp_path, monkeypatch):
+    monkeypatch.setattr("socket.gethostname", lambda: os.fsdecode(b"caf\xe9"))
+    with lock_folder(tmp_path / "run"), pytest.raises(UserError, match=r"in use by process \d+ on caf\?"):
+        lock_folder(tmp_path / "run")
+
+
+def test_no_folder_is_claimed_before_every_process_has_looked_at_it():
+    order = []
+    folder = SimpleNamespace(claim=lambda identity: order.append("claimed") or identity)
+    student = SimpleNamespace(folder=folder, prepared=SimpleNamespace(identity={"a": "b"}))
+    lock_folders([student], SimpleNamespace(wait_for_everyone=lambda: order.append("all are here"), is_main_process=True, num_processes=1))
+    assert order == ["all are here", "claimed"] and folder.run == {"a": "b"}

@@ -202,8 +202,8 @@ FAULTS = [
         (
             "others-at-work",
             "what another process is writing is taken for a leftover",
-            "        if not _is_held(leftover):\n",
-            "        if True:\n",
+            "            if free:\n                remove(leftover)\n",
+            "            remove(leftover)\n",
             FILES,
         ),
         (
