@@ -54,6 +54,12 @@ class PackedLayout:
         of = [example[self.examples[segment]] if self.examples[segment] >= 0 else -1 for segment in kept]
         return PackedLayout.of([self.lengths[segment] for segment in kept], prefix_of, of), keep
 
+    @property
+    def segments(self) -> list[tuple[int, ...]]:
+        """The segments of each example, in the order of its tokens: its prefix segment, if it has one, and its own."""
+        own = {example: segment for segment, example in enumerate(self.examples) if example >= 0}
+        return [(own[i],) if (before := self.prefix_of[own[i]]) < 0 else (before, own[i]) for i in range(len(own))]
+
     def mask(self) -> Tensor:
         """An attention_mask [1, 1, 1, 1] that carries this layout to `models/attention.py`."""
         # Oddity: the layout travels as an attribute of a tensor. transformers hands an attention_mask of four dimensions to every layer as
@@ -74,6 +80,25 @@ class View:
     inputs: dict[str, Tensor]  # keyword arguments of the model, each [B, T]
     rows_N: Tensor  # positions in the flattened [B * T] that predict the targets, each once
     packed: PackedLayout | None = None  # how examples lie in a packed row
+
+    def by_example(self, x_BhTd: Tensor) -> tuple[Tensor, ...]:
+        """Of values at all positions those of each example, [h, m, d], in the order of its tokens: m positions, padding's included."""
+        if not self.packed:
+            return x_BhTd.unbind(0)
+        parts = x_BhTd[0].split(self.packed.lengths, 1)
+        return tuple(torch.cat([parts[one] for one in segments], 1) for segments in self.packed.segments)
+
+    def places(self, counts: Sequence[int]) -> list[Tensor]:
+        """The place of each target among its example's own positions, [n] for each example. `counts`: the targets of each example."""
+        return [rows_n - first for rows_n, first in zip(self.rows_N.split(list(counts)), self._firsts(), strict=True)]
+
+    def _firsts(self) -> list[int]:
+        """For each example, the flattened position that its first token has, or would have if its prefix stood before its own segment."""
+        B, T = self.inputs["input_ids"].shape
+        if not self.packed:
+            return [b * T for b in range(B)]
+        starts, lengths = [0, *accumulate(self.packed.lengths)], self.packed.lengths
+        return [starts[segments[-1]] - sum(lengths[one] for one in segments[:-1]) for segments in self.packed.segments]
 
     def each(self, change: Callable[[Tensor], Tensor]) -> "View":
         return View({k: change(v) for k, v in self.inputs.items()}, change(self.rows_N), self.packed and self.packed.each(change))

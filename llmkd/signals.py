@@ -23,18 +23,41 @@ Divergence = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Taps:
-    """What a model hands over from inside its forward pass, at the targets, beside its last hidden states.
+    """What a model hands over from inside its forward pass beside its last hidden states. Layers are counted from 1.
 
-    layers   hidden states after these layers, counted from 1; 0 are the embeddings. The last layer's are those before the final norm
+    layers      hidden states at the targets after these layers; 0 are the embeddings. The last layer's are those before the final norm
+    attention   what the attention of these layers computes with (`AttentionInputs`)
+    queries     of these, queries of all positions: otherwise those of the last layer are right at the targets alone
     """
 
     layers: frozenset[int] = frozenset()
+    attention: frozenset[int] = frozenset()
+    queries: bool = False
 
     def __or__(self, other: "Taps") -> "Taps":
-        return Taps(self.layers | other.layers)
+        return Taps(self.layers | other.layers, self.attention | other.attention, self.queries or other.queries)
 
 
 NO_TAPS = Taps()
+
+
+@dataclass(frozen=True)
+class AttentionInputs:
+    """What the attention of one layer computes with, at all positions of its model's inputs, rotated where the family rotates.
+
+    query, key, value   [B, heads, T, D]; keys and values have as many heads or fewer, each for as many of the query's
+    scaling             factor of query times key before the softmax
+    window              how many positions a position sees, its own counted; None for all before it
+    """
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    scaling: float
+    window: int | None
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "AttentionInputs":
+        return AttentionInputs(change(self.query), change(self.key), change(self.value), self.scaling, self.window)
 
 
 class Signal(Protocol):
@@ -109,12 +132,13 @@ class FullDistribution:
 class Dense(FullDistribution):
     """The teacher's last hidden states `hidden_NH` and its head: its exact distribution, computed one chunk at a time.
 
-    layers   the hidden states [N, H] of the layers that were asked for (`Taps`), by number
+    layers, attention   what was asked for inside the teacher (`Taps`), by the layer's number: hidden states [N, H], inputs of attention
     """
 
     hidden_NH: Tensor
     head: Head
     layers: dict[int, Tensor] = field(default_factory=dict)
+    attention: dict[int, AttentionInputs] = field(default_factory=dict)
 
     def log_probs(self, rows: Rows, log_q_nV: Tensor | None = None, temperature: float = 1.0) -> Tensor:
         with torch.no_grad():

@@ -14,6 +14,7 @@ from .data import Data, data_contradictions
 from .data import Source as Source
 from .fields import Count, OneOrMany, Seed, as_tuple, changeable, config_dataclass, fixed, form, with_setting_names
 from .teacher import Attention, Dtype, Mixture, Quantization, Teacher, teacher_contradictions
+from .terms import AttentionLoss, attention_contradictions
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
@@ -140,6 +141,7 @@ class Loss:
         "1024 if two tiles of logits would take more than an eighth of the memory that the models leave free. Default on a CPU: the rows of a "
         "float32 tile of 32 MiB, 128 to 4096. With train.micro_batch_tokens: auto, running out of memory halves it, down to 128.",
     )
+    attention: AttentionLoss | None = fixed(None, description="Attention distillation, as a further term; null: none.")
 
 
 @config_dataclass
@@ -250,7 +252,7 @@ class Recipe:
 
 def distils(recipe: Recipe) -> bool:
     """Whether the student learns from a teacher."""
-    return bool(as_tuple(recipe.teacher)) and bool(recipe.loss.kd_ratio)
+    return bool(as_tuple(recipe.teacher)) and bool(recipe.loss.kd_ratio or recipe.loss.attention)
 
 
 def uses_teacher(recipe: Recipe) -> bool:
@@ -302,6 +304,8 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
         yield ("loss.kd_ratio", "teacher"), f"found {loss.kd_ratio:g} without a teacher; give teacher.model, or set it to 0"
     yield from _loss_contradictions(loss)
     yield from _weight_contradictions(recipe)
+    if loss.attention:
+        yield from attention_contradictions(loss.attention, student.attention, recipe.teacher, data)
     if optim.warmup_steps is not None and optim.warmup_ratio is not None:
         yield ("optim.warmup_ratio", "optim.warmup_steps"), "given together with optim.warmup_steps; keep one of them"
     if train.epochs is not None and train.max_steps is not None:
@@ -333,7 +337,7 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
         for path, given in (("validation.every", recipe.validation.every), ("checkpoint.best_by", recipe.checkpoint.best_by)):
             if given is not None:
                 yield (path, *no_held_out), "needs held-out rows, but there are none; set data.validation or data.validation_fraction"
-    learns = recipe.teacher and loss.kd_ratio != 0  # null is not resolved yet, and will be above 0
+    learns = recipe.teacher and (loss.kd_ratio != 0 or loss.attention)  # null is not resolved yet, and will be above 0
     if recipe.checkpoint.best_by not in (None, "ce") and not (learns or uses_teacher(recipe)):
         remedy = "set validation.compare_to_teacher: true" if recipe.teacher else "give teacher.model"
         yield (

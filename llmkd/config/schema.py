@@ -50,7 +50,8 @@ def _words(hint, bounds=()) -> str:
     if origin is tuple:
         if args[-1] is not ...:
             return f"a list of {len(args)} numbers"
-        return f"a list of {_words(args[0])}" + ("" if typing.get_origin(args[0]) is typing.Literal else "s")
+        word = _words(args[0])
+        return f"a list of {word}" + ("" if typing.get_origin(args[0]) is typing.Literal or word.endswith("s") else "s")
     if origin is dict:
         return "a mapping"
     if args:

@@ -39,7 +39,7 @@ def as_the_textbook(setup: Setup) -> Result:
         rows_n = torch.arange(batch.num_targets, device=setup.device)[:MOST_TARGETS]
         with torch.no_grad():
             hidden_NH = setup.student.hidden(batch.student)[rows_n]
-        signal = setup.signal(batch)
+        signal = setup.signal(batch) if loss.kd_ratio else None
         try:
             signal = None if signal is None else plain.take(signal, rows_n)
         except TypeError:
@@ -96,7 +96,7 @@ def one_position(setup: Setup) -> Result:
                     )
                 if own == 0 and name == "ce":
                     return failed(f"other logits at target {i} do not move its {name}", BUG)
-            step = setup.distiller.combine({name: (after.rows[name][i] - before.rows[name][i]).item() for name in before.rows})
+            step = setup.term().combine({name: (after.rows[name][i] - before.rows[name][i]).item() for name in before.rows})
             whole = (after.total - before.total).item()
             if abs(whole - step) > 1e-4 * max(1.0, abs(before.total.item())):
                 return failed(f"other logits at target {i} move its terms by {step:.4g} and the whole loss by {whole:.4g}", BUG)

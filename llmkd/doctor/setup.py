@@ -26,6 +26,7 @@ from ..models.load import LoadContext
 from ..models.startup_checks import tolerance
 from ..signals import Signal, Teacher
 from ..teachers.fidelity import measured_transform
+from ..training.attention import attention_terms
 from ..training.build import build_student, build_terms, load, longest_row, open_teacher, teacher_probe
 from ..training.launch import start
 from ..training.loop import StudentState, unwrap
@@ -70,10 +71,12 @@ class Setup:
         probe = functools.partial(teacher_probe, prepared, recipe.validation.micro_batch_size, self.device)
         packing = recipe.data.packing * longest_row(recipe.train, recipe.data)
         context = LoadContext(prepared.vocab, self.device, recipe.seed, packing, functools.partial(measured_transform, probe))
-        (self.student,), teachers = load([recipe.student], live, context, recipe.data.share_prefixes, compile=False)
+        settings = [recipe.student], live, context, recipe.data.share_prefixes
+        (self.student,), teachers = load(*settings, compile=False, attention=[recipe.loss.attention])
         self.live: dict[str, LanguageModel] = {name: model for (name, _), model in zip(live, teachers, strict=True)}
+        terms = attention_terms(recipe.loss.attention, self.student, teachers)
         steps = max(prepared.source.total_steps, (recipe.optim.warmup_steps or 0) + 1)
-        self.state: StudentState = build_student(recipe.loss, recipe.optim, self.student, steps, self.accelerator)
+        self.state: StudentState = build_student(recipe.loss, recipe.optim, self.student, steps, self.accelerator, None, terms)
         taps = unwrap(self.state).teacher_taps
         self.teacher: Teacher | None = open_teacher(prepared.teachers, recipe.mixture, teachers, taps, self.device)
         self.student.eval()
@@ -125,7 +128,7 @@ class Setup:
         return Objective(loss.kd_ratio if kd_ratio is None else kd_ratio, loss.temperature, divergence)
 
     def term(self, kd_ratio: float | None = None, chunk: int | None = None) -> HeadTerm:
-        """The recipe's loss as a run computes it, or with another weight or chunk."""
+        """Cross-entropy and divergence as a run computes them, or with another weight or chunk."""
         if kd_ratio is None:
             (term,) = build_terms(self.small.loss, chunk)
             term.chunk_size = chunk or term.chunk_size

@@ -67,9 +67,10 @@ def splits(setup: Setup) -> Result:
 
 
 def _plain_gradients(setup: Setup) -> dict[str, Tensor] | None:
-    """Of the mean over all targets of the textbook's loss; None for a signal that has no textbook form, and for float64 logits above 1 GB."""
+    """Of the mean over all targets of the textbook's loss; None for a signal or a term that has no textbook form, and for float64 logits
+    above 1 GB."""
     loss, targets = setup.small.loss, int(setup.few.num_targets.sum())
-    if int(setup.few.num_targets.max()) * setup.prepared.vocab > 1 << 27:
+    if loss.attention or int(setup.few.num_targets.max()) * setup.prepared.vocab > 1 << 27:
         return None
     try:
         with setup.as_trained():

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..batch import Batch
 from ..head import Head
-from ..signals import NO_TAPS, Signal, Teacher
+from ..signals import NO_TAPS, AttentionInputs, Signal, Teacher
 from .fused import default_chunk, fused_loss, weighted
 from .objective import Objective
 
@@ -21,6 +21,7 @@ class StudentOutputs:
     hidden_NH: Tensor  # last hidden states at the targets
     head: Head
     layers: dict[int, Tensor] = field(default_factory=dict)  # hidden states [N, H] of the layers that the terms' taps ask for, by number
+    attention: dict[int, AttentionInputs] = field(default_factory=dict)  # and what their attention computes with
 
 
 @dataclass(frozen=True)

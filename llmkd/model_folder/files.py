@@ -200,6 +200,19 @@ def positions(config: dict) -> int | None:
     return next((config[name] for name in ("max_position_embeddings", "n_positions", "max_seq_len", "n_ctx") if config.get(name)), None)
 
 
+def layers_of(config: dict) -> int | None:
+    """The number of a model's layers, by its configuration; None where that does not say."""
+    config = config.get("text_config", config)
+    return next((config[name] for name in ("num_hidden_layers", "n_layer", "n_layers", "num_layers") if config.get(name)), None)
+
+
+def attention_heads(config: dict) -> int | None:
+    """The number of a model's query heads, by its configuration; None where that does not say, or says it for each layer."""
+    config = config.get("text_config", config)
+    found = (config.get(name) for name in ("num_attention_heads", "n_head", "n_heads", "num_heads"))
+    return next((number for number in found if isinstance(number, int)), None)
+
+
 def rows_of(config: dict) -> int | None:
     """The rows of a model's embedding, by its configuration."""
     return config.get("text_config", config).get("vocab_size")

@@ -9,6 +9,7 @@ scaled_dot_product_attention for each segment. Rows that are not packed get tran
 
 import functools
 import inspect
+import weakref
 from collections.abc import Callable
 
 import torch
@@ -18,8 +19,11 @@ from torch.nn.functional import scaled_dot_product_attention
 from ..batch import PackedLayout
 from ..console import warn
 from ..errors import brief
+from ..signals import AttentionInputs
 
 NAME = "llmkd_varlen"
+#: What is told of each call of a module's attention, by module: its inputs, and its output [B, T, heads, D]. See `attention_taps.py`.
+WATCHED: "weakref.WeakKeyDictionary[nn.Module, Callable[[AttentionInputs, Tensor], None]]" = weakref.WeakKeyDictionary()
 
 
 def enable(model: nn.Module) -> bool:
@@ -62,14 +66,25 @@ def attention(
 
     NotImplementedError for a family with more than a scaled softmax; the startup checks then keep its own attention.
     """
+    watching = WATCHED.get(module)
     packed = getattr(attention_mask, "packed", None)
-    if packed is None:
+    if packed is not None or watching:
+        if odd := [name for name in ("softcap", "s_aux", "position_bias", "head_mask") if others.get(name) is not None]:
+            raise NotImplementedError(f"{odd[0]} in its attention")
+        window = _window(module, others)
+    if packed is not None:
+        out = _packed_attention(query, key, value, packed, dropout, scaling, window)
+    else:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **others)
-    if odd := [name for name in ("softcap", "s_aux", "position_bias", "head_mask") if others.get(name) is not None]:
-        raise NotImplementedError(f"{odd[0]} in packed attention")
-    window = _window(module, others)
+        out = sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **others)[0]
+    if watching:
+        scale = query.shape[-1] ** -0.5 if scaling is None else float(scaling)
+        watching(AttentionInputs(query, key, value, scale, window), out)
+    return out, None
+
+
+def _packed_attention(query, key, value, packed: PackedLayout, dropout: float, scaling: float | None, window: int | None) -> Tensor:
     if torch.is_autocast_enabled(query.device.type):  # rotary embeddings have made queries and keys float32, and not values
         query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
     groups = query.shape[1] // key.shape[1]
@@ -79,8 +94,8 @@ def attention(
     half, D = query.dtype in (torch.bfloat16, torch.float16), query.shape[-1]
     takes = query.is_cuda and half and not dropout and D == value.shape[-1] <= 256 and D % 8 == 0
     if takes and (way := one_call(query.device, window is not None)):
-        return way(query, key, value, packed, scaling, groups, window)[None], None
-    return by_segment(query, key, value, packed, dropout, scaling, groups, window)[None], None
+        return way(query, key, value, packed, scaling, groups, window)[None]
+    return by_segment(query, key, value, packed, dropout, scaling, groups, window)[None]
 
 
 def _window(module: nn.Module, others: dict) -> int | None:

@@ -9,10 +9,10 @@ from torch import Tensor, nn
 
 from ..batch import View
 from ..head import Head
-from ..signals import NO_TAPS, Taps
+from ..signals import NO_TAPS, AttentionInputs, Taps
 from .families import decoder_of, head_of
 from .last_layer import LastLayer, at_rows
-from .taps import tapped
+from .taps import attention_tapped, tapped
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,12 @@ class ModelOutputs:
 
     hidden_NH   last hidden states; with `own_forward` logits [N, V], whose columns past the vocabulary are not cut
     layers      the hidden states [N, H] of the layers that were asked for, by number
+    attention   what the attention of the layers that were asked for computes with, by number
     """
 
     hidden_NH: Tensor
     layers: dict[int, Tensor]
+    attention: dict[int, AttentionInputs]
 
 
 class LanguageModel(nn.Module):
@@ -114,11 +116,13 @@ class LanguageModel(nn.Module):
         """One forward pass: the last hidden states at the view's rows, and what `taps` ask for."""
         self.set_active_adapter()
         autocast = torch.autocast(view.rows_N.device.type, self.autocast, enabled=self.autocast is not None)
-        with autocast, at_rows(self.capabilities.last_layer, view), tapped(self.base_model, taps.layers, view.rows_N) as layers:
+        base, last = self.base_model, None if taps.queries else self.capabilities.last_layer
+        within = at_rows(last, view), tapped(base, taps.layers, view.rows_N), attention_tapped(base, taps.attention)
+        with autocast, within[0], within[1] as layers, within[2] as attention:
             if self.capabilities.own_forward:
-                return ModelOutputs(self._logits(view), layers)
+                return ModelOutputs(self._logits(view), layers, attention)
             hidden_BTH = decoder_of(self.base_model)(**self.model_inputs(view), use_cache=False)[0]
-        return ModelOutputs(hidden_BTH.flatten(0, 1).index_select(0, view.rows_N), layers)
+        return ModelOutputs(hidden_BTH.flatten(0, 1).index_select(0, view.rows_N), layers, attention)
 
     def model_inputs(self, view: View) -> dict[str, Tensor]:
         packed = view.packed and self.capabilities.packed_attention

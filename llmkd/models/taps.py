@@ -1,12 +1,14 @@
-"""Hidden states inside a model: what passes from layer to layer, at the target positions, of the forward pass that is made anyway."""
+"""What is read inside a model in the forward pass that is made anyway: the states that pass from layer to layer, and attention's inputs."""
 
 import contextlib
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import Tensor, nn
 
+from ..signals import AttentionInputs
+from . import attention
 from .families import layers_of
 
 
@@ -50,3 +52,34 @@ def _take(taken: dict[int, Tensor], number: int, hidden_BTH: Tensor, rows_N: Ten
     # Where a layer is recomputed in the backward pass, the tensors that are kept for it are counted: these are none of them.
     with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):
         taken[number] = hidden_BTH.flatten(0, 1).index_select(0, rows_N)
+
+
+@contextlib.contextmanager
+def attention_tapped(model: nn.Module, layers: Iterable[int]) -> Iterator[dict[int, AttentionInputs]]:
+    """Filled, in a forward pass inside, with what the attention of each of `layers` (counted from 1) computes with, by its number.
+
+    Gradients flow through it. The tensors are those that the model has made, and nothing is computed with them here, so that layers may be
+    recomputed in the backward pass; that pass, outside, takes nothing.
+    """
+    taken: dict[int, AttentionInputs] = {}
+
+    def keep(number: int, inputs: AttentionInputs, out: Tensor) -> None:
+        if number in taken:
+            raise NotImplementedError(f"layer {number} has attention twice")
+        taken[number] = inputs
+
+    with watched(model, layers, keep):
+        yield taken
+
+
+@contextlib.contextmanager
+def watched(model: nn.Module, layers: Iterable[int], keep: Callable[[int, AttentionInputs, Tensor], None]) -> Iterator[None]:
+    """Inside, `keep(number, inputs, output)` is called for every call of attention in one of `layers`."""
+    modules = [(number, module) for number in layers for module in layers_of(model)[number - 1].modules()]
+    for number, module in modules:
+        attention.WATCHED[module] = lambda inputs, out, number=number: keep(number, inputs, out)
+    try:
+        yield
+    finally:
+        for _, module in modules:
+            del attention.WATCHED[module]

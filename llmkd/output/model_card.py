@@ -225,7 +225,10 @@ def introduction(
 ) -> list[str]:
     """A sentence each on the student, its base and licence, and the teacher."""
     quantization, kind = settings.quantization, "A LoRA adapter" if settings.method == "lora" else "A model"
-    made = f"distilled ({loss.divergence}, kd_ratio {loss.kd_ratio:g}, temperature {loss.temperature:g})" if teachers else "fine-tuned"
+    beside = f", attention {loss.attention.what} {loss.attention.weight:g}" if loss.attention else ""
+    made = (
+        f"distilled ({loss.divergence}, kd_ratio {loss.kd_ratio:g}, temperature {loss.temperature:g}{beside})" if teachers else "fine-tuned"
+    )
     lines = [f"{kind} {made} with llmkd.\n"]
     if student is None:
         return [*lines, "It was trained from new random weights.\n"]

@@ -19,4 +19,6 @@ class LiveTeacher:
     def __call__(self, batch: Batch) -> Dense:
         view = batch.teacher
         outputs, device = self.model.outputs(view.each(lambda x: x.to(self.model.device)), self.taps), view.rows_N.device
-        return Dense(outputs.hidden_NH.to(device), self.model.head, {number: h_NH.to(device) for number, h_NH in outputs.layers.items()})
+        layers = {number: hidden_NH.to(device) for number, hidden_NH in outputs.layers.items()}
+        attention = {number: inputs.each(lambda x: x.to(device)) for number, inputs in outputs.attention.items()}
+        return Dense(outputs.hidden_NH.to(device), self.model.head, layers, attention)

@@ -4,12 +4,13 @@ import dataclasses
 import functools
 import math
 import operator
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from ..batch import Batch
 from ..config.recipe import Data, Loss, Mixture, Optim, Recipe, Student, Train, uses_teacher
 from ..config.recipe import Teacher as TeacherSettings
+from ..config.terms import AttentionLoss
 from ..console import info
 from ..data.batch_source import TrainingSource
 from ..data.batching import TokenBudget
@@ -27,6 +28,7 @@ from ..teachers.mixture import combine_teachers
 from ..teachers.resolve import TeacherSource
 from . import checkpoint
 from . import optim as optimizers
+from .attention import attention_terms, enable_attention
 from .auto_batch import head_chunk_size
 from .distiller import Distiller
 from .loop import StudentState, unwrap
@@ -79,7 +81,8 @@ def build_setup(
     packing = data.packing * longest_row(train, data)
     context = LoadContext(prepared.vocab, device, recipe.seed, packing, functools.partial(measured_transform, probe))
     try:
-        models, teacher_models = load([one.student for one in recipes], live, context, data.share_prefixes, train.compile)
+        settings = [one.student for one in recipes], live, context, data.share_prefixes, train.compile
+        models, teacher_models = load(*settings, [one.loss.attention for one in recipes])
         with report_from_any_rank():
             watch = ModelWatch(prepared)
     except UserError:
@@ -91,7 +94,8 @@ def build_setup(
     students, chunk_size = [], head_chunk_size(prepared.vocab, device, info)
     for k, (own, folder, model) in enumerate(zip(recipes, folders, models, strict=True)):
         with attribute_to_student(k):
-            state = build_student(own.loss, own.optim, model, source.total_steps, accelerator, chunk_size)
+            terms = attention_terms(own.loss.attention, model, teacher_models)
+            state = build_student(own.loss, own.optim, model, source.total_steps, accelerator, chunk_size, terms)
             own_data = prepared if own is recipe else prepared.for_student(own.student, uses_teacher(own))
             students.append(StudentRun(own, own_data, folder, model, state, accelerator.is_main_process))
     taps = functools.reduce(operator.or_, (unwrap(student.state).teacher_taps for student in students))
@@ -147,9 +151,17 @@ def restore(students: list[StudentRun], source: TrainingSource, main: bool) -> i
 
 
 def load(
-    students: list[Student], teachers: list[tuple[str, TeacherSettings]], context: LoadContext, share_prefixes: bool, compile: bool
+    students: list[Student],
+    teachers: list[tuple[str, TeacherSettings]],
+    context: LoadContext,
+    share_prefixes: bool,
+    compile: bool,
+    attention: Sequence[AttentionLoss | None] = (),
 ) -> tuple[list[LanguageModel], list[LanguageModel]]:
-    """The students and the teachers, by their settings' names, checked for data.share_prefixes and compiled with train.compile."""
+    """The students and the teachers, by their settings' names, checked for data.share_prefixes and compiled with train.compile.
+
+    attention   loss.attention of each student
+    """
     if compile:
         configure_torch_compile(context.device)
     learning, found = load_models(students, teachers, context)
@@ -162,6 +174,10 @@ def load(
             f"data.share_prefixes: {other[0]} ({other[1].base_model.config.model_type}) uses its own attention in packed rows, which cannot "
             "share prefixes; set it to false"
         )
+    for k, (settings, student) in enumerate(zip(attention, learning, strict=False)):
+        if settings:
+            with attribute_to_student(k):
+                enable_attention(settings, student, found[0], teachers[0][0], context.packing > 0)
     if compile:
         info("compiling the layers of student and teachers, which takes some minutes, or less where they were compiled before")
         for setting, model in every:
@@ -176,10 +192,20 @@ def longest_row(train: Train, data: Data) -> int:
 
 
 def build_student(
-    loss: Loss, optim: Optim, student: LanguageModel, total_steps: int, accelerator, chunk_size: int | None = None
+    loss: Loss,
+    optim: Optim,
+    student: LanguageModel,
+    total_steps: int,
+    accelerator,
+    chunk_size: int | None = None,
+    more: Iterable[Term] = (),
 ) -> StudentState:
-    """The student with its terms, optimizer and schedule. `chunk_size`: rows of the head at a time, if `loss` does not set it."""
-    distiller = Distiller(student, [term.to(accelerator.device) for term in build_terms(loss, chunk_size)])
+    """The student with its terms, optimizer and schedule.
+
+    chunk_size   rows of the head at a time, if `loss` does not set it
+    more         terms beside the head's
+    """
+    distiller = Distiller(student, [term.to(accelerator.device) for term in (*build_terms(loss, chunk_size), *more)])
     parameters = distiller.trainable()
     optimizer = optimizers.build(optim, parameters)
     if student.capabilities.parameters_without_gradient and accelerator.num_processes > 1:
@@ -189,7 +215,7 @@ def build_student(
 
 
 def build_terms(loss: Loss, chunk_size: int | None = None) -> list[Term]:
-    """The terms of the loss. `chunk_size`: rows of the head at a time, if `loss` does not set it."""
+    """The terms of the loss that need no model. `chunk_size`: rows of the head at a time, if `loss` does not set it."""
     divergence = make_divergence(loss.divergence, **loss.divergence_options)
     return [HeadTerm(Objective(loss.kd_ratio, loss.temperature, divergence), loss.chunk_size or chunk_size, loss.normalize)]
 

@@ -22,7 +22,7 @@ class Distiller(nn.Module):
     def forward(self, batch: Batch, signal: Signal | None) -> Loss:
         """All terms at the batch's targets: their weighted sum, and each one's rows."""
         outputs = self.student.outputs(batch.student, self.student_taps)
-        student = StudentOutputs(outputs.hidden_NH, self.student.head, outputs.layers)
+        student = StudentOutputs(outputs.hidden_NH, self.student.head, outputs.layers, outputs.attention)
         parts = [term(student, signal, batch) for term in self.terms.values()]
         return Loss(
             functools.reduce(operator.add, (part.total for part in parts)),

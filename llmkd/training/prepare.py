@@ -45,6 +45,7 @@ from ..model_folder.identity import identity_of, verify
 from ..model_folder.weights import modules_are_named
 from ..output.run_files import LAYERS
 from ..teachers.resolve import SignalUse, TeacherSource, check_cache, check_coverage, provenance, resolve_teachers
+from .layer_pairs import refuse_attention
 
 MODELS = ("the student", "the teacher")  # how the names of models begin in `Prepared.identity`
 MEASURED = 64  # training examples on which the influence of the student's layers is measured
@@ -112,6 +113,8 @@ def prepare(recipe: Recipe, open_caches: bool = True, layers: tuple[int, ...] | 
     check_packages(recipe.student, recipe.optim, with_setting_names(recipe.teacher, "teacher"))
     rows = read_data(recipe.data)
     models = find_models(recipe.student, used_teachers(recipe), recipe.data, open_caches)
+    if recipe.loss.attention:
+        refuse_attention(recipe.loss.attention, models.configs["student.model"], models.configs[f"{models.teachers[0].setting}.model"])
     tokenizer, vocab = find_tokenizer(recipe.student, models, recipe.data, rows)
     for teacher in models.teachers:
         if teacher.cache:
@@ -121,6 +124,8 @@ def prepare(recipe: Recipe, open_caches: bool = True, layers: tuple[int, ...] | 
     )
     if data.validation is not None:
         refuse_uncounted(data.validation, recipe.checkpoint.best_by)
+    if recipe.loss.attention:
+        refuse_second_view(data.train)
     check_caches_cover(recipe.data, models.teachers, tokenizer, data)
     report_end_tokens(data.end_tokens, generation_before(recipe.student, models.student), tokenizer)
     student, layers = with_layers(recipe.student, models.student, data.train, layers)
@@ -149,6 +154,14 @@ def with_layers(
     kept = known or depth.choose_layers(settings, whole, [few.example(i)[0] for i in range(len(few))])
     info(f"student: {depth.described(kept, whole)}")
     return depth.cut(whole, kept), kept
+
+
+def refuse_second_view(examples: Examples) -> None:
+    """UserError where the teacher reads other positions than the student: the attention of the two cannot be compared."""
+    if examples.teacher_view is not None:
+        raise UserError(
+            "loss.attention: rows have a teacher_context, which gives the teacher other positions; remove it, or leave loss.attention out"
+        )
 
 
 def model_identity(student: ModelFiles | None, teachers: Sequence[TeacherSource]) -> dict[str, str]:

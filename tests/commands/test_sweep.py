@@ -69,6 +69,8 @@ def test_every_arm_ends_as_it_would_alone_to_the_last_bit(world, sweep, tmp_path
         "head": {"student.lora": {"rank": 4, "target_modules": ["up_proj", "lm_head"]}},
         "copy": {"student.lora": {"rank": 4, "target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}},
         "dora": {"student.lora": {"rank": 3, "dora": True, "rslora": True}, "optim.schedule": "linear"},
+        "maps": {"loss.attention": {"weight": 0.5}, "loss.kd_ratio": 0},
+        "relations": {"loss.attention": {"layers": "uniform", "what": "relations", "relation_heads": 4}},
         "given": {"student.model": str(given / "adapter"), "student.lora": None},
     }
     recipe = {"student": {"model": str(world / "student"), "lora": lora}, **HELD}
@@ -76,7 +78,7 @@ def test_every_arm_ends_as_it_would_alone_to_the_last_bit(world, sweep, tmp_path
     folder = run_sweep(sweep(recipe, grid={}, arms=arms), {}, False)
     found = state(folder)
     assert (
-        [len(group["arms"]) for group in found["groups"]] == [7, 1]
+        [len(group["arms"]) for group in found["groups"]] == [9, 1]
         and found["groups"][1]["arms"] == ["copy"]
         and {arm["status"] for arm in found["arms"].values()} == {"done"}
     )

@@ -10,7 +10,9 @@ test changes all weights by a random part in 1e12, ten thousand times as much, a
 (relative). No two objectives are nearer to each other than a hundred times TOLERANCE.
 """
 
+import functools
 import json
+import operator
 import os
 from pathlib import Path
 
@@ -20,11 +22,13 @@ import torch
 from accelerate import Accelerator
 
 from llmkd.config.recipe import DIVERGENCES, Loss, Optim
+from llmkd.config.terms import AttentionLoss
 from llmkd.data.batch_source import Collator, PlannedSource
 from llmkd.data.batching import BatchPlan
 from llmkd.data.examples import Examples
 from llmkd.models.language_model import LanguageModel
 from llmkd.teachers.live import LiveTeacher
+from llmkd.training.attention import attention_terms, enable_attention
 from llmkd.training.build import build_student
 from llmkd.training.loop import train
 
@@ -56,11 +60,16 @@ OBJECTIVES = [
     (0.5, 1.0, "alpha_beta", {}),
     (0.5, 1.0, "alpha_beta", {"alpha": 0.0, "beta": 0.5}),
     (0.5, 2.0, "alpha_beta", {"alpha": 1.5, "beta": 0.0}),
+    (0.0, 1.0, "forward_kl", {}, {"weight": 2.0, "what": "maps"}),
+    (0.5, 1.0, "forward_kl", {}, {"weight": 0.5, "what": "maps", "heads": "mean"}),
+    (0.5, 1.0, "forward_kl", {}, {"weight": 0.5, "what": "relations", "relation_heads": 4}),
 ]
 
 
-def name_of(ratio: float, temperature: float, divergence: str, options: dict) -> str:
-    return " ".join([f"kd_ratio {ratio:g}, T {temperature:g},", divergence, *(f"{key} {value:g}" for key, value in options.items())])
+def name_of(ratio: float, temperature: float, divergence: str, options: dict, attention: dict | None = None) -> str:
+    own = [f"{key} {value:g}" for key, value in options.items()]
+    own += [f"attention {' '.join(map(str, attention.values()))}"] if attention else []
+    return " ".join([f"kd_ratio {ratio:g}, T {temperature:g},", divergence, *own])
 
 
 NAMES = [name_of(*objective) for objective in OBJECTIVES]
@@ -98,13 +107,18 @@ def source() -> PlannedSource:
 
 def losses(objectives: list = OBJECTIVES, noise: float = 0.0) -> dict[str, list[list[float]]]:
     """For each objective the loss and the gradient norm of every step, of students that train side by side."""
-    states = []
-    for ratio, temperature, divergence, options in objectives:
-        loss = Loss(kd_ratio=ratio, temperature=temperature, divergence=divergence, divergence_options=options)
-        states.append(build_student(loss, OPTIM, model(8, noise), STEPS, Accelerator(cpu=True)))
-    teacher = model(12, noise).requires_grad_(False).eval()
+    states, teacher = [], model(12, noise).requires_grad_(False).eval()
+    for ratio, temperature, divergence, options, *attention in objectives:
+        settings = AttentionLoss(**attention[0]) if attention else None
+        loss = Loss(kd_ratio=ratio, temperature=temperature, divergence=divergence, divergence_options=options, attention=settings)
+        student = model(8, noise)
+        if settings:
+            enable_attention(settings, student, teacher, "teacher", packing=False)
+        terms = attention_terms(settings, student, [teacher])
+        states.append(build_student(loss, OPTIM, student, STEPS, Accelerator(cpu=True), None, terms))
+    taps = functools.reduce(operator.or_, (state.distiller.teacher_taps for state in states))
     found = {name_of(*objective): [[], []] for objective in objectives}
-    for progress in train(source(), states, LiveTeacher(teacher), Accelerator(cpu=True)):
+    for progress in train(source(), states, LiveTeacher(teacher, taps), Accelerator(cpu=True)):
         for k, rows in enumerate(found.values()):
             assert ("kd" in progress.terms[k]) == (objectives[k][0] > 0), "a student that learns without the teacher of the others"
             for row, value in zip(rows, (progress.terms[k]["loss"], progress.grad_norms[k]), strict=True):
@@ -128,7 +142,7 @@ def golden() -> tuple[dict, dict]:
 def test_every_objective_is_in_the_file(golden):
     assert list(golden[1]) == NAMES
     assert {objective[2] for objective in OBJECTIVES} == DIVERGENCES.keys()
-    changed = {(divergence, option) for _, _, divergence, options in OBJECTIVES for option in options}
+    changed = {(divergence, option) for _, _, divergence, options, *_ in OBJECTIVES for option in options}
     assert changed == {(divergence, option) for divergence, options in DIVERGENCES.items() for option in options}
     assert all(np.array(values).shape == (2, STEPS) for values in golden[1].values())
 

@@ -1,0 +1,67 @@
+"""Whether attention can be read inside a model, and what its layers compute with on a small batch."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from ..batch import View
+from ..errors import UserError, brief
+from ..signals import AttentionInputs
+from . import attention
+from .families import layers_of
+from .language_model import LanguageModel
+from .probe import probe_ids, relative_gap
+from .startup_checks import tolerance
+from .taps import watched
+
+
+def enable_taps(model: LanguageModel, layers: Iterable[int], setting: str, packing: bool = False) -> dict[int, AttentionInputs]:
+    """Give a `LanguageModel` llmkd's attention, from which the inputs are taken. Returns those of a small batch, by layer.
+
+    UserError for a layer that it does not have, and where the inputs of a layer do not explain its output: where there is a soft cap, a
+    bias of positions, or anything else than a softmax of scaled products.
+
+    setting   the model's name in the recipe, for messages
+    packing   whether rows are packed
+    """
+    base, layers = model.base_model, sorted(layers)
+    family, leave = f"{setting} ({base.config.model_type})", "leave loss.attention out"
+    modules = layers_of(base)
+    if modules is None:
+        raise UserError(f"loss.attention.layers: {family} does not keep its layers in a list; {leave}")
+    if outside := [number for number in layers if not 1 <= number <= len(modules)]:
+        raise UserError(f"loss.attention.layers: found layer {outside[0]}, and {family} has layers 1 to {len(modules)}")
+    if (packing and not model.capabilities.packed_attention) or not attention.enable(base):
+        raise UserError(
+            f"loss.attention: {family} uses an attention of its own (soft caps, chunks, sinks or none at all), whose queries and keys "
+            f"llmkd does not see; {leave}, or use another model"
+        )
+    found: dict[int, list[tuple[AttentionInputs, Tensor]]] = {number: [] for number in layers}
+    ids_BT = probe_ids(model.head.vocab, model.device)
+    view, training = View({"input_ids": ids_BT}, torch.arange(ids_BT.numel(), device=ids_BT.device)), model.training
+    model.eval()
+    try:
+        with torch.no_grad(), watched(base, layers, lambda number, *call: found[number].append(call)):
+            model.hidden(view)
+    except Exception as error:
+        raise UserError(f"loss.attention: {family}: {brief(error)}; {leave}, or use another model") from error
+    finally:
+        model.train(training)
+    for number, calls in found.items():
+        if len(calls) != 1:
+            raise UserError(f"loss.attention.layers: {family}: layer {number} has {len(calls) or 'no'} attention; name another layer")
+        inputs, out = calls[0]
+        if not relative_gap([out.double()], [_textbook(inputs)]) <= tolerance(model):
+            raise UserError(f"loss.attention: {family}: the attention of layer {number} is more than a softmax of scaled products; {leave}")
+    return {number: calls[0][0] for number, calls in found.items()}
+
+
+def _textbook(inputs: AttentionInputs) -> Tensor:
+    """The output of causal attention [B, T, heads, D], in float64."""
+    inputs = inputs.each(lambda x: x.double().repeat_interleave(inputs.query.shape[1] // x.shape[1], 1))
+    T = inputs.query.shape[2]
+    back = torch.arange(T)[:, None] - torch.arange(T)
+    hidden = (back < 0) | (back >= (inputs.window or T))
+    scores = inputs.query @ inputs.key.mT * inputs.scaling
+    return (scores.masked_fill(hidden.to(scores.device), float("-inf")).softmax(-1) @ inputs.value).transpose(1, 2)

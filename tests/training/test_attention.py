@@ -1,0 +1,132 @@
+"""Attention distillation in a run: what it trains, what it logs, what changes nothing, and what is refused."""
+
+import json
+import shutil
+
+import pytest
+
+from llmkd.errors import UserError
+from llmkd.files import read_jsonl
+from llmkd.training.prepare import prepare
+from llmkd.training.run import run
+from tests.conftest import distance, weights
+from tests.training.test_resume import LONG, comparable, unfinish
+
+MAPS = {"loss__attention": {"weight": 0.3, "layers": "last"}}
+RELATIONS = {"loss__attention": {"weight": 0.3, "layers": [[1, 2], [2, 1]], "what": "relations", "relation_heads": 4}}
+EITHER = pytest.mark.parametrize("term", [MAPS, RELATIONS], ids=["maps", "relations"])
+SHORT = {"train__max_steps": 3}
+
+
+def steps(folder) -> list[dict]:
+    return [record for record in read_jsonl(folder / "metrics.jsonl") if "lr" in record]
+
+
+@EITHER
+def test_it_is_a_term_of_the_loss_and_nothing_of_it_is_exported(term, trained, tmp_path):
+    found, plain = trained("with", **SHORT, **term), trained("without", **SHORT)
+    assert found.keys() == plain.keys() and distance(found, plain) > 1e-6
+    for record in steps(tmp_path / "with"):
+        assert record["attention"] > 0
+        assert record["loss"] == pytest.approx(0.5 * record["ce"] + 0.5 * record["kd"] + 0.3 * record["attention"], rel=1e-12)
+    assert "attention" in json.loads((tmp_path / "with/summary.json").read_text())["train"]
+    assert f", attention {term['loss__attention'].get('what', 'maps')} 0.3)" in (tmp_path / "with/adapter/README.md").read_text()
+
+
+@EITHER
+def test_without_the_divergence_it_still_asks_the_teacher(term, trained, tmp_path):
+    alone = {"loss__kd_ratio": 0.0, "optim__lr": 0.02, "train__max_steps": 12, "student__method": "full"}
+    trained("out", **alone, **{"loss__attention": term["loss__attention"] | {"weight": 5.0}})
+    records = steps(tmp_path / "out")
+    assert "kd" not in records[0] and records[-1]["attention"] < 0.7 * records[0]["attention"]
+
+
+@EITHER
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"train__micro_batch_size": 1},
+        {"train__micro_batch_size": 8, "data__packing": True, "data__share_prefixes": True},
+        {"student__gradient_checkpointing": True},
+    ],
+    ids=str,
+)
+def test_what_changes_nothing(term, changes, trained):
+    how = {"train__max_steps": 2, "student__method": "full"}
+    assert distance(trained("whole", **how, **term), trained("cut", **how, **term, **changes)) < 2e-6  # rotations round in float32
+
+
+@EITHER
+def test_it_resumes_bit_for_bit(term, trained, make_recipe, tmp_path):
+    whole = trained("whole", **LONG, **term)
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    unfinish(tmp_path / "again", 4)
+    run(make_recipe("again", **LONG, **term), resume=True)
+    assert distance(weights(tmp_path / "again"), whole) == 0 and comparable(tmp_path / "again") == comparable(tmp_path / "whole")
+    with pytest.raises(UserError, match="loss.attention.weight"):
+        run(make_recipe("again", **LONG, **{"loss__attention": term["loss__attention"] | {"weight": 0.4}}), resume=True)
+
+
+@EITHER
+def test_a_student_that_is_its_teacher_has_none(term, world, trained, tmp_path):
+    same = {"student__model": str(world / "teacher"), "teacher__model": str(world / "teacher"), "loss__kd_ratio": 1.0}
+    settings = term["loss__attention"] | {"layers": "last"}
+    trained("out", **same, loss__attention=settings, student__method="full", train__max_steps=1, optim__warmup_steps=0)
+    (record,) = steps(tmp_path / "out")
+    assert record["attention"] == 0 and record["grad_norm"] < 1e-10
+
+
+@pytest.mark.parametrize(
+    "attention, changes, words",
+    [
+        ({"weight": 0}, {}, r"loss.attention.weight: found 0, expected a number > 0"),
+        ({"layers": [[0, 1]]}, {}, r"loss.attention.layers: found layer 0, the embeddings"),
+        ({"heads": "mean", "what": "relations"}, {}, r"loss.attention.heads: belongs to what: maps, but what is relations"),
+        ({"relation_heads": 4}, {}, r"loss.attention.relation_heads: belongs to what: relations, but what is maps"),
+        ({}, {"teacher": None}, r"loss.attention: set with no teacher"),
+        ({}, {"teacher": [{"model": "a"}, {"model": "b"}]}, r"loss.attention: set with 2 teachers"),
+        ({}, {"teacher.cache.path": "cache"}, r"loss.attention: set with teacher.cache, and a cache holds nothing"),
+        ({}, {"student.attention": "eager"}, r"loss.attention: set with student.attention"),
+        ({}, {"teacher.attention": "sdpa"}, r"loss.attention: set with teacher.attention"),
+        ({}, {"data.teacher_context": "Think."}, r"loss.attention: set with data.teacher_context"),
+    ],
+    ids=str,
+)
+def test_settings_that_contradict_are_refused(make_recipe, attention, changes, words):
+    with pytest.raises(UserError, match=words):
+        make_recipe(**changes, **{"loss.attention": attention})
+
+
+@pytest.mark.parametrize(
+    "attention, words",
+    [
+        ({"layers": [[1, 1], [2, 3]]}, "loss.attention.layers: found layer 3 of the teacher, which has 2 layers"),
+        ({"layers": [[3, 1]]}, "loss.attention.layers: found layer 3 of the student, which has 2 layers"),
+        ({"layers": [[1, 1], [1, 1]]}, r"loss.attention.layers: found the pair \[1, 1\] twice"),
+        ({}, "found maps, and the student has 2 heads and the teacher 3; set loss.attention.heads: mean, or what: relations"),
+    ],
+    ids=str,
+)
+def test_what_two_models_do_not_have_is_refused_before_one_is_loaded(make_recipe, world, tmp_path, attention, words):
+    changes = {}
+    if not attention:
+        shutil.copytree(world / "teacher", tmp_path / "three")
+        config = json.loads((tmp_path / "three/config.json").read_text()) | {"num_attention_heads": 3, "num_key_value_heads": 3}
+        (tmp_path / "three/config.json").write_text(json.dumps(config))
+        changes = {"teacher": [{"model": str(tmp_path / "three")}]}
+    with pytest.raises(UserError, match=words):
+        prepare(make_recipe(**changes, **{"loss.attention": attention}))
+
+
+def test_rows_with_a_context_for_the_teacher_are_refused(make_recipe, tmp_path):
+    rows = [{"instruction": "Say 1", "output": "Yes.", "teacher_context": "Be sure."}, {"instruction": "Say 2", "output": "No."}]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    changes = {"data.train.path": str(tmp_path / "rows.jsonl"), "loss.attention": {}}
+    with pytest.raises(UserError, match="loss.attention: rows have a teacher_context"):
+        prepare(make_recipe(**changes))
+
+
+def test_relation_heads_that_do_not_divide_the_widths_are_refused_with_those_that_do(make_recipe):
+    recipe = make_recipe(**{"loss.attention": {"what": "relations"}})
+    with pytest.raises(UserError, match=r"found 32, .*\(16, 16, 16 and 24, 24, 24 in student and teacher\); these do: 1, 2, 4, 8$"):
+        run(recipe)
