@@ -6,13 +6,14 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..config.recipe import Lora, Recipe, distils, used_teachers
+from ..config.recipe import Lora, Recipe, Train, distils, used_teachers
 from ..console import duration
 from ..model_folder.files import find
 from ..models.size import ModelSize, adapter_parameters, model_size, weight_bytes
 from ..training.prepare import prepare, student_files
 
 EFFICIENCY = 0.4  # training speed over that of a large matrix product
+PER_LAYER = 5e-4  # seconds that a pass through a layer takes at least, however small it is: what Python and its kernels cost
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,19 @@ def estimate(recipes: list[Recipe], sizes: dict) -> Cost | None:
     operations = step_operations(
         student, present if any(map(distils, recipes)) else [], len(recipes), tokens, targets, full, checkpointing, passes * read
     )
-    return Cost(operations / (EFFICIENCY * matmul_flops(device)), bytes_ + training_memory(student, trained, longest, checkpointing))
+    forward = sum(teacher.layers for teacher in present) if any(map(distils, recipes)) else 0
+    layers = forward + len(recipes) * student.layers * (3 + checkpointing)  # a backward pass is as two
+    least = PER_LAYER * layers * micro_batches(passes * len(lengths), tokens, train)
+    return Cost(
+        operations / (EFFICIENCY * matmul_flops(device)) + least, bytes_ + training_memory(student, trained, longest, checkpointing)
+    )
+
+
+def micro_batches(examples: float, tokens: float, train: Train) -> float:
+    """How many micro-batches hold so many examples of so many tokens; `auto` takes a step's in one."""
+    if train.micro_batch_tokens is None:
+        return examples / min(train.micro_batch_size, train.batch_size)
+    return max(examples / train.batch_size, tokens / train.micro_batch_tokens if isinstance(train.micro_batch_tokens, int) else 0)
 
 
 def largest_micro_batch_tokens(lengths: np.ndarray, size: int | None, tokens: int | str | None) -> int:

@@ -1,10 +1,38 @@
 """Progress of a run on the console: a bar on a terminal, a line now and then in a log file."""
 
+import statistics
 import sys
 import time
 
 from ..console import info
 from .metrics import peak_memory
+
+FIRST = 5  # speeds whose median is that of the beginning
+SLOWER, IN_A_ROW = 3.0, 3  # a run that is so much slower than that, so many times in a row, says so
+
+
+class Slowdown:
+    """Notices, once, that training has become far slower than it was at its beginning."""
+
+    def __init__(self):
+        self.first: list[float] = []
+        self.slow: list[float] = []
+
+    def __call__(self, speed: float) -> str | None:
+        """What to say after the next targets per second; None if nothing."""
+        if len(self.first) < FIRST:
+            self.first.append(speed)
+            return None
+        before = statistics.median(self.first)
+        if len(self.slow) < IN_A_ROW:
+            self.slow = [*self.slow, speed] if speed * SLOWER < before else []
+            if len(self.slow) == IN_A_ROW:
+                now = statistics.median(self.slow)
+                return (
+                    f"note: {now:.0f} targets/s, and {before:.0f} at the beginning: other programs may use the same cores or GPU, or it throttles "
+                    "(top, nvidia-smi)"
+                )
+        return None
 
 
 class ProgressDisplay:
@@ -25,6 +53,7 @@ class ProgressDisplay:
         )
         self.total, self.first, self.started, self.shown = total_steps, done, time.monotonic(), 0.0
         self.targets_since, self.time_since = 0, self.started
+        self.slowdown = Slowdown()
 
     def count(self, targets: int) -> None:
         """A step is done."""
@@ -39,6 +68,8 @@ class ProgressDisplay:
         return speed
 
     def show(self, step: int, shown: dict[str, str], speed: float) -> None:
+        if text := self.slowdown(speed):
+            self.info(text)
         shown = shown | {"targets/s": f"{speed:.0f}", "mem": f"{peak_memory() / 2**30:.1f}G"}
         self.bar.set_postfix(shown, refresh=False)
         now = time.monotonic()

@@ -1,0 +1,16 @@
+"""What a run says of its speed while it goes on."""
+
+from llmkd.output.progress import Slowdown
+
+
+def test_a_run_that_becomes_far_slower_says_so_once():
+    slowdown = Slowdown()
+    said = [slowdown(speed) for speed in (90, 500, 110, 100, 100, 34, 30, 32, 34, 30, 30, 28, 20, 10)]
+    assert [i for i, text in enumerate(said) if text] == [11], "the third in a row below a third of 100; 34 is none"
+    assert said[11].startswith("note: 30 targets/s, and 100 at the beginning: other programs")
+
+
+def test_a_steady_or_faster_run_says_nothing():
+    for speeds in ([100] * 30, [100] * 5 + [40, 400] * 10, [10] * 5 + [100] * 10, [100] * 5 + [20, 20, 90] * 5):
+        slowdown = Slowdown()
+        assert not any(slowdown(speed) for speed in speeds)
