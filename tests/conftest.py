@@ -21,8 +21,8 @@ from llmkd.config import loader
 from llmkd.config.recipe import Source
 from llmkd.data.reading.sources import Rows, read_source
 from llmkd.errors import UserError
-from llmkd.output import plots
 from llmkd.training.run import run
+from tests.kit.quick_runs import leave_out
 
 torch.set_num_threads(1)
 console.show_messages()  # as on the command line: tests of runs read stderr
@@ -43,15 +43,18 @@ def _signals_not_ignored():
             signal.signal(number, default)
 
 
-@pytest.fixture(autouse=True)
-def _own_cache(tmp_path_factory, monkeypatch):
-    monkeypatch.setenv("LLMKD_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+@pytest.fixture(scope="session", autouse=True)
+def _own_cache(tmp_path_factory):
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LLMKD_CACHE", str(tmp_path_factory.getbasetemp() / "cache"))
+        yield
 
 
-@pytest.fixture(autouse=True)
-def _no_pictures(monkeypatch):
-    """Runs do not draw loss.png, which takes a sixth of their time here. The one from the wheel does, and test_plots.py."""
-    monkeypatch.setattr(plots, "plot_losses", lambda folder: (folder / "loss.png").touch())
+@pytest.fixture(scope="session", autouse=True)
+def _quick_runs():
+    with pytest.MonkeyPatch.context() as patch:
+        leave_out(patch.setattr)
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -122,6 +125,7 @@ def plain_recipe(world: Path, out: Path) -> dict:
         "data": {"train": {"path": str(world / "train.jsonl")}, "max_length": 256},
         "optim": {"lr": 1e-2, "warmup_steps": 2, "weight_decay": 0.01},
         "train": {"batch_size": 8, "micro_batch_size": 4},
+        "validation": {"teacher_check": 4},
     }
 
 

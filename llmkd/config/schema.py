@@ -1,6 +1,7 @@
 """The list of settings, from the dataclasses: for --help, error messages and docs/settings.md."""
 
 import dataclasses
+import functools
 import json
 import typing
 
@@ -12,11 +13,14 @@ def join_or(options: list[str]) -> str:
     return ", ".join(options[:-1]) + (" or " if len(options) > 1 else "") + options[-1] if options else "nothing"
 
 
+_hints = functools.cache(typing.get_type_hints)  # a run asks for them hundreds of times
+
+
 def section_of(kind, key):
     """The section class of a key, or None. A key that the user chose (the name of a stage) has the class of all such entries."""
     if not dataclasses.is_dataclass(kind):
         return None
-    hint = typing.get_type_hints(kind).get(key, kind)
+    hint = _hints(kind).get(key, kind)
     return next((c for c in (hint, *typing.get_args(hint)) if dataclasses.is_dataclass(c)), None)
 
 
@@ -29,7 +33,7 @@ def describe(kind=Recipe, prefix: str = ""):
         info = field.default
         if section:
             if getattr(info, "description", None):
-                several = next((a for a in typing.get_args(typing.get_type_hints(kind)[field.name]) if typing.get_origin(a) is tuple), None)
+                several = next((a for a in typing.get_args(_hints(kind)[field.name]) if typing.get_origin(a) is tuple), None)
                 a_list = "them" if several and section in typing.get_args(several) else "numbers"
                 yield path, "a mapping of settings" + (f", or a list of {a_list}" if several else ""), None, info.description
             yield from describe(section, path + ".")

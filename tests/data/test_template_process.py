@@ -9,6 +9,7 @@ import pytest
 
 from llmkd.config.recipe import Data
 from llmkd.data.encoding import template, template_process
+from llmkd.data.encoding.template_process import close
 from llmkd.errors import UserError
 from tests.data.test_templates import FAMILIES
 from tests.kit.data import END, PLAIN, encode, kept, rows_of, talk, tiny
@@ -22,12 +23,12 @@ DOUBLED = "{% set ns = namespace(x=START) %}{% for i in range(99) %}{% set ns.x 
 def small_limits():
     """Templates have 0.3 s and 1,000 characters: that is set in the process itself, which starts anew."""
     before = template_process._START
-    template_process.close()
+    close()
     small = "from llmkd.data.encoding import template; template.SECONDS, template._LONGEST = 0.3, 1000; "
     template_process._START = before.replace("main()", small + "main()")
     yield
     template_process._START = before
-    template_process.close()
+    close()
 
 
 def named(template: str):
@@ -89,7 +90,7 @@ def test_a_process_that_was_ended_by_others_starts_again():
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert len(encode(rows_of(ROW), "chat", Data(), tiny())) == 1 and template_process._PROCESS._process.pid != process.pid
-    template_process.close()
+    close()
     assert not psutil.pid_exists(process.pid)
 
 
@@ -110,7 +111,7 @@ def test_a_child_of_a_fork_asks_a_process_of_its_own():
     if not child:
         text = template_process.rendered("{{ 2 }}", {}, [])
         os.write(writing, f"{text} {template_process._PROCESS._process.pid != ours}".encode())
-        template_process.close()
+        close()
         os._exit(0)
     os.waitpid(child, 0)
     assert os.read(reading, 99) == b"2 True" and template_process.rendered("{{ 3 }}", {}, []) == "3"

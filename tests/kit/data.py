@@ -1,6 +1,5 @@
 """Shared by the tests of data: a small tokenizer, rows, and examples as text."""
 
-import copy
 import functools
 from pathlib import Path
 
@@ -48,13 +47,7 @@ def tiny(template: str | None = PLAIN, pad: str = "<|pad|>", seen: str = ""):
     return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template, clean_up_tokenization_spaces=False, **named)
 
 
-@functools.cache
-def _skills():
-    return skills.tokenizer()
-
-
-def skills_tokenizer():
-    return copy.deepcopy(_skills())
+skills_tokenizer = skills.tokenizer
 
 
 def real(name: str):

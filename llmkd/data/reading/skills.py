@@ -268,32 +268,43 @@ def _held_out() -> set[str]:
 _SENTENCES = [_about, _about, _about_words, _about_numbers, _about_people, _asked, _asked, _asked]
 
 
+_ROLES = ["<|system|>", "<|user|>", "<|assistant|>"]
+
+
 def tokenizer():
     """A byte-level BPE tokenizer trained on the corpus, with single digits and a chat template. The same every time."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from tokenizers import Tokenizer
     from transformers import PreTrainedTokenizerFast
+
+    template = (
+        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(_trained()),
+        pad_token="<|pad|>",
+        eos_token="<|end|>",
+        additional_special_tokens=list(_ROLES),
+        chat_template=template,
+        model_max_length=256,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+@functools.cache
+def _trained() -> str:
+    """The tokenizer's own file, which takes a moment to make."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
     backend = Tokenizer(models.BPE())
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
     )
     backend.decoder = decoders.ByteLevel()
-    special = ["<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>"]
+    special = ["<|pad|>", "<|end|>", *_ROLES]
     trainer = trainers.BpeTrainer(
         vocab_size=640, special_tokens=special, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False
     )
     texts = [row["text"] for row in rows("train", "prose")[:3000]]
     texts += [m["content"] for row in rows("train")[:3000] for m in row["messages"]]
     backend.train_from_iterator(texts, trainer)
-    template = (
-        "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>{% endfor %}{% if add_generation_prompt %}<|assistant|>{% endif %}"
-    )
-    return PreTrainedTokenizerFast(
-        tokenizer_object=backend,
-        pad_token="<|pad|>",
-        eos_token="<|end|>",
-        additional_special_tokens=special[2:],
-        chat_template=template,
-        model_max_length=256,
-        clean_up_tokenization_spaces=False,
-    )
+    return backend.to_str()
