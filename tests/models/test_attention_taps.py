@@ -7,16 +7,23 @@ import pytest
 import torch
 from torch.testing import assert_close
 
+from llmkd.batch import Batch, PackedLayout, View
+from llmkd.config.recipe import Lora, Student, Teacher
 from llmkd.data.collate import collate
 from llmkd.data.examples import Examples
 from llmkd.errors import UserError
 from llmkd.losses import attention as losses
 from llmkd.models import activation_checkpointing, attention
+from llmkd.models import compile as compilation
 from llmkd.models.attention_taps import enable_taps
-from llmkd.models.language_model import LanguageModel
-from llmkd.models.load import checked
+from llmkd.models.language_model import Capabilities, LanguageModel
+from llmkd.models.load import LoadContext, checked, load_models
 from llmkd.models.taps import attention_tapped
-from tests.kit.families import tiny
+from llmkd.signals import Taps
+from llmkd.teachers.live import LiveTeacher
+from tests.kit.families import V, tiny
+from tests.models.test_compile import graphs, traced  # noqa: F401, a fixture
+from tests.models.test_last_layer import stirred, view, whole
 
 STILL = {"attention_dropout": 0.0, "attn_pdrop": 0.0, "embd_pdrop": 0.0, "resid_pdrop": 0.0}
 FAMILIES = [
@@ -164,3 +171,78 @@ def test_values_are_the_same_packed_with_shared_prefixes_and_apart():
         for a, b in zip(apart, values, strict=True):
             assert len(a) == batch.num_targets and a.min() > 1e-3
             assert_close(b, a, rtol=1e-6, atol=1e-8)
+
+
+BOTH = Taps(attention=frozenset({1, 2}), queries=True)
+
+
+def terms_of(model: LanguageModel, on: View, taps: Taps = BOTH) -> dict[str, torch.Tensor]:
+    """Divergences from scaled copies of the model's own attention, map and relations of each layer, and the gradient of all that trains."""
+    model.zero_grad(set_to_none=True)
+    torch.manual_seed(0)
+    taken, counts, found = model.outputs(on, taps).attention, [4, 3, 2], {}
+    assert sorted(taken) == [1, 2] and not attention.WATCHED
+    for number, inputs in taken.items():
+        other = inputs.each(lambda x: x.detach() * 0.7)
+        found[f"map {number}"] = losses.map_divergence(inputs, other, on, counts)
+        found[f"relations {number}"] = losses.relation_divergence(inputs, other, on, counts, 4)
+    sum(values.sum() for values in found.values()).backward()
+    found = {name: values.detach() for name, values in found.items()}
+    return found | {name: p.grad.clone() for name, p in model.trainable().items() if p.grad is not None}
+
+
+def on_rows(packed: bool = False) -> View:
+    rows = view((0, 3, 4, 8, 10, 11, 15, 21, 22), packed)
+    return View(rows.inputs, rows.rows_N, PackedLayout.of([9, 9, 9])) if packed else rows
+
+
+def near(some: dict, others: dict, limit: float) -> bool:
+    return some.keys() == others.keys() and all((some[k] - others[k]).abs().max() <= limit * (1 + others[k].abs().max()) for k in some)
+
+
+def readable(family: str = "llama", packing: bool = False) -> LanguageModel:
+    model = checked(LanguageModel(tiny(family, **STILL), V - 6).train(), "student.model", packing=27 * packing)
+    enable_taps(model, (1, 2), "student.model", packing)
+    return model
+
+
+def test_queries_of_the_last_layer_are_right_at_all_positions_where_they_are_asked_for():
+    model, on = readable(), on_rows()
+    assert model.capabilities.last_layer
+    expected, at_targets = terms_of(whole(model), on), terms_of(model, on, Taps(attention=frozenset({1, 2})))
+    assert near(terms_of(model, on), expected, 1e-12)
+    assert (at_targets["map 2"] - expected["map 2"]).abs().max() < 1e-12, "maps need them at the targets alone"
+    assert (at_targets["relations 2"] - expected["relations 2"]).abs().max() > 1e-3
+
+
+@pytest.mark.slow
+def test_a_compiled_model_gives_the_same_without_new_code(traced):  # noqa: F811
+    model, on = readable(packing=True), on_rows(packed=True)
+    expected = terms_of(model, on)
+    compilation.compile_layers(model, "student.model", True)
+    assert near(terms_of(model, on), expected, 1e-12)
+    before = graphs()
+    assert near(terms_of(model, on), expected, 1e-12) and graphs() == before
+
+
+def test_a_model_whose_head_is_not_known_gives_the_same():
+    model, on = readable(), on_rows()
+    model = whole(model)
+    assert near(terms_of(model.replaced(capabilities=Capabilities(own_forward=True)), on), terms_of(model, on), 1e-12)
+
+
+def test_every_student_on_a_base_and_the_teacher_beside_them_give_their_own(world):
+    context = LoadContext(640, "cpu", seed=7)
+    arms = [Student(model=str(world / "student"), lora=lora) for lora in (Lora(rank=4), Lora(rank=2))]
+    students, (teacher,) = load_models(arms, [("teacher", Teacher(model=str(world / "student")))], context)
+    one, other = map(stirred, students)
+    for name, model in (("student.model", one), ("student.model", other), ("teacher.model", teacher)):
+        enable_taps(model, (1, 2), name)
+    on = on_rows()
+    apart = [model.outputs(on, BOTH).attention[2].key.detach() for model in (one, other, teacher)]
+    assert all((a - b).abs().max() > 1e-6 for i, a in enumerate(apart) for b in apart[:i])
+    for model, key in zip((one, other, teacher), apart, strict=True):
+        assert torch.equal(model.outputs(on, BOTH).attention[2].key, key)
+    signal = LiveTeacher(teacher, BOTH)(Batch(torch.zeros(9), torch.zeros(9), on, on))
+    assert torch.equal(signal.attention[2].key, apart[2]) and not signal.attention[2].key.requires_grad
+    assert LiveTeacher(teacher)(Batch(torch.zeros(9), torch.zeros(9), on, on)).attention == {}

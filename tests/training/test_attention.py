@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 
+from llmkd.config.terms import layer_pairs
 from llmkd.errors import UserError
 from llmkd.files import read_jsonl
 from llmkd.training.prepare import prepare
@@ -33,31 +34,24 @@ def test_it_is_a_term_of_the_loss_and_nothing_of_it_is_exported(term, trained, t
     assert f", attention {term['loss__attention'].get('what', 'maps')} 0.3)" in (tmp_path / "with/adapter/README.md").read_text()
 
 
-@EITHER
-def test_without_the_divergence_it_still_asks_the_teacher(term, trained, tmp_path):
+def test_without_the_divergence_it_still_asks_the_teacher(trained, tmp_path):
     alone = {"loss__kd_ratio": 0.0, "optim__lr": 0.02, "train__max_steps": 12, "student__method": "full"}
-    trained("out", **alone, **{"loss__attention": term["loss__attention"] | {"weight": 5.0}})
+    trained("out", **alone, loss__attention={"weight": 5.0})
     records = steps(tmp_path / "out")
     assert "kd" not in records[0] and records[-1]["attention"] < 0.7 * records[0]["attention"]
 
 
 @EITHER
-@pytest.mark.parametrize(
-    "changes",
-    [
-        {"train__micro_batch_size": 1},
-        {"train__micro_batch_size": 8, "data__packing": True, "data__share_prefixes": True},
-        {"student__gradient_checkpointing": True},
-    ],
-    ids=str,
-)
-def test_what_changes_nothing(term, changes, trained):
-    how = {"train__max_steps": 2, "student__method": "full"}
-    assert distance(trained("whole", **how, **term), trained("cut", **how, **term, **changes)) < 2e-6  # rotations round in float32
+def test_micro_batches_packing_and_recomputed_layers_change_nothing(term, trained):
+    how = {"train__max_steps": 2, "student__method": "full", **term}
+    whole = trained("whole", **how)
+    assert distance(whole, trained("cut", **how, train__micro_batch_size=1, student__gradient_checkpointing=True)) < 1e-12
+    packed = {"train__micro_batch_size": 8, "data__packing": True, "data__share_prefixes": True}
+    assert distance(whole, trained("packed", **how, **packed)) < 2e-6  # rotations and norms round in float32
 
 
-@EITHER
-def test_it_resumes_bit_for_bit(term, trained, make_recipe, tmp_path):
+def test_it_resumes_bit_for_bit(trained, make_recipe, tmp_path):
+    term = MAPS
     whole = trained("whole", **LONG, **term)
     shutil.copytree(tmp_path / "whole", tmp_path / "again")
     unfinish(tmp_path / "again", 4)
@@ -130,3 +124,25 @@ def test_relation_heads_that_do_not_divide_the_widths_are_refused_with_those_tha
     recipe = make_recipe(**{"loss.attention": {"what": "relations"}})
     with pytest.raises(UserError, match=r"found 32, .*\(16, 16, 16 and 24, 24, 24 in student and teacher\); these do: 1, 2, 4, 8$"):
         run(recipe)
+
+
+@pytest.mark.parametrize(
+    "layers, student, teacher, pairs",
+    [
+        ("last", 3, 4, ((3, 4),)),
+        ("middle", 3, 4, ((2, 2),)),
+        ("middle", 4, 12, ((2, 6),)),
+        ("uniform", 4, 12, ((1, 3), (2, 6), (3, 9))),
+        ("uniform", 3, 4, ((1, 1), (2, 3))),
+        ("uniform", 6, 4, ((1, 1), (2, 1), (3, 2), (4, 3), (5, 3))),
+        (((2, 1), (1, 4)), 3, 4, ((2, 1), (1, 4))),
+    ],
+    ids=str,
+)
+def test_pairs_of_layers(layers, student, teacher, pairs):
+    assert layer_pairs(layers, student, teacher) == pairs
+
+
+def test_uniform_needs_a_layer_before_the_last():
+    with pytest.raises(ValueError, match="found uniform, and the student has one layer; use last"):
+        layer_pairs("uniform", 1, 4)
