@@ -12,6 +12,7 @@ from pydantic import Discriminator, Field, Tag
 
 from .data import Data, data_contradictions
 from .data import Source as Source
+from .features import Features, feature_contradictions
 from .fields import Count, OneOrMany, Seed, as_tuple, changeable, config_dataclass, fixed, form, with_setting_names
 from .teacher import Attention, Dtype, Mixture, Quantization, Teacher, teacher_contradictions
 from .terms import AttentionLoss, attention_contradictions
@@ -111,7 +112,7 @@ class Loss:
     kd_ratio: Share | None = fixed(
         None,
         description="Weight of the distillation term: the loss is (1 - kd_ratio) CE + kd_ratio T^2 D. Default 0.5 with a teacher, 0 without; with 0 no "
-        "teacher is loaded.",
+        "teacher is loaded, unless features need it.",
     )
     divergence: Literal[tuple(DIVERGENCES)] = fixed(
         "forward_kl", description="D: the divergence between the teacher's and the student's distributions."
@@ -134,6 +135,9 @@ class Loss:
         description="What the loss is divided by where sources have other weights than 1. targets: the number of targets of the optimizer step. weights: "
         "each of the two terms by the sum of its own weights (of their absolute values), so that a term that few targets carry keeps its share of "
         "the loss.",
+    )
+    features: Features | None = fixed(
+        None, description="Hidden states inside the student are to be the teacher's too, as a further term; null: none."
     )
     chunk_size: Count | None = changeable(
         None,
@@ -252,7 +256,7 @@ class Recipe:
 
 def distils(recipe: Recipe) -> bool:
     """Whether the student learns from a teacher."""
-    return bool(as_tuple(recipe.teacher)) and bool(recipe.loss.kd_ratio or recipe.loss.attention)
+    return bool(as_tuple(recipe.teacher)) and bool(recipe.loss.kd_ratio or recipe.loss.features or recipe.loss.attention)
 
 
 def uses_teacher(recipe: Recipe) -> bool:
@@ -306,6 +310,8 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
     yield from _weight_contradictions(recipe)
     if loss.attention:
         yield from attention_contradictions(loss.attention, student.attention, recipe.teacher, data)
+    if loss.features:
+        yield from feature_contradictions(loss.features, recipe.teacher, data)
     if optim.warmup_steps is not None and optim.warmup_ratio is not None:
         yield ("optim.warmup_ratio", "optim.warmup_steps"), "given together with optim.warmup_steps; keep one of them"
     if train.epochs is not None and train.max_steps is not None:

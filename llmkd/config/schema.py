@@ -54,8 +54,10 @@ def _words(hint, bounds=()) -> str:
     if origin is tuple:
         if args[-1] is not ...:
             return f"a list of {len(args)} numbers"
-        word = _words(args[0])
-        return f"a list of {word}" + ("" if typing.get_origin(args[0]) is typing.Literal or word.endswith("s") else "s")
+        item = _words(args[0])
+        if item.startswith("a list of "):
+            return f"a list of lists of {item.removeprefix('a list of ')}"
+        return f"a list of {item}" + ("" if typing.get_origin(args[0]) is typing.Literal else "s")
     if origin is dict:
         return "a mapping"
     if args:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..batch import Batch
+from ..config.features import feature_teacher
 from ..config.fields import as_tuple, with_setting_names
 from ..config.recipe import Recipe, distils
 from ..config.teacher import Cache
@@ -27,7 +28,8 @@ from ..models.startup_checks import tolerance
 from ..signals import Signal, Teacher
 from ..teachers.fidelity import measured_transform
 from ..training.attention import attention_terms
-from ..training.build import build_student, build_terms, load, longest_row, open_teacher, teacher_probe
+from ..training.build import build_student, build_terms, load, longest_row, open_teacher, teacher_probe, teacher_taps
+from ..training.features import feature_terms, start_features
 from ..training.launch import start
 from ..training.loop import StudentState, unwrap
 from ..training.prepare import Prepared, prepare
@@ -74,11 +76,17 @@ class Setup:
         settings = [recipe.student], live, context, recipe.data.share_prefixes
         (self.student,), teachers = load(*settings, compile=False, attention=[recipe.loss.attention])
         self.live: dict[str, LanguageModel] = {name: model for (name, _), model in zip(live, teachers, strict=True)}
-        terms = attention_terms(recipe.loss.attention, self.student, teachers)
+        attention = attention_terms(recipe.loss.attention, self.student, teachers)
+        of = feature_teacher(recipe.loss.features, recipe.teacher)
+        states = feature_terms(recipe.loss.features, of, self.student, self.live, recipe.seed)
         steps = max(prepared.source.total_steps, (recipe.optim.warmup_steps or 0) + 1)
-        self.state: StudentState = build_student(recipe.loss, recipe.optim, self.student, steps, self.accelerator, None, terms)
-        taps = unwrap(self.state).teacher_taps
+        self.state: StudentState = build_student(
+            recipe.loss, recipe.optim, self.student, steps, self.accelerator, None, [*states, *attention]
+        )
+        taps = teacher_taps([recipe], [self.state])
         self.teacher: Teacher | None = open_teacher(prepared.teachers, recipe.mixture, teachers, taps, self.device)
+        for term in states:
+            start_features(recipe.loss.features, term, self.student, self.teacher, ([self.batch()], [self.batch()]))
         self.student.eval()
 
     # ---- what checks need of them
@@ -200,8 +208,13 @@ class Setup:
 
 
 def with_few_rows(recipe: Recipe, rows: int) -> Recipe:
-    """The recipe with at most `rows` rows of each source, each used once, and without a token cache of its own. A stream is left as it is."""
-    data = recipe.data
+    """The recipe with at most `rows` rows of each source, each used once, and without a token cache of its own. A stream is left as it is.
+
+    Maps of hidden states start at random, which needs no number of rows.
+    """
+    data, loss = recipe.data, recipe.loss
+    if loss.features and loss.features.init == "least_squares":
+        loss = dataclasses.replace(loss, features=dataclasses.replace(loss.features, init="xavier"))
 
     def few(sources):
         if sources is None:
@@ -217,7 +230,7 @@ def with_few_rows(recipe: Recipe, rows: int) -> Recipe:
         validation_fraction=max(data.validation_fraction, 0.1) if data.validation_fraction else 0.0,
         cache_dir=None,
     )
-    return dataclasses.replace(recipe, data=data)
+    return dataclasses.replace(recipe, data=data, loss=loss)
 
 
 def without_unwritten_caches(recipe: Recipe) -> tuple[Recipe, dict[str, Cache]]:

@@ -70,7 +70,7 @@ def _plain_gradients(setup: Setup) -> dict[str, Tensor] | None:
     """Of the mean over all targets of the textbook's loss; None for a signal or a term that has no textbook form, and for float64 logits
     above 1 GB."""
     loss, targets = setup.small.loss, int(setup.few.num_targets.sum())
-    if loss.attention or int(setup.few.num_targets.max()) * setup.prepared.vocab > 1 << 27:
+    if loss.features or loss.attention or int(setup.few.num_targets.max()) * setup.prepared.vocab > 1 << 27:
         return None
     try:
         with setup.as_trained():
@@ -210,7 +210,16 @@ def _other_adapter(setup: Setup) -> str:
 
 
 def intended(setup: Setup) -> set[str]:
-    """The names of the parameters that the recipe means to train."""
+    """The names of the parameters that the recipe means to train: the student's, and maps of its hidden states."""
+    return _of_student(setup) | {f"terms.features.maps.{n}.{name}" for n in range(_maps(setup)) for name in ("weight", "bias")}
+
+
+def _maps(setup: Setup) -> int:
+    features = setup.small.loss.features
+    return len(setup.distiller.terms["features"].pairs) if features and features.projection == "linear" else 0
+
+
+def _of_student(setup: Setup) -> set[str]:
     student, settings = setup.student, setup.small.student
     named = dict(student.model.named_parameters())
     if settings.method == "full":

@@ -43,6 +43,7 @@ class Term(nn.Module):
     needs_teacher = False
     student_taps = NO_TAPS  # what it reads inside the student, beside the last hidden states
     teacher_taps = NO_TAPS  # and inside a live teacher, whose signal then has it
+    lr: float | None = None  # the peak learning rate of its parameters; None: the student's
 
     def start_step(self, step: int, scale: dict[str, float]) -> None:
         """Before each optimizer step: its number, and for each part whose targets are weighted the targets over the sum of its absolute weights."""

@@ -216,3 +216,9 @@ def attention_heads(config: dict) -> int | None:
 def rows_of(config: dict) -> int | None:
     """The rows of a model's embedding, by its configuration."""
     return config.get("text_config", config).get("vocab_size")
+
+
+def width_of(config: dict) -> int | None:
+    """The width of the hidden states between a model's layers, by its configuration; None where that does not say."""
+    config = config.get("text_config", config)
+    return next((config[name] for name in ("hidden_size", "n_embd", "d_model") if config.get(name)), None)

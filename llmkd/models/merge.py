@@ -114,11 +114,11 @@ def verify_saved(model: nn.Module, folder: Path) -> None:
 
 
 def load_trained_weights(model: nn.Module, checkpoint: Path) -> None:
-    """Load the trained weights of a checkpoint into a model in place."""
+    """Load the trained weights of a checkpoint into a model in place; those of loss terms are no part of it."""
     from safetensors.torch import load_file
 
     parameters = dict(model.named_parameters())
-    weights = load_file(checkpoint / "student.safetensors")
+    weights = {name: value for name, value in load_file(checkpoint / "student.safetensors").items() if not name.startswith("terms.")}
     if not weights.keys() <= parameters.keys():
         raise UserError(f"export: {checkpoint} holds weights that this model does not have; export it with the run's own recipe and base")
     with torch.no_grad():

@@ -8,7 +8,7 @@ another. The last depends on the family, its attention implementation and the ve
 import contextlib
 import dataclasses
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -206,7 +206,7 @@ def parameters_without_gradient(model: LanguageModel, setting: str) -> list[str]
     return list(out)
 
 
-def layer_widths(model: LanguageModel, layers: Iterable[int], setting: str) -> dict[int, int]:
+def layer_widths(model: LanguageModel, layers: Sequence[int], setting: str) -> dict[int, int]:
     """The width of the hidden states after each of `layers`, by number, tried on a small batch in eval mode (`signals.Taps`).
 
     UserError for a layer that the model does not have, and for a family whose layers pass on something else than what transformers calls
@@ -221,6 +221,8 @@ def layer_widths(model: LanguageModel, layers: Iterable[int], setting: str) -> d
         raise UserError(
             f"{which} has {len(modules)} layers: layer {beyond[0]} was asked for, and expected is 0 (embeddings) to {len(modules)}"
         )
+    if not layers:
+        return {}
     ids_BT = probe_ids(model.head.vocab, model.device)
     view = View({"input_ids": ids_BT}, torch.arange(ids_BT.numel(), device=ids_BT.device))
     with _eval_no_grad(model), torch.compiler.set_stance("force_eager"):

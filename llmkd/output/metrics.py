@@ -20,7 +20,7 @@ WEIGHED_BY = {"ce": "ce", "teacher_ce": "ce", "forward_kl": "kd", "reverse_kl": 
 #: Seconds after which what was recorded is synced to the disk; a kill loses none of it, a power cut what came after the last time.
 SYNC_EVERY = 1.0
 #: What else a record may hold, by what was measured.
-_GROUPS = ("validation", "teacher_check", "fidelity")
+_GROUPS = ("validation", "teacher_check", "fidelity", "unexplained")
 
 
 class MetricsLog:

@@ -41,7 +41,7 @@ class Trackers:
 
     def log(self, record: dict) -> None:
         """A record of metrics.jsonl."""
-        group = next((name for name in ("validation", "teacher_check", "fidelity") if name in record), "train")
+        group = next((name for name in ("validation", "teacher_check", "fidelity", "unexplained") if name in record), "train")
         values = record.get(group, record)
         metrics = {f"{group}/{k}": v for k, v in values.items() if k != "step"}
         for name, tracker in list(self.running.items()):

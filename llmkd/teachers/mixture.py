@@ -57,6 +57,11 @@ class Mixed:
     combine: str = "probabilities"
     confidence: bool = False
 
+    @property
+    def layers(self) -> dict[int, Tensor]:
+        """The hidden states inside the one teacher that was asked for them."""
+        return next((part.layers for part in self.parts if getattr(part, "layers", None)), {})
+
     def divergence(self, divergence: Divergence, rows: Rows, log_q_nV: Tensor, temperature: float = 1.0) -> Tensor:
         if self.combine != "divergences":
             return divergence(log_q_nV, self.log_probs(rows, log_q_nV, temperature))
@@ -137,6 +142,15 @@ class RoutedSignal:
     parts: list[Signal]
     owner_N: Tensor
     place_N: Tensor
+
+    @property
+    def layers(self) -> dict[int, Tensor]:
+        """The hidden states inside the teacher that was asked for them, where that one is asked at every target."""
+
+        def of(number: int) -> Tensor:
+            return self._each(slice(None), lambda part, places, mine: part.layers[number][places.to(part.layers[number].device)])
+
+        return {number: of(number) for number in self.parts[0].layers}
 
     def divergence(self, divergence: Divergence, rows: Rows, log_q_nV: Tensor, temperature: float = 1.0) -> Tensor:
         return self._each(rows, lambda part, places, mine: part.divergence(divergence, places, log_q_nV[mine], temperature))

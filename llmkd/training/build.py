@@ -3,11 +3,12 @@
 import dataclasses
 import functools
 import math
-import operator
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from ..batch import Batch
+from ..config.features import feature_teacher
+from ..config.fields import with_setting_names
 from ..config.recipe import Data, Loss, Mixture, Optim, Recipe, Student, Train, uses_teacher
 from ..config.recipe import Teacher as TeacherSettings
 from ..config.terms import AttentionLoss
@@ -22,15 +23,16 @@ from ..models.compile import compile_layers, configure_torch_compile
 from ..models.language_model import LanguageModel
 from ..models.load import LoadContext, load_models
 from ..output.run_folder import RunFolder
-from ..signals import Taps, Teacher
+from ..signals import NO_TAPS, Taps, Teacher
 from ..teachers.fidelity import measured_transform, sample_teacher_batches
 from ..teachers.mixture import combine_teachers
-from ..teachers.resolve import TeacherSource
+from ..teachers.resolve import TeacherSource, examples_of
 from . import checkpoint
 from . import optim as optimizers
 from .attention import attention_terms, enable_attention
 from .auto_batch import head_chunk_size
 from .distiller import Distiller
+from .features import feature_terms, report_shares, sample_batches, start_features
 from .loop import StudentState, unwrap
 from .model_watch import ModelWatch
 from .optim import learning_rate
@@ -91,17 +93,20 @@ def build_setup(
         raise
     fidelity = {f"{name}.{k}": v for (name, _), model in zip(live, teacher_models, strict=True) for k, v in model.fidelity.items()}
     source = prepared.source.for_rank(accelerator.process_index, accelerator.num_processes, device)
+    teachers_by_setting = {setting: model for (setting, _), model in zip(live, teacher_models, strict=True)}
     students, chunk_size = [], head_chunk_size(prepared.vocab, device, info)
     for k, (own, folder, model) in enumerate(zip(recipes, folders, models, strict=True)):
         with attribute_to_student(k):
-            terms = attention_terms(own.loss.attention, model, teacher_models)
+            states = feature_terms(own.loss.features, feature_teacher(own.loss.features, own.teacher), model, teachers_by_setting, own.seed)
+            terms = [*states, *attention_terms(own.loss.attention, model, teacher_models)]
             state = build_student(own.loss, own.optim, model, source.total_steps, accelerator, chunk_size, terms)
             own_data = prepared if own is recipe else prepared.for_student(own.student, uses_teacher(own))
             students.append(StudentRun(own, own_data, folder, model, state, accelerator.is_main_process))
-    taps = functools.reduce(operator.or_, (unwrap(student.state).teacher_taps for student in students))
-    teacher = open_teacher(prepared.teachers, recipe.mixture, teacher_models, taps, device)
+    teacher = open_teacher(prepared.teachers, recipe.mixture, teacher_models, teacher_taps(recipes, [s.state for s in students]), device)
     lock_folders(students, accelerator)
     done = restore(students, source, accelerator.is_main_process) if folders[0].resume else 0
+    for student in students if not done else ():
+        start_terms(student, teacher, recipe.validation.micro_batch_size, device)
     return TrainingSetup(prepared, source, teacher, tuple(students), fidelity, done, watch)
 
 
@@ -112,12 +117,37 @@ def teacher_probe(prepared: Prepared, micro_batch_size: int, device, setting: st
 
 
 def open_teacher(
-    sources: tuple[TeacherSource, ...], mixture: Mixture, models: Iterable[LanguageModel], taps: Taps, device
+    sources: tuple[TeacherSource, ...], mixture: Mixture, models: Iterable[LanguageModel], taps: dict[str, Taps], device
 ) -> Teacher | None:
-    """The teacher, or several as one, whose signals are on `device`. `models`: of those that need one. `taps`: what is read inside them."""
+    """The teacher, or several as one, whose signals are on `device`.
+
+    models   of those that need one
+    taps     what is read inside them, by setting
+    """
     found = iter(models)
-    opened = [source.open(device, found, taps) for source in sources]
+    opened = [source.open(device, found, taps.get(source.setting, NO_TAPS)) for source in sources]
     return combine_teachers(opened, [source.settings for source in sources], mixture) if opened else None
+
+
+def teacher_taps(recipes: Iterable[Recipe], states: Iterable[StudentState]) -> dict[str, Taps]:
+    """What the students' terms read inside the teachers, by setting."""
+    found: dict[str, Taps] = {}
+    for recipe, state in zip(recipes, states, strict=True):
+        attended = with_setting_names(recipe.teacher, "teacher")[0][0] if recipe.loss.attention else ""  # there is one only
+        if setting := feature_teacher(recipe.loss.features, recipe.teacher) or attended:
+            found[setting] = found.get(setting, NO_TAPS) | unwrap(state).teacher_taps
+    return found
+
+
+def start_terms(student: StudentRun, teacher: Teacher | None, micro_batch_size: int, device) -> None:
+    """Before the first step: what the terms of one student are to know of the untouched models."""
+    features, prepared = student.recipe.loss.features, student.prepared
+    if features:
+        number = [source.setting for source in prepared.teachers].index(feature_teacher(features, student.recipe.teacher))
+        term, mine = unwrap(student.state).terms["features"], examples_of(prepared.train, number).tolist()
+        samples = sample_batches(prepared.train, mine, term.width, micro_batch_size, prepared.tokenizer.eos_token_id, device)
+        student.unexplained = start_features(features, term, student.model, teacher, samples)
+        report_shares(features, student.unexplained, sum(batch.num_targets for batch in samples[1]))
 
 
 def lock_folders(students: list[StudentRun], accelerator) -> None:
@@ -207,7 +237,7 @@ def build_student(
     """
     distiller = Distiller(student, [term.to(accelerator.device) for term in (*build_terms(loss, chunk_size), *more)])
     parameters = distiller.trainable()
-    optimizer = optimizers.build(optim, parameters)
+    optimizer = optimizers.build(optim, parameters, distiller.own_rates())
     if student.capabilities.parameters_without_gradient and accelerator.num_processes > 1:
         # Oddity: accelerate has no argument for it. Without it the processes would wait for gradients that never come.
         accelerator.ddp_handler.find_unused_parameters = True

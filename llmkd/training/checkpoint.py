@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..errors import UserError
 from ..files import Damaged, read_object, read_sealed, remove, remove_leftovers, sha256_file, write_folder, write_sealed
@@ -38,7 +38,7 @@ class Unusable(Exception):
 def save(
     folder: Path,
     step: int,
-    parameters: dict[str, nn.Parameter],
+    parameters: dict[str, Tensor],
     optimizer: torch.optim.Optimizer,
     state: dict,
     run: dict[str, str],
@@ -59,7 +59,7 @@ def save(
     return folder / f"step-{step}"
 
 
-def is_finite(parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer) -> bool:
+def is_finite(parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> bool:
     """Whether weights and optimizer's state hold no inf or NaN."""
     values = [*parameters.values(), *(value for p in parameters.values() for value in optimizer.state.get(p, {}).values())]
     found = [torch.isfinite(value).all() for value in values if isinstance(value, Tensor)]
@@ -143,7 +143,7 @@ def _verify(path: Path, expected: dict) -> None:
         raise Unusable(f"{path.name} does not match its hash")
 
 
-def load(saved: Saved, parameters: dict[str, nn.Parameter], optimizer: torch.optim.Optimizer | None = None) -> None:
+def load(saved: Saved, parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer | None = None) -> None:
     """Put weights, and the optimizer's state, back in place."""
     from safetensors.torch import load_file
 

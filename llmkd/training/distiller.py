@@ -4,7 +4,7 @@ import functools
 import operator
 from collections.abc import Callable, Iterable
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..batch import Batch
 from ..losses.terms import Loss, StudentOutputs, Term, by_name
@@ -46,6 +46,16 @@ class Distiller(nn.Module):
     def trainable(self) -> dict[str, nn.Parameter]:
         """Everything that trains: the student's parameters, and those of the terms as terms.TERM.PARAMETER."""
         return self.student.trainable() | {f"terms.{name}": p for name, p in self.terms.named_parameters() if p.requires_grad}
+
+    def kept(self) -> dict[str, Tensor]:
+        """What a checkpoint holds: everything that trains, and what the terms have measured before the first step."""
+        return self.trainable() | {f"terms.{name}": measured for name, measured in self.terms.named_buffers()}
+
+    def own_rates(self) -> dict[str, float | None]:
+        """The terms' parameters, by the names of `trainable`, each with its own peak learning rate or None."""
+        return {
+            f"terms.{name}.{own}": term.lr for name, term in self.terms.items() for own, p in term.named_parameters() if p.requires_grad
+        }
 
     def combine(self, values: dict[str, float]) -> float:
         """The loss from the terms' values by name: means over targets, say."""

@@ -36,6 +36,11 @@ class StudentState:
     learning_rate: Callable[[int], float]
     max_grad_norm: float | None = None
 
+    @property
+    def kept(self) -> dict[str, Tensor]:
+        """What a checkpoint holds of it beside the optimizer's state."""
+        return unwrap(self).kept()
+
 
 @dataclass
 class Progress:
@@ -195,7 +200,7 @@ def optimizer_step(student: StudentState, step: int, norm: Tensor, nonfinite: Te
     if student.max_grad_norm is not None:
         torch.nn.utils.clip_grads_with_norm_(student.parameters.values(), student.max_grad_norm, norm)
     for group in student.optimizer.param_groups:
-        group["lr"] = student.learning_rate(step)
+        group["lr"] = student.learning_rate(step) * group.get("lr_ratio", 1.0)
     # Oddity: private attributes of torch, made for its GradScaler. Its fused optimizers read `found_inf` on the device and then do nothing.
     if getattr(student.optimizer, "_step_supports_amp_scaling", False):
         student.optimizer.found_inf = nonfinite.isnan().float()

@@ -2,6 +2,8 @@
 
 import math
 import warnings
+from collections.abc import Mapping
+from types import MappingProxyType
 
 import torch
 from torch import nn
@@ -12,14 +14,23 @@ from ..errors import UserError
 _BITSANDBYTES = {"adamw_8bit": "AdamW8bit", "paged_adamw": "PagedAdamW32bit", "paged_adamw_8bit": "PagedAdamW8bit"}
 
 
-def build(optim: Optim, parameters: dict[str, nn.Parameter]) -> torch.optim.Optimizer:
-    """AdamW over all parameters. Weight decay is for matrices; biases and norms go without.
+def build(
+    optim: Optim, parameters: dict[str, nn.Parameter], of_terms: Mapping[str, float | None] = MappingProxyType({})
+) -> torch.optim.Optimizer:
+    """AdamW over all parameters. Weight decay is for matrices; biases, norms and what belongs to a loss term go without.
 
     bitsandbytes keeps the state of tensors under 4,096 elements in 32 bit, and pages only on a GPU. It has no 64-bit arithmetic.
+
+    of_terms   the names of the loss terms' parameters, each with its own peak learning rate or None. A group has its rate as `lr_ratio`,
+               a multiple of the schedule's
     """
-    decayed = [p for p in parameters.values() if p.ndim >= 2]
-    plain = [p for p in parameters.values() if p.ndim < 2]
+    own = {name: p for name, p in parameters.items() if name not in of_terms}
+    decayed = [p for p in own.values() if p.ndim >= 2]
+    plain = [p for p in own.values() if p.ndim < 2]
     groups = [{"params": ps, "weight_decay": decay} for ps, decay in ((decayed, optim.weight_decay), (plain, 0.0)) if ps]
+    for lr in dict.fromkeys(of_terms.values()):
+        theirs = [parameters[name] for name in of_terms if of_terms[name] == lr]
+        groups.append({"params": theirs, "weight_decay": 0.0, "lr_ratio": 1.0 if lr is None else lr / optim.lr})
     options = {"lr": optim.lr, "betas": optim.betas, "eps": optim.eps}
     if optim.name == "adamw":
         return torch.optim.AdamW(groups, fused=True, **options)

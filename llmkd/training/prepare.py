@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from ..config.features import feature_teacher
 from ..config.fields import as_tuple, with_setting_names
 from ..config.recipe import Data, Optim, Recipe, Source, Student, Teacher, Train, used_teachers
 from ..console import info
@@ -45,6 +46,7 @@ from ..model_folder.identity import identity_of, verify
 from ..model_folder.weights import modules_are_named
 from ..output.run_files import LAYERS
 from ..teachers.resolve import SignalUse, TeacherSource, check_cache, check_coverage, provenance, resolve_teachers
+from .features import check_features
 from .layer_pairs import refuse_attention
 
 MODELS = ("the student", "the teacher")  # how the names of models begin in `Prepared.identity`
@@ -129,6 +131,8 @@ def prepare(recipe: Recipe, open_caches: bool = True, layers: tuple[int, ...] | 
     check_caches_cover(recipe.data, models.teachers, tokenizer, data)
     report_end_tokens(data.end_tokens, generation_before(recipe.student, models.student), tokenizer)
     student, layers = with_layers(recipe.student, models.student, data.train, layers)
+    configs = models.configs | ({"student.model": student.config} if student else {})
+    check_features(recipe.loss.features, feature_teacher(recipe.loss.features, recipe.teacher), configs, data.train)
     identity = data.identity | {"the tokenizer": token_cache.tokenizer_hash(tokenizer)} | model_identity(student, models.teachers)
     identity |= {LAYERS: ", ".join(map(str, layers))} if layers else {}
     parts = {field.name: getattr(data, field.name) for field in dataclasses.fields(data)} | {"identity": identity}

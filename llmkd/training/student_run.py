@@ -38,6 +38,7 @@ class StudentRun:
     def __init__(self, recipe: Recipe, prepared: Prepared, folder: RunFolder, model: LanguageModel, state: StudentState, main: bool):
         self.recipe, self.prepared, self.folder, self.model, self.state, self.main = recipe, prepared, folder, model, state, main
         self.best, self.validated, self.record, self.failure = None, None, None, None
+        self.unexplained: dict[str, float] = {}  # what the terms found before the first step, by layers
         self.held_out_hash: str | None = None  # of held_out.jsonl
         self.recorded: dict | None = None  # of metrics.jsonl, at the checkpoint that the run resumes from
 
@@ -48,7 +49,7 @@ class StudentRun:
             self.record = metrics.MetricsLog(folder, done, trackers, self.recorded, self.folder.check_there)
 
     def restore(self, saved: checkpoint.Saved) -> None:
-        checkpoint.load(saved, self.state.parameters, self.state.optimizer)
+        checkpoint.load(saved, self.state.kept, self.state.optimizer)
         self.best, self.validated = saved.state["best"], saved.state["validated"]
         self.held_out_hash, self.recorded = saved.state.get("held_out"), saved.state.get("metrics")
 
@@ -83,7 +84,7 @@ class StudentRun:
 
     def save(self, step: int, source_state: dict) -> None:
         """By the first process: a checkpoint of what the student has learnt in `step` steps; none of values that are not finite."""
-        if not checkpoint.is_finite(self.state.parameters, self.state.optimizer):
+        if not checkpoint.is_finite(self.state.kept, self.state.optimizer):
             warn(f"warning: no checkpoint of step {step} in {self.folder.path}: its update left weights that are not finite")
             return
         self.folder.check_there()
@@ -91,7 +92,7 @@ class StudentRun:
             self.record.sync()
         state = {"best": self.best, "validated": self.validated, **source_state}
         state |= {"metrics": self.record.state, "held_out": self.held_out_hash}
-        checkpoint.save(self.folder.checkpoints, step, self.state.parameters, self.state.optimizer, state, self.folder.run)
+        checkpoint.save(self.folder.checkpoints, step, self.state.kept, self.state.optimizer, state, self.folder.run)
 
     def prune(self) -> None:
         checkpoint.prune(self.folder.checkpoints, self.recipe.checkpoint.keep, self.best["step"] if self.best else None)

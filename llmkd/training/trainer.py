@@ -65,8 +65,10 @@ class Trainer:
         settings, total, step = self.settings, self.source.total_steps, self.done
         try:
             if self.done == 0:
-                for student in self.students if self.main and self.fidelity else ():
-                    student.record.write({"step": 0, "fidelity": self.fidelity})
+                for student in self.students if self.main else ():
+                    for name, found in {"fidelity": self.fidelity, "unexplained": student.unexplained}.items():
+                        if found:
+                            student.record.write({"step": 0, name: found})
                 self.check_teacher()
             if self.done in (0, total) or due(settings.validation.every, self.done):
                 self.validate(self.done)

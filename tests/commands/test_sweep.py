@@ -64,6 +64,7 @@ def test_every_arm_ends_as_it_would_alone_to_the_last_bit(world, sweep, tmp_path
     arms = {
         "sft": {"loss.kd_ratio": 0, "teacher": None},
         "kd": {"loss.kd_ratio": 0.5},
+        "states": {"loss.features": {"layers": "last"}, "loss.kd_ratio": 0},
         "jsd": {"loss.divergence": "generalized_jsd", "loss.temperature": 2.0, "optim.lr": 3e-3, "optim.max_grad_norm": 0.1},
         "list": {"student.lora": {"rank": 2, "dropout": 0.5, "target_modules": ["q_proj", "v_proj"]}},
         "head": {"student.lora": {"rank": 4, "target_modules": ["up_proj", "lm_head"]}},
@@ -78,7 +79,7 @@ def test_every_arm_ends_as_it_would_alone_to_the_last_bit(world, sweep, tmp_path
     folder = run_sweep(sweep(recipe, grid={}, arms=arms), {}, False)
     found = state(folder)
     assert (
-        [len(group["arms"]) for group in found["groups"]] == [9, 1]
+        [len(group["arms"]) for group in found["groups"]] == [10, 1]
         and found["groups"][1]["arms"] == ["copy"]
         and {arm["status"] for arm in found["arms"].values()} == {"done"}
     )

@@ -7,11 +7,13 @@ run leaves: metrics.jsonl and a checkpoint of every step.
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from llmkd.files import read_jsonl
+from llmkd.training.features import sample_batches
 from llmkd.training.prepare import prepare
 from llmkd.training.run import run
 from tests.kit.models import load_student
@@ -41,6 +43,18 @@ RUNS = {
     "linear, no warm-up, rslora, reverse": (
         {"student__lora": {"rank": 4, "rslora": True}, "loss__divergence": "reverse_kl", "loss__temperature": 3.0},
         optim(schedule="linear", weight_decay=0.01, max_grad_norm=1e6, eps=1e-5),
+    ),
+    "linear, warm-up, clipped, full, hidden states": (
+        {
+            "student__method": "full",
+            "loss__kd_ratio": 0.4,
+            "loss__features": {"weight": 0.7, "layers": [[1, 1], [0, 1]], "lr": 0.003},
+        },
+        optim(schedule="linear", warmup_steps=2, max_grad_norm=0.3, weight_decay=0.2, eps=1e-5),
+    ),
+    "cosine, lora, hidden states alone": (
+        {"loss__kd_ratio": 0, "loss__features": {"weight": 1.5, "distance": "cosine", "scale": "none"}},
+        optim(schedule="cosine", weight_decay=0.3, eps=1e-5),
     ),
     "cosine, warm-up by ratio, full, no teacher": (
         {"student__method": "full", "teacher": None},
@@ -82,15 +96,53 @@ class Student:
         first = load_student(recipe.student, vocab, "cpu", recipe.seed).trainable() if self.lora else self.whole
         self.trained = {name: p.detach().clone().requires_grad_() for name, p in first.items()}
 
-    def logits(self, ids: torch.Tensor) -> torch.Tensor:
-        weights = self.trained
+    def run(self, ids: torch.Tensor):
+        """The logits and the hidden states, as transformers gives them."""
+        weights = {name: p for name, p in self.trained.items() if not name.startswith("terms.")}
         if self.lora:
             scale, weights = self.lora.alpha / (math.sqrt(self.lora.rank) if self.lora.rslora else self.lora.rank), dict(self.whole)
             for name, a in self.trained.items():
                 if ".lora_A." in name:
                     own = name.removeprefix("base_model.model.").replace(".lora_A.default", "")
                     weights[own] = self.whole[own].detach() + scale * self.trained[name.replace("lora_A", "lora_B")] @ a
-        return torch.func.functional_call(self.base, weights, (ids[None],)).logits[0]
+        return torch.func.functional_call(self.base, weights, (ids[None],), {"output_hidden_states": True})
+
+
+class Features:
+    """loss.features by hand: a map for each pair, which numpy's least squares start, and the scale of each."""
+
+    def __init__(self, recipe, prepared, student: Student, teacher):
+        self.pairs = {"middle": [(1, 1)]}.get(recipe.loss.features.layers, recipe.loss.features.layers)
+        self.recipe, states = recipe.loss.features, [([], []) for _ in self.pairs]
+        chosen = sample_batches(prepared.train, range(len(prepared.train)), 16, 8, 0, "cpu")[0]
+        for example in (one for batch in chosen for one in batch.examples):
+            number = next(i for i in range(len(prepared.train)) if prepared.train.content_hash(i) == example.content_hash)
+            ids, mask = prepared.train.example(number)
+            at, ids = torch.from_numpy(mask).nonzero()[:, 0] - 1, torch.from_numpy(ids).long()
+            with torch.no_grad():
+                ours, theirs = student.run(ids).hidden_states, teacher(ids[None], output_hidden_states=True).hidden_states
+            for (xs, ys), (s, t) in zip(states, self.pairs, strict=True):
+                xs.append(ours[s][0, at].double().numpy())
+                ys.append(theirs[t][0, at].double().numpy())
+        self.scales = []
+        for n, (x, y) in enumerate((np.concatenate(xs), np.concatenate(ys)) for xs, ys in states):
+            solution = np.linalg.lstsq(np.concatenate([x, np.ones((len(x), 1))], 1), y, rcond=None)[0]
+            student.trained[f"terms.features.maps.{n}.weight"] = torch.tensor(solution[:-1].T).requires_grad_()
+            student.trained[f"terms.features.maps.{n}.bias"] = torch.tensor(solution[-1]).requires_grad_()
+            self.scales.append(((y - y.mean(0)) ** 2).mean() if self.recipe.scale == "teacher_variance" else 1.0)
+
+    def of(self, trained: dict, ours, theirs, at: torch.Tensor) -> torch.Tensor:
+        """Summed over the targets of one example."""
+        total = 0
+        for n, ((s, t), scale) in enumerate(zip(self.pairs, self.scales, strict=True)):
+            mapped = ours[s][0, at] @ trained[f"terms.features.maps.{n}.weight"].T + trained[f"terms.features.maps.{n}.bias"]
+            y = theirs[t][0, at]
+            if self.recipe.distance == "mse":
+                each = (mapped - y).square().sum(-1) / y.shape[1]
+            else:
+                each = 1 - (mapped * y).sum(-1) / mapped.norm(dim=-1) / y.norm(dim=-1)
+            total = total + each.sum() / scale / len(self.pairs)
+        return total
 
 
 def sources(recipe, name: str) -> list[dict]:
@@ -115,16 +167,18 @@ def by_hand(recipe, weights):
     if recipe.teacher:
         adapter = Path(recipe.teacher.model)
         teacher = PeftModel.from_pretrained(LlamaForCausalLM.from_pretrained(adapter.parent / "teacher"), adapter).eval()
+    features = Features(recipe, prepared, student, teacher) if recipe.loss.features else None
     m = {name: torch.zeros_like(p) for name, p in student.trained.items()}
     v = {name: torch.zeros_like(p) for name, p in student.trained.items()}
     optim, ratio, T = recipe.optim, recipe.loss.kd_ratio, recipe.loss.temperature
     for step, _, examples in prepared.source.plan.steps(0):
-        ce, kd, count, mass, carriers = [], [], 0, {"ce": 0, "kd": 0}, {"ce": 0, "kd": 0}
+        ce, kd, states, count, mass, carriers = [], [], [], 0, {"ce": 0, "kd": 0}, {"ce": 0, "kd": 0}
         for example in examples:
             ids, mask = prepared.train.example(example)
             w = dict(zip(("ce", "kd"), weights[prepared.train.source[example]], strict=True))
             ids, at = torch.from_numpy(ids).long(), torch.from_numpy(mask).nonzero()[:, 0]
-            z = student.logits(ids)[at - 1]
+            own = student.run(ids)
+            z = own.logits[0][at - 1]
             ce.append(-w["ce"] * z.log_softmax(-1)[torch.arange(len(at)), ids[at]].sum())
             count += len(at)
             for term in w:
@@ -132,14 +186,20 @@ def by_hand(recipe, weights):
                 carriers[term] += len(at) if w[term] else 0
             if teacher:
                 with torch.no_grad():
-                    log_p = (teacher(ids[None]).logits[0][at - 1] / T).log_softmax(-1)
+                    theirs = teacher(ids[None], output_hidden_states=True)
+                    log_p = (theirs.logits[0][at - 1] / T).log_softmax(-1)
                 log_q = (z / T).log_softmax(-1)
                 a, b = (log_q, log_p) if recipe.loss.divergence == "reverse_kl" else (log_p, log_q)
                 kd.append(w["kd"] * T**2 * (a.exp() * (a - b)).sum())
-        sums = {"ce": sum(ce)} | ({"kd": sum(kd)} if teacher else {})
+                if features:
+                    states.append(features.of(student.trained, own.hidden_states, theirs.hidden_states, at - 1))
+        sums = {"ce": sum(ce)} | ({"kd": sum(kd)} if teacher and ratio else {})
         found = {term: value / mass[term] for term, value in sums.items() if mass[term]}
         parts = {term: value / (mass[term] or 1) if recipe.loss.normalize == "weights" else value / count for term, value in sums.items()}
-        found["loss"] = (1 - ratio) * parts["ce"] + ratio * parts["kd"] if teacher else parts["ce"]
+        found["loss"] = (1 - ratio) * parts["ce"] + ratio * parts["kd"] if "kd" in parts else parts["ce"]
+        if features:
+            found["features"] = sum(states) / count
+            found["loss"] = found["loss"] + recipe.loss.features.weight * found["features"]
         fewer = {f"{term}_targets": number for term, number in carriers.items() if number < count and term in sums}
         grads = dict(zip(student.trained, torch.autograd.grad(found["loss"], list(student.trained.values())), strict=True))
         norm = math.sqrt(sum(g.square().sum().item() for g in grads.values()))
@@ -151,8 +211,10 @@ def by_hand(recipe, weights):
                 g, (b1, b2) = clip * grads[name], optim.betas
                 m[name] = b1 * m[name] + (1 - b1) * g
                 v[name] = b2 * v[name] + (1 - b2) * g * g
-                decay = optim.weight_decay if p.dim() > 1 else 0.0  # norms go without
-                p -= lr * decay * p + lr * (m[name] / (1 - b1**step)) / ((v[name] / (1 - b2**step)).sqrt() + optim.eps)
+                mapping = name.startswith("terms.")
+                decay = optim.weight_decay if p.dim() > 1 and not mapping else 0.0  # norms go without
+                own = lr * (recipe.loss.features.lr or optim.lr) / optim.lr if mapping else lr
+                p -= lr * decay * p + own * (m[name] / (1 - b1**step)) / ((v[name] / (1 - b2**step)).sqrt() + optim.eps)
         yield (
             {name: value.item() for name, value in found.items()} | {"grad_norm": norm, "lr": lr, "targets": count} | fewer,
             student.trained,
@@ -177,6 +239,8 @@ def test_every_step_is_the_one_worked_out_by_hand(make_recipe, tmp_path, name):
             assert record[key] == pytest.approx(value, rel=BOUND, abs=0), (step, key)
         clipped.append(recipe.optim.max_grad_norm is not None and expected["grad_norm"] > recipe.optim.max_grad_norm)
         saved = load_file(tmp_path / f"out/checkpoints/step-{step}/student.safetensors")
+        if recipe.loss.features:
+            assert saved.pop("terms.features.scales").shape == ({"middle": 1}.get(recipe.loss.features.layers, 2),)
         assert saved.keys() == weights.keys()
         for key, p in weights.items():
             assert (saved[key] - p).abs().max() <= BOUND * p.abs().max(), (step, key)

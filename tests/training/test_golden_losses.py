@@ -1,4 +1,4 @@
-"""Losses and gradient norms of twenty steps for every objective, as they were when golden_losses.json was written.
+"""Losses and gradient norms of twenty steps for every objective and distance, as they were when golden_losses.json was written.
 
 The file is remade by
 
@@ -26,6 +26,7 @@ from llmkd.config.terms import AttentionLoss
 from llmkd.data.batch_source import Collator, PlannedSource
 from llmkd.data.batching import BatchPlan
 from llmkd.data.examples import Examples
+from llmkd.losses.features import DISTANCES, FeatureTerm
 from llmkd.models.language_model import LanguageModel
 from llmkd.teachers.live import LiveTeacher
 from llmkd.training.attention import attention_terms, enable_attention
@@ -64,6 +65,8 @@ OBJECTIVES = [
     (0.5, 1.0, "forward_kl", {}, {"weight": 0.5, "what": "maps", "heads": "mean"}),
     (0.5, 1.0, "forward_kl", {}, {"weight": 0.5, "what": "relations", "relation_heads": 4}),
 ]
+#: Half CE, half forward KL, and the hidden states after the embeddings and the layer, by each distance.
+FEATURES = {f"features {distance}": distance for distance in DISTANCES}
 
 
 def name_of(ratio: float, temperature: float, divergence: str, options: dict, attention: dict | None = None) -> str:
@@ -72,7 +75,7 @@ def name_of(ratio: float, temperature: float, divergence: str, options: dict, at
     return " ".join([f"kd_ratio {ratio:g}, T {temperature:g},", divergence, *own])
 
 
-NAMES = [name_of(*objective) for objective in OBJECTIVES]
+NAMES = [name_of(*objective) for objective in OBJECTIVES] + list(FEATURES)
 
 
 def model(width: int, noise: float = 0.0) -> LanguageModel:
@@ -105,7 +108,17 @@ def source() -> PlannedSource:
     return PlannedSource(examples, [], plan, 3, Collator(pad=0))
 
 
-def losses(objectives: list = OBJECTIVES, noise: float = 0.0) -> dict[str, list[list[float]]]:
+def feature_term(distance: str) -> FeatureTerm:
+    """Two pairs of layers, with sines for maps."""
+    term = FeatureTerm([(0, 1), (1, 0)], [(8, 12)] * 2, 0.8, distance, dtype=torch.float64)
+    term.scales.copy_(torch.tensor([0.5, 2.0]))
+    with torch.no_grad():
+        for n, p in enumerate(term.parameters()):
+            p.copy_(torch.sin(torch.arange(p.numel(), dtype=torch.float64).view(p.shape) ** 2 / 3 + n))
+    return term
+
+
+def losses(objectives: list = OBJECTIVES, noise: float = 0.0, features: dict = FEATURES) -> dict[str, list[list[float]]]:
     """For each objective the loss and the gradient norm of every step, of students that train side by side."""
     states, teacher = [], model(12, noise).requires_grad_(False).eval()
     for ratio, temperature, divergence, options, *attention in objectives:
@@ -116,11 +129,15 @@ def losses(objectives: list = OBJECTIVES, noise: float = 0.0) -> dict[str, list[
             enable_attention(settings, student, teacher, "teacher", packing=False)
         terms = attention_terms(settings, student, [teacher])
         states.append(build_student(loss, OPTIM, student, STEPS, Accelerator(cpu=True), None, terms))
+    for distance in features.values():
+        more = [feature_term(distance)]
+        states.append(build_student(Loss(kd_ratio=0.5), OPTIM, model(8, noise), STEPS, Accelerator(cpu=True), more=more))
     taps = functools.reduce(operator.or_, (state.distiller.teacher_taps for state in states))
-    found = {name_of(*objective): [[], []] for objective in objectives}
+    found = {name: [[], []] for name in [*(name_of(*objective) for objective in objectives), *features]}
+    ratios = [objective[0] for objective in objectives] + [0.5] * len(features)
     for progress in train(source(), states, LiveTeacher(teacher, taps), Accelerator(cpu=True)):
         for k, rows in enumerate(found.values()):
-            assert ("kd" in progress.terms[k]) == (objectives[k][0] > 0), "a student that learns without the teacher of the others"
+            assert ("kd" in progress.terms[k]) == (ratios[k] > 0), "a student that learns without the teacher of the others"
             for row, value in zip(rows, (progress.terms[k]["loss"], progress.grad_norms[k]), strict=True):
                 row.append(float(f"{value:.10g}"))
     return found
@@ -158,4 +175,7 @@ def test_no_two_objectives_are_near_each_other(golden):
 
 
 def test_other_rounding_stays_far_within_the_tolerance(golden):
-    assert max(gap(values, golden[0][name]) for name, values in losses(OBJECTIVES[::4], 1e-12).items()) < TOLERANCE / 100
+    assert (
+        max(gap(values, golden[0][name]) for name, values in losses(OBJECTIVES[::4], 1e-12, {"features mse": "mse"}).items())
+        < TOLERANCE / 100
+    )

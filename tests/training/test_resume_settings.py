@@ -86,6 +86,8 @@ REFUSED = [
             "data.train.loss.kd": (1.0, 2.0),
             "data.validation.loss.ce": (1.0, 3.0),
             "data.validation.loss.kd": (1.0, 0.0),
+            "loss.features": (None, {"weight": 1.0}),
+            "loss.attention": (None, {"weight": 1.0}),
             "optim.name": ("adamw", "adamw_8bit"),
             "optim.lr": (2e-4, 1e-4),
             "optim.weight_decay": (0.0, 0.1),
@@ -138,6 +140,35 @@ REFUSED = [
             "teacher.cache.seed": (None, 3),
             "teacher.cache.hidden_dtype": (None, "float32"),
         },
+    ),
+    (
+        {"loss.features": {"weight": 1.0}},
+        {
+            "loss.features.weight": (1.0, 0.5),
+            "loss.features.layers": ("middle", [[1, 2]]),
+            "loss.features.distance": ("mse", "cosine"),
+            "loss.features.projection": ("linear", "none"),
+            "loss.features.init": ("least_squares", "xavier"),
+            "loss.features.scale": ("teacher_variance", "none"),
+            "loss.features.lr": (None, 0.1),
+        },
+    ),
+    (
+        {"loss.attention": {"weight": 1.0}},
+        {
+            "loss.attention.weight": (1.0, 0.5),
+            "loss.attention.layers": ("last", "middle"),
+            "loss.attention.what": ("maps", "relations"),
+            "loss.attention.heads": (None, "mean"),
+        },
+    ),
+    (
+        {"loss.attention": {"weight": 1.0, "what": "relations"}},
+        {"loss.attention.relation_heads": (None, 2)},
+    ),
+    (
+        SEVERAL | {"loss.features": {"teacher": "a"}},
+        {"loss.features.teacher": ("a", "b")},
     ),
     (
         SEVERAL,

@@ -141,9 +141,11 @@ def train_with_probe(recipe: str) -> int:
 
 @pytest.mark.slow
 def test_two_ranks_exchange_its_gradients(probed, trained, world, tmp_path):
-    trained("one", checkpoint__every=5)
-    recipe = plain_recipe(world, tmp_path / "two") | {"checkpoint": {"every": 5}}
+    trained("one", checkpoint__every=5, loss__features={"layers": [[1, 1], [2, 2]]})
+    recipe = plain_recipe(world, tmp_path / "two") | {"checkpoint": {"every": 5}, "loss": {"features": {"layers": [[1, 1], [2, 2]]}}}
     (tmp_path / "two.yaml").write_text(json.dumps(recipe))
     done = launch(2, train_with_probe, str(tmp_path / "two.yaml"))
     assert done.returncode == 0, done.stderr[-3000:]
-    assert distance(of_checkpoint(tmp_path / "two", 5), of_checkpoint(tmp_path / "one", 5)) < 1e-12
+    one = of_checkpoint(tmp_path / "one", 5)
+    assert {name for name in one if name.startswith("terms.")} > PROBE, "and maps of hidden states"
+    assert distance(of_checkpoint(tmp_path / "two", 5), one) < 1e-9

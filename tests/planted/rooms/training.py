@@ -263,8 +263,8 @@ FAULTS = [
         (
             "infinite-checkpoint",
             "weights that are not finite are saved",
-            "if not checkpoint.is_finite(self.state.parameters",
-            "if False and not checkpoint.is_finite(self.state.parameters",
+            "if not checkpoint.is_finite(self.state.kept",
+            "if False and not checkpoint.is_finite(self.state.kept",
             f"{RESULT}::test_weights_that_are_not_finite_are_neither_saved_nor_the_result",
         ),
         (

@@ -1,0 +1,174 @@
+"""The start of `loss.features`: its term for two loaded models, and its maps and scales from their hidden states before the first step."""
+
+import math
+import random
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..batch import Batch
+from ..config.features import Features, feature_problems
+from ..config.terms import layer_pairs
+from ..console import info, warn
+from ..data.batching import make_micro_batches
+from ..data.collate import collate
+from ..data.examples import Examples
+from ..errors import UserError
+from ..head import widen
+from ..losses.features import FeatureTerm, least_squares, share_unexplained, spread
+from ..model_folder import files
+from ..models.families import layers_of
+from ..models.language_model import LanguageModel
+from ..models.startup_checks import layer_widths
+from ..signals import Teacher
+
+#: Targets on which maps are computed: at least so many, and so many for each dimension of the student's states; and half as many to measure the rest.
+_TARGETS, _PER_DIMENSION = 1024, 8
+#: With fewer for each dimension a linear map fits any teacher.
+_LEAST_PER_DIMENSION = 2
+#: Below this share unexplained there is next to nothing to teach.
+_LITTLE = 0.1
+
+
+def check_features(features: Features | None, setting: str, configs: dict[str, dict], train: Examples) -> None:
+    """UserError, before a model is loaded, where models of such configurations, or the training data, do not have what `loss.features` needs.
+
+    setting   the teacher's name in the recipe: teacher, or teacher.0, ...
+    configs   by setting: student.model, teacher.model, ...
+    """
+    if not features:
+        return
+    settings = "student.model", f"{setting}.model"
+    shapes = [(files.layers_of(config), files.width_of(config)) for config in (configs.get(setting, {}) for setting in settings)]
+    refuse(features, *shapes)
+    if width := shapes[0][1]:
+        refuse_too_few_targets(features, width, int(train.num_targets.sum()))
+
+
+def feature_terms(
+    features: Features | None, setting: str, student: LanguageModel, teachers: dict[str, LanguageModel], seed: int
+) -> list[FeatureTerm]:
+    """The term of `loss.features` for loaded models, if there is one. UserError where they do not have the layers or widths that it needs.
+
+    setting    the teacher's name in the recipe: teacher, or teacher.0, ...
+    teachers   by setting
+    seed       of random maps
+    """
+    if not features:
+        return []
+    names, models = ("student.model", f"{setting}.model"), (student, teachers[setting])
+    for model, name in zip(models, names, strict=True):
+        layer_widths(model, (), name)  # a family without a list of layers
+    depths = [len(layers_of(model.base_model)) for model in models]
+    refuse(features, *((depth, None) for depth in depths))
+    pairs = layer_pairs(features.layers, *depths)
+    sides = [sorted({pair[side] for pair in pairs}) for side in range(2)]
+    of_student, of_teacher = (layer_widths(model, numbers, name) for model, numbers, name in zip(models, sides, names, strict=True))
+    widths = [(of_student[s], of_teacher[t]) for s, t in pairs]
+    for width, other in widths:
+        refuse(features, (depths[0], width), (depths[1], other))
+    dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
+    init = "identity" if features.init == "identity" else "xavier"
+    rest = features.weight, features.distance, features.projection, init, features.lr, dtype, seed
+    return [FeatureTerm(pairs, widths, *rest)]
+
+
+def refuse(features: Features, student: tuple[int | None, int | None], teacher: tuple[int | None, int | None]) -> None:
+    """UserError for what models of so many layers and of such widths do not have; see `feature_problems`."""
+    if problems := [f"{setting}: {problem}" for setting, problem in feature_problems(features, student, teacher)]:
+        raise UserError(*problems)
+
+
+def refuse_too_few_targets(features: Features, width: int, targets: int) -> None:
+    """UserError where the training data has too few targets to compute a map of states of that width."""
+    needed = -(-_LEAST_PER_DIMENSION * (width + 1) * 3 // 2)
+    if features.projection == "linear" and features.init == "least_squares" and targets < needed:
+        raise UserError(
+            f"loss.features.init: found least_squares, and a map of states that are {width} wide needs {needed:,} targets, of which the "
+            f"training data (of a stream, its first step) has {targets:,}; use xavier"
+        )
+
+
+def start_features(
+    features: Features, term: FeatureTerm, student: LanguageModel, teacher: Teacher, samples: tuple[Sequence[Batch], Sequence[Batch]]
+) -> dict[str, float]:
+    """Set the term's maps and scales from the untouched models. Returns what share of the teacher's states linear maps leave unexplained.
+
+    That is by pair, "student 2, teacher 3"; empty where maps would need more targets.
+
+    samples   batches of training examples to compute maps and scales on, and others to measure that share on
+    """
+    fitted, rest = (_states(term, student, teacher, batches) for batches in samples)
+    shares, device = {}, term.scales.device
+    for n, (s, t) in enumerate(term.pairs):
+        (x_ND, y_NE), (x_MD, y_ME) = ((x.to(device), y.to(device)) for x, y in (fitted[n], rest[n]))
+        size = spread(term.distance, y_NE)
+        if not 0 < size < math.inf or not x_ND.isfinite().all():
+            what = "are the same at every target" if size == 0 else "are not finite"
+            raise UserError(f"loss.features.layers: found [{s}, {t}], and the hidden states there {what}; name other layers")
+        if features.scale == "teacher_variance":
+            term.scales[n] = size
+        mapped_ME = None if term.maps else x_MD
+        if term.maps and len(x_ND) >= _LEAST_PER_DIMENSION * (x_ND.shape[1] + 1):
+            weight_ED, bias_E = least_squares(x_ND, y_NE)
+            mapped_ME = x_MD.double() @ weight_ED.T + bias_E
+            if features.init == "least_squares":
+                with torch.no_grad():
+                    term.maps[n].weight.copy_(weight_ED)
+                    term.maps[n].bias.copy_(bias_E)
+        if mapped_ME is not None:
+            shares[f"student {s}, teacher {t}"] = share_unexplained(term.distance, mapped_ME, y_ME)
+    if torch.distributed.is_initialized():  # to the last bit, whatever the ranks run on
+        for tensor in (term.scales, *term.parameters()):
+            torch.distributed.broadcast(tensor.detach(), 0)
+    return shares
+
+
+def report_shares(features: Features, shares: dict[str, float], targets: int) -> None:
+    """Say what the term starts from, measured on so many targets, and whether that leaves something to teach."""
+    if not shares:
+        return
+    means = "a linear map of the untouched student's hidden states" if features.projection == "linear" else "the untouched student"
+    of = "variance" if features.distance == "mse" else f"hidden states (by {features.distance})"
+    each = "; ".join(f"{pair}: {share:.1%}" for pair, share in shares.items())
+    info(f"features: {means} leaves this share of the teacher's {of} unexplained, on {targets:,} targets: {each}")
+    if max(shares.values()) < _LITTLE:
+        best = f"{1 - max(shares.values()):.0%}"
+        warn(
+            f"note: loss.features: {means} explains {best} or more of the teacher's before the first step, so there is next to nothing to teach; "
+            "other layers, or a student further from its teacher, may leave more"
+        )
+
+
+def sample_batches(train: Examples, mine: Sequence[int], width: int, size: int, pad: int, device) -> tuple[list[Batch], list[Batch]]:
+    """Batches of at most `size` of the training examples `mine`, the same for every run and rank: to compute maps of states `width` wide,
+    and half as many targets to measure what those leave."""
+    chosen = random.Random("features").sample(list(mine), len(mine))
+    ends = np.cumsum(train.num_targets[np.array(chosen, np.int64)])
+    fit = min(max(_TARGETS, _PER_DIMENSION * width), 2 * int(ends[-1]) // 3)
+    first = min(int(np.searchsorted(ends, fit)) + 1, len(chosen) - 1)
+    last = int(np.searchsorted(ends, ends[first - 1] + fit // 2)) + 1
+    return tuple(_batches(train, some, size, pad, device) for some in (chosen[:first], chosen[first:last]))
+
+
+def _batches(train: Examples, chosen: list[int], size: int, pad: int, device) -> list[Batch]:
+    few = train.take(np.sort(np.array(chosen, np.int64)))
+    return [collate(few, examples, pad).to(device) for examples in make_micro_batches(list(range(len(few))), few.lengths, size)]
+
+
+def _states(term: FeatureTerm, student: LanguageModel, teacher: Teacher, batches: Sequence[Batch]) -> list[tuple[Tensor, Tensor]]:
+    """Of each pair the hidden states of student [N, D] and teacher [N, E] at the batches' targets, in float32 at least, on the CPU."""
+    training, found = student.training, [([], []) for _ in term.pairs]
+    student.eval()
+    try:
+        with torch.no_grad():
+            for batch in batches:
+                ours, theirs = student.outputs(batch.student, term.student_taps).layers, teacher(batch).layers
+                for (xs, ys), (s, t) in zip(found, term.pairs, strict=True):
+                    xs.append(widen(ours[s]).cpu())
+                    ys.append(widen(theirs[t]).cpu())
+    finally:
+        student.train(training)
+    return [(torch.cat(xs), torch.cat(ys)) for xs, ys in found]

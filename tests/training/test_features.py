@@ -1,0 +1,208 @@
+"""loss.features in runs: what it starts from and says, what it refuses, and that nothing but the student leaves with the student."""
+
+import json
+import shutil
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from llmkd.config.recipe import Optim
+from llmkd.errors import UserError
+from llmkd.files import read_jsonl
+from llmkd.training import build, loop, optim
+from llmkd.training.features import sample_batches
+from llmkd.training.prepare import prepare
+from llmkd.training.run import run
+from tests.conftest import distance, said, weights
+from tests.training.test_resume import LONG, comparable, unfinish
+
+MIDDLE, BOTH = {"loss__features": {"weight": 0.7}}, {"loss__features": {"layers": [[1, 1], [2, 2]], "distance": "cosine"}}
+MAP = {f"terms.features.maps.0.{name}" for name in ("weight", "bias")}
+KEPT = MAP | {"terms.features.scales"}
+
+
+def of_checkpoint(out, step: int) -> dict[str, torch.Tensor]:
+    return load_file(out / f"checkpoints/step-{step}/student.safetensors")
+
+
+def records(out) -> list[dict]:
+    return [record for record in read_jsonl(out / "metrics.jsonl") if "loss" in record]
+
+
+def test_a_run_says_what_share_is_left_learns_it_and_exports_nothing_of_it(trained, make_recipe, tmp_path, capsys):
+    """The share against numpy's least squares on transformers' own hidden states, of targets that the map has not seen."""
+    from peft import PeftModel
+    from transformers import LlamaForCausalLM
+
+    exported = trained("out", **LONG, **MIDDLE)
+    recipe = make_recipe(**LONG, **MIDDLE)
+    prepared = prepare(recipe)
+    student = LlamaForCausalLM.from_pretrained(recipe.student.model)
+    adapter = PeftModel.from_pretrained(
+        LlamaForCausalLM.from_pretrained(tmp_path.parent / recipe.teacher.model[:-7] / "teacher"), recipe.teacher.model
+    )
+    states = []
+    for batches in sample_batches(prepared.train, range(20), 16, 4, 0, "cpu"):
+        both = ([], [])
+        for batch in batches:
+            for model, view, kept in ((student, batch.student, both[0]), (adapter, batch.teacher, both[1])):
+                with torch.no_grad():
+                    kept.append(model(**view.inputs, output_hidden_states=True).hidden_states[1].flatten(0, 1)[view.rows_N].numpy())
+        states.append([np.concatenate(one) for one in both])
+    (x, y), (x_rest, y_rest) = states
+    one = np.ones((len(x_rest), 1))
+    solution = np.linalg.lstsq(np.concatenate([x, np.ones((len(x), 1))], 1), y, rcond=None)[0]
+    share = ((np.concatenate([x_rest, one], 1) @ solution - y_rest) ** 2).sum() / ((y_rest - y_rest.mean(0)) ** 2).sum()
+    (first,) = [record for record in read_jsonl(tmp_path / "out/metrics.jsonl") if "unexplained" in record]
+    assert first == {"step": 0, "unexplained": {"student 1, teacher 1": pytest.approx(share, rel=1e-9)}}
+    line = next(line for line in said(capsys).splitlines() if line.startswith("features: "))
+    assert f"on {len(x_rest)} targets: student 1, teacher 1: {share:.1%}" in line and "teacher's variance unexplained" in line
+    every = records(tmp_path / "out")
+    for record in every:
+        assert record["loss"] == pytest.approx(0.5 * record["ce"] + 0.5 * record["kd"] + 0.7 * record["features"], rel=1e-12)
+    assert 0 < every[0]["features"] < 1, "about the share that is left, not far from it"
+    saved = of_checkpoint(tmp_path / "out", 6)
+    assert {name for name in saved if name.startswith("terms.")} == KEPT
+    assert saved["terms.features.scales"].item() == pytest.approx(y.var(0).mean(), rel=1e-9)
+    assert not [name for name in exported if "terms" in name or "features" in name]
+    assert not [path for folder in ("adapter",) for path in (tmp_path / "out" / folder).iterdir() if "feature" in path.name]
+
+
+@pytest.mark.parametrize("step", [4])
+def test_it_resumes_bit_for_bit_and_measures_nothing_again(trained, make_recipe, tmp_path, monkeypatch, step):
+    whole = trained("whole", **LONG, **BOTH)
+    shutil.copytree(tmp_path / "whole", tmp_path / "again")
+    unfinish(tmp_path / "again", step)
+    monkeypatch.setattr(build, "start_features", lambda *_: pytest.fail("measured again"))
+    run(make_recipe("again", **LONG, **BOTH), resume=True)
+    assert distance(weights(tmp_path / "again"), whole) == 0
+    assert comparable(tmp_path / "again") == comparable(tmp_path / "whole")
+    assert distance(of_checkpoint(tmp_path / "again", 6), of_checkpoint(tmp_path / "whole", 6)) == 0
+
+
+def test_neither_micro_batches_nor_packing_nor_recomputing_matter(trained, tmp_path):
+    common = {"checkpoint__every": 5, "student__method": "full", "validation__teacher_check": 0} | BOTH
+    trained("plain", **common)
+    plain = of_checkpoint(tmp_path / "plain", 5)
+    ways = {
+        "one": {"train__micro_batch_size": 1},
+        "packed": {"data__packing": True, "train__micro_batch_size": 8},
+        "recomputed": {"student__gradient_checkpointing": True, "train__micro_batch_size": 3},
+    }
+    for name, way in ways.items():
+        trained(name, **common, **way)
+        assert distance(of_checkpoint(tmp_path / name, 5), plain) < 1e-9, name
+    assert any(name.startswith("terms.features.maps.1") for name in plain)
+
+
+def test_with_kd_ratio_0_the_teacher_is_still_asked(trained, tmp_path):
+    one = {"train__max_steps": 2, "loss__kd_ratio": 0, "student__method": "full"}
+    with_it = trained("with", **one, **MIDDLE)
+    record = records(tmp_path / "with")[-1]
+    assert "kd" not in record and record["loss"] == pytest.approx(record["ce"] + 0.7 * record["features"], rel=1e-12)
+    assert distance(with_it, trained("without", **one)) > 1e-6
+    below = distance(*({k: v for k, v in one.items() if "layers.0" in k} for one in (with_it, weights(tmp_path / "without"))))
+    assert below > 1e-6
+
+
+def test_a_student_that_is_its_teacher_has_nothing_to_learn(trained, world, tmp_path, capsys):
+    """Layer by layer, without a map: 0, exactly, and so no gradient; and with one, that is said."""
+    itself = {
+        "teacher__model": str(world / "student"),
+        "student__lora__dropout": 0.0,
+        "loss__kd_ratio": 1.0,
+        "train__max_steps": 1,
+        "optim__warmup_steps": None,
+    }
+    trained("out", **itself, loss__features={"layers": "uniform", "projection": "none"})
+    (record,) = records(tmp_path / "out")
+    assert record["features"] == 0 and record["kd"] < 1e-12 and record["grad_norm"] < 1e-9
+    trained("mapped", **itself, loss__features={"layers": [[1, 1]]})
+    lines = said(capsys).splitlines()
+    assert [
+        line
+        for line in lines
+        if line.startswith("note: loss.features: a linear map of the untouched student's hidden states explains 100%")
+    ]
+    assert [line for line in lines if line.startswith("features: the untouched student leaves this share") and line.endswith("0.0%")]
+    assert records(tmp_path / "mapped")[0]["features"] < 1e-12
+
+
+def test_its_maps_have_no_decay_and_a_rate_of_their_own():
+    parameters = {name: torch.nn.Parameter(torch.ones(2, 2)) for name in ("w", "terms.features.maps.0.weight", "terms.other.weight")}
+    rates = {"terms.features.maps.0.weight": 0.3, "terms.other.weight": None}
+    optimizer = optim.build(Optim(lr=0.1, weight_decay=0.5), parameters, rates)
+    student = SimpleNamespace(parameters=parameters, optimizer=optimizer, learning_rate=lambda step: 0.02, max_grad_norm=None)
+    for p in parameters.values():
+        p.grad = torch.ones(2, 2)
+    loop.optimizer_step(student, 1, torch.tensor(1.0), torch.tensor(0.0))
+    moved = [1 - p[0, 0].item() for p in parameters.values()]  # AdamW's first step is its rate, beside the decay
+    assert moved == pytest.approx([0.02 + 0.02 * 0.5, 0.06, 0.02], rel=1e-4)
+
+
+def test_a_named_teacher_of_several_gives_its_own_states(trained, world, make_recipe, tmp_path):
+    """In the ensemble, and where a source names that teacher: the states are the named one's, at every target."""
+    teachers = [{"name": "a", "model": str(world / "stranger")}, {"name": "b", "model": str(world / "adapter")}]
+    rows = {"path": str(world / "train.jsonl"), "limit": 12}
+    common = {"teacher": teachers, "loss__features": {"teacher": "b"}, "loss__kd_ratio": 0, "train__max_steps": 2, "train__epochs": None}
+    trained("routed", **common, data__train=[rows | {"teacher": "b"}, rows])
+    trained("alone", **common | {"teacher": {"model": teachers[1]["model"]}, "loss__features": {}}, data__train=[rows, rows])
+    one, other = ([record["features"] for record in records(tmp_path / name)] for name in ("routed", "alone"))
+    assert one == pytest.approx(other, rel=1e-12)
+    with pytest.raises(UserError, match=r"data.train.1.teacher: found 'a', and on these rows nobody would ask 'b' for its hidden states"):
+        make_recipe(**common, data__train=[rows, rows | {"teacher": "a"}])
+
+
+def changed_config(world, to, model: str, **changes) -> str:
+    shutil.copytree(world / model, to)
+    (to / "config.json").write_text(json.dumps(json.loads((to / "config.json").read_text()) | changes))
+    return str(to)
+
+
+@pytest.mark.parametrize(
+    "features, words",
+    [
+        ({"layers": [[1, 1], [3, 1]]}, "loss.features.layers: found layer 3 of the student, which has 2 layers"),
+        ({"layers": [[2, 5]]}, "loss.features.layers: found layer 5 of the teacher, which has 2 layers"),
+        ({"layers": [[1, 2], [1, 2]]}, r"loss.features.layers: found the pair \[1, 2\] twice; give it once"),
+        (
+            {"projection": "none"},
+            "loss.features.projection: found none, and the student's states are 16 wide, the teacher's 24; use linear",
+        ),
+        (
+            {"init": "identity"},
+            "loss.features.init: found identity, and the student's states are 16 wide, the teacher's 24; use least_squares",
+        ),
+    ],
+)
+def test_what_the_models_do_not_have_is_refused_before_they_are_loaded(make_recipe, monkeypatch, features, words):
+    monkeypatch.setattr("llmkd.training.build.load_models", lambda *args: pytest.fail("loaded"))
+    with pytest.raises(UserError, match=rf"^{words}"):
+        run(make_recipe(loss__features=features))
+
+
+def test_too_few_targets_for_a_map_are_refused_before_a_model_is_loaded(make_recipe, monkeypatch, trained, tmp_path):
+    few = {"data__train__limit": 2, "train__batch_size": 2, "optim__warmup_steps": None}
+    with monkeypatch.context() as patch:
+        patch.setattr("llmkd.training.build.load_models", lambda *args: pytest.fail("loaded"))
+        words = (
+            "found least_squares, and a map of states that are 16 wide needs 51 targets, of which the training data .* has 18; use xavier"
+        )
+        with pytest.raises(UserError, match=rf"^loss.features.init: {words}$"):
+            run(make_recipe(**few, loss__features={}))
+    trained("out", **few, loss__features={"init": "xavier"})
+    assert not [record for record in read_jsonl(tmp_path / "out/metrics.jsonl") if "unexplained" in record]
+
+
+def test_states_that_do_not_vary_are_refused(make_recipe, world, tmp_path):
+    still = tmp_path / "still"
+    shutil.copytree(world / "teacher", still)
+    from safetensors.torch import save_file
+
+    tensors = {name: t * 0 if "embed" in name else t for name, t in load_file(still / "model.safetensors").items()}
+    save_file(tensors, still / "model.safetensors", {"format": "pt"})
+    with pytest.raises(UserError, match=r"^loss.features.layers: found \[0, 0\], and the hidden states there are the same at every target"):
+        run(make_recipe(teacher__model=str(still), loss__features={"layers": [[0, 0]]}))
