@@ -9,7 +9,7 @@ from pathlib import Path
 import yaml
 
 from ..errors import UserError
-from .weights import read_json, some, weight_files
+from .weights import read_json, refuse_what_is_no_file, some, weight_files
 
 _HUB_ID = re.compile(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)?")
 _WANTED = ["*.safetensors", "*.safetensors.index.json", "*.json", "*.jinja", "*.model", "*.txt"]
@@ -84,6 +84,7 @@ def find(name: str, setting: str, revision: str | None = None, base: str | None 
 def locate(name: str, setting: str, revision: str | None = None, wanted: list[str] = _WANTED) -> Path:
     """The folder of a name: itself, or a hub id's, downloaded or from the hub's cache. A mistyped path never goes to the network."""
     if (path := Path(name).expanduser()).is_dir():
+        refuse_what_is_no_file(path, setting)
         return path
     refuse_mistyped_folder(name, setting)
     from huggingface_hub import snapshot_download

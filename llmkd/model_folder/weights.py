@@ -80,6 +80,14 @@ def read_json(path: Path, setting: str) -> dict:
     return found
 
 
+def refuse_what_is_no_file(folder: Path, setting: str) -> None:
+    """UserError for a folder, or a link that leads nowhere, under the name of a model's file: libraries would go on as if it were not there."""
+    for path in sorted(folder.iterdir()):
+        if path.suffix in (".json", ".jinja", ".model", ".txt", ".safetensors") and not path.is_file():
+            what = "a folder" if path.is_dir() else "a link that leads nowhere" if path.is_symlink() else "no file"
+            raise UserError(f"{setting}: {path} is {what}, and has the name of a file of a model; copy it again, or remove it")
+
+
 def tensors(path: Path) -> dict[str, dict]:
     """The header of a safetensors file: {name: {dtype, shape, data_offsets, start, stop}}; the last two are places in the file, in bytes.
 

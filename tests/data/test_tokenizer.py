@@ -2,11 +2,13 @@
 
 import copy
 import json
+import shutil
 
 import pytest
 from tokenizers import Tokenizer, normalizers
 
 from llmkd.data.encoding.tokenizer import load_tokenizer, save_tokenizer, tokenizer_differences, vocab_size
+from llmkd.errors import UserError
 from tests.kit.data import END, tiny
 
 
@@ -173,3 +175,24 @@ def test_a_tokenizer_is_read_back_as_it_was(tmp_path, capsys):
         assert tokenizer_differences(tokenizer, again) == [] and again.chat_template == tokenizer.chat_template
         assert again.special_tokens_map == tokenizer.special_tokens_map
     assert not capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("tokenizer.json", "null", "tokenizer.json holds NoneType, expected an object"),
+        ("tokenizer_config.json", "{", "tokenizer_config.json cannot be read"),
+        ("tokenizer.json", "out of vocabulary", "could be loaded from .*/tokenizer.json .*out of vocabulary"),
+    ],
+)
+def test_a_damaged_file_of_a_tokenizer_is_named(world, tmp_path, name, content, said):
+    for path in (world / "student").glob("*.json*"):
+        shutil.copy(path, tmp_path)
+    if content == "out of vocabulary":
+        known = json.loads((tmp_path / name).read_text())
+        known["model"]["merges"][0] = ["nowhere", "there"]
+        content = json.dumps(known)
+    (tmp_path / name).write_text(content)
+    with pytest.raises(UserError, match=f"^student.model: .*{said}.*; ") as refused:
+        load_tokenizer(str(tmp_path), "student.model")
+    assert len(refused.value.problems) == 1

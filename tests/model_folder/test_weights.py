@@ -274,3 +274,22 @@ def test_a_damaged_generation_config_is_named(tmp_path):
     (folder / "generation_config.json").write_text("[]")
     with pytest.raises(UserError, match=r"m: .*generation_config.json holds list, expected an object of settings; copy it again"):
         find(str(folder), "m")
+
+
+@pytest.mark.parametrize("name", ["chat_template.jinja", "special_tokens_map.json", "merges.txt"])
+def test_what_has_a_files_name_and_is_none_is_refused(tmp_path, name):
+    """transformers would load the model as if the file were not there."""
+    folder = model(tmp_path / "m")
+    (folder / "README.md").mkdir()
+    (folder / "chat_templates").mkdir()
+    find(str(folder), "m")
+    for make, what in (
+        (Path.mkdir, "a folder"),
+        (lambda path: path.symlink_to("nowhere"), "a link that leads nowhere"),
+        (lambda path: path.symlink_to(path.name), "a link that leads nowhere"),
+        (os.mkfifo, "no file"),
+    ):
+        make(folder / name)
+        with pytest.raises(UserError, match=f"m: .*m/{name} is {what}, and has the name of .*; copy it again, or remove it"):
+            find(str(folder), "m")
+        (folder / name).rmdir() if what == "a folder" else (folder / name).unlink()

@@ -10,6 +10,7 @@ from ...config.recipe import Student
 from ...console import warn
 from ...errors import UserError
 from ...model_folder.files import TOKENIZER, locate
+from ...model_folder.identity import TOKENIZER_FILES
 from ...model_folder.weights import read_json
 from ..reading import skills
 
@@ -24,8 +25,12 @@ def load_tokenizer(name: str, setting: str, revision: str | None = None) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:
+        for one in ("config.json", *TOKENIZER_FILES):
+            if one.endswith(".json") and (folder / one).is_file():
+                read_json(folder / one, setting)  # a damaged one is named
+        where = folder / "tokenizer.json" if type(error) is Exception else name  # so are all errors of the package tokenizers
         raise UserError(
-            f"{setting}: no tokenizer could be loaded from {name} ({type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}); name a folder that has one"
+            f"{setting}: no tokenizer could be loaded from {where} ({type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}); name a folder that has one"
         ) from error
     if not tokenizer.is_fast:
         raise UserError(f"{setting}: {name} has no tokenizer.json, and only fast tokenizers are supported; use another one")
