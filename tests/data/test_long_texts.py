@@ -3,6 +3,7 @@
 import copy
 import json
 import random
+import time
 
 import pytest
 from tokenizers import Tokenizer, models, normalizers
@@ -11,9 +12,9 @@ from llmkd.config.recipe import Data
 from llmkd.data.encoding import long_texts
 from llmkd.data.encoding.control_tokens import Text, ends_of_pieces
 from llmkd.data.encoding.encode import Rendered, batches_of
-from llmkd.data.encoding.long_texts import Cover, beginning, cover_of, is_longer
+from llmkd.data.encoding.long_texts import Cover, beginning, bound_of, cover_of, is_longer
 from llmkd.errors import UserError
-from tests.kit.data import END, encode, real, rows_of, same, skills_tokenizer, talk, tiny
+from tests.kit.data import END, PLAIN, encode, kept, real, rows_of, same, skills_tokenizer, talk, tiny
 
 WORDS = [
     "the",
@@ -116,6 +117,49 @@ def test_ten_megabytes_take_a_moment(monkeypatch):
         assert len(encode(one, format, Data(max_length=512), tiny())) == 0
         assert encode(one, format, Data(max_length=512, too_long="truncate"), tiny()).lengths.tolist() == [512]
     assert max(seen) < 10_000
+
+
+FORGETS = PLAIN.replace("{{ m.content }}", "{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}{{ m.content }}")
+
+
+@pytest.mark.parametrize("template", [FORGETS, PLAIN])
+@pytest.mark.parametrize("context", [None, "the owl flies"])
+@pytest.mark.parametrize("too_long", ["drop", "truncate"])
+def test_answers_in_texts_that_are_too_long_are_not_looked_for(monkeypatch, template, context, too_long):
+    """The first text fits, of the second the answer begins behind the cut or before it, those of the others begin behind it."""
+    tokenizer, data = tiny(template), Data(max_length=60, too_long=too_long, teacher_context=context)
+    turns = [*talk("u q", "a one", "u r", "a two", "u s", f"a {END} " + "the owl " * 300, f"u {END}", "a four")["messages"]]
+    rows = rows_of({"messages": turns}, {"messages": turns[2:]}, {"messages": turns[:2] + turns[4:6]}, talk("u q", "a z"))
+    looked, span = [], "llmkd.data.encoding.encode.bound_of"
+    with monkeypatch.context() as patch:
+        patch.setattr(long_texts, "_FEW", 1)
+        patch.setattr(span, lambda *given: looked.append(bound_of(*given)) or looked[-1])
+        bounded = encode(rows, "chat", data, tokenizer)
+    for module in ("encode", "teacher_context"):
+        monkeypatch.setattr(f"llmkd.data.encoding.{module}.bound_of", lambda *given: None)
+    whole = encode(rows, "chat", data, tokenizer)
+    assert looked[0].most == 16 * 60 and kept(bounded, tokenizer) and bounded.counts["too_long"] >= 2
+    counts = dict(bounded.counts), dict(whole.counts)
+    for one in counts:  # of the texts that are there
+        for name in ("apart_tokens", "apart_last", "as_characters"):
+            one.pop(name, None)
+    assert counts[0] == counts[1] and kept(bounded, tokenizer) == kept(whole, tokenizer)
+
+
+def test_long_answers_of_a_row_that_is_taken_apart_are_refused_by_their_characters():
+    with pytest.raises(UserError) as info:
+        encode(rows_of(talk("u q", "a one", "u r", "a " + "the owl " * 300)), "chat", Data(max_length=60, too_long="refuse"), tiny(FORGETS))
+    (problem,) = info.value.problems
+    assert problem.startswith("f.jsonl:1: 2,5") and problem.endswith(
+        " characters, more than data.max_length (60 tokens); raise it, or set data.too_long"
+    )
+
+
+def test_a_long_talk_that_is_taken_apart_takes_a_moment():
+    turns = [text for i in range(60) for text in ("u q", f"a {i} " + "the owl flies at night " * 2000)]
+    start = time.process_time()
+    assert len(encode(rows_of(talk(*turns)), "chat", Data(max_length=40), tiny(FORGETS))) == 0
+    assert time.process_time() - start < 1.5
 
 
 def test_a_refusal_counts_characters():

@@ -21,10 +21,10 @@ DOUBLED = "{% set ns = namespace(x=START) %}{% for i in range(99) %}{% set ns.x 
 
 @pytest.fixture
 def small_limits():
-    """Templates have 0.3 s and 1,000 characters: that is set in the process itself, which starts anew."""
+    """Templates have 0.3 s, 0.2 s for a row and 1,000 characters: that is set in the process itself, which starts anew."""
     before = template_process._START
     close()
-    small = "from llmkd.data.encoding import template; template.SECONDS, template._LONGEST = 0.3, 1000; "
+    small = "from llmkd.data.encoding import template; template.SECONDS, template.ROW_SECONDS, template._LONGEST = 0.3, 0.2, 1000; "
     template_process._START = before.replace("main()", small + "main()")
     yield
     template_process._START = before
@@ -72,6 +72,16 @@ def test_a_row_at_which_a_template_takes_long_is_named(small_limits):
     late = "{% if messages[0].content == 'now' %}" + LOOP + "{% endif %}" + PLAIN
     with pytest.raises(UserError, match="^f.jsonl:2: the tokenizer's chat template takes more than 5 s"):
         encode(rows_of(ROW, talk("u now", "a one")), "chat", Data(), tiny(late))
+
+
+def test_a_row_of_many_answers_that_takes_long_as_a_whole_is_named(small_limits):
+    slow = "{% for i in range(99999) %}{% endfor %}" * 12 + PLAIN
+    with pytest.raises(
+        UserError,
+        match="^f.jsonl:2: the tokenizer's chat template takes more than 60 s for one row: it renders each answer of a row with all",
+    ):
+        encode(rows_of(ROW, talk(*["u q", "a one"] * 14)), "chat", Data(), tiny(slow))
+    assert len(encode(rows_of(ROW), "chat", Data(), tiny(PLAIN))) == 1  # the next has all the time
 
 
 def test_a_text_of_many_characters_is_refused(small_limits):

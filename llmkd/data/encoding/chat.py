@@ -3,6 +3,9 @@
 The template runs in a process of its own (`template_process.py`), which also finds the assistant's turns in its text (`locate.py`).
 """
 
+import dataclasses
+
+from .bound import Bound
 from .control_tokens import Text, controls, insert_guards, private_use_chars, refuse_unmarked, remove_guards
 from .template_process import conversation as located
 
@@ -14,9 +17,11 @@ def conversation(
     first: int = 0,
     last_only: bool = False,
     call_values: str = "refuse",
+    bound: Bound | None = None,
 ) -> list[Text]:
     """The conversation as text. The assistant's turns from message `first` on are supervised, with their end tokens; not those with
     `train: False`. With `last_only` the last of them alone is, if at all. `call_values`: see `config.data.Source`.
+    Texts that exceed the bound are left out.
 
     Where a template shows earlier turns differently once later ones follow (it drops their thinking, say), there is one text for each
     assistant turn, as the model sees it when it generates that turn. ValueError if the template raises, if it does not show a message,
@@ -32,8 +37,18 @@ def conversation(
     guarded = insert_guards(messages, control.any, guard), insert_guards(tools, control.any, guard)
     plain = (messages, tools) if guarded != (messages, tools) else None
     job = {"messages": guarded[0], "tools": guarded[1], "plain": plain, "guard": guard, "marker": marker, "turns": turns}
-    job |= {"call_values": call_values, "template": tokenizer.get_chat_template(tools=tools), "tokens": tokenizer.special_tokens_map}
+    job |= {
+        "bound": bound and dataclasses.asdict(bound),
+        "call_values": call_values,
+        "template": tokenizer.get_chat_template(tools=tools),
+        "tokens": tokenizer.special_tokens_map,
+    }
     answer = located(job | {"control": control.any.pattern, "end": tokenizer.eos_token})
     unshown = tuple(answer["unshown"])
-    texts = [Text(text, [tuple(span) for span in spans], False, ends, unshown=unshown) for text, spans, ends in answer["texts"]]
-    return [remove_guards(text, guard, control.any, tokenizer) for text in texts] if plain else texts
+    texts = [
+        Text("", [], False, unshown=unshown, left_out=text)
+        if isinstance(text, int)
+        else Text(text, [tuple(span) for span in spans], False, ends, unshown=unshown)
+        for text, spans, ends in answer["texts"]
+    ]
+    return [text if text.left_out or not plain else remove_guards(text, guard, control.any, tokenizer) for text in texts]

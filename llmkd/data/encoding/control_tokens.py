@@ -30,6 +30,7 @@ class Text:
     #: Where the text has the characters of a control token: (begin, stop, id of the control token, or None for characters).
     pieces: tuple[tuple[int, int, int | None], ...] = ()
     unshown: tuple[str, ...] = ()  # keys of messages that the chat template does not show
+    left_out: int = 0  # characters of a text that is known to be too long, and not here
 
 
 @dataclass(frozen=True)

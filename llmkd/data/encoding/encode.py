@@ -22,7 +22,7 @@ from ..reading.problems import ErrorCollector
 from ..reading.sources import Rows
 from .control_tokens import Span, Text, controls, piecewise, refuse_unmarked
 from .formats import FORMATS
-from .long_texts import beginning, is_longer
+from .long_texts import beginning, bound_of, is_longer
 from .marked_turns import has_marks, refuse_unhonoured_marks
 from .rendered_text import listed_turns, turn_token, turn_words
 from .teacher_context import Tokens, align, keep_common, teacher_texts
@@ -97,7 +97,7 @@ def encode(rows: Rows, source: Source, data: Data, tokenizer, progress=iter) -> 
 
 def _render(rows: Rows, source: Source, data: Data, tokenizer, errors: ErrorCollector) -> list[Rendered]:
     """The texts of all rows, as student and teacher read them. Bad rows are added to `errors`. A row marked as not trained on has no text."""
-    texts, control, said = [], controls(tokenizer), set()
+    texts, control, said, bound = [], controls(tokenizer), set(), bound_of(data, tokenizer)
 
     def say(what: str) -> None:  # at once: all rows may take hours
         kind = what.partition(" ")[0]
@@ -111,7 +111,7 @@ def _render(rows: Rows, source: Source, data: Data, tokenizer, errors: ErrorColl
             refuse_unhonoured_marks(row, data)
             if row.get("train") is False:
                 continue
-            own = FORMATS[source.format].render(row, source, tokenizer)
+            own = FORMATS[source.format].render(row, source, tokenizer, bound=bound)
             refuse_unmarked([text.text for text in own if text.raw], control)
             theirs = teacher_texts(row, own, source, data, tokenizer) or [None] * len(own)
         except ValueError as error:
@@ -149,16 +149,20 @@ def _shortened(texts: list[Rendered], rows: Rows, data: Data, tokenizer, counts:
     """The texts without those that are known to be too long, or with their beginnings instead, so that these are not tokenised."""
     kept = []
     for text in texts:
-        longest = max((one.text for one in (text.student, text.teacher) if one), key=len)
-        if data.too_long == "truncate" and not text.teacher:
+        both = [one for one in (text.student, text.teacher) if one]
+        longest, left_out = max((one.text for one in both), key=len), max(one.left_out for one in both)
+        if left_out and data.too_long == "truncate":  # its answer is behind the cut
+            counts["too_long"] += 1
+            counts["unsupervised"] += 1
+        elif data.too_long == "truncate" and not text.teacher:
             try:
                 kept.append(dataclasses.replace(text, student=beginning(text.student, data.max_length, tokenizer)))
             except ValueError as error:
                 errors.add(f"{rows.places[text.row]}: {error}")
-        elif data.too_long in ("drop", "refuse") and is_longer(longest, data.max_length, tokenizer):
+        elif left_out or (data.too_long in ("drop", "refuse") and is_longer(longest, data.max_length, tokenizer)):
             counts["too_long"] += 1
             if data.too_long == "refuse":
-                errors.add(_refused(rows.places[text.row], f"{len(longest):,} characters", data, " tokens"))
+                errors.add(_refused(rows.places[text.row], f"{left_out or len(longest):,} characters", data, " tokens"))
         else:
             kept.append(text)
     return kept

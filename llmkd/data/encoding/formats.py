@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from ...config import data as config
 from ...config.recipe import Source
 from ...errors import UserError
+from .bound import Bound
 from .chat import conversation
 from .control_tokens import Text
 
@@ -28,7 +29,7 @@ ALPACA_WITH_INPUT = (
 )
 
 
-def alpaca(row: dict, source: Source, tokenizer, context: str = "") -> list[Text]:
+def alpaca(row: dict, source: Source, tokenizer, context: str = "", bound: Bound | None = None) -> list[Text]:
     """instruction, input (may be empty or absent), output: the prompt of Stanford Alpaca. The output is supervised.
 
     With a chat template the prompt is the user's turn, as in torchtune's recipes.
@@ -37,24 +38,28 @@ def alpaca(row: dict, source: Source, tokenizer, context: str = "") -> list[Text
     return _prompt_and_answer(row, prompt, row["output"], source, tokenizer, context)
 
 
-def prompt_completion(row: dict, source: Source, tokenizer, context: str = "") -> list[Text]:
+def prompt_completion(row: dict, source: Source, tokenizer, context: str = "", bound: Bound | None = None) -> list[Text]:
     """prompt and completion: one text, or two lists of messages that are one conversation. The completion is supervised."""
     prompt, completion = row["prompt"], row["completion"]
     if isinstance(prompt, list):
         prompt = _with_context(context, _with_system(row, prompt))
-        return conversation([*prompt, *completion], tokenizer, row.get("tools"), len(prompt), source.answers == "last", source.call_values)
+        return conversation(
+            [*prompt, *completion], tokenizer, row.get("tools"), len(prompt), source.answers == "last", source.call_values, bound
+        )
     return _prompt_and_answer(row, prompt, completion, source, tokenizer, context)
 
 
-def text(row: dict, source: Source, tokenizer, context: str = "") -> list[Text]:
+def text(row: dict, source: Source, tokenizer, context: str = "", bound: Bound | None = None) -> list[Text]:
     """text: all of it is supervised."""
     return _plain_text("", row["text"], context)
 
 
-def chat(row: dict, source: Source, tokenizer, context: str = "") -> list[Text]:
+def chat(row: dict, source: Source, tokenizer, context: str = "", bound: Bound | None = None) -> list[Text]:
     """messages, and optionally tools that they may call. The assistant's turns with their end tokens are supervised, but those marked `train: False`."""
     messages = _with_context(context, _with_system(row, row["messages"]))
-    return conversation(messages, tokenizer, row.get("tools"), last_only=source.answers == "last", call_values=source.call_values)
+    return conversation(
+        messages, tokenizer, row.get("tools"), last_only=source.answers == "last", call_values=source.call_values, bound=bound
+    )
 
 
 def alpaca_answer(row: dict, answer: str) -> tuple[dict, str]:
@@ -76,7 +81,8 @@ def chat_answer(row: dict, answer: str) -> tuple[dict, str]:
 class Format:
     """The functions of a format. Its columns, which rows are checked by, are in `config.data.FORMATS`."""
 
-    render: Callable[[dict, Source, object, str], list[Text]]  # (row, source, tokenizer, context="")
+    #: (row, source, tokenizer, context="", bound=None) -> its texts; those that exceed the bound may be left out.
+    render: Callable[[dict, Source, object, str, Bound | None], list[Text]]
     #: (a multiple-choice row, a choice) -> a row in which that choice is the answer, and the row's format. None without an answer.
     with_answer: Callable[[dict, str], tuple[dict, str]] | None = None
 

@@ -10,6 +10,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
+from .bound import Bound
 from .template import REASONING
 
 Span = tuple[int, int]
@@ -19,8 +20,8 @@ Span = tuple[int, int]
 _EMPTY_THINKING = re.compile(r"\s*(?:<think>)?\s*</think>\s*")
 _THINKING = re.compile(r"(\s*(?:<think>)?)(.*?)(</think>)(.*)", re.DOTALL)
 _HEADER = 100  # characters: more than this of a turn's header is no header
-#: A text, its supervised spans, and whether each of them ends with a control token.
-Located = tuple[str, list[Span], bool]
+#: A text, its supervised spans, and whether each of them ends with a control token. Of a text that is known to be too long, its length alone.
+Located = tuple[str | int, list[Span], bool]
 
 
 class NotShown(ValueError):
@@ -36,12 +37,6 @@ class TemplateProbe:
     control: re.Pattern
     end: str  # the end-of-text token
     found: set[tuple[int, str]] = field(default_factory=set)  # (message, key) that the template was seen to show
-
-    def example(self, messages: list[dict]) -> str:
-        """The rendered conversation, after `neutral`."""
-        text = self.render(messages)
-        self.neutral(messages, text)
-        return text
 
     def neutral(self, messages: list[dict], text: str) -> tuple[str, list[tuple[int, str]]]:
         """The conversation with a marker in place of every text, and behind the name of every call: rendered; and what is not shown.
@@ -79,24 +74,51 @@ def _with_name(call: dict, name: Callable[[str], str]) -> dict:
     return call | {"name": name(str(call.get("name", "")))}
 
 
-def texts(messages: list[dict], turns: list[int], probe: TemplateProbe, text: str) -> list[Located]:
-    """The text of the conversation, which is `text`, with the spans of `turns`; or a text for each, where later turns change what is before."""
-    render, last = probe.render, len(messages) - 1
-    afters = [text if i == last else render(messages[: i + 1]) for i in turns]
-    if all(text.startswith(after) for after in afters):
+def texts(
+    messages: list[dict], turns: list[int], probe: TemplateProbe, text: str, bound: Bound | None = None, guard: str = ""
+) -> list[Located]:
+    """The text of the conversation, which is `text`, with the spans of `turns`; or a text for each, where later turns change what is before.
+
+    Turns in texts that exceed the bound, which is without the guards, are not looked for.
+    """
+    ends = _ends(messages, turns, probe, text)
+    if ends is not None:
+        if bound and not bound.cut and bound.exceeded(text.replace(guard, "")):
+            return [(len(text), [], True)]
         _refuse_hidden_calls(messages, turns, probe)
         plain = [i for i in turns if messages[i]["content"].strip() and not any(messages[i].get(key) for key in (*REASONING, "tool_calls"))]
         places = _locate(text, messages, [(i, "content", "{}", [messages[i]["content"]]) for i in plain], probe)
         known = dict(zip(plain, places, strict=True)) if places and all(places) else {}
-        spans = [_with_end(text, _span(messages, i, after, probe, known.get(i)), probe) for i, after in zip(turns, afters, strict=True)]
+        spans = [_with_end(text, _span(messages, i, text[:end], probe, known.get(i)), probe) for i, end in zip(turns, ends, strict=True)]
         return [(text, spans, all(probe.ends_with_control(text, stop) for _, stop in spans))]
-    out = []
+    out: list[Located] = []
     for i in turns:
-        after = probe.example(messages[: i + 1])
+        after = probe.render(messages[: i + 1])
+        if bound and bound.exceeded((_before(messages[: i + 1], after, probe) if bound.cut else after).replace(guard, "")):
+            out.append((len(after), [], True))
+            continue
+        probe.neutral(messages[: i + 1], after)
         _refuse_hidden_calls(messages, [i], probe)
         span = _span(messages, i, after, probe)
         out.append((after, [span], probe.ends_with_control(after, span[1])))
     return out
+
+
+def _ends(messages: list[dict], turns: list[int], probe: TemplateProbe, text: str) -> list[int] | None:
+    """Where each of the turns ends in the text of the conversation; None where later turns change what is before."""
+    out = []
+    for i in turns:
+        after = text if i == len(messages) - 1 else probe.render(messages[: i + 1])
+        if not text.startswith(after):
+            return None
+        out.append(len(after))
+    return out
+
+
+def _before(head: list[dict], after: str, probe: TemplateProbe) -> str:
+    """The text before the last turn of `head`, if it is the beginning of `after`."""
+    before = probe.render(head[:-1]) if len(head) > 1 else ""
+    return before if after.startswith(before) else ""
 
 
 def _refuse_hidden_calls(messages: list[dict], turns: list[int], probe: TemplateProbe) -> None:

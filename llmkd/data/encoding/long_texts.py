@@ -12,6 +12,8 @@ import string
 import weakref
 from dataclasses import dataclass
 
+from ...config.recipe import Data
+from .bound import Bound
 from .control_tokens import Text
 
 _KNOWN: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
@@ -35,14 +37,18 @@ class Cover:
     cut_at_space: bool
 
 
+def bound_of(data: Data, tokenizer) -> Bound | None:
+    """The characters of an example that may fit; None where all of every text is needed, or where the tokenizer does not tell."""
+    cover = cover_of(tokenizer) if data.too_long != "split" else None
+    return cover and Bound(max(cover.most, _FEW) * data.max_length, cover.counted, data.too_long == "truncate")
+
+
 def is_longer(text: str, max_length: int, tokenizer) -> bool:
     """Whether a text is known to have more than `max_length` tokens. False where it has to be tokenised to know."""
     if len(text) <= _FEW * max_length:
         return False
     cover = cover_of(tokenizer)
-    if cover is None or len(text) <= (least := cover.most * max_length):
-        return False
-    return cover.counted is None or any(number > least for number in itertools.accumulate(map(text.count, cover.counted)))
+    return cover is not None and Bound(cover.most * max_length, cover.counted).exceeded(text)
 
 
 def beginning(text: Text, max_length: int, tokenizer) -> Text:

@@ -13,6 +13,7 @@ from ...config.recipe import Data, Source
 from .control_tokens import Text, controls, refuse_unmarked
 from .formats import FORMATS, paragraphs
 from .locate import NotShown, no_spaces
+from .long_texts import bound_of
 
 #: Token ids, and the mask of the supervised ones.
 Tokens = tuple[np.ndarray, np.ndarray]
@@ -29,9 +30,9 @@ def teacher_texts(row: dict, own: list[Text], source: Source, data: Data, tokeni
     for _, problem in no_context_with(data):
         raise ValueError(f"{source.fields.get('teacher_context', 'teacher_context')} cannot be used with {problem}")
     try:
-        theirs = FORMATS[source.format].render(row, source, tokenizer, context)
+        theirs = FORMATS[source.format].render(row, source, tokenizer, context, bound_of(data, tokenizer))
         refuse_unmarked([text.text for text in theirs if text.raw], controls(tokenizer))
-        if not all(no_spaces(context) in no_spaces(text.text) for text in theirs):
+        if not all(text.left_out or no_spaces(context) in no_spaces(text.text) for text in theirs):
             raise NotShown
     except NotShown:
         raise ValueError(

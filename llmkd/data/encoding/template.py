@@ -7,6 +7,7 @@ import datetime
 import functools
 import json
 import signal
+import time
 from typing import Any
 
 import jinja2
@@ -15,14 +16,31 @@ import jinja2.sandbox
 
 #: CPU seconds for one rendering. Templates in use take milliseconds.
 SECONDS = 5
+#: CPU seconds for a conversation, which is rendered several times for each answer.
+ROW_SECONDS = 60
 _LONGEST = 64_000_000  # characters of a text
 #: A template that asks for today's date gets the default date of Llama 3.1's template, so that a run can be repeated.
 _TODAY = datetime.datetime(2024, 7, 26)
 REASONING = ("reasoning_content", "thinking", "reasoning")
 
 
+class OutOfTime(Exception):
+    """A conversation has taken more than ROW_SECONDS."""
+
+
+class _Clock:
+    started = 0.0
+
+
+def begin_row() -> None:
+    """The time of a conversation begins."""
+    _Clock.started = time.process_time()
+
+
 def render(template: str, tokens: dict[str, str], messages: list[dict], tools: list[dict] | None, prompt: bool) -> str:
     """The rendered conversation. ValueError if the template raises; the process ends if it takes longer than SECONDS."""
+    if time.process_time() - _Clock.started > ROW_SECONDS:
+        raise OutOfTime
     signal.setitimer(signal.ITIMER_PROF, SECONDS)
     try:
         shown = [_with_all_names_of_reasoning(message) for message in messages]

@@ -14,6 +14,7 @@ from . import template, template_worker
 from .locate import NotShown
 
 _FIX = "it may have an endless loop; use a tokenizer with another chat template, or correct it"
+_MANY = "it renders each answer of a row with all turns before it; set answers: last, or write rows of fewer turns"
 _START = "import sys; sys.path[:0] = sys.argv[1:]; from llmkd.data.encoding.template_worker import main; main()"
 
 
@@ -70,7 +71,7 @@ def _ended(code: int | None) -> str:
     if code == -signal.SIGPROF:
         return f"the tokenizer's chat template takes more than {template.SECONDS} s for one conversation; {_FIX}"
     if code == template_worker.OUT_OF_MEMORY:
-        return f"the tokenizer's chat template takes more than {template_worker.MEMORY >> 30} GB of memory for one conversation; {_FIX}"
+        return f"the tokenizer's chat template takes more than {template_worker.MEMORY >> 30} GB of memory for one conversation; {_FIX}; or {_MANY}"
     how = f"signal {signal.Signals(-code).name}" if code and code < 0 else f"exit code {code}"
     return f"the tokenizer's chat template ended the process in which it runs ({how}); {_FIX}"
 
@@ -95,6 +96,8 @@ def _result(job: dict):
     answer = _PROCESS.ask(job)
     if "refused" in answer:
         raise (NotShown if answer.get("not_shown") else ValueError)(answer["refused"])
+    if "out_of_time" in answer:
+        raise UserError(f"the tokenizer's chat template takes more than {template.ROW_SECONDS} s for one row: {_MANY}")
     if "bug" in answer:
         raise RuntimeError(answer["bug"])
     return answer["result"]

@@ -15,8 +15,10 @@ import traceback
 from pathlib import Path
 from typing import BinaryIO
 
+from .bound import Bound
 from .forms import prompt, settle
 from .locate import NotShown, texts
+from .template import OutOfTime, begin_row
 
 MEMORY = 1 << 30  # bytes
 OUT_OF_MEMORY = 77  # the exit code
@@ -43,7 +45,8 @@ def conversation(job: dict) -> dict:
         messages, tools = job["plain"]
         if text.replace(job["guard"], "") != probe.render(messages, tools=tools):
             raise ValueError("a message contains a control token that the chat template acts on; remove it from the text")
-    out = texts(job["messages"], job["turns"], probe, text)
+    bound = Bound(**job["bound"]) if job["bound"] else None
+    out = texts(job["messages"], job["turns"], probe, text, bound, job["guard"])
     names = {key if key == "tools" else f"messages[].{key}" for i, key in unshown if (i, key) not in probe.found}
     return {"texts": out, "unshown": sorted(names)}
 
@@ -77,10 +80,13 @@ def main() -> None:
             resource.setrlimit(kind, (most, most))
     with open(0, "rb") as jobs, open(1, "wb") as replies:
         while select.select([jobs], [], [], _IDLE)[0] and (job := read(jobs)):
+            begin_row()
             try:
                 answer = {"result": {"rendered": rendered, "conversation": conversation}[job["do"]](job)}
             except ValueError as error:
                 answer = {"refused": str(error), "not_shown": isinstance(error, NotShown)}
+            except OutOfTime:
+                answer = {"out_of_time": True}
             except RecursionError:
                 answer = {"refused": "nested too deeply; give it fewer levels"}
             except MemoryError:

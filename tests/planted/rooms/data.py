@@ -423,6 +423,20 @@ FAULTS = [
     *in_file(
         "llmkd/data/encoding/locate.py",
         (
+            "cut-as-dropped",
+            "a long text is left out although it would only be cut",
+            "_before(messages[: i + 1], after, probe) if bound.cut else after",
+            "after",
+            "data/test_long_texts.py",
+        ),
+        (
+            "long-texts-looked-for",
+            "answers are looked for in texts that are too long",
+            "if bound and bound.exceeded((",
+            "if False and bound.exceeded((",
+            "data/test_long_texts.py",
+        ),
+        (
             "thoughts-end",
             "the end of an empty thought before calls is supervised",
             'r"\\s*(?:<think>)?\\s*</think>',
@@ -528,6 +542,23 @@ FAULTS = [
         ("tools-by-name", "tools count as shown where a call has their name", "if template not in _SHOWS_TOOLS:", "if False:", SHOWN),
     ),
     *in_file(
+        "llmkd/data/encoding/bound.py",
+        (
+            "bound-of-half",
+            "texts that may fit are left out",
+            "if len(text) <= self.most:",
+            "if 2 * len(text) <= self.most:",
+            "data/test_long_texts.py",
+        ),
+        (
+            "all-are-counted",
+            "characters that may be unknown count",
+            "if len(text) <= self.most:",
+            "self = Bound(self.most)\n        if len(text) <= self.most:",
+            "data/test_long_texts.py",
+        ),
+    ),
+    *in_file(
         "llmkd/data/encoding/call_arguments.py",
         (
             "quoted-arguments",
@@ -584,6 +615,7 @@ FAULTS = [
     ),
     *in_file(
         "llmkd/data/encoding/template.py",
+        ("row-without-limit", "a row may take any time", "> ROW_SECONDS:", "> 99 * ROW_SECONDS:", PROCESS),
         ("todays-date", "a template's date is today's", "_TODAY.strftime,", "datetime.datetime.now().strftime,", "data/test_templates.py"),
         ("no-longest-text", "templates may write any number of characters", "if len(text) > _LONGEST:", "if False:", PROCESS),
         (
@@ -596,6 +628,7 @@ FAULTS = [
     ),
     *in_file(
         "llmkd/data/encoding/template_worker.py",
+        ("one-clock-for-all", "the time of all rows is that of one", "            begin_row()\n", "", PROCESS),
         ("no-memory-limit", "templates may take all memory", "_address_space() + MEMORY", "1 << 45", PROCESS),
         (
             "ended-by-ctrl-c",
