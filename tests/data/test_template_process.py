@@ -75,7 +75,7 @@ def test_a_row_at_which_a_template_takes_long_is_named(small_limits):
 
 
 def test_a_row_of_many_answers_that_takes_long_as_a_whole_is_named(small_limits):
-    slow = "{% for i in range(99999) %}{% endfor %}" * 12 + PLAIN
+    slow = "{% if messages | length > 9 %}" + "{% for i in range(99999) %}{% endfor %}" * 12 + "{% endif %}" + PLAIN
     with pytest.raises(
         UserError,
         match="^f.jsonl:2: the tokenizer's chat template takes more than 60 s for one row: it renders each answer of a row with all",
