@@ -182,7 +182,6 @@ FAULTS = [
             "for begin, stop, token in text.pieces",
             LONG,
         ),
-        ("bound-off", "a text of just the bound is taken for longer", "len(text) <= (least", "len(text) < (least", LONG),
     ),
     *in_file(
         "llmkd/data/encoding/encode.py",
