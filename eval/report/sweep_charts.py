@@ -4,6 +4,7 @@ import math
 from collections import Counter
 from itertools import combinations, groupby
 
+from llmkd.config.schedule import in_words
 from llmkd.output.plots import moving_average
 
 from ..comparison.compare import Row
@@ -47,6 +48,9 @@ def training_curves(sweep: SweepFolder, colours: dict[str, int]) -> Gallery | No
         charts.append(
             _curves(f"curve-kd{number or ''}", title, "nats per target", some, colours, lambda run: smooth(run.curve("kd")), "line")
         )
+    for name, title in (("kd_ratio", "Schedule: weight of the KD loss"), ("temperature", "Schedule: temperature")):
+        of_schedule = [arm for arm in arms if isinstance(arm.setting(f"loss.{name}"), dict)]
+        charts.append(_curves(f"curve-{name}", title, name, of_schedule, colours, lambda run, name=name: run.curve(name), "line"))
     charts = [chart for chart in charts if chart]
     return Gallery(charts, legend(sweep, colours)) if charts else None
 
@@ -58,7 +62,7 @@ def _kd_loss(arm: Arm) -> str:
         for path, value in sorted(arm.settings.items())
         if path.startswith("loss.divergence_options.")
     ]
-    return ", ".join([str(arm.setting("loss.divergence")), *options, f"T {arm.setting('loss.temperature') or 1:g}"])
+    return ", ".join([str(arm.setting("loss.divergence")), *options, f"T {in_words(arm.setting('loss.temperature') or 1)}"])
 
 
 def held_out_curves(sweep: SweepFolder, colours: dict[str, int]) -> Gallery | None:

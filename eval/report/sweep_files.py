@@ -159,7 +159,7 @@ def changed(base: dict, changes: dict) -> dict:
     """The base with some settings changed; a section that is given whole, or set to null, replaces what was below it."""
     out = dict(base)
     for path in changes:
-        out = {key: value for key, value in out.items() if not key.startswith(f"{path}.")}
+        out = {key: value for key, value in out.items() if key != path and not key.startswith(f"{path}.")}
     return out | flatten(changes)
 
 

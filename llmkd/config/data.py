@@ -254,8 +254,6 @@ def _source_contradictions(source: Source, setting: str) -> Iterator[tuple[str, 
         yield "weight", f"found {source.weight:g}, but only training sources have weights; leave it out"
     if choices and source.loss != SourceLoss():
         yield "loss", "given, but choices are scored and not trained on; leave it out"
-    if not source.loss.ce and not source.loss.kd and not choices:
-        yield "loss", "found ce: 0 and kd: 0, so these rows count for nothing; leave the source out"
     if source.seed is not None and source.limit is None:
         yield "seed", "set without limit; it is the seed of the sample that limit takes; set limit, or leave it out"
     if source.chat_template and row_format.template != "optional":

@@ -3,9 +3,11 @@
 import dataclasses
 import typing
 
+from .schedule import is_schedule
+
 
 def flatten(value, path: str = "", lists: bool = False) -> dict[str, typing.Any]:
-    """A settings object or a mapping, or a part of one, as {dotted path: value}. An empty mapping is a value.
+    """A settings object or a mapping, or a part of one, as {dotted path: value}. An empty mapping is a value, and so is a schedule.
 
     `lists`: the lists of sources and teachers too, their items by number.
     """
@@ -13,7 +15,7 @@ def flatten(value, path: str = "", lists: bool = False) -> dict[str, typing.Any]
         value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
     elif lists and isinstance(value, tuple) and any(map(dataclasses.is_dataclass, value)):
         value = dict(enumerate(value))
-    if isinstance(value, dict) and (value or not path):
+    if isinstance(value, dict) and (value or not path) and not is_schedule(value):
         out = {}
         for key, inner in value.items():
             out |= flatten(inner, f"{path}.{key}" if path else str(key), lists)

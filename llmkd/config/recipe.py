@@ -4,7 +4,10 @@ Plain frozen dataclasses; `loader` reads them from YAML and the command line and
 Nothing here imports torch: a recipe is checked before anything heavy is loaded.
 """
 
+import dataclasses
 import itertools
+import json
+import math
 from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
@@ -14,6 +17,7 @@ from .data import Data, data_contradictions
 from .data import Source as Source
 from .features import Features, feature_contradictions
 from .fields import Count, OneOrMany, Seed, as_tuple, changeable, config_dataclass, fixed, form, with_setting_names
+from .schedule import Scheduled, schedule_contradictions, value_at
 from .teacher import Attention, Dtype, Mixture, Quantization, Teacher, teacher_contradictions
 from .terms import AttentionLoss, attention_contradictions
 
@@ -109,10 +113,11 @@ class Student:
 
 @config_dataclass
 class Loss:
-    kd_ratio: Share | None = fixed(
+    kd_ratio: Scheduled[Share | None] = fixed(
         None,
         description="Weight of the distillation term: the loss is (1 - kd_ratio) CE + kd_ratio T^2 D. Default 0.5 with a teacher, 0 without; with 0 no "
-        "teacher is loaded, unless features need it.",
+        "teacher is loaded, unless features need it. Or a schedule over the optimizer steps, {from: 1.0, to: 0.3, shape: cosine}: shape is linear (the default), cosine, or constant "
+        "(from, and then to); to is reached in the last step, or after steps, or after a ratio of all steps.",
     )
     divergence: Literal[tuple(DIVERGENCES)] = fixed(
         "forward_kl", description="D: the divergence between the teacher's and the student's distributions."
@@ -125,10 +130,10 @@ class Loss:
         )
         + ".",
     )
-    temperature: float = fixed(
+    temperature: Scheduled[Annotated[float, Field(gt=0)]] = fixed(
         1.0,
-        gt=0,
-        description="T: both models' logits are divided by T before the divergence is computed; the divergence is then multiplied by T^2.",
+        description="T: both models' logits are divided by T before the divergence is computed; the divergence is then multiplied by T^2. Or a schedule, as "
+        "for kd_ratio.",
     )
     normalize: Literal["targets", "weights"] = fixed(
         "targets",
@@ -254,6 +259,15 @@ class Recipe:
     push_to_hub: PushToHub | None = changeable(None, description="Upload the finished student to the hub; null: no upload.")
 
 
+#: The settings of the loss that may be schedules.
+SCHEDULED = ("kd_ratio", "temperature")
+
+
+def scheduled(loss: Loss, step: int, total: int) -> dict[str, float]:
+    """The values in step `step` of a run of `total` steps of those settings of the loss that are schedules."""
+    return {name: value_at(getattr(loss, name), step, total) for name in SCHEDULED if isinstance(getattr(loss, name), dict)}
+
+
 def distils(recipe: Recipe) -> bool:
     """Whether the student learns from a teacher."""
     return bool(as_tuple(recipe.teacher)) and bool(recipe.loss.kd_ratio or recipe.loss.features or recipe.loss.attention)
@@ -305,7 +319,14 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
             f"found {loss.divergence} with a sampled cache, which is unbiased for forward_kl only; use forward_kl, or a cache of kind topk or hidden",
         )
     if loss.kd_ratio and recipe.teacher is None:
-        yield ("loss.kd_ratio", "teacher"), f"found {loss.kd_ratio:g} without a teacher; give teacher.model, or set it to 0"
+        yield ("loss.kd_ratio", "teacher"), f"found {json.dumps(loss.kd_ratio)} without a teacher; give teacher.model, or set it to 0"
+    if sampled and loss.kd_ratio != 0 and isinstance(loss.temperature, dict):
+        yield (
+            ("loss.temperature", f"{sampled[0]}.cache.kind"),
+            "found a schedule with a sampled cache, whose tokens are drawn at one temperature; give a number, or use a cache of kind topk or hidden",
+        )
+    yield from schedule_contradictions(loss.kd_ratio, "loss.kd_ratio", 0.0, 1.0, train.max_steps)
+    yield from schedule_contradictions(loss.temperature, "loss.temperature", 0.0, math.inf, train.max_steps)
     yield from _loss_contradictions(loss)
     yield from _weight_contradictions(recipe)
     if loss.attention:
@@ -405,9 +426,13 @@ def _weight_contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], st
     train, held_out = (
         with_setting_names(value, setting) for setting, value in (("data.train", data.train), ("data.validation", data.validation))
     )
-    for path, source in train:
-        for name, alone in (("ce", 1 - ratio), ("kd", ratio)):
-            if not getattr(source.loss, name) and alone == 1:
+    other_terms = any(map(dataclasses.is_dataclass, vars(recipe.loss).values()))  # they teach whatever these weights are
+    for path, source in [*([] if other_terms else train), *held_out]:
+        if not source.loss.ce and not source.loss.kd:
+            yield (f"{path}.loss",), "found ce: 0 and kd: 0, so these rows count for nothing; leave the source out"
+    for path, source in [] if other_terms else train:
+        for name, alone in (("ce", 0), ("kd", 1)):  # the kd_ratio with which only that part teaches
+            if not getattr(source.loss, name) and ratio == alone:
                 fix = f"set {name} to another number, loss.kd_ratio to one between 0 and 1, or leave the source out"
                 yield (f"{path}.loss.{name}", "loss.kd_ratio"), f"found 0 with loss.kd_ratio {ratio:g}, so these rows teach nothing; {fix}"
     where = held_out or (train if data.validation_fraction else [])

@@ -14,7 +14,8 @@ from torch import Tensor
 from ..batch import Batch
 from ..config.features import feature_teacher
 from ..config.fields import as_tuple, with_setting_names
-from ..config.recipe import Recipe, distils
+from ..config.recipe import SCHEDULED, Recipe, distils
+from ..config.schedule import middle
 from ..config.teacher import Cache
 from ..data.collate import collate
 from ..data.dataset import read_data
@@ -210,7 +211,7 @@ class Setup:
 def with_few_rows(recipe: Recipe, rows: int) -> Recipe:
     """The recipe with at most `rows` rows of each source, each used once, and without a token cache of its own. A stream is left as it is.
 
-    Maps of hidden states start at random, which needs no number of rows.
+    Maps of hidden states start at random, which needs no number of rows. A schedule of the loss stands at its middle.
     """
     data, loss = recipe.data, recipe.loss
     if loss.features and loss.features.init == "least_squares":
@@ -230,6 +231,7 @@ def with_few_rows(recipe: Recipe, rows: int) -> Recipe:
         validation_fraction=max(data.validation_fraction, 0.1) if data.validation_fraction else 0.0,
         cache_dir=None,
     )
+    loss = dataclasses.replace(loss, **{name: middle(getattr(loss, name)) for name in SCHEDULED})
     return dataclasses.replace(recipe, data=data, loss=loss)
 
 

@@ -93,17 +93,21 @@ class HeadTerm(Term):
 
     chunk_size   rows of the head at a time; None: as the device does best
     normalize    targets: the loss is divided by the number of targets; weights: each of the two by the sum of its absolute weights
+    at_step      the objective of each step, where it changes: `objective` is then what holds outside of steps
     """
 
     names = ("ce", "kd")
 
-    def __init__(self, objective: Objective, chunk_size: int | None = None, normalize: str = "targets"):
+    def __init__(
+        self,
+        objective: Objective,
+        chunk_size: int | None = None,
+        normalize: str = "targets",
+        at_step: Callable[[int], Objective] | None = None,
+    ):
         super().__init__()
         self.objective, self.chunk_size, self.normalize = objective, chunk_size, normalize
-
-    @property
-    def needs_teacher(self) -> bool:
-        return self.objective.kd_ratio > 0
+        self.at_step, self.needs_teacher = at_step or (lambda step: objective), objective.kd_ratio > 0
 
     def forward(self, student: StudentOutputs, signal: Signal | None, batch: Batch) -> Loss:
         signal = signal if self.needs_teacher else None  # another student's, where several share a teacher
@@ -111,6 +115,7 @@ class HeadTerm(Term):
         return Loss(*fused_loss(student.hidden_NH, student.head, batch.labels_N, self.objective, signal, self.chunk_size, *weights))
 
     def start_step(self, step: int, scale: dict[str, float]) -> None:
+        self.objective = self.at_step(step)
         if self.normalize == "weights":
             self.objective = self.objective.normalized(scale)
 

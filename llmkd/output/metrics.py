@@ -7,12 +7,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from ..config.recipe import SCHEDULED
 from ..console import count, warn
 from ..files import append, read_jsonl, write_atomic
 from .trackers import Trackers
 
 #: What a training step's record holds beside the loss's terms.
-_BESIDE_TERMS = ("step", "epoch", "lr", "grad_norm", "targets", "targets_per_s", "peak_memory")
+_BESIDE_TERMS = ("step", "epoch", "lr", "grad_norm", "targets", "targets_per_s", "peak_memory", *SCHEDULED)
 
 
 #: The part of the loss whose weights say how much a held-out example counts in a metric; in the others all count alike.
@@ -48,9 +49,12 @@ class MetricsLog:
         """What a checkpoint keeps: bytes and hash of what was recorded so far."""
         return {"bytes": self._bytes, "sha256": self._hash.hexdigest()}
 
-    def step(self, step: int, epoch: int, terms: dict[str, float], lr: float, grad_norm: float, targets: int, speed: float) -> None:
+    def step(
+        self, step: int, epoch: int, terms: dict[str, float], scheduled: dict[str, float], grad_norm: float, targets: int, speed: float
+    ) -> None:
+        """`scheduled`: the learning rate, and the settings of the loss that are schedules, in this step."""
         measured = {"grad_norm": grad_norm, "targets": targets, "targets_per_s": round(speed, 1), "peak_memory": peak_memory()}
-        self.write({"step": step, "epoch": epoch, **terms, "lr": lr, **measured})
+        self.write({"step": step, "epoch": epoch, **terms, **scheduled, **measured})
 
     def write(self, record: dict) -> None:
         self.check_there()

@@ -17,6 +17,7 @@ from .. import __version__
 from ..config.fields import as_tuple
 from ..config.loader import dump
 from ..config.recipe import Data, Loss, Mixture, Quantization, Recipe, Source, Student, distils
+from ..config.schedule import in_words
 from ..config.where import where_words
 from ..model_folder.files import ModelFiles, hub_origin, licence, loaded_dtype
 from ..model_folder.identity import record_of
@@ -226,9 +227,8 @@ def introduction(
     """A sentence each on the student, its base and licence, and the teacher."""
     quantization, kind = settings.quantization, "A LoRA adapter" if settings.method == "lora" else "A model"
     beside = f", attention {loss.attention.what} {loss.attention.weight:g}" if loss.attention else ""
-    made = (
-        f"distilled ({loss.divergence}, kd_ratio {loss.kd_ratio:g}, temperature {loss.temperature:g}{beside})" if teachers else "fine-tuned"
-    )
+    how = f"{loss.divergence}, kd_ratio {in_words(loss.kd_ratio)}, temperature {in_words(loss.temperature)}{beside}"
+    made = f"distilled ({how})" if teachers else "fine-tuned"
     lines = [f"{kind} {made} with llmkd.\n"]
     if student is None:
         return [*lines, "It was trained from new random weights.\n"]

@@ -12,6 +12,7 @@ import numpy as np
 from ..config.data import Data
 from ..config.fields import shaping
 from ..config.recipe import Loss
+from ..config.schedule import in_words
 from ..config.teacher import CACHE_KINDS, Mixture, Teacher
 from ..data.encoding import token_cache
 from ..data.examples import ALL_TEACHERS, Examples
@@ -189,7 +190,7 @@ def sample_problems(use: SignalUse, path: str, kept: dict) -> list[str]:
     loss, drawn, by, problems = use.loss, kept["temperature"], use.best_by, []
     why = f"and {path} holds sampled tokens, which estimate the loss without bias"
     if loss.kd_ratio and loss.temperature != drawn:
-        problems.append(f"loss.temperature: found {loss.temperature:g}, {why} only at the temperature of their sampling, {drawn:g}")
+        problems.append(f"loss.temperature: found {in_words(loss.temperature)}, {why} only at the temperature of their sampling, {drawn:g}")
     if loss.kd_ratio and loss.divergence != "forward_kl":
         problems.append(f"loss.divergence: found {loss.divergence}, {why} for forward_kl only")
     if use.mixture.combine == "log_probabilities":

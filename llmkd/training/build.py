@@ -9,8 +9,9 @@ from dataclasses import dataclass
 from ..batch import Batch
 from ..config.features import feature_teacher
 from ..config.fields import with_setting_names
-from ..config.recipe import Data, Loss, Mixture, Optim, Recipe, Student, Train, uses_teacher
+from ..config.recipe import SCHEDULED, Data, Loss, Mixture, Optim, Recipe, Student, Train, scheduled, uses_teacher
 from ..config.recipe import Teacher as TeacherSettings
+from ..config.schedule import length, middle
 from ..config.terms import AttentionLoss
 from ..console import info
 from ..data.batch_source import TrainingSource
@@ -235,7 +236,7 @@ def build_student(
     chunk_size   rows of the head at a time, if `loss` does not set it
     more         terms beside the head's
     """
-    distiller = Distiller(student, [term.to(accelerator.device) for term in (*build_terms(loss, chunk_size), *more)])
+    distiller = Distiller(student, [term.to(accelerator.device) for term in (*build_terms(loss, chunk_size, total_steps), *more)])
     parameters = distiller.trainable()
     optimizer = optimizers.build(optim, parameters, distiller.own_rates())
     if student.capabilities.parameters_without_gradient and accelerator.num_processes > 1:
@@ -244,10 +245,16 @@ def build_student(
     return StudentState(accelerator.prepare_model(distiller), optimizer, parameters, schedule(optim, total_steps), optim.max_grad_norm)
 
 
-def build_terms(loss: Loss, chunk_size: int | None = None) -> list[Term]:
-    """The terms of the loss that need no model. `chunk_size`: rows of the head at a time, if `loss` does not set it."""
+def build_terms(loss: Loss, chunk_size: int | None = None, total_steps: int = 1) -> list[Term]:
+    """The terms of the loss that need no model, in a run of `total_steps`. `chunk_size`: rows of the head at a time, if `loss` does not set it."""
+    for name in SCHEDULED:
+        if (steps := length(getattr(loss, name), total_steps)) > max(1, total_steps):
+            raise UserError(f"loss.{name}.steps: found {steps}, and the whole run has {total_steps} steps; lower it, or use ratio")
     divergence = make_divergence(loss.divergence, **loss.divergence_options)
-    return [HeadTerm(Objective(loss.kd_ratio, loss.temperature, divergence), loss.chunk_size or chunk_size, loss.normalize)]
+    whole, at_step = Objective(middle(loss.kd_ratio), middle(loss.temperature), divergence), None
+    if scheduled(loss, 1, total_steps):
+        at_step = lambda step: dataclasses.replace(whole, **scheduled(loss, step, total_steps))  # noqa: E731
+    return [HeadTerm(whole, loss.chunk_size or chunk_size, loss.normalize, at_step)]
 
 
 def schedule(optim: Optim, total: int) -> Callable[[int], float]:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from ..config.recipe import Checkpoint, Train, Validation
+from ..config.recipe import Checkpoint, Train, Validation, scheduled
 from ..console import progress_bar, table
 from ..data.examples import Examples
 from ..errors import ChangedFiles, NonFinite, Stopped, UserError
@@ -141,7 +141,8 @@ class Trainer:
         rates = {k: self.students[k].state.learning_rate(progress.step) for k in going}
         for k in going if self.main else ():
             terms, norm = progress.terms[k], progress.grad_norms[k]
-            self.students[k].record.step(progress.step, progress.epoch, terms, rates[k], norm, progress.num_targets, speed)
+            values = {"lr": rates[k]} | scheduled(self.students[k].recipe.loss, progress.step, self.source.total_steps)
+            self.students[k].record.step(progress.step, progress.epoch, terms, values, norm, progress.num_targets, speed)
         if len(self.students) == 1 and going:
             shown = {name: f"{value:.4f}" for name, value in progress.terms[0].items() if not metrics.is_count(name)}
             shown |= {"lr": f"{rates[0]:.1e}"}

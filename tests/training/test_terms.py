@@ -40,8 +40,8 @@ class Probe(RowTerm):
         return (self.map(student.hidden_NH)[:, 0] - 1) ** 2
 
 
-def with_probe(loss, chunk_size=None):
-    return [*BUILD_TERMS(loss, chunk_size), Probe()]
+def with_probe(loss, *sizes):
+    return [*BUILD_TERMS(loss, *sizes), Probe()]
 
 
 @pytest.fixture

@@ -5,8 +5,8 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+from llmkd_eval.comparison.compare import compare
 
-from eval.comparison.compare import compare
 from llmkd.cli import main
 from llmkd.commands.sweep import run_sweep
 from llmkd.config import loader

@@ -1,8 +1,9 @@
-"""Faults in the weights of targets: in the head, in the counts of a step, on the way from a source, and in validation."""
+"""Faults in the weights of targets (in the head, in the counts of a step, on the way from a source, in validation) and in schedules of the loss."""
 
 from tests.planted.fault import Fault
 
 HEAD, RUNS, HAND = "losses/test_weights.py", "training/test_weights.py", "training/test_by_hand.py"
+VALUES, SCHEDULES = "config/test_schedule.py::test_values_by_step", "training/test_schedules.py"
 
 FAULTS = [
     Fault(
@@ -108,5 +109,45 @@ FAULTS = [
         "counted = first.counted.get(metric, first.weights)",
         "counted = first.weights",
         f"{RUNS}::test_held_out_rows_count_where_they_have_a_weight",
+    ),
+    Fault(
+        "a-step-late",
+        "a schedule begins one step later",
+        "llmkd/config/schedule.py",
+        "(step - 1) / max(1,",
+        "(step - 2) / max(1,",
+        VALUES,
+    ),
+    Fault(
+        "end-never-reached",
+        "a schedule ends one step after the last",
+        "llmkd/config/schedule.py",
+        "length(setting, total) - 1)",
+        "length(setting, total))",
+        VALUES,
+    ),
+    Fault(
+        "goes-on-past-the-end",
+        "a schedule goes on after its last step",
+        "llmkd/config/schedule.py",
+        "done = min(1.0, ",
+        "done = max(0.0, ",
+        VALUES,
+    ),
+    Fault(
+        "first-step-for-all",
+        "the loss keeps the first step's values",
+        "llmkd/training/build.py",
+        "**scheduled(loss, step, total_steps))",
+        "**scheduled(loss, 1, total_steps))",
+        f"{HAND} {SCHEDULES}::test_the_teacher_is_needed_if_any_step_needs_it",
+    ),
+    Fault(
+        "teacher-by-the-first-step",
+        "no teacher is asked where the first step has no need of one",
+        "llmkd/training/build.py",
+        "Objective(middle(loss.kd_ratio),",
+        "Objective(loss.kd_ratio if isinstance(loss.kd_ratio, float) else float(loss.kd_ratio['from']),",
+        f"{SCHEDULES}::test_the_teacher_is_needed_if_any_step_needs_it",
     ),
 ]

@@ -175,7 +175,13 @@ FAULTS = [
             HAND,
         ),
         ("least-rate-forgotten", "min_lr_ratio does not reach the schedule", "warmup, optim.min_lr_ratio)", "warmup, 0.0)", HAND),
-        ("temperature-forgotten", "the temperature does not reach the loss", "loss.temperature, divergence)", "1.0, divergence)", GOLDEN),
+        (
+            "temperature-forgotten",
+            "the temperature does not reach the loss",
+            "middle(loss.temperature), divergence)",
+            "1.0, divergence)",
+            GOLDEN,
+        ),
         (
             "options-forgotten",
             "the divergence's options do not reach the loss",
