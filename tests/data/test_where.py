@@ -129,6 +129,13 @@ def test_null_and_nan_are_in_no_range_and_are_counted(tmp_path, capsys):
     assert [row["instruction"] for row in read(exact, where={"score": [0.1, 0.3]}).rows] == ["q 1", "q 3"]
 
 
+def test_true_is_not_1_in_a_column_of_several_types(tmp_path):
+    path = tmp_path / "t.jsonl"
+    path.write_text("".join(json.dumps(ROWS[i] | {"x": x}) + "\n" for i, x in enumerate((1, True, 5, "a", 0, False))))
+    for where, kept in ((["a", True, 5], [1, 2, 3]), ({"not": ["a", True, 5]}, [0, 4, 5]), ([0, 1, "b", True], [0, 1, 4])):
+        assert [int(row["instruction"][2:]) for row in read(path, where={"x": where}).rows] == kept
+
+
 def test_a_csv_value_is_read_as_what_it_is_compared_with(tmp_path):
     rows = [
         ROWS[i] | {"clean": clean, "score": score}
