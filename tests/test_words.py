@@ -60,6 +60,7 @@ ALLOWED = {
     ("eval/speed/epoch.py", "arms?"): "a sweep's arms, measured",
     ("eval/speed/step_setup.py", "arms?"): "adapters of a sweep's arms",
     ("recipes/*ablation*", "arms?"): "a sweep's arms",
+    ("recipes/*study*", "arms?"): "a sweep's arms",
     ("docs/evaluation.md", "arms?"): "a sweep's arms",
     ("docs/settings.md", "arms?"): "settings of a sweep",
     ("docs/glossary.md", "arms?"): "says what an arm is",
