@@ -87,25 +87,30 @@ def inputs(h: int, g: int, d: int, d_v: int, window: int | None, seed: int) -> A
 VIEW, COUNTS = View({"input_ids": torch.zeros(2, 7, dtype=torch.long)}, torch.tensor([1, 4, 6, 9])), [3, 1]
 
 
+@pytest.mark.parametrize("windows", [(3, None), (None, 2)], ids=str)
 @pytest.mark.parametrize("rows", [1, 2, 100])
-def test_the_targets_of_a_batch_in_their_order(rows, monkeypatch):
-    """The student has 4 heads on 2, and a window of 3; the teacher 4 on 1."""
+def test_the_targets_of_a_batch_in_their_order(rows, windows, monkeypatch):
+    """The student has 4 heads on 2; the teacher 4 on 1."""
     monkeypatch.setattr(attention, "_TILE", rows * 4 * 4 * 7)
-    student, teacher = inputs(4, 2, 6, 4, 3, seed=0), inputs(4, 1, 8, 12, None, seed=5)
+    student, teacher = inputs(4, 2, 6, 4, windows[0], seed=0), inputs(4, 1, 8, 12, windows[1], seed=5)
     found = attention.map_divergence(student, teacher, VIEW, COUNTS)
     expected = []
     for b, t in ((0, 1), (0, 4), (0, 6), (1, 2)):
-        q, p = (maps(x.query[b, :, [t]].transpose(0, 1), x.key[b], x.scaling, [t], [3])[0] for x in (student, teacher))
+        q, p = (maps(x.query[b, :, [t]].transpose(0, 1), x.key[b], x.scaling, [t], windows)[0] for x in (student, teacher))
         expected.append(np.mean([kl(b, a) for a, b in zip(q, p, strict=True)]))
     assert_close(found, torch.tensor(expected), rtol=1e-12, atol=1e-14)
 
 
-def test_relations_of_queries_keys_and_values_are_added_up():
+@pytest.mark.parametrize("windows", [(None, None), (3, None), (None, 2)], ids=str)
+def test_relations_of_queries_keys_and_values_are_added_up(windows):
     """Of 4 relation heads: the widths are 24, 12 and 8, and the teacher's 32, 8 and 12."""
-    student, teacher, expected = inputs(4, 2, 6, 4, None, seed=0), inputs(4, 1, 8, 12, None, seed=5), []
+    student, teacher, expected = inputs(4, 2, 6, 4, windows[0], seed=0), inputs(4, 1, 8, 12, windows[1], seed=5), []
     for b, t in ((0, 1), (0, 4), (0, 6), (1, 2)):
-        vectors = [[x[b].transpose(0, 1).reshape(7, -1).numpy() for x in (one.query, one.key, one.value)] for one in (student, teacher)]
-        expected.append(sum(relation_kl(a, b, 4, t) for a, b in zip(*vectors, strict=True)))
+        first = max([0, *(t - window + 1 for window in windows if window)])
+        vectors = [
+            [x[b].transpose(0, 1).reshape(7, -1)[first:].numpy() for x in (one.query, one.key, one.value)] for one in (student, teacher)
+        ]
+        expected.append(sum(relation_kl(a, b, 4, t - first) for a, b in zip(*vectors, strict=True)))
     assert_close(attention.relation_divergence(student, teacher, VIEW, COUNTS, 4), torch.tensor(expected), rtol=1e-12, atol=1e-14)
 
 

@@ -1,13 +1,19 @@
 """Attention distillation in a run: what it trains, what it logs, what changes nothing, and what is refused."""
 
+import functools
 import json
 import shutil
 
 import pytest
+import torch
 
+from llmkd.batch import Batch, Example, View
 from llmkd.config.terms import layer_pairs
 from llmkd.errors import UserError
 from llmkd.files import read_jsonl
+from llmkd.losses.attention import AttentionTerm, map_divergence, relation_divergence
+from llmkd.losses.terms import StudentOutputs
+from llmkd.signals import AttentionInputs, Dense
 from llmkd.training.prepare import prepare
 from llmkd.training.run import run
 from tests.conftest import distance, weights
@@ -146,3 +152,26 @@ def test_pairs_of_layers(layers, student, teacher, pairs):
 def test_uniform_needs_a_layer_before_the_last():
     with pytest.raises(ValueError, match="found uniform, and the student has one layer; use last"):
         layer_pairs("uniform", 1, 4)
+
+
+def test_pairs_are_averaged():
+    view, generator = View({"input_ids": torch.zeros(2, 5, dtype=torch.long)}, torch.tensor([1, 4, 7])), torch.Generator().manual_seed(0)
+    made = [AttentionInputs(*(torch.randn(2, 2, 5, 4, generator=generator) for _ in range(3)), 0.5, None) for _ in range(4)]
+    batch = Batch(torch.zeros(3), torch.zeros(3), view, view, (Example("", 2, 0), Example("", 1, 0)))
+    outputs = StudentOutputs(torch.zeros(3, 4), None, attention={1: made[0], 2: made[1]})
+    signal = Dense(torch.zeros(3, 4), None, attention={3: made[2], 1: made[3]})
+    for heads, pair in ((None, map_divergence), (2, functools.partial(relation_divergence, heads=2))):
+        term = AttentionTerm(0.5, ((1, 3), (2, 1)), relation_heads=heads)
+        expected = (pair(made[0], made[2], view, [2, 1]) + pair(made[1], made[3], view, [2, 1])) / 2
+        loss = term(outputs, signal, batch)
+        torch.testing.assert_close(loss.rows["attention"], expected)
+        torch.testing.assert_close(loss.total, 0.5 * expected.sum())
+        assert (term.student_taps.attention, term.teacher_taps.attention, term.teacher_taps.queries) == ({1, 2}, {3, 1}, heads is not None)
+
+
+def test_a_micro_batch_without_targets_and_one_with_another_view():
+    view = View({"input_ids": torch.zeros(1, 1, dtype=torch.long)}, torch.zeros(0, dtype=torch.long))
+    outputs, term = StudentOutputs(torch.zeros(0, 4), None), AttentionTerm(1.0, ((1, 1),))
+    assert term(outputs, Dense(torch.zeros(0, 4), None), Batch(torch.zeros(0), torch.zeros(0), view, view)).total == 0
+    with pytest.raises(UserError, match="teacher_context"):
+        term(outputs, Dense(torch.zeros(0, 4), None), Batch(torch.zeros(0), torch.zeros(0), view, View(view.inputs, view.rows_N)))
