@@ -176,10 +176,29 @@ def test_the_bound_is_exact_and_counts_what_a_normaliser_composes():
     assert not is_longer("x" * 64 * 9, 9, composing) and is_longer("x" * (64 * 9 + 1), 9, composing)
 
 
-def test_a_text_with_a_context_for_the_teacher_is_aligned_before_it_is_cut():
-    rows, data = rows_of({"prompt": "q", "completion": " the owl" * 100}), Data(max_length=9, too_long="truncate", teacher_context="owls")
-    found = encode(rows, "prompt_completion", data, tiny())
-    assert found.lengths.tolist() == [9] == found.teacher_view.lengths.tolist()
+def test_a_text_with_a_context_for_the_teacher_is_cut_where_the_teachers_is(monkeypatch):
+    monkeypatch.setattr(long_texts, "_FEW", 1)
+    draw, data, tokenizer = random.Random(1), Data(max_length=60, too_long="truncate", teacher_context="owls"), tiny()
+    texts, tokenised = [" ".join(draw.choices(WORDS, k=n)) for n in (3, 200, 400, 900)], []
+    whole = type(tokenizer).__call__
+    with monkeypatch.context() as patch:
+        patch.setattr(type(tokenizer), "__call__", lambda self, text, *a, **kw: tokenised.extend(text) or whole(self, text, *a, **kw))
+        short = {format: encode(rows, format, data, tokenizer) for format, rows in of(texts).items()}
+    assert max(map(len, tokenised)) < 60 * 16 + 500 < max(map(len, texts))
+    monkeypatch.setattr(long_texts, "cover_of", lambda tokenizer: None)
+    for format, rows in of(texts).items():
+        one, other = short[format], encode(rows, format, data, tokenizer)
+        assert same(one, other) and (one.teacher_view.ids == other.teacher_view.ids).all() and one.counts["too_long"] >= 3
+        assert (one.teacher_view.loss_mask == other.teacher_view.loss_mask).all()
+
+
+def test_a_text_that_goes_on_otherwise_for_the_teacher_is_not_cut():
+    text = Text("the owl " * 100, [(3, 800)])
+    cut = long_texts.beginnings(text, Text("be " + text.text, [(6, 803)], pieces=((0, 803, None),)), 9, tiny())
+    assert cut[0] == beginning(text, 9, tiny()) and cut[1].text == "be " + cut[0].text
+    assert (cut[0].spans, cut[1].spans, cut[1].pieces) == ([(3, 151)], [(6, 154)], ((0, 154, None),))
+    for other in ("be " + text.text + "!", "be " + text.text.replace("owl", "OWL"), "o" + text.text[700:]):
+        assert long_texts.beginnings(text, Text(other, []), 9, tiny()) == (text, Text(other, []))
 
 
 def test_a_text_without_spaces_is_tokenised_whole_or_refused(monkeypatch):

@@ -22,7 +22,7 @@ from ..reading.problems import ErrorCollector
 from ..reading.sources import Rows
 from .control_tokens import Span, Text, controls, piecewise, refuse_unmarked
 from .formats import FORMATS
-from .long_texts import beginning, bound_of, is_longer
+from .long_texts import beginning, beginnings, bound_of, is_longer
 from .marked_turns import has_marks, refuse_unhonoured_marks
 from .rendered_text import listed_turns, turn_token, turn_words
 from .teacher_context import Tokens, align, keep_common, teacher_texts
@@ -154,9 +154,13 @@ def _shortened(texts: list[Rendered], rows: Rows, data: Data, tokenizer, counts:
         if left_out and data.too_long == "truncate":  # its answer is behind the cut
             counts["too_long"] += 1
             counts["unsupervised"] += 1
-        elif data.too_long == "truncate" and not text.teacher:
+        elif data.too_long == "truncate":
             try:
-                kept.append(dataclasses.replace(text, student=beginning(text.student, data.max_length, tokenizer)))
+                if text.teacher:
+                    own, theirs = beginnings(text.student, text.teacher, data.max_length, tokenizer)
+                else:
+                    own, theirs = beginning(text.student, data.max_length, tokenizer), None
+                kept.append(dataclasses.replace(text, student=own, teacher=theirs))
             except ValueError as error:
                 errors.add(f"{rows.places[text.row]}: {error}")
         elif left_out or (data.too_long in ("drop", "refuse") and is_longer(longest, data.max_length, tokenizer)):

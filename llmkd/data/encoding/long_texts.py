@@ -20,6 +20,7 @@ _KNOWN: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 _FEW = 16  # characters for each token of max_length: a text that is no longer is not looked at
 _SEARCHED = 1 << 16  # characters behind the shortest cut in which a space is looked for
 _LETTERS = "".join(dict.fromkeys("eaotins" + string.ascii_letters + string.digits))  # most of most texts is made of the first few
+_SAME = 256  # characters before a cut that two texts must share
 _WHOLE = 1 << 20  # characters of a text without spaces that is still tokenised whole
 
 
@@ -71,6 +72,25 @@ def beginning(text: Text, max_length: int, tokenizer) -> Text:
                 "shorten the text, or set data.too_long: drop"
             )
         return text
+    return _cut(text, end)
+
+
+def beginnings(text: Text, longer: Text, max_length: int, tokenizer) -> tuple[Text, Text]:
+    """The beginning of a text, and of the same text with a context somewhere before that place: both end at the same character.
+
+    So the supervised tokens of the two stay the same. The texts themselves where the text is not much longer, or where the other goes on
+    otherwise. ValueError as of `beginning`.
+    """
+    short = beginning(text, max_length, tokenizer)
+    end = len(short.text)
+    stop = len(longer.text) - (len(text.text) - end)
+    same = min(_SAME, end)
+    if stop < same or longer.text[stop - same :] != text.text[end - same :]:
+        return text, longer
+    return short, _cut(longer, stop)
+
+
+def _cut(text: Text, end: int) -> Text:
     spans = [(begin, min(stop, end)) for begin, stop in text.spans if begin < end]
     pieces = tuple((begin, min(stop, end), token) for begin, stop, token in text.pieces if begin < end)
     return dataclasses.replace(text, text=text.text[:end], spans=spans, pieces=pieces)

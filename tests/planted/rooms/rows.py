@@ -140,6 +140,20 @@ FAULTS = [
     *in_file(
         "llmkd/data/encoding/long_texts.py",
         (
+            "teachers-cut",
+            "the teacher's text is cut one character early",
+            "return short, _cut(longer, stop)",
+            "return short, _cut(longer, stop - 1)",
+            LONG,
+        ),
+        (
+            "teachers-rest",
+            "the teacher's text is cut though it goes on otherwise",
+            "if stop < same or longer.text",
+            "if False and longer.text",
+            LONG,
+        ),
+        (
             "shrinks-forgotten",
             "a normaliser that composes characters is left out of the bound",
             "return Cover(shrinks * max(",
@@ -194,9 +208,9 @@ FAULTS = [
         ),
         (
             "teacher-cut",
-            "a text with a context for the teacher is cut before it is aligned",
-            'if data.too_long == "truncate" and not text.teacher:',
-            'if data.too_long == "truncate":',
+            "a text with a context for the teacher is tokenised whole",
+            "own, theirs = beginnings(text.student, text.teacher, data.max_length, tokenizer)",
+            "own, theirs = text.student, text.teacher",
             LONG,
         ),
     ),
