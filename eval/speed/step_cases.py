@@ -4,7 +4,7 @@ import contextlib
 import functools
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -12,19 +12,22 @@ import torch
 from torch import Tensor, nn
 
 from llmkd.batch import Batch
+from llmkd.config.features import Features
 from llmkd.config.recipe import Optim
 from llmkd.data.batching import TokenBudget
 from llmkd.data.collate import collate
 from llmkd.losses.divergences import make_divergence
+from llmkd.losses.features import FeatureTerm
 from llmkd.losses.fused import default_chunk
 from llmkd.losses.objective import Objective
-from llmkd.losses.terms import HeadTerm
+from llmkd.losses.terms import HeadTerm, Term
 from llmkd.models.families import decoder_of
 from llmkd.models.language_model import LanguageModel
 from llmkd.signals import Dense, Teacher
 from llmkd.teachers.live import LiveTeacher
 from llmkd.training import optim as optimizers
 from llmkd.training.distiller import Distiller
+from llmkd.training.features import feature_terms
 from llmkd.training.loop import StudentState, train
 from llmkd.training.memory import memory_gauge
 
@@ -103,16 +106,27 @@ def cases(setup: Setup) -> list[Case]:
     found.append(
         Case("llmkd, the same, packed, four students", partial(ours, kd=0.5, students=Setup.four, **settings[2][1]), remark=remark)
     )
+    remark = "loss.features between the middle layers; its gradient is another, and is not compared"
+    found.append(
+        Case(f"llmkd, {settings[2][0]}, with hidden states", partial(ours, kd=0.5, features=True, **settings[2][1]), remark=remark)
+    )
     if setup.options.float8:
         remark = "its KL and gradient are others, and are not compared"
         found.append(Case(f"llmkd, {name}, teacher in fp8", partial(ours, kd=0.5, teacher=in_float8, **how), remark=remark))
     return sorted(found, key=lambda case: not case.teacher)
 
 
-def learning(setup: Setup, kd: float, student: LanguageModel) -> StudentState:
-    parameters = setup.fresh_adapter(student)
-    distiller = setup.accelerator.prepare_model(Distiller(student, [HeadTerm(Objective(kd, 1.0, make_divergence("forward_kl")))]))
-    return StudentState(distiller, optimizers.build(Optim(), parameters), parameters, lambda step: 2e-4, 1.0)
+def learning(setup: Setup, kd: float, student: LanguageModel, more: Sequence[Term] = ()) -> StudentState:
+    setup.fresh_adapter(student)
+    made = Distiller(student, [HeadTerm(Objective(kd, 1.0, make_divergence("forward_kl"))), *more])
+    parameters, optimizer = made.trainable(), optimizers.build(Optim(), made.trainable(), made.own_rates())
+    return StudentState(setup.accelerator.prepare_model(made), optimizer, parameters, lambda step: 2e-4, 1.0)
+
+
+def middle_layers(setup: Setup) -> list[FeatureTerm]:
+    """The term of loss.features, with maps that start at random."""
+    terms = feature_terms(Features(init="xavier"), "teacher", setup.student, {"teacher": setup.teacher}, seed=0)
+    return [term.to(setup.device) for term in terms]
 
 
 class Known(LiveTeacher):
@@ -151,19 +165,28 @@ def ours(
     compiled: bool = False,
     teacher: Callable[[Setup], Teacher] = live,
     students: Callable[[Setup], list[LanguageModel]] = lambda setup: [setup.student],
+    features: bool = False,
 ) -> Measurement:
-    """Steps by the training loop of a run, with its prefetch."""
+    """Steps by the training loop of a run, with its prefetch. `features`: with the hidden states of the middle layers in the loss."""
     if compiled:
         setup.compile()
     with contextlib.nullcontext() if compiled else torch.compiler.set_stance("force_eager"):
-        return _ours(setup, size, kd, teacher(setup) if kd else None, students(setup), teacher is not in_float8)
+        more = middle_layers(setup) if features else []
+        chosen = LiveTeacher(setup.teacher, more[0].teacher_taps) if features else teacher(setup) if kd else None
+        return _ours(setup, size, kd, chosen, students(setup), teacher is not in_float8, more)
 
 
 def _ours(
-    setup: Setup, size: int | TokenBudget, kd: float, teacher: Teacher | None, students: list[LanguageModel], true: bool
+    setup: Setup,
+    size: int | TokenBudget,
+    kd: float,
+    teacher: Teacher | None,
+    students: list[LanguageModel],
+    true: bool,
+    more: Sequence[Term] = (),
 ) -> Measurement:
-    """`true`: the teacher is the one that the reference is of."""
-    states = [learning(setup, kd, student) for student in students]
+    """`true`: the teacher is the one that the reference is of. `more`: terms beside the head's."""
+    states = [learning(setup, kd, student, more) for student in students]
     source = setup.source(size)
     clock, targets, first, norm = Clock(setup.device), [], {}, 0.0
     for progress in train(source, states, teacher, setup.accelerator):
@@ -181,7 +204,7 @@ def _ours(
         steps[0].examples,
         first["ce"],
         first.get("kd") if true else None,
-        {kd: norm} if true else {},
+        {kd: norm} if true and not more else {},
         clock.gauge.taken,
     )
 

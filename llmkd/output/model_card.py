@@ -226,7 +226,8 @@ def introduction(
 ) -> list[str]:
     """A sentence each on the student, its base and licence, and the teacher."""
     quantization, kind = settings.quantization, "A LoRA adapter" if settings.method == "lora" else "A model"
-    beside = f", attention {loss.attention.what} {loss.attention.weight:g}" if loss.attention else ""
+    beside = f", hidden states {loss.features.weight:g}" if loss.features else ""
+    beside += f", attention {loss.attention.what} {loss.attention.weight:g}" if loss.attention else ""
     how = f"{loss.divergence}, kd_ratio {in_words(loss.kd_ratio)}, temperature {in_words(loss.temperature)}{beside}"
     made = f"distilled ({how})" if teachers else "fine-tuned"
     lines = [f"{kind} {made} with llmkd.\n"]
