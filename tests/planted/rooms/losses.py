@@ -6,6 +6,37 @@ DEFINED, CLOSED, FUSED = "losses/test_divergences.py::test_equals_its_definition
 
 FAULTS = [
     *in_file(
+        "llmkd/losses/features.py",
+        (
+            "features-sum-of-pairs",
+            "with more pairs of layers the term weighs more",
+            "        return torch.stack(each).mean(0)\n",
+            "        return torch.stack(each).sum(0)\n",
+            "losses/test_features.py::test_the_term_and_its_gradients_are_the_formulas",
+        ),
+        (
+            "features-times-scale",
+            "the distance is multiplied by the teacher's spread",
+            "signal.layers[t]) / self.scales[n]",
+            "signal.layers[t]) * self.scales[n]",
+            "losses/test_features.py::test_the_term_and_its_gradients_are_the_formulas",
+        ),
+        (
+            "features-map-without-mean",
+            "the least-squares map leaves out its bias",
+            "    return weight_ED, mean_E - weight_ED @ mean_D\n",
+            "    return weight_ED, mean_E\n",
+            "losses/test_features.py::test_least_squares_are_numpys",
+        ),
+        (
+            "features-share-of-all",
+            "the share unexplained is of the states' squares, not of their variance",
+            "    return distance(hidden_NE.mean(0, keepdim=True), hidden_NE).mean().item()\n",
+            "    return distance(0 * hidden_NE[:1], hidden_NE).mean().item()\n",
+            "losses/test_features.py::test_what_a_map_leaves_is_one_minus_r_squared",
+        ),
+    ),
+    *in_file(
         "llmkd/losses/divergences.py",
         (
             "forward-kl-is-reverse",

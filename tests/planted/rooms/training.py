@@ -8,6 +8,26 @@ CHECKPOINT = "training/test_checkpoint.py"
 
 FAULTS = [
     *in_file(
+        "llmkd/training/distiller.py",
+        (
+            "scales-not-kept",
+            "what the terms have measured is not in checkpoints",
+            "        return self.trainable() | {f",
+            "        return self.trainable() or {f",
+            "training/test_features.py::test_it_resumes_bit_for_bit_and_measures_nothing_again",
+        ),
+    ),
+    *in_file(
+        "llmkd/training/optim.py",
+        (
+            "maps-with-decay",
+            "maps of hidden states decay as the student's matrices do",
+            '"weight_decay": 0.0, "lr_ratio"',
+            '"weight_decay": optim.weight_decay, "lr_ratio"',
+            "training/test_features.py::test_its_maps_have_no_decay_and_a_rate_of_their_own",
+        ),
+    ),
+    *in_file(
         "llmkd/training/loop.py",
         (
             "mean-of-means",
