@@ -52,7 +52,7 @@ def alone(folder: Path, name: str, out: Path) -> dict[str, torch.Tensor]:
     return weights(out)
 
 
-HELD = {"validation": {"every": 2}, "checkpoint": {"every": 2}}
+HELD = {"validation": {"every": 2, "teacher_check": 4}, "checkpoint": {"every": 2}}
 
 
 @pytest.mark.slow
@@ -242,13 +242,13 @@ def test_a_sweep_that_is_killed_goes_on(sweep, world, tmp_path):
     assert {arm["status"] for arm in state(folder)["arms"].values()} == {"done"}
 
 
-def test_arms_at_different_steps_go_on_from_one_that_all_have(sweep, world, tmp_path, capsys):
+def test_arms_at_different_steps_go_on_from_one_that_all_have(sweep, world, capsys):
     import shutil
 
     data = {"train": {"path": str(world / "train.jsonl")}, "validation": {"path": str(world / "held.jsonl")}, "max_length": 256}
     path = sweep({**HELD, "data": data}, grid={"loss.kd_ratio": [0.25, 0.75]})
-    whole = run_sweep(path, {"output_dir": str(tmp_path / "whole")}, False)
     folder = run_sweep(path, {}, False)
+    whole = {name: weights(folder / "arms" / name) for name in state(folder)["arms"]}
     for name, step in (("kd_ratio-0.25", 5), ("kd_ratio-0.75", 4)):  # killed between two saves of step 5
         for gone in ("summary.json", "adapter", *(["checkpoints/step-5"] if step == 4 else [])):
             target = folder / "arms" / name / gone
@@ -261,16 +261,16 @@ def test_arms_at_different_steps_go_on_from_one_that_all_have(sweep, world, tmp_
     run_sweep(path, {}, True)
     assert "resuming after step 4 of 5" in (said := capsys.readouterr().err) and "damaged" not in said
     for name in data["arms"]:
-        assert distance(weights(whole / "arms" / name), weights(folder / "arms" / name)) == 0
+        assert distance(whole[name], weights(folder / "arms" / name)) == 0
 
 
-def test_an_arm_that_joins_a_sweep_that_was_stopped_does_not_take_the_others_back(sweep, tmp_path, capsys):
+def test_an_arm_that_joins_a_sweep_that_was_stopped_does_not_take_the_others_back(sweep, capsys):
     import shutil
 
     grid = {"loss.kd_ratio": [0.25, 0.75]}
     path = sweep({"checkpoint": {"every": 1}}, grid=grid)
-    whole = run_sweep(path, {"output_dir": str(tmp_path / "whole")}, False)
     folder = run_sweep(path, {}, False)
+    whole = {name: weights(folder / "arms" / name) for name in state(folder)["arms"]}
     data = state(folder)
     for name, arm in data["arms"].items():
         arm["status"] = "waiting"
@@ -283,7 +283,7 @@ def test_an_arm_that_joins_a_sweep_that_was_stopped_does_not_take_the_others_bac
     assert "resuming after step 4 of 5" in capsys.readouterr().err
     assert {arm["status"] for arm in state(folder)["arms"].values()} == {"done"}
     for name in data["arms"]:
-        assert distance(weights(whole / "arms" / name), weights(folder / "arms" / name)) == 0
+        assert distance(whole[name], weights(folder / "arms" / name)) == 0
 
 
 @pytest.mark.slow
@@ -399,14 +399,14 @@ def test_another_sweeps_folder_is_not_gone_on_with(sweep, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_failure_that_a_kill_kept_from_the_list_is_known_and_the_others_go_on(sweep, tmp_path):
+def test_a_failure_that_a_kill_kept_from_the_list_is_known_and_the_others_go_on(sweep):
     """Their last common step would be long gone."""
     import shutil
 
     path = sweep({"checkpoint": {"every": 1}}, grid={"loss.kd_ratio": [0.25, 0.75, 1.0]})
-    whole = run_sweep(path, {"output_dir": str(tmp_path / "whole")}, False)
     folder = run_sweep(path, {}, False)
     data = state(folder)
+    whole = {name: weights(folder / "arms" / name) for name in data["arms"]}
     for name, arm in data["arms"].items():  # as they were when the first was given up at step 2, and the sweep killed at step 5
         arm["status"] = "waiting"
         for gone in ("summary.json", "adapter"):
@@ -421,7 +421,7 @@ def test_a_failure_that_a_kill_kept_from_the_list_is_known_and_the_others_go_on(
     assert [arm["status"] for arm in found.values()] == ["failed", "done", "done"]
     assert found["kd_ratio-0.25"]["reason"] == "step 2: kd is not finite"
     for name in ("kd_ratio-0.75", "kd_ratio-1"):
-        assert distance(weights(whole / "arms" / name), weights(folder / "arms" / name)) == 0
+        assert distance(whole[name], weights(folder / "arms" / name)) == 0
         assert (folder / f"arms/{name}/metrics.jsonl").read_text().count('"loss"') == 5
 
 
@@ -431,19 +431,20 @@ def test_a_signal_in_the_last_step_does_not_lose_the_last_validation(sweep, worl
 
     recipe = {"data": {"train": {"path": str(world / "train.jsonl")}, "validation": {"path": str(world / "held.jsonl")}, "max_length": 256}}
     path, real, sessions = sweep(recipe, grid={"loss.kd_ratio": [0.5, 1.0]}), loop.optimizer_step, []
-    whole = run_sweep(path, {"output_dir": str(tmp_path / "whole")}, False)
+    steps = {"train.max_steps": 2}
+    whole = run_sweep(path, {"output_dir": str(tmp_path / "whole"), **steps}, False)
     real_init = trainer.Trainer.__init__
     monkeypatch.setattr(trainer.Trainer, "__init__", lambda self, *a: sessions.append(self) or real_init(self, *a))
 
     def move(learner, step, *rest):
         real(learner, step, *rest)
-        sessions[-1].stop.asked = step == 5
+        sessions[-1].stop.asked = step == 2
 
     monkeypatch.setattr(loop, "optimizer_step", move)
     with pytest.raises(Stopped):
-        run_sweep(path, {}, False)
+        run_sweep(path, steps, False)
     monkeypatch.undo()
-    folder = run_sweep(path, {}, True)
+    folder = run_sweep(path, steps, True)
     for name in state(folder)["arms"]:
         one, other = (json.loads((f / "arms" / name / "summary.json").read_text()) for f in (whole, folder))
         assert one["validation"] == other["validation"]
