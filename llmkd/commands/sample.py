@@ -19,8 +19,8 @@ from ..data.prompts import Prompt, decoded, held_out_prompts
 from ..data.reading.sources import read_sources
 from ..errors import UserError
 from ..model_folder.files import ModelFiles, find, positions, rows_of, student_folder
-from ..model_folder.identity import verify
-from ..output.run_files import recorded_layers
+from ..model_folder.identity import identity_of, verify
+from ..output.run_files import IDENTITY, read_identity, recorded_layers
 from ..training.prepare import student_files
 
 MODELS = ("teacher", "before", "after")
@@ -103,6 +103,7 @@ def sample(
     answers: dict[str, list[Answer]] = {}
     for name, (setting, settings) in wanted.items():
         verify(files[name].base, files[name].adapter, setting)
+        _refuse_changed(run, name, setting, files[name])
         answers[name] = _answers(name, setting, settings, files[name], found, sampling, vocab, tokenizer, batch_size)
     asked = [
         Asked(
@@ -167,6 +168,23 @@ def _files(name: str, setting: str, settings: Teacher) -> ModelFiles:
     except UserError as error:
         others = ",".join(one for one in MODELS if one != name.partition(".")[0])
         raise UserError(*error.problems, f"sample: {name} is not here; --models {others} leaves it out") from None
+
+
+def _refuse_changed(run: Path, name: str, setting: str, files: ModelFiles) -> None:
+    """UserError for a file of the teacher, or of the student before its training, that is not what the run was started with."""
+    what = f"the {'student' if name == 'before' else name}'s"
+    known = read_identity(run) if (run / IDENTITY).exists() and name != "after" else {}
+    known = {file: value for file, value in known.items() if file.startswith((f"{what} base (", f"{what} adapter ("))}
+    if not known:  # a run of an earlier version, or a teacher that was a cache
+        return
+    now = identity_of(what.removesuffix("'s"), setting, files.base, files.adapter)
+    for file in (*now, *known):
+        if known.get(file) != now.get(file):
+            others = ",".join(one for one in MODELS if one != name.partition(".")[0])
+            raise UserError(
+                f"sample: {file} {'has changed' if file in now else 'is gone'} since the run in {run} was started; restore what it was, or leave "
+                f"it out by --models {others}"
+            )
 
 
 def _held_out(run: Path, data: Data, tokenizer, count: int | None) -> list[Prompt]:

@@ -11,6 +11,7 @@ from ..files import Damaged, checksum, read_sealed, sha256_file, write_sealed
 RECIPE, IDENTITY, SUMMARY = "recipe.yaml", "identity.json", "summary.json"
 LAYERS = "the layers of the student"  # in identity.json, where not all of its base's are kept
 _SETTINGS = "the settings"  # in identity.json, beside the hashes of data and models; so is that of recipe.yaml
+OF_THE_RUN = {_SETTINGS, RECIPE}
 
 
 def read_run_file(path: Path, fix: str) -> dict:
@@ -45,7 +46,7 @@ def run_of(folder: Path) -> dict[str, str]:
 
 
 def _run(identity: dict[str, str]) -> dict[str, str]:
-    rest = {name: value for name, value in identity.items() if name not in (_SETTINGS, RECIPE)}
+    rest = {name: value for name, value in identity.items() if name not in OF_THE_RUN}
     return {"settings": identity.get(_SETTINGS, ""), "data or models": checksum(rest)}
 
 

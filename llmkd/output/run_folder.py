@@ -10,7 +10,17 @@ from ..config.recipe import Recipe
 from ..config.schema import may_change_on_resume
 from ..errors import UserError
 from ..files import FileLocked, is_leftover, lock_file, remove_leftovers, try_to_make_in, write_atomic
-from .run_files import IDENTITY, RECIPE, SUMMARY, other_settings, read_identity, read_run_file, recipe_is_changed, write_identity
+from .run_files import (
+    IDENTITY,
+    OF_THE_RUN,
+    RECIPE,
+    SUMMARY,
+    other_settings,
+    read_identity,
+    read_run_file,
+    recipe_is_changed,
+    write_identity,
+)
 
 
 class RunFolder:
@@ -99,10 +109,10 @@ class RunFolder:
                     f"output_dir: {self.path} was started by an earlier version of llmkd, which recorded samples of the models' weights; "
                     "finish it with that version, or choose another output_dir"
                 )
-            for what, value in identity.items():
-                if before.get(what) != value:
+            for what in (*identity, *sorted(before.keys() - identity.keys() - OF_THE_RUN)):
+                if before.get(what) != identity.get(what):
                     raise UserError(
-                        f"{what} has changed since the run in {self.path} was started; restore what it was, or choose another output_dir"
+                        f"{what} {'has changed' if what in identity else 'is gone'} since the run in {self.path} was started; restore what it was, or choose another output_dir"
                     )
             identity = before  # with the settings' hash, which a later version may make otherwise
         # the recipe first: it marks the folder as a run's, so that a kill here can be resumed

@@ -40,6 +40,7 @@ class StudentRun:
         self.best, self.validated, self.record, self.failure = None, None, None, None
         self.unexplained: dict[str, float] = {}  # what the terms found before the first step, by layers
         self.held_out_hash: str | None = None  # of held_out.jsonl
+        self.samples_hash: str | None = None  # of samples.jsonl
         self.recorded: dict | None = None  # of metrics.jsonl, at the checkpoint that the run resumes from
 
     def open_metrics(self, done: int, info) -> None:
@@ -51,7 +52,8 @@ class StudentRun:
     def restore(self, saved: checkpoint.Saved) -> None:
         checkpoint.load(saved, self.state.kept, self.state.optimizer)
         self.best, self.validated = saved.state["best"], saved.state["validated"]
-        self.held_out_hash, self.recorded = saved.state.get("held_out"), saved.state.get("metrics")
+        self.held_out_hash, self.samples_hash = saved.state.get("held_out"), saved.state.get("samples")
+        self.recorded = saved.state.get("metrics")
 
     def record_validation(self, step: int, held_out: HeldOut) -> dict[str, float]:
         """Write the held-out metrics, and remember the step if it is the best so far."""
@@ -61,7 +63,7 @@ class StudentRun:
             self.record.write({"step": step, "validation": values})
             self.write_held_out(held_out)
             if self.recipe.validation.samples:
-                write_samples(self.folder.path, step, self.model, self.prepared, self.recipe.validation)
+                self.samples_hash = write_samples(self.folder.path, step, self.model, self.prepared, self.recipe.validation)
         if by and step and not math.isnan(values[by]):
             sign = -1 if by == "top1_agreement" else 1
             if self.best is None or self.best["by"] != by or sign * values[by] < sign * self.best["value"]:
@@ -91,7 +93,7 @@ class StudentRun:
         with contextlib.suppress(FileNotFoundError):  # it alone is gone: what was learnt is not lost with it
             self.record.sync()
         state = {"best": self.best, "validated": self.validated, **source_state}
-        state |= {"metrics": self.record.state, "held_out": self.held_out_hash}
+        state |= {"metrics": self.record.state, "held_out": self.held_out_hash, "samples": self.samples_hash}
         checkpoint.save(self.folder.checkpoints, step, self.state.kept, self.state.optimizer, state, self.folder.run)
 
     def prune(self) -> None:
@@ -135,7 +137,12 @@ class StudentRun:
     def hashes(self) -> dict[str, str | None]:
         """What the summary knows of the files that comparisons and reports read beside it."""
         recipe = sha256_file(self.folder.path / RECIPE)
-        return {RECIPE: recipe, "metrics.jsonl": self.record.state["sha256"], "held_out.jsonl": self.held_out_hash}
+        return {
+            RECIPE: recipe,
+            "metrics.jsonl": self.record.state["sha256"],
+            "held_out.jsonl": self.held_out_hash,
+            "samples.jsonl": self.samples_hash,
+        }
 
     def write_student(self, summary: dict) -> Path:
         """`adapter` or `model` in the run's folder, whole or not at all."""

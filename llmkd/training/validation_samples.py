@@ -1,5 +1,6 @@
 """samples.jsonl: what a student writes to the same held-out prompts at every validation."""
 
+import hashlib
 import json
 from pathlib import Path
 
@@ -13,8 +14,9 @@ from ..rollouts.generate import Sampling, generate, stops_of
 from .prepare import Prepared
 
 
-def write_samples(folder: Path, step: int, model: LanguageModel, prepared: Prepared, settings: Validation) -> None:
+def write_samples(folder: Path, step: int, model: LanguageModel, prepared: Prepared, settings: Validation) -> str:
     """Write the answers at this step behind those of the steps before it; answers of this step or a later one, of another attempt, are replaced.
+    Returns the file's hash.
 
     A line holds step, place, prompt, reference, text (without its end token), tokens, and whether it finished by itself.
     """
@@ -36,4 +38,6 @@ def write_samples(folder: Path, step: int, model: LanguageModel, prepared: Prepa
         for prompt, one in zip(prompts, found, strict=True)
     ]
     before = [record for record in read_samples(folder, warn) if record["step"] < step]
-    write_atomic(folder / "samples.jsonl", "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in before + records))
+    content = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in before + records)
+    write_atomic(folder / "samples.jsonl", content)
+    return hashlib.sha256(content.encode()).hexdigest()

@@ -193,3 +193,27 @@ def test_a_run_without_held_out_rows_or_without_a_teacher_says_so(make_recipe, c
     with pytest.raises(UserError, match="no held-out rows .* give a file of prompts by --prompts"):
         sample(Path(recipe.output_dir))
     assert "the run had no teacher; left out" in capsys.readouterr().err
+
+
+def test_models_that_have_changed_since_the_run_are_refused(world, run, tmp_path, monkeypatch):
+    import llmkd.models.load as load
+
+    monkeypatch.setattr(load, "load_teacher", lambda *a, **k: pytest.fail("a model was loaded"))
+    for name in ("student", "adapter", "teacher"):
+        shutil.copytree(world / name, tmp_path / name)
+    shutil.copytree(run, tmp_path / "run")
+    recipe = loader.read_placed(run / "recipe.yaml")
+    recipe["teacher"] |= {"model": str(tmp_path / "adapter"), "base": str(tmp_path / "teacher")}
+    recipe["student"]["model"] = str(tmp_path / "student")
+    (tmp_path / "run/recipe.yaml").write_text(json.dumps(recipe))
+    adapter = tmp_path / "adapter/adapter_model.safetensors"
+    content = bytearray(adapter.read_bytes())
+    content[-1] ^= 1
+    adapter.write_bytes(content)
+    with pytest.raises(
+        UserError, match=r"^sample: the teacher's adapter \(adapter_model.safetensors\) has changed since .* --models before,after"
+    ):
+        sample(tmp_path / "run", models=("teacher", "before"))
+    (tmp_path / "student/generation_config.json").unlink()
+    with pytest.raises(UserError, match=r"^sample: the student's base \(generation_config.json\) is gone since .* --models teacher,after"):
+        sample(tmp_path / "run", models=("before",))

@@ -1,5 +1,11 @@
 """What a run says of its speed while it goes on."""
 
+import re
+from pathlib import Path
+
+import pytest
+
+from llmkd.output.metrics import peak_memory
 from llmkd.output.progress import Slowdown
 
 
@@ -14,3 +20,9 @@ def test_a_steady_or_faster_run_says_nothing():
     for speeds in ([100] * 30, [100] * 5 + [40, 400] * 10, [10] * 5 + [100] * 10, [100] * 5 + [20, 20, 90] * 5):
         slowdown = Slowdown()
         assert not any(slowdown(speed) for speed in speeds)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="not Linux")
+def test_the_peak_of_memory_is_in_bytes():
+    (kilobytes,) = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    assert peak_memory() == pytest.approx(int(kilobytes) * 1024, rel=0.1)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
@@ -139,3 +140,14 @@ def test_no_folder_is_claimed_before_every_process_has_looked_at_it():
     student = SimpleNamespace(folder=folder, prepared=SimpleNamespace(identity={"a": "b"}))
     lock_folders([student], SimpleNamespace(wait_for_everyone=lambda: order.append("all are here"), is_main_process=True, num_processes=1))
     assert order == ["all are here", "claimed"] and folder.run == {"a": "b"}
+
+
+def test_a_file_that_is_gone_since_a_run_was_started_is_missed(make_recipe):
+    folder, named = RunFolder(make_recipe(), True), "the student's base (generation_config.json)"
+    before = folder.claim({"the training data": "1", named: "2"})
+    folder.release()
+    with pytest.raises(UserError, match=rf"^{re.escape(named)} is gone since the run in .* was started; restore what it was"):
+        folder.claim({"the training data": "1"})
+    folder.release()
+    assert folder.claim({"the training data": "1", named: "2"}) == before
+    folder.release()

@@ -11,6 +11,7 @@ from llmkd.commands.sample import sample
 from llmkd.config import loader
 from llmkd.data.reading.skills import tokenizer
 from llmkd.errors import UserError
+from llmkd.files import read_sealed, sha256_file
 from llmkd.output.run_folder import RunFolder
 from llmkd.output.samples import last_samples, read_samples
 from llmkd.rollouts.generate import Completion, Sampling
@@ -50,6 +51,7 @@ def test_each_validation_leaves_the_students_greedy_answers(whole, world):
             assert (one.place, one.prompt, one.reference) == (record["place"], record["prompt"], record["reference"])
             assert dataclasses.asdict(one.answers[name]) == {key: record[key] for key in ("text", "tokens", "finished")}
     assert any(a["text"] != b["text"] for a, b in zip(found[:3], found[-3:], strict=True)), "it learnt something"
+    assert read_sealed(out / "summary.json")["files"]["samples.jsonl"] == sha256_file(out / "samples.jsonl")
 
 
 def test_the_training_is_bit_for_bit_the_same_without(whole, trained, world):

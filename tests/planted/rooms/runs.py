@@ -46,7 +46,7 @@ FAULTS = [
         (
             "other-data-taken",
             "a resumed run takes other data and models",
-            "                if before.get(what) != value:\n",
+            "                if before.get(what) != identity.get(what):\n",
             "                if False:\n",
             f"{RESUME}::test_resume_refuses_what_has_changed",
         ),
