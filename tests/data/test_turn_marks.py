@@ -191,6 +191,7 @@ ROWS = [
     ({"message_weights": {"1": 0}}, "message_weights may say which parts"),
     ({"train_on_last_only": True}, "train_on_last_only may say which parts"),
     ({"last_turn_only": True}, "last_turn_only may say which parts"),
+    ({"loss_on": "last"}, "loss_on may say which parts"),
     ({"labels": [-100, 5]}, "labels may say which parts"),
     ({"meta": {"loss_mask": [0, 1]}}, "meta.loss_mask may say which parts"),
     ({"metadata": {"info": [{"train": False}]}}, "metadata.info.train may say which parts"),

@@ -31,6 +31,8 @@ MASKS = set(
     " targetmask maskhistory traindetail trainingdetail trainoninput trainoninputs weights lossweights tokenweights rolestotrain"
     " lastturnonly lastonly onlylast onlylastturn lastroundonly targetturn targetturns contextturns numcontextturns".split()
 )
+#: Values of such a column that name turns: loss_on: last.
+_WHICH = set("last lastturn lastonly onlylast lastround final finalturn first assistant completion response answer output all".split())
 _ABOUT_TRAINING = re.compile(r"(train|loss|mask|weight|supervis)")
 #: Words of a message's key that may be a mark if its value is true, false, 0 or 1.
 _MAY_MARK = re.compile(
@@ -134,10 +136,10 @@ def _about_training(key: str) -> bool:
 
 def _mask(key: str, value: Any) -> str | None:
     """The column, or a key inside its value, that may say which parts of a row are trained on; None where there is none."""
-    name, several = plain(key), isinstance(value, list | dict)
+    name, several = plain(key), isinstance(value, list | dict) or (isinstance(value, str) and plain(value) in _WHICH)
     if name in MASKS or (_about_training(key) and (several or _is_mark(value, _words(key)))):
         return key
-    if name in ("labels", "tokenlabels") and several and all(type(one) is int for one in value):
+    if name in ("labels", "tokenlabels") and isinstance(value, list) and all(type(one) is int for one in value):
         return key
     return _inside(key, value)
 

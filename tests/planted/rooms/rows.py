@@ -217,6 +217,13 @@ FAULTS = [
     *in_file(
         "llmkd/data/reading/turn_marks.py",
         (
+            "which-turns",
+            "a text that names the turns to train on is not seen",
+            "isinstance(value, str) and plain(value) in _WHICH",
+            "False",
+            MARKS,
+        ),
+        (
             "inside-unread",
             "marks inside a turn's metadata are not seen",
             "    return _inside(key, value)\n\n\n@functools",
