@@ -39,21 +39,24 @@ from torch import Tensor  # noqa: E402
 from eval.speed.head_cases import Case, Problem, cases, problem  # noqa: E402
 
 
-def exact(p: Problem, divergence: str, kd_ratio: float, trains: bool, block: int = 64) -> tuple[float, list[Tensor]]:
+def exact(p: Problem, divergence: str, kd_ratio: float, trains: bool, weighted: float = 0.0, block: int = 64) -> tuple[float, list[Tensor]]:
     """Loss and gradients in float64 from whole logits, by autograd, some rows at a time."""
     total, grad_NH = 0.0, torch.zeros_like(p.student_NH, dtype=torch.float64)
     W, U = p.student_head.weight.double().requires_grad_(trains), p.teacher_head.weight.double()
     grad_VH = torch.zeros_like(W) if trains else None
-    for rows in p.rows.split(block):
+    ones = torch.ones(len(p.rows), dtype=torch.float64, device=p.rows.device)
+    weights = p.weights(weighted) if weighted else {"ce": ones, "kd": ones}
+    for rows, ce_n, kd_n in zip(*(x.split(block) for x in (p.rows, weights["ce"], weights["kd"])), strict=True):
         h = p.student_NH[rows].double().requires_grad_()
         log_q, log_p = (h @ W.T).log_softmax(-1), (p.teacher_NH[rows].double() @ U.T).log_softmax(-1)
         m = torch.logaddexp(log_q, log_p) - math.log(2)
         kl = {
-            "forward_kl": lambda q, p: (p.exp() * (p - q)).sum(),
-            "reverse_kl": lambda q, p: (q.exp() * (q - p)).sum(),
-            "generalized_jsd": lambda q, p, m=m: ((p.exp() * (p - m)).sum() + (q.exp() * (q - m)).sum()) / 2,
+            "forward_kl": lambda q, p: (p.exp() * (p - q)).sum(-1),
+            "reverse_kl": lambda q, p: (q.exp() * (q - p)).sum(-1),
+            "generalized_jsd": lambda q, p, m=m: ((p.exp() * (p - m)).sum(-1) + (q.exp() * (q - m)).sum(-1)) / 2,
         }[divergence](log_q, log_p)
-        loss = ((1 - kd_ratio) * -log_q.gather(1, p.labels_N[rows][:, None]).sum() + kd_ratio * kl) / len(p.rows)
+        ce = -log_q.gather(1, p.labels_N[rows][:, None])[:, 0]
+        loss = ((1 - kd_ratio) * (ce_n.double() * ce).sum() + kd_ratio * (kd_n.double() * kl).sum()) / len(p.rows)
         grad_NH[rows], *of_head = torch.autograd.grad(loss, [h, W] if trains else [h])
         for grad in of_head:
             grad_VH += grad
@@ -180,8 +183,8 @@ def report(options, p: Problem, known: list[Case]) -> list[str]:
     return [*lines, "", *unable, f"{unit}; {options.rounds} interleaved rounds. {machine(options)}"]
 
 
-def exact_key(case: Case) -> tuple[str, float, bool]:
-    return case.divergence, case.kd_ratio, case.trains
+def exact_key(case: Case) -> tuple[str, float, bool, float]:
+    return case.divergence, case.kd_ratio, case.trains, case.weighted
 
 
 def machine(options) -> str:

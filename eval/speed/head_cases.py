@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from llmkd.batch import zeros_of
 from llmkd.head import Head
 from llmkd.losses.divergences import make_divergence
 from llmkd.losses.fused import default_chunk, fused_loss
@@ -31,6 +32,12 @@ class Problem:
     def rows(self) -> Tensor:
         return (self.labels_N != IGNORE).nonzero()[:, 0]
 
+    def weights(self, share: float) -> dict[str, Tensor]:
+        """Of CE and KD at the supervised rows [n]: for that share of them numbers from 0.5 to 1.5, 0 for the others."""
+        place = torch.arange(len(self.rows), device=self.rows.device)
+        some = place % 4 < round(4 * share)
+        return {"ce": some * (0.5 + place % 7 / 6), "kd": some * (0.5 + place % 5 / 4)}
+
 
 @dataclass(frozen=True)
 class Case:
@@ -40,6 +47,7 @@ class Case:
     run: Callable[[Problem], Result | None]
     remark: str = ""
     trains: bool = False  # the student's head
+    weighted: float = 0.0  # the share of rows with a weight, where rows have weights
     lower_bound: bool = False  # the products alone
 
 
@@ -78,16 +86,17 @@ def with_head(run: Callable[[Problem], Result | None]) -> Callable[[Problem], Re
     return trained
 
 
-def ours(divergence: str, kd_ratio: float, chunk: int | None) -> Callable[[Problem], Result]:
+def ours(divergence: str, kd_ratio: float, chunk: int | None, weighted: float = 0.0) -> Callable[[Problem], Result]:
     objective = Objective(kd_ratio, 1.0, make_divergence(divergence))
 
     def run(p: Problem) -> Result:
-        V, rows = p.student_head.out_features, p.rows
+        V, rows, weights = p.student_head.out_features, p.rows, p.weights(weighted) if weighted else {}
+        known = (weights, zeros_of(weights)) if weights else ()  # as a batch has them
 
         def loss(hidden_NH):
             signal = Dense(p.teacher_NH.index_select(0, rows), Head(p.teacher_head, V))
             hidden_nH, labels_n = hidden_NH.index_select(0, rows), p.labels_N.index_select(0, rows)
-            return fused_loss(hidden_nH, Head(p.student_head, V), labels_n, objective, signal, chunk)[0] / len(rows)
+            return fused_loss(hidden_nH, Head(p.student_head, V), labels_n, objective, signal, chunk, *known)[0] / len(rows)
 
         return backward(p, loss)
 
@@ -178,6 +187,8 @@ def cases(options) -> list[Case]:
     mine = [(FKL, 0.5), (RKL, 0.5), (JSD, 0.5), (FKL, 1.0), (JSD, 1.0)]
     found = [Case("the three matrix products", "", 0, products, lower_bound=True)]
     found += [Case(f"llmkd {d}{' + CE' if kd < 1 else ''}", d, kd, ours(d, kd, options.chunk), chunk) for d, kd in mine]
+    for share, words in ((1.0, "every row weighted"), (0.5, "half of the rows without a weight")):
+        found.append(Case(f"llmkd {FKL} + CE, {words}", FKL, 0.5, ours(FKL, 0.5, options.chunk, share), chunk, weighted=share))
     no_entropy, makes_it = "its loss leaves out the teacher's entropy", "makes the head's gradient too"
     chunked_jsd = Case("Liger chunked JSD + CE, compiled", JSD, 0.5, liger(True, options.chunk or 1024), makes_it)
     peers = [
