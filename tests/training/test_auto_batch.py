@@ -44,14 +44,14 @@ class Memory:
 
 @pytest.fixture
 def memory(monkeypatch):
-    memory, hidden = Memory(), LanguageModel.hidden
+    memory, outputs = Memory(), LanguageModel.outputs
 
-    def limited(self, view):
+    def limited(self, view, *taps):
         if self.training and torch.is_grad_enabled() and self.trainable():
             memory.hold(view.inputs["input_ids"].numel())
-        return hidden(self, view)
+        return outputs(self, view, *taps)
 
-    monkeypatch.setattr(LanguageModel, "hidden", limited)
+    monkeypatch.setattr(LanguageModel, "outputs", limited)
     return memory
 
 
