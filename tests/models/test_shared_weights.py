@@ -3,15 +3,14 @@
 import dataclasses
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from peft.tuners.lora import config
 
-from llmkd.batch import View
+from llmkd.batch import Batch, View
+from llmkd.config import loader
 from llmkd.config.recipe import Lora, Quantization, Student, Teacher
 from llmkd.data.collate import collate
 from llmkd.errors import UserError
@@ -25,17 +24,19 @@ from llmkd.teachers.live import LiveTeacher
 from llmkd.training.distiller import Distiller
 from llmkd.training.prepare import prepare
 from tests.conftest import distance, plain_recipe, weights
-from tests.kit.processes import train_on_two
+from tests.kit.processes import launch, train_on_two
 
 LORA = Lora(rank=4, dropout=0.3)
 #: KaSA, which PEFT has from 0.21 on, takes the smallest singular values out of the base.
 KASA = [{"kasa_config": config.KasaConfig()}] if hasattr(config, "KasaConfig") else []
 
 
-@pytest.fixture
-def batches(make_recipe):
-    data = prepare(make_recipe()).train
-    return [collate(data, [i, i + 5, i + 9], pad=1) for i in range(4)]
+@pytest.fixture(scope="module")
+def batches(world, tmp_path_factory):
+    root = tmp_path_factory.mktemp("batches")
+    (root / "r.yaml").write_text(json.dumps(plain_recipe(world, root / "out")))
+    data = prepare(loader.load_recipe(root / "r.yaml")).train
+    return [collate(data, [i, i + 5, i + 9], pad=1) for i in range(3)]
 
 
 def peft_adapter(base: Path, to: Path, **config) -> str:
@@ -252,23 +253,17 @@ def test_two_processes_share_a_base_as_one_does(world, trained, tmp_path):
     assert distance(ends[0], one) < 1e-12
 
 
-PEAK = """
-import sys, torch
-from llmkd.config.recipe import Lora, Student, Teacher
-from llmkd.teachers.live import LiveTeacher
-from llmkd.batch import Batch, View
-from llmkd.models.load import LoadContext, load_models
-base, how = sys.argv[1:]
-view = View({"input_ids": torch.arange(8)[None]}, torch.arange(8))
-batch = Batch(torch.arange(8), torch.zeros(8, dtype=torch.long), view, view)
-named = [] if how == "alone" else [("teacher", Teacher(model=base, dtype="float32", share_base=how == "shared"))]
-(student,), teachers = load_models([Student(model=base, dtype="float32", lora=Lora(rank=2))], named, LoadContext(640, "cpu", seed=7))
-for one in teachers:
-    LiveTeacher(one)(batch).log_probs(slice(None))
-student.head.logits(student.hidden(view)).sum().backward()
-status = open("/proc/self/status").read()  # getrusage would still tell of the process that this one was forked from
-print("peak", int(status.split("VmHWM:")[1].split()[0]) * 1024)
-"""
+def peak(base: str, how: str) -> None:
+    """In a process of its own: a student and, but for `alone`, a teacher of this base, each used once; prints the peak of memory."""
+    view = View({"input_ids": torch.arange(8)[None]}, torch.arange(8))
+    batch = Batch(torch.arange(8), torch.zeros(8, dtype=torch.long), view, view)
+    named = [] if how == "alone" else [("teacher", Teacher(model=base, dtype="float32", share_base=how == "shared"))]
+    (student,), teachers = load_models([Student(model=base, dtype="float32", lora=Lora(rank=2))], named, LoadContext(640, "cpu", seed=7))
+    for one in teachers:
+        LiveTeacher(one)(batch).log_probs(slice(None))
+    student.head.logits(student.hidden(view)).sum().backward()
+    status = Path("/proc/self/status").read_text()  # getrusage would still tell of the process that this one was forked from
+    print("peak", int(status.split("VmHWM:")[1].split()[0]) * 1024)
 
 
 @pytest.mark.slow
@@ -277,13 +272,13 @@ def test_the_peak_of_memory_is_that_of_one_base(tmp_path):
 
     from llmkd.data.reading.skills import tokenizer
 
-    sizes = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 4, "num_attention_heads": 8}
+    sizes = {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 3, "num_attention_heads": 8}
     model = LlamaForCausalLM(LlamaConfig(vocab_size=640, bos_token_id=None, eos_token_id=1, **sizes))
     model.bfloat16().save_pretrained(tmp_path)  # used in float32: a weight is then memory of its own, and no page of the file
     tokenizer().save_pretrained(tmp_path)
     size, peaks = 2 * base_bytes(tmp_path), []
     for how in ("alone", "shared", "apart"):
-        done = subprocess.run([sys.executable, "-c", PEAK, str(tmp_path), how], capture_output=True, text=True, timeout=300)
+        done = launch(1, peak, str(tmp_path), how)
         assert done.returncode == 0, done.stderr[-3000:]
         peaks.append(int(done.stdout.split("peak")[1]))
     alone, shared, apart = peaks
