@@ -1,7 +1,9 @@
 """What a step did, heard when somebody asks; and values that are not finite, which move nothing."""
 
 import json
+import math
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -9,11 +11,13 @@ from safetensors.torch import load_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmkd.cli import main
+from llmkd.data.batch_source import Step
 from llmkd.errors import NonFinite, UserError
 from llmkd.teachers.live import LiveTeacher
 from llmkd.training import loop, trainer
 from llmkd.training.distiller import Distiller
 from llmkd.training.run import run
+from llmkd.training.step_result import Accumulated, StepResult
 from tests.conftest import distance, plain_recipe, weights
 from tests.kit.processes import launch
 
@@ -232,3 +236,11 @@ def test_a_step_knows_how_many_targets_it_has(make_recipe, monkeypatch, streamin
     monkeypatch.setattr(loop, "accumulate_gradients", counted)
     run(make_recipe(train__max_steps=3, train__epochs=None, train__batch_size=7, data__streaming=streaming))
     assert len(seen) == 3 and all(stated == divisor == there > 0 for stated, divisor, there in seen)
+
+
+@pytest.mark.parametrize("bad", [0, 1])
+def test_a_student_fails_by_its_own_values_alone(bad):
+    rows = {k: [{"ce": torch.tensor([math.nan if k == bad else 1.0]), "kd": torch.tensor([2.0])}] for k in (0, 1)}
+    norms = {k: torch.tensor(3.0) for k in (0, 1)}
+    result = StepResult(Step(1, 0), Accumulated([], 1, 1.0, rows), norms, {}, False, SimpleNamespace(num_processes=1))
+    assert [math.isnan(result.nonfinite[k]) for k in (0, 1)] == [k == bad for k in (0, 1)] and result.nonfinite[1 - bad] == 0
