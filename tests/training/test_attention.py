@@ -175,3 +175,11 @@ def test_a_micro_batch_without_targets_and_one_with_another_view():
     assert term(outputs, Dense(torch.zeros(0, 4), None), Batch(torch.zeros(0), torch.zeros(0), view, view)).total == 0
     with pytest.raises(UserError, match="teacher_context"):
         term(outputs, Dense(torch.zeros(0, 4), None), Batch(torch.zeros(0), torch.zeros(0), view, View(view.inputs, view.rows_N)))
+
+
+def test_beside_hidden_states(trained, tmp_path):
+    """Both are read in one pass, and both are terms."""
+    trained("out", **MAPS, train__max_steps=2, loss__features={"weight": 0.2, "init": "xavier", "layers": "last"})
+    (first, _) = steps(tmp_path / "out")
+    expected = 0.5 * first["ce"] + 0.5 * first["kd"] + 0.2 * first["features"] + 0.3 * first["attention"]
+    assert first["loss"] == pytest.approx(expected, rel=1e-9) and min(first["features"], first["attention"]) > 0
