@@ -100,6 +100,7 @@ def test_what_is_taken_inside_of_a_recomputed_layer_counts_for_nothing():
         with tapped(model, (0, 1, 2), torch.tensor([1, 4])) as layers:
             out = model(x, recompute)
         kept = dict(layers)
+        assert all(one.requires_grad for one in layers.values())
         (sum(one.square().sum() for one in layers.values()) + out.sum()).backward()
         grads.append([x.grad.clone(), *(p.grad.clone() for p in model.parameters())])
         assert all(layers[n] is kept[n] for n in kept) and len(layers) == 3
