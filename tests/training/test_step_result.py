@@ -242,5 +242,5 @@ def test_a_step_knows_how_many_targets_it_has(make_recipe, monkeypatch, streamin
 def test_a_student_fails_by_its_own_values_alone(bad):
     rows = {k: [{"ce": torch.tensor([math.nan if k == bad else 1.0]), "kd": torch.tensor([2.0])}] for k in (0, 1)}
     norms = {k: torch.tensor(3.0) for k in (0, 1)}
-    result = StepResult(Step(1, 0), Accumulated([], 1, 1.0, rows), norms, {}, False, SimpleNamespace(num_processes=1))
+    result = StepResult(Step(1, 0), Accumulated([], None, 1.0, rows, {}), norms, {}, False, SimpleNamespace(num_processes=1))
     assert [math.isnan(result.nonfinite[k]) for k in (0, 1)] == [k == bad for k in (0, 1)] and result.nonfinite[1 - bad] == 0
