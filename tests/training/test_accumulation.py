@@ -93,7 +93,7 @@ def test_what_is_shown_of_a_step_is_summed_over_ranks():
 
 
 def test_targets_that_no_source_has_counted_are_those_of_every_micro_batch():
-    sizes = [SimpleNamespace(num_targets=n) for n in (3, 5, 0)]
-    assert count_targets(Step(1, 0), sizes, a_rank(0, 1)) == 8 and count_targets(Step(1, 0, 11), sizes, a_rank(0, 1)) == 11
-    alike = SimpleNamespace(num_processes=2, device="cpu", reduce=lambda count, how: {"sum": 2 * count}[how])
-    assert count_targets(Step(1, 0), sizes, alike) == 16 and count_targets(Step(1, 0), sizes[2:], alike) == 1
+    sizes = [SimpleNamespace(num_targets=n, weights={}) for n in (3, 5, 0)]
+    alone, two = a_rank(0, 1), SimpleNamespace(num_processes=2, device="cpu", reduce=lambda counts, how: {"sum": 2 * counts}[how])
+    assert count_targets(Step(1, 0), sizes, alone).targets == 8 and count_targets(Step(1, 0, 11), sizes, alone).targets == 11
+    assert count_targets(Step(1, 0), sizes, two).targets == 16 and count_targets(Step(1, 0), sizes[2:], two).targets == 1
