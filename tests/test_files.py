@@ -80,6 +80,18 @@ def test_a_kill_leaves_the_file_as_it_was_and_a_leftover_that_is_known_as_one(tm
     assert names(tmp_path) == ["a.json"]
 
 
+def test_a_sync_and_an_append_wait_for_the_disk(tmp_path, monkeypatch):
+    waited = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: waited.append(os.fstat(descriptor).st_ino))
+    (tmp_path / "a").write_text("x")
+    for path in (tmp_path / "a", tmp_path):
+        files.sync(path)
+    files.append(tmp_path / "a", "y")
+    files.append(tmp_path / "a", "z", sync=False)
+    file, folder = (path.stat().st_ino for path in (tmp_path / "a", tmp_path))
+    assert waited == [file, folder, file]
+
+
 @pytest.mark.parametrize("point", ["sync", "os.replace"])
 def test_an_error_leaves_the_file_as_it_was_and_no_leftover(tmp_path, monkeypatch, point):
     write_atomic(tmp_path / "a", "old")

@@ -11,6 +11,7 @@ from llmkd.config.recipe import Data
 from llmkd.data.encoding import template, template_process
 from llmkd.data.encoding.template_process import close
 from llmkd.errors import UserError
+from llmkd.training.prepare import prepare
 from tests.data.test_templates import FAMILIES
 from tests.kit.data import END, PLAIN, encode, kept, rows_of, talk, tiny
 
@@ -167,3 +168,10 @@ def test_the_environment_lacks_nothing_of_transformers():
         assert getattr(theirs, kind).keys() == getattr(ours, kind).keys()
     assert len(theirs.extensions) == len(ours.extensions)
     assert {(e.trim_blocks, e.lstrip_blocks, e.keep_trailing_newline, e.autoescape) for e in (theirs, ours)} == {(True, True, False, False)}
+
+
+def test_data_that_are_read_leave_no_process(make_recipe, monkeypatch):
+    ended = []
+    monkeypatch.setattr(template_process, "close", lambda: ended.append(True))
+    prepare(make_recipe())
+    assert ended == [True]
