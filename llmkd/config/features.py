@@ -65,9 +65,9 @@ def feature_problems(
 
 
 def feature_contradictions(
-    features: Features, setting: Teacher | tuple[Teacher, ...] | None, data: Data
+    features: Features, new_weights: bool, setting: Teacher | tuple[Teacher, ...] | None, data: Data
 ) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Settings that are each valid, but not together, in the form of `recipe.contradictions`."""
+    """Settings that are each valid, but not together, in the form of `recipe.contradictions`. `new_weights`: student.architecture is given."""
     teachers = with_setting_names(setting, "teacher")
     if not features.weight:
         yield ("loss.features.weight",), "found 0; leave loss.features out"
@@ -78,6 +78,12 @@ def feature_contradictions(
                     (f"loss.features.{name}", "loss.features.projection"),
                     "set with projection: none, where there is no map; leave it out",
                 )
+    elif new_weights and features.init == "least_squares":
+        yield (
+            ("loss.features.init", "student.architecture"),
+            "found least_squares with new weights, whose states are so small that their map is very large, and the first steps move the mapped states by "
+            "many times their size; use xavier",
+        )
     if not teachers:
         yield ("loss.features", "teacher"), "set without a teacher; give teacher.model, or leave it out"
         return

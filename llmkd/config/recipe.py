@@ -332,7 +332,7 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
     if loss.attention:
         yield from attention_contradictions(loss.attention, student.attention, recipe.teacher, data)
     if loss.features:
-        yield from feature_contradictions(loss.features, recipe.teacher, data)
+        yield from feature_contradictions(loss.features, student.architecture is not None, recipe.teacher, data)
     if optim.warmup_steps is not None and optim.warmup_ratio is not None:
         yield ("optim.warmup_ratio", "optim.warmup_steps"), "given together with optim.warmup_steps; keep one of them"
     if train.epochs is not None and train.max_steps is not None:

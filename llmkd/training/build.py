@@ -33,11 +33,11 @@ from . import optim as optimizers
 from .attention import attention_terms, enable_attention
 from .auto_batch import head_chunk_size
 from .distiller import Distiller
-from .features import feature_terms, report_shares, sample_batches, start_features
+from .features import feature_terms, refuse_small_samples, report_shares, sample_batches, start_features
 from .loop import StudentState, unwrap
 from .model_watch import ModelWatch
 from .optim import learning_rate
-from .prepare import Prepared, micro_batch_size
+from .prepare import Prepared, check_terms, micro_batch_size
 from .student_run import StudentRun
 
 
@@ -83,6 +83,9 @@ def build_setup(
     probe = functools.partial(teacher_probe, prepared, recipe.validation.micro_batch_size, device)
     packing = data.packing * longest_row(train, data)
     context = LoadContext(prepared.vocab, device, recipe.seed, packing, functools.partial(measured_transform, probe))
+    for k, own in enumerate(recipes[1:], 1):
+        with attribute_to_student(k):
+            check_terms(own, prepared.configs, prepared.train)
     try:
         settings = [one.student for one in recipes], live, context, data.share_prefixes, train.compile
         models, teacher_models = load(*settings, [one.loss.attention for one in recipes])
@@ -106,8 +109,9 @@ def build_setup(
     teacher = open_teacher(prepared.teachers, recipe.mixture, teacher_models, teacher_taps(recipes, [s.state for s in students]), device)
     lock_folders(students, accelerator)
     done = restore(students, source, accelerator.is_main_process) if folders[0].resume else 0
-    for student in students if not done else ():
-        start_terms(student, teacher, recipe.validation.micro_batch_size, device)
+    for k, student in enumerate(students if not done else ()):
+        with attribute_to_student(k):
+            start_terms(student, teacher, recipe.validation.micro_batch_size, device)
     return TrainingSetup(prepared, source, teacher, tuple(students), fidelity, done, watch)
 
 
@@ -147,6 +151,7 @@ def start_terms(student: StudentRun, teacher: Teacher | None, micro_batch_size: 
         number = [source.setting for source in prepared.teachers].index(feature_teacher(features, student.recipe.teacher))
         term, mine = unwrap(student.state).terms["features"], examples_of(prepared.train, number).tolist()
         samples = sample_batches(prepared.train, mine, term.width, micro_batch_size, prepared.tokenizer.eos_token_id, device)
+        refuse_small_samples(features, term.width, samples)
         student.unexplained = start_features(features, term, student.model, teacher, samples)
         report_shares(features, student.unexplained, sum(batch.num_targets for batch in samples[1]))
 

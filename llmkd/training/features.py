@@ -84,11 +84,30 @@ def refuse(features: Features, student: tuple[int | None, int | None], teacher: 
 def refuse_too_few_targets(features: Features, width: int, targets: int) -> None:
     """UserError where the training data has too few targets to compute a map of states of that width."""
     needed = -(-_LEAST_PER_DIMENSION * (width + 1) * 3 // 2)
-    if features.projection == "linear" and features.init == "least_squares" and targets < needed:
+    if _is_computed(features) and targets < needed:
         raise UserError(
             f"loss.features.init: found least_squares, and a map of states that are {width} wide needs {needed:,} targets, of which the "
             f"training data (of a stream, its first step) has {targets:,}; use xavier"
         )
+
+
+def refuse_small_samples(features: Features, width: int, samples: tuple[Sequence[Batch], Sequence[Batch]]) -> None:
+    """UserError where those examples of a teacher that `sample_batches` took have too few targets: there are few of them, or long ones."""
+    needed, (taken, kept) = _LEAST_PER_DIMENSION * (width + 1), (sum(batch.num_targets for batch in batches) for batches in samples)
+    if not kept:
+        raise UserError(
+            "loss.features: the teacher has one training example, and what its hidden states are like is measured on two or more"
+        )
+    if _is_computed(features) and taken < needed:
+        raise UserError(
+            f"loss.features.init: found least_squares, and a map of states that are {width} wide needs {needed:,} targets, of which the training "
+            f"examples that it would be computed on have {taken:,} (the others measure what it leaves); use xavier, or give more examples"
+        )
+
+
+def _is_computed(features: Features) -> bool:
+    """Whether the maps start from what is computed."""
+    return features.projection == "linear" and features.init == "least_squares"
 
 
 def start_features(
@@ -148,7 +167,7 @@ def sample_batches(train: Examples, mine: Sequence[int], width: int, size: int, 
     chosen = random.Random("features").sample(list(mine), len(mine))
     ends = np.cumsum(train.num_targets[np.array(chosen, np.int64)])
     fit = min(max(_TARGETS, _PER_DIMENSION * width), 2 * int(ends[-1]) // 3)
-    first = min(int(np.searchsorted(ends, fit)) + 1, len(chosen) - 1)
+    first = max(1, min(int(np.searchsorted(ends, fit)) + 1, len(chosen) - 1))
     last = int(np.searchsorted(ends, ends[first - 1] + fit // 2)) + 1
     return tuple(_batches(train, some, size, pad, device) for some in (chosen[:first], chosen[first:last]))
 

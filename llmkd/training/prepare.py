@@ -93,6 +93,7 @@ class Prepared:
     end_tokens: set[int]
     origins: dict[str, list[dict]]
     student: ModelFiles | None
+    configs: dict[str, dict]  # of the models, by setting (student.model, teacher.model, ...)
     teachers: tuple[TeacherSource, ...]
     layers: tuple[int, ...] | None = None  # of the student's base that are kept; None for all
 
@@ -126,17 +127,26 @@ def prepare(recipe: Recipe, open_caches: bool = True, layers: tuple[int, ...] | 
     )
     if data.validation is not None:
         refuse_uncounted(data.validation, recipe.checkpoint.best_by)
-    if recipe.loss.attention:
-        refuse_second_view(data.train)
     check_caches_cover(recipe.data, models.teachers, tokenizer, data)
     report_end_tokens(data.end_tokens, generation_before(recipe.student, models.student), tokenizer)
     student, layers = with_layers(recipe.student, models.student, data.train, layers)
     configs = models.configs | ({"student.model": student.config} if student else {})
-    check_features(recipe.loss.features, feature_teacher(recipe.loss.features, recipe.teacher), configs, data.train)
+    check_terms(recipe, configs, data.train)
     identity = data.identity | {"the tokenizer": token_cache.tokenizer_hash(tokenizer)} | model_identity(student, models.teachers)
     identity |= {LAYERS: ", ".join(map(str, layers))} if layers else {}
     parts = {field.name: getattr(data, field.name) for field in dataclasses.fields(data)} | {"identity": identity}
-    return Prepared(tokenizer=tokenizer, vocab=vocab, student=student, teachers=models.teachers, layers=layers, **parts)
+    found = {"student": student, "configs": configs, "teachers": models.teachers, "layers": layers}
+    return Prepared(tokenizer=tokenizer, vocab=vocab, **found, **parts)
+
+
+def check_terms(recipe: Recipe, configs: dict[str, dict], train: Examples) -> None:
+    """UserError, before a model is loaded, where models of such configurations, or the training data, do not have what terms that compare
+    layers need. `configs`: by setting."""
+    if recipe.loss.attention:
+        teacher = with_setting_names(recipe.teacher, "teacher")[0][0]
+        refuse_attention(recipe.loss.attention, configs["student.model"], configs.get(f"{teacher}.model", {}))
+        refuse_second_view(train)
+    check_features(recipe.loss.features, feature_teacher(recipe.loss.features, recipe.teacher), configs, train)
 
 
 def with_layers(

@@ -42,6 +42,16 @@ def test_what_models_do_not_have():
             "loss.features.init: set with projection: none, where there is no map",
         ),
         ({"loss__features": {"projection": "none", "lr": 0.1}}, "loss.features.lr: set with projection: none"),
+        (
+            {
+                "loss__features": {},
+                "student__model": None,
+                "student__architecture": {"model_type": "llama"},
+                "student__tokenizer": "t",
+                "student__method": "full",
+            },
+            "loss.features.init: found least_squares with new weights, .* use xavier",
+        ),
         ({"loss__features": {"teacher": "a"}}, "loss.features.teacher: found 'a', and there is one teacher only; leave it out"),
         (
             {"loss__features": {}, "teacher__cache__path": "c"},

@@ -1,6 +1,7 @@
 """loss.features in runs: what it starts from and says, what it refuses, and that nothing but the student leaves with the student."""
 
 import json
+import re
 import shutil
 from types import SimpleNamespace
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from llmkd.commands.sweep import run_sweep
 from llmkd.config.recipe import Optim
 from llmkd.errors import UserError
 from llmkd.files import read_jsonl
@@ -16,7 +18,7 @@ from llmkd.training import build, loop, optim
 from llmkd.training.features import sample_batches
 from llmkd.training.prepare import prepare
 from llmkd.training.run import run
-from tests.conftest import distance, said, weights
+from tests.conftest import distance, plain_recipe, said, weights
 from tests.training.test_resume import LONG, comparable, unfinish
 
 MIDDLE, BOTH = {"loss__features": {"weight": 0.7}}, {"loss__features": {"layers": [[1, 1], [2, 2]], "distance": "cosine"}}
@@ -206,3 +208,44 @@ def test_states_that_do_not_vary_are_refused(make_recipe, world, tmp_path):
     save_file(tensors, still / "model.safetensors", {"format": "pt"})
     with pytest.raises(UserError, match=r"^loss.features.layers: found \[0, 0\], and the hidden states there are the same at every target"):
         run(make_recipe(teacher__model=str(still), loss__features={"layers": [[0, 0]]}))
+
+
+@pytest.mark.parametrize(
+    "setting, words",
+    [
+        ({"loss.features.layers": [[1, 3]]}, "loss.features.layers: found layer 3 of the teacher, which has 2 layers"),
+        (
+            {"loss.features.weight": 0.5},
+            "loss.features.init: found least_squares, and a map .* 16 wide needs 51 targets, of which .* has 18;",
+        ),
+        ({"loss.attention.layers": [[1, 3]]}, "loss.attention.layers: found layer 3 of the teacher, which has 2 layers"),
+    ],
+)
+def test_the_other_arms_of_a_sweep_are_looked_at_before_a_model_is_loaded(world, tmp_path, monkeypatch, capsys, setting, words):
+    loaded = []
+
+    def load(students, *_):
+        loaded.append(len(students))
+        raise UserError("enough")
+
+    monkeypatch.setattr("llmkd.training.build.load_models", load)
+    base = plain_recipe(world, tmp_path / "unused")
+    base["data"]["train"]["limit"], base["train"]["batch_size"] = 2, 2
+    del base["optim"]["warmup_steps"]
+    (tmp_path / "base.yaml").write_text(json.dumps(base))
+    sweep = {"output_dir": str(tmp_path / "sweep"), "recipe": "base.yaml", "arms": {"plain": {}, "other": setting}}
+    (tmp_path / "sweep.yaml").write_text(json.dumps(sweep))
+    run_sweep(str(tmp_path / "sweep.yaml"), {}, False)
+    assert re.search(rf"(?m)^given up: other: {words}", said(capsys)) and loaded == [1]
+
+
+def test_few_long_examples_give_no_map_that_was_not_computed(make_recipe, trained, tmp_path):
+    """Of two examples one is kept to measure what the map leaves, and the other alone has too few targets for it. Of one none is kept."""
+    rows = [{"instruction": f"Say {i}", "output": " ".join(["so"] * 13)} for i in range(2)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    few = {"data__train__path": str(tmp_path / "rows.jsonl"), "optim__warmup_steps": None, "train__max_steps": 1, "train__epochs": None}
+    with pytest.raises(UserError, match="^loss.features.init: .* 16 wide needs 34 targets, of which the training examples .* have 27 "):
+        trained("two", **few, loss__features={})
+    trained("random", **few, loss__features={"init": "xavier"})
+    with pytest.raises(UserError, match="^loss.features: the teacher has one training example, and"):
+        trained("one", **few, loss__features={"init": "xavier"}, data__train__limit=1)
