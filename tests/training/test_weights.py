@@ -172,7 +172,7 @@ def test_it_is_said_which_source_carries_what(make_recipe, world, tmp_path, caps
 
 
 def test_the_teacher_is_checked_on_rows_with_labels(make_recipe, world, tmp_path, capsys):
-    common = {"train__epochs": None, "train__max_steps": 1, "optim__warmup_steps": None}
+    common = {"train__epochs": None, "train__max_steps": 1, "optim__warmup_steps": None, "validation__teacher_check": 64}
     run(make_recipe("some", **common, data__train=sources(world, 1.0, 1.0)))
     assert "on 9 training examples" in capsys.readouterr().err
     run(make_recipe("none", **common, data__train=sources(world)[0]))
