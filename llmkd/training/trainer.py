@@ -51,10 +51,14 @@ class Trainer:
         for student in self.students:
             student.open_metrics(self.done, self.display.info)
         first = self.students[0]
-        trained, every = (sum(p.numel() for p in ps) for ps in (first.state.parameters.values(), first.model.parameters()))
+        every, trained, both = (
+            sum(p.numel() for p in ps)
+            for ps in (first.model.parameters(), first.model.trainable().values(), first.state.parameters.values())
+        )
+        maps = f", and {both - trained:,} of maps that are no part of it" if both > trained else ""
         more = len(self.students) - 1
         others = f", beside {more} more student{'s' * (more > 1)}" if more else ""
-        self.display.info(f"student: {every:,} parameters, {trained:,} of them train{others}; {self.source.total_steps} steps")
+        self.display.info(f"student: {every:,} parameters, {trained:,} of them train{maps}{others}; {self.source.total_steps} steps")
 
     @property
     def active(self) -> list[StudentRun]:

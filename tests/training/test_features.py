@@ -60,7 +60,9 @@ def test_a_run_says_what_share_is_left_learns_it_and_exports_nothing_of_it(train
     share = ((np.concatenate([x_rest, one], 1) @ solution - y_rest) ** 2).sum() / ((y_rest - y_rest.mean(0)) ** 2).sum()
     (first,) = [record for record in read_jsonl(tmp_path / "out/metrics.jsonl") if "unexplained" in record]
     assert first == {"step": 0, "unexplained": {"student 1, teacher 1": pytest.approx(share, rel=1e-9)}}
-    line = next(line for line in said(capsys).splitlines() if line.startswith("features: "))
+    lines = said(capsys).splitlines()
+    assert "student: 27,856 parameters, 2,176 of them train, and 408 of maps that are no part of it; 6 steps" in lines
+    line = next(line for line in lines if line.startswith("features: "))
     assert f"on {len(x_rest)} targets: student 1, teacher 1: {share:.1%}" in line and "teacher's variance unexplained" in line
     every = records(tmp_path / "out")
     for record in every:
