@@ -11,7 +11,7 @@ from pathlib import Path
 from .. import __version__
 from ..config import loader
 from ..config.fields import with_setting_names
-from ..config.recipe import Recipe
+from ..config.recipe import Recipe, Student
 from ..console import count, info, printable
 from ..doctor.check import Check, ChecksFailed, Result
 from ..errors import UserError
@@ -70,12 +70,24 @@ def with_stand_ins(recipe: Recipe, stages: dict[str, Recipe]) -> tuple[Recipe, d
             if name and Path(other.output_dir).expanduser().absolute() in path.absolute().parents:
                 found[setting] = name
                 student, _ = with_stand_ins(other, {key: value for key, value in stages.items() if key != name})
-                return dataclasses.replace(one, model=student.student.model, base=student.student.base, revision=student.student.revision)
+                return dataclasses.replace(one, **_start_of(student.student))
         return one
 
     teachers = tuple(stand_in(setting, one) for setting, one in with_setting_names(recipe.teacher, "teacher"))
     teacher = teachers if isinstance(recipe.teacher, tuple) else (*teachers, None)[0]
     return dataclasses.replace(recipe, student=stand_in("student", recipe.student), teacher=teacher), found
+
+
+def _start_of(student: Student) -> dict[str, str | None]:
+    """model, base and revision of what a student is trained from: with student.layers the smaller model. Where its layers are yet to be
+    measured, as many evenly spaced ones are taken."""
+    if student.layers is None:
+        return {"model": student.model, "base": student.base, "revision": student.revision}
+    from ..models.depth import find_student
+
+    if not isinstance(student.layers, tuple):
+        student = dataclasses.replace(student, layers=dataclasses.replace(student.layers, by="even"))
+    return {"model": str(find_student(student).base), "base": None, "revision": None}
 
 
 def as_text(result: Result) -> list[str]:

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from llmkd.cli import main
+from llmkd.commands.doctor import with_stand_ins
 from llmkd.doctor import examine
 from llmkd.doctor.examine import CHECKS, ask_all
 from tests.conftest import plain_recipe
@@ -109,6 +111,18 @@ def test_every_stage_of_a_pipeline_is_examined_before_the_first_is_run(world, tm
     assert [one["stage"] for one in found] == ["first"] * 7 + ["second"] * 7
     assert found[-1]["status"] == "not asked" and "stands in" in found[-1]["found"]
     assert '<h2 id="stage-second">second</h2>' in (tmp_path / "d.html").read_text() and not (tmp_path / "p").exists()
+
+
+@pytest.mark.parametrize("layers, kept", [([1], 1), ({"count": 1, "by": "block_influence"}, 0)])
+def test_a_student_of_fewer_layers_is_stood_in_for_by_as_few(make_recipe, world, layers, kept):
+    """Where they are to be measured, by as many, evenly spaced."""
+    first = make_recipe("first", student__model=str(world / "teacher"), student__layers=layers, teacher=None)
+    second = make_recipe("second", teacher__model=first.output_dir + "/adapter")
+    recipe, found = with_stand_ins(second, {"first": first, "second": second})
+    assert found == {"teacher": "first"} and recipe.student == second.student
+    few, whole = (load_file(Path(folder) / "model.safetensors") for folder in (recipe.teacher.model, world / "teacher"))
+    name = "model.layers.{}.self_attn.q_proj.weight"
+    assert torch.equal(few[name.format(0)], whole[name.format(kept)]) and name.format(1) not in few
 
 
 def test_the_page_of_the_documents_names_every_check():
