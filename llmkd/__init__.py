@@ -14,6 +14,7 @@ _MODULES = {
     "train": "api",
     "fused_loss": "api",
     "make_divergence": "api",
+    "register_target_weights": "losses.target_weights",
     "Objective": "losses.objective",
     "Divergence": "signals",
     "Head": "head",

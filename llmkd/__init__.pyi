@@ -13,6 +13,7 @@ from .errors import UserError as UserError
 from .head import Head as Head
 from .losses import divergences as divergences
 from .losses.objective import Objective as Objective
+from .losses.target_weights import register_target_weights as register_target_weights
 from .signals import Dense as Dense
 from .signals import Divergence as Divergence
 from .signals import FullDistribution as FullDistribution

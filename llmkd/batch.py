@@ -158,6 +158,11 @@ class Batch:
     def num_targets(self) -> int:
         return self.labels_N.numel()
 
+    @property
+    def position_N(self) -> Tensor:
+        """The number of each target within its example, from 0. It needs `examples`."""
+        return torch.cat([torch.arange(0), *(torch.arange(one.num_targets) for one in self.examples)]).to(self.labels_N.device)
+
 
 def zeros_of(weights: dict[str, Tensor]) -> dict[tuple[str, ...], Rows]:
     """`Batch.zeros` of some weights [N] by name: all targets, parted by the names whose weight there is 0. Empty where none is."""

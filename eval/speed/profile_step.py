@@ -116,7 +116,7 @@ def parts_named(setup: Setup):
     calls = [
         (Batch, "to", COPY),
         (setup.student, "hidden", STUDENT),
-        (terms, "fused_loss", HEADS),
+        (terms, "fused_parts", HEADS),
         (setup.accelerator, "backward", BACKWARD),
         (loop, "unscale_and_norm_", OPTIMIZER),
         (loop, "optimizer_step", OPTIMIZER),

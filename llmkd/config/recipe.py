@@ -4,7 +4,6 @@ Plain frozen dataclasses; `loader` reads them from YAML and the command line and
 Nothing here imports torch: a recipe is checked before anything heavy is loaded.
 """
 
-import dataclasses
 import itertools
 import json
 import math
@@ -18,6 +17,7 @@ from .data import Source as Source
 from .features import Features, feature_contradictions
 from .fields import Count, OneOrMany, Seed, as_tuple, changeable, config_dataclass, fixed, form, with_setting_names
 from .schedule import Scheduled, schedule_contradictions, value_at
+from .target_weights import TargetWeights, target_weight_contradictions
 from .teacher import Attention, Dtype, Mixture, Quantization, Teacher, teacher_contradictions
 from .terms import AttentionLoss, attention_contradictions
 
@@ -140,6 +140,11 @@ class Loss:
         description="What the loss is divided by where sources have other weights than 1. targets: the number of targets of the optimizer step. weights: "
         "each of the two terms by the sum of its own weights (of their absolute values), so that a term that few targets carry keeps its share of "
         "the loss.",
+    )
+    target_weights: TargetWeights | None = fixed(
+        None,
+        description="Weigh each target by a rule, beside the weights of its source: a number from 0 to 1 that the models' distributions, or the "
+        "target's position, give. The loss is still divided by the number of targets. null: all alike.",
     )
     features: Features | None = fixed(
         None, description="Hidden states inside the student are to be the teacher's too, as a further term; null: none."
@@ -329,6 +334,9 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
     yield from schedule_contradictions(loss.temperature, "loss.temperature", 0.0, math.inf, train.max_steps)
     yield from _loss_contradictions(loss)
     yield from _weight_contradictions(recipe)
+    if loss.target_weights:
+        ratio = (0.5 if recipe.teacher else 0.0) if loss.kd_ratio is None else loss.kd_ratio
+        yield from target_weight_contradictions(loss.target_weights, ratio, loss.normalize, recipe.teacher, data)
     if loss.attention:
         yield from attention_contradictions(loss.attention, student.attention, recipe.teacher, data)
     if loss.features:
@@ -426,7 +434,7 @@ def _weight_contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], st
     train, held_out = (
         with_setting_names(value, setting) for setting, value in (("data.train", data.train), ("data.validation", data.validation))
     )
-    other_terms = any(map(dataclasses.is_dataclass, vars(recipe.loss).values()))  # they teach whatever these weights are
+    other_terms = bool(recipe.loss.features or recipe.loss.attention)  # they teach whatever these weights are
     for path, source in [*([] if other_terms else train), *held_out]:
         if not source.loss.ce and not source.loss.kd:
             yield (f"{path}.loss",), "found ce: 0 and kd: 0, so these rows count for nothing; leave the source out"

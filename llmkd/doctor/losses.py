@@ -1,5 +1,7 @@
 """Checks of the loss: its value and gradient against the textbook's, its zero, and that each target has its own."""
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
@@ -44,7 +46,8 @@ def as_the_textbook(setup: Setup) -> Result:
             signal = None if signal is None else plain.take(signal, rows_n)
         except TypeError:
             return not_asked(f"a {type(signal).__name__.lower()} signal has no textbook form")
-        few = Batch(batch.labels_N[rows_n], batch.example_N[rows_n], batch.student, batch.teacher, batch.examples)
+        examples = tuple(dataclasses.replace(one, num_targets=len(rows_n)) for one in batch.examples)
+        few = Batch(batch.labels_N[rows_n], batch.example_N[rows_n], batch.student, batch.teacher, examples)
         ours, theirs = (hidden_NH.clone().requires_grad_() for _ in range(2))
         computed = setup.term(chunk=7)(StudentOutputs(ours, head), signal, few)
         logits_NV = plain.logits(head, theirs)
@@ -54,6 +57,12 @@ def as_the_textbook(setup: Setup) -> Result:
                 expected["kd"] = plain.distance(logits_NV, signal, loss.divergence, loss.divergence_options, loss.temperature)
             except TypeError as error:
                 return not_asked(f"a {str(error).lower()} signal at temperature {loss.temperature:g} has no textbook form")
+        if loss.target_weights:
+            try:
+                w_n = plain.target_weights(loss.target_weights, logits_NV, signal, few.labels_N, few.position_N)
+            except TypeError as error:
+                return not_asked(f"weights by a {str(error).lower()} have no textbook form")
+            expected |= {name: w_n * expected[name] for name in loss.target_weights.terms if name in expected}
         ratio = loss.kd_ratio if "kd" in expected else 0.0
         weights = {"ce": 1 - ratio, "kd": ratio}
         total = sum(weights[name] * value.sum() for name, value in expected.items())

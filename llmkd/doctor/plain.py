@@ -10,6 +10,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from ..config.target_weights import TargetWeights
 from ..head import Head
 from ..signals import Dense, Signal
 from ..teachers.mixture import Mixed
@@ -107,6 +108,26 @@ def _distance(log_q_NV: Tensor, signal: Signal, divergence: Callable, options: d
         case Sampled():
             return -log_q_NV.gather(1, signal.ids_ND).mean(1) - signal.soft_entropy_N.double()
     raise TypeError(type(signal).__name__)
+
+
+def target_weights(settings: TargetWeights, logits_NV: Tensor, signal: Signal | None, labels_N: Tensor, position_N: Tensor) -> Tensor:
+    """The weight of each target by a rule, [N], from the student's logits in float64 and a signal. TypeError for a rule or a signal that has no
+    textbook form."""
+    log_q_NV = torch.log_softmax(logits_NV.detach().double(), -1)
+    match settings.by:
+        case "teacher_entropy" | "student_entropy":
+            log_NV = log_q_NV if settings.by == "student_entropy" else _log_probs(signal, 1.0)
+            score_N = torch.where(log_NV == -math.inf, 0.0, -log_NV.exp() * log_NV).sum(-1) / math.log(log_NV.shape[-1])
+        case "divergence":  # 1 - the Bhattacharyya coefficient is the square of the Hellinger distance
+            score_N = (1 - ((log_q_NV + _log_probs(signal, 1.0)) / 2).exp().sum(-1)).clamp_min(0).sqrt()
+        case "confidence":
+            score_N = 1 - log_q_NV[torch.arange(len(labels_N), device=labels_N.device), labels_N].exp()
+        case "position":
+            score_N = 0.5 ** (position_N.double() / (settings.half_life or 64))
+        case other:
+            raise TypeError(f"rule {other}")
+    score_N = score_N.clamp(0, 1)
+    return (1 - score_N if settings.invert else score_N) ** settings.power
 
 
 def precisions(signal: Signal, labels_N: Tensor) -> set[torch.dtype]:

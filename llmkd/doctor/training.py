@@ -79,10 +79,14 @@ def _plain_gradients(setup: Setup) -> dict[str, Tensor] | None:
                 signal = setup.signal(batch)
                 logits_NV = setup.student.head.logits(setup.student.hidden(batch.student)).double()
                 ratio = loss.kd_ratio if signal is not None else 0.0
-                total = (1 - ratio) * _weighted_sum(plain.cross_entropy(logits_NV, batch.labels_N), batch.weights.get("ce"))
+                own = dict(batch.weights)
+                if rule := loss.target_weights:
+                    w_N = plain.target_weights(rule, logits_NV, signal, batch.labels_N, batch.position_N)
+                    own |= {name: w_N * own[name] if name in own else w_N for name in rule.terms}
+                total = (1 - ratio) * _weighted_sum(plain.cross_entropy(logits_NV, batch.labels_N), own.get("ce"))
                 if ratio:
                     kd = plain.distance(logits_NV, signal, loss.divergence, loss.divergence_options, loss.temperature)
-                    total = total + ratio * _weighted_sum(kd, batch.weights.get("kd"))
+                    total = total + ratio * _weighted_sum(kd, own.get("kd"))
                 (total / targets).backward()
     except TypeError:
         _taken(setup)

@@ -12,7 +12,7 @@ rows, with buffers of their own that stay in a CPU's cache.
 import functools
 import importlib.util
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -27,6 +27,7 @@ from ..signals import Dense, FullDistribution, Signal
 from .closed_form import closed_form
 from .divergences import divergence_name
 from .objective import Objective
+from .target_weights import TargetWeights
 
 _TILE_BYTES = {"cuda": 512 << 20, "cpu": 32 << 20}  # large matrix products are faster
 _BLOCK_BYTES = {"cuda": 64 << 20, "cpu": 1 << 20}
@@ -63,6 +64,27 @@ def fused_loss(
 
     Arguments are not checked here: see `llmkd.fused_loss`.
     """
+    total, terms, _ = fused_parts(hidden_NH, head, labels_N, objective, signal, chunk, weights, zeros)
+    return total, terms
+
+
+def fused_parts(
+    hidden_NH: Tensor,
+    head: Head,
+    labels_N: Tensor,
+    objective: Objective,
+    signal: Signal | None = None,
+    chunk: int | None = None,
+    weights: dict[str, Tensor] | None = None,
+    zeros: dict[tuple[str, ...], Rows] | None = None,
+    rule: TargetWeights | None = None,
+    position_N: Tensor | None = None,
+) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    """`fused_loss`, and the weights [N] of the terms that `rule` weighs, detached: those of the rule times `weights`, 0 where not computed.
+
+    rule         one that needs logits: it is asked for each chunk of rows
+    position_N   the number of each target within its example, from 0; for the rule
+    """
     chunk = chunk or default_chunk(head.vocab, hidden_NH.device.type)
     trained = head.trainable()
     train = torch.is_grad_enabled() and (hidden_NH.requires_grad or bool(trained))
@@ -71,8 +93,15 @@ def fused_loss(
     parts = [_Part(slice(0, len(hidden_NH)), signal)]
     if weights:
         parts = list(_parts(len(hidden_NH), shares, signal, weights, zeros_of(weights) if zeros is None else zeros))
-    total, *rows = _Fused.apply(hidden_NH, head, labels_N, objective, shares, parts, chunk, train, *trained)
-    return total, dict(zip(shares, rows, strict=True))
+    ruled = None if rule is None else (rule, position_N)
+    total, *found = _Fused.apply(hidden_NH, head, labels_N, objective, shares, parts, chunk, train, ruled, *trained)
+    terms, of_rule = found[: len(shares)], found[len(shares) :]
+    return total, dict(zip(shares, terms, strict=True)), dict(zip(_weighed(rule, shares), of_rule, strict=True))
+
+
+def _weighed(rule: TargetWeights | None, terms: Iterable[str]) -> list[str]:
+    """Those of the terms that a rule weighs."""
+    return [name for name in terms if rule is not None and name in rule.terms]
 
 
 @dataclass(frozen=True)
@@ -123,7 +152,7 @@ def _indices(rows: Rows, device: torch.device) -> Tensor:
 
 class _Fused(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_NH, head, labels_N, objective, shares, parts, chunk, train, *trained):
+    def forward(ctx, hidden_NH, head, labels_N, objective, shares, parts, chunk, train, ruled, *trained):
         needs_hidden = train and hidden_NH.requires_grad
         trained = trained if train else ()
         grad_hidden = torch.zeros_like(hidden_NH) if needs_hidden else None
@@ -134,14 +163,18 @@ class _Fused(torch.autograd.Function):
             for part in parts:
                 for rows, weights in part.chunks(chunk):
                     student = (_Product if head.is_affine else _Module)(head, hidden_NH[rows].detach(), tiles, needs_hidden, trained)
-                    terms = _loss_and_grad(objective, student, labels_N[rows], part.signal, rows, tiles, train, shares, weights)
+                    terms, weights = _loss_and_grad(
+                        objective, student, labels_N[rows], part.signal, rows, tiles, train, shares, weights, ruled
+                    )
                     if train:
                         _back_to(grad_hidden, rows, student, grad_weights)
                     terms = {name: weighted(term, weights.get(name)) for name, term in terms.items()}
                     total += _sum(objective.combine(terms, shares))
-                    pieces.append((rows, terms))
+                    pieces.append((rows, terms, weights))
         ctx.grads, ctx.dtypes = (grad_hidden, grad_weights), [w.dtype for w in trained]
-        rows_N = [_joined(pieces, name, len(hidden_NH), total) for name in shares]
+        rows_N = [_joined([(rows, terms) for rows, terms, _ in pieces], name, len(hidden_NH), total) for name in shares]
+        for name in _weighed(ruled and ruled[0], shares):
+            rows_N.append(_joined([(rows, weights) for rows, _, weights in pieces], name, len(hidden_NH), total))
         ctx.mark_non_differentiable(*rows_N)
         return total, *rows_N
 
@@ -152,7 +185,7 @@ class _Fused(torch.autograd.Function):
         if grad_hidden is not None:  # scaled in float32: a bfloat16 scale would be wrong by up to 0.4 %
             grad_hidden = (grad_hidden.to(scale.dtype) * scale).to(grad_hidden.dtype)
         grads = [(g * scale).to(dtype) for g, dtype in zip(grad_weights, ctx.dtypes, strict=True)]
-        return grad_hidden, None, None, None, None, None, None, None, *grads
+        return grad_hidden, None, None, None, None, None, None, None, None, *grads
 
 
 def weighted(term_n: Tensor, weight_n: Tensor | None) -> Tensor:
@@ -195,9 +228,11 @@ def _loss_and_grad(
     train: bool,
     shares: dict[str, float],
     weights: dict[str, Tensor],
-) -> dict[str, Tensor]:
-    """The unweighted terms of one chunk of rows. With `train`, the gradient is written over the student's logits."""
-    kernel, how = _choose_backend(objective, student, signal)
+    ruled: tuple[TargetWeights, Tensor] | None,
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The unweighted terms of one chunk of rows, and their weights, also those of a rule. With `train`, the gradient is written over the
+    student's logits."""
+    kernel, how = _choose_backend(objective, student, signal, ruled and ruled[0])
     if train:
         log_backend(how)
     n, T = len(labels_n), objective.temperature
@@ -206,11 +241,11 @@ def _loss_and_grad(
     if log_p_nV is not None and log_p_nV.shape != student.logits_nV.shape:
         raise ArgumentError(f"signal: {_found_probs(signal, log_p_nV)}, expected {tuple(student.logits_nV.shape)}")
     if kernel:
-        return kernel(objective, student.logits_nV, labels_n, grad_nV, log_p_nV, shares, weights)
+        return kernel(objective, student.logits_nV, labels_n, grad_nV, log_p_nV, shares, weights), weights
     block = max(1, _block_bytes(labels_n.device.type) // (4 * tiles.vocab))
     if signal is not None and log_p_nV is None:
         block = max(block, 128)  # its divergence may need a matrix product, which is slow for few rows
-    pieces = []
+    pieces, by_row = [], []
     for start in range(0, n, block):
         part = slice(start, min(start + block, n))
         log_p = None if log_p_nV is None else log_p_nV[part].to(student.logits_nV.dtype)
@@ -220,15 +255,53 @@ def _loss_and_grad(
         tile = tiles.of("block", part.stop - part.start, min(block, n), student.logits_nV.dtype)
         grad = None if grad_nV is None else grad_nV[part]
         own = {name: w_n[part] for name, w_n in weights.items()}
+        if ruled:
+            own |= _by_rule(*ruled, objective, student.logits_nV[part], labels_n[part], signal, log_p, _within(rows, part), own)
+        by_row.append(own)
         pieces.append(objective.loss_and_grad(student.logits_nV[part], labels_n[part], tile, grad, log_p, of_signal, shares, own))
-    return {name: torch.cat([piece[name] for piece in pieces]) for name in pieces[0]}
+    return tuple({name: torch.cat([piece[name] for piece in each]) for name in each[0]} for each in (pieces, by_row))
 
 
-def _choose_backend(objective: Objective, student: "_Product | _Module", signal: Signal | None) -> tuple[Callable | None, str]:
+def _by_rule(
+    rule: TargetWeights,
+    position_N: Tensor,
+    objective: Objective,
+    logits_nV: Tensor,
+    labels_n: Tensor,
+    signal: Signal | None,
+    log_p_nV: Tensor | None,
+    rows: Rows,
+    weights: dict[str, Tensor],
+) -> dict[str, Tensor]:
+    """The weights of a rule times those that the rows have already, by term. log_p_nV: a whole distribution at the objective's temperature."""
+    names = _weighed(rule, ("ce",) if signal is None else ("ce", "kd"))
+    if not names:
+        return {}
+    log_q_nV = torch.log_softmax(logits_nV, -1)
+    if not rule.needs_teacher:
+        log_p_nV = None
+    elif signal is None:
+        raise ArgumentError(f"loss.target_weights.by: {rule.name} reads the teacher, which some targets do not have")
+    of_rule_n = None
+    if log_p_nV is not None:
+        log_p_nV = torch.log_softmax(log_p_nV * objective.temperature, -1)
+    elif rule.needs_teacher:
+        of_rule_n = rule.of_record(signal.exact_metrics(rows, labels_n, log_q_nV), log_q_nV.shape[-1], labels_n)
+        log_p_nV = signal.log_probs(rows, log_q_nV) if of_rule_n is None else None
+    if of_rule_n is None:
+        of_rule_n = rule(labels_n, log_p_nV, log_q_nV, position_N[rows])
+    of_rule_n = of_rule_n.to(logits_nV.dtype)
+    return {name: of_rule_n * weights[name] if name in weights else of_rule_n for name in names}
+
+
+def _choose_backend(
+    objective: Objective, student: "_Product | _Module", signal: Signal | None, rule: TargetWeights | None = None
+) -> tuple[Callable | None, str]:
     """The function that computes the terms and their gradient (None: PyTorch, by `Objective.loss_and_grad`), and a line for the log."""
     name = "cross-entropy" if signal is None else divergence_name(objective.divergence)
+    name += f" weighed by {rule.name}" if rule else ""
     plain = type(student) is _Product and student.logits_nV.dtype == torch.float32 and (signal is None or type(signal) is Dense)
-    if plain and kernels_run(student.logits_nV.device):
+    if plain and rule is None and kernels_run(student.logits_nV.device):
         from . import kernels
 
         if signal is None or kernels.kind(objective):

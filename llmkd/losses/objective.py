@@ -86,8 +86,10 @@ class Objective:
         T = self.temperature
         has_teacher = log_p_nV is not None or divergence is not None
         shares = shares or self.shares(has_teacher)
-        by_row = {name: shares[name] * w_n.to(logits_nV.dtype)[:, None] for name, w_n in (weights or {}).items()}
-        ce, kd = (by_row.get(name, shares.get(name)) for name in ("ce", "kd"))  # [n, 1], or a number for all rows
+        by_row = {name: w_n.to(logits_nV.dtype)[:, None] for name, w_n in (weights or {}).items()}
+        if "ce" in by_row:
+            by_row["ce"] = shares["ce"] * by_row["ce"]
+        ce, kd = by_row.get("ce", shares.get("ce")), shares.get("kd")  # [n, 1], or a number for all rows
         hard = _softmax(logits_nV, tile("q"))
         terms = {"ce": hard.cross_entropy(logits_nV, labels_n)}
         slope = None
@@ -114,7 +116,12 @@ class Objective:
             else:
                 grad_nV.copy_(total_nV)
             return terms
-        slope_sum = -T * kd * slope_sum[:, None]
+        slope_sum = slope_sum[:, None]
+        if "kd" in by_row:  # of the slope, so that weights of 1 leave every bit as it is
+            w_n1, none_n1 = by_row["kd"], by_row["kd"] == 0  # a slope may be infinite where it has no weight
+            slope = torch.mul(slope, w_n1, out=tile("weighted")).masked_fill_(none_n1, 0.0)
+            slope_sum = (slope_sum * w_n1).masked_fill_(none_n1, 0.0)
+        slope_sum = -T * kd * slope_sum
         if soft is hard:
             total_nV.mul_(slope_sum.add_(ce))
         elif shares["ce"]:
@@ -123,10 +130,7 @@ class Objective:
             total_nV = soft.probs_nV.mul_(slope_sum)
         if shares["ce"]:
             total_nV.scatter_add_(-1, label, -ce if isinstance(ce, Tensor) else total_nV.new_full(label.shape, -ce))
-        if isinstance(kd, Tensor):
-            torch.addcmul(total_nV, slope, kd, value=T, out=grad_nV)
-        else:
-            torch.add(total_nV, slope, alpha=T * kd, out=grad_nV)
+        torch.add(total_nV, slope, alpha=T * kd, out=grad_nV)
         return terms
 
     def _of(self, log_p_nV: Tensor) -> Callable[[Tensor], Tensor]:

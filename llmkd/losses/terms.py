@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from ..batch import Batch
 from ..head import Head
 from ..signals import NO_TAPS, AttentionInputs, Signal, Teacher
-from .fused import default_chunk, fused_loss, weighted
+from .fused import default_chunk, fused_parts, weighted
 from .objective import Objective
+from .target_weights import TargetWeights
 
 
 @dataclass(frozen=True)
@@ -27,10 +28,12 @@ class StudentOutputs:
 @dataclass(frozen=True)
 class Loss:
     """`total` is the loss summed over the batch's targets, to be back-propagated; `rows` each term per target times its weight there
-    (`Batch.weights`), [N], detached, and 0 where that weight is."""
+    (`Batch.weights`), [N], detached, and 0 where that weight is. `weights` [N] are those of the terms that are weighed here, by a rule: the
+    batch's own included."""
 
     total: Tensor
     rows: dict[str, Tensor]
+    weights: dict[str, Tensor] = field(default_factory=dict)
 
 
 class Term(nn.Module):
@@ -94,6 +97,7 @@ class HeadTerm(Term):
     chunk_size   rows of the head at a time; None: as the device does best
     normalize    targets: the loss is divided by the number of targets; weights: each of the two by the sum of its absolute weights
     at_step      the objective of each step, where it changes: `objective` is then what holds outside of steps
+    rule         weighs the targets, beside the batch's own weights
     """
 
     names = ("ce", "kd")
@@ -104,15 +108,26 @@ class HeadTerm(Term):
         chunk_size: int | None = None,
         normalize: str = "targets",
         at_step: Callable[[int], Objective] | None = None,
+        rule: TargetWeights | None = None,
     ):
         super().__init__()
-        self.objective, self.chunk_size, self.normalize = objective, chunk_size, normalize
+        self.objective, self.chunk_size, self.normalize, self.rule = objective, chunk_size, normalize, rule
         self.at_step, self.needs_teacher = at_step or (lambda step: objective), objective.kd_ratio > 0
 
     def forward(self, student: StudentOutputs, signal: Signal | None, batch: Batch) -> Loss:
         signal = signal if self.needs_teacher else None  # another student's, where several share a teacher
-        weights = (batch.weights, batch.zeros) if batch.weights else ()
-        return Loss(*fused_loss(student.hidden_NH, student.head, batch.labels_N, self.objective, signal, self.chunk_size, *weights))
+        weights, zeros, rule, position_N, known = batch.weights, batch.zeros or {}, self.rule, None, {}
+        if rule:
+            position_N = batch.position_N
+            if not rule.needs_logits:
+                of_rule_N, rule = rule(batch.labels_N, None, None, position_N), None
+                of_rule_N = of_rule_N.to(torch.promote_types(student.hidden_NH.dtype, torch.float32))
+                known = {name: of_rule_N * weights[name] if name in weights else of_rule_N for name in self.rule.terms}
+                weights = weights | known
+        found = fused_parts(
+            student.hidden_NH, student.head, batch.labels_N, self.objective, signal, self.chunk_size, weights, zeros, rule, position_N
+        )
+        return Loss(*found[:2], found[2] | {name: w_N for name, w_N in known.items() if name in found[1]})
 
     def start_step(self, step: int, scale: dict[str, float]) -> None:
         self.objective = self.at_step(step)

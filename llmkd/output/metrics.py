@@ -113,8 +113,8 @@ def terms(record: dict) -> dict[str, float]:
 
 
 def is_count(name: str) -> bool:
-    """Whether a metric is a number of targets: of all (targets), or of those that carry a term (NAME_targets)."""
-    return name == "targets" or name.endswith("_targets")
+    """Whether a metric counts targets: all (targets), those that carry a term (NAME_targets), or says their mean weight (NAME_weight)."""
+    return name == "targets" or name.endswith(("_targets", "_weight"))
 
 
 def peak_memory() -> int:

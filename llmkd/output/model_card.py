@@ -228,6 +228,8 @@ def introduction(
     quantization, kind = settings.quantization, "A LoRA adapter" if settings.method == "lora" else "A model"
     beside = f", hidden states {loss.features.weight:g}" if loss.features else ""
     beside += f", attention {loss.attention.what} {loss.attention.weight:g}" if loss.attention else ""
+    if rule := loss.target_weights:
+        beside += f", targets of {' and '.join(rule.terms)} weighed by {rule.by.replace('_', ' ')}{' (inverted)' * rule.invert}"
     how = f"{loss.divergence}, kd_ratio {in_words(loss.kd_ratio)}, temperature {in_words(loss.temperature)}{beside}"
     made = f"distilled ({how})" if teachers else "fine-tuned"
     lines = [f"{kind} {made} with llmkd.\n"]

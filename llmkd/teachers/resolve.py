@@ -13,6 +13,7 @@ from ..config.data import Data
 from ..config.fields import shaping
 from ..config.recipe import Loss
 from ..config.schedule import in_words
+from ..config.target_weights import unusable_cache
 from ..config.teacher import CACHE_KINDS, Mixture, Teacher
 from ..data.encoding import token_cache
 from ..data.examples import ALL_TEACHERS, Examples
@@ -20,6 +21,7 @@ from ..errors import UserError
 from ..model_folder.files import ModelFiles, find, loaded_dtype
 from ..model_folder.identity import WHOLE, config_hash, fingerprint, identity_of, same_weights, verify
 from .cache.shards import TeacherCache, read_header
+from .sparse import TAIL_EXPONENTS
 
 if TYPE_CHECKING:
     from .. import signals
@@ -184,10 +186,12 @@ def check_sampled_caches(named: Sequence[tuple[str, Teacher]], use: SignalUse) -
 
 
 def sample_problems(use: SignalUse, path: str, kept: dict) -> list[str]:
-    """Why a run cannot use a cache with this `kept` (the header's "kind"): sampled tokens estimate one divergence at one temperature."""
+    """Why a run cannot use a cache with this `kept` (the header's "kind"): it holds a part of the teacher's distribution, and sampled tokens
+    estimate one divergence at one temperature."""
+    rule = unusable_cache(use.loss.target_weights, kept["name"], kept.get("tail_exponents") in (None, list(TAIL_EXPONENTS)))
     if kept["name"] != "sampled":
-        return []
-    loss, drawn, by, problems = use.loss, kept["temperature"], use.best_by, []
+        return [f"{rule} ({path})"] if rule else []
+    loss, drawn, by, problems = use.loss, kept["temperature"], use.best_by, [f"{rule} ({path})"] if rule else []
     why = f"and {path} holds sampled tokens, which estimate the loss without bias"
     if loss.kd_ratio and loss.temperature != drawn:
         problems.append(f"loss.temperature: found {in_words(loss.temperature)}, {why} only at the temperature of their sampling, {drawn:g}")

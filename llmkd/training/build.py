@@ -19,6 +19,7 @@ from ..data.batching import TokenBudget
 from ..errors import Stopped, UserError, attribute_to_student, on_main_process, report_from_any_rank
 from ..losses.divergences import make_divergence
 from ..losses.objective import Objective
+from ..losses.target_weights import TargetWeights
 from ..losses.terms import HeadTerm, Term
 from ..models.compile import compile_layers, configure_torch_compile
 from ..models.language_model import LanguageModel
@@ -259,7 +260,8 @@ def build_terms(loss: Loss, chunk_size: int | None = None, total_steps: int = 1)
     whole, at_step = Objective(middle(loss.kd_ratio), middle(loss.temperature), divergence), None
     if scheduled(loss, 1, total_steps):
         at_step = lambda step: dataclasses.replace(whole, **scheduled(loss, step, total_steps))  # noqa: E731
-    return [HeadTerm(whole, loss.chunk_size or chunk_size, loss.normalize, at_step)]
+    rule = loss.target_weights and TargetWeights.of(loss.target_weights)
+    return [HeadTerm(whole, loss.chunk_size or chunk_size, loss.normalize, at_step, rule)]
 
 
 def schedule(optim: Optim, total: int) -> Callable[[int], float]:

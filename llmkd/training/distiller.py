@@ -27,6 +27,7 @@ class Distiller(nn.Module):
         return Loss(
             functools.reduce(operator.add, (part.total for part in parts)),
             {name: rows_N for part in parts for name, rows_N in part.rows.items()},
+            {name: w_N for part in parts for name, w_N in part.weights.items()},
         )
 
     @property

@@ -164,28 +164,31 @@ def accumulate_gradients(
     num_targets = counts.targets
     scale = 2.0 ** round(math.log2(num_targets))  # divided out later; a power of two is exact, and keeps small float16 gradients in range
     terms: dict[int, list[dict[str, Tensor]]] = {k: [] for k in active}
+    weights: dict[int, list[dict[str, Tensor]]] = {k: [] for k in active}
     for i, micro in enumerate(micro_batches):
         last = i == len(micro_batches) - 1  # ranks average gradients: times their number, this is a sum again
         micro_seed = derived_seed(seed, step.number, rank, i)
-        rows = forward_backward(micro, active, teacher, micro_seed, scale * ranks / num_targets, accelerator, last)
-        for k in active:
-            terms[k].append(rows[k])
-    return Accumulated(micro_batches, counts, scale, terms, {k: unwrap(student).combiner() for k, student in active.items()})
+        found = forward_backward(micro, active, teacher, micro_seed, scale * ranks / num_targets, accelerator, last)
+        for k, (rows, by_rule) in found.items():
+            terms[k].append(rows)
+            weights[k].append(by_rule)
+    return Accumulated(micro_batches, counts, scale, terms, {k: unwrap(student).combiner() for k, student in active.items()}, weights)
 
 
 def forward_backward(
     micro: Batch, active: dict[int, StudentState], teacher: Teacher | None, seed: int, factor: float, accelerator, sync: bool
-) -> dict[int, dict[str, Tensor]]:
-    """Add the gradients of one micro-batch, `factor` times. Returns each student's terms row by row. `sync`: ranks then exchange them."""
+) -> dict[int, tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """Add the gradients of one micro-batch, `factor` times. Returns each student's terms row by row, and the weights that a rule gave them.
+    `sync`: ranks then exchange them."""
     micro = micro.to(accelerator.device)
-    signal, rows = teacher(micro) if teacher else None, {}
+    signal, found = teacher(micro) if teacher else None, {}
     for k, student in active.items():
         torch.manual_seed(seed)
         with contextlib.nullcontext() if sync else accelerator.no_sync(student.distiller):
             loss = student.distiller(micro, signal)
             accelerator.backward(loss.total * factor)
-        rows[k] = loss.rows
-    return rows
+        found[k] = loss.rows, loss.weights
+    return found
 
 
 def unscale_and_norm_(student: StudentState, factor: float) -> Tensor:

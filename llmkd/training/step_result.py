@@ -39,6 +39,7 @@ class Accumulated:
     scale: float
     terms_by_micro_batch: dict[int, list[dict[str, Tensor]]]  # of each student, by micro-batch: each term row by row, times its weight
     combine: dict[int, Callable[[dict[str, float]], float]]  # of each student: the loss from its terms' sums over the number of targets
+    weights_by_micro_batch: dict[int, list[dict[str, Tensor]]] = field(default_factory=dict)  # of the terms that a rule weighs, row by row
 
 
 class StepResult:
@@ -53,14 +54,17 @@ class StepResult:
         by_micro_batch = accumulated.terms_by_micro_batch
         self.names = [(k, name) for k in norms for name in by_micro_batch[k][0]]
         sums = [sum(rows[name].double().sum() for rows in by_micro_batch[k]) for k, name in self.names]
-        values = torch.stack([*sums, torch.full_like(sums[0], float(stop))])
+        self.ruled = [(k, name) for k in norms for name in accumulated.weights_by_micro_batch.get(k, [{}])[0]]
+        by_rule = [[w[name].double() for w in accumulated.weights_by_micro_batch[k]] for k, name in self.ruled]
+        masses = [sum(value(w_N).sum() for w_N in each) for each in by_rule for value in (Tensor.abs, lambda w_N: (w_N != 0).double())]
+        values = torch.stack([*sums, torch.full_like(sums[0], float(stop)), *masses])
         if accelerator.num_processes > 1:
             values = accelerator.reduce(values, "sum")
         values = torch.cat([values, torch.stack(list(norms.values())).double()])
         self.nonfinite = {}
         for n, k in enumerate(norms):
             own = [i for i, (of, _) in enumerate(self.names) if of == k]
-            value = values[own[0] : own[-1] + 1].sum() + values[len(sums) + 1 + n]
+            value = values[own[0] : own[-1] + 1].sum() + values[len(sums) + 1 + len(masses) + n]
             self.nonfinite[k] = value - value + nonfinite[k] if k in nonfinite else value - value
         self.copied = None
         if values.is_cuda:
@@ -74,27 +78,32 @@ class StepResult:
         """For the active students each term's mean, the loss, and the gradient's norm; whether any rank was asked to stop.
 
         The mean of a term x whose targets have weights w is sum w x / sum |w|, and left out where no target carries it. Where not all do,
-        the number of those that do is NAME_targets.
+        the number of those that do is NAME_targets. NAME_weight is the mean size of the weights of a term that a rule weighs.
         """
         if self.copied:
             self.copied.synchronize()
         values = self.values.tolist()
         every = list(dict.fromkeys(k for k, _ in self.names))
-        norms = dict(zip(every, values[len(self.names) + 1 :], strict=True))
+        masses, norms = values[len(self.names) + 1 : -len(every)], dict(zip(every, values[-len(every) :], strict=True))
+        by_rule = dict(zip(self.ruled, zip(masses[::2], map(int, masses[1::2]), strict=True), strict=True))
         sums: dict[int, dict[str, float]] = {k: {} for k in every if k in active}
         for (k, name), value in zip(self.names, values, strict=False):
             if k in sums:
                 sums[k][name] = value
-        return {k: self._means(k, sums[k]) for k in sums}, {k: norms[k] for k in sums}, values[len(self.names)] > 0
+        means = {k: self._means(k, sums[k], {name: both for (of, name), both in by_rule.items() if of == k}) for k in sums}
+        return means, {k: norms[k] for k in sums}, values[len(self.names)] > 0
 
-    def _means(self, k: int, sums: dict[str, float]) -> dict[str, float]:
+    def _means(self, k: int, sums: dict[str, float], by_rule: dict[str, tuple[float, int]]) -> dict[str, float]:
         counts, terms = self.accumulated.counts, {}
+        weighted = counts.weighted | by_rule
         for name, value in sums.items():
-            mass, carriers = counts.weighted.get(name, (counts.targets, counts.targets))
+            mass, carriers = weighted.get(name, (counts.targets, counts.targets))
             if carriers or not math.isfinite(value):
                 terms[name] = value / (mass or 1)
             if carriers < counts.targets:
                 terms[f"{name}_targets"] = carriers
+            if name in by_rule:
+                terms[f"{name}_weight"] = mass / counts.targets
         return terms | {"loss": self.accumulated.combine[k]({name: value / counts.targets for name, value in sums.items()})}
 
 

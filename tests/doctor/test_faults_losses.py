@@ -87,7 +87,7 @@ def test_what_to_do_depends_on_whether_rounding_may_be_the_cause(setup, monkeypa
 def test_labels_of_the_next_target(setup, caught, changed):
     changed(
         terms,
-        "fused_loss",
+        "fused_parts",
         lambda whole, hidden, head, labels, *more: whole(hidden, head, labels.roll(1), *more),
     )
     caught(setup, TEXTBOOK)
@@ -101,8 +101,8 @@ def test_a_term_that_is_not_weighted(setup, caught, changed):
 def test_the_teacher_is_left_out(setup, caught, changed):
     changed(
         terms,
-        "fused_loss",
-        lambda whole, hidden, head, labels, objective, signal, chunk: whole(hidden, head, labels, objective, None, chunk),
+        "fused_parts",
+        lambda whole, hidden, head, labels, objective, signal, *more: whole(hidden, head, labels, objective, None, *more),
     )
     assert "the terms ce" in caught(setup, TEXTBOOK)
 
@@ -114,10 +114,10 @@ def test_targets_that_share_their_terms(setup, caught, changed):
 
 def test_a_total_that_counts_a_target_twice(setup, caught, changed):
     def twice(whole, *args):
-        total, rows = whole(*args)
-        return total + rows["ce"][0], rows
+        total, rows, by_rule = whole(*args)
+        return total + rows["ce"][0], rows, by_rule
 
-    changed(terms, "fused_loss", twice)
+    changed(terms, "fused_parts", twice)
     assert "the whole loss" in caught(setup, ONE)
 
 

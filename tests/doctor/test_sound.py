@@ -10,9 +10,10 @@ from safetensors.torch import load_file
 
 from llmkd.cli import main
 from llmkd.commands.doctor import with_stand_ins
-from llmkd.doctor import examine
+from llmkd.doctor import examine, plain
 from llmkd.doctor.examine import CHECKS, ask_all
 from tests.conftest import plain_recipe
+from tests.doctor.conftest import named
 
 #: Of the small world's random models neither knows the rows better, so that check is asked in test_faults_models.py.
 BETTER = "the teacher knows the rows better than the student"
@@ -47,6 +48,15 @@ def test_other_kinds_of_runs_pass(make_setup, world, tmp_path, monkeypatch, chan
     found = statuses(results := ask_all(setup, CHECKS, lambda check, result: None))
     assert set(found.values()) <= {"passed", "not asked"}, [one for one in results if one.status not in ("passed", "not asked")]
     assert list(found.values()).count("not asked") <= 8
+
+
+def test_targets_that_a_rule_weighs_are_weighed_as_in_the_textbook(make_setup, monkeypatch):
+    """And a run that weighs them otherwise than it says is found."""
+    setup = make_setup(loss__target_weights={"by": "divergence", "power": 0.5, "terms": ["ce", "kd"]}, loss__temperature=2.0)
+    checks = [named("the textbook"), named("two splits")]
+    assert {one.status for one in ask_all(setup, checks, lambda check, result: None)} == {"passed"}
+    monkeypatch.setattr(plain, "target_weights", lambda settings, logits_NV, signal, labels_N, position_N: torch.ones(len(labels_N)))
+    assert {one.status for one in ask_all(setup, checks, lambda check, result: None)} == {"failed"}
 
 
 def test_the_command_prints_a_page_and_writes_json_and_html(world, tmp_path, capsys, monkeypatch):

@@ -86,6 +86,7 @@ REFUSED = [
             "data.train.loss.kd": (1.0, 2.0),
             "data.validation.loss.ce": (1.0, 3.0),
             "data.validation.loss.kd": (1.0, 0.0),
+            "loss.target_weights": (None, {"by": "position"}),
             "loss.features": (None, {"weight": 1.0}),
             "loss.attention": (None, {"weight": 1.0}),
             "optim.name": ("adamw", "adamw_8bit"),
@@ -151,6 +152,16 @@ REFUSED = [
             "loss.features.init": ("least_squares", "xavier"),
             "loss.features.scale": ("teacher_variance", "none"),
             "loss.features.lr": (None, 0.1),
+        },
+    ),
+    (
+        {"loss.target_weights": {"by": "position"}},
+        {
+            "loss.target_weights.by": ("position", "divergence"),
+            "loss.target_weights.power": (1.0, 2.0),
+            "loss.target_weights.invert": (False, True),
+            "loss.target_weights.half_life": (None, 8.0),
+            "loss.target_weights.terms": (["kd"], ["ce", "kd"]),
         },
     ),
     (

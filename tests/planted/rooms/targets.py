@@ -5,13 +5,87 @@ from tests.planted.fault import Fault
 HEAD, RUNS, HAND = "losses/test_weights.py", "training/test_weights.py", "training/test_by_hand.py"
 VALUES, SCHEDULES = "config/test_schedule.py::test_values_by_step", "training/test_schedules.py"
 
+RULE, RULED = "losses/test_target_weights.py", "training/test_target_weights.py"
+
 FAULTS = [
+    Fault(
+        "rule-at-the-temperature",
+        "a rule reads the teacher at the loss's temperature",
+        "llmkd/losses/fused.py",
+        "torch.log_softmax(log_p_nV * objective.temperature, -1)",
+        "torch.log_softmax(log_p_nV, -1)",
+        f"{RULE}::test_weights_and_gradients_are_those_of_loops",
+    ),
+    Fault(
+        "rule-in-place-of-the-source",
+        "the weight of a rule replaces that of the source",
+        "llmkd/losses/fused.py",
+        "{name: of_rule_n * weights[name] if name in weights else of_rule_n for name in names}",
+        "{name: of_rule_n for name in names}",
+        f"{RULE}::test_weights_and_gradients_are_those_of_loops",
+    ),
+    Fault(
+        "rule-position-of-the-chunk",
+        "a rule counts positions from the start of the batch",
+        "llmkd/losses/fused.py",
+        "log_q_nV, position_N[rows])",
+        "log_q_nV, position_N[: len(labels_n)])",
+        f"{RULE}::test_a_rule_of_ones_own_sees_chunks_and_no_gradient",
+    ),
+    Fault(
+        "rule-infinite-slope",
+        "a divergence that is infinite where a rule gives no weight is NaN",
+        "llmkd/losses/objective.py",
+        ".masked_fill_(none_n1, 0.0)\n            slope_sum",
+        "\n            slope_sum",
+        f"{RULE}::test_no_weight_where_the_divergence_is_infinite",
+    ),
+    Fault(
+        "rule-from-the-tail",
+        "the entropy of a record is computed from what it keeps",
+        "llmkd/losses/target_weights.py",
+        "if self.rule is teacher_entropy else None",
+        "if self.rule is None else None",
+        f"{RULE}::test_what_a_record_holds_is_used_as_it_is",
+    ),
+    Fault(
+        "rule-with-the-kernel",
+        "the kernel, which knows no rules, is used beside one",
+        "llmkd/losses/fused.py",
+        "if plain and rule is None and kernels_run",
+        "if plain and kernels_run",
+        f"{RULE}::test_the_kernel_is_used_only_where_weights_are_known_before",
+    ),
+    Fault(
+        "rule-mean-over-all",
+        "a term that a rule weighs is divided by the weights of the sources",
+        "llmkd/training/step_result.py",
+        "weighted = counts.weighted | by_rule",
+        "weighted = by_rule | counts.weighted",
+        f"{RULED}::test_means_of_a_step_by_hand",
+    ),
+    Fault(
+        "rule-signed-mass",
+        "negative weights of a rule's term cancel in its mean",
+        "llmkd/training/step_result.py",
+        "(Tensor.abs, lambda",
+        "(lambda w_N: w_N, lambda",
+        f"{RULED}::test_means_of_a_step_by_hand",
+    ),
+    Fault(
+        "rule-any-cache",
+        "an imported cache or one in part is taken for a whole distribution",
+        "llmkd/config/target_weights.py",
+        "if held is None or (entropy and settings.by in held):",
+        "if True:",
+        f"{RULED}::test_what_is_refused {RULED}::test_caches_that_hold_what_a_rule_reads",
+    ),
     Fault(
         "weight-of-the-slopes-sum",
         "the part of the softmax in the divergence's gradient is not weighted",
         "llmkd/losses/objective.py",
-        "slope_sum = -T * kd * slope_sum[:, None]",
-        'slope_sum = -T * shares["kd"] * slope_sum[:, None]',
+        "slope_sum = (slope_sum * w_n1).masked",
+        "slope_sum = (slope_sum * 1.0).masked",
         f"{HEAD}::test_every_row_counts_as_often_as_its_weight_says",
     ),
     Fault(
@@ -90,7 +164,7 @@ FAULTS = [
         "means-over-all",
         "the terms that are shown are means over all targets",
         "llmkd/training/step_result.py",
-        "counts.weighted.get(name, (counts.targets, counts.targets))",
+        " weighted.get(name, (counts.targets, counts.targets))",
         "counts.targets, counts.targets",
         HAND,
     ),

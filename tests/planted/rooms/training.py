@@ -404,7 +404,7 @@ FAULTS = [
         (
             "norm-not-looked-at",
             "an infinite gradient beside a finite loss moves the weights",
-            ".sum() + values[len(sums) + 1 + n]",
+            ".sum() + values[len(sums) + 1 + len(masses) + n]",
             ".sum()",
             f"{RESULT}::test_an_infinite_gradient_stops_the_run",
         ),

@@ -1,0 +1,102 @@
+"""Settings of the rule that weighs targets by what the models find there. A part of `recipe.py`."""
+
+from collections.abc import Iterator
+from typing import Annotated, Literal
+
+from pydantic import Field
+
+from .data import Data
+from .fields import as_tuple, config_dataclass, fixed, with_setting_names
+from .teacher import Teacher
+
+#: Each rule, and whether it reads the teacher's distribution. `losses/target_weights.py` holds the functions; rules of one's own are added there.
+RULES: dict[str, bool] = {"teacher_entropy": True, "student_entropy": False, "divergence": True, "confidence": False, "position": False}
+#: Of the rules that read the teacher, those whose score each kind of cache has; an imported cache of kind topk has none.
+IN_CACHES: dict[str, tuple[str, ...] | None] = {"hidden": None, "topk": ("teacher_entropy",), "sampled": ("teacher_entropy",)}
+
+
+@config_dataclass
+class TargetWeights:
+    """A weight w in [0, 1] of every target, from a score s in [0, 1]: w = s^power, or (1 - s)^power with `invert`."""
+
+    by: str = fixed(
+        description="The score of a target, 0 to 1, always at temperature 1. teacher_entropy, student_entropy: the entropy of that model's "
+        "distribution, divided by the logarithm of the vocabulary's size; divergence: the Hellinger distance of the two distributions; confidence: 1 "
+        "minus the student's probability of the target; position: 1 at the first target of an example, half of it every half_life targets. Or a rule "
+        "that was registered from Python."
+    )
+    power: float = fixed(1.0, gt=0, le=100, description="The weight is the score to this power.")
+    invert: bool = fixed(False, description="1 - score in place of the score: those targets count most whose score is low.")
+    half_life: float | None = fixed(None, gt=0, description="position: after how many targets of an example the score is half (64).")
+    terms: Annotated[tuple[Literal["ce", "kd"], ...], Field(min_length=1)] = fixed(
+        ("kd",), description="The terms whose targets are weighed: kd, ce, or both."
+    )
+
+
+def unusable_cache(settings: TargetWeights | None, kind: str, entropy: bool = True) -> str:
+    """Why the rule cannot be used with a cache of that kind; "" where it can, or where there is no rule. `entropy`: whether the cache has it."""
+    if not settings or not RULES.get(settings.by):
+        return ""
+    held = IN_CACHES[kind]
+    if held is None or (entropy and settings.by in held):
+        return ""
+    which = f"kind {kind}" if entropy else f"kind {kind} that was imported"
+    return (
+        f"loss.target_weights.by: found {settings.by}, which needs the teacher's whole distribution, and a cache of {which} holds a part of it; "
+        "use a cache of kind hidden, a teacher without a cache, or a rule that reads the student alone"
+    )
+
+
+def target_weight_contradictions(
+    settings: TargetWeights, kd_ratio, normalize: str, teacher: Teacher | tuple[Teacher, ...] | None, data: Data
+) -> Iterator[tuple[tuple[str, ...], str]]:
+    """In the form of `recipe.contradictions`. `kd_ratio`: as it will be, or a schedule."""
+    here = "loss.target_weights"
+    if settings.by not in RULES:
+        yield (f"{here}.by",), f"found {settings.by!r}, expected one of: {', '.join(RULES)}"
+        return
+    if settings.half_life is not None and settings.by != "position":
+        yield (f"{here}.half_life", f"{here}.by"), f"belongs to by: position, but by is {settings.by}; leave it out"
+    if len(set(settings.terms)) < len(settings.terms):
+        yield (f"{here}.terms",), f"found {list(settings.terms)}, expected each term once"
+    for term, without in (("kd", 0), ("ce", 1)):
+        if term in settings.terms and kd_ratio == without:
+            fix = f"leave {term} out of terms" if len(settings.terms) > 1 else f"name {'ce' if term == 'kd' else 'kd'} in terms"
+            yield (
+                (f"{here}.terms", "loss.kd_ratio"),
+                f"found {term}, and with loss.kd_ratio {without} the loss has no such term; {fix}, or set another kd_ratio",
+            )
+    if normalize == "weights":
+        yield (
+            ("loss.normalize", here),
+            "found weights, but what a rule of loss.target_weights weighs is known only when the loss of a target is computed, too late to divide "
+            "by the step's sum; use targets",
+        )
+    if RULES[settings.by]:
+        yield from _teacher_contradictions(settings, kd_ratio, teacher, data)
+
+
+def _teacher_contradictions(settings: TargetWeights, kd_ratio, teacher, data: Data) -> Iterator[tuple[tuple[str, ...], str]]:
+    by = "loss.target_weights.by"
+    if not as_tuple(teacher) or kd_ratio == 0:
+        found = "loss.kd_ratio 0" if as_tuple(teacher) else "no teacher"
+        yield (
+            (by, "loss.kd_ratio", "teacher"),
+            f"found {settings.by}, which reads the teacher, with {found}; use a rule that reads the student",
+        )
+        return
+    for path, one in with_setting_names(teacher, "teacher"):
+        if one.cache and one.cache.kind != "hidden" and len(as_tuple(teacher)) > 1:
+            yield (
+                (by, f"{path}.cache.kind"),
+                f"found {settings.by}, which needs the distribution of several teachers together, with {path}.cache; set {path}.cache.kind: hidden, "
+                "or use a rule that reads the student",
+            )
+        elif one.cache and one.cache.kind and (problem := unusable_cache(settings, one.cache.kind)):
+            yield (by, f"{path}.cache.kind"), problem.removeprefix(f"{by}: ")
+    for path, source in with_setting_names(data.train, "data.train"):
+        if "ce" in settings.terms and not source.loss.kd:
+            yield (
+                (by, f"{path}.loss.kd", "loss.target_weights.terms"),
+                f"found {settings.by} for ce, but {path}.loss.kd is 0, so that no teacher is asked there; leave ce out of terms",
+            )

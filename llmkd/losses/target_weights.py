@@ -1,0 +1,113 @@
+"""Rules that weigh the targets of a term by what the two models find there: one function each, and the weight that is made of its score.
+
+A rule is a function `(labels_n, log_p_nV, log_q_nV, position_n) -> [n]` of the targets of one chunk: their tokens, the log-probabilities of
+teacher and student at temperature 1 over the V tokens, and the number of each target within its example, from 0. `log_p_nV` is None for a rule that
+does not read the teacher, and `log_q_nV` for one that needs neither model. It gives a score from 0 to 1, which depends on that target alone: so
+nothing depends on chunks, micro-batches or processes. No gradient passes through it.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..config.target_weights import RULES
+from ..config.target_weights import TargetWeights as Settings
+from ..errors import ArgumentError
+
+Rule = Callable[[Tensor, Tensor | None, Tensor | None, Tensor], Tensor]
+
+
+def teacher_entropy(labels_n: Tensor, log_p_nV: Tensor | None, log_q_nV: Tensor | None, position_n: Tensor) -> Tensor:
+    """H(p) / log V. Where the teacher is uncertain, a distillation loss behaves otherwise than where it is sure: Jin et al. 2026, Entropy-Aware
+    On-Policy Distillation (arXiv 2603.07079), who choose the divergence by it; here it weighs the term."""
+    return _entropy(log_p_nV)
+
+
+def student_entropy(labels_n: Tensor, log_p_nV: Tensor | None, log_q_nV: Tensor | None, position_n: Tensor) -> Tensor:
+    """H(q) / log V. Xu et al. 2026, TIP (arXiv 2604.14084), who keep the targets where it is high."""
+    return _entropy(log_q_nV)
+
+
+def divergence(labels_n: Tensor, log_p_nV: Tensor | None, log_q_nV: Tensor | None, position_n: Tensor) -> Tensor:
+    """The Hellinger distance sqrt(1/2 sum (sqrt p - sqrt q)^2): the difficulty of a target in AdaKD (Xie et al. 2025, arXiv 2510.11615)."""
+    return ((log_p_nV / 2).exp() - (log_q_nV / 2).exp()).square().sum(-1).div(2).sqrt()
+
+
+def confidence(labels_n: Tensor, log_p_nV: Tensor | None, log_q_nV: Tensor | None, position_n: Tensor) -> Tensor:
+    """1 - q(label): with `power` the factor of the focal loss (Lin et al. 2017, arXiv 1708.02002, section 3.2)."""
+    return -torch.expm1(log_q_nV.gather(-1, labels_n[:, None])[:, 0])
+
+
+def position(labels_n: Tensor, log_p_nV: Tensor | None, log_q_nV: Tensor | None, position_n: Tensor, half_life: float = 64.0) -> Tensor:
+    """2^(-i / half_life) at target i of an example. Early targets teach more than late ones: "On the Position Bias of On-Policy Distillation" (2026,
+    arXiv 2606.22600), whose own weights fall with the models' accumulated discrepancy."""
+    return torch.exp2(-position_n.double() / half_life)  # in float32 it would depend on where a row lies in memory
+
+
+def _entropy(log_p_nV: Tensor) -> Tensor:
+    return torch.special.entr(log_p_nV.exp()).sum(-1) / math.log(max(2, log_p_nV.shape[-1]))
+
+
+_FUNCTIONS: dict[str, Rule] = {one.__name__: one for one in (teacher_entropy, student_entropy, divergence, confidence, position)}
+_BEFORE_THE_HEAD = {"position"}
+
+
+def register_target_weights(name: str, rule: Rule, needs_teacher: bool = False) -> None:
+    """Let `loss.target_weights.by` name a rule of one's own, in this process. ArgumentError for a name that is taken.
+
+    needs_teacher   whether it reads `log_p_nV`, which is None otherwise
+    """
+    if name in RULES:
+        raise ArgumentError(f"name: found {name!r}, which is a rule already; choose another name")
+    if not name or not callable(rule):
+        raise ArgumentError(f"rule: found {rule!r} for {name!r}, expected a name and a function of four tensors")
+    _FUNCTIONS[name], RULES[name] = rule, needs_teacher
+
+
+@dataclass(frozen=True)
+class TargetWeights:
+    """A rule with its options: the weight w = s^power of the score s, clamped to [0, 1], or (1 - s)^power.
+
+    terms           the terms that it weighs
+    needs_teacher   whether it reads the teacher's distribution
+    needs_logits    whether it reads either; otherwise the weights are known before the head
+    """
+
+    name: str
+    rule: Rule
+    terms: tuple[str, ...] = ("kd",)
+    power: float = 1.0
+    invert: bool = False
+    needs_teacher: bool = False
+    needs_logits: bool = True
+
+    @staticmethod
+    def of(settings: Settings) -> "TargetWeights":
+        rule = _FUNCTIONS[settings.by]
+        if settings.half_life is not None:
+            rule = functools.partial(rule, half_life=settings.half_life)
+        needs_logits = settings.by not in _BEFORE_THE_HEAD
+        return TargetWeights(settings.by, rule, settings.terms, settings.power, settings.invert, RULES[settings.by], needs_logits)
+
+    @torch.no_grad()
+    def __call__(self, labels_n: Tensor, log_p_nV: Tensor | None, log_q_nV: Tensor | None, position_n: Tensor) -> Tensor:
+        """The weights, [n], float32 or as wide as the log-probabilities; NaN where the score is."""
+        return self._weight(self.rule(labels_n, log_p_nV, log_q_nV, position_n), labels_n)
+
+    def of_record(self, recorded: dict[str, Tensor], vocab: int, labels_n: Tensor) -> Tensor | None:
+        """The weights from what a teacher's record holds (`Signal.exact_metrics`), where that is all that the rule reads; else None."""
+        found_n = recorded.get("teacher_entropy") if self.rule is teacher_entropy else None
+        return None if found_n is None else self._weight(found_n / math.log(max(2, vocab)), labels_n)
+
+    def _weight(self, score_n: Tensor, labels_n: Tensor) -> Tensor:
+        if not isinstance(score_n, Tensor) or score_n.shape != labels_n.shape:
+            shape = tuple(score_n.shape) if isinstance(score_n, Tensor) else type(score_n).__name__
+            raise ArgumentError(
+                f"loss.target_weights.by: {self.name} returned {shape}, expected one score for each of {len(labels_n)} targets"
+            )
+        score_n = score_n.to(torch.promote_types(score_n.dtype, torch.float32)).clamp(0, 1)
+        return (1 - score_n if self.invert else score_n) ** self.power
