@@ -428,13 +428,18 @@ def _student_contradictions(student: Student) -> Iterator[tuple[tuple[str, ...],
 
 
 def _weight_contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Weights of sources that leave nothing to train on or to measure."""
+    """Weights of sources that leave nothing to train on or to measure, or are nothing in float32."""
     data, ratio = recipe.data, recipe.loss.kd_ratio
     ratio = (0.5 if recipe.teacher else 0.0) if ratio is None else ratio
     train, held_out = (
         with_setting_names(value, setting) for setting, value in (("data.train", data.train), ("data.validation", data.validation))
     )
     other_terms = bool(recipe.loss.features or recipe.loss.attention)  # they teach whatever these weights are
+    train, held_out = list(train), list(held_out)
+    for path, source in [*train, *held_out]:
+        for name, weight in vars(source.loss).items():
+            if 0 < abs(weight) < 1e-6:  # far below it is 0 in float32
+                yield (f"{path}.loss.{name}",), f"found {weight:g}, expected 0, or a number of 1e-06 or more, or of -1e-06 or less"
     for path, source in [*([] if other_terms else train), *held_out]:
         if not source.loss.ce and not source.loss.kd:
             yield (f"{path}.loss",), "found ce: 0 and kd: 0, so these rows count for nothing; leave the source out"

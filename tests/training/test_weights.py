@@ -139,6 +139,10 @@ def test_training_rows_that_are_held_out_need_labels(make_recipe, world, tmp_pat
 @pytest.mark.parametrize(
     "changes, words",
     [
+        (
+            {"data__train": {"path": "x.jsonl", "loss": {"kd": -1e-300}}, "loss__features": {}},
+            "data.train.loss.kd: found -1e-300, expected 0, or a number of 1e-06 or more",
+        ),
         ({"data__train": {"path": "x.jsonl", "loss": {"ce": 0, "kd": 0}}}, "data.train.loss: found ce: 0 and kd: 0"),
         ({"data__train": {"path": "x.jsonl", "loss": {"ce": 0}}, "loss__kd_ratio": 0}, "data.train.loss.ce: found 0 with loss.kd_ratio 0"),
         ({"data__train": {"path": "x.jsonl", "loss": {"ce": 0}}, "teacher": None}, "data.train.loss.ce: found 0 with loss.kd_ratio 0"),
