@@ -179,7 +179,7 @@ def _explain(kind, path: tuple, item: dict) -> str:
         if near:
             return f"unknown setting; did you mean {'.'.join([*parent_path, near[0]])}?"
         leaves = dict(_ELSEWHERE)
-        for dotted, *_ in describe(kind):
+        for dotted, *_ in sorted(describe(kind), key=lambda setting: setting[0].count(".")):  # optim.lr before loss.features.lr
             for part in (dotted, dotted.rpartition(".")[0]):
                 leaves.setdefault(part.rsplit(".", 1)[-1], part)
         near = difflib.get_close_matches(str(path[-1]), [leaf for leaf in leaves if leaf], 1, 0.75)

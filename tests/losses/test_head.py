@@ -1,5 +1,7 @@
 """Parts of the fused loss one by one: heads with a bias, a factor or a module round them; terms of rows; signals of one's own."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -50,11 +52,13 @@ def test_a_term_of_rows_has_its_weight_in_the_loss_and_in_what_is_shown():
             return student**2
 
     x_N, term = torch.tensor([1.0, 2.0, 3.0], requires_grad=True), Squares("squares", 0.25)
-    loss: Loss = term(x_N, None, None)
+    loss: Loss = term(x_N, None, SimpleNamespace(weights={}))
     assert loss.total.item() == 0.25 * 14 and term.combine({"squares": 8.0}) == 2.0
     assert loss.rows["squares"].tolist() == [1, 4, 9] and not loss.rows["squares"].requires_grad
     loss.total.backward()
     assert x_N.grad.tolist() == [0.5, 1.0, 1.5]
+    loss = term(x_N, None, SimpleNamespace(weights={"squares": torch.tensor([0.0, -1.0, 2.0])}))
+    assert loss.total.item() == 0.25 * 14 and loss.rows["squares"].tolist() == [0, -4, 18]
 
 
 def test_a_signal_with_a_divergence_of_its_own_is_not_taken_for_a_plain_distribution():
