@@ -115,7 +115,7 @@ def parts_named(setup: Setup):
     """While this is open, the calls of a step say which part they are."""
     calls = [
         (Batch, "to", COPY),
-        (setup.student, "hidden", STUDENT),
+        (setup.student, "outputs", STUDENT),
         (terms, "fused_parts", HEADS),
         (setup.accelerator, "backward", BACKWARD),
         (loop, "unscale_and_norm_", OPTIMIZER),

@@ -31,6 +31,8 @@ CACHE_KINDS: dict[str, dict[str, object]] = {
     "topk": {"k": 64, "value_bits": 8},
     "sampled": {"num_samples": 50, "temperature": 1.0, "seed": 0},
 }
+#: Exponents s for which the tail mass, the logarithm of the sum of p^s over the tail, is stored in a top-k cache: temperatures 4, 2, 1 and 1/2.
+TAIL_EXPONENTS = (0.25, 0.5, 1.0, 2.0)
 
 
 @config_dataclass

@@ -14,14 +14,13 @@ from ..config.fields import shaping
 from ..config.recipe import Loss
 from ..config.schedule import in_words
 from ..config.target_weights import unusable_cache
-from ..config.teacher import CACHE_KINDS, Mixture, Teacher
+from ..config.teacher import CACHE_KINDS, TAIL_EXPONENTS, Mixture, Teacher
 from ..data.encoding import token_cache
 from ..data.examples import ALL_TEACHERS, Examples
 from ..errors import UserError
 from ..model_folder.files import ModelFiles, find, loaded_dtype
 from ..model_folder.identity import WHOLE, config_hash, fingerprint, identity_of, same_weights, verify
 from .cache.shards import TeacherCache, read_header
-from .sparse import TAIL_EXPONENTS
 
 if TYPE_CHECKING:
     from .. import signals

@@ -7,11 +7,10 @@ import torch
 from torch import Tensor
 
 from ..batch import Rows
+from ..config.teacher import TAIL_EXPONENTS
 from ..losses.divergences import forward_kl
 from ..signals import Divergence
 
-#: Exponents s for which the tail mass, the logarithm of the sum of p^s over the tail, is stored: temperatures 4, 2, 1 and 1/2.
-TAIL_EXPONENTS = (0.25, 0.5, 1.0, 2.0)
 #: A token with a log-probability below this belongs to the tail, whatever its rank. A model that masks tokens would otherwise widen
 #: the range over which all others are quantised.
 NEGLIGIBLE = -100.0

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ..batch import Batch
-from ..config.features import Features, feature_problems
+from ..config.features import Features
 from ..config.terms import layer_pairs
 from ..console import info, warn
 from ..data.batching import make_micro_batches
@@ -18,33 +18,16 @@ from ..data.examples import Examples
 from ..errors import UserError
 from ..head import widen
 from ..losses.features import FeatureTerm, least_squares, share_unexplained, spread
-from ..model_folder import files
 from ..models.families import layers_of
 from ..models.language_model import LanguageModel
 from ..models.startup_checks import layer_widths
 from ..signals import Teacher
+from .layer_pairs import LEAST_PER_DIMENSION, is_computed, refuse_features
 
 #: Targets on which maps are computed: at least so many, and so many for each dimension of the student's states; and half as many to measure the rest.
 _TARGETS, _PER_DIMENSION = 1024, 8
-#: With fewer for each dimension a linear map fits any teacher.
-_LEAST_PER_DIMENSION = 2
 #: Below this share unexplained there is next to nothing to teach.
 _LITTLE = 0.1
-
-
-def check_features(features: Features | None, setting: str, configs: dict[str, dict], train: Examples) -> None:
-    """UserError, before a model is loaded, where models of such configurations, or the training data, do not have what `loss.features` needs.
-
-    setting   the teacher's name in the recipe: teacher, or teacher.0, ...
-    configs   by setting: student.model, teacher.model, ...
-    """
-    if not features:
-        return
-    settings = "student.model", f"{setting}.model"
-    shapes = [(files.layers_of(config), files.width_of(config)) for config in (configs.get(setting, {}) for setting in settings)]
-    refuse(features, *shapes)
-    if width := shapes[0][1]:
-        refuse_too_few_targets(features, width, int(train.num_targets.sum()))
 
 
 def feature_terms(
@@ -62,52 +45,31 @@ def feature_terms(
     for model, name in zip(models, names, strict=True):
         layer_widths(model, (), name)  # a family without a list of layers
     depths = [len(layers_of(model.base_model)) for model in models]
-    refuse(features, *((depth, None) for depth in depths))
+    refuse_features(features, *((depth, None) for depth in depths))
     pairs = layer_pairs(features.layers, *depths)
     sides = [sorted({pair[side] for pair in pairs}) for side in range(2)]
     of_student, of_teacher = (layer_widths(model, numbers, name) for model, numbers, name in zip(models, sides, names, strict=True))
     widths = [(of_student[s], of_teacher[t]) for s, t in pairs]
     for width, other in widths:
-        refuse(features, (depths[0], width), (depths[1], other))
+        refuse_features(features, (depths[0], width), (depths[1], other))
     dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
     init = "identity" if features.init == "identity" else "xavier"
     rest = features.weight, features.distance, features.projection, init, features.lr, dtype, seed
     return [FeatureTerm(pairs, widths, *rest)]
 
 
-def refuse(features: Features, student: tuple[int | None, int | None], teacher: tuple[int | None, int | None]) -> None:
-    """UserError for what models of so many layers and of such widths do not have; see `feature_problems`."""
-    if problems := [f"{setting}: {problem}" for setting, problem in feature_problems(features, student, teacher)]:
-        raise UserError(*problems)
-
-
-def refuse_too_few_targets(features: Features, width: int, targets: int) -> None:
-    """UserError where the training data has too few targets to compute a map of states of that width."""
-    needed = -(-_LEAST_PER_DIMENSION * (width + 1) * 3 // 2)
-    if _is_computed(features) and targets < needed:
-        raise UserError(
-            f"loss.features.init: found least_squares, and a map of states that are {width} wide needs {needed:,} targets, of which the "
-            f"training data (of a stream, its first step) has {targets:,}; use xavier"
-        )
-
-
 def refuse_small_samples(features: Features, width: int, samples: tuple[Sequence[Batch], Sequence[Batch]]) -> None:
     """UserError where those examples of a teacher that `sample_batches` took have too few targets: there are few of them, or long ones."""
-    needed, (taken, kept) = _LEAST_PER_DIMENSION * (width + 1), (sum(batch.num_targets for batch in batches) for batches in samples)
+    needed, (taken, kept) = LEAST_PER_DIMENSION * (width + 1), (sum(batch.num_targets for batch in batches) for batches in samples)
     if not kept:
         raise UserError(
             "loss.features: the teacher has one training example, and what its hidden states are like is measured on two or more"
         )
-    if _is_computed(features) and taken < needed:
+    if is_computed(features) and taken < needed:
         raise UserError(
             f"loss.features.init: found least_squares, and a map of states that are {width} wide needs {needed:,} targets, of which the training "
             f"examples that it would be computed on have {taken:,} (the others measure what it leaves); use xavier, or give more examples"
         )
-
-
-def _is_computed(features: Features) -> bool:
-    """Whether the maps start from what is computed."""
-    return features.projection == "linear" and features.init == "least_squares"
 
 
 def start_features(
@@ -130,7 +92,7 @@ def start_features(
         if features.scale == "teacher_variance":
             term.scales[n] = size
         mapped_ME = None if term.maps else x_MD
-        if term.maps and len(x_ND) >= _LEAST_PER_DIMENSION * (x_ND.shape[1] + 1):
+        if term.maps and len(x_ND) >= LEAST_PER_DIMENSION * (x_ND.shape[1] + 1):
             weight_ED, bias_E = least_squares(x_ND, y_NE)
             mapped_ME = x_MD.double() @ weight_ED.T + bias_E
             if features.init == "least_squares":

@@ -46,8 +46,7 @@ from ..model_folder.identity import identity_of, verify
 from ..model_folder.weights import modules_are_named
 from ..output.run_files import LAYERS
 from ..teachers.resolve import SignalUse, TeacherSource, check_cache, check_coverage, provenance, resolve_teachers
-from .features import check_features
-from .layer_pairs import refuse_attention
+from .layer_pairs import check_features, refuse_attention
 
 MODELS = ("the student", "the teacher")  # how the names of models begin in `Prepared.identity`
 MEASURED = 64  # training examples on which the influence of the student's layers is measured

@@ -33,7 +33,7 @@ def test_the_best_step_is_in_the_middle_and_outlives_a_kill(make_recipe, world, 
             killed_at.clear()
             raise Killed
         values = held_out.metrics() | ({by: VALUES[by][step - 1]} if step else {})
-        return real(self, step, SimpleNamespace(metrics=lambda: values, targets=held_out.targets, sums=held_out.sums))
+        return real(self, step, SimpleNamespace(**vars(held_out), metrics=lambda: values))
 
     monkeypatch.setattr(StudentRun, "record_validation", scripted)
     held = {"data__validation__path": str(world / "held.jsonl"), "validation__every": 1, "validation__teacher_check": 0}

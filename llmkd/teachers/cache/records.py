@@ -20,11 +20,11 @@ import torch
 from torch import Tensor
 
 from ...batch import Example
-from ...config.teacher import CACHE_KINDS, Cache
+from ...config.teacher import CACHE_KINDS, TAIL_EXPONENTS, Cache
 from ...errors import UserError
 from ...losses.fused import default_chunk
 from ...signals import TEACHER_METRICS, Dense, Signal
-from ..sparse import TAIL_EXPONENTS, Sampled, TopK, entropy
+from ..sparse import Sampled, TopK, entropy
 from .codec import decode_ids, decode_values, encode_ids, encode_values, id_bytes, packed_bytes
 from .stored_head import StoredHead
 
