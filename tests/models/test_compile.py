@@ -98,7 +98,6 @@ def test_a_compiled_run_is_the_run_and_is_resumed_bit_for_bit(trained, make_reci
     with pytest.raises(Stopped):
         run(make_recipe("cut", train__compile=True, **changes), stop=stop)
     monkeypatch.setattr(loop, "optimizer_step", move)
-    torch._dynamo.reset()
     assert distance(trained("cut", resume=True, train__compile=True, **changes), whole) == 0
 
 

@@ -118,8 +118,7 @@ def test_the_end_of_a_parent_is_told_once():
 @pytest.mark.parametrize(
     "launch, number",
     [
-        (LAUNCH, signal.SIGHUP),  # it ends accelerate launch, which tells nobody, as SIGTERM and SIGKILL do
-        ([*LAUNCH, "--multi_gpu", "--num_processes=2", "--main_process_port=0"], signal.SIGUSR1),  # it ends torchrun in the same way
+        (LAUNCH, signal.SIGHUP),  # it ends accelerate launch, which tells nobody, as SIGTERM and SIGKILL do, and torchrun at SIGUSR1
         ([*LAUNCH, "--multi_gpu", "--num_processes=2", "--main_process_port=0"], signal.SIGTERM),  # torchrun passes it on
     ],
     ids=lambda value: getattr(value, "name", f"{len(value) - 3} options" if isinstance(value, list) else None),
