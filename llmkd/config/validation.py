@@ -9,8 +9,9 @@ from collections.abc import Callable
 from pydantic import TypeAdapter, ValidationError
 
 from ..errors import UserError
+from .contradictions import contradictions
 from .dotted import keys_of
-from .recipe import Recipe, contradictions
+from .recipe import Recipe
 from .schema import describe, join_or, section_of
 from .sweep import Sweep, sweep_contradictions
 

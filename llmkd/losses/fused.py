@@ -12,8 +12,7 @@ rows, with buffers of their own that stay in a CPU's cache.
 import functools
 import importlib.util
 import os
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -27,6 +26,7 @@ from ..signals import Dense, FullDistribution, Signal
 from .closed_form import closed_form
 from .divergences import divergence_name
 from .objective import Objective
+from .rows import Part, joined, parted, weighted, within
 from .target_weights import TargetWeights
 
 _TILE_BYTES = {"cuda": 512 << 20, "cpu": 32 << 20}  # large matrix products are faster
@@ -90,9 +90,9 @@ def fused_parts(
     train = torch.is_grad_enabled() and (hidden_NH.requires_grad or bool(trained))
     shares = objective.shares(signal is not None)
     weights = {name: w_N for name, w_N in (weights or {}).items() if name in shares}
-    parts = [_Part(slice(0, len(hidden_NH)), signal)]
+    parts = [Part(slice(0, len(hidden_NH)), signal)]
     if weights:
-        parts = list(_parts(len(hidden_NH), shares, signal, weights, zeros_of(weights) if zeros is None else zeros))
+        parts = list(parted(len(hidden_NH), shares, signal, weights, zeros_of(weights) if zeros is None else zeros))
     ruled = None if rule is None else (rule, position_N)
     total, *found = _Fused.apply(hidden_NH, head, labels_N, objective, shares, parts, chunk, train, ruled, *trained)
     terms, of_rule = found[: len(shares)], found[len(shares) :]
@@ -102,52 +102,6 @@ def fused_parts(
 def _weighed(rule: TargetWeights | None, terms: Iterable[str]) -> list[str]:
     """Those of the terms that a rule weighs."""
     return [name for name in terms if rule is not None and name in rule.terms]
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Rows that are computed in the same way: with a teacher or without, and with the weights of its terms [n] by name."""
-
-    rows: Rows
-    signal: Signal | None
-    weights: dict[str, Tensor] = field(default_factory=dict)
-
-    def chunks(self, size: int) -> Iterator[tuple[Rows, dict[str, Tensor]]]:
-        """At most `size` rows at a time, each with their weights."""
-        n = _count(self.rows)
-        for start in range(0, n, size):
-            part = slice(start, min(start + size, n))
-            yield _within(self.rows, part), {name: w_n[part] for name, w_n in self.weights.items()}
-
-
-def _parts(
-    N: int, shares: dict[str, float], signal: Signal | None, weights: dict[str, Tensor], zeros: dict[tuple[str, ...], Rows]
-) -> Iterator[_Part]:
-    """The rows that have a weight, with a teacher where that of "kd" is not 0."""
-    with_kd, without_kd = [], []
-    for without, rows in zeros.items() if zeros else [((), slice(0, N))]:
-        carried = set(shares) - set(without)
-        if carried:
-            (with_kd if "kd" in carried else without_kd).append(rows)
-    device = next(iter(weights.values())).device
-    for groups, teacher, names in ((with_kd, signal, ("ce", "kd")), (without_kd, None, ("ce",))):
-        if groups:
-            whole = sum(map(_count, groups)) == N
-            rows = slice(0, N) if whole else groups[0] if len(groups) == 1 else torch.cat([_indices(one, device) for one in groups])
-            yield _Part(rows, teacher, {name: weights[name][rows] for name in names if name in weights})
-
-
-def _count(rows: Rows) -> int:
-    return rows.stop - rows.start if isinstance(rows, slice) else len(rows)
-
-
-def _within(rows: Rows, part: slice) -> Rows:
-    """A part of some rows."""
-    return slice(rows.start + part.start, rows.start + part.stop) if isinstance(rows, slice) else rows[part]
-
-
-def _indices(rows: Rows, device: torch.device) -> Tensor:
-    return torch.arange(rows.start, rows.stop, device=device) if isinstance(rows, slice) else rows
 
 
 class _Fused(torch.autograd.Function):
@@ -172,9 +126,9 @@ class _Fused(torch.autograd.Function):
                     total += _sum(objective.combine(terms, shares))
                     pieces.append((rows, terms, weights))
         ctx.grads, ctx.dtypes = (grad_hidden, grad_weights), [w.dtype for w in trained]
-        rows_N = [_joined([(rows, terms) for rows, terms, _ in pieces], name, len(hidden_NH), total) for name in shares]
+        rows_N = [joined([(rows, terms) for rows, terms, _ in pieces], name, len(hidden_NH), total) for name in shares]
         for name in _weighed(ruled and ruled[0], shares):
-            rows_N.append(_joined([(rows, weights) for rows, _, weights in pieces], name, len(hidden_NH), total))
+            rows_N.append(joined([(rows, weights) for rows, _, weights in pieces], name, len(hidden_NH), total))
         ctx.mark_non_differentiable(*rows_N)
         return total, *rows_N
 
@@ -186,11 +140,6 @@ class _Fused(torch.autograd.Function):
             grad_hidden = (grad_hidden.to(scale.dtype) * scale).to(grad_hidden.dtype)
         grads = [(g * scale).to(dtype) for g, dtype in zip(grad_weights, ctx.dtypes, strict=True)]
         return grad_hidden, None, None, None, None, None, None, None, None, *grads
-
-
-def weighted(term_n: Tensor, weight_n: Tensor | None) -> Tensor:
-    """A term times its weight at each row, and 0 where the weight is 0, also if the term is not finite there."""
-    return term_n if weight_n is None else torch.where(weight_n == 0, 0.0, weight_n * term_n)
 
 
 def _sum(loss_n: Tensor | int) -> Tensor | int:
@@ -205,17 +154,6 @@ def _back_to(grad_hidden: Tensor | None, rows: Rows, student: "_Product | _Modul
         own = grad_hidden.new_empty(len(rows), grad_hidden.shape[1])
         student.backward(own, grad_weights)
         grad_hidden.index_copy_(0, rows, own)
-
-
-def _joined(pieces: list[tuple[Rows, dict[str, Tensor]]], name: str, N: int, like: Tensor) -> Tensor:
-    """A term at all rows, 0 where it was not computed."""
-    found = [(rows, terms[name]) for rows, terms in pieces if name in terms]
-    if found and all(isinstance(rows, slice) for rows, _ in found) and sum(len(term) for _, term in found) == N:
-        return torch.cat([term for _, term in sorted(found, key=lambda one: one[0].start)])
-    out = like.new_zeros(N, dtype=found[0][1].dtype if found else like.dtype)
-    for rows, term in found:
-        out[rows] = term
-    return out
 
 
 def _loss_and_grad(
@@ -251,12 +189,12 @@ def _loss_and_grad(
         log_p = None if log_p_nV is None else log_p_nV[part].to(student.logits_nV.dtype)
         of_signal = None
         if signal is not None and log_p is None:
-            of_signal = _divergence_of(signal, objective, _within(rows, part))
+            of_signal = _divergence_of(signal, objective, within(rows, part))
         tile = tiles.of("block", part.stop - part.start, min(block, n), student.logits_nV.dtype)
         grad = None if grad_nV is None else grad_nV[part]
         own = {name: w_n[part] for name, w_n in weights.items()}
         if ruled:
-            own |= _by_rule(*ruled, objective, student.logits_nV[part], labels_n[part], signal, log_p, _within(rows, part), own)
+            own |= _by_rule(*ruled, objective, student.logits_nV[part], labels_n[part], signal, log_p, within(rows, part), own)
         by_row.append(own)
         pieces.append(objective.loss_and_grad(student.logits_nV[part], labels_n[part], tile, grad, log_p, of_signal, shares, own))
     return tuple({name: torch.cat([piece[name] for piece in each]) for name in each[0]} for each in (pieces, by_row))

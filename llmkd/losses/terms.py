@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from ..batch import Batch
 from ..head import Head
 from ..signals import NO_TAPS, AttentionInputs, Signal, Teacher
-from .fused import default_chunk, fused_parts, weighted
+from .fused import default_chunk, fused_parts
 from .objective import Objective
+from .rows import weighted
 from .target_weights import TargetWeights
 
 

@@ -87,7 +87,7 @@ FAULTS = [
         ("end-token-written", "the end token is a part of the text", "decoded(one.ids[: len(one.ids) - one.finished], tokenizer)", "decoded(one.ids, tokenizer)", SAMPLES),
     ),
     *in_file(
-        "llmkd/config/recipe.py",
+        "llmkd/config/contradictions.py",
         ("samples-of-whole-rows", "samples are taken where prompts are supervised", "if recipe.validation.samples and data.train_on_input:", "if False:", SAMPLES),
     ),
     *in_file(

@@ -246,6 +246,24 @@ FAULTS = [
         ),
     ),
     *in_file(
+        "llmkd/losses/rows.py",
+        (
+            "rows-of-the-first-chunk",
+            "every chunk asks a sparse signal for the first rows",
+            "slice(rows.start + part.start, rows.start + part.stop)",
+            "slice(part.start, part.stop)",
+            "teachers/test_sparse.py::test_the_fused_loss_takes_it_in_chunks",
+        ),
+        (
+            "chunk-end",
+            "the last chunk's slice may end beyond the rows",
+            "slice(start, min(start + size, n))",
+            "slice(start, start + size)",
+            f"{FUSED}::test_the_chunk_changes_nothing {FUSED}::test_other_signals",
+            "a slice that ends beyond a tensor ends with it, so every tensor that is indexed has the same rows",
+        ),
+    ),
+    *in_file(
         "llmkd/losses/fused.py",
         (
             "teacher-not-softened",
@@ -269,13 +287,6 @@ FAULTS = [
             "training/test_by_hand.py",
         ),
         (
-            "rows-of-the-first-chunk",
-            "every chunk asks a sparse signal for the first rows",
-            "slice(rows.start + part.start, rows.start + part.stop)",
-            "slice(part.start, part.stop)",
-            "teachers/test_sparse.py::test_the_fused_loss_takes_it_in_chunks",
-        ),
-        (
             "autocast-reaches-the-loss",
             "autocast narrows the products of the loss",
             "with torch.autocast(hidden_NH.device.type, enabled=False):",
@@ -288,14 +299,6 @@ FAULTS = [
             "total += _sum(objective.combine(terms, shares))",
             "total = 0 * total + _sum(objective.combine(terms, shares))",
             f"{FUSED}::test_the_chunk_changes_nothing",
-        ),
-        (
-            "chunk-end",
-            "the last chunk's slice may end beyond the rows",
-            "slice(start, min(start + size, n))",
-            "slice(start, start + size)",
-            f"{FUSED}::test_the_chunk_changes_nothing {FUSED}::test_other_signals",
-            "a slice that ends beyond a tensor ends with it, so every tensor that is indexed has the same rows",
         ),
     ),
     *in_file(

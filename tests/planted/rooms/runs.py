@@ -100,6 +100,9 @@ FAULTS = [
             "    chunk_size: Count | None = fixed(",
             TABLE,
         ),
+    ),
+    *in_file(
+        "llmkd/config/contradictions.py",
         (
             "options-out-of-range",
             "options of a divergence have no bounds",

@@ -107,7 +107,7 @@ FAULTS = [
     Fault(
         "infinite-times-zero",
         "a term that is infinite where it has no weight is NaN",
-        "llmkd/losses/fused.py",
+        "llmkd/losses/rows.py",
         "torch.where(weight_n == 0, 0.0, weight_n * term_n)",
         "weight_n * term_n",
         f"{HEAD}::test_an_infinite_term_without_a_weight_leaves_no_nan",
@@ -115,7 +115,7 @@ FAULTS = [
     Fault(
         "all-rows-multiplied",
         "rows without a weight are computed",
-        "llmkd/losses/fused.py",
+        "llmkd/losses/rows.py",
         "        if carried:\n",
         "        if True:\n",
         f"{HEAD}::test_rows_without_a_weight_are_not_multiplied",
@@ -123,7 +123,7 @@ FAULTS = [
     Fault(
         "order-of-parts",
         "the terms of rows that are computed apart lie in another order",
-        "llmkd/losses/fused.py",
+        "llmkd/losses/rows.py",
         "sorted(found, key=lambda one: one[0].start)",
         "found",
         f"{HEAD}::test_sums_are_those_of_loops {HEAD}::test_parts_are_put_back_in_order",

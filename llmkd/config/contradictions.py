@@ -1,0 +1,213 @@
+"""Settings of a recipe that are each valid, but not together."""
+
+import itertools
+import json
+import math
+from collections.abc import Iterator
+
+from .data import data_contradictions
+from .features import feature_contradictions
+from .fields import as_tuple, with_setting_names
+from .recipe import DIVERGENCES, Loss, Recipe, Student, uses_teacher
+from .schedule import schedule_contradictions
+from .target_weights import target_weight_contradictions
+from .teacher import Mixture, teacher_contradictions
+from .terms import attention_contradictions
+
+
+def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Yields (the settings involved, the one that the message names first; problem and fix)."""
+    student, data, optim, train = recipe.student, recipe.data, recipe.optim, recipe.train
+    if not recipe.output_dir.strip("\0 "):
+        yield ("output_dir",), "not given; name a folder for the run, such as runs/first"
+    elif "\0" in recipe.output_dir:
+        yield ("output_dir",), "holds a NUL character; name a folder"
+    yield from _student_contradictions(student)
+    if student.layers is not None and student.method == "lora" and recipe.push_to_hub:
+        yield (
+            ("push_to_hub", "student.layers", "student.method"),
+            "set with student.layers and an adapter, whose base would not be on the hub; set student.method: full, or upload what llmkd export writes",
+        )
+    if optim.name != "adamw" and student.dtype == "float64":
+        yield ("optim.name", "student.dtype"), f"found {optim.name}, which has no float64; use adamw, or student.dtype: float32"
+    yield from data_contradictions(data, train.max_steps, train.group_by_length)
+    yield from teacher_contradictions(recipe.teacher, data)
+    yield from _teaching_contradictions(recipe)
+    yield from _step_contradictions(recipe)
+    yield from _held_out_contradictions(recipe)
+
+
+def _teaching_contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Of teachers, the terms of the loss and their weights."""
+    student, data, loss, train = recipe.student, recipe.data, recipe.loss, recipe.train
+    if recipe.mixture != Mixture() and len(as_tuple(recipe.teacher)) < 2:
+        yield ("mixture", "teacher"), "set, but there are not several teachers to mix; leave it out"
+    sampled = [path for path, one in with_setting_names(recipe.teacher, "teacher") if one.cache and one.cache.kind == "sampled"]
+    if sampled and loss.divergence != "forward_kl" and loss.kd_ratio:
+        yield (
+            ("loss.divergence", f"{sampled[0]}.cache.kind"),
+            f"found {loss.divergence} with a sampled cache, which is unbiased for forward_kl only; use forward_kl, or a cache of kind topk or hidden",
+        )
+    if loss.kd_ratio and recipe.teacher is None:
+        yield ("loss.kd_ratio", "teacher"), f"found {json.dumps(loss.kd_ratio)} without a teacher; give teacher.model, or set it to 0"
+    if sampled and loss.kd_ratio != 0 and isinstance(loss.temperature, dict):
+        yield (
+            ("loss.temperature", f"{sampled[0]}.cache.kind"),
+            "found a schedule with a sampled cache, whose tokens are drawn at one temperature; give a number, or use a cache of kind topk or hidden",
+        )
+    yield from schedule_contradictions(loss.kd_ratio, "loss.kd_ratio", 0.0, 1.0, train.max_steps)
+    yield from schedule_contradictions(loss.temperature, "loss.temperature", 0.0, math.inf, train.max_steps)
+    yield from _loss_contradictions(loss)
+    yield from _weight_contradictions(recipe)
+    if loss.target_weights:
+        ratio = (0.5 if recipe.teacher else 0.0) if loss.kd_ratio is None else loss.kd_ratio
+        yield from target_weight_contradictions(loss.target_weights, ratio, loss.normalize, recipe.teacher, data)
+    if loss.attention:
+        yield from attention_contradictions(loss.attention, student.attention, recipe.teacher, data)
+    if loss.features:
+        yield from feature_contradictions(loss.features, student.architecture is not None, recipe.teacher, data)
+
+
+def _step_contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Of steps, micro-batches and how they are computed."""
+    student, data, optim, train = recipe.student, recipe.data, recipe.optim, recipe.train
+    if optim.warmup_steps is not None and optim.warmup_ratio is not None:
+        yield ("optim.warmup_ratio", "optim.warmup_steps"), "given together with optim.warmup_steps; keep one of them"
+    if train.epochs is not None and train.max_steps is not None:
+        yield ("train.max_steps", "train.epochs"), "given together with train.epochs; keep one of them"
+    if train.micro_batch_size is not None and train.micro_batch_tokens is not None:
+        yield (
+            ("train.micro_batch_tokens", "train.micro_batch_size"),
+            "given together with train.micro_batch_size; keep one of them (null unsets the other)",
+        )
+    other = [
+        f"{path}.attention"
+        for path, one in (("student", student), *with_setting_names(recipe.teacher, "teacher"))
+        if one.attention != "auto"
+    ]
+    if data.share_prefixes and other:
+        yield (
+            ("data.share_prefixes", other[0]),
+            f"found true, but {other[0]} is set, and only llmkd's own attention can share prefixes; leave one of them out",
+        )
+    if train.compile and (offloaded := [path for path, one in with_setting_names(recipe.teacher, "teacher") if one.device == "offload"]):
+        yield (
+            ("train.compile", f"{offloaded[0]}.device"),
+            f"found true, but {offloaded[0]}.device is offload, and offloaded layers cannot be compiled; leave one of them out",
+        )
+    if train.max_steps and optim.warmup_steps and optim.warmup_steps > train.max_steps:
+        yield ("optim.warmup_steps", "train.max_steps"), f"found {optim.warmup_steps}, more than train.max_steps ({train.max_steps})"
+
+
+def _held_out_contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Of what is measured and sampled on held-out rows."""
+    data, loss = recipe.data, recipe.loss
+    if recipe.validation.samples and not (as_tuple(data.validation) or data.validation_fraction):
+        fix = "give data.validation or data.validation_fraction, or set it to 0"
+        yield ("validation.samples", "data.validation"), f"found {recipe.validation.samples}, and there are no held-out rows; {fix}"
+    if recipe.validation.samples and data.train_on_input:
+        why = "where prompts are not known from their answers"
+        yield (
+            ("validation.samples", "data.train_on_input"),
+            f"found {recipe.validation.samples} with data.train_on_input, {why}; set one of them to 0 or false",
+        )
+    no_held_out = ("data.validation", "data.validation_fraction")
+    if not as_tuple(data.validation) and not data.validation_fraction:
+        for path, given in (("validation.every", recipe.validation.every), ("checkpoint.best_by", recipe.checkpoint.best_by)):
+            if given is not None:
+                yield (path, *no_held_out), "needs held-out rows, but there are none; set data.validation or data.validation_fraction"
+    learns = recipe.teacher and loss.kd_ratio != 0  # null is not resolved yet, and will be above 0
+    if recipe.checkpoint.best_by not in (None, "ce") and not (learns or uses_teacher(recipe)):
+        remedy = "set validation.compare_to_teacher: true" if recipe.teacher else "give teacher.model"
+        yield (
+            ("checkpoint.best_by", "teacher", "loss.kd_ratio", "validation.compare_to_teacher"),
+            f"found {recipe.checkpoint.best_by}, which needs a teacher to compare with; {remedy}, or use ce",
+        )
+
+
+def _student_contradictions(student: Student) -> Iterator[tuple[tuple[str, ...], str]]:
+    if student.model is None and student.architecture is None:
+        yield (
+            ("student.model", "student.architecture"),
+            "not given; name the base model's folder or hub id (or give student.architecture for new weights)",
+        )
+    if student.model is not None and student.architecture is not None:
+        yield ("student.architecture", "student.model"), "given together with student.model; keep one of them"
+    if student.architecture is not None:
+        if student.tokenizer is None:
+            yield ("student.tokenizer",), "not given; new weights need it, a folder or hub id"
+        if "model_type" not in student.architecture:
+            yield ("student.architecture",), "has no model_type; give one, such as llama"
+        if student.method == "lora":
+            yield ("student.method",), "found lora with student.architecture; new random weights train with method: full"
+        for name in ("revision", "base"):
+            if getattr(student, name) is not None:
+                yield (f"student.{name}", "student.architecture"), "set, but new weights (student.architecture) have none; leave it out"
+    if student.layers is not None and student.architecture is not None:
+        yield (
+            ("student.layers", "student.architecture"),
+            "set, but new weights (student.architecture) have no layers to leave out; leave it out",
+        )
+    if student.layers == ():
+        yield ("student.layers",), "found an empty list; name the layers that are kept, or leave it out"
+    if isinstance(student.layers, tuple) and any(a >= b for a, b in itertools.pairwise(student.layers)):
+        yield ("student.layers",), f"found {list(student.layers)}, expected each number once, in ascending order"
+    if student.method == "full" and student.quantization is not None:
+        yield (
+            ("student.quantization", "student.method"),
+            "set with method: full, but quantised weights cannot be trained; set method: lora",
+        )
+    if student.quantization and student.quantization.type == "fp8":
+        yield ("student.quantization.type",), "found fp8, which is for teachers: no gradient passes through it; use nf4"
+    if student.quantization and student.quantization.type == "int8" and student.lora and student.lora.dora:
+        yield (
+            ("student.lora.dora", "student.quantization.type"),
+            "found true with quantization int8, which PEFT's DoRA does not support; use nf4",
+        )
+    if student.method == "full" and student.dtype == "float16":
+        yield (
+            ("student.dtype", "student.method"),
+            "found float16 with method: full; float16 weights cannot be trained; use float32 with mixed_precision: bf16",
+        )
+
+
+def _weight_contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Weights of sources that leave nothing to train on or to measure, or are nothing in float32."""
+    data, ratio = recipe.data, recipe.loss.kd_ratio
+    ratio = (0.5 if recipe.teacher else 0.0) if ratio is None else ratio
+    train, held_out = (
+        with_setting_names(value, setting) for setting, value in (("data.train", data.train), ("data.validation", data.validation))
+    )
+    other_terms = bool(recipe.loss.features or recipe.loss.attention)  # they teach whatever these weights are
+    train, held_out = list(train), list(held_out)
+    for path, source in [*train, *held_out]:
+        for name, weight in vars(source.loss).items():
+            if 0 < abs(weight) < 1e-6:  # far below it is 0 in float32
+                yield (f"{path}.loss.{name}",), f"found {weight:g}, expected 0, or a number of 1e-06 or more, or of -1e-06 or less"
+    for path, source in [*([] if other_terms else train), *held_out]:
+        if not source.loss.ce and not source.loss.kd:
+            yield (f"{path}.loss",), "found ce: 0 and kd: 0, so these rows count for nothing; leave the source out"
+    for path, source in [] if other_terms else train:
+        for name, alone in (("ce", 0), ("kd", 1)):  # the kd_ratio with which only that part teaches
+            if not getattr(source.loss, name) and ratio == alone:
+                fix = f"set {name} to another number, loss.kd_ratio to one between 0 and 1, or leave the source out"
+                yield (f"{path}.loss.{name}", "loss.kd_ratio"), f"found 0 with loss.kd_ratio {ratio:g}, so these rows teach nothing; {fix}"
+    where = held_out or (train if data.validation_fraction else [])
+    best_by = recipe.checkpoint.best_by
+    for name, needed in (("ce", "cross-entropy is measured on them"), ("kd", f"checkpoint.best_by is {best_by}")):
+        if where and all(getattr(source.loss, name) <= 0 for _, source in where) and (name == "ce" or best_by not in (None, "ce")):
+            paths = (f"{where[0][0]}.loss.{name}", *(("checkpoint.best_by",) if name == "kd" else ()))
+            fix = "add held-out rows with labels that count" if name == "ce" else "use best_by: ce"
+            yield paths, f"found {getattr(where[0][1].loss, name):g}, and no held-out rows have a weight above 0 there, but {needed}; {fix}"
+
+
+def _loss_contradictions(loss: Loss) -> Iterator[tuple[tuple[str, ...], str]]:
+    known = DIVERGENCES[loss.divergence]
+    for name, value in loss.divergence_options.items():
+        paths = (f"loss.divergence_options.{name}", "loss.divergence")
+        if name not in known:
+            yield paths, f"{loss.divergence} has no such option; it has: {', '.join(known) or 'none'}"
+        elif not known[name][0] <= value <= known[name][1]:
+            yield paths, f"found {value:g}, expected {known[name][0]:g} to {known[name][1]:g}"
+    if loss.divergence == "alpha_beta" and not any(({o: d for o, (_, _, d) in known.items()} | loss.divergence_options).values()):
+        yield ("loss.divergence_options", "loss.divergence"), "alpha and beta are both 0; at least one of them must be positive"

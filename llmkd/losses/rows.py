@@ -1,0 +1,72 @@
+"""Targets that are computed alike, in parts and in chunks, and what was computed of them put together again."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from ..batch import Rows
+from ..signals import Signal
+
+
+@dataclass(frozen=True)
+class Part:
+    """Rows that are computed in the same way: with a teacher or without, and with the weights of its terms [n] by name."""
+
+    rows: Rows
+    signal: Signal | None
+    weights: dict[str, Tensor] = field(default_factory=dict)
+
+    def chunks(self, size: int) -> Iterator[tuple[Rows, dict[str, Tensor]]]:
+        """At most `size` rows at a time, each with their weights."""
+        n = _count(self.rows)
+        for start in range(0, n, size):
+            part = slice(start, min(start + size, n))
+            yield within(self.rows, part), {name: w_n[part] for name, w_n in self.weights.items()}
+
+
+def parted(
+    N: int, shares: dict[str, float], signal: Signal | None, weights: dict[str, Tensor], zeros: dict[tuple[str, ...], Rows]
+) -> Iterator[Part]:
+    """The rows that have a weight, with a teacher where that of "kd" is not 0."""
+    with_kd, without_kd = [], []
+    for without, rows in zeros.items() if zeros else [((), slice(0, N))]:
+        carried = set(shares) - set(without)
+        if carried:
+            (with_kd if "kd" in carried else without_kd).append(rows)
+    device = next(iter(weights.values())).device
+    for groups, teacher, names in ((with_kd, signal, ("ce", "kd")), (without_kd, None, ("ce",))):
+        if groups:
+            whole = sum(map(_count, groups)) == N
+            rows = slice(0, N) if whole else groups[0] if len(groups) == 1 else torch.cat([_indices(one, device) for one in groups])
+            yield Part(rows, teacher, {name: weights[name][rows] for name in names if name in weights})
+
+
+def _count(rows: Rows) -> int:
+    return rows.stop - rows.start if isinstance(rows, slice) else len(rows)
+
+
+def within(rows: Rows, part: slice) -> Rows:
+    """A part of some rows."""
+    return slice(rows.start + part.start, rows.start + part.stop) if isinstance(rows, slice) else rows[part]
+
+
+def _indices(rows: Rows, device: torch.device) -> Tensor:
+    return torch.arange(rows.start, rows.stop, device=device) if isinstance(rows, slice) else rows
+
+
+def weighted(term_n: Tensor, weight_n: Tensor | None) -> Tensor:
+    """A term times its weight at each row, and 0 where the weight is 0, also if the term is not finite there."""
+    return term_n if weight_n is None else torch.where(weight_n == 0, 0.0, weight_n * term_n)
+
+
+def joined(pieces: list[tuple[Rows, dict[str, Tensor]]], name: str, N: int, like: Tensor) -> Tensor:
+    """A term at all rows, 0 where it was not computed."""
+    found = [(rows, terms[name]) for rows, terms in pieces if name in terms]
+    if found and all(isinstance(rows, slice) for rows, _ in found) and sum(len(term) for _, term in found) == N:
+        return torch.cat([term for _, term in sorted(found, key=lambda one: one[0].start)])
+    out = like.new_zeros(N, dtype=found[0][1].dtype if found else like.dtype)
+    for rows, term in found:
+        out[rows] = term
+    return out
