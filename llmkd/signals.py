@@ -1,6 +1,6 @@
 """What a teacher returns: a `Signal` about the N targets of a batch, and the `Teacher` that computes it.
 
-`Taps` say what a loss term reads inside a model beside its last hidden states.
+`Taps` say what a loss term reads inside a model, apart from its last hidden states.
 
 Shape letters: B examples, T positions, N targets (supervised positions), n targets of one chunk, V entries of the
 real vocabulary, H hidden width, K entries that a sparse signal keeps, E events over which two models are compared
@@ -23,7 +23,7 @@ Divergence = Callable[[Tensor, Tensor], Tensor]
 
 @dataclass(frozen=True)
 class Taps:
-    """What a model hands over from inside its forward pass beside its last hidden states. Layers are counted from 1.
+    """What a model hands over from inside its forward pass, apart from its last hidden states. Layers are counted from 1.
 
     layers      hidden states at the targets after these layers; 0 are the embeddings. The last layer's are those before the final norm
     attention   what the attention of these layers computes with (`AttentionInputs`)

@@ -185,7 +185,7 @@ def _ours(
     true: bool,
     more: Sequence[Term] = (),
 ) -> Measurement:
-    """`true`: the teacher is the one that the reference is of. `more`: terms beside the head's."""
+    """`true`: the teacher is the one that the reference is of. `more`: further terms of the loss."""
     states = [learning(setup, kd, student, more) for student in students]
     source = setup.source(size)
     clock, targets, first, norm = Clock(setup.device), [], {}, 0.0

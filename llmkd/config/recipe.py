@@ -139,7 +139,7 @@ class Loss:
     )
     target_weights: TargetWeights | None = fixed(
         None,
-        description="Weigh each target by a rule, beside the weights of its source: a number from 0 to 1 that the models' distributions, or the "
+        description="Weigh each target by a rule, in addition to the weights of its source: a number from 0 to 1 that the models' distributions, or the "
         "target's position, give. The loss is still divided by the number of targets. null: all alike.",
     )
     features: Features | None = fixed(

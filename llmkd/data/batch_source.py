@@ -62,7 +62,7 @@ class BatchSource(Protocol):
 class TrainingSource(BatchSource, Protocol):
     """A batch source as the trainer has it.
 
-    examples               what is known of the data before the first step, for checks and measurements: all of it, or a stream's first step
+    examples               the data known before the first step, for checks and measurements: all of it, or a stream's first step
     places                 where each of `examples` was read
     complete               whether `examples` are all that is trained on
     reads_while_training   rows are read and checked while training, so a bad one may end the run after any step

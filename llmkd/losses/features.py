@@ -1,6 +1,6 @@
 """Hidden states of the student's layers against the teacher's: distances, the linear map between two widths, and the term.
 
-Shape letters beside those of `signals.py`: D the student's width, E the teacher's, P pairs of layers.
+Shape letters in addition to those of `signals.py`: D the student's width, E the teacher's, P pairs of layers.
 """
 
 from collections.abc import Callable, Sequence
@@ -36,7 +36,7 @@ DISTANCES: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"mse": mse, "normali
 class FeatureTerm(RowTerm):
     """The distance of the student's mapped hidden states from the teacher's, each pair's divided by its scale; the mean over the pairs.
 
-    The map is R: D -> E, on the student's side. Some texts write R: E -> D beside MSE(f_T, R(f_S)), where only this one fits; and only
+    The map is R: D -> E, on the student's side. Some texts write R: E -> D and MSE(f_T, R(f_S)), which only this direction fits; and only
     this one is safe: a map of the teacher's states that trains has the trivial solution R = 0, f_S = 0.
 
     Maps and scales (1) are those of `init` (xavier or identity) until they are set to what is measured before the first step.

@@ -45,7 +45,7 @@ class Term(nn.Module):
 
     names: tuple[str, ...]
     needs_teacher = False
-    student_taps = NO_TAPS  # what it reads inside the student, beside the last hidden states
+    student_taps = NO_TAPS  # what it reads inside the student, apart from the last hidden states
     teacher_taps = NO_TAPS  # and inside a live teacher, whose signal then has it
     lr: float | None = None  # the peak learning rate of its parameters; None: the student's
 
@@ -98,7 +98,7 @@ class HeadTerm(Term):
     chunk_size   rows of the head at a time; None: as the device does best
     normalize    targets: the loss is divided by the number of targets; weights: each of the two by the sum of its absolute weights
     at_step      the objective of each step, where it changes: `objective` is then what holds outside of steps
-    rule         weighs the targets, beside the batch's own weights
+    rule         weighs the targets; its weights multiply the batch's own
     """
 
     names = ("ce", "kd")

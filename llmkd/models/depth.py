@@ -1,7 +1,7 @@
 """Students of fewer layers than their base (`student.layers`): which families allow it, where the smaller model is kept, which layers matter.
 
 The smaller model is made as files, before anything is loaded, so that it is an ordinary model for everything after: quantisation,
-adapters, checkpoints, export, and the tools of others. It is kept beside the token cache, and made again where it is missing or damaged.
+adapters, checkpoints, export, and the tools of others. It is kept next to the token cache, and made again where it is missing or damaged.
 """
 
 import contextlib

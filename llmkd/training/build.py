@@ -128,7 +128,7 @@ def open_teacher(
     """The teacher, or several as one, whose signals are on `device`.
 
     models   of those that need one
-    taps     what is read inside them, by setting
+    taps     the layers that terms read inside them, by setting
     """
     found = iter(models)
     opened = [source.open(device, found, taps.get(source.setting, NO_TAPS)) for source in sources]
@@ -240,7 +240,7 @@ def build_student(
     """The student with its terms, optimizer and schedule.
 
     chunk_size   rows of the head at a time, if `loss` does not set it
-    more         terms beside the head's
+    more         further terms of the loss
     """
     distiller = Distiller(student, [term.to(accelerator.device) for term in (*build_terms(loss, chunk_size, total_steps), *more)])
     parameters = distiller.trainable()

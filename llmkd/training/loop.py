@@ -38,7 +38,7 @@ class StudentState:
 
     @property
     def kept(self) -> dict[str, Tensor]:
-        """What a checkpoint holds of it beside the optimizer's state."""
+        """What a checkpoint holds of it, apart from the optimizer's state."""
         return unwrap(self).kept()
 
 

@@ -1,4 +1,4 @@
-"""Runs whose targets a rule weighs: however a step is cut, resumed or spread, by caches, in what is said of them, and refused."""
+"""Runs whose targets a rule weighs: however a step is cut, resumed or spread, by caches, in the metrics, and refused."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Sources with weights of their own in the loss: however a step is cut, resumed or spread, in validation, in what is said of them, and refused."""
+"""Sources with weights of their own in the loss: however a step is cut, resumed or spread, in validation, in the metrics, and refused."""
 
 import json
 from types import SimpleNamespace

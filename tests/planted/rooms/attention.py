@@ -1,4 +1,4 @@
-"""Faults in attention distillation: its mathematics, what is read inside a model, and what is refused."""
+"""Faults in attention distillation: its mathematics, the queries, keys and values that are taken from a model, and what is refused."""
 
 from tests.planted.fault import in_file
 

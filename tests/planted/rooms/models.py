@@ -17,7 +17,7 @@ FAULTS = [
         "llmkd/models/taps.py",
         (
             "taps-of-the-recomputed-pass",
-            "the states that are taken count among what is kept for a recomputed layer",
+            "the states that are taken count among the tensors that a recomputed layer keeps",
             "    with torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x):\n",
             "    if True:\n",
             f"{TAPS}::test_what_is_taken_inside_of_a_recomputed_layer_counts_for_nothing",
