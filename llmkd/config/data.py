@@ -200,7 +200,7 @@ def no_context_with(data: Data) -> Iterator[tuple[str, str]]:
 
 
 def data_contradictions(data: Data, max_steps: int | None, group_by_length: int) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Settings of the data that are each valid, but not together, in the form of `recipe.contradictions`."""
+    """Settings of the data that are each valid, but not together, in the form of `contradictions.contradictions`."""
     if not as_tuple(data.train):
         yield ("data.train",), "not given; name the training data, such as {path: train.jsonl, format: alpaca}"
     if data.validation == ():

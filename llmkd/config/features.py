@@ -67,7 +67,7 @@ def feature_problems(
 def feature_contradictions(
     features: Features, new_weights: bool, setting: Teacher | tuple[Teacher, ...] | None, data: Data
 ) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Settings that are each valid, but not together, in the form of `recipe.contradictions`. `new_weights`: student.architecture is given."""
+    """Settings that are each valid, but not together, in the form of `contradictions.contradictions`. `new_weights`: student.architecture is given."""
     teachers = with_setting_names(setting, "teacher")
     if not features.weight:
         yield ("loss.features.weight",), "found 0; leave loss.features out"

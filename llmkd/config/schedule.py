@@ -55,7 +55,7 @@ def in_words(setting: float | dict[str, Any]) -> str:
 
 
 def schedule_contradictions(setting: Any, path: str, low: float, high: float, total: int | None) -> Iterator[tuple[tuple[str, ...], str]]:
-    """What is wrong with the schedule of a setting, in the form of `recipe.contradictions`; nothing for a plain value.
+    """What is wrong with the schedule of a setting, in the form of `contradictions.contradictions`; nothing for a plain value.
 
     low, high   the limits of its values, both included; without a high limit the low one is not
     total       the steps of the run, if they are known

@@ -106,7 +106,7 @@ def _combined(grid: dict[str, Any], alone: bool) -> list[tuple[str, dict[str, An
 
 
 def sweep_contradictions(sweep: Sweep) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Settings that are each valid, but not together, in the form of `recipe.contradictions`."""
+    """Settings that are each valid, but not together, in the form of `contradictions.contradictions`."""
     grid = flatten(sweep.grid)
     if not grid and not sweep.arms and not sweep.seeds:
         yield ("grid", "arms"), "not given; give values to combine, such as loss.kd_ratio: [0, 0.5], or arms by name"

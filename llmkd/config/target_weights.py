@@ -50,7 +50,7 @@ def unusable_cache(settings: TargetWeights | None, kind: str, entropy: bool = Tr
 def target_weight_contradictions(
     settings: TargetWeights, kd_ratio, normalize: str, teacher: Teacher | tuple[Teacher, ...] | None, data: Data
 ) -> Iterator[tuple[tuple[str, ...], str]]:
-    """In the form of `recipe.contradictions`. `kd_ratio`: as it will be, or a schedule."""
+    """In the form of `contradictions.contradictions`. `kd_ratio`: as it will be, or a schedule."""
     here = "loss.target_weights"
     if settings.by not in RULES:
         yield (f"{here}.by",), f"found {settings.by!r}, expected one of: {', '.join(RULES)}"

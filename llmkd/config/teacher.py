@@ -127,7 +127,7 @@ class Mixture:
 
 
 def teacher_contradictions(setting: Teacher | tuple[Teacher, ...] | None, data: Data) -> Iterator[tuple[tuple[str, ...], str]]:
-    """Settings of the teachers that are each valid, but not together, in the form of `recipe.contradictions`."""
+    """Settings of the teachers that are each valid, but not together, in the form of `contradictions.contradictions`."""
     if setting == ():
         yield ("teacher",), "found an empty list; name a teacher, or leave it out"
     every = as_tuple(setting)

@@ -68,7 +68,7 @@ def layer_pairs(layers: Layers, student: int, teacher: int) -> tuple[tuple[int, 
 def attention_contradictions(
     settings: AttentionLoss, implementation: str, teacher: Teacher | tuple[Teacher, ...] | None, data: Data
 ) -> Iterator[tuple[tuple[str, ...], str]]:
-    """In the form of `recipe.contradictions`. `implementation`: student.attention."""
+    """In the form of `contradictions.contradictions`. `implementation`: student.attention."""
     here, leave = "loss.attention", "leave one of them out"
     if len(as_tuple(teacher)) != 1:
         found = f"{len(as_tuple(teacher))} teachers" if as_tuple(teacher) else "no teacher"
