@@ -97,7 +97,7 @@ def sample(
     vocab = shared_vocab(tokenizer, {name: rows_of(one.config) for name, one in files.items()})
     _refuse_unfit(found, vocab, files, tokenizer)
 
-    from ..rollouts.generate import Sampling
+    from ..rollouts.sampling import Sampling
 
     sampling = Sampling(temperature, max_new_tokens, seed)
     answers: dict[str, list[Answer]] = {}
@@ -116,7 +116,7 @@ def sample(
         for i, one in enumerate(found)
     ]
     named = {name: settings.model for name, (_, settings) in wanted.items()}
-    return Samples(str(run), dataclasses.asdict(sampling), named, asked)
+    return Samples(str(run), {"temperature": temperature, "max_new_tokens": max_new_tokens, "seed": seed}, named, asked)
 
 
 def _finished(run: Path) -> tuple[Recipe, Path]:

@@ -10,7 +10,8 @@ from ..data.prompts import decoded, held_out_prompts
 from ..files import write_atomic
 from ..models.language_model import LanguageModel
 from ..output.samples import read_samples
-from ..rollouts.generate import Sampling, generate, stops_of
+from ..rollouts.generate import generate, stops_of
+from ..rollouts.sampling import Sampling
 from .prepare import Prepared
 
 

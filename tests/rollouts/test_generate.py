@@ -9,7 +9,8 @@ import torch
 from llmkd.errors import UserError
 from llmkd.models.language_model import LanguageModel
 from llmkd.models.load import checked
-from llmkd.rollouts.generate import Completion, Sampling, generate, gumbel_noise, stops_of
+from llmkd.rollouts.generate import Completion, generate, stops_of
+from llmkd.rollouts.sampling import Sampling
 from llmkd.rollouts.way import Way, way_of
 from tests.kit.families import V, tiny
 
@@ -81,15 +82,6 @@ def test_a_sample_depends_on_seed_prompt_and_position_and_not_on_the_batch(llama
     assert found[0][2] != found[0][6], "one prompt twice is two samples"
     assert generate(llama, asked, Sampling(1.0, 10, 4), {7}) != found[0]
     assert generate(llama, asked[:3], sampling, {7}) == found[0][:3], "later prompts change nothing"
-
-
-def test_noise_is_a_sample_of_the_gumbel_distribution_for_each_seed_prompt_and_position():
-    places = [(seed, prompt, position) for seed in (0, 1) for prompt in (0, 1) for position in (0, 1)]
-    noise = np.stack([gumbel_noise(*place, 5000) for place in places])
-    assert noise.mean() == pytest.approx(0.5772, abs=0.03) and noise.std() == pytest.approx(math.pi / 6**0.5, abs=0.03)
-    assert np.abs(np.corrcoef(noise) - np.eye(8)).max() < 0.06
-    assert len(np.unique(noise)) == noise.size, "no number is drawn for two places"
-    assert np.array_equal(gumbel_noise(1, 0, 1, 5000), noise[5])
 
 
 def test_tokens_are_drawn_from_the_softmax_at_the_temperature(llama):

@@ -14,7 +14,8 @@ from llmkd.errors import UserError
 from llmkd.files import read_sealed, sha256_file
 from llmkd.output.run_folder import RunFolder
 from llmkd.output.samples import last_samples, read_samples
-from llmkd.rollouts.generate import Completion, Sampling
+from llmkd.rollouts.generate import Completion
+from llmkd.rollouts.sampling import Sampling
 from llmkd.training.prepare import prepare
 from llmkd.training.run import run, train_together
 from llmkd.training.shutdown import ShutdownRequest

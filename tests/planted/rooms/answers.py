@@ -5,16 +5,14 @@ from tests.planted.fault import in_file
 GENERATE, PROMPTS, SAMPLE = "rollouts/test_generate.py", "data/test_prompts.py", "commands/test_sample.py"
 CHAT, OUTPUTS = "eval/test_chat_template.py", "commands/test_outputs.py"
 SAMPLES = "training/test_validation_samples.py"
+SAMPLING, WRITER = "rollouts/test_sampling.py", "rollouts/test_writer.py"
 
 FAULTS = [
     *in_file(
         "llmkd/rollouts/generate.py",
-        ("hot-noise", "the noise is divided by the temperature too", "/ sampling.temperature + noise_BV.to(logits_BV.device))", "+ noise_BV.to(logits_BV.device))", GENERATE),
-        ("noise-of-the-row", "noise depends on the row of the batch", "[(i, len(written[i])) for i in prompts]", "[(k, len(written[i])) for k, i in enumerate(prompts)]", GENERATE),
-        ("noise-of-the-prompt-alone", "noise is the same at every position", "np.array([0, position, 0, 0], np.uint64)", "np.array([0, 0, 0, 0], np.uint64)", GENERATE),
-        ("noise-without-the-seed", "noise does not depend on the seed", "key=np.array([seed, prompt], np.uint64)", "key=np.array([0, prompt], np.uint64)", GENERATE),
-        ("overlapping-noise", "noise of one position goes on where the last began", "np.array([0, position, 0, 0], np.uint64)", "np.array([position, 0, 0, 0], np.uint64)", GENERATE),
-        ("half-a-gumbel", "noise is exponential", "return -np.log(-np.log(", "return -np.log((", GENERATE),
+        ("draws-of-the-row", "what is drawn depends on the row of the batch", "[keys[i] for i in batch], sampling,", "[*range(len(batch))], sampling,", WRITER),
+        ("keys-forgotten", "the keys of the texts are not used", "range(len(prompts)) if keys is None else keys", "range(len(prompts))", WRITER),
+        ("entropy-of-the-padding", "the entropy goes on when an answer has ended", "                entropies[i] += spread\n", "            entropies[i] += spread\n", WRITER),
         ("one-end-token", "only the least end token ends an answer", "sampling, frozenset(end_ids))", "sampling, frozenset(sorted(end_ids)[:1]))", GENERATE),
         ("goes-on-after-its-end", "an answer that has ended goes on", "            if i in going:\n", "            if True:\n", GENERATE),
         ("one-too-many", "an answer may be one token longer", "if len(written[i]) < room[i] and", "if len(written[i]) <= room[i] and", GENERATE),
@@ -22,6 +20,18 @@ FAULTS = [
         ("stays-in-eval", "the model is left in eval mode", "    finally:\n        model.train(training)", "    finally:\n        pass", GENERATE),
         ("writes-with-dropout", "text is written in training mode", "    training = model.training\n    model.eval()", "    training = model.training", GENERATE),
         ("in-the-order-of-the-batches", "answers come back in the order of their lengths", "return [found[i] for i in range(len(prompts))]", "return list(found.values())", GENERATE),
+    ),
+    *in_file(
+        "llmkd/rollouts/sampling.py",
+        ("cold-draws", "the temperature is not used", "logits_BV.double() / sampling.temperature", "logits_BV.double()", SAMPLING),
+        ("one-too-many-kept", "top_k keeps one more", "sampling.top_k or sorted_BV.shape[1] :] = 0", "(sampling.top_k or sorted_BV.shape[1]) + 1 :] = 0", SAMPLING),
+        ("share-of-everything", "top_p is a share of what top_k has cut off too", "sampling.top_p * passed_BV[:, -1:]", "sampling.top_p", SAMPLING),
+        ("share-with-itself", "top_p counts a token's own probability", "keep_BV[:, 1:] &= passed_BV[:, :-1] <", "keep_BV[:, 1:] &= passed_BV[:, 1:] <", SAMPLING),
+        ("absolute-min-p", "min_p is no share of the likeliest", "sampling.min_p * p_BV.amax(-1, keepdim=True)", "sampling.min_p", SAMPLING),
+        ("draws-the-impossible", "a draw may be a token before which nothing has passed", "uniform_B[:, None] * total_B1, right=True", "uniform_B[:, None] * total_B1", SAMPLING),
+        ("draws-past-the-end", "a draw may be past the last possible token", "torch.minimum(found_B1, torch.searchsorted(passed_BV, total_B1))", "found_B1.clamp(max=p_BV.shape[1] - 1)", SAMPLING),
+        ("one-draw-for-all-positions", "what is drawn is the same at every position", "np.array([0, position, 0, 0], np.uint64)", "np.array([0, 0, 0, 0], np.uint64)", SAMPLING),
+        ("draws-without-the-seed", "what is drawn does not depend on the seed", "key=np.array([seed, key], np.uint64)", "key=np.array([0, key], np.uint64)", SAMPLING),
     ),
     *in_file(
         "llmkd/rollouts/way.py",

@@ -1,0 +1,47 @@
+"""Writers: what goes on from prompts. A model in this process here; the training's sources and `llmkd` commands take any."""
+
+import hashlib
+from collections.abc import Collection, Sequence
+from typing import Protocol
+
+from ..models.language_model import LanguageModel
+from ..process.machine_errors import is_out_of_memory
+from .generate import Completion, generate
+from .sampling import Sampling
+
+
+class Writer(Protocol):
+    """Writes an answer to each of some prompts, with the weights that its model has at that moment."""
+
+    def write(self, prompts: Sequence[Sequence[int]], keys: Sequence[int], sampling: Sampling) -> list[Completion]:
+        """A completion of each prompt, in their order.
+
+        prompts  token ids, at least one each
+        keys     a number from 0 to 2^64 - 1 of each, see `text_key`: a completion is a function of (weights, prompt, key, sampling), and of
+                 nothing else, such as the other prompts
+        """
+
+
+class LocalWriter:
+    """A model in this process, in eval mode and without gradients, with the keys and values of earlier tokens kept; then it is as before.
+
+    end_ids     a completion ends with the first of these
+    batch_size  prompts at a time. It changes speed and memory, not the text (in float32 up to rounding): out of memory halves it
+    """
+
+    def __init__(self, model: LanguageModel, end_ids: Collection[int], batch_size: int = 32):
+        self.model, self.end_ids, self.batch_size = model, frozenset(end_ids), batch_size
+
+    def write(self, prompts: Sequence[Sequence[int]], keys: Sequence[int], sampling: Sampling) -> list[Completion]:
+        while True:
+            try:
+                return generate(self.model, prompts, sampling, self.end_ids, self.batch_size, keys=keys)
+            except Exception as error:
+                if not is_out_of_memory(error) or self.batch_size == 1 or len(prompts) < 2:
+                    raise
+            self.batch_size = min(self.batch_size, len(prompts)) // 2  # here, where the exception no longer holds on to what it interrupted
+
+
+def text_key(*parts: int | str) -> int:
+    """The key of a text, from what it is known by: (step, identity of the example, number of the sample), say. 0 to 2^64 - 1."""
+    return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big")
