@@ -18,10 +18,10 @@ def check(folder: Path, wanted: Evaluation) -> None:
 
     need_harness()
     try:
-        find_tasks(list(wanted.tasks), wanted.tasks_dir, wanted.fewshot, wanted.allow_task_code)
+        tasks = find_tasks(list(wanted.tasks), wanted.tasks_dir, wanted.fewshot, wanted.allow_task_code)
     except UserError as error:
         raise UserError(*(problem.replace("--tasks", "eval.tasks", 1) for problem in error.problems)) from None
-    for task in wanted.tasks:
+    for task in tasks:
         for arm in sorted(folder.glob("arms/*")):
             record = read_record(arm, task) or {}
             for name in ("limit", "fewshot", "chat_template"):

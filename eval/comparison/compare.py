@@ -1,5 +1,6 @@
 """Paired comparison of runs with a baseline, item by item: differences with standard errors, intervals, tests and verdicts."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -8,9 +9,10 @@ import numpy as np
 
 from llmkd.errors import UserError
 
-from ..harness.record_files import in_words
+from ..harness.record_files import GROUP, in_words
 from . import stats
-from .item_results import HELD_OUT, Measured, read, seed_of, tasks_of
+from .group_results import group_of, joined, read_group
+from .item_results import HELD_OUT, Measured, groups_of, read, seed_of, tasks_of
 
 #: What must be the same for two evaluations to have measured the same thing.
 CONDITIONS = ("version", "harness", "fewshot", "limit", "seeds", "chat_template")
@@ -22,7 +24,7 @@ _ROUNDING = 1e-12
 
 @dataclass(frozen=True)
 class Row:
-    """One arm on one task and metric. A value that does not exist is None: a baseline's difference, the spread of one seed."""
+    """One arm on one task, or group of tasks, and metric. A value that does not exist is None: a baseline's difference, the spread of one seed."""
 
     task: str
     metric: str
@@ -46,6 +48,8 @@ class Row:
     detectable: float | None = None  # the true difference that is shown with a probability of 80 %; None with too few items or no spread
     seed_interval: tuple[float, float] | None = None  # 95 % for the difference, over seeds
     seeds_matched: bool | None = None  # whether both arms have the same seeds
+    tasks: tuple[str, ...] | None = None  # of a group: those that it is the mean of
+    weighting: str | None = None  # of a group: "items", its tasks weigh by their items, or "tasks", each alike
 
     @property
     def same(self) -> bool:
@@ -80,6 +84,7 @@ def compare(
     the arms of one task and metric; tasks and metrics are not corrected for. Intervals are not corrected.
 
     `common`: compare on the items that all arms have. Otherwise other items are refused, as are other conditions of measurement.
+    A group of tasks is the mean that its file defines, over the same items as its tasks; they are drawn within their task.
     On held-out rows examples of one row of data are one draw, and arms whose teacher was another one than the baseline's
     are left out of the divergences. `info` gets a line about everything that is left out. Raises UserError.
     """
@@ -90,9 +95,26 @@ def compare(
         raise UserError(f"--baseline {baseline}: no such arm; there are {', '.join(arms)}")
     seeds = {arm: [seed_of(run) for run in runs] for arm, runs in arms.items()}
     rows, known = [], []
+    every = [run for runs in arms.values() for run in runs]
+
+    @functools.cache
+    def of_task(task: str) -> dict[str, list[Measured]]:
+        return _aligned({arm: [_measure(run, task, info) for run in runs] for arm, runs in arms.items()}, baseline, task, common, info)
+
     for task in _tasks(arms, tasks, info):
-        measured = {arm: [_measure(run, task, info) for run in runs] for arm, runs in arms.items()}
-        measured = _aligned(measured, baseline, task, common, info)
+        if all(task in groups_of(run) for run in every):
+            group = group_of(every, task)
+            if lost := next(
+                (f"{run} has no results of its task {part}" for part in group["tasks"] for run in every if part not in tasks_of(run)), ""
+            ):
+                if tasks:
+                    raise UserError(f"--tasks {task}: {lost}; evaluate it again")
+                info(f"{task}: left out; {lost}")
+                continue
+            parts = {part: of_task(part) for part in group["tasks"]}
+            measured = {arm: joined(group, {part: of_arm[arm] for part, of_arm in parts.items()}, info) for arm in arms}
+        else:
+            measured = of_task(task)
         names = list(dict.fromkeys(name for runs in measured.values() for m in runs for name in m.values))
         names = [name for name in HELD_OUT_METRICS if name in names] if task == HELD_OUT else names
         known += names
@@ -112,14 +134,20 @@ def compare(
 
 def _tasks(arms: dict[str, list[Path]], wanted: list[str] | None, info) -> list[str]:
     there = {run: tasks_of(run) for runs in arms.values() for run in runs}
-    every = sorted({task for tasks in there.values() for task in tasks}, key=lambda task: (task == HELD_OUT, task))
+    groups = {name for run in there for name in groups_of(run)}
+    every = sorted({task for tasks in there.values() for task in tasks}, key=lambda task: (task == HELD_OUT, task in groups, task))
     lacking = {task: [str(run) for run, tasks in there.items() if task not in tasks] for task in wanted or every}
     for task, runs in lacking.items():
-        if runs and wanted:
-            file = f"{HELD_OUT}.jsonl" if task == HELD_OUT else f"eval/{task}.json with {task}.jsonl"
-            raise UserError(f"--tasks {task}: {runs[0]} has no {file}; it has {', '.join(there[Path(runs[0])]) or 'no results'}")
-        if runs:
-            info(f"{task}: left out; {', '.join(runs)} {'has' if len(runs) == 1 else 'have'} no results of it")
+        if not runs:
+            continue
+        as_group = next((read_group(run, task) for run in there if task in groups_of(run)), None)
+        fix = f"; llmkd eval {runs[0]} --tasks {task} records it, and measures nothing twice" if as_group else ""
+        if wanted:
+            file = f"{HELD_OUT}.jsonl" if task == HELD_OUT else f"eval/{task}{GROUP}" if as_group else f"eval/{task}.json with {task}.jsonl"
+            raise UserError(f"--tasks {task}: {runs[0]} has no {file}; it has {', '.join(there[Path(runs[0])]) or 'no results'}{fix}")
+        info(
+            f"{task}: left out; {', '.join(runs)} {'has' if len(runs) == 1 else 'have'} no results of {'this group' if as_group else 'it'}{fix}"
+        )
     both = [task for task, runs in lacking.items() if not runs]
     if not both:
         have = "; ".join(f"{run}: {', '.join(tasks) or 'none'}" for run, tasks in there.items())
@@ -225,24 +253,29 @@ def _rows(task: str, metric: str, measured: dict[str, list[Measured]], baseline:
     w = None if counted is None else np.bincount(group, counted)
     total, here = (len(first.keys), slice(None)) if w is None else (w.sum(), w > 0)
     w = None if w is None else w[here]
+    of = (
+        {"tasks": tuple(first.record["tasks"]), "weighting": first.record["metrics"][metric]["weighting"]}
+        if first.strata is not None
+        else {}
+    )
     up = HELD_OUT_METRICS.get(metric) if task == HELD_OUT else first.record["metrics"][metric].get("higher_is_better")
     x = {arm: np.stack([np.bincount(group, m.values[metric])[here] for m in runs]) for arm, runs in measured.items()}  # [seeds, n]
     rows = []
     for arm in measured:
-        value, stderr = stats.ratio_stderr(x[arm].mean(axis=0), w)
+        value, stderr = stats.ratio_stderr(x[arm].mean(axis=0), w, first.strata)
         spread = stats.seed_spread(x[arm].sum(axis=1) / total)[0]
-        row = Row(task, metric, arm, x[arm].shape[1], value, _real(stderr), len(x[arm]), _real(spread), up)
-        rows.append(row if arm == baseline else _against(row, x[arm], x[baseline], w, total, seeds[arm], seeds[baseline]))
+        row = Row(task, metric, arm, x[arm].shape[1], value, _real(stderr), len(x[arm]), _real(spread), up, **of)
+        rows.append(row if arm == baseline else _against(row, x[arm], x[baseline], w, first.strata, total, seeds[arm], seeds[baseline]))
     others = [row for row in rows if row.arm != baseline]
     adjusted = stats.holm(np.array([row.p for row in others]))
     judged = {row.arm: _judged(row, float(p), len(others)) for row, p in zip(others, adjusted, strict=True)}
     return [judged.get(row.arm, row) for row in rows]
 
 
-def _against(row: Row, a: np.ndarray, b: np.ndarray, w: np.ndarray | None, total: float, seeds_a: list, seeds_b: list) -> Row:
-    """A row with its difference, interval and test. a, b: [seeds, items]."""
+def _against(row: Row, a: np.ndarray, b: np.ndarray, w, strata, total: float, seeds_a: list, seeds_b: list) -> Row:
+    """A row with its difference, interval and test. a, b: [seeds, items]; w, strata: [items] or None."""
     mean_a, mean_b = a.mean(axis=0), b.mean(axis=0)
-    difference = stats.paired_difference(mean_a, mean_b, w)
+    difference = stats.paired_difference(mean_a, mean_b, w, strata=strata)
     if w is None and len(a) == len(b) == 1 and np.isin(a, (0, 1)).all() and np.isin(b, (0, 1)).all():
         p, test = stats.mcnemar(mean_a, mean_b), "McNemar"
     else:

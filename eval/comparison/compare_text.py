@@ -10,6 +10,7 @@ from llmkd.output import markdown
 
 from . import stats
 from .compare import Row
+from .group_results import WEIGHTINGS
 from .item_results import HELD_OUT
 
 #: What the words of a verdict mean. Shown under every table of the report and of `llmkd compare`.
@@ -76,7 +77,8 @@ def title(block: list[Row]) -> str:
     way = {True: ", higher is better", False: ", lower is better", None: ""}[block[0].higher_is_better]
     tests = list(dict.fromkeys(row.test for row in block if row.test))
     what = "rows" if block[0].task == HELD_OUT else "items"
-    return f"{block[0].task} {block[0].metric}: {block[0].n:,} {what}{way}" + (f"; {' or '.join(tests)}" if tests else "")
+    of = f"mean of {len(block[0].tasks)} tasks, {WEIGHTINGS[block[0].weighting]}, " if block[0].tasks else ""
+    return f"{block[0].task} {block[0].metric}: {of}{block[0].n:,} {what}{way}" + (f"; {' or '.join(tests)}" if tests else "")
 
 
 def cells(block: list[Row]) -> list[list[str]]:

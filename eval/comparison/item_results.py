@@ -15,6 +15,8 @@ from llmkd.files import Damaged, read_object
 from llmkd.output.metrics import WEIGHED_BY
 from llmkd.output.run_files import RECIPE, SUMMARY, read_run_file
 
+from ..harness.record_files import GROUP
+
 HELD_OUT = "held_out"
 
 
@@ -30,6 +32,7 @@ class Measured:
     counted: dict[str, np.ndarray]  # by metric, [items]: the targets that count in it, where examples have weights
     groups: list[str] | None  # [items]: the row of data; examples of one row are resampled together
     others: list[str]  # metrics that are not one number an item
+    strata: np.ndarray | None = None  # [items], of a group of tasks: which of its tasks an item is of
 
 
 def parse_arms(words: list[str]) -> dict[str, list[Path]]:
@@ -63,11 +66,16 @@ def _arm(word: str) -> tuple[str, list[Path]]:
 
 
 def tasks_of(run: Path) -> list[str]:
-    """The tasks that a run's folder has results of; `held_out` last. A task without a record, which is written last, was not finished."""
+    """The tasks that a run's folder has results of, then its groups, `held_out` last. A task without a record, which is written last, was not finished."""
     if not run.is_dir():
         raise UserError(f"{run}: no such folder; name a run that was evaluated, or NAME=RUN[,RUN...]")
     tasks = sorted(path.stem for path in (run / "eval").glob("*.json") if _is_record(path))
-    return tasks + [HELD_OUT] * (run / f"{HELD_OUT}.jsonl").exists()
+    return tasks + groups_of(run) + [HELD_OUT] * (run / f"{HELD_OUT}.jsonl").exists()
+
+
+def groups_of(run: Path) -> list[str]:
+    """The groups of tasks that a run was evaluated on, by their files (`group_results`)."""
+    return sorted(path.name.removesuffix(GROUP) for path in (run / "eval").glob(f"*{GROUP}"))
 
 
 def _is_record(path: Path) -> bool:

@@ -19,18 +19,34 @@ _CELLS = 1 << 22  # random numbers held at once
 _FEW = 64  # different values: then resampling is drawing how often each occurs
 
 
-def ratio_stderr(x: np.ndarray, w: np.ndarray | None = None) -> tuple[float, float]:
+def ratio_stderr(x: np.ndarray, w: np.ndarray | None = None, strata: np.ndarray | None = None) -> tuple[float, float]:
     """r = sum(x) / sum(w) over items, such as nats per token, and its standard error by the delta method.
 
     sqrt(n / (n - 1) · sum((x - r w)²)) / sum(w), the linearised variance of a ratio estimate (Cochran, Sampling Techniques, 3rd ed.,
     section 2.11, without the finite population's correction). The items are what is drawn, so a long example weighs more and also
     varies more. Without w it is the mean and s / sqrt(n), lm-evaluation-harness's `mean_stderr`. x, w: [n], w > 0. One item: NaN.
+    With strata (`strata_variances`) it is the mean and sqrt(sum of their parts of the variance).
     """
     x = np.asarray(x, float)
+    if strata is not None:
+        return float(x.mean()), float(np.sqrt(strata_variances(x, strata)[0].sum()))
     w = np.ones(len(x)) if w is None else np.asarray(w, float)
     n, total = len(x), w.sum()
     ratio = x.sum() / total
     return float(ratio), float(np.sqrt(n / (n - 1) * np.square(x - ratio * w).sum()) / total) if n > 1 else math.nan
+
+
+def strata_variances(x: np.ndarray, strata: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """What each stratum (task of a group) adds to the variance of mean(x), n_t s_t² / n², and its number of items n_t; NaN for one item.
+
+    Items are drawn within their task, tasks are not drawn, and their means are independent (stratified sampling: Cochran, section 5.4,
+    without the finite population's correction). A mean of tasks that weigh otherwise than by their items is one of x times item weights.
+    x, strata: [n], numbers from 0.
+    """
+    n = np.bincount(strata)
+    squares = np.bincount(strata, np.square(x - (np.bincount(strata, x) / n)[strata]))
+    with np.errstate(divide="ignore", invalid="ignore"):
+        return n * squares / (n - 1) / len(x) ** 2, n
 
 
 @dataclass(frozen=True)
@@ -42,7 +58,14 @@ class Difference:
     interval: tuple[float, float]
 
 
-def paired_difference(a: np.ndarray, b: np.ndarray, w: np.ndarray | None = None, resamples: int = RESAMPLES, seed: int = 0) -> Difference:
+def paired_difference(
+    a: np.ndarray,
+    b: np.ndarray,
+    w: np.ndarray | None = None,
+    resamples: int = RESAMPLES,
+    seed: int = 0,
+    strata: np.ndarray | None = None,
+) -> Difference:
     """The difference of two means (w None) or of two ratios over the same items; a, b, w: [n].
 
     Standard error: `ratio_stderr` of the per-item differences, which is where pairing helps: what makes an item hard for both
@@ -54,15 +77,31 @@ def paired_difference(a: np.ndarray, b: np.ndarray, w: np.ndarray | None = None,
     skewness / sqrt(n), its bias term is ill-defined where the bootstrap's values are few and tied, as with 0/1 metrics, and it is as
     narrow as the plain percentile just where n is small.
     One item: an interval of NaN.
+    With strata each is resampled by itself. The factor that makes up for (n - 1) / n is then the ratio of the two standard errors,
+    and the t has Satterthwaite's degrees of freedom, (sum v_t)² / sum(v_t² / (n_t - 1)) for variances v_t, rounded down.
     """
     d = np.asarray(a, float) - np.asarray(b, float)
     n = len(d)
-    value, stderr = ratio_stderr(d, w)
-    if n == 1:
+    value, stderr = ratio_stderr(d, w, strata)
+    if math.isnan(stderr):
         return Difference(value, stderr, (math.nan, math.nan))
-    tail = NormalDist().cdf(-t_quantile(1 - LEVEL, n - 1) * math.sqrt(n / (n - 1)))
-    low, high = np.quantile(bootstrap(d, w, resamples, np.random.default_rng(seed)), [tail, 1 - tail])
+    rng = np.random.default_rng(seed)
+    if strata is None:
+        df, wider, drawn = n - 1, math.sqrt(n / (n - 1)), bootstrap(d, w, resamples, rng)
+    else:
+        df, wider = _of_strata(d, strata)
+        drawn = sum((m := strata == t).sum() / n * bootstrap(d[m], None, resamples, rng) for t in range(strata.max() + 1))
+    tail = NormalDist().cdf(-t_quantile(1 - LEVEL, df) * wider)
+    low, high = np.quantile(drawn, [tail, 1 - tail])
     return Difference(value, stderr, (float(low), float(high)))
+
+
+def _of_strata(d: np.ndarray, strata: np.ndarray) -> tuple[int, float]:
+    """Degrees of freedom, and by what factor the standard error is above that of the bootstrap, which has (n_t - 1) / n_t of each variance."""
+    v, n = strata_variances(d, strata)
+    if not v.sum():
+        return int(n.sum() - len(n)), 1.0
+    return max(1, int(v.sum() ** 2 / (v**2 / (n - 1)).sum())), math.sqrt(v.sum() / (v * (n - 1) / n).sum())
 
 
 def bootstrap(d: np.ndarray, w: np.ndarray | None, resamples: int, rng: np.random.Generator) -> np.ndarray:

@@ -20,7 +20,8 @@ from llmkd.errors import ChangedFiles, Stopped, UserError
 from llmkd.training.shutdown import ShutdownRequest
 
 from . import record_files
-from .benchmarks import find_tasks, harness_version, index, need_harness, shots
+from .benchmarks import find_groups, find_tasks, harness_version, index, need_harness, shots
+from .groups import write_groups
 from .live_model import live_model_class
 from .model_refs import ModelToEvaluate, find_models, tokenizer_of, weights_of
 from .samples import in_words, items_of, record_of
@@ -63,7 +64,7 @@ def evaluate_all(
     """{model: {task: record}}. Wrong arguments are refused before a model is loaded. Rank 0 writes the files.
 
     If a task fails for one model, the others are still evaluated, and SomeFailed is raised at the end. Raises Stopped on a signal;
-    finished evaluations are kept.
+    finished evaluations are kept. Groups are recorded once all their tasks are there.
     """
     options = Options(**options)
     need_harness()
@@ -78,8 +79,12 @@ def evaluate_all(
             work = _Work(found_tasks, options, start(), stop, left)
             for ref in found_models:
                 work.evaluate(ref, records[ref.name])
-            if work.problems:
-                raise SomeFailed(work.problems, records)
+        if first_process():
+            groups = find_groups(tasks, tasks_dir, options.fewshot)
+            for ref in found_models:
+                write_groups(ref.out, groups, {name: record for name, record in records[ref.name].items() if record})
+        if left and work.problems:
+            raise SomeFailed(work.problems, records)
     return records
 
 

@@ -1,6 +1,12 @@
-"""The means of groups of tasks, as the harness defines them."""
+"""The means of groups of tasks, as the harness defines them; and what results say of a group, for comparisons."""
 
+from pathlib import Path
 from typing import Any
+
+from llmkd import __version__
+
+from . import record_files
+from .benchmarks import harness_version
 
 
 def group_means(groups: dict[str, Any], records: dict[str, dict]) -> list[dict]:
@@ -20,7 +26,7 @@ def group_means(groups: dict[str, Any], records: dict[str, dict]) -> list[dict]:
             continue
         found, shots = group.aggregate(measured), {records[task]["fewshot"] for task in names}
         for wanted in group.aggregate_metric_list:
-            for key in [key for key in found if key.partition(",")[0] == wanted.metric and "," in key]:
+            for key in [key for key in found if _of(wanted, key)]:
                 if not all(key in measured[task] for task in names):
                     continue
                 metric, _, how = key.partition(",")
@@ -40,6 +46,23 @@ def group_means(groups: dict[str, Any], records: dict[str, dict]) -> list[dict]:
                     }
                 )
     return out
+
+
+def write_groups(folder: Path, groups: dict[str, Any], records: dict[str, dict]) -> None:
+    """Beside one model's results a file for each group whose tasks all have a record: its tasks, and which metrics it takes the mean of, how."""
+    rows = group_means(groups, records)
+    for name, group in groups.items():
+        names = [task.task_name for task in group.get_all_tasks()]
+        if records.keys() >= set(names):
+            means = {row["metric"]: row["weighting"] for row in rows if row["task"] == name}
+            stated = {"group": name, "version": group.version, "harness": harness_version(), "llmkd": __version__}
+            record_files.write_group(folder, stated | {"tasks": names, "means": means})
+
+
+def _of(wanted, key: str) -> bool:
+    """Whether a group's metric is one that this part of its definition asks for."""
+    metric, comma, how = key.partition(",")
+    return bool(comma) and metric == wanted.metric and (wanted.filter_list is None or how in wanted.filter_list)
 
 
 def _as_of_the_harness(record: dict) -> dict[str, Any]:

@@ -1,4 +1,7 @@
-"""The result files of an evaluation, two for each task: <task>.json with metrics and settings, <task>.jsonl with one item a line."""
+"""The result files of an evaluation, two for each task: <task>.json with metrics and settings, <task>.jsonl with one item a line.
+
+Of a group of tasks <group>.group.json says which tasks it is of, and how they weigh.
+"""
 
 import hashlib
 import json
@@ -9,6 +12,7 @@ from llmkd.files import read_jsonl, remove_leftovers, sha256_file, write_atomic,
 from llmkd.model_folder.identity import WHOLE
 from llmkd.output.run_files import read_run_file
 
+GROUP = ".group.json"
 #: Settings that two evaluations of a task must share to be the same evaluation.
 SAME = ("version", "harness", "fewshot", "limit", "chat_template", "seeds")
 SAME += ("model.fingerprint", "model.dtype", "model.quantization", "model.chat_template")
@@ -43,6 +47,11 @@ def write_task(folder: Path, record: dict, items: list[dict]) -> dict:
     write_atomic(folder / f"{_name(record['task'])}.jsonl", text)
     write_sealed(folder / f"{_name(record['task'])}.json", record)
     return record
+
+
+def write_group(folder: Path, record: dict) -> None:
+    """Write a group's file; `record["group"]` is its name."""
+    write_sealed(folder / f"{_name(record['group'])}{GROUP}", record)
 
 
 def differences(before: dict, now: dict) -> list[str]:

@@ -9,7 +9,8 @@ from llmkd.errors import UserError
 from ..comparison import stats
 from ..comparison.compare import HELD_OUT_METRICS, Row, compare
 from ..comparison.compare_text import blocks, digits, interval_text, p_text, too_few
-from ..comparison.item_results import HELD_OUT, read, tasks_of
+from ..comparison.group_results import read_group
+from ..comparison.item_results import HELD_OUT, groups_of, read, tasks_of
 from .document import Span, Text
 
 #: A row of an arm that could not be compared with the baseline has this for a verdict.
@@ -27,7 +28,9 @@ def measure(arms: dict[str, list[Path]], baseline: str, info: Callable[[str], No
 
     `arms`: finished runs only. One task that cannot be compared doesn't cost the others.
     """
-    tasks = sorted({task for runs in arms.values() for run in runs for task in tasks_of(run)}, key=lambda t: (t != HELD_OUT, t))
+    every = [run for runs in arms.values() for run in runs]
+    groups = {name for run in every for name in groups_of(run)}
+    tasks = sorted({task for run in every for task in tasks_of(run)}, key=lambda t: (t != HELD_OUT, t in groups, t))
     rows = []
     for task in tasks:
         having = {arm: runs for arm, runs in arms.items() if runs and all(task in tasks_of(run) for run in runs)}
@@ -50,7 +53,7 @@ def measure(arms: dict[str, list[Path]], baseline: str, info: Callable[[str], No
 def _has_more(arm: str, run: Path, task: str, known: set[tuple[str, str]]) -> bool:
     """Whether an arm measured what the comparison has no row of it for."""
     try:
-        names = read(run, task).values
+        names = read_group(run, task)["means"] if task in groups_of(run) else read(run, task).values
     except UserError:
         return True
     return any((name, arm) not in known for name in names if task != HELD_OUT or name in ("ce", "forward_kl", "top1_agreement"))

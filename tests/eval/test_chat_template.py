@@ -9,6 +9,7 @@ import yaml
 
 pytest.importorskip("lm_eval")
 from llmkd_eval import after_sweep
+from llmkd_eval.comparison.compare import compare
 from llmkd_eval.harness import benchmarks, record_files
 from llmkd_eval.harness.evaluate import _Work, evaluate, without_asides
 from llmkd_eval.harness.groups import group_means
@@ -90,6 +91,8 @@ def test_results_with_and_without_it_are_never_mixed(base, tasks_dir, tmp_path, 
     after_sweep.check(tmp_path / "sweep", Evaluation(tasks=("birds",), tasks_dir=str(tasks_dir), chat_template=True))
     with pytest.raises(UserError, match="eval.chat_template: found False, and a was evaluated on birds with True"):
         after_sweep.check(tmp_path / "sweep", Evaluation(tasks=("birds",), tasks_dir=str(tasks_dir)))
+    with pytest.raises(UserError, match="eval.chat_template: found False, and a was evaluated on birds with True"):
+        after_sweep.check(tmp_path / "sweep", Evaluation(tasks=("by_items",), tasks_dir=str(tasks_dir)))
     other = with_template(base, tmp_path / "other", "{% for m in messages %}{{ m.content }}{% endfor %}")
     with pytest.raises(UserError, match="model.chat_template"):
         evaluate(other, ["birds"], tasks_dir=tasks_dir, chat_template=True, out=tmp_path / "a/eval")
@@ -116,7 +119,7 @@ def test_a_groups_mean_is_the_harnesss(base, tasks_dir, tmp_path, capsys):
     from lm_eval.models.huggingface import HFLM
     from lm_eval.tasks import TaskManager
 
-    words = ["eval", str(base), "--tasks", "by_items,alike", "--tasks_dir", str(tasks_dir), "--out", str(tmp_path), "--json", "-"]
+    words = ["eval", str(base), "--tasks", "by_items,alike", "--tasks_dir", str(tasks_dir), "--out", str(tmp_path / "eval"), "--json", "-"]
     assert main(words) == 0
     out, err = capsys.readouterr()
     rows = {row["task"]: row for row in json.loads(out)}
@@ -133,6 +136,13 @@ def test_a_groups_mean_is_the_harnesss(base, tasks_dir, tmp_path, capsys):
         with without_asides():
             found = lm_eval.simple_evaluate(harness, tasks=[name], task_manager=index)["results"][name]
         assert (rows[name]["value"], rows[name]["stderr"]) == pytest.approx((found["acc,none"], found["acc_stderr,none"]))
+    assert json.loads((tmp_path / "eval/by_items.group.json").read_text())["means"] == {"acc": "items"}
+    (tmp_path / "eval/alike.group.json").unlink()
+    assert main(words) == 0 and "birds is evaluated already" in capsys.readouterr().err  # and the group is recorded again
+    compared = {row.task: row for row in compare({"a": [tmp_path], "b": [tmp_path]}) if row.arm == "a"}
+    assert [(row.task, row.n) for row in compared.values()] == [("birds", 7), ("few", 3), ("alike", 10), ("by_items", 10)]
+    assert {name: row.value for name, row in compared.items()} == pytest.approx({name: row["value"] for name, row in rows.items()})
+    assert compared["alike"].stderr == pytest.approx(rows["alike"]["stderr"])  # of tasks that weigh by items the harness pools the spread
 
 
 def test_a_group_whose_tasks_lack_the_metric_has_no_mean(tasks_dir):
@@ -176,6 +186,7 @@ def test_the_results_of_other_tasks_are_kept_where_one_fails(base, tasks_dir, tm
     ]
     assert main(["eval", str(base), *words]) == 2
     table, said = capsys.readouterr()
+    assert not list((tmp_path / "out").glob("*.group.json"))
     assert f"{base}: few: the harness cannot evaluate it" in said and "birds" in table and "alike" not in table
     (row,) = json.loads((tmp_path / "all.json").read_text())
     assert (row["task"], row["items"], row["metric"]) == ("birds", 7, "acc")

@@ -31,15 +31,15 @@ FAULTS = [
         (
             "plain-percentiles",
             "an interval takes the plain percentiles",
-            "NormalDist().cdf(-t_quantile(1 - LEVEL, n - 1) * math.sqrt(n / (n - 1)))",
+            "NormalDist().cdf(-t_quantile(1 - LEVEL, df) * wider)",
             "LEVEL / 2",
             STATS,
         ),
         (
             "interval-of-90",
             "an interval is one of 90 percent",
-            "t_quantile(1 - LEVEL, n - 1) * math.sqrt(n",
-            "t_quantile(1 - 2 * LEVEL, n - 1) * math.sqrt(n",
+            "t_quantile(1 - LEVEL, df) * wider",
+            "t_quantile(1 - 2 * LEVEL, df) * wider",
             STATS,
         ),
         ("bootstrap-of-the-numerator", "a ratio's denominator is not drawn", "w[drawn].sum(axis=1)", "w.sum()", STATS),
