@@ -9,6 +9,7 @@ from typing import Any, TextIO
 
 import numpy as np
 
+from ..config.data import FORMATS
 from ..config.fields import as_tuple
 from ..config.recipe import Recipe, Student, used_teachers
 from ..console import align, printable
@@ -26,6 +27,7 @@ from ..data.dataset import (
 )
 from ..data.encoding.end_tokens import end_tokens, report_end_tokens
 from ..data.encoding.supervised_text import supervised_spans
+from ..data.encoding.token_rows import vocabulary_hash
 from ..data.encoding.tokenizer import student_base, student_tokenizer
 from ..data.examples import Examples, merge
 from ..data.reading.sources import Rows
@@ -57,6 +59,8 @@ def preview(recipe: Recipe, count: int = 3, example: int | None = None, out: Tex
     examples = train.examples
     folders = [student_base(recipe.student)] if recipe.student.model else []
     settings = generation_settings(configs["student.model"], folders, "student.model")
+    if not all(FORMATS[source.format].is_text for source in (*as_tuple(recipe.data.train), *as_tuple(recipe.data.validation))):
+        print(f"the student's tokenizer, as rows of tokens name it: {vocabulary_hash(tokenizer)}", file=out)
     report_end_tokens(end_tokens(examples, recipe.data, tokenizer), settings, tokenizer)
     for i in _chosen(examples, count, example, recipe.seed):
         ids, loss_mask = examples.example(i)

@@ -14,7 +14,7 @@ ROLES = ("system", "developer", "user", "assistant", "tool")
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    kind: Literal["text", "messages", "text or messages", "tools"] = "text"
+    kind: Literal["text", "messages", "text or messages", "tools", "numbers"] = "text"
     optional: bool = False  # a file may lack it
 
 
@@ -24,13 +24,19 @@ class RowFormat:
 
     row: dict[str, Column]
     answer: str | None = None  # the column that a multiple-choice question lacks: its choices take that place
-    supervised: Literal["answer", "all"] = "answer"  # "all": no answer that choices could replace, and a text may be split
+    #: "all": no answer that choices could replace, and a text may be split. "marked": the row says which of its tokens.
+    supervised: Literal["answer", "all", "marked"] = "answer"
     template: Literal["optional", "always", "never"] = "never"  # whether the tokenizer's chat template renders it
 
     @property
+    def is_text(self) -> bool:
+        """Whether its rows are text, to be tokenised, before which a teacher may read a context."""
+        return self.supervised != "marked"
+
+    @property
     def columns(self) -> dict[str, Column]:
-        """The columns of a row, with teacher_context, which every format has."""
-        return {**self.row, "teacher_context": Column(optional=True)}
+        """The columns of a row, with teacher_context, which every format of text has."""
+        return {**self.row, **({"teacher_context": Column(optional=True)} if self.is_text else {})}
 
     @property
     def has_messages(self) -> bool:
@@ -39,7 +45,7 @@ class RowFormat:
     def names(self, choices: bool = False) -> tuple[str, ...]:
         """The names that `Source.fields` may map: columns, the keys of a message, and those of a multiple-choice question."""
         in_message = ("role", "content", "train") if self.has_messages else ()
-        return (*self.row, *in_message, "teacher_context", *(("choices", "answer") if choices else ()))
+        return (*self.columns, *in_message, *(("choices", "answer") if choices else ()))
 
 
 FORMATS = {
@@ -62,6 +68,20 @@ FORMATS = {
         template="optional",
     ),
     "text": RowFormat({"text": Column()}, supervised="all"),
+    "tokens": RowFormat(
+        {
+            "input_ids": Column("numbers"),
+            "loss_mask": Column("numbers", optional=True),
+            "labels": Column("numbers", optional=True),
+            "completion_mask": Column("numbers", optional=True),
+            "assistant_masks": Column("numbers", optional=True),
+            "attention_mask": Column("numbers", optional=True),
+            "position_ids": Column("numbers", optional=True),
+            "seq_lengths": Column("numbers", optional=True),
+            "tokenizer": Column(optional=True),
+        },
+        supervised="marked",
+    ),
 }
 
 
@@ -84,10 +104,11 @@ class Source:
         path="data",
         description="A .json, .jsonl, .parquet, .arrow or .csv file, a folder of them, a hub data set, or builtin:skills (the generated corpus).",
     )
-    format: Literal["alpaca", "chat", "prompt_completion", "text"] = fixed(
+    format: Literal["alpaca", "chat", "prompt_completion", "text", "tokens"] = fixed(
         "alpaca",
         shapes=("tokens",),
-        description="alpaca: instruction, input, output; chat: messages of role and content; prompt_completion: prompt, completion; text: text.",
+        description="alpaca: instruction, input, output; chat: messages of role and content; prompt_completion: prompt, completion; text: text; tokens: "
+        "input_ids of the student's tokenizer, and loss_mask or labels.",
     )
     fields: dict[str, str] = fixed(
         default_factory=dict,
@@ -212,6 +233,11 @@ def data_contradictions(data: Data, max_steps: int | None, group_by_length: int)
             yield ("data.teacher_context",), "found no text; give the text for the teacher, or leave it out"
         for setting, problem in no_context_with(data):
             yield ("data.teacher_context", setting), f"cannot be used with {problem}"
+        if any(not FORMATS[s.format].is_text for s in (*as_tuple(data.train), *as_tuple(data.validation))):
+            yield (
+                ("data.teacher_context", "data.train", "data.validation"),
+                "cannot be used with format: tokens, whose rows are no text that a context could be put before; leave it out",
+            )
     every = (*as_tuple(data.train), *as_tuple(data.validation))
     if data.too_long == "split" and any(FORMATS[s.format].supervised != "all" for s in every):
         whole = " and ".join(name for name, one in FORMATS.items() if one.supervised == "all")
@@ -247,7 +273,7 @@ def _source_contradictions(source: Source, setting: str) -> Iterator[tuple[str, 
         yield "noise", f"found {source.noise:g} with {what}; only the questions of the splits train and validation take it; leave it out"
     for path, problem in where_contradictions(source.where):
         yield f"where.{path}".rstrip("."), problem
-    if choices and row_format.supervised == "all":
+    if choices and row_format.supervised != "answer":
         *others, last = (name for name, one in FORMATS.items() if one.supervised == "answer")
         yield "format", f"found {source.format}, which has no answer that choices could replace; use {', '.join(others)} or {last}"
     if source.weight != 1 and setting != "data.train":

@@ -91,7 +91,11 @@ def _warn_of_shared_data(rows: dict[str, list[Rows]], data: Data) -> None:
 
 
 def _texts(rows: Rows) -> set[str]:
-    return {json.dumps(row, sort_keys=True, default=repr) for row in rows.rows}
+    return {json.dumps(row, sort_keys=True, default=_as_text) for row in rows.rows}
+
+
+def _as_text(value: object) -> object:
+    return value.tolist() if isinstance(value, np.ndarray) else repr(value)
 
 
 # ---- encoding

@@ -5,6 +5,7 @@ from ..console import count
 _NOTES = {
     "as_characters": "{} with the characters of a control token, which stay characters",
     "endless": "{} that the chat template ends without a control token: from these the student does not learn to stop",
+    "unnamed": "{} of token ids whose tokenizer is not named: they are read as the student's",
 }
 
 

@@ -18,6 +18,7 @@ from .encoding.encode import edges, tokens_of
 from .encoding.formats import FORMATS
 from .encoding.rendered_text import turn_token
 from .encoding.teacher_context import teacher_texts
+from .encoding.token_rows import refuse_foreign, split
 from .notes import example_notes
 from .prompts import Prompt, parted
 from .reading.files import KINDS, BadRow, Records, kind_of, records
@@ -37,10 +38,10 @@ def read_prompts(path: Path, sources: Sequence[Source], data: Data, tokenizer, s
     """The prompts of a file, each as a row of `sources`, the run's training data, would be up to its answer. UserError names every bad row.
 
     A row has the columns of one of the sources, with or without the answer, or instead a `prompt` (text or messages), `messages` or an
-    `instruction`; in a .txt file each line is a prompt.
+    `instruction`; in a .txt file each line is a prompt. A row of `input_ids` is the prompt up to its first target, all of it without one.
     """
     problems, unread, counts, out = ErrorCollector(), Counter(), Counter(), []
-    has_turns = functools.cache(lambda: _has_turns(sources[0], setting))
+    has_turns = functools.cache(lambda: _has_turns(next(one for one in sources if config.FORMATS[one.format].is_text), setting))
     for place, get in _records(path, setting):
         try:
             source, row, answered = _row_of(get(), sources, has_turns)
@@ -103,7 +104,10 @@ def _row_of(row: Any, sources: Sequence[Source], has_turns: Callable[[], bool]) 
         raise ValueError(
             f"found the columns {', '.join(row) or 'none'}, expected those of the run's data ({', '.join(_asked(sources[0]))}) or one of {', '.join(GENERAL)}"
         )
-    plain = dataclasses.replace(sources[0], fields={}, roles={}, ignore=())
+    texts = [source for source in sources if config.FORMATS[source.format].is_text]
+    if not texts:
+        raise ValueError(f"the run's data are tokens, and how a {name} becomes them is not known; write rows of {_asked(sources[0])[0]}")
+    plain = dataclasses.replace(texts[0], fields={}, roles={}, ignore=())
     return (plain, *_answered(_with_columns_of(plain, row, name, has_turns), plain))
 
 
@@ -167,6 +171,8 @@ def _has_turns(source: Source, setting: str) -> bool:
 def _prompt_of(row: dict, answered: bool, place: str, source: Source, data: Data, tokenizer) -> tuple[Prompt, tuple[str, ...]]:
     """A checked row as a prompt, and the keys in it that the chat template does not show. ValueError where it cannot be rendered."""
     row = {column: value for column, value in row.items() if column != "train"}
+    if not config.FORMATS[source.format].is_text:
+        return _token_prompt(row, place, tokenizer), ()
     if not tokenizer.chat_template and any(isinstance(row.get(column), list) for column in ("prompt", "messages")):
         raise ValueError("it is a conversation, and the run's tokenizer has no chat template; give a text")
     answer, reference = config.FORMATS[source.format].answer, None
@@ -195,6 +201,17 @@ def _prompt_of(row: dict, answered: bool, place: str, source: Source, data: Data
     if not len(prompt.ids):
         raise ValueError("the prompt is empty")
     return prompt, text.unshown
+
+
+def _token_prompt(row: dict, place: str, tokenizer) -> Prompt:
+    """A row of tokens as a prompt: all before its first target, or all of it."""
+    refuse_foreign(row, tokenizer)
+    (own,) = split(row, whole=False) or [(row["input_ids"], None)] if len(row["lengths"]) == 1 else [None]
+    if own is None:
+        raise ValueError(f"it is a packed row of {len(row['lengths'])} examples; write each as a row of its own")
+    if not len(own[0]):
+        raise ValueError("the prompt is empty")
+    return Prompt(place, own[0], own[0]) if own[1] is None or not own[1].any() else parted(place, own, own, tokenizer)
 
 
 def _raw_prompt(reference: str | None, has_answer: bool, data: Data, tokenizer, text: Text) -> np.ndarray:

@@ -42,7 +42,7 @@ def supervised_text(setup: Setup) -> Result:
         if text is None:
             cut += 1
             continue
-        answers, prompts = answers_and_prompts(setup.rows[number], form)
+        answers, prompts = answers_and_prompts(setup.rows[number], form, setup.prepared.tokenizer)
         lacking = next((answer for answer in answers if squeezed(answer) not in text), None)
         if lacking:
             problems.append(f"the answer {lacking[:60]!r} is not all supervised: that is {text[:60]!r}")
@@ -75,10 +75,14 @@ def _supervised_of_row(setup: Setup, number: int, form: str) -> str | None:
     return squeezed("".join(texts))
 
 
-def answers_and_prompts(row: dict, form: str) -> tuple[list[str], list[str]]:
-    """The texts of a row that are to be learnt, and those that are not."""
-    if row.get("train") is False:
+def answers_and_prompts(row: dict, form: str, tokenizer) -> tuple[list[str], list[str]]:
+    """The texts of a row that are to be learnt, and those that are not. Of a row of tokens only the first."""
+    if row.get("train") is False or (form == "tokens" and row["loss_mask"] is None):
         return [], []
+    if form == "tokens":
+        stops = np.cumsum(row["lengths"]).tolist()
+        spans = [range(start + 1, stop) for start, stop in zip([0, *stops], stops, strict=False)]
+        return [tokenizer.decode([int(row["input_ids"][t]) for t in span if row["loss_mask"][t]]) for span in spans], []
     if form == "text":
         return [row["text"]], []
     if form == "alpaca":

@@ -168,7 +168,7 @@ def test_a_bad_setting_is_named(refused, text, start, words):
             "t.jsonl",
             "t.jsonl, format: alpca",
             "r.yaml:4: data.train.format: ",
-            ["alpaca, chat, prompt_completion or text", "did you mean alpaca?"],
+            ["alpaca, chat, prompt_completion, text or tokens", "did you mean alpaca?"],
         ),
         ("t.jsonl", "t.jsonl, limit: 0", "r.yaml:4: data.train.limit: ", ["found 0", ">= 1"]),
         ("t.jsonl", "builtin:skill", "r.yaml:4: data.train.path: ", ["builtin:skills"]),
@@ -535,7 +535,7 @@ SOURCES = BASE.replace("  train: {path: t.jsonl}\n", "  train:\n    - {path: a.j
 @pytest.mark.parametrize(
     ("line", "start", "words"),
     [
-        ("format: alpca", "r.yaml:7: data.train.1.format: ", ["alpaca, chat, prompt_completion or text", "did you mean alpaca?"]),
+        ("format: alpca", "r.yaml:7: data.train.1.format: ", ["alpaca, chat, prompt_completion, text or tokens", "did you mean alpaca?"]),
         ("fromat: chat", "r.yaml:7: data.train.1.fromat: ", ["did you mean data.train.1.format?"]),
         ("limit: 0", "r.yaml:7: data.train.1.limit: ", ["found 0", "a whole number >= 1"]),
         ("weight: 0", "r.yaml:7: data.train.1.weight: ", ["found 0", "a number > 0"]),

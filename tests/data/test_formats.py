@@ -26,7 +26,14 @@ def test_a_format_has_both_entries_and_a_setting():
     assert list(config.FORMATS) == list(FORMATS) == list(typing.get_args(typing.get_type_hints(Source)["format"]))
 
 
-@pytest.mark.parametrize("name", FORMATS)
+TEXTS = [name for name, one in config.FORMATS.items() if one.is_text]
+
+
+def test_only_a_format_of_text_is_rendered():
+    assert [name for name, one in FORMATS.items() if one.render] == TEXTS
+
+
+@pytest.mark.parametrize("name", TEXTS)
 def test_a_row_with_just_the_columns_that_are_wanted_is_rendered_and_supervised_as_declared(name):
     (text,) = FORMATS[name].render(row(name, False), Source(path="f", format=name), tiny())
     supervised = "".join(text.text[a:b] for a, b in text.spans)

@@ -9,6 +9,7 @@ import itertools
 import re
 import time
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -26,10 +27,15 @@ from .long_texts import beginning, beginnings, bound_of, is_longer
 from .marked_turns import has_marks, refuse_unhonoured_marks
 from .rendered_text import listed_turns, turn_token, turn_words
 from .teacher_context import Tokens, align, keep_common, teacher_texts
+from .token_rows import of_tokens
 
 _BATCH, _MOST_CHARACTERS = 512, 1 << 20
 _MANY = 32  # examples of one row
 _SLOW = 4.0  # seconds for one row
+
+
+#: An example as the student reads it, and as its teacher does if that has a context.
+Views = tuple[Tokens, ...]
 
 
 @dataclass(frozen=True)
@@ -51,41 +57,32 @@ def encode(rows: Rows, source: Source, data: Data, tokenizer, progress=iter) -> 
     a control token; endless, texts that a chat template ends without a control token; `rendered TOKEN`, rows whose text holds a token of
     a chat template; `turns WORDS`, rows of format text whose text holds a conversation; `listed COLUMN`, rows with a list of messages as
     text; `unshown KEY`, rows with something that the chat template does not show; apart, rows of which the template makes several examples,
-    apart_examples and apart_tokens, these, and apart_last, the tokens of the last of each row. An example that is too long, or has nothing
+    apart_examples and apart_tokens, these, and apart_last, the tokens of the last of each row; unnamed, rows of format tokens that do not say
+    which tokenizer made them. An example that is too long, or has nothing
     supervised, for its student or its teacher is so for both.
     """
     errors = ErrorCollector()
-    texts = _render(rows, source, data, tokenizer, errors)
-    errors.raise_if_any()
     counts = {"rows": len(rows.rows), "unsupervised": 0, "marked": sum(row.get("train") is False for row in rows.rows), "too_long": 0}
-    counts |= _oddities(rows, source.format, texts, controls(tokenizer).any)
-    texts = _shortened(texts, rows, data, tokenizer, counts, errors)
-    kept: list[tuple[Tokens, ...]] = []  # each example as the student reads it, and as its teacher does if that has a context
+    if config.FORMATS[source.format].is_text:
+        found = _of_texts(rows, source, data, tokenizer, counts, errors, progress)
+    else:
+        found = of_tokens(rows, data, tokenizer, counts, errors)
+    kept: list[Views] = []
     kept_rows = []
-    for part in progress(batches_of(texts)):
-        theirs = iter(tokens_of([text.teacher for text in part if text.teacher], data, tokenizer))
-        for text, own in zip(part, tokens_of([text.student for text in part], data, tokenizer), strict=True):
-            place = rows.places[text.row]
-            if text.of > 1:
-                counts["apart_tokens"] += len(own[0])
-                counts["apart_last"] += len(own[0]) if text.last else 0
-            try:
-                views = (own, align(own, next(theirs), text.student.raw, tokenizer)) if text.teacher else (own,)
-            except ValueError as error:
-                errors.add(f"{place}: {error}")
-                continue
-            too_long = _too_long(views, data)
-            if too_long:
-                counts["too_long"] += 1
-                if data.too_long == "refuse":
-                    errors.add(_refused(place, too_long, data))
-            for piece in zip(*(_shorten(*view, data) for view in views), strict=True) if too_long else [views]:
-                keep_common(piece)
-                if piece[0][1].any():
-                    kept.append(piece)
-                    kept_rows.append(text.row)
-                else:
-                    counts["marked" if has_marks(rows.rows[text.row]) and not text.student.spans else "unsupervised"] += 1
+    for row, views, reason in found:
+        place = rows.places[row]
+        too_long = _too_long(views, data)
+        if too_long:
+            counts["too_long"] += 1
+            if data.too_long == "refuse":
+                errors.add(_refused(place, too_long, data))
+        for piece in zip(*(_shorten(*view, data) for view in views), strict=True) if too_long else [views]:
+            keep_common(piece)
+            if piece[0][1].any():
+                kept.append(piece)
+                kept_rows.append(row)
+            else:
+                counts[reason] += 1
     errors.raise_if_any()
     of_rows = np.array(kept_rows, np.int64)
     examples = Examples(*_flat([views[0] for views in kept]), of_rows, counts)
@@ -93,6 +90,28 @@ def encode(rows: Rows, source: Source, data: Data, tokenizer, progress=iter) -> 
         examples.teacher_view = Examples(*_flat([views[-1] for views in kept]), of_rows)
     counts |= {"examples": len(kept), "tokens": len(examples.ids), "targets": int(examples.loss_mask.sum())}
     return examples
+
+
+def _of_texts(
+    rows: Rows, source: Source, data: Data, tokenizer, counts: dict[str, int], errors: ErrorCollector, progress
+) -> Iterator[tuple[int, Views, str]]:
+    """Of every example the number of its row, its tokens, and why nothing of it is supervised, if so: "unsupervised" or "marked"."""
+    texts = _render(rows, source, data, tokenizer, errors)
+    errors.raise_if_any()
+    counts |= _oddities(rows, source.format, texts, controls(tokenizer).any)
+    texts = _shortened(texts, rows, data, tokenizer, counts, errors)
+    for part in progress(batches_of(texts)):
+        theirs = iter(tokens_of([text.teacher for text in part if text.teacher], data, tokenizer))
+        for text, own in zip(part, tokens_of([text.student for text in part], data, tokenizer), strict=True):
+            if text.of > 1:
+                counts["apart_tokens"] += len(own[0])
+                counts["apart_last"] += len(own[0]) if text.last else 0
+            try:
+                views = (own, align(own, next(theirs), text.student.raw, tokenizer)) if text.teacher else (own,)
+            except ValueError as error:
+                errors.add(f"{rows.places[text.row]}: {error}")
+                continue
+            yield text.row, views, "marked" if has_marks(rows.rows[text.row]) and not text.student.spans else "unsupervised"
 
 
 def _render(rows: Rows, source: Source, data: Data, tokenizer, errors: ErrorCollector) -> list[Rendered]:

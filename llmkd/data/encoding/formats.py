@@ -82,7 +82,8 @@ class Format:
     """The functions of a format. Its columns, which rows are checked by, are in `config.data.FORMATS`."""
 
     #: (row, source, tokenizer, context="", bound=None) -> its texts; those that exceed the bound may be left out.
-    render: Callable[[dict, Source, object, str, Bound | None], list[Text]]
+    #: None where a row is no text (`token_rows.py`).
+    render: Callable[[dict, Source, object, str, Bound | None], list[Text]] | None
     #: (a multiple-choice row, a choice) -> a row in which that choice is the answer, and the row's format. None without an answer.
     with_answer: Callable[[dict, str], tuple[dict, str]] | None = None
 
@@ -92,6 +93,7 @@ FORMATS = {
     "chat": Format(chat, chat_answer),
     "prompt_completion": Format(prompt_completion, prompt_completion_answer),
     "text": Format(text),
+    "tokens": Format(None),
 }
 
 

@@ -40,6 +40,7 @@ def refuse_other_ends(tokenizer, theirs, setting: str, folder, sources: Sequence
     folder   of the teacher's tokenizer
     sources  every source with its setting's name, and its rows, where they are known
     """
+    sources = [one for one in sources if FORMATS[one[1].format].is_text]  # to tokens that are given none is added
     different = {name: pair for name, pair in named_differences(tokenizer, theirs).items() if name in _WORDS}
     if not different:
         return

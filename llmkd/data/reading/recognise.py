@@ -25,6 +25,8 @@ _ANSWERS = (
 _INPUTS = "input context document passage article background".split()
 _TEXTS = "text content document body passage article story abstract code rawcontent doc txt paragraph".split()
 _SYSTEMS = "system systemprompt systemmessage".split()
+_IDS = "inputids tokenids tokens".split()
+_MASKS = "lossmask completionmask assistantmasks assistantmask assistanttokensmask trainmask targetmask responsemask mask".split()
 ROLE_KEYS = "role from speaker author sender".split()
 _CONTENT_KEYS = "content value text message utterance body".split()
 _ROLE_NAMES = {
@@ -198,6 +200,21 @@ def _text(row: dict) -> Found:
         yield from (({"text": name}, {}) for name in known[:1] if isinstance(row[name], str))
 
 
+def _tokens(row: dict) -> Found:
+    """Token ids; a mask under another name than the format's own is its loss_mask."""
+    ids = next((name for name in _named(row, _IDS) if is_numbers(row[name])), None)
+    if ids:
+        own = [name for name in FORMATS["tokens"].row if name in row]
+        mask = next((name for name in _named(row, _MASKS) if is_numbers(row[name]) and name not in own), None)
+        yield {"input_ids": ids, **({"loss_mask": mask} if mask and not {"loss_mask", "labels"}.intersection(own) else {})}, {}
+
+
+def is_numbers(value: Any) -> bool:
+    """Whether it is a list of whole numbers, or the same as JSON text."""
+    value = parsed(value)
+    return isinstance(value, list) and bool(value) and all(isinstance(one, int) for one in value)
+
+
 def _system(row: dict) -> dict[str, str]:
     names = _named(row, _SYSTEMS)
     return {"system": names[0]} if names else {}
@@ -209,4 +226,4 @@ def _named(row: dict, names: list[str]) -> list[str]:
 
 
 #: In the order in which they are tried.
-_READERS = {"chat": _chat, "prompt_completion": _prompt_completion, "alpaca": _alpaca, "text": _text}
+_READERS = {"chat": _chat, "prompt_completion": _prompt_completion, "alpaca": _alpaca, "text": _text, "tokens": _tokens}

@@ -13,7 +13,8 @@ from .calls import read_tools
 from .column_hints import column_hint, row_hint
 from .conversations import read_messages
 from .problems import ErrorCollector
-from .turn_marks import row_mark
+from .token_columns import HOW_MASKED, read_tokens
+from .turn_marks import HOW_MARKED, row_mark
 from .unread import count_unread
 from .values import check_text, kind, surrogate
 
@@ -47,14 +48,15 @@ def _checked(row: Any, place: str, source: Source, problems: ErrorCollector, cho
     lacking = [c for c, name in theirs.items() if name not in row and not (columns[c].optional and c == name)]
     if lacking and _missing(lacking, row, theirs, source, place, problems, choices):
         return row  # what else is wrong follows from it
-    trained, marks = row_mark(row, {*read, *source.ignore}, place, problems, source.where.keys())
+    how = HOW_MARKED if row_format.is_text else HOW_MASKED
+    trained, marks = row_mark(row, {*read, *source.ignore}, place, problems, source.where.keys(), how)
     count_unread(row, read | marks | source.where.keys(), source, place, problems, unread)
     hidden = absent | (marks | set(source.ignore)) - read
     found = {c: value for c, value in row.items() if c not in hidden} | {c: row[name] for c, name in asked.items() if name in row}
     for column, name in theirs.items():
         if name not in row:
             if column not in lacking:
-                _slip(name, row, theirs, source, place, problems)
+                _slip(name, row, theirs, source, place, problems, columns[column].kind == "numbers")
             continue
         value, value_kind = row[name], columns[column].kind
         if value is None and columns[column].optional:  # a null field is an absent one: parquet has them in every row
@@ -64,12 +66,16 @@ def _checked(row: Any, place: str, source: Source, problems: ErrorCollector, cho
             value = read_messages(row, name, source, place, problems, unread, check_row)
         elif value_kind == "tools":
             value = read_tools(value, name, place, problems)
+        elif value_kind == "numbers":
+            pass  # read together, below
         elif not isinstance(value, str):
             fix = ', use "" for an empty one' if value is None else ""
             problems.add(f"{place}: {name} is {kind(value)}, expected text{fix}")
         else:
             check_text(value, f"{place}: {name}", problems)
         found[column] = value
+    if not row_format.is_text:
+        found |= read_tokens(found, theirs, place, problems)
     if isinstance(found.get("prompt"), list) and isinstance(found.get("completion"), str):  # the answer to a conversation
         found["completion"] = [{"role": "assistant", "content": found["completion"]}]
     mixed = [c for c in theirs if columns[c].kind == "text or messages" and c in found]
@@ -127,9 +133,10 @@ def _missing(
     return other_shape
 
 
-def _slip(name: str, row: dict, theirs: dict, source: Source, place: str, problems: ErrorCollector) -> None:
-    """A problem where an optional column is missing, and another one has nearly its name."""
-    near = _near(name, frozenset(row.keys() - {*theirs.values(), *source.ignore, *source.where}))
+def _slip(name: str, row: dict, theirs: dict, source: Source, place: str, problems: ErrorCollector, numbers: bool) -> None:
+    """A problem where an optional column is missing, and another one has nearly its name. `numbers`: the column is a list of them."""
+    others = row.keys() - {*theirs.values(), *source.ignore, *source.where}
+    near = _near(name, frozenset(other for other in others if not numbers or isinstance(row[other], list)))
     if near:
         problems.add(f"{place}: no column {name!r}; did you mean {near!r}?")
 

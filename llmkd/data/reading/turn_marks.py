@@ -49,6 +49,8 @@ _LEFT_OUT = UNCLEAR - {"mask", "lossmask"} | set(
 _KEPT = set(
     "include included keep kept use used usable valid isvalid active enabled approved isapproved isaccepted iscorrect correct".split()
 )
+#: In words of an error: how a row says which of its parts are trained on.
+HOW_MARKED = "write train: true or false into messages (format: chat)"
 _ELSEWHERE = ("tool_calls", "function_call", "tools", "functions")  # objects whose keys are a function's
 
 
@@ -88,11 +90,12 @@ def mark_of(message: dict, own: str | None, where: str, problems: ErrorCollector
 
 
 def row_mark(
-    row: dict, read: set[str], place: str, problems: ErrorCollector, chosen_by: Collection[str] = ()
+    row: dict, read: set[str], place: str, problems: ErrorCollector, chosen_by: Collection[str] = (), how: str = HOW_MARKED
 ) -> tuple[bool | None, set[str]]:
     """The same of a whole row, whose columns named in `read` are the format's. Of a row marked false nothing is trained on.
 
-    `chosen_by`: the columns by which the row was chosen, so that they are no mark of a row that is not to be used.
+    `chosen_by`: the columns by which the row was chosen, so that they are no mark of a row that is not to be used. `how`: in words, how rows
+    of the format say which of their parts are trained on; {} is the column's name.
     """
     said, keys = {}, set()
     for key, value in _columns(row, read, TRAINED | UNTRAINED):
@@ -105,8 +108,8 @@ def row_mark(
         if inner := _mask(key, value):
             keys.add(key)
             problems.add(
-                f"{place}: {inner} may say which parts of the row are trained on, and llmkd does not read it; write train: true or false into "
-                f"messages (format: chat), or set ignore: [{key}]",
+                f"{place}: {inner} may say which parts of the row are trained on, and llmkd does not read it; {how.format(key)}, "
+                f"or set ignore: [{key}]",
                 alike=f"{inner}, which llmkd does not read",
             )
         elif _is_flag(value) and plain(key) in (_LEFT_OUT if value else _KEPT) and key not in chosen_by:

@@ -96,7 +96,7 @@ MEANINGS = (
         _names(
             "image images imagepath imagepaths imageurl imageurls pixelvalues video videos videopath videourl audio audios audiopath audiourl"
         ),
-        _ANSWERED,
+        (*_ANSWERED, "tokens"),
         "something else than text, and llmkd reads text only",
     ),
     Meaning(
@@ -114,6 +114,21 @@ MEANINGS = (
         holds=is_role,
     ),
     Meaning(_names("context contexts"), ("chat",), "what the answers rely on", "write it into a message"),
+    Meaning(
+        _names(
+            "seqlens seqlen seqlength sequencelengths samplelengths examplelengths packedlengths cuseqlens cuseqlensq segmentids sequenceids"
+        ),
+        ("tokens",),
+        "where the examples of a packed row begin",
+        "write the tokens of each example as seq_lengths",
+        holds=lambda value: isinstance(value, list),
+    ),
+    Meaning(
+        frozenset({"teachercontext", "teacherinputids"}),
+        ("tokens",),
+        "what only the teacher reads, which rows of tokens cannot have",
+        "use format: chat or prompt_completion",
+    ),
     Meaning(
         _names("chattemplatekwargs templatekwargs enablethinking documents"),
         ("chat", "prompt_completion"),

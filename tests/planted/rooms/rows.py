@@ -202,8 +202,8 @@ FAULTS = [
         (
             "too-long-uncounted",
             "rows that are dropped unseen are not counted",
-            'counts["too_long"] += 1\n            if data.too_long == "refuse":',
-            'if data.too_long == "refuse":',
+            'counts["too_long"] += 1\n            if data.too_long == "refuse":\n                errors.add(_refused(rows',
+            'if data.too_long == "refuse":\n                errors.add(_refused(rows',
             LONG,
         ),
         (

@@ -1,0 +1,154 @@
+"""Rows of token ids: which tokens are targets, which are padding, and where the examples of a packed row begin.
+
+The columns are those of transformers, TRL, torchtune and axolotl. Labels stand where the tokens are: llmkd itself moves them by one.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from .problems import ErrorCollector
+from .values import kind, parsed
+
+IGNORED = -100  # the label of a token that is no target
+_MASKS = ("loss_mask", "completion_mask", "assistant_masks")
+_BEGINNINGS = ("position_ids", "seq_lengths")
+_COUNTED = ("input_ids", "labels", *_BEGINNINGS)  # the others say yes or no
+
+#: In words of an error: how a row says which of its tokens are targets.
+HOW_MASKED = "set fields: {{loss_mask: {0}}} if it is 1 at targets and 0 elsewhere"
+
+
+def read_tokens(row: dict, theirs: dict[str, str], place: str, problems: ErrorCollector) -> dict[str, Any]:
+    """The row's tokens without padding: input_ids int32 [tokens], loss_mask bool [tokens] or None where no column says, and lengths, the
+    tokens of each of its examples.
+
+    `theirs`: the file's own names of the columns. What is wrong is added to `problems`; the row is then without targets.
+    """
+    try:
+        return _tokens(row, {c: theirs.get(c, c) for c in ("input_ids", *_MASKS, "labels", "attention_mask", *_BEGINNINGS)})
+    except ValueError as error:
+        problems.add(f"{place}: {error}")
+        return {"input_ids": np.zeros(0, np.int32), "loss_mask": np.zeros(0, bool), "lengths": np.zeros(1, np.int64)}
+
+
+def _tokens(row: dict, names: dict[str, str]) -> dict[str, Any]:
+    """See `read_tokens`. `names`: in the file."""
+    given = [column for column in names if column == "input_ids" or row.get(column) is not None]
+    arrays = {column: _numbers(row.get(column), names[column], column not in _COUNTED) for column in given}
+    ids = arrays.pop("input_ids")
+    for column in arrays.keys() - {"seq_lengths"}:
+        if len(arrays[column]) != len(ids):
+            raise ValueError(f"{names[column]} has {len(arrays[column])} entries and {names['input_ids']} {len(ids)}, expected as many")
+    wrong = np.flatnonzero((ids < 0) | (ids > np.iinfo(np.int32).max))
+    if len(wrong):
+        raise ValueError(f"{names['input_ids']}[{wrong[0]}] is {ids[wrong[0]]}, expected a token id, 0 or more")
+    loss_mask = _targets(ids, arrays, names)
+    first, stop, starts = _rows_of_attention(arrays.get("attention_mask"), len(ids), names["attention_mask"])
+    if loss_mask is not None:
+        padding = np.ones(len(ids), bool)
+        padding[first:stop] = False
+        if len(wrong := np.flatnonzero(loss_mask & padding)):
+            raise ValueError(f"token {wrong[0]} is a target, and {names['attention_mask']} says that it is padding; make it no target")
+        loss_mask = loss_mask[first:stop]
+    found = {names["attention_mask"]: starts} if starts else {}
+    if "position_ids" in arrays:
+        found[names["position_ids"]] = _restarts(arrays["position_ids"][first:stop], names["position_ids"], first)
+    if "seq_lengths" in arrays:
+        found[names["seq_lengths"]] = _sums(arrays["seq_lengths"], stop - first, names["seq_lengths"])
+    (one, begins), *others = found.items() or [("", [0])]
+    if other := next((name for name, also in others if also != begins), None):
+        raise ValueError(f"{one} and {other} begin examples at other places; fix one, or list it under ignore")
+    return {"input_ids": ids[first:stop].astype(np.int32), "loss_mask": loss_mask, "lengths": np.diff([*begins, stop - first])}
+
+
+def _numbers(value: Any, name: str, flags: bool) -> np.ndarray:
+    """A list of whole numbers, or the same as JSON text; ValueError for anything else. `flags`: true and false, or 1.0 and 0.0, are 1 and 0."""
+    value = parsed(value)
+    if not isinstance(value, list):
+        raise ValueError(f"{name} is {kind(value)}, expected a list of whole numbers")
+    for i, one in _unlike(value, flags):
+        found = repr(one) if isinstance(one, float) else kind(one)
+        fix = "; write each list of the batch as a row" if isinstance(one, list) else ""
+        raise ValueError(f"{name}[{i}] is {found}, expected a whole number{fix}")
+    try:
+        return np.array(value, np.int64)
+    except OverflowError:
+        raise ValueError(f"{name} holds a number that is no token id ({max(value, key=abs)})") from None
+
+
+def _unlike(value: list, flags: bool) -> Iterator[tuple[int, Any]]:
+    return ((i, one) for i, one in enumerate(value) if type(one) is not int and not (flags and one in (False, True)))
+
+
+def _targets(ids: np.ndarray, arrays: dict[str, np.ndarray], names: dict[str, str]) -> np.ndarray | None:
+    """The mask of the targets, which every column that has one must give alike; None where none has."""
+    found: dict[str, np.ndarray] = {}
+    for column in _MASKS:
+        if (mask := arrays.get(column)) is not None:
+            wrong = np.flatnonzero((mask != 0) & (mask != 1))
+            if len(wrong):
+                raise ValueError(f"{names[column]}[{wrong[0]}] is {mask[wrong[0]]}, expected 1 for a target and 0 for any other token")
+            found[names[column]] = mask == 1
+    if (labels := arrays.get("labels")) is not None:
+        found[names["labels"]] = _labelled(ids, labels, names["labels"], names["input_ids"])
+    (one, mask), *others = found.items() or [("", None)]
+    for other, also in others:
+        if len(wrong := np.flatnonzero(mask != also)):
+            raise ValueError(f"{one} and {other} disagree about token {wrong[0]}; keep one, and list the other under ignore")
+    return mask
+
+
+def _labelled(ids: np.ndarray, labels: np.ndarray, name: str, name_of_ids: str) -> np.ndarray:
+    """The tokens with a label, which must be the token itself."""
+    mask = labels != IGNORED
+    wrong = np.flatnonzero(mask & (labels != ids))
+    if not len(wrong):
+        return mask
+    at = int(wrong[0])
+    if mask[:-1].any() and (labels[:-1] == ids[1:])[mask[:-1]].all():
+        raise ValueError(
+            f"{name} are moved by one ({name}[{at}] is {name_of_ids}[{at + 1}]); write each where its token is, since llmkd moves them itself"
+        )
+    raise ValueError(
+        f"{name}[{at}] is {labels[at]} and {name_of_ids}[{at}] is {ids[at]}; a label is the token itself, or {IGNORED} for no target"
+    )
+
+
+def _rows_of_attention(mask: np.ndarray | None, count: int, name: str) -> tuple[int, int, list[int]]:
+    """From where to where tokens are no padding, and where its examples begin; no beginnings where there is one example only.
+
+    The mask has 0 for padding at its ends, and 1, or 1, 2, 3 ... for the examples of a packed row.
+    """
+    if mask is None or not len(mask):
+        return 0, count, []
+    real = np.flatnonzero(mask)
+    if not len(real):
+        return 0, 0, []
+    first, stop = int(real[0]), int(real[-1]) + 1
+    steps = np.diff(mask[first:stop])
+    wrong = np.flatnonzero((steps != 0) & (steps != 1) | (mask[first:stop][1:] == 0))
+    if mask[first] != 1 or len(wrong):
+        at = first if mask[first] != 1 else first + 1 + int(wrong[0])
+        raise ValueError(
+            f"{name}[{at}] is {mask[at]}, expected 1, or 1, 2, 3 ... for the examples of a packed row, and 0 only for padding at its ends"
+        )
+    starts = [0, *(np.flatnonzero(steps) + 1).tolist()]
+    return first, stop, starts if len(starts) > 1 else []
+
+
+def _restarts(positions: np.ndarray, name: str, first: int) -> list[int]:
+    """Where positions begin at 0 again."""
+    before = np.concatenate([[-1], positions[:-1]])
+    wrong = np.flatnonzero((positions != before + 1) & (positions != 0))
+    if len(wrong):
+        at = int(wrong[0])
+        raise ValueError(f"{name}[{first + at}] is {positions[at]}, expected {before[at] + 1}, or 0 where the next example begins")
+    return np.flatnonzero(positions == 0).tolist() or [0]
+
+
+def _sums(lengths: np.ndarray, count: int, name: str) -> list[int]:
+    if (lengths < 1).any() or lengths.sum() != count:
+        raise ValueError(f"{name} add up to {lengths.sum()}, expected {count}, the tokens of the row, from lengths of 1 or more")
+    return [0, *np.cumsum(lengths)[:-1].tolist()]
