@@ -3,9 +3,19 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+
+class Span(NamedTuple):
+    """Where an example lies among the flattened positions of a view: the positions of its prefix segment and then those of its own."""
+
+    prefix: int  # the first of its prefix segment
+    shared: int  # their number, 0 without one
+    own: int  # the first of its own
+    length: int
 
 
 @dataclass(frozen=True)
@@ -55,10 +65,15 @@ class PackedLayout:
         return PackedLayout.of([self.lengths[segment] for segment in kept], prefix_of, of), keep
 
     @property
-    def segments(self) -> list[tuple[int, ...]]:
-        """The segments of each example, in the order of its tokens: its prefix segment, if it has one, and its own."""
-        own = {example: segment for segment, example in enumerate(self.examples) if example >= 0}
-        return [(own[i],) if (before := self.prefix_of[own[i]]) < 0 else (before, own[i]) for i in range(len(own))]
+    def spans(self) -> list[Span]:
+        """Of each example."""
+        starts, own = [0, *accumulate(self.lengths)], {example: segment for segment, example in enumerate(self.examples) if example >= 0}
+        spans = []
+        for segment in (own[i] for i in range(len(own))):
+            prefix = self.prefix_of[segment]
+            shared = (starts[prefix], self.lengths[prefix]) if prefix >= 0 else (0, 0)
+            spans.append(Span(*shared, starts[segment], self.lengths[segment]))
+        return spans
 
     def mask(self) -> Tensor:
         """An attention_mask [1, 1, 1, 1] that carries this layout to `models/attention.py`."""
@@ -81,24 +96,11 @@ class View:
     rows_N: Tensor  # positions in the flattened [B * T] that predict the targets, each once
     packed: PackedLayout | None = None  # how examples lie in a packed row
 
-    def by_example(self, x_BhTd: Tensor) -> tuple[Tensor, ...]:
-        """Of values at all positions those of each example, [h, m, d], in the order of its tokens: m positions, padding's included."""
-        if not self.packed:
-            return x_BhTd.unbind(0)
-        parts = x_BhTd[0].split(self.packed.lengths, 1)
-        return tuple(torch.cat([parts[one] for one in segments], 1) for segments in self.packed.segments)
-
-    def places(self, counts: Sequence[int]) -> list[Tensor]:
-        """The place of each target among its example's own positions, [n] for each example. `counts`: the targets of each example."""
-        return [rows_n - first for rows_n, first in zip(self.rows_N.split(list(counts)), self._firsts(), strict=True)]
-
-    def _firsts(self) -> list[int]:
-        """For each example, the flattened position that its first token has, or would have if its prefix stood before its own segment."""
+    @property
+    def spans(self) -> list[Span]:
+        """Of each example; of rows that are not packed with padding."""
         B, T = self.inputs["input_ids"].shape
-        if not self.packed:
-            return [b * T for b in range(B)]
-        starts, lengths = [0, *accumulate(self.packed.lengths)], self.packed.lengths
-        return [starts[segments[-1]] - sum(lengths[one] for one in segments[:-1]) for segments in self.packed.segments]
+        return self.packed.spans if self.packed else [Span(0, 0, b * T, T) for b in range(B)]
 
     def each(self, change: Callable[[Tensor], Tensor]) -> "View":
         return View({k: change(v) for k, v in self.inputs.items()}, change(self.rows_N), self.packed and self.packed.each(change))

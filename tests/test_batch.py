@@ -26,12 +26,11 @@ def test_each_example_finds_its_own_positions_and_its_targets_among_them(how, or
     assert bool(how.get("share")) == bool(whole.student.packed and -1 in whole.student.packed.examples)
     for batch, mine in ((whole, order), (select_examples(whole, [i != 0 for i in order]), [i for i in order if i])):
         view = batch.student
-        own = view.by_example(view.inputs["input_ids"][:, None, :, None])
-        places = view.places([one.num_targets for one in batch.examples])
-        assert len(own) == len(places) == len(mine)
-        for i, x, place in zip(mine, own, places, strict=True):
+        rows = view.rows_N.split([one.num_targets for one in batch.examples])
+        for i, span, mine_n in zip(mine, view.spans, rows, strict=True):
             start, end = data.offsets[i], data.offsets[i + 1]
-            assert x.shape[::2] == (1, 1) and place.tolist() == list(range(PROMPTS[i] - 1, LENGTHS[i] - 1))
-            assert x[0, : LENGTHS[i] - 1, 0].tolist() == data.ids[start : end - 1].tolist()
+            own = [*range(span.prefix, span.prefix + span.shared), *range(span.own, span.own + span.length)]
+            assert view.inputs["input_ids"].flatten()[own][: LENGTHS[i] - 1].tolist() == data.ids[start : end - 1].tolist()
+            assert [own.index(row) for row in mine_n.tolist()] == list(range(PROMPTS[i] - 1, LENGTHS[i] - 1))
             if how:
-                assert x.shape[1] == LENGTHS[i] - 1  # and nothing else
+                assert len(own) == LENGTHS[i] - 1  # and nothing else

@@ -1,121 +1,183 @@
 """How far the student's attention is from the teacher's, for each target: attention maps, and relations of queries, keys and values.
 
-Shapes: n targets of one example, m of the example's own positions, h query heads, g key heads (h is a multiple of g), d the width of a head,
-r relation heads. A target at position t is compared over the positions up to t that both models let it see; both are normalised over
-those alone. Everything is computed in at least float32, a chunk of targets at a time, and again in the backward pass.
+Shapes: N targets of a batch, P flattened positions of a view, h query heads, g key heads (h is a multiple of g), d the width of a head; in a
+group of b examples n targets of each, and m of the example's own positions. A target at position t is compared over the positions up to t
+that both models let it see; both are normalised over those alone.
+
+The gradient is computed with the divergence: of KL(p || q) with q = softmax(s) it is q - p for the scores s. So the [b, h, n, m] scores of a
+group are held once, in at least float32, and never those of a batch; what is kept for the backward pass, which only scales it, is as large
+as the student's queries at the targets and its keys.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
+from torch.autograd.function import once_differentiable
 
 from ..batch import Batch, View
 from ..errors import UserError
 from ..head import widen
 from ..signals import AttentionInputs, Dense, Taps
-from .divergences import forward_kl
-from .terms import RowTerm, StudentOutputs
+from .attention_groups import grouped
+from .divergences import kl_and_slope
+from .rows import weighted
+from .terms import Loss, StudentOutputs, Term
 
-#: Bytes of the float32 scores of one chunk of targets, of either model.
-_TILE = 32 * 2**20
-
-
-def seen(place_n: Tensor, m: int, windows: tuple[int | None, ...] = ()) -> Tensor:
-    """Which of m positions the targets at `place_n` see, [n, m]: their own and those before, in every sliding window (the target's own
-    position counted) of `windows`; None is no window."""
-    back_nm = place_n[:, None] - torch.arange(m, device=place_n.device)
-    sees_nm = back_nm >= 0
-    for window in windows:
-        if window is not None:
-            sees_nm &= back_nm < window
-    return sees_nm
+#: Bytes of the float32 scores of one group, of either model: on a CPU they stay in its cache.
+_TILE = {"cuda": 32 << 20, "cpu": 2 << 20}
+_LEAST_TILE = 1 << 18
 
 
-def scores(query_nhd: Tensor, key_gmd: Tensor, scaling: float) -> Tensor:
-    """scaling q k [n, h, m]. Query head i reads key head i // (h / g), as in transformers."""
-    n, h, _ = query_nhd.shape
-    g, m, _ = key_gmd.shape
-    query_gad = widen(query_nhd).unflatten(1, (g, h // g)).transpose(0, 1).flatten(1, 2)
-    scores_gam = torch.bmm(query_gad, widen(key_gmd).transpose(1, 2)) * scaling
-    return scores_gam.view(g, n, h // g, m).transpose(0, 1).reshape(n, h, m)
+def default_tile(device: str) -> int:
+    return _TILE.get(device, _TILE["cuda"])
 
 
-def relations(vectors_nc: Tensor, vectors_mc: Tensor, heads: int) -> Tensor:
-    """Scores [n, r, m] of vectors with one another, cut into `heads` parts: a_n a_m / sqrt(c / r) (MiniLMv2, arXiv:2012.15828, section 3.1)."""
-    ours_rnd, theirs_rmd = (widen(x).unflatten(-1, (heads, -1)).transpose(0, 1) for x in (vectors_nc, vectors_mc))
-    return torch.bmm(ours_rnd, theirs_rmd.transpose(1, 2)).transpose(0, 1) / math.sqrt(ours_rnd.shape[-1])
+def scores(query_bnhd: Tensor, key_bmgd: Tensor, scaling: float) -> Tensor:
+    """scaling q k [b, h, n, m]. Query head i reads key head i // (h / g), as in transformers."""
+    (b, n, h, _), (m, g) = query_bnhd.shape, key_bmgd.shape[1:3]
+    scores_xam = torch.bmm(_by_key_head(query_bnhd, g), key_bmgd.permute(0, 2, 3, 1).flatten(0, 1))
+    return scores_xam.mul_(scaling).view(b, h, n, m)
 
 
-def log_map(scores_nhm: Tensor, sees_nm: Tensor) -> Tensor:
-    """Log-probabilities [n, h, m] over the positions that are seen; -inf elsewhere."""
-    return scores_nhm.masked_fill(~sees_nm[:, None], -math.inf).log_softmax(-1)
+def _by_key_head(query_bnhd: Tensor, g: int) -> Tensor:
+    """Queries [b g, h / g n, d] by the key head that they read."""
+    b, n, h, d = query_bnhd.shape
+    return query_bnhd.transpose(1, 2).reshape(b * g, h // g * n, d)
 
 
-def mean_of_heads(log_nhm: Tensor) -> Tensor:
-    """The log of the heads' mean probabilities, [n, 1, m]."""
-    least = torch.finfo(log_nhm.dtype).min / 4  # logsumexp of -inf alone has no gradient
-    mean_n1m = log_nhm.clamp_min(least).logsumexp(1, keepdim=True) - math.log(log_nhm.shape[1])
-    return mean_n1m.masked_fill(log_nhm[:, :1] == -math.inf, -math.inf)
+def divergence(student_bhnm: Tensor, teacher_bhnm: Tensor, sees_bnm: Tensor, mean: bool = False) -> tuple[Tensor, Tensor]:
+    """KL(teacher || student) of the maps of two models' scores, [b, n], the mean over heads, and its gradient for the student's scores.
+
+    mean   compare the heads' mean maps: with Q the student's, the gradient for head a is (q_a / Q (Q - P) - q_a sum(q_a / Q (Q - P))) / h
+    """
+    h, hidden_b1nm = student_bhnm.shape[1], ~sees_bnm[:, None]
+    log_q, log_p = (x.masked_fill(hidden_b1nm, -math.inf).log_softmax(-1) for x in (student_bhnm, teacher_bhnm))
+    if not mean:
+        value_bhn, slope_bhnm = kl_and_slope(log_p, log_q)
+        return value_bhn.mean(1), slope_bhnm.div_(h)
+    log_mean_q, log_mean_p = (x.logsumexp(1, keepdim=True) - math.log(x.shape[1]) for x in (log_q, log_p))
+    value_b1n, slope_b1nm = kl_and_slope(log_mean_p, log_mean_q)
+    of_head_bhnm = (log_q - log_mean_q).masked_fill_(hidden_b1nm, 0.0).exp_().mul_(slope_b1nm)
+    return value_b1n[:, 0], of_head_bhnm.sub_(log_q.exp_().mul_(of_head_bhnm.sum(-1, keepdim=True))).div_(h)
 
 
-def divergence(student_nhm: Tensor, teacher_nhm: Tensor, sees_nm: Tensor, mean: bool = False) -> Tensor:
-    """KL(teacher || student) of the maps of two models' scores, [n], the mean over heads; with `mean` that of the heads' mean maps."""
-    log_q, log_p = (log_map(x, sees_nm) for x in (student_nhm, teacher_nhm))
-    if mean:
-        log_q, log_p = mean_of_heads(log_q), mean_of_heads(log_p)
-    return forward_kl(log_q, log_p).mean(-1)
+class _Divergence(torch.autograd.Function):
+    """The weighted sum of `divergence` over N targets (differentiable in the student's queries and keys), and its values times their weights, [N].
 
-
-def in_chunks(values: Callable[..., Tensor], rows: tuple[Tensor, ...], row_bytes: int, *whole) -> Tensor:
-    """`values(*chunks of rows, *whole)` [n], row by row, in chunks whose rows of `row_bytes` fit into a tile; what is between is computed
-    again in the backward pass and not kept."""
-    size = max(1, _TILE // row_bytes)
-    chunks = zip(*(x.split(size) for x in rows), strict=True)
-    return torch.cat([checkpoint(values, *chunk, *whole, use_reentrant=False, preserve_rng_state=False) for chunk in chunks])
-
-
-def map_divergence(student: AttentionInputs, teacher: AttentionInputs, view: View, counts: Sequence[int], mean: bool = False) -> Tensor:
-    """KL of the two models' attention maps for each of a view's targets, [N]: the mean over heads, or with `mean` that of the heads' mean
-    maps. `counts`: the targets of each example."""
-
-    def values(query_nhd, query_T_nhd, place_n, key_gmd, key_T_gmd):
-        sees_nm = seen(place_n, key_gmd.shape[1], (student.window, teacher.window))
-        ours, theirs = scores(query_nhd, key_gmd, student.scaling), scores(query_T_nhd, key_T_gmd, teacher.scaling)
-        return divergence(ours, theirs, sees_nm, mean)
-
-    found = []
-    tensors = (view.by_example(x) for x in (student.query, teacher.query, student.key, teacher.key))
-    for place_n, *queries, key, key_T in zip(view.places(counts), *tensors, strict=True):
-        rows = (*(query_hmd[:, place_n].transpose(0, 1) for query_hmd in queries), place_n)
-        found.append(in_chunks(values, rows, 4 * max(map(len, queries)) * key.shape[1], key, key_T))
-    return torch.cat(found)
-
-
-def relation_divergence(student: AttentionInputs, teacher: AttentionInputs, view: View, counts: Sequence[int], heads: int) -> Tensor:
-    """MiniLMv2 (arXiv:2012.15828, section 3): the KLs of the relations of queries, of keys and of values with one another, added up, [N].
-
-    The vectors of all heads of a position stand one after another and are cut into `heads` parts, so that two models may have any heads
-    and widths. Keys and values count once for all queries that read them.
+    query_Nhd, key_Pgd   the student's, and the teacher's after them; `scalings` and `windows` are theirs in that order
+    weight_N             of the targets, or None
+    train                whether a gradient is asked for
     """
 
-    def values(vectors_nc, vectors_T_nc, place_n, vectors_mc, vectors_T_mc):
-        sees_nm = seen(place_n, len(vectors_mc), (student.window, teacher.window))
-        return divergence(relations(vectors_nc, vectors_mc, heads), relations(vectors_T_nc, vectors_T_mc, heads), sees_nm)
+    @staticmethod
+    def forward(ctx, query_Nhd, key_Pgd, teacher_query_Nhd, teacher_key_Pgd, groups, scalings, windows, mean, weight_N, train):
+        needs_query, needs_key = (train and needed for needed in ctx.needs_input_grad[:2])
+        grad_query = torch.zeros_like(query_Nhd, dtype=widen(query_Nhd[:0]).dtype) if needs_query else None
+        grad_key = torch.zeros_like(key_Pgd, dtype=widen(key_Pgd[:0]).dtype) if needs_key else None
+        rows_N = widen(query_Nhd[:0]).new_zeros(len(query_Nhd))
+        with torch.autocast(query_Nhd.device.type, enabled=False):
+            for group in groups:
+                target, position = group.target_bn, group.position_bm
+                query, key = widen(query_Nhd[target]), widen(key_Pgd[position])
+                theirs = scores(widen(teacher_query_Nhd[target]), widen(teacher_key_Pgd[position]), scalings[1])
+                value_bn, slope_bhnm = divergence(scores(query, key, scalings[0]), theirs, group.sees(windows), mean)
+                weight_bn = group.real_bn.to(rows_N.dtype)
+                if weight_N is not None:
+                    weight_bn *= weight_N[target]
+                rows_N.index_add_(0, target.flatten(), weighted(value_bn, weight_bn).flatten())
+                if not (needs_query or needs_key):
+                    continue
+                of_query, of_key = backward(slope_bhnm.mul_(scalings[0] * weight_bn[:, None, :, None]), query, key, needs_query, needs_key)
+                if needs_query:
+                    grad_query.index_add_(0, target.flatten(), of_query.flatten(0, 1))
+                if needs_key:
+                    grad_key.index_add_(0, position.flatten(), of_key.flatten(0, 1))
+        ctx.grads, ctx.dtypes = (grad_query, grad_key), (query_Nhd.dtype, key_Pgd.dtype)
+        ctx.mark_non_differentiable(rows_N)
+        return rows_N.sum(), rows_N
 
-    total_N = []
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, scale, _):
+        grads = ((grad if grad is None else (grad * scale).to(dtype)) for grad, dtype in zip(ctx.grads, ctx.dtypes, strict=True))
+        return *grads, *(None,) * 8
+
+
+def backward(
+    slope_bhnm: Tensor, query_bnhd: Tensor, key_bmgd: Tensor, needs_query: bool, needs_key: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of queries and keys from that of their products, shaped as they are."""
+    b, h, n, m = slope_bhnm.shape
+    g = key_bmgd.shape[2]
+    slope_xam, of_query, of_key = slope_bhnm.view(b * g, h // g * n, m), None, None
+    if needs_query:
+        of_query = torch.bmm(slope_xam, key_bmgd.transpose(1, 2).flatten(0, 1)).view(b, h, n, -1).transpose(1, 2)
+    if needs_key:
+        of_key = torch.bmm(slope_xam.transpose(1, 2), _by_key_head(query_bnhd, g)).view(b, g, m, -1).transpose(1, 2)
+    return of_query, of_key
+
+
+def map_divergence(
+    student: AttentionInputs,
+    teacher: AttentionInputs,
+    view: View,
+    counts: Sequence[int],
+    mean: bool = False,
+    weight_N: Tensor | None = None,
+    tile: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """KL of the two models' attention maps: its weighted sum over a view's targets, differentiable, and its values times their weights, [N].
+
+    counts   the targets of each example
+    mean     compare the heads' mean maps; otherwise the mean over heads is taken
+    tile     bytes of the float32 scores of a group
+    """
+    heads = max(student.query.shape[1], teacher.query.shape[1])
+    groups = grouped(view, counts, _pairs(tile, heads, view))
+    (query, key), (query_T, key_T) = ((_flat(x.query).index_select(0, view.rows_N), _flat(x.key)) for x in (student, teacher))
+    scalings, windows = (student.scaling, teacher.scaling), (student.window, teacher.window)
+    return _Divergence.apply(query, key, query_T, key_T, groups, scalings, windows, mean, weight_N, torch.is_grad_enabled())
+
+
+def relation_divergence(
+    student: AttentionInputs,
+    teacher: AttentionInputs,
+    view: View,
+    counts: Sequence[int],
+    heads: int,
+    weight_N: Tensor | None = None,
+    tile: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The same of MiniLMv2 (arXiv:2012.15828, section 3): the KLs of the relations of queries, of keys and of values with one another, added up.
+
+    Relations are attention maps of vectors a with themselves, softmax(a a' / sqrt(d)). The vectors of all heads of a position stand one after
+    another and are cut into `heads` parts of width d, so that two models may have any heads and widths. Keys and values count once for all
+    queries that read them.
+    """
+    groups, found = grouped(view, counts, _pairs(tile, heads, view)), []
     for pair in ((student.query, teacher.query), (student.key, teacher.key), (student.value, teacher.value)):
-        found = []
-        for place_n, *vectors in zip(view.places(counts), *map(view.by_example, pair), strict=True):
-            ours, theirs = (x_hmd.transpose(0, 1).flatten(1) for x_hmd in vectors)
-            found.append(in_chunks(values, (ours[place_n], theirs[place_n], place_n), 4 * heads * len(ours), ours, theirs))
-        total_N.append(torch.cat(found))
-    return torch.stack(total_N).sum(0)
+        ours, theirs = (_flat(x).flatten(1).unflatten(1, (heads, -1)) for x in pair)
+        at_targets = (x.index_select(0, view.rows_N) for x in (ours, theirs))
+        (query, query_T), scalings = at_targets, tuple(x.shape[-1] ** -0.5 for x in (ours, theirs))
+        windows = student.window, teacher.window
+        found.append(_Divergence.apply(query, ours, query_T, theirs, groups, scalings, windows, False, weight_N, torch.is_grad_enabled()))
+    total, rows_N = zip(*found, strict=True)
+    return torch.stack(total).sum(), torch.stack(rows_N).sum(0)
 
 
-class AttentionTerm(RowTerm):
+def _flat(x_BhTd: Tensor) -> Tensor:
+    """[P, h, d]."""
+    return x_BhTd.transpose(1, 2).flatten(0, 1)
+
+
+def _pairs(tile: int | None, heads: int, view: View) -> int:
+    """Of targets and positions, so many that their scores in float32 fill a tile."""
+    return max(1, (tile or default_tile(view.rows_N.device.type)) // (4 * heads))
+
+
+class AttentionTerm(Term):
     """The mean over pairs of layers (the student's, the teacher's) of `map_divergence`, or with `relation_heads` of `relation_divergence`.
 
     mean   compare the heads' mean maps
@@ -123,28 +185,40 @@ class AttentionTerm(RowTerm):
     UserError for a batch whose teacher reads other positions than the student.
     """
 
-    needs_teacher = True
+    names, needs_teacher = ("attention",), True
 
     def __init__(self, weight: float, pairs: Sequence[tuple[int, int]], mean: bool = False, relation_heads: int | None = None):
-        super().__init__("attention", weight)
-        self.pairs, self.mean, self.relation_heads = tuple(pairs), mean, relation_heads
+        super().__init__()
+        self.weight, self.pairs, self.mean, self.relation_heads, self.tile = weight, tuple(pairs), mean, relation_heads, None
         self.student_taps, self.teacher_taps = (
             Taps(attention=frozenset(layers), queries=relation_heads is not None) for layers in zip(*pairs, strict=True)
         )
 
-    def rows(self, student: StudentOutputs, signal: Dense, batch: Batch) -> Tensor:
+    def forward(self, student: StudentOutputs, signal: Dense, batch: Batch) -> Loss:
         if batch.teacher is not batch.student:
             raise UserError(
                 "loss.attention: a row has a teacher_context, which gives the teacher other positions; remove it, or leave the term out"
             )
         view, counts = batch.student, [example.num_targets for example in batch.examples]
         if not counts:
-            return student.hidden_NH[:, 0]
+            return Loss(student.hidden_NH.sum(), {"attention": widen(student.hidden_NH[:, 0]).detach()})
+        how = {"weight_N": batch.weights.get("attention"), "tile": self.tile}
         found = []
         for pair in self.pairs:
             both = student.attention[pair[0]], signal.attention[pair[1]]
             if self.relation_heads is None:
-                found.append(map_divergence(*both, view, counts, self.mean))
+                found.append(map_divergence(*both, view, counts, self.mean, **how))
             else:
-                found.append(relation_divergence(*both, view, counts, self.relation_heads))
-        return torch.stack(found).mean(0)
+                found.append(relation_divergence(*both, view, counts, self.relation_heads, **how))
+        total, rows_N = zip(*found, strict=True)
+        return Loss(self.weight * torch.stack(total).mean(), {"attention": torch.stack(rows_N).mean(0)})
+
+    def halve_chunks(self, vocab: int, device: str, least: int) -> str:
+        tile = self.tile or default_tile(device)
+        if tile <= _LEAST_TILE:
+            return ""
+        self.tile = tile // 2
+        return f"attention in chunks of {self.tile // 1024:,} KiB"
+
+    def combine(self, values: dict[str, float]) -> float:
+        return self.weight * values["attention"]

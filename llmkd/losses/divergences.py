@@ -130,22 +130,32 @@ def _kl(log_a: Tensor, log_b: Tensor) -> Tensor:
     return _KL.apply(log_a, log_b)
 
 
-class _KL(torch.autograd.Function):
-    """sum a (log a - log b) - a + b for rows that each sum to one; the last two parts cancel in the sum.
+def kl_and_slope(log_a: Tensor, log_b: Tensor) -> tuple[Tensor, Tensor]:
+    """KL(a || b) over the last axis, and its gradient b - a for the scores whose log-softmax `log_b` is; without autograd."""
+    value, _, difference = _kl_parts(log_a, log_b)
+    return value, difference
 
-    With d = log b - log a the terms are (b - a) - a d, and b - a = +-max(a, b) (1 - exp(-|d|)) is taken without
-    cancellation. Written out because autograd would keep about twenty [n, V] tensors, and the gradients are already here:
-    -a d for log a and b - a for log b.
+
+def _kl_parts(log_a: Tensor, log_b: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """sum a (log a - log b) - a + b for rows that each sum to one (the last two parts cancel in the sum); a (log b - log a); and b - a.
+
+    With d = log b - log a the terms are (b - a) - a d, and b - a = +-max(a, b) (1 - exp(-|d|)) is taken without cancellation.
     """
+    a, d = log_a.exp(), (log_b - log_a).nan_to_num_(0.0, math.inf, -math.inf)  # both -inf: no difference
+    difference = torch.copysign(torch.maximum(log_a, log_b).exp_().mul_(d.abs().neg_().expm1_()), d)
+    weighted = d.mul_(a).nan_to_num_(0.0, math.inf, -math.inf)  # 0 log 0 = 0; a NaN of the inputs stays in `difference`
+    terms = torch.sub(difference, weighted, out=a).clamp_min_(0)
+    return terms.sum(-1), weighted, difference
+
+
+class _KL(torch.autograd.Function):
+    """Written out because autograd would keep about twenty [n, V] tensors, and the gradients are already here: -a d for log a and b - a for log b."""
 
     @staticmethod
     def forward(ctx, log_a, log_b):
-        a, d = log_a.exp(), (log_b - log_a).nan_to_num_(0.0, math.inf, -math.inf)  # both -inf: no difference
-        difference = torch.copysign(torch.maximum(log_a, log_b).exp_().mul_(d.abs().neg_().expm1_()), d)
-        weighted = d.mul_(a).nan_to_num_(0.0, math.inf, -math.inf)  # 0 log 0 = 0; a NaN of the inputs stays in `difference`
-        terms = torch.sub(difference, weighted, out=a).clamp_min_(0)
+        value, weighted, difference = _kl_parts(log_a, log_b)
         ctx.save_for_backward(weighted if ctx.needs_input_grad[0] else None, difference if ctx.needs_input_grad[1] else None)
-        return terms.sum(-1)
+        return value
 
     @staticmethod
     @once_differentiable

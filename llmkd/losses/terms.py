@@ -68,9 +68,10 @@ class Term(nn.Module):
         """Why the part `name` may not be finite at those targets of a batch; "" where nothing is known."""
         return ""
 
-    def halve_chunks(self, vocab: int, device: str, least: int) -> int:
-        """To save memory: work in chunks of half as many rows, but no fewer than `least`. The new number; 0 where nothing can be halved."""
-        return 0
+    def halve_chunks(self, vocab: int, device: str, least: int) -> str:
+        """To save memory: work in chunks of half the size, of the head of no fewer rows than `least`. Says what they are now; "" where nothing
+        can be halved."""
+        return ""
 
 
 class RowTerm(Term):
@@ -154,12 +155,12 @@ class HeadTerm(Term):
             return "kd (the teacher rules tokens out, where this divergence is infinite; forward_kl and generalized_jsd stay finite)"
         return ""
 
-    def halve_chunks(self, vocab: int, device: str, least: int) -> int:
+    def halve_chunks(self, vocab: int, device: str, least: int) -> str:
         rows = self.chunk_size or default_chunk(vocab, device)
         if rows <= least:
-            return 0
+            return ""
         self.chunk_size = max(least, rows // 2)
-        return self.chunk_size
+        return f"chunks of {self.chunk_size:,} rows"
 
 
 def by_name(terms: Iterable[Term]) -> nn.ModuleDict:

@@ -1,4 +1,4 @@
-"""Automatic micro-batch size: the largest that fits into memory, measured before the first step; likewise the head's chunk size.
+"""Automatic micro-batch size: the largest that fits into memory, measured before the first step; likewise the chunks of the head and of attention.
 
 If memory runs out later, the optimizer step is repeated from its beginning with both halved; none of it had been applied yet.
 """
@@ -43,7 +43,7 @@ class AutoBatchSize:
 
     `measure` finds it before the first step; called as the loop's `retry_on_oom`, this lowers it when memory runs out.
 
-    chunked   distillers whose chunks of the head may be made smaller too
+    chunked   distillers whose chunks may be made smaller too
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class AutoBatchSize:
         if not len(worst):
             raise UserError("train.micro_batch_tokens: found auto, and the first step has no example to measure with; give a number")
         lengths = lengths_E[worst]
-        rows = 0
+        chunks: list[str] = []
         longest, bound = int(lengths[0]), min(MOST_PACKED if self.budget.packing else MOST_TOKENS, self.budget.of(lengths))
         gauge, tokens, found, taken = memory_gauge(self.accelerator.device), longest, 0, 0
         room = gauge.room - sum(2 * p.nbytes for one in self.students if not one.optimizer.state for p in one.parameters.values())
@@ -86,8 +86,8 @@ class AutoBatchSize:
                 held = np.cumsum(lengths) if self.budget.packing else longest * np.arange(1, len(lengths) + 1)
                 examples = worst[: max(1, int(np.searchsorted(held, tokens, side="right")))].tolist()
                 fits = self._fits(examples)
-                while not fits and not found and (fewer := self._smaller_chunks()):
-                    fits, rows = self._fits(examples), fewer
+                while not fits and not found and (smaller := self._smaller_chunks()):
+                    fits, chunks = self._fits(examples), smaller
                 if not fits or (peak := gauge.taken) > room:
                     break
                 found, taken = tokens, peak
@@ -102,9 +102,10 @@ class AutoBatchSize:
                 "or set student.gradient_checkpointing"
             )
         self._set(found)
-        chunks = f", chunks of {rows:,} rows" if rows else ""
         whole = ", a whole step" if found >= self.budget.of(lengths) else ""
-        self.info(f"micro-batches of at most {found:,} tokens{whole} (measured: {taken / 1e9:.2f} of {room / 1e9:.2f} GB){chunks}")
+        self.info(
+            f"micro-batches of at most {found:,} tokens{whole} (measured: {taken / 1e9:.2f} of {room / 1e9:.2f} GB){''.join(f', {one}' for one in chunks)}"
+        )
 
     def _fits(self, examples: list[int]) -> bool:
         try:
@@ -139,16 +140,16 @@ class AutoBatchSize:
             try:
                 return attempt(micro_batches)
             except Exception as error:
-                rows = self._smaller_chunks() if is_out_of_memory(error) else 0
-                if not (sizes or rows) or not is_out_of_memory(error):
+                smaller = self._smaller_chunks() if is_out_of_memory(error) else []
+                if not (sizes or smaller) or not is_out_of_memory(error):
                     raise
             self._drop()  # here, where the exception no longer holds on to what it interrupted
-            smaller = [f"chunks of {rows:,} rows"] if rows else []
             if sizes:
                 self._set(max(sizes) // 2)
                 smaller.insert(0, f"micro-batches of at most {self.budget.tokens:,} tokens")
             self.info(f"out of memory in step {step.number}; repeating it with {' and '.join(smaller)}")
 
-    def _smaller_chunks(self) -> int:
-        """Halve the chunks, but not below `_FEWEST_ROWS`; returns the largest new size, or 0 if none was halved."""
-        return max((one.halve_chunks(self.accelerator.device.type, _FEWEST_ROWS) for one in self.chunked), default=0)
+    def _smaller_chunks(self) -> list[str]:
+        """Halve the chunks, the head's not below `_FEWEST_ROWS`; says what they are now, of those that were halved."""
+        each = (one.halve_chunks(self.accelerator.device.type, _FEWEST_ROWS) for one in self.chunked)
+        return list(dict.fromkeys(said for one in each for said in one))

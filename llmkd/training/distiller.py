@@ -76,9 +76,9 @@ class Distiller(nn.Module):
         found = (term.explain_nonfinite(name, batch, rows, teacher) for term in self.terms.values() if name in term.names)
         return next(found, "")
 
-    def halve_chunks(self, device: str, least: int) -> int:
-        """To save memory, let terms that work in chunks of rows take half as many. The new number, or 0."""
-        return max(term.halve_chunks(self.student.head.vocab, device, least) for term in self.terms.values())
+    def halve_chunks(self, device: str, least: int) -> list[str]:
+        """To save memory, let terms that work in chunks take half as large ones. What they are now, of those that did."""
+        return [said for term in self.terms.values() if (said := term.halve_chunks(self.student.head.vocab, device, least))]
 
 
 def _total(parts: list[Callable[[dict[str, float]], float]], values: dict[str, float]) -> float:

@@ -1,5 +1,6 @@
 """Divergences of attention maps and of relations against numpy, written out in loops, in float64."""
 
+import functools
 import math
 
 import numpy as np
@@ -7,8 +8,9 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from llmkd.batch import View
+from llmkd.batch import PackedLayout, View
 from llmkd.losses import attention
+from llmkd.losses.attention_groups import Group, grouped
 from llmkd.signals import AttentionInputs
 
 PLACES = [1, 4, 6]  # of the targets, among seven positions
@@ -46,14 +48,21 @@ def test_maps_equal_loops_in_numpy(windows, mean):
         (randn(3, 4, 3), randn(2, 7, 3, seed=1), 0.7),
         (randn(3, h, 5, seed=2), randn(h // 2 if mean else 4, 7, 5, seed=3), 0.4),
     )
-    sees = attention.seen(torch.tensor(PLACES), 7, windows)
-    found = attention.divergence(attention.scores(*student), attention.scores(*teacher), sees, mean)
+    made = [attention.scores(query[None], key.transpose(0, 1)[None], scaling) for query, key, scaling in (student, teacher)]
+    found, slope = attention.divergence(*made, group(PLACES).sees(windows), mean)
     expected = []
     for q, p in zip(maps(*student, PLACES, windows), maps(*teacher, PLACES, windows), strict=True):
         if mean:
             q, p = [np.mean(q, 0)], [np.mean(p, 0)]
         expected.append(np.mean([kl(b, a) for a, b in zip(q, p, strict=True)]))
-    assert_close(found, torch.tensor(expected), rtol=1e-12, atol=1e-14)
+    assert_close(found, torch.tensor([expected]), rtol=1e-12, atol=1e-14)
+    assert slope.shape == (1, 4, 3, 7) and slope.sum(-1).abs().max() < 1e-15
+
+
+def group(places: list[int], m: int = 7) -> Group:
+    return Group(
+        torch.arange(len(places))[None], torch.ones(1, len(places), dtype=torch.bool), torch.tensor([places]), torch.arange(m)[None]
+    )
 
 
 def relation_kl(student: np.ndarray, teacher: np.ndarray, heads: int, t: int) -> float:
@@ -69,14 +78,6 @@ def relation_kl(student: np.ndarray, teacher: np.ndarray, heads: int, t: int) ->
     return total / heads
 
 
-@pytest.mark.parametrize("heads", [1, 2, 4])
-def test_relations_equal_loops_in_numpy(heads):
-    student, teacher, places = randn(7, 8), randn(7, 12, seed=1), torch.tensor(PLACES)
-    found = attention.divergence(*(attention.relations(x[places], x, heads) for x in (student, teacher)), attention.seen(places, 7))
-    expected = [relation_kl(student.numpy(), teacher.numpy(), heads, t) for t in PLACES]
-    assert_close(found, torch.tensor(expected), rtol=1e-12, atol=1e-14)
-
-
 def inputs(h: int, g: int, d: int, d_v: int, window: int | None, seed: int) -> AttentionInputs:
     """Of two examples of seven positions."""
     sizes = (2, h, 7, d), (2, g, 7, d), (2, g, 7, d_v)
@@ -87,80 +88,171 @@ def inputs(h: int, g: int, d: int, d_v: int, window: int | None, seed: int) -> A
 VIEW, COUNTS = View({"input_ids": torch.zeros(2, 7, dtype=torch.long)}, torch.tensor([1, 4, 6, 9])), [3, 1]
 
 
-@pytest.mark.parametrize("windows", [(3, None), (None, 2)], ids=str)
-@pytest.mark.parametrize("rows", [1, 2, 100])
-def test_the_targets_of_a_batch_in_their_order(rows, windows, monkeypatch):
-    """The student has 4 heads on 2; the teacher 4 on 1."""
-    monkeypatch.setattr(attention, "_TILE", rows * 4 * 4 * 7)
-    student, teacher = inputs(4, 2, 6, 4, windows[0], seed=0), inputs(4, 1, 8, 12, windows[1], seed=5)
-    found = attention.map_divergence(student, teacher, VIEW, COUNTS)
-    expected = []
+def expected_maps(student: AttentionInputs, teacher: AttentionInputs, mean: bool = False) -> torch.Tensor:
+    windows, found = (student.window, teacher.window), []
     for b, t in ((0, 1), (0, 4), (0, 6), (1, 2)):
         q, p = (maps(x.query[b, :, [t]].transpose(0, 1), x.key[b], x.scaling, [t], windows)[0] for x in (student, teacher))
-        expected.append(np.mean([kl(b, a) for a, b in zip(q, p, strict=True)]))
-    assert_close(found, torch.tensor(expected), rtol=1e-12, atol=1e-14)
+        q, p = ([np.mean(q, 0)], [np.mean(p, 0)]) if mean else (q, p)
+        found.append(np.mean([kl(b, a) for a, b in zip(q, p, strict=True)]))
+    return torch.tensor(found)
+
+
+def expected_relations(student: AttentionInputs, teacher: AttentionInputs, heads: int) -> torch.Tensor:
+    found = []
+    for b, t in ((0, 1), (0, 4), (0, 6), (1, 2)):
+        first = max([0, *(t - window + 1 for window in (student.window, teacher.window) if window)])
+        vectors = [
+            [x[b].detach().transpose(0, 1).reshape(7, -1)[first:].numpy() for x in (one.query, one.key, one.value)]
+            for one in (student, teacher)
+        ]
+        found.append(sum(relation_kl(a, b, heads, t - first) for a, b in zip(*vectors, strict=True)))
+    return torch.tensor(found)
 
 
 @pytest.mark.parametrize("windows", [(None, None), (3, None), (None, 2)], ids=str)
-def test_relations_of_queries_keys_and_values_are_added_up(windows):
-    """Of 4 relation heads: the widths are 24, 12 and 8, and the teacher's 32, 8 and 12."""
-    student, teacher, expected = inputs(4, 2, 6, 4, windows[0], seed=0), inputs(4, 1, 8, 12, windows[1], seed=5), []
-    for b, t in ((0, 1), (0, 4), (0, 6), (1, 2)):
-        first = max([0, *(t - window + 1 for window in windows if window)])
-        vectors = [
-            [x[b].transpose(0, 1).reshape(7, -1)[first:].numpy() for x in (one.query, one.key, one.value)] for one in (student, teacher)
-        ]
-        expected.append(sum(relation_kl(a, b, 4, t - first) for a, b in zip(*vectors, strict=True)))
-    assert_close(attention.relation_divergence(student, teacher, VIEW, COUNTS, 4), torch.tensor(expected), rtol=1e-12, atol=1e-14)
-
-
+@pytest.mark.parametrize("tile", [1, 400, 10**6])
 @pytest.mark.parametrize("mean", [False, True])
-def test_gradients_are_those_of_finite_differences(mean):
-    given = randn(3, 4, 3).requires_grad_(), randn(2, 7, 3, seed=1).requires_grad_()
-    teacher, sees = attention.scores(randn(3, 4, 5, seed=2), randn(1, 7, 5, seed=3), 0.4), attention.seen(torch.tensor(PLACES), 7, (4,))
-    assert torch.autograd.gradcheck(lambda q, k: attention.divergence(attention.scores(q, k, 0.7), teacher, sees, mean), given)
-    vectors = (randn(7, 8).requires_grad_(),)
-    fixed, places = attention.relations(*[randn(7, 12, seed=1)] * 2, 4), torch.arange(7)
-    assert torch.autograd.gradcheck(lambda x: attention.divergence(attention.relations(x, x, 4), fixed, attention.seen(places, 7)), vectors)
+def test_maps_of_the_targets_of_a_batch_in_their_order(tile, windows, mean):
+    """The student has 4 heads on 2; the teacher 4 on 1, or for the mean 6 on 3."""
+    student, teacher = inputs(4, 2, 6, 4, windows[0], seed=0), inputs(6 if mean else 4, 3 if mean else 1, 8, 12, windows[1], seed=5)
+    _, found = attention.map_divergence(student, teacher, VIEW, COUNTS, mean, tile=tile)
+    assert_close(found, expected_maps(student, teacher, mean), rtol=1e-12, atol=1e-14)
 
 
-@pytest.mark.parametrize("mean", [False, True])
+@pytest.mark.parametrize("windows", [(None, None), (3, None), (None, 2)], ids=str)
+@pytest.mark.parametrize("heads", [1, 2, 4])
+def test_relations_of_queries_keys_and_values_are_added_up(heads, windows):
+    """The widths are 24, 12 and 8, and the teacher's 32, 8 and 12."""
+    student, teacher = inputs(4, 2, 6, 4, windows[0], seed=0), inputs(4, 1, 8, 12, windows[1], seed=5)
+    _, found = attention.relation_divergence(student, teacher, VIEW, COUNTS, heads)
+    assert_close(found, expected_relations(student, teacher, heads), rtol=1e-12, atol=1e-14)
+
+
+WAYS = {
+    "maps": functools.partial(attention.map_divergence, mean=False),
+    "mean maps": functools.partial(attention.map_divergence, mean=True),
+    "relations": functools.partial(attention.relation_divergence, heads=2),
+}
+WAY = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+
+
+@WAY
+@pytest.mark.parametrize("tile", [1, 10**6])
+def test_weights_multiply_values_and_gradients_which_are_those_of_finite_differences(way, tile):
+    weight_N = torch.tensor([0.5, 0.0, -2.0, 3.0], dtype=torch.float64)
+    student, teacher = inputs(4, 2, 6, 4, 4, seed=0), inputs(4, 1, 8, 12, None, seed=5)
+    given = [x.requires_grad_() for x in (student.query, student.key, student.value)]
+
+    def total(*given, weight_N=weight_N):
+        return way(AttentionInputs(*given, student.scaling, student.window), teacher, VIEW, COUNTS, weight_N=weight_N, tile=tile)[0]
+
+    assert torch.autograd.gradcheck(total, given, fast_mode=True)
+    value, rows = way(student, teacher, VIEW, COUNTS, weight_N=weight_N, tile=tile)
+    assert_close(rows, way(student, teacher, VIEW, COUNTS)[1] * weight_N, rtol=1e-14, atol=0)
+    assert not rows.requires_grad
+    assert_close(value, rows.sum(), rtol=1e-14, atol=0)
+    ones = torch.autograd.grad(total(*given, weight_N=torch.ones(4)), given, allow_unused=True)
+    for a, b in zip(ones, torch.autograd.grad(total(*given, weight_N=None), given, allow_unused=True), strict=True):
+        assert a is b is None or torch.equal(a, b)
+
+
+@WAY
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_the_same_attention_gives_zero_and_no_gradient(dtype, mean):
-    query, key = (randn(*size).to(dtype).requires_grad_() for size in ((3, 4, 3), (2, 7, 3)))
-    sees = attention.seen(torch.tensor(PLACES), 7)
-    fixed = attention.scores(query, key, 0.7).detach()
-    found = attention.divergence(attention.scores(query, key, 0.7), fixed, sees, mean)
-    found.sum().backward()
-    assert found.dtype == torch.float32 and not found.any() and not query.grad.any() and not key.grad.any()
+def test_the_same_attention_gives_zero_and_no_gradient(dtype, way):
+    one = inputs(4, 2, 6, 4, None, seed=0).each(lambda x: x.to(dtype))
+    own = one.each(lambda x: x.clone().requires_grad_())
+    total, rows = way(own, one, VIEW, COUNTS)
+    total.backward()
+    assert rows.dtype == total.dtype == torch.float32 and not rows.any()
+    for x in (own.query, own.key):
+        assert x.grad.dtype == dtype and not x.grad.any()
 
 
-def test_what_a_target_does_not_see_changes_nothing_and_gets_no_gradient():
-    query, key = randn(3, 4, 3), randn(2, 7, 3, seed=1)
-    fixed, sees = attention.scores(randn(3, 4, 3, seed=2), key, 1.0), attention.seen(torch.tensor([2, 3, 3]), 7, (2,))
-    other = key.clone()
-    other[:, [0, 4, 5, 6]] = 1e6  # the targets at 2 and 3 see 1 to 3
-    key.requires_grad_()
-    found = attention.divergence(attention.scores(query, key, 1.0), fixed, sees)
-    found.sum().backward()
-    assert torch.equal(found, attention.divergence(attention.scores(query, other, 1.0), fixed, sees))
-    assert (key.grad.abs().sum((0, 2)) > 0).tolist() == [False, True, True, True, False, False, False]
+@WAY
+def test_half_precision_is_computed_in_float32_and_its_gradients_are_rounded_alone(way):
+    student, teacher = (inputs(4, 2, 6, 4, None, seed=seed).each(lambda x: x.bfloat16()) for seed in (0, 5))
+    found = []
+    for dtype in (torch.bfloat16, torch.float64):
+        own = student.each(lambda x, dtype=dtype: x.detach().to(dtype).requires_grad_())
+        total, rows = way(own, teacher.each(lambda x, dtype=dtype: x.to(dtype)), VIEW, COUNTS)
+        (total / 7).backward()
+        found.append((rows, own.query.grad, own.key.grad))
+    for x, (a, b) in enumerate(zip(*found, strict=True)):
+        assert_close(a.double(), b, rtol=2**-7 if x else 1e-6, atol=1e-4 if x else 1e-6)
 
 
-@pytest.mark.parametrize("rows", [1, 2, 5, 100])
-def test_chunks_change_nothing(rows, monkeypatch):
-    monkeypatch.setattr(attention, "_TILE", rows * 64)
-    x, y, whole, sizes = randn(11, 3).requires_grad_(), randn(11, seed=1), randn(3, 4, seed=2).requires_grad_(), []
+@WAY
+def test_what_a_target_does_not_see_changes_nothing_and_gets_no_gradient(way):
+    """The first example's targets are at 1, 4 and 6 and see two positions each; the second's is at 2."""
+    student, teacher = inputs(4, 2, 6, 4, 2, seed=0), inputs(4, 2, 8, 12, None, seed=5)
+    rows, unseen = way(student, teacher, VIEW, COUNTS)[1], [(0, 2), (1, 0), (1, 3), (1, 4), (1, 5), (1, 6)]
+    for x in (student.query, student.key, student.value, teacher.key, teacher.value):
+        for b, t in unseen:
+            x[b, :, t] = 1e6
+    for x in (student.query, student.key, student.value):
+        x.requires_grad_()
+    total, other = way(student, teacher, VIEW, COUNTS)
+    assert torch.equal(other, rows)
+    total.backward()
+    moved = {(b, t) for b in range(2) for t in range(7)} - set(unseen)
+    assert {(b, t) for b in range(2) for t in range(7) if student.key.grad[b, :, t].any()} == moved
 
-    def values(x_n3, y_n, whole):
-        sizes.append(len(x_n3))
-        return (x_n3 @ whole).logsumexp(-1) * y_n
 
-    found = attention.in_chunks(values, (x, y), 64, whole)
-    assert max(sizes) == min(rows, 11) and sum(sizes) == 11
-    gradients = torch.autograd.grad((found * randn(11, seed=3)).sum(), (x, whole))
-    assert sum(sizes) == 22  # once more in the backward pass
-    expected = (x @ whole).logsumexp(-1) * y
-    assert_close(found, expected, rtol=1e-14, atol=1e-14)
-    for a, b in zip(gradients, torch.autograd.grad((expected * randn(11, seed=3)).sum(), (x, whole)), strict=True):
-        assert_close(a, b, rtol=1e-13, atol=1e-13)
+def test_without_a_gradient_none_is_computed(monkeypatch):
+    monkeypatch.setattr(attention, "backward", None)
+    student, teacher = inputs(4, 2, 6, 4, None, seed=0), inputs(4, 1, 8, 12, None, seed=5)
+    for x in (student.query, student.key, student.value):
+        x.requires_grad_()
+    with torch.no_grad():
+        assert not attention.map_divergence(student, teacher, VIEW, COUNTS)[0].requires_grad
+    with pytest.raises(TypeError):
+        attention.map_divergence(student, teacher, VIEW, COUNTS)
+
+
+LAYOUTS = {
+    "apart": View({"input_ids": torch.zeros(5, 8, dtype=torch.long)}, torch.tensor([3, 6, 8, 9, 10, 11, 12, 31, 39])),
+    "packed": View({"input_ids": torch.zeros(1, 19, dtype=torch.long)}, torch.arange(19), PackedLayout.of([8, 1, 2, 7, 1])),
+    "shared": View(
+        {"input_ids": torch.zeros(1, 19, dtype=torch.long)},
+        torch.tensor([6, 7, 8, 11, 12, 18]),
+        PackedLayout.of([6, 3, 4, 5, 1], [-1, 0, 0, -1, 0], [-1, 0, 1, 2, 3]),
+    ),
+}
+TARGETS = {"apart": [2, 5, 0, 1, 1], "packed": [8, 1, 2, 7, 1], "shared": [3, 2, 0, 1]}
+#: Of each example the flattened positions of its tokens.
+OWN = {
+    "apart": [[*range(8 * b, 8 * b + 8)] for b in range(5)],
+    "packed": [[*range(8)], [8], [9, 10], [*range(11, 18)], [18]],
+    "shared": [[*range(9)], [*range(6), *range(9, 13)], [*range(13, 18)], [*range(6), 18]],
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("most", [1, 7, 8, 30, 10**6])
+def test_groups_hold_every_target_once_with_its_own_positions(layout, most):
+    view, counts, found = LAYOUTS[layout], TARGETS[layout], {}
+    examples = [e for e, n in enumerate(counts) for _ in range(n)]
+    groups = grouped(view, counts, most)
+    for one in groups:
+        (b, n), m = one.target_bn.shape, one.position_bm.shape[1]
+        assert b * n * m <= most or b * n == 1
+        assert one.real_bn.shape == one.place_bn.shape == (b, n) and one.real_bn[:, 0].all()
+        for i, j in one.real_bn.nonzero().tolist():
+            target, place = int(one.target_bn[i, j]), int(one.place_bn[i, j])
+            own = OWN[layout][examples[target]]
+            assert one.position_bm[i].tolist() == own + own[-1:] * (m - len(own))
+            assert own[place] == view.rows_N[target] and target not in found
+            found[target] = place
+    assert sorted(found) == list(range(sum(counts)))
+    assert len(groups) == 1 if most == 10**6 else most > 1 or len(groups) == sum(counts)
+
+
+def test_groups_are_padded_by_half_at_most():
+    rng = np.random.default_rng(0)
+    lengths = rng.integers(1, 400, 60)
+    view = View(
+        {"input_ids": torch.zeros(1, int(lengths.sum()), dtype=torch.long)}, torch.arange(lengths.sum()), PackedLayout.of(lengths.tolist())
+    )
+    groups = grouped(view, lengths.tolist(), 10**6)
+    assert sum(one.target_bn.numel() * one.position_bm.shape[1] for one in groups) < 1.5 * (lengths**2).sum() + len(groups) * 10**6 / 16
+    assert len(groups) < 15

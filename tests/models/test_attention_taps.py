@@ -13,6 +13,7 @@ from llmkd.data.collate import collate
 from llmkd.data.examples import Examples
 from llmkd.errors import UserError
 from llmkd.losses import attention as losses
+from llmkd.losses.attention_groups import grouped
 from llmkd.models import activation_checkpointing, attention
 from llmkd.models import compile as compilation
 from llmkd.models.attention_taps import enable_taps
@@ -57,20 +58,20 @@ def model_of(family: str, packing: bool = False, **changes) -> LanguageModel:
 
 def maps(model: LanguageModel, batch, layers=(1, 2)) -> dict[int, list[torch.Tensor]]:
     """For each layer and example the attention of its targets, [n, h, m]."""
-    view = batch.student
     with torch.no_grad(), attention_tapped(model.base_model, layers) as taken:
-        model.hidden(view)
-    out = {}
+        model.hidden(batch.student)
+    view, out = batch.student, {}
+    examples = [e for e, one in enumerate(batch.examples) for _ in range(one.num_targets)]
     for number, inputs in taken.items():
-        out[number] = []
-        for place, query, key in zip(
-            view.places([one.num_targets for one in batch.examples]),
-            view.by_example(inputs.query),
-            view.by_example(inputs.key),
-            strict=True,
-        ):
-            sees = losses.seen(place, key.shape[1], (inputs.window,))
-            out[number].append(losses.log_map(losses.scores(query[:, place].transpose(0, 1), key, inputs.scaling), sees).exp())
+        query, key = (x.transpose(1, 2).flatten(0, 1) for x in (inputs.query, inputs.key))
+        rows = [[] for _ in batch.examples]
+        for group in grouped(view, [one.num_targets for one in batch.examples], 200):
+            scores = losses.scores(query[view.rows_N[group.target_bn]], key[group.position_bm], inputs.scaling)
+            map_bhnm = scores.masked_fill(~group.sees((inputs.window,))[:, None], -torch.inf).softmax(-1)
+            for i, j in group.real_bn.nonzero().tolist():
+                target = int(group.target_bn[i, j])
+                rows[examples[target]].append((target, map_bhnm[i, :, j]))
+        out[number] = [torch.nn.utils.rnn.pad_sequence([x.T for _, x in sorted(some, key=lambda one: one[0])], True).mT for some in rows]
     return out
 
 
@@ -87,7 +88,7 @@ def test_maps_are_those_of_transformers(family, changes):
         found = maps(model, collate(data, list(range(6)), 0, **how))
         for number, rows in found.items():
             for i, row in enumerate(rows):
-                n = row.shape[-1] if how else data.offsets[i + 1] - data.offsets[i] - 1
+                n = data.offsets[i + 1] - data.offsets[i] - 1
                 expected = own[number - 1][i, :, 11:n, :n].transpose(0, 1)
                 assert_close(row[..., :n].to(expected.dtype), expected, rtol=0, atol=1e-6)  # transformers' softmax is in float32
                 assert not row[..., n:].any()
@@ -145,10 +146,10 @@ def test_gradients_flow_and_a_recomputed_pass_takes_nothing():
         with attention_tapped(plain, (1, 2)) as taken:
             model.hidden(batch.student)
         counts = [one.num_targets for one in batch.examples]
-        value = losses.map_divergence(taken[1], taken[2].each(torch.detach), batch.student, counts)
-        value = value + losses.relation_divergence(taken[1], taken[2].each(torch.detach), batch.student, counts, 4)
+        value = losses.map_divergence(taken[1], taken[2].each(torch.detach), batch.student, counts)[0]
+        value = value + losses.relation_divergence(taken[1], taken[2].each(torch.detach), batch.student, counts, 4)[0]
         before = dict(taken)
-        value.sum().backward()
+        value.backward()
         assert taken == before and bool(checkpointing) == activation_checkpointing.is_recomputed(plain.model.layers[0])
         gradients.append({name: p.grad for name, p in model.named_parameters() if p.grad is not None})
     assert gradients[0].keys() == gradients[1].keys() and len(gradients[0]) > 5
@@ -166,7 +167,7 @@ def test_values_are_the_same_packed_with_shared_prefixes_and_apart():
             with torch.no_grad(), attention_tapped(model.base_model, (1,)) as inputs:
                 model.hidden(batch.student)
             taken.append(inputs[1])
-        values = losses.map_divergence(*taken, batch.student, counts), losses.relation_divergence(*taken, batch.student, counts, 4)
+        values = losses.map_divergence(*taken, batch.student, counts)[1], losses.relation_divergence(*taken, batch.student, counts, 4)[1]
         apart = apart or values
         for a, b in zip(apart, values, strict=True):
             assert len(a) == batch.num_targets and a.min() > 1e-3
@@ -186,8 +187,8 @@ def terms_of(model: LanguageModel, on: View, taps: Taps = BOTH) -> dict[str, tor
         other = inputs.each(lambda x: x.detach() * 0.7)
         found[f"map {number}"] = losses.map_divergence(inputs, other, on, counts)
         found[f"relations {number}"] = losses.relation_divergence(inputs, other, on, counts, 4)
-    sum(values.sum() for values in found.values()).backward()
-    found = {name: values.detach() for name, values in found.items()}
+    sum(total for total, _ in found.values()).backward()
+    found = {name: values for name, (_, values) in found.items()}
     return found | {name: p.grad.clone() for name, p in model.trainable().items() if p.grad is not None}
 
 

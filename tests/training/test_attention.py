@@ -11,6 +11,7 @@ from llmkd.batch import Batch, Example, View
 from llmkd.config.terms import layer_pairs
 from llmkd.errors import UserError
 from llmkd.files import read_jsonl
+from llmkd.losses import attention
 from llmkd.losses.attention import AttentionTerm, map_divergence, relation_divergence
 from llmkd.losses.terms import StudentOutputs
 from llmkd.signals import AttentionInputs, Dense
@@ -162,7 +163,7 @@ def test_pairs_are_averaged():
     signal = Dense(torch.zeros(3, 4), None, attention={3: made[2], 1: made[3]})
     for heads, pair in ((None, map_divergence), (2, functools.partial(relation_divergence, heads=2))):
         term = AttentionTerm(0.5, ((1, 3), (2, 1)), relation_heads=heads)
-        expected = (pair(made[0], made[2], view, [2, 1]) + pair(made[1], made[3], view, [2, 1])) / 2
+        expected = (pair(made[0], made[2], view, [2, 1])[1] + pair(made[1], made[3], view, [2, 1])[1]) / 2
         loss = term(outputs, signal, batch)
         torch.testing.assert_close(loss.rows["attention"], expected)
         torch.testing.assert_close(loss.total, 0.5 * expected.sum())
@@ -175,6 +176,24 @@ def test_a_micro_batch_without_targets_and_one_with_another_view():
     assert term(outputs, Dense(torch.zeros(0, 4), None), Batch(torch.zeros(0), torch.zeros(0), view, view)).total == 0
     with pytest.raises(UserError, match="teacher_context"):
         term(outputs, Dense(torch.zeros(0, 4), None), Batch(torch.zeros(0), torch.zeros(0), view, View(view.inputs, view.rows_N)))
+
+
+def test_memory_that_runs_out_halves_the_chunks(monkeypatch):
+    term, asked = AttentionTerm(1.0, ((1, 1),)), []
+    view = View({"input_ids": torch.zeros(1, 3, dtype=torch.long)}, torch.tensor([1]))
+    batch, one = (
+        Batch(torch.zeros(1), torch.zeros(1), view, view, (Example("", 1, 0),)),
+        AttentionInputs(*torch.ones(3, 1, 2, 3, 4), 1.0, None),
+    )
+    monkeypatch.setattr(attention, "grouped", lambda view, counts, most: asked.append(most) or [])
+    said = []
+    while True:
+        term(StudentOutputs(torch.zeros(1, 4), None, attention={1: one}), Dense(torch.zeros(1, 4), None, attention={1: one}), batch)
+        if not (now := term.halve_chunks(100, "cpu", 128)):
+            break
+        said.append(now)
+    assert said == [f"attention in chunks of {kib} KiB" for kib in ("1,024", "512", "256")]
+    assert asked == [2**18, 2**17, 2**16, 2**15]  # pairs of a target and a position, of 2 heads in 4 bytes
 
 
 def test_beside_hidden_states(trained, tmp_path):

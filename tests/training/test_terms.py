@@ -131,9 +131,9 @@ def test_a_term_without_chunks_does_not_keep_another_from_halving_its_own():
     student = SimpleNamespace(head=SimpleNamespace(vocab=100))
     head = HeadTerm(Objective(0.5), 1000)
     distiller = SimpleNamespace(student=student, terms=by_name([Probe(), head]))
-    assert Distiller.halve_chunks(distiller, "cpu", 300) == head.chunk_size == 500
-    assert Distiller.halve_chunks(distiller, "cpu", 300) == head.chunk_size == 300
-    assert Distiller.halve_chunks(distiller, "cpu", 300) == 0
+    assert Distiller.halve_chunks(distiller, "cpu", 300) == ["chunks of 500 rows"] and head.chunk_size == 500
+    assert Distiller.halve_chunks(distiller, "cpu", 300) == ["chunks of 300 rows"] and head.chunk_size == 300
+    assert Distiller.halve_chunks(distiller, "cpu", 300) == []
 
 
 def test_only_the_term_that_is_asked_about_explains(monkeypatch):
