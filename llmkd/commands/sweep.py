@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ..config.loader import load_recipe, load_sweep
+from ..config.on_policy import writes
 from ..config.paths import place_changes
 from ..config.recipe import Recipe, distils, used_teachers, uses_teacher
 from ..config.sweep import ArmSpec, Sweep, expand
@@ -237,6 +238,8 @@ def group_arms(recipes: dict[str, Recipe], waiting: list[str] | None = None, stu
 def why_alone(recipe: Recipe, files: ModelFiles | None) -> str | None:
     if recipe.student.method == "full":
         return "full fine-tuning changes the base"
+    if writes(recipe.on_policy):
+        return "its student writes a part of its data itself"
     config = read_json(files.adapter / "adapter_config.json", "student.model") if files.adapter else {}
     if config.get("modules_to_save") or (recipe.student.lora and recipe.student.lora.modules_to_save):
         return "modules_to_save changes the base"

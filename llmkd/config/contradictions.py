@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from .data import data_contradictions
 from .features import feature_contradictions
 from .fields import as_tuple, with_setting_names
+from .on_policy import on_policy_contradictions
 from .recipe import DIVERGENCES, Loss, Recipe, Student, uses_teacher
 from .schedule import schedule_contradictions
 from .target_weights import target_weight_contradictions
@@ -59,8 +60,10 @@ def _teaching_contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], 
     yield from schedule_contradictions(loss.temperature, "loss.temperature", 0.0, math.inf, train.max_steps)
     yield from _loss_contradictions(loss)
     yield from _weight_contradictions(recipe)
+    ratio = (0.5 if recipe.teacher else 0.0) if loss.kd_ratio is None else loss.kd_ratio
+    if recipe.on_policy:
+        yield from on_policy_contradictions(recipe.on_policy, ratio, recipe.teacher, data, train.max_steps)
     if loss.target_weights:
-        ratio = (0.5 if recipe.teacher else 0.0) if loss.kd_ratio is None else loss.kd_ratio
         yield from target_weight_contradictions(loss.target_weights, ratio, loss.normalize, recipe.teacher, data)
     if loss.attention:
         yield from attention_contradictions(loss.attention, student.attention, recipe.teacher, data)

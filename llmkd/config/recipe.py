@@ -12,6 +12,7 @@ from .data import Data
 from .data import Source as Source
 from .features import Features
 from .fields import Count, OneOrMany, Seed, as_tuple, changeable, config_dataclass, fixed, form, with_setting_names
+from .on_policy import OnPolicy
 from .schedule import Scheduled, value_at
 from .target_weights import TargetWeights
 from .teacher import Attention, Dtype, Mixture, Quantization, Teacher
@@ -250,6 +251,10 @@ class Recipe:
     mixture: Mixture = Field(default_factory=Mixture)
     data: Data = Field(default_factory=Data)
     loss: Loss = Field(default_factory=Loss)
+    on_policy: OnPolicy | None = fixed(
+        None,
+        description="On-policy distillation: the student writes answers itself, and learns from the teacher there; null: from the data alone.",
+    )
     optim: Optim = Field(default_factory=Optim)
     train: Train = Field(default_factory=Train)
     validation: Validation = Field(default_factory=Validation)

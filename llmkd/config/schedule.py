@@ -7,6 +7,8 @@ from typing import Annotated, Any, TypeVar
 
 from pydantic import Discriminator, Tag
 
+from ..errors import UserError
+
 #: The shapes, by the share of the way from `from` to `to` that is behind after a share x of the schedule's steps.
 SHAPES = {"linear": lambda x: x, "cosine": lambda x: (1 - math.cos(math.pi * x)) / 2, "constant": lambda x: float(x >= 1)}
 _KEYS = ("from", "to", "shape", "steps", "ratio")
@@ -38,6 +40,12 @@ def value_at(setting: float | dict[str, Any], step: int, total: int) -> float:
     done = min(1.0, (step - 1) / max(1, length(setting, total) - 1))
     way = SHAPES[setting.get("shape", "linear")](done)
     return setting["to"] if way == 1 else setting["from"] + (setting["to"] - setting["from"]) * way
+
+
+def refuse_long_schedule(path: str, setting: float | dict[str, Any], total: int) -> None:
+    """UserError where the schedule of a setting would not have ended in a run of `total` steps."""
+    if (steps := length(setting, total)) > max(1, total):
+        raise UserError(f"{path}.steps: found {steps}, and the whole run has {total} steps; lower it, or use ratio")
 
 
 def middle(setting: float | dict[str, Any]) -> float:

@@ -76,6 +76,12 @@ class TrainingSource(BatchSource, Protocol):
     def for_rank(self, rank: int, ranks: int, device: "torch.device | None" = None) -> "TrainingSource":
         """The same source as one of `ranks` processes reads it, for a device."""
 
+    def longest(self, count: int) -> Examples:
+        """Of the examples that a step may hold those that take most memory, `count` of the data's. No weights matter."""
+
+    def measured(self) -> dict[str, float]:
+        """What the source has measured since the last time, by name; empty where it measures nothing. The same on all ranks but for times."""
+
     def state(self, step: int) -> dict:
         """What a checkpoint of that step keeps of the source, as JSON."""
 
@@ -103,6 +109,7 @@ class ExampleSource:
     micro_batch_size   examples, or tokens of a budget. The one thing here that changes during a run: `AutoBatchSize` sets it.
     """
 
+    examples: Examples
     complete = reads_while_training = False
 
     def __init__(self, seed: int, total_steps: int, micro_batch_size: int | TokenBudget, collator: Collator):
@@ -147,6 +154,12 @@ class ExampleSource:
     def max_lengths(self, step: Step) -> np.ndarray:
         """Of each of the step's `data`, the tokens that student or teacher read, whichever is more."""
         return step.data.max_lengths
+
+    def longest(self, count: int) -> Examples:
+        return self.examples.take(np.argsort(-self.examples.max_lengths, kind="stable")[:count])
+
+    def measured(self) -> dict[str, float]:
+        return {}
 
     def state(self, step: int) -> dict:
         return {}

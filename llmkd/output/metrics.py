@@ -52,7 +52,7 @@ class MetricsLog:
     def step(
         self, step: int, epoch: int, terms: dict[str, float], scheduled: dict[str, float], grad_norm: float, targets: int, speed: float
     ) -> None:
-        """`scheduled`: the learning rate, and the settings of the loss that are schedules, in this step."""
+        """`scheduled`: the learning rate, and the settings of the loss that are schedules, in this step; and what the batch source has measured."""
         measured = {"grad_norm": grad_norm, "targets": targets, "targets_per_s": round(speed, 1), "peak_memory": peak_memory()}
         self.write({"step": step, "epoch": epoch, **terms, **scheduled, **measured})
 
@@ -109,7 +109,9 @@ def _is_record(record: dict) -> bool:
 
 def terms(record: dict) -> dict[str, float]:
     """The loss and its terms in a training step's record, the loss first."""
-    return {"loss": record["loss"]} | {name: value for name, value in record.items() if name not in _BESIDE_TERMS and not is_count(name)}
+    return {"loss": record["loss"]} | {
+        name: value for name, value in record.items() if name not in _BESIDE_TERMS and not is_count(name) and not name.startswith("written")
+    }
 
 
 def is_count(name: str) -> bool:

@@ -60,10 +60,10 @@ class ProgressDisplay:
         self.targets_since += targets
         self.bar.update()
 
-    def speed(self) -> float:
-        """Targets per second since the last call."""
+    def speed(self, without: float = 0.0) -> float:
+        """Targets per second since the last call, `without` some seconds of that time."""
         now = time.monotonic()
-        speed = self.targets_since / max(now - self.time_since, 1e-9)
+        speed = self.targets_since / max(now - self.time_since - without, 1e-9)
         self.targets_since, self.time_since = 0, now
         return speed
 

@@ -14,6 +14,7 @@ import torch
 from ..batch import Batch
 from ..data.batch_source import ExampleSource, Step
 from ..data.batching import MOST_PACKED, MOST_TOKENS, TokenBudget
+from ..data.examples import Examples
 from ..errors import UserError
 from ..losses.fused import LEAST_ROWS, MOST_ROWS
 from ..process.machine_errors import is_out_of_memory
@@ -72,11 +73,11 @@ class AutoBatchSize:
         reserved). All processes use the smallest budget found. UserError if not even the longest example fits.
         """
         ranks = self.accelerator.num_processes
-        lengths_E = self.source.examples.max_lengths
-        worst = np.argsort(-lengths_E, kind="stable")[: math.ceil(batch_size / ranks)]  # no rank has more of a step in one piece
+        share = math.ceil(batch_size / ranks)  # no rank has more of a step in one piece
+        worst = self.source.longest(share).unweighted()  # rows without a weight would take less
         if not len(worst):
             raise UserError("train.micro_batch_tokens: found auto, and the first step has no example to measure with; give a number")
-        lengths = lengths_E[worst]
+        lengths = worst.max_lengths
         chunks: list[str] = []
         longest, bound = int(lengths[0]), min(MOST_PACKED if self.budget.packing else MOST_TOKENS, self.budget.of(lengths))
         gauge, tokens, found, taken = memory_gauge(self.accelerator.device), longest, 0, 0
@@ -84,10 +85,10 @@ class AutoBatchSize:
         with torch.random.fork_rng([self.accelerator.device] if self.accelerator.device.type == "cuda" else []):
             while True:
                 held = np.cumsum(lengths) if self.budget.packing else longest * np.arange(1, len(lengths) + 1)
-                examples = worst[: max(1, int(np.searchsorted(held, tokens, side="right")))].tolist()
-                fits = self._fits(examples)
+                count = max(1, int(np.searchsorted(held, tokens, side="right")))
+                fits = self._fits(worst, count)
                 while not fits and not found and (smaller := self._smaller_chunks()):
-                    fits, chunks = self._fits(examples), smaller
+                    fits, chunks = self._fits(worst, count), smaller
                 if not fits or (peak := gauge.taken) > room:
                     break
                 found, taken = tokens, peak
@@ -107,9 +108,10 @@ class AutoBatchSize:
             f"micro-batches of at most {found:,} tokens{whole} (measured: {taken / 1e9:.2f} of {room / 1e9:.2f} GB){''.join(f', {one}' for one in chunks)}"
         )
 
-    def _fits(self, examples: list[int]) -> bool:
+    def _fits(self, worst: Examples, count: int) -> bool:
+        """Whether one micro-batch of the first `count` goes through."""
         try:
-            batch = self.source.collator(self.source.examples.unweighted(), examples)  # rows without a weight would take less
+            batch = self.source.collator(worst, list(range(count)))
             forward_backward(
                 batch, dict(enumerate(self.students)), self.teacher, 0, 1 / max(1, batch.num_targets), self.accelerator, sync=False
             )

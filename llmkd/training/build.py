@@ -11,7 +11,7 @@ from ..config.features import feature_teacher
 from ..config.fields import with_setting_names
 from ..config.recipe import SCHEDULED, Data, Loss, Mixture, Optim, Recipe, Student, Train, scheduled, uses_teacher
 from ..config.recipe import Teacher as TeacherSettings
-from ..config.schedule import length, middle
+from ..config.schedule import middle, refuse_long_schedule
 from ..config.terms import AttentionLoss
 from ..console import info
 from ..data.batch_source import TrainingSource
@@ -25,6 +25,9 @@ from ..models.compile import compile_layers, configure_torch_compile
 from ..models.language_model import LanguageModel
 from ..models.load import LoadContext, load_models
 from ..output.run_folder import RunFolder
+from ..rollouts.generate import stops_of
+from ..rollouts.source import OnPolicySource
+from ..rollouts.writer import LocalWriter
 from ..signals import NO_TAPS, Taps, Teacher
 from ..teachers.fidelity import measured_transform, sample_teacher_batches
 from ..teachers.mixture import combine_teachers
@@ -98,6 +101,8 @@ def build_setup(
         raise
     fidelity = {f"{name}.{k}": v for (name, _), model in zip(live, teacher_models, strict=True) for k, v in model.fidelity.items()}
     source = prepared.source.for_rank(accelerator.process_index, accelerator.num_processes, device)
+    if prepared.prompts:
+        source = OnPolicySource(source, prepared.prompts, local_writer(models[0], prepared, recipe.on_policy.batch_size), recipe.on_policy)
     teachers_by_setting = {setting: model for (setting, _), model in zip(live, teacher_models, strict=True)}
     students, chunk_size = [], head_chunk_size(prepared.vocab, device, info)
     for k, (own, folder, model) in enumerate(zip(recipes, folders, models, strict=True)):
@@ -114,6 +119,11 @@ def build_setup(
         with attribute_to_student(k):
             start_terms(student, teacher, recipe.validation.micro_batch_size, device)
     return TrainingSetup(prepared, source, teacher, tuple(students), fidelity, done, watch)
+
+
+def local_writer(student: LanguageModel, prepared: Prepared, batch_size: int) -> LocalWriter:
+    """The student as a writer: its answers end where those of the data do, and where its own generation would."""
+    return LocalWriter(student, {prepared.tokenizer.eos_token_id, *stops_of(student), *prepared.end_tokens}, batch_size)
 
 
 def teacher_probe(prepared: Prepared, micro_batch_size: int, device, setting: str) -> list[Batch]:
@@ -254,8 +264,7 @@ def build_student(
 def build_terms(loss: Loss, chunk_size: int | None = None, total_steps: int = 1) -> list[Term]:
     """The terms of the loss that need no model, in a run of `total_steps`. `chunk_size`: rows of the head at a time, if `loss` does not set it."""
     for name in SCHEDULED:
-        if (steps := length(getattr(loss, name), total_steps)) > max(1, total_steps):
-            raise UserError(f"loss.{name}.steps: found {steps}, and the whole run has {total_steps} steps; lower it, or use ratio")
+        refuse_long_schedule(f"loss.{name}", getattr(loss, name), total_steps)
     divergence = make_divergence(loss.divergence, **loss.divergence_options)
     whole, at_step = Objective(middle(loss.kd_ratio), middle(loss.temperature), divergence), None
     if scheduled(loss, 1, total_steps):

@@ -12,7 +12,9 @@ from pathlib import Path
 
 from ..config.features import feature_teacher
 from ..config.fields import as_tuple, with_setting_names
+from ..config.on_policy import writes
 from ..config.recipe import Data, Optim, Recipe, Source, Student, Teacher, Train, used_teachers
+from ..config.schedule import refuse_long_schedule
 from ..console import info
 from ..data.batch_source import Collator, PlannedSource, TrainingSource
 from ..data.batching import MOST_TOKENS, Batching, BatchPlan, TokenBudget
@@ -39,6 +41,7 @@ from ..data.encoding.tokenizer import load_tokenizer, shared_vocab
 from ..data.examples import Examples
 from ..data.reading.sources import Rows
 from ..data.stream import StreamSource
+from ..data.written import Prompts, prompts_for
 from ..errors import UserError
 from ..model_folder.files import ModelFiles, find, rows_of
 from ..model_folder.generation import generation_settings
@@ -95,6 +98,7 @@ class Prepared:
     configs: dict[str, dict]  # of the models, by setting (student.model, teacher.model, ...)
     teachers: tuple[TeacherSource, ...]
     layers: tuple[int, ...] | None = None  # of the student's base that are kept; None for all
+    prompts: Prompts | None = None  # of `train`, where the student writes answers itself
 
     def resolved(self, settings: Student) -> Student:
         """A student's settings with the numbers of its layers, where these were chosen by a measurement."""
@@ -135,6 +139,9 @@ def prepare(recipe: Recipe, open_caches: bool = True, layers: tuple[int, ...] | 
     identity |= {LAYERS: ", ".join(map(str, layers))} if layers else {}
     parts = {field.name: getattr(data, field.name) for field in dataclasses.fields(data)} | {"identity": identity}
     found = {"student": student, "configs": configs, "teachers": models.teachers, "layers": layers}
+    if writes(recipe.on_policy):
+        refuse_long_schedule("on_policy.share", recipe.on_policy.share, data.source.total_steps)
+        found["prompts"] = prompts_for(recipe.on_policy, data.train, data.places, recipe.data.max_length)
     return Prepared(tokenizer=tokenizer, vocab=vocab, **found, **parts)
 
 

@@ -140,13 +140,14 @@ class Trainer:
         self.display.count(progress.num_targets)
         if not (last or due(self.settings.train.log_every, progress.step)):
             return
-        speed = self.display.speed()
+        measured = self.source.measured()
+        speed = self.display.speed(measured.get("written_seconds", 0.0))
         going = [k for k in progress.terms if not self.students[k].failure]
         rates = {k: self.students[k].state.learning_rate(progress.step) for k in going}
         for k in going if self.main else ():
             terms, norm = progress.terms[k], progress.grad_norms[k]
             values = {"lr": rates[k]} | scheduled(self.students[k].recipe.loss, progress.step, self.source.total_steps)
-            self.students[k].record.step(progress.step, progress.epoch, terms, values, norm, progress.num_targets, speed)
+            self.students[k].record.step(progress.step, progress.epoch, terms, values | measured, norm, progress.num_targets, speed)
         if len(self.students) == 1 and going:
             shown = {name: f"{value:.4f}" for name, value in progress.terms[0].items() if not metrics.is_count(name)}
             shown |= {"lr": f"{rates[0]:.1e}"}

@@ -1,0 +1,134 @@
+"""Settings of on-policy distillation: the student writes answers itself, and learns from the teacher there. A part of `recipe.py`."""
+
+from collections.abc import Iterator
+from typing import Annotated
+
+from pydantic import Field
+
+from .data import Data
+from .fields import Count, as_tuple, changeable, config_dataclass, fixed, with_setting_names
+from .schedule import Scheduled, schedule_contradictions
+from .teacher import Teacher
+
+
+@config_dataclass
+class OnPolicy:
+    """The answers of some examples are replaced by what the student writes at that moment; they have no cross-entropy."""
+
+    share: Scheduled[Annotated[float, Field(ge=0, le=1)]] = fixed(
+        0.5,
+        description="Share of the examples of a step whose answers the student writes itself (GKD's lambda): each is drawn by seed, step and example. 0: "
+        "none, and the run is that without on_policy. Or a schedule, as for loss.kd_ratio.",
+    )
+    max_new_tokens: Count = fixed(
+        128,
+        description="Longest of these answers, in tokens. An example whose prompt leaves less room than that within data.max_length keeps the data's answer.",
+    )
+    temperature: float = fixed(
+        1.0, ge=0, description="Temperature of sampling; loss.temperature is another. 0: always the most likely token."
+    )
+    top_p: float = fixed(
+        1.0,
+        gt=0,
+        le=1,
+        description="Sample from the fewest tokens that have this share of the probability. Below 1 what is written is not a sample of the student.",
+    )
+    top_k: Count | None = fixed(None, description="Sample from the k most likely tokens, before top_p; null: from all.")
+    min_p: float = fixed(
+        0.0,
+        ge=0,
+        le=1,
+        description="Sample from tokens that are at least min_p times as likely as the most likely one, after top_k and top_p.",
+    )
+    samples: Count = fixed(1, description="Answers that are written to each prompt; each counts as an example.")
+    prompt_tokens: Count | None = fixed(
+        None,
+        description="Of rows that are supervised from their beginning, such as those of format text: so many first tokens are the prompt, or all but the "
+        "last of a shorter text.",
+    )
+    batch_size: Count = changeable(
+        32,
+        description="Answers that one process writes at a time. It changes speed and memory, and the text by rounding alone; out of memory halves it.",
+    )
+
+
+def writes(settings: OnPolicy | None) -> bool:
+    """Whether the student writes anything in a run."""
+    return settings is not None and settings.share != 0
+
+
+def on_policy_contradictions(
+    settings: OnPolicy, kd_ratio, teacher: Teacher | tuple[Teacher, ...] | None, data: Data, max_steps: int | None
+) -> Iterator[tuple[tuple[str, ...], str]]:
+    """In the form of `contradictions.contradictions`. `kd_ratio`: as it will be, or a schedule."""
+    here = "on_policy"
+    yield from schedule_contradictions(settings.share, f"{here}.share", 0.0, 1.0, max_steps)
+    yield from _sampling_contradictions(settings)
+    if not writes(settings):
+        return
+    share = (f"{here}.share", here)
+    if not as_tuple(teacher):
+        yield (
+            (*share, "teacher"),
+            "the student is to write, but there is no teacher for what it writes; give teacher.model, or set share: 0",
+        )
+    elif kd_ratio == 0:
+        yield (
+            (*share, "loss.kd_ratio"),
+            "the student is to write, but with loss.kd_ratio 0 it learns nothing from that; raise kd_ratio, or set share: 0",
+        )
+    for path, one in with_setting_names(teacher, "teacher"):
+        if one.cache:
+            yield (
+                (*share, f"{path}.cache"),
+                f"the student is to write, but {path} is a cache, which knows the data's answers alone; leave {path}.cache out, or set share: 0",
+            )
+    if data.streaming:
+        yield (
+            (*share, "data.streaming"),
+            "the student is to write, but data.streaming is true, and prompts are taken from data in memory only",
+        )
+    if data.train_on_input:
+        yield (
+            (*share, "data.train_on_input"),
+            "the student is to write, but with data.train_on_input prompts are not known from answers; set it to false, or share: 0",
+        )
+    if settings.max_new_tokens >= data.max_length:
+        yield (
+            (f"{here}.max_new_tokens", "data.max_length"),
+            f"found {settings.max_new_tokens}, which leaves no room for a prompt within data.max_length ({data.max_length}); lower it, or raise "
+            "data.max_length",
+        )
+    sources = with_setting_names(data.train, "data.train")
+    if sources and not any(source.loss.kd for _, source in sources):
+        yield (
+            (*share, f"{sources[0][0]}.loss.kd"),
+            "the student is to write, but loss.kd of every source is 0, so the teacher has no say there",
+        )
+    texts = [path for path, source in sources if source.format == "text"]
+    if texts and settings.prompt_tokens is None:
+        yield (
+            (f"{here}.prompt_tokens", f"{texts[0]}.format"),
+            f"not given, but {texts[0]} has format text, whose rows have no prompt; say how many of their first tokens are one, such as 32",
+        )
+    if settings.prompt_tokens is not None and not any(source.format in ("text", "tokens") for _, source in sources):
+        yield (
+            (f"{here}.prompt_tokens", "data.train"),
+            f"found {settings.prompt_tokens}, but no source has format text or tokens; rows of other formats have prompts, so leave it out",
+        )
+
+
+def _sampling_contradictions(settings: OnPolicy) -> Iterator[tuple[tuple[str, ...], str]]:
+    if settings.temperature != 0:
+        return
+    given = {"top_p": settings.top_p != 1, "top_k": settings.top_k is not None, "min_p": settings.min_p != 0}
+    for name in (name for name, found in given.items() if found):
+        yield (
+            (f"on_policy.{name}", "on_policy.temperature"),
+            "set with temperature 0, where the most likely token is always taken; leave it out",
+        )
+    if settings.samples > 1:
+        yield (
+            ("on_policy.samples", "on_policy.temperature"),
+            f"found {settings.samples} with temperature 0, where all answers to a prompt are the same; set it to 1, or raise temperature",
+        )

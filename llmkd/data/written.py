@@ -1,0 +1,92 @@
+"""Examples whose answers a model has written: the prompts that the data has for it, and examples of prompt and answer. No torch here.
+
+An answer is token ids and is never encoded again: a tokenizer may encode its text otherwise.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..config.on_policy import OnPolicy
+from ..console import info
+from ..errors import UserError
+from .examples import Examples
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """Where the prompts of examples end, and which examples may be answered anew.
+
+    own        tokens of each prompt, int64 [examples]: all before the first target
+    theirs     the same as the teacher reads it, with its context
+    may        bool [examples]: the prompt leaves enough room, and the teacher has a say in the example's loss
+    too_long   examples whose prompts leave too little room
+    """
+
+    own: np.ndarray
+    theirs: np.ndarray
+    may: np.ndarray
+    too_long: int
+
+
+def prompts_of(examples: Examples, places: Sequence[str], room: int, max_length: int, prompt_tokens: int | None) -> Prompts:
+    """The prompts of examples.
+
+    room            tokens of the longest answer, which must fit behind a prompt in max_length
+    prompt_tokens   of an example that is supervised from its beginning: so many first tokens are the prompt, or all but the last. UserError
+                    where there is such an example and this is None
+    """
+    own = _first_targets(examples)
+    whole = own <= 1
+    if whole.any() and prompt_tokens is None:
+        place = places[int(np.flatnonzero(whole)[0])]
+        raise UserError(
+            f"on_policy.prompt_tokens: not given, but {place} is supervised from its beginning, so it has no prompt; say how many of the first "
+            "tokens of such rows are one, such as 32"
+        )
+    more = np.where(whole, np.clip(examples.lengths - 1, 1, prompt_tokens or 1) - own, 0)
+    theirs = own if examples.teacher_view is None else _first_targets(examples.teacher_view)
+    own, theirs = own + more, theirs + more
+    fits = np.maximum(own, theirs) + room <= max_length
+    return Prompts(own, theirs, fits & (examples.weight("kd") != 0), int((~fits).sum()))
+
+
+def prompts_for(settings: OnPolicy, examples: Examples, places: Sequence[str], max_length: int) -> Prompts:
+    """The prompts of the training examples, with a line on how many there are. UserError where no example may be answered."""
+    found = prompts_of(examples, places, settings.max_new_tokens, max_length, settings.prompt_tokens)
+    count, every = int(found.may.sum()), len(examples)
+    too_long = f"{found.too_long} of {every} prompts leave less room than on_policy.max_new_tokens ({settings.max_new_tokens}) within data.max_length ({max_length})"
+    if not count:
+        raise UserError(
+            f"on_policy: there is no example whose answer the student could write: {too_long}; lower max_new_tokens, or raise data.max_length"
+        )
+    info(f"on_policy: the student may write the answers of {count} of {every} examples" + (f"; {too_long}" if found.too_long else ""))
+    return found
+
+
+def _first_targets(examples: Examples) -> np.ndarray:
+    """The place of the first target in each example, int64 [examples]."""
+    targets = np.flatnonzero(examples.loss_mask)
+    return targets[np.searchsorted(targets, examples.offsets[:-1])] - examples.offsets[:-1]
+
+
+def answered(examples: Examples, prompts: Prompts, chosen: Sequence[int], answers: Sequence[Sequence[int]]) -> Examples:
+    """The examples `chosen`, each with its answer, of one token or more, in place of the data's.
+
+    Every token of an answer is a target, for student and teacher alike. It has no weight in the cross-entropy, since nobody has said that
+    it is right; its other weights are the example's.
+    """
+    theirs = None if examples.teacher_view is None else _appended(examples.teacher_view, prompts.theirs, chosen, answers)
+    found = _appended(examples, prompts.own, chosen, answers)
+    found.teacher_view = theirs
+    found.weights = {name: w_E[chosen] for name, w_E in examples.weights.items()} | {"ce": np.zeros(len(chosen), np.float32)}
+    return found
+
+
+def _appended(examples: Examples, lengths: np.ndarray, chosen: Sequence[int], answers: Sequence[Sequence[int]]) -> Examples:
+    ids = [(examples.example(i)[0][: lengths[i]], np.asarray(answer, np.int32)) for i, answer in zip(chosen, answers, strict=True)]
+    masks = [np.repeat([False, True], [len(prompt), len(answer)]) for prompt, answer in ids]
+    offsets = np.cumsum([0, *map(len, masks)], dtype=np.int64)
+    of_each = (examples.row[chosen], {}, examples.source[chosen], examples.teacher_index[chosen])
+    return Examples(np.concatenate([part for both in ids for part in both]), np.concatenate(masks), offsets, *of_each)

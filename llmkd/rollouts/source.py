@@ -1,0 +1,132 @@
+"""On-policy distillation as a batch source: planned data, some of whose answers the student writes itself with the weights of that step.
+
+GKD (Agarwal et al., arXiv 2306.13649): with probability lambda an example's answer is a sample of the student, and no gradient passes through
+the sampling.
+"""
+
+import contextlib
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ..config.on_policy import OnPolicy
+from ..config.schedule import value_at
+from ..data.batch_source import ExampleSource, PlannedSource, Step
+from ..data.examples import Examples, concat
+from ..data.written import Prompts, answered
+from ..errors import UserError
+from .generate import Completion
+from .sampling import Sampling, uniform
+from .statistics import Statistics
+from .writer import Writer, text_key
+
+if TYPE_CHECKING:
+    from ..batch import Batch
+
+
+class OnPolicySource(ExampleSource):
+    """The steps of planned data, built one by one, since each depends on the weights that the one before it left.
+
+    Which examples are written, and what, is a function of (weights, seed, step, example): each rank writes a part of them, all ranks learn
+    all of it, and split the step as if it had been planned.
+    """
+
+    reads_while_training = True  # weights that are not finite can write nothing: they are noticed in their step
+
+    def __init__(self, planned: PlannedSource, prompts: Prompts, writer: Writer, settings: OnPolicy):
+        super().__init__(planned.seed, planned.total_steps, planned.micro_batch_size, planned.collator)
+        self.rank, self.ranks, self.device = planned.rank, planned.ranks, planned.device
+        self.examples, self.places = planned.examples, planned.places
+        self.planned, self.prompts, self.writer, self.settings = planned, prompts, writer, settings
+        self.sampling = Sampling(
+            settings.temperature, settings.max_new_tokens, planned.seed, settings.top_p, settings.top_k, settings.min_p
+        )
+        self.statistics = Statistics(settings.max_new_tokens)
+
+    def steps(self, done: int = 0) -> "Iterator[tuple[Step, list[Batch]]]":
+        with contextlib.closing(self.schedule(done)) as steps:
+            for step in steps:
+                yield step, self.build(step)
+
+    def schedule(self, done: int = 0) -> Iterator[Step]:
+        for planned in self.planned.schedule(done):
+            share = value_at(self.settings.share, planned.number, self.total_steps)
+            names = _identities(planned.number, [self.examples.content_hash(i) for i in planned.examples])
+            chosen = [
+                n
+                for n, (i, name) in enumerate(zip(planned.examples, names, strict=True))
+                if self.prompts.may[i] and uniform(self.seed, text_key(*name, "is written"), 0) < share
+            ]
+            yield self._written(planned, chosen, names) if chosen else self.resplit(planned)
+
+    def _written(self, planned: Step, chosen: list[int], names: list[tuple]) -> Step:
+        """The step with the answers of some of its examples, by their places in it, in place of the data's."""
+        asked = [(planned.examples[n], names[n], sample) for n in chosen for sample in range(self.settings.samples)]
+        began = time.monotonic()
+        found = self._write([i for i, *_ in asked], [text_key(*name, sample) for _, name, sample in asked])
+        self.statistics.add(found, time.monotonic() - began)
+        kept = [n for n in range(len(planned.examples)) if n not in set(chosen)]
+        whole = [(i, one.ids) for (i, *_), one in zip(asked, found, strict=True) if one.ids]
+        indices = [planned.examples[n] for n in kept]
+        parts = [self.examples.take(np.array(indices, np.int64))] if indices else []
+        parts += [answered(self.examples, self.prompts, *map(list, zip(*whole, strict=True)))] if whole else []
+        written_at = [f"{self.places[i]}, written at step {planned.number}" for i, _ in whole]
+        return self._step(planned, parts, [*(self.places[i] for i in indices), *written_at])
+
+    def _step(self, planned: Step, parts: list[Examples], places: list[str]) -> Step:
+        source = np.concatenate([np.zeros(0, np.int64), *(part.source for part in parts)])
+        data = concat(parts, [0] * len(parts), {}, source) if parts else self.examples.take(np.zeros(0, np.int64))
+        every, counts = list(range(len(data))), data.num_targets
+        step = Step(planned.number, planned.epoch, int(counts.sum()), data.weighted(every, counts), every, [], data, places)
+        return self.resplit(step)
+
+    def _write(self, examples: Sequence[int], keys: Sequence[int]) -> list[Completion]:
+        """A completion of each example's prompt. The longest prompts are dealt to the ranks in turn; a UserError of one rank is raised on all."""
+        order = sorted(range(len(examples)), key=lambda n: (-self.prompts.own[examples[n]], n))
+        mine, found = order[self.rank :: self.ranks], []
+        try:
+            prompts = [self.examples.example(examples[n])[0][: self.prompts.own[examples[n]]].tolist() for n in mine]
+            found = [list(zip(mine, self.writer.write(prompts, [keys[n] for n in mine], self.sampling), strict=True))]
+        except UserError as error:
+            if self.ranks == 1:
+                raise
+            found = [error]
+        if self.ranks > 1:
+            from accelerate.utils import gather_object
+
+            found = gather_object(found)
+            if error := next((one for one in found if isinstance(one, UserError)), None):
+                raise error
+        by_place = dict(pair for part in found for pair in part)
+        return [by_place[n] for n in range(len(examples))]
+
+    def longest(self, count: int) -> Examples:
+        """Each of the prompts whose answers could be longest, with as many answers as are written, all as long as they may be."""
+        room, prompts = self.settings.max_new_tokens, self.prompts
+        most = np.where(prompts.may, np.maximum(prompts.own, prompts.theirs) + room, 0)
+        lengths = np.maximum(self.examples.max_lengths, most)
+        chosen = np.argsort(-lengths, kind="stable")[:count]
+        new = np.repeat(chosen[most[chosen] == lengths[chosen]], self.settings.samples)
+        parts = [self.examples.take(chosen[most[chosen] < lengths[chosen]])]
+        parts += [answered(self.examples, prompts, new.tolist(), [[0] * room] * len(new))] if len(new) else []
+        found = concat(parts, [0] * len(parts), {}, np.concatenate([part.source for part in parts]))
+        return found.take(np.argsort(-found.max_lengths, kind="stable"))
+
+    def max_lengths(self, step: Step) -> np.ndarray:
+        return self.planned.max_lengths(step) if step.data is self.examples else super().max_lengths(step)
+
+    def measured(self) -> dict[str, float]:
+        return self.statistics.read()
+
+
+def _identities(step: int, hashes: Sequence[str]) -> list[tuple]:
+    """What the texts of a step's examples are known by, whatever their order and their numbers: (step, content hash, how many like it came before)."""
+    before: Counter = Counter()
+    names = []
+    for one in hashes:
+        names.append((step, one, before[one]))
+        before[one] += 1
+    return names

@@ -1,0 +1,50 @@
+"""on_policy: what contradicts it, in one line each."""
+
+import pytest
+
+from llmkd.config import loader
+from llmkd.errors import UserError
+
+TEXT = {"path": "t.jsonl", "format": "text"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"teacher": None}, "on_policy.share: the student is to write, but there is no teacher for what it writes; give teacher.model"),
+        ({"loss.kd_ratio": 0.0}, "on_policy.share: .*loss.kd_ratio 0 it learns nothing from that; raise kd_ratio"),
+        (
+            {"teacher.cache": {"kind": "hidden", "path": "c"}},
+            "on_policy.share: .* teacher is a cache, which knows the data's answers alone",
+        ),
+        ({"data.streaming": True, "train.max_steps": 3}, "on_policy.share: .*data.streaming is true"),
+        ({"data.train_on_input": True}, "on_policy.share: .*with data.train_on_input prompts are not known"),
+        ({"on_policy.max_new_tokens": 256}, r"on_policy.max_new_tokens: found 256, which leaves no room for a prompt within .*\(256\)"),
+        ({"data.train.loss": {"kd": 0.0}}, "on_policy.share: .*loss.kd of every source is 0"),
+        ({"data.train": TEXT}, "on_policy.prompt_tokens: not given, but data.train has format text"),
+        ({"data.train": [TEXT, TEXT]}, "on_policy.prompt_tokens: not given, but data.train.0 has format text"),
+        ({"on_policy.prompt_tokens": 8}, "on_policy.prompt_tokens: found 8, but no source has format text or tokens"),
+        ({"on_policy.temperature": 0.0, "on_policy.top_k": 3}, "on_policy.top_k: set with temperature 0"),
+        ({"on_policy.temperature": 0.0, "on_policy.top_p": 0.9}, "on_policy.top_p: set with temperature 0"),
+        ({"on_policy.temperature": 0.0, "on_policy.min_p": 0.1}, "on_policy.min_p: set with temperature 0"),
+        ({"on_policy.temperature": 0.0, "on_policy.samples": 2}, "on_policy.samples: found 2 with temperature 0"),
+        ({"on_policy.share": 1.5}, "on_policy.share: found 1.5, expected"),
+        ({"on_policy.share": {"from": 0, "to": 2}}, "on_policy.share.to: found 2, expected a number 0 to 1"),
+        ({"on_policy.share": {"from": 0, "to": 1, "steps": 9}, "train.max_steps": 5}, "on_policy.share.steps: found 9, more than"),
+        ({"on_policy.top_p": 0.0}, "on_policy.top_p: found 0.0, expected"),
+        ({"on_policy.lambda": 0.5}, "on_policy.lambda: unknown setting"),
+    ],
+)
+def test_settings_that_contradict_are_refused(make_recipe, tmp_path, changes, message):
+    make_recipe()
+    with pytest.raises(UserError, match=message):
+        loader.load_recipe(tmp_path / "recipe.yaml", {"on_policy.share": 0.5} | changes)
+
+
+def test_a_share_of_0_takes_what_any_run_does(make_recipe):
+    for changes in ({"teacher": None}, {"data__streaming": True, "train__max_steps": 3}, {"loss__kd_ratio": 0.0}):
+        assert make_recipe(on_policy__share=0.0, **changes).on_policy.share == 0
+
+
+def test_the_section_alone_is_half_of_the_examples(make_recipe):
+    assert make_recipe(on_policy={}).on_policy.share == 0.5 and make_recipe().on_policy is None
