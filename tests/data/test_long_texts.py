@@ -268,3 +268,58 @@ def test_control_tokens_in_a_long_text_are_compared_at_the_ends_of_its_pieces():
     data = Data(max_length=512, too_long="truncate")
     found = encode(rows_of(talk("u q", f"a {END} {big} {END}")), "chat", data, tiny())
     assert found.lengths.tolist() == [512] and found.counts["as_characters"] == 1
+
+
+ROWS = {
+    "text": lambda text: {"text": text},
+    "prompt_completion": lambda text: {"prompt": text[:5], "completion": text[5:]},
+    "chat": lambda text: talk("u q", f"a {text}"),
+}
+
+
+@pytest.mark.parametrize("format", ROWS)
+@pytest.mark.parametrize("too_long", ["drop", "truncate", "refuse"])
+def test_what_cannot_be_known_before_is_tokenised_up_to_a_length_and_refused_beyond(monkeypatch, format, too_long):
+    monkeypatch.setattr(long_texts, "_WHOLE", 300)
+    monkeypatch.setattr(long_texts, "cover_of", lambda tokenizer: None)
+    data, (short, long) = Data(max_length=18, too_long=too_long), (rows_of(ROWS[format]("x" * n)) for n in (200, 400))
+    if too_long == "refuse":
+        with pytest.raises(UserError, match="tokens, more than data.max_length"):
+            encode(short, format, data, tiny())
+    else:
+        assert encode(short, format, data, tiny()).counts["too_long"] == 1
+    with pytest.raises(UserError) as info:
+        encode(long, format, data, tiny())
+    (problem,) = info.value.problems
+    assert (
+        problem.startswith("f.jsonl:1: 4")
+        and "characters, more than the 300 that are tokenised at once (with this tokenizer its tokens" in problem
+    )
+
+
+def test_a_split_text_is_refused_beyond_a_length(monkeypatch):
+    data = Data(max_length=9, too_long="split")
+    big = rows_of({"text": "the owl " * 1_300_000})
+    with monkeypatch.context() as patch:
+        patch.setattr(type(tiny()), "__call__", lambda *_, **__: pytest.fail("tokenised"))
+        with pytest.raises(UserError) as info:
+            encode(big, "text", data, tiny())
+    assert info.value.problems == (
+        "f.jsonl:1: 10,400,000 characters, more than the 1,048,576 that are tokenised at once (too_long: split needs all of its tokens); "
+        "divide it into several rows, or remove it",
+    )
+    monkeypatch.setattr(long_texts, "_WHOLE", 160)
+    assert len(encode(rows_of({"text": "the owl " * 20}), "text", data, tiny())) > 1
+    with pytest.raises(UserError, match="161 characters"):
+        encode(rows_of({"text": "the owl " * 20 + "x"}), "text", data, tiny())
+    assert len(encode(rows_of({"text": "the owl " * 20 + "x"}), "text", Data(max_length=11, too_long="split"), tiny())) > 1  # 16 a token
+
+
+def test_what_may_be_one_unknown_token_is_refused_beyond_a_length(monkeypatch):
+    monkeypatch.setattr(long_texts, "_WHOLE", 500)
+    for too_long in ("drop", "truncate"):
+        data = Data(max_length=9, too_long=too_long)
+        with pytest.raises(UserError, match="f.jsonl:2: 600 characters, more than the 500 that are tokenised at once"):
+            encode(rows_of({"text": "the " * 300}, {"text": "你好 " * 200}), "text", data, sentencepiece(False))
+        assert encode(rows_of({"text": "the " * 300}), "text", data, sentencepiece(False)).counts["too_long"] == 1
+        assert encode(rows_of(talk("u q", "a " + "the " * 900)), "chat", data, sentencepiece(False)).counts["too_long"] == 1

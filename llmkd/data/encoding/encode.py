@@ -23,7 +23,7 @@ from ..reading.problems import ErrorCollector
 from ..reading.sources import Rows
 from .control_tokens import Span, Text, controls, piecewise, refuse_unmarked
 from .formats import FORMATS
-from .long_texts import beginning, beginnings, bound_of, is_longer
+from .long_texts import beginning, beginnings, bound_of, is_longer, why_not_tokenised
 from .marked_turns import has_marks, refuse_unhonoured_marks
 from .rendered_text import listed_turns, turn_token, turn_words
 from .teacher_context import Tokens, align, keep_common, teacher_texts
@@ -170,7 +170,9 @@ def _shortened(texts: list[Rendered], rows: Rows, data: Data, tokenizer, counts:
     for text in texts:
         both = [one for one in (text.student, text.teacher) if one]
         longest, left_out = max((one.text for one in both), key=len), max(one.left_out for one in both)
-        if left_out and data.too_long == "truncate":  # its answer is behind the cut
+        if problem := why_not_tokenised(longest, left_out, data, tokenizer):
+            errors.add(f"{rows.places[text.row]}: {problem}")
+        elif left_out and data.too_long == "truncate":  # its answer is behind the cut
             counts["too_long"] += 1
             counts["unsupervised"] += 1
         elif data.too_long == "truncate":

@@ -2,7 +2,8 @@
 
 A tokenizer whose every token covers at most M characters makes more than max_length tokens of more than max_length * M characters. And where
 no entry of its vocabulary goes from another character over a space, the tokens before a space do not depend on what follows it: a text may
-be cut there, and its first tokens stay what they are. Both are read off the tokenizer; where they do not hold, texts are tokenised whole.
+be cut there, and its first tokens stay what they are. Both are read off the tokenizer; where they do not hold, or all tokens are wanted, texts
+are tokenised whole up to a length, and refused beyond it.
 """
 
 import dataclasses
@@ -21,7 +22,7 @@ _FEW = 16  # characters for each token of max_length: a text that is no longer i
 _SEARCHED = 1 << 16  # characters behind the shortest cut in which a space is looked for
 _LETTERS = "".join(dict.fromkeys("eaotins" + string.ascii_letters + string.digits))  # most of most texts is made of the first few
 _SAME = 256  # characters before a cut that two texts must share
-_WHOLE = 1 << 20  # characters of a text without spaces that is still tokenised whole
+_WHOLE = 1 << 20  # characters that are tokenised whole where they can be neither cut nor left out: five seconds and 300 MB
 
 
 @dataclass(frozen=True)
@@ -39,9 +40,33 @@ class Cover:
 
 
 def bound_of(data: Data, tokenizer) -> Bound | None:
-    """The characters of an example that may fit; None where all of every text is needed, or where the tokenizer does not tell."""
-    cover = cover_of(tokenizer) if data.too_long != "split" else None
-    return cover and Bound(max(cover.most, _FEW) * data.max_length, cover.counted, data.too_long == "truncate")
+    """The characters of an example that may fit, or that may be tokenised where the tokenizer does not tell; None where texts are split."""
+    if data.too_long == "split":
+        return None
+    cover = cover_of(tokenizer)
+    if cover is None:
+        return Bound(most_tokenised(data))
+    return Bound(max(cover.most, _FEW) * data.max_length, cover.counted, data.too_long == "truncate")
+
+
+def most_tokenised(data: Data) -> int:
+    """The most characters of a text that can be neither left out nor cut before it is tokenised."""
+    return max(_WHOLE, _FEW * data.max_length)
+
+
+def why_not_tokenised(text: str, left_out: int, data: Data, tokenizer) -> str:
+    """Why a text is refused that is too long to be tokenised whole, and neither left out nor cut; "" for others. `left_out`: its characters."""
+    length, most = left_out or len(text), most_tokenised(data)
+    if length <= most:
+        return ""
+    cover = cover_of(tokenizer)
+    if data.too_long == "split":
+        why = "too_long: split needs all of its tokens"
+    elif cover is None or (cover.counted is not None and not left_out and not is_longer(text, data.max_length, tokenizer)):
+        why = "with this tokenizer its tokens are not known before"
+    else:
+        return ""
+    return f"{length:,} characters, more than the {most:,} that are tokenised at once ({why}); divide it into several rows, or remove it"
 
 
 def is_longer(text: str, max_length: int, tokenizer) -> bool:

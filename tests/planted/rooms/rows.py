@@ -5,6 +5,7 @@ from tests.planted.fault import in_file
 ENDS, STOPS, SAME = "data/test_end_tokens.py", "models/test_generation.py", "data/test_same_tokenizer.py"
 SHAPES, LONG, MARKS = "data/test_recognise.py", "data/test_long_texts.py", "data/test_turn_marks.py"
 
+
 FAULTS = [
     *in_file(
         "llmkd/data/encoding/end_tokens.py",
@@ -139,6 +140,35 @@ FAULTS = [
     ),
     *in_file(
         "llmkd/data/encoding/long_texts.py",
+        (
+            "split-without-a-bound",
+            "a text of any length is split",
+            'if data.too_long == "split":\n        why',
+            "if False:\n        why",
+            LONG,
+        ),
+        (
+            "unknown-without-a-bound",
+            "a tokenizer that does not tell has texts of any length",
+            "elif cover is None or (",
+            "elif cover and (",
+            LONG,
+        ),
+        (
+            "unknown-characters-without-a-bound",
+            "what may be one unknown token has any length",
+            "cover.counted is not None and not left_out",
+            "False and not left_out",
+            LONG,
+        ),
+        (
+            "left-out-refused",
+            "a text that is known to be too long is refused",
+            "and not left_out and not is_longer",
+            "and not is_longer",
+            LONG,
+        ),
+        ("bound-ignores-max-length", "a text that may fit is refused", "return max(_WHOLE, _FEW * data.max_length)", "return _WHOLE", LONG),
         (
             "teachers-cut",
             "the teacher's text is cut one character early",
