@@ -41,10 +41,11 @@ class _Stderr(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         tqdm = sys.modules.get("tqdm")  # a bar that is shown has loaded it
+        text = printable(record.getMessage())
         if tqdm is None:
-            print(record.getMessage(), file=sys.stderr, flush=True)
+            print(text, file=sys.stderr, flush=True)
         else:
-            tqdm.tqdm.write(record.getMessage(), file=sys.stderr, nolock=True)
+            tqdm.tqdm.write(text, file=sys.stderr, nolock=True)
 
 
 def show_messages() -> None:

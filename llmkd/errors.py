@@ -5,7 +5,7 @@ import select
 import sys
 import traceback
 
-from .console import first_process
+from .console import first_process, printable
 from .process import rank_messages
 from .process.machine_errors import MachineError, machine_error
 
@@ -16,8 +16,8 @@ class UserError(Exception):
     exit_code = 2
 
     def __init__(self, *problems: str):
-        self.problems = problems
-        super().__init__("\n".join(problems))
+        self.problems = tuple("\\n".join(problem.splitlines()) for problem in problems)  # a name that is quoted may have line breaks
+        super().__init__("\n".join(self.problems))
 
 
 class ChangedFiles(UserError):
@@ -126,7 +126,7 @@ def exit_code(action, *, debug: bool = False, again: str = "start it again") -> 
     text, code = _in_words(caught, again)
     alike = isinstance(caught, NonFinite | Stopped | KeyboardInterrupt) and not getattr(caught, "any_rank", False)
     for line in text.splitlines() if (first_process() if alike else rank_messages.is_first_to_say(text, caught)) else ():
-        print(f"llmkd: {line}", file=sys.stderr)
+        print(f"llmkd: {printable(line)}", file=sys.stderr)
     return code
 
 

@@ -13,6 +13,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -23,6 +24,10 @@ _LEFTOVER = re.compile(r".+\.tmp-\d+-[0-9a-f]{8}")
 
 class Damaged(ValueError):
     """The content of a file is not what was written. The text says what was found, such as "it is empty"."""
+
+
+class NotAFile(OSError):
+    """A pipe or a device has the name of a file."""
 
 
 class FileLocked(Exception):
@@ -141,9 +146,24 @@ def lock_file(path: Path, wait: bool = False) -> IO[str]:
     return file
 
 
+def open_file(path: Path | str) -> IO[bytes]:
+    """Open a file to read its bytes. NotAFile for a pipe or a device, of which a reader may find no end."""
+    file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115 closed by the caller
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise NotAFile(errno.EINVAL, "it is a pipe or a device, not a file", str(path))
+    return file
+
+
+def read_file(path: Path | str) -> bytes:
+    """The content of a file; see `open_file`."""
+    with open_file(path) as file:
+        return file.read()
+
+
 def sha256_file(path: Path | str) -> str:
     """The SHA-256 of a file's content, in hex."""
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -158,6 +178,9 @@ def read_sealed(path: Path) -> dict:
     Damaged if it does not match its checksum or is no JSON object; OSError where the file cannot be opened.
     """
     found = read_object(path)
+    last = next(reversed(found), "")
+    if "checksum" not in found and found.get(last) == checksum({key: value for key, value in found.items() if key != last}):
+        raise Damaged(f"its last key is {last!r}, and should be 'checksum'")
     if "checksum" in found and found.pop("checksum") != checksum(found):
         raise Damaged('it does not match its checksum; after a change of your own delete the "checksum" in it')
     return found
@@ -170,7 +193,7 @@ def checksum(content: dict) -> str:
 
 def read_object(path: Path) -> dict:
     """The object of a JSON file. Damaged if it holds anything else; OSError where it cannot be opened."""
-    return _object(path.read_bytes())
+    return _object(read_file(path))
 
 
 def _object(content: bytes) -> dict:
@@ -203,7 +226,7 @@ def read_jsonl(path: Path, damaged: Callable[[int, str], None] = lambda line, wh
     What is no object is left out, and `damaged` is called with the line's number and what was found; not for a last line that a kill cut
     short. Of a line that has become one with the next the whole objects at its beginning and end are kept.
     """
-    records, lines = [], path.read_bytes().split(b"\n")
+    records, lines = [], read_file(path).split(b"\n")
     for number, line in enumerate(lines, 1):
         try:
             records.append(_object(line))

@@ -62,6 +62,16 @@ def test_init_overwrites_nothing(tmp_path, capsys):
     assert mine.read_text() == "mine" and not mine.with_name("1_teacher.yaml").exists()
 
 
+def test_init_completes_what_a_kill_or_a_full_disk_has_left(tmp_path, capsys):
+    words = ["init", "quickstart", str(tmp_path / "new")]
+    assert cli.main(words) == 0
+    lost = tmp_path / "new/quickstart/2_distill.yaml"
+    content = lost.read_bytes()
+    lost.unlink()
+    assert cli.main(words) == 0 and lost.read_bytes() == content
+    assert cli.main(words) == 2  # all of it is there
+
+
 @pytest.fixture(scope="module")
 def site(tmp_path_factory) -> Path:
     """A folder that holds what a wheel of this tree installs."""

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from llmkd.errors import UserError
-from llmkd.files import Damaged, read_object
+from llmkd.files import Damaged, read_file, read_object
 from llmkd.output.metrics import WEIGHED_BY
 from llmkd.output.run_files import RECIPE, SUMMARY, read_run_file
 
@@ -158,7 +158,7 @@ def _stated(summary: dict, name: str) -> str | None:
 
 def _content(path: Path) -> bytes:
     try:
-        return path.read_bytes()
+        return read_file(path)
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror}); evaluate its run again") from error
 

@@ -6,6 +6,7 @@ from pathlib import Path
 import yaml
 
 from llmkd.errors import UserError
+from llmkd.files import read_file
 
 _PLAIN = "tag:yaml.org,2002:"
 
@@ -28,7 +29,7 @@ def _code_in(path: Path, harness: Path, seen: set[Path]) -> Iterator[tuple[str, 
         return
     seen.add(path)
     try:
-        root = yaml.compose(path.read_bytes(), Loader=yaml.SafeLoader)
+        root = yaml.compose(read_file(path), Loader=yaml.SafeLoader)
     except (OSError, yaml.YAMLError):  # the harness says what is wrong with it, if it is a task that is asked for
         return
     for node in _nodes(root, set()):

@@ -5,6 +5,7 @@ Needs, Does and Run, which are what the list shows.
 """
 
 import importlib.util
+import os
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -72,7 +73,8 @@ def list_recipes() -> str:
 def copy_recipe(name: str, folder: Path) -> tuple[list[Path], str]:
     """Copy a recipe with the files it refers to. Returns the files written and the command that runs it.
 
-    Raises UserError for an unknown name, and where a file exists already: then nothing is written.
+    Raises UserError for an unknown name, and where another file exists already, or all of them: then nothing is written. What an attempt
+    has left that was killed, or met a full disk, is completed.
     """
     entries = shipped()
     if name not in entries:
@@ -80,17 +82,22 @@ def copy_recipe(name: str, folder: Path) -> tuple[list[Path], str]:
         raise UserError(f"init: there is no recipe {name}{hint} (see llmkd recipes)")
     root = recipes_folder()
     places = sorted(set(_needed(root, [entry.path for entry in entries[name]], [root / name])))
-    there = [folder / place for place in places if (folder / place).exists()]
-    if there:
-        raise UserError(f"init: {there[0]} exists; name another folder: llmkd init {name} FOLDER")
-    for place in places:
+    contents = {place: _content(root / place, folder) for place in places}
+    there = [place for place in places if os.path.lexists(folder / place)]
+    other = [place for place in there if not (folder / place).is_file() or (folder / place).read_bytes() != contents[place]]
+    if other or there == places:
+        raise UserError(f"init: {folder / (other or there)[0]} exists; name another folder: llmkd init {name} FOLDER")
+    for place, content in contents.items():
         (folder / place).parent.mkdir(parents=True, exist_ok=True)
-        content = (root / place).read_bytes()
-        if place.suffix == ".yaml":  # its comments name the commands, for where the files are now
-            content = content.replace(b"--config recipes/", f"--config {folder.as_posix()}/".encode())
         remove_leftovers((folder / place).parent, place.name)
         write_atomic(folder / place, content)
     return [folder / place for place in places], _command(entries[name], folder)
+
+
+def _content(path: Path, folder: Path) -> bytes:
+    """What is copied of a file. The comments of a recipe name the commands, for where the files are then."""
+    content = path.read_bytes()
+    return content.replace(b"--config recipes/", f"--config {folder.as_posix()}/".encode()) if path.suffix == ".yaml" else content
 
 
 def _needed(root: Path, recipes: list[Path], folders: list[Path]) -> Iterator[Path]:

@@ -10,6 +10,7 @@ from pathlib import Path
 import yaml
 
 from ..errors import UserError
+from ..files import read_file
 from . import paths
 from .dotted import flatten
 from .fields import as_tuple
@@ -52,7 +53,7 @@ def parse_overrides(words: list[str], options: tuple[str, ...] = ("config",)) ->
 def read(path: str | Path) -> tuple[dict, dict[tuple, int], list[str]]:
     """The data of a file, the line of each setting, and the problems found. UserError if it cannot be read or is no mapping."""
     try:
-        raw = Path(path).read_bytes()
+        raw = read_file(path)
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror or error}; name a recipe, such as recipes/quickstart.yaml") from error
     if len(raw) > _MAX_BYTES:

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import UserError
+from ..files import read_file
 from .dotted import replaced
 from .fields import PathKind, metadata
 from .recipe import Recipe
@@ -148,7 +149,7 @@ def _written_by(missing: Path, folder: Path) -> Path | None:
 
     for path in sorted(folder.glob("*.yaml")):
         try:
-            output_dir = parse_yaml(path.read_text(encoding="utf-8"), str(path))[0].get("output_dir")
+            output_dir = parse_yaml(read_file(path).decode("utf-8"), str(path))[0].get("output_dir")
             written = os.path.abspath(place(output_dir, "output"))
         except Exception:  # not a recipe, or a broken one
             continue

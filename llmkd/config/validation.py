@@ -3,8 +3,9 @@
 import dataclasses
 import difflib
 import json
+import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -14,7 +15,9 @@ from .dotted import keys_of
 from .recipe import Recipe
 from .schema import describe, join_or, section_of
 from .sweep import Sweep, sweep_contradictions
+from .yaml_loader import is_number
 
+LARGEST = 2**53  #: whole numbers up to this one are exact in JSON, and fit into 64 bits after a little arithmetic
 #: Names of settings in other trainers, for the hint at an unknown name.
 _ELSEWHERE = {
     "learning_rate": "optim.lr",
@@ -121,6 +124,7 @@ def check(kind, data: dict, name: str, lines: dict, problems: list[str], changed
                 broken.append(path)
             if json.dumps(data) == before:  # nothing more can be removed
                 break
+    problems += [f"{where(path)}: found {str(number)[:80]}, expected a number of at most {LARGEST}" for path, number in _too_large(data)]
     together = {Recipe: contradictions, Sweep: sweep_contradictions}.get(kind)
     if together and result is not None:
         for paths, problem in together(result):
@@ -131,6 +135,15 @@ def check(kind, data: dict, name: str, lines: dict, problems: list[str], changed
     if problems:
         raise UserError(*dict.fromkeys(problems))
     return result
+
+
+def _too_large(value, path: tuple = ()) -> Iterator[tuple[tuple, int]]:
+    """Whole numbers, with their settings, that the 64 bits of the libraries do not hold."""
+    if isinstance(value, dict | list):
+        for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+            yield from _too_large(inner, (*path, key))
+    elif type(value) is int and abs(value) > LARGEST:
+        yield path, value
 
 
 def _real_path(loc: tuple, data) -> tuple:
@@ -198,12 +211,16 @@ def _explain(kind, path: tuple, item: dict) -> str:
     expected = type_ or re.sub(r"^Input should be (a )?(valid )?", "a ", item["msg"]).replace(
         "a an object", "a mapping of settings"
     ).replace("a integer", "a whole number")
-    hint = "; remove the quotation marks" if expected.startswith(("a number", "a whole number")) and _is_number(found) else ""
+    hint = _number_hint(found) if isinstance(found, str) and expected.startswith(("a number", "a whole number")) else ""
     return f"found {json.dumps(found, ensure_ascii=False)[:80]}, expected {expected}{hint}"
 
 
-def _is_number(found) -> bool:
+def _number_hint(found: str) -> str:
+    """What to do about a text that is meant as a number: its quotation marks may be what makes it one, or the way it is written."""
     try:
-        return isinstance(found, str) and bool(float(found) or True)
+        number = float(found)
     except ValueError:
-        return False
+        return ""
+    if not math.isfinite(number):
+        return ""
+    return "; remove the quotation marks" if is_number(found.strip()) else f"; write {int(number) if number.is_integer() else number}"

@@ -43,6 +43,11 @@ for _tag, _pattern, _first in (
     )
 
 
+def is_number(text: str) -> bool:
+    """Whether a plain scalar is a number in YAML 1.2."""
+    return Loader("").resolve(yaml.ScalarNode, text, (True, False)) in ("tag:yaml.org,2002:int", "tag:yaml.org,2002:float")
+
+
 def parse_yaml(text: str, name: str) -> tuple[typing.Any, dict[tuple, int], list[str]]:
     """The data in `text`, the line of every path in it, and the problems found (duplicate keys, tags)."""
     try:
@@ -78,7 +83,15 @@ def parse_yaml(text: str, name: str) -> tuple[typing.Any, dict[tuple, int], list
         if isinstance(node, yaml.MappingNode):
             out = {}
             for key_node, value in node.value:
-                key, key_line = str(key_node.value), key_node.start_mark.line + 1
+                key_line = key_node.start_mark.line + 1
+                merge = key_node.value == "<<" and key_node.style is None
+                if merge or not isinstance(key_node, yaml.ScalarNode):
+                    found = "a merge key (<<)" if merge else "a list or mapping as a name"
+                    problems.append(
+                        f"{name}:{key_line}: {'.'.join(map(str, path)) or 'settings'}: found {found}; write the settings out by name"
+                    )
+                    continue
+                key = str(key_node.value)
                 if key in out:
                     problems.append(
                         f"{name}:{key_line}: {'.'.join(map(str, (*path, key)))}: given twice (first on line {lines[*path, key]}); keep one"

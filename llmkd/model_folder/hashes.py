@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ..console import info, progress_bar
-from ..files import lock_file, remove_leftovers, write_atomic
+from ..files import lock_file, read_file, remove_leftovers, write_atomic
 from .weights import tensors
 
 VERSION = 1  # raise it when the hash of the same tensors changes
@@ -118,7 +118,7 @@ def _known(path: Path) -> dict[str, str] | None:
     if now[0] < KEPT_FROM:
         return None
     with contextlib.suppress(OSError, ValueError, LookupError, TypeError, AttributeError, RuntimeError):  # damaged: read the weights again
-        entry = json.loads(_entry(path).read_text(encoding="utf-8"))
+        entry = json.loads(read_file(_entry(path)))
         if entry.pop("checksum") == _checksum(entry) and entry["version"] == VERSION and entry["stamp"] == now:
             kept[path] = now, entry["tensors"]
             return entry["tensors"]

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..console import info, warn
 from ..errors import ChangedFiles, UserError
-from ..files import sha256_file
+from ..files import open_file, sha256_file
 from .hashes import stamp, tensor_hashes
 from .weights import INDEX, read_json, tensors, weight_files
 
@@ -59,7 +59,7 @@ def sampled_fingerprint(folder: Path, setting: str) -> str:
     """The fingerprint of earlier versions: names, shapes, types and three samples of 1 KiB of every tensor."""
     rows = []
     for path in sorted(folder.glob("*.safetensors")):  # all of them counted then
-        with open(path, "rb") as file:
+        with open_file(path) as file:
             for name, t in tensors(path).items():
                 digest = hashlib.sha256()
                 for where in (t["start"], (t["start"] + t["stop"]) // 2, max(t["start"], t["stop"] - 1024)):

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import UserError
+from ..files import open_file, read_file
 
 MODEL, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"
 
@@ -72,7 +73,7 @@ def some(folder: Path) -> str:
 def read_json(path: Path, setting: str) -> dict:
     """An object from a JSON file. UserError where it cannot be read or is something else."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = json.loads(read_file(path).decode("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise UserError(f"{setting}: {path} cannot be read ({error}); copy it again") from error
     if not isinstance(found, dict):
@@ -93,7 +94,7 @@ def tensors(path: Path) -> dict[str, dict]:
 
     ValueError if it is damaged.
     """
-    with open(path, "rb") as file:
+    with open_file(path) as file:
         size = path.stat().st_size
         prefix = file.read(8)
         length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size

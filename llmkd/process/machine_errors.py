@@ -52,7 +52,7 @@ MACHINE_ERRORS = (
     MachineError("too many open files", "raise the limit (ulimit -n 65536)", (errno.EMFILE, errno.ENFILE), r"received 0 items of ancdata"),
     MachineError(
         "no more processes or threads",
-        "end others of this user, or raise the limit (ulimit -u; pids of a container)",
+        "end others of this user, free some memory, or raise the limit (ulimit -u; pids of a container)",
         (errno.EAGAIN,),
         r"can't start new thread|pthread_create failed",
     ),

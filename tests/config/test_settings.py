@@ -112,6 +112,13 @@ BAD = [
     case("teacher: {model: t, dtype: bf16}", "r.yaml:5: teacher.dtype: ", "found 'bf16'", "did you mean bfloat16?"),
     case("teacher: {model: t, dtype: fp16}", "r.yaml:5: teacher.dtype: ", "did you mean float16?"),
     case('optim: {lr: "1e-3"}', "r.yaml:5: optim.lr: ", "expected a number > 0; remove the quotation marks"),
+    case("optim: {lr: 1_000}", "r.yaml:5: optim.lr: ", 'found "1_000", expected a number > 0; write 1000'),
+    case("train: {batch_size: 010}", "r.yaml:5: train.batch_size: ", "expected a whole number >= 1; write 10"),
+    case("optim:\n  <<: {lr: 1}", "r.yaml:6: optim: ", "a merge key (<<); write the settings out by name"),
+    case("? [a, b]\n: 1", "r.yaml:5: settings: ", "found a list or mapping as a name"),
+    case('"a\\nb": 1', "r.yaml:5: a\\nb: ", "unknown setting"),
+    case(f"train: {{max_steps: {2**53 + 1}}}", "r.yaml:5: train.max_steps: ", "found 9007199254740993, expected a number of at most"),
+    case(f"  shuffle_buffer: {10**30}", "r.yaml:5: data.shuffle_buffer: ", "expected a number of at most"),
     case("optim:\n  lr: 1\n   eps: 1", "r.yaml:7: not valid YAML", "indent the settings of one section alike, and quote"),
     case("optim: {lr: 1", "r.yaml:", "not valid YAML", "close the bracket or brace that is still open"),
     case("optim:\n    lr: 1\n  eps: 1", "r.yaml:7: not valid YAML", "indent the settings of one section alike"),
@@ -128,6 +135,12 @@ BAD = [
 @pytest.mark.parametrize(("text", "start", "words"), BAD)
 def test_a_bad_setting_is_named(refused, text, start, words):
     found(refused(BASE + text + "\n"), (start, *words))
+
+
+@pytest.mark.parametrize("text", ["NaN", "inf", "8.5e"])
+def test_a_text_that_is_no_number_gets_no_advice_on_how_to_write_it(refused, text):
+    (problem,) = refused(BASE + f"optim: {{lr: {text}}}\n")
+    assert problem.endswith(f'found "{text}", expected a number > 0')
 
 
 @pytest.mark.parametrize(
@@ -696,6 +709,13 @@ def test_what_the_user_can_mend_ends_with_2_and_a_line_each(capsys, tmp_path, ar
     assert not out and len(lines) == len(words) and "Traceback" not in err
     assert all(line.startswith("llmkd: ") and word in line for line, word in zip(lines, words, strict=True)), err
     assert sorted(p.name for p in tmp_path.iterdir()) == ["bad.yaml"]
+
+
+def test_a_name_with_characters_of_a_terminal_stays_one_line_that_shows_them(capsys, tmp_path):
+    (tmp_path / "bad.yaml").write_text(BASE + '"a\\nb\\e[31m": 1\n')
+    assert cli.main(["train", "--config", str(tmp_path / "bad.yaml")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert r"bad.yaml:5: a\nb\x1b[31m: unknown setting" in line
 
 
 def test_debug_shows_where(capsys):

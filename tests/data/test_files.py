@@ -1,6 +1,8 @@
 """Files are read strictly: errors name the place of every bad row and file."""
 
+import gzip
 import json
+import os
 
 import pytest
 
@@ -147,6 +149,13 @@ def test_a_bad_question_is_named(refused, columns, words):
         (b"\xef\xbb\xbf[]", "t.json", "t.json:1: starts with a byte order mark"),
         (GOOD.encode() + b'\n{"instruction": "caf\xe9"}', "t.jsonl", "t.jsonl:2: not UTF-8 (byte 0xe9)"),
         (GOOD.encode("utf-16"), "t.jsonl", "t.jsonl:1: the file is UTF-16; save it as plain UTF-8"),
+        (GOOD.encode("utf-16-le"), "t.jsonl", "t.jsonl:1: the file has zero bytes, as UTF-16 has; save it as plain UTF-8"),
+        (gzip.compress(GOOD.encode()), "t.jsonl", "t.jsonl:1: the file is compressed (gzip); unpack it"),
+        (b"PK\x03\x04xl", "t.csv", "t.csv:1: the file is a zip archive; unpack it"),
+        (b"PAR1\x15", "t.json", "t.json:1: the file is parquet; give it the ending .parquet"),
+        ("version https://git-lfs.github.com/spec/v1\noid", "t.parquet", "t.parquet:1: the file is a pointer of Git LFS and not the data"),
+        ("version https://git-lfs.github.com/spec/v1\noid", "t.jsonl", "t.jsonl:1: the file is a pointer of Git LFS and not the data"),
+        (b"\n<!DOCTYPE html><html>", "t.arrow", "t.arrow:1: the file is a web page or XML; download the data itself"),
         ("", "t.jsonl", "data.train.path: t.jsonl has no rows"),
         ("\n \n", "t.jsonl", "data.train.path: t.jsonl has no rows"),
         ("[]", "t.json", "data.train.path: t.json has no rows"),
@@ -204,6 +213,8 @@ def test_a_bad_value_in_a_json_list_hides_no_later_row(refused):
         ("notes.txt", ["is not a file of a known kind (.json, .jsonl, .csv, .parquet, .arrow)"]),
         ("", ["is not a file of a known kind", "has no data file"][1:]),
         ("a\0b.jsonl", []),
+        ("pipe.jsonl", ["is a pipe or a device; save what it gives to a file"]),
+        ("pipe", ["is a pipe or a device"]),
     ],
 )
 def test_a_missing_file_is_named_with_its_setting(tmp_path, path, words):
@@ -211,6 +222,8 @@ def test_a_missing_file_is_named_with_its_setting(tmp_path, path, words):
     (tmp_path / "notes.txt").write_text("x")
     path = path or "empty"
     (tmp_path / "empty").mkdir()
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    os.mkfifo(tmp_path / "pipe")
     with pytest.raises(UserError) as info:
         read_source(Source(path=f"{tmp_path}/{path}"), "data.train")
     (problem,) = info.value.problems

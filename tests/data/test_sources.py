@@ -76,6 +76,16 @@ def test_every_kind_of_file_gives_the_same_rows(tmp_path, name):
         assert rows.places[:3] == [f"{path}:{n}" for n in (2, 4, 6)]  # every row has a line break in it
 
 
+def test_a_flipped_byte_is_noticed_by_the_checksums_of_a_parquet_file_that_has_them(tmp_path):
+    table = pyarrow.table({"instruction": ["Say this"] * 9, "output": ["a", "b", "c"] * 3})
+    how = {"write_page_checksum": True, "use_dictionary": False, "compression": "none", "write_statistics": False}
+    pyarrow.parquet.write_table(table, tmp_path / "t.parquet", **how)
+    whole = (tmp_path / "t.parquet").read_bytes()
+    (tmp_path / "t.parquet").write_bytes(whole.replace(b"Say this", b"Say thus", 1))
+    (problem,) = problems(tmp_path / "t.parquet")
+    assert "not readable as parquet (could not verify page integrity, CRC checksum verification failed" in problem
+
+
 @pytest.mark.parametrize("name", ["t.jsonl", "t.parquet", "t.arrow"])
 def test_what_parquet_adds_to_messages_is_not_there(tmp_path, name):
     """A null in an argument that is itself JSON text stays."""

@@ -157,6 +157,12 @@ FILES = [
         "process/test_bus_error.py::test_a_mapped_file_that_is_cut_short_is_named_and_the_exit_code_is_1",
     ),
     Row(
+        "a pipe or a device under the name of a file that is read",
+        "named; nothing waits for it",
+        "output/test_damaged_files.py::test_a_damaged_file_of_a_teacher_cache_is_named output/test_damaged_files.py::test_a_damaged_file_of_an_evaluation_is_named "
+        "data/test_files.py::test_a_missing_file_is_named_with_its_setting",
+    ),
+    Row(
         "an index that leads out of its folder",
         "refused",
         "model_folder/test_weights.py::test_an_index_that_leads_out_of_its_folder_is_refused",
@@ -349,6 +355,16 @@ SETTINGS = [
         "YAML tags, or anchors that grow without end",
         "refused",
         "config/test_settings.py::test_tags_are_refused_and_nothing_is_built config/test_settings.py::test_an_anchors_bomb_is_refused",
+    ),
+    Row(
+        "characters of a terminal, or line breaks, in a name that a message quotes",
+        "shown as \\x1b and \\n, on one line",
+        "config/test_settings.py::test_a_name_with_characters_of_a_terminal_stays_one_line_that_shows_them",
+    ),
+    Row(
+        "a number that no library can hold",
+        "refused with its setting",
+        "config/test_settings.py::test_a_bad_setting_is_named",
     ),
     Row(
         "another setting on --resume",

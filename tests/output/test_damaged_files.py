@@ -16,7 +16,7 @@ from llmkd_eval.harness import record_files
 
 from llmkd.cli import main
 from llmkd.errors import UserError
-from llmkd.files import read_sealed, write_sealed
+from llmkd.files import Damaged, read_sealed, write_sealed
 from llmkd.teachers.cache.shards import TeacherCache
 from tests.conftest import plain_recipe, said, weights
 
@@ -33,11 +33,17 @@ def a_folder(path: Path) -> None:
     path.mkdir()
 
 
+def a_pipe(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
 DAMAGES = {
     "one bit flipped": flipped,
     "empty": lambda path: path.write_bytes(b""),
     "half": lambda path: os.truncate(path, path.stat().st_size // 2),
     "a folder": a_folder,
+    "a pipe": a_pipe,
     "another type": lambda path: path.write_text("[]"),
     "not UTF-8": lambda path: path.write_bytes(b"\xff\xfe\xfa\n" + path.read_bytes()[4:]),
 }
@@ -199,6 +205,14 @@ def test_a_lost_list_of_a_sweep_is_made_anew_from_its_runs(call, tmp_path):
 def test_a_list_of_a_sweep_that_is_whole_and_no_state_is_refused(call, content):
     code, lines = call("sweep", lambda victim: write_sealed(victim / "sweep.json", content))
     assert code == 2 and "sweep.json: is not a sweep's state; delete it and run the sweep again with --resume" in lines[-1]
+
+
+def test_a_misspelt_checksum_is_no_missing_one(tmp_path):
+    """Files of earlier versions have none; a flipped bit in its name must not make one of those."""
+    write_sealed(tmp_path / "a.json", {"a": 1})
+    (tmp_path / "a.json").write_text((tmp_path / "a.json").read_text().replace("checksum", "checksuo"))
+    with pytest.raises(Damaged, match="its last key is 'checksuo', and should be 'checksum'"):
+        read_sealed(tmp_path / "a.json")
 
 
 @pytest.mark.parametrize("kind", ["topk", "hidden"])

@@ -18,7 +18,7 @@ from ...config.fields import shaping
 from ...config.recipe import Data, Source
 from ...console import progress_bar, warn
 from ...errors import UserError
-from ...files import lock_file, remove_leftovers, write_folder
+from ...files import lock_file, read_file, read_object, remove_leftovers, write_folder
 from ..examples import Examples
 from ..reading.sources import Rows
 from .encode import encode
@@ -88,8 +88,8 @@ def _load(entry: Path, warn) -> Examples | None:
     if not os.path.exists(entry / "manifest.json"):  # unlike Path.exists, false for a name that is too long
         return None
     try:
-        manifest = json.loads((entry / "manifest.json").read_text())
-        raw = (entry / "tokens.safetensors").read_bytes()
+        manifest = read_object(entry / "manifest.json")
+        raw = read_file(entry / "tokens.safetensors")
         if _hash(raw, manifest["counts"]) != manifest["sha256"]:
             raise ValueError("its content does not match its hash")
         from safetensors.numpy import load

@@ -76,16 +76,43 @@ def _text(raw: bytes) -> str:
         raise BadRow(f"not UTF-8 (byte {raw[error.start]:#04x}); save the file as UTF-8") from None
 
 
-def _marked(start: bytes) -> str | None:
-    """What is wrong with a file that starts with a byte order mark; None where it does not."""
+#: How files of other kinds begin, what they are and what to do.
+_OTHERS = {
+    b"version https://git-lfs": ("a pointer of Git LFS and not the data itself", "git lfs pull fetches that"),
+    b"\x1f\x8b": ("compressed (gzip)", "unpack it"),
+    b"\x28\xb5\x2f\xfd": ("compressed (zstd)", "unpack it"),
+    b"BZh": ("compressed (bzip2)", "unpack it"),
+    b"\xfd7zXZ": ("compressed (xz)", "unpack it"),
+    b"PK\x03\x04": ("a zip archive", "unpack it; of a spreadsheet, save the sheet as .csv (UTF-8, with commas)"),
+    b"PAR1": ("parquet", "give it the ending .parquet"),
+    b"ARROW1": ("Arrow", "give it the ending .arrow"),
+    b"SQLite format 3": ("a database", "write its rows as .jsonl"),
+    b"\x89HDF": ("HDF5", "write its rows as .jsonl"),
+}
+_PAGE = re.compile(rb"\s*<(!doctype|html|head|\?xml)", re.IGNORECASE)
+
+
+def _no_text(start: bytes) -> str | None:
+    """What is wrong with a file that does not begin as text in UTF-8 does; None where it does."""
     if start.startswith((b"\xff\xfe", b"\xfe\xff")):
         return "the file is UTF-16; save it as plain UTF-8"
-    return "starts with a byte order mark; save the file as plain UTF-8" if start.startswith(_MARK) else None
+    if start.startswith(_MARK):
+        return "starts with a byte order mark; save the file as plain UTF-8"
+    if wrong := _of_another_kind(start):
+        return wrong
+    return "the file has zero bytes, as UTF-16 has; save it as plain UTF-8" if b"\0" in start[:4] else None
+
+
+def _of_another_kind(start: bytes) -> str | None:
+    """What a file is instead of rows, and what to do, by its first bytes; None where they do not say."""
+    if found := next((about for begin, about in _OTHERS.items() if start.startswith(begin)), None):
+        return f"the file is {found[0]}; {found[1]}"
+    return "the file is a web page or XML; download the data itself" if _PAGE.match(start) else None
 
 
 def _jsonl(file: BinaryIO, name: str) -> Records:
     head = head_of(file)
-    if wrong := _marked(head) or over_lines(head):
+    if wrong := _no_text(head) or over_lines(head):
         yield f"{name}:1", functools.partial(_raise, wrong)
         return
     for number, line in enumerate(file, 1):
@@ -106,7 +133,7 @@ def _json_line(line: bytes) -> Any:
 def _json(file: BinaryIO, name: str) -> Records:
     """The objects of one JSON list, each with the line it starts on."""
     raw = file.read()
-    if wrong := _marked(raw):
+    if wrong := _no_text(raw):
         yield f"{name}:1", functools.partial(_raise, wrong)
         return
     try:
@@ -171,7 +198,7 @@ def _same(value: Any) -> Any:
 def _csv(file: BinaryIO, name: str) -> Records:
     """Comma-separated, with a header and as many fields in each row. A row's place is the line on which it starts."""
     head = head_of(file)
-    if wrong := _marked(head) or _separated_otherwise(head.partition(b"\n")[0]):
+    if wrong := _no_text(head) or _separated_otherwise(head.partition(b"\n")[0]):
         yield f"{name}:1", functools.partial(_raise, wrong)
         return
     csv.field_size_limit(2**31 - 1)  # the default refuses long texts
@@ -229,9 +256,9 @@ def _parquet(file: BinaryIO, name: str) -> Records:
     def batches():
         import pyarrow.parquet
 
-        yield from pyarrow.parquet.ParquetFile(file).iter_batches(1024)
+        yield from pyarrow.parquet.ParquetFile(file, page_checksum_verification=True).iter_batches(1024)
 
-    return _table(batches(), name, "parquet")
+    return _table(batches(), file, name, "parquet")
 
 
 _STREAM_END = b"\xff\xff\xff\xff\0\0\0\0"  # without this check a stream that was cut between two batches would look complete
@@ -255,12 +282,16 @@ def _arrow(file: BinaryIO, name: str) -> Records:
         for i in range(reader.num_record_batches):
             yield reader.get_batch(i)
 
-    return _table(batches(), name, "Arrow")
+    return _table(batches(), file, name, "Arrow")
 
 
-def _table(batches: Iterator, name: str, what: str) -> Records:
+def _table(batches: Iterator, file: BinaryIO, name: str, what: str) -> Records:
     """Each row of record batches. A batch is validated first, since a damaged one may read outside its memory."""
-    number = 0
+    start, number = file.read(64), 0
+    file.seek(0)
+    if wrong := None if start.startswith((b"PAR1", b"ARROW1")) else _of_another_kind(start):
+        yield f"{name}:1", functools.partial(_raise, wrong)
+        return
     while True:
         try:
             batch = next(batches, None)

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ...config.recipe import Source
 from ...errors import UserError
+from ...files import read_file
 from .files import KINDS, kind_of
 
 _WORDS = {
@@ -114,7 +115,7 @@ def _saved(folder: Path, name: str, setting: str) -> Files:
 
 def _json(path: Path, setting: str) -> dict:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = json.loads(read_file(path))
     except (OSError, ValueError) as error:
         raise UserError(f"{setting}.path: {path} cannot be read ({error}); save the data set again") from error
     return value if isinstance(value, dict) else {}

@@ -158,6 +158,8 @@ def local(source: Source, setting: str) -> list[tuple[str, Path]] | None:
     path, kinds = _path(source.path, setting), ", ".join(KINDS)
     if path.is_dir() and source.path.strip():
         files = data_files(path, source, setting)
+    elif os.path.exists(path) and not path.is_file() and not path.is_dir():
+        raise UserError(f"{setting}.path: {source.path} is a pipe or a device; save what it gives to a file, and name that")
     elif kind_of(path) or path.is_file():
         if not kind_of(path):
             fix = _OTHER_KINDS.get(path.suffix.lower(), "convert it to one")

@@ -26,6 +26,7 @@ import torch
 from ...data.examples import Examples
 from ...data.reading.problems import ErrorCollector
 from ...errors import UserError
+from ...files import open_file
 from ..sparse import NEGLIGIBLE, TopK
 from .records import TopKFormat
 from .shards import Writer
@@ -105,7 +106,7 @@ class AnswersReader:
     def _raw(self) -> Iterator[tuple[int, int, bytes]]:
         start = 0
         try:
-            with open(self.path, "rb") as file:
+            with open_file(self.path) as file:
                 for number, content in enumerate(file, 1):
                     if content.strip():
                         yield number, start, content

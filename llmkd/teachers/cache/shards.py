@@ -25,7 +25,7 @@ import numpy as np
 
 from ...config.dotted import flatten
 from ...errors import ChangedFiles, UserError, report_from_any_rank
-from ...files import Damaged, checksum, read_object, remove_leftovers, sha256_file, write_atomic, write_sealed
+from ...files import Damaged, NotAFile, checksum, read_object, remove_leftovers, sha256_file, write_atomic, write_sealed
 from ...model_folder.weights import tensors
 
 VERSION = 2  # 1 was written as store.json, with other names in it
@@ -300,7 +300,7 @@ def _written(path: Path) -> tuple[int, int, int] | None:
 
 
 def _digest(path: Path) -> str | None:
-    with contextlib.suppress(FileNotFoundError, IsADirectoryError, NotADirectoryError):
+    with contextlib.suppress(FileNotFoundError, IsADirectoryError, NotADirectoryError, NotAFile):
         return sha256_file(path)
     return None
 
