@@ -1,7 +1,7 @@
 """The input of a step: Batch with its target weights, View, Example, and the layout of a packed row."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import NamedTuple
 
@@ -126,6 +126,8 @@ class Batch:
     without an entry has weight 1 everywhere; one that is given as all ones is left out here. `zeros` are the targets by the names of the
     parts whose weight there is 0, so that what need not be computed is known without waiting for a device; empty where no weight is 0. They
     are found when a batch is made: do that on the CPU, as the collator does, since elsewhere it waits for the device.
+
+    `kept`: the indices of the targets that count, ascending; the others are in no part of the loss. None: all count.
     """
 
     labels_N: Tensor
@@ -135,6 +137,7 @@ class Batch:
     examples: tuple[Example, ...] = ()
     weights: dict[str, Tensor] = field(default_factory=dict)
     zeros: dict[tuple[str, ...], Rows] | None = None
+    kept: Tensor | None = None
 
     def __post_init__(self):
         if self.weights and self.zeros is None:
@@ -147,7 +150,8 @@ class Batch:
         teacher = student if self.teacher is self.student else self.teacher.each(change)
         weights = {name: change(w_N) for name, w_N in self.weights.items()}
         zeros = {names: rows if isinstance(rows, slice) else change(rows) for names, rows in (self.zeros or {}).items()}
-        return Batch(change(self.labels_N), change(self.example_N), student, teacher, self.examples, weights, zeros)
+        kept = None if self.kept is None else change(self.kept)
+        return Batch(change(self.labels_N), change(self.example_N), student, teacher, self.examples, weights, zeros, kept)
 
     def to(self, device) -> "Batch":
         return self.each(lambda x: x.to(device, non_blocking=True))
@@ -164,6 +168,35 @@ class Batch:
     def position_N(self) -> Tensor:
         """The number of each target within its example, from 0. It needs `examples`."""
         return torch.cat([torch.arange(0), *(torch.arange(one.num_targets) for one in self.examples)]).to(self.labels_N.device)
+
+    def keeping(self, kept: Tensor) -> "Batch":
+        """The same batch with `kept`."""
+        return replace(self, kept=kept)
+
+    def only_kept(self, x_N: Tensor) -> Tensor:
+        """Values [N] at the targets that count, and 0 elsewhere."""
+        return x_N if self.kept is None else torch.zeros_like(x_N).index_copy_(0, self.kept, x_N[self.kept])
+
+    def counting(self, name: str) -> Tensor:
+        """The weight of each target in a part of the loss, [N]: 1 where there is no other, 0 where it does not count."""
+        return self.only_kept(self.weights.get(name, torch.ones(self.num_targets, device=self.labels_N.device)))
+
+    def carriers(self, name: str) -> Rows:
+        """The targets that count in a part of the loss: those that are kept, without those whose weight is 0 there."""
+        if not any(name in without for without in self.zeros or {}):
+            return slice(0, self.num_targets) if self.kept is None else self.kept
+        if self.kept is not None:
+            return self.kept[self.weights[name][self.kept] != 0]
+        mine = [rows for without, rows in self.zeros.items() if name not in without]
+        return mine[0] if len(mine) == 1 else (self.weights[name] != 0).nonzero()[:, 0]
+
+    def counted(self, rows: Rows) -> list[int]:
+        """How many of those targets, which are ascending, each example has."""
+        counts = [example.num_targets for example in self.examples]
+        if isinstance(rows, slice) and rows == slice(0, self.num_targets):
+            return counts
+        owner_N = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts, dtype=torch.long)).to(self.labels_N.device)
+        return torch.bincount(owner_N[rows], minlength=len(counts)).tolist()
 
 
 def zeros_of(weights: dict[str, Tensor]) -> dict[tuple[str, ...], Rows]:

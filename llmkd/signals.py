@@ -83,10 +83,10 @@ class Signal(Protocol):
     def label_log_probs(self, rows: Rows, labels_n: Tensor) -> Tensor:
         """The teacher's log-probability of each target's own token, at temperature 1, [n]."""
 
-    def exact_metrics(self, rows: Rows, labels_n: Tensor, log_q_nV: Tensor) -> dict[str, Tensor]:
+    def exact_metrics(self, rows: Rows, labels_n: Tensor, log_q_nV: Tensor | None) -> dict[str, Tensor]:
         """The `TEACHER_METRICS` that this signal knows exactly although its `log_probs` are approximate, [n] each.
 
-        An example is the teacher's entropy, which a top-k record stores.
+        An example is the teacher's entropy, which a top-k record stores. Without `log_q_nV` those that need it are left out.
         """
 
 
@@ -124,7 +124,7 @@ class FullDistribution:
     def label_log_probs(self, rows: Rows, labels_n: Tensor) -> Tensor:
         return self.log_probs(rows).gather(-1, labels_n[:, None])[:, 0]
 
-    def exact_metrics(self, rows: Rows, labels_n: Tensor, log_q_nV: Tensor) -> dict[str, Tensor]:
+    def exact_metrics(self, rows: Rows, labels_n: Tensor, log_q_nV: Tensor | None) -> dict[str, Tensor]:
         return {}
 
 

@@ -11,7 +11,7 @@ from .fields import as_tuple, with_setting_names
 from .on_policy import on_policy_contradictions
 from .recipe import DIVERGENCES, Loss, Recipe, Student, uses_teacher
 from .schedule import schedule_contradictions
-from .target_weights import target_weight_contradictions
+from .target_weights import keep_contradictions, target_weight_contradictions
 from .teacher import Mixture, teacher_contradictions
 from .terms import attention_contradictions
 
@@ -65,6 +65,7 @@ def _teaching_contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], 
         yield from on_policy_contradictions(recipe.on_policy, ratio, recipe.teacher, data, train.max_steps)
     if loss.target_weights:
         yield from target_weight_contradictions(loss.target_weights, ratio, loss.normalize, recipe.teacher, data)
+    yield from keep_contradictions(loss.keep, loss.target_weights, ratio, loss.normalize, recipe.teacher, data)
     if loss.attention:
         yield from attention_contradictions(loss.attention, student.attention, recipe.teacher, data)
     if loss.features:

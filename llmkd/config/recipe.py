@@ -14,7 +14,7 @@ from .features import Features
 from .fields import Count, OneOrMany, Seed, as_tuple, changeable, config_dataclass, fixed, form, with_setting_names
 from .on_policy import OnPolicy
 from .schedule import Scheduled, value_at
-from .target_weights import TargetWeights
+from .target_weights import KeepOrShare, TargetWeights
 from .teacher import Attention, Dtype, Mixture, Quantization, Teacher
 from .terms import AttentionLoss
 
@@ -142,6 +142,11 @@ class Loss:
         None,
         description="Weigh each target by a rule, in addition to the weights of its source: a number from 0 to 1 that the models' distributions, or the "
         "target's position, give. The loss is still divided by the number of targets. null: all alike.",
+    )
+    keep: KeepOrShare = fixed(
+        1.0,
+        description="Share of the targets that count, above 0 and up to 1: of each example those that a rule puts first. The others are in no term, and the loss "
+        "is divided by the number of those that count. Or settings, {share: 0.5, by: position}.",
     )
     features: Features | None = fixed(
         None, description="Hidden states inside the student are to be the teacher's too, as a further term; null: none."

@@ -33,9 +33,12 @@ def describe(kind=Recipe, prefix: str = ""):
         info = field.default
         if section:
             if getattr(info, "description", None):
-                several = next((a for a in typing.get_args(_hints(kind)[field.name]) if typing.get_origin(a) is tuple), None)
+                forms = typing.get_args(_hints(kind)[field.name])
+                several = next((a for a in forms if typing.get_origin(a) is tuple), None)
                 a_list = "them" if several and section in typing.get_args(several) else "numbers"
-                yield path, "a mapping of settings" + (f", or a list of {a_list}" if several else ""), None, info.description
+                number = next((_words(a) for a in typing.get_args(typing.get_args(hint)[0]) if typing.get_args(a)[:1] == (float,)), "")
+                words = "a mapping of settings" + (f", or a list of {a_list}" if several else "")
+                yield path, f"{number}, or {words}" if number else words, info.default if number else None, info.description
             yield from describe(section, path + ".")
             continue
         factory = getattr(info, "default_factory", None)

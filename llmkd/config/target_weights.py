@@ -1,9 +1,12 @@
-"""Settings of the rule that weighs targets by what the models find there. A part of `recipe.py`."""
+"""Settings of the rules that weigh targets, or choose some, by what the models find there. A part of `recipe.py`."""
 
+import functools
+import math
 from collections.abc import Iterator
+from fractions import Fraction
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
 from .data import Data
 from .fields import as_tuple, config_dataclass, fixed, with_setting_names
@@ -33,18 +36,94 @@ class TargetWeights:
     )
 
 
-def unusable_cache(settings: TargetWeights | None, kind: str, entropy: bool = True) -> str:
-    """Why the rule cannot be used with a cache of that kind; "" where it can, or where there is no rule. `entropy`: whether the cache has it."""
-    if not settings or not RULES.get(settings.by):
+@config_dataclass
+class Keep:
+    """Of the n targets of every example, the ceil(share n) with the highest scores; of equal scores the earlier ones."""
+
+    share: float = fixed(gt=0, le=1, description="Share of an example's targets that are kept, rounded up.")
+    by: str | None = fixed(
+        None, description="The score, as for target_weights. null: that of target_weights, or without one student_entropy."
+    )
+    invert: bool | None = fixed(
+        None, description="Keep the targets with the lowest scores. null: as target_weights has it where its score is used, else false."
+    )
+
+
+#: A share, or settings. The tags make pydantic report the errors of the given form alone.
+KeepOrShare = Annotated[
+    Annotated[float, Field(gt=0, le=1), Tag("share")] | Annotated[Keep, Tag("settings")],
+    Discriminator(lambda value: "settings" if isinstance(value, dict | Keep) else "share"),
+]
+
+
+def chosen_by(keep: float | Keep, weights: TargetWeights | None) -> Keep:
+    """What `loss.keep` means beside `loss.target_weights`, with every setting given."""
+    keep = keep if isinstance(keep, Keep) else Keep(share=keep)
+    own = keep.by is not None or weights is None
+    by, invert = (keep.by or "student_entropy", False) if own else (weights.by, weights.invert)
+    return Keep(share=keep.share, by=by, invert=invert if keep.invert is None else keep.invert)
+
+
+@functools.cache
+def kept_of(n: int, share: float) -> int:
+    """How many of n targets are kept: ceil(share n), of the share as it is written (0.1 of 30 are 3)."""
+    return math.ceil(Fraction(repr(share)) * n)
+
+
+def rules_in_use(keep: float | Keep, weights: TargetWeights | None) -> list[tuple[str, str]]:
+    """The rules that a run asks, each with the setting that names it."""
+    chosen = chosen_by(keep, weights)
+    found = [("loss.target_weights.by", weights.by)] if weights else []
+    if chosen.share < 1 and (isinstance(keep, Keep) and keep.by is not None or weights is None):
+        found.append(("loss.keep.by" if isinstance(keep, Keep) else "loss.keep", chosen.by))
+    return found
+
+
+def unusable_cache(setting: str, by: str, kind: str, entropy: bool = True) -> str:
+    """Why a rule, named by that setting, cannot be used with a cache of that kind; "" where it can. `entropy`: whether the cache has it."""
+    if not RULES.get(by):
         return ""
     held = IN_CACHES[kind]
-    if held is None or (entropy and settings.by in held):
+    if held is None or (entropy and by in held):
         return ""
     which = f"kind {kind}" if entropy else f"kind {kind} that was imported"
     return (
-        f"loss.target_weights.by: found {settings.by}, which needs the teacher's whole distribution, and a cache of {which} holds a part of it; "
+        f"{setting}: found {by}, which needs the teacher's whole distribution, and a cache of {which} holds a part of it; "
         "use a cache of kind hidden, a teacher without a cache, or a rule that reads the student alone"
     )
+
+
+def keep_contradictions(
+    settings: float | Keep,
+    weights: TargetWeights | None,
+    kd_ratio,
+    normalize: str,
+    teacher: Teacher | tuple[Teacher, ...] | None,
+    data: Data,
+) -> Iterator[tuple[tuple[str, ...], str]]:
+    """In the form of `contradictions.contradictions`. `kd_ratio`: as it will be, or a schedule."""
+    here, chosen = "loss.keep", chosen_by(settings, weights)
+    if chosen.by not in RULES:
+        if isinstance(settings, Keep) and settings.by is not None:
+            yield (f"{here}.by",), f"found {chosen.by!r}, expected one of: {', '.join(RULES)}"
+        return
+    if chosen.share == 1:
+        return
+    if normalize == "weights":
+        yield (
+            ("loss.normalize", here),
+            "found weights, but with loss.keep the loss is divided by the number of targets that are kept; use targets",
+        )
+    if RULES[chosen.by]:
+        named = f"{here}.by" if isinstance(settings, Keep) else here
+        if (named, chosen.by) in rules_in_use(settings, weights):  # else target_weights says it
+            yield from _teacher_contradictions(named, chosen.by, kd_ratio, teacher)
+        for path, source in with_setting_names(data.train, "data.train"):
+            if not source.loss.kd:
+                yield (
+                    (named, f"{path}.loss.kd"),
+                    f"found {chosen.by}, but {path}.loss.kd is 0, so that no teacher is asked there; use a rule that reads the student",
+                )
 
 
 def target_weight_contradictions(
@@ -73,30 +152,31 @@ def target_weight_contradictions(
             "by the step's sum; use targets",
         )
     if RULES[settings.by]:
-        yield from _teacher_contradictions(settings, kd_ratio, teacher, data)
+        yield from _teacher_contradictions(f"{here}.by", settings.by, kd_ratio, teacher)
+        if as_tuple(teacher) and kd_ratio != 0:
+            for path, source in with_setting_names(data.train, "data.train"):
+                if "ce" in settings.terms and not source.loss.kd:
+                    yield (
+                        (f"{here}.by", f"{path}.loss.kd", f"{here}.terms"),
+                        f"found {settings.by} for ce, but {path}.loss.kd is 0, so that no teacher is asked there; leave ce out of terms",
+                    )
 
 
-def _teacher_contradictions(settings: TargetWeights, kd_ratio, teacher, data: Data) -> Iterator[tuple[tuple[str, ...], str]]:
-    by = "loss.target_weights.by"
+def _teacher_contradictions(setting: str, by: str, kd_ratio, teacher) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Of a rule that reads the teacher, named by that setting."""
     if not as_tuple(teacher) or kd_ratio == 0:
         found = "loss.kd_ratio 0" if as_tuple(teacher) else "no teacher"
         yield (
-            (by, "loss.kd_ratio", "teacher"),
-            f"found {settings.by}, which reads the teacher, with {found}; use a rule that reads the student",
+            (setting, "loss.kd_ratio", "teacher"),
+            f"found {by}, which reads the teacher, with {found}; use a rule that reads the student",
         )
         return
     for path, one in with_setting_names(teacher, "teacher"):
         if one.cache and one.cache.kind != "hidden" and len(as_tuple(teacher)) > 1:
             yield (
-                (by, f"{path}.cache.kind"),
-                f"found {settings.by}, which needs the distribution of several teachers together, with {path}.cache; set {path}.cache.kind: hidden, "
+                (setting, f"{path}.cache.kind"),
+                f"found {by}, which needs the distribution of several teachers together, with {path}.cache; set {path}.cache.kind: hidden, "
                 "or use a rule that reads the student",
             )
-        elif one.cache and one.cache.kind and (problem := unusable_cache(settings, one.cache.kind)):
-            yield (by, f"{path}.cache.kind"), problem.removeprefix(f"{by}: ")
-    for path, source in with_setting_names(data.train, "data.train"):
-        if "ce" in settings.terms and not source.loss.kd:
-            yield (
-                (by, f"{path}.loss.kd", "loss.target_weights.terms"),
-                f"found {settings.by} for ce, but {path}.loss.kd is 0, so that no teacher is asked there; leave ce out of terms",
-            )
+        elif one.cache and one.cache.kind and (problem := unusable_cache(setting, by, one.cache.kind)):
+            yield (setting, f"{path}.cache.kind"), problem.removeprefix(f"{setting}: ")

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
+from ..config.target_weights import kept_of
 from .batching import BatchPlan, TokenBudget, make_micro_batches
 from .examples import Examples
 from .prefetch import prefetch
@@ -39,6 +40,10 @@ class Step:
     micro_batches: list[list[int]] = field(default_factory=list)
     data: Examples | None = field(default=None, compare=False, repr=False)
     places: Sequence[str] = field(default=(), compare=False, repr=False)
+
+    def kept(self, share: float) -> int:
+        """How many targets count where `share` of each example's are kept."""
+        return sum(kept_of(n, share) for n in self.data.num_targets[self.examples].tolist())
 
     def place(self, example: int) -> str:
         """Where an example was read (file:line); `example` as in `Batch.example_N`."""
@@ -180,13 +185,12 @@ class PlannedSource(ExampleSource):
     def __init__(self, examples: Examples, places: Sequence[str], plan: BatchPlan, micro_batch_size: int | TokenBudget, collator: Collator):
         super().__init__(plan.seed, plan.total_steps, micro_batch_size, collator)
         self.examples, self.places, self.plan = examples, places, plan
-        self._max_lengths, self._num_targets = examples.max_lengths, examples.num_targets
+        self._max_lengths = examples.max_lengths
 
     def schedule(self, done: int = 0) -> Iterator[Step]:
         for number, epoch, examples in self.plan.steps(done):
-            num_targets, split = int(self._num_targets[examples].sum()), self.split(examples, self._max_lengths)
-            weighted = self.examples.weighted(examples, self._num_targets)
-            yield Step(number, epoch, num_targets, weighted, examples, split, self.examples, self.places)
+            num_targets, split = int(self.examples.num_targets[examples].sum()), self.split(examples, self._max_lengths)
+            yield Step(number, epoch, num_targets, self.examples.weighted(examples), examples, split, self.examples, self.places)
 
     def max_lengths(self, step: Step) -> np.ndarray:
         return self._max_lengths

@@ -236,8 +236,8 @@ def report_examples(data: Dataset) -> None:
 
 def weights_in_words(examples: Examples) -> list[str]:
     """For each part of the loss in which examples have another weight than 1: its weights, and the targets that carry it."""
-    counts, said = examples.num_targets, []
-    for name, (_, carriers) in examples.weighted(range(len(examples)), counts).items():
+    said = []
+    for name, (_, carriers) in examples.weighted(range(len(examples))).items():
         values = ", ".join(f"{weight:g}" for weight in np.unique(examples.weights[name]))
         said.append(f"loss.{name} {values} ({carriers} targets carry it)")
     return said

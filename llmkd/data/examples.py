@@ -1,5 +1,6 @@
 """Examples: token ids, loss masks, and the rows and sources that they came from."""
 
+import functools
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
@@ -74,17 +75,17 @@ class Examples:
         """The weight of each example in a part of the loss, float32 [examples]."""
         return self.weights.get(name, np.ones(len(self), np.float32))
 
-    def weighted(self, chosen: Sequence[int], num_targets: np.ndarray) -> dict[str, tuple[float, int]]:
+    def weighted(self, chosen: Sequence[int]) -> dict[str, tuple[float, int]]:
         """Of some examples, by each part of the loss in which one has another weight than 1: the sum of the targets' absolute weights, and the
-        number of those that are not 0. `num_targets`: of all examples."""
-        counts, found = num_targets[chosen], {}
+        number of those that are not 0."""
+        counts, found = self.num_targets[chosen], {}
         for name, w_E in self.weights.items():
             own = w_E[chosen]
             if (own != 1).any():
                 found[name] = float((np.abs(own.astype(np.float64)) * counts).sum()), int(counts[own != 0].sum())
         return found
 
-    @property
+    @functools.cached_property
     def num_targets(self) -> np.ndarray:
         """The number of targets of each example, int64 [examples]."""
         return np.add.reduceat(self.loss_mask.astype(np.int64), self.offsets[:-1]) if len(self) else np.zeros(0, np.int64)

@@ -124,8 +124,7 @@ class StreamSource(ExampleSource):
                 )
             examples = list(range(len(data)))
             split = self.split(examples, data.max_lengths)
-            counts = data.num_targets
-            yield Step(number, taken[0][0], int(counts.sum()), data.weighted(examples, counts), examples, split, data, places)
+            yield Step(number, taken[0][0], int(data.num_targets.sum()), data.weighted(examples), examples, split, data, places)
 
     def rows_from(self, skip: int, digest=None, arrived: Callable[[], None] | None = None) -> Iterator[tuple[int, str, Any]]:
         """(pass, place, get) of the endless stream, from row `skip` on; `arrived` is called there.

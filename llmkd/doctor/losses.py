@@ -6,8 +6,12 @@ import torch
 from torch import Tensor
 
 from ..batch import Batch, View
+from ..config.target_weights import TargetWeights
+from ..head import Head
+from ..losses.keep import Keep
 from ..losses.terms import StudentOutputs
 from ..models.language_model import LanguageModel
+from ..signals import Signal
 from ..teachers.live import LiveTeacher
 from . import plain
 from .check import BUG, Check, Result, failed, not_asked, passed, short
@@ -34,8 +38,8 @@ def itself(setup: Setup) -> Result:
 
 
 def as_the_textbook(setup: Setup) -> Result:
-    """Terms at each target, and the gradient of the hidden states, against float64."""
-    loss, head, gaps, slopes, targets, dtypes = setup.small.loss, setup.student.head, {}, [], 0, set()
+    """Terms at each target, the gradient of the hidden states, and which targets count, against float64."""
+    loss, head, gaps, slopes, targets, dtypes, kept = setup.small.loss, setup.student.head, {}, [], 0, set(), 0
     for i in range(len(setup.few)):
         batch = setup.batch([i])
         rows_n = torch.arange(batch.num_targets, device=setup.device)[:MOST_TARGETS]
@@ -63,6 +67,14 @@ def as_the_textbook(setup: Setup) -> Result:
             except TypeError as error:
                 return not_asked(f"weights by a {str(error).lower()} have no textbook form")
             expected |= {name: w_n * expected[name] for name in loss.target_weights.terms if name in expected}
+        if setup.keep:
+            try:
+                mine, problem = _kept(setup.keep, hidden_NH, head, logits_NV, signal, few)
+            except TypeError as error:
+                return not_asked(f"targets that count by a {str(error).lower()} have no textbook form")
+            if problem:
+                return failed(problem, BUG)
+            kept += mine
         ratio = loss.kd_ratio if "kd" in expected else 0.0
         weights = {"ce": 1 - ratio, "kd": ratio}
         total = sum(weights[name] * value.sum() for name, value in expected.items())
@@ -78,11 +90,30 @@ def as_the_textbook(setup: Setup) -> Result:
         targets += len(rows_n)
     found = f"at {targets} targets " + ", ".join(f"{name} differs by {short(gap)}" for name, gap in gaps.items())
     found += f", the gradient by {short(max(slopes))} of its size"
+    found += f"; {kept} count, those with the {'lowest' if setup.keep.invert else 'highest'} scores" if setup.keep else ""
     exact = dtypes == {torch.float64}  # of both models: a float32 teacher, or a cache of one, is rounded as float32 is
     near = {torch.float64: 1e-8 if exact else 1e-3, torch.float32: 1e-3}.get(setup.student.dtype, 3e-2)
     if max(gaps.values()) <= (1e-9 if exact else 1e-4) and max(slopes) <= near:
         return passed(found)
     return failed(found, setup.cause)
+
+
+def _kept(keep: Keep, hidden_NH: Tensor, head: Head, logits_NV: Tensor, signal: Signal | None, few: Batch) -> tuple[int, str]:
+    """How many targets of one example count, and what is wrong with them, up to rounding: "" for nothing."""
+    kept = keep(hidden_NH, head, signal, few, 7).carriers("ce")
+    score_n = plain.target_weights(TargetWeights(by=keep.rule.name), logits_NV, signal, few.labels_N, few.position_N)
+    mask_n = torch.zeros(few.num_targets, dtype=torch.bool, device=score_n.device)
+    mask_n[kept] = True
+    count, most = int(mask_n.sum()), -(-few.num_targets * round(keep.share * 10**9) // 10**9)
+    if count != most:
+        return count, f"{count} of {few.num_targets} targets count, and loss.keep asks for {most}"
+    score_n = -score_n if keep.invert else score_n
+    if count < few.num_targets and score_n[~mask_n].max() > score_n[mask_n].min() + 1e-4:
+        return (
+            count,
+            f"a target counts whose {keep.rule.name} is {score_n[mask_n].min():.4g}, and one of {score_n[~mask_n].max():.4g} does not",
+        )
+    return count, ""
 
 
 def one_position(setup: Setup) -> Result:

@@ -29,7 +29,7 @@ from ..models.startup_checks import tolerance
 from ..signals import Signal, Teacher
 from ..teachers.fidelity import measured_transform
 from ..training.attention import attention_terms
-from ..training.build import build_student, build_terms, load, longest_row, open_teacher, teacher_probe, teacher_taps
+from ..training.build import build_student, build_terms, keep_of, load, longest_row, open_teacher, teacher_probe, teacher_taps
 from ..training.features import feature_terms, start_features
 from ..training.launch import start
 from ..training.loop import StudentState, unwrap
@@ -46,6 +46,7 @@ class Setup:
 
     small     the user's recipe with the first `rows` rows of each source
     unwritten caches that are not written yet, by their teachers' settings; `small` has the teachers themselves in their place
+    keep      what chooses the targets that count, where not all do; with `small` all do
     folder    an empty folder, the only one that checks write to
     stand_ins models by setting that are to be trained first, in whose place untrained ones stand
     prepared  data, tokenizer and the models' files (after `read`)
@@ -56,6 +57,7 @@ class Setup:
 
     def __init__(self, recipe: Recipe, rows: int, folder: Path, stand_ins: frozenset[str] = frozenset()):
         self.folder, self.stand_ins = folder, stand_ins
+        self.keep = keep_of(recipe.loss)
         self.small, self.unwritten = without_unwritten_caches(with_few_rows(recipe, rows))
         self.device = torch.device("cpu")
 
@@ -211,7 +213,8 @@ class Setup:
 def with_few_rows(recipe: Recipe, rows: int) -> Recipe:
     """The recipe with at most `rows` rows of each source, each used once, and without a token cache of its own. A stream is left as it is.
 
-    Maps of hidden states start at random, which needs no number of rows. A schedule of the loss stands at its middle.
+    Maps of hidden states start at random, which needs no number of rows. A schedule of the loss stands at its middle. All targets count: with a
+    share of them rounding may choose others (`Setup.keep` is looked at by itself).
     """
     data, loss = recipe.data, recipe.loss
     if loss.features and loss.features.init == "least_squares":
@@ -231,7 +234,7 @@ def with_few_rows(recipe: Recipe, rows: int) -> Recipe:
         validation_fraction=max(data.validation_fraction, 0.1) if data.validation_fraction else 0.0,
         cache_dir=None,
     )
-    loss = dataclasses.replace(loss, **{name: middle(getattr(loss, name)) for name in SCHEDULED})
+    loss = dataclasses.replace(loss, keep=1.0, **{name: middle(getattr(loss, name)) for name in SCHEDULED})
     return dataclasses.replace(recipe, data=data, loss=loss)
 
 

@@ -23,7 +23,7 @@ def gradients(setup: Setup, micro_batches: list[Batch], accelerator=None, state:
     with setup.as_trained():
         teacher = setup.teacher if setup.distils else None
         found = accumulate_gradients(0, Step(1, 0, counts.targets), counts, {0: state}, teacher, accelerator, micro_batches)
-        unscale_and_norm_(state, 1 / found.scale)
+        unscale_and_norm_(state, found.unscale(0))
     return _taken(setup)
 
 

@@ -11,6 +11,7 @@ as the student's queries at the targets and its keys.
 
 import math
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from ..head import widen
 from ..signals import AttentionInputs, Dense, Taps
 from .attention_groups import grouped
 from .divergences import kl_and_slope
-from .rows import weighted
+from .rows import joined, weighted
 from .terms import Loss, StudentOutputs, Term
 
 #: Bytes of the float32 scores of one group, of either model: on a CPU they stay in its cache.
@@ -199,10 +200,12 @@ class AttentionTerm(Term):
             raise UserError(
                 "loss.attention: a row has a teacher_context, which gives the teacher other positions; remove it, or leave the term out"
             )
-        view, counts = batch.student, [example.num_targets for example in batch.examples]
-        if not counts:
+        if not batch.examples:
             return Loss(student.hidden_NH.sum(), {"attention": widen(student.hidden_NH[:, 0]).detach()})
-        how = {"weight_N": batch.weights.get("attention"), "tile": self.tile}
+        targets, view = batch.carriers("attention"), batch.student
+        weight_N, rows_n = batch.weights.get("attention"), view.rows_N[targets]
+        view, counts = replace(view, rows_N=rows_n), batch.counted(targets)
+        how = {"weight_N": None if weight_N is None else weight_N[targets], "tile": self.tile}
         found = []
         for pair in self.pairs:
             both = student.attention[pair[0]], signal.attention[pair[1]]
@@ -210,8 +213,10 @@ class AttentionTerm(Term):
                 found.append(map_divergence(*both, view, counts, self.mean, **how))
             else:
                 found.append(relation_divergence(*both, view, counts, self.relation_heads, **how))
-        total, rows_N = zip(*found, strict=True)
-        return Loss(self.weight * torch.stack(total).mean(), {"attention": torch.stack(rows_N).mean(0)})
+        total, each = zip(*found, strict=True)
+        mean_n = torch.stack(each).mean(0)
+        rows_N = joined([(targets, {"attention": mean_n})], "attention", batch.num_targets, mean_n)
+        return Loss(self.weight * torch.stack(total).mean(), {"attention": rows_N})
 
     def halve_chunks(self, vocab: int, device: str, least: int) -> str:
         tile = self.tile or default_tile(device)

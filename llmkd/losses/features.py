@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import normalize
 
-from ..batch import Batch
+from ..batch import Batch, Rows
 from ..head import widen
 from ..signals import Signal, Taps
 from .terms import RowTerm, StudentOutputs
@@ -88,8 +88,10 @@ class FeatureTerm(RowTerm):
             return hidden_ND
         return self.maps[pair](hidden_ND.to(self.maps[pair].weight.dtype))
 
-    def rows(self, student: StudentOutputs, signal: Signal | None, batch: Batch) -> Tensor:
-        each = [self.distance(self.mapped(n, student.layers[s]), signal.layers[t]) / self.scales[n] for n, (s, t) in enumerate(self.pairs)]
+    def rows(self, student: StudentOutputs, signal: Signal | None, batch: Batch, targets: Rows) -> Tensor:
+        each = []
+        for n, (s, t) in enumerate(self.pairs):
+            each.append(self.distance(self.mapped(n, student.layers[s][targets]), signal.layers[t][targets]) / self.scales[n])
         return torch.stack(each).mean(0)
 
 

@@ -79,11 +79,13 @@ def fused_parts(
     zeros: dict[tuple[str, ...], Rows] | None = None,
     rule: TargetWeights | None = None,
     position_N: Tensor | None = None,
+    kept: Tensor | None = None,
 ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
     """`fused_loss`, and the weights [N] of the terms that `rule` weighs, detached: those of the rule times `weights`, 0 where not computed.
 
     rule         one that needs logits: it is asked for each chunk of rows
     position_N   the number of each target within its example, from 0; for the rule
+    kept         the rows that count; the others are not computed. None: all
     """
     chunk = chunk or default_chunk(head.vocab, hidden_NH.device.type)
     trained = head.trainable()
@@ -91,8 +93,9 @@ def fused_parts(
     shares = objective.shares(signal is not None)
     weights = {name: w_N for name, w_N in (weights or {}).items() if name in shares}
     parts = [Part(slice(0, len(hidden_NH)), signal)]
-    if weights:
-        parts = list(parted(len(hidden_NH), shares, signal, weights, zeros_of(weights) if zeros is None else zeros))
+    if weights or kept is not None:
+        zeros = zeros_of(weights) if zeros is None else zeros
+        parts = list(parted(len(hidden_NH), shares, signal, weights, zeros, kept, hidden_NH.device))
     ruled = None if rule is None else (rule, position_N)
     total, *found = _Fused.apply(hidden_NH, head, labels_N, objective, shares, parts, chunk, train, ruled, *trained)
     terms, of_rule = found[: len(shares)], found[len(shares) :]
@@ -112,7 +115,7 @@ class _Fused(torch.autograd.Function):
         grad_hidden = torch.zeros_like(hidden_NH) if needs_hidden else None
         grad_weights = [torch.zeros_like(w, dtype=torch.promote_types(w.dtype, torch.float32)) for w in trained]
         total, pieces = hidden_NH.new_zeros((), dtype=torch.promote_types(hidden_NH.dtype, torch.float32)), []
-        tiles = _Tiles(head.vocab, hidden_NH.device)
+        tiles = Tiles(head.vocab, hidden_NH.device)
         with torch.autocast(hidden_NH.device.type, enabled=False):
             for part in parts:
                 for rows, weights in part.chunks(chunk):
@@ -162,7 +165,7 @@ def _loss_and_grad(
     labels_n: Tensor,
     signal: Signal | None,
     rows: Rows,
-    tiles: "_Tiles",
+    tiles: "Tiles",
     train: bool,
     shares: dict[str, float],
     weights: dict[str, Tensor],
@@ -180,9 +183,7 @@ def _loss_and_grad(
         raise ArgumentError(f"signal: {_found_probs(signal, log_p_nV)}, expected {tuple(student.logits_nV.shape)}")
     if kernel:
         return kernel(objective, student.logits_nV, labels_n, grad_nV, log_p_nV, shares, weights), weights
-    block = max(1, _block_bytes(labels_n.device.type) // (4 * tiles.vocab))
-    if signal is not None and log_p_nV is None:
-        block = max(block, 128)  # its divergence may need a matrix product, which is slow for few rows
+    block = block_rows(tiles.vocab, labels_n.device.type, signal)
     pieces, by_row = [], []
     for start in range(0, n, block):
         part = slice(start, min(start + block, n))
@@ -216,19 +217,10 @@ def _by_rule(
     if not names:
         return {}
     log_q_nV = torch.log_softmax(logits_nV, -1)
-    if not rule.needs_teacher:
-        log_p_nV = None
-    elif signal is None:
-        raise ArgumentError(f"loss.target_weights.by: {rule.name} reads the teacher, which some targets do not have")
-    of_rule_n = None
-    if log_p_nV is not None:
+    if rule.needs_teacher and log_p_nV is not None:
         log_p_nV = torch.log_softmax(log_p_nV * objective.temperature, -1)
-    elif rule.needs_teacher:
-        of_rule_n = rule.of_record(signal.exact_metrics(rows, labels_n, log_q_nV), log_q_nV.shape[-1], labels_n)
-        log_p_nV = signal.log_probs(rows, log_q_nV) if of_rule_n is None else None
-    if of_rule_n is None:
-        of_rule_n = rule(labels_n, log_p_nV, log_q_nV, position_N[rows])
-    of_rule_n = of_rule_n.to(logits_nV.dtype)
+    score_n = rule.scores(labels_n, rows, position_N, signal, log_p_nV, log_q_nV, logits_nV.shape[-1])
+    of_rule_n = rule.weights(score_n).to(logits_nV.dtype)
     return {name: of_rule_n * weights[name] if name in weights else of_rule_n for name in names}
 
 
@@ -282,7 +274,7 @@ def has_full_distribution(signal: Signal | None) -> bool:
     return getattr(signal, "full_distribution", False)
 
 
-def teacher_log_probs(signal: FullDistribution, rows: Rows, temperature: float, tiles: "_Tiles", soften: bool) -> Tensor:
+def teacher_log_probs(signal: FullDistribution, rows: Rows, temperature: float, tiles: "Tiles", soften: bool) -> Tensor:
     """A teacher's log-probabilities at the temperature for a chunk; of a Dense signal its logits, divided by it if `soften`."""
     if type(signal) is not Dense:
         return signal.log_probs(rows, None, temperature)
@@ -300,11 +292,14 @@ def _found_probs(signal: Signal, log_p_nV: Tensor) -> str:
     return f"{type(signal).__name__} returned log-probabilities of shape {tuple(log_p_nV.shape)}"
 
 
-def _block_bytes(device: str) -> int:
-    return _of(_BLOCK_BYTES, device) * (torch.get_num_threads() if device == "cpu" else 1)
+def block_rows(vocab: int, device: str, signal: Signal | None) -> int:
+    """Rows for which element-wise work is done at a time."""
+    rows = max(1, _of(_BLOCK_BYTES, device) * (torch.get_num_threads() if device == "cpu" else 1) // (4 * vocab))
+    asked = signal is not None and not has_full_distribution(signal)
+    return max(rows, 128) if asked else rows  # a signal that is asked may need a matrix product, which is slow for few rows
 
 
-class _Tiles:
+class Tiles:
     """Buffers [rows, V] by name, allocated at first use and reused for every chunk."""
 
     def __init__(self, vocab: int, device: torch.device):
@@ -322,7 +317,7 @@ class _Tiles:
 class _Product:
     """The logits of one chunk from a plain Linear head, and the backward pass from their gradient, which is written over them."""
 
-    def __init__(self, head: Head, hidden_nH: Tensor, tiles: _Tiles, *_):
+    def __init__(self, head: Head, hidden_nH: Tensor, tiles: Tiles, *_):
         self.head, self.hidden_nH = head, hidden_nH
         self.logits_nV = head.logits(hidden_nH, tiles("student", len(hidden_nH), head.dtype))
         self.grad_nV = self.logits_nV
@@ -336,7 +331,7 @@ class _Product:
 class _Module:
     """The same for a head with an adapter, a soft cap or quantised weights: autograd does the backward pass."""
 
-    def __init__(self, head: Head, hidden_nH: Tensor, tiles: _Tiles, needs_hidden: bool, weights: tuple[Tensor, ...]):
+    def __init__(self, head: Head, hidden_nH: Tensor, tiles: Tiles, needs_hidden: bool, weights: tuple[Tensor, ...]):
         with torch.set_grad_enabled(needs_hidden or bool(weights)):
             self.hidden_nH, self.weights = hidden_nH.requires_grad_(needs_hidden), weights
             self.graph_nV = head.logits(self.hidden_nH)

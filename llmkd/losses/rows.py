@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ..batch import Rows
+from ..batch import Rows, zeros_of
 from ..signals import Signal
 
 
@@ -27,19 +27,28 @@ class Part:
 
 
 def parted(
-    N: int, shares: dict[str, float], signal: Signal | None, weights: dict[str, Tensor], zeros: dict[tuple[str, ...], Rows]
+    N: int,
+    shares: dict[str, float],
+    signal: Signal | None,
+    weights: dict[str, Tensor],
+    zeros: dict[tuple[str, ...], Rows],
+    kept: Tensor | None,
+    device: torch.device,
 ) -> Iterator[Part]:
-    """The rows that have a weight, with a teacher where that of "kd" is not 0."""
+    """The rows that have a weight, with a teacher where that of "kd" is not 0. `kept`: those that count; None: all."""
+    groups = zeros or {(): slice(0, N)}
+    if kept is not None:
+        own = zeros_of({name: w_N[kept] for name, w_N in weights.items()}) if zeros else {}
+        groups = {without: kept[rows] for without, rows in own.items()} or {(): kept}
     with_kd, without_kd = [], []
-    for without, rows in zeros.items() if zeros else [((), slice(0, N))]:
+    for without, rows in groups.items():
         carried = set(shares) - set(without)
         if carried:
             (with_kd if "kd" in carried else without_kd).append(rows)
-    device = next(iter(weights.values())).device
-    for groups, teacher, names in ((with_kd, signal, ("ce", "kd")), (without_kd, None, ("ce",))):
-        if groups:
-            whole = sum(map(_count, groups)) == N
-            rows = slice(0, N) if whole else groups[0] if len(groups) == 1 else torch.cat([_indices(one, device) for one in groups])
+    for own, teacher, names in ((with_kd, signal, ("ce", "kd")), (without_kd, None, ("ce",))):
+        if own:
+            whole = sum(map(_count, own)) == N
+            rows = slice(0, N) if whole else own[0] if len(own) == 1 else torch.cat([_indices(one, device) for one in own])
             yield Part(rows, teacher, {name: weights[name][rows] for name in names if name in weights})
 
 

@@ -14,9 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ..batch import Rows
 from ..config.target_weights import RULES
 from ..config.target_weights import TargetWeights as Settings
 from ..errors import ArgumentError
+from ..signals import Signal
 
 Rule = Callable[[Tensor, Tensor | None, Tensor | None, Tensor], Tensor]
 
@@ -54,6 +56,7 @@ def _entropy(log_p_nV: Tensor) -> Tensor:
 
 _FUNCTIONS: dict[str, Rule] = {one.__name__: one for one in (teacher_entropy, student_entropy, divergence, confidence, position)}
 _BEFORE_THE_HEAD = {"position"}
+_WITHOUT_THE_STUDENT = {"position", "teacher_entropy"}
 
 
 def register_target_weights(name: str, rule: Rule, needs_teacher: bool = False) -> None:
@@ -75,6 +78,8 @@ class TargetWeights:
     terms           the terms that it weighs
     needs_teacher   whether it reads the teacher's distribution
     needs_logits    whether it reads either; otherwise the weights are known before the head
+    needs_student   whether it reads the student's
+    setting         the setting that names it
     """
 
     name: str
@@ -84,30 +89,53 @@ class TargetWeights:
     invert: bool = False
     needs_teacher: bool = False
     needs_logits: bool = True
+    needs_student: bool = True
+    setting: str = "loss.target_weights.by"
 
     @staticmethod
-    def of(settings: Settings) -> "TargetWeights":
-        rule = _FUNCTIONS[settings.by]
+    def of(settings: Settings, setting: str = "loss.target_weights.by") -> "TargetWeights":
+        rule, by = _FUNCTIONS[settings.by], settings.by
         if settings.half_life is not None:
             rule = functools.partial(rule, half_life=settings.half_life)
-        needs_logits = settings.by not in _BEFORE_THE_HEAD
-        return TargetWeights(settings.by, rule, settings.terms, settings.power, settings.invert, RULES[settings.by], needs_logits)
+        needs = RULES[by], by not in _BEFORE_THE_HEAD, by not in _WITHOUT_THE_STUDENT
+        return TargetWeights(by, rule, settings.terms, settings.power, settings.invert, *needs, setting)
 
     @torch.no_grad()
-    def __call__(self, labels_n: Tensor, log_p_nV: Tensor | None, log_q_nV: Tensor | None, position_n: Tensor) -> Tensor:
-        """The weights, [n], float32 or as wide as the log-probabilities; NaN where the score is."""
-        return self._weight(self.rule(labels_n, log_p_nV, log_q_nV, position_n), labels_n)
+    def scores(
+        self,
+        labels_n: Tensor,
+        rows: Rows,
+        position_N: Tensor | None,
+        signal: Signal | None = None,
+        log_p_nV: Tensor | None = None,
+        log_q_nV: Tensor | None = None,
+        vocab: int = 0,
+    ) -> Tensor:
+        """The scores of some rows, [n], float32 or as wide as the log-probabilities; NaN where the rule gives NaN.
 
-    def of_record(self, recorded: dict[str, Tensor], vocab: int, labels_n: Tensor) -> Tensor | None:
-        """The weights from what a teacher's record holds (`Signal.exact_metrics`), where that is all that the rule reads; else None."""
-        found_n = recorded.get("teacher_entropy") if self.rule is teacher_entropy else None
-        return None if found_n is None else self._weight(found_n / math.log(max(2, vocab)), labels_n)
-
-    def _weight(self, score_n: Tensor, labels_n: Tensor) -> Tensor:
+        log_p_nV   the teacher's log-probabilities at temperature 1 where they are known; otherwise the signal is asked
+        log_q_nV   the student's, if the rule reads them
+        vocab      V
+        """
+        score_n = None
+        if not self.needs_teacher:
+            log_p_nV = None
+        elif log_p_nV is None:
+            if signal is None:
+                raise ArgumentError(f"{self.setting}: {self.name} reads the teacher, which some targets do not have")
+            if self.rule is teacher_entropy:  # a record may hold it, where it holds a part of the distribution
+                score_n = signal.exact_metrics(rows, labels_n, log_q_nV).get("teacher_entropy")
+            if score_n is None:
+                log_p_nV = signal.log_probs(rows, log_q_nV)
+            else:
+                score_n = score_n / math.log(max(2, vocab))
+        if score_n is None:
+            score_n = self.rule(labels_n, log_p_nV, log_q_nV, None if position_N is None else position_N[rows])
         if not isinstance(score_n, Tensor) or score_n.shape != labels_n.shape:
             shape = tuple(score_n.shape) if isinstance(score_n, Tensor) else type(score_n).__name__
-            raise ArgumentError(
-                f"loss.target_weights.by: {self.name} returned {shape}, expected one score for each of {len(labels_n)} targets"
-            )
-        score_n = score_n.to(torch.promote_types(score_n.dtype, torch.float32)).clamp(0, 1)
+            raise ArgumentError(f"{self.setting}: {self.name} returned {shape}, expected one score for each of {len(labels_n)} targets")
+        return score_n.to(torch.promote_types(score_n.dtype, torch.float32)).clamp(0, 1)
+
+    def weights(self, score_n: Tensor) -> Tensor:
+        """The weights that are made of scores."""
         return (1 - score_n if self.invert else score_n) ** self.power

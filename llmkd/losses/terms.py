@@ -7,12 +7,13 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from ..batch import Batch
+from ..batch import Batch, Rows
 from ..head import Head
 from ..signals import NO_TAPS, AttentionInputs, Signal, Teacher
 from .fused import default_chunk, fused_parts
+from .keep import Keep
 from .objective import Objective
-from .rows import weighted
+from .rows import joined
 from .target_weights import TargetWeights
 
 
@@ -30,7 +31,7 @@ class StudentOutputs:
 class Loss:
     """`total` is the loss summed over the batch's targets, to be back-propagated; `rows` each term per target times its weight there
     (`Batch.weights`), [N], detached, and 0 where that weight is. `weights` [N] are those of the terms that are weighed here, by a rule: the
-    batch's own included."""
+    batch's own included, and 0 where a target does not count."""
 
     total: Tensor
     rows: dict[str, Tensor]
@@ -45,6 +46,7 @@ class Term(nn.Module):
 
     names: tuple[str, ...]
     needs_teacher = False
+    share = 1.0  # of each example's targets, how many count in every term, see `select`
     student_taps = NO_TAPS  # what it reads inside the student, apart from the last hidden states
     teacher_taps = NO_TAPS  # and inside a live teacher, whose signal then has it
     lr: float | None = None  # the peak learning rate of its parameters; None: the student's
@@ -55,6 +57,10 @@ class Term(nn.Module):
     def combiner(self) -> Callable[[dict[str, float]], float]:
         """`combine` as it is in this step."""
         return self.combine
+
+    def select(self, student: StudentOutputs, signal: Signal | None, batch: Batch) -> Batch:
+        """Before any term: the same batch with `Batch.kept`, where only some targets count."""
+        return batch
 
     def forward(self, student: StudentOutputs, signal: Signal | None, batch: Batch) -> Loss:
         """The sum over the batch's targets, and the rows by `names`. A micro-batch may have no targets."""
@@ -81,13 +87,18 @@ class RowTerm(Term):
         super().__init__()
         self.names, self.weight = (name,), weight
 
-    def rows(self, student: StudentOutputs, signal: Signal | None, batch: Batch) -> Tensor:
-        """The term for each target, [N], differentiable."""
+    def rows(self, student: StudentOutputs, signal: Signal | None, batch: Batch, targets: Rows) -> Tensor:
+        """The term for n of the batch's targets, [n], differentiable. `targets`: a slice, or ascending indices; none of them are 0."""
         raise NotImplementedError
 
     def forward(self, student: StudentOutputs, signal: Signal | None, batch: Batch) -> Loss:
-        rows_N = weighted(self.rows(student, signal, batch), batch.weights.get(self.names[0]))
-        return Loss(self.weight * rows_N.sum(), {self.names[0]: rows_N.detach()})
+        (name,) = self.names
+        targets, weight_N = batch.carriers(name), batch.weights.get(name)
+        rows_n = self.rows(student, signal, batch, targets)
+        if weight_N is not None:
+            rows_n = weight_N[targets] * rows_n
+        rows_N = joined([(targets, {name: rows_n.detach()})], name, batch.num_targets, rows_n)
+        return Loss(self.weight * rows_n.sum(), {name: rows_N})
 
     def combine(self, values: dict[str, float]) -> float:
         return self.weight * values[self.names[0]]
@@ -100,6 +111,7 @@ class HeadTerm(Term):
     normalize    targets: the loss is divided by the number of targets; weights: each of the two by the sum of its absolute weights
     at_step      the objective of each step, where it changes: `objective` is then what holds outside of steps
     rule         weighs the targets; its weights multiply the batch's own
+    keep         chooses the targets that count in all terms
     """
 
     names = ("ce", "kd")
@@ -111,10 +123,15 @@ class HeadTerm(Term):
         normalize: str = "targets",
         at_step: Callable[[int], Objective] | None = None,
         rule: TargetWeights | None = None,
+        keep: Keep | None = None,
     ):
         super().__init__()
-        self.objective, self.chunk_size, self.normalize, self.rule = objective, chunk_size, normalize, rule
+        self.objective, self.chunk_size, self.normalize, self.rule, self.keep = objective, chunk_size, normalize, rule, keep
+        self.share = keep.share if keep else 1.0
         self.at_step, self.needs_teacher = at_step or (lambda step: objective), objective.kd_ratio > 0
+
+    def select(self, student: StudentOutputs, signal: Signal | None, batch: Batch) -> Batch:
+        return self.keep(student.hidden_NH, student.head, signal, batch, self.chunk_size) if self.keep else batch
 
     def forward(self, student: StudentOutputs, signal: Signal | None, batch: Batch) -> Loss:
         signal = signal if self.needs_teacher else None  # another student's, where several share a teacher
@@ -122,14 +139,25 @@ class HeadTerm(Term):
         if rule:
             position_N = batch.position_N
             if not rule.needs_logits:
-                of_rule_N, rule = rule(batch.labels_N, None, None, position_N), None
+                of_rule_N, rule = rule.weights(rule.scores(batch.labels_N, slice(None), position_N)), None
                 of_rule_N = of_rule_N.to(torch.promote_types(student.hidden_NH.dtype, torch.float32))
                 known = {name: of_rule_N * weights[name] if name in weights else of_rule_N for name in self.rule.terms}
                 weights = weights | known
-        found = fused_parts(
-            student.hidden_NH, student.head, batch.labels_N, self.objective, signal, self.chunk_size, weights, zeros, rule, position_N
+        total, rows, by_rule = fused_parts(
+            student.hidden_NH,
+            student.head,
+            batch.labels_N,
+            self.objective,
+            signal,
+            self.chunk_size,
+            weights,
+            zeros,
+            rule,
+            position_N,
+            batch.kept,
         )
-        return Loss(*found[:2], found[2] | {name: w_N for name, w_N in known.items() if name in found[1]})
+        by_rule |= {name: batch.only_kept(w_N) for name, w_N in known.items() if name in rows}
+        return Loss(total, rows, by_rule)
 
     def start_step(self, step: int, scale: dict[str, float]) -> None:
         self.objective = self.at_step(step)

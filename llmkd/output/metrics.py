@@ -115,8 +115,9 @@ def terms(record: dict) -> dict[str, float]:
 
 
 def is_count(name: str) -> bool:
-    """Whether a metric counts targets: all (targets), those that carry a term (NAME_targets), or says their mean weight (NAME_weight)."""
-    return name == "targets" or name.endswith(("_targets", "_weight"))
+    """Whether a metric counts targets: all (targets), the share that counts (kept), those that carry a term (NAME_targets), or says their mean
+    weight (NAME_weight)."""
+    return name in ("targets", "kept") or name.endswith(("_targets", "_weight"))
 
 
 def peak_memory() -> int:

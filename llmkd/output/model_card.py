@@ -18,6 +18,7 @@ from ..config.fields import as_tuple
 from ..config.loader import dump
 from ..config.recipe import Data, Loss, Mixture, Quantization, Recipe, Source, Student, distils
 from ..config.schedule import in_words
+from ..config.target_weights import chosen_by
 from ..config.where import where_words
 from ..model_folder.files import ModelFiles, hub_origin, licence, loaded_dtype
 from ..model_folder.identity import record_of
@@ -230,6 +231,8 @@ def introduction(
     beside += f", attention {loss.attention.what} {loss.attention.weight:g}" if loss.attention else ""
     if rule := loss.target_weights:
         beside += f", targets of {' and '.join(rule.terms)} weighed by {rule.by.replace('_', ' ')}{' (inverted)' * rule.invert}"
+    if (kept := chosen_by(loss.keep, loss.target_weights)).share < 1:
+        beside += f", {kept.share:g} of each example's targets by {kept.by.replace('_', ' ')}{' (lowest first)' * kept.invert}"
     how = f"{loss.divergence}, kd_ratio {in_words(loss.kd_ratio)}, temperature {in_words(loss.temperature)}{beside}"
     made = f"distilled ({how})" if teachers else "fine-tuned"
     lines = [f"{kind} {made} with llmkd.\n"]

@@ -91,7 +91,7 @@ class Mixed:
         shares = self._log_shares(rows, each if self.confidence else None)
         return torch.stack([share + value for share, value in zip(shares, each, strict=True)]).logsumexp(0)
 
-    def exact_metrics(self, rows: Rows, labels_n: Tensor, log_q_nV: Tensor) -> dict[str, Tensor]:
+    def exact_metrics(self, rows: Rows, labels_n: Tensor, log_q_nV: Tensor | None) -> dict[str, Tensor]:
         if self.combine == "log_probabilities" or not any(part.exact_metrics(rows, labels_n, log_q_nV) for part in self.parts):
             return {}
         return {"teacher_ce": -self.label_log_probs(rows, labels_n)}
@@ -163,8 +163,9 @@ class RoutedSignal:
     def label_log_probs(self, rows: Rows, labels_n: Tensor) -> Tensor:
         return self._each(rows, lambda part, places, mine: part.label_log_probs(places, labels_n[mine]))
 
-    def exact_metrics(self, rows: Rows, labels_n: Tensor, log_q_nV: Tensor) -> dict[str, Tensor]:
-        if not any(part.exact_metrics(slice(0, 0), labels_n[:0], log_q_nV[:0]) for part in self.parts):
+    def exact_metrics(self, rows: Rows, labels_n: Tensor, log_q_nV: Tensor | None) -> dict[str, Tensor]:
+        none_nV = None if log_q_nV is None else log_q_nV[:0]
+        if not any(part.exact_metrics(slice(0, 0), labels_n[:0], none_nV) for part in self.parts):
             return {}
         return {"teacher_ce": -self.label_log_probs(rows, labels_n)}
 

@@ -13,7 +13,7 @@ from ..config.data import Data
 from ..config.fields import shaping
 from ..config.recipe import Loss
 from ..config.schedule import in_words
-from ..config.target_weights import unusable_cache
+from ..config.target_weights import rules_in_use, unusable_cache
 from ..config.teacher import CACHE_KINDS, TAIL_EXPONENTS, Mixture, Teacher
 from ..data.encoding import token_cache
 from ..data.examples import ALL_TEACHERS, Examples
@@ -187,10 +187,12 @@ def check_sampled_caches(named: Sequence[tuple[str, Teacher]], use: SignalUse) -
 def sample_problems(use: SignalUse, path: str, kept: dict) -> list[str]:
     """Why a run cannot use a cache with this `kept` (the header's "kind"): it holds a part of the teacher's distribution, and sampled tokens
     estimate one divergence at one temperature."""
-    rule = unusable_cache(use.loss.target_weights, kept["name"], kept.get("tail_exponents") in (None, list(TAIL_EXPONENTS)))
+    entropy = kept.get("tail_exponents") in (None, list(TAIL_EXPONENTS))
+    rules = (unusable_cache(setting, by, kept["name"], entropy) for setting, by in rules_in_use(use.loss.keep, use.loss.target_weights))
+    problems = [f"{problem} ({path})" for problem in rules if problem]
     if kept["name"] != "sampled":
-        return [f"{rule} ({path})"] if rule else []
-    loss, drawn, by, problems = use.loss, kept["temperature"], use.best_by, [f"{rule} ({path})"] if rule else []
+        return problems
+    loss, drawn, by = use.loss, kept["temperature"], use.best_by
     why = f"and {path} holds sampled tokens, which estimate the loss without bias"
     if loss.kd_ratio and loss.temperature != drawn:
         problems.append(f"loss.temperature: found {in_words(loss.temperature)}, {why} only at the temperature of their sampling, {drawn:g}")

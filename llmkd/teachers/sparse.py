@@ -91,12 +91,13 @@ class TopK:
     def label_log_probs(self, rows: Rows, labels_n: Tensor) -> Tensor:
         return self.label_log_p_N[rows]
 
-    def exact_metrics(self, rows: Rows, labels_n: Tensor, log_q_nV: Tensor) -> dict[str, Tensor]:
+    def exact_metrics(self, rows: Rows, labels_n: Tensor, log_q_nV: Tensor | None) -> dict[str, Tensor]:
         """Exact where the record was made from the whole distribution; imported log-probabilities know only their top k."""
+        found = _recorded_metrics(self, rows) if self.tail_exponents == TAIL_EXPONENTS else {}
+        if log_q_nV is None:
+            return found
         top1_n = self.ids_NK[rows].gather(1, self.log_p_NK[rows].argmax(1, True))[:, 0]
-        return {"top1_agreement": (log_q_nV.argmax(1) == top1_n).float()} | (
-            _recorded_metrics(self, rows) if self.tail_exponents == TAIL_EXPONENTS else {}
-        )
+        return {"top1_agreement": (log_q_nV.argmax(1) == top1_n).float()} | found
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ class Sampled:
     def label_log_probs(self, rows: Rows, labels_n: Tensor) -> Tensor:
         return self.label_log_p_N[rows]
 
-    def exact_metrics(self, rows: Rows, labels_n: Tensor, log_q_nV: Tensor) -> dict[str, Tensor]:
+    def exact_metrics(self, rows: Rows, labels_n: Tensor, log_q_nV: Tensor | None) -> dict[str, Tensor]:
         return _recorded_metrics(self, rows)
 
     def _check(self, temperature: float) -> None:

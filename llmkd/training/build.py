@@ -12,12 +12,15 @@ from ..config.fields import with_setting_names
 from ..config.recipe import SCHEDULED, Data, Loss, Mixture, Optim, Recipe, Student, Train, scheduled, uses_teacher
 from ..config.recipe import Teacher as TeacherSettings
 from ..config.schedule import middle, refuse_long_schedule
+from ..config.target_weights import Keep as KeepSettings
+from ..config.target_weights import chosen_by
 from ..config.terms import AttentionLoss
 from ..console import info
 from ..data.batch_source import TrainingSource
 from ..data.batching import TokenBudget
 from ..errors import Stopped, UserError, attribute_to_student, on_main_process, report_from_any_rank
 from ..losses.divergences import make_divergence
+from ..losses.keep import Keep
 from ..losses.objective import Objective
 from ..losses.target_weights import TargetWeights
 from ..losses.terms import HeadTerm, Term
@@ -270,7 +273,13 @@ def build_terms(loss: Loss, chunk_size: int | None = None, total_steps: int = 1)
     if scheduled(loss, 1, total_steps):
         at_step = lambda step: dataclasses.replace(whole, **scheduled(loss, step, total_steps))  # noqa: E731
     rule = loss.target_weights and TargetWeights.of(loss.target_weights)
-    return [HeadTerm(whole, loss.chunk_size or chunk_size, loss.normalize, at_step, rule)]
+    return [HeadTerm(whole, loss.chunk_size or chunk_size, loss.normalize, at_step, rule, keep_of(loss))]
+
+
+def keep_of(loss: Loss) -> Keep | None:
+    """What chooses the targets that count, where not all do."""
+    chosen, named = chosen_by(loss.keep, loss.target_weights), "loss.keep.by" if isinstance(loss.keep, KeepSettings) else "loss.keep"
+    return Keep.of(chosen, named) if chosen.share < 1 else None
 
 
 def schedule(optim: Optim, total: int) -> Callable[[int], float]:

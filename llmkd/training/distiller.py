@@ -20,19 +20,25 @@ class Distiller(nn.Module):
         self.student, self.terms = student, by_name(terms)
 
     def forward(self, batch: Batch, signal: Signal | None) -> Loss:
-        """All terms at the batch's targets: their weighted sum, and each one's rows."""
+        """All terms at the batch's targets, or at those that count: their weighted sum, and each one's rows."""
         outputs = self.student.outputs(batch.student, self.student_taps)
         student = StudentOutputs(outputs.hidden_NH, self.student.head, outputs.layers, outputs.attention)
+        for term in self.terms.values():
+            batch = term.select(student, signal, batch)
         parts = [term(student, signal, batch) for term in self.terms.values()]
-        return Loss(
-            functools.reduce(operator.add, (part.total for part in parts)),
-            {name: rows_N for part in parts for name, rows_N in part.rows.items()},
-            {name: w_N for part in parts for name, w_N in part.weights.items()},
-        )
+        rows = {name: rows_N for part in parts for name, rows_N in part.rows.items()}
+        weights = {name: batch.counting(name) for name in rows} if self.share < 1 else {}  # of the same names in every micro-batch
+        weights |= {name: w_N for part in parts for name, w_N in part.weights.items()}
+        return Loss(functools.reduce(operator.add, (part.total for part in parts)), rows, weights)
 
     @property
     def needs_teacher(self) -> bool:
         return any(term.needs_teacher for term in self.terms.values())
+
+    @property
+    def share(self) -> float:
+        """The share of each example's targets that count."""
+        return min(term.share for term in self.terms.values())
 
     @property
     def student_taps(self) -> Taps:

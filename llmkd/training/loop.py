@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..batch import Batch
+from ..config.target_weights import kept_of
 from ..data.batch_source import BatchSource, Step
 from ..errors import NonFinite
 from ..signals import Teacher
@@ -95,12 +96,13 @@ def train(
     with contextlib.closing(source.steps(done)) as steps:
         for step, micro_batches in steps:
             names = {name for student in active.values() for term in unwrap(student).terms.values() for name in term.names}
-            counts = count_targets(step, micro_batches, accelerator, sorted(names))
+            shares = {unwrap(student).share for student in active.values()} - {1.0}
+            counts = count_targets(step, micro_batches, accelerator, sorted(names), sorted(shares))
             for student in active.values():
                 unwrap(student).start_step(step.number, counts.scale)
             attempt = functools.partial(accumulate_gradients, source.seed, step, counts, active, teacher, accelerator)
             accumulated = hooks.retry_on_oom(attempt, step, micro_batches)
-            norms = {k: unscale_and_norm_(student, 1 / accumulated.scale) for k, student in active.items()}
+            norms = {k: unscale_and_norm_(student, accumulated.unscale(k)) for k, student in active.items()}
             stop = hooks.stop_asked()
             result = StepResult(step, accumulated, norms, nonfinite, stop, accelerator)
             nonfinite = result.nonfinite
@@ -131,14 +133,21 @@ def read_step_metrics(
     return terms, norms
 
 
-def count_targets(step: Step, micro_batches: list[Batch], accelerator, names: Sequence[str] = ("ce", "kd")) -> TargetCounts:
-    """The targets of a step over all micro-batches and ranks. `names`: the parts of the loss that may be weighted.
+def count_targets(
+    step: Step, micro_batches: list[Batch], accelerator, names: Sequence[str] = ("ce", "kd"), shares: Sequence[float] = ()
+) -> TargetCounts:
+    """The targets of a step over all micro-batches and ranks.
 
     Where the source knows the numbers beforehand nothing is counted, and no rank waits for another.
+
+    names    the parts of the loss that may be weighted
+    shares   those of each example's targets that some students keep
     """
     if step.num_targets is not None:
-        return TargetCounts(max(1, step.num_targets), step.weighted)
-    counts = [sum(micro.num_targets for micro in micro_batches)]
+        return TargetCounts(max(1, step.num_targets), step.weighted, {share: step.kept(share) for share in shares})
+    examples = [example.num_targets for micro in micro_batches for example in micro.examples]
+    counts = [sum(kept_of(n, share) for n in examples) for share in shares]
+    counts.append(sum(micro.num_targets for micro in micro_batches))
     for name in names:
         given = [(micro.weights.get(name), micro.num_targets) for micro in micro_batches]
         counts.append(sum(float(w_N.double().abs().sum()) if w_N is not None else n for w_N, n in given))
@@ -146,8 +155,13 @@ def count_targets(step: Step, micro_batches: list[Batch], accelerator, names: Se
         counts.append(sum(w_N is not None for w_N, _ in given))
     if accelerator.num_processes > 1:
         counts = accelerator.reduce(torch.tensor(counts, dtype=torch.float64, device=accelerator.device), "sum").tolist()
-    parts = zip(names, counts[1::3], counts[2::3], counts[3::3], strict=True)
-    return TargetCounts(max(1, int(counts[0])), {name: (mass, int(carriers)) for name, mass, carriers, given in parts if given})
+    kept, targets, counts = counts[: len(shares)], int(counts[len(shares)]), counts[len(shares) + 1 :]
+    weighted = {
+        name: (mass, int(carriers))
+        for name, mass, carriers, given in zip(names, counts[::3], counts[1::3], counts[2::3], strict=True)
+        if given
+    }
+    return TargetCounts(max(1, targets), weighted, dict(zip(shares, map(int, kept), strict=True)))
 
 
 def accumulate_gradients(
@@ -172,7 +186,10 @@ def accumulate_gradients(
         for k, (rows, by_rule) in found.items():
             terms[k].append(rows)
             weights[k].append(by_rule)
-    return Accumulated(micro_batches, counts, scale, terms, {k: unwrap(student).combiner() for k, student in active.items()}, weights)
+    combine, shares = (
+        {k: value(unwrap(student)) for k, student in active.items()} for value in (Distiller.combiner, lambda one: one.share)
+    )
+    return Accumulated(micro_batches, counts, scale, terms, combine, weights, shares)
 
 
 def forward_backward(

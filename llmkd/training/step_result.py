@@ -19,10 +19,18 @@ class TargetCounts:
 
     targets    at least 1: what the loss is divided by
     weighted   by the part of the loss whose targets are weighted: the sum of its absolute weights, and the number of those that are not 0
+    kept       how many count where a share of each example's targets is kept, by that share
+    whole      of those that are kept: how many there are; None: all are
     """
 
     targets: int
     weighted: dict[str, tuple[float, int]] = field(default_factory=dict)
+    kept: dict[float, int] = field(default_factory=dict)
+    whole: int | None = None
+
+    def of(self, share: float) -> "TargetCounts":
+        """Those that count for a student that keeps a share of each example's. Which of them are weighted is not known here."""
+        return self if share == 1 else TargetCounts(max(1, self.kept[share]), whole=self.targets)
 
     @property
     def scale(self) -> dict[str, float]:
@@ -32,14 +40,24 @@ class TargetCounts:
 
 @dataclass
 class Accumulated:
-    """The forward and backward passes of one optimizer step; the gradients they left are `scale` times too large."""
+    """The forward and backward passes of one optimizer step; the gradients they left are `scale` times too large, and divided by all targets."""
 
     micro_batches: list[Batch]
     counts: TargetCounts
     scale: float
     terms_by_micro_batch: dict[int, list[dict[str, Tensor]]]  # of each student, by micro-batch: each term row by row, times its weight
     combine: dict[int, Callable[[dict[str, float]], float]]  # of each student: the loss from its terms' sums over the number of targets
-    weights_by_micro_batch: dict[int, list[dict[str, Tensor]]] = field(default_factory=dict)  # of the terms that a rule weighs, row by row
+    weights_by_micro_batch: dict[int, list[dict[str, Tensor]]] = field(default_factory=dict)  # those of `Loss.weights`, row by row
+    shares: dict[int, float] = field(default_factory=dict)  # of each example's targets that count; 1 for a student without
+
+    def counts_of(self, k: int) -> TargetCounts:
+        """The targets that count for student k."""
+        return self.counts.of(self.shares.get(k, 1.0))
+
+    def unscale(self, k: int) -> float:
+        """The factor that makes of student k's gradients those of the step's loss."""
+        counts = self.counts_of(k)
+        return 1 / self.scale if counts.whole is None else counts.whole / counts.targets / self.scale
 
 
 class StepResult:
@@ -78,7 +96,8 @@ class StepResult:
         """For the active students each term's mean, the loss, and the gradient's norm; whether any rank was asked to stop.
 
         The mean of a term x whose targets have weights w is sum w x / sum |w|, and left out where no target carries it. Where not all do,
-        the number of those that do is NAME_targets. NAME_weight is the mean size of the weights of a term that a rule weighs.
+        the number of those that do is NAME_targets. NAME_weight is the mean size of the weights of a term that a rule weighs. Where
+        only some targets count, all this is said of them, and `kept` is their share.
         """
         if self.copied:
             self.copied.synchronize()
@@ -94,7 +113,7 @@ class StepResult:
         return means, {k: norms[k] for k in sums}, values[len(self.names)] > 0
 
     def _means(self, k: int, sums: dict[str, float], by_rule: dict[str, tuple[float, int]]) -> dict[str, float]:
-        counts, terms = self.accumulated.counts, {}
+        counts, terms = self.accumulated.counts_of(k), {}
         weighted = counts.weighted | by_rule
         for name, value in sums.items():
             mass, carriers = weighted.get(name, (counts.targets, counts.targets))
@@ -102,8 +121,10 @@ class StepResult:
                 terms[name] = value / (mass or 1)
             if carriers < counts.targets:
                 terms[f"{name}_targets"] = carriers
-            if name in by_rule:
+            if name in by_rule and not (counts.whole and mass == counts.targets):
                 terms[f"{name}_weight"] = mass / counts.targets
+        if counts.whole is not None:
+            terms["kept"] = counts.targets / counts.whole
         return terms | {"loss": self.accumulated.combine[k]({name: value / counts.targets for name, value in sums.items()})}
 
 

@@ -1,5 +1,6 @@
 """The doctor on sound runs: every check passes, or says why it is not asked."""
 
+import dataclasses
 import json
 import re
 from pathlib import Path
@@ -12,6 +13,7 @@ from llmkd.cli import main
 from llmkd.commands.doctor import with_stand_ins
 from llmkd.doctor import examine, plain
 from llmkd.doctor.examine import CHECKS, ask_all
+from llmkd.losses.keep import Keep
 from tests.conftest import plain_recipe
 from tests.doctor.conftest import named
 
@@ -57,6 +59,22 @@ def test_targets_that_a_rule_weighs_are_weighed_as_in_the_textbook(make_setup, m
     assert {one.status for one in ask_all(setup, checks, lambda check, result: None)} == {"passed"}
     monkeypatch.setattr(plain, "target_weights", lambda settings, logits_NV, signal, labels_N, position_N: torch.ones(len(labels_N)))
     assert {one.status for one in ask_all(setup, checks, lambda check, result: None)} == {"failed"}
+
+
+@pytest.mark.parametrize("keep", [0.3, {"share": 0.3, "by": "divergence", "invert": True}], ids=str)
+def test_the_targets_that_count_are_the_textbooks(make_setup, monkeypatch, keep):
+    """And others, or another number of them, are found."""
+    setup, checks = make_setup(loss__keep=keep), [named("the textbook")]
+    (result,) = ask_all(setup, checks, lambda check, result: None)
+    assert result.status == "passed" and re.search(r"; \d+ count, those with the (highest|lowest) scores", result.found), result
+    for changes, words in (({"invert": not setup.keep.invert}, "does not"), ({"share": 0.6}, "")):
+        whole = setup.keep
+        monkeypatch.setattr(setup, "keep", dataclasses.replace(whole, **changes))
+        real = Keep.__call__
+        monkeypatch.setattr(Keep, "__call__", lambda self, *more, whole=whole, real=real: real(whole, *more))
+        (result,) = ask_all(setup, checks, lambda check, result: None)
+        assert result.status == "failed" and words in result.found, changes
+        monkeypatch.undo()
 
 
 def test_the_command_prints_a_page_and_writes_json_and_html(world, tmp_path, capsys, monkeypatch):

@@ -8,10 +8,11 @@ import pytest
 import torch
 from torch.testing import assert_close
 
-from llmkd.batch import PackedLayout, View
+from llmkd.batch import Batch, Example, PackedLayout, View
 from llmkd.losses import attention
 from llmkd.losses.attention_groups import Group, grouped
-from llmkd.signals import AttentionInputs
+from llmkd.losses.terms import StudentOutputs
+from llmkd.signals import AttentionInputs, Dense
 
 PLACES = [1, 4, 6]  # of the targets, among seven positions
 
@@ -256,3 +257,34 @@ def test_groups_are_padded_by_half_at_most():
     groups = grouped(view, lengths.tolist(), 10**6)
     assert sum(one.target_bn.numel() * one.position_bm.shape[1] for one in groups) < 1.5 * (lengths**2).sum() + len(groups) * 10**6 / 16
     assert len(groups) < 15
+
+
+@pytest.mark.parametrize("heads", [None, 4])
+def test_only_targets_that_count_are_compared(heads, monkeypatch):
+    """Some are not kept, some have no weight; of an example none may be left, and of a batch neither."""
+    student, teacher = inputs(4, 2, 6, 4, 3, seed=0), inputs(4, 1, 8, 12, None, seed=5)
+    whole = expected_relations(student, teacher, 4) if heads else expected_maps(student, teacher)
+    student.query.requires_grad_()
+    outputs = StudentOutputs(torch.zeros(4, 3, dtype=torch.float64), None, {}, {1: student})
+    term, labels, seen = attention.AttentionTerm(0.7, [(1, 2)], relation_heads=heads), torch.arange(4), []
+    real = attention.grouped
+    monkeypatch.setattr(attention, "grouped", lambda view, counts, most: seen.append(counts) or real(view, counts, most))
+
+    def batch(**weights):
+        return Batch(labels, labels, VIEW, VIEW, (Example("", 3, -1), Example("", 1, -1)), weights)
+
+    w = torch.tensor([0.0, 2.0, -1.0, 1.0])
+    for one, expected, counts in (
+        (batch(attention=w), whole * w, [2, 1]),
+        (batch(attention=w).keeping(torch.tensor([0, 1])), whole * torch.tensor([0, 2, 0, 0]), [1, 0]),
+        (batch().keeping(torch.tensor([0, 3])), whole * torch.tensor([1, 0, 0, 1]), [1, 1]),
+        (batch(attention=w).keeping(torch.tensor([0])), 0 * whole, [0, 0]),
+        (batch(), whole, [3, 1]),
+    ):
+        student.query.grad = None
+        loss = term(outputs, Dense(None, None, {}, {2: teacher}), one)
+        assert_close(loss.rows["attention"], expected, rtol=1e-11, atol=1e-14)
+        assert loss.total.item() == pytest.approx(0.7 * expected.sum().item(), rel=1e-11) and seen[-1] == counts
+        loss.total.backward()
+        if not heads:
+            assert student.query.grad.abs().sum((1, 3)).flatten().nonzero().flatten().tolist() == VIEW.rows_N[expected != 0].tolist()

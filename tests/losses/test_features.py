@@ -1,11 +1,10 @@
 """Hidden states against a teacher's: distances, the linear map's start and the term, each against formulas in numpy, float64."""
 
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 import torch
 
+from llmkd.batch import Batch, View
 from llmkd.head import Head
 from llmkd.losses.features import DISTANCES, FeatureTerm, least_squares, share_unexplained, spread
 from llmkd.losses.terms import StudentOutputs
@@ -59,8 +58,9 @@ def test_the_same_states_are_no_loss_and_have_no_gradient(name, mapped):
     assert [name for name, p in term.named_parameters() if p.grad is None or p.grad.any()] == []
 
 
-def batch(targets: int):
-    return SimpleNamespace(num_targets=targets, weights={})
+def batch(targets: int, **weights) -> Batch:
+    view, labels_N = View({}, torch.arange(targets)), torch.arange(targets)
+    return Batch(labels_N, labels_N, view, view, (), {name: torch.tensor(w) for name, w in weights.items()})
 
 
 def case(name: str, projection: str = "linear") -> tuple[FeatureTerm, dict, dict]:
@@ -110,6 +110,29 @@ def test_a_batch_without_targets_gives_every_map_a_gradient_of_zero():
     )
     loss.total.backward()
     assert loss.total == 0 and all(p.grad is not None and not p.grad.any() for p in term.parameters())
+
+
+def test_only_targets_that_count_are_mapped_and_compared(monkeypatch):
+    """Some are not kept, and some of the others have no weight."""
+    term, ours, theirs = case("mse")
+    W, b = term.maps[0].weight.detach().numpy(), term.maps[0].bias.detach().numpy()
+    term.pairs, seen, mapped = term.pairs[:1], [], FeatureTerm.mapped
+    monkeypatch.setattr(FeatureTerm, "mapped", lambda self, pair, x: seen.append(len(x)) or mapped(self, pair, x))
+    w = [2.0, 1.0, 0.0, -1.0, 1.0, 0.0, 0.5]
+    given = batch(N, features=w).keeping(torch.tensor([0, 2, 3, 6]))
+    for one, carried in ((given, [0, 3, 6]), (batch(N, features=w), [0, 1, 3, 4, 6]), (batch(N).keeping(torch.tensor([1, 5])), [1, 5])):
+        seen.clear()
+        for x in ours.values():
+            x.grad = None
+        loss = term(StudentOutputs(None, None, ours), Dense(None, None, theirs), one)
+        expected = np.zeros(N)
+        for i in carried:
+            distance = plain_distance("mse", W @ ours[1][i].detach().numpy() + b, theirs[2][i].numpy()) / 0.5
+            expected[i] = distance * (w[i] if one.weights else 1)
+        np.testing.assert_allclose(loss.rows["features"], expected, rtol=1e-12)
+        assert seen == [len(carried)] and loss.total.item() == pytest.approx(0.7 * expected.sum(), rel=1e-12)
+        loss.total.backward()
+        assert ours[1].grad.abs().sum(1).nonzero().flatten().tolist() == carried
 
 
 def test_half_precision_states_are_compared_in_float32():

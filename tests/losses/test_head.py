@@ -1,12 +1,11 @@
 """Parts of the fused loss one by one: heads with a bias, a factor or a module round them; terms of rows; signals of one's own."""
 
-from types import SimpleNamespace
-
 import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
 
+from llmkd.batch import Batch, View
 from llmkd.head import Head
 from llmkd.losses.fused import fused_loss
 from llmkd.losses.objective import Objective
@@ -48,16 +47,20 @@ def test_the_gradients_of_weight_bias_and_hidden_states_are_autograds(around, pa
 
 def test_a_term_of_rows_has_its_weight_in_the_loss_and_in_what_is_shown():
     class Squares(RowTerm):
-        def rows(self, student, signal, batch):
-            return student**2
+        def rows(self, student, signal, batch, targets):
+            return student[targets] ** 2
+
+    def one(**weights):
+        view = View({}, torch.arange(3))
+        return Batch(torch.arange(3), torch.zeros(3), view, view, (), {name: torch.tensor(w) for name, w in weights.items()})
 
     x_N, term = torch.tensor([1.0, 2.0, 3.0], requires_grad=True), Squares("squares", 0.25)
-    loss: Loss = term(x_N, None, SimpleNamespace(weights={}))
+    loss: Loss = term(x_N, None, one())
     assert loss.total.item() == 0.25 * 14 and term.combine({"squares": 8.0}) == 2.0
     assert loss.rows["squares"].tolist() == [1, 4, 9] and not loss.rows["squares"].requires_grad
     loss.total.backward()
     assert x_N.grad.tolist() == [0.5, 1.0, 1.5]
-    loss = term(x_N, None, SimpleNamespace(weights={"squares": torch.tensor([0.0, -1.0, 2.0])}))
+    loss = term(x_N, None, one(squares=[0.0, -1.0, 2.0]))
     assert loss.total.item() == 0.25 * 14 and loss.rows["squares"].tolist() == [0, -4, 18]
 
 

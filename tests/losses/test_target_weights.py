@@ -209,7 +209,7 @@ def test_the_kernel_is_used_only_where_weights_are_known_before(monkeypatch):
         asked.clear()
         HeadTerm(Objective(0.5), 4, rule=rule(by))(StudentOutputs(hidden, Head(project, V)), signal, batch(labels))
         assert len(asked) == times, by
-    student = fused._Product(Head(project, V), hidden[:4], fused._Tiles(V, hidden.device))
+    student = fused._Product(Head(project, V), hidden[:4], fused.Tiles(V, hidden.device))
     assert fused._choose_backend(Objective(0.5), student, signal, rule("divergence"))[1] == (
         "forward_kl weighed by divergence, by PyTorch, with its gradient in closed form"
     )

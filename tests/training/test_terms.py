@@ -37,8 +37,8 @@ class Probe(RowTerm):
             self.map.weight.copy_(torch.arange(WIDTH) / WIDTH)
             self.map.bias.zero_()
 
-    def rows(self, student, signal, batch):
-        return (self.map(student.hidden_NH)[:, 0] - 1) ** 2
+    def rows(self, student, signal, batch, targets):
+        return (self.map(student.hidden_NH[targets])[:, 0] - 1) ** 2
 
 
 def with_probe(loss, *sizes):
@@ -113,8 +113,8 @@ def test_micro_batches_do_not_matter_to_it(probed, trained, tmp_path):
 def test_its_values_that_are_not_finite_are_named(probed, make_recipe, monkeypatch, tmp_path):
     real = Probe.rows
 
-    def rows(self, student, signal, batch):
-        return real(self, student, signal, batch) / (batch.example_N != 11)
+    def rows(self, student, signal, batch, targets):
+        return real(self, student, signal, batch, targets) / (batch.example_N != 11)
 
     monkeypatch.setattr(Probe, "rows", rows)
     with pytest.raises(NonFinite, match=r"probe is not finite at .*train.jsonl:12;"):

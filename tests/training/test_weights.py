@@ -192,6 +192,6 @@ def test_examples_keep_their_weights(make_recipe, world):
     assert data.weights["ce"].tolist() == 20 * [0.0] + 9 * [-0.5] and data.weights["kd"].tolist() == 20 * [1.0] + 9 * [2.0]
     assert data.take(np.array([25, 3])).weights["ce"].tolist() == [-0.5, 0.0]
     expected = {"ce": (0.5 * counts[20:].sum(), counts[20:].sum()), "kd": (counts[:20].sum() + 2 * counts[20:].sum(), counts.sum())}
-    assert data.weighted(range(29), counts) == expected
-    assert data.weighted([0, 1], counts) == {"ce": (0.0, 0)} and data.unweighted().weights == {}
+    assert data.weighted(range(29)) == expected
+    assert data.weighted([0, 1]) == {"ce": (0.0, 0)} and data.unweighted().weights == {}
     assert SimpleNamespace(**vars(data)).ids is data.unweighted().ids

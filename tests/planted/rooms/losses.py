@@ -17,8 +17,8 @@ FAULTS = [
         (
             "features-times-scale",
             "the distance is multiplied by the teacher's spread",
-            "signal.layers[t]) / self.scales[n]",
-            "signal.layers[t]) * self.scales[n]",
+            "signal.layers[t][targets]) / self.scales[n]",
+            "signal.layers[t][targets]) * self.scales[n]",
             "losses/test_features.py::test_the_term_and_its_gradients_are_the_formulas",
         ),
         (
@@ -303,7 +303,7 @@ FAULTS = [
     ),
     *in_file(
         "llmkd/losses/terms.py",
-        ("terms-weight", "a term's weight is ignored", "Loss(self.weight * rows_N.sum(),", "Loss(rows_N.sum(),", "losses/test_head.py"),
+        ("terms-weight", "a term's weight is ignored", "Loss(self.weight * rows_n.sum(),", "Loss(rows_n.sum(),", "losses/test_head.py"),
         (
             "teacher-of-another",
             "a student that learns without a teacher takes that of the students beside it",

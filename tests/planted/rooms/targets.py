@@ -7,7 +7,73 @@ VALUES, SCHEDULES = "config/test_schedule.py::test_values_by_step", "training/te
 
 RULE, RULED = "losses/test_target_weights.py", "training/test_target_weights.py"
 
+KEPT, KEEPING = "losses/test_keep.py", "training/test_keep.py"
+
 FAULTS = [
+    Fault(
+        "keep-over-the-batch",
+        "the targets that count are chosen over a micro-batch",
+        "llmkd/losses/keep.py",
+        "best_N = best_N[owner_N[best_N].argsort(stable=True)]",
+        "best_N = best_N",
+        f"{KEPT} {KEEPING}::test_how_a_step_is_cut_does_not_matter",
+    ),
+    Fault(
+        "keep-the-last-of-equals",
+        "of targets with equal scores any one is kept",
+        "llmkd/losses/keep.py",
+        "best_N = key_N.argsort(stable=True)",
+        "best_N = key_N.flip(0).argsort(stable=True).neg().add(len(key_N) - 1)",
+        f"{KEPT}::test_equal_scores_are_kept_by_position_and_nan_is_not_hidden",
+    ),
+    Fault(
+        "keep-drops-nan",
+        "a target whose score is not a number is dropped without a word",
+        "llmkd/losses/keep.py",
+        "torch.where(score_N.isnan(), -torch.inf,",
+        "torch.where(score_N.isnan(), torch.inf,",
+        f"{KEPT}::test_equal_scores_are_kept_by_position_and_nan_is_not_hidden",
+    ),
+    Fault(
+        "keep-rounds-up-twice",
+        "0.1 of 30 targets are 4",
+        "llmkd/config/target_weights.py",
+        "math.ceil(Fraction(repr(share)) * n)",
+        "math.ceil(share * n)",
+        f"{KEPT}::test_how_many",
+    ),
+    Fault(
+        "keep-over-all-targets",
+        "the loss of the targets that count is divided by all targets",
+        "llmkd/training/step_result.py",
+        "counts.whole / counts.targets / self.scale",
+        "1 / self.scale",
+        f"{KEEPING}::test_means_of_a_step_by_hand",
+    ),
+    Fault(
+        "keep-computes-all",
+        "what is not kept is computed and thrown away",
+        "llmkd/losses/rows.py",
+        "groups = {without: kept[rows] for without, rows in own.items()} or {(): kept}",
+        "pass",
+        f"{KEPT}::test_what_is_not_kept_is_not_multiplied",
+    ),
+    Fault(
+        "keep-forgets-the-source",
+        "a target that counts has weight 1, whatever its source's is",
+        "llmkd/losses/rows.py",
+        "own = zeros_of({name: w_N[kept] for name, w_N in weights.items()}) if zeros else {}",
+        "own, weights = {}, {}",
+        f"{KEPT}::test_the_loss_and_its_gradient_are_those_of_the_kept_targets",
+    ),
+    Fault(
+        "keep-rule-of-the-weights",
+        "a plain share takes its rule from nowhere",
+        "llmkd/config/target_weights.py",
+        "own = keep.by is not None or weights is None",
+        "own = True",
+        f"{KEPT}::test_the_rule_of_a_number",
+    ),
     Fault(
         "rule-at-the-temperature",
         "a rule reads the teacher at the loss's temperature",
@@ -27,9 +93,9 @@ FAULTS = [
     Fault(
         "rule-position-of-the-chunk",
         "a rule counts positions from the start of the batch",
-        "llmkd/losses/fused.py",
-        "log_q_nV, position_N[rows])",
-        "log_q_nV, position_N[: len(labels_n)])",
+        "llmkd/losses/target_weights.py",
+        "else position_N[rows])",
+        "else position_N[: len(labels_n)])",
         f"{RULE}::test_a_rule_of_ones_own_sees_chunks_and_no_gradient",
     ),
     Fault(
@@ -44,8 +110,8 @@ FAULTS = [
         "rule-from-the-tail",
         "the entropy of a record is computed from what it keeps",
         "llmkd/losses/target_weights.py",
-        "if self.rule is teacher_entropy else None",
-        "if self.rule is None else None",
+        "if self.rule is teacher_entropy:",
+        "if self.rule is None:",
         f"{RULE}::test_what_a_record_holds_is_used_as_it_is",
     ),
     Fault(
@@ -76,7 +142,7 @@ FAULTS = [
         "rule-any-cache",
         "an imported cache or one in part is taken for a whole distribution",
         "llmkd/config/target_weights.py",
-        "if held is None or (entropy and settings.by in held):",
+        "if held is None or (entropy and by in held):",
         "if True:",
         f"{RULED}::test_what_is_refused {RULED}::test_caches_that_hold_what_a_rule_reads",
     ),

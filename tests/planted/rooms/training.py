@@ -84,7 +84,7 @@ FAULTS = [
         (
             "never-unscaled",
             "gradients stay multiplied by the scale",
-            "unscale_and_norm_(student, 1 / accumulated.scale)",
+            "unscale_and_norm_(student, accumulated.unscale(k))",
             "unscale_and_norm_(student, 1.0)",
             HAND,
         ),
@@ -105,8 +105,8 @@ FAULTS = [
         (
             "norm-after-clipping",
             "the gradient is clipped by an earlier norm",
-            "norms = {k: unscale_and_norm_(student, 1 / accumulated.scale)",
-            "norms = {k: 2 * unscale_and_norm_(student, 1 / accumulated.scale)",
+            "norms = {k: unscale_and_norm_(student, accumulated.unscale(k))",
+            "norms = {k: 2 * unscale_and_norm_(student, accumulated.unscale(k))",
             HAND,
         ),
         (

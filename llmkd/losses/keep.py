@@ -1,0 +1,73 @@
+"""The targets that count: a share of each example's, those that a rule of `target_weights` puts first."""
+
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from ..batch import Batch
+from ..config.target_weights import Keep as Settings
+from ..config.target_weights import TargetWeights as RuleSettings
+from ..config.target_weights import kept_of
+from ..head import Head
+from ..signals import Signal
+from .fused import Tiles, block_rows, default_chunk, has_full_distribution, teacher_log_probs
+from .target_weights import TargetWeights
+
+
+@dataclass(frozen=True)
+class Keep:
+    """Of the n targets of each example, the ceil(share n) with the highest scores, or with `invert` the lowest; of equal scores the earlier ones.
+
+    They are chosen within each example, so that neither micro-batches nor ranks decide. Xu et al. 2026, TIP (arXiv 2604.14084), who train on
+    the tokens with the highest student entropy alone and find half of them enough.
+
+    A score is detached. One that needs the student's distribution costs a product of its head with every target, before the loss.
+    """
+
+    share: float
+    rule: TargetWeights
+    invert: bool = False
+
+    @staticmethod
+    def of(settings: Settings, setting: str) -> "Keep":
+        """From settings that are all given, see `chosen_by`. `setting`: the name of the one that names the rule."""
+        return Keep(settings.share, TargetWeights.of(RuleSettings(by=settings.by), setting), settings.invert)
+
+    @torch.no_grad()
+    def __call__(self, hidden_NH: Tensor, head: Head, signal: Signal | None, batch: Batch, chunk: int | None = None) -> Batch:
+        """The batch with `kept` set. `chunk`: rows of the head at a time."""
+        counts = [example.num_targets for example in batch.examples]
+        most = [kept_of(n, self.share) for n in counts]
+        if most == counts:
+            return batch
+        score_N = self.scores(hidden_NH, head, signal, batch, chunk or default_chunk(head.vocab, hidden_NH.device.type))
+        key_N = torch.where(score_N.isnan(), -torch.inf, score_N if self.invert else -score_N)  # NaN is kept, so that the loss shows it
+        device, starts = key_N.device, [0, *accumulate(counts)]
+        owner_N = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(device)
+        best_N = key_N.argsort(stable=True)
+        best_N = best_N[owner_N[best_N].argsort(stable=True)]  # by example, and in each by score
+        first = torch.cat([torch.arange(start, start + k) for start, k in zip(starts, most, strict=False)]).to(device)
+        return batch.keeping(best_N[first].sort().values)
+
+    def scores(self, hidden_NH: Tensor, head: Head, signal: Signal | None, batch: Batch, chunk: int) -> Tensor:
+        """Of every target, [N]. The products are those of a chunk, what follows is done for a few rows at a time."""
+        rule, N, device = self.rule, batch.num_targets, hidden_NH.device
+        if not rule.needs_logits:
+            return rule.scores(batch.labels_N, slice(0, N), batch.position_N)
+        found, position_N, tiles = [], batch.position_N, Tiles(head.vocab, device)
+        whole, block = rule.needs_teacher and has_full_distribution(signal), block_rows(head.vocab, device.type, signal)
+        with torch.autocast(device.type, enabled=False):
+            for start in range(0, N, chunk):
+                rows = slice(start, min(start + chunk, N))
+                z_nV = y_nV = None
+                if rule.needs_student:
+                    z_nV = head.logits(hidden_NH[rows], tiles("student", rows.stop - start, head.dtype) if head.is_affine else None)
+                if whole:
+                    y_nV = teacher_log_probs(signal, rows, 1.0, tiles, soften=False)
+                for first in range(start, rows.stop, block):
+                    part = slice(first, min(first + block, rows.stop))
+                    log_q_nV, log_p_nV = (x if x is None else x[first - start : part.stop - start].log_softmax(-1) for x in (z_nV, y_nV))
+                    found.append(rule.scores(batch.labels_N[part], part, position_N, signal, log_p_nV, log_q_nV, head.vocab))
+        return torch.cat(found)
