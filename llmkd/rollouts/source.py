@@ -79,9 +79,8 @@ class OnPolicySource(ExampleSource):
     def _step(self, planned: Step, parts: list[Examples], places: list[str]) -> Step:
         source = np.concatenate([np.zeros(0, np.int64), *(part.source for part in parts)])
         data = concat(parts, [0] * len(parts), {}, source) if parts else self.examples.take(np.zeros(0, np.int64))
-        every, counts = list(range(len(data))), data.num_targets
-        step = Step(planned.number, planned.epoch, int(counts.sum()), data.weighted(every, counts), every, [], data, places)
-        return self.resplit(step)
+        every = list(range(len(data)))
+        return self.resplit(Step(planned.number, planned.epoch, int(data.num_targets.sum()), data.weighted(every), every, [], data, places))
 
     def _write(self, examples: Sequence[int], keys: Sequence[int]) -> list[Completion]:
         """A completion of each example's prompt. The longest prompts are dealt to the ranks in turn; a UserError of one rank is raised on all."""
