@@ -24,7 +24,7 @@ from .training.environment import check_environment
 from .training.launcher import launcher_pid
 from .training.shutdown import end_on_signal
 
-_COMPUTES = ("train", "sweep", "cache", "sample", "export", "eval", "doctor")
+_COMPUTES = ("train", "sweep", "cache", "roll", "sample", "export", "eval", "doctor")
 _RESUMED = ("train", "sweep")
 _QUIET = (*_COMPUTES, "data", "tasks")
 
@@ -118,6 +118,36 @@ def cache(options: argparse.Namespace, overrides: dict) -> dict:
     for path in written:
         print(path)
     return {"caches": written}
+
+
+def roll(options: argparse.Namespace, overrides: dict) -> dict:
+    (writer,) = _places(options, "roll", "who writes", "llmkd roll student, teacher, RUN or MODEL --config RECIPE --to FILE.jsonl")
+    if not options.to:
+        raise UserError("--to: not given; name the file of answers, such as --to runs/rolled.jsonl")
+    if Path(options.to).suffix != ".jsonl":
+        raise UserError(f"--to: found {options.to}, expected a file with the ending .jsonl")
+    check_file(options.to, "--to")
+    cuts = [name for name in ("top_p", "top_k", "min_p", "seed") if getattr(options, name) is not None]
+    if options.temperature == 0 and (cuts or (options.samples or 1) > 1):
+        given = cuts[0] if cuts else "samples"
+        raise UserError(
+            f"--{given}: given with --temperature 0, which always takes the most likely token; leave it out, or raise the temperature"
+        )
+    if options.prompts and not Path(options.prompts).is_file():
+        raise UserError(f"--prompts: {options.prompts}: no such file; name a file of prompts")
+    recipe = loader.load_recipe(_recipe(options), overrides, check_inputs=True)
+    from .commands.roll import roll as write_answers
+    from .rollouts.sampling import Sampling
+
+    names = {"temperature", "max_new_tokens", "seed", "top_p", "top_k", "min_p"}
+    given = {name: value for name, value in vars(options).items() if value is not None}
+    sampling = Sampling(**{"temperature": 1.0} | {name: given[name] for name in names & given.keys()})
+    more = {name: given[name] for name in ("samples", "limit", "batch_size") if name in given}
+    found = write_answers(
+        writer, recipe, Path(options.to).expanduser(), sampling, prompts=options.prompts and Path(options.prompts), **more
+    )
+    print(found["file"])
+    return found
 
 
 def data(options: argparse.Namespace, overrides: dict) -> dict:
@@ -245,6 +275,7 @@ COMMANDS = {
     "train": train,
     "sweep": sweep,
     "cache": cache,
+    "roll": roll,
     "data": data,
     "doctor": doctor,
     "sample": sample,

@@ -133,6 +133,37 @@ COMMANDS = (
         Recipe,
     ),
     Command(
+        "roll",
+        "Write a model's answers to a recipe's prompts as data: roll once, cache, train",
+        "student|teacher|RUN|MODEL --config RECIPE --to FILE.jsonl [options] [--section.name VALUE ...]",
+        "Let the recipe's student or teacher, the student of a finished run, or any model of the same tokenizer answer the prompts of the recipe's\n"
+        "training rows (each up to its first target), and write the answers as data: format: tokens, with the ids that were written, and the text\n"
+        "for people. An answer depends on the model, its prompt, the sampling and the seed alone. What is written is kept: after a stop or a kill\n"
+        "the same command goes on. llmkd cache then scores the file, and runs train from it.",
+        "llmkd roll runs/sft --config recipes/quickstart/2_distill.yaml --to runs/rolled.jsonl",
+        (
+            _CONFIG,
+            Option("--to", "FILE.jsonl", "the file of answers"),
+            Option("--prompts", "FILE", "a file of prompts, as for llmkd sample (default: the recipe's training rows)"),
+            Option("--samples", "N", "answers to each prompt (default 1)", whole_number(1)),
+            Option("--limit", "N", "only the first N prompts", whole_number(1)),
+            Option("--temperature", "T", "temperature of sampling (default 1); 0: always the most likely token", number(0)),
+            Option(
+                "--top_p", "P", "of the tokens the most likely ones that have this share of the probability (default 1: all)", number(0, 1)
+            ),
+            Option("--top_k", "K", "of the tokens the K most likely ones (default all)", whole_number(1)),
+            Option(
+                "--min_p", "P", "of the tokens those that are at least P times as likely as the most likely one (default 0)", number(0, 1)
+            ),
+            Option("--max_new_tokens", "N", "longest answer in tokens (default 128); a longer one is cut off", whole_number(1)),
+            Option("--seed", "S", "seed of sampling (default 0)", whole_number(0)),
+            Option("--batch_size", "N", "answers at a time (default 32)", whole_number(1)),
+            _JSON,
+        ),
+        Recipe,
+        places=("WRITER", "student, teacher, the folder of a run, of a model or of an adapter, or a hub id"),
+    ),
+    Command(
         "doctor",
         "Check a recipe, its models, data and loss on a few rows, before a long run",
         "--config RECIPE [--rows N] [--to FILE.html] [--json FILE] [--section.name VALUE ...]",
@@ -316,8 +347,11 @@ def command_parsers(group=None) -> dict[str, Parser]:
 def parse(command: str, words: list[str]) -> tuple[argparse.Namespace, dict[str, typing.Any]]:
     """A command's options, and the settings given beside them. Raises HelpShown after printing help, UserError for a mistake."""
     parser = command_parsers()[command]
-    options, rest = parser.parse_known_args(plain_switches(parser, words))
-    unknown = [word for word in rest if word.startswith("-") and word != "-"]
+    words, settings = plain_switches(parser, words), []
+    if parser.kind and any(action.dest == "places" for action in parser._actions):  # else a setting's value may be taken for a place
+        words, settings = _apart(parser, words)
+    options, rest = parser.parse_known_args(words)
+    unknown = [word for word in (*rest, *settings) if word.startswith("-") and word != "-"]
     if parser.kind:
         own = {field.name for kind in (Recipe, Sweep, Pipeline) for field in dataclasses.fields(kind)}
         own |= {path.rpartition(".")[2] for path, *_ in describe(Recipe)}  # --lr: parse_overrides names optim.lr
@@ -329,6 +363,8 @@ def parse(command: str, words: list[str]) -> tuple[argparse.Namespace, dict[str,
             hint = f"; it belongs to llmkd {', '.join(elsewhere)}" if elsewhere else did_you_mean(name, parser.flags())
             if hint:
                 raise UserError(f"{name}: {command} has no such option{hint}")
+        if hasattr(options, "places"):
+            options.places, rest = [*options.places, *rest], settings
         if rest and not rest[0].startswith("-") and not options.config:
             raise UserError(f"{rest[0]}: not understood; the recipe is given by --config {rest[0]} (see llmkd {command} --help)")
         return options, parse_overrides(rest, ())
@@ -342,6 +378,21 @@ def parse(command: str, words: list[str]) -> tuple[argparse.Namespace, dict[str,
     if rest:  # positional arguments behind an option, which argparse leaves
         options.places = [*options.places, *rest]
     return options, {}
+
+
+def _apart(parser: Parser, words: list[str]) -> tuple[list[str], list[str]]:
+    """A command's own words, and the settings among them: `--name VALUE` or `--name=VALUE` of what is no option."""
+    own, settings, rest = [], [], list(words)
+    while rest:
+        word = rest.pop(0)
+        name, equals, _ = word.partition("=")
+        if not word.startswith("--") or name in parser.flags():
+            own.append(word)
+            continue
+        settings.append(word)
+        if not equals and rest and not rest[0].startswith("--"):
+            settings.append(rest.pop(0))
+    return own, settings
 
 
 def overview() -> str:
@@ -367,7 +418,7 @@ def completion_script(shell: str) -> str:
         for action in parser._actions:
             if action.dest == "help":
                 action.nargs = 0  # a section behind it is not completed
-            elif action.dest in ("config", "import", "json", "prompts") or (action.dest == "to" and name in ("sample", "doctor")):
+            elif action.dest in ("config", "import", "json", "prompts") or (action.dest == "to" and name in ("sample", "doctor", "roll")):
                 action.complete = shtab.FILE
             elif action.dest in ("to", "out", "tasks_dir", "places") and name not in ("init", "completion"):
                 action.complete = shtab.DIRECTORY

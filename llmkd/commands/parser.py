@@ -77,14 +77,15 @@ def whole_number(least: int):
     return number
 
 
-def number(least: float):
+def number(least: float, most: float = math.inf):
     def value(text: str) -> float:
         try:
             found = float(text)
         except ValueError:
             found = math.nan
-        if not least <= found < math.inf:
-            raise argparse.ArgumentTypeError(f"found {text}, expected a number >= {least:g}")
+        if not least <= found <= most or found == math.inf:
+            wanted = f">= {least:g}" if most == math.inf else f"from {least:g} to {most:g}"
+            raise argparse.ArgumentTypeError(f"found {text}, expected a number {wanted}")
         return found
 
     return value

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..config.fields import as_tuple, with_setting_names
 from ..config.loader import load_recipe
-from ..config.recipe import Data, Recipe, Teacher
+from ..config.recipe import Data, Recipe, Student, Teacher
 from ..console import info, progress_bar
 from ..data.dataset import Dataset, encode_sources, hold_out, join
 from ..data.encoding.tokenizer import load_tokenizer, shared_vocab
@@ -88,14 +88,14 @@ def sample(
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("sample: runs in one process; leave accelerate launch out")
-    recipe, student = _finished(run)
+    recipe, student = finished(run)
     wanted = dict(models_to_ask(recipe, student, models))
     files = {name: _files(name, *one) for name, one in wanted.items()}
     tokenizer = load_tokenizer(str(student), "sample")
     data = dataclasses.replace(recipe.data, train_on_input=False)
     found = read_prompts(prompts, as_tuple(data.train), data, tokenizer)[:count] if prompts else _held_out(run, data, tokenizer, count)
     vocab = shared_vocab(tokenizer, {name: rows_of(one.config) for name, one in files.items()})
-    _refuse_unfit(found, vocab, files, tokenizer)
+    refuse_unfit(found, vocab, files, tokenizer)
 
     from ..rollouts.sampling import Sampling
 
@@ -119,7 +119,7 @@ def sample(
     return Samples(str(run), {"temperature": temperature, "max_new_tokens": max_new_tokens, "seed": seed}, named, asked)
 
 
-def _finished(run: Path) -> tuple[Recipe, Path]:
+def finished(run: Path) -> tuple[Recipe, Path]:
     """The recipe of a finished run, and the folder of its student."""
     if not run.is_dir():
         raise UserError(f"{run}: no such folder; name a run's output_dir")
@@ -134,8 +134,6 @@ def _finished(run: Path) -> tuple[Recipe, Path]:
 
 def models_to_ask(recipe: Recipe, student: Path, wanted: tuple[str, ...]) -> Iterator[tuple[str, tuple[str, Teacher]]]:
     """(name, (the setting that names it, how it is loaded)) of each model that is asked. A line says which of them there is not."""
-    from ..models.saved_student import as_trained
-
     own = recipe.student
     for setting, teacher in with_setting_names(recipe.teacher, "teacher") if "teacher" in wanted else ():
         if teacher.model:
@@ -145,21 +143,31 @@ def models_to_ask(recipe: Recipe, student: Path, wanted: tuple[str, ...]) -> Ite
     if "teacher" in wanted and recipe.teacher is None:
         info("the run had no teacher; left out")
     if "before" in wanted and own.model:
-        start = Teacher(
-            model=own.model if own.layers is None else str(student_files(own).base),
-            revision=own.revision if own.layers is None else None,
-            base=own.base,
-            quantization=own.quantization,
-            dtype=own.dtype,
-            attention=own.attention,
-        )
-        yield "before", ("student.model", start)
+        yield "before", ("student.model", untrained(own))
     elif "before" in wanted:
         info("the student began with new random weights; before is left out")
     if "after" in wanted:
-        is_adapter = (student / "adapter_config.json").exists()
-        end = as_trained(student) if is_adapter else Teacher(model=str(student))
-        yield "after", ("sample", dataclasses.replace(end, attention=own.attention))
+        yield "after", ("sample", trained(student, own.attention))
+
+
+def untrained(own: Student) -> Teacher:
+    """How the student of a recipe is loaded as it is before its training, from `student.model`; its layers are numbers, or all."""
+    return Teacher(
+        model=own.model if own.layers is None else str(student_files(own).base),
+        revision=own.revision if own.layers is None else None,
+        base=own.base,
+        quantization=own.quantization,
+        dtype=own.dtype,
+        attention=own.attention,
+    )
+
+
+def trained(student: Path, attention: str) -> Teacher:
+    """How the finished student in this folder is loaded."""
+    from ..models.saved_student import as_trained
+
+    is_adapter = (student / "adapter_config.json").exists()
+    return dataclasses.replace(as_trained(student) if is_adapter else Teacher(model=str(student)), attention=attention)
 
 
 def _files(name: str, setting: str, settings: Teacher) -> ModelFiles:
@@ -210,7 +218,7 @@ def _validation(run: Path, data: Data, tokenizer) -> Dataset | None:
     return hold_out(whole, data.validation_fraction)[1] if of_train else whole
 
 
-def _refuse_unfit(prompts: list[Prompt], vocab: int, files: dict[str, ModelFiles], tokenizer) -> None:
+def refuse_unfit(prompts: list[Prompt], vocab: int, files: dict[str, ModelFiles], tokenizer) -> None:
     """UserError where a prompt leaves a model no position to write at, or has a token that a model has no row for."""
     problems = []
     for prompt in prompts:

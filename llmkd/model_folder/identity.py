@@ -98,6 +98,12 @@ def identity_of(what: str, setting: str, base: Path, adapter: Path | None) -> di
     return found
 
 
+def weights_of(base: Path, adapter: Path | None, setting: str) -> dict[str, str | None]:
+    """What a model computes with, as one text for its base and one for its adapter (None without one): weights and configuration."""
+    folders = {"base": base, "adapter": adapter}
+    return {name: folder and f"{fingerprint(folder, setting)} {config_hash(folder, setting)}" for name, folder in folders.items()}
+
+
 def record_of(folder: Path, setting: str = "model") -> dict:
     """The record beside a student that llmkd wrote, checked against its own hash; empty for other models.
 

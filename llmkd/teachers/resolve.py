@@ -19,7 +19,7 @@ from ..data.encoding import token_cache
 from ..data.examples import ALL_TEACHERS, Examples
 from ..errors import UserError
 from ..model_folder.files import ModelFiles, find, loaded_dtype
-from ..model_folder.identity import WHOLE, config_hash, fingerprint, identity_of, same_weights, verify
+from ..model_folder.identity import WHOLE, config_hash, identity_of, same_weights, verify, weights_of
 from .cache.shards import TeacherCache, read_header
 
 if TYPE_CHECKING:
@@ -52,6 +52,14 @@ class TeacherSource:
         from .cached import CachedTeacher
 
         return CachedTeacher(self.cache, device)
+
+    @property
+    def weights(self) -> dict[str, str | None]:
+        """What its model computes with, see `identity.weights_of`; of a cache alone, what was recorded of the model that made it."""
+        if self.files:
+            return weights_of(self.files.base, self.files.adapter, f"{self.setting}.model")
+        recorded = self.cache.header["provenance"]["teacher"] if self.cache else {}
+        return {name: recorded.get(name) for name in ("base", "adapter")}
 
     @property
     def tuned(self) -> bool:
@@ -111,11 +119,7 @@ def provenance(settings: Data, teacher: TeacherSource, tokenizer, data: dict[str
     """All that the contents of a teacher cache depend on, by name: tokenizer, teacher and data. `data` are the hashes of the data."""
     one, weights = teacher.settings, {"dtype": teacher.settings.dtype}
     if files := teacher.files:
-        folders = {"base": files.base, "adapter": files.adapter}
-        weights = {"dtype": weights_dtype(files, one)} | {
-            name: folder and f"{fingerprint(folder, f'{teacher.setting}.model')} {config_hash(folder, f'{teacher.setting}.model')}"
-            for name, folder in folders.items()
-        }
+        weights = {"dtype": weights_dtype(files, one)} | weights_of(files.base, files.adapter, f"{teacher.setting}.model")
     template = hashlib.sha256(json.dumps(tokenizer.chat_template).encode()).hexdigest()
     return {
         "tokenizer": {"tokenizer": token_cache.tokenizer_hash(tokenizer, template=False), "chat_template": template},

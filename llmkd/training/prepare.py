@@ -50,6 +50,7 @@ from ..model_folder.weights import modules_are_named
 from ..output.run_files import LAYERS
 from ..teachers.resolve import SignalUse, TeacherSource, check_cache, check_coverage, provenance, resolve_teachers
 from .layer_pairs import check_features, refuse_attention
+from .rolled_data import report_writers
 
 MODELS = ("the student", "the teacher")  # how the names of models begin in `Prepared.identity`
 MEASURED = 64  # training examples on which the influence of the student's layers is measured
@@ -131,6 +132,7 @@ def prepare(recipe: Recipe, open_caches: bool = True, layers: tuple[int, ...] | 
     if data.validation is not None:
         refuse_uncounted(data.validation, recipe.checkpoint.best_by)
     check_caches_cover(recipe.data, models.teachers, tokenizer, data)
+    report_writers(recipe.data, models.teachers)
     report_end_tokens(data.end_tokens, generation_before(recipe.student, models.student), tokenizer)
     student, layers = with_layers(recipe.student, models.student, data.train, layers)
     configs = models.configs | ({"student.model": student.config} if student else {})

@@ -1,0 +1,277 @@
+"""`llmkd roll`: a model's answers to the prompts of a recipe's training rows, as a data file of `format: tokens` with the ids that it wrote."""
+
+import dataclasses
+import hashlib
+import json
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..config.fields import as_tuple, with_setting_names
+from ..config.recipe import Recipe, Teacher
+from ..console import count, first_process, info, warn
+from ..data.dataset import encode_sources, hold_out, join
+from ..data.encoding import template_process
+from ..data.encoding.same_tokenizer import refuse_other_tokens
+from ..data.encoding.token_rows import vocabulary_hash
+from ..data.encoding.tokenizer import load_tokenizer, shared_vocab, student_tokenizer
+from ..data.prompt_files import read_prompts
+from ..data.prompts import Prompt, decoded, prompts_of
+from ..data.reading.sources import read_sources
+from ..errors import Stopped, UserError
+from ..model_folder.files import ModelFiles, find, loaded_dtype, rows_of
+from ..model_folder.identity import verify, weights_of
+from ..rollouts.answer_file import AnswerFile
+from ..training.rolled_data import learnt_from
+from ..training.shutdown import ShutdownRequest
+from .sample import finished, refuse_unfit, trained, untrained
+
+if TYPE_CHECKING:
+    from ..rollouts.sampling import Sampling
+
+BATCH = 32  # answers that are written at a time
+_SORTED = 16  # batches whose prompts are sorted by length together: a file's order is about that of its rows
+
+
+@dataclass(frozen=True)
+class Source:
+    """The model that writes: its part (student, teacher or model), the setting that names it, how it is loaded, and its run, if it is one's."""
+
+    part: str
+    setting: str
+    settings: Teacher
+    run: Path | None = None
+
+
+@dataclass(frozen=True)
+class Asked:
+    """One answer that is wanted: the prompt as its writer reads it, and the key of the answer, 16 hex digits."""
+
+    prompt: Prompt
+    ids: np.ndarray
+    key: str
+
+
+def roll(
+    writer: str,
+    recipe: Recipe,
+    to: Path,
+    sampling: "Sampling",
+    samples: int = 1,
+    prompts: Path | None = None,
+    limit: int | None = None,
+    batch_size: int = BATCH,
+    stop: ShutdownRequest | None = None,
+) -> dict[str, Any]:
+    """Write the answers that are not in the file yet, and return counts of all that are.
+
+    writer   student, teacher (or teacher.0, ...): the recipe's; else the folder of a run, of a model or of an adapter, or a hub id
+    samples  answers to each prompt
+    prompts  a file of prompts, read as for `llmkd sample`, instead of the recipe's training rows
+    limit    only the first prompts
+
+    UserError for what a user can correct; Stopped when a signal arrived: what is written is kept, and the same call goes on.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise UserError("roll: runs in one process; leave accelerate launch out")
+    source = _source(writer, recipe)
+    settings = source.settings
+    files = find(settings.model, source.setting, settings.revision, settings.base)
+    verify(files.base, files.adapter, source.setting)
+    tokenizer = student_tokenizer(recipe.student)
+    _refuse_other_tokenizer(tokenizer, files, source)
+    vocab = shared_vocab(tokenizer, {source.setting: rows_of(files.config)})
+    found, left_out = _prompts(recipe, prompts, tokenizer)
+    found = found[:limit]
+    refuse_unfit(found, vocab, {source.setting: files}, tokenizer)
+    weights = weights_of(files.base, files.adapter, source.setting)
+    depends = _depends_on(source, files, weights, sampling, tokenizer)
+    asked = list(_asked(found, samples, depends, source.part == "teacher"))
+    about = {"writer": {"part": source.part, "model": settings.model, "weights": weights}, "learnt_from": learnt_from(source.run)}
+    file, started = AnswerFile(to, depends, about), time.monotonic()
+    with stop or ShutdownRequest("finishing this batch; what is written is kept") as stop, file.open([one.key for one in asked]):
+        there = len(file.written)
+        if left := [batch for batch in _batches(asked, batch_size) if any(one.key not in file.written for one in batch)]:
+            _write(left, file, source, files, sampling, vocab, tokenizer, len(asked), stop)
+        file.complete()
+    return _counts(file, source, len(found), samples, left_out, there, recipe.data.max_length, time.monotonic() - started)
+
+
+def _source(writer: str, recipe: Recipe) -> Source:
+    own, named = recipe.student, dict(with_setting_names(recipe.teacher, "teacher"))
+    if writer == "student":
+        if not own.model:
+            raise UserError("roll: the student begins with new random weights, which write nothing of use; name a finished run")
+        if own.layers is not None and not isinstance(own.layers, tuple):
+            raise UserError(
+                f"roll: which layers the student keeps is chosen when it trains ({own.layers.by}); name a finished run, or list them"
+            )
+        return Source("student", "student.model", untrained(own))
+    if writer in named or writer == "teacher":
+        if not named:
+            raise UserError("roll: the recipe names no teacher; give --teacher.model, or name a model's folder")
+        if writer not in named:
+            raise UserError(f"roll: the recipe has several teachers; name one of them: {', '.join(named)}")
+        if not named[writer].model:
+            raise UserError(f"roll: {writer} is a teacher cache, and no model that could write; give {writer}.model")
+        return Source("teacher", f"{writer}.model", dataclasses.replace(named[writer], cache=None))
+    if (run := Path(writer).expanduser()) and (run / "recipe.yaml").exists():
+        of_run, student = finished(run)
+        return Source("student", "roll", trained(student, of_run.student.attention), run)
+    if (run / "adapter_config.json").exists():
+        return Source("model", "roll", trained(run, own.attention))
+    return Source("model", "roll", Teacher(model=writer, attention=own.attention))
+
+
+def _refuse_other_tokenizer(tokenizer, files: ModelFiles, source: Source) -> None:
+    folder = files.adapter if files.adapter and (files.adapter / "tokenizer.json").exists() else files.base
+    if source.setting != "student.model":
+        theirs = load_tokenizer(str(folder), source.setting)
+        refuse_other_tokens(tokenizer, theirs, source.setting, "the student's tokenizer", f"{source.settings.model}'s")
+
+
+def _prompts(recipe: Recipe, file: Path | None, tokenizer) -> tuple[list[Prompt], int]:
+    """The prompts, and the number of examples that have none: nothing of them is supervised within data.max_length."""
+    data = dataclasses.replace(recipe.data, train_on_input=False)
+    if file:
+        return read_prompts(file, as_tuple(data.train), data, tokenizer), 0
+    if data.streaming:
+        raise UserError("data.streaming: found true, and roll reads all rows before it writes; set it to false")
+    if data.too_long != "split":  # where the answer of the data ends does not matter
+        data = dataclasses.replace(data, too_long="truncate")
+    parts = encode_sources(read_sources(data.train, "data.train"), data.train, "data.train", data, tokenizer)
+    template_process.close()
+    whole, _ = hold_out(join("train", parts), data.validation_fraction)
+    return prompts_of(whole.examples, whole.places, tokenizer), sum(part.examples.counts["unsupervised"] for part in parts)
+
+
+def _depends_on(source: Source, files: ModelFiles, weights: dict, sampling: "Sampling", tokenizer) -> dict[str, Any]:
+    """All that an answer depends on, apart from its prompt, as JSON has it."""
+    one = source.settings
+    return {
+        "the writer's base": weights["base"],
+        "the writer's adapter": weights["adapter"],
+        "dtype": loaded_dtype(files.config, one.dtype),
+        "quantization": one.quantization and one.quantization.type,
+        "merge_adapter": one.merge_adapter,
+        "the tokenizer": vocabulary_hash(tokenizer),
+        **dataclasses.asdict(sampling),
+    }
+
+
+def _asked(prompts: Sequence[Prompt], samples: int, depends: dict[str, Any], by_teacher: bool) -> Iterator[Asked]:
+    """Every answer that is wanted. Of prompts that are alike each has answers of its own."""
+    before: Counter = Counter()
+    settings = json.dumps(depends, sort_keys=True).encode()
+    for prompt in prompts:
+        ids = prompt.teacher_ids if by_teacher else prompt.ids
+        same = prompt.ids.astype(np.int32).tobytes() + b"|" + ids.astype(np.int32).tobytes()
+        for _ in range(samples):
+            number, before[same] = before[same], before[same] + 1
+            yield Asked(prompt, ids, hashlib.blake2b(settings + b"|" + same + b"|%d" % number, digest_size=8).hexdigest())
+
+
+def _batches(asked: list[Asked], size: int) -> Iterator[list[Asked]]:
+    """Answers to prompts of like lengths, always the same ones together."""
+    for start in range(0, len(asked), size * _SORTED):
+        block = sorted(asked[start : start + size * _SORTED], key=lambda one: -len(one.ids))
+        yield from (block[i : i + size] for i in range(0, len(block), size))
+
+
+def _write(
+    batches: list[list[Asked]],
+    file: AnswerFile,
+    source: Source,
+    files: ModelFiles,
+    sampling: "Sampling",
+    vocab: int,
+    tokenizer,
+    total: int,
+    stop: ShutdownRequest,
+) -> None:
+    """Write what is missing of the batches. A batch is computed as a whole, so that each of its answers is what it would have been."""
+    from tqdm import tqdm
+
+    from ..models.load import LoadContext, load_teacher
+    from ..rollouts.generate import stops_of
+    from ..rollouts.writer import LocalWriter
+    from ..training.launch import start
+
+    model = load_teacher(source.settings, LoadContext(vocab, start().device), source.setting.removesuffix(".model"), files)
+    ends = {tokenizer.eos_token_id, *stops_of(model)}.union(*(one.prompt.ends for batch in batches for one in batch))
+    writer = LocalWriter(model, ends, max(map(len, batches)))
+    named = vocabulary_hash(tokenizer)
+    bar = {"desc": f"{source.part} writes", "unit": " answers", "leave": False, "disable": None if first_process() else True}
+    with tqdm(total=total, initial=len(file.written), **bar) as shown:
+        for batch in batches:
+            if stop():
+                raise Stopped(f"stopped by a signal; {file.path} has {len(file.written)} of {total} answers, and the same command goes on")
+            found = writer.write([one.ids for one in batch], [int(one.key, 16) for one in batch], sampling)
+            rows = [_row(one, answer, named, tokenizer) for one, answer in zip(batch, found, strict=True) if one.key not in file.written]
+            file.add(rows)
+            shown.update(len(rows))
+
+
+def _row(asked: Asked, answer, named: str, tokenizer) -> dict[str, Any]:
+    """A row of `format: tokens`, with its text for people."""
+    before, own = asked.prompt.ids.tolist(), list(answer.ids)
+    return {
+        "prompt": decoded(before, tokenizer),
+        "answer": decoded(own[: len(own) - answer.finished], tokenizer),
+        "finished": answer.finished,
+        "input_ids": [*before, *own],
+        "loss_mask": [0] * len(before) + [1] * len(own),
+        "tokenizer": named,
+        "key": asked.key,
+    }
+
+
+def _counts(
+    file: AnswerFile, source: Source, prompts: int, samples: int, left_out: int, there: int, max_length: int, seconds: float
+) -> dict[str, Any]:
+    answers = list(file.written.values())
+    finished, tokens = sum(one.finished for one in answers), sum(one.tokens for one in answers)
+    found = {
+        "file": str(file.path),
+        "writer": source.settings.model,
+        "prompts": prompts,
+        "samples": samples,
+        "answers": len(answers),
+        "new": len(answers) - there,
+        "finished": finished,
+        "cut_off": len(answers) - finished,
+        "empty": sum(one.finished and one.tokens == 1 for one in answers),
+        "too_long": sum(one.length > max_length for one in answers),
+        "without_prompt": left_out,
+        "mean_tokens": tokens / max(1, len(answers)),
+        "seconds": seconds,
+    }
+    report(found, max_length)
+    return found
+
+
+def report(found: dict[str, Any], max_length: int) -> None:
+    """What was written in one line, and a line for what may not be meant."""
+    info(
+        f"{found['file']}: {count(found['answers'], 'answer')} to {count(found['prompts'], 'prompt')} by {found['writer']}, {found['new']:,} of them new, "
+        f"{found['mean_tokens']:.1f} tokens on average; {found['finished']:,} ended by themselves, {found['cut_off']:,} were cut off, "
+        f"{found['empty']:,} are empty"
+    )
+    if found["without_prompt"]:
+        fix = "have no answer to begin at, or a prompt that fills data.max_length; prompts alone are read by --prompts"
+        warn(f"note: {count(found['without_prompt'], 'example')} left out: they {fix}")
+    if found["too_long"]:
+        warn(
+            f"note: {count(found['too_long'], 'answer')} with the prompt longer than data.max_length ({max_length}): data.too_long decides what becomes of them"
+        )
+    if found["answers"] and 2 * found["cut_off"] > found["answers"]:
+        fix = "raise --max_new_tokens, or fine-tune the writer on answers first; where: {finished: true} trains on the others alone"
+        warn(f"warning: {found['cut_off']:,} of {found['answers']:,} answers did not end by themselves; {fix}")
+    if found["answers"] and 2 * found["empty"] > found["answers"]:
+        warn(f"warning: {found['empty']:,} of {found['answers']:,} answers are empty; look at the prompts in {found['file']}")

@@ -1,0 +1,118 @@
+"""A file of answers that a model writes, as rows of `format: tokens`. It is only added to, so that a killed command goes on. No torch here.
+
+Beside FILE.jsonl stands FILE.jsonl.roll.json, which says how the answers were written: `read_about` reads it for those who train on them.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import UserError
+from ..files import Damaged, FileLocked, append, lock_file, read_sealed, sync, write_sealed
+
+SUFFIX = ".roll.json"
+TEXT, IDS, TARGETS = "answer", "input_ids", "loss_mask"
+
+
+@dataclass(frozen=True)
+class Written:
+    """An answer in the file: its tokens, its end token included, and whether it ended by itself. `length`: of the row, in tokens."""
+
+    tokens: int
+    finished: bool
+    length: int
+
+
+class AnswerFile:
+    """Answers by their keys. `settings`: what they depend on, apart from the prompts; a file of other settings is refused.
+
+    about   more to be said in the file beside it
+    option  that names the file, in messages
+    """
+
+    def __init__(self, path: Path, settings: dict[str, Any], about: dict[str, Any], option: str = "--to"):
+        self.path, self.settings, self.about, self.option = path, settings, about, option
+        self.written: dict[str, Written] = {}
+
+    @contextlib.contextmanager
+    def open(self, asked: Sequence[str]) -> Iterator["AnswerFile"]:
+        """The file, for this process alone, with the answers that are in it: they are to be of the keys `asked`. A part of a last line, which
+        a kill left, is removed. UserError where the file is another command's, or damaged."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            held = lock_file(self.path)
+        except FileLocked:
+            raise UserError(f"{self.option}: another process writes to {self.path}; wait for it, or name another file") from None
+        except OSError as error:
+            raise UserError(f"{self.option}: {self.path} cannot be written ({error.strerror}); name another file") from error
+        with held:
+            self._begin()
+            self._read(frozenset(asked))
+            yield self
+
+    def _begin(self) -> None:
+        """Compare what is said beside the file, or say it, where there is no answer yet."""
+        beside = about_path(self.path)
+        if self.path.stat().st_size:
+            then = read_about(self.path)
+            if then is None:
+                raise UserError(
+                    f"{self.option}: {self.path} holds something else than answers of llmkd roll (there is no {beside.name}); name another file"
+                )
+            known = then["settings"]
+            other = [f"{name} {known.get(name)}, not {value}" for name, value in self.settings.items() if known.get(name) != value]
+            if other:
+                raise UserError(f"{self.option}: {self.path} was written with {'; with '.join(other)}; name another file")
+        write_sealed(beside, self.about | {"settings": self.settings, "complete": False})
+
+    def _read(self, asked: frozenset[str]) -> None:
+        raw = self.path.read_bytes()
+        whole = raw.rfind(b"\n") + 1
+        for number, line in enumerate(raw[:whole].splitlines(), 1):
+            try:
+                row = json.loads(line)
+                key, one = row["key"], Written(sum(row[TARGETS]), row["finished"], len(row[IDS]))
+            except (ValueError, KeyError, TypeError):
+                fix = "delete the line, and its answer is written again"
+                raise UserError(f"{self.option}: {self.path}:{number} is damaged; {fix}") from None
+            if key in self.written:
+                raise UserError(f"{self.option}: {self.path}:{number} has the answer of an earlier line; delete one of them")
+            self.written[key] = one
+        if more := len(self.written.keys() - asked):
+            raise UserError(
+                f"{self.option}: {self.path} holds {more} answers that are not asked for: the prompts were others, or --limit or --samples higher; "
+                "name another file"
+            )
+        if whole < len(raw):
+            os.truncate(self.path, whole)
+            sync(self.path)
+
+    def add(self, rows: Sequence[dict[str, Any]]) -> None:
+        """Add rows, each with its `key`, and wait until they are on the disk."""
+        append(self.path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        self.written |= {row["key"]: Written(sum(row[TARGETS]), row["finished"], len(row[IDS])) for row in rows}
+
+    def complete(self) -> None:
+        """Say that all that was asked for is there."""
+        write_sealed(about_path(self.path), self.about | {"settings": self.settings, "complete": True})
+
+
+def about_path(path: Path) -> Path:
+    return path.with_name(path.name + SUFFIX)
+
+
+def read_about(path: Path) -> dict[str, Any] | None:
+    """What is said of a file of answers: `settings`, `complete`, `writer` and `learnt_from`. None for any other file; UserError if it is damaged."""
+    beside = about_path(path)
+    try:
+        found = read_sealed(beside)
+        found["settings"], found["complete"], found["writer"], found["learnt_from"]
+    except FileNotFoundError:
+        return None
+    except (Damaged, KeyError, OSError) as error:
+        raise UserError(f"{beside}: is damaged or cannot be read ({error}); put it back as it was, or remove it and {path.name}") from None
+    return found

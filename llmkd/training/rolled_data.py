@@ -1,0 +1,60 @@
+"""Training data that `llmkd roll` wrote: whose teacher its writer learnt from, compared with the teacher that scores it.
+
+Offline on-policy distillation finds that both should be one and the same (arXiv 2604.13010).
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from ..config.data import Data, Source
+from ..config.fields import with_setting_names
+from ..config.loader import load_recipe
+from ..config.recipe import used_teachers
+from ..console import warn
+from ..errors import UserError
+from ..rollouts.answer_file import SUFFIX, read_about
+from ..teachers.resolve import TeacherSource, resolve_teachers
+
+
+def learnt_from(run: Path | None) -> list[dict]:
+    """The teachers of a run, and the models that wrote its training data, as {model, weights}; those that are not there any more left out."""
+    if run is None:
+        return []
+    recipe, found = load_recipe(run / "recipe.yaml"), []
+    for setting, one in used_teachers(recipe):
+        try:
+            (teacher,) = resolve_teachers([(setting, one)])
+            found.append({"model": one.model or one.cache.path, "weights": teacher.weights})
+        except UserError:
+            warn(f"note: {run}: its {setting} is not here any more, so it cannot be compared with the teacher that scores these answers")
+    for _, source in with_setting_names(recipe.data.train, "data.train"):
+        found += [{"model": about["writer"]["model"], "weights": about["writer"]["weights"]} for _, about in _abouts(source)]
+    return found
+
+
+def report_writers(data: Data, teachers: Sequence[TeacherSource]) -> None:
+    """A line for each file of answers that is not complete, or whose writer, or whose writer's teacher, is not the teacher of this run."""
+    for name, source in with_setting_names(data.train, "data.train"):
+        mine = [one for one in teachers if source.teacher in (None, one.settings.name)]
+        for path, about in _abouts(source):
+            if not about["complete"]:
+                warn(f"note: {name} ({path}): llmkd roll has not written all of its answers; the same command goes on")
+            writer = about["writer"]
+            then = [writer] if writer["part"] == "teacher" else about["learnt_from"]
+            if then and mine and not any(one["weights"] == teacher.weights for one in then for teacher in mine):
+                whose = "was written by" if writer["part"] == "teacher" else "was written by a student of"
+                models = " and ".join(str(one["model"]) for one in then)
+                own = " and ".join(str(one.settings.model or one.settings.cache.path) for one in mine)
+                warn(
+                    f"note: {name} ({path}) {whose} {models}, and the teacher here is {own}, another model; offline on-policy distillation is best "
+                    "where the two are one (docs/rolling.md)"
+                )
+
+
+def _abouts(source: Source) -> Iterator[tuple[Path, dict]]:
+    """Of a source's files those that llmkd roll wrote, with what is said beside them."""
+    path = Path(source.path).expanduser()
+    files = [path] if path.is_file() else sorted(one.with_name(one.name.removesuffix(SUFFIX)) for one in path.glob(f"*{SUFFIX}"))
+    for file in files:
+        if (about := read_about(file)) is not None:
+            yield file, about
