@@ -14,7 +14,9 @@ README = (REPO / "recipes/README.md").read_text()
 
 
 RECIPES, PIPELINES, SWEEPS = ([path for path in FILES if loader.file_kind(path) == kind] for kind in ("recipe", "pipeline", "sweep"))
-STAGED = [path for path in RECIPES if path.parent.name not in ("recipes", "quickstart", "ablation_small", "features", "two_stage")]
+STAGED = [
+    path for path in RECIPES if path.parent.name not in ("recipes", "quickstart", "ablation_small", "features", "two_stage", "on_policy")
+]
 
 
 def named(path: Path) -> str:

@@ -424,6 +424,7 @@ def completion_script(shell: str) -> str:
                 action.complete = shtab.DIRECTORY
         if name == "completion":
             parser._actions[-1].choices, parser._actions[-1].nargs = ["bash", "zsh"], None
-        for path, _, _, text in describe(parser.kind) if parser.kind else ():
+        settings = [one for one in describe(parser.kind) if f"--{one[0]}" not in parser.flags()] if parser.kind else []
+        for path, _, _, text in settings:
             parser.add_argument(f"--{path}", help=text.partition(". ")[0].partition("; ")[0].replace("%", "%%") or None)
     return shtab.complete(whole, shell=shell)
