@@ -3,6 +3,7 @@
 from tests.planted.fault import in_file
 
 ROWS = "data/test_token_rows.py"
+ROLL, FILE, WRITERS = "commands/test_roll.py", "rollouts/test_answer_file.py", "training/test_rolled_data.py"
 
 FAULTS = [
     *in_file(
@@ -51,6 +52,93 @@ FAULTS = [
             "if loss_mask is None and not whole:",
             "if loss_mask is None and whole is None:",
             ROWS,
+        ),
+    ),
+    *in_file(
+        "llmkd/commands/roll.py",
+        (
+            "draws-by-the-batch",
+            "what is drawn depends on the place in the batch",
+            "[int(one.key, 16) for one in batch]",
+            "[i for i, _ in enumerate(batch)]",
+            f"{ROLL}::test_an_answer_depends_neither_on_its_batch_nor_on_the_order_of_the_rows",
+        ),
+        (
+            "written-twice",
+            "answers that are there are written again",
+            " if one.key not in file.written]",
+            "]",
+            f"{ROLL}::test_after_a_kill_at_any_byte_the_same_command_writes_the_same_file_and_no_answer_twice",
+        ),
+        (
+            "batch-without-what-is-there",
+            "after a kill a batch is computed without the answers that are there",
+            "if any(one.key not in file.written for one in batch)",
+            "if all(one.key not in file.written for one in batch)",
+            f"{ROLL}::test_after_a_kill_at_any_byte_the_same_command_writes_the_same_file_and_no_answer_twice",
+        ),
+        (
+            "alike-prompts-alike-answers",
+            "prompts that are alike get one answer",
+            'same + b"|%d" % number',
+            'same + b"|%d" % 0',
+            f"{ROLL}::test_prompts_that_are_alike_have_answers_of_their_own",
+        ),
+        (
+            "end-is-no-target",
+            "the last token of an answer is no target",
+            "[1] * len(own)",
+            "[1] * (len(own) - 1) + [0]",
+            f"{ROLL}::test_rows_are_prompts_with_the_ids_that_the_model_goes_on_with",
+        ),
+        (
+            "teacher-without-context",
+            "a teacher that writes does not read its context",
+            "prompt.teacher_ids if by_teacher",
+            "prompt.ids if by_teacher",
+            f"{ROLL}::test_the_teacher_reads_its_context_and_the_row_has_the_students_prompt",
+        ),
+        (
+            "held-out-asked",
+            "held-out rows are asked too",
+            'hold_out(join("train", parts), data.validation_fraction)',
+            'hold_out(join("train", parts), 0.0)',
+            f"{ROLL}::test_held_out_rows_are_not_asked",
+        ),
+    ),
+    *in_file(
+        "llmkd/rollouts/answer_file.py",
+        (
+            "other-settings-go-on",
+            "a file of other settings is gone on with",
+            "if known.get(name) != value]",
+            "if known.get(name) is value]",
+            FILE,
+        ),
+        ("part-of-a-line-stays", "a part of a last line stays in the file", "if whole < len(raw):", "if whole > len(raw):", FILE),
+        (
+            "unasked-answers-stay",
+            "a file with answers that are not asked for is gone on with",
+            "self.written.keys() - asked",
+            "asked - asked",
+            FILE,
+        ),
+    ),
+    *in_file(
+        "llmkd/training/rolled_data.py",
+        (
+            "any-teacher-will-do",
+            "another teacher is not named",
+            'one["weights"] == teacher.weights',
+            'one["weights"].keys() == teacher.weights.keys()',
+            WRITERS,
+        ),
+        (
+            "data-of-the-run-unread",
+            "who wrote a run's data is not known",
+            "for _, source in with_setting_names(recipe.data.train",
+            "for _, source in with_setting_names(recipe.data.choices",
+            WRITERS,
         ),
     ),
 ]
