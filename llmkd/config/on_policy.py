@@ -46,6 +46,11 @@ class OnPolicy:
         description="Of rows that are supervised from their beginning, such as those of format text: so many first tokens are the prompt, or all but the "
         "last of a shorter text.",
     )
+    validation_prompts: Annotated[int, Field(ge=0)] = changeable(
+        64,
+        description="Held-out prompts that the student answers at every validation, drawn by the same numbers each time: the divergence from the teacher on "
+        "its own text, the mean length and the share that ended by itself. 0: none. The training is the same with and without.",
+    )
     batch_size: Count = changeable(
         32,
         description="Answers that one process writes at a time. It changes speed and memory, and the text by rounding alone; out of memory halves it.",
@@ -111,7 +116,8 @@ def on_policy_contradictions(
             (f"{here}.prompt_tokens", f"{texts[0]}.format"),
             f"not given, but {texts[0]} has format text, whose rows have no prompt; say how many of their first tokens are one, such as 32",
         )
-    if settings.prompt_tokens is not None and not any(source.format in ("text", "tokens") for _, source in sources):
+    every = [*sources, *with_setting_names(data.validation, "data.validation")]
+    if settings.prompt_tokens is not None and not any(source.format in ("text", "tokens") for _, source in every):
         yield (
             (f"{here}.prompt_tokens", "data.train"),
             f"found {settings.prompt_tokens}, but no source has format text or tokens; rows of other formats have prompts, so leave it out",

@@ -3,6 +3,7 @@
 An answer is token ids and is never encoded again: a tokenizer may encode its text otherwise.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -28,6 +29,10 @@ class Prompts:
     theirs: np.ndarray
     may: np.ndarray
     too_long: int
+
+    def ids(self, examples: Examples, chosen: Sequence[int]) -> list[list[int]]:
+        """The prompts of the examples `chosen`, as the student reads them."""
+        return [examples.example(i)[0][: self.own[i]].tolist() for i in chosen]
 
 
 def prompts_of(examples: Examples, places: Sequence[str], room: int, max_length: int, prompt_tokens: int | None) -> Prompts:
@@ -63,6 +68,12 @@ def prompts_for(settings: OnPolicy, examples: Examples, places: Sequence[str], m
         )
     info(f"on_policy: the student may write the answers of {count} of {every} examples" + (f"; {too_long}" if found.too_long else ""))
     return found
+
+
+def held_out_prompts_for(settings: OnPolicy, examples: Examples, places: Sequence[str], max_length: int) -> Prompts:
+    """The prompts of the held-out examples. One that is supervised from its beginning has none, unless on_policy.prompt_tokens is set."""
+    found = prompts_of(examples, places, settings.max_new_tokens, max_length, settings.prompt_tokens or 1)
+    return found if settings.prompt_tokens else dataclasses.replace(found, may=found.may & (found.own > 1))
 
 
 def _first_targets(examples: Examples) -> np.ndarray:

@@ -14,14 +14,13 @@ import numpy as np
 
 from ..config.on_policy import OnPolicy
 from ..config.schedule import value_at
+from ..console import warn
 from ..data.batch_source import ExampleSource, PlannedSource, Step
 from ..data.examples import Examples, concat
 from ..data.written import Prompts, answered
-from ..errors import UserError
-from .generate import Completion
 from .sampling import Sampling, uniform
-from .statistics import Statistics
-from .writer import Writer, text_key
+from .statistics import Statistics, Watch
+from .writer import Writer, text_key, write_on_all_ranks
 
 if TYPE_CHECKING:
     from ..batch import Batch
@@ -36,15 +35,13 @@ class OnPolicySource(ExampleSource):
 
     reads_while_training = True  # weights that are not finite can write nothing: they are noticed in their step
 
-    def __init__(self, planned: PlannedSource, prompts: Prompts, writer: Writer, settings: OnPolicy):
+    def __init__(self, planned: PlannedSource, prompts: Prompts, writer: Writer, settings: OnPolicy, vocab: int):
         super().__init__(planned.seed, planned.total_steps, planned.micro_batch_size, planned.collator)
         self.rank, self.ranks, self.device = planned.rank, planned.ranks, planned.device
         self.examples, self.places = planned.examples, planned.places
         self.planned, self.prompts, self.writer, self.settings = planned, prompts, writer, settings
-        self.sampling = Sampling(
-            settings.temperature, settings.max_new_tokens, planned.seed, settings.top_p, settings.top_k, settings.min_p
-        )
-        self.statistics = Statistics(settings.max_new_tokens)
+        self.sampling, self.statistics = sampling_of(settings, planned.seed), Statistics()
+        self.watch = Watch(settings.max_new_tokens, vocab)
 
     def steps(self, done: int = 0) -> "Iterator[tuple[Step, list[Batch]]]":
         with contextlib.closing(self.schedule(done)) as steps:
@@ -66,8 +63,12 @@ class OnPolicySource(ExampleSource):
         """The step with the answers of some of its examples, by their places in it, in place of the data's."""
         asked = [(planned.examples[n], names[n], sample) for n in chosen for sample in range(self.settings.samples)]
         began = time.monotonic()
-        found = self._write([i for i, *_ in asked], [text_key(*name, sample) for _, name, sample in asked])
+        prompts = self.prompts.ids(self.examples, [i for i, *_ in asked])
+        keys = [text_key(*name, sample) for _, name, sample in asked]
+        found = write_on_all_ranks(self.writer, prompts, keys, self.sampling, self.rank, self.ranks)
         self.statistics.add(found, time.monotonic() - began)
+        for text in self.watch.add(found):
+            warn(text)
         kept = [n for n in range(len(planned.examples)) if n not in set(chosen)]
         whole = [(i, one.ids) for (i, *_), one in zip(asked, found, strict=True) if one.ids]
         indices = [planned.examples[n] for n in kept]
@@ -81,26 +82,6 @@ class OnPolicySource(ExampleSource):
         data = concat(parts, [0] * len(parts), {}, source) if parts else self.examples.take(np.zeros(0, np.int64))
         every = list(range(len(data)))
         return self.resplit(Step(planned.number, planned.epoch, int(data.num_targets.sum()), data.weighted(every), every, [], data, places))
-
-    def _write(self, examples: Sequence[int], keys: Sequence[int]) -> list[Completion]:
-        """A completion of each example's prompt. The longest prompts are dealt to the ranks in turn; a UserError of one rank is raised on all."""
-        order = sorted(range(len(examples)), key=lambda n: (-self.prompts.own[examples[n]], n))
-        mine, found = order[self.rank :: self.ranks], []
-        try:
-            prompts = [self.examples.example(examples[n])[0][: self.prompts.own[examples[n]]].tolist() for n in mine]
-            found = [list(zip(mine, self.writer.write(prompts, [keys[n] for n in mine], self.sampling), strict=True))]
-        except UserError as error:
-            if self.ranks == 1:
-                raise
-            found = [error]
-        if self.ranks > 1:
-            from accelerate.utils import gather_object
-
-            found = gather_object(found)
-            if error := next((one for one in found if isinstance(one, UserError)), None):
-                raise error
-        by_place = dict(pair for part in found for pair in part)
-        return [by_place[n] for n in range(len(examples))]
 
     def longest(self, count: int) -> Examples:
         """Each of the prompts whose answers could be longest, with as many answers as are written, all as long as they may be."""
@@ -119,6 +100,10 @@ class OnPolicySource(ExampleSource):
 
     def measured(self) -> dict[str, float]:
         return self.statistics.read()
+
+
+def sampling_of(settings: OnPolicy, seed: int) -> Sampling:
+    return Sampling(settings.temperature, settings.max_new_tokens, seed, settings.top_p, settings.top_k, settings.min_p)
 
 
 def _identities(step: int, hashes: Sequence[str]) -> list[tuple]:

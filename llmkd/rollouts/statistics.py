@@ -1,5 +1,6 @@
-"""What a student has written while it trains, in numbers."""
+"""What a student has written while it trains, in numbers, and warnings where it is of little use."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -8,9 +9,8 @@ from .generate import Completion
 
 @dataclass
 class Statistics:
-    """Counts answers until they are read. `room`: the most tokens that an answer may have."""
+    """Counts answers until they are read."""
 
-    room: int
     answers: list[Completion] = field(default_factory=list)
     seconds: float = 0.0
 
@@ -38,3 +38,66 @@ class Statistics:
             "written_tokens_per_s": round(tokens / max(seconds, 1e-9), 1),
             "written_seconds": round(seconds, 3),
         }
+
+
+WINDOW = 64  # answers that a warning looks at
+LOOP, PERIOD = 24, 8  # an answer loops whose last so many tokens repeat so few
+RANDOM = 0.75  # of the entropy of a text in which all tokens are equally likely
+DRIFT, LEAST = 2.0, 4  # lengths that differ by this factor, and by so many tokens
+
+
+class Watch:
+    """Notices, once each, that what a student writes is of little use: sentences that begin with "warning:", each with what to do."""
+
+    def __init__(self, room: int, vocab: int):
+        self.room, self.vocab = room, vocab
+        self.first: float | None = None  # mean length of the first window
+        self.window: list[Completion] = []
+        self.said: set[str] = set()
+
+    def add(self, answers: Sequence[Completion]) -> list[str]:
+        """What to say after these answers, in the order in which they were written."""
+        found = []
+        for one in answers:
+            self.window.append(one)
+            if len(self.window) == WINDOW:
+                seen = self._look()
+                found += [text for name, text in seen.items() if name not in self.said]
+                self.said |= seen.keys()
+                self.first = self.first if self.first is not None else self._length()
+                self.window = []
+        return found
+
+    def _length(self) -> float:
+        return sum(len(one.ids) for one in self.window) / len(self.window)
+
+    def _look(self) -> dict[str, str]:
+        found, length = {}, self._length()
+        known, most = [one.entropy for one in self.window if one.entropy is not None], math.log(self.vocab)
+        if self.first is None and known and (spread := sum(known) / len(known)) > RANDOM * most:
+            found["random"] = (
+                f"warning: on_policy: at the start the student writes almost at random (entropy {spread:.2f} of at most {most:.2f} nats a token), and at such "
+                "prefixes a teacher says little; train it on the data first, or let on_policy.share grow from 0"
+            )
+        if not any(one.finished for one in self.window):
+            found["unfinished"] = (
+                f"warning: on_policy: none of the last {WINDOW} answers ended within on_policy.max_new_tokens ({self.room}), so the student is not taught to "
+                "end; raise it, or train on the data first until answers end"
+            )
+        if 2 * sum(loops(one.ids) for one in self.window) > WINDOW:
+            found["loops"] = (
+                f"warning: on_policy: most of the last {WINDOW} answers repeat themselves to their end; train on the data first, lower on_policy.share or "
+                "optim.lr, or raise on_policy.temperature"
+            )
+        if self.first and abs(length - self.first) >= LEAST and not 1 / DRIFT < length / self.first < DRIFT:
+            found["drift"] = (
+                f"warning: on_policy: the answers have become {'longer' if length > self.first else 'shorter'}: {length:.0f} tokens on average, and {self.first:.0f} at "
+                "first; where that is not meant, lower optim.lr or on_policy.share, or use another divergence"
+            )
+        return found
+
+
+def loops(ids: Sequence[int]) -> bool:
+    """Whether a text ends in the same few tokens over and over."""
+    tail = ids[-LOOP:]
+    return len(tail) == LOOP and any(tail[n:] == tail[:-n] for n in range(1, PERIOD + 1))

@@ -4,6 +4,7 @@ import hashlib
 from collections.abc import Collection, Sequence
 from typing import Protocol
 
+from ..errors import UserError
 from ..models.language_model import LanguageModel
 from ..process.machine_errors import is_out_of_memory
 from .generate import Completion, generate
@@ -40,6 +41,32 @@ class LocalWriter:
                 if not is_out_of_memory(error) or self.batch_size == 1 or len(prompts) < 2:
                     raise
             self.batch_size = min(self.batch_size, len(prompts)) // 2  # here, where the exception no longer holds on to what it interrupted
+
+
+def write_on_all_ranks(
+    writer: Writer, prompts: Sequence[Sequence[int]], keys: Sequence[int], sampling: Sampling, rank: int, ranks: int
+) -> list[Completion]:
+    """What `writer.write` gives, on every rank all of it: the prompts, longest first, are dealt to the ranks, each of which writes its own.
+
+    A UserError of one rank is raised on all.
+    """
+    order = sorted(range(len(prompts)), key=lambda n: (-len(prompts[n]), n))
+    mine, found = order[rank::ranks], []
+    try:
+        written = writer.write([prompts[n] for n in mine], [keys[n] for n in mine], sampling)
+        found = [list(zip(mine, written, strict=True))]
+    except UserError as error:
+        if ranks == 1:
+            raise
+        found = [error]
+    if ranks > 1:
+        from accelerate.utils import gather_object
+
+        found = gather_object(found)
+        if error := next((one for one in found if isinstance(one, UserError)), None):
+            raise error
+    by_place = dict(pair for part in found for pair in part)
+    return [by_place[n] for n in range(len(prompts))]
 
 
 def text_key(*parts: int | str) -> int:

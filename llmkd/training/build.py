@@ -44,6 +44,7 @@ from .features import feature_terms, refuse_small_samples, report_shares, sample
 from .loop import StudentState, unwrap
 from .model_watch import ModelWatch
 from .optim import learning_rate
+from .own_text import OwnText
 from .prepare import Prepared, check_terms, micro_batch_size
 from .student_run import StudentRun
 
@@ -59,6 +60,7 @@ class TrainingSetup:
     fidelity   how far merged or quantised teachers are from themselves, by setting
     done       steps done before, by the checkpoint that is resumed from
     watch      notices that the models' files are changed
+    own_text   what an on-policy run measures of its student's own text
     """
 
     prepared: Prepared
@@ -68,6 +70,7 @@ class TrainingSetup:
     fidelity: dict[str, float]
     done: int
     watch: ModelWatch
+    own_text: OwnText | None = None
 
 
 def build_setup(
@@ -104,8 +107,13 @@ def build_setup(
         raise
     fidelity = {f"{name}.{k}": v for (name, _), model in zip(live, teacher_models, strict=True) for k, v in model.fidelity.items()}
     source = prepared.source.for_rank(accelerator.process_index, accelerator.num_processes, device)
+    own_text = None
     if prepared.prompts:
-        source = OnPolicySource(source, prepared.prompts, local_writer(models[0], prepared, recipe.on_policy.batch_size), recipe.on_policy)
+        writer = local_writer(models[0], prepared, recipe.on_policy.batch_size)
+        source = OnPolicySource(source, prepared.prompts, writer, recipe.on_policy, prepared.vocab)
+        if prepared.validation_prompts and prepared.validation_prompts.may.any():
+            held_out = prepared.validation, prepared.validation_prompts, recipe.on_policy.validation_prompts
+            own_text = OwnText.of(*held_out, writer, source.sampling)
     teachers_by_setting = {setting: model for (setting, _), model in zip(live, teacher_models, strict=True)}
     students, chunk_size = [], head_chunk_size(prepared.vocab, device, info)
     for k, (own, folder, model) in enumerate(zip(recipes, folders, models, strict=True)):
@@ -121,7 +129,7 @@ def build_setup(
     for k, student in enumerate(students if not done else ()):
         with attribute_to_student(k):
             start_terms(student, teacher, recipe.validation.micro_batch_size, device)
-    return TrainingSetup(prepared, source, teacher, tuple(students), fidelity, done, watch)
+    return TrainingSetup(prepared, source, teacher, tuple(students), fidelity, done, watch, own_text)
 
 
 def local_writer(student: LanguageModel, prepared: Prepared, batch_size: int) -> LocalWriter:

@@ -41,7 +41,7 @@ from ..data.encoding.tokenizer import load_tokenizer, shared_vocab
 from ..data.examples import Examples
 from ..data.reading.sources import Rows
 from ..data.stream import StreamSource
-from ..data.written import Prompts, prompts_for
+from ..data.written import Prompts, held_out_prompts_for, prompts_for
 from ..errors import UserError
 from ..model_folder.files import ModelFiles, find, rows_of
 from ..model_folder.generation import generation_settings
@@ -100,6 +100,7 @@ class Prepared:
     teachers: tuple[TeacherSource, ...]
     layers: tuple[int, ...] | None = None  # of the student's base that are kept; None for all
     prompts: Prompts | None = None  # of `train`, where the student writes answers itself
+    validation_prompts: Prompts | None = None  # and of `validation`, where it does so there
 
     def resolved(self, settings: Student) -> Student:
         """A student's settings with the numbers of its layers, where these were chosen by a measurement."""
@@ -144,6 +145,9 @@ def prepare(recipe: Recipe, open_caches: bool = True, layers: tuple[int, ...] | 
     if writes(recipe.on_policy):
         refuse_long_schedule("on_policy.share", recipe.on_policy.share, data.source.total_steps)
         found["prompts"] = prompts_for(recipe.on_policy, data.train, data.places, recipe.data.max_length)
+        if data.validation is not None and recipe.on_policy.validation_prompts:
+            held_out = data.validation, data.validation_places, recipe.data.max_length
+            found["validation_prompts"] = held_out_prompts_for(recipe.on_policy, *held_out)
     return Prepared(tokenizer=tokenizer, vocab=vocab, **found, **parts)
 
 

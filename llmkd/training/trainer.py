@@ -23,6 +23,7 @@ from . import checkpoint
 from .auto_batch import AutoBatchSize
 from .build import TrainingSetup
 from .loop import StepHooks, StudentState, no_retry, train, unwrap
+from .own_text import own_metrics
 from .shutdown import ShutdownRequest
 from .student_run import StudentRun
 from .teacher_check import message
@@ -45,6 +46,7 @@ class Trainer:
         self.settings, self.accelerator, self.stop, self.main = settings, accelerator, stop, accelerator.is_main_process
         self.prepared, self.source, self.teacher, self.students = setup.prepared, setup.source, setup.teacher, setup.students
         self.fidelity, self.done, self.written, self.watch = setup.fidelity, setup.done, setup.done, setup.watch
+        self.own_text = setup.own_text
         pad, size = self.prepared.tokenizer.eos_token_id, settings.validation.micro_batch_size
         self.evaluator = Evaluator(accelerator, pad, size, stop)
         self.display = ProgressDisplay(self.source.total_steps, self.done, self.main)
@@ -151,6 +153,8 @@ class Trainer:
         if len(self.students) == 1 and going:
             shown = {name: f"{value:.4f}" for name, value in progress.terms[0].items() if not metrics.is_count(name)}
             shown |= {"lr": f"{rates[0]:.1e}"}
+            if "written" in measured:
+                shown |= {"written": f"{measured['written_length']:.0f} tokens", "finished": f"{measured['written_finished']:.0%}"}
         else:
             losses = [progress.terms[k]["loss"] for k in going] or [math.nan]
             shown = {"students": str(len(going)), "loss": f"{min(losses):.4f} to {max(losses):.4f}"}
@@ -192,13 +196,20 @@ class Trainer:
             return
         found = self.measure([one.model for one in waiting], self.prepared.validation, "validation", step)
         for student, held_out in zip(waiting, found, strict=True):
-            values = student.record_validation(step, held_out)
+            own = self.measure_own_text(student, step) if self.own_text else {}
+            values = student.record_validation(step, dataclasses.replace(held_out, beside=own))
             name = f" of {student.folder.path.name}" if len(self.students) > 1 else ""
             shown = "  ".join(f"{k} {v:.4f}" for k, v in values.items() if not metrics.is_count(k))
             self.display.info(f"validation{name} at step {step}: {shown}")
         self.display.speed()  # neither is what samples took
         if self.settings.checkpoint.best_by and step:
             self.save(step)
+
+    def measure_own_text(self, student: StudentRun, step: int) -> dict[str, float]:
+        """What an on-policy student writes to held-out prompts: its divergence from the teacher there, its length and how much of it is finished."""
+        data, found = self.own_text.write(self.accelerator.process_index, self.accelerator.num_processes)
+        (measured,) = self.measure([student.model], data, "own text", step) if len(data) else ({},)
+        return found | (own_metrics(measured.metrics()) if measured else {})
 
     def save(self, step: int) -> None:
         """A checkpoint of every student, unless this step has one; older ones are removed when all are written."""

@@ -38,7 +38,7 @@ class Parrot:
 def source_of(recipe, settings=SETTINGS, writer=None, rank=0, ranks=1) -> OnPolicySource:
     prepared = prepare(recipe)
     prompts = prompts_of(prepared.train, prepared.places, settings.max_new_tokens, 256, settings.prompt_tokens)
-    return OnPolicySource(prepared.source.for_rank(rank, ranks), prompts, writer or Parrot(), settings)
+    return OnPolicySource(prepared.source.for_rank(rank, ranks), prompts, writer or Parrot(), settings, 1 << 20)
 
 
 def test_an_answer_is_the_students_own_ids_and_every_one_a_target_without_cross_entropy(make_recipe):

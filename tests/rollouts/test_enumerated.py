@@ -1,0 +1,205 @@
+"""A world small enough to enumerate, three tokens and answers of at most three: what a step's gradient is, and what it is on average.
+
+The references are loops over sequences with one plain forward pass each; padding and end token are the same token.
+"""
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+import torch
+
+from llmkd.config.on_policy import OnPolicy
+from llmkd.config.recipe import Loss
+from llmkd.data.batch_source import Collator, PlannedSource
+from llmkd.data.batching import BatchPlan
+from llmkd.data.examples import Examples
+from llmkd.data.written import prompts_of
+from llmkd.models.language_model import LanguageModel
+from llmkd.rollouts.generate import Completion
+from llmkd.rollouts.sampling import Sampling
+from llmkd.rollouts.source import OnPolicySource
+from llmkd.rollouts.writer import LocalWriter
+from llmkd.teachers.live import LiveTeacher
+from llmkd.training.build import build_terms
+from llmkd.training.distiller import Distiller
+from tests.kit.families import tiny
+
+V, T, END = 3, 3, 2
+PROMPT = [0, 1]
+ANSWERS = [
+    answer
+    for length in range(1, T + 1)
+    for answer in itertools.product(range(V), repeat=length)
+    if END not in answer[:-1] and (answer[-1] == END or length == T)
+]
+DIVERGENCES = {
+    "reverse_kl": lambda q, p: (q * (q / p).log()).sum(-1),
+    "forward_kl": lambda q, p: (p * (p / q).log()).sum(-1),
+    "generalized_jsd": lambda q, p: ((p * (2 * p / (p + q)).log()) + (q * (2 * q / (p + q)).log())).sum(-1) / 2,
+}
+
+
+def model(seed: int):
+    found = tiny("gpt2", vocab_size=V, n_embd=8, n_inner=8, n_head=2).eval()  # whose norms are float64 too
+    torch.manual_seed(seed)
+    for p in found.parameters():
+        torch.nn.init.normal_(p, std=0.6)
+    return found
+
+
+@pytest.fixture(scope="module")
+def student() -> LanguageModel:
+    return LanguageModel(model(1), V).eval()
+
+
+@pytest.fixture(scope="module")
+def teacher() -> LanguageModel:
+    return LanguageModel(model(2).requires_grad_(False), V).eval()
+
+
+class Dictated:
+    """Writes what it is told, one answer after another."""
+
+    def __init__(self, answers):
+        self.answers = iter(answers)
+
+    def write(self, prompts, keys, sampling):
+        return [Completion(tuple(ids), ids[-1] == END) for ids in itertools.islice(self.answers, len(prompts))]
+
+
+def source_of(writer, steps: int, batch_size: int = 1, share: float = 1.0, answer=(0, 1, END), packing=False, **settings) -> OnPolicySource:
+    """Every step has one prompt, as often as `batch_size` says."""
+    one = np.array([*PROMPT, *answer], np.int32)
+    masks = np.tile(np.arange(len(one)) >= len(PROMPT), batch_size)
+    data = Examples(np.tile(one, batch_size), masks, np.arange(batch_size + 1) * len(one), np.arange(batch_size))
+    plan = BatchPlan(data.lengths, 5, batch_size, None, steps)
+    planned = PlannedSource(data, [f"f:{i}" for i in range(batch_size)], plan, 2, Collator(END, packing))
+    settings = OnPolicy(share=share, max_new_tokens=T, **settings)
+    return OnPolicySource(planned, prompts_of(data, planned.places, T, 16, None), writer, settings, 1 << 20)
+
+
+@pytest.fixture(scope="module")
+def drawn(student) -> torch.Tensor:
+    """How often each answer is written in the 2,000 steps of a run whose weights stand still."""
+    n, asked = 2000, []
+
+    class Asked:
+        def write(self, prompts, keys, sampling):
+            asked.append((prompts[0], keys[0]))
+            return [Completion((END,), True)]
+
+    list(source_of(Asked(), n).schedule())
+    written = LocalWriter(student, {END}, n).write([p for p, _ in asked], [key for _, key in asked], Sampling(1.0, T, 5))
+    counts = torch.tensor([sum(one.ids == answer for one in written) for answer in ANSWERS], dtype=torch.float64)
+    assert counts.sum() == n and all(one.finished == (one.ids[-1] == END) for one in written)
+    return counts
+
+
+def gradients(student, teacher, source, loss: Loss) -> list[tuple[float, torch.Tensor]]:
+    """The loss and its gradient of every step, as the training loop makes them."""
+    distiller, found = Distiller(student, build_terms(loss)), []
+    for step, micro_batches in source.steps():
+        distiller.zero_grad()
+        total = 0.0
+        for batch in micro_batches:
+            out = distiller(batch, LiveTeacher(teacher)(batch))
+            (out.total / step.num_targets).backward()
+            total += out.total.item() / step.num_targets
+        found.append((total, torch.cat([p.grad.flatten() for p in student.parameters()])))
+    return found
+
+
+def distributions(student, teacher, answer) -> tuple[torch.Tensor, torch.Tensor]:
+    """q and p at every token of an answer, [t, V]; q has a gradient."""
+    ids, first = torch.tensor([[*PROMPT, *answer]]), len(PROMPT) - 1
+    return tuple(torch.softmax(one.model(ids, use_cache=False).logits[0, first:-1], -1) for one in (student, teacher))
+
+
+def probability(student, teacher, answer) -> torch.Tensor:
+    q = distributions(student, teacher, answer)[0]
+    return q[range(len(answer)), list(answer)].prod().detach()
+
+
+def gradient_of(student, value: torch.Tensor) -> torch.Tensor:
+    return torch.cat([g.flatten() for g in torch.autograd.grad(value, list(student.parameters()))])
+
+
+def test_the_answers_are_all_that_there_are(student, teacher):
+    assert len(ANSWERS) == 1 + 2 + 12
+    assert sum(float(probability(student, teacher, answer)) for answer in ANSWERS) == pytest.approx(1, abs=1e-12)
+
+
+@pytest.mark.parametrize("name", DIVERGENCES)
+def test_the_mean_gradient_is_that_of_the_enumerated_objective(student, teacher, drawn, name):
+    """E over y ~ q of the mean divergence at the tokens of y, without a gradient through q; exactly, and within three standard errors of the mean
+    over what the writer draws."""
+    objective, chances = 0.0, []
+    for answer in ANSWERS:
+        chance = float(probability(student, teacher, answer))
+        chances.append(chance)
+        objective = objective + chance * DIVERGENCES[name](*distributions(student, teacher, answer)).mean()
+    expected = gradient_of(student, objective)
+    loss = Loss(kd_ratio=1.0, divergence=name)
+    found = gradients(student, teacher, source_of(Dictated(ANSWERS), len(ANSWERS)), loss)
+    each = torch.stack([g for _, g in found])
+    assert (torch.tensor(chances, dtype=torch.float64) @ each - expected).abs().max() < 1e-12 * expected.abs().max()
+    assert sum(c * value for c, (value, _) in zip(chances, found, strict=True)) == pytest.approx(objective.item(), rel=1e-12)
+
+    n = drawn.sum()
+    mean = drawn / n @ each
+    deviation = (drawn / n @ (each - mean) ** 2).sqrt() / n**0.5
+    apart = (mean - expected).abs() / deviation.clamp(min=1e-9)
+    assert apart.max() < 4.5 and (apart < 3).double().mean() > 0.98, "hundreds of weights are compared"
+    assert deviation.max() < 0.1 * expected.abs().max(), "it says something"
+
+
+def test_the_whole_divergence_is_the_expectation_of_the_single_sample_estimator(student, teacher):
+    """Of sequences, and with less variance: log q(y) - log p(y) summed over the tokens, and the reverse KL at each of them."""
+    sampled, whole, chances = [], [], []
+    for answer in ANSWERS:
+        q, p = distributions(student, teacher, answer)
+        at = range(len(answer)), list(answer)
+        sampled.append((q[at].log() - p[at].log()).sum().item())
+        whole.append(DIVERGENCES["reverse_kl"](q, p).sum().item())
+        chances.append(float(probability(student, teacher, answer)))
+    sampled, whole, chances = map(np.array, (sampled, whole, chances))
+    assert chances @ sampled == pytest.approx(chances @ whole, rel=1e-12) and chances @ whole > 0.05
+    variance = [chances @ (x - chances @ x) ** 2 for x in (sampled, whole)]
+    assert variance[1] < variance[0]
+
+
+@pytest.mark.parametrize("packing", [False, True])
+def test_a_step_divides_by_what_was_written_and_mixes_cross_entropy_on_the_data_alone(student, teacher, packing):
+    """Answers of one token (empty but for its end), of one that was cut off, and the data's; the end token pads too."""
+    told, data, ratio = [(END,), (0, 1, 0), (1, END)], (0, 1, END), 0.7
+    source = source_of(Dictated(told), 1, 6, 0.5, data, packing)
+    (step,) = source.planned.schedule()
+    ((_, micro_batches),) = list(source_of(Dictated(told), 1, 6, 0.5, data, packing).steps())
+    count = sum("written" in place for place in next(source.schedule()).places)
+    assert count == 3, "the seed was chosen so"
+    total, targets = 0.0, 0
+    for answer, written in [*((one, True) for one in told), *[(data, False)] * 3]:
+        q, p = distributions(student, teacher, answer)
+        ce = 0.0 if written else -q[range(len(answer)), list(answer)].log().sum()
+        total = total + (1 - ratio) * ce + ratio * DIVERGENCES["reverse_kl"](q, p).sum()
+        targets += len(answer)
+    assert targets == 6 + 9 and sum(batch.num_targets for batch in micro_batches) == targets
+    source = source_of(Dictated(told), 1, 6, 0.5, data, packing)
+    ((value, gradient),) = gradients(student, teacher, source, Loss(kd_ratio=ratio, divergence="reverse_kl"))
+    assert value == pytest.approx(total.item() / targets, rel=1e-12)
+    expected = gradient_of(student, total / targets)
+    assert (gradient - expected).abs().max() < 1e-12 * expected.abs().max()
+
+
+def test_temperature_of_sampling_is_another_than_that_of_the_loss(student, teacher):
+    """Which answers are written depends on the one, what is learnt at them on the other."""
+    hot = dataclasses.replace(Sampling(1.0, T, 5), temperature=50.0)
+    keys = list(range(1500))
+    share = [
+        np.mean([one.ids == (END,) for one in LocalWriter(student, {END}, 1500).write([PROMPT] * 1500, keys, sampling)])
+        for sampling in (Sampling(1.0, T, 5), hot)
+    ]
+    assert share[1] == pytest.approx(1 / 3, abs=0.05) and share[0] == pytest.approx(float(probability(student, teacher, (END,))), abs=0.05)
+    assert abs(share[0] - share[1]) > 0.12

@@ -1,0 +1,71 @@
+"""Numbers of what a student has written, and the warnings where it is of little use."""
+
+import math
+
+import pytest
+
+from llmkd.rollouts.generate import Completion
+from llmkd.rollouts.statistics import WINDOW, Statistics, Watch, loops
+
+END = 9
+
+
+def answers(*lengths: int, finished: bool = True, entropy: float | None = 0.5) -> list[Completion]:
+    return [Completion((*range(10, 9 + n), END) if finished else tuple(range(10, 10 + n)), finished, entropy) for n in lengths]
+
+
+def test_the_numbers_of_the_answers_since_the_last_time():
+    found = Statistics()
+    assert found.read() == {}
+    found.add([*answers(1, 4), *answers(3, finished=False, entropy=2.0), Completion((), False)], 2.0)
+    found.add(answers(2, entropy=None), 0.5)
+    assert found.read() == {
+        "written": 5,
+        "written_cut_off": 2,
+        "written_empty": 2,  # the end alone, and nothing
+        "written_finished": 3 / 5,
+        "written_length": 10 / 5,
+        "written_entropy": pytest.approx((1 * 0.5 + 4 * 0.5 + 3 * 2.0) / 8),
+        "written_tokens_per_s": 4.0,
+        "written_seconds": 2.5,
+    }
+    assert found.read() == {}
+    found.add(answers(2, entropy=None), 0.5)
+    assert "written_entropy" not in found.read()
+
+
+def said(watch: Watch, *windows: list[Completion]) -> list[list[str]]:
+    return [[text.split(": ")[2].split(",")[0] for text in watch.add(window)] for window in windows]
+
+
+def test_a_student_that_knows_nothing_is_warned_of_at_the_start_alone():
+    at_random = answers(*[5] * WINDOW, entropy=0.8 * math.log(100))
+    assert said(Watch(50, 100), at_random, at_random) == [
+        ["at the start the student writes almost at random (entropy 3.68 of at most 4.61 nats a token)"],
+        [],
+    ]
+    assert said(Watch(50, 100), answers(*[5] * WINDOW), at_random) == [[], []]
+    assert said(Watch(50, 100), answers(*[5] * WINDOW, entropy=None), answers(*[5] * (WINDOW - 1), entropy=9.0)) == [[], []]
+
+
+def test_answers_that_never_end_are_warned_of_once():
+    never = answers(*[7] * WINDOW, finished=False)
+    one = [*never[1:], *answers(7)]
+    assert said(Watch(7, 100), one, never, never) == [[], ["none of the last 64 answers ended within on_policy.max_new_tokens (7)"], []]
+
+
+def test_lengths_that_drift_are_warned_of():
+    ten, fifteen, twenty, four = (answers(*[n] * WINDOW) for n in (10, 15, 21, 4))
+    assert said(Watch(50, 100), ten, fifteen, twenty) == [[], [], ["the answers have become longer"]]
+    assert said(Watch(50, 100), ten, four) == [[], ["the answers have become shorter"]]
+    assert said(Watch(50, 100), answers(*[2] * WINDOW), answers(*[5] * WINDOW)) == [[], []], "three tokens are no drift"
+
+
+def test_answers_that_repeat_themselves_are_warned_of():
+    assert loops([5] * 24) and loops([1, 2, 3] * 9) and loops([9, 9, 7, *[1, 2, 3, 4, 5, 6, 7, 8] * 3])
+    assert not loops([5] * 23) and not loops([1, 2, 3, 4, 5, 6, 7, 8, 9] * 4) and not loops([*[5] * 24, 6]) and not loops(range(60))
+    half = [Completion((5,) * 30, False)] * (WINDOW // 2)
+    assert said(Watch(50, 100), [*half, *answers(*[30] * (WINDOW // 2))]) == [[]]
+    assert said(Watch(50, 100), [*half, Completion((5,) * 30, False), *answers(*[30] * (WINDOW // 2 - 1))]) == [
+        ["most of the last 64 answers repeat themselves to their end; train on the data first"]
+    ]

@@ -1,0 +1,80 @@
+"""Validation of an on-policy run: the student's own text on held-out prompts against plain forward passes, and a training that it does not change."""
+
+import json
+
+import pytest
+import torch
+
+from llmkd.config.on_policy import OnPolicy
+from llmkd.data.written import held_out_prompts_for, prompts_of
+from llmkd.models.load import LoadContext, load_teacher
+from llmkd.rollouts.generate import generate
+from llmkd.rollouts.sampling import Sampling
+from llmkd.rollouts.writer import LocalWriter, text_key
+from llmkd.training.own_text import OwnText
+from llmkd.training.prepare import prepare
+from tests.conftest import distance
+from tests.kit.models import load_student
+
+SETTINGS = {"on_policy__share": 0.5, "on_policy__max_new_tokens": 6, "train__max_steps": 2, "validation__teacher_check": 0}
+
+
+def test_the_metrics_are_those_of_the_text_that_the_student_writes(trained, make_recipe, world, tmp_path):
+    held = {"data__validation__path": str(world / "held.jsonl"), "on_policy__validation_prompts": 5}
+    with_text = trained("with", **SETTINGS, **held)
+    without = trained("without", **SETTINGS, **held | {"on_policy__validation_prompts": 0})
+    assert distance(with_text, without) == 0
+    recorded = [json.loads(line) for line in (tmp_path / "with" / "metrics.jsonl").read_text().splitlines()]
+    first, last = (record["validation"] for record in recorded if "validation" in record)
+    assert first != last and not any(k.startswith("own") for k in (tmp_path / "without" / "metrics.jsonl").read_text().split('"'))
+
+    recipe = make_recipe(**SETTINGS, **held)
+    prepared = prepare(recipe)
+    student = load_student(recipe.student, prepared.vocab, "cpu", recipe.seed).eval()
+    teacher = load_teacher(recipe.teacher, LoadContext(prepared.vocab, "cpu")).eval()
+    data, prompts = prepared.validation, prepared.validation_prompts
+    chosen = OwnText.of(data, prompts, 5, None, None).chosen
+    assert len(set(chosen)) == 5
+    sums, tokens, finished = {"reverse_kl": 0.0, "forward_kl": 0.0, "entropy": 0.0}, 0, 0
+    for i in chosen:
+        ids, mask = data.example(i)
+        prompt = ids[: mask.argmax()].tolist()
+        ends = {prepared.tokenizer.eos_token_id, *prepared.end_tokens, 1}
+        (one,) = generate(student, [prompt], Sampling(1.0, 6, 0), ends, keys=[text_key("held out", data.content_hash(i))])
+        with torch.no_grad():
+            q, p = (
+                torch.log_softmax(m.model(torch.tensor([[*prompt, *one.ids]])).logits[0, len(prompt) - 1 : -1, : prepared.vocab], -1)
+                for m in (student, teacher)
+            )
+        sums["reverse_kl"] += float((q.exp() * (q - p)).sum())
+        sums["forward_kl"] += float((p.exp() * (p - q)).sum())
+        sums["entropy"] -= float((q.exp() * q).sum())
+        tokens += len(one.ids)
+        finished += one.finished
+    assert {name: first[f"own_{name}"] for name in sums} == {name: pytest.approx(value / tokens, rel=1e-5) for name, value in sums.items()}
+    assert first["own_length"] == tokens / 5 and first["own_finished"] == finished / 5
+
+
+def test_held_out_texts_without_a_prompt_are_left_out(make_recipe, tmp_path):
+    (tmp_path / "t.jsonl").write_text(json.dumps({"text": "The robin sings in the garden at night."}) + "\n")
+    text = {"path": str(tmp_path / "t.jsonl"), "format": "text"}
+    prepared = prepare(make_recipe(data__validation=text, on_policy={"share": 0.5, "max_new_tokens": 6}))
+    assert prepared.validation_prompts.may.tolist() == [False]
+    found = held_out_prompts_for(OnPolicy(max_new_tokens=6, prompt_tokens=4), prepared.validation, prepared.validation_places, 256)
+    assert found.may.tolist() == [True] and found.own.tolist() == [4]
+    assert prompts_of(prepared.validation, prepared.validation_places, 6, 256, 4).own.tolist() == [4]
+
+
+def test_a_student_that_writes_nothing_has_a_length_of_0(make_recipe, world):
+    prepared = prepare(make_recipe(data__validation__path=str(world / "held.jsonl"), on_policy={"max_new_tokens": 6}))
+
+    class Mute(LocalWriter):
+        def write(self, prompts, keys, sampling):
+            from llmkd.rollouts.generate import Completion
+
+            return [Completion((), False)] * len(keys)
+
+    own = OwnText.of(prepared.validation, prepared.validation_prompts, 99, Mute(None, ()), Sampling(1.0, 6, 0))
+    assert len(own.chosen) == 9
+    data, found = own.write(0, 1)
+    assert len(data) == 0 and found == {"own_length": 0.0, "own_finished": 0.0}
