@@ -81,7 +81,7 @@ class Watch:
             )
         if not any(one.finished for one in self.window):
             found["unfinished"] = (
-                f"warning: on_policy: none of the last {WINDOW} answers ended within on_policy.max_new_tokens ({self.room}), so the student is not taught to "
+                f"warning: on_policy: none of the last {WINDOW} answers ended within on_policy.max_new_tokens ({self.room}), so the student does not learn to "
                 "end; raise it, or train on the data first until answers end"
             )
         if 2 * sum(loops(one.ids) for one in self.window) > WINDOW:
