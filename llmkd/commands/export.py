@@ -12,7 +12,7 @@ from ..errors import UserError
 from ..files import remove_leftovers, write_folder
 from ..model_folder.files import ModelFiles, find, rows_of, student_folder
 from ..model_folder.generation import generation_settings
-from ..model_folder.identity import verify, write_record
+from ..model_folder.identity import record_of, verify, write_record
 from ..output.run_files import read_run_file, run_of
 from ..output.run_folder import refuse_unwritable
 from ..training.prepare import prepare
@@ -35,7 +35,8 @@ def export(run: Path, to: Path | None = None, checkpoint: str | None = None) -> 
         name = f"merged-{checkpoint}" if checkpoint else "merged"
         to = run.with_name(f"{run.name}-{name}") if student == run else run / name
     if to.exists():
-        raise UserError(f"--to: {to} exists; choose another folder, or remove it")
+        whole = ", and all of its files are as an export wrote them: use it," if _is_whole(to) else ";"
+        raise UserError(f"--to: {to} exists{whole} choose another folder, or remove it")
     refuse_unwritable(to, "--to")
     saved = checkpoint_folder(run, checkpoint) if checkpoint else None
     from ..models.merge import from_checkpoint, merge, verify_saved
@@ -57,6 +58,15 @@ def export(run: Path, to: Path | None = None, checkpoint: str | None = None) -> 
             (part / "README.md").write_text(card, encoding="utf-8")
         write_record(part, "export", student="merged" if is_adapter else "full", **(record or {}))
     return to
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether a folder is an export that is finished, as that of a command that was killed at its very end."""
+    try:
+        verify(folder, None, "--to")
+        return record_of(folder, "--to").get("student") in ("merged", "full")
+    except (UserError, OSError):
+        return False
 
 
 def _card(path: Path, to: Path, record: dict | None) -> str | None:

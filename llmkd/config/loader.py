@@ -133,7 +133,19 @@ def load_pipeline(path: str | Path, output_dir: str | None = None) -> Pipeline:
         pipeline, path, lines
     ):
         raise UserError(*problems)
+    _refuse_missing_recipes(pipeline, locator(str(path), lines, changed))
     return pipeline
+
+
+def _refuse_missing_recipes(loaded: Pipeline | Sweep, where: typing.Callable) -> None:
+    """UserError for every `recipe:` of a pipeline or a sweep that is no file, at its line."""
+    named = [(keys, mapping[key]) for mapping, key, keys, _ in paths.paths_in(type(loaded), dataclasses.asdict(loaded)) if key == "recipe"]
+    problems = []
+    for keys, recipe in named:
+        problem = paths.missing(recipe, "file", "") or (f"{recipe} is a folder; name a file in it" if Path(recipe).is_dir() else "")
+        problems += [f"{where(keys)}: {problem}"] if problem else []
+    if problems:
+        raise UserError(*problems)
 
 
 def _bad_stages(pipeline: Pipeline | Sweep, path: str | Path, lines: dict) -> list[str]:
@@ -163,6 +175,7 @@ def load_sweep(path: str | Path, overrides: dict[str, typing.Any] | None = None)
     sweep = check(Sweep, data, str(path), lines, problems, changed)
     if bad := _bad_stages(sweep, path, lines):
         raise UserError(*bad)
+    _refuse_missing_recipes(sweep, locator(str(path), lines, changed))
     sweep.set.update(for_arms)  # again, since checking has made plain text of what is `Placed`, and that is relative to the file
     return sweep
 

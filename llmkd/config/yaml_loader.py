@@ -54,12 +54,15 @@ def parse_yaml(text: str, name: str) -> tuple[typing.Any, dict[tuple, int], list
         root = yaml.compose(text, Loader=Loader)
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
-        raise UserError(f"{name}:{line}: not valid YAML: the character {error.character!r} is not allowed") from None
+        raise UserError(f"{name}:{line}: not valid YAML: the character {error.character!r} is not allowed; remove it") from None
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         problem = str(getattr(error, "problem", error))
-        hint = next((f"; {fix}" for words, fix in _YAML_HINTS.items() if words in problem), "")
-        raise UserError(f"{name}:{mark.line + 1 if mark else 1}: not valid YAML: {problem}{hint}") from None
+        fix = next(
+            (fix for words, fix in _YAML_HINTS.items() if words in problem),
+            "write a setting as name: value, and quote a text with other signs",
+        )
+        raise UserError(f"{name}:{mark.line + 1 if mark else 1}: not valid YAML: {problem}; {fix}") from None
     except RecursionError:
         raise UserError(f"{name}: nested too deeply; a recipe is flat") from None
     lines: dict[tuple, int] = {}

@@ -1,5 +1,6 @@
 """Adapters from a folder onto a base, and back: PEFT's, with the checks that it leaves out."""
 
+import copy
 import shutil
 from pathlib import Path
 
@@ -142,7 +143,12 @@ def save(adapted: nn.Module, folder: Path, name: str = "default") -> None:
     from peft import set_peft_model_state_dict
     from safetensors.torch import load_file, save_file
 
-    adapted.save_pretrained(folder, selected_adapters=[name], save_embedding_layers=False)
+    config = adapted.peft_config[name]
+    adapted.peft_config[name] = _in_order(config)
+    try:
+        adapted.save_pretrained(folder, selected_adapters=[name], save_embedding_layers=False)
+    finally:
+        adapted.peft_config[name] = config
     for file in (folder / name).glob("*"):  # PEFT gives an adapter with a name of its own a folder of its own
         file.rename(folder / file.name)
     shutil.rmtree(folder / name, ignore_errors=True)
@@ -154,6 +160,15 @@ def save(adapted: nn.Module, folder: Path, name: str = "default") -> None:
                 f"note: {folder}: PEFT alone does not read back {len(lost)} of its tensors, such as {lost[0]}; llmkd does: "
                 "share the model that llmkd export writes instead"
             )
+
+
+def _in_order(config):
+    """A copy of an adapter's configuration with lists for sets of names, whose order is another one in every process."""
+    out = copy.copy(config)
+    for name, value in vars(config).items():
+        if isinstance(value, set):
+            setattr(out, name, sorted(value))
+    return out
 
 
 def _renamed(model: nn.Module, key: str, back: bool = False) -> str:

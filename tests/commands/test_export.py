@@ -38,7 +38,12 @@ def test_export_loads_in_plain_transformers_and_says_the_same(make_recipe, world
         assert AutoTokenizer.from_pretrained(tmp_path / "out" / folder).chat_template
         assert (tmp_path / "out" / folder / "generation_config.json").exists()
     capsys.readouterr()
-    assert main(["export", str(tmp_path / "out")]) == 2 and "exists" in said(capsys)
+    modules = json.loads((tmp_path / "out/adapter/adapter_config.json").read_text())["target_modules"]
+    assert modules == sorted(modules) and len(modules) == 14  # PEFT's own order is another one in every process
+    again = "merged exists, and all of its files are as an export wrote them: use it, choose another folder, or remove it"
+    assert main(["export", str(tmp_path / "out")]) == 2 and again in said(capsys)
+    (tmp_path / "out/merged/config.json").write_text("{}")
+    assert main(["export", str(tmp_path / "out")]) == 2 and "merged exists; choose another folder, or remove it" in said(capsys)
 
 
 def test_lm_eval_takes_adapter_and_merged_folder(make_recipe, world, tmp_path):

@@ -175,6 +175,7 @@ def test_the_changes_of_a_pipeline_are_relative_to_its_file(place):
 
 
 def test_a_sweep_on_the_command_line_is_relative_to_the_working_folder(place, tmp_path):
+    Path("../recipes/r.yaml").touch()
     Path("../recipes/s.yaml").write_text("output_dir: runs/s\nrecipe: r.yaml\ngrid: {optim.lr: [1, 2]}\neval: {tasks_dir: models}\n")
     sweep = loader.load_sweep("../recipes/s.yaml", {"teacher.model": "runs/t/adapter", "student.model": "gpt2"})
     assert (sweep.recipe, sweep.eval.tasks_dir, sweep.output_dir) == ("../recipes/r.yaml", "../recipes/models", "runs/s")

@@ -516,7 +516,9 @@ def test_resolved_defaults_are_written_out(load):
 PIPELINE = "output_dir: r\nstages:\n  a: {recipe: a.yaml}\n  b: {recipe: b.yaml, set: {teacher.model: x}}\nteacher: a\nstudents: [b]\n"
 
 
-def test_a_pipeline_loads(load):
+def test_a_pipeline_loads(load, tmp_path):
+    for name in ("a.yaml", "b.yaml"):
+        (tmp_path / name).touch()
     pipeline = load(PIPELINE, None, loader.load_pipeline)
     assert list(pipeline.stages) == ["a", "b"] and pipeline.stages["b"].set == {"teacher.model": "x"} and pipeline.students == ("b",)
     assert load(PIPELINE, "elsewhere", loader.load_pipeline).output_dir == "elsewhere"
@@ -538,6 +540,20 @@ def test_a_pipeline_loads(load):
 )
 def test_a_bad_pipeline_is_refused(refused, old, new, start, words):
     found(refused(PIPELINE.replace(old, new), None, loader.load_pipeline), (start, *words))
+
+
+@pytest.mark.parametrize(
+    ("text", "read", "place"),
+    [
+        (PIPELINE, loader.load_pipeline, "r.yaml:4: stages.b.recipe: there is no file "),
+        ("output_dir: r\nrecipe: b.yaml\nseeds: [1]\n", loader.load_sweep, "r.yaml:2: recipe: there is no file "),
+    ],
+)
+def test_a_missing_recipe_is_named_where_it_is_written(refused, tmp_path, text, read, place):
+    (tmp_path / "a.yaml").touch()
+    found(refused(text, None, read), (place, "b.yaml; did you mean "))
+    (tmp_path / "b.yaml").mkdir()
+    found(refused(text, None, read), (place.replace("there is no file ", ""), "b.yaml is a folder; name a file in it"))
 
 
 # ---- sources

@@ -348,7 +348,9 @@ def test_a_random_sample_is_drawn_by_seed_in_the_order_of_the_file(tmp_path):
 def test_a_sample_hides_no_damage(tmp_path):
     path = write(tmp_path / "t.jsonl", ROWS)
     path.write_text(path.read_text() + "{bad\n")
-    assert problems(path, limit=1, seed=1) == [f"{path}:41: not valid JSON (Expecting property name enclosed in double quotes)"]
+    assert problems(path, limit=1, seed=1) == [
+        f"{path}:41: not valid JSON (Expecting property name enclosed in double quotes); correct this row, or remove it"
+    ]
 
 
 def test_columns_and_roles_by_the_files_own_names(tmp_path):

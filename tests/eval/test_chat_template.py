@@ -149,6 +149,8 @@ def test_a_group_whose_tasks_lack_the_metric_has_no_mean(tasks_dir):
     groups = benchmarks.find_groups(["by_items"], tasks_dir, None)
     record = {"n": 3, "fewshot": 0, "metrics": {"acc": {"value": 0.5, "stderr": None, "higher_is_better": True}}}
     assert group_means(groups, {"birds": record, "few": record})[0]["stderr"] is None
+    shots = [group_means(groups, {"birds": record, "few": record | {"fewshot": n}})[0]["shots"] for n in (0, 5)]
+    assert shots == [0, None]  # tasks of 0 and of 5 have no number in common
     assert not group_means(groups, {"birds": record})
     assert not group_means(groups, {"birds": record, "few": record | {"metrics": {"f1": record["metrics"]["acc"]}}})
 

@@ -1,5 +1,6 @@
 """The parameters that train, for every kind of student: exactly its own, whatever else is in the model."""
 
+import dataclasses
 import json
 import shutil
 
@@ -70,6 +71,20 @@ def test_exactly_the_adapter_trains(world, variant, tmp_path):
     again = load_teacher(Teacher(model=str(tmp_path / "adapter")), LoadContext(640, "cpu"))
     with torch.no_grad():
         assert_close(again.head.logits(again.hidden(view)), own_NV.detach(), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("lora", [Lora(rank=3, alpha=7.0), Lora(rank=3, alpha=7.0, rslora=True)], ids=["plain", "rslora"])
+def test_an_update_is_alpha_over_rank(world, lora):
+    model = load(world / "student", lora=dataclasses.replace(lora, target_modules=("up_proj",)))
+    for name, layer in model.base_model.named_modules():
+        if name.endswith("1.mlp.up_proj"):
+            x = torch.linspace(-1, 1, layer.base_layer.in_features, dtype=torch.float64)
+            A, B = layer.lora_A["default"].weight, torch.nn.init.normal_(layer.lora_B["default"].weight)
+            with torch.no_grad():
+                expected = layer.base_layer.weight @ x + 7 / (3**0.5 if lora.rslora else 3) * (B @ (A @ x))
+                assert_close(layer(x[None])[0], expected, rtol=1e-12, atol=1e-12)
+            return
+    raise AssertionError("no such layer")
 
 
 def test_full_training_trains_every_weight(world):

@@ -44,6 +44,9 @@ def records(file: BinaryIO, name: str, path: Path) -> Records:
 # ---- json
 
 
+_CORRECT = "correct this row, or remove it"
+
+
 def _once(pairs):
     out = dict(pairs)
     if len(out) < len(pairs):
@@ -126,8 +129,8 @@ def _json_line(line: bytes) -> Any:
     except BadRow:
         raise
     except (ValueError, RecursionError) as error:
-        fix = "; remove the comma at its end" if line.rstrip().endswith(b",") else ""
-        raise BadRow(f"not valid JSON ({getattr(error, 'msg', error)}){fix}") from None
+        fix = "remove the comma at its end" if line.rstrip().endswith(b",") else _CORRECT
+        raise BadRow(f"not valid JSON ({getattr(error, 'msg', error)}); {fix}") from None
 
 
 def _json(file: BinaryIO, name: str) -> Records:
@@ -159,18 +162,18 @@ def _json_values(text: str) -> Iterator[tuple[int, Callable[[], Any]]]:
         if text[at : at + 1] == "]" and not expect_value:
             rest = text[at + 1 :].strip()
             if rest:
-                yield line, functools.partial(_raise, f"text after the end of the list ({rest[:20]!r})")
+                yield line, functools.partial(_raise, f"text after the end of the list ({rest[:20]!r}); remove it")
             return
         try:
             value, end = _DECODER.raw_decode(text, at)
         except json.JSONDecodeError as error:
-            yield error.lineno, functools.partial(_raise, f"not valid JSON ({error.msg})")
+            yield error.lineno, functools.partial(_raise, f"not valid JSON ({error.msg}); {_CORRECT}")
             return
         except RecursionError:
-            yield line, functools.partial(_raise, "not valid JSON (nested too deeply)")
+            yield line, functools.partial(_raise, f"not valid JSON (nested too deeply); {_CORRECT}")
             return
         except ValueError as error:  # a NaN or a repeated key: the row is bad, but its end can be found
-            yield line, functools.partial(_raise, f"not valid JSON ({error})")
+            yield line, functools.partial(_raise, f"not valid JSON ({error}); {_CORRECT}")
             try:
                 _, end = _LENIENT.raw_decode(text, at)
             except (ValueError, RecursionError):
@@ -184,7 +187,7 @@ def _json_values(text: str) -> Iterator[tuple[int, Callable[[], Any]]]:
         if expect_value:
             at += 1
         elif text[at : at + 1] != "]":
-            yield line, functools.partial(_raise, "not valid JSON (expected ',' or ']' after an object)")
+            yield line, functools.partial(_raise, "not valid JSON (expected ',' or ']' after an object); write it there")
             return
 
 
@@ -215,7 +218,7 @@ def _csv(file: BinaryIO, name: str) -> Records:
             return
         except csv.Error as error:  # after an unclosed quotation the rest cannot be read reliably
             wrong = "a carriage return outside quotes; end lines by a line feed" if "new-line character" in str(error) else error
-            yield f"{name}:{start}", functools.partial(_raise, f"not valid CSV ({wrong})")
+            yield f"{name}:{start}", functools.partial(_raise, f"not valid CSV ({wrong}); {_CORRECT}")
             return
         if not row:
             continue
@@ -318,7 +321,7 @@ class _Rows:
         names = batch.schema.names
         twice = next((column for column in names if names.count(column) > 1), None)
         if twice is not None:
-            raise BadRow(f"the column {twice!r} occurs twice")
+            raise BadRow(f"the column {twice!r} occurs twice; give each its own name")
         self.batch, self.columns = batch, None
 
     def get(self, i: int) -> dict:

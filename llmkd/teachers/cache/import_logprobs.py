@@ -120,7 +120,7 @@ class AnswersReader:
         try:
             line = json.loads(content)
         except ValueError as error:
-            raise ValueError(f"is not JSON ({error})") from None
+            raise ValueError(f"is not JSON ({error}); correct the line, or write the file again") from None
         if not isinstance(line, dict):
             raise ValueError("expected an object")
         choices = line.get("choices")

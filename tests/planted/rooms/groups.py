@@ -105,6 +105,13 @@ FAULTS = [
             FAILS,
         ),
         (
+            "shots-of-the-first",
+            "a group has the few-shot examples of its first task",
+            '{records[task]["fewshot"] for task in names}',
+            '{records[names[0]]["fewshot"]}',
+            "eval/test_chat_template.py::test_a_group_whose_tasks_lack_the_metric_has_no_mean",
+        ),
+        (
             "group-weighting-swapped",
             "the weightings are recorded the other way",
             '"items" if wanted.weight_by_size else "tasks"',

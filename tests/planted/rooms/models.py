@@ -299,6 +299,13 @@ FAULTS = [
             "use_rslora=False",
             "training/test_by_hand.py",
         ),
+        (
+            "alpha-is-the-default",
+            "alpha is always 32",
+            "lora_alpha=lora.alpha",
+            "lora_alpha=32.0",
+            f"{STUDENTS}::test_an_update_is_alpha_over_rank",
+        ),
         ("alpha-is-rank", "alpha is always the rank", "lora_alpha=lora.alpha", "lora_alpha=lora.rank", "training/test_by_hand.py"),
         (
             "dora-forgotten",
@@ -323,6 +330,36 @@ FAULTS = [
         ),
     ),
     *in_file(
+        "llmkd/models/adapters.py",
+        (
+            "modules-in-any-order",
+            "the modules of a saved adapter's configuration stand in the order of a set",
+            "setattr(out, name, sorted(value))",
+            "setattr(out, name, sorted(value, reverse=True))",
+            "commands/test_export.py::test_export_loads_in_plain_transformers_and_says_the_same",
+        ),
+    ),
+    *in_file(
+        "llmkd/commands/export.py",
+        (
+            "whole-export-not-told",
+            "a folder with a finished export is like any other",
+            "if _is_whole(to) else",
+            "if False else",
+            "commands/test_export.py::test_export_loads_in_plain_transformers_and_says_the_same",
+        ),
+    ),
+    *in_file(
+        "llmkd/config/loader.py",
+        (
+            "missing-recipes-of-stages",
+            "a pipeline's missing recipe is not named at its line",
+            "    _refuse_missing_recipes(pipeline, locator(str(path), lines, changed))\n",
+            "",
+            "config/test_settings.py::test_a_missing_recipe_is_named_where_it_is_written",
+        ),
+    ),
+    *in_file(
         "llmkd/models/merge.py",
         (
             "checkpoint-not-loaded",
@@ -330,6 +367,22 @@ FAULTS = [
             "        load_trained_weights(adapted, checkpoint)\n",
             "        pass\n",
             BEST,
+        ),
+        (
+            "checkpoint-after-the-check",
+            "a checkpoint's weights are loaded when the adapter is merged",
+            "    if checkpoint:\n        load_trained_weights(adapted, checkpoint)\n    ids_BT = probe_ids(vocab)\n    with torch.no_grad():\n"
+            "        expected = adapted(input_ids=ids_BT, use_cache=False).logits\n",
+            "    ids_BT = probe_ids(vocab)\n    with torch.no_grad():\n        expected = adapted(input_ids=ids_BT, use_cache=False).logits\n"
+            "        if checkpoint:\n            load_trained_weights(adapted, checkpoint)\n",
+            BEST,
+        ),
+        (
+            "layers-stay-wide",
+            "the layers of a merged teacher are float32 whatever they were",
+            "        t.data = t.data.to(held.get(name, t.dtype))\n",
+            "        pass\n",
+            f"{TRANSFORMS}::test_the_sum_is_taken_in_float32_and_rounded_once",
         ),
         (
             "merged-in-its-own-type",
