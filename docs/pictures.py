@@ -278,8 +278,8 @@ LAYERS = (
     (("doctor/", "checks of a recipe before it is run"),),
     (("training/", "run, trainer, loop, checkpoint, validation"),),
     (("output/", "run folder, metrics, model card, hub"),),
-    (("teachers/", "live, cached, mixture; the cache on disk"), ("rollouts/", "text that a model writes")),
-    (("models/", "load, adapters, attention"), ("data/", "files to examples to batches")),
+    (("teachers/", "live, cached, served, mixture; the cache on disk"), ("rollouts/", "text that a model writes")),
+    (("models/", "load, adapters, attention"), ("data/", "files to examples to batches"), ("servers/", "requests to vLLM, SGLang")),
     (("config/", "settings"), ("losses/", "divergences, fused head"), ("model_folder/", "files, weights, hashes")),
     (("batch.py  signals.py  head.py", "the nouns"), ("console.py  errors.py  files.py", "messages, exit codes, files")),
 )

@@ -237,3 +237,24 @@ def tie(world: Path, to: Path) -> dict[str, torch.Tensor]:
     config = json.loads((to / "config.json").read_text()) | {"tie_word_embeddings": True}
     (to / "config.json").write_text(json.dumps(config))
     return tensors
+
+
+@pytest.fixture(scope="session")
+def distributions(world):
+    """The small world's base teacher and its adapter, as a server has them: see `tests/kit/served.py`."""
+    from tests.kit.served import distribution_of
+
+    return {"base": distribution_of(world / "teacher"), "adapter": distribution_of(world / "teacher", world / "adapter")}
+
+
+@pytest.fixture
+def server(distributions, world):
+    """A server of these two, `adapter` being an adapter on `base`."""
+    from transformers import AutoTokenizer
+
+    from tests.kit.served import serving
+
+    tokenizer = AutoTokenizer.from_pretrained(world / "teacher")
+    with serving(distributions, lambda token: tokenizer.decode([token])) as fake:
+        fake.parents = {"adapter": "base"}
+        yield fake

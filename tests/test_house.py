@@ -18,7 +18,7 @@ LAYERS = (
     "__init__ console files batch head process",
     "errors signals",
     "config model_folder",
-    "losses models data",
+    "losses models data servers",
     "teachers rollouts",
     "output",
     "training",

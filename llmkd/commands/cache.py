@@ -53,7 +53,8 @@ def write(
 
     folder, setting = Path(source.settings.cache.path).expanduser(), f"{source.setting}.cache.path"
     examples = teacher_examples(prepared, source, recipe.data.validation_fraction)
-    recorder = _load_recorder(recipe, prepared, source, examples, accelerator.device)
+    load = _open_server if source.settings.server else _load_recorder
+    recorder = load(recipe, prepared, source, examples, accelerator, stop)
     provenance = resolve.provenance(recipe.data, source, prepared.tokenizer, resolve.data_hashes(prepared))
     plan = shard_plan(examples, recorder.format.bytes)
     writer = Writer(folder, recorder.format, provenance, plan, setting)
@@ -69,9 +70,9 @@ def write(
         return folder
     shards = writer.left(accelerator.process_index, accelerator.num_processes)
     check_disk_space(writer, shards)
-    batches = {n: batches_of(examples, plan.first_E[plan.shards[n]], recipe.validation.micro_batch_size) for n in shards}
-    seconds = estimate_seconds(recorder, [batch for of_shard in batches.values() for batch in of_shard], examples.lengths)
-    info(f"{folder}: {size}; this process writes {len(shards)} of {len(plan.shards)} shards in about {duration(seconds)}")
+    batches = {n: batches_of(examples, plan.first_E[plan.shards[n]], recorder.batch_size) for n in shards}
+    time_needed = recorder.time_for([batch for of_shard in batches.values() for batch in of_shard])
+    info(f"{folder}: {size}; this process writes {len(shards)} of {len(plan.shards)} shards{time_needed}")
     write_shards(writer, batches, recorder, stop)
     accelerator.wait_for_everyone()
     on_main_process(accelerator, writer.finish)
@@ -88,6 +89,10 @@ class Recorder:
     format: object  # a `records.RecordFormat`
     pad: int
     device: object
+    batch_size: int  # examples
+
+    def time_for(self, batches: list[list[int]]) -> str:
+        return f" in about {duration(estimate_seconds(self, batches, self.examples.lengths))}"
 
     def __call__(self, batch_examples: list[int]) -> tuple[list[str], list[int], np.ndarray]:
         """Of those examples: content hashes, numbers of targets, and records [targets, bytes]."""
@@ -98,13 +103,50 @@ class Recorder:
         return [one.content_hash for one in batch.examples], [one.num_targets for one in batch.examples], records
 
 
-def _load_recorder(recipe: Recipe, prepared: Prepared, source: TeacherSource, examples: Examples, device) -> Recorder:
+@dataclass(frozen=True)
+class ServerRecorder:
+    """The records of a batch of examples from what a server says of them."""
+
+    teacher: object  # a `ServedTeacher`
+    examples: Examples
+    pad: int
+    batch_size: int
+
+    @property
+    def format(self):
+        return self.teacher.format
+
+    def time_for(self, batches: list[list[int]]) -> str:
+        return ""  # that of a request says little of many at one time
+
+    def __call__(self, batch_examples: list[int]) -> tuple[list[str], list[int], np.ndarray]:
+        """As `Recorder`'s."""
+        from ..data.collate import collate
+
+        batch = collate(self.examples, batch_examples, self.pad)
+        return [one.content_hash for one in batch.examples], [one.num_targets for one in batch.examples], self.teacher.kept(batch)
+
+
+def _open_server(
+    recipe: Recipe, prepared: Prepared, source: TeacherSource, examples: Examples, accelerator, stop: ShutdownRequest
+) -> ServerRecorder:
+    from ..teachers.connect import check_served, open_served
+
+    served = open_served(prepared.teachers, "cpu", prepared.vocab, stop)[source.setting]
+    on_main_process(accelerator, lambda: check_served(served, prepared.train, prepared.validation, prepared.tokenizer))
+    return ServerRecorder(served, examples, prepared.tokenizer.eos_token_id, 4 * source.settings.of_server("requests"))
+
+
+def _load_recorder(
+    recipe: Recipe, prepared: Prepared, source: TeacherSource, examples: Examples, accelerator, stop: ShutdownRequest
+) -> Recorder:
     from ..models.load import LoadContext, load_models
     from ..teachers.cache.records import make_record_format
     from ..teachers.fidelity import measured_transform, sample_teacher_batches
     from ..teachers.live import LiveTeacher
     from ..training.model_watch import ModelWatch
 
+    device = accelerator.device
     number, size, pad = prepared.teachers.index(source), recipe.validation.micro_batch_size, prepared.tokenizer.eos_token_id
 
     def probe(setting: str) -> list:
@@ -115,7 +157,7 @@ def _load_recorder(recipe: Recipe, prepared: Prepared, source: TeacherSource, ex
     with report_from_any_rank():
         ModelWatch(prepared)  # what is loaded is what the cache is said to be of
     record_format = make_record_format(source.settings.cache, prepared.vocab, model)
-    return Recorder(LiveTeacher(model), examples, record_format, pad, device)
+    return Recorder(LiveTeacher(model), examples, record_format, pad, device, size)
 
 
 def check_disk_space(writer, shards: list[int]) -> None:

@@ -50,8 +50,8 @@ def check(recipe: Recipe, examples: int = 64) -> dict[str, dict]:
     """Print metrics on a sample of the training rows, for every teacher that is quantised, merged or cached. Returns them by its setting."""
     prepared, sources = select_teachers(
         recipe,
-        lambda teacher: teacher.cache or teacher.held,
-        "teacher.quantization, teacher.merge_adapter, teacher.cache.path: none is given, and nothing else loses anything",
+        lambda teacher: (teacher.cache and not teacher.server) or teacher.held,
+        "teacher.quantization, teacher.merge_adapter, teacher.cache.path: none is given of a teacher that can be loaded, and nothing else can be compared",
     )
     accelerator = start()
     if accelerator.num_processes > 1:

@@ -27,7 +27,7 @@ def select_teachers(
     if not any(wanted(teacher) for _, teacher in named):
         raise UserError(missing)
     for setting, teacher in named:
-        if wanted(teacher) and not teacher.model and not import_file:
+        if wanted(teacher) and not teacher.model and not teacher.server and not import_file:
             raise UserError(f"{setting}.model: not given; name the teacher whose outputs {teacher.cache.path} is to hold")
     if recipe.data.streaming:
         raise UserError("data.streaming: found true, and a teacher cache needs all rows beforehand; set it to false")

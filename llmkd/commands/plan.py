@@ -47,7 +47,7 @@ def estimate(recipes: list[Recipe], sizes: dict) -> Cost | None:
     student, present = model_size(files), []
     bytes_ = student.parameters * weight_bytes(files, recipe.student.dtype, recipe.student.quantization)
     for setting, one in used_teachers(recipe):
-        if one.cache is None:
+        if one.cache is None and not one.server:
             theirs = find(one.model, f"{setting}.model", one.revision, one.base)
             present.append(model_size(theirs))
             shared = (

@@ -105,7 +105,12 @@ def feature_contradictions(
                     (f"{at}.teacher", "loss.features.teacher"),
                     f"found {rows.teacher!r}, and on these rows nobody would ask {features.teacher!r} for its hidden states; leave one of them out",
                 )
-    if source.cache is not None:
+    if source.server is not None:
+        yield (
+            (f"{path}.server", "loss.features"),
+            "a server gives no hidden states of inner layers; leave it out, and name the teacher as model, or leave loss.features out",
+        )
+    elif source.cache is not None:
         yield (
             (f"{path}.cache", "loss.features"),
             "a teacher cache holds no hidden states of inner layers; leave the cache out, and the teacher is loaded, or leave loss.features out",

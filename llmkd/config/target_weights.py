@@ -172,7 +172,13 @@ def _teacher_contradictions(setting: str, by: str, kd_ratio, teacher) -> Iterato
         )
         return
     for path, one in with_setting_names(teacher, "teacher"):
-        if one.cache and one.cache.kind != "hidden" and len(as_tuple(teacher)) > 1:
+        if one.server:
+            yield (
+                (setting, f"{path}.server"),
+                f"found {by}, which needs the teacher's whole distribution, and a server gives its most likely tokens only; name the teacher as "
+                "model, or use a rule that reads the student alone",
+            )
+        elif one.cache and one.cache.kind != "hidden" and len(as_tuple(teacher)) > 1:
             yield (
                 (setting, f"{path}.cache.kind"),
                 f"found {by}, which needs the distribution of several teachers together, with {path}.cache; set {path}.cache.kind: hidden, "

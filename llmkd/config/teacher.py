@@ -7,6 +7,7 @@ from pydantic import Field
 
 from .data import Data
 from .fields import Count, Seed, as_tuple, changeable, config_dataclass, fixed, with_setting_names
+from .served import SERVER_DEFAULTS, server_contradictions
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"]
@@ -33,6 +34,8 @@ CACHE_KINDS: dict[str, dict[str, object]] = {
 }
 #: Exponents s for which the tail mass, the logarithm of the sum of p^s over the tail, is stored in a top-k cache: temperatures 4, 2, 1 and 1/2.
 TAIL_EXPONENTS = (0.25, 0.5, 1.0, 2.0)
+#: The same where some tokens are listed with their log-probabilities, by a server or in a file: more of the tail is not known.
+LISTED_EXPONENTS = (1.0,)
 
 
 @config_dataclass
@@ -66,7 +69,29 @@ class Teacher:
         None, description="With several teachers: the name by which a data source's setting teacher refers to this one."
     )
     model: str | None = fixed(
-        None, path="model", description="Folder or hub id of a model, or of a LoRA adapter (its adapter_config.json names the base)."
+        None,
+        path="model",
+        description="Folder or hub id of a model, or of a LoRA adapter (its adapter_config.json names the base). With server: the name under which the "
+        "server serves it; null where it serves one model only.",
+    )
+    server: str | None = changeable(
+        None,
+        description="Address of a server that is asked for the teacher's log-probabilities, http://host:port: no teacher is loaded, and its answers are kept "
+        "(in cache.path, or else in a folder of data.cache_dir), so that nothing is asked twice.",
+    )
+    api: Literal["vllm", "sglang"] | None = fixed(None, description="server: its interface (vllm).")
+    top_k: Count | None = fixed(
+        None,
+        description="server: number of most likely tokens that it is asked for (64). vLLM gives at most its --max-logprobs, 20 by default.",
+    )
+    requests: Count | None = changeable(None, description="server: most requests at one time, from each process (8).")
+    timeout: Annotated[float, Field(gt=0)] | None = changeable(None, description="server: seconds that one request may take (300).")
+    patience: Annotated[float, Field(ge=0)] | None = changeable(
+        None,
+        description="server: seconds for which a request is repeated while the server is gone or busy (600), so that it may be started anew meanwhile.",
+    )
+    api_key_env: str | None = changeable(
+        None, description="server: the environment variable that holds its key, which is written nowhere; null: no key is sent."
     )
     revision: str | None = fixed(None, description="Revision of a hub model or adapter.")
     base: str | None = fixed(
@@ -91,6 +116,18 @@ class Teacher:
     )
     cache: Cache | None = fixed(None, description="Teacher cache: llmkd cache writes it; a run then reads it and loads no teacher.")
     weight: float = fixed(1.0, gt=0, description="With several teachers: relative weight of this one in the mixture.")
+
+    @property
+    def model_path(self) -> str | None:
+        """Folder or hub id of the model that can be loaded; None for one that a server has."""
+        return None if self.server else self.model
+
+    def of_server(self, name: str) -> float | str:
+        """A setting that belongs to server, or its default."""
+        value = getattr(self, name)
+        if name == "top_k" and value is None and self.cache:
+            value = self.cache.k
+        return SERVER_DEFAULTS[name] if value is None else value
 
     @property
     def float8(self) -> bool:
@@ -132,12 +169,13 @@ def teacher_contradictions(setting: Teacher | tuple[Teacher, ...] | None, data: 
         yield ("teacher",), "found an empty list; name a teacher, or leave it out"
     every = as_tuple(setting)
     for path, teacher in with_setting_names(setting, "teacher"):
-        if teacher.model is None and teacher.cache is None:
+        yield from server_contradictions(path, teacher)
+        if teacher.model is None and teacher.cache is None and teacher.server is None:
             yield (
                 (f"{path}.model", f"{path}.cache"),
-                "not given; name the teacher's folder or hub id (or its teacher cache, cache.path)",
+                "not given; name the teacher's folder or hub id (or its teacher cache, cache.path, or its server)",
             )
-        if teacher.model is None:
+        if teacher.model is None and not teacher.server:
             for name in ("revision", "base", "quantization", "device"):
                 if getattr(teacher, name) is not None:
                     yield (f"{path}.{name}", f"{path}.model"), "set without a model; name the model, or leave this out"
@@ -163,7 +201,7 @@ def teacher_contradictions(setting: Teacher | tuple[Teacher, ...] | None, data: 
                 (f"{path}.device", f"{path}.quantization"),
                 f"found {teacher.device} with quantization, which needs a GPU; leave one of them out",
             )
-        if teacher.cache is not None:
+        if teacher.cache is not None and not teacher.server:
             kind = teacher.cache.kind or "topk"
             for other, options in CACHE_KINDS.items():
                 for name in options:

@@ -74,7 +74,9 @@ def attention_contradictions(
         found = f"{len(as_tuple(teacher))} teachers" if as_tuple(teacher) else "no teacher"
         yield (here, "teacher"), f"set with {found}, and it compares the student with one teacher; name one, or leave it out"
     for path, one in with_setting_names(teacher, "teacher"):
-        if one.cache is not None:
+        if one.server is not None:
+            yield (here, f"{path}.server"), f"set with {path}.server, and a server gives nothing of the teacher's attention; {leave}"
+        elif one.cache is not None:
             yield (here, f"{path}.cache"), f"set with {path}.cache, and a cache holds nothing of the teacher's attention; {leave}"
     named = ((path, one.attention) for path, one in with_setting_names(teacher, "teacher"))
     for path, chosen in (("student", implementation), *named):

@@ -3,7 +3,7 @@
 import contextlib
 import copy
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Protocol
 
@@ -70,13 +70,15 @@ class TrainingSource(BatchSource, Protocol):
     examples               the data known before the first step, for checks and measurements: all of it, or a stream's first step
     places                 where each of `examples` was read
     complete               whether `examples` are all that is trained on
-    reads_while_training   rows are read and checked while training, so a bad one may end the run after any step
+    reads_while_training   rows are read, or a server is asked, while training: what is wrong with them may end the run after any step
+    on_built               is called with each step's micro-batches once they are built, which is before their turn. It must not wait
     """
 
     examples: Examples
     places: Sequence[str]
     complete: bool
     reads_while_training: bool
+    on_built: "Callable[[list[Batch]], None]"
 
     def for_rank(self, rank: int, ranks: int, device: "torch.device | None" = None) -> "TrainingSource":
         """The same source as one of `ranks` processes reads it, for a device."""
@@ -120,6 +122,7 @@ class ExampleSource:
     def __init__(self, seed: int, total_steps: int, micro_batch_size: int | TokenBudget, collator: Collator):
         self.seed, self.total_steps, self.micro_batch_size, self.collator = seed, total_steps, micro_batch_size, collator
         self.rank, self.ranks, self.device = 0, 1, None
+        self.on_built: Callable[[list[Batch]], None] = lambda batches: None
 
     def for_rank(self, rank: int, ranks: int, device: "torch.device | None" = None):
         """The same source as one of `ranks` processes reads it. For a GPU the batches are in pinned memory."""
@@ -137,7 +140,9 @@ class ExampleSource:
 
             torch.cuda.set_device(self.device)  # of the thread that runs this: or pinning would open the first GPU for every process
         for step in self.schedule(done):
-            yield step, self.build(step)
+            batches = self.build(step)
+            self.on_built(batches)
+            yield step, batches
 
     def schedule(self, done: int = 0) -> Iterator[Step]:
         """The steps after the first `done`, without their batches."""

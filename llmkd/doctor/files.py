@@ -163,8 +163,8 @@ def cache(setup: Setup) -> Result:
         planned = setup.unwritten.get(source.setting)
         if not source.cache and not planned:
             continue
-        if not source.settings.model:
-            why.append(f"{source.setting} names no model beside its cache")
+        if not source.settings.model_path:
+            why.append(f"{source.setting} names no model beside its cache that could be loaded")
         elif not len(mine := examples_of(setup.few, number)):
             why.append(f"none of the examples is {source.setting}'s")
         else:

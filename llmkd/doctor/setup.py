@@ -27,6 +27,7 @@ from ..models.language_model import LanguageModel
 from ..models.load import LoadContext
 from ..models.startup_checks import tolerance
 from ..signals import Signal, Teacher
+from ..teachers.connect import open_served
 from ..teachers.fidelity import measured_transform
 from ..training.attention import attention_terms
 from ..training.build import build_student, build_terms, keep_of, load, longest_row, open_teacher, teacher_probe, teacher_taps
@@ -87,7 +88,8 @@ class Setup:
             recipe.loss, recipe.optim, self.student, steps, self.accelerator, None, [*states, *attention]
         )
         taps = teacher_taps([recipe], [self.state])
-        self.teacher: Teacher | None = open_teacher(prepared.teachers, recipe.mixture, teachers, taps, self.device)
+        served = open_served(prepared.teachers, self.device, prepared.vocab)
+        self.teacher: Teacher | None = open_teacher(prepared.teachers, recipe.mixture, teachers, taps, self.device, served)
         for term in states:
             start_features(recipe.loss.features, term, self.student, self.teacher, ([self.batch()], [self.batch()]))
         self.student.eval()
@@ -241,7 +243,9 @@ def with_few_rows(recipe: Recipe, rows: int) -> Recipe:
 def without_unwritten_caches(recipe: Recipe) -> tuple[Recipe, dict[str, Cache]]:
     """The recipe with live teachers where their caches are still to be written, and those caches."""
     named = with_setting_names(recipe.teacher, "teacher")
-    waiting = {setting: one.cache for setting, one in named if one.model and one.cache and not Path(one.cache.path).expanduser().exists()}
+    waiting = {
+        setting: one.cache for setting, one in named if one.model_path and one.cache and not Path(one.cache.path).expanduser().exists()
+    }
     teachers = tuple(dataclasses.replace(one, cache=None) if setting in waiting else one for setting, one in named)
     return dataclasses.replace(recipe, teacher=teachers if isinstance(recipe.teacher, tuple) else (*teachers, None)[0]), waiting
 

@@ -277,6 +277,10 @@ def describe_teacher(teacher: TeacherSource) -> str:
         parts.append("merged")
     if one.quantization:
         parts.append(f"quantised to {one.quantization.type}")
+    if one.server:
+        parts.append(
+            f"{markdown.code_span(one.model or 'a model')} on a {one.of_server('api')} server, its {one.of_server('top_k')} most likely tokens"
+        )
     if teacher.cache:
         parts.append(f"its outputs read from {markdown.code_span(one.cache.path)} ({teacher.cache.header['kind']['name']})")
     return ", ".join(parts + ([f"weight {one.weight:g}"] if one.weight != 1 else []))

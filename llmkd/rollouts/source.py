@@ -46,7 +46,9 @@ class OnPolicySource(ExampleSource):
     def steps(self, done: int = 0) -> "Iterator[tuple[Step, list[Batch]]]":
         with contextlib.closing(self.schedule(done)) as steps:
             for step in steps:
-                yield step, self.build(step)
+                batches = self.build(step)
+                self.on_built(batches)
+                yield step, batches
 
     def schedule(self, done: int = 0) -> Iterator[Step]:
         for planned in self.planned.schedule(done):

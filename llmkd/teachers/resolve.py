@@ -1,5 +1,6 @@
 """Find and check the teachers that a recipe names, before a model is loaded: a model's files, a teacher cache, or both. No torch here."""
 
+import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -13,13 +14,16 @@ from ..config.data import Data
 from ..config.fields import shaping
 from ..config.recipe import Loss
 from ..config.schedule import in_words
+from ..config.served import base_address
 from ..config.target_weights import rules_in_use, unusable_cache
-from ..config.teacher import CACHE_KINDS, TAIL_EXPONENTS, Mixture, Teacher
+from ..config.teacher import CACHE_KINDS, LISTED_EXPONENTS, TAIL_EXPONENTS, Mixture, Teacher
 from ..data.encoding import token_cache
 from ..data.examples import ALL_TEACHERS, Examples
 from ..errors import UserError
+from ..files import checksum
 from ..model_folder.files import ModelFiles, find, loaded_dtype
 from ..model_folder.identity import WHOLE, config_hash, identity_of, same_weights, verify, weights_of
+from .answers import Answers
 from .cache.shards import TeacherCache, read_header
 
 if TYPE_CHECKING:
@@ -28,17 +32,24 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class TeacherSource:
-    """Where a teacher's outputs come from: the files of its model, its cache, or both (then the cache is read)."""
+    """Where a teacher's outputs come from: the files of its model, its cache, or both (then the cache is read); or a server, whose answers
+    are kept."""
 
     setting: str  # the name of its setting: teacher, or teacher.0, ...
     settings: Teacher
     files: ModelFiles | None
     cache: TeacherCache | None
+    answers: Answers | None = None  # of a server, once the tokenizer is known
 
     @property
     def needs_model(self) -> bool:
         """Whether a run must load its model."""
-        return self.cache is None
+        return self.cache is None and not self.settings.server
+
+    @property
+    def asks_server(self) -> bool:
+        """Whether a run asks a server: not if its cache is complete."""
+        return self.cache is None and bool(self.settings.server)
 
     def open(self, device, models: Iterator, taps: "signals.Taps") -> "signals.Teacher":
         """The teacher itself, whose signals are on `device`. If it needs a model (a LanguageModel), it takes the next of `models`.
@@ -74,6 +85,8 @@ class TeacherSource:
         """
         if self.cache is not None:
             return {f"the {self.setting}'s cache": self.cache.identity}
+        if self.answers is not None:
+            return {f"the {self.setting}'s server": self.answers.identity}
         if self.files is None:
             return {}
         verify(self.files.base, self.files.adapter, f"{self.setting}.model")
@@ -98,12 +111,33 @@ def resolve_teachers(named: Sequence[tuple[str, Teacher]], open_caches: bool = T
     """Every teacher, by its setting and settings. `open_caches` is false where the caches are still to be written."""
     out = []
     for setting, one in named:
-        files = find(one.model, f"{setting}.model", one.revision, one.base) if one.model else None
+        files = find(one.model, f"{setting}.model", one.revision, one.base) if one.model_path else None
         if files:
             check_transforms(files, one, setting)
-        cache = TeacherCache.open(one.cache.path, f"{setting}.cache.path") if one.cache and open_caches else None
+        written = one.cache and (not one.server or (Path(one.cache.path).expanduser() / "cache.json").exists())
+        cache = TeacherCache.open(one.cache.path, f"{setting}.cache.path") if written and open_caches else None
         out.append(TeacherSource(setting, one, files, cache))
     return tuple(out)
+
+
+def with_answers(teacher: TeacherSource, data: Data, tokenizer, vocab: int) -> TeacherSource:
+    """The same teacher; where a server is asked, with the answers that are kept: in its cache's folder, or else in one of `data.cache_dir`."""
+    one = teacher.settings
+    if not teacher.asks_server:
+        return teacher
+    from .cache.records import TopKFormat
+
+    bits = CACHE_KINDS["topk"]["value_bits"] if one.cache is None or one.cache.value_bits is None else one.cache.value_bits
+    record_format = TopKFormat(vocab, min(one.of_server("top_k"), vocab), bits, LISTED_EXPONENTS)
+    known = {"tokenizer": token_cache.tokenizer_hash(tokenizer, template=False), "model": one.model or base_address(one.server)}
+    folder = (
+        one.cache.path
+        if one.cache
+        else token_cache.folder(data).parent / "answers" / checksum([known, record_format.options(), vocab])[:32]
+    )
+    return dataclasses.replace(
+        teacher, answers=Answers(folder, record_format, known, f"{teacher.setting}.cache.path" if one.cache else teacher.setting)
+    )
 
 
 def check_transforms(files: ModelFiles, settings: Teacher, setting: str) -> None:
@@ -120,6 +154,8 @@ def provenance(settings: Data, teacher: TeacherSource, tokenizer, data: dict[str
     one, weights = teacher.settings, {"dtype": teacher.settings.dtype}
     if files := teacher.files:
         weights = {"dtype": weights_dtype(files, one)} | weights_of(files.base, files.adapter, f"{teacher.setting}.model")
+    if one.server:
+        weights["served"] = one.model or base_address(one.server)
     template = hashlib.sha256(json.dumps(tokenizer.chat_template).encode()).hexdigest()
     return {
         "tokenizer": {"tokenizer": token_cache.tokenizer_hash(tokenizer, template=False), "chat_template": template},
@@ -153,7 +189,7 @@ def check_cache(teacher: TeacherSource, data: Data, use: SignalUse, tokenizer, v
     provenance_then, kept = header["provenance"], header["kind"]
     where, ours = f"{setting}.cache.path: {cache.path} was made", provenance(data, teacher, tokenizer, {})
     problems = []
-    for part in ("tokenizer", "teacher") if teacher.files else ("tokenizer",):
+    for part in ("tokenizer", "teacher") if teacher.files or teacher.settings.server else ("tokenizer",):
         for name, value in ours[part].items():
             known = provenance_then[part].get(name)
             if known != value and not (name in ("base", "adapter") and _same_by_samples(known, getattr(teacher.files, name), setting)):
@@ -165,6 +201,8 @@ def check_cache(teacher: TeacherSource, data: Data, use: SignalUse, tokenizer, v
         value, then = getattr(cache, name), kept["name"] if name == "kind" else kept.get(name)
         if value not in (None, "auto", then):
             problems.append(f"{setting}.cache.{name}: found {value}, and {cache.path} was made with {then}; leave it out")
+    if (wanted := teacher.settings.top_k) is not None and min(wanted, vocab) != kept.get("k"):
+        problems.append(f"{setting}.top_k: found {wanted}, and {cache.path} was made with {kept.get('k')}; leave it out")
     if problems := problems + sample_problems(use, cache.path, kept):
         raise UserError(*problems)
 

@@ -92,8 +92,10 @@ class TopK:
         return self.label_log_p_N[rows]
 
     def exact_metrics(self, rows: Rows, labels_n: Tensor, log_q_nV: Tensor | None) -> dict[str, Tensor]:
-        """Exact where the record was made from the whole distribution; imported log-probabilities know only their top k."""
-        found = _recorded_metrics(self, rows) if self.tail_exponents == TAIL_EXPONENTS else {}
+        """The entropy only where the record was made from the whole distribution: listed log-probabilities know their top k."""
+        found = _recorded_metrics(self, rows)
+        if self.tail_exponents != TAIL_EXPONENTS:
+            del found["teacher_entropy"]
         if log_q_nV is None:
             return found
         top1_n = self.ids_NK[rows].gather(1, self.log_p_NK[rows].argmax(1, True))[:, 0]

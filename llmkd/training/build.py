@@ -32,9 +32,11 @@ from ..rollouts.generate import stops_of
 from ..rollouts.source import OnPolicySource
 from ..rollouts.writer import LocalWriter
 from ..signals import NO_TAPS, Taps, Teacher
+from ..teachers.connect import check_served, open_served
 from ..teachers.fidelity import measured_transform, sample_teacher_batches
 from ..teachers.mixture import combine_teachers
 from ..teachers.resolve import TeacherSource, examples_of
+from ..teachers.served import ServedTeacher, expect_of
 from . import checkpoint
 from . import optim as optimizers
 from .attention import attention_terms, enable_attention
@@ -82,13 +84,15 @@ def build_setup(
 
     prepared   made of the first recipe, whose data and teacher are all students'
 
-    The order of construction: models, all at once, since they may share weights; this process's batch source; each student's terms,
-    optimizer and schedule, which need the number of steps; the teacher, with what the terms read inside it; only then are the folders
-    locked, when nothing is left that could be refused; last the newest checkpoint is loaded.
+    The order of construction: servers are asked for some examples; models, all at once, since they may share weights; this process's batch
+    source; each student's terms, optimizer and schedule, which need the number of steps; the teacher, with what the terms read inside it;
+    only then are the folders locked, when nothing is left that could be refused; last the newest checkpoint is loaded.
     """
     recipes = [dataclasses.replace(one, student=prepared.resolved(one.student)) for one in recipes]
     device, recipe = accelerator.device, recipes[0]
     data, train = recipe.data, recipe.train
+    served = open_served(prepared.teachers, device, prepared.vocab, stop_asked)
+    on_main_process(accelerator, functools.partial(check_servers, served.values(), prepared))
     live = [(source.setting, source.settings) for source in prepared.teachers if source.needs_model]
     probe = functools.partial(teacher_probe, prepared, recipe.validation.micro_batch_size, device)
     packing = data.packing * longest_row(train, data)
@@ -114,6 +118,8 @@ def build_setup(
         if prepared.validation_prompts and prepared.validation_prompts.may.any():
             held_out = prepared.validation, prepared.validation_prompts, recipe.on_policy.validation_prompts
             own_text = OwnText.of(*held_out, writer, source.sampling)
+    if served:
+        source.on_built, source.reads_while_training = functools.partial(expect_of, tuple(served.values())), True
     teachers_by_setting = {setting: model for (setting, _), model in zip(live, teacher_models, strict=True)}
     students, chunk_size = [], head_chunk_size(prepared.vocab, device, info)
     for k, (own, folder, model) in enumerate(zip(recipes, folders, models, strict=True)):
@@ -123,7 +129,8 @@ def build_setup(
             state = build_student(own.loss, own.optim, model, source.total_steps, accelerator, chunk_size, terms)
             own_data = prepared if own is recipe else prepared.for_student(own.student, uses_teacher(own))
             students.append(StudentRun(own, own_data, folder, model, state, accelerator.is_main_process))
-    teacher = open_teacher(prepared.teachers, recipe.mixture, teacher_models, teacher_taps(recipes, [s.state for s in students]), device)
+    taps = teacher_taps(recipes, [s.state for s in students])
+    teacher = open_teacher(prepared.teachers, recipe.mixture, teacher_models, taps, device, served)
     lock_folders(students, accelerator)
     done = restore(students, source, accelerator.is_main_process) if folders[0].resume else 0
     for k, student in enumerate(students if not done else ()):
@@ -143,16 +150,28 @@ def teacher_probe(prepared: Prepared, micro_batch_size: int, device, setting: st
     return sample_teacher_batches(prepared.train, number, micro_batch_size, prepared.tokenizer.eos_token_id, device)
 
 
+def check_servers(served: Iterable[ServedTeacher], prepared: Prepared) -> None:
+    """Ask each server for some examples, before anything is loaded: UserError where it has not the teacher that it should have."""
+    for teacher in served:
+        check_served(teacher, prepared.train, prepared.validation, prepared.tokenizer)
+
+
 def open_teacher(
-    sources: tuple[TeacherSource, ...], mixture: Mixture, models: Iterable[LanguageModel], taps: dict[str, Taps], device
+    sources: tuple[TeacherSource, ...],
+    mixture: Mixture,
+    models: Iterable[LanguageModel],
+    taps: dict[str, Taps],
+    device,
+    served: dict[str, ServedTeacher],
 ) -> Teacher | None:
     """The teacher, or several as one, whose signals are on `device`.
 
     models   of those that need one
     taps     the layers that terms read inside them, by setting
+    served   those that servers have, by setting
     """
     found = iter(models)
-    opened = [source.open(device, found, taps.get(source.setting, NO_TAPS)) for source in sources]
+    opened = [served.get(one.setting) or one.open(device, found, taps.get(one.setting, NO_TAPS)) for one in sources]
     return combine_teachers(opened, [source.settings for source in sources], mixture) if opened else None
 
 

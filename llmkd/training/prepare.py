@@ -48,7 +48,7 @@ from ..model_folder.generation import generation_settings
 from ..model_folder.identity import identity_of, verify
 from ..model_folder.weights import modules_are_named
 from ..output.run_files import LAYERS
-from ..teachers.resolve import SignalUse, TeacherSource, check_cache, check_coverage, provenance, resolve_teachers
+from ..teachers.resolve import SignalUse, TeacherSource, check_cache, check_coverage, provenance, resolve_teachers, with_answers
 from .layer_pairs import check_features, refuse_attention
 from .rolled_data import report_writers
 
@@ -124,6 +124,8 @@ def prepare(recipe: Recipe, open_caches: bool = True, layers: tuple[int, ...] | 
     if recipe.loss.attention:
         refuse_attention(recipe.loss.attention, models.configs["student.model"], models.configs[f"{models.teachers[0].setting}.model"])
     tokenizer, vocab = find_tokenizer(recipe.student, models, recipe.data, rows)
+    teachers = tuple(with_answers(teacher, recipe.data, tokenizer, vocab) for teacher in models.teachers)
+    models = dataclasses.replace(models, teachers=teachers)
     for teacher in models.teachers:
         if teacher.cache:
             check_cache(teacher, recipe.data, signal_use(recipe), tokenizer, vocab)

@@ -100,10 +100,8 @@ class Trainer:
                         self.save(step)
                     if progress.stop and not last:
                         raise self.stopped(step)
-        except (
-            UserError,
-            OSError,
-        ):  # a bad row of a stream, a file that is gone: the steps so far are saved, if the last one is known to be finite
+        except (UserError, OSError, Stopped):
+            # A bad row of a stream, a file or a server that is gone: the steps so far are saved, if the last one is known to be finite.
             if self.is_read(step):
                 with contextlib.suppress(OSError):  # what failed may fail again
                     self.write_checkpoint(step)  # no waiting: the others may not have met it

@@ -116,7 +116,7 @@ def test_each_spelling_says_what_the_teacher_said(small, spelling):
     dense = forward_kl(log_q, torch.cat([small.log_p[i][t][None] for i, t in wanted]))
     found = signal.divergence(forward_kl, slice(None), log_q)
     assert (found <= dense + 0.02).all() and (found > 0).all()
-    assert signal.exact_metrics(slice(None), batch.labels_N, log_q).keys() == {"top1_agreement"}
+    assert signal.exact_metrics(slice(None), batch.labels_N, log_q).keys() == {"top1_agreement", "teacher_ce"}
 
 
 def test_more_than_are_kept_join_the_rest_and_fewer_leave_room(small):

@@ -21,17 +21,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
+from ...config.teacher import LISTED_EXPONENTS
 from ...data.examples import Examples
 from ...data.reading.problems import ErrorCollector
 from ...errors import UserError
 from ...files import open_file
-from ..sparse import NEGLIGIBLE, TopK
+from .. import listed
+from ..sparse import TopK
 from .records import TopKFormat
 from .shards import Writer
 
-TAIL_EXPONENTS = (1.0,)  # only the tail's mass at temperature 1 is known
 _SLACK = 1e-3  # how far rounding may put a log-probability above 0, or a sum of probabilities above 1
 
 Entry = dict[int, float]  # for one target: token id to log-probability
@@ -46,7 +46,7 @@ class Line:
 
 def make_format(vocab: int, k: int, value_bits: int) -> TopKFormat:
     """The format of such a cache. Where the file lists more than `k` tokens for a target, the others join the tail."""
-    return TopKFormat(vocab, min(k, vocab), value_bits, TAIL_EXPONENTS)
+    return TopKFormat(vocab, min(k, vocab), value_bits, LISTED_EXPONENTS)
 
 
 def write(path: str | Path, encoded: Examples, tokenizer, writer: Writer, progress=iter) -> dict[str, int]:
@@ -249,18 +249,9 @@ class AnswersReader:
             raise ValueError(f"target {n + 1}: the probabilities sum to {total:.4f}, more than 1; log-probabilities are natural logarithms")
 
     def _known(self, targets: list[tuple[Entry, int]]) -> TopK:
-        n, k, vocab = len(targets), self.format.k, self.format.vocab
-        ids_NK, log_p_NK = np.zeros((n, k), np.int64), np.full((n, k), -np.inf)
-        rest_N, label_N = np.zeros(n), np.zeros(n)
-        for row, (entry, label) in enumerate(targets):
-            best = sorted((token for token, value in entry.items() if value > NEGLIGIBLE), key=lambda token: -entry[token])[:k]
-            filler = (token for token in range(vocab) if token not in entry or entry[token] <= NEGLIGIBLE)
-            ids_NK[row] = sorted([*best, *(next(filler) for _ in range(k - len(best)))])
-            kept = {token: min(entry[token], 0.0) for token in best}
-            log_p_NK[row] = [kept.get(token, -math.inf) for token in ids_NK[row].tolist()]
-            rest = 1 - math.fsum(math.exp(value) for value in kept.values())
-            rest_N[row] = math.log(rest) if rest > 0 else -math.inf
-            evenly = rest_N[row] - math.log(max(1, vocab - len(best)))
-            label_N[row] = min(entry.get(label, evenly), 0.0)
-        parts = (torch.from_numpy(x) for x in (ids_NK, log_p_NK, rest_N[:, None]))
-        return TopK(*parts, vocab, torch.from_numpy(label_N), torch.full((n,), math.nan), TAIL_EXPONENTS)
+        most = max(1, *(len(entry) for entry, _ in targets))
+        ids_NM, log_p_NM = np.full((len(targets), most), -1, np.int64), np.full((len(targets), most), -math.inf)
+        for row, (entry, _) in enumerate(targets):
+            ids_NM[row, : len(entry)], log_p_NM[row, : len(entry)] = list(entry), list(entry.values())
+        label_N = np.array([entry.get(label, math.nan) for entry, label in targets])
+        return listed.top_k(ids_NM, log_p_NM, label_N, self.format.k, self.format.vocab)

@@ -1,0 +1,86 @@
+"""Settings of a teacher that a server has, and what contradicts in them. A part of `teacher.py`."""
+
+import re
+from collections.abc import Iterator
+from urllib.parse import urlsplit
+
+from ..console import printable
+
+#: The settings that belong to `teacher.server`, with their defaults.
+SERVER_DEFAULTS: dict[str, float | str | None] = {
+    "api": "vllm",
+    "top_k": 64,
+    "requests": 8,
+    "timeout": 300.0,
+    "patience": 600.0,
+    "api_key_env": None,
+}
+#: Settings of a model that is loaded, with their defaults.
+_LOADED = {
+    "revision": None,
+    "base": None,
+    "quantization": None,
+    "device": None,
+    "merge_adapter": False,
+    "dtype": "auto",
+    "attention": "auto",
+}
+
+
+def server_contradictions(path: str, teacher) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Of one `Teacher`, whose setting is `path`, in the form of `contradictions.contradictions`."""
+    if teacher.server is None:
+        for name in SERVER_DEFAULTS:
+            if getattr(teacher, name) is not None:
+                fix = f"name the server ({path}.server: http://host:port), or leave this out" + (
+                    "; of a cache it is cache.k" if name == "top_k" else ""
+                )
+                yield (f"{path}.{name}", f"{path}.server"), f"set without a server; {fix}"
+        return
+    if problem := address_problem(teacher.server):
+        yield (f"{path}.server",), problem
+    if teacher.api_key_env is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", teacher.api_key_env):
+        yield (
+            (f"{path}.api_key_env",),
+            "is no name of an environment variable (what was found is not shown); put the key into a variable, and its name here",
+        )
+    for name, default in _LOADED.items():
+        if getattr(teacher, name) != default:
+            yield (
+                (f"{path}.{name}", f"{path}.server"),
+                "set with a server, which loads the model itself; leave it out, and start the server so",
+            )
+    cache = teacher.cache
+    if cache is None:
+        return
+    if cache.kind not in (None, "topk"):
+        yield (
+            (f"{path}.cache.kind", f"{path}.server"),
+            f"found {cache.kind}, and a server gives its most likely tokens only; use topk, or leave it out",
+        )
+    for name in ("num_samples", "temperature", "seed", "hidden_dtype"):
+        if getattr(cache, name) is not None:
+            yield (f"{path}.cache.{name}", f"{path}.server"), "set with a server, whose answers are of kind topk; leave it out"
+    if teacher.top_k is not None and cache.k not in (None, teacher.top_k):
+        yield (f"{path}.cache.k", f"{path}.top_k"), f"found {cache.k}, and {path}.top_k is {teacher.top_k}; leave it out"
+
+
+def address_problem(address: str) -> str | None:
+    """What is wrong with a server's address, without showing a password in it; None if nothing is."""
+    try:
+        parts = urlsplit(address)
+        port_is_right = parts.port is None or parts.port > 0
+    except ValueError:
+        return "has no right port or host; expected http://host:port"
+    if parts.username is not None or parts.password is not None:
+        return "holds a name or a password (not shown); it would be written into files: leave it out, and name a variable in api_key_env"
+    if parts.scheme not in ("http", "https") or not parts.hostname or not port_is_right:
+        return f"found {printable(address)}, expected http://host:port"
+    if parts.query or parts.fragment:
+        return "has a ? or a # (what follows it is not shown); expected http://host:port, and a key in the variable that api_key_env names"
+    return None
+
+
+def base_address(address: str) -> str:
+    """Without the /v1 that the paths of requests begin with."""
+    return address.rstrip("/").removesuffix("/v1").rstrip("/")

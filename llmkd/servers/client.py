@@ -1,0 +1,210 @@
+"""A server that is asked in JSON over HTTP: time-outs, requests that are repeated while it is busy or gone, and one line for what goes wrong.
+
+No torch. The key comes from the environment alone; it is sent in the header `Authorization` and stands in no message and no file.
+"""
+
+import datetime
+import email.utils
+import json
+import os
+import random
+import threading
+import time
+import urllib.request
+from typing import Any
+from urllib.parse import urlsplit
+
+import urllib3
+from urllib3 import exceptions as failures
+
+from ..config.served import base_address
+from ..console import duration, printable, warn
+from ..errors import UserError
+
+#: Statuses of a server that is busy, starting or broken for a moment.
+_AGAIN = (408, 425, 429, 500, 502, 503, 504)
+_CONNECT = 10.0  # seconds within which a connection is accepted
+_LONGEST_WAIT = 30.0  # seconds between two attempts, unless the server names more
+
+
+class ServerFailed(UserError):
+    """A server that cannot be reached, or does not answer. What was done before is not lost."""
+
+    exit_code = 1
+
+
+class Refused(Exception):
+    """A server's answer that repeating the request would not change: its status (400, say) and its own words."""
+
+    def __init__(self, status: int, text: str):
+        self.status, self.text = status, text
+        super().__init__(f"answers {status}: {text}")
+
+
+class _Passing(Exception):
+    """A failure that may pass. Its text goes on from the server's address; `wait`: the seconds that the server named."""
+
+    wait: float | None = None
+
+
+class Server:
+    """One server. It may be called from several threads.
+
+    address      http://host:port, and perhaps a path
+    setting      the setting that names it, for messages
+    key_env      the environment variable that holds the key; None: no key is sent
+    timeout      seconds that one request may take
+    patience     seconds for which a request is repeated
+    connections  kept open at once
+    """
+
+    def __init__(self, address: str, setting: str, key_env: str | None = None, timeout=300.0, patience=600.0, connections: int = 8):
+        self.address, self.setting, self.timeout, self.patience = base_address(address), setting, timeout, patience
+        self._key = _key(key_env, f"{setting.removesuffix('.server')}.api_key_env") if key_env else None
+        self._pool = _pool(self.address, connections)
+        self._ended, self._gone = threading.Event(), threading.Event()
+
+    def get(self, path: str, patience: float | None = None) -> Any:
+        return self._asked("GET", path, None, patience)
+
+    def post(self, path: str, content: dict, patience: float | None = None) -> Any:
+        """The answer as JSON gives it. Refused, or ServerFailed once `patience` is over (by default the server's own)."""
+        return self._asked("POST", path, json.dumps(content).encode(), patience)
+
+    def end(self) -> None:
+        """Let requests that wait for the server fail."""
+        self._ended.set()
+
+    def _asked(self, method: str, path: str, content: bytes | None, patience: float | None) -> Any:
+        patience = self.patience if patience is None else patience
+        until, attempt = time.monotonic() + patience, 0
+        while True:
+            try:
+                answer = self._once(method, path, content)
+                if self._gone.is_set():
+                    self._gone.clear()
+                    warn(f"note: {self.setting}: {self.address} answers again")
+                return answer
+            except _Passing as error:
+                wait = min(_LONGEST_WAIT, 0.5 * 2**attempt) * random.uniform(0.5, 1) if error.wait is None else error.wait
+                if self._ended.is_set() or time.monotonic() + wait > until:
+                    tried = f" (tried {attempt + 1} times)" if attempt else ""
+                    resume = "; with --resume a run goes on from its last checkpoint" if patience else ""
+                    raise ServerFailed(f"{self.setting}: {self.address} {error}{tried}; start it, or correct the address{resume}") from None
+                if attempt == 1 and not self._gone.is_set():
+                    self._gone.set()
+                    warn(f"note: {self.setting}: {self.address} {error}; trying again for up to {duration(patience)}")
+                attempt += 1
+                self._ended.wait(wait)
+
+    def _once(self, method: str, path: str, content: bytes | None) -> Any:
+        headers = {"Content-Type": "application/json", "Accept": "application/json"}
+        if self._key:
+            headers["Authorization"] = f"Bearer {self._key}"
+        until = time.monotonic() + self.timeout
+        try:
+            response = self._pool.request(
+                method,
+                self.address + path,
+                body=content,
+                headers=headers,
+                timeout=urllib3.Timeout(connect=min(_CONNECT, self.timeout), read=self.timeout),
+                retries=False,
+                redirect=False,
+                preload_content=False,
+            )
+            parts = []
+            try:
+                while part := response.read1(1 << 20):
+                    parts.append(part)
+                    if time.monotonic() > until:
+                        raise TimeoutError
+            except BaseException:
+                response.close()  # what is left of the answer must not be read as the next one's
+                raise
+            response.release_conn()
+        except (failures.HTTPError, OSError) as error:
+            raise _Passing(_in_words(error, self.timeout)) from None
+        return self._read(response, b"".join(parts))
+
+    def _read(self, response, body: bytes) -> Any:
+        status = response.status
+        if status != 200:
+            text = self._without_key(_told(body))
+            if status in _AGAIN:
+                passing = _Passing(f"answers {status}{': ' + text if text else ''}")
+                passing.wait = _seconds(response.headers.get("Retry-After"))
+                raise passing
+            if 300 <= status < 400:
+                text = f"sends the request elsewhere ({printable(response.headers.get('Location', ''))[:120]}); name that address"
+            raise Refused(status, text)
+        try:
+            return json.loads(body)
+        except ValueError:
+            raise _Passing(f"gives an answer that is no whole JSON ({len(body):,} bytes)") from None
+
+    def _without_key(self, text: str) -> str:
+        return text.replace(self._key, "(the key)") if self._key else text
+
+
+def _pool(address: str, connections: int) -> urllib3.PoolManager:
+    """Through the proxy of the environment, where there is one for that host; never for this machine's own addresses."""
+    parts, options = urlsplit(address), {"maxsize": connections, "retries": False}
+    proxy = urllib.request.getproxies().get(parts.scheme)
+    local = parts.hostname in ("localhost", "::1") or parts.hostname.startswith("127.")
+    if proxy and not local and not urllib.request.proxy_bypass(parts.netloc):
+        return urllib3.ProxyManager(proxy, **options)
+    return urllib3.PoolManager(**options)
+
+
+def _key(name: str, setting: str) -> str:
+    key = os.environ.get(name, "")
+    if not key:
+        raise UserError(f"{setting}: the environment variable {name} is not set; set it to the server's key, or leave {setting} out")
+    if not key.isascii() or not key.isprintable() or key != key.strip():
+        raise UserError(f"{setting}: the value of {name} (not shown) has a line break or another character that no key has; set it anew")
+    return key
+
+
+def _in_words(error: Exception, timeout: float) -> str:
+    """What happened to a request, to follow the server's address."""
+    text = str(error)
+    if isinstance(error, failures.NameResolutionError):
+        return "has a host name that is not known"
+    if isinstance(error, failures.ProxyError):
+        return "cannot be reached through the proxy that the environment names"
+    if isinstance(error, failures.SSLError):
+        return f"has no certificate that this machine trusts, or no TLS ({printable(text)[-160:]})"
+    if isinstance(error, failures.NewConnectionError | ConnectionRefusedError):
+        return "refuses the connection" if "refused" in text.lower() else f"cannot be reached ({printable(text.rpartition(': ')[2])[:120]})"
+    if isinstance(error, failures.ConnectTimeoutError):
+        return f"accepts no connection within {min(_CONNECT, timeout):g} seconds"
+    if isinstance(error, failures.ReadTimeoutError | TimeoutError):
+        return f"has not answered within {timeout:g} seconds"
+    return "closed the connection before its answer was whole"
+
+
+def _told(body: bytes) -> str:
+    """The message in an error's body, in one line."""
+    text = body[:65536].decode("utf-8", "replace")
+    try:
+        found = json.loads(text)
+        for name in ("error", "message", "detail"):
+            found = found.get(name, found) if isinstance(found, dict) else found
+        text = found if isinstance(found, str) else json.dumps(found)
+    except ValueError:
+        pass
+    return printable(" ".join(text.split()))[:300]
+
+
+def _seconds(header: str | None) -> float | None:
+    """Of Retry-After: a number of seconds, or a date."""
+    if not header:
+        return None
+    if header.strip().isdigit():
+        return float(header)
+    try:
+        then = email.utils.parsedate_to_datetime(header)
+        return max(0.0, (then - datetime.datetime.now(datetime.UTC)).total_seconds())
+    except (TypeError, ValueError):
+        return None

@@ -1,0 +1,183 @@
+"""A teacher that a server has: it is asked for the log-probabilities of each example's own tokens, and its answers are kept.
+
+Examples are asked one by one, whatever the batch's layout, several at a time; those of the next step are asked while this one trains
+(`ServedTeacher.expect`). What is asked once is kept (`Answers`), and its signal is made of what is kept: so a run is the same whether its
+answers are new or old.
+"""
+
+import queue
+import threading
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, wait
+
+import numpy as np
+import torch
+
+from ..batch import Batch
+from ..data.examples import ALL_TEACHERS
+from ..errors import Stopped, UserError, report_from_any_rank
+from ..servers.client import Refused
+from ..servers.logprobs import Listed, LogProbs, ServedModel, WrongAnswer, explain
+from ..signals import Signal
+from . import listed
+from .answers import Answers
+
+_PATIENT_AFTER_A_SIGNAL = 2.0  # seconds that a step waits for the server's answer after the run was asked to stop
+
+
+class ServedTeacher:
+    """A teacher on a server; its signals are those of a cache of kind topk, on `device`.
+
+    interface    how the server is asked
+    number       of this teacher among several, see `Example.teacher`
+    connect      chooses the model that is asked
+    requests     most at one time
+    stop_asked   whether the run was asked to stop: then nobody waits for the server
+    """
+
+    def __init__(
+        self,
+        interface: LogProbs,
+        answers: Answers,
+        setting: str,
+        number: int,
+        connect: Callable[["ServedTeacher", float | None], ServedModel],
+        device="cpu",
+        requests: int = 8,
+        stop_asked: Callable[[], bool] = lambda: False,
+    ):
+        self.interface, self.answers, self.setting, self.number, self.device = interface, answers, setting, number, device
+        self.format, self.metrics, self.stop_asked = answers.format, answers.format.metrics, stop_asked
+        self._connect, self._model = connect, None
+        self._pending: dict[str, Future] = {}
+        self._lock, self._connecting, self._workers = threading.Lock(), threading.Lock(), Workers(requests)
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> Signal:
+        with report_from_any_rank():
+            return self.format.signal(torch.from_numpy(self.kept(batch)), self.device)
+
+    def kept(self, batch: Batch) -> np.ndarray:
+        """The records of a batch's targets, uint8 [N, bytes], asked for where they are lacking."""
+        self.expect(batch)
+        for example in batch.examples:
+            self._wait_for(example.content_hash)
+        return self.answers.read([e.content_hash for e in batch.examples], [e.num_targets for e in batch.examples])
+
+    def expect(self, batch: Batch) -> None:
+        """Ask for what a batch needs of this teacher and is neither kept nor asked for yet; this does not wait for the answers."""
+        mine = [i for i, one in enumerate(batch.examples) if one.teacher in (ALL_TEACHERS, self.number)]
+        wanted = {batch.examples[i].content_hash: i for i in mine}
+        if not (lacking := self._lacking(list(wanted))):
+            return
+        self.answers.refresh()
+        if not (lacking := self._lacking(lacking)):
+            return
+        texts = texts_of(batch)
+        for content_hash in lacking:
+            text = texts[wanted[content_hash]]
+            with self._lock:
+                self._pending[content_hash] = self._workers.submit(lambda text=text, known=content_hash: self._fetch(known, *text))
+
+    def ask(self, ids: Sequence[int], places: Sequence[int], strings: bool = False, model: ServedModel | None = None) -> Listed:
+        """What the server says now of the tokens ids[places]. UserError, with the setting, for anything but a right answer."""
+        k = self.format.k
+        try:
+            return self.interface.ask(model or self.model, ids, places, k, strings)
+        except WrongAnswer as error:
+            raise UserError(f"{self.setting}.server: {self.interface.server.address} {error}") from None
+        except Refused as error:
+            raise explain(error, self.setting, k, len(ids)) from None
+
+    @property
+    def model(self) -> ServedModel:
+        return self.connect()
+
+    def connect(self, patience: float | None = None) -> ServedModel:
+        """The model that is asked, which is chosen at the first call. `patience` as in `servers.client.Server`."""
+        with self._connecting:
+            if self._model is None:
+                self._model = self._connect(self, patience)
+            return self._model
+
+    def at_once(self, work: Sequence[Callable]) -> list:
+        """The results of several functions that ask the server, called at the same time."""
+        started = [self._workers.submit(one) for one in work]
+        return [self._result(one) for one in started]
+
+    def close(self) -> None:
+        """Let nothing wait for the server any more."""
+        self.interface.server.end()
+
+    def records(self, told: Listed) -> np.ndarray:
+        """The records of one example's targets, uint8 [targets, bytes]."""
+        return self.format.encode(listed.top_k(told.ids_NM, told.log_p_NM, told.label_log_p_N, self.format.k, self.format.vocab)).numpy()
+
+    def _lacking(self, hashes: list[str]) -> list[str]:
+        lacking = [hashes[i] for i in self.answers.missing(hashes)]
+        with self._lock:
+            return [one for one in lacking if one not in self._pending]
+
+    def _fetch(self, content_hash: str, ids: list[int], places: list[int]) -> None:
+        self.answers.put(content_hash, self.records(self.ask(ids, places)))
+
+    def _wait_for(self, content_hash: str) -> None:
+        with self._lock:
+            asked = self._pending.get(content_hash)
+        if asked is not None:
+            self._result(asked)
+            with self._lock:
+                self._pending.pop(content_hash, None)
+
+    def _result(self, asked: Future):
+        try:
+            while not wait([asked], _PATIENT_AFTER_A_SIGNAL).done:
+                if self.stop_asked():
+                    raise Stopped(f"stopped by a signal while {self.setting}.server was asked; continue with --resume")
+            return asked.result()
+        except BaseException:
+            self.close()
+            raise
+
+
+def texts_of(batch: Batch) -> list[tuple[list[int], list[int]]]:
+    """The texts of a batch's examples as the teacher reads them: of each its ids up to its last target, and the places of its targets."""
+    view, counts = batch.teacher, [example.num_targets for example in batch.examples]
+    own = view.by_example(view.inputs["input_ids"][:, None, :, None])
+    found = []
+    for ids_m, places_n, labels_n in zip(own, view.places(counts), batch.labels_N.split(counts), strict=True):
+        last = int(places_n[-1])
+        ids = [*ids_m.flatten()[: last + 1].tolist(), int(labels_n[-1])]  # an input ends before its last target
+        found.append((ids, (places_n + 1).tolist()))
+    return found
+
+
+class Workers:
+    """A few threads that work on what is submitted. They are daemons: a request that hangs keeps no process alive."""
+
+    def __init__(self, count: int):
+        self._count, self._queue, self._started = count, queue.SimpleQueue(), False
+
+    def submit(self, work: Callable[[], None]) -> Future:
+        if not self._started:
+            self._started = True
+            for _ in range(self._count):
+                threading.Thread(target=self._work, name="llmkd-server", daemon=True).start()
+        future = Future()
+        self._queue.put((work, future))
+        return future
+
+    def _work(self) -> None:
+        while True:
+            work, future = self._queue.get()
+            try:
+                future.set_result(work())
+            except BaseException as error:
+                future.set_exception(error)
+
+
+def expect_of(teachers: Sequence[ServedTeacher], batches: Sequence[Batch]) -> None:
+    """Ask the servers for what some batches need of them."""
+    for batch in batches:
+        for teacher in teachers:
+            teacher.expect(batch)

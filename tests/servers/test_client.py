@@ -1,0 +1,162 @@
+"""Requests to servers that answer, do not, or answer wrongly; and the key, which is seen nowhere."""
+
+import json
+import socket
+import threading
+import time
+
+import pytest
+
+from llmkd.errors import UserError
+from llmkd.servers import client
+from llmkd.servers.client import Refused, Server, ServerFailed
+from tests.kit.served import serving
+
+
+@pytest.fixture
+def fake():
+    with serving({}) as server:
+        yield server
+
+
+@pytest.fixture(autouse=True)
+def _no_waiting(monkeypatch):
+    monkeypatch.setattr(client, "_LONGEST_WAIT", 0.02)
+
+
+def told(fake, answer, patience=0.0, timeout=5.0) -> str:
+    """What is said of a server that always answers so."""
+    fake.misbehave = lambda right, number: answer
+    with pytest.raises((ServerFailed, Refused)) as info:
+        Server(fake.url, "teacher.server", None, timeout, patience).post("/x", {})
+    return str(info.value).replace(fake.url, "URL")
+
+
+@pytest.mark.parametrize("status", [429, 500, 502, 503, 504, 408])
+def test_a_server_that_is_busy_is_asked_again(fake, status, caplog):
+    fake.misbehave = lambda right, number: status if number < 3 else {"a": 1}
+    assert Server(fake.url, "teacher.server", patience=5).post("/x", {"b": 2}) == {"a": 1}
+    assert fake.asked == [{"b": 2}] * 4
+
+
+def test_what_is_said_while_a_server_is_gone_is_said_once_and_then_that_it_is_back(fake, caplog):
+    fake.misbehave = lambda right, number: 503 if number < 4 else {}
+    with caplog.at_level("INFO", "llmkd"):
+        Server(fake.url, "teacher.server", patience=9).post("/x", {})
+    assert [line.replace(fake.url, "URL") for line in caplog.messages] == [
+        "note: teacher.server: URL answers 503: status 503; trying again for up to 9 seconds",
+        "note: teacher.server: URL answers again",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("answer", "said"),
+    [
+        (503, "teacher.server: URL answers 503: status 503; start it, or correct the address"),
+        ((429, {"Retry-After": "7", "body": {"detail": "slow\ndown"}}), "URL answers 429: slow down"),
+        (b'{"choices": [', "gives an answer that is no whole JSON (13 bytes)"),
+        (b"", "gives an answer that is no whole JSON (0 bytes)"),
+        ((400, {"body": {"error": {"message": "no such thing"}}}), "answers 400: no such thing"),
+        ((422, {"body": b"\x1b[31m<html>" + b"x" * 900}), "answers 422: \\x1b[31m<html>xxx"),
+        ((307, {"Location": "http://elsewhere/x"}), "answers 307: sends the request elsewhere (http://elsewhere/x); name that address"),
+        ((200, {"Content-Length": "99", "body": {"a": 1}, "Connection": "close"}), "closed the connection before its answer was whole"),
+    ],
+)
+def test_each_wrong_answer_has_its_line(fake, answer, said):
+    line = told(fake, answer)
+    assert said in line and "\n" not in line and len(line) < 500
+
+
+def test_what_no_repeating_would_change_is_asked_once(fake):
+    told(fake, 404, patience=5)
+    assert len(fake.asked) == 1
+
+
+def test_a_server_that_hangs_and_one_that_drips(fake):
+    started = time.monotonic()
+    assert told(fake, "hang", timeout=0.2) == "teacher.server: URL has not answered within 0.2 seconds; start it, or correct the address"
+    assert time.monotonic() - started < 2
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+
+        def drip():
+            with listener.accept()[0] as connection:
+                connection.recv(4096)
+                connection.sendall(b"HTTP/1.1 200 OK\r\nContent-Length: 1000\r\n\r\n")
+                for _ in range(40):
+                    try:
+                        connection.sendall(b" ")
+                    except OSError:
+                        return
+                    time.sleep(0.05)
+
+        threading.Thread(target=drip, daemon=True).start()
+        started = time.monotonic()
+        with pytest.raises(ServerFailed, match="has not answered within 0.3 seconds"):
+            Server(f"http://127.0.0.1:{listener.getsockname()[1]}", "teacher.server", timeout=0.3, patience=0).post("/x", {})
+        assert time.monotonic() - started < 1.5
+
+
+def test_nobody_listens_and_a_host_that_is_not_known(fake):
+    fake.stop()
+    assert told(fake, {}) == "teacher.server: URL refuses the connection; start it, or correct the address"
+    line = told(fake, {}, patience=0.3)
+    assert "refuses the connection (tried " in line and line.endswith("; with --resume a run goes on from its last checkpoint")
+    with pytest.raises(ServerFailed, match="has a host name that is not known"):
+        Server("http://no-such-host.invalid:1", "teacher.server", patience=0).get("/x")
+
+
+def test_a_server_that_comes_back_within_the_patience(fake):
+    fake.stop()
+    threading.Timer(0.3, fake.start).start()
+    assert Server(fake.url, "teacher.server", patience=10).get("/v1/models") == {"data": []}
+
+
+def test_the_servers_own_wait_is_kept_and_one_beyond_the_patience_ends_at_once(fake):
+    fake.misbehave = lambda right, number: {} if number else (429, {"Retry-After": "1"})
+    started = time.monotonic()
+    Server(fake.url, "teacher.server", patience=5).post("/x", {})
+    assert 0.9 < time.monotonic() - started < 3
+    assert client._seconds("120") == 120 and client._seconds("nonsense") is None
+    assert client._seconds("Wed, 21 Oct 2015 07:28:00 GMT") == 0
+
+
+def test_whoever_waits_for_a_server_is_let_go(fake):
+    fake.misbehave = lambda right, number: 503
+    server = Server(fake.url, "teacher.server", patience=60)
+    threading.Timer(0.2, server.end).start()
+    with pytest.raises(ServerFailed):
+        server.post("/x", {})
+
+
+def test_the_key_comes_from_the_environment_and_is_shown_nowhere(fake, monkeypatch, caplog):
+    fake.key = "sk-of-the-tests"
+    monkeypatch.setenv("OF_TESTS", "sk-of-the-tests")
+    assert Server(fake.url, "teacher.server", "OF_TESTS").get("/v1/models") == {"data": []}
+    monkeypatch.setenv("OF_TESTS", "sk-wrong")
+    with pytest.raises(Refused) as info:
+        Server(fake.url, "teacher.server", "OF_TESTS").get("/v1/models")
+    assert str(info.value) == "answers 401: wrong key Bearer (the key)"
+    for bad, said in (("", "is not set"), ("sk-a\n", "line break"), ("sk-ä", "line break")):
+        monkeypatch.setenv("OF_TESTS", bad)
+        with pytest.raises(UserError) as info:
+            Server(fake.url, "teacher.0.server", "OF_TESTS")
+        assert str(info.value).startswith("teacher.0.api_key_env: ") and said in str(info.value) and "sk-" not in str(info.value)
+
+
+def test_an_address_may_end_as_clients_of_openai_write_it(fake):
+    for end in ("", "/", "/v1", "/v1/"):
+        assert Server(fake.url + end, "teacher.server").get("/v1/models") == {"data": []}
+
+
+def test_the_proxy_of_the_environment_is_not_asked_for_this_machine(fake, monkeypatch):
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    assert Server(fake.url, "teacher.server", patience=0).get("/v1/models") == {"data": []}
+    with pytest.raises(ServerFailed, match="proxy"):
+        Server("http://192.0.2.1:80", "teacher.server", patience=0).get("/x")
+
+
+def test_a_connection_that_broke_off_is_not_used_for_the_next_answer(fake):
+    short = (200, {"Content-Length": "40", "body": {"old": "answer"}})
+    fake.misbehave = lambda right, number: short if number == 0 else {"new": number}
+    server = Server(fake.url, "teacher.server", timeout=0.3, patience=5, connections=1)
+    assert json.dumps(server.post("/x", {})).startswith('{"new"')
