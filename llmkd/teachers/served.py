@@ -143,12 +143,11 @@ class ServedTeacher:
 def texts_of(batch: Batch) -> list[tuple[list[int], list[int]]]:
     """The texts of a batch's examples as the teacher reads them: of each its ids up to its last target, and the places of its targets."""
     view, counts = batch.teacher, [example.num_targets for example in batch.examples]
-    own = view.by_example(view.inputs["input_ids"][:, None, :, None])
-    found = []
-    for ids_m, places_n, labels_n in zip(own, view.places(counts), batch.labels_N.split(counts), strict=True):
-        last = int(places_n[-1])
-        ids = [*ids_m.flatten()[: last + 1].tolist(), int(labels_n[-1])]  # an input ends before its last target
-        found.append((ids, (places_n + 1).tolist()))
+    flat, found = view.inputs["input_ids"].flatten().cpu(), []
+    for span, rows_n, labels_n in zip(view.spans, view.rows_N.split(counts), batch.labels_N.split(counts), strict=True):
+        places = (rows_n - span.own + span.shared).tolist()  # each predicts the token after it
+        ids = [*flat[span.prefix : span.prefix + span.shared].tolist(), *flat[span.own : span.own + span.length].tolist()]
+        found.append(([*ids[: places[-1] + 1], int(labels_n[-1])], [place + 1 for place in places]))  # an input ends before its last target
     return found
 
 
