@@ -32,6 +32,7 @@ _QUIET = (*_COMPUTES, "data", "tasks")
 def main(argv: list[str] | None = None) -> int:
     argv = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in argv
+    console.open_streams()
     console.show_messages()
     report_bus_errors()
     launcher_pid()

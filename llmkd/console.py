@@ -48,6 +48,17 @@ class _Stderr(logging.Handler):
             tqdm.tqdm.write(text, file=sys.stderr, nolock=True)
 
 
+def open_streams() -> None:
+    """Open what of stdin, stdout and stderr is closed (`llmkd ... >&-`, some daemons), on /dev/null: the next file would get its number."""
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # gets the lowest number that is free, which is this one
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w" if number else "r", encoding="utf-8"))  # noqa: SIM115 open as long as the process
+
+
 def show_messages() -> None:
     """Show llmkd's messages on stderr, and there alone, as the command line does. Called again, it changes nothing."""
     if not any(isinstance(handler, _Stderr) for handler in logger.handlers):

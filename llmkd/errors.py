@@ -20,6 +20,11 @@ class UserError(Exception):
         super().__init__("\n".join(self.problems))
 
 
+def fix_of(error: BaseException, otherwise: str) -> str:
+    """What to do about a file that cannot be read: `otherwise`, such as to make it again, unless only the right to read it is missing."""
+    return "give this user the right to read it" if isinstance(error, PermissionError) else otherwise
+
+
 class ChangedFiles(UserError):
     """A file that the running process reads was changed under it: what is on disk is no longer what it began with."""
 

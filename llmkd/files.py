@@ -19,6 +19,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
 
+_NO_FILE = "it is a pipe or a device, not a file"
 _LEFTOVER = re.compile(r".+\.tmp-\d+-[0-9a-f]{8}")
 
 
@@ -35,7 +36,12 @@ class FileLocked(Exception):
 
 
 def write_atomic(path: Path, content: str | bytes) -> None:
-    """Write a file. A kill or a power cut leaves the file that was there before, or the new one, never a part. Text is UTF-8."""
+    """Write a file. A kill or a power cut leaves the file that was there before, or the new one, never a part. Text is UTF-8.
+
+    NotAFile where a pipe or a device has its name: a new file in its place would take that away from everybody.
+    """
+    if os.path.lexists(path) and not (path.is_symlink() or path.is_file() or path.is_dir()):
+        raise NotAFile(errno.EINVAL, _NO_FILE, str(path))
     part, file = _new_file(path)
     try:
         with file:
@@ -151,7 +157,7 @@ def open_file(path: Path | str) -> IO[bytes]:
     file = open(path, "rb", opener=lambda name, flags: os.open(name, flags | os.O_NONBLOCK))  # noqa: SIM115 closed by the caller
     if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
         file.close()
-        raise NotAFile(errno.EINVAL, "it is a pipe or a device, not a file", str(path))
+        raise NotAFile(errno.EINVAL, _NO_FILE, str(path))
     return file
 
 

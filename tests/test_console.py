@@ -37,6 +37,15 @@ def test_other_ranks_are_silent(capsys, monkeypatch):
     assert capsys.readouterr() == ("", "")
 
 
+def test_streams_that_are_closed_are_opened_before_a_file_takes_their_number(tmp_path):
+    """As `llmkd train >&- 2>&- <&-` starts it."""
+    script = f"from llmkd import console; console.open_streams(); print(1); open({str(tmp_path / 'a')!r}, 'w').write('b')"
+    subprocess.run(["sh", "-c", f'exec {sys.executable} -c "$0" <&- >&- 2>&-', script], check=True)
+    assert (tmp_path / "a").read_text() == "b"
+    script += "; import os, sys; sys.exit(open(sys.argv[1]).fileno())"
+    assert subprocess.run(["sh", "-c", f'exec {sys.executable} -c "$0" {tmp_path}/a <&- >&- 2>&-', script]).returncode > 2
+
+
 def test_a_line_goes_above_a_bar(capsys):
     with tqdm(total=3, file=sys.stderr) as bar:
         bar.update()

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from llmkd.errors import UserError
+from llmkd.errors import UserError, fix_of
 from llmkd.files import Damaged, read_file, read_object
 from llmkd.output.metrics import WEIGHED_BY
 from llmkd.output.run_files import RECIPE, SUMMARY, read_run_file
@@ -160,7 +160,7 @@ def _content(path: Path) -> bytes:
     try:
         return read_file(path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); evaluate its run again") from error
+        raise UserError(f"{path}: cannot be read ({error.strerror}); {fix_of(error, 'evaluate its run again')}") from error
 
 
 def _number(value) -> bool:

@@ -7,7 +7,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from llmkd.errors import UserError
+from llmkd.errors import UserError, fix_of
 from llmkd.files import read_jsonl, remove_leftovers, sha256_file, write_atomic, write_sealed
 from llmkd.model_folder.identity import WHOLE
 from llmkd.output.run_files import read_run_file
@@ -32,7 +32,7 @@ def read_items(place: Path | str, task: str) -> list[dict]:
     try:
         found = sha256_file(path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); evaluate again with --force") from error
+        raise UserError(f"{path}: cannot be read ({error.strerror}); {fix_of(error, 'evaluate again with --force')}") from error
     if found != record.get("items_sha256"):
         raise UserError(f"{path}: does not match {task}.json (items_sha256); evaluate again with --force")
     return read_jsonl(path)

@@ -5,7 +5,7 @@ from pathlib import Path
 from ..config.recipe import Recipe
 from ..config.teacher import CACHE_KINDS
 from ..console import info, progress_bar
-from ..errors import UserError
+from ..errors import UserError, fix_of
 from ..files import sha256_file
 from ..teachers import resolve
 from ..teachers.resolve import TeacherSource
@@ -46,4 +46,4 @@ def _hash_of(file: str) -> str:
     try:
         return sha256_file(file)
     except OSError as error:
-        raise UserError(f"--import: {file}: {error.strerror}; name the file of log-probabilities") from error
+        raise UserError(f"--import: {file}: {error.strerror}; {fix_of(error, 'name the file of log-probabilities')}") from error

@@ -1,6 +1,7 @@
 """`llmkd export`: write a finished run's student as one plain transformers model, which needs neither PEFT nor llmkd."""
 
 import dataclasses
+import os
 from pathlib import Path
 
 import numpy as np
@@ -34,7 +35,7 @@ def export(run: Path, to: Path | None = None, checkpoint: str | None = None) -> 
     if to is None:
         name = f"merged-{checkpoint}" if checkpoint else "merged"
         to = run.with_name(f"{run.name}-{name}") if student == run else run / name
-    if to.exists():
+    if os.path.lexists(to):
         whole = ", and all of its files are as an export wrote them: use it," if _is_whole(to) else ";"
         raise UserError(f"--to: {to} exists{whole} choose another folder, or remove it")
     refuse_unwritable(to, "--to")

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import math
 import os
+import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,14 +15,21 @@ from ..console import first_process
 from ..errors import UserError
 from ..files import remove_leftovers, try_to_make_in, write_atomic
 
+#: Names of files that a process has open: a new file in such a one's place would lose what is written to the old one.
+_OPEN_FILES = re.compile(r"/dev/(std(in|out|err)$|fd/)|/proc/")
+
 
 def check_file(path: str, option: str) -> None:
-    """UserError unless a file can be written at that path. Nothing is made."""
+    """UserError unless a file can be written at that path, or it is a pipe or a device. Nothing is made."""
     file = Path(path).expanduser()
     if path == "-":
         raise UserError(f"{option}: - is no file name; only --json writes to stdout")
     if not path.strip() or file.is_dir():
         raise UserError(f"{option}: {path or 'an empty name'} is {'a folder' if path.strip() else 'no file'}; name a file")
+    if file.is_file() and _OPEN_FILES.match(str(file.absolute())):
+        raise UserError(f"{option}: {path} is a file that is open already; name a file of its own")
+    if is_stream(file):
+        return
     parents = list(file.absolute().parents)
     there = next(n for n, folder in enumerate(parents) if folder.exists())
     try:
@@ -33,9 +41,18 @@ def check_file(path: str, option: str) -> None:
         raise UserError(f"{option}: {parents[there]} cannot be written to; name another file") from error
 
 
+def is_stream(file: Path) -> bool:
+    """Whether a pipe or a device has that name, such as /dev/null, or the one that a shell gives for >(command)."""
+    return os.path.exists(file) and not file.is_file() and not file.is_dir()
+
+
 def write_file(path: str, content: str) -> None:
-    """Write a file whose folder is made where it is missing."""
+    """Write a file whose folder is made where it is missing. A link stays, and what it leads to is written; so is a pipe or a device."""
     file = Path(path).expanduser()
+    if is_stream(file):
+        file.write_text(content, encoding="utf-8")
+        return
+    file = file.resolve()
     file.parent.mkdir(parents=True, exist_ok=True)
     remove_leftovers(file.parent, file.name)
     write_atomic(file, content)

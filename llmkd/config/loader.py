@@ -9,7 +9,7 @@ from pathlib import Path
 
 import yaml
 
-from ..errors import UserError
+from ..errors import UserError, fix_of
 from ..files import read_file
 from . import paths
 from .dotted import flatten
@@ -55,7 +55,9 @@ def read(path: str | Path) -> tuple[dict, dict[tuple, int], list[str]]:
     try:
         raw = read_file(path)
     except OSError as error:
-        raise UserError(f"--config {path}: {error.strerror or error}; name a recipe, such as recipes/quickstart.yaml") from error
+        raise UserError(
+            f"--config {path}: {error.strerror or error}; {fix_of(error, 'name a recipe, such as recipes/quickstart.yaml')}"
+        ) from error
     if len(raw) > _MAX_BYTES:
         raise UserError(f"{path}: {len(raw)} bytes; a recipe is at most {_MAX_BYTES}")
     try:

@@ -19,7 +19,7 @@ from typing import Any
 
 from ..config.recipe import Data, Source
 from ..console import info, warn
-from ..errors import UserError
+from ..errors import UserError, fix_of
 from .batch_source import Collator, ExampleSource, Step
 from .batching import Batching
 from .encoding.encode import encode
@@ -169,7 +169,9 @@ class StreamSource(ExampleSource):
                 with open(path, "rb") as file:
                     yield from records(file, name, path)
             except OSError as error:
-                raise UserError(f"{self.setting}.path: {name}: {error.strerror}") from error
+                raise UserError(
+                    f"{self.setting}.path: {name}: {error.strerror}; {fix_of(error, 'fetch or write the file again')}"
+                ) from error
 
     def _elsewhere(self) -> Records:
         if self.source.path == "builtin:skills":

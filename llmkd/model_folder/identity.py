@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ..console import info, warn
-from ..errors import ChangedFiles, UserError
+from ..errors import ChangedFiles, UserError, fix_of
 from ..files import open_file, sha256_file
 from .hashes import stamp, tensor_hashes
 from .weights import INDEX, read_json, tensors, weight_files
@@ -40,7 +40,7 @@ def _hashes(folder: Path, setting: str) -> dict[str, list[str]]:
     try:
         found = tensor_hashes(paths)
     except (ValueError, OSError) as error:
-        raise UserError(f"{setting}: {error}; fetch or copy it again") from error
+        raise UserError(f"{setting}: {error}; {fix_of(error, 'fetch or copy it again')}") from error
     return {
         str(path.relative_to(folder)): [f"{name} {about}" for name, about in one.items()] for path, one in zip(paths, found, strict=True)
     }

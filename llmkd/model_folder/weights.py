@@ -6,7 +6,7 @@ import struct
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import UserError
+from ..errors import UserError, fix_of
 from ..files import open_file, read_file
 
 MODEL, INDEX, ADAPTER = "model.safetensors", "model.safetensors.index.json", "adapter_model.safetensors"
@@ -75,7 +75,7 @@ def read_json(path: Path, setting: str) -> dict:
     try:
         found = json.loads(read_file(path).decode("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise UserError(f"{setting}: {path} cannot be read ({error}); copy it again") from error
+        raise UserError(f"{setting}: {path} cannot be read ({error}); {fix_of(error, 'copy it again')}") from error
     if not isinstance(found, dict):
         raise UserError(f"{setting}: {path} holds {type(found).__name__}, expected an object of settings; copy it again")
     return found

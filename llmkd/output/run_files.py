@@ -5,7 +5,7 @@ from pathlib import Path
 from ..config.loader import comparable
 from ..config.recipe import Recipe
 from ..config.schema import may_change_on_resume
-from ..errors import UserError
+from ..errors import UserError, fix_of
 from ..files import Damaged, checksum, read_sealed, sha256_file, write_sealed
 
 RECIPE, IDENTITY, SUMMARY = "recipe.yaml", "identity.json", "summary.json"
@@ -19,7 +19,7 @@ def read_run_file(path: Path, fix: str) -> dict:
     try:
         return read_sealed(path)
     except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); {fix}") from error
+        raise UserError(f"{path}: cannot be read ({error.strerror}); {fix_of(error, fix)}") from error
     except Damaged as error:
         raise UserError(f"{path}: is damaged ({error}); {fix}") from error
 

@@ -138,8 +138,8 @@ class RunFolder:
 
 def refuse_unwritable(path: Path, setting: str) -> None:
     """UserError unless a folder can be made at that path, or is there and can be written to. Nothing is left behind."""
-    if path.exists() and not path.is_dir():
-        raise UserError(f"{setting}: {path} is a file; name a folder")
+    if os.path.lexists(path) and not path.is_dir():
+        raise UserError(f"{setting}: {path} is a {'file' if path.exists() else 'link that leads nowhere'}; name a folder")
     nearest = next(p for p in (path, *path.absolute().parents) if p.exists())
     if not os.access(nearest, os.W_OK | os.X_OK):
         raise UserError(f"{setting}: {nearest} cannot be written to; choose another folder")

@@ -3,6 +3,8 @@
 import contextlib
 import io
 import json
+import os
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,8 +13,9 @@ import pytest
 
 from llmkd import cli
 from llmkd.commands import arguments
-from llmkd.commands.outputs import check_file, json_results, plain
+from llmkd.commands.outputs import check_file, json_results, plain, write_file
 from llmkd.errors import UserError
+from llmkd.files import NotAFile, write_atomic
 
 
 def test_every_command_that_prints_a_table_takes_json():
@@ -57,6 +60,27 @@ def test_a_file_that_cannot_be_written_is_refused_before_the_command_runs(tmp_pa
         pass
     with pytest.raises(UserError, match="--to: - is no file name; only --json writes to stdout"):
         check_file("-", "--to")
+
+
+def test_a_pipe_is_written_to_and_a_link_stays_one(tmp_path):
+    """A file that is renamed to /dev/null, by root, would take its place."""
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("file")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    for name in ("pipe", "link"):
+        check_file(str(tmp_path / name), "--json")
+        write_file(str(tmp_path / name), name)
+    assert os.read(reader, 99) == b"pipe" and stat.S_ISFIFO(os.lstat(tmp_path / "pipe").st_mode)
+    assert (tmp_path / "file").read_text() == "link" and os.readlink(tmp_path / "link") == "file"
+    with pytest.raises(NotAFile):
+        write_atomic(tmp_path / "pipe", "x")
+    assert stat.S_ISFIFO(os.lstat(tmp_path / "pipe").st_mode)
+    os.close(reader)
+
+
+def test_a_file_that_a_process_has_open_is_not_replaced(tmp_path):
+    with open(tmp_path / "a", "w") as file, pytest.raises(UserError, match="is a file that is open already; name a file of its own"):
+        check_file(f"/dev/fd/{file.fileno()}", "--json")
 
 
 def test_recipes_and_data_as_json(world, tmp_path, capsys):

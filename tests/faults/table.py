@@ -108,6 +108,22 @@ MACHINE = [
         "output/test_run_folder.py::test_a_folder_that_cannot_be_made_is_refused_at_once_and_one_that_can_leaves_nothing",
     ),
     Row(
+        "a file that this user may not read",
+        "named with the right that is missing; no advice to delete it",
+        "output/test_damaged_files.py::test_a_file_that_this_user_may_not_read_is_not_to_be_deleted_or_made_again",
+    ),
+    Row(
+        "stdin, stdout or stderr closed",
+        "nothing is printed there, and no file takes its place",
+        "test_console.py::test_streams_that_are_closed_are_opened_before_a_file_takes_their_number",
+    ),
+    Row(
+        "results to a pipe, a device or a link (--json /dev/null)",
+        "written to it; it stays what it is",
+        "commands/test_outputs.py::test_a_pipe_is_written_to_and_a_link_stays_one "
+        "commands/test_outputs.py::test_a_file_that_a_process_has_open_is_not_replaced",
+    ),
+    Row(
         "two runs in one folder",
         "the second is refused",
         "training/test_run.py::test_two_runs_do_not_share_a_folder test_files.py::test_a_lock_ends_with_its_process",

@@ -3,6 +3,7 @@
 A checkpoint's own files are in training/test_checkpoint.py, byte by byte.
 """
 
+import errno
 import json
 import os
 import random
@@ -14,9 +15,13 @@ import torch
 from llmkd_eval.comparison import item_results
 from llmkd_eval.harness import record_files
 
+from llmkd import files
 from llmkd.cli import main
+from llmkd.config import loader
 from llmkd.errors import UserError
 from llmkd.files import Damaged, read_sealed, write_sealed
+from llmkd.model_folder import weights as weight_files
+from llmkd.output.run_files import read_run_file
 from llmkd.teachers.cache.shards import TeacherCache
 from tests.conftest import plain_recipe, said, weights
 
@@ -213,6 +218,23 @@ def test_a_misspelt_checksum_is_no_missing_one(tmp_path):
     (tmp_path / "a.json").write_text((tmp_path / "a.json").read_text().replace("checksum", "checksuo"))
     with pytest.raises(Damaged, match="its last key is 'checksuo', and should be 'checksum'"):
         read_sealed(tmp_path / "a.json")
+
+
+def test_a_file_that_this_user_may_not_read_is_not_to_be_deleted_or_made_again(runs, caches, monkeypatch):
+    def denied(path):
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(files, "open_file", denied)
+    for read, path in (
+        (lambda path: read_run_file(path, "delete it"), runs / "run/summary.json"),
+        (lambda path: record_files.read_record(path.parent, "summary"), runs / "run/summary.json"),
+        (lambda path: weight_files.read_json(path, "student.model"), runs / "run/adapter/adapter_config.json"),
+        (lambda path: TeacherCache.open(path.parent), caches / "topk/cache.json"),
+        (loader.read, runs / "run.yaml"),
+    ):
+        with pytest.raises(UserError, match=f"{path}.* ?Permission denied") as refused:
+            read(path)
+        assert str(refused.value).endswith("; give this user the right to read it")
 
 
 @pytest.mark.parametrize("kind", ["topk", "hidden"])

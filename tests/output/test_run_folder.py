@@ -27,6 +27,9 @@ def test_a_folder_that_cannot_be_made_is_refused_at_once_and_one_that_can_leaves
         (tmp_path / "relative").mkdir(exist_ok=True)
         RunFolder(SimpleNamespace(output_dir=name), False).check()
     assert not list((tmp_path / "relative").iterdir())
+    (tmp_path / "link").symlink_to("nowhere")
+    with pytest.raises(UserError, match="output_dir: .*link is a link that leads nowhere; name a folder"):
+        RunFolder(SimpleNamespace(output_dir=str(tmp_path / "link")), False).check()
     for name in ("/proc/nowhere/run", "/proc/nowhere"):
         with pytest.raises(UserError, match=f"output_dir: {name} cannot be made"):
             RunFolder(SimpleNamespace(output_dir=name), False).check()

@@ -5,7 +5,7 @@ import re
 from pathlib import Path
 
 from ...config.recipe import Source
-from ...errors import UserError
+from ...errors import UserError, fix_of
 from ...files import read_file
 from .files import KINDS, kind_of
 
@@ -117,7 +117,7 @@ def _json(path: Path, setting: str) -> dict:
     try:
         value = json.loads(read_file(path))
     except (OSError, ValueError) as error:
-        raise UserError(f"{setting}.path: {path} cannot be read ({error}); save the data set again") from error
+        raise UserError(f"{setting}.path: {path} cannot be read ({error}); {fix_of(error, 'save the data set again')}") from error
     return value if isinstance(value, dict) else {}
 
 

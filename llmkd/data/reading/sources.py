@@ -22,7 +22,7 @@ from typing import Any
 
 from ...config.fields import with_setting_names
 from ...config.recipe import Source
-from ...errors import UserError
+from ...errors import UserError, fix_of
 from . import skills
 from .files import KINDS, BadRow, Records, kind_of, records, row_of
 from .folders import data_files
@@ -225,7 +225,7 @@ class _Files:
         try:
             raw = path.read_bytes()
         except OSError as error:
-            raise UserError(f"{self.setting}.path: {name}: {error.strerror}") from error
+            raise UserError(f"{self.setting}.path: {name}: {error.strerror}; {fix_of(error, 'fetch or write the file again')}") from error
         self.hashes[name] = hashlib.sha256(raw).hexdigest()
         return raw
 

@@ -25,7 +25,7 @@ import numpy as np
 from ...config.teacher import LISTED_EXPONENTS
 from ...data.examples import Examples
 from ...data.reading.problems import ErrorCollector
-from ...errors import UserError
+from ...errors import UserError, fix_of
 from ...files import open_file
 from .. import listed
 from ..sparse import TopK
@@ -112,9 +112,7 @@ class AnswersReader:
                         yield number, start, content
                     start += len(content)
         except OSError as error:
-            raise UserError(
-                f"{self.path}: cannot be read ({error.strerror}); copy it again, or give this user the right to read it"
-            ) from error
+            raise UserError(f"{self.path}: cannot be read ({error.strerror}); {fix_of(error, 'copy it again')}") from error
 
     def _parsed(self, content: bytes) -> dict:
         try:

@@ -24,7 +24,7 @@ from pathlib import Path
 import numpy as np
 
 from ...config.dotted import flatten
-from ...errors import ChangedFiles, UserError, report_from_any_rank
+from ...errors import ChangedFiles, UserError, fix_of, report_from_any_rank
 from ...files import Damaged, NotAFile, checksum, read_object, remove_leftovers, sha256_file, write_atomic, write_sealed
 from ...model_folder.weights import tensors
 
@@ -309,4 +309,5 @@ def _read_json(path: Path, setting: str = SETTING) -> dict:
     try:
         return read_object(path)
     except (OSError, Damaged) as error:
-        raise UserError(f"{setting}: {path} is damaged (it cannot be read); delete it and run llmkd cache again") from error
+        what = f"cannot be read ({error.strerror})" if isinstance(error, PermissionError) else "is damaged (it cannot be read)"
+        raise UserError(f"{setting}: {path} {what}; {fix_of(error, 'delete it and run llmkd cache again')}") from error

@@ -357,7 +357,7 @@ FAULTS = [
         (
             "export-overwrites",
             "an export overwrites a folder",
-            "    if to.exists():\n",
+            "    if os.path.lexists(to):\n",
             "    if False:\n",
             "commands/test_export.py::test_export_loads_in_plain_transformers_and_says_the_same",
         ),
