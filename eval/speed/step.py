@@ -47,7 +47,8 @@ HEADER += ("passes a step", "padding", "peak GB", "distance to the reference", "
 
 def parser(description: str | None = __doc__) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", choices=["small", "llama", "qwen"], default="small")
+    parser.add_argument("--shapes", choices=["small", "llama", "qwen", "quickstart"], default="small")
+    parser.add_argument("--equal", action="store_true", help="a teacher of the student's shape")
     parser.add_argument("--family", choices=["llama", "qwen2"], default="llama", help="of small shapes")
     for name, value in (("hidden", 128), ("layers", 2), ("vocab", 8192), ("batch", 32), ("tokens", 2048), ("steps", 3), ("repeats", 2)):
         parser.add_argument(f"--{name}", type=int, default=value)

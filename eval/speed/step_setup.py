@@ -70,6 +70,8 @@ def shapes_of(options) -> tuple[dict[str, Shape], int]:
     if options.shapes == "qwen":  # Qwen2.5-1.5B to Qwen2.5-0.5B
         teacher = Shape("qwen2", 1536, 8960, 28, 12, 2, True)
         return {"teacher": teacher, "student": Shape("qwen2", 896, 4864, 24, 14, 2, True)}, 151_936
+    if options.shapes == "quickstart":
+        return {"teacher": Shape("llama", 160, 448, 4, 5, 5, True), "student": Shape("llama", 96, 256, 3, 4, 4, True)}, 640
     h, n = options.hidden, options.layers
     teacher = Shape(options.family, 2 * h, 4 * h, 2 * n, 4, 2, options.family == "qwen2")
     return {"teacher": teacher, "student": Shape(options.family, h, 2 * h, n, 4, 2, True)}, options.vocab
@@ -92,6 +94,8 @@ class Setup:
     def __init__(self, options, accelerator):
         self.options, self.accelerator = options, accelerator
         self.shapes, self.vocab = shapes_of(options)
+        if options.equal:
+            self.shapes["teacher"] = self.shapes["student"]
         self.device = accelerator.device
         self.dtype = getattr(torch, options.dtype or ("bfloat16" if self.device.type == "cuda" else "float32"))
         made = {}
@@ -104,7 +108,8 @@ class Setup:
         student = add_lora(made["student"], Lora(rank=RANK, alpha=ALPHA), None).to(self.device)
         self.student = checked(LanguageModel(student, self.vocab).train(), "student.model", options.tokens)
         self.teacher = checked(LanguageModel(made["teacher"], self.vocab).eval(), "teacher.model", options.tokens)
-        self.data = alpaca_like(options.batch * (options.steps + 2), self.vocab)
+        lengths = {"median": 23, "spread": 0.2, "supervised": 0.26} if options.shapes == "quickstart" else {}
+        self.data = random_examples(options.batch * (options.steps + 2), self.vocab, **lengths)
         self.fresh_adapter()
 
     @functools.cached_property
@@ -189,10 +194,10 @@ class Setup:
         return logits_BTV.flatten(0, 1)[batch.student.rows_N].double().log_softmax(-1)
 
 
-def alpaca_like(count: int, vocab: int) -> Examples:
-    """Random tokens of log-normal lengths, of which the last 56 % are supervised."""
+def random_examples(count: int, vocab: int, median: float = 105, spread: float = 0.6, supervised: float = 0.56) -> Examples:
+    """Random tokens of log-normal lengths, whose last part is supervised: as Alpaca's, unless told otherwise."""
     rng = np.random.default_rng(0)
-    lengths = np.clip(rng.lognormal(math.log(105), 0.6, count), 20, 512).astype(int)
-    marks = np.concatenate([np.arange(n) >= round(0.44 * n) for n in lengths])
+    lengths = np.clip(rng.lognormal(math.log(median), spread, count), median // 5, 512).astype(int)
+    marks = np.concatenate([np.arange(n) >= round((1 - supervised) * n) for n in lengths])
     ids = rng.integers(0, vocab, lengths.sum(), np.int32)
     return Examples(ids, marks, np.cumsum([0, *lengths]), np.arange(count), {})

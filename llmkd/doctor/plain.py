@@ -4,15 +4,16 @@ Slow and wasteful on purpose. log_q and log_p are log-probabilities [N, E] of st
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from ..config.target_weights import TargetWeights
 from ..head import Head
-from ..signals import Dense, Signal
+from ..signals import AttentionInputs, Dense, Signal
 from ..teachers.mixture import Mixed
 from ..teachers.sparse import Sampled, TopK
 
@@ -180,3 +181,45 @@ def logits(head: Head, hidden_NH: Tensor) -> Tensor:
         out_NV = out_NV + project.bias[: head.vocab].double()
     out_NV = out_NV * head.scale
     return torch.tanh(out_NV / head.softcap) * head.softcap if head.softcap else out_NV
+
+
+def between_states(distance: str, ours_NE: Tensor, theirs_NE: Tensor) -> Tensor:
+    """The distance of hidden states, [N]: mse, normalized_mse or cosine."""
+    if distance == "mse":
+        return ((ours_NE - theirs_NE) ** 2).sum(-1) / ours_NE.shape[-1]
+    ours, theirs = ((x * x).sum(-1).sqrt() for x in (ours_NE, theirs_NE))
+    cosine_N = (ours_NE * theirs_NE).sum(-1) / (ours * theirs)
+    return (1 - cosine_N) * (2 if distance == "normalized_mse" else 1)
+
+
+def maps_apart(student: AttentionInputs, teacher: AttentionInputs, places: Sequence[int], mean: bool) -> Tensor:
+    """KL of the teacher's attention from the student's, [n], for targets at these places of a single row: the mean over heads, or that of the
+    heads' mean maps."""
+
+    def row(one: AttentionInputs, t: int, first: int) -> Tensor:
+        h, g = one.query.shape[1], one.key.shape[1]
+        heads = [one.key[0, a * g // h, first : t + 1] @ one.query[0, a, t] * one.scaling for a in range(h)]
+        p_hm = torch.stack(heads).softmax(-1)
+        return p_hm.mean(0, keepdim=True) if mean else p_hm
+
+    return _rows_apart(row, student, teacher, places)
+
+
+def relations_apart(student: AttentionInputs, teacher: AttentionInputs, places: Sequence[int], parts: int) -> Tensor:
+    """The same of the relations of queries, of keys and of values with one another, in so many parts, added up."""
+
+    def row(one: AttentionInputs, t: int, first: int, name: str) -> Tensor:
+        vectors_Tpd = getattr(one, name)[0].transpose(0, 1).flatten(1).unflatten(1, (parts, -1))
+        scores_pm = torch.einsum("pd,mpd->pm", vectors_Tpd[t], vectors_Tpd[first : t + 1])
+        return (scores_pm / vectors_Tpd.shape[-1] ** 0.5).softmax(-1)
+
+    return sum(_rows_apart(functools.partial(row, name=name), student, teacher, places) for name in ("query", "key", "value"))
+
+
+def _rows_apart(row: Callable[..., Tensor], student: AttentionInputs, teacher: AttentionInputs, places: Sequence[int]) -> Tensor:
+    windows, found = [one.window for one in (student, teacher) if one.window is not None], []
+    student, teacher = (one.each(Tensor.double) for one in (student, teacher))
+    for t in places:
+        first = max([0, *(t - window + 1 for window in windows)])
+        found.append(kl(row(teacher, t, first).log(), row(student, t, first).log()).mean())
+    return torch.stack(found)

@@ -9,7 +9,7 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[2]))
 
-from eval.speed import head, head_cases, plots, profile_step, step, step_cases
+from eval.speed import head, head_cases, plots, profile_step, step, step_cases, terms
 from eval.speed.step_setup import Setup
 from llmkd.training.launch import start
 
@@ -117,6 +117,17 @@ def test_a_profile_names_the_parts_of_a_step(setup):
     shares = {line.split("|")[1].strip(): float(line.split("|")[3].strip(" %")) for line in text if line.endswith("% |")}
     assert all(shares[part] > 0 for part in (profile_step.TEACHER, profile_step.STUDENT, profile_step.HEADS, profile_step.BACKWARD))
     assert sum(shares[part] for part in (*profile_step.PARTS, "everything else")) == pytest.approx(100, abs=0.5)
+
+
+def test_terms_are_compared_with_the_step_without_of_the_same_turn(setup, monkeypatch):
+    monkeypatch.delitem(terms.ROWS, "features, every layer")  # the student has one
+    seconds = terms.measured(setup)
+    assert list(seconds) == list(terms.ROWS) and all(len(own) == 1 and own[0] > 0 for own in seconds.values())
+    text = terms.report({"without": [1.0, 2.0, 4.0], "other": [1.5, 2.2, 8.0]})
+    assert text[2:4] == ["| without | 2000.0 | 1.000 (1.000 to 1.000) |", "| other | 2200.0 | 1.500 (1.300 to 1.750) |"]
+    monkeypatch.setattr(terms, "terms_of", lambda setup, settings: [])
+    with pytest.raises(ValueError, match="features, the middle layers: the loss has the terms ce, kd, loss"):
+        terms.measured(setup)
 
 
 def test_a_trace_of_a_gpu_gives_idle_time_and_the_part_that_launched_a_kernel():

@@ -288,3 +288,8 @@ def test_only_targets_that_count_are_compared(heads, monkeypatch):
         loss.total.backward()
         if not heads:
             assert student.query.grad.abs().sum((1, 3)).flatten().nonzero().flatten().tolist() == VIEW.rows_N[expected != 0].tolist()
+
+
+def test_an_example_of_many_targets_does_not_pad_those_of_few():
+    view = View({"input_ids": torch.zeros(21, 400, dtype=torch.long)}, torch.arange(320))
+    assert sorted(one.target_bn.shape for one in grouped(view, [*[1] * 10, 300, *[1] * 10], 10**7)) == [(1, 300), (20, 1)]

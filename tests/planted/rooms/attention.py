@@ -95,7 +95,7 @@ FAULTS = [
             "padding-counted",
             "padding counts as a target",
             "weight_bn = group.real_bn.to(rows_N.dtype)",
-            "weight_bn = torch.ones_like(value_bn)",
+            "weight_bn = torch.ones_like(group.real_bn, dtype=rows_N.dtype)",
             MATHS,
         ),
         (

@@ -1,0 +1,100 @@
+"""What loss.features and loss.attention cost: a step with each against the same step without.
+
+    python eval/speed/terms.py [--equal] [--shapes quickstart --batch 64] [--steps 10] [--repeats 3] and the other settings of step.py
+
+On the models and data of step.py, LoRA, half CE and half forward KL, packed. Each row has a training loop of its own; the loops take their
+steps in turns, so that what else runs on the machine slows all of them, and a step is compared with the one without of its own turn.
+On a CPU seconds are of CPU time (all threads), so give it one thread (OMP_NUM_THREADS=1). Prints Markdown.
+"""
+
+import statistics
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+
+REPO = Path(__file__).resolve().parents[2]
+if __name__ == "__main__":
+    sys.path[0] = str(REPO)  # eval/speed stood there, whose names are not modules of anybody
+
+from eval.speed.step import heading, parser  # noqa: E402
+from eval.speed.step_cases import Clock, learning  # noqa: E402
+from eval.speed.step_setup import Setup  # noqa: E402
+from llmkd.config.features import Features  # noqa: E402
+from llmkd.config.terms import AttentionLoss  # noqa: E402
+from llmkd.data.batching import TokenBudget  # noqa: E402
+from llmkd.losses.terms import Term  # noqa: E402
+from llmkd.signals import NO_TAPS  # noqa: E402
+from llmkd.teachers.live import LiveTeacher  # noqa: E402
+from llmkd.training.attention import attention_terms  # noqa: E402
+from llmkd.training.features import feature_terms  # noqa: E402
+from llmkd.training.launch import start  # noqa: E402
+from llmkd.training.loop import train  # noqa: E402
+
+HEADS = 8
+ROWS: dict[str, Features | AttentionLoss | None] = {
+    "without": None,
+    "features, the middle layers": Features(init="xavier", layers="middle"),
+    "features, every layer": Features(init="xavier", layers="uniform"),
+    "attention maps, the last layers": AttentionLoss(heads="mean"),
+    f"attention relations in {HEADS} parts, the last layers": AttentionLoss(what="relations", relation_heads=HEADS),
+}
+
+
+def main() -> None:
+    options = parser(__doc__).parse_args()
+    if options.float8 or options.peers or options.compile:
+        raise SystemExit("--float8, --peers, --compile: found one of them, which step.py measures; leave it out")
+    warnings.simplefilter("ignore")
+    setup = Setup(options, start())
+    text = "\n".join([*heading(setup, "terms"), *report(measured(setup))])
+    print(text)
+    if options.out:
+        options.out.write_text(text + "\n")
+
+
+def terms_of(setup: Setup, settings: Features | AttentionLoss | None) -> Sequence[Term]:
+    match settings:
+        case Features():
+            return [term.to(setup.device) for term in feature_terms(settings, "teacher", setup.student, {"teacher": setup.teacher}, seed=0)]
+        case AttentionLoss():
+            return attention_terms(settings, setup.student, [setup.teacher])
+    return []
+
+
+def measured(setup: Setup) -> dict[str, list[float]]:
+    """Seconds of each measured step by row, turn by turn. Each round's first turn warms up."""
+    seconds, clock, size = {row: [] for row in ROWS}, Clock(setup.device), TokenBudget(setup.options.tokens, packing=True)
+    for _ in range(setup.options.repeats):
+        loops = {}
+        for row, settings in ROWS.items():
+            terms = terms_of(setup, settings)
+            taps = terms[0].teacher_taps if terms else NO_TAPS
+            state = learning(setup, 0.5, setup.student, terms)
+            loops[row] = train(setup.source(size), [state], LiveTeacher(setup.teacher, taps), setup.accelerator)
+        for turn in range(setup.options.steps + 1):
+            order = list(loops)
+            for row in order[turn % len(order) :] + order[: turn % len(order)]:
+                begun = clock.now()
+                progress = next(loops[row])
+                if turn:
+                    seconds[row].append(clock.now() - begun)
+                if progress.terms[0].keys() != {"ce", "kd", "loss", *(name for name in ("features", "attention") if name in row)}:
+                    raise ValueError(f"{row}: the loss has the terms {', '.join(progress.terms[0])}")
+        for steps in loops.values():
+            steps.close()
+    return seconds
+
+
+def report(seconds: dict[str, list[float]]) -> list[str]:
+    plain = seconds["without"]
+    lines = ["| further term | ms a step (median) | of a step without (median; middle half of the turns) |", "| --- | --- | --- |"]
+    for row, own in seconds.items():
+        ratios = [a / b for a, b in zip(own, plain, strict=True)]
+        low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3
+        lines.append(f"| {row} | {statistics.median(own) * 1e3:.1f} | {middle:.3f} ({low:.3f} to {high:.3f}) |")
+    return [*lines, "", f"{len(plain)} turns."]
+
+
+if __name__ == "__main__":
+    main()
