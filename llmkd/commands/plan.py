@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..config.recipe import Lora, Recipe, Train, distils, used_teachers
+from ..config.recipe import LayerChoice, Lora, Recipe, Train, distils, used_teachers
 from ..console import duration
 from ..model_folder.files import find
 from ..models.size import ModelSize, adapter_parameters, model_size, weight_bytes
@@ -44,7 +44,9 @@ def estimate(recipes: list[Recipe], sizes: dict) -> Cost | None:
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    student, present = model_size(files), []
+    layers = recipe.student.layers
+    kept = layers.count if isinstance(layers, LayerChoice) else None  # also where they are chosen by a measurement that is still to be made
+    student, present = model_size(files, kept), []
     bytes_ = student.parameters * weight_bytes(files, recipe.student.dtype, recipe.student.quantization)
     for setting, one in used_teachers(recipe):
         if one.cache is None and not one.server:
@@ -58,7 +60,7 @@ def estimate(recipes: list[Recipe], sizes: dict) -> Cost | None:
             )
             bytes_ += 0 if shared else present[-1].parameters * weight_bytes(theirs, one.dtype, one.quantization)
     full, checkpointing = recipe.student.method == "full", recipe.student.gradient_checkpointing
-    trained = sum(student.parameters if full else adapter_parameters(files, r.student.lora or Lora()) for r in recipes)
+    trained = sum(student.parameters if full else adapter_parameters(files, r.student.lora or Lora(), kept) for r in recipes)
     longest = largest_micro_batch_tokens(lengths, train.micro_batch_size, train.micro_batch_tokens)
     operations = step_operations(
         student, present if any(map(distils, recipes)) else [], len(recipes), tokens, targets, full, checkpointing, passes * read

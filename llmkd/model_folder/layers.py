@@ -16,7 +16,8 @@ from .weights import MODEL, headers, tensors, weight_files
 
 #: The names of the number of layers in config.json, as families have them.
 COUNTS = ("num_hidden_layers", "n_layer", "num_layers", "n_layers")
-_NUMBERED = re.compile(r"(.*?\.)?(\d+)\.(.+)")
+#: The name of a layer's tensor: before the number, the number, behind it.
+NUMBERED = re.compile(r"(.*?\.)?(\d+)\.(.+)")
 _CHUNK = 16 << 20
 
 
@@ -56,7 +57,7 @@ def write_layers(folder: Path, to: Path, config: dict, kept: tuple[int, ...], co
     prefix, new = _prefix_of_layers(list(found), count, folder, setting), {old: number for number, old in enumerate(kept)}
     names = {}
     for name in found:
-        at = _NUMBERED.fullmatch(name)
+        at = NUMBERED.fullmatch(name)
         if not at or (at[1] or "") != prefix:
             names[name] = name
         elif int(at[2]) in new:
@@ -73,7 +74,7 @@ def _prefix_of_layers(names: list[str], count: int, folder: Path, setting: str) 
     """What the names of the layers' tensors begin with, up to the number."""
     numbers: dict[str, set[int]] = {}
     for name in names:
-        if at := _NUMBERED.fullmatch(name):
+        if at := NUMBERED.fullmatch(name):
             numbers.setdefault(at[1] or "", set()).add(int(at[2]))
     right = [prefix for prefix, found in numbers.items() if found == set(range(count))]
     if len(right) != 1 or len(numbers) != 1:

@@ -6,6 +6,7 @@ import numpy as np
 
 from ..config.recipe import Lora
 from ..model_folder.files import ModelFiles, loaded_dtype
+from ..model_folder.layers import COUNTS, NUMBERED
 from ..model_folder.weights import headers
 
 _BYTES = {"nf4": 0.516, "fp4": 0.516, "int8": 1.0, "fp8": 1.0}
@@ -25,27 +26,38 @@ class ModelSize:
         return self.body + self.vocab * self.hidden
 
 
-def model_size(files: ModelFiles) -> ModelSize:
-    """The size of a model, read from the headers of its weight files."""
+def model_size(files: ModelFiles, kept: int | None = None) -> ModelSize:
+    """The size of a model, read from the headers of its weight files; or that of `kept` of its layers, which are alike."""
     config = files.config.get("text_config", files.config)
     sizes = {name: int(np.prod(t["shape"])) for name, t in headers(files.base, "plan").items()}
     hidden = next(config[name] for name in ("hidden_size", "n_embd", "d_model") if name in config)
-    layers = next((config[name] for name in ("num_hidden_layers", "n_layer", "num_layers") if name in config), 1)
+    layers = _layers(files.config)
     vocab = config["vocab_size"]
-    body = sum(
-        size for name, size in sizes.items() if not (size == vocab * hidden and ("embed" in name or "head" in name or "wte" in name))
-    )
-    return ModelSize(body, vocab, hidden, layers)
+    body = {
+        name: size for name, size in sizes.items() if not (size == vocab * hidden and ("embed" in name or "head" in name or "wte" in name))
+    }
+    return ModelSize(_of_layers(body, layers, kept), vocab, hidden, kept or layers)
 
 
-def adapter_parameters(files: ModelFiles, lora: Lora) -> int:
-    """The parameters of a LoRA adapter: rank x (inputs + outputs) of each matrix that it is put on."""
-    total, named = 0, lora.target_modules if isinstance(lora.target_modules, tuple) else None
+def _layers(config: dict) -> int:
+    config = config.get("text_config", config)
+    return next((config[name] for name in COUNTS if name in config), 1)
+
+
+def _of_layers(sizes: dict[str, int], layers: int, kept: int | None) -> int:
+    """The sum of tensors' sizes, without those of the layers that are not kept."""
+    in_layers = sum(size for name, size in sizes.items() if NUMBERED.fullmatch(name))
+    return sum(sizes.values()) - (layers - (kept or layers)) * in_layers // layers
+
+
+def adapter_parameters(files: ModelFiles, lora: Lora, kept: int | None = None) -> int:
+    """The parameters of a LoRA adapter: rank x (inputs + outputs) of each matrix that it is put on. `kept` as in `model_size`."""
+    sizes, named = {}, lora.target_modules if isinstance(lora.target_modules, tuple) else None
     for name, t in headers(files.base, "plan").items():
         module = name.removesuffix(".weight").rpartition(".")[2]
         if len(t["shape"]) == 2 and (module in named if named else not any(word in name for word in ("embed", "head", "wte"))):
-            total += lora.rank * sum(t["shape"])
-    return total
+            sizes[name] = lora.rank * sum(t["shape"])
+    return _of_layers(sizes, _layers(files.config), kept)
 
 
 def weight_bytes(files: ModelFiles, dtype: str, quantization) -> float:
