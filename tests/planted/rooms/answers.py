@@ -78,7 +78,7 @@ FAULTS = [
             "prompt.ids",
             SAMPLE,
         ),
-        ("before-is-after", "before shows the trained student", "        model=own.model if own.layers is None else str(student_files(own).base),\n", "            model=str(student),\n", SAMPLE),
+        ("before-is-after", "before shows the trained student", 'yield "before", ("student.model", untrained(own))', 'yield "before", ("student.model", trained(student, own.attention))', SAMPLE),
         ("end-token-shown", "the end token is a part of the answer", "decoded(one.ids[: len(one.ids) - one.finished], tokenizer)", "decoded(one.ids, tokenizer)", SAMPLE),
         ("models-pile-up", "a model stays in memory", "    del model\n    gc.collect()\n", "    sampling.__dict__.setdefault('kept', []).append(model)\n", SAMPLE),
         ("count-forgotten", "every prompt of a file is asked", "data, tokenizer)[:count] if prompts", "data, tokenizer) if prompts", SAMPLE),
