@@ -113,6 +113,7 @@ class Example:
     content_hash: str
     num_targets: int
     teacher: int  # its index among several, or -1 for all of them together
+    source: int = 0  # the number of its source among those of its setting
 
 
 @dataclass(frozen=True)
@@ -207,8 +208,13 @@ def zeros_of(weights: dict[str, Tensor]) -> dict[tuple[str, ...], Rows]:
     pattern_N = sum((w_N == 0).long() << i for i, w_N in enumerate(weights.values()))
     parts = {}
     for pattern in pattern_N.unique().tolist():
-        rows_n = (pattern_N == pattern).nonzero()[:, 0]
-        first, last = int(rows_n[0]), int(rows_n[-1])
         key = tuple(name for i, name in enumerate(names) if pattern >> i & 1)
-        parts[key] = slice(first, last + 1) if last - first + 1 == len(rows_n) else rows_n
+        parts[key] = rows_where(pattern_N == pattern)
     return parts
+
+
+def rows_where(mask_N: Tensor) -> Rows:
+    """The targets where a mask that holds one at least is true: a slice, if they lie side by side."""
+    rows_n = mask_N.nonzero()[:, 0]
+    first, last = int(rows_n[0]), int(rows_n[-1])
+    return slice(first, last + 1) if last - first + 1 == len(rows_n) else rows_n

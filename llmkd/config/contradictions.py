@@ -6,10 +6,11 @@ import math
 from collections.abc import Iterator
 
 from .data import data_contradictions
+from .divergences import option_contradictions
 from .features import feature_contradictions
 from .fields import as_tuple, with_setting_names
 from .on_policy import on_policy_contradictions
-from .recipe import DIVERGENCES, Loss, Recipe, Student, uses_teacher
+from .recipe import Loss, Recipe, Student, uses_teacher
 from .schedule import schedule_contradictions
 from .target_weights import keep_contradictions, target_weight_contradictions
 from .teacher import Mixture, teacher_contradictions
@@ -49,6 +50,12 @@ def _teaching_contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], 
             ("loss.divergence", f"{sampled[0]}.cache.kind"),
             f"found {loss.divergence} with a sampled cache, which is unbiased for forward_kl only; use forward_kl, or a cache of kind topk or hidden",
         )
+    for path, source in with_setting_names(data.train, "data.train") if sampled and loss.kd_ratio != 0 else ():
+        if source.divergence not in (None, "forward_kl"):
+            yield (
+                (f"{path}.divergence", f"{sampled[0]}.cache.kind"),
+                f"found {source.divergence} with a sampled cache, which is unbiased for forward_kl only; leave it out, or use a cache of kind topk or hidden",
+            )
     if loss.kd_ratio and recipe.teacher is None:
         yield ("loss.kd_ratio", "teacher"), f"found {json.dumps(loss.kd_ratio)} without a teacher; give teacher.model, or set it to 0"
     if sampled and loss.kd_ratio != 0 and isinstance(loss.temperature, dict):
@@ -206,12 +213,4 @@ def _weight_contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], st
 
 
 def _loss_contradictions(loss: Loss) -> Iterator[tuple[tuple[str, ...], str]]:
-    known = DIVERGENCES[loss.divergence]
-    for name, value in loss.divergence_options.items():
-        paths = (f"loss.divergence_options.{name}", "loss.divergence")
-        if name not in known:
-            yield paths, f"{loss.divergence} has no such option; it has: {', '.join(known) or 'none'}"
-        elif not known[name][0] <= value <= known[name][1]:
-            yield paths, f"found {value:g}, expected {known[name][0]:g} to {known[name][1]:g}"
-    if loss.divergence == "alpha_beta" and not any(({o: d for o, (_, _, d) in known.items()} | loss.divergence_options).values()):
-        yield ("loss.divergence_options", "loss.divergence"), "alpha and beta are both 0; at least one of them must be positive"
+    yield from option_contradictions(loss.divergence, loss.divergence_options, "loss")

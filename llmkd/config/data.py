@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from .divergences import DIVERGENCES, option_contradictions
 from .fields import Count, OneOrMany, Seed, as_tuple, changeable, config_dataclass, fixed
 from .where import where_contradictions
 
@@ -27,6 +28,7 @@ class RowFormat:
     #: "all": no answer that choices could replace, and a text may be split. "marked": the row says which of its tokens.
     supervised: Literal["answer", "all", "marked"] = "answer"
     template: Literal["optional", "always", "never"] = "never"  # whether the tokenizer's chat template renders it
+    beside: tuple[str, ...] = ()  # columns that llmkd itself writes beside these, for people
 
     @property
     def is_text(self) -> bool:
@@ -81,6 +83,7 @@ FORMATS = {
             "tokenizer": Column(optional=True),
         },
         supervised="marked",
+        beside=("prompt", "answer", "finished", "key"),
     ),
 }
 
@@ -167,6 +170,12 @@ class Source:
         None, description="Name of the teacher that is used for these rows; null: all teachers, combined by mixture."
     )
     loss: SourceLoss = Field(default_factory=SourceLoss)
+    divergence: Literal[tuple(DIVERGENCES)] | None = fixed(
+        None, description="Of a training source: the divergence at its targets, in place of loss.divergence; null: that one."
+    )
+    divergence_options: dict[str, float] = fixed(
+        default_factory=dict, description="Options of this divergence, as of loss.divergence_options."
+    )
 
 
 @config_dataclass
@@ -247,9 +256,11 @@ def data_contradictions(data: Data, max_steps: int | None, group_by_length: int)
         )
     for setting, value in (("data.train", data.train), ("data.validation", data.validation), ("data.choices", data.choices)):
         for i, source in enumerate(as_tuple(value)):
+            path = f"{setting}.{i}" if isinstance(value, tuple) else setting
             for name, problem in _source_contradictions(source, setting):
-                path = f"{setting}.{i}" if isinstance(value, tuple) else setting
                 yield (f"{path}.{name}",), problem
+            if source.divergence:
+                yield from option_contradictions(source.divergence, source.divergence_options, path)
     if data.share_prefixes and not data.packing:
         yield (
             ("data.share_prefixes", "data.packing"),
@@ -280,6 +291,12 @@ def _source_contradictions(source: Source, setting: str) -> Iterator[tuple[str, 
         yield "weight", f"found {source.weight:g}, but only training sources have weights; leave it out"
     if choices and source.loss != SourceLoss():
         yield "loss", "given, but choices are scored and not trained on; leave it out"
+    if source.divergence and setting != "data.train":
+        yield "divergence", f"found {source.divergence}, but only training rows are learnt from; leave it out"
+    if source.divergence and not source.loss.kd:
+        yield "divergence", f"found {source.divergence} with loss.kd 0, by which no divergence counts in these rows; leave one of them out"
+    if source.divergence_options and not source.divergence:
+        yield "divergence_options", "given without divergence; name the divergence that they are of"
     if source.seed is not None and source.limit is None:
         yield "seed", "set without limit; it is the seed of the sample that limit takes; set limit, or leave it out"
     if source.chat_template and row_format.template != "optional":

@@ -10,6 +10,7 @@ from pydantic import Discriminator, Field, Tag
 
 from .data import Data
 from .data import Source as Source
+from .divergences import DIVERGENCES, with_defaults
 from .features import Features
 from .fields import Count, OneOrMany, Seed, as_tuple, changeable, config_dataclass, fixed, form, with_setting_names
 from .on_policy import OnPolicy
@@ -19,19 +20,6 @@ from .teacher import Attention, Dtype, Mixture, Quantization, Teacher
 from .terms import AttentionLoss
 
 Share = Annotated[float, Field(ge=0, le=1)]
-
-#: Each divergence with its options: (smallest, largest, default). `losses/divergences.py` holds the functions.
-DIVERGENCES: dict[str, dict[str, tuple[float, float, float]]] = {
-    "forward_kl": {},
-    "reverse_kl": {},
-    "symmetric_kl": {"forward_weight": (0.0, 1.0, 0.5)},
-    "generalized_jsd": {"beta": (0.0, 1.0, 0.5)},
-    "skewed_forward_kl": {"alpha": (0.0, 0.99, 0.1)},
-    "skewed_reverse_kl": {"alpha": (0.0, 0.99, 0.1)},
-    "adaptive_kl": {"head_mass": (0.0, 0.99, 0.5)},
-    "total_variation": {},
-    "alpha_beta": {"alpha": (0.0, 4.0, 0.2), "beta": (0.0, 4.0, 0.7)},
-}
 
 
 @config_dataclass
@@ -277,6 +265,13 @@ SCHEDULED = ("kd_ratio", "temperature")
 def scheduled(loss: Loss, step: int, total: int) -> dict[str, float]:
     """The values in step `step` of a run of `total` steps of those settings of the loss that are schedules."""
     return {name: value_at(getattr(loss, name), step, total) for name in SCHEDULED if isinstance(getattr(loss, name), dict)}
+
+
+def divergences_of(loss: Loss, data: Data) -> list[tuple[str, dict[str, float]]]:
+    """The divergence of the loss with all its options, and then that of each training source: the same where a source has none of its own."""
+    of_loss = loss.divergence, with_defaults(loss.divergence, loss.divergence_options)
+    own = [(one.divergence, one.divergence_options) for one in as_tuple(data.train)]
+    return [of_loss, *((name, with_defaults(name, options)) if name else of_loss for name, options in own)]
 
 
 def distils(recipe: Recipe) -> bool:

@@ -22,7 +22,9 @@ def collate(data: Examples, indices: list[int], pad: int, packing: bool = False,
     student = build_view(data, indices, pad, packing, share)
     teacher = student if data.teacher_view is None else build_view(data.teacher_view, indices, pad, packing, share)
     labels = [ids_L[1:][mask_L[1:]] for ids_L, mask_L in map(data.example, indices)]
-    known = tuple(Example(data.content_hash(i), len(y), int(data.teacher_index[i])) for i, y in zip(indices, labels, strict=True))
+    known = tuple(
+        Example(data.content_hash(i), len(y), int(data.teacher_index[i]), int(data.source[i])) for i, y in zip(indices, labels, strict=True)
+    )
     labels_N = np.concatenate([_NONE, *labels])
     example_N = np.repeat(np.array(indices, np.int64), [len(y) for y in labels])
     weights = {name: torch.from_numpy(w_E[example_N]) for name, w_E in data.weights.items()}

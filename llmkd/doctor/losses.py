@@ -58,7 +58,7 @@ def as_the_textbook(setup: Setup) -> Result:
         expected = {"ce": plain.cross_entropy(logits_NV, few.labels_N)}
         if signal is not None:
             try:
-                expected["kd"] = plain.distance(logits_NV, signal, loss.divergence, loss.divergence_options, loss.temperature)
+                expected["kd"] = plain.distance(logits_NV, signal, *setup.divergence_at(few), loss.temperature)
             except TypeError as error:
                 return not_asked(f"a {str(error).lower()} signal at temperature {loss.temperature:g} has no textbook form")
         if loss.target_weights:

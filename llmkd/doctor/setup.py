@@ -14,7 +14,7 @@ from torch import Tensor
 from ..batch import Batch
 from ..config.features import feature_teacher
 from ..config.fields import as_tuple, with_setting_names
-from ..config.recipe import SCHEDULED, Recipe, distils
+from ..config.recipe import SCHEDULED, Recipe, distils, divergences_of
 from ..config.schedule import middle
 from ..config.teacher import Cache
 from ..data.collate import collate
@@ -85,7 +85,7 @@ class Setup:
         states = feature_terms(recipe.loss.features, of, self.student, self.live, recipe.seed)
         steps = max(prepared.source.total_steps, (recipe.optim.warmup_steps or 0) + 1)
         self.state: StudentState = build_student(
-            recipe.loss, recipe.optim, self.student, steps, self.accelerator, None, [*states, *attention]
+            recipe.loss, recipe.optim, self.student, steps, self.accelerator, None, [*states, *attention], self.divergences
         )
         taps = teacher_taps([recipe], [self.state])
         served = open_served(prepared.teachers, self.device, prepared.vocab)
@@ -120,6 +120,15 @@ class Setup:
         """The format of each source."""
         return [source.format for source in as_tuple(self.small.data.train)]
 
+    @property
+    def divergences(self) -> list[tuple[str, dict[str, float]]]:
+        return divergences_of(self.small.loss, self.small.data)
+
+    def divergence_at(self, batch: Batch) -> tuple[str, dict[str, float]]:
+        """The divergence, with its options, at the targets of a batch of one example."""
+        (example,) = batch.examples
+        return self.divergences[1 + example.source]
+
     def batch(self, indices: list[int] | None = None, packing: bool = False, weighted: bool = False) -> Batch:
         """Some of the few examples, or all of them, as a batch on the student's device; all targets alike, or with their sources' weights."""
         indices = list(range(len(self.few))) if indices is None else indices
@@ -143,7 +152,7 @@ class Setup:
     def term(self, kd_ratio: float | None = None, chunk: int | None = None) -> HeadTerm:
         """Cross-entropy and divergence as a run computes them, or with another weight or chunk."""
         if kd_ratio is None:
-            (term,) = build_terms(self.small.loss, chunk)
+            (term,) = build_terms(self.small.loss, chunk, divergences=self.divergences)
             term.chunk_size = chunk or term.chunk_size
             return term
         return HeadTerm(self.objective(kd_ratio), chunk)

@@ -85,7 +85,7 @@ def _plain_gradients(setup: Setup) -> dict[str, Tensor] | None:
                     own |= {name: w_N * own[name] if name in own else w_N for name in rule.terms}
                 total = (1 - ratio) * _weighted_sum(plain.cross_entropy(logits_NV, batch.labels_N), own.get("ce"))
                 if ratio:
-                    kd = plain.distance(logits_NV, signal, loss.divergence, loss.divergence_options, loss.temperature)
+                    kd = plain.distance(logits_NV, signal, *setup.divergence_at(batch), loss.temperature)
                     total = total + ratio * _weighted_sum(kd, own.get("kd"))
                 (total / targets).backward()
     except TypeError:

@@ -9,6 +9,7 @@ Two buffers [chunk, V] exist throughout a call. The element-wise work between th
 rows, with buffers of their own that stay in a CPU's cache.
 """
 
+import dataclasses
 import functools
 import importlib.util
 import os
@@ -26,7 +27,7 @@ from ..signals import Dense, FullDistribution, Signal
 from .closed_form import closed_form
 from .divergences import divergence_name
 from .objective import Objective
-from .rows import Part, joined, parted, weighted, within
+from .rows import Divergences, Part, joined, parted, weighted, within
 from .target_weights import TargetWeights
 
 _TILE_BYTES = {"cuda": 512 << 20, "cpu": 32 << 20}  # large matrix products are faster
@@ -80,12 +81,14 @@ def fused_parts(
     rule: TargetWeights | None = None,
     position_N: Tensor | None = None,
     kept: Tensor | None = None,
+    divergences: Divergences | None = None,
 ) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
     """`fused_loss`, and the weights [N] of the terms that `rule` weighs, detached: those of the rule times `weights`, 0 where not computed.
 
     rule         one that needs logits: it is asked for each chunk of rows
     position_N   the number of each target within its example, from 0; for the rule
     kept         the rows that count; the others are not computed. None: all
+    divergences  where rows have others than the objective's
     """
     chunk = chunk or default_chunk(head.vocab, hidden_NH.device.type)
     trained = head.trainable()
@@ -96,6 +99,8 @@ def fused_parts(
     if weights or kept is not None:
         zeros = zeros_of(weights) if zeros is None else zeros
         parts = list(parted(len(hidden_NH), shares, signal, weights, zeros, kept, hidden_NH.device))
+    if divergences and signal is not None:
+        parts = [one for part in parts for one in divergences.split(part, hidden_NH.device)]
     ruled = None if rule is None else (rule, position_N)
     total, *found = _Fused.apply(hidden_NH, head, labels_N, objective, shares, parts, chunk, train, ruled, *trained)
     terms, of_rule = found[: len(shares)], found[len(shares) :]
@@ -118,11 +123,10 @@ class _Fused(torch.autograd.Function):
         tiles = Tiles(head.vocab, hidden_NH.device)
         with torch.autocast(hidden_NH.device.type, enabled=False):
             for part in parts:
+                own = objective if part.divergence is None else dataclasses.replace(objective, divergence=part.divergence)
                 for rows, weights in part.chunks(chunk):
                     student = (_Product if head.is_affine else _Module)(head, hidden_NH[rows].detach(), tiles, needs_hidden, trained)
-                    terms, weights = _loss_and_grad(
-                        objective, student, labels_N[rows], part.signal, rows, tiles, train, shares, weights, ruled
-                    )
+                    terms, weights = _loss_and_grad(own, student, labels_N[rows], part.signal, rows, tiles, train, shares, weights, ruled)
                     if train:
                         _back_to(grad_hidden, rows, student, grad_weights)
                     terms = {name: weighted(term, weights.get(name)) for name, term in terms.items()}

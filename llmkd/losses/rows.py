@@ -1,22 +1,24 @@
 """Targets that are computed alike, in parts and in chunks, and what was computed of them put together again."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from ..batch import Rows, zeros_of
-from ..signals import Signal
+from ..batch import Rows, rows_where, zeros_of
+from ..signals import Divergence, Signal
 
 
 @dataclass(frozen=True)
 class Part:
-    """Rows that are computed in the same way: with a teacher or without, and with the weights of its terms [n] by name."""
+    """Rows that are computed in the same way: with a teacher or without, with the weights of its terms [n] by name, and perhaps with another
+    divergence than the objective's."""
 
     rows: Rows
     signal: Signal | None
     weights: dict[str, Tensor] = field(default_factory=dict)
+    divergence: Divergence | None = None
 
     def chunks(self, size: int) -> Iterator[tuple[Rows, dict[str, Tensor]]]:
         """At most `size` rows at a time, each with their weights."""
@@ -50,6 +52,30 @@ def parted(
             whole = sum(map(_count, own)) == N
             rows = slice(0, N) if whole else own[0] if len(own) == 1 else torch.cat([_indices(one, device) for one in own])
             yield Part(rows, teacher, {name: weights[name][rows] for name in names if name in weights})
+
+
+@dataclass(frozen=True)
+class Divergences:
+    """Which divergence each target has: `kind_N` [N], on the CPU, is its place in `found`, where None is the objective's."""
+
+    found: Sequence[Divergence | None]
+    kind_N: Tensor
+
+    def split(self, part: Part, device: torch.device) -> Iterator[Part]:
+        """The rows of a part by their divergence; a part without a teacher as it is."""
+        kind_n = self.kind_N[part.rows if isinstance(part.rows, slice) else part.rows.cpu()]
+        kinds = kind_n.unique().tolist()
+        if part.signal is None or len(kinds) < 2:
+            yield replace(part, divergence=self.found[kinds[0]]) if kinds and part.signal is not None else part
+            return
+        for kind in kinds:
+            own = rows_where(kind_n == kind)
+            if isinstance(own, slice):
+                rows = within(part.rows, own)
+            else:
+                own = own.to(device)
+                rows = own + part.rows.start if isinstance(part.rows, slice) else part.rows[own]
+            yield Part(rows, part.signal, {name: w_n[own] for name, w_n in part.weights.items()}, self.found[kind])
 
 
 def _count(rows: Rows) -> int:

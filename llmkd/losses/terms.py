@@ -1,7 +1,7 @@
 """Terms: the things that a student minimises, each by name, with its weight and, where it has any, its own trainable parameters."""
 
 import functools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from ..batch import Batch, Rows
 from ..head import Head
-from ..signals import NO_TAPS, AttentionInputs, Signal, Teacher
+from ..signals import NO_TAPS, AttentionInputs, Divergence, Signal, Teacher
 from .fused import default_chunk, fused_parts
 from .keep import Keep
 from .objective import Objective
-from .rows import joined
+from .rows import Divergences, joined
 from .target_weights import TargetWeights
 
 
@@ -112,6 +112,7 @@ class HeadTerm(Term):
     at_step      the objective of each step, where it changes: `objective` is then what holds outside of steps
     rule         weighs the targets; its weights multiply the batch's own
     keep         chooses the targets that count in all terms
+    by_source    the divergences of sources, by their number, that have another one than the objective's
     """
 
     names = ("ce", "kd")
@@ -124,8 +125,10 @@ class HeadTerm(Term):
         at_step: Callable[[int], Objective] | None = None,
         rule: TargetWeights | None = None,
         keep: Keep | None = None,
+        by_source: Mapping[int, Divergence] | None = None,
     ):
         super().__init__()
+        self.by_source = dict(by_source or {})
         self.objective, self.chunk_size, self.normalize, self.rule, self.keep = objective, chunk_size, normalize, rule, keep
         self.share = keep.share if keep else 1.0
         self.at_step, self.needs_teacher = at_step or (lambda step: objective), objective.kd_ratio > 0
@@ -155,9 +158,19 @@ class HeadTerm(Term):
             rule,
             position_N,
             batch.kept,
+            self._divergences(batch),
         )
         by_rule |= {name: batch.only_kept(w_N) for name, w_N in known.items() if name in rows}
         return Loss(total, rows, by_rule)
+
+    def _divergences(self, batch: Batch) -> Divergences | None:
+        """The divergence of each target; None where all have the objective's."""
+        others = {source: kind for kind, source in enumerate(self.by_source, 1)}
+        kinds = [others.get(one.source, 0) for one in batch.examples]
+        if not any(kinds):
+            return None
+        counts = torch.tensor([one.num_targets for one in batch.examples])
+        return Divergences([None, *self.by_source.values()], torch.tensor(kinds).repeat_interleave(counts))
 
     def start_step(self, step: int, scale: dict[str, float]) -> None:
         self.objective = self.at_step(step)

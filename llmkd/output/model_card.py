@@ -89,6 +89,7 @@ class DataSource:
             f"{dropped:,} of them dropped (too long, or without an answer)" if dropped else "",
             f"at most {s.limit:,}{drawn}" if s.limit else "",
             f"{s.weight:g} passes an epoch" if s.weight != 1 else "",
+            f"divergence {s.divergence}" if s.divergence else "",
         ]
         return ", ".join(part for part in parts if part)
 

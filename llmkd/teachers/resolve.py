@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -100,11 +100,13 @@ class SignalUse:
     loss      its divergence and temperature
     mixture   how several teachers are combined
     best_by   `checkpoint.best_by`
+    others    the divergences of training sources that have one of their own, by setting
     """
 
     loss: Loss
     mixture: Mixture
     best_by: str | None
+    others: dict[str, str] = field(default_factory=dict)
 
 
 def resolve_teachers(named: Sequence[tuple[str, Teacher]], open_caches: bool = True) -> tuple[TeacherSource, ...]:
@@ -238,8 +240,9 @@ def sample_problems(use: SignalUse, path: str, kept: dict) -> list[str]:
     why = f"and {path} holds sampled tokens, which estimate the loss without bias"
     if loss.kd_ratio and loss.temperature != drawn:
         problems.append(f"loss.temperature: found {in_words(loss.temperature)}, {why} only at the temperature of their sampling, {drawn:g}")
-    if loss.kd_ratio and loss.divergence != "forward_kl":
-        problems.append(f"loss.divergence: found {loss.divergence}, {why} for forward_kl only")
+    for setting, divergence in ({"loss.divergence": loss.divergence} | use.others).items() if loss.kd_ratio else ():
+        if divergence != "forward_kl":
+            problems.append(f"{setting}: found {divergence}, {why} for forward_kl only")
     if use.mixture.combine == "log_probabilities":
         problems.append(f"mixture.combine: found log_probabilities, {why} for probabilities and divergences only")
     if by not in (None, "ce", "forward_kl" if drawn == 1 else None):

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from ..batch import Batch
 from ..config.features import feature_teacher
 from ..config.fields import with_setting_names
-from ..config.recipe import SCHEDULED, Data, Loss, Mixture, Optim, Recipe, Student, Train, scheduled, uses_teacher
+from ..config.recipe import SCHEDULED, Data, Loss, Mixture, Optim, Recipe, Student, Train, divergences_of, scheduled, uses_teacher
 from ..config.recipe import Teacher as TeacherSettings
 from ..config.schedule import middle, refuse_long_schedule
 from ..config.target_weights import Keep as KeepSettings
@@ -126,7 +126,8 @@ def build_setup(
         with attribute_to_student(k):
             states = feature_terms(own.loss.features, feature_teacher(own.loss.features, own.teacher), model, teachers_by_setting, own.seed)
             terms = [*states, *attention_terms(own.loss.attention, model, teacher_models)]
-            state = build_student(own.loss, own.optim, model, source.total_steps, accelerator, chunk_size, terms)
+            divergences = divergences_of(own.loss, own.data)
+            state = build_student(own.loss, own.optim, model, source.total_steps, accelerator, chunk_size, terms, divergences)
             own_data = prepared if own is recipe else prepared.for_student(own.student, uses_teacher(own))
             students.append(StudentRun(own, own_data, folder, model, state, accelerator.is_main_process))
     taps = teacher_taps(recipes, [s.state for s in students])
@@ -276,13 +277,16 @@ def build_student(
     accelerator,
     chunk_size: int | None = None,
     more: Iterable[Term] = (),
+    divergences: Sequence[tuple[str, dict[str, float]]] = (),
 ) -> StudentState:
     """The student with its terms, optimizer and schedule.
 
     chunk_size   rows of the head at a time, if `loss` does not set it
     more         further terms of the loss
+    divergences  see `build_terms`
     """
-    distiller = Distiller(student, [term.to(accelerator.device) for term in (*build_terms(loss, chunk_size, total_steps), *more)])
+    terms = [*build_terms(loss, chunk_size, total_steps, divergences), *more]
+    distiller = Distiller(student, [term.to(accelerator.device) for term in terms])
     parameters = distiller.trainable()
     optimizer = optimizers.build(optim, parameters, distiller.own_rates())
     if student.capabilities.parameters_without_gradient and accelerator.num_processes > 1:
@@ -291,8 +295,14 @@ def build_student(
     return StudentState(accelerator.prepare_model(distiller), optimizer, parameters, schedule(optim, total_steps), optim.max_grad_norm)
 
 
-def build_terms(loss: Loss, chunk_size: int | None = None, total_steps: int = 1) -> list[Term]:
-    """The terms of the loss that need no model, in a run of `total_steps`. `chunk_size`: rows of the head at a time, if `loss` does not set it."""
+def build_terms(
+    loss: Loss, chunk_size: int | None = None, total_steps: int = 1, divergences: Sequence[tuple[str, dict[str, float]]] = ()
+) -> list[Term]:
+    """The terms of the loss that need no model, in a run of `total_steps`.
+
+    chunk_size   rows of the head at a time, if `loss` does not set it
+    divergences  of the loss and of each training source (`recipe.divergences_of`); without them all have the loss's
+    """
     for name in SCHEDULED:
         refuse_long_schedule(f"loss.{name}", getattr(loss, name), total_steps)
     divergence = make_divergence(loss.divergence, **loss.divergence_options)
@@ -300,7 +310,8 @@ def build_terms(loss: Loss, chunk_size: int | None = None, total_steps: int = 1)
     if scheduled(loss, 1, total_steps):
         at_step = lambda step: dataclasses.replace(whole, **scheduled(loss, step, total_steps))  # noqa: E731
     rule = loss.target_weights and TargetWeights.of(loss.target_weights)
-    return [HeadTerm(whole, loss.chunk_size or chunk_size, loss.normalize, at_step, rule, keep_of(loss))]
+    by_source = {i: make_divergence(name, **own) for i, (name, own) in enumerate(divergences[1:]) if (name, own) != divergences[0]}
+    return [HeadTerm(whole, loss.chunk_size or chunk_size, loss.normalize, at_step, rule, keep_of(loss), by_source)]
 
 
 def keep_of(loss: Loss) -> Keep | None:

@@ -304,7 +304,8 @@ def check_caches_cover(settings: Data, teachers: tuple[TeacherSource, ...], toke
 
 def signal_use(recipe: Recipe) -> SignalUse:
     """What a run of the recipe computes from its teachers' outputs."""
-    return SignalUse(recipe.loss, recipe.mixture, recipe.checkpoint.best_by)
+    others = {f"{name}.divergence": one.divergence for name, one in with_setting_names(recipe.data.train, "data.train") if one.divergence}
+    return SignalUse(recipe.loss, recipe.mixture, recipe.checkpoint.best_by, others)
 
 
 def student_files(student: Student) -> ModelFiles | None:

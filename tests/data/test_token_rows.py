@@ -269,3 +269,9 @@ def test_the_same_rows_in_training_and_held_out_are_warned_of(tmp_path, capsys):
     assert "are the same data" not in capsys.readouterr().err
     read_data(Data(train=one, validation=one, max_length=2000))
     assert "are the same data" in capsys.readouterr().err
+
+
+def test_what_llmkd_itself_writes_beside_the_tokens_is_not_listed_as_unread(tmp_path):
+    row = {"prompt": "a", "answer": "b", "finished": True, "key": "c", "topic": "d", "input_ids": IDS, "loss_mask": [0, 0, 1, 1, 0]}
+    (tmp_path / "t.jsonl").write_text(json.dumps(row) + "\n")
+    assert dict(read_source(Source(path=str(tmp_path / "t.jsonl"), format="tokens"), "data.train").unread) == {"topic": 1}

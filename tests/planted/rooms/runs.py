@@ -102,14 +102,17 @@ FAULTS = [
         ),
     ),
     *in_file(
-        "llmkd/config/contradictions.py",
+        "llmkd/config/divergences.py",
         (
             "options-out-of-range",
             "options of a divergence have no bounds",
-            "elif not known[name][0] <= value <= known[name][1]:",
+            "elif not known[option][0] <= value <= known[option][1]:",
             "elif False:",
             SETTINGS,
         ),
+    ),
+    *in_file(
+        "llmkd/config/contradictions.py",
         (
             "two-lengths",
             "epochs and max_steps may be given together",

@@ -255,7 +255,7 @@ FAULTS = [
         (
             "samples-divergence",
             "samples are used for another divergence",
-            'if loss.kd_ratio and loss.divergence != "forward_kl":',
+            'if divergence != "forward_kl":',
             "if False:",
             f"{REFUSED}::test_samples_are_refused_for_what_they_are_not_right_for",
         ),

@@ -3,6 +3,7 @@
 from tests.planted.fault import in_file
 
 ROWS = "data/test_token_rows.py"
+DIVERGENCE, RUNS = "losses/test_by_source.py", "training/test_divergence_by_source.py"
 ROLL, FILE, WRITERS = "commands/test_roll.py", "rollouts/test_answer_file.py", "training/test_rolled_data.py"
 
 FAULTS = [
@@ -139,6 +140,67 @@ FAULTS = [
             "for _, source in with_setting_names(recipe.data.train",
             "for _, source in with_setting_names(recipe.data.choices",
             WRITERS,
+        ),
+    ),
+    *in_file(
+        "llmkd/losses/rows.py",
+        (
+            "rows-of-the-part",
+            "targets of another divergence are counted from the part's beginning",
+            "rows = own + part.rows.start if",
+            "rows = own if",
+            DIVERGENCE,
+        ),
+        (
+            "weights-unparted",
+            "the first weights are used for every divergence",
+            "{name: w_n[own] for name",
+            "{name: w_n[: len(w_n[own])] for name",
+            DIVERGENCE,
+        ),
+        (
+            "one-divergence",
+            "a part of one divergence has the objective's",
+            "divergence=self.found[kinds[0]])",
+            "divergence=None)",
+            DIVERGENCE,
+        ),
+    ),
+    *in_file(
+        "llmkd/losses/terms.py",
+        (
+            "source-numbers-shifted",
+            "the divergence of another source",
+            "enumerate(self.by_source, 1)",
+            "enumerate(self.by_source, 2)",
+            DIVERGENCE,
+        ),
+        (
+            "targets-not-counted",
+            "each example has one target",
+            ".repeat_interleave(counts))",
+            ".repeat_interleave(counts.clamp(max=1)))",
+            DIVERGENCE,
+        ),
+    ),
+    *in_file(
+        "llmkd/training/build.py",
+        (
+            "sources-numbered-with-the-loss",
+            "sources are numbered from the loss on",
+            "enumerate(divergences[1:])",
+            "enumerate(divergences)",
+            f"{RUNS}::test_the_divergences_of_a_recipe_have_all_their_options",
+        ),
+    ),
+    *in_file(
+        "llmkd/data/collate.py",
+        (
+            "source-not-told",
+            "a batch does not know the sources of its examples",
+            "int(data.source[i]))",
+            "0)",
+            f"{RUNS}::test_micro_batches_packing_and_prefixes_do_not_matter",
         ),
     ),
 ]

@@ -1,0 +1,38 @@
+"""The divergences with their options, and what is wrong with those that a setting gives. A part of `recipe.py`."""
+
+from collections.abc import Iterator
+
+#: Each divergence with its options: (smallest, largest, default). `losses/divergences.py` holds the functions.
+DIVERGENCES: dict[str, dict[str, tuple[float, float, float]]] = {
+    "forward_kl": {},
+    "reverse_kl": {},
+    "symmetric_kl": {"forward_weight": (0.0, 1.0, 0.5)},
+    "generalized_jsd": {"beta": (0.0, 1.0, 0.5)},
+    "skewed_forward_kl": {"alpha": (0.0, 0.99, 0.1)},
+    "skewed_reverse_kl": {"alpha": (0.0, 0.99, 0.1)},
+    "adaptive_kl": {"head_mass": (0.0, 0.99, 0.5)},
+    "total_variation": {},
+    "alpha_beta": {"alpha": (0.0, 4.0, 0.2), "beta": (0.0, 4.0, 0.7)},
+}
+
+
+def with_defaults(name: str, options: dict[str, float]) -> dict[str, float]:
+    """All options of a divergence."""
+    return {option: options.get(option, default) for option, (_, _, default) in DIVERGENCES[name].items()}
+
+
+def option_contradictions(name: str, options: dict[str, float], section: str) -> Iterator[tuple[tuple[str, ...], str]]:
+    """What is wrong with the options of a divergence, in the form of `contradictions.contradictions`. `section`: of the settings `divergence`
+    and `divergence_options`."""
+    known = DIVERGENCES[name]
+    for option, value in options.items():
+        paths = (f"{section}.divergence_options.{option}", f"{section}.divergence")
+        if option not in known:
+            yield paths, f"{name} has no such option; it has: {', '.join(known) or 'none'}"
+        elif not known[option][0] <= value <= known[option][1]:
+            yield paths, f"found {value:g}, expected {known[option][0]:g} to {known[option][1]:g}"
+    if name == "alpha_beta" and not any((with_defaults(name, {}) | options).values()):
+        yield (
+            (f"{section}.divergence_options", f"{section}.divergence"),
+            "alpha and beta are both 0; at least one of them must be positive",
+        )
