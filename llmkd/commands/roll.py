@@ -26,14 +26,16 @@ from ..data.prompts import Prompt, decoded, prompts_of
 from ..data.reading.sources import read_sources
 from ..errors import Stopped, UserError
 from ..model_folder.files import ModelFiles, find, loaded_dtype, rows_of
-from ..model_folder.identity import verify, weights_of
+from ..model_folder.identity import verify
 from ..rollouts.answer_file import AnswerFile
+from ..teachers.resolve import TeacherSource
 from ..training.rolled_data import learnt_from
 from ..training.shutdown import ShutdownRequest
 from .sample import finished, refuse_unfit, trained, untrained
 
 if TYPE_CHECKING:
     from ..rollouts.sampling import Sampling
+    from ..rollouts.writer import Writer
 
 BATCH = 32  # answers that are written at a time
 _SORTED = 16  # batches whose prompts are sorted by length together: a file's order is about that of its rows
@@ -81,19 +83,16 @@ def roll(
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("roll: runs in one process; leave accelerate launch out")
     source = _source(writer, recipe)
-    settings = source.settings
-    files = find(settings.model, source.setting, settings.revision, settings.base)
-    verify(files.base, files.adapter, source.setting)
-    tokenizer = student_tokenizer(recipe.student)
-    _refuse_other_tokenizer(tokenizer, files, source)
-    vocab = shared_vocab(tokenizer, {source.setting: rows_of(files.config)})
+    settings, tokenizer = source.settings, student_tokenizer(recipe.student)
+    files = None if settings.server else _files(source, tokenizer)
+    vocab = shared_vocab(tokenizer, {source.setting: rows_of(files.config)} if files else {})
     found, left_out = _prompts(recipe, prompts, tokenizer)
     found = found[:limit]
-    refuse_unfit(found, vocab, {source.setting: files}, tokenizer)
-    weights = weights_of(files.base, files.adapter, source.setting)
+    refuse_unfit(found, vocab, {source.setting: files} if files else {}, tokenizer)
+    weights = TeacherSource(source.setting.removesuffix(".model"), settings, files, None).weights
     depends = _depends_on(source, files, weights, sampling, tokenizer)
     asked = list(_asked(found, samples, depends, source.part == "teacher"))
-    about = {"writer": {"part": source.part, "model": settings.model, "weights": weights}, "learnt_from": learnt_from(source.run)}
+    about = {"writer": {"part": source.part, "model": settings.label, "weights": weights}, "learnt_from": learnt_from(source.run)}
     file, started = AnswerFile(to, depends, about), time.monotonic()
     with stop or ShutdownRequest("finishing this batch; what is written is kept") as stop, file.open([one.key for one in asked]):
         there = len(file.written)
@@ -118,6 +117,12 @@ def _source(writer: str, recipe: Recipe) -> Source:
             raise UserError("roll: the recipe names no teacher; give --teacher.model, or name a model's folder")
         if writer not in named:
             raise UserError(f"roll: the recipe has several teachers; name one of them: {', '.join(named)}")
+        if named[writer].server:
+            if named[writer].of_server("api") != "vllm":
+                raise UserError(
+                    f"roll: {writer}.api: found {named[writer].api}, and text is written by vLLM servers only; use one, or name a model"
+                )
+            return Source("teacher", writer, named[writer])
         if not named[writer].model:
             raise UserError(f"roll: {writer} is a teacher cache, and no model that could write; give {writer}.model")
         return Source("teacher", f"{writer}.model", dataclasses.replace(named[writer], cache=None))
@@ -129,11 +134,15 @@ def _source(writer: str, recipe: Recipe) -> Source:
     return Source("model", "roll", Teacher(model=writer, attention=own.attention))
 
 
-def _refuse_other_tokenizer(tokenizer, files: ModelFiles, source: Source) -> None:
+def _files(source: Source, tokenizer) -> ModelFiles:
+    """The writer's files, which are whole and of the student's tokenizer."""
+    files = find(source.settings.model, source.setting, source.settings.revision, source.settings.base)
+    verify(files.base, files.adapter, source.setting)
     folder = files.adapter if files.adapter and (files.adapter / "tokenizer.json").exists() else files.base
     if source.setting != "student.model":
         theirs = load_tokenizer(str(folder), source.setting)
         refuse_other_tokens(tokenizer, theirs, source.setting, "the student's tokenizer", f"{source.settings.model}'s")
+    return files
 
 
 def _prompts(recipe: Recipe, file: Path | None, tokenizer) -> tuple[list[Prompt], int]:
@@ -151,13 +160,13 @@ def _prompts(recipe: Recipe, file: Path | None, tokenizer) -> tuple[list[Prompt]
     return prompts_of(whole.examples, whole.places, tokenizer), sum(part.examples.counts["unsupervised"] for part in parts)
 
 
-def _depends_on(source: Source, files: ModelFiles, weights: dict, sampling: "Sampling", tokenizer) -> dict[str, Any]:
+def _depends_on(source: Source, files: ModelFiles | None, weights: dict, sampling: "Sampling", tokenizer) -> dict[str, Any]:
     """All that an answer depends on, apart from its prompt, as JSON has it."""
     one = source.settings
     return {
         "the writer's base": weights["base"],
         "the writer's adapter": weights["adapter"],
-        "dtype": loaded_dtype(files.config, one.dtype),
+        "dtype": loaded_dtype(files.config, one.dtype) if files else None,
         "quantization": one.quantization and one.quantization.type,
         "merge_adapter": one.merge_adapter,
         "the tokenizer": vocabulary_hash(tokenizer),
@@ -188,7 +197,7 @@ def _write(
     batches: list[list[Asked]],
     file: AnswerFile,
     source: Source,
-    files: ModelFiles,
+    files: ModelFiles | None,
     sampling: "Sampling",
     vocab: int,
     tokenizer,
@@ -198,14 +207,8 @@ def _write(
     """Write what is missing of the batches. A batch is computed as a whole, so that each of its answers is what it would have been."""
     from tqdm import tqdm
 
-    from ..models.load import LoadContext, load_teacher
-    from ..rollouts.generate import stops_of
-    from ..rollouts.writer import LocalWriter
-    from ..training.launch import start
-
-    model = load_teacher(source.settings, LoadContext(vocab, start().device), source.setting.removesuffix(".model"), files)
-    ends = {tokenizer.eos_token_id, *stops_of(model)}.union(*(one.prompt.ends for batch in batches for one in batch))
-    writer = LocalWriter(model, ends, max(map(len, batches)))
+    ends = {tokenizer.eos_token_id}.union(*(one.prompt.ends for batch in batches for one in batch))
+    writer = _writer(source, files, ends, vocab, max(map(len, batches)), stop)
     named = vocabulary_hash(tokenizer)
     bar = {"desc": f"{source.part} writes", "unit": " answers", "leave": False, "disable": None if first_process() else True}
     with tqdm(total=total, initial=len(file.written), **bar) as shown:
@@ -216,6 +219,25 @@ def _write(
             rows = [_row(one, answer, named, tokenizer) for one, answer in zip(batch, found, strict=True) if one.key not in file.written]
             file.add(rows)
             shown.update(len(rows))
+
+
+def _writer(source: Source, files: ModelFiles | None, ends: set[int], vocab: int, batch_size: int, stop: ShutdownRequest) -> "Writer":
+    """The model in this process, or the server that has it."""
+    if files is None:
+        from ..rollouts.server_writer import ServerWriter
+        from ..servers.logprobs import VLLM
+        from ..teachers.connect import chosen_model, server_of
+
+        one, server = source.settings, server_of(source.settings, source.setting)
+        model = chosen_model(VLLM(server, vocab), source.setting, one.model, 0)
+        return ServerWriter(server, model, source.setting, ends, vocab, one.of_server("requests"), stop)
+    from ..models.load import LoadContext, load_teacher
+    from ..rollouts.generate import stops_of
+    from ..rollouts.writer import LocalWriter
+    from ..training.launch import start
+
+    model = load_teacher(source.settings, LoadContext(vocab, start().device), source.setting.removesuffix(".model"), files)
+    return LocalWriter(model, ends | {*stops_of(model)}, batch_size)
 
 
 def _row(asked: Asked, answer, named: str, tokenizer) -> dict[str, Any]:
@@ -239,7 +261,7 @@ def _counts(
     finished, tokens = sum(one.finished for one in answers), sum(one.tokens for one in answers)
     found = {
         "file": str(file.path),
-        "writer": source.settings.model,
+        "writer": source.settings.label,
         "prompts": prompts,
         "samples": samples,
         "answers": len(answers),

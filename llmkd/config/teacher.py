@@ -122,6 +122,11 @@ class Teacher:
         """Folder or hub id of the model that can be loaded; None for one that a server has."""
         return None if self.server else self.model
 
+    @property
+    def label(self) -> str:
+        """What names it to people: its model, its cache or its server."""
+        return self.model or (self.cache.path if self.cache else self.server)
+
     def of_server(self, name: str) -> float | str:
         """A setting that belongs to server, or its default."""
         value = getattr(self, name)

@@ -77,19 +77,14 @@ class VLLM:
             "add_special_tokens": False,
             "return_token_ids": True,
         }
-        answer = self.server.post("/v1/completions", content)
-        choices = answer.get("choices") if isinstance(answer, dict) else None
-        if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
-            raise WrongAnswer("gives no choices; is it a vLLM server?")
-        if answer.get("model", model.name) != model.name:
-            raise WrongAnswer(f"answers as {answer['model']!r}, and {model.name!r} was asked")
-        given, told = choices[0].get("prompt_token_ids"), choices[0].get("prompt_logprobs")
+        choice = one_choice(self.server.post("/v1/completions", content), model)
+        given, told = choice.get("prompt_token_ids"), choice.get("prompt_logprobs")
         if told is None:
             raise WrongAnswer("gives no prompt_logprobs; is it a vLLM server, and is nothing before it that leaves them out?")
         if not isinstance(told, list) or (given is not None and not isinstance(given, list)):
             raise WrongAnswer("gives no lists as prompt_logprobs and prompt_token_ids")
         if given is not None:
-            _same_ids(given, ids)
+            same_ids(given, ids)
         if len(told) != len(ids):
             raise WrongAnswer(f"tells of {len(told)} tokens, and {len(ids)} were asked; it cuts texts, or adds tokens")
         try:
@@ -143,7 +138,7 @@ class SGLang:
         try:
             # Oddity: SGLang says 0 for the last id of its model's vocabulary.
             told = [here if one[1] == 0 and here == self.vocab - 1 else one[1] for one, here in zip(own, ids[first:], strict=True)]
-            _same_ids(told, ids[first:], first)
+            same_ids(told, ids[first:], first)
             label = [own[t - first][0] for t in places]
             entries = [([one[1] for one in top[t - first]], [one[0] for one in top[t - first]]) for t in places]
             names = {ids[t]: own[t - first][2] for t in places if own[t - first][2]} if strings else {}
@@ -181,7 +176,17 @@ def explain(error: Refused, setting: str, k: int = 0, longest: int = 0) -> UserE
     return UserError(f"{setting}.server: {error}")
 
 
-def _same_ids(given: list, wanted: Sequence[int], first: int = 0) -> None:
+def one_choice(answer, model: ServedModel) -> dict:
+    """The one choice in an answer of OpenAI's form, by the model that was asked."""
+    choices = answer.get("choices") if isinstance(answer, dict) else None
+    if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
+        raise WrongAnswer("gives no choices; is it a vLLM server?")
+    if answer.get("model", model.name) != model.name:
+        raise WrongAnswer(f"answers as {answer['model']!r}, and {model.name!r} was asked")
+    return choices[0]
+
+
+def same_ids(given: list, wanted: Sequence[int], first: int = 0) -> None:
     for n, (a, b) in enumerate(zip(given, wanted, strict=False), first):
         if a != b:
             raise WrongAnswer(f"read the token {a!r} at place {n + 1}, and {b} was asked; it encodes texts anew, or has another tokenizer")

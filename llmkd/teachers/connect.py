@@ -10,12 +10,13 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
+from ..config.teacher import Teacher
 from ..console import info, warn
 from ..data.collate import collate
 from ..data.examples import Examples, concat
 from ..errors import UserError
 from ..servers.client import Refused, Server
-from ..servers.logprobs import INTERFACES, Listed, ServedModel, WrongAnswer, explain
+from ..servers.logprobs import INTERFACES, Listed, LogProbs, ServedModel, WrongAnswer, explain
 from .resolve import TeacherSource, examples_of
 from .served import ServedTeacher, texts_of
 from .sparse import NEGLIGIBLE
@@ -34,21 +35,25 @@ def open_served(
     for number, source in enumerate(sources):
         if source.asks_server:
             one, setting = source.settings, source.setting
-            numbers = (one.of_server(name) for name in ("timeout", "patience", "requests"))
-            server = Server(one.server, f"{setting}.server", one.api_key_env, *numbers)
-            interface = INTERFACES[one.of_server("api")](server, vocab)
-            choose = functools.partial(chosen_model, wanted=one.model)
+            interface = INTERFACES[one.of_server("api")](server_of(one, setting), vocab)
+            choose = functools.partial(chosen_model, interface, setting, one.model)
             found[setting] = ServedTeacher(
                 interface, source.answers, setting, number, choose, device, one.of_server("requests"), stop_asked
             )
     return found
 
 
-def chosen_model(teacher: ServedTeacher, patience: float | None, wanted: str | None) -> ServedModel:
+def server_of(settings: Teacher, setting: str) -> Server:
+    """The server that a teacher's settings name."""
+    numbers = (settings.of_server(name) for name in ("timeout", "patience", "requests"))
+    return Server(settings.server, f"{setting}.server", settings.api_key_env, *numbers)
+
+
+def chosen_model(interface: LogProbs, setting: str, wanted: str | None, patience: float | None) -> ServedModel:
     """The model of that name, or the only one that is no adapter. UserError with the names that there are."""
-    setting, server = teacher.setting, teacher.interface.server
+    server = interface.server
     try:
-        models = teacher.interface.models(patience)
+        models = interface.models(patience)
     except WrongAnswer as error:
         raise UserError(f"{setting}.server: {server.address} {error}") from None
     except Refused as error:

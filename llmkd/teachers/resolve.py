@@ -69,8 +69,8 @@ class TeacherSource:
         """What its model computes with, see `identity.weights_of`; of a cache alone, what was recorded of the model that made it."""
         if self.files:
             return weights_of(self.files.base, self.files.adapter, f"{self.setting}.model")
-        recorded = self.cache.header["provenance"]["teacher"] if self.cache else {}
-        return {name: recorded.get(name) for name in ("base", "adapter")}
+        recorded = self.cache.header["provenance"]["teacher"] if self.cache else served_weights(self.settings)
+        return {"base": recorded.get("base") or recorded.get("served"), "adapter": recorded.get("adapter")}
 
     @property
     def tuned(self) -> bool:
@@ -157,13 +157,18 @@ def provenance(settings: Data, teacher: TeacherSource, tokenizer, data: dict[str
     if files := teacher.files:
         weights = {"dtype": weights_dtype(files, one)} | weights_of(files.base, files.adapter, f"{teacher.setting}.model")
     if one.server:
-        weights["served"] = one.model or base_address(one.server)
+        weights |= served_weights(one)
     template = hashlib.sha256(json.dumps(tokenizer.chat_template).encode()).hexdigest()
     return {
         "tokenizer": {"tokenizer": token_cache.tokenizer_hash(tokenizer, template=False), "chat_template": template},
         "teacher": weights | {"quantization": one.quantization and one.quantization.type, "merge_adapter": one.merge_adapter or None},
         "data": data | {f"data.{name}": value for name, value in shaping(settings, "teacher").items()},
     }
+
+
+def served_weights(settings: Teacher) -> dict[str, str]:
+    """What is known of a model that a server has: the name that it is asked by, or else the server's address."""
+    return {"served": settings.model or base_address(settings.server)} if settings.server else {}
 
 
 def weights_dtype(files: ModelFiles, settings: Teacher) -> str:

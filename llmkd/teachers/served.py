@@ -5,7 +5,6 @@ Examples are asked one by one, whatever the batch's layout, several at a time; t
 answers are new or old.
 """
 
-import queue
 import threading
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, wait
@@ -18,6 +17,7 @@ from ..data.examples import ALL_TEACHERS
 from ..errors import Stopped, UserError, report_from_any_rank
 from ..servers.client import Refused
 from ..servers.logprobs import Listed, LogProbs, ServedModel, WrongAnswer, explain
+from ..servers.workers import Workers
 from ..signals import Signal
 from . import listed
 from .answers import Answers
@@ -41,7 +41,7 @@ class ServedTeacher:
         answers: Answers,
         setting: str,
         number: int,
-        connect: Callable[["ServedTeacher", float | None], ServedModel],
+        connect: Callable[[float | None], ServedModel],
         device="cpu",
         requests: int = 8,
         stop_asked: Callable[[], bool] = lambda: False,
@@ -97,7 +97,7 @@ class ServedTeacher:
         """The model that is asked, which is chosen at the first call. `patience` as in `servers.client.Server`."""
         with self._connecting:
             if self._model is None:
-                self._model = self._connect(self, patience)
+                self._model = self._connect(patience)
             return self._model
 
     def at_once(self, work: Sequence[Callable]) -> list:
@@ -149,30 +149,6 @@ def texts_of(batch: Batch) -> list[tuple[list[int], list[int]]]:
         ids = [*flat[span.prefix : span.prefix + span.shared].tolist(), *flat[span.own : span.own + span.length].tolist()]
         found.append(([*ids[: places[-1] + 1], int(labels_n[-1])], [place + 1 for place in places]))  # an input ends before its last target
     return found
-
-
-class Workers:
-    """A few threads that work on what is submitted. They are daemons: a request that hangs keeps no process alive."""
-
-    def __init__(self, count: int):
-        self._count, self._queue, self._started = count, queue.SimpleQueue(), False
-
-    def submit(self, work: Callable[[], None]) -> Future:
-        if not self._started:
-            self._started = True
-            for _ in range(self._count):
-                threading.Thread(target=self._work, name="llmkd-server", daemon=True).start()
-        future = Future()
-        self._queue.put((work, future))
-        return future
-
-    def _work(self) -> None:
-        while True:
-            work, future = self._queue.get()
-            try:
-                future.set_result(work())
-            except BaseException as error:
-                future.set_exception(error)
 
 
 def expect_of(teachers: Sequence[ServedTeacher], batches: Sequence[Batch]) -> None:

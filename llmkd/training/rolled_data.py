@@ -24,7 +24,7 @@ def learnt_from(run: Path | None) -> list[dict]:
     for setting, one in used_teachers(recipe):
         try:
             (teacher,) = resolve_teachers([(setting, one)])
-            found.append({"model": one.model or one.cache.path, "weights": teacher.weights})
+            found.append({"model": one.label, "weights": teacher.weights})
         except UserError:
             warn(f"note: {run}: its {setting} is not here any more, so it cannot be compared with the teacher that scores these answers")
     for _, source in with_setting_names(recipe.data.train, "data.train"):
@@ -44,7 +44,7 @@ def report_writers(data: Data, teachers: Sequence[TeacherSource]) -> None:
             if then and mine and not any(one["weights"] == teacher.weights for one in then for teacher in mine):
                 whose = "was written by" if writer["part"] == "teacher" else "was written by a student of"
                 models = " and ".join(str(one["model"]) for one in then)
-                own = " and ".join(str(one.settings.model or one.settings.cache.path) for one in mine)
+                own = " and ".join(str(one.settings.label) for one in mine)
                 warn(
                     f"note: {name} ({path}) {whose} {models}, and the teacher here is {own}, another model; offline on-policy distillation is best "
                     "where the two are one (docs/rolling.md)"

@@ -126,6 +126,8 @@ class FakeServer:
     def _vllm(self, content: dict):
         if content["model"] not in self.models:
             return (404, {"body": {"error": {"message": f"The model `{content['model']}` does not exist."}}})
+        if "prompt_logprobs" not in content:
+            return self._written(content)
         k, ids = content["prompt_logprobs"], content["prompt"]
         if k > self.max_logprobs:
             told = f"Requested prompt logprobs of {k}, which is greater than max allowed: {self.max_logprobs}"
@@ -141,6 +143,20 @@ class FakeServer:
             places.append({str(a): {"logprob": b, "rank": 1, "decoded_token": self.decode(a)} for a, b in here.items()})
         choice = {"index": 0, "text": "", "prompt_logprobs": places, "prompt_token_ids": ids, "token_ids": [0]}
         return {"model": content["model"], "choices": [choice], "usage": {"prompt_tokens": len(ids)}}
+
+    def _written(self, content: dict):
+        ids, own, why, stop = content["prompt"], [], "length", None
+        generator = torch.Generator().manual_seed(content["seed"])
+        while len(own) < content["max_tokens"] and why == "length":
+            log_p_V = self.models[content["model"]](ids + own)[-1]
+            if content["temperature"]:
+                own.append(int(torch.multinomial((log_p_V / content["temperature"]).softmax(-1), 1, generator=generator)))
+            else:
+                own.append(int(log_p_V.argmax()))
+            if own[-1] in content["stop_token_ids"]:
+                why, stop = "stop", own[-1]
+        choice = {"text": "", "prompt_token_ids": ids, "token_ids": own, "finish_reason": why, "stop_reason": stop}
+        return {"model": content["model"], "choices": [choice]}
 
     def _sglang(self, content: dict):
         name = content.get("lora_path") or next(iter(self.models))
