@@ -138,6 +138,16 @@ def test_a_stream_and_packed_rows_are_asked_one_example_at_a_time(make_recipe, s
     run(asking(make_recipe, server, "stream", data__validation_fraction=0.0, data__streaming=True, train__max_steps=2))
 
 
+def test_what_the_student_writes_is_asked_too(make_recipe, server):
+    run(asking(make_recipe, server, "data", data__validation_fraction=0.0, train__max_steps=5))
+    of_the_data = {json.dumps(one["prompt"]) for one in server.asked}
+    server.asked.clear()
+    written = {"on_policy": {"share": 1.0, "max_new_tokens": 3}, "data__validation_fraction": 0.0, "train__max_steps": 2}
+    run(asking(make_recipe, server, "written", **written))
+    new = {json.dumps(one["prompt"]) for one in server.asked} - of_the_data
+    assert len(of_the_data) == 37 and 0 < len(new) <= 16
+
+
 def test_the_recipe_that_is_written_down_reads_back_and_holds_the_servers_name_as_it_is(make_recipe, server, tmp_path, monkeypatch):
     monkeypatch.setenv("OF_TESTS", "sk-very-secret")
     server.key = "sk-very-secret"
