@@ -289,7 +289,7 @@ def _hold(part: Path, descriptor: int) -> bool:
 def _free(path: Path) -> Iterator[bool]:
     """Whether no process writes to a file or folder; in the `with` block none can begin to."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW)
+        descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except OSError:  # a link, or gone
         yield True
         return

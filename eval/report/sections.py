@@ -6,6 +6,8 @@ import re
 from collections import Counter
 from pathlib import Path
 
+from llmkd.files import read_file
+
 from . import published
 from .document import Fold, Heading, Items, Para, Span, Table, Text
 from .sweep_files import Arm, Run, SweepFolder, read_json
@@ -171,7 +173,7 @@ def teacher_kind(sweep: SweepFolder, model: str) -> str:
 
 
 def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8") if path.exists() else ""
+    return read_file(path).decode("utf-8") if path.exists() else ""
 
 
 def short(sweep: SweepFolder, model: str) -> str:

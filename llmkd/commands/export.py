@@ -10,7 +10,7 @@ import yaml
 from ..console import info, warn
 from ..data.encoding.tokenizer import load_tokenizer, save_tokenizer, shared_vocab
 from ..errors import UserError
-from ..files import remove_leftovers, write_folder
+from ..files import read_file, remove_leftovers, write_folder
 from ..model_folder.files import ModelFiles, find, rows_of, student_folder
 from ..model_folder.generation import generation_settings
 from ..model_folder.identity import record_of, verify, write_record
@@ -77,7 +77,7 @@ def _card(path: Path, to: Path, record: dict | None) -> str | None:
     if not path.exists():
         return None
     try:
-        card = path.read_text(encoding="utf-8")
+        card = read_file(path).decode("utf-8")
         return merged_card(card, to, record) if "llmkd" in card else None
     except (OSError, ValueError, yaml.YAMLError) as error:
         warn(f"note: {to} gets no model card: {path} is damaged ({str(error).splitlines()[0]})")

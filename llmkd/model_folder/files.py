@@ -9,6 +9,7 @@ from pathlib import Path
 import yaml
 
 from ..errors import UserError
+from ..files import read_file
 from .weights import read_json, refuse_what_is_no_file, some, weight_files
 
 _HUB_ID = re.compile(r"[A-Za-z0-9._-]+(/[A-Za-z0-9._-]+)?")
@@ -140,7 +141,7 @@ def hub_origin(folder: Path) -> tuple[str, str] | None:
 def licence(folder: Path) -> dict[str, str]:
     """`license`, `license_name` and `license_link` as the folder's model card gives them; empty where it does not."""
     try:
-        front_matter = re.match(r"\s*---\s*\n(.*?)\n---", (folder / "README.md").read_text(encoding="utf-8"), re.DOTALL)
+        front_matter = re.match(r"\s*---\s*\n(.*?)\n---", read_file(folder / "README.md").decode("utf-8"), re.DOTALL)
         card = yaml.safe_load(front_matter[1]) if front_matter else {}
     except (OSError, ValueError, yaml.YAMLError):
         return {}

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..errors import UserError
+from ..files import open_file
 from .files import TOKENIZER
 from .weights import MODEL, headers, tensors, weight_files
 
@@ -98,7 +99,7 @@ def _write_tensors(files: list[Path], to: Path, names: dict[str, str]) -> None:
     with open(to, "xb") as out:
         out.write(len(text).to_bytes(8, "little") + text)
         for path, start, size in pieces:
-            with open(path, "rb") as file:
+            with open_file(path) as file:
                 file.seek(start)
                 while size:
                     chunk = file.read(min(size, _CHUNK))

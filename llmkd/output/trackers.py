@@ -14,7 +14,7 @@ from pathlib import Path
 from ..config.dotted import flatten
 from ..config.recipe import Recipe
 from ..errors import UserError
-from ..files import write_atomic
+from ..files import read_file, write_atomic
 
 
 def check(names: tuple[str, ...]) -> None:
@@ -83,8 +83,8 @@ def make_tracker(name: str, run: str, folder: Path, done: int):
         write_atomic(known, uuid.uuid4().hex[:8])
     if name == "wandb":
         project = os.environ.get("WANDB_PROJECT", "llmkd")
-        return tracking.WandBTracker(project, name=run, id=known.read_text(), resume="allow", dir=str(folder))
-    return tracking.TrackioTracker("llmkd", name=f"{run} {known.read_text()}", resume="allow")
+        return tracking.WandBTracker(project, name=run, id=read_file(known).decode(), resume="allow", dir=str(folder))
+    return tracking.TrackioTracker("llmkd", name=f"{run} {read_file(known).decode()}", resume="allow")
 
 
 def configuration(recipe: Recipe) -> dict[str, bool | int | float | str]:

@@ -243,11 +243,14 @@ def test_a_turn_that_only_calls_has_a_content_of_null_where_a_template_asks_for_
             assert kept(encode(rows, "chat", Data(max_length=4096), tokenizer), tokenizer) == [shows]
 
 
-def test_a_content_beside_calls_stays_where_others_of_the_row_are_null():
+def test_a_content_beside_calls_that_would_be_a_turn_of_its_own_is_refused():
+    """The header between the two would be supervised. It is not taken for null as those of the row's other calls are."""
     row = calling({"a": 3})
     row["messages"] += calling({"a": 4}, content="hm")["messages"]
-    first, second = ('{"name": "mul", "arguments": ' + json.dumps({"a": a}) + "}" + END for a in (3, 4))
-    assert said(row, TWICE) == [f"{first}one{END}{second}<|im_start|>assistant\nhm{END}one{END}"]
+    with pytest.raises(
+        UserError, match=r"the tool calls of messages\[5\] and the rest of it as turns of their own; make two messages of it"
+    ):
+        said(row, TWICE)
 
 
 def test_calls_before_the_content_of_their_turn_are_supervised():

@@ -144,9 +144,24 @@ def _span(messages: list[dict], i: int, after: str, probe: TemplateProbe, known:
     start, stop = known or _locate_turn(head, after, probe)
     end = None if calls else probe.control.search(after, stop)
     if not end:
-        return start, _without_prompt(head, after, stop, probe, calls)
+        stop = _without_prompt(head, after, stop, probe, calls)
+        if calls:
+            _refuse_two_turns(head, after, start, stop, probe)
+        return start, stop
     further = probe.control.match(after, end.end())
     return start, further.end() if further and further[0] == probe.end != end[0] else end.end()
+
+
+def _refuse_two_turns(head: list[dict], after: str, start: int, stop: int, probe: TemplateProbe) -> None:
+    """ValueError where the last turn of `head`, which calls tools, is ended and begun again inside: that header is the template's text."""
+    without = probe.render(head[:-1]) if len(head) > 1 else ""
+    header = after[len(os.path.commonprefix([without, after])) : start].strip()
+    ends = [m for m in probe.control.finditer(after, start, stop) if after.endswith(m[0], start, stop)]
+    if header and ends and header in after[ends[0].end() : stop]:
+        raise ValueError(
+            f"the chat template writes the tool calls of messages[{len(head) - 1}] and the rest of it as turns of their own; make two messages of it, "
+            "or use a tokenizer whose template shows them in one"
+        )
 
 
 def _without_prompt(head: list[dict], after: str, stop: int, probe: TemplateProbe, calls: bool) -> int:

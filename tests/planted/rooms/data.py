@@ -430,6 +430,13 @@ FAULTS = [
             "data/test_long_texts.py",
         ),
         (
+            "two-turns-of-one",
+            "a header between calls and content is supervised",
+            "    if header and ends and header in after[ends[0].end() : stop]:\n",
+            "    if False:\n",
+            f"{SHOWN}::test_a_content_beside_calls_that_would_be_a_turn_of_its_own_is_refused",
+        ),
+        (
             "long-texts-looked-for",
             "answers are looked for in texts that are too long",
             "if bound and bound.exceeded((",
