@@ -55,6 +55,11 @@ def alone(folder: Path, name: str, out: Path) -> dict[str, torch.Tensor]:
 HELD = {"validation": {"every": 2, "teacher_check": 4}, "checkpoint": {"every": 2}}
 
 
+def grad_norms(folder: Path) -> list[float]:
+    records = map(json.loads, (folder / "metrics.jsonl").read_text().splitlines())
+    return [record["grad_norm"] for record in records if "grad_norm" in record]
+
+
 @pytest.mark.slow
 def test_every_arm_ends_as_it_would_alone_to_the_last_bit(world, sweep, tmp_path):
     """Dropout, validation, clipping, other ranks, targets, an adapter on the head, a copy of it, another divergence, a given adapter."""
@@ -93,6 +98,7 @@ def test_every_arm_ends_as_it_would_alone_to_the_last_bit(world, sweep, tmp_path
         }
         together, apart = (json.loads((out / "summary.json").read_text()) for out in (folder / "arms" / name, tmp_path / "alone" / name))
         assert together["train"] == apart["train"] and together["validation"]["ce"] == apart["validation"]["ce"]
+        assert grad_norms(folder / "arms" / name) == grad_norms(tmp_path / "alone" / name) != [], name
     names = [list(weights(folder / "arms" / name)) for name in ("sft", "kd")]
     assert distance(weights(folder / "arms/sft"), weights(folder / "arms/kd")) > 1e-4 and not [n for n in names[0] if "arm" in n]
     assert "forward_kl" in json.loads((folder / "arms/sft/summary.json").read_text())["validation"]  # the others' teacher spoke anyway

@@ -113,6 +113,14 @@ def test_students_side_by_side_take_the_newest_step_that_is_usable_for_all(tmp_p
     assert said == [f"passing over the checkpoint {folders[1]}/step-2 (it is of another run, with other settings)"]
 
 
+def test_a_step_that_one_student_has_not_reached_is_none_to_resume_from(tmp_path):
+    folders, said = [tmp_path / name for name in "ab"], []
+    for folder, steps in zip(folders, [(1, 2), (1,)], strict=True):
+        for step in steps:
+            save(folder, step, RUN)
+    assert [one.step for one in checkpoint.newest(folders, [RUN, RUN], 9, said.append)] == [1, 1] and said == []
+
+
 def test_where_none_can_be_used_each_is_named(tmp_path):
     folder = tmp_path / "checkpoints"
     for step in (1, 2):
