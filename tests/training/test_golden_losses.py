@@ -22,6 +22,8 @@ import torch
 from accelerate import Accelerator
 
 from llmkd.config.recipe import DIVERGENCES, Loss, Optim
+from llmkd.config.schedule import SHAPES
+from llmkd.config.target_weights import RULES, Keep, TargetWeights
 from llmkd.config.terms import AttentionLoss
 from llmkd.data.batch_source import Collator, PlannedSource
 from llmkd.data.batching import BatchPlan
@@ -67,6 +69,24 @@ OBJECTIVES = [
 ]
 #: Half CE, half forward KL, and the hidden states after the embeddings and the layer, by each distance.
 FEATURES = {f"features {distance}": distance for distance in DISTANCES}
+#: Half CE, half forward KL, with targets that are weighed or chosen by a rule, and with schedules over the steps.
+RULED = {
+    "target_weights teacher_entropy": Loss(kd_ratio=0.5, target_weights=TargetWeights("teacher_entropy")),
+    "target_weights student_entropy power 2 of both": Loss(
+        kd_ratio=0.5, target_weights=TargetWeights("student_entropy", power=2, terms=("ce", "kd"))
+    ),
+    "target_weights divergence inverted": Loss(kd_ratio=0.5, target_weights=TargetWeights("divergence", invert=True)),
+    "target_weights confidence of ce": Loss(kd_ratio=0.5, target_weights=TargetWeights("confidence", terms=("ce",))),
+    "target_weights position half_life 3 of both": Loss(
+        kd_ratio=0.5, target_weights=TargetWeights("position", half_life=3, terms=("ce", "kd"))
+    ),
+    "keep half": Loss(kd_ratio=0.5, keep=0.5),
+    "keep 0.3 by position": Loss(kd_ratio=0.5, keep=Keep(share=0.3, by="position")),
+    "keep 0.6 by divergence inverted": Loss(kd_ratio=0.5, keep=Keep(share=0.6, by="divergence", invert=True)),
+    "kd_ratio 1 to 0.3 linear": Loss(kd_ratio={"from": 1.0, "to": 0.3}),
+    "kd_ratio 0.2 to 0.9 cosine in 15 steps": Loss(kd_ratio={"from": 0.2, "to": 0.9, "shape": "cosine", "steps": 15}),
+    "T 4 to 1 constant in half": Loss(kd_ratio=0.5, temperature={"from": 4.0, "to": 1.0, "shape": "constant", "ratio": 0.5}),
+}
 
 
 def name_of(ratio: float, temperature: float, divergence: str, options: dict, attention: dict | None = None) -> str:
@@ -75,7 +95,7 @@ def name_of(ratio: float, temperature: float, divergence: str, options: dict, at
     return " ".join([f"kd_ratio {ratio:g}, T {temperature:g},", divergence, *own])
 
 
-NAMES = [name_of(*objective) for objective in OBJECTIVES] + list(FEATURES)
+NAMES = [name_of(*objective) for objective in OBJECTIVES] + list(FEATURES) + list(RULED)
 
 
 def model(width: int, noise: float = 0.0) -> LanguageModel:
@@ -118,7 +138,9 @@ def feature_term(distance: str) -> FeatureTerm:
     return term
 
 
-def losses(objectives: list = OBJECTIVES, noise: float = 0.0, features: dict = FEATURES) -> dict[str, list[list[float]]]:
+def losses(
+    objectives: list = OBJECTIVES, noise: float = 0.0, features: dict = FEATURES, ruled: dict = RULED
+) -> dict[str, list[list[float]]]:
     """For each objective the loss and the gradient norm of every step, of students that train side by side."""
     states, teacher = [], model(12, noise).requires_grad_(False).eval()
     for ratio, temperature, divergence, options, *attention in objectives:
@@ -132,9 +154,11 @@ def losses(objectives: list = OBJECTIVES, noise: float = 0.0, features: dict = F
     for distance in features.values():
         more = [feature_term(distance)]
         states.append(build_student(Loss(kd_ratio=0.5), OPTIM, model(8, noise), STEPS, Accelerator(cpu=True), more=more))
+    for loss in ruled.values():
+        states.append(build_student(loss, OPTIM, model(8, noise), STEPS, Accelerator(cpu=True)))
     taps = functools.reduce(operator.or_, (state.distiller.teacher_taps for state in states))
-    found = {name: [[], []] for name in [*(name_of(*objective) for objective in objectives), *features]}
-    ratios = [objective[0] for objective in objectives] + [0.5] * len(features)
+    found = {name: [[], []] for name in [*(name_of(*objective) for objective in objectives), *features, *ruled]}
+    ratios = [objective[0] for objective in objectives] + [0.5] * (len(features) + len(ruled))
     for progress in train(source(), states, LiveTeacher(teacher, taps), Accelerator(cpu=True)):
         for k, rows in enumerate(found.values()):
             assert ("kd" in progress.terms[k]) == (ratios[k] > 0), "a student that learns without the teacher of the others"
@@ -161,6 +185,9 @@ def test_every_objective_is_in_the_file(golden):
     assert {objective[2] for objective in OBJECTIVES} == DIVERGENCES.keys()
     changed = {(divergence, option) for _, _, divergence, options, *_ in OBJECTIVES for option in options}
     assert changed == {(divergence, option) for divergence, options in DIVERGENCES.items() for option in options}
+    assert {loss.target_weights.by for loss in RULED.values() if loss.target_weights} == set(RULES)
+    given = [value for loss in RULED.values() for value in (loss.kd_ratio, loss.temperature) if isinstance(value, dict)]
+    assert {value.get("shape", "linear") for value in given} == SHAPES.keys()
     assert all(np.array(values).shape == (2, STEPS) for values in golden[1].values())
 
 
@@ -176,6 +203,9 @@ def test_no_two_objectives_are_near_each_other(golden):
 
 def test_other_rounding_stays_far_within_the_tolerance(golden):
     assert (
-        max(gap(values, golden[0][name]) for name, values in losses(OBJECTIVES[::4], 1e-12, {"features mse": "mse"}).items())
+        max(
+            gap(values, golden[0][name])
+            for name, values in losses(OBJECTIVES[::4], 1e-12, {"features mse": "mse"}, dict(list(RULED.items())[::3])).items()
+        )
         < TOLERANCE / 100
     )
