@@ -9,7 +9,7 @@ from .data import data_contradictions
 from .divergences import option_contradictions
 from .features import feature_contradictions
 from .fields import as_tuple, with_setting_names
-from .on_policy import on_policy_contradictions
+from .on_policy import long_horizon_contradictions, on_policy_contradictions
 from .recipe import Loss, Recipe, Student, uses_teacher
 from .schedule import schedule_contradictions
 from .target_weights import keep_contradictions, target_weight_contradictions
@@ -70,6 +70,7 @@ def _teaching_contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], 
     ratio = (0.5 if recipe.teacher else 0.0) if loss.kd_ratio is None else loss.kd_ratio
     if recipe.on_policy:
         yield from on_policy_contradictions(recipe.on_policy, ratio, recipe.teacher, data, train.max_steps)
+        yield from long_horizon_contradictions(recipe.on_policy, loss, recipe.teacher, data)
     if loss.target_weights:
         yield from target_weight_contradictions(loss.target_weights, ratio, loss.normalize, recipe.teacher, data)
     yield from keep_contradictions(loss.keep, loss.target_weights, ratio, loss.normalize, recipe.teacher, data)

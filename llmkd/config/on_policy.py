@@ -12,6 +12,18 @@ from .teacher import Teacher
 
 
 @config_dataclass
+class LongHorizon:
+    """MiniLLM's second part: a token answers for the divergence that it leads to."""
+
+    gamma: float = fixed(0.95, gt=0, le=1, description="Discount: of the divergence so many tokens later this to that power counts.")
+    length_normalized: bool = fixed(
+        True,
+        description="Divide by the number of later tokens, so that long answers are not preferred to short ones. false with gamma 1: the loss then has the "
+        "gradient of the reverse KL of whole answers.",
+    )
+
+
+@config_dataclass
 class OnPolicy:
     """The answers of some examples are replaced by what the student writes at that moment; they have no cross-entropy."""
 
@@ -45,6 +57,11 @@ class OnPolicy:
         None,
         description="Of rows that are supervised from their beginning, such as those of format text: so many first tokens are the prompt, or all but the "
         "last of a shorter text.",
+    )
+    long_horizon: LongHorizon | None = fixed(
+        None,
+        description="Policy gradient beside the divergence (MiniLLM), as a further term: each token of a written answer is made more or less likely by the teacher's and "
+        "the student's log-probabilities of those after it. It has the weight of loss.kd_ratio; null: none.",
     )
     validation_prompts: Annotated[int, Field(ge=0)] = changeable(
         64,
@@ -122,6 +139,46 @@ def on_policy_contradictions(
             (f"{here}.prompt_tokens", "data.train"),
             f"found {settings.prompt_tokens}, but no source has format text or tokens; rows of other formats have prompts, so leave it out",
         )
+
+
+def long_horizon_contradictions(
+    settings: OnPolicy, loss, teacher: Teacher | tuple[Teacher, ...] | None, data: Data
+) -> Iterator[tuple[tuple[str, ...], str]]:
+    """What cannot be together with on_policy.long_horizon. `loss`: the recipe's."""
+    here = "on_policy.long_horizon"
+    if settings.long_horizon is None:
+        return
+    if not writes(settings):
+        yield (here, "on_policy.share"), "set, but on_policy.share is 0, so the student writes nothing; leave it out"
+    if loss.divergence != "reverse_kl":
+        yield (here, "loss.divergence"), f"set with {loss.divergence}; it is a part of the gradient of the reverse KL: use reverse_kl"
+    for path, source in with_setting_names(data.train, "data.train"):
+        if source.divergence not in (None, "reverse_kl"):
+            yield (
+                (here, f"{path}.divergence"),
+                f"set with {source.divergence} in {path}; it is a part of the gradient of the reverse KL: use reverse_kl",
+            )
+    if loss.temperature != 1:
+        yield (here, "loss.temperature"), "set with another loss.temperature than 1, at which it is not defined; use 1"
+    cut = settings.temperature != 1 or settings.top_p != 1 or settings.top_k is not None or settings.min_p != 0
+    if cut:
+        yield (
+            (here, "on_policy.temperature"),
+            "set with another sampling than from the student itself; leave temperature, top_p, top_k and min_p of on_policy out",
+        )
+    for path, one in with_setting_names(teacher, "teacher"):
+        if one.server:
+            yield (
+                (here, f"{path}.server"),
+                f"set with {path}.server, which lists the most likely tokens alone; it needs the teacher's probability of every token: use a teacher in memory",
+            )
+    if isinstance(loss.kd_ratio, dict):
+        yield (here, "loss.kd_ratio"), "set with a schedule of loss.kd_ratio, which is its weight too; give a number"
+    if loss.normalize == "weights":
+        yield (here, "loss.normalize"), "set with loss.normalize weights, which divides the divergence otherwise than it; use targets"
+    for name in ("target_weights", "keep"):
+        if getattr(loss, name) is not None:
+            yield (here, f"loss.{name}"), f"set with loss.{name}, which weighs the divergence alone; leave one of them out"
 
 
 def _sampling_contradictions(settings: OnPolicy) -> Iterator[tuple[tuple[str, ...], str]]:

@@ -14,6 +14,8 @@ from ..console import info
 from ..errors import UserError
 from .examples import Examples
 
+WRITTEN = "long_horizon"  # the part of the loss that is of written answers alone
+
 
 @dataclass(frozen=True)
 class Prompts:
@@ -82,16 +84,23 @@ def _first_targets(examples: Examples) -> np.ndarray:
     return targets[np.searchsorted(targets, examples.offsets[:-1])] - examples.offsets[:-1]
 
 
+def of_written(examples: Examples) -> Examples:
+    """The same examples, with no weight in the part of the loss that is of written answers alone."""
+    return dataclasses.replace(examples, weights=examples.weights | {WRITTEN: np.zeros(len(examples), np.float32)})
+
+
 def answered(examples: Examples, prompts: Prompts, chosen: Sequence[int], answers: Sequence[Sequence[int]]) -> Examples:
     """The examples `chosen`, each with its answer, of one token or more, in place of the data's.
 
     Every token of an answer is a target, for student and teacher alike. It has no weight in the cross-entropy, since nobody has said that
-    it is right; its other weights are the example's.
+    it is right; its other weights are the example's, and in a part of the loss that is of what was written alone (`of_written`) it has that for "kd".
     """
     theirs = None if examples.teacher_view is None else _appended(examples.teacher_view, prompts.theirs, chosen, answers)
     found = _appended(examples, prompts.own, chosen, answers)
     found.teacher_view = theirs
     found.weights = {name: w_E[chosen] for name, w_E in examples.weights.items()} | {"ce": np.zeros(len(chosen), np.float32)}
+    if WRITTEN in found.weights:
+        found.weights[WRITTEN] = examples.weight("kd")[chosen]
     return found
 
 

@@ -5,6 +5,7 @@ the sampling.
 """
 
 import contextlib
+import copy
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -17,7 +18,7 @@ from ..config.schedule import value_at
 from ..console import warn
 from ..data.batch_source import ExampleSource, PlannedSource, Step
 from ..data.examples import Examples, concat
-from ..data.written import Prompts, answered
+from ..data.written import Prompts, answered, of_written
 from .sampling import Sampling, uniform
 from .statistics import Statistics, Watch
 from .writer import Writer, text_key, write_on_all_ranks
@@ -36,6 +37,9 @@ class OnPolicySource(ExampleSource):
     reads_while_training = True  # weights that are not finite can write nothing: they are noticed in their step
 
     def __init__(self, planned: PlannedSource, prompts: Prompts, writer: Writer, settings: OnPolicy, vocab: int):
+        if settings.long_horizon:
+            planned = copy.copy(planned)
+            planned.examples = of_written(planned.examples)
         super().__init__(planned.seed, planned.total_steps, planned.micro_batch_size, planned.collator)
         self.rank, self.ranks, self.device = planned.rank, planned.ranks, planned.device
         self.examples, self.places = planned.examples, planned.places

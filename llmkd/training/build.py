@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from ..batch import Batch
 from ..config.features import feature_teacher
 from ..config.fields import with_setting_names
+from ..config.on_policy import OnPolicy, writes
 from ..config.recipe import SCHEDULED, Data, Loss, Mixture, Optim, Recipe, Student, Train, divergences_of, scheduled, uses_teacher
 from ..config.recipe import Teacher as TeacherSettings
 from ..config.schedule import middle, refuse_long_schedule
@@ -21,6 +22,7 @@ from ..data.batching import TokenBudget
 from ..errors import Stopped, UserError, attribute_to_student, on_main_process, report_from_any_rank
 from ..losses.divergences import make_divergence
 from ..losses.keep import Keep
+from ..losses.long_horizon import LongHorizonTerm
 from ..losses.objective import Objective
 from ..losses.target_weights import TargetWeights
 from ..losses.terms import HeadTerm, Term
@@ -125,7 +127,11 @@ def build_setup(
     for k, (own, folder, model) in enumerate(zip(recipes, folders, models, strict=True)):
         with attribute_to_student(k):
             states = feature_terms(own.loss.features, feature_teacher(own.loss.features, own.teacher), model, teachers_by_setting, own.seed)
-            terms = [*states, *attention_terms(own.loss.attention, model, teacher_models)]
+            terms = [
+                *states,
+                *attention_terms(own.loss.attention, model, teacher_models),
+                *long_horizon_terms(own.on_policy, own.loss, chunk_size),
+            ]
             divergences = divergences_of(own.loss, own.data)
             state = build_student(own.loss, own.optim, model, source.total_steps, accelerator, chunk_size, terms, divergences)
             own_data = prepared if own is recipe else prepared.for_student(own.student, uses_teacher(own))
@@ -318,6 +324,14 @@ def keep_of(loss: Loss) -> Keep | None:
     """What chooses the targets that count, where not all do."""
     chosen, named = chosen_by(loss.keep, loss.target_weights), "loss.keep.by" if isinstance(loss.keep, KeepSettings) else "loss.keep"
     return Keep.of(chosen, named) if chosen.share < 1 else None
+
+
+def long_horizon_terms(settings: OnPolicy | None, loss: Loss, chunk_size: int | None = None) -> list[Term]:
+    """MiniLLM's second part, where an on-policy run has it, with the weight of the divergence."""
+    if not writes(settings) or not settings.long_horizon:
+        return []
+    ahead = settings.long_horizon
+    return [LongHorizonTerm(loss.kd_ratio, ahead.gamma, ahead.length_normalized, loss.chunk_size or chunk_size)]
 
 
 def schedule(optim: Optim, total: int) -> Callable[[int], float]:

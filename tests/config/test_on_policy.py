@@ -5,6 +5,7 @@ import pytest
 from llmkd.config import loader
 from llmkd.errors import UserError
 
+LONG = {"on_policy.long_horizon": {}, "loss.divergence": "reverse_kl"}
 TEXT = {"path": "t.jsonl", "format": "text"}
 
 
@@ -32,6 +33,20 @@ TEXT = {"path": "t.jsonl", "format": "text"}
         ({"on_policy.share": {"from": 0, "to": 2}}, "on_policy.share.to: found 2, expected a number 0 to 1"),
         ({"on_policy.share": {"from": 0, "to": 1, "steps": 9}, "train.max_steps": 5}, "on_policy.share.steps: found 9, more than"),
         ({"on_policy.top_p": 0.0}, "on_policy.top_p: found 0.0, expected"),
+        ({"on_policy.long_horizon": {}}, "on_policy.long_horizon: set with forward_kl; .*use reverse_kl"),
+        (LONG | {"loss.temperature": 2.0}, "on_policy.long_horizon: set with another loss.temperature than 1"),
+        (LONG | {"on_policy.top_p": 0.9}, "on_policy.long_horizon: set with another sampling than from the student itself"),
+        (LONG | {"on_policy.temperature": 0.5}, "on_policy.long_horizon: set with another sampling"),
+        (LONG | {"loss.kd_ratio": {"from": 1, "to": 0.5}}, "on_policy.long_horizon: set with a schedule of loss.kd_ratio"),
+        (LONG | {"loss.normalize": "weights"}, "on_policy.long_horizon: set with loss.normalize weights"),
+        (LONG | {"loss.target_weights": {"by": "position"}}, "on_policy.long_horizon: set with loss.target_weights"),
+        (
+            LONG | {"teacher": {"server": "http://h:1"}},
+            "on_policy.long_horizon: set with teacher.server, which lists the most likely tokens alone",
+        ),
+        (LONG | {"data.train.divergence": "forward_kl"}, "on_policy.long_horizon: set with forward_kl in data.train"),
+        (LONG | {"on_policy.share": 0.0}, "on_policy.long_horizon: set, but on_policy.share is 0"),
+        (LONG | {"on_policy.long_horizon": {"gamma": 0.0}}, "on_policy.long_horizon.gamma: found 0.0, expected"),
         ({"on_policy.lambda": 0.5}, "on_policy.lambda: unknown setting"),
     ],
 )

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from llmkd.config.on_policy import OnPolicy
+from llmkd.config.on_policy import LongHorizon, OnPolicy
 from llmkd.config.recipe import Loss
 from llmkd.data.batch_source import Collator, PlannedSource
 from llmkd.data.batching import BatchPlan
@@ -22,7 +22,7 @@ from llmkd.rollouts.sampling import Sampling
 from llmkd.rollouts.source import OnPolicySource
 from llmkd.rollouts.writer import LocalWriter
 from llmkd.teachers.live import LiveTeacher
-from llmkd.training.build import build_terms
+from llmkd.training.build import build_terms, long_horizon_terms
 from llmkd.training.distiller import Distiller
 from tests.kit.families import tiny
 
@@ -97,9 +97,10 @@ def drawn(student) -> torch.Tensor:
     return counts
 
 
-def gradients(student, teacher, source, loss: Loss) -> list[tuple[float, torch.Tensor]]:
+def gradients(student, teacher, source, loss: Loss, long_horizon: LongHorizon | None = None) -> list[tuple[float, torch.Tensor]]:
     """The loss and its gradient of every step, as the training loop makes them."""
-    distiller, found = Distiller(student, build_terms(loss)), []
+    terms = [*build_terms(loss), *long_horizon_terms(OnPolicy(long_horizon=long_horizon), loss)]
+    distiller, found = Distiller(student, terms), []
     for step, micro_batches in source.steps():
         distiller.zero_grad()
         total = 0.0
@@ -203,3 +204,60 @@ def test_temperature_of_sampling_is_another_than_that_of_the_loss(student, teach
     ]
     assert share[1] == pytest.approx(1 / 3, abs=0.05) and share[0] == pytest.approx(float(probability(student, teacher, (END,))), abs=0.05)
     assert abs(share[0] - share[1]) > 0.12
+
+
+def test_with_the_long_horizon_part_it_is_the_gradient_of_the_reverse_kl_of_whole_answers(student, teacher, drawn):
+    """MiniLLM's objective, with the gradient through the sampling; and within three standard errors over what the writer draws."""
+    objective, chances = 0.0, []
+    for answer in ANSWERS:
+        at = range(len(answer)), list(answer)
+        q, p = (one[at].log().sum() for one in distributions(student, teacher, answer))
+        objective = objective + q.exp() * (q - p)
+        chances.append(q.exp().item())
+    expected = gradient_of(student, objective)
+    loss, whole = Loss(kd_ratio=1.0, divergence="reverse_kl"), LongHorizon(gamma=1.0, length_normalized=False)
+    lengths, chances = (torch.tensor(x, dtype=torch.float64) for x in ([len(answer) for answer in ANSWERS], chances))
+    with_it, without = (
+        torch.stack([g for _, g in gradients(student, teacher, source_of(Dictated(ANSWERS), 15, long_horizon=ahead), loss, ahead)])
+        * lengths[:, None]  # a step is divided by its targets
+        for ahead in (whole, None)
+    )
+    assert (chances @ with_it - expected).abs().max() < 1e-12 * expected.abs().max()
+    assert (chances @ without - expected).abs().max() > 0.05 * expected.abs().max(), "the part is not small here"
+    n, mean = drawn.sum(), drawn / drawn.sum() @ with_it
+    deviation = (drawn / n @ (with_it - mean) ** 2).sqrt() / n**0.5
+    apart = (mean - expected).abs() / deviation.clamp(min=1e-9)
+    assert apart.max() < 4.5 and (apart < 3).double().mean() > 0.98
+
+
+@pytest.mark.parametrize("normalized", [True, False])
+def test_the_long_horizon_part_is_of_written_answers_alone_discounted_and_divided(student, teacher, normalized):
+    told, data, gamma, ratio = [(0, 1, 0), (1, END), (1, 1, END)], (0, 1, END), 0.6, 0.7
+    ahead = LongHorizon(gamma=gamma, length_normalized=normalized)
+    total, targets = 0.0, 0
+    for answer, written in [*((one, True) for one in told), *[(data, False)] * 3]:
+        q, p = distributions(student, teacher, answer)
+        total = total + ratio * DIVERGENCES["reverse_kl"](q, p).sum()
+        targets += len(answer)
+        log_q, log_p = (x[range(len(answer)), list(answer)].log() for x in (q, p))
+        if not written:
+            total = total - (1 - ratio) * log_q.sum()
+            continue
+        for t in range(len(answer)):
+            later = range(t + 1, len(answer))
+            reward = sum(gamma ** (k - t - 1) * (log_p[k] - log_q[k]).item() for k in later) / (len(later) if normalized and later else 1)
+            total = total - ratio * reward * log_q[t]
+    source = source_of(Dictated(told), 1, 6, 0.5, data, long_horizon=ahead)
+    ((value, gradient),) = gradients(student, teacher, source, Loss(kd_ratio=ratio, divergence="reverse_kl"), ahead)
+    assert value == pytest.approx(total.item() / targets, rel=1e-12)
+    expected = gradient_of(student, total / targets)
+    assert (gradient - expected).abs().max() < 1e-12 * expected.abs().max()
+
+
+def test_a_step_in_which_nothing_is_written_has_no_long_horizon_part(student, teacher):
+    ahead, loss = LongHorizon(), Loss(kd_ratio=0.7, divergence="reverse_kl")
+    pair = [
+        gradients(student, teacher, source_of(None, 1, 3, {"from": 0.0, "to": 1e-12}, long_horizon=one), loss, one)[0]
+        for one in (ahead, None)
+    ]
+    assert pair[0][0] == pair[1][0] and torch.equal(pair[0][1], pair[1][1])

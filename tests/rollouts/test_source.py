@@ -15,7 +15,8 @@ from llmkd.rollouts.generate import Completion
 from llmkd.rollouts.source import OnPolicySource
 from llmkd.rollouts.writer import LocalWriter
 from llmkd.training.prepare import prepare, student_files
-from tests.conftest import distance
+from tests.conftest import distance, plain_recipe, weights
+from tests.kit.processes import train_on_two
 
 SETTINGS = OnPolicy(share=0.5, max_new_tokens=12)
 
@@ -267,6 +268,22 @@ def test_a_run_that_is_killed_and_resumed_is_the_run_that_was_not(trained, monke
     apart = {"targets_per_s", "peak_memory", "written_seconds", "written_tokens_per_s"}
     plain = [[{k: v for k, v in r.items() if k not in apart} for r in records[name]] for name in ("whole", "part")]
     assert plain[0] == plain[1] and sum("written" in r for r in plain[0]) == 4
+
+
+@pytest.mark.slow
+def test_two_processes_write_and_end_at_what_one_does(trained, world, tmp_path):
+    settings = {"on_policy.share": 0.7, "on_policy.max_new_tokens": 9, "on_policy.samples": 2, "train.max_steps": 3}
+    settings |= {"data.validation.path": str(world / "held.jsonl"), "on_policy.validation_prompts": 5}
+    alone = trained("one", **{name.replace(".", "__"): value for name, value in settings.items()}, train__micro_batch_size=1)
+    (tmp_path / "two.yaml").write_text(json.dumps(plain_recipe(world, tmp_path / "two")))
+    words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
+    done = train_on_two(["--config", str(tmp_path / "two.yaml"), *words])
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert distance(weights(tmp_path / "two"), alone) < 1e-12
+    found = [[json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in ("one", "two")]
+    counted = [[(r["targets"], r["written"], r["written_length"]) for r in records if "written" in r] for records in found]
+    own = [[r["validation"]["own_reverse_kl"] for r in records if "validation" in r] for records in found]
+    assert counted[0] == counted[1] and len(counted[0]) == 3 and own[0] == pytest.approx(own[1], rel=1e-9) and len(own[0]) == 2
 
 
 def test_a_sweep_trains_its_arms_one_by_one(make_recipe):

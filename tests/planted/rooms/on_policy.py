@@ -1,0 +1,153 @@
+"""Faults in on-policy distillation: which examples are written, what becomes of them, and what is said of them."""
+
+from tests.planted.fault import in_file
+
+SOURCE, ENUMERATED, STATISTICS = "rollouts/test_source.py", "rollouts/test_enumerated.py", "rollouts/test_statistics.py"
+IDS = f"{SOURCE}::test_an_answer_is_the_students_own_ids_and_every_one_a_target_without_cross_entropy"
+DRAWN = f"{SOURCE}::test_which_are_written_depends_on_seed_step_and_example_alone"
+RANKS = f"{SOURCE}::test_ranks_write_a_part_each_and_train_on_the_same_step"
+PROMPTS = f"{SOURCE}::test_prompts_of_texts_and_those_that_are_too_long"
+STEP = f"{ENUMERATED}::test_a_step_divides_by_what_was_written_and_mixes_cross_entropy_on_the_data_alone"
+
+LONG = f"{ENUMERATED}::test_the_long_horizon_part_is_of_written_answers_alone_discounted_and_divided"
+
+FAULTS = [
+    *in_file(
+        "llmkd/losses/long_horizon.py",
+        (
+            "its-own-token-too",
+            "a token answers for its own divergence",
+            "after = rewards[t + 1] + gamma * after",
+            "after = rewards[t] + gamma * after",
+            LONG,
+        ),
+        ("undiscounted", "later tokens are not discounted", "+ gamma * after", "+ after", LONG),
+        ("divided-by-one-more", "the sum is divided by one token too many", "(len(rewards) - t - 1) if", "(len(rewards) - t) if", LONG),
+        (
+            "reward-the-other-way",
+            "the student is drawn away from the teacher",
+            "labels_N[rows]) - log_q_n).double()",
+            "labels_N[rows]) + log_q_n).double()",
+            LONG,
+        ),
+        ("across-examples", "rewards go on into the next example", "start += one.num_targets", "start += 0", LONG),
+        ("full-weight", "the part has weight 1 whatever kd_ratio is", "return Loss(self.weight * total,", "return Loss(1.0 * total,", LONG),
+    ),
+    *in_file(
+        "llmkd/data/written.py",
+        (
+            "labels-of-ones-own",
+            "what was written has cross-entropy",
+            '{"ce": np.zeros(len(chosen), np.float32)}',
+            '{"ce": np.ones(len(chosen), np.float32)}',
+            STEP,
+        ),
+        (
+            "data-in-the-long-run",
+            "the data's answers have a long-horizon part",
+            "{WRITTEN: np.zeros(len(examples), np.float32)}",
+            "{WRITTEN: np.ones(len(examples), np.float32)}",
+            f"{ENUMERATED}::test_a_step_in_which_nothing_is_written_has_no_long_horizon_part",
+        ),
+        ("prompt-is-a-target", "the prompt of a written answer is a target too", "np.repeat([False, True]", "np.repeat([True, True]", IDS),
+        (
+            "prompt-with-an-answer",
+            "a prompt ends with the first token of the answer",
+            "[0][: self.own[i]].tolist()",
+            "[0][: self.own[i] + 1].tolist()",
+            IDS,
+        ),
+        (
+            "teacher-cut-short",
+            "the teacher's prompt is cut where the student's ends",
+            "_appended(examples.teacher_view, prompts.theirs,",
+            "_appended(examples.teacher_view, prompts.own,",
+            f"{SOURCE}::test_the_teacher_reads_its_context_before_the_same_answer",
+        ),
+        ("one-token-too-long", "an answer may be longer than data.max_length", "+ room <= max_length", "+ room <= max_length + 1", PROMPTS),
+        (
+            "whole-text-as-prompt",
+            "a short text is a prompt with nothing after it",
+            "examples.lengths - 1, 1,",
+            "examples.lengths, 1,",
+            PROMPTS,
+        ),
+        (
+            "written-where-nothing-is-learnt",
+            "rows in which the teacher has no say are written",
+            'fits & (examples.weight("kd") != 0)',
+            "fits",
+            f"{SOURCE}::test_rows_that_the_teacher_has_no_say_in_are_not_written",
+        ),
+    ),
+    *in_file(
+        "llmkd/rollouts/source.py",
+        ("always-written", "every example is written", 'uniform(self.seed, text_key(*name, "is written"), 0) < share', "share > 0", IDS),
+        ("planned-count", "a step is divided by the targets of the data", "int(data.num_targets.sum())", "planned.num_targets", STEP),
+        (
+            "same-text-in-every-step",
+            "a prompt has one text in all steps",
+            "names.append((step, one, before[one]))",
+            "names.append((0, one, before[one]))",
+            DRAWN,
+        ),
+        (
+            "same-text-for-both",
+            "an example that is in a step twice has one text",
+            "names.append((step, one, before[one]))",
+            "names.append((step, one, 0))",
+            f"{SOURCE}::test_one_example_twice_in_a_step_has_two_texts",
+        ),
+        (
+            "nothing-as-an-example",
+            "an answer without a token is an example",
+            "zip(asked, found, strict=True) if one.ids]",
+            "zip(asked, found, strict=True)]",
+            f"{SOURCE}::test_an_answer_without_a_token_is_left_out_and_counted",
+        ),
+        (
+            "short-ones-measured",
+            "memory is measured with the data's answers",
+            "np.where(prompts.may, np.maximum(prompts.own, prompts.theirs) + room, 0)",
+            "np.where(prompts.may, np.maximum(prompts.own, prompts.theirs), 0)",
+            f"{SOURCE}::test_the_longest_answers_are_what_memory_is_measured_with",
+        ),
+    ),
+    *in_file(
+        "llmkd/rollouts/writer.py",
+        ("every-rank-writes-the-same", "all ranks write the first rank's part", "order[rank::ranks], []", "order[0::ranks], []", RANKS),
+        (
+            "alone-with-its-error",
+            "a rank that cannot write does not tell the others",
+            "        if ranks == 1:\n            raise\n",
+            "        raise\n",
+            f"{SOURCE}::test_a_rank_that_cannot_write_ends_all",
+        ),
+    ),
+    *in_file(
+        "llmkd/rollouts/statistics.py",
+        (
+            "never-reset",
+            "answers are counted again in every record",
+            "self.answers, self.seconds = [], 0.0",
+            "self.seconds = 0.0",
+            STATISTICS,
+        ),
+        (
+            "mean-of-means",
+            "the entropy is a mean over answers",
+            "sum(e * n for e, n in known) / max(1, sum(n for _, n in known))",
+            "sum(e for e, n in known) / len(known)",
+            STATISTICS,
+        ),
+        (
+            "random-at-any-time",
+            "a student is said to know nothing later too",
+            "if self.first is None and known and",
+            "if known and",
+            STATISTICS,
+        ),
+        ("said-again", "a warning is repeated", "self.said |= seen.keys()", "pass", STATISTICS),
+        ("drift-by-a-token", "a token more is a drift", "abs(length - self.first) >= LEAST and", "", STATISTICS),
+    ),
+]
