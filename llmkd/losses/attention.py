@@ -28,6 +28,7 @@ from .terms import Loss, StudentOutputs, Term
 
 #: Bytes of the float32 scores of one group, of either model: on a CPU they stay in its cache.
 _TILE = {"cuda": 32 << 20, "cpu": 2 << 20}
+_LONG = 32 << 20  # where an example is so long that few of its targets have so many
 _LEAST_TILE = 1 << 18
 
 
@@ -84,7 +85,7 @@ class _Divergence(torch.autograd.Function):
             for group in groups:
                 target, position = group.target_bn, group.position_bm
                 query, key = widen(query_Nhd[target]), widen(key_Pgd[position])
-                theirs = scores(widen(teacher_query_Nhd[target]), widen(teacher_key_Pgd[position]), scalings[1])
+                theirs = scores(*(x.to(query.dtype) for x in (teacher_query_Nhd[target], teacher_key_Pgd[position])), scalings[1])
                 value_bn, slope_bhnm = divergence(scores(query, key, scalings[0]), theirs, group.sees(windows), mean)
                 weight_bn = group.real_bn.to(rows_N.dtype)
                 if weight_N is not None:
@@ -138,7 +139,7 @@ def map_divergence(
     tile     bytes of the float32 scores of a group
     """
     heads = max(student.query.shape[1], teacher.query.shape[1])
-    groups = grouped(view, counts, _pairs(tile, heads, view))
+    groups = grouped(view, counts, *_pairs(tile, heads, view))
     (query, key), (query_T, key_T) = ((_flat(x.query).index_select(0, view.rows_N), _flat(x.key)) for x in (student, teacher))
     scalings, windows = (student.scaling, teacher.scaling), (student.window, teacher.window)
     return _Divergence.apply(query, key, query_T, key_T, groups, scalings, windows, mean, weight_N, torch.is_grad_enabled())
@@ -159,7 +160,7 @@ def relation_divergence(
     another and are cut into `heads` parts of width d, so that two models may have any heads and widths. Keys and values count once for all
     queries that read them.
     """
-    groups, found = grouped(view, counts, _pairs(tile, heads, view)), []
+    groups, found = grouped(view, counts, *_pairs(tile, heads, view)), []
     for pair in ((student.query, teacher.query), (student.key, teacher.key), (student.value, teacher.value)):
         ours, theirs = (_flat(x).flatten(1).unflatten(1, (heads, -1)) for x in pair)
         at_targets = (x.index_select(0, view.rows_N) for x in (ours, theirs))
@@ -175,9 +176,11 @@ def _flat(x_BhTd: Tensor) -> Tensor:
     return x_BhTd.transpose(1, 2).flatten(0, 1)
 
 
-def _pairs(tile: int | None, heads: int, view: View) -> int:
-    """Of targets and positions, so many that their scores in float32 fill a tile."""
-    return max(1, (tile or default_tile(view.rows_N.device.type)) // (4 * heads))
+def _pairs(tile: int | None, heads: int, view: View) -> tuple[int, int]:
+    """Of targets and positions, so many that their scores in float32 fill a tile; and for long examples."""
+    device = view.rows_N.device.type
+    tile = tile or default_tile(device)
+    return max(1, tile // (4 * heads)), _LONG // default_tile(device) * tile // (4 * heads)
 
 
 class AttentionTerm(Term):

@@ -8,6 +8,8 @@ from torch import Tensor
 
 from ..batch import View
 
+_FEW = 64
+
 
 @dataclass(frozen=True)
 class Group:
@@ -34,13 +36,14 @@ class Group:
         return sees_bnm
 
 
-def grouped(view: View, counts: Sequence[int], most: int) -> list[Group]:
+def grouped(view: View, counts: Sequence[int], most: int, long: int = 0) -> list[Group]:
     """A view's targets in groups of at most `most` pairs b n m of a target and a position, if one target alone has no more.
 
     counts   the targets of each example
+    long     of an example whose groups would have fewer than 64 targets so many pairs: each group gathers the example's keys again
     """
     groups, device = [], view.rows_N.device
-    for parts in _parted(view, counts, most):
+    for parts in _parted(view, counts, most, long):
         first, count, prefix, shared, own, length = torch.tensor(parts).T[..., None].to(device, non_blocking=True)  # [b, 1] each
         number_n = torch.arange(max(part[1] for part in parts), device=device)
         number_m = torch.arange(max(part[3] + part[5] for part in parts), device=device)
@@ -50,12 +53,13 @@ def grouped(view: View, counts: Sequence[int], most: int) -> list[Group]:
     return groups
 
 
-def _parted(view: View, counts: Sequence[int], most: int) -> Iterator[list[tuple[int, ...]]]:
+def _parted(view: View, counts: Sequence[int], most: int, long: int) -> Iterator[list[tuple[int, ...]]]:
     """The groups' parts, each by its first target, their number, and its example's `Span`. Alike ones are together, to pad little: a
     group's padding takes half as much as its parts, or a sixteenth of `most` where they are small."""
     parts, first = [], 0
     for span, count in zip(view.spans, counts, strict=True):
-        size = max(1, most // (span.shared + span.length))
+        m = span.shared + span.length
+        size = max(1, most // m, min(_FEW, long // m))
         parts += [(first + at, min(size, count - at), *span) for at in range(0, count, size)]
         first += count
     group, n, pairs = [], 0, 0

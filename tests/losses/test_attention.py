@@ -268,7 +268,7 @@ def test_only_targets_that_count_are_compared(heads, monkeypatch):
     outputs = StudentOutputs(torch.zeros(4, 3, dtype=torch.float64), None, {}, {1: student})
     term, labels, seen = attention.AttentionTerm(0.7, [(1, 2)], relation_heads=heads), torch.arange(4), []
     real = attention.grouped
-    monkeypatch.setattr(attention, "grouped", lambda view, counts, most: seen.append(counts) or real(view, counts, most))
+    monkeypatch.setattr(attention, "grouped", lambda view, counts, *most: seen.append(counts) or real(view, counts, *most))
 
     def batch(**weights):
         return Batch(labels, labels, VIEW, VIEW, (Example("", 3, -1), Example("", 1, -1)), weights)
@@ -288,6 +288,28 @@ def test_only_targets_that_count_are_compared(heads, monkeypatch):
         loss.total.backward()
         if not heads:
             assert student.query.grad.abs().sum((1, 3)).flatten().nonzero().flatten().tolist() == VIEW.rows_N[expected != 0].tolist()
+
+
+def test_a_long_example_is_parted_into_groups_of_64_targets_if_these_are_not_too_large():
+    view = View({"input_ids": torch.zeros(1, 1000, dtype=torch.long)}, torch.arange(800))
+    for most, long, sizes in ((5000, 0, [5] * 160), (5000, 10**5, [64] * 12 + [32]), (5000, 40_000, [40] * 20), (10**5, 10**5, [100] * 8)):
+        assert [one.target_bn.shape[1] for one in grouped(view, [800], most, long)] == sorted(sizes)
+
+
+@pytest.mark.parametrize(
+    "dtypes", [("float32", "float64"), ("bfloat16", "float64"), ("float64", "float32"), ("float32", "bfloat16")], ids=str
+)
+@WAY
+def test_a_teacher_may_have_another_type_than_the_student(way, dtypes):
+    student, teacher = (
+        inputs(4, 2, 6, 4, None, seed=seed).each(lambda x, dtype=dtype: x.to(getattr(torch, dtype)).requires_grad_())
+        for seed, dtype in zip((0, 5), dtypes, strict=True)
+    )
+    total, rows = way(student, teacher.each(torch.detach), VIEW, COUNTS)
+    total.backward()
+    wide = [one.each(lambda x: x.detach().double()) for one in (student, teacher)]
+    assert_close(rows.double(), way(*wide, VIEW, COUNTS)[1], rtol=1e-5, atol=1e-6)
+    assert rows.dtype == (torch.float64 if dtypes[0] == "float64" else torch.float32) and student.key.grad.dtype == student.key.dtype
 
 
 def test_an_example_of_many_targets_does_not_pad_those_of_few():

@@ -185,7 +185,7 @@ def test_memory_that_runs_out_halves_the_chunks(monkeypatch):
         Batch(torch.zeros(1), torch.zeros(1), view, view, (Example("", 1, 0),)),
         AttentionInputs(*torch.ones(3, 1, 2, 3, 4), 1.0, None),
     )
-    monkeypatch.setattr(attention, "grouped", lambda view, counts, most: asked.append(most) or [])
+    monkeypatch.setattr(attention, "grouped", lambda view, counts, most, long: asked.append((most, long)) or [])
     said = []
     while True:
         term(StudentOutputs(torch.zeros(1, 4), None, attention={1: one}), Dense(torch.zeros(1, 4), None, attention={1: one}), batch)
@@ -193,7 +193,7 @@ def test_memory_that_runs_out_halves_the_chunks(monkeypatch):
             break
         said.append(now)
     assert said == [f"attention in chunks of {kib} KiB" for kib in ("1,024", "512", "256")]
-    assert asked == [2**18, 2**17, 2**16, 2**15]  # pairs of a target and a position, of 2 heads in 4 bytes
+    assert asked == [(2**n, 2 ** (n + 4)) for n in (18, 17, 16, 15)]  # pairs of a target and a position, of 2 heads in 4 bytes
 
 
 def test_beside_hidden_states(trained, tmp_path):
