@@ -13,10 +13,12 @@ from llmkd.config.recipe import Lora, Quantization
 from llmkd.config.recipe import Student as StudentSettings
 from llmkd.config.recipe import Teacher as TeacherSettings
 from llmkd.errors import UserError
+from llmkd.files import read_jsonl
 from llmkd.losses.divergences import forward_kl
 from llmkd.losses.fused import fused_loss
 from llmkd.losses.objective import Objective
 from llmkd.models import saved_student
+from llmkd.models.depth import find_student
 from llmkd.models.language_model import LanguageModel
 from llmkd.models.load import LoadContext, load_teacher
 from tests.conftest import distance
@@ -201,6 +203,20 @@ def test_a_four_bit_run_resumes_bit_for_bit(single, trained, tmp_path, optimizer
 def test_a_packed_four_bit_run_is_the_unpacked_one(single, trained):
     changes = qlora(single, **{"student.lora.dropout": 0.0, "teacher.quantization": {"type": "nf4", "compute_dtype": "float32"}})
     assert distance(trained("packed", **changes, **{"data.packing": True}), trained("apart", **changes)) < 1e-4
+
+
+def test_a_four_bit_run_reads_hidden_states_and_attention_in_a_student_of_fewer_layers(single, trained, tmp_path):
+    """The same as of the smaller model by its own path; packed as apart."""
+    relations = {"what": "relations", "relation_heads": 4}
+    how = {"student.lora.dropout": 0.0, "loss.features": {"layers": [[1, 2]]}, "loss.attention": relations, "data.train.limit": 16}
+    layers = {"student.layers": [1]}
+    of_base = trained("base", **qlora(single, **how, **layers))
+    for name in ("features", "attention"):
+        values = [record[name] for record in read_jsonl(tmp_path / "base/metrics.jsonl") if name in record]
+        assert len(values) == 2 and min(values) > 1e-3
+    smaller = find_student(StudentSettings(model=str(single / "student"), layers=(1,))).base
+    assert distance(trained("own", **qlora(single, **how, **{"student.model": str(smaller)})), of_base) == 0
+    assert distance(trained("packed", **qlora(single, **how, **layers), **{"data.packing": True}), of_base) < 1e-4
 
 
 def test_merging_goes_into_the_unquantised_base_and_says_how_far_that_is(world, single, trained, tmp_path, capsys):

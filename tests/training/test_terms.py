@@ -150,11 +150,15 @@ def train_with_probe(recipe: str) -> int:
 
 @pytest.mark.slow
 def test_two_ranks_exchange_its_gradients(probed, trained, world, tmp_path):
-    trained("one", checkpoint__every=5, loss__features={"layers": [[1, 1], [2, 2]]})
-    recipe = plain_recipe(world, tmp_path / "two") | {"checkpoint": {"every": 5}, "loss": {"features": {"layers": [[1, 1], [2, 2]]}}}
+    loss = {"features": {"layers": [[1, 1], [2, 2]]}, "attention": {"layers": [[1, 2], [2, 1]]}}
+    trained("one", checkpoint__every=5, **{f"loss__{name}": settings for name, settings in loss.items()})
+    recipe = plain_recipe(world, tmp_path / "two") | {"checkpoint": {"every": 5}, "loss": loss}
     (tmp_path / "two.yaml").write_text(json.dumps(recipe))
     done = launch(2, train_with_probe, str(tmp_path / "two.yaml"))
     assert done.returncode == 0, done.stderr[-3000:]
     one = of_checkpoint(tmp_path / "one", 5)
     assert {name for name in one if name.startswith("terms.")} > PROBE, "and maps of hidden states"
+    records = [[record for record in read_jsonl(tmp_path / name / "metrics.jsonl") if "attention" in record] for name in ("one", "two")]
+    for a, b in zip(*records, strict=True):
+        assert a["attention"] > 1e-3 and b["attention"] == pytest.approx(a["attention"], rel=1e-9)
     assert distance(of_checkpoint(tmp_path / "two", 5), one) < 1e-9
