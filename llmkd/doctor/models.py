@@ -127,7 +127,7 @@ def deterministic(setup: Setup) -> Result:
     if setup.teacher is None:
         return not_asked("the recipe loads no teacher")
     if not setup.live:
-        return not_asked("the teacher is a cache, which is read as it was written")
+        return not_asked("the teacher is a cache or on a server, and its answers are read as they were kept")
     batch, problems, most = setup.batch(), [], 0.0
     for setting, model in setup.live.items():
         a, b = (logits(setup, setting, model, batch).double() for _ in range(2))

@@ -30,7 +30,17 @@ from ..signals import Signal, Teacher
 from ..teachers.connect import open_served
 from ..teachers.fidelity import measured_transform
 from ..training.attention import attention_terms
-from ..training.build import build_student, build_terms, keep_of, load, longest_row, open_teacher, teacher_probe, teacher_taps
+from ..training.build import (
+    build_student,
+    build_terms,
+    check_servers,
+    keep_of,
+    load,
+    longest_row,
+    open_teacher,
+    teacher_probe,
+    teacher_taps,
+)
 from ..training.features import feature_terms, start_features
 from ..training.launch import start
 from ..training.loop import StudentState, unwrap
@@ -89,6 +99,7 @@ class Setup:
         )
         taps = teacher_taps([recipe], [self.state])
         served = open_served(prepared.teachers, self.device, prepared.vocab)
+        check_servers(served.values(), prepared)
         self.teacher: Teacher | None = open_teacher(prepared.teachers, recipe.mixture, teachers, taps, self.device, served)
         for term in states:
             start_features(recipe.loss.features, term, self.student, self.teacher, ([self.batch()], [self.batch()]))

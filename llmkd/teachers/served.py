@@ -77,7 +77,8 @@ class ServedTeacher:
         for content_hash in lacking:
             text = texts[wanted[content_hash]]
             with self._lock:
-                self._pending[content_hash] = self._workers.submit(lambda text=text, known=content_hash: self._fetch(known, *text))
+                if content_hash not in self._pending and self.answers.missing([content_hash]):  # another thread may have been faster
+                    self._pending[content_hash] = self._workers.submit(lambda text=text, known=content_hash: self._fetch(known, *text))
 
     def ask(self, ids: Sequence[int], places: Sequence[int], strings: bool = False, model: ServedModel | None = None) -> Listed:
         """What the server says now of the tokens ids[places]. UserError, with the setting, for anything but a right answer."""

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+from llmkd.cli import main
 from llmkd.commands.cache import cache
 from llmkd.config import loader
 from llmkd.data.batch_source import ExampleSource
@@ -15,6 +16,7 @@ from llmkd.teachers.served import ServedTeacher
 from llmkd.training.run import run
 from tests.conftest import distance, plain_recipe, weights
 from tests.kit.cache import trained_by
+from tests.kit.processes import train_on_two
 from tests.kit.served import FakeServer
 
 K = 8
@@ -136,6 +138,21 @@ def test_a_stream_and_packed_rows_are_asked_one_example_at_a_time(make_recipe, s
     packed = trained_by(asking(make_recipe, server, "packed", other, data__validation_fraction=0.0, data__packing=True))
     assert distance(plain, packed) < 1e-5 and {json.dumps(one["prompt"]) for one in server.asked} == asked
     run(asking(make_recipe, server, "stream", data__validation_fraction=0.0, data__streaming=True, train__max_steps=2))
+
+
+@pytest.mark.slow
+def test_two_processes_each_ask_for_their_own_and_end_as_one(server, world, tmp_path):
+    ends = {}
+    for name, start in (("one", lambda words: main(["train", *words])), ("two", lambda words: train_on_two(words).returncode)):
+        server.asked.clear()
+        teacher = {"server": server.url, "model": "adapter", "top_k": K, "cache": {"path": str(tmp_path / f"{name}-answers")}}
+        recipe = plain_recipe(world, tmp_path / name) | {"teacher": teacher, "validation": {"teacher_check": 0}}
+        recipe["data"]["validation_fraction"], recipe["train"]["epochs"] = 0.2, 2
+        (tmp_path / f"{name}.yaml").write_text(json.dumps(recipe))
+        assert start(["--config", str(tmp_path / f"{name}.yaml")]) == 0
+        ends[name] = weights(tmp_path / name)
+        assert len(server.asked) == 38 and len({json.dumps(one["prompt"]) for one in server.asked}) == 37
+    assert distance(ends["one"], ends["two"]) < 1e-9 and len(list((tmp_path / "two-answers").glob("*.bin"))) == 2
 
 
 def test_what_the_student_writes_is_asked_too(make_recipe, server):
