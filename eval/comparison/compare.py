@@ -111,6 +111,8 @@ def compare(
                     raise UserError(f"--tasks {task}: {lost}; evaluate it again")
                 info(f"{task}: left out; {lost}")
                 continue
+            if not group["means"]:
+                info(f"{task}: left out; its tasks lack the metrics that it is the mean of")
             parts = {part: of_task(part) for part in group["tasks"]}
             measured = {arm: joined(group, {part: of_arm[arm] for part, of_arm in parts.items()}, info) for arm in arms}
         else:

@@ -53,7 +53,7 @@ def write_groups(folder: Path, groups: dict[str, Any], records: dict[str, dict])
     rows = group_means(groups, records)
     for name, group in groups.items():
         names = [task.task_name for task in group.get_all_tasks()]
-        if records.keys() >= set(names):
+        if names and records.keys() >= set(names):
             means = {row["metric"]: row["weighting"] for row in rows if row["task"] == name}
             stated = {"group": name, "version": group.version, "harness": harness_version(), "llmkd": __version__}
             record_files.write_group(folder, stated | {"tasks": names, "means": means})

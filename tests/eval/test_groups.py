@@ -181,6 +181,10 @@ def test_a_metric_that_a_task_lacks_has_no_mean(home):
     notes = []
     assert "all" not in {row.task for row in compare(arms("a", "b"), info=notes.append)}
     assert "all acc: left out for a; few has no such mean of one number an item" in notes
+    for run in "ab":
+        write_group(home / run / "eval", {"group": "none", "tasks": ["few"], "means": {}})
+    compare(arms("a", "b"), info=notes.append)
+    assert notes.count("none: left out; its tasks lack the metrics that it is the mean of") == 1
     assert "all f1: left out for b; birds, few, many has no such mean of one number an item" in notes
 
 

@@ -100,7 +100,7 @@ FAULTS = [
         (
             "group-recorded-early",
             "a group is recorded though one of its tasks failed",
-            "if records.keys() >= set(names):\n            means",
+            "if names and records.keys() >= set(names):\n            means",
             "if True:\n            means",
             FAILS,
         ),
