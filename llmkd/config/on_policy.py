@@ -176,8 +176,8 @@ def long_horizon_contradictions(
         yield (here, "loss.kd_ratio"), "set with a schedule of loss.kd_ratio, which is its weight too; give a number"
     if loss.normalize == "weights":
         yield (here, "loss.normalize"), "set with loss.normalize weights, which divides the divergence otherwise than it; use targets"
-    for name in ("target_weights", "keep"):
-        if getattr(loss, name) is not None:
+    for name, given in (("target_weights", loss.target_weights is not None), ("keep", loss.keep not in (None, 1))):
+        if given:
             yield (here, f"loss.{name}"), f"set with loss.{name}, which weighs the divergence alone; leave one of them out"
 
 

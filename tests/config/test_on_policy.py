@@ -45,6 +45,7 @@ TEXT = {"path": "t.jsonl", "format": "text"}
             "on_policy.long_horizon: set with teacher.server, which lists the most likely tokens alone",
         ),
         (LONG | {"data.train.divergence": "forward_kl"}, "on_policy.long_horizon: set with forward_kl in data.train"),
+        (LONG | {"loss.keep": 0.5}, "on_policy.long_horizon: set with loss.keep"),
         (LONG | {"on_policy.share": 0.0}, "on_policy.long_horizon: set, but on_policy.share is 0"),
         (LONG | {"on_policy.long_horizon": {"gamma": 0.0}}, "on_policy.long_horizon.gamma: found 0.0, expected"),
         ({"on_policy.lambda": 0.5}, "on_policy.lambda: unknown setting"),
@@ -59,6 +60,11 @@ def test_settings_that_contradict_are_refused(make_recipe, tmp_path, changes, me
 def test_a_share_of_0_takes_what_any_run_does(make_recipe):
     for changes in ({"teacher": None}, {"data__streaming": True, "train__max_steps": 3}, {"loss__kd_ratio": 0.0}):
         assert make_recipe(on_policy__share=0.0, **changes).on_policy.share == 0
+
+
+def test_the_long_horizon_goes_with_the_reverse_kl(make_recipe):
+    found = make_recipe(on_policy={"long_horizon": {}}, loss__divergence="reverse_kl").on_policy.long_horizon
+    assert found.gamma == 0.95 and found.length_normalized
 
 
 def test_the_section_alone_is_half_of_the_examples(make_recipe):
