@@ -48,6 +48,7 @@ class AttentionInputs:
     query, key, value   [B, heads, T, D]; keys and values have as many heads or fewer, each for as many of the query's
     scaling             factor of query times key before the softmax
     window              how many positions a position sees, its own counted; None for all before it
+    softcap             scores become softcap * tanh(scores / softcap) (Gemma 2, arXiv:2408.00118, section 2); None where they do not
     """
 
     query: Tensor
@@ -55,9 +56,10 @@ class AttentionInputs:
     value: Tensor
     scaling: float
     window: int | None
+    softcap: float | None = None
 
     def each(self, change: Callable[[Tensor], Tensor]) -> "AttentionInputs":
-        return AttentionInputs(change(self.query), change(self.key), change(self.value), self.scaling, self.window)
+        return AttentionInputs(change(self.query), change(self.key), change(self.value), self.scaling, self.window, self.softcap)
 
 
 class Signal(Protocol):

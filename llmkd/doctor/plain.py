@@ -199,7 +199,8 @@ def maps_apart(student: AttentionInputs, teacher: AttentionInputs, places: Seque
     def row(one: AttentionInputs, t: int, first: int) -> Tensor:
         h, g = one.query.shape[1], one.key.shape[1]
         heads = [one.key[0, a * g // h, first : t + 1] @ one.query[0, a, t] * one.scaling for a in range(h)]
-        p_hm = torch.stack(heads).softmax(-1)
+        scores_hm = torch.stack(heads)
+        p_hm = (scores_hm if one.softcap is None else one.softcap * torch.tanh(scores_hm / one.softcap)).softmax(-1)
         return p_hm.mean(0, keepdim=True) if mean else p_hm
 
     return _rows_apart(row, student, teacher, places)

@@ -43,6 +43,14 @@ def scores(query_bnhd: Tensor, key_bmgd: Tensor, scaling: float) -> Tensor:
     return scores_xam.mul_(scaling).view(b, h, n, m)
 
 
+def capped(scores_bhnm: Tensor, softcap: float | None, train: bool = False) -> tuple[Tensor, Tensor | None]:
+    """softcap * tanh(scores / softcap), written over the scores, and with `train` its derivative; both as they are without a soft cap."""
+    if softcap is None:
+        return scores_bhnm, None
+    tanh_bhnm = scores_bhnm.div_(softcap).tanh_()
+    return tanh_bhnm * softcap, tanh_bhnm.square_().neg_().add_(1.0) if train else None
+
+
 def _by_key_head(query_bnhd: Tensor, g: int) -> Tensor:
     """Queries [b g, h / g n, d] by the key head that they read."""
     b, n, h, d = query_bnhd.shape
@@ -70,13 +78,13 @@ def divergence(student_bhnm: Tensor, teacher_bhnm: Tensor, sees_bnm: Tensor, mea
 class _Divergence(torch.autograd.Function):
     """The weighted sum of `divergence` over N targets (differentiable in the student's queries and keys), and its values times their weights, [N].
 
-    query_Nhd, key_Pgd   the student's, and the teacher's after them; `scalings` and `windows` are theirs in that order
+    query_Nhd, key_Pgd   the student's, and the teacher's after them; `scalings`, `softcaps` and `windows` are theirs in that order
     weight_N             of the targets, or None
     train                whether a gradient is asked for
     """
 
     @staticmethod
-    def forward(ctx, query_Nhd, key_Pgd, teacher_query_Nhd, teacher_key_Pgd, groups, scalings, windows, mean, weight_N, train):
+    def forward(ctx, query_Nhd, key_Pgd, teacher_query_Nhd, teacher_key_Pgd, groups, scalings, softcaps, windows, mean, weight_N, train):
         needs_query, needs_key = (train and needed for needed in ctx.needs_input_grad[:2])
         grad_query = torch.zeros_like(query_Nhd, dtype=widen(query_Nhd[:0]).dtype) if needs_query else None
         grad_key = torch.zeros_like(key_Pgd, dtype=widen(key_Pgd[:0]).dtype) if needs_key else None
@@ -86,13 +94,16 @@ class _Divergence(torch.autograd.Function):
                 target, position = group.target_bn, group.position_bm
                 query, key = widen(query_Nhd[target]), widen(key_Pgd[position])
                 theirs = scores(*(x.to(query.dtype) for x in (teacher_query_Nhd[target], teacher_key_Pgd[position])), scalings[1])
-                value_bn, slope_bhnm = divergence(scores(query, key, scalings[0]), theirs, group.sees(windows), mean)
+                ours, slope_of_cap = capped(scores(query, key, scalings[0]), softcaps[0], train)
+                value_bn, slope_bhnm = divergence(ours, capped(theirs, softcaps[1])[0], group.sees(windows), mean)
                 weight_bn = group.real_bn.to(rows_N.dtype)
                 if weight_N is not None:
                     weight_bn *= weight_N[target]
                 rows_N.index_add_(0, target.flatten(), weighted(value_bn, weight_bn).flatten())
                 if not (needs_query or needs_key):
                     continue
+                if slope_of_cap is not None:
+                    slope_bhnm.mul_(slope_of_cap)
                 of_query, of_key = backward(slope_bhnm.mul_(scalings[0] * weight_bn[:, None, :, None]), query, key, needs_query, needs_key)
                 if needs_query:
                     grad_query.index_add_(0, target.flatten(), of_query.flatten(0, 1))
@@ -106,7 +117,7 @@ class _Divergence(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, scale, _):
         grads = ((grad if grad is None else (grad * scale).to(dtype)) for grad, dtype in zip(ctx.grads, ctx.dtypes, strict=True))
-        return *grads, *(None,) * 8
+        return *grads, *(None,) * 9
 
 
 def backward(
@@ -142,7 +153,8 @@ def map_divergence(
     groups = grouped(view, counts, *_pairs(tile, heads, view))
     (query, key), (query_T, key_T) = ((_flat(x.query).index_select(0, view.rows_N), _flat(x.key)) for x in (student, teacher))
     scalings, windows = (student.scaling, teacher.scaling), (student.window, teacher.window)
-    return _Divergence.apply(query, key, query_T, key_T, groups, scalings, windows, mean, weight_N, torch.is_grad_enabled())
+    softcaps = student.softcap, teacher.softcap
+    return _Divergence.apply(query, key, query_T, key_T, groups, scalings, softcaps, windows, mean, weight_N, torch.is_grad_enabled())
 
 
 def relation_divergence(
@@ -166,7 +178,8 @@ def relation_divergence(
         at_targets = (x.index_select(0, view.rows_N) for x in (ours, theirs))
         (query, query_T), scalings = at_targets, tuple(x.shape[-1] ** -0.5 for x in (ours, theirs))
         windows = student.window, teacher.window
-        found.append(_Divergence.apply(query, ours, query_T, theirs, groups, scalings, windows, False, weight_N, torch.is_grad_enabled()))
+        how = groups, scalings, (None, None), windows, False, weight_N, torch.is_grad_enabled()
+        found.append(_Divergence.apply(query, ours, query_T, theirs, *how))
     total, rows_N = zip(*found, strict=True)
     return torch.stack(total).sum(), torch.stack(rows_N).sum(0)
 

@@ -9,6 +9,7 @@ scaled_dot_product_attention for each segment. Rows that are not packed get tran
 
 import functools
 import inspect
+import sys
 import weakref
 from collections.abc import Callable
 
@@ -21,7 +22,7 @@ from ..console import warn
 from ..errors import brief
 from ..signals import AttentionInputs
 
-NAME = "llmkd_varlen"
+NAME, OWN = "llmkd_varlen", "llmkd_own"
 #: What is told of each call of a module's attention, by module: its inputs, and its output [B, T, heads, D]. See `attention_taps.py`.
 WATCHED: "weakref.WeakKeyDictionary[nn.Module, Callable[[AttentionInputs, Tensor], None]]" = weakref.WeakKeyDictionary()
 
@@ -40,6 +41,36 @@ def enable(model: nn.Module) -> bool:
     AttentionMaskInterface.register(NAME, sdpa_mask)
     model.set_attn_implementation(NAME)
     return True
+
+
+def enable_own(model: nn.Module) -> bool:
+    """Let `WATCHED` be told of the eager attention of a family with soft caps, which stays its own. False for any other."""
+    config, own = model.config.get_text_config(), _eager_of(model)
+    if config._attn_implementation not in ("eager", OWN) or not getattr(config, "attn_logit_softcapping", None) or not own:
+        return False
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import eager_mask
+
+    AttentionInterface.register(OWN, own_attention)
+    AttentionMaskInterface.register(OWN, eager_mask)
+    model.set_attn_implementation(OWN)
+    return True
+
+
+def _eager_of(module: nn.Module) -> Callable | None:
+    return getattr(sys.modules[type(module).__module__], "eager_attention_forward", None)
+
+
+@torch.compiler.disable
+def own_attention(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, **others) -> tuple:
+    """The family's own eager attention, as transformers calls it."""
+    out = _eager_of(module)(module, query, key, value, attention_mask, **others)
+    if watching := WATCHED.get(module):
+        if odd := [name for name in ("s_aux", "position_bias", "head_mask") if others.get(name) is not None]:
+            raise NotImplementedError(f"{odd[0]} in its attention")
+        scale = query.shape[-1] ** -0.5 if others.get("scaling") is None else float(others["scaling"])
+        watching(AttentionInputs(query, key, value, scale, _window(module, others), others.get("softcap")), out[0])
+    return out
 
 
 def is_enabled(model: nn.Module) -> bool:

@@ -19,8 +19,8 @@ from .taps import watched
 def enable_taps(model: LanguageModel, layers: Iterable[int], setting: str, packing: bool = False) -> dict[int, AttentionInputs]:
     """Give a `LanguageModel` llmkd's attention, from which the inputs are taken. Returns those of a small batch, by layer.
 
-    UserError for a layer that it does not have, and where the inputs of a layer do not explain its output: where there is a soft cap, a
-    bias of positions, or anything else than a softmax of scaled products.
+    A family with soft caps keeps its own. UserError for a layer that it does not have, and where the inputs of a layer do not explain its
+    output: where there is a bias of positions, or anything else than a softmax of scaled products, capped or not.
 
     setting   the model's name in the recipe, for messages
     packing   whether rows are packed
@@ -32,9 +32,10 @@ def enable_taps(model: LanguageModel, layers: Iterable[int], setting: str, packi
         raise UserError(f"loss.attention.layers: {family} does not keep its layers in a list; {leave}")
     if outside := [number for number in layers if not 1 <= number <= len(modules)]:
         raise UserError(f"loss.attention.layers: found layer {outside[0]}, and {family} has layers 1 to {len(modules)}")
-    if (packing and not model.capabilities.packed_attention) or not attention.enable(base):
+    packed = not packing or model.capabilities.packed_attention
+    if not (packed and attention.enable(base)) and not attention.enable_own(base):
         raise UserError(
-            f"loss.attention: {family} uses an attention of its own (soft caps, chunks, sinks or none at all), whose queries and keys "
+            f"loss.attention: {family} uses an attention of its own (chunks, sinks, other biases or none at all), whose queries and keys "
             f"llmkd does not see; {leave}, or use another model"
         )
     found: dict[int, list[tuple[AttentionInputs, Tensor]]] = {number: [] for number in layers}
@@ -52,7 +53,8 @@ def enable_taps(model: LanguageModel, layers: Iterable[int], setting: str, packi
         if len(calls) != 1:
             raise UserError(f"loss.attention.layers: {family}: layer {number} has {len(calls) or 'no'} attention; name another layer")
         inputs, out = calls[0]
-        if not relative_gap([out.double()], [_textbook(inputs)]) <= tolerance(model):
+        rounds = () if inputs.softcap is None else (torch.float32,)  # eager softmax, whatever the model's type
+        if not relative_gap([out.double()], [_textbook(inputs)]) <= tolerance(model, *rounds):
             raise UserError(f"loss.attention: {family}: the attention of layer {number} is more than a softmax of scaled products; {leave}")
     return {number: calls[0][0] for number, calls in found.items()}
 
@@ -64,4 +66,6 @@ def _textbook(inputs: AttentionInputs) -> Tensor:
     back = torch.arange(T)[:, None] - torch.arange(T)
     hidden = (back < 0) | (back >= (inputs.window or T))
     scores = inputs.query @ inputs.key.mT * inputs.scaling
+    if cap := inputs.softcap:
+        scores = cap * torch.tanh(scores / cap)
     return (scores.masked_fill(hidden.to(scores.device), float("-inf")).softmax(-1) @ inputs.value).transpose(1, 2)

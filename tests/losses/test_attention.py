@@ -2,6 +2,7 @@
 
 import functools
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -26,13 +27,14 @@ def softmax(x: np.ndarray) -> np.ndarray:
     return e / e.sum()
 
 
-def maps(query, key, scaling, places, windows) -> list[list[np.ndarray]]:
+def maps(query, key, scaling, places, windows, softcap=None) -> list[list[np.ndarray]]:
     """For each target and head the probabilities of the positions that it sees: query [n, h, d], key [g, m, d]."""
     query, key, out = query.detach().numpy(), key.detach().numpy(), []
     for i, t in enumerate(places):
         sees = [j for j in range(key.shape[1]) if j <= t and all(window is None or t - j < window for window in windows)]
         per = query.shape[1] // key.shape[0]
-        out.append([softmax(np.array([scaling * query[i, a] @ key[a // per, j] for j in sees])) for a in range(query.shape[1])])
+        scores = [np.array([scaling * query[i, a] @ key[a // per, j] for j in sees]) for a in range(query.shape[1])]
+        out.append([softmax(x if softcap is None else softcap * np.tanh(x / softcap)) for x in scores])
     return out
 
 
@@ -92,7 +94,7 @@ VIEW, COUNTS = View({"input_ids": torch.zeros(2, 7, dtype=torch.long)}, torch.te
 def expected_maps(student: AttentionInputs, teacher: AttentionInputs, mean: bool = False) -> torch.Tensor:
     windows, found = (student.window, teacher.window), []
     for b, t in ((0, 1), (0, 4), (0, 6), (1, 2)):
-        q, p = (maps(x.query[b, :, [t]].transpose(0, 1), x.key[b], x.scaling, [t], windows)[0] for x in (student, teacher))
+        q, p = (maps(x.query[b, :, [t]].transpose(0, 1), x.key[b], x.scaling, [t], windows, x.softcap)[0] for x in (student, teacher))
         q, p = ([np.mean(q, 0)], [np.mean(p, 0)]) if mean else (q, p)
         found.append(np.mean([kl(b, a) for a, b in zip(q, p, strict=True)]))
     return torch.tensor(found)
@@ -129,6 +131,19 @@ def test_relations_of_queries_keys_and_values_are_added_up(heads, windows):
     assert_close(found, expected_relations(student, teacher, heads), rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.parametrize("caps", [(1.5, None), (None, 0.5), (2.0, 3.0)], ids=str)
+@pytest.mark.parametrize("mean", [False, True])
+def test_soft_caps_of_either_model(mean, caps):
+    student, teacher = (
+        replace(inputs(4, 2, 6, 4, window, seed=seed), softcap=cap) for window, seed, cap in zip((3, None), (0, 5), caps, strict=True)
+    )
+    _, found = attention.map_divergence(student, teacher, VIEW, COUNTS, mean)
+    assert_close(found, expected_maps(student, teacher, mean), rtol=1e-12, atol=1e-14)
+    assert (
+        found - attention.map_divergence(*(replace(x, softcap=None) for x in (student, teacher)), VIEW, COUNTS, mean)[1]
+    ).abs().max() > 0.01
+
+
 WAYS = {
     "maps": functools.partial(attention.map_divergence, mean=False),
     "mean maps": functools.partial(attention.map_divergence, mean=True),
@@ -141,11 +156,11 @@ WAY = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 @pytest.mark.parametrize("tile", [1, 10**6])
 def test_weights_multiply_values_and_gradients_which_are_those_of_finite_differences(way, tile):
     weight_N = torch.tensor([0.5, 0.0, -2.0, 3.0], dtype=torch.float64)
-    student, teacher = inputs(4, 2, 6, 4, 4, seed=0), inputs(4, 1, 8, 12, None, seed=5)
+    student, teacher = replace(inputs(4, 2, 6, 4, 4, seed=0), softcap=1.5), inputs(4, 1, 8, 12, None, seed=5)
     given = [x.requires_grad_() for x in (student.query, student.key, student.value)]
 
     def total(*given, weight_N=weight_N):
-        return way(AttentionInputs(*given, student.scaling, student.window), teacher, VIEW, COUNTS, weight_N=weight_N, tile=tile)[0]
+        return way(AttentionInputs(*given, student.scaling, student.window, 1.5), teacher, VIEW, COUNTS, weight_N=weight_N, tile=tile)[0]
 
     assert torch.autograd.gradcheck(total, given, fast_mode=True)
     value, rows = way(student, teacher, VIEW, COUNTS, weight_N=weight_N, tile=tile)

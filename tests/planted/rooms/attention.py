@@ -147,7 +147,7 @@ FAULTS = [
     ),
     *in_file(
         "llmkd/models/attention_taps.py",
-        ("outputs-unchecked", "what explains no output is used", "<= tolerance(model):", "<= float('inf'):", READ),
+        ("outputs-unchecked", "what explains no output is used", "<= tolerance(model, *rounds):", "<= float('inf'):", READ),
     ),
     *in_file(
         "llmkd/batch.py",
