@@ -38,12 +38,12 @@ def test_other_ranks_are_silent(capsys, monkeypatch):
 
 
 def test_streams_that_are_closed_are_opened_before_a_file_takes_their_number(tmp_path):
-    """As `llmkd train >&- 2>&- <&-` starts it."""
-    script = f"from llmkd import console; console.open_streams(); print(1); open({str(tmp_path / 'a')!r}, 'w').write('b')"
-    subprocess.run(["sh", "-c", f'exec {sys.executable} -c "$0" <&- >&- 2>&-', script], check=True)
-    assert (tmp_path / "a").read_text() == "b"
-    script += "; import os, sys; sys.exit(open(sys.argv[1]).fileno())"
-    assert subprocess.run(["sh", "-c", f'exec {sys.executable} -c "$0" {tmp_path}/a <&- >&- 2>&-', script]).returncode > 2
+    """As `llmkd recipes >&- 2>&- <&-` starts it."""
+    (tmp_path / "a.py").write_text(
+        "import sys; from llmkd import cli\ncode = cli.main(sys.argv[1:])\nsys.exit(code * 100 + open(__file__).fileno())"
+    )
+    words = ["sh", "-c", f"exec {sys.executable} {tmp_path}/a.py recipes --json - <&- >&- 2>&-"]
+    assert 2 < subprocess.run(words).returncode < 100
 
 
 def test_a_line_goes_above_a_bar(capsys):

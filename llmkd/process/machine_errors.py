@@ -109,6 +109,12 @@ MACHINE_ERRORS = (
         certain=False,
     ),
     MachineError(
+        "a file or folder of that name is there by now",
+        "another command may have made it: look at it, or choose another name",
+        (errno.EEXIST, errno.ENOTEMPTY),
+        certain=False,
+    ),
+    MachineError(
         "a path cannot be used",
         "choose another one",
         (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.ELOOP),

@@ -49,6 +49,7 @@ CASES = [
     (RuntimeError("CUDA error: uncorrectable ECC error encountered"), "the GPU or its driver fails", "nvidia-smi"),
     (ConnectionResetError(errno.ECONNRESET, "Connection reset by peer"), "the network fails", "connection"),
     (OSError(errno.EBUSY, "Device or resource busy", "/x"), "the system refuses", "/x"),
+    (OSError(errno.ENOTEMPTY, "Directory not empty", "m"), "a file or folder of that name is there by now", "choose another name"),
 ]
 
 
