@@ -102,6 +102,11 @@ def test_help_on_one_section_of_the_settings(capsys):
         (["report", "a", "b"], "report: found a b, expected the folder of a sweep"),
         (["recipes", "x"], "x: recipes takes no such argument"),
         (["completion", "fish"], "completion: found fish, expected bash or zsh"),
+        (
+            ["export", "run", "--to=~no-such-user/x"],
+            "~no-such-user/x: no home folder of that name is known; set HOME, or write the path out",
+        ),
+        (["report", "~no-such-user/x"], "~no-such-user/x: no home folder of that name is known"),
         (["init", "quickstrt"], "init: there is no recipe quickstrt; did you mean quickstart?"),
     ],
 )
@@ -109,6 +114,12 @@ def test_a_mistake_is_one_line(capsys, tmp_path, monkeypatch, argv, text):
     monkeypatch.chdir(tmp_path)
     assert refused(capsys, *argv).startswith(text)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_tilde_in_an_option_is_the_home_folder(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/me")
+    options, _ = arguments.parse("tasks", ["~/data", "--to=~/tasks"])
+    assert (options.places, options.to) == (["/home/me/data"], "/home/me/tasks")
 
 
 def test_switches_are_understood_as_settings_are_written():

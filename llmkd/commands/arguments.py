@@ -6,6 +6,7 @@ reads and checks against the schema.
 
 import argparse
 import dataclasses
+import os
 import typing
 
 from ..config.loader import parse_overrides
@@ -345,7 +346,26 @@ def command_parsers(group=None) -> dict[str, Parser]:
 
 
 def parse(command: str, words: list[str]) -> tuple[argparse.Namespace, dict[str, typing.Any]]:
-    """A command's options, and the settings given beside them. Raises HelpShown after printing help, UserError for a mistake."""
+    """A command's options, and the settings given beside them. Raises HelpShown after printing help, UserError for a mistake.
+
+    A ~ at an option's beginning is the home folder: shells leave it as it is in --to=~/new.
+    """
+    options, settings = _parse(command, words)
+    for name, value in vars(options).items():
+        setattr(options, name, [_at_home(one) for one in value] if isinstance(value, list) else _at_home(value))
+    return options, settings
+
+
+def _at_home(value):
+    if not isinstance(value, str) or not value.startswith("~"):
+        return value
+    path = os.path.expanduser(value)
+    if path.startswith("~") and not os.path.lexists(path):
+        raise UserError(f"{value}: no home folder of that name is known; set HOME, or write the path out")
+    return path
+
+
+def _parse(command: str, words: list[str]) -> tuple[argparse.Namespace, dict[str, typing.Any]]:
     parser = command_parsers()[command]
     words, settings = plain_switches(parser, words), []
     if parser.kind and any(action.dest == "places" for action in parser._actions):  # else a setting's value may be taken for a place

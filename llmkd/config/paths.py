@@ -122,6 +122,8 @@ def _expand(value: str) -> str:
         return os.environ[name]
 
     text = os.path.expanduser(re.sub(r"\$(?:([A-Za-z_]\w*)|\{([A-Za-z_]\w*)\})", variable, value))
+    if text.startswith("~") and not os.path.lexists(text):
+        raise ValueError(f"found {value}, and no home folder of that name is known; set HOME, or write the path out")
     if other := re.search(r"^\{\w+\}|\{(?:output_dir|cwd|seed)\}", text.removeprefix(CWD)):  # elsewhere a brace is a character of a name
         places = {
             "{output_dir}": ", or in the set: of a pipeline or sweep with {output_dir}",

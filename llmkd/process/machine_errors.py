@@ -114,6 +114,13 @@ MACHINE_ERRORS = (
         (errno.EEXIST, errno.ENOTEMPTY),
         certain=False,
     ),
+    MachineError("a pipe or a device has the name of a file", "remove it, or choose another folder", types="NotAFile", exit_code=2),
+    MachineError(
+        "no home folder is known",
+        "set HOME, or LLMKD_CACHE where only the cache is meant",
+        text=r"Could not determine home directory",
+        exit_code=2,
+    ),
     MachineError(
         "a path cannot be used",
         "choose another one",

@@ -6,6 +6,7 @@ another name and renamed when all of it is on the disk; the previous one is dele
 data, the learning rate and the dropout masks are functions of the step number, so nothing else has to be saved.
 """
 
+import errno
 import json
 import re
 import shutil
@@ -182,6 +183,4 @@ def _need_room(folder: Path, size: int) -> None:
     folder.mkdir(exist_ok=True)
     free = shutil.disk_usage(folder).free
     if free < 1.2 * size:
-        raise UserError(
-            f"output_dir: {free >> 20} MB free at {folder}, {int(1.2 * size) >> 20} MB needed for a checkpoint; make room, then --resume"
-        )
+        raise OSError(errno.ENOSPC, f"{free / 1e6:,.1f} MB free and {1.2 * size / 1e6:,.1f} MB needed for a checkpoint", str(folder))

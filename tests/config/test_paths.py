@@ -96,6 +96,12 @@ def test_home_and_variables_are_expanded(place, tmp_path, monkeypatch):
     assert place(overrides={"data.train.path": "$ROWS/rows.jsonl"}).data.train.path == str(tmp_path / "recipes/rows.jsonl")
 
 
+@pytest.mark.parametrize("path", ["output_dir", "student.model", "data.train.path", "data.cache_dir"])
+def test_a_home_that_is_not_known_is_refused(place, path):
+    text = problem(place, overrides={path: "~no-such-user/x"})
+    assert text == f"--{path}: found ~no-such-user/x, and no home folder of that name is known; set HOME, or write the path out"
+
+
 def test_a_variable_that_is_not_set_is_named_with_its_line(place, monkeypatch):
     monkeypatch.delenv("NO_SUCH_FOLDER", raising=False)
     found = problem(place, 'data: {train: {path: "$NO_SUCH_FOLDER/rows.jsonl"}}')

@@ -108,6 +108,17 @@ MACHINE = [
         "output/test_run_folder.py::test_a_folder_that_cannot_be_made_is_refused_at_once_and_one_that_can_leaves_nothing",
     ),
     Row(
+        "no home folder (HOME unset, ~nobody)",
+        "one line with what to set",
+        "process/test_machine_errors.py::test_a_path_that_cannot_be_is_the_users_mistake test_cli.py::test_a_mistake_is_one_line "
+        "config/test_paths.py::test_a_home_that_is_not_known_is_refused",
+    ),
+    Row(
+        "too little room for the next checkpoint",
+        "known before it is written: one line, exit code 1",
+        "training/test_checkpoint.py::test_too_little_room_for_a_checkpoint_is_a_full_disk_and_the_one_before_stays",
+    ),
+    Row(
         "a file that this user may not read",
         "named with the right that is missing; no advice to delete it",
         "output/test_damaged_files.py::test_a_file_that_this_user_may_not_read_is_not_to_be_deleted_or_made_again",

@@ -85,11 +85,14 @@ def test_a_bug_says_so_and_how_to_report_it(error, capsys):
     assert "Traceback" in capsys.readouterr().err
 
 
-def test_a_path_that_cannot_be_is_the_users_mistake():
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENAMETOOLONG, "File name too long", "x"), RuntimeError("Could not determine home directory.")]
+)
+def test_a_path_that_cannot_be_is_the_users_mistake(error, capsys):
     def fail():
-        raise OSError(errno.ENAMETOOLONG, "File name too long", "x")
+        raise error
 
-    assert exit_code(fail) == 2
+    assert exit_code(fail) == 2 and "bug" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -3,11 +3,12 @@
 import json
 import os
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 
-from llmkd.errors import UserError
+from llmkd.errors import UserError, exit_code
 from llmkd.files import Damaged, read_sealed, sha256_file, write_sealed
 from llmkd.training import checkpoint
 
@@ -19,6 +20,16 @@ def save(folder, step: int, run: dict = RUN, state: dict = STATE) -> None:
     folder.mkdir(exist_ok=True)
     weights = torch.nn.Parameter(torch.full((4,), float(step)))
     checkpoint.save(folder, step, {"w": weights}, torch.optim.SGD([weights], lr=0.1), state, run)
+
+
+def test_too_little_room_for_a_checkpoint_is_a_full_disk_and_the_one_before_stays(tmp_path, monkeypatch, capsys):
+    save(tmp_path, 1)
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda folder: SimpleNamespace(free=19))
+    assert exit_code(lambda: save(tmp_path, 2)) == 1  # 16 bytes, and a fifth more
+    assert "llmkd: the disk is full (" in (said := capsys.readouterr().err) and "0.0 MB needed for a checkpoint" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["step-1"]
+    monkeypatch.setattr(checkpoint.shutil, "disk_usage", lambda folder: SimpleNamespace(free=20))
+    save(tmp_path, 2)
 
 
 def reseal(path, **changes) -> None:
