@@ -87,6 +87,8 @@ RULED = {
     "kd_ratio 0.2 to 0.9 cosine in 15 steps": Loss(kd_ratio={"from": 0.2, "to": 0.9, "shape": "cosine", "steps": 15}),
     "T 4 to 1 constant in half": Loss(kd_ratio=0.5, temperature={"from": 4.0, "to": 1.0, "shape": "constant", "ratio": 0.5}),
 }
+#: Of the loss, the first source and the second.
+OF_SOURCES = {"reverse KL of the second source": (("forward_kl", {}), ("forward_kl", {}), ("reverse_kl", {}))}
 
 
 def name_of(ratio: float, temperature: float, divergence: str, options: dict, attention: dict | None = None) -> str:
@@ -95,7 +97,7 @@ def name_of(ratio: float, temperature: float, divergence: str, options: dict, at
     return " ".join([f"kd_ratio {ratio:g}, T {temperature:g},", divergence, *own])
 
 
-NAMES = [name_of(*objective) for objective in OBJECTIVES] + list(FEATURES) + list(RULED)
+NAMES = [name_of(*objective) for objective in OBJECTIVES] + [*FEATURES, *RULED, *OF_SOURCES]
 
 
 def model(width: int, noise: float = 0.0) -> LanguageModel:
@@ -118,12 +120,12 @@ def model(width: int, noise: float = 0.0) -> LanguageModel:
 
 
 def source() -> PlannedSource:
-    """Twenty ragged examples, of which a first part is not supervised, five a step."""
+    """Twenty ragged examples of two sources, of which a first part is not supervised, five a step."""
     lengths = [6 + 5 * i % 13 for i in range(20)]
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     ids = np.arange(offsets[-1], dtype=np.int32) ** 2 * 7 % (V - 3) + 3
     mask = np.concatenate([np.arange(n) > i % 4 for i, n in enumerate(lengths)])
-    examples = Examples(ids, mask, offsets, np.arange(20))
+    examples = Examples(ids, mask, offsets, np.arange(20), source=np.arange(20) % 2)
     plan = BatchPlan(examples.lengths, seed=0, batch_size=5, epochs=STEPS // 4, max_steps=None)
     return PlannedSource(examples, [], plan, 3, Collator(pad=0))
 
@@ -156,9 +158,11 @@ def losses(
         states.append(build_student(Loss(kd_ratio=0.5), OPTIM, model(8, noise), STEPS, Accelerator(cpu=True), more=more))
     for loss in ruled.values():
         states.append(build_student(loss, OPTIM, model(8, noise), STEPS, Accelerator(cpu=True)))
+    for divergences in OF_SOURCES.values():
+        states.append(build_student(Loss(kd_ratio=0.5), OPTIM, model(8, noise), STEPS, Accelerator(cpu=True), divergences=divergences))
     taps = functools.reduce(operator.or_, (state.distiller.teacher_taps for state in states))
-    found = {name: [[], []] for name in [*(name_of(*objective) for objective in objectives), *features, *ruled]}
-    ratios = [objective[0] for objective in objectives] + [0.5] * (len(features) + len(ruled))
+    found = {name: [[], []] for name in [*(name_of(*objective) for objective in objectives), *features, *ruled, *OF_SOURCES]}
+    ratios = [objective[0] for objective in objectives] + [0.5] * (len(features) + len(ruled) + len(OF_SOURCES))
     for progress in train(source(), states, LiveTeacher(teacher, taps), Accelerator(cpu=True)):
         for k, rows in enumerate(found.values()):
             assert ("kd" in progress.terms[k]) == (ratios[k] > 0), "a student that learns without the teacher of the others"
