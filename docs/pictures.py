@@ -275,7 +275,7 @@ def head():
 LAYERS = (
     (("train.py  cli.py", "entry points"), ("eval/", "benchmarks, comparison, report")),
     (("commands/", "sweep, cache, export, data, ..."), ("api.py", "the Python API")),
-    (("doctor/", "checks of a recipe before it is run"),),
+    (("doctor/", "checks of a recipe before it is run"), ("planning/", "what a run needs and costs")),
     (("training/", "run, trainer, loop, checkpoint, validation"),),
     (("output/", "run folder, metrics, model card, hub"),),
     (("teachers/", "live, cached, served, mixture; the cache on disk"), ("rollouts/", "text that a model writes")),

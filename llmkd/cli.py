@@ -26,7 +26,7 @@ from .training.shutdown import end_on_signal
 
 _COMPUTES = ("train", "sweep", "cache", "roll", "sample", "export", "eval", "doctor")
 _RESUMED = ("train", "sweep")
-_QUIET = (*_COMPUTES, "data", "tasks")
+_QUIET = (*_COMPUTES, "data", "plan", "tasks")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -158,6 +158,17 @@ def data(options: argparse.Namespace, overrides: dict) -> dict:
     return preview(loader.load_recipe(config, overrides), 3 if options.show is None else options.show, options.example)
 
 
+def plan(options: argparse.Namespace, overrides: dict) -> dict:
+    config = _recipe(options)
+    loader.load_recipe(config, overrides)  # before torch is loaded
+    from .commands.plan import Wanted, run
+    from .planning.devices import GPUS, SHARE
+
+    gpu = GPUS.get(options.gpu)
+    rate = options.tflops and options.tflops * 1e12
+    return run(config, overrides, Wanted(gpu, options.gpu == "none", options.memory, options.share or SHARE, rate))
+
+
 def doctor(options: argparse.Namespace, overrides: dict) -> dict:
     config = _config(options)
     if loader.file_kind(config) == "sweep":
@@ -278,6 +289,7 @@ COMMANDS = {
     "cache": cache,
     "data": data,
     "roll": roll,
+    "plan": plan,
     "doctor": doctor,
     "sample": sample,
     "export": export,

@@ -4,6 +4,9 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+#: Rows of a head's weight that are worked on at a time where a copy of them, or their product, is needed.
+BLOCK = 8192
+
 
 class Head:
     """The map from a model's last hidden states [N, H] to its logits [N, V] over the real vocabulary, in at least float32.
@@ -144,6 +147,6 @@ class _WideProduct(torch.autograd.Function):
         return grad_hidden, grad_weight
 
 
-def _blocks(weight_VH: Tensor, rows: int = 8192) -> list[slice]:
+def _blocks(weight_VH: Tensor) -> list[slice]:
     V = weight_VH.shape[0]
-    return [slice(v, min(V, v + rows)) for v in range(0, V, rows)]
+    return [slice(v, min(V, v + BLOCK)) for v in range(0, V, BLOCK)]

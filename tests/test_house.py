@@ -22,7 +22,7 @@ LAYERS = (
     "teachers rollouts",
     "output",
     "training",
-    "doctor",
+    "doctor planning",
     "api commands",
     "cli",
     "train __main__",
@@ -90,6 +90,9 @@ def test_imports_at_load_time_have_no_cycle():
 #: Who may take a whole recipe: what is started by the user, what hands out a recipe's sections, and what writes down all of them.
 TAKE_RECIPES = ("config.", "commands.", "api", "training.run", "training.prepare", "training.build")
 TAKE_RECIPES += (
+    "planning.plan",
+    "planning.fit",
+    "planning.work",
     "doctor.setup",
     "doctor.examine",
     "training.student_run",

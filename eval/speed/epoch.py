@@ -2,7 +2,7 @@
 
 Time of training by kind of teacher: live, a teacher cache (hidden states, top-k, samples), or none; for one student and for several that
 share a teacher. Times are those of the training loop alone, interleaved, after one warm-up round: median, smallest and largest. Beside them
-the counted matrix operations (llmkd/commands/plan.py), which say what several students or a teacher cache can save at best.
+the counted matrix operations (llmkd/commands/cost.py), which say what several students or a teacher cache can save at best.
 Writing a cache is timed once.
 """
 

@@ -14,9 +14,11 @@ from ..config.recipe import Recipe
 from ..config.schema import describe
 from ..config.sweep import Pipeline, Sweep
 from ..errors import UserError
+from ..planning import devices
 from .parser import (
     Once,
     Parser,
+    above_zero,
     batch_size,
     did_you_mean,
     names_list,
@@ -67,6 +69,19 @@ class Command:
     settings: type | None = None
     places: tuple[str, str] | None = None
     exit_codes: bool = True
+
+
+def amount(text: str) -> float:
+    """Bytes of an amount of memory."""
+    try:
+        return devices.bytes_in(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
+def gpu_or_none(text: str) -> str:
+    """The name of a GPU as `devices.GPUS` has it, in whatever case it is written, or none."""
+    return one_of(*devices.GPUS, "none")(text.lower())
 
 
 _JSON = Option("--json", "FILE", "also write the results as JSON to FILE; - writes them to stdout, and all else to stderr")
@@ -163,6 +178,29 @@ COMMANDS = (
         ),
         Recipe,
         places=("WRITER", "student, teacher, the folder of a run, of a model or of an adapter, or a hub id"),
+    ),
+    Command(
+        "plan",
+        "Say what a recipe needs and costs: memory by part, time on GPUs, what to change if it does not fit",
+        "--config RECIPE [--gpu NAME] [--memory AMOUNT] [--json FILE] [--section.name VALUE ...]",
+        "Run one step of a recipe's training loop on tensors without values: no weights are read and no GPU is needed. Prints the memory at its\n"
+        "peak by part, the tokens, targets and operations of the run, and its time on GPUs. With --gpu or --memory also what would save memory\n"
+        "where it does not fit, each change planned again. One process, one device.",
+        "llmkd plan --config recipes/llama3_8b_to_1b/2_distill.yaml --gpu 4090",
+        (
+            _CONFIG,
+            Option(
+                "--gpu",
+                "NAME",
+                "a GPU that it is to fit on: L4, 4090, A100-40GB, A100, H100 or H200; none: this machine's CPU",
+                gpu_or_none,
+            ),
+            Option("--memory", "AMOUNT", "memory that it is to fit in, such as 24GB, in place of the GPU's", amount),
+            Option("--share", "S", "share of a GPU's stated peak that a step reaches, above 0 to 1 (default 0.4)", above_zero(1)),
+            Option("--tflops", "N", "operations per second that are reached, in 10^12, in place of all rates", above_zero()),
+            _JSON,
+        ),
+        Recipe,
     ),
     Command(
         "doctor",

@@ -91,6 +91,21 @@ def number(least: float, most: float = math.inf):
     return value
 
 
+def above_zero(most: float = math.inf):
+    def value(text: str) -> float:
+        try:
+            found = number(0)(text)
+        except argparse.ArgumentTypeError:
+            found = 0.0
+        if not 0 < found <= most:
+            raise argparse.ArgumentTypeError(
+                f"found {text}, expected a number above 0" + (f", at most {most:g}" if most < math.inf else "")
+            )
+        return found
+
+    return value
+
+
 def one_of(*names: str):
     def name(text: str) -> str:
         if text not in names:

@@ -1,134 +1,214 @@
-"""Estimates of a run's time and memory before it starts, from the models' sizes, the data and the measured speed of a matrix product."""
+"""`llmkd plan`: what a recipe needs and costs, before a model is loaded or a GPU is hired."""
 
-import json
-import time
+from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-import numpy as np
-
-from ..config.recipe import LayerChoice, Lora, Recipe, Train, distils, used_teachers
-from ..console import duration
-from ..model_folder.files import find
-from ..models.size import ModelSize, adapter_parameters, model_size, weight_bytes
-from ..training.prepare import prepare, student_files
-
-EFFICIENCY = 0.4  # training speed over that of a large matrix product
-PER_LAYER = 5e-4  # seconds that a pass through a layer takes at least, however small it is: what Python and its kernels cost
+from ..config import loader
+from ..config.recipe import Recipe
+from ..console import duration, table
+from ..planning import devices, fit
+from ..planning.devices import Device
+from ..planning.plan import Plan, find, plan
+from .cost import PER_LAYER, matmul_flops
 
 
 @dataclass(frozen=True)
-class Cost:
-    seconds: float
-    bytes: float
+class Wanted:
+    """What the command line asks for beside the recipe.
 
-    def __str__(self) -> str:
-        return f"about {duration(self.seconds)} and {self.bytes / 1e9:.1f} GB"
-
-
-def estimate(recipes: list[Recipe], sizes: dict) -> Cost | None:
-    """Cost of training the recipes' students side by side. `sizes` caches counts of data. None for a stream or for new random weights."""
-    recipe = recipes[0]
-    files, train = student_files(recipe.student), recipe.train
-    key = json.dumps([repr(recipe.data), recipe.student.tokenizer])
-    if key not in sizes:
-        prepared, sizes[key] = prepare(recipe), None
-        encoded = prepared.train
-        if prepared.source.complete:
-            sizes[key] = encoded.lengths, int(encoded.loss_mask.sum()), len((encoded.teacher_view or encoded).ids)
-    if sizes[key] is None or files is None:
-        return None
-    lengths, supervised, read = sizes[key]
-    passes = train.epochs or train.max_steps * train.batch_size / len(lengths)
-    tokens, targets = passes * int(lengths.sum()), passes * supervised
-
-    import torch
-
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    layers = recipe.student.layers
-    kept = layers.count if isinstance(layers, LayerChoice) else None  # also where they are chosen by a measurement that is still to be made
-    student, present = model_size(files, kept), []
-    bytes_ = student.parameters * weight_bytes(files, recipe.student.dtype, recipe.student.quantization)
-    for setting, one in used_teachers(recipe):
-        if one.cache is None and not one.server:
-            theirs = find(one.model, f"{setting}.model", one.revision, one.base)
-            present.append(model_size(theirs))
-            shared = (
-                one.share_base
-                and not one.is_transformed
-                and recipe.student.method == "lora"
-                and theirs.base.resolve() == files.base.resolve()
-            )
-            bytes_ += 0 if shared else present[-1].parameters * weight_bytes(theirs, one.dtype, one.quantization)
-    full, checkpointing = recipe.student.method == "full", recipe.student.gradient_checkpointing
-    trained = sum(student.parameters if full else adapter_parameters(files, r.student.lora or Lora(), kept) for r in recipes)
-    longest = largest_micro_batch_tokens(lengths, train.micro_batch_size, train.micro_batch_tokens)
-    operations = step_operations(
-        student, present if any(map(distils, recipes)) else [], len(recipes), tokens, targets, full, checkpointing, passes * read
-    )
-    forward = sum(teacher.layers for teacher in present) if any(map(distils, recipes)) else 0
-    layers = forward + len(recipes) * student.layers * (3 + checkpointing)  # a backward pass is as two
-    least = PER_LAYER * layers * micro_batches(passes * len(lengths), tokens, train)
-    return Cost(
-        operations / (EFFICIENCY * matmul_flops(device)) + least, bytes_ + training_memory(student, trained, longest, checkpointing)
-    )
-
-
-def micro_batches(examples: float, tokens: float, train: Train) -> float:
-    """How many micro-batches hold so many examples of so many tokens; `auto` takes a step's in one."""
-    if train.micro_batch_tokens is None:
-        return examples / min(train.micro_batch_size, train.batch_size)
-    return max(examples / train.batch_size, tokens / train.micro_batch_tokens if isinstance(train.micro_batch_tokens, int) else 0)
-
-
-def largest_micro_batch_tokens(lengths: np.ndarray, size: int | None, tokens: int | str | None) -> int:
-    """Tokens of the largest micro-batch. `auto` needs no more than the longest example, and uses the memory there is."""
-    if tokens:
-        return max(int(lengths.max()), min(tokens, int(lengths.sum())) if isinstance(tokens, int) else 0)
-    return int(np.sort(lengths)[-size:].sum())
-
-
-def step_operations(
-    student: ModelSize,
-    teachers: list[ModelSize],
-    students: int,
-    tokens: float,
-    targets: float,
-    full: bool,
-    checkpointing: float,
-    read: float,
-) -> float:
-    """Multiplications and additions for `tokens` (without padding) with `targets` among them; a teacher reads `read` tokens.
-
-    2 per weight and token in a forward pass, as many again for the gradient of the activations, and for that of the weights if all
-    of them train. The head is computed at targets alone; a teacher's body once for all students, its head once per student. Reading a
-    teacher cache costs next to nothing.
+    gpu      one of `devices.GPUS`; None for all
+    cpu      plan for this machine's CPU instead
+    memory   bytes that must do; None for the GPU's
+    share    of a GPU's stated peak that a step reaches
+    rate     operations per second that are reached, in place of all rates
     """
-    passes = 4 + (2 if full else 0) + 2 * checkpointing
-    own = passes * student.body * tokens + (6 if full else 4) * student.vocab * student.hidden * targets
-    teachers_own = sum(students * 2 * teacher.vocab * teacher.hidden * targets + 2 * teacher.body * read for teacher in teachers)
-    return students * own + teachers_own
+
+    gpu: Device | None = None
+    cpu: bool = False
+    memory: float | None = None
+    share: float = devices.SHARE
+    rate: float | None = None
+
+    @property
+    def room(self) -> float | None:
+        return self.memory or (self.gpu and self.gpu.memory)
 
 
-def training_memory(student: ModelSize, trained: int, tokens: int, checkpointing: float) -> float:
-    """Bytes apart from frozen weights: 16 per trained parameter (weight, gradient, two moments), activations of one micro-batch of `tokens`,
-    and half a gigabyte for the rest. recipes/README.md has finer formulas."""
-    kept = (60 - 58 * checkpointing) * student.layers + 60 * (checkpointing > 0)
-    return 16.0 * trained + tokens * student.hidden * kept + 0.5e9
+def run(config: str, overrides: dict[str, Any], wanted: Wanted) -> dict:
+    """Print the plan of a recipe, and return its numbers."""
+    recipe = loader.load_recipe(config, overrides)
+    beside = Path(config).parent
+    found = find(recipe, beside)
+    first = plan(recipe, found, wanted.room, gpu=not wanted.cpu)
+
+    def needs(change: dict[str, Any]) -> float:
+        changed = loader.load_recipe(config, overrides | change)
+        return _needed(plan(changed, found.with_teachers(changed), wanted.room, gpu=not wanted.cpu), wanted)
+
+    numbers = {"recipe": config} | _numbers(first, wanted)
+    print(_memory_text(first, wanted, config))
+    rows = _device_rows(first, wanted)
+    print("\n" + _work_text(first) + "\n\n" + table([{k: v for k, v in row.items() if not k.startswith("_")} for row in rows]))
+    numbers["devices"] = [row["_numbers"] for row in rows]
+    print("\n" + _rates_text(wanted, first))
+    if wanted.room:
+        numbers |= _fit(recipe, first, wanted, needs)
+    for note in first.notes:
+        print(f"- {note}")
+    return numbers | {"notes": first.notes}
 
 
-def matmul_flops(device: str) -> float:
-    """Operations per second of a matrix product on `device` (bfloat16 on a GPU, float32 on a CPU), measured for 0.3 seconds."""
+def _needed(planned: Plan, wanted: Wanted) -> float:
+    return planned.peak if wanted.cpu else devices.held_on_gpu(planned.peak, planned.weights)
+
+
+def _numbers(planned: Plan, wanted: Wanted) -> dict:
+    work = planned.work
+    return {
+        "memory": {"parts": planned.parts, "peak": planned.peak, "at": planned.at, "needed": _needed(planned, wanted)},
+        "micro_batch": {
+            "tokens": work.batch_tokens,
+            "targets": work.batch.num_targets,
+            "flops": planned.flops,
+        },
+        "run": {
+            "steps": work.steps,
+            "examples": work.examples,
+            "tokens": work.tokens,
+            "targets": work.targets,
+            "micro_batches": work.micro_batches,
+            "flops": planned.total_flops,
+        },
+    }
+
+
+def _memory_text(planned: Plan, wanted: Wanted, config: str) -> str:
+    unit = _unit(planned.peak)
+    rows = [(name, size) for name, size in planned.parts.items()]
+    rows.append((f"peak of a step (in the {planned.at})", planned.peak))
+    if not wanted.cpu:
+        rows.append(("with CUDA's context and fragmentation", _needed(planned, wanted)))
+    shown = [{"memory": name, unit: _amount(size, unit)} for name, size in rows]
+    return f"{config}: one process, {'this CPU' if wanted.cpu else 'one GPU'}\n\n" + table(shown)
+
+
+def _unit(size: float) -> str:
+    return "GB" if size >= 1e9 else "MB"
+
+
+def _amount(size: float, unit: str) -> str:
+    return f"{size / {'GB': 1e9, 'MB': 1e6}[unit]:,.2f}"
+
+
+def _work_text(planned: Plan) -> str:
+    work, flops = planned.work, sum(planned.flops.values())
+    shape = " x ".join(f"{n:,}" for n in work.batch.student.inputs["input_ids"].shape)
+    text = f"largest micro-batch: {shape} tokens, {work.batch.num_targets:,} targets, {flops / 1e12:,.3g} TFLOP"
+    if work.tokens is None:
+        return f"{text}\nthe run: its data is not known, so times are of one such micro-batch"
+    total = sum(planned.total_flops.values())
+    return (
+        f"{text}\nthe run: {work.steps:,} steps of {work.examples:,} examples, {work.tokens:,} tokens with padding, {work.targets:,} targets, "
+        f"{total / 1e15:,.3g} PFLOP"
+    )
+
+
+def _device_rows(planned: Plan, wanted: Wanted) -> list[dict]:
+    named = [] if wanted.cpu else [wanted.gpu] if wanted.gpu else list(devices.GPUS.values())
+    rows = [_row(planned, wanted, one) for one in named]
+    return [*rows, _row(planned, wanted, _this_machine())]
+
+
+def _this_machine() -> Device:
     import torch
 
-    kind = torch.bfloat16 if device == "cuda" else torch.float32
-    n = 4096 if device == "cuda" else 512
-    a = torch.ones(n, n, device=device, dtype=kind)
-    best, until = 0.0, time.monotonic() + 0.3
-    while time.monotonic() < until:
-        start = time.monotonic()
-        b = a @ a
-        if device == "cuda":
-            torch.cuda.synchronize()
-        best = max(best, 2 * n**3 / (time.monotonic() - start))
-        del b
-    return best
+    if not torch.cuda.is_available():
+        measured = matmul_flops("cpu")
+        return Device("this machine", 0.0, measured, measured, measured=True)
+    measured = matmul_flops("cuda")
+    return Device("this machine", torch.cuda.mem_get_info()[1], measured, measured / 2, measured=True)
+
+
+def _row(planned: Plan, wanted: Wanted, device: Device) -> dict:
+    share = 1.0 if wanted.rate else wanted.share
+
+    def rate(dtype: str) -> float:
+        return wanted.rate or share * device.rate(dtype)
+
+    step, whole = (planned.seconds(rate, PER_LAYER, whole) for whole in (False, True))
+    room = device.memory if device.measured or not wanted.memory else wanted.memory
+    fits = _needed(planned, wanted) <= room if room else None
+    unit = "a step" if planned.total_flops else "a micro-batch"
+    numbers = {"device": device.name, "memory": room or None, "fits": fits, "rates": {"half": device.half, "single": device.single}}
+    numbers |= {"seconds_of_step" if planned.total_flops else "seconds_of_micro_batch": step, "seconds": whole}
+    return {
+        "device": device.name,
+        "GB": f"{room / 1e9:,.0f}" if room else None,
+        "fits": None if fits is None else "yes" if fits else "no",
+        "TFLOP/s": f"{rate(planned.dtypes['student']) / 1e12:,.3g}",
+        unit: _time(step),
+        "the run": "" if whole is None else duration(whole),
+        "_numbers": numbers,
+    }
+
+
+def _time(seconds: float) -> str:
+    return f"{seconds:,.2f} s" if seconds < 60 else duration(seconds)
+
+
+def _rates_text(wanted: Wanted, planned: Plan) -> str:
+    dtype = planned.dtypes["student"]
+    if wanted.rate:
+        return f"rates: {wanted.rate / 1e12:g} TFLOP/s, as given by --tflops"
+    stated = "" if wanted.cpu else f"of the {dtype} peak that the makers state, and for this machine "
+    return (
+        f"rates: {wanted.share:.0%} (an assumption, --share) {stated}of what a large product reached just now; at least {PER_LAYER * 1e3:g} ms for a pass "
+        "through a layer. Loading, validation and saving are not in these times"
+    )
+
+
+def _fit(recipe: Recipe, first: Plan, wanted: Wanted, needs: Callable[[dict], float]) -> dict:
+    needed, room = _needed(first, wanted), wanted.room
+    unit = _unit(needed)
+    if needed <= room:
+        print(f"it fits: {_amount(needed, unit)} of {_amount(room, unit)} {unit}")
+        return {"fits": True, "changes": []}
+    there = f"{_amount(needed, unit)} {unit}, and there are {_amount(room, unit)}"
+    print(f"it does not fit: {there}. What would save memory, planned again with each:\n")
+    found = fit.savings(recipe, needed, needs)
+    both = None if not found or any(one.needed <= room for one in found) else fit.together(found, needed, room, needs)
+    rows = [*found, *([both] if both else [])]
+    if rows:
+        print(table([_saving_row(one, room, unit) for one in rows]))
+    if not any(one.needed <= room for one in rows):
+        print("none of them, nor several together, fits; a smaller student or teacher, or more memory, is needed")
+    return {"fits": False, "changes": [_saving_numbers(one, room) for one in rows]}
+
+
+def _saving_row(one: fit.Saving, room: float, unit: str) -> dict:
+    words = " ".join(f"--{path} {_word(value)}" for path, value in one.change.settings.items())
+    return {
+        f"saves, {unit}": _amount(one.saves, unit),
+        f"needs, {unit}": _amount(one.needed, unit),
+        "fits": "yes" if one.needed <= room else "no",
+        "what is learned": "the same" if one.change.same else "differs",
+        "change": words,
+    }
+
+
+def _word(value: Any) -> str:
+    if isinstance(value, dict):
+        return "'{" + ", ".join(f"{name}: {one}" for name, one in value.items()) + "}'"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _saving_numbers(one: fit.Saving, room: float) -> dict:
+    return {
+        "settings": one.change.settings,
+        "needed": one.needed,
+        "saves": one.saves,
+        "fits": one.needed <= room,
+        "same_result": one.change.same,
+    }

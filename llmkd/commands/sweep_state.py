@@ -121,7 +121,7 @@ class SweepState:
 
     def record_plan(self, groups: list[Group], recipes: dict[str, Recipe]) -> None:
         """Print which arms train together and the estimated cost, and record it."""
-        from .plan import Cost, estimate
+        from .cost import Cost, estimate
 
         if not groups:
             info("every arm is done")

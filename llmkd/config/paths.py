@@ -141,13 +141,13 @@ def missing(text: str, what: PathKind, folder: str) -> str | None:
     place = Path(os.path.abspath(text))
     noun = {"file": "file", "data": "file or folder"}.get(what, "folder")
     found = f"there is no {noun} {place}"
-    if writer := _written_by(place, Path(folder or ".")):
+    if writer := written_by(place, Path(folder or ".")):
         return f"{found}; {writer} writes it, so run that first: llmkd train --config {writer}"
     near = difflib.get_close_matches(place.name, os.listdir(place.parent), 1, 0.6) if place.parent.is_dir() else []
     return found + (f"; did you mean {near[0]}?" if near else "; check the path")
 
 
-def _written_by(missing: Path, folder: Path) -> Path | None:
+def written_by(missing: Path, folder: Path) -> Path | None:
     """The recipe beside this one whose run writes a path."""
     from .yaml_loader import parse_yaml
 

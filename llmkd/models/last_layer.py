@@ -117,7 +117,15 @@ def enable_if_exact(model, tolerance: float) -> LastLayer | None:
     that target positions do not depend on the skipped ones, the batch runs twice with the skipped positions filled with 0 and with 1;
     the outputs must be bitwise equal.
     """
-    base = model.base_model
+    last = put_on(model.base_model)
+    with contextlib.suppress(Exception):  # a module that returns a tuple, or reads another shape
+        if last and _is_exact(model, last, tolerance):
+            return last
+    return None
+
+
+def put_on(base: nn.Module) -> LastLayer | None:
+    """The hooks on a transformers model's last layer; None where there is nothing that they could restrict."""
     layers = layers_of(base)
     in_8bit = getattr(base, "is_loaded_in_8bit", False)  # it quantises the activations of a position by what else is in the batch
     if layers is None or in_8bit or is_recomputed(layers[-1]):  # recomputing comes in the backward pass, outside of `at`
@@ -127,10 +135,7 @@ def enable_if_exact(model, tolerance: float) -> LastLayer | None:
         if last:
             last.remove()
         last = _HOOKED[base] = LastLayer(layers[-1])
-    with contextlib.suppress(Exception):  # a module that returns a tuple, or reads another shape
-        if last.modules and _is_exact(model, last, tolerance):
-            return last
-    return None
+    return last if last.modules else None
 
 
 def _is_exact(model, last: LastLayer, tolerance: float) -> bool:

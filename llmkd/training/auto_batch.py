@@ -33,10 +33,16 @@ def head_chunk_size(vocab: int, device: torch.device, info) -> int | None:
     student and teacher would take more than an eighth of the free memory. None on a CPU, where the vocabulary alone decides."""
     if device.type != "cuda":
         return None
-    room, tiles = memory_gauge(device).room * _HEADS_SHARE, 2 * 4 * vocab
-    rows = max(LEAST_ROWS["cuda"], min(MOST_ROWS["cuda"], int(room / tiles) // 128 * 128))
-    info(f"head: chunks of {rows:,} rows ({rows * tiles / 1e9:.2f} GB of tiles; an eighth of the free memory is {room / 1e9:.2f})")
+    room = memory_gauge(device).room
+    rows, tiles = chunk_rows(vocab, room), 2 * 4 * vocab
+    share = room * _HEADS_SHARE / 1e9
+    info(f"head: chunks of {rows:,} rows ({rows * tiles / 1e9:.2f} GB of tiles; an eighth of the free memory is {share:.2f})")
     return rows
+
+
+def chunk_rows(vocab: int, room: float) -> int:
+    """Rows per chunk of the head on a GPU with `room` bytes to spare."""
+    return max(LEAST_ROWS["cuda"], min(MOST_ROWS["cuda"], int(room * _HEADS_SHARE / (2 * 4 * vocab)) // 128 * 128))
 
 
 class AutoBatchSize:

@@ -1,44 +1,59 @@
-"""What a run is expected to cost."""
+"""`llmkd plan` on the command line."""
 
-import dataclasses
-import math
+import json
 
 import pytest
 
-from llmkd.commands import plan
-from llmkd.config.recipe import Lora
-from llmkd.model_folder.files import find
-from llmkd.model_folder.weights import headers
-from llmkd.models.size import ModelSize, adapter_parameters, model_size
+from llmkd.cli import main
+from tests.conftest import plain_recipe
 
 
-def test_a_small_model_costs_what_its_layers_take_to_be_called(make_recipe, monkeypatch):
-    """Two layers each: the teacher's forward pass, and three passes of every student, for each of 37 / 4 micro-batches an epoch."""
-    monkeypatch.setattr(plan, "matmul_flops", lambda device: 1e30)
-    one, plain = make_recipe(train__epochs=3), make_recipe("plain", loss__kd_ratio=0.0, train__epochs=3)
-    for recipes, passes in (([one], 1 + 3), ([one, plain], 1 + 2 * 3), ([plain], 3)):
-        assert plan.estimate(recipes, {}).seconds == pytest.approx(3 * 37 / 4 * 2 * passes * plan.PER_LAYER)
+@pytest.fixture
+def planned(world, tmp_path, capsys):
+    """The command on a recipe of the small world: exit code, what it printed, and its JSON."""
+
+    def go(*words: str) -> tuple[int, str, dict | None]:
+        (tmp_path / "r.yaml").write_text(json.dumps(plain_recipe(world, tmp_path / "out")))
+        code = main(["plan", "--config", str(tmp_path / "r.yaml"), "--json", str(tmp_path / "plan.json"), *words])
+        out, path = capsys.readouterr(), tmp_path / "plan.json"
+        return code, out.out + out.err, json.loads(path.read_text()) if path.exists() else None
+
+    return go
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
-def test_a_student_of_fewer_layers_costs_what_those_cost(make_recipe, world, monkeypatch, method):
-    """However they are chosen: by number or evenly, where the smaller model is there, or by a measurement that is still to be made."""
-    monkeypatch.setattr(plan, "matmul_flops", lambda device: 1e9)
-    sizes, files = {}, find(str(world / "student"), "student.model")
-    whole, layers = model_size(files), {"student__method": method, "train__epochs": 1}
-    costs = [
-        plan.estimate([make_recipe(**layers, **{f"student__{name}": value for name, value in how.items()})], sizes)
-        for how in ({}, {"layers": [1]}, {"layers": {"count": 1}}, {"layers": {"count": 1, "by": "block_influence"}})
-    ]
-    assert costs[1] == costs[2] == costs[3] and costs[1].seconds < costs[0].seconds and costs[1].bytes < costs[0].bytes
-    in_layers = sum(math.prod(t["shape"]) for name, t in headers(files.base, "x").items() if ".layers." in name)
-    assert model_size(files, 1) == ModelSize(whole.body - in_layers // 2, whole.vocab, whole.hidden, 1)
-    assert 2 * adapter_parameters(files, Lora(rank=3), 1) == adapter_parameters(files, Lora(rank=3))
+def test_a_recipe_that_does_not_fit_is_told_what_would_save_memory(planned, monkeypatch):
+    changed = {"student.gradient_checkpointing", "train.micro_batch_size", "teacher.cache"}
+    monkeypatch.setattr("llmkd.planning.fit.changes", _some(changed))
+    code, said, numbers = planned("--memory", "9MB", "--gpu", "none", "--tflops", "0.5")
+    assert code == 0 and "it does not fit" in said and "as given by --tflops" in said
+    memory = numbers["memory"]
+    assert memory["peak"] == pytest.approx(sum(memory["parts"].values())) == memory["needed"]
+    assert not numbers["fits"] and {path for one in numbers["changes"] for path in one["settings"]} <= changed
+    first, *rest = numbers["changes"]
+    assert all(one["saves"] <= first["saves"] for one in rest if len(one["settings"]) == 1)
+    smaller = next(one for one in numbers["changes"] if one["settings"] == {"train.micro_batch_size": 1})
+    assert smaller["fits"] and smaller["saves"] == pytest.approx(memory["peak"] - smaller["needed"])
+    assert numbers["run"]["steps"] == 5 and numbers["run"]["targets"] == 1180
+    (here,) = numbers["devices"]
+    assert here["device"] == "this machine" and here["seconds"] > 0
 
 
-def test_micro_batches_are_counted_as_they_are_made(make_recipe):
-    train = make_recipe(train__batch_size=8, train__micro_batch_size=4).train
-    assert plan.micro_batches(100, 5000, train) == 25
-    for tokens, expected in ((500, 12.5), (200, 25), ("auto", 12.5)):
-        by_tokens = dataclasses.replace(train, micro_batch_size=None, micro_batch_tokens=tokens)
-        assert plan.micro_batches(100, 5000, by_tokens) == expected
+def _some(wanted: set[str]):
+    from llmkd.planning.fit import changes
+
+    return lambda recipe: (one for one in changes(recipe) if one.settings.keys() <= wanted)
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--gpu", "5090"], "--gpu: found 5090, expected one of l4, 4090, a100-40gb, a100, h100, h200, none"),
+        (["--memory", "lots"], "--memory: found lots, expected an amount of memory, such as 24GB"),
+        (["--share", "1.5"], "--share: found 1.5, expected a number above 0, at most 1"),
+        (["--tflops", "-1"], "--tflops: found -1, expected a number above 0"),
+        (["--student.model", "nobody/nothing"], "neither in the hub's cache nor could it be downloaded"),
+    ],
+)
+def test_mistakes_are_told_in_a_line(planned, words, expected):
+    code, said, numbers = planned(*words)
+    assert code == 2 and expected in said and numbers is None

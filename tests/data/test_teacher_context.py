@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from llmkd import cli
-from llmkd.commands import plan
+from llmkd.commands import cost
 from llmkd.config.loader import dump, load_recipe
 from llmkd.config.recipe import Data, Source
 from llmkd.data.batching import Batching
@@ -443,12 +443,12 @@ def test_the_batches_of_a_stream_may_be_cut_in_any_way(trained):
 
 
 def test_the_cost_counts_what_the_teacher_reads(make_recipe, world, monkeypatch):
-    monkeypatch.setattr(plan, "matmul_flops", lambda device: 1.0)
+    monkeypatch.setattr(cost, "matmul_flops", lambda device: 1.0)
     recipes = make_recipe(), make_recipe(data__teacher_context=TOLD)
-    plain, told = (plan.estimate([recipe], {}).seconds for recipe in recipes)
+    plain, told = (cost.estimate([recipe], {}).seconds for recipe in recipes)
     more = 37 * len(skills_tokenizer()(TOLD + "\n\n")["input_ids"])
     body = model_size(find(str(world / "teacher"), "teacher.model")).body
-    assert told - plain == pytest.approx(2 * body * more * recipes[0].train.epochs / plan.EFFICIENCY)
+    assert told - plain == pytest.approx(2 * body * more * recipes[0].train.epochs / cost.EFFICIENCY)
 
 
 def test_the_data_command_shows_what_the_teacher_reads(world, tmp_path, capsys, monkeypatch):

@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 
-from llmkd.commands.plan import largest_micro_batch_tokens
+from llmkd.commands.cost import largest_micro_batch_tokens
 from llmkd.data.examples import Examples
 from llmkd.errors import UserError
 from llmkd.models.language_model import LanguageModel

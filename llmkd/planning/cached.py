@@ -1,0 +1,43 @@
+"""A teacher cache that need not be written yet: records without values, in the format that the cache has or will have."""
+
+from pathlib import Path
+
+import torch
+
+from ..batch import Batch
+from ..config.recipe import Teacher
+from ..errors import UserError
+from ..model_folder.files import loaded_dtype, width_of
+from ..models.quantization import DTYPES
+from ..signals import Signal
+from ..teachers.cache.records import HiddenFormat, RecordFormat, make_record_format, read_record_format
+from ..teachers.cache.shards import read_header
+from ..teachers.cache.stored_head import StoredHead
+from .model_configs import ModelConfig
+
+
+class RecordsWithoutValues:
+    """As `CachedTeacher`, of a format alone."""
+
+    def __init__(self, format: RecordFormat, device):
+        self.format, self.device, self.metrics = format, device, format.metrics
+
+    @torch.no_grad()
+    def __call__(self, batch: Batch) -> Signal:
+        return self.format.signal(torch.empty(batch.num_targets, self.format.bytes, dtype=torch.uint8), self.device)
+
+
+def format_of(settings: Teacher, setting: str, vocab: int, found: ModelConfig | None) -> RecordFormat:
+    """The format of a cache that is there, or else of the one that `llmkd cache` would write for the teacher of that configuration."""
+    folder = Path(settings.cache.path).expanduser()
+    if (folder / "cache.json").is_file():
+        return read_record_format(read_header(folder, f"{setting}.cache.path")["kind"], vocab, folder)
+    if settings.cache.kind != "hidden":
+        return make_record_format(settings.cache, vocab)
+    if found is None:
+        raise UserError(f"{setting}.cache.path: there is no teacher cache at {settings.cache.path}; a plan then needs {setting}.model")
+    width, dtype = width_of(found.config), loaded_dtype(found.config, settings.dtype)
+    head = StoredHead({"weight": torch.empty(vocab, width, dtype=DTYPES[dtype])}, 1.0, None)
+    kept = {"float64": "float32"}.get(dtype, dtype)
+    wanted = settings.cache.hidden_dtype
+    return HiddenFormat(vocab, width, kept if wanted in (None, "auto") else wanted, head)

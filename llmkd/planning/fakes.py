@@ -1,0 +1,135 @@
+"""Fake tensors: llmkd's own code runs on tensors that have shapes and types but no values and no memory, so a model of any size takes seconds.
+
+What reads a value cannot run so, and is replaced here, by what it is in a run; `Form.gpu` also replaces what a GPU does otherwise than a CPU.
+"""
+
+import contextlib
+import functools
+import importlib.util
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn import functional as F
+
+from .. import head
+from ..batch import PackedLayout
+from ..losses import fused
+from ..models import attention
+from ..training import loop
+from .live_memory import attention_flops, multiplied
+
+
+@contextlib.contextmanager
+def fake_tensors(gpu: bool) -> Iterator[None]:
+    """Inside, every new tensor is a fake one, on the CPU. `gpu`: attention and loss allocate what they do on a GPU in half precision."""
+    changes = [(nn.Module, "_apply", _apply), (loop, "read_step_metrics", lambda *_: ({}, {})), (fused, "log_backend", lambda how: None)]
+    import transformers.masking_utils as masks
+
+    # transformers makes a mask for tensors without values that it does not make in a run, and asks values whether rows are packed
+    changes += [(masks, "is_tracing", lambda tensor=None: False), (masks, "find_packed_sequence_indices", lambda position_ids: None)]
+    if gpu:
+        changes += [(F, "scaled_dot_product_attention", _sdpa(F.scaled_dot_product_attention))]
+        changes += [(attention, "by_segment", _by_segment(attention.by_segment))]
+        changes += [(head, "_product", _product), (head, "_product_back", _product_back), (head, "_add_outer", _add_outer)]
+        if importlib.util.find_spec("triton"):
+            from ..losses import kernels
+
+            changes += [(fused, "kernels_run", lambda device: True), (kernels, "loss_and_grad", _kernel)]
+    with contextlib.ExitStack() as stack:
+        for owner, name, new in changes:
+            stack.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, new)
+        stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))
+        yield
+
+
+def _apply(self: nn.Module, change, recurse: bool = True) -> nn.Module:
+    """`Module._apply` with new parameters: torch would swap fake ones in place, which the weak references to them of PEFT do not allow."""
+    made: dict[int, nn.Parameter] = {}
+    for module in self.modules() if recurse else (self,):
+        for name, old in module._parameters.items():
+            if old is not None:
+                with torch.no_grad():
+                    new = change(old)
+                if new is not old:  # a tied weight stays one
+                    module._parameters[name] = made.setdefault(id(old), nn.Parameter(new, requires_grad=old.requires_grad))
+        for name, buffer in module._buffers.items():
+            module._buffers[name] = None if buffer is None else change(buffer)
+    return self
+
+
+class FlashAttention(torch.autograd.Function):
+    """What FlashAttention keeps and allocates: queries, keys and values as they are, the output, and a float32 for each query.
+
+    query [B, heads, T, D]; keys and values [B, kv_heads, S, D]. The gradients have their shapes. `share`: of all pairs of positions, those that
+    belong to one example.
+    """
+
+    @staticmethod
+    def forward(ctx, query: Tensor, key: Tensor, value: Tensor, share: float) -> Tensor:
+        ctx.share = share
+        multiplied(round(share * attention_flops(query, key, 2)))
+        out = torch.empty_like(query)
+        ctx.save_for_backward(query, key, value, out, query.new_empty(query.shape[:-1], dtype=torch.float32))
+        return out
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        query, key, value, _, sums = ctx.saved_tensors
+        multiplied(round(ctx.share * attention_flops(query, key, 5)))
+        torch.empty_like(sums)
+        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value), None
+
+
+def _sdpa(own):
+    @functools.wraps(own)
+    def attend(query, key, value, attn_mask=None, dropout_p=0.0, is_causal=False, scale=None, enable_gqa=False):
+        half = query.dtype in (torch.bfloat16, torch.float16)
+        if half and attn_mask is None and query.shape[-1] == value.shape[-1] <= 256:
+            return FlashAttention.apply(query, key, value, 1.0)
+        return own(query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa)
+
+    return attend
+
+
+def _by_segment(own):
+    def attend(query, key, value, packed: PackedLayout, dropout: float, scale, groups: int, window: int | None) -> Tensor:
+        half, D = query.dtype in (torch.bfloat16, torch.float16), query.shape[-1]
+        if half and not dropout and D == value.shape[-1] <= 256 and D % 8 == 0:
+            share = sum(n * m for n, m in zip(packed.lengths, packed.kv_lengths, strict=True)) / (len(query) * len(key))
+            q, k, v = (x.contiguous().transpose(0, 1)[None] for x in (query, key, value))
+            return FlashAttention.apply(q, k, v, share)[0].transpose(0, 1)
+        return own(query, key, value, packed, dropout, scale, groups, window)
+
+    return attend
+
+
+def _kernel(objective, logits_nV, labels_n, grad_nV, teacher_nV, shares=None, weights=None) -> dict[str, Tensor]:
+    """The Triton kernel's results: it writes over the logits, and allocates a number for each row and term."""
+    names = ("ce",) if teacher_nV is None else ("ce", "kd")
+    return {name: torch.empty(len(labels_n), dtype=torch.float32, device=logits_nV.device) for name in names}
+
+
+def _product(hidden_NH: Tensor, weight_VH: Tensor, out: Tensor | None = None) -> Tensor:
+    """`head._product` on a GPU: one kernel, whose result is in float32 at least."""
+    N, (V, H) = len(hidden_NH), weight_VH.shape
+    if hidden_NH.dtype != weight_VH.dtype:
+        hidden_NH.to(weight_VH.dtype)
+    multiplied(2 * N * V * H)
+    return hidden_NH.new_empty(N, V, dtype=head.widen(weight_VH[:0]).dtype) if out is None else out
+
+
+def _product_back(grad_NV: Tensor, weight_VH: Tensor, out_NH: Tensor) -> None:
+    """`head._product_back` on a GPU, where the gradient is in the weight's type."""
+    if out_NH.dtype != weight_VH.dtype:
+        torch.empty_like(out_NH, dtype=weight_VH.dtype)
+    multiplied(2 * grad_NV.shape[0] * weight_VH.numel())
+
+
+def _add_outer(total_VH: Tensor, grad_nV: Tensor, hidden_nH: Tensor, scale: float) -> None:
+    """`head._add_outer` on a GPU, block by block: of half precision the product of each is made apart, in the total's type."""
+    if hidden_nH.dtype != total_VH.dtype:
+        torch.empty(min(len(total_VH), head.BLOCK), total_VH.shape[1], dtype=total_VH.dtype, device=total_VH.device)
+    multiplied(2 * grad_nV.shape[0] * total_VH.numel())

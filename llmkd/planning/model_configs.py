@@ -1,0 +1,117 @@
+"""What a plan knows of a model: its configuration and that of an adapter on it, from a folder, the hub, a run yet to come, or llmkd's own table."""
+
+import dataclasses
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..config.loader import load_recipe
+from ..config.paths import written_by
+from ..config.recipe import Lora, Student
+from ..errors import UserError
+from ..model_folder.files import check_config, refuse_mistyped_folder
+from ..model_folder.weights import read_json
+from .known_models import KNOWN
+
+_TABLE = "llmkd's own table, since the hub was not reached"
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """config   of the base, as its config.json has it
+    base     which base it is: two models of one base may share its weights
+    adapter  the settings of an adapter on it; None for none
+    files    the folder of the base, if it is one here; for its tokenizer
+    origin   where all this was found, where that is not the model itself; else ""
+    """
+
+    config: dict
+    base: str
+    adapter: Lora | None = None
+    files: Path | None = None
+    origin: str = ""
+
+
+def find_config(
+    name: str, setting: str, revision: str | None, base: str | None, beside: Path, writers: tuple[Path, ...] = ()
+) -> ModelConfig:
+    """The configuration of a folder, a hub id, or the folder that another recipe's run will write. No weights are read, or asked for.
+
+    base     the base of an adapter, where its adapter_config.json names another
+    beside   the folder of the recipe: another one in it may be that whose run writes the folder
+    writers  the recipes that led here
+    """
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        if (folder / "adapter_config.json").is_file():
+            return _with_adapter(read_json(folder / "adapter_config.json", setting), name, setting, base, beside)
+        return ModelConfig(_own_config(folder, name, setting), str(folder.resolve()), files=folder)
+    if (writer := written_by(Path(os.path.abspath(folder)), beside)) and writer not in writers:
+        return _of_coming_run(folder, load_recipe(writer).student, (*writers, writer))
+    refuse_mistyped_folder(name, setting)
+    reason = ""
+    for file in ("config.json", "adapter_config.json"):
+        try:
+            path = _download(name, file, revision)
+        except Exception as error:
+            reason = reason or type(error).__name__
+            continue
+        if file == "adapter_config.json":
+            return _with_adapter(read_json(path, setting), name, setting, base, beside)
+        return ModelConfig(_own_config(path.parent, name, setting), name, files=path.parent)
+    if name in KNOWN:
+        return ModelConfig(KNOWN[name], name, origin=_TABLE)
+    raise UserError(
+        f"{setting}: the config.json of {name} is neither in the hub's cache nor could it be downloaded ({reason}), and llmkd's own table has no "
+        f"{name}; fetch it once where there is a connection (hf download {name} config.json), or name a folder with that file"
+    )
+
+
+def _of_coming_run(folder: Path, student: Student, writers: tuple[Path, ...]) -> ModelConfig:
+    """Of a folder that is not there yet: what the last of `writers`, whose run makes it, says of its student."""
+    found = student_config(student, writers[-1].parent, writers)
+    origin = "; ".join(filter(None, [f"{writers[-1]}, whose run is still to come", found.origin]))
+    if folder.name == "adapter":
+        return dataclasses.replace(found, adapter=found.adapter or student.lora or Lora(), origin=origin)
+    return dataclasses.replace(found, adapter=None, base=str(folder), origin=origin)
+
+
+def _download(name: str, file: str, revision: str | None) -> Path:
+    from huggingface_hub import hf_hub_download
+
+    return Path(hf_hub_download(name, file, revision=revision))
+
+
+def _own_config(folder: Path, name: str, setting: str) -> dict:
+    if not (folder / "config.json").is_file():
+        raise UserError(f"{setting}: {name} has neither config.json nor adapter_config.json; a plan needs one of them, and no weights")
+    config = read_json(folder / "config.json", setting)
+    check_config(config, f"{name}/config.json", setting)
+    return config
+
+
+def _with_adapter(adapter: dict, name: str, setting: str, base: str | None, beside: Path) -> ModelConfig:
+    if adapter.get("peft_type") != "LORA":
+        raise UserError(f"{setting}: {name} is an adapter of type {adapter.get('peft_type')}; a plan knows LORA, so name its base instead")
+    base_name = base or adapter.get("base_model_name_or_path")
+    if not isinstance(base_name, str) or not base_name:
+        raise UserError(f"{setting}: {name}/adapter_config.json names no base model; set {setting.removesuffix('.model')}.base to it")
+    found = find_config(base_name, setting, adapter.get("revision"), None, beside)
+    targets = adapter.get("target_modules") or "all-linear"
+    lora = Lora(
+        rank=adapter.get("r", 8),
+        alpha=float(adapter.get("lora_alpha", 8)),
+        dropout=adapter.get("lora_dropout", 0.0),
+        target_modules=targets if isinstance(targets, str) else tuple(sorted(targets)),
+        modules_to_save=tuple(adapter.get("modules_to_save") or ()),
+        rslora=bool(adapter.get("use_rslora")),
+        dora=bool(adapter.get("use_dora")),
+    )
+    return dataclasses.replace(found, adapter=lora)
+
+
+def student_config(student: Student, beside: Path, writers: tuple[Path, ...] = ()) -> ModelConfig:
+    """Of a recipe's student; of new weights without the size of their vocabulary, if the recipe leaves that to the tokenizer."""
+    if student.architecture is not None:
+        return ModelConfig(dict(student.architecture), "new weights")
+    return find_config(student.model, "student.model", student.revision, student.base, beside, writers)

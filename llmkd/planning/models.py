@@ -1,0 +1,144 @@
+"""Students and teachers from configurations alone, on fake tensors: as `models.load` makes them, less what needs weights or values."""
+
+import dataclasses
+import functools
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..config.recipe import Lora, Student, Teacher
+from ..errors import UserError, brief
+from ..model_folder.files import loaded_dtype
+from ..models import activation_checkpointing, attention, float8
+from ..models.families import beside_text, layers_of
+from ..models.language_model import LanguageModel
+from ..models.last_layer import put_on
+from ..models.lora import add_lora
+from ..models.quantization import DTYPES
+from .model_configs import ModelConfig
+from .quantized import quantize
+
+
+@dataclass(frozen=True)
+class Depth:
+    """How many layers of a model are built: the first `layers`; of a student's, the activations of the first `recomputed` are not kept."""
+
+    layers: int
+    recomputed: int = 0
+
+
+def text_config(config: dict) -> dict:
+    return config.get("text_config", config)
+
+
+def depth_of(config: dict, setting: str) -> int:
+    """The number of layers by transformers' own configuration, which also knows its family's default."""
+    return _config(config, setting).get_text_config().num_hidden_layers
+
+
+def full_depth(config: dict, checkpointing: bool | float, setting: str) -> Depth:
+    """All layers, and those of them that `student.gradient_checkpointing` has recomputed; as `activation_checkpointing.enable` chooses them."""
+    layers = depth_of(config, setting)
+    if not checkpointing or layers < 2:
+        return Depth(layers)
+    return Depth(layers, min(max(1, round(checkpointing * layers)), layers - 1))
+
+
+def _config(config: dict, setting: str):
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.for_model(**config)
+    except Exception as error:
+        raise UserError(f"{setting}: transformers cannot read its configuration ({brief(error)}); correct its config.json") from error
+
+
+def empty_model(config: dict, setting: str, dtype: str, implementation: str, layers: int | None = None) -> nn.Module:
+    """A model of that configuration, with weights that have no values (in a fake mode, or on torch's meta device)."""
+    from transformers import AutoModelForCausalLM
+
+    own = _config(config, setting)
+    text = own.get_text_config()
+    if layers is not None and layers < text.num_hidden_layers:
+        text.num_hidden_layers = layers
+        if getattr(text, "layer_types", None):
+            text.layer_types = text.layer_types[:layers]
+    try:
+        return AutoModelForCausalLM.from_config(
+            own,
+            dtype=DTYPES[loaded_dtype(config, dtype)],
+            attn_implementation=None if implementation == "auto" else implementation,
+        )
+    except Exception as error:
+        raise UserError(f"{setting}: transformers cannot build it ({brief(error)}); correct its config.json") from error
+
+
+def layer_sizes(config: dict, setting: str) -> tuple[int, ...]:
+    """The parameters of each layer; none for a family that does not keep its layers in a list."""
+    return _layer_sizes(json.dumps(config), setting)
+
+
+@functools.cache
+def _layer_sizes(config: str, setting: str) -> tuple[int, ...]:
+    with torch.device("meta"):
+        model = empty_model(json.loads(config), setting, "float32", "auto")
+    return tuple(sum(p.numel() for p in layer.parameters()) for layer in layers_of(model) or [])
+
+
+def build_students(
+    settings: Sequence[Student], found: Sequence[ModelConfig], vocab: int, depth: Depth, packing: int, base: nn.Module | None = None
+) -> list[LanguageModel]:
+    """Several students share one base, each with its adapter; a single one may use any method. As `models.load.load_students`."""
+    first = settings[0]
+    model = base or empty_model(found[0].config, "student.model", first.dtype, first.attention, depth.layers)
+    if first.quantization:
+        quantize(model, first.quantization)
+    if first.method == "full":
+        for parameter in beside_text(model):
+            parameter.requires_grad_(False)
+    if depth.recomputed:
+        activation_checkpointing.enable(model, True)
+        for number, layer in enumerate(layers_of(model) or []):
+            layer.gradient_checkpointing = number < depth.recomputed
+    names: list[str | None] = [None]
+    if first.method == "lora":
+        model.requires_grad_(False)
+        names = [f"student{k}" for k in range(len(settings))] if len(settings) > 1 else ["default"]
+        order = sorted(range(len(settings)), key=lambda k: _lora(settings[k], found[k]).target_modules != "all-linear")
+        for k in order:
+            model = add_lora(model, _lora(settings[k], found[k]), None, names[k])
+        if len(settings) > 1:
+            model.set_adapter(names[0])
+    autocast = torch.bfloat16 if first.mixed_precision == "bf16" else None
+    models = [LanguageModel(model, vocab, name, autocast=autocast).train() for name in names]
+    return [_as_checked(one, packing, first.attention) for one in models]
+
+
+def _lora(settings: Student, found: ModelConfig) -> Lora:
+    return found.adapter or settings.lora or Lora()
+
+
+def build_teacher(
+    settings: Teacher, found: ModelConfig, setting: str, vocab: int, layers: int, packing: int, base: nn.Module | None = None
+) -> LanguageModel:
+    """A live teacher, frozen. As `models.load.load_teacher`; one whose adapter is merged is its base."""
+    model = base or empty_model(found.config, f"{setting}.model", settings.dtype, settings.attention, layers)
+    if settings.loaded_in:
+        quantize(model, settings.loaded_in)
+    if found.adapter and not settings.merge_adapter:
+        model = add_lora(model, found.adapter, None)
+    teacher = LanguageModel(model, vocab)
+    teacher.requires_grad_(False).eval()
+    if settings.float8:
+        float8.convert(teacher.base_model)
+    return _as_checked(teacher, packing, settings.attention)
+
+
+def _as_checked(model: LanguageModel, packing: int, implementation: str) -> LanguageModel:
+    """With what the startup checks find of a family that llmkd knows; whether they do is seen when the run starts."""
+    packed = bool(packing and implementation == "auto" and attention.enable(model.base_model))
+    last = put_on(model.base_model)
+    return model.replaced(capabilities=dataclasses.replace(model.capabilities, packed_attention=packed, last_layer=last))

@@ -1,0 +1,69 @@
+"""Linear layers in 4 and 8 bit as bitsandbytes holds them, for fake tensors, on which its kernels do not run: bytes by formula."""
+
+import torch
+from torch import Tensor, nn
+
+from ..config.recipe import Quantization
+from ..models.families import decoder_of
+
+_BLOCK = 64  # weights with one scale, in 4 bit
+
+
+def bytes_of(weights: int, rows: int, settings: Quantization) -> int:
+    """What a matrix of so many weights and rows takes, with its scales.
+
+    4 bit (Dettmers et al. 2023, arXiv:2305.14314, section 3): half a byte a weight, and for 64 weights a float32, or with double
+    quantisation a byte, and for 256 of those bytes a float32. int8: a byte a weight, and a float32 for each row.
+    """
+    if settings.type == "int8":
+        return weights + 4 * rows
+    blocks = -(-weights // _BLOCK)
+    return -(-weights // 2) + (blocks + 4 * -(-blocks // 256) if settings.double_quant else 4 * blocks)
+
+
+class QuantizedLinear(nn.Linear):
+    """A frozen linear layer [O, K]: its weight is made again for every product, also in the backward pass."""
+
+    def __init__(self, linear: nn.Linear, settings: Quantization):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features, self.dtype = linear.in_features, linear.out_features, linear.weight.dtype
+        size = bytes_of(linear.weight.numel(), linear.out_features, settings)
+        self.held = nn.Parameter(torch.empty(size, dtype=torch.uint8, device=linear.weight.device), requires_grad=False)
+        self.bias, self.rounds = linear.bias, settings.type == "int8"
+        self.requires_grad_(False).train(linear.training)
+
+    @property
+    def weight(self) -> Tensor:
+        return torch.empty(self.out_features, self.in_features, dtype=self.dtype, device=self.held.device)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = _Product.apply(x, self)
+        return y if self.bias is None else y + self.bias
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, layer: QuantizedLinear) -> Tensor:
+        ctx.layer = layer
+        rows = x.reshape(-1, layer.in_features)
+        if layer.rounds:  # LLM.int8: activations are rounded too, and the product has 32 bit before it is scaled
+            torch.empty_like(rows, dtype=torch.int8)
+            weight_OK = torch.empty(1, 1, dtype=torch.float32, device=x.device).expand(layer.out_features, layer.in_features)
+            whole = rows.new_empty(1, 1, dtype=torch.float32).expand(rows.shape) @ weight_OK.T
+            return whole.to(x.dtype).reshape(*x.shape[:-1], -1)
+        return (rows.to(layer.dtype) @ layer.weight.T).to(x.dtype).reshape(*x.shape[:-1], -1)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return (grad.to(ctx.layer.dtype) @ ctx.layer.weight).to(grad.dtype), None
+
+
+def quantize(model: nn.Module, settings: Quantization) -> None:
+    """The body's linear layers, in place: embeddings, norms and the head stay as they are."""
+    head = model.get_output_embeddings()
+    for parent in list(decoder_of(model).modules()):
+        for name, layer in list(parent.named_children()):
+            if type(layer) is nn.Linear and layer is not head:
+                setattr(parent, name, QuantizedLinear(layer, settings))
+    if settings.type == "int8":
+        model.is_loaded_in_8bit = True

@@ -1,0 +1,167 @@
+"""One optimizer step of the training loop, watched: what is in memory in each of its phases, and how much is multiplied.
+
+The loop, its students and its teacher are those of a run. On fake tensors this is a plan, on real ones a measurement.
+"""
+
+import contextlib
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from ..batch import Batch
+from ..data.batch_source import Step
+from ..models.families import layers_of
+from ..models.language_model import LanguageModel
+from ..signals import Signal, Teacher
+from ..training.loop import StepHooks, StudentState, train, unwrap
+from .live_memory import LiveMemory, Phase
+
+TEACHER, FORWARD, LOSS, BACKWARD, OPTIMIZER = "teacher's pass", "student's pass", "loss", "backward pass", "optimizer step"
+#: What memory consists of, in the order in which it is told.
+PARTS = (
+    "student's weights",
+    "trained",
+    "teacher's weights",
+    "gradients",
+    "optimizer",
+    "activations",
+    "teacher's pass",
+    "head and loss",
+    "backward pass",
+)
+
+
+class OneProcess:
+    """What the loop asks of an Accelerator where there is one process; no gradient is exchanged."""
+
+    num_processes, process_index, is_main_process = 1, 0, True
+
+    def __init__(self, device: torch.device | str):
+        self.device = torch.device(device)
+
+    def prepare_model(self, model: nn.Module) -> nn.Module:
+        return model
+
+    def no_sync(self, model: nn.Module) -> contextlib.AbstractContextManager:
+        return contextlib.nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        loss.backward()
+
+
+@dataclass(frozen=True)
+class Ready:
+    """What trains: students, the teacher as the loop calls it, and the models that hold weights.
+
+    elsewhere   models whose weights are on another device, by `id`
+    """
+
+    students: list[StudentState]
+    teacher: Teacher | None
+    student_models: list[LanguageModel]
+    teacher_models: list[LanguageModel]
+    elsewhere: frozenset[int] = frozenset()
+
+
+class OneStep:
+    """A source of one step, which is not the last: that one's metrics are read."""
+
+    seed, total_steps = 0, 2
+
+    def __init__(self, batches: Sequence[Batch]):
+        self.batches = list(batches)
+
+    def steps(self, done: int = 0) -> Iterator[tuple[Step, list[Batch]]]:
+        yield Step(1, 0, sum(batch.num_targets for batch in self.batches)), self.batches
+
+
+def watched_step(ready: Ready, batch: Batch, gradients: bool, device="cpu", round_to: int = 1) -> dict[str, Phase]:
+    """The phases of a step of one micro-batch, with the optimizer's state there, as in every step after the first.
+
+    gradients   those of micro-batches before it in its step are there
+
+    Those of the backward pass are by the layer that it is in: "backward pass 3"; the last layer's is called "backward pass".
+    """
+    memory = LiveMemory(round_to)
+    for model in ready.teacher_models:
+        _add(memory, model, "teacher's weights", id(model) in ready.elsewhere)
+    for model in ready.student_models:
+        _add(memory, model, "student's weights")
+    for state in ready.students:
+        _add(memory, unwrap(state), "student's weights")
+    with contextlib.ExitStack() as stack:
+        for state in ready.students:
+            for parameter in state.parameters.values():
+                memory.rename(parameter, "trained")
+        with memory:
+            for state in ready.students:
+                _have_state(memory, state, gradients)
+        for state in ready.students:
+            for hook in _hooks(memory, state):
+                stack.callback(hook.remove)
+        teacher = ready.teacher and functools.partial(_asked, memory, ready.teacher)
+        accelerator, source = _Watched(memory, device), OneStep([batch])
+        memory.forget()
+        with (
+            memory,
+            contextlib.closing(train(source, ready.students, teacher, accelerator, hooks=StepHooks(wants_metrics=_never))) as steps,
+        ):
+            next(steps)
+        return memory.phases
+
+
+def _have_state(memory: LiveMemory, state: StudentState, gradients: bool) -> None:
+    """Let the optimizer take a step along gradients of zero, and keep these where `gradients`."""
+    memory.enter(OPTIMIZER, "optimizer")
+    for parameter in state.parameters.values():
+        parameter.grad = torch.zeros_like(parameter)
+        memory.rename(parameter.grad, "gradients")
+    state.optimizer.step()
+    if not gradients:
+        state.optimizer.zero_grad(set_to_none=True)
+
+
+def _never(step: int) -> bool:
+    return False
+
+
+def _add(memory: LiveMemory, model: nn.Module, part: str, elsewhere: bool = False) -> None:
+    for tensor in (*model.parameters(), *model.buffers()):
+        memory.add(tensor, part, elsewhere)
+
+
+class _Watched(OneProcess):
+    def __init__(self, memory: LiveMemory, device):
+        super().__init__(device)
+        self.memory = memory
+
+    def backward(self, loss: Tensor) -> None:
+        self.memory.enter(BACKWARD, BACKWARD)
+        loss.backward()
+
+
+def _asked(memory: LiveMemory, teacher: Teacher, batch: Batch) -> Signal:
+    memory.enter(TEACHER, TEACHER)
+    return teacher(batch)
+
+
+def _hooks(memory: LiveMemory, state: StudentState) -> Iterator[torch.utils.hooks.RemovableHandle]:
+    """Hooks that tell which phase begins. They change nothing that is computed, and keep no tensor."""
+    distiller = unwrap(state)
+    yield distiller.register_forward_pre_hook(lambda *_: memory.enter(FORWARD, "activations"))
+    for term in distiller.terms.values():
+        yield term.register_forward_pre_hook(lambda *_: memory.enter(LOSS, "head and loss"))
+    for number, layer in enumerate(layers_of(distiller.student.base_model) or []):
+        yield layer.register_forward_pre_hook(functools.partial(_note_layer, memory, number))
+    for parameter in state.parameters.values():
+        yield parameter.register_post_accumulate_grad_hook(lambda p: memory.rename(p.grad, "gradients"))
+    yield state.optimizer.register_step_pre_hook(lambda *_: memory.enter(OPTIMIZER, "optimizer"))
+
+
+def _note_layer(memory: LiveMemory, number: int, layer: nn.Module, args: tuple) -> None:
+    """When the gradient of this layer's input is known, the backward pass leaves it for the layer before."""
+    if number and args and args[0].requires_grad and not memory.phase.startswith(BACKWARD):  # there it is computed again
+        args[0].register_hook(lambda grad: memory.enter(f"{BACKWARD} {number - 1}", BACKWARD))

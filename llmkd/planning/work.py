@@ -1,0 +1,130 @@
+"""What a run has to compute: its largest micro-batch, and the tokens and targets of all of it, from the data or from a stated assumption."""
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from ..batch import Batch
+from ..config.fields import as_tuple
+from ..config.paths import is_local
+from ..config.recipe import Data, Recipe
+from ..data.batch_source import Collator
+from ..data.batching import TokenBudget, make_micro_batches
+from ..data.dataset import read_data
+from ..data.encoding.tokenizer import load_tokenizer
+from ..data.examples import Examples
+from ..errors import UserError
+from ..training.prepare import batch_plan, batching, encode_data
+from .model_configs import ModelConfig
+
+_ANY = 1 << 31  # entries of a vocabulary: whether the models have a row for each token is seen when the run starts
+ASSUMED = 64  # examples of assumed data: micro-batches of more are planned with as many as they hold
+
+
+@dataclass(frozen=True)
+class KnownData:
+    """The training examples of a recipe, or those that are assumed.
+
+    tokenizer   None where there is none here
+    complete    whether `examples` are all that the run reads in an epoch
+    assumed     what is assumed, in words; "" where the data was read
+    """
+
+    examples: Examples
+    tokenizer: object | None
+    complete: bool
+    assumed: str = ""
+
+
+@dataclass(frozen=True)
+class Work:
+    """batch      the largest micro-batch: of those with the most tokens, padding counted, that with the most targets
+    later      the largest of those that come after others in their step, whose gradients are then in memory; None where none does
+    tokens, targets, micro_batches   of the whole run, padding counted; None where the data is not known
+    steps      optimizer steps of the whole run; None where the data is not known
+    """
+
+    batch: Batch
+    later: Batch | None
+    tokens: int | None
+    targets: int | None
+    micro_batches: int | None
+    steps: int | None
+    examples: int | None
+
+    @property
+    def batch_tokens(self) -> int:
+        return self.batch.student.inputs["input_ids"].numel()
+
+
+def known_data(recipe: Recipe, student: ModelConfig) -> KnownData:
+    """The recipe's training data as examples, if it and a tokenizer are on this machine; otherwise examples as long as data.max_length."""
+    sources = as_tuple(recipe.data.train)
+    remote = [source.path for source in sources if not is_local(source.path, "data") and not source.path.startswith("builtin:")]
+    tokenizer = _tokenizer_here(recipe, student)
+    if remote or tokenizer is None:
+        lacking = f"{remote[0]} is not on this machine" if remote else "the student's tokenizer is not on this machine"
+        length = recipe.data.max_length
+        assumed = f"{lacking}: every example is taken to have {length:,} tokens (data.max_length), all of them supervised"
+        return KnownData(assumed_examples(max(ASSUMED, recipe.train.batch_size), length), tokenizer, False, assumed)
+    alone = Data(**{**vars(recipe.data), "validation": None, "choices": None})
+    rows = read_data(alone)
+    order = batching(recipe.train, recipe.seed, alone.packing)
+    data = encode_data(rows, alone, order, as_tuple(recipe.teacher), tokenizer, _ANY)
+    if data.source.complete:
+        return KnownData(data.train, tokenizer, True)
+    return KnownData(data.train, tokenizer, False, "data.streaming: the rows of the first step stand for all")
+
+
+def _tokenizer_here(recipe: Recipe, student: ModelConfig):
+    """The tokenizer of the run, from a folder or the hub's cache; None where it is not there."""
+    name = recipe.student.tokenizer or (student.files and str(student.files))
+    if name is None:
+        return None
+    if not recipe.student.tokenizer and not any(
+        (Path(name) / file).is_file() for file in ("tokenizer.json", "tokenizer.model", "vocab.json")
+    ):
+        return None
+    try:
+        return load_tokenizer(name, "student.tokenizer" if recipe.student.tokenizer else "student.model")
+    except UserError:
+        if Path(name).is_dir() or name.startswith("builtin:"):
+            raise
+        return None
+
+
+def assumed_examples(count: int, length: int) -> Examples:
+    """Examples of one length, supervised throughout."""
+    offsets = np.arange(count + 1, dtype=np.int64) * length
+    return Examples(np.zeros(count * length, np.int32), np.ones(count * length, bool), offsets, np.arange(count))
+
+
+def work_of(known: KnownData, recipe: Recipe) -> Work:
+    """The largest micro-batch as the recipe cuts its steps, and the sums of the whole run."""
+    examples, train, data = known.examples, recipe.train, recipe.data
+    order = batching(train, recipe.seed, data.packing)
+    pad = getattr(known.tokenizer, "eos_token_id", None) or 0
+    collator = Collator(pad, data.packing, data.share_prefixes)
+    size = 1 if train.micro_batch_tokens == "auto" else order.micro_batch_size
+    lengths, targets = examples.max_lengths, examples.num_targets
+    if known.complete:
+        plan = batch_plan(order, examples, tuple(source.weight for source in as_tuple(data.train)))
+        steps, total = list(plan.step_batches(0)), plan.total_steps
+        share = total / len(steps)
+    else:
+        steps, total, share = [list(range(min(train.batch_size, len(examples))))], train.max_steps, train.max_steps
+    cut = [make_micro_batches(step, lengths, size) for step in steps]
+    weigh = {id(micro): (_tokens(lengths[micro], data.packing), int(targets[micro].sum())) for step in cut for micro in step}
+    largest = max((micro for step in cut for micro in step), key=lambda micro: weigh[id(micro)])
+    later = max((micro for step in cut for micro in step[1:]), key=lambda micro: weigh[id(micro)], default=None)
+    sums = np.array([weigh[id(micro)] for step in cut for micro in step]).sum(0)
+    known_sums = [None, None, None] if share is None else [math.ceil(share * n) for n in (*sums, sum(map(len, cut)))]
+    number = None if share is None else math.ceil(share * sum(map(len, steps)))
+    later = None if later is None else collator(examples, later)
+    return Work(collator(examples, largest), later, *known_sums, total, number)
+
+
+def _tokens(lengths: np.ndarray, packing: bool) -> int:
+    return TokenBudget(0, packing).of(lengths)

@@ -1,0 +1,220 @@
+"""What a plan finds of configurations alone, and how it extends a few layers to many."""
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+import torch
+
+from llmkd.config import loader
+from llmkd.config.recipe import Lora, Optim, Quantization
+from llmkd.errors import UserError
+from llmkd.planning import fit
+from llmkd.planning.devices import bytes_in, held_on_gpu
+from llmkd.planning.known_models import KNOWN
+from llmkd.planning.model_configs import find_config
+from llmkd.planning.models import empty_model
+from llmkd.planning.plan import Measured, Plan, extended, find, plan, state_bytes
+from llmkd.planning.quantized import bytes_of
+from llmkd.planning.step import LOSS, TEACHER
+from llmkd.planning.work import assumed_examples, known_data, work_of
+from tests.conftest import plain_recipe
+
+#: The number of parameters that each model's page on the hub gives; tied weights once, Gemma 3 4B with its vision tower.
+PARAMETERS = {
+    "meta-llama/Llama-3.2-1B-Instruct": 1_235_814_400,
+    "meta-llama/Llama-3.2-3B-Instruct": 3_212_749_824,
+    "meta-llama/Llama-3.1-8B-Instruct": 8_030_261_248,
+    "meta-llama/Llama-3.1-70B-Instruct": 70_553_706_496,
+    "Qwen/Qwen2.5-0.5B-Instruct": 494_032_768,
+    "Qwen/Qwen2.5-1.5B-Instruct": 1_543_714_304,
+    "Qwen/Qwen3-0.6B": 596_049_920,
+    "Qwen/Qwen3-8B": 8_190_735_360,
+    "HuggingFaceTB/SmolLM2-135M-Instruct": 134_515_008,
+    "HuggingFaceTB/SmolLM2-360M-Instruct": 361_821_120,
+    "HuggingFaceTB/SmolLM2-1.7B-Instruct": 1_711_376_384,
+    "google/gemma-3-1b-it": 999_885_952,
+    "google/gemma-3-4b-it": 4_300_079_472,
+}
+
+
+@pytest.mark.parametrize("name", KNOWN)
+def test_the_tables_configurations_have_the_published_number_of_parameters(name):
+    with torch.device("meta"):
+        model = empty_model(KNOWN[name], "student.model", "auto", "auto")
+    assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
+
+
+@pytest.fixture
+def configs_only(world, tmp_path):
+    """The small world's recipe in a folder of its own, with models that have a configuration and nothing else."""
+    for name in ("student", "teacher", "adapter"):
+        (tmp_path / name).mkdir()
+        file = "adapter_config.json" if name == "adapter" else "config.json"
+        shutil.copy(world / name / file, tmp_path / name)
+    adapter = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    (tmp_path / "adapter" / "adapter_config.json").write_text(json.dumps(adapter | {"base_model_name_or_path": str(tmp_path / "teacher")}))
+    recipe = plain_recipe(world, tmp_path / "out")
+    recipe["student"]["model"], recipe["teacher"]["model"] = str(tmp_path / "student"), str(tmp_path / "adapter")
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    return tmp_path / "recipe.yaml"
+
+
+def test_configurations_alone_give_the_bytes_of_every_weight(configs_only):
+    """By hand: Llama's matrices in float64, LoRA's in float64 beside them (width 16, MLP 32, two layers; the teacher 24 and 48)."""
+    recipe = loader.load_recipe(configs_only, {"data.max_length": 32})
+    found = find(recipe, configs_only.parent)
+    planned = plan(recipe, found, None, gpu=False)
+    vocab = json.loads((configs_only.parent / "student" / "config.json").read_text())["vocab_size"]
+
+    def body(width: int, mlp: int) -> int:
+        return 2 * (4 * width * width + 3 * width * mlp + 2 * width) + width + 2 * vocab * width
+
+    def adapter(width: int, mlp: int) -> int:
+        return 2 * 4 * (4 * (width + width) + 3 * (width + mlp))
+
+    assert planned.parts["trained"] == 8 * adapter(16, 32)
+    assert planned.parts["optimizer"] == pytest.approx(
+        2 * planned.parts["trained"], abs=4 * 28
+    )  # and a step's number for each of 28 tensors
+    rotary = 8 * 2 * 16  # a head's frequencies, twice
+    assert planned.parts["student's weights"] == pytest.approx(8 * body(16, 32), abs=rotary)
+    assert planned.parts["teacher's weights"] == pytest.approx(8 * (body(24, 48) + adapter(24, 48)), abs=rotary)
+    assert "tokenizer is not on this machine" in planned.notes[0]
+    assert planned.work.batch.student.inputs["input_ids"].shape == (4, 31) and planned.work.batch.num_targets == 4 * 31
+    assert planned.work.tokens is None and planned.seconds(lambda dtype: 1e9, 0, whole=True) is None
+
+
+def test_operations_are_counted_as_products(make_recipe, tmp_path):
+    """Two operations a weight and token in a pass, and as many for the gradient of the activations; the head at the targets alone."""
+    recipe = make_recipe(student__method="full", student__lora=None, teacher=None, train__batch_size=4, data__train__limit=4)
+    planned = plan(recipe, find(recipe, tmp_path), None, gpu=False)
+    tokens, targets = planned.work.batch_tokens, planned.work.batch.num_targets
+    vocab, matrices = find(recipe, tmp_path).vocab, 2 * (4 * 16 * 16 + 3 * 16 * 32)
+    assert planned.flops[LOSS] == 3 * 2 * vocab * 16 * targets
+    rest = planned.flops["backward pass"]
+    assert 0.6 * 6 * matrices * tokens < rest < 6 * matrices * tokens + 7 * 2 * tokens * tokens * 16  # the last layer in part; attention
+    assert TEACHER not in planned.flops
+
+
+def test_extension_is_exact_where_memory_grows_in_proportion():
+    def measured(counts) -> Measured:
+        a, b, c = counts
+        return Measured({"loss": {"x": 5 + 3 * a + 2 * b, "y": 7.0 * c}, "first": {"x": 11}}, {LOSS: 10 * a + c})
+
+    found = extended((4, 1, 2), (30, 1, 80), measured)
+    assert found.phases == {"loss": {"x": 5 + 90 + 2, "y": 560.0}, "first": {"x": 11}} and found.flops == {LOSS: 380}
+    assert found.peak == "loss"
+
+
+def test_a_deep_model_is_planned_from_few_layers_as_it_is_in_full(configs_only, monkeypatch):
+    for name, layers in (("student", 10), ("teacher", 4)):
+        path = configs_only.parent / name / "config.json"
+        path.write_text(json.dumps(json.loads(path.read_text()) | {"num_hidden_layers": layers}))
+    few = {"student.lora.target_modules": ["q_proj"], "teacher.model": str(configs_only.parent / "teacher")}
+    recipe = loader.load_recipe(configs_only, {"data.max_length": 48, "student.gradient_checkpointing": 0.5} | few)
+    found = find(recipe, configs_only.parent)
+    short = plan(recipe, found, None, gpu=True)
+    monkeypatch.setattr("llmkd.planning.plan.extended", lambda few, full, measured: measured(full))
+    whole = plan(recipe, found, None, gpu=True)
+    assert short.peak == pytest.approx(whole.peak, rel=0.005) and short.at == whole.at
+    assert short.flops == pytest.approx(whole.flops, rel=1e-9)
+
+
+def test_what_a_quantised_matrix_and_an_optimizers_state_take():
+    """4 bit: half a byte, a float32 for 64 weights, or a byte for these and a float32 for 256 bytes. 8-bit AdamW: two bytes, two float32 for 256."""
+    assert bytes_of(4096 * 4096, 4096, Quantization(type="nf4", double_quant=False)) == 4096 * 4096 * (1 / 2 + 4 / 64)
+    assert bytes_of(4096 * 4096, 4096, Quantization(type="nf4")) == 4096 * 4096 * (1 / 2 + 1 / 64 + 4 / 64 / 256)
+    assert bytes_of(4096 * 4096, 4096, Quantization(type="int8")) == 4096 * 4096 + 4 * 4096
+    ps = [torch.nn.Parameter(torch.empty(n)) for n in (4096, 100)]
+    assert state_bytes(Optim(name="adamw_8bit"), ps, True) == 2 * (4096 + 4 * 16) + 8 * 100
+    assert state_bytes(Optim(name="paged_adamw"), ps, True) == 0 and state_bytes(Optim(name="paged_adamw"), ps, False) == 8 * 4196
+
+
+def test_an_adapter_of_a_run_to_come_is_what_its_recipe_says(configs_only):
+    folder = configs_only.parent
+    first = {"output_dir": str(folder / "runs" / "one"), "student": {"model": str(folder / "teacher"), "lora": {"rank": 3}}}
+    (folder / "1.yaml").write_text(json.dumps(first | {"data": {"train": {"path": "none.jsonl"}}}))
+    found = find_config(str(folder / "runs" / "one" / "adapter"), "teacher.model", None, None, folder)
+    assert found.adapter == Lora(rank=3) and found.base == str(folder / "teacher") and "1.yaml, whose run is still to come" in found.origin
+    merged = find_config(str(folder / "runs" / "one" / "model"), "teacher.model", None, None, folder)
+    assert merged.adapter is None and merged.config == found.config
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("nobody/nothing", ["neither in the hub's cache", "hf download nobody/nothing config.json"]),
+        ("./nowhere", ["there is no folder"]),
+    ],
+)
+def test_a_model_that_is_not_here_is_named(tmp_path, name, words):
+    with pytest.raises(UserError) as info:
+        find_config(name, "student.model", None, None, tmp_path)
+    assert all(word in str(info.value) for word in words)
+
+
+@pytest.mark.parametrize("setting", ["loss.attention", "student.layers"])
+def test_what_a_plan_does_not_know_is_refused_by_name(make_recipe, tmp_path, setting):
+    values = {"loss.attention": {"layers": "last"}, "student.layers": {"count": 1}}
+    with pytest.raises(UserError, match=setting):
+        find(make_recipe(**{setting.replace(".", "__"): values[setting]}), tmp_path)
+
+
+def test_the_largest_micro_batches_are_those_that_a_run_cuts(make_recipe, tmp_path):
+    recipe = make_recipe(train__batch_size=8, train__micro_batch_size=4, train__epochs=3)
+    known = known_data(recipe, find(recipe, tmp_path).student)
+    work = work_of(known, recipe)
+    lengths = known.examples.lengths
+    assert work.batch.student.inputs["input_ids"].shape[0] == 4
+    assert work.batch.student.inputs["input_ids"].shape[1] in (lengths.max() - 1, lengths.max())
+    assert work.steps == 15 and work.examples == 3 * 37 and work.targets == 3 * known.examples.num_targets.sum()
+    assert work.tokens >= 3 * lengths.sum() and work.later.num_targets <= work.batch.num_targets
+    alone = make_recipe("alone", train__batch_size=4, train__micro_batch_size=4)
+    assert work_of(known, alone).later is None
+
+
+def test_amounts_of_memory():
+    assert bytes_in("24GB") == bytes_in("24") == 24e9 and bytes_in("22.5 GiB") == 22.5 * 2**30 and bytes_in("900mb") == 9e8
+    for text in ("", "0GB", "GB", "-3GB", "24 parsecs"):
+        with pytest.raises(ValueError, match="expected an amount of memory"):
+            bytes_in(text)
+    assert held_on_gpu(10e9, 6e9) == 10e9 + 0.05 * 4e9 + 0.6e9
+
+
+def test_savings_are_sorted_and_put_together(make_recipe):
+    recipe = make_recipe()
+    saved = {"student.gradient_checkpointing": 3, "train.micro_batch_size": 5, "teacher.device": 2}
+
+    def needs(change: dict) -> float:
+        if "optim.name" in change:
+            raise UserError("optim.name: refused")
+        return 20 - sum(saved.get(path, 0) for path in change)
+
+    found = fit.savings(recipe, 20, needs)
+    assert [one.saves for one in found] == [5, 5, 3, 2]  # micro-batches of 2 and of 1
+    both = fit.together(found, 20, 12.5, needs)
+    assert (
+        both.needed == 12
+        and both.change.settings.keys() == {"train.micro_batch_size", "student.gradient_checkpointing"}
+        and both.change.same
+    )
+    assert fit.together(found, 20, 3, needs) is None
+
+
+def test_time_is_the_larger_of_computing_and_calling(make_recipe, tmp_path):
+    recipe = make_recipe()
+    work = dataclasses.replace(work_of(known_data(recipe, find(recipe, tmp_path).student), recipe), tokens=None)
+    planned = Plan({}, LOSS, {LOSS: 4e12, TEACHER: 2e12}, 10, {"student": "bfloat16", "teacher": "float32"}, work, [])
+    rate = {"bfloat16": 2e12, "float32": 1e12}.get
+    assert planned.seconds(rate, 0.001, whole=False) == pytest.approx(4)
+    assert planned.seconds(rate, 1, whole=False) == pytest.approx(10)
+    known = dataclasses.replace(planned, work=dataclasses.replace(work, tokens=3 * work.batch_tokens, targets=5 * work.batch.num_targets))
+    assert known.total_flops == pytest.approx({LOSS: 20e12, TEACHER: 6e12}) and known.seconds(rate, 0, whole=True) == pytest.approx(16)
+    assert known.seconds(rate, 0, whole=False) == pytest.approx(16 / work.steps)
+
+
+def test_assumed_examples_have_one_length():
+    examples = assumed_examples(3, 7)
+    assert examples.lengths.tolist() == [7, 7, 7] and examples.num_targets.tolist() == [7, 7, 7]
