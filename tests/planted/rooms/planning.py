@@ -1,0 +1,64 @@
+"""Faults in what a plan says of memory, operations and time."""
+
+from tests.planted.fault import in_file
+
+PLAN, HELD, COMMAND = "planning/test_plan.py", "planning/test_held_to_measurement.py", "commands/test_plan.py"
+
+FAULTS = [
+    *in_file(
+        "llmkd/planning/live_memory.py",
+        (
+            "frees-nothing",
+            "what is freed stays counted",
+            "        self.now -= size\n        self.parts[part] -= size\n",
+            "        self.parts[part] -= size\n",
+            HELD,
+        ),
+        (
+            "views-counted",
+            "a view is counted as memory of its own",
+            "key in self._held or tensor.device",
+            "False and key in self._held or tensor.device",
+            HELD,
+        ),
+        ("products-halved", "a product's operations are halved", "return 2 * a_MK.shape[0]", "return a_MK.shape[0]", PLAN),
+    ),
+    *in_file(
+        "llmkd/planning/plan.py",
+        (
+            "base-not-whole",
+            "one layer too few is extended to",
+            "(wanted - have) * (more.phases",
+            "(wanted - have - 1) * (more.phases",
+            PLAN,
+        ),
+        ("smallest-phase", "the peak is the least phase", "return max(self.phases", "return min(self.phases", HELD),
+        (
+            "targets-by-tokens",
+            "the loss's operations grow with the tokens",
+            "count * (by_target if name == LOSS",
+            "count * (by_token if name == LOSS",
+            PLAN,
+        ),
+        ("paged-on-gpu", "paged state is counted on the GPU", 'if optim.name.startswith("paged") and gpu:', "if False:", PLAN),
+    ),
+    *in_file(
+        "llmkd/planning/step.py",
+        ("no-state", "the optimizer has no state yet", "    state.optimizer.step()\n", "", PLAN),
+        ("gradients-always", "gradients of micro-batches before are always there", "    if not gradients:\n", "    if False:\n", HELD),
+    ),
+    *in_file(
+        "llmkd/planning/work.py",
+        (
+            "first-of-step",
+            "the micro-batches after the first are those of the whole step",
+            "for micro in step[1:])",
+            "for micro in step)",
+            PLAN,
+        ),
+    ),
+    *in_file(
+        "llmkd/planning/fit.py",
+        ("smallest-first", "the smallest saving comes first", "key=lambda one: -one.saves)\n\n", "key=lambda one: one.saves)\n\n", PLAN),
+    ),
+]
