@@ -110,7 +110,7 @@ def check(kind, data: dict, name: str, lines: dict, problems: list[str], changed
         except ValidationError as error:
             remove = []
             for item in error.errors():
-                path = _real_path(item["loc"], data)
+                path = _real_path(item["loc"], data, item["type"] == "missing")
                 remove.append(path[:-1] if item["type"] == "missing" else path)
                 known = any(b == path[: len(b)] for b in broken) or any(p.startswith(f"{where(path)}: ") for p in problems)
                 broken.append(path)
@@ -146,12 +146,12 @@ def _too_large(value, path: tuple = ()) -> Iterator[tuple[tuple, int]]:
         yield path, value
 
 
-def _real_path(loc: tuple, data) -> tuple:
-    """The location of an error without the names of union members, which pydantic puts in and which are no settings."""
+def _real_path(loc: tuple, data, missing: bool) -> tuple:
+    """The location of an error without the names of union members, which pydantic puts in and which are no settings. `missing`: the last one
+    is of a setting that is not there."""
     path, here = [], data
     for i, key in enumerate(loc):
-        last = i == len(loc) - 1
-        if isinstance(here, dict) and (key in here or last):
+        if isinstance(here, dict) and (key in here or (missing and i == len(loc) - 1)):
             here = here.get(key)
         elif isinstance(here, list) and isinstance(key, int):
             here = here[key] if key < len(here) else None

@@ -224,8 +224,8 @@ def rows_kernel(
                 slope += (1 - share) * tl.where(q > 0, q * of_q, 0.0)
                 terms += slope - share * tl.where(p > 0, p * of_p, 0.0)
             value += tl.sum(tl.maximum(terms, 0.0), 0)
-            if TAUGHT:
-                total += w_kd / inverse_T * (slope - q * slopes)
+            if TAUGHT:  # a slope may be infinite where it has no weight
+                total += tl.where(w_kd == 0, 0.0, w_kd / inverse_T * (slope - q * slopes))
         if GRADIENT:
             tl.debug_barrier()  # a gradient in half precision lies over logits that another thread of the row may still have to read
             tl.store(g_row + start + columns, total, mask=here)

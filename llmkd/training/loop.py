@@ -145,8 +145,7 @@ def count_targets(
     """
     if step.num_targets is not None:
         return TargetCounts(max(1, step.num_targets), step.weighted, {share: step.kept(share) for share in shares})
-    examples = [example.num_targets for micro in micro_batches for example in micro.examples]
-    counts = [sum(kept_of(n, share) for n in examples) for share in shares]
+    counts = [sum(kept_of(one.num_targets, share) for micro in micro_batches for one in micro.examples) for share in shares]
     counts.append(sum(micro.num_targets for micro in micro_batches))
     for name in names:
         given = [(micro.weights.get(name), micro.num_targets) for micro in micro_batches]

@@ -1,7 +1,9 @@
 """A recipe is read strictly: what is wrong is named with its place, what is right survives a round trip."""
 
 import dataclasses
+import functools
 import json
+import re
 import subprocess
 import sys
 import typing
@@ -13,6 +15,7 @@ from llmkd import cli
 from llmkd.config import loader, schema
 from llmkd.config.dotted import flatten
 from llmkd.config.recipe import DIVERGENCES, Recipe
+from llmkd.config.validation import check
 from llmkd.errors import UserError
 
 REPO = Path(__file__).parents[2]
@@ -220,6 +223,20 @@ CONTRADICTIONS = [
 @pytest.mark.parametrize(("text", "expected"), CONTRADICTIONS)
 def test_settings_that_contradict_each_other_are_named(refused, text, expected):
     found(refused(BASE + text + "\n"), expected)
+
+
+def test_no_setting_shows_the_checkers_own_words():
+    """Every setting with a mapping that it does not take: one line, in the words of the settings' list."""
+    for path, type_, *_ in schema.describe():
+        data = {"output_dir": "x", "student": {"model": "m"}, "data": {"train": {"path": "a.jsonl"}}}
+        *parents, last = path.split(".")
+        here = functools.reduce(lambda section, key: section.setdefault(key, {}), parents, data)
+        here[last] = {"no such setting": 1}
+        try:
+            check(Recipe, data, "r.yaml", {}, [], set())
+        except UserError as error:
+            mine = [line for line in error.problems if path in line]
+            assert mine and not re.search(r"\[|literal|tuple|constrained|array|Input|dictionary", " ".join(mine)), (path, mine)
 
 
 def test_an_empty_recipe_names_everything_that_is_needed(refused):

@@ -144,6 +144,20 @@ def test_tokens_that_the_teacher_rules_out(name, options):
 
 @inside
 @each_kind
+def test_no_weight_where_the_divergence_is_infinite(name, options):
+    """Of three rows whose teacher rules tokens out two have no weight, and the last has one for the labels alone."""
+    student, teacher = randn(4, 700), randn(4, 700, seed=1)
+    teacher[1, 3] = teacher[2, 600] = teacher[3, 5] = -math.inf
+    weights = {"ce": torch.tensor([1.0, 0.0, 1.0, 2.0]), "kd": torch.tensor([1.0, 0.0, -0.0, 0.0])}
+    found, right = pair(name, options, student, teacher, torch.arange(4), 0.3, 2.0, weights=weights)
+    agree(found, right)
+    assert found[1].isfinite().all() and not found[1][1].any()
+    finite = name == "forward_kl" or options in ({}, {"beta": 0.1}) and name == "generalized_jsd"
+    assert found[0]["kd"].isinf().tolist() == [False] + 3 * [not finite]
+
+
+@inside
+@each_kind
 def test_tokens_that_both_rule_out(name, options):
     student, teacher = randn(4, 5000), randn(4, 5000, seed=1)
     student[:, :4200] = teacher[:, :4200] = -math.inf
