@@ -16,6 +16,13 @@ from .findings import compared, label, mark
 from .sweep_files import Arm, SweepFolder
 
 _POINTS = 240  # of a curve that are drawn
+#: Settings of the loss whose schedules are drawn.
+SCHEDULES = {
+    "kd_ratio": "Schedule: weight of the KD loss",
+    "temperature": "Schedule: temperature",
+    "features.weight": "Schedule: weight of hidden states",
+    "attention.weight": "Schedule: weight of attention",
+}
 _HIGHLIGHTED = 8  # arms in colour; more cannot be told apart
 
 
@@ -48,9 +55,11 @@ def training_curves(sweep: SweepFolder, colours: dict[str, int]) -> Gallery | No
         charts.append(
             _curves(f"curve-kd{number or ''}", title, "nats per target", some, colours, lambda run: smooth(run.curve("kd")), "line")
         )
-    for name, title in (("kd_ratio", "Schedule: weight of the KD loss"), ("temperature", "Schedule: temperature")):
+    for name, title in SCHEDULES.items():
         of_schedule = [arm for arm in arms if isinstance(arm.setting(f"loss.{name}"), dict)]
-        charts.append(_curves(f"curve-{name}", title, name, of_schedule, colours, lambda run, name=name: run.curve(name), "line"))
+        charts.append(
+            _curves(f"curve-{name.replace('.', '-')}", title, name, of_schedule, colours, lambda run, name=name: run.curve(name), "line")
+        )
     charts = [chart for chart in charts if chart]
     return Gallery(charts, legend(sweep, colours)) if charts else None
 

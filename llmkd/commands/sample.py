@@ -20,6 +20,7 @@ from ..data.reading.sources import read_sources
 from ..errors import UserError
 from ..model_folder.files import ModelFiles, find, positions, rows_of, student_folder
 from ..model_folder.identity import identity_of, verify
+from ..model_folder.layers import layer_words
 from ..output.run_files import IDENTITY, read_identity, recorded_layers
 from ..training.prepare import student_files
 
@@ -115,8 +116,9 @@ def sample(
         )
         for i, one in enumerate(found)
     ]
-    named = {name: settings.model for name, (_, settings) in wanted.items()}
-    return Samples(str(run), {"temperature": temperature, "max_new_tokens": max_new_tokens, "seed": seed}, named, asked)
+    return Samples(
+        str(run), {"temperature": temperature, "max_new_tokens": max_new_tokens, "seed": seed}, described(recipe.student, wanted), asked
+    )
 
 
 def finished(run: Path) -> tuple[Recipe, Path]:
@@ -149,6 +151,13 @@ def models_to_ask(recipe: Recipe, student: Path, wanted: tuple[str, ...]) -> Ite
         info("the student began with new random weights; before is left out")
     if "after" in wanted:
         yield "after", ("sample", trained(student, own.attention))
+
+
+def described(own: Student, wanted: dict[str, tuple[str, Teacher]]) -> dict[str, str]:
+    """What each model is, by name: its folder or hub id. A smaller model in the cache is called by what it was cut from."""
+    named = {name: settings.model for name, (_, settings) in wanted.items()}
+    cut = {"before": f"{layer_words(own.layers)} of {own.model}"} if "before" in named and own.layers is not None else {}
+    return named | cut
 
 
 def untrained(own: Student) -> Teacher:

@@ -10,7 +10,7 @@ from .divergences import option_contradictions
 from .features import feature_contradictions
 from .fields import as_tuple, with_setting_names
 from .on_policy import long_horizon_contradictions, on_policy_contradictions
-from .recipe import Loss, Recipe, Student, uses_teacher
+from .recipe import Loss, Recipe, Student, schedules, uses_teacher
 from .schedule import schedule_contradictions
 from .target_weights import keep_contradictions, target_weight_contradictions
 from .teacher import Mixture, teacher_contradictions
@@ -63,8 +63,9 @@ def _teaching_contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], 
             ("loss.temperature", f"{sampled[0]}.cache.kind"),
             "found a schedule with a sampled cache, whose tokens are drawn at one temperature; give a number, or use a cache of kind topk or hidden",
         )
-    yield from schedule_contradictions(loss.kd_ratio, "loss.kd_ratio", 0.0, 1.0, train.max_steps)
-    yield from schedule_contradictions(loss.temperature, "loss.temperature", 0.0, math.inf, train.max_steps)
+    for name, setting in schedules(loss).items():
+        high, above = 1.0 if name == "kd_ratio" else math.inf, name == "temperature"
+        yield from schedule_contradictions(setting, f"loss.{name}", 0.0, high, train.max_steps, above)
     yield from _loss_contradictions(loss)
     yield from _weight_contradictions(recipe)
     ratio = (0.5 if recipe.teacher else 0.0) if loss.kd_ratio is None else loss.kd_ratio
@@ -190,20 +191,29 @@ def _weight_contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], st
     train, held_out = (
         with_setting_names(value, setting) for setting, value in (("data.train", data.train), ("data.validation", data.validation))
     )
-    other_terms = bool(recipe.loss.features or recipe.loss.attention)  # they teach whatever these weights are
     train, held_out = list(train), list(held_out)
     for path, source in [*train, *held_out]:
         for name, weight in vars(source.loss).items():
             if 0 < abs(weight) < 1e-6:  # far below it is 0 in float32
                 yield (f"{path}.loss.{name}",), f"found {weight:g}, expected 0, or a number of 1e-06 or more, or of -1e-06 or less"
-    for path, source in [*([] if other_terms else train), *held_out]:
-        if not source.loss.ce and not source.loss.kd:
-            yield (f"{path}.loss",), "found ce: 0 and kd: 0, so these rows count for nothing; leave the source out"
-    for path, source in [] if other_terms else train:
-        for name, alone in (("ce", 0), ("kd", 1)):  # the kd_ratio with which only that part teaches
-            if not getattr(source.loss, name) and ratio == alone:
-                fix = f"set {name} to another number, loss.kd_ratio to one between 0 and 1, or leave the source out"
-                yield (f"{path}.loss.{name}", "loss.kd_ratio"), f"found 0 with loss.kd_ratio {ratio:g}, so these rows teach nothing; {fix}"
+            elif weight != 1 and name in ("features", "attention") and getattr(recipe.loss, name) is None:
+                yield (f"{path}.loss.{name}", f"loss.{name}"), f"found {weight:g}, and there is no loss.{name}; leave it out"
+            elif weight != 1 and name in ("features", "attention") and (path, source) in held_out:
+                yield (f"{path}.loss.{name}",), f"found {weight:g}, but {name} are measured in training alone; leave it out"
+    inner = [name for name in ("features", "attention") if getattr(recipe.loss, name)]
+    for path, source in [*train, *held_out]:
+        names = ["ce", "kd", *(inner if (path, source) in train else ())]
+        if not any(getattr(source.loss, name) for name in names):
+            found = " and ".join([", ".join(f"{name}: 0" for name in names[:-1]), f"{names[-1]}: 0"])
+            yield (f"{path}.loss",), f"found {found}, so these rows count for nothing; leave the source out"
+        elif (path, source) in train and not any(getattr(source.loss, name) for name in inner):
+            for name, alone in (("ce", 0), ("kd", 1)):  # the kd_ratio with which only that part teaches
+                if not getattr(source.loss, name) and ratio == alone:
+                    fix = f"set {name} to another number, loss.kd_ratio to one between 0 and 1, or leave the source out"
+                    yield (
+                        (f"{path}.loss.{name}", "loss.kd_ratio"),
+                        f"found 0 with loss.kd_ratio {ratio:g}, so these rows teach nothing; {fix}",
+                    )
     where = held_out or (train if data.validation_fraction else [])
     best_by = recipe.checkpoint.best_by
     for name, needed in (("ce", "cross-entropy is measured on them"), ("kd", f"checkpoint.best_by is {best_by}")):

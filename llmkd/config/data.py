@@ -93,12 +93,18 @@ Weight = Annotated[float, Field(ge=-1000, le=1000)]
 
 @config_dataclass
 class SourceLoss:
-    """The weights of a source's targets in the two parts of the loss."""
+    """The weights of a source's targets in the parts of the loss."""
 
     ce: Weight = fixed(
         1.0, description="Weight of the cross-entropy at every target of this source; 0: its answers are not trusted as labels."
     )
     kd: Weight = fixed(1.0, description="Weight of the distillation term at every target of this source; 0: the teacher has no say in it.")
+    features: Weight = fixed(
+        1.0, description="Weight of loss.features at every target of this source; 0: hidden states are not compared there."
+    )
+    attention: Weight = fixed(
+        1.0, description="Weight of loss.attention at every target of this source; 0: attention is not compared there."
+    )
 
 
 @config_dataclass

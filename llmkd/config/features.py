@@ -1,10 +1,13 @@
 """Settings of the hidden states that a student is to have in common with its teacher. A part of `recipe.py`."""
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Annotated, Literal
+
+from pydantic import Field
 
 from .data import Data
 from .fields import config_dataclass, fixed, with_setting_names
+from .schedule import Scheduled
 from .teacher import Teacher
 from .terms import LAYERS, Layers, layer_pairs
 
@@ -16,7 +19,9 @@ class Features:
     The map is no part of the student: it is in the run's checkpoints alone.
     """
 
-    weight: float = fixed(1.0, ge=0, description="Weight of this term in the loss; 1 - kd_ratio and kd_ratio stay as they are.")
+    weight: Scheduled[Annotated[float, Field(ge=0)]] = fixed(
+        1.0, description="Weight of this term in the loss; 1 - kd_ratio and kd_ratio stay as they are. Or a schedule, as for kd_ratio."
+    )
     layers: Layers = fixed(
         "middle",
         description=f"Pairs of layers that are compared; the term is their mean. {LAYERS} 0 are the embeddings; the last layer's states are those "

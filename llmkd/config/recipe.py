@@ -4,6 +4,7 @@ Plain frozen dataclasses; `loader` reads them from YAML and the command line and
 Nothing here imports torch: a recipe is checked before anything heavy is loaded.
 """
 
+from dataclasses import replace
 from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Field, Tag
@@ -14,7 +15,7 @@ from .divergences import DIVERGENCES, with_defaults
 from .features import Features
 from .fields import Count, OneOrMany, Seed, as_tuple, changeable, config_dataclass, fixed, form, with_setting_names
 from .on_policy import OnPolicy
-from .schedule import Scheduled, value_at
+from .schedule import Scheduled, middle, value_at
 from .target_weights import KeepOrShare, TargetWeights
 from .teacher import Attention, Dtype, Mixture, Quantization, Teacher
 from .terms import AttentionLoss
@@ -123,7 +124,7 @@ class Loss:
     normalize: Literal["targets", "weights"] = fixed(
         "targets",
         description="What the loss is divided by where sources have other weights than 1. targets: the number of targets of the optimizer step. weights: "
-        "each of the two terms by the sum of its own weights (of their absolute values), so that a term that few targets carry keeps its share of "
+        "each term by the sum of its own weights (of their absolute values), so that a term that few targets carry keeps its share of "
         "the loss.",
     )
     target_weights: TargetWeights | None = fixed(
@@ -259,12 +260,27 @@ class Recipe:
 
 
 #: The settings of the loss that may be schedules.
-SCHEDULED = ("kd_ratio", "temperature")
+SCHEDULED = ("kd_ratio", "temperature", "features.weight", "attention.weight")
+
+
+def schedules(loss: Loss) -> dict[str, Any]:
+    """Those settings of the loss that may be schedules, by name; without those of terms that the loss does not have."""
+    sections = {"": loss, "features": loss.features, "attention": loss.attention}
+    named = ((name, *name.rpartition(".")[::2]) for name in SCHEDULED)
+    return {name: getattr(sections[section], last) for name, section, last in named if sections[section] is not None}
 
 
 def scheduled(loss: Loss, step: int, total: int) -> dict[str, float]:
     """The values in step `step` of a run of `total` steps of those settings of the loss that are schedules."""
-    return {name: value_at(getattr(loss, name), step, total) for name in SCHEDULED if isinstance(getattr(loss, name), dict)}
+    return {name: value_at(setting, step, total) for name, setting in schedules(loss).items() if isinstance(setting, dict)}
+
+
+def at_the_middle(loss: Loss) -> Loss:
+    """The same loss with a number, half way, in the place of each schedule."""
+    terms = {
+        name: one and replace(one, weight=middle(one.weight)) for name, one in (("features", loss.features), ("attention", loss.attention))
+    }
+    return replace(loss, kd_ratio=middle(loss.kd_ratio), temperature=middle(loss.temperature), **terms)
 
 
 def divergences_of(loss: Loss, data: Data) -> list[tuple[str, dict[str, float]]]:

@@ -62,11 +62,14 @@ def in_words(setting: float | dict[str, Any]) -> str:
     return f"{setting['from']:g} to {setting['to']:g} ({', '.join(parts)})"
 
 
-def schedule_contradictions(setting: Any, path: str, low: float, high: float, total: int | None) -> Iterator[tuple[tuple[str, ...], str]]:
+def schedule_contradictions(
+    setting: Any, path: str, low: float, high: float, total: int | None, above: bool = False
+) -> Iterator[tuple[tuple[str, ...], str]]:
     """What is wrong with the schedule of a setting, in the form of `contradictions.contradictions`; nothing for a plain value.
 
-    low, high   the limits of its values, both included; without a high limit the low one is not
+    low, high   the limits of its values, both included
     total       the steps of the run, if they are known
+    above       the low limit is not included
     """
     if not isinstance(setting, dict):
         return
@@ -74,10 +77,10 @@ def schedule_contradictions(setting: Any, path: str, low: float, high: float, to
         if key not in _KEYS:
             yield (f"{path}.{key}",), f"no such part of a schedule; there are {', '.join(_KEYS)}"
     for key in ("from", "to"):
-        value, limits = setting.get(key), f"above {low:g}" if high == math.inf else f"{low:g} to {high:g}"
+        value, limits = setting.get(key), f"above {low:g}" if above else f">= {low:g}" if high == math.inf else f"{low:g} to {high:g}"
         if key not in setting:
             yield (f"{path}.{key}", path), "not given; a schedule has from and to, such as {from: 1.0, to: 0.3, shape: cosine}"
-        elif not _is_number(value) or not low <= value <= high or (high == math.inf and value == low):
+        elif not _is_number(value) or not low <= value <= high or (above and value == low):
             yield (f"{path}.{key}",), f"found {value!r}, expected a number {limits}"
     if setting.get("shape", "linear") not in SHAPES:
         yield (f"{path}.shape",), f"found {setting['shape']!r}, expected {', '.join(SHAPES)}"

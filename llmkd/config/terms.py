@@ -7,6 +7,7 @@ from pydantic import Field
 
 from .data import Data
 from .fields import Count, as_tuple, config_dataclass, fixed, with_setting_names
+from .schedule import Scheduled
 from .teacher import Teacher
 
 Layer = Annotated[int, Field(ge=0)]
@@ -22,8 +23,9 @@ LAYERS = (
 class AttentionLoss:
     """A further term of the loss: at the targets, the student's attention is drawn towards the teacher's."""
 
-    weight: float = fixed(
-        1.0, gt=0, description="Factor of the term, which is added to the loss: (1 - kd_ratio) CE + kd_ratio T^2 D + weight A."
+    weight: Scheduled[Annotated[float, Field(gt=0)]] = fixed(
+        1.0,
+        description="Factor of the term, which is added to the loss: (1 - kd_ratio) CE + kd_ratio T^2 D + weight A. Or a schedule, as for kd_ratio.",
     )
     layers: Layers = fixed("last", description=f"Pairs of layers that are compared; A is their mean. {LAYERS}")
     what: Literal["maps", "relations"] = fixed(

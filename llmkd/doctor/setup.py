@@ -14,8 +14,7 @@ from torch import Tensor
 from ..batch import Batch
 from ..config.features import feature_teacher
 from ..config.fields import as_tuple, with_setting_names
-from ..config.recipe import SCHEDULED, Recipe, distils, divergences_of
-from ..config.schedule import middle
+from ..config.recipe import Recipe, at_the_middle, distils, divergences_of
 from ..config.teacher import Cache
 from ..data.collate import collate
 from ..data.dataset import read_data
@@ -256,7 +255,7 @@ def with_few_rows(recipe: Recipe, rows: int) -> Recipe:
         validation_fraction=max(data.validation_fraction, 0.1) if data.validation_fraction else 0.0,
         cache_dir=None,
     )
-    loss = dataclasses.replace(loss, keep=1.0, **{name: middle(getattr(loss, name)) for name in SCHEDULED})
+    loss = dataclasses.replace(at_the_middle(loss), keep=1.0)
     return dataclasses.replace(recipe, data=data, loss=loss)
 
 

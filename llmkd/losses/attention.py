@@ -24,7 +24,7 @@ from ..signals import AttentionInputs, Dense, Taps
 from .attention_groups import grouped
 from .divergences import kl_and_slope
 from .rows import joined, weighted
-from .terms import Loss, StudentOutputs, Term
+from .terms import Loss, SingleTerm, StudentOutputs
 
 #: Bytes of the float32 scores of one group, of either model: on a CPU they stay in its cache.
 _TILE = {"cuda": 32 << 20, "cpu": 2 << 20}
@@ -196,7 +196,7 @@ def _pairs(tile: int | None, heads: int, view: View) -> tuple[int, int]:
     return max(1, tile // (4 * heads)), _LONG // default_tile(device) * tile // (4 * heads)
 
 
-class AttentionTerm(Term):
+class AttentionTerm(SingleTerm):
     """The mean over pairs of layers (the student's, the teacher's) of `map_divergence`, or with `relation_heads` of `relation_divergence`.
 
     mean   compare the heads' mean maps
@@ -204,11 +204,11 @@ class AttentionTerm(Term):
     UserError for a batch whose teacher reads other positions than the student.
     """
 
-    names, needs_teacher = ("attention",), True
+    needs_teacher = True
 
     def __init__(self, weight: float, pairs: Sequence[tuple[int, int]], mean: bool = False, relation_heads: int | None = None):
-        super().__init__()
-        self.weight, self.pairs, self.mean, self.relation_heads, self.tile = weight, tuple(pairs), mean, relation_heads, None
+        super().__init__("attention", weight)
+        self.pairs, self.mean, self.relation_heads, self.tile = tuple(pairs), mean, relation_heads, None
         self.student_taps, self.teacher_taps = (
             Taps(attention=frozenset(layers), queries=relation_heads is not None) for layers in zip(*pairs, strict=True)
         )
@@ -234,7 +234,7 @@ class AttentionTerm(Term):
         total, each = zip(*found, strict=True)
         mean_n = torch.stack(each).mean(0)
         rows_N = joined([(targets, {"attention": mean_n})], "attention", batch.num_targets, mean_n)
-        return Loss(self.weight * torch.stack(total).mean(), {"attention": rows_N})
+        return Loss(self.factor * torch.stack(total).mean(), {"attention": rows_N})
 
     def halve_chunks(self, vocab: int, device: str, least: int) -> str:
         tile = self.tile or default_tile(device)
@@ -242,6 +242,3 @@ class AttentionTerm(Term):
             return ""
         self.tile = tile // 2
         return f"attention in chunks of {self.tile // 1024:,} KiB"
-
-    def combine(self, values: dict[str, float]) -> float:
-        return self.weight * values["attention"]

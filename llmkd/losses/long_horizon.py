@@ -36,7 +36,7 @@ class LongHorizonTerm(Term):
     def forward(self, student: StudentOutputs, signal: Signal | None, batch: Batch) -> Loss:
         ahead_N = self._ahead(student, signal, batch)
         given = batch.weights.get(NAME)
-        weights = {"ce": ahead_N if given is None else ahead_N * given}
+        weights = {"ce": batch.only_kept(ahead_N if given is None else ahead_N * given)}
         total, terms = fused_loss(student.hidden_NH, student.head, batch.labels_N, Objective(), None, self.chunk_size, weights)
         return Loss(self.weight * total, {NAME: terms["ce"]})
 

@@ -3,11 +3,13 @@
 import functools
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ..batch import Batch, Rows
+from ..config.schedule import value_at
 from ..head import Head
 from ..signals import NO_TAPS, AttentionInputs, Divergence, Signal, Teacher
 from .fused import default_chunk, fused_parts
@@ -80,12 +82,36 @@ class Term(nn.Module):
         return ""
 
 
-class RowTerm(Term):
-    """A term with one name, whose gradient is autograd's: a subclass gives `rows`."""
+class SingleTerm(Term):
+    """A term with one name, and a weight that `follow` lets change by step.
+
+    factor   of the term's sum over targets, in this step: its weight, and with `normalize: weights` the targets over the sum of its weights
+    """
 
     def __init__(self, name: str, weight: float):
         super().__init__()
-        self.names, self.weight = (name,), weight
+        self.names, self.factor, self.normalize = (name,), weight, "targets"
+        self.at_step: Callable[[int], float] = lambda step: weight
+
+    def follow(self, weight: float | dict[str, Any], total_steps: int, normalize: str) -> None:
+        """Take the settings of a run: its weight may be a schedule over so many steps."""
+        self.at_step, self.normalize = functools.partial(value_at, weight, total=total_steps), normalize
+
+    def start_step(self, step: int, scale: dict[str, float]) -> None:
+        self.factor = self.at_step(step) * (scale.get(self.names[0], 1.0) if self.normalize == "weights" else 1.0)
+
+    def combiner(self) -> Callable[[dict[str, float]], float]:
+        return functools.partial(self._combine, self.factor)
+
+    def combine(self, values: dict[str, float]) -> float:
+        return self._combine(self.factor, values)
+
+    def _combine(self, factor: float, values: dict[str, float]) -> float:
+        return factor * values[self.names[0]] if factor else 0.0
+
+
+class RowTerm(SingleTerm):
+    """A term whose gradient is autograd's: a subclass gives `rows`."""
 
     def rows(self, student: StudentOutputs, signal: Signal | None, batch: Batch, targets: Rows) -> Tensor:
         """The term for n of the batch's targets, [n], differentiable. `targets`: a slice, or ascending indices; none of them are 0."""
@@ -98,10 +124,7 @@ class RowTerm(Term):
         if weight_N is not None:
             rows_n = weight_N[targets] * rows_n
         rows_N = joined([(targets, {name: rows_n.detach()})], name, batch.num_targets, rows_n)
-        return Loss(self.weight * rows_n.sum(), {name: rows_N})
-
-    def combine(self, values: dict[str, float]) -> float:
-        return self.weight * values[self.names[0]]
+        return Loss(self.factor * rows_n.sum(), {name: rows_N})
 
 
 class HeadTerm(Term):

@@ -228,8 +228,8 @@ def introduction(
 ) -> list[str]:
     """A sentence each on the student, its base and licence, and the teacher."""
     quantization, kind = settings.quantization, "A LoRA adapter" if settings.method == "lora" else "A model"
-    beside = f", hidden states {loss.features.weight:g}" if loss.features else ""
-    beside += f", attention {loss.attention.what} {loss.attention.weight:g}" if loss.attention else ""
+    beside = f", hidden states {in_words(loss.features.weight)}" if loss.features else ""
+    beside += f", attention {loss.attention.what} {in_words(loss.attention.weight)}" if loss.attention else ""
     if rule := loss.target_weights:
         beside += f", targets of {' and '.join(rule.terms)} weighed by {rule.by.replace('_', ' ')}{' (inverted)' * rule.invert}"
     if (kept := chosen_by(loss.keep, loss.target_weights)).share < 1:

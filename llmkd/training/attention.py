@@ -3,6 +3,7 @@
 import math
 from collections.abc import Sequence
 
+from ..config.schedule import middle
 from ..config.terms import AttentionLoss
 from ..errors import UserError
 from ..losses.attention import AttentionTerm
@@ -17,7 +18,7 @@ def attention_terms(settings: AttentionLoss | None, student: LanguageModel, teac
     """The term of `loss.attention` for loaded models, if there is one: the teacher is the only one."""
     if not settings:
         return []
-    return [AttentionTerm(settings.weight, _pairs(settings, student, teachers[0]), settings.heads == "mean", settings.parts)]
+    return [AttentionTerm(middle(settings.weight), _pairs(settings, student, teachers[0]), settings.heads == "mean", settings.parts)]
 
 
 def enable_attention(settings: AttentionLoss, student: LanguageModel, teacher: LanguageModel, setting: str, packing: bool) -> None:

@@ -10,7 +10,7 @@ from ..batch import Batch
 from ..config.features import feature_teacher
 from ..config.fields import with_setting_names
 from ..config.on_policy import OnPolicy, writes
-from ..config.recipe import SCHEDULED, Data, Loss, Mixture, Optim, Recipe, Student, Train, divergences_of, scheduled, uses_teacher
+from ..config.recipe import Data, Loss, Mixture, Optim, Recipe, Student, Train, divergences_of, scheduled, schedules, uses_teacher
 from ..config.recipe import Teacher as TeacherSettings
 from ..config.schedule import middle, refuse_long_schedule
 from ..config.target_weights import Keep as KeepSettings
@@ -197,7 +197,8 @@ def start_terms(student: StudentRun, teacher: Teacher | None, micro_batch_size: 
     features, prepared = student.recipe.loss.features, student.prepared
     if features:
         number = [source.setting for source in prepared.teachers].index(feature_teacher(features, student.recipe.teacher))
-        term, mine = unwrap(student.state).terms["features"], examples_of(prepared.train, number).tolist()
+        term, mine = unwrap(student.state).terms["features"], examples_of(prepared.train, number)
+        mine = mine[prepared.train.weight("features")[mine] != 0].tolist()
         samples = sample_batches(prepared.train, mine, term.width, micro_batch_size, prepared.tokenizer.eos_token_id, device)
         refuse_small_samples(features, term.width, samples)
         student.unexplained = start_features(features, term, student.model, teacher, samples)
@@ -291,6 +292,10 @@ def build_student(
     more         further terms of the loss
     divergences  see `build_terms`
     """
+    more, settings = list(more), schedules(loss)
+    for term in more:
+        if (name := f"{term.names[0]}.weight") in settings:
+            term.follow(settings[name], total_steps, loss.normalize)
     terms = [*build_terms(loss, chunk_size, total_steps, divergences), *more]
     distiller = Distiller(student, [term.to(accelerator.device) for term in terms])
     parameters = distiller.trainable()
@@ -309,12 +314,12 @@ def build_terms(
     chunk_size   rows of the head at a time, if `loss` does not set it
     divergences  of the loss and of each training source (`recipe.divergences_of`); without them all have the loss's
     """
-    for name in SCHEDULED:
-        refuse_long_schedule(f"loss.{name}", getattr(loss, name), total_steps)
+    for name, setting in schedules(loss).items():
+        refuse_long_schedule(f"loss.{name}", setting, total_steps)
     divergence = make_divergence(loss.divergence, **loss.divergence_options)
     whole, at_step = Objective(middle(loss.kd_ratio), middle(loss.temperature), divergence), None
-    if scheduled(loss, 1, total_steps):
-        at_step = lambda step: dataclasses.replace(whole, **scheduled(loss, step, total_steps))  # noqa: E731
+    if own := {"kd_ratio", "temperature"} & scheduled(loss, 1, total_steps).keys():
+        at_step = lambda step: dataclasses.replace(whole, **{name: scheduled(loss, step, total_steps)[name] for name in own})  # noqa: E731
     rule = loss.target_weights and TargetWeights.of(loss.target_weights)
     by_source = {i: make_divergence(name, **own) for i, (name, own) in enumerate(divergences[1:]) if (name, own) != divergences[0]}
     return [HeadTerm(whole, loss.chunk_size or chunk_size, loss.normalize, at_step, rule, keep_of(loss), by_source)]

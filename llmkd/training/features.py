@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..batch import Batch
 from ..config.features import Features
+from ..config.schedule import middle
 from ..config.terms import layer_pairs
 from ..console import info, warn
 from ..data.batching import make_micro_batches
@@ -54,7 +55,7 @@ def feature_terms(
         refuse_features(features, (depths[0], width), (depths[1], other))
     dtype = torch.float64 if student.dtype == torch.float64 else torch.float32
     init = "identity" if features.init == "identity" else "xavier"
-    rest = features.weight, features.distance, features.projection, init, features.lr, dtype, seed
+    rest = middle(features.weight), features.distance, features.projection, init, features.lr, dtype, seed
     return [FeatureTerm(pairs, widths, *rest)]
 
 

@@ -48,7 +48,7 @@ def check_features(features: Features | None, setting: str, configs: dict[str, d
     shapes = [(layers_of(config), width_of(config)) for config in (configs.get(setting, {}) for setting in settings)]
     refuse_features(features, *shapes)
     if width := shapes[0][1]:
-        refuse_too_few_targets(features, width, int(train.num_targets.sum()))
+        refuse_too_few_targets(features, width, int(train.num_targets[train.weight("features") != 0].sum()))
 
 
 def refuse_features(features: Features, student: tuple[int | None, int | None], teacher: tuple[int | None, int | None]) -> None:

@@ -84,7 +84,7 @@ class Evaluator:
                     metrics = _metrics(student, hidden_NH[rows], batch.labels_N[rows], signal, rows, names)
                     sums.index_add_(1, batch.example_N[rows], torch.stack([metrics[name].double() for name in names]))
         sums_FE = [self._over_ranks(sums) for sums in sums_FE]
-        weights = {part: np.maximum(w_E.astype(np.float64), 0) for part, w_E in data.weights.items()}
+        weights = {part: np.maximum(w_E.astype(np.float64), 0) for part, w_E in data.weights.items() if part in WEIGHED_BY.values()}
         return [HeldOut(data.num_targets, dict(zip(names, sums.cpu().numpy(), strict=True)), weights) for sums in sums_FE]
 
     @torch.no_grad()

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from llmkd.cli import main
-from llmkd.commands.sample import MODELS, Answer, Asked, Samples, models_to_ask, sample
+from llmkd.commands.sample import MODELS, Answer, Asked, Samples, described, models_to_ask, sample
 from llmkd.commands.sample_text import as_text
 from llmkd.config import loader
-from llmkd.config.recipe import Teacher
+from llmkd.config.recipe import Student, Teacher
 from llmkd.data.reading.skills import tokenizer
 from llmkd.errors import UserError
 from llmkd.models.load import LoadContext, load_teacher
@@ -217,3 +217,12 @@ def test_models_that_have_changed_since_the_run_are_refused(world, run, tmp_path
     (tmp_path / "student/generation_config.json").unlink()
     with pytest.raises(UserError, match=r"^sample: the student's base \(generation_config.json\) is gone since .* --models teacher,after"):
         sample(tmp_path / "run", models=("before",))
+
+
+def test_a_student_of_fewer_layers_is_called_by_what_it_was_cut_from():
+    """And not by the folder of the cache where it lies."""
+    wanted = {name: ("", Teacher(model=f"/cache/{name}")) for name in ("teacher", "before", "after")}
+    plain = {name: f"/cache/{name}" for name in wanted}
+    assert described(Student(model="m"), wanted) == plain
+    assert described(Student(model="m", layers=(0, 2)), wanted) == plain | {"before": "layers 0, 2 of m"}
+    assert described(Student(model="m", layers=(1,)), {"after": wanted["after"]}) == {"after": "/cache/after"}

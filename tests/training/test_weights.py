@@ -186,6 +186,57 @@ def test_the_teacher_is_checked_on_rows_with_labels(make_recipe, world, tmp_path
     assert "ce" not in record and record["ce_targets"] == 0 and record["loss"] == pytest.approx(record["kd"] / 2)
 
 
+@pytest.mark.parametrize("normalize", ["targets", "weights"])
+def test_hidden_states_and_attention_of_a_source(trained, world, tmp_path, normalize):
+    """One source has neither, the other counts negatively or twice. Then how a step is cut does not matter; what the first step says of the second
+    source is what it says in a run on that source alone; and maps are computed on the sources that they compare."""
+    inner = {"loss__features": {"layers": "middle"}, "loss__attention": {"layers": "last"}, "loss__normalize": normalize}
+    common = LAST | inner | {"train__batch_size": 40, "train__max_steps": 2, "optim__warmup_steps": None}
+    both = [
+        {"path": str(world / "train.jsonl"), "limit": 20, "loss": {"features": 0, "attention": 0}},
+        {"path": str(world / "held.jsonl"), "loss": {"features": -2, "attention": 3}},
+    ]
+    whole = trained("whole", **common, data__train=both, train__micro_batch_size=40)
+    cut = trained("cut", **common, data__train=both, train__micro_batch_size=3, data__packing=True)
+    assert distance(whole, cut) < 1e-9  # the teacher's spread is in float32
+    alone = [both[1] | {"loss": {}}]
+    trained("alone", **common, data__train=alone, train__micro_batch_size=40)
+    one, other = (next(r for r in read_jsonl(tmp_path / name / "metrics.jsonl") if "loss" in r) for name in ("whole", "alone"))
+    counted = other["targets"]
+    assert one["features_targets"] == one["attention_targets"] == counted < one["targets"]
+    assert one["features"] == pytest.approx(-other["features"], rel=1e-6) and one["attention"] == pytest.approx(
+        other["attention"], rel=1e-9
+    )
+    share = (1, 1) if normalize == "weights" else (2 * counted / one["targets"], 3 * counted / one["targets"])
+    inner = share[0] * one["features"] + share[1] * one["attention"]
+    assert one["loss"] == pytest.approx(0.7 * one["ce"] + 0.3 * one["kd"] + inner, rel=1e-9)
+
+
+@pytest.mark.parametrize(
+    "loss, changes, words",
+    [
+        ({"features": 0}, {}, "data.train.loss.features: found 0, and there is no loss.features; leave it out"),
+        ({"attention": 2}, {"loss__features": {}}, "data.train.loss.attention: found 2, and there is no loss.attention; leave it out"),
+        ({"ce": 0, "kd": 0, "features": 0}, {"loss__features": {}}, "data.train.loss: found ce: 0, kd: 0 and features: 0, so these rows"),
+        ({"ce": 0, "features": 0}, {"loss__features": {}, "loss__kd_ratio": 0}, "data.train.loss.ce: found 0 with loss.kd_ratio 0"),
+        ({"features": 1e-9}, {"loss__features": {}}, "data.train.loss.features: found 1e-09, expected 0, or a number of 1e-06"),
+    ],
+    ids=str,
+)
+def test_weights_of_hidden_states_that_are_refused(make_recipe, world, loss, changes, words):
+    with pytest.raises(UserError) as error:
+        make_recipe(data__train={"path": str(world / "train.jsonl"), "loss": loss}, **changes)
+    assert words in str(error.value) and len(error.value.problems) == 1
+    make_recipe(data__train={"path": str(world / "train.jsonl"), "loss": {"ce": 0, "kd": 0}}, loss__features={})
+
+
+def test_held_out_rows_have_no_weights_of_hidden_states(make_recipe, world):
+    with pytest.raises(
+        UserError, match="data.validation.loss.features: found 0, but features are measured in training alone; leave it out"
+    ):
+        make_recipe(data__validation={"path": str(world / "held.jsonl"), "loss": {"features": 0}}, loss__features={})
+
+
 def test_examples_keep_their_weights(make_recipe, world):
     data = prepare(make_recipe(data__train=sources(world))).train
     counts = data.num_targets

@@ -303,7 +303,7 @@ FAULTS = [
     ),
     *in_file(
         "llmkd/losses/terms.py",
-        ("terms-weight", "a term's weight is ignored", "Loss(self.weight * rows_n.sum(),", "Loss(rows_n.sum(),", "losses/test_head.py"),
+        ("terms-weight", "a term's weight is ignored", "Loss(self.factor * rows_n.sum(),", "Loss(rows_n.sum(),", "losses/test_head.py"),
         (
             "teacher-of-another",
             "a student that learns without a teacher takes that of the students beside it",
