@@ -326,8 +326,8 @@ FAULTS = [
         "first-step-for-all",
         "the loss keeps the first step's values",
         "llmkd/training/build.py",
-        "**scheduled(loss, step, total_steps))",
-        "**scheduled(loss, 1, total_steps))",
+        "scheduled(loss, step, total_steps)[name]",
+        "scheduled(loss, 1, total_steps)[name]",
         f"{HAND} {SCHEDULES}::test_the_teacher_is_needed_if_any_step_needs_it",
     ),
     Fault(
