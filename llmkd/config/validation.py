@@ -43,6 +43,9 @@ _ELSEWHERE = {
     "logging_steps": "train.log_every",
     "alpha": "loss.kd_ratio",
     "beta": "loss.divergence_options.beta",
+    "lmbda": "on_policy.share",
+    "max_completion_length": "on_policy.max_new_tokens",
+    "num_generations": "on_policy.samples",
     "trackers": "report_to",
     "tracking": "report_to",
 }

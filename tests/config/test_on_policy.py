@@ -48,6 +48,7 @@ TEXT = {"path": "t.jsonl", "format": "text"}
         (LONG | {"loss.keep": 0.5}, "on_policy.long_horizon: set with loss.keep"),
         (LONG | {"on_policy.share": 0.0}, "on_policy.long_horizon: set, but on_policy.share is 0"),
         (LONG | {"on_policy.long_horizon": {"gamma": 0.0}}, "on_policy.long_horizon.gamma: found 0.0, expected"),
+        ({"on_policy.lmbda": 0.5}, "on_policy.lmbda: unknown setting; did you mean on_policy.share?"),
         ({"on_policy.lambda": 0.5}, "on_policy.lambda: unknown setting"),
     ],
 )
