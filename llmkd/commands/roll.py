@@ -26,6 +26,7 @@ from ..data.prompts import Prompt, decoded, prompts_of
 from ..data.reading.sources import read_sources
 from ..errors import Stopped, UserError
 from ..model_folder.files import ModelFiles, find, loaded_dtype, rows_of
+from ..model_folder.generation import generation_settings, stops_at
 from ..model_folder.identity import verify
 from ..rollouts.answer_file import AnswerFile
 from ..teachers.resolve import TeacherSource
@@ -87,17 +88,19 @@ def roll(
     files = None if settings.server else _files(source, tokenizer)
     vocab = shared_vocab(tokenizer, {source.setting: rows_of(files.config)} if files else {})
     found, left_out = _prompts(recipe, prompts, tokenizer)
+    stops = stops_at(generation_settings(files.config, (files.adapter, files.base), source.setting)) if files else []
+    ends = sorted({tokenizer.eos_token_id, *stops}.union(*(prompt.ends for prompt in found)))  # of all prompts, whichever are asked now
     found = found[:limit]
     refuse_unfit(found, vocab, {source.setting: files} if files else {}, tokenizer)
     weights = TeacherSource(source.setting.removesuffix(".model"), settings, files, None).weights
-    depends = _depends_on(source, files, weights, sampling, tokenizer)
+    depends = _depends_on(source, files, weights, sampling, tokenizer, ends)
     asked = list(_asked(found, samples, depends, source.part == "teacher"))
     about = {"writer": {"part": source.part, "model": settings.label, "weights": weights}, "learnt_from": learnt_from(source.run)}
     file, started = AnswerFile(to, depends, about), time.monotonic()
     with stop or ShutdownRequest("finishing this batch; what is written is kept") as stop, file.open([one.key for one in asked]):
         there = len(file.written)
         if left := [batch for batch in _batches(asked, batch_size) if any(one.key not in file.written for one in batch)]:
-            _write(left, file, source, files, sampling, vocab, tokenizer, len(asked), stop)
+            _write(left, file, source, files, sampling, ends, vocab, tokenizer, len(asked), stop)
         file.complete()
     return _counts(file, source, len(found), samples, left_out, there, recipe.data.max_length, time.monotonic() - started)
 
@@ -160,7 +163,9 @@ def _prompts(recipe: Recipe, file: Path | None, tokenizer) -> tuple[list[Prompt]
     return prompts_of(whole.examples, whole.places, tokenizer), sum(part.examples.counts["unsupervised"] for part in parts)
 
 
-def _depends_on(source: Source, files: ModelFiles | None, weights: dict, sampling: "Sampling", tokenizer) -> dict[str, Any]:
+def _depends_on(
+    source: Source, files: ModelFiles | None, weights: dict, sampling: "Sampling", tokenizer, ends: list[int]
+) -> dict[str, Any]:
     """All that an answer depends on, apart from its prompt, as JSON has it."""
     one = source.settings
     return {
@@ -170,6 +175,7 @@ def _depends_on(source: Source, files: ModelFiles | None, weights: dict, samplin
         "quantization": one.quantization and one.quantization.type,
         "merge_adapter": one.merge_adapter,
         "the tokenizer": vocabulary_hash(tokenizer),
+        "end tokens": ends,
         **dataclasses.asdict(sampling),
     }
 
@@ -199,6 +205,7 @@ def _write(
     source: Source,
     files: ModelFiles | None,
     sampling: "Sampling",
+    ends: list[int],
     vocab: int,
     tokenizer,
     total: int,
@@ -207,8 +214,7 @@ def _write(
     """Write what is missing of the batches. A batch is computed as a whole, so that each of its answers is what it would have been."""
     from tqdm import tqdm
 
-    ends = {tokenizer.eos_token_id}.union(*(one.prompt.ends for batch in batches for one in batch))
-    writer = _writer(source, files, ends, vocab, max(map(len, batches)), stop)
+    writer = _writer(source, files, set(ends), vocab, max(map(len, batches)), stop)
     named = vocabulary_hash(tokenizer)
     bar = {"desc": f"{source.part} writes", "unit": " answers", "leave": False, "disable": None if first_process() else True}
     with tqdm(total=total, initial=len(file.written), **bar) as shown:
@@ -232,12 +238,11 @@ def _writer(source: Source, files: ModelFiles | None, ends: set[int], vocab: int
         model = chosen_model(VLLM(server, vocab), source.setting, one.model, 0)
         return ServerWriter(server, model, source.setting, ends, vocab, one.of_server("requests"), stop)
     from ..models.load import LoadContext, load_teacher
-    from ..rollouts.generate import stops_of
     from ..rollouts.writer import LocalWriter
     from ..training.launch import start
 
     model = load_teacher(source.settings, LoadContext(vocab, start().device), source.setting.removesuffix(".model"), files)
-    return LocalWriter(model, ends | {*stops_of(model)}, batch_size)
+    return LocalWriter(model, ends, batch_size)
 
 
 def _row(asked: Asked, answer, named: str, tokenizer) -> dict[str, Any]:

@@ -15,6 +15,7 @@ from llmkd.commands.roll import roll
 from llmkd.config.recipe import Source
 from llmkd.data.encoding.encode import encode
 from llmkd.data.encoding.token_rows import vocabulary_hash
+from llmkd.data.prompts import Prompt
 from llmkd.data.reading.skills import tokenizer
 from llmkd.data.reading.sources import read_source
 from llmkd.errors import Stopped, UserError
@@ -275,3 +276,21 @@ def test_the_batches_of_a_command_are_the_same_whatever_is_there(asked):
     recipe, prompts = asked
     asked = [command.Asked(None, np.arange(n), str(n)) for n in (3, 9, 4, 8, 5)]
     assert [[len(one.ids) for one in batch] for batch in command._batches(asked, 2)] == [[9, 8], [5, 4], [3]]
+
+
+def test_an_answer_ends_with_any_end_token_of_the_recipe_whichever_prompts_are_asked_now(asked, tmp_path, monkeypatch):
+    recipe, prompts = asked
+    each = [
+        Prompt(f"p:{i}", np.array(ids, np.int32), np.array(ids, np.int32), None, frozenset({5 + i})) for i, ids in enumerate(prompts[:2])
+    ]
+    monkeypatch.setattr(command, "_prompts", lambda *_: (each, 0))
+    ends, real = [], LocalWriter.__init__
+    monkeypatch.setattr(
+        LocalWriter, "__init__", lambda self, model, end_ids, size: ends.append(set(end_ids)) or real(self, model, end_ids, size)
+    )
+    roll("student", recipe, tmp_path / "r.jsonl", Sampling(0.0, 2), limit=1)
+    roll("student", recipe, tmp_path / "r.jsonl", Sampling(0.0, 2))
+    assert ends == [{1, 5, 6}] * 2, "else the answers of a resumed file could end otherwise"
+    monkeypatch.setattr(command, "_prompts", lambda *_: (each[:1], 0))
+    with pytest.raises(UserError, match=r"was written with end tokens \[1, 5, 6\], not \[1, 5\]"):
+        roll("student", recipe, tmp_path / "r.jsonl", Sampling(0.0, 2))
