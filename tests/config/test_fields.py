@@ -16,6 +16,8 @@ SETTINGS = [path for path, *_ in describe()]
 CHANGEABLE = (
     *("output_dir", "report_to", "push_to_hub", "push_to_hub.repo", "push_to_hub.private"),
     *("student.gradient_checkpointing", "teacher.device", "teacher.share_base", "loss.chunk_size"),
+    *("teacher.server", "teacher.requests", "teacher.timeout", "teacher.patience", "teacher.api_key_env"),
+    *("on_policy.batch_size", "on_policy.validation_prompts"),
     *("train.compile", "train.log_every", "train.micro_batch_size", "train.micro_batch_tokens"),
     *("validation.every", "validation.micro_batch_size", "validation.teacher_check", "validation.samples", "validation.sample_tokens"),
     *("checkpoint.every", "checkpoint.keep", "checkpoint.best_by"),
