@@ -23,7 +23,6 @@ FAULTS = [
             "if False:\n                        raise TimeoutError",
             CLIENT,
         ),
-        ("follows", "redirects are followed", "redirect=False", "redirect=True", CLIENT),
         (
             "impatient-server",
             "the wait that a server names is not kept",
