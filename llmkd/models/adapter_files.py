@@ -81,7 +81,7 @@ def note_unknown(config: dict, whose: str) -> None:
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
     kind = config.get("peft_type")
-    if kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
+    if not isinstance(kind, str) or kind not in PEFT_TYPE_TO_CONFIG_MAPPING:
         raise UserError(
             f"{whose} is an adapter of type {kind}, which PEFT {peft.__version__} does not know; update PEFT, or use another one"
         )
@@ -115,8 +115,10 @@ def other_width(error: Exception, files: ModelFiles, setting: str) -> UserError 
 
 def more_tokens(model: nn.Module, weights: dict[str, Tensor], files: ModelFiles, setting: str) -> UserError | None:
     """The error for an adapter that was trained after tokens were added to its base; None for any other."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    rows = base.get_input_embeddings().weight.shape[0]
+    try:
+        rows = (model.get_base_model() if hasattr(model, "get_base_model") else model).get_input_embeddings().weight.shape[0]
+    except Exception:  # PEFT has left it half made
+        return None
     for name, value in weights.items():
         if not re.search(r"embed_tokens|wte|embed_in|lm_head|embed_out", name) or "lora_A" in name or not value.dim():
             continue

@@ -273,6 +273,14 @@ def test_kinds_and_options_that_peft_does_not_know_are_named(tmp_path, capsys):
             teacher(changed(tmp_path / "adapter", tmp_path / next(iter(option)), **option))
 
 
+@pytest.mark.parametrize(("name", "value"), [("peft_type", {}), ("peft_type", 3), ("r", "x"), ("trainable_token_indices", True)])
+def test_a_configuration_with_a_value_of_another_type_is_no_bug(tmp_path, name, value):
+    by_peft(base(tmp_path / "base"), {}, tmp_path / "adapter")
+    with pytest.raises(UserError, match="adapter of type|cannot be loaded") as refused:
+        teacher(changed(tmp_path / "adapter", tmp_path / "odd", **{name: value}))
+    assert len(refused.value.problems) == 1
+
+
 def test_a_base_that_is_elsewhere_now_and_one_with_more_tokens_say_what_to_set(tmp_path):
     by_peft(base(tmp_path / "base"), {"modules_to_save": ["embed_tokens"]}, tmp_path / "adapter")
     gone = changed(tmp_path / "adapter", tmp_path / "gone", base_model_name_or_path="/data/models/Qwen2.5-7B")

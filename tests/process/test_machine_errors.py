@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError
 
 from llmkd.errors import UserError, exit_code
+from llmkd.files import NotAFile
 from llmkd.process import rank_messages
 from llmkd.training.shutdown import end_on_signal
 
@@ -86,7 +87,12 @@ def test_a_bug_says_so_and_how_to_report_it(error, capsys):
 
 
 @pytest.mark.parametrize(
-    "error", [OSError(errno.ENAMETOOLONG, "File name too long", "x"), RuntimeError("Could not determine home directory.")]
+    "error",
+    [
+        OSError(errno.ENAMETOOLONG, "File name too long", "x"),
+        RuntimeError("Could not determine home directory."),
+        NotAFile(errno.EINVAL, "it is a pipe", "x"),
+    ],
 )
 def test_a_path_that_cannot_be_is_the_users_mistake(error, capsys):
     def fail():
