@@ -83,6 +83,8 @@ FAULTS = [
             "(student.key, teacher.key))",
             MATHS,
         ),
+        ("cap-without-slope", "the gradient leaves the soft cap out", "slope_bhnm.mul_(slope_of_cap)", "pass", MATHS),
+        ("teacher-uncapped", "the teacher's scores are not capped", "capped(theirs, softcaps[1])[0]", "theirs", MATHS),
         ("relations-averaged", "the three relations are averaged", "torch.stack(rows_N).sum(0)", "torch.stack(rows_N).mean(0)", MATHS),
         (
             "weights-of-the-rows",
@@ -115,6 +117,7 @@ FAULTS = [
     ),
     *in_file(
         "llmkd/models/attention.py",
+        ("cap-forgotten", "the soft cap of a family is not kept", 'others.get("softcap")), out[0])', "None), out[0])", READ),
         ("given-scaling-forgotten", "the scaling that a family gives is not kept", "if scaling is None else float(scaling)", "", READ),
         (
             "tapped-soft-cap",
