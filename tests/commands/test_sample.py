@@ -171,7 +171,7 @@ def test_every_teacher_that_can_write_is_asked_and_what_cannot_is_said(make_reci
         ("before", "student.model"),
         ("after", "sample"),
     ]
-    assert "teacher.1: is a teacher cache, and no model that could write; left out" in capsys.readouterr().err
+    assert "teacher.1: is a teacher cache, and no model here that could write; left out" in capsys.readouterr().err
     fresh = make_recipe(student={"architecture": {"model_type": "llama"}, "tokenizer": "builtin:skills", "method": "full"})
     assert list(dict(models_to_ask(fresh, world / "student", ("before", "after")))) == ["after"]
     assert "began with new random weights" in capsys.readouterr().err

@@ -14,6 +14,7 @@ from llmkd.config.target_weights import TargetWeights as Weights
 from llmkd.config.target_weights import chosen_by, kept_of
 from llmkd.head import Head
 from llmkd.losses.keep import Keep
+from llmkd.losses.long_horizon import LongHorizonTerm
 from llmkd.losses.objective import Objective
 from llmkd.losses.terms import HeadTerm, StudentOutputs
 from llmkd.signals import Dense
@@ -174,3 +175,17 @@ def test_kept_targets_of_a_batch():
     np.testing.assert_array_equal(one.only_kept(torch.arange(1, N + 1)), [1, 0, 3, 0, 5, 6, 0, 0, 0, 10, 11])
     plain = batch(labels, ce=CE)
     assert plain.carriers("ce").tolist() == [i for i, w in enumerate(CE) if w] and plain.carriers("kd") == slice(0, N)
+
+
+def test_what_a_token_leads_to_counts_where_the_token_does():
+    """The later tokens of which on_policy.long_horizon sums up the rewards need not count themselves."""
+    hidden, labels, project, signal = case()
+    term, student, one = LongHorizonTerm(0.5, 0.9, False, 4), StudentOutputs(hidden, Head(project, V)), batch(labels)
+    whole = term(student, signal, one).rows["long_horizon"]
+    kept = torch.tensor([0, 2, 5, 8])
+    loss = term(student, signal, one.keeping(kept))
+    expected = torch.zeros_like(whole).index_copy(0, kept, whole[kept])
+    assert_close(loss.rows["long_horizon"], expected, rtol=1e-12, atol=0)
+    assert loss.total.item() == pytest.approx(0.5 * expected.sum().item(), rel=1e-12) and whole[kept].abs().min() > 0
+    loss.total.backward()
+    assert hidden.grad.abs().sum(1).nonzero().flatten().tolist() == kept.tolist()
