@@ -108,7 +108,7 @@ def _find(
         made = record_of(files.base, "eval")
         kind = "full" if made.get("student") == "full" else "merged" if made or "merged" in folder.name else "base"
     saved = files.dtype
-    own = files.config.get("quantization_config", {}).get("quant_method")
+    own = (files.config.get("quantization_config") or {}).get("quant_method")
     verify(files.base, files.adapter, "eval")
     wanted = dtype or settings.dtype
     identity = {

@@ -192,6 +192,9 @@ def _config(folder: Path, name: str, setting: str) -> dict:
     if (folder / "generation_config.json").is_file():  # transformers loads it with the model
         read_json(folder / "generation_config.json", setting)
     weight_files(folder, setting)
+    for key in ("text_config", "quantization_config"):
+        if key in config and not isinstance(config[key], dict) and (key, config[key]) != ("quantization_config", None):
+            raise UserError(f"{setting}: {name}/config.json: {key} is {config[key]!r}, expected an object; copy it again")
     check_config(config, f"{name}/config.json", setting)
     return config
 

@@ -202,6 +202,17 @@ def test_a_folder_without_the_file_that_is_loaded_says_what_it_holds(tmp_path, f
         find(str(folder), "student.model")
 
 
+@pytest.mark.parametrize(("key", "value"), [("text_config", True), ("text_config", None), ("quantization_config", "4bit")])
+def test_a_part_of_a_configuration_that_is_no_object_is_refused(tmp_path, key, value):
+    folder = model(tmp_path / "m")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {key: value}))
+    with pytest.raises(UserError, match=f"student.model: .*config.json: {key} is {value!r}, expected an object; copy it again"):
+        find(str(folder), "student.model")
+    (folder / "config.json").write_text(json.dumps(config | {"quantization_config": None}))
+    find(str(folder), "student.model")
+
+
 @pytest.mark.parametrize(
     "config",
     [
