@@ -115,6 +115,6 @@ def _tensors(signal: Signal) -> list[Tensor]:
 
 
 CHECKS = (
-    Check("hidden states are compared as in the textbook", "Loss", "models", BUG, hidden_states),
-    Check("attention is compared as in the textbook", "Loss", "models", BUG, attention),
+    Check("hidden states are compared as the formulas say", "Loss", "models", BUG, hidden_states),
+    Check("attention is compared as the formulas say", "Loss", "models", BUG, attention),
 )
