@@ -17,7 +17,10 @@ class UserError(Exception):
 
     def __init__(self, *problems: str):
         self.problems = tuple("\\n".join(problem.splitlines()) for problem in problems)  # a name that is quoted may have line breaks
-        super().__init__("\n".join(self.problems))
+        super().__init__(*self.problems)
+
+    def __str__(self) -> str:
+        return "\n".join(self.problems)
 
 
 def fix_of(error: BaseException, otherwise: str) -> str:

@@ -80,8 +80,8 @@ def _compared(setup: Setup, term: Term, textbook: Callable[..., Tensor], paramet
         given = [*parameters, *student.layers.values(), *(y for x in student.attention.values() for y in (x.query, x.key, x.value))]
         computed, value_N = term(student, signal, batch), textbook(student, signal, batch)
         gaps.append(((computed.rows[name].double() - value_N).abs() / value_N.abs().clamp_min(1.0)).max().item())
-        gaps.append(abs(computed.total.item() - term.weight * value_N.sum().item()) / max(1.0, abs(term.weight * value_N.sum().item())))
-        own, want = (torch.autograd.grad(total, given, allow_unused=True) for total in (computed.total, term.weight * value_N.sum()))
+        gaps.append(abs(computed.total.item() - term.factor * value_N.sum().item()) / max(1.0, abs(term.factor * value_N.sum().item())))
+        own, want = (torch.autograd.grad(total, given, allow_unused=True) for total in (computed.total, term.factor * value_N.sum()))
         if any((a is None) != (b is None) for a, b in zip(own, want, strict=True)):
             return failed(f"{name} has a gradient where the textbook has none, or none where it has one", BUG)
         apart, size = ([x.double() for x in some if x is not None] for some in (own, want))

@@ -378,7 +378,7 @@ def test_stages_come_first_and_arms_may_start_from_what_they_leave(sweep, world,
         ({"arms": {"a": {"seed": 3}}, "seeds": [1]}, "has a seed of its own, but seeds are given for all arms"),
         ({"set": {"output_dir": "x"}}, "set: changes output_dir"),
         ({"grdi": {}}, "grdi: unknown setting; did you mean grid?"),
-        ({"stages": {"a": {"recipe": "nowhere.yaml"}}}, "nowhere.yaml: No such file"),
+        ({"stages": {"a": {"recipe": "nowhere.yaml"}}}, "nowhere.yaml; did you mean"),
     ],
 )
 def test_mistakes_are_refused_before_anything_runs(sweep, tmp_path, changes, words):

@@ -218,7 +218,7 @@ def test_a_code_in_which_nothing_is_kept_compares_nothing():
     for temperature in (1.0, 3.0):
         value = signal.divergence(KL, ALL, (student / temperature).log_softmax(1), temperature)
         assert value.abs().item() < 1e-6 and torch.autograd.grad(value.sum(), student)[0].abs().max() < 1e-6
-    assert signal.exact_metrics(ALL, labels(1), student.detach()).keys() == {"top1_agreement"}
+    assert signal.exact_metrics(ALL, labels(1), student.detach()).keys() == {"teacher_ce", "top1_agreement"}
 
 
 def test_the_fused_loss_takes_it_in_chunks():

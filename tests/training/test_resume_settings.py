@@ -22,6 +22,8 @@ CACHE = {"teacher.cache.path": "caches/one"}
 TWO = [{"model": "models/teacher", "name": "a"}, {"model": "models/other", "name": "b"}]
 SEVERAL = {"teacher": TWO}
 CHOICES = {"data.choices.path": "questions.jsonl"}
+SERVER = {"teacher.server": "http://one:8000"}
+ON_POLICY = {"on_policy.share": 0.5}
 
 #: (settings that both runs have, {setting: (its value before, its value now)}); None stands for null.
 REFUSED = [
@@ -64,6 +66,7 @@ REFUSED = [
             "data.train.chat_template": (False, True),
             "data.train.where": ({}, {"clean": True}),
             "data.train.limit": (None, 5),
+            "data.train.divergence": (None, "reverse_kl"),
             "data.train.weight": (1.0, 2.0),
             "data.validation": ({"path": "held.jsonl"}, [{"path": "held.jsonl"}, {"path": "more.jsonl"}]),
             "data.validation.path": ("held.jsonl", "more.jsonl"),
@@ -89,6 +92,8 @@ REFUSED = [
             "loss.target_weights": (None, {"by": "position"}),
             "loss.features": (None, {"weight": 1.0}),
             "loss.attention": (None, {"weight": 1.0}),
+            "loss.keep": (1.0, 0.5),
+            "on_policy": (None, {"share": 0.5}),
             "optim.name": ("adamw", "adamw_8bit"),
             "optim.lr": (2e-4, 1e-4),
             "optim.weight_decay": (0.0, 0.1),
@@ -219,6 +224,42 @@ REFUSED = [
     ({"train.max_steps": 5}, {"data.streaming": (False, True)}),
     ({"train.epochs": None}, {"train.max_steps": (5, 6)}),
     ({"loss.divergence": "generalized_jsd"}, {"loss.divergence_options": ({"beta": 0.5}, {"beta": 0.25})}),
+    (SERVER, {"teacher.api": ("vllm", "sglang"), "teacher.top_k": (64, 20)}),
+    (
+        {"data.train.divergence": "generalized_jsd"},
+        {"data.train.divergence_options": ({"beta": 0.5}, {"beta": 0.25})},
+    ),
+    ({"loss.features": {"weight": 1.0}}, {"data.train.loss.features": (1.0, 0.0)}),
+    ({"loss.attention": {"weight": 1.0}}, {"data.train.loss.attention": (1.0, 0.0)}),
+    (
+        {"loss.keep": {"share": 0.5, "by": "divergence"}},
+        {
+            "loss.keep.share": (0.5, 0.25),
+            "loss.keep.by": ("divergence", "position"),
+            "loss.keep.invert": (False, True),
+        },
+    ),
+    (
+        ON_POLICY,
+        {
+            "on_policy.share": (0.5, 1.0),
+            "on_policy.max_new_tokens": (128, 64),
+            "on_policy.temperature": (1.0, 0.5),
+            "on_policy.top_p": (1.0, 0.9),
+            "on_policy.top_k": (None, 5),
+            "on_policy.min_p": (0.0, 0.1),
+            "on_policy.samples": (1, 2),
+        },
+    ),
+    (ON_POLICY | {"data.train.format": "text"}, {"on_policy.prompt_tokens": (8, 16)}),
+    (ON_POLICY | {"loss.divergence": "reverse_kl"}, {"on_policy.long_horizon": (None, {"gamma": 0.9})}),
+    (
+        ON_POLICY | {"on_policy.long_horizon.gamma": 0.9, "loss.divergence": "reverse_kl"},
+        {
+            "on_policy.long_horizon.gamma": (0.9, 1.0),
+            "on_policy.long_horizon.length_normalized": (True, False),
+        },
+    ),
 ]
 ACCEPTED = [
     (
@@ -250,6 +291,17 @@ ACCEPTED = [
         {"validation.samples": (0, 3), "validation.sample_tokens": (64, 9)},
     ),
     ({"train.micro_batch_size": None}, {"train.micro_batch_tokens": (100, "auto")}),
+    (
+        SERVER,
+        {
+            "teacher.server": ("http://one:8000", "http://other:8000"),
+            "teacher.requests": (None, 2),
+            "teacher.timeout": (None, 30.0),
+            "teacher.patience": (None, 60.0),
+            "teacher.api_key_env": (None, "KEY"),
+        },
+    ),
+    (ON_POLICY, {"on_policy.validation_prompts": (64, 0), "on_policy.batch_size": (32, 8)}),
     ({"data.packing": True}, {"data.share_prefixes": (False, True)}),
     ({"push_to_hub.repo": "owner/name"}, {"push_to_hub.repo": ("owner/name", "owner/other"), "push_to_hub.private": (True, False)}),
     (
@@ -279,7 +331,9 @@ ACCEPTED = [
 ]
 #: Settings that a recipe may name, but for which it accepts no value than the default: there is nothing to change.
 ONE_VALUE = {"data.validation.weight", "data.choices.weight", "data.choices.teacher", "data.choices.noise"}
-ONE_VALUE |= {"data.choices.loss.ce", "data.choices.loss.kd"}
+ONE_VALUE |= {f"data.choices.loss.{term}" for term in ("ce", "kd", "features", "attention")}
+ONE_VALUE |= {f"data.validation.loss.{term}" for term in ("features", "attention")}
+ONE_VALUE |= {f"data.{part}.{name}" for part in ("validation", "choices") for name in ("divergence", "divergence_options")}
 
 TABLE = [
     (setting, common, *values, taken)
