@@ -5,6 +5,9 @@ content depends on it, `path` the kind of path that it holds. `metadata` reads t
 """
 
 import dataclasses
+import functools
+import math
+from fractions import Fraction
 from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import ConfigDict, Discriminator, Field, Tag
@@ -76,6 +79,12 @@ OneOrMany = Annotated[
     Annotated[T, Tag("one")] | Annotated[tuple[T, ...], Tag("several")] | Annotated[None, Tag("none")],
     Discriminator(form),
 ]
+
+
+@functools.cache
+def part_of(share: float, n: int) -> int:
+    """ceil(share n), of the share as it is written: 0.07 of 100 are 7, where 0.07 * 100 is more than 7 in floating point."""
+    return math.ceil(Fraction(repr(share)) * n)
 
 
 def as_tuple(value: T | tuple[T, ...] | None) -> tuple[T, ...]:

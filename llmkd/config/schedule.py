@@ -8,6 +8,7 @@ from typing import Annotated, Any, TypeVar
 from pydantic import Discriminator, Tag
 
 from ..errors import UserError
+from .fields import part_of
 
 #: The shapes, by the share of the way from `from` to `to` that is behind after a share x of the schedule's steps.
 SHAPES = {"linear": lambda x: x, "cosine": lambda x: (1 - math.cos(math.pi * x)) / 2, "constant": lambda x: float(x >= 1)}
@@ -30,7 +31,7 @@ def length(setting: float | dict[str, Any], total: int) -> int:
     """The steps of a schedule in a run of `total` steps: from the first, with `from`, to the one that first has `to`."""
     if not isinstance(setting, dict):
         return total
-    return setting.get("steps") or math.ceil(setting.get("ratio", 1.0) * total)
+    return setting.get("steps") or part_of(setting.get("ratio", 1.0), total)
 
 
 def value_at(setting: float | dict[str, Any], step: int, total: int) -> float:

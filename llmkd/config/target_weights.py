@@ -1,9 +1,6 @@
 """Settings of the rules that weigh targets, or choose some, by what the models find there. A part of `recipe.py`."""
 
-import functools
-import math
 from collections.abc import Iterator
-from fractions import Fraction
 from typing import Annotated, Literal
 
 from pydantic import Discriminator, Field, Tag
@@ -62,12 +59,6 @@ def chosen_by(keep: float | Keep, weights: TargetWeights | None) -> Keep:
     own = keep.by is not None or weights is None
     by, invert = (keep.by or "student_entropy", False) if own else (weights.by, weights.invert)
     return Keep(share=keep.share, by=by, invert=invert if keep.invert is None else keep.invert)
-
-
-@functools.cache
-def kept_of(n: int, share: float) -> int:
-    """How many of n targets are kept: ceil(share n), of the share as it is written (0.1 of 30 are 3)."""
-    return math.ceil(Fraction(repr(share)) * n)
 
 
 def rules_in_use(keep: float | Keep, weights: TargetWeights | None) -> list[tuple[str, str]]:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from ..config.target_weights import kept_of
+from ..config.fields import part_of
 from .batching import BatchPlan, TokenBudget, make_micro_batches
 from .examples import Examples
 from .prefetch import prefetch
@@ -43,7 +43,7 @@ class Step:
 
     def kept(self, share: float) -> int:
         """How many targets count where `share` of each example's are kept."""
-        return sum(kept_of(n, share) for n in self.data.num_targets[self.examples].tolist())
+        return sum(part_of(share, n) for n in self.data.num_targets[self.examples].tolist())
 
     def place(self, example: int) -> str:
         """Where an example was read (file:line); `example` as in `Batch.example_N`."""

@@ -218,7 +218,7 @@ class AttentionTerm(SingleTerm):
             raise UserError(
                 "loss.attention: a row has a teacher_context, which gives the teacher other positions; remove it, or leave the term out"
             )
-        if not batch.examples:
+        if not batch.num_targets:
             return Loss(student.hidden_NH.sum(), {"attention": widen(student.hidden_NH[:, 0]).detach()})
         targets, view = batch.carriers("attention"), batch.student
         weight_N, rows_n = batch.weights.get("attention"), view.rows_N[targets]

@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from ..batch import Batch
+from ..config.fields import part_of
 from ..config.target_weights import Keep as Settings
 from ..config.target_weights import TargetWeights as RuleSettings
-from ..config.target_weights import kept_of
 from ..head import Head
 from ..signals import Signal
 from .fused import Tiles, block_rows, default_chunk, has_full_distribution, teacher_log_probs
@@ -39,7 +39,11 @@ class Keep:
     def __call__(self, hidden_NH: Tensor, head: Head, signal: Signal | None, batch: Batch, chunk: int | None = None) -> Batch:
         """The batch with `kept` set. `chunk`: rows of the head at a time."""
         counts = [example.num_targets for example in batch.examples]
-        most = [kept_of(n, self.share) for n in counts]
+        if sum(counts) != batch.num_targets:
+            raise ValueError(
+                f"a share of each example's targets is kept, and the batch's examples have {sum(counts)} of its {batch.num_targets}"
+            )
+        most = [part_of(self.share, n) for n in counts]
         if most == counts:
             return batch
         score_N = self.scores(hidden_NH, head, signal, batch, chunk or default_chunk(head.vocab, hidden_NH.device.type))

@@ -61,10 +61,12 @@ class LongHorizonTerm(Term):
     def combine(self, values: dict[str, float]) -> float:
         return self.weight * values[NAME]
 
-    def halve_chunks(self, vocab: int, device: str, least: int) -> int:
+    def halve_chunks(self, vocab: int, device: str, least: int) -> str:
         rows = self.chunk_size or default_chunk(vocab, device)
-        self.chunk_size = max(least, rows // 2) if rows > least else self.chunk_size
-        return self.chunk_size if rows > least else 0
+        if rows <= least:
+            return ""
+        self.chunk_size = max(least, rows // 2)
+        return f"the long horizon in chunks of {self.chunk_size:,} rows"
 
 
 def later_sums(rewards: list[float], gamma: float, length_normalized: bool) -> list[float]:

@@ -2,13 +2,12 @@
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from ..batch import Batch
 from ..config.features import feature_teacher
-from ..config.fields import with_setting_names
+from ..config.fields import part_of, with_setting_names
 from ..config.on_policy import OnPolicy, writes
 from ..config.recipe import Data, Loss, Mixture, Optim, Recipe, Student, Train, divergences_of, scheduled, schedules, uses_teacher
 from ..config.recipe import Teacher as TeacherSettings
@@ -345,5 +344,5 @@ def schedule(optim: Optim, total: int) -> Callable[[int], float]:
         raise UserError(
             f"optim.warmup_steps: found {optim.warmup_steps}, and the whole run has {total} steps; lower it, or use optim.warmup_ratio"
         )
-    warmup = optim.warmup_steps if optim.warmup_steps is not None else math.ceil((optim.warmup_ratio or 0) * total)
+    warmup = optim.warmup_steps if optim.warmup_steps is not None else part_of(optim.warmup_ratio or 0, total)
     return lambda step: learning_rate(step, total, optim.lr, optim.schedule, warmup, optim.min_lr_ratio)

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from ..batch import Batch
-from ..config.target_weights import kept_of
+from ..config.fields import part_of
 from ..data.batch_source import BatchSource, Step
 from ..errors import NonFinite
 from ..signals import Teacher
@@ -145,7 +145,7 @@ def count_targets(
     """
     if step.num_targets is not None:
         return TargetCounts(max(1, step.num_targets), step.weighted, {share: step.kept(share) for share in shares})
-    counts = [sum(kept_of(one.num_targets, share) for micro in micro_batches for one in micro.examples) for share in shares]
+    counts = [sum(part_of(share, one.num_targets) for micro in micro_batches for one in micro.examples) for share in shares]
     counts.append(sum(micro.num_targets for micro in micro_batches))
     for name in names:
         given = [(micro.weights.get(name), micro.num_targets) for micro in micro_batches]

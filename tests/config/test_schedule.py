@@ -33,6 +33,9 @@ def test_short_runs():
     falling = {"from": 1.0, "to": 0.0}
     assert [value_at(falling, step, 1) for step in (1, 2)] == [1.0, 0.0] and [value_at(falling, step, 2) for step in (1, 2)] == [1.0, 0.0]
     assert length(falling, 7) == 7 and length({**falling, "ratio": 0.5}, 7) == 4 and length({**falling, "steps": 3}, 7) == 3
+    assert (
+        length({**falling, "ratio": 0.07}, 100) == 7 and length({**falling, "ratio": 0.55}, 100) == 55
+    )  # 0.07 * 100 is more than 7 in floating point
     assert all(shape(0.0) == 0 and shape(1.0) == 1 for shape in SHAPES.values())
 
 

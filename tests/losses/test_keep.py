@@ -9,9 +9,10 @@ from torch import nn
 from torch.testing import assert_close
 
 from llmkd.batch import Batch, Example, View
+from llmkd.config.fields import part_of
 from llmkd.config.target_weights import Keep as Settings
 from llmkd.config.target_weights import TargetWeights as Weights
-from llmkd.config.target_weights import chosen_by, kept_of
+from llmkd.config.target_weights import chosen_by
 from llmkd.head import Head
 from llmkd.losses.keep import Keep
 from llmkd.losses.long_horizon import LongHorizonTerm
@@ -111,7 +112,7 @@ def test_equal_scores_are_kept_by_position_and_nan_is_not_hidden(registered):  #
     "n, share, kept", [(30, 0.1, 3), (100, 0.07, 7), (3, 0.5, 2), (1, 1e-9, 1), (0, 0.5, 0), (7, 1.0, 7), (10, 0.7, 7), (7, 1 / 3, 3)]
 )
 def test_how_many(n, share, kept):
-    assert kept_of(n, share) == kept
+    assert part_of(share, n) == kept
 
 
 def product_counts(by: str, share=0.5):

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from llmkd.cli import main
 from llmkd.commands.sweep import run_sweep
 from llmkd.config.recipe import Optim
 from llmkd.errors import UserError
@@ -72,7 +73,12 @@ def test_a_run_says_what_share_is_left_learns_it_and_exports_nothing_of_it(train
     assert {name for name in saved if name.startswith("terms.")} == KEPT
     assert saved["terms.features.scales"].item() == pytest.approx(y.var(0).mean(), rel=1e-9)
     assert not [name for name in exported if "terms" in name or "features" in name]
-    assert not [path for folder in ("adapter",) for path in (tmp_path / "out" / folder).iterdir() if "feature" in path.name]
+    assert main(["export", str(tmp_path / "out")]) == 0
+    assert (
+        load_file(tmp_path / "out/merged/model.safetensors").keys()
+        == load_file(tmp_path.parent / recipe.student.model / "model.safetensors").keys()
+    )
+    assert not [path for folder in ("adapter", "merged") for path in (tmp_path / "out" / folder).iterdir() if "feature" in path.name]
 
 
 @pytest.mark.parametrize("step", [4])
@@ -105,6 +111,7 @@ def test_neither_micro_batches_nor_packing_nor_recomputing_matter(trained, tmp_p
 def test_with_kd_ratio_0_the_teacher_is_still_asked(trained, tmp_path):
     one = {"train__max_steps": 2, "loss__kd_ratio": 0, "student__method": "full"}
     with_it = trained("with", **one, **MIDDLE)
+    assert not [name for name in with_it if "terms" in name or "features" in name]
     record = records(tmp_path / "with")[-1]
     assert "kd" not in record and record["loss"] == pytest.approx(record["ce"] + 0.7 * record["features"], rel=1e-12)
     assert distance(with_it, trained("without", **one)) > 1e-6

@@ -49,18 +49,20 @@ def test_all_of_them_are_todays_bits(trained, tmp_path):
 
 def test_it_is_the_mean_over_the_kept_targets(make_recipe, trained, world, tmp_path):
     """One step of all rows, in cross-entropy: of each row's answer the first half, as transformers' own model gives it."""
-    one = SHORT | {"train__max_steps": 1, "train__batch_size": 37, "loss__kd_ratio": 0.0}
+    one = SHORT | {"train__max_steps": 1, "train__batch_size": 37, "loss__kd_ratio": 0.0, "student__method": "full"}
     trained("kept", **one, loss__keep={"share": 0.5, "by": "position"})
     train, model, found, every = prepare(make_recipe()).train, AutoModelForCausalLM.from_pretrained(world / "student"), [], 0
     for i in range(len(train)):
         ids, mask = (torch.from_numpy(x) for x in train.example(i))
-        with torch.no_grad():
-            log_q = model(ids[None].long()).logits[0].log_softmax(-1)
+        log_q = model(ids[None].long()).logits[0].log_softmax(-1)
         places = [t for t in range(1, len(ids)) if mask[t]]
         every += len(places)
-        found += [-log_q[t - 1, ids[t]].item() for t in places[: (len(places) + 1) // 2]]
+        found += [-log_q[t - 1, ids[t]] for t in places[: (len(places) + 1) // 2]]
+    mean = torch.stack(found).mean()
+    norm = torch.stack([one.norm() for one in torch.autograd.grad(mean, list(model.parameters()))]).norm()
     (record,) = logged(tmp_path / "kept")
-    assert record["loss"] == record["ce"] == pytest.approx(sum(found) / len(found), rel=1e-6)  # norms round in float32
+    assert record["loss"] == record["ce"] == pytest.approx(mean.item(), rel=1e-6)  # norms round in float32
+    assert record["grad_norm"] == pytest.approx(norm.item(), rel=1e-6)
     assert record["targets"] == every and record["kept"] == len(found) / every and {"ce_targets", "ce_weight"}.isdisjoint(record)
 
 

@@ -14,6 +14,7 @@ from llmkd.cli import main
 from llmkd.config import loader
 from llmkd.errors import NonFinite
 from llmkd.files import read_jsonl
+from llmkd.losses.long_horizon import LongHorizonTerm
 from llmkd.losses.objective import Objective
 from llmkd.losses.terms import HeadTerm, RowTerm, by_name
 from llmkd.training import build
@@ -125,6 +126,12 @@ def test_its_values_that_are_not_finite_are_named(probed, make_recipe, monkeypat
 def test_names_belong_to_one_term():
     with pytest.raises(ValueError, match="two terms are named probe"):
         by_name([Probe(), HeadTerm(Objective(0.5)), Probe()])
+
+
+def test_the_long_horizon_halves_its_chunks_and_says_so():
+    term = LongHorizonTerm(0.5, 1.0, True, 1000)
+    said = [term.halve_chunks(100, "cpu", 300) for _ in range(3)]
+    assert said == ["the long horizon in chunks of 500 rows", "the long horizon in chunks of 300 rows", ""] and term.chunk_size == 300
 
 
 def test_a_term_without_chunks_does_not_keep_another_from_halving_its_own():

@@ -85,7 +85,7 @@ FAULTS = [
     Fault(
         "keep-rounds-up-twice",
         "0.1 of 30 targets are 4",
-        "llmkd/config/target_weights.py",
+        "llmkd/config/fields.py",
         "math.ceil(Fraction(repr(share)) * n)",
         "math.ceil(share * n)",
         f"{KEPT}::test_how_many",
