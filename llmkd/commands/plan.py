@@ -110,7 +110,7 @@ def _work_text(planned: Plan) -> str:
         return f"{text}\nthe run: its data is not known, so times are of one such micro-batch"
     total = sum(planned.total_flops.values())
     return (
-        f"{text}\nthe run: {work.steps:,} steps of {work.examples:,} examples, {work.tokens:,} tokens with padding, {work.targets:,} targets, "
+        f"{text}\nthe run: {work.steps:,} steps, {work.examples:,} examples in all, {work.tokens:,} tokens with padding, {work.targets:,} targets, "
         f"{total / 1e15:,.3g} PFLOP"
     )
 

@@ -190,7 +190,7 @@ FAULTS = [
         (
             "warm-up-rounded-down",
             "the warm-up's share is rounded down",
-            "math.ceil((optim.warmup_ratio or 0) * total)",
+            "part_of(optim.warmup_ratio or 0, total)",
             "int((optim.warmup_ratio or 0) * total)",
             HAND,
         ),
