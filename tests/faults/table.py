@@ -162,6 +162,23 @@ FILES = [
         "passed over by name; the next older whole one is taken",
         "training/test_resume.py::test_a_damaged_checkpoint_is_passed_over_by_name",
     ),
+    Row(
+        "a checkpoint of another run, renamed, beyond the last step, or with an empty manifest",
+        "passed over by name",
+        "training/test_checkpoint.py::test_a_checkpoint_that_cannot_be_used_is_passed_over_by_name training/test_checkpoint.py::test_one_beyond_the_last_step_is_passed_over "
+        "output/test_damaged_files.py::test_a_checkpoint_of_another_run_or_step_is_passed_over_by_a_whole_run",
+    ),
+    Row(
+        "a damaged recipe, identity, summary, metrics, held_out, manifest, sweep or adapter file of a run",
+        "named in one line with what to do, or without effect",
+        "output/test_damaged_files.py::test_a_damaged_file_is_named_in_one_line_or_harmless",
+    ),
+    Row(
+        "a lost identity.json, recipe.yaml or sweep.json",
+        "made anew from what is left",
+        "output/test_damaged_files.py::test_one_of_the_two_files_that_say_which_run_it_is_may_be_lost "
+        "output/test_damaged_files.py::test_a_lost_list_of_a_sweep_is_made_anew_from_its_runs",
+    ),
     Row("no whole checkpoint is left", "refused with their names", "training/test_resume.py::test_no_whole_checkpoint_left_is_refused"),
     Row(
         "one bit of a base, an adapter or a teacher changed between stop and --resume",
@@ -295,6 +312,21 @@ MODELS = [
         "refused",
         "models/test_students.py::test_attention_that_would_be_fetched_from_the_hub_is_refused_before_anything_is_loaded",
     ),
+    Row(
+        "task files that run Python (!function)",
+        "refused without --allow_task_code",
+        "eval/test_chat_template.py::test_task_files_that_run_code_need_a_flag eval/test_chat_template.py::test_the_flag_lets_it_run_and_nothing_runs_without_it",
+    ),
+    Row(
+        "max_length beyond the model's positions",
+        "refused with their number",
+        "training/test_refused.py::test_mistakes_are_one_line_and_leave_nothing",
+    ),
+    Row(
+        "a padding token that is the end token, or another one than the teacher's",
+        "padding is masked by place, never by its id",
+        "data/test_tokenizer.py::test_the_padding_token_and_the_template_may_differ rollouts/test_enumerated.py",
+    ),
     Row("a mistyped path", "never sent to the network", "data/test_sources.py::test_a_mistyped_path_never_goes_to_the_network"),
 ]
 
@@ -303,6 +335,17 @@ DATA = [
         "a bad line, row or file",
         "named with its place, twenty at once",
         "data/test_files.py::test_a_bad_line_is_named data/test_files.py::test_the_first_twenty_problems_are_shown_and_the_rest_counted",
+    ),
+    Row("an empty file", "named", "data/test_files.py::test_a_bad_file_is_named"),
+    Row(
+        "a token id that is no entry of the vocabulary",
+        "refused with file and line",
+        "data/test_token_rows.py::test_a_row_that_is_wrong_is_named_with_what_was_found data/test_token_rows.py::test_an_id_between_the_entries_of_a_vocabulary_is_refused",
+    ),
+    Row(
+        "a row of ten megabytes",
+        "cut or refused before it is tokenised, in a moment",
+        "data/test_long_texts.py::test_ten_megabytes_take_a_moment data/test_long_texts.py::test_a_split_text_is_refused_beyond_a_length",
     ),
     Row(
         "a file of another format",
@@ -405,6 +448,36 @@ SETTINGS = [
     ),
 ]
 
+WRITERS = [
+    Row(
+        "a teacher's server that is restarted, stays away, or answers wrongly",
+        "waited for; one line, and the steps so far are saved; nothing wrong is kept",
+        "teachers/test_served.py::test_a_restart_of_the_server_in_the_middle_is_survived teachers/test_served.py::test_a_server_that_stays_away_ends_the_run_with_one_line "
+        "teachers/test_served.py::test_a_wrong_answer_ends_the_run_and_is_not_kept training/test_served_run.py::test_a_run_that_a_server_ends_goes_on_where_it_was",
+    ),
+    Row(
+        "a server with another tokenizer, another model or too short a context",
+        "refused before training",
+        "teachers/test_served.py::test_a_server_with_another_tokenizer teachers/test_served.py::test_other_weights_under_the_same_name "
+        "teachers/test_served.py::test_a_server_that_is_too_short_and_one_that_gives_too_few_tokens",
+    ),
+    Row(
+        "kill -9 of roll, at any byte",
+        "the same command writes the same file, no answer twice",
+        "commands/test_roll.py::test_after_a_kill_at_any_byte_the_same_command_writes_the_same_file_and_no_answer_twice",
+    ),
+    Row(
+        "a kill while the student writes",
+        "--resume ends with the same weights, to the bit",
+        "rollouts/test_source.py::test_a_run_that_is_killed_and_resumed_is_the_run_that_was_not",
+    ),
+    Row(
+        "one rank that cannot write",
+        "all end",
+        "rollouts/test_source.py::test_a_rank_that_cannot_write_ends_all",
+    ),
+]
+
 TABLE = {
     "Stops": STOPS,
     "The machine": MACHINE,
@@ -413,4 +486,5 @@ TABLE = {
     "Models": MODELS,
     "Data": DATA,
     "Settings": SETTINGS,
+    "Writers and servers": WRITERS,
 }

@@ -155,11 +155,19 @@ def test_a_model_that_is_not_here_is_named(tmp_path, name, words):
     assert all(word in str(info.value) for word in words)
 
 
-@pytest.mark.parametrize("setting", ["loss.attention", "student.layers"])
+UNPLANNED = {
+    "loss.attention": {"layers": "last"},
+    "loss.features": {"layers": "last"},
+    "loss.keep": 0.5,
+    "on_policy": {"share": 0.5, "max_new_tokens": 8},
+    "student.layers": {"count": 1},
+}
+
+
+@pytest.mark.parametrize("setting", UNPLANNED)
 def test_what_a_plan_does_not_know_is_refused_by_name(make_recipe, tmp_path, setting):
-    values = {"loss.attention": {"layers": "last"}, "student.layers": {"count": 1}}
-    with pytest.raises(UserError, match=setting):
-        find(make_recipe(**{setting.replace(".", "__"): values[setting]}), tmp_path)
+    with pytest.raises(UserError, match=f"^{setting}: set, and a plan does not know"):
+        find(make_recipe(**{setting.replace(".", "__"): UNPLANNED[setting]}), tmp_path)
 
 
 def test_the_largest_micro_batches_are_those_that_a_run_cuts(make_recipe, tmp_path):

@@ -430,4 +430,21 @@ FAULTS = [
             "training/test_launcher.py::test_a_signal_that_was_ignored_stays_ignored",
         ),
     ),
+    *in_file(
+        "llmkd/training/environment.py",
+        (
+            "tf32-of-the-driver-passes",
+            "NVIDIA_TF32_OVERRIDE is not refused",
+            '        ("NVIDIA_TF32_OVERRIDE",),\n',
+            '        ("NVIDIA_TF32",),\n',
+            "training/test_environment.py::test_the_tables_of_the_documents_hold_the_rules_and_no_others",
+        ),
+        (
+            "mkl-mode-passes",
+            "MKL_BLAS_COMPUTE_MODE is not refused",
+            '        ("MKL_BLAS_COMPUTE_MODE",),\n',
+            '        ("MKL_COMPUTE_MODE",),\n',
+            "training/test_environment.py::test_the_tables_of_the_documents_hold_the_rules_and_no_others",
+        ),
+    ),
 ]
