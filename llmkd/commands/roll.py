@@ -28,7 +28,8 @@ from ..errors import Stopped, UserError
 from ..model_folder.files import ModelFiles, find, loaded_dtype, rows_of
 from ..model_folder.generation import generation_settings, stops_at
 from ..model_folder.identity import verify
-from ..rollouts.answer_file import AnswerFile
+from ..output.run_folder import refuse_unwritable
+from ..rollouts.answer_file import AnswerFile, refuse_foreign
 from ..teachers.resolve import TeacherSource
 from ..training.rolled_data import learnt_from
 from ..training.shutdown import ShutdownRequest
@@ -83,6 +84,10 @@ def roll(
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise UserError("roll: runs in one process; leave accelerate launch out")
+    if recipe.data.streaming and not prompts:
+        raise UserError("data.streaming: found true, and roll reads all rows before it writes; set it to false")
+    refuse_unwritable(to.parent, "--to")
+    refuse_foreign(to, "--to")
     source = _source(writer, recipe)
     settings, tokenizer = source.settings, student_tokenizer(recipe.student)
     files = None if settings.server else _files(source, tokenizer)
@@ -153,8 +158,6 @@ def _prompts(recipe: Recipe, file: Path | None, tokenizer) -> tuple[list[Prompt]
     data = dataclasses.replace(recipe.data, train_on_input=False)
     if file:
         return read_prompts(file, as_tuple(data.train), data, tokenizer), 0
-    if data.streaming:
-        raise UserError("data.streaming: found true, and roll reads all rows before it writes; set it to false")
     if data.too_long != "split":  # where the answer of the data ends does not matter
         data = dataclasses.replace(data, too_long="truncate")
     parts = encode_sources(read_sources(data.train, "data.train"), data.train, "data.train", data, tokenizer)

@@ -57,12 +57,7 @@ class AnswerFile:
     def _begin(self) -> None:
         """Compare what is said beside the file, or say it, where there is no answer yet."""
         beside = about_path(self.path)
-        if self.path.stat().st_size:
-            then = read_about(self.path)
-            if then is None:
-                raise UserError(
-                    f"{self.option}: {self.path} holds something else than answers of llmkd roll (there is no {beside.name}); name another file"
-                )
+        if then := refuse_foreign(self.path, self.option):
             known = then["settings"]
             other = [f"{name} {known.get(name)}, not {value}" for name, value in self.settings.items() if known.get(name) != value]
             if other:
@@ -99,6 +94,17 @@ class AnswerFile:
     def complete(self) -> None:
         """Say that all that was asked for is there."""
         write_sealed(about_path(self.path), self.about | {"settings": self.settings, "complete": True})
+
+
+def refuse_foreign(path: Path, option: str) -> dict[str, Any] | None:
+    """What is said of the answers in a file, None where there are none yet. UserError if it holds something else."""
+    if not path.exists() or not path.stat().st_size:
+        return None
+    if (then := read_about(path)) is None:
+        raise UserError(
+            f"{option}: {path} holds something else than answers of llmkd roll (there is no {about_path(path).name}); name another file"
+        )
+    return then
 
 
 def about_path(path: Path) -> Path:
