@@ -46,6 +46,7 @@ def agg(monkeypatch):
     return drawn
 
 
+@pytest.mark.slow
 def test_the_notebook(agg, monkeypatch, tmp_path, capsys):
     """All its cells, in one namespace, from the folder that Jupyter would start it in."""
     monkeypatch.chdir(EXAMPLES)

@@ -21,6 +21,7 @@ def planned(world, tmp_path, capsys):
     return go
 
 
+@pytest.mark.slow
 def test_a_recipe_that_does_not_fit_is_told_what_would_save_memory(planned, monkeypatch):
     changed = {"student.gradient_checkpointing", "train.micro_batch_size", "teacher.cache"}
     monkeypatch.setattr("llmkd.planning.fit.changes", _some(changed))

@@ -59,6 +59,7 @@ def test_each_model_writes_its_own_text_to_the_runs_held_out_rows(run, world):
     assert [row["model"] for row in found.summary()] == ["teacher", "before", "after"]
 
 
+@pytest.mark.slow
 def test_one_model_is_in_memory_at_a_time(run, monkeypatch):
     import llmkd.models.load as load
 
@@ -86,6 +87,7 @@ def test_an_answer_that_ended_is_shown_without_its_end_token(run, monkeypatch):
     assert one.answers == {"after": Answer("It is 7.", len(ended.ids), True)} and tok.eos_token_id in asked[0]
 
 
+@pytest.mark.slow
 def test_prompts_of_a_file_on_the_terminal_on_a_page_and_as_json(run, tmp_path, capsys, monkeypatch):
     (tmp_path / "p.txt").write_text("Say <b>7</b>\nSay 8\nSay 9\n")
     words = ["sample", str(run), "--prompts", str(tmp_path / "p.txt"), "--count", "2", "--max_new_tokens", "5", "--models", "before,after"]

@@ -135,6 +135,7 @@ def test_seeds_make_groups_of_their_own_and_names(sweep):
     assert len(one) == 12 and {g.why for g in one} == {"students_per_teacher: 1"}
 
 
+@pytest.mark.slow
 def test_arms_that_cannot_share_run_alone(sweep, world, tmp_path, capsys):
     arms = {
         "a": {},
@@ -248,6 +249,7 @@ def test_a_sweep_that_is_killed_goes_on(sweep, world, tmp_path):
     assert {arm["status"] for arm in state(folder)["arms"].values()} == {"done"}
 
 
+@pytest.mark.slow
 def test_arms_at_different_steps_go_on_from_one_that_all_have(sweep, world, capsys):
     import shutil
 
@@ -270,6 +272,7 @@ def test_arms_at_different_steps_go_on_from_one_that_all_have(sweep, world, caps
         assert distance(whole[name], weights(folder / "arms" / name)) == 0
 
 
+@pytest.mark.slow
 def test_an_arm_that_joins_a_sweep_that_was_stopped_does_not_take_the_others_back(sweep, capsys):
     import shutil
 
@@ -431,6 +434,7 @@ def test_a_failure_that_a_kill_kept_from_the_list_is_known_and_the_others_go_on(
         assert (folder / f"arms/{name}/metrics.jsonl").read_text().count('"loss"') == 5
 
 
+@pytest.mark.slow
 def test_a_signal_in_the_last_step_does_not_lose_the_last_validation(sweep, world, tmp_path, monkeypatch):
     from llmkd.errors import Stopped
     from llmkd.training import loop, trainer
@@ -456,6 +460,7 @@ def test_a_signal_in_the_last_step_does_not_lose_the_last_validation(sweep, worl
         assert one["validation"] == other["validation"]
 
 
+@pytest.mark.slow
 def test_an_arm_without_a_teacher_is_measured_against_the_others_even_alone(sweep, world, tmp_path):
     data = {"train": {"path": str(world / "train.jsonl")}, "validation": {"path": str(world / "held.jsonl")}, "max_length": 256}
     arms = {"sft": {"teacher": None, "loss.kd_ratio": 0}, "kd": {}}

@@ -108,6 +108,7 @@ def test_extension_is_exact_where_memory_grows_in_proportion():
     assert found.peak == "loss"
 
 
+@pytest.mark.slow
 def test_a_deep_model_is_planned_from_few_layers_as_it_is_in_full(configs_only, monkeypatch):
     for name, layers in (("student", 10), ("teacher", 4)):
         path = configs_only.parent / name / "config.json"

@@ -32,6 +32,7 @@ def test_sources_of_the_losss_own_divergence_are_bit_for_bit_those_without_one(t
     assert distance(plain, named) == 0
 
 
+@pytest.mark.slow
 def test_micro_batches_packing_and_prefixes_do_not_matter(trained, sources):
     mixed = sources("skewed_reverse_kl", "skewed_forward_kl")
     one = trained("one", data__train=mixed, train__micro_batch_size=16, student__dtype="float64", **FEW)

@@ -79,6 +79,7 @@ def test_it_goes_on_to_the_last_bit(make_recipe, tmp_path):
         run(make_recipe(**settings | {"loss__keep": 0.6}), resume=True)
 
 
+@pytest.mark.slow
 def test_side_by_side_as_alone(world, tmp_path):
     """A student that keeps half, one that keeps a third, and one that keeps all."""
     base = plain_recipe(world, tmp_path / "unused") | {"train": {"max_steps": 2, "batch_size": 8, "micro_batch_size": 3}}

@@ -313,6 +313,7 @@ def test_two_runs_do_not_share_a_folder(command, tmp_path):
     assert code == 2 and "in use by process 1 on elsewhere" in lines[0]
 
 
+@pytest.mark.slow
 def test_a_pipeline_compares_its_students(world, tmp_path, capsys):
     recipe = plain_recipe(world, tmp_path / "unused")
     recipe["data"]["validation"] = [{"path": str(world / "held.jsonl")}, {"path": "builtin:skills", "format": "chat", "limit": 3}]

@@ -104,6 +104,7 @@ def test_a_term_of_weight_0_is_nothing():
     assert term.combine({"squares": float("inf")}) == 0.0
 
 
+@pytest.mark.slow
 def test_side_by_side_and_in_the_report(world, tmp_path):
     base = plain_recipe(world, tmp_path / "unused") | {"train": {"max_steps": 3, "batch_size": 8, "micro_batch_size": 4}}
     base["data"]["validation"] = {"path": str(world / "held.jsonl")}

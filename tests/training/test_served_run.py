@@ -61,6 +61,7 @@ def test_each_example_is_asked_once_over_epochs_validation_resume_and_runs(make_
     assert distance(first, again) == 0 and "all 37 answers are in" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_run_that_a_server_ends_goes_on_where_it_was(make_recipe, server, tmp_path):
     whole = trained_by(asking(make_recipe, server, "whole", {"cache": {"path": str(tmp_path / "one")}}))
     server.asked.clear()
@@ -100,6 +101,7 @@ def test_the_next_steps_answers_are_asked_for_while_this_one_trains(make_recipe,
     assert announced and all(all(one) for one in waited)
 
 
+@pytest.mark.slow
 def test_llmkd_cache_asks_a_server_and_the_run_then_needs_none(make_recipe, server, tmp_path, capsys):
     whole = trained_by(asking(make_recipe, server, "whole"))
     kept = {"cache": {"path": str(tmp_path / "kept")}}
@@ -130,6 +132,7 @@ def test_a_server_beside_a_live_teacher_and_rows_of_each(make_recipe, server, wo
     assert distance(from_cache, trained_by(make_recipe("b", **(common | {"teacher": [near, far]})))) < 1e-6
 
 
+@pytest.mark.slow
 def test_a_stream_and_packed_rows_are_asked_one_example_at_a_time(make_recipe, server, tmp_path):
     plain = trained_by(asking(make_recipe, server, "plain", data__validation_fraction=0.0))
     asked = {json.dumps(one["prompt"]) for one in server.asked}
@@ -155,6 +158,7 @@ def test_two_processes_each_ask_for_their_own_and_end_as_one(server, world, tmp_
     assert distance(ends["one"], ends["two"]) < 1e-9 and len(list((tmp_path / "two-answers").glob("*.bin"))) == 2
 
 
+@pytest.mark.slow
 def test_what_the_student_writes_is_asked_too(make_recipe, server):
     run(asking(make_recipe, server, "data", data__validation_fraction=0.0, train__max_steps=5))
     of_the_data = {json.dumps(one["prompt"]) for one in server.asked}
