@@ -22,7 +22,6 @@ from llmkd.training.shutdown import ShutdownRequest
 from . import record_files
 from .benchmarks import find_groups, find_tasks, harness_version, index, need_harness, shots
 from .groups import write_groups
-from .live_model import live_model_class
 from .model_refs import ModelToEvaluate, find_models, tokenizer_of, weights_of
 from .samples import in_words, items_of, record_of
 
@@ -194,7 +193,9 @@ class _Work:
         batch = self.options.batch_size
         if str(batch).startswith("auto") and device.type == "cpu":
             batch = CPU_BATCH
-        return live_model_class()(model.eval(), tokenizer, batch, self.accelerator, self.stop)
+        from .live_model import LiveModel
+
+        return LiveModel(model.eval(), tokenizer, batch, self.accelerator, self.stop)
 
     def run(self, live, ref: ModelToEvaluate, name: str) -> dict:
         """One task for one model: evaluated, written, said; the record on all processes."""

@@ -5,7 +5,10 @@ import math
 
 from llmkd.errors import UserError
 
-from .live_model import request_key
+
+def request_key(arguments: tuple) -> tuple:
+    """A request's identity: its text, and the continuation where there is one."""
+    return tuple(part for part in arguments if isinstance(part, str))
 
 
 def in_words(metric: dict) -> str:
