@@ -53,7 +53,7 @@ ALLOWED = {
     ("llmkd/config/paths.py", "arms?"): "a sweep's arms",
     ("llmkd/commands/sweep*.py", "arms?"): "a sweep's arms",
     ("llmkd/cli.py", "arms?"): "a sweep's arms",
-    ("llmkd/commands/arguments.py", "arms?"): "a sweep's setting",
+    ("llmkd/commands/table.py", "arms?"): "a sweep's setting",
     ("eval/after_sweep.py", "arms?"): "a sweep's arms",
     ("eval/comparison/*", "arms?"): "a sweep's arms, compared",
     ("eval/report/*", "arms?"): "a sweep's arms, reported",
