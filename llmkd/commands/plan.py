@@ -16,7 +16,7 @@ from .cost import PER_LAYER, matmul_flops
 
 @dataclass(frozen=True)
 class Wanted:
-    """What the command line asks for beside the recipe.
+    """What the command line asks for in addition to the recipe.
 
     gpu      one of `devices.GPUS`; None for all
     cpu      plan for this machine's CPU instead
@@ -39,8 +39,8 @@ class Wanted:
 def run(config: str, overrides: dict[str, Any], wanted: Wanted) -> dict:
     """Print the plan of a recipe, and return its numbers."""
     recipe = loader.load_recipe(config, overrides)
-    beside = Path(config).parent
-    found = find(recipe, beside)
+    recipe_folder = Path(config).parent
+    found = find(recipe, recipe_folder)
     first = plan(recipe, found, wanted.room, gpu=not wanted.cpu)
 
     def needs(change: dict[str, Any]) -> float:

@@ -28,7 +28,7 @@ class RowFormat:
     #: "all": no answer that choices could replace, and a text may be split. "marked": the row says which of its tokens.
     supervised: Literal["answer", "all", "marked"] = "answer"
     template: Literal["optional", "always", "never"] = "never"  # whether the tokenizer's chat template renders it
-    beside: tuple[str, ...] = ()  # columns that llmkd itself writes beside these, for people
+    notes: tuple[str, ...] = ()  # columns that `llmkd roll` adds for people; they are not read
 
     @property
     def is_text(self) -> bool:
@@ -83,7 +83,7 @@ FORMATS = {
             "tokenizer": Column(optional=True),
         },
         supervised="marked",
-        beside=("prompt", "answer", "finished", "key"),
+        notes=("prompt", "answer", "finished", "key"),
     ),
 }
 

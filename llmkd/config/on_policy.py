@@ -60,7 +60,7 @@ class OnPolicy:
     )
     long_horizon: LongHorizon | None = fixed(
         None,
-        description="Policy gradient beside the divergence (MiniLLM), as a further term: each token of a written answer is made more or less likely by the teacher's and "
+        description="A policy gradient (MiniLLM), as a term in addition to the divergence: each token of a written answer is made more or less likely by the teacher's and "
         "the student's log-probabilities of those after it. It has the weight of loss.kd_ratio; null: none.",
     )
     validation_prompts: Annotated[int, Field(ge=0)] = changeable(

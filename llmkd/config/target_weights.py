@@ -54,7 +54,7 @@ KeepOrShare = Annotated[
 
 
 def chosen_by(keep: float | Keep, weights: TargetWeights | None) -> Keep:
-    """What `loss.keep` means beside `loss.target_weights`, with every setting given."""
+    """`loss.keep` with every setting given, as it is with `loss.target_weights`."""
     keep = keep if isinstance(keep, Keep) else Keep(share=keep)
     own = keep.by is not None or weights is None
     by, invert = (keep.by or "student_entropy", False) if own else (weights.by, weights.invert)

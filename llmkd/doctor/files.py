@@ -164,7 +164,7 @@ def cache(setup: Setup) -> Result:
         if not source.cache and not planned:
             continue
         if not source.settings.model_path:
-            why.append(f"{source.setting} names no model beside its cache that could be loaded")
+            why.append(f"{source.setting} names a cache and no model that could be loaded")
         elif not len(mine := examples_of(setup.few, number)):
             why.append(f"none of the examples is {source.setting}'s")
         else:

@@ -9,7 +9,7 @@ from ..batch import Batch
 from ..config.recipe import Lora
 from ..data.batch_source import Step
 from ..data.batching import make_micro_batches
-from ..models.families import beside_text
+from ..models.families import non_text_parameters
 from ..training.loop import StudentState, accumulate_gradients, optimizer_step, unscale_and_norm_
 from ..training.step_result import TargetCounts
 from . import plain, two_processes
@@ -227,7 +227,7 @@ def _of_student(setup: Setup) -> set[str]:
     student, settings = setup.student, setup.small.student
     named = dict(student.model.named_parameters())
     if settings.method == "full":
-        unused = {id(p) for p in beside_text(student.base_model)}
+        unused = {id(p) for p in non_text_parameters(student.base_model)}
         return {name for name, p in named.items() if id(p) not in unused}
     copies = settings.lora.modules_to_save if settings.lora else ()
     if setup.prepared.student.adapter:

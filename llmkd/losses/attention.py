@@ -5,7 +5,7 @@ group of b examples n targets of each, and m of the example's own positions. A t
 that both models let it see; both are normalised over those alone.
 
 The gradient is computed with the divergence: of KL(p || q) with q = softmax(s) it is q - p for the scores s. So the [b, h, n, m] scores of a
-group are held once, in at least float32, and never those of a batch; what is kept for the backward pass, which only scales it, is as large
+group are held once, in at least float32, and never those of a batch; the gradient is kept for the backward pass, which only scales it, and is as large
 as the student's queries at the targets and its keys.
 """
 

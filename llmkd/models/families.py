@@ -31,7 +31,7 @@ def layers_of(model: nn.Module) -> nn.ModuleList | None:
     return next((layers for layers in lists if len(layers) == count), None)
 
 
-def beside_text(model: nn.Module) -> list[nn.Parameter]:
+def non_text_parameters(model: nn.Module) -> list[nn.Parameter]:
     """Parameters that text does not pass through, such as a vision tower's: they get no gradient from text."""
     if model.config.get_text_config() is model.config:
         return []

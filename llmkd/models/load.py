@@ -18,7 +18,7 @@ from ..errors import UserError, attribute_to_student
 from ..model_folder.files import ModelFiles, find
 from . import activation_checkpointing, adapters, attention, pretrained, shared_weights, startup_checks
 from .depth import find_student
-from .families import beside_text
+from .families import non_text_parameters
 from .float8 import refuse_without_products
 from .language_model import LanguageModel
 from .last_layer import enable_if_exact
@@ -113,7 +113,7 @@ def load_students(
         model = pretrained.new_model(settings, context.vocab).to(device)
     if settings.method == "full":
         _check_full(model, found[0] if found else None)
-        for parameter in beside_text(model):
+        for parameter in non_text_parameters(model):
             parameter.requires_grad_(False)
     if settings.gradient_checkpointing:
         activation_checkpointing.enable(model, settings.gradient_checkpointing)

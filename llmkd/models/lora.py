@@ -14,7 +14,7 @@ from ..errors import UserError, brief
 from ..model_folder.files import ModelFiles
 from ..model_folder.weights import modules_are_named
 from .adapters import refuse_dora_in_8bit
-from .families import beside_text
+from .families import non_text_parameters
 
 
 class _MissingModule(UserError):
@@ -102,7 +102,7 @@ def _put_on(model: nn.Module, config, name: str) -> nn.Module:
 
 def _without_adapter(base: nn.Module, lora: Lora) -> list[str]:
     """Modules without an adapter whatever `target_modules` is: those that text does not pass through, and with all-linear a family's own kinds."""
-    unused = {id(p) for p in beside_text(base)}
+    unused = {id(p) for p in non_text_parameters(base)}
     out = [where for where, module in base.named_modules() if any(id(p) in unused for p in module.parameters(recurse=False))]
     if lora.target_modules == "all-linear" and (custom := [where for where, module in base.named_modules() if _is_custom_linear(module)]):
         kinds = ", ".join(sorted({type(base.get_submodule(where)).__name__ for where in custom}))

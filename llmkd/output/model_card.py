@@ -228,13 +228,13 @@ def introduction(
 ) -> list[str]:
     """A sentence each on the student, its base and licence, and the teacher."""
     quantization, kind = settings.quantization, "A LoRA adapter" if settings.method == "lora" else "A model"
-    beside = f", hidden states {in_words(loss.features.weight)}" if loss.features else ""
-    beside += f", attention {loss.attention.what} {in_words(loss.attention.weight)}" if loss.attention else ""
+    terms = f", hidden states {in_words(loss.features.weight)}" if loss.features else ""
+    terms += f", attention {loss.attention.what} {in_words(loss.attention.weight)}" if loss.attention else ""
     if rule := loss.target_weights:
-        beside += f", targets of {' and '.join(rule.terms)} weighed by {rule.by.replace('_', ' ')}{' (inverted)' * rule.invert}"
+        terms += f", targets of {' and '.join(rule.terms)} weighed by {rule.by.replace('_', ' ')}{' (inverted)' * rule.invert}"
     if (kept := chosen_by(loss.keep, loss.target_weights)).share < 1:
-        beside += f", {kept.share:g} of each example's targets by {kept.by.replace('_', ' ')}{' (lowest first)' * kept.invert}"
-    how = f"{loss.divergence}, kd_ratio {in_words(loss.kd_ratio)}, temperature {in_words(loss.temperature)}{beside}"
+        terms += f", {kept.share:g} of each example's targets by {kept.by.replace('_', ' ')}{' (lowest first)' * kept.invert}"
+    how = f"{loss.divergence}, kd_ratio {in_words(loss.kd_ratio)}, temperature {in_words(loss.temperature)}{terms}"
     made = f"distilled ({how})" if teachers else "fine-tuned"
     lines = [f"{kind} {made} with llmkd.\n"]
     if student is None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 SHARE = 0.4
 #: Bytes that CUDA takes for itself before the first tensor (its context, cuBLAS): between 0.4 and 0.7 GB on these GPUs.
 CONTEXT = 0.6e9
-#: The share of what is allocated apart from weights that the allocator holds beside it, since blocks do not fit one another.
+#: What the allocator holds in addition, as a share of what is allocated apart from weights: freed blocks do not fit new tensors.
 FRAGMENTATION = 0.05
 
 

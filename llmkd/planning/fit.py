@@ -31,7 +31,7 @@ class Saving:
 
 
 def changes(recipe: Recipe) -> Iterator[Change]:
-    """What may be changed to save memory, of which some may be refused beside the recipe's other settings."""
+    """What may be changed to save memory, of which some may contradict other settings of the recipe."""
     student, train = recipe.student, recipe.train
     if student.gradient_checkpointing is not True:
         yield Change({"student.gradient_checkpointing": True}, True)

@@ -33,20 +33,20 @@ class ModelConfig:
 
 
 def find_config(
-    name: str, setting: str, revision: str | None, base: str | None, beside: Path, writers: tuple[Path, ...] = ()
+    name: str, setting: str, revision: str | None, base: str | None, recipe_folder: Path, writers: tuple[Path, ...] = ()
 ) -> ModelConfig:
     """The configuration of a folder, a hub id, or the folder that another recipe's run will write. No weights are read, or asked for.
 
-    base     the base of an adapter, where its adapter_config.json names another
-    beside   the folder of the recipe: another one in it may be that whose run writes the folder
-    writers  the recipes that led here
+    base           the base of an adapter, where its adapter_config.json names another
+    recipe_folder  the recipe's own folder: the run of another recipe in it may write the model
+    writers        the recipes that led here
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
         if (folder / "adapter_config.json").is_file():
-            return _with_adapter(read_json(folder / "adapter_config.json", setting), name, setting, base, beside)
+            return _with_adapter(read_json(folder / "adapter_config.json", setting), name, setting, base, recipe_folder)
         return ModelConfig(_own_config(folder, name, setting), str(folder.resolve()), files=folder)
-    if (writer := written_by(Path(os.path.abspath(folder)), beside)) and writer not in writers:
+    if (writer := written_by(Path(os.path.abspath(folder)), recipe_folder)) and writer not in writers:
         return _of_coming_run(folder, load_recipe(writer).student, (*writers, writer))
     refuse_mistyped_folder(name, setting)
     reason = ""
@@ -57,7 +57,7 @@ def find_config(
             reason = reason or type(error).__name__
             continue
         if file == "adapter_config.json":
-            return _with_adapter(read_json(path, setting), name, setting, base, beside)
+            return _with_adapter(read_json(path, setting), name, setting, base, recipe_folder)
         return ModelConfig(_own_config(path.parent, name, setting), name, files=path.parent)
     if name in KNOWN:
         return ModelConfig(KNOWN[name], name, origin=_TABLE)
@@ -90,13 +90,13 @@ def _own_config(folder: Path, name: str, setting: str) -> dict:
     return config
 
 
-def _with_adapter(adapter: dict, name: str, setting: str, base: str | None, beside: Path) -> ModelConfig:
+def _with_adapter(adapter: dict, name: str, setting: str, base: str | None, recipe_folder: Path) -> ModelConfig:
     if adapter.get("peft_type") != "LORA":
         raise UserError(f"{setting}: {name} is an adapter of type {adapter.get('peft_type')}; a plan knows LORA, so name its base instead")
     base_name = base or adapter.get("base_model_name_or_path")
     if not isinstance(base_name, str) or not base_name:
         raise UserError(f"{setting}: {name}/adapter_config.json names no base model; set {setting.removesuffix('.model')}.base to it")
-    found = find_config(base_name, setting, adapter.get("revision"), None, beside)
+    found = find_config(base_name, setting, adapter.get("revision"), None, recipe_folder)
     targets = adapter.get("target_modules") or "all-linear"
     lora = Lora(
         rank=adapter.get("r", 8),
@@ -110,8 +110,8 @@ def _with_adapter(adapter: dict, name: str, setting: str, base: str | None, besi
     return dataclasses.replace(found, adapter=lora)
 
 
-def student_config(student: Student, beside: Path, writers: tuple[Path, ...] = ()) -> ModelConfig:
+def student_config(student: Student, recipe_folder: Path, writers: tuple[Path, ...] = ()) -> ModelConfig:
     """Of a recipe's student; of new weights without the size of their vocabulary, if the recipe leaves that to the tokenizer."""
     if student.architecture is not None:
         return ModelConfig(dict(student.architecture), "new weights")
-    return find_config(student.model, "student.model", student.revision, student.base, beside, writers)
+    return find_config(student.model, "student.model", student.revision, student.base, recipe_folder, writers)

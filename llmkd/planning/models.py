@@ -13,7 +13,7 @@ from ..config.recipe import Lora, Student, Teacher
 from ..errors import UserError, brief
 from ..model_folder.files import loaded_dtype
 from ..models import activation_checkpointing, attention, float8
-from ..models.families import beside_text, layers_of
+from ..models.families import layers_of, non_text_parameters
 from ..models.language_model import LanguageModel
 from ..models.last_layer import put_on
 from ..models.lora import add_lora
@@ -97,7 +97,7 @@ def build_students(
     if first.quantization:
         quantize(model, first.quantization)
     if first.method == "full":
-        for parameter in beside_text(model):
+        for parameter in non_text_parameters(model):
             parameter.requires_grad_(False)
     if depth.recomputed:
         activation_checkpointing.enable(model, True)

@@ -118,13 +118,13 @@ class Plan:
         return seconds if whole or self.total_flops is None else seconds / self.work.steps
 
 
-def find(recipe: Recipe, beside: Path) -> Found:
+def find(recipe: Recipe, recipe_folder: Path) -> Found:
     """The recipe's models and data. UserError for what a plan does not know, with its name."""
     refuse_unplanned(recipe)
-    student = student_config(recipe.student, beside)
+    student = student_config(recipe.student, recipe_folder)
     teachers = []
     for setting, one in used_teachers(recipe):
-        config = find_config(one.model, f"{setting}.model", one.revision, one.base, beside) if one.model else None
+        config = find_config(one.model, f"{setting}.model", one.revision, one.base, recipe_folder) if one.model else None
         teachers.append((setting, one, config))
     rows = {"student.model": rows_of(student.config)} | {f"{name}.model": rows_of(config.config) for name, _, config in teachers if config}
     data = known_data(recipe, student)

@@ -1,6 +1,6 @@
 """A file of answers that a model writes, as rows of `format: tokens`. It is only added to, so that a killed command goes on. No torch here.
 
-Beside FILE.jsonl stands FILE.jsonl.roll.json, which says how the answers were written: `read_about` reads it for those who train on them.
+Its sidecar, FILE.jsonl.roll.json, records how the answers were written; training reads it by `read_about`.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ class Written:
 class AnswerFile:
     """Answers by their keys. `settings`: what they depend on, apart from the prompts; a file of other settings is refused.
 
-    about   more to be said in the file beside it
+    about   what else the sidecar records
     option  that names the file, in messages
     """
 
@@ -55,14 +55,13 @@ class AnswerFile:
             yield self
 
     def _begin(self) -> None:
-        """Compare what is said beside the file, or say it, where there is no answer yet."""
-        beside = about_path(self.path)
+        """Compare the settings with those of the sidecar; write the sidecar where there is no answer yet."""
         if then := refuse_foreign(self.path, self.option):
             known = then["settings"]
             other = [f"{name} {known.get(name)}, not {value}" for name, value in self.settings.items() if known.get(name) != value]
             if other:
                 raise UserError(f"{self.option}: {self.path} was written with {'; with '.join(other)}; name another file")
-        write_sealed(beside, self.about | {"settings": self.settings, "complete": False})
+        write_sealed(about_path(self.path), self.about | {"settings": self.settings, "complete": False})
 
     def _read(self, asked: frozenset[str]) -> None:
         raw = self.path.read_bytes()
@@ -97,7 +96,7 @@ class AnswerFile:
 
 
 def refuse_foreign(path: Path, option: str) -> dict[str, Any] | None:
-    """What is said of the answers in a file, None where there are none yet. UserError if it holds something else."""
+    """The sidecar of a file of answers, None where there are no answers yet. UserError if the file holds something else."""
     if not path.exists() or not path.stat().st_size:
         return None
     if (then := read_about(path)) is None:
@@ -108,17 +107,18 @@ def refuse_foreign(path: Path, option: str) -> dict[str, Any] | None:
 
 
 def about_path(path: Path) -> Path:
+    """The sidecar of a file of answers."""
     return path.with_name(path.name + SUFFIX)
 
 
 def read_about(path: Path) -> dict[str, Any] | None:
-    """What is said of a file of answers: `settings`, `complete`, `writer` and `learnt_from`. None for any other file; UserError if it is damaged."""
-    beside = about_path(path)
+    """The sidecar of a file of answers: `settings`, `complete`, `writer` and `learnt_from`. None for any other file; UserError if it is damaged."""
+    sidecar = about_path(path)
     try:
-        found = read_sealed(beside)
+        found = read_sealed(sidecar)
         found["settings"], found["complete"], found["writer"], found["learnt_from"]
     except FileNotFoundError:
         return None
     except (Damaged, KeyError, OSError) as error:
-        raise UserError(f"{beside}: is damaged or cannot be read ({error}); put it back as it was, or remove it and {path.name}") from None
+        raise UserError(f"{sidecar}: is damaged or cannot be read ({error}); put it back as it was, or remove it and {path.name}") from None
     return found

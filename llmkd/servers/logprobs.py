@@ -29,7 +29,7 @@ class ServedModel:
 
 @dataclass(frozen=True)
 class Listed:
-    """What is said of N targets: the ids of at most M tokens each (-1: no token), their log-probabilities, and that of the target's own.
+    """The log-probabilities that a server lists at N targets: the ids of at most M tokens each (-1: no token), their log-probabilities, and that of the target's own.
 
     `strings`: the server's own text of a target's token, by id, where it gives one.
     """

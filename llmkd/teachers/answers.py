@@ -32,7 +32,7 @@ class Answers:
     """The answers in a folder, and a file for those of this process. It may be used from several threads.
 
     record_format   a `cache.records.RecordFormat`
-    provenance      all that the answers depend on, beside the example
+    provenance      all that the answers depend on, apart from the example
     setting         that names the folder or the teacher, for messages
     """
 

@@ -1,7 +1,7 @@
 """A teacher that a server has: it is asked for the log-probabilities of each example's own tokens, and its answers are kept.
 
 Examples are asked one by one, whatever the batch's layout, several at a time; those of the next step are asked while this one trains
-(`ServedTeacher.expect`). What is asked once is kept (`Answers`), and its signal is made of what is kept: so a run is the same whether its
+(`ServedTeacher.expect`). Answers are kept (`Answers`), and signals are made of the kept ones: so a run is the same whether its
 answers are new or old.
 """
 

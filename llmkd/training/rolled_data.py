@@ -52,7 +52,7 @@ def report_writers(data: Data, teachers: Sequence[TeacherSource]) -> None:
 
 
 def _abouts(source: Source) -> Iterator[tuple[Path, dict]]:
-    """Of a source's files those that llmkd roll wrote, with what is said beside them."""
+    """Of a source's files those that llmkd roll wrote, each with its sidecar."""
     path = Path(source.path).expanduser()
     files = [path] if path.is_file() else sorted(one.with_name(one.name.removesuffix(SUFFIX)) for one in path.glob(f"*{SUFFIX}"))
     for file in files:

@@ -59,7 +59,7 @@ class Trainer:
         )
         maps = f", and {both - trained:,} of maps that are no part of it" if both > trained else ""
         more = len(self.students) - 1
-        others = f", beside {more} more student{'s' * (more > 1)}" if more else ""
+        others = f", and {more} more student{'s' * (more > 1)}" if more else ""
         self.display.info(f"student: {every:,} parameters, {trained:,} of them train{maps}{others}; {self.source.total_steps} steps")
 
     @property
@@ -195,7 +195,7 @@ class Trainer:
         found = self.measure([one.model for one in waiting], self.prepared.validation, "validation", step)
         for student, held_out in zip(waiting, found, strict=True):
             own = self.measure_own_text(student, step) if self.own_text else {}
-            values = student.record_validation(step, dataclasses.replace(held_out, beside=own))
+            values = student.record_validation(step, dataclasses.replace(held_out, own_text=own))
             name = f" of {student.folder.path.name}" if len(self.students) > 1 else ""
             shown = "  ".join(f"{k} {v:.4f}" for k, v in values.items() if not metrics.is_count(k))
             self.display.info(f"validation{name} at step {step}: {shown}")

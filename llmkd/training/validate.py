@@ -28,13 +28,13 @@ class HeldOut:
     """Metrics of each held-out example: `sums[name]` [examples] over each example's `targets`, in nats.
 
     `weights[part]` [examples]: how much an example counts in the metrics of that part of the loss (`WEIGHED_BY`): 0 where its source's
-    weight is not above 0, and 1 without an entry. `beside`: metrics that were measured on something else at the same time.
+    weight is not above 0, and 1 without an entry. `own_text`: metrics that were measured on something else at the same time.
     """
 
     targets: np.ndarray
     sums: dict[str, np.ndarray]
     weights: dict[str, np.ndarray] = field(default_factory=dict)
-    beside: dict[str, float] = field(default_factory=dict)
+    own_text: dict[str, float] = field(default_factory=dict)
 
     def counting(self, metric: str) -> tuple[np.ndarray, np.ndarray]:
         """For the examples that count in a metric: their sums and their targets, both times their weight."""
@@ -52,7 +52,7 @@ class HeldOut:
                 means[name] = float(sums.sum()) / float(targets.sum())
         means = {"ce": means["ce"], "perplexity": math.exp(min(means["ce"], 700))} | means
         fewer = {f"{part}_targets": int(self.targets[w_E > 0].sum()) for part, w_E in self.weights.items() if (w_E <= 0).any()}
-        return means | {"targets": int(self.targets.sum())} | fewer | self.beside
+        return means | {"targets": int(self.targets.sum())} | fewer | self.own_text
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from llmkd.training.prepare import prepare
 from llmkd.training.run import run
 from llmkd.training.step_result import Accumulated, StepResult, TargetCounts
 from tests.conftest import distance, plain_recipe, weights
-from tests.kit.processes import train_on_two
+from tests.training.one_and_two import assert_two_processes_are_one
 from tests.training.test_resume import comparable, unfinish
 from tests.training.test_target_weights import logged
 from tests.training.test_weights import sources
@@ -99,14 +99,7 @@ def test_side_by_side_as_alone(world, tmp_path):
 @pytest.mark.slow
 def test_two_processes_are_one(trained, world, tmp_path):
     changes = SHORT | {"loss__keep": 0.5, "train__batch_size": 3, "train__micro_batch_size": 1, "data__train": sources(world, -0.5, 2.0)}
-    whole = trained("one", **changes)
-    (tmp_path / "two.yaml").write_text(json.dumps(plain_recipe(world, tmp_path / "two")))
-    words = [word for key, value in changes.items() for word in ("--" + key.replace("__", "."), json.dumps(value))]
-    done = train_on_two(["--config", str(tmp_path / "two.yaml"), *words])
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert distance(weights(tmp_path / "two"), whole) < BOUND
-    for a, b in zip(comparable(tmp_path / "one"), comparable(tmp_path / "two"), strict=True):
-        assert a.keys() == b.keys() and [b[name] for name in a] == pytest.approx(list(a.values()), rel=1e-9)
+    assert_two_processes_are_one(trained, world, tmp_path, changes)
 
 
 def test_caches_that_hold_what_a_rule_reads(trained, make_recipe, caches):

@@ -1,7 +1,5 @@
 """Runs whose targets a rule weighs: however a step is cut, resumed or spread, by caches, in the metrics, and refused."""
 
-import json
-
 import pytest
 import torch
 
@@ -9,8 +7,8 @@ from llmkd.errors import UserError
 from llmkd.files import read_jsonl
 from llmkd.training.run import run
 from llmkd.training.step_result import Accumulated, StepResult, TargetCounts
-from tests.conftest import distance, plain_recipe, weights
-from tests.kit.processes import train_on_two
+from tests.conftest import distance, weights
+from tests.training.one_and_two import assert_two_processes_are_one
 from tests.training.test_resume import comparable, unfinish
 from tests.training.test_weights import sources
 
@@ -80,14 +78,7 @@ def test_means_of_a_step_by_hand():
 @pytest.mark.slow
 def test_two_processes_are_one(trained, world, tmp_path):
     changes = SHORT | {"loss__target_weights": {"by": "divergence"}, "train__batch_size": 3, "train__micro_batch_size": 1}
-    whole = trained("one", **changes)
-    (tmp_path / "two.yaml").write_text(json.dumps(plain_recipe(world, tmp_path / "two")))
-    words = [word for key, value in changes.items() for word in ("--" + key.replace("__", "."), json.dumps(value))]
-    done = train_on_two(["--config", str(tmp_path / "two.yaml"), *words])
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert distance(weights(tmp_path / "two"), whole) < BOUND
-    for a, b in zip(comparable(tmp_path / "one"), comparable(tmp_path / "two"), strict=True):
-        assert a.keys() == b.keys() and [b[name] for name in a] == pytest.approx(list(a.values()), rel=1e-9)
+    assert_two_processes_are_one(trained, world, tmp_path, changes)
 
 
 def test_caches_that_hold_what_a_rule_reads(trained, make_recipe, caches):

@@ -15,7 +15,7 @@ from llmkd.files import read_jsonl
 from llmkd.training.prepare import prepare
 from llmkd.training.run import run
 from tests.conftest import distance, plain_recipe, weights
-from tests.kit.processes import train_on_two
+from tests.training.one_and_two import assert_two_processes_are_one
 from tests.training.test_resume import comparable, unfinish
 
 LAST = {"train__epochs": None, "train__max_steps": 3, "validation__teacher_check": 0, "loss__kd_ratio": 0.3}
@@ -74,14 +74,7 @@ def test_two_processes_are_one_where_one_of_them_has_no_weights(trained, world, 
         "train__batch_size": 3,
         "train__micro_batch_size": 1,
     }
-    whole = trained("one", **changes)
-    (tmp_path / "two.yaml").write_text(json.dumps(plain_recipe(world, tmp_path / "two")))
-    words = [word for key, value in changes.items() for word in ("--" + key.replace("__", "."), json.dumps(value))]
-    done = train_on_two(["--config", str(tmp_path / "two.yaml"), *words])
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert distance(weights(tmp_path / "two"), whole) < BOUND
-    for a, b in zip(comparable(tmp_path / "one"), comparable(tmp_path / "two"), strict=True):
-        assert a.keys() == b.keys() and [b[name] for name in a] == pytest.approx(list(a.values()), rel=1e-9)
+    assert_two_processes_are_one(trained, world, tmp_path, changes)
 
 
 def test_side_by_side_each_ends_as_it_would_alone(world, tmp_path):

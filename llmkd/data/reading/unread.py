@@ -142,7 +142,7 @@ MEANINGS = (
 def count_unread(row: dict, read: set[str], source: Source, place: str, problems: ErrorCollector, unread: Counter) -> None:
     """Count the row's columns that are neither in `read` nor ignored; those with a meaning are added to `problems`."""
     for name, value in row.items():
-        if name in read or name in source.ignore or name in FORMATS[source.format].beside or value is None:
+        if name in read or name in source.ignore or name in FORMATS[source.format].notes or value is None:
             continue
         unread[name] += 1
         meaning = next((m for m in MEANINGS if source.format in m.formats and plain(name) in m.names and m.holds(value)), None)
