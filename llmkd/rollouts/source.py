@@ -75,7 +75,7 @@ class OnPolicySource(ExampleSource):
         self.statistics.add(found, time.monotonic() - began)
         for text in self.watch.add(found):
             warn(text)
-        kept = [n for n in range(len(planned.examples)) if n not in set(chosen)]
+        kept = sorted({*range(len(planned.examples))} - {*chosen})
         whole = [(i, one.ids) for (i, *_), one in zip(asked, found, strict=True) if one.ids]
         indices = [planned.examples[n] for n in kept]
         parts = [self.examples.take(np.array(indices, np.int64))] if indices else []
