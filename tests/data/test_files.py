@@ -3,6 +3,7 @@
 import gzip
 import json
 import os
+import sys
 
 import pytest
 
@@ -111,12 +112,30 @@ def test_a_file_of_another_format_is_named_once_with_the_setting_that_fits(refus
     ]
 
 
-def test_what_is_nested_too_deeply_is_named(refused):
-    deep = json.loads('{"x": ' * 700 + "1" + "}" * 700)
+@pytest.fixture(params=[1000, 20_000])
+def recursion_limit(request):
+    """The interpreter's own, which any library may raise: what is read does not depend on it."""
+    before = sys.getrecursionlimit()
+    sys.setrecursionlimit(request.param)
+    yield
+    sys.setrecursionlimit(before)
+
+
+@pytest.mark.parametrize("levels", [101, 700])
+def test_what_is_nested_too_deeply_is_named(levels, refused, recursion_limit):
+    text = '{"x": ' * levels + "1" + "}" * levels
+    deep = json.loads(text)
     talk = [{"role": "user", "content": "q"} | deep, {"role": "assistant", "content": "a"}]
-    words = "t.jsonl:1: nested too deeply; give it fewer levels"
-    assert refused(json.dumps({"messages": talk}), format="chat") == [words]
-    assert refused(json.dumps({"messages": talk[1:], "tools": [deep]}), format="chat") == [words]
+    words = ["t.jsonl:1: nested too deeply; give it at most 100 levels"]
+    assert refused(json.dumps({"messages": talk}), format="chat") == words
+    assert refused(json.dumps({"messages": talk[1:], "tools": [deep]}), format="chat") == words
+    assert refused(json.dumps({"messages": talk[1:], "tools": f"[{text}]"}), format="chat") == words
+
+
+def test_what_is_nested_a_little_less_is_read(read):
+    deep = json.loads('{"name": "f", "x": ' + '{"x": ' * 96 + "1" + "}" * 97)
+    talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
+    assert read(json.dumps({"messages": talk, "tools": [deep]}), format="chat")
 
 
 def test_half_a_surrogate_pair_in_tools_is_named(refused):

@@ -16,7 +16,7 @@ from .problems import ErrorCollector
 from .token_columns import HOW_MASKED, read_tokens
 from .turn_marks import HOW_MARKED, row_mark
 from .unread import count_unread
-from .values import check_text, kind, surrogate
+from .values import TOO_DEEP, check_text, kind, surrogate, too_deep
 
 
 def check_row(row: Any, place: str, source: Source, problems: ErrorCollector, choices: bool = False, unread: Counter | None = None) -> Any:
@@ -25,10 +25,13 @@ def check_row(row: Any, place: str, source: Source, problems: ErrorCollector, ch
     Its errors are added to `problems`, the columns that are not read to `unread`.
     """
     try:
-        return _checked(row, place, source, problems, choices, Counter() if unread is None else unread)
+        checked = row if too_deep(row) else _checked(row, place, source, problems, choices, Counter() if unread is None else unread)
+        deep = too_deep(checked)  # also what was JSON text in the row
     except RecursionError:
-        problems.add(f"{place}: nested too deeply; give it fewer levels")
-        return row
+        checked, deep = row, True
+    if deep:
+        problems.add(f"{place}: {TOO_DEEP}")
+    return checked
 
 
 def _checked(row: Any, place: str, source: Source, problems: ErrorCollector, choices: bool, unread: Counter) -> Any:

@@ -22,6 +22,26 @@ def surrogate(value: Any) -> str | None:
     return None
 
 
+MOST_LEVELS = 100
+TOO_DEEP = f"nested too deeply; give it at most {MOST_LEVELS} levels"
+
+
+def too_deep(value: Any) -> bool:
+    """Whether lists and objects lie more than `MOST_LEVELS` deep in `value`: a bound of our own, since the interpreter's may be moved by any library."""
+    level = [value]
+    for _ in range(MOST_LEVELS):
+        level = [
+            inner
+            for outer in level
+            if isinstance(outer, dict | list)
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, dict | list)
+        ]
+        if not level:
+            return False
+    return True
+
+
 def parsed(value: Any) -> Any:
     """What a text that is JSON says; any other value as it is."""
     try:
