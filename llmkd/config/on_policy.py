@@ -1,9 +1,9 @@
 """Settings of on-policy distillation: the student writes answers itself, and learns from the teacher there. A part of `recipe.py`."""
 
 from collections.abc import Iterator
-from typing import Annotated
+from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag
 
 from .data import Data
 from .fields import Count, as_tuple, changeable, config_dataclass, fixed, with_setting_names
@@ -20,6 +20,27 @@ class LongHorizon:
         True,
         description="Divide by the number of later tokens, so that long answers are not preferred to short ones. false with gamma 1: the loss then has the "
         "gradient of the reverse KL of whole answers.",
+    )
+
+
+#: "decreasing", a share, or a schedule. The tags make pydantic report the errors of the given form alone.
+FreshShare = Annotated[
+    Annotated[Literal["decreasing"], Tag("name")]
+    | Annotated[Annotated[float, Field(ge=0, le=1)], Tag("value")]
+    | Annotated[dict[str, Any], Tag("schedule")],
+    Discriminator(lambda value: "name" if isinstance(value, str) else "schedule" if isinstance(value, dict) else "value"),
+]
+
+
+@config_dataclass
+class Replay:
+    """DistiLLM's buffer of earlier answers: writing takes most of the time of a step, and an answer of some steps ago is nearly one of now."""
+
+    capacity: Count = fixed(1000, description="Answers that the buffer holds, the newest ones. Until it is full every answer is fresh.")
+    ratio: FreshShare = fixed(
+        "decreasing",
+        description="Once it is full, the share of answers that are fresh, and enter it; the others are drawn from it. A number, a schedule as for loss.kd_ratio, or "
+        "decreasing, which is {from: 1, to: 0}.",
     )
 
 
@@ -63,6 +84,10 @@ class OnPolicy:
         description="A policy gradient (MiniLLM), as a term in addition to the divergence: each token of a written answer is made more or less likely by the teacher's and "
         "the student's log-probabilities of those after it. It has the weight of loss.kd_ratio; null: none.",
     )
+    replay: Replay | None = fixed(
+        None,
+        description="Some answers are those of earlier steps, drawn from a buffer, which is kept in checkpoints (DistiLLM); null: always fresh.",
+    )
     validation_prompts: Annotated[int, Field(ge=0)] = changeable(
         64,
         description="Held-out prompts that the student answers at every validation, drawn by the same numbers each time: the divergence from the teacher on "
@@ -86,7 +111,11 @@ def on_policy_contradictions(
     here = "on_policy"
     yield from schedule_contradictions(settings.share, f"{here}.share", 0.0, 1.0, max_steps)
     yield from _sampling_contradictions(settings)
+    if settings.replay:
+        yield from schedule_contradictions(settings.replay.ratio, f"{here}.replay.ratio", 0.0, 1.0, max_steps)
     if not writes(settings):
+        if settings.replay:
+            yield (f"{here}.replay", f"{here}.share"), "set, but on_policy.share is 0, so the student writes nothing; leave it out"
         return
     share = (f"{here}.share", here)
     if not as_tuple(teacher):
@@ -150,6 +179,11 @@ def long_horizon_contradictions(
         return
     if not writes(settings):
         yield (here, "on_policy.share"), "set, but on_policy.share is 0, so the student writes nothing; leave it out"
+    if settings.replay:
+        yield (
+            (here, "on_policy.replay"),
+            "set with on_policy.replay; it is defined at what the student writes with its present weights: leave one of them out",
+        )
     if loss.divergence != "reverse_kl":
         yield (here, "loss.divergence"), f"set with {loss.divergence}; it is a part of the gradient of the reverse KL: use reverse_kl"
     for path, source in with_setting_names(data.train, "data.train"):

@@ -90,10 +90,10 @@ class TrainingSource(BatchSource, Protocol):
         """What the source has measured since the last time, by name; empty where it measures nothing. The same on all ranks but for times."""
 
     def state(self, step: int) -> dict:
-        """What a checkpoint of that step keeps of the source, as JSON."""
+        """What a checkpoint of that step keeps of the source: JSON, and numpy arrays. The step is the newest or the one before."""
 
     def restore(self, state: dict) -> None:
-        """Resume from a checkpoint's state."""
+        """Resume from a checkpoint's state. ValueError, in a few words, if it cannot be of this run."""
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from ..config.on_policy import OnPolicy
+from ..config.schedule import refuse_long_schedule, value_at
 from ..console import info
 from ..errors import UserError
 from .examples import Examples
@@ -70,6 +71,19 @@ def prompts_for(settings: OnPolicy, examples: Examples, places: Sequence[str], m
         )
     info(f"on_policy: the student may write the answers of {count} of {every} examples" + (f"; {too_long}" if found.too_long else ""))
     return found
+
+
+def refuse_replay(settings: OnPolicy, batch_size: int, total_steps: int) -> None:
+    """UserError where a run of so many steps of so many examples would never draw an answer from its buffer."""
+    if not settings.replay:
+        return
+    refuse_long_schedule("on_policy.replay.ratio", settings.replay.ratio, total_steps)
+    capacity, before = settings.replay.capacity, range(1, total_steps)
+    if (most := sum(value_at(settings.share, step, total_steps) for step in before) * batch_size * settings.samples) < capacity:
+        raise UserError(
+            f"on_policy.replay.capacity: found {capacity}, and the student writes about {most:.0f} answers before the last step, so the buffer would never "
+            "be full, and every answer fresh; lower it, or leave replay out"
+        )
 
 
 def held_out_prompts_for(settings: OnPolicy, examples: Examples, places: Sequence[str], max_length: int) -> Prompts:

@@ -19,6 +19,7 @@ from ..console import warn
 from ..data.batch_source import ExampleSource, PlannedSource, Step
 from ..data.examples import Examples, concat
 from ..data.written import Prompts, answered, of_written
+from .replay import Answer, ReplayBuffer
 from .sampling import Sampling, uniform
 from .statistics import Statistics, Watch
 from .writer import Writer, text_key, write_on_all_ranks
@@ -45,7 +46,8 @@ class OnPolicySource(ExampleSource):
         self.examples, self.places = planned.examples, planned.places
         self.planned, self.prompts, self.writer, self.settings = planned, prompts, writer, settings
         self.sampling, self.statistics = sampling_of(settings, planned.seed), Statistics()
-        self.watch = Watch(settings.max_new_tokens, vocab)
+        self.watch, self.vocab = Watch(settings.max_new_tokens, vocab), vocab
+        self.replay = ReplayBuffer(settings.replay, planned.seed, planned.total_steps)
 
     def steps(self, done: int = 0) -> "Iterator[tuple[Step, list[Batch]]]":
         with contextlib.closing(self.schedule(done)) as steps:
@@ -67,21 +69,31 @@ class OnPolicySource(ExampleSource):
 
     def _written(self, planned: Step, chosen: list[int], names: list[tuple]) -> Step:
         """The step with the answers of some of its examples, by their places in it, in place of the data's."""
-        asked = [(planned.examples[n], names[n], sample) for n in chosen for sample in range(self.settings.samples)]
+        asked = [(planned.examples[n], (*names[n], sample)) for n in chosen for sample in range(self.settings.samples)]
+        again = self.replay.draw(planned.number, [text_key(*name, "is fresh") for _, name in asked])
+        fresh = [one for one, earlier in zip(asked, again, strict=True) if earlier is None]
+        written = iter(self._write(planned.number, fresh))
+        answers = [earlier or next(written) for earlier in again]
+        self.statistics.counts.update({"written_replayed": len(asked) - len(fresh)} if self.replay.capacity else {})
+        kept = sorted({*range(len(planned.examples))} - {*chosen})
+        whole = [one for one in answers if one.ids]
+        indices = [planned.examples[n] for n in kept]
+        parts = [self.examples.take(np.array(indices, np.int64))] if indices else []
+        parts += [answered(self.examples, self.prompts, [one.example for one in whole], [one.ids for one in whole])] if whole else []
+        written_at = [f"{self.places[one.example]}, written at step {one.step}" for one in whole]
+        return self._step(planned, parts, [*(self.places[i] for i in indices), *written_at])
+
+    def _write(self, step: int, asked: list[tuple[int, tuple]]) -> list[Answer]:
+        """Answers to the prompts of examples, each with the name of its text, by the present weights."""
         began = time.monotonic()
-        prompts = self.prompts.ids(self.examples, [i for i, *_ in asked])
-        keys = [text_key(*name, sample) for _, name, sample in asked]
-        found = write_on_all_ranks(self.writer, prompts, keys, self.sampling, self.rank, self.ranks)
+        prompts, keys = self.prompts.ids(self.examples, [i for i, _ in asked]), [text_key(*name) for _, name in asked]
+        found = write_on_all_ranks(self.writer, prompts, keys, self.sampling, self.rank, self.ranks) if asked else []
         self.statistics.add(found, time.monotonic() - began)
         for text in self.watch.add(found):
             warn(text)
-        kept = sorted({*range(len(planned.examples))} - {*chosen})
-        whole = [(i, one.ids) for (i, *_), one in zip(asked, found, strict=True) if one.ids]
-        indices = [planned.examples[n] for n in kept]
-        parts = [self.examples.take(np.array(indices, np.int64))] if indices else []
-        parts += [answered(self.examples, self.prompts, *map(list, zip(*whole, strict=True)))] if whole else []
-        written_at = [f"{self.places[i]}, written at step {planned.number}" for i, _ in whole]
-        return self._step(planned, parts, [*(self.places[i] for i in indices), *written_at])
+        answers = [Answer(step, i, one.ids) for (i, _), one in zip(asked, found, strict=True)]
+        self.replay.add([one for one in answers if one.ids])
+        return answers
 
     def _step(self, planned: Step, parts: list[Examples], places: list[str]) -> Step:
         source = np.concatenate([np.zeros(0, np.int64), *(part.source for part in parts)])
@@ -106,6 +118,12 @@ class OnPolicySource(ExampleSource):
 
     def measured(self) -> dict[str, float]:
         return self.statistics.read()
+
+    def state(self, step: int) -> dict:
+        return self.replay.state(step, self.examples)
+
+    def restore(self, state: dict) -> None:
+        self.replay.restore(state, self.examples, self.vocab, self.settings.max_new_tokens)
 
 
 def sampling_of(settings: OnPolicy, seed: int) -> Sampling:

@@ -1,6 +1,7 @@
 """What a student has written while it trains, in numbers, and warnings where it is of little use."""
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -9,10 +10,11 @@ from .generate import Completion
 
 @dataclass
 class Statistics:
-    """Counts answers until they are read."""
+    """Counts answers until they are read, and what else is counted by name."""
 
     answers: list[Completion] = field(default_factory=list)
     seconds: float = 0.0
+    counts: Counter[str] = field(default_factory=Counter)
 
     def add(self, answers: Sequence[Completion], seconds: float) -> None:
         self.answers += answers
@@ -20,12 +22,12 @@ class Statistics:
 
     def read(self) -> dict[str, float]:
         """Of the answers since the last time: their number, how many were cut off or are empty (the end token alone, or nothing), the share
-        that ended by itself, the mean length in tokens, the entropy at the tokens and the tokens a second; the seconds that they took. Empty
-        without an answer."""
-        answers, seconds = self.answers, self.seconds
-        self.answers, self.seconds = [], 0.0
+        that ended by itself, the mean length in tokens, the entropy at the tokens and the tokens a second; the seconds that they took. Without
+        an answer only the counts by name."""
+        answers, seconds, counts = self.answers, self.seconds, self.counts
+        self.answers, self.seconds, self.counts = [], 0.0, Counter()
         if not answers:
-            return {}
+            return dict(counts)
         tokens, finished = sum(len(one.ids) for one in answers), sum(one.finished for one in answers)
         known = [(one.entropy, len(one.ids)) for one in answers if one.entropy is not None]
         return {
@@ -37,6 +39,7 @@ class Statistics:
             **({"written_entropy": sum(e * n for e, n in known) / max(1, sum(n for _, n in known))} if known else {}),
             "written_tokens_per_s": round(tokens / max(seconds, 1e-9), 1),
             "written_seconds": round(seconds, 3),
+            **counts,
         }
 
 

@@ -226,7 +226,10 @@ def restore(students: list[StudentRun], source: TrainingSource, main: bool) -> i
     done = saved[0].step if saved else 0
     for student, one in zip(students, saved, strict=False):
         student.restore(one)
-        source.restore(one.state)
+        try:
+            source.restore(one.state)
+        except ValueError as error:
+            raise UserError(f"{one.path}: {error}; resume with the recipe and the data that wrote it, or start again") from None
     for folder in folders if main and saved else ():
         checkpoint.drop_after(folder.checkpoints, done)
     where = f"resuming after step {done} of {source.total_steps}"

@@ -1,7 +1,7 @@
 """Checkpoints: written whole or not at all, verified before they are used, bit for bit what was saved.
 
-A checkpoint is `step-N/` with the trainable weights and the optimizer's state in safetensors, `state.json`, and
-`manifest.json`, written last: the step, the run that it is of, and the size and SHA-256 of each file. It is built under
+A checkpoint is `step-N/` with the trainable weights and the optimizer's state in safetensors, `state.json`, where the state has arrays
+`state.npz`, and `manifest.json`, written last: the step, the run that it is of, and the size and SHA-256 of each file. It is built under
 another name and renamed when all of it is on the disk; the previous one is deleted only after that. The frozen base is never in it. The order of the
 data, the learning rate and the dropout masks are functions of the step number, so nothing else has to be saved.
 """
@@ -10,10 +10,12 @@ import errno
 import json
 import re
 import shutil
+import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -23,6 +25,7 @@ from ..process.machine_errors import machine_error
 
 _STEP = re.compile(r"step-(\d+)")
 WEIGHTS, MOMENTS, STATE, MANIFEST = "student.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
+ARRAYS = "state.npz"
 
 
 @dataclass(frozen=True)
@@ -44,17 +47,22 @@ def save(
     state: dict,
     run: dict[str, str],
 ) -> Path:
-    """Write `folder/step-N`. `run`: see `RunFolder.run`. The folder around `folder` is not made: if it is gone, OSError."""
+    """Write `folder/step-N`. `state`: JSON, and numpy arrays. `run`: see `RunFolder.run`. The folder around `folder` is not made: if it is gone, OSError."""
     from safetensors.torch import save_file
 
     weights = {name: p.detach().cpu().contiguous() for name, p in parameters.items()}
     moments = {f"{name}/{key}": _plain(value) for name, p in parameters.items() for key, value in optimizer.state.get(p, {}).items()}
-    _need_room(folder, sum(t.numel() * t.element_size() for t in (*weights.values(), *moments.values())))
+    arrays = {name: value for name, value in state.items() if isinstance(value, np.ndarray)}
+    plain = {name: value for name, value in state.items() if name not in arrays}
+    tensors = sum(t.numel() * t.element_size() for t in (*weights.values(), *moments.values()))
+    _need_room(folder, tensors + sum(array.nbytes for array in arrays.values()))
     remove_leftovers(folder)
     with write_folder(folder / f"step-{step}", replace=True) as part:
         save_file(weights, part / WEIGHTS)
         save_file(moments, part / MOMENTS)
-        (part / STATE).write_text(json.dumps({"step": step, **state}, indent=1), encoding="utf-8")
+        (part / STATE).write_text(json.dumps({"step": step, **plain}, indent=1), encoding="utf-8")
+        if arrays:
+            np.savez(part / ARRAYS, **arrays)
         files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256_file(p)} for p in sorted(part.iterdir())}
         write_sealed(part / MANIFEST, {"step": step, "run": run, "files": files})
     return folder / f"step-{step}"
@@ -120,9 +128,9 @@ def verified(path: Path, run: dict[str, str]) -> Saved:
             raise Unusable(f"it was written as step-{step}")
         if differing := [what for what in run if of.get(what) != run[what]]:
             raise Unusable(f"it is of another run, with other {' and '.join(differing)}")
-        for name in (WEIGHTS, MOMENTS, STATE):
+        for name in dict.fromkeys((WEIGHTS, MOMENTS, STATE, *files)):
             _verify(path / name, files.get(name))
-        state = read_object(path / STATE)
+        state = read_object(path / STATE) | (_arrays(path / ARRAYS) if ARRAYS in files else {})
         best, validated = state["best"], state["validated"]
         if state["step"] != step or not isinstance(best, dict | None) or not isinstance(validated, int | None):
             raise Unusable(f"its {STATE} is not one of that step")
@@ -135,6 +143,14 @@ def verified(path: Path, run: dict[str, str]) -> Saved:
     except (Damaged, KeyError, TypeError) as error:
         raise Unusable(f"its {MANIFEST} or {STATE} cannot be used: {error}") from error
     return Saved(path, step, state)
+
+
+def _arrays(path: Path) -> dict[str, np.ndarray]:
+    try:
+        with np.load(path, allow_pickle=False) as found:
+            return {name: found[name] for name in found.files}
+    except (ValueError, zipfile.BadZipFile) as error:
+        raise Unusable(f"{path.name} holds no arrays: {error}") from error
 
 
 def _verify(path: Path, expected: dict) -> None:

@@ -248,7 +248,8 @@ def test_share_0_is_the_run_without_bit_for_bit(trained):
 
 
 def test_a_run_that_is_killed_and_resumed_is_the_run_that_was_not(trained, monkeypatch, tmp_path):
-    whole = trained("whole", **run_settings())
+    replay = {"on_policy__replay__capacity": 3, "on_policy__replay__ratio": 0.5}
+    whole = trained("whole", **run_settings(**replay))
     real = LocalWriter.write
 
     def dies(self, prompts, keys, sampling):  # in the third step, with its answers half written
@@ -260,19 +261,20 @@ def test_a_run_that_is_killed_and_resumed_is_the_run_that_was_not(trained, monke
     left = iter((2, 1, 0))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(LocalWriter, "write", dies)
-        trained("part", checkpoint__every=1, **run_settings())
-    assert distance(trained("part", True, checkpoint__every=1, **run_settings()), whole) == 0
+        trained("part", checkpoint__every=1, **run_settings(**replay))
+    assert distance(trained("part", True, checkpoint__every=1, **run_settings(**replay)), whole) == 0
     records = {
         name: [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in ("whole", "part")
     }
     apart = {"targets_per_s", "peak_memory", "written_seconds", "written_tokens_per_s"}
     plain = [[{k: v for k, v in r.items() if k not in apart} for r in records[name]] for name in ("whole", "part")]
-    assert plain[0] == plain[1] and sum("written" in r for r in plain[0]) == 4
+    assert plain[0] == plain[1] and sum("written" in r for r in plain[0]) == 4 and sum(r.get("written_replayed", 0) for r in plain[0]) > 2
 
 
 @pytest.mark.slow
 def test_two_processes_write_and_end_at_what_one_does(trained, world, tmp_path):
     settings = {"on_policy.share": 0.7, "on_policy.max_new_tokens": 9, "on_policy.samples": 2, "train.max_steps": 3}
+    settings |= {"on_policy.replay.capacity": 9, "on_policy.replay.ratio": 0.6}
     settings |= {"data.validation.path": str(world / "held.jsonl"), "on_policy.validation_prompts": 5}
     alone = trained("one", **{name.replace(".", "__"): value for name, value in settings.items()}, train__micro_batch_size=1)
     (tmp_path / "two.yaml").write_text(json.dumps(plain_recipe(world, tmp_path / "two")))
@@ -281,9 +283,17 @@ def test_two_processes_write_and_end_at_what_one_does(trained, world, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     assert distance(weights(tmp_path / "two"), alone) < 1e-12
     found = [[json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in ("one", "two")]
-    counted = [[(r["targets"], r["written"], r["written_length"]) for r in records if "written" in r] for records in found]
+    counted = [
+        [(r["targets"], r["written"], r["written_length"], r["written_replayed"]) for r in records if "written" in r] for records in found
+    ]
     own = [[r["validation"]["own_reverse_kl"] for r in records if "validation" in r] for records in found]
-    assert counted[0] == counted[1] and len(counted[0]) == 3 and own[0] == pytest.approx(own[1], rel=1e-9) and len(own[0]) == 2
+    assert (
+        counted[0] == counted[1]
+        and len(counted[0]) == 3
+        and counted[0][-1][-1] > 0
+        and own[0] == pytest.approx(own[1], rel=1e-9)
+        and len(own[0]) == 2
+    )
 
 
 def test_a_sweep_trains_its_arms_one_by_one(make_recipe):

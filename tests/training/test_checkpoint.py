@@ -5,6 +5,7 @@ import os
 import shutil
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
@@ -71,6 +72,15 @@ FAULTS = {
     "manifest is a folder": (lambda p: as_folder(p / "manifest.json"), "is a directory"),
     "weights missing": (lambda p: (p / "student.safetensors").unlink(), "student.safetensors: no such file"),
     "weights are a folder": (lambda p: as_folder(p / "student.safetensors"), "student.safetensors"),
+    "arrays of nothing": (
+        lambda p: (
+            (p / "state.npz").write_text("no"),
+            reseal(
+                p, files=read_sealed(p / "manifest.json")["files"] | {"state.npz": {"bytes": 2, "sha256": sha256_file(p / "state.npz")}}
+            ),
+        ),
+        "state.npz holds no arrays",
+    ),
     "moments cut": (lambda p: os.truncate(p / "optimizer.safetensors", 9), "optimizer.safetensors has 9 bytes"),
 }
 
@@ -90,10 +100,10 @@ def test_a_checkpoint_that_cannot_be_used_is_passed_over_by_name(tmp_path, fault
     assert sorted(path.name for path in folder.iterdir()) in (["step-1", "step-2"], ["step-03", "step-1", "step-2"])
 
 
-@pytest.mark.parametrize("name", ["manifest.json", "state.json", "student.safetensors", "optimizer.safetensors"])
+@pytest.mark.parametrize("name", ["manifest.json", "state.json", "student.safetensors", "optimizer.safetensors", "state.npz"])
 def test_every_byte_of_a_checkpoint_counts(tmp_path, name):
     folder = tmp_path / "checkpoints"
-    save(folder, 1)
+    save(folder, 1, state=STATE | ({"a": np.arange(3)} if name == "state.npz" else {}))
     path = folder / "step-1" / name
     content = path.read_bytes()
     for at in range(len(content)):

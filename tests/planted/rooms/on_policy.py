@@ -11,7 +11,40 @@ STEP = f"{ENUMERATED}::test_a_step_divides_by_what_was_written_and_mixes_cross_e
 
 LONG = f"{ENUMERATED}::test_the_long_horizon_part_is_of_written_answers_alone_discounted_and_divided"
 
+REPLAY = "rollouts/test_replay.py"
+
 FAULTS = [
+    *in_file(
+        "llmkd/rollouts/replay.py",
+        (
+            "replayed-before-it-is-full",
+            "a few first answers are drawn over and over",
+            "if len(self.answers) < self.capacity:",
+            "if not self.answers:",
+            f"{REPLAY}::test_fresh_until_it_is_full_then_by_the_ratio_each_of_the_newest_alike",
+        ),
+        (
+            "last-in-first-out",
+            "the oldest answers stay",
+            "return answers[max(0, len(answers) - self.capacity) :]",
+            "return answers[: self.capacity]",
+            f"{REPLAY}::test_fresh_until_it_is_full_then_by_the_ratio_each_of_the_newest_alike",
+        ),
+        (
+            "a-step-too-far",
+            "a checkpoint of the step before has answers of the next",
+            "for one in self.answers if one.step <= step]",
+            "for one in self.answers]",
+            f"{REPLAY}::test_a_run_goes_on_from_a_checkpoint_with_the_same_answers",
+        ),
+        (
+            "any-example",
+            "a buffer of other data is taken",
+            "or examples.content_hash(example).encode() != known",
+            "",
+            f"{REPLAY}::test_a_buffer_that_is_not_of_this_run_is_refused",
+        ),
+    ),
     *in_file(
         "llmkd/losses/long_horizon.py",
         (

@@ -1,0 +1,101 @@
+"""Answers that a student wrote in earlier steps, from which later ones are drawn instead of being written anew.
+
+DistiLLM (Ko et al. 2024, arXiv 2402.03898, section 3.2): writing is what on-policy distillation spends its time on, and an answer of some
+steps ago is nearly one of now.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from ..config.on_policy import Replay
+from ..config.schedule import value_at
+from ..data.examples import Examples
+from .sampling import uniform
+
+#: The share of fresh answers that the setting "decreasing" stands for.
+DECREASING = {"from": 1.0, "to": 0.0}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a student wrote in a step: token ids, one or more, after the prompt of an example of the data."""
+
+    step: int
+    example: int
+    ids: tuple[int, ...]
+
+
+class ReplayBuffer:
+    """The newest `capacity` answers, first in, first out. A function of what was written, in which steps; equal on all ranks.
+
+    Until it is full every answer is fresh. From then on one is fresh with the probability of that step, and enters the buffer when its step
+    is over; else it is drawn from the buffer, each of its answers alike. The draws are by seed and key alone.
+
+    settings   None: no buffer, and every answer is fresh
+    """
+
+    def __init__(self, settings: Replay | None, seed: int, total_steps: int):
+        self.capacity, self.seed, self.total_steps = settings.capacity if settings else 0, seed, total_steps
+        ratio = settings.ratio if settings else 1.0
+        self.ratio = DECREASING if ratio == "decreasing" else ratio
+        self.answers: list[Answer] = []  # those of the newest step are in addition to the capacity: a checkpoint may be of the step before
+
+    def draw(self, step: int, keys: Sequence[int]) -> list[Answer | None]:
+        """For the answer of each key in that step an earlier one in its place; None: it is to be written."""
+        self.answers = self._newest(self.answers)
+        if len(self.answers) < self.capacity:
+            return [None] * len(keys)
+        fresh = value_at(self.ratio, step, self.total_steps)
+        return [
+            None if uniform(self.seed, key, 0) < fresh else self.answers[int(uniform(self.seed, key, 1) * len(self.answers))]
+            for key in keys
+        ]
+
+    def add(self, answers: Sequence[Answer]) -> None:
+        """Those that were written in the step of the last `draw`, in the order of their keys."""
+        self.answers += answers if self.capacity else []
+
+    def _newest(self, answers: list[Answer]) -> list[Answer]:
+        return answers[max(0, len(answers) - self.capacity) :]
+
+    def state(self, step: int, examples: Examples) -> dict[str, np.ndarray]:
+        """The buffer after a step, the newest or the one before, as a checkpoint keeps it: ids one after another, and of each answer where it
+        begins, its step, and its example by number and by content. Empty without a buffer."""
+        kept = self._newest([one for one in self.answers if one.step <= step])
+        found = {
+            "ids": np.array([token for one in kept for token in one.ids], np.int32),
+            "offsets": np.cumsum([0, *(len(one.ids) for one in kept)], dtype=np.int64),
+            "steps": np.array([one.step for one in kept], np.int64),
+            "examples": np.array([one.example for one in kept], np.int64),
+            "hashes": np.array([examples.content_hash(one.example) for one in kept], "S16"),
+        }
+        return {f"replay.{name}": array for name, array in found.items()} if self.capacity else {}
+
+    def restore(self, state: dict, examples: Examples, vocab: int, longest: int) -> None:
+        """Take what `state` gave, from a checkpoint that has its `step` too. ValueError, in a few words, where it is not of this run: of these
+        examples, of ids below `vocab`, and of answers of up to `longest` tokens."""
+        if not self.capacity:
+            return
+        kinds = {"ids": "int32", "offsets": "int64", "steps": "int64", "examples": "int64", "hashes": "|S16"}
+        arrays = [state.get(f"replay.{name}") for name in kinds]
+        if any(one is None for one in arrays):
+            raise ValueError("there is no replay buffer in it")
+        if [(str(one.dtype), one.ndim) for one in arrays] != [(kind, 1) for kind in kinds.values()]:
+            raise ValueError("its replay buffer has other arrays")
+        ids, offsets, steps, chosen, hashes = arrays
+        lengths, count = np.diff(offsets), len(steps)
+        if not (len(lengths) == count == len(chosen) == len(hashes) and offsets[0] == 0 and offsets[-1] == len(ids)):
+            raise ValueError("the arrays of its replay buffer have lengths that do not fit together")
+        if count > self.capacity:
+            raise ValueError(f"its replay buffer holds {count} answers, and on_policy.replay.capacity is {self.capacity}")
+        if count and (lengths.min() < 1 or lengths.max() > longest or ids.min() < 0 or ids.max() >= vocab):
+            raise ValueError(f"its replay buffer holds an answer that is not of 1 to {longest} tokens of the vocabulary")
+        if count and ((np.diff(steps) < 0).any() or steps[0] < 1 or steps[-1] > state["step"]):
+            raise ValueError("its replay buffer holds answers of steps that were not yet, or in another order")
+        for example, known in zip(chosen.tolist(), hashes.tolist(), strict=True):
+            if not 0 <= example < len(examples) or examples.content_hash(example).encode() != known:
+                raise ValueError(f"its replay buffer holds an answer to example {example}, which is another one in this data")
+        parts = [tuple(ids[start:end].tolist()) for start, end in zip(offsets[:-1], offsets[1:], strict=True)]
+        self.answers = [Answer(*of) for of in zip(steps.tolist(), chosen.tolist(), parts, strict=True)]
