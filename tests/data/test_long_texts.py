@@ -3,16 +3,19 @@
 import copy
 import json
 import random
+import string
 import time
 import tracemalloc
 
+import numpy as np
 import psutil
 import pytest
-from tokenizers import Tokenizer, models, normalizers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
 
 from llmkd.config.recipe import Data
-from llmkd.data.encoding import long_texts, template_process
-from llmkd.data.encoding.control_tokens import Text, ends_of_pieces
+from llmkd.data.encoding import long_texts, stretches, template_process
+from llmkd.data.encoding.control_tokens import Text, ends_of_pieces, one_encoder
 from llmkd.data.encoding.encode import Rendered, batches_of
 from llmkd.data.encoding.long_texts import Cover, beginning, bound_of, cover_of, is_longer
 from llmkd.errors import UserError
@@ -47,8 +50,6 @@ def normalised(normalizer):
 
 def sentencepiece(byte_fallback: bool, **settings):
     """A BPE on characters, with spaces written as in sentencepiece: Llama 2's way."""
-    from transformers import PreTrainedTokenizerFast
-
     pieces = [
         "<unk>",
         "</s>",
@@ -182,7 +183,7 @@ def test_a_refusal_counts_characters():
 def test_the_bound_is_exact_and_counts_what_a_normaliser_composes():
     composing = TOKENIZERS["NFC"]()
     assert (cover_of(tiny()).most, cover_of(composing).most) == (16, 64)
-    assert not is_longer("x" * 64 * 9, 9, composing) and is_longer("x" * (64 * 9 + 1), 9, composing)
+    assert not is_longer(Text("x" * 64 * 9, []), 9, composing) and is_longer(Text("x" * (64 * 9 + 1), []), 9, composing)
 
 
 def test_a_text_with_a_context_for_the_teacher_is_cut_where_the_teachers_is(monkeypatch):
@@ -208,17 +209,6 @@ def test_a_text_that_goes_on_otherwise_for_the_teacher_is_not_cut():
     assert (cut[0].spans, cut[1].spans, cut[1].pieces) == ([(3, 151)], [(6, 154)], ((0, 154, None),))
     for other in ("be " + text.text + "!", "be " + text.text.replace("owl", "OWL"), "o" + text.text[700:]):
         assert long_texts.beginnings(text, Text(other, []), 9, tiny()) == (text, Text(other, []))
-
-
-def test_a_text_without_spaces_is_tokenised_whole_or_refused(monkeypatch):
-    text, data = rows_of({"text": "你好" * 100}), Data(max_length=9, too_long="truncate")
-    assert encode(text, "text", data, tiny()).lengths.tolist() == [9]
-    monkeypatch.setattr(long_texts, "_WHOLE", 150)
-    with pytest.raises(UserError) as info:
-        encode(text, "text", data, tiny())
-    assert info.value.problems == (
-        "f.jsonl:1: 200 characters, and no space to truncate them at (looked for behind character 145); shorten the text, or set data.too_long: drop",
-    )
 
 
 def test_a_cut_stands_at_the_second_space_behind_the_bound():
@@ -256,7 +246,7 @@ def test_a_tokenizer_that_may_leave_characters_out_is_not_relied_on(change):
 def test_characters_that_may_be_unknown_are_not_counted():
     tokenizer = sentencepiece(False)
     assert cover_of(tokenizer).counted.startswith("eaot") and "A" not in cover_of(tokenizer).counted
-    assert not is_longer("你好 " * 1000, 9, tokenizer) and is_longer("the " * 1000, 9, tokenizer)
+    assert not is_longer(Text("你好 " * 1000, []), 9, tokenizer) and is_longer(Text("the " * 1000, []), 9, tokenizer)
     crossing = json.loads(tiny().backend_tokenizer.to_str())
     crossing["model"]["vocab"]["aĠ"] = 999
     assert not long_texts.cover_of_state(crossing).cut_at_space
@@ -279,56 +269,84 @@ def test_control_tokens_in_a_long_text_are_compared_at_the_ends_of_its_pieces():
     assert found.lengths.tolist() == [512] and found.counts["as_characters"] == 1
 
 
-ROWS = {
-    "text": lambda text: {"text": text},
-    "prompt_completion": lambda text: {"prompt": text[:5], "completion": text[5:]},
-    "chat": lambda text: talk("u q", f"a {text}"),
+def in_small_stretches(monkeypatch, at_once: int, stretch: int = 200, overlap: int = 60) -> None:
+    for name, value in {"_AT_ONCE": at_once, "_STRETCH": stretch, "_OVERLAP": overlap, "_ALIKE": 3}.items():
+        monkeypatch.setattr(stretches, name, value)
+
+
+def words(model, *pre_tokenizer) -> PreTrainedTokenizerFast:
+    backend = Tokenizer(model)
+    backend.pre_tokenizer = pre_tokenizers.Sequence(list(pre_tokenizer))
+    return PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="</s>", unk_token="<unk>")
+
+
+UNIGRAM = [
+    ("<unk>", -9.0),
+    ("</s>", -9.0),
+    *((c, -4.0) for c in "▁abcdefghijklmnopqrstuvwxyz.,-"),
+    ("▁the", -3.0),
+    ("▁owl", -3.5),
+    ("ght", -4.0),
+]
+WORD_PIECES = ["<unk>", "</s>", "the", "owl", *string.ascii_lowercase, *("##" + c for c in string.ascii_lowercase)]
+OTHERS = {
+    "Unigram": lambda: words(models.Unigram(UNIGRAM, unk_id=0), pre_tokenizers.Metaspace()),
+    "WordPiece": lambda: words(
+        models.WordPiece({p: i for i, p in enumerate(WORD_PIECES)}, unk_token="<unk>"), pre_tokenizers.BertPreTokenizer()
+    ),
 }
 
 
-@pytest.mark.parametrize("format", ROWS)
-@pytest.mark.parametrize("too_long", ["drop", "truncate", "refuse"])
-def test_what_cannot_be_known_before_is_tokenised_up_to_a_length_and_refused_beyond(monkeypatch, format, too_long):
-    monkeypatch.setattr(long_texts, "_WHOLE", 300)
-    monkeypatch.setattr(long_texts, "cover_of", lambda tokenizer: None)
-    data, (short, long) = Data(max_length=18, too_long=too_long), (rows_of(ROWS[format]("x" * n)) for n in (200, 400))
-    if too_long == "refuse":
-        with pytest.raises(UserError, match="tokens, more than data.max_length"):
-            encode(short, format, data, tiny())
-    else:
-        assert encode(short, format, data, tiny()).counts["too_long"] == 1
-    with pytest.raises(UserError) as info:
-        encode(long, format, data, tiny())
-    (problem,) = info.value.problems
-    assert (
-        problem.startswith("f.jsonl:1: 4")
-        and "characters, more than the 300 that are tokenised at once (with this tokenizer its tokens" in problem
-    )
+@pytest.mark.parametrize("name", [*TOKENIZERS, *OTHERS])
+def test_a_text_in_stretches_has_the_tokens_of_the_whole(monkeypatch, name):
+    draw, tokenizer = random.Random(1), (TOKENIZERS | OTHERS)[name]()
+    texts = [" ".join(draw.choices(WORDS, k=400)), "\n".join(draw.choices(WORDS, k=400)), "-".join(draw.choices(WORDS[:8], k=400))]
+    encode_it = one_encoder(tokenizer, True)
+    whole = [encode_it(text) for text in texts]
+    in_small_stretches(monkeypatch, 100)
+    for text, (ids, places) in zip(texts, whole, strict=True):
+        seen = []
+        found = stretches.tokens(text, lambda part, seen=seen: seen.append(len(part)) or encode_it(part))
+        assert (found[0].tolist(), [tuple(place) for place in found[1].tolist()]) == (ids, places)
+        assert len(seen) > 8 and max(seen) <= 200
 
 
-def test_a_split_text_is_refused_beyond_a_length(monkeypatch):
-    data = Data(max_length=9, too_long="split")
-    big = rows_of({"text": "the owl " * 1_300_000})
-    with monkeypatch.context() as patch:
-        patch.setattr(type(tiny()), "__call__", lambda *_, **__: pytest.fail("tokenised"))
-        with pytest.raises(UserError) as info:
-            encode(big, "text", data, tiny())
-    assert info.value.problems == (
-        "f.jsonl:1: 10,400,000 characters, more than the 1,048,576 that are tokenised at once (too_long: split needs all of its tokens); "
-        "divide it into several rows, or remove it",
-    )
-    monkeypatch.setattr(long_texts, "_WHOLE", 160)
-    assert len(encode(rows_of({"text": "the owl " * 20}), "text", data, tiny())) > 1
-    with pytest.raises(UserError, match="161 characters"):
-        encode(rows_of({"text": "the owl " * 20 + "x"}), "text", data, tiny())
-    assert len(encode(rows_of({"text": "the owl " * 20 + "x"}), "text", Data(max_length=11, too_long="split"), tiny())) > 1  # 16 a token
+def test_what_is_one_token_however_long_it_is_is_cut(monkeypatch):
+    """A run of what is unknown is one token, of which no two stretches agree on the length."""
+    in_small_stretches(monkeypatch, 100)
+    for text in ("你" * 1000, "a " + "你" * 1000 + " b"):
+        ids, places = stretches.tokens(text, one_encoder(sentencepiece(False), True))
+        assert set(ids.tolist()) <= {*range(40)} and places[0, 0] == 0 and places[-1, 1] == len(text)
+        assert (places[1:, 0] <= places[:-1, 1]).all() and (np.diff(places[:, 1]) >= 0).all() and len(ids) < 20
 
 
-def test_what_may_be_one_unknown_token_is_refused_beyond_a_length(monkeypatch):
-    monkeypatch.setattr(long_texts, "_WHOLE", 500)
-    for too_long in ("drop", "truncate"):
-        data = Data(max_length=9, too_long=too_long)
-        with pytest.raises(UserError, match="f.jsonl:2: 600 characters, more than the 500 that are tokenised at once"):
-            encode(rows_of({"text": "the " * 300}, {"text": "你好 " * 200}), "text", data, sentencepiece(False))
-        assert encode(rows_of({"text": "the " * 300}), "text", data, sentencepiece(False)).counts["too_long"] == 1
-        assert encode(rows_of(talk("u q", "a " + "the " * 900)), "chat", data, sentencepiece(False)).counts["too_long"] == 1
+@pytest.mark.parametrize("name", ["byte level", "one token for what is unknown", "Unigram"])
+@pytest.mark.parametrize("too_long", ["drop", "truncate", "refuse", "split"])
+def test_a_long_text_is_tokenised_in_stretches_and_no_further_than_it_fits(monkeypatch, name, too_long):
+    """With the result that all of it at once has. The last text fits."""
+    tokenizer, data = (TOKENIZERS | OTHERS)[name](), Data(max_length=450, too_long=too_long)
+    draw = random.Random(2)
+    texts = [" ".join(draw.choices(WORDS[:5], k=n)) for n in (2000, 30)]
+    made = {format: rows for format, rows in of(texts).items() if format == "text" or (tokenizer.chat_template and too_long != "split")}
+
+    def result(format: str, rows):
+        try:
+            return encode(rows, format, data, tokenizer)
+        except UserError as error:
+            return [problem.split(":")[:2] for problem in error.problems]
+
+    whole = {format: result(format, rows) for format, rows in made.items()}
+    in_small_stretches(monkeypatch, 100)
+    own, seen = type(tokenizer).__call__, []
+
+    def call(self, text, *args, **settings):
+        seen.append(sum(map(len, text)) if isinstance(text, list) else len(text))
+        return own(self, text, *args, **settings)
+
+    monkeypatch.setattr(type(tokenizer), "__call__", call)
+    for format, rows in made.items():
+        seen.clear()
+        found = result(format, rows)
+        assert found == whole[format] if isinstance(found, list) else same(found, whole[format])
+        assert max(seen) <= 200 and (too_long in ("split", "truncate") or sum(seen) < 6000 < len(texts[0]))
+    assert too_long != "refuse" or all(lines == [["f.jsonl", "1"]] for lines in whole.values())

@@ -344,8 +344,8 @@ DATA = [
     ),
     Row(
         "a row of ten megabytes",
-        "cut or refused before it is tokenised, in a moment",
-        "data/test_long_texts.py::test_ten_megabytes_take_a_moment data/test_long_texts.py::test_a_split_text_is_refused_beyond_a_length",
+        "cut or refused before it is tokenised, in a moment; by split it is tokenised in stretches",
+        "data/test_long_texts.py::test_ten_megabytes_take_a_moment data/test_long_texts.py::test_a_long_text_is_tokenised_in_stretches_and_no_further_than_it_fits",
     ),
     Row(
         "a file of another format",

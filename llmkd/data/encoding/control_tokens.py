@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from ...errors import UserError
 from .locate import Span
+from .stretches import Encoder, stretches
 from .template_process import rendered
 
 _KNOWN: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # reading a tokenizer's list of added tokens is slow
@@ -172,15 +173,23 @@ def ends_of_pieces(text: str, pieces: list[tuple[int, int, int | None]]) -> Text
 
 def piecewise(text: Text, tokenizer) -> tuple[list[int], list[Span]]:
     """Token ids and character offsets of a text that is in pieces."""
-    ids, offsets = [], []
+    ids, offsets, encode = [], [], one_encoder(tokenizer, True)
     for begin, stop, token in text.pieces:
         if token is not None:
             ids.append(token)
             offsets.append((begin, stop))
             continue
-        made = tokenizer(
-            text.text[begin:stop], add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=True, verbose=False
-        )
-        ids += made["input_ids"]
-        offsets += [(begin + a, begin + b) for a, b in made["offset_mapping"]]
+        for own, places in stretches(text.text[begin:stop], encode):
+            ids += own.tolist()
+            offsets += (places + begin).tolist()
     return ids, offsets
+
+
+def one_encoder(tokenizer, raw: bool) -> Encoder:
+    """A function from a text to its token ids and their character offsets. `raw`: the characters of a control token are characters."""
+
+    def encode(text: str) -> tuple[list[int], list[Span]]:
+        made = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, split_special_tokens=raw, verbose=False)
+        return made["input_ids"], made["offset_mapping"]
+
+    return encode

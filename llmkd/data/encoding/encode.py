@@ -9,7 +9,7 @@ import itertools
 import re
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,11 +21,13 @@ from ...errors import UserError
 from ..examples import Examples
 from ..reading.problems import ErrorCollector
 from ..reading.sources import Rows
-from .control_tokens import Span, Text, controls, piecewise, refuse_unmarked
+from .control_tokens import Span, Text, controls, one_encoder, piecewise, refuse_unmarked
 from .formats import FORMATS
-from .long_texts import beginning, beginnings, bound_of, is_longer, why_not_tokenised
+from .long_texts import beginning, beginnings, bound_of, is_longer
 from .marked_turns import has_marks, refuse_unhonoured_marks
 from .rendered_text import listed_turns, turn_token, turn_words
+from .stretches import is_long
+from .stretches import tokens as tokens_in_stretches
 from .teacher_context import Tokens, align, keep_common, teacher_texts
 from .token_rows import of_tokens
 
@@ -169,25 +171,20 @@ def _shortened(texts: list[Rendered], rows: Rows, data: Data, tokenizer, counts:
     kept = []
     for text in texts:
         both = [one for one in (text.student, text.teacher) if one]
-        longest, left_out = max((one.text for one in both), key=len), max(one.left_out for one in both)
-        if problem := why_not_tokenised(longest, left_out, data, tokenizer):
-            errors.add(f"{rows.places[text.row]}: {problem}")
-        elif left_out and data.too_long == "truncate":  # its answer is behind the cut
+        longest, left_out = max(both, key=lambda one: len(one.text)), max(one.left_out for one in both)
+        if left_out and data.too_long == "truncate":  # its answer is behind the cut
             counts["too_long"] += 1
             counts["unsupervised"] += 1
         elif data.too_long == "truncate":
-            try:
-                if text.teacher:
-                    own, theirs = beginnings(text.student, text.teacher, data.max_length, tokenizer)
-                else:
-                    own, theirs = beginning(text.student, data.max_length, tokenizer), None
-                kept.append(dataclasses.replace(text, student=own, teacher=theirs))
-            except ValueError as error:
-                errors.add(f"{rows.places[text.row]}: {error}")
+            if text.teacher:
+                own, theirs = beginnings(text.student, text.teacher, data.max_length, tokenizer)
+            else:
+                own, theirs = beginning(text.student, data.max_length, tokenizer), None
+            kept.append(dataclasses.replace(text, student=own, teacher=theirs))
         elif left_out or (data.too_long in ("drop", "refuse") and is_longer(longest, data.max_length, tokenizer)):
             counts["too_long"] += 1
             if data.too_long == "refuse":
-                errors.add(_refused(rows.places[text.row], f"{left_out or len(longest):,} characters", data, " tokens"))
+                errors.add(_refused(rows.places[text.row], f"{left_out or len(longest.text):,} characters", data, " tokens"))
         else:
             kept.append(text)
     return kept
@@ -218,8 +215,13 @@ def _flat(examples: list[Tokens]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
 
 
 def tokens_of(texts: list[Text], data: Data, tokenizer) -> list[Tokens]:
-    """Each text's ids and loss mask. A batch goes through the tokenizer in one call, which uses all cores."""
-    made: list = [piecewise(text, tokenizer) if text.pieces else None for text in texts]
+    """Each text's ids and loss mask. A batch goes through the tokenizer in one call, which uses all cores; a long text by itself."""
+    made: list = [None] * len(texts)
+    for i, text in enumerate(texts):
+        if text.pieces:
+            made[i] = piecewise(text, tokenizer)
+        elif is_long(text.text):
+            made[i] = tokens_in_stretches(text.text, one_encoder(tokenizer, text.raw))
     for raw in (True, False):
         group = [i for i, text in enumerate(texts) if text.raw == raw and made[i] is None]
         if not group:
@@ -255,14 +257,15 @@ def _narrowed(text: Text, ids: list[int], places: list[Span], strips_spaces: dic
 
 
 def with_loss_mask(
-    text: Text, ids: list[int], places: list, start: list[int], end: list[int], whole: bool
+    text: Text, ids: Sequence[int], places: Sequence, start: list[int], end: list[int], whole: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    first, last = np.fromiter(itertools.chain.from_iterable(places), np.int64, 2 * len(ids)).reshape(-1, 2).T
+    flat = places if isinstance(places, np.ndarray) else np.fromiter(itertools.chain.from_iterable(places), np.int64, 2 * len(ids))
+    first, last = flat.reshape(-1, 2).T
     loss_mask = np.zeros(len(ids), bool)
     for begin, stop in text.spans:
         loss_mask |= (first < stop) & (last > begin)
     if text.raw:
-        ids = [*start, *ids, *end]
+        ids = np.concatenate([start, ids, end])
         loss_mask = np.concatenate([np.zeros(len(start), bool), loss_mask, np.full(len(end), bool(text.spans))])
     if whole and text.spans:
         loss_mask[:] = True

@@ -2,8 +2,8 @@
 
 A tokenizer whose every token covers at most M characters makes more than max_length tokens of more than max_length * M characters. And where
 no entry of its vocabulary goes from another character over a space, the tokens before a space do not depend on what follows it: a text may
-be cut there, and its first tokens stay what they are. Both are read off the tokenizer; where they do not hold, or all tokens are wanted, texts
-are tokenised whole up to a length, and refused beyond it.
+be cut there, and its first tokens stay what they are. Both are read off the tokenizer; where they do not hold, a long text is tokenised in
+stretches until it has more tokens than fit.
 """
 
 import dataclasses
@@ -15,14 +15,14 @@ from dataclasses import dataclass
 
 from ...config.recipe import Data
 from .bound import Bound
-from .control_tokens import Text
+from .control_tokens import Text, one_encoder
+from .stretches import end_of_first
 
 _KNOWN: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()
 _FEW = 16  # characters for each token of max_length: a text that is no longer is not looked at
 _SEARCHED = 1 << 16  # characters behind the shortest cut in which a space is looked for
 _LETTERS = "".join(dict.fromkeys("eaotins" + string.ascii_letters + string.digits))  # most of most texts is made of the first few
 _SAME = 256  # characters before a cut that two texts must share
-_WHOLE = 1 << 20  # characters that are tokenised whole where they can be neither cut nor left out: five seconds and 300 MB
 
 
 @dataclass(frozen=True)
@@ -40,71 +40,50 @@ class Cover:
 
 
 def bound_of(data: Data, tokenizer) -> Bound | None:
-    """The characters of an example that may fit, or that may be tokenised where the tokenizer does not tell; None where texts are split."""
-    if data.too_long == "split":
-        return None
+    """The characters of an example that may fit; None where texts are split, and where the tokenizer does not tell."""
     cover = cover_of(tokenizer)
-    if cover is None:
-        return Bound(most_tokenised(data))
+    if data.too_long == "split" or cover is None:
+        return None
     return Bound(max(cover.most, _FEW) * data.max_length, cover.counted, data.too_long == "truncate")
 
 
-def most_tokenised(data: Data) -> int:
-    """The most characters of a text that can be neither left out nor cut before it is tokenised."""
-    return max(_WHOLE, _FEW * data.max_length)
+def is_longer(text: Text, max_length: int, tokenizer) -> bool:
+    """Whether a text is known to have more than `max_length` tokens. False where it has to be tokenised to know, and may be so at once."""
+    return _covers_more(text.text, max_length, tokenizer) or _end_of_first(text, max_length, tokenizer) is not None
 
 
-def why_not_tokenised(text: str, left_out: int, data: Data, tokenizer) -> str:
-    """Why a text is refused that is too long to be tokenised whole, and neither left out nor cut; "" for others. `left_out`: its characters."""
-    length, most = left_out or len(text), most_tokenised(data)
-    if length <= most:
-        return ""
-    cover = cover_of(tokenizer)
-    if data.too_long == "split":
-        why = "too_long: split needs all of its tokens"
-    elif cover is None or (cover.counted is not None and not left_out and not is_longer(text, data.max_length, tokenizer)):
-        why = "with this tokenizer its tokens are not known before"
-    else:
-        return ""
-    return f"{length:,} characters, more than the {most:,} that are tokenised at once ({why}); divide it into several rows, or remove it"
-
-
-def is_longer(text: str, max_length: int, tokenizer) -> bool:
-    """Whether a text is known to have more than `max_length` tokens. False where it has to be tokenised to know."""
+def _covers_more(text: str, max_length: int, tokenizer) -> bool:
+    """Whether it has more characters than `max_length` tokens cover."""
     if len(text) <= _FEW * max_length:
         return False
     cover = cover_of(tokenizer)
     return cover is not None and Bound(cover.most * max_length, cover.counted).exceeded(text)
 
 
-def beginning(text: Text, max_length: int, tokenizer) -> Text:
-    """A part of a text whose first `max_length` tokens are those of the whole; the text itself where it is not much longer.
+def _end_of_first(text: Text, max_length: int, tokenizer) -> int | None:
+    return end_of_first(text.text, one_encoder(tokenizer, text.raw), max_length)
 
-    ValueError for a very long text that has no space where it could be cut.
-    """
-    if not is_longer(text.text, max_length, tokenizer):
-        return text
+
+def beginning(text: Text, max_length: int, tokenizer) -> Text:
+    """A part of a text whose first `max_length` tokens are those of the whole; the text itself where it is not much longer."""
+    if not _covers_more(text.text, max_length, tokenizer):
+        end = _end_of_first(text, max_length, tokenizer)
+        return text if end is None else _cut(text, end)
     cover = cover_of(tokenizer)
     shortest = cover.most * max_length + 1
-    while not is_longer(text.text[:shortest], max_length, tokenizer):
+    while not _covers_more(text.text[:shortest], max_length, tokenizer):
         shortest *= 2
     cut = _space(text.text, shortest) if cover.cut_at_space else None
     end = cut and _space(text.text, cut + 1)  # what a cut may change at its edge is behind the first one
-    if end is None:
-        if len(text.text) > _WHOLE:
-            raise ValueError(
-                f"{len(text.text):,} characters, and no space to truncate them at (looked for behind character {shortest:,}); "
-                "shorten the text, or set data.too_long: drop"
-            )
-        return text
-    return _cut(text, end)
+    end = end or _end_of_first(text, max_length, tokenizer)
+    return text if end is None else _cut(text, end)
 
 
 def beginnings(text: Text, longer: Text, max_length: int, tokenizer) -> tuple[Text, Text]:
     """The beginning of a text, and of the same text with a context somewhere before that place: both end at the same character.
 
     So the supervised tokens of the two stay the same. The texts themselves where the text is not much longer, or where the other goes on
-    otherwise. ValueError as of `beginning`.
+    otherwise.
     """
     short = beginning(text, max_length, tokenizer)
     end = len(short.text)
