@@ -7,7 +7,7 @@ from pydantic import Discriminator, Field, Tag
 
 from .data import Data
 from .fields import Count, as_tuple, changeable, config_dataclass, fixed, with_setting_names
-from .schedule import Scheduled, schedule_contradictions
+from .schedule import schedule_contradictions, value_at
 from .teacher import Teacher
 
 
@@ -23,6 +23,39 @@ class LongHorizon:
     )
 
 
+@config_dataclass
+class Adaptive:
+    """DistiLLM's rule: the student writes more when held-out rows say that it gets worse."""
+
+    start: float = fixed(0.0, ge=0, le=1, description="The share until the first rise.")
+    step: float = fixed(0.1, gt=0, le=1, description="What is added at a rise, up to a share of 1.")
+    tolerance: float = fixed(
+        0.1,
+        ge=0,
+        description="It rises at a validation whose cross-entropy is that of the last rise, or first of the validation before training, plus this or more.",
+    )
+
+
+@config_dataclass
+class AdaptiveShare:
+    adaptive: Adaptive = Field(default_factory=Adaptive)
+
+
+#: A share, a schedule, or one that adapts. The tags make pydantic report the errors of the given form alone.
+Share = Annotated[
+    Annotated[Annotated[float, Field(ge=0, le=1)], Tag("value")]
+    | Annotated[dict[str, Any], Tag("schedule")]
+    | Annotated[AdaptiveShare, Tag("settings")],
+    Discriminator(
+        lambda value: (
+            "settings"
+            if isinstance(value, AdaptiveShare) or isinstance(value, dict) and "adaptive" in value
+            else "schedule"
+            if isinstance(value, dict)
+            else "value"
+        )
+    ),
+]
 #: "decreasing", a share, or a schedule. The tags make pydantic report the errors of the given form alone.
 FreshShare = Annotated[
     Annotated[Literal["decreasing"], Tag("name")]
@@ -48,10 +81,10 @@ class Replay:
 class OnPolicy:
     """The answers of some examples are replaced by what the student writes at that moment; they have no cross-entropy."""
 
-    share: Scheduled[Annotated[float, Field(ge=0, le=1)]] = fixed(
+    share: Share = fixed(
         0.5,
         description="Share of the examples of a step whose answers the student writes itself (GKD's lambda): each is drawn by seed, step and example. 0: "
-        "none, and the run is that without on_policy. Or a schedule, as for loss.kd_ratio.",
+        "none, and the run is that without on_policy. Or a schedule, as for loss.kd_ratio; or {adaptive: {}}, which rises where validation gets worse.",
     )
     max_new_tokens: Count = fixed(
         128,
@@ -99,17 +132,32 @@ class OnPolicy:
     )
 
 
+def most_at(share: "float | dict[str, Any] | AdaptiveShare", step: int, total_steps: int) -> float:
+    """The share in a step, or the most that it may be there."""
+    return 1.0 if isinstance(share, AdaptiveShare) else value_at(share, step, total_steps)
+
+
 def writes(settings: OnPolicy | None) -> bool:
     """Whether the student writes anything in a run."""
     return settings is not None and settings.share != 0
 
 
 def on_policy_contradictions(
-    settings: OnPolicy, kd_ratio, teacher: Teacher | tuple[Teacher, ...] | None, data: Data, max_steps: int | None
+    settings: OnPolicy,
+    kd_ratio,
+    teacher: Teacher | tuple[Teacher, ...] | None,
+    data: Data,
+    max_steps: int | None,
+    validation_every: int | None,
 ) -> Iterator[tuple[tuple[str, ...], str]]:
     """In the form of `contradictions.contradictions`. `kd_ratio`: as it will be, or a schedule."""
     here = "on_policy"
     yield from schedule_contradictions(settings.share, f"{here}.share", 0.0, 1.0, max_steps)
+    if isinstance(settings.share, AdaptiveShare) and validation_every is None:
+        yield (
+            (f"{here}.share.adaptive", "validation.every"),
+            "set without validation.every, and it rises at validations; give validation.every and held-out rows, or a number or schedule as share",
+        )
     yield from _sampling_contradictions(settings)
     if settings.replay:
         yield from schedule_contradictions(settings.replay.ratio, f"{here}.replay.ratio", 0.0, 1.0, max_steps)

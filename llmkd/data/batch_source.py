@@ -89,6 +89,9 @@ class TrainingSource(BatchSource, Protocol):
     def measured(self) -> dict[str, float]:
         """What the source has measured since the last time, by name; empty where it measures nothing. The same on all ranks but for times."""
 
+    def validated(self, metrics: dict[str, float]) -> None:
+        """The student has these held-out metrics, which are the same on all ranks, after the step that was trained last."""
+
     def state(self, step: int) -> dict:
         """What a checkpoint of that step keeps of the source: JSON, and numpy arrays. The step is the newest or the one before."""
 
@@ -170,6 +173,9 @@ class ExampleSource:
 
     def measured(self) -> dict[str, float]:
         return {}
+
+    def validated(self, metrics: dict[str, float]) -> None:
+        pass
 
     def state(self, step: int) -> dict:
         return {}

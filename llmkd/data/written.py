@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ..config.on_policy import OnPolicy
-from ..config.schedule import refuse_long_schedule, value_at
+from ..config.on_policy import OnPolicy, most_at
+from ..config.schedule import refuse_long_schedule
 from ..console import info
 from ..errors import UserError
 from .examples import Examples
@@ -79,9 +79,9 @@ def refuse_replay(settings: OnPolicy, batch_size: int, total_steps: int) -> None
         return
     refuse_long_schedule("on_policy.replay.ratio", settings.replay.ratio, total_steps)
     capacity, before = settings.replay.capacity, range(1, total_steps)
-    if (most := sum(value_at(settings.share, step, total_steps) for step in before) * batch_size * settings.samples) < capacity:
+    if (most := sum(most_at(settings.share, step, total_steps) for step in before) * batch_size * settings.samples) < capacity:
         raise UserError(
-            f"on_policy.replay.capacity: found {capacity}, and the student writes about {most:.0f} answers before the last step, so the buffer would never "
+            f"on_policy.replay.capacity: found {capacity}, and the student writes {most:.0f} answers or so before the last step, so the buffer would never "
             "be full, and every answer fresh; lower it, or leave replay out"
         )
 

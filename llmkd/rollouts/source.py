@@ -14,13 +14,13 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from ..config.on_policy import OnPolicy
-from ..config.schedule import value_at
 from ..console import warn
 from ..data.batch_source import ExampleSource, PlannedSource, Step
 from ..data.examples import Examples, concat
 from ..data.written import Prompts, answered, of_written
 from .replay import Answer, ReplayBuffer
 from .sampling import Sampling, uniform
+from .share import Share
 from .statistics import Statistics, Watch
 from .writer import Writer, text_key, write_on_all_ranks
 
@@ -47,6 +47,7 @@ class OnPolicySource(ExampleSource):
         self.planned, self.prompts, self.writer, self.settings = planned, prompts, writer, settings
         self.sampling, self.statistics = sampling_of(settings, planned.seed), Statistics()
         self.watch, self.vocab = Watch(settings.max_new_tokens, vocab), vocab
+        self.share, self.newest = Share(settings.share, planned.total_steps), 0.0
         self.replay = ReplayBuffer(settings.replay, planned.seed, planned.total_steps)
 
     def steps(self, done: int = 0) -> "Iterator[tuple[Step, list[Batch]]]":
@@ -58,7 +59,7 @@ class OnPolicySource(ExampleSource):
 
     def schedule(self, done: int = 0) -> Iterator[Step]:
         for planned in self.planned.schedule(done):
-            share = value_at(self.settings.share, planned.number, self.total_steps)
+            share = self.newest = self.share.at(planned.number)
             names = _identities(planned.number, [self.examples.content_hash(i) for i in planned.examples])
             chosen = [
                 n
@@ -117,12 +118,16 @@ class OnPolicySource(ExampleSource):
         return self.planned.max_lengths(step) if step.data is self.examples else super().max_lengths(step)
 
     def measured(self) -> dict[str, float]:
-        return self.statistics.read()
+        return self.statistics.read() | ({"written_share": self.newest} if self.share.changes else {})
+
+    def validated(self, metrics: dict[str, float]) -> None:
+        self.share.validated(metrics["ce"])
 
     def state(self, step: int) -> dict:
-        return self.replay.state(step, self.examples)
+        return self.share.state() | self.replay.state(step, self.examples)
 
     def restore(self, state: dict) -> None:
+        self.share.restore(state)
         self.replay.restore(state, self.examples, self.vocab, self.settings.max_new_tokens)
 
 

@@ -196,6 +196,7 @@ class Trainer:
         for student, held_out in zip(waiting, found, strict=True):
             own = self.measure_own_text(student, step) if self.own_text else {}
             values = student.record_validation(step, dataclasses.replace(held_out, own_text=own))
+            self.source.validated(values)
             name = f" of {student.folder.path.name}" if len(self.students) > 1 else ""
             shown = "  ".join(f"{k} {v:.4f}" for k, v in values.items() if not metrics.is_count(k))
             self.display.info(f"validation{name} at step {step}: {shown}")

@@ -248,8 +248,13 @@ def test_share_0_is_the_run_without_bit_for_bit(trained):
 
 
 def test_a_run_that_is_killed_and_resumed_is_the_run_that_was_not(trained, monkeypatch, tmp_path):
-    replay = {"on_policy__replay__capacity": 3, "on_policy__replay__ratio": 0.5}
-    whole = trained("whole", **run_settings(**replay))
+    more = {"on_policy__replay__capacity": 3, "on_policy__replay__ratio": 0.5, "data__validation_fraction": 0.1, "validation__every": 1}
+    more |= {
+        "on_policy__share": {"adaptive": {"start": 0.4, "step": 0.2, "tolerance": 0.0}},
+        "on_policy__validation_prompts": 0,
+        "optim__lr": 5.0,
+    }
+    whole = trained("whole", **run_settings(**more))
     real = LocalWriter.write
 
     def dies(self, prompts, keys, sampling):  # in the third step, with its answers half written
@@ -261,19 +266,26 @@ def test_a_run_that_is_killed_and_resumed_is_the_run_that_was_not(trained, monke
     left = iter((2, 1, 0))
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(LocalWriter, "write", dies)
-        trained("part", checkpoint__every=1, **run_settings(**replay))
-    assert distance(trained("part", True, checkpoint__every=1, **run_settings(**replay)), whole) == 0
+        trained("part", checkpoint__every=1, **run_settings(**more))
+    assert distance(trained("part", True, checkpoint__every=1, **run_settings(**more)), whole) == 0
     records = {
         name: [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in ("whole", "part")
     }
     apart = {"targets_per_s", "peak_memory", "written_seconds", "written_tokens_per_s"}
     plain = [[{k: v for k, v in r.items() if k not in apart} for r in records[name]] for name in ("whole", "part")]
     assert plain[0] == plain[1] and sum("written" in r for r in plain[0]) == 4 and sum(r.get("written_replayed", 0) for r in plain[0]) > 2
+    ce = [r["validation"]["ce"] for r in plain[0] if "validation" in r][:4]
+    before, rises, shares = ce[0], 0, []
+    for now in ce:
+        rises, before = (rises + 1, now) if shares and now >= before else (rises, before)
+        shares.append(0.4 + 0.2 * rises)
+    assert [r["written_share"] for r in plain[0] if "written_share" in r] == pytest.approx(shares) and rises > 0
 
 
 @pytest.mark.slow
 def test_two_processes_write_and_end_at_what_one_does(trained, world, tmp_path):
-    settings = {"on_policy.share": 0.7, "on_policy.max_new_tokens": 9, "on_policy.samples": 2, "train.max_steps": 3}
+    settings = {"on_policy.max_new_tokens": 9, "on_policy.samples": 2, "train.max_steps": 3}
+    settings |= {"on_policy.share": '{"adaptive": {"start": 0.5, "step": 0.2, "tolerance": 0.0}}', "validation.every": 1, "optim.lr": 5.0}
     settings |= {"on_policy.replay.capacity": 9, "on_policy.replay.ratio": 0.6}
     settings |= {"data.validation.path": str(world / "held.jsonl"), "on_policy.validation_prompts": 5}
     alone = trained("one", **{name.replace(".", "__"): value for name, value in settings.items()}, train__micro_batch_size=1)

@@ -15,6 +15,16 @@ REPLAY = "rollouts/test_replay.py"
 
 FAULTS = [
     *in_file(
+        "llmkd/rollouts/share.py",
+        (
+            "compared-with-the-first",
+            "every later validation that is worse than the first is a rise",
+            "self.rises, self.before = self.rises + 1, ce",
+            "self.rises += 1",
+            "rollouts/test_share.py",
+        ),
+    ),
+    *in_file(
         "llmkd/rollouts/replay.py",
         (
             "replayed-before-it-is-full",
@@ -134,8 +144,8 @@ FAULTS = [
         (
             "nothing-as-an-example",
             "an answer without a token is an example",
-            "zip(asked, found, strict=True) if one.ids]",
-            "zip(asked, found, strict=True)]",
+            "whole = [one for one in answers if one.ids]",
+            "whole = answers",
             f"{SOURCE}::test_an_answer_without_a_token_is_left_out_and_counted",
         ),
         (
@@ -162,8 +172,8 @@ FAULTS = [
         (
             "never-reset",
             "answers are counted again in every record",
-            "self.answers, self.seconds = [], 0.0",
-            "self.seconds = 0.0",
+            "self.answers, self.seconds, self.counts = [], 0.0, Counter()",
+            "self.seconds, self.counts = 0.0, Counter()",
             STATISTICS,
         ),
         (

@@ -1,0 +1,58 @@
+"""The share of a step's examples that the student writes: a number, a schedule, or one that rises where held-out rows get worse."""
+
+from typing import Any
+
+from ..config.on_policy import AdaptiveShare
+from ..config.schedule import value_at
+from ..console import info
+
+
+class Share:
+    """The share by step.
+
+    An adaptive one (DistiLLM, Ko et al. 2024, arXiv 2402.03898, algorithm 1, as its program has it) is told of every validation: where the
+    cross-entropy is as much as `tolerance` above the one it compares with, it rises by `step`, and from then on compares with that one. It
+    compares first with that of the first validation. It never falls.
+    """
+
+    def __init__(self, setting: float | dict[str, Any] | AdaptiveShare, total_steps: int):
+        self.setting, self.total_steps = setting, total_steps
+        self.adaptive = setting.adaptive if isinstance(setting, AdaptiveShare) else None
+        self.rises, self.before = 0, None
+
+    def at(self, step: int) -> float:
+        if self.adaptive:
+            return self._after(self.rises)
+        return value_at(self.setting, step, self.total_steps)
+
+    def _after(self, rises: int) -> float:
+        return min(1.0, self.adaptive.start + self.adaptive.step * rises)
+
+    @property
+    def changes(self) -> bool:
+        return self.adaptive is not None or isinstance(self.setting, dict)
+
+    def validated(self, ce: float) -> None:
+        """Held-out rows have that cross-entropy, in nats a token."""
+        if not self.adaptive:
+            return
+        if self.before is None:
+            self.before = ce
+        elif ce >= self.before + self.adaptive.tolerance:
+            info(
+                f"on_policy.share: held-out ce is {ce:.4f}, and was {self.before:.4f}; the share rises to {self._after(self.rises + 1):.4g}"
+            )
+            self.rises, self.before = self.rises + 1, ce
+
+    def state(self) -> dict:
+        """What a checkpoint keeps, as JSON."""
+        return {"share": {"rises": self.rises, "before": self.before}} if self.adaptive else {}
+
+    def restore(self, state: dict) -> None:
+        """Take what `state` gave. ValueError if it is no such thing."""
+        if not self.adaptive:
+            return
+        try:
+            self.rises, self.before = int(state["share"]["rises"]), state["share"]["before"]
+        except (KeyError, TypeError, ValueError):
+            raise ValueError("it does not say how large the adaptive on_policy.share was") from None
