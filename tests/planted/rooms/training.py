@@ -359,7 +359,7 @@ FAULTS = [
         (
             "moments-not-verified",
             "the optimizer's state is not verified",
-            "for name in (WEIGHTS, MOMENTS, STATE):",
+            "for name in dict.fromkeys((WEIGHTS, MOMENTS, STATE, *files)):",
             "for name in (WEIGHTS, STATE):",
             CHECKPOINT,
         ),
