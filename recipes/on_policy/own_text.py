@@ -1,0 +1,102 @@
+"""python recipes/on_policy/own_text.py TEACHER RUN [RUN ...]
+
+What finished runs of the quickstart's students write to its 400 held-out questions, and how far that is from the teacher: TEACHER is its
+adapter. Results go to RUN/eval/own_text.json and .jsonl, as those of an evaluation's task: `llmkd compare RUN RUN --tasks own_text` compares
+them question by question.
+
+right            the most likely answer says what is right, in any of the data's wordings
+right_sampled    the same of answers that are sampled at temperature 1, as are those below: the mean of four to each question
+reverse_kl       KL(student || teacher) of the whole answer, in nats: the sum over its tokens of the exact KL at each, whose expectation it is
+forward_kl       the sum over the same tokens of KL(teacher || student)
+length, finished tokens, and whether it ended by itself within 24 tokens
+"""
+
+import argparse
+import re
+from pathlib import Path
+
+import numpy as np
+
+SAMPLES, LONGEST, TASK = 4, 24, "own_text"
+WORDING = re.compile(r"(?:It is |The answer is |That would be )?(.*)\.")
+BETTER = {"right": True, "right_sampled": True, "reverse_kl": False, "forward_kl": False, "length": None, "finished": True}
+RECIPE = Path(__file__).with_name("on_policy.yaml")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("teacher", type=Path, help="folder of the teacher's adapter")
+    parser.add_argument("runs", type=Path, nargs="+", help="folders of finished runs")
+    options = parser.parse_args()
+    from llmkd.cli import quiet
+    from llmkd.config.loader import load_recipe
+    from llmkd.data.reading.skills import question_splits
+    from llmkd.model_folder.files import student_folder
+    from llmkd.models.load import LoadContext, load_teacher
+    from llmkd.models.saved_student import as_trained
+    from llmkd.teachers.live import LiveTeacher
+    from llmkd.training.launch import start
+    from llmkd.training.prepare import prepare
+    from llmkd.training.validate import Evaluator
+    from llmkd_eval.harness.record_files import write_task
+
+    quiet()
+    students = {run: student_folder(str(run)) for run in options.runs}
+    first = next(iter(students.values()))
+    changes = {"student.model": str(first), "teacher.model": str(options.teacher), "on_policy.max_new_tokens": LONGEST}
+    prepared, accelerator = prepare(load_recipe(RECIPE, changes)), start()
+    context = LoadContext(prepared.vocab, accelerator.device)
+    teacher = LiveTeacher(load_teacher(as_trained(options.teacher), context))
+    evaluator = Evaluator(accelerator, prepared.tokenizer.eos_token_id, 64)
+    right = [answer for _, answer, _, _ in question_splits()["validation"]]
+    for run, folder in students.items():
+        student = load_teacher(as_trained(folder), context)
+        values = measured(student, teacher, prepared, evaluator, right)
+        items = [
+            {"id": i, "hash": prepared.validation.student_hash(i), "metrics": {name: float(of_E[i]) for name, of_E in values.items()}}
+            for i in range(len(right))
+        ]
+        metrics = {
+            name: {"value": float(of_E.mean()), "stderr": float(of_E.std(ddof=1) / len(right) ** 0.5), "higher_is_better": BETTER[name]}
+            for name, of_E in values.items()
+        }
+        write_task(run / "eval", {"task": TASK, "version": 1, "n": len(items), "metrics": metrics}, items)
+        print(f"{run.name}: " + "  ".join(f"{name} {one['value']:.4f}" for name, one in metrics.items()), flush=True)
+
+
+def measured(student, teacher, prepared, evaluator, right: list[str]) -> dict[str, np.ndarray]:
+    """Each metric of each question, [questions]."""
+    from llmkd.data.written import answered
+    from llmkd.rollouts.sampling import Sampling
+    from llmkd.rollouts.writer import text_key
+    from llmkd.training.build import local_writer
+
+    data, prompts, every = prepared.validation, prepared.validation_prompts, list(range(len(right)))
+    if len(data) != len(right) or not prompts.may.all():
+        raise SystemExit("the held-out rows are not the questions whose answers are known")
+    writer, asked = local_writer(student, prepared, 200), prompts.ids(data, every)
+
+    def is_right(ids: tuple[int, ...], answer: str) -> bool:
+        found = WORDING.fullmatch(prepared.tokenizer.decode(ids, skip_special_tokens=True).strip())
+        return bool(found) and found[1] == answer
+
+    def mean(of: list) -> np.ndarray:
+        return np.array(of, float).reshape(SAMPLES, len(right)).mean(0)
+
+    greedy = writer.write(asked, [0] * len(right), Sampling(0.0, LONGEST))
+    keys = [text_key(TASK, data.content_hash(i), sample) for sample in range(SAMPLES) for i in every]
+    written = writer.write(asked * SAMPLES, keys, Sampling(1.0, LONGEST))
+    texts = answered(data, prompts, every * SAMPLES, [one.ids for one in written]).unweighted()
+    (found,) = evaluator.validate([student], teacher, texts)
+    return {
+        "right": np.array([is_right(one.ids, answer) for one, answer in zip(greedy, right, strict=True)], float),
+        "right_sampled": mean([is_right(one.ids, answer) for one, answer in zip(written, right * SAMPLES, strict=True)]),
+        "reverse_kl": mean(found.sums["reverse_kl"]),
+        "forward_kl": mean(found.sums["forward_kl"]),
+        "length": mean([len(one.ids) for one in written]),
+        "finished": mean([one.finished for one in written]),
+    }
+
+
+if __name__ == "__main__":
+    main()
