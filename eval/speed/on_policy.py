@@ -89,7 +89,9 @@ def main() -> None:
 def arms(path: str) -> dict[str, Recipe]:
     """The recipe of each arm of the same number of steps, with the first seed."""
     sweep = load_sweep(path)
-    specs = {spec.name: spec for spec in expand(sweep) if spec.seed == next(iter(sweep.seeds), None) and "train.max_steps" not in spec.changes}
+    specs = {
+        spec.name: spec for spec in expand(sweep) if spec.seed == next(iter(sweep.seeds), None) and "train.max_steps" not in spec.changes
+    }
     recipes = SweepRecipes(sweep, Path(path), specs, check_inputs=True).recipes()
     return {specs[name].arm: recipe for name, recipe in recipes.items()}
 

@@ -28,6 +28,8 @@ def main() -> None:
     parser.add_argument("teacher", type=Path, help="folder of the teacher's adapter")
     parser.add_argument("runs", type=Path, nargs="+", help="folders of finished runs")
     options = parser.parse_args()
+    from llmkd_eval.harness.record_files import write_task
+
     from llmkd.cli import quiet
     from llmkd.config.loader import load_recipe
     from llmkd.data.reading.skills import question_splits
@@ -38,7 +40,6 @@ def main() -> None:
     from llmkd.training.launch import start
     from llmkd.training.prepare import prepare
     from llmkd.training.validate import Evaluator
-    from llmkd_eval.harness.record_files import write_task
 
     quiet()
     students = {run: student_folder(str(run)) for run in options.runs}
