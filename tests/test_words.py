@@ -58,6 +58,7 @@ ALLOWED = {
     ("eval/comparison/*", "arms?"): "a sweep's arms, compared",
     ("eval/report/*", "arms?"): "a sweep's arms, reported",
     ("eval/speed/epoch.py", "arms?"): "a sweep's arms, measured",
+    ("eval/speed/on_policy.py", "arms?"): "a sweep's arms, measured",
     ("eval/speed/step_setup.py", "arms?"): "adapters of a sweep's arms",
     ("recipes/*ablation*", "arms?"): "a sweep's arms",
     ("recipes/*study*", "arms?"): "a sweep's arms",

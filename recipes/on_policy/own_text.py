@@ -5,7 +5,7 @@ adapter. Results go to RUN/eval/own_text.json and .jsonl, as those of an evaluat
 them question by question.
 
 right            the most likely answer says what is right, in any of the data's wordings
-right_sampled    the same of answers that are sampled at temperature 1, as are those below: the mean of four to each question
+right_sampled    the same of answers that are sampled at temperature 1, as are those below: the mean of two to each question
 reverse_kl       KL(student || teacher) of the whole answer, in nats: the sum over its tokens of the exact KL at each, whose expectation it is
 forward_kl       the sum over the same tokens of KL(teacher || student)
 length, finished tokens, and whether it ended by itself within 24 tokens
@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 
-SAMPLES, LONGEST, TASK = 4, 24, "own_text"
+SAMPLES, LONGEST, TASK = 2, 24, "own_text"
 WORDING = re.compile(r"(?:It is |The answer is |That would be )?(.*)\.")
 BETTER = {"right": True, "right_sampled": True, "reverse_kl": False, "forward_kl": False, "length": None, "finished": True}
 RECIPE = Path(__file__).with_name("on_policy.yaml")
