@@ -167,8 +167,22 @@ class Batch:
 
     @property
     def position_N(self) -> Tensor:
-        """The number of each target within its example, from 0. It needs `examples`."""
-        return torch.cat([torch.arange(0), *(torch.arange(one.num_targets) for one in self.examples)]).to(self.labels_N.device)
+        """The number of each target within its example, from 0, on the CPU. It needs `examples`."""
+        return torch.cat([torch.arange(0), *(torch.arange(one.num_targets) for one in self.examples)])
+
+    def weighing(self, more: dict[str, Tensor]) -> "Batch":
+        """The same batch whose weights are times `more` [N], by part. Given on the CPU, their zeros are known without waiting for a device."""
+        device, weights = self.labels_N.device, dict(self.weights)
+        for name, w_N in more.items():
+            weights[name] = w_N.to(device) * weights[name] if name in weights else w_N.to(device)
+        none = {name: torch.zeros(self.num_targets, dtype=torch.bool) for name in weights}
+        for without, rows in (self.zeros or {}).items():
+            for name in without:
+                none[name][rows if isinstance(rows, slice) else rows.cpu()] = True
+        for name, w_N in more.items():
+            none[name] |= w_N.cpu() == 0
+        zeros = {names: rows if isinstance(rows, slice) else rows.to(device) for names, rows in _by_pattern(none).items()}
+        return replace(self, weights=weights, zeros=zeros)
 
     def keeping(self, kept: Tensor) -> "Batch":
         """The same batch with `kept`."""
@@ -202,10 +216,15 @@ class Batch:
 
 def zeros_of(weights: dict[str, Tensor]) -> dict[tuple[str, ...], Rows]:
     """`Batch.zeros` of some weights [N] by name: all targets, parted by the names whose weight there is 0. Empty where none is."""
-    names = list(weights)
-    if not any((w_N == 0).any() for w_N in weights.values()):
+    return _by_pattern({name: w_N == 0 for name, w_N in weights.items()})
+
+
+def _by_pattern(none: dict[str, Tensor]) -> dict[tuple[str, ...], Rows]:
+    """All targets, parted by the names where `none` [N] is true there. Empty where it is nowhere."""
+    names = list(none)
+    if not any(none_N.any() for none_N in none.values()):
         return {}
-    pattern_N = sum((w_N == 0).long() << i for i, w_N in enumerate(weights.values()))
+    pattern_N = sum(none_N.long() << i for i, none_N in enumerate(none.values()))
     parts = {}
     for pattern in pattern_N.unique().tolist():
         key = tuple(name for i, name in enumerate(names) if pattern >> i & 1)

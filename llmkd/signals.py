@@ -8,11 +8,11 @@ real vocabulary, H hidden width, K entries that a sparse signal keeps, E events 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from .batch import Batch, Rows
 from .head import Head
@@ -141,6 +141,12 @@ class Dense(FullDistribution):
     head: Head
     layers: dict[int, Tensor] = field(default_factory=dict)
     attention: dict[int, AttentionInputs] = field(default_factory=dict)
+
+    def at(self, rows: Rows) -> "Dense":
+        """The same at some targets alone, with their logits in place of hidden states: the head is not asked again."""
+        with torch.no_grad():
+            logits_nV = self.head.logits(self.hidden_NH[rows])
+        return replace(self, hidden_NH=logits_nV, head=Head(nn.Identity(), self.head.vocab), layers={}, attention={})
 
     def log_probs(self, rows: Rows, log_q_nV: Tensor | None = None, temperature: float = 1.0) -> Tensor:
         with torch.no_grad():

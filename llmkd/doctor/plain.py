@@ -124,7 +124,7 @@ def target_weights(settings: TargetWeights, logits_NV: Tensor, signal: Signal | 
         case "confidence":
             score_N = 1 - log_q_NV[torch.arange(len(labels_N), device=labels_N.device), labels_N].exp()
         case "position":
-            score_N = 0.5 ** (position_N.double() / (settings.half_life or 64))
+            score_N = 0.5 ** (position_N.to(labels_N.device).double() / (settings.half_life or 64))
         case other:
             raise TypeError(f"rule {other}")
     score_N = score_N.clamp(0, 1)

@@ -192,14 +192,17 @@ def _loss_and_grad(
     for start in range(0, n, block):
         part = slice(start, min(start + block, n))
         log_p = None if log_p_nV is None else log_p_nV[part].to(student.logits_nV.dtype)
-        of_signal = None
+        of_signal, asked, places = None, signal, within(rows, part)
         if signal is not None and log_p is None:
-            of_signal = _divergence_of(signal, objective, within(rows, part))
+            if hasattr(signal, "at"):  # several heads, computed once for the divergence and for a rule
+                asked, places = signal.at(places), slice(0, part.stop - part.start)
+            of_signal = _divergence_of(asked, objective, places)
         tile = tiles.of("block", part.stop - part.start, min(block, n), student.logits_nV.dtype)
         grad = None if grad_nV is None else grad_nV[part]
         own = {name: w_n[part] for name, w_n in weights.items()}
         if ruled:
-            own |= _by_rule(*ruled, objective, student.logits_nV[part], labels_n[part], signal, log_p, within(rows, part), own)
+            position_n = ruled[1][within(rows, part)]
+            own |= _by_rule(ruled[0], position_n, objective, student.logits_nV[part], labels_n[part], asked, log_p, places, own)
         by_row.append(own)
         pieces.append(objective.loss_and_grad(student.logits_nV[part], labels_n[part], tile, grad, log_p, of_signal, shares, own))
     return tuple({name: torch.cat([piece[name] for piece in each]) for name in each[0]} for each in (pieces, by_row))
@@ -207,7 +210,7 @@ def _loss_and_grad(
 
 def _by_rule(
     rule: TargetWeights,
-    position_N: Tensor,
+    position_n: Tensor,
     objective: Objective,
     logits_nV: Tensor,
     labels_n: Tensor,
@@ -223,7 +226,7 @@ def _by_rule(
     log_q_nV = torch.log_softmax(logits_nV, -1)
     if rule.needs_teacher and log_p_nV is not None:
         log_p_nV = torch.log_softmax(log_p_nV * objective.temperature, -1)
-    score_n = rule.scores(labels_n, rows, position_N, signal, log_p_nV, log_q_nV, logits_nV.shape[-1])
+    score_n = rule.scores(labels_n, rows, position_n, signal, log_p_nV, log_q_nV, logits_nV.shape[-1])
     of_rule_n = rule.weights(score_n).to(logits_nV.dtype)
     return {name: of_rule_n * weights[name] if name in weights else of_rule_n for name in names}
 

@@ -59,8 +59,8 @@ class Keep:
         """Of every target, [N]. The products are those of a chunk, what follows is done for a few rows at a time."""
         rule, N, device = self.rule, batch.num_targets, hidden_NH.device
         if not rule.needs_logits:
-            return rule.scores(batch.labels_N, slice(0, N), batch.position_N)
-        found, position_N, tiles = [], batch.position_N, Tiles(head.vocab, device)
+            return rule.scores(batch.labels_N, slice(0, N), batch.position_N).to(device)
+        found, position_N, tiles = [], batch.position_N.to(device), Tiles(head.vocab, device)
         whole, block = rule.needs_teacher and has_full_distribution(signal), block_rows(head.vocab, device.type, signal)
         with torch.autocast(device.type, enabled=False):
             for start in range(0, N, chunk):
@@ -73,5 +73,5 @@ class Keep:
                 for first in range(start, rows.stop, block):
                     part = slice(first, min(first + block, rows.stop))
                     log_q_nV, log_p_nV = (x if x is None else x[first - start : part.stop - start].log_softmax(-1) for x in (z_nV, y_nV))
-                    found.append(rule.scores(batch.labels_N[part], part, position_N, signal, log_p_nV, log_q_nV, head.vocab))
+                    found.append(rule.scores(batch.labels_N[part], part, position_N[part], signal, log_p_nV, log_q_nV, head.vocab))
         return torch.cat(found)

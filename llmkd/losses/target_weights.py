@@ -105,7 +105,7 @@ class TargetWeights:
         self,
         labels_n: Tensor,
         rows: Rows,
-        position_N: Tensor | None,
+        position_n: Tensor | None,
         signal: Signal | None = None,
         log_p_nV: Tensor | None = None,
         log_q_nV: Tensor | None = None,
@@ -113,6 +113,8 @@ class TargetWeights:
     ) -> Tensor:
         """The scores of some rows, [n], float32 or as wide as the log-probabilities; NaN where the rule gives NaN.
 
+        rows       their numbers among the signal's targets
+        position_n the number of each within its example, from 0
         log_p_nV   the teacher's log-probabilities at temperature 1 where they are known; otherwise the signal is asked
         log_q_nV   the student's, if the rule reads them
         vocab      V
@@ -130,7 +132,7 @@ class TargetWeights:
             else:
                 score_n = score_n / math.log(max(2, vocab))
         if score_n is None:
-            score_n = self.rule(labels_n, log_p_nV, log_q_nV, None if position_N is None else position_N[rows])
+            score_n = self.rule(labels_n, log_p_nV, log_q_nV, position_n)
         if not isinstance(score_n, Tensor) or score_n.shape != labels_n.shape:
             shape = tuple(score_n.shape) if isinstance(score_n, Tensor) else type(score_n).__name__
             raise ArgumentError(f"{self.setting}: {self.name} returned {shape}, expected one score for each of {len(labels_n)} targets")

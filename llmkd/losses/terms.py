@@ -161,14 +161,13 @@ class HeadTerm(Term):
 
     def forward(self, student: StudentOutputs, signal: Signal | None, batch: Batch) -> Loss:
         signal = signal if self.needs_teacher else None  # another student's, where several share a teacher
-        weights, zeros, rule, position_N, known = batch.weights, batch.zeros or {}, self.rule, None, {}
-        if rule:
-            position_N = batch.position_N
-            if not rule.needs_logits:
-                of_rule_N, rule = rule.weights(rule.scores(batch.labels_N, slice(None), position_N)), None
-                of_rule_N = of_rule_N.to(torch.promote_types(student.hidden_NH.dtype, torch.float32))
-                known = {name: of_rule_N * weights[name] if name in weights else of_rule_N for name in self.rule.terms}
-                weights = weights | known
+        rule, position_N, known = self.rule, None, ()
+        if rule and rule.needs_logits:
+            position_N = batch.position_N.to(batch.labels_N.device)
+        elif rule:
+            of_rule_N = rule.weights(rule.scores(batch.labels_N, slice(None), batch.position_N))
+            of_rule_N, known, rule = of_rule_N.to(torch.promote_types(student.hidden_NH.dtype, torch.float32)), rule.terms, None
+            batch = batch.weighing(dict.fromkeys(known, of_rule_N))
         total, rows, by_rule = fused_parts(
             student.hidden_NH,
             student.head,
@@ -176,14 +175,14 @@ class HeadTerm(Term):
             self.objective,
             signal,
             self.chunk_size,
-            weights,
-            zeros,
+            batch.weights,
+            batch.zeros or {},
             rule,
             position_N,
             batch.kept,
             self._divergences(batch),
         )
-        by_rule |= {name: batch.only_kept(w_N) for name, w_N in known.items() if name in rows}
+        by_rule |= {name: batch.only_kept(batch.weights[name]) for name in known if name in rows}
         return Loss(total, rows, by_rule)
 
     def _divergences(self, batch: Batch) -> Divergences | None:

@@ -1,7 +1,7 @@
 """Teachers made of teachers: an ensemble for every example, or one teacher for each data source."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -61,6 +61,10 @@ class Mixed:
     def layers(self) -> dict[int, Tensor]:
         """The hidden states inside the one teacher that was asked for them."""
         return next((part.layers for part in self.parts if getattr(part, "layers", None)), {})
+
+    def at(self, rows: Rows) -> "Mixed":
+        """The same at some targets alone. Each teacher's head is asked for them here, and not again by whatever is asked of it."""
+        return replace(self, parts=[_at(part, rows) for part in self.parts], labels_N=self.labels_N[rows])
 
     def divergence(self, divergence: Divergence, rows: Rows, log_q_nV: Tensor, temperature: float = 1.0) -> Tensor:
         if self.combine != "divergences":
@@ -152,6 +156,14 @@ class RoutedSignal:
 
         return {number: of(number) for number in self.parts[0].layers}
 
+    def at(self, rows: Rows) -> "RoutedSignal":
+        """As `Mixed.at`."""
+        rows = rows.cpu() if isinstance(rows, Tensor) else rows
+        owner_n, place_n = self.owner_N[rows], self.place_N[rows]
+        mine = [owner_n == number for number in range(len(self.parts))]
+        new_n = torch.stack([own.cumsum(0) - 1 for own in mine]).gather(0, owner_n[None])[0]
+        return RoutedSignal([_at(part, place_n[own]) for part, own in zip(self.parts, mine, strict=True)], owner_n, new_n)
+
     def divergence(self, divergence: Divergence, rows: Rows, log_q_nV: Tensor, temperature: float = 1.0) -> Tensor:
         return self._each(rows, lambda part, places, mine: part.divergence(divergence, places, log_q_nV[mine], temperature))
 
@@ -180,3 +192,33 @@ class RoutedSignal:
                 order.append(mine)
         back = torch.cat(order).argsort()
         return torch.cat(found)[back.to(found[0].device)]
+
+
+@dataclass(frozen=True)
+class Some:
+    """A signal at n of its targets alone: `rows` are their numbers there."""
+
+    whole: Signal
+    rows: Rows
+
+    def divergence(self, divergence: Divergence, rows: Rows, log_q_nV: Tensor, temperature: float = 1.0) -> Tensor:
+        return self.whole.divergence(divergence, self._of(rows), log_q_nV, temperature)
+
+    def log_probs(self, rows: Rows, log_q_nV: Tensor | None = None, temperature: float = 1.0) -> Tensor:
+        return self.whole.log_probs(self._of(rows), log_q_nV, temperature)
+
+    def label_log_probs(self, rows: Rows, labels_n: Tensor) -> Tensor:
+        return self.whole.label_log_probs(self._of(rows), labels_n)
+
+    def exact_metrics(self, rows: Rows, labels_n: Tensor, log_q_nV: Tensor | None) -> dict[str, Tensor]:
+        return self.whole.exact_metrics(self._of(rows), labels_n, log_q_nV)
+
+    def _of(self, rows: Rows) -> Rows:
+        if isinstance(self.rows, Tensor):
+            return self.rows[rows]
+        first = self.rows.start or 0
+        return slice(first + (rows.start or 0), first + rows.stop) if isinstance(rows, slice) else rows + first
+
+
+def _at(signal: Signal, rows: Rows) -> Signal:
+    return signal.at(rows) if hasattr(signal, "at") else Some(signal, rows)

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch import nn
 from torch.testing import assert_close
 
 import llmkd
@@ -18,8 +19,12 @@ from llmkd.losses.objective import Objective
 from llmkd.losses.target_weights import TargetWeights
 from llmkd.losses.terms import HeadTerm, StudentOutputs
 from llmkd.signals import Dense
-from llmkd.teachers.mixture import Mixed
+from llmkd.teachers.mixture import Mixed, RoutedSignal
 from llmkd.teachers.sparse import Sampled, TopK
+from tests.losses.test_counts import H as WIDTH
+from tests.losses.test_counts import H_T as WIDTH_T
+from tests.losses.test_counts import V as WIDE
+from tests.losses.test_counts import Audit
 from tests.losses.test_weights import CE, H_T, KD, N, V, by_loops, case, linear, randn, softmax, weights
 
 PLACES = [0, 1, 2, 3, 0, 0, 1, 2, 3, 4, 5]  # of eleven targets of three examples
@@ -113,9 +118,32 @@ def test_several_teachers_are_weighed_by_their_mixture():
     y = [(one.hidden_NH @ one.head.project.weight.T).detach().tolist() for one in (signal, other)]
     p = [[math.log(0.25 * a + 0.75 * b) for a, b in zip(softmax(y[0][i]), softmax(y[1][i]), strict=True)] for i in range(N)]
     z = (hidden @ project.weight.T).detach().tolist()
+    parts = [Dense(one.hidden_NH[at], one.head) for one, at in ((signal, [0, 2, 3, 6, 7, 8, 10]), (other, [5, 1, 9, 4]))]
+    owner = torch.tensor([0, 1, 0, 0, 1, 1, 0, 0, 0, 1, 0])
+    places = torch.tensor([0, 1, 1, 2, 3, 0, 3, 4, 5, 2, 6])
+    routed = RoutedSignal(parts, owner, places)
+    of_owner = [[math.log(v) for v in softmax(y[owner[i]][i])] for i in range(N)]
     for by in ("teacher_entropy", "divergence"):
-        loss = HeadTerm(Objective(0.3, 2.0), 4, rule=rule(by))(StudentOutputs(hidden, Head(project, V)), mixed, batch(labels))
-        assert loss.weights["kd"].tolist() == pytest.approx([score(by, z[i], p[i], 0, 0, 1) for i in range(N)], rel=1e-9)
+        for one, log_p in ((mixed, p), (routed, of_owner)):
+            loss = HeadTerm(Objective(0.3, 2.0), 4, rule=rule(by))(StudentOutputs(hidden, Head(project, V)), one, batch(labels))
+            assert loss.weights["kd"].tolist() == pytest.approx([score(by, z[i], log_p[i], 0, 0, 1) for i in range(N)], rel=1e-9)
+
+
+@pytest.mark.parametrize("confidence", [False, True])
+def test_the_heads_of_several_teachers_are_multiplied_once(confidence):
+    """By the rule and by the divergence, at another temperature, and for the weight of each teacher; 40 targets, of which 8 have no weight."""
+    teachers = [Dense(torch.randn(40, WIDTH_T), Head(nn.Linear(WIDTH_T, WIDE, bias=False).requires_grad_(False), WIDE)) for _ in range(2)]
+    student = StudentOutputs(torch.randn(40, WIDTH).requires_grad_(), Head(nn.Linear(WIDTH, WIDE, bias=False).requires_grad_(False), WIDE))
+    view, labels, kd = View({}, torch.arange(40)), torch.arange(40), torch.ones(40)
+    kd[10:18] = 0
+    given = Batch(labels, labels, view, view, (Example("", 40, -1),), {"kd": kd})
+    mixed, half = Mixed(teachers, [math.log(0.5)] * 2, labels, confidence=confidence), torch.arange(20)
+    routed = RoutedSignal([Dense(one.hidden_NH[:20], one.head) for one in teachers], torch.arange(2).repeat(20), half.repeat_interleave(2))
+    for signal, each in ((mixed, 2), (routed, 1)):
+        with Audit() as audit:
+            loss = HeadTerm(Objective(0.5, 2.0), 10, rule=rule("divergence"))(student, signal, given)
+        assert audit.products == {WIDTH: 2 * 40, WIDTH_T: each * 32}
+    assert loss.total.isfinite()
 
 
 def test_what_a_record_holds_is_used_as_it_is():

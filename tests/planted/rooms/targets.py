@@ -141,9 +141,9 @@ FAULTS = [
     Fault(
         "rule-position-of-the-chunk",
         "a rule counts positions from the start of the batch",
-        "llmkd/losses/target_weights.py",
-        "else position_N[rows])",
-        "else position_N[: len(labels_n)])",
+        "llmkd/losses/fused.py",
+        "position_n = ruled[1][within(rows, part)]",
+        "position_n = ruled[1][: part.stop - part.start]",
         f"{RULE}::test_a_rule_of_ones_own_sees_chunks_and_no_gradient",
     ),
     Fault(
