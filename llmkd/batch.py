@@ -181,7 +181,7 @@ class Batch:
                 none[name][rows if isinstance(rows, slice) else rows.cpu()] = True
         for name, w_N in more.items():
             none[name] |= w_N.cpu() == 0
-        zeros = {names: rows if isinstance(rows, slice) else rows.to(device) for names, rows in _by_pattern(none).items()}
+        zeros = {names: rows if isinstance(rows, slice) else rows.to(device) for names, rows in by_pattern(none).items()}
         return replace(self, weights=weights, zeros=zeros)
 
     def keeping(self, kept: Tensor) -> "Batch":
@@ -216,10 +216,10 @@ class Batch:
 
 def zeros_of(weights: dict[str, Tensor]) -> dict[tuple[str, ...], Rows]:
     """`Batch.zeros` of some weights [N] by name: all targets, parted by the names whose weight there is 0. Empty where none is."""
-    return _by_pattern({name: w_N == 0 for name, w_N in weights.items()})
+    return by_pattern({name: w_N == 0 for name, w_N in weights.items()})
 
 
-def _by_pattern(none: dict[str, Tensor]) -> dict[tuple[str, ...], Rows]:
+def by_pattern(none: dict[str, Tensor]) -> dict[tuple[str, ...], Rows]:
     """All targets, parted by the names where `none` [N] is true there. Empty where it is nowhere."""
     names = list(none)
     if not any(none_N.any() for none_N in none.values()):

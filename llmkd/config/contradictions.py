@@ -73,8 +73,8 @@ def _teaching_contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], 
         yield from on_policy_contradictions(recipe.on_policy, ratio, recipe.teacher, data, train.max_steps, recipe.validation.every)
         yield from long_horizon_contradictions(recipe.on_policy, loss, recipe.teacher, data)
     if loss.target_weights:
-        yield from target_weight_contradictions(loss.target_weights, ratio, loss.normalize, recipe.teacher, data)
-    yield from keep_contradictions(loss.keep, loss.target_weights, ratio, loss.normalize, recipe.teacher, data)
+        yield from target_weight_contradictions(loss.target_weights, ratio, recipe.teacher, data)
+    yield from keep_contradictions(loss.keep, loss.target_weights, ratio, recipe.teacher, data)
     if loss.attention:
         yield from attention_contradictions(loss.attention, student.attention, recipe.teacher, data)
     if loss.features:

@@ -123,14 +123,14 @@ class Loss:
     )
     normalize: Literal["targets", "weights"] = fixed(
         "targets",
-        description="What the loss is divided by where sources have other weights than 1. targets: the number of targets of the optimizer step. weights: "
-        "each term by the sum of its own weights (of their absolute values), so that a term that few targets carry keeps its share of "
-        "the loss.",
+        description="What the loss is divided by where sources or rules give other weights than 1. targets: the number of targets of the optimizer step, or "
+        "of those that are kept. weights: each term by the sum of its own weights (of their absolute values), so that a term that few targets carry keeps "
+        "its share of the loss; with target_weights or keep each step then takes a forward pass more.",
     )
     target_weights: TargetWeights | None = fixed(
         None,
         description="Weigh each target by a rule, in addition to the weights of its source: a number from 0 to 1 that the models' distributions, or the "
-        "target's position, give. The loss is still divided by the number of targets. null: all alike.",
+        "target's position, give. null: all alike.",
     )
     keep: KeepOrShare = fixed(
         1.0,

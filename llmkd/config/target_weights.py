@@ -88,7 +88,6 @@ def keep_contradictions(
     settings: float | Keep,
     weights: TargetWeights | None,
     kd_ratio,
-    normalize: str,
     teacher: Teacher | tuple[Teacher, ...] | None,
     data: Data,
 ) -> Iterator[tuple[tuple[str, ...], str]]:
@@ -100,11 +99,6 @@ def keep_contradictions(
         return
     if chosen.share == 1:
         return
-    if normalize == "weights":
-        yield (
-            ("loss.normalize", here),
-            "found weights, but with loss.keep the loss is divided by the number of targets that are kept; use targets",
-        )
     if RULES[chosen.by]:
         named = f"{here}.by" if isinstance(settings, Keep) else here
         if (named, chosen.by) in rules_in_use(settings, weights):  # else target_weights says it
@@ -118,7 +112,7 @@ def keep_contradictions(
 
 
 def target_weight_contradictions(
-    settings: TargetWeights, kd_ratio, normalize: str, teacher: Teacher | tuple[Teacher, ...] | None, data: Data
+    settings: TargetWeights, kd_ratio, teacher: Teacher | tuple[Teacher, ...] | None, data: Data
 ) -> Iterator[tuple[tuple[str, ...], str]]:
     """In the form of `contradictions.contradictions`. `kd_ratio`: as it will be, or a schedule."""
     here = "loss.target_weights"
@@ -136,12 +130,6 @@ def target_weight_contradictions(
                 (f"{here}.terms", "loss.kd_ratio"),
                 f"found {term}, and with loss.kd_ratio {without} the loss has no such term; {fix}, or set another kd_ratio",
             )
-    if normalize == "weights":
-        yield (
-            ("loss.normalize", here),
-            "found weights, but what a rule of loss.target_weights weighs is known only when the loss of a target is computed, too late to divide "
-            "by the step's sum; use targets",
-        )
     if RULES[settings.by]:
         yield from _teacher_contradictions(f"{here}.by", settings.by, kd_ratio, teacher)
         if as_tuple(teacher) and kd_ratio != 0:

@@ -1,8 +1,9 @@
-"""Hidden states of the student's layers against the teacher's: distances, the linear map between two widths, and the term.
+"""Hidden states of the student's layers against the teacher's: distances, and the term with its linear maps between two widths.
 
 Shape letters in addition to those of `signals.py`: D the student's width, E the teacher's, P pairs of layers.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import torch
@@ -12,6 +13,7 @@ from torch.nn.functional import normalize
 from ..batch import Batch, Rows
 from ..head import widen
 from ..signals import Signal, Taps
+from .least_squares import Moments
 from .terms import RowTerm, StudentOutputs
 
 
@@ -95,29 +97,27 @@ class FeatureTerm(RowTerm):
         return torch.stack(each).mean(0)
 
 
-def spread(distance: Callable[[Tensor, Tensor], Tensor], hidden_NE: Tensor) -> float:
-    """The mean distance of states from their mean state: with `mse` their variance, mean over the width. In float64."""
-    hidden_NE = hidden_NE.double()
-    return distance(hidden_NE.mean(0, keepdim=True), hidden_NE).mean().item()
+class Spread:
+    """The mean distance of states from their mean state, of batches that are added one by one: with `mse` their variance, mean over the width.
 
-
-def least_squares(x_ND: Tensor, y_NE: Tensor) -> tuple[Tensor, Tensor]:
-    """Weight [E, D] and bias [E] of the linear map with the least sum of squared differences from y, in float64.
-
-    From the normal equations of centred and standardised columns; directions in which x varies by less than 1e-5 of the most are left out.
+    In float64. By the other distances it is that of the states scaled to length 1 from the scaled mean m: their variance, summed over the width,
+    and the squared distance of their own mean from m.
     """
-    x_ND, y_NE = x_ND.double(), y_NE.double()
-    mean_D, mean_E = x_ND.mean(0), y_NE.mean(0)
-    size_D = (x_ND - mean_D).square().mean(0).sqrt()
-    size_D = torch.where(size_D > 0, size_D, 1.0)
-    z_ND = (x_ND - mean_D) / size_D
-    values_D, vectors_DD = torch.linalg.eigh(z_ND.T @ z_ND)
-    inverse_D = torch.where(values_D > 1e-10 * values_D.max(), 1 / values_D, 0.0)
-    weight_DE = vectors_DD @ (inverse_D[:, None] * (vectors_DD.T @ (z_ND.T @ (y_NE - mean_E))))
-    weight_ED = (weight_DE / size_D[:, None]).T
-    return weight_ED, mean_E - weight_ED @ mean_D
 
+    def __init__(self, distance: Callable[[Tensor, Tensor], Tensor]):
+        self.distance, self.states, self.scaled = distance, Moments(), Moments()
 
-def share_unexplained(distance: Callable[[Tensor, Tensor], Tensor], found_NE: Tensor, hidden_NE: Tensor) -> float:
-    """The mean distance of `found_NE` from the states, as a share of that of their mean state: with `mse` 1 - R^2, of all dimensions at once."""
-    return distance(found_NE.double(), hidden_NE.double()).mean().item() / spread(distance, hidden_NE)
+    def add(self, hidden_NE: Tensor) -> None:
+        self.states.add(hidden_NE)
+        if self.distance is not mse:
+            self.scaled.add(normalize(hidden_NE.double(), dim=-1))
+
+    @property
+    def value(self) -> float:
+        """0 where the states are the same up to rounding."""
+        if not (self.states.mean.square().sum() * 1e-24 < self.states.squares / self.states.n):
+            return 0.0 if self.states.squares.isfinite() else math.nan
+        if self.distance is mse:
+            return (self.states.squares / self.states.n).item() / len(self.states.mean)
+        far = normalize(self.states.mean, dim=-1) - self.scaled.mean
+        return (self.scaled.squares / self.scaled.n + far.square().sum()).item() / (2 if self.distance is cosine else 1)

@@ -48,6 +48,7 @@ class Term(nn.Module):
 
     names: tuple[str, ...]
     needs_teacher = False
+    measures_weights = False  # whether terms are divided by sums of weights, and a rule that reads the models makes these
     share = 1.0  # of each example's targets, how many count in every term, see `select`
     student_taps = NO_TAPS  # what it reads inside the student, apart from the last hidden states
     teacher_taps = NO_TAPS  # and inside a live teacher, whose signal then has it
@@ -153,7 +154,7 @@ class HeadTerm(Term):
         super().__init__()
         self.by_source = dict(by_source or {})
         self.objective, self.chunk_size, self.normalize, self.rule, self.keep = objective, chunk_size, normalize, rule, keep
-        self.share = keep.share if keep else 1.0
+        self.share, self.measures_weights = keep.share if keep else 1.0, normalize == "weights" and bool(rule or keep)
         self.at_step, self.needs_teacher = at_step or (lambda step: objective), objective.kd_ratio > 0
 
     def select(self, student: StudentOutputs, signal: Signal | None, batch: Batch) -> Batch:

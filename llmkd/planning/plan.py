@@ -141,11 +141,13 @@ def find(recipe: Recipe, recipe_folder: Path) -> Found:
 
 
 def refuse_unplanned(recipe: Recipe) -> None:
+    divided = recipe.loss.normalize if recipe.loss.target_weights and recipe.loss.normalize == "weights" else None
     for setting, given, what in (
         ("loss.features", recipe.loss.features, "hidden states inside the models"),
         ("loss.attention", recipe.loss.attention, "attention distillation"),
         ("student.layers", recipe.student.layers, "a student of fewer layers"),
         ("loss.keep", recipe.loss.keep, "a share of the targets"),
+        ("loss.normalize", divided, "sums of weights that a rule makes"),
         ("on_policy", recipe.on_policy if writes(recipe.on_policy) else None, "a student that writes"),
         *((f"{setting}.server", one.server, "a teacher on a server") for setting, one in used_teachers(recipe)),
     ):

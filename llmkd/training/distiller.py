@@ -36,6 +36,11 @@ class Distiller(nn.Module):
         return any(term.needs_teacher for term in self.terms.values())
 
     @property
+    def measures_weights(self) -> bool:
+        """Whether terms are divided by sums of weights that only the models' outputs tell."""
+        return any(term.measures_weights for term in self.terms.values())
+
+    @property
     def share(self) -> float:
         """The share of each example's targets that count."""
         return min(term.share for term in self.terms.values())

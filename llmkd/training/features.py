@@ -18,7 +18,8 @@ from ..data.collate import collate
 from ..data.examples import Examples
 from ..errors import UserError
 from ..head import widen
-from ..losses.features import FeatureTerm, least_squares, share_unexplained, spread
+from ..losses.features import FeatureTerm, Spread
+from ..losses.least_squares import LeastSquares
 from ..models.families import layers_of
 from ..models.language_model import LanguageModel
 from ..models.startup_checks import layer_widths
@@ -82,26 +83,18 @@ def start_features(
 
     samples   batches of training examples to compute maps and scales on, and others to measure that share on
     """
-    fitted, rest = (_states(term, student, teacher, batches) for batches in samples)
-    shares, device = {}, term.scales.device
-    for n, (s, t) in enumerate(term.pairs):
-        (x_ND, y_NE), (x_MD, y_ME) = ((x.to(device), y.to(device)) for x, y in (fitted[n], rest[n]))
-        size = spread(term.distance, y_NE)
-        if not 0 < size < math.inf or not x_ND.isfinite().all():
+    scales, maps = _fitted(term, student, teacher, samples[0])
+    for n, ((s, t), size) in enumerate(zip(term.pairs, scales, strict=True)):
+        if not 0 < size < math.inf:
             what = "are the same at every target" if size == 0 else "are not finite"
             raise UserError(f"loss.features.layers: found [{s}, {t}], and the hidden states there {what}; name other layers")
         if features.scale == "teacher_variance":
             term.scales[n] = size
-        mapped_ME = None if term.maps else x_MD
-        if term.maps and len(x_ND) >= LEAST_PER_DIMENSION * (x_ND.shape[1] + 1):
-            weight_ED, bias_E = least_squares(x_ND, y_NE)
-            mapped_ME = x_MD.double() @ weight_ED.T + bias_E
-            if features.init == "least_squares":
-                with torch.no_grad():
-                    term.maps[n].weight.copy_(weight_ED)
-                    term.maps[n].bias.copy_(bias_E)
-        if mapped_ME is not None:
-            shares[f"student {s}, teacher {t}"] = share_unexplained(term.distance, mapped_ME, y_ME)
+        if maps and is_computed(features):
+            with torch.no_grad():
+                term.maps[n].weight.copy_(maps[n][0])
+                term.maps[n].bias.copy_(maps[n][1])
+    shares = _left(term, student, teacher, samples[1], maps) if maps or not term.maps else {}
     if torch.distributed.is_initialized():  # to the last bit, whatever the ranks run on
         for tensor in (term.scales, *term.parameters()):
             torch.distributed.broadcast(tensor.detach(), 0)
@@ -140,17 +133,49 @@ def _batches(train: Examples, chosen: list[int], size: int, pad: int, device) ->
     return [collate(few, examples, pad).to(device) for examples in make_micro_batches(list(range(len(few))), few.lengths, size)]
 
 
-def _states(term: FeatureTerm, student: LanguageModel, teacher: Teacher, batches: Sequence[Batch]) -> list[tuple[Tensor, Tensor]]:
-    """Of each pair the hidden states of student [N, D] and teacher [N, E] at the batches' targets, in float32 at least, on the CPU."""
-    training, found = student.training, [([], []) for _ in term.pairs]
+def _fitted(
+    term: FeatureTerm, student: LanguageModel, teacher: Teacher, batches: Sequence[Batch]
+) -> tuple[list[float], list[tuple[Tensor, Tensor]]]:
+    """Of each pair the teacher's spread, NaN where states are not finite, and the least-squares map: none without maps, and of too few targets.
+
+    States are held for one batch at a time, and of a pair what `LeastSquares` holds.
+    """
+    spreads = [Spread(term.distance) for _ in term.pairs]
+    enough = sum(batch.num_targets for batch in batches) >= LEAST_PER_DIMENSION * (term.width + 1)
+    fits = [LeastSquares(one.in_features, one.out_features, term.scales.device) for one in term.maps or () if enough]
+    finite = [True for _ in term.pairs]
+    for batch in batches:
+        for n, (x_ND, y_NE) in enumerate(_states(term, student, teacher, batch)):
+            spreads[n].add(y_NE)
+            finite[n] &= bool(x_ND.isfinite().all())
+            if fits:
+                fits[n].add(x_ND, y_NE)
+    scales = [one.value if ok else math.nan for one, ok in zip(spreads, finite, strict=True)]
+    return scales, [fits.pop(0).map() for _ in term.pairs] if fits and all(map(math.isfinite, scales)) else []
+
+
+def _left(
+    term: FeatureTerm, student: LanguageModel, teacher: Teacher, batches: Sequence[Batch], maps: Sequence[tuple[Tensor, Tensor]]
+) -> dict[str, float]:
+    """Of each pair the mean distance of the student's mapped states from the teacher's, as a share of the teacher's spread: with `mse` 1 - R^2, of
+    all dimensions at once. Left out where the teacher's do not differ."""
+    spreads, sums = [Spread(term.distance) for _ in term.pairs], [0.0 for _ in term.pairs]
+    for batch in batches:
+        for n, (x_ND, y_NE) in enumerate(_states(term, student, teacher, batch)):
+            mapped_NE = x_ND.double() @ maps[n][0].T + maps[n][1] if maps else x_ND.double()
+            spreads[n].add(y_NE)
+            sums[n] += term.distance(mapped_NE, y_NE.double()).sum().item()
+    found = zip(term.pairs, sums, spreads, strict=True)
+    return {f"student {s}, teacher {t}": total / one.states.n / one.value for (s, t), total, one in found if one.value}
+
+
+@torch.no_grad()
+def _states(term: FeatureTerm, student: LanguageModel, teacher: Teacher, batch: Batch) -> list[tuple[Tensor, Tensor]]:
+    """Of each pair the hidden states of student [N, D] and teacher [N, E] at a batch's targets, in float32 at least, where the term is."""
+    training, device = student.training, term.scales.device
     student.eval()
     try:
-        with torch.no_grad():
-            for batch in batches:
-                ours, theirs = student.outputs(batch.student, term.student_taps).layers, teacher(batch).layers
-                for (xs, ys), (s, t) in zip(found, term.pairs, strict=True):
-                    xs.append(widen(ours[s]).cpu())
-                    ys.append(widen(theirs[t]).cpu())
+        ours, theirs = student.outputs(batch.student, term.student_taps).layers, teacher(batch).layers
     finally:
         student.train(training)
-    return [(torch.cat(xs), torch.cat(ys)) for xs, ys in found]
+    return [(widen(ours[s]).to(device), widen(theirs[t]).to(device)) for s, t in term.pairs]

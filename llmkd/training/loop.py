@@ -173,6 +173,8 @@ def accumulate_gradients(
     micro_batches: list[Batch],
 ) -> Accumulated:
     """Forward and backward of every micro-batch of an optimizer step."""
+    for k, of_terms in measured_scales(seed, step, counts, active, teacher, accelerator, micro_batches).items():
+        unwrap(active[k]).start_step(step.number, of_terms)
     rank, ranks = accelerator.process_index, accelerator.num_processes
     num_targets = counts.targets
     scale = 2.0 ** round(math.log2(num_targets))  # divided out later; a power of two is exact, and keeps small float16 gradients in range
@@ -189,6 +191,37 @@ def accumulate_gradients(
         {k: value(unwrap(student)) for k, student in active.items()} for value in (Distiller.combiner, lambda one: one.share)
     )
     return Accumulated(micro_batches, counts, scale, terms, combine, weights, shares)
+
+
+@torch.no_grad()
+def measured_scales(
+    seed: int,
+    step: Step,
+    counts: TargetCounts,
+    active: dict[int, StudentState],
+    teacher: Teacher | None,
+    accelerator,
+    micro_batches: list[Batch],
+) -> dict[int, dict[str, float]]:
+    """By student and term the targets that count over the sum of their absolute weights, in the whole step: of students for which only the
+    models' outputs say what these are. It takes a forward pass more of the teacher and of them, with the randomness of the one that follows."""
+    measured = {k: unwrap(student) for k, student in active.items() if unwrap(student).measures_weights}
+    masses: dict[tuple[int, str], Tensor] = {}
+    for i, micro in enumerate(micro_batches if measured else ()):
+        micro = micro.to(accelerator.device)
+        signal = teacher(micro) if teacher else None
+        for k, distiller in measured.items():
+            torch.manual_seed(derived_seed(seed, step.number, accelerator.process_index, i))
+            for name, w_N in distiller(micro, signal).weights.items():
+                masses[k, name] = masses.get((k, name), 0.0) + w_N.double().abs().sum()
+    if not masses:
+        return {}
+    sums = torch.stack(list(masses.values()))
+    sums = (accelerator.reduce(sums, "sum") if accelerator.num_processes > 1 else sums).tolist()
+    scales = {k: dict(counts.scale) for k in measured}
+    for (k, name), mass in zip(masses, sums, strict=True):
+        scales[k][name] = counts.of(measured[k].share).targets / mass if mass else 1.0
+    return scales
 
 
 def forward_backward(

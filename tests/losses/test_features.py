@@ -6,7 +6,8 @@ import torch
 
 from llmkd.batch import Batch, View
 from llmkd.head import Head
-from llmkd.losses.features import DISTANCES, FeatureTerm, least_squares, share_unexplained, spread
+from llmkd.losses.features import DISTANCES, FeatureTerm, Spread
+from llmkd.losses.least_squares import LeastSquares
 from llmkd.losses.terms import StudentOutputs
 from llmkd.signals import Dense, Taps
 
@@ -154,33 +155,48 @@ def test_maps_start_as_they_are_named():
     assert torch.equal(FeatureTerm([(1, 1)], [(4, 4)], init="identity").maps[0].weight, torch.eye(4))
 
 
-@pytest.mark.parametrize("size", [1.0, 1e4])
-def test_least_squares_are_numpys(size):
-    """With one dimension a thousand times the others, and one that is always the same."""
+def solved(x: np.ndarray, y: np.ndarray, batch: int = 7) -> tuple[torch.Tensor, torch.Tensor]:
+    """The map of states that are added in ragged batches, of which one is empty."""
+    fit = LeastSquares(x.shape[1], y.shape[1])
+    for rows in (slice(0, 0), *(slice(start, start + batch) for start in range(0, len(x), batch))):
+        fit.add(torch.tensor(x[rows]), torch.tensor(y[rows]))
+    return fit.map()
+
+
+@pytest.mark.parametrize("size, offset", [(1.0, 0.0), (1e4, 0.0), (1.0, 1e6)])
+def test_least_squares_are_numpys(size, offset):
+    """With one dimension thousands of times the others, far from 0, and one that is always the same."""
     x, noise = numbers(60, 5), numbers(60, 3, seed=1)
-    x[:, 2], x[:, 4] = size * x[:, 2], 7.0
+    x[:, 2], x[:, 4] = size * x[:, 2] + offset, 7.0
     y = x[:, :4] @ numbers(4, 3, seed=2) + noise + 5
-    W, b = least_squares(torch.tensor(x), torch.tensor(y))
-    A = np.concatenate([x, np.ones((60, 1))], 1)
+    W, b = solved(x, y)
+    A = np.concatenate([x - [0, 0, offset, 0, 0], np.ones((60, 1))], 1)
     solution, *_ = np.linalg.lstsq(A, y, rcond=None)
     found = x @ W.numpy().T + b.numpy()
-    np.testing.assert_allclose(found, A @ solution, rtol=1e-6, atol=1e-6 * np.abs(y).max())
-    np.testing.assert_allclose(W.numpy()[:, :4], solution[:4].T, rtol=1e-6)
+    np.testing.assert_allclose(found, A @ solution, rtol=1e-8, atol=1e-8 * np.abs(y).max())
+    np.testing.assert_allclose(W.numpy()[:, :4], solution[:4].T, rtol=1e-8)
 
 
-def test_what_a_map_leaves_is_one_minus_r_squared():
-    x, y = numbers(40, 4), numbers(40, 3, seed=1) * np.array([1.0, 2.0, 9.0]) + 4
-    y[:, 0] += x[:, 1]
-    fit, rest = slice(0, 25), slice(25, 40)
-    W, b = least_squares(torch.tensor(x[fit]), torch.tensor(y[fit]))
-    A = np.concatenate([x, np.ones((40, 1))], 1)
-    errors = y[rest] - A[rest] @ np.linalg.lstsq(A[fit], y[fit], rcond=None)[0]
-    r_squared = 1 - (errors**2).sum() / ((y[rest] - y[rest].mean(0)) ** 2).sum()
-    found = share_unexplained(DISTANCES["mse"], torch.tensor(x[rest]) @ W.T + b, torch.tensor(y[rest]))
-    assert found == pytest.approx(1 - r_squared, rel=1e-9)
-    assert spread(DISTANCES["mse"], torch.tensor(y)) == pytest.approx(y.var(0).mean(), rel=1e-12)
-    mean = np.broadcast_to(y.mean(0), y.shape)
+@pytest.mark.parametrize("condition", [1e2, 1e4, 1e7])
+def test_least_squares_of_dimensions_that_are_nearly_one(condition):
+    """Mapped states are numpy's up to the square of the condition number; past 1e5 the direction is left out, and little is lost."""
+    x, y = numbers(400, 6), numbers(400, 3, seed=1)
+    x[:, 5] = x[:, 0] + x[:, 5] / condition
+    W, b = solved(x, y, 64)
+    A = np.concatenate([x, np.ones((400, 1))], 1)
+    best, found = A @ np.linalg.lstsq(A, y, rcond=None)[0], x @ W.numpy().T + b.numpy()
+    if condition < 1e5:
+        np.testing.assert_allclose(found, best, rtol=0, atol=100 * condition**2 * 1e-16 * np.abs(y).max())
+    assert np.square(found - y).sum() <= np.square(best - y).sum() * (1 + 2 / 400)
+    assert np.abs(W.numpy()).max() < 10 * condition
+
+
+def test_a_spread_is_the_mean_distance_from_the_mean():
+    y = numbers(40, 3, seed=1) * np.array([1.0, 2.0, 9.0]) + 4
     for name, distance in DISTANCES.items():
-        assert share_unexplained(distance, torch.tensor(mean.copy()), torch.tensor(y)) == pytest.approx(1), "no better than the mean"
-        each = [plain_distance(name, m, one) for m, one in zip(mean, y, strict=True)]
-        assert spread(distance, torch.tensor(y).float()) == pytest.approx(np.mean(each), rel=1e-5)
+        each = [plain_distance(name, y.mean(0), one) for one in y]
+        found, still = Spread(distance), Spread(distance)
+        for start in range(0, 40, 9):
+            found.add(torch.tensor(y[start : start + 9]).float() if start else torch.tensor(y[:9]))
+            still.add(torch.full((9, 3), 0.1))
+        assert found.value == pytest.approx(np.mean(each), rel=1e-6) and still.value == 0, name

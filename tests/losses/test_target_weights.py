@@ -1,6 +1,7 @@
 """Rules that weigh targets: scores, weights and gradients written out as loops in float64; and what a rule is asked, when, and how often."""
 
 import math
+from collections import Counter
 
 import pytest
 import torch
@@ -10,21 +11,23 @@ from torch.testing import assert_close
 import llmkd
 from llmkd.batch import Batch, Example, View
 from llmkd.config.target_weights import RULES
+from llmkd.config.target_weights import Keep as KeepSettings
 from llmkd.config.target_weights import TargetWeights as Settings
 from llmkd.errors import ArgumentError
 from llmkd.head import Head
 from llmkd.losses import fused
 from llmkd.losses.divergences import make_divergence
+from llmkd.losses.keep import Keep
 from llmkd.losses.objective import Objective
 from llmkd.losses.target_weights import TargetWeights
 from llmkd.losses.terms import HeadTerm, StudentOutputs
 from llmkd.signals import Dense
 from llmkd.teachers.mixture import Mixed, RoutedSignal
 from llmkd.teachers.sparse import Sampled, TopK
-from tests.losses.test_counts import H as WIDTH
 from tests.losses.test_counts import H_T as WIDTH_T
-from tests.losses.test_counts import V as WIDE
 from tests.losses.test_counts import Audit
+from tests.losses.test_counts import H as WIDTH
+from tests.losses.test_counts import V as WIDE
 from tests.losses.test_weights import CE, H_T, KD, N, V, by_loops, case, linear, randn, softmax, weights
 
 PLACES = [0, 1, 2, 3, 0, 0, 1, 2, 3, 4, 5]  # of eleven targets of three examples
@@ -127,6 +130,36 @@ def test_several_teachers_are_weighed_by_their_mixture():
         for one, log_p in ((mixed, p), (routed, of_owner)):
             loss = HeadTerm(Objective(0.3, 2.0), 4, rule=rule(by))(StudentOutputs(hidden, Head(project, V)), one, batch(labels))
             assert loss.weights["kd"].tolist() == pytest.approx([score(by, z[i], log_p[i], 0, 0, 1) for i in range(N)], rel=1e-9)
+
+
+def test_targets_without_a_weight_are_not_multiplied():
+    """Of 40 targets of two examples the first ones have no weight by an inverted position, all others none where it falls steeply; eight have
+    none for the divergence, and with `keep` the last half of each example counts."""
+    project, head_T = (nn.Linear(width, WIDE, bias=False).requires_grad_(False) for width in (WIDTH, WIDTH_T))
+    teacher, view, labels, kd = (
+        Dense(torch.randn(40, WIDTH_T), Head(head_T, WIDE)),
+        View({}, torch.arange(40)),
+        torch.arange(40),
+        torch.ones(40),
+    )
+    kd[10:18] = 0
+    given = Batch(labels, labels, view, view, (Example("", 12, -1), Example("", 28, -1)), {"kd": kd})
+    late = Keep.of(KeepSettings(share=0.5, by="position", invert=True), "loss.keep.by")
+    both, steep = {"invert": True, "terms": ("ce", "kd")}, {"half_life": 0.01, "power": 100.0, "terms": ("ce", "kd")}
+    for options, keep, of_student, of_teacher in (
+        ({"invert": True}, None, 40, 31),  # the first target of the second example is one of the eight
+        (both, None, 38, 31),
+        (steep, None, 2, 1),
+        (both, late, 20, 18),
+        (steep, late, 0, 0),
+    ):
+        student = StudentOutputs(torch.randn(40, WIDTH).requires_grad_(), Head(project, WIDE))
+        term = HeadTerm(Objective(0.5), 10, rule=rule("position", **options), keep=keep)
+        with Audit() as audit:
+            loss = term(student, teacher, term.select(student, teacher, given))
+        assert audit.products == Counter({WIDTH: 2 * of_student, WIDTH_T: of_teacher}), options
+        loss.total.backward()
+        assert student.hidden_NH.grad.abs().sum(1).count_nonzero() == of_student
 
 
 @pytest.mark.parametrize("confidence", [False, True])

@@ -159,7 +159,6 @@ def test_means_of_a_step_by_hand():
         ({"loss__keep": {"share": 0.0}}, "loss.keep.share"),
         ({"loss__keep": {"share": 0.5, "power": 2}}, "loss.keep.power"),
         ({"loss__keep": {"share": 0.5, "by": "entropy"}}, "loss.keep.by: found 'entropy', expected one of: teacher_entropy, student_"),
-        ({"loss__keep": 0.5, "loss__normalize": "weights"}, "loss.normalize: found weights, but with loss.keep"),
         (
             {"loss__keep": {"share": 0.5, "by": "divergence"}, "loss__kd_ratio": 0},
             "loss.keep.by: found divergence, which reads the teacher, with loss.kd_ratio 0",

@@ -1,10 +1,15 @@
 """Runs whose targets a rule weighs: however a step is cut, resumed or spread, by caches, in the metrics, and refused."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
+from llmkd.data.batch_source import Step
 from llmkd.errors import UserError
 from llmkd.files import read_jsonl
+from llmkd.losses.terms import Loss
+from llmkd.training.loop import measured_scales
 from llmkd.training.run import run
 from llmkd.training.step_result import Accumulated, StepResult, TargetCounts
 from tests.conftest import distance, weights
@@ -75,9 +80,39 @@ def test_means_of_a_step_by_hand():
     assert norms == {0: 7.0} and stop and result.nonfinite[0] == 0
 
 
+def test_the_sums_of_weights_are_those_of_all_processes():
+    """Two micro-batches here and others there; a weight below 0, targets of which half are kept, and a part that no target carries."""
+
+    class Two:
+        num_processes, process_index, device = 2, 0, torch.device("cpu")
+
+        def reduce(self, values, how):
+            return values + torch.tensor([1.5, 3.0, 0.0], dtype=torch.float64)
+
+    class Weighed:
+        measures_weights, share = True, 0.5
+
+        def __call__(self, batch, signal):
+            return Loss(torch.zeros(()), {}, {name: torch.tensor(w) for name, w in batch.by_rule.items()})
+
+    def micro(**by_rule):
+        one = SimpleNamespace(by_rule=by_rule)
+        one.to = lambda device: one
+        return one
+
+    step, counts = Step(3, 0), TargetCounts(20, {"features": (4.0, 4)}, {0.5: 10})
+    batches = [micro(ce=[1.0, 0.0], kd=[0.25, 0.0], none=[0.0, 0.0]), micro(ce=[1.0], kd=[-0.75], none=[0.0])]
+    plain = SimpleNamespace(measures_weights=False)
+    active = {0: SimpleNamespace(distiller=plain), 1: SimpleNamespace(distiller=Weighed())}
+    found = measured_scales(0, step, counts, active, None, Two(), batches)
+    assert found == {1: {"features": 5.0, "ce": 10 / 3.5, "kd": 10 / 4.0, "none": 1.0}}
+    assert measured_scales(0, step, counts, {0: SimpleNamespace(distiller=plain)}, None, Two(), batches) == {}
+
+
 @pytest.mark.slow
 def test_two_processes_are_one(trained, world, tmp_path):
     changes = SHORT | {"loss__target_weights": {"by": "divergence"}, "train__batch_size": 3, "train__micro_batch_size": 1}
+    changes |= {"loss__normalize": "weights", "loss__keep": 0.5}
     assert_two_processes_are_one(trained, world, tmp_path, changes)
 
 
@@ -125,7 +160,6 @@ def test_caches_that_hold_what_a_rule_reads(trained, make_recipe, caches):
             {"loss__target_weights": {"by": "teacher_entropy", "terms": ["ce"]}, "teacher": None},
             "loss.target_weights.by: found teacher_entropy, which reads the teacher, with no teacher",
         ),
-        ({"loss__target_weights": {"by": "position"}, "loss__normalize": "weights"}, "loss.normalize: found weights, but what a rule"),
         (
             {"loss__target_weights": {"by": "divergence"}, "teacher__cache": {"path": "c", "kind": "topk"}},
             "loss.target_weights.by: found divergence, which needs the teacher's whole distribution, and a cache of kind topk",
