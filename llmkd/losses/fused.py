@@ -204,7 +204,8 @@ def _loss_and_grad(
             position_n = ruled[1][within(rows, part)]
             own |= _by_rule(ruled[0], position_n, objective, student.logits_nV[part], labels_n[part], asked, log_p, places, own)
         by_row.append(own)
-        pieces.append(objective.loss_and_grad(student.logits_nV[part], labels_n[part], tile, grad, log_p, of_signal, shares, own))
+        logits_nV, zeros = student.logits_nV[part], ruled is not None  # rows whose weights are known to be 0 are not here
+        pieces.append(objective.loss_and_grad(logits_nV, labels_n[part], tile, grad, log_p, of_signal, shares, own, zeros))
     return tuple({name: torch.cat([piece[name] for piece in each]) for name in each[0]} for each in (pieces, by_row))
 
 

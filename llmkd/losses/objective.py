@@ -72,6 +72,7 @@ class Objective:
         divergence: Callable[[Tensor], Tensor] | None = None,
         shares: dict[str, float] | None = None,
         weights: dict[str, Tensor] | None = None,
+        zeros: bool = True,
     ) -> dict[str, Tensor]:
         """The terms for each row: {"ce": [n]}, and with a teacher "kd": [n], which is T^2 D. They are not weighted; the gradient is.
 
@@ -82,6 +83,7 @@ class Objective:
         divergence   for any other teacher: a function from the student's log-probabilities at the temperature to D, [n]
         shares       of the terms in the loss; by default `shares` of this objective
         weights      of a term at each row, [n] by its name; 1 where it has none
+        zeros        whether some of the divergence's may be 0
         """
         T = self.temperature
         has_teacher = log_p_nV is not None or divergence is not None
@@ -118,9 +120,10 @@ class Objective:
             return terms
         slope_sum = slope_sum[:, None]
         if "kd" in by_row:  # of the slope, so that weights of 1 leave every bit as it is
-            w_n1, none_n1 = by_row["kd"], by_row["kd"] == 0  # a slope may be infinite where it has no weight
-            slope = torch.mul(slope, w_n1, out=tile("weighted")).masked_fill_(none_n1, 0.0)
-            slope_sum = (slope_sum * w_n1).masked_fill_(none_n1, 0.0)
+            w_n1 = by_row["kd"]
+            slope, slope_sum = torch.mul(slope, w_n1, out=slope if closed else None), slope_sum * w_n1
+            if zeros:  # a slope may be infinite where it has no weight
+                slope, slope_sum = (x.masked_fill_(w_n1 == 0, 0.0) for x in (slope, slope_sum))
         slope_sum = -T * kd * slope_sum
         if soft is hard:
             total_nV.mul_(slope_sum.add_(ce))
