@@ -230,8 +230,8 @@ FAULTS = [
         "weight-of-the-slopes-sum",
         "the part of the softmax in the divergence's gradient is not weighted",
         "llmkd/losses/objective.py",
-        "slope_sum = (slope_sum * w_n1).masked",
-        "slope_sum = (slope_sum * 1.0).masked",
+        "out=slope if closed else None), slope_sum * w_n1",
+        "out=slope if closed else None), slope_sum",
         f"{HEAD}::test_every_row_counts_as_often_as_its_weight_says",
     ),
     Fault(
