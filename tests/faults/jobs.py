@@ -80,6 +80,7 @@ def jobs(inputs: Path, finished: Path) -> list[Job]:
     cache = ["cache", "--config", str(inputs / "cache.json")]
     evaluate = ["eval", "out", "--tasks", "soak", "--tasks_dir", str(inputs / "tasks"), "--batch_size", "8"]
     sweep = ["sweep", "--config", str(inputs / "sweep.json"), "--resume"]
+    roll = ["roll", "student", "--config", str(inputs / "train.json"), "--to", "rolled.jsonl", "--samples", "20", "--max_new_tokens", "24"]
     return [
         Job("train", LLMKD + train, nothing, run_result),
         Job("train on two processes", TWO + train, nothing, run_result),
@@ -89,6 +90,7 @@ def jobs(inputs: Path, finished: Path) -> list[Job]:
         Job("eval", LLMKD + evaluate, of_a_run, eval_result),
         Job("eval on two processes", TWO + evaluate, of_a_run, eval_result),
         Job("export", [*LLMKD, "export", "out"], of_a_run, export_result),
+        Job("roll", LLMKD + roll, nothing, roll_result),
     ]
 
 
@@ -124,6 +126,10 @@ def eval_result(folder: Path) -> dict[str, str]:
 
 def export_result(folder: Path) -> dict[str, str]:
     return {"out: files": names(folder / "out")} | hashes(folder, "out/merged/*")
+
+
+def roll_result(folder: Path) -> dict[str, str]:
+    return {"files": " ".join(path.name for path in sorted(folder.glob("rolled*")))} | hashes(folder, "rolled*")
 
 
 def hashes(folder: Path, *patterns: str) -> dict[str, str]:

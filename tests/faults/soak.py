@@ -4,7 +4,7 @@
     python -m tests.faults.soak --minutes 5 --only train cache
     python -m tests.faults.soak --seed 7              other moments
 
-Train, cache, sweep, eval and export, on one and on two processes, are killed by SIGKILL (the whole group, or one process of it),
+Train, cache, sweep, eval, export and roll, on one and on two processes, are killed by SIGKILL (the whole group, or one process of it),
 SIGTERM, SIGINT and SIGHUP, as often as the dice say, and called again with the same words until they are done. Then weights, caches,
 metrics, results and the names of all files must be those of the quiet run, and no process may be left. At the end one process
 trains, evaluates and exports again and again: its memory, open files and threads must stay what they were.
@@ -24,6 +24,7 @@ import time
 from pathlib import Path
 
 from .jobs import Job, jobs, make_inputs
+from .rounds import growth
 
 REPO = Path(__file__).parents[2]
 MARK = "LLMKD_SOAK"  # an environment variable that every process of a call inherits: so one that is left over is found
@@ -178,24 +179,6 @@ def differences(quiet: dict[str, str], found: dict[str, str]) -> list[str]:
     return problems
 
 
-AGAIN = """
-import ctypes, gc, json, os, shutil, sys, threading
-from pathlib import Path
-from llmkd.cli import main
-recipe, tasks, rounds = sys.argv[1], sys.argv[2], int(sys.argv[3])
-for i in range(rounds):
-    for command in (["train", "--config", recipe], ["export", "out"], ["eval", "out", "--tasks", "soak", "--tasks_dir", tasks, "--batch_size", "8"]):
-        if code := main(command):
-            sys.exit(code)
-    shutil.rmtree("out")
-    gc.collect()
-    ctypes.CDLL("libc.so.6").malloc_trim(0)
-    resident = int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-    with open("rounds", "a") as file:
-        print(json.dumps({"mb": resident / 2**20, "files": len(os.listdir("/proc/self/fd")), "threads": threading.active_count()}), file=file)
-"""
-
-
 def memory(place: Path, rounds: int) -> list[str]:
     """Train, export and evaluate again and again in one process: memory, open files and threads, in the second half as in the first."""
     if not rounds:
@@ -204,19 +187,13 @@ def memory(place: Path, rounds: int) -> list[str]:
     folder.mkdir()
     if not (place / "inputs").exists():
         make_inputs(place / "inputs")
-    words = [sys.executable, "-c", AGAIN, str(place / "inputs/train.json"), str(place / "inputs/tasks"), str(rounds)]
+    words = [sys.executable, "-m", "tests.faults.rounds", str(place / "inputs/train.json"), str(place / "inputs/tasks"), str(rounds)]
     process = start(Job("memory", words, lambda folder: None, lambda folder: {}), folder)
     if code := process.wait(60 + 60 * rounds):
         return [f"memory: exit code {code}: {(folder / 'log').read_text()[-2000:]}"]
     found = [json.loads(line) for line in (folder / "rounds").read_text().splitlines()]
-    half, last = found[len(found) // 2], found[-1]
-    print(f"soak: {rounds} rounds in one process: in the middle {half}, at the end {last}", flush=True)
-    problems = [
-        f"memory: {what}: {half[what]} in the middle, {last[what]} at the end" for what in ("files", "threads") if last[what] > half[what]
-    ]
-    if last["mb"] - half["mb"] > 1.0 * (rounds - rounds // 2):  # more than 1 MB a round
-        problems.append(f"memory: {half['mb']:.0f} MB in the middle, {last['mb']:.0f} MB at the end")
-    return problems
+    print(f"soak: {rounds} rounds in one process: in the middle {found[len(found) // 2]}, at the end {found[-1]}", flush=True)
+    return growth(found)
 
 
 if __name__ == "__main__":

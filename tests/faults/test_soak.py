@@ -1,15 +1,19 @@
 """The soak test itself notices what it is there to notice, shown on programs that take a moment."""
 
+import gc
+import json
+import os
 import random
 import sys
+import threading
 from pathlib import Path
 
 import pytest
 
 from llmkd.files import read_sealed, sha256_file, write_sealed
 
-from . import soak
-from .jobs import Job, run_result
+from . import rounds, soak
+from .jobs import Job, jobs, run_result
 
 COUNTS = """
 import os, pathlib, time
@@ -72,3 +76,63 @@ def test_what_the_clock_says_is_not_compared_and_a_loss_is(command, tmp_path):
         content["files"]["metrics.jsonl"] = sha256_file(lines)
         write_sealed(summary, content)
         assert bool(soak.differences(quiet, run_result(tmp_path))) == differs
+
+
+def test_the_commands_that_last_are_all_disturbed(tmp_path):
+    assert {job.command[job.command.index("llmkd") + 1] for job in jobs(tmp_path, tmp_path)} == {
+        "train",
+        "cache",
+        "sweep",
+        "eval",
+        "export",
+        "roll",
+    }
+
+
+@pytest.fixture
+def grown(tmp_path):
+    """What is found to have grown when a program does something six times in this process."""
+
+    def go(work) -> list[str]:
+        gc.freeze()  # what is there by now: a collection takes milliseconds then
+        try:
+            rounds.again(work, 6, tmp_path / "rounds")
+        finally:
+            gc.unfreeze()
+        found = rounds.growth([json.loads(line) for line in (tmp_path / "rounds").read_text().splitlines()])
+        return [problem.split(": ")[1] for problem in found]
+
+    return go
+
+
+def test_work_that_cleans_up_leaves_memory_files_and_threads_as_they_were(grown, tmp_path):
+    (tmp_path / "a").touch()
+
+    def work():
+        thread = threading.Thread(target=bytearray, args=(2**24,))
+        thread.start()
+        thread.join()
+        open(tmp_path / "a").close()
+
+    assert grown(work) == []
+
+
+@pytest.mark.parametrize("what", ["files", "threads", "mb"])
+def test_what_stays_after_each_round_is_noticed(grown, tmp_path, what):
+    (tmp_path / "a").touch()
+    kept, end = [], threading.Event()
+
+    def thread():
+        threading.Thread(target=end.wait).start()
+
+    leak = {
+        "files": lambda: kept.append(os.open(tmp_path / "a", os.O_RDONLY)),
+        "threads": thread,
+        "mb": lambda: kept.append(bytearray(b"x" * 2**22)),
+    }[what]
+    try:
+        assert grown(leak) == [what]
+    finally:
+        end.set()
+        for file in kept if what == "files" else ():
+            os.close(file)

@@ -28,7 +28,10 @@ HEAVY = (
 
 @dataclass(frozen=True)
 class Outcome:
-    """passed: the fault survives; failed: it is noticed; broken: the tests did not run; stuck: they did not end in time."""
+    """passed: the fault survives; failed: it is noticed; broken: the tests did not run; stuck: they did not end in time.
+
+    seconds   of a processor's time, of the tests and what they started; of tests that were stuck, those that they had
+    """
 
     name: str
     seconds: float
@@ -68,14 +71,13 @@ class Copy:
         child = os.fork()
         if child == 0:
             self._become_pytest(nodes, log, first)
-        while (ended := os.waitpid(child, os.WNOHANG))[0] == 0 and time.monotonic() - start < limit:
+        while (ended := os.wait4(child, os.WNOHANG))[0] == 0 and time.monotonic() - start < limit:
             time.sleep(0.05)
-        if ended[0] == 0:
+        if stuck := ended[0] == 0:
             os.killpg(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-            return Outcome("stuck", time.monotonic() - start, log.read_text(errors="replace"))
-        name = {0: "passed", 1: "failed"}.get(os.waitstatus_to_exitcode(ended[1]), "broken")
-        return Outcome(name, time.monotonic() - start, log.read_text(errors="replace"))
+            ended = os.wait4(child, 0)
+        name = "stuck" if stuck else {0: "passed", 1: "failed"}.get(os.waitstatus_to_exitcode(ended[1]), "broken")
+        return Outcome(name, ended[2].ru_utime + ended[2].ru_stime, log.read_text(errors="replace"))
 
     def _become_pytest(self, nodes: list[str], log: Path, first: bool) -> None:
         """In the forked process: forget the repository's own modules, and run pytest on the copy."""

@@ -14,6 +14,7 @@ import functools
 import json
 import operator
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -21,18 +22,21 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from llmkd.config.recipe import DIVERGENCES, Loss, Optim
+from llmkd.config.features import Features
+from llmkd.config.on_policy import LongHorizon, OnPolicy
+from llmkd.config.recipe import DIVERGENCES, SCHEDULED, Loss, Optim, schedules
 from llmkd.config.schedule import SHAPES
-from llmkd.config.target_weights import RULES, Keep, TargetWeights
+from llmkd.config.target_weights import RULES, Keep, TargetWeights, chosen_by
 from llmkd.config.terms import AttentionLoss
 from llmkd.data.batch_source import Collator, PlannedSource
 from llmkd.data.batching import BatchPlan
 from llmkd.data.examples import Examples
 from llmkd.losses.features import DISTANCES, FeatureTerm
+from llmkd.losses.terms import Term
 from llmkd.models.language_model import LanguageModel
 from llmkd.teachers.live import LiveTeacher
 from llmkd.training.attention import attention_terms, enable_attention
-from llmkd.training.build import build_student
+from llmkd.training.build import build_student, long_horizon_terms
 from llmkd.training.loop import train
 
 FILE, TOLERANCE, STEPS, V = Path(__file__).with_name("golden_losses.json"), 1e-5, 20, 40
@@ -83,12 +87,35 @@ RULED = {
     "keep half": Loss(kd_ratio=0.5, keep=0.5),
     "keep 0.3 by position": Loss(kd_ratio=0.5, keep=Keep(share=0.3, by="position")),
     "keep 0.6 by divergence inverted": Loss(kd_ratio=0.5, keep=Keep(share=0.6, by="divergence", invert=True)),
+    "keep 0.4 by teacher_entropy": Loss(kd_ratio=0.5, keep=Keep(share=0.4, by="teacher_entropy")),
+    "keep 0.8 by confidence": Loss(kd_ratio=0.5, keep=Keep(share=0.8, by="confidence")),
     "kd_ratio 1 to 0.3 linear": Loss(kd_ratio={"from": 1.0, "to": 0.3}),
     "kd_ratio 0.2 to 0.9 cosine in 15 steps": Loss(kd_ratio={"from": 0.2, "to": 0.9, "shape": "cosine", "steps": 15}),
     "T 4 to 1 constant in half": Loss(kd_ratio=0.5, temperature={"from": 4.0, "to": 1.0, "shape": "constant", "ratio": 0.5}),
 }
 #: Of the loss, the first source and the second.
 OF_SOURCES = {"reverse KL of the second source": (("forward_kl", {}), ("forward_kl", {}), ("reverse_kl", {}))}
+#: On examples with weights of their own (`WEIGHTS`), of which every third was written by the student: the loss, and the long horizon's settings.
+WEIGHTED: dict[str, tuple[Loss, LongHorizon | None]] = {
+    "weights, normalize targets": (Loss(kd_ratio=0.5), None),
+    "weights, normalize weights": (Loss(kd_ratio=0.5, normalize="weights"), None),
+    "weights, normalize weights, features 2 to 0.5 linear": (
+        Loss(kd_ratio=0.5, normalize="weights", features=Features(weight={"from": 2.0, "to": 0.5})),
+        None,
+    ),
+    "weights, features 0 to 3 constant in 8 steps": (
+        Loss(kd_ratio=0.5, features=Features(weight={"from": 0.0, "to": 3.0, "shape": "constant", "steps": 8})),
+        None,
+    ),
+    "weights, attention 0.2 to 4 cosine": (
+        Loss(kd_ratio=0.5, attention=AttentionLoss(weight={"from": 0.2, "to": 4.0, "shape": "cosine"})),
+        None,
+    ),
+    "weights, long_horizon gamma 0.9 as it is": (Loss(kd_ratio=0.1, divergence="reverse_kl"), LongHorizon(0.9, length_normalized=False)),
+    "weights, long_horizon gamma 1 length_normalized": (Loss(kd_ratio=0.7, divergence="reverse_kl"), LongHorizon(1.0)),
+}
+#: Of the examples in turn.
+WEIGHTS = {"ce": [1, 0.25, 0], "kd": [1, 2, 1], "features": [0.5, 1.5, 0, 1], "attention": [1, 0.5], "long_horizon": [0, 0, 1]}
 
 
 def name_of(ratio: float, temperature: float, divergence: str, options: dict, attention: dict | None = None) -> str:
@@ -97,7 +124,7 @@ def name_of(ratio: float, temperature: float, divergence: str, options: dict, at
     return " ".join([f"kd_ratio {ratio:g}, T {temperature:g},", divergence, *own])
 
 
-NAMES = [name_of(*objective) for objective in OBJECTIVES] + [*FEATURES, *RULED, *OF_SOURCES]
+NAMES = [name_of(*objective) for objective in OBJECTIVES] + [*FEATURES, *RULED, *OF_SOURCES, *WEIGHTED]
 
 
 def model(width: int, noise: float = 0.0) -> LanguageModel:
@@ -119,13 +146,14 @@ def model(width: int, noise: float = 0.0) -> LanguageModel:
     return LanguageModel(made, V)
 
 
-def source() -> PlannedSource:
-    """Twenty ragged examples of two sources, of which a first part is not supervised, five a step."""
+def source(weighted: bool = False) -> PlannedSource:
+    """Twenty ragged examples of two sources, of which a first part is not supervised, five a step; with weights, or without."""
     lengths = [6 + 5 * i % 13 for i in range(20)]
     offsets = np.concatenate([[0], np.cumsum(lengths)])
     ids = np.arange(offsets[-1], dtype=np.int32) ** 2 * 7 % (V - 3) + 3
     mask = np.concatenate([np.arange(n) > i % 4 for i, n in enumerate(lengths)])
-    examples = Examples(ids, mask, offsets, np.arange(20), source=np.arange(20) % 2)
+    weights = {name: np.resize(np.array(values, np.float32), 20) for name, values in WEIGHTS.items()} if weighted else {}
+    examples = Examples(ids, mask, offsets, np.arange(20), source=np.arange(20) % 2, weights=weights)
     plan = BatchPlan(examples.lengths, seed=0, batch_size=5, epochs=STEPS // 4, max_steps=None)
     return PlannedSource(examples, [], plan, 3, Collator(pad=0))
 
@@ -141,34 +169,45 @@ def feature_term(distance: str) -> FeatureTerm:
 
 
 def losses(
-    objectives: list = OBJECTIVES, noise: float = 0.0, features: dict = FEATURES, ruled: dict = RULED
+    objectives: list = OBJECTIVES, noise: float = 0.0, features: dict = FEATURES, ruled: dict = RULED, weighted: dict = WEIGHTED
 ) -> dict[str, list[list[float]]]:
     """For each objective the loss and the gradient norm of every step, of students that train side by side."""
-    states, teacher = [], model(12, noise).requires_grad_(False).eval()
+    states, teacher = {}, model(12, noise).requires_grad_(False).eval()
+
+    def build(name: str, loss: Loss, more: Sequence[Term] = (), divergences: tuple = ()) -> None:
+        student = model(8, noise)
+        if loss.attention:
+            enable_attention(loss.attention, student, teacher, "teacher", packing=False)
+        terms = [*more, *attention_terms(loss.attention, student, [teacher])]
+        states[name] = build_student(loss, OPTIM, student, STEPS, Accelerator(cpu=True), None, terms, divergences)
+
+    def trained(source: PlannedSource) -> dict[str, list[list[float]]]:
+        taps = functools.reduce(operator.or_, (state.distiller.teacher_taps for state in states.values()))
+        found = {name: [[], []] for name in states}
+        for progress in train(source, list(states.values()), LiveTeacher(teacher, taps), Accelerator(cpu=True)):
+            for k, (name, rows) in enumerate(found.items()):
+                terms = progress.terms[k]
+                assert ("kd" in terms) != name.startswith("kd_ratio 0,"), "a student that learns without the teacher of the others"
+                for row, value in zip(rows, (terms["loss"], progress.grad_norms[k]), strict=True):
+                    row.append(float(f"{value:.10g}"))
+        states.clear()
+        return found
+
     for ratio, temperature, divergence, options, *attention in objectives:
         settings = AttentionLoss(**attention[0]) if attention else None
         loss = Loss(kd_ratio=ratio, temperature=temperature, divergence=divergence, divergence_options=options, attention=settings)
-        student = model(8, noise)
-        if settings:
-            enable_attention(settings, student, teacher, "teacher", packing=False)
-        terms = attention_terms(settings, student, [teacher])
-        states.append(build_student(loss, OPTIM, student, STEPS, Accelerator(cpu=True), None, terms))
-    for distance in features.values():
-        more = [feature_term(distance)]
-        states.append(build_student(Loss(kd_ratio=0.5), OPTIM, model(8, noise), STEPS, Accelerator(cpu=True), more=more))
-    for loss in ruled.values():
-        states.append(build_student(loss, OPTIM, model(8, noise), STEPS, Accelerator(cpu=True)))
-    for divergences in OF_SOURCES.values():
-        states.append(build_student(Loss(kd_ratio=0.5), OPTIM, model(8, noise), STEPS, Accelerator(cpu=True), divergences=divergences))
-    taps = functools.reduce(operator.or_, (state.distiller.teacher_taps for state in states))
-    found = {name: [[], []] for name in [*(name_of(*objective) for objective in objectives), *features, *ruled, *OF_SOURCES]}
-    ratios = [objective[0] for objective in objectives] + [0.5] * (len(features) + len(ruled) + len(OF_SOURCES))
-    for progress in train(source(), states, LiveTeacher(teacher, taps), Accelerator(cpu=True)):
-        for k, rows in enumerate(found.values()):
-            assert ("kd" in progress.terms[k]) == (ratios[k] > 0), "a student that learns without the teacher of the others"
-            for row, value in zip(rows, (progress.terms[k]["loss"], progress.grad_norms[k]), strict=True):
-                row.append(float(f"{value:.10g}"))
-    return found
+        build(name_of(ratio, temperature, divergence, options, *attention), loss)
+    for name, distance in features.items():
+        build(name, Loss(kd_ratio=0.5), [feature_term(distance)])
+    for name, loss in ruled.items():
+        build(name, loss)
+    for name, divergences in OF_SOURCES.items():
+        build(name, Loss(kd_ratio=0.5), (), divergences)
+    found = trained(source())
+    for name, (loss, ahead) in weighted.items():
+        more: list[Term] = [feature_term(loss.features.distance)] if loss.features else []
+        build(name, loss, [*more, *long_horizon_terms(OnPolicy(long_horizon=ahead), loss)])
+    return found | trained(source(weighted=True))
 
 
 def gap(one: list[list[float]], other: list[list[float]]) -> float:
@@ -190,8 +229,13 @@ def test_every_objective_is_in_the_file(golden):
     changed = {(divergence, option) for _, _, divergence, options, *_ in OBJECTIVES for option in options}
     assert changed == {(divergence, option) for divergence, options in DIVERGENCES.items() for option in options}
     assert {loss.target_weights.by for loss in RULED.values() if loss.target_weights} == set(RULES)
-    given = [value for loss in RULED.values() for value in (loss.kd_ratio, loss.temperature) if isinstance(value, dict)]
-    assert {value.get("shape", "linear") for value in given} == SHAPES.keys()
+    assert {chosen_by(loss.keep, loss.target_weights).by for loss in RULED.values() if loss.keep != 1} == set(RULES)
+    every = [*RULED.values(), *(loss for loss, _ in WEIGHTED.values())]
+    given = [(name, value) for loss in every for name, value in schedules(loss).items() if isinstance(value, dict)]
+    assert {name for name, _ in given} == set(SCHEDULED)
+    assert {value.get("shape", "linear") for _, value in given} == SHAPES.keys()
+    assert {loss.normalize for loss in every} == {"targets", "weights"}
+    assert {ahead.length_normalized for _, ahead in WEIGHTED.values() if ahead} == {True, False}
     assert all(np.array(values).shape == (2, STEPS) for values in golden[1].values())
 
 
@@ -206,10 +250,5 @@ def test_no_two_objectives_are_near_each_other(golden):
 
 
 def test_other_rounding_stays_far_within_the_tolerance(golden):
-    assert (
-        max(
-            gap(values, golden[0][name])
-            for name, values in losses(OBJECTIVES[::4], 1e-12, {"features mse": "mse"}, dict(list(RULED.items())[::3])).items()
-        )
-        < TOLERANCE / 100
-    )
+    some = {"features mse": "mse"}, dict(list(RULED.items())[::3]), dict(list(WEIGHTED.items())[2::3])
+    assert max(gap(values, golden[0][name]) for name, values in losses(OBJECTIVES[::4], 1e-12, *some).items()) < TOLERANCE / 100
