@@ -250,9 +250,14 @@ def why_alone(recipe: Recipe, files: ModelFiles | None) -> str | None:
 
 
 def sharing_key(recipe: Recipe, files: ModelFiles) -> str:
-    """What arms that train together have in common, as text: all but loss, optimizer and adapter. Of several teachers one is read inside."""
+    """What arms that train together have in common, as text: all but loss, optimizer and adapter.
+
+    Of several teachers one is read inside. Relations read the teacher's last layer at every position, where others read it at the targets:
+    products of other shapes, which agree to rounding alone.
+    """
     rest = dataclasses.asdict(recipe) | {name: None for name in ("output_dir", "loss", "optim")}
     rest["read inside"] = recipe.loss.features and recipe.loss.features.teacher
+    rest["relations"] = bool(recipe.loss.attention and recipe.loss.attention.what == "relations")
     rest["student"] |= {"model": str(files.base.resolve()), "revision": None, "base": None, "lora": None}
     return json.dumps(rest)
 
