@@ -79,6 +79,7 @@ class SweepState:
             raise UserError(f"{self.path}: is not a sweep's state; {REBUILD}")
         arms |= kept
         self.data |= {"stages": before["stages"], "groups": before["groups"]}
+        self._take_out({name for group in before["groups"] for name in group["arms"]} - arms.keys())  # that the file has no more
 
     def _look_for_end(self, arm: dict) -> None:
         """The end of a waiting arm by what its run has left."""

@@ -13,6 +13,7 @@ import yaml
 
 from llmkd.cli import main
 from llmkd.commands.sweep import group_arms, run_sweep
+from llmkd.commands.sweep_state import SweepState
 from llmkd.config import loader
 from llmkd.config.sweep import expand
 from llmkd.errors import UserError
@@ -293,6 +294,18 @@ def test_an_arm_that_joins_a_sweep_that_was_stopped_does_not_take_the_others_bac
     assert {arm["status"] for arm in state(folder)["arms"].values()} == {"done"}
     for name in data["arms"]:
         assert distance(whole[name], weights(folder / "arms" / name)) == 0
+
+
+def test_arms_that_the_file_has_no_more_are_left_out_of_the_groups(sweep, tmp_path):
+    """Of a group of two that cost 8 seconds the one that is left has 4; a group of none is gone."""
+    config = loader.load_sweep(sweep(grid={}, arms={"a": {"optim.lr": 1e-2}}))
+    arm = {"status": "done", "seconds": 4.0, "group": 1, "folder": "arms/a"}
+    groups = [{"arms": ["gone"], "seconds": 3.0}, {"arms": ["a", "gone too"], "seconds": 8.0}]
+    (tmp_path / "sweep").mkdir()
+    known = {"arms": {"a": arm, "gone": arm, "gone too": arm}, "groups": groups, "stages": {}}
+    (tmp_path / "sweep/sweep.json").write_text(json.dumps(known))
+    found = SweepState(tmp_path / "sweep", config, {spec.name: spec for spec in expand(config)}, resume=True).data
+    assert found["groups"] == [{"arms": ["a"], "seconds": 4.0}] and found["arms"] == {"a": arm | {"group": 0}}
 
 
 @pytest.mark.slow

@@ -289,6 +289,13 @@ FAULTS = [
             "        if False:\n",
             f"{DAMAGED}::test_a_lost_list_of_a_sweep_is_made_anew_from_its_runs",
         ),
+        (
+            "arms-gone-stay-in-groups",
+            "a sweep whose file has lost an arm ends with a KeyError on --resume",
+            '        self._take_out({name for group in before["groups"]',
+            '        ({name for group in before["groups"]',
+            "commands/test_sweep.py::test_arms_that_the_file_has_no_more_are_left_out_of_the_groups",
+        ),
     ),
     *in_file(
         "llmkd/output/run_files.py",
