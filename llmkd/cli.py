@@ -18,6 +18,7 @@ from .commands import arguments
 from .commands.outputs import check_file, json_results, write_file
 from .commands.parser import HelpShown, did_you_mean
 from .config import loader
+from .config.recipe import used_teachers
 from .errors import UserError, exit_code
 from .process.bus_error import report_bus_errors
 from .training.environment import check_environment
@@ -160,7 +161,10 @@ def data(options: argparse.Namespace, overrides: dict) -> dict:
 
 def plan(options: argparse.Namespace, overrides: dict) -> dict:
     config = _recipe(options)
-    loader.load_recipe(config, overrides)  # before torch is loaded
+    from .planning.model_configs import find_models
+
+    recipe = loader.load_recipe(config, overrides, check_data=True)
+    find_models(recipe.student, used_teachers(recipe), Path(config).parent)  # before torch is loaded
     from .commands.plan import Wanted, run
     from .planning.devices import GPUS, SHARE
 

@@ -184,6 +184,17 @@ def test_help_mistakes_and_listing_load_no_torch():
     assert not {"torch", "transformers", "datasets", "peft", "accelerate", "lm_eval", "huggingface_hub"} & set(modules)
 
 
+AT_SERVER = "--teacher {server:\xa0'http://127.0.0.1:9',model:\xa0m}"
+NO_KEY = " --teacher.api_key_env NO_KEY"
+ASKING = (
+    "train --config r.yaml {}",
+    "sweep --config s.yaml {}",
+    "cache --config r.yaml {} --teacher.cache.path c",
+    "roll teacher --config r.yaml --to a.jsonl {}",
+    "doctor --config r.yaml {}",
+)
+
+
 def test_what_is_missing_or_cannot_be_written_to_is_said_before_torch_is_loaded(world, tmp_path):
     """In a process of its own, one command after another."""
     recipe = plain_recipe(world, tmp_path / "out") | {"optim": {"lr": 0.01}}
@@ -215,6 +226,25 @@ def test_what_is_missing_or_cannot_be_written_to_is_said_before_torch_is_loaded(
         "sample empty": "is the run finished?",
         "sample empty --prompts no.txt": "--prompts: no.txt: no such file",
         "tasks empty --to /proc/no": "--to: /proc/no cannot be made",
+        "roll studnet --config r.yaml --to a.jsonl": "roll: found studnet, which is neither a folder nor a part of the recipe; did you mean student?",
+        "roll student --config none.yaml --to a.jsonl": "none.yaml: No such file",
+        "roll student --config r.yaml --to /proc/no/a.jsonl": "--to: /proc cannot be written to",
+        "roll student --config r.yaml --to a.txt": "--to: found a.txt, expected a file with the ending .jsonl",
+        "roll student --config r.yaml --to a.jsonl --prompts no.txt": "--prompts: no.txt: no such file",
+        "roll teacher --config r.yaml --to a.jsonl --teacher.model ./no": "teacher.model: there is no folder",
+        "roll student --config r.yaml --to a.jsonl --data.train.fields {instruction:\xa0no}": "no column 'no'",
+        "plan --config none.yaml": "none.yaml: No such file",
+        "plan --config s.yaml": "is a sweep; name the recipe of one of its runs",
+        "plan --config r.yaml --student.model ./no": "student.model: there is no folder",
+        "plan --config r.yaml --data.train.path no.jsonl": "there is no file or folder",
+        "plan --config r.yaml --gpu a1000": "--gpu: found a1000",
+        "doctor --config none.yaml": "none.yaml: No such file",
+        "doctor --config s.yaml": "is a sweep, and doctor examines a recipe",
+        "doctor --config r.yaml --student.model ./no": "student.model: there is no folder",
+        "doctor --config r.yaml --data.train.path no.jsonl": "there is no file or folder",
+        "doctor --config r.yaml --to /proc/no/page.html": "--to: /proc cannot be written to",
+        **{command.format(AT_SERVER + NO_KEY): "teacher.api_key_env: the environment variable NO_KEY is not set" for command in ASKING},
+        **{command.format(AT_SERVER): "teacher.server: http://127.0.0.1:9 refuses the connection; start it" for command in ASKING},
     }
     calls = [[word.replace("\xa0", " ") for word in words.split(" ")] for words in cases]
     code = (
@@ -225,7 +255,7 @@ def test_what_is_missing_or_cannot_be_written_to_is_said_before_torch_is_loaded(
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, cwd=tmp_path)
     codes, modules = json.loads(done.stdout.splitlines()[-1])
     lines = [line for line in done.stderr.splitlines() if line.startswith("llmkd: ") and "more rows" not in line]
-    assert set(codes) == {2} and len(lines) == len(cases), done.stderr
+    assert codes == [2] * (len(cases) - len(ASKING)) + [1] * len(ASKING) and len(lines) == len(cases), done.stderr
     for line, words in zip(lines, cases.values(), strict=True):
         assert words in line
     assert not {"torch", "transformers", "peft", "accelerate", "lm_eval"} & set(modules)

@@ -89,10 +89,10 @@ def compare(
     are left out of the divergences. `info` gets a line about everything that is left out. Raises UserError.
     """
     if len(arms) < 2:
-        raise UserError(f"compare: found {len(arms)} arm, expected two or more")
+        raise UserError("compare: found one configuration, expected two or more (RUN or NAME=RUN[,RUN...] each)")
     baseline = next(iter(arms)) if baseline is None else baseline
     if baseline not in arms:
-        raise UserError(f"--baseline {baseline}: no such arm; there are {', '.join(arms)}")
+        raise UserError(f"--baseline {baseline}: no such configuration; there are {', '.join(arms)}")
     seeds = {arm: [seed_of(run) for run in runs] for arm, runs in arms.items()}
     rows, known = [], []
     every = [run for runs in arms.values() for run in runs]
@@ -130,7 +130,7 @@ def compare(
     if missing:
         raise UserError(f"--metrics {missing[0]}: no task has it; there are {', '.join(dict.fromkeys(known))}")
     if not rows:
-        raise UserError("compare: the arms have no metric in common; see the lines above")
+        raise UserError("compare: the configurations have no metric in common; see the lines above")
     return rows
 
 
@@ -153,7 +153,7 @@ def _tasks(arms: dict[str, list[Path]], wanted: list[str] | None, info) -> list[
     both = [task for task, runs in lacking.items() if not runs]
     if not both:
         have = "; ".join(f"{run}: {', '.join(tasks) or 'none'}" for run, tasks in there.items())
-        raise UserError(f"compare: the arms have no task in common; {have}")
+        raise UserError(f"compare: the configurations have no task in common; {have}")
     return both
 
 
@@ -195,7 +195,7 @@ def _aligned(measured: dict[str, list[Measured]], baseline: str, task: str, comm
                 "evaluate one of them again, name other tasks with --tasks, or compare on the same items with --common"
             )
     if not shared:
-        raise UserError(f"{task}: the arms have no item in common; name other tasks with --tasks")
+        raise UserError(f"{task}: the configurations have no item in common; name other tasks with --tasks")
     for name, of in (
         ("truncated prompts", lambda m: m.record.get("truncated")),
         ("dtype", lambda m: (m.record.get("model") or {}).get("dtype")),

@@ -20,9 +20,9 @@ LEGEND = (
     '"Not over seeds": the items show the difference, and its 95 % interval over seeds contains 0. "< 1 se": within one standard error of 0.',
 )
 EXPLANATION = (
-    "A difference is the arm minus the baseline on the same items; ± is one standard error; the 95 % interval is a paired bootstrap over items.",
-    "p is two-sided: McNemar's exact test where both arms have one seed and the metric is 0 or 1, otherwise sign flips of the items' differences.",
-    "Holm's p is corrected for the arms of one task and metric, not for looking at several tasks and metrics.",
+    "A difference is that from the baseline on the same items; ± is one standard error; the 95 % interval is a paired bootstrap over items.",
+    "p is two-sided: McNemar's exact test where both have one seed and the metric is 0 or 1, otherwise sign flips of the items' differences.",
+    "Holm's p is corrected for the comparisons of one task and metric, not for looking at several tasks and metrics.",
     "The tests resample items, so they are about these trained models. Only several seeds tell whether training again would give the same.",
 )
 _COLUMNS = 140  # names that would make a table wider than this stand on a line of their own
@@ -84,7 +84,7 @@ def title(block: list[Row]) -> str:
 def cells(block: list[Row]) -> list[list[str]]:
     """Head and lines of a table."""
     d, seeds = digits(block), any(row.seeds > 1 for row in block)
-    out = [["arm", "value", *["seeds"] * seeds, "difference", "95 % interval", "p", "Holm's p", ""]]
+    out = [["configuration", "value", *["seeds"] * seeds, "difference", "95 % interval", "p", "Holm's p", ""]]
     for row in block:
         spread = f"{row.seeds}" if row.seed_spread is None else f"{row.seeds}, sd {row.seed_spread:.{d}f}"
         line = [row.arm, _plus_minus(row.value, row.stderr, d, ""), *[spread] * seeds]
@@ -117,11 +117,11 @@ def reach(block: list[Row]) -> list[str]:
     d, out, least = digits(block), [], [row.detectable for row in others if row.detectable is not None]
     if least:
         low, high, family = f"{min(least):.{d}f}", f"{max(least):.{d}f}", others[0].family
-        after = f", after the correction for {family} arms" if family > 1 else ""
+        after = f", after the correction for {family} comparisons" if family > 1 else ""
         out.append(f"A true difference of {low if low == high else f'{low} to {high}'} would have been shown 4 times in 5{after}.")
     same = [row.arm for row in others if row.same]
     if same:
-        names = ", ".join(same) if len(same) <= 4 else f"{len(same)} arms"
+        names = ", ".join(same) if len(same) <= 4 else f"{len(same)} of them"
         what = "row" if block[0].task == HELD_OUT else "item"
         out.append(f"{names}: the same as the baseline on every {what}, so the smallest difference that could be shown is not known.")
     return out
@@ -133,7 +133,7 @@ def too_few(others: list[Row]) -> str:
         return ""
     n, family = others[0].n, others[0].family
     what = ("row" if others[0].task == HELD_OUT else "item") + "s" * (n > 1)
-    holm = f"Holm's p for {family} arms" if family > 1 else "p"
+    holm = f"Holm's p for {family} comparisons" if family > 1 else "p"
     return f"{n} {what} cannot show any difference: {holm} cannot be below {stats.least_p(n, family):.4f}."
 
 

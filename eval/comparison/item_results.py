@@ -38,13 +38,20 @@ class Measured:
 def parse_arms(words: list[str]) -> dict[str, list[Path]]:
     """`RUN` or `NAME=RUN[,RUN...]` each; folders may hold `=` and `,` themselves, as a sweep's do: what exists decides."""
     arms: dict[str, list[Path]] = {}
+    problems = []
     for word in words:
-        name, runs = _arm(word)
+        try:
+            name, runs = _arm(word)
+        except UserError as error:
+            problems += error.problems
+            continue
         if name in arms:
-            raise UserError(f"{word}: a second arm called {name}; name them, as NAME=RUN")
+            problems.append(f"{word}: a second configuration called {name}; name them, as NAME=RUN")
         if len({run.resolve() for run in runs}) < len(runs):
-            raise UserError(f"{word}: names a run twice; the seeds of an arm are different runs")
+            problems.append(f"{word}: names a run twice; the seeds of a configuration are different runs")
         arms[name] = runs
+    if problems:
+        raise UserError(*problems)
     return arms
 
 

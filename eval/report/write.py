@@ -185,6 +185,7 @@ def results(sweep: SweepFolder, rows: list[Row], prefix: str) -> list:
 def statistics(block: list[Row]) -> Table:
     """The table of `llmkd compare`, and the interval over seeds where there is one as a column of it."""
     head, *lines = cells(block)
+    head[0] = "arm"
     if not compared(block):
         return Table(head[:2], [[Span(line[0]), line[1]] for line in lines])
     table: list[list[Text]] = [[Span(line[0]), *line[1:-1], judged(row, line[-1])] for row, line in zip(block, lines, strict=True)]

@@ -11,10 +11,11 @@ from pathlib import Path
 from .. import __version__
 from ..config import loader
 from ..config.fields import with_setting_names
-from ..config.recipe import Recipe, Student
+from ..config.recipe import Recipe, Student, used_teachers
 from ..console import count, info, printable
 from ..doctor.check import Check, ChecksFailed, Result
 from ..errors import UserError
+from ..teachers.served_models import refuse_absent
 
 ROWS = 64
 _INDENT = 11
@@ -32,6 +33,8 @@ def doctor(config: str, overrides: dict, rows: int = ROWS) -> list[Result]:
         stages = stage_recipes(pipeline, Path(config), overrides)
     else:
         stages = {"": loader.load_recipe(config, overrides, check_inputs=True)}
+    for recipe in stages.values():
+        refuse_absent(used_teachers(recipe), recipe.data)
     if hasattr(sys.stdout, "reconfigure"):
         sys.stdout.reconfigure(errors="backslashreplace")  # for terminals that cannot show a character
     info(f"examining the recipe on at most {rows} rows of each source; a minute or two" + (" a stage" if len(stages) > 1 else ""))

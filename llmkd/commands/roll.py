@@ -1,6 +1,7 @@
 """`llmkd roll`: a model's answers to the prompts of a recipe's training rows, as a data file of `format: tokens` with the ids that it wrote."""
 
 import dataclasses
+import difflib
 import hashlib
 import json
 import os
@@ -23,7 +24,7 @@ from ..data.encoding.token_rows import vocabulary_hash
 from ..data.encoding.tokenizer import load_tokenizer, shared_vocab, student_tokenizer
 from ..data.prompt_files import read_prompts
 from ..data.prompts import Prompt, decoded, prompts_of
-from ..data.reading.sources import read_sources
+from ..data.reading.sources import Rows, read_sources
 from ..errors import Stopped, UserError
 from ..model_folder.files import ModelFiles, find, loaded_dtype, rows_of
 from ..model_folder.generation import generation_settings, stops_at
@@ -31,6 +32,7 @@ from ..model_folder.identity import verify
 from ..output.run_folder import refuse_unwritable
 from ..rollouts.answer_file import AnswerFile, refuse_foreign
 from ..teachers.resolve import TeacherSource
+from ..teachers.served_models import served_model, server_of
 from ..training.rolled_data import learnt_from
 from ..training.shutdown import ShutdownRequest
 from .sample import finished, refuse_unfit, trained, untrained
@@ -89,10 +91,14 @@ def roll(
     refuse_unwritable(to.parent, "--to")
     refuse_foreign(to, "--to")
     source = _source(writer, recipe)
-    settings, tokenizer = source.settings, student_tokenizer(recipe.student)
+    settings = source.settings
+    if settings.server and not to.exists():  # else all that is asked for may be there
+        served_model(source.setting, settings)
+    rows = [] if prompts else read_sources(recipe.data.train, "data.train")
+    tokenizer = student_tokenizer(recipe.student)
     files = None if settings.server else _files(source, tokenizer)
     vocab = shared_vocab(tokenizer, {source.setting: rows_of(files.config)} if files else {})
-    found, left_out = _prompts(recipe, prompts, tokenizer)
+    found, left_out = _prompts(recipe, prompts, rows, tokenizer)
     stops = stops_at(generation_settings(files.config, (files.adapter, files.base), source.setting)) if files else []
     ends = sorted({tokenizer.eos_token_id, *stops}.union(*(prompt.ends for prompt in found)))  # of all prompts, whichever are asked now
     found = found[:limit]
@@ -139,6 +145,9 @@ def _source(writer: str, recipe: Recipe) -> Source:
         return Source("student", "roll", trained(student, of_run.student.attention), run)
     if (run / "adapter_config.json").exists():
         return Source("model", "roll", trained(run, own.attention))
+    parts = ["student", *(named or ["teacher"])]
+    if not run.exists() and "/" not in writer and (near := difflib.get_close_matches(writer, parts, 1, 0.7)):
+        raise UserError(f"roll: found {writer}, which is neither a folder nor a part of the recipe; did you mean {near[0]}?")
     return Source("model", "roll", Teacher(model=writer, attention=own.attention))
 
 
@@ -153,14 +162,14 @@ def _files(source: Source, tokenizer) -> ModelFiles:
     return files
 
 
-def _prompts(recipe: Recipe, file: Path | None, tokenizer) -> tuple[list[Prompt], int]:
+def _prompts(recipe: Recipe, file: Path | None, rows: list[Rows], tokenizer) -> tuple[list[Prompt], int]:
     """The prompts, and the number of examples that have none: nothing of them is supervised within data.max_length."""
     data = dataclasses.replace(recipe.data, train_on_input=False)
     if file:
         return read_prompts(file, as_tuple(data.train), data, tokenizer), 0
     if data.too_long != "split":  # where the answer of the data ends does not matter
         data = dataclasses.replace(data, too_long="truncate")
-    parts = encode_sources(read_sources(data.train, "data.train"), data.train, "data.train", data, tokenizer)
+    parts = encode_sources(rows, data.train, "data.train", data, tokenizer)
     template_process.close()
     whole, _ = hold_out(join("train", parts), data.validation_fraction)
     return prompts_of(whole.examples, whole.places, tokenizer), sum(part.examples.counts["unsupervised"] for part in parts)
@@ -234,12 +243,9 @@ def _writer(source: Source, files: ModelFiles | None, ends: set[int], vocab: int
     """The model in this process, or the server that has it."""
     if files is None:
         from ..rollouts.server_writer import ServerWriter
-        from ..servers.logprobs import VLLM
-        from ..teachers.connect import chosen_model, server_of
 
         one, server = source.settings, server_of(source.settings, source.setting)
-        model = chosen_model(VLLM(server, vocab), source.setting, one.model, 0)
-        return ServerWriter(server, model, source.setting, ends, vocab, one.of_server("requests"), stop)
+        return ServerWriter(server, served_model(source.setting, one), source.setting, ends, vocab, one.of_server("requests"), stop)
     from ..models.load import LoadContext, load_teacher
     from ..rollouts.writer import LocalWriter
     from ..training.launch import start

@@ -26,6 +26,7 @@ from ..output import hub_upload, trackers
 from ..output.run_folder import RunFolder, refuse_unwritable
 from ..process.machine_errors import OUT_OF_MEMORY, is_out_of_memory
 from ..teachers.resolve import check_sampled_caches
+from ..teachers.served_models import refuse_absent
 from ..training.launch import start
 from ..training.prepare import signal_use, student_files
 from ..training.run import run, train_together
@@ -48,6 +49,8 @@ def run_sweep(config: str, overrides: dict, resume: bool, then: Callable[[Path],
     if sweep.eval.tasks and sweep.eval.chat_template:
         refuse_without_template(recipes)
     state = SweepState(folder, sweep, specs, resume)
+    for recipe in (*load.stages().values(), *(recipes[name] for name in recipes if state.is_waiting(name))):
+        refuse_absent(used_teachers(recipe), recipe.data)
     with ShutdownRequest() as stop:
         accelerator = start()  # all processes are here before one of them writes
         with state.lock():

@@ -13,9 +13,11 @@ from ..errors import UserError, fix_of
 from ..files import read_file
 from . import paths
 from .dotted import flatten
-from .fields import as_tuple
-from .recipe import Lora, Recipe, uses_teacher
-from .schema import describe, join_or
+from .fields import as_tuple, with_setting_names
+from .overrides import override
+from .recipe import MICRO_BATCH_SIZE, Lora, Recipe, uses_teacher
+from .schema import describe
+from .served import key_problem
 from .sweep import Pipeline, Sweep
 from .validation import check, locator, renamed
 from .yaml_loader import Dumper, parse_yaml
@@ -77,22 +79,33 @@ def file_kind(path: str | Path) -> str:
 
 
 def load_recipe(
-    path: str | Path, overrides: dict[str, typing.Any] | None = None, *, check_inputs: bool = False, written_later: str | None = None
+    path: str | Path,
+    overrides: dict[str, typing.Any] | None = None,
+    *,
+    check_inputs: bool = False,
+    check_data: bool = False,
+    written_later: str | None = None,
 ) -> Recipe:
     """The recipe of a file, checked and with its defaults written out. Raises UserError with every problem, one line each.
 
     overrides       {dotted path: value}, as the command line gives them
-    check_inputs    refuse local models and data that do not exist
+    check_inputs    refuse local models and data that do not exist, and a server's key that is not set
+    check_data      of these the data alone
     written_later   a folder that earlier stages will write: paths in it may be missing
 
     What a recipe reads is relative to its own file; what it writes (`output_dir`, `teacher.cache.path`, `data.cache_dir`) and what
     `overrides` names are relative to the working folder, and so is a path that begins with `{cwd}`. See `paths`.
     """
     data, lines, problems = read(path)
-    changed = _override(data, overrides or {}, problems)
+    changed = override(data, overrides or {}, problems)
     _place_paths(Recipe, data, path, locator(str(path), lines, changed), changed, problems)
     recipe = resolve(check(Recipe, data, str(path), lines, problems, changed))
-    if check_inputs and (problems := _missing_inputs(recipe, path, locator(str(path), lines, changed), written_later)):
+    where, problems = locator(str(path), lines, changed), []
+    if check_inputs or check_data:
+        problems += _missing_files(recipe, path, where, written_later, None if check_inputs else "data")
+    if check_inputs:
+        problems += _missing_keys(recipe, where)
+    if problems:
         raise UserError(*problems)
     return recipe
 
@@ -114,20 +127,31 @@ def _place_paths(kind: type, data: dict, path: str | Path, where: typing.Callabl
             problems.append(f"{where(keys)}: {error}")
 
 
-def _missing_inputs(recipe: Recipe, path: str | Path, where: typing.Callable, written_later: str | None) -> list[str]:
+def _missing_files(recipe: Recipe, path: str | Path, where: typing.Callable, written_later: str | None, only: str | None) -> list[str]:
+    """The problems with paths (of the kind `only`, or of all) that do not exist."""
     problems = []
     data = dataclasses.asdict(recipe if uses_teacher(recipe) else dataclasses.replace(recipe, teacher=None))
     for mapping, key, keys, what in paths.paths_in(Recipe, json.loads(json.dumps(data))):
         later = written_later and Path(os.path.abspath(mapping[key])).is_relative_to(os.path.abspath(written_later))
-        if not later and (problem := paths.missing(mapping[key], what, str(Path(path).parent))):
+        if only in (None, what) and not later and (problem := paths.missing(mapping[key], what, str(Path(path).parent))):
             problems.append(f"{where(keys)}: {problem}")
+    return problems
+
+
+def _missing_keys(recipe: Recipe, where: typing.Callable) -> list[str]:
+    """The problems with the variables that hold the keys of servers."""
+    problems = []
+    for setting, one in with_setting_names(recipe.teacher, "teacher") if uses_teacher(recipe) else ():
+        if one.api_key_env and not (one.cache and one.cache.is_written) and (problem := key_problem(one.api_key_env)):
+            keys = [int(key) if key.isdigit() else key for key in setting.split(".")]
+            problems.append(f"{where((*keys, 'api_key_env'))}: {problem}")
     return problems
 
 
 def load_pipeline(path: str | Path, output_dir: str | None = None) -> Pipeline:
     """A pipeline's file. Its recipes, and the paths in `set:`, are relative to it."""
     data, lines, problems = read(path)
-    changed = _override(data, {"output_dir": output_dir} if output_dir else {}, problems)
+    changed = override(data, {"output_dir": output_dir} if output_dir else {}, problems)
     _place_paths(Pipeline, data, path, locator(str(path), lines, changed), changed, problems)
     pipeline = check(Pipeline, data, str(path), lines, problems, changed)
     missing = [s for s in (pipeline.teacher, *pipeline.students) if s not in pipeline.stages]
@@ -163,7 +187,7 @@ def load_sweep(path: str | Path, overrides: dict[str, typing.Any] | None = None)
     data, lines, problems = read(path)
     own = {field.name for field in dataclasses.fields(Sweep)}
     mine = {dotted: value for dotted, value in (overrides or {}).items() if dotted.partition(".")[0] in own or renamed(Sweep, (dotted,))}
-    changed = _override(data, mine, problems)
+    changed = override(data, mine, problems)
     _place_paths(Sweep, data, path, locator(str(path), lines, changed), changed, problems)
     for_arms: dict[str, typing.Any] = {}
     for dotted, value in (overrides or {}).items():
@@ -192,7 +216,7 @@ def resolve(recipe: Recipe) -> Recipe:
     if train.epochs is None and train.max_steps is None:
         train = dataclasses.replace(train, epochs=1)
     if train.micro_batch_size is None and train.micro_batch_tokens is None:
-        train = dataclasses.replace(train, micro_batch_size=4)
+        train = dataclasses.replace(train, micro_batch_size=MICRO_BATCH_SIZE)
     return dataclasses.replace(recipe, student=student, loss=loss, train=train)
 
 
@@ -214,43 +238,3 @@ def comparable(recipe: Recipe) -> dict[str, typing.Any]:
         if paths.is_local(mapping[key], what):
             mapping[key] = os.path.abspath(mapping[key])
     return flat
-
-
-def _override(data: dict, overrides: dict, problems: list[str]) -> set[tuple]:
-    changed = set()
-    for dotted, value in overrides.items():
-        place: typing.Any = data
-        *parents, last = dotted.split(".")
-        keys: list = []
-        for key in parents:
-            key = _index(place, key)
-            if isinstance(place, dict) and place.get(key) is None:
-                place[key] = {}
-            keys.append(key)
-            if isinstance(place, list) and not isinstance(key, int):
-                problems.append(
-                    f"--{dotted}: {'.'.join(map(str, keys[:-1]))} is a list of {len(place)}; it has no {key}, but {_items(place)}"
-                )
-                break
-            place = place[key]
-            if not isinstance(place, dict | list):
-                problems.append(f"--{dotted}: {key} is not a section")
-                break
-        else:
-            last = _index(place, last)
-            if isinstance(place, list) and not isinstance(last, int):
-                which = f"it has no {last}, but {_items(place)}" if last.isdigit() else f"name one, such as --{'.'.join(parents)}.0.{last}"
-                problems.append(f"--{dotted}: {'.'.join(parents)} is a list of {len(place)}; {which}")
-                continue
-            place[last] = value
-            changed.add((*keys, last))
-    return changed
-
-
-def _items(place: list) -> str:
-    return join_or([str(n) for n in range(len(place))]).replace(" or ", " and ")
-
-
-def _index(place, key: str) -> str | int:
-    """A key of a mapping, or of a list the index."""
-    return int(key) if isinstance(place, list) and key.isdigit() and int(key) < len(place) else key

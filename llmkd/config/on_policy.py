@@ -10,6 +10,8 @@ from .fields import Count, as_tuple, changeable, config_dataclass, fixed, with_s
 from .schedule import schedule_contradictions, value_at
 from .teacher import Teacher
 
+MAX_NEW_TOKENS = 128
+
 
 @config_dataclass
 class LongHorizon:
@@ -87,7 +89,7 @@ class OnPolicy:
         "none, and the run is that without on_policy. Or a schedule, as for loss.kd_ratio; or {adaptive: {}}, which rises where validation gets worse.",
     )
     max_new_tokens: Count = fixed(
-        128,
+        MAX_NEW_TOKENS,
         description="Longest of these answers, in tokens. An example whose prompt leaves less room than that within data.max_length keeps the data's answer.",
     )
     temperature: float = fixed(
@@ -195,8 +197,8 @@ def on_policy_contradictions(
     if settings.max_new_tokens >= data.max_length:
         yield (
             (f"{here}.max_new_tokens", "data.max_length"),
-            f"found {settings.max_new_tokens}, which leaves no room for a prompt within data.max_length ({data.max_length}); lower it, or raise "
-            "data.max_length",
+            f"{'not given, and the default is' if settings.max_new_tokens == MAX_NEW_TOKENS else 'found'} {settings.max_new_tokens}, which leaves no room for a "
+            f"prompt within data.max_length ({data.max_length}); set it to {max(1, data.max_length // 2)}, say, or raise data.max_length",
         )
     sources = with_setting_names(data.train, "data.train")
     if sources and not any(source.loss.kd for _, source in sources):

@@ -168,6 +168,9 @@ class Optim:
     min_lr_ratio: Share = fixed(0.0, description="Learning rate at the end of the schedule, as a fraction of lr.")
 
 
+MICRO_BATCH_SIZE = 4  # where the recipe gives none
+
+
 @config_dataclass
 class Train:
     batch_size: Count = fixed(

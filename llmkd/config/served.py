@@ -1,5 +1,6 @@
 """Settings of a teacher that a server has, and what contradicts in them. A part of `teacher.py`."""
 
+import os
 import re
 from collections.abc import Iterator
 from urllib.parse import urlsplit
@@ -78,6 +79,16 @@ def address_problem(address: str) -> str | None:
         return f"found {printable(address)}, expected http://host:port"
     if parts.query or parts.fragment:
         return "has a ? or a # (what follows it is not shown); expected http://host:port, and a key in the variable that api_key_env names"
+    return None
+
+
+def key_problem(name: str) -> str | None:
+    """What is wrong with the key in the environment variable of that name, without showing it; None if nothing is."""
+    key = os.environ.get(name, "")
+    if not key:
+        return f"the environment variable {name} is not set; set it to the server's key, or leave the setting out"
+    if not key.isascii() or not key.isprintable() or key != key.strip():
+        return f"the value of {name} (not shown) has a line break or another character that no key has; set it anew"
     return None
 
 

@@ -1,6 +1,7 @@
 """Settings of the teachers: the model or cache of each, and how several are combined. A part of `recipe.py`."""
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -61,6 +62,11 @@ class Cache:
     hidden_dtype: Literal["auto", "float32", "bfloat16", "int8"] | None = fixed(
         None, description="hidden: dtype of the states; auto: the teacher's own; int8: with one scale per target."
     )
+
+    @property
+    def is_written(self) -> bool:
+        """Whether the folder holds a finished cache."""
+        return (Path(self.path).expanduser() / "cache.json").exists()
 
 
 @config_dataclass

@@ -215,7 +215,17 @@ def _explain(kind, path: tuple, item: dict) -> str:
         "a an object", "a mapping of settings"
     ).replace("a integer", "a whole number")
     hint = _number_hint(found) if isinstance(found, str) and expected.startswith(("a number", "a whole number")) else ""
+    if "a mapping of settings" in expected and isinstance(found, str | int | float):
+        hint = _section_hint(section_of(parent, path[-1]), found)
     return f"found {json.dumps(found, ensure_ascii=False)[:80]}, expected {expected}{hint}"
+
+
+def _section_hint(section, found: str | float) -> str:
+    """What to write where a section has a single value: that of the setting that names the section's file, model or kind, or its number."""
+    fields = {field.name for field in dataclasses.fields(section)} if section else set()
+    text = ("server",) * str(found).startswith(("http://", "https://")) + ("path", "model", "by", "type")
+    name = next((name for name in (text if isinstance(found, str) else ("weight", "rank", "share", "count")) if name in fields), None)
+    return f"; did you mean {{{name}: {found}}}?" if name and not isinstance(found, bool) else ""
 
 
 def _number_hint(found: str) -> str:

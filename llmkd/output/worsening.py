@@ -3,9 +3,11 @@
 from collections.abc import Iterator, Sequence
 
 from ..config.recipe import Loss, Optim
+from ..console import count
 
 #: Held-out metrics that a run should not raise, and their names in sentences.
 LOWER_IS_BETTER = {"ce": "CE", "forward_kl": "KL to the teacher"}
+_FEW = 10  # steps
 
 
 def worsened(before: dict, after: dict, loss: Loss) -> list[str]:
@@ -28,6 +30,9 @@ def sentences(records: Sequence[dict], loss: Loss, optim: Optim) -> Iterator[str
 def _reasons(name: str, held_out: list[tuple[int, dict]], losses: list[float], loss: Loss, optim: Optim) -> Iterator[str]:
     (_, before), (_, after) = held_out[0], held_out[-1]
     step, best = min(((step, values[name]) for step, values in held_out if name in values), key=lambda one: one[1])
+    if (last := held_out[-1][0]) < _FEW:
+        yield f"{count(last, 'step')} are too few to tell why; train for more, and if it rises still, lower the learning rate ({optim.lr:g})"
+        return
     tenth = -(-len(losses) // 10)
     rose = sum(losses[-tenth:]) >= sum(losses[:tenth])
     if rose:

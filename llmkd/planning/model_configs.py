@@ -2,12 +2,13 @@
 
 import dataclasses
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from ..config.loader import load_recipe
 from ..config.paths import written_by
-from ..config.recipe import Lora, Student
+from ..config.recipe import Lora, Student, Teacher
 from ..errors import UserError
 from ..model_folder.files import check_config, refuse_mistyped_folder
 from ..model_folder.weights import read_json
@@ -30,6 +31,17 @@ class ModelConfig:
     adapter: Lora | None = None
     files: Path | None = None
     origin: str = ""
+
+
+def find_models(
+    settings: Student, named: Sequence[tuple[str, Teacher]], recipe_folder: Path
+) -> tuple[ModelConfig, list[tuple[str, Teacher, ModelConfig | None]]]:
+    """The student's configuration, and of every teacher the setting, settings and configuration, None where it names no model."""
+    student, teachers = student_config(settings, recipe_folder), []
+    for setting, one in named:
+        config = find_config(one.model, f"{setting}.model", one.revision, one.base, recipe_folder) if one.model else None
+        teachers.append((setting, one, config))
+    return student, teachers
 
 
 def find_config(

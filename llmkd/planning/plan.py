@@ -29,7 +29,7 @@ from ..training.build import build_student, longest_row
 from .cached import RecordsWithoutValues, format_of
 from .devices import CONTEXT
 from .fakes import fake_tensors
-from .model_configs import ModelConfig, find_config, student_config
+from .model_configs import ModelConfig, find_models
 from .models import Depth, build_students, build_teacher, depth_of, empty_model, full_depth, layer_sizes
 from .step import BACKWARD, LOSS, PARTS, TEACHER, OneProcess, Ready, watched_step
 from .work import KnownData, Work, known_data, work_of
@@ -121,11 +121,7 @@ class Plan:
 def find(recipe: Recipe, recipe_folder: Path) -> Found:
     """The recipe's models and data. UserError for what a plan does not know, with its name."""
     refuse_unplanned(recipe)
-    student = student_config(recipe.student, recipe_folder)
-    teachers = []
-    for setting, one in used_teachers(recipe):
-        config = find_config(one.model, f"{setting}.model", one.revision, one.base, recipe_folder) if one.model else None
-        teachers.append((setting, one, config))
+    student, teachers = find_models(recipe.student, used_teachers(recipe), recipe_folder)
     rows = {"student.model": rows_of(student.config)} | {f"{name}.model": rows_of(config.config) for name, _, config in teachers if config}
     data = known_data(recipe, student)
     known = [count for count in rows.values() if count]

@@ -11,7 +11,8 @@ from ..errors import UserError
 from ..model_folder.files import positions
 from ..model_folder.generation import stops_at
 from ..models.language_model import LanguageModel
-from .sampling import Sampling, choose, entropy
+from .draw import choose, entropy
+from .sampling import Sampling
 from .way import Inputs, Way, way_of
 
 

@@ -1,12 +1,8 @@
-"""How a token is drawn: from the whole distribution, or from its most likely part, by a number that is a function of seed, key and position alone."""
+"""How tokens are drawn, and the numbers by which they are: a function of seed, key and position alone. No torch."""
 
-import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
-from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -28,42 +24,7 @@ class Sampling:
     min_p: float = 0.0
 
 
-def choose(logits_BV: Tensor, places: Sequence[tuple[int, int]], sampling: Sampling) -> Tensor:
-    """The next token of each row, int64 [B]. `places`: (key of the text, position in it) of each row."""
-    if not sampling.temperature:
-        return logits_BV.argmax(-1)
-    drawn_B = torch.tensor([uniform(sampling.seed, *place) for place in places], dtype=torch.float64)
-    return inverse_cdf(probabilities(logits_BV, sampling), drawn_B.to(logits_BV.device))
-
-
-def probabilities(logits_BV: Tensor, sampling: Sampling) -> Tensor:
-    """What tokens are drawn from, float64 [B, V]: not renormalised, 0 where a token is cut off."""
-    p_BV = torch.softmax(logits_BV.double() / sampling.temperature, -1)
-    if sampling.top_k is not None or sampling.top_p < 1:
-        sorted_BV, order_BV = torch.sort(p_BV, dim=-1, descending=True, stable=True)
-        sorted_BV[:, sampling.top_k or sorted_BV.shape[1] :] = 0
-        keep_BV, passed_BV = sorted_BV > 0, sorted_BV.cumsum(-1)
-        if sampling.top_p < 1:
-            keep_BV[:, 1:] &= passed_BV[:, :-1] < sampling.top_p * passed_BV[:, -1:]
-        p_BV = torch.where(torch.zeros_like(keep_BV).scatter(-1, order_BV, keep_BV), p_BV, 0.0)
-    return torch.where(p_BV >= sampling.min_p * p_BV.amax(-1, keepdim=True), p_BV, 0.0)
-
-
-def inverse_cdf(p_BV: Tensor, uniform_B: Tensor) -> Tensor:
-    """Of each row the first token by whose end more than that share of its probability has gone by, int64 [B]; never one of probability 0."""
-    passed_BV = p_BV.cumsum(-1)
-    total_B1 = passed_BV[:, -1:].contiguous()
-    found_B1 = torch.searchsorted(passed_BV, uniform_B[:, None] * total_B1, right=True)
-    return torch.minimum(found_B1, torch.searchsorted(passed_BV, total_B1))[:, 0]  # the product may be rounded up to the total
-
-
 def uniform(seed: int, key: int, position: int) -> float:
     """A number of [0, 1) by a counter-based generator, so that every place of every text has its own. `key`: 0 to 2^64 - 1."""
     bits = np.random.Philox(key=np.array([seed, key], np.uint64), counter=np.array([0, position, 0, 0], np.uint64))
     return float(np.random.Generator(bits).random())
-
-
-def entropy(logits_BV: Tensor) -> Tensor:
-    """Of softmax(logits), in nats, [B]."""
-    log_p_BV = torch.log_softmax(logits_BV.float() if logits_BV.dtype != torch.float64 else logits_BV, -1)
-    return -torch.where(log_p_BV == -math.inf, 0.0, log_p_BV.exp() * log_p_BV).sum(-1)

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import urllib3
 from urllib3 import exceptions as failures
 
-from ..config.served import base_address
+from ..config.served import base_address, key_problem
 from ..console import duration, printable, warn
 from ..errors import UserError
 
@@ -158,12 +158,9 @@ def _pool(address: str, connections: int) -> urllib3.PoolManager:
 
 
 def _key(name: str, setting: str) -> str:
-    key = os.environ.get(name, "")
-    if not key:
-        raise UserError(f"{setting}: the environment variable {name} is not set; set it to the server's key, or leave {setting} out")
-    if not key.isascii() or not key.isprintable() or key != key.strip():
-        raise UserError(f"{setting}: the value of {name} (not shown) has a line break or another character that no key has; set it anew")
-    return key
+    if problem := key_problem(name):
+        raise UserError(f"{setting}: {problem}")
+    return os.environ[name]
 
 
 def _in_words(error: Exception, timeout: float) -> str:

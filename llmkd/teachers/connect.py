@@ -1,6 +1,5 @@
 """Before the first step: open the teachers that servers have, and find out whether each server has the right one."""
 
-import difflib
 import functools
 import math
 import random
@@ -10,15 +9,14 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 
-from ..config.teacher import Teacher
 from ..console import info, warn
 from ..data.collate import collate
 from ..data.examples import Examples, concat
 from ..errors import UserError
-from ..servers.client import Refused, Server
-from ..servers.logprobs import INTERFACES, Listed, LogProbs, ServedModel, WrongAnswer, explain
+from ..servers.logprobs import INTERFACES, Listed, ServedModel
 from .resolve import TeacherSource, examples_of
 from .served import ServedTeacher, texts_of
+from .served_models import chosen_model, server_of
 from .sparse import NEGLIGIBLE
 
 PROBED = 8  # examples that a server is asked for before anything is trained
@@ -41,36 +39,6 @@ def open_served(
                 interface, source.answers, setting, number, choose, device, one.of_server("requests"), stop_asked
             )
     return found
-
-
-def server_of(settings: Teacher, setting: str) -> Server:
-    """The server that a teacher's settings name."""
-    numbers = (settings.of_server(name) for name in ("timeout", "patience", "requests"))
-    return Server(settings.server, f"{setting}.server", settings.api_key_env, *numbers)
-
-
-def chosen_model(interface: LogProbs, setting: str, wanted: str | None, patience: float | None) -> ServedModel:
-    """The model of that name, or the only one that is no adapter. UserError with the names that there are."""
-    server = interface.server
-    try:
-        models = interface.models(patience)
-    except WrongAnswer as error:
-        raise UserError(f"{setting}.server: {server.address} {error}") from None
-    except Refused as error:
-        raise explain(error, setting) from None
-    names = ", ".join(one.name for one in models) or "none"
-    if wanted is None:
-        whole = [one for one in models if not one.parent]
-        if len(whole) == 1:
-            return whole[0]
-        raise UserError(f"{setting}.model: not given, and {server.address} serves several models; name one of: {names}")
-    if found := next((one for one in models if one.name == wanted), None):
-        return found
-    near = difflib.get_close_matches(wanted, [one.name for one in models], 1, 0.6)
-    hint = (
-        f"did you mean {near[0]}?" if near else "name one of them, or serve it (an adapter of vLLM: --enable-lora --lora-modules NAME=PATH)"
-    )
-    raise UserError(f"{setting}.model: found {wanted}, and {server.address} serves: {names}; {hint}")
 
 
 def check_served(teacher: ServedTeacher, train: Examples, validation: Examples | None, tokenizer) -> None:

@@ -116,7 +116,7 @@ def resolve_teachers(named: Sequence[tuple[str, Teacher]], open_caches: bool = T
         files = find(one.model, f"{setting}.model", one.revision, one.base) if one.model_path else None
         if files:
             check_transforms(files, one, setting)
-        written = one.cache and (not one.server or (Path(one.cache.path).expanduser() / "cache.json").exists())
+        written = one.cache and (not one.server or one.cache.is_written)
         cache = TeacherCache.open(one.cache.path, f"{setting}.cache.path") if written and open_caches else None
         out.append(TeacherSource(setting, one, files, cache))
     return tuple(out)
@@ -132,11 +132,7 @@ def with_answers(teacher: TeacherSource, data: Data, tokenizer, vocab: int) -> T
     bits = CACHE_KINDS["topk"]["value_bits"] if one.cache is None or one.cache.value_bits is None else one.cache.value_bits
     record_format = TopKFormat(vocab, min(one.of_server("top_k"), vocab), bits, LISTED_EXPONENTS)
     known = {"tokenizer": token_cache.tokenizer_hash(tokenizer, template=False), "model": one.model or base_address(one.server)}
-    folder = (
-        one.cache.path
-        if one.cache
-        else token_cache.folder(data).parent / "answers" / checksum([known, record_format.options(), vocab])[:32]
-    )
+    folder = one.cache.path if one.cache else token_cache.answers_root(data) / checksum([known, record_format.options(), vocab])[:32]
     return dataclasses.replace(
         teacher, answers=Answers(folder, record_format, known, f"{teacher.setting}.cache.path" if one.cache else teacher.setting)
     )
@@ -226,7 +222,7 @@ def check_sampled_caches(named: Sequence[tuple[str, Teacher]], use: SignalUse) -
     """UserError where a run needs more than the samples in one of its teachers' caches. Reads the headers of caches that exist."""
     problems = []
     for setting, one in named:
-        if one.cache and (Path(one.cache.path).expanduser() / "cache.json").exists():
+        if one.cache and one.cache.is_written:
             header = read_header(Path(one.cache.path).expanduser(), f"{setting}.cache.path")
             problems += sample_problems(use, one.cache.path, header["kind"])
     if problems:

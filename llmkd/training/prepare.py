@@ -13,9 +13,9 @@ from pathlib import Path
 from ..config.features import feature_teacher
 from ..config.fields import as_tuple, with_setting_names
 from ..config.on_policy import writes
-from ..config.recipe import Data, Optim, Recipe, Source, Student, Teacher, Train, used_teachers
+from ..config.recipe import MICRO_BATCH_SIZE, Data, Optim, Recipe, Source, Student, Teacher, Train, used_teachers
 from ..config.schedule import refuse_long_schedule
-from ..console import info
+from ..console import info, warn
 from ..data.batch_source import Collator, PlannedSource, TrainingSource
 from ..data.batching import MOST_TOKENS, Batching, BatchPlan, TokenBudget
 from ..data.dataset import (
@@ -49,6 +49,7 @@ from ..model_folder.identity import identity_of, verify
 from ..model_folder.weights import modules_are_named
 from ..output.run_files import LAYERS
 from ..teachers.resolve import SignalUse, TeacherSource, check_cache, check_coverage, provenance, resolve_teachers, with_answers
+from ..teachers.served_models import refuse_absent
 from .layer_pairs import check_features, refuse_attention
 from .rolled_data import report_writers
 
@@ -119,6 +120,8 @@ def prepare(recipe: Recipe, open_caches: bool = True, layers: tuple[int, ...] | 
     Without `open_caches` these are left alone, being yet to be written. `layers`: those that were measured before, where a run is resumed.
     """
     check_packages(recipe.student, recipe.optim, with_setting_names(recipe.teacher, "teacher"))
+    report_large_micro_batch(recipe.train)
+    refuse_absent(used_teachers(recipe), recipe.data)
     rows = read_data(recipe.data)
     models = find_models(recipe.student, used_teachers(recipe), recipe.data, open_caches)
     if recipe.loss.attention:
@@ -355,6 +358,15 @@ def micro_batch_size(train: Train, packing: bool) -> int | TokenBudget:
     """How large a micro-batch may be, in examples or tokens; for `auto` the bound, until it is measured."""
     tokens = train.micro_batch_tokens
     return TokenBudget(MOST_TOKENS if tokens == "auto" else tokens, packing) if tokens else train.micro_batch_size
+
+
+def report_large_micro_batch(train: Train) -> None:
+    """A note where micro-batches that were asked for are larger than the whole step."""
+    if (size := train.micro_batch_size) and size > train.batch_size and size != MICRO_BATCH_SIZE:
+        warn(
+            f"note: train.micro_batch_size: found {size}, and a step has {train.batch_size} examples (train.batch_size), so no micro-batch has more; "
+            "raise batch_size, or lower it"
+        )
 
 
 def check_packages(student: Student, optim: Optim, teachers: Sequence[tuple[str, Teacher]]) -> None:

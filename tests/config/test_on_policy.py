@@ -21,6 +21,10 @@ TEXT = {"path": "t.jsonl", "format": "text"}
         ({"data.streaming": True, "train.max_steps": 3}, "on_policy.share: .*data.streaming is true"),
         ({"data.train_on_input": True}, "on_policy.share: .*with data.train_on_input prompts are not known"),
         ({"on_policy.max_new_tokens": 256}, r"on_policy.max_new_tokens: found 256, which leaves no room for a prompt within .*\(256\)"),
+        (
+            {"data.max_length": 128},
+            r"on_policy.max_new_tokens: not given, and the default is 128, which leaves no room .*\(128\); set it to 64, say, or raise data.max_length",
+        ),
         ({"data.train.loss": {"kd": 0.0}}, "on_policy.share: .*loss.kd of every source is 0"),
         ({"data.train": TEXT}, "on_policy.prompt_tokens: not given, but data.train has format text"),
         ({"data.train": [TEXT, TEXT]}, "on_policy.prompt_tokens: not given, but data.train.0 has format text"),

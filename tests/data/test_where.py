@@ -111,7 +111,7 @@ def test_where_no_row_is_chosen_the_values_are_named(tmp_path):
     path = write(tmp_path / "t.jsonl", ROWS)
     assert problems(path, where={"lang": "it", "score": {"above": 0}}) == [
         f"data.train.where: no row of {path} has lang is 'it' and score is above 0: of its 20 rows lang is 'en' (7), 'de' (7), 'fr' (6); "
-        "score is from 0 to 1.9"
+        "score is from 0 to 1.9; choose among these, or leave the condition out"
     ]
     path.write_text("not json\n" + json.dumps(ROWS[1]) + "\n")
     assert "t.jsonl:1: not valid JSON" in problems(path, where={"clean": False})[0]  # a bad row is not left out

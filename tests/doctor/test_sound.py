@@ -41,6 +41,7 @@ def test_a_sound_run_passes_every_check(setup):
         {"teacher": [{"model": "{world}/adapter"}, {"model": "{world}/teacher", "weight": 2.0}], "mixture__combine": "divergences"},
         {"data__teacher_context": "Think.", "loss__divergence": "generalized_jsd", "student__lora__dropout": 0.5},
         {"data__streaming": True, "train__max_steps": 4, "student__lora__modules_to_save": ["lm_head"]},
+        {"on_policy": {"max_new_tokens": 8}, "loss__divergence": "reverse_kl"},
     ],
 )
 def test_other_kinds_of_runs_pass(make_setup, world, tmp_path, monkeypatch, changes):
@@ -51,6 +52,13 @@ def test_other_kinds_of_runs_pass(make_setup, world, tmp_path, monkeypatch, chan
     found = statuses(results := ask_all(setup, CHECKS, lambda check, result: None))
     assert set(found.values()) <= {"passed", "not asked"}, [one for one in results if one.status not in ("passed", "not asked")]
     assert list(found.values()).count("not asked") <= 10
+
+
+def test_schedules_of_on_policy_are_not_held_to_the_few_rows(make_setup):
+    own = {"share": {"from": 0, "to": 1, "steps": 200}, "replay": {"capacity": 100}, "max_new_tokens": 8}
+    setup = make_setup(loaded=False, on_policy=own, train__max_steps=None, train__epochs=50)
+    assert ask_all(setup, CHECKS[:1], lambda check, result: None)[0].status == "passed"
+    assert setup.small.on_policy.share == 0.5 and setup.small.on_policy.replay is None
 
 
 def test_targets_that_a_rule_weighs_are_weighed_as_in_the_textbook(make_setup, monkeypatch):

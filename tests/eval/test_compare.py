@@ -370,7 +370,7 @@ def test_names_and_folders_of_a_sweep(home):
         (["nowhere"], "nowhere: no such folder"),
         (["kd=nowhere"], "kd=nowhere: no such folder"),
         ([f"={one}"], "no such folder"),
-        ([f"a={one}", f"a={two}"], "a second arm called a"),
+        ([f"a={one}", f"a={two}"], "a second configuration called a"),
         ([f"a={one},{one}"], "names a run twice"),
     ):
         with pytest.raises(UserError, match=found):
@@ -402,7 +402,7 @@ def test_items_that_cannot_show_any_difference_are_said_to_be_too_few(home):
         held_out(run, {"ce": targets * (2 + i + 0.1 * np.arange(6))}, targets)
     rows = compare(arms(*"pqrst"))
     assert {row.p_adjusted for row in rows[1:]} == {0.125} and {row.detectable for row in rows} == {None}
-    assert "6 rows cannot show any difference: Holm's p for 4 arms cannot be below 0.1250." in as_text(rows)
+    assert "6 rows cannot show any difference: Holm's p for 4 comparisons cannot be below 0.1250." in as_text(rows)
     held_out("q", {"ce": targets * 3 + np.arange(6)}, targets)
     _, q = compare(arms("p", "q"))  # one arm, and six rows are enough
     assert q.p == 2 / 2**6 and q.verdict == "higher" and "cannot show" not in as_text([q])
@@ -453,7 +453,7 @@ def test_the_command_prints_a_table_and_writes_the_values(two, capsys):
         lines[0] == "quiz acc: 300 items, higher is better; McNemar" and lines[4].startswith("kd ") and lines[4].endswith("higher, better")
     )
     assert f"{rows[1].difference:+.4f} ±{rows[1].difference_stderr:.4f}" in lines[4] and f"{rows[1].p_adjusted:.4f}" in lines[4]
-    assert "would have been shown 4 times in 5, after the correction for 2 arms" in out and "McNemar's exact test" in out
+    assert "would have been shown 4 times in 5, after the correction for 2 comparisons" in out and "McNemar's exact test" in out
 
 
 def test_tables_stay_within_140_columns(home):
@@ -474,8 +474,8 @@ def test_markdown_has_the_same_cells(two):
 @pytest.mark.parametrize(
     ("argv", "found"),
     [
-        (["a"], "found 1 arm, expected two or more"),
-        (["a", "b", "--baseline", "c"], "--baseline c: no such arm; there are a, b"),
+        (["a"], "found one configuration, expected two or more"),
+        (["a", "b", "--baseline", "c"], "--baseline c: no such configuration; there are a, b"),
         (["a", "b", "--alpha", "3"], "--alpha: compare has no such option"),
         (["a", "b", "--json"], "--json: no value given"),
     ],
@@ -485,6 +485,13 @@ def test_what_the_command_refuses(home, capsys, argv, found):
         evaluated(run, {"acc": [1, 0, 1]})
     assert cli.main(["compare", *argv]) == 2
     assert found in capsys.readouterr().err
+
+
+def test_every_run_that_is_missing_is_named(home, capsys):
+    evaluated("a", {"acc": [1, 0, 1]})
+    assert cli.main(["compare", "no", "a", "kd=none,a"]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split(":")[1] for line in lines] == [" no", " kd=none,a"] and all("no such folder" in line for line in lines)
 
 
 def test_a_baseline_s_name_is_text_whatever_it_looks_like(home, capsys):

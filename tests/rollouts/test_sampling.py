@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from llmkd.rollouts.sampling import Sampling, choose, entropy, inverse_cdf, probabilities, uniform
+from llmkd.rollouts.draw import choose, entropy, inverse_cdf, probabilities
+from llmkd.rollouts.sampling import Sampling, uniform
 
 LOGITS = [
     [2.0, -1.0, 0.5, 0.5, -3.0, 1.0],

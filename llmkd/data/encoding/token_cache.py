@@ -34,6 +34,11 @@ def folder(data: Data) -> Path:
     return Path(data.cache_dir or os.environ.get("LLMKD_CACHE") or Path.home() / ".cache" / "llmkd").expanduser() / "tokens"
 
 
+def answers_root(data: Data) -> Path:
+    """The folder of folders in which answers of servers are kept, where a teacher names none."""
+    return folder(data).parent / "answers"
+
+
 def tokenizer_hash(tokenizer, template: bool = True) -> str:
     """A hash of vocabulary, merges, special tokens and their names, and with `template` of the chat template. A tokenizer's padding and
     truncation settings are not in it."""

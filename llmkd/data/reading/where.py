@@ -98,7 +98,8 @@ class Chosen:
         if self.left_out and not self.kept:
             there = "; ".join(f"{column} is {_values_words(seen)}" for column, seen in self.seen.items())
             raise UserError(
-                f"{self.setting}.where: no row of {self.path} has {where_words(self.where)}: of its {count(self.left_out, 'row')} {there}"
+                f"{self.setting}.where: no row of {self.path} has {where_words(self.where)}: of its {count(self.left_out, 'row')} {there}; "
+                "choose among these, or leave the condition out"
             )
 
     def report(self, of: str = "") -> None:

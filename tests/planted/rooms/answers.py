@@ -22,7 +22,7 @@ FAULTS = [
         ("in-the-order-of-the-batches", "answers come back in the order of their lengths", "return [found[i] for i in range(len(prompts))]", "return list(found.values())", GENERATE),
     ),
     *in_file(
-        "llmkd/rollouts/sampling.py",
+        "llmkd/rollouts/draw.py",
         ("cold-draws", "the temperature is not used", "logits_BV.double() / sampling.temperature", "logits_BV.double()", SAMPLING),
         ("one-too-many-kept", "top_k keeps one more", "sampling.top_k or sorted_BV.shape[1] :] = 0", "(sampling.top_k or sorted_BV.shape[1]) + 1 :] = 0", SAMPLING),
         ("share-of-everything", "top_p is a share of what top_k has cut off too", "sampling.top_p * passed_BV[:, -1:]", "sampling.top_p", SAMPLING),
@@ -30,6 +30,9 @@ FAULTS = [
         ("absolute-min-p", "min_p is no share of the likeliest", "sampling.min_p * p_BV.amax(-1, keepdim=True)", "sampling.min_p", SAMPLING),
         ("draws-the-impossible", "a draw may be a token before which nothing has passed", "uniform_B[:, None] * total_B1, right=True", "uniform_B[:, None] * total_B1", SAMPLING),
         ("draws-past-the-end", "a draw may be past the last possible token", "torch.minimum(found_B1, torch.searchsorted(passed_BV, total_B1))", "found_B1.clamp(max=p_BV.shape[1] - 1)", SAMPLING),
+    ),
+    *in_file(
+        "llmkd/rollouts/sampling.py",
         ("one-draw-for-all-positions", "what is drawn is the same at every position", "np.array([0, position, 0, 0], np.uint64)", "np.array([0, 0, 0, 0], np.uint64)", SAMPLING),
         ("draws-without-the-seed", "what is drawn does not depend on the seed", "key=np.array([seed, key], np.uint64)", "key=np.array([0, key], np.uint64)", SAMPLING),
     ),
