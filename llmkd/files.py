@@ -8,6 +8,7 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import os
 import re
@@ -139,7 +140,10 @@ def lock_file(path: Path, wait: bool = False) -> IO[str]:
     With `wait` it waits for the process that holds the lock. FileLocked if another one holds it; OSError where the file cannot be
     opened, or on a file system without locks.
     """
-    file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 held by the caller
+    try:
+        file = open(path, "a+", encoding="utf-8")  # noqa: SIM115 held by the caller
+    except io.UnsupportedOperation:
+        raise NotAFile(errno.EINVAL, _NO_FILE, str(path)) from None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
     except BlockingIOError:

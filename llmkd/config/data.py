@@ -83,7 +83,7 @@ FORMATS = {
             "tokenizer": Column(optional=True),
         },
         supervised="marked",
-        notes=("prompt", "answer", "finished", "key"),
+        notes=("prompt", "answer", "finished", "key", "row_checksum"),
     ),
 }
 

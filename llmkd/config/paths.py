@@ -140,6 +140,8 @@ def missing(text: str, what: PathKind, folder: str) -> str | None:
         return None
     place = Path(os.path.abspath(text))
     noun = {"file": "file", "data": "file or folder"}.get(what, "folder")
+    if os.path.islink(place):
+        return f"{place} is a link that leads nowhere; fix it, or name what it should lead to"
     found = f"there is no {noun} {place}"
     if writer := written_by(place, Path(folder or ".")):
         return f"{found}; {writer} writes it, so run that first: llmkd train --config {writer}"

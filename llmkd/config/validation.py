@@ -106,6 +106,10 @@ def check(kind, data: dict, name: str, lines: dict, problems: list[str], changed
     """
     adapter, where = TypeAdapter(kind), locator(name, lines, changed)
     broken: list[tuple] = []
+    for path, text in _not_utf8(data):
+        problems.append(f"{where(path)}: found {text!r}, which is not UTF-8; rename the file, or set a locale with UTF-8 (LC_ALL=C.UTF-8)")
+        broken.append(path)
+        _remove(data, path)
     result = None
     while result is None:
         try:
@@ -138,6 +142,21 @@ def check(kind, data: dict, name: str, lines: dict, problems: list[str], changed
     if problems:
         raise UserError(*dict.fromkeys(problems))
     return result
+
+
+def _not_utf8(data: dict) -> list[tuple[tuple, str]]:
+    """Texts, with their settings, that hold halves of characters: Python's way to show what is not UTF-8 of a file's name or an argument."""
+
+    def found(value, path: tuple) -> Iterator[tuple[tuple, str]]:
+        if isinstance(value, str):
+            if value != value.encode(errors="ignore").decode():
+                yield path, value
+        elif isinstance(value, dict | list):
+            for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
+                yield from found(key, (*path, key)) if isinstance(key, str) else ()
+                yield from found(inner, (*path, key))
+
+    return list(dict(found(data, ())).items())
 
 
 def _too_large(value, path: tuple = ()) -> Iterator[tuple[tuple, int]]:

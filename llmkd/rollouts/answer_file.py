@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..console import info
+from ..data.reading.token_columns import ROW_CHECKSUM, refuse_changed, row_checksum
 from ..errors import UserError
 from ..files import Damaged, FileLocked, append, lock_file, read_sealed, sync, write_sealed
 
@@ -69,8 +71,9 @@ class AnswerFile:
         for number, line in enumerate(raw[:whole].splitlines(), 1):
             try:
                 row = json.loads(line)
+                refuse_changed(row)
                 key, one = row["key"], Written(sum(row[TARGETS]), row["finished"], len(row[IDS]))
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, AttributeError):
                 fix = "delete the line, and its answer is written again"
                 raise UserError(f"{self.option}: {self.path}:{number} is damaged; {fix}") from None
             if key in self.written:
@@ -82,17 +85,19 @@ class AnswerFile:
                 "name another file"
             )
         if whole < len(raw):
+            info(f"{self.path}: {len(raw) - whole:,} bytes of a last line that is not finished are removed; its answer is written again")
             os.truncate(self.path, whole)
             sync(self.path)
 
     def add(self, rows: Sequence[dict[str, Any]]) -> None:
         """Add rows, each with its `key`, and wait until they are on the disk."""
-        append(self.path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        sealed = (row | {ROW_CHECKSUM: row_checksum(row)} for row in rows)
+        append(self.path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in sealed))
         self.written |= {row["key"]: Written(sum(row[TARGETS]), row["finished"], len(row[IDS])) for row in rows}
 
     def complete(self) -> None:
-        """Say that all that was asked for is there."""
-        write_sealed(about_path(self.path), self.about | {"settings": self.settings, "complete": True})
+        """Say that all that was asked for is there, and how many answers that are."""
+        write_sealed(about_path(self.path), self.about | {"settings": self.settings, "complete": True, "answers": len(self.written)})
 
 
 def refuse_foreign(path: Path, option: str) -> dict[str, Any] | None:
@@ -112,7 +117,7 @@ def about_path(path: Path) -> Path:
 
 
 def read_about(path: Path) -> dict[str, Any] | None:
-    """The sidecar of a file of answers: `settings`, `complete`, `writer` and `learnt_from`. None for any other file; UserError if it is damaged."""
+    """The sidecar of a file of answers: `settings`, `complete`, `answers` if it is, `writer` and `learnt_from`. None for any other file; UserError if it is damaged."""
     sidecar = about_path(path)
     try:
         found = read_sealed(sidecar)

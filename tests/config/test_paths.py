@@ -131,6 +131,15 @@ def test_missing_inputs_are_named_with_line_and_absolute_path(place, tmp_path):
     assert place("teacher: {model: ./t}\nloss: {kd_ratio: 0}", check_inputs=True)  # no teacher is loaded
 
 
+def test_a_link_that_leads_nowhere_is_called_so(place, tmp_path):
+    for name, to in (("nowhere", "gone"), ("loop", "loop")):
+        (tmp_path / "recipes" / name).symlink_to(to)
+        found = problem(place, f"teacher: {{model: ./{name}}}", check_inputs=True)
+        assert found == (
+            f"../recipes/r.yaml:4: teacher.model: {tmp_path}/recipes/{name} is a link that leads nowhere; fix it, or name what it should lead to"
+        )
+
+
 def test_an_earlier_stage_that_was_not_run_is_named(place, tmp_path):
     place("output_dir: runs/first", name="../recipes/1_teacher.yaml")
     text = 'teacher: {model: "{cwd}/runs/first/adapter"}'

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from llmkd import cli
+from llmkd import cli, console
 from llmkd.config import loader, schema
 from llmkd.config.dotted import flatten
 from llmkd.config.recipe import DIVERGENCES, Recipe
@@ -138,6 +138,17 @@ BAD = [
 @pytest.mark.parametrize(("text", "start", "words"), BAD)
 def test_a_bad_setting_is_named(refused, text, start, words):
     found(refused(BASE + text + "\n"), (start, *words))
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("data.train.path", "b\udcff.jsonl"), ("student.lora.target_modules", ["q", "\udce9"]), ("data.train.fields", {"\udcff": "a"})],
+)
+def test_a_file_name_that_is_not_utf8_is_refused_in_one_line(refused, setting, value):
+    """As Python gives it: of arguments in a locale without UTF-8, too."""
+    (problem,) = refused(BASE, {setting: value})
+    assert problem.startswith(f"--{setting}") and "which is not UTF-8; rename the file, or set a locale with UTF-8" in problem
+    assert console.printable(problem).isascii()
 
 
 @pytest.mark.parametrize("text", ["NaN", "inf", "8.5e"])

@@ -13,6 +13,7 @@ from llmkd.data.encoding import encode as encoding
 from llmkd.data.encoding.token_rows import vocabulary_hash
 from llmkd.data.prompt_files import read_prompts
 from llmkd.data.reading.sources import read_source
+from llmkd.data.reading.token_columns import row_checksum
 from llmkd.data.stream import StreamSource
 from llmkd.errors import UserError
 from tests.kit.data import encode, rows_of, same, talk, tiny
@@ -271,7 +272,37 @@ def test_the_same_rows_in_training_and_held_out_are_warned_of(tmp_path, capsys):
     assert "are the same data" in capsys.readouterr().err
 
 
+def rolled(**changes) -> dict:
+    """A row as `llmkd roll` writes it, and what was changed of it since."""
+    row = {"prompt": "a", "answer": "b", "finished": True, "key": "c", "tokenizer": "t", "input_ids": IDS, "loss_mask": [0, 0, 1, 1, 0]}
+    return row | {"row_checksum": row_checksum(row)} | changes
+
+
 def test_what_llmkd_itself_writes_beside_the_tokens_is_not_listed_as_unread(tmp_path):
-    row = {"prompt": "a", "answer": "b", "finished": True, "key": "c", "topic": "d", "input_ids": IDS, "loss_mask": [0, 0, 1, 1, 0]}
-    (tmp_path / "t.jsonl").write_text(json.dumps(row) + "\n")
+    (tmp_path / "t.jsonl").write_text(json.dumps(rolled(topic="d")) + "\n")
     assert dict(read_source(Source(path=str(tmp_path / "t.jsonl"), format="tokens"), "data.train").unread) == {"topic": 1}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"input_ids": [*IDS[:-1], IDS[-1] + 1]},
+        {"loss_mask": [0, 1, 1, 1, 0]},
+        {"finished": False},
+        {"key": "d"},
+        {"row_checksum": "0" * 16},
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+def test_a_row_that_changed_since_it_was_rolled_is_refused_until_that_is_said_to_be_meant(tmp_path, changes):
+    def found(row: dict, **source) -> list[dict]:
+        (tmp_path / "t.jsonl").write_text(json.dumps(row) + "\n")
+        return read_source(Source(path=str(tmp_path / "t.jsonl"), format="tokens", **source), "data.train").rows
+
+    with pytest.raises(UserError, match=r"t.jsonl:1: the row is not what llmkd roll wrote \(another row_checksum\); remove it"):
+        found(rolled(**changes))
+    assert found(rolled(**changes), ignore=("row_checksum",))
+    assert found(rolled(prompt="other", answer=None)), "what is for people alone"
+    shorter = rolled(**changes)
+    del shorter["prompt"], shorter["row_checksum"]
+    assert found(shorter)

@@ -237,6 +237,17 @@ FILES = [
         "eval/test_compare.py::test_a_damaged_file_is_named_with_its_line eval/test_compare.py::test_edited_items_are_refused",
     ),
     Row(
+        "a row of answers that has changed since `llmkd roll` wrote it",
+        "refused with its line, by roll and by every run",
+        "data/test_token_rows.py::test_a_row_that_changed_since_it_was_rolled_is_refused_until_that_is_said_to_be_meant "
+        "rollouts/test_answer_file.py::test_what_cannot_be_gone_on_with_is_refused_and_left_as_it_is",
+    ),
+    Row(
+        "a file of answers with more or fewer rows than were written",
+        "named",
+        "training/test_rolled_data.py::test_a_file_with_more_or_fewer_rows_than_were_written_is_named",
+    ),
+    Row(
         "a torn last line of metrics",
         "left out; what is before stays",
         "test_files.py::test_a_line_that_a_kill_cut_short_is_left_out",
@@ -430,6 +441,16 @@ SETTINGS = [
         "characters of a terminal, or line breaks, in a name that a message quotes",
         "shown as \\x1b and \\n, on one line",
         "config/test_settings.py::test_a_name_with_characters_of_a_terminal_stays_one_line_that_shows_them",
+    ),
+    Row(
+        "a name of a file, or an argument, that is not UTF-8",
+        "refused with its setting, in any locale",
+        "config/test_settings.py::test_a_file_name_that_is_not_utf8_is_refused_in_one_line",
+    ),
+    Row(
+        "a link that leads nowhere, or to itself",
+        "called so",
+        "config/test_paths.py::test_a_link_that_leads_nowhere_is_called_so",
     ),
     Row(
         "a number that no library can hold",

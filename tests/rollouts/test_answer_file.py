@@ -1,6 +1,7 @@
 """The file of answers: only added to, for one process alone, and nothing that is not its own is touched."""
 
 import json
+import os
 
 import pytest
 
@@ -13,7 +14,8 @@ SETTINGS = {"temperature": 1.0, "top_k": None}
 
 
 def row(key: str, targets: int = 2, finished: bool = True) -> dict:
-    return {"input_ids": [5] * (1 + targets), "loss_mask": [0] + [1] * targets, "finished": finished, "answer": "é\n", "key": key}
+    tokens = {"input_ids": [5] * (1 + targets), "loss_mask": [0] + [1] * targets, "tokenizer": "t"}
+    return tokens | {"finished": finished, "answer": "é\n", "key": key}
 
 
 @pytest.fixture
@@ -32,10 +34,10 @@ def test_what_is_added_is_read_again_and_kept_byte_for_byte(file):
         again.add([row("c")])
         again.complete()
     assert file.path.read_bytes().startswith(then)
-    assert read_about(file.path) == ABOUT | {"settings": SETTINGS, "complete": True}
+    assert read_about(file.path) == ABOUT | {"settings": SETTINGS, "complete": True, "answers": 3}
 
 
-def test_a_part_of_a_last_line_is_removed_also_where_it_is_a_whole_object(file):
+def test_a_part_of_a_last_line_is_removed_also_where_it_is_a_whole_object(file, capsys):
     with file.open(["a", "b"]):
         file.add([row("a")])
     whole = file.path.read_bytes()
@@ -44,6 +46,7 @@ def test_a_part_of_a_last_line_is_removed_also_where_it_is_a_whole_object(file):
         again = AnswerFile(file.path, SETTINGS, ABOUT)
         with again.open(["a", "b"]):
             assert list(again.written) == ["a"] and file.path.read_bytes() == whole
+        assert f"a.jsonl: {len(part)} bytes of a last line that is not finished are removed" in capsys.readouterr().err
 
 
 def test_what_cannot_be_gone_on_with_is_refused_and_left_as_it_is(file):
@@ -60,6 +63,11 @@ def test_what_cannot_be_gone_on_with_is_refused_and_left_as_it_is(file):
     refused("with top_k None, not 3", {"temperature": 1.0, "top_k": 3})
     refused("holds 1 answers that are not asked for", asked=("a", "c"))
     lines = file.path.read_bytes().splitlines(keepends=True)
+    for column, other in (("input_ids", b"[5, 6, 5]"), ("loss_mask", b"[0, 0, 1]"), ("finished", b"false"), ("key", b'"c"')):
+        now = json.dumps(json.loads(lines[0])[column]).encode()
+        assert lines[0].count(b'"%s": %s' % (column.encode(), now)) == 1
+        file.path.write_bytes(lines[0].replace(b'": ' + now, b'": ' + other) + lines[1])
+        refused(r"a.jsonl:1 is damaged; delete the line")
     file.path.write_bytes(lines[0] + lines[0])
     refused(r"a.jsonl:2 has the answer of an earlier line")
     file.path.write_bytes(b'{"key": "a"}\n' + lines[1] + b"{")
@@ -68,6 +76,13 @@ def test_what_cannot_be_gone_on_with_is_refused_and_left_as_it_is(file):
     refused("roll.json: is damaged or cannot be read")
     about_path(file.path).unlink()
     refused("holds something else than answers of llmkd roll")
+
+
+def test_a_pipe_of_its_name_is_refused(file):
+    file.path.parent.mkdir()
+    os.mkfifo(file.path)
+    with pytest.raises(UserError, match=r"a.jsonl cannot be written \(it is a pipe or a device, not a file\)"), file.open([]):
+        pass
 
 
 def test_two_processes_cannot_write_to_it(file):

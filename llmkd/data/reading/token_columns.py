@@ -3,6 +3,8 @@
 The columns are those of transformers, TRL, torchtune and axolotl. Labels stand where the tokens are: llmkd itself moves them by one.
 """
 
+import hashlib
+import json
 from collections.abc import Iterator
 from typing import Any
 
@@ -16,6 +18,9 @@ _MASKS = ("loss_mask", "completion_mask", "assistant_masks")
 _BEGINNINGS = ("position_ids", "seq_lengths")
 _COUNTED = ("input_ids", "labels", *_BEGINNINGS)  # the others say yes or no
 
+#: In rows that `llmkd roll` wrote: the checksum, and what it is of. The other columns are for people.
+ROW_CHECKSUM, _SEALED = "row_checksum", ("input_ids", "loss_mask", "tokenizer", "finished", "key")
+
 #: In words of an error: how a row says which of its tokens are targets.
 HOW_MASKED = "set fields: {{loss_mask: {0}}} if it is 1 at targets and 0 elsewhere"
 
@@ -27,10 +32,26 @@ def read_tokens(row: dict, theirs: dict[str, str], place: str, problems: ErrorCo
     `theirs`: the file's own names of the columns. What is wrong is added to `problems`; the row is then without targets.
     """
     try:
+        refuse_changed(row)
         return _tokens(row, {c: theirs.get(c, c) for c in ("input_ids", *_MASKS, "labels", "attention_mask", *_BEGINNINGS)})
     except ValueError as error:
         problems.add(f"{place}: {error}")
         return {"input_ids": np.zeros(0, np.int32), "loss_mask": np.zeros(0, bool), "lengths": np.zeros(1, np.int64)}
+
+
+def row_checksum(row: dict[str, Any]) -> str:
+    """Of the columns of an answer that count, 16 hex digits."""
+    return hashlib.blake2b(json.dumps([row[column] for column in _SEALED]).encode(), digest_size=8).hexdigest()
+
+
+def refuse_changed(row: dict[str, Any]) -> None:
+    """ValueError for a row that is not as `llmkd roll` wrote it. Not looked at: rows without a checksum or with a column less, rows of a .csv."""
+    known = row.keys() >= {ROW_CHECKSUM, *_SEALED} and isinstance(row["input_ids"], list)
+    if known and row[ROW_CHECKSUM] != row_checksum(row):
+        raise ValueError(
+            f"the row is not what llmkd roll wrote (another {ROW_CHECKSUM}); remove it, and roll writes it again, or after a change of your own list "
+            f"{ROW_CHECKSUM} under ignore"
+        )
 
 
 def _tokens(row: dict, names: dict[str, str]) -> dict[str, Any]:
