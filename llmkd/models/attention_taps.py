@@ -8,9 +8,8 @@ from torch import Tensor
 from ..batch import View
 from ..errors import UserError, brief
 from ..signals import AttentionInputs
-from . import attention
-from .families import layers_of
 from .language_model import LanguageModel
+from .outline import listed_layers, show_attention
 from .probe import probe_ids, relative_gap
 from .startup_checks import tolerance
 from .taps import watched
@@ -27,17 +26,10 @@ def enable_taps(model: LanguageModel, layers: Iterable[int], setting: str, packi
     """
     base, layers = model.base_model, sorted(layers)
     family, leave = f"{setting} ({base.config.model_type})", "leave loss.attention out"
-    modules = layers_of(base)
-    if modules is None:
-        raise UserError(f"loss.attention.layers: {family} does not keep its layers in a list; {leave}")
+    modules = listed_layers(base, setting)
     if outside := [number for number in layers if not 1 <= number <= len(modules)]:
         raise UserError(f"loss.attention.layers: found layer {outside[0]}, and {family} has layers 1 to {len(modules)}")
-    packed = not packing or model.capabilities.packed_attention
-    if not (packed and attention.enable(base)) and not attention.enable_own(base):
-        raise UserError(
-            f"loss.attention: {family} uses an attention of its own (chunks, sinks, other biases or none at all), whose queries and keys "
-            f"llmkd does not see; {leave}, or use another model"
-        )
+    show_attention(base, setting, not packing or model.capabilities.packed_attention)
     found: dict[int, list[tuple[AttentionInputs, Tensor]]] = {number: [] for number in layers}
     ids_BT = probe_ids(model.head.vocab, model.device)
     view, training = View({"input_ids": ids_BT}, torch.arange(ids_BT.numel(), device=ids_BT.device)), model.training

@@ -18,9 +18,9 @@ from ..console import warn
 from ..errors import UserError, brief
 from ..signals import Taps
 from . import attention
-from .families import layers_of
 from .language_model import Capabilities, LanguageModel
 from .last_layer import enable_if_exact
+from .outline import listed_layers, not_one_tensor
 from .probe import largest_difference, probe_ids, relative_gap
 
 _ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-4}
@@ -214,9 +214,7 @@ def layer_widths(model: LanguageModel, layers: Sequence[int], setting: str) -> d
 
     setting   the model's name in the recipe, for messages
     """
-    which, modules = f"{setting} ({model.base_model.config.model_type})", layers_of(model.base_model)
-    if modules is None:
-        raise UserError(f"{which} does not keep its layers in a list, so that its hidden states cannot be read; use another model")
+    which, modules = f"{setting} ({model.base_model.config.model_type})", listed_layers(model.base_model, setting)
     if beyond := [n for n in sorted(layers) if not 0 <= n <= len(modules)]:
         raise UserError(
             f"{which} has {len(modules)} layers: layer {beyond[0]} was asked for, and expected is 0 (embeddings) to {len(modules)}"
@@ -237,7 +235,7 @@ def layer_widths(model: LanguageModel, layers: Sequence[int], setting: str) -> d
         gaps = [relative_gap([one], [hidden_NH]) for one in known if hidden_NH is not None and one.shape == hidden_NH.shape]
         checked = min(gaps, default=math.inf) <= tolerance(model) or number in (0, len(modules))  # some families do not list both ends
         if hidden_NH is None or hidden_NH.ndim != 2 or not checked:
-            raise UserError(f"{which} does not pass its hidden states from layer to layer as one tensor; use another model")
+            raise not_one_tensor(model.base_model, setting)
     return {number: hidden_NH.shape[-1] for number, hidden_NH in taken.items()}
 
 

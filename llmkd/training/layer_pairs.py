@@ -1,10 +1,16 @@
-"""Pairs of layers, and what of `loss.features` and `loss.attention` is refused before a model is loaded. No torch here."""
+"""Pairs of layers, and what of `loss.features` and `loss.attention` is refused before a model is loaded. Torch is loaded for outlines alone."""
+
+import math
+from typing import TYPE_CHECKING
 
 from ..config.features import Features, feature_problems
 from ..config.terms import AttentionLoss, Layers, layer_pairs
 from ..data.examples import Examples
 from ..errors import UserError
 from ..model_folder.files import attention_heads, layers_of, width_of
+
+if TYPE_CHECKING:
+    from ..signals import AttentionInputs
 
 #: With fewer for each dimension a linear map fits any teacher.
 LEAST_PER_DIMENSION = 2
@@ -34,6 +40,56 @@ def refuse_heads(settings: AttentionLoss, student: int, teacher: int) -> None:
             f"loss.attention.what: found maps, and the student has {student} heads and the teacher {teacher}; set loss.attention.heads: mean, "
             "or what: relations"
         )
+
+
+def refuse_inputs(settings: AttentionLoss, student: "AttentionInputs", teacher: "AttentionInputs") -> None:
+    """UserError for what two layers' attention computes with that cannot be compared: other heads, or widths that relation heads do not divide."""
+    refuse_heads(settings, student.query.shape[1], teacher.query.shape[1])
+    widths = [x.shape[1] * x.shape[3] for one in (student, teacher) for x in (one.query, one.key, one.value)]
+    if settings.parts and any(width % settings.parts for width in widths):
+        common = math.gcd(*widths)
+        fit = ", ".join(str(n) for n in range(1, common + 1) if common % n == 0)
+        shown = " and ".join(", ".join(map(str, three)) for three in (widths[:3], widths[3:]))
+        raise UserError(
+            f"loss.attention.relation_heads: found {settings.parts}, which does not divide the widths of queries, keys and values ({shown} in student "
+            f"and teacher); these do: {fit}"
+        )
+
+
+def refuse_by_outline(features: Features | None, attention: AttentionLoss | None, setting: str, configs: dict[str, dict]) -> None:
+    """UserError for what two models lack inside, as far as they show it when they are built without weights. It loads torch.
+
+    setting   the teacher's name in the recipe: teacher, or teacher.0, ...
+    configs   by setting: student.model, teacher.model, ...
+    """
+    from ..models.outline import listed_layers, not_one_tensor, outline, shapes_inside, show_attention
+    from ..signals import Taps
+
+    names = "student.model", f"{setting}.model"
+    models = [outline(configs[name]) if name in configs else None for name in names]
+    both = [(name, model) for name, model in zip(names, models, strict=True) if model is not None]
+    depths = [len(listed_layers(model, name)) for name, model in both]
+    for name, model in both if attention else ():
+        show_attention(model, name)
+    if len(both) < 2:
+        return
+    compared = pairs_of(features.layers, "loss.features.layers", *depths) if features else ()
+    attended = pairs_of(attention.layers, "loss.attention.layers", *depths) if attention else ()
+    found = []
+    for side, (name, model) in enumerate(both):
+        inside = shapes_inside(model, Taps(*(frozenset(pair[side] for pair in pairs) for pairs in (compared, attended))))
+        if inside is None:
+            return
+        if any(hidden.ndim != 2 for hidden in inside[0].values()):
+            raise not_one_tensor(model, name)
+        found.append(inside)
+    (ours, our_inputs), (theirs, their_inputs) = found
+    for one, other in compared:
+        if one in ours and other in theirs:
+            refuse_features(features, (depths[0], ours[one].shape[1]), (depths[1], theirs[other].shape[1]))
+    for one, other in attended:
+        if one in our_inputs and other in their_inputs:
+            refuse_inputs(attention, our_inputs[one], their_inputs[other])
 
 
 def check_features(features: Features | None, setting: str, configs: dict[str, dict], train: Examples) -> None:

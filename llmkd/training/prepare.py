@@ -50,7 +50,7 @@ from ..model_folder.weights import modules_are_named
 from ..output.run_files import LAYERS
 from ..teachers.resolve import SignalUse, TeacherSource, check_cache, check_coverage, provenance, resolve_teachers, with_answers
 from ..teachers.served_models import refuse_absent
-from .layer_pairs import check_features, refuse_attention
+from .layer_pairs import check_features, refuse_attention, refuse_by_outline
 from .rolled_data import report_writers
 
 MODELS = ("the student", "the teacher")  # how the names of models begin in `Prepared.identity`
@@ -160,11 +160,14 @@ def prepare(recipe: Recipe, open_caches: bool = True, layers: tuple[int, ...] | 
 def check_terms(recipe: Recipe, configs: dict[str, dict], train: Examples) -> None:
     """UserError, before a model is loaded, where models of such configurations, or the training data, do not have what terms that compare
     layers need. `configs`: by setting."""
-    if recipe.loss.attention:
+    features, attention = recipe.loss.features, recipe.loss.attention
+    if attention:
         teacher = with_setting_names(recipe.teacher, "teacher")[0][0]
-        refuse_attention(recipe.loss.attention, configs["student.model"], configs.get(f"{teacher}.model", {}))
+        refuse_attention(attention, configs["student.model"], configs.get(f"{teacher}.model", {}))
         refuse_second_view(train)
-    check_features(recipe.loss.features, feature_teacher(recipe.loss.features, recipe.teacher), configs, train)
+    check_features(features, feature_teacher(features, recipe.teacher), configs, train)
+    if features or attention:
+        refuse_by_outline(features, attention, feature_teacher(features, recipe.teacher) or teacher, configs)
 
 
 def with_layers(

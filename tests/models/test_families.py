@@ -20,9 +20,6 @@ from llmkd.signals import Dense, Taps
 from tests.kit.families import V, tiny
 from tests.models.test_last_layer import gap, results, view
 
-#: The names of the norm between the last layer and the head; what has none of them has no norm there.
-FINAL_NORM = ("norm", "ln_f", "final_layernorm", "final_layer_norm", "final_norm", "embedding_norm", "out_norm", "norm_f", "layernorm")
-
 REAL = V - 6  # the tokenizer's entries; the model's head is padded
 
 #: Families whose head is known, and what stands between product and logits there: (scale, soft cap).
@@ -122,23 +119,33 @@ def test_the_fused_path_equals_the_models_own_logits(family, capsys):
     compare_taps(model)
 
 
-def compare_taps(model: LanguageModel) -> None:
-    """The states inside are transformers' own before the last layer's; that one's are what the final norm, or the head, reads."""
-    (on, _), layers, seen = batch(), layers_of(model.base_model), {}
-    L = len(layers)
-    for norm in (module for name, module in decoder_of(model.base_model).named_children() if name in FINAL_NORM):
-        norm.register_forward_pre_hook(lambda module, args: seen.update(read=args[0].flatten(0, 1)[on.rows_N]))
+#: Families that do not list the embeddings among their hidden states.
+FROM_THE_FIRST_LAYER = ("mamba", "mamba2", "falcon_mamba", "rwkv")
+#: Families whose layers hand on something else than transformers lists as hidden states, or that do not give these for a batch of text alone.
+NOT_TAPPED = ("deepseek_v4", "gemma3n_text", "hrm_text", "hy_v4", "longcat_flash")
+
+
+def compare_taps(model: LanguageModel, rtol: float = 1e-10) -> None:
+    """The states inside are transformers' own before the last layer's; that one's are what is called next in the body, or the head, reads."""
+    (on, _), layers, read = batch(), layers_of(model.base_model), []
+    L, family = len(layers), model.base_model.config.model_type
+    hooks = [layers[-1].register_forward_hook(lambda *_: read.clear())]
+    for norm in (module for name, module in decoder_of(model.base_model).named_children() if module is not layers):
+        hooks.append(norm.register_forward_pre_hook(lambda module, args: read.append(args[0]) if args else None))
     with torch.no_grad():
         outputs = model.outputs(on, Taps(frozenset(range(L + 1))))
-        before_norm = seen.get("read", outputs.hidden_NH)
+        before_norm = read[0].flatten(0, 1)[on.rows_N] if read else outputs.hidden_NH
+        for hook in hooks:
+            hook.remove()
         own = model.base_model(**on.inputs, output_hidden_states=True, use_cache=False).hidden_states
     own = [hidden_BTH.flatten(0, 1)[on.rows_N] for hidden_BTH in own]
     assert len(own) == L + 1 and sorted(outputs.layers) == list(range(L + 1))
-    first = model.base_model.config.model_type == "mamba2"  # it does not list the embeddings
-    for n in range(first, L):
-        assert_close(outputs.layers[n], own[n - first], rtol=1e-10, atol=1e-10)
-    assert_close(outputs.layers[L], before_norm, rtol=1e-10, atol=1e-10)
-    assert layer_widths(model, range(L + 1), "student.model") == dict.fromkeys(range(L + 1), 32)
+    first = family in FROM_THE_FIRST_LAYER
+    for n in range(first, L + first):
+        assert_close(outputs.layers[n], own[n - first], rtol=rtol, atol=rtol)
+    assert_close(outputs.layers[L], before_norm, rtol=rtol, atol=rtol)
+    widths = layer_widths(model, range(L + 1), "student.model")
+    assert widths == {number: one.shape[1] for number, one in outputs.layers.items()}
 
 
 def compare_last_layer(model: LanguageModel) -> None:
@@ -201,8 +208,9 @@ def test_packing_is_refused_where_examples_see_one_another(family):
 
 @pytest.mark.slow
 def test_every_other_causal_family_of_transformers_is_right_or_refused():
-    """Those that can be built this small: none may be silently wrong, and the last layer at the targets alone is exact or left out."""
-    compared, refused, unbuilt, shortened = [], [], [], []
+    """Those that can be built this small: none may be silently wrong, the last layer at the targets alone is exact or left out, and the states inside
+    are transformers' own or refused."""
+    compared, refused, unbuilt, shortened, tapped = [], [], [], [], []
     for family in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.keys() - KNOWN.keys()):
         try:
             model = language_model(family)
@@ -216,8 +224,16 @@ def test_every_other_causal_family_of_transformers_is_right_or_refused():
             continue
         compare_with_own(model, 1e-3)
         compare_last_layer(model)
+        if family in NOT_TAPPED:
+            with pytest.raises(UserError, match=f"({family})"):
+                layer_widths(model, range(3), family)
+        else:
+            compare_taps(model)
+            tapped.append(family)
         compared.append(family)
         shortened += [family] if model.capabilities.last_layer else []
-    print(f"compared {len(compared)}, refused {len(refused)}: {refused}; not built {len(unbuilt)}: {unbuilt}")
-    assert len(compared) >= 70 and len(shortened) >= 50
+    print(
+        f"compared {len(compared)}, hidden states of {len(tapped)}, refused {len(refused)}: {refused}; not built {len(unbuilt)}: {unbuilt}"
+    )
+    assert len(compared) >= 70 and len(shortened) >= 50 and len(tapped) == len(compared) - len(set(NOT_TAPPED) & set(compared))
     assert all("tokens after it" in text or "fails on a first small batch" in text for text in refused)

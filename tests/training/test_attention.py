@@ -127,10 +127,11 @@ def test_rows_with_a_context_for_the_teacher_are_refused(make_recipe, tmp_path):
         prepare(make_recipe(**changes))
 
 
-def test_relation_heads_that_do_not_divide_the_widths_are_refused_with_those_that_do(make_recipe):
-    recipe = make_recipe(**{"loss.attention": {"what": "relations"}})
-    with pytest.raises(UserError, match=r"found 32, .*\(16, 16, 16 and 24, 24, 24 in student and teacher\); these do: 1, 2, 4, 8$"):
-        run(recipe)
+def test_relation_heads_that_do_not_divide_the_widths_are_refused_before_a_model_is_loaded(make_recipe, world):
+    for teacher in ({}, {"teacher": [{"model": str(world / "adapter")}]}):
+        recipe = make_recipe(**teacher, **{"loss.attention": {"what": "relations"}})
+        with pytest.raises(UserError, match=r"found 32, .*\(16, 16, 16 and 24, 24, 24 in student and teacher\); these do: 1, 2, 4, 8$"):
+            prepare(recipe)
 
 
 @pytest.mark.parametrize(
