@@ -10,6 +10,8 @@ LISTED, ANSWERS, SERVED, RUNS = (
     "training/test_served_run.py",
 )
 
+EARLY = "test_cli.py::test_what_is_missing_or_cannot_be_written_to_is_said_before_torch_is_loaded"
+
 FAULTS = [
     *in_file(
         "llmkd/servers/client.py",
@@ -109,6 +111,30 @@ FAULTS = [
             "                if self.stop_asked():\n",
             "                if False:\n",
             SERVED,
+        ),
+    ),
+    *in_file(
+        "llmkd/teachers/served_models.py",
+        (
+            "answers-forgotten",
+            "a server is needed though all answers are kept",
+            "return any(_model_of(folder",
+            "return False and any(_model_of(folder",
+            "training/test_served_run.py::test_each_example_is_asked_once_over_epochs_validation_resume_and_runs",
+        ),
+    ),
+    *in_file(
+        "llmkd/config/loader.py",
+        ("key-late", "a missing key is said after the data are read", "problems += _missing_keys(recipe, where)", "pass", EARLY),
+    ),
+    *in_file(
+        "llmkd/training/prepare.py",
+        (
+            "server-late",
+            "a missing server is said after the data are read",
+            "refuse_absent(used_teachers(recipe), recipe.data)",
+            "pass",
+            EARLY,
         ),
     ),
     *in_file(
