@@ -242,7 +242,7 @@ def why_alone(recipe: Recipe, files: ModelFiles | None) -> str | None:
     if recipe.student.method == "full":
         return "full fine-tuning changes the base"
     if writes(recipe.on_policy):
-        return "its student writes a part of its data itself"
+        return "a part of its data is written while it trains"
     config = read_json(files.adapter / "adapter_config.json", "student.model") if files.adapter else {}
     if config.get("modules_to_save") or (recipe.student.lora and recipe.student.lora.modules_to_save):
         return "modules_to_save changes the base"

@@ -23,6 +23,18 @@ class LongHorizon:
         description="Divide by the number of later tokens, so that long answers are not preferred to short ones. false with gamma 1: the loss then has the "
         "gradient of the reverse KL of whole answers.",
     )
+    teacher_mix: float = fixed(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Share of the teacher while sampling: each token is drawn from this much of the teacher's distribution and the rest of the student's, which keeps weak "
+        "students from rubbish (MiniLLM: 0.2). Importance weights make up for it.",
+    )
+    mix_weights: Literal["token", "product"] = fixed(
+        "token",
+        description="Importance weights with teacher_mix. token: of each token alone (MiniLLM); prefixes and later tokens stay those of the mixture. product: of all tokens up "
+        "to it, in both parts: the gradient is on average that without a mixture, but varies the more the longer the answers.",
+    )
 
 
 @config_dataclass
@@ -88,6 +100,13 @@ class OnPolicy:
         description="Share of the examples of a step whose answers the student writes itself (GKD's lambda): each is drawn by seed, step and example. 0: "
         "none, and the run is that without on_policy. Or a schedule, as for loss.kd_ratio; or {adaptive: {}}, which rises where validation gets worse.",
     )
+    teacher_writes: float = fixed(
+        0.0,
+        ge=0,
+        le=1,
+        description="Share of the examples of a step whose answers the teacher writes at that moment (sequence-level distillation); the student then writes the others that "
+        "share says. Such an answer has no cross-entropy either: the divergence at the teacher's own text is its expectation.",
+    )
     max_new_tokens: Count = fixed(
         MAX_NEW_TOKENS,
         description="Longest of these answers, in tokens. An example whose prompt leaves less room than that within data.max_length keeps the data's answer.",
@@ -140,8 +159,8 @@ def most_at(share: "float | dict[str, Any] | AdaptiveShare", step: int, total_st
 
 
 def writes(settings: OnPolicy | None) -> bool:
-    """Whether the student writes anything in a run."""
-    return settings is not None and settings.share != 0
+    """Whether anything is written in a run, by student or teacher."""
+    return settings is not None and bool(settings.share != 0 or settings.teacher_writes)
 
 
 def on_policy_contradictions(
@@ -163,36 +182,38 @@ def on_policy_contradictions(
     yield from _sampling_contradictions(settings)
     if settings.replay:
         yield from schedule_contradictions(settings.replay.ratio, f"{here}.replay.ratio", 0.0, 1.0, max_steps)
+    if settings.replay and settings.share == 0:
+        yield (f"{here}.replay", f"{here}.share"), "set, but on_policy.share is 0, so the student writes nothing; leave it out"
     if not writes(settings):
-        if settings.replay:
-            yield (f"{here}.replay", f"{here}.share"), "set, but on_policy.share is 0, so the student writes nothing; leave it out"
         return
-    share = (f"{here}.share", here)
+    yield from _teacher_writes_contradictions(settings, teacher)
+    named, who = ("share", "student") if settings.share != 0 else ("teacher_writes", "teacher")
+    share, is_to = (f"{here}.{named}", here), f"the {who} is to write, but"
     if not as_tuple(teacher):
         yield (
             (*share, "teacher"),
-            "the student is to write, but there is no teacher for what it writes; give teacher.model, or set share: 0",
+            f"{is_to} there is no teacher for what is written; give teacher.model, or set {named}: 0",
         )
     elif kd_ratio == 0:
         yield (
             (*share, "loss.kd_ratio"),
-            "the student is to write, but with loss.kd_ratio 0 it learns nothing from that; raise kd_ratio, or set share: 0",
+            f"{is_to} with loss.kd_ratio 0 the student learns nothing from that; raise kd_ratio, or set {named}: 0",
         )
     for path, one in with_setting_names(teacher, "teacher"):
         if one.cache:
             yield (
                 (*share, f"{path}.cache"),
-                f"the student is to write, but {path} is a cache, which knows the data's answers alone; leave {path}.cache out, or set share: 0",
+                f"{is_to} {path} is a cache, which knows the data's answers alone; leave {path}.cache out, or set {named}: 0",
             )
     if data.streaming:
         yield (
             (*share, "data.streaming"),
-            "the student is to write, but data.streaming is true, and prompts are taken from data in memory only",
+            f"{is_to} data.streaming is true, and prompts are taken from data in memory only",
         )
     if data.train_on_input:
         yield (
             (*share, "data.train_on_input"),
-            "the student is to write, but with data.train_on_input prompts are not known from answers; set it to false, or share: 0",
+            f"{is_to} with data.train_on_input prompts are not known from answers; set it to false, or {named}: 0",
         )
     if settings.max_new_tokens >= data.max_length:
         yield (
@@ -204,7 +225,7 @@ def on_policy_contradictions(
     if sources and not any(source.loss.kd for _, source in sources):
         yield (
             (*share, f"{sources[0][0]}.loss.kd"),
-            "the student is to write, but loss.kd of every source is 0, so the teacher has no say there",
+            f"{is_to} loss.kd of every source is 0, so the teacher has no say there",
         )
     texts = [path for path, source in sources if source.format == "text"]
     if texts and settings.prompt_tokens is None:
@@ -220,6 +241,29 @@ def on_policy_contradictions(
         )
 
 
+def _teacher_writes_contradictions(
+    settings: OnPolicy, teacher: Teacher | tuple[Teacher, ...] | None
+) -> Iterator[tuple[tuple[str, ...], str]]:
+    here = "on_policy.teacher_writes"
+    if not settings.teacher_writes:
+        return
+    share = settings.share
+    most = max(share.get("from", 0), share.get("to", 0)) if isinstance(share, dict) else share
+    if isinstance(most, int | float) and most + settings.teacher_writes > 1 + 1e-9:
+        yield (
+            (here, "on_policy.share"),
+            f"found {settings.teacher_writes:g} with a share of {most:g}, and together they are more than all examples; lower one of them",
+        )
+    if len(as_tuple(teacher)) > 1:
+        yield (here, "teacher"), "set with several teachers, and one writes; name one teacher, or write with llmkd roll beforehand"
+    for path, one in with_setting_names(teacher, "teacher"):
+        if one.server:
+            yield (
+                (here, f"{path}.server"),
+                f"set with {path}.server; a teacher in memory writes while the student trains: write with llmkd roll teacher beforehand",
+            )
+
+
 def long_horizon_contradictions(
     settings: OnPolicy, loss, teacher: Teacher | tuple[Teacher, ...] | None, data: Data
 ) -> Iterator[tuple[tuple[str, ...], str]]:
@@ -227,12 +271,28 @@ def long_horizon_contradictions(
     here = "on_policy.long_horizon"
     if settings.long_horizon is None:
         return
-    if not writes(settings):
+    if settings.share == 0:
         yield (here, "on_policy.share"), "set, but on_policy.share is 0, so the student writes nothing; leave it out"
     if settings.replay:
         yield (
             (here, "on_policy.replay"),
             "set with on_policy.replay; it is defined at what the student writes with its present weights: leave one of them out",
+        )
+    if settings.teacher_writes:
+        yield (
+            (here, "on_policy.teacher_writes"),
+            "set with on_policy.teacher_writes, whose answers are no samples of the student; leave one of them out",
+        )
+    ahead = settings.long_horizon
+    if ahead.teacher_mix and len(as_tuple(teacher)) > 1:
+        yield (
+            (f"{here}.teacher_mix", "teacher"),
+            "set with several teachers, and tokens are drawn from a mixture with one; leave it out, or name one teacher",
+        )
+    if ahead.mix_weights != "token" and not ahead.teacher_mix:
+        yield (
+            (f"{here}.mix_weights", f"{here}.teacher_mix"),
+            f"found {ahead.mix_weights} without teacher_mix; leave it out, or give teacher_mix",
         )
     if loss.divergence != "reverse_kl":
         yield (here, "loss.divergence"), f"set with {loss.divergence}; it is a part of the gradient of the reverse KL: use reverse_kl"

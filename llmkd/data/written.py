@@ -25,17 +25,22 @@ class Prompts:
     own        tokens of each prompt, int64 [examples]: all before the first target
     theirs     the same as the teacher reads it, with its context
     may        bool [examples]: the prompt leaves enough room, and the teacher has a say in the example's loss
-    too_long   examples whose prompts leave too little room
+    too_long   bool [examples]: the prompt leaves too little room
     """
 
     own: np.ndarray
     theirs: np.ndarray
     may: np.ndarray
-    too_long: int
+    too_long: np.ndarray
 
     def ids(self, examples: Examples, chosen: Sequence[int]) -> list[list[int]]:
         """The prompts of the examples `chosen`, as the student reads them."""
         return [examples.example(i)[0][: self.own[i]].tolist() for i in chosen]
+
+    def teachers(self, examples: Examples, chosen: Sequence[int]) -> list[list[int]]:
+        """The same as the teacher reads them."""
+        view = examples.teacher_view or examples
+        return [view.example(i)[0][: self.theirs[i]].tolist() for i in chosen]
 
 
 def prompts_of(examples: Examples, places: Sequence[str], room: int, max_length: int, prompt_tokens: int | None) -> Prompts:
@@ -57,20 +62,30 @@ def prompts_of(examples: Examples, places: Sequence[str], room: int, max_length:
     theirs = own if examples.teacher_view is None else _first_targets(examples.teacher_view)
     own, theirs = own + more, theirs + more
     fits = np.maximum(own, theirs) + room <= max_length
-    return Prompts(own, theirs, fits & (examples.weight("kd") != 0), int((~fits).sum()))
+    return Prompts(own, theirs, fits & (examples.weight("kd") != 0), ~fits)
 
 
 def prompts_for(settings: OnPolicy, examples: Examples, places: Sequence[str], max_length: int) -> Prompts:
     """The prompts of the training examples, with a line on how many there are. UserError where no example may be answered."""
     found = prompts_of(examples, places, settings.max_new_tokens, max_length, settings.prompt_tokens)
     count, every = int(found.may.sum()), len(examples)
-    too_long = f"{found.too_long} of {every} prompts leave less room than on_policy.max_new_tokens ({settings.max_new_tokens}) within data.max_length ({max_length})"
+    long = int(found.too_long.sum())
+    too_long = f"{long} of {every} prompts leave less room than on_policy.max_new_tokens ({settings.max_new_tokens}) within data.max_length ({max_length})"
     if not count:
         raise UserError(
             f"on_policy: there is no example whose answer the student could write: {too_long}; lower max_new_tokens, or raise data.max_length"
         )
-    info(f"on_policy: the student may write the answers of {count} of {every} examples" + (f"; {too_long}" if found.too_long else ""))
+    info(f"on_policy: the student may write the answers of {count} of {every} examples" + (f"; {too_long}" if long else ""))
     return found
+
+
+def refuse_mix(settings: OnPolicy, examples: Examples) -> None:
+    """UserError where tokens are to be drawn from student and teacher together, and the two read different prompts."""
+    if settings.long_horizon and settings.long_horizon.teacher_mix and examples.teacher_view is not None:
+        raise UserError(
+            "on_policy.long_horizon.teacher_mix: set with rows that have a teacher_context, and tokens are drawn from the mixture of what both models say after "
+            "the same prompt; leave one of them out"
+        )
 
 
 def refuse_replay(settings: OnPolicy, batch_size: int, total_steps: int) -> None:

@@ -17,6 +17,12 @@ def choose(logits_BV: Tensor, places: Sequence[tuple[int, int]], sampling: Sampl
     return inverse_cdf(probabilities(logits_BV, sampling), drawn_B.to(logits_BV.device))
 
 
+def mixed(logits_BV: Tensor, other_BV: Tensor, share: float) -> Tensor:
+    """Log-probabilities of share p + (1 - share) q, float64 [B, V]; q: softmax of `logits_BV`, p: of `other_BV`."""
+    q_BV, p_BV = (torch.softmax(one.double(), -1) for one in (logits_BV, other_BV))
+    return (share * p_BV + (1 - share) * q_BV).log()
+
+
 def probabilities(logits_BV: Tensor, sampling: Sampling) -> Tensor:
     """What tokens are drawn from, float64 [B, V]: not renormalised, 0 where a token is cut off."""
     p_BV = torch.softmax(logits_BV.double() / sampling.temperature, -1)

@@ -6,14 +6,15 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
+from torch import Tensor
 
 from ..errors import UserError
 from ..model_folder.files import positions
 from ..model_folder.generation import stops_at
 from ..models.language_model import LanguageModel
-from .draw import choose, entropy
+from .draw import choose, entropy, mixed
 from .sampling import Sampling
-from .way import Inputs, Way, way_of
+from .way import Inputs, way_of
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,14 @@ class Completion:
     ids: tuple[int, ...]
     finished: bool
     entropy: float | None = field(default=None, compare=False)
+
+
+@dataclass(frozen=True)
+class Mix:
+    """Each token is drawn from share p + (1 - share) q, where p is this model's distribution after the same prompt and q that of the model that writes."""
+
+    model: LanguageModel
+    share: float
 
 
 def stops_of(model: LanguageModel) -> set[int]:
@@ -44,6 +53,7 @@ def generate(
     batch_size: int = 8,
     progress: Callable[[list], Iterable] = iter,
     keys: Sequence[int] | None = None,
+    mix: Mix | None = None,
 ) -> list[Completion]:
     """A completion of each prompt, in the model's eval mode; its training mode and torch's random state are as before.
 
@@ -51,6 +61,7 @@ def generate(
     end_ids   a completion ends with the first of these
     progress  wraps the list of batches
     keys      a number from 0 to 2^64 - 1 of each prompt, on which its sample depends; None: their indices
+    mix       another model that has a say in every token
 
     Prompts of like lengths share a batch, as far as the model can take that (`way.py`). Which ones share it changes a completion by rounding alone: what is drawn is a
     function of (seed, key, position in the completion).
@@ -61,10 +72,15 @@ def generate(
     if any(not len(prompt) for prompt in prompts):
         raise ValueError("a prompt has no token")
     found: dict[int, Completion] = {}
-    with _eval_mode(model):
-        way = way_of(model)
-        for batch in progress(_batches([len(prompt) for prompt in prompts], batch_size, way.padded)):
-            found |= _completions(model, way, {i: prompts[i] for i in batch}, [keys[i] for i in batch], sampling, frozenset(end_ids))
+    models = [model, mix.model] if mix else [model]
+    with contextlib.ExitStack() as modes:
+        for one in models:
+            modes.enter_context(_eval_mode(one))
+        ways = [way_of(one) for one in models]
+        for batch in progress(_batches([len(prompt) for prompt in prompts], batch_size, all(way.padded for way in ways))):
+            asked = {i: prompts[i] for i in batch}
+            texts = [_Text(one, list(asked.values()), way.cached) for one, way in zip(models, ways, strict=True)]
+            found |= _completions(texts, mix.share if mix else 0.0, asked, [keys[i] for i in batch], sampling, frozenset(end_ids))
     return [found[i] for i in range(len(prompts))]
 
 
@@ -86,29 +102,50 @@ def _eval_mode(model: LanguageModel) -> Iterator[None]:
         model.train(training)
 
 
+class _Text:
+    """Prompts and what was written to them so far, as one model reads them."""
+
+    def __init__(self, model: LanguageModel, prompts: list[Sequence[int]], cached: bool):
+        self.model, self.cached, self.positions = model, cached, positions(model.base_model.config.to_dict())
+        self.inputs, self.cache = Inputs.of(prompts, model.device), None
+
+    def logits(self) -> Tensor:
+        """Those of the next token of each, [B, V]."""
+        new = slice(None) if self.cache is None else slice(-1, None)
+        logits_BV, self.cache = self.model.next_logits(self.inputs.columns(new), self.cache, self.cached)
+        if logits_BV.isnan().any():
+            where = self.model.base_model.config._name_or_path or self.model.base_model.config.model_type
+            raise UserError(f"{where}: its logits are NaN, so it can write no text; check its weights, or load it in another dtype")
+        return logits_BV
+
+    def add(self, token_B: Tensor) -> None:
+        self.inputs = self.inputs.with_next(token_B.to(self.model.device), self.positions)
+
+
 def _completions(
-    model: LanguageModel,
-    way: Way,
+    texts: list[_Text],
+    share: float,
     prompts: dict[int, Sequence[int]],
     keys: list[int],
     sampling: Sampling,
     end_ids: frozenset[int],
 ) -> dict[int, Completion]:
-    """Completions of a batch of prompts, by their indices. Rows that have ended stay in the batch, and what they go on with is not read."""
-    most = positions(model.base_model.config.to_dict())
+    """Completions of a batch of prompts, by their indices. Rows that have ended stay in the batch, and what they go on with is not read.
+
+    texts  of the model that writes, and of the one with a `share` of its tokens' distribution, if there is one
+    """
+    most = min((text.positions for text in texts if text.positions is not None), default=None)
     room = {i: sampling.max_new_tokens if most is None else min(sampling.max_new_tokens, most - len(ids)) for i, ids in prompts.items()}
     written: dict[int, list[int]] = {i: [] for i in prompts}
     entropies = dict.fromkeys(prompts, 0.0)
-    text, cache = Inputs.of(list(prompts.values()), model.device), None
     while going := [i for i in prompts if len(written[i]) < room[i] and not end_ids.intersection(written[i][-1:])]:
-        logits_BV, cache = model.next_logits(text.columns(slice(None) if cache is None else slice(-1, None)), cache, way.cached)
-        if logits_BV.isnan().any():
-            where = model.base_model.config._name_or_path or model.base_model.config.model_type
-            raise UserError(f"{where}: its logits are NaN, so it can write no text; check its weights, or load it in another dtype")
-        chosen_B = choose(logits_BV, [(key, len(written[i])) for key, i in zip(keys, prompts, strict=True)], sampling)
+        logits_BV, *others = [text.logits() for text in texts]
+        mixed_BV = mixed(logits_BV, others[0].to(logits_BV.device), share) if others else logits_BV
+        chosen_B = choose(mixed_BV, [(key, len(written[i])) for key, i in zip(keys, prompts, strict=True)], sampling)
         for i, token, spread in zip(prompts, chosen_B.tolist(), entropy(logits_BV).tolist(), strict=True):
             if i in going:
                 written[i].append(token)
                 entropies[i] += spread
-        text = text.with_next(chosen_B, most)
+        for text in texts:
+            text.add(chosen_B)
     return {i: Completion(tuple(ids), bool(end_ids.intersection(ids[-1:])), entropies[i] / max(1, len(ids))) for i, ids in written.items()}

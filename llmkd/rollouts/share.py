@@ -13,10 +13,12 @@ class Share:
     An adaptive one (DistiLLM, Ko et al. 2024, arXiv 2402.03898, algorithm 1, as its program has it) is told of every validation: where the
     cross-entropy is as much as `tolerance` above the one it compares with, it rises by `step`, and from then on compares with that one. It
     compares first with that of the first validation. It never falls.
+
+    most   of an adaptive one
     """
 
-    def __init__(self, setting: float | dict[str, Any] | AdaptiveShare, total_steps: int):
-        self.setting, self.total_steps = setting, total_steps
+    def __init__(self, setting: float | dict[str, Any] | AdaptiveShare, total_steps: int, most: float = 1.0):
+        self.setting, self.total_steps, self.most = setting, total_steps, most
         self.adaptive = setting.adaptive if isinstance(setting, AdaptiveShare) else None
         self.rises, self.before = 0, None
 
@@ -26,7 +28,7 @@ class Share:
         return value_at(self.setting, step, self.total_steps)
 
     def _after(self, rises: int) -> float:
-        return min(1.0, self.adaptive.start + self.adaptive.step * rises)
+        return min(self.most, self.adaptive.start + self.adaptive.step * rises)
 
     @property
     def changes(self) -> bool:

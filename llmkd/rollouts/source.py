@@ -18,6 +18,7 @@ from ..console import warn
 from ..data.batch_source import ExampleSource, PlannedSource, Step
 from ..data.examples import Examples, concat
 from ..data.written import Prompts, answered, of_written
+from .generate import Completion
 from .replay import Answer, ReplayBuffer
 from .sampling import Sampling, uniform
 from .share import Share
@@ -37,17 +38,21 @@ class OnPolicySource(ExampleSource):
 
     reads_while_training = True  # weights that are not finite can write nothing: they are noticed in their step
 
-    def __init__(self, planned: PlannedSource, prompts: Prompts, writer: Writer, settings: OnPolicy, vocab: int):
+    def __init__(
+        self, planned: PlannedSource, prompts: Prompts, writer: Writer, settings: OnPolicy, vocab: int, teacher: Writer | None = None
+    ):
+        """`teacher`: writes the answers of `settings.teacher_writes`."""
         if settings.long_horizon:
             planned = copy.copy(planned)
             planned.examples = of_written(planned.examples)
         super().__init__(planned.seed, planned.total_steps, planned.micro_batch_size, planned.collator)
         self.rank, self.ranks, self.device = planned.rank, planned.ranks, planned.device
         self.examples, self.places = planned.examples, planned.places
-        self.planned, self.prompts, self.writer, self.settings = planned, prompts, writer, settings
+        self.planned, self.prompts, self.writer, self.teacher, self.settings = planned, prompts, writer, teacher, settings
+        self.by_teacher = Statistics("written_by_teacher")
         self.sampling, self.statistics = sampling_of(settings, planned.seed), Statistics()
         self.watch, self.vocab = Watch(settings.max_new_tokens, vocab), vocab
-        self.share, self.newest = Share(settings.share, planned.total_steps), 0.0
+        self.share, self.newest = Share(settings.share, planned.total_steps, 1 - settings.teacher_writes), 0.0
         self.replay = ReplayBuffer(settings.replay, planned.seed, planned.total_steps)
 
     def steps(self, done: int = 0) -> "Iterator[tuple[Step, list[Batch]]]":
@@ -61,40 +66,64 @@ class OnPolicySource(ExampleSource):
         for planned in self.planned.schedule(done):
             share = self.newest = self.share.at(planned.number)
             names = _identities(planned.number, [self.examples.content_hash(i) for i in planned.examples])
-            chosen = [
-                n
-                for n, (i, name) in enumerate(zip(planned.examples, names, strict=True))
-                if self.prompts.may[i] and uniform(self.seed, text_key(*name, "is written"), 0) < share
-            ]
-            yield self._written(planned, chosen, names) if chosen else self.resplit(planned)
+            own, theirs = self._drawn(planned, names, share)
+            yield self._written(planned, own, theirs, names) if own or theirs else self.resplit(planned)
 
-    def _written(self, planned: Step, chosen: list[int], names: list[tuple]) -> Step:
-        """The step with the answers of some of its examples, by their places in it, in place of the data's."""
-        asked = [(planned.examples[n], (*names[n], sample)) for n in chosen for sample in range(self.settings.samples)]
+    def _drawn(self, planned: Step, names: list[tuple], share: float) -> tuple[list[int], list[int]]:
+        """The step's examples, by their places in it, whose answers the student writes, and those that the teacher writes."""
+        own, theirs, too_long = [], [], 0
+        for n, (i, name) in enumerate(zip(planned.examples, names, strict=True)):
+            draw = uniform(self.seed, text_key(*name, "is written"), 0)
+            found = own if draw < share else theirs if draw >= 1 - self.settings.teacher_writes else None
+            if found is not None and self.prompts.may[i]:
+                found.append(n)
+            too_long += found is not None and bool(self.prompts.too_long[i])
+        self.statistics.counts["written_prompts_too_long"] += too_long
+        return own, theirs
+
+    def _written(self, planned: Step, own: list[int], theirs: list[int], names: list[tuple]) -> Step:
+        """The step with the answers of some of its examples in place of the data's; see `_drawn`."""
+        asked = self._asked(planned, own, names)
         again = self.replay.draw(planned.number, [text_key(*name, "is fresh") for _, name in asked])
         fresh = [one for one, earlier in zip(asked, again, strict=True) if earlier is None]
         written = iter(self._write(planned.number, fresh))
-        answers = [earlier or next(written) for earlier in again]
+        answers = [(earlier or next(written), "written") for earlier in again]
         self.statistics.counts.update({"written_replayed": len(asked) - len(fresh)} if self.replay.capacity else {})
-        kept = sorted({*range(len(planned.examples))} - {*chosen})
-        whole = [one for one in answers if one.ids]
+        answers += [(one, "written by the teacher") for one in self._write_as_teacher(planned.number, self._asked(planned, theirs, names))]
+        kept = sorted({*range(len(planned.examples))} - {*own, *theirs})
+        whole = [(one, how) for one, how in answers if one.ids]
         indices = [planned.examples[n] for n in kept]
         parts = [self.examples.take(np.array(indices, np.int64))] if indices else []
-        parts += [answered(self.examples, self.prompts, [one.example for one in whole], [one.ids for one in whole])] if whole else []
-        written_at = [f"{self.places[one.example]}, written at step {one.step}" for one in whole]
+        parts += [answered(self.examples, self.prompts, [one.example for one, _ in whole], [one.ids for one, _ in whole])] if whole else []
+        written_at = [f"{self.places[one.example]}, {how} at step {one.step}" for one, how in whole]
         return self._step(planned, parts, [*(self.places[i] for i in indices), *written_at])
 
+    def _asked(self, planned: Step, chosen: list[int], names: list[tuple]) -> list[tuple[int, tuple]]:
+        """The answers that are asked for, each as its example and the name of its text."""
+        return [(planned.examples[n], (*names[n], sample)) for n in chosen for sample in range(self.settings.samples)]
+
     def _write(self, step: int, asked: list[tuple[int, tuple]]) -> list[Answer]:
-        """Answers to the prompts of examples, each with the name of its text, by the present weights."""
-        began = time.monotonic()
-        prompts, keys = self.prompts.ids(self.examples, [i for i, _ in asked]), [text_key(*name) for _, name in asked]
-        found = write_on_all_ranks(self.writer, prompts, keys, self.sampling, self.rank, self.ranks) if asked else []
-        self.statistics.add(found, time.monotonic() - began)
+        """Answers by the student's present weights."""
+        found = self._ask(self.writer, self.prompts.ids(self.examples, [i for i, _ in asked]), asked, self.statistics)
         for text in self.watch.add(found):
             warn(text)
         answers = [Answer(step, i, one.ids) for (i, _), one in zip(asked, found, strict=True)]
         self.replay.add([one for one in answers if one.ids])
         return answers
+
+    def _write_as_teacher(self, step: int, asked: list[tuple[int, tuple]]) -> list[Answer]:
+        found = self._ask(self.teacher, self.prompts.teachers(self.examples, [i for i, _ in asked]), asked, self.by_teacher)
+        return [Answer(step, i, one.ids) for (i, _), one in zip(asked, found, strict=True)]
+
+    def _ask(
+        self, writer: Writer | None, prompts: list[list[int]], asked: list[tuple[int, tuple]], statistics: Statistics
+    ) -> list[Completion]:
+        if not asked:
+            return []
+        began = time.monotonic()
+        found = write_on_all_ranks(writer, prompts, [text_key(*name) for _, name in asked], self.sampling, self.rank, self.ranks)
+        statistics.add(found, time.monotonic() - began)
+        return found
 
     def _step(self, planned: Step, parts: list[Examples], places: list[str]) -> Step:
         source = np.concatenate([np.zeros(0, np.int64), *(part.source for part in parts)])
@@ -118,7 +147,7 @@ class OnPolicySource(ExampleSource):
         return self.planned.max_lengths(step) if step.data is self.examples else super().max_lengths(step)
 
     def measured(self) -> dict[str, float]:
-        return self.statistics.read() | ({"written_share": self.newest} if self.share.changes else {})
+        return self.statistics.read() | self.by_teacher.read() | ({"written_share": self.newest} if self.share.changes else {})
 
     def validated(self, metrics: dict[str, float]) -> None:
         self.share.validated(metrics["ce"])

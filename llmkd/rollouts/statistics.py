@@ -10,8 +10,9 @@ from .generate import Completion
 
 @dataclass
 class Statistics:
-    """Counts answers until they are read, and what else is counted by name."""
+    """Counts answers until they are read, and what else is counted by name. `name`: that of the answers."""
 
+    name: str = "written"
     answers: list[Completion] = field(default_factory=list)
     seconds: float = 0.0
     counts: Counter[str] = field(default_factory=Counter)
@@ -30,17 +31,17 @@ class Statistics:
             return dict(counts)
         tokens, finished = sum(len(one.ids) for one in answers), sum(one.finished for one in answers)
         known = [(one.entropy, len(one.ids)) for one in answers if one.entropy is not None]
-        return {
-            "written": len(answers),
-            "written_cut_off": len(answers) - finished,
-            "written_empty": sum(len(one.ids) <= one.finished for one in answers),
-            "written_finished": finished / len(answers),
-            "written_length": tokens / len(answers),
-            **({"written_entropy": sum(e * n for e, n in known) / max(1, sum(n for _, n in known))} if known else {}),
-            "written_tokens_per_s": round(tokens / max(seconds, 1e-9), 1),
-            "written_seconds": round(seconds, 3),
-            **counts,
+        found = {
+            "": len(answers),
+            "_cut_off": len(answers) - finished,
+            "_empty": sum(len(one.ids) <= one.finished for one in answers),
+            "_finished": finished / len(answers),
+            "_length": tokens / len(answers),
+            **({"_entropy": sum(e * n for e, n in known) / max(1, sum(n for _, n in known))} if known else {}),
+            "_tokens_per_s": round(tokens / max(seconds, 1e-9), 1),
+            "_seconds": round(seconds, 3),
         }
+        return {f"{self.name}{what}": value for what, value in found.items()} | counts
 
 
 WINDOW = 64  # answers that a warning looks at

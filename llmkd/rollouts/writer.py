@@ -7,7 +7,7 @@ from typing import Protocol
 from ..errors import UserError
 from ..models.language_model import LanguageModel
 from ..process.machine_errors import is_out_of_memory
-from .generate import Completion, generate
+from .generate import Completion, Mix, generate
 from .sampling import Sampling
 
 
@@ -28,15 +28,16 @@ class LocalWriter:
 
     end_ids     a completion ends with the first of these
     batch_size  prompts at a time. It changes speed and memory, not the text (in float32 up to rounding): out of memory halves it
+    mix         another model that has a say in every token
     """
 
-    def __init__(self, model: LanguageModel, end_ids: Collection[int], batch_size: int = 32):
-        self.model, self.end_ids, self.batch_size = model, frozenset(end_ids), batch_size
+    def __init__(self, model: LanguageModel, end_ids: Collection[int], batch_size: int = 32, mix: Mix | None = None):
+        self.model, self.end_ids, self.batch_size, self.mix = model, frozenset(end_ids), batch_size, mix
 
     def write(self, prompts: Sequence[Sequence[int]], keys: Sequence[int], sampling: Sampling) -> list[Completion]:
         while True:
             try:
-                return generate(self.model, prompts, sampling, self.end_ids, self.batch_size, keys=keys)
+                return generate(self.model, prompts, sampling, self.end_ids, self.batch_size, keys=keys, mix=self.mix)
             except Exception as error:
                 if not is_out_of_memory(error) or self.batch_size == 1 or len(prompts) < 2:
                     raise

@@ -29,7 +29,7 @@ from ..models.compile import compile_layers, configure_torch_compile
 from ..models.language_model import LanguageModel
 from ..models.load import LoadContext, load_models
 from ..output.run_folder import RunFolder
-from ..rollouts.generate import stops_of
+from ..rollouts.generate import Mix, stops_of
 from ..rollouts.source import OnPolicySource
 from ..rollouts.writer import LocalWriter
 from ..signals import NO_TAPS, Taps, Teacher
@@ -115,7 +115,11 @@ def build_setup(
     own_text = None
     if prepared.prompts:
         writer = local_writer(models[0], prepared, recipe.on_policy.batch_size)
-        source = OnPolicySource(source, prepared.prompts, writer, recipe.on_policy, prepared.vocab)
+        ahead = recipe.on_policy.long_horizon
+        mix = Mix(teacher_models[0], ahead.teacher_mix) if ahead and ahead.teacher_mix else None
+        mixed = local_writer(models[0], prepared, recipe.on_policy.batch_size, mix)
+        by_teacher = local_writer(teacher_models[0], prepared, recipe.on_policy.batch_size) if recipe.on_policy.teacher_writes else None
+        source = OnPolicySource(source, prepared.prompts, mixed, recipe.on_policy, prepared.vocab, by_teacher)
         if prepared.validation_prompts and prepared.validation_prompts.may.any():
             held_out = prepared.validation, prepared.validation_prompts, recipe.on_policy.validation_prompts
             own_text = OwnText.of(*held_out, writer, source.sampling)
@@ -145,9 +149,9 @@ def build_setup(
     return TrainingSetup(prepared, source, teacher, tuple(students), fidelity, done, watch, own_text)
 
 
-def local_writer(student: LanguageModel, prepared: Prepared, batch_size: int) -> LocalWriter:
-    """The student as a writer: its answers end where those of the data do, and where its own generation would."""
-    return LocalWriter(student, {prepared.tokenizer.eos_token_id, *stops_of(student), *prepared.end_tokens}, batch_size)
+def local_writer(model: LanguageModel, prepared: Prepared, batch_size: int, mix: Mix | None = None) -> LocalWriter:
+    """A model as a writer: its answers end where those of the data do, and where its own generation would. `mix`: another that has a say in them."""
+    return LocalWriter(model, {prepared.tokenizer.eos_token_id, *stops_of(model), *prepared.end_tokens}, batch_size, mix)
 
 
 def teacher_probe(prepared: Prepared, micro_batch_size: int, device, setting: str) -> list[Batch]:
@@ -338,7 +342,8 @@ def long_horizon_terms(settings: OnPolicy | None, loss: Loss, chunk_size: int | 
     if not writes(settings) or not settings.long_horizon:
         return []
     ahead = settings.long_horizon
-    return [LongHorizonTerm(loss.kd_ratio, ahead.gamma, ahead.length_normalized, loss.chunk_size or chunk_size)]
+    mix = ahead.teacher_mix, ahead.mix_weights == "product"
+    return [LongHorizonTerm(loss.kd_ratio, ahead.gamma, ahead.length_normalized, loss.chunk_size or chunk_size, *mix)]
 
 
 def schedule(optim: Optim, total: int) -> Callable[[int], float]:

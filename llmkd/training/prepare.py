@@ -41,7 +41,7 @@ from ..data.encoding.tokenizer import load_tokenizer, shared_vocab
 from ..data.examples import Examples
 from ..data.reading.sources import Rows
 from ..data.stream import StreamSource
-from ..data.written import Prompts, held_out_prompts_for, prompts_for, refuse_replay
+from ..data.written import Prompts, held_out_prompts_for, prompts_for, refuse_mix, refuse_replay
 from ..errors import UserError
 from ..model_folder.files import ModelFiles, find, rows_of
 from ..model_folder.generation import generation_settings
@@ -149,6 +149,7 @@ def prepare(recipe: Recipe, open_caches: bool = True, layers: tuple[int, ...] | 
     found = {"student": student, "configs": configs, "teachers": models.teachers, "layers": layers}
     if writes(recipe.on_policy):
         refuse_long_schedule("on_policy.share", recipe.on_policy.share, data.source.total_steps)
+        refuse_mix(recipe.on_policy, data.train)
         refuse_replay(recipe.on_policy, recipe.train.batch_size, data.source.total_steps)
         found["prompts"] = prompts_for(recipe.on_policy, data.train, data.places, recipe.data.max_length)
         if data.validation is not None and recipe.on_policy.validation_prompts:

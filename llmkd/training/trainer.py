@@ -141,7 +141,7 @@ class Trainer:
         if not (last or due(self.settings.train.log_every, progress.step)):
             return
         measured = self.source.measured()
-        speed = self.display.speed(measured.get("written_seconds", 0.0))
+        speed = self.display.speed(sum(value for name, value in measured.items() if name.endswith("_seconds")))
         going = [k for k in progress.terms if not self.students[k].failure]
         rates = {k: self.students[k].state.learning_rate(progress.step) for k in going}
         for k in going if self.main else ():

@@ -17,7 +17,7 @@ from llmkd.data.batching import BatchPlan
 from llmkd.data.examples import Examples
 from llmkd.data.written import prompts_of
 from llmkd.models.language_model import LanguageModel
-from llmkd.rollouts.generate import Completion
+from llmkd.rollouts.generate import Completion, Mix
 from llmkd.rollouts.sampling import Sampling
 from llmkd.rollouts.source import OnPolicySource
 from llmkd.rollouts.writer import LocalWriter
@@ -69,7 +69,9 @@ class Dictated:
         return [Completion(tuple(ids), ids[-1] == END) for ids in itertools.islice(self.answers, len(prompts))]
 
 
-def source_of(writer, steps: int, batch_size: int = 1, share: float = 1.0, answer=(0, 1, END), packing=False, **settings) -> OnPolicySource:
+def source_of(
+    writer, steps: int, batch_size: int = 1, share: float = 1.0, answer=(0, 1, END), packing=False, teacher=None, **settings
+) -> OnPolicySource:
     """Every step has one prompt, as often as `batch_size` says."""
     one = np.array([*PROMPT, *answer], np.int32)
     masks = np.tile(np.arange(len(one)) >= len(PROMPT), batch_size)
@@ -77,11 +79,15 @@ def source_of(writer, steps: int, batch_size: int = 1, share: float = 1.0, answe
     plan = BatchPlan(data.lengths, 5, batch_size, None, steps)
     planned = PlannedSource(data, [f"f:{i}" for i in range(batch_size)], plan, 2, Collator(END, packing))
     settings = OnPolicy(share=share, max_new_tokens=T, **settings)
-    return OnPolicySource(planned, prompts_of(data, planned.places, T, 16, None), writer, settings, 1 << 20)
+    return OnPolicySource(planned, prompts_of(data, planned.places, T, 16, None), writer, settings, 1 << 20, teacher)
 
 
 @pytest.fixture(scope="module")
 def drawn(student) -> torch.Tensor:
+    return draw(student)
+
+
+def draw(student, mix: Mix | None = None) -> torch.Tensor:
     """How often each answer is written in the 2,000 steps of a run whose weights stand still."""
     n, asked = 2000, []
 
@@ -91,7 +97,7 @@ def drawn(student) -> torch.Tensor:
             return [Completion((END,), True)]
 
     list(source_of(Asked(), n).schedule())
-    written = LocalWriter(student, {END}, n).write([p for p, _ in asked], [key for _, key in asked], Sampling(1.0, T, 5))
+    written = LocalWriter(student, {END}, n, mix).write([p for p, _ in asked], [key for _, key in asked], Sampling(1.0, T, 5))
     counts = torch.tensor([sum(one.ids == answer for one in written) for answer in ANSWERS], dtype=torch.float64)
     assert counts.sum() == n and all(one.finished == (one.ids[-1] == END) for one in written)
     return counts
@@ -230,23 +236,105 @@ def test_with_the_long_horizon_part_it_is_the_gradient_of_the_reverse_kl_of_whol
     assert apart.max() < 4.5 and (apart < 3).double().mean() > 0.98
 
 
+def test_forward_kl_at_what_the_teacher_writes_is_the_kl_of_whole_answers(student, teacher):
+    """KL(p || q) of sequences, whose gradient is that of cross-entropy on the teacher's answers too (sequence-level distillation): without any
+    cross-entropy it is there already, with less variance."""
+    kl, ce, chances = 0.0, 0.0, []
+    for answer in ANSWERS:
+        at = range(len(answer)), list(answer)
+        q, p = (one[at].log().sum() for one in distributions(student, teacher, answer))
+        chances.append(p.exp().item())
+        kl, ce = kl + p.exp().detach() * (p.detach() - q), ce - p.exp().detach() * q
+    expected = gradient_of(student, kl)
+    source = source_of(None, 15, share=0.0, teacher=Dictated(ANSWERS), teacher_writes=1.0)
+    found = gradients(student, teacher, source, Loss(kd_ratio=1.0, divergence="forward_kl"))
+    each = torch.stack([g for _, g in found]) * torch.tensor([[len(answer)] for answer in ANSWERS])
+    chances = torch.tensor(chances, dtype=torch.float64)
+    assert (chances @ each - expected).abs().max() < 1e-12 * expected.abs().max()
+    assert (gradient_of(student, ce) - expected).abs().max() < 1e-12 * expected.abs().max()
+    value = sum(c * v * len(answer) for c, (v, _), answer in zip(chances, found, ANSWERS, strict=True))
+    assert value.item() == pytest.approx(kl.item(), rel=1e-12)
+
+
+SHARE = 0.3  # of the teacher, while sampling
+
+
+def mixture(student, teacher, answer) -> torch.Tensor:
+    """The probability of an answer whose tokens are drawn from the mixture."""
+    q, p = distributions(student, teacher, answer)
+    return (SHARE * p + (1 - SHARE) * q)[range(len(answer)), list(answer)].prod().detach()
+
+
+def test_products_of_importance_weights_make_up_for_a_mixture_exactly(student, teacher):
+    """Sampled from a mixture with the teacher, the mean gradient is that of the reverse KL of whole answers; and within three standard errors
+    over what is drawn. With weights of each token alone it is not."""
+    objective, chances = 0.0, []
+    for answer in ANSWERS:
+        at = range(len(answer)), list(answer)
+        q, p = (one[at].log().sum() for one in distributions(student, teacher, answer))
+        objective = objective + q.exp() * (q - p)
+        chances.append(mixture(student, teacher, answer).item())
+    expected = gradient_of(student, objective)
+    assert sum(chances) == pytest.approx(1, abs=1e-12)
+    loss, lengths = Loss(kd_ratio=1.0, divergence="reverse_kl"), torch.tensor([len(answer) for answer in ANSWERS], dtype=torch.float64)
+    by_products, by_token = (
+        torch.stack([g for _, g in gradients(student, teacher, source_of(Dictated(ANSWERS), 15, long_horizon=ahead), loss, ahead)])
+        * lengths[:, None]
+        for ahead in (LongHorizon(gamma=1.0, length_normalized=False, teacher_mix=SHARE, mix_weights=how) for how in ("product", "token"))
+    )
+    chances = torch.tensor(chances, dtype=torch.float64)
+    assert (chances @ by_products - expected).abs().max() < 1e-12 * expected.abs().max()
+    assert (chances @ by_token - expected).abs().max() > 0.01 * expected.abs().max()
+    drawn = draw(student, Mix(teacher, SHARE))
+    n, mean = drawn.sum(), drawn / drawn.sum() @ by_products
+    deviation = (drawn / n @ (by_products - mean) ** 2).sqrt() / n**0.5
+    apart = (mean - expected).abs() / deviation.clamp(min=1e-9)
+    assert apart.max() < 4.5 and (apart < 3).double().mean() > 0.98
+    share = drawn / n
+    assert ((share - chances).abs() < 4 * (chances * (1 - chances) / n).sqrt() + 1e-12).all(), "it is drawn from the mixture"
+
+
+def test_weights_of_each_token_alone_have_the_expectation_of_minillms(student, teacher):
+    """Of its equation with w_t at the divergence of a token too, whose expectation over the token is 1."""
+    gamma, objective, chances = 0.6, 0.0, []
+    for answer in ANSWERS:
+        q, p = distributions(student, teacher, answer)
+        at = range(len(answer)), list(answer)
+        rewards, w = (p[at] / q[at]).log().detach(), (q[at] / (SHARE * p + (1 - SHARE) * q)[at]).detach()
+        divergence, chance = DIVERGENCES["reverse_kl"](q, p), mixture(student, teacher, answer)
+        for t in range(len(answer)):
+            later = range(t + 1, len(answer))
+            ahead = sum(gamma ** (k - t - 1) * rewards[k] for k in later) / max(1, len(later))
+            objective = objective + chance * w[t] * (divergence[t] - ahead * q[at][t].log())
+        chances.append(chance)
+    settings, loss = LongHorizon(gamma, True, SHARE), Loss(kd_ratio=1.0, divergence="reverse_kl")
+    found = gradients(student, teacher, source_of(Dictated(ANSWERS), 15, long_horizon=settings), loss, settings)
+    mean = sum(chance * len(answer) * g for chance, answer, (_, g) in zip(chances, ANSWERS, found, strict=True))
+    expected = gradient_of(student, objective)
+    assert (mean - expected).abs().max() < 1e-12 * expected.abs().max()
+
+
+@pytest.mark.parametrize("mix", [None, "token", "product"])
 @pytest.mark.parametrize("normalized", [True, False])
-def test_the_long_horizon_part_is_of_written_answers_alone_discounted_and_divided(student, teacher, normalized):
+def test_the_long_horizon_part_is_of_written_answers_alone_discounted_and_divided(student, teacher, normalized, mix):
     told, data, gamma, ratio = [(0, 1, 0), (1, END), (1, 1, END)], (0, 1, END), 0.6, 0.7
-    ahead = LongHorizon(gamma=gamma, length_normalized=normalized)
+    ahead = LongHorizon(gamma, normalized, SHARE if mix else 0.0, mix or "token")
     total, targets = 0.0, 0
     for answer, written in [*((one, True) for one in told), *[(data, False)] * 3]:
         q, p = distributions(student, teacher, answer)
-        total = total + ratio * DIVERGENCES["reverse_kl"](q, p).sum()
+        divergence, at = DIVERGENCES["reverse_kl"](q, p), (range(len(answer)), list(answer))
         targets += len(answer)
-        log_q, log_p = (x[range(len(answer)), list(answer)].log() for x in (q, p))
+        log_q, log_p = q[at].log(), p[at].log()
         if not written:
-            total = total - (1 - ratio) * log_q.sum()
+            total = total - (1 - ratio) * log_q.sum() + ratio * divergence.sum()
             continue
+        w = (q[at] / (SHARE * p + (1 - SHARE) * q)[at]).detach().tolist() if mix else [1.0] * len(answer)
+        products = np.cumprod(w) if mix == "product" else np.ones(len(answer))
         for t in range(len(answer)):
-            later = range(t + 1, len(answer))
-            reward = sum(gamma ** (k - t - 1) * (log_p[k] - log_q[k]).item() for k in later) / (len(later) if normalized and later else 1)
-            total = total - ratio * reward * log_q[t]
+            later, of_all = range(t + 1, len(answer)), 1.0 if mix == "product" else w[t]
+            reward = sum(gamma ** (k - t - 1) * products[k] * (log_p[k] - log_q[k]).item() for k in later)
+            reward = of_all * reward / (len(later) if normalized and later else 1)
+            total = total - ratio * reward * log_q[t] + ratio * (products[t - 1] if t else 1.0) * divergence[t]
     source = source_of(Dictated(told), 1, 6, 0.5, data, long_horizon=ahead)
     ((value, gradient),) = gradients(student, teacher, source, Loss(kd_ratio=ratio, divergence="reverse_kl"), ahead)
     assert value == pytest.approx(total.item() / targets, rel=1e-12)

@@ -36,10 +36,10 @@ class Parrot:
         return found
 
 
-def source_of(recipe, settings=SETTINGS, writer=None, rank=0, ranks=1) -> OnPolicySource:
+def source_of(recipe, settings=SETTINGS, writer=None, rank=0, ranks=1, teacher=None, max_length=256) -> OnPolicySource:
     prepared = prepare(recipe)
-    prompts = prompts_of(prepared.train, prepared.places, settings.max_new_tokens, 256, settings.prompt_tokens)
-    return OnPolicySource(prepared.source.for_rank(rank, ranks), prompts, writer or Parrot(), settings, 1 << 20)
+    prompts = prompts_of(prepared.train, prepared.places, settings.max_new_tokens, max_length, settings.prompt_tokens)
+    return OnPolicySource(prepared.source.for_rank(rank, ranks), prompts, writer or Parrot(), settings, 1 << 20, teacher)
 
 
 def test_an_answer_is_the_students_own_ids_and_every_one_a_target_without_cross_entropy(make_recipe):
@@ -190,6 +190,45 @@ def test_the_teacher_reads_its_context_before_the_same_answer(make_recipe, tmp_p
     assert longer == 8
 
 
+def test_the_teacher_writes_other_examples_after_its_own_prompt(make_recipe, tmp_path):
+    rows = [{"instruction": f"Say {i}", "output": "Yes.", **({"teacher_context": f"You know {i}."} if i % 3 else {})} for i in range(40)]
+    (tmp_path / "c.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe, found = make_recipe(data__train={"path": str(tmp_path / "c.jsonl")}), {}
+    for share in (0.0, 0.4, {"from": 0.4, "to": 0.7}):
+        settings = dataclasses.replace(SETTINGS, share=share, teacher_writes=0.3, samples=2)
+        source, by = source_of(recipe, settings, teacher=Parrot()), {"by the teacher": set(), "by the student": set(), "data": set()}
+        for step in source.schedule():
+            for i, place in zip(step.examples, step.places, strict=True):
+                origin, _, how = place.partition(", written ")
+                who = "by the teacher" if how.startswith("by the teacher at step") else "by the student" if how else "data"
+                by[who].add(origin)
+                assert step.data.weight("ce")[i] == (who == "data") and step.data.weight("kd")[i] == 1
+                if who == "by the teacher":
+                    (own, mine), (theirs, yours) = step.data.example(i), step.data.teacher_view.example(i)
+                    assert own[mine].tolist() == theirs[yours].tolist()
+                    assert tuple(theirs[~yours].tolist()) in {prompt for prompt, _ in source.teacher.asked}
+        assert sum(map(len, by.values())) == len(set().union(*by.values()))
+        measured, written = source.measured(), len(source.writer.asked)
+        assert measured.get("written", 0) == written and measured["written_by_teacher"] == len(source.teacher.asked) > 10
+        assert 0 <= measured["written_by_teacher_finished"] <= 1 and measured["written_by_teacher_length"] > 0
+        found[str(share)] = by
+    assert len({frozenset(by["by the teacher"]) for by in found.values()}) == 1, "whatever the student writes"
+    sizes = [len(by["by the student"]) for by in found.values()]
+    assert sizes[0] == 0 < sizes[1] <= sizes[2]
+
+
+def test_prompts_that_are_too_long_are_counted_where_one_is_drawn(make_recipe):
+    settings, longest = dataclasses.replace(SETTINGS, share=1.0), 0
+    for max_length in (256, 100, 13):
+        source = source_of(make_recipe(), settings, max_length=max_length)
+        written = sum(len([place for place in step.places if "written" in place]) for step in source.schedule())
+        counts = source.statistics.counts["written_prompts_too_long"]
+        assert counts == int((source.prompts.own + 12 > max_length).sum()) == 37 - len(source.writer.asked) and written <= 37 - counts
+        assert counts >= longest
+        longest = counts
+    assert longest == 37 and source.measured() == {"written_prompts_too_long": 37}
+
+
 def test_prompts_of_texts_and_those_that_are_too_long(make_recipe, tmp_path):
     (tmp_path / "t.jsonl").write_text("".join(json.dumps({"text": "The robin sings. " * n}) + "\n" for n in (1, 2, 8)))
     text = {"path": str(tmp_path / "t.jsonl"), "format": "text"}
@@ -200,7 +239,7 @@ def test_prompts_of_texts_and_those_that_are_too_long(make_recipe, tmp_path):
     with pytest.raises(UserError, match=r"t.jsonl:1 is supervised from its beginning.*has no prompt"):
         prompts_of(prepared.train, prepared.places, 10, 256, None)
     tight = prompts_of(prepared.train, prepared.places, 10, 21, 12)
-    assert tight.may.tolist() == [True, False, False] and tight.too_long == 2
+    assert tight.may.tolist() == [True, False, False] and tight.too_long.tolist() == [False, True, True]
     assert prompts_of(prepared.train, prepared.places, 10, 22, 12).may.all()
 
 
@@ -278,14 +317,14 @@ def test_a_run_that_is_killed_and_resumed_is_the_run_that_was_not(trained, monke
     before, rises, shares = ce[0], 0, []
     for now in ce:
         rises, before = (rises + 1, now) if shares and now >= before else (rises, before)
-        shares.append(0.4 + 0.2 * rises)
+        shares.append(min(0.7, 0.4 + 0.2 * rises))
     assert [r["written_share"] for r in plain[0] if "written_share" in r] == pytest.approx(shares) and rises > 0
 
 
 @pytest.mark.slow
 def test_two_processes_write_and_end_at_what_one_does(trained, world, tmp_path):
     settings = {"on_policy.max_new_tokens": 9, "on_policy.samples": 2, "train.max_steps": 3}
-    settings |= {"on_policy.share": '{"adaptive": {"start": 0.5, "step": 0.2, "tolerance": 0.0}}', "validation.every": 1, "optim.lr": 5.0}
+    settings |= {"on_policy.teacher_writes": 0.3, "on_policy.share.adaptive.start": 0.7, "validation.every": 1}
     settings |= {"on_policy.replay.capacity": 9, "on_policy.replay.ratio": 0.6}
     settings |= {"data.validation.path": str(world / "held.jsonl"), "on_policy.validation_prompts": 5}
     alone = trained("one", **{name.replace(".", "__"): value for name, value in settings.items()}, train__micro_batch_size=1)
@@ -296,7 +335,12 @@ def test_two_processes_write_and_end_at_what_one_does(trained, world, tmp_path):
     assert distance(weights(tmp_path / "two"), alone) < 1e-12
     found = [[json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in ("one", "two")]
     counted = [
-        [(r["targets"], r["written"], r["written_length"], r["written_replayed"]) for r in records if "written" in r] for records in found
+        [
+            (r["targets"], r["written"], r["written_length"], r.get("written_by_teacher"), r["written_replayed"])
+            for r in records
+            if "written" in r
+        ]
+        for records in found
     ]
     own = [[r["validation"]["own_reverse_kl"] for r in records if "validation" in r] for records in found]
     assert (
@@ -304,12 +348,12 @@ def test_two_processes_write_and_end_at_what_one_does(trained, world, tmp_path):
         and len(counted[0]) == 3
         and counted[0][-1][-1] > 0
         and own[0] == pytest.approx(own[1], rel=1e-9)
-        and len(own[0]) == 2
+        and len(own[0]) == 4
     )
 
 
 def test_a_sweep_trains_its_arms_one_by_one(make_recipe):
     recipe = make_recipe(on_policy__share=0.5)
     files = student_files(recipe.student)
-    assert why_alone(recipe, files) == "its student writes a part of its data itself"
+    assert why_alone(recipe, files) == "a part of its data is written while it trains"
     assert why_alone(dataclasses.replace(recipe, on_policy=OnPolicy(share=0.0)), files) is None

@@ -15,6 +15,16 @@ REPLAY = "rollouts/test_replay.py"
 
 FAULTS = [
     *in_file(
+        "llmkd/rollouts/draw.py",
+        (
+            "not-mixed",
+            "answers are the student's alone",
+            "(share * p_BV + (1 - share) * q_BV).log()",
+            "q_BV.log()",
+            f"{ENUMERATED}::test_products_of_importance_weights_make_up_for_a_mixture_exactly",
+        ),
+    ),
+    *in_file(
         "llmkd/rollouts/share.py",
         (
             "compared-with-the-first",
@@ -73,6 +83,27 @@ FAULTS = [
             "labels_N[rows]) + log_q_n).double()",
             LONG,
         ),
+        (
+            "weight-of-the-token-itself",
+            "the divergence at a token has the token's own weight",
+            "products[:-1]",
+            "products[1:]",
+            LONG,
+        ),
+        (
+            "later-tokens-unweighted",
+            "later rewards are those of the mixture",
+            "[r * w if w else 0.0 for",
+            "[r for",
+            f"{ENUMERATED}::test_products_of_importance_weights_make_up_for_a_mixture_exactly",
+        ),
+        (
+            "student-for-teacher",
+            "the shares of the mixture are exchanged in the weights",
+            "1 / (self.teacher_mix * reward_N.exp() + (1 - self.teacher_mix))",
+            "1 / ((1 - self.teacher_mix) * reward_N.exp() + self.teacher_mix)",
+            LONG,
+        ),
         ("across-examples", "rewards go on into the next example", "start += one.num_targets", "start += 0", LONG),
         ("full-weight", "the part has weight 1 whatever kd_ratio is", "return Loss(self.weight * total,", "return Loss(1.0 * total,", LONG),
     ),
@@ -125,7 +156,21 @@ FAULTS = [
     ),
     *in_file(
         "llmkd/rollouts/source.py",
-        ("always-written", "every example is written", 'uniform(self.seed, text_key(*name, "is written"), 0) < share', "share > 0", IDS),
+        ("always-written", "every example is written", "own if draw < share else", "own if share > 0 else", IDS),
+        (
+            "teacher-by-the-share",
+            "which examples the teacher writes depends on what the student writes",
+            "draw >= 1 - self.settings.teacher_writes",
+            "draw < share + self.settings.teacher_writes",
+            f"{SOURCE}::test_the_teacher_writes_other_examples_after_its_own_prompt",
+        ),
+        (
+            "teacher-without-its-context",
+            "the teacher writes after the student's prompt",
+            "self._ask(self.teacher, self.prompts.teachers(",
+            "self._ask(self.teacher, self.prompts.ids(",
+            f"{SOURCE}::test_the_teacher_writes_other_examples_after_its_own_prompt",
+        ),
         ("planned-count", "a step is divided by the targets of the data", "int(data.num_targets.sum())", "planned.num_targets", STEP),
         (
             "same-text-in-every-step",
@@ -144,7 +189,7 @@ FAULTS = [
         (
             "nothing-as-an-example",
             "an answer without a token is an example",
-            "whole = [one for one in answers if one.ids]",
+            "whole = [(one, how) for one, how in answers if one.ids]",
             "whole = answers",
             f"{SOURCE}::test_an_answer_without_a_token_is_left_out_and_counted",
         ),
