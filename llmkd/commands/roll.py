@@ -137,6 +137,8 @@ def _source(writer: str, recipe: Recipe) -> Source:
                     f"roll: {writer}.api: found {named[writer].api}, and text is written by vLLM servers only; use one, or name a model"
                 )
             return Source("teacher", writer, named[writer])
+        if named[writer].ema is not None:
+            raise UserError(f"roll: {writer} is a moving average of the student, which there is only while it trains; name a finished run")
         if not named[writer].model:
             raise UserError(f"roll: {writer} is a teacher cache, and no model that could write; give {writer}.model")
         return Source("teacher", f"{writer}.model", dataclasses.replace(named[writer], cache=None))

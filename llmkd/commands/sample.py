@@ -138,10 +138,10 @@ def models_to_ask(recipe: Recipe, student: Path, wanted: tuple[str, ...]) -> Ite
     """(name, (the setting that names it, how it is loaded)) of each model that is asked. A line says which of them there is not."""
     own = recipe.student
     for setting, teacher in with_setting_names(recipe.teacher, "teacher") if "teacher" in wanted else ():
-        if teacher.model_path:
+        if teacher.model_path and teacher.ema is None:
             yield setting, (f"{setting}.model", dataclasses.replace(teacher, cache=None))
         else:
-            what = "on a server" if teacher.server else "a teacher cache"
+            what = "on a server" if teacher.server else "a moving average of the student" if teacher.ema is not None else "a teacher cache"
             info(f"{setting}: is {what}, and no model here that could write; left out")
     if "teacher" in wanted and recipe.teacher is None:
         info("the run had no teacher; left out")

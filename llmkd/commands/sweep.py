@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from ..config.fields import as_tuple
 from ..config.loader import load_recipe, load_sweep
 from ..config.on_policy import writes
 from ..config.paths import place_changes
@@ -243,6 +244,8 @@ def why_alone(recipe: Recipe, files: ModelFiles | None) -> str | None:
         return "full fine-tuning changes the base"
     if writes(recipe.on_policy):
         return "a part of its data is written while it trains"
+    if any(one.ema is not None for one in as_tuple(recipe.teacher)):
+        return "its teacher is the average of its own weights"
     config = read_json(files.adapter / "adapter_config.json", "student.model") if files.adapter else {}
     if config.get("modules_to_save") or (recipe.student.lora and recipe.student.lora.modules_to_save):
         return "modules_to_save changes the base"

@@ -56,6 +56,17 @@ def _teaching_contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], 
                 (f"{path}.divergence", f"{sampled[0]}.cache.kind"),
                 f"found {source.divergence} with a sampled cache, which is unbiased for forward_kl only; leave it out, or use a cache of kind topk or hidden",
             )
+    for path, one in with_setting_names(recipe.teacher, "teacher"):
+        if one.ema is not None and student.model is None:
+            yield (
+                (f"{path}.ema", "student.model"),
+                "set for a student of new weights, which has nothing to teach; name student.model, or leave ema out",
+            )
+        if one.ema is not None and one.model not in (None, student.model):
+            yield (
+                (f"{path}.model", f"{path}.ema"),
+                f"found {one.model} with ema, the average of the student's own weights; leave one of them out",
+            )
     if loss.kd_ratio and recipe.teacher is None:
         yield ("loss.kd_ratio", "teacher"), f"found {json.dumps(loss.kd_ratio)} without a teacher; give teacher.model, or set it to 0"
     if sampled and loss.kd_ratio != 0 and isinstance(loss.temperature, dict):

@@ -15,7 +15,7 @@ from . import paths
 from .dotted import flatten
 from .fields import as_tuple, with_setting_names
 from .overrides import override
-from .recipe import MICRO_BATCH_SIZE, Lora, Recipe, uses_teacher
+from .recipe import MICRO_BATCH_SIZE, Lora, Recipe, Teacher, uses_teacher
 from .schema import describe
 from .served import key_problem
 from .sweep import Pipeline, Sweep
@@ -208,7 +208,9 @@ def load_sweep(path: str | Path, overrides: dict[str, typing.Any] | None = None)
 
 def resolve(recipe: Recipe) -> Recipe:
     """Fill in the defaults that depend on other settings. An adapter that is trained further keeps its own settings."""
-    student, loss, train = recipe.student, recipe.loss, recipe.train
+    student, loss, train, teacher = recipe.student, recipe.loss, recipe.train, recipe.teacher
+    if isinstance(teacher, Teacher) and teacher.ema is not None:
+        teacher = dataclasses.replace(teacher, model=student.model, revision=student.revision, base=student.base)
     if student.method == "lora" and student.lora is None and student.model and not Path(student.model, "adapter_config.json").exists():
         student = dataclasses.replace(student, lora=Lora())
     if loss.kd_ratio is None:
@@ -217,7 +219,7 @@ def resolve(recipe: Recipe) -> Recipe:
         train = dataclasses.replace(train, epochs=1)
     if train.micro_batch_size is None and train.micro_batch_tokens is None:
         train = dataclasses.replace(train, micro_batch_size=MICRO_BATCH_SIZE)
-    return dataclasses.replace(recipe, student=student, loss=loss, train=train)
+    return dataclasses.replace(recipe, student=student, teacher=teacher, loss=loss, train=train)
 
 
 def dump(recipe, folder: str | Path | None = None) -> str:

@@ -80,6 +80,11 @@ class Teacher:
         description="Folder or hub id of a model, or of a LoRA adapter (its adapter_config.json names the base). With server: the name under which the "
         "server serves it; null where it serves one model only.",
     )
+    ema: Annotated[float, Field(ge=0, lt=1)] | None = fixed(
+        None,
+        description="Instead of model: the teacher is the exponential moving average of the student's own trainable weights, updated after each step: of this much "
+        "of itself and the rest of the student (0.999). Frozen weights are in memory once; it is kept in checkpoints.",
+    )
     server: str | None = changeable(
         None,
         description="Address of a server that is asked for the teacher's log-probabilities, http://host:port: no teacher is loaded, and its answers are kept "
@@ -157,7 +162,8 @@ class Teacher:
     @property
     def held(self) -> str:
         """How the weights in memory differ from the saved ones, in words; "" where they do not."""
-        return ", ".join(["adapter merged"] * self.merge_adapter + ([self.quantization.type] if self.quantization else []))
+        changed = ["adapter merged"] * self.merge_adapter + ([self.quantization.type] if self.quantization else [])
+        return ", ".join(changed + ([f"moving average of the student, {self.ema:g}"] if self.ema is not None else []))
 
 
 @config_dataclass
@@ -181,12 +187,13 @@ def teacher_contradictions(setting: Teacher | tuple[Teacher, ...] | None, data: 
     every = as_tuple(setting)
     for path, teacher in with_setting_names(setting, "teacher"):
         yield from server_contradictions(path, teacher)
-        if teacher.model is None and teacher.cache is None and teacher.server is None:
+        yield from _ema_contradictions(path, teacher, len(every))
+        if teacher.model is None and teacher.cache is None and teacher.server is None and teacher.ema is None:
             yield (
                 (f"{path}.model", f"{path}.cache"),
                 "not given; name the teacher's folder or hub id (or its teacher cache, cache.path, or its server)",
             )
-        if teacher.model is None and not teacher.server:
+        if teacher.model is None and not teacher.server and teacher.ema is None:
             for name in ("revision", "base", "quantization", "device"):
                 if getattr(teacher, name) is not None:
                     yield (f"{path}.{name}", f"{path}.model"), "set without a model; name the model, or leave this out"
@@ -233,3 +240,19 @@ def teacher_contradictions(setting: Teacher | tuple[Teacher, ...] | None, data: 
                 path = f"{name}.{i}.teacher" if isinstance(value, tuple) else f"{name}.teacher"
                 known = ", ".join(names) or "none; set teacher.name"
                 yield (path, "teacher"), f"found {source.teacher!r}, but no teacher has that name; the names are: {known}"
+
+
+def _ema_contradictions(path: str, teacher: Teacher, count: int) -> Iterator[tuple[tuple[str, ...], str]]:
+    if teacher.ema is None:
+        return
+    if count > 1:
+        yield (f"{path}.ema", "teacher"), "set with several teachers; an average of the student's own weights is the only one"
+    for name in ("server", "cache", "quantization", "device"):
+        if getattr(teacher, name) is not None:
+            yield (
+                (f"{path}.{name}", f"{path}.ema"),
+                "set with ema, and the average is where the student is and as the student is, and changes; leave it out",
+            )
+    for name, default in (("merge_adapter", False), ("dtype", "auto"), ("attention", "auto"), ("share_base", True)):
+        if getattr(teacher, name) != default:
+            yield (f"{path}.{name}", f"{path}.ema"), "set with ema, where it is the student's; leave it out"

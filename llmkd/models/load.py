@@ -16,7 +16,7 @@ from ..config.recipe import Lora, Student, Teacher
 from ..console import info, warn
 from ..errors import UserError, attribute_to_student
 from ..model_folder.files import ModelFiles, find
-from . import activation_checkpointing, adapters, attention, pretrained, shared_weights, startup_checks
+from . import activation_checkpointing, adapters, attention, average, pretrained, shared_weights, startup_checks
 from .depth import find_student
 from .families import non_text_parameters
 from .float8 import refuse_without_products
@@ -198,7 +198,7 @@ def load_models(
 
     A base that several of them use in the same form is loaded once; of two forms of one base, such as 16 bit for a teacher and 4 bit
     for a student, the tensors that are equal are kept once. Sharing needs `share_base: true` and a teacher on the student's device. A
-    base that trains is never shared. If a teacher merges its adapter or is quantised to fp8, only the tensors left unchanged are shared.
+    base that trains is never shared. A teacher that is the student's average (`ema`) is a copy of it (`average.py`). If a teacher merges its adapter or is quantised to fp8, only the tensors left unchanged are shared.
     """
     for setting, teacher in teachers:
         held = resolve_device(setting, teacher.device, context.device)
@@ -226,10 +226,17 @@ def load_models(
 
     models = []
     for (setting, teacher), files, key in zip(teachers, theirs, keys[1:], strict=True):
+        if teacher.ema is not None:
+            continue
         on = base(key, files, f"{setting}.model", teacher)
         models.append(load_teacher(teacher, context, setting, files, on))
     on = base(keys[0], own[0], "student.model", students[0]) if own else None
     learning = load_students(students, context, own, on) if students else []
+    models += [
+        checked(average.copy_of(learning[0], f"{name}.ema"), f"{name}.model", context.packing)
+        for name, one in teachers
+        if one.ema is not None
+    ]
     beside = [model for (_, teacher), model in zip(teachers, models, strict=True) if _shares_base(teacher)]
     shared_weights.deduplicate_weights(model.base_model for model in (*learning[:1], *beside))
     for n, ((setting, _), model) in enumerate(zip(teachers, models, strict=True)):
@@ -244,7 +251,7 @@ def _shares_base(teacher: Teacher) -> bool:
 def _keys(students: list[Student], own: list[ModelFiles], teachers: list[tuple[str, Teacher]], theirs: list[ModelFiles]) -> list:
     """The identity of the students' base (one for all) and of each teacher's; None for a base that is not shared."""
     candidates = [
-        (files, one, f"{setting}.model") if _shares_base(one) and not one.is_transformed else None
+        (files, one, f"{setting}.model") if _shares_base(one) and not one.is_transformed and one.ema is None else None
         for (setting, one), files in zip(teachers, theirs, strict=True)
     ]
     lora = bool(own) and students[0].method == "lora"

@@ -118,7 +118,9 @@ def load_trained_weights(model: nn.Module, checkpoint: Path) -> None:
     from safetensors.torch import load_file
 
     parameters = dict(model.named_parameters())
-    weights = {name: value for name, value in load_file(checkpoint / "student.safetensors").items() if not name.startswith("terms.")}
+    weights = {
+        name: value for name, value in load_file(checkpoint / "student.safetensors").items() if not name.startswith(("terms.", "teacher."))
+    }
     if not weights.keys() <= parameters.keys():
         raise UserError(f"export: {checkpoint} holds weights that this model does not have; export it with the run's own recipe and base")
     with torch.no_grad():

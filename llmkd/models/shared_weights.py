@@ -40,12 +40,15 @@ def _leaves_base(adapter: dict) -> bool:
     return usual and not variant and adapter.get("peft_type") == "LORA" and adapter.get("bias", "none") == "none"
 
 
-def copy_sharing_weights(module: nn.Module) -> nn.Module:
-    """A copy of a module that uses the same parameters and persistent buffers. To be made before an adapter is put on."""
+def copy_sharing_weights(module: nn.Module, trained: bool = True) -> nn.Module:
+    """A copy of a module that uses the same parameters and persistent buffers. To be made before an adapter is put on.
+
+    trained   whether parameters that require a gradient are shared too; else the copy has its own, with an adapter or without
+    """
     for one in module.modules():
         if getattr(getattr(one, "weight", None), "CB", None) is not None and hasattr(one, "init_8bit_state"):
             one.init_8bit_state()  # bitsandbytes would do it in the first forward pass, and find nothing to move in the copy
-    return copy.deepcopy(module, {id(held): held for held in _held(module)})
+    return copy.deepcopy(module, {id(held): held for held in _held(module) if trained or not getattr(held, "requires_grad", False)})
 
 
 def _held(module: nn.Module) -> Iterator[object]:

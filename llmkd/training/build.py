@@ -25,6 +25,7 @@ from ..losses.long_horizon import LongHorizonTerm
 from ..losses.objective import Objective
 from ..losses.target_weights import TargetWeights
 from ..losses.terms import HeadTerm, Term
+from ..models.average import Average
 from ..models.compile import compile_layers, configure_torch_compile
 from ..models.language_model import LanguageModel
 from ..models.load import LoadContext, load_models
@@ -139,6 +140,7 @@ def build_setup(
             state = build_student(own.loss, own.optim, model, source.total_steps, accelerator, chunk_size, terms, divergences)
             own_data = prepared if own is recipe else prepared.for_student(own.student, uses_teacher(own))
             students.append(StudentRun(own, own_data, folder, model, state, accelerator.is_main_process))
+    average_students(students, teachers_by_setting, with_setting_names(recipe.teacher, "teacher"))
     taps = teacher_taps(recipes, [s.state for s in students])
     teacher = open_teacher(prepared.teachers, recipe.mixture, teacher_models, taps, device, served)
     lock_folders(students, accelerator)
@@ -147,6 +149,15 @@ def build_setup(
         with attribute_to_student(k):
             start_terms(student, teacher, recipe.validation.micro_batch_size, device)
     return TrainingSetup(prepared, source, teacher, tuple(students), fidelity, done, watch, own_text)
+
+
+def average_students(students: list[StudentRun], models: dict[str, LanguageModel], teachers: list[tuple[str, TeacherSettings]]) -> None:
+    """A teacher that is the average of its student's weights follows it from now on, and is in its checkpoints."""
+    for setting, one in teachers:
+        if one.ema is not None and setting in models:
+            average = Average(students[0].model, models[setting], one.ema)
+            average.follow(students[0].state.optimizer)
+            students[0].state.more = {f"teacher.{name}": weight for name, weight in average.weights.items()}
 
 
 def local_writer(model: LanguageModel, prepared: Prepared, batch_size: int, mix: Mix | None = None) -> LocalWriter:

@@ -29,18 +29,19 @@ from .step_result import Accumulated, StepResult, TargetCounts, diagnose_nonfini
 
 @dataclass
 class StudentState:
-    """One student being trained: its module (wrapped or not), its optimizer and its learning rate by step."""
+    """One student being trained: its module (wrapped or not), its optimizer and its learning rate by step. `more`: what else its checkpoints hold."""
 
     distiller: nn.Module
     optimizer: torch.optim.Optimizer
     parameters: dict[str, nn.Parameter]
     learning_rate: Callable[[int], float]
     max_grad_norm: float | None = None
+    more: dict[str, Tensor] = field(default_factory=dict)
 
     @property
     def kept(self) -> dict[str, Tensor]:
         """What a checkpoint holds of it, apart from the optimizer's state."""
-        return unwrap(self).kept()
+        return unwrap(self).kept() | self.more
 
 
 @dataclass

@@ -12,8 +12,8 @@ TEXT = {"path": "t.jsonl", "format": "text"}
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"teacher": None}, "on_policy.share: the student is to write, but there is no teacher for what it writes; give teacher.model"),
-        ({"loss.kd_ratio": 0.0}, "on_policy.share: .*loss.kd_ratio 0 it learns nothing from that; raise kd_ratio"),
+        ({"teacher": None}, "on_policy.share: the student is to write, but there is no teacher for what is written; give teacher.model"),
+        ({"loss.kd_ratio": 0.0}, "on_policy.share: .*loss.kd_ratio 0 the student learns nothing from that; raise kd_ratio"),
         (
             {"teacher.cache": {"kind": "hidden", "path": "c"}},
             "on_policy.share: .* teacher is a cache, which knows the data's answers alone",

@@ -13,7 +13,36 @@ LONG = f"{ENUMERATED}::test_the_long_horizon_part_is_of_written_answers_alone_di
 
 REPLAY = "rollouts/test_replay.py"
 
+AVERAGE = "training/test_average_teacher.py"
+
 FAULTS = [
+    *in_file(
+        "llmkd/models/average.py",
+        (
+            "updated-when-skipped",
+            "a step that is skipped moves the average",
+            "((1 - self.decay) * (1 - found_inf.double()))",
+            "((1 - self.decay) * found_inf.double().add(1).clamp(max=1))",
+            f"{AVERAGE}::test_a_step_that_is_skipped_changes_nothing",
+        ),
+        (
+            "decay-the-other-way",
+            "the average is nearly the student",
+            "new = 1 - self.decay if",
+            "new = self.decay if",
+            f"{AVERAGE}::test_it_is_the_average_of_the_checkpoints_and_is_resumed_bit_for_bit",
+        ),
+    ),
+    *in_file(
+        "llmkd/training/build.py",
+        (
+            "average-not-kept",
+            "a resumed run begins with another teacher",
+            'students[0].state.more = {f"teacher.{name}": weight for name, weight in average.weights.items()}',
+            "pass",
+            f"{AVERAGE}::test_it_is_the_average_of_the_checkpoints_and_is_resumed_bit_for_bit",
+        ),
+    ),
     *in_file(
         "llmkd/rollouts/draw.py",
         (

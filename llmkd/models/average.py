@@ -1,0 +1,48 @@
+"""The exponential moving average of a student's trainable weights, as a model of its own: the mean teacher (Tarvainen and Valpola 2017,
+arXiv 1703.01780), a teacher of self-distillation.
+"""
+
+import torch
+from torch import Tensor
+
+from ..errors import UserError
+from .language_model import LanguageModel
+from .shared_weights import copy_sharing_weights
+
+
+def copy_of(student: LanguageModel, setting: str) -> LanguageModel:
+    """The student as it is, frozen and in eval mode: what trains is copied, everything else is the same tensors. UserError for weights that train in
+    16 bit, in which an average stands still. `setting`: names it, for messages."""
+    narrow = [name for name, p in student.trainable().items() if p.dtype in (torch.bfloat16, torch.float16)]
+    if narrow:
+        raise UserError(
+            f"{setting}: {len(narrow)} tensors, such as {narrow[0]}, train in 16 bit, where an average loses small steps; set student.dtype: float32, with "
+            "student.mixed_precision: bf16 for speed"
+        )
+    model = copy_sharing_weights(student.model, trained=False)
+    return LanguageModel(model, student.head.vocab, student.adapter, autocast=student.autocast).requires_grad_(False).eval()
+
+
+class Average:
+    """Updates a copy of the student after each step of its optimizer: average <- decay average + (1 - decay) student."""
+
+    def __init__(self, student: LanguageModel, copy: LanguageModel, decay: float):
+        theirs = dict(copy.model.named_parameters())
+        self.pairs = {name: (p, theirs[name]) for name, p in student.trainable().items()}
+        self.decay = decay
+
+    @property
+    def weights(self) -> dict[str, Tensor]:
+        """By the names of the student's."""
+        return {name: average for name, (_, average) in self.pairs.items()}
+
+    def follow(self, optimizer: torch.optim.Optimizer) -> None:
+        """From now on; a step that is skipped, because it is not finite, changes nothing."""
+        optimizer.register_step_post_hook(lambda stepped, *_: self._update(getattr(stepped, "found_inf", None)))
+
+    @torch.no_grad()
+    def _update(self, found_inf: Tensor | None) -> None:
+        """`found_inf`: on the device, 1 where a fused optimizer has skipped its step."""
+        for own, average in self.pairs.values():
+            new = 1 - self.decay if found_inf is None else ((1 - self.decay) * (1 - found_inf.double())).to(average.device, average.dtype)
+            average.lerp_(own, new)
