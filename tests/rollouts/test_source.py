@@ -8,15 +8,15 @@ import pytest
 import torch
 
 from llmkd.commands.sweep import why_alone
-from llmkd.config.on_policy import OnPolicy
+from llmkd.config.on_policy import OnPolicy, Replay
 from llmkd.data.written import prompts_of
 from llmkd.errors import UserError
 from llmkd.rollouts.generate import Completion
 from llmkd.rollouts.source import OnPolicySource
 from llmkd.rollouts.writer import LocalWriter
 from llmkd.training.prepare import prepare, student_files
-from tests.conftest import distance, plain_recipe, weights
-from tests.kit.processes import train_on_two
+from tests.conftest import distance
+from tests.training.one_and_two import assert_two_processes_are_one
 
 SETTINGS = OnPolicy(share=0.5, max_new_tokens=12)
 
@@ -321,35 +321,45 @@ def test_a_run_that_is_killed_and_resumed_is_the_run_that_was_not(trained, monke
     assert [r["written_share"] for r in plain[0] if "written_share" in r] == pytest.approx(shares) and rises > 0
 
 
+EVERYTHING = {
+    "on_policy__share": {"adaptive": {"start": 0.7}},
+    "on_policy__samples": 2,
+    "on_policy__teacher_writes": 0.3,
+    "on_policy__replay": {"capacity": 9, "ratio": 0.6},
+    "on_policy__validation_prompts": 5,
+    "data__validation_fraction": 0.2,
+    "validation__every": 1,
+}
+
+
 @pytest.mark.slow
-def test_two_processes_write_and_end_at_what_one_does(trained, world, tmp_path):
-    settings = {"on_policy.max_new_tokens": 9, "on_policy.samples": 2, "train.max_steps": 3}
-    settings |= {"on_policy.teacher_writes": 0.3, "on_policy.share.adaptive.start": 0.7, "validation.every": 1}
-    settings |= {"on_policy.replay.capacity": 9, "on_policy.replay.ratio": 0.6}
-    settings |= {"data.validation.path": str(world / "held.jsonl"), "on_policy.validation_prompts": 5}
-    alone = trained("one", **{name.replace(".", "__"): value for name, value in settings.items()}, train__micro_batch_size=1)
-    (tmp_path / "two.yaml").write_text(json.dumps(plain_recipe(world, tmp_path / "two")))
-    words = [word for name, value in settings.items() for word in (f"--{name}", str(value))]
-    done = train_on_two(["--config", str(tmp_path / "two.yaml"), *words])
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert distance(weights(tmp_path / "two"), alone) < 1e-12
-    found = [[json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in ("one", "two")]
-    counted = [
-        [
-            (r["targets"], r["written"], r["written_length"], r.get("written_by_teacher"), r["written_replayed"])
-            for r in records
-            if "written" in r
-        ]
-        for records in found
-    ]
-    own = [[r["validation"]["own_reverse_kl"] for r in records if "validation" in r] for records in found]
-    assert (
-        counted[0] == counted[1]
-        and len(counted[0]) == 3
-        and counted[0][-1][-1] > 0
-        and own[0] == pytest.approx(own[1], rel=1e-9)
-        and len(own[0]) == 4
-    )
+@pytest.mark.parametrize("sources", [False, True])
+def test_two_processes_write_and_end_at_what_one_does(trained, world, tmp_path, sources):
+    """With everything that one teacher can; and with a divergence by source and several teachers, one of them of a source's own."""
+    changes = {"on_policy__max_new_tokens": 9, "train__max_steps": 3, "optim__warmup_steps": 0}
+    if sources:
+        train = [{"path": str(world / "train.jsonl"), "divergence": "reverse_kl"}, {"path": str(world / "held.jsonl"), "teacher": "a"}]
+        changes |= {"data__train": train, "teacher": [{"name": "a", "model": str(world / "adapter")}, {"model": str(world / "teacher")}]}
+        changes |= {"on_policy__share": 0.6, "on_policy__samples": 2}
+    else:
+        changes |= EVERYTHING
+    assert_two_processes_are_one(trained, world, tmp_path, changes)
+    records = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
+    written = [r for r in records if "written" in r]
+    assert len(written) == 3 and (sources or written[-1]["written_replayed"] > 0 and any("written_by_teacher" in r for r in written))
+
+
+def test_a_written_answer_has_source_and_teacher_of_its_prompt(make_recipe, world):
+    train = [{"path": str(world / "train.jsonl"), "divergence": "reverse_kl"}, {"path": str(world / "held.jsonl"), "teacher": "a"}]
+    teachers = [{"name": "a", "model": str(world / "adapter")}, {"model": str(world / "teacher")}]
+    source, seen = source_of(make_recipe(data__train=train, teacher=teachers), dataclasses.replace(SETTINGS, replay=Replay(5, 0.5))), set()
+    for step in source.schedule():
+        for i, place in zip(step.examples, step.places, strict=True):
+            origin = source.places.index(place.partition(", written")[0])
+            own = tuple(int(of[origin]) for of in (source.examples.source, source.examples.teacher_index))
+            assert own == (int(step.data.source[i]), int(step.data.teacher_index[i]))
+            seen.add((own, "written" in place))
+    assert len(seen) == 4
 
 
 def test_a_sweep_trains_its_arms_one_by_one(make_recipe):

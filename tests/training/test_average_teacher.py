@@ -14,8 +14,8 @@ from llmkd.models.average import Average
 from llmkd.models.load import LoadContext, load_models
 from llmkd.models.shared_weights import storage_bytes
 from llmkd.training.prepare import student_files
-from tests.conftest import distance, plain_recipe, weights
-from tests.kit.processes import train_on_two
+from tests.conftest import distance, weights
+from tests.training.one_and_two import assert_two_processes_are_one
 
 DECAY = 0.8
 
@@ -125,14 +125,7 @@ def test_what_contradicts_it_is_refused(make_recipe, tmp_path, changes, message)
 
 @pytest.mark.slow
 def test_two_processes_have_the_average_of_one(trained, world, rows, tmp_path):
-    own = {"teacher.ema": DECAY, "train.max_steps": 3, "checkpoint.every": 3, "on_policy.share": 0.5, "on_policy.max_new_tokens": 6}
-    trained("one", teacher={"ema": DECAY}, data__train=rows, **{k.replace(".", "__"): v for k, v in own.items() if k != "teacher.ema"})
-    recipe = plain_recipe(world, tmp_path / "two") | {"teacher": {"ema": DECAY}}
-    recipe["data"]["train"] = rows
-    (tmp_path / "two.yaml").write_text(json.dumps(recipe))
-    done = train_on_two(
-        ["--config", str(tmp_path / "two.yaml"), *(word for name, value in own.items() for word in (f"--{name}", str(value)))]
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
+    changes = {"teacher": {"ema": DECAY}, "data__train": rows, "train__max_steps": 3, "checkpoint__every": 3}
+    assert_two_processes_are_one(trained, world, tmp_path, changes | {"on_policy__share": 0.5, "on_policy__max_new_tokens": 6})
     found = [load_file(tmp_path / name / "checkpoints" / "step-3" / "student.safetensors") for name in ("one", "two")]
-    assert distance(*found) < 1e-12
+    assert any(name.startswith("teacher.") for name in found[0]) and distance(*found) < 1e-12

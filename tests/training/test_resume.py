@@ -34,7 +34,8 @@ STEPS = 6
 
 
 def comparable(out: Path) -> list[dict]:
-    return [{k: v for k, v in record.items() if k not in ("targets_per_s", "peak_memory")} for record in read_jsonl(out / "metrics.jsonl")]
+    records = read_jsonl(out / "metrics.jsonl")
+    return [{k: v for k, v in record.items() if k != "peak_memory" and not k.endswith(("_per_s", "_seconds"))} for record in records]
 
 
 def unfinish(out: Path, step: int) -> None:
