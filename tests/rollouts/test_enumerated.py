@@ -130,7 +130,7 @@ def probability(student, teacher, answer) -> torch.Tensor:
 
 
 def gradient_of(student, value: torch.Tensor) -> torch.Tensor:
-    return torch.cat([g.flatten() for g in torch.autograd.grad(value, list(student.parameters()))])
+    return torch.cat([g.flatten() for g in torch.autograd.grad(value, list(student.parameters()), retain_graph=True)])
 
 
 def test_the_answers_are_all_that_there_are(student, teacher):
