@@ -187,9 +187,6 @@ FAULTS = [
         ),
     ),
     *in_file(
-        "llmkd/training/attention.py",
-    ),
-    *in_file(
         "llmkd/training/layer_pairs.py",
         (
             "widths-unchecked",
