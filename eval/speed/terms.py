@@ -1,6 +1,8 @@
 """What loss.features and loss.attention cost: a step with each against the same step without.
 
-    python eval/speed/terms.py [--equal] [--shapes quickstart --batch 64] [--steps 10] [--repeats 3] and the other settings of step.py
+    python eval/speed/terms.py [--equal] [--layers 6] [--shapes quickstart --batch 64] [--only features] [--steps 10] [--repeats 3]
+
+and the other settings of step.py. `--only` takes the rows with that word.
 
 On the models and data of step.py, LoRA, half CE and half forward KL, packed. Each row has a training loop of its own; the loops take their
 steps in turns, so that what else runs on the machine slows all of them, and a step is compared with the one without of its own turn.
@@ -42,7 +44,9 @@ ROWS: dict[str, Features | AttentionLoss | None] = {
 
 
 def main() -> None:
-    options = parser(__doc__).parse_args()
+    arguments = parser(__doc__)
+    arguments.add_argument("--only", default="", help="rows with that word, and the one without a term")
+    options = arguments.parse_args()
     if options.float8 or options.peers or options.compile:
         raise SystemExit("--float8, --peers, --compile: found one of them, which step.py measures; leave it out")
     warnings.simplefilter("ignore")
@@ -64,10 +68,11 @@ def terms_of(setup: Setup, settings: Features | AttentionLoss | None) -> Sequenc
 
 def measured(setup: Setup) -> dict[str, list[float]]:
     """Seconds of each measured step by row, turn by turn. Each round's first turn warms up."""
-    seconds, clock, size = {row: [] for row in ROWS}, Clock(setup.device), TokenBudget(setup.options.tokens, packing=True)
+    rows = {row: settings for row, settings in ROWS.items() if settings is None or getattr(setup.options, "only", "") in row}
+    seconds, clock, size = {row: [] for row in rows}, Clock(setup.device), TokenBudget(setup.options.tokens, packing=True)
     for _ in range(setup.options.repeats):
         loops = {}
-        for row, settings in ROWS.items():
+        for row, settings in rows.items():
             terms = terms_of(setup, settings)
             taps = terms[0].teacher_taps if terms else NO_TAPS
             state = learning(setup, 0.5, setup.student, terms)

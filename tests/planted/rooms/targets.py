@@ -115,6 +115,14 @@ FAULTS = [
         f"{RULED}::test_the_sums_of_weights_are_those_of_all_processes",
     ),
     Fault(
+        "rule-divided-after-other-dropout",
+        "sums of weights are measured with other dropout than the step has",
+        "llmkd/training/loop.py",
+        "            torch.manual_seed(derived_seed(seed, step.number, accelerator.process_index, i))\n",
+        "",
+        f"{RULED}::test_it_goes_on_to_the_last_bit",
+    ),
+    Fault(
         "rule-divided-by-micro-batches",
         "a step is divided by the weights of its last micro-batch",
         "llmkd/training/loop.py",
