@@ -87,7 +87,10 @@ def test_side_by_side_each_ends_as_it_would_alone(world, tmp_path):
     base["data"]["train"][0]["loss"] = {"ce": 0.25, "kd": 1}
     (tmp_path / "base.yaml").write_text(json.dumps(base))
     arms = {"sft": {"loss.kd_ratio": 0}, "kd": {"loss.kd_ratio": 0.5}, "by_weights": {"loss.kd_ratio": 0.5, "loss.normalize": "weights"}}
-    arms["by_rule"] = arms["by_weights"] | {"loss.target_weights": {"by": "divergence"}, "loss.keep": {"share": 0.5, "by": "student_entropy"}}
+    arms["by_rule"] = arms["by_weights"] | {
+        "loss.target_weights": {"by": "divergence"},
+        "loss.keep": {"share": 0.5, "by": "student_entropy"},
+    }
     (tmp_path / "sweep.yaml").write_text(json.dumps({"output_dir": str(tmp_path / "sweep"), "recipe": "base.yaml", "arms": arms}))
     run_sweep(str(tmp_path / "sweep.yaml"), {}, False)
     for name in arms:
