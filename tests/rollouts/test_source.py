@@ -333,20 +333,25 @@ EVERYTHING = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sources", [False, True])
-def test_two_processes_write_and_end_at_what_one_does(trained, world, tmp_path, sources):
-    """With everything that one teacher can; and with a divergence by source and several teachers, one of them of a source's own."""
+@pytest.mark.parametrize("what", ["all of one teacher", "sources", "mixture"])
+def test_two_processes_write_and_end_at_what_one_does(trained, world, tmp_path, what):
+    """With everything that one teacher can; with a divergence by source and several teachers, one of them of a source's own; and where the
+    teacher has a say in every token."""
     changes = {"on_policy__max_new_tokens": 9, "train__max_steps": 3, "optim__warmup_steps": 0}
-    if sources:
+    if what == "sources":
         train = [{"path": str(world / "train.jsonl"), "divergence": "reverse_kl"}, {"path": str(world / "held.jsonl"), "teacher": "a"}]
         changes |= {"data__train": train, "teacher": [{"name": "a", "model": str(world / "adapter")}, {"model": str(world / "teacher")}]}
         changes |= {"on_policy__share": 0.6, "on_policy__samples": 2}
+    elif what == "mixture":
+        changes |= {"on_policy__long_horizon": {"teacher_mix": 0.3, "mix_weights": "product"}, "loss__divergence": "reverse_kl"}
+        changes |= {"on_policy__share": 0.6}
     else:
         changes |= EVERYTHING
     assert_two_processes_are_one(trained, world, tmp_path, changes)
     records = [json.loads(line) for line in (tmp_path / "two" / "metrics.jsonl").read_text().splitlines()]
     written = [r for r in records if "written" in r]
-    assert len(written) == 3 and (sources or written[-1]["written_replayed"] > 0 and any("written_by_teacher" in r for r in written))
+    assert len(written) == 3 and all(("kd_weight" in r) == (what == "mixture") for r in written)
+    assert what != "all of one teacher" or written[-1]["written_replayed"] > 0 and any("written_by_teacher" in r for r in written)
 
 
 def test_a_written_answer_has_source_and_teacher_of_its_prompt(make_recipe, world):
