@@ -146,6 +146,7 @@ def refuse_unplanned(recipe: Recipe) -> None:
         ("loss.normalize", divided, "sums of weights that a rule makes"),
         ("on_policy", recipe.on_policy if writes(recipe.on_policy) else None, "a student that writes"),
         *((f"{setting}.server", one.server, "a teacher on a server") for setting, one in used_teachers(recipe)),
+        *((f"{setting}.ema", one.ema, "a teacher that is an average of the student") for setting, one in used_teachers(recipe)),
     ):
         if given not in (None, 1):
             raise UserError(f"{setting}: set, and a plan does not know {what} yet; leave it out for a plan")

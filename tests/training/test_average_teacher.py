@@ -34,10 +34,10 @@ def settings(rows, **more) -> dict:
     return changes | {"on_policy__share": 0.5, "on_policy__max_new_tokens": 6, "loss__kd_ratio": 1.0, "student__lora__dropout": 0.1} | more
 
 
-@pytest.mark.parametrize("method", ["lora", "full"])
+@pytest.mark.parametrize("method", ["lora", pytest.param("full", marks=pytest.mark.slow)])
 def test_it_is_the_average_of_the_checkpoints_and_is_resumed_bit_for_bit(trained, rows, tmp_path, method):
     more = {"student__method": method, "student__lora": None} if method == "full" else {}
-    whole = trained("whole", **settings(rows, **({k: v for k, v in more.items()})))
+    whole = trained("whole", **settings(rows, **more))
     steps = [load_file(tmp_path / "whole" / "checkpoints" / f"step-{n}" / "student.safetensors") for n in (1, 2, 3, 4)]
     own = [name for name in steps[0] if not name.startswith("teacher.")]
     assert {f"teacher.{name}" for name in own} == steps[0].keys() - {*own} and len(own) > 10
