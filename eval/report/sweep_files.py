@@ -1,5 +1,6 @@
 """Reads a sweep's folder for the report: arms with their runs, curves, metrics and groups. Nothing is computed here."""
 
+import contextlib
 import functools
 import math
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ from llmkd.console import warn
 from llmkd.errors import UserError
 from llmkd.files import sha256_file
 from llmkd.output.metrics import read_metrics
-from llmkd.output.run_files import RECIPE, SUMMARY, read_run_file
+from llmkd.output.run_files import RECIPE, SUMMARY, read_run_file, run_of
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Run:
     reason: str | None
     seconds: float
     base: dict
+    stated: str | None = None  # which run it is, as sweep.json says it
 
     @functools.cached_property
     def recipe(self) -> dict:
@@ -44,12 +46,15 @@ class Run:
         return read_json(self.folder / SUMMARY)
 
     def check_files(self) -> None:
-        """A warning for each file that is not what the summary was made of."""
+        """A warning for each file that is not what the summary was made of, and for a run that is another one than sweep.json says."""
         stated = self.summary.get("files") if self.status == "done" else None
         for name, sha256 in stated.items() if isinstance(stated, dict) else ():
             path = self.folder / name
             if not path.is_file() or sha256_file(path) != sha256:
                 warn(f"warning: {path} is not what {SUMMARY} was made of; what the report shows of it may be wrong")
+        with contextlib.suppress(UserError):
+            if self.stated and run_of(self.folder)["settings"] != self.stated:
+                warn(f"warning: {self.folder} is another run than sweep.json says; what the report shows of it may be wrong")
 
     @functools.cached_property
     def records(self) -> list[dict]:
@@ -144,7 +149,7 @@ def read_sweep(folder: Path) -> SweepFolder:
                 arm.get("reason"),
                 arm.get("seconds") or 0.0,
             )
-            arms.setdefault(arm["arm"], []).append(Run(name, *known, base))
+            arms.setdefault(arm["arm"], []).append(Run(name, *known, base, arm.get("run")))
         named = {name: Arm(name, number, runs) for number, (name, runs) in enumerate(arms.items())}
         baseline = data.get("baseline") or next(iter(named))
     except (ValueError, KeyError, TypeError, AttributeError, StopIteration) as error:

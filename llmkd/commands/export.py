@@ -14,7 +14,7 @@ from ..files import read_file, remove_leftovers, write_folder
 from ..model_folder.files import ModelFiles, find, rows_of, student_folder
 from ..model_folder.generation import generation_settings
 from ..model_folder.identity import record_of, verify, write_record
-from ..output.run_files import read_run_file, run_of
+from ..output.run_files import read_summary, run_of
 from ..output.run_folder import refuse_unwritable
 from ..training.prepare import prepare
 
@@ -151,7 +151,7 @@ def checkpoint_folder(run: Path, which: str) -> Path:
         path = run / "summary.json"
         if not path.exists():
             raise UserError(f"--checkpoint: {run} has no summary.json, which names the best step; finish the run, or name a step")
-        best = read_run_file(path, "name a step instead of best").get("best")
+        best = read_summary(run, "name a step instead of best").get("best")
         if not (isinstance(best, dict) and "step" in best):
             raise UserError(f"--checkpoint: {run} kept no best checkpoint; it needs checkpoint.best_by in its recipe")
         which = str(best["step"])

@@ -15,7 +15,7 @@ from ..config.sweep import ArmSpec, Sweep
 from ..console import count, first_process, info
 from ..errors import UserError
 from ..files import is_leftover, remove_leftovers, write_sealed
-from ..output.run_files import read_run_file
+from ..output.run_files import read_run_file, run_of
 from ..output.run_folder import lock_folder
 
 #: What to do about a damaged sweep.json.
@@ -87,10 +87,15 @@ class SweepState:
         if arm["status"] != "waiting":
             return
         if (run / "summary.json").exists():
-            arm |= {"status": "done", "reason": None}
+            arm |= {"status": "done", "reason": None, "run": self._run(arm)}
         elif (run / "nonfinite.json").exists():
             found = read_run_file(run / "nonfinite.json", "delete it and run the sweep again with --resume, which trains that arm further")
             arm |= {"status": "failed", "final": True, "reason": f"step {found.get('step')}: {found.get('term')} is not finite"}
+
+    def _run(self, arm: dict) -> str | None:
+        """The settings of an arm's run by their hash, so that a sweep.json of another sweep is known as one."""
+        with contextlib.suppress(UserError):
+            return run_of(self.folder / arm["folder"])["settings"]
 
     def lock(self):
         """Lock the sweep's folder: a context manager. Also records date, machine and versions."""
@@ -166,7 +171,8 @@ class SweepState:
     def record_group(self, group: Group, ends: dict[str, tuple[str | None, bool]], seconds: float) -> None:
         """Record a group's results, {arm: (why it failed or None, whether it would fail again)}. Stopped arms stay waiting."""
         for name, (reason, last) in ends.items():
-            self.data["arms"][name] |= {"status": "failed" if reason else "done", "reason": reason, "final": last}
+            arm = self.data["arms"][name]
+            arm |= {"status": "failed" if reason else "done", "reason": reason, "final": last, "run": self._run(arm)}
         for name in group.arms:
             self.data["arms"][name]["seconds"] = round(self.data["arms"][name]["seconds"] + seconds / len(group.arms), 1)
         entry = self.data["groups"][self.data["arms"][group.arms[0]]["group"]]

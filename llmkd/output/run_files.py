@@ -24,6 +24,17 @@ def read_run_file(path: Path, fix: str) -> dict:
         raise UserError(f"{path}: is damaged ({error}); {fix}") from error
 
 
+def read_summary(folder: Path, fix: str) -> dict:
+    """summary.json of a run. UserError, which says what to do (`fix`), where it cannot be read, is damaged, or is another run's."""
+    path, recipe = folder / SUMMARY, folder / RECIPE
+    found = read_run_file(path, fix)
+    files = found.get("files")
+    stated = files.get(RECIPE) if isinstance(files, dict) else None
+    if stated and recipe.is_file() and sha256_file(recipe) != stated and not recipe_is_changed(folder):
+        raise UserError(f"{path}: is of another run (it was written beside another {RECIPE}); {fix}")
+    return found
+
+
 def read_identity(folder: Path) -> dict[str, str]:
     """Hashes of what a run was started with, by name. UserError if it is damaged."""
     path, fix = folder / IDENTITY, "put it back as it was, or delete it: --resume then goes by what the checkpoints hold"

@@ -17,7 +17,7 @@ from .run_files import (
     SUMMARY,
     other_settings,
     read_identity,
-    read_run_file,
+    read_summary,
     recipe_is_changed,
     write_identity,
 )
@@ -42,7 +42,7 @@ class RunFolder:
 
     def summary(self) -> dict:
         path, fix = self.path / SUMMARY, "--resume writes it again from the last checkpoint, once it is deleted"
-        found = read_run_file(path, fix)
+        found = read_summary(self.path, fix)
         if lacking := {"steps", "output"} - found.keys():
             raise UserError(f"{path}: is damaged (it has no {min(lacking)}); {fix}")
         return found

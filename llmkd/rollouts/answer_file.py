@@ -4,9 +4,12 @@ Its sidecar, FILE.jsonl.roll.json, records how the answers were written; trainin
 """
 
 import contextlib
+import functools
 import json
+import operator
 import os
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,10 +17,12 @@ from typing import Any
 from ..console import info
 from ..data.reading.token_columns import ROW_CHECKSUM, refuse_changed, row_checksum
 from ..errors import UserError
-from ..files import Damaged, FileLocked, append, lock_file, read_sealed, sync, write_sealed
+from ..files import Damaged, FileLocked, append, lock_file, open_file, read_sealed, sync, write_sealed
 
 SUFFIX = ".roll.json"
 TEXT, IDS, TARGETS = "answer", "input_ids", "loss_mask"
+_KEY = re.compile("[0-9a-f]{1,16}")
+_OF_ROW = re.compile(rb'"key": ?"([0-9a-f]{16})"')  # in a text the quotation marks have a backslash
 
 
 @dataclass(frozen=True)
@@ -96,8 +101,20 @@ class AnswerFile:
         self.written |= {row["key"]: Written(sum(row[TARGETS]), row["finished"], len(row[IDS])) for row in rows}
 
     def complete(self) -> None:
-        """Say that all that was asked for is there, and how many answers that are."""
-        write_sealed(about_path(self.path), self.about | {"settings": self.settings, "complete": True, "answers": len(self.written)})
+        """Say that all that was asked for is there, and which answers that are."""
+        write_sealed(about_path(self.path), self.about | {"settings": self.settings, "complete": True, "rows": rows_of(self.written)})
+
+
+def rows_of(keys: Iterable[str]) -> list[int | str]:
+    """The number of some answers, and a mark of which they are, in whatever order."""
+    numbers = [int(key, 16) if _KEY.fullmatch(key) else 0 for key in keys]
+    return [len(numbers), f"{functools.reduce(operator.xor, numbers, 0):016x}"]
+
+
+def rows_in(path: Path) -> list[int | str]:
+    """The same of the answers that are in a file; rows are not parsed."""
+    with open_file(path) as file:
+        return rows_of((found[1].decode() if (found := _OF_ROW.search(line)) else "") for line in file if line.strip())
 
 
 def refuse_foreign(path: Path, option: str) -> dict[str, Any] | None:
@@ -117,7 +134,7 @@ def about_path(path: Path) -> Path:
 
 
 def read_about(path: Path) -> dict[str, Any] | None:
-    """The sidecar of a file of answers: `settings`, `complete`, `answers` if it is, `writer` and `learnt_from`. None for any other file; UserError if it is damaged."""
+    """The sidecar of a file of answers: `settings`, `complete`, if it is also `rows`, `writer` and `learnt_from`. None for any other file; UserError if it is damaged."""
     sidecar = about_path(path)
     try:
         found = read_sealed(sidecar)

@@ -12,8 +12,7 @@ from ..config.loader import load_recipe
 from ..config.recipe import used_teachers
 from ..console import count, warn
 from ..errors import UserError
-from ..files import open_file
-from ..rollouts.answer_file import SUFFIX, read_about
+from ..rollouts.answer_file import SUFFIX, read_about, rows_in
 from ..teachers.resolve import TeacherSource, resolve_teachers
 
 
@@ -34,15 +33,16 @@ def learnt_from(run: Path | None) -> list[dict]:
 
 
 def report_writers(data: Data, teachers: Sequence[TeacherSource]) -> None:
-    """A line for each file of answers that is not complete, or has more or fewer than were written, or whose writer, or whose writer's teacher, is not the teacher of this run."""
+    """A line for each file of answers that is not complete, or not the one that was written, or whose writer, or whose writer's teacher, is not the teacher of this run."""
     for name, source in with_setting_names(data.train, "data.train"):
         mine = [one for one in teachers if source.teacher in (None, one.settings.name)]
         for path, about in _abouts(source):
             if not about["complete"]:
                 warn(f"note: {name} ({path}): llmkd roll has not written all of its answers; the same command goes on")
-            elif (there := _lines(path)) != about.get("answers", there):
+            elif (there := rows_in(path)) != (then := about.get("rows", there)):
                 warn(
-                    f"note: {name} ({path}) has {count(there, 'row')}, and llmkd roll wrote {about['answers']:,}: some were removed, or added"
+                    f"note: {name} ({path}) is not what llmkd roll wrote: it has {count(there[0], 'row')}, and had {then[0]:,}; some were removed or "
+                    f"added, or {path.name}{SUFFIX} is of another file"
                 )
             writer = about["writer"]
             then = [writer] if writer["part"] == "teacher" else about["learnt_from"]
@@ -63,8 +63,3 @@ def _abouts(source: Source) -> Iterator[tuple[Path, dict]]:
     for file in files:
         if (about := read_about(file)) is not None:
             yield file, about
-
-
-def _lines(path: Path) -> int:
-    with open_file(path) as file:
-        return sum(1 for line in file if line.strip())

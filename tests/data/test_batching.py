@@ -167,6 +167,15 @@ def test_under_five_in_a_hundred_of_the_tokens_are_padding():
     assert shares(TokenBudget(16_384, packing=True), 1600) < 0.05
 
 
+def test_a_step_that_is_split_again_is_split_by_what_the_teacher_reads_too():
+    source = make_source(make_plan(8, lengths=np.full(8, 10), epochs=1), TokenBudget(200), teacher_view=of_lengths(np.full(8, 50)))
+    step = next(source.schedule())
+    assert sorted(map(len, step.micro_batches)) == [4, 4]
+    source.micro_batch_size = TokenBudget(100)
+    again = source.resplit(step)
+    assert sorted(map(len, again.micro_batches)) == [2, 2, 2, 2] and again.examples == step.examples
+
+
 def test_the_longer_of_two_views_counts():
     source = make_source(make_plan(8, lengths=np.full(8, 10), epochs=1), TokenBudget(100), teacher_view=of_lengths(np.full(8, 50)))
     assert [len(batch) for step in source.schedule() for batch in step.micro_batches] == [2, 2, 2, 2]

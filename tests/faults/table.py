@@ -174,6 +174,12 @@ FILES = [
         "output/test_damaged_files.py::test_a_damaged_file_is_named_in_one_line_or_harmless",
     ),
     Row(
+        "the summary of another run, or the list of another sweep",
+        "refused or named",
+        "output/test_damaged_files.py::test_the_summary_of_another_run_is_not_taken_for_this_ones "
+        "output/test_damaged_files.py::test_the_list_of_another_sweep_is_not_taken_for_this_ones",
+    ),
+    Row(
         "a lost identity.json, recipe.yaml or sweep.json",
         "made anew from what is left",
         "output/test_damaged_files.py::test_one_of_the_two_files_that_say_which_run_it_is_may_be_lost "
@@ -243,9 +249,9 @@ FILES = [
         "rollouts/test_answer_file.py::test_what_cannot_be_gone_on_with_is_refused_and_left_as_it_is",
     ),
     Row(
-        "a file of answers with more or fewer rows than were written",
+        "a file of answers with other rows than were written, or beside the record of another file",
         "named",
-        "training/test_rolled_data.py::test_a_file_with_more_or_fewer_rows_than_were_written_is_named",
+        "training/test_rolled_data.py::test_a_file_with_other_rows_than_were_written_is_named",
     ),
     Row(
         "a torn last line of metrics",

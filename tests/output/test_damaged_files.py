@@ -19,7 +19,7 @@ from llmkd import files
 from llmkd.cli import main
 from llmkd.config import loader
 from llmkd.errors import UserError
-from llmkd.files import Damaged, read_sealed, write_sealed
+from llmkd.files import Damaged, read_sealed, sha256_file, write_sealed
 from llmkd.model_folder import weights as weight_files
 from llmkd.output.run_files import read_run_file
 from llmkd.teachers.cache.shards import TeacherCache
@@ -197,6 +197,33 @@ def test_a_checkpoint_of_another_run_or_step_is_passed_over_by_a_whole_run(call,
     assert "step-3 (it is of another run, with other settings)" in passed[1] and any("resuming after step 2 of 3" in one for one in lines)
     assert sorted(path.name for path in (tmp_path / "victim/checkpoints").iterdir()) == ["step-1", "step-2", "step-3"]
     assert_same_weights(tmp_path / "victim", runs / "run")
+
+
+@pytest.mark.parametrize("command", ["finished", "best"])
+def test_the_summary_of_another_run_is_not_taken_for_this_ones(call, runs, tmp_path, command):
+    """One that is whole, and was written beside the same settings with another seed."""
+
+    def foreign(victim):
+        other = tmp_path / "other.yaml"
+        other.write_text((victim / "recipe.yaml").read_text().replace("seed: 0", "seed: 5"))
+        content = read_sealed(victim / "summary.json")
+        assert content["files"]["recipe.yaml"] != sha256_file(other)
+        content["files"]["recipe.yaml"] = sha256_file(other)
+        write_sealed(victim / "summary.json", content)
+
+    code, lines = call(command, foreign)
+    assert code == 2 and "summary.json: is of another run (it was written beside another recipe.yaml);" in lines[-1]
+
+
+def test_the_list_of_another_sweep_is_not_taken_for_this_ones(call):
+    def foreign(victim):
+        content = read_sealed(victim / "sweep.json")
+        content["arms"]["kd_ratio-0.5"]["run"] = "0" * 64
+        write_sealed(victim / "sweep.json", content)
+
+    code, lines = call("report", foreign)
+    (named,) = [line for line in lines if "is another run than sweep.json says" in line]
+    assert code == 0 and named.startswith("warning: ") and "arms/kd_ratio-0.5 is another" in named
 
 
 def test_a_lost_list_of_a_sweep_is_made_anew_from_its_runs(call, tmp_path):

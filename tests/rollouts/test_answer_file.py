@@ -34,7 +34,7 @@ def test_what_is_added_is_read_again_and_kept_byte_for_byte(file):
         again.add([row("c")])
         again.complete()
     assert file.path.read_bytes().startswith(then)
-    assert read_about(file.path) == ABOUT | {"settings": SETTINGS, "complete": True, "answers": 3}
+    assert read_about(file.path) == ABOUT | {"settings": SETTINGS, "complete": True, "rows": [3, "000000000000000d"]}  # a ^ b ^ c
 
 
 def test_a_part_of_a_last_line_is_removed_also_where_it_is_a_whole_object(file, capsys):

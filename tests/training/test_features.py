@@ -1,5 +1,6 @@
 """loss.features in runs: what it starts from and says, what it refuses, and that nothing but the student leaves with the student."""
 
+import copy
 import json
 import re
 import shutil
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.testing import assert_close
 
 from llmkd.cli import main
 from llmkd.commands.sweep import run_sweep
@@ -35,13 +37,24 @@ def records(out) -> list[dict]:
     return [record for record in read_jsonl(out / "metrics.jsonl") if "loss" in record]
 
 
-def test_a_run_says_what_share_is_left_learns_it_and_exports_nothing_of_it(trained, make_recipe, tmp_path, capsys):
-    """The share against numpy's least squares on transformers' own hidden states, of targets that the map has not seen."""
+def test_a_run_says_what_share_is_left_learns_it_and_exports_nothing_of_it(trained, make_recipe, world, tmp_path, capsys, monkeypatch):
+    """Map and share against numpy's least squares on transformers' own hidden states, which are without dropout; the share on targets that the
+    map has not seen."""
     from peft import PeftModel
     from transformers import LlamaForCausalLM
 
-    exported = trained("out", **LONG, **MIDDLE)
-    recipe = make_recipe(**LONG, **MIDDLE)
+    started, start = [], build.start_features
+    monkeypatch.setattr(
+        build,
+        "start_features",
+        lambda features, term, *rest: (start(features, term, *rest), started.append(copy.deepcopy(term.maps[0])))[0],
+    )
+    shutil.copytree(world / "student", tmp_path / "student")
+    config = json.loads((tmp_path / "student/config.json").read_text())
+    (tmp_path / "student/config.json").write_text(json.dumps(config | {"attention_dropout": 0.5}))
+    settings = LONG | MIDDLE | {"student__model": str(tmp_path / "student")}
+    exported = trained("out", **settings)
+    recipe = make_recipe(**settings)
     prepared = prepare(recipe)
     student = LlamaForCausalLM.from_pretrained(recipe.student.model)
     adapter = PeftModel.from_pretrained(
@@ -59,6 +72,8 @@ def test_a_run_says_what_share_is_left_learns_it_and_exports_nothing_of_it(train
     one = np.ones((len(x_rest), 1))
     solution = np.linalg.lstsq(np.concatenate([x, np.ones((len(x), 1))], 1), y, rcond=None)[0]
     share = ((np.concatenate([x_rest, one], 1) @ solution - y_rest) ** 2).sum() / ((y_rest - y_rest.mean(0)) ** 2).sum()
+    assert_close(started[0].weight.detach(), torch.from_numpy(solution[:-1].T), rtol=1e-8, atol=1e-9)
+    assert_close(started[0].bias.detach(), torch.from_numpy(solution[-1]), rtol=1e-8, atol=1e-9)
     (first,) = [record for record in read_jsonl(tmp_path / "out/metrics.jsonl") if "unexplained" in record]
     assert first == {"step": 0, "unexplained": {"student 1, teacher 1": pytest.approx(share, rel=1e-9)}}
     lines = said(capsys).splitlines()
@@ -94,9 +109,12 @@ def test_it_resumes_bit_for_bit_and_measures_nothing_again(trained, make_recipe,
 
 
 def test_neither_micro_batches_nor_packing_nor_recomputing_matter(trained, tmp_path):
-    common = {"checkpoint__every": 5, "student__method": "full", "validation__teacher_check": 0} | BOTH
+    """And with scale: none the distances are as they are."""
+    unscaled = {"loss__features": BOTH["loss__features"] | {"scale": "none"}}
+    common = {"checkpoint__every": 5, "student__method": "full", "validation__teacher_check": 0} | unscaled
     trained("plain", **common)
     plain = of_checkpoint(tmp_path / "plain", 5)
+    assert plain["terms.features.scales"].tolist() == [1, 1]
     ways = {
         "one": {"train__micro_batch_size": 1},
         "packed": {"data__packing": True, "train__micro_batch_size": 8},

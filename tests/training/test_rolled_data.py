@@ -1,6 +1,7 @@
 """Answers that were rolled: a teacher that is not the one from which their writer learnt is named, where it scores them and where it teaches."""
 
 import dataclasses
+import json
 
 import pytest
 
@@ -12,21 +13,25 @@ from llmkd.rollouts.answer_file import about_path
 from llmkd.teachers.resolve import resolve_teachers
 from llmkd.training.rolled_data import learnt_from, report_writers
 
+KEY = "0123456789abcdef"
+
 
 @pytest.fixture
 def said(world, tmp_path, capsys):
     """What a run with these teachers says of a file of answers by `part`, whose writer is `writer` and learnt from `stage`."""
 
-    def go(part: str, writer: str, stage: list[str], *models: str, complete: bool = True, folder: bool = False, rows: int = 1) -> str:
+    def go(
+        part: str, writer: str, stage: list[str], *models: str, complete: bool = True, folder: bool = False, keys: tuple = (KEY,)
+    ) -> str:
         path = tmp_path / "r.jsonl"
-        path.write_text("{}\n" * rows)
+        path.write_text("".join(json.dumps({"answer": f'"key": "{"1" * 16}"', "key": key}) + "\n" for key in keys))
 
         def known(name: str) -> dict:
             (one,) = resolve_teachers([("teacher", Teacher(model=str(world / name)))])
             return {"model": name, "weights": one.weights}
 
         about = {"writer": {"part": part} | known(writer), "learnt_from": [known(name) for name in stage]}
-        write_sealed(about_path(path), about | {"settings": {}, "complete": complete, "answers": 1})
+        write_sealed(about_path(path), about | {"settings": {}, "complete": complete, "rows": [1, KEY]})
         teachers = resolve_teachers([(f"teacher.{i}", Teacher(model=str(world / name), name=name)) for i, name in enumerate(models)])
         capsys.readouterr()
         report_writers(Data(train=Source(path=str(tmp_path if folder else path), format="tokens")), teachers)
@@ -56,9 +61,10 @@ def test_a_file_that_is_not_complete_is_named(said):
     assert "has not written all of its answers" in said("student", "student", ["teacher"], "teacher", complete=False)
 
 
-@pytest.mark.parametrize(("rows", "words"), [(0, "has 0 rows, and llmkd roll wrote 1"), (2, "has 2 rows, and llmkd roll wrote 1")])
-def test_a_file_with_more_or_fewer_rows_than_were_written_is_named(said, rows, words):
-    assert words in said("student", "student", ["teacher"], "teacher", rows=rows)
+@pytest.mark.parametrize("keys", [(), (KEY, KEY), ("0" * 16,)], ids=["removed", "added", "another file"])
+def test_a_file_with_other_rows_than_were_written_is_named(said, keys):
+    found = said("student", "student", ["teacher"], "teacher", keys=keys)
+    assert f"r.jsonl) is not what llmkd roll wrote: it has {len(keys)} row" in found and "and had 1;" in found
 
 
 def test_the_teacher_of_the_writers_run_is_found_and_who_wrote_its_data(world, tmp_path, make_recipe, capsys):

@@ -13,6 +13,7 @@ from llmkd.teachers.fidelity import sample_examples
 from llmkd.teachers.live import LiveTeacher
 from llmkd.training.prepare import prepare
 from llmkd.training.run import run
+from llmkd.training.teacher_check import message
 from llmkd.training.validate import Evaluator
 from tests.kit.models import load_student
 
@@ -39,6 +40,11 @@ def test_its_figures_are_the_cross_entropies_of_both_on_the_sample(make_recipe, 
     (found,) = check_of(recipe)
     assert found == pytest.approx(expected, abs=1e-9)
     assert f"the teacher's CE is {found['teacher_ce']:.4f} and the student's {found['ce']:.4f}" in capsys.readouterr().err
+
+
+def test_of_several_students_the_best_is_compared():
+    found = message([{"teacher_ce": 1.0, "ce": 1.5}, {"teacher_ce": 1.0, "ce": 0.5}, {"teacher_ce": 1.0, "ce": 2.0}], 3, [], None)
+    assert "the teacher's CE is 1.0000 and the student's 0.5000" in found and "warning: the teacher knows these rows no better" in found
 
 
 def test_it_changes_nothing_of_the_run(trained):
