@@ -52,6 +52,7 @@ from ..teachers.resolve import SignalUse, TeacherSource, check_cache, check_cove
 from ..teachers.served_models import refuse_absent
 from .layer_pairs import check_features, refuse_attention, refuse_by_outline
 from .rolled_data import report_writers
+from .teacher_check import refuse_nothing_to_learn
 
 MODELS = ("the student", "the teacher")  # how the names of models begin in `Prepared.identity`
 MEASURED = 64  # training examples on which the influence of the student's layers is measured
@@ -139,6 +140,7 @@ def prepare(recipe: Recipe, open_caches: bool = True, layers: tuple[int, ...] | 
         refuse_uncounted(data.validation, recipe.checkpoint.best_by)
     check_caches_cover(recipe.data, models.teachers, tokenizer, data)
     report_writers(recipe.data, models.teachers)
+    refuse_nothing_to_learn(recipe.teacher, recipe.loss.kd_ratio, recipe.data.streaming, data.train)
     report_end_tokens(data.end_tokens, generation_before(recipe.student, models.student), tokenizer)
     student, layers = with_layers(recipe.student, models.student, data.train, layers)
     configs = models.configs | ({"student.model": student.config} if student else {})

@@ -2,6 +2,10 @@
 
 from collections.abc import Sequence
 
+from ..config.fields import with_setting_names
+from ..config.teacher import Teacher
+from ..data.examples import Examples
+from ..errors import UserError
 from ..model_folder.files import ModelFiles
 from ..teachers.resolve import TeacherSource
 
@@ -27,3 +31,14 @@ def message(metrics: list[dict[str, float]], examples: int, teachers: Sequence[T
     return (
         f"{found}\nnote: teacher {others[0]} looks untuned (no adapter, not an output of llmkd). Was it fine-tuned on this data? {ADVICE}"
     )
+
+
+def refuse_nothing_to_learn(teacher: Teacher | tuple[Teacher, ...] | None, kd_ratio, streaming: bool, train: Examples) -> None:
+    """UserError where the teacher is the student's average, begins as it, reads what it reads, and is all that the student learns from: no step
+    would change anything. `train`: all examples, or those of a stream's first step."""
+    for setting, one in with_setting_names(teacher, "teacher"):
+        if one.ema is not None and kd_ratio == 1 and train.teacher_view is None and not streaming:
+            raise UserError(
+                f"{setting}.ema: set with loss.kd_ratio 1 and rows without a teacher_context: the teacher begins as the student and says what the student says, so nothing "
+                "is learnt; give rows a teacher_context, or lower loss.kd_ratio"
+            )

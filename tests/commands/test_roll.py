@@ -200,6 +200,7 @@ def test_held_out_rows_are_not_asked(asked, tmp_path):
         ("student", {"student.layers.count": 1, "student.layers.by": "block_influence"}, "chosen when it trains"),
         ("student", {"data.streaming": True, "train.max_steps": 3}, "roll reads all rows before it writes"),
         ("./nothing", {}, "there is no folder ./nothing"),
+        ("teacher", {"teacher": {"ema": 0.9}}, "roll: teacher is a moving average of the student, which there is only while it trains"),
     ],
 )
 def test_who_cannot_write_is_refused(make_recipe, tmp_path, writer, change, words):
@@ -215,6 +216,9 @@ def test_what_needs_no_model_is_refused_before_one_is_looked_for(make_recipe, tm
         roll("student", make_recipe(), tmp_path / "r.jsonl", DRAWN)
     with pytest.raises(UserError, match="^data.streaming: found true"):
         roll("student", make_recipe(data__streaming=True, train__epochs=None, train__max_steps=2), tmp_path / "new.jsonl", DRAWN)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="^roll: runs in one process; leave accelerate launch out$"):
+        roll("student", make_recipe(), tmp_path / "new.jsonl", DRAWN)
     assert (tmp_path / "r.jsonl").read_text() == "something else\n" and not (tmp_path / "new.jsonl").exists()
 
 

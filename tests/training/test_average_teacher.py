@@ -13,7 +13,7 @@ from llmkd.errors import UserError
 from llmkd.models.average import Average
 from llmkd.models.load import LoadContext, load_models
 from llmkd.models.shared_weights import storage_bytes
-from llmkd.training.prepare import student_files
+from llmkd.training.prepare import prepare, student_files
 from tests.conftest import distance, weights
 from tests.training.one_and_two import assert_two_processes_are_one
 
@@ -121,6 +121,12 @@ def test_what_contradicts_it_is_refused(make_recipe, tmp_path, changes, message)
     with pytest.raises(UserError, match=message):
         loader.load_recipe(tmp_path / "recipe.yaml", changes)
     assert make_recipe(teacher={"ema": 0.9}).teacher.model == make_recipe().student.model
+
+
+def test_a_student_that_would_learn_nothing_is_refused(make_recipe, rows):
+    with pytest.raises(UserError, match="teacher.ema: set with loss.kd_ratio 1 and rows without a teacher_context"):
+        prepare(make_recipe(teacher={"ema": 0.9}, loss__kd_ratio=1.0))
+    prepare(make_recipe(teacher={"ema": 0.9}, loss__kd_ratio=0.9))
 
 
 @pytest.mark.slow
