@@ -60,7 +60,7 @@ def dispatch(argv: list[str]) -> None:
         except HelpShown:
             return
         if command in _COMPUTES:
-            check_environment()
+            check_environment(shards=command == "train")
         if command in _QUIET:
             quiet()
         with json_results(getattr(options, "json", None)) as write:

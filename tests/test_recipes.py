@@ -9,7 +9,7 @@ from llmkd.config import loader
 from llmkd.config.fields import as_tuple
 
 REPO = Path(__file__).parents[1]
-FILES = sorted(path for path in (REPO / "recipes").rglob("*") if path.suffix in (".yaml", ".yml"))
+FILES = sorted(path for path in (REPO / "recipes").rglob("*") if path.suffix in (".yaml", ".yml") and path.parent.name != "accelerate")
 README = (REPO / "recipes/README.md").read_text()
 
 

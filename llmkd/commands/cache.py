@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from ..config.recipe import Recipe
+from ..config.sharding import sharded_teacher
 from ..console import duration, first_process, info
 from ..data.batching import make_micro_batches
 from ..data.examples import Examples
@@ -152,6 +153,8 @@ def _load_recorder(
     def probe(setting: str) -> list:
         return sample_teacher_batches(examples, number, size, pad, device)
 
+    if sharded_teacher(recipe.train, source.settings) and accelerator.num_processes > 1:
+        info(f"{source.setting}: is not sharded to write a cache; each of {accelerator.num_processes} processes holds all of it")
     context = LoadContext(prepared.vocab, device, recipe.seed, around_transform=functools.partial(measured_transform, probe))
     _, (model,) = load_models([], [(source.setting, source.settings)], context)
     with report_from_any_rank():

@@ -13,6 +13,7 @@ from ..console import info, progress_bar, table
 from ..errors import UserError
 from ..files import write_atomic
 from ..model_folder.files import student_folder
+from ..training.environment import check_environment
 from ..training.launch import start
 from ..training.prepare import Prepared, prepare
 from ..training.run import run
@@ -22,6 +23,7 @@ def run_pipeline(config: str, overrides: dict, resume: bool) -> dict:
     """Run every stage (with `resume`, those that are not finished), compare the students, and return {stage: metrics}."""
     overrides = dict(overrides)
     pipeline = load_pipeline(config, overrides.pop("output_dir", None))
+    check_environment()
     recipes = stage_recipes(pipeline, Path(config), overrides)
     folder = Path(pipeline.output_dir)
     if (folder / "summary.json").exists() and not resume:

@@ -97,7 +97,11 @@ def copy_recipe(name: str, folder: Path) -> tuple[list[Path], str]:
 def _content(path: Path, folder: Path) -> bytes:
     """What is copied of a file. The comments of a recipe name the commands, for where the files are then."""
     content = path.read_bytes()
-    return content.replace(b"--config recipes/", f"--config {folder.as_posix()}/".encode()) if path.suffix == ".yaml" else content
+    return (
+        re.sub(rb"(--config(_file)?) recipes/", lambda found: found[1] + f" {folder.as_posix()}/".encode(), content)
+        if path.suffix == ".yaml"
+        else content
+    )
 
 
 def _needed(root: Path, recipes: list[Path], folders: list[Path]) -> Iterator[Path]:
@@ -135,4 +139,5 @@ def _texts(value) -> Iterator[str]:
 def _command(entries: list[Entry], folder: Path) -> str:
     """The command of the first file that is run, for where it is now: a pipeline's or sweep's, or else the first stage's."""
     whole = next((e for e in entries if e.path.stem in (e.path.parts[0].removesuffix(".yaml"), "pipeline", "sweep")), entries[0])
-    return f"llmkd train --config {(folder / whole.path).as_posix()}"
+    path = (folder / whole.path).as_posix()
+    return f"llmkd train --config {path}" if whole.command.startswith("llmkd ") else whole.command.replace(f"recipes/{whole.path}", path)

@@ -12,6 +12,7 @@ from .fields import as_tuple, with_setting_names
 from .on_policy import long_horizon_contradictions, on_policy_contradictions
 from .recipe import Loss, Recipe, Student, schedules, uses_teacher
 from .schedule import schedule_contradictions
+from .sharding import sharding_contradictions
 from .target_weights import keep_contradictions, target_weight_contradictions
 from .teacher import Mixture, teacher_contradictions
 from .terms import attention_contradictions
@@ -37,6 +38,7 @@ def contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:
     yield from _teaching_contradictions(recipe)
     yield from _step_contradictions(recipe)
     yield from _held_out_contradictions(recipe)
+    yield from sharding_contradictions(recipe)
 
 
 def _teaching_contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], str]]:

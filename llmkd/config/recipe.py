@@ -16,6 +16,7 @@ from .features import Features
 from .fields import Count, OneOrMany, Seed, as_tuple, changeable, config_dataclass, fixed, form, with_setting_names
 from .on_policy import OnPolicy
 from .schedule import Scheduled, middle, value_at
+from .sharding import Shard
 from .target_weights import KeepOrShare, TargetWeights
 from .teacher import Attention, Dtype, Mixture, Quantization, Teacher
 from .terms import AttentionLoss
@@ -192,6 +193,11 @@ class Train:
         1, description="Sort the examples of this many optimizer steps together by length, for less padding. 1: batches stay as drawn."
     )
     log_every: Count = changeable(1, description="Optimizer steps between records in metrics.jsonl.")
+    shard: Shard = changeable(
+        "none",
+        description="How several processes hold the student. none: each holds all of it (data parallelism); full: each holds a part of every weight, of "
+        "its gradient and of the optimizer's state (FSDP2). An FSDP2 config file of Accelerate sets full. The result is the same.",
+    )
     compile: bool = changeable(
         False,
         description="Compile the layers of the student and of live teachers with torch.compile: some minutes at the start, then faster steps, with the "

@@ -9,6 +9,7 @@ from pydantic import Field
 from .data import Data
 from .fields import Count, Seed, as_tuple, changeable, config_dataclass, fixed, with_setting_names
 from .served import SERVER_DEFAULTS, server_contradictions
+from .sharding import Shard
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16", "float64"]
 Attention = Literal["auto", "sdpa", "eager", "flash_attention_2", "flex_attention"]
@@ -124,6 +125,11 @@ class Teacher:
         None,
         description="Device of the teacher's weights. null: the student's; cpu, cuda:1, ...: that one; offload: CPU memory, from where each layer is "
         "copied to the student's device while it computes.",
+    )
+    shard: Shard | None = changeable(
+        None,
+        description="How several processes hold the teacher. none: each holds all of it; full: each holds a part of every weight; null: as train.shard "
+        "says.",
     )
     cache: Cache | None = fixed(None, description="Teacher cache: llmkd cache writes it; a run then reads it and loads no teacher.")
     weight: float = fixed(1.0, gt=0, description="With several teachers: relative weight of this one in the mixture.")

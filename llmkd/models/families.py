@@ -3,6 +3,8 @@
 A family that is not known here is no error: the startup checks find that the logits differ, and the model's own forward pass is used.
 """
 
+from collections.abc import Callable
+
 from torch import nn
 
 from ..head import Head
@@ -22,6 +24,15 @@ def decoder_of(model: nn.Module) -> nn.Module:
     if decoder is model.get_output_embeddings():  # ModernBERT calls its head a decoder
         return getattr(model, model.base_model_prefix)
     return getattr(model, "model", model) if decoder is model else decoder
+
+
+#: Under this name `training/parallel.py` puts a method on a model that it shards: its decoder, called through the hooks of the whole model.
+BODY = "llmkd_body"
+
+
+def body_of(model: nn.Module) -> Callable:
+    """What computes last hidden states: the decoder, or what stands in its place."""
+    return getattr(model, BODY, None) or decoder_of(model)
 
 
 def layers_of(model: nn.Module) -> nn.ModuleList | None:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..batch import View
 from ..head import Head
 from ..signals import NO_TAPS, AttentionInputs, Taps
-from .families import decoder_of, head_of
+from .families import body_of, decoder_of, head_of
 from .last_layer import LastLayer, at_rows
 from .taps import attention_tapped, tapped
 
@@ -121,7 +121,7 @@ class LanguageModel(nn.Module):
         with autocast, within[0], within[1] as layers, within[2] as attention:
             if self.capabilities.own_forward:
                 return ModelOutputs(self._logits(view), layers, attention)
-            hidden_BTH = decoder_of(self.base_model)(**self.model_inputs(view), use_cache=False)[0]
+            hidden_BTH = body_of(self.base_model)(**self.model_inputs(view), use_cache=False)[0]
         return ModelOutputs(hidden_BTH.flatten(0, 1).index_select(0, view.rows_N), layers, attention)
 
     def model_inputs(self, view: View) -> dict[str, Tensor]:

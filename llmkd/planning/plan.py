@@ -139,6 +139,8 @@ def find(recipe: Recipe, recipe_folder: Path) -> Found:
 def refuse_unplanned(recipe: Recipe) -> None:
     divided = recipe.loss.normalize if recipe.loss.target_weights and recipe.loss.normalize == "weights" else None
     for setting, given, what in (
+        ("train.shard", None if recipe.train.shard == "none" else recipe.train.shard, "sharded models"),
+        *((f"{setting}.shard", one.shard if one.shard == "full" else None, "sharded models") for setting, one in used_teachers(recipe)),
         ("loss.features", recipe.loss.features, "hidden states inside the models"),
         ("loss.attention", recipe.loss.attention, "attention distillation"),
         ("student.layers", recipe.student.layers, "a student of fewer layers"),

@@ -12,6 +12,7 @@ from ..config.on_policy import OnPolicy, writes
 from ..config.recipe import Data, Loss, Mixture, Optim, Recipe, Student, Train, divergences_of, scheduled, schedules, uses_teacher
 from ..config.recipe import Teacher as TeacherSettings
 from ..config.schedule import middle, refuse_long_schedule
+from ..config.sharding import sharded_teacher
 from ..config.target_weights import Keep as KeepSettings
 from ..config.target_weights import chosen_by
 from ..config.terms import AttentionLoss
@@ -49,6 +50,7 @@ from .loop import StudentState, unwrap
 from .model_watch import ModelWatch
 from .optim import learning_rate
 from .own_text import OwnText
+from .parallel import REPLICATED, Replicated, shard_teachers, strategy_of
 from .prepare import Prepared, check_terms, micro_batch_size
 from .student_run import StudentRun
 
@@ -111,6 +113,11 @@ def build_setup(
         if stop_asked():  # a signal to the process group also kills the compiler, which is no error of the recipe
             raise Stopped("stopped by a signal before the first step; the same command starts again") from None
         raise
+    strategy = strategy_of(train.shard, accelerator)
+    strategy.hold(models)
+    shard_teachers(
+        [(name, model) for (name, own), model in zip(live, teacher_models, strict=True) if sharded_teacher(train, own)], accelerator
+    )
     fidelity = {f"{name}.{k}": v for (name, _), model in zip(live, teacher_models, strict=True) for k, v in model.fidelity.items()}
     source = prepared.source.for_rank(accelerator.process_index, accelerator.num_processes, device)
     own_text = None
@@ -137,7 +144,7 @@ def build_setup(
                 *long_horizon_terms(own.on_policy, own.loss, chunk_size),
             ]
             divergences = divergences_of(own.loss, own.data)
-            state = build_student(own.loss, own.optim, model, source.total_steps, accelerator, chunk_size, terms, divergences)
+            state = build_student(own.loss, own.optim, model, source.total_steps, accelerator, chunk_size, terms, divergences, strategy)
             own_data = prepared if own is recipe else prepared.for_student(own.student, uses_teacher(own))
             students.append(StudentRun(own, own_data, folder, model, state, accelerator.is_main_process))
     average_students(students, teachers_by_setting, with_setting_names(recipe.teacher, "teacher"))
@@ -302,12 +309,14 @@ def build_student(
     chunk_size: int | None = None,
     more: Iterable[Term] = (),
     divergences: Sequence[tuple[str, dict[str, float]]] = (),
+    strategy: Replicated = REPLICATED,
 ) -> StudentState:
     """The student with its terms, optimizer and schedule.
 
     chunk_size   rows of the head at a time, if `loss` does not set it
     more         further terms of the loss
     divergences  see `build_terms`
+    strategy     how the processes hold it; it holds it already
     """
     more, settings = list(more), schedules(loss)
     for term in more:
@@ -320,7 +329,8 @@ def build_student(
     if student.capabilities.parameters_without_gradient and accelerator.num_processes > 1:
         # Oddity: accelerate has no argument for it. Without it the processes would wait for gradients that never come.
         accelerator.ddp_handler.find_unused_parameters = True
-    return StudentState(accelerator.prepare_model(distiller), optimizer, parameters, schedule(optim, total_steps), optim.max_grad_norm)
+    wrapped, rate = strategy.wrap(distiller, accelerator), schedule(optim, total_steps)
+    return StudentState(wrapped, optimizer, parameters, rate, optim.max_grad_norm, strategy=strategy)
 
 
 def build_terms(

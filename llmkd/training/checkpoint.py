@@ -22,6 +22,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..files import Damaged, read_object, read_sealed, remove, remove_leftovers, sha256_file, write_folder, write_sealed
 from ..process.machine_errors import machine_error
+from .parts import part_of
 
 _STEP = re.compile(r"step-(\d+)")
 WEIGHTS, MOMENTS, STATE, MANIFEST = "student.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
@@ -35,6 +36,30 @@ class Saved:
     state: dict
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """What a run has learnt: the weights that train, and the optimizer's state as PARAMETER/KEY."""
+
+    weights: dict[str, Tensor]
+    moments: dict[str, Tensor]
+
+    def each(self, change: Callable[[Tensor], Tensor]) -> "Snapshot":
+        weights, moments = ({name: change(value) for name, value in part.items()} for part in (self.weights, self.moments))
+        return Snapshot(weights, moments)
+
+    def is_finite(self) -> bool:
+        """Whether it holds no inf or NaN."""
+        found = [torch.isfinite(value).all() for value in (*self.weights.values(), *self.moments.values())]
+        return bool(torch.stack([one.to(found[0].device) for one in found]).all()) if found else True
+
+
+def snapshot(parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> Snapshot:
+    """The tensors themselves, not copies. bitsandbytes counts its steps in an int, of which a tensor is made."""
+    state = ((f"{name}/{key}", value) for name, p in parameters.items() for key, value in optimizer.state.get(p, {}).items())
+    moments = {name: torch.tensor(value) if isinstance(value, int) else value.detach() for name, value in state}
+    return Snapshot({name: p.detach() for name, p in parameters.items()}, moments)
+
+
 class Unusable(Exception):
     """What is wrong with a checkpoint, in a few words."""
 
@@ -42,16 +67,16 @@ class Unusable(Exception):
 def save(
     folder: Path,
     step: int,
-    parameters: dict[str, Tensor],
-    optimizer: torch.optim.Optimizer,
+    learnt: Snapshot,
     state: dict,
     run: dict[str, str],
 ) -> Path:
     """Write `folder/step-N`. `state`: JSON, and numpy arrays. `run`: see `RunFolder.run`. The folder around `folder` is not made: if it is gone, OSError."""
     from safetensors.torch import save_file
 
-    weights = {name: p.detach().cpu().contiguous() for name, p in parameters.items()}
-    moments = {f"{name}/{key}": _plain(value) for name, p in parameters.items() for key, value in optimizer.state.get(p, {}).items()}
+    weights = {name: value.cpu().contiguous() for name, value in learnt.weights.items()}
+    # clones, since bitsandbytes' parameters share a table of 8-bit values
+    moments = {name: value.cpu().clone(memory_format=torch.contiguous_format) for name, value in learnt.moments.items()}
     arrays = {name: value for name, value in state.items() if isinstance(value, np.ndarray)}
     plain = {name: value for name, value in state.items() if name not in arrays}
     tensors = sum(t.numel() * t.element_size() for t in (*weights.values(), *moments.values()))
@@ -66,13 +91,6 @@ def save(
         files = {p.name: {"bytes": p.stat().st_size, "sha256": sha256_file(p)} for p in sorted(part.iterdir())}
         write_sealed(part / MANIFEST, {"step": step, "run": run, "files": files})
     return folder / f"step-{step}"
-
-
-def is_finite(parameters: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> bool:
-    """Whether weights and optimizer's state hold no inf or NaN."""
-    values = [*parameters.values(), *(value for p in parameters.values() for value in optimizer.state.get(p, {}).values())]
-    found = [torch.isfinite(value).all() for value in values if isinstance(value, Tensor)]
-    return bool(torch.stack([one.to(found[0].device) for one in found]).all()) if found else True
 
 
 def prune(folder: Path, keep: int, best: int | None = None) -> None:
@@ -171,7 +189,7 @@ def load(saved: Saved, parameters: dict[str, Tensor], optimizer: torch.optim.Opt
         raise UserError(f"{saved.path} holds other weights than this recipe trains; resume with the recipe that wrote it")
     with torch.no_grad():
         for name, p in parameters.items():
-            p.copy_(weights[name])
+            p.copy_(part_of(weights[name], p))
     if optimizer is not None:
         state: dict[str, dict[str, Tensor]] = {}
         for name, value in load_file(saved.path / MOMENTS).items():
@@ -180,15 +198,8 @@ def load(saved: Saved, parameters: dict[str, Tensor], optimizer: torch.optim.Opt
         for name, p in parameters.items():
             if name in state:
                 optimizer.state[p] = {
-                    key: value.item() if value.dtype == torch.int64 else value.to(p.device) for key, value in state[name].items()
+                    key: value.item() if value.dtype == torch.int64 else part_of(value, p) for key, value in state[name].items()
                 }
-
-
-def _plain(value: Tensor | int) -> Tensor:
-    """As safetensors takes it. bitsandbytes counts its steps in an int, and all parameters share its table of 8-bit values."""
-    if isinstance(value, int):
-        return torch.tensor(value)
-    return value.detach().cpu().clone(memory_format=torch.contiguous_format)
 
 
 def _steps(folder: Path) -> list[tuple[int, Path]]:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 from ..console import info
 from ..errors import UserError
+from .fsdp_variables import ASKED, OPTIONS, fsdp2_asked
 
 REFUSED, SAID, HARMLESS = "refused", "said", "harmless"
 _OFF = ("0", "false", "no", "off", "n", "f")
@@ -34,8 +35,9 @@ class Rule:
     allowed: tuple[str, ...] = ()
 
 
-_DATA_PARALLEL = "llmkd shares the batch between processes and nothing else"
+_DATA_PARALLEL = "here processes share the batch, or shard models by FSDP2"
 _PLAIN_LAUNCH = "start with accelerate launch --multi_gpu, or leave the section out of Accelerate's config file"
+_SHARD = "use recipes/accelerate/gpus_8_fsdp2.yaml, or torchrun and train.shard: full"
 RULES = (
     # Accelerate, and its config file by way of accelerate launch
     Rule(
@@ -67,9 +69,15 @@ RULES = (
         ("no",),
     ),
     Rule(("ACCELERATE_DYNAMO_*",), HARMLESS, "read with a backend alone, which is refused"),
-    Rule(("ACCELERATE_USE_DEEPSPEED",), REFUSED, f"{_DATA_PARALLEL}, so there is no DeepSpeed", _PLAIN_LAUNCH, _OFF),
-    Rule(("ACCELERATE_USE_FSDP",), REFUSED, f"{_DATA_PARALLEL}, so there is no FSDP", _PLAIN_LAUNCH, _OFF),
-    Rule(("ACCELERATE_USE_MEGATRON_LM",), REFUSED, f"{_DATA_PARALLEL}, so there is no Megatron-LM", _PLAIN_LAUNCH, _OFF),
+    Rule(
+        ("ACCELERATE_USE_DEEPSPEED",),
+        REFUSED,
+        f"{_DATA_PARALLEL}; DeepSpeed has backward pass, clipping and optimizer of its own",
+        _SHARD,
+        _OFF,
+    ),
+    Rule((ASKED,), REFUSED, "only llmkd train of a recipe shards models", _PLAIN_LAUNCH, _OFF),
+    Rule(("ACCELERATE_USE_MEGATRON_LM",), REFUSED, f"{_DATA_PARALLEL}; Megatron-LM has models and a loop of its own", _SHARD, _OFF),
     Rule(
         ("ACCELERATE_USE_PARALLELISM_CONFIG",),
         REFUSED,
@@ -82,7 +90,6 @@ RULES = (
         (
             "ACCELERATE_DEEPSPEED_*",
             "ACCELERATE_CONFIG_DS_FIELDS",
-            "FSDP_*",
             "MEGATRON_LM_*",
             "PARALLELISM_CONFIG_*",
             "ACCELERATE_SAGEMAKER_*",
@@ -90,6 +97,8 @@ RULES = (
         HARMLESS,
         "options of what is refused by ACCELERATE_USE_...",
     ),
+    Rule(tuple(OPTIONS), HARMLESS, "read with ACCELERATE_USE_FSDP alone; a value that asks for what llmkd does not do is then refused"),
+    Rule(("FSDP_*",), HARMLESS, "for Accelerate's own way to shard a model; here each layer is a unit, and checkpoints are whole"),
     Rule(("ACCELERATE_FP8_*", "FP8_*"), HARMLESS, "read with mixed precision fp8 alone, which is refused"),
     Rule(
         ("ACCELERATE_TORCH_DEVICE",),
@@ -309,8 +318,13 @@ def rule_for(name: str) -> Rule | None:
     return next((rule for rule in RULES if any(fnmatch.fnmatchcase(name, pattern) for pattern in rule.names)), None)
 
 
-def check_environment(variables: Mapping[str, str] = os.environ) -> None:
-    """UserError that names every variable that is refused; a message, once a process, for each that has an effect."""
+def check_environment(variables: Mapping[str, str] = os.environ, shards: bool = False) -> None:
+    """UserError that names every variable that is refused; a message, once a process, for each that has an effect.
+
+    shards  the command can shard models, so FSDP2 is not refused
+    """
+    if shards and fsdp2_asked(variables):
+        variables = {name: value for name, value in variables.items() if name != ASKED}
     refused = [line for rule, line in _effective(variables) if rule.kind == REFUSED]
     if refused:
         raise UserError(*refused)

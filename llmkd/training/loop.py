@@ -24,12 +24,18 @@ from ..data.batch_source import BatchSource, Step
 from ..errors import NonFinite
 from ..signals import Teacher
 from .distiller import Distiller
+from .parallel import REPLICATED, Replicated
+from .parts import whole
 from .step_result import Accumulated, StepResult, TargetCounts, diagnose_nonfinite
 
 
 @dataclass
 class StudentState:
-    """One student being trained: its module (wrapped or not), its optimizer and its learning rate by step. `more`: what else its checkpoints hold."""
+    """One student being trained: its module (wrapped or not), its optimizer and its learning rate by step.
+
+    more      what else its checkpoints hold
+    strategy  how the processes hold it
+    """
 
     distiller: nn.Module
     optimizer: torch.optim.Optimizer
@@ -37,6 +43,7 @@ class StudentState:
     learning_rate: Callable[[int], float]
     max_grad_norm: float | None = None
     more: dict[str, Tensor] = field(default_factory=dict)
+    strategy: Replicated = REPLICATED
 
     @property
     def kept(self) -> dict[str, Tensor]:
@@ -234,7 +241,7 @@ def forward_backward(
     signal, found = teacher(micro) if teacher else None, {}
     for k, student in active.items():
         torch.manual_seed(seed)
-        with contextlib.nullcontext() if sync else accelerator.no_sync(student.distiller):
+        with student.strategy.exchanging(student.distiller, accelerator, now=sync):
             loss = student.distiller(micro, signal)
             accelerator.backward(loss.total * factor)
         found[k] = loss.rows, loss.weights
@@ -245,7 +252,7 @@ def unscale_and_norm_(student: StudentState, factor: float) -> Tensor:
     """Multiply the gradients by `factor` in place, and return their norm."""
     grads = [p.grad for p in student.parameters.values() if p.grad is not None]
     torch._foreach_mul_(grads, factor)
-    return torch.nn.utils.get_total_norm(grads)
+    return whole(torch.nn.utils.get_total_norm(grads))
 
 
 def optimizer_step(student: StudentState, step: int, norm: Tensor, nonfinite: Tensor) -> None:

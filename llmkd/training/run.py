@@ -1,15 +1,18 @@
 """One run, from a checked recipe to the folder it leaves behind."""
 
 import contextlib
+import dataclasses
 
 from ..config.recipe import Recipe
+from ..config.sharding import sharding_contradictions
 from ..console import first_process, info
-from ..errors import NonFinite, Stopped, attribute_to_student
+from ..errors import NonFinite, Stopped, UserError, attribute_to_student
 from ..model_folder.identity import verify
 from ..output import hub_upload, trackers
 from ..output.run_files import recorded_layers
 from ..output.run_folder import RunFolder
 from .environment import check_environment
+from .fsdp_variables import fsdp2_asked, unseen
 from .launch import start
 from .prepare import prepare, refuse_missing_targets
 from .process_state import check_process_state
@@ -18,8 +21,9 @@ from .shutdown import ShutdownRequest
 
 def run(recipe: Recipe, resume: bool = False, stop: ShutdownRequest | None = None) -> dict:
     """Train, and return the run's summary. Raises UserError, NonFinite or Stopped. `stop`: the handler of signals, if one is installed already."""
-    check_environment()
+    check_environment(shards=True)
     check_process_state()
+    recipe = as_launched(recipe)
     folder = RunFolder(recipe, resume)
     folder.check()
     hub_upload.check(recipe.push_to_hub)
@@ -37,24 +41,36 @@ def run(recipe: Recipe, resume: bool = False, stop: ShutdownRequest | None = Non
         return hub_upload.publish(recipe.push_to_hub, folder) if first_process() and recipe.push_to_hub else folder.summary()
 
 
+def as_launched(recipe: Recipe) -> Recipe:
+    """The recipe with train.shard: full where Accelerate's config file asks for FSDP2. UserError for settings that do not go with it."""
+    if not fsdp2_asked() or recipe.train.shard == "full":
+        return recipe
+    sharded = dataclasses.replace(recipe, train=dataclasses.replace(recipe.train, shard="full"))
+    asks = "(Accelerate's config file, or ACCELERATE_USE_FSDP, asks for it)"
+    if problems := [f"{settings[0]}: {problem} {asks}" for settings, problem in sharding_contradictions(sharded)]:
+        raise UserError(*problems)
+    return sharded
+
+
 def train_together(recipes: list[Recipe], folders: list[RunFolder], stop: ShutdownRequest) -> list[NonFinite | None]:
     """Train the recipes' students side by side. Returns each student's failure, or None. See `build.build_setup`."""
-    for k, recipe in enumerate(recipes):
-        with attribute_to_student(k):
-            refuse_missing_targets(recipe.student)
-    prepared = prepare(recipes[0], layers=recorded_layers(folders[0].path) if folders[0].resume else None)
-    if stop():
-        raise Stopped("stopped by a signal before anything was trained; continue with --resume")
-    from .build import build_setup
-    from .trainer import Trainer, TrainerSettings
+    with unseen():
+        for k, recipe in enumerate(recipes):
+            with attribute_to_student(k):
+                refuse_missing_targets(recipe.student)
+        prepared = prepare(recipes[0], layers=recorded_layers(folders[0].path) if folders[0].resume else None)
+        if stop():
+            raise Stopped("stopped by a signal before anything was trained; continue with --resume")
+        from .build import build_setup
+        from .trainer import Trainer, TrainerSettings
 
-    try:
-        accelerator = start()
-        setup, first = build_setup(recipes, prepared, folders, accelerator, stop), recipes[0]
-        trainer = Trainer(setup, TrainerSettings(first.train, first.validation, first.checkpoint), accelerator, stop)
-        trainer.train()
-        trainer.finish()
-        return [student.failure for student in trainer.students]
-    finally:
-        for folder in folders:
-            folder.release()
+        try:
+            accelerator = start()
+            setup, first = build_setup(recipes, prepared, folders, accelerator, stop), recipes[0]
+            trainer = Trainer(setup, TrainerSettings(first.train, first.validation, first.checkpoint), accelerator, stop)
+            trainer.train()
+            trainer.finish()
+            return [student.failure for student in trainer.students]
+        finally:
+            for folder in folders:
+                folder.release()

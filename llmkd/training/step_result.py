@@ -10,7 +10,7 @@ from torch import Tensor
 from ..batch import Batch
 from ..data.batch_source import Step
 from ..errors import NonFinite
-from ..signals import Teacher
+from ..signals import Signal, Teacher
 
 
 @dataclass(frozen=True)
@@ -138,15 +138,35 @@ def diagnose_nonfinite(
 ) -> NonFinite:
     """The step, the term and the examples of a value that is not finite, over all ranks, for student `k`; `explain` looks for a cause."""
     term = next((name for name, value in terms.items() if not math.isfinite(value)), "gradient")
-    examples, cause = set(), ""
-    for micro, rows in zip(result.accumulated.micro_batches, result.accumulated.terms_by_micro_batch[k], strict=True):
+    examples, bad = set(), {}
+    for i, (micro, rows) in enumerate(zip(result.accumulated.micro_batches, result.accumulated.terms_by_micro_batch[k], strict=True)):
         bad_N = (~torch.isfinite(rows[term])).nonzero().flatten().tolist() if term in rows else range(micro.num_targets)
         examples |= {int(micro.example_N[n]) for n in bad_N}
-        if term in rows and bad_N and not cause:
-            cause = explain(term, micro.to(accelerator.device), bad_N, teacher)
-    if accelerator.num_processes > 1:
-        from accelerate.utils import gather_object
-
-        everyone = gather_object([(examples, cause)])
-        examples, cause = set().union(*(e for e, _ in everyone)), next((c for _, c in everyone if c), "")
+        if term in rows and bad_N:
+            bad[i] = bad_N
+    cause = ""
+    for i in sorted(set().union(*_of_all_ranks(set(bad), accelerator))):
+        micro = result.accumulated.micro_batches[i].to(accelerator.device)
+        asked = Asked(teacher, micro) if teacher else None  # by all processes, over which it may be sharded
+        cause = cause or (explain(term, micro, bad[i], asked) if i in bad else "")
+    everyone = _of_all_ranks((examples, cause), accelerator)
+    examples, cause = set().union(*(e for e, _ in everyone)), next((c for _, c in everyone if c), "")
     return NonFinite(result.step.number, cause or term, [result.step.place(i) for i in sorted(examples)])
+
+
+class Asked:
+    """A teacher that has been asked about one batch."""
+
+    def __init__(self, teacher: Teacher, batch: Batch):
+        self.metrics, self._signal = teacher.metrics, teacher(batch)
+
+    def __call__(self, batch: Batch) -> Signal:
+        return self._signal
+
+
+def _of_all_ranks(found, accelerator) -> list:
+    if accelerator.num_processes == 1:
+        return [found]
+    from accelerate.utils import gather_object
+
+    return gather_object([found])

@@ -85,8 +85,11 @@ class StudentRun:
         self.held_out_hash = hashlib.sha256(content.encode()).hexdigest()
 
     def save(self, step: int, source_state: dict) -> None:
-        """By the first process: a checkpoint of what the student has learnt in `step` steps; none of values that are not finite."""
-        if not checkpoint.is_finite(self.state.kept, self.state.optimizer):
+        """A checkpoint of what the student has learnt in `step` steps; none of values that are not finite. The first process writes it."""
+        learnt = self.state.strategy.snapshot(self.state, self.main)
+        if learnt is None:
+            return
+        if not learnt.is_finite():
             warn(f"warning: no checkpoint of step {step} in {self.folder.path}: its update left weights that are not finite")
             return
         self.folder.check_there()
@@ -94,10 +97,11 @@ class StudentRun:
             self.record.sync()
         state = {"best": self.best, "validated": self.validated, **source_state}
         state |= {"metrics": self.record.state, "held_out": self.held_out_hash, "samples": self.samples_hash}
-        checkpoint.save(self.folder.checkpoints, step, self.state.kept, self.state.optimizer, state, self.folder.run)
+        checkpoint.save(self.folder.checkpoints, step, learnt, state, self.folder.run)
 
     def prune(self) -> None:
-        checkpoint.prune(self.folder.checkpoints, self.recipe.checkpoint.keep, self.best["step"] if self.best else None)
+        if self.main:
+            checkpoint.prune(self.folder.checkpoints, self.recipe.checkpoint.keep, self.best["step"] if self.best else None)
 
     def fail(self, error: NonFinite, left: str) -> None:
         """Keep the failure, with the examples' places and what is `left`; it is also written to the run's folder."""
@@ -109,7 +113,7 @@ class StudentRun:
         text = f"step {error.step}: {error.term} is not finite{where}; {left}"
         self.failure = NonFinite(error.step, error.term, places, text)
 
-    def finish(self, steps: int, scored: dict[str, float]) -> Path:
+    def finish(self, steps: int, scored: dict[str, float], student: LanguageModel) -> Path:
         """Write the student, the summary, the plot and the card. `scored` is the multiple-choice accuracy, where there are questions."""
         records = metrics.read_metrics(self.folder.path, warn)
         last = next((r for r in reversed(records) if "loss" in r), None)
@@ -126,7 +130,7 @@ class StudentRun:
             "warnings": list(worsening.sentences(records, self.recipe.loss, self.recipe.optim)),
         }
         (self.folder.path / "nonfinite.json").unlink(missing_ok=True)  # of an attempt before this one
-        output = self.write_student(summary)
+        output = self.write_student(summary, student)
         plots.plot_losses(self.folder.path)
         write_sealed(self.folder.path / SUMMARY, summary)
         if self.best and self.best["step"] != steps:
@@ -144,26 +148,26 @@ class StudentRun:
             "samples.jsonl": self.samples_hash,
         }
 
-    def write_student(self, summary: dict) -> Path:
+    def write_student(self, summary: dict, student: LanguageModel) -> Path:
         """`adapter` or `model` in the run's folder, whole or not at all."""
-        output, student = self.folder.path / summary["output"], self.prepared.student
+        output, files = self.folder.path / summary["output"], self.prepared.student
         if self.recipe.student.layers and summary["output"] == "adapter":
-            student = self.write_base()
+            files = self.write_base(student)
         remove_leftovers(self.folder.path, output.name)
         with write_folder(output, replace=True) as part:
             save_tokenizer(self.prepared.tokenizer, part)
             generation = stopping_at(generation_before(self.recipe.student, self.prepared.student), self.prepared.end_tokens)
-            saved_student.save(self.model, part, self.recipe.student, generation)
+            saved_student.save(student, part, self.recipe.student, generation)
             ends = self.prepared.tokenizer.convert_ids_to_tokens(sorted(self.prepared.end_tokens))
-            text = model_card(self.recipe, summary, student, self.prepared.teachers, self.prepared.origins, ends)
+            text = model_card(self.recipe, summary, files, self.prepared.teachers, self.prepared.origins, ends)
             (part / "README.md").write_text(text, encoding="utf-8")
         return output
 
-    def write_base(self) -> ModelFiles:
+    def write_base(self, student: LanguageModel) -> ModelFiles:
         """`base` in the run's folder: the base of an adapter where it is a model that is nowhere else, of some layers of another."""
         base = self.folder.path / "base"
         remove_leftovers(self.folder.path, base.name)
         with write_folder(base, replace=True) as part:
             shutil.copytree(self.prepared.student.base, part, dirs_exist_ok=True)
-        self.model.model.peft_config[self.model.adapter or "default"].base_model_name_or_path = str(base.resolve())
+        student.model.peft_config[student.adapter or "default"].base_model_name_or_path = str(base.resolve())
         return dataclasses.replace(self.prepared.student, base=base.resolve())

@@ -19,7 +19,6 @@ from ..output import metrics
 from ..output.progress import ProgressDisplay
 from ..signals import Teacher
 from ..teachers.fidelity import sample_examples
-from . import checkpoint
 from .auto_batch import AutoBatchSize
 from .build import TrainingSetup
 from .loop import StepHooks, StudentState, no_retry, train, unwrap
@@ -102,7 +101,7 @@ class Trainer:
                         raise self.stopped(step)
         except (UserError, OSError, Stopped):
             # A bad row of a stream, a file or a server that is gone: the steps so far are saved, if the last one is known to be finite.
-            if self.is_read(step):
+            if self.is_read(step) and all(student.state.strategy.alone for student in self.students):
                 with contextlib.suppress(OSError):  # what failed may fail again
                     self.write_checkpoint(step)  # no waiting: the others may not have met it
             raise
@@ -114,7 +113,7 @@ class Trainer:
     def fail(self, student: StudentRun, error: NonFinite) -> None:
         """A student ends before the step in `error`. What it had learnt until then, which is what its weights still are, is saved."""
         good = error.step - 1
-        if self.main and good > self.written:
+        if good > self.written:
             student.save(good, self.source.state(good))
             student.prune()
         saved = f", and {path} holds them" if (path := student.folder.checkpoints / f"step-{good}").is_dir() else ""
@@ -218,7 +217,7 @@ class Trainer:
 
     def write_checkpoint(self, step: int) -> None:
         """`save` without waiting for the other processes."""
-        if self.main and step > self.written:
+        if step > self.written:
             for student in self.active:
                 student.save(step, self.source.state(step))
             for student in self.active:
@@ -237,14 +236,14 @@ class Trainer:
         if self.watch.changed(every=0):
             raise self.stopped(self.source.total_steps)
         for student in self.active:
-            if not checkpoint.is_finite(student.state.parameters, student.state.optimizer):
+            if not student.state.strategy.is_finite(student.state, self.accelerator):
                 error = NonFinite(self.source.total_steps, "a weight after the update", [])
                 student.fail(error, f"lower optim.lr; {student.folder.checkpoints} keeps what was saved before")
         questions, evaluator = self.prepared.questions, dataclasses.replace(self.evaluator, stop=None)
         for student in self.active:
             scored = evaluator.accuracy(student.model, questions, progress_bar("questions")) if questions else {}
-            if self.main:
-                output = student.finish(self.source.total_steps, scored)
+            if whole := student.state.strategy.to_write(student.model, self.main):
+                output = student.finish(self.source.total_steps, scored, whole)
                 for text in student.folder.summary()["warnings"]:
                     self.display.info(f"{student.folder.path.name}: {text}")
                 if len(self.students) == 1:

@@ -79,6 +79,13 @@ def train_on_two(words: list[str]) -> subprocess.CompletedProcess:
     return launch(2, main, ["train", *words])
 
 
+def train_each(runs: list[list[str]]) -> int:
+    """`llmkd train` with each list of words, one after the other; to be launched in several processes. Returns the first exit code that is not 0."""
+    from llmkd.cli import main
+
+    return next((code for words in runs if (code := main(["train", *words]))), 0)
+
+
 def serve() -> None:
     replies = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)

@@ -20,7 +20,7 @@ STATE = {"best": None, "validated": None}
 def save(folder, step: int, run: dict = RUN, state: dict = STATE) -> None:
     folder.mkdir(exist_ok=True)
     weights = torch.nn.Parameter(torch.full((4,), float(step)))
-    checkpoint.save(folder, step, {"w": weights}, torch.optim.SGD([weights], lr=0.1), state, run)
+    checkpoint.save(folder, step, checkpoint.snapshot({"w": weights}, torch.optim.SGD([weights], lr=0.1)), state, run)
 
 
 def test_too_little_room_for_a_checkpoint_is_a_full_disk_and_the_one_before_stays(tmp_path, monkeypatch, capsys):
@@ -155,7 +155,7 @@ def test_where_none_can_be_used_each_is_named(tmp_path):
 def test_a_checkpoint_does_not_bring_back_a_run_that_was_removed(tmp_path):
     weights = torch.nn.Parameter(torch.zeros(4))
     with pytest.raises(FileNotFoundError):
-        checkpoint.save(tmp_path / "gone/checkpoints", 1, {"w": weights}, torch.optim.SGD([weights], lr=0.1), STATE, RUN)
+        checkpoint.save(tmp_path / "gone/checkpoints", 1, checkpoint.Snapshot({"w": weights}, {}), STATE, RUN)
     assert not (tmp_path / "gone").exists()
 
 

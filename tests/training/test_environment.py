@@ -104,7 +104,7 @@ def test_accelerates_accumulation_is_refused_and_would_divide_nothing(command, m
     with pytest.raises(UserError, match="GRADIENT_ACCUMULATION_STEPS: found 4"):
         run(make_recipe(**ONE_STEP))
     for module in ("llmkd.training.run", "llmkd.training.launch"):  # as if the table did not hold it
-        monkeypatch.setattr(f"{module}.check_environment", lambda: None)
+        monkeypatch.setattr(f"{module}.check_environment", lambda **_: None)
     assert norm(make_recipe("four", **ONE_STEP)) == plain_norm
 
 

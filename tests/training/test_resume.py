@@ -163,19 +163,18 @@ def save_points():
 @pytest.mark.parametrize("point", save_points())
 def test_a_kill_inside_a_save_leaves_a_whole_checkpoint(tmp_path, point):
     """A forked child is killed with SIGKILL at one point of writing step 2; step 1, or step 2, is then whole."""
-    p = torch.nn.Parameter(torch.arange(4.0))
-    optimizer = torch.optim.SGD([p], lr=0.1)
-    checkpoint.save(tmp_path, 1, {"p": p}, optimizer, STATE, RUN)
+    learnt = checkpoint.Snapshot({"p": torch.arange(4.0)}, {})
+    checkpoint.save(tmp_path, 1, learnt, STATE, RUN)
     child = os.fork()
     if child == 0:
         _die_at(point)
-        checkpoint.save(tmp_path, 2, {"p": p}, optimizer, STATE, RUN)
+        checkpoint.save(tmp_path, 2, learnt, STATE, RUN)
         checkpoint.prune(tmp_path, 1)
         os._exit(0)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
     (found,) = checkpoint.newest([tmp_path], [RUN], 2)
     assert found.step == (2 if point in ("sync after", "delete old") else 1)
-    checkpoint.save(tmp_path, 2, {"p": p}, optimizer, STATE, RUN)
+    checkpoint.save(tmp_path, 2, learnt, STATE, RUN)
     assert checkpoint.newest([tmp_path], [RUN], 2)[0].step == 2 and not list(tmp_path.glob("*.tmp-*"))
 
 

@@ -64,8 +64,8 @@ FAULTS = [
         (
             "steps-counted-anew",
             "a resumed optimizer's bias correction begins anew",
-            "value.item() if value.dtype == torch.int64 else value.to(p.device)",
-            'value.item() if value.dtype == torch.int64 else value.to(p.device) * (key != "step")',
+            "value.item() if value.dtype == torch.int64 else part_of(value, p)",
+            'value.item() if value.dtype == torch.int64 else part_of(value, p) * (key != "step")',
             RESUME,
         ),
         (
@@ -78,8 +78,8 @@ FAULTS = [
         (
             "weights-in-half",
             "weights are saved in bfloat16's precision",
-            "weights = {name: p.detach().cpu().contiguous() for name, p in parameters.items()}",
-            "weights = {name: p.detach().cpu().bfloat16().to(p.dtype).contiguous() for name, p in parameters.items()}",
+            "weights = {name: value.cpu().contiguous() for name, value in learnt.weights.items()}",
+            "weights = {name: value.cpu().bfloat16().to(value.dtype).contiguous() for name, value in learnt.weights.items()}",
             RESUME,
         ),
         (

@@ -6,7 +6,57 @@ HAND, GOLDEN, BEST = "training/test_by_hand.py", "training/test_golden_losses.py
 PASSES, RESUME, RESULT = "training/test_accumulation.py", "training/test_resume.py", "training/test_step_result.py"
 CHECKPOINT = "training/test_checkpoint.py"
 
+PARALLEL = "training/test_parallel.py::test_sharded_models_train_as_whole_ones"
+
 FAULTS = [
+    *in_file(
+        "llmkd/training/parallel.py",
+        (
+            "no-sync-swapped",
+            "DDP exchanges gradients with every micro-batch but the last",
+            "if now else accelerator.no_sync",
+            "if not now else accelerator.no_sync",
+            PASSES,
+        ),
+        (
+            "sharded-never-exchanged",
+            "sharded gradients are not exchanged with the last micro-batch",
+            "set_requires_gradient_sync(now)",
+            "set_requires_gradient_sync(not now)",
+            PARALLEL,
+        ),
+        (
+            "moments-of-gathered-weights",
+            "a checkpoint after a validation lacks the optimizer's state of embeddings and head",
+            "        _resharded(state.distiller.student)\n        gathered",
+            "        gathered",
+            "training/test_parallel.py::test_a_checkpoint_is_the_same_file_and_is_resumed_by_any_strategy",
+        ),
+        (
+            "head-by-itself",
+            "the root's weights are let go of after the body, before the head has read them",
+            "reshard_after_forward=False",
+            "reshard_after_forward=True",
+            PARALLEL,
+        ),
+        (
+            "teacher-whole",
+            "a sharded teacher is held whole",
+            "for setting, teacher in teachers if accelerator.num_processes > 1 else ():",
+            "for setting, teacher in ():",
+            "training/test_parallel.py::test_each_process_holds_its_rows_and_no_more",
+        ),
+    ),
+    *in_file(
+        "llmkd/training/fsdp_variables.py",
+        (
+            "fsdp1-passes",
+            "FSDP1 runs as FSDP2",
+            '"FSDP_VERSION": (("2",)',
+            '"FSDP_VERSION": (("1", "2")',
+            "training/test_launched.py",
+        ),
+    ),
     *in_file(
         "llmkd/training/distiller.py",
         (
@@ -56,8 +106,8 @@ FAULTS = [
         (
             "random-state-goes-on",
             "dropout draws from the process's random state",
-            "        torch.manual_seed(seed)\n        with contextlib",
-            "        with contextlib",
+            "        torch.manual_seed(seed)\n        with student",
+            "        with student",
             f"{PASSES} {RESUME}::test_resume_at_every_step",
         ),
         (
@@ -70,8 +120,8 @@ FAULTS = [
         (
             "no-sync-inverted",
             "ranks exchange gradients with every micro-batch but the last",
-            "if sync else accelerator.no_sync",
-            "if not sync else accelerator.no_sync",
+            "now=sync):",
+            "now=not sync):",
             PASSES,
         ),
         (
@@ -243,15 +293,15 @@ FAULTS = [
         (
             "good-steps-lost",
             "the steps before a value that is not finite are not saved",
-            "if self.main and good > self.written:",
+            "if good > self.written:",
             "if False:",
             f"{RESULT}::test_the_steps_before_a_failure_are_saved_and_the_run_goes_on_from_them",
         ),
         (
             "infinite-result",
             "weights that are not finite are the result",
-            "            if not checkpoint.is_finite(student.state.parameters",
-            "            if False and not checkpoint.is_finite(student.state.parameters",
+            "            if not student.state.strategy.is_finite(student.state",
+            "            if False and not student.state.strategy.is_finite(student.state",
             f"{RESULT}::test_weights_that_are_not_finite_are_neither_saved_nor_the_result",
         ),
         ("best-not-saved", "the best step has no checkpoint", "if self.settings.checkpoint.best_by and step:", "if False:", BEST),
@@ -289,8 +339,8 @@ FAULTS = [
         (
             "infinite-checkpoint",
             "weights that are not finite are saved",
-            "if not checkpoint.is_finite(self.state.kept",
-            "if False and not checkpoint.is_finite(self.state.kept",
+            "if not learnt.is_finite():",
+            "if False and not learnt.is_finite():",
             f"{RESULT}::test_weights_that_are_not_finite_are_neither_saved_nor_the_result",
         ),
         (

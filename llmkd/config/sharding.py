@@ -1,0 +1,69 @@
+"""Models that are sharded over the processes of a run: which settings ask for it, and which do not go with it."""
+
+from collections.abc import Iterator
+from typing import Literal
+
+from .fields import with_setting_names
+
+#: `none`: every process holds the whole model; `full`: a part of every weight, of its gradient and of the optimizer's state.
+Shard = Literal["none", "full"]
+
+
+def sharded_student(train) -> bool:
+    return train.shard == "full"
+
+
+def sharded_teacher(train, teacher) -> bool:
+    """Whether a teacher's model, where one is loaded, is sharded."""
+    return (teacher.shard or train.shard) == "full"
+
+
+def sharding_contradictions(recipe) -> Iterator[tuple[tuple[str, ...], str]]:
+    """Settings that do not go with a sharded student or teacher, in the form of `contradictions.contradictions`."""
+    train, student, loss = recipe.train, recipe.student, recipe.loss
+    loaded = [(path, one) for path, one in with_setting_names(recipe.teacher, "teacher") if one.model_path and not one.cache]
+    teachers = [(path, one) for path, one in loaded if sharded_teacher(train, one)]
+    for path, one in with_setting_names(recipe.teacher, "teacher"):
+        if one.shard == "full" and (path, one) not in loaded:
+            yield (f"{path}.shard", f"{path}.model"), "found full, and no model is loaded for this teacher; leave it out"
+    for path, one in teachers:
+        for name, value in (("device", one.device), ("quantization", one.quantization and one.quantization.type)):
+            if value is not None:
+                yield (
+                    (f"{path}.{name}", *_asked(path, one)),
+                    f"found {value}, which a sharded teacher cannot have; set {path}.shard: none, or leave it out",
+                )
+    if sharded_student(train):
+        where = "train.shard"
+    elif teachers:
+        where = f"{teachers[0][0]}.shard"
+    else:
+        return
+    both = [
+        ("train.compile", train.compile, "compiled layers are not sharded"),
+        (
+            "train.micro_batch_tokens",
+            train.micro_batch_tokens == "auto" and "auto",
+            "the processes would measure different sizes, and wait",
+        ),
+        ("on_policy", recipe.on_policy and "settings", "the processes write different numbers of tokens, and would wait for each other"),
+        ("loss.features", loss.features and "settings", "its maps are not shared between the processes"),
+        ("loss.attention", loss.attention and "settings", "it reads inside layers that are sharded"),
+    ]
+    own = [
+        *(
+            (f"{path}.ema", one.ema, "an average of sharded weights is not there")
+            for path, one in with_setting_names(recipe.teacher, "teacher")
+        ),
+        ("validation.samples", recipe.validation.samples, "one process alone writes samples"),
+        ("student.quantization", student.quantization and student.quantization.type, "quantised weights are not sharded"),
+        ("optim.name", recipe.optim.name != "adamw" and recipe.optim.name, "bitsandbytes takes whole weights; use adamw"),
+    ]
+    for path, value, why in [*both, *(own if sharded_student(train) else ())]:
+        if value:
+            found = "true" if value is True else value
+            yield (path, where), f"found {found} with {where}: full, where {why}; leave one of them out"
+
+
+def _asked(path: str, teacher) -> tuple[str, ...]:
+    return (f"{path}.shard",) if teacher.shard else ("train.shard",)

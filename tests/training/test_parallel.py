@@ -1,0 +1,202 @@
+"""Models that are sharded over two processes: the run of one process, a part of the bytes, and the same files."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from llmkd.config import loader
+from llmkd.errors import UserError
+from llmkd.training.run import run
+from llmkd.training.trainer import Trainer
+from tests.conftest import distance, plain_recipe, weights
+from tests.kit.processes import launch, train_each
+from tests.training.test_resume import comparable, unfinish
+
+BOUND = 1e-12  # float64, after five steps; the last has 5 of 8 examples, so that a process has none in some micro-batches
+TOKENS = {"data.packing": True, "train.micro_batch_size": None, "train.micro_batch_tokens": 90}
+SAVED = {"checkpoint.every": 2, "checkpoint.keep": 9}
+#: Each with its settings: every kind of sharded student, and what cuts steps, layers and teachers in another way.
+RUNS = {
+    "lora": {"train.micro_batch_size": 3, "validation.every": 2, **SAVED, "data.validation.path": "held.jsonl"},
+    "tied": {"student.model": "tied", "student.method": "full", **TOKENS, **SAVED, "teacher.shard": "none"},
+    "alone": {"student.model": "tied", "train.batch_size": 1, "train.max_steps": 3},  # a process never has an example
+    "more": {
+        "student.lora.dora": True,
+        "student.lora.target_modules": ["q_proj", "down_proj", "lm_head"],
+        "student.lora.modules_to_save": ["norm"],
+        "student.gradient_checkpointing": True,
+        "teacher": [{"model": "adapter", "merge_adapter": True}, {"model": "stranger"}],
+    },
+    "unsharded": {"train.shard": "none", "teacher.shard": "full", "student.method": "full"},
+}
+
+
+def words(world: Path, root: Path, name: str, **more) -> list[str]:
+    """The command line of one of `RUNS`, sharded, with its output in `root`."""
+    (root / "r.yaml").write_text(json.dumps(plain_recipe(world, root / name)))
+    changes = {"output_dir": str(root / name), "train.shard": "full"} | placed(world, RUNS[name]) | more
+    return [
+        "--config",
+        str(root / "r.yaml"),
+        *(word for key, value in changes.items() for word in (f"--{key}", value if isinstance(value, str) else json.dumps(value))),
+    ]
+
+
+def placed(world: Path, value):
+    if isinstance(value, dict | list):
+        items = value.items() if isinstance(value, dict) else enumerate(value)
+        found = {key: placed(world, one) for key, one in items}
+        return found if isinstance(value, dict) else list(found.values())
+    return str(world / value) if isinstance(value, str) and (world / value).exists() else value
+
+
+def train_and_weigh(runs: list[list[str]], out: str) -> int:
+    """Train, and write how many bytes each process held at the end of each run: of every weight of the student, its moments and the teacher."""
+    found, real = [], Trainer.finish
+
+    def part(tensor: torch.Tensor) -> int:
+        return (tensor.to_local() if hasattr(tensor, "to_local") else tensor).nbytes
+
+    def finish(self):
+        state, teacher = self.students[0].state, getattr(self.teacher, "model", None)
+        moments = [value for one in state.optimizer.state.values() for value in one.values() if value.ndim]
+        state.strategy.is_finite(state, self.accelerator)  # which leaves nothing of the student gathered
+        if hasattr(teacher and teacher.base_model, "reshard"):
+            teacher.base_model.reshard()
+        sums = {"moments": sum(map(part, moments)), "teacher": sum(map(part, teacher.parameters())) if teacher else None}
+        found.append({name: part(p) for name, p in self.students[0].model.base_model.named_parameters()} | sums)
+        real(self)
+
+    Trainer.finish = finish
+    code = train_each(runs)
+    Path(out, f"bytes-{os.environ['RANK']}.json").write_text(json.dumps(found))
+    return code
+
+
+@pytest.fixture(scope="module")
+def runs(world, tmp_path_factory) -> tuple[Path, Path]:
+    """Folders of all runs, by one process and by two, which also resume what one has begun."""
+    one, two = tmp_path_factory.mktemp("one"), tmp_path_factory.mktemp("two")
+    torch.manual_seed(7)
+    config = LlamaConfig(  # odd numbers, which do not divide among processes
+        vocab_size=641,
+        hidden_size=12,
+        intermediate_size=33,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        eos_token_id=1,
+        initializer_range=0.3,
+        tie_word_embeddings=True,
+    )
+    LlamaForCausalLM(config).double().save_pretrained(world / "tied")
+    for file in (world / "student").glob("token*"):
+        shutil.copy(file, world / "tied")
+    for name in RUNS:
+        run(loader.load_recipe(one / "r.yaml", loader.parse_overrides(words(world, one, name)[2:])))
+    resumed = [begun(world, one / name, two / f"resumed_{name}_{shard}", shard) for name in ("lora", "tied") for shard in ("full", "none")]
+    done = launch(2, train_and_weigh, [*(words(world, two, name) for name in RUNS), *resumed], str(two))
+    assert done.returncode == 0 and done.stderr.count("resuming after step 2 of 5") == len(resumed), done.stderr[-3000:]
+    return one, two
+
+
+def begun(world: Path, done: Path, out: Path, shard: str) -> list[str]:
+    """A copy of a run as if it had been stopped after its second step; the command line that goes on with it."""
+    shutil.copytree(done, out)
+    if (out / "model").exists():
+        (out / "model").rename(out / "adapter")
+    unfinish(out, 2)
+    return [*words(world, out.parent, done.name, **{"output_dir": str(out), "train.shard": shard}), "--resume"]
+
+
+def flat(record: dict) -> dict:
+    """A record of metrics with those of its sections as SECTION.NAME."""
+    return {
+        f"{key}.{name}": one for key, value in record.items() for name, one in (value if isinstance(value, dict) else {"": value}).items()
+    }
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", RUNS)
+def test_sharded_models_train_as_whole_ones(runs, name):
+    one, two = (root / name for root in runs)
+    assert distance(weights(two), weights(one)) < BOUND
+    for a, b in zip(map(flat, comparable(one)), map(flat, comparable(two)), strict=True):
+        assert b == pytest.approx(a, rel=1e-9, abs=1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["lora", "tied"])
+def test_a_checkpoint_is_the_same_file_and_is_resumed_by_any_strategy(world, runs, name, tmp_path, capsys):
+    one, two = runs
+    for file in ("student.safetensors", "optimizer.safetensors"):
+        whole, gathered = (load_file(root / name / "checkpoints/step-2" / file) for root in runs)
+        assert {key: value.shape for key, value in whole.items()} == {key: value.shape for key, value in gathered.items()}
+        assert distance(whole, gathered) < BOUND
+    for shard in ("full", "none"):  # by two processes, of one process's
+        assert distance(weights(two / f"resumed_{name}_{shard}"), weights(one / name)) < BOUND
+    words = begun(world, two / name, tmp_path / "back", "none")  # by one process, of a sharded run's
+    run(loader.load_recipe(tmp_path / "r.yaml", loader.parse_overrides(words[2:-1])), resume=True)
+    assert "resuming after step 2 of 5" in capsys.readouterr().err
+    assert distance(weights(tmp_path / "back"), weights(one / name)) < BOUND
+
+
+@pytest.mark.slow
+def test_each_process_holds_its_rows_and_no_more(world, runs):
+    """Rows are cut as torch.chunk cuts: of 641 one process has 321 and the other 320. AdamW has two moments."""
+    one, two = runs
+    teacher = load_file(world / "teacher/model.safetensors") | load_file(world / "adapter/adapter_model.safetensors")
+    for rank in range(2):
+
+        def part(whole: dict[str, torch.Tensor], rank: int = rank) -> dict[str, int]:
+            rows = {key: (value.shape[0] + 1 - rank) // 2 for key, value in whole.items()}
+            return {key: rows[key] * value[0].numel() * value.element_size() for key, value in whole.items()}
+
+        found = dict(zip(RUNS, json.loads((two / f"bytes-{rank}.json").read_text()), strict=False))
+        student, whole = (load_file(one / name / "model/model.safetensors") for name in ("tied", "unsharded"))
+        every = sum(value.nbytes for value in teacher.values())
+        assert found["tied"] == part(student) | {"moments": 2 * sum(part(student).values()), "teacher": every}
+        bytes_of = {key: value.nbytes for key, value in whole.items()}
+        assert found["unsharded"] == bytes_of | {"moments": 2 * sum(bytes_of.values()), "teacher": sum(part(teacher).values())}
+        adapter = load_file(one / "lora/adapter/adapter_model.safetensors")
+        assert found["lora"]["moments"] == 2 * sum(part(adapter).values())
+
+
+REFUSED = {
+    "train.compile": True,
+    "train.micro_batch_tokens": "auto",
+    "on_policy": {"share": 0.5},
+    "loss.features": {},
+    "loss.attention": {},
+    "validation.samples": 2,
+    "student.quantization": {"type": "nf4"},
+    "optim.name": "adamw_8bit",
+    "teacher": {"ema": 0.9},
+    "teacher.device": "cpu",
+    "teacher.quantization": {"type": "int8"},
+}
+
+
+@pytest.mark.parametrize("setting", REFUSED)
+def test_what_does_not_go_with_sharded_models_is_refused_by_name(make_recipe, setting):
+    given = {setting: REFUSED[setting], "train.micro_batch_size": None, "data.validation_fraction": 0.2}
+    make_recipe(**given)
+    with pytest.raises(UserError) as info:
+        make_recipe(train__shard="full", **given)
+    named = [f"{setting}{more}: found" for more in ("", ".type", ".ema")]
+    assert any(name in line for line in info.value.problems for name in named), info.value.problems
+
+
+def test_a_sharded_teacher_alone_refuses_what_the_processes_would_not_do_together(make_recipe):
+    given = {"teacher.shard": "full", "train.micro_batch_size": None}
+    with pytest.raises(UserError, match=r"train.micro_batch_tokens: found auto with teacher.shard: full"):
+        make_recipe(**given, train__micro_batch_tokens="auto")
+    with pytest.raises(UserError, match=r"teacher.device: found cpu"):
+        make_recipe(**given, teacher__device="cpu")
+    make_recipe(**given, student__quantization={"type": "nf4"}, optim__name="adamw_8bit")
