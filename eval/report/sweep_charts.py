@@ -45,7 +45,7 @@ def highlighted(sweep: SweepFolder, rows: list[Row]) -> dict[str, int]:
 def training_curves(sweep: SweepFolder, colours: dict[str, int]) -> Gallery | None:
     """CE and KD loss over steps, smoothed. KD losses of other divergences or temperatures are other quantities: each has its own chart."""
     arms = list(sweep.arms.values())
-    charts = [_curves("curve-ce", "Training: cross-entropy", "nats per target", arms, colours, lambda run: smooth(run.curve("ce")), "line")]
+    charts = [curves("curve-ce", "Training: cross-entropy", "nats per target", arms, colours, lambda run: smooth(run.curve("ce")), "line")]
     kinds: dict[str, list[Arm]] = {}
     for arm in arms:
         kinds.setdefault(_kd_loss(arm), []).append(arm)
@@ -53,12 +53,12 @@ def training_curves(sweep: SweepFolder, colours: dict[str, int]) -> Gallery | No
     for number, (kind, some) in enumerate(kinds.items()):
         title = "Training: KD loss" + (f" ({kind})" if len(kinds) > 1 else "")
         charts.append(
-            _curves(f"curve-kd{number or ''}", title, "nats per target", some, colours, lambda run: smooth(run.curve("kd")), "line")
+            curves(f"curve-kd{number or ''}", title, "nats per target", some, colours, lambda run: smooth(run.curve("kd")), "line")
         )
     for name, title in SCHEDULES.items():
         of_schedule = [arm for arm in arms if isinstance(arm.setting(f"loss.{name}"), dict)]
         charts.append(
-            _curves(f"curve-{name.replace('.', '-')}", title, name, of_schedule, colours, lambda run, name=name: run.curve(name), "line")
+            curves(f"curve-{name.replace('.', '-')}", title, name, of_schedule, colours, lambda run, name=name: run.curve(name), "line")
         )
     charts = [chart for chart in charts if chart]
     return Gallery(charts, legend(sweep, colours)) if charts else None
@@ -78,7 +78,7 @@ def held_out_curves(sweep: SweepFolder, colours: dict[str, int]) -> Gallery | No
     """CE, KL and agreement on the held-out rows over steps."""
     arms = list(sweep.arms.values())
     charts = [
-        _curves(f"held-{name}", title, unit, arms, colours, lambda run, name=name: run.held_out(name), "dots")
+        curves(f"held-{name}", title, unit, arms, colours, lambda run, name=name: run.held_out(name), "dots")
         for name, title, unit in (
             ("ce", "Held-out cross-entropy", "nats per target"),
             ("forward_kl", "Held-out KL(teacher || student)", "nats per target"),
@@ -89,7 +89,7 @@ def held_out_curves(sweep: SweepFolder, colours: dict[str, int]) -> Gallery | No
     return Gallery(charts, legend(sweep, colours)) if charts else None
 
 
-def _curves(name: str, title: str, unit: str, arms: list[Arm], colours: dict[str, int], curve, kind: str) -> Chart | None:
+def curves(name: str, title: str, unit: str, arms: list[Arm], colours: dict[str, int], curve, kind: str) -> Chart | None:
     """One curve an arm, the mean of its seeds in a band from the lowest to the highest. `curve` gives a run's points.
 
     Of a single seed the raw values of a smoothed curve stand behind it.
@@ -203,7 +203,7 @@ def _map(name: str, title: str, chosen: list[str], places: dict[str, list], rows
 
 
 def _line(name: str, title: str, chosen: list[str], places: dict[str, list], rows: dict[str, Row], d: int) -> Chart:
-    points = sorted((float(place[0]), rows[arm]) for arm, place in places.items() if arm in rows)
+    points = sorted(((float(place[0]), rows[arm]) for arm, place in places.items() if arm in rows), key=lambda point: point[0])
     xs = [x for x, _ in points]
     series = Series(title, 0, [(x, row.value) for x, row in points], "dots", [row.stderr for _, row in points])
     log = min(xs) > 0 and max(xs) / min(xs) >= 20

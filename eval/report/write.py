@@ -14,6 +14,7 @@ from . import sections, sweep_charts
 from .best import best_sentence, find_best, headline
 from .document import Heading, Items, Para, Span, Table, Text, as_html, as_markdown, as_plain
 from .findings import NOT_COMPARED, compared, label, mark, measure, statements
+from .own_text import own_text
 from .sweep_files import SweepFolder, read_json, read_sweep
 from .sweep_samples import sweep_samples
 
@@ -73,7 +74,9 @@ def document(sweep: SweepFolder, rows: list[Row], notes: list[str]) -> list:
     out += summary(sweep, rows, notes)
     out += sections.what_was_run(sweep)
     out += sections.teacher_checks(sweep)
-    out += learning(sweep, rows)
+    colours = sweep_charts.highlighted(sweep, rows)
+    out += learning(sweep, colours)
+    out += own_text(sweep, colours)
     out += [Heading("Held-out rows", "held-out"), *results(sweep, held, "held")]
     out += sweep_samples(sweep)
     out += [Heading("Benchmarks", "benchmarks"), *results(sweep, tasks, "task")]
@@ -123,9 +126,8 @@ def why_nothing(sweep: SweepFolder, rows: list[Row], notes: list[str]) -> Text:
     return "No statement about differences: no other arm could be compared with the baseline; the end of this report says why."
 
 
-def learning(sweep: SweepFolder, rows: list[Row]) -> list:
+def learning(sweep: SweepFolder, colours: dict[str, int]) -> list:
     out: list = [Heading("Learning curves", "curves")]
-    colours = sweep_charts.highlighted(sweep, rows)
     training, held = sweep_charts.training_curves(sweep, colours), sweep_charts.held_out_curves(sweep, colours)
     if training:
         out += [

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 
 from .data import data_contradictions
 from .divergences import option_contradictions
+from .engine import engine_contradictions
 from .features import feature_contradictions
 from .fields import as_tuple, with_setting_names
-from .on_policy import long_horizon_contradictions, on_policy_contradictions
+from .on_policy import long_horizon_contradictions, on_policy_contradictions, writes
 from .recipe import Loss, Recipe, Student, schedules, uses_teacher
 from .schedule import schedule_contradictions
 from .sharding import sharding_contradictions
@@ -85,6 +86,8 @@ def _teaching_contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], 
     if recipe.on_policy:
         yield from on_policy_contradictions(recipe.on_policy, ratio, recipe.teacher, data, train.max_steps, recipe.validation.every)
         yield from long_horizon_contradictions(recipe.on_policy, loss, recipe.teacher, data)
+        if writes(recipe.on_policy):
+            yield from engine_contradictions(recipe.on_policy, student)
     if loss.target_weights:
         yield from target_weight_contradictions(loss.target_weights, ratio, recipe.teacher, data)
     yield from keep_contradictions(loss.keep, loss.target_weights, ratio, recipe.teacher, data)

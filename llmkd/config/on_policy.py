@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Discriminator, Field, Tag
 
 from .data import Data
+from .engine import LocalOrEngine
 from .fields import Count, as_tuple, changeable, config_dataclass, fixed, with_setting_names
 from .schedule import schedule_contradictions, value_at
 from .teacher import Teacher
@@ -146,6 +147,15 @@ class OnPolicy:
         64,
         description="Held-out prompts that the student answers at every validation, drawn by the same numbers each time: the divergence from the teacher on "
         "its own text, the mean length and the share that ended by itself. 0: none. The training is the same with and without.",
+    )
+    record: Annotated[int, Field(ge=0)] = changeable(
+        2,
+        description="Answers written in training that are kept in samples.jsonl, to be read: so many of each of 20 steps, evenly over the run. 0: none.",
+    )
+    engine: LocalOrEngine = fixed(
+        "local",
+        description="What writes: local, the model in this process, or a server with the student's base, {server: http://host:port}, to which the student's "
+        "adapter is pushed while it trains.",
     )
     batch_size: Count = changeable(
         32,

@@ -36,15 +36,21 @@ def describe(kind=Recipe, prefix: str = ""):
                 forms = typing.get_args(_hints(kind)[field.name])
                 several = next((a for a in forms if typing.get_origin(a) is tuple), None)
                 a_list = "them" if several and section in typing.get_args(several) else "numbers"
-                number = next((_words(a) for a in typing.get_args(typing.get_args(hint)[0]) if typing.get_args(a)[:1] == (float,)), "")
+                plain = next((_words(a) for a in typing.get_args(typing.get_args(hint)[0]) if _is_plain(a)), "")
                 words = "a mapping of settings" + (f", or a list of {a_list}" if several else "")
-                yield path, f"{number}, or {words}" if number else words, info.default if number else None, info.description
+                yield path, f"{plain}, or {words}" if plain else words, info.default if plain else None, info.description
             yield from describe(section, path + ".")
             continue
         factory = getattr(info, "default_factory", None)
         default = factory() if factory else getattr(info, "default", info)
         bounds = [m for m in getattr(info, "metadata", [])]
         yield path, _words(hint, bounds), default, getattr(info, "description", None) or ""
+
+
+def _is_plain(form) -> bool:
+    """Whether one of the forms of a setting, which may be a section, is a number or a word."""
+    kinds = typing.get_args(form)[:1]
+    return kinds == (float,) or typing.get_origin(*kinds or (None,)) is typing.Literal
 
 
 def _words(hint, bounds=()) -> str:

@@ -225,7 +225,12 @@ def _explain(kind, path: tuple, item: dict) -> str:
     if isinstance(found, str) and "expected" in item.get("ctx", {}):
         options = re.findall(r"'([^']*)'", str(item["ctx"]["expected"]))
         near = [_VALUES[found]] if _VALUES.get(found) in options else difflib.get_close_matches(found, options, 1, 0.6)
-        return f"found {found!r}, expected {join_or(options)}" + (f"; did you mean {near[0]}{_WITH.get(found, '')}?" if near else "")
+        or_settings = (
+            ", or a mapping of settings" if isinstance(path[-1], str) and section_of(parent, path[-1]) not in (None, parent) else ""
+        )
+        return f"found {found!r}, expected {join_or(options)}{or_settings}" + (
+            f"; did you mean {near[0]}{_WITH.get(found, '')}?" if near else ""
+        )
     known = {dotted: (type_, text) for dotted, type_, _, text in describe(kind)}
     type_, text = known.get(".".join(str(key) for key in path if not isinstance(key, int) or key == path[-1]), (None, None))
     if not type_ and item["msg"].startswith(("Input should be less", "Input should be greater")):

@@ -50,6 +50,18 @@ class Step:
         return self.places[example] if self.places else f"example {example}"
 
 
+@dataclass(frozen=True)
+class WrittenText:
+    """An answer that was written for a step, to be read: token ids of the prompt, of the answer and of the data's own answer. `finished`: its last
+    token is an end token."""
+
+    place: str
+    prompt: Sequence[int]
+    ids: Sequence[int]
+    reference: np.ndarray
+    finished: bool
+
+
 class BatchSource(Protocol):
     """Gives each optimizer step its finished micro-batches: a pure function of (seed, step) and, where the student writes, of its weights.
 
@@ -91,6 +103,9 @@ class TrainingSource(BatchSource, Protocol):
 
     def validated(self, metrics: dict[str, float]) -> None:
         """The student has these held-out metrics, which are the same on all ranks, after the step that was trained last."""
+
+    def texts(self, step: int) -> Sequence[WrittenText]:
+        """Of the newest step some answers that were written for it, to be kept for people; most steps have none."""
 
     def state(self, step: int) -> dict:
         """What a checkpoint of that step keeps of the source: JSON, and numpy arrays. The step is the newest or the one before."""
@@ -173,6 +188,9 @@ class ExampleSource:
 
     def measured(self) -> dict[str, float]:
         return {}
+
+    def texts(self, step: int) -> Sequence[WrittenText]:
+        return ()
 
     def validated(self, metrics: dict[str, float]) -> None:
         pass

@@ -17,7 +17,7 @@ def collate(data: Examples, indices: list[int], pad: int, packing: bool = False,
     Position t of the input predicts token t + 1, so an input ends before its last supervised token. No attention mask is needed, since
     a causal model never attends to padding on the right. With `packing` the examples are one row, one after another; with `share` a
     prefix that several of them share is in that row once. A teacher view of its own has the same labels, at other positions.
-    Every target has its example's weights.
+    Every target has its example's weights, times its own.
     """
     student = build_view(data, indices, pad, packing, share)
     teacher = student if data.teacher_view is None else build_view(data.teacher_view, indices, pad, packing, share)
@@ -28,6 +28,9 @@ def collate(data: Examples, indices: list[int], pad: int, packing: bool = False,
     labels_N = np.concatenate([_NONE, *labels])
     example_N = np.repeat(np.array(indices, np.int64), [len(y) for y in labels])
     weights = {name: torch.from_numpy(w_E[example_N]) for name, w_E in data.weights.items()}
+    for name in data.token_weights:
+        own = [data.target_weights(i, name) for i in indices]
+        weights[name] = torch.from_numpy(np.concatenate([np.zeros(0, np.float32), *own]))
     return Batch(torch.from_numpy(labels_N), torch.from_numpy(example_N), student, teacher, known, weights)
 
 

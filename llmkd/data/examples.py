@@ -23,6 +23,7 @@ class Examples:
     teacher_index: np.ndarray | None = None  # int64 [examples]: the index of its teacher, or ALL_TEACHERS
     teacher_view: "Examples | None" = None  # the same examples as the teacher reads them, where its input differs
     weights: dict[str, np.ndarray] = field(default_factory=dict)  # float32 [examples] by part of the loss, see `Batch.weights`; 1 without
+    token_weights: dict[str, np.ndarray] = field(default_factory=dict)  # float32 [tokens] likewise: further factors of single targets
 
     def __post_init__(self):
         if self.source is None:
@@ -61,7 +62,8 @@ class Examples:
         theirs = None if self.teacher_view is None else self.teacher_view.take(chosen)
         of_each = self.row[chosen], {}, self.source[chosen], self.teacher_index[chosen]
         weights = {name: w_E[chosen] for name, w_E in self.weights.items()}
-        return Examples(self.ids[tokens], self.loss_mask[tokens], offsets, *of_each, theirs, weights)
+        of_tokens = {name: w_T[tokens] for name, w_T in self.token_weights.items()}
+        return Examples(self.ids[tokens], self.loss_mask[tokens], offsets, *of_each, theirs, weights, of_tokens)
 
     def weigh(self, weights: dict[str, float]) -> None:
         """Set the weights of all examples, by part of the loss."""
@@ -69,11 +71,19 @@ class Examples:
 
     def unweighted(self) -> "Examples":
         """The same examples with all weights 1."""
-        return replace(self, weights={})
+        return replace(self, weights={}, token_weights={})
 
     def weight(self, name: str) -> np.ndarray:
         """The weight of each example in a part of the loss, float32 [examples]."""
         return self.weights.get(name, np.ones(len(self), np.float32))
+
+    def target_weights(self, i: int, name: str) -> np.ndarray:
+        """The weight of each of an example's targets in a part of the loss, float32 [targets]."""
+        part = slice(self.offsets[i], self.offsets[i + 1])
+        own = (
+            self.token_weights[name][part][self.loss_mask[part]] if name in self.token_weights else np.ones(self.num_targets[i], np.float32)
+        )
+        return own * self.weight(name)[i]
 
     def weighted(self, chosen: Sequence[int]) -> dict[str, tuple[float, int]]:
         """Of some examples, by each part of the loss in which one has another weight than 1: the sum of the targets' absolute weights, and the
@@ -81,8 +91,12 @@ class Examples:
         counts, found = self.num_targets[chosen], {}
         for name, w_E in self.weights.items():
             own = w_E[chosen]
-            if (own != 1).any():
+            if (own != 1).any() and name not in self.token_weights:
                 found[name] = float((np.abs(own.astype(np.float64)) * counts).sum()), int(counts[own != 0].sum())
+        for name in self.token_weights:
+            own = np.concatenate([np.zeros(0, np.float32), *(self.target_weights(i, name) for i in chosen)])
+            if (own != 1).any():
+                found[name] = float(np.abs(own.astype(np.float64)).sum()), int((own != 0).sum())
         return found
 
     @functools.cached_property
@@ -126,7 +140,10 @@ def concat(parts: list[Examples], before: list[int], counts: dict[str, int], sou
         theirs = Examples(*_one_after_another([part.teacher_view or part for part in parts]), *of_each)
     names = dict.fromkeys(name for part in parts for name in part.weights)
     weights = {name: np.concatenate([part.weight(name) for part in parts]) for name in names}
-    return Examples(*_one_after_another(parts), *of_each, theirs, weights)
+    ones = [np.ones(len(part.ids), np.float32) for part in parts]
+    names = dict.fromkeys(name for part in parts for name in part.token_weights)
+    of_tokens = {name: np.concatenate([part.token_weights.get(name, one) for part, one in zip(parts, ones, strict=True)]) for name in names}
+    return Examples(*_one_after_another(parts), *of_each, theirs, weights, of_tokens)
 
 
 def _one_after_another(parts: list[Examples]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -49,13 +49,13 @@ def parted(place: str, own: Tokens, theirs: Tokens, tokenizer) -> Prompt:
     stop = gap if gap > first else len(ids)
     more = max(0, min(TEXT_PROMPT, len(ids) // 2) - first) if first <= 1 and stop == len(ids) else 0
     answer = ids[first + more : stop]
-    close = _closing(answer, tokenizer)
+    close = closing(answer, tokenizer)
     reference = decoded(answer[:close], tokenizer)
     ends = frozenset(answer[close : close + 1].tolist())
     return Prompt(place, ids[: first + more], theirs[0][: int(theirs[1].argmax()) + more], reference, ends)
 
 
-def _closing(supervised: np.ndarray, tokenizer) -> int:
+def closing(supervised: np.ndarray, tokenizer) -> int:
     """Where the control tokens begin that close what is supervised, white space after them or not; its end, if none does."""
     control, tokens = controls(tokenizer).any, tokenizer.convert_ids_to_tokens(supervised.tolist())
     place = n = len(tokens)

@@ -118,8 +118,16 @@ def of_written(examples: Examples) -> Examples:
     return dataclasses.replace(examples, weights=examples.weights | {WRITTEN: np.zeros(len(examples), np.float32)})
 
 
-def answered(examples: Examples, prompts: Prompts, chosen: Sequence[int], answers: Sequence[Sequence[int]]) -> Examples:
+def answered(
+    examples: Examples,
+    prompts: Prompts,
+    chosen: Sequence[int],
+    answers: Sequence[Sequence[int]],
+    weights: Sequence[Sequence[float] | None] = (),
+) -> Examples:
     """The examples `chosen`, each with its answer, of one token or more, in place of the data's.
+
+    weights   of each answer those of its tokens in what the teacher has a say in, or None: all 1
 
     Every token of an answer is a target, for student and teacher alike. It has no weight in the cross-entropy, since nobody has said that
     it is right; its other weights are the example's, and in a part of the loss that is of what was written alone (`of_written`) it has that for "kd".
@@ -130,6 +138,12 @@ def answered(examples: Examples, prompts: Prompts, chosen: Sequence[int], answer
     found.weights = {name: w_E[chosen] for name, w_E in examples.weights.items()} | {"ce": np.zeros(len(chosen), np.float32)}
     if WRITTEN in found.weights:
         found.weights[WRITTEN] = examples.weight("kd")[chosen]
+    if any(own is not None for own in weights):
+        of_tokens = np.ones(len(found.ids), np.float32)
+        of_tokens[found.loss_mask] = [
+            one for own, answer in zip(weights, answers, strict=True) for one in ([1.0] * len(answer) if own is None else own)
+        ]
+        found.token_weights = dict.fromkeys(("kd", "features", "attention"), of_tokens)
     return found
 
 

@@ -14,7 +14,7 @@ from ..errors import UserError, brief
 from ..files import temporary_folder
 from ..model_folder.hashes import cache_root
 from ..process.machine_errors import machine_error
-from . import data, files, losses, models, terms, training
+from . import data, files, losses, models, on_policy, terms, training
 from .check import Check, Result, failed, not_asked, passed
 from .setup import Setup
 
@@ -29,7 +29,16 @@ def load(setup: Setup) -> Result:
 
 LOAD = Check("the models are loaded and can be used", "Models", "data", "correct that, and start llmkd doctor again", load)
 
-CHECKS: tuple[Check, ...] = (*data.CHECKS, LOAD, *models.CHECKS, *losses.CHECKS, *terms.CHECKS, *training.CHECKS, *files.CHECKS)
+CHECKS: tuple[Check, ...] = (
+    *data.CHECKS,
+    LOAD,
+    *models.CHECKS,
+    *losses.CHECKS,
+    *terms.CHECKS,
+    *on_policy.CHECKS,
+    *training.CHECKS,
+    *files.CHECKS,
+)
 
 
 def examine(

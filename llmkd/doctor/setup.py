@@ -14,8 +14,8 @@ from torch import Tensor
 from ..batch import Batch
 from ..config.features import feature_teacher
 from ..config.fields import as_tuple, with_setting_names
+from ..config.on_policy import writes
 from ..config.recipe import Recipe, at_the_middle, distils, divergences_of
-from ..config.schedule import middle
 from ..config.teacher import Cache
 from ..data.collate import collate
 from ..data.dataset import read_data
@@ -235,8 +235,8 @@ class Setup:
 def with_few_rows(recipe: Recipe, rows: int) -> Recipe:
     """The recipe with at most `rows` rows of each source, each used once, and without a token cache of its own. A stream is left as it is.
 
-    Maps of hidden states start at random, which needs no number of rows. A schedule of the loss, or of on_policy, stands at its middle, and there
-    is no replay buffer, since so few rows have fewer steps. All targets count: with a
+    A student that writes its answers writes all of them itself, with no replay, since so few rows have fewer steps. Maps of hidden states start at
+    random, which needs no number of rows. A schedule of the loss stands at its middle. All targets count: with a
     share of them rounding may choose others (`Setup.keep` is looked at by itself).
     """
     data, loss = recipe.data, recipe.loss
@@ -259,7 +259,9 @@ def with_few_rows(recipe: Recipe, rows: int) -> Recipe:
     )
     loss, own = dataclasses.replace(at_the_middle(loss), keep=1.0), recipe.on_policy
     if own:
-        own = dataclasses.replace(own, share=middle(own.share), replay=None)
+        own = dataclasses.replace(
+            own, share=1.0 if writes(own) else 0.0, replay=None, teacher_writes=0.0, long_horizon=None, engine="local"
+        )
     return dataclasses.replace(recipe, data=data, loss=loss, on_policy=own)
 
 

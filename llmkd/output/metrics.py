@@ -13,7 +13,7 @@ from ..files import append, read_jsonl, write_atomic
 from .trackers import Trackers
 
 #: What a training step's record holds beside the loss's terms.
-_BESIDE_TERMS = ("step", "epoch", "lr", "grad_norm", "targets", "targets_per_s", "peak_memory", *SCHEDULED)
+_BESIDE_TERMS = ("step", "epoch", "lr", "grad_norm", "targets", "targets_per_s", "training_seconds", "peak_memory", *SCHEDULED)
 
 
 #: The part of the loss whose weights say how much a held-out example counts in a metric; in the others all count alike.
@@ -112,6 +112,17 @@ def terms(record: dict) -> dict[str, float]:
     return {"loss": record["loss"]} | {
         name: value for name, value in record.items() if name not in _BESIDE_TERMS and not is_count(name) and not name.startswith("written")
     }
+
+
+def seconds_of(records: list[dict]) -> dict[str, float]:
+    """The seconds that an on-policy run has spent writing and training, as its records have them; empty for other runs."""
+    found = [(writing_seconds(r), r["training_seconds"]) for r in records if "training_seconds" in r]
+    return {"writing": round(sum(w for w, _ in found), 3), "training": round(sum(t for _, t in found), 3)} if found else {}
+
+
+def writing_seconds(values: dict[str, float]) -> float:
+    """Of a training step's values the seconds that were spent writing, by student and teacher."""
+    return sum(value for name, value in values.items() if name.startswith("written") and name.endswith("_seconds"))
 
 
 def is_count(name: str) -> bool:

@@ -52,7 +52,7 @@ class ProgressDisplay:
             file=sys.stderr,
         )
         self.total, self.first, self.started, self.shown = total_steps, done, time.monotonic(), 0.0
-        self.targets_since, self.time_since = 0, self.started
+        self.targets_since, self.time_since, self.seconds = 0, self.started, 0.0
         self.slowdown = Slowdown()
 
     def count(self, targets: int) -> None:
@@ -61,9 +61,10 @@ class ProgressDisplay:
         self.bar.update()
 
     def speed(self, without: float = 0.0) -> float:
-        """Targets per second since the last call, `without` some seconds of that time."""
+        """Targets per second since the last call, `without` some seconds of that time. `seconds`: the others."""
         now = time.monotonic()
-        speed = self.targets_since / max(now - self.time_since - without, 1e-9)
+        self.seconds = max(now - self.time_since - without, 1e-9)
+        speed = self.targets_since / self.seconds
         self.targets_since, self.time_since = 0, now
         return speed
 

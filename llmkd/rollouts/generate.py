@@ -23,11 +23,22 @@ class Completion:
 
     finished  its last token is an end token; else it was cut off, by `max_new_tokens` or the model's positions
     entropy   of the model's distribution at temperature 1, mean over the tokens, in nats; None where it is not known
+
+    Of one that a server wrote:
+
+    log_p      of each token, as the server says it
+    apart      mean size of the difference between those and the student's own; None where they were not compared
+    weights    of each token in the loss, which make up for it that the server's student is another one; None: all 1
+    staleness  optimizer steps since the server's student was the one that trains
     """
 
     ids: tuple[int, ...]
     finished: bool
     entropy: float | None = field(default=None, compare=False)
+    log_p: tuple[float, ...] | None = field(default=None, compare=False)
+    apart: float | None = field(default=None, compare=False)
+    weights: tuple[float, ...] | None = field(default=None, compare=False)
+    staleness: int | None = field(default=None, compare=False)
 
 
 @dataclass(frozen=True)
@@ -75,7 +86,7 @@ def generate(
     models = [model, mix.model] if mix else [model]
     with contextlib.ExitStack() as modes:
         for one in models:
-            modes.enter_context(_eval_mode(one))
+            modes.enter_context(eval_mode(one))
         ways = [way_of(one) for one in models]
         for batch in progress(_batches([len(prompt) for prompt in prompts], batch_size, all(way.padded for way in ways))):
             asked = {i: prompts[i] for i in batch}
@@ -92,7 +103,8 @@ def _batches(lengths: list[int], size: int, padded: bool) -> list[list[int]]:
 
 
 @contextlib.contextmanager
-def _eval_mode(model: LanguageModel) -> Iterator[None]:
+def eval_mode(model: LanguageModel) -> Iterator[None]:
+    """The model in eval mode and not compiled for the `with` block; then in the mode that it was in."""
     training = model.training
     model.eval()
     try:

@@ -20,11 +20,15 @@ DECREASING = {"from": 1.0, "to": 0.0}
 
 @dataclass(frozen=True)
 class Answer:
-    """What a student wrote in a step: token ids, one or more, after the prompt of an example of the data."""
+    """What a student wrote in a step: token ids, one or more, after the prompt of an example of the data.
+
+    weights   see `Completion`; of an answer that is kept in the buffer None
+    """
 
     step: int
     example: int
     ids: tuple[int, ...]
+    weights: tuple[float, ...] | None = None
 
 
 class ReplayBuffer:

@@ -5,7 +5,7 @@ from concurrent.futures import wait
 
 from ..errors import Stopped, UserError
 from ..servers.client import Refused, Server
-from ..servers.completions import complete
+from ..servers.completions import Continuation, complete
 from ..servers.logprobs import ServedModel, WrongAnswer, explain
 from ..servers.workers import Workers
 from .generate import Completion
@@ -20,7 +20,10 @@ class ServerWriter:
     end_ids      a completion ends with the first of these, or where the model's own generation config ends it
     requests     most at one time
     stop_asked   whether the command was asked to stop: then nobody waits for the server
+    log_probs    also ask for the tokens' log-probabilities
     """
+
+    resume = "the same command goes on"
 
     def __init__(
         self,
@@ -31,20 +34,24 @@ class ServerWriter:
         vocab: int,
         requests: int = 8,
         stop_asked: Callable[[], bool] = lambda: False,
+        log_probs: bool = False,
     ):
         self.server, self.model, self.setting, self.end_ids, self.vocab = server, model, setting, frozenset(end_ids), vocab
-        self.stop_asked, self._workers = stop_asked, Workers(requests)
+        self.stop_asked, self.log_probs, self._workers = stop_asked, log_probs, Workers(requests)
 
     def write(self, prompts: Sequence[Sequence[int]], keys: Sequence[int], sampling: Sampling) -> list[Completion]:
-        started = [
-            self._workers.submit(lambda prompt=prompt, key=key: self._one(prompt, key, sampling))
-            for prompt, key in zip(prompts, keys, strict=True)
-        ]
+        return self.at_once(
+            [lambda prompt=prompt, key=key: self._one(prompt, key, sampling) for prompt, key in zip(prompts, keys, strict=True)]
+        )
+
+    def at_once(self, work: Sequence[Callable]) -> list:
+        """The results of several functions that ask the server, called at the same time. Stopped, where the command is asked to stop meanwhile."""
+        started = [self._workers.submit(one) for one in work]
         try:
             for one in started:
                 while not wait([one], 2.0).done:
                     if self.stop_asked():
-                        raise Stopped(f"stopped by a signal while {self.setting}.server wrote; the same command goes on")
+                        raise Stopped(f"stopped by a signal while {self.setting}.server was asked; {self.resume}")
             return [one.result() for one in started]
         except BaseException:
             self.server.end()
@@ -63,11 +70,14 @@ class ServerWriter:
         }
         seed = (key ^ sampling.seed) % 2**63
         try:
-            ids, finished = complete(self.server, self.model, [int(one) for one in prompt], self.end_ids, seed, settings)
+            ids, finished, log_p = self._ask([int(one) for one in prompt], seed, settings)
             if ids and max(ids) >= self.vocab:
                 raise WrongAnswer(f"wrote token {max(ids)}, and the student's vocabulary has {self.vocab} entries")
         except WrongAnswer as error:
             raise UserError(f"{self.setting}.server: {self.server.address} {error}") from None
         except Refused as error:
             raise explain(error, self.setting, longest=len(prompt)) from None
-        return Completion(tuple(ids), finished)
+        return Completion(tuple(ids), finished, log_p=None if log_p is None else tuple(log_p))
+
+    def _ask(self, prompt: list[int], seed: int, settings: dict) -> Continuation:
+        return complete(self.server, self.model, prompt, self.end_ids, seed, settings, self.log_probs)

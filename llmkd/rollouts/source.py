@@ -8,14 +8,14 @@ import contextlib
 import copy
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ..config.on_policy import OnPolicy
 from ..console import warn
-from ..data.batch_source import ExampleSource, PlannedSource, Step
+from ..data.batch_source import ExampleSource, PlannedSource, Step, WrittenText
 from ..data.examples import Examples, concat
 from ..data.written import Prompts, answered, of_written
 from .generate import Completion
@@ -28,12 +28,17 @@ from .writer import Writer, text_key, write_on_all_ranks
 if TYPE_CHECKING:
     from ..batch import Batch
 
+RECORDED = 20  # steps of a run whose answers are kept for people
+
 
 class OnPolicySource(ExampleSource):
     """The steps of planned data, built one by one, since each depends on the weights that the one before it left.
 
     Which examples are written, and what, is a function of (weights, seed, step, example): each rank writes a part of them, all ranks learn
     all of it, and split the step as if it had been planned.
+
+    before_writing   is called with each step's number before its answers are written, on all ranks
+    at_end           is called once, after the last step or when training ends before it
     """
 
     reads_while_training = True  # weights that are not finite can write nothing: they are noticed in their step
@@ -54,9 +59,13 @@ class OnPolicySource(ExampleSource):
         self.watch, self.vocab = Watch(settings.max_new_tokens, vocab), vocab
         self.share, self.newest = Share(settings.share, planned.total_steps, 1 - settings.teacher_writes), 0.0
         self.replay = ReplayBuffer(settings.replay, planned.seed, planned.total_steps)
+        self.recorded: tuple[int, list[WrittenText]] = 0, []  # the newest step whose answers are kept for people, and those answers
+        self.before_writing: Callable[[int], None] = lambda step: None
+        self.at_end: Callable[[], None] = lambda: None
 
     def steps(self, done: int = 0) -> "Iterator[tuple[Step, list[Batch]]]":
-        with contextlib.closing(self.schedule(done)) as steps:
+        with contextlib.closing(self.schedule(done)) as steps, contextlib.ExitStack() as end:
+            end.callback(self.at_end)
             for step in steps:
                 batches = self.build(step)
                 self.on_built(batches)
@@ -94,7 +103,8 @@ class OnPolicySource(ExampleSource):
         whole = [(one, how) for one, how in answers if one.ids]
         indices = [planned.examples[n] for n in kept]
         parts = [self.examples.take(np.array(indices, np.int64))] if indices else []
-        parts += [answered(self.examples, self.prompts, [one.example for one, _ in whole], [one.ids for one, _ in whole])] if whole else []
+        of_each = [[getattr(one, name) for one, _ in whole] for name in ("example", "ids", "weights")]
+        parts += [answered(self.examples, self.prompts, *of_each)] if whole else []
         written_at = [f"{self.places[one.example]}, {how} at step {one.step}" for one, how in whole]
         return self._step(planned, parts, [*(self.places[i] for i in indices), *written_at])
 
@@ -104,11 +114,16 @@ class OnPolicySource(ExampleSource):
 
     def _write(self, step: int, asked: list[tuple[int, tuple]]) -> list[Answer]:
         """Answers by the student's present weights."""
-        found = self._ask(self.writer, self.prompts.ids(self.examples, [i for i, _ in asked]), asked, self.statistics)
+        found = self._ask(
+            self.writer, self.prompts.ids(self.examples, [i for i, _ in asked]), asked, self.statistics, lambda: self.before_writing(step)
+        )
         for text in self.watch.add(found):
             warn(text)
-        answers = [Answer(step, i, one.ids) for (i, _), one in zip(asked, found, strict=True)]
+        answers = [Answer(step, i, one.ids, one.weights) for (i, _), one in zip(asked, found, strict=True)]
         self.replay.add([one for one in answers if one.ids])
+        if step in recorded_steps(self.total_steps):
+            few = zip(asked[: self.settings.record], found, strict=False)
+            self.recorded = step, [self._text(example, one) for (example, _), one in few]
         return answers
 
     def _write_as_teacher(self, step: int, asked: list[tuple[int, tuple]]) -> list[Answer]:
@@ -116,14 +131,27 @@ class OnPolicySource(ExampleSource):
         return [Answer(step, i, one.ids) for (i, _), one in zip(asked, found, strict=True)]
 
     def _ask(
-        self, writer: Writer | None, prompts: list[list[int]], asked: list[tuple[int, tuple]], statistics: Statistics
+        self,
+        writer: Writer | None,
+        prompts: list[list[int]],
+        asked: list[tuple[int, tuple]],
+        statistics: Statistics,
+        before: Callable[[], None] = lambda: None,
     ) -> list[Completion]:
         if not asked:
             return []
         began = time.monotonic()
+        before()
         found = write_on_all_ranks(writer, prompts, [text_key(*name) for _, name in asked], self.sampling, self.rank, self.ranks)
         statistics.add(found, time.monotonic() - began)
         return found
+
+    def _text(self, example: int, answer: Completion) -> WrittenText:
+        ids, loss_mask = self.examples.example(example)
+        return WrittenText(self.places[example], self.prompts.ids(self.examples, [example])[0], answer.ids, ids[loss_mask], answer.finished)
+
+    def texts(self, step: int) -> Sequence[WrittenText]:
+        return self.recorded[1] if self.recorded[0] == step else ()
 
     def _step(self, planned: Step, parts: list[Examples], places: list[str]) -> Step:
         source = np.concatenate([np.zeros(0, np.int64), *(part.source for part in parts)])
@@ -162,6 +190,11 @@ class OnPolicySource(ExampleSource):
 
 def sampling_of(settings: OnPolicy, seed: int) -> Sampling:
     return Sampling(settings.temperature, settings.max_new_tokens, seed, settings.top_p, settings.top_k, settings.min_p)
+
+
+def recorded_steps(total: int) -> set[int]:
+    """The steps of a run of `total` steps whose answers are kept for people: RECORDED of them, evenly, the first and the last among them."""
+    return {1 + round(n * (total - 1) / (RECORDED - 1)) for n in range(RECORDED)}
 
 
 def _identities(step: int, hashes: Sequence[str]) -> list[tuple]:

@@ -23,21 +23,27 @@ class Statistics:
 
     def read(self) -> dict[str, float]:
         """Of the answers since the last time: their number, how many were cut off or are empty (the end token alone, or nothing), the share
-        that ended by itself, the mean length in tokens, the entropy at the tokens and the tokens a second; the seconds that they took. Without
+        that ended by itself, the mean length in tokens, the entropy at the tokens and the tokens a second; the seconds that they took. Of answers
+        of a server also how old its student was, in steps, how far its log-probabilities are from the student's own, and the mean weight. Without
         an answer only the counts by name."""
         answers, seconds, counts = self.answers, self.seconds, self.counts
         self.answers, self.seconds, self.counts = [], 0.0, Counter()
         if not answers:
             return dict(counts)
         tokens, finished = sum(len(one.ids) for one in answers), sum(one.finished for one in answers)
-        known = [(one.entropy, len(one.ids)) for one in answers if one.entropy is not None]
+        known = {
+            "_entropy": [(one.entropy, len(one.ids)) for one in answers if one.entropy is not None],
+            "_staleness": [(one.staleness, 1) for one in answers if one.staleness is not None],
+            "_apart": [(one.apart, len(one.ids)) for one in answers if one.apart is not None],
+            "_weight": [(w, 1) for one in answers for w in one.weights or ()],
+        }
         found = {
             "": len(answers),
             "_cut_off": len(answers) - finished,
             "_empty": sum(len(one.ids) <= one.finished for one in answers),
             "_finished": finished / len(answers),
             "_length": tokens / len(answers),
-            **({"_entropy": sum(e * n for e, n in known) / max(1, sum(n for _, n in known))} if known else {}),
+            **{name: sum(x * n for x, n in each) / max(1, sum(n for _, n in each)) for name, each in known.items() if each},
             "_tokens_per_s": round(tokens / max(seconds, 1e-9), 1),
             "_seconds": round(seconds, 3),
         }

@@ -11,6 +11,7 @@ import random
 import threading
 import time
 import urllib.request
+from collections.abc import Callable
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -71,16 +72,22 @@ class Server:
         """The answer as JSON gives it. Refused, or ServerFailed once `patience` is over (by default the server's own)."""
         return self._asked("POST", path, json.dumps(content).encode(), patience)
 
+    def tell(self, path: str, content: dict, patience: float | None = None) -> None:
+        """`post`, where what the server says to it is of no interest, and may be no JSON."""
+        self._asked("POST", path, json.dumps(content).encode(), patience, lambda body: None)
+
     def end(self) -> None:
         """Let requests that wait for the server fail."""
         self._ended.set()
 
-    def _asked(self, method: str, path: str, content: bytes | None, patience: float | None) -> Any:
+    def _asked(
+        self, method: str, path: str, content: bytes | None, patience: float | None, parse: Callable[[bytes], Any] = json.loads
+    ) -> Any:
         patience = self.patience if patience is None else patience
         until, attempt = time.monotonic() + patience, 0
         while True:
             try:
-                answer = self._once(method, path, content)
+                answer = self._once(method, path, content, parse)
                 if self._gone.is_set():
                     self._gone.clear()
                     warn(f"note: {self.setting}: {self.address} answers again")
@@ -97,7 +104,7 @@ class Server:
                 attempt += 1
                 self._ended.wait(wait)
 
-    def _once(self, method: str, path: str, content: bytes | None) -> Any:
+    def _once(self, method: str, path: str, content: bytes | None, parse: Callable[[bytes], Any]) -> Any:
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
@@ -125,9 +132,9 @@ class Server:
             response.release_conn()
         except (failures.HTTPError, OSError) as error:
             raise _Passing(_in_words(error, self.timeout)) from None
-        return self._read(response, b"".join(parts))
+        return self._read(response, b"".join(parts), parse)
 
-    def _read(self, response, body: bytes) -> Any:
+    def _read(self, response, body: bytes, parse: Callable[[bytes], Any]) -> Any:
         status = response.status
         if status != 200:
             text = self._without_key(_told(body))
@@ -139,7 +146,7 @@ class Server:
                 text = f"sends the request elsewhere ({printable(response.headers.get('Location', ''))[:120]}); name that address"
             raise Refused(status, text)
         try:
-            return json.loads(body)
+            return parse(body)
         except ValueError:
             raise _Passing(f"gives an answer that is no whole JSON ({len(body):,} bytes)") from None
 

@@ -15,7 +15,7 @@ import numpy as np
 from ..errors import UserError
 from .client import Refused, Server
 
-_SLACK = 1e-3  # how far rounding may put a log-probability above 0, or a sum of probabilities above 1
+SLACK = 1e-3  # how far rounding may put a log-probability above 0, or a sum of probabilities above 1
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class VLLM:
         self.server, self.vocab = server, vocab
 
     def models(self, patience: float | None = None) -> list[ServedModel]:
-        return _models(self.server, patience)
+        return served_models(self.server, patience)
 
     def ask(self, model: ServedModel, ids: Sequence[int], places: Sequence[int], k: int, strings: bool = False) -> Listed:
         content = {
@@ -111,7 +111,7 @@ class SGLang:
         self.server, self.vocab = server, vocab
 
     def models(self, patience: float | None = None) -> list[ServedModel]:
-        return _models(self.server, patience)
+        return served_models(self.server, patience)
 
     def ask(self, model: ServedModel, ids: Sequence[int], places: Sequence[int], k: int, strings: bool = False) -> Listed:
         start = min(places) - 1  # nothing is said of the token at the start
@@ -150,8 +150,8 @@ class SGLang:
 INTERFACES: dict[str, type[LogProbs]] = {"vllm": VLLM, "sglang": SGLang}
 
 
-def _models(server: Server, patience: float | None) -> list[ServedModel]:
-    """Both list their models as OpenAI does."""
+def served_models(server: Server, patience: float | None = None) -> list[ServedModel]:
+    """The models that a server has: both kinds list them as OpenAI does. WrongAnswer, or what `Server` raises."""
     answer = server.get("/v1/models", patience)
     try:
         return [ServedModel(one["id"], one.get("parent"), one.get("max_model_len")) for one in answer["data"]]
@@ -213,7 +213,7 @@ def _listed(entries: list[tuple[list, list]], label: list, k: int, strings: dict
     if ((ordered_NM[:, 1:] == ordered_NM[:, :-1]) & (ordered_NM[:, 1:] >= 0)).any():
         raise WrongAnswer("lists a token twice at one place")
     sums_N = np.exp(np.minimum(log_p_NM, 1)).sum(1)
-    if max(log_p_NM.max(), label_N.max()) > _SLACK or sums_N.max() > 1 + _SLACK:
+    if max(log_p_NM.max(), label_N.max()) > SLACK or sums_N.max() > 1 + SLACK:
         raise WrongAnswer(
             f"gives what are no log-probabilities of one distribution (the probabilities sum to {sums_N.max():.4g}); start vLLM with "
             "--logprobs-mode raw_logprobs"

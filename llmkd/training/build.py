@@ -45,6 +45,7 @@ from . import optim as optimizers
 from .attention import attention_terms, enable_attention
 from .auto_batch import head_chunk_size
 from .distiller import Distiller
+from .engine import check_engine, find_base, let_it_write
 from .features import feature_terms, refuse_small_samples, report_shares, sample_batches, start_features
 from .loop import StudentState, unwrap
 from .model_watch import ModelWatch
@@ -97,6 +98,7 @@ def build_setup(
     data, train = recipe.data, recipe.train
     served = open_served(prepared.teachers, device, prepared.vocab, stop_asked)
     on_main_process(accelerator, functools.partial(check_servers, served.values(), prepared))
+    base = on_main_process(accelerator, functools.partial(find_base, recipe.on_policy, prepared.prompts, prepared.vocab))
     live = [(source.setting, source.settings) for source in prepared.teachers if source.needs_model]
     probe = functools.partial(teacher_probe, prepared, recipe.validation.micro_batch_size, device)
     packing = data.packing * longest_row(train, data)
@@ -131,6 +133,7 @@ def build_setup(
         if prepared.validation_prompts and prepared.validation_prompts.may.any():
             held_out = prepared.validation, prepared.validation_prompts, recipe.on_policy.validation_prompts
             own_text = OwnText.of(*held_out, writer, source.sampling)
+    engine = base and let_it_write(source, base, models[0], folders[0].path, writer.end_ids, prepared.vocab, accelerator, stop_asked)
     if served:
         source.on_built, source.reads_while_training = functools.partial(expect_of, tuple(served.values())), True
     teachers_by_setting = {setting: model for (setting, _), model in zip(live, teacher_models, strict=True)}
@@ -152,6 +155,8 @@ def build_setup(
     teacher = open_teacher(prepared.teachers, recipe.mixture, teacher_models, taps, device, served)
     lock_folders(students, accelerator)
     done = restore(students, source, accelerator.is_main_process) if folders[0].resume else 0
+    if engine:
+        check_engine(engine, source, done, accelerator)
     for k, student in enumerate(students if not done else ()):
         with attribute_to_student(k):
             start_terms(student, teacher, recipe.validation.micro_batch_size, device)

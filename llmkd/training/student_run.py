@@ -6,10 +6,12 @@ import hashlib
 import json
 import math
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..config.recipe import Recipe
 from ..console import info, warn
+from ..data.batch_source import WrittenText
 from ..data.encoding.tokenizer import save_tokenizer
 from ..errors import NonFinite
 from ..files import remove_leftovers, sha256_file, write_atomic, write_folder, write_sealed
@@ -26,7 +28,7 @@ from . import checkpoint
 from .loop import StudentState
 from .prepare import Prepared, generation_before
 from .validate import HeldOut
-from .validation_samples import write_samples
+from .validation_samples import write_samples, write_training_samples
 
 
 class StudentRun:
@@ -69,6 +71,10 @@ class StudentRun:
             if self.best is None or self.best["by"] != by or sign * values[by] < sign * self.best["value"]:
                 self.best = {"by": by, "step": step, "value": values[by]}
         return values
+
+    def record_texts(self, step: int, texts: Sequence[WrittenText]) -> None:
+        """By the first process: keep answers of that step for people."""
+        self.samples_hash = write_training_samples(self.folder.path, step, texts, self.prepared.tokenizer)
 
     def write_held_out(self, held_out: HeldOut) -> None:
         """held_out.jsonl: the sums of each example, so that two students can be compared example by example."""
@@ -127,6 +133,7 @@ class StudentRun:
             "best": self.best,
             "files": {name: value for name, value in self.hashes().items() if value},
             **({"layers": list(self.prepared.layers)} if self.prepared.layers else {}),
+            **({"seconds": spent} if (spent := metrics.seconds_of(records)) else {}),
             "warnings": list(worsening.sentences(records, self.recipe.loss, self.recipe.optim)),
         }
         (self.folder.path / "nonfinite.json").unlink(missing_ok=True)  # of an attempt before this one

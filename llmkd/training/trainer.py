@@ -91,6 +91,8 @@ class Trainer:
                         if len(self.students) > 1:
                             self.display.info(f"{self.students[k].folder.path.name} stops here: {self.students[k].failure}")
                     self.show(progress, last)
+                    if self.main and (texts := self.source.texts(step)):
+                        self.students[0].record_texts(step, texts)
                     if not self.active:
                         return
                     if last or due(settings.validation.every, step):
@@ -140,7 +142,9 @@ class Trainer:
         if not (last or due(self.settings.train.log_every, progress.step)):
             return
         measured = self.source.measured()
-        speed = self.display.speed(sum(value for name, value in measured.items() if name.endswith("_seconds")))
+        writing = metrics.writing_seconds(measured)
+        speed = self.display.speed(writing)
+        measured |= {"training_seconds": round(self.display.seconds, 3)} if measured else {}
         going = [k for k in progress.terms if not self.students[k].failure]
         rates = {k: self.students[k].state.learning_rate(progress.step) for k in going}
         for k in going if self.main else ():
@@ -152,6 +156,7 @@ class Trainer:
             shown |= {"lr": f"{rates[0]:.1e}"}
             if "written" in measured:
                 shown |= {"written": f"{measured['written_length']:.0f} tokens", "finished": f"{measured['written_finished']:.0%}"}
+                shown |= {"writing": f"{writing:.1f} s of {writing + self.display.seconds:.1f} s"}
         else:
             losses = [progress.terms[k]["loss"] for k in going] or [math.nan]
             shown = {"students": str(len(going)), "loss": f"{min(losses):.4f} to {max(losses):.4f}"}

@@ -1,26 +1,20 @@
-"""samples.jsonl: what a student writes to the same held-out prompts at every validation."""
+"""What goes into samples.jsonl: answers to the same held-out prompts at every validation, and some of those that an on-policy student trains on."""
 
-import hashlib
-import json
+from collections.abc import Sequence
 from pathlib import Path
 
 from ..config.recipe import Validation
-from ..console import warn
-from ..data.prompts import decoded, held_out_prompts
-from ..files import write_atomic
+from ..data.batch_source import WrittenText
+from ..data.prompts import closing, decoded, held_out_prompts
 from ..models.language_model import LanguageModel
-from ..output.samples import read_samples
+from ..output.samples import add_samples
 from ..rollouts.generate import generate, stops_of
 from ..rollouts.sampling import Sampling
 from .prepare import Prepared
 
 
 def write_samples(folder: Path, step: int, model: LanguageModel, prepared: Prepared, settings: Validation) -> str:
-    """Write the answers at this step behind those of the steps before it; answers of this step or a later one, of another attempt, are replaced.
-    Returns the file's hash.
-
-    A line holds step, place, prompt, reference, text (without its end token), tokens, and whether it finished by itself.
-    """
+    """Add the answers at this step, always the most likely tokens. Returns the file's hash."""
     tokenizer = prepared.tokenizer
     prompts = held_out_prompts(prepared.validation, prepared.validation_places, settings.samples, tokenizer)
     ends = {tokenizer.eos_token_id, *stops_of(model), *prepared.end_tokens}
@@ -38,7 +32,22 @@ def write_samples(folder: Path, step: int, model: LanguageModel, prepared: Prepa
         }
         for prompt, one in zip(prompts, found, strict=True)
     ]
-    before = [record for record in read_samples(folder, warn) if record["step"] < step]
-    content = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in before + records)
-    write_atomic(folder / "samples.jsonl", content)
-    return hashlib.sha256(content.encode()).hexdigest()
+    return add_samples(folder, step, records)
+
+
+def write_training_samples(folder: Path, step: int, texts: Sequence[WrittenText], tokenizer) -> str:
+    """Add answers that were trained on in this step. Returns the file's hash."""
+    records = [
+        {
+            "step": step,
+            "place": one.place,
+            "prompt": decoded(one.prompt, tokenizer),
+            "reference": decoded(one.reference[: closing(one.reference, tokenizer)], tokenizer),
+            "text": decoded(one.ids[: len(one.ids) - one.finished], tokenizer),
+            "tokens": len(one.ids),
+            "finished": one.finished,
+            "training": True,
+        }
+        for one in texts
+    ]
+    return add_samples(folder, step, records)

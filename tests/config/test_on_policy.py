@@ -5,6 +5,7 @@ import pytest
 from llmkd.config import loader
 from llmkd.errors import UserError
 
+SERVER = {"on_policy.engine.server": "http://h:1"}
 LONG = {"on_policy.long_horizon": {}, "loss.divergence": "reverse_kl"}
 TEXT = {"path": "t.jsonl", "format": "text"}
 
@@ -80,6 +81,30 @@ TEXT = {"path": "t.jsonl", "format": "text"}
         ({"on_policy.replay.ratio": 1.5}, "on_policy.replay.ratio: found 1.5, expected"),
         ({"on_policy.replay.ratio": {"from": 1, "to": 2}}, "on_policy.replay.ratio.to: found 2, expected a number 0 to 1"),
         ({"on_policy.replay.capacity": 0}, "on_policy.replay.capacity: found 0, expected"),
+        ({"on_policy.engine": "vllm"}, "on_policy.engine: found 'vllm', expected local, or a mapping of settings"),
+        ({"on_policy.engine": {}}, "on_policy.engine.server: not given"),
+        ({"on_policy.engine.server": "h:1"}, "on_policy.engine.server: found h:1, expected http://host:port"),
+        ({"on_policy.engine.server": "http://me:secret@h:1"}, r"on_policy.engine.server: holds a name or a password \(not shown\)"),
+        (SERVER | {"on_policy.engine.api": "sglang"}, "on_policy.engine.api: found 'sglang', expected vllm"),
+        (SERVER | {"on_policy.engine.api_key_env": "sk-1"}, "on_policy.engine.api_key_env: is no name of an environment variable"),
+        (SERVER | {"on_policy.engine.importance": 0.5}, "on_policy.engine.importance: found 0.5, expected a number >= 1"),
+        (
+            SERVER | {"on_policy.engine.push_evry": 2},
+            "on_policy.engine.push_evry: unknown setting; did you mean on_policy.engine.push_every",
+        ),
+        (SERVER | {"student.method": "full"}, "on_policy.engine.server: set with student.method: full, which has no adapter"),
+        (SERVER | {"student.layers": [0]}, "on_policy.engine.server: set with student.layers, whose base no server has"),
+        (SERVER | {"student.lora.dora": True}, "on_policy.engine.server: set with student.lora.dora, which vLLM does not load"),
+        (SERVER | {"student.lora.modules_to_save": ["lm_head"]}, "on_policy.engine.server: set with student.lora.modules_to_save"),
+        (SERVER | {"on_policy.engine.importance": 2.0, "on_policy.top_p": 0.9}, "on_policy.engine.importance: set with another sampling"),
+        (SERVER | LONG | {"on_policy.engine.importance": 2.0}, "on_policy.engine.importance: set with on_policy.long_horizon"),
+        (SERVER | {"on_policy.engine.importance": 2.0, "on_policy.replay": {}}, "on_policy.engine.importance: set with on_policy.replay"),
+        (SERVER | {"on_policy.share": 0.0, "on_policy.teacher_writes": 0.5}, "on_policy.engine.server: set, but on_policy.share is 0"),
+        (
+            SERVER | LONG | {"on_policy.long_horizon": {"teacher_mix": 0.2}},
+            "on_policy.engine.server: set with on_policy.long_horizon.teacher_mix, and a server writes as the student alone",
+        ),
+        (SERVER | LONG | {"on_policy.engine.push_every": 2}, "on_policy.engine.push_every: found 2 with on_policy.long_horizon"),
         ({"on_policy.lmbda": 0.5}, "on_policy.lmbda: unknown setting; did you mean on_policy.share?"),
         ({"on_policy.lambda": 0.5}, "on_policy.lambda: unknown setting"),
     ],

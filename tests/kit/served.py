@@ -20,6 +20,8 @@ class FakeServer:
 
     asked       the contents of the requests for log-probabilities, in the order of their arrival
     max_logprobs, positions, parents, key    as a real server's settings; `parents` by name of an adapter
+    load        from a folder of an adapter to its function, see `AdapterHost`; None: it loads no adapters while it runs
+    loaded      the names of those that were loaded, in order
     misbehave   called with each answer (a dict) and its number from 0; returns what is sent in its place: another dict, bytes, a status
                 (an int), a pair of a status and headers, or "hang"
     """
@@ -29,6 +31,8 @@ class FakeServer:
         self.asked: list[dict] = []
         self.calls = Counter()
         self.max_logprobs, self.positions, self.parents, self.key = 10_000, 4096, {}, None
+        self.load: Callable | None = None
+        self.loaded: list[str] = []
         self.misbehave: Callable = lambda answer, number: answer
         self.most_at_once, self._at_once, self._lock = 0, 0, threading.Lock()
         self.port, self._open = 0, set()
@@ -84,7 +88,7 @@ class FakeServer:
         try:
             content = json.loads(request.rfile.read(int(request.headers.get("Content-Length") or 0)) or b"{}")
             answer = self._answer(request, content)
-            if request.command == "POST":
+            if request.command == "POST" and not request.path.endswith("lora_adapter"):
                 with self._lock:
                     self.asked.append(content)
                     number = len(self.asked) - 1
@@ -121,7 +125,32 @@ class FakeServer:
             return self._vllm(content)
         if request.path == "/generate":
             return self._sglang(content)
-        return 404
+        if self.load and request.path == "/v1/load_lora_adapter":
+            return self._load(content["lora_name"], content["lora_path"])
+        if self.load and request.path == "/v1/unload_lora_adapter":
+            return self._unload(content["lora_name"])
+        return (404, {"body": {"detail": "Not Found"}})
+
+    def _load(self, name: str, path: str):
+        if name in self.models:
+            return (400, {"body": {"error": {"message": f"The lora adapter '{name}' has already been loaded."}}})
+        try:
+            self.models[name], self.parents[name] = self.load(path), next(iter(self.models))
+        except Exception as error:
+            return (400, {"body": {"error": {"message": str(error)}}})
+        self.loaded.append(name)
+        return f"Success: LoRA adapter '{name}' added successfully.".encode()
+
+    def _unload(self, name: str):
+        if self.models.pop(name, None) is None:
+            return (404, {"body": {"error": {"message": f"The lora adapter '{name}' cannot be found."}}})
+        return f"Success: LoRA adapter '{name}' removed successfully.".encode()
+
+    def restart(self) -> None:
+        """As one that is started anew, without the adapters that it had loaded."""
+        self.stop()
+        self.models = {name: model for name, model in self.models.items() if name not in self.loaded}
+        self.start()
 
     def _vllm(self, content: dict):
         if content["model"] not in self.models:
@@ -145,7 +174,7 @@ class FakeServer:
         return {"model": content["model"], "choices": [choice], "usage": {"prompt_tokens": len(ids)}}
 
     def _written(self, content: dict):
-        ids, own, why, stop = content["prompt"], [], "length", None
+        ids, own, why, stop, log_p = content["prompt"], [], "length", None, []
         generator = torch.Generator().manual_seed(content["seed"])
         while len(own) < content["max_tokens"] and why == "length":
             log_p_V = self.models[content["model"]](ids + own)[-1]
@@ -153,9 +182,12 @@ class FakeServer:
                 own.append(int(torch.multinomial((log_p_V / content["temperature"]).softmax(-1), 1, generator=generator)))
             else:
                 own.append(int(log_p_V.argmax()))
+            log_p.append(float(log_p_V[own[-1]]))
             if own[-1] in content["stop_token_ids"]:
                 why, stop = "stop", own[-1]
         choice = {"text": "", "prompt_token_ids": ids, "token_ids": own, "finish_reason": why, "stop_reason": stop}
+        if content.get("logprobs") is not None:
+            choice["logprobs"] = {"token_logprobs": log_p, "tokens": [self.decode(token) for token in own]}
         return {"model": content["model"], "choices": [choice]}
 
     def _sglang(self, content: dict):
@@ -190,6 +222,41 @@ def distribution_of(folder, adapter=None) -> Callable:
             return model(torch.tensor([ids])).logits[0].log_softmax(-1)
 
     return log_probs
+
+
+class AdapterHost:
+    """A saved base, in float64, on which adapters are loaded while it runs: called with an adapter's folder it gives its `distribution_of`."""
+
+    def __init__(self, folder):
+        from transformers import AutoModelForCausalLM
+
+        self.model, self.lock = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float64).eval(), threading.Lock()
+        self.adapted, self.count = None, 0
+
+    def __call__(self, path) -> Callable:
+        from peft import PeftModel
+
+        with self.lock:
+            self.count += 1
+            name = f"adapter{self.count}"
+            if self.adapted is None:
+                self.adapted = PeftModel.from_pretrained(self.model, path, adapter_name=name)
+            else:
+                self.adapted.load_adapter(path, adapter_name=name)
+            self.adapted.eval()
+        return lambda ids: self._log_probs(name, ids)
+
+    def base(self, ids: list[int]) -> torch.Tensor:
+        return self._log_probs(None, ids)
+
+    @torch.no_grad()
+    def _log_probs(self, name: str | None, ids: list[int]) -> torch.Tensor:
+        with self.lock, contextlib.ExitStack() as plain:
+            if name:
+                self.adapted.set_adapter(name)
+            elif self.adapted is not None:
+                plain.enter_context(self.adapted.disable_adapter())
+            return (self.adapted or self.model)(torch.tensor([ids])).logits[0].log_softmax(-1)
 
 
 @contextlib.contextmanager

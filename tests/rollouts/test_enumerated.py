@@ -17,6 +17,7 @@ from llmkd.data.batching import BatchPlan
 from llmkd.data.examples import Examples
 from llmkd.data.written import prompts_of
 from llmkd.models.language_model import LanguageModel
+from llmkd.rollouts.engine import prefix_weights
 from llmkd.rollouts.generate import Completion, Mix
 from llmkd.rollouts.sampling import Sampling
 from llmkd.rollouts.source import OnPolicySource
@@ -210,6 +211,36 @@ def test_temperature_of_sampling_is_another_than_that_of_the_loss(student, teach
     ]
     assert share[1] == pytest.approx(1 / 3, abs=0.05) and share[0] == pytest.approx(float(probability(student, teacher, (END,))), abs=0.05)
     assert abs(share[0] - share[1]) > 0.12
+
+
+@pytest.mark.parametrize("name", ["reverse_kl", "forward_kl"])
+def test_what_an_older_student_wrote_has_with_importance_weights_the_mean_gradient_of_the_students_own(student, teacher, name):
+    """Of the sum over an answer's tokens. The older student is a third model; weights by each token's own ratio would not do."""
+    older = LanguageModel(model(3), V).eval()
+    at = [(range(len(answer)), list(answer)) for answer in ANSWERS]
+    log_p = [
+        [distributions(one, teacher, answer)[0][i].log().detach() for one in (older, student)]
+        for answer, i in zip(ANSWERS, at, strict=True)
+    ]
+    chances = torch.stack([then.sum().exp() for then, _ in log_p])
+    objective = sum(
+        now.sum().exp() * DIVERGENCES[name](*distributions(student, teacher, a)).sum() for a, (_, now) in zip(ANSWERS, log_p, strict=True)
+    )
+    expected = gradient_of(student, objective)
+
+    def apart(weights) -> float:
+        class Older:
+            def write(self, prompts, keys, sampling):
+                ids, own = next(answers)
+                return [Completion(ids, ids[-1] == END, weights=own)]
+
+        answers = zip(ANSWERS, weights, strict=True)
+        found = gradients(student, teacher, source_of(Older(), len(ANSWERS)), Loss(kd_ratio=1.0, divergence=name))
+        sums = torch.stack([g * len(answer) for (_, g), answer in zip(found, ANSWERS, strict=True)])  # a step is divided by its targets
+        return float((chances @ sums - expected).abs().max() / expected.abs().max())
+
+    assert apart([prefix_weights((now - then).numpy(), 1e9) for then, now in log_p]) < 1e-6  # weights are float32
+    assert apart([None] * len(ANSWERS)) > 0.01 and apart([(now - then).exp().tolist() for then, now in log_p]) > 0.01
 
 
 def test_with_the_long_horizon_part_it_is_the_gradient_of_the_reverse_kl_of_whole_answers(student, teacher, drawn):

@@ -1,6 +1,7 @@
 """On-policy distillation: which examples are written, what becomes of them, and that nothing else changes."""
 
 import dataclasses
+import itertools
 import json
 
 import numpy as np
@@ -12,7 +13,7 @@ from llmkd.config.on_policy import OnPolicy, Replay
 from llmkd.data.written import prompts_of
 from llmkd.errors import UserError
 from llmkd.rollouts.generate import Completion
-from llmkd.rollouts.source import OnPolicySource
+from llmkd.rollouts.source import OnPolicySource, recorded_steps
 from llmkd.rollouts.writer import LocalWriter
 from llmkd.training.prepare import prepare, student_files
 from tests.conftest import distance
@@ -276,6 +277,12 @@ def test_the_longest_answers_are_what_memory_is_measured_with(make_recipe):
     assert sorted(set(found.num_targets.tolist()))[0] == 61
 
 
+def test_answers_of_twenty_steps_are_kept_the_first_and_the_last_among_them():
+    assert recorded_steps(1) == {1} and recorded_steps(3) == {1, 2, 3}
+    found = sorted(recorded_steps(1000))
+    assert len(found) == 20 and (found[0], found[-1]) == (1, 1000) and {b - a for a, b in itertools.pairwise(found)} <= {52, 53}
+
+
 def run_settings(**more) -> dict:
     return {"on_policy__share": 0.5, "on_policy__max_new_tokens": 6, "student__lora__dropout": 0.2, "train__max_steps": 4} | more
 
@@ -286,7 +293,7 @@ def test_share_0_is_the_run_without_bit_for_bit(trained):
     assert distance(plain, never) == 0
 
 
-def test_a_run_that_is_killed_and_resumed_is_the_run_that_was_not(trained, monkeypatch, tmp_path):
+def test_a_run_that_is_killed_and_resumed_is_the_run_that_was_not(trained, monkeypatch, tmp_path, world):
     more = {"on_policy__replay__capacity": 3, "on_policy__replay__ratio": 0.5, "data__validation_fraction": 0.1, "validation__every": 1}
     more |= {
         "on_policy__share": {"adaptive": {"start": 0.4, "step": 0.2, "tolerance": 0.0}},
@@ -310,7 +317,7 @@ def test_a_run_that_is_killed_and_resumed_is_the_run_that_was_not(trained, monke
     records = {
         name: [json.loads(line) for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in ("whole", "part")
     }
-    apart = {"targets_per_s", "peak_memory", "written_seconds", "written_tokens_per_s"}
+    apart = {"targets_per_s", "peak_memory", "written_seconds", "written_tokens_per_s", "training_seconds"}
     plain = [[{k: v for k, v in r.items() if k not in apart} for r in records[name]] for name in ("whole", "part")]
     assert plain[0] == plain[1] and sum("written" in r for r in plain[0]) == 4 and sum(r.get("written_replayed", 0) for r in plain[0]) > 2
     ce = [r["validation"]["ce"] for r in plain[0] if "validation" in r][:4]

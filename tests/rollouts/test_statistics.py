@@ -32,6 +32,10 @@ def test_the_numbers_of_the_answers_since_the_last_time():
     assert found.read() == {}
     found.add(answers(2, entropy=None), 0.5)
     assert "written_entropy" not in found.read()
+    by_server = {"apart": (0.2, 0.5, None), "weights": ((1.0, 3.0), (1.0,), None), "staleness": (1, 2, 2)}
+    found.add([Completion((7,) * n, False, **{name: own[i] for name, own in by_server.items()}) for i, n in enumerate((2, 1, 5))], 1.0)
+    told = found.read()
+    assert (told["written_apart"], told["written_weight"], told["written_staleness"]) == pytest.approx(((2 * 0.2 + 0.5) / 3, 5 / 3, 5 / 3))
 
 
 def said(watch: Watch, *windows: list[Completion]) -> list[list[str]]:

@@ -13,7 +13,7 @@ from llmkd.data.reading.skills import tokenizer
 from llmkd.errors import UserError
 from llmkd.files import read_sealed, sha256_file
 from llmkd.output.run_folder import RunFolder
-from llmkd.output.samples import last_samples, read_samples
+from llmkd.output.samples import add_samples, last_samples, read_samples
 from llmkd.rollouts.generate import Completion
 from llmkd.rollouts.sampling import Sampling
 from llmkd.training.prepare import prepare
@@ -73,6 +73,21 @@ def test_a_resumed_run_goes_on_without_a_step_twice(whole, tmp_path):
         assert (out / "samples.jsonl").read_bytes() == before or step == 2
         assert distance(weights(out), weights(Path(whole.output_dir))) == 0 and comparable(out) == comparable(Path(whole.output_dir))
         shutil.rmtree(out)
+
+
+def test_what_was_written_in_training_stands_before_the_validation_of_its_step(whole, tmp_path):
+    """Steps 1 and 2 of training, 2 of validation; then an attempt that goes on after step 1."""
+
+    def add(step: int, text: str, **more) -> list[str]:
+        add_samples(tmp_path, step, [dict(zip(KEYS, (step, "f:1", "p", "r", text, 3, True), strict=True)) | more])
+        return [record["text"] for record in read_samples(tmp_path)]
+
+    training = {"training": True}
+    add(1, "a", **training)
+    add(2, "b", **training)
+    assert add(2, "c") == ["a", "b", "c"] and add(2, "d") == ["a", "b", "d"] and [one["text"] for one in last_samples(tmp_path)] == ["d"]
+    assert add(3, "e", **training) == ["a", "b", "d", "e"] and [one["text"] for one in last_samples(tmp_path)] == ["d"]
+    assert add(2, "f", **training) == ["a", "f"] and last_samples(tmp_path) == [] and add(2, "g") == ["a", "f", "g"]
 
 
 def test_a_damaged_line_is_named_and_the_others_are_kept(whole, tmp_path, capsys):

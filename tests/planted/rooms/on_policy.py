@@ -253,8 +253,8 @@ FAULTS = [
         (
             "mean-of-means",
             "the entropy is a mean over answers",
-            "sum(e * n for e, n in known) / max(1, sum(n for _, n in known))",
-            "sum(e for e, n in known) / len(known)",
+            "sum(x * n for x, n in each) / max(1, sum(n for _, n in each))",
+            "sum(x for x, n in each) / len(each)",
             STATISTICS,
         ),
         (

@@ -46,7 +46,7 @@ FAULTS = [
             "if (fewest := int(here_NM.sum(1).min())) < 0:",
             LOGPROBS,
         ),
-        ("no-distribution", "what sums to more than 1 is taken", "or sums_N.max() > 1 + _SLACK:", "or False:", LOGPROBS),
+        ("no-distribution", "what sums to more than 1 is taken", "or sums_N.max() > 1 + SLACK:", "or False:", LOGPROBS),
         ("start-too-late", "SGLang says nothing of the first target", "start = min(places) - 1", "start = min(places)", LOGPROBS),
         ("adapter-not-asked", "SGLang is asked for the base", 'content["lora_path"] = model.name', "pass", LOGPROBS),
     ),
