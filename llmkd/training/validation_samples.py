@@ -8,7 +8,7 @@ from ..data.batch_source import WrittenText
 from ..data.prompts import closing, decoded, held_out_prompts
 from ..models.language_model import LanguageModel
 from ..output.samples import add_samples
-from ..rollouts.generate import generate, stops_of
+from ..rollouts.generate import Completion, generate, stops_of
 from ..rollouts.sampling import Sampling
 from .prepare import Prepared
 
@@ -21,33 +21,28 @@ def write_samples(folder: Path, step: int, model: LanguageModel, prepared: Prepa
     sampling = Sampling(max_new_tokens=settings.sample_tokens)
     found = generate(model, [prompt.ids for prompt in prompts], sampling, ends, settings.micro_batch_size)
     records = [
-        {
-            "step": step,
-            "place": prompt.place,
-            "prompt": decoded(prompt.ids, tokenizer),
-            "reference": prompt.reference,
-            "text": decoded(one.ids[: len(one.ids) - one.finished], tokenizer),
-            "tokens": len(one.ids),
-            "finished": one.finished,
-        }
-        for prompt, one in zip(prompts, found, strict=True)
+        _record(step, prompt.place, prompt.ids, prompt.reference, one, tokenizer) for prompt, one in zip(prompts, found, strict=True)
     ]
     return add_samples(folder, step, records)
 
 
 def write_training_samples(folder: Path, step: int, texts: Sequence[WrittenText], tokenizer) -> str:
     """Add answers that were trained on in this step. Returns the file's hash."""
+    references = [decoded(one.reference[: closing(one.reference, tokenizer)], tokenizer) for one in texts]
     records = [
-        {
-            "step": step,
-            "place": one.place,
-            "prompt": decoded(one.prompt, tokenizer),
-            "reference": decoded(one.reference[: closing(one.reference, tokenizer)], tokenizer),
-            "text": decoded(one.ids[: len(one.ids) - one.finished], tokenizer),
-            "tokens": len(one.ids),
-            "finished": one.finished,
-            "training": True,
-        }
-        for one in texts
+        _record(step, one.place, one.prompt, reference, one, tokenizer) | {"training": True}
+        for one, reference in zip(texts, references, strict=True)
     ]
     return add_samples(folder, step, records)
+
+
+def _record(step: int, place: str, prompt: Sequence[int], reference: str | None, answer: Completion | WrittenText, tokenizer) -> dict:
+    return {
+        "step": step,
+        "place": place,
+        "prompt": decoded(prompt, tokenizer),
+        "reference": reference,
+        "text": decoded(answer.ids[: len(answer.ids) - answer.finished], tokenizer),
+        "tokens": len(answer.ids),
+        "finished": answer.finished,
+    }

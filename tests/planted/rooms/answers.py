@@ -93,11 +93,16 @@ FAULTS = [
     ),
     *in_file(
         "llmkd/training/validation_samples.py",
-        ("doubled-steps", "a resumed run writes a step twice", 'if record["step"] < step]', 'if record["step"] <= step]', SAMPLES),
         ("sampled-at-validation", "answers are drawn", "Sampling(max_new_tokens=settings.sample_tokens)", "Sampling(1.0, settings.sample_tokens)", SAMPLES),
         ("longer-answers", "sample_tokens is not read", "Sampling(max_new_tokens=settings.sample_tokens)", "Sampling()", SAMPLES),
         ("no-learnt-end", "the end tokens of the data do not end an answer", ", *prepared.end_tokens}", "}", SAMPLES),
-        ("end-token-written", "the end token is a part of the text", "decoded(one.ids[: len(one.ids) - one.finished], tokenizer)", "decoded(one.ids, tokenizer)", SAMPLES),
+        ("end-token-written", "the end token is a part of the text", "decoded(answer.ids[: len(answer.ids) - answer.finished], tokenizer)", "decoded(answer.ids, tokenizer)", SAMPLES),
+    ),
+    *in_file(
+        "llmkd/output/samples.py",
+        ("doubled-steps", "a resumed run writes a step twice", 'if one["step"] < step or', 'if one["step"] <= step or', SAMPLES),
+        ("training-lost", "a validation takes away what was written in its step", "and in_training(one) and not own", "and False", SAMPLES),
+        ("training-as-validation", "answers of training are shown as those of the last validation", "if not in_training(record)]", "]", SAMPLES),
     ),
     *in_file(
         "llmkd/config/contradictions.py",
