@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from llmkd.data.written import refuse_replay
 from llmkd.errors import UserError
 from llmkd.rollouts.replay import Answer, ReplayBuffer
 from llmkd.training import checkpoint
+from llmkd.training.build import restore
 from tests.conftest import plain_recipe
 from tests.rollouts.test_source import source_of
 
@@ -124,6 +126,19 @@ def test_a_buffer_that_is_not_of_this_run_is_refused(state, name):
         source.restore(whole | changed)
     source.restore(whole)
     assert [one.ids for one in source.replay.answers][-1] == tuple(whole["replay.ids"][whole["replay.offsets"][-2] :].tolist())
+
+
+def test_a_checkpoint_with_such_a_buffer_is_named(state, tmp_path):
+    source, whole = state
+    weight = torch.nn.Parameter(torch.zeros(1))
+    held = {"best": None, "validated": None, **whole, "replay.examples": whole["replay.examples"][::-1].copy()}
+    folder = SimpleNamespace(checkpoints=tmp_path, path=tmp_path, run={})
+    for kept, said in ((held, "in this data"), ({"best": None, "validated": None}, "there is no replay buffer in it")):
+        checkpoint.save(tmp_path, 3, {"w": weight}, torch.optim.SGD([weight]), {k: v for k, v in kept.items() if k != "step"}, {})
+        with pytest.raises(
+            UserError, match=f"^{tmp_path}/step-3: .*{said}; resume with the recipe and the data that wrote it, or start again"
+        ):
+            restore([SimpleNamespace(folder=folder, restore=lambda saved: None)], source, main=True)
 
 
 def test_a_larger_buffer_than_was_set_is_refused(state):
