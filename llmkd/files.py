@@ -45,7 +45,7 @@ def write_atomic(path: Path, content: str | bytes) -> None:
         raise NotAFile(errno.EINVAL, _NO_FILE, str(path))
     part, file = _new_file(path)
     try:
-        with file:
+        with _named(path), file:
             file.write(content.encode() if isinstance(content, str) else content)
             file.flush()
             sync(part)
@@ -222,7 +222,7 @@ def _object(content: bytes) -> dict:
 
 def append(path: Path, content: str, sync: bool = True) -> None:
     """Add to a file that is there; with `sync` wait until all of it is on the disk. OSError if the file is gone."""
-    with open(path, "rb+") as file:
+    with _named(path), open(path, "rb+") as file:
         file.seek(0, os.SEEK_END)
         file.write(content.encode())
         file.flush()
@@ -307,6 +307,17 @@ def _free(path: Path) -> Iterator[bool]:
         yield free
     finally:
         os.close(descriptor)
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """An OSError in the block, such as that of a full disk, says the file's name: writing to an open file does not."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno and error.filename is None:
+            error.filename = str(path)
+        raise
 
 
 def _temporary(path: Path) -> Path:

@@ -4,6 +4,7 @@ import fcntl
 import hashlib
 import json
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -99,6 +100,19 @@ def test_an_error_leaves_the_file_as_it_was_and_no_leftover(tmp_path, monkeypatc
     with pytest.raises(OSError, match="no space"):
         write_atomic(tmp_path / "a", "new")
     assert names(tmp_path) == ["a"] and (tmp_path / "a").read_text() == "old"
+
+
+def test_a_full_disk_is_named_with_the_file_that_was_written(tmp_path):
+    with pytest.raises(OSError, match="No space left on device: '/dev/full'"):
+        files.append(Path("/dev/full"), "x")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, before[1]))
+    try:
+        with pytest.raises(OSError, match=f"File too large: '{tmp_path}/a'"):
+            write_atomic(tmp_path / "a", "x" * 20_000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert names(tmp_path) == []
 
 
 def test_the_content_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
