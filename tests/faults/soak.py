@@ -5,7 +5,7 @@
     python -m tests.faults.soak --seed 7              other moments
 
 Train, cache, sweep, eval, export and roll, on one and on two processes, are killed by SIGKILL (the whole group, or one process of it),
-SIGTERM, SIGINT and SIGHUP, as often as the dice say, and called again with the same words until they are done. Then weights, caches,
+SIGTERM, SIGINT and SIGHUP, or stopped for a moment, as often as the dice say, and called again with the same words until they are done. Then weights, caches,
 metrics, results and the names of all files must be those of the quiet run, and no process may be left. At the end one process
 trains, evaluates and exports again and again: its memory, open files and threads must stay what they were.
 Exit code 0, or 1 with what differed; the folder of the first difference is kept.
@@ -28,7 +28,8 @@ from .rounds import growth
 
 REPO = Path(__file__).parents[2]
 MARK = "LLMKD_SOAK"  # an environment variable that every process of a call inherits: so one that is left over is found
-SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGSTOP)
+PAUSE = 3.0  # seconds at most, from SIGSTOP to SIGCONT
 LONGEST = 300  # seconds until a call that does not end counts as hanging
 LINGER = 90  # seconds that processes of a call may take to end after the one that was called
 
@@ -131,14 +132,17 @@ def start(job: Job, folder: Path) -> subprocess.Popen:
 
 
 def strike(process: subprocess.Popen, rng: random.Random) -> str:
-    """Send a signal: to the process that was called, to its whole group, or to one of its group."""
+    """Send a signal: to the process that was called, to its whole group, or to one of its group. After SIGSTOP it is let go on."""
     number, whom = rng.choice(SIGNALS), rng.choice(("one", "group", "any"))
     name = f"{number.name} to {whom}"
     try:
-        if whom == "group":
-            os.killpg(process.pid, number)
-        else:
-            os.kill(process.pid if whom == "one" else rng.choice(of_group(process.pid)), number)
+        send, to = (
+            (os.killpg, process.pid) if whom == "group" else (os.kill, process.pid if whom == "one" else rng.choice(of_group(process.pid)))
+        )
+        send(to, number)
+        if number == signal.SIGSTOP:
+            time.sleep(rng.uniform(0.1, PAUSE))
+            send(to, signal.SIGCONT)
     except ProcessLookupError:
         name += ", too late"
     return name

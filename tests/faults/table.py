@@ -98,6 +98,16 @@ MACHINE = [
         "faults/test_limited_disk.py::test_a_file_that_may_not_grow_is_said_in_one_line_and_nothing_half_written_stays",
     ),
     Row(
+        "a clock that goes back or ahead",
+        "hashes of files written after the clock's time are not kept; nothing else goes by it",
+        "model_folder/test_weights.py::test_a_clock_that_goes_back_remembers_no_file_of_the_time_that_was",
+    ),
+    Row(
+        "a full disk, whichever of several folders is on it",
+        "named with the file that was written",
+        "test_files.py::test_a_full_disk_is_named_with_the_file_that_was_written",
+    ),
+    Row(
         "too little memory for a micro-batch",
         "the step is repeated with half of it",
         "training/test_auto_batch.py::test_memory_that_runs_out_repeats_the_step_with_half training/test_auto_batch.py::test_where_nothing_smaller_can_help_the_error_comes_out",

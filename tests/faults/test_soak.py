@@ -49,7 +49,8 @@ def outcome(program: str, folder: Path) -> tuple[int, list[str]]:
     return struck, problems
 
 
-def test_a_program_that_goes_on_rightly_passes(tmp_path):
+def test_a_program_that_goes_on_rightly_passes(tmp_path, monkeypatch):
+    monkeypatch.setattr(soak, "PAUSE", 0.2)
     struck, problems = outcome(COUNTS, tmp_path)
     assert struck >= 3 and not problems
 
@@ -61,6 +62,7 @@ def test_a_program_that_goes_on_rightly_passes(tmp_path):
 )
 def test_what_is_wrong_is_noticed(tmp_path, monkeypatch, program, words):
     monkeypatch.setattr(soak, "LINGER", 0.5)
+    monkeypatch.setattr(soak, "PAUSE", 0.2)
     _, problems = outcome(program, tmp_path)
     assert any(words in problem for problem in problems), problems
 

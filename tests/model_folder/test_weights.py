@@ -129,6 +129,16 @@ def test_a_file_that_was_just_written_is_not_remembered(tmp_path, kept, monkeypa
     assert not (tmp_path / "cache/hashes").exists()
 
 
+def test_a_clock_that_goes_back_remembers_no_file_of_the_time_that_was(tmp_path, kept, monkeypatch):
+    """A file written after the clock's time could be written to again at the same time by it."""
+    monkeypatch.setattr(hashes, "SETTLED", 2.0)
+    folder, now = model(tmp_path / "m"), time.time_ns()
+    for ahead, remembered in ((-3600, False), (3600, True)):
+        monkeypatch.setattr(hashes.time, "time_ns", lambda ahead=ahead: now + ahead * 10**9)
+        kept(folder)
+        assert (tmp_path / "cache/hashes").exists() == remembered
+
+
 def test_a_file_that_changes_while_it_is_read_is_a_refusal(tmp_path, monkeypatch):
     folder = model(tmp_path / "m")
     piece = hashes.hash_piece
