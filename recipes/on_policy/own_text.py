@@ -8,6 +8,7 @@ right            the most likely answer says what is right, in any of the data's
 right_sampled    the same of answers that are sampled at temperature 1, as are those below: the mean of two to each question
 reverse_kl       KL(student || teacher) of the whole answer, in nats: the sum over its tokens of the exact KL at each, whose expectation it is
 forward_kl       the sum over the same tokens of KL(teacher || student)
+..._per_token    these two over the tokens of the answers to the question, which is what a step's loss is made of
 length, finished tokens, and whether it ended by itself within 24 tokens
 """
 
@@ -20,6 +21,7 @@ import numpy as np
 SAMPLES, LONGEST, TASK = 2, 24, "own_text"
 WORDING = re.compile(r"(?:It is |The answer is |That would be )?(.*)\.")
 BETTER = {"right": True, "right_sampled": True, "reverse_kl": False, "forward_kl": False, "length": None, "finished": True}
+BETTER |= {f"{name}_per_token": False for name in ("reverse_kl", "forward_kl")}
 RECIPE = Path(__file__).with_name("on_policy.yaml")
 
 
@@ -89,12 +91,14 @@ def measured(student, teacher, prepared, evaluator, right: list[str]) -> dict[st
     written = writer.write(asked * SAMPLES, keys, Sampling(1.0, LONGEST))
     texts = answered(data, prompts, every * SAMPLES, [one.ids for one in written]).unweighted()
     (found,) = evaluator.validate([student], teacher, texts)
+    divergences = {name: mean(found.sums[name]) for name in ("reverse_kl", "forward_kl")}
+    length = mean([len(one.ids) for one in written])
     return {
         "right": np.array([is_right(one.ids, answer) for one, answer in zip(greedy, right, strict=True)], float),
         "right_sampled": mean([is_right(one.ids, answer) for one, answer in zip(written, right * SAMPLES, strict=True)]),
-        "reverse_kl": mean(found.sums["reverse_kl"]),
-        "forward_kl": mean(found.sums["forward_kl"]),
-        "length": mean([len(one.ids) for one in written]),
+        **divergences,
+        **{f"{name}_per_token": of_E / length for name, of_E in divergences.items()},
+        "length": length,
         "finished": mean([one.finished for one in written]),
     }
 
