@@ -237,7 +237,8 @@ def with_few_rows(recipe: Recipe, rows: int) -> Recipe:
 
     A student that writes its answers writes all of them itself, with no replay, since so few rows have fewer steps. Maps of hidden states start at
     random, which needs no number of rows. A schedule of the loss stands at its middle. All targets count: with a
-    share of them rounding may choose others (`Setup.keep` is looked at by itself).
+    share of them rounding may choose others (`Setup.keep` is looked at by itself). A loss is divided by the number of targets: its gradient is
+    then that of the textbook's mean.
     """
     data, loss = recipe.data, recipe.loss
     if loss.features and loss.features.init == "least_squares":
@@ -257,7 +258,7 @@ def with_few_rows(recipe: Recipe, rows: int) -> Recipe:
         validation_fraction=max(data.validation_fraction, 0.1) if data.validation_fraction else 0.0,
         cache_dir=None,
     )
-    loss, own = dataclasses.replace(at_the_middle(loss), keep=1.0), recipe.on_policy
+    loss, own = dataclasses.replace(at_the_middle(loss), keep=1.0, normalize="targets"), recipe.on_policy
     if own:
         own = dataclasses.replace(
             own, share=1.0 if writes(own) else 0.0, replay=None, teacher_writes=0.0, long_horizon=None, engine="local"

@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import normalize
+from torch.nn.functional import mse_loss, normalize
 
 from ..batch import Batch, Rows
 from ..head import widen
@@ -19,7 +19,7 @@ from .terms import RowTerm, StudentOutputs
 
 def mse(a_NE: Tensor, b_NE: Tensor) -> Tensor:
     """The mean of the squared differences, [N] (FitNets, Romero et al. 2015, equation 3, over the width)."""
-    return (widen(a_NE) - widen(b_NE)).square().mean(-1)
+    return mse_loss(widen(a_NE), widen(b_NE), reduction="none").mean(-1)  # fewer passes than of the difference, its square and theirs back
 
 
 def normalized_mse(a_NE: Tensor, b_NE: Tensor) -> Tensor:

@@ -65,7 +65,8 @@ def test_schedules_of_on_policy_are_not_held_to_the_few_rows(make_setup):
 
 def test_targets_that_a_rule_weighs_are_weighed_as_in_the_textbook(make_setup, monkeypatch):
     """And a run that weighs them otherwise than it says is found."""
-    setup = make_setup(loss__target_weights={"by": "divergence", "power": 0.5, "terms": ["ce", "kd"]}, loss__temperature=2.0)
+    rule = {"by": "divergence", "power": 0.5, "terms": ["ce", "kd"]}
+    setup = make_setup(loss__target_weights=rule, loss__temperature=2.0, loss__normalize="weights")
     checks = [named("the textbook"), named("two splits")]
     assert {one.status for one in ask_all(setup, checks, lambda check, result: None)} == {"passed"}
     monkeypatch.setattr(plain, "target_weights", lambda settings, logits_NV, signal, labels_N, position_N: torch.ones(len(labels_N)))

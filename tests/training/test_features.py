@@ -93,6 +93,12 @@ def test_a_run_says_what_share_is_left_learns_it_and_exports_nothing_of_it(train
         load_file(tmp_path / "out/merged/model.safetensors").keys()
         == load_file(tmp_path.parent / recipe.student.model / "model.safetensors").keys()
     )
+    plain = PeftModel.from_pretrained(student, tmp_path / "out/adapter"), LlamaForCausalLM.from_pretrained(tmp_path / "out/merged")
+    for one, folder, name in zip(plain, ("adapter", "merged"), ("adapter_model.safetensors", "model.safetensors"), strict=True):
+        one.save_pretrained(tmp_path / "again" / folder)
+        assert (tmp_path / "again" / folder / name).read_bytes() == (tmp_path / "out" / folder / name).read_bytes(), (
+            "as plain tools write it"
+        )
     assert not [path for folder in ("adapter", "merged") for path in (tmp_path / "out" / folder).iterdir() if "feature" in path.name]
 
 
