@@ -168,8 +168,7 @@ class Teacher:
     @property
     def held(self) -> str:
         """How the weights in memory differ from the saved ones, in words; "" where they do not."""
-        changed = ["adapter merged"] * self.merge_adapter + ([self.quantization.type] if self.quantization else [])
-        return ", ".join(changed + ([f"moving average of the student, {self.ema:g}"] if self.ema is not None else []))
+        return ", ".join(["adapter merged"] * self.merge_adapter + ([self.quantization.type] if self.quantization else []))
 
 
 @config_dataclass

@@ -274,6 +274,8 @@ def describe_teacher(teacher: TeacherSource) -> str:
     one, files, parts = teacher.settings, teacher.files, []
     if files:
         parts.append((f"the adapter {model_name(files.adapter)} on " if files.adapter else "") + model_name(files.base))
+    if one.ema is not None:
+        parts.append(f"as the moving average of the student itself ({one.ema:g})")
     if one.merge_adapter:
         parts.append("merged")
     if one.quantization:

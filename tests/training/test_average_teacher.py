@@ -49,6 +49,8 @@ def test_it_is_the_average_of_the_checkpoints_and_is_resumed_bit_for_bit(trained
             assert (found - expected).abs().max() <= 1e-6 * max(1e-3, expected.abs().max())
             moved = max(moved, (found - after[name].double()).abs().max().item())
     assert moved > 1e-3, "it is not the student"
+    card = tmp_path / "whole" / ("adapter" if method == "lora" else "model") / "README.md"
+    assert f"as the moving average of the student itself ({DECAY})" in card.read_text()
     trained("part", **settings(rows, **more, train__max_steps=4, checkpoint__every=2))
     for name in ("adapter", "model", "summary.json", "checkpoints/step-4"):
         gone = tmp_path / "part" / name
