@@ -18,6 +18,7 @@ from .commands import arguments
 from .commands.outputs import check_file, json_results, write_file
 from .commands.parser import HelpShown, did_you_mean
 from .config import loader
+from .config.fields import with_setting_names
 from .config.recipe import used_teachers
 from .errors import UserError, exit_code
 from .process.bus_error import report_bus_errors
@@ -106,11 +107,16 @@ def run_sweep(config: str, overrides: dict, resume: bool) -> dict:
 
 def cache(options: argparse.Namespace, overrides: dict) -> dict:
     config = _config(options)
+    from .teachers.cache.shards import read_header
+
     import_file = getattr(options, "import")
     if options.check and import_file:
         raise UserError("--check: given together with --import; import first, then check")
     recipe = loader.load_recipe(config, overrides, check_inputs=True)
     if options.check:
+        for setting, one in with_setting_names(recipe.teacher, "teacher"):
+            if one.cache:
+                read_header(Path(one.cache.path).expanduser(), f"{setting}.cache.path")
         from .commands.cache_check import check
 
         return check(recipe)

@@ -153,7 +153,9 @@ def _tasks(arms: dict[str, list[Path]], wanted: list[str] | None, info) -> list[
     both = [task for task, runs in lacking.items() if not runs]
     if not both:
         have = "; ".join(f"{run}: {', '.join(tasks) or 'none'}" for run, tasks in there.items())
-        raise UserError(f"compare: the configurations have no task in common; {have}")
+        raise UserError(
+            f"compare: the configurations have no task in common; {have}; evaluate them on the same (llmkd eval RUN ... --tasks TASK)"
+        )
     return both
 
 

@@ -51,7 +51,7 @@ def parse_arms(words: list[str]) -> dict[str, list[Path]]:
             problems.append(f"{word}: names a run twice; the seeds of a configuration are different runs")
         arms[name] = runs
     if problems:
-        raise UserError(*problems)
+        raise UserError(*dict.fromkeys(problems))
     return arms
 
 

@@ -134,7 +134,8 @@ class SweepFolder:
 def read_sweep(folder: Path) -> SweepFolder:
     path = folder / "sweep.json"
     if not path.exists():
-        raise UserError(f"{folder}: holds no sweep.json; name the output_dir of a sweep that llmkd sweep has run")
+        found = "holds no sweep.json" if folder.is_dir() else "no such folder"
+        raise UserError(f"{folder}: {found}; name the output_dir of a sweep that llmkd sweep has run")
     try:
         data = read_run_file(path, REBUILD)
         base = flatten(data.get("base") or {})

@@ -15,6 +15,7 @@ import yaml
 
 from ..errors import UserError
 from ..files import remove_leftovers, write_atomic
+from ..output.run_folder import refuse_unwritable
 from .parser import did_you_mean
 
 DEFAULT_FOLDER = "recipes"
@@ -87,6 +88,7 @@ def copy_recipe(name: str, folder: Path) -> tuple[list[Path], str]:
     other = [place for place in there if not (folder / place).is_file() or (folder / place).read_bytes() != contents[place]]
     if other or there == places:
         raise UserError(f"init: {folder / (other or there)[0]} exists; name another folder: llmkd init {name} FOLDER")
+    refuse_unwritable(folder, "init")
     for place, content in contents.items():
         (folder / place).parent.mkdir(parents=True, exist_ok=True)
         remove_leftovers((folder / place).parent, place.name)

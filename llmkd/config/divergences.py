@@ -28,7 +28,9 @@ def option_contradictions(name: str, options: dict[str, float], section: str) ->
     for option, value in options.items():
         paths = (f"{section}.divergence_options.{option}", f"{section}.divergence")
         if option not in known:
-            yield paths, f"{name} has no such option; it has: {', '.join(known) or 'none'}"
+            others = [other for other, options_of in DIVERGENCES.items() if option in options_of]
+            whose = f"; {option} belongs to {', '.join(others)}" if others else ""
+            yield paths, f"{name} has no such option; it has: {', '.join(known) or 'none'}{whose}"
         elif not known[option][0] <= value <= known[option][1]:
             yield paths, f"found {value:g}, expected {known[option][0]:g} to {known[option][1]:g}"
     if name == "alpha_beta" and not any((with_defaults(name, {}) | options).values()):

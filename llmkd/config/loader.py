@@ -68,7 +68,8 @@ def read(path: str | Path) -> tuple[dict, dict[tuple, int], list[str]]:
         raise UserError(f"{path}:{raw[: error.start].count(10) + 1}: not UTF-8; save the file as UTF-8") from None
     data, lines, problems = parse_yaml(text, str(path))
     if not isinstance(data, dict):
-        raise UserError(f"{path}: holds a {type(data).__name__}; a recipe is a mapping of settings")
+        found = {str: "a text", list: "a list"}.get(type(data), "one value")
+        raise UserError(f"{path}: holds {found}; a recipe is a mapping of settings, one a line, such as output_dir: runs/first")
     return data, lines, problems
 
 
@@ -154,12 +155,15 @@ def load_pipeline(path: str | Path, output_dir: str | None = None) -> Pipeline:
     changed = override(data, {"output_dir": output_dir} if output_dir else {}, problems)
     _place_paths(Pipeline, data, path, locator(str(path), lines, changed), changed, problems)
     pipeline = check(Pipeline, data, str(path), lines, problems, changed)
-    missing = [s for s in (pipeline.teacher, *pipeline.students) if s not in pipeline.stages]
-    if problems := [f"{path}: {s}: not a stage; the stages are {', '.join(pipeline.stages)}" for s in missing] + _bad_stages(
-        pipeline, path, lines
-    ):
+    where, named = locator(str(path), lines, changed), [("teacher", pipeline.teacher), *(("students", name) for name in pipeline.students)]
+    problems = [
+        f"{where((setting,))}: found {name}, which is no stage; the stages are {', '.join(pipeline.stages)}"
+        for setting, name in named
+        if name not in pipeline.stages
+    ]
+    if problems := problems + _bad_stages(pipeline, path, lines):
         raise UserError(*problems)
-    _refuse_missing_recipes(pipeline, locator(str(path), lines, changed))
+    _refuse_missing_recipes(pipeline, where)
     return pipeline
 
 

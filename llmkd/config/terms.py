@@ -61,7 +61,7 @@ def layer_pairs(layers: Layers, student: int, teacher: int) -> tuple[tuple[int, 
     for i, (one, other) in enumerate(layers):
         for number, count, whose in ((one, student, "student"), (other, teacher, "teacher")):
             if number > count:
-                raise ValueError(f"found layer {number} of the {whose}, which has {count} layers")
+                raise ValueError(f"found layer {number} of the {whose}, which has {count} layers; name one up to {count}")
         if (one, other) in layers[:i]:
             raise ValueError(f"found the pair [{one}, {other}] twice; give it once")
     return layers

@@ -51,7 +51,23 @@ _ELSEWHERE = {
 }
 
 #: Other names of values, for the hint at an unknown value.
-_VALUES = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "fp64": "float64"} | {
+_VALUES = {
+    "kl": "forward_kl",
+    "kld": "forward_kl",
+    "rkl": "reverse_kl",
+    "js": "generalized_jsd",
+    "jsd": "generalized_jsd",
+    "tvd": "total_variation",
+}
+_VALUES |= {
+    "loss": "ce",
+    "cross_entropy": "ce",
+    "bf16": "bfloat16",
+    "fp16": "float16",
+    "half": "float16",
+    "fp32": "float32",
+    "fp64": "float64",
+} | {
     name: format
     for format, names in {
         "chat": "sharegpt messages openai chatml conversation conversations conversational",
@@ -225,6 +241,8 @@ def _explain(kind, path: tuple, item: dict) -> str:
     if isinstance(found, str) and "expected" in item.get("ctx", {}):
         options = re.findall(r"'([^']*)'", str(item["ctx"]["expected"]))
         near = [_VALUES[found]] if _VALUES.get(found) in options else difflib.get_close_matches(found, options, 1, 0.6)
+        if "alpaca" in options and found.lower().lstrip(".") in ("json", "jsonl", "csv", "parquet", "arrow"):
+            return f"found {found!r}, expected {join_or(options)}: what the columns mean; the kind of a file is known by its ending"
         or_settings = (
             ", or a mapping of settings" if isinstance(path[-1], str) and section_of(parent, path[-1]) not in (None, parent) else ""
         )
@@ -239,6 +257,10 @@ def _explain(kind, path: tuple, item: dict) -> str:
         "a an object", "a mapping of settings"
     ).replace("a integer", "a whole number")
     hint = _number_hint(found) if isinstance(found, str) and expected.startswith(("a number", "a whole number")) else ""
+    if isinstance(found, str) and expected.startswith("a list of "):
+        hint = _list_hint(expected, found)
+    if expected.startswith("a mapping") and isinstance(found, list) and found and isinstance(found[0], dict):
+        hint = "; give each a name, as in {one: {...}, other: {...}}"
     if "a mapping of settings" in expected and isinstance(found, str | int | float):
         hint = _section_hint(section_of(parent, path[-1]), found)
     return f"found {json.dumps(found, ensure_ascii=False)[:80]}, expected {expected}{hint}"
@@ -247,13 +269,21 @@ def _explain(kind, path: tuple, item: dict) -> str:
 def _section_hint(section, found: str | float) -> str:
     """What to write where a section has a single value: that of the setting that names the section's file, model or kind, or its number."""
     fields = {field.name for field in dataclasses.fields(section)} if section else set()
-    text = ("server",) * str(found).startswith(("http://", "https://")) + ("path", "model", "by", "type")
+    text = ("server",) * str(found).startswith(("http://", "https://")) + ("path", "model", "by", "type", "repo")
     name = next((name for name in (text if isinstance(found, str) else ("weight", "rank", "share", "count")) if name in fields), None)
     return f"; did you mean {{{name}: {found}}}?" if name and not isinstance(found, bool) else ""
 
 
+def _list_hint(expected: str, found: str) -> str:
+    """What to write where a list of texts has a single one."""
+    options = re.split(", | or ", expected.removeprefix("a list of "))
+    return f"; write [{found}]" if expected.startswith("a list of texts") or found in options else ""
+
+
 def _number_hint(found: str) -> str:
     """What to do about a text that is meant as a number: its quotation marks may be what makes it one, or the way it is written."""
+    if re.fullmatch(r"-?\d+,\d+", found):
+        return f"; write {found.replace(',', '.')}"
     try:
         number = float(found)
     except ValueError:

@@ -2,6 +2,7 @@
 
 import contextlib
 import re
+import textwrap
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,15 +90,20 @@ def locate(name: str, setting: str, revision: str | None = None, wanted: list[st
         return path
     refuse_mistyped_folder(name, setting)
     from huggingface_hub import snapshot_download
+    from huggingface_hub.constants import HF_HUB_OFFLINE
 
     try:
         folder = Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
     except Exception as error:
         kind, reason = type(error).__name__, (str(error).strip().splitlines() or [""])[0]
         hint = _HUB_HINTS.get(kind, "check the name and the connection")
-        raise UserError(
-            f"{setting}: {name} is no folder here and could not be downloaded from the hub ({kind}: {reason[:160]}); {hint}"
-        ) from None
+        offline = kind in ("LocalEntryNotFoundError", "OfflineModeIsEnabled") and HF_HUB_OFFLINE
+        why = (
+            "HF_HUB_OFFLINE is set, and it is not in the hub's cache"
+            if offline
+            else f"{kind}: {textwrap.shorten(reason, 160, placeholder=' ...')}"
+        )
+        raise UserError(f"{setting}: {name} is no folder here and could not be downloaded from the hub ({why}); {hint}") from None
     with contextlib.suppress(Exception):  # the card, for the licence: apart, since a filled cache may lack it
         snapshot_download(name, revision=folder.name, allow_patterns=["README.md"])
     return folder

@@ -54,7 +54,10 @@ def load_pretrained(
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{setting}: {folder} cannot be loaded ({brief(error)}); check its files, or use another model") from error
+        fix = "check its files, or use another model"
+        if "quantization_config" in options:
+            fix = f"load it without {setting.rpartition('.')[0]}.quantization, or check its files"
+        raise UserError(f"{setting}: {folder} cannot be loaded ({brief(error)}); {fix}") from error
     wrong = {
         "lacks": report["missing_keys"],
         "holds, beyond its architecture,": [k for k in report["unexpected_keys"] if not str(k).endswith(_OLD_BUFFERS)],

@@ -53,6 +53,7 @@ from .optim import learning_rate
 from .own_text import OwnText
 from .parallel import REPLICATED, Replicated, shard_teachers, strategy_of
 from .prepare import Prepared, check_terms, micro_batch_size
+from .recipe_checks import refuse_long_warmup
 from .student_run import StudentRun
 
 
@@ -374,9 +375,6 @@ def long_horizon_terms(settings: OnPolicy | None, loss: Loss, chunk_size: int | 
 
 def schedule(optim: Optim, total: int) -> Callable[[int], float]:
     """The learning rate by step."""
-    if optim.warmup_steps and optim.warmup_steps > total:
-        raise UserError(
-            f"optim.warmup_steps: found {optim.warmup_steps}, and the whole run has {total} steps; lower it, or use optim.warmup_ratio"
-        )
+    refuse_long_warmup(optim, total)
     warmup = optim.warmup_steps if optim.warmup_steps is not None else part_of(optim.warmup_ratio or 0, total)
     return lambda step: learning_rate(step, total, optim.lr, optim.schedule, warmup, optim.min_lr_ratio)

@@ -4,7 +4,6 @@
 """
 
 import dataclasses
-import importlib.util
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,9 +12,9 @@ from pathlib import Path
 from ..config.features import feature_teacher
 from ..config.fields import as_tuple, with_setting_names
 from ..config.on_policy import writes
-from ..config.recipe import MICRO_BATCH_SIZE, Data, Optim, Recipe, Source, Student, Teacher, Train, used_teachers
+from ..config.recipe import Data, Recipe, Source, Student, Teacher, Train, used_teachers
 from ..config.schedule import refuse_long_schedule
-from ..console import info, warn
+from ..console import info
 from ..data.batch_source import Collator, PlannedSource, TrainingSource
 from ..data.batching import MOST_TOKENS, Batching, BatchPlan, TokenBudget
 from ..data.dataset import (
@@ -51,6 +50,7 @@ from ..output.run_files import LAYERS
 from ..teachers.resolve import SignalUse, TeacherSource, check_cache, check_coverage, provenance, resolve_teachers, with_answers
 from ..teachers.served_models import refuse_absent
 from .layer_pairs import check_features, refuse_attention, refuse_by_outline
+from .recipe_checks import check_packages, report_large_micro_batch
 from .rolled_data import report_writers
 from .teacher_check import refuse_nothing_to_learn
 
@@ -364,26 +364,6 @@ def micro_batch_size(train: Train, packing: bool) -> int | TokenBudget:
     """How large a micro-batch may be, in examples or tokens; for `auto` the bound, until it is measured."""
     tokens = train.micro_batch_tokens
     return TokenBudget(MOST_TOKENS if tokens == "auto" else tokens, packing) if tokens else train.micro_batch_size
-
-
-def report_large_micro_batch(train: Train) -> None:
-    """A note where micro-batches that were asked for are larger than the whole step."""
-    if (size := train.micro_batch_size) and size > train.batch_size and size != MICRO_BATCH_SIZE:
-        warn(
-            f"note: train.micro_batch_size: found {size}, and a step has {train.batch_size} examples (train.batch_size), so no micro-batch has more; "
-            "raise batch_size, or lower it"
-        )
-
-
-def check_packages(student: Student, optim: Optim, teachers: Sequence[tuple[str, Teacher]]) -> None:
-    """UserError if a package that the settings need is not installed."""
-    wanted = {"student.quantization": student.quantization, "optim.name": optim.name != "adamw"}
-    wanted |= {f"{setting}.quantization": teacher.loaded_in for setting, teacher in teachers}
-    lacking = [setting for setting, value in wanted.items() if value and importlib.util.find_spec("bitsandbytes") is None]
-    if lacking:
-        raise UserError(
-            *(f"{setting}: needs bitsandbytes, which is not installed; pip install 'llmkd[quantization]'" for setting in lacking)
-        )
 
 
 def _tokenizer(student: Student, files: ModelFiles | None):

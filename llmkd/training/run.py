@@ -16,6 +16,7 @@ from .fsdp_variables import fsdp2_asked, unseen
 from .launch import start
 from .prepare import prepare, refuse_missing_targets
 from .process_state import check_process_state
+from .recipe_checks import refuse_long_schedules
 from .shutdown import ShutdownRequest
 
 
@@ -59,6 +60,9 @@ def train_together(recipes: list[Recipe], folders: list[RunFolder], stop: Shutdo
             with attribute_to_student(k):
                 refuse_missing_targets(recipe.student)
         prepared = prepare(recipes[0], layers=recorded_layers(folders[0].path) if folders[0].resume else None)
+        for k, recipe in enumerate(recipes):
+            with attribute_to_student(k):
+                refuse_long_schedules(recipe.loss, recipe.optim, prepared.source.total_steps)
         if stop():
             raise Stopped("stopped by a signal before anything was trained; continue with --resume")
         from .build import build_setup

@@ -26,7 +26,7 @@ def test_what_models_do_not_have():
     """Only what is known of them is compared."""
     assert not list(feature_problems(Features(layers=((7, 7),), projection="none"), (None, 8), (7, None)))
     found = dict(feature_problems(Features(layers=((0, 7), (7, 0))), (6, 8), (7, 8)))
-    assert found == {"loss.features.layers": "found layer 7 of the student, which has 6 layers"}
+    assert found == {"loss.features.layers": "found layer 7 of the student, which has 6 layers; name one up to 6"}
     assert "twice" in dict(feature_problems(Features(layers=((0, 7), (0, 7))), (6, None), (7, None)))["loss.features.layers"]
     assert "uniform" in dict(feature_problems(Features(layers="uniform"), (1, 8), (7, 8)))["loss.features.layers"]
     assert dict(feature_problems(Features(init="identity"), (2, 8), (2, 9))).keys() == {"loss.features.init"}

@@ -228,7 +228,7 @@ def test_an_empty_context_is_refused(make_recipe, context):
 def test_a_column_of_another_kind_is_refused(refused):
     lines = "".join(json.dumps({"text": "a b", "teacher_context": c}) + "\n" for c in ("x", 3, None))
     assert refused(lines, format="text") == [
-        "t.jsonl:2: teacher_context is a number, expected text"
+        't.jsonl:2: teacher_context is a number, expected text; put it in quotes: "3"'
     ]  # null is none: parquet has it in every row
 
 

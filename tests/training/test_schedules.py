@@ -138,6 +138,19 @@ def test_the_teacher_is_needed_if_any_step_needs_it(make_recipe):
     assert not term.needs_teacher
 
 
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"loss__temperature": {"from": 2, "to": 1, "steps": 9}}, "loss.temperature.steps: found 9, and the whole run has 5 steps"),
+        ({"optim__warmup_steps": 9}, "optim.warmup_steps: found 9, and the whole run has 5 steps; lower it, or use optim.warmup_ratio"),
+    ],
+)
+def test_what_is_longer_than_the_run_is_refused_before_a_model_is_loaded(make_recipe, monkeypatch, changes, words):
+    monkeypatch.setattr("llmkd.training.build.build_setup", lambda *_: pytest.fail("a model is loaded"))
+    with pytest.raises(UserError, match=words):
+        run(make_recipe(train__max_steps=None, train__epochs=1, **changes))
+
+
 def test_a_schedule_longer_than_the_run_is_refused(make_recipe):
     with pytest.raises(UserError, match=r"loss\.temperature\.steps: found 9, and the whole run has 5 steps"):
         build_terms(make_recipe(loss__temperature={"from": 2, "to": 1, "steps": 9}).loss, None, 5)

@@ -40,11 +40,10 @@ def read_messages(row: dict, name: str, source: Source, place: str, problems: Er
             message = {key: value for key, value in message.items() if key != content_name} | {"tool_calls": calls}
         if not isinstance(role, str) or role not in roles:
             settings = settings_for(row, source, check) if problems.hints and not source.roles else None
+            found = f".{role_name} is {role!r}" if role_name in message else f" has no {role_name!r}"
             named = role_hint(role, roles, source) if problems.hints and isinstance(role, str) else ""
             hint = f"; {settings}" if settings and settings.startswith("set ") else named
-            problems.add(
-                f"{where}.{role_name} is {role!r}, expected one of {', '.join(roles)}{hint}", alike=f"role {role!r}" if hint else ""
-            )
+            problems.add(f"{where}{found}, expected one of {', '.join(roles)}{hint}", alike=f"role {role!r}" if hint else "")
             if hint:
                 break
             continue
@@ -58,7 +57,7 @@ def read_messages(row: dict, name: str, source: Source, place: str, problems: Er
             continue
         only_calls = content is None and roles[role] == "assistant" and message.get("tool_calls")
         if not isinstance(content, str) and not only_calls:
-            problems.add(f"{where}.{content_name} is {kind(content)}, expected text")
+            problems.add(f"{where}{_no_content(message, role_name, content_name)}")
             continue
         rest = {k: v for k, v in message.items() if k not in (role_name, content_name, *source.ignore) and v is not None}
         trained, marks = mark_of(rest, source.fields.get("train"), where, problems)
@@ -72,6 +71,15 @@ def read_messages(row: dict, name: str, source: Source, place: str, problems: Er
         out.append({"role": roles[role], "content": content or "", **rest, **mark})
     unread.update(key if key.startswith(name) else f"{name}[].{key}" for key in left_out)
     return out
+
+
+def _no_content(message: dict, role_name: str, content_name: str) -> str:
+    """What is wrong with a message whose content is no text."""
+    if content_name in message:
+        return f".{content_name} is {kind(message[content_name])}, expected text"
+    texts = [key for key, value in message.items() if key != role_name and isinstance(value, str)]
+    fix = f"; set fields: {{content: {texts[0]}}}" if len(texts) == 1 else ""
+    return f" has no {content_name!r}; found {', '.join(map(repr, message))}{fix}"
 
 
 def _text_of_parts(parts: list, where: str, name: str, problems: ErrorCollector, left_out: set[str], marked: Source | None) -> str | None:

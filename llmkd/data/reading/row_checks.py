@@ -73,6 +73,8 @@ def _checked(row: Any, place: str, source: Source, problems: ErrorCollector, cho
             pass  # read together, below
         elif not isinstance(value, str):
             fix = ', use "" for an empty one' if value is None else ""
+            if type(value) in (int, float):
+                fix = f'; put it in quotes: "{value}"'
             problems.add(f"{place}: {name} is {kind(value)}, expected text{fix}")
         else:
             check_text(value, f"{place}: {name}", problems)

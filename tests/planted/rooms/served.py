@@ -124,10 +124,6 @@ FAULTS = [
         ),
     ),
     *in_file(
-        "llmkd/config/loader.py",
-        ("key-late", "a missing key is said after the data are read", "problems += _missing_keys(recipe, where)", "pass", EARLY),
-    ),
-    *in_file(
         "llmkd/training/prepare.py",
         (
             "server-late",
