@@ -354,7 +354,7 @@ FAULTS = [
         (
             "missing-recipes-of-stages",
             "a pipeline's missing recipe is not named at its line",
-            "    _refuse_missing_recipes(pipeline, locator(str(path), lines, changed))\n",
+            "    _refuse_missing_recipes(pipeline, where)\n",
             "",
             "config/test_settings.py::test_a_missing_recipe_is_named_where_it_is_written",
         ),
