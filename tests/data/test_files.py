@@ -171,7 +171,7 @@ def test_a_bad_question_is_named(refused, columns, words):
         (GOOD.encode() + b'\n{"instruction": "caf\xe9"}', "t.jsonl", "t.jsonl:2: not UTF-8 (byte 0xe9)"),
         (GOOD.encode("utf-16"), "t.jsonl", "t.jsonl:1: the file is UTF-16; save it as plain UTF-8"),
         (GOOD.encode("utf-16-le"), "t.jsonl", "t.jsonl:1: the file has zero bytes, as UTF-16 has; save it as plain UTF-8"),
-        (gzip.compress(GOOD.encode()), "t.jsonl", "t.jsonl:1: the file is compressed (gzip); unpack it"),
+        (gzip.compress(GOOD.encode(), mtime=0), "t.jsonl", "t.jsonl:1: the file is compressed (gzip); unpack it"),
         (b"PK\x03\x04xl", "t.csv", "t.csv:1: the file is a zip archive; unpack it"),
         (b"PAR1\x15", "t.json", "t.json:1: the file is parquet; give it the ending .parquet"),
         ("version https://git-lfs.github.com/spec/v1\noid", "t.parquet", "t.parquet:1: the file is a pointer of Git LFS and not the data"),
