@@ -141,6 +141,9 @@ def shard(model: LanguageModel, mesh, setting: str) -> None:
         return
     if layers is None:
         raise UserError(f"{setting}: found full, and {base.config.model_type} does not keep its layers in a list; set it to none")
+    each = [{id(p) for p in layer.parameters()} for layer in layers]
+    if sum(map(len, each)) > len(set().union(*each)):
+        raise UserError(f"{setting}: found full, and layers of {base.config.model_type} have weights in common; set it to none")
     for layer in layers:
         fully_shard(layer, mesh=mesh)
     fully_shard(base, mesh=mesh, reshard_after_forward=False)

@@ -123,28 +123,32 @@ def test_an_infinite_gradient_stops_the_run(make_recipe, monkeypatch):
     assert before and all(torch.equal(p, before[name]) for name, p in after.items()), "the weights moved"
 
 
-def train_poisoned(recipe: str) -> int:
+def train_poisoned(recipe: str, shard: str, term: str) -> int:
     real, calls = Distiller.forward, [0]
 
     def forward(self, batch, signal):
         loss = real(self, batch, signal)
         calls[0] += 1
         if os.environ["RANK"] == "1" and calls[0] == 3:
-            loss.rows["ce"][0] = float("nan")
+            loss.rows[term][0] = float("nan")
             loss = type(loss)(loss.total * float("nan"), loss.rows)
         return loss
 
     Distiller.forward = forward
-    return main(["train", "--config", recipe, "--train.micro_batch_size", "2"])
+    return main(["train", "--config", recipe, "--train.micro_batch_size", "2", "--train.shard", shard])
 
 
 @pytest.mark.slow
-def test_a_nan_on_one_rank_stops_them_all(world, tmp_path):
+@pytest.mark.parametrize(("shard", "term"), [("none", "ce"), ("full", "kd")])
+def test_a_nan_on_one_rank_stops_them_all(world, tmp_path, shard, term):
+    """Both processes look for its cause, since a sharded teacher answers to all of them together; and save the step before."""
     (tmp_path / "r.yaml").write_text(json.dumps(plain_recipe(world, tmp_path / "out")))
-    done = launch(2, train_poisoned, str(tmp_path / "r.yaml"))
+    done = launch(2, train_poisoned, str(tmp_path / "r.yaml"), shard, term)
+    saved = tmp_path / "out/checkpoints/step-1/student.safetensors"
+    assert done.returncode == 3 and all(value.isfinite().all() for value in load_file(saved).values()), done.stderr[-3000:]
     report = json.loads((tmp_path / "out/nonfinite.json").read_text())
-    assert report["step"] == 2 and report["term"] == "ce" and len(report["examples"]) == 1
-    assert done.stderr.count("llmkd: step 2: ce is not finite") == 1
+    assert report["step"] == 2 and report["term"] == term and len(report["examples"]) == 1
+    assert done.stderr.count(f"llmkd: step 2: {term} is not finite") == 1
 
 
 class Waits(TorchDispatchMode):

@@ -48,6 +48,16 @@ FAULTS = [
         ),
     ),
     *in_file(
+        "llmkd/training/step_result.py",
+        (
+            "teacher-asked-alone",
+            "the process that met a bad row asks a sharded teacher alone",
+            "asked = Asked(teacher, micro) if teacher else None",
+            "asked = teacher",
+            f"{RESULT}::test_a_nan_on_one_rank_stops_them_all",
+        ),
+    ),
+    *in_file(
         "llmkd/training/fsdp_variables.py",
         (
             "fsdp1-passes",
