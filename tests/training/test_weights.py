@@ -67,9 +67,13 @@ def test_it_goes_on_to_the_last_bit(make_recipe, world, tmp_path):
 
 @pytest.mark.slow
 def test_two_processes_are_one_where_one_of_them_has_no_weights(trained, world, tmp_path):
-    """Micro-batches of one: some ranks see rows of the second source alone, whose weights are all 1, and some of the first alone."""
+    """Micro-batches of one: some ranks see rows of the second source alone, whose weights are all 1 but one, and some of the first alone, where no
+    hidden states are compared. Maps train on both."""
+    first, second = sources(world, 1.0, 1.0)
     changes = LAST | {
-        "data__train": sources(world, 1.0, 1.0),
+        "data__train": [first | {"loss": first["loss"] | {"features": 0}}, second | {"loss": {"attention": -2}}],
+        "loss__features": {"layers": "last", "lr": 0.1},
+        "loss__attention": {"heads": "mean"},
         "loss__normalize": "weights",
         "train__batch_size": 3,
         "train__micro_batch_size": 1,
