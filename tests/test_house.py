@@ -90,6 +90,9 @@ def test_imports_at_load_time_have_no_cycle():
 #: Who may take a whole recipe: what is started by the user, what hands out a recipe's sections, and what writes down all of them.
 TAKE_RECIPES = ("config.", "commands.", "api", "training.run", "training.prepare", "training.build")
 TAKE_RECIPES += (
+    "planning.find",
+    "planning.build",
+    "planning.measure",
     "planning.plan",
     "planning.fit",
     "planning.work",

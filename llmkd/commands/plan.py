@@ -10,7 +10,8 @@ from ..config.recipe import Recipe
 from ..console import duration, table
 from ..planning import devices, fit
 from ..planning.devices import Device
-from ..planning.plan import Plan, find, plan
+from ..planning.find import find
+from ..planning.plan import Plan, plan
 from .cost import PER_LAYER, matmul_flops
 
 
@@ -40,12 +41,12 @@ def run(config: str, overrides: dict[str, Any], wanted: Wanted) -> dict:
     """Print the plan of a recipe, and return its numbers."""
     recipe = loader.load_recipe(config, overrides)
     recipe_folder = Path(config).parent
-    found = find(recipe, recipe_folder)
-    first = plan(recipe, found, wanted.room, gpu=not wanted.cpu)
+    found = find([recipe], recipe_folder)
+    first = plan([recipe], found, wanted.room, gpu=not wanted.cpu)
 
     def needs(change: dict[str, Any]) -> float:
         changed = loader.load_recipe(config, overrides | change)
-        return _needed(plan(changed, found.with_teachers(changed), wanted.room, gpu=not wanted.cpu), wanted)
+        return _needed(plan([changed], found.with_teachers(changed), wanted.room, gpu=not wanted.cpu), wanted)
 
     numbers = {"recipe": config} | _numbers(first, wanted)
     print(_memory_text(first, wanted, config))

@@ -49,7 +49,7 @@ class Keep:
         score_N = self.scores(hidden_NH, head, signal, batch, chunk or default_chunk(head.vocab, hidden_NH.device.type))
         key_N = torch.where(score_N.isnan(), -torch.inf, score_N if self.invert else -score_N)  # NaN is kept, so that the loss shows it
         device, starts = key_N.device, [0, *accumulate(counts)]
-        owner_N = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(device)
+        owner_N = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts), output_size=sum(counts)).to(device)
         best_N = key_N.argsort(stable=True)
         best_N = best_N[owner_N[best_N].argsort(stable=True)]  # by example, and in each by score
         first = torch.cat([torch.arange(start, start + k) for start, k in zip(starts, most, strict=False)]).to(device)

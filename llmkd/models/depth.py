@@ -62,7 +62,7 @@ def cut(files: ModelFiles, kept: tuple[int, ...]) -> ModelFiles:
         with _locked(folder):
             if not _is_whole(folder):
                 remove_leftovers(folder.parent, folder.name)
-                config = smaller_config(files, kept)
+                config = smaller_config(files.config, _whole_config(files), kept)
                 with write_folder(folder, replace=True) as part:
                     write_layers(base, part, config, kept, layer_count(files.config)[1], setting)
                     (part / "README.md").write_text(_readme(files, kept), encoding="utf-8")
@@ -130,20 +130,21 @@ def evenly(count: int, layers: int) -> tuple[int, ...]:
 # ---- which families allow it
 
 
-def smaller_config(files: ModelFiles, kept: tuple[int, ...]) -> dict:
+def smaller_config(config: dict, whole_config, kept: tuple[int, ...]) -> dict:
     """config.json of the model of these layers. UserError where the layers of a family are not alike, or depend on their place.
 
     Both models are built without weights and compared: every layer of the whole model has the same modules and parameters, and each that
     is kept computes in the smaller one as it did, by all plain values in its modules but its own number.
+
+    config, whole_config  config.json of the whole model, and transformers' reading of it
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    config, kind = files.config, files.config.get("model_type")
+    kind = config.get("model_type")
     for name in _BY_PLACE:
         if config.get(name):
             raise _unlike(kind, f"{name} makes what a layer computes depend on its place")
     count = layer_count(config)[1]
-    whole_config = AutoConfig.from_pretrained(files.base, trust_remote_code=False)
     lists = {
         name: list(value)
         for name, value in whole_config.to_dict().items()
@@ -176,6 +177,12 @@ def smaller_config(files: ModelFiles, kept: tuple[int, ...]) -> dict:
         place = min(name for name in of_whole.keys() | of_few.keys() if of_whole.get(name) != of_few.get(name))
         raise _unlike(kind, f"{place} depends on the number of layers")
     return smaller
+
+
+def _whole_config(files: ModelFiles):
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(files.base, trust_remote_code=False)
 
 
 def _unlike(kind: str | None, why: str) -> UserError:
@@ -230,7 +237,7 @@ def choose_layers(settings: Student, files: ModelFiles, examples: list[np.ndarra
         try:
             found = read_sealed(path)["influence"]
         except (OSError, ValueError, KeyError):
-            smaller_config(files, (0,))  # refused before the weights are loaded
+            smaller_config(files.config, _whole_config(files), (0,))  # refused before the weights are loaded
             model = pretrained.load_pretrained(
                 files.base, "student.model", settings.dtype, settings.attention, "cuda" if torch.cuda.is_available() else "cpu"
             ).eval()

@@ -13,6 +13,7 @@ from ..signals import Signal
 from ..teachers.cache.records import HiddenFormat, RecordFormat, make_record_format, read_record_format
 from ..teachers.cache.shards import read_header
 from ..teachers.cache.stored_head import StoredHead
+from ..teachers.resolve import listed_format
 from .model_configs import ModelConfig
 
 
@@ -28,7 +29,10 @@ class RecordsWithoutValues:
 
 
 def format_of(settings: Teacher, setting: str, vocab: int, found: ModelConfig | None) -> RecordFormat:
-    """The format of a cache that is there, or else of the one that `llmkd cache` would write for the teacher of that configuration."""
+    """The format of a cache that is there, or else of the one that `llmkd cache` would write for the teacher of that configuration; of a
+    server's answers those of a cache of kind topk."""
+    if settings.cache is None:
+        return listed_format(settings, vocab)
     folder = Path(settings.cache.path).expanduser()
     if (folder / "cache.json").is_file():
         return read_record_format(read_header(folder, f"{setting}.cache.path")["kind"], vocab, folder)

@@ -9,8 +9,9 @@ from pathlib import Path
 from ..config.loader import load_recipe
 from ..config.paths import written_by
 from ..config.recipe import Lora, Student, Teacher
-from ..errors import UserError
-from ..model_folder.files import check_config, refuse_mistyped_folder
+from ..errors import UserError, brief
+from ..model_folder.files import ModelFiles, check_config, refuse_mistyped_folder
+from ..model_folder.layers import layer_count, layer_words
 from ..model_folder.weights import read_json
 from .known_models import KNOWN
 
@@ -36,12 +37,16 @@ class ModelConfig:
 def find_models(
     settings: Student, named: Sequence[tuple[str, Teacher]], recipe_folder: Path
 ) -> tuple[ModelConfig, list[tuple[str, Teacher, ModelConfig | None]]]:
-    """The student's configuration, and of every teacher the setting, settings and configuration, None where it names no model."""
-    student, teachers = student_config(settings, recipe_folder), []
-    for setting, one in named:
-        config = find_config(one.model, f"{setting}.model", one.revision, one.base, recipe_folder) if one.model else None
-        teachers.append((setting, one, config))
-    return student, teachers
+    """The student's configuration, and what `find_teachers` returns."""
+    return student_config(settings, recipe_folder), find_teachers(named, recipe_folder)
+
+
+def find_teachers(named: Sequence[tuple[str, Teacher]], recipe_folder: Path) -> list[tuple[str, Teacher, ModelConfig | None]]:
+    """Of every teacher the setting, settings and configuration, None where there is no model of it to load."""
+    return [
+        (setting, one, find_config(one.model_path, f"{setting}.model", one.revision, one.base, recipe_folder) if one.model_path else None)
+        for setting, one in named
+    ]
 
 
 def find_config(
@@ -126,4 +131,26 @@ def student_config(student: Student, recipe_folder: Path, writers: tuple[Path, .
     """Of a recipe's student; of new weights without the size of their vocabulary, if the recipe leaves that to the tokenizer."""
     if student.architecture is not None:
         return ModelConfig(dict(student.architecture), "new weights")
-    return find_config(student.model, "student.model", student.revision, student.base, recipe_folder, writers)
+    found = find_config(student.model, "student.model", student.revision, student.base, recipe_folder, writers)
+    return found if student.layers is None else _cut(found, student)
+
+
+def _cut(found: ModelConfig, student: Student) -> ModelConfig:
+    """Of a student of fewer layers than its base; where these are still to be measured, of as many others: they are all alike."""
+    from ..models.depth import evenly, kept_of, smaller_config
+
+    base = Path(found.base)
+    kept = kept_of(student, ModelFiles(base, base if found.adapter else None, found.config))
+    kept = kept or evenly(student.layers.count, layer_count(found.config)[1])
+    config = smaller_config(found.config, transformers_config(found.config, "student.model"), kept)
+    return dataclasses.replace(found, config=config, base=f"{found.base}, {layer_words(kept)}")
+
+
+def transformers_config(config: dict, setting: str):
+    """transformers' own reading of a config.json, which knows its family's defaults."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.for_model(**config)
+    except Exception as error:
+        raise UserError(f"{setting}: transformers cannot read its configuration ({brief(error)}); correct its config.json") from error

@@ -18,7 +18,7 @@ from ..models.language_model import LanguageModel
 from ..models.last_layer import put_on
 from ..models.lora import add_lora
 from ..models.quantization import DTYPES
-from .model_configs import ModelConfig
+from .model_configs import ModelConfig, transformers_config
 from .quantized import quantize
 
 
@@ -36,7 +36,7 @@ def text_config(config: dict) -> dict:
 
 def depth_of(config: dict, setting: str) -> int:
     """The number of layers by transformers' own configuration, which also knows its family's default."""
-    return _config(config, setting).get_text_config().num_hidden_layers
+    return transformers_config(config, setting).get_text_config().num_hidden_layers
 
 
 def full_depth(config: dict, checkpointing: bool | float, setting: str) -> Depth:
@@ -47,20 +47,11 @@ def full_depth(config: dict, checkpointing: bool | float, setting: str) -> Depth
     return Depth(layers, min(max(1, round(checkpointing * layers)), layers - 1))
 
 
-def _config(config: dict, setting: str):
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.for_model(**config)
-    except Exception as error:
-        raise UserError(f"{setting}: transformers cannot read its configuration ({brief(error)}); correct its config.json") from error
-
-
 def empty_model(config: dict, setting: str, dtype: str, implementation: str, layers: int | None = None) -> nn.Module:
     """A model of that configuration, with weights that have no values (in a fake mode, or on torch's meta device)."""
     from transformers import AutoModelForCausalLM
 
-    own = _config(config, setting)
+    own = transformers_config(config, setting)
     text = own.get_text_config()
     if layers is not None and layers < text.num_hidden_layers:
         text.num_hidden_layers = layers

@@ -7,7 +7,9 @@ import contextlib
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from types import SimpleNamespace
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -75,7 +77,9 @@ class OneStep:
         self.batches = list(batches)
 
     def steps(self, done: int = 0) -> Iterator[tuple[Step, list[Batch]]]:
-        yield Step(1, 0, sum(batch.num_targets for batch in self.batches)), self.batches
+        counts = np.array([example.num_targets for batch in self.batches for example in batch.examples])
+        data = SimpleNamespace(num_targets=counts)  # all that is read of a step's examples
+        yield Step(1, 0, sum(batch.num_targets for batch in self.batches), {}, list(range(len(counts))), [], data), self.batches
 
 
 def watched_step(ready: Ready, batch: Batch, gradients: bool, device="cpu", round_to: int = 1) -> dict[str, Phase]:
@@ -102,6 +106,8 @@ def watched_step(ready: Ready, batch: Batch, gradients: bool, device="cpu", roun
         for state in ready.students:
             for hook in _hooks(memory, state):
                 stack.callback(hook.remove)
+        for number, layer in enumerate(layers_of(ready.student_models[0].base_model) or []):  # those of all students
+            stack.callback(layer.register_forward_pre_hook(functools.partial(_note_layer, memory, number)).remove)
         teacher = ready.teacher and functools.partial(_asked, memory, ready.teacher)
         accelerator, source = _Watched(memory, device), OneStep([batch])
         memory.forget()
@@ -154,8 +160,7 @@ def _hooks(memory: LiveMemory, state: StudentState) -> Iterator[torch.utils.hook
     yield distiller.register_forward_pre_hook(lambda *_: memory.enter(FORWARD, "activations"))
     for term in distiller.terms.values():
         yield term.register_forward_pre_hook(lambda *_: memory.enter(LOSS, "head and loss"))
-    for number, layer in enumerate(layers_of(distiller.student.base_model) or []):
-        yield layer.register_forward_pre_hook(functools.partial(_note_layer, memory, number))
+    distiller.student.set_active_adapter()  # others require no gradient while they wait
     for parameter in state.parameters.values():
         yield parameter.register_post_accumulate_grad_hook(lambda p: memory.rename(p.grad, "gradients"))
     yield state.optimizer.register_step_pre_hook(lambda *_: memory.enter(OPTIMIZER, "optimizer"))

@@ -127,15 +127,21 @@ def with_answers(teacher: TeacherSource, data: Data, tokenizer, vocab: int) -> T
     one = teacher.settings
     if not teacher.asks_server:
         return teacher
-    from .cache.records import TopKFormat
-
-    bits = CACHE_KINDS["topk"]["value_bits"] if one.cache is None or one.cache.value_bits is None else one.cache.value_bits
-    record_format = TopKFormat(vocab, min(one.of_server("top_k"), vocab), bits, LISTED_EXPONENTS)
+    record_format = listed_format(one, vocab)
     known = {"tokenizer": token_cache.tokenizer_hash(tokenizer, template=False), "model": one.model or base_address(one.server)}
     folder = one.cache.path if one.cache else token_cache.answers_root(data) / checksum([known, record_format.options(), vocab])[:32]
     return dataclasses.replace(
         teacher, answers=Answers(folder, record_format, known, f"{teacher.setting}.cache.path" if one.cache else teacher.setting)
     )
+
+
+def listed_format(settings: Teacher, vocab: int):
+    """The format in which a server's answers are kept: of a cache of kind topk."""
+    from .cache.records import TopKFormat
+
+    cache = settings.cache
+    bits = CACHE_KINDS["topk"]["value_bits"] if cache is None or cache.value_bits is None else cache.value_bits
+    return TopKFormat(vocab, min(settings.of_server("top_k"), vocab), bits, LISTED_EXPONENTS)
 
 
 def check_transforms(files: ModelFiles, settings: Teacher, setting: str) -> None:

@@ -222,14 +222,19 @@ def measured_scales(
             torch.manual_seed(derived_seed(seed, step.number, accelerator.process_index, i))
             for name, w_N in distiller(micro, signal).weights.items():
                 masses[k, name] = masses.get((k, name), 0.0) + w_N.double().abs().sum()
+    scales = {k: dict(counts.scale) for k in measured}
+    for (k, name), mass in read_masses(masses, accelerator).items():
+        scales[k][name] = counts.of(measured[k].share).targets / mass if mass else 1.0
+    return scales
+
+
+def read_masses(masses: dict[tuple[int, str], Tensor], accelerator) -> dict[tuple[int, str], float]:
+    """The sums over all ranks; waits for the device."""
     if not masses:
         return {}
     sums = torch.stack(list(masses.values()))
-    sums = (accelerator.reduce(sums, "sum") if accelerator.num_processes > 1 else sums).tolist()
-    scales = {k: dict(counts.scale) for k in measured}
-    for (k, name), mass in zip(masses, sums, strict=True):
-        scales[k][name] = counts.of(measured[k].share).targets / mass if mass else 1.0
-    return scales
+    sums = accelerator.reduce(sums, "sum") if accelerator.num_processes > 1 else sums
+    return dict(zip(masses, sums.tolist(), strict=True))
 
 
 def forward_backward(

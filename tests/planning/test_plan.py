@@ -12,10 +12,12 @@ from llmkd.config.recipe import Lora, Optim, Quantization
 from llmkd.errors import UserError
 from llmkd.planning import fit
 from llmkd.planning.devices import bytes_in, held_on_gpu
+from llmkd.planning.find import find
 from llmkd.planning.known_models import KNOWN
+from llmkd.planning.measure import Measured, extended, state_bytes
 from llmkd.planning.model_configs import find_config
 from llmkd.planning.models import empty_model
-from llmkd.planning.plan import Measured, Plan, extended, find, plan, state_bytes
+from llmkd.planning.plan import Plan, plan
 from llmkd.planning.quantized import bytes_of
 from llmkd.planning.step import LOSS, TEACHER
 from llmkd.planning.work import assumed_examples, known_data, work_of
@@ -64,8 +66,8 @@ def configs_only(world, tmp_path):
 def test_configurations_alone_give_the_bytes_of_every_weight(configs_only):
     """By hand: Llama's matrices in float64, LoRA's in float64 beside them (width 16, MLP 32, two layers; the teacher 24 and 48)."""
     recipe = loader.load_recipe(configs_only, {"data.max_length": 32})
-    found = find(recipe, configs_only.parent)
-    planned = plan(recipe, found, None, gpu=False)
+    found = find([recipe], configs_only.parent)
+    planned = plan([recipe], found, None, gpu=False)
     vocab = json.loads((configs_only.parent / "student" / "config.json").read_text())["vocab_size"]
 
     def body(width: int, mlp: int) -> int:
@@ -89,9 +91,9 @@ def test_configurations_alone_give_the_bytes_of_every_weight(configs_only):
 def test_operations_are_counted_as_products(make_recipe, tmp_path):
     """Two operations a weight and token in a pass, and as many for the gradient of the activations; the head at the targets alone."""
     recipe = make_recipe(student__method="full", student__lora=None, teacher=None, train__batch_size=4, data__train__limit=4)
-    planned = plan(recipe, find(recipe, tmp_path), None, gpu=False)
+    planned = plan([recipe], find([recipe], tmp_path), None, gpu=False)
     tokens, targets = planned.work.batch_tokens, planned.work.batch.num_targets
-    vocab, matrices = find(recipe, tmp_path).vocab, 2 * (4 * 16 * 16 + 3 * 16 * 32)
+    vocab, matrices = find([recipe], tmp_path).vocab, 2 * (4 * 16 * 16 + 3 * 16 * 32)
     assert planned.flops[LOSS] == 3 * 2 * vocab * 16 * targets
     rest = planned.flops["backward pass"]
     assert 0.6 * 6 * matrices * tokens < rest < 6 * matrices * tokens + 7 * 2 * tokens * tokens * 16  # the last layer in part; attention
@@ -115,10 +117,10 @@ def test_a_deep_model_is_planned_from_few_layers_as_it_is_in_full(configs_only, 
         path.write_text(json.dumps(json.loads(path.read_text()) | {"num_hidden_layers": layers}))
     few = {"student.lora.target_modules": ["q_proj"], "teacher.model": str(configs_only.parent / "teacher")}
     recipe = loader.load_recipe(configs_only, {"data.max_length": 48, "student.gradient_checkpointing": 0.5} | few)
-    found = find(recipe, configs_only.parent)
-    short = plan(recipe, found, None, gpu=True)
-    monkeypatch.setattr("llmkd.planning.plan.extended", lambda few, full, measured: measured(full))
-    whole = plan(recipe, found, None, gpu=True)
+    found = find([recipe], configs_only.parent)
+    short = plan([recipe], found, None, gpu=True)
+    monkeypatch.setattr("llmkd.planning.measure.extended", lambda few, full, measured: measured(full))
+    whole = plan([recipe], found, None, gpu=True)
     assert short.peak == pytest.approx(whole.peak, rel=0.005) and short.at == whole.at
     assert short.flops == pytest.approx(whole.flops, rel=1e-9)
 
@@ -156,24 +158,14 @@ def test_a_model_that_is_not_here_is_named(tmp_path, name, words):
     assert all(word in str(info.value) for word in words)
 
 
-UNPLANNED = {
-    "loss.attention": {"layers": "last"},
-    "loss.features": {"layers": "last"},
-    "loss.keep": 0.5,
-    "on_policy": {"share": 0.5, "max_new_tokens": 8},
-    "student.layers": {"count": 1},
-}
-
-
-@pytest.mark.parametrize("setting", UNPLANNED)
-def test_what_a_plan_does_not_know_is_refused_by_name(make_recipe, tmp_path, setting):
-    with pytest.raises(UserError, match=f"^{setting}: set, and a plan does not know"):
-        find(make_recipe(**{setting.replace(".", "__"): UNPLANNED[setting]}), tmp_path)
+def test_what_a_plan_does_not_know_is_refused_by_name(make_recipe, tmp_path):
+    with pytest.raises(UserError, match="^on_policy: set, and a plan does not know"):
+        find([make_recipe(on_policy={"share": 0.5, "max_new_tokens": 8})], tmp_path)
 
 
 def test_the_largest_micro_batches_are_those_that_a_run_cuts(make_recipe, tmp_path):
     recipe = make_recipe(train__batch_size=8, train__micro_batch_size=4, train__epochs=3)
-    known = known_data(recipe, find(recipe, tmp_path).student)
+    known = known_data(recipe, find([recipe], tmp_path).student)
     work = work_of(known, recipe)
     lengths = known.examples.lengths
     assert work.batch.student.inputs["input_ids"].shape[0] == 4
@@ -214,7 +206,7 @@ def test_savings_are_sorted_and_put_together(make_recipe):
 
 def test_time_is_the_larger_of_computing_and_calling(make_recipe, tmp_path):
     recipe = make_recipe()
-    work = dataclasses.replace(work_of(known_data(recipe, find(recipe, tmp_path).student), recipe), tokens=None)
+    work = dataclasses.replace(work_of(known_data(recipe, find([recipe], tmp_path).student), recipe), tokens=None)
     planned = Plan({}, LOSS, {LOSS: 4e12, TEACHER: 2e12}, 10, {"student": "bfloat16", "teacher": "float32"}, work, [])
     rate = {"bfloat16": 2e12, "float32": 1e12}.get
     assert planned.seconds(rate, 0.001, whole=False) == pytest.approx(4)

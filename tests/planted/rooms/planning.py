@@ -24,7 +24,7 @@ FAULTS = [
         ("products-halved", "a product's operations are halved", "return 2 * a_MK.shape[0]", "return a_MK.shape[0]", PLAN),
     ),
     *in_file(
-        "llmkd/planning/plan.py",
+        "llmkd/planning/measure.py",
         (
             "base-not-whole",
             "one layer too few is extended to",
@@ -33,6 +33,10 @@ FAULTS = [
             PLAN,
         ),
         ("smallest-phase", "the peak is the least phase", "return max(self.phases", "return min(self.phases", HELD),
+        ("paged-on-gpu", "paged state is counted on the GPU", 'if optim.name.startswith("paged") and gpu:', "if False:", PLAN),
+    ),
+    *in_file(
+        "llmkd/planning/plan.py",
         (
             "targets-by-tokens",
             "the loss's operations grow with the tokens",
@@ -40,7 +44,6 @@ FAULTS = [
             "count * (by_token if name == LOSS",
             PLAN,
         ),
-        ("paged-on-gpu", "paged state is counted on the GPU", 'if optim.name.startswith("paged") and gpu:', "if False:", PLAN),
     ),
     *in_file(
         "llmkd/planning/step.py",

@@ -110,8 +110,8 @@ FAULTS = [
         "rule-divided-by-each-process",
         "each process divides by the weights of its own targets",
         "llmkd/training/loop.py",
-        'sums = (accelerator.reduce(sums, "sum") if accelerator.num_processes > 1 else sums).tolist()',
-        "sums = sums.tolist()",
+        'sums = accelerator.reduce(sums, "sum") if accelerator.num_processes > 1 else sums',
+        "pass",
         f"{RULED}::test_the_sums_of_weights_are_those_of_all_processes",
     ),
     Fault(

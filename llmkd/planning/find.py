@@ -1,0 +1,79 @@
+"""What a plan finds of a recipe without a run: the configurations of its models, and its data."""
+
+import dataclasses
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ..config.on_policy import writes
+from ..config.recipe import Recipe, Teacher, used_teachers
+from ..data.encoding.tokenizer import shared_vocab
+from ..errors import UserError, attribute_to_student
+from ..model_folder.files import rows_of
+from .model_configs import ModelConfig, find_teachers, student_config
+from .work import KnownData, known_data
+
+
+@dataclass(frozen=True)
+class Found:
+    """The configurations of a recipe's models.
+
+    students   of each student that trains before the teacher
+    teachers   the setting and settings of each; without a configuration only a cache or a server is known
+    """
+
+    students: list[ModelConfig]
+    teachers: list[tuple[str, Teacher, ModelConfig | None]]
+    vocab: int
+    data: KnownData
+
+    @property
+    def student(self) -> ModelConfig:
+        return self.students[0]
+
+    @property
+    def live(self) -> list[tuple[str, Teacher, ModelConfig]]:
+        """The teachers whose models are loaded."""
+        return [(setting, one, config) for setting, one, config in self.teachers if one.cache is None and not one.server]
+
+    def with_teachers(self, recipe: Recipe) -> "Found":
+        """The same for a recipe whose teachers are the same models, perhaps held otherwise."""
+        configs = {setting: config for setting, _, config in self.teachers}
+        return dataclasses.replace(self, teachers=[(setting, one, configs.get(setting)) for setting, one in used_teachers(recipe)])
+
+
+def find(recipes: Sequence[Recipe], recipe_folder: Path) -> Found:
+    """The models and data of a recipe, or of several whose students train before one teacher: data and teacher are the first one's.
+
+    UserError for what a plan does not know, with its name.
+    """
+    recipe, students = recipes[0], []
+    for k, one in enumerate(recipes):
+        with attribute_to_student(k):
+            refuse_unplanned(one)
+            students.append(student_config(one.student, recipe_folder))
+    student = students[0]
+    teachers = find_teachers(used_teachers(recipe), recipe_folder)
+    rows = {"student.model": rows_of(student.config)} | {f"{name}.model": rows_of(config.config) for name, _, config in teachers if config}
+    data = known_data(recipe, student)
+    known = [count for count in rows.values() if count]
+    if data.tokenizer is not None:
+        vocab = shared_vocab(data.tokenizer, rows)
+    elif known:
+        vocab = min(known)
+    else:
+        raise UserError("student.architecture: found no vocab_size, and no tokenizer to take it from; give either")
+    if student.config.get("vocab_size") is None and "text_config" not in student.config:
+        students = [dataclasses.replace(one, config={"vocab_size": vocab} | one.config) for one in students]
+    return Found(students, teachers, vocab, data)
+
+
+def refuse_unplanned(recipe: Recipe) -> None:
+    for setting, given, what in (
+        ("train.shard", None if recipe.train.shard == "none" else recipe.train.shard, "sharded models"),
+        *((f"{setting}.shard", one.shard if one.shard == "full" else None, "sharded models") for setting, one in used_teachers(recipe)),
+        ("on_policy", recipe.on_policy if writes(recipe.on_policy) else None, "a student that writes"),
+        *((f"{setting}.ema", one.ema, "a teacher that is an average of the student") for setting, one in used_teachers(recipe)),
+    ):
+        if given is not None:
+            raise UserError(f"{setting}: set, and a plan does not know {what} yet; leave it out for a plan")

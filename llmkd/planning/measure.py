@@ -1,0 +1,131 @@
+"""A step of a recipe on fake tensors: memory by phase and part, and operations.
+
+Of a deep model a few layers are run, and what each further one adds: memory and operations grow in proportion to the layers, part by part.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ..batch import Batch
+from ..config.recipe import Optim, Recipe
+from ..model_folder.files import loaded_dtype
+from ..models.quantization import DTYPES
+from .build import build
+from .fakes import fake_tensors
+from .find import Found
+from .models import Depth, depth_of, full_depth, layer_sizes
+from .step import BACKWARD, LOSS, TEACHER, watched_step
+
+_KEPT, _RECOMPUTED, _OF_TEACHER = 4, 3, 2  # layers that are run of a deeper model
+ROUND_ON_GPU = 512  # bytes: the allocator of CUDA
+
+
+@dataclass(frozen=True)
+class Measured:
+    """What was in memory in each phase of a step, in bytes by part, and its floating-point operations.
+
+    flops   of the teachers' passes (TEACHER), of the heads and the loss (LOSS), and of the student's body (BACKWARD)
+    """
+
+    phases: dict[str, dict[str, float]]
+    flops: dict[str, float]
+
+    @property
+    def peak(self) -> str:
+        return max(self.phases, key=lambda name: sum(self.phases[name].values()))
+
+
+def measure(recipes: Sequence[Recipe], found: Found, batch: Batch, gradients: bool, memory: float | None, gpu: bool) -> Measured:
+    """A step of one micro-batch at the models' full depth, extended from fewer layers where they are deep and all alike.
+
+    gradients   whether those of micro-batches before it are there
+    """
+    recipe = recipes[0]
+    whole = full_depth(found.student.config, recipe.student.gradient_checkpointing, "student.model")
+    live = [(f"{name}.model", config) for name, _, config in found.live]
+    full = (whole.layers - whole.recomputed, whole.recomputed, *(depth_of(config.config, name) for name, config in live))
+    few = tuple(min(have, most) for have, most in zip(full, (_KEPT, _RECOMPUTED, *[_OF_TEACHER] * len(live)), strict=True))
+    configs = [("student.model", found.student), *live]
+    alike = [len(set(layer_sizes(config.config, name))) == 1 for name, config in configs]
+    few = tuple(n if same else have for n, have, same in zip(few, full, [alike[0], *alike], strict=True))
+    once = lambda counts: _measure(recipes, found, batch, gradients, counts, memory, gpu)  # noqa: E731
+    if sum(full) <= sum(few) + 1 or any(one.loss.features or one.loss.attention for one in recipes):  # these name layers
+        return once(full)
+    return extended(few, full, once)
+
+
+def extended(few: Sequence[int], full: Sequence[int], measured: Callable[[Sequence[int]], Measured]) -> Measured:
+    """What `measured` would find at the counts `full`, from its values at `few` and at one more of each count that differs."""
+    base = measured(few)
+    phases = {name: Counter(parts) for name, parts in base.phases.items()}
+    flops = Counter(base.flops)
+    for n, (have, wanted) in enumerate(zip(few, full, strict=True)):
+        if have == wanted:
+            continue
+        more = measured([count + (i == n) for i, count in enumerate(few)])
+        for name, parts in phases.items():
+            if name in more.phases:
+                for part in base.phases[name].keys() | more.phases[name].keys():
+                    parts[part] += (wanted - have) * (more.phases[name].get(part, 0) - base.phases[name].get(part, 0))
+        for name in base.flops:
+            flops[name] += (wanted - have) * (more.flops[name] - base.flops[name])
+    return Measured({name: dict(parts) for name, parts in phases.items()}, dict(flops))
+
+
+def _measure(
+    recipes: Sequence[Recipe], found: Found, batch: Batch, gradients: bool, counts: Sequence[int], memory: float | None, gpu: bool
+) -> Measured:
+    depth, of_teachers = Depth(counts[0] + counts[1], counts[1]), list(counts[2:])
+    recipe = recipes[0]
+    with fake_tensors(gpu):
+        ready = build(recipes, found, depth, of_teachers, memory, gpu)
+        phases = watched_step(ready, batch, gradients, round_to=ROUND_ON_GPU if gpu else 1)
+        parameters = [p for state in ready.students for p in state.parameters.values()]
+        state = [x for one in ready.students for held in one.optimizer.state.values() for x in held.values()]
+        less = sum(x.nbytes for x in state if isinstance(x, torch.Tensor)) - state_bytes(recipe.optim, parameters, gpu)
+    found_phases: dict[str, dict[str, float]] = {}
+    flops: Counter = Counter()
+    for name, phase in phases.items():
+        flops[name if name in (TEACHER, LOSS) else BACKWARD] += phase.flops
+        corner = _corner(name, depth)
+        if corner and (corner not in found_phases or sum(found_phases[corner].values()) < phase.peak):
+            found_phases[corner] = dict(phase.parts)
+    if recipe.optim.name != "adamw":
+        for parts in found_phases.values():
+            parts["optimizer"] = parts.get("optimizer", 0) - less
+    if TEACHER in found_phases:
+        _add_offloaded(found_phases[TEACHER], found, recipe)
+    return Measured(found_phases, dict(flops))
+
+
+def _corner(name: str, depth: Depth) -> str | None:
+    """The name of a phase that has the same meaning at any depth. None for a layer in the middle of many: memory rises or falls from one layer
+    to the next throughout the recomputed ones, and throughout the others, so that its peak is at an end of either."""
+    if not name.startswith(f"{BACKWARD} "):
+        return name
+    layer = int(name.removeprefix(f"{BACKWARD} "))
+    if layer < 2:
+        return f"{BACKWARD}, layer {layer}"
+    ends = {depth.layers - 2: "last but one", depth.recomputed: "last kept", depth.recomputed - 1: "first recomputed"}
+    return f"{BACKWARD}, {ends[layer]}" if layer in ends else None
+
+
+def state_bytes(optim: Optim, parameters: Sequence[nn.Parameter], gpu: bool) -> float:
+    """Two moments of every parameter. bitsandbytes: a byte each and a float32 for 256 of them, but float32 below 4,096 elements; paged state is
+    in CPU memory, where a GPU's is wanting."""
+    if optim.name.startswith("paged") and gpu:
+        return 0.0
+    eight = optim.name.endswith("8bit")
+    return float(sum(2 * (p.numel() + 4 * -(-p.numel() // 256) if eight and p.numel() >= 4096 else 4 * p.numel()) for p in parameters))
+
+
+def _add_offloaded(parts: dict[str, float], found: Found, recipe: Recipe) -> None:
+    """An offloaded teacher's layers come to the device one after the other; the next one's copy begins before the last one's memory is free."""
+    for name, one, config in found.live:
+        if one.device == "offload":
+            size = max(layer_sizes(config.config, f"{name}.model"), default=0) * DTYPES[loaded_dtype(config.config, one.dtype)].itemsize
+            parts[TEACHER] = parts.get(TEACHER, 0) + 2 * size
