@@ -67,6 +67,9 @@ class Signal(Protocol):
 
     `rows` selects n of the N targets: a slice, or their indices. `log_q_nV` are the student's log-probabilities
     for those targets at `temperature`. All log-probabilities are natural logarithms over the real vocabulary.
+
+    A signal may also have `at(rows)`: the same for those targets alone, with all that several questions about them would compute again, such as
+    the products of heads.
     """
 
     #: Whether `log_probs` returns the teacher's exact distribution; the loss may then use a gradient in closed form.
