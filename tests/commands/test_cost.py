@@ -36,6 +36,17 @@ def test_a_student_of_fewer_layers_costs_what_those_cost(make_recipe, world, mon
     assert 2 * adapter_parameters(files, Lora(rank=3), 1) == adapter_parameters(files, Lora(rank=3))
 
 
+def test_sizes_are_those_of_the_loaded_model_and_of_pefts_adapter(world):
+    from peft import LoraConfig, get_peft_model
+    from transformers import LlamaForCausalLM
+
+    files, model = find(str(world / "student"), "student.model"), LlamaForCausalLM.from_pretrained(world / "student")
+    body = sum(p.numel() for name, p in model.named_parameters() if not name.startswith(("model.embed_tokens", "lm_head")))
+    assert model_size(files) == ModelSize(body, *model.lm_head.weight.shape, 2)
+    adapted = get_peft_model(model, LoraConfig(r=3, target_modules="all-linear", task_type="CAUSAL_LM"))
+    assert adapter_parameters(files, Lora(rank=3)) == sum(p.numel() for p in adapted.parameters() if p.requires_grad)
+
+
 def test_micro_batches_are_counted_as_they_are_made(make_recipe):
     train = make_recipe(train__batch_size=8, train__micro_batch_size=4).train
     assert cost.micro_batches(100, 5000, train) == 25

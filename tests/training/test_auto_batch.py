@@ -180,6 +180,15 @@ def test_the_gauge_sees_what_is_taken_and_given_back():
     assert memory_gauges.CpuMemory().taken < 50e6
 
 
+@pytest.mark.parametrize("processes", [1, 4])
+def test_half_of_what_is_free_is_room_for_the_processes_of_a_machine(monkeypatch, processes):
+    read = Path.read_text
+    said = "MemTotal: 9000 kB\nMemFree: 100 kB\nMemAvailable: 800 kB\n"
+    monkeypatch.setattr(Path, "read_text", lambda path, *rest: said if str(path) == "/proc/meminfo" else read(path, *rest))
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
+    assert memory_gauges.CpuMemory().room == 800 * 1024 / 2 / processes
+
+
 def test_a_stream_is_measured_on_its_first_step(trained, memory, capsys):
     memory.tokens = 400
     changes = {"data__streaming": True, "train__max_steps": 4, **DROPOUT}
