@@ -166,17 +166,20 @@ def data(options: argparse.Namespace, overrides: dict) -> dict:
 
 
 def plan(options: argparse.Namespace, overrides: dict) -> dict:
-    config = _recipe(options)
-    from .planning.model_configs import find_models
+    config = _config(options)
+    if loader.file_kind(config) == "sweep":
+        loader.load_sweep(config, overrides)
+    else:
+        from .planning.model_configs import find_models
 
-    recipe = loader.load_recipe(config, overrides, check_data=True)
-    find_models(recipe.student, used_teachers(recipe), Path(config).parent)  # before torch is loaded
+        recipe = loader.load_recipe(_recipe(options), overrides, check_data=True)
+        find_models(recipe.student, used_teachers(recipe), Path(config).parent)  # before torch is loaded
     from .commands.plan import Wanted, run
     from .planning.devices import GPUS, SHARE
 
     gpu = GPUS.get(options.gpu)
     rate = options.tflops and options.tflops * 1e12
-    return run(config, overrides, Wanted(gpu, options.gpu == "none", options.memory, options.share or SHARE, rate))
+    return run(config, overrides, Wanted(gpu, options.gpu == "none", options.memory, options.share or SHARE, rate, options.measure))
 
 
 def doctor(options: argparse.Namespace, overrides: dict) -> dict:

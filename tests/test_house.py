@@ -92,6 +92,7 @@ TAKE_RECIPES = ("config.", "commands.", "api", "training.run", "training.prepare
 TAKE_RECIPES += (
     "planning.find",
     "planning.build",
+    "planning.here",
     "planning.measure",
     "planning.plan",
     "planning.fit",

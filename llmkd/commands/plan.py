@@ -2,17 +2,16 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from ..config import loader
 from ..config.recipe import Recipe
 from ..console import duration, table
 from ..planning import devices, fit
 from ..planning.devices import Device
-from ..planning.find import find
-from ..planning.plan import Plan, plan
+from ..planning.here import real_steps
+from ..planning.plan import Plan
 from .cost import PER_LAYER, matmul_flops
+from .plan_runs import Runs, runs_of
 
 
 @dataclass(frozen=True)
@@ -24,6 +23,7 @@ class Wanted:
     memory   bytes that must do; None for the GPU's
     share    of a GPU's stated peak that a step reaches
     rate     operations per second that are reached, in place of all rates
+    measure  run some real steps on this machine, and print both
     """
 
     gpu: Device | None = None
@@ -31,6 +31,7 @@ class Wanted:
     memory: float | None = None
     share: float = devices.SHARE
     rate: float | None = None
+    measure: bool = False
 
     @property
     def room(self) -> float | None:
@@ -38,27 +39,77 @@ class Wanted:
 
 
 def run(config: str, overrides: dict[str, Any], wanted: Wanted) -> dict:
-    """Print the plan of a recipe, and return its numbers."""
-    recipe = loader.load_recipe(config, overrides)
-    recipe_folder = Path(config).parent
-    found = find([recipe], recipe_folder)
-    first = plan([recipe], found, wanted.room, gpu=not wanted.cpu)
+    """Print the plan of a recipe, or of a sweep's groups one after the other, and return their numbers."""
+    every = runs_of(config, overrides)
+    found = []
+    for runs in every:
+        found.append(_tell(runs, wanted))
+        print()
+    if not every[0].arms:
+        return {"recipe": config} | found[0]
+    numbers = {"sweep": config, "groups": found, "devices": _sums(found)}
+    print(f"all {len(found)} groups one after another: " + "; ".join(_sum_text(one) for one in numbers["devices"]))
+    return numbers
+
+
+def _tell(runs: Runs, wanted: Wanted) -> dict:
+    """Print the plan of what trains together, and return its numbers."""
+    first = runs.plan(wanted.room, not wanted.cpu)
 
     def needs(change: dict[str, Any]) -> float:
-        changed = loader.load_recipe(config, overrides | change)
-        return _needed(plan([changed], found.with_teachers(changed), wanted.room, gpu=not wanted.cpu), wanted)
+        return _needed(runs.plan(wanted.room, not wanted.cpu, change), wanted)
 
-    numbers = {"recipe": config} | _numbers(first, wanted)
-    print(_memory_text(first, wanted, config))
+    numbers = ({"arms": runs.arms} if runs.arms else {}) | _numbers(first, wanted)
+    print(_memory_text(first, wanted, runs.name))
     rows = _device_rows(first, wanted)
     print("\n" + _work_text(first) + "\n\n" + table([{k: v for k, v in row.items() if not k.startswith("_")} for row in rows]))
     numbers["devices"] = [row["_numbers"] for row in rows]
     print("\n" + _rates_text(wanted, first))
+    if wanted.measure:
+        numbers["measured"] = _measured(runs, first, wanted, rows[-1]["_device"])
     if wanted.room:
-        numbers |= _fit(recipe, first, wanted, needs)
+        numbers |= _fit(runs.recipes({})[0], len(runs.arms), first, wanted, needs)
     for note in first.notes:
         print(f"- {note}")
     return numbers | {"notes": first.notes}
+
+
+def _measured(runs: Runs, first: Plan, wanted: Wanted, here: Device) -> dict:
+    """Print what some real steps on this machine took, and what a plan for it says."""
+    import torch
+
+    on_gpu = torch.cuda.is_available()
+    planned = first if wanted.cpu and not on_gpu else runs.plan(None, on_gpu)
+    real = real_steps(runs.recipes({}), planned.work)
+    seconds = planned.seconds_of_micro_batch(_rate(wanted, here), PER_LAYER)
+    unit = _unit(planned.peak)
+    rows = [
+        {"on this machine": f"peak of a step, {unit}", "planned": _amount(planned.peak, unit), "measured": _amount(real.peak, unit)},
+        {"on this machine": "a step of the largest micro-batch", "planned": _time(seconds), "measured": _time(real.seconds)},
+    ]
+    print("\n" + table(rows))
+    return {"peak": real.peak, "planned_peak": planned.peak, "seconds": real.seconds, "planned_seconds": seconds}
+
+
+def _rate(wanted: Wanted, device: Device) -> Callable[[str], float]:
+    """Operations per second that a step reaches there, by type."""
+    share = 1.0 if wanted.rate else wanted.share
+    return lambda dtype: wanted.rate or share * device.rate(dtype)
+
+
+def _sums(groups: list[dict]) -> list[dict]:
+    """Of each device: whether every group fits, and the time of all of them; None where it is not known."""
+    out = []
+    for of_device in zip(*(one["devices"] for one in groups), strict=True):
+        fits, seconds = [one["fits"] for one in of_device], [one["seconds"] for one in of_device]
+        known = {"fits": None if None in fits else all(fits), "seconds": None if None in seconds else sum(seconds)}
+        out.append({"device": of_device[0]["device"]} | known)
+    return out
+
+
+def _sum_text(device: dict) -> str:
+    time = "a time that is not known" if device["seconds"] is None else duration(device["seconds"])
+    return f"{time} on {device['device']}" + (" (does not fit)" if device["fits"] is False else "")
 
 
 def _needed(planned: Plan, wanted: Wanted) -> float:
@@ -133,11 +184,7 @@ def _this_machine() -> Device:
 
 
 def _row(planned: Plan, wanted: Wanted, device: Device) -> dict:
-    share = 1.0 if wanted.rate else wanted.share
-
-    def rate(dtype: str) -> float:
-        return wanted.rate or share * device.rate(dtype)
-
+    rate = _rate(wanted, device)
     step, whole = (planned.seconds(rate, PER_LAYER, whole) for whole in (False, True))
     room = device.memory if device.measured or not wanted.memory else wanted.memory
     fits = _needed(planned, wanted) <= room if room else None
@@ -152,6 +199,7 @@ def _row(planned: Plan, wanted: Wanted, device: Device) -> dict:
         unit: _time(step),
         "the run": "" if whole is None else duration(whole),
         "_numbers": numbers,
+        "_device": device,
     }
 
 
@@ -170,7 +218,7 @@ def _rates_text(wanted: Wanted, planned: Plan) -> str:
     )
 
 
-def _fit(recipe: Recipe, first: Plan, wanted: Wanted, needs: Callable[[dict], float]) -> dict:
+def _fit(recipe: Recipe, arms: int, first: Plan, wanted: Wanted, needs: Callable[[dict], float]) -> dict:
     needed, room = _needed(first, wanted), wanted.room
     unit = _unit(needed)
     if needed <= room:
@@ -178,7 +226,7 @@ def _fit(recipe: Recipe, first: Plan, wanted: Wanted, needs: Callable[[dict], fl
         return {"fits": True, "changes": []}
     there = f"{_amount(needed, unit)} {unit}, and there are {_amount(room, unit)}"
     print(f"it does not fit: {there}. What would save memory, planned again with each:\n")
-    found = fit.savings(recipe, needed, needs)
+    found = fit.savings(recipe, needed, needs, arms)
     both = None if not found or any(one.needed <= room for one in found) else fit.together(found, needed, room, needs)
     rows = [*found, *([both] if both else [])]
     if rows:

@@ -15,7 +15,7 @@ from ..config.fields import as_tuple
 from ..config.loader import load_recipe, load_sweep
 from ..config.on_policy import writes
 from ..config.paths import place_changes
-from ..config.recipe import Recipe, distils, used_teachers, uses_teacher
+from ..config.recipe import Recipe, Student, distils, used_teachers, uses_teacher
 from ..config.sweep import ArmSpec, Sweep, expand
 from ..console import count, info
 from ..data.encoding.tokenizer import student_tokenizer
@@ -216,8 +216,16 @@ def lend_teachers(recipes: dict[str, Recipe]) -> dict[str, Recipe]:
     return out
 
 
-def group_arms(recipes: dict[str, Recipe], waiting: list[str] | None = None, students_per_teacher: int | None = None) -> list[Group]:
-    """Which of the waiting arms train together: those with the same data, base and teacher. In each group arms that distil come first."""
+def group_arms(
+    recipes: dict[str, Recipe],
+    waiting: list[str] | None = None,
+    students_per_teacher: int | None = None,
+    files_of: Callable[[Student], ModelFiles | None] = student_files,
+) -> list[Group]:
+    """Which of the waiting arms train together: those with the same data, base and teacher. In each group arms that distil come first.
+
+    files_of   finds a student's files
+    """
     waiting = list(recipes) if waiting is None else waiting
     together: dict[str, list[str]] = {}
     alone, files = [], {}
@@ -225,7 +233,7 @@ def group_arms(recipes: dict[str, Recipe], waiting: list[str] | None = None, stu
         recipe = recipes[name]
         named = (recipe.student.model, recipe.student.revision, recipe.student.base, recipe.student.layers)
         if named not in files:
-            files[named] = student_files(recipe.student)
+            files[named] = files_of(recipe.student)
         why = why_alone(recipe, files[named]) or ("students_per_teacher: 1" if students_per_teacher == 1 else None)
         if why:
             alone.append(Group([name], why))

@@ -4,13 +4,14 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from ..config.on_policy import writes
 from ..config.recipe import Recipe, Teacher, used_teachers
 from ..data.encoding.tokenizer import shared_vocab
 from ..errors import UserError, attribute_to_student
 from ..model_folder.files import rows_of
-from .model_configs import ModelConfig, find_teachers, student_config
+from .model_configs import Coming, ModelConfig, find_teachers, student_config
 from .work import KnownData, known_data
 
 
@@ -42,7 +43,7 @@ class Found:
         return dataclasses.replace(self, teachers=[(setting, one, configs.get(setting)) for setting, one in used_teachers(recipe)])
 
 
-def find(recipes: Sequence[Recipe], recipe_folder: Path) -> Found:
+def find(recipes: Sequence[Recipe], recipe_folder: Path, coming: Coming = MappingProxyType({})) -> Found:
     """The models and data of a recipe, or of several whose students train before one teacher: data and teacher are the first one's.
 
     UserError for what a plan does not know, with its name.
@@ -51,9 +52,9 @@ def find(recipes: Sequence[Recipe], recipe_folder: Path) -> Found:
     for k, one in enumerate(recipes):
         with attribute_to_student(k):
             refuse_unplanned(one)
-            students.append(student_config(one.student, recipe_folder))
+            students.append(student_config(one.student, recipe_folder, coming=coming))
     student = students[0]
-    teachers = find_teachers(used_teachers(recipe), recipe_folder)
+    teachers = find_teachers(used_teachers(recipe), recipe_folder, coming)
     rows = {"student.model": rows_of(student.config)} | {f"{name}.model": rows_of(config.config) for name, _, config in teachers if config}
     data = known_data(recipe, student)
     known = [count for count in rows.values() if count]

@@ -30,9 +30,12 @@ class Saving:
     saves: float
 
 
-def changes(recipe: Recipe) -> Iterator[Change]:
-    """What may be changed to save memory, of which some may contradict other settings of the recipe."""
+def changes(recipe: Recipe, students: int = 0) -> Iterator[Change]:
+    """What may be changed to save memory, of which some may contradict other settings of the recipe. `students`: those
+    that train side by side in a sweep."""
     student, train = recipe.student, recipe.train
+    if students > 1:
+        yield from (Change({"students_per_teacher": most}, True) for most in sorted({-(-students // 2), 1}, reverse=True))
     if student.gradient_checkpointing is not True:
         yield Change({"student.gradient_checkpointing": True}, True)
     if train.micro_batch_size:
@@ -58,11 +61,11 @@ def changes(recipe: Recipe) -> Iterator[Change]:
         yield Change({"optim.name": "adamw_8bit"}, False)
 
 
-def savings(recipe: Recipe, needed: float, needs: Callable[[dict[str, Any]], float]) -> list[Saving]:
+def savings(recipe: Recipe, needed: float, needs: Callable[[dict[str, Any]], float], students: int = 0) -> list[Saving]:
     """Every change that saves something, the largest saving first. `needs`: what the recipe needs with some settings changed; UserError where
     they are refused."""
     found = []
-    for change in changes(recipe):
+    for change in changes(recipe, students):
         try:
             after = needs(change.settings)
         except UserError:  # the recipe's other settings do not go with it

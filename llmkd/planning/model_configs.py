@@ -2,9 +2,10 @@
 
 import dataclasses
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 
 from ..config.loader import load_recipe
 from ..config.paths import written_by
@@ -16,6 +17,10 @@ from ..model_folder.weights import read_json
 from .known_models import KNOWN
 
 _TABLE = "llmkd's own table, since the hub was not reached"
+
+
+#: Runs that are still to come, by the absolute path of their output: the file of each one's recipe, and its student.
+Coming = Mapping[Path, tuple[Path, Student]]
 
 
 @dataclass(frozen=True)
@@ -41,30 +46,44 @@ def find_models(
     return student_config(settings, recipe_folder), find_teachers(named, recipe_folder)
 
 
-def find_teachers(named: Sequence[tuple[str, Teacher]], recipe_folder: Path) -> list[tuple[str, Teacher, ModelConfig | None]]:
+def find_teachers(
+    named: Sequence[tuple[str, Teacher]], recipe_folder: Path, coming: Coming = MappingProxyType({})
+) -> list[tuple[str, Teacher, ModelConfig | None]]:
     """Of every teacher the setting, settings and configuration, None where there is no model of it to load."""
-    return [
-        (setting, one, find_config(one.model_path, f"{setting}.model", one.revision, one.base, recipe_folder) if one.model_path else None)
-        for setting, one in named
-    ]
+    found = []
+    for setting, one in named:
+        model = one.model_path
+        config = find_config(model, f"{setting}.model", one.revision, one.base, recipe_folder, coming=coming) if model else None
+        found.append((setting, one, config))
+    return found
 
 
 def find_config(
-    name: str, setting: str, revision: str | None, base: str | None, recipe_folder: Path, writers: tuple[Path, ...] = ()
+    name: str,
+    setting: str,
+    revision: str | None,
+    base: str | None,
+    recipe_folder: Path,
+    writers: tuple[Path, ...] = (),
+    coming: Coming = MappingProxyType({}),
 ) -> ModelConfig:
-    """The configuration of a folder, a hub id, or the folder that another recipe's run will write. No weights are read, or asked for.
+    """The configuration of a folder, a hub id, or the folder that another run will write. No weights are read, or asked for.
 
     base           the base of an adapter, where its adapter_config.json names another
     recipe_folder  the recipe's own folder: the run of another recipe in it may write the model
     writers        the recipes that led here
+    coming         further runs that may write the model
     """
     folder = Path(name).expanduser()
     if folder.is_dir():
         if (folder / "adapter_config.json").is_file():
             return _with_adapter(read_json(folder / "adapter_config.json", setting), name, setting, base, recipe_folder)
         return ModelConfig(_own_config(folder, name, setting), str(folder.resolve()), files=folder)
-    if (writer := written_by(Path(os.path.abspath(folder)), recipe_folder)) and writer not in writers:
-        return _of_coming_run(folder, load_recipe(writer).student, (*writers, writer))
+    place = Path(os.path.abspath(folder))
+    if (of_run := coming.get(place.parent)) and of_run[0] not in writers:
+        return _of_coming_run(folder, of_run[1], (*writers, of_run[0]), coming)
+    if (writer := written_by(place, recipe_folder)) and writer not in writers:
+        return _of_coming_run(folder, load_recipe(writer).student, (*writers, writer), coming)
     refuse_mistyped_folder(name, setting)
     reason = ""
     for file in ("config.json", "adapter_config.json"):
@@ -84,9 +103,9 @@ def find_config(
     )
 
 
-def _of_coming_run(folder: Path, student: Student, writers: tuple[Path, ...]) -> ModelConfig:
+def _of_coming_run(folder: Path, student: Student, writers: tuple[Path, ...], coming: Coming) -> ModelConfig:
     """Of a folder that is not there yet: what the last of `writers`, whose run makes it, says of its student."""
-    found = student_config(student, writers[-1].parent, writers)
+    found = student_config(student, writers[-1].parent, writers, coming)
     origin = "; ".join(filter(None, [f"{writers[-1]}, whose run is still to come", found.origin]))
     if folder.name == "adapter":
         return dataclasses.replace(found, adapter=found.adapter or student.lora or Lora(), origin=origin)
@@ -127,11 +146,13 @@ def _with_adapter(adapter: dict, name: str, setting: str, base: str | None, reci
     return dataclasses.replace(found, adapter=lora)
 
 
-def student_config(student: Student, recipe_folder: Path, writers: tuple[Path, ...] = ()) -> ModelConfig:
+def student_config(
+    student: Student, recipe_folder: Path, writers: tuple[Path, ...] = (), coming: Coming = MappingProxyType({})
+) -> ModelConfig:
     """Of a recipe's student; of new weights without the size of their vocabulary, if the recipe leaves that to the tokenizer."""
     if student.architecture is not None:
         return ModelConfig(dict(student.architecture), "new weights")
-    found = find_config(student.model, "student.model", student.revision, student.base, recipe_folder, writers)
+    found = find_config(student.model, "student.model", student.revision, student.base, recipe_folder, writers, coming)
     return found if student.layers is None else _cut(found, student)
 
 

@@ -51,15 +51,17 @@ class Plan:
 
     def seconds(self, rate: Callable[[str], float], per_layer: float, whole: bool) -> float | None:
         """Time of the whole run, or of a step, at those operations per second. `per_layer`: the least time of a pass through a layer."""
-        flops = self.total_flops
-        micro_batches = self.work.micro_batches
-        if flops is None:
-            if whole:
-                return None
-            flops, micro_batches = self.flops, 1
-        computing = sum(count / rate(self.dtypes["teacher" if name == TEACHER else "student"]) for name, count in flops.items())
-        seconds = max(computing, per_layer * self.layer_passes * micro_batches)
-        return seconds if whole or self.total_flops is None else seconds / self.work.steps
+        if self.total_flops is None:
+            return None if whole else self.seconds_of_micro_batch(rate, per_layer)
+        seconds = max(self._computing(self.total_flops, rate), per_layer * self.layer_passes * self.work.micro_batches)
+        return seconds if whole else seconds / self.work.steps
+
+    def seconds_of_micro_batch(self, rate: Callable[[str], float], per_layer: float) -> float:
+        """Of the largest, with a step of the optimizer."""
+        return max(self._computing(self.flops, rate), per_layer * self.layer_passes)
+
+    def _computing(self, flops: dict[str, float], rate: Callable[[str], float]) -> float:
+        return sum(count / rate(self.dtypes["teacher" if name == TEACHER else "student"]) for name, count in flops.items())
 
 
 def plan(recipes: Sequence[Recipe], found: Found, memory: float | None, gpu: bool) -> Plan:
@@ -70,10 +72,8 @@ def plan(recipes: Sequence[Recipe], found: Found, memory: float | None, gpu: boo
     """
     recipe = recipes[0]
     work = work_of(found.data, recipe)
-    measured = largest = measure(recipes, found, work.batch, work.later is not None and _alike(work), memory, gpu)
-    if work.later is not None and not _alike(work):
-        later = measure(recipes, found, work.later, True, memory, gpu)
-        largest = max(measured, later, key=lambda one: sum(one.phases[one.peak].values()))
+    measured = [measure(recipes, found, batch, gradients, memory, gpu) for batch, gradients in work.cases]
+    largest = max(measured, key=lambda one: sum(one.phases[one.peak].values()))
     at = largest.peak
     parts = {name: largest.phases[at][name] for name in PARTS if largest.phases[at].get(name, 0) > 0}
     student = recipe.student
@@ -84,14 +84,7 @@ def plan(recipes: Sequence[Recipe], found: Found, memory: float | None, gpu: boo
     layers += sum(depth_of(config.config, f"{name}.model") for name, _, config in found.live) if any(map(distils, recipes)) else 0
     dtype = "bfloat16" if student.mixed_precision == "bf16" else loaded_dtype(found.student.config, student.dtype)
     of_teacher = next((loaded_dtype(config.config, one.dtype) for _, one, config in found.teachers if config), dtype)
-    return Plan(parts, at, measured.flops, layers, {"student": dtype, "teacher": of_teacher}, work, list(_notes(recipe, found, gpu)))
-
-
-def _alike(work: Work) -> bool:
-    """Whether a micro-batch as large as the largest comes after others in its step."""
-    one, other = work.batch, work.later
-    same = one.student.inputs["input_ids"].shape == other.student.inputs["input_ids"].shape
-    return same and one.num_targets == other.num_targets
+    return Plan(parts, at, measured[0].flops, layers, {"student": dtype, "teacher": of_teacher}, work, list(_notes(recipe, found, gpu)))
 
 
 def _notes(recipe: Recipe, found: Found, gpu: bool) -> Iterator[str]:

@@ -55,6 +55,15 @@ class Work:
     examples: int | None
 
     @property
+    def cases(self) -> list[tuple[Batch, bool]]:
+        """The micro-batches of which one has the peak, each with whether gradients of others of its step are in memory then."""
+        one, other = self.batch, self.later
+        if other is None:
+            return [(one, False)]
+        same = one.student.inputs["input_ids"].shape == other.student.inputs["input_ids"].shape
+        return [(one, True)] if same and one.num_targets == other.num_targets else [(one, False), (other, True)]
+
+    @property
     def batch_tokens(self) -> int:
         return self.batch.student.inputs["input_ids"].numel()
 

@@ -39,10 +39,39 @@ def test_a_recipe_that_does_not_fit_is_told_what_would_save_memory(planned, monk
     assert here["device"] == "this machine" and here["seconds"] > 0
 
 
+def test_a_sweep_is_planned_group_by_group_as_its_arms_train(world, tmp_path, capsys):
+    """Two adapters on one base before one teacher, then a full student alone; the teacher is what a stage is still to train."""
+    recipe = plain_recipe(world, tmp_path / "out")
+    (tmp_path / "teacher.yaml").write_text(json.dumps(recipe | {"student": {"model": str(world / "teacher")}, "teacher": None}))
+    (tmp_path / "r.yaml").write_text(json.dumps(recipe))
+    sweep = {"output_dir": str(tmp_path / "sweep"), "recipe": "r.yaml", "stages": {"first": {"recipe": "teacher.yaml"}}}
+    sweep["set"] = {"teacher.model": "{output_dir}/stages/first/adapter"}
+    sweep["arms"] = {"kd": {}, "ce": {"loss.kd_ratio": 0}, "full": {"student.method": "full", "student.lora": None}}
+    (tmp_path / "sweep.yaml").write_text(json.dumps(sweep))
+    code = main(["plan", "--config", str(tmp_path / "sweep.yaml"), "--gpu", "none", "--json", str(tmp_path / "plan.json")])
+    numbers, said = json.loads((tmp_path / "plan.json").read_text()), capsys.readouterr().out
+    assert code == 0 and "whose run is still to come" in said and "all 2 groups one after another" in said
+    both, alone = numbers["groups"]
+    assert both["arms"] == ["kd", "ce"] and alone["arms"] == ["full"]
+    adapter = 8 * 2 * 4 * (4 * (16 + 16) + 3 * (16 + 32))  # float64, two layers, rank 4 on seven matrices
+    assert both["memory"]["parts"]["trained"] == 2 * adapter
+    assert both["memory"]["parts"]["teacher's weights"] == pytest.approx(alone["memory"]["parts"]["teacher's weights"])
+    (of_both,), (of_alone,), (of_all,) = both["devices"], alone["devices"], numbers["devices"]
+    assert of_all["seconds"] == pytest.approx(of_both["seconds"] + of_alone["seconds"]) and of_both["seconds"] > 0
+
+
+def test_real_steps_are_printed_with_the_plan(planned):
+    code, said, numbers = planned("--gpu", "none", "--measure", "--data.train.limit", "8", "--teacher", "null", "--train.epochs", "2")
+    assert code == 0, said
+    measured = numbers["measured"]
+    assert "measured" in said and measured["peak"] == pytest.approx(measured["planned_peak"], rel=0.05)
+    assert measured["planned_peak"] == numbers["memory"]["peak"] and measured["seconds"] > 0
+
+
 def _some(wanted: set[str]):
     from llmkd.planning.fit import changes
 
-    return lambda recipe: (one for one in changes(recipe) if one.settings.keys() <= wanted)
+    return lambda recipe, students: (one for one in changes(recipe, students) if one.settings.keys() <= wanted)
 
 
 @pytest.mark.parametrize(

@@ -6,15 +6,10 @@ import math
 import pytest
 import torch
 
-from llmkd.config.features import feature_teacher
-from llmkd.config.recipe import divergences_of
-from llmkd.models.load import LoadContext
 from llmkd.planning.find import find
+from llmkd.planning.here import ready_here
 from llmkd.planning.plan import plan
 from llmkd.planning.step import OneProcess
-from llmkd.training.attention import attention_terms
-from llmkd.training.build import build_student, load, longest_row, open_teacher, teacher_taps
-from llmkd.training.features import feature_terms
 from llmkd.training.loop import train
 from llmkd.training.prepare import prepare
 
@@ -38,24 +33,13 @@ SIDE_BY_SIDE = [{"student__lora": {"rank": 16}}, INSIDE]
 
 def allocated(recipes) -> int:
     """Bytes: the largest sum of weights and of what PyTorch's CPU allocator gave out in two steps of a run, by its profiler."""
-    recipe, prepared = recipes[0], prepare(recipes[0])
-    device, accelerator = torch.device("cpu"), OneProcess("cpu")
-    live = [(source.setting, source.settings) for source in prepared.teachers if source.needs_model]
-    packing = recipe.data.packing * longest_row(recipe.train, recipe.data)
-    context, attention = LoadContext(prepared.vocab, device, 0, packing), [one.loss.attention for one in recipes]
-    students, models = load(
-        [prepared.resolved(one.student) for one in recipes], live, context, recipe.data.share_prefixes, False, attention
-    )
-    by_setting, states = {setting: model for (setting, _), model in zip(live, models, strict=True)}, []
-    for own, student in zip(recipes, students, strict=True):
-        terms = feature_terms(own.loss.features, feature_teacher(own.loss.features, own.teacher), student, by_setting, 0)
-        terms += attention_terms(own.loss.attention, student, models)
-        states.append(build_student(own.loss, own.optim, student, 3, accelerator, None, terms, divergences_of(own.loss, own.data)))
-    teacher = open_teacher(prepared.teachers, recipe.mixture, models, teacher_taps(recipes, states), device, {})
-    tensors = [x for model in (*students, *models, *(one.distiller for one in states)) for x in (*model.parameters(), *model.buffers())]
+    prepared = prepare(recipes[0])
+    ready, accelerator = ready_here(recipes, prepared, torch.device("cpu")), OneProcess("cpu")
+    models = *ready.student_models, *ready.teacher_models, *(state.distiller for state in ready.students)
+    tensors = [x for model in models for x in (*model.parameters(), *model.buffers())]
     weights = sum({x.untyped_storage().data_ptr(): x.untyped_storage().nbytes() for x in tensors}.values())
     watch = torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True)
-    with watch as profiler, contextlib.closing(train(prepared.source, states, teacher, accelerator)) as steps:
+    with watch as profiler, contextlib.closing(train(prepared.source, ready.students, ready.teacher, accelerator)) as steps:
         for _ in steps:
             pass
     now = most = 0

@@ -64,4 +64,14 @@ FAULTS = [
         "llmkd/planning/fit.py",
         ("smallest-first", "the smallest saving comes first", "key=lambda one: -one.saves)\n\n", "key=lambda one: one.saves)\n\n", PLAN),
     ),
+    *in_file(
+        "llmkd/commands/plan.py",
+        (
+            "longest-group-alone",
+            "of a sweep's groups the longest alone is told",
+            "else sum(seconds)}",
+            "else max(seconds)}",
+            f"{COMMAND}::test_a_sweep_is_planned_group_by_group_as_its_arms_train",
+        ),
+    ),
 ]

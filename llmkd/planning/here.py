@@ -1,0 +1,93 @@
+"""A few real steps on this machine: what `llmkd plan --measure` holds a plan against."""
+
+import contextlib
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ..batch import Batch
+from ..config.features import feature_teacher
+from ..config.recipe import Recipe, distils, divergences_of, used_teachers
+from ..data.batch_source import Step
+from ..errors import UserError
+from ..models.load import LoadContext
+from ..training.attention import attention_terms
+from ..training.auto_batch import head_chunk_size
+from ..training.build import build_student, load, longest_row, open_teacher, teacher_taps
+from ..training.features import feature_terms
+from ..training.loop import StepHooks, train
+from ..training.prepare import Prepared, prepare
+from .step import OneProcess, OneStep, Ready, watched_step
+from .work import Work
+
+STEPS = 3
+
+
+@dataclass(frozen=True)
+class RealSteps:
+    """Of one micro-batch, the largest.
+
+    peak      bytes allocated at most in a step; on a GPU by its allocator, on a CPU all that operations return and nobody has freed
+    seconds   of a step, the fastest of `STEPS`
+    """
+
+    peak: int
+    seconds: float
+
+
+def ready_here(recipes: Sequence[Recipe], prepared: Prepared, device: torch.device) -> Ready:
+    """Students and teacher with their weights, as `training.build.build_setup` makes them; without servers."""
+    recipe, accelerator = recipes[0], OneProcess(device)
+    live = [(source.setting, source.settings) for source in prepared.teachers if source.needs_model]
+    context = LoadContext(prepared.vocab, device, recipe.seed, recipe.data.packing * longest_row(recipe.train, recipe.data))
+    own, attention = [prepared.resolved(one.student) for one in recipes], [one.loss.attention for one in recipes]
+    students, models = load(own, live, context, recipe.data.share_prefixes, recipe.train.compile, attention)
+    by_setting, states = {setting: model for (setting, _), model in zip(live, models, strict=True)}, []
+    chunk = head_chunk_size(prepared.vocab, device, lambda said: None)
+    for one, student in zip(recipes, students, strict=True):
+        terms = feature_terms(one.loss.features, feature_teacher(one.loss.features, one.teacher), student, by_setting, one.seed)
+        terms += attention_terms(one.loss.attention, student, models)
+        divergences = divergences_of(one.loss, one.data)
+        states.append(build_student(one.loss, one.optim, student, prepared.source.total_steps, accelerator, chunk, terms, divergences))
+    teacher = open_teacher(prepared.teachers, recipe.mixture, models, teacher_taps(recipes, states), device, {})
+    elsewhere = frozenset(id(model) for (_, one), model in zip(live, models, strict=True) if one.device)
+    return Ready(states, teacher if any(map(distils, recipes)) else None, students, models, elsewhere)
+
+
+def real_steps(recipes: Sequence[Recipe], work: Work) -> RealSteps:
+    """Memory and time of steps of the largest micro-batch on this machine's GPU, or else its CPU."""
+    for setting, one in used_teachers(recipes[0]):
+        if one.server and one.cache is None:
+            raise UserError(f"--measure: the teacher is on a server ({setting}.server), which is not asked for a plan; leave it out")
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    ready = ready_here(recipes, prepare(recipes[0]), device)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+    watched = [watched_step(ready, batch.to(device), gradients, device) for batch, gradients in work.cases]
+    peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else max(one.peak for phases in watched for one in phases.values())
+    return RealSteps(peak, min(_times(ready, work.batch.to(device), device)))
+
+
+def _times(ready: Ready, batch: Batch, device: torch.device) -> Iterator[float]:
+    hooks = StepHooks(wants_metrics=lambda step: True)  # so that each step is waited for
+    with contextlib.closing(train(_Again(batch), ready.students, ready.teacher, OneProcess(device), hooks=hooks)) as steps:
+        before = time.perf_counter()
+        for _ in steps:
+            now = time.perf_counter()
+            yield now - before
+            before = now
+
+
+class _Again(OneStep):
+    """The same step several times."""
+
+    total_steps = STEPS
+
+    def __init__(self, batch: Batch):
+        super().__init__([batch])
+
+    def steps(self, done: int = 0) -> Iterator[tuple[Step, list[Batch]]]:
+        for _ in range(STEPS):
+            yield from super().steps(done)
