@@ -1,4 +1,4 @@
-"""python eval/speed/head.py [--peers FOLDER] [--rows 1024] [--supervised 0.5] [--vocab 32000] ... [--out FILE.md]
+"""python eval/speed/head.py [--peers FOLDER] [--only WORDS] [--rows 1024] [--supervised 0.5] [--vocab 32000] ... [--out FILE.md]
 
 Measures the head and the loss alone, forward and backward, on random tensors: time, time relative to the three matrix products that any
 implementation needs (the lower bound, measured in the same run), and peak memory. Peers are measured too if FOLDER has them (eval/speed/peers.sh).
@@ -125,6 +125,7 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--dtype", help="by default float32 on a CPU and bfloat16 on a GPU")
     parser.add_argument("--peers", help="folder that eval/speed/peers.sh filled")
+    parser.add_argument("--only", default="", help="cases with these words, and the products alone")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--alone", help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -133,7 +134,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     if options.peers:
         sys.path.append(options.peers)
-    p, known = problem(options), cases(options)
+    p, known = problem(options), [case for case in cases(options) if case.lower_bound or options.only in case.name]
     if options.alone:
         call = call_of(next(case for case in known if case.name == options.alone), p)
         print(json.dumps({"mib": peak(call, options.device), "ms": [timed(call, options.device) for _ in range(options.rounds)]}))
@@ -197,7 +198,7 @@ def machine(options) -> str:
             continue
     cpu = [line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     chip = torch.cuda.get_device_name() if options.device == "cuda" else f"{len(cpu)} x {cpu[0] if cpu else platform.machine()}"
-    given = [word for word in sys.argv[1:] if word not in ("--out", str(options.out))]
+    given = [f'"{word}"' if " " in word else word for word in sys.argv[1:] if word not in ("--out", str(options.out))]
     command = " ".join(["python eval/speed/head.py", *("PEERS" if word == options.peers else word for word in given)])
     return f"{chip}; Python {platform.python_version()}, {', '.join(versions)}; {datetime.date.today()}. `{command}`"
 
