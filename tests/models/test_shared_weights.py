@@ -14,12 +14,13 @@ from llmkd.config import loader
 from llmkd.config.recipe import Lora, Quantization, Student, Teacher
 from llmkd.data.collate import collate
 from llmkd.errors import UserError
+from llmkd.head import Head
 from llmkd.losses.objective import Objective
 from llmkd.losses.terms import HeadTerm
 from llmkd.models import pretrained, shared_weights
 from llmkd.models.language_model import LanguageModel
 from llmkd.models.load import LoadContext, load_models, load_teacher
-from llmkd.models.offload import offload
+from llmkd.models.offload import head_on, offload
 from llmkd.teachers.live import LiveTeacher
 from llmkd.training.distiller import Distiller
 from llmkd.training.prepare import prepare
@@ -304,6 +305,14 @@ def test_a_teacher_that_is_held_elsewhere_says_the_same(world, batches, tmp_path
     ids_BT, mask_B1TT = torch.zeros(2, 5, dtype=torch.long, device="meta"), torch.ones(2, 1, 5, 5, dtype=torch.bool, device="meta")
     logits_BTV = model.base_model(ids_BT, attention_mask=mask_B1TT, use_cache=False).logits
     assert logits_BTV.shape == (2, 5, 640) and logits_BTV.is_meta and {p.device.type for p in model.parameters()} == {"cpu"}
+
+
+def test_a_head_held_elsewhere_has_its_scale_and_its_cap():
+    head, hidden_NH = Head(torch.nn.Linear(8, 12), 10, 0.5, 3.0), torch.linspace(-9, 9, 24).view(3, 8)
+    other = head_on(head, torch.device("cpu"))
+    assert torch.equal(other.logits(hidden_NH), head.logits(hidden_NH)) and other.project is not head.project
+    assert other.logits(hidden_NH).abs().max() < 3
+    assert head_on(head, torch.device("meta")).logits(hidden_NH.to("meta")).shape == (3, 10)
 
 
 @pytest.mark.parametrize("device", ["cuda:99", "meta", "gpu", "disk"])

@@ -2,9 +2,11 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
+from llmkd.output import progress
 from llmkd.output.metrics import peak_memory
 from llmkd.output.progress import Slowdown
 
@@ -23,6 +25,16 @@ def test_a_steady_or_faster_run_says_nothing():
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="not Linux")
+def test_the_time_left_is_that_of_the_steps_left_at_the_speed_of_this_process(monkeypatch, capsys):
+    """Of ten steps four were made before it was resumed, and two in the twelve seconds since."""
+    clock = SimpleNamespace(monotonic=lambda: clock.now, now=100.0)
+    monkeypatch.setattr(progress, "time", clock)
+    display = progress.ProgressDisplay(10, 4, True)
+    clock.now = 112.0
+    display.show(6, {"loss": "1.0"}, 5.0)
+    assert re.search(r"step 6/10  loss 1.0  .*  24 s left", capsys.readouterr().err)
+
+
 def test_the_peak_of_memory_is_in_bytes():
     (kilobytes,) = re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
     assert peak_memory() == pytest.approx(int(kilobytes) * 1024, rel=0.1)

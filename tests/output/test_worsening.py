@@ -43,6 +43,11 @@ def test_of_a_few_steps_no_reason_is_given():
     assert line.endswith("to 3.0000: 2 steps are too few to tell why; train for more, and if it rises still, lower the learning rate (0.5)")
 
 
+def test_nothing_is_said_where_the_validation_before_training_is_lost():
+    held_out = [{"step": step, "validation": {"ce": ce}} for step, ce in ((10, 2.0), (20, 3.0))]
+    assert not list(sentences([*held_out, {"step": 1, "loss": 3.0}], Loss(kd_ratio=0.0), Optim(lr=0.5)))
+
+
 def test_nothing_is_said_of_a_run_that_improved_or_was_measured_once():
     assert not told([2.0, 1.5], FELL, [1.0, 0.5]) and not told([2.0, 2.0], FELL) and not told([2.0], ROSE)
     assert not worsened({"ce": 2.0, "forward_kl": 1.0}, {"ce": 1.0, "forward_kl": 2.0}, Loss(kd_ratio=0))  # it never followed the teacher

@@ -171,6 +171,23 @@ def test_free_memory_bounds_the_budget(trained, capsys, monkeypatch, cautious, g
     assert said(capsys) == [152 * times]
 
 
+def test_room_is_kept_for_the_optimizers_state(trained, monkeypatch):
+    """Of AdamW two numbers for each of 2,176 parameters."""
+
+    class Gauge:
+        cautious, taken = False, 20e6
+
+        def __init__(self, device):
+            self.room = 20e6 + spare
+
+    monkeypatch.setattr(auto_batch, "memory_gauge", Gauge)
+    spare = 4 * 2176
+    with pytest.raises(UserError, match="does not fit into memory"):
+        trained("auto", **AUTO, train__max_steps=2)
+    spare = 2 * 8 * 2176
+    trained("more", **AUTO, train__max_steps=2)
+
+
 def test_the_gauge_sees_what_is_taken_and_given_back():
     gauge = memory_gauges.CpuMemory()
     assert gauge.room > 50e6 and gauge.taken < 50e6
