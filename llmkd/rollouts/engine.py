@@ -24,7 +24,7 @@ from .pushed_adapter import SETTING, PushedAdapter
 from .sampling import Sampling
 from .server_writer import ServerWriter
 
-WATCHED = 4  # answers of each process and step that are compared with the student
+WATCHED = 8  # answers of each process and step that are compared with the student
 PROBED, PROBED_TOKENS = 8, 32  # answers, and tokens of each, that are compared before the first step
 _MOVED = 5.0  # by how many times the tolerance the adapter is changed to see whether the server follows
 
@@ -35,7 +35,6 @@ class EngineWriter(ServerWriter):
     student      it is saved and pushed by the first process, and compared with the server by each
     base         the student's base, as the server has it
     accelerator  of the run's processes
-    done         optimizer steps before the first one that is written here
     batch_size   answers whose log-probabilities the student computes at a time
     """
 
@@ -142,6 +141,7 @@ class EngineWriter(ServerWriter):
                         "were unchanged, or changed otherwise; is it vLLM with --enable-lora, and the student's own base?"
                     ) from None
         finally:
+            self.adapter.close()
             self.accelerator, self.pushed = everyone, None
         gap = _mean_gap([one for one in found if one.apart is not None])
         info(

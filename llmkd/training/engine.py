@@ -63,12 +63,7 @@ def let_it_write(
 def check_engine(writer: EngineWriter, source: OnPolicySource, done: int, accelerator) -> None:
     """Before the first step: compare what the server writes to some prompts with the student. UserError, on all ranks, where it is not the student."""
     chosen = np.flatnonzero(source.prompts.may)[:PROBED].tolist()
-    check = functools.partial(writer.check, source.prompts.ids(source.examples, chosen), source.sampling, done)
-    try:
-        on_main_process(accelerator, check)
-    except BaseException:
-        writer.close()
-        raise
+    on_main_process(accelerator, functools.partial(writer.check, source.prompts.ids(source.examples, chosen), source.sampling, done))
 
 
 def _server(settings: Engine) -> Server:

@@ -493,6 +493,19 @@ WRITERS = [
         "teachers/test_served.py::test_a_wrong_answer_ends_the_run_and_is_not_kept training/test_served_run.py::test_a_run_that_a_server_ends_goes_on_where_it_was",
     ),
     Row(
+        "a server that writes while the student trains is started anew, stays away, or is another one than it was",
+        "the adapter is pushed again; one line, and --resume goes on; the run stops with what it has learnt saved",
+        "rollouts/test_engine.py::test_a_run_is_that_of_the_model_in_this_process_and_leaves_nothing_behind "
+        "rollouts/test_engine.py::test_what_a_killed_run_has_left_is_taken_away_and_the_next_goes_on "
+        "rollouts/test_engine.py::test_what_it_says_later_is_watched_too",
+    ),
+    Row(
+        "such a server with other weights, without the adapter that was pushed, or that loads none",
+        "refused before the first step",
+        "rollouts/test_engine.py::test_another_server_than_the_students_is_refused_before_the_first_step "
+        "rollouts/test_engine.py::test_a_server_that_cannot_do_it_is_refused_before_a_model_is_loaded",
+    ),
+    Row(
         "a server with another tokenizer, another model or too short a context",
         "refused before training",
         "teachers/test_served.py::test_a_server_with_another_tokenizer teachers/test_served.py::test_other_weights_under_the_same_name "
