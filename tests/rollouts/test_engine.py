@@ -87,6 +87,7 @@ def test_an_older_student_writes_between_two_pushes_and_is_corrected_where_asked
         trained("out", True, **asking(engine, {"push_every": 3, "importance": 1.5}, train__max_steps=3))
 
 
+@pytest.mark.slow
 def test_what_a_killed_run_has_left_is_taken_away_and_the_next_goes_on(trained, make_recipe, engine, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(EngineWriter, "close", lambda self: None)
