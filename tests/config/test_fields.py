@@ -17,7 +17,9 @@ CHANGEABLE = (
     *("output_dir", "report_to", "push_to_hub", "push_to_hub.repo", "push_to_hub.private"),
     *("student.gradient_checkpointing", "teacher.device", "teacher.share_base", "loss.chunk_size"),
     *("teacher.server", "teacher.requests", "teacher.timeout", "teacher.patience", "teacher.api_key_env"),
-    *("on_policy.batch_size", "on_policy.validation_prompts"),
+    *("teacher.shard", "train.shard"),
+    *("on_policy.batch_size", "on_policy.validation_prompts", "on_policy.record"),
+    *(path for path in SETTINGS if path.startswith("on_policy.engine.") and path.rpartition(".")[2] not in ("push_every", "importance")),
     *("train.compile", "train.log_every", "train.micro_batch_size", "train.micro_batch_tokens"),
     *("validation.every", "validation.micro_batch_size", "validation.teacher_check", "validation.samples", "validation.sample_tokens"),
     *("checkpoint.every", "checkpoint.keep", "checkpoint.best_by"),
@@ -36,6 +38,7 @@ PATHS = {
     "data.validation.path": "data",
     "data.choices.path": "data",
     "data.cache_dir": "output",
+    "on_policy.engine.adapters": "output",
 }
 
 

@@ -182,9 +182,9 @@ def test_what_a_token_leads_to_counts_where_the_token_does():
     """The later tokens of which on_policy.long_horizon sums up the rewards need not count themselves."""
     hidden, labels, project, signal = case()
     term, student, one = LongHorizonTerm(0.5, 0.9, False, 4), StudentOutputs(hidden, Head(project, V)), batch(labels)
-    whole = term(student, signal, one).rows["long_horizon"]
+    whole = term(student, signal, term.select(student, signal, one)).rows["long_horizon"]
     kept = torch.tensor([0, 2, 5, 8])
-    loss = term(student, signal, one.keeping(kept))
+    loss = term(student, signal, term.select(student, signal, one.keeping(kept)))
     expected = torch.zeros_like(whole).index_copy(0, kept, whole[kept])
     assert_close(loss.rows["long_horizon"], expected, rtol=1e-12, atol=0)
     assert loss.total.item() == pytest.approx(0.5 * expected.sum().item(), rel=1e-12) and whole[kept].abs().min() > 0

@@ -81,9 +81,9 @@ def test_a_run_goes_on_from_a_checkpoint_with_the_same_answers(make_recipe, tmp_
             assert all(np.array_equal(array, states[step.number - 1][name]) for name, array in before.items())
         steps.append(step)
         states[step.number] = source.state(step.number)
-    weight = torch.nn.Parameter(torch.zeros(1))
+    learnt = checkpoint.Snapshot({"w": torch.zeros(1)}, {})
     for done in (1, 3, 6):
-        checkpoint.save(tmp_path, done, {"w": weight}, torch.optim.SGD([weight]), {"best": None, "validated": None, **states[done]}, {})
+        checkpoint.save(tmp_path, done, learnt, {"best": None, "validated": None, **states[done]}, {})
         resumed = source_of(recipe, SETTINGS)
         resumed.restore(checkpoint.verified(tmp_path / f"step-{done}", {}).state)
         for one, other in zip(steps[done:], resumed.schedule(done), strict=True):
@@ -130,11 +130,11 @@ def test_a_buffer_that_is_not_of_this_run_is_refused(state, name):
 
 def test_a_checkpoint_with_such_a_buffer_is_named(state, tmp_path):
     source, whole = state
-    weight = torch.nn.Parameter(torch.zeros(1))
+    learnt = checkpoint.Snapshot({"w": torch.zeros(1)}, {})
     held = {"best": None, "validated": None, **whole, "replay.examples": whole["replay.examples"][::-1].copy()}
     folder = SimpleNamespace(checkpoints=tmp_path, path=tmp_path, run={})
     for kept, said in ((held, "in this data"), ({"best": None, "validated": None}, "there is no replay buffer in it")):
-        checkpoint.save(tmp_path, 3, {"w": weight}, torch.optim.SGD([weight]), {k: v for k, v in kept.items() if k != "step"}, {})
+        checkpoint.save(tmp_path, 3, learnt, {k: v for k, v in kept.items() if k != "step"}, {})
         with pytest.raises(
             UserError, match=f"^{tmp_path}/step-3: .*{said}; resume with the recipe and the data that wrote it, or start again"
         ):

@@ -24,6 +24,8 @@ SEVERAL = {"teacher": TWO}
 CHOICES = {"data.choices.path": "questions.jsonl"}
 SERVER = {"teacher.server": "http://one:8000"}
 ON_POLICY = {"on_policy.share": 0.5}
+AVERAGE = {"teacher": None, "teacher.ema": 0.9, "on_policy.share": 0.5}
+ENGINE = ON_POLICY | {"on_policy.engine.server": "http://one:8000"}
 
 #: (settings that both runs have, {setting: (its value before, its value now)}); None stands for null.
 REFUSED = [
@@ -249,8 +251,22 @@ REFUSED = [
             "on_policy.top_k": (None, 5),
             "on_policy.min_p": (0.0, 0.1),
             "on_policy.samples": (1, 2),
+            "on_policy.teacher_writes": (0.0, 0.25),
+            "on_policy.replay": (None, {"capacity": 5}),
+            "on_policy.engine": ("local", {"server": "http://one:8000"}),
         },
     ),
+    (
+        {"data.validation.path": "held.jsonl", "validation.every": 2, "on_policy.share.adaptive.start": 0.1},
+        {
+            "on_policy.share.adaptive.start": (0.1, 0.2),
+            "on_policy.share.adaptive.step": (0.1, 0.2),
+            "on_policy.share.adaptive.tolerance": (0.1, 0.0),
+        },
+    ),
+    (ON_POLICY | {"on_policy.replay.capacity": 7}, {"on_policy.replay.capacity": (7, 8), "on_policy.replay.ratio": ("decreasing", 0.5)}),
+    (ENGINE, {"on_policy.engine.push_every": (1, 2), "on_policy.engine.importance": (None, 2.0)}),
+    (AVERAGE, {"teacher.ema": (0.9, 0.99)}),
     (ON_POLICY | {"data.train.format": "text"}, {"on_policy.prompt_tokens": (8, 16)}),
     (ON_POLICY | {"loss.divergence": "reverse_kl"}, {"on_policy.long_horizon": (None, {"gamma": 0.9})}),
     (
@@ -258,7 +274,12 @@ REFUSED = [
         {
             "on_policy.long_horizon.gamma": (0.9, 1.0),
             "on_policy.long_horizon.length_normalized": (True, False),
+            "on_policy.long_horizon.teacher_mix": (0.0, 0.2),
         },
+    ),
+    (
+        ON_POLICY | {"on_policy.long_horizon": {"teacher_mix": 0.2}, "loss.divergence": "reverse_kl"},
+        {"on_policy.long_horizon.mix_weights": ("token", "product")},
     ),
 ]
 ACCEPTED = [
@@ -301,7 +322,21 @@ ACCEPTED = [
             "teacher.api_key_env": (None, "KEY"),
         },
     ),
-    (ON_POLICY, {"on_policy.validation_prompts": (64, 0), "on_policy.batch_size": (32, 8)}),
+    (ON_POLICY, {"on_policy.validation_prompts": (64, 0), "on_policy.batch_size": (32, 8), "on_policy.record": (2, 0)}),
+    (
+        ENGINE,
+        {
+            "on_policy.engine.server": ("http://one:8000", "http://other:8000"),
+            "on_policy.engine.model": (None, "base"),
+            "on_policy.engine.tolerance": (0.1, 0.2),
+            "on_policy.engine.adapters": (None, "pushed"),
+            "on_policy.engine.requests": (32, 2),
+            "on_policy.engine.timeout": (300.0, 30.0),
+            "on_policy.engine.patience": (600.0, 60.0),
+            "on_policy.engine.api_key_env": (None, "KEY"),
+        },
+    ),
+    ({}, {"train.shard": ("none", "full"), "teacher.shard": (None, "full")}),
     ({"data.packing": True}, {"data.share_prefixes": (False, True)}),
     ({"push_to_hub.repo": "owner/name"}, {"push_to_hub.repo": ("owner/name", "owner/other"), "push_to_hub.private": (True, False)}),
     (
@@ -330,7 +365,7 @@ ACCEPTED = [
     ),
 ]
 #: Settings that a recipe may name, but for which it accepts no value than the default: there is nothing to change.
-ONE_VALUE = {"data.validation.weight", "data.choices.weight", "data.choices.teacher", "data.choices.noise"}
+ONE_VALUE = {"on_policy.engine.api", "data.validation.weight", "data.choices.weight", "data.choices.teacher", "data.choices.noise"}
 ONE_VALUE |= {f"data.choices.loss.{term}" for term in ("ce", "kd", "features", "attention")}
 ONE_VALUE |= {f"data.validation.loss.{term}" for term in ("features", "attention")}
 ONE_VALUE |= {f"data.{part}.{name}" for part in ("validation", "choices") for name in ("divergence", "divergence_options")}
