@@ -1,9 +1,10 @@
 """Students and teachers from configurations alone, on fake tensors: as `models.load` makes them, less what needs weights or values."""
 
+import contextlib
 import dataclasses
 import functools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -58,13 +59,27 @@ def empty_model(config: dict, setting: str, dtype: str, implementation: str, lay
         if getattr(text, "layer_types", None):
             text.layer_types = text.layer_types[:layers]
     try:
-        return AutoModelForCausalLM.from_config(
-            own,
-            dtype=DTYPES[loaded_dtype(config, dtype)],
-            attn_implementation=None if implementation == "auto" else implementation,
-        )
+        with _without_initial_values():
+            return AutoModelForCausalLM.from_config(
+                own,
+                dtype=DTYPES[loaded_dtype(config, dtype)],
+                attn_implementation=None if implementation == "auto" else implementation,
+            )
     except Exception as error:
         raise UserError(f"{setting}: transformers cannot build it ({brief(error)}); correct its config.json") from error
+
+
+@contextlib.contextmanager
+def _without_initial_values() -> Iterator[None]:
+    """Some families' initial values are computed by reading others, which weights without values do not have."""
+    from transformers import PreTrainedModel
+
+    own = PreTrainedModel.initialize_weights
+    PreTrainedModel.initialize_weights = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        PreTrainedModel.initialize_weights = own
 
 
 def layer_sizes(config: dict, setting: str) -> tuple[int, ...]:

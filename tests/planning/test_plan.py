@@ -12,6 +12,7 @@ from llmkd.config.recipe import Lora, Optim, Quantization
 from llmkd.errors import UserError
 from llmkd.planning import fit
 from llmkd.planning.devices import bytes_in, held_on_gpu
+from llmkd.planning.fakes import fake_tensors
 from llmkd.planning.find import find
 from llmkd.planning.known_models import KNOWN
 from llmkd.planning.measure import Measured, extended, state_bytes
@@ -46,6 +47,14 @@ def test_the_tables_configurations_have_the_published_number_of_parameters(name)
     with torch.device("meta"):
         model = empty_model(KNOWN[name], "student.model", "auto", "auto")
     assert sum(p.numel() for p in model.parameters()) == PARAMETERS[name]
+
+
+def test_a_model_that_also_sees_is_built_without_values():
+    """Gemma 3 4B with one of its 34 layers, of 94,382,592 parameters each: 3 x 2560 x 2048 and 3 x 2560 x 10240 of matrices, and six norms."""
+    with fake_tensors(False):
+        model = empty_model(KNOWN["google/gemma-3-4b-it"], "student.model", "auto", "auto", layers=1)
+    left = PARAMETERS["google/gemma-3-4b-it"] - 33 * (3 * 2560 * 2048 + 3 * 2560 * 10240 + 4 * 2560 + 2 * 256)
+    assert sum(p.numel() for p in model.parameters()) == left
 
 
 @pytest.fixture
