@@ -103,7 +103,14 @@ FAULTS = [
     *in_file(
         "llmkd/teachers/served.py",
         ("one-place-early", "a target is looked for where it is predicted", "[place + 1 for place in places]", "places", SERVED),
-        ("asked-twice", "what is under way is asked again", "if one not in self._pending", "if True", SERVED),
+        (
+            "asked-twice",
+            "what is under way is looked at again",
+            "if one not in self._pending",
+            "if True",
+            SERVED,
+            "expect looks once more under the lock before it asks: nothing is asked twice, and only the texts are made in vain",
+        ),
         ("prefix-left-out", "a shared prefix is not sent", "*flat[span.prefix : span.prefix + span.shared].tolist(), ", "", SERVED),
         (
             "waits-after-a-signal",
