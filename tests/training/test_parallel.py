@@ -20,10 +20,11 @@ from tests.training.test_resume import comparable, unfinish
 
 BOUND = 1e-12  # float64, after five steps; the last has 5 of 8 examples, so that a process has none in some micro-batches
 TOKENS = {"data.packing": True, "train.micro_batch_size": None, "train.micro_batch_tokens": 90}
-SAVED = {"checkpoint.every": 2, "checkpoint.keep": 9}
+#: A validation comes before the checkpoint of its step, and leaves embeddings and head gathered.
+SAVED = {"checkpoint.every": 2, "checkpoint.keep": 9, "validation.every": 2, "data.validation.path": "held.jsonl"}
 #: Each with its settings: every kind of sharded student, and what cuts steps, layers and teachers in another way.
 RUNS = {
-    "lora": {"train.micro_batch_size": 3, "validation.every": 2, **SAVED, "data.validation.path": "held.jsonl"},
+    "lora": {"train.micro_batch_size": 3, **SAVED},
     "tied": {"student.model": "tied", "student.method": "full", **TOKENS, **SAVED, "teacher.shard": "none"},
     "alone": {"student.model": "tied", "train.batch_size": 1, "train.max_steps": 3},  # a process never has an example
     "more": {
