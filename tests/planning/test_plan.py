@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -20,7 +21,7 @@ from llmkd.planning.model_configs import find_config
 from llmkd.planning.models import empty_model
 from llmkd.planning.plan import Plan, plan
 from llmkd.planning.quantized import bytes_of
-from llmkd.planning.step import LOSS, TEACHER
+from llmkd.planning.step import LOSS, TEACHER, _have_state
 from llmkd.planning.work import assumed_examples, known_data, work_of
 from tests.conftest import plain_recipe
 
@@ -228,3 +229,11 @@ def test_time_is_the_larger_of_computing_and_calling(make_recipe, tmp_path):
 def test_assumed_examples_have_one_length():
     examples = assumed_examples(3, 7)
     assert examples.lengths.tolist() == [7, 7, 7] and examples.num_targets.tolist() == [7, 7, 7]
+
+
+@pytest.mark.parametrize("gradients", [False, True])
+def test_before_the_step_that_is_watched_gradients_are_there_only_where_micro_batches_came_before(gradients):
+    weight, memory = torch.nn.Parameter(torch.ones(2)), SimpleNamespace(enter=lambda *_: None, rename=lambda *_: None)
+    state = SimpleNamespace(parameters={"w": weight}, optimizer=torch.optim.AdamW([weight], lr=0.0))
+    _have_state(memory, state, gradients)
+    assert (weight.grad is not None) == gradients and state.optimizer.state[weight]

@@ -48,7 +48,7 @@ FAULTS = [
     *in_file(
         "llmkd/planning/step.py",
         ("no-state", "the optimizer has no state yet", "    state.optimizer.step()\n", "", PLAN),
-        ("gradients-always", "gradients of micro-batches before are always there", "    if not gradients:\n", "    if False:\n", HELD),
+        ("gradients-always", "gradients of micro-batches before are always there", "    if not gradients:\n", "    if False:\n", PLAN),
     ),
     *in_file(
         "llmkd/planning/work.py",
