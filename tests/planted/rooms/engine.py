@@ -19,7 +19,7 @@ FAULTS = [
             "never-pushed-again",
             "the adapter is pushed once",
             "if self.pushed is None or self.staleness",
-            "if self.pushed is None and self.staleness",
+            "if self.pushed is None or 0 > self.staleness",
             RUN,
         ),
         ("any-other-model", "other log-probabilities are taken", "not gap <= self.settings.tolerance", "False", WATCH),
