@@ -23,7 +23,6 @@ RECIPES = {
     "checkpointed": {"student__gradient_checkpointing": True} | LESS_LOSS,
     "packed": {"data__packing": True} | LESS_LOSS,
     "without a teacher, one micro-batch a step": {"teacher": None, "train__micro_batch_size": 8} | FULL,
-    "hidden states and attention": INSIDE | LESS_LOSS,
     "one layer, half of the targets": {"student__layers": [0], "loss__keep": 0.5} | FULL,
     "weights by a rule": {"loss__target_weights": {"by": "student_entropy"}, "loss__normalize": "weights"},
 }
