@@ -10,7 +10,8 @@ from .divergences import option_contradictions
 from .engine import engine_contradictions
 from .features import feature_contradictions
 from .fields import as_tuple, with_setting_names
-from .on_policy import long_horizon_contradictions, on_policy_contradictions, writes
+from .on_policy import writes
+from .on_policy_contradictions import long_horizon_contradictions, on_policy_contradictions
 from .recipe import Loss, Recipe, Student, schedules, uses_teacher
 from .schedule import schedule_contradictions
 from .sharding import sharding_contradictions

@@ -1,0 +1,187 @@
+"""What cannot be together with on-policy distillation, in the form of `contradictions.contradictions`."""
+
+from collections.abc import Iterator
+
+from .data import Data
+from .fields import as_tuple, with_setting_names
+from .on_policy import MAX_NEW_TOKENS, AdaptiveShare, OnPolicy, writes
+from .schedule import schedule_contradictions
+from .teacher import Teacher
+
+
+def on_policy_contradictions(
+    settings: OnPolicy,
+    kd_ratio,
+    teacher: Teacher | tuple[Teacher, ...] | None,
+    data: Data,
+    max_steps: int | None,
+    validation_every: int | None,
+) -> Iterator[tuple[tuple[str, ...], str]]:
+    """In the form of `contradictions.contradictions`. `kd_ratio`: as it will be, or a schedule."""
+    here = "on_policy"
+    yield from schedule_contradictions(settings.share, f"{here}.share", 0.0, 1.0, max_steps)
+    if isinstance(settings.share, AdaptiveShare) and validation_every is None:
+        yield (
+            (f"{here}.share.adaptive", "validation.every"),
+            "set without validation.every, and it rises at validations; give validation.every and held-out rows, or a number or schedule as share",
+        )
+    yield from _sampling_contradictions(settings)
+    if settings.replay:
+        yield from schedule_contradictions(settings.replay.ratio, f"{here}.replay.ratio", 0.0, 1.0, max_steps)
+    if settings.replay and settings.share == 0:
+        yield (f"{here}.replay", f"{here}.share"), "set, but on_policy.share is 0, so the student writes nothing; leave it out"
+    if not writes(settings):
+        return
+    yield from _teacher_writes_contradictions(settings, teacher)
+    named, who = ("share", "student") if settings.share != 0 else ("teacher_writes", "teacher")
+    share, is_to = (f"{here}.{named}", here), f"the {who} is to write, but"
+    if not as_tuple(teacher):
+        yield (
+            (*share, "teacher"),
+            f"{is_to} there is no teacher for what is written; give teacher.model, or set {named}: 0",
+        )
+    elif kd_ratio == 0:
+        yield (
+            (*share, "loss.kd_ratio"),
+            f"{is_to} with loss.kd_ratio 0 the student learns nothing from that; raise kd_ratio, or set {named}: 0",
+        )
+    for path, one in with_setting_names(teacher, "teacher"):
+        if one.cache:
+            yield (
+                (*share, f"{path}.cache"),
+                f"{is_to} {path} is a cache, which knows the data's answers alone; leave {path}.cache out, or set {named}: 0",
+            )
+    if data.streaming:
+        yield (
+            (*share, "data.streaming"),
+            f"{is_to} data.streaming is true, and prompts are taken from data in memory only",
+        )
+    if data.train_on_input:
+        yield (
+            (*share, "data.train_on_input"),
+            f"{is_to} with data.train_on_input prompts are not known from answers; set it to false, or {named}: 0",
+        )
+    if settings.max_new_tokens >= data.max_length:
+        yield (
+            (f"{here}.max_new_tokens", "data.max_length"),
+            f"{'not given, and the default is' if settings.max_new_tokens == MAX_NEW_TOKENS else 'found'} {settings.max_new_tokens}, which leaves no room for a "
+            f"prompt within data.max_length ({data.max_length}); set it to {max(1, data.max_length // 2)}, say, or raise data.max_length",
+        )
+    sources = with_setting_names(data.train, "data.train")
+    if sources and not any(source.loss.kd for _, source in sources):
+        yield (
+            (*share, f"{sources[0][0]}.loss.kd"),
+            f"{is_to} loss.kd of every source is 0, so the teacher has no say there",
+        )
+    texts = [path for path, source in sources if source.format == "text"]
+    if texts and settings.prompt_tokens is None:
+        yield (
+            (f"{here}.prompt_tokens", f"{texts[0]}.format"),
+            f"not given, but {texts[0]} has format text, whose rows have no prompt; say how many of their first tokens are one, such as 32",
+        )
+    every = [*sources, *with_setting_names(data.validation, "data.validation")]
+    if settings.prompt_tokens is not None and not any(source.format in ("text", "tokens") for _, source in every):
+        yield (
+            (f"{here}.prompt_tokens", "data.train"),
+            f"found {settings.prompt_tokens}, but no source has format text or tokens; rows of other formats have prompts, so leave it out",
+        )
+
+
+def _teacher_writes_contradictions(
+    settings: OnPolicy, teacher: Teacher | tuple[Teacher, ...] | None
+) -> Iterator[tuple[tuple[str, ...], str]]:
+    here = "on_policy.teacher_writes"
+    if not settings.teacher_writes:
+        return
+    share = settings.share
+    most = max(share.get("from", 0), share.get("to", 0)) if isinstance(share, dict) else share
+    if isinstance(most, int | float) and most + settings.teacher_writes > 1 + 1e-9:
+        yield (
+            (here, "on_policy.share"),
+            f"found {settings.teacher_writes:g} with a share of {most:g}, and together they are more than all examples; lower one of them",
+        )
+    if len(as_tuple(teacher)) > 1:
+        yield (here, "teacher"), "set with several teachers, and one writes; name one teacher, or write with llmkd roll beforehand"
+    for path, one in with_setting_names(teacher, "teacher"):
+        if one.server:
+            yield (
+                (here, f"{path}.server"),
+                f"set with {path}.server; a teacher in memory writes while the student trains: write with llmkd roll teacher beforehand",
+            )
+
+
+def long_horizon_contradictions(
+    settings: OnPolicy, loss, teacher: Teacher | tuple[Teacher, ...] | None, data: Data
+) -> Iterator[tuple[tuple[str, ...], str]]:
+    """What cannot be together with on_policy.long_horizon. `loss`: the recipe's."""
+    here = "on_policy.long_horizon"
+    if settings.long_horizon is None:
+        return
+    if settings.share == 0:
+        yield (here, "on_policy.share"), "set, but on_policy.share is 0, so the student writes nothing; leave it out"
+    if settings.replay:
+        yield (
+            (here, "on_policy.replay"),
+            "set with on_policy.replay; it is defined at what the student writes with its present weights: leave one of them out",
+        )
+    if settings.teacher_writes:
+        yield (
+            (here, "on_policy.teacher_writes"),
+            "set with on_policy.teacher_writes, whose answers are no samples of the student; leave one of them out",
+        )
+    ahead = settings.long_horizon
+    if ahead.teacher_mix and len(as_tuple(teacher)) > 1:
+        yield (
+            (f"{here}.teacher_mix", "teacher"),
+            "set with several teachers, and tokens are drawn from a mixture with one; leave it out, or name one teacher",
+        )
+    if ahead.mix_weights != "token" and not ahead.teacher_mix:
+        yield (
+            (f"{here}.mix_weights", f"{here}.teacher_mix"),
+            f"found {ahead.mix_weights} without teacher_mix; leave it out, or give teacher_mix",
+        )
+    if loss.divergence != "reverse_kl":
+        yield (here, "loss.divergence"), f"set with {loss.divergence}; it is a part of the gradient of the reverse KL: use reverse_kl"
+    for path, source in with_setting_names(data.train, "data.train"):
+        if source.divergence not in (None, "reverse_kl"):
+            yield (
+                (here, f"{path}.divergence"),
+                f"set with {source.divergence} in {path}; it is a part of the gradient of the reverse KL: use reverse_kl",
+            )
+    if loss.temperature != 1:
+        yield (here, "loss.temperature"), "set with another loss.temperature than 1, at which it is not defined; use 1"
+    cut = settings.temperature != 1 or settings.top_p != 1 or settings.top_k is not None or settings.min_p != 0
+    if cut:
+        yield (
+            (here, "on_policy.temperature"),
+            "set with another sampling than from the student itself; leave temperature, top_p, top_k and min_p of on_policy out",
+        )
+    for path, one in with_setting_names(teacher, "teacher"):
+        if one.server:
+            yield (
+                (here, f"{path}.server"),
+                f"set with {path}.server, which lists the most likely tokens alone; it needs the teacher's probability of every token: use a teacher in memory",
+            )
+    if isinstance(loss.kd_ratio, dict):
+        yield (here, "loss.kd_ratio"), "set with a schedule of loss.kd_ratio, which is its weight too; give a number"
+    if loss.normalize == "weights":
+        yield (here, "loss.normalize"), "set with loss.normalize weights, which divides the divergence otherwise than it; use targets"
+    for name, given in (("target_weights", loss.target_weights is not None), ("keep", loss.keep not in (None, 1))):
+        if given:
+            yield (here, f"loss.{name}"), f"set with loss.{name}, which weighs the divergence alone; leave one of them out"
+
+
+def _sampling_contradictions(settings: OnPolicy) -> Iterator[tuple[tuple[str, ...], str]]:
+    if settings.temperature != 0:
+        return
+    given = {"top_p": settings.top_p != 1, "top_k": settings.top_k is not None, "min_p": settings.min_p != 0}
+    for name in (name for name, found in given.items() if found):
+        yield (
+            (f"on_policy.{name}", "on_policy.temperature"),
+            "set with temperature 0, where the most likely token is always taken; leave it out",
+        )
+    if settings.samples > 1:
+        yield (
+            ("on_policy.samples", "on_policy.temperature"),
+            f"found {settings.samples} with temperature 0, where all answers to a prompt are the same; set it to 1, or raise temperature",
+        )
