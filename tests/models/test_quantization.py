@@ -247,6 +247,7 @@ def test_merging_goes_into_the_unquantised_base_and_says_how_far_that_is(world, 
     from huggingface_hub import ModelCard
 
     card = ModelCard.load(merged_folder / "README.md")
+    assert ModelCard.load(tmp_path / "out/adapter/README.md").data.eval_results and not card.data.eval_results, "those are of another model"
     assert card.data.library_name == "transformers" and f"| forward_kl | {metrics['drift']['forward_kl']:.4f} |" in card.text
     code = card.text.split("```python\n")[1].split("```")[0]
     assert "peft" not in code
