@@ -237,7 +237,6 @@ def test_what_is_missing_or_cannot_be_written_to_is_said_before_torch_is_loaded(
         "roll teacher --config r.yaml --to a.jsonl --teacher.model ./no": "teacher.model: there is no folder",
         "roll student --config r.yaml --to a.jsonl --data.train.fields {instruction:\xa0no}": "no column 'no'",
         "plan --config none.yaml": "none.yaml: No such file",
-        "plan --config s.yaml": "is a sweep; name the recipe of one of its runs",
         "plan --config r.yaml --student.model ./no": "student.model: there is no folder",
         "plan --config r.yaml --data.train.path no.jsonl": "there is no file or folder",
         "plan --config r.yaml --gpu a1000": "--gpu: found a1000",

@@ -7,6 +7,7 @@ import pytest
 
 from llmkd.config import loader
 from llmkd.config.fields import as_tuple
+from llmkd.planning.devices import held_on_gpu
 
 REPO = Path(__file__).parents[1]
 FILES = sorted(path for path in (REPO / "recipes").rglob("*") if path.suffix in (".yaml", ".yml") and path.parent.name != "accelerate")
@@ -110,8 +111,10 @@ def test_what_comes_from_the_hub_is_an_id_with_the_data_pinned(path):
 def test_the_table_of_needs_adds_up_and_is_what_the_recipe_says(path):
     stage = path.stem[0]
     row = next(line for line in README.splitlines() if line.startswith(f"| `{path.parent.name}` {stage} |"))
-    *parts, total = [float(cell) for cell in row.strip("|").split("|")[1:] if cell.strip()]
-    assert sum(parts) == pytest.approx(total, abs=0.06)
+    *parts, total = [float(cell.strip() or 0) for cell in row.strip("|").split("|")[1:]]
+    student, trains, teacher, _ = parts
+    least, most = (held_on_gpu(sum(parts) * 1e9, weights * 1e9) / 1e9 for weights in (student + teacher + trains, student + teacher))
+    assert least - 0.2 < total < most + 0.2, "of what trains a part is weights, which do not move; each number is rounded"
     said = re.search(r"\(estimate (\d+) GB\)", path.read_text().splitlines()[0])
     assert int(said[1]) == round(total)
     listed = next(line for line in README.splitlines() if line.startswith(f"| `{path.parent.name}` |")).split("|")

@@ -111,9 +111,10 @@ def test_work_that_cleans_up_leaves_memory_files_and_threads_as_they_were(grown,
     (tmp_path / "a").touch()
 
     def work():
-        thread = threading.Thread(target=bytearray, args=(2**24,))
+        thread = threading.Thread(target=int)
         thread.start()
         thread.join()
+        bytearray(2**24)
         open(tmp_path / "a").close()
 
     assert grown(work) == []
