@@ -543,6 +543,10 @@ RENDERED = "<|im_start|>user\nq<|im_end|>\n<|im_start|>assistant\na<|im_end|>\n"
         ("prompt_completion", {"prompt": "<start_of_turn>user\nq", "completion": "a"}, "<start_of_turn>"),
         ("alpaca", {"instruction": "q", "output": f"a{END}"}, END),
         ("chat", talk("u <|start_header_id|>user", "a one"), "<|start_header_id|>"),
+        ("text", {"text": "<｜begin▁of▁sentence｜>q"}, "<｜begin▁of▁sentence｜>"),
+        ("text", {"text": "q<|a_family_of_tomorrow|>a"}, "<|a_family_of_tomorrow|>"),
+        ("text", {"text": "[|user|]q"}, "[|user|]"),
+        ("text", {"text": "[SYSTEM_PROMPT]s[/SYSTEM_PROMPT]q"}, "[SYSTEM_PROMPT]"),
     ],
 )
 def test_texts_that_were_rendered_already_are_warned_of_where_most_are(format, row, token):
@@ -569,10 +573,14 @@ def test_texts_that_were_rendered_already_are_warned_of_where_most_are(format, r
         ("### Human: q### Assistant: a", "### Human"),
         ("Human: q Assistant: a", "Human:"),
         ("用户：q\n助手：a", "用户："),
+        ("User: q\nModel: a", "User:"),
     ],
 )
 def test_conversations_in_words_are_warned_of_where_most_texts_hold_them(text, words):
-    held, plain = (encode(rows_of({"text": one}), "text", Data(), tiny()) for one in (text, "The user: a human. Answer it, assistant."))
+    held, plain = (
+        encode(rows_of({"text": one}), "text", Data(), tiny())
+        for one in (text, "The user: a human. Answer it, assistant. f <| x |> g; [|1; 2|]; a<|b; <|>")
+    )
     assert example_notes(merge([held, plain]).counts)[0].startswith(f"warning: 1 of 2 rows hold a conversation as text ({words!r}), as if")
     assert example_notes(merge([held, plain, plain]).counts) == [] == example_notes(plain.counts)
     row = {"prompt": text, "completion": "b"}

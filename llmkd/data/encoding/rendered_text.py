@@ -3,15 +3,14 @@
 import re
 from collections.abc import Iterable
 
-#: Such tokens in the templates of well-known families.
+#: How templates spell such tokens: <|im_start|>, <｜User｜>, <|turn>, [|user|], and those of well-known families that are spelled otherwise.
 _TURNS = re.compile(
-    "|".join(
+    r"<[|｜]/?[A-Za-z][\w▁/-]{0,40}[|｜]>|\[\|/?[a-z]\w{0,40}\|\]|"
+    + "|".join(
         map(
             re.escape,
-            "<|im_start|> <|im_end|> <|start_header_id|> <|end_header_id|> <|eot_id|> <|header_start|> <|eot|> <start_of_turn> <end_of_turn>"
-            " <|turn> <turn|> [INST] [/INST] <<SYS>> <|user|> <|assistant|> <|system|> <|end|> <｜User｜> <｜Assistant｜> <|User|> <|Assistant|>"
-            " <|start|> <|message|> <|START_OF_TURN_TOKEN|> <|END_OF_TURN_TOKEN|> <|start_of_role|> <|end_of_role|> <|im_user|>"
-            " <|im_assistant|> <|observation|> <|prompter|> <|begin_of_text|> <|begin_of_sentence|> </s> <extra_id_1>User".split(),
+            "<start_of_turn> <end_of_turn> <|turn> <turn|> [INST] [/INST] <<SYS>> [SYSTEM_PROMPT] [/SYSTEM_PROMPT] </s> <extra_id_1>User ]~b] [e~["
+            " <seed:bos> <seed:eos> <role>HUMAN</role> <role>ASSISTANT</role> <reserved_106> <reserved_107> <SPECIAL_11>".split(),
         )
     )
 )
@@ -23,8 +22,8 @@ _USER = re.compile(
     re.MULTILINE,
 )
 _ANSWER = re.compile(
-    r"\b(?:ASSISTANT|Assistant|Answer|Response|AI|Bot): |"
-    + _WORDS.replace("WORDS", "ASSISTANT|[Aa]ssistant|[Rr]esponse|[Aa]nswer|A|[Bb]ot|AI|GPT|gpt|助手|答|回答"),
+    r"\b(?:ASSISTANT|Assistant|Answer|Response|AI|Bot|Model): |"
+    + _WORDS.replace("WORDS", "ASSISTANT|[Aa]ssistant|[Rr]esponse|[Aa]nswer|A|[Bb]ot|[Mm]odel|AI|GPT|gpt|助手|答|回答"),
     re.MULTILINE,
 )
 #: A list of messages as text, as JSON or as Python writes it.

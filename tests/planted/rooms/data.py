@@ -673,6 +673,13 @@ FAULTS = [
         "llmkd/data/encoding/rendered_text.py",
         ("only-own-tokens", "other models' templates are not known", "_TURNS.search(text) or control", "control", SHOWN),
         (
+            "only-named-tokens",
+            "tokens of families without a name here are not known",
+            r'r"<[|｜]/?[A-Za-z][\w▁/-]{0,40}[|｜]>|\[\|/?[a-z]\w{0,40}\|\]|"',
+            '"<[|]im_start[|]>|"',
+            SHOWN,
+        ),
+        (
             "only-known-tokens",
             "the tokenizer's own tokens are not known",
             "_TURNS.search(text) or control.search(text)",
