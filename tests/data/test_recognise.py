@@ -60,6 +60,8 @@ ROWS = [
     ("alpaca", {"messages": [one | {"content": [{"type": "text", "text": "x"}]} for one in MESSAGES]}, "format: chat"),
     ("prompt_completion", {"conversations": SHAREGPT, "answer": "a"}, f"format: chat, {NAMES}"),
     ("alpaca", {"talk": json.dumps(MESSAGES)}, "format: chat, fields: {messages: talk}"),
+    ("alpaca", {"article": "d", "highlights": "s"}, "format: prompt_completion, fields: {prompt: article, completion: highlights}"),
+    ("prompt_completion", {"human": "q", "gpt": "a"}, "fields: {prompt: human, completion: gpt}"),
 ]
 
 
@@ -104,8 +106,24 @@ def test_a_parquet_file_of_another_shape_is_recognised_too(read, refused, tmp_pa
         ),
         (
             "alpaca",
-            {"document": "d", "summary": "s"},
-            "; found 'document', 'summary'; set fields: {instruction: NAME, output: NAME} if the file has other names",
+            {"table": "d", "caption": "s"},
+            "; found 'table', 'caption'; set fields: {instruction: NAME, output: NAME} if the file has other names",
+        ),
+        ("chat", {"prompt": "q"}, "; found 'prompt'"),
+        (
+            "chat",
+            {"id": 1, "data": ["q", "a"]},
+            "; in 'data' the turns are texts without roles: write a list of {role, content} (format: chat)",
+        ),
+        (
+            "alpaca",
+            {"talk": [["q", "a"], ["r", "b"]]},
+            "; in 'talk' the turns are texts without roles: write a list of {role, content} (format: chat)",
+        ),
+        (
+            "chat",
+            {"messages": {"role": ["user", "assistant"], "content": ["q", "a"]}},
+            "messages is an object, expected a list of {role, content}; the turns are a list for each of 'role', 'content': write a list of {role, content} (format: chat)",
         ),
         ("alpaca", MESSAGES, '; write {"messages": [...]} on each line'),
         ("alpaca", [{"instruction": "a", "output": "b"}], "; a file that is one list of rows has the ending .json"),

@@ -5,7 +5,8 @@ import re
 from typing import Any
 
 from ...config.data import FORMATS, Source
-from .recognise import ONE_ROW, Check, is_read, is_turn, settings_for
+from .recognise import ONE_ROW, ROLE_KEYS, Check, is_read, is_turn, settings_for
+from .turn_marks import plain
 
 
 def column_hint(
@@ -44,7 +45,9 @@ def _described(columns: list[str], row: dict[str, Any], theirs: dict[str, str], 
         return f"; the columns are inside {inner!r}: write what it holds as the row"
     if rows := next((name for name, value in row.items() if is_rows(value) and is_read(value[0], source, check)), None):
         return f"; {rows!r} is a list of objects with columns: write each as a row of its own, or a talk as messages of role and content"
-    unused = [name for name in row if name not in theirs.values()]
+    if turns := next((name for name, value in row.items() if turns_hint(value)), None):
+        return f"; in {turns!r} {turns_hint(row[turns])}"
+    unused = [name for name in row if name not in theirs.values() and not (columns == ["messages"] and isinstance(row[name], str | dict))]
     wanted = ", ".join(f"{column}: {unused[0] if len(unused) == len(columns) == 1 else 'NAME'}" for column in columns)
     header = "; the first line of a .csv file is its header" if csv and len(columns) > 1 else ""
     return header + (f"; set fields: {{{wanted}}} if the file has other names" if unused else "")
@@ -65,7 +68,23 @@ def row_hint(row: Any, source: Source, check: Check) -> str:
     return ""
 
 
-def text_hint(value: Any) -> str:
-    """The end of the message about a text where a list of messages is expected."""
-    as_python = isinstance(value, str) and re.match(r"\[\s*\{\s*'", value.strip())
-    return "; it is a list as Python writes it: write it as JSON, in a .jsonl, .json or .parquet file" if as_python else ""
+def messages_hint(value: Any) -> str:
+    """The end of the message about something else where a list of messages is expected."""
+    if isinstance(value, str) and re.match(r"\[\s*\{\s*'", value.strip()):
+        return "; it is a list as Python writes it: write it as JSON, in a .jsonl, .json or .parquet file"
+    hint = turns_hint(value)
+    return hint and f"; {hint}"
+
+
+def turns_hint(value: Any) -> str:
+    """What is wrong with turns that are no list of objects: texts in turn, pairs of texts, or a list for each key; "" for anything else."""
+    fix = "write a list of {role, content} (format: chat)"
+    if (
+        isinstance(value, dict)
+        and len(value) > 1
+        and any(plain(key) in ROLE_KEYS for key in value)
+        and all(isinstance(one, list) for one in value.values())
+    ):
+        return f"the turns are a list for each of {', '.join(map(repr, value))}: {fix}"
+    flat = [text for one in value for text in (one if isinstance(one, list) else [one])] if isinstance(value, list) else []
+    return f"the turns are texts without roles: {fix}" if len(flat) > 1 and all(isinstance(text, str) for text in flat) else ""

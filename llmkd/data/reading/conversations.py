@@ -6,7 +6,7 @@ from typing import Any
 
 from ...config.data import ROLES, Source
 from .calls import is_call, read_call_turn, with_calls
-from .column_hints import text_hint
+from .column_hints import messages_hint
 from .problems import ErrorCollector
 from .recognise import Check, role_hint, settings_for
 from .turn_marks import mark_of
@@ -21,7 +21,7 @@ def read_messages(row: dict, name: str, source: Source, place: str, problems: Er
     messages = parsed(row[name])
     if not isinstance(messages, list) or not messages:
         found = kind(messages) if messages != [] else "empty"
-        problems.add(f"{place}: {name} is {found}, expected a list of {{role, content}}{text_hint(messages)}")
+        problems.add(f"{place}: {name} is {found}, expected a list of {{role, content}}{messages_hint(messages)}")
         return row[name]
     role_name, content_name = (source.fields.get(c, c) for c in ("role", "content"))
     roles = {source.roles.get(role, role): role for role in ROLES}

@@ -17,10 +17,10 @@ from .problems import ErrorCollector
 from .turn_marks import plain
 from .values import parsed
 
-_PROMPTS = "instruction prompt question query problem input inputs user human questions prompts source request task".split()
+_PROMPTS = "instruction prompt question query problem input inputs user human questions prompts source request task q".split()
 _ANSWERS = (
     "output response answer completion solution target reply assistant bot generation chosen responses answers completions targets outputs"
-    " expectedoutput modeloutput goldanswer finalanswer summary highlights"
+    " expectedoutput modeloutput goldanswer finalanswer summary highlights gpt a"
 ).split()
 _INPUTS = "input context document passage article background".split()
 _TEXTS = "text content document body passage article story abstract code rawcontent doc txt paragraph".split()
@@ -169,7 +169,7 @@ def _alpaca(row: dict) -> Found:
 
 
 def _prompt_completion(row: dict) -> Found:
-    for prompt, answer in _pairs(row, "prompt", "completion"):
+    for prompt, answer in _pairs(row, "prompt", "completion", _PROMPTS + _INPUTS):  # a document and its summary, too
         yield {"prompt": prompt, "completion": answer, **_system(row)}, {}
     for fields, roles in _chat(row):  # a conversation whose answer is another column
         name = fields.pop("messages")
@@ -178,9 +178,10 @@ def _prompt_completion(row: dict) -> Found:
             yield {"prompt": name, "completion": answer, **fields}, roles
 
 
-def _pairs(row: dict, *own: str) -> Iterator[list[str]]:
+def _pairs(row: dict, prompt: str, answer: str, prompts: list[str] = _PROMPTS) -> Iterator[list[str]]:
     """The columns of prompt and answer: those with the format's own names, or the first that have another known name."""
-    named = [[name] if row.get(name) is not None else _named(row, names) for name, names in zip(own, (_PROMPTS, _ANSWERS), strict=True)]
+    known = ((prompt, prompts), (answer, _ANSWERS))
+    named = [[name] if row.get(name) is not None else _named(row, names) for name, names in known]
     if all(named):
         yield [names[0] for names in named]
 

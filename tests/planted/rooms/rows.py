@@ -72,6 +72,7 @@ FAULTS = [
     ),
     *in_file(
         "llmkd/data/reading/recognise.py",
+        ("no-documents", "a document and its summary are not proposed", "_PROMPTS + _INPUTS)", "_PROMPTS)", SHAPES),
         ("turns-as-texts", "rows of one turn are proposed as texts", "if not is_turn(row) and not _named", "if not _named", SHAPES),
         ("roles-forgotten", "the hint for a role drops the others", "_shown(source.roles | {ours: role})", "_shown({ours: role})", SHAPES),
         ("first-proposal", "a proposal that does not read the row wins", "rank < best[0]", "False", SHAPES),
