@@ -58,6 +58,7 @@ SHAREGPT = {
         ),
         ({"format": "prompt_completion"}, PAIR | {"system": "s"}, "set chat_template: true, or ignore: [system]"),
         ({"format": "text"}, {"text": "t", "chosen": "c"}, "set ignore: [chosen]"),
+        ({"format": "text"}, {"text": "t", "images": ["a.png"]}, "llmkd reads text only; set ignore: [images]"),
     ],
 )
 def test_a_column_with_a_meaning_is_refused_with_the_lines_that_fix_it(read, refused, settings, row, fix):

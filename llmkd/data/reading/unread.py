@@ -96,7 +96,7 @@ MEANINGS = (
         _names(
             "image images imagepath imagepaths imageurl imageurls pixelvalues video videos videopath videourl audio audios audiopath audiourl"
         ),
-        (*_ANSWERED, "tokens"),
+        tuple(FORMATS),
         "something else than text, and llmkd reads text only",
     ),
     Meaning(
