@@ -25,7 +25,14 @@ def on_policy_contradictions(
             (f"{here}.share.adaptive", "validation.every"),
             "set without validation.every, and it rises at validations; give validation.every and held-out rows, or a number or schedule as share",
         )
+    if isinstance(settings.share, AdaptiveShare) and max(settings.share.adaptive.start, settings.teacher_writes) == 1:
+        yield (
+            (f"{here}.share.adaptive", f"{here}.teacher_writes"),
+            "set with nothing left to rise to: start or teacher_writes is 1; lower it, or give a number as share",
+        )
     yield from _sampling_contradictions(settings)
+    if settings.replay and settings.replay.ratio == 1:
+        yield (f"{here}.replay.ratio",), "found 1, at which no answer is drawn from the buffer; lower it, or leave replay out"
     if settings.replay:
         yield from schedule_contradictions(settings.replay.ratio, f"{here}.replay.ratio", 0.0, 1.0, max_steps)
     if settings.replay and settings.share == 0:
@@ -93,7 +100,7 @@ def _teacher_writes_contradictions(
     here = "on_policy.teacher_writes"
     if not settings.teacher_writes:
         return
-    share = settings.share
+    share = settings.share.adaptive.start if isinstance(settings.share, AdaptiveShare) else settings.share
     most = max(share.get("from", 0), share.get("to", 0)) if isinstance(share, dict) else share
     if isinstance(most, int | float) and most + settings.teacher_writes > 1 + 1e-9:
         yield (

@@ -81,6 +81,13 @@ TEXT = {"path": "t.jsonl", "format": "text"}
         ({"on_policy.replay.ratio": 1.5}, "on_policy.replay.ratio: found 1.5, expected"),
         ({"on_policy.replay.ratio": {"from": 1, "to": 2}}, "on_policy.replay.ratio.to: found 2, expected a number 0 to 1"),
         ({"on_policy.replay.capacity": 0}, "on_policy.replay.capacity: found 0, expected"),
+        ({"on_policy.replay.ratio": 1.0}, "on_policy.replay.ratio: found 1, at which no answer is drawn from the buffer; lower it, or"),
+        (
+            {"on_policy.share": {"adaptive": {"start": 0.8}}, "on_policy.teacher_writes": 0.5},
+            "on_policy.teacher_writes: found 0.5 with a share of 0.8, and together they are more than all",
+        ),
+        ({"on_policy.share": {"adaptive": {"start": 1}}}, "on_policy.share.adaptive: set with nothing left to rise to: start or"),
+        ({"on_policy.share": {"adaptive": {}}, "on_policy.teacher_writes": 1.0}, "on_policy.share.adaptive: set with nothing left to rise"),
         ({"on_policy.engine": "vllm"}, "on_policy.engine: found 'vllm', expected local, or a mapping of settings"),
         ({"on_policy.engine": {}}, "on_policy.engine.server: not given"),
         ({"on_policy.engine.server": "h:1"}, "on_policy.engine.server: found h:1, expected http://host:port"),
