@@ -261,7 +261,8 @@ def _explain(kind, path: tuple, item: dict) -> str:
         hint = _list_hint(expected, found)
     if expected.startswith("a mapping") and isinstance(found, list) and found and isinstance(found[0], dict):
         hint = "; give each a name, as in {one: {...}, other: {...}}"
-    if "a mapping of settings" in expected and isinstance(found, str | int | float):
+    beyond = expected.startswith("a number") and not isinstance(found, str)  # out of its range, and so it would be in a mapping
+    if "a mapping of settings" in expected and isinstance(found, str | int | float) and not beyond:
         hint = _section_hint(section_of(parent, path[-1]), found)
     return f"found {json.dumps(found, ensure_ascii=False)[:80]}, expected {expected}{hint}"
 

@@ -510,6 +510,11 @@ def test_a_bad_override_is_named_as_it_was_given(refused, overrides, start, word
     found(refused(BASE, overrides), (start, *words))
 
 
+@pytest.mark.parametrize("share", [0, 1.5])
+def test_a_number_out_of_its_range_is_not_proposed_in_a_mapping(refused, share):
+    assert refused(BASE, {"loss.keep": share}) == [f"--loss.keep: found {share}, expected a number > 0, <= 1, or a mapping of settings"]
+
+
 # ---- round trip
 
 TEXTS = [
