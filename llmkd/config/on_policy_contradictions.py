@@ -11,13 +11,13 @@ from .teacher import Teacher
 
 def on_policy_contradictions(
     settings: OnPolicy,
-    kd_ratio,
+    learns: bool,
     teacher: Teacher | tuple[Teacher, ...] | None,
     data: Data,
     max_steps: int | None,
     validation_every: int | None,
 ) -> Iterator[tuple[tuple[str, ...], str]]:
-    """In the form of `contradictions.contradictions`. `kd_ratio`: as it will be, or a schedule."""
+    """In the form of `contradictions.contradictions`. `learns`: whether a part of the loss reads the teacher."""
     here = "on_policy"
     yield from schedule_contradictions(settings.share, f"{here}.share", 0.0, 1.0, max_steps)
     if isinstance(settings.share, AdaptiveShare) and validation_every is None:
@@ -37,6 +37,8 @@ def on_policy_contradictions(
         yield from schedule_contradictions(settings.replay.ratio, f"{here}.replay.ratio", 0.0, 1.0, max_steps)
     if settings.replay and settings.share == 0:
         yield (f"{here}.replay", f"{here}.share"), "set, but on_policy.share is 0, so the student writes nothing; leave it out"
+    if settings.engine != "local" and settings.share == 0 and not settings.teacher_writes:
+        yield (f"{here}.engine", f"{here}.share"), "set, but on_policy.share is 0, so the student writes nothing; leave it out"
     if not writes(settings):
         return
     yield from _teacher_writes_contradictions(settings, teacher)
@@ -47,7 +49,7 @@ def on_policy_contradictions(
             (*share, "teacher"),
             f"{is_to} there is no teacher for what is written; give teacher.model, or set {named}: 0",
         )
-    elif kd_ratio == 0:
+    elif not learns:
         yield (
             (*share, "loss.kd_ratio"),
             f"{is_to} with loss.kd_ratio 0 the student learns nothing from that; raise kd_ratio, or set {named}: 0",

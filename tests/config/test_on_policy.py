@@ -73,6 +73,7 @@ TEXT = {"path": "t.jsonl", "format": "text"}
         ),
         (LONG | {"on_policy.replay": {}}, "on_policy.long_horizon: set with on_policy.replay; .*leave one of them out"),
         ({"on_policy.replay": {}, "on_policy.share": 0.0}, "on_policy.replay: set, but on_policy.share is 0"),
+        (SERVER | {"on_policy.share": 0.0}, "on_policy.engine: set, but on_policy.share is 0"),
         ({"on_policy.share": {"adaptive": {}}}, "on_policy.share.adaptive: set without validation.every, and it rises at validations"),
         ({"on_policy.share": {"adaptive": {"step": 0.0}}}, "on_policy.share.adaptive.step: found 0.0, expected"),
         ({"on_policy.share": {"adaptive": {"eps": 0.1}}}, "on_policy.share.adaptive.eps: unknown setting"),

@@ -12,6 +12,7 @@ from llmkd.commands.sweep import why_alone
 from llmkd.config.on_policy import OnPolicy, Replay
 from llmkd.data.written import prompts_of
 from llmkd.errors import UserError
+from llmkd.files import read_jsonl
 from llmkd.rollouts.generate import Completion
 from llmkd.rollouts.source import OnPolicySource, recorded_steps
 from llmkd.rollouts.writer import LocalWriter
@@ -379,3 +380,13 @@ def test_a_sweep_trains_its_arms_one_by_one(make_recipe):
     files = student_files(recipe.student)
     assert why_alone(recipe, files) == "a part of its data is written while it trains"
     assert why_alone(dataclasses.replace(recipe, on_policy=OnPolicy(share=0.0)), files) is None
+
+
+def test_hidden_states_alone_are_learnt_on_what_the_student_writes(trained, tmp_path):
+    """With loss.kd_ratio 0 and share 1 they are the whole loss."""
+    changes = {"loss__kd_ratio": 0.0, "loss__features": {"weight": 1.0}, "on_policy": {"share": 1.0, "max_new_tokens": 6}}
+    trained("out", **changes)
+    records = [record for record in read_jsonl(tmp_path / "out/metrics.jsonl") if "loss" in record]
+    assert len(records) == 5 and all(record["written"] > 0 == record["ce_targets"] for record in records)
+    assert all(record["loss"] == pytest.approx(record["features"], rel=1e-9) for record in records)
+    assert records[-1]["features"] < records[0]["features"]
