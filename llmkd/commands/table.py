@@ -194,7 +194,7 @@ COMMANDS = (
         "Show what teacher, student before and student after write to the same prompts, side by side",
         "RUN [--prompts FILE] [--to FILE.html] [options]",
         "Let the teacher of a finished run, its student before the training and the student after it answer the same prompts, and print the\n"
-        "answers side by side. Without --prompts they are asked rows of the run's held-out data, whose answers stand beside theirs. One model\n"
+        "answers side by side. Without --prompts they are asked rows of the run's held-out data, whose answers are shown too. One model\n"
         "is in memory at a time. The file of prompts is .jsonl, .json, .csv or .parquet, with rows as those of the run's data (the answer may\n"
         "be missing), or rows with a prompt (text or messages), messages or an instruction; or .txt, a prompt a line. Every prompt is rendered\n"
         "as in training.",

@@ -85,8 +85,8 @@ def _teaching_contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], 
     yield from _weight_contradictions(recipe)
     ratio = (0.5 if recipe.teacher else 0.0) if loss.kd_ratio is None else loss.kd_ratio
     if recipe.on_policy:
-        learns = ratio != 0 or bool(loss.features or loss.attention)
-        yield from on_policy_contradictions(recipe.on_policy, learns, recipe.teacher, data, train.max_steps, recipe.validation.every)
+        inside, every = bool(loss.features or loss.attention), recipe.validation.every
+        yield from on_policy_contradictions(recipe.on_policy, ratio, inside, recipe.teacher, data, train.max_steps, every)
         yield from long_horizon_contradictions(recipe.on_policy, loss, recipe.teacher, data)
         if writes(recipe.on_policy):
             yield from engine_contradictions(recipe.on_policy, student)

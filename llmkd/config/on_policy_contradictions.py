@@ -8,52 +8,73 @@ from .on_policy import MAX_NEW_TOKENS, AdaptiveShare, OnPolicy, writes
 from .schedule import schedule_contradictions
 from .teacher import Teacher
 
+#: Of a part that needs the student to write.
+_NOTHING_WRITTEN = "set, but on_policy.share is 0, so the student writes nothing; leave it out"
+Teachers = Teacher | tuple[Teacher, ...] | None
+Found = Iterator[tuple[tuple[str, ...], str]]
+
 
 def on_policy_contradictions(
-    settings: OnPolicy,
-    learns: bool,
-    teacher: Teacher | tuple[Teacher, ...] | None,
-    data: Data,
-    max_steps: int | None,
-    validation_every: int | None,
-) -> Iterator[tuple[tuple[str, ...], str]]:
-    """In the form of `contradictions.contradictions`. `learns`: whether a part of the loss reads the teacher."""
-    here = "on_policy"
-    yield from schedule_contradictions(settings.share, f"{here}.share", 0.0, 1.0, max_steps)
-    if isinstance(settings.share, AdaptiveShare) and validation_every is None:
+    settings: OnPolicy, kd_ratio, reads_inside: bool, teacher: Teachers, data: Data, max_steps: int | None, validation_every: int | None
+) -> Found:
+    """In the form of `contradictions.contradictions`.
+
+    kd_ratio       as it will be, or a schedule
+    reads_inside   whether the loss reads hidden states or attention, from which a student learns without kd_ratio too
+    """
+    yield from _share_contradictions(settings, max_steps, validation_every)
+    yield from _sampling_contradictions(settings)
+    yield from _replay_contradictions(settings, max_steps)
+    if settings.engine != "local" and settings.share == 0 and not settings.teacher_writes:
+        yield ("on_policy.engine", "on_policy.share"), _NOTHING_WRITTEN
+    if writes(settings):
+        yield from _teacher_writes_contradictions(settings, teacher)
+        yield from _use_contradictions(settings, kd_ratio, reads_inside, teacher, data)
+        yield from _prompt_contradictions(settings, data)
+
+
+def _share_contradictions(settings: OnPolicy, max_steps: int | None, validation_every: int | None) -> Found:
+    share = settings.share
+    yield from schedule_contradictions(share, "on_policy.share", 0.0, 1.0, max_steps)
+    if not isinstance(share, AdaptiveShare):
+        return
+    if validation_every is None:
         yield (
-            (f"{here}.share.adaptive", "validation.every"),
+            ("on_policy.share.adaptive", "validation.every"),
             "set without validation.every, and it rises at validations; give validation.every and held-out rows, or a number or schedule as share",
         )
-    if isinstance(settings.share, AdaptiveShare) and max(settings.share.adaptive.start, settings.teacher_writes) == 1:
+    if max(share.adaptive.start, settings.teacher_writes) == 1:
         yield (
-            (f"{here}.share.adaptive", f"{here}.teacher_writes"),
+            ("on_policy.share.adaptive", "on_policy.teacher_writes"),
             "set with nothing left to rise to: start or teacher_writes is 1; lower it, or give a number as share",
         )
-    yield from _sampling_contradictions(settings)
-    if settings.replay and settings.replay.ratio == 1:
-        yield (f"{here}.replay.ratio",), "found 1, at which no answer is drawn from the buffer; lower it, or leave replay out"
-    if settings.replay:
-        yield from schedule_contradictions(settings.replay.ratio, f"{here}.replay.ratio", 0.0, 1.0, max_steps)
-    if settings.replay and settings.share == 0:
-        yield (f"{here}.replay", f"{here}.share"), "set, but on_policy.share is 0, so the student writes nothing; leave it out"
-    if settings.engine != "local" and settings.share == 0 and not settings.teacher_writes:
-        yield (f"{here}.engine", f"{here}.share"), "set, but on_policy.share is 0, so the student writes nothing; leave it out"
-    if not writes(settings):
+
+
+def _replay_contradictions(settings: OnPolicy, max_steps: int | None) -> Found:
+    here = "on_policy.replay"
+    if not settings.replay:
         return
-    yield from _teacher_writes_contradictions(settings, teacher)
+    if settings.replay.ratio == 1:
+        yield (f"{here}.ratio",), "found 1, at which no answer is drawn from the buffer; lower it, or leave replay out"
+    yield from schedule_contradictions(settings.replay.ratio, f"{here}.ratio", 0.0, 1.0, max_steps)
+    if settings.share == 0:
+        yield (here, "on_policy.share"), _NOTHING_WRITTEN
+
+
+def _use_contradictions(settings: OnPolicy, kd_ratio, reads_inside: bool, teacher: Teachers, data: Data) -> Found:
+    """What makes written answers useless, or hides where their prompts end."""
     named, who = ("share", "student") if settings.share != 0 else ("teacher_writes", "teacher")
-    share, is_to = (f"{here}.{named}", here), f"the {who} is to write, but"
+    share, is_to = (f"on_policy.{named}", "on_policy"), f"the {who} is to write, but"
+    sources = with_setting_names(data.train, "data.train")
     if not as_tuple(teacher):
-        yield (
-            (*share, "teacher"),
-            f"{is_to} there is no teacher for what is written; give teacher.model, or set {named}: 0",
-        )
-    elif not learns:
+        yield (*share, "teacher"), f"{is_to} there is no teacher for what is written; give teacher.model, or set {named}: 0"
+    elif kd_ratio == 0 and not reads_inside:
         yield (
             (*share, "loss.kd_ratio"),
             f"{is_to} with loss.kd_ratio 0 the student learns nothing from that; raise kd_ratio, or set {named}: 0",
         )
+    elif sources and not reads_inside and not any(source.loss.kd for _, source in sources):
+        yield (*share, f"{sources[0][0]}.loss.kd"), f"{is_to} loss.kd of every source is 0, so the teacher has no say there"
     for path, one in with_setting_names(teacher, "teacher"):
         if one.cache:
             yield (
@@ -61,15 +82,16 @@ def on_policy_contradictions(
                 f"{is_to} {path} is a cache, which knows the data's answers alone; leave {path}.cache out, or set {named}: 0",
             )
     if data.streaming:
-        yield (
-            (*share, "data.streaming"),
-            f"{is_to} data.streaming is true, and prompts are taken from data in memory only",
-        )
+        yield (*share, "data.streaming"), f"{is_to} data.streaming is true, and prompts are taken from data in memory only"
     if data.train_on_input:
         yield (
             (*share, "data.train_on_input"),
             f"{is_to} with data.train_on_input prompts are not known from answers; set it to false, or {named}: 0",
         )
+
+
+def _prompt_contradictions(settings: OnPolicy, data: Data) -> Found:
+    here = "on_policy"
     if settings.max_new_tokens >= data.max_length:
         yield (
             (f"{here}.max_new_tokens", "data.max_length"),
@@ -77,11 +99,6 @@ def on_policy_contradictions(
             f"prompt within data.max_length ({data.max_length}); set it to {max(1, data.max_length // 2)}, say, or raise data.max_length",
         )
     sources = with_setting_names(data.train, "data.train")
-    if sources and not any(source.loss.kd for _, source in sources):
-        yield (
-            (*share, f"{sources[0][0]}.loss.kd"),
-            f"{is_to} loss.kd of every source is 0, so the teacher has no say there",
-        )
     texts = [path for path, source in sources if source.format == "text"]
     if texts and settings.prompt_tokens is None:
         yield (
@@ -96,9 +113,7 @@ def on_policy_contradictions(
         )
 
 
-def _teacher_writes_contradictions(
-    settings: OnPolicy, teacher: Teacher | tuple[Teacher, ...] | None
-) -> Iterator[tuple[tuple[str, ...], str]]:
+def _teacher_writes_contradictions(settings: OnPolicy, teacher: Teachers) -> Found:
     here = "on_policy.teacher_writes"
     if not settings.teacher_writes:
         return
@@ -119,15 +134,13 @@ def _teacher_writes_contradictions(
             )
 
 
-def long_horizon_contradictions(
-    settings: OnPolicy, loss, teacher: Teacher | tuple[Teacher, ...] | None, data: Data
-) -> Iterator[tuple[tuple[str, ...], str]]:
+def long_horizon_contradictions(settings: OnPolicy, loss, teacher: Teachers, data: Data) -> Found:
     """What cannot be together with on_policy.long_horizon. `loss`: the recipe's."""
     here = "on_policy.long_horizon"
     if settings.long_horizon is None:
         return
     if settings.share == 0:
-        yield (here, "on_policy.share"), "set, but on_policy.share is 0, so the student writes nothing; leave it out"
+        yield (here, "on_policy.share"), _NOTHING_WRITTEN
     if settings.replay:
         yield (
             (here, "on_policy.replay"),
@@ -180,7 +193,7 @@ def long_horizon_contradictions(
             yield (here, f"loss.{name}"), f"set with loss.{name}, which weighs the divergence alone; leave one of them out"
 
 
-def _sampling_contradictions(settings: OnPolicy) -> Iterator[tuple[tuple[str, ...], str]]:
+def _sampling_contradictions(settings: OnPolicy) -> Found:
     if settings.temperature != 0:
         return
     given = {"top_p": settings.top_p != 1, "top_k": settings.top_k is not None, "min_p": settings.min_p != 0}

@@ -13,7 +13,7 @@ from ..data.examples import Examples
 from ..rollouts.generate import Completion
 from ..rollouts.sampling import Sampling, uniform
 from ..rollouts.source import OnPolicySource
-from ..training.build import local_writer
+from ..training.writing import local_writer
 from .check import BUG, Check, Result, failed, not_asked, passed, warned
 from .setup import Setup
 from .weights import moved

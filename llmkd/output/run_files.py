@@ -31,7 +31,7 @@ def read_summary(folder: Path, fix: str) -> dict:
     files = found.get("files")
     stated = files.get(RECIPE) if isinstance(files, dict) else None
     if stated and recipe.is_file() and sha256_file(recipe) != stated and not recipe_is_changed(folder):
-        raise UserError(f"{path}: is of another run (it was written beside another {RECIPE}); {fix}")
+        raise UserError(f"{path}: is of another run (that had another {RECIPE}); {fix}")
     return found
 
 

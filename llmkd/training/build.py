@@ -31,9 +31,6 @@ from ..models.compile import compile_layers, configure_torch_compile
 from ..models.language_model import LanguageModel
 from ..models.load import LoadContext, load_models
 from ..output.run_folder import RunFolder
-from ..rollouts.generate import Mix, stops_of
-from ..rollouts.source import OnPolicySource
-from ..rollouts.writer import LocalWriter
 from ..signals import NO_TAPS, Taps, Teacher
 from ..teachers.connect import check_served, open_served
 from ..teachers.fidelity import measured_transform, sample_teacher_batches
@@ -55,6 +52,7 @@ from .parallel import REPLICATED, Replicated, shard_teachers, strategy_of
 from .prepare import Prepared, check_terms, micro_batch_size
 from .recipe_checks import refuse_long_warmup
 from .student_run import StudentRun
+from .writing import on_policy_source
 
 
 @dataclass(frozen=True)
@@ -125,16 +123,8 @@ def build_setup(
     source = prepared.source.for_rank(accelerator.process_index, accelerator.num_processes, device)
     own_text = None
     if prepared.prompts:
-        writer = local_writer(models[0], prepared, recipe.on_policy.batch_size)
-        ahead = recipe.on_policy.long_horizon
-        mix = Mix(teacher_models[0], ahead.teacher_mix) if ahead and ahead.teacher_mix else None
-        mixed = local_writer(models[0], prepared, recipe.on_policy.batch_size, mix)
-        by_teacher = local_writer(teacher_models[0], prepared, recipe.on_policy.batch_size) if recipe.on_policy.teacher_writes else None
-        source = OnPolicySource(source, prepared.prompts, mixed, recipe.on_policy, prepared.vocab, by_teacher)
-        if prepared.validation_prompts and prepared.validation_prompts.may.any():
-            held_out = prepared.validation, prepared.validation_prompts, recipe.on_policy.validation_prompts
-            own_text = OwnText.of(*held_out, writer, source.sampling)
-    engine = base and let_it_write(source, base, models[0], folders[0].path, writer.end_ids, prepared.vocab, accelerator, stop_asked)
+        source, own_text = on_policy_source(source, prepared, recipe.on_policy, models[0], teacher_models)
+    engine = base and let_it_write(source, base, models[0], folders[0].path, prepared.vocab, accelerator, stop_asked)
     if served:
         source.on_built, source.reads_while_training = functools.partial(expect_of, tuple(served.values())), True
     teachers_by_setting = {setting: model for (setting, _), model in zip(live, teacher_models, strict=True)}
@@ -171,11 +161,6 @@ def average_students(students: list[StudentRun], models: dict[str, LanguageModel
             average = Average(students[0].model, models[setting], one.ema)
             average.follow(students[0].state.optimizer)
             students[0].state.more = {f"teacher.{name}": weight for name, weight in average.weights.items()}
-
-
-def local_writer(model: LanguageModel, prepared: Prepared, batch_size: int, mix: Mix | None = None) -> LocalWriter:
-    """A model as a writer: its answers end where those of the data do, and where its own generation would. `mix`: another that has a say in them."""
-    return LocalWriter(model, {prepared.tokenizer.eos_token_id, *stops_of(model), *prepared.end_tokens}, batch_size, mix)
 
 
 def teacher_probe(prepared: Prepared, micro_batch_size: int, device, setting: str) -> list[Batch]:

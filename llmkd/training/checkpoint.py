@@ -22,7 +22,7 @@ from torch import Tensor
 from ..errors import UserError
 from ..files import Damaged, read_object, read_sealed, remove, remove_leftovers, sha256_file, write_folder, write_sealed
 from ..process.machine_errors import machine_error
-from .parts import part_of
+from .parts import sharded_like
 
 _STEP = re.compile(r"step-(\d+)")
 WEIGHTS, MOMENTS, STATE, MANIFEST = "student.safetensors", "optimizer.safetensors", "state.json", "manifest.json"
@@ -189,7 +189,7 @@ def load(saved: Saved, parameters: dict[str, Tensor], optimizer: torch.optim.Opt
         raise UserError(f"{saved.path} holds other weights than this recipe trains; resume with the recipe that wrote it")
     with torch.no_grad():
         for name, p in parameters.items():
-            p.copy_(part_of(weights[name], p))
+            p.copy_(sharded_like(weights[name], p))
     if optimizer is not None:
         state: dict[str, dict[str, Tensor]] = {}
         for name, value in load_file(saved.path / MOMENTS).items():
@@ -198,7 +198,7 @@ def load(saved: Saved, parameters: dict[str, Tensor], optimizer: torch.optim.Opt
         for name, p in parameters.items():
             if name in state:
                 optimizer.state[p] = {
-                    key: value.item() if value.dtype == torch.int64 else part_of(value, p) for key, value in state[name].items()
+                    key: value.item() if value.dtype == torch.int64 else sharded_like(value, p) for key, value in state[name].items()
                 }
 
 

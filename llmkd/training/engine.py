@@ -46,7 +46,6 @@ def let_it_write(
     base: ServedModel,
     student: LanguageModel,
     output_dir: Path,
-    end_ids: set[int],
     vocab: int,
     accelerator,
     stop_asked: Callable[[], bool],
@@ -55,7 +54,7 @@ def let_it_write(
     settings = source.settings.engine
     folder = Path(settings.adapters).expanduser() if settings.adapters else output_dir / "engine"
     adapter = PushedAdapter(_server(settings), student, folder, str(output_dir.absolute()))
-    writer = EngineWriter(settings, adapter, base, end_ids, vocab, accelerator, stop_asked, source.settings.batch_size)
+    writer = EngineWriter(settings, adapter, base, source.writer.end_ids, vocab, accelerator, stop_asked, source.settings.batch_size)
     source.writer, source.before_writing, source.at_end = writer, writer.start_step, writer.close
     return writer
 

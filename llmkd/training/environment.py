@@ -35,7 +35,7 @@ class Rule:
     allowed: tuple[str, ...] = ()
 
 
-_DATA_PARALLEL = "here processes share the batch, or shard models by FSDP2"
+_PARALLEL = "here processes share the batch, or shard models by FSDP2"
 _PLAIN_LAUNCH = "start with accelerate launch --multi_gpu, or leave the section out of Accelerate's config file"
 _SHARD = "use recipes/accelerate/gpus_8_fsdp2.yaml, or torchrun and train.shard: full"
 RULES = (
@@ -72,16 +72,16 @@ RULES = (
     Rule(
         ("ACCELERATE_USE_DEEPSPEED",),
         REFUSED,
-        f"{_DATA_PARALLEL}; DeepSpeed has backward pass, clipping and optimizer of its own",
+        f"{_PARALLEL}; DeepSpeed has backward pass, clipping and optimizer of its own",
         _SHARD,
         _OFF,
     ),
     Rule((ASKED,), REFUSED, "only llmkd train of a recipe shards models", _PLAIN_LAUNCH, _OFF),
-    Rule(("ACCELERATE_USE_MEGATRON_LM",), REFUSED, f"{_DATA_PARALLEL}; Megatron-LM has models and a loop of its own", _SHARD, _OFF),
+    Rule(("ACCELERATE_USE_MEGATRON_LM",), REFUSED, f"{_PARALLEL}; Megatron-LM has models and a loop of its own", _SHARD, _OFF),
     Rule(
         ("ACCELERATE_USE_PARALLELISM_CONFIG",),
         REFUSED,
-        f"{_DATA_PARALLEL}, so there is no tensor, context or sequence parallelism",
+        f"{_PARALLEL}, so there is no tensor, context or sequence parallelism",
         _PLAIN_LAUNCH,
         _OFF,
     ),

@@ -13,7 +13,7 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def part_of(value: Tensor, like: Tensor) -> Tensor:
+def sharded_like(value: Tensor, like: Tensor) -> Tensor:
     """Of a whole tensor the part that this process has of `like`, where the two have one shape; on its device."""
     value = value.to(like.device)
     if not hasattr(like, "full_tensor") or value.shape != like.shape:

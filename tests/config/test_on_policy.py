@@ -128,6 +128,12 @@ def test_a_share_of_0_takes_what_any_run_does(make_recipe):
         assert make_recipe(on_policy__share=0.0, **changes).on_policy.share == 0
 
 
+@pytest.mark.parametrize("changes", [{"loss__kd_ratio": 0.0}, {"data__train__loss__kd": 0.0}])
+def test_hidden_states_and_attention_teach_without_a_divergence(make_recipe, changes):
+    for reads in ("loss__features", "loss__attention"):
+        assert make_recipe(on_policy={}, **changes, **{reads: {"weight": 1.0}}).on_policy.share == 0.5
+
+
 def test_the_long_horizon_goes_with_the_reverse_kl(make_recipe):
     found = make_recipe(on_policy={"long_horizon": {}}, loss__divergence="reverse_kl").on_policy.long_horizon
     assert found.gamma == 0.95 and found.length_normalized

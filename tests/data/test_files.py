@@ -116,7 +116,7 @@ def test_a_file_of_another_format_is_named_once_with_the_setting_that_fits(refus
 
 @pytest.fixture(params=[1000, 20_000])
 def recursion_limit(request):
-    """The interpreter's own, which any library may raise: what is read does not depend on it."""
+    """The interpreter's own, which any library may raise. Reading does not depend on it."""
     before = sys.getrecursionlimit()
     sys.setrecursionlimit(request.param)
     yield
@@ -134,10 +134,12 @@ def test_what_is_nested_too_deeply_is_named(levels, refused, recursion_limit):
     assert refused(json.dumps({"messages": talk[1:], "tools": f"[{text}]"}), format="chat") == words
 
 
-def test_what_is_nested_a_little_less_is_read(read):
-    deep = json.loads('{"name": "f", "x": ' + '{"x": ' * 96 + "1" + "}" * 97)
+def test_a_hundred_levels_are_read_and_one_more_is_not(read, refused):
+    """The row, its list of tools, and 98 levels in a tool."""
     talk = [{"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}]
-    assert read(json.dumps({"messages": talk, "tools": [deep]}), format="chat")
+    tool = {"name": "f", "x": json.loads('{"x": ' * 97 + "1" + "}" * 97)}
+    assert read(json.dumps({"messages": talk, "tools": [tool]}), format="chat")
+    assert refused(json.dumps({"messages": talk, "tools": [{"name": "f", "x": tool["x"] | {"y": tool["x"]}}]}), format="chat")
 
 
 def test_half_a_surrogate_pair_in_tools_is_named(refused):

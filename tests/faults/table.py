@@ -259,7 +259,7 @@ FILES = [
         "rollouts/test_answer_file.py::test_what_cannot_be_gone_on_with_is_refused_and_left_as_it_is",
     ),
     Row(
-        "a file of answers with other rows than were written, or beside the record of another file",
+        "a file of answers with other rows than were written, or with the record of another file",
         "named",
         "training/test_rolled_data.py::test_a_file_with_other_rows_than_were_written_is_named",
     ),

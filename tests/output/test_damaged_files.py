@@ -201,7 +201,7 @@ def test_a_checkpoint_of_another_run_or_step_is_passed_over_by_a_whole_run(call,
 
 @pytest.mark.parametrize("command", ["finished", "best"])
 def test_the_summary_of_another_run_is_not_taken_for_this_ones(call, runs, tmp_path, command):
-    """One that is whole, and was written beside the same settings with another seed."""
+    """A whole one, of a run with the same settings and another seed."""
 
     def foreign(victim):
         other = tmp_path / "other.yaml"
@@ -212,7 +212,7 @@ def test_the_summary_of_another_run_is_not_taken_for_this_ones(call, runs, tmp_p
         write_sealed(victim / "summary.json", content)
 
     code, lines = call(command, foreign)
-    assert code == 2 and "summary.json: is of another run (it was written beside another recipe.yaml);" in lines[-1]
+    assert code == 2 and "summary.json: is of another run (that had another recipe.yaml);" in lines[-1]
 
 
 def test_the_list_of_another_sweep_is_not_taken_for_this_ones(call):

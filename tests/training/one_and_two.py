@@ -25,7 +25,7 @@ def assert_two_processes_are_one(trained, world: Path, folder: Path, changes: di
 
 
 def _flat(record: dict[str, Any]) -> dict[str, float]:
-    """A record with what groups of measurements hold beside what it holds itself."""
+    """A record with the measurements of its groups among its own."""
     groups = {name: value for name, value in record.items() if isinstance(value, dict)}
     return {k: v for k, v in record.items() if k not in groups} | {
         f"{name}.{k}": v for name, value in groups.items() for k, v in value.items()

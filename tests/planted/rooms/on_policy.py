@@ -267,4 +267,28 @@ FAULTS = [
         ("said-again", "a warning is repeated", "self.said |= seen.keys()", "pass", STATISTICS),
         ("drift-by-a-token", "a token more is a drift", "abs(length - self.first) >= LEAST and", "", STATISTICS),
     ),
+    *in_file(
+        "llmkd/training/writing.py",
+        (
+            "student-for-teacher",
+            "the student writes the teacher's part",
+            "local_writer(teachers[0], prepared, size) if",
+            "local_writer(student, prepared, size) if",
+            "training/test_writing.py",
+        ),
+        (
+            "validated-as-mixed",
+            "the teacher is mixed into the text of a validation",
+            "    alone = local_writer(student, prepared, size)",
+            "    alone = written.writer",
+            "training/test_writing.py",
+        ),
+        (
+            "mixed-with-itself",
+            "the student is mixed with itself",
+            "Mix(teachers[0], ahead.teacher_mix)",
+            "Mix(student, ahead.teacher_mix)",
+            "training/test_writing.py",
+        ),
+    ),
 ]

@@ -64,8 +64,8 @@ FAULTS = [
         (
             "steps-counted-anew",
             "a resumed optimizer's bias correction begins anew",
-            "value.item() if value.dtype == torch.int64 else part_of(value, p)",
-            'value.item() if value.dtype == torch.int64 else part_of(value, p) * (key != "step")',
+            "value.item() if value.dtype == torch.int64 else sharded_like(value, p)",
+            'value.item() if value.dtype == torch.int64 else sharded_like(value, p) * (key != "step")',
             RESUME,
         ),
         (
