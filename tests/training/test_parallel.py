@@ -102,7 +102,9 @@ def runs(world, tmp_path_factory) -> tuple[Path, Path]:
     for name in RUNS:
         run(loader.load_recipe(one / "r.yaml", loader.parse_overrides(words(world, one, name)[2:])))
     resumed = [begun(world, one / name, two / f"resumed_{name}_{shard}", shard) for name in ("lora", "tied") for shard in ("full", "none")]
-    done = launch(2, train_and_weigh, [*(words(world, two, name) for name in RUNS), *resumed], str(two))
+    done = launch(
+        2, train_and_weigh, [*(words(world, two, name) for name in RUNS), *resumed], str(two), limit=180
+    )  # one that waits for ever is ended
     assert done.returncode == 0 and done.stderr.count("resuming after step 2 of 5") == len(resumed), done.stderr[-3000:]
     return one, two
 

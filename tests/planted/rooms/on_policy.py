@@ -270,7 +270,7 @@ FAULTS = [
     *in_file(
         "llmkd/training/writing.py",
         (
-            "student-for-teacher",
+            "writer-of-the-teachers-part",
             "the student writes the teacher's part",
             "local_writer(teachers[0], prepared, size) if",
             "local_writer(student, prepared, size) if",
