@@ -263,13 +263,19 @@ def compare(options: argparse.Namespace, overrides: dict) -> dict:
 
 
 def report(options: argparse.Namespace, overrides: dict) -> dict:
-    (folder,) = _places(options, "report", "the folder of a sweep", "llmkd report SWEEP_FOLDER")
+    (folder,) = map(Path, _places(options, "report", "the folder of a sweep or a run", "llmkd report FOLDER"))
+    from llmkd_eval.report import run_report
     from llmkd_eval.report.write import read_report, write
 
-    found = read_report(Path(folder))
-    for path in write(found):
+    if run_report.is_run(folder):
+        run = run_report.read_run(folder)
+        paths, numbers = run_report.write(run), run_report.numbers(run)
+    else:
+        found = read_report(folder)
+        paths, numbers = write(found), found.numbers()
+    for path in paths:
         print(path)
-    return found.numbers()
+    return numbers
 
 
 def recipes(options: argparse.Namespace, overrides: dict) -> dict:

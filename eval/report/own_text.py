@@ -1,4 +1,4 @@
-"""What the students of a sweep have written themselves: its length, end and entropy over the steps, what it cost, and some of it to be read."""
+"""What the students of a sweep, or that of a run, have written themselves: its length, end and entropy over the steps, what it cost, and some of it to be read."""
 
 from llmkd.output.metrics import seconds_of
 from llmkd.output.samples import in_training, read_samples
@@ -46,7 +46,7 @@ def own_text(sweep: SweepFolder, colours: dict[str, int]) -> list:
         for name, (title, unit) in names.items()
     ]
     out: list = [
-        Heading("What the students write", "own-text"),
+        Heading("What the students write" if len(sweep.runs) > 1 else "What the student writes", "own-text"),
         Para(
             "On-policy runs. In training: the answers that were trained on, as they came. Held out: answers to the same held-out prompts at every validation.",
             "small",
@@ -62,18 +62,20 @@ def _time(arms: list[Arm]) -> list:
     per_step, rows = {}, []
     for arm in arms:
         spent = [(seconds_of(run.records), run) for run in arm.runs]
-        each = [(one["writing"], one["training"], max(1, run.records[-1]["step"])) for one, run in spent if one]
-        writing, training = (sum(one[i] for one in each) / len(each) for i in (0, 1))
-        per_step[arm.name] = [sum(one[i] / one[2] for one in each) / len(each) for i in (0, 1)]
+        each = [
+            (one["writing"], one["teacher"], one["training"] - one["teacher"], max(1, run.records[-1]["step"])) for one, run in spent if one
+        ]
+        writing, teacher, student = (sum(one[i] for one in each) / len(each) for i in range(3))
+        per_step[arm.name] = [sum(one[i] / one[3] for one in each) / len(each) for i in range(3)]
         tokens = sum(r["written"] * r["written_length"] for run in arm.runs for r in run.records if "written_length" in r)
         speed = tokens / max(1e-9, sum(one[0] for one in each))
-        share = writing / max(1e-9, writing + training)
-        rows.append([Span(arm.name), f"{writing:,.1f}", f"{training:,.1f}", f"{share:.0%}", f"{speed:,.0f}"])
-    picture = stacked(
-        "own-time", "Time of a step", "seconds per step; after each bar the share of writing", ["writing", "training"], per_step
-    )
-    table = Table(["arm", "seconds of writing", "of training", "share of writing", "tokens written per second"], rows)
-    return [Heading("Time"), Gallery([Chart("own-time", "Time of a step", picture)]), table]
+        share = writing / max(1e-9, writing + teacher + student)
+        rows.append([Span(arm.name), f"{writing:,.1f}", f"{teacher:,.1f}", f"{student:,.1f}", f"{share:.0%}", f"{speed:,.0f}"])
+    title, parts = "seconds per step; after each bar the share of writing", ["writing", "teacher", "student's training"]
+    picture = stacked("own-time", "Time of a step", title, parts, per_step)
+    head = ["arm", "seconds of writing", "of the teacher", "of the student's training", "share of writing", "tokens written per second"]
+    note = "The teacher's seconds are those of its body; its head is computed with the loss, and counts as the student's training."
+    return [Heading("Time"), Gallery([Chart("own-time", "Time of a step", picture)]), Table(head, rows), Para(note, "small")]
 
 
 def _texts(sweep: SweepFolder) -> list:

@@ -23,13 +23,10 @@ def what_was_run(sweep: SweepFolder) -> list:
         ("arms", f"{len(sweep.arms)}, {len(sweep.runs)} runs: " + ", ".join(f"{n} {status}" for status, n in counts.items())),
         ("baseline", Span(sweep.baseline)),
     ]
-    shown = ("student.model", "student.method", "student.lora.rank", "teacher.model", "data.train.path", "data.validation.path",
-             "loss.divergence", "loss.kd_ratio", "optim.lr", "train.batch_size", "train.epochs", "train.max_steps", "seed")  # fmt: skip
-    told += [(key, Span(value_text(sweep.base[key]))) for key in shown if sweep.base.get(key) is not None]
-    out: list = [Heading("What was run", "run"), Table(["", ""], [[name, value or "not recorded"] for name, value in told], left=2)]
+    shown, every = settings_of(sweep.base)
+    out: list = [Heading("What was run", "run"), Table(["", ""], [[name, value or "not recorded"] for name, value in told] + shown, left=2)]
     if sweep.base:
-        rows: list[list[Text]] = [[Span(key), Span(value_text(value))] for key, value in sweep.base.items()]
-        out.append(Fold("Every setting of the base recipe", [Table(["setting", "value"], rows, left=2)]))
+        out.append(every)
     else:
         out.append(Para("The base recipe is not recorded yet: the sweep stopped before its first arm.", "small"))
     stages = data.get("stages") or {}
@@ -41,6 +38,15 @@ def what_was_run(sweep: SweepFolder) -> list:
     out += [Heading("Arms, as differences to the base recipe")]
     out.append(Table(["arm", "differs in", "seeds", "status"], [_arm(sweep, arm) for arm in sweep.arms.values()], left=4))
     return out + _unfinished(sweep) + _worsened(sweep)
+
+
+def settings_of(base: dict) -> tuple[list[list[Text]], Fold]:
+    """The settings of a recipe that say most, as rows of a table, and all of them, folded."""
+    shown = ("student.model", "student.method", "student.lora.rank", "teacher.model", "data.train.path", "data.validation.path",
+             "loss.divergence", "loss.kd_ratio", "optim.lr", "train.batch_size", "train.epochs", "train.max_steps", "seed")  # fmt: skip
+    told: list[list[Text]] = [[key, Span(value_text(base[key]))] for key in shown if base.get(key) is not None]
+    rows: list[list[Text]] = [[Span(key), Span(value_text(value))] for key, value in base.items()]
+    return told, Fold("Every setting of the recipe", [Table(["setting", "value"], rows, left=2)])
 
 
 def _stage(sweep: SweepFolder, name: str, stage: dict) -> list[Text]:

@@ -52,19 +52,23 @@ def read_report(folder: Path) -> Report:
 def write(report: Report) -> tuple[Path, Path]:
     """Write report.html and report.md into the sweep's folder, and print the best arms."""
     sweep, rows = report.sweep, report.rows
-    blocks_ = document(sweep, rows, report.notes)
-    heading = f"Report of the sweep {sweep.path.resolve().name}"
-    foot = f"Written by llmkd {__version__} from the files of this folder; llmkd report writes it again."
-    page, text = sweep.path / "report.html", sweep.path / "report.md"
-    remove_leftovers(sweep.path, "report.*")
-    write_atomic(page, as_html(heading, blocks_, foot))
-    write_atomic(text, as_markdown(heading, blocks_, foot, page.name))
+    written = write_pages(sweep.path, f"Report of the sweep {sweep.path.resolve().name}", document(sweep, rows, report.notes))
     for note in report.notes[:NOTES]:
         info(f"note: {note}")
     if len(report.notes) > NOTES:
         info(f"{count(len(report.notes) - NOTES, 'more note')} at the end of the report")
     for one in find_best(sweep, rows):
         info(as_plain(best_sentence(sweep, one)))
+    return written
+
+
+def write_pages(folder: Path, heading: str, document: list) -> tuple[Path, Path]:
+    """report.html and report.md of a folder."""
+    foot = f"Written by llmkd {__version__} from the files of this folder; llmkd report writes it again."
+    page, text = folder / "report.html", folder / "report.md"
+    remove_leftovers(folder, "report.*")
+    write_atomic(page, as_html(heading, document, foot))
+    write_atomic(text, as_markdown(heading, document, foot, page.name))
     return page, text
 
 

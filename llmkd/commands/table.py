@@ -291,13 +291,13 @@ COMMANDS = (
     ),
     Command(
         "report",
-        "Write report.html and report.md of a sweep",
-        "SWEEP_FOLDER [--json FILE]",
+        "Write report.html and report.md of a sweep or a run",
+        "FOLDER [--json FILE]",
         "Write report.html and report.md of a sweep, finished or not: the runs, learning curves, comparisons, maps over settings, cost.\n"
-        "Prints the two paths.",
+        "Of a single run: its settings, curves, held-out metrics, and what its student has written. Prints the two paths.",
         "llmkd report runs/ablation",
         (_JSON,),
-        places=("SWEEP_FOLDER", "the sweep's output_dir"),
+        places=("FOLDER", "the output_dir of a sweep or a run"),
     ),
     Command(
         "recipes",

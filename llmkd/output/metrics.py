@@ -13,7 +13,10 @@ from ..files import append, read_jsonl, write_atomic
 from .trackers import Trackers
 
 #: What a training step's record holds beside the loss's terms.
-_BESIDE_TERMS = ("step", "epoch", "lr", "grad_norm", "targets", "targets_per_s", "training_seconds", "peak_memory", *SCHEDULED)
+_BESIDE_TERMS = (
+    *("step", "epoch", "lr", "grad_norm", "targets", "targets_per_s", "training_seconds", "teacher_seconds", "peak_memory"),
+    *SCHEDULED,
+)
 
 
 #: The part of the loss whose weights say how much a held-out example counts in a metric; in the others all count alike.
@@ -115,9 +118,11 @@ def terms(record: dict) -> dict[str, float]:
 
 
 def seconds_of(records: list[dict]) -> dict[str, float]:
-    """The seconds that an on-policy run has spent writing and training, as its records have them; empty for other runs."""
-    found = [(writing_seconds(r), r["training_seconds"]) for r in records if "training_seconds" in r]
-    return {"writing": round(sum(w for w, _ in found), 3), "training": round(sum(t for _, t in found), 3)} if found else {}
+    """The seconds that an on-policy run has spent writing and training, as its records have them, and those of training that were the
+    teacher's; empty for other runs."""
+    found = [{"writing": writing_seconds(r)} | {name: r.get(f"{name}_seconds", 0.0) for name in ("training", "teacher")} for r in records]
+    found = [one for one, record in zip(found, records, strict=True) if "training_seconds" in record]
+    return {name: round(sum(one[name] for one in found), 3) for name in found[0]} if found else {}
 
 
 def writing_seconds(values: dict[str, float]) -> float:

@@ -11,7 +11,7 @@ _COLOURS = {"loss": "#333333", "ce": "#1f6fb4", "kd": "#d1495b"}  # others take 
 
 
 def plot_losses(folder: Path) -> None:
-    """loss.png from metrics.jsonl: the loss and its terms, and below them the validation metrics."""
+    """loss.png from metrics.jsonl: the loss and its terms, and below them the validation metrics, and what the student has written."""
     import matplotlib
 
     matplotlib.use("agg")
@@ -22,7 +22,8 @@ def plot_losses(folder: Path) -> None:
     steps = [r for r in records if "loss" in r]
     held_out = [r for r in records if "validation" in r]
     kl = [r for r in held_out if "forward_kl" in r["validation"]]
-    panels = 1 + bool(held_out) + bool(kl)
+    written = [r for r in steps if "written_length" in r]
+    panels = 1 + bool(held_out) + bool(kl) + bool(written)
     figure, axes = plt.subplots(panels, 1, figsize=(7, 2.6 * panels), sharex=True, layout="constrained", squeeze=False)
     for n, name in enumerate(dict.fromkeys(name for r in steps for name in metrics.terms(r))):
         xs, ys = zip(*((r["step"], r[name]) for r in steps if name in r), strict=True)
@@ -34,8 +35,11 @@ def plot_losses(folder: Path) -> None:
         _lines(axes[1, 0], held_out, (("ce", "student CE", "#1f6fb4"), ("teacher_ce", "teacher CE", "#888888")))
         axes[1, 0].set_ylabel("held-out CE, nats")
     if kl:
-        _lines(axes[2, 0], kl, (("forward_kl", "forward KL", "#d1495b"), ("reverse_kl", "reverse KL", "#8d5a97")))
+        own = (("own_forward_kl", "forward KL, own text", "#e8a5ad"), ("own_reverse_kl", "reverse KL, own text", "#c3a6c9"))
+        _lines(axes[2, 0], kl, (("forward_kl", "forward KL", "#d1495b"), ("reverse_kl", "reverse KL", "#8d5a97"), *own))
         axes[2, 0].set_ylabel("held-out KL, nats")
+    if written:
+        _answers(axes[-1, 0], written)
     axes[-1, 0].set_xlabel("optimizer step")
     axes[-1, 0].xaxis.set_major_locator(MaxNLocator(integer=True))
     for axis in axes[:, 0]:
@@ -47,6 +51,19 @@ def plot_losses(folder: Path) -> None:
     figure.savefig(drawn, format="png", dpi=130)
     plt.close(figure)
     write_atomic(folder / "loss.png", drawn.getvalue())
+
+
+def _answers(axis, records: list[dict]) -> None:
+    """The length of the answers that were trained on, and the share of them that ended by itself."""
+    share = axis.twinx()
+    shown = ((axis, "written_length", "length", "#2a9d8f"), (share, "written_finished", "ended by itself", "#888888"))
+    for place, name, label, colour in shown:
+        ys = moving_average([r[name] for r in records])
+        axis.plot([], [], color=colour, label=label)
+        place.plot([r["step"] for r in records], ys, color=colour, linewidth=1.6)
+    axis.set_ylabel("answers, tokens")
+    axis.set_ylim(bottom=0)
+    share.set(ylabel="share ended", ylim=(-0.03, 1.03))
 
 
 def _lines(axis, records: list[dict], series) -> None:

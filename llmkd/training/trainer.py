@@ -19,6 +19,7 @@ from ..output import metrics
 from ..output.progress import ProgressDisplay
 from ..signals import Teacher
 from ..teachers.fidelity import sample_examples
+from ..teachers.timed import TimedTeacher
 from .auto_batch import AutoBatchSize
 from .build import TrainingSetup
 from .loop import StepHooks, StudentState, no_retry, train, unwrap
@@ -48,6 +49,7 @@ class Trainer:
         self.own_text = setup.own_text
         pad, size = self.prepared.tokenizer.eos_token_id, settings.validation.micro_batch_size
         self.evaluator = Evaluator(accelerator, pad, size, stop)
+        self.timed: TimedTeacher | None = None
         self.display = ProgressDisplay(self.source.total_steps, self.done, self.main)
         for student in self.students:
             student.open_metrics(self.done, self.display.info)
@@ -82,8 +84,9 @@ class Trainer:
             states = [student.state for student in self.students]
             teacher = self.teacher if any(unwrap(state).needs_teacher for state in states) else None
             retry = self.auto_batch(states, teacher) if settings.train.micro_batch_tokens == "auto" and self.done < total else no_retry
+            self.timed = TimedTeacher(teacher, self.accelerator.device) if teacher else None
             hooks = StepHooks(lambda: self.stop() or self.watch.changed() is not None, retry, self.is_read)
-            with contextlib.closing(train(self.source, states, teacher, self.accelerator, self.done, hooks)) as steps:
+            with contextlib.closing(train(self.source, states, self.timed, self.accelerator, self.done, hooks)) as steps:
                 for progress in steps:
                     step, last = progress.step, progress.step == total
                     for k, error in progress.failures.items():
@@ -144,7 +147,8 @@ class Trainer:
         measured = self.source.measured()
         writing = metrics.writing_seconds(measured)
         speed = self.display.speed(writing)
-        measured |= {"training_seconds": round(self.display.seconds, 3)} if measured else {}
+        of_teacher = self.timed.seconds() if self.timed else 0.0
+        measured |= {"training_seconds": round(self.display.seconds, 3), "teacher_seconds": round(of_teacher, 3)} if measured else {}
         going = [k for k in progress.terms if not self.students[k].failure]
         rates = {k: self.students[k].state.learning_rate(progress.step) for k in going}
         for k in going if self.main else ():

@@ -4,6 +4,7 @@ import json
 
 import pytest
 from llmkd_eval.report import sweep_charts
+from matplotlib import pyplot
 
 from llmkd.output.plots import moving_average, plot_losses
 
@@ -37,3 +38,17 @@ def test_a_picture_of_a_run_that_has_just_begun(tmp_path):
     (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
     plot_losses(tmp_path)
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_what_a_student_has_written_is_drawn_below(tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(pyplot, "close", figures.append)
+    steps = [{"step": n, "loss": 3.0, "written_length": 4.0 + n, "written_finished": n / 4, "teacher_seconds": 9.0} for n in (1, 2, 3)]
+    own = {"step": 3, "validation": {"ce": 3.0, "forward_kl": 0.5, "own_reverse_kl": 0.7}}
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(record) + "\n" for record in [*steps, own]))
+    plot_losses(tmp_path)
+    drawn = [[(one.get_label(), *one.get_data()) for one in axis.lines] for axis in figures[0].axes]
+    assert [label for label, *_ in drawn[0] if not label.startswith("_")] == ["loss"]
+    assert drawn[2][-1] == ("reverse KL, own text", (3,), (0.7,))
+    values = {axis.get_ylabel(): [float(y) for one in axis.lines for y in one.get_ydata()] for axis in figures[0].axes[3:]}
+    assert values == {"answers, tokens": [5.0, 6.0, 7.0], "share ended": [0.25, 0.5, 0.75]}

@@ -25,6 +25,7 @@ def test_the_metrics_are_those_of_the_text_that_the_student_writes(trained, make
     without = trained("without", **SETTINGS, **held | {"on_policy__validation_prompts": 0})
     assert distance(with_text, without) == 0
     recorded = [json.loads(line) for line in (tmp_path / "with" / "metrics.jsonl").read_text().splitlines()]
+    assert all(0 < one["teacher_seconds"] < one["training_seconds"] for one in recorded if "loss" in one)
     first, last = (record["validation"] for record in recorded if "validation" in record)
     assert first != last and not any(k.startswith("own") for k in (tmp_path / "without" / "metrics.jsonl").read_text().split('"'))
 

@@ -17,6 +17,26 @@ AVERAGE = "training/test_average_teacher.py"
 
 FAULTS = [
     *in_file(
+        "llmkd/teachers/timed.py",
+        (
+            "teacher-timed-again",
+            "the teacher's seconds add up from record to record",
+            "calls, self.calls = self.calls, []",
+            "calls = self.calls",
+            "teachers/test_timed.py::test_the_seconds_of_the_calls_since_the_last_time",
+        ),
+    ),
+    *in_file(
+        "eval/report/own_text.py",
+        (
+            "teacher-counted-twice",
+            "the teacher's seconds stand in the student's, too",
+            'one["training"] - one["teacher"]',
+            'one["training"]',
+            "eval/test_report_own_text.py::test_a_run_alone_has_the_same_section_between_its_curves_and_its_held_out_metrics",
+        ),
+    ),
+    *in_file(
         "llmkd/models/average.py",
         (
             "updated-when-skipped",
