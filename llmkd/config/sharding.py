@@ -20,7 +20,7 @@ def sharded_teacher(train, teacher) -> bool:
 
 def sharding_contradictions(recipe) -> Iterator[tuple[tuple[str, ...], str]]:
     """Settings that do not go with a sharded student or teacher, in the form of `contradictions.contradictions`."""
-    train, student, loss = recipe.train, recipe.student, recipe.loss
+    train, student = recipe.train, recipe.student
     loaded = [(path, one) for path, one in with_setting_names(recipe.teacher, "teacher") if one.model_path and not one.cache]
     teachers = [(path, one) for path, one in loaded if sharded_teacher(train, one)]
     for path, one in with_setting_names(recipe.teacher, "teacher"):
@@ -47,8 +47,6 @@ def sharding_contradictions(recipe) -> Iterator[tuple[tuple[str, ...], str]]:
             "the processes would measure different sizes, and wait",
         ),
         ("on_policy", recipe.on_policy and "settings", "the processes write different numbers of tokens, and would wait for each other"),
-        ("loss.features", loss.features and "settings", "its maps are not shared between the processes"),
-        ("loss.attention", loss.attention and "settings", "it reads inside layers that are sharded"),
     ]
     own = [
         *(

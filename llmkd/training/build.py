@@ -313,8 +313,9 @@ def build_student(
     for term in more:
         if (name := f"{term.names[0]}.weight") in settings:
             term.follow(settings[name], total_steps, loss.normalize)
-    terms = [*build_terms(loss, chunk_size, total_steps, divergences), *more]
-    distiller = Distiller(student, [term.to(accelerator.device) for term in terms])
+    terms = [term.to(accelerator.device) for term in (*build_terms(loss, chunk_size, total_steps, divergences), *more)]
+    strategy.hold_terms(terms)
+    distiller = Distiller(student, terms)
     parameters = distiller.trainable()
     optimizer = optimizers.build(optim, parameters, distiller.own_rates())
     if student.capabilities.parameters_without_gradient and accelerator.num_processes > 1:

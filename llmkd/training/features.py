@@ -25,6 +25,7 @@ from ..models.language_model import LanguageModel
 from ..models.startup_checks import layer_widths
 from ..signals import Teacher
 from .layer_pairs import LEAST_PER_DIMENSION, is_computed, refuse_features
+from .parts import sharded_like
 
 #: Targets on which maps are computed: at least so many, and so many for each dimension of the student's states; and half as many to measure the rest.
 _TARGETS, _PER_DIMENSION = 1024, 8
@@ -83,7 +84,7 @@ def start_features(
 
     samples   batches of training examples to compute maps and scales on, and others to measure that share on
     """
-    scales, maps = _fitted(term, student, teacher, samples[0])
+    scales, maps = _agreed(*_fitted(term, student, teacher, samples[0]), term.scales.device)
     for n, ((s, t), size) in enumerate(zip(term.pairs, scales, strict=True)):
         if not 0 < size < math.inf:
             what = "are the same at every target" if size == 0 else "are not finite"
@@ -92,13 +93,9 @@ def start_features(
             term.scales[n] = size
         if maps and is_computed(features):
             with torch.no_grad():
-                term.maps[n].weight.copy_(maps[n][0])
-                term.maps[n].bias.copy_(maps[n][1])
-    shares = _left(term, student, teacher, samples[1], maps) if maps or not term.maps else {}
-    if torch.distributed.is_initialized():  # to the last bit, whatever the ranks run on
-        for tensor in (term.scales, *term.parameters()):
-            torch.distributed.broadcast(tensor.detach(), 0)
-    return shares
+                for held, value in zip((term.maps[n].weight, term.maps[n].bias), maps[n], strict=True):
+                    held.copy_(sharded_like(value, held))
+    return _left(term, student, teacher, samples[1], maps) if maps or not term.maps else {}
 
 
 def report_shares(features: Features, shares: dict[str, float], targets: int) -> None:
@@ -152,6 +149,16 @@ def _fitted(
                 fits[n].add(x_ND, y_NE)
     scales = [one.value if ok else math.nan for one, ok in zip(spreads, finite, strict=True)]
     return scales, [fits.pop(0).map() for _ in term.pairs] if fits and all(map(math.isfinite, scales)) else []
+
+
+def _agreed(scales: list[float], maps: list[tuple[Tensor, Tensor]], device) -> tuple[list[float], list[tuple[Tensor, Tensor]]]:
+    """The first process's, so that all have the same to the last bit, whatever they run on."""
+    if not torch.distributed.is_initialized():
+        return scales, maps
+    found = [torch.tensor(scales, dtype=torch.float64, device=device), *(one.contiguous() for pair in maps for one in pair)]
+    for tensor in found:
+        torch.distributed.broadcast(tensor, 0)
+    return found[0].tolist(), list(zip(found[1::2], found[2::2], strict=True))
 
 
 def _left(

@@ -38,6 +38,9 @@ class Replicated:
     def hold(self, students: Iterable[LanguageModel]) -> None:
         """Take the students as they were loaded. To be called before their parameters are asked for."""
 
+    def hold_terms(self, terms: Iterable[nn.Module]) -> None:
+        """Take a student's loss terms, some of which have parameters. To be called before these are asked for."""
+
     def wrap(self, distiller: nn.Module, accelerator) -> nn.Module:
         return accelerator.prepare_model(distiller)
 
@@ -76,11 +79,23 @@ class Sharded(Replicated):
             self._outlines[id(student)] = _outline(student)
             shard(student, self.mesh, "train.shard")
 
+    def hold_terms(self, terms: Iterable[nn.Module]) -> None:
+        from torch.distributed.fsdp import fully_shard
+
+        for term in terms:
+            for module in term.modules():
+                if list(module.parameters(recurse=False)):
+                    fully_shard(module, mesh=self.mesh, reshard_after_forward=True)
+
     def wrap(self, distiller: nn.Module, accelerator) -> nn.Module:
         return distiller
 
     def exchanging(self, distiller: nn.Module, accelerator, now: bool) -> contextlib.AbstractContextManager:
-        _resharded(distiller.student).set_requires_gradient_sync(now)
+        from torch.distributed.fsdp import FSDPModule
+
+        for one in (_resharded(distiller.student), *distiller.terms.modules()):
+            if isinstance(one, FSDPModule):
+                one.set_requires_gradient_sync(now)
         return contextlib.nullcontext()
 
     def snapshot(self, state: "StudentState", first: bool) -> Snapshot | None:

@@ -23,16 +23,33 @@ TOKENS = {"data.packing": True, "train.micro_batch_size": None, "train.micro_bat
 #: A validation comes before the checkpoint of its step, and leaves embeddings and head gathered.
 SAVED = {"checkpoint.every": 2, "checkpoint.keep": 9, "validation.every": 2, "data.validation.path": "held.jsonl"}
 #: Each with its settings: every kind of sharded student, and what cuts steps, layers and teachers in another way.
+RELATIONS = {"what": "relations", "relation_heads": 2, "layers": "last"}
 RUNS = {
-    "lora": {"train.micro_batch_size": 3, **SAVED},
-    "tied": {"student.model": "tied", "student.method": "full", **TOKENS, **SAVED, "teacher.shard": "none"},
-    "alone": {"student.model": "tied", "train.batch_size": 1, "train.max_steps": 3},  # a process never has an example
+    "lora": {"train.micro_batch_size": 3, **SAVED, "loss.features": {"layers": [[0, 1], [2, 2]]}, "loss.attention": RELATIONS},
+    "tied": {
+        "student.model": "tied",
+        "student.method": "full",
+        **TOKENS,
+        **SAVED,
+        "teacher.shard": "none",
+        "loss.attention": {"heads": "mean"},
+    },
+    "alone": {  # a process never has an example
+        "student.model": "tied",
+        "train.batch_size": 1,
+        "train.max_steps": 3,
+        "loss.features": {"init": "xavier"},
+        "loss.attention": {"heads": "mean"},
+    },
     "more": {
         "student.lora.dora": True,
         "student.lora.target_modules": ["q_proj", "down_proj", "lm_head"],
         "student.lora.modules_to_save": ["norm"],
         "student.gradient_checkpointing": True,
         "teacher": [{"model": "adapter", "merge_adapter": True}, {"model": "stranger"}],
+        "loss.keep": {"share": 0.5, "by": "divergence"},  # weights that the models' outputs tell, by a pass more
+        "loss.normalize": "weights",
+        "loss.target_weights": {"by": "divergence", "power": 0.5, "terms": ["ce", "kd"]},
     },
     "unsharded": {"train.shard": "none", "teacher.shard": "full", "student.method": "full"},
 }
@@ -167,16 +184,16 @@ def test_each_process_holds_its_rows_and_no_more(world, runs):
         assert found["tied"] == part(student) | {"moments": 2 * sum(part(student).values()), "teacher": every}
         bytes_of = {key: value.nbytes for key, value in whole.items()}
         assert found["unsharded"] == bytes_of | {"moments": 2 * sum(bytes_of.values()), "teacher": sum(part(teacher).values())}
-        adapter = load_file(one / "lora/adapter/adapter_model.safetensors")
-        assert found["lora"]["moments"] == 2 * sum(part(adapter).values())
+        trained = load_file(
+            one / "lora/checkpoints/step-4/student.safetensors"
+        )  # the adapter and the maps of hidden states, and their scales
+        assert found["lora"]["moments"] == 2 * sum(size for name, size in part(trained).items() if not name.endswith(".scales"))
 
 
 REFUSED = {
     "train.compile": True,
     "train.micro_batch_tokens": "auto",
     "on_policy": {"share": 0.5},
-    "loss.features": {},
-    "loss.attention": {},
     "validation.samples": 2,
     "student.quantization": {"type": "nf4"},
     "optim.name": "adamw_8bit",

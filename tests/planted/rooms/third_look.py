@@ -217,8 +217,8 @@ FAULTS = [
         (
             "bias-left-out-of-the-start",
             "a map starts without its bias",
-            "term.maps[n].bias.copy_(maps[n][1])",
-            "term.maps[n].bias.zero_()",
+            "held.copy_(sharded_like(value, held))",
+            "held.copy_(sharded_like(value * (held.ndim > 1), held))",
             FEATURES,
         ),
         ("scale-always", "scale: none is not heeded", 'if features.scale == "teacher_variance":', "if True:", FEATURES),

@@ -26,6 +26,13 @@ FAULTS = [
             PARALLEL,
         ),
         (
+            "maps-never-exchanged",
+            "the gradients of maps of hidden states stay with the processes of a sharded student",
+            "                    fully_shard(module, mesh=self.mesh, reshard_after_forward=True)",
+            "                    pass",
+            PARALLEL,
+        ),
+        (
             "moments-of-gathered-weights",
             "a checkpoint after a validation lacks the optimizer's state of embeddings and head",
             "        _resharded(state.distiller.student)\n        gathered",
