@@ -95,6 +95,7 @@ class View:
     inputs: dict[str, Tensor]  # keyword arguments of the model, each [B, T]
     rows_N: Tensor  # positions in the flattened [B * T] that predict the targets, each once
     packed: PackedLayout | None = None  # how examples lie in a packed row
+    keys: Tensor | None = None  # [B, T] int32, of each position: what its dropout follows from (`models/dropout.py`)
 
     @property
     def spans(self) -> list[Span]:
@@ -103,7 +104,8 @@ class View:
         return self.packed.spans if self.packed else [Span(0, 0, b * T, T) for b in range(B)]
 
     def each(self, change: Callable[[Tensor], Tensor]) -> "View":
-        return View({k: change(v) for k, v in self.inputs.items()}, change(self.rows_N), self.packed and self.packed.each(change))
+        inputs, keys = {k: change(v) for k, v in self.inputs.items()}, None if self.keys is None else change(self.keys)
+        return View(inputs, change(self.rows_N), self.packed and self.packed.each(change), keys)
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,7 @@
 """From last hidden states to logits: everything that a model family does there is in this file and nowhere else."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
@@ -15,15 +17,20 @@ class Head:
     vocab      V, the tokenizer's size; padding columns past it are cut
     scale      factor of the logits (Cohere's logit_scale, 1 / Granite's logits_scaling, ...)
     softcap    logits become softcap * tanh(logits / softcap) (Gemma 2, arXiv:2408.00118, section 2)
+
+    `choose` is told before and after an adapter on the head computes which of the view's rows it does, and None.
     """
+
+    choose: Callable[[slice | Tensor | None], None] = staticmethod(lambda rows: None)
 
     def __init__(self, project: nn.Module, vocab: int, scale: float = 1.0, softcap: float | None = None):
         self.project, self.vocab, self.scale, self.softcap = project, vocab, scale, softcap
 
-    def logits(self, hidden_NH: Tensor, out: Tensor | None = None) -> Tensor:
+    def logits(self, hidden_NH: Tensor, out: Tensor | None = None, rows: slice | Tensor | None = None) -> Tensor:
         """Logits [N, V] of hidden states [N, H]: the model's own, without rounding to its dtype.
 
-        out  a buffer [N, V] of `self.dtype` that may be used for them, where no gradient is needed
+        out   a buffer [N, V] of `self.dtype` that may be used for them, where no gradient is needed
+        rows  which of the rows of the model's last view they are, for the dropout of an adapter
         """
         project = self.project
         if type(project) is nn.Linear:
@@ -35,7 +42,9 @@ class Head:
             weight = getattr(project, "weight", hidden_NH)
             if weight.is_floating_point():
                 hidden_NH = hidden_NH.to(weight.dtype)
+            self.choose(rows)
             logits_NV, out = widen(project(hidden_NH))[:, : self.vocab], None
+            self.choose(None)
         if self.scale != 1.0:
             logits_NV = torch.mul(logits_NV, self.scale, out=out)
         if self.softcap:

@@ -91,9 +91,9 @@ def measured(setup: Setup) -> dict[str, list[float]]:
     return seconds
 
 
-def report(seconds: dict[str, list[float]]) -> list[str]:
+def report(seconds: dict[str, list[float]], what: str = "further term") -> list[str]:
     plain = seconds["without"]
-    lines = ["| further term | ms a step (median) | of a step without (median; middle half of the turns) |", "| --- | --- | --- |"]
+    lines = [f"| {what} | ms a step (median) | of a step without (median; middle half of the turns) |", "| --- | --- | --- |"]
     for row, own in seconds.items():
         ratios = [a / b for a, b in zip(own, plain, strict=True)]
         low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive") if len(ratios) > 1 else ratios * 3

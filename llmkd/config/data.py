@@ -216,7 +216,7 @@ class Data:
     share_prefixes: bool = changeable(
         False,
         description="With packing: compute a prefix that several examples of a micro-batch share, such as the start of a template, only once. The "
-        "result is the same up to rounding; dropout in the prefix is drawn once for all of them.",
+        "result is the same up to rounding; dropout in the prefix is that of one of them.",
     )
     streaming: bool = fixed(
         False, description="Read and tokenise training rows during training instead of before it; needs train.max_steps."

@@ -28,7 +28,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 class Lora:
     rank: Count = fixed(16, description="Rank of the adapter matrices.")
     alpha: float = fixed(32.0, gt=0, description="Scale: the update is alpha / rank times B A (over sqrt(rank) with rslora).")
-    dropout: float = fixed(0.0, ge=0, lt=1, description="Dropout on the adapter's input while training.")
+    dropout: float = fixed(0.0, ge=0, lt=1, description="Dropout on the adapter's input while training. Its masks follow the example: how a step is cut does not change them.")
     target_modules: str | Annotated[tuple[str, ...], Field(min_length=1)] = fixed(
         "all-linear",
         description="Modules that get an adapter: all-linear (all but the head; experts too), a list of name endings, or a regular expression.",
@@ -185,7 +185,7 @@ class Train:
         None,
         description="Instead of micro_batch_size: most tokens in one forward pass of one process, padding included; a longer example is a micro-batch "
         "of its own. auto: as many as fit into memory, measured before the first step; on one process, running out of memory while training "
-        "halves it. It changes the result only through dropout, whose masks are drawn for each micro-batch.",
+        "halves it. It changes the result only through a model's own dropout (not LoRA's), whose masks are drawn for each micro-batch.",
     )
     epochs: Count | None = fixed(None, description="Passes over the data (1 unless max_steps is set).")
     max_steps: Count | None = fixed(None, description="Instead of epochs: number of optimizer steps.")

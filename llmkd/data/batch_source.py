@@ -122,10 +122,10 @@ class Collator:
     packing: bool = False
     share_prefixes: bool = False
 
-    def __call__(self, data: Examples, examples: list[int]) -> "Batch":
+    def __call__(self, data: Examples, examples: list[int], key: tuple[int, ...] | None = None) -> "Batch":
         from .collate import collate
 
-        return collate(data, examples, self.pad, self.packing, self.share_prefixes)
+        return collate(data, examples, self.pad, self.packing, self.share_prefixes, key)
 
 
 class ExampleSource:
@@ -168,7 +168,7 @@ class ExampleSource:
 
     def build(self, step: Step) -> "list[Batch]":
         """A step's micro-batches."""
-        built = [self.collator(step.data, examples) for examples in step.micro_batches]
+        built = [self.collator(step.data, examples, (self.seed, step.number)) for examples in step.micro_batches]
         return [batch.pinned() for batch in built] if self._on_gpu else built
 
     def split(self, examples: list[int], max_lengths: np.ndarray) -> list[list[int]]:

@@ -1,5 +1,7 @@
 """From examples to a batch, padded on the right or packed. Labels are aligned here, once: no other code shifts them."""
 
+import hashlib
+
 import numpy as np
 import torch
 from torch import Tensor
@@ -11,15 +13,19 @@ from .shared_prefixes import shared_prefixes
 _NONE = np.zeros(0, np.int64)
 
 
-def collate(data: Examples, indices: list[int], pad: int, packing: bool = False, share: bool = False) -> Batch:
+def collate(
+    data: Examples, indices: list[int], pad: int, packing: bool = False, share: bool = False, key: tuple[int, ...] | None = None
+) -> Batch:
     """A batch of the examples `indices`, on the CPU. No examples give one padding token and no targets.
 
     Position t of the input predicts token t + 1, so an input ends before its last supervised token. No attention mask is needed, since
     a causal model never attends to padding on the right. With `packing` the examples are one row, one after another; with `share` a
     prefix that several of them share is in that row once. A teacher view of its own has the same labels, at other positions.
     Every target has its example's weights, times its own.
+
+    key  seed and step, of which with the example's content and the position the student's dropout is a function
     """
-    student = build_view(data, indices, pad, packing, share)
+    student = build_view(data, indices, pad, packing, share, key)
     teacher = student if data.teacher_view is None else build_view(data.teacher_view, indices, pad, packing, share)
     labels = [ids_L[1:][mask_L[1:]] for ids_L, mask_L in map(data.example, indices)]
     known = tuple(
@@ -34,30 +40,45 @@ def collate(data: Examples, indices: list[int], pad: int, packing: bool = False,
     return Batch(torch.from_numpy(labels_N), torch.from_numpy(example_N), student, teacher, known, weights)
 
 
-def build_view(data: Examples, indices: list[int], pad: int, packing: bool, share: bool) -> View:
+def build_view(data: Examples, indices: list[int], pad: int, packing: bool, share: bool, key: tuple[int, ...] | None = None) -> View:
     ids, rows = [], []
     for ids_L, mask_L in map(data.example, indices):
         rows.append(np.flatnonzero(mask_L[1:]))
         ids.append(ids_L[: rows[-1][-1] + 1])
+    keys = key and [position_keys((*key, data.content_hash(i)), len(x)) for i, x in zip(indices, ids, strict=True)]
     if packing and indices:
-        return packed_view(ids, rows, share)
+        return packed_view(ids, rows, share, keys)
     lengths = [len(x) for x in ids] or [1]
-    ids_BT = np.full((len(lengths), max(lengths)), pad, np.int64)
+    ids_BT, keys_BT = np.full((len(lengths), max(lengths)), pad, np.int64), np.zeros((len(lengths), max(lengths)), np.int32)
     for b, x in enumerate(ids):
         ids_BT[b, : len(x)] = x
+        keys_BT[b, : len(x)] = keys[b] if keys else 0
     rows_N = np.concatenate([_NONE, *(x + b * max(lengths) for b, x in enumerate(rows))])
-    return View({"input_ids": torch.from_numpy(ids_BT)}, torch.from_numpy(rows_N))
+    return View({"input_ids": torch.from_numpy(ids_BT)}, torch.from_numpy(rows_N), None, torch.from_numpy(keys_BT) if key else None)
 
 
-def packed_view(ids: list[np.ndarray], rows: list[np.ndarray], share: bool) -> View:
-    """One row: of each group of examples the shared prefix, if there is one, and then the rest of each example."""
+def position_keys(key: tuple, length: int) -> np.ndarray:
+    """A key for each position of an example, int32 [length]: SplitMix64 (Steele et al., OOPSLA 2014), seeded by a hash of `key`, without its low half."""
+    seed = int.from_bytes(hashlib.blake2b(repr(key).encode(), digest_size=8).digest(), "big")
+    x = np.uint64(seed) + np.arange(1, length + 1, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+    x = (x ^ x >> np.uint64(30)) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ x >> np.uint64(27)) * np.uint64(0x94D049BB133111EB)
+    return ((x ^ x >> np.uint64(31)) >> np.uint64(32)).astype(np.uint32).view(np.int32)
+
+
+def packed_view(ids: list[np.ndarray], rows: list[np.ndarray], share: bool, keys: list[np.ndarray] | None = None) -> View:
+    """One row: of each group of examples the shared prefix, if there is one, and then the rest of each example.
+
+    keys  of the positions of each example; those of a shared prefix are its first example's
+    """
     groups = shared_prefixes(ids, [x[0] for x in rows]) if share else [(0, list(range(len(ids))))]
-    segments, positions, prefix_of, example_of = [], [], [], []
+    segments, positions, prefix_of, example_of, of_segments = [], [], [], [], []
     target_rows, length = [_NONE] * len(ids), 0  # length: of the row so far
     for shared, members in groups:
         prefix = len(segments) if shared else -1
         for example, start, end in [(-1, 0, shared)] * bool(shared) + [(i, shared, len(ids[i])) for i in members]:
             segments.append(ids[members[0] if example < 0 else example][start:end])
+            of_segments += [keys[members[0] if example < 0 else example][start:end]] if keys else []
             positions.append(np.arange(start, end))
             prefix_of.append(prefix if start else -1)
             example_of.append(example)
@@ -68,7 +89,9 @@ def packed_view(ids: list[np.ndarray], rows: list[np.ndarray], share: bool) -> V
         "input_ids": torch.from_numpy(np.concatenate(segments).astype(np.int64)[None]),
         "position_ids": torch.from_numpy(np.concatenate(positions)[None]),
     }
-    return View(inputs, torch.from_numpy(np.concatenate(target_rows)), PackedLayout.of([len(x) for x in segments], prefix_of, example_of))
+    layout = PackedLayout.of([len(x) for x in segments], prefix_of, example_of)
+    keys_1T = torch.from_numpy(np.concatenate(of_segments)[None]) if keys else None
+    return View(inputs, torch.from_numpy(np.concatenate(target_rows)), layout, keys_1T)
 
 
 def select_examples(batch: Batch, mine: list[bool]) -> Batch:

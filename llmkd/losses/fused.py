@@ -125,7 +125,7 @@ class _Fused(torch.autograd.Function):
             for part in parts:
                 own = objective if part.divergence is None else dataclasses.replace(objective, divergence=part.divergence)
                 for rows, weights in part.chunks(chunk):
-                    student = (_Product if head.is_affine else _Module)(head, hidden_NH[rows].detach(), tiles, needs_hidden, trained)
+                    student = (_Product if head.is_affine else _Module)(head, hidden_NH[rows].detach(), tiles, needs_hidden, trained, rows)
                     terms, weights = _loss_and_grad(own, student, labels_N[rows], part.signal, rows, tiles, train, shares, weights, ruled)
                     if train:
                         _back_to(grad_hidden, rows, student, grad_weights)
@@ -339,10 +339,10 @@ class _Product:
 class _Module:
     """The same for a head with an adapter, a soft cap or quantised weights: autograd does the backward pass."""
 
-    def __init__(self, head: Head, hidden_nH: Tensor, tiles: Tiles, needs_hidden: bool, weights: tuple[Tensor, ...]):
+    def __init__(self, head: Head, hidden_nH: Tensor, tiles: Tiles, needs_hidden: bool, weights: tuple[Tensor, ...], rows: Rows):
         with torch.set_grad_enabled(needs_hidden or bool(weights)):
             self.hidden_nH, self.weights = hidden_nH.requires_grad_(needs_hidden), weights
-            self.graph_nV = head.logits(self.hidden_nH)
+            self.graph_nV = head.logits(self.hidden_nH, rows=rows)
         self.logits_nV = self.graph_nV.detach()
         self.grad_nV = tiles("student", len(hidden_nH), self.logits_nV.dtype)
 

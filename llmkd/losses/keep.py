@@ -67,7 +67,8 @@ class Keep:
                 rows = slice(start, min(start + chunk, N))
                 z_nV = y_nV = None
                 if rule.needs_student:
-                    z_nV = head.logits(hidden_NH[rows], tiles("student", rows.stop - start, head.dtype) if head.is_affine else None)
+                    out = tiles("student", rows.stop - start, head.dtype) if head.is_affine else None
+                    z_nV = head.logits(hidden_NH[rows], out, rows)
                 if whole:
                     y_nV = teacher_log_probs(signal, rows, 1.0, tiles, soften=False)
                 for first in range(start, rows.stop, block):

@@ -94,7 +94,7 @@ class LongHorizonTerm(Term):
         chunk = self.chunk_size or default_chunk(student.head.vocab, device.type)
         reward_N = torch.zeros(len(labels_N), dtype=torch.float64, device=device)
         for rows in written.split(chunk):
-            log_q_nV = torch.log_softmax(student.head.logits(student.hidden_NH[rows]), -1)
+            log_q_nV = torch.log_softmax(student.head.logits(student.hidden_NH[rows], rows=rows), -1)
             log_q_n = log_q_nV.gather(-1, labels_N[rows, None])[:, 0]
             reward_N[rows] = (signal.label_log_probs(rows, labels_N[rows]) - log_q_n).double()
         return reward_N

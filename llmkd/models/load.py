@@ -18,6 +18,7 @@ from ..errors import UserError, attribute_to_student
 from ..model_folder.files import ModelFiles, find
 from . import activation_checkpointing, adapters, attention, average, pretrained, shared_weights, startup_checks
 from .depth import find_student
+from .dropout import follow_examples
 from .families import non_text_parameters
 from .float8 import refuse_without_products
 from .language_model import LanguageModel
@@ -141,6 +142,7 @@ def _with_adapters(model: nn.Module, found: list[ModelFiles], many: list[Student
             model = (adapters.load_to_train if found[k].adapter else add_new_adapter)(model, found[k], many[k], names[k])
     if len(many) > 1:
         model.set_adapter(names[0])
+    follow_examples(model)
     return model
 
 

@@ -14,6 +14,7 @@ from ..config.recipe import Lora, Student, Teacher
 from ..errors import UserError, brief
 from ..model_folder.files import loaded_dtype
 from ..models import activation_checkpointing, attention, float8
+from ..models.dropout import follow_examples
 from ..models.families import layers_of, non_text_parameters
 from ..models.language_model import LanguageModel
 from ..models.last_layer import put_on
@@ -116,6 +117,7 @@ def build_students(
         order = sorted(range(len(settings)), key=lambda k: _lora(settings[k], found[k]).target_modules != "all-linear")
         for k in order:
             model = add_lora(model, _lora(settings[k], found[k]), None, names[k])
+        follow_examples(model)
         if len(settings) > 1:
             model.set_adapter(names[0])
     autocast = torch.bfloat16 if first.mixed_precision == "bf16" else None

@@ -280,5 +280,5 @@ def unwrap(student: StudentState) -> Distiller:
 
 
 def derived_seed(*parts: int) -> int:
-    """A seed for everything random in one micro-batch, from (seed, step, rank, micro-batch)."""
+    """A seed for what is drawn in one micro-batch, such as a model's own dropout, from (seed, step, rank, micro-batch)."""
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big") >> 1

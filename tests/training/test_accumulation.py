@@ -31,7 +31,8 @@ def a_rank(rank: int = 0, ranks: int = 2, quiet=contextlib.nullcontext):
     return SimpleNamespace(process_index=rank, num_processes=ranks, device="cpu", no_sync=quiet, backward=lambda loss: loss.backward())
 
 
-def test_masks_differ_by_step_micro_batch_rank_and_seed(parts):
+def test_what_is_drawn_differs_by_step_micro_batch_rank_and_seed(parts):
+    """The masks of a batch whose positions have no keys, as those of a model's own dropout."""
     states, micro = parts
     seen: list[bytes] = []
     for state in states:

@@ -73,7 +73,7 @@ def test_auto_finds_what_fits_and_leaves_no_trace(trained, memory, capsys, packi
     by_hand = trained("hand", **changes, **AUTO | {"train__micro_batch_tokens": found})
     assert distance(measured, by_hand) == 0
     other = trained("other", **changes, **AUTO | {"train__micro_batch_tokens": 160})
-    assert distance(measured, other) > 0, "another cut draws other masks"
+    assert distance(measured, other) < BOUND, "another cut has the same masks"
 
 
 def test_a_whole_window_is_the_bound(trained, memory, capsys):

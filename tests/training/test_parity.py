@@ -10,6 +10,8 @@ from tests.conftest import distance, plain_recipe, weights
 from tests.kit.processes import train_on_two
 
 BOUND = 1e-12  # float64, after five steps; the last window has 5 of 8 examples
+METHODS = {"lora": {"student.lora.dropout": 0.3}, "full": {"student.method": "full"}}
+DROPOUT = METHODS["lora"]
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +26,7 @@ def reference(world, tmp_path_factory):
         if method not in done:
             root = tmp_path_factory.mktemp(method)
             (root / "r.yaml").write_text(json.dumps(plain_recipe(world, root / "out")))
-            run(loader.load_recipe(root / "r.yaml", {"train.micro_batch_size": 8, "student.method": method}))
+            run(loader.load_recipe(root / "r.yaml", {"train.micro_batch_size": 8} | METHODS[method]))
             done[method] = weights(root / "out")
         return done[method]
 
@@ -34,7 +36,7 @@ def reference(world, tmp_path_factory):
 @pytest.mark.parametrize("method", ["lora", "full"])
 @pytest.mark.parametrize("micro", [1, 3, 4])
 def test_micro_batches_do_not_matter(trained, reference, method, micro):
-    got = trained("cut", student__method=method, train__micro_batch_size=micro)
+    got = trained("cut", train__micro_batch_size=micro, **METHODS[method])
     assert all(t.dtype.itemsize == 8 for t in got.values())
     assert distance(got, reference(method)) < BOUND
 
@@ -42,30 +44,32 @@ def test_micro_batches_do_not_matter(trained, reference, method, micro):
 @pytest.mark.parametrize("packing", [False, True])
 @pytest.mark.parametrize("tokens", [1, 90, 10_000])
 def test_budgets_of_tokens_do_not_matter(trained, reference, tokens, packing):
-    got = trained("budget", train__micro_batch_size=None, train__micro_batch_tokens=tokens, data__packing=packing)
+    got = trained("budget", train__micro_batch_size=None, train__micro_batch_tokens=tokens, data__packing=packing, **DROPOUT)
     assert distance(got, reference("lora")) < BOUND
 
 
 def test_chunks_of_the_head_do_not_matter(trained, reference):
-    assert distance(trained("chunk", train__micro_batch_size=8, loss__chunk_size=5), reference("lora")) < BOUND
+    assert distance(trained("chunk", train__micro_batch_size=8, loss__chunk_size=5, **DROPOUT), reference("lora")) < BOUND
 
 
 def test_gradient_checkpointing_does_not_matter(trained, reference):
-    assert distance(trained("gc", train__micro_batch_size=8, student__gradient_checkpointing=True), reference("lora")) < BOUND
+    assert distance(trained("gc", train__micro_batch_size=8, student__gradient_checkpointing=True, **DROPOUT), reference("lora")) < BOUND
 
 
 def test_the_reference_moves(world, trained, reference):
-    """The laws above would hold for a trainer that does nothing."""
-    assert distance(trained("other", optim__lr=2e-2), reference("lora")) > 1e-4
-    assert distance(trained("ce", loss__kd_ratio=0.0), reference("lora")) > 1e-4
+    """The laws above would hold for a trainer that does nothing, or has no dropout."""
+    assert distance(trained("still"), reference("lora")) > 1e-4
+    assert distance(trained("other", optim__lr=2e-2, **DROPOUT), reference("lora")) > 1e-4
+    assert distance(trained("ce", loss__kd_ratio=0.0, **DROPOUT), reference("lora")) > 1e-4
 
 
 @pytest.mark.slow
 def test_two_processes_are_one(world, reference, tmp_path):
     """Ragged windows over two gloo ranks, also where a rank has no example left, and for a student trained in full."""
-    tokens = ["--train.micro_batch_size", "null", "--train.micro_batch_tokens", "90", "--data.packing", "true"]
-    three = ["--train.micro_batch_size", "3"]
-    for name, changes in (("lora", []), ("lora3", three), ("lora9", tokens), ("full", ["--student.method", "full"])):
+    dropout = ["--student.lora.dropout", "0.3"]
+    tokens = [*dropout, "--train.micro_batch_size", "null", "--train.micro_batch_tokens", "90", "--data.packing", "true"]
+    three = [*dropout, "--train.micro_batch_size", "3"]
+    for name, changes in (("lora", dropout), ("lora3", three), ("lora9", tokens), ("full", ["--student.method", "full"])):
         (tmp_path / f"{name}.yaml").write_text(json.dumps(plain_recipe(world, tmp_path / name)))
         done = train_on_two(["--config", str(tmp_path / f"{name}.yaml"), *changes])
         assert done.returncode == 0, done.stderr[-3000:]
@@ -76,7 +80,7 @@ def test_two_processes_are_one(world, reference, tmp_path):
 def test_torchrun_starts_them(world, reference, tmp_path):
     (tmp_path / "r.yaml").write_text(json.dumps(plain_recipe(world, tmp_path / "out")))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m", "llmkd", "train"]
-    done = subprocess.run([*command, "--config", str(tmp_path / "r.yaml")], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = subprocess.run([*command, "--config", str(tmp_path / "r.yaml"), "--student.lora.dropout", "0.3"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr[-3000:]
     assert distance(weights(tmp_path / "out"), reference("lora")) < BOUND
 
