@@ -28,7 +28,12 @@ Share = Annotated[float, Field(ge=0, le=1)]
 class Lora:
     rank: Count = fixed(16, description="Rank of the adapter matrices.")
     alpha: float = fixed(32.0, gt=0, description="Scale: the update is alpha / rank times B A (over sqrt(rank) with rslora).")
-    dropout: float = fixed(0.0, ge=0, lt=1, description="Dropout on the adapter's input while training. Its masks follow the example: how a step is cut does not change them.")
+    dropout: float = fixed(
+        0.0,
+        ge=0,
+        lt=1,
+        description="Dropout on the adapter's input while training. Its masks follow the example: how a step is cut does not change them.",
+    )
     target_modules: str | Annotated[tuple[str, ...], Field(min_length=1)] = fixed(
         "all-linear",
         description="Modules that get an adapter: all-linear (all but the head; experts too), a list of name endings, or a regular expression.",

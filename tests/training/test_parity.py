@@ -80,7 +80,13 @@ def test_two_processes_are_one(world, reference, tmp_path):
 def test_torchrun_starts_them(world, reference, tmp_path):
     (tmp_path / "r.yaml").write_text(json.dumps(plain_recipe(world, tmp_path / "out")))
     command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", "-m", "llmkd", "train"]
-    done = subprocess.run([*command, "--config", str(tmp_path / "r.yaml"), "--student.lora.dropout", "0.3"], cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(
+        [*command, "--config", str(tmp_path / "r.yaml"), "--student.lora.dropout", "0.3"],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert distance(weights(tmp_path / "out"), reference("lora")) < BOUND
 

@@ -1,5 +1,7 @@
 """Runs whose targets a rule weighs: however a step is cut, resumed or spread, by caches, in the metrics, and refused."""
 
+import json
+import shutil
 from types import SimpleNamespace
 
 import pytest
@@ -46,9 +48,14 @@ def test_how_a_step_is_cut_does_not_matter(trained, world, tmp_path, rule):
     assert before[0] == before[1]  # held-out rows all count alike
 
 
-def test_it_goes_on_to_the_last_bit(make_recipe, tmp_path):
+def test_it_goes_on_to_the_last_bit(make_recipe, world, tmp_path):
+    """With LoRA's dropout, and one of the model itself."""
+    shutil.copytree(world / "student", tmp_path / "student")
+    config = json.loads((tmp_path / "student/config.json").read_text())
+    (tmp_path / "student/config.json").write_text(json.dumps(config | {"attention_dropout": 0.3}))
     rule = {"by": "confidence", "power": 2.0, "terms": ["ce", "kd"]}
     settings = SHORT | {"student__lora__dropout": 0.3, "checkpoint__every": 1, "checkpoint__keep": 9, "loss__normalize": "weights"}
+    settings |= {"student__model": str(tmp_path / "student")}
     recipe = make_recipe(**settings, loss__target_weights=rule)
     run(recipe)
     straight, records = weights(tmp_path / "out"), comparable(tmp_path / "out")

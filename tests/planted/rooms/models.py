@@ -10,9 +10,46 @@ SHARED, WEIGHTS, STUDENTS = (
 LAST, TRANSFORMS, BEST = "models/test_last_layer.py", "models/test_teacher_transforms.py", "training/test_best.py"
 SAVED = f"{STUDENTS}::test_a_saved_student_is_loaded_in_the_type_that_it_was_trained_in"
 
-TAPS = "models/test_taps.py"
+TAPS, DROPOUT = "models/test_taps.py", "training/test_dropout.py"
 
 FAULTS = [
+    *in_file(
+        "llmkd/models/dropout.py",
+        (
+            "dropout-of-the-first-rows",
+            "the last layer's rows have the masks of the row's first positions",
+            "computed.positions[view.rows_N], None",
+            "computed.positions[: len(view.rows_N)], None",
+            DROPOUT,
+        ),
+        (
+            "dropout-of-the-heads-first-chunk",
+            "every chunk of the head has the first one's masks",
+            "(self.rows[self.chunk],)",
+            "(self.rows[: len(self.rows[self.chunk])],)",
+            DROPOUT,
+        ),
+        ("dropout-of-one-module", "all modules have the same masks", "pairs * _GOLDEN + key", "pairs * _GOLDEN", DROPOUT),
+        ("dropout-without-scale", "what is kept is not scaled up", "_LANE / (_LANE - dropped)", "1.0", DROPOUT),
+        ("dropout-badly-mixed", "masks of some features go together", "    words.mul_(_SECOND)\n", "", DROPOUT),
+    ),
+    *in_file(
+        "llmkd/data/collate.py",
+        (
+            "dropout-by-the-batch",
+            "masks follow the place in the micro-batch",
+            "(*key, data.content_hash(i)), len(x)",
+            "(*key, len(x)), len(x)",
+            DROPOUT,
+        ),
+        (
+            "dropout-of-one-position",
+            "all positions of an example have one mask",
+            "np.arange(1, length + 1, dtype=np.uint64)",
+            "np.ones(length, np.uint64)",
+            DROPOUT,
+        ),
+    ),
     *in_file(
         "llmkd/models/taps.py",
         (

@@ -104,11 +104,11 @@ FAULTS = [
             HAND,
         ),
         ("ranks-mean", "the gradient is the mean over ranks", "scale * ranks / num_targets", "scale / num_targets", PASSES),
-        ("seed-without-step", "every step has the same dropout masks", "(seed, step.number, rank, i)", "(seed, 0, rank, i)", PASSES),
-        ("seed-without-rank", "every rank has the same dropout masks", "(seed, step.number, rank, i)", "(seed, step.number, 0, i)", PASSES),
+        ("seed-without-step", "every step draws the same", "(seed, step.number, rank, i)", "(seed, 0, rank, i)", PASSES),
+        ("seed-without-rank", "every rank draws the same", "(seed, step.number, rank, i)", "(seed, step.number, 0, i)", PASSES),
         (
             "seed-without-micro-batch",
-            "every micro-batch has the same dropout masks",
+            "every micro-batch draws the same",
             "(seed, step.number, rank, i)",
             "(seed, step.number, rank, 0)",
             PASSES,
@@ -122,7 +122,7 @@ FAULTS = [
         ),
         (
             "random-state-goes-on",
-            "dropout draws from the process's random state",
+            "a model's own dropout draws from the process's random state",
             "        torch.manual_seed(seed)\n        with student",
             "        with student",
             f"{PASSES} {RESUME}::test_resume_at_every_step",
