@@ -87,7 +87,7 @@ def _teaching_contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], 
     if recipe.on_policy:
         inside, every = bool(loss.features or loss.attention), recipe.validation.every
         yield from on_policy_contradictions(recipe.on_policy, ratio, inside, recipe.teacher, data, train.max_steps, every)
-        yield from long_horizon_contradictions(recipe.on_policy, loss, recipe.teacher, data)
+        yield from long_horizon_contradictions(recipe.on_policy, loss, recipe.teacher, data, recipe.mixture)
         if writes(recipe.on_policy):
             yield from engine_contradictions(recipe.on_policy, student)
     if loss.target_weights:

@@ -21,6 +21,11 @@ class LongHorizon:
         description="Divide by the number of later tokens, so that long answers are not preferred to short ones. false with gamma 1: the loss then has the "
         "gradient of the reverse KL of whole answers.",
     )
+    rewards: Literal["sampled", "exact"] = fixed(
+        "sampled",
+        description="What a later token brings. sampled: the teacher's log-probability of it minus the student's (MiniLLM), for reverse_kl at temperature 1. exact: minus the "
+        "divergence at its position, whole, as it stands in the loss: less variance, and any divergence, temperature and weight.",
+    )
     teacher_mix: float = fixed(
         0.0,
         ge=0,

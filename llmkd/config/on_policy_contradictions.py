@@ -4,9 +4,10 @@ from collections.abc import Iterator
 
 from .data import Data
 from .fields import as_tuple, with_setting_names
-from .on_policy import MAX_NEW_TOKENS, AdaptiveShare, OnPolicy, writes
+from .on_policy import MAX_NEW_TOKENS, AdaptiveShare, LongHorizon, OnPolicy, writes
 from .schedule import schedule_contradictions
-from .teacher import Teacher
+from .target_weights import BEFORE_THE_TARGET
+from .teacher import Mixture, Teacher
 
 #: Of a part that needs the student to write.
 _NOTHING_WRITTEN = "set, but on_policy.share is 0, so the student writes nothing; leave it out"
@@ -134,10 +135,10 @@ def _teacher_writes_contradictions(settings: OnPolicy, teacher: Teachers) -> Fou
             )
 
 
-def long_horizon_contradictions(settings: OnPolicy, loss, teacher: Teachers, data: Data) -> Found:
-    """What cannot be together with on_policy.long_horizon. `loss`: the recipe's."""
-    here = "on_policy.long_horizon"
-    if settings.long_horizon is None:
+def long_horizon_contradictions(settings: OnPolicy, loss, teacher: Teachers, data: Data, mixture: Mixture) -> Found:
+    """What cannot be together with on_policy.long_horizon. `loss`, `mixture`: the recipe's."""
+    here, ahead = "on_policy.long_horizon", settings.long_horizon
+    if ahead is None:
         return
     if settings.share == 0:
         yield (here, "on_policy.share"), _NOTHING_WRITTEN
@@ -146,51 +147,93 @@ def long_horizon_contradictions(settings: OnPolicy, loss, teacher: Teachers, dat
             (here, "on_policy.replay"),
             "set with on_policy.replay; it is defined at what the student writes with its present weights: leave one of them out",
         )
-    if settings.teacher_writes:
-        yield (
-            (here, "on_policy.teacher_writes"),
-            "set with on_policy.teacher_writes, whose answers are no samples of the student; leave one of them out",
-        )
-    ahead = settings.long_horizon
-    if ahead.teacher_mix and len(as_tuple(teacher)) > 1:
-        yield (
-            (f"{here}.teacher_mix", "teacher"),
-            "set with several teachers, and tokens are drawn from a mixture with one; leave it out, or name one teacher",
-        )
     if ahead.mix_weights != "token" and not ahead.teacher_mix:
         yield (
             (f"{here}.mix_weights", f"{here}.teacher_mix"),
             f"found {ahead.mix_weights} without teacher_mix; leave it out, or give teacher_mix",
         )
-    if loss.divergence != "reverse_kl":
-        yield (here, "loss.divergence"), f"set with {loss.divergence}; it is a part of the gradient of the reverse KL: use reverse_kl"
-    for path, source in with_setting_names(data.train, "data.train"):
-        if source.divergence not in (None, "reverse_kl"):
-            yield (
-                (here, f"{path}.divergence"),
-                f"set with {source.divergence} in {path}; it is a part of the gradient of the reverse KL: use reverse_kl",
-            )
-    if loss.temperature != 1:
-        yield (here, "loss.temperature"), "set with another loss.temperature than 1, at which it is not defined; use 1"
+    if ahead.mix_weights == "product" and loss.normalize == "weights":
+        yield (
+            (f"{here}.mix_weights", "loss.normalize"),
+            "found product with loss.normalize weights, which would divide by the sum of importance weights; use targets",
+        )
     cut = settings.temperature != 1 or settings.top_p != 1 or settings.top_k is not None or settings.min_p != 0
     if cut:
         yield (
             (here, "on_policy.temperature"),
             "set with another sampling than from the student itself; leave temperature, top_p, top_k and min_p of on_policy out",
         )
+    if loss.keep not in (None, 1):
+        yield (
+            (here, "loss.keep"),
+            "set with loss.keep, which chooses targets by the whole answer: what a token leads to would no longer be the tokens after it; leave one of them out",
+        )
+    rule = loss.target_weights
+    if rule and "kd" in rule.terms and rule.by not in BEFORE_THE_TARGET:
+        yield (
+            (here, "loss.target_weights.by"),
+            f"set with {rule.by}, which may read the token that was written; use one of {', '.join(sorted(BEFORE_THE_TARGET))}, or leave one of them out",
+        )
+    if mixture.weights == "confidence":
+        yield (
+            (here, "mixture.weights"),
+            "set with confidence, which weighs the teachers by the token that was written; use fixed, or leave one of them out",
+        )
+    if ahead.rewards == "sampled":
+        yield from _sampled_contradictions(loss, data, mixture)
+    yield from _long_horizon_teachers(ahead, teacher)
+
+
+def _sampled_contradictions(loss, data: Data, mixture: Mixture) -> Found:
+    """Rewards of the tokens that were written have the reverse KL at temperature 1 as their expectation, and no other."""
+    here, exact = "on_policy.long_horizon", "set on_policy.long_horizon.rewards: exact"
+    if loss.divergence != "reverse_kl":
+        yield (
+            (here, "loss.divergence"),
+            f"set with {loss.divergence}, and its sampled rewards are those of the reverse KL: use reverse_kl, or {exact}",
+        )
+    for path, source in with_setting_names(data.train, "data.train"):
+        if source.divergence not in (None, "reverse_kl"):
+            yield (
+                (here, f"{path}.divergence"),
+                f"set with {source.divergence} in {path}, and its sampled rewards are those of the reverse KL: use reverse_kl, or {exact}",
+            )
+    if loss.temperature != 1:
+        yield (
+            (here, "loss.temperature"),
+            f"set with another loss.temperature than 1, and its sampled rewards are those of temperature 1: use 1, or {exact}",
+        )
+    if loss.target_weights and "kd" in loss.target_weights.terms:
+        yield (
+            (here, "loss.target_weights"),
+            f"set with loss.target_weights, which its sampled rewards do not have; leave them out, or {exact}",
+        )
+    if mixture.combine == "divergences":
+        yield (
+            (here, "mixture.combine"),
+            f"set with a sum of divergences, and its sampled rewards are those of the mean of the distributions: use probabilities, or {exact}",
+        )
+
+
+def _long_horizon_teachers(ahead: LongHorizon, teacher: Teachers) -> Found:
+    here = "on_policy.long_horizon"
+    if ahead.teacher_mix and len(as_tuple(teacher)) > 1:
+        yield (
+            (f"{here}.teacher_mix", "teacher"),
+            "set with several teachers, and tokens are drawn from a mixture with one; leave it out, or name one teacher",
+        )
     for path, one in with_setting_names(teacher, "teacher"):
-        if one.server:
+        if one.server and ahead.rewards == "sampled":
             yield (
                 (here, f"{path}.server"),
-                f"set with {path}.server, which lists the most likely tokens alone; it needs the teacher's probability of every token: use a teacher in memory",
+                f"set with {path}.server, which lists the most likely tokens alone, and its sampled rewards need the probability of every token: set "
+                f"{here}.rewards: exact, or use a teacher in memory",
             )
-    if isinstance(loss.kd_ratio, dict):
-        yield (here, "loss.kd_ratio"), "set with a schedule of loss.kd_ratio, which is its weight too; give a number"
-    if loss.normalize == "weights":
-        yield (here, "loss.normalize"), "set with loss.normalize weights, which divides the divergence otherwise than it; use targets"
-    for name, given in (("target_weights", loss.target_weights is not None), ("keep", loss.keep not in (None, 1))):
-        if given:
-            yield (here, f"loss.{name}"), f"set with loss.{name}, which weighs the divergence alone; leave one of them out"
+        elif one.server and ahead.teacher_mix:
+            yield (
+                (f"{here}.teacher_mix", f"{path}.server"),
+                f"set with {path}.server, and tokens are drawn from a mixture with a teacher in memory; leave it out",
+            )
 
 
 def _sampling_contradictions(settings: OnPolicy) -> Found:

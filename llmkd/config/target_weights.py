@@ -11,6 +11,8 @@ from .teacher import Teacher
 
 #: Each rule, and whether it reads the teacher's distribution. `losses/target_weights.py` holds the functions; rules of one's own are added there.
 RULES: dict[str, bool] = {"teacher_entropy": True, "student_entropy": False, "divergence": True, "confidence": False, "position": False}
+#: Those whose score of a target is known before it is: they do not read its token.
+BEFORE_THE_TARGET = frozenset(RULES) - {"confidence"}
 #: Of the rules that read the teacher, those whose score each kind of cache has; an imported cache of kind topk has none.
 IN_CACHES: dict[str, tuple[str, ...] | None] = {"hidden": None, "topk": ("teacher_entropy",), "sampled": ("teacher_entropy",)}
 

@@ -15,7 +15,7 @@ from ..console import info
 from ..errors import UserError
 from .examples import Examples
 
-WRITTEN = "long_horizon"  # the part of the loss that is of written answers alone
+WRITTEN = "long_horizon"  # the part of the loss that is of answers alone that the student has written
 
 
 @dataclass(frozen=True)
@@ -114,7 +114,7 @@ def _first_targets(examples: Examples) -> np.ndarray:
 
 
 def of_written(examples: Examples) -> Examples:
-    """The same examples, with no weight in the part of the loss that is of written answers alone."""
+    """The same examples, with no weight in the part of the loss that is of the student's answers alone."""
     return dataclasses.replace(examples, weights=examples.weights | {WRITTEN: np.zeros(len(examples), np.float32)})
 
 
@@ -124,19 +124,20 @@ def answered(
     chosen: Sequence[int],
     answers: Sequence[Sequence[int]],
     weights: Sequence[Sequence[float] | None] = (),
+    by_student: bool = True,
 ) -> Examples:
     """The examples `chosen`, each with its answer, of one token or more, in place of the data's.
 
     weights   of each answer those of its tokens in what the teacher has a say in, or None: all 1
 
     Every token of an answer is a target, for student and teacher alike. It has no weight in the cross-entropy, since nobody has said that
-    it is right; its other weights are the example's, and in a part of the loss that is of what was written alone (`of_written`) it has that for "kd".
+    it is right; its other weights are the example's, and in a part of the loss that is of what the student wrote alone (`of_written`) it has that for "kd".
     """
     theirs = None if examples.teacher_view is None else _appended(examples.teacher_view, prompts.theirs, chosen, answers)
     found = _appended(examples, prompts.own, chosen, answers)
     found.teacher_view = theirs
     found.weights = {name: w_E[chosen] for name, w_E in examples.weights.items()} | {"ce": np.zeros(len(chosen), np.float32)}
-    if WRITTEN in found.weights:
+    if by_student and WRITTEN in found.weights:
         found.weights[WRITTEN] = examples.weight("kd")[chosen]
     if any(own is not None for own in weights):
         of_tokens = np.ones(len(found.ids), np.float32)

@@ -16,12 +16,12 @@ from ..batch import Batch
 from ..signals import Signal
 from .fused import default_chunk, fused_loss
 from .objective import Objective
-from .terms import Loss, StudentOutputs, Term
+from .terms import HeadTerm, Loss, SingleTerm, StudentOutputs
 
 NAME = "long_horizon"
 
 
-class LongHorizonTerm(Term):
+class LongHorizonTerm(SingleTerm):
     """R_{t+1} CE at every target that was written (`Batch.weights` of this name is 0 at the others).
 
     weight            of the whole term
@@ -34,9 +34,11 @@ class LongHorizonTerm(Term):
                       W_{t-1}, since its expectation over y_t is exact. Both parts have the expectation that they have without a mixture. Else w_t alone
                       weighs R_{t+1}, MiniLLM's approximation (w_t of the divergence too, there: its expectation over y_t is 1, and it is left out), and
                       prefixes and later tokens stay those of the mixture
+    costs             gives the divergence at each target, weights included, which is then minus its reward; None: the reward is log p(y_t') / q(y_t'), whose
+                      expectation over y_t' that is where the divergence is the reverse KL. With it both parts together are the gradient of
+                      E_y sum_t c_t, for any c_t that is a function of the tokens before t: a weighted divergence at any temperature
     """
 
-    names = (NAME,)
     needs_teacher = True
 
     def __init__(
@@ -47,67 +49,82 @@ class LongHorizonTerm(Term):
         chunk_size: int | None = None,
         teacher_mix: float = 0.0,
         products: bool = False,
+        costs: HeadTerm | None = None,
     ):
-        super().__init__()
-        self.weight, self.gamma, self.length_normalized, self.chunk_size = weight, gamma, length_normalized, chunk_size
-        self.teacher_mix, self.products = teacher_mix, products
+        super().__init__(NAME, weight)
+        self.scaled_as = "kd"
+        self.gamma, self.length_normalized, self.chunk_size = gamma, length_normalized, chunk_size
+        self.teacher_mix, self.products, self.costs = teacher_mix, products, costs
+
+    def start_step(self, step: int, scale: dict[str, float]) -> None:
+        super().start_step(step, scale)
+        if self.costs:
+            self.costs.start_step(step, scale)
 
     @torch.no_grad()
     def select(self, student: StudentOutputs, signal: Signal | None, batch: Batch) -> Batch:
         """The batch with the weights of this term's targets, R_{t+1} included, and with `products` those of the divergence."""
-        given = batch.weights.get(NAME)
-        reward_N = self._rewards(student, signal, batch)
-        ratio_N = 1 / (self.teacher_mix * reward_N.exp() + (1 - self.teacher_mix)) if self.teacher_mix else torch.ones_like(reward_N)
-        ahead, before, start, rewards, ratios = [], [], 0, reward_N.tolist(), ratio_N.tolist()
-        for one in batch.examples:
-            own = slice(start, start + one.num_targets)
-            sums, products = self._of_example(rewards[own], ratios[own])
-            ahead, before = ahead + sums, before + products
-            start += one.num_targets
-        dtype, device = torch.promote_types(student.hidden_NH.dtype, torch.float32), batch.labels_N.device
-        ahead_N, before_N = (torch.tensor(x, dtype=dtype, device=device) for x in (ahead, before))
-        weights = {NAME: batch.only_kept(ahead_N if given is None else ahead_N * given)}
+        given, labels_N = batch.weights.get(NAME), batch.labels_N
+        written = torch.arange(len(labels_N), device=labels_N.device) if given is None else given.nonzero()[:, 0]
+        sampled_N = self._sampled_rewards(student, signal, batch, written) if self.teacher_mix or not self.costs else None
+        ratios = (1 / (self.teacher_mix * sampled_N.exp() + (1 - self.teacher_mix))).tolist() if self.teacher_mix else [1.0] * len(labels_N)
+        through, before = self._products(batch, ratios)
+        dtype = torch.promote_types(student.hidden_NH.dtype, torch.float32)
         if self.products:
-            written_N = before_N if given is None else torch.where(given != 0, before_N, 1.0)
-            weights["kd"] = written_N * batch.weights["kd"] if "kd" in batch.weights else written_N
-        return replace(batch, weights=batch.weights | weights, zeros=batch.zeros or {})
+            before_N = torch.tensor(before, dtype=dtype, device=labels_N.device)
+            before_N = before_N if given is None else torch.where(given != 0, before_N, 1.0)
+            kd_N = before_N * batch.weights["kd"] if "kd" in batch.weights else before_N
+            batch = replace(batch, weights=batch.weights | {"kd": kd_N}, zeros=batch.zeros or {})
+        if self.costs:
+            rewards = (-self.costs(student, signal, batch.keeping(written)).rows["kd"]).tolist()
+            given = None if given is None else (given != 0).to(given.dtype)  # the costs have the weights of their examples
+        else:
+            rewards = [r * w if w else 0.0 for r, w in zip(sampled_N.tolist(), through, strict=True)]
+        ahead = [after for own in _slices(batch) for after in later_sums(rewards[own], self.gamma, self.length_normalized)]
+        if not self.products:
+            ahead = [w * after for w, after in zip(ratios, ahead, strict=True)]
+        ahead_N = torch.tensor(ahead, dtype=dtype, device=labels_N.device)
+        ahead_N = batch.only_kept(ahead_N if given is None else ahead_N * given)
+        return replace(batch, weights=batch.weights | {NAME: ahead_N}, zeros=batch.zeros or {})
 
     def forward(self, student: StudentOutputs, signal: Signal | None, batch: Batch) -> Loss:
         weights = {"ce": batch.weights[NAME]}
         total, terms = fused_loss(student.hidden_NH, student.head, batch.labels_N, Objective(), None, self.chunk_size, weights)
-        return Loss(self.weight * total, {NAME: terms["ce"]}, {"kd": batch.weights["kd"]} if self.products else {})
+        measured = self.products and not (self.costs and self.costs.rule)  # where a rule weighs too, the divergence's own term says it
+        return Loss(self.factor * total, {NAME: terms["ce"]}, {"kd": batch.weights["kd"]} if measured else {})
 
-    def _of_example(self, rewards: list[float], ratios: list[float]) -> tuple[list[float], list[float]]:
-        """The weights of an example's tokens, and the products of the ratios of the tokens before each."""
+    def _products(self, batch: Batch, ratios: list[float]) -> tuple[list[float], list[float]]:
+        """Of every target the weight of its reward and that of its divergence: with `products` W_t and W_{t-1}, else 1."""
         if not self.products:
-            return [w * after for w, after in zip(ratios, later_sums(rewards, self.gamma, self.length_normalized), strict=True)], [
-                1.0
-            ] * len(ratios)
-        products = list(itertools.accumulate(ratios, operator.mul, initial=1.0))
-        weighted = [r * w if w else 0.0 for r, w in zip(rewards, products[1:], strict=True)]
-        return later_sums(weighted, self.gamma, self.length_normalized), products[:-1]
+            return [1.0] * len(ratios), [1.0] * len(ratios)
+        every = [list(itertools.accumulate(ratios[own], operator.mul, initial=1.0)) for own in _slices(batch)]
+        return [w for one in every for w in one[1:]], [w for one in every for w in one[:-1]]
 
-    def _rewards(self, student: StudentOutputs, signal: Signal, batch: Batch) -> Tensor:
+    def _sampled_rewards(self, student: StudentOutputs, signal: Signal, batch: Batch, written: Tensor) -> Tensor:
         """log p / q of every target that was written, and 0 of the others, float64 [N]."""
-        labels_N, given, device = batch.labels_N, batch.weights.get(NAME), batch.labels_N.device
-        written = torch.arange(len(labels_N), device=device) if given is None else given.nonzero()[:, 0]
-        chunk = self.chunk_size or default_chunk(student.head.vocab, device.type)
-        reward_N = torch.zeros(len(labels_N), dtype=torch.float64, device=device)
+        labels_N = batch.labels_N
+        chunk = self.chunk_size or default_chunk(student.head.vocab, labels_N.device.type)
+        reward_N = torch.zeros(len(labels_N), dtype=torch.float64, device=labels_N.device)
         for rows in written.split(chunk):
             log_q_nV = torch.log_softmax(student.head.logits(student.hidden_NH[rows], rows=rows), -1)
             log_q_n = log_q_nV.gather(-1, labels_N[rows, None])[:, 0]
             reward_N[rows] = (signal.label_log_probs(rows, labels_N[rows]) - log_q_n).double()
         return reward_N
 
-    def combine(self, values: dict[str, float]) -> float:
-        return self.weight * values[NAME]
-
     def halve_chunks(self, vocab: int, device: str, least: int) -> str:
         rows = self.chunk_size or default_chunk(vocab, device)
         if rows <= least:
             return ""
         self.chunk_size = max(least, rows // 2)
+        if self.costs:
+            self.costs.halve_chunks(vocab, device, least)
         return f"the long horizon in chunks of {self.chunk_size:,} rows"
+
+
+def _slices(batch: Batch) -> list[slice]:
+    """The targets of each example."""
+    ends = list(itertools.accumulate((one.num_targets for one in batch.examples), initial=0))
+    return [slice(*both) for both in itertools.pairwise(ends)]
 
 
 def later_sums(rewards: list[float], gamma: float, length_normalized: bool) -> list[float]:

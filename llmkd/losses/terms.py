@@ -87,11 +87,12 @@ class SingleTerm(Term):
     """A term with one name, and a weight that `follow` lets change by step.
 
     factor   of the term's sum over targets, in this step: its weight, and with `normalize: weights` the targets over the sum of its weights
+             (or of those of the part `scaled_as`)
     """
 
     def __init__(self, name: str, weight: float):
         super().__init__()
-        self.names, self.factor, self.normalize = (name,), weight, "targets"
+        self.names, self.factor, self.normalize, self.scaled_as = (name,), weight, "targets", name
         self.at_step: Callable[[int], float] = lambda step: weight
 
     def follow(self, weight: float | dict[str, Any], total_steps: int, normalize: str) -> None:
@@ -99,7 +100,7 @@ class SingleTerm(Term):
         self.at_step, self.normalize = functools.partial(value_at, weight, total=total_steps), normalize
 
     def start_step(self, step: int, scale: dict[str, float]) -> None:
-        self.factor = self.at_step(step) * (scale.get(self.names[0], 1.0) if self.normalize == "weights" else 1.0)
+        self.factor = self.at_step(step) * (scale.get(self.scaled_as, 1.0) if self.normalize == "weights" else 1.0)
 
     def combiner(self) -> Callable[[dict[str, float]], float]:
         return functools.partial(self._combine, self.factor)

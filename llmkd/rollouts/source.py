@@ -96,17 +96,17 @@ class OnPolicySource(ExampleSource):
         again = self.replay.draw(planned.number, [text_key(*name, "is fresh") for _, name in asked])
         fresh = [one for one, earlier in zip(asked, again, strict=True) if earlier is None]
         written = iter(self._write(planned.number, fresh))
-        answers = [(earlier or next(written), "written") for earlier in again]
+        both = [earlier or next(written) for earlier in again], self._write_as_teacher(planned.number, self._asked(planned, theirs, names))
         self.statistics.counts.update({"written_replayed": len(asked) - len(fresh)} if self.replay.capacity else {})
-        answers += [(one, "written by the teacher") for one in self._write_as_teacher(planned.number, self._asked(planned, theirs, names))]
         kept = sorted({*range(len(planned.examples))} - {*own, *theirs})
-        whole = [(one, how) for one, how in answers if one.ids]
         indices = [planned.examples[n] for n in kept]
-        parts = [self.examples.take(np.array(indices, np.int64))] if indices else []
-        of_each = [[getattr(one, name) for one, _ in whole] for name in ("example", "ids", "weights")]
-        parts += [answered(self.examples, self.prompts, *of_each)] if whole else []
-        written_at = [f"{self.places[one.example]}, {how} at step {one.step}" for one, how in whole]
-        return self._step(planned, parts, [*(self.places[i] for i in indices), *written_at])
+        parts, places = [self.examples.take(np.array(indices, np.int64))] if indices else [], [self.places[i] for i in indices]
+        for answers, how in zip(both, ("written", "written by the teacher"), strict=True):
+            if whole := [one for one in answers if one.ids]:
+                of_each = [[getattr(one, name) for one in whole] for name in ("example", "ids", "weights")]
+                parts.append(answered(self.examples, self.prompts, *of_each, by_student=how == "written"))
+                places += [f"{self.places[one.example]}, {how} at step {one.step}" for one in whole]
+        return self._step(planned, parts, places)
 
     def _asked(self, planned: Step, chosen: list[int], names: list[tuple]) -> list[tuple[int, tuple]]:
         """The answers that are asked for, each as its example and the name of its text."""

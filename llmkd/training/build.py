@@ -131,13 +131,13 @@ def build_setup(
     students, chunk_size = [], head_chunk_size(prepared.vocab, device, info)
     for k, (own, folder, model) in enumerate(zip(recipes, folders, models, strict=True)):
         with attribute_to_student(k):
+            divergences = divergences_of(own.loss, own.data)
             states = feature_terms(own.loss.features, feature_teacher(own.loss.features, own.teacher), model, teachers_by_setting, own.seed)
             terms = [
                 *states,
                 *attention_terms(own.loss.attention, model, teacher_models),
-                *long_horizon_terms(own.on_policy, own.loss, chunk_size),
+                *long_horizon_terms(own.on_policy, own.loss, chunk_size, source.total_steps, divergences),
             ]
-            divergences = divergences_of(own.loss, own.data)
             state = build_student(own.loss, own.optim, model, source.total_steps, accelerator, chunk_size, terms, divergences, strategy)
             own_data = prepared if own is recipe else prepared.for_student(own.student, uses_teacher(own))
             students.append(StudentRun(own, own_data, folder, model, state, accelerator.is_main_process))
@@ -350,13 +350,22 @@ def keep_of(loss: Loss) -> Keep | None:
     return Keep.of(chosen, named) if chosen.share < 1 else None
 
 
-def long_horizon_terms(settings: OnPolicy | None, loss: Loss, chunk_size: int | None = None) -> list[Term]:
-    """MiniLLM's second part, where an on-policy run has it, with the weight of the divergence."""
+def long_horizon_terms(
+    settings: OnPolicy | None,
+    loss: Loss,
+    chunk_size: int | None = None,
+    total_steps: int = 1,
+    divergences: Sequence[tuple[str, dict[str, float]]] = (),
+) -> list[Term]:
+    """MiniLLM's second part, where an on-policy run has it, with the weight of the divergence. The other arguments as of `build_terms`."""
     if not writes(settings) or not settings.long_horizon:
         return []
     ahead = settings.long_horizon
+    costs = build_terms(loss, chunk_size, total_steps, divergences)[0] if ahead.rewards == "exact" else None
     mix = ahead.teacher_mix, ahead.mix_weights == "product"
-    return [LongHorizonTerm(loss.kd_ratio, ahead.gamma, ahead.length_normalized, loss.chunk_size or chunk_size, *mix)]
+    term = LongHorizonTerm(middle(loss.kd_ratio), ahead.gamma, ahead.length_normalized, loss.chunk_size or chunk_size, *mix, costs)
+    term.follow(loss.kd_ratio, total_steps, loss.normalize)
+    return [term]
 
 
 def schedule(optim: Optim, total: int) -> Callable[[int], float]:

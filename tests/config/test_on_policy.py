@@ -7,6 +7,8 @@ from llmkd.errors import UserError
 
 SERVER = {"on_policy.engine.server": "http://h:1"}
 LONG = {"on_policy.long_horizon": {}, "loss.divergence": "reverse_kl"}
+EXACT = {"on_policy.long_horizon.rewards": "exact"}
+SEVERAL = {"teacher": [{"model": "a"}, {"model": "b"}]}
 TEXT = {"path": "t.jsonl", "format": "text"}
 
 
@@ -38,16 +40,29 @@ TEXT = {"path": "t.jsonl", "format": "text"}
         ({"on_policy.share": {"from": 0, "to": 2}}, "on_policy.share.to: found 2, expected a number 0 to 1"),
         ({"on_policy.share": {"from": 0, "to": 1, "steps": 9}, "train.max_steps": 5}, "on_policy.share.steps: found 9, more than"),
         ({"on_policy.top_p": 0.0}, "on_policy.top_p: found 0.0, expected"),
-        ({"on_policy.long_horizon": {}}, "on_policy.long_horizon: set with forward_kl; .*use reverse_kl"),
-        (LONG | {"loss.temperature": 2.0}, "on_policy.long_horizon: set with another loss.temperature than 1"),
+        (
+            {"on_policy.long_horizon": {}},
+            "on_policy.long_horizon: set with forward_kl, .*use reverse_kl, or set on_policy.long_horizon.rewards: exact",
+        ),
+        (LONG | {"loss.temperature": 2.0}, "on_policy.long_horizon: set with another loss.temperature than 1, .*rewards: exact"),
         (LONG | {"on_policy.top_p": 0.9}, "on_policy.long_horizon: set with another sampling than from the student itself"),
         (LONG | {"on_policy.temperature": 0.5}, "on_policy.long_horizon: set with another sampling"),
-        (LONG | {"loss.kd_ratio": {"from": 1, "to": 0.5}}, "on_policy.long_horizon: set with a schedule of loss.kd_ratio"),
-        (LONG | {"loss.normalize": "weights"}, "on_policy.long_horizon: set with loss.normalize weights"),
-        (LONG | {"loss.target_weights": {"by": "position"}}, "on_policy.long_horizon: set with loss.target_weights"),
+        (
+            LONG | {"on_policy.long_horizon": {"teacher_mix": 0.2, "mix_weights": "product"}, "loss.normalize": "weights"},
+            "on_policy.long_horizon.mix_weights: found product with loss.normalize weights",
+        ),
+        (LONG | {"loss.target_weights": {"by": "position"}}, "on_policy.long_horizon: set with loss.target_weights, .*rewards: exact"),
+        (EXACT | {"loss.target_weights": {"by": "confidence"}}, "on_policy.long_horizon: set with confidence, which may read the token"),
+        (EXACT | {"loss.keep": 0.5}, "on_policy.long_horizon: set with loss.keep, which chooses targets by the whole answer"),
+        (EXACT | SEVERAL | {"mixture.weights": "confidence"}, "on_policy.long_horizon: set with confidence, which weighs the teachers"),
+        (LONG | SEVERAL | {"mixture.combine": "divergences"}, "on_policy.long_horizon: set with a sum of divergences, .*rewards: exact"),
         (
             LONG | {"teacher": {"server": "http://h:1"}},
-            "on_policy.long_horizon: set with teacher.server, which lists the most likely tokens alone",
+            "on_policy.long_horizon: set with teacher.server, which lists the most likely tokens alone, .*rewards: exact",
+        ),
+        (
+            EXACT | {"teacher": {"server": "http://h:1"}, "on_policy.long_horizon.teacher_mix": 0.2},
+            "on_policy.long_horizon.teacher_mix: set with teacher.server",
         ),
         (LONG | {"data.train.divergence": "forward_kl"}, "on_policy.long_horizon: set with forward_kl in data.train"),
         (LONG | {"loss.keep": 0.5}, "on_policy.long_horizon: set with loss.keep"),
@@ -59,7 +74,6 @@ TEXT = {"path": "t.jsonl", "format": "text"}
             LONG | {"on_policy.long_horizon.teacher_mix": 0.2, "teacher": [{"model": "a"}, {"model": "b"}]},
             "on_policy.long_horizon.teacher_mix: set with several teachers",
         ),
-        (LONG | {"on_policy.teacher_writes": 0.1}, "on_policy.long_horizon: set with on_policy.teacher_writes"),
         ({"on_policy.teacher_writes": 0.6}, "on_policy.teacher_writes: found 0.6 with a share of 0.5, and together they are more than all"),
         ({"on_policy.share": {"from": 1, "to": 0.2}, "on_policy.teacher_writes": 0.1}, "found 0.1 with a share of 1, and together"),
         (
@@ -136,7 +150,16 @@ def test_hidden_states_and_attention_teach_without_a_divergence(make_recipe, cha
 
 def test_the_long_horizon_goes_with_the_reverse_kl(make_recipe):
     found = make_recipe(on_policy={"long_horizon": {}}, loss__divergence="reverse_kl").on_policy.long_horizon
-    assert found.gamma == 0.95 and found.length_normalized
+    assert found.gamma == 0.95 and found.length_normalized and found.rewards == "sampled"
+
+
+def test_exact_rewards_go_with_what_the_divergence_goes_with(make_recipe):
+    exact = {"long_horizon": {"rewards": "exact"}}
+    several = {"mixture__combine": "divergences", "loss__divergence": "generalized_jsd", "loss__normalize": "weights"}
+    changing = {"loss__temperature": {"from": 4, "to": 1}, "loss__kd_ratio": {"from": 1, "to": 0.5}}
+    weights = {"loss__target_weights": {"by": "student_entropy"}}
+    teachers = [{"model": "a"}, {"model": "b", "weight": 2}]
+    assert make_recipe(on_policy=exact, teacher=teachers, **several, **changing, **weights).loss.temperature["from"] == 4
 
 
 def test_the_section_alone_is_half_of_the_examples(make_recipe):

@@ -91,12 +91,12 @@ def test_answers_that_do_not_end(writing, caught, monkeypatch, fault):
 def test_answers_that_stand_elsewhere(writing, caught, monkeypatch, fault):
     real = source.answered
 
-    def changed(examples, prompts, chosen, answers, *more):
+    def changed(examples, prompts, chosen, answers, *more, **which):
         if fault == "prompt is too long":
             prompts = dataclasses.replace(prompts, own=prompts.own + 1, theirs=prompts.theirs + 1)
         if fault == "another's answer":
             answers = [answers[0]] * len(answers)
-        found = real(examples, prompts, chosen, answers, *more)
+        found = real(examples, prompts, chosen, answers, *more, **which)
         if fault == "cross-entropy":
             found.weights["ce"] = np.ones(len(found), np.float32)
         if fault == "end is no target":

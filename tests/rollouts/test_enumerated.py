@@ -12,6 +12,7 @@ import torch
 
 from llmkd.config.on_policy import LongHorizon, OnPolicy
 from llmkd.config.recipe import Loss
+from llmkd.config.target_weights import TargetWeights
 from llmkd.data.batch_source import Collator, PlannedSource
 from llmkd.data.batching import BatchPlan
 from llmkd.data.examples import Examples
@@ -338,7 +339,7 @@ def test_weights_of_each_token_alone_have_the_expectation_of_minillms(student, t
             ahead = sum(gamma ** (k - t - 1) * rewards[k] for k in later) / max(1, len(later))
             objective = objective + chance * w[t] * (divergence[t] - ahead * q[at][t].log())
         chances.append(chance)
-    settings, loss = LongHorizon(gamma, True, SHARE), Loss(kd_ratio=1.0, divergence="reverse_kl")
+    settings, loss = LongHorizon(gamma, True, teacher_mix=SHARE), Loss(kd_ratio=1.0, divergence="reverse_kl")
     found = gradients(student, teacher, source_of(Dictated(ANSWERS), 15, long_horizon=settings), loss, settings)
     mean = sum(chance * len(answer) * g for chance, answer, (_, g) in zip(chances, ANSWERS, found, strict=True))
     expected = gradient_of(student, objective)
@@ -349,7 +350,7 @@ def test_weights_of_each_token_alone_have_the_expectation_of_minillms(student, t
 @pytest.mark.parametrize("normalized", [True, False])
 def test_the_long_horizon_part_is_of_written_answers_alone_discounted_and_divided(student, teacher, normalized, mix):
     told, data, gamma, ratio = [(0, 1, 0), (1, END), (1, 1, END)], (0, 1, END), 0.6, 0.7
-    ahead = LongHorizon(gamma, normalized, SHARE if mix else 0.0, mix or "token")
+    ahead = LongHorizon(gamma, normalized, "sampled", SHARE if mix else 0.0, mix or "token")
     total, targets = 0.0, 0
     for answer, written in [*((one, True) for one in told), *[(data, False)] * 3]:
         q, p = distributions(student, teacher, answer)
@@ -373,8 +374,139 @@ def test_the_long_horizon_part_is_of_written_answers_alone_discounted_and_divide
     assert (gradient - expected).abs().max() < 1e-12 * expected.abs().max()
 
 
-def test_a_step_in_which_nothing_is_written_has_no_long_horizon_part(student, teacher):
-    ahead, loss = LongHorizon(), Loss(kd_ratio=0.7, divergence="reverse_kl")
+RULES = {
+    "teacher_entropy": lambda t, q, p: -(p * p.log()).sum() / np.log(V),
+    "student_entropy": lambda t, q, p: -(q * q.log()).sum() / np.log(V),
+    "divergence": lambda t, q, p: (((p.sqrt() - q.sqrt()) ** 2).sum() / 2).sqrt(),
+    "position": lambda t, q, p: 0.5 ** (t / 2.0),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "temperature", "rule", "mix"),
+    [
+        ("forward_kl", 1.0, None, False),
+        ("generalized_jsd", 2.0, "student_entropy", False),
+        ("forward_kl", 0.5, "teacher_entropy", True),
+        ("reverse_kl", 2.0, "position", True),
+        ("reverse_kl", 1.0, "divergence", False),
+    ],
+)
+def test_exact_rewards_make_the_gradient_of_any_weighted_divergence_of_whole_answers(student, teacher, name, temperature, rule, mix):
+    """Of E over y ~ q of the sum of w_t T^2 D_t, with the gradient through the sampling and none through the weights; sampled from a mixture with
+    the teacher too."""
+    objective, chances = 0.0, []
+    for answer in ANSWERS:
+        q, p = distributions(student, teacher, answer)
+        chances.append((mixture(student, teacher, answer) if mix else probability(student, teacher, answer)).item())
+        soft_q, soft_p = (torch.softmax(one.log() / temperature, -1) for one in (q, p))
+        weights = [float(RULES[rule](t, q[t].detach(), p[t])) if rule else 1.0 for t in range(len(answer))]
+        costs = torch.tensor(weights, dtype=torch.float64) * temperature**2 * DIVERGENCES[name](soft_q, soft_p)
+        objective = objective + q[range(len(answer)), list(answer)].prod() * costs.sum()
+    expected = gradient_of(student, objective)
+    weighing = {"by": rule, "half_life": 2.0 if rule == "position" else None}
+    loss = Loss(kd_ratio=1.0, divergence=name, temperature=temperature, target_weights=TargetWeights(**weighing) if rule else None)
+    ahead = LongHorizon(1.0, False, "exact", *((SHARE, "product") if mix else ()))
+    lengths, chances = (torch.tensor(x, dtype=torch.float64) for x in ([len(answer) for answer in ANSWERS], chances))
+    found, without = (
+        torch.stack([g for _, g in gradients(student, teacher, source_of(Dictated(ANSWERS), 15, long_horizon=one), loss, one)])
+        * lengths[:, None]
+        for one in (ahead, None)
+    )
+    assert (chances @ found - expected).abs().max() < 1e-12 * expected.abs().max()
+    assert (chances @ without - expected).abs().max() > 0.02 * expected.abs().max(), "the part is not small here"
+
+
+def test_exact_rewards_vary_less_than_sampled_ones_with_the_same_mean(student, teacher):
+    loss = Loss(kd_ratio=1.0, divergence="reverse_kl")
+    chances = torch.tensor([float(probability(student, teacher, answer)) for answer in ANSWERS], dtype=torch.float64)
+    lengths, found = torch.tensor([[len(answer)] for answer in ANSWERS]), []
+    for ahead in (LongHorizon(0.8, False, how) for how in ("sampled", "exact")):
+        source = source_of(Dictated(ANSWERS), 15, long_horizon=ahead)
+        each = torch.stack([g for _, g in gradients(student, teacher, source, loss, ahead)]) * lengths
+        found.append((chances @ each, (chances @ (each - chances @ each) ** 2).sum()))
+    (mean, variance), (exact, less) = found
+    assert (mean - exact).abs().max() < 1e-12 * mean.abs().max() and less < 0.9 * variance
+
+
+@pytest.mark.parametrize("rewards", ["sampled", "exact"])
+def test_what_the_teacher_writes_has_the_divergence_alone(student, teacher, rewards):
+    """It is no sample of the student: of the others each has its part."""
+    ahead, loss = LongHorizon(1.0, False, rewards, SHARE, "product"), Loss(kd_ratio=1.0, divergence="reverse_kl")
+    own, theirs, data = (0, 1, 0), (1, 0, END), (1, END)
+    settings = {"long_horizon": ahead, "teacher": Dictated(itertools.repeat(theirs)), "teacher_writes": 0.3}
+    source = source_of(Dictated(itertools.repeat(own)), 1, 12, 0.4, data, **settings)
+    places = next(source.schedule()).places
+    of_each = [sum(word in place for place in places) for word in ("written at", "by the teacher")]
+    counts = {own: of_each[0], theirs: of_each[1], data: 12 - sum(of_each)}
+    assert all(count > 1 for count in counts.values())
+    total = 0.0
+    for answer, count in counts.items():
+        q, p = distributions(student, teacher, answer)
+        divergence, at = DIVERGENCES["reverse_kl"](q, p), (range(len(answer)), list(answer))
+        log_q, log_p = q[at].log(), p[at].log()
+        w = (q[at] / (SHARE * p + (1 - SHARE) * q)[at]).detach().numpy() if answer == own else np.ones(len(answer))
+        through, before = np.cumprod(w), np.cumprod([1.0, *w[:-1]])
+        value = (torch.tensor(before) * divergence).sum()
+        for t in range(len(answer)) if answer == own else ():
+            later = range(t + 1, len(answer))
+            rewards_of = [
+                through[k] * (log_p - log_q)[k].item() if rewards == "sampled" else -before[k] * divergence[k].item() for k in later
+            ]
+            value = value - sum(rewards_of) * log_q[t]
+        total = total + count * value
+    targets = sum(count * len(answer) for answer, count in counts.items())
+    settings["teacher"] = Dictated(itertools.repeat(theirs))
+    ((_, gradient),) = gradients(student, teacher, source_of(Dictated(itertools.repeat(own)), 1, 12, 0.4, data, **settings), loss, ahead)
+    expected = gradient_of(student, total / targets)
+    assert (gradient - expected).abs().max() < 1e-12 * expected.abs().max()
+
+
+def test_the_long_horizon_part_follows_the_divergences_weight_and_what_it_is_divided_by(student, teacher):
+    """A schedule of kd_ratio, and with `normalize: weights` the sum of the divergence's weights."""
+    batch = next(iter(source_of(Dictated([(0, 1, 0)]), 1, long_horizon=LongHorizon()).steps()))[1][0]
+
+    def gradient(step: int, scale: dict[str, float], **changes) -> torch.Tensor:
+        loss, ahead = Loss(divergence="reverse_kl", **changes), OnPolicy(long_horizon=LongHorizon(0.9, rewards="exact"))
+        distiller = Distiller(student, [*build_terms(loss, None, 5), *long_horizon_terms(ahead, loss, None, 5)])
+        distiller.start_step(step, scale)
+        out = distiller(batch, LiveTeacher(teacher)(batch))
+        values = {name: rows_N.sum().item() for name, rows_N in out.rows.items()}
+        assert distiller.combiner()(values) == pytest.approx(out.total.item(), rel=1e-12)
+        return gradient_of(student, out.total)
+
+    schedule, whole = {"from": 1.0, "to": 0.5}, gradient(1, {}, kd_ratio=1.0)
+    assert torch.allclose(gradient(5, {}, kd_ratio=schedule), whole / 2, rtol=1e-12)
+    assert torch.allclose(gradient(1, {}, kd_ratio=schedule), whole, rtol=1e-12)
+    scaled = {"kd": 1.7, "long_horizon": 9.0, "ce": 5.0}
+    assert torch.allclose(gradient(1, scaled, kd_ratio=1.0, normalize="weights"), 1.7 * whole, rtol=1e-12)
+    assert torch.equal(gradient(1, scaled, kd_ratio=1.0), whole)
+
+
+def test_costs_are_those_of_the_step(student, teacher):
+    """With a schedule of the temperature the rewards have that of the step, as the divergence has."""
+    batch, found = next(iter(source_of(Dictated([(0, 1, 0)]), 1, long_horizon=LongHorizon()).steps()))[1][0], []
+    for temperature, step in (({"from": 1.0, "to": 3.0}, 5), (3.0, 1)):
+        loss, ahead = Loss(kd_ratio=1.0, divergence="forward_kl", temperature=temperature), LongHorizon(rewards="exact")
+        distiller = Distiller(student, [*build_terms(loss, None, 5), *long_horizon_terms(OnPolicy(long_horizon=ahead), loss, None, 5)])
+        distiller.start_step(step, {})
+        found.append(gradient_of(student, distiller(batch, LiveTeacher(teacher)(batch)).total))
+    assert torch.equal(*found)
+
+
+def test_costs_have_the_weight_of_their_example_once(student, teacher):
+    """As the divergence has it: a row that counts twice has twice the gradient."""
+    ahead, loss, found = LongHorizon(1.0, False, "exact"), Loss(kd_ratio=1.0, divergence="reverse_kl"), []
+    for weight in (1.0, 2.0):
+        source = source_of(Dictated([(0, 1, 0)]), 1, long_horizon=ahead)
+        source.examples.weights["kd"] = np.full(1, weight, np.float32)
+        found.append(gradients(student, teacher, source, loss, ahead)[0][1])
+    assert torch.allclose(found[1], 2 * found[0], rtol=1e-12)
+
+
+@pytest.mark.parametrize("rewards", ["sampled", "exact"])
+def test_a_step_in_which_nothing_is_written_has_no_long_horizon_part(student, teacher, rewards):
+    ahead, loss = LongHorizon(rewards=rewards), Loss(kd_ratio=0.7, divergence="reverse_kl")
     pair = [
         gradients(student, teacher, source_of(None, 1, 3, {"from": 0.0, "to": 1e-12}, long_horizon=one), loss, one)[0]
         for one in (ahead, None)

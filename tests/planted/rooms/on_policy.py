@@ -27,6 +27,16 @@ FAULTS = [
         ),
     ),
     *in_file(
+        "llmkd/data/written.py",
+        (
+            "teachers-text-rewarded",
+            "what the teacher writes has a long-horizon part",
+            "if by_student and WRITTEN in",
+            "if WRITTEN in",
+            f"{ENUMERATED}::test_what_the_teacher_writes_has_the_divergence_alone",
+        ),
+    ),
+    *in_file(
         "eval/report/own_text.py",
         (
             "teacher-counted-twice",
@@ -123,6 +133,34 @@ FAULTS = [
             "after = rewards[t] + gamma * after",
             LONG,
         ),
+        (
+            "weighted-twice",
+            "the costs of a row that counts otherwise have its weight twice",
+            "(given != 0).to(given.dtype)",
+            "given",
+            f"{ENUMERATED}::test_costs_have_the_weight_of_their_example_once",
+        ),
+        (
+            "costs-without-the-products",
+            "exact rewards forget that the text was drawn from a mixture",
+            "self.costs(student, signal, batch.keeping(written))",
+            "self.costs(student, signal, replace(batch.keeping(written), weights={}))",
+            f"{ENUMERATED}::test_exact_rewards_make_the_gradient_of_any_weighted_divergence_of_whole_answers",
+        ),
+        (
+            "scaled-by-itself",
+            "the part is divided by the sum of its own weights, not of the divergence's",
+            'self.scaled_as = "kd"',
+            "pass",
+            f"{ENUMERATED}::test_the_long_horizon_part_follows_the_divergences_weight_and_what_it_is_divided_by",
+        ),
+        (
+            "at-the-first-temperature",
+            "costs do not follow the step",
+            "self.costs.start_step(step, scale)",
+            "pass",
+            f"{ENUMERATED}::test_costs_are_those_of_the_step",
+        ),
         ("undiscounted", "later tokens are not discounted", "+ gamma * after", "+ after", LONG),
         ("divided-by-one-more", "the sum is divided by one token too many", "(len(rewards) - t - 1) if", "(len(rewards) - t) if", LONG),
         (
@@ -135,8 +173,8 @@ FAULTS = [
         (
             "weight-of-the-token-itself",
             "the divergence at a token has the token's own weight",
-            "products[:-1]",
-            "products[1:]",
+            "for w in one[:-1]]",
+            "for w in one[1:]]",
             LONG,
         ),
         (
@@ -149,12 +187,18 @@ FAULTS = [
         (
             "student-for-teacher",
             "the shares of the mixture are exchanged in the weights",
-            "1 / (self.teacher_mix * reward_N.exp() + (1 - self.teacher_mix))",
-            "1 / ((1 - self.teacher_mix) * reward_N.exp() + self.teacher_mix)",
+            "1 / (self.teacher_mix * sampled_N.exp() + (1 - self.teacher_mix))",
+            "1 / ((1 - self.teacher_mix) * sampled_N.exp() + self.teacher_mix)",
             LONG,
         ),
-        ("across-examples", "rewards go on into the next example", "start += one.num_targets", "start += 0", LONG),
-        ("full-weight", "the part has weight 1 whatever kd_ratio is", "return Loss(self.weight * total,", "return Loss(1.0 * total,", LONG),
+        (
+            "across-examples",
+            "rewards go on into the next example",
+            "for own in _slices(batch) for after",
+            "for own in [slice(0, None)] for after",
+            LONG,
+        ),
+        ("full-weight", "the part has weight 1 whatever kd_ratio is", "return Loss(self.factor * total,", "return Loss(1.0 * total,", LONG),
     ),
     *in_file(
         "llmkd/data/written.py",
@@ -238,8 +282,8 @@ FAULTS = [
         (
             "nothing-as-an-example",
             "an answer without a token is an example",
-            "whole = [(one, how) for one, how in answers if one.ids]",
-            "whole = answers",
+            "whole := [one for one in answers if one.ids]",
+            "whole := answers",
             f"{SOURCE}::test_an_answer_without_a_token_is_left_out_and_counted",
         ),
         (

@@ -38,7 +38,7 @@ FAULTS = [
         "normalize-two-terms-alone",
         "loss.normalize: weights leaves hidden states and attention as they are",
         "llmkd/losses/terms.py",
-        '(scale.get(self.names[0], 1.0) if self.normalize == "weights" else 1.0)',
+        '(scale.get(self.scaled_as, 1.0) if self.normalize == "weights" else 1.0)',
         "1.0",
         f"{SCHEDULES}::test_a_term_of_weight_0_is_nothing",
     ),
