@@ -13,6 +13,7 @@ from ..signals import NO_TAPS, AttentionInputs, Taps
 from .dropout import masks_of
 from .families import body_of, decoder_of, head_of
 from .last_layer import LastLayer, at_rows
+from .masks import rows_are_told
 from .taps import attention_tapped, tapped
 
 
@@ -124,7 +125,7 @@ class LanguageModel(nn.Module):
         autocast = torch.autocast(view.rows_N.device.type, self.autocast, enabled=self.autocast is not None)
         base, last = self.base_model, None if taps.queries else self.capabilities.last_layer
         within = at_rows(last, view), tapped(base, taps.layers, view.rows_N), attention_tapped(base, taps.attention)
-        with autocast, within[0], within[1] as layers, within[2] as attention:
+        with autocast, rows_are_told(view), within[0], within[1] as layers, within[2] as attention:
             if self.capabilities.own_forward:
                 return ModelOutputs(self._logits(view), layers, attention)
             hidden_BTH = body_of(self.base_model)(**self.model_inputs(view), use_cache=False)[0]

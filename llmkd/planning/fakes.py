@@ -29,10 +29,6 @@ def fake_tensors(gpu: bool) -> Iterator[None]:
     changes += [(loop, "read_masses", lambda masses, accelerator: dict.fromkeys(masses, 1.0))]
     # what the layers of a model hold and compute with is taken as its family says: whether they do is seen when the run starts
     changes += [(module, "relative_gap", lambda these, those: 0.0) for module in (startup_checks, attention_taps)]
-    import transformers.masking_utils as masks
-
-    # transformers makes a mask for tensors without values that it does not make in a run, and asks values whether rows are packed
-    changes += [(masks, "is_tracing", lambda tensor=None: False), (masks, "find_packed_sequence_indices", lambda position_ids: None)]
     if gpu:
         changes += [(F, "scaled_dot_product_attention", _sdpa(F.scaled_dot_product_attention))]
         changes += [(attention, "by_segment", _by_segment(attention.by_segment))]

@@ -165,8 +165,9 @@ class Waits(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_the_host_waits_for_the_device_only_where_somebody_asks(make_recipe, monkeypatch):
-    """Of eight steps every fourth is logged; of the others it is heard in the step after. (Of padded rows transformers itself asks once a pass.)"""
+@pytest.mark.parametrize("packing", [True, False])
+def test_the_host_waits_for_the_device_only_where_somebody_asks(make_recipe, monkeypatch, packing):
+    """Of eight steps every fourth is logged; of the others it is heard in the step after."""
     waits, real, now = [], trainer.train, [1]
 
     def train(*args, **options):
@@ -183,7 +184,7 @@ def test_the_host_waits_for_the_device_only_where_somebody_asks(make_recipe, mon
     read, reads = loop.StepResult.read, []
     monkeypatch.setattr(loop.StepResult, "read", lambda self, active: (reads.append((self.step.number, now[0])), read(self, active))[1])
     monkeypatch.setattr(trainer, "train", train)
-    run(make_recipe(train__max_steps=8, train__epochs=None, train__log_every=4, train__batch_size=8, data__packing=True))
+    run(make_recipe(train__max_steps=8, train__epochs=None, train__log_every=4, train__batch_size=8, data__packing=packing))
     assert waits == [(step, 0) for step in range(1, 9)]
     assert reads == [(1, 2), (2, 3), (3, 4), (4, 4), (5, 6), (6, 7), (7, 8), (8, 8)]
 
