@@ -25,8 +25,20 @@ from .models import Depth, build_students, build_teacher, empty_model
 from .step import OneProcess, Ready
 
 
-def build(recipes: Sequence[Recipe], found: Found, depth: Depth, of_teachers: list[int], memory: float | None, gpu: bool) -> Ready:
-    """Students and teacher without values, in a fake mode: as `training.build.build_setup` makes them."""
+def build(
+    recipes: Sequence[Recipe],
+    found: Found,
+    depth: Depth,
+    of_teachers: list[int],
+    memory: float | None,
+    gpu: bool,
+    device: str = "cpu",
+) -> Ready:
+    """Students and teacher without values, in a fake mode: as `training.build.build_setup` makes them.
+
+    gpu      with a GPU's chunks of the head
+    device   of the fake tensors
+    """
     recipe = recipes[0]
     packing = recipe.data.packing * longest_row(recipe.train, recipe.data)
     teachers, models, live, elsewhere, base = {}, [], {}, set(), None
@@ -35,8 +47,8 @@ def build(recipes: Sequence[Recipe], found: Found, depth: Depth, of_teachers: li
         if one.cache is not None or one.server:
             format = format_of(one, setting, found.vocab, config)
             if isinstance(format, HiddenFormat):
-                models.append(format.head.on("cpu").project)
-            teachers[setting] = RecordsWithoutValues(format, "cpu")
+                models.append(format.head.on(device).project)
+            teachers[setting] = RecordsWithoutValues(format, device)
             continue
         layers, shared = of_teachers.pop(0), None
         if base is None and _shares(recipe, found.student, one, config) and layers == depth.layers:
@@ -56,7 +68,7 @@ def build(recipes: Sequence[Recipe], found: Found, depth: Depth, of_teachers: li
     states = []
     for one, student in zip(recipes, students, strict=True):
         terms, divergences = _terms(one, student, live), divergences_of(one.loss, one.data)
-        states.append(build_student(one.loss, optim, student, work_steps(recipe), OneProcess("cpu"), chunk, terms, divergences))
+        states.append(build_student(one.loss, optim, student, work_steps(recipe), OneProcess(device), chunk, terms, divergences))
     taps = teacher_taps(recipes, states)
     teachers |= {setting: LiveTeacher(model, taps.get(setting, NO_TAPS)) for setting, model in live.items()}
     settings = {setting: one for setting, one, _ in found.teachers}

@@ -121,8 +121,12 @@ def multiplied(flops: int) -> None:
 def operations(packet) -> Callable | None:
     """A function from an operation's arguments and its result to its floating-point operations; None for one that multiplies no matrices."""
     aten = torch.ops.aten
-    if packet in (aten.addmm_, aten.mm):
-        return lambda args, kwargs, out: _product(*args[-2:])
+    if packet is aten.mm:  # a third argument is the type of the result
+        return lambda args, kwargs, out: _product(*args[:2])
+    if packet is aten.addmm_:
+        return lambda args, kwargs, out: _product(*args[1:3])
+    if packet is aten._scaled_mm:
+        return lambda args, kwargs, out: _product(*args[:2])
     if packet is aten._scaled_dot_product_flash_attention_for_cpu:
         return lambda args, kwargs, out: attention_flops(args[0], args[1], 2)
     if packet is aten._scaled_dot_product_flash_attention_for_cpu_backward:

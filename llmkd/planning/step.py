@@ -5,7 +5,7 @@ The loop, its students and its teacher are those of a run. On fake tensors this 
 
 import contextlib
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -82,10 +82,13 @@ class OneStep:
         yield Step(1, 0, sum(batch.num_targets for batch in self.batches), {}, list(range(len(counts))), [], data), self.batches
 
 
-def watched_step(ready: Ready, batch: Batch, gradients: bool, device="cpu", round_to: int = 1) -> dict[str, Phase]:
+def watched_step(
+    ready: Ready, batch: Batch, gradients: bool, device="cpu", round_to: int = 1, before: Callable[[], None] = lambda: None
+) -> dict[str, Phase]:
     """The phases of a step of one micro-batch, with the optimizer's state there, as in every step after the first.
 
     gradients   those of micro-batches before it in its step are there
+    before      called when all is there and the step begins
 
     Those of the backward pass are by the layer that it is in: "backward pass 3"; the last layer's is called "backward pass".
     """
@@ -111,6 +114,7 @@ def watched_step(ready: Ready, batch: Batch, gradients: bool, device="cpu", roun
         teacher = ready.teacher and functools.partial(_asked, memory, ready.teacher)
         accelerator, source = _Watched(memory, device), OneStep([batch])
         memory.forget()
+        before()
         with (
             memory,
             contextlib.closing(train(source, ready.students, teacher, accelerator, hooks=StepHooks(wants_metrics=_never))) as steps,

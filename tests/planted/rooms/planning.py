@@ -84,4 +84,24 @@ FAULTS = [
             f"{PLAN}::test_a_model_that_also_sees_is_built_without_values",
         ),
     ),
+    *in_file(
+        "llmkd/head.py",
+        (
+            "gpu-product-narrow",
+            "a GPU's logits are rounded to half precision",
+            "torch.mm(hidden_NH, weight_VH.T, out_dtype=torch.float32, **",
+            "torch.mm(hidden_NH, weight_VH.T, **",
+            "test_fake_cuda.py",
+        ),
+    ),
+    *in_file(
+        "llmkd/models/masks.py",
+        (
+            "asked-each-pass",
+            "transformers reads positions in every pass",
+            "    setattr(masks, _ASKS, _apart)\n",
+            "",
+            "training/test_step_result.py::test_the_host_waits_for_the_device_only_where_somebody_asks",
+        ),
+    ),
 ]
