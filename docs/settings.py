@@ -3,20 +3,22 @@
 from pathlib import Path
 
 from llmkd.config import schema
+from llmkd.config.make import Make
+from llmkd.config.make_stages import STAGES
 from llmkd.config.recipe import Recipe
 from llmkd.config.sweep import Sweep
 
 HEAD = """\
 # Settings
 
-Every setting of a recipe and of a sweep, as `llmkd train --help all` and `llmkd sweep --help all` list them (`llmkd train --help loss` has one section). Each can be given in the YAML file, and on the command line
+Every setting of a recipe, of a sweep and of a file of `llmkd make`, as `llmkd train --help all` and `llmkd sweep --help all` list them (`llmkd train --help loss` has one section). Each can be given in the YAML file, and on the command line
 by its dotted path (`--optim.lr 1e-4`). This page is written by `python docs/settings.py`.
 
 What a path is relative to: [Paths](operations.md#paths). `null` means not given. `data.validation` and `data.choices` are sources with the same settings as `data.train`; `teacher` and
 `student` have the same settings under `quantization`.
 """
 #: Sections whose settings are listed once, under another name.
-SAME = {"data.validation.": "data.train.", "data.choices.": "data.train."}
+SAME = {"data.validation.": "data.train.", "data.choices.": "data.train.", "seeds.": "data.train."}
 
 
 def shown(default) -> str:
@@ -40,8 +42,35 @@ def tables(kind) -> list[str]:
     return [line for section, rows in sections.items() for line in ("", f"### {section}", *head, *rows)]
 
 
+def stages() -> list[str]:
+    """The settings of each stage of llmkd make."""
+    out = []
+    for do, kind in STAGES.items():
+        rows = [
+            f"| `{path}` | {cell(type_)} | {cell(shown(default))} | {cell(text)} |" for path, type_, default, text in schema.describe(kind)
+        ]
+        out += ["", f"### stage {do}", "", cell(kind.__doc__.splitlines()[0])]
+        out += ["", "| Setting | Values | Default | |", "|---|---|---|---|", *rows] if rows else []
+    return out
+
+
 def page() -> str:
-    return "\n".join([HEAD.rstrip(), "", "## Of a recipe", *tables(Recipe), "", "## Of a sweep", *tables(Sweep), ""])
+    return "\n".join(
+        [
+            HEAD.rstrip(),
+            "",
+            "## Of a recipe",
+            *tables(Recipe),
+            "",
+            "## Of a sweep",
+            *tables(Sweep),
+            "",
+            "## Of a file of llmkd make",
+            *tables(Make),
+            *stages(),
+            "",
+        ]
+    )
 
 
 if __name__ == "__main__":

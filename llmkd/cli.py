@@ -26,7 +26,7 @@ from .training.environment import check_environment
 from .training.launcher import launcher_pid
 from .training.shutdown import end_on_signal
 
-_COMPUTES = ("train", "sweep", "cache", "roll", "sample", "export", "eval", "doctor")
+_COMPUTES = ("train", "sweep", "cache", "roll", "make", "sample", "export", "eval", "doctor")
 _RESUMED = ("train", "sweep")
 _QUIET = (*_COMPUTES, "data", "plan", "tasks")
 
@@ -76,6 +76,8 @@ def train(options: argparse.Namespace, overrides: dict) -> Any:
     kind = loader.file_kind(config)
     if kind == "sweep":
         return run_sweep(config, overrides, options.resume)
+    if kind == "make":
+        raise UserError(f"--config {config}: is a file of llmkd make; run it by llmkd make, and train on the train.jsonl that it writes")
     if kind == "pipeline":
         from .commands.pipeline import run_pipeline
 
@@ -155,6 +157,18 @@ def roll(options: argparse.Namespace, overrides: dict) -> dict:
         writer, recipe, Path(options.to).expanduser(), sampling, prompts=options.prompts and Path(options.prompts), **more
     )
     print(found["file"])
+    return found
+
+
+def make(options: argparse.Namespace, overrides: dict) -> dict:
+    config = _config(options)
+    if (kind := loader.file_kind(config)) != "make":
+        raise UserError(f"--config {config}: is a {kind}, and holds no list of stages; name a file of llmkd make")
+    from .commands.make import make as run_stages
+
+    found = run_stages(config, overrides, options.dry_run)
+    if found["file"]:
+        print(found["file"])
     return found
 
 
@@ -308,6 +322,7 @@ COMMANDS = {
     "cache": cache,
     "data": data,
     "roll": roll,
+    "make": make,
     "plan": plan,
     "doctor": doctor,
     "sample": sample,

@@ -20,7 +20,7 @@ LAYERS = (
     "config model_folder",
     "losses models data servers",
     "teachers rollouts",
-    "output",
+    "output making",
     "training",
     "doctor planning",
     "api commands",

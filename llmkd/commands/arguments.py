@@ -10,6 +10,7 @@ import os
 import typing
 
 from ..config.loader import parse_overrides
+from ..config.make import Make
 from ..config.recipe import Recipe
 from ..config.schema import describe
 from ..config.sweep import Pipeline, Sweep
@@ -22,9 +23,17 @@ exit codes: 0 done, 1 the machine failed, or a bug, 2 a mistake you can fix, 3 s
 (--resume continues). accelerate launch and torchrun turn all of them into 1."""
 
 _SETTINGS = """\
-settings of a recipe (each is also an option: --optim.lr 1e-4, --teacher null, --data.train.path rows.jsonl):
+settings of {of} (each is also an option: {such}):
 {sections}
-  llmkd {command} --help SECTION describes one section or setting (such as loss, data.train or optim.lr); --help all, every one."""
+  llmkd {command} --help SECTION describes one section or setting (such as {section}); --help all, every one."""
+_OF = {
+    Make: {"of": "the file", "such": "--writer.model MODEL, --limit_tokens 100000", "section": "writer or writer.server"},
+    Recipe: {
+        "of": "a recipe",
+        "such": "--optim.lr 1e-4, --teacher null, --data.train.path rows.jsonl",
+        "section": "loss, data.train or optim.lr",
+    },
+}
 
 
 def command_parsers(group=None) -> dict[str, Parser]:
@@ -33,7 +42,8 @@ def command_parsers(group=None) -> dict[str, Parser]:
     for command in COMMANDS:
         tail = [f"example:\n  {command.example}"]
         if command.settings:
-            tail.append(_SETTINGS.format(sections=sections_overview(command.settings), command=command.name))
+            about = _OF.get(command.settings, _OF[Recipe])
+            tail.append(_SETTINGS.format(sections=sections_overview(command.settings), command=command.name, **about))
         if command.exit_codes:
             tail.append(EXIT_CODES)
         given = {"usage": f"llmkd {command.name} {command.usage}".rstrip(), "description": command.text, "epilog": "\n\n".join(tail)}
@@ -78,8 +88,8 @@ def _parse(command: str, words: list[str]) -> tuple[argparse.Namespace, dict[str
     options, rest = parser.parse_known_args(words)
     unknown = [word for word in (*rest, *settings) if word.startswith("-") and word != "-"]
     if parser.kind:
-        own = {field.name for kind in (Recipe, Sweep, Pipeline) for field in dataclasses.fields(kind)}
-        own |= {path.rpartition(".")[2] for path, *_ in describe(Recipe)}  # --lr: parse_overrides names optim.lr
+        own = {field.name for kind in (Recipe, Sweep, Pipeline, Make) for field in dataclasses.fields(kind)}
+        own |= {path.rpartition(".")[2] for kind in (Recipe, Make) for path, *_ in describe(kind)}  # --lr: parse_overrides names optim.lr
         for word in unknown:
             name = word.partition("=")[0]
             if "." in name or name[2:] in own:

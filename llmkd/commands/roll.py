@@ -31,6 +31,7 @@ from ..model_folder.generation import generation_settings, stops_at
 from ..model_folder.identity import verify
 from ..output.run_folder import refuse_unwritable
 from ..rollouts.answer_file import AnswerFile, refuse_foreign
+from ..rollouts.batches import by_length
 from ..teachers.resolve import TeacherSource
 from ..teachers.served_models import served_model, server_of
 from ..training.rolled_data import learnt_from
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
     from ..rollouts.writer import Writer
 
 BATCH = 32  # answers that are written at a time
-_SORTED = 16  # batches whose prompts are sorted by length together: a file's order is about that of its rows
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,9 @@ def roll(
     file, started = AnswerFile(to, depends, about), time.monotonic()
     with stop or ShutdownRequest("finishing this batch; what is written is kept") as stop, file.open([one.key for one in asked]):
         there = len(file.written)
-        if left := [batch for batch in _batches(asked, batch_size) if any(one.key not in file.written for one in batch)]:
+        if left := [
+            batch for batch in by_length(asked, batch_size, lambda one: len(one.ids)) if any(one.key not in file.written for one in batch)
+        ]:
             _write(left, file, source, files, sampling, ends, vocab, tokenizer, len(asked), stop)
         file.complete()
     return _counts(file, source, len(found), samples, left_out, there, recipe.data.max_length, time.monotonic() - started)
@@ -204,13 +206,6 @@ def _asked(prompts: Sequence[Prompt], samples: int, depends: dict[str, Any], by_
         for _ in range(samples):
             number, before[same] = before[same], before[same] + 1
             yield Asked(prompt, ids, hashlib.blake2b(settings + b"|" + same + b"|%d" % number, digest_size=8).hexdigest())
-
-
-def _batches(asked: list[Asked], size: int) -> Iterator[list[Asked]]:
-    """Answers to prompts of like lengths, always the same ones together."""
-    for start in range(0, len(asked), size * _SORTED):
-        block = sorted(asked[start : start + size * _SORTED], key=lambda one: -len(one.ids))
-        yield from (block[i : i + size] for i in range(0, len(block), size))
 
 
 def _write(

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import typing
 
+from ..config.make import Make
 from ..config.recipe import Recipe
 from ..config.sweep import Sweep
 from ..planning import devices
@@ -148,6 +149,21 @@ COMMANDS = (
         ),
         Recipe,
         places=("WRITER", "student, teacher, the folder of a run, of a model or of an adapter, or a hub id"),
+    ),
+    Command(
+        "make",
+        "Make data by a model's text: answers, new and harder questions, reflections, by stages of a file",
+        "--config FILE [--dry_run] [--json FILE] [--section.name VALUE ...]",
+        "Run the stages of a file, in order, over its seeds: a model in this process, on a server, a program or a file of recorded answers writes.\n"
+        "Leaves train.jsonl (format: chat), rejected.jsonl (what was left out, with the reason), a table of counts and a data card. Answers are\n"
+        "kept: after a stop or a kill the same command goes on, a finished one asks nothing, and a changed prompt asks for what depends on it.",
+        "llmkd make --config recipes/imitation/answers.yaml --dry_run",
+        (
+            Option("--config", "FILE", "the file of stages, in YAML or JSON"),
+            Switch("--dry_run", "print how many asks and tokens each stage needs, and ask nothing"),
+            _JSON,
+        ),
+        Make,
     ),
     Command(
         "plan",

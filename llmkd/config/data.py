@@ -28,7 +28,7 @@ class RowFormat:
     #: "all": no answer that choices could replace, and a text may be split. "marked": the row says which of its tokens.
     supervised: Literal["answer", "all", "marked"] = "answer"
     template: Literal["optional", "always", "never"] = "never"  # whether the tokenizer's chat template renders it
-    notes: tuple[str, ...] = ()  # columns that `llmkd roll` adds for people; they are not read
+    notes: tuple[str, ...] = ()  # columns that `llmkd roll` and `llmkd make` add for people; they are not read
 
     @property
     def is_text(self) -> bool:
@@ -57,7 +57,9 @@ FORMATS = {
         template="optional",
     ),
     "chat": RowFormat(
-        {"messages": Column("messages"), "tools": Column("tools", optional=True), "system": Column(optional=True)}, template="always"
+        {"messages": Column("messages"), "tools": Column("tools", optional=True), "system": Column(optional=True)},
+        template="always",
+        notes=("made",),
     ),
     "prompt_completion": RowFormat(
         {

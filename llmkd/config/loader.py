@@ -74,8 +74,10 @@ def read(path: str | Path) -> tuple[dict, dict[tuple, int], list[str]]:
 
 
 def file_kind(path: str | Path) -> str:
-    """The kind of a file: "recipe", "pipeline" or "sweep"."""
+    """The kind of a file: "recipe", "pipeline", "sweep" or "make"."""
     data = read(path)[0]
+    if isinstance(data.get("stages"), list) and "recipe" not in data:
+        return "make"
     return "sweep" if data.keys() & {"grid", "arms"} else "pipeline" if "stages" in data else "recipe"
 
 
@@ -99,7 +101,7 @@ def load_recipe(
     """
     data, lines, problems = read(path)
     changed = override(data, overrides or {}, problems)
-    _place_paths(Recipe, data, path, locator(str(path), lines, changed), changed, problems)
+    place_paths(Recipe, data, path, locator(str(path), lines, changed), changed, problems)
     recipe = resolve(check(Recipe, data, str(path), lines, problems, changed))
     where, problems = locator(str(path), lines, changed), []
     if check_inputs or check_data:
@@ -114,11 +116,11 @@ def load_recipe(
 def read_placed(path: str | Path) -> dict:
     """The unchecked data of a recipe's file, with paths that can be opened from the working folder."""
     data, _, problems = read(path)
-    _place_paths(Recipe, data, path, locator(str(path), {}, set()), set(), problems)
+    place_paths(Recipe, data, path, locator(str(path), {}, set()), set(), problems)
     return data
 
 
-def _place_paths(kind: type, data: dict, path: str | Path, where: typing.Callable, changed: set[tuple], problems: list[str]) -> None:
+def place_paths(kind: type, data: dict, path: str | Path, where: typing.Callable, changed: set[tuple], problems: list[str]) -> None:
     """Replace every path in `data` by one that can be opened from the working folder."""
     for mapping, key, keys, what in paths.paths_in(kind, data):
         given = any(keys[: len(one)] == one for one in changed)  # on the command line
@@ -153,7 +155,7 @@ def load_pipeline(path: str | Path, output_dir: str | None = None) -> Pipeline:
     """A pipeline's file. Its recipes, and the paths in `set:`, are relative to it."""
     data, lines, problems = read(path)
     changed = override(data, {"output_dir": output_dir} if output_dir else {}, problems)
-    _place_paths(Pipeline, data, path, locator(str(path), lines, changed), changed, problems)
+    place_paths(Pipeline, data, path, locator(str(path), lines, changed), changed, problems)
     pipeline = check(Pipeline, data, str(path), lines, problems, changed)
     where, named = locator(str(path), lines, changed), [("teacher", pipeline.teacher), *(("students", name) for name in pipeline.students)]
     problems = [
@@ -192,7 +194,7 @@ def load_sweep(path: str | Path, overrides: dict[str, typing.Any] | None = None)
     own = {field.name for field in dataclasses.fields(Sweep)}
     mine = {dotted: value for dotted, value in (overrides or {}).items() if dotted.partition(".")[0] in own or renamed(Sweep, (dotted,))}
     changed = override(data, mine, problems)
-    _place_paths(Sweep, data, path, locator(str(path), lines, changed), changed, problems)
+    place_paths(Sweep, data, path, locator(str(path), lines, changed), changed, problems)
     for_arms: dict[str, typing.Any] = {}
     for dotted, value in (overrides or {}).items():
         if dotted not in mine:

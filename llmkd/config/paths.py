@@ -44,8 +44,8 @@ def paths_in(kind: type | None, data: Any, path: tuple = ()) -> Iterator[tuple[d
             if inner is None:
                 continue
             what = metadata(inner, last).path
-            if what == "model" and data.get(".".join([*sections, "server"])):
-                continue  # the name under which a server has it
+            if what == "model" and any(data.get(".".join([*sections, other])) for other in ("server", "command")):
+                continue  # the name under which a server or a program has it
             if what and isinstance(value, str):
                 yield data, dotted, (*path, dotted), what
             elif isinstance(value, dict | list):

@@ -66,6 +66,8 @@ def _words(hint, bounds=()) -> str:
         item = _words(args[0])
         if item.startswith("a list of "):
             return f"a list of lists of {item.removeprefix('a list of ')}"
+        if item == "a mapping":
+            return "a list of mappings"
         return f"a list of {item}" + ("" if typing.get_origin(args[0]) is typing.Literal else "s")
     if origin is dict:
         return "a mapping"

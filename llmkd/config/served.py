@@ -40,11 +40,8 @@ def server_contradictions(path: str, teacher) -> Iterator[tuple[tuple[str, ...],
         return
     if problem := address_problem(teacher.server):
         yield (f"{path}.server",), problem
-    if teacher.api_key_env is not None and not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", teacher.api_key_env):
-        yield (
-            (f"{path}.api_key_env",),
-            "is no name of an environment variable (what was found is not shown); put the key into a variable, and its name here",
-        )
+    if teacher.api_key_env is not None and (problem := env_name_problem(teacher.api_key_env)):
+        yield (f"{path}.api_key_env",), problem
     for name, default in _LOADED.items():
         if getattr(teacher, name) != default:
             yield (
@@ -80,6 +77,13 @@ def address_problem(address: str) -> str | None:
     if parts.query or parts.fragment:
         return "has a ? or a # (what follows it is not shown); expected http://host:port, and a key in the variable that api_key_env names"
     return None
+
+
+def env_name_problem(name: str) -> str | None:
+    """What is wrong with the name of an environment variable, which may be a key by mistake; None if nothing is."""
+    if re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]*", name):
+        return None
+    return "is no name of an environment variable (what was found is not shown); put the key into a variable, and its name here"
 
 
 def key_problem(name: str) -> str | None:

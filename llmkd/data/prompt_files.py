@@ -48,7 +48,7 @@ def read_prompts(path: Path, sources: Sequence[Source], data: Data, tokenizer, s
             found = len(problems.found)
             row = check_row(row, place, source, problems, unread=unread)
             if len(problems.found) == found:
-                prompt, unshown = _prompt_of(row, answered, place, source, data, tokenizer)
+                prompt, unshown = prompt_of(row, answered, place, source, data, tokenizer)
                 out.append(prompt)
                 counts.update([*(f"unshown {key}" for key in unshown), f"rendered {turn_token(row, controls(tokenizer).any)}"])
         except (BadRow, ValueError) as error:
@@ -97,8 +97,8 @@ def _row_of(row: Any, sources: Sequence[Source], has_turns: Callable[[], bool]) 
     if not isinstance(row, dict):
         raise ValueError(f"found {kind(row)}, expected an object")
     for source in sources:
-        if all(name in row for name in _asked(source)):
-            return (source, *_answered(row, source))
+        if asks(row, source):
+            return (source, *with_some_answer(row, source))
     name = next((name for name in GENERAL if name in row), None)
     if name is None:
         raise ValueError(
@@ -108,7 +108,12 @@ def _row_of(row: Any, sources: Sequence[Source], has_turns: Callable[[], bool]) 
     if not texts:
         raise ValueError(f"the run's data are tokens, and how a {name} becomes them is not known; write rows of {_asked(sources[0])[0]}")
     plain = dataclasses.replace(texts[0], fields={}, roles={}, ignore=())
-    return (plain, *_answered(_with_columns_of(plain, row, name, has_turns), plain))
+    return (plain, *with_some_answer(_with_columns_of(plain, row, name, has_turns), plain))
+
+
+def asks(row: Any, source: Source) -> bool:
+    """Whether a row has the columns of a source without which it asks nothing."""
+    return isinstance(row, dict) and all(name in row for name in _asked(source))
 
 
 def _asked(source: Source) -> list[str]:
@@ -117,7 +122,7 @@ def _asked(source: Source) -> list[str]:
     return [source.fields.get(name, name) for name, column in row_format.row.items() if not column.optional and name != row_format.answer]
 
 
-def _answered(row: dict, source: Source) -> tuple[dict, bool]:
+def with_some_answer(row: dict, source: Source) -> tuple[dict, bool]:
     """The row with something in the place of a missing answer, and whether it had one."""
     answer = config.FORMATS[source.format].answer
     theirs = source.fields.get(answer, answer)
@@ -168,7 +173,7 @@ def _has_turns(source: Source, setting: str) -> bool:
 # ---- rendering
 
 
-def _prompt_of(row: dict, answered: bool, place: str, source: Source, data: Data, tokenizer) -> tuple[Prompt, tuple[str, ...]]:
+def prompt_of(row: dict, answered: bool, place: str, source: Source, data: Data, tokenizer) -> tuple[Prompt, tuple[str, ...]]:
     """A checked row as a prompt, and the keys in it that the chat template does not show. ValueError where it cannot be rendered."""
     row = {column: value for column, value in row.items() if column != "train"}
     if not config.FORMATS[source.format].is_text:

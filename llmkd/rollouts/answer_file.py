@@ -7,17 +7,16 @@ import contextlib
 import functools
 import json
 import operator
-import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..console import info
 from ..data.reading.token_columns import ROW_CHECKSUM, refuse_changed, row_checksum
 from ..errors import UserError
-from ..files import Damaged, FileLocked, append, lock_file, open_file, read_sealed, sync, write_sealed
+from ..files import Damaged, open_file, read_sealed, write_sealed
+from .append_only import AppendOnly
 
 SUFFIX = ".roll.json"
 TEXT, IDS, TARGETS = "answer", "input_ids", "loss_mask"
@@ -44,19 +43,13 @@ class AnswerFile:
     def __init__(self, path: Path, settings: dict[str, Any], about: dict[str, Any], option: str = "--to"):
         self.path, self.settings, self.about, self.option = path, settings, about, option
         self.written: dict[str, Written] = {}
+        self.lines = AppendOnly(path, option)
 
     @contextlib.contextmanager
     def open(self, asked: Sequence[str]) -> Iterator["AnswerFile"]:
         """The file, for this process alone, with the answers that are in it: they are to be of the keys `asked`. A part of a last line, which
         a kill left, is removed. UserError where the file is another command's, or damaged."""
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        try:
-            held = lock_file(self.path)
-        except FileLocked:
-            raise UserError(f"{self.option}: another process writes to {self.path}; wait for it, or name another file") from None
-        except OSError as error:
-            raise UserError(f"{self.option}: {self.path} cannot be written ({error.strerror}); name another file") from error
-        with held:
+        with self.lines.held():
             self._begin()
             self._read(frozenset(asked))
             yield self
@@ -71,9 +64,7 @@ class AnswerFile:
         write_sealed(about_path(self.path), self.about | {"settings": self.settings, "complete": False})
 
     def _read(self, asked: frozenset[str]) -> None:
-        raw = self.path.read_bytes()
-        whole = raw.rfind(b"\n") + 1
-        for number, line in enumerate(raw[:whole].splitlines(), 1):
+        for number, line in self.lines.lines():
             try:
                 row = json.loads(line)
                 refuse_changed(row)
@@ -89,15 +80,12 @@ class AnswerFile:
                 f"{self.option}: {self.path} holds {more} answers that are not asked for: the prompts were others, or --limit or --samples higher; "
                 "name another file"
             )
-        if whole < len(raw):
-            info(f"{self.path}: {len(raw) - whole:,} bytes of a last line that is not finished are removed; its answer is written again")
-            os.truncate(self.path, whole)
-            sync(self.path)
+        self.lines.remove_unfinished()
 
     def add(self, rows: Sequence[dict[str, Any]]) -> None:
         """Add rows, each with its `key`, and wait until they are on the disk."""
         sealed = (row | {ROW_CHECKSUM: row_checksum(row)} for row in rows)
-        append(self.path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in sealed))
+        self.lines.add(list(sealed))
         self.written |= {row["key"]: Written(sum(row[TARGETS]), row["finished"], len(row[IDS])) for row in rows}
 
     def complete(self) -> None:

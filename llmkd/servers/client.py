@@ -76,6 +76,10 @@ class Server:
         """`post`, where what the server says to it is of no interest, and may be no JSON."""
         self._asked("POST", path, json.dumps(content).encode(), patience, lambda body: None)
 
+    def holds_key(self, text: str) -> bool:
+        """Whether the key stands in a text, which then must not be written anywhere."""
+        return bool(self._key) and self._key in text
+
     def end(self) -> None:
         """Let requests that wait for the server fail."""
         self._ended.set()

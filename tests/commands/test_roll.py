@@ -20,6 +20,7 @@ from llmkd.data.reading.skills import tokenizer
 from llmkd.data.reading.sources import read_source
 from llmkd.errors import Stopped, UserError
 from llmkd.rollouts.answer_file import about_path
+from llmkd.rollouts.batches import by_length
 from llmkd.rollouts.generate import Completion
 from llmkd.rollouts.sampling import Sampling
 from llmkd.rollouts.writer import LocalWriter
@@ -289,7 +290,7 @@ def test_from_the_command_line_answers_are_rolled_scored_and_trained_on(make_rec
 def test_the_batches_of_a_command_are_the_same_whatever_is_there(asked):
     recipe, prompts = asked
     asked = [command.Asked(None, np.arange(n), str(n)) for n in (3, 9, 4, 8, 5)]
-    assert [[len(one.ids) for one in batch] for batch in command._batches(asked, 2)] == [[9, 8], [5, 4], [3]]
+    assert [[len(one.ids) for one in batch] for batch in by_length(asked, 2, lambda one: len(one.ids))] == [[9, 8], [5, 4], [3]]
 
 
 def test_an_answer_ends_with_any_end_token_of_the_recipe_whichever_prompts_are_asked_now(asked, tmp_path, monkeypatch):

@@ -769,7 +769,7 @@ def test_asking_for_help_is_no_failure(capsys, argv, text):
         (
             ["trian"],
             [
-                "trian: no such command; did you mean train? there are train, sweep, cache, data, roll, plan, doctor, sample, export, eval, tasks, compare, report"
+                "trian: no such command; did you mean train? there are train, sweep, cache, data, roll, make, plan, doctor, sample, export, eval, tasks, compare, report"
             ],
         ),
         (["export", "run", "--too", "x"], ["--too: export has no such option"]),

@@ -20,6 +20,7 @@ class FakeServer:
 
     asked       the contents of the requests for log-probabilities, in the order of their arrival
     max_logprobs, positions, parents, key    as a real server's settings; `parents` by name of an adapter
+    chat        from the content of a request for chat completions to its answer; None: it has no such page
     load        from a folder of an adapter to its function, see `AdapterHost`; None: it loads no adapters while it runs
     loaded      the names of those that were loaded, in order
     misbehave   called with each answer (a dict) and its number from 0; returns what is sent in its place: another dict, bytes, a status
@@ -32,6 +33,7 @@ class FakeServer:
         self.calls = Counter()
         self.max_logprobs, self.positions, self.parents, self.key = 10_000, 4096, {}, None
         self.load: Callable | None = None
+        self.chat: Callable[[dict], dict] | None = None
         self.loaded: list[str] = []
         self.misbehave: Callable = lambda answer, number: answer
         self.most_at_once, self._at_once, self._lock = 0, 0, threading.Lock()
@@ -125,6 +127,8 @@ class FakeServer:
             return self._vllm(content)
         if request.path == "/generate":
             return self._sglang(content)
+        if self.chat and request.path == "/v1/chat/completions":
+            return self.chat(content)
         if self.load and request.path == "/v1/load_lora_adapter":
             return self._load(content["lora_name"], content["lora_path"])
         if self.load and request.path == "/v1/unload_lora_adapter":

@@ -67,11 +67,8 @@ def read_sources(setting: Source | tuple[Source, ...] | None, name: str, choices
 def read_source(source: Source, setting: str, choices: bool = False) -> Rows:
     """All rows of a source, checked against its format (with `choices` as multiple-choice questions). UserError names every bad row."""
     problems, opened = ErrorCollector(), open_source(source, setting)
-    found: Iterable[tuple[str, Any]] = _parsed(opened.records, problems)
-    if source.limit and source.seed is not None:
-        found = _sample(list(found), source.limit, source.seed)
     rows, places, unread = [], [], Counter()
-    for place, row in itertools.islice(found, source.limit):
+    for place, row in some_rows(opened.records, source, problems):
         rows.append(check_row(row, place, source, problems, choices, unread))
         places.append(place)
     problems.raise_if_any()
@@ -86,6 +83,14 @@ def read_source(source: Source, setting: str, choices: bool = False) -> Rows:
 
 def no_rows(source: Source, setting: str) -> UserError:
     return UserError(f"{setting}.path: {source.path} has no rows; name a file with at least one example")
+
+
+def some_rows(found: Records, source: Source, problems: ErrorCollector) -> Iterator[tuple[str, Any]]:
+    """(place, row) of those that the source's limit and seed choose. What cannot be parsed is added to `problems`."""
+    rows: Iterable[tuple[str, Any]] = _parsed(found, problems)
+    if source.limit and source.seed is not None:
+        rows = _sample(list(rows), source.limit, source.seed)
+    return itertools.islice(rows, source.limit)
 
 
 def _parsed(found: Records, problems: ErrorCollector) -> Iterator[tuple[str, Any]]:

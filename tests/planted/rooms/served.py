@@ -168,8 +168,8 @@ FAULTS = [
         (
             "served-name-as-path",
             "the name of a served model is taken for a folder",
-            'if what == "model" and data.get(',
-            "if False and data.get(",
+            'if what == "model" and any(',
+            "if False and any(",
             RUNS,
         ),
     ),

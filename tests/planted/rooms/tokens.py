@@ -108,6 +108,10 @@ FAULTS = [
         ),
     ),
     *in_file(
+        "llmkd/rollouts/append_only.py",
+        ("part-of-a-line-stays", "a part of a last line stays in the file", "if whole < len(raw):", "if whole > len(raw):", FILE),
+    ),
+    *in_file(
         "llmkd/rollouts/answer_file.py",
         (
             "other-settings-go-on",
@@ -116,7 +120,6 @@ FAULTS = [
             "if known.get(name) is value]",
             FILE,
         ),
-        ("part-of-a-line-stays", "a part of a last line stays in the file", "if whole < len(raw):", "if whole > len(raw):", FILE),
         (
             "unasked-answers-stay",
             "a file with answers that are not asked for is gone on with",

@@ -1,0 +1,243 @@
+"""Settings of `llmkd make`: seeds, the writer and the stages that make data of them. No torch."""
+
+import dataclasses
+import difflib
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field
+
+from ..errors import UserError
+from . import loader, paths
+from .data import FORMATS, Source
+from .fields import Count, OneOrMany, Seed, as_tuple, config_dataclass, path_to, with_setting_names
+from .make_stages import STAGES, stage_contradictions
+from .overrides import override
+from .served import SERVER_DEFAULTS, address_problem, env_name_problem
+from .teacher import Attention, Dtype, Quantization, Teacher
+from .validation import check, locator
+from .yaml_loader import Dumper
+
+#: The settings of the writer that belong to one kind of it alone.
+_LOADED = ("revision", "base", "quantization", "dtype", "attention", "batch_size")
+_SERVED = ("api_key_env", "requests", "timeout", "patience")
+
+
+@config_dataclass
+class Writer:
+    """The model that writes: one that llmkd loads (model), one on a server, a program, or a file of recorded answers."""
+
+    model: str | None = path_to(
+        "model",
+        None,
+        description="Folder or hub id of a model, or of a LoRA adapter; with server or command: the name under which it is known there.",
+    )
+    server: str | None = Field(
+        None, description="Address of a server with OpenAI's chat completions (vLLM, llama.cpp, Ollama, vendors): http://host:port."
+    )
+    command: tuple[str, ...] | None = Field(
+        None, min_length=1, description="A program and its arguments: it reads asks and writes answers as JSON lines."
+    )
+    recorded: str | None = path_to("file", None, description="A file of recorded answers, such as the answers.jsonl of an earlier run.")
+    license: str | None = Field(
+        None, min_length=1, description="What its terms say of text that it writes, for the data card: written there as it is given."
+    )
+    revision: str | None = Field(None, description="model: revision of a hub model or adapter.")
+    base: str | None = path_to("model", None, description="model: of an adapter, the base, if it is not where adapter_config.json says.")
+    quantization: Quantization | None = Field(None, description="model: load it in 4 or 8 bits; null: not quantised.")
+    dtype: Dtype = Field("auto", description="model: dtype of the weights; auto: the dtype they were saved in.")
+    attention: Attention = Field("auto", description="model: attention implementation; auto: the default of transformers.")
+    batch_size: Count | None = Field(None, description="model: answers at a time (32).")
+    api_key_env: str | None = Field(
+        None, description="server: the environment variable that holds its key, which is written nowhere; null: no key is sent."
+    )
+    requests: Count | None = Field(None, description="server, command: most asks at one time (8).")
+    timeout: Annotated[float, Field(gt=0)] | None = Field(None, description="server, command: seconds that one answer may take (300).")
+    patience: Annotated[float, Field(ge=0)] | None = Field(
+        None, description="server: seconds for which a request is repeated while the server is gone or busy (600)."
+    )
+    temperature: float = Field(0.0, ge=0, description="Temperature of sampling; 0: always the most likely token.")
+    top_p: float = Field(1.0, gt=0, le=1, description="Sample from the fewest tokens that have this share of the probability.")
+    top_k: Count | None = Field(None, description="Sample from the k most likely tokens; null: from all.")
+    min_p: float = Field(0.0, ge=0, le=1, description="Sample from tokens that are at least min_p times as likely as the most likely one.")
+    max_new_tokens: Count = Field(512, description="Longest answer in tokens; a longer one is cut off, and marked finish: length.")
+
+    @property
+    def kind(self) -> str:
+        """local, api, command or recorded."""
+        return "api" if self.server else "command" if self.command else "recorded" if self.recorded else "local"
+
+    @property
+    def loaded(self) -> Teacher:
+        """How a model that llmkd loads is loaded."""
+        return Teacher(
+            model=self.model,
+            revision=self.revision,
+            base=self.base,
+            quantization=self.quantization,
+            dtype=self.dtype,
+            attention=self.attention,
+        )
+
+    def of_server(self, name: str) -> Any:
+        """A setting of a server or a program, or its default."""
+        value = getattr(self, name)
+        return SERVER_DEFAULTS[name] if value is None else value
+
+
+@config_dataclass
+class Make:
+    """Data that a model writes: stages over rows, one after another. What remains is train.jsonl, of format chat."""
+
+    output_dir: str = path_to("output", min_length=1, description="Folder of train.jsonl, rejected.jsonl, answers.jsonl and the data card.")
+    writer: Writer = Field()
+    seed: Seed = Field(0, description="Seed of all that is drawn.")
+    seeds: OneOrMany[Source] = Field(
+        None, description="Rows to begin with, as of data.train: one source, or a list of sources. Their answers may be missing."
+    )
+    stages: tuple[dict[str, Any], ...] = Field(min_length=1, description="The stages, in order, each with its name: {do: answer}.")
+    limit_tokens: Count | None = Field(
+        None, description="Most tokens of all asks and answers together, as the writer counts them; make stops before it would exceed it."
+    )
+    max_rejected: float = Field(
+        0.95, gt=0, le=1, description="Most that a stage may reject of its candidates: above it make stops, and prints the reasons."
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class StageSettings:
+    """One stage: its number from 1, its name and its settings."""
+
+    number: int
+    do: str
+    settings: Any
+
+    @property
+    def label(self) -> str:
+        return f"{self.number}_{self.do}"
+
+
+@dataclasses.dataclass(frozen=True)
+class MakeSettings:
+    """A file of `llmkd make`, checked, with its stages' settings read."""
+
+    make: Make
+    stages: tuple[StageSettings, ...]
+
+
+def load_make(path: str | Path, overrides: dict[str, Any] | None = None, *, check_inputs: bool = False, written_later="") -> MakeSettings:
+    """The settings of a file, checked; paths in it are relative to it. UserError with every problem, one line each.
+
+    check_inputs    refuse local models and files that do not exist
+    written_later   a folder that earlier stages of a pipeline will write: paths in it may be missing
+    """
+    data, lines, problems = loader.read(path)
+    changed = override(data, overrides or {}, problems)
+    where = locator(str(path), lines, changed)
+    loader.place_paths(Make, data, path, where, changed, problems)
+    found = data.get("stages")
+    own = {key: value for key, value in data.items() if key != "stages"}
+    bare = [one if isinstance(one, dict) else {} for one in found] if isinstance(found, list) else found
+    stages = tuple(_stage(number, one, path, lines, problems) for number, one in enumerate(found if isinstance(found, list) else ()))
+    make = check(Make, own | ({} if bare is None else {"stages": bare}), str(path), lines, problems, changed)
+    problems = [f"{where(tuple(keys))}: {problem}" for keys, problem in _contradictions(make, stages)]
+    if check_inputs:
+        problems += _missing(make, path, where, written_later)
+    if problems:
+        raise UserError(*problems)
+    return MakeSettings(make, stages)
+
+
+def _stage(index: int, found: Any, path, lines: dict, problems: list[str]) -> StageSettings | None:
+    """A stage's settings; what is wrong with them is added to `problems`."""
+    line = lines.get(("stages", index), lines.get(("stages",)))
+    place = f"{path}:{line}: stages.{index}"
+    if not isinstance(found, dict) or not isinstance(found.get("do"), str):
+        problems.append(f"{place}: names no stage; write it as {{do: answer}}; the stages are {', '.join(STAGES)}")
+        return None
+    do, given = found["do"], {key: value for key, value in found.items() if key != "do"}
+    if do not in STAGES:
+        near = difflib.get_close_matches(do, STAGES, 1, 0.6)
+        problems.append(
+            f"{place}.do: found {do}, which is no stage; " + (f"did you mean {near[0]}?" if near else f"the stages are {', '.join(STAGES)}")
+        )
+        return None
+    here = {key[2:]: number for key, number in lines.items() if key[:2] == ("stages", index) and len(key) > 2}
+    loader.place_paths(STAGES[do], given, path, locator(str(path), here, set()), set(), problems)
+    try:
+        return StageSettings(index + 1, do, check(STAGES[do], given, str(path), here, [], set()))
+    except UserError as error:
+        problems += [f"stages.{index} ({do}): {problem}" for problem in error.problems]
+        return None
+
+
+def _contradictions(make: Make, stages: tuple[StageSettings, ...]) -> Iterator[tuple[tuple, str]]:
+    """Settings that are each valid, but not together: (the keys of one of them, problem and fix)."""
+    yield from ((("writer", name), problem) for name, problem in _of_writer(make.writer))
+    for setting, source in with_setting_names(make.seeds, "seeds"):
+        if not FORMATS[source.format].is_text or source.format == "text":
+            yield (
+                (*setting.split("."), "format"),
+                f"found {source.format}, whose rows ask nothing; use alpaca, chat or prompt_completion",
+            )
+        if source.weight != 1:
+            yield (*setting.split("."), "weight"), f"found {source.weight:g}, and every seed is used once; leave it out"
+    known = False
+    for stage in stages:
+        for name, problem in stage_contradictions(stage.do, stage.settings, make.writer.temperature):
+            yield ("stages", stage.number - 1, name), problem
+        if not known and not as_tuple(make.seeds) and stage.do != "topics":
+            yield ("seeds",), f"not given, and the stage {stage.do} begins with rows; name them, or begin with the stage topics"
+        known = True
+
+
+def _of_writer(writer: Writer) -> Iterator[tuple[str, str]]:
+    ways = [name for name in ("server", "command", "recorded") if getattr(writer, name) is not None]
+    if len(ways) > 1:
+        yield ways[1], f"given together with writer.{ways[0]}; keep one of them"
+    if not ways and not writer.model:
+        yield "model", "not given; name the model that writes, or its server, a command, or a file of recorded answers"
+    if writer.recorded and writer.model:
+        yield "model", "given with writer.recorded, which says itself who wrote; leave it out"
+    if writer.server is not None:
+        if problem := address_problem(writer.server):
+            yield "server", problem
+        if not writer.model:
+            yield "model", "not given; name the model as the server serves it"
+    if writer.api_key_env is not None and (problem := env_name_problem(writer.api_key_env)):
+        yield "api_key_env", problem
+    defaults = Writer(model="m")
+    for names, belong, right in ((_LOADED, "a model that llmkd loads", not ways), (_SERVED, "writer.server", bool(writer.server))):
+        for name in names:
+            right_here = right or (writer.command is not None and name in ("requests", "timeout"))
+            if getattr(writer, name) != getattr(defaults, name) and not right_here:
+                yield name, f"set, but it belongs to {belong}; leave it out"
+    for name in ("top_p", "top_k", "min_p"):
+        if writer.temperature == 0 and getattr(writer, name) != getattr(defaults, name):
+            yield name, "set with temperature 0, which always takes the most likely token; leave it out, or raise the temperature"
+
+
+def _missing(make: Make, path, where, written_later: str) -> list[str]:
+    problems = []
+    data = {key: value for key, value in json.loads(json.dumps(dataclasses.asdict(make))).items() if key != "stages"}
+    if make.writer.kind != "local":
+        data["writer"] = {"recorded": make.writer.recorded}
+    for mapping, key, keys, what in paths.paths_in(Make, data):
+        later = written_later and Path(mapping[key]).absolute().is_relative_to(Path(written_later).absolute())
+        if not later and (problem := paths.missing(mapping[key], what, str(Path(path).parent))):
+            problems.append(f"{where(keys)}: {problem}")
+    return problems
+
+
+def dump_make(settings: MakeSettings, folder: str | Path) -> str:
+    """The settings as YAML, with paths as a file in `folder` names them."""
+    import yaml
+
+    data = json.loads(json.dumps(dataclasses.asdict(settings.make)))
+    data["stages"] = [{"do": one.do} | json.loads(json.dumps(dataclasses.asdict(one.settings))) for one in settings.stages]
+    for kind, part in ((Make, {k: v for k, v in data.items() if k != "stages"}), *((STAGES[one["do"]], one) for one in data["stages"])):
+        for mapping, key, _, what in paths.paths_in(kind, part):
+            mapping[key] = paths.relative_to(mapping[key], what, folder)
+    return yaml.dump(data, Dumper=Dumper, sort_keys=False)

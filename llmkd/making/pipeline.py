@@ -1,0 +1,284 @@
+"""`llmkd make`: runs the stages in order and leaves the data, what was rejected, the counts and a data card.
+
+Nothing is stateful but the file of answers: stages are computed anew from them each time, so a run goes on where it was killed, a finished one asks
+nothing, and a changed prompt asks for what depends on it alone.
+"""
+
+import dataclasses
+import json
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from ..config.make import MakeSettings, StageSettings, dump_make
+from ..console import count, info, progress_bar, table, warn
+from ..errors import UserError
+from ..files import sha256_file, write_atomic, write_sealed
+from ..rollouts.sampling import Sampling
+from .answers import NAME, Answers
+from .asks import Answer, Ask, estimated_tokens
+from .card import data_card
+from .prompts import NO_PROMPTS, Prompts, has_prompts, load_prompts
+from .registry import STAGES
+from .rows import Row, has_answer
+from .seeds import read_seeds
+from .stage import Outcome, Rejected, Work
+from .writers.writer import Writer
+
+TRAIN, REJECTED, SUMMARY, SETTINGS, CARD = "train.jsonl", "rejected.jsonl", "make.json", "make.yaml", "README.md"
+_FEW = 20  # candidates of which all may be rejected
+
+
+@dataclass
+class StageCount:
+    """What a stage did: passed + candidates - rejected = out. `asks`: different ones, of which `new` were not in the file of answers.
+
+    prompt_tokens, tokens   read and written for these asks; in a dry run estimated, and at most
+    """
+
+    stage: str
+    rows: int
+    passed: int = 0
+    asks: int = 0
+    new: int = 0
+    candidates: int = 0
+    rejected: int = 0
+    out: int = 0
+    prompt_tokens: int = 0
+    tokens: int = 0
+    reasons: dict[str, int] = field(default_factory=dict)
+
+
+class Pipeline:
+    """One file of stages, with its writer.
+
+    progress  wraps what is written, for a bar
+    """
+
+    def __init__(self, settings: MakeSettings, writer: Writer, dry_run: bool = False):
+        self.make, self.stages, self.writer, self.dry_run = settings.make, settings.stages, writer, dry_run
+        self.settings, self.folder = settings, Path(settings.make.output_dir).expanduser()
+        self.prompts = [_prompts_of(one) for one in self.stages]
+        self.answers = Answers(self.folder / NAME)
+        self.counts: list[StageCount] = []
+        self.rejected: list[tuple[str, Rejected]] = []
+
+    def run(self) -> list[StageCount]:
+        """All stages. UserError for what a user can correct; Stopped where a signal arrived: what was written is kept, and the same call goes on."""
+        rows = read_seeds(self.make.seeds) if self.make.seeds else []
+        if self.dry_run:
+            self.answers.read()
+            self._stages(rows)
+            return self.counts
+        refuse_foreign(self.folder)
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self.answers.open():
+            if not self.answers.known:
+                self.writer.check()
+            rows = self._stages(rows)
+            self._write(rows)
+        return self.counts
+
+    def _stages(self, rows: list[Row]) -> list[Row]:
+        for one, prompts in zip(self.stages, self.prompts, strict=True):
+            stage, counted = STAGES[one.do](one.settings), StageCount(one.label, len(rows))
+            work = self._work(one, prompts, counted)
+            outcome = Outcome(list(rows)) if self.dry_run and not stage.asks else stage.run(rows, work)
+            rows = outcome.rows
+            self._count(counted, outcome)
+            if not rows and not self.dry_run:
+                raise UserError(f"stages.{one.number - 1} ({one.do}): no row is left; {self._reasons(counted)}")
+        return self._with_answers(rows)
+
+    def _with_answers(self, rows: list[Row]) -> list[Row]:
+        """Those that there is something to learn from."""
+        outcome, counted = Outcome(), StageCount("train", len(rows))
+        for row in rows:
+            outcome.take(row, row if has_answer(row) or self.dry_run else Rejected(row, "no_answer", "no stage has answered it"))
+        self._count(counted, outcome)
+        if not outcome.kept and not self.dry_run:
+            raise UserError("stages: no row has an answer to train on; add the stage answer, as in {do: answer}")
+        return outcome.kept
+
+    def _count(self, counted: StageCount, outcome: Outcome) -> None:
+        counted.passed, counted.rejected = len(outcome.passed), len(outcome.rejected)
+        counted.candidates, counted.out = len(outcome.kept) + len(outcome.rejected), len(outcome.rows)
+        counted.reasons = dict(Counter(one.reason for one in outcome.rejected).most_common())
+        self.counts.append(counted)
+        self.rejected += [(counted.stage, one) for one in outcome.rejected]
+        if not self.dry_run and counted.candidates > _FEW and counted.rejected > self.make.max_rejected * counted.candidates:
+            self._write_rejected()
+            raise UserError(
+                f"{counted.stage}: {counted.rejected:,} of {counted.candidates:,} candidates are rejected: {self._reasons(counted)}; "
+                f"look at {self.folder / REJECTED}, or raise max_rejected ({self.make.max_rejected:g})"
+            )
+
+    def _reasons(self, counted: StageCount) -> str:
+        return ", ".join(f"{reason} {number:,}" for reason, number in counted.reasons.items()) or "it had none to begin with"
+
+    # ---- asking
+
+    def _work(self, one: StageSettings, prompts: Prompts, counted: StageCount) -> Work:
+        writer = self.make.writer
+        sampling = Sampling(writer.temperature, writer.max_new_tokens, 0, writer.top_p, writer.top_k, writer.min_p)
+
+        def answer(asks: Sequence[Ask]) -> list[Answer]:
+            return self._answer(asks, counted, one)
+
+        return Work(
+            one.label, self.make.seed, self.writer.label, self.writer.identity, sampling, prompts, self.folder, answer, self.dry_run
+        )
+
+    def _answer(self, asks: Sequence[Ask], counted: StageCount, one: StageSettings) -> list[Answer]:
+        """The answers to asks, in their order; those that are not in the file are written to it."""
+        known, found = self.answers.known, {}
+        different = {ask.key: ask for ask in asks}
+        missing = [ask for key, ask in different.items() if key not in known]
+        counted.asks += len(different)
+        counted.new += len(missing)
+        if self.dry_run:
+            found = {ask.key: _pretended(ask) for ask in missing}
+        while missing and not self.dry_run:
+            allowed = self._within_limit(missing)
+            if not allowed:
+                raise UserError(
+                    f"limit_tokens: the answers have cost {self.answers.tokens:,} of {self.make.limit_tokens:,} tokens, and the next ask "
+                    f"might exceed that ({one.label}, {count(len(missing), 'ask')} left); what is written is kept: raise it, and the same command goes on"
+                )
+            wanted = {ask.key for ask in allowed} | known.keys() | found.keys()
+            these = [ask for ask in different.values() if ask.key in wanted]
+            for ask, said in progress_bar(one.label)(self.writer.write(these, known.keys() | found.keys())):
+                if said.problem is None:
+                    self.answers.add(ask, said)
+                else:
+                    found[ask.key] = said
+            missing = [ask for ask in missing if ask.key not in known and ask.key not in found]
+        answers = [known.get(ask.key) or found[ask.key] for ask in asks]
+        per_key = {ask.key: said for ask, said in zip(asks, answers, strict=True)}
+        counted.prompt_tokens += sum(said.prompt_tokens for said in per_key.values())
+        counted.tokens += sum(said.tokens for said in per_key.values())
+        return answers
+
+    def _within_limit(self, missing: list[Ask]) -> list[Ask]:
+        """The first of the asks, as many as cannot exceed limit_tokens whatever is answered."""
+        if self.make.limit_tokens is None:
+            return missing
+        left, out = self.make.limit_tokens - self.answers.tokens, []
+        for ask in missing:
+            most = _most_tokens(ask)
+            if most > left:
+                break
+            left -= most
+            out.append(ask)
+        return out
+
+    # ---- what is left
+
+    def _write(self, rows: list[Row]) -> None:
+        write_atomic(self.folder / TRAIN, "".join(_line(row.as_json()) for row in rows))
+        self._write_rejected()
+        write_atomic(self.folder / SETTINGS, dump_make(self.settings, self.folder))
+        used = [(one.label, prompts) for one, prompts in zip(self.stages, self.prompts, strict=True) if prompts is not NO_PROMPTS]
+        write_atomic(self.folder / CARD, data_card(self.settings, self.writer, self.counts, used, self.answers, len(rows)))
+        sums = {name: sha256_file(self.folder / name) for name in (TRAIN, REJECTED)}
+        write_sealed(self.folder / SUMMARY, {"rows": len(rows), "stages": [dataclasses.asdict(one) for one in self.counts], "sha256": sums})
+
+    def _write_rejected(self) -> None:
+        lines = []
+        for stage, one in self.rejected:
+            why = {"stage": stage, "reason": one.reason} | ({"detail": one.detail} if one.detail else {})
+            lines.append(_line(why | ({} if one.answer is None else {"answer": one.answer}) | one.row.as_json()))
+        write_atomic(self.folder / REJECTED, "".join(lines))
+
+    @property
+    def unanswered(self) -> int:
+        """Asks that got no answer in this run."""
+        return sum(one.reason == "no_answer" for stage, one in self.rejected if stage != "train")
+
+
+def refuse_foreign(folder: Path) -> None:
+    """UserError where a folder holds something else than what make wrote."""
+    if not folder.is_dir():
+        return
+    if not (folder / NAME).exists():
+        if others := sorted(path.name for path in folder.iterdir() if not path.name.startswith(".")):
+            raise UserError(f"output_dir: {folder} holds something else ({others[0]}); choose another folder")
+        return
+    if not (folder / SUMMARY).exists():
+        return
+    try:
+        known = json.loads((folder / SUMMARY).read_text())["sha256"]
+    except (ValueError, KeyError, TypeError, OSError):
+        raise UserError(f"{folder / SUMMARY}: is damaged; delete it, and the same command writes it again") from None
+    for name, digest in known.items():
+        if (folder / name).exists() and sha256_file(folder / name) != digest:
+            raise UserError(
+                f"{folder / name}: has changed since it was written; move it to where it is to be kept, and the same command writes it again"
+            )
+
+
+def _prompts_of(one: StageSettings) -> Prompts:
+    """The prompts of a stage. UserError where its file is wrong."""
+    if not has_prompts(one.do):
+        return NO_PROMPTS
+    return load_prompts(one.do, getattr(one.settings, "prompt", None), f"stages.{one.number - 1}.prompt")
+
+
+def _line(row: dict[str, Any]) -> str:
+    return json.dumps(row, ensure_ascii=False) + "\n"
+
+
+def _most_tokens(ask: Ask) -> int:
+    return estimated_tokens(*(one["content"] for one in ask.messages)) + ask.sampling.max_new_tokens
+
+
+def _pretended(ask: Ask) -> Answer:
+    return Answer(ask.pretend or "Text.", tokens=ask.sampling.max_new_tokens, prompt_tokens=_most_tokens(ask) - ask.sampling.max_new_tokens)
+
+
+def report(counts: Sequence[StageCount], dry_run: bool) -> str:
+    """The counts as a table, and a line of reasons for each stage that rejected."""
+    names = ("stage", "rows", "asks", "new", "passed", "candidates", "rejected", "out", "prompt_tokens", "tokens")
+    lines = [table([{name.replace("_", " "): getattr(one, name) for name in names} for one in counts])]
+    for one in counts:
+        lines += [f"{one.stage}: {reason} {number:,}" for reason, number in one.reasons.items()]
+    if dry_run:
+        lines.append(
+            f"{sum(one.new for one in counts):,} asks are not answered yet. Rows, asks and tokens are at most: prompts are estimated, every new answer is "
+            "as long as max_new_tokens, and nothing is rejected"
+        )
+    return "\n".join(lines)
+
+
+def say_end(pipeline: Pipeline) -> None:
+    """What was made, in a line or two."""
+    done = pipeline.counts[-1]
+    info(
+        f"{pipeline.folder / TRAIN}: {count(done.out, 'row')}; {count(pipeline.answers.new, 'new answer')} of {len(pipeline.answers.known):,}, "
+        f"{pipeline.answers.tokens:,} tokens in all"
+    )
+    if pipeline.unanswered:
+        warn(f"note: {count(pipeline.unanswered, 'ask')} got no answer ({REJECTED} says why); the same command asks for these again")
+
+
+def make(settings: MakeSettings, writer_of: Callable[[], Writer], dry_run: bool = False) -> dict[str, Any]:
+    """Run a file's stages; returns what `--json` writes."""
+    writer = writer_of()
+    pipeline = Pipeline(settings, writer, dry_run)
+    try:
+        counts = pipeline.run()
+    finally:
+        writer.close()
+    if not dry_run:
+        say_end(pipeline)
+    return {
+        "file": None if dry_run else str(pipeline.folder / TRAIN),
+        "rows": counts[-1].out,
+        "new_answers": pipeline.answers.new,
+        "answers": len(pipeline.answers.known),
+        "all_tokens": pipeline.answers.tokens,
+        "unanswered": pipeline.unanswered,
+        "stages": [dataclasses.asdict(one) for one in counts],
+    }

@@ -1,0 +1,101 @@
+"""The rows that the stages of `llmkd make` hand on: a conversation, the columns that came with it, and where it comes from. No torch."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+#: The column of train.jsonl that says where a row comes from. It is not trained on.
+MADE = "made"
+
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A conversation, whose last message is the assistant's where there is an answer.
+
+    id        16 hex digits, of its content and of what it was made from
+    columns   carried through to train.jsonl: the file's own, scores
+    stage     that made it: seeds, or the label of a stage, such as 2_evolve
+    writer    the model that wrote a part of it; None for a seed
+    parents   ids of the rows that it was made from
+    notes     what the stage says of it: finish (stop, length), operation, version, ...
+    """
+
+    id: str
+    messages: tuple[Message, ...]
+    columns: Mapping[str, Any] = field(default_factory=dict)
+    stage: str = "seeds"
+    writer: str | None = None
+    parents: tuple[str, ...] = ()
+    notes: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def answer(self) -> str | None:
+        """The assistant's last message; None where the row asks and has no answer."""
+        return self.messages[-1]["content"] if self.messages[-1]["role"] == "assistant" else None
+
+    @property
+    def question(self) -> tuple[Message, ...]:
+        """The messages before the answer."""
+        return self.messages if self.answer is None else self.messages[:-1]
+
+    @property
+    def instruction(self) -> str:
+        """The text of the last message before the answer."""
+        return self.question[-1]["content"]
+
+    def answered(self, text: str) -> tuple[Message, ...]:
+        """Its question with this answer."""
+        return (*self.question, {"role": "assistant", "content": text})
+
+    def asking(self, text: str) -> tuple[Message, ...]:
+        """Its question with this text in the place of the last message."""
+        return (*self.question[:-1], {**self.question[-1], "content": text})
+
+    def with_columns(self, **columns: Any) -> "Row":
+        """The same row with more columns, such as scores."""
+        return dataclasses.replace(self, columns={**self.columns, **columns})
+
+    def child(self, stage: str, writer: str | None, messages: Sequence[Message], number: int = 0, **notes: Any) -> "Row":
+        """A row that is made of this one. `number` tells children with the same messages apart."""
+        return made_row(stage, writer, messages, (self.id,), number, self.columns, **notes)
+
+    def as_json(self) -> dict[str, Any]:
+        """A line of train.jsonl."""
+        made = {"id": self.id, "stage": self.stage, "writer": self.writer, "parents": list(self.parents), **self.notes}
+        return {"messages": list(self.messages), **self.columns, MADE: made}
+
+
+def from_json(line: Mapping[str, Any]) -> Row:
+    """The row of a line that `as_json` gave. KeyError or TypeError for anything else."""
+    made = dict(line[MADE])
+    known = {name: made.pop(name) for name in ("id", "stage", "writer", "parents")}
+    columns = {name: value for name, value in line.items() if name not in ("messages", MADE)}
+    return Row(known["id"], tuple(line["messages"]), columns, known["stage"], known["writer"], tuple(known["parents"]), made)
+
+
+def made_row(
+    stage: str,
+    writer: str | None,
+    messages: Sequence[Message],
+    parents: Sequence[str] = (),
+    number: int = 0,
+    columns: Mapping[str, Any] | None = None,
+    **notes: Any,
+) -> Row:
+    """A row of a stage, with its id."""
+    return Row(row_id(stage, messages, parents, number), tuple(messages), columns or {}, stage, writer, tuple(parents), notes)
+
+
+def row_id(*parts: Any) -> str:
+    """16 hex digits of what JSON keeps of some values."""
+    return hashlib.blake2b(json.dumps(parts, sort_keys=True).encode(), digest_size=8).hexdigest()
+
+
+def has_answer(row: Row) -> bool:
+    """Whether there is something to train on."""
+    return row.answer is not None and bool(row.answer.strip())

@@ -1,0 +1,94 @@
+"""The rows that `llmkd make` begins with, read as those of `data.train`. No torch."""
+
+from collections import Counter
+
+from ..config import data as config
+from ..config.data import Source
+from ..config.fields import OneOrMany, with_setting_names
+from ..data.prompt_files import asks, with_some_answer
+from ..data.reading.problems import ErrorCollector
+from ..data.reading.row_checks import check_row
+from ..data.reading.sources import no_rows, open_source, some_rows
+from ..errors import UserError
+from .rows import MADE, Message, Row, row_id
+
+#: Columns that are a part of the conversation, and are not carried through apart from it.
+_SAID = ("messages", "prompt", "completion", "instruction", "input", "output", "system", "tools", "teacher_context", "train")
+
+
+def read_seeds(sources: OneOrMany[Source]) -> list[Row]:
+    """The rows of all sources. UserError names every bad row of all of them."""
+    rows, problems, before = [], [], Counter()
+    for setting, source in with_setting_names(sources, "seeds"):
+        try:
+            found = _rows_of(source, setting)
+        except UserError as error:
+            problems += error.problems
+            continue
+        for messages, columns in found:
+            content = row_id(messages)
+            number, before[content] = before[content], before[content] + 1
+            rows.append(Row(row_id("seeds", messages, number), messages, columns))
+    if problems:
+        raise UserError(*problems)
+    return rows
+
+
+def _rows_of(source: Source, setting: str) -> list[tuple[tuple[Message, ...], dict]]:
+    """The conversation and the other columns of every row."""
+    problems, opened, out, count, bad = ErrorCollector(), open_source(source, setting), [], 0, False
+    for place, raw in some_rows(opened.records, source, problems):
+        count += 1
+        row, answered = with_some_answer(raw, source) if asks(raw, source) else (raw, True)
+        before = len(problems.found)
+        row = check_row(row, place, source, problems)
+        bad |= len(problems.found) > before
+        if bad:  # errors that are alike are counted, and not told again
+            continue
+        try:
+            messages = conversation_of(row, source.format, answered)
+        except ValueError as error:
+            problems.add(f"{place}: {error}")
+            continue
+        mapped = {source.fields.get(name, name) for name in config.FORMATS[source.format].columns}
+        out.append((messages, {name: value for name, value in row.items() if name not in {*_SAID, MADE, *mapped, *source.ignore}}))
+    problems.raise_if_any()
+    if not count:
+        raise no_rows(source, setting)
+    return out
+
+
+def conversation_of(row: dict, row_format: str, answered: bool) -> tuple[Message, ...]:
+    """The messages of a checked row, without the answer where it has none of its own. ValueError where nothing is asked."""
+    if row.get("tools"):
+        raise ValueError("it has tools, and stages of llmkd make write no calls; leave the row out")
+    if row_format == "alpaca":
+        asked = f"{row['instruction']}\n\n{row['input']}" if row.get("input") else row["instruction"]
+        messages = [_says("user", asked), _says("assistant", row["output"])]
+    elif row_format == "prompt_completion" and isinstance(row["prompt"], str):
+        messages = [_says("user", row["prompt"]), _says("assistant", row["completion"])]
+    elif row_format == "prompt_completion":
+        messages = [*row["prompt"], *row["completion"]]
+    else:
+        messages = row["messages"]
+    if row_format != "chat" and not answered:
+        messages = messages[:-1]
+    if row.get("system") and messages[0]["role"] not in ("system", "developer"):
+        messages = [_says("system", row["system"]), *messages]
+    messages = [_says(one["role"], _text(one)) for one in messages]
+    asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
+    if not asked or asked[-1]["role"] != "user" or not asked[-1]["content"].strip():
+        raise ValueError("nothing is asked: the last turn before the answer is not the user's, or is empty")
+    if messages[-1]["role"] == "assistant" and not messages[-1]["content"].strip():
+        messages = messages[:-1]
+    return tuple(messages)
+
+
+def _text(message: Message) -> str:
+    if message["role"] == "tool" or message.get("tool_calls"):
+        raise ValueError("it has calls of tools, and stages of llmkd make write none; leave the row out")
+    return message["content"] or ""
+
+
+def _says(role: str, content: str) -> Message:
+    return {"role": role, "content": content}

@@ -1,0 +1,143 @@
+"""A writer on a server with OpenAI's chat completions: vLLM, llama.cpp's server, Ollama, vendors. Written from their documents. No torch."""
+
+import math
+import time
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from typing import Any
+
+from ...config.make import Writer as Settings
+from ...errors import Stopped, UserError
+from ...servers.client import Refused, Server
+from ...servers.workers import Workers
+from ..asks import Answer, Ask, estimated_tokens, failed
+
+#: Statuses by which no ask would be answered: a wrong key, a path or a model that is not there.
+_FOR_ALL = (401, 403, 404, 405)
+#: So many asks in a row, the first ones, are refused for whatever reason: then no other one is made.
+_FIRST = 8
+GRACE = 10.0
+
+
+class ServedWriter:
+    """Several requests at a time; time-outs, 429 and 5xx are repeated with longer and longer pauses. See `servers/client.py`."""
+
+    def __init__(self, settings: Settings, stop: Callable[[], bool]):
+        self.settings, self.stop = settings, stop
+        requests = settings.of_server("requests")
+        self.server = Server(
+            settings.server, "writer.server", settings.api_key_env, settings.of_server("timeout"), settings.of_server("patience"), requests
+        )
+        self.requests, self._workers = requests, Workers(requests)
+        self.identity: dict[str, Any] = {"api": settings.model}
+        self.label = settings.model
+        self._answered = self._refused = 0
+
+    def check(self) -> None:
+        try:
+            self.server.get("/v1/models", patience=0)
+        except Refused as error:
+            if error.status in (401, 403):
+                raise self._explained(error) from None  # others have no such page
+
+    def write(self, asks: Sequence[Ask], known: Collection[str]) -> Iterator[tuple[Ask, Answer]]:
+        waiting = iter([ask for ask in asks if ask.key not in known])
+        running: dict[Future, Ask] = {}
+        end = Ending(self.stop, "writer.server")
+        try:
+            while True:
+                while len(running) < self.requests and not end.asked and (ask := next(waiting, None)):
+                    running[self._workers.submit(lambda ask=ask: self._one(ask))] = ask
+                end.follow(len(running))
+                if not running:
+                    return
+                done, _ = wait(running, 0.5, FIRST_COMPLETED)
+                for one in done:
+                    yield running.pop(one), one.result()
+        except BaseException:
+            self.server.end()
+            raise
+
+    def close(self) -> None:
+        self.server.end()
+
+    def _one(self, ask: Ask) -> Answer:
+        sampling = ask.sampling
+        content = {
+            "model": self.settings.model,
+            "messages": list(ask.messages),
+            "temperature": sampling.temperature,
+            "max_tokens": sampling.max_new_tokens,
+        }
+        if sampling.temperature:
+            content |= {"seed": sampling.seed, "top_p": sampling.top_p}
+        if sampling.top_k is not None:  # not OpenAI's, but of all servers of open models
+            content["top_k"] = sampling.top_k
+        if sampling.min_p:
+            content["min_p"] = sampling.min_p
+        try:
+            answer = self._read(self.server.post("/v1/chat/completions", content), ask)
+        except Refused as error:
+            self._refused += 1
+            if error.status in _FOR_ALL or (not self._answered and self._refused >= _FIRST):
+                raise self._explained(error) from None
+            return failed(f"the server {error}")
+        if answer.problem is None:
+            self._answered += 1
+        return answer
+
+    def _explained(self, error: Refused) -> UserError:
+        fix = {
+            401: "; name the variable that holds the key in writer.api_key_env",
+            403: "; name the variable that holds the key in writer.api_key_env",
+            404: "; check writer.server and writer.model",
+        }.get(error.status, "; check the settings of the writer")
+        return UserError(f"writer.server: {self.server.address} {error}{fix}")
+
+    def _read(self, found: Any, ask: Ask) -> Answer:
+        """The answer in what the server said. What is not understood is no answer, and is not kept."""
+        choices = found.get("choices") if isinstance(found, dict) else None
+        if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
+            return failed("the server's answer has not one choice")
+        message, finish = choices[0].get("message"), choices[0].get("finish_reason")
+        text = message.get("content") if isinstance(message, dict) else None
+        if not isinstance(text, str):
+            return failed("the server's answer has no text")
+        if not isinstance(finish, str):
+            return failed("the server's answer does not say how it ended (finish_reason)")
+        if problem := bad_text(text) or ("the server's answer holds the key" if self.server.holds_key(text) else None):
+            return failed(problem)
+        usage = found.get("usage") if isinstance(found.get("usage"), dict) else {}
+        counts = [usage.get(name) for name in ("completion_tokens", "prompt_tokens")]
+        own = [estimated_tokens(text), estimated_tokens(*(one["content"] for one in ask.messages))]
+        tokens, read = (a if type(a) is int and a >= 0 else b for a, b in zip(counts, own, strict=True))
+        model = found.get("model")
+        other = model if isinstance(model, str) and model != self.settings.model and not self.server.holds_key(model) else None
+        return Answer(text, finish[:40], tokens, read, model=other and other[:200])
+
+
+class Ending:
+    """Of a writer that is asked to stop: nothing more is asked, and what is being written has `GRACE` seconds to be kept."""
+
+    def __init__(self, stop: Callable[[], bool], setting: str):
+        self._stop, self._setting, self._until = stop, setting, math.inf
+
+    @property
+    def asked(self) -> bool:
+        if self._until == math.inf and self._stop():
+            self._until = time.monotonic() + GRACE
+        return self._until < math.inf
+
+    def follow(self, running: int) -> None:
+        """Stopped, if it is asked to stop and nothing more is written, or the time is over."""
+        if self.asked and (not running or time.monotonic() > self._until):
+            raise Stopped(f"stopped by a signal while {self._setting} was asked; what is written is kept, and the same command goes on")
+
+
+def bad_text(text: str) -> str | None:
+    """Why a text is none; None if it is one."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return "the text has half of a surrogate pair, which is not a character"
+    return None

@@ -1,0 +1,70 @@
+"""A writer that is a file of answers: those of an earlier run, or made by hand. No torch."""
+
+import json
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ...config.make import Writer as Settings
+from ...errors import UserError, fix_of
+from ...files import read_file, sha256_file
+from ..asks import STOP, Answer, Ask, asked_of, estimated_tokens
+from ..rows import row_id
+
+
+class RecordedWriter:
+    """JSON lines: the answers.jsonl of a run, by what was asked; or `messages` and `text`, where several texts to the same messages are its samples."""
+
+    def __init__(self, settings: Settings):
+        self.path = Path(settings.recorded).expanduser()
+        self.label = str(settings.recorded)
+        self.by_ask: dict[str, Answer] = {}
+        self.by_messages: dict[str, list[Answer]] = defaultdict(list)
+        try:
+            self.identity: dict[str, Any] = {"recorded": sha256_file(self.path)}
+            lines = read_file(self.path).split(b"\n")
+        except OSError as error:
+            raise UserError(f"writer.recorded: {self.path}: {error.strerror}; {fix_of(error, 'name a file of answers')}") from error
+        for number, line in enumerate(lines, 1):
+            if line.strip():
+                self._add(number, line)
+
+    def _add(self, number: int, line: bytes) -> None:
+        try:
+            row = json.loads(line)
+            text = row["text"]
+            text.encode()
+            answer = Answer(
+                text, str(row.get("finish", STOP)), int(row.get("tokens", estimated_tokens(text))), int(row.get("prompt_tokens", 0))
+            )
+            if "asked" in row:
+                self.by_ask[row["asked"]] = answer
+            else:
+                said = [{"role": one["role"], "content": one["content"]} for one in row["messages"]]
+                self.by_messages[row_id(said)].append(answer)
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(
+                f"writer.recorded: {self.path}:{number}: expected an object with text, and with messages or asked; correct the line"
+            ) from None
+
+    def check(self) -> None:
+        pass
+
+    def write(self, asks: Sequence[Ask], known: Collection[str]) -> Iterator[tuple[Ask, Answer]]:
+        wanted = [(ask, self._answer(ask)) for ask in asks if ask.key not in known]
+        if lacking := sum(answer is None for _, answer in wanted):
+            raise UserError(
+                f"writer.recorded: {self.path} has no answer to {lacking} of {len(asks)} asks; "
+                "name the file of the same seeds, prompts and sampling, or another writer"
+            )
+        yield from wanted
+
+    def _answer(self, ask: Ask) -> Answer | None:
+        if found := self.by_ask.get(asked_of(ask.messages, ask.sampling)):
+            return found
+        texts = self.by_messages.get(row_id(ask.messages), [])
+        return texts[ask.sample] if ask.sample < len(texts) else None
+
+    def close(self) -> None:
+        pass

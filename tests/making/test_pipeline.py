@@ -1,0 +1,172 @@
+"""`llmkd make`: counts that add up, nothing asked twice, a file that a kill does not change, and limits that hold."""
+
+import json
+
+import pytest
+
+from llmkd.config.make import load_make
+from llmkd.config.make_stages import STAGES as SETTINGS
+from llmkd.errors import UserError
+from llmkd.making.asks import Answer
+from llmkd.making.pipeline import report
+from llmkd.making.registry import STAGES
+from llmkd.making.rows import Row, from_json
+from tests.kit.making import Function, lines, run_make, write_make
+
+ANSWER = [{"do": "answer"}]
+
+
+def adds_up(pipeline) -> bool:
+    """Of every stage: what it was given and what it made is what it hands on and what it rejects, which stands in the file."""
+    given = pipeline.counts[0].rows
+    for one in pipeline.counts:
+        if one.rows != given or one.passed + one.candidates - one.rejected != one.out or sum(one.reasons.values()) != one.rejected:
+            return False
+        given = one.out
+    out = pipeline.folder
+    return given == len(lines(out / "train.jsonl")) and sum(one.rejected for one in pipeline.counts) == len(lines(out / "rejected.jsonl"))
+
+
+def test_every_stage_has_settings_and_every_setting_a_stage():
+    assert list(STAGES) == list(SETTINGS)
+
+
+def test_rows_keep_their_columns_and_say_where_they_come_from(tmp_path):
+    rows = [{"instruction": "A?", "input": "x", "output": "old", "kind": "k", "n": 3}, {"instruction": "B?", "output": None}]
+    done = run_make(write_make(tmp_path, ANSWER, rows))
+    one, two = lines(tmp_path / "out" / "train.jsonl")
+    assert one["messages"] == [{"role": "user", "content": "A?\n\nx"}, {"role": "assistant", "content": "To: A?\n\nx"}]
+    assert (one["kind"], one["n"]) == ("k", 3) and two["messages"][1]["content"] == "To: B?"
+    assert one["made"].items() >= {"stage": "1_answer", "writer": "function", "finish": "stop"}.items() and len(one["made"]["parents"]) == 1
+    assert from_json(one).as_json() == one and isinstance(from_json(one), Row)
+    assert adds_up(done)
+
+
+def test_a_second_run_asks_nothing_and_leaves_the_same_bytes(tmp_path):
+    path = write_make(tmp_path, ANSWER)
+    run_make(path)
+    before = {one.name: one.read_bytes() for one in (tmp_path / "out").iterdir()}
+    again = Function()
+    run_make(path, again)
+    after = {one.name: one.read_bytes() for one in (tmp_path / "out").iterdir()}
+    assert not again.asked and before.keys() == after.keys()
+    assert {name for name in before if before[name] != after[name]} <= {"make.json"}  # which says how many answers were new
+    assert before["train.jsonl"] == after["train.jsonl"]
+
+
+def test_after_a_kill_at_any_byte_only_what_is_missing_is_asked_for_and_the_data_are_the_same(tmp_path):
+    path, answers, train = write_make(tmp_path, ANSWER), tmp_path / "out" / "answers.jsonl", tmp_path / "out" / "train.jsonl"
+    run_make(path)
+    whole, data = answers.read_bytes(), train.read_bytes()
+    first = whole.index(b"\n") + 1
+    for cut, left in ((0, 3), (first - 1, 3), (first, 2), (first + 9, 2), (len(whole) - 1, 1), (len(whole), 0)):
+        answers.write_bytes(whole[:cut])
+        train.unlink()
+        writer = Function()
+        run_make(path, writer)
+        assert len(writer.asked) == left and train.read_bytes() == data, cut
+
+
+def test_the_same_question_is_paid_once_and_samples_are_asked_with_seeds_of_their_own(tmp_path):
+    rows = [{"instruction": "Same?"}, {"instruction": "Same?"}, {"instruction": "Other?"}]
+    writer = Function(lambda ask: f"{ask.sampling.seed}")
+    done = run_make(write_make(tmp_path, [{"do": "answer", "samples": 2}], rows), writer, writer__temperature=1.0)
+    assert len(writer.asked) == 4 and len({ask.key for ask in writer.asked}) == 4 and done.counts[0].asks == 4
+    made = lines(tmp_path / "out" / "train.jsonl")
+    assert len(made) == 6 and len({row["made"]["id"] for row in made}) == 6
+    assert len({row["messages"][1]["content"] for row in made}) == 2
+    other = Function()
+    run_make(tmp_path / "make.yaml", other, writer__temperature=1.0, seed=1)
+    assert len(other.asked) == 4
+
+
+def test_an_ask_without_an_answer_is_rejected_with_its_reason_and_asked_again_by_the_next_run(tmp_path, capsys):
+    from llmkd.making.asks import failed
+
+    path = write_make(tmp_path, ANSWER)
+    says = {0: failed("too busy"), 1: "", 2: Answer("cut", "length", 5, 1)}
+    done = run_make(path, Function(lambda ask: says[int(ask.messages[-1]["content"][9])]))
+    assert adds_up(done) and done.counts[0].reasons == {"no_answer": 1, "empty": 1} and done.unanswered == 1
+    assert [row["reason"] for row in lines(tmp_path / "out" / "rejected.jsonl")] == ["no_answer", "empty"]
+    assert lines(tmp_path / "out" / "rejected.jsonl")[0]["detail"] == "too busy"
+    assert lines(tmp_path / "out" / "train.jsonl")[0]["made"]["finish"] == "length"
+    again = Function(lambda ask: "now")
+    assert run_make(path, again).unanswered == 0 and len(again.asked) == 1
+
+
+def test_a_limit_is_never_exceeded_and_the_same_command_goes_on_with_a_higher_one(tmp_path):
+    path, writer = write_make(tmp_path, ANSWER, 10), Function(lambda ask: "x" * 40)
+    with pytest.raises(UserError, match=r"limit_tokens: the answers have cost \d+ of 100 tokens, and the next ask might"):
+        run_make(path, writer, writer__max_new_tokens=14, limit_tokens=100)
+    paid = sum(row["tokens"] + row["prompt_tokens"] for row in lines(tmp_path / "out" / "answers.jsonl"))
+    assert 100 - 21 < paid <= 100 and not (tmp_path / "out" / "train.jsonl").exists()  # 21: the most that one ask may take
+    more = Function(lambda ask: "x" * 40)
+    run_make(path, more, writer__max_new_tokens=14, limit_tokens=1000)
+    assert len(writer.asked) + len(more.asked) == 10
+
+
+def test_a_dry_run_asks_and_writes_nothing_and_says_the_most_that_it_costs(tmp_path):
+    path, writer = write_make(tmp_path, ANSWER, 5), Function()
+    dry = run_make(path, writer, dry_run=True, writer__max_new_tokens=50)
+    assert not writer.asked and not (tmp_path / "out").exists()
+    assert (dry.counts[0].asks, dry.counts[0].new, dry.counts[0].tokens) == (5, 5, 250)
+    assert "5 asks are not answered yet" in report(dry.counts, True)
+    run_make(path, writer, writer__max_new_tokens=50)
+    assert run_make(path, writer, dry_run=True, writer__max_new_tokens=50).counts[0].new == 0
+
+
+def test_a_stage_that_rejects_nearly_all_stops_with_its_reasons(tmp_path):
+    path = write_make(tmp_path, ANSWER, 30)
+    with pytest.raises(UserError, match="1_answer: 30 of 30 candidates are rejected: empty 30; look at .*rejected.jsonl"):
+        run_make(path, Function(lambda ask: " "))
+    assert len(lines(tmp_path / "out" / "rejected.jsonl")) == 30
+
+
+def test_what_others_wrote_or_changed_is_left_alone(tmp_path):
+    path, out = write_make(tmp_path, ANSWER), tmp_path / "out"
+    out.mkdir()
+    (out / "mine.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"output_dir: .* holds something else \(mine.txt\)"):
+        run_make(path)
+    (out / "mine.txt").unlink()
+    run_make(path)
+    (out / "train.jsonl").write_text("edited\n")
+    with pytest.raises(UserError, match="train.jsonl: has changed since it was written; move it"):
+        run_make(path)
+    assert (out / "train.jsonl").read_text() == "edited\n"
+    (out / "train.jsonl").unlink()
+    raw = (out / "answers.jsonl").read_bytes()
+    for other, message in ((raw.replace(b"To:", b"To;", 1), ":1 is damaged"), (raw + raw.splitlines(True)[0], "answer of an earlier line")):
+        (out / "answers.jsonl").write_bytes(other)
+        with pytest.raises(UserError, match=message):
+            run_make(path)
+
+
+def test_settings_that_are_wrong_are_named_with_their_line(tmp_path):
+    def problems(**settings) -> str:
+        path = tmp_path / "bad.yaml"
+        good = {"output_dir": "out", "writer": {"model": "m"}, "seeds": {"path": "s.jsonl"}, "stages": [{"do": "answer"}]}
+        path.write_text(json.dumps(good | settings))
+        with pytest.raises(UserError) as caught:
+            load_make(path)
+        return str(caught.value)
+
+    assert "stages.0.do: found anwser, which is no stage; did you mean answer?" in problems(stages=[{"do": "anwser"}])
+    assert "names no stage" in problems(stages=["answer"])
+    assert "stages.0 (answer): " in problems(stages=[{"do": "answer", "sample": 2}]) and "did you mean samples?" in problems(
+        stages=[{"do": "answer", "sample": 2}]
+    )
+    assert "stages.0.samples: found 2 with writer.temperature 0" in problems(stages=[{"do": "answer", "samples": 2}])
+    assert "seeds: not given, and the stage answer begins with rows" in problems(seeds=None)
+    assert "seeds.format: found text, whose rows ask nothing" in problems(seeds={"path": "s.jsonl", "format": "text"})
+    assert "writer.model: not given; name the model as the server serves it" in problems(writer={"server": "http://localhost:1"})
+    assert "writer.model: not given; name the model that writes" in problems(writer={})
+    assert "writer.command: given together with writer.server" in problems(writer={"server": "http://h:1", "model": "m", "command": ["a"]})
+    secret = problems(writer={"server": "http://me:hunter2@h:1", "model": "m", "api_key_env": "sk-123-456"})
+    assert "writer.server: holds a name or a password" in secret and "writer.api_key_env: is no name" in secret
+    assert "hunter2" not in secret and "sk-123" not in secret
+    assert "writer.top_p: set with temperature 0" in problems(writer={"model": "m", "top_p": 0.5})
+    assert "writer.requests: set, but it belongs to writer.server" in problems(writer={"model": "m", "requests": 2})
+    assert "writer.dtype: set, but it belongs to a model that llmkd loads" in problems(
+        writer={"model": "m", "server": "http://h:1", "dtype": "float32"}
+    )

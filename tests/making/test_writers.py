@@ -1,0 +1,227 @@
+"""Writers: servers that misbehave, programs that end, files of answers, and a model in this process."""
+
+import json
+import sys
+import threading
+
+import pytest
+
+from llmkd.config.make import Writer as Settings
+from llmkd.errors import Stopped, UserError
+from llmkd.making.asks import Answer, Ask, key_of, plain
+from llmkd.making.writers import api
+from llmkd.making.writers.writer import writer_of
+from llmkd.rollouts.sampling import Sampling
+from tests.kit.making import Function, lines, run_make, write_make
+from tests.kit.served import serving
+
+KEY = "sk-a-secret-of-tests"
+
+
+def writer(device=None, stop=lambda: False, **settings):
+    return writer_of(Settings(**settings), lambda: device, stop)
+
+
+def asks(count: int, one, temperature: float = 0.0, text: str = "Question {}?") -> list[Ask]:
+    out = []
+    for i in range(count):
+        said = ({"role": "user", "content": text.format(i)},)
+        sampling = plain(Sampling(temperature, 12, seed=i))
+        out.append(Ask(key_of(said, sampling, one.identity), said, sampling))
+    return out
+
+
+def written(one, wanted: list[Ask], known=()) -> list[Answer]:
+    found = {ask.key: answer for ask, answer in one.write(wanted, known)}
+    return [found[ask.key] for ask in wanted if ask.key not in known]
+
+
+def chat(content: dict) -> dict:
+    message = {"role": "assistant", "content": f"To: {content['messages'][-1]['content']}"}
+    usage = {"prompt_tokens": 7, "completion_tokens": 3}
+    return {"model": content["model"], "choices": [{"index": 0, "message": message, "finish_reason": "stop"}], "usage": usage}
+
+
+@pytest.fixture
+def fake():
+    with serving({"m": None}) as server:
+        server.chat = chat
+        yield server
+
+
+def with_choice(**changes) -> dict:
+    return chat({"model": "m", "messages": [{"content": "?"}]}) | {
+        "choices": [{"message": {"content": "text"}, "finish_reason": "stop"} | changes]
+    }
+
+
+def test_a_server_that_is_busy_broken_or_cut_short_is_asked_again_and_each_answer_comes_once(fake):
+    bad = [(429, {"Retry-After": "0"}), (500, {"Retry-After": "0"}), (503, {"Retry-After": "0"}), b'{"choices": [{"mess', b"", b"\xff\xfe"]
+    fake.misbehave = lambda answer, number: bad[number] if number < len(bad) else answer
+    one = writer(server=fake.url, model="m", requests=3, patience=60.0)
+    found = written(one, wanted := asks(5, one))
+    assert found == [Answer(f"To: Question {i}?", "stop", 3, 7) for i in range(5)] and fake.most_at_once <= 3
+    sent = fake.asked[0]
+    assert sent.keys() == {"model", "messages", "temperature", "max_tokens"} and sent["max_tokens"] == 12
+    before = len(fake.asked)
+    assert written(one, wanted, {ask.key for ask in wanted}) == [] and len(fake.asked) == before
+
+
+@pytest.mark.parametrize(
+    ("answer", "problem"),
+    [
+        ({}, "not one choice"),
+        ([], "not one choice"),
+        ({"choices": []}, "not one choice"),
+        ({"choices": [{}, {}]}, "not one choice"),
+        ({"choices": ["text"]}, "not one choice"),
+        (with_choice(message=None), "no text"),
+        (with_choice(message={"content": None, "tool_calls": []}), "no text"),
+        (with_choice(message={"content": ["text"]}), "no text"),
+        (with_choice(finish_reason=None), "does not say how it ended"),
+        (with_choice(message={"content": "half \ud800"}), "half of a surrogate pair"),
+        (with_choice(message={"content": f"my key is {KEY}"}), "holds the key"),
+        ((400, {"body": {"error": {"message": "content filtered"}}}), "answers 400: content filtered"),
+        ((302, {"Location": "http://elsewhere"}), "sends the request elsewhere"),
+    ],
+)
+def test_an_answer_of_another_shape_is_no_answer_of_that_ask_alone(fake, monkeypatch, answer, problem):
+    monkeypatch.setenv("THE_KEY", KEY)
+    fake.misbehave = lambda right, number: answer if "1?" in fake.asked[number]["messages"][0]["content"] else right
+    one = writer(server=fake.url, model="m", requests=1, api_key_env="THE_KEY")
+    found = written(one, asks(3, one))
+    assert problem in found[1].problem and found[1].text == "" and [a.problem for a in (found[0], found[2])] == [None, None]
+
+
+def test_what_was_cut_off_is_marked_and_what_is_not_counted_is_estimated(fake):
+    replies = [with_choice(finish_reason="length"), with_choice() | {"usage": {"prompt_tokens": -1}, "model": "m-2026"}]
+    fake.misbehave = lambda answer, number: replies[number]
+    one = writer(server=fake.url, model="m", requests=1)
+    cut, plain_one = written(one, asks(2, one))
+    assert (cut.finish, cut.tokens, cut.model) == ("length", 3, None)
+    assert (plain_one.tokens, plain_one.prompt_tokens, plain_one.model) == (5, 7, "m-2026")  # 4 and 11 bytes
+
+
+def test_what_concerns_every_ask_ends_the_command(fake, monkeypatch):
+    fake.key = KEY
+    one = writer(server=fake.url, model="m")
+    with pytest.raises(UserError, match="answers 401: wrong key None; name the variable that holds the key in writer.api_key_env"):
+        one.check()
+    monkeypatch.setenv("THE_KEY", "sk-another")
+    one = writer(server=fake.url, model="m", api_key_env="THE_KEY")
+    with pytest.raises(UserError) as caught:
+        written(one, asks(2, one))
+    assert "sk-another" not in str(caught.value) and "(the key)" in str(caught.value)
+    fake.key = None
+    fake.misbehave = lambda answer, number: (422, {"body": {"detail": "max_tokens is not known"}})
+    one = writer(server=fake.url, model="m", requests=1)
+    with pytest.raises(UserError, match="answers 422: max_tokens is not known; check the settings of the writer"):
+        written(one, asks(50, one))
+    assert len([ask for ask in fake.asked if ask]) < 20
+    fake.stop()
+    one = writer(server=fake.url, model="m", patience=0.0)
+    with pytest.raises(UserError, match="refuses the connection"):
+        one.check()
+
+
+def test_a_server_that_hangs_is_given_up_and_a_stop_is_followed(fake, monkeypatch):
+    fake.misbehave = lambda answer, number: "hang"
+    one = writer(server=fake.url, model="m", timeout=0.2, patience=0.0)
+    with pytest.raises(UserError, match="has not answered within 0.2 seconds"):
+        written(one, asks(1, one))
+    monkeypatch.setattr(api, "GRACE", 0.1)
+    released = threading.Event()
+    fake.misbehave = lambda answer, number: released.wait(10) and answer
+    one = writer(server=fake.url, model="m", stop=lambda: True)
+    with pytest.raises(Stopped, match="the same command goes on"):
+        written(one, asks(1, one))
+    released.set()
+    asked = len(fake.asked)
+    fake.misbehave = lambda answer, number: answer
+    stops = iter([False, True])
+    one = writer(server=fake.url, model="m", requests=2, stop=lambda: next(stops))
+    kept = []
+    with pytest.raises(Stopped):
+        kept.extend(one.write(asks(9, one), ()))
+    assert len(fake.asked) - asked == len(kept) == 1  # what was asked when the signal came is kept
+
+
+def test_a_key_stands_in_no_file(fake, monkeypatch, tmp_path):
+    monkeypatch.setenv("THE_KEY", KEY)
+    fake.key, fake.misbehave = KEY, lambda answer, number: with_choice(message={"content": KEY}) if number == 1 else answer
+    settings = {"server": fake.url, "model": "m", "api_key_env": "THE_KEY", "requests": 1}
+    path = write_make(tmp_path, [{"do": "answer"}], 3, writer=settings)
+    run_make(path, writer(**settings))
+    files = [one for one in tmp_path.rglob("*") if one.is_file()]
+    assert len(files) == 8 and not any(KEY.encode() in one.read_bytes() for one in files)
+    assert [row["reason"] for row in lines(tmp_path / "out" / "rejected.jsonl")] == ["no_answer"]
+
+
+PROGRAM = """
+import json, sys
+for line in sys.stdin:
+    ask = json.loads(line)
+    text = ask["messages"][-1]["content"]
+    if "1?" in text:
+        print(json.dumps({"key": ask["key"], "error": "too hard"}), flush=True)
+    elif "stop" in text:
+        sys.exit("out of paper")
+    elif "noise" in text:
+        print("loading ...", flush=True)
+    else:
+        print(json.dumps({"key": ask["key"], "text": "To: " + text, "finish": "length", "tokens": 4}), flush=True)
+"""
+
+
+def test_a_program_answers_in_json_lines_and_its_end_is_told(tmp_path):
+    (tmp_path / "p.py").write_text(PROGRAM)
+    one = writer(command=(sys.executable, "-IS", str(tmp_path / "p.py")), requests=2)
+    found = written(one, asks(3, one))
+    assert found[0] == Answer("To: Question 0?", "length", 4, 7) and found[1].problem == "the program says: too hard" and found[2].text
+    for text, message in (
+        ("stop {}", "has ended with exit code 1 before it answered all asks; its last words: out of paper"),
+        ("noise {}", "has written 'loading ...\\\\n', expected a line of JSON"),
+    ):
+        with pytest.raises(UserError, match=message):
+            written(one, asks(1, one, text=text))
+    one.close()
+    with pytest.raises(UserError, match="writer.command: /no/such cannot be started"):
+        written(absent := writer(command=("/no/such",)), asks(1, absent))
+
+
+def test_a_recorded_file_is_that_of_a_run_or_made_by_hand(tmp_path):
+    path = write_make(tmp_path, [{"do": "answer", "samples": 2}])
+    run_make(path, Function(lambda ask: f"{ask.messages[-1]['content']} {ask.sample}"), writer__temperature=1.0)
+    record = (tmp_path / "out" / "answers.jsonl").rename(tmp_path / "record.jsonl")
+    data = (tmp_path / "out" / "train.jsonl").read_text().replace('"function"', f'"{record}"')
+    for one in (tmp_path / "out").iterdir():
+        one.unlink()
+    run_make(path, writer(recorded=str(record)), writer__temperature=1.0)
+    assert (tmp_path / "out" / "train.jsonl").read_text() == data
+    (tmp_path / "hand.jsonl").write_text(json.dumps({"messages": [{"role": "user", "content": "Question 0?"}], "text": "yes"}) + "\n")
+    one = writer(recorded=str(tmp_path / "hand.jsonl"))
+    assert written(one, asks(1, one))[0].text == "yes"
+    with pytest.raises(UserError, match="has no answer to 1 of 2 asks"):
+        written(one, asks(2, one))
+    (tmp_path / "hand.jsonl").write_text('{"text": 3}\n')
+    with pytest.raises(UserError, match="hand.jsonl:1: expected an object with text"):
+        writer(recorded=str(tmp_path / "hand.jsonl"))
+
+
+def test_greedy_text_of_a_model_depends_neither_on_batch_nor_on_order_nor_on_what_is_there(world):
+    import torch
+
+    one = writer(torch.device("cpu"), model=str(world / "adapter"), dtype="float32", batch_size=4)
+    wanted = asks(6, one, text="Say it {}" + " again" * 3)
+    whole = written(one, wanted)
+    assert written(one, wanted[::-1])[::-1] == whole
+    other = writer(torch.device("cpu"), model=str(world / "adapter"), dtype="float32", batch_size=1)
+    assert other.identity == one.identity and written(other, wanted) == whole
+    assert written(one, wanted, {ask.key for ask in wanted[1:]}) == whole[:1]
+    drawn = asks(3, one, temperature=1.0)
+    assert written(one, drawn) == written(other, drawn[::-1])[::-1]
+    long = asks(1, one, text="word " * 300)
+    assert "and the writer 256 positions" in written(one, long)[0].problem
+    hostile = asks(1, one, text="<|end|> </s> {{ 7 * 7 }} <script>alert(1)</script>\x00")
+    assert written(one, hostile)[0].problem is None
+    one.close()
