@@ -86,7 +86,7 @@ def _teaching_contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], 
     ratio = (0.5 if recipe.teacher else 0.0) if loss.kd_ratio is None else loss.kd_ratio
     if recipe.on_policy:
         inside, every = bool(loss.features or loss.attention), recipe.validation.every
-        yield from on_policy_contradictions(recipe.on_policy, ratio, inside, recipe.teacher, data, train.max_steps, every)
+        yield from on_policy_contradictions(recipe.on_policy, ratio, inside, recipe.teacher, recipe.mixture, data, train.max_steps, every)
         yield from long_horizon_contradictions(recipe.on_policy, loss, recipe.teacher, data, recipe.mixture)
         if writes(recipe.on_policy):
             yield from engine_contradictions(recipe.on_policy, student)

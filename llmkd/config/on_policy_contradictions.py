@@ -16,7 +16,14 @@ Found = Iterator[tuple[tuple[str, ...], str]]
 
 
 def on_policy_contradictions(
-    settings: OnPolicy, kd_ratio, reads_inside: bool, teacher: Teachers, data: Data, max_steps: int | None, validation_every: int | None
+    settings: OnPolicy,
+    kd_ratio,
+    reads_inside: bool,
+    teacher: Teachers,
+    mixture: Mixture,
+    data: Data,
+    max_steps: int | None,
+    validation_every: int | None,
 ) -> Found:
     """In the form of `contradictions.contradictions`.
 
@@ -29,7 +36,7 @@ def on_policy_contradictions(
     if settings.engine != "local" and settings.share == 0 and not settings.teacher_writes:
         yield ("on_policy.engine", "on_policy.share"), _NOTHING_WRITTEN
     if writes(settings):
-        yield from _teacher_writes_contradictions(settings, teacher)
+        yield from _teacher_writes_contradictions(settings, teacher, mixture)
         yield from _use_contradictions(settings, kd_ratio, reads_inside, teacher, data)
         yield from _prompt_contradictions(settings, data)
 
@@ -114,7 +121,7 @@ def _prompt_contradictions(settings: OnPolicy, data: Data) -> Found:
         )
 
 
-def _teacher_writes_contradictions(settings: OnPolicy, teacher: Teachers) -> Found:
+def _teacher_writes_contradictions(settings: OnPolicy, teacher: Teachers, mixture: Mixture) -> Found:
     here = "on_policy.teacher_writes"
     if not settings.teacher_writes:
         return
@@ -125,8 +132,11 @@ def _teacher_writes_contradictions(settings: OnPolicy, teacher: Teachers) -> Fou
             (here, "on_policy.share"),
             f"found {settings.teacher_writes:g} with a share of {most:g}, and together they are more than all examples; lower one of them",
         )
-    if len(as_tuple(teacher)) > 1:
-        yield (here, "teacher"), "set with several teachers, and one writes; name one teacher, or write with llmkd roll beforehand"
+    if mixture.weights == "confidence":
+        yield (
+            (here, "mixture.weights"),
+            "set with confidence, which weighs the teachers by the token that is yet to be written; use fixed, or leave one of them out",
+        )
     for path, one in with_setting_names(teacher, "teacher"):
         if one.server:
             yield (
@@ -217,10 +227,11 @@ def _sampled_contradictions(loss, data: Data, mixture: Mixture) -> Found:
 
 def _long_horizon_teachers(ahead: LongHorizon, teacher: Teachers) -> Found:
     here = "on_policy.long_horizon"
-    if ahead.teacher_mix and len(as_tuple(teacher)) > 1:
+    named = [path for path, one in with_setting_names(teacher, "teacher") if one.name and len(as_tuple(teacher)) > 1]
+    if ahead.teacher_mix and named:
         yield (
-            (f"{here}.teacher_mix", "teacher"),
-            "set with several teachers, and tokens are drawn from a mixture with one; leave it out, or name one teacher",
+            (f"{here}.teacher_mix", f"{named[0]}.name"),
+            f"set with {named[0]}.name, and tokens are drawn from one mixture for all sources; leave the name out, or teacher_mix",
         )
     for path, one in with_setting_names(teacher, "teacher"):
         if one.server and ahead.rewards == "sampled":

@@ -23,6 +23,20 @@ def mixed(logits_BV: Tensor, other_BV: Tensor, share: float) -> Tensor:
     return (share * p_BV + (1 - share) * q_BV).log()
 
 
+def together(logits: Sequence[Tensor], weights: Sequence[float], geometric: bool = False) -> Tensor:
+    """Log-probabilities of several models' distributions as one, float64 [B, V], by weights that sum to one: of sum w_i p_i, or with
+    `geometric` of exp sum w_i log p_i, normalised. As `teachers.mixture` combines what they say of a text."""
+    each = [torch.log_softmax(z_BV.double(), -1) for z_BV in logits]
+    if geometric:
+        return torch.log_softmax(sum(w * log_p_BV for w, log_p_BV in zip(weights, each, strict=True)), -1)
+    return torch.stack([log_p_BV + math.log(w) for w, log_p_BV in zip(weights, each, strict=True)]).logsumexp(0)
+
+
+def with_share(logits: Sequence[Tensor], share: float, weights: Sequence[float], geometric: bool = False) -> Tensor:
+    """`mixed` of the first model's distribution and a share of the others' together."""
+    return mixed(logits[0], together(logits[1:], weights, geometric), share)
+
+
 def probabilities(logits_BV: Tensor, sampling: Sampling) -> Tensor:
     """What tokens are drawn from, float64 [B, V]: not renormalised, 0 where a token is cut off."""
     p_BV = torch.softmax(logits_BV.double() / sampling.temperature, -1)

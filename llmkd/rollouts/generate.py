@@ -12,7 +12,7 @@ from ..errors import UserError
 from ..model_folder.files import positions
 from ..model_folder.generation import stops_at
 from ..models.language_model import LanguageModel
-from .draw import choose, entropy, mixed
+from .draw import choose, entropy
 from .sampling import Sampling
 from .way import Inputs, way_of
 
@@ -43,10 +43,15 @@ class Completion:
 
 @dataclass(frozen=True)
 class Mix:
-    """Each token is drawn from share p + (1 - share) q, where p is this model's distribution after the same prompt and q that of the model that writes."""
+    """Other models that have a say in every token, after the same prompt.
 
-    model: LanguageModel
-    share: float
+    combine  gives log-probabilities of the next token, float64 [B, V], from the logits of the model that writes and of these
+    whole    the entropy of a completion is that of all of them together; else of the model that writes
+    """
+
+    models: tuple[LanguageModel, ...]
+    combine: Callable[[list[Tensor]], Tensor]
+    whole: bool = False
 
 
 def stops_of(model: LanguageModel) -> set[int]:
@@ -72,7 +77,7 @@ def generate(
     end_ids   a completion ends with the first of these
     progress  wraps the list of batches
     keys      a number from 0 to 2^64 - 1 of each prompt, on which its sample depends; None: their indices
-    mix       another model that has a say in every token
+    mix       other models that have a say in every token
 
     Prompts of like lengths share a batch, as far as the model can take that (`way.py`). Which ones share it changes a completion by rounding alone: what is drawn is a
     function of (seed, key, position in the completion).
@@ -83,7 +88,7 @@ def generate(
     if any(not len(prompt) for prompt in prompts):
         raise ValueError("a prompt has no token")
     found: dict[int, Completion] = {}
-    models = [model, mix.model] if mix else [model]
+    models = [model, *(mix.models if mix else ())]
     with contextlib.ExitStack() as modes:
         for one in models:
             modes.enter_context(eval_mode(one))
@@ -91,7 +96,7 @@ def generate(
         for batch in progress(_batches([len(prompt) for prompt in prompts], batch_size, all(way.padded for way in ways))):
             asked = {i: prompts[i] for i in batch}
             texts = [_Text(one, list(asked.values()), way.cached) for one, way in zip(models, ways, strict=True)]
-            found |= _completions(texts, mix.share if mix else 0.0, asked, [keys[i] for i in batch], sampling, frozenset(end_ids))
+            found |= _completions(texts, mix, asked, [keys[i] for i in batch], sampling, frozenset(end_ids))
     return [found[i] for i in range(len(prompts))]
 
 
@@ -136,7 +141,7 @@ class _Text:
 
 def _completions(
     texts: list[_Text],
-    share: float,
+    mix: Mix | None,
     prompts: dict[int, Sequence[int]],
     keys: list[int],
     sampling: Sampling,
@@ -144,17 +149,17 @@ def _completions(
 ) -> dict[int, Completion]:
     """Completions of a batch of prompts, by their indices. Rows that have ended stay in the batch, and what they go on with is not read.
 
-    texts  of the model that writes, and of the one with a `share` of its tokens' distribution, if there is one
+    texts  of the model that writes, and of those of `mix`
     """
     most = min((text.positions for text in texts if text.positions is not None), default=None)
     room = {i: sampling.max_new_tokens if most is None else min(sampling.max_new_tokens, most - len(ids)) for i, ids in prompts.items()}
     written: dict[int, list[int]] = {i: [] for i in prompts}
     entropies = dict.fromkeys(prompts, 0.0)
     while going := [i for i in prompts if len(written[i]) < room[i] and not end_ids.intersection(written[i][-1:])]:
-        logits_BV, *others = [text.logits() for text in texts]
-        mixed_BV = mixed(logits_BV, others[0].to(logits_BV.device), share) if others else logits_BV
-        chosen_B = choose(mixed_BV, [(key, len(written[i])) for key, i in zip(keys, prompts, strict=True)], sampling)
-        for i, token, spread in zip(prompts, chosen_B.tolist(), entropy(logits_BV).tolist(), strict=True):
+        own_BV, *others = [text.logits() for text in texts]
+        drawn_BV = mix.combine([own_BV, *(one.to(own_BV.device) for one in others)]) if mix else own_BV
+        chosen_B = choose(drawn_BV, [(key, len(written[i])) for key, i in zip(keys, prompts, strict=True)], sampling)
+        for i, token, spread in zip(prompts, chosen_B.tolist(), entropy(drawn_BV if mix and mix.whole else own_BV).tolist(), strict=True):
             if i in going:
                 written[i].append(token)
                 entropies[i] += spread

@@ -8,7 +8,8 @@ import contextlib
 import copy
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -44,16 +45,22 @@ class OnPolicySource(ExampleSource):
     reads_while_training = True  # weights that are not finite can write nothing: they are noticed in their step
 
     def __init__(
-        self, planned: PlannedSource, prompts: Prompts, writer: Writer, settings: OnPolicy, vocab: int, teacher: Writer | None = None
+        self,
+        planned: PlannedSource,
+        prompts: Prompts,
+        writer: Writer,
+        settings: OnPolicy,
+        vocab: int,
+        teachers: Mapping[int, Writer] = MappingProxyType({}),
     ):
-        """`teacher`: writes the answers of `settings.teacher_writes`."""
+        """`teachers`: write the answers of `settings.teacher_writes`, each of the examples with that `teacher_index`."""
         if settings.long_horizon:
             planned = copy.copy(planned)
             planned.examples = of_written(planned.examples)
         super().__init__(planned.seed, planned.total_steps, planned.micro_batch_size, planned.collator)
         self.rank, self.ranks, self.device = planned.rank, planned.ranks, planned.device
         self.examples, self.places = planned.examples, planned.places
-        self.planned, self.prompts, self.writer, self.teacher, self.settings = planned, prompts, writer, teacher, settings
+        self.planned, self.prompts, self.writer, self.teachers, self.settings = planned, prompts, writer, teachers, settings
         self.by_teacher = Statistics("written_by_teacher")
         self.sampling, self.statistics = sampling_of(settings, planned.seed), Statistics()
         self.watch, self.vocab = Watch(settings.max_new_tokens, vocab), vocab
@@ -127,12 +134,17 @@ class OnPolicySource(ExampleSource):
         return answers
 
     def _write_as_teacher(self, step: int, asked: list[tuple[int, tuple]]) -> list[Answer]:
-        found = self._ask(self.teacher, self.prompts.teachers(self.examples, [i for i, _ in asked]), asked, self.by_teacher)
-        return [Answer(step, i, one.ids) for (i, _), one in zip(asked, found, strict=True)]
+        """Answers by the teacher of each example, or by all of them together."""
+        found: dict[tuple, Completion] = {}
+        for writer in dict.fromkeys(self.teachers.values()):  # in the same order on all ranks
+            mine = [(i, name) for i, name in asked if self.teachers[int(self.examples.teacher_index[i])] is writer]
+            written = self._ask(writer, self.prompts.teachers(self.examples, [i for i, _ in mine]), mine, self.by_teacher)
+            found |= zip((name for _, name in mine), written, strict=True)
+        return [Answer(step, i, found[name].ids) for i, name in asked]
 
     def _ask(
         self,
-        writer: Writer | None,
+        writer: Writer,
         prompts: list[list[int]],
         asked: list[tuple[int, tuple]],
         statistics: Statistics,

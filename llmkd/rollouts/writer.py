@@ -28,7 +28,7 @@ class LocalWriter:
 
     end_ids     a completion ends with the first of these
     batch_size  prompts at a time. It changes speed and memory, not the text (in float32 up to rounding): out of memory halves it
-    mix         another model that has a say in every token
+    mix         other models that have a say in every token
     """
 
     def __init__(self, model: LanguageModel, end_ids: Collection[int], batch_size: int = 32, mix: Mix | None = None):

@@ -123,7 +123,7 @@ def build_setup(
     source = prepared.source.for_rank(accelerator.process_index, accelerator.num_processes, device)
     own_text = None
     if prepared.prompts:
-        source, own_text = on_policy_source(source, prepared, recipe.on_policy, models[0], teacher_models)
+        source, own_text = on_policy_source(source, prepared, recipe.on_policy, recipe.mixture, models[0], teacher_models)
     engine = base and let_it_write(source, base, models[0], folders[0].path, prepared.vocab, accelerator, stop_asked)
     if served:
         source.on_built, source.reads_while_training = functools.partial(expect_of, tuple(served.values())), True

@@ -1,10 +1,14 @@
-"""Puts the models of an on-policy run to writing: the student, alone or mixed with its teacher, and the teacher."""
+"""Puts the models of an on-policy run to writing: the student, alone or mixed with its teachers, and the teachers."""
 
+import functools
 from collections.abc import Sequence
 
 from ..config.on_policy import OnPolicy
+from ..config.teacher import Mixture
 from ..data.batch_source import TrainingSource
+from ..data.examples import ALL_TEACHERS
 from ..models.language_model import LanguageModel
+from ..rollouts import draw
 from ..rollouts.generate import Mix, stops_of
 from ..rollouts.source import OnPolicySource
 from ..rollouts.writer import LocalWriter
@@ -13,18 +17,33 @@ from .prepare import Prepared
 
 
 def local_writer(model: LanguageModel, prepared: Prepared, batch_size: int, mix: Mix | None = None) -> LocalWriter:
-    """A model as a writer: its answers end where those of the data do, and where its own generation would. `mix`: another that has a say in them."""
+    """A model as a writer: its answers end where those of the data do, and where its own generation would. `mix`: others that have a say in them."""
     return LocalWriter(model, {prepared.tokenizer.eos_token_id, *stops_of(model), *prepared.end_tokens}, batch_size, mix)
 
 
 def on_policy_source(
-    source: TrainingSource, prepared: Prepared, settings: OnPolicy, student: LanguageModel, teachers: Sequence[LanguageModel]
+    source: TrainingSource,
+    prepared: Prepared,
+    settings: OnPolicy,
+    mixture: Mixture,
+    student: LanguageModel,
+    teachers: Sequence[LanguageModel],
 ) -> tuple[OnPolicySource, OwnText | None]:
-    """The source in which some answers are written, and the answers to held-out prompts, where there are some; these are the student's alone."""
+    """The source in which some answers are written, and the answers to held-out prompts, where there are some; these are the student's alone.
+
+    teachers  those in memory, in the order of the recipe
+    """
     size, ahead = settings.batch_size, settings.long_horizon
-    mix = Mix(teachers[0], ahead.teacher_mix) if ahead and ahead.teacher_mix else None
-    by_teacher = local_writer(teachers[0], prepared, size) if settings.teacher_writes else None
-    written = OnPolicySource(source, prepared.prompts, local_writer(student, prepared, size, mix), settings, prepared.vocab, by_teacher)
+    weights = [one.settings.weight for one in prepared.teachers]
+    combined = {"weights": [w / sum(weights) for w in weights], "geometric": mixture.combine == "log_probabilities"}
+    mix, by_teachers = None, {}
+    if ahead and ahead.teacher_mix:
+        mix = Mix(tuple(teachers), functools.partial(draw.with_share, share=ahead.teacher_mix, **combined))
+    if settings.teacher_writes:
+        by_teachers = {k: local_writer(model, prepared, size) for k, model in enumerate(teachers)}
+        whole = Mix(tuple(teachers[1:]), functools.partial(draw.together, **combined), whole=True)
+        by_teachers[ALL_TEACHERS] = local_writer(teachers[0], prepared, size, whole) if len(teachers) > 1 else by_teachers[0]
+    written = OnPolicySource(source, prepared.prompts, local_writer(student, prepared, size, mix), settings, prepared.vocab, by_teachers)
     held_out = prepared.validation_prompts
     if not held_out or not held_out.may.any():
         return written, None

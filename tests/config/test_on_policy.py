@@ -71,14 +71,14 @@ TEXT = {"path": "t.jsonl", "format": "text"}
         (LONG | {"on_policy.long_horizon.teacher_mix": 1.0}, "on_policy.long_horizon.teacher_mix: found 1.0, expected"),
         (LONG | {"on_policy.long_horizon.mix_weights": "product"}, "on_policy.long_horizon.mix_weights: found product without teacher_mix"),
         (
-            LONG | {"on_policy.long_horizon.teacher_mix": 0.2, "teacher": [{"model": "a"}, {"model": "b"}]},
-            "on_policy.long_horizon.teacher_mix: set with several teachers",
+            LONG | {"on_policy.long_horizon.teacher_mix": 0.2, "teacher": [{"model": "a", "name": "a"}, {"model": "b"}]},
+            "on_policy.long_horizon.teacher_mix: set with teacher.0.name, and tokens are drawn from one mixture for all",
         ),
         ({"on_policy.teacher_writes": 0.6}, "on_policy.teacher_writes: found 0.6 with a share of 0.5, and together they are more than all"),
         ({"on_policy.share": {"from": 1, "to": 0.2}, "on_policy.teacher_writes": 0.1}, "found 0.1 with a share of 1, and together"),
         (
-            {"on_policy.teacher_writes": 0.1, "teacher": [{"model": "a"}, {"model": "b"}]},
-            "on_policy.teacher_writes: set with several teachers",
+            SEVERAL | {"on_policy.teacher_writes": 0.1, "mixture.weights": "confidence"},
+            "on_policy.teacher_writes: set with confidence, which weighs the teachers by the token that is yet to be written",
         ),
         ({"on_policy.teacher_writes": 0.1, "teacher": {"server": "http://a:1"}}, "on_policy.teacher_writes: set with teacher.server"),
         (
@@ -154,7 +154,7 @@ def test_the_long_horizon_goes_with_the_reverse_kl(make_recipe):
 
 
 def test_exact_rewards_go_with_what_the_divergence_goes_with(make_recipe):
-    exact = {"long_horizon": {"rewards": "exact"}}
+    exact = {"long_horizon": {"rewards": "exact", "teacher_mix": 0.2}, "teacher_writes": 0.2}
     several = {"mixture__combine": "divergences", "loss__divergence": "generalized_jsd", "loss__normalize": "weights"}
     changing = {"loss__temperature": {"from": 4, "to": 1}, "loss__kd_ratio": {"from": 1, "to": 0.5}}
     weights = {"loss__target_weights": {"by": "student_entropy"}}

@@ -4,6 +4,7 @@ The references are loops over sequences with one plain forward pass each; paddin
 """
 
 import dataclasses
+import functools
 import itertools
 
 import numpy as np
@@ -18,12 +19,14 @@ from llmkd.data.batching import BatchPlan
 from llmkd.data.examples import Examples
 from llmkd.data.written import prompts_of
 from llmkd.models.language_model import LanguageModel
+from llmkd.rollouts.draw import together, with_share
 from llmkd.rollouts.engine import prefix_weights
 from llmkd.rollouts.generate import Completion, Mix
 from llmkd.rollouts.sampling import Sampling
 from llmkd.rollouts.source import OnPolicySource
 from llmkd.rollouts.writer import LocalWriter
 from llmkd.teachers.live import LiveTeacher
+from llmkd.teachers.mixture import Mixture
 from llmkd.training.build import build_terms, long_horizon_terms
 from llmkd.training.distiller import Distiller
 from tests.kit.families import tiny
@@ -81,7 +84,7 @@ def source_of(
     plan = BatchPlan(data.lengths, 5, batch_size, None, steps)
     planned = PlannedSource(data, [f"f:{i}" for i in range(batch_size)], plan, 2, Collator(END, packing))
     settings = OnPolicy(share=share, max_new_tokens=T, **settings)
-    return OnPolicySource(planned, prompts_of(data, planned.places, T, 16, None), writer, settings, 1 << 20, teacher)
+    return OnPolicySource(planned, prompts_of(data, planned.places, T, 16, None), writer, settings, 1 << 20, {-1: teacher})
 
 
 @pytest.fixture(scope="module")
@@ -317,13 +320,41 @@ def test_products_of_importance_weights_make_up_for_a_mixture_exactly(student, t
     chances = torch.tensor(chances, dtype=torch.float64)
     assert (chances @ by_products - expected).abs().max() < 1e-12 * expected.abs().max()
     assert (chances @ by_token - expected).abs().max() > 0.01 * expected.abs().max()
-    drawn = draw(student, Mix(teacher, SHARE))
+    drawn = draw(student, Mix((teacher,), functools.partial(with_share, share=SHARE, weights=[1.0])))
     n, mean = drawn.sum(), drawn / drawn.sum() @ by_products
     deviation = (drawn / n @ (by_products - mean) ** 2).sqrt() / n**0.5
     apart = (mean - expected).abs() / deviation.clamp(min=1e-9)
     assert apart.max() < 4.5 and (apart < 3).double().mean() > 0.98
     share = drawn / n
     assert ((share - chances).abs() < 4 * (chances * (1 - chances) / n).sqrt() + 1e-12).all(), "it is drawn from the mixture"
+
+
+@pytest.mark.parametrize("geometric", [False, True])
+def test_several_teachers_write_from_the_distribution_that_the_loss_compares_with(student, teacher, geometric):
+    """Of an ensemble: what is drawn has its probability of whole answers, and it is what a mixture's signal says."""
+    other, weights = LanguageModel(model(3), V).eval(), [0.3, 0.7]
+    chances = []
+    for answer in ANSWERS:
+        p = [distributions(one, teacher, answer)[0].detach() for one in (teacher, other)]
+        if geometric:
+            one = p[0] ** 0.3 * p[1] ** 0.7
+            one = one / one.sum(-1, keepdim=True)
+        else:
+            one = 0.3 * p[0] + 0.7 * p[1]
+        chances.append(one[range(len(answer)), list(answer)].prod())
+    chances, mix = torch.stack(chances), Mix((other,), functools.partial(together, weights=weights, geometric=geometric), whole=True)
+    assert chances.sum().item() == pytest.approx(1, abs=1e-12)
+    drawn = draw(teacher, mix)
+    n = drawn.sum()
+    assert ((drawn / n - chances).abs() < 4 * (chances * (1 - chances) / n).sqrt() + 1e-12).all()
+    assert (chances - torch.stack([probability(teacher, teacher, answer) for answer in ANSWERS])).abs().max() > 0.05, "not the first one's"
+    (batch,) = next(iter(source_of(Dictated([(0, 1, 0)]), 1).steps()))[1]
+    combined = Mixture([LiveTeacher(one) for one in (teacher, other)], weights, "log_probabilities" if geometric else "probabilities")
+    said = combined(batch).label_log_probs(slice(None), batch.labels_N)
+    assert said.sum().exp().item() == pytest.approx(chances[ANSWERS.index((0, 1, 0))].item(), rel=1e-12)
+    (written,) = LocalWriter(teacher, {END}, 1, mix).write([PROMPT], [0], Sampling(1.0, 1, 5))
+    ahead = torch.stack([sum(c for c, a in zip(chances, ANSWERS, strict=True) if a[0] == token) for token in range(V)])
+    assert written.entropy == pytest.approx(-(ahead * ahead.log()).sum().item(), rel=1e-12), "of all of them together"
 
 
 def test_weights_of_each_token_alone_have_the_expectation_of_minillms(student, teacher):

@@ -38,10 +38,10 @@ class Parrot:
         return found
 
 
-def source_of(recipe, settings=SETTINGS, writer=None, rank=0, ranks=1, teacher=None, max_length=256) -> OnPolicySource:
+def source_of(recipe, settings=SETTINGS, writer=None, rank=0, ranks=1, teachers=None, max_length=256) -> OnPolicySource:
     prepared = prepare(recipe)
     prompts = prompts_of(prepared.train, prepared.places, settings.max_new_tokens, max_length, settings.prompt_tokens)
-    return OnPolicySource(prepared.source.for_rank(rank, ranks), prompts, writer or Parrot(), settings, 1 << 20, teacher)
+    return OnPolicySource(prepared.source.for_rank(rank, ranks), prompts, writer or Parrot(), settings, 1 << 20, teachers or {})
 
 
 def test_an_answer_is_the_students_own_ids_and_every_one_a_target_without_cross_entropy(make_recipe):
@@ -198,7 +198,7 @@ def test_the_teacher_writes_other_examples_after_its_own_prompt(make_recipe, tmp
     recipe, found = make_recipe(data__train={"path": str(tmp_path / "c.jsonl")}), {}
     for share in (0.0, 0.4, {"from": 0.4, "to": 0.7}):
         settings = dataclasses.replace(SETTINGS, share=share, teacher_writes=0.3, samples=2)
-        source, by = source_of(recipe, settings, teacher=Parrot()), {"by the teacher": set(), "by the student": set(), "data": set()}
+        source, by = source_of(recipe, settings, teachers={-1: Parrot()}), {"by the teacher": set(), "by the student": set(), "data": set()}
         for step in source.schedule():
             for i, place in zip(step.examples, step.places, strict=True):
                 origin, _, how = place.partition(", written ")
@@ -208,10 +208,10 @@ def test_the_teacher_writes_other_examples_after_its_own_prompt(make_recipe, tmp
                 if who == "by the teacher":
                     (own, mine), (theirs, yours) = step.data.example(i), step.data.teacher_view.example(i)
                     assert own[mine].tolist() == theirs[yours].tolist()
-                    assert tuple(theirs[~yours].tolist()) in {prompt for prompt, _ in source.teacher.asked}
+                    assert tuple(theirs[~yours].tolist()) in {prompt for prompt, _ in source.teachers[-1].asked}
         assert sum(map(len, by.values())) == len(set().union(*by.values()))
         measured, written = source.measured(), len(source.writer.asked)
-        assert measured.get("written", 0) == written and measured["written_by_teacher"] == len(source.teacher.asked) > 10
+        assert measured.get("written", 0) == written and measured["written_by_teacher"] == len(source.teachers[-1].asked) > 10
         assert 0 <= measured["written_by_teacher_finished"] <= 1 and measured["written_by_teacher_length"] > 0
         found[str(share)] = by
     assert len({frozenset(by["by the teacher"]) for by in found.values()}) == 1, "whatever the student writes"
@@ -243,6 +243,19 @@ def test_prompts_of_texts_and_those_that_are_too_long(make_recipe, tmp_path):
     tight = prompts_of(prepared.train, prepared.places, 10, 21, 12)
     assert tight.may.tolist() == [True, False, False] and tight.too_long.tolist() == [False, True, True]
     assert prompts_of(prepared.train, prepared.places, 10, 22, 12).may.all()
+
+
+def test_the_teacher_of_each_source_writes_its_answers_and_all_together_those_of_the_others(make_recipe, world):
+    train = [{"path": str(world / "train.jsonl")}, {"path": str(world / "held.jsonl"), "teacher": "a"}]
+    teachers = [{"name": "a", "model": str(world / "adapter")}, {"model": str(world / "teacher")}]
+    writers, settings = {0: Parrot(), -1: Parrot()}, dataclasses.replace(SETTINGS, share=0.3, teacher_writes=0.6, samples=2)
+    source = source_of(make_recipe(data__train=train, teacher=teachers), settings, teachers=writers)
+    list(source.schedule())
+    prompts = source.prompts.teachers(source.examples, range(len(source.examples)))
+    for index, writer in writers.items():
+        asked = {prompt for prompt, _ in writer.asked}
+        assert asked and {int(source.examples.teacher_index[prompts.index(list(prompt))]) for prompt in asked} == {index}
+    assert source.measured()["written_by_teacher"] == sum(len(writer.asked) for writer in writers.values())
 
 
 def test_rows_that_the_teacher_has_no_say_in_are_not_written(make_recipe, world):
@@ -349,7 +362,7 @@ def test_two_processes_write_and_end_at_what_one_does(trained, world, tmp_path, 
     if what == "sources":
         train = [{"path": str(world / "train.jsonl"), "divergence": "reverse_kl"}, {"path": str(world / "held.jsonl"), "teacher": "a"}]
         changes |= {"data__train": train, "teacher": [{"name": "a", "model": str(world / "adapter")}, {"model": str(world / "teacher")}]}
-        changes |= {"on_policy__share": 0.6, "on_policy__samples": 2}
+        changes |= {"on_policy__share": 0.6, "on_policy__samples": 2, "on_policy__teacher_writes": 0.3}
     elif what == "mixture":
         changes |= {"on_policy__long_horizon": {"teacher_mix": 0.3, "mix_weights": "product"}, "loss__divergence": "reverse_kl"}
         changes |= {"on_policy__share": 0.6}

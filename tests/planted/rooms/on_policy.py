@@ -84,6 +84,16 @@ FAULTS = [
         ),
     ),
     *in_file(
+        "llmkd/rollouts/draw.py",
+        (
+            "ensemble-of-logits",
+            "teachers are mixed by the means of their probabilities where those of the logarithms are meant",
+            "    if geometric:",
+            "    if not weights:",
+            f"{ENUMERATED}::test_several_teachers_write_from_the_distribution_that_the_loss_compares_with",
+        ),
+    ),
+    *in_file(
         "llmkd/rollouts/share.py",
         (
             "compared-with-the-first",
@@ -260,8 +270,8 @@ FAULTS = [
         (
             "teacher-without-its-context",
             "the teacher writes after the student's prompt",
-            "self._ask(self.teacher, self.prompts.teachers(",
-            "self._ask(self.teacher, self.prompts.ids(",
+            "self._ask(writer, self.prompts.teachers(",
+            "self._ask(writer, self.prompts.ids(",
             f"{SOURCE}::test_the_teacher_writes_other_examples_after_its_own_prompt",
         ),
         ("planned-count", "a step is divided by the targets of the data", "int(data.num_targets.sum())", "planned.num_targets", STEP),
@@ -336,8 +346,15 @@ FAULTS = [
         (
             "writer-of-the-teachers-part",
             "the student writes the teacher's part",
-            "local_writer(teachers[0], prepared, size) if",
-            "local_writer(student, prepared, size) if",
+            "{k: local_writer(model, prepared, size) for",
+            "{k: local_writer(student, prepared, size) for",
+            "training/test_writing.py",
+        ),
+        (
+            "weights-of-the-teachers",
+            "of several teachers that write each counts alike",
+            "[w / sum(weights) for w in weights]",
+            "[1 / len(weights) for w in weights]",
             "training/test_writing.py",
         ),
         (
@@ -350,8 +367,8 @@ FAULTS = [
         (
             "mixed-with-itself",
             "the student is mixed with itself",
-            "Mix(teachers[0], ahead.teacher_mix)",
-            "Mix(student, ahead.teacher_mix)",
+            "Mix(tuple(teachers), functools",
+            "Mix((student,), functools",
             "training/test_writing.py",
         ),
     ),
