@@ -96,6 +96,7 @@ def test_masks_follow_seed_and_step_and_are_there(prepared, state, whole):
     assert gap(gradients(prepared, [state])[0], whole) == 0, "the same step again"
     sums = [whole, *(gradients(prepared, [state], step=n, seed=k)[0] for n, k in ((2, 0), (1, 1)))]
     batch = prepared.source.collator(prepared.train, [0, 1, 2, 3], (0, 1))
+    assert batch.student.keys.unique().numel() == sum(len(prepared.train.example(i)[0]) - 1 for i in range(4)) + 1, "padding has one"
     hidden = []
     for keys in (batch.student.keys, batch.student.keys, batch.student.keys + 1, None, None):
         hidden.append(unwrap(state).student.hidden(dataclasses.replace(batch.student, keys=keys)).detach())

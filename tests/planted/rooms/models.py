@@ -39,7 +39,7 @@ FAULTS = [
             "dropout-by-the-batch",
             "masks follow the place in the micro-batch",
             "(*key, data.content_hash(i)), len(x)",
-            "(*key, len(x)), len(x)",
+            "(*key, indices.index(i)), len(x)",
             DROPOUT,
         ),
         (
