@@ -10,6 +10,7 @@ from llmkd.losses.fused import fused_loss
 from llmkd.losses.objective import Objective
 from llmkd.signals import Dense
 from llmkd.training.run import run
+from tests.conftest import distance, weights
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 
@@ -168,6 +169,16 @@ def test_a_compiled_run_on_the_gpu_is_the_plain_one(make_recipe, tmp_path, check
     run(make_recipe("b", train__compile=True, **changes))
     losses = [[record["loss"] for record in read_jsonl(tmp_path / name / "metrics.jsonl") if "loss" in record] for name in ("a", "b")]
     assert len(losses[0]) == 5 and losses[0] == pytest.approx(losses[1], rel=1e-2)
+
+
+def test_offloaded_inputs_of_layers_change_no_bit_on_the_gpu(make_recipe, tmp_path):
+    """Over several micro-batches of a step, whose copies to and from the host overlap with the layers."""
+    found = []
+    for name, how in (("a", True), ("b", "offload")):
+        recipe = make_recipe(name, student__gradient_checkpointing=how, student__lora__dropout=0.3, train__micro_batch_size=2)
+        run(recipe)
+        found.append(weights(tmp_path / name))
+    assert distance(*found) == 0
 
 
 def test_the_last_layer_at_the_rows_alone_on_the_gpu(world):

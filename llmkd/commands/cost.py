@@ -59,7 +59,7 @@ def estimate(recipes: list[Recipe], sizes: dict) -> Cost | None:
                 and theirs.base.resolve() == files.base.resolve()
             )
             bytes_ += 0 if shared else present[-1].parameters * weight_bytes(theirs, one.dtype, one.quantization)
-    full, checkpointing = recipe.student.method == "full", recipe.student.gradient_checkpointing
+    full, checkpointing = recipe.student.method == "full", recipe.student.recomputed
     trained = sum(student.parameters if full else adapter_parameters(files, r.student.lora or Lora(), kept) for r in recipes)
     longest = largest_micro_batch_tokens(lengths, train.micro_batch_size, train.micro_batch_tokens)
     operations = step_operations(

@@ -96,11 +96,16 @@ class Student:
         "no",
         description="bf16: compute the matrix products of float32 weights in bfloat16 (autocast); the head and the loss stay as they are.",
     )
-    gradient_checkpointing: bool | Annotated[float, Field(gt=0, lt=1)] = changeable(
+    gradient_checkpointing: bool | Annotated[float, Field(gt=0, lt=1)] | Literal["offload"] = changeable(
         False,
         description="Recompute activations in the backward pass to save memory. true: in every layer but the last; a fraction: in that fraction of the "
-        "layers, counted from the first.",
+        "layers, counted from the first; offload: as true, and what is kept of each layer, its input, waits in the host's memory.",
     )
+
+    @property
+    def recomputed(self) -> bool | float:
+        """The share of the layers that are recomputed; True for all but the last."""
+        return True if self.gradient_checkpointing == "offload" else self.gradient_checkpointing
 
 
 @config_dataclass

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 MOST_TOKENS = 65_536  # upper bound of a measured token budget: larger micro-batches are not faster
-MOST_PACKED = 8_192  # the same for a packed row: without flash attention every pair of its tokens is computed, also pairs of two examples
+MOST_PACKED = 8_192  # the same for a packed row of which a family's own attention computes every pair of tokens, also pairs of two examples
 _FLOOR = 1024  # tokens: smaller passes take a GPU about as long, since they are bound by kernel launches
 
 

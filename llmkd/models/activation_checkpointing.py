@@ -3,11 +3,12 @@
 from torch import nn
 
 from ..errors import UserError
+from .activation_offload import Offload
 from .families import layers_of
 
 
-def enable(model: nn.Module, share: bool | float) -> None:
-    """Recompute that share of the layers, counted from the first; with True all but the last.
+def enable(model: nn.Module, share: bool | float, offload: bool = False) -> None:
+    """Recompute that share of the layers, counted from the first; with True all but the last. `offload`: their inputs wait in the host's memory.
 
     The backward pass reaches the first layers last. By then the activations of the others are freed, so recomputing a layer adds nothing to
     the peak. The last layer's activations are needed at once, so recomputing it would save nothing. UserError for a family without support.
@@ -18,11 +19,15 @@ def enable(model: nn.Module, share: bool | float) -> None:
     model.gradient_checkpointing_enable({"use_reentrant": False})
     layers = layers_of(model) or []
     if not all(hasattr(layer, "gradient_checkpointing") for layer in layers) or len(layers) < 2:
-        if share is not True:
-            raise UserError(f"student.gradient_checkpointing: found {share:g}, and of {kind} layers cannot be chosen; set it to true")
+        if share is not True or offload:
+            found = "offload" if offload else f"{share:g}"
+            raise UserError(f"student.gradient_checkpointing: found {found}, and of {kind} layers cannot be chosen; set it to true")
         return
+    kept = Offload()
     for n, layer in enumerate(layers):
         layer.gradient_checkpointing = n < min(max(1, round(share * len(layers))), len(layers) - 1)
+        if offload:
+            layer._gradient_checkpointing_func = kept.around(layer._gradient_checkpointing_func)
 
 
 def is_recomputed(layer: nn.Module) -> bool:

@@ -117,7 +117,7 @@ def load_students(
         for parameter in non_text_parameters(model):
             parameter.requires_grad_(False)
     if settings.gradient_checkpointing:
-        activation_checkpointing.enable(model, settings.gradient_checkpointing)
+        activation_checkpointing.enable(model, settings.recomputed, settings.gradient_checkpointing == "offload")
     if settings.mixed_precision == "bf16" and next(model.parameters()).dtype != torch.float32:
         warn("note: student.mixed_precision: bf16 is for float32 weights; these have another dtype, so it changes little or nothing")
     names: list[str | None] = [None]

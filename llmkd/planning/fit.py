@@ -36,7 +36,7 @@ def changes(recipe: Recipe, students: int = 0) -> Iterator[Change]:
     student, train = recipe.student, recipe.train
     if students > 1:
         yield from (Change({"students_per_teacher": most}, True) for most in sorted({-(-students // 2), 1}, reverse=True))
-    if student.gradient_checkpointing is not True:
+    if student.recomputed is not True:
         yield Change({"student.gradient_checkpointing": True}, True)
     if train.micro_batch_size:
         for size in sorted({1, train.micro_batch_size // 2} - {0, train.micro_batch_size}, reverse=True):

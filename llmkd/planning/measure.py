@@ -45,7 +45,7 @@ def measure(recipes: Sequence[Recipe], found: Found, batch: Batch, gradients: bo
     gradients   whether those of micro-batches before it are there
     """
     recipe = recipes[0]
-    whole = full_depth(found.student.config, recipe.student.gradient_checkpointing, "student.model")
+    whole = full_depth(found.student.config, recipe.student.recomputed, "student.model")
     live = [(f"{name}.model", config) for name, _, config in found.live]
     full = (whole.layers - whole.recomputed, whole.recomputed, *(depth_of(config.config, name) for name, config in live))
     few = tuple(min(have, most) for have, most in zip(full, (_KEPT, _RECOMPUTED, *[_OF_TEACHER] * len(live)), strict=True))

@@ -79,7 +79,7 @@ def plan(recipes: Sequence[Recipe], found: Found, memory: float | None, gpu: boo
     student = recipe.student
     layers = len(recipes) * (
         depth_of(found.student.config, "student.model") * 3
-        + full_depth(found.student.config, student.gradient_checkpointing, "student.model").recomputed
+        + full_depth(found.student.config, student.recomputed, "student.model").recomputed
     )
     layers += sum(depth_of(config.config, f"{name}.model") for name, _, config in found.live) if any(map(distils, recipes)) else 0
     dtype = "bfloat16" if student.mixed_precision == "bf16" else loaded_dtype(found.student.config, student.dtype)

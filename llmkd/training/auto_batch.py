@@ -19,8 +19,9 @@ from ..errors import UserError
 from ..losses.fused import LEAST_ROWS, MOST_ROWS
 from ..process.machine_errors import is_out_of_memory
 from ..signals import Teacher
+from ..teachers.live import LiveTeacher
 from .distiller import Distiller
-from .loop import StudentState, forward_backward
+from .loop import StudentState, forward_backward, unwrap
 from .memory import memory_gauge
 from .step_result import Accumulated
 
@@ -85,7 +86,7 @@ class AutoBatchSize:
             raise UserError("train.micro_batch_tokens: found auto, and the first step has no example to measure with; give a number")
         lengths = worst.max_lengths
         chunks: list[str] = []
-        longest, bound = int(lengths[0]), min(MOST_PACKED if self.budget.packing else MOST_TOKENS, self.budget.of(lengths))
+        longest, bound = int(lengths[0]), min(self._most_tokens, self.budget.of(lengths))
         gauge, tokens, found, taken = memory_gauge(self.accelerator.device), longest, 0, 0
         room = gauge.room - sum(2 * p.nbytes for one in self.students if not one.optimizer.state for p in one.parameters.values())
         with torch.random.fork_rng([self.accelerator.device] if self.accelerator.device.type == "cuda" else []):
@@ -113,6 +114,12 @@ class AutoBatchSize:
         self.info(
             f"micro-batches of at most {found:,} tokens{whole} (measured: {taken / 1e9:.2f} of {room / 1e9:.2f} GB){''.join(f', {one}' for one in chunks)}"
         )
+
+    @property
+    def _most_tokens(self) -> int:
+        """The bound of what is tried. Only attention that does not know of examples computes all pairs of a packed row's positions."""
+        models = [unwrap(one).student for one in self.students] + ([self.teacher.model] if isinstance(self.teacher, LiveTeacher) else [])
+        return MOST_TOKENS if not self.budget.packing or all(one.capabilities.packed_attention for one in models) else MOST_PACKED
 
     def _fits(self, worst: Examples, count: int) -> bool:
         """Whether one micro-batch of the first `count` goes through."""

@@ -2,6 +2,7 @@
 
 import dataclasses
 import threading
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -13,6 +14,7 @@ from llmkd.batch import View
 from llmkd.config.recipe import Lora, Quantization, Student, Teacher
 from llmkd.errors import UserError
 from llmkd.models import activation_checkpointing
+from llmkd.models.activation_offload import Kept
 from llmkd.models.families import layers_of
 from llmkd.models.language_model import LanguageModel
 from llmkd.models.load import LoadContext, checked, load_models, load_students, load_teacher
@@ -219,13 +221,32 @@ def test_layers_are_recomputed_from_the_first_and_never_the_last(share, recomput
     assert seen[-1] == [N]
 
 
-@pytest.mark.parametrize("share", [True, 0.5])
+@pytest.mark.parametrize("share", [True, 0.5, "offload"])
 def test_recomputing_changes_no_bit(world, share):
     """Dropout and all; two students in turn, whose backward passes each find their own adapter and rows."""
     kept, again = student(world), student(world, gradient_checkpointing=share)
     for a, b in zip(kept, again, strict=True):
         stirred(a), stirred(b)
         assert gap(results(a, True, view(), seed=5), results(b, True, view(), seed=5)) == 0
+
+
+@pytest.mark.parametrize("offload", [False, True])
+def test_the_inputs_of_recomputed_layers_wait_in_the_hosts_memory(monkeypatch, offload):
+    """After the forward pass nothing else holds them; the backward pass takes them back from the last to the first, each once."""
+    model, events = LanguageModel(tiny("llama", num_hidden_layers=4), V - 6).train(), []
+    activation_checkpointing.enable(model.base_model, True, offload)
+    inputs = []
+    for layer in layers_of(model.base_model):
+        layer.register_forward_pre_hook(lambda module, args: inputs.append((weakref.ref(args[0]), args[0].detach().clone())))
+    take = Kept.take
+    monkeypatch.setattr(Kept, "take", lambda self: (events.append(self.host), take(self))[1])
+    hidden_NH = model.hidden(view())
+    alive = [ref() is not None for ref, _ in inputs]
+    assert alive == ([False] * 3 if offload else [True] * 3) + [alive[-1]]
+    expected = [x for _, x in inputs[:3]]
+    hidden_NH.cos().sum().backward()
+    assert len(events) == (3 if offload else 0)
+    assert all(torch.equal(a, b) for a, b in zip(events, reversed(expected), strict=False))
 
 
 def test_a_last_layer_that_is_recomputed_is_left_whole():
@@ -238,3 +259,7 @@ def test_a_last_layer_that_is_recomputed_is_left_whole():
 def test_a_share_is_refused_where_layers_cannot_be_chosen():
     with pytest.raises(UserError, match="student.gradient_checkpointing: found 0.5, and of llama layers cannot be chosen; set it to true"):
         activation_checkpointing.enable(tiny("llama", num_hidden_layers=1), 0.5)
+    with pytest.raises(
+        UserError, match="student.gradient_checkpointing: found offload, and of llama layers cannot be chosen; set it to true"
+    ):
+        activation_checkpointing.enable(tiny("llama", num_hidden_layers=1), True, offload=True)

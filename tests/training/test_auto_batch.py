@@ -13,10 +13,12 @@ import pytest
 import torch
 
 from llmkd.commands.cost import largest_micro_batch_tokens
+from llmkd.data.batching import TokenBudget
 from llmkd.data.examples import Examples
 from llmkd.errors import UserError
 from llmkd.models.language_model import LanguageModel
 from llmkd.output.run_folder import RunFolder
+from llmkd.teachers.live import LiveTeacher
 from llmkd.training import auto_batch
 from llmkd.training import memory as memory_gauges
 from llmkd.training.run import run
@@ -148,6 +150,16 @@ def test_an_example_that_does_not_fit_is_refused_in_words(make_recipe, memory):
     ):
         run(recipe)
     assert not RunFolder(recipe, True).finished
+
+
+def test_long_packed_rows_are_tried_where_attention_knows_their_examples():
+    """65,536 tokens, and 8,192 where the student's or the teacher's computes all pairs of a row's positions."""
+    model = lambda knows: SimpleNamespace(capabilities=SimpleNamespace(packed_attention=knows))  # noqa: E731
+    for student, teacher, packing, most in ((1, 1, 1, 65_536), (0, 1, 1, 8_192), (1, 0, 1, 8_192), (0, 0, 0, 65_536)):
+        source = SimpleNamespace(micro_batch_size=TokenBudget(9, bool(packing)))
+        state = SimpleNamespace(distiller=SimpleNamespace(student=model(bool(student))))
+        auto = auto_batch.AutoBatchSize(source, [state], LiveTeacher(model(bool(teacher))), None, None)
+        assert auto._most_tokens == most
 
 
 def test_other_errors_pass_through(make_recipe, monkeypatch):
