@@ -62,6 +62,7 @@ class Pipeline:
         self.settings, self.folder = settings, Path(settings.make.output_dir).expanduser()
         self.prompts = [_prompts_of(one) for one in self.stages]
         self.answers = Answers(self.folder / NAME)
+        self.rows: list[Row] = []
         self.counts: list[StageCount] = []
         self.rejected: list[tuple[str, Rejected]] = []
 
@@ -70,15 +71,15 @@ class Pipeline:
         rows = read_seeds(self.make.seeds) if self.make.seeds else []
         if self.dry_run:
             self.answers.read()
-            self._stages(rows)
+            self.rows = self._stages(rows)
             return self.counts
         refuse_foreign(self.folder)
         self.folder.mkdir(parents=True, exist_ok=True)
         with self.answers.open():
             if not self.answers.known:
                 self.writer.check()
-            rows = self._stages(rows)
-            self._write(rows)
+            self.rows = self._stages(rows)
+            self._write(self.rows)
         return self.counts
 
     def _stages(self, rows: list[Row]) -> list[Row]:
@@ -223,7 +224,8 @@ def _prompts_of(one: StageSettings) -> Prompts:
     """The prompts of a stage. UserError where its file is wrong."""
     if not has_prompts(one.do):
         return NO_PROMPTS
-    return load_prompts(one.do, getattr(one.settings, "prompt", None), f"stages.{one.number - 1}.prompt")
+    places = getattr(STAGES[one.do], "places", lambda settings: None)(one.settings)
+    return load_prompts(one.do, one.settings.prompt, f"stages.{one.number - 1}.prompt", places)
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -2,5 +2,21 @@
 
 from .stage import Stage
 from .stages.answer import Answer
+from .stages.evolve import Evolve
+from .stages.expand import Expand
+from .stages.explain import Explain
+from .stages.reflect import ReflectInstruction, ReflectResponse
+from .stages.reworded import BackTranslate, Paraphrase
+from .stages.topics import Topics
 
-STAGES: dict[str, type[Stage]] = {"answer": Answer}
+STAGES: dict[str, type[Stage]] = {
+    "answer": Answer,
+    "explain": Explain,
+    "expand": Expand,
+    "topics": Topics,
+    "evolve": Evolve,
+    "paraphrase": Paraphrase,
+    "back_translate": BackTranslate,
+    "reflect_instruction": ReflectInstruction,
+    "reflect_response": ReflectResponse,
+}

@@ -52,6 +52,8 @@ class Outcome:
 class Stage(Protocol):
     """One stage. It is made from its settings (of `config/make_stages.py`), and is a function of the rows, them and the answers alone.
 
+    A static method `places(settings)` may say which sections of its prompt file a user's own must have, and which places in each; by default all.
+
     asks   whether it asks the writer. `--dry_run` takes the rows past a stage that does not ask: they are then at most as many
     """
 

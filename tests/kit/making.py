@@ -49,4 +49,4 @@ def run_make(path: Path, writer=None, dry_run: bool = False, **overrides) -> Pip
 
 
 def lines(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
+    return [json.loads(line) for line in path.read_bytes().split(b"\n")[:-1]]

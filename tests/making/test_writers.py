@@ -217,7 +217,7 @@ def test_greedy_text_of_a_model_depends_neither_on_batch_nor_on_order_nor_on_wha
     assert written(one, wanted[::-1])[::-1] == whole
     other = writer(torch.device("cpu"), model=str(world / "adapter"), dtype="float32", batch_size=1)
     assert other.identity == one.identity and written(other, wanted) == whole
-    assert written(one, wanted, {ask.key for ask in wanted[1:]}) == whole[:1]
+    assert list(one.write(wanted, {ask.key for ask in wanted[1:]})) == [(wanted[0], whole[0])]
     drawn = asks(3, one, temperature=1.0)
     assert written(one, drawn) == written(other, drawn[::-1])[::-1]
     long = asks(1, one, text="word " * 300)

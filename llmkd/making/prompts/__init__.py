@@ -54,24 +54,24 @@ def has_prompts(name: str) -> bool:
 def load_prompts(name: str, path: str | None, setting: str, places: Mapping[str, Collection[str]] | None = None) -> Prompts:
     """The prompts of a stage, of its own file or of the user's.
 
-    places   that the sections of a user's file must have, by section; by default those of llmkd's own file
+    places   that the sections must have, by section; by default a user's file has those of llmkd's own
 
     UserError where the file cannot be read, lacks a section, or a place in one.
     """
-    own = _parse(name, read_file(own_prompts(name)), setting)
-    if path is None:
-        return own
-    try:
-        given = _parse(path, read_file(path), setting)
-    except OSError as error:
-        raise UserError(f"{setting}: {path}: {error.strerror}; {fix_of(error, 'name a file of prompts')}") from error
-    needed = {section: set(re.findall(r"\{([a-z_]+)\}", text)) for section, text in own.sections.items() if section != "system"}
+    own = given = _parse(own_prompts(name).name, read_file(own_prompts(name)), setting)
+    if path is not None:
+        try:
+            given = _parse(path, read_file(path), setting)
+        except OSError as error:
+            raise UserError(f"{setting}: {path}: {error.strerror}; {fix_of(error, 'name a file of prompts')}") from error
+    if places is None:
+        places = {section: set(re.findall(r"\{([a-z_]+)\}", text)) for section, text in own.sections.items() if section != "system"}
     problems = []
-    for section, names in (places if places is not None else needed).items():
+    for section, names in places.items():
         if section not in given.sections:
-            problems.append(f"{setting}: {path} has no section [{section}]; it needs {', '.join(f'[{one}]' for one in needed)}")
+            problems.append(f"{setting}: {given.name} has no section [{section}]; it has {', '.join(f'[{one}]' for one in given.sections)}")
         elif lacking := sorted(one for one in names if f"{{{one}}}" not in given.sections[section]):
-            problems.append(f"{setting}: {path}: section [{section}] has no place {{{lacking[0]}}}; write it where the text belongs")
+            problems.append(f"{setting}: {given.name}: section [{section}] has no place {{{lacking[0]}}}; write it where the text belongs")
     if problems:
         raise UserError(*problems)
     return given

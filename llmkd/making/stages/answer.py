@@ -22,5 +22,7 @@ class Answer:
             if problem := unusable(answer, cut=False):
                 outcome.rejected.append(Rejected(row, *problem))
             else:
-                outcome.kept.append(row.child(work.label, work.writer, row.answered(answer.text), sample, finish=answer.finish))
+                outcome.kept.append(
+                    row.child(work.label, work.writer, row.answered(answer.text), sample, **{**row.notes, "finish": answer.finish})
+                )
         return outcome

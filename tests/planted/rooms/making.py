@@ -2,7 +2,7 @@
 
 from tests.planted.fault import in_file
 
-PIPELINE, WRITERS = "making/test_pipeline.py", "making/test_writers.py"
+PIPELINE, WRITERS, STAGES = "making/test_pipeline.py", "making/test_writers.py", "making/test_stages.py"
 
 FAULTS = [
     *in_file(
@@ -60,5 +60,86 @@ FAULTS = [
             "for ask, answer in self._batch(batch)",
             WRITERS,
         ),
+    ),
+    *in_file(
+        "llmkd/making/marks.py",
+        ("marks-anywhere", "marks may stand in any order", "if start < at or stop < start:", "if stop < start:", STAGES),
+        (
+            "first-of-several-marks",
+            "of repeated marks the first are read",
+            "if text.count(opening) != 1 or text.count(closing) != 1:",
+            "if not text.count(opening) or not text.count(closing):",
+            STAGES,
+        ),
+        (
+            "any-number-begins-an-item",
+            "every number at the beginning of a line begins an item",
+            "if int(found[1]) == len(places) + 1:",
+            "if True:",
+            STAGES,
+        ),
+    ),
+    *in_file(
+        "llmkd/making/prompts/__init__.py",
+        (
+            "places-filled-twice",
+            "what is put into a place is looked at again",
+            'return re.sub(rf"\\{{({pattern})\\}}", lambda found: places[found[1]], self.sections[section])',
+            'out = self.sections[section]\n        for name, value in places.items():\n            out = out.replace(f"{{{name}}}", value)\n        return out',
+            STAGES,
+        ),
+    ),
+    *in_file(
+        "llmkd/making/stages/evolve.py",
+        ("no-gain-passes", "a change that adds nothing is kept", 'elif found[1].lower() == "equal":', "elif False:", STAGES),
+        (
+            "no-verdict-passes",
+            "a judge that says neither lets pass",
+            'outcome.rejected.append(Rejected(new, "no_verdict", answer=answer.text))',
+            "out.append((old, new))",
+            STAGES,
+        ),
+        ("refusals-pass", "questions that are declined are kept", 'if "sorry" in words and len(words) < 80:', "if False:", STAGES),
+        (
+            "rounds-begin-anew",
+            "every round changes the first questions",
+            "now = [after.get(row.id, row) for row in now]",
+            "now = list(rows)",
+            STAGES,
+        ),
+    ),
+    *in_file(
+        "llmkd/making/stages/questions.py",
+        (
+            "cut-question-passes",
+            "a question that was cut off is kept",
+            "if place == len(items) - 1 and answer.finish == CUT:",
+            "if False:",
+            STAGES,
+        ),
+    ),
+    *in_file(
+        "llmkd/making/stages/reflect.py",
+        (
+            "old-answer-as-reflected",
+            "a reflected question keeps the old answer",
+            '{"role": "assistant", "content": found[-1]}',
+            '{"role": "assistant", "content": row.answer}',
+            STAGES,
+        ),
+    ),
+    *in_file(
+        "llmkd/making/stages/explain.py",
+        (
+            "one-system-message",
+            "all samples of a row have one system message",
+            "order[n % len(order)], n // len(order), n",
+            "order[0], n, n",
+            STAGES,
+        ),
+    ),
+    *in_file(
+        "llmkd/making/stages/expand.py",
+        ("new-ones-are-not-shown", "new questions are in no context", "min(len(made), self.settings.made_in_context)", "0", STAGES),
     ),
 ]

@@ -1,0 +1,61 @@
+"""*expand*: new questions, with some of those that are there in the writer's context (Self-Instruct, arXiv:2212.10560, section 2.2).
+
+What is near another question is for the stage keep; here only what is the same but for case and punctuation is a duplicate.
+"""
+
+import random
+from collections.abc import Sequence
+
+from ...config.make_stages import Expand as Settings
+from ...console import warn
+from ..rows import Row
+from ..stage import Outcome, Rejected, Work
+from .questions import Questions
+
+_ROUND = 16  # asks that are made at one time: the questions of a round are shown in the next one
+_MOST = 4  # times as many asks as would do, if every item were new
+
+
+class Expand:
+    asks = True
+
+    def __init__(self, settings: Settings):
+        self.settings = settings
+
+    def run(self, rows: Sequence[Row], work: Work) -> Outcome:
+        own, made = self.settings, Questions(work, self.settings.min_words, self.settings.max_words, [row.instruction for row in rows])
+        asked, most = 0, _MOST * -(-own.count // own.per_ask)
+        while len(made.outcome.kept) < own.count and asked < most:
+            left = -(-(own.count - len(made.outcome.kept)) // own.per_ask)
+            shown = [self._shown(rows, made.outcome.kept, work, asked + n) for n in range(min(left, _ROUND, most - asked))]
+            asks = [work.ask(self._messages(some, work), pretend=_pretend(own.per_ask, asked + n)) for n, some in enumerate(shown)]
+            for some, answer in zip(shown, work.answer(asks), strict=True):
+                made.read(answer, [row.id for row in some], {}, asked, own.per_ask)
+                asked += 1
+        outcome = made.outcome
+        if len(outcome.kept) < own.count:
+            warn(
+                f"note: {work.label}: {len(outcome.kept):,} of {own.count:,} questions after {asked:,} asks; the others were rejected: "
+                "raise writer.temperature, or give more seeds"
+            )
+        outcome.kept, more = outcome.kept[: own.count], outcome.kept[own.count :]
+        outcome.rejected += [Rejected(row, "more_than_asked") for row in more]
+        outcome.passed = list(rows)
+        return outcome
+
+    def _shown(self, rows: Sequence[Row], made: Sequence[Row], work: Work, number: int) -> list[Row]:
+        """The questions in the context of an ask, drawn by seed: of the rows, and some that are new."""
+        draw = random.Random(work.draw("context", number))
+        new = draw.sample(list(made), min(len(made), self.settings.made_in_context))
+        old = draw.sample(list(rows), min(len(rows), self.settings.in_context - len(new)))
+        some = [*old, *new]
+        draw.shuffle(some)
+        return some
+
+    def _messages(self, some: Sequence[Row], work: Work):
+        tasks = "\n".join(f"{number}. {row.instruction}" for number, row in enumerate(some, 1))
+        return work.prompts.messages(tasks=tasks, count=str(self.settings.per_ask))
+
+
+def _pretend(count: int, number: int) -> str:
+    return "\n".join(f"{place}. A new question, number {number} {place}" for place in range(1, count + 1))

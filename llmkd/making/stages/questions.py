@@ -1,0 +1,58 @@
+"""New questions out of a numbered list that the writer wrote: what *expand* and *topics* have in common."""
+
+import re
+import unicodedata
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..asks import CUT, Answer
+from ..marks import Unreadable, numbered
+from ..rows import Row, made_row
+from ..stage import Outcome, Rejected, Work, unusable
+
+
+class Questions:
+    """Counts what becomes of each item: a question that is new, or why not. `known`: questions that are there already."""
+
+    def __init__(self, work: Work, least: int, most: int, known: Sequence[str] = ()):
+        self.work, self.least, self.most, self.outcome = work, least, most, Outcome()
+        self.known = {plain_words(text) for text in known}
+
+    def read(self, answer: Answer, parents: Sequence[str], columns: Mapping[str, Any], number: int, wanted: int) -> None:
+        """The questions in one answer, of which at most `wanted` are used."""
+        if problem := unusable(answer, cut=False):
+            return self._reject(problem, answer.text, parents, columns, number)
+        try:
+            items = numbered(answer.text)
+        except Unreadable as error:
+            return self._reject((error.reason, error.detail), answer.text, parents, columns, number)
+        for place, text in enumerate(items):
+            if place == len(items) - 1 and answer.finish == CUT:
+                self._reject(("cut_off", ""), text, parents, columns, (number, place))
+            elif place >= wanted:
+                self._reject(("more_than_asked", ""), text, parents, columns, (number, place))
+            elif problem := self._problem(text):
+                self._reject((problem, ""), text, parents, columns, (number, place))
+            else:
+                self.known.add(plain_words(text))
+                self.outcome.kept.append(self._row(text, parents, columns, (number, place)))
+
+    def _problem(self, text: str) -> str | None:
+        words = len(text.split())
+        if words < self.least:
+            return "too_short"
+        if words > self.most:
+            return "too_long"
+        return "duplicate" if plain_words(text) in self.known else None
+
+    def _row(self, text: str, parents: Sequence[str], columns: Mapping[str, Any], number: Any) -> Row:
+        said = ({"role": "user", "content": text},)
+        return made_row(self.work.label, self.work.writer, said, parents, number, columns)
+
+    def _reject(self, problem: tuple[str, str], text: str, parents: Sequence[str], columns: Mapping[str, Any], number: Any) -> None:
+        self.outcome.rejected.append(Rejected(self._row(text, parents, columns, number), *problem))
+
+
+def plain_words(text: str) -> str:
+    """A text by which questions that are the same but for case, white space and punctuation are one."""
+    return " ".join(re.findall(r"\w+", unicodedata.normalize("NFKC", text).casefold()))

@@ -1,0 +1,76 @@
+"""*reflect_instruction* and *reflect_response*: the writer examines a pair and makes it better (Selective Reflection-Tuning, arXiv:2402.10110).
+
+Each row that comes in stays, as the version `original`. `notes["version"]` of a row is original, instruction, response or both, and `notes["original"]`
+the id of the row that it is a version of: one of up to four is chosen by the stage select. Where marks are missing there is no version, and that is counted.
+"""
+
+import dataclasses
+from collections.abc import Sequence
+
+from ..marks import Unreadable, marked
+from ..rows import Row, has_answer
+from ..stage import Outcome, Rejected, Work, unusable
+
+ORIGINAL, INSTRUCTION, RESPONSE, BOTH = VERSIONS = ("original", "instruction", "response", "both")
+
+
+class _Reflect:
+    asks = True
+    marks: tuple[str, ...]
+    #: The version that a version becomes.
+    becomes: dict[str, str]
+
+    def __init__(self, settings):
+        self.settings = settings
+
+    def run(self, rows: Sequence[Row], work: Work) -> Outcome:
+        rows = [as_version(row) for row in rows]
+        outcome = Outcome(passed=list(rows))
+        wanted = []
+        for row in rows:
+            if row.notes["version"] not in self.becomes:
+                continue
+            if has_answer(row):
+                wanted.append(row)
+            else:
+                outcome.rejected.append(Rejected(row, "no_answer", "there is no answer to examine"))
+        asks = [
+            work.ask(
+                work.prompts.messages(instruction=row.instruction, answer=row.answer),
+                pretend="".join(f"<{mark}>A better {mark}: {row.id}</{mark}>" for mark in self.marks),
+            )
+            for row in wanted
+        ]
+        for row, answer in zip(wanted, work.answer(asks), strict=True):
+            try:
+                if problem := unusable(answer):
+                    raise Unreadable(*problem)
+                found = marked(answer.text, *self.marks)
+            except Unreadable as error:
+                outcome.rejected.append(Rejected(row, error.reason, error.detail, answer.text))
+                continue
+            question = row.asking(found[0]) if len(found) == 2 else row.question
+            messages = (*question, {"role": "assistant", "content": found[-1]})
+            if messages == row.messages:
+                outcome.rejected.append(Rejected(row, "unchanged", answer=answer.text))
+                continue
+            notes = {"version": self.becomes[row.notes["version"]], "original": row.notes["original"]}
+            outcome.kept.append(row.child(work.label, work.writer, messages, **notes))
+        return outcome
+
+
+class ReflectInstruction(_Reflect):
+    marks, becomes = ("task", "answer"), {ORIGINAL: INSTRUCTION}
+
+
+class ReflectResponse(_Reflect):
+    marks, becomes = ("answer",), {ORIGINAL: RESPONSE, INSTRUCTION: BOTH}
+
+
+def as_version(row: Row) -> Row:
+    """A row that knows which version it is: one that no reflection has made is an original."""
+    return (
+        row
+        if row.notes.get("version") in VERSIONS
+        else dataclasses.replace(row, notes={**row.notes, "version": ORIGINAL, "original": row.id})
+    )

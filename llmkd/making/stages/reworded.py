@@ -1,0 +1,74 @@
+"""*paraphrase* and *back_translate*: each question in other words, with the answer that it has. The classic augmentations, for comparison."""
+
+from collections.abc import Sequence
+
+from ...config.make_stages import BackTranslate as BackTranslateSettings
+from ...config.make_stages import Paraphrase as ParaphraseSettings
+from ..asks import Answer
+from ..marks import Unreadable, marked
+from ..rows import Row
+from ..stage import Outcome, Rejected, Work, unusable
+from .questions import plain_words
+
+
+class Paraphrase:
+    asks = True
+
+    def __init__(self, settings: ParaphraseSettings):
+        self.settings = settings
+
+    def run(self, rows: Sequence[Row], work: Work) -> Outcome:
+        outcome = Outcome(passed=list(rows))
+        wanted = [(row, sample) for row in rows for sample in range(self.settings.samples)]
+        asks = [work.ask(work.prompts.messages(text=row.instruction), sample, _pretend(row, sample)) for row, sample in wanted]
+        seen = {(row.id, plain_words(row.instruction)) for row in rows}
+        for (row, sample), answer in zip(wanted, work.answer(asks), strict=True):
+            text = text_of(row, answer, outcome)
+            if text is not None:
+                _add(row, text, sample, work, outcome, seen, answer)
+        return outcome
+
+
+class BackTranslate:
+    asks = True
+
+    def __init__(self, settings: BackTranslateSettings):
+        self.settings = settings
+
+    def run(self, rows: Sequence[Row], work: Work) -> Outcome:
+        own, outcome = {"language": self.settings.language, "own_language": self.settings.own_language}, Outcome(passed=list(rows))
+        forth = [work.ask(work.prompts.messages("forth", text=row.instruction, **own), pretend=_pretend(row, 0)) for row in rows]
+        abroad = [(row, text_of(row, answer, outcome)) for row, answer in zip(rows, work.answer(forth), strict=True)]
+        there = [(row, text) for row, text in abroad if text is not None]
+        back = [work.ask(work.prompts.messages("back", text=text, **own), pretend=_pretend(row, 1)) for row, text in there]
+        seen = {(row.id, plain_words(row.instruction)) for row in rows}
+        for (row, _), answer in zip(there, work.answer(back), strict=True):
+            text = text_of(row, answer, outcome)
+            if text is not None:
+                _add(row, text, 0, work, outcome, seen, answer)
+        return outcome
+
+
+def text_of(row: Row, answer: Answer, outcome: Outcome) -> str | None:
+    """What the answer has between its marks; None where it is rejected."""
+    try:
+        if problem := unusable(answer):
+            raise Unreadable(*problem)
+        return marked(answer.text, "text")[0]
+    except Unreadable as error:
+        outcome.rejected.append(Rejected(row, error.reason, error.detail, answer.text))
+        return None
+
+
+def _add(row: Row, text: str, sample: int, work: Work, outcome: Outcome, seen: set, answer: Answer) -> None:
+    """The row with its question in these words, unless it has been said so before."""
+    if (row.id, plain_words(text)) in seen:
+        outcome.rejected.append(Rejected(row, "unchanged", answer=answer.text))
+        return
+    seen.add((row.id, plain_words(text)))
+    messages = row.asking(text) if row.answer is None else (*row.asking(text), row.messages[-1])
+    outcome.kept.append(row.child(work.label, work.writer, messages, sample))
+
+
+def _pretend(row: Row, number: int) -> str:
+    return f"<text>{row.instruction} (in other words, {number})</text>"

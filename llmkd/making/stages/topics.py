@@ -1,0 +1,69 @@
+"""*topics*: questions from a tree of topics and from personas: data curation from meta-information (the survey arXiv:2402.13116, section 3.1.3)."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from ...config.make_stages import Topics as Settings
+from ..marks import Unreadable, numbered
+from ..rows import Row, made_row
+from ..stage import Outcome, Rejected, Work, unusable
+from .questions import Questions
+
+_ANYBODY = "anybody"
+
+
+class Topics:
+    asks = True
+
+    def __init__(self, settings: Settings):
+        self.settings = settings
+
+    def run(self, rows: Sequence[Row], work: Work) -> Outcome:
+        own, made = self.settings, Questions(work, self.settings.min_words, self.settings.max_words, [row.instruction for row in rows])
+        leaves = [" / ".join(path) for path in paths_of(own.topics)]
+        if own.subtopics:
+            leaves = self._narrower(leaves, work, made.outcome)
+        wanted = [(topic, persona) for topic in leaves for persona in own.personas or (None,)]
+        asks = [
+            work.ask(
+                work.prompts.messages(topic=topic, persona=persona or _ANYBODY, count=str(own.per_topic)),
+                pretend=_pretend(own.per_topic, number),
+            )
+            for number, (topic, persona) in enumerate(wanted)
+        ]
+        for number, ((topic, persona), answer) in enumerate(zip(wanted, work.answer(asks), strict=True)):
+            made.read(answer, (), {"topic": topic} | ({"persona": persona} if persona else {}), number, own.per_topic)
+        made.outcome.passed = list(rows)
+        return made.outcome
+
+    def _narrower(self, leaves: Sequence[str], work: Work, outcome: Outcome) -> list[str]:
+        """The leaves with the narrower topics that the writer names; where it names none, that is counted, and the leaf stays."""
+        count, out = self.settings.subtopics, []
+        asks = [
+            work.ask(work.prompts.messages("subtopics", topic=leaf, count=str(count)), pretend=_pretend(count, number))
+            for number, leaf in enumerate(leaves)
+        ]
+        for leaf, answer in zip(leaves, work.answer(asks), strict=True):
+            problem = unusable(answer)
+            try:
+                names = [] if problem else [" ".join(name.split()) for name in numbered(answer.text)[:count]]
+            except Unreadable as error:
+                problem, names = (error.reason, error.detail), []
+            if problem:
+                row = made_row(work.label, work.writer, ({"role": "user", "content": answer.text},), columns={"topic": leaf})
+                outcome.rejected.append(Rejected(row, *problem))
+            out += [f"{leaf} / {name}" for name in dict.fromkeys(names) if name] or [leaf]
+        return out
+
+
+def paths_of(tree: Any, above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """The paths to a tree's leaves, in the order of the file."""
+    if isinstance(tree, dict):
+        for name, below in tree.items():
+            yield from paths_of(below, (*above, name)) if below else [(*above, name)]
+    else:
+        yield from ((*above, name) for name in tree)
+
+
+def _pretend(count: int, number: int) -> str:
+    return "\n".join(f"{place}. A new question, number {number} {place}" for place in range(1, count + 1))
