@@ -14,6 +14,7 @@ from .dropout import masks_of
 from .families import body_of, decoder_of, head_of
 from .last_layer import LastLayer, at_rows
 from .masks import rows_are_told
+from .sharding import reshard
 from .taps import attention_tapped, tapped
 
 
@@ -164,5 +165,6 @@ class LanguageModel(nn.Module):
     def trainable(self) -> dict[str, nn.Parameter]:
         """The parameters that train, by the names that they have where the student is alone."""
         self.set_active_adapter()
+        reshard(self.model)
         own = re.compile(rf"\.{self.adapter}(?=\.|$)")
         return {own.sub(".default", name): p for name, p in self.model.named_parameters() if p.requires_grad}

@@ -6,8 +6,8 @@ The builder of every finished `LanguageModel`: the results of the startup checks
 import contextlib
 import dataclasses
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
@@ -16,7 +16,7 @@ from ..config.recipe import Lora, Student, Teacher
 from ..console import info, warn
 from ..errors import UserError, attribute_to_student
 from ..model_folder.files import ModelFiles, find
-from . import activation_checkpointing, adapters, attention, average, pretrained, shared_weights, startup_checks
+from . import activation_checkpointing, adapters, attention, average, pretrained, sharding, shared_weights, startup_checks
 from .depth import find_student
 from .dropout import follow_examples
 from .families import non_text_parameters
@@ -44,6 +44,7 @@ class LoadContext:
     seed              of new weights and new adapters
     packing           packed rows of so many tokens must be safe; 0 without packing
     around_transform  entered round a teacher's merge or conversion to fp8, to measure the change
+    sharded           of the models that are sharded (student, teacher, teacher.0, ...) the mesh of processes
     """
 
     vocab: int
@@ -51,6 +52,11 @@ class LoadContext:
     seed: int = 0
     packing: int = 0
     around_transform: AroundTransform = _unmeasured
+    sharded: Mapping[str, object] = field(default_factory=dict)
+
+    def loads_mapped(self, setting: str, settings: Student | Teacher) -> bool:
+        """Whether the model's weights stay mapped from their files until they are sharded. What is merged or converted is loaded whole."""
+        return setting in self.sharded and not getattr(settings, "is_transformed", False)
 
 
 def checked(model: LanguageModel, setting: str, packing: int = 0, implementation: str = "auto") -> LanguageModel:
@@ -73,12 +79,19 @@ def load_teacher(
     files = files or find(settings.model, name, settings.revision, settings.base)
     if settings.float8:
         refuse_without_products(held, setting)
+    mapped, casts = context.loads_mapped(setting, settings), None
+    if base is None and mapped and not files.adapter:
+        base, casts = pretrained.load_as_stored(files.base, name, settings.dtype, settings.attention)
+    held = None if mapped else held
     model = base or pretrained.load_pretrained(files.base, name, settings.dtype, settings.attention, held, settings.loaded_in)
     if files.adapter:
         adapters.note_quantization(files, settings.loaded_in, setting)
-        model = adapters.load(model, files, name).to(held)
+        model = adapters.load(model, files, name)
+        model = model if mapped else model.to(held)
     teacher = LanguageModel(model, _checked_vocab(model, context.vocab, name))
     teacher.requires_grad_(False).eval()
+    if mapped:
+        _shard(model, setting, context, casts)
     if settings.device == OFFLOAD:
         teacher = teacher.replaced(head=head_on(teacher.head, torch.device(device)), input_device=torch.device(device))
         offload(teacher.base_model, device)
@@ -88,6 +101,8 @@ def load_teacher(
             apply_transforms(teacher, settings, files, setting)
         last = enable_if_exact(teacher, startup_checks.tolerance(teacher))  # the teacher consists of other modules now
         teacher = teacher.replaced(fidelity=fidelity, capabilities=dataclasses.replace(teacher.capabilities, last_layer=last))
+        if setting in context.sharded:
+            _shard(teacher.model, setting, context)
     if settings.device not in (None, OFFLOAD):
         teacher = teacher.replaced(head=head_on(teacher.head, torch.device(device)))
     return teacher
@@ -106,12 +121,17 @@ def load_students(
     settings, device = many[0], context.device
     found = found or [files for one in many if (files := find_student(one))]
     torch.manual_seed(context.seed)
+    mapped, casts = context.loads_mapped("student", settings), None
+    if found and mapped and base is None and settings.method == "full":
+        base, casts = pretrained.load_as_stored(found[0].base, "student.model", settings.dtype, settings.attention)
+    device = None if mapped else device
     if found:
         model = base or pretrained.load_pretrained(
             found[0].base, "student.model", settings.dtype, settings.attention, device, settings.quantization
         )
     else:
-        model = pretrained.new_model(settings, context.vocab).to(device)
+        model = pretrained.new_model(settings, context.vocab)
+        model = model if mapped else model.to(device)
     if settings.method == "full":
         _check_full(model, found[0] if found else None)
         for parameter in non_text_parameters(model):
@@ -124,13 +144,21 @@ def load_students(
     if settings.method == "lora":
         model.requires_grad_(False)
         names = [f"student{k}" for k in range(len(many))] if len(many) > 1 else ["default"]
-        model = _with_adapters(model, found, many, names, context.seed).to(device)
+        model = _with_adapters(model, found, many, names, context.seed)
+        model = model if mapped else model.to(device)
     _checked_vocab(model, context.vocab, "student.model")
+    if mapped:
+        _shard(model, "student", context, casts, keep_outline=True)
     students = []
     for k, (name, own) in enumerate(zip(names, many, strict=True)):
         with attribute_to_student(k):
             students.append(_student(model, name, own, context))
     return students
+
+
+def _shard(model: nn.Module, setting: str, context: LoadContext, casts: Mapping[str, torch.dtype] | None = None, **options) -> None:
+    sharding.shard(model, context.sharded[setting], setting, casts, **options)
+    pretrained.own_memory(model)  # of buffers, which are whole
 
 
 def _with_adapters(model: nn.Module, found: list[ModelFiles], many: list[Student], names: list[str], seed: int) -> nn.Module:
@@ -213,6 +241,8 @@ def load_models(
             refuse_missing_modules(student, files)
     keys = _keys(students, own, teachers, theirs)
     waiting = Counter(key for key in keys if key)
+    users = [("student", students[0]), *teachers] if students else [("", None), *teachers]
+    whole = {key for key, (who, one) in zip(keys, users, strict=True) if key and not context.loads_mapped(who, one)}
     bases: dict[tuple, nn.Module] = {}
 
     def base(key: tuple | None, files: ModelFiles, setting: str, settings: Student | Teacher) -> nn.Module | None:
@@ -220,9 +250,8 @@ def load_models(
         if key not in bases:
             if waiting[key] < 2:
                 return None
-            bases[key] = pretrained.load_pretrained(
-                files.base, setting, settings.dtype, settings.attention, context.device, settings.quantization
-            )
+            device = context.device if key in whole else None
+            bases[key] = pretrained.load_pretrained(files.base, setting, settings.dtype, settings.attention, device, settings.quantization)
         waiting[key] -= 1
         return shared_weights.copy_sharing_weights(bases[key]) if waiting[key] else bases.pop(key)
 

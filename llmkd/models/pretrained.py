@@ -3,6 +3,7 @@
 import bisect
 import functools
 import importlib.util
+import math
 import re
 from pathlib import Path
 
@@ -17,8 +18,11 @@ from ..model_folder.files import attention_of, check_config
 from ..model_folder.identity import unchanged, verify
 from ..model_folder.weights import headers, read_json
 from .adapter_names import WRAPPERS, without_wrappers
+from .parts import is_part
 from .quantization import DTYPES, bitsandbytes_config, note_share
 
+#: Names of float types in safetensors files.
+STORED = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 #: Buffers that older versions of transformers saved with the weights and newer ones compute.
 _OLD_BUFFERS = (".masked_bias", ".attn.bias", ".rotary_emb.inv_freq")
 
@@ -26,9 +30,10 @@ _OLD_BUFFERS = (".masked_bias", ".attn.bias", ".rotary_emb.inv_freq")
 def load_pretrained(
     folder: Path, setting: str, dtype: str = "auto", attention: str = "auto", device="cpu", quantization: Quantization | None = None
 ) -> nn.Module:
-    """A model from its folder, on `device`. UserError unless every tensor fits its configuration."""
-    from transformers import AutoModelForCausalLM
+    """A model from its folder, on `device`. UserError unless every tensor fits its configuration.
 
+    device   None for a model that is to be sharded: its weights stay mapped from their files, as far as they are of the type that they have there
+    """
     verify(folder, None, setting)
     _refuse_missing_attention(folder, setting, attention)
     options = {}
@@ -39,16 +44,35 @@ def load_pretrained(
             )
         options = {"quantization_config": bitsandbytes_config(quantization, dtype, folder, setting), "device_map": {"": device}}
     renaming = _unwrapping(folder, setting)
+    model = _read(folder, setting, DTYPES.get(dtype, "auto"), attention, key_mapping=renaming or None, **options)
+    for module in model.modules():
+        # Oddity: an attribute of bitsandbytes' modules. In eval mode they would repack the weights into a form without a gradient.
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
+    if quantization:
+        note_share(model, setting)
+    if renaming:
+        # Oddity: a private attribute of transformers, without which saving would give the tensors their wrapped names back.
+        model._weight_conversions = [one for one in model._weight_conversions if one.source_patterns[0] not in renaming]
+    if device is not None:
+        model = model if getattr(model, "is_loaded_in_8bit", False) else model.to(device)
+        own_memory(model)
+    return model
+
+
+def _read(folder: Path, setting: str, dtype, attention: str, **options) -> nn.Module:
+    """A model as transformers loads it. UserError unless every tensor fits its configuration."""
+    from transformers import AutoModelForCausalLM
+
     try:
         with unchanged([folder], setting):
             model, report = AutoModelForCausalLM.from_pretrained(
                 folder,
-                dtype=DTYPES.get(dtype, "auto"),
+                dtype=dtype,
                 attn_implementation=None if attention == "auto" else attention,
                 trust_remote_code=False,
                 use_safetensors=True,
                 output_loading_info=True,
-                key_mapping=renaming or None,
                 **options,
             )
     except UserError:
@@ -66,18 +90,48 @@ def load_pretrained(
     sides = [f"{what} {len(keys)} tensors, such as {min(map(str, keys))}" for what, keys in wrong.items() if keys]
     if sides:
         raise UserError(f"{setting}: {folder} {', and '.join(sides)}; its config.json and weights do not belong together")
-    for module in model.modules():
-        # Oddity: an attribute of bitsandbytes' modules. In eval mode they would repack the weights into a form without a gradient.
-        if hasattr(module, "support_avx512bf16_for_cpu"):
-            module.support_avx512bf16_for_cpu = False
-    if quantization:
-        note_share(model, setting)
-    if renaming:
-        # Oddity: a private attribute of transformers, without which saving would give the tensors their wrapped names back.
-        model._weight_conversions = [one for one in model._weight_conversions if one.source_patterns[0] not in renaming]
-    model = model if getattr(model, "is_loaded_in_8bit", False) else model.to(device)
-    _own_memory(model)
     return model
+
+
+def load_as_stored(folder: Path, setting: str, dtype: str, attention: str) -> tuple[nn.Module, dict[str, torch.dtype]]:
+    """A model to be sharded that has no adapter: its weights are all mapped from their files. UserError as from `load_pretrained`.
+
+    Returns the types too that they are to have, by name; empty where that is what they have.
+    """
+    verify(folder, None, setting)
+    _refuse_missing_attention(folder, setting, attention)
+    stored = {one["dtype"] for one in headers(folder, setting).values()} & STORED.keys()
+    wanted = DTYPES.get(dtype, "auto")
+    if len(stored) == 1 and STORED[one := stored.pop()] != wanted:
+        renaming = _unwrapping(folder, setting) or None
+        shapes = _read(folder, setting, wanted, attention, key_mapping=renaming, device_map={"": "meta"})
+        types = {name: p.dtype for name, p in shapes.named_parameters()}
+        if set(types.values()) != {STORED[one]}:
+            model = load_pretrained(folder, setting, str(STORED[one]).removeprefix("torch."), attention, None)
+            if _with_buffers_of(shapes, model):
+                model.config.__dict__.update(shapes.config.__dict__)
+                return model, types
+    return load_pretrained(folder, setting, dtype, attention, None), {}
+
+
+def _with_buffers_of(shapes: nn.Module, model: nn.Module) -> bool:
+    """Give a model the buffers that the same one has in another type, which is given on torch's meta device: families compute some, such as
+    Gemma's scale of embeddings, in the type of the weights. False where a family does not compute them by its `_init_weights`."""
+    for name, module in shapes.named_modules():
+        held = model.get_submodule(name)._buffers
+        for which, empty in module._buffers.items():
+            if empty is None or empty.dtype == held[which].dtype:
+                continue
+            if which not in module._non_persistent_buffers_set:
+                held[which] = held[which].to(empty.dtype)
+                continue
+            module._buffers[which] = torch.full_like(empty, math.nan, device="cpu")
+            with torch.no_grad():
+                shapes._init_weights(module)
+            held[which] = module._buffers[which]
+            if held[which].isnan().any():
+                return False
+    return True
 
 
 def _refuse_missing_attention(folder: Path, setting: str, attention: str) -> None:
@@ -118,7 +172,7 @@ def _note(text: str) -> None:
     info(text)
 
 
-def _own_memory(model: nn.Module) -> None:
+def own_memory(model: nn.Module) -> None:
     """Copy the weights that are still mapped from their files, so that nothing that happens to a file changes or ends a run that uses it."""
     try:
         maps = Path("/proc/self/maps").read_text(encoding="utf-8", errors="replace")
@@ -128,7 +182,7 @@ def _own_memory(model: nn.Module) -> None:
         mapped = [(0, 1 << 64)]
     starts = [start for start, _ in mapped]
     for tensor in (*model.parameters(), *model.buffers()):
-        if tensor.device.type == "cpu" and tensor.numel():
+        if tensor.device.type == "cpu" and tensor.numel() and not is_part(tensor):
             place = bisect.bisect_right(starts, tensor.data_ptr()) - 1
             if place >= 0 and tensor.data_ptr() < mapped[place][1]:
                 tensor.data = tensor.data.clone()

@@ -15,6 +15,7 @@ from ..config.recipe import Student, Teacher
 from ..model_folder.files import ModelFiles
 from ..model_folder.identity import fingerprint
 from ..model_folder.weights import read_json
+from .parts import is_part, local
 
 #: Ways to initialise LoRA that do not change the base's weights, beside PEFT's default (a bool).
 _LEAVE_BASE = ("gaussian", "eva", "orthogonal")
@@ -82,7 +83,7 @@ def _frozen(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """The base's frozen parameters, by their names without an adapter."""
     adapters = set(getattr(model, "peft_config", ()))
     for name, parameter in model.named_parameters():
-        if not parameter.requires_grad and parameter.dtype != torch.int8 and not adapters & set(name.split(".")):
+        if not parameter.requires_grad and parameter.dtype != torch.int8 and not is_part(parameter) and not adapters & set(name.split(".")):
             yield name.replace(".base_layer", "").replace(".original_module", ""), parameter
 
 
@@ -96,5 +97,5 @@ def _same(a: Tensor, b: Tensor) -> bool:
 
 def storage_bytes(*models: nn.Module) -> dict[int, int]:
     """Bytes of each storage that the models' parameters are in, by its address: shared storages are counted once."""
-    found = [p.untyped_storage() for model in models for p in model.parameters() if not p.is_meta]
+    found = [local(p).untyped_storage() for model in models for p in model.parameters() if not p.is_meta]
     return {storage.data_ptr(): storage.nbytes() for storage in found}

@@ -48,7 +48,7 @@ from .loop import StudentState, unwrap
 from .model_watch import ModelWatch
 from .optim import learning_rate
 from .own_text import OwnText
-from .parallel import REPLICATED, Replicated, shard_teachers, strategy_of
+from .parallel import REPLICATED, Replicated, sharded_models, strategy_of
 from .prepare import Prepared, check_terms, micro_batch_size
 from .recipe_checks import refuse_long_warmup
 from .student_run import StudentRun
@@ -101,7 +101,9 @@ def build_setup(
     live = [(source.setting, source.settings) for source in prepared.teachers if source.needs_model]
     probe = functools.partial(teacher_probe, prepared, recipe.validation.micro_batch_size, device)
     packing = data.packing * longest_row(train, data)
-    context = LoadContext(prepared.vocab, device, recipe.seed, packing, functools.partial(measured_transform, probe))
+    strategy = strategy_of(train.shard, accelerator)
+    sharded = sharded_models(strategy, {name: sharded_teacher(train, own) for name, own in live}, accelerator)
+    context = LoadContext(prepared.vocab, device, recipe.seed, packing, functools.partial(measured_transform, probe), sharded)
     for k, own in enumerate(recipes[1:], 1):
         with attribute_to_student(k):
             check_terms(own, prepared.configs, prepared.train)
@@ -114,11 +116,7 @@ def build_setup(
         if stop_asked():  # a signal to the process group also kills the compiler, which is no error of the recipe
             raise Stopped("stopped by a signal before the first step; the same command starts again") from None
         raise
-    strategy = strategy_of(train.shard, accelerator)
     strategy.hold(models)
-    shard_teachers(
-        [(name, model) for (name, own), model in zip(live, teacher_models, strict=True) if sharded_teacher(train, own)], accelerator
-    )
     fidelity = {f"{name}.{k}": v for (name, _), model in zip(live, teacher_models, strict=True) for k, v in model.fidelity.items()}
     source = prepared.source.for_rank(accelerator.process_index, accelerator.num_processes, device)
     own_text = None

@@ -21,8 +21,8 @@ from torch import Tensor
 
 from ..errors import UserError
 from ..files import Damaged, read_object, read_sealed, remove, remove_leftovers, sha256_file, write_folder, write_sealed
+from ..models.parts import sharded_like
 from ..process.machine_errors import machine_error
-from .parts import sharded_like
 
 _STEP = re.compile(r"step-(\d+)")
 WEIGHTS, MOMENTS, STATE, MANIFEST = "student.safetensors", "optimizer.safetensors", "state.json", "manifest.json"

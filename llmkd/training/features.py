@@ -22,10 +22,10 @@ from ..losses.features import FeatureTerm, Spread
 from ..losses.least_squares import LeastSquares
 from ..models.families import layers_of
 from ..models.language_model import LanguageModel
+from ..models.parts import sharded_like
 from ..models.startup_checks import layer_widths
 from ..signals import Teacher
 from .layer_pairs import LEAST_PER_DIMENSION, is_computed, refuse_features
-from .parts import sharded_like
 
 #: Targets on which maps are computed: at least so many, and so many for each dimension of the student's states; and half as many to measure the rest.
 _TARGETS, _PER_DIMENSION = 1024, 8

@@ -22,10 +22,10 @@ from ..batch import Batch
 from ..config.fields import part_of
 from ..data.batch_source import BatchSource, Step
 from ..errors import NonFinite
+from ..models.parts import whole
 from ..signals import Teacher
 from .distiller import Distiller
 from .parallel import REPLICATED, Replicated
-from .parts import whole
 from .step_result import Accumulated, StepResult, TargetCounts, diagnose_nonfinite
 
 

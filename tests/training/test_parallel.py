@@ -1,8 +1,10 @@
 """Models that are sharded over two processes: the run of one process, a part of the bytes, and the same files."""
 
+import ctypes
 import json
 import os
 import shutil
+import threading
 from pathlib import Path
 
 import pytest
@@ -11,23 +13,30 @@ from safetensors.torch import load_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from llmkd.config import loader
+from llmkd.config.recipe import Teacher
 from llmkd.errors import UserError
+from llmkd.models.load import LoadContext, load_models
+from llmkd.training.launch import start
+from llmkd.training.parallel import mesh_of
 from llmkd.training.run import run
 from llmkd.training.trainer import Trainer
 from tests.conftest import distance, plain_recipe, weights
 from tests.kit.processes import launch, train_each
 from tests.training.test_resume import comparable, unfinish
 
+#: A model of many layers.
+DEEP = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 32, "num_attention_heads": 4, "num_key_value_heads": 4}
 BOUND = 1e-12  # float64, after five steps; the last has 5 of 8 examples, so that a process has none in some micro-batches
 TOKENS = {"data.packing": True, "train.micro_batch_size": None, "train.micro_batch_tokens": 90}
 #: A validation comes before the checkpoint of its step, and leaves embeddings and head gathered.
 SAVED = {"checkpoint.every": 2, "checkpoint.keep": 9, "validation.every": 2, "data.validation.path": "held.jsonl"}
-#: Each with its settings: every kind of sharded student, and what cuts steps, layers and teachers in another way.
 RELATIONS = {"what": "relations", "relation_heads": 2, "layers": "last"}
+#: Each with its settings: every kind of sharded student, and what cuts steps, layers and teachers in another way.
 RUNS = {
     "lora": {"train.micro_batch_size": 3, **SAVED, "loss.features": {"layers": [[0, 1], [2, 2]]}, "loss.attention": RELATIONS},
     "tied": {
         "student.model": "tied",
+        "student.dtype": "float64",  # its files are in float32
         "student.method": "full",
         **TOKENS,
         **SAVED,
@@ -36,6 +45,7 @@ RUNS = {
     },
     "alone": {  # a process never has an example
         "student.model": "tied",
+        "student.dtype": "float64",
         "train.batch_size": 1,
         "train.max_steps": 3,
         "loss.features": {"init": "xavier"},
@@ -74,8 +84,35 @@ def placed(world: Path, value):
     return str(world / value) if isinstance(value, str) and (world / value).exists() else value
 
 
+def peak_of_loading(folder: str, sharded: bool) -> int:
+    """Bytes of its own, not of files that it has mapped, which the process holds at most while it loads a teacher, less those before."""
+
+    def held() -> int:
+        return next(
+            int(line.split()[1]) * 1024 for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon")
+        )
+
+    def watch() -> None:
+        while not done.wait(0.002):
+            seen.append(held())
+
+    accelerator, settings = start(), Teacher(model=folder, dtype="float32")
+    mesh = {"teacher": mesh_of(accelerator)} if sharded else {}
+    ctypes.CDLL(None).mallopt(-3, 1 << 16)  # M_MMAP_THRESHOLD: what is freed is given back
+    done, seen = threading.Event(), [held()]
+    thread = threading.Thread(target=watch)
+    thread.start()
+    load_models([], [("teacher", settings)], LoadContext(641, "cpu", sharded=mesh))
+    done.set()
+    thread.join()
+    return max(seen) - seen[0]
+
+
 def train_and_weigh(runs: list[list[str]], out: str) -> int:
-    """Train, and write how many bytes each process held at the end of each run: of every weight of the student, its moments and the teacher."""
+    """Train, and write how many bytes each process held when it loaded a model, and at the end of each run: of every weight of the student, its
+    moments and the teacher."""
+    peaks = [peak_of_loading(f"{out}/deep", sharded) for sharded in (True, False)]
+    Path(out, f"peaks-{os.environ['RANK']}.json").write_text(json.dumps(peaks))
     found, real = [], Trainer.finish
 
     def part(tensor: torch.Tensor) -> int:
@@ -113,7 +150,8 @@ def runs(world, tmp_path_factory) -> tuple[Path, Path]:
         initializer_range=0.3,
         tie_word_embeddings=True,
     )
-    LlamaForCausalLM(config).double().save_pretrained(world / "tied")
+    LlamaForCausalLM(config).save_pretrained(world / "tied")  # of another type than it trains in
+    LlamaForCausalLM(LlamaConfig(**DEEP, vocab_size=641)).bfloat16().save_pretrained(two / "deep")
     for file in (world / "student").glob("token*"):
         shutil.copy(file, world / "tied")
     for name in RUNS:
@@ -188,6 +226,16 @@ def test_each_process_holds_its_rows_and_no_more(world, runs):
             one / "lora/checkpoints/step-4/student.safetensors"
         )  # the adapter and the maps of hidden states, and their scales
         assert found["lora"]["moments"] == 2 * sum(size for name, size in part(trained).items() if not name.endswith(".scales"))
+
+
+@pytest.mark.slow
+def test_no_process_loads_a_whole_model(runs):
+    """Of 86 MB (in float32, from files in bfloat16) a process holds its half, and embeddings, head and some layers more while they compute."""
+    every = 4 * sum(value.numel() for value in load_file(runs[1] / "deep/model.safetensors").values())
+    for rank in range(2):
+        sharded, whole = json.loads((runs[1] / f"peaks-{rank}.json").read_text())
+        assert every < whole
+        assert every / 2 < sharded < 0.75 * every
 
 
 REFUSED = {

@@ -93,8 +93,8 @@ FAULTS = [
         (
             "another-adapter-trains",
             "a student names the parameters of the adapter that is active",
-            "        self.set_active_adapter()\n        own = re",
-            "        own = re",
+            "        self.set_active_adapter()\n        reshard(self.model)",
+            "        reshard(self.model)",
             "commands/test_sweep.py::test_every_arm_ends_as_it_would_alone_to_the_last_bit",
         ),
         (
@@ -176,7 +176,7 @@ FAULTS = [
         (
             "never-proved",
             "a family whose skipped positions matter is taken all the same",
-            "return same_hidden and relative_gap(whole[1:], part[1:]) <= 10 * tolerance",
+            "return all_agree(model.model, same_hidden and relative_gap(whole[1:], part[1:]) <= 10 * tolerance)",
             "return True",
             f"{LAST}::test_it_is_left_out_where_something_else_is_read {LAST}::test_it_is_left_out_where_a_family_is_made_otherwise",
         ),
@@ -277,8 +277,8 @@ FAULTS = [
         (
             "seed-forgotten",
             "new adapters do not depend on the run's seed",
-            "names, context.seed).to(device)",
-            "names, 0).to(device)",
+            "found, many, names, context.seed)",
+            "found, many, names, 0)",
             f"{STUDENTS}::test_new_adapters_follow_from_the_seed",
         ),
         (

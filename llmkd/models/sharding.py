@@ -1,0 +1,95 @@
+"""Sharded models, by FSDP2 (torch's `fully_shard`): where a model is cut, what stays gathered, and its form without values.
+
+Every layer is a unit, whose weights are gathered while it computes. The rest (embeddings, last norm, head) is the root's unit: gathered
+when the body is called, and whole until the backward pass is over, so that the fused head finds a plain weight, and tied weights are one.
+FSDP2 is called directly: Accelerate's preparation wants one model with its optimizer and a GPU, and has no place for a frozen teacher, nor
+for a body that is called without its head.
+"""
+
+import copy
+import types
+import weakref
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from ..console import info
+from ..errors import UserError
+from .families import BODY, decoder_of, layers_of
+from .parts import local
+
+#: Of each sharded transformers model that trains: the same modules, with PEFT's wrapper, on torch's meta device, to be filled and saved.
+_OUTLINES: "weakref.WeakKeyDictionary[nn.Module, nn.Module]" = weakref.WeakKeyDictionary()
+
+
+def shard(model: nn.Module, mesh, setting: str, casts: Mapping[str, torch.dtype] | None = None, keep_outline: bool = False) -> None:
+    """Cut a model among the processes of a mesh: from now on each holds its part of every weight, on the mesh's device.
+
+    It goes there layer by layer, so that weights which are mapped from their files are never all in memory.
+
+    model         a transformers model, or PEFT's wrapper of one, whose parameters require gradients or do not
+    setting       of what asks for it: student or teacher, teacher.0, ...
+    casts         types of parameters, by name, which they get on the way
+    keep_outline  for `outline_of`
+    """
+    from torch.distributed.fsdp import fully_shard, register_fsdp_forward_method
+
+    base = base_of(model)
+    layers = layers_of(base)
+    asked = f"{'train' if setting == 'student' else setting}.shard: found full"
+    if layers is None:
+        raise UserError(f"{asked}, and {base.config.model_type} does not keep its layers in a list; set it to none")
+    each = [{id(p) for p in layer.parameters()} for layer in layers]
+    if sum(map(len, each)) > len(set().union(*each)):
+        raise UserError(f"{asked}, and layers of {base.config.model_type} have weights in common; set it to none")
+    types_of = {id(p): (casts or {}).get(name, p.dtype) for name, p in base.named_parameters()}
+    if len(trained := {types_of[id(p)] for p in model.parameters() if p.requires_grad}) > 1:
+        found = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in trained))
+        raise UserError(f"{asked}, and the {setting} trains tensors in {found}; set {setting}.dtype: float32, or train.shard: none")
+    if keep_outline:
+        empty = {
+            id(p): nn.Parameter(p.new_empty(p.shape, device="meta", dtype=types_of[id(p)]), p.requires_grad) for p in model.parameters()
+        }
+        _OUTLINES[base] = copy.deepcopy(model, empty)
+    for unit in (*layers, base):
+        for p in unit.parameters():
+            if id(p) in types_of:  # of the root's unit the layers' are cut already
+                p.data = p.data.to(types_of[id(p)])
+        fully_shard(unit, mesh=mesh, reshard_after_forward=unit is not base)
+    setattr(base, BODY, types.MethodType(lambda base, **inputs: decoder_of(base)(**inputs), base))
+    register_fsdp_forward_method(base, BODY)
+    parameters = list(model.parameters())
+    held, every = (sum(size(p).nbytes for p in parameters) / 1e6 for size in (local, Tensor.detach))
+    info(f"{setting}: sharded over {mesh.size()} processes, of which each holds {held:,.1f} of {every:,.1f} MB of weights")
+
+
+def base_of(model: nn.Module) -> nn.Module:
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def outline_of(model: nn.Module) -> nn.Module:
+    """The model as it was before it was sharded, without the values of its parameters."""
+    return _OUTLINES[base_of(model)]
+
+
+def is_sharded(model: nn.Module) -> bool:
+    return hasattr(base_of(model), "reshard")
+
+
+def reshard(model: nn.Module) -> nn.Module:
+    """The transformers model, all of it sharded again: a pass without a backward pass has left the root's weights whole, which are other
+    parameters than those that train. Nothing happens to a model that is not sharded."""
+    base = base_of(model)
+    if is_sharded(model):
+        base.reshard()
+    return base
+
+
+def all_agree(model: nn.Module, found: bool) -> bool:
+    """Whether every process found so, of a sharded model, of which each has seen its part; of any other what this one found."""
+    if not is_sharded(model):
+        return found
+    every = torch.tensor(int(found), device=base_of(model).get_input_embeddings().weight.device)
+    torch.distributed.all_reduce(every, torch.distributed.ReduceOp.MIN)
+    return bool(every)
