@@ -12,6 +12,7 @@ from ..data.examples import Examples, concat
 from ..errors import UserError
 from ..output.run_folder import refuse_unwritable
 from ..teachers import resolve
+from ..teachers.cache.import_lines import refuse_unreadable
 from ..teachers.resolve import TeacherSource
 from ..training.prepare import Prepared, prepare
 
@@ -40,12 +41,24 @@ def select_teachers(
         raise UserError(
             f"--import: {import_file}: {'is a folder' if Path(import_file).is_dir() else 'no such file'}; name the file of log-probabilities"
         )
+    if import_file:
+        check_import([(f"{setting}.cache", teacher.cache) for setting, teacher in named if wanted(teacher)], Path(import_file))
     prepared = prepare(recipe, open_caches=False)
     sources = [source for source in prepared.teachers if wanted(source.settings)]
     for source in sources:
         if source.settings.cache and not len(teacher_examples(prepared, source, recipe.data.validation_fraction)):
             raise UserError(f"{source.setting}: no data source uses this teacher, so its cache would be empty; leave its cache out")
     return prepared, sources
+
+
+def check_import(caches: list[tuple[str, Cache]], file: Path) -> None:
+    """UserError where a file of log-probabilities cannot become the one cache of the recipe. Every line is read."""
+    if len(caches) > 1:
+        raise UserError(f"--import: writes the cache of one teacher, and {len(caches)} have one; leave the others out")
+    ((setting, cache),) = caches
+    if cache.kind not in (None, "topk"):
+        raise UserError(f"{setting}.kind: found {cache.kind}, and imported log-probabilities are of kind topk; use topk, or leave it out")
+    refuse_unreadable(file)
 
 
 def check_cache_settings(cache: Cache, setting: str) -> None:

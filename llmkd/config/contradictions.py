@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import math
 from collections.abc import Iterator
 
 from .data import data_contradictions
@@ -79,8 +78,8 @@ def _teaching_contradictions(recipe: Recipe) -> Iterator[tuple[tuple[str, ...], 
             "found a schedule with a sampled cache, whose tokens are drawn at one temperature; give a number, or use a cache of kind topk or hidden",
         )
     for name, setting in schedules(loss).items():
-        high, above = 1.0 if name == "kd_ratio" else math.inf, name == "temperature"
-        yield from schedule_contradictions(setting, f"loss.{name}", 0.0, high, train.max_steps, above)
+        low, high = {"kd_ratio": (0.0, 1.0), "temperature": (1e-3, 1e3)}.get(name, (0.0, 1e6))
+        yield from schedule_contradictions(setting, f"loss.{name}", low, high, train.max_steps)
     yield from _loss_contradictions(loss)
     yield from _weight_contradictions(recipe)
     ratio = (0.5 if recipe.teacher else 0.0) if loss.kd_ratio is None else loss.kd_ratio

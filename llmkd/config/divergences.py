@@ -14,6 +14,8 @@ DIVERGENCES: dict[str, dict[str, tuple[float, float, float]]] = {
     "total_variation": {},
     "alpha_beta": {"alpha": (0.0, 4.0, 0.2), "beta": (0.0, 4.0, 0.7)},
 }
+#: Those that mix the two distributions, and the least share of one of them: the logarithm of 1 - (1 - share) is rounding with far smaller ones.
+_MIXING, LEAST_MIXED = ("generalized_jsd", "skewed_forward_kl", "skewed_reverse_kl"), 1e-3
 
 
 def with_defaults(name: str, options: dict[str, float]) -> dict[str, float]:
@@ -33,8 +35,13 @@ def option_contradictions(name: str, options: dict[str, float], section: str) ->
             yield paths, f"{name} has no such option; it has: {', '.join(known) or 'none'}{whose}"
         elif not known[option][0] <= value <= known[option][1]:
             yield paths, f"found {value:g}, expected {known[option][0]:g} to {known[option][1]:g}"
-    if name == "alpha_beta" and not any((with_defaults(name, {}) | options).values()):
+        elif name in _MIXING and 0 < min(value, 1 - value) < LEAST_MIXED:
+            yield (
+                paths,
+                f"found {value!r}, expected 0, 1, or a share from {LEAST_MIXED:g} to {1 - LEAST_MIXED:g}, which float32 tells from them",
+            )
+    if name == "alpha_beta" and sum((with_defaults(name, {}) | options).values()) < 0.01:
         yield (
             (f"{section}.divergence_options", f"{section}.divergence"),
-            "alpha and beta are both 0; at least one of them must be positive",
+            "alpha and beta add up to less than 0.01, where float32 computes nothing but rounding; raise one of them",
         )

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Discriminator, Tag
 
-from .fields import Count, changeable, config_dataclass, fixed
+from .fields import Count, Patience, Seconds, changeable, config_dataclass, fixed
 from .served import address_problem
 
 
@@ -30,12 +30,14 @@ class Engine:
     importance: float | None = fixed(
         None,
         ge=1,
+        le=1e6,
         description="Weigh each target of a written answer by the probability that the student now gives to the answer's tokens before it, over that "
         "which the server gave to them, and by this number at most. null: no correction.",
     )
     tolerance: float = changeable(
         0.1,
-        gt=0,
+        ge=1e-6,
+        le=1000,
         description="Largest mean difference, in nats, of the server's log-probabilities of what it has just written and the student's own, with the same "
         "adapter; above it the run is refused, or stopped.",
     )
@@ -45,10 +47,9 @@ class Engine:
         description="Folder for the adapters that are pushed, which the server must see under the same path; null: engine in output_dir.",
     )
     requests: Count = changeable(32, description="Most requests at one time, from each process.")
-    timeout: float = changeable(300.0, gt=0, description="Seconds that one request may take.")
-    patience: float = changeable(
+    timeout: Seconds = changeable(300.0, description="Seconds that one request may take.")
+    patience: Patience = changeable(
         600.0,
-        ge=0,
         description="Seconds for which a request is repeated while the server is gone or busy, so that it may be started anew meanwhile.",
     )
     api_key_env: str | None = changeable(

@@ -19,7 +19,7 @@ class Features:
     The map is no part of the student: it is in the run's checkpoints alone.
     """
 
-    weight: Scheduled[Annotated[float, Field(ge=0)]] = fixed(
+    weight: Scheduled[Annotated[float, Field(ge=0, le=1e6)]] = fixed(
         1.0, description="Weight of this term in the loss; 1 - kd_ratio and kd_ratio stay as they are. Or a schedule, as for kd_ratio."
     )
     layers: Layers = fixed(
@@ -46,7 +46,10 @@ class Features:
         "once before the first step: the term is then the share that is left unexplained, and 1 is no better than the mean. none: as it is.",
     )
     lr: float | None = fixed(
-        None, gt=0, description="Peak learning rate of the maps, on the schedule of optim; null: optim.lr. They have no weight decay."
+        None,
+        gt=0,
+        le=1000,
+        description="Peak learning rate of the maps, on the schedule of optim; null: optim.lr. They have no weight decay.",
     )
     teacher: str | None = fixed(None, description="With several teachers: the name of the one whose hidden states these are.")
 

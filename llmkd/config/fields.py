@@ -18,6 +18,11 @@ config_dataclass = dataclass(frozen=True, config=ConfigDict(extra="forbid", stri
 
 Count = Annotated[int, Field(ge=1)]
 Seed = Annotated[int, Field(ge=0, lt=2**32)]
+#: A temperature whose square, and logits divided by it, float32 still tells from 0, from rounding and from infinity.
+Temperature = Annotated[float, Field(ge=1e-3, le=1e3)]
+#: Seconds of waiting, far below what the system's clocks hold.
+Seconds = Annotated[float, Field(ge=0.01, le=1e6)]
+Patience = Annotated[float, Field(ge=0, le=1e6)]
 
 CacheName = Literal["tokens", "teacher"]
 PathKind = Literal["model", "data", "folder", "file", "output"]

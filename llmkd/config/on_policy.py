@@ -49,6 +49,7 @@ class Adaptive:
     tolerance: float = fixed(
         0.1,
         ge=0,
+        le=1e6,
         description="It rises at a validation whose cross-entropy is that of the last rise, or first of the validation before training, plus this or more.",
     )
 
@@ -115,7 +116,7 @@ class OnPolicy:
         description="Longest of these answers, in tokens. An example whose prompt leaves less room than that within data.max_length keeps the data's answer.",
     )
     temperature: float = fixed(
-        1.0, ge=0, description="Temperature of sampling; loss.temperature is another. 0: always the most likely token."
+        1.0, ge=0, le=1000, description="Temperature of sampling; loss.temperature is another. 0: always the most likely token."
     )
     top_p: float = fixed(
         1.0,

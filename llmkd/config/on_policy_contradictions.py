@@ -248,6 +248,11 @@ def _long_horizon_teachers(ahead: LongHorizon, teacher: Teachers) -> Found:
 
 
 def _sampling_contradictions(settings: OnPolicy) -> Found:
+    if 0 < settings.temperature < 1e-3:
+        yield (
+            ("on_policy.temperature",),
+            f"found {settings.temperature:g}, expected 0 (always the most likely token), or a number from 0.001 to 1000",
+        )
     if settings.temperature != 0:
         return
     given = {"top_p": settings.top_p != 1, "top_k": settings.top_k is not None, "min_p": settings.min_p != 0}

@@ -13,7 +13,7 @@ from .data import Data
 from .data import Source as Source
 from .divergences import DIVERGENCES, with_defaults
 from .features import Features
-from .fields import Count, OneOrMany, Seed, as_tuple, changeable, config_dataclass, fixed, form, with_setting_names
+from .fields import Count, OneOrMany, Seed, Temperature, as_tuple, changeable, config_dataclass, fixed, form, with_setting_names
 from .on_policy import OnPolicy
 from .schedule import Scheduled, middle, value_at
 from .sharding import Shard
@@ -27,7 +27,7 @@ Share = Annotated[float, Field(ge=0, le=1)]
 @config_dataclass
 class Lora:
     rank: Count = fixed(16, description="Rank of the adapter matrices.")
-    alpha: float = fixed(32.0, gt=0, description="Scale: the update is alpha / rank times B A (over sqrt(rank) with rslora).")
+    alpha: float = fixed(32.0, ge=1e-6, le=1e6, description="Scale: the update is alpha / rank times B A (over sqrt(rank) with rslora).")
     dropout: float = fixed(
         0.0,
         ge=0,
@@ -127,7 +127,7 @@ class Loss:
         )
         + ".",
     )
-    temperature: Scheduled[Annotated[float, Field(gt=0)]] = fixed(
+    temperature: Scheduled[Temperature] = fixed(
         1.0,
         description="T: both models' logits are divided by T before the divergence is computed; the divergence is then multiplied by T^2. Or a schedule, as "
         "for kd_ratio.",
@@ -166,13 +166,13 @@ class Optim:
         "adamw",
         description="adamw: torch's AdamW. The others are AdamW of bitsandbytes: with 8-bit state, with state paged to CPU memory, or with both.",
     )
-    lr: float = fixed(2e-4, gt=0, description="Peak learning rate.")
-    weight_decay: float = fixed(0.0, ge=0, description="AdamW's decoupled weight decay, on matrices only.")
+    lr: float = fixed(2e-4, gt=0, le=1000, description="Peak learning rate.")
+    weight_decay: float = fixed(0.0, ge=0, le=1000, description="AdamW's decoupled weight decay, on matrices only.")
     betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = fixed(
         (0.9, 0.999), description="AdamW's decay rates."
     )
-    eps: float = fixed(1e-8, gt=0, description="AdamW's epsilon.")
-    max_grad_norm: float | None = fixed(1.0, gt=0, description="Clip the gradient to this norm; null: no clipping.")
+    eps: float = fixed(1e-8, gt=0, le=1000, description="AdamW's epsilon.")
+    max_grad_norm: float | None = fixed(1.0, ge=1e-6, le=1e12, description="Clip the gradient to this norm; null: no clipping.")
     schedule: Literal["cosine", "linear", "constant"] = fixed("cosine", description="Shape of the learning rate after warm-up.")
     warmup_steps: Annotated[int, Field(ge=0)] | None = fixed(None, description="Steps of linear warm-up.")
     warmup_ratio: Share | None = fixed(None, description="Instead of warmup_steps: warm-up as a fraction of all steps.")

@@ -63,14 +63,11 @@ def in_words(setting: float | dict[str, Any]) -> str:
     return f"{setting['from']:g} to {setting['to']:g} ({', '.join(parts)})"
 
 
-def schedule_contradictions(
-    setting: Any, path: str, low: float, high: float, total: int | None, above: bool = False
-) -> Iterator[tuple[tuple[str, ...], str]]:
+def schedule_contradictions(setting: Any, path: str, low: float, high: float, total: int | None) -> Iterator[tuple[tuple[str, ...], str]]:
     """What is wrong with the schedule of a setting, in the form of `contradictions.contradictions`; nothing for a plain value.
 
     low, high   the limits of its values, both included
     total       the steps of the run, if they are known
-    above       the low limit is not included
     """
     if not isinstance(setting, dict):
         return
@@ -78,11 +75,11 @@ def schedule_contradictions(
         if key not in _KEYS:
             yield (f"{path}.{key}",), f"no such part of a schedule; there are {', '.join(_KEYS)}"
     for key in ("from", "to"):
-        value, limits = setting.get(key), f"above {low:g}" if above else f">= {low:g}" if high == math.inf else f"{low:g} to {high:g}"
+        value = setting.get(key)
         if key not in setting:
             yield (f"{path}.{key}", path), "not given; a schedule has from and to, such as {from: 1.0, to: 0.3, shape: cosine}"
-        elif not _is_number(value) or not low <= value <= high or (above and value == low):
-            yield (f"{path}.{key}",), f"found {value!r}, expected a number {limits}"
+        elif not _is_number(value) or not low <= value <= high:
+            yield (f"{path}.{key}",), f"found {value!r}, expected a number {low:g} to {high:g}"
     if setting.get("shape", "linear") not in SHAPES:
         yield (f"{path}.shape",), f"found {setting['shape']!r}, expected {', '.join(SHAPES)}"
     steps, ratio = setting.get("steps"), setting.get("ratio")

@@ -27,9 +27,11 @@ class TargetWeights:
         "minus the student's probability of the target; position: 1 at the first target of an example, half of it every half_life targets. Or a rule "
         "that was registered from Python."
     )
-    power: float = fixed(1.0, gt=0, le=100, description="The weight is the score to this power.")
+    power: float = fixed(1.0, ge=0.01, le=100, description="The weight is the score to this power.")
     invert: bool = fixed(False, description="1 - score in place of the score: those targets count most whose score is low.")
-    half_life: float | None = fixed(None, gt=0, description="position: after how many targets of an example the score is half (64).")
+    half_life: float | None = fixed(
+        None, ge=0.01, le=1e6, description="position: after how many targets of an example the score is half (64)."
+    )
     terms: Annotated[tuple[Literal["ce", "kd"], ...], Field(min_length=1)] = fixed(
         ("kd",), description="The terms whose targets are weighed: kd, ce, or both."
     )

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from .data import Data
-from .fields import Count, Seed, as_tuple, changeable, config_dataclass, fixed, with_setting_names
+from .fields import Count, Patience, Seconds, Seed, Temperature, as_tuple, changeable, config_dataclass, fixed, with_setting_names
 from .served import SERVER_DEFAULTS, server_contradictions
 from .sharding import Shard
 
@@ -28,6 +28,7 @@ class Quantization:
     compute_dtype: Dtype = fixed("auto", description="nf4 and fp4: dtype of the matrix products; auto: the same as dtype.")
 
 
+OFFLOAD = "offload"  # the device of a teacher whose weights wait in CPU memory
 #: The options of each kind of cache, with their defaults.
 CACHE_KINDS: dict[str, dict[str, object]] = {
     "hidden": {"hidden_dtype": "auto"},
@@ -56,9 +57,7 @@ class Cache:
     k: Count | None = fixed(None, description="topk: number of most likely tokens (64).")
     value_bits: Annotated[int, Field(ge=4, le=16)] | None = fixed(None, description="topk: bits per log-probability (8).")
     num_samples: Count | None = fixed(None, description="sampled: number of tokens sampled for each target (50).")
-    temperature: Annotated[float, Field(gt=0)] | None = fixed(
-        None, description="sampled: temperature of the sampling (1); it must equal loss.temperature."
-    )
+    temperature: Temperature | None = fixed(None, description="sampled: temperature of the sampling (1); it must equal loss.temperature.")
     seed: Seed | None = fixed(None, description="sampled: seed of the sampling (0).")
     hidden_dtype: Literal["auto", "float32", "bfloat16", "int8"] | None = fixed(
         None, description="hidden: dtype of the states; auto: the teacher's own; int8: with one scale per target."
@@ -97,8 +96,8 @@ class Teacher:
         description="server: number of most likely tokens that it is asked for (64). vLLM gives at most its --max-logprobs, 20 by default.",
     )
     requests: Count | None = changeable(None, description="server: most requests at one time, from each process (8).")
-    timeout: Annotated[float, Field(gt=0)] | None = changeable(None, description="server: seconds that one request may take (300).")
-    patience: Annotated[float, Field(ge=0)] | None = changeable(
+    timeout: Seconds | None = changeable(None, description="server: seconds that one request may take (300).")
+    patience: Patience | None = changeable(
         None,
         description="server: seconds for which a request is repeated while the server is gone or busy (600), so that it may be started anew meanwhile.",
     )
@@ -132,7 +131,7 @@ class Teacher:
         "says.",
     )
     cache: Cache | None = fixed(None, description="Teacher cache: llmkd cache writes it; a run then reads it and loads no teacher.")
-    weight: float = fixed(1.0, gt=0, description="With several teachers: relative weight of this one in the mixture.")
+    weight: float = fixed(1.0, ge=1e-6, le=1e6, description="With several teachers: relative weight of this one in the mixture.")
 
     @property
     def model_path(self) -> str | None:
@@ -195,7 +194,7 @@ def teacher_contradictions(setting: Teacher | tuple[Teacher, ...] | None, data: 
         yield from _ema_contradictions(path, teacher, len(every))
         if teacher.model is None and teacher.cache is None and teacher.server is None and teacher.ema is None:
             yield (
-                (f"{path}.model", f"{path}.cache"),
+                (f"{path}.model", f"{path}.cache", f"{path}.server", f"{path}.ema"),
                 "not given; name the teacher's folder or hub id (or its teacher cache, cache.path, or its server)",
             )
         if teacher.model is None and not teacher.server and teacher.ema is None:

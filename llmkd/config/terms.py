@@ -23,7 +23,7 @@ LAYERS = (
 class AttentionLoss:
     """A further term of the loss: at the targets, the student's attention is drawn towards the teacher's."""
 
-    weight: Scheduled[Annotated[float, Field(gt=0)]] = fixed(
+    weight: Scheduled[Annotated[float, Field(gt=0, le=1e6)]] = fixed(
         1.0,
         description="Factor of the term, which is added to the loss: (1 - kd_ratio) CE + kd_ratio T^2 D + weight A. Or a schedule, as for kd_ratio.",
     )

@@ -18,6 +18,8 @@ from .sweep import Sweep, sweep_contradictions
 from .yaml_loader import is_number
 
 LARGEST = 2**53  #: whole numbers up to this one are exact in JSON, and fit into 64 bits after a little arithmetic
+#: Limits of numbers with a fraction: beyond them float32 has 0 or infinity, for the number or for its product with another.
+SMALLEST_FRACTION, LARGEST_FRACTION = 1e-30, 1e30
 #: Names of settings in other trainers, for the hint at an unknown name.
 _ELSEWHERE = {
     "learning_rate": "optim.lr",
@@ -147,7 +149,9 @@ def check(kind, data: dict, name: str, lines: dict, problems: list[str], changed
                 broken.append(path)
             if json.dumps(data) == before:  # nothing more can be removed
                 break
-    problems += [f"{where(path)}: found {str(number)[:80]}, expected a number of at most {LARGEST}" for path, number in _too_large(data)]
+    for path, number, expected in _out_of_range(data):
+        problems.append(f"{where(path)}: found {str(number)[:80]}, expected {expected}")
+        broken.append(path)
     together = {Recipe: contradictions, Sweep: sweep_contradictions}.get(kind)
     if together and result is not None:
         for paths, problem in together(result):
@@ -175,13 +179,22 @@ def _not_utf8(data: dict) -> list[tuple[tuple, str]]:
     return list(dict(found(data, ())).items())
 
 
-def _too_large(value, path: tuple = ()) -> Iterator[tuple[tuple, int]]:
-    """Whole numbers, with their settings, that the 64 bits of the libraries do not hold."""
+def _out_of_range(value, path: tuple = ()) -> Iterator[tuple[tuple, float, str]]:
+    """Numbers, with their settings and what is expected, that the libraries do not hold: in 64 bits or, with a fraction, in float32.
+
+    The fractions of `where` are compared with those of the user's rows, and are as these are.
+    """
     if isinstance(value, dict | list):
         for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
-            yield from _too_large(inner, (*path, key))
+            yield from _out_of_range(inner, (*path, key))
     elif type(value) is int and abs(value) > LARGEST:
-        yield path, value
+        yield path, value, f"a number of at most {LARGEST}"
+    elif type(value) is not float or "where" in path:
+        return
+    elif abs(value) > LARGEST_FRACTION:
+        yield path, value, f"a number of at most {LARGEST_FRACTION:g}"
+    elif 0 < abs(value) < SMALLEST_FRACTION:
+        yield path, value, f"at least {SMALLEST_FRACTION:g}, or 0 where it may be 0"
 
 
 def _real_path(loc: tuple, data, missing: bool) -> tuple:

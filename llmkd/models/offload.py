@@ -7,11 +7,10 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
+from ..config.teacher import OFFLOAD
 from ..errors import UserError, brief
 from ..head import Head
 from .shared_weights import copy_sharing_weights
-
-OFFLOAD = "offload"
 
 
 def resolve_device(setting: str, name: str | None, student: torch.device | str) -> torch.device:

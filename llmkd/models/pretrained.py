@@ -16,6 +16,7 @@ from ..console import info
 from ..errors import UserError, brief
 from ..model_folder.files import attention_of, check_config
 from ..model_folder.identity import unchanged, verify
+from ..model_folder.quantised import refuse_quantised
 from ..model_folder.weights import headers, read_json
 from .adapter_names import WRAPPERS, without_wrappers
 from .parts import is_part
@@ -37,11 +38,8 @@ def load_pretrained(
     verify(folder, None, setting)
     _refuse_missing_attention(folder, setting, attention)
     options = {}
+    refuse_quantised(folder, read_json(folder / "config.json", setting), setting, quantization is not None)
     if quantization:
-        if "quantization_config" in read_json(folder / "config.json", setting):
-            raise UserError(
-                f"{setting.removesuffix('.model')}.quantization: {folder} is quantised already; leave it out, or name the unquantised model"
-            )
         options = {"quantization_config": bitsandbytes_config(quantization, dtype, folder, setting), "device_map": {"": device}}
     renaming = _unwrapping(folder, setting)
     model = _read(folder, setting, DTYPES.get(dtype, "auto"), attention, key_mapping=renaming or None, **options)

@@ -65,8 +65,9 @@ class Server:
         self._pool = _pool(self.address, connections)
         self._ended, self._gone = threading.Event(), threading.Event()
 
-    def get(self, path: str, patience: float | None = None) -> Any:
-        return self._asked("GET", path, None, patience)
+    def get(self, path: str, patience: float | None = None, within: float | None = None) -> Any:
+        """The answer as JSON gives it. `within`: seconds that it may take where these are less than the server's `timeout`."""
+        return self._asked("GET", path, None, patience, within=within)
 
     def post(self, path: str, content: dict, patience: float | None = None) -> Any:
         """The answer as JSON gives it. Refused, or ServerFailed once `patience` is over (by default the server's own)."""
@@ -85,13 +86,20 @@ class Server:
         self._ended.set()
 
     def _asked(
-        self, method: str, path: str, content: bytes | None, patience: float | None, parse: Callable[[bytes], Any] = json.loads
+        self,
+        method: str,
+        path: str,
+        content: bytes | None,
+        patience: float | None,
+        parse: Callable[[bytes], Any] = json.loads,
+        within: float | None = None,
     ) -> Any:
         patience = self.patience if patience is None else patience
+        timeout = self.timeout if within is None else min(self.timeout, within)
         until, attempt = time.monotonic() + patience, 0
         while True:
             try:
-                answer = self._once(method, path, content, parse)
+                answer = self._once(method, path, content, parse, timeout)
                 if self._gone.is_set():
                     self._gone.clear()
                     warn(f"note: {self.setting}: {self.address} answers again")
@@ -108,18 +116,18 @@ class Server:
                 attempt += 1
                 self._ended.wait(wait)
 
-    def _once(self, method: str, path: str, content: bytes | None, parse: Callable[[bytes], Any]) -> Any:
+    def _once(self, method: str, path: str, content: bytes | None, parse: Callable[[bytes], Any], timeout: float) -> Any:
         headers = {"Content-Type": "application/json", "Accept": "application/json"}
         if self._key:
             headers["Authorization"] = f"Bearer {self._key}"
-        until = time.monotonic() + self.timeout
+        until = time.monotonic() + timeout
         try:
             response = self._pool.request(
                 method,
                 self.address + path,
                 body=content,
                 headers=headers,
-                timeout=urllib3.Timeout(connect=min(_CONNECT, self.timeout), read=self.timeout),
+                timeout=urllib3.Timeout(connect=min(_CONNECT, timeout), read=timeout),
                 retries=False,
                 redirect=False,
                 preload_content=False,
@@ -135,7 +143,7 @@ class Server:
                 raise
             response.release_conn()
         except (failures.HTTPError, OSError) as error:
-            raise _Passing(_in_words(error, self.timeout)) from None
+            raise _Passing(_in_words(error, timeout)) from None
         return self._read(response, b"".join(parts), parse)
 
     def _read(self, response, body: bytes, parse: Callable[[bytes], Any]) -> Any:

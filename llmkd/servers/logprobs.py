@@ -15,6 +15,7 @@ import numpy as np
 from ..errors import UserError
 from .client import Refused, Server
 
+LIST_SECONDS = 20.0  # for the list of models: the first question to a server, which may accept connections and never answer
 SLACK = 1e-3  # how far rounding may put a log-probability above 0, or a sum of probabilities above 1
 
 
@@ -152,7 +153,7 @@ INTERFACES: dict[str, type[LogProbs]] = {"vllm": VLLM, "sglang": SGLang}
 
 def served_models(server: Server, patience: float | None = None) -> list[ServedModel]:
     """The models that a server has: both kinds list them as OpenAI does. WrongAnswer, or what `Server` raises."""
-    answer = server.get("/v1/models", patience)
+    answer = server.get("/v1/models", patience, LIST_SECONDS)
     try:
         return [ServedModel(one["id"], one.get("parent"), one.get("max_model_len")) for one in answer["data"]]
     except (AttributeError, KeyError, TypeError):

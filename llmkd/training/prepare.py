@@ -7,7 +7,6 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from ..config.features import feature_teacher
 from ..config.fields import as_tuple, with_setting_names
@@ -45,10 +44,10 @@ from ..errors import UserError
 from ..model_folder.files import ModelFiles, find, rows_of
 from ..model_folder.generation import generation_settings
 from ..model_folder.identity import identity_of, verify
-from ..model_folder.weights import modules_are_named
 from ..output.run_files import LAYERS
 from ..teachers.resolve import SignalUse, TeacherSource, check_cache, check_coverage, provenance, resolve_teachers, with_answers
 from ..teachers.served_models import refuse_absent
+from .early_checks import refuse_early
 from .layer_pairs import check_features, refuse_attention, refuse_by_outline
 from .recipe_checks import check_packages, report_large_micro_batch
 from .rolled_data import report_writers
@@ -121,6 +120,7 @@ def prepare(recipe: Recipe, open_caches: bool = True, layers: tuple[int, ...] | 
     Without `open_caches` these are left alone, being yet to be written. `layers`: those that were measured before, where a run is resumed.
     """
     check_packages(recipe.student, recipe.optim, with_setting_names(recipe.teacher, "teacher"))
+    refuse_early(recipe.student, recipe.loss, recipe.teacher, used_teachers(recipe))
     report_large_micro_batch(recipe.train)
     refuse_absent(used_teachers(recipe), recipe.data)
     rows = read_data(recipe.data)
@@ -223,20 +223,6 @@ def find_models(student_settings: Student, named_teachers: Sequence[tuple[str, T
     configs |= {f"{teacher.setting}.model": teacher.files.config for teacher in teachers if teacher.files}
     refuse_too_few_positions(data, configs)
     return FoundModels(student, teachers, configs)
-
-
-def refuse_missing_targets(settings: Student) -> None:
-    """UserError for modules of `student.lora` that a local model does not have; one on the hub is checked when it is loaded.
-
-    Torch is loaded only where the weight files do not name them.
-    """
-    if not (lora := settings.lora) or not (settings.model and Path(settings.model).is_dir()):
-        return
-    files = student_files(settings)
-    if not files.adapter and not modules_are_named(files.base, lora.target_modules, lora.modules_to_save):
-        from ..models.lora import refuse_missing_modules
-
-        refuse_missing_modules(settings, files)
 
 
 def find_tokenizer(student: Student, models: FoundModels, data: Data, rows: dict[str, list[Rows]]) -> tuple[object, int]:

@@ -35,6 +35,9 @@ def report_large_micro_batch(train: Train) -> None:
 
 def check_packages(student: Student, optim: Optim, teachers: Sequence[tuple[str, Teacher]]) -> None:
     """UserError if a package that the settings need is not installed."""
+    flash = [setting for setting, one in (("student", student), *teachers) if one.attention == "flash_attention_2"]
+    if flash and importlib.util.find_spec("flash_attn") is None:
+        raise UserError(*(f"{one}.attention: found flash_attention_2, and flash-attn is not installed; use sdpa" for one in flash))
     wanted = {"student.quantization": student.quantization, "optim.name": optim.name != "adamw"}
     wanted |= {f"{setting}.quantization": teacher.loaded_in for setting, teacher in teachers}
     lacking = [setting for setting, value in wanted.items() if value and importlib.util.find_spec("bitsandbytes") is None]

@@ -83,8 +83,8 @@ def test_it_is_one_value_of_a_setting(make_recipe, tmp_path):
         ({"loss__kd_ratio": {"from": 0.5, "to": 0.5}}, "loss.kd_ratio.to: found 0.5 for both"),
         ({"loss__kd_ratio": GOOD, "teacher": None}, "loss.kd_ratio: found {"),
         ({"loss__kd_ratio": [1, 0]}, "loss.kd_ratio: found [1, 0]"),
-        ({"loss__temperature": {"from": 0, "to": 2}}, "loss.temperature.from: found 0, expected a number above 0"),
-        ({"loss__temperature": 0}, "loss.temperature: found 0, expected a number > 0"),
+        ({"loss__temperature": {"from": 0, "to": 2}}, "loss.temperature.from: found 0, expected a number 0.001 to 1000"),
+        ({"loss__temperature": 0}, "loss.temperature: found 0, expected a number >= 0.001, <= 1000"),
         (
             {"loss__temperature": {"from": 2, "to": 1}, "teacher__cache": {"path": "c", "kind": "sampled"}},
             "loss.temperature: found a schedule",

@@ -7,9 +7,11 @@ import time
 
 import pytest
 
+from llmkd.config.teacher import Teacher
 from llmkd.errors import UserError
-from llmkd.servers import client
+from llmkd.servers import client, logprobs
 from llmkd.servers.client import Refused, Server, ServerFailed
+from llmkd.teachers.served_models import served_model
 from tests.kit.served import serving
 
 
@@ -65,6 +67,15 @@ def test_what_is_said_while_a_server_is_gone_is_said_once_and_then_that_it_is_ba
 def test_each_wrong_answer_has_its_line(fake, answer, said):
     line = told(fake, answer)
     assert said in line and "\n" not in line and len(line) < 500
+
+
+def test_the_first_question_to_a_server_that_never_answers_has_a_limit_of_its_own(monkeypatch):
+    assert 10 <= logprobs.LIST_SECONDS <= 30
+    monkeypatch.setattr(logprobs, "LIST_SECONDS", 0.2)
+    with socket.create_server(("127.0.0.1", 0)) as listener:  # accepts, and nobody reads
+        address = f"http://127.0.0.1:{listener.getsockname()[1]}"
+        with pytest.raises(ServerFailed, match="teacher.server: .* has not answered within 0.2 seconds; start it, or correct the address"):
+            served_model("teacher", Teacher(server=address, model="t", timeout=5.0))
 
 
 def test_what_no_repeating_would_change_is_asked_once(fake):

@@ -69,11 +69,11 @@ def test_weights_of_hidden_states_and_attention(make_recipe, tmp_path):
 @pytest.mark.parametrize(
     "changes, words",
     [
-        ({"loss__features": {"weight": {"from": -1, "to": 1}}}, "loss.features.weight.from: found -1, expected a number >= 0"),
+        ({"loss__features": {"weight": {"from": -1, "to": 1}}}, "loss.features.weight.from: found -1, expected a number 0 to 1e+06"),
         ({"loss__attention": {"weight": {"from": 1}}}, "loss.attention.weight.to: not given; a schedule has from and to"),
         ({"loss__attention": {"weight": {"from": 0, "to": 0}}}, "loss.attention.weight.to: found 0 for both"),
-        ({"loss__attention": {"weight": 0}}, "loss.attention.weight: found 0, expected a number > 0 or a mapping"),
-        ({"loss__temperature": {"from": 0, "to": 1}}, "loss.temperature.from: found 0, expected a number above 0"),
+        ({"loss__attention": {"weight": 0}}, "loss.attention.weight: found 0, expected a number > 0, <= 1e+06 or a mapping"),
+        ({"loss__temperature": {"from": 0, "to": 1}}, "loss.temperature.from: found 0, expected a number 0.001 to 1000"),
     ],
     ids=str,
 )

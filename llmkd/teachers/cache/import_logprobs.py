@@ -13,10 +13,8 @@ match no token or several. Every target is compared with the example's own label
 (APIs seldom return one for the end of the turn): it then adds nothing to the loss.
 """
 
-import json
 import math
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -25,14 +23,12 @@ import numpy as np
 from ...config.teacher import LISTED_EXPONENTS
 from ...data.examples import Examples
 from ...data.reading.problems import ErrorCollector
-from ...errors import UserError, fix_of
-from ...files import open_file
+from ...errors import UserError
 from .. import listed
 from ..sparse import TopK
+from .import_lines import SLACK, entries_of, lines_of, parsed
 from .records import TopKFormat
 from .shards import Writer
-
-_SLACK = 1e-3  # how far rounding may put a log-probability above 0, or a sum of probabilities above 1
 
 Entry = dict[int, float]  # for one target: token id to log-probability
 
@@ -77,9 +73,9 @@ class AnswersReader:
     def lines(self, progress) -> dict[int, Line]:
         """The line of each example, after reading and checking all lines."""
         problems, found = ErrorCollector(), {}
-        for before, (number, start, content) in enumerate(progress(self._raw())):
+        for before, (number, start, content) in enumerate(progress(lines_of(self.path))):
             try:
-                line = self._parsed(content)
+                line = parsed(content)
                 i = self._example(line, before)
                 if i is None:
                     self.counts["unused"] += 1
@@ -101,28 +97,7 @@ class AnswersReader:
     def records(self, line: Line) -> np.ndarray:
         with open(self.path, "rb") as file:
             file.seek(line.start)
-            return self.format.encode(self._known(self._targets(self._parsed(file.readline()), line.example, Counter()))).numpy()
-
-    def _raw(self) -> Iterator[tuple[int, int, bytes]]:
-        start = 0
-        try:
-            with open_file(self.path) as file:
-                for number, content in enumerate(file, 1):
-                    if content.strip():
-                        yield number, start, content
-                    start += len(content)
-        except OSError as error:
-            raise UserError(f"{self.path}: cannot be read ({error.strerror}); {fix_of(error, 'copy it again')}") from error
-
-    def _parsed(self, content: bytes) -> dict:
-        try:
-            line = json.loads(content)
-        except ValueError as error:
-            raise ValueError(f"is not JSON ({error}); correct the line, or write the file again") from None
-        if not isinstance(line, dict):
-            raise ValueError("expected an object")
-        choices = line.get("choices")
-        return line | choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else line
+            return self.format.encode(self._known(self._targets(parsed(file.readline()), line.example, Counter()))).numpy()
 
     def _example(self, line: dict, before: int) -> int | None:
         """The index of a line's example: by its row, or by the number of lines before it. None for a row without an example."""
@@ -140,14 +115,13 @@ class AnswersReader:
         """The entry and label of each target. ValueError where the line is not about this example."""
         ids, marks = self.encoded.example(i)
         labels = ids[marks].tolist()
-        if "top" in line:
-            entries = self._ours(line, labels)
+        entries = entries_of(line)
+        if entries is not None:
+            self._same(line["labels"], labels)
         elif "prompt_logprobs" in line:
             entries = self._vllm(line, ids, marks)
-        elif isinstance(line.get("logprobs"), dict):
-            entries = self._openai(line["logprobs"].get("content"), labels, counts)
         else:
-            raise ValueError("found neither top, prompt_logprobs nor logprobs.content")
+            entries = self._openai(line["logprobs"].get("content"), labels, counts)
         if len(entries) == len(labels) - 1:
             entries.append({})
         if len(entries) != len(labels):
@@ -160,19 +134,6 @@ class AnswersReader:
             self._check(entry, n)
         counts["unknown_targets"] += not entries[-1]
         return list(zip(entries, labels, strict=True))
-
-    def _ours(self, line: dict, labels: list[int]) -> list[Entry]:
-        given, top = line.get("labels"), line["top"]
-        if not isinstance(given, list) or not isinstance(top, list):
-            raise ValueError("expected lists as labels and top")
-        self._same(given, labels)
-        try:
-            entries = [{int(token): value for token, value in target or ()} for target in top]
-        except (TypeError, ValueError):
-            raise ValueError("top: expected a list of [id, logprob] for each target") from None
-        if any(len(entry) != len(target or ()) for entry, target in zip(entries, top, strict=True)):
-            raise ValueError("top: names a token twice")
-        return entries
 
     def _vllm(self, line: dict, ids: np.ndarray, marks: np.ndarray) -> list[Entry]:
         given, top = line.get("prompt_token_ids"), line["prompt_logprobs"]
@@ -240,10 +201,10 @@ class AnswersReader:
         for token, value in entry.items():
             if not 0 <= token < self.format.vocab:
                 raise ValueError(f"target {n + 1}: token {token} is not one of the vocabulary's {self.format.vocab}")
-            if type(value) not in (int, float) or not value <= _SLACK:
+            if type(value) not in (int, float) or not value <= SLACK:
                 raise ValueError(f"target {n + 1}: found {value!r} for token {self._shown(token)}, expected a log-probability (at most 0)")
         total = math.fsum(math.exp(value) for value in entry.values())
-        if total > 1 + _SLACK:
+        if total > 1 + SLACK:
             raise ValueError(f"target {n + 1}: the probabilities sum to {total:.4f}, more than 1; log-probabilities are natural logarithms")
 
     def _known(self, targets: list[tuple[Entry, int]]) -> TopK:

@@ -304,8 +304,8 @@ FAULTS = [
         (
             "numbers-without-bound",
             "numbers that no library holds are taken",
-            "abs(value) > LARGEST",
-            "abs(value) > LARGEST**9",
+            "abs(value) > LARGEST:",
+            "abs(value) > LARGEST**9:",
             "config/test_settings.py",
         ),
     ),

@@ -307,7 +307,7 @@ FAULTS = [
     ),
     *in_file(
         "llmkd/teachers/cache/import_logprobs.py",
-        ("sum-unchecked", "probabilities may sum to more than 1", "if total > 1 + _SLACK:", "if False:", IMPORTED),
+        ("sum-unchecked", "probabilities may sum to more than 1", "if total > 1 + SLACK:", "if False:", IMPORTED),
         ("shifted-unnoticed", "lists that are shifted by a token are taken", "if entry and label not in entry:", "if False:", IMPORTED),
         ("row-from-zero", "rows are numbered from 0", "self.encoded.row == row - 1)", "self.encoded.row == row)", IMPORTED),
         ("ambiguous-strings", "a string of several tokens is the last of them", "if often[text] == 1}", "}", IMPORTED),

@@ -1,0 +1,71 @@
+"""The lines of a file of log-probabilities from elsewhere, as far as they can be read without the examples that they are about. No torch."""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from ...data.reading.problems import ErrorCollector
+from ...errors import UserError, fix_of
+from ...files import open_file
+
+SLACK = 1e-3  # how far rounding may put a log-probability above 0, or a sum of probabilities above 1
+
+
+def lines_of(path: Path) -> Iterator[tuple[int, int, bytes]]:
+    """Number, place in bytes and content of each line that is not empty."""
+    start = 0
+    try:
+        with open_file(path) as file:
+            for number, content in enumerate(file, 1):
+                if content.strip():
+                    yield number, start, content
+                start += len(content)
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror}); {fix_of(error, 'copy it again')}") from error
+
+
+def parsed(content: bytes) -> dict:
+    """One line's object, the first of its choices taken out. ValueError for anything else."""
+    try:
+        line = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"is not JSON ({error}); correct the line, or write the file again") from None
+    if not isinstance(line, dict):
+        raise ValueError("expected an object")
+    choices = line.get("choices")
+    return line | choices[0] if isinstance(choices, list) and choices and isinstance(choices[0], dict) else line
+
+
+def entries_of(line: dict) -> list[dict] | None:
+    """The id and log-probability of each listed token, target by target, of a line with `top`; None for another form. ValueError for no known one."""
+    if "top" not in line:
+        if "prompt_logprobs" not in line and not isinstance(line.get("logprobs"), dict):
+            raise ValueError("found neither top, prompt_logprobs nor logprobs.content")
+        return None
+    if not isinstance(line.get("labels"), list) or not isinstance(line["top"], list):
+        raise ValueError("expected lists as labels and top")
+    try:
+        entries = [{int(token): value for token, value in target or ()} for target in line["top"]]
+        twice = any(len(entry) != len(target or ()) for entry, target in zip(entries, line["top"], strict=True))
+    except (TypeError, ValueError, OverflowError):
+        raise ValueError("top: expected a list of [id, logprob] for each target") from None
+    if twice:
+        raise ValueError("top: names a token twice")
+    return entries
+
+
+def refuse_unreadable(path: Path) -> None:
+    """UserError for lines that no example can belong to, all at once: no JSON, no known form, or what is no log-probability."""
+    problems, empty = ErrorCollector(), True
+    for number, _, content in lines_of(path):
+        empty = False
+        try:
+            for n, entry in enumerate(entries_of(parsed(content)) or (), 1):
+                for token, value in entry.items():
+                    if type(value) not in (int, float) or not value <= SLACK:
+                        raise ValueError(f"target {n}: found {value!r} for token {token}, expected a log-probability (at most 0)")
+        except ValueError as error:
+            problems.add(f"{path}:{number}: {error}")
+    problems.raise_if_any()
+    if empty:
+        raise UserError(f"{path}: holds no lines; name the file of log-probabilities")

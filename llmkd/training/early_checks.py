@@ -1,0 +1,106 @@
+"""What a run is refused for within a second: settings against this machine, and against configurations and weight headers of local models. No torch.
+
+A model on the hub is checked when its files are there, and everything once more on what is loaded.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from ..config.features import feature_teacher
+from ..config.fields import OneOrMany
+from ..config.recipe import Loss, Student
+from ..config.teacher import OFFLOAD, Teacher
+from ..errors import UserError
+from ..model_folder.files import ModelFiles, find, layers_of, loaded_dtype, width_of
+from ..model_folder.modules import refuse_missing_modules
+from ..model_folder.quantised import refuse_quantised
+from ..model_folder.weights import modules_are_named, read_json
+from ..process.devices import why_missing
+from .layer_pairs import refuse_attention, refuse_features
+
+NARROW = ("float16", "bfloat16")
+
+
+def refuse_early(student: Student, loss: Loss, teacher: OneOrMany[Teacher], teachers: Sequence[tuple[str, Teacher]]) -> None:
+    """UserError for what would be refused after models are loaded, as far as the machine and the files of local models tell it.
+
+    teacher   the recipe's setting
+    teachers  those that are used, with the names of their settings
+    """
+    for setting, one in teachers:
+        refuse_missing_device(setting, one)
+    files = {"student.model": local_files(student, "student.model")}
+    files |= {f"{setting}.model": local_files(one, f"{setting}.model") for setting, one in teachers if not one.server}
+    for setting, quantization in [("student", student.quantization), *((setting, one.quantization) for setting, one in teachers)]:
+        if found := files.get(f"{setting}.model"):
+            refuse_quantised(found.base, found.config, f"{setting}.model", quantization is not None)
+    mine = files["student.model"]
+    refuse_types(student, mine, [setting for setting, one in teachers if one.ema is not None])
+    if student.layers is None:  # else what is left is known once the base is cut
+        configs = {setting: found.config for setting, found in files.items() if found}
+        configs |= {"student.model": student.architecture} if student.architecture else {}
+        refuse_layers(loss, configs, feature_teacher(loss.features, teacher), teachers)
+    if mine and not mine.adapter and student.lora:
+        refuse_missing_modules(mine.base, mine.config, student.lora.target_modules, student.lora.modules_to_save)
+        if not modules_are_named(mine.base, student.lora.target_modules, student.lora.modules_to_save):
+            from ..models.lora import refuse_missing_modules as by_the_model
+
+            by_the_model(student, mine)
+
+
+def refuse_missing_device(setting: str, teacher: Teacher) -> None:
+    """UserError for a device that this machine does not have."""
+    name = teacher.device
+    if name not in (None, OFFLOAD) and (why := why_missing(name)):
+        raise UserError(f"{setting}.device: found {name}, which {why}; name one that is here, such as cpu, or leave it out")
+
+
+def local_files(settings: Student | Teacher, setting: str) -> ModelFiles | None:
+    """The files of a model whose folders are on this machine; None for any other."""
+    folder = settings.model and Path(settings.model).expanduser()
+    if not folder or not folder.is_dir():
+        return None
+    if (folder / "adapter_config.json").is_file():
+        base = settings.base or read_json(folder / "adapter_config.json", setting).get("base_model_name_or_path")
+        if not isinstance(base, str) or not Path(base).expanduser().is_dir():
+            return None
+    return find(settings.model, setting, settings.revision, settings.base)
+
+
+def refuse_types(student: Student, files: ModelFiles | None, averages: list[str]) -> None:
+    """UserError for weights that are to train in a type in which they cannot, or whose average could not move. `averages`: the teachers that are one."""
+    full, copies = student.method == "full", bool(student.lora and student.lora.modules_to_save)
+    if files and full:
+        if files.adapter:
+            raise UserError(
+                f"student.method: found full, and {files.adapter} is an adapter; merge it first (llmkd export), or use method: lora"
+            )
+        if files.config.get("quantization_config"):
+            raise UserError(
+                f"student.method: found full, and {files.base} is quantised; quantised weights cannot be trained, use method: lora"
+            )
+    if not full and not copies or not (files or student.architecture):
+        return
+    dtype = loaded_dtype(files.config if files else {}, student.dtype)
+    if dtype == "float16":
+        what = "float16 weights cannot be trained in full" if full else "modules_to_save would train in float16"
+        raise UserError(f"student.dtype: {what}; set float32, with mixed_precision: bf16 for speed")
+    if averages and dtype in NARROW:
+        what = "the student's weights" if full else "student.lora.modules_to_save"
+        raise UserError(
+            f"{averages[0]}.ema: {what} would train in {dtype}, where an average loses small steps; set student.dtype: float32, with "
+            "student.mixed_precision: bf16 for speed"
+        )
+
+
+def refuse_layers(loss: Loss, configs: dict[str, dict], of_features: str, teachers: Sequence[tuple[str, Teacher]]) -> None:
+    """UserError for layers and widths that terms compare and the models do not have.
+
+    configs      those that are known, by setting (student.model, teacher.model, ...)
+    of_features  the name of the teacher whose hidden states are learned
+    """
+    if loss.attention and (both := [configs[name] for name in ("student.model", f"{teachers[0][0]}.model") if name in configs])[1:]:
+        refuse_attention(loss.attention, *both)
+    if loss.features:
+        both = [configs.get(name, {}) for name in ("student.model", f"{of_features}.model")]
+        refuse_features(loss.features, *((layers_of(one), width_of(one)) for one in both))
