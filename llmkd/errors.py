@@ -4,6 +4,7 @@ import contextlib
 import select
 import sys
 import traceback
+from collections.abc import Callable
 
 from .console import first_process, printable
 from .process import rank_messages
@@ -80,6 +81,22 @@ def report_from_any_rank():
         raise
 
 
+@contextlib.contextmanager
+def say_what_is_saved(step: Callable[[], int]):
+    """Let what is said of an exception raised in here end with the step from which --resume goes on; what names it itself stays as it is.
+
+    step   that of the last checkpoint; 0 before the first
+    """
+    try:
+        yield
+    except (NonFinite, Stopped, ChangedFiles):
+        raise
+    except Exception as error:
+        # Oddity: an attribute on any exception, as above.
+        error.saved = step()
+        raise
+
+
 def on_main_process(accelerator, action):
     """Run `action` on rank 0 and broadcast its result; a UserError is broadcast too and raised on every rank, so that no rank hangs."""
     found: list = [None, None]
@@ -132,6 +149,8 @@ def exit_code(action, *, debug: bool = False, again: str = "start it again") -> 
     if debug:
         traceback.print_exception(caught)
     text, code = _in_words(caught, again)
+    if (saved := getattr(caught, "saved", None)) is not None:
+        text += f"\n--resume goes on after step {saved}" if saved else "\nno checkpoint was written yet; --resume begins at step 1"
     alike = isinstance(caught, NonFinite | Stopped | KeyboardInterrupt) and not getattr(caught, "any_rank", False)
     for line in text.splitlines() if (first_process() if alike else rank_messages.is_first_to_say(text, caught)) else ():
         print(f"llmkd: {printable(line)}", file=sys.stderr)

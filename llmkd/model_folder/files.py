@@ -98,11 +98,12 @@ def locate(name: str, setting: str, revision: str | None = None, wanted: list[st
         kind, reason = type(error).__name__, (str(error).strip().splitlines() or [""])[0]
         hint = _HUB_HINTS.get(kind, "check the name and the connection")
         offline = kind in ("LocalEntryNotFoundError", "OfflineModeIsEnabled") and HF_HUB_OFFLINE
-        why = (
-            "HF_HUB_OFFLINE is set, and it is not in the hub's cache"
-            if offline
-            else f"{kind}: {textwrap.shorten(reason, 160, placeholder=' ...')}"
-        )
+        why = f"{kind}: {textwrap.shorten(reason, 160, placeholder=' ...')}"
+        if offline:
+            why, hint = (
+                "HF_HUB_OFFLINE is set, and it is not in the hub's cache",
+                f"unset it, or fetch the model first (hf download {name})",
+            )
         raise UserError(f"{setting}: {name} is no folder here and could not be downloaded from the hub ({why}); {hint}") from None
     with contextlib.suppress(Exception):  # the card, for the licence: apart, since a filled cache may lack it
         snapshot_download(name, revision=folder.name, allow_patterns=["README.md"])

@@ -31,11 +31,11 @@ def refuse_early(student: Student, loss: Loss, teacher: OneOrMany[Teacher], teac
         refuse_missing_device(setting, one)
     files = {"student.model": local_files(student, "student.model")}
     files |= {f"{setting}.model": local_files(one, f"{setting}.model") for setting, one in teachers if not one.server}
+    mine = files["student.model"]
+    refuse_types(student, mine, [setting for setting, one in teachers if one.ema is not None])
     for setting, quantization in [("student", student.quantization), *((setting, one.quantization) for setting, one in teachers)]:
         if found := files.get(f"{setting}.model"):
             refuse_quantised(found.base, found.config, f"{setting}.model", quantization is not None)
-    mine = files["student.model"]
-    refuse_types(student, mine, [setting for setting, one in teachers if one.ema is not None])
     if student.layers is None:  # else what is left is known once the base is cut
         configs = {setting: found.config for setting, found in files.items() if found}
         configs |= {"student.model": student.architecture} if student.architecture else {}

@@ -6,7 +6,7 @@ import dataclasses
 from ..config.recipe import Recipe, used_teachers
 from ..config.sharding import sharding_contradictions
 from ..console import first_process, info
-from ..errors import NonFinite, Stopped, UserError, attribute_to_student
+from ..errors import NonFinite, Stopped, UserError, attribute_to_student, say_what_is_saved
 from ..model_folder.identity import verify
 from ..output import hub_upload, trackers
 from ..output.run_files import recorded_layers
@@ -73,8 +73,9 @@ def train_together(recipes: list[Recipe], folders: list[RunFolder], stop: Shutdo
             accelerator = start()
             setup, first = build_setup(recipes, prepared, folders, accelerator, stop), recipes[0]
             trainer = Trainer(setup, TrainerSettings(first.train, first.validation, first.checkpoint), accelerator, stop)
-            trainer.train()
-            trainer.finish()
+            with say_what_is_saved(lambda: trainer.written):
+                trainer.train()
+                trainer.finish()
             return [student.failure for student in trainer.students]
         finally:
             for folder in folders:

@@ -17,6 +17,16 @@ from llmkd.model_folder.identity import fingerprint, same_weights, unchanged, ve
 from llmkd.model_folder.weights import weight_files
 
 
+def test_offline_a_model_of_the_hub_that_was_never_fetched_is_named_with_the_way_out():
+    """The tests' environment is offline."""
+    with pytest.raises(UserError) as refused:
+        find("nobody/never-fetched", "teacher.model")
+    assert refused.value.problems == (
+        "teacher.model: nobody/never-fetched is no folder here and could not be downloaded from the hub (HF_HUB_OFFLINE is set, and it is not in the "
+        "hub's cache); unset it, or fetch the model first (hf download nobody/never-fetched)",
+    )
+
+
 def model(folder: Path, **tensors) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 4}))

@@ -21,6 +21,7 @@ from llmkd.models import saved_student
 from llmkd.models.depth import find_student
 from llmkd.models.language_model import LanguageModel
 from llmkd.models.load import LoadContext, load_teacher
+from llmkd.models.pretrained import load_pretrained
 from tests.conftest import distance
 from tests.kit.models import load_student
 
@@ -311,6 +312,25 @@ def test_without_bitsandbytes_the_install_line_is_given(make_recipe, monkeypatch
     ):
         with pytest.raises(UserError, match=rf"{setting}: needs bitsandbytes.*pip install"):
             prepare(make_recipe(**changes))
+
+
+@pytest.mark.parametrize(("type_", "setting"), [("nf4", "student"), ("int8", "teacher")])
+def test_what_bitsandbytes_cannot_load_is_one_line_with_the_way_out(single, monkeypatch, type_, setting):
+    """As on a machine whose GPU, or whose lack of one, it does not know."""
+
+    from transformers import AutoModelForCausalLM
+
+    def fails(*given, **options):
+        raise RuntimeError("No GPU found. A GPU is needed for quantization.\nSee the installation guide")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", fails)
+    with pytest.raises(UserError) as refused:
+        load_pretrained(single / "student", f"{setting}.model", quantization=Quantization(type=type_))
+    (line,) = refused.value.problems
+    assert line == (
+        f"{setting}.model: {single / 'student'} cannot be loaded (RuntimeError: No GPU found. A GPU is needed for quantization.); "
+        f"load it without {setting}.quantization, or check its files"
+    )
 
 
 def test_int8_with_dora_is_refused_before_it_fails(single, trained, tmp_path, make_recipe):

@@ -23,7 +23,7 @@ from llmkd.files import read_jsonl, read_sealed
 from llmkd.models import load
 from llmkd.models.load import LoadContext, load_teacher
 from llmkd.teachers.live import LiveTeacher
-from llmkd.training import build
+from llmkd.training import build, loop
 from llmkd.training.distiller import Distiller
 from llmkd.training.prepare import prepare
 from llmkd.training.run import run
@@ -66,6 +66,27 @@ def test_each_target_is_trained_exactly_once_an_epoch(make_recipe, monkeypatch):
     run(recipe)
     train = prepare(recipe).train
     assert seen == {i: 2 * int(train.example(i)[1].sum()) for i in range(len(train))}
+
+
+@pytest.mark.parametrize(
+    ("step", "line"), [(1, "no checkpoint was written yet; --resume begins at step 1"), (3, "--resume goes on after step 2")]
+)
+@pytest.mark.parametrize("error", [MemoryError("2 GB"), RuntimeError("a bug")], ids=lambda error: type(error).__name__)
+def test_an_error_in_the_middle_says_what_is_saved(command, monkeypatch, tmp_path, step, line, error):
+    """Memory that runs out, or a bug: nothing more is written, and the line is true."""
+    real, count = loop.optimizer_step, []
+
+    def step_of(*given):
+        count.append(1)
+        if len(count) == step:
+            raise error
+        return real(*given)
+
+    monkeypatch.setattr(loop, "optimizer_step", step_of)
+    short = ["--train.max_steps", "4", "--checkpoint.every", "2", "--validation.teacher_check", "0"]
+    code, lines = command(*short)
+    assert code == 1 and len(lines) == 2 and lines[1] == f"llmkd: {line}", lines
+    assert [one.name for one in sorted((tmp_path / "out/checkpoints").glob("*"))] == (["step-2"] if step == 3 else [])
 
 
 def test_without_a_teacher_it_is_supervised_fine_tuning(trained, make_recipe, monkeypatch, tmp_path):
