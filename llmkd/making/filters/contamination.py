@@ -1,0 +1,39 @@
+"""Contamination: rows that have thirteen words in a row in common with a held-out text (GPT-3, arXiv:2005.14165, appendix C)."""
+
+from collections.abc import Iterable
+
+from .words import words
+
+NGRAM = 13  # words
+
+
+class HeldOutTexts:
+    """Texts that training rows must not hold.
+
+    texts  (place, text) of each, the place as file:line
+    """
+
+    def __init__(self, texts: Iterable[tuple[str, str]]):
+        self.grams: dict[tuple[str, ...], str] = {}
+        self.short: dict[tuple[str, ...], str] = {}  # whole texts of fewer words
+        for place, text in texts:
+            every = words(text)
+            if len(every) < NGRAM:
+                self.short.setdefault(tuple(every), place)
+            for gram in _grams(every):
+                self.grams.setdefault(gram, place)
+        self.short.pop((), None)
+
+    def contaminated(self, question: str, answer: str | None) -> str | None:
+        """Why a row is contaminated, or None: question or answer has thirteen words in a row of a held-out text; or the question is, word by
+        word, a held-out text of fewer words. A short answer, such as a number, is no sign of anything."""
+        for text in (question, answer or ""):
+            for gram in _grams(words(text)):
+                if gram in self.grams:
+                    return f"contamination: {self.grams[gram]} has {' '.join(gram)!r} too"
+        place = self.short.get(tuple(words(question)))
+        return f"contamination: it asks what {place} has" if place else None
+
+
+def _grams(every: list[str]) -> Iterable[tuple[str, ...]]:
+    return (tuple(every[i : i + NGRAM]) for i in range(len(every) - NGRAM + 1))

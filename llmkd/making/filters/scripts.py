@@ -1,0 +1,53 @@
+"""The script that a text is written in, by Unicode's names of its letters. It tells Russian from English, but not English from French."""
+
+import functools
+import unicodedata
+from collections import Counter
+from collections.abc import Sequence
+
+#: Scripts by the first word of their letters' Unicode names.
+SCRIPTS = {
+    "latin": "LATIN",
+    "cyrillic": "CYRILLIC",
+    "greek": "GREEK",
+    "han": "CJK",
+    "hiragana": "HIRAGANA",
+    "katakana": "KATAKANA",
+    "hangul": "HANGUL",
+    "arabic": "ARABIC",
+    "hebrew": "HEBREW",
+    "devanagari": "DEVANAGARI",
+    "bengali": "BENGALI",
+    "tamil": "TAMIL",
+    "telugu": "TELUGU",
+    "thai": "THAI",
+    "georgian": "GEORGIAN",
+    "armenian": "ARMENIAN",
+    "ethiopic": "ETHIOPIC",
+}
+_BY_NAME = {name: script for script, name in SCRIPTS.items()}
+
+
+@functools.cache
+def _script(letter: str) -> str | None:
+    """A letter's script; "other" for one without an entry, None for a character that is no letter of any (digits, signs, modifiers)."""
+    if unicodedata.category(letter) not in ("Lu", "Ll", "Lt", "Lo"):
+        return None
+    return _BY_NAME.get(unicodedata.name(letter, "?").split()[0], "other")
+
+
+def letters_by_script(text: str) -> Counter:
+    counted = Counter()
+    for character, count in Counter(unicodedata.normalize("NFKC", text)).items():
+        if script := _script(character):
+            counted[script] += count
+    return counted
+
+
+def other_script(text: str, scripts: Sequence[str], least: float) -> str | None:
+    """Why less than the share `least` of a text's letters are of these scripts; None where they are, and for a text without letters."""
+    counted = letters_by_script(text)
+    share = sum(counted[script] for script in scripts) / (counted.total() or 1)
+    if not counted or share >= least:
+        return None
+    return f"script: {share:.0%} of the letters are {' or '.join(scripts)}, and most are {counted.most_common(1)[0][0]}"

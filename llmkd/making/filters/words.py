@@ -1,0 +1,31 @@
+"""Texts as words, as plain characters and as sets of character n-grams: what the filters compare. No torch here."""
+
+import re
+import unicodedata
+
+#: Scripts that are written without spaces: each of their characters counts as a word.
+_UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+_WORD = re.compile(rf"[{_UNSPACED}]|(?:(?![{_UNSPACED}])\w)+(?:['’](?:(?![{_UNSPACED}])\w)+)*")
+
+SHINGLE = 5  # characters
+
+
+def words(text: str) -> list[str]:
+    """The words of a text, in small letters and without punctuation. Of Han, kana, Thai, Lao, Khmer and Burmese every character is one."""
+    return _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
+
+
+def plain(text: str) -> str:
+    """The text in small letters, with typewriter apostrophes and with one space for any white space."""
+    return " ".join(unicodedata.normalize("NFKC", text).casefold().replace("’", "'").split())
+
+
+def shingles(text: str) -> set[str]:
+    """All strings of 5 characters of the plain text; of a shorter text the whole of it. Empty for a text without a character."""
+    text = plain(text)
+    return {text[i : i + SHINGLE] for i in range(len(text) - SHINGLE + 1)} or ({text} if text else set())
+
+
+def jaccard(one: set, other: set) -> float:
+    """|A and B| / |A or B|; 1 for two empty sets."""
+    return len(one & other) / len(one | other) if one or other else 1.0
