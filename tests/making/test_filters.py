@@ -20,20 +20,20 @@ def test_words_of_spaced_and_unspaced_scripts():
 
 @pytest.mark.parametrize(("text", "is_empty"), [("", True), (" \n\t\u200b\x00\ufeff", True), ("0", False), ("✓", False), ("?", False)])
 def test_only_what_is_not_seen_is_empty(text, is_empty):
-    assert (answers.empty(text) == "empty") is is_empty
+    assert (answers.empty(text) == ("empty", "")) is is_empty
 
 
 def test_length_counts_words_and_includes_its_limits():
     assert answers.length("one two, three", 3, 3) is None
-    assert answers.length("one two, three", 4, None) == "too short: 3 words, fewer than 4"
-    assert answers.length("one two, three", None, 2) == "too long: 3 words, more than 2"
-    assert answers.length("?!", 1, None) == "too short: 0 words, fewer than 1"
+    assert answers.length("one two, three", 4, None) == ("too_short", "3 words, fewer than 4")
+    assert answers.length("one two, three", None, 2) == ("too_long", "3 words, more than 2")
+    assert answers.length("?!", 1, None) == ("too_short", "0 words, fewer than 1")
     assert answers.length("?!", None, None) is None
 
 
 def test_an_answer_that_did_not_stop_by_itself_is_cut_off():
-    assert answers.cut_off("Half a sent", "length") == "cut off: finish is length"
-    assert answers.cut_off("Whole.", "content_filter") == "cut off: finish is content_filter"
+    assert answers.cut_off("Half a sent", "length") == ("cut_off", "finish is length")
+    assert answers.cut_off("Whole.", "content_filter") == ("cut_off", "finish is content_filter")
     assert answers.cut_off("The steps are these:\n", "stop") and answers.cut_off("步骤如下：", None)
     assert answers.cut_off("Whole.", "stop") is None and answers.cut_off("Whole.", None) is None
 
@@ -56,7 +56,7 @@ def test_refusals(text, refused):
 
 def test_an_echo_is_the_question_or_begins_with_it():
     question = "List three rivers of Europe that are longer than 1000 km."
-    assert answers.echo(question, question.upper(), 0.8) == "echo: 1.00 of the question"
+    assert answers.echo(question, question.upper(), 0.8) == ("echo", "1.00 of the question")
     assert answers.echo(question, question + " They are the Volga, the Danube and the Ural.", 0.8)
     assert answers.echo(question, "The Volga, the Danube and the Ural.", 0.8) is None
     assert answers.echo("What is Paris?", "What is Paris?", 0.8) is None  # three words
@@ -68,7 +68,7 @@ def test_the_compression_ratio_is_that_of_whisper_over_windows():
     assert len(prose.encode()) / len(zlib.compress(prose.encode())) > 2.4  # as a whole
     assert repetition.compression_ratio(prose[:3000]) < 2.4
     loop = prose[:3000] + "and so on " * 60 + prose[3000:6000]
-    assert "compression ratio" in repetition.repetition(loop, 2.4, None)
+    assert "compression ratio" in repetition.repetition(loop, 2.4, None)[1]
 
 
 def test_repeated_words_by_hand():
@@ -78,11 +78,11 @@ def test_repeated_words_by_hand():
     assert repetition.repeated_words(" ".join(alphabet[:10] * 2 + alphabet[10:])) == 20 / 30
     assert repetition.repeated_words(" ".join(["x"] * 9)) == 0 and repetition.repeated_words("") == 0
     assert repetition.repeated_words(" ".join(["x"] * 11)) == 1  # two sequences of ten, overlapping
-    assert "80%" in repetition.repetition(" ".join(alphabet[:10] * 2 + alphabet[10:15]), None, 0.5)
+    assert repetition.repetition(" ".join(alphabet[:10] * 2 + alphabet[10:15]), None, 0.5)[1].startswith("80% ")
 
 
 def test_nine_equal_digits_are_a_repetition_and_eight_are_not():
-    assert repetition.repetition("pi is 3.141111111111", None, None) == "repetition: the digit 1 nine times in a row"
+    assert repetition.repetition("pi is 3.141111111111", None, None) == ("repetition", "the digit 1 nine times in a row")
     assert repetition.repetition("pi is 3.1 11111111", None, None) is None
 
 
@@ -90,10 +90,10 @@ def test_nine_equal_digits_are_a_repetition_and_eight_are_not():
     ("text", "allowed", "reason"),
     [
         ("Ça va très bien: 12 € — ok", ["latin"], None),
-        ("Привет, world", ["latin"], "script: 45% of the letters are latin, and most are cyrillic"),
+        ("Привет, world", ["latin"], ("script", "45% of the letters are latin, and most are cyrillic")),
         ("Привет, world", ["latin", "cyrillic"], None),
         ("これは水です", ["hiragana", "han"], None),
-        ("これは水です", ["latin"], "script: 0% of the letters are latin, and most are hiragana"),
+        ("これは水です", ["latin"], ("script", "0% of the letters are latin, and most are hiragana")),
         ("1 + 1 = 2", ["latin"], None),
         ("ＦＵＬＬ", ["latin"], None),
     ],
@@ -150,9 +150,12 @@ def test_thirteen_words_in_a_row_are_contamination_and_twelve_are_not():
     held_out = "One day the small brown fox went over the wide river, and back to its den."
     index = contamination.HeldOutTexts([("test.jsonl:3", held_out), ("test.jsonl:4", "What is 2 + 2?"), ("test.jsonl:5", "...")])
     thirteen = "ONE day, the small brown fox: went over the wide river and back"
-    assert index.contaminated("Tell a story.", f"Well. {thirteen}!") == f"contamination: test.jsonl:3 has {' '.join(words(thirteen))!r} too"
+    assert index.contaminated("Tell a story.", f"Well. {thirteen}!") == (
+        "contamination",
+        f"test.jsonl:3 has {' '.join(words(thirteen))!r} too",
+    )
     assert index.contaminated("Tell a story.", thirteen.removesuffix(" back")) is None
-    assert index.contaminated("what is 2 2", "4") == "contamination: it asks what test.jsonl:4 has"
+    assert index.contaminated("what is 2 2", "4") == ("contamination", "it asks what test.jsonl:4 has")
     assert index.contaminated("What is 2 + 2 + 2?", "What is 2 + 2?") is None
     assert index.contaminated("", "") is None
 
@@ -196,14 +199,14 @@ def test_token_f1_by_hand():
         ("48/2 = <<48/2=24>>24, and <<48+24=72>>72", None),
         ("<<1,200*.5=600>> <<(3+4)*-2=-14>> <<0.1+0.2=0.3>> <<05+1=6>>", None),
         ("<<10/3=3.33>> <<2/3=.67>>", None),
-        ("<<2/3=.66>>", "sum: '2/3=.66' is 0.666667"),
-        ("<<10/4=2>>", "sum: '10/4=2' is 2.5"),
-        ("<<3*4=13>>", "sum: '3*4=13' is 12"),
-        ("<<9**9**9**9=1>>", "sum: '9**9**9**9=1' cannot be computed"),
-        ("<<__import__('os').abort()=1>>", "sum: \"__import__('os').abort()=1\" cannot be computed"),
-        ("<<1/0=0>>", "sum: '1/0=0' cannot be computed"),
-        ("<<3+4>>", "sum: '3+4' cannot be computed"),
-        ("<<" + "(" * 5000 + "=1>>", f"sum: {'(' * 80!r} cannot be computed"),
+        ("<<2/3=.66>>", ("wrong_sum", "'2/3=.66' is 0.666667")),
+        ("<<10/4=2>>", ("wrong_sum", "'10/4=2' is 2.5")),
+        ("<<3*4=13>>", ("wrong_sum", "'3*4=13' is 12")),
+        ("<<9**9**9**9=1>>", ("wrong_sum", "'9**9**9**9=1' cannot be computed")),
+        ("<<__import__('os').abort()=1>>", ("wrong_sum", "\"__import__('os').abort()=1\" cannot be computed")),
+        ("<<1/0=0>>", ("wrong_sum", "'1/0=0' cannot be computed")),
+        ("<<3+4>>", ("wrong_sum", "'3+4' cannot be computed")),
+        ("<<" + "(" * 5000 + "=1>>", ("wrong_sum", f"{'(' * 80!r} cannot be computed")),
         ("no sum", None),
     ],
 )

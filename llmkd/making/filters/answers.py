@@ -1,4 +1,4 @@
-"""Filters of one answer: empty, too short or too long, cut off, a refusal, an echo of its question. Each returns a reason, or None.
+"""Filters of one answer: empty, too short or too long, cut off, a refusal, an echo of its question. Each returns the reason why it is left out, or None.
 
 The phrases of a refusal are English; a recipe may give others.
 """
@@ -7,7 +7,7 @@ import re
 import unicodedata
 from collections.abc import Sequence
 
-from .words import jaccard, plain, shingles, words
+from .words import Reason, jaccard, plain, shingles, words
 
 _BEGINNING = 250  # characters of an answer in which it refuses, if it does
 _SHORT = 4  # words: a question this short may well stand in its answer
@@ -44,38 +44,38 @@ REFUSALS = (
 )
 
 
-def empty(answer: str) -> str | None:
+def empty(answer: str) -> Reason | None:
     """White space, control characters and characters that are not seen are no answer."""
-    return None if any(unicodedata.category(character)[0] not in "ZC" for character in answer) else "empty"
+    return None if any(unicodedata.category(character)[0] not in "ZC" for character in answer) else ("empty", "")
 
 
-def length(answer: str, least: int | None, most: int | None) -> str | None:
+def length(answer: str, least: int | None, most: int | None) -> Reason | None:
     """An answer of fewer or more words; punctuation is none."""
     found = len(words(answer))
     if least is not None and found < least:
-        return f"too short: {found} words, fewer than {least}"
+        return "too_short", f"{found} words, fewer than {least}"
     if most is not None and found > most:
-        return f"too long: {found} words, more than {most}"
+        return "too_long", f"{found} words, more than {most}"
     return None
 
 
-def cut_off(answer: str, finish: str | None) -> str | None:
+def cut_off(answer: str, finish: str | None) -> Reason | None:
     """An answer whose writer did not stop by itself (`finish`, as servers name it; None where nobody knows), or that announces more."""
     if finish not in (None, "stop"):
-        return f"cut off: finish is {finish}"
-    return "cut off: ends in a colon" if answer.rstrip().endswith((":", "：")) else None
+        return "cut_off", f"finish is {finish}"
+    return ("cut_off", "ends in a colon") if answer.rstrip().endswith((":", "：")) else None
 
 
-def refusal(answer: str, phrases: Sequence[str] = REFUSALS) -> str | None:
+def refusal(answer: str, phrases: Sequence[str] = REFUSALS) -> Reason | None:
     """An answer with one of the phrases in its first 250 characters, whatever the case and the form of the apostrophes."""
     beginning = plain(answer[: 2 * _BEGINNING])[:_BEGINNING]
     for phrase in phrases:
         if re.search(rf"(?<!\w){re.escape(plain(phrase))}(?!\w)", beginning):
-            return f"refusal: {phrase!r}"
+            return "refusal", repr(phrase)
     return None
 
 
-def echo(question: str, answer: str, least: float) -> str | None:
+def echo(question: str, answer: str, least: float) -> Reason | None:
     """An answer that is its question, or begins with it: the Jaccard index of their 5-character strings is `least` or more.
 
     A question of three words or fewer may well be in its answer, and is not looked at.
@@ -85,4 +85,4 @@ def echo(question: str, answer: str, least: float) -> str | None:
     question, answer = plain(question), plain(answer)
     asked = shingles(question)
     found = max(jaccard(asked, shingles(answer)), jaccard(asked, shingles(answer[: len(question)])))
-    return f"echo: {found:.2f} of the question" if found >= least else None
+    return ("echo", f"{found:.2f} of the question") if found >= least else None

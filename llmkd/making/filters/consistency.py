@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from fractions import Fraction
 
-from .words import words
+from .words import Reason, words
 
 _BOXED, _MARKED = "\\boxed{", re.compile(r"####\s*(.+)")
 _NUMBER = re.compile(r"-?\d+(?:,\d{3})*(?:\.\d+)?|-?\.\d+")
@@ -75,7 +75,7 @@ def mean_f1(answers: Sequence[str]) -> list[float]:
 # ---- sums
 
 
-def wrong_sum(text: str) -> str | None:
+def wrong_sum(text: str) -> Reason | None:
     """Why a sum of a text, written as <<48/2=24>> (GSM8K, arXiv:2110.14168), is not right or not known; None where all are.
 
     A result may be rounded to the digits that it has. Only numbers, + - * / and brackets are computed, exactly.
@@ -87,10 +87,10 @@ def wrong_sum(text: str) -> str | None:
                 raise ValueError
             found, result = value_of(left), value_of(right)
         except (ValueError, ZeroDivisionError):
-            return f"sum: {written[:80]!r} cannot be computed"
+            return "wrong_sum", f"{written[:80]!r} cannot be computed"
         digits = len(right.strip().partition(".")[2])
         if abs(found - result) > Fraction(1, 2 * 10**digits) * (digits > 0):
-            return f"sum: {written[:80]!r} is {_shown(found)}"
+            return "wrong_sum", f"{written[:80]!r} is {_shown(found)}"
     return None
 
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 
-from .words import words
+from .words import Reason, words
 
 NGRAM = 13  # words
 
@@ -24,15 +24,15 @@ class HeldOutTexts:
                 self.grams.setdefault(gram, place)
         self.short.pop((), None)
 
-    def contaminated(self, question: str, answer: str | None) -> str | None:
+    def contaminated(self, question: str, answer: str | None) -> Reason | None:
         """Why a row is contaminated, or None: question or answer has thirteen words in a row of a held-out text; or the question is, word by
         word, a held-out text of fewer words. A short answer, such as a number, is no sign of anything."""
         for text in (question, answer or ""):
             for gram in _grams(words(text)):
                 if gram in self.grams:
-                    return f"contamination: {self.grams[gram]} has {' '.join(gram)!r} too"
+                    return "contamination", f"{self.grams[gram]} has {' '.join(gram)!r} too"
         place = self.short.get(tuple(words(question)))
-        return f"contamination: it asks what {place} has" if place else None
+        return ("contamination", f"it asks what {place} has") if place else None
 
 
 def _grams(every: list[str]) -> Iterable[tuple[str, ...]]:

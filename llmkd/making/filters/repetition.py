@@ -4,7 +4,7 @@ import re
 import zlib
 from collections import Counter
 
-from .words import words
+from .words import Reason, words
 
 _WINDOW = 1000  # characters: about the text that the limit of Whisper is meant for
 _NGRAM = 10  # words
@@ -39,11 +39,11 @@ def repeated_words(text: str, n: int = _NGRAM) -> float:
     return covered / len(every) if every else 0.0
 
 
-def repetition(text: str, most_ratio: float | None, most_repeated: float | None) -> str | None:
+def repetition(text: str, most_ratio: float | None, most_repeated: float | None) -> Reason | None:
     """Why a text is repetitive, or None: its compression ratio, its share of repeated words, or nine equal digits in a row."""
     if most_ratio is not None and (found := compression_ratio(text)) > most_ratio:
-        return f"repetition: compression ratio {found:.2f}, more than {most_ratio:g}"
+        return "repetition", f"compression ratio {found:.2f}, more than {most_ratio:g}"
     if most_repeated is not None and (found := repeated_words(text)) > most_repeated:
-        return f"repetition: {found:.0%} of its words are in repeated sequences of {_NGRAM}, more than {most_repeated:.0%}"
+        return "repetition", f"{found:.0%} of its words are in repeated sequences of {_NGRAM}, more than {most_repeated:.0%}"
     digits = _DIGITS.search(text)
-    return f"repetition: the digit {digits[1]} nine times in a row" if digits else None
+    return ("repetition", f"the digit {digits[1]} nine times in a row") if digits else None

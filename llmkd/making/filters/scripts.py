@@ -5,6 +5,8 @@ import unicodedata
 from collections import Counter
 from collections.abc import Sequence
 
+from .words import Reason
+
 #: Scripts by the first word of their letters' Unicode names.
 SCRIPTS = {
     "latin": "LATIN",
@@ -44,10 +46,10 @@ def letters_by_script(text: str) -> Counter:
     return counted
 
 
-def other_script(text: str, scripts: Sequence[str], least: float) -> str | None:
+def other_script(text: str, scripts: Sequence[str], least: float) -> Reason | None:
     """Why less than the share `least` of a text's letters are of these scripts; None where they are, and for a text without letters."""
     counted = letters_by_script(text)
     share = sum(counted[script] for script in scripts) / (counted.total() or 1)
     if not counted or share >= least:
         return None
-    return f"script: {share:.0%} of the letters are {' or '.join(scripts)}, and most are {counted.most_common(1)[0][0]}"
+    return "script", f"{share:.0%} of the letters are {' or '.join(scripts)}, and most are {counted.most_common(1)[0][0]}"

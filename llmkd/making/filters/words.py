@@ -5,6 +5,9 @@ import unicodedata
 
 #: Scripts that are written without spaces: each of their characters counts as a word.
 _UNSPACED = "\u0e00-\u0eff\u1000-\u109f\u1780-\u17ff\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+#: Why a row is left out: one word of a few, by which rows are counted, and more on this one.
+Reason = tuple[str, str]
+
 _WORD = re.compile(rf"[{_UNSPACED}]|(?:(?![{_UNSPACED}])\w)+(?:['’](?:(?![{_UNSPACED}])\w)+)*")
 
 SHINGLE = 5  # characters
