@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Sequence
 from fractions import Fraction
 
+from ...config.fields import part_of
 from .words import Reason, words
 
 _BOXED, _MARKED = "\\boxed{", re.compile(r"####\s*(.+)")
@@ -70,6 +71,13 @@ def mean_f1(answers: Sequence[str]) -> list[float]:
         sums[i] += found
         sums[j] += found
     return [total / (len(answers) - 1) for total in sums] if len(answers) > 1 else [1.0] * len(answers)
+
+
+def above_quantile(values: Sequence[float], keys: Sequence[str], share: float) -> list[bool]:
+    """Which values are not among the lowest: ceil(share n) of n are. `keys` decide between equal ones."""
+    order = sorted(range(len(values)), key=lambda i: (values[i], keys[i]))
+    above = set(order[part_of(share, len(order)) :])
+    return [i in above for i in range(len(values))]
 
 
 # ---- sums

@@ -1,6 +1,7 @@
 """Contamination: rows that have thirteen words in a row in common with a held-out text (GPT-3, arXiv:2005.14165, appendix C)."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 from .words import Reason, words
 
@@ -24,15 +25,27 @@ class HeldOutTexts:
                 self.grams.setdefault(gram, place)
         self.short.pop((), None)
 
-    def contaminated(self, question: str, answer: str | None) -> Reason | None:
-        """Why a row is contaminated, or None: question or answer has thirteen words in a row of a held-out text; or the question is, word by
-        word, a held-out text of fewer words. A short answer, such as a number, is no sign of anything."""
-        for text in (question, answer or ""):
+    def contaminated(self, question: str, *others: str) -> Reason | None:
+        """Why a row is contaminated, or None: the question or another of its texts has thirteen words in a row of a held-out text; or the question is,
+        word by word, a held-out text of fewer words. A short answer, such as a number, is no sign of anything."""
+        for text in (question, *others):
             for gram in _grams(words(text)):
                 if gram in self.grams:
                     return "contamination", f"{self.grams[gram]} has {' '.join(gram)!r} too"
         place = self.short.get(tuple(words(question)))
         return ("contamination", f"it asks what {place} has") if place else None
+
+
+def texts_in(value: Any) -> Iterator[str]:
+    """Every text in a row as it was read, however deep."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, Mapping):
+        for one in value.values():
+            yield from texts_in(one)
+    elif isinstance(value, Iterable):
+        for one in value:
+            yield from texts_in(one)
 
 
 def _grams(every: list[str]) -> Iterable[tuple[str, ...]]:

@@ -1,0 +1,128 @@
+"""Settings of *keep*, a stage of `llmkd make`: the filters. No torch."""
+
+from collections.abc import Iterator
+from typing import Literal
+
+from pydantic import Field
+
+from .data import Source
+from .fields import Count, OneOrMany, config_dataclass
+from .make_score import ScoringModel
+
+CLUSTERS = 100
+
+Script = Literal[
+    "latin", "cyrillic", "greek", "han", "hiragana", "katakana", "hangul", "arabic", "hebrew", "devanagari", "bengali", "tamil", "telugu",
+    "thai", "georgian", "armenian", "ethiopic",
+]  # fmt: skip
+
+
+@config_dataclass
+class Balance:
+    """Kinds of rows, and the most that each may be of those that stay."""
+
+    max_share: float = Field(gt=0, le=1, description="No kind has more than this share of the rows that stay; as many as can be stay.")
+    column: str | None = Field(
+        None, min_length=1, description="The column that names a row's kind; null: kinds are clusters of instructions."
+    )
+    clusters: Count | None = Field(None, description="Without a column: the number of clusters (100), by k-means.")
+    on: Literal["words", "hidden"] | None = Field(
+        None,
+        description="Without a column: words (the default), TF-IDF of words and pairs of them; hidden, the model's mean last hidden states.",
+    )
+    model: ScoringModel | None = Field(None, description="With on: hidden, the model.")
+    batch_size: Count | None = Field(None, description="With on: hidden, instructions at a time (16).")
+
+
+@config_dataclass
+class Keep:
+    """Leaves out rows with bad, repeated, leaked or contradictory answers, each with its reason; empty answers always. The filters run in this order."""
+
+    finish: Literal["stop", "any"] = Field(
+        "any", description="stop: leave out answers that were cut off, did not end by themselves, or end in a colon."
+    )
+    min_words: Count | None = Field(
+        None, description="Leave out answers of fewer words. In scripts without spaces each character is a word."
+    )
+    max_words: Count | None = Field(None, description="Leave out answers of more words.")
+    refusals: bool = Field(False, description="true: leave out answers that begin as a refusal does.")
+    refusal_phrases: tuple[str, ...] | None = Field(
+        None, min_length=1, description="With refusals: phrases by which they are known, in the place of llmkd's own, which are English."
+    )
+    echo: float | None = Field(
+        None, gt=0, le=1, description="Leave out answers that are their question, or begin with it: least Jaccard index, such as 0.8."
+    )
+    repetition: float | None = Field(
+        None,
+        gt=1,
+        description="Leave out answers with nine equal digits in a row, or of which 1,000 characters compress by more than this factor, such as Whisper's 2.4.",
+    )
+    repeated_words: float | None = Field(
+        None, gt=0, le=1, description="Leave out answers of which more than this share is in sequences of ten words that they have twice."
+    )
+    scripts: tuple[Script, ...] | None = Field(None, min_length=1, description="Scripts in which questions and answers are written.")
+    script_share: float | None = Field(None, gt=0, le=1, description="With scripts: least share of letters that are of them (0.9).")
+    sums: bool = Field(False, description="true: leave out answers with a sum <<a=b>> that is wrong when computed again.")
+    contamination: OneOrMany[Source] = Field(
+        None,
+        description="Held-out and evaluation rows, of which every text counts, whatever its column: leave out rows with 13 words in a row in common with one.",
+    )
+    agreement: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Of several answers to one question, keep those with the final answer of most, if it is this share of them or more.",
+    )
+    agreement_by: Literal["final", "words"] | None = Field(
+        None,
+        description="With agreement: final (the default), the last number or line; words, an answer's mean token F1 with the others is this or more.",
+    )
+    near_duplicate: float | None = Field(
+        None,
+        ge=0.1,
+        le=1,
+        description="Of rows with a Jaccard index of this or more, in strings of 5 characters, keep the first; such as 0.7.",
+    )
+    near_duplicate_of: Literal["question", "answer", "both"] | None = Field(
+        None, description="With near_duplicate: the text that is compared (question)."
+    )
+    teacher_ce: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Leave out rows whose column teacher_ce (of an earlier stage score) is above this quantile, such as 0.95.",
+    )
+    balance: Balance | None = Field(None, description="Leave out rows of kinds that there are too many of.")
+
+
+#: Settings that belong to another one.
+_PARTS = {
+    "refusal_phrases": "refusals",
+    "script_share": "scripts",
+    "agreement_by": "agreement",
+    "near_duplicate_of": "near_duplicate",
+}
+
+
+def keep_contradictions(settings: Keep) -> Iterator[tuple[str, str]]:
+    """Settings of the stage that are each valid, but not together: (setting, problem and fix)."""
+    for part, whole in _PARTS.items():
+        if getattr(settings, part) is not None and not getattr(settings, whole):
+            yield part, f"set without {whole}, to which it belongs; set {whole}, or leave it out"
+    if settings.min_words and settings.max_words and settings.min_words > settings.max_words:
+        yield "min_words", f"found {settings.min_words}, more than max_words ({settings.max_words}); no answer is left"
+    if (balance := settings.balance) is None:
+        return
+    for name in ("clusters", "on", "model", "batch_size") if balance.column else ():
+        if getattr(balance, name) is not None:
+            yield f"balance.{name}", "set with balance.column, which names the kinds; leave one of them out"
+    if not balance.column and balance.on == "hidden" and balance.model is None:
+        yield "balance.model", "not given with on: hidden; name the model whose hidden states are clustered"
+    for name in ("model", "batch_size") if balance.on != "hidden" and not balance.column else ():
+        if getattr(balance, name) is not None:
+            yield f"balance.{name}", "set without on: hidden, to which it belongs; leave it out"
+    if not balance.column and balance.max_share * (balance.clusters or CLUSTERS) < 1:
+        yield (
+            "balance.max_share",
+            f"found {balance.max_share:g}, and {balance.clusters or CLUSTERS} kinds can be no more than that each; raise it, or clusters",
+        )

@@ -1,0 +1,171 @@
+"""*keep*: the filters, in the order of their settings. Those of one row first, then those that compare rows, of what is left; shares last."""
+
+import dataclasses
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+
+from ...config.fields import with_setting_names
+from ...config.make_keep import CLUSTERS, Balance
+from ...config.make_keep import Keep as Settings
+from ...data.reading.problems import ErrorCollector
+from ...data.reading.sources import open_source, some_rows
+from ...errors import UserError
+from ..clusters import by_words, k_means, refuse_without_clusters
+from ..computed import Computed, key_of
+from ..filters import answers, consistency, repetition, scripts
+from ..filters.balance import balanced
+from ..filters.contamination import HeldOutTexts, texts_in
+from ..filters.duplicates import near_duplicates
+from ..filters.words import Reason
+from ..rows import Row, row_id
+from ..stage import Outcome, Rejected, Work
+from .score import column_of
+
+#: For each row why it is left out, or None.
+Reasons = list[Reason | None]
+
+
+class Keep:
+    asks = False
+
+    def __init__(self, settings: Settings):
+        self.settings = settings
+        self.held_out = _held_out(settings) if settings.contamination else None
+        if settings.balance and not settings.balance.column:
+            refuse_without_clusters("balance")
+        self.kinds = None if settings.balance is None else _Kinds(settings.balance)
+
+    def run(self, rows: Sequence[Row], work: Work) -> Outcome:
+        outcome, left = Outcome(), list(rows)
+        for filter_rows in (self._singly, self._agreeing, self._different, self._known, lambda left: self._balanced(left, work)):
+            reasons = filter_rows(left)
+            outcome.rejected += [Rejected(row, *reason) for row, reason in zip(left, reasons, strict=True) if reason]
+            left = [row for row, reason in zip(left, reasons, strict=True) if not reason]
+        outcome.kept = left
+        return outcome
+
+    # ---- each row by itself
+
+    def _singly(self, rows: list[Row]) -> Reasons:
+        return [next(filter(None, self._of_row(row)), None) for row in rows]
+
+    def _of_row(self, row: Row) -> Iterable[Reason | None]:
+        """The filters of one row, as far as they are asked for. A row without an answer has only a question to be looked at."""
+        one, answer, question = self.settings, row.answer, row.instruction
+        if answer is not None:
+            yield answers.empty(answer)
+            if one.finish == "stop":
+                yield answers.cut_off(answer, row.notes.get("finish"))
+            yield answers.length(answer, one.min_words, one.max_words)
+            if one.refusals:
+                yield answers.refusal(answer, one.refusal_phrases or answers.REFUSALS)
+            if one.echo is not None:
+                yield answers.echo(question, answer, one.echo)
+            if one.repetition is not None or one.repeated_words is not None:
+                yield repetition.repetition(answer, one.repetition, one.repeated_words)
+        if one.scripts:
+            yield scripts.other_script("\n".join([question, answer or ""]), one.scripts, one.script_share or 0.9)
+        if answer is not None and one.sums:
+            yield consistency.wrong_sum(answer)
+        if self.held_out:
+            yield self.held_out.contaminated(question, *(message["content"] for message in row.messages))
+
+    # ---- rows that are compared
+
+    def _agreeing(self, rows: list[Row]) -> Reasons:
+        """Several answers to one question; a single one agrees with itself."""
+        out: Reasons = [None] * len(rows)
+        least, groups = self.settings.agreement, defaultdict(list)
+        for i, row in enumerate(rows if least is not None else ()):
+            if row.answer is not None:
+                groups[row_id(row.question)].append(i)
+        for group in groups.values():
+            texts = [rows[i].answer for i in group]
+            if self.settings.agreement_by == "words":
+                found = consistency.mean_f1(texts)
+                for i, f1 in zip(group, found, strict=True):
+                    out[i] = None if f1 >= least else ("disagreement", f"mean F1 {f1:.2f} with {len(group) - 1} other answers")
+            else:
+                for i, agrees in zip(group, consistency.agreeing(texts, least), strict=True):
+                    out[i] = None if agrees else ("disagreement", f"comes to {consistency.final_answer(rows[i].answer)[:80]!r}")
+        return out
+
+    def _different(self, rows: list[Row]) -> Reasons:
+        out: Reasons = [None] * len(rows)
+        if self.settings.near_duplicate is not None:
+            dropped = near_duplicates([_compared(row, self.settings.near_duplicate_of) for row in rows], self.settings.near_duplicate)
+            for i, (j, index) in dropped.items():
+                out[i] = "near_duplicate", f"{index:.2f} of {rows[j].id}"
+        return out
+
+    def _known(self, rows: list[Row]) -> Reasons:
+        if self.settings.teacher_ce is None:
+            return [None] * len(rows)
+        values = [column_of(row, "teacher_ce", "teacher_ce") for row in rows]
+        above = consistency.above_quantile(values, [row.id for row in rows], self.settings.teacher_ce)
+        return [("teacher_ce", f"{value:.4g}") if one else None for value, one in zip(values, above, strict=True)]
+
+    def _balanced(self, rows: list[Row], work: Work) -> Reasons:
+        if self.kinds is None or not rows:
+            return [None] * len(rows)
+        kinds, most = self.kinds.of(rows, work), self.kinds.settings.max_share
+        stay = balanced(kinds, [row.id for row in rows], most, work.draw("balance"))
+        if not any(stay):
+            raise UserError(
+                f"{work.label}: balance.max_share: found {most:g}, and the {len(rows)} rows are of {len(set(kinds))} kinds, so that each cannot be so small a share; raise it"
+            )
+        return [None if one else ("too_many_of_its_kind", kind) for kind, one in zip(kinds, stay, strict=True)]
+
+
+def _compared(row: Row, of: str | None) -> str:
+    parts = {"answer": [row.answer or ""], "both": [row.instruction, row.answer or ""]}.get(of or "", [row.instruction])
+    return "\n".join(parts)
+
+
+def _held_out(settings: Settings) -> HeldOutTexts:
+    """The texts of the held-out rows. UserError where they cannot be read."""
+    texts, problems = [], ErrorCollector()
+    for setting, source in with_setting_names(settings.contamination, "contamination"):
+        for place, row in some_rows(open_source(source, setting).records, source, problems):
+            texts += [(place, text) for text in texts_in(row)]
+    problems.raise_if_any()
+    return HeldOutTexts(texts)
+
+
+class _Kinds:
+    """The kind of each row: a column, or a cluster of instructions."""
+
+    def __init__(self, settings: Balance):
+        self.settings, self.scorer = settings, None
+        if settings.model is not None:
+            from ..scores.model import Scorer
+
+            self.scorer = Scorer(settings.model, "balance.model")
+
+    def of(self, rows: list[Row], work: Work) -> list[str]:
+        if self.settings.column:
+            return [_kind(row, self.settings.column) for row in rows]
+        texts, clusters = [row.instruction for row in rows], self.settings.clusters or CLUSTERS
+        if self.scorer is None:
+            return _numbered(by_words(texts, clusters, work.draw("clusters")))
+        computed = Computed(work.folder / work.label)
+        key = key_of(texts, dataclasses.asdict(self.settings), self.scorer.fingerprint, work.draw("clusters"))
+        if key not in computed.values:
+            from ..scores.hidden import mean_states
+
+            states = mean_states(self.scorer, texts, self.settings.batch_size or 16)
+            computed.put(key, k_means(states, clusters, work.draw("clusters")))
+        return _numbered(computed.values[key])
+
+
+def _numbered(labels: Iterable[int]) -> list[str]:
+    return [f"cluster {label}" for label in labels]
+
+
+def _kind(row: Row, column: str) -> str:
+    kind = row.columns.get(column)
+    if not isinstance(kind, str | int | bool):
+        raise UserError(
+            f"balance.column: the row {row.id} has {'no' if kind is None else 'no text as'} {column}; give every row one, or name another column"
+        )
+    return str(kind)

@@ -1,0 +1,102 @@
+"""*score*: a model reads each row; what it makes of it are columns of the row, with the model's fingerprint."""
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from ...config.make_score import Score as Settings
+from ...console import progress_bar
+from ...data.reading.problems import ErrorCollector
+from ...errors import UserError
+from ..computed import Computed, key_of
+from ..prompts import Prompts
+from ..rows import Message, Row
+from ..scores.model import Scorer
+from ..scores.views import in_context
+from ..stage import Outcome, Rejected, Work
+
+BY = "scored_by"  # column: for each score the fingerprints of the models that it depends on
+_CHUNK = 256  # rows that are computed, and written down, together
+
+
+class Score:
+    asks = False
+
+    def __init__(self, settings: Settings):
+        self.settings = settings
+        self.models = {"student": Scorer(settings.student, "student")}
+        if settings.teacher is not None:
+            self.models["teacher"] = Scorer(settings.teacher, "teacher")
+            self.models["student"].refuse_other(self.models["teacher"])
+        for one in self.models.values():
+            one.check(settings.format, settings.max_length)
+
+    def run(self, rows: Sequence[Row], work: Work) -> Outcome:
+        outcome = Outcome(rejected=[Rejected(row, "no_answer", "there is nothing to score") for row in rows if row.answer is None])
+        answered = [row for row in rows if row.answer is not None]
+        if self.settings.too_long == "refuse":
+            self._refuse_unscored(answered, work.prompts)
+        computed, measuring = Computed(work.folder / work.label), None
+        chunks = [answered[start : start + _CHUNK] for start in range(0, len(answered), _CHUNK)]
+        keys = [self._key(chunk, work) for chunk in chunks]
+        if any(key not in computed.values for key in keys):
+            from ..scores.measuring import Measuring
+
+            measuring = Measuring(self.models, self.settings)
+        for key, chunk in progress_bar(work.label)(list(zip(keys, chunks, strict=True))):
+            if key not in computed.values:
+                computed.put(key, measuring.scores(chunk, self._backwards(chunk, work.prompts)))
+            for row, found in zip(chunk, computed.values[key], strict=True):
+                outcome.take(row, self._scored(row, found))
+        return outcome
+
+    def _backwards(self, rows: Sequence[Row], prompts: Prompts) -> list[list[Message]] | None:
+        """Conversations in which a model is to find the instruction of an answer; None where no score needs them."""
+        if "rifd" not in self.settings.scores:
+            return None
+        return [[*prompts.messages(answer=row.answer), {"role": "assistant", "content": row.instruction}] for row in rows]
+
+    def _refuse_unscored(self, rows: Sequence[Row], prompts: Prompts) -> None:
+        """UserError that names the rows that have no score, before a model is loaded."""
+        problems = ErrorCollector()
+        tokenizer, one = self.models["student"].tokenizer, self.settings
+        for conversations in filter(None, ([row.messages for row in rows], self._backwards(rows, prompts))):
+            _, reasons = in_context(conversations, [row.id for row in rows], one.format, tokenizer, one.max_length)
+            for i, reason in sorted(reasons.items()):
+                fix = "remove the row, raise max_length, or set too_long: reject"
+                problems.add(f"score: the row {rows[i].id} has no score ({': '.join(filter(None, reason))}); {fix}")
+        problems.raise_if_any()
+
+    def _scored(self, row: Row, found: dict[str, float] | list[str]) -> Row | Rejected:
+        if isinstance(found, list):
+            return Rejected(row, *found)
+        return row.with_columns(**found, **{BY: row.columns.get(BY, {}) | {name: self._by(name) for name in found}})
+
+    def _by(self, score: str) -> str:
+        models = ("teacher",) if score == "teacher_ce" else ("student", "teacher") if score == "kl" else ("student",)
+        return "+".join(f"{one}:{fingerprint(self.models[one])}" for one in models)
+
+    def _key(self, rows: Sequence[Row], work: Work) -> str:
+        """Of all that the scores of these rows depend on."""
+        read = {"format": self.settings.format, "max_length": self.settings.max_length, "batch_size": self.settings.batch_size}
+        prompts = work.prompts.sha256 if "rifd" in self.settings.scores else None
+        models = {name: one.fingerprint for name, one in self.models.items()}
+        return key_of([row.messages for row in rows], read, sorted(self.settings.scores), prompts, models)
+
+
+def fingerprint(scorer: Scorer) -> str:
+    """A model's fingerprint in 16 hex digits."""
+    return hashlib.sha256(json.dumps(scorer.fingerprint, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def column_of(row: Row, column: str, setting: str) -> float:
+    """A row's number in a column. UserError where it has none."""
+    value: Any = row.columns.get(column)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+        found = "no such column" if value is None else f"{value!r} there"
+        raise UserError(
+            f"{setting}: found {column}, and the row {row.id} has {found}; add a stage score before, or name a column of numbers"
+        )
+    return float(value)
