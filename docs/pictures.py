@@ -275,9 +275,13 @@ def head():
 LAYERS = (
     (("train.py  cli.py", "entry points"), ("eval/", "benchmarks, comparison, report")),
     (("commands/", "sweep, cache, export, data, ..."), ("api.py", "the Python API")),
-    (("doctor/", "checks of a recipe before it is run"), ("planning/", "what a run needs and costs")),
+    (
+        ("doctor/", "checks of a recipe before it is run"),
+        ("planning/", "what a run needs and costs"),
+        ("making/", "data that a model writes: stages"),
+    ),
     (("training/", "run, trainer, loop, checkpoint, validation"),),
-    (("output/", "run folder, metrics, model card, hub"), ("making/", "data that a model writes: writers, stages")),
+    (("output/", "run folder, metrics, model card, hub"),),
     (("teachers/", "live, cached, served, mixture; the cache on disk"), ("rollouts/", "text that a model writes")),
     (("models/", "load, adapters, attention"), ("data/", "files to examples to batches"), ("servers/", "requests to vLLM, SGLang")),
     (("config/", "settings"), ("losses/", "divergences, fused head"), ("model_folder/", "files, weights, hashes")),

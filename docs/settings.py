@@ -15,10 +15,11 @@ Every setting of a recipe, of a sweep and of a file of `llmkd make`, as `llmkd t
 by its dotted path (`--optim.lr 1e-4`). This page is written by `python docs/settings.py`.
 
 What a path is relative to: [Paths](operations.md#paths). `null` means not given. `data.validation` and `data.choices` are sources with the same settings as `data.train`; `teacher` and
-`student` have the same settings under `quantization`.
+`student` have the same settings under `quantization`. Models of the stages *keep* and *score* of `llmkd make` have the same settings as `student` of *score*.
 """
 #: Sections whose settings are listed once, under another name.
 SAME = {"data.validation.": "data.train.", "data.choices.": "data.train.", "seeds.": "data.train."}
+SAME_OF_STAGES = ("teacher.", "balance.model.", "student.quantization.")
 
 
 def shown(default) -> str:
@@ -47,7 +48,9 @@ def stages() -> list[str]:
     out = []
     for do, kind in STAGES.items():
         rows = [
-            f"| `{path}` | {cell(type_)} | {cell(shown(default))} | {cell(text)} |" for path, type_, default, text in schema.describe(kind)
+            f"| `{path}` | {cell(type_)} | {cell(shown(default))} | {cell(text)} |"
+            for path, type_, default, text in schema.describe(kind)
+            if not path.startswith(SAME_OF_STAGES)
         ]
         out += ["", f"### stage {do}", "", cell(kind.__doc__.splitlines()[0])]
         out += ["", "| Setting | Values | Default | |", "|---|---|---|---|", *rows] if rows else []

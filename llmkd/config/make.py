@@ -187,7 +187,7 @@ def _contradictions(make: Make, stages: tuple[StageSettings, ...]) -> Iterator[t
     known = False
     for stage in stages:
         for name, problem in stage_contradictions(stage.do, stage.settings, make.writer.temperature):
-            yield ("stages", stage.number - 1, name), problem
+            yield ("stages", stage.number - 1, *name.split(".")), problem
         if not known and not as_tuple(make.seeds) and stage.do != "topics":
             yield ("seeds",), f"not given, and the stage {stage.do} begins with rows; name them, or begin with the stage topics"
         known = True

@@ -1,13 +1,14 @@
 """Settings of *keep*, a stage of `llmkd make`: the filters. No torch."""
 
 from collections.abc import Iterator
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field
 
 from .data import Source
-from .fields import Count, OneOrMany, config_dataclass
+from .fields import Count, OneOrMany, config_dataclass, path_to, with_setting_names
 from .make_score import ScoringModel
+from .where import where_contradictions
 
 CLUSTERS = 100
 
@@ -32,6 +33,21 @@ class Balance:
     )
     model: ScoringModel | None = Field(None, description="With on: hidden, the model.")
     batch_size: Count | None = Field(None, description="With on: hidden, instructions at a time (16).")
+
+
+@config_dataclass
+class HeldOutRows:
+    """Rows of any columns, of which every text counts."""
+
+    path: str = path_to("data", description="A .json, .jsonl, .parquet, .arrow or .csv file, a folder of them, or a hub data set.")
+    name: str | None = Field(None, description="Configuration of a hub data set.")
+    split: str = Field("train", description="Split of a hub data set, or of a folder whose files are named by split.")
+    revision: str | None = Field(None, description="Revision of a hub data set.")
+    where: dict[str, Any] = Field(default_factory=dict, description="Rows that count, chosen by their columns, as of data.train.")
+
+    @property
+    def source(self) -> Source:
+        return Source(path=self.path, name=self.name, split=self.split, revision=self.revision, where=self.where)
 
 
 @config_dataclass
@@ -63,7 +79,7 @@ class Keep:
     scripts: tuple[Script, ...] | None = Field(None, min_length=1, description="Scripts in which questions and answers are written.")
     script_share: float | None = Field(None, gt=0, le=1, description="With scripts: least share of letters that are of them (0.9).")
     sums: bool = Field(False, description="true: leave out answers with a sum <<a=b>> that is wrong when computed again.")
-    contamination: OneOrMany[Source] = Field(
+    contamination: OneOrMany[HeldOutRows] = Field(
         None,
         description="Held-out and evaluation rows, of which every text counts, whatever its column: leave out rows with 13 words in a row in common with one.",
     )
@@ -111,6 +127,8 @@ def keep_contradictions(settings: Keep) -> Iterator[tuple[str, str]]:
             yield part, f"set without {whole}, to which it belongs; set {whole}, or leave it out"
     if settings.min_words and settings.max_words and settings.min_words > settings.max_words:
         yield "min_words", f"found {settings.min_words}, more than max_words ({settings.max_words}); no answer is left"
+    for setting, held_out in with_setting_names(settings.contamination, "contamination"):
+        yield from ((f"{setting}.where.{path}".rstrip("."), problem) for path, problem in where_contradictions(held_out.where))
     if (balance := settings.balance) is None:
         return
     for name in ("clusters", "on", "model", "batch_size") if balance.column else ():

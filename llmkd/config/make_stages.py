@@ -6,6 +6,8 @@ from typing import Annotated, Any, Literal
 from pydantic import Field
 
 from .fields import Count, config_dataclass, path_to
+from .make_keep import Keep, keep_contradictions
+from .make_score import Score, Select, score_contradictions, select_contradictions
 
 OPERATIONS = ("add_constraint", "deepen", "concretise", "reasoning", "broaden")
 
@@ -119,11 +121,18 @@ STAGES: dict[str, type] = {
     "back_translate": BackTranslate,
     "reflect_instruction": ReflectInstruction,
     "reflect_response": ReflectResponse,
+    "keep": Keep,
+    "score": Score,
+    "select": Select,
 }
+
+_CONTRADICTIONS = {"keep": keep_contradictions, "score": score_contradictions, "select": select_contradictions}
 
 
 def stage_contradictions(do: str, settings: Any, temperature: float) -> Iterator[tuple[str, str]]:
     """Settings of a stage that are each valid, but not together: (setting, problem and fix)."""
+    if do in _CONTRADICTIONS:
+        yield from _CONTRADICTIONS[do](settings)
     if temperature == 0 and do in ("answer", "paraphrase") and settings.samples > 1:
         yield "samples", f"found {settings.samples} with writer.temperature 0, where all would be the same; raise the temperature, or use 1"
     if do in ("expand", "topics") and settings.min_words > settings.max_words:

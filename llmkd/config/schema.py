@@ -36,7 +36,7 @@ def describe(kind=Recipe, prefix: str = ""):
                 forms = typing.get_args(_hints(kind)[field.name])
                 several = next((a for a in forms if typing.get_origin(a) is tuple), None)
                 a_list = "them" if several and section in typing.get_args(several) else "numbers"
-                plain = next((_words(a) for a in typing.get_args(typing.get_args(hint)[0]) if _is_plain(a)), "")
+                plain = next((_words(a) for a in typing.get_args(next(iter(typing.get_args(hint)), None)) if _is_plain(a)), "")
                 words = "a mapping of settings" + (f", or a list of {a_list}" if several else "")
                 yield path, f"{plain}, or {words}" if plain else words, info.default if plain else None, info.description
             yield from describe(section, path + ".")

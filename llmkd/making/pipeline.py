@@ -24,7 +24,7 @@ from .prompts import NO_PROMPTS, Prompts, has_prompts, load_prompts
 from .registry import STAGES
 from .rows import Row, has_answer
 from .seeds import read_seeds
-from .stage import Outcome, Rejected, Work
+from .stage import Outcome, Rejected, Stage, Work
 from .writers.writer import Writer
 
 TRAIN, REJECTED, SUMMARY, SETTINGS, CARD = "train.jsonl", "rejected.jsonl", "make.json", "make.yaml", "README.md"
@@ -61,6 +61,7 @@ class Pipeline:
         self.make, self.stages, self.writer, self.dry_run = settings.make, settings.stages, writer, dry_run
         self.settings, self.folder = settings, Path(settings.make.output_dir).expanduser()
         self.prompts = [_prompts_of(one) for one in self.stages]
+        self.made = [_stage_of(one) for one in self.stages]
         self.answers = Answers(self.folder / NAME)
         self.rows: list[Row] = []
         self.counts: list[StageCount] = []
@@ -83,8 +84,8 @@ class Pipeline:
         return self.counts
 
     def _stages(self, rows: list[Row]) -> list[Row]:
-        for one, prompts in zip(self.stages, self.prompts, strict=True):
-            stage, counted = STAGES[one.do](one.settings), StageCount(one.label, len(rows))
+        for one, stage, prompts in zip(self.stages, self.made, self.prompts, strict=True):
+            counted = StageCount(one.label, len(rows))
             work = self._work(one, prompts, counted)
             outcome = Outcome(list(rows)) if self.dry_run and not stage.asks else stage.run(rows, work)
             rows = outcome.rows
@@ -226,6 +227,14 @@ def _prompts_of(one: StageSettings) -> Prompts:
         return NO_PROMPTS
     places = getattr(STAGES[one.do], "places", lambda settings: None)(one.settings)
     return load_prompts(one.do, one.settings.prompt, f"stages.{one.number - 1}.prompt", places)
+
+
+def _stage_of(one: StageSettings) -> Stage:
+    """A stage, which checks what it needs (files, models, packages) before anything is asked. UserError names it."""
+    try:
+        return STAGES[one.do](one.settings)
+    except UserError as error:
+        raise UserError(*(f"stages.{one.number - 1} ({one.do}): {problem}" for problem in error.problems)) from None
 
 
 def _line(row: dict[str, Any]) -> str:

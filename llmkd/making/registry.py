@@ -5,8 +5,11 @@ from .stages.answer import Answer
 from .stages.evolve import Evolve
 from .stages.expand import Expand
 from .stages.explain import Explain
+from .stages.keep import Keep
 from .stages.reflect import ReflectInstruction, ReflectResponse
 from .stages.reworded import BackTranslate, Paraphrase
+from .stages.score import Score
+from .stages.select import Select
 from .stages.topics import Topics
 
 STAGES: dict[str, type[Stage]] = {
@@ -19,4 +22,7 @@ STAGES: dict[str, type[Stage]] = {
     "back_translate": BackTranslate,
     "reflect_instruction": ReflectInstruction,
     "reflect_response": ReflectResponse,
+    "keep": Keep,
+    "score": Score,
+    "select": Select,
 }

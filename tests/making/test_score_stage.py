@@ -7,9 +7,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from llmkd.config.data import Source
 from llmkd.config.make_score import Score as Settings
 from llmkd.config.make_score import ScoringModel, Select, score_contradictions, select_contradictions
 from llmkd.data.reading.skills import tokenizer as skills_tokenizer
+from llmkd.data.reading.sources import read_source
 from llmkd.errors import UserError
 from llmkd.making.computed import NAME
 from llmkd.making.prompts import load_prompts
@@ -20,6 +22,7 @@ from llmkd.making.stage import Work
 from llmkd.making.stages import score as stage
 from llmkd.making.stages.select import Select as SelectStage
 from llmkd.rollouts.sampling import Sampling
+from tests.kit.making import Function, lines, run_make, write_make
 from tests.making.test_scores import ce_by_loops, parts
 
 ALL = ("ce", "ifd", "rifd", "teacher_ce", "kl")
@@ -69,7 +72,7 @@ def test_scores_are_those_of_loops_over_the_models(scored, world):
             wanted["kl"] = float((log_p.exp() * (log_p - log_q)).sum() / len(targets))
         by = one.columns[stage.BY]
         assert {name: one.columns[name] for name in wanted} == pytest.approx(wanted, rel=1e-9)
-        assert set(one.columns) == {*wanted, stage.BY} and set(by) == set(wanted)
+        assert set(one.columns) == {*wanted, stage.BY} and set(by) == {*wanted, "row"}
         assert (
             by["ifd"].startswith("student:") and by["teacher_ce"].startswith("teacher:") and by["kl"] == f"{by['ifd']}+{by['teacher_ce']}"
         )
@@ -139,7 +142,7 @@ def versions(name: str, **scores: tuple[float, float]) -> list[Row]:
     parents, made = {"original": None, "instruction": "original", "response": "original", "both": "instruction"}, {}
     for version, (ifd, rifd) in scores.items():
         parent = made.get(parents[version])
-        notes = {} if version == "original" else {"version": version}
+        notes = {} if version == "original" else {"version": version, "original": made["original"].id}
         columns = {"ifd": ifd, "rifd": rifd, stage.BY: {"ifd": "student:a", "rifd": "student:a"}}
         made[version] = row(f"{name} {version}?", "yes", (parent.id,) if parent else (), columns, **notes)
     return list(made.values())
@@ -174,6 +177,9 @@ def test_rows_are_chosen_by_a_column(tmp_path):
     assert [one.columns["ifd"] for one in outcome.kept] == [0.8, 0.9] and len(outcome.rejected) == 18
     with pytest.raises(UserError, match=r"^by: found ce, and the row [0-9a-f]{16} has no such column"):
         SelectStage(Select(by="ce", below=1)).run(rows, work(tmp_path))
+    (scored,) = [row("q", "yes", columns={"ifd": 0.5, stage.BY: {"ifd": "student:b", "row": "0"}})]
+    with pytest.raises(UserError, match="has it from the row that it was made of; add a stage score before"):
+        SelectStage(Select(by="ifd", below=1)).run([scored.child("3_evolve", "w", scored.messages)], work(tmp_path))
     other = row("q", "yes", columns={"ifd": 0.5, stage.BY: {"ifd": "student:b"}})
     with pytest.raises(UserError, match="^ifd: the rows have scores of 2 different models"):
         SelectStage(Select(by="ifd", below=1)).run([*rows, other], work(tmp_path))
@@ -210,3 +216,31 @@ def test_settings_of_select_that_do_not_go_together(given, name):
 def test_settings_of_score_that_do_not_go_together(given, name):
     found = [found for found, _ in score_contradictions(Settings(**{"student": ScoringModel(model="s")} | given))]
     assert found == ([name] if name else [])
+
+
+# ---- in a pipeline
+
+
+def test_a_pipeline_filters_scores_and_selects_and_its_data_can_be_chosen_by_scores(world, tmp_path):
+    stages = [{"do": "answer"}, {"do": "keep", "min_words": 2}]
+    stages += [{"do": "score", "student": {"model": str(world / "student")}, "max_length": 200}, {"do": "select", "by": "ifd", "top": 0.5}]
+    path = write_make(tmp_path, stages, 7)
+    writer = Function(lambda ask: "No" if "6" in ask.messages[-1]["content"] else f"It is so. {ask.messages[-1]['content']}")
+    pipeline = run_make(path, writer)
+    assert [(one.candidates, one.rejected, one.out) for one in pipeline.counts] == [(7, 0, 7), (7, 1, 6), (6, 0, 6), (6, 3, 3), (3, 0, 3)]
+    out = lines(pipeline.folder / "train.jsonl")
+    assert sorted(one["reason"] for one in lines(pipeline.folder / "rejected.jsonl")) == ["below_the_top"] * 3 + ["too_short"]
+    limit = sorted(one["ifd"] for one in out)[1]
+    where = {"ifd": {"at_least": limit}}
+    found = read_source(Source(path=str(pipeline.folder / "train.jsonl"), format="chat", where=where), "data.train")
+    assert len(found.rows) == 2 and len(writer.asked) == 7
+    run_make(path, writer)
+    assert lines(pipeline.folder / "train.jsonl") == out and len(writer.asked) == 7
+
+
+def test_a_stage_that_cannot_run_is_named_before_anything_is_asked(world, tmp_path):
+    stages = [{"do": "answer"}, {"do": "score", "student": {"model": str(world / "student")}, "max_length": 999}]
+    writer = Function()
+    with pytest.raises(UserError, match=r"^stages.1 \(score\): student.model: .* has 256 positions"):
+        run_make(write_make(tmp_path, stages), writer)
+    assert not writer.asked

@@ -125,8 +125,8 @@ def _compared(row: Row, of: str | None) -> str:
 def _held_out(settings: Settings) -> HeldOutTexts:
     """The texts of the held-out rows. UserError where they cannot be read."""
     texts, problems = [], ErrorCollector()
-    for setting, source in with_setting_names(settings.contamination, "contamination"):
-        for place, row in some_rows(open_source(source, setting).records, source, problems):
+    for setting, held_out in with_setting_names(settings.contamination, "contamination"):
+        for place, row in some_rows(open_source(held_out.source, setting).records, held_out.source, problems):
             texts += [(place, text) for text in texts_in(row)]
     problems.raise_if_any()
     return HeldOutTexts(texts)

@@ -9,9 +9,8 @@ from collections.abc import Sequence
 
 from ..marks import Unreadable, marked
 from ..rows import Row, has_answer
+from ..selection import BOTH, INSTRUCTION, ORIGINAL, RESPONSE, VERSIONS
 from ..stage import Outcome, Rejected, Work, unusable
-
-ORIGINAL, INSTRUCTION, RESPONSE, BOTH = VERSIONS = ("original", "instruction", "response", "both")
 
 
 class _Reflect:

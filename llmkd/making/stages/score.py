@@ -17,7 +17,7 @@ from ..scores.model import Scorer
 from ..scores.views import in_context
 from ..stage import Outcome, Rejected, Work
 
-BY = "scored_by"  # column: for each score the fingerprints of the models that it depends on
+BY = "scored_by"  # column: for each score the fingerprints of the models that it depends on; and `row`, the row that was scored
 _CHUNK = 256  # rows that are computed, and written down, together
 
 
@@ -72,7 +72,7 @@ class Score:
     def _scored(self, row: Row, found: dict[str, float] | list[str]) -> Row | Rejected:
         if isinstance(found, list):
             return Rejected(row, *found)
-        return row.with_columns(**found, **{BY: row.columns.get(BY, {}) | {name: self._by(name) for name in found}})
+        return row.with_columns(**found, **{BY: _current(row) | {name: self._by(name) for name in found} | {"row": row.id}})
 
     def _by(self, score: str) -> str:
         models = ("teacher",) if score == "teacher_ce" else ("student", "teacher") if score == "kl" else ("student",)
@@ -91,9 +91,19 @@ def fingerprint(scorer: Scorer) -> str:
     return hashlib.sha256(json.dumps(scorer.fingerprint, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def _current(row: Row) -> dict[str, str]:
+    """Which scores a row has, without those of the row that it was made of."""
+    by = row.columns.get(BY, {})
+    return by if by.get("row", row.id) == row.id else {}
+
+
 def column_of(row: Row, column: str, setting: str) -> float:
     """A row's number in a column. UserError where it has none."""
     value: Any = row.columns.get(column)
+    if column in row.columns.get(BY, {}) and column not in _current(row):
+        raise UserError(
+            f"{setting}: found {column}, and the row {row.id} has it from the row that it was made of; add a stage score before"
+        )
     if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
         found = "no such column" if value is None else f"{value!r} there"
         raise UserError(

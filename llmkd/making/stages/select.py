@@ -6,8 +6,9 @@ from ...config.make_score import Select as Settings
 from ...errors import UserError
 from ..clusters import by_words, refuse_without_clusters
 from ..rows import Row
-from ..selection import ORIGINAL, VERSIONS, ByScore, reflection
+from ..selection import ORIGINAL, ByScore, reflection
 from ..stage import Outcome, Rejected, Work
+from .reflect import as_version
 from .score import BY, column_of
 
 
@@ -36,8 +37,8 @@ class Select:
         outcome = Outcome()
         for name in ("ifd", "rifd"):
             refuse_several_models(rows, name)
-        for original, versions in _versions(rows):
-            if original is None:
+        for versions in _versions(rows):
+            if ORIGINAL not in versions:
                 outcome.rejected += [Rejected(row, "no_original", "an earlier stage has left it out") for row in versions.values()]
                 continue
             scores = {name: (column_of(row, "ifd", "rule"), column_of(row, "rifd", "rule")) for name, row in versions.items()}
@@ -59,19 +60,14 @@ def refuse_several_models(rows: Sequence[Row], column: str) -> None:
         )
 
 
-def _versions(rows: Sequence[Row]) -> Iterator[tuple[Row | None, dict[str, Row]]]:
-    """The rows by the original that they were made from: (it, or None where it is gone, the versions by name)."""
-    known, groups = {row.id: row for row in rows}, {}
-    for row in rows:
-        root = row
-        while root.notes.get("version", ORIGINAL) != ORIGINAL and root.parents and root.parents[0] in known:
-            root = known[root.parents[0]]
-        version = row.notes.get("version", ORIGINAL)
-        whole = root.notes.get("version", ORIGINAL) == ORIGINAL
-        group = groups.setdefault(root.id, (root if whole else None, {}))[1]
-        if version not in VERSIONS or version in group:
+def _versions(rows: Sequence[Row]) -> Iterator[dict[str, Row]]:
+    """The versions of each row, by name, in the order of the rows."""
+    groups: dict[str, dict[str, Row]] = {}
+    for row in map(as_version, rows):
+        version, versions = row.notes["version"], groups.setdefault(row.notes["original"], {})
+        if version in versions:
             raise UserError(
-                f"rule: the row {row.id} is a second {version} version of {root.id}; put reflect_instruction and reflect_response before, once each"
+                f"rule: the row {row.id} is a second {version} version of {row.notes['original']}; put reflect_instruction and reflect_response before, once each"
             )
-        group[version] = row
+        versions[version] = row
     yield from groups.values()
