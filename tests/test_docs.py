@@ -12,6 +12,7 @@ import yaml
 
 from llmkd.cli import main
 from llmkd.config import loader, schema
+from llmkd.config.make import load_make
 from llmkd.config.sweep import Sweep
 from llmkd.losses import target_weights
 from tests.kit.scripts import load_script
@@ -146,7 +147,7 @@ def test_every_yaml_block_is_valid(page, i, block, tmp_path):
     else:
         file.write_text(yaml.safe_dump(merged(MINIMAL, part)), encoding="utf-8")
     kind = loader.file_kind(file)
-    read = {"recipe": loader.load_recipe, "pipeline": loader.load_pipeline, "sweep": loader.load_sweep}[kind]
+    read = {"recipe": loader.load_recipe, "pipeline": loader.load_pipeline, "sweep": loader.load_sweep, "make": load_make}[kind]
     assert read(file)
 
 
