@@ -4,7 +4,10 @@ Memory that runs out is a student whose forward pass raises above a number of to
 """
 
 import dataclasses
+import inspect
 import json
+import os
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 
+from llmkd.cli import main
 from llmkd.commands.cost import largest_micro_batch_tokens
 from llmkd.data.batching import TokenBudget
 from llmkd.data.examples import Examples
@@ -23,7 +27,7 @@ from llmkd.training import auto_batch
 from llmkd.training import memory as memory_gauges
 from llmkd.training.run import run
 from tests.conftest import distance, plain_recipe, weights
-from tests.kit.processes import train_on_two
+from tests.kit.processes import launch
 from tests.training.test_parity import BOUND
 
 AUTO = {"train__micro_batch_size": None, "train__micro_batch_tokens": "auto"}
@@ -239,14 +243,31 @@ def test_what_a_sweep_is_said_to_need_follows_the_budget():
     assert {case: largest_micro_batch_tokens(lengths, *case) for case in cases} == cases
 
 
+def train_with_less_on_the_second(words: list[str]) -> int:
+    """`llmkd train` in one of two processes, of which the second is out of memory in its first pass, and above 200 tokens."""
+    outputs, asked = LanguageModel.outputs, []
+
+    def limited(self, view, *taps):
+        if os.environ["RANK"] == "1" and self.training and torch.is_grad_enabled() and inspect.stack()[1].function == "forward":
+            asked.append(view.inputs["input_ids"].numel())
+            if len(asked) == 1 or asked[-1] > 200:
+                raise torch.OutOfMemoryError(f"{asked[-1]} tokens")
+        return outputs(self, view, *taps)
+
+    LanguageModel.outputs = limited
+    return main(["train", *words])
+
+
 @pytest.mark.slow
 def test_two_processes_agree_on_a_budget(world, trained, tmp_path):
+    """The second has less memory: it tries less, and no process waits for another in a pass."""
     one = trained("one", train__micro_batch_size=8)
     (tmp_path / "two.yaml").write_text(json.dumps(plain_recipe(world, tmp_path / "two")))
-    words = ["--train.micro_batch_size", "null", "--train.micro_batch_tokens", "auto"]
-    done = train_on_two(["--config", str(tmp_path / "two.yaml"), *words])
+    words = ["--train.micro_batch_size", "null", "--train.micro_batch_tokens", "auto", "--data.packing", "true"]
+    done = launch(2, train_with_less_on_the_second, ["--config", str(tmp_path / "two.yaml"), *words], limit=60)
     assert done.returncode == 0, done.stderr[-3000:]
-    assert done.stderr.count("micro-batches of at most") == 1
+    (found,) = re.findall(r"micro-batches of at most ([\d,]+) tokens", done.stderr)
+    assert int(found) <= 200
     assert distance(weights(tmp_path / "two"), one) < BOUND
 
 
