@@ -133,23 +133,57 @@ class FullDistribution:
         return {}
 
 
+class KeptLogits:
+    """A teacher's logits at chunks of targets, kept for the other students of a micro-batch once one has asked for them.
+
+    students   how many may ask; a chunk is dropped when all have
+    """
+
+    def __init__(self, students: int):
+        self.students, self._held = students, {}
+
+    def __call__(self, rows: Rows, compute: Callable[[], Tensor]) -> Tensor | None:
+        """The logits at a slice of targets, not to be written over; None for other rows, and where no more are kept."""
+        if not isinstance(rows, slice):
+            return None
+        logits_nV, left = self._held.pop((rows.start, rows.stop), (None, self.students))
+        if logits_nV is None:
+            if sum(kept_nV.nbytes for kept_nV, _ in self._held.values()) >= MOST_KEPT:
+                return None
+            logits_nV = compute()
+        if left > 1:
+            self._held[rows.start, rows.stop] = logits_nV, left - 1
+        return logits_nV
+
+
+#: Bytes of a teacher's logits that are kept at a time, apart from the chunk in hand.
+MOST_KEPT = 256 << 20
+
+
+def for_students(signal: Signal, students: int) -> Signal:
+    """The same signal where several students ask it one after the other: a teacher's head is then computed once for all of them."""
+    return replace(signal, kept=KeptLogits(students)) if students > 1 and type(signal) is Dense else signal
+
+
 @dataclass(frozen=True)
 class Dense(FullDistribution):
     """The teacher's last hidden states `hidden_NH` and its head: its exact distribution, computed one chunk at a time.
 
     layers, attention   what was asked for inside the teacher (`Taps`), by the layer's number: hidden states [N, H], inputs of attention
+    kept                see `for_students`
     """
 
     hidden_NH: Tensor
     head: Head
     layers: dict[int, Tensor] = field(default_factory=dict)
     attention: dict[int, AttentionInputs] = field(default_factory=dict)
+    kept: KeptLogits | None = None
 
     def at(self, rows: Rows) -> "Dense":
         """The same at some targets alone, with their logits in place of hidden states: the head is not asked again."""
         with torch.no_grad():
             logits_nV = self.head.logits(self.hidden_NH[rows])
-        return replace(self, hidden_NH=logits_nV, head=Head(nn.Identity(), self.head.vocab), layers={}, attention={})
+        return replace(self, hidden_NH=logits_nV, head=Head(nn.Identity(), self.head.vocab), layers={}, attention={}, kept=None)
 
     def log_probs(self, rows: Rows, log_q_nV: Tensor | None = None, temperature: float = 1.0) -> Tensor:
         with torch.no_grad():

@@ -287,8 +287,10 @@ def teacher_log_probs(signal: FullDistribution, rows: Rows, temperature: float, 
     if type(signal) is not Dense:
         return signal.log_probs(rows, None, temperature)
     hidden_nH, head = signal.hidden_NH[rows], signal.head
-    out = tiles("teacher", len(hidden_nH), head.dtype) if head.is_affine else None
-    logits_nV = head.logits(hidden_nH.detach(), out)
+    logits_nV = signal.kept and signal.kept(rows, lambda: head.logits(hidden_nH.detach()))
+    out = tiles("teacher", len(hidden_nH), head.dtype) if head.is_affine and (logits_nV is None or soften) else None
+    if logits_nV is None:
+        logits_nV = head.logits(hidden_nH.detach(), out)
     return torch.div(logits_nV, temperature, out=out) if soften and temperature != 1 else logits_nV
 
 

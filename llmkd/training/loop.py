@@ -23,7 +23,7 @@ from ..config.fields import part_of
 from ..data.batch_source import BatchSource, Step
 from ..errors import NonFinite
 from ..models.parts import whole
-from ..signals import Teacher
+from ..signals import Teacher, for_students
 from .distiller import Distiller
 from .parallel import REPLICATED, Replicated
 from .step_result import Accumulated, StepResult, TargetCounts, diagnose_nonfinite
@@ -243,7 +243,7 @@ def forward_backward(
     """Add the gradients of one micro-batch, `factor` times. Returns each student's terms row by row, and the weights that a rule gave them.
     `sync`: ranks then exchange them."""
     micro = micro.to(accelerator.device)
-    signal, found = teacher(micro) if teacher else None, {}
+    signal, found = for_students(teacher(micro), len(active)) if teacher else None, {}
     for k, student in active.items():
         torch.manual_seed(seed)
         with student.strategy.exchanging(student.distiller, accelerator, now=sync):

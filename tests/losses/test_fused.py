@@ -11,13 +11,14 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from llmkd import signals
 from llmkd.config.recipe import DIVERGENCES
 from llmkd.head import Head
 from llmkd.losses import fused
 from llmkd.losses.divergences import make_divergence
 from llmkd.losses.fused import default_chunk, fused_loss
 from llmkd.losses.objective import Objective
-from llmkd.signals import Dense, FullDistribution
+from llmkd.signals import Dense, FullDistribution, for_students
 
 N, H, H_T, V = 50, 8, 12, 61  # H_T, the teacher's width, tells its products from the student's
 
@@ -474,3 +475,34 @@ def test_autocast_does_not_narrow_the_loss():
     plain = results(fused_loss, *arguments)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         close(results(fused_loss, *arguments), plain, 0)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+def test_students_of_one_micro_batch_compute_a_teachers_head_once_and_end_as_alone(monkeypatch, temperature):
+    """Chunk by chunk, to the last bit; also where one student has other chunks or asks nothing, and where only a part is kept."""
+    torch.manual_seed(0)
+    students, labels_N, asked = [torch.randn(13, 6, dtype=torch.float64) for _ in range(3)], torch.arange(13), []
+    heads, teacher_NH = [nn.Linear(6, 21, bias=False, dtype=torch.float64) for _ in range(2)], torch.randn(13, 6, dtype=torch.float64)
+    own, theirs = (Head(one.requires_grad_(False), 20) for one in heads)
+
+    def outcomes(signal, chunks=(5, 5, 5), kd=(0.5, 0.5, 0.5)) -> list[torch.Tensor]:
+        found = []
+        for hidden_NH, chunk, share in zip(students, chunks, kd, strict=True):
+            given = hidden_NH.clone().requires_grad_()
+            objective = Objective(share, temperature, make_divergence("reverse_kl"))
+            total, terms = fused_loss(given, own, labels_N, objective, signal if share else None, chunk)
+            found += [total.detach(), *terms.values(), *torch.autograd.grad(total, given)]
+        return found
+
+    plain, logits = Dense(teacher_NH, theirs), theirs.logits
+    for options, calls in (({}, 3), ({"chunks": (5, 13, 5)}, 4), ({"kd": (0.5, 0.0, 0.5)}, 3)):
+        alone = outcomes(plain, **options)
+        monkeypatch.setattr(theirs, "logits", lambda *args, **kwargs: (asked.append(1), logits(*args, **kwargs))[1])
+        signal = for_students(plain, 3)
+        assert all(map(torch.equal, outcomes(signal, **options), alone)) and len(asked) == calls
+        monkeypatch.setattr(theirs, "logits", logits)
+        asked.clear()
+        assert bool(signal.kept._held) == bool(options)
+    monkeypatch.setattr(signals, "MOST_KEPT", 1)
+    monkeypatch.setattr(theirs, "logits", lambda *args, **kwargs: (asked.append(1), logits(*args, **kwargs))[1])
+    assert all(map(torch.equal, outcomes(for_students(plain, 3)), outcomes(for_students(plain, 1)))) and len(asked) == 3 * 3 - 2 + 9
