@@ -7,6 +7,7 @@ import pytest
 
 from llmkd.config import loader
 from llmkd.config.fields import as_tuple
+from llmkd.config.make import dump_make, load_make
 from llmkd.planning.devices import held_on_gpu
 
 REPO = Path(__file__).parents[1]
@@ -14,7 +15,8 @@ FILES = sorted(path for path in (REPO / "recipes").rglob("*") if path.suffix in 
 README = (REPO / "recipes/README.md").read_text()
 
 
-RECIPES, PIPELINES, SWEEPS = ([path for path in FILES if loader.file_kind(path) == kind] for kind in ("recipe", "pipeline", "sweep"))
+KINDS = ("recipe", "pipeline", "sweep", "make")
+RECIPES, PIPELINES, SWEEPS, MAKES = ([path for path in FILES if loader.file_kind(path) == kind] for kind in KINDS)
 OF_THE_HUB = [
     path for path in RECIPES if path.parent.name not in ("recipes", "quickstart", "ablation_small", "features", "two_stage", "on_policy")
 ]
@@ -34,6 +36,13 @@ def test_a_recipe_loads_and_survives_a_round_trip(path, tmp_path):
     recipe = loader.load_recipe(path)
     (tmp_path / "again.yaml").write_text(loader.dump(recipe))
     assert loader.load_recipe(tmp_path / "again.yaml") == recipe
+
+
+@pytest.mark.parametrize("path", MAKES, ids=named)
+def test_a_file_of_make_loads_and_survives_a_round_trip(path, tmp_path):
+    settings = load_make(path)
+    (tmp_path / "again.yaml").write_text(dump_make(settings))
+    assert load_make(tmp_path / "again.yaml") == settings
 
 
 @pytest.mark.parametrize("path", PIPELINES, ids=named)
@@ -73,7 +82,7 @@ def test_the_first_three_lines_say_what_it_needs_what_it_does_and_the_command(pa
     assert re.match(r"# Needs: \S", needs) and re.search(r"\d GB", needs) and re.search("minute|hour", needs), needs
     assert re.match(r"# Does: \S", does)
     command = run.removeprefix("# Run: ")
-    starts = ("llmkd train --config ", "llmkd sweep --config ")  # and nothing that a wheel lacks
+    starts = ("llmkd train --config ", "llmkd sweep --config ", "llmkd make --config ")  # and nothing that a wheel lacks
     assert command in [start + named(path) for start in starts], run
 
 

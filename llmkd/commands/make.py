@@ -1,10 +1,14 @@
 """`llmkd make`: data that a model writes, by the stages of a file."""
 
+import contextlib
+import dataclasses
 import os
 from pathlib import Path
 from typing import Any
 
-from ..config.make import load_make
+from ..config.make import Make, MakeSettings, load_make
+from ..config.paths import place_changes
+from ..config.sweep import Stage
 from ..errors import UserError
 from ..making.pipeline import StageCount, report
 from ..making.pipeline import make as run_stages
@@ -13,19 +17,39 @@ from ..output.run_folder import refuse_unwritable
 from ..training.shutdown import ShutdownRequest
 
 
-def make(config: str, overrides: dict[str, Any], dry_run: bool = False, written_later: str = "") -> dict[str, Any]:
+def make(config: str, overrides: dict[str, Any], dry_run: bool = False) -> dict[str, Any]:
     """Run the stages of a file, or go on with them. Returns counts, with those of each stage.
 
     UserError for what a user can correct; Stopped when a signal arrived: what is written is kept, and the same call goes on.
     """
+    return run_make(load_make(config, overrides, check_inputs=True), dry_run)
+
+
+def run_make(settings: MakeSettings, dry_run: bool = False, stop: ShutdownRequest | None = None) -> dict[str, Any]:
+    """The same of settings that are loaded. `stop`: a request that is entered already."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise UserError("make: runs in one process; leave accelerate launch out")
-    settings = load_make(config, overrides, check_inputs=True, written_later=written_later)
+        raise UserError("make: runs in one process; run it by llmkd make without accelerate launch first")
     refuse_unwritable(Path(settings.make.output_dir).expanduser(), "output_dir")
-    with ShutdownRequest("finishing what is asked; what is written is kept") as stop:
+    with contextlib.nullcontext(stop) if stop else ShutdownRequest("finishing what is asked; what is written is kept") as stop:
         found = run_stages(settings, lambda: writer_of(settings.make.writer, _device, stop), dry_run)
     print(report([StageCount(**one) for one in found["stages"]], dry_run))
     return found
+
+
+def make_of_stage(stage: Stage, config: Path, output_dir: str, folder: str, overrides: dict[str, Any], check_inputs: bool) -> MakeSettings:
+    """The settings of a stage `make:` of a pipeline or a sweep, which writes to `folder`.
+
+    config      the pipeline's or sweep's file
+    output_dir  its folder, which `{output_dir}` in `set:` stands for
+    """
+    changes = place_changes(stage.set, str(config.parent), output_dir, Make) | overrides | {"output_dir": folder}
+    return load_make(stage.make, changes, check_inputs=check_inputs, written_later=output_dir)
+
+
+def overrides_of(kind: type, overrides: dict[str, Any]) -> dict[str, Any]:
+    """Those of the settings on the command line that one kind of a pipeline's stages has."""
+    names = {field.name for field in dataclasses.fields(kind)}
+    return {dotted: value for dotted, value in overrides.items() if dotted.partition(".")[0] in names}
 
 
 def _device():

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from ..config.fields import as_tuple
 from ..config.loader import load_pipeline, load_recipe
+from ..config.make import Make, MakeSettings
 from ..config.paths import place_changes
 from ..config.recipe import Recipe
 from ..config.sweep import Pipeline
@@ -17,6 +18,7 @@ from ..training.environment import check_environment
 from ..training.launch import start
 from ..training.prepare import Prepared, prepare
 from ..training.run import run
+from .make import make_of_stage, overrides_of, run_make
 
 
 def run_pipeline(config: str, overrides: dict, resume: bool) -> dict:
@@ -24,13 +26,13 @@ def run_pipeline(config: str, overrides: dict, resume: bool) -> dict:
     overrides = dict(overrides)
     pipeline = load_pipeline(config, overrides.pop("output_dir", None))
     check_environment()
-    recipes = stage_recipes(pipeline, Path(config), overrides)
+    recipes, makes = stage_recipes(pipeline, Path(config), overrides), stage_makes(pipeline, Path(config), overrides)
     folder = Path(pipeline.output_dir)
     if (folder / "summary.json").exists() and not resume:
         raise UserError(f"output_dir: {folder} holds a finished pipeline; choose another folder by --output_dir, or remove it")
-    for number, (name, recipe) in enumerate(recipes.items(), 1):
-        info(f"\n[{number}/{len(recipes)}] {name}")
-        run(recipe, resume)
+    for number, name in enumerate(pipeline.stages, 1):
+        info(f"\n[{number}/{len(pipeline.stages)}] {name}")
+        run(recipes[name], resume) if name in recipes else run_make(makes[name])
     held_out = ", ".join(source.path for source in as_tuple(recipes[pipeline.students[0]].data.validation))
     info(f"\ncomparing on {held_out}")
     results = compare(pipeline, recipes)
@@ -45,7 +47,13 @@ def run_pipeline(config: str, overrides: dict, resume: bool) -> dict:
 def stage_recipes(pipeline: Pipeline, config: Path, overrides: dict) -> dict[str, Recipe]:
     """Every stage's recipe, all checked before the first runs. `{output_dir}` in a setting is replaced by the pipeline's folder."""
     recipes, problems = {}, []
+    if any(stage.make for stage in pipeline.stages.values()):
+        overrides = {key: value for key, value in overrides.items() if key not in overrides_of(Make, overrides)} | overrides_of(
+            Recipe, overrides
+        )
     for name, stage in pipeline.stages.items():
+        if stage.make:
+            continue
         try:
             changes = place_changes(stage.set, str(config.parent), pipeline.output_dir)
             changes |= overrides | {"output_dir": f"{pipeline.output_dir}/{name}"}
@@ -62,6 +70,21 @@ def stage_recipes(pipeline: Pipeline, config: Path, overrides: dict) -> dict[str
             f"{config}: students: {pipeline.students[0]} has no data.validation, on which the students are to be compared; give one"
         )
     return recipes
+
+
+def stage_makes(pipeline: Pipeline, config: Path, overrides: dict) -> dict[str, MakeSettings]:
+    """The settings of every stage of llmkd make, checked before the first stage runs."""
+    makes, problems, own = {}, [], overrides_of(Make, overrides)
+    for name, stage in pipeline.stages.items():
+        if not stage.make:
+            continue
+        try:
+            makes[name] = make_of_stage(stage, config, pipeline.output_dir, f"{pipeline.output_dir}/{name}", own, True)
+        except UserError as error:
+            problems += [f"stage {name}: {problem}" for problem in error.problems]
+    if problems:
+        raise UserError(*problems)
+    return makes
 
 
 def compare(pipeline: Pipeline, recipes: dict[str, Recipe]) -> dict[str, dict[str, float]]:

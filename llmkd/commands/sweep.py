@@ -10,13 +10,15 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 from ..config.fields import as_tuple
 from ..config.loader import load_recipe, load_sweep
+from ..config.make import MakeSettings
 from ..config.on_policy import writes
 from ..config.paths import place_changes
 from ..config.recipe import Recipe, Student, distils, used_teachers, uses_teacher
-from ..config.sweep import ArmSpec, Sweep, expand
+from ..config.sweep import ArmSpec, Stage, Sweep, expand
 from ..console import count, info
 from ..data.encoding.tokenizer import student_tokenizer
 from ..errors import Stopped, UserError, attribute_to_student, of_the_machine
@@ -32,7 +34,10 @@ from ..training.launch import start
 from ..training.prepare import signal_use, student_files
 from ..training.run import run, train_together
 from ..training.shutdown import ShutdownRequest
+from .make import make_of_stage, run_make
 from .sweep_state import Group, SweepState
+
+T = TypeVar("T")
 
 #: Every arm is measured against its teacher, those that do not learn from it as well. A sweep's `set` and its arms may say otherwise.
 MEASURED = {"validation.compare_to_teacher": True}
@@ -46,6 +51,7 @@ def run_sweep(config: str, overrides: dict, resume: bool, then: Callable[[Path],
     specs = {spec.name: spec for spec in expand(sweep)}
     load = SweepRecipes(sweep, Path(config), specs, check_inputs=True)
     recipes = load.recipes()  # every problem before anything runs
+    load.makes()
     check_recipes_unchanged(recipes)
     if sweep.eval.tasks and sweep.eval.chat_template:
         refuse_without_template(recipes)
@@ -55,15 +61,15 @@ def run_sweep(config: str, overrides: dict, resume: bool, then: Callable[[Path],
     with ShutdownRequest() as stop:
         accelerator = start()  # all processes are here before one of them writes
         with state.lock():
-            stages = load.stages()
-            if stages and not all(RunFolder(recipe, True).finished for recipe in stages.values()):
-                info(f"{count(len(stages), 'stage')} first ({', '.join(stages)}), then {count(len(specs), 'arm')}")
-            for name, recipe in stages.items():
-                if not RunFolder(recipe, True).finished:
+            stages, makes = load.stages(), load.makes()
+            if sweep.stages and not all(RunFolder(recipe, True).finished for recipe in stages.values()):
+                info(f"{count(len(sweep.stages), 'stage')} first ({', '.join(sweep.stages)}), then {count(len(specs), 'arm')}")
+            for name in sweep.stages:
+                if name in makes or not RunFolder(stages[name], True).finished:
                     info(f"\nstage {name}")
                 before = time.monotonic()
                 try:
-                    run(recipe, resume, stop)
+                    run(stages[name], resume, stop) if name in stages else run_make(makes[name], stop=stop)
                 finally:
                     state.record_stage(name, time.monotonic() - before)
             recipes = load.recipes()
@@ -176,15 +182,30 @@ class SweepRecipes:
         return out
 
     def stages(self) -> dict[str, Recipe]:
+        """The recipes of the stages that train."""
+        return self._of_stages(lambda name, stage: self._load(stage.recipe, stage.set, f"stages/{name}") if stage.recipe else None)
+
+    def makes(self) -> dict[str, MakeSettings]:
+        """The settings of the stages that make data."""
+        output_dir = self.sweep.output_dir
+
+        def load(name: str, stage: Stage) -> MakeSettings | None:
+            folder = f"{output_dir}/stages/{name}"
+            return make_of_stage(stage, self.config, output_dir, folder, {}, self.check_inputs) if stage.make else None
+
+        return self._of_stages(load)
+
+    def _of_stages(self, load: Callable[[str, Stage], T | None]) -> dict[str, T]:
+        """What `load` gives of each stage, without those of which it gives nothing. UserError with the problems of all."""
         out, problems = {}, []
         for name, stage in self.sweep.stages.items():
             try:
-                out[name] = self._load(stage.recipe, stage.set, f"stages/{name}")
+                out[name] = load(name, stage)
             except UserError as error:
                 problems += [f"stage {name}: {problem}" for problem in error.problems]
         if problems:
             raise UserError(*problems)
-        return out
+        return {name: found for name, found in out.items() if found is not None}
 
     def base(self) -> Recipe:
         """The recipe that the arms are changed copies of."""

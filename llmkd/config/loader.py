@@ -163,6 +163,11 @@ def load_pipeline(path: str | Path, output_dir: str | None = None) -> Pipeline:
         for setting, name in named
         if name not in pipeline.stages
     ]
+    problems += [
+        f"{where((setting,))}: found {name}, which is a stage of llmkd make, and trains no model"
+        for setting, name in named
+        if name in pipeline.stages and pipeline.stages[name].make
+    ]
     if problems := problems + _bad_stages(pipeline, path, lines):
         raise UserError(*problems)
     _refuse_missing_recipes(pipeline, where)
@@ -171,7 +176,11 @@ def load_pipeline(path: str | Path, output_dir: str | None = None) -> Pipeline:
 
 def _refuse_missing_recipes(loaded: Pipeline | Sweep, where: typing.Callable) -> None:
     """UserError for every `recipe:` of a pipeline or a sweep that is no file, at its line."""
-    named = [(keys, mapping[key]) for mapping, key, keys, _ in paths.paths_in(type(loaded), dataclasses.asdict(loaded)) if key == "recipe"]
+    named = [
+        (keys, mapping[key])
+        for mapping, key, keys, _ in paths.paths_in(type(loaded), dataclasses.asdict(loaded))
+        if key in ("recipe", "make")
+    ]
     problems = []
     for keys, recipe in named:
         problem = paths.missing(recipe, "file", "") or (f"{recipe} is a folder; name a file in it" if Path(recipe).is_dir() else "")
@@ -181,11 +190,18 @@ def _refuse_missing_recipes(loaded: Pipeline | Sweep, where: typing.Callable) ->
 
 
 def _bad_stages(pipeline: Pipeline | Sweep, path: str | Path, lines: dict) -> list[str]:
-    return [
-        f"{path}:{lines['stages', s]}: stages.{s}: a stage's name has letters, digits, '.', '_' and '-' only"
-        for s in pipeline.stages
-        if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", s)
-    ]
+    out = []
+    for name, stage in pipeline.stages.items():
+        if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", name):
+            out.append("a stage's name has letters, digits, '.', '_' and '-' only")
+        elif (stage.recipe is None) == (stage.make is None):
+            out.append(
+                "a stage has a recipe, or a file of llmkd make in its place (make:); " + ("give one" if not stage.make else "keep one")
+            )
+        else:
+            continue
+        out[-1] = f"{path}:{lines['stages', name]}: stages.{name}: {out[-1]}"
+    return out
 
 
 def load_sweep(path: str | Path, overrides: dict[str, typing.Any] | None = None) -> Sweep:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
+import yaml
 from pydantic import Field
 
 from ..errors import UserError
@@ -140,7 +141,8 @@ def load_make(path: str | Path, overrides: dict[str, Any] | None = None, *, chec
     found = data.get("stages")
     own = {key: value for key, value in data.items() if key != "stages"}
     bare = [one if isinstance(one, dict) else {} for one in found] if isinstance(found, list) else found
-    stages = tuple(_stage(number, one, path, lines, problems) for number, one in enumerate(found if isinstance(found, list) else ()))
+    listed = found if isinstance(found, list) else []
+    stages = tuple(_stage(number, one, path, lines, changed, problems) for number, one in enumerate(listed))
     make = check(Make, own | ({} if bare is None else {"stages": bare}), str(path), lines, problems, changed)
     problems = [f"{where(tuple(keys))}: {problem}" for keys, problem in _contradictions(make, stages)]
     if check_inputs:
@@ -150,7 +152,7 @@ def load_make(path: str | Path, overrides: dict[str, Any] | None = None, *, chec
     return MakeSettings(make, stages)
 
 
-def _stage(index: int, found: Any, path, lines: dict, problems: list[str]) -> StageSettings | None:
+def _stage(index: int, found: Any, path, lines: dict, changed: set[tuple], problems: list[str]) -> StageSettings | None:
     """A stage's settings; what is wrong with them is added to `problems`."""
     line = lines.get(("stages", index), lines.get(("stages",)))
     place = f"{path}:{line}: stages.{index}"
@@ -165,9 +167,10 @@ def _stage(index: int, found: Any, path, lines: dict, problems: list[str]) -> St
         )
         return None
     here = {key[2:]: number for key, number in lines.items() if key[:2] == ("stages", index) and len(key) > 2}
-    loader.place_paths(STAGES[do], given, path, locator(str(path), here, set()), set(), problems)
+    mine = {key[2:] for key in changed if key[:2] == ("stages", index)}
+    loader.place_paths(STAGES[do], given, path, locator(str(path), here, mine), mine, problems)
     try:
-        return StageSettings(index + 1, do, check(STAGES[do], given, str(path), here, [], set()))
+        return StageSettings(index + 1, do, check(STAGES[do], given, str(path), here, [], mine))
     except UserError as error:
         problems += [f"stages.{index} ({do}): {problem}" for problem in error.problems]
         return None
@@ -231,10 +234,8 @@ def _missing(make: Make, path, where, written_later: str) -> list[str]:
     return problems
 
 
-def dump_make(settings: MakeSettings, folder: str | Path) -> str:
-    """The settings as YAML, with paths as a file in `folder` names them."""
-    import yaml
-
+def dump_make(settings: MakeSettings, folder: str | Path | None = None) -> str:
+    """The settings as YAML that `load_make` reads back to equal ones. Paths are as a file in `folder` names them, or in any folder."""
     data = json.loads(json.dumps(dataclasses.asdict(settings.make)))
     data["stages"] = [{"do": one.do} | json.loads(json.dumps(dataclasses.asdict(one.settings))) for one in settings.stages]
     for kind, part in ((Make, {k: v for k, v in data.items() if k != "stages"}), *((STAGES[one["do"]], one) for one in data["stages"])):

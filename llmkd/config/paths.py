@@ -96,14 +96,16 @@ def relative_to(text: str, what: PathKind, folder: str | Path | None) -> str:
     return relative if relative.startswith("..") else os.path.join(".", relative)
 
 
-def place_changes(changes: dict[str, Any], folder: str, output_dir: str = "") -> dict[str, Any]:
+def place_changes(changes: dict[str, Any], folder: str, output_dir: str = "", kind: type = Recipe) -> dict[str, Any]:
     """The `set:` of a pipeline or a sweep, or an arm's changes, with its paths placed: `{output_dir}` is the folder that it writes.
+
+    kind   of the settings that are changed
 
     They are `Placed`, so that they may be changes of a recipe or a sweep in any folder. UserError has every problem, with the name of
     its setting.
     """
     written, problems = replaced(changes, "{output_dir}", output_dir), []
-    for before, after in zip(paths_in(Recipe, changes), paths_in(Recipe, written), strict=True):
+    for before, after in zip(paths_in(kind, changes), paths_in(kind, written), strict=True):
         (old, key, path, what), (new, *_) = before, after
         try:
             new[key] = Placed(place(new[key], what, "" if "{output_dir}" in old[key] else folder))

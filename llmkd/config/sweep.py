@@ -18,8 +18,11 @@ NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._+-]*")
 
 @config_dataclass
 class Stage:
-    recipe: str = path_to("file", description="Recipe of this stage, relative to the pipeline's file.")
-    set: dict[str, Any] = Field(default_factory=dict, description="Changes to the recipe's settings, by dotted path.")
+    recipe: str | None = path_to("file", None, description="Recipe of this stage, relative to the pipeline's file.")
+    make: str | None = path_to(
+        "file", None, description="Instead of a recipe: a file of llmkd make, whose data later stages and runs train on."
+    )
+    set: dict[str, Any] = Field(default_factory=dict, description="Changes to the settings of the recipe, or of make, by dotted path.")
 
 
 @config_dataclass
