@@ -149,7 +149,8 @@ def load_make(path: str | Path, overrides: dict[str, Any] | None = None, *, chec
         problems += _missing(make, path, where, written_later)
     if problems:
         raise UserError(*problems)
-    return MakeSettings(make, stages)
+    written = tuple({"do": one.do} | dataclasses.asdict(one.settings) for one in stages)
+    return MakeSettings(dataclasses.replace(make, stages=written), stages)
 
 
 def _stage(index: int, found: Any, path, lines: dict, changed: set[tuple], problems: list[str]) -> StageSettings | None:

@@ -89,7 +89,7 @@ class Pipeline:
             work = self._work(one, prompts, counted)
             outcome = Outcome(list(rows)) if self.dry_run and not stage.asks else stage.run(rows, work)
             rows = outcome.rows
-            self._count(counted, outcome)
+            self._count(counted, outcome, stage)
             if not rows and not self.dry_run:
                 raise UserError(f"stages.{one.number - 1} ({one.do}): no row is left; {self._reasons(counted)}")
         return self._with_answers(rows)
@@ -99,18 +99,20 @@ class Pipeline:
         outcome, counted = Outcome(), StageCount("train", len(rows))
         for row in rows:
             outcome.take(row, row if has_answer(row) or self.dry_run else Rejected(row, "no_answer", "no stage has answered it"))
-        self._count(counted, outcome)
+        self._count(counted, outcome, None)
         if not outcome.kept and not self.dry_run:
             raise UserError("stages: no row has an answer to train on; add the stage answer, as in {do: answer}")
         return outcome.kept
 
-    def _count(self, counted: StageCount, outcome: Outcome) -> None:
+    def _count(self, counted: StageCount, outcome: Outcome, stage: Stage | None) -> None:
         counted.passed, counted.rejected = len(outcome.passed), len(outcome.rejected)
         counted.candidates, counted.out = len(outcome.kept) + len(outcome.rejected), len(outcome.rows)
         counted.reasons = dict(Counter(one.reason for one in outcome.rejected).most_common())
         self.counts.append(counted)
         self.rejected += [(counted.stage, one) for one in outcome.rejected]
-        if not self.dry_run and counted.candidates > _FEW and counted.rejected > self.make.max_rejected * counted.candidates:
+        if self.dry_run or getattr(stage, "chooses", False):
+            return
+        if counted.candidates > _FEW and counted.rejected > self.make.max_rejected * counted.candidates:
             self._write_rejected()
             raise UserError(
                 f"{counted.stage}: {counted.rejected:,} of {counted.candidates:,} candidates are rejected: {self._reasons(counted)}; "

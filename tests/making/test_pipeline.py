@@ -125,6 +125,12 @@ def test_a_stage_that_rejects_nearly_all_stops_with_its_reasons(tmp_path):
     assert len(lines(tmp_path / "out" / "rejected.jsonl")) == 30
 
 
+def test_a_stage_that_is_to_choose_may_leave_out_nearly_all(tmp_path):
+    rows = [{"instruction": f"Question {i}?", "output": "Yes.", "score": float(i)} for i in range(40)]
+    done = run_make(write_make(tmp_path, [{"do": "select", "by": "score", "top": 0.025}], rows))
+    assert adds_up(done) and done.counts[0].rejected == 39 and [row["score"] for row in lines(tmp_path / "out" / "train.jsonl")] == [39.0]
+
+
 def test_what_others_wrote_or_changed_is_left_alone(tmp_path):
     path, out = write_make(tmp_path, ANSWER), tmp_path / "out"
     out.mkdir()

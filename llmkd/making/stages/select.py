@@ -13,7 +13,7 @@ from .score import BY, column_of
 
 
 class Select:
-    asks = False
+    asks, chooses = False, True
 
     def __init__(self, settings: Settings):
         self.settings = settings
