@@ -101,6 +101,9 @@ class TrainingSource(BatchSource, Protocol):
     def measured(self) -> dict[str, float]:
         """What the source has measured since the last time, by name; empty where it measures nothing. The same on all ranks but for times."""
 
+    def checked(self, metrics: dict[str, float]) -> None:
+        """Before the first step the student has these metrics on training examples, and the teacher has `teacher_ce`."""
+
     def validated(self, metrics: dict[str, float]) -> None:
         """The student has these held-out metrics, which are the same on all ranks, after the step that was trained last."""
 
@@ -191,6 +194,9 @@ class ExampleSource:
 
     def texts(self, step: int) -> Sequence[WrittenText]:
         return ()
+
+    def checked(self, metrics: dict[str, float]) -> None:
+        pass
 
     def validated(self, metrics: dict[str, float]) -> None:
         pass

@@ -63,7 +63,8 @@ class OnPolicySource(ExampleSource):
         self.planned, self.prompts, self.writer, self.teachers, self.settings = planned, prompts, writer, teachers, settings
         self.by_teacher = Statistics("written_by_teacher")
         self.sampling, self.statistics = sampling_of(settings, planned.seed), Statistics()
-        self.watch, self.vocab = Watch(settings.max_new_tokens, vocab), vocab
+        fits = self.examples.num_targets[prompts.may] <= settings.max_new_tokens
+        self.watch, self.vocab = Watch(settings.max_new_tokens, vocab, float(fits.mean()) if len(fits) else 0.0), vocab
         self.share, self.newest = Share(settings.share, planned.total_steps, 1 - settings.teacher_writes), 0.0
         self.replay = ReplayBuffer(settings.replay, planned.seed, planned.total_steps)
         self.recorded: tuple[int, list[WrittenText]] = 0, []  # the newest step whose answers are kept for people, and those answers
@@ -189,8 +190,13 @@ class OnPolicySource(ExampleSource):
     def measured(self) -> dict[str, float]:
         return self.statistics.read() | self.by_teacher.read() | ({"written_share": self.newest} if self.share.changes else {})
 
+    def checked(self, metrics: dict[str, float]) -> None:
+        self.watch.checked(metrics["ce"], metrics["teacher_ce"])
+
     def validated(self, metrics: dict[str, float]) -> None:
         self.share.validated(metrics["ce"])
+        for text in self.watch.validated(metrics):
+            warn(text)
 
     def state(self, step: int) -> dict:
         return self.share.state() | self.replay.state(step, self.examples)

@@ -51,19 +51,48 @@ class Statistics:
 
 
 WINDOW = 64  # answers that a warning looks at
+UNKNOWN = math.log(2)  # nats a token of the data's answers that a student may be behind its teacher at the start
 LOOP, PERIOD = 24, 8  # an answer loops whose last so many tokens repeat so few
 RANDOM = 0.75  # of the entropy of a text in which all tokens are equally likely
 DRIFT, LEAST = 2.0, 4  # lengths that differ by this factor, and by so many tokens
 
 
 class Watch:
-    """Notices, once each, that what a student writes is of little use: sentences that begin with "warning:", each with what to do."""
+    """Notices, once each, that what a student writes is of little use: sentences that begin with "warning:", each with what to do.
 
-    def __init__(self, room: int, vocab: int):
-        self.room, self.vocab = room, vocab
+    room   tokens of the longest answer
+    fits   the share of the data's answers that are not longer
+    """
+
+    def __init__(self, room: int, vocab: int, fits: float = 1.0):
+        self.room, self.vocab, self.fits = room, vocab, fits
+        self.behind: float | None = None  # nats a token of the data's answers, before the first step
         self.first: float | None = None  # mean length of the first window
         self.window: list[Completion] = []
         self.said: set[str] = set()
+
+    def checked(self, ce: float, teacher_ce: float) -> None:
+        """Before the first step the student and the teacher have these cross-entropies on training examples."""
+        self.behind = ce - teacher_ce
+
+    def validated(self, metrics: dict[str, float]) -> list[str]:
+        """What to say after a validation; nothing where answers have been trained on before it. The teacher's cross-entropy of what the student
+        writes is the student's entropy and KL(q || p), each of a token."""
+        spread, apart, most = metrics.get("own_entropy"), metrics.get("own_reverse_kl"), math.log(self.vocab)
+        if (
+            self.first is not None
+            or self.window
+            or spread is None
+            or apart is None
+            or spread + apart <= RANDOM * most
+            or "unlikely" in self.said
+        ):
+            return []
+        self.said |= {"unlikely", "random"}
+        return [
+            f"warning: on_policy: at the start the teacher finds what the student writes almost as unlikely as random tokens ({spread + apart:.2f} of at most {most:.2f} "
+            "nats a token), and at such prefixes it says little; train the student on the data first, or let on_policy.share grow from 0"
+        ]
 
     def add(self, answers: Sequence[Completion]) -> list[str]:
         """What to say after these answers, in the order in which they were written."""
@@ -89,7 +118,14 @@ class Watch:
                 f"warning: on_policy: at the start the student writes almost at random (entropy {spread:.2f} of at most {most:.2f} nats a token), and at such "
                 "prefixes a teacher says little; train it on the data first, or let on_policy.share grow from 0"
             )
-        if not any(one.finished for one in self.window):
+        useful = sum(one.finished and len(one.ids) > 1 for one in self.window) / WINDOW
+        if self.first is None and not found and self.behind is not None and self.behind > UNKNOWN and useful < self.fits / 2:
+            found["untuned"] = (
+                f"warning: on_policy: at the start the student does not know the task: {useful:.0%} of its first {WINDOW} answers say something and end within "
+                f"on_policy.max_new_tokens ({self.room}), where {self.fits:.0%} of the data's do, and on the data's its cross-entropy is {self.behind:.2f} nats a token above the "
+                "teacher's; train it on the data first, or let on_policy.share grow from 0"
+            )
+        elif not any(one.finished for one in self.window):
             found["unfinished"] = (
                 f"warning: on_policy: none of the last {WINDOW} answers ended within on_policy.max_new_tokens ({self.room}), so the student does not learn to "
                 "end; raise it, or train on the data first until answers end"

@@ -184,6 +184,7 @@ class Trainer:
             student.record.write(
                 {"step": 0, "teacher_check": {"examples": len(sample)} | {name: values[name] for name in ("ce", "teacher_ce")}}
             )
+        self.source.checked(found[0])
         self.display.info(message(found, len(sample), self.prepared.teachers, self.prepared.student))
 
     def measure(self, students: list[LanguageModel], data: Examples, name: str, step: int) -> list[HeldOut]:

@@ -52,6 +52,41 @@ def test_a_student_that_knows_nothing_is_warned_of_at_the_start_alone():
     assert said(Watch(50, 100), answers(*[5] * WINDOW, entropy=None), answers(*[5] * (WINDOW - 1), entropy=9.0)) == [[], []]
 
 
+def test_an_untuned_student_is_warned_of_and_a_tuned_one_is_not():
+    """Figures of the quickstart's models: the base as it comes, after 6 steps of fine-tuning, and after 96."""
+    rambling = [*answers(*[7] * 8), *answers(*[24] * 56, finished=False)]
+    for behind, wrote, known in ((1.09, rambling, False), (0.39, answers(*[7] * WINDOW), True), (0.28, answers(*[6] * WINDOW), True)):
+        watch = Watch(24, 300)
+        watch.checked(0.5 + behind, 0.5)
+        first, second = said(watch, wrote, rambling)
+        assert (first == []) == known and not any("does not know" in text for text in second), "at the start alone"
+    assert said(Watch(24, 300), rambling) == [[]], "without a teacher check nothing is known"
+    watch = Watch(24, 300)
+    watch.checked(0.9, 0.5)  # it knows the data's answers nearly as well, and writes longer ones: it reasons first, say
+    assert said(watch, rambling) == [[]]
+    watch = Watch(24, 300, 0.2)  # the data's answers are too long themselves
+    watch.checked(2.0, 0.5)
+    assert said(watch, rambling) == [[]]
+    watch = Watch(24, 300)
+    watch.checked(2.0, 0.5)
+    assert said(watch, answers(*[1] * WINDOW))[0][0].startswith("at the start the student does not know the task"), "ends at once"
+    watch = Watch(24, 300)
+    watch.checked(2.0, 0.5)
+    assert len(said(watch, answers(*[24] * WINDOW, finished=False))[0]) == 1, "that none ends is a part of it"
+
+
+def test_text_that_the_teacher_finds_as_unlikely_as_random_tokens_is_warned_of():
+    sure, unlikely, likely = 0.3 * math.log(100), {"own_reverse_kl": 0.5 * math.log(100)}, {"own_reverse_kl": 0.4 * math.log(100)}
+    watch = Watch(50, 100)
+    assert watch.validated({"ce": 1.0}) == watch.validated({"own_entropy": sure} | likely) == []
+    (text,) = watch.validated({"own_entropy": sure} | unlikely)
+    assert "the teacher finds what the student writes almost as unlikely as random tokens (3.68 of at most 4.61" in text
+    assert watch.validated({"own_entropy": sure} | unlikely) == [], "once"
+    watch = Watch(50, 100)
+    watch.add(answers(5))
+    assert watch.validated({"own_entropy": sure} | unlikely) == [], "at the start alone"
+
+
 def test_answers_that_never_end_are_warned_of_once():
     never = answers(*[7] * WINDOW, finished=False)
     one = [*never[1:], *answers(7)]
