@@ -193,7 +193,12 @@ def plan(options: argparse.Namespace, overrides: dict) -> dict:
 
     gpu = GPUS.get(options.gpu)
     rate = options.tflops and options.tflops * 1e12
-    return run(config, overrides, Wanted(gpu, options.gpu == "none", options.memory, options.share or SHARE, rate, options.measure))
+    if options.plot:
+        check_file(options.plot, "--plot")
+        if not options.processes:
+            raise UserError("--plot: draws the speed of many GPUs, which --processes N plans; give both")
+    more = options.processes, options.plot and Path(options.plot)
+    return run(config, overrides, Wanted(gpu, options.gpu == "none", options.memory, options.share or SHARE, rate, options.measure, *more))
 
 
 def doctor(options: argparse.Namespace, overrides: dict) -> dict:

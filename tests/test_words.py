@@ -39,6 +39,7 @@ ALLOWED = {
     ("llmkd/signals.py", "stores?"): "the verb",
     ("llmkd/teachers/cache/records.py", "stores?"): "the verb",
     ("llmkd/data/encoding/token_cache.py", "stores?"): "the verb",
+    ("llmkd/planning/ranks.py", "stores?"): "torch's own class",
     ("llmkd/models/float8.py", "gates?"): "what routers of experts are called in models",
     ("llmkd/teachers/fidelity.py", "gates?"): "a seed: another text would draw other examples",
     ("llmkd/config/validation.py", "gates?"): "the hint of a setting's new name",

@@ -38,7 +38,7 @@ from llmkd.planning.build import build  # noqa: E402
 from llmkd.planning.find import find  # noqa: E402
 from llmkd.planning.live_memory import operations  # noqa: E402
 from llmkd.planning.models import Depth, depth_of  # noqa: E402
-from llmkd.planning.step import watched_step  # noqa: E402
+from llmkd.planning.step import OneProcess, watched_step  # noqa: E402
 
 #: An H100's stated rates: operations per second of dense products by the width of their operands in bytes, and bytes per second.
 RATES, BANDWIDTH = {1: 1979e12, 2: 989e12, 4: 67e12, 8: 67e12}, 3.35e12
@@ -154,10 +154,10 @@ def audit(recipe: Recipe, students: int, batch: Batch, layers: Callable[[int], i
         depth = Depth(depth.layers, depth.layers - 1)
     of_teachers = [layers(depth_of(config.config, f"{name}.model")) for name, _, config in found.live]
     with fake_cuda():
-        ready = build(recipes, found, depth, of_teachers, None, True, "cuda")
+        ready = build(recipes, found, depth, of_teachers, None, True, OneProcess("cuda"))
         counted = Audit()
         with counted:
-            watched_step(ready, batch, False, "cuda", before=lambda: counted.costs.clear())
+            watched_step(ready, batch, False, OneProcess("cuda"), before=lambda: counted.costs.clear())
         return counted
 
 

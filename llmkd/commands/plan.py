@@ -2,15 +2,18 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ..config.recipe import Recipe
 from ..console import duration, table
+from ..output.plots import plot_speeds
 from ..planning import devices, fit
-from ..planning.devices import Device
+from ..planning.devices import GPUS, Device
 from ..planning.here import real_steps
 from ..planning.plan import Plan
 from .cost import PER_LAYER, matmul_flops
+from .plan_ranks import speed_of_many, ways_to_hold
 from .plan_runs import Runs, runs_of
 
 
@@ -24,6 +27,8 @@ class Wanted:
     share    of a GPU's stated peak that a step reaches
     rate     operations per second that are reached, in place of all rates
     measure  run some real steps on this machine, and print both
+    processes   of the run, each with such a device; None for one, and nothing about many
+    plot     a file for a plot of the speed of many GPUs
     """
 
     gpu: Device | None = None
@@ -32,6 +37,8 @@ class Wanted:
     share: float = devices.SHARE
     rate: float | None = None
     measure: bool = False
+    processes: int | None = None
+    plot: Path | None = None
 
     @property
     def room(self) -> float | None:
@@ -54,10 +61,10 @@ def run(config: str, overrides: dict[str, Any], wanted: Wanted) -> dict:
 
 def _tell(runs: Runs, wanted: Wanted) -> dict:
     """Print the plan of what trains together, and return its numbers."""
-    first = runs.plan(wanted.room, not wanted.cpu)
+    first = runs.plan(wanted.room, not wanted.cpu, None, wanted.processes or 1)
 
     def needs(change: dict[str, Any]) -> float:
-        return _needed(runs.plan(wanted.room, not wanted.cpu, change), wanted)
+        return _needed(runs.plan(wanted.room, not wanted.cpu, change, wanted.processes or 1), wanted)
 
     numbers = ({"arms": runs.arms} if runs.arms else {}) | _numbers(first, wanted)
     print(_memory_text(first, wanted, runs.name))
@@ -65,6 +72,12 @@ def _tell(runs: Runs, wanted: Wanted) -> dict:
     print("\n" + _work_text(first) + "\n\n" + table([{k: v for k, v in row.items() if not k.startswith("_")} for row in rows]))
     numbers["devices"] = [row["_numbers"] for row in rows]
     print("\n" + _rates_text(wanted, first))
+    if wanted.processes:
+        numbers["ways_to_hold"] = ways_to_hold(runs, needs, wanted.room)
+        device = rows[-1]["_device"] if wanted.cpu else wanted.gpu or GPUS["h100"]
+        numbers["speeds"], lines = speed_of_many(runs, first, _rate(wanted, device), device)
+        if wanted.plot:
+            plot_speeds(wanted.plot, runs.name, lines)
     if wanted.measure:
         numbers["measured"] = _measured(runs, first, wanted, rows[-1]["_device"])
     if wanted.room:
@@ -143,7 +156,9 @@ def _memory_text(planned: Plan, wanted: Wanted, config: str) -> str:
     if not wanted.cpu:
         rows.append(("with CUDA's context and fragmentation", _needed(planned, wanted)))
     shown = [{"memory": name, unit: _amount(size, unit)} for name, size in rows]
-    return f"{config}: one process, {'this CPU' if wanted.cpu else 'one GPU'}\n\n" + table(shown)
+    device = "this CPU" if wanted.cpu else "one GPU"
+    many = f"one of {planned.ranks} processes, each with {device}" if planned.ranks > 1 else f"one process, {device}"
+    return f"{config}: {many}\n\n" + table(shown)
 
 
 def _unit(size: float) -> str:

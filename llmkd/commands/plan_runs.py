@@ -31,14 +31,14 @@ class Runs:
     recipes: Callable[[dict[str, Any]], list[Recipe]]
     found: Found
 
-    def plan(self, memory: float | None, gpu: bool, change: dict[str, Any] | None = None) -> Plan:
+    def plan(self, memory: float | None, gpu: bool, change: dict[str, Any] | None = None, processes: int = 1) -> Plan:
         """Their plan with some settings changed. Of fewer `students_per_teacher` the first part is planned, in which those that distil come first."""
         settings = dict(change or {})
         most = settings.pop("students_per_teacher", None) or max(1, len(self.arms))
         parts = max(1, -(-len(self.arms) // most))
         recipes = self.recipes(settings)[::parts]
         found = dataclasses.replace(self.found.with_teachers(recipes[0]), students=self.found.students[::parts])
-        return plan(recipes, found, memory, gpu)
+        return plan(recipes, found, memory, gpu, processes)
 
 
 def runs_of(config: str, overrides: dict[str, Any]) -> list[Runs]:

@@ -168,10 +168,11 @@ COMMANDS = (
     Command(
         "plan",
         "Say what a recipe or sweep needs and costs: memory by part, time on GPUs, what to change if it does not fit",
-        "--config FILE [--gpu NAME] [--memory AMOUNT] [--measure] [--json FILE] [--section.name VALUE ...]",
+        "--config FILE [--gpu NAME] [--memory AMOUNT] [--processes N] [--measure] [--json FILE] [--section.name VALUE ...]",
         "Run one step of a recipe's training loop on tensors without values: no weights are read and no GPU is needed. Prints the memory at its\n"
         "peak by part, the tokens, targets and operations of the run, and its time on GPUs. With --gpu or --memory also what would save memory\n"
-        "where it does not fit, each change planned again. Of a sweep each group of arms that train side by side. One process, one device.",
+        "where it does not fit, each change planned again. Of a sweep each group of arms that train side by side. One process, or with --processes\n"
+        "several, whole or sharded.",
         "llmkd plan --config recipes/llama3_8b_to_1b/2_distill.yaml --gpu 4090",
         (
             _CONFIG,
@@ -184,6 +185,13 @@ COMMANDS = (
             Option("--memory", "AMOUNT", "memory that it is to fit in, such as 24GB, in place of the GPU's", amount),
             Option("--share", "S", "share of a GPU's stated peak that a step reaches, above 0 to 1 (default 0.4)", above_zero(1)),
             Option("--tflops", "N", "operations per second that are reached, in 10^12, in place of all rates", above_zero()),
+            Option(
+                "--processes",
+                "N",
+                "plan N processes: what each needs, by way of holding the models, and the speed of 1 to 512 GPUs",
+                whole_number(1),
+            ),
+            Option("--plot", "FILE.png", "with --processes: a plot of that speed"),
             Switch("--measure", "also load the models, run some real steps on this machine, and print what both say"),
             _JSON,
         ),

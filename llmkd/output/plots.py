@@ -81,3 +81,25 @@ def moving_average(values: Sequence[float]) -> list[float]:
     half = round(len(values) / 20) // 2
     windows = (values[max(0, i - half) : i + half + 1] for i in range(len(values)))
     return [sum(window) / len(window) for window in windows]
+
+
+def plot_speeds(path: Path, title: str, lines: dict[str, list[tuple[int, float]]]) -> None:
+    """Tokens a second by the number of GPUs, {how the models are held: [(GPUs, tokens a second)]}, and as many times one GPU's as there are."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    figure, axis = plt.subplots(figsize=(6, 4), layout="constrained")
+    for name, points in lines.items():
+        axis.plot(*zip(*points, strict=True), marker="o", markersize=3, label=name)
+    first, tokens = next(iter(lines.values()))[0]
+    most = max(ranks for points in lines.values() for ranks, _ in points)
+    axis.plot((first, most), (tokens, tokens * most / first), color="#aaaaaa", linestyle=":", label="without waiting")
+    axis.set(xscale="log", yscale="log", xlabel="GPUs", ylabel="tokens a second, predicted", title=title)
+    axis.grid(alpha=0.25)
+    axis.legend(frameon=False, fontsize=9)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, format="png", dpi=130)
+    plt.close(figure)
+    write_atomic(path, drawn.getvalue())

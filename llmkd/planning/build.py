@@ -20,9 +20,10 @@ from ..training.features import feature_terms
 from .cached import RecordsWithoutValues, format_of
 from .devices import CONTEXT
 from .find import Found
+from .live_memory import local
 from .model_configs import ModelConfig
 from .models import Depth, build_students, build_teacher, empty_model
-from .step import OneProcess, Ready
+from .step import ON_CPU, OneProcess, Ready
 
 
 def build(
@@ -32,14 +33,14 @@ def build(
     of_teachers: list[int],
     memory: float | None,
     gpu: bool,
-    device: str = "cpu",
+    accelerator: OneProcess = ON_CPU,
 ) -> Ready:
     """Students and teacher without values, in a fake mode: as `training.build.build_setup` makes them.
 
-    gpu      with a GPU's chunks of the head
-    device   of the fake tensors
+    gpu          with a GPU's chunks of the head
+    accelerator  with the device of the fake tensors, and the other ranks
     """
-    recipe = recipes[0]
+    recipe, device = recipes[0], accelerator.device
     packing = recipe.data.packing * longest_row(recipe.train, recipe.data)
     teachers, models, live, elsewhere, base = {}, [], {}, set(), None
     learn = any(map(distils, recipes))
@@ -60,15 +61,19 @@ def build(
         models.append(model)
         live[setting] = model
     students = build_students([one.student for one in recipes], found.students, found.vocab, depth, packing, base)
+    for setting, model in live.items():
+        accelerator.shard_teacher(recipe, setting, model)
+    strategy = accelerator.strategy(recipe)
+    strategy.hold(students)
     chunk = None
     if gpu:
-        held = sum(p.nbytes for model in (*students, *models) if id(model) not in elsewhere for p in model.parameters())
+        held = sum(local(p).nbytes for model in (*students, *models) if id(model) not in elsewhere for p in model.parameters())
         chunk = chunk_rows(found.vocab, 0.9 * (memory - CONTEXT - held) if memory else 1e15)
     optim = dataclasses.replace(recipe.optim, name="adamw")
     states = []
     for one, student in zip(recipes, students, strict=True):
         terms, divergences = _terms(one, student, live), divergences_of(one.loss, one.data)
-        states.append(build_student(one.loss, optim, student, work_steps(recipe), OneProcess(device), chunk, terms, divergences))
+        states.append(build_student(one.loss, optim, student, work_steps(recipe), accelerator, chunk, terms, divergences, strategy))
     taps = teacher_taps(recipes, states)
     teachers |= {setting: LiveTeacher(model, taps.get(setting, NO_TAPS)) for setting, model in live.items()}
     settings = {setting: one for setting, one, _ in found.teachers}

@@ -16,6 +16,7 @@ class Device:
     """memory   bytes
     half     operations per second of dense products in bfloat16, summed in float32
     single   of products in float32, without TF32
+    link     bytes a second to another GPU of the machine, in one direction: NVLink, or PCIe 4
     measured   whether the rates were measured here, and not stated
     """
 
@@ -23,6 +24,7 @@ class Device:
     memory: float
     half: float
     single: float
+    link: float = 32e9
     measured: bool = False
 
     def rate(self, dtype: str) -> float:
@@ -36,10 +38,10 @@ GPUS = {
     for one in (
         Device("L4", 24e9, 121e12, 30.3e12),
         Device("4090", 24e9, 165.2e12, 82.6e12),
-        Device("A100-40GB", 40e9, 312e12, 19.5e12),
-        Device("A100", 80e9, 312e12, 19.5e12),
-        Device("H100", 80e9, 989e12, 67e12),
-        Device("H200", 141e9, 989e12, 67e12),
+        Device("A100-40GB", 40e9, 312e12, 19.5e12, 300e9),
+        Device("A100", 80e9, 312e12, 19.5e12, 300e9),
+        Device("H100", 80e9, 989e12, 67e12, 450e9),
+        Device("H200", 141e9, 989e12, 67e12, 450e9),
     )
 }
 

@@ -71,8 +71,6 @@ def find(recipes: Sequence[Recipe], recipe_folder: Path, coming: Coming = Mappin
 
 def refuse_unplanned(recipe: Recipe) -> None:
     for setting, given, what in (
-        ("train.shard", None if recipe.train.shard == "none" else recipe.train.shard, "sharded models"),
-        *((f"{setting}.shard", one.shard if one.shard == "full" else None, "sharded models") for setting, one in used_teachers(recipe)),
         ("on_policy", recipe.on_policy if writes(recipe.on_policy) else None, "a student that writes"),
         *((f"{setting}.ema", one.ema, "a teacher that is an average of the student") for setting, one in used_teachers(recipe)),
     ):

@@ -65,7 +65,7 @@ def real_steps(recipes: Sequence[Recipe], work: Work) -> RealSteps:
     ready = ready_here(recipes, prepare(recipes[0]), device)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
-    watched = [watched_step(ready, batch.to(device), gradients, device) for batch, gradients in work.cases]
+    watched = [watched_step(ready, batch.to(device), gradients, OneProcess(device)) for batch, gradients in work.cases]
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else max(one.peak for phases in watched for one in phases.values())
     return RealSteps(peak, min(_times(ready, work.batch.to(device), device)))
 

@@ -47,7 +47,7 @@ class LiveMemory(TorchDispatchMode):
         key = storage._cdata
         if key in self._held or tensor.device.type == "meta":
             return
-        size = 0 if elsewhere else -(-storage.nbytes() // self.round_to) * self.round_to
+        size = 0 if elsewhere else self._rounded(storage)
         self._held[key] = size, part or self.part
         weakref.finalize(storage, self._drop, key)
         self.now += size
@@ -67,6 +67,20 @@ class LiveMemory(TorchDispatchMode):
             self._held[key] = size, part
             self.parts[before] -= size
             self.parts[part] += size
+
+    def resized(self, tensor: Tensor) -> None:
+        """A storage that is counted has been given memory, or its memory taken."""
+        storage = tensor.untyped_storage()
+        if storage._cdata in self._held:
+            before, part = self._held[storage._cdata]
+            size = self._rounded(storage)
+            self._held[storage._cdata] = size, part
+            self.now += size - before
+            self.parts[part] += size - before
+            self._note()
+
+    def _rounded(self, storage) -> int:
+        return -(-storage.nbytes() // self.round_to) * self.round_to
 
     def _drop(self, key: int) -> None:
         size, part = self._held.pop(key)
@@ -103,12 +117,23 @@ class LiveMemory(TorchDispatchMode):
             self.multiplied(count(args, kwargs, out))
         for leaf in tree_leaves(out):
             if isinstance(leaf, Tensor):
-                self.add(leaf)
+                self.add(local(leaf))
         return out
 
 
 #: Those that are entered.
 _WATCHING: list[LiveMemory] = []
+
+
+def resized(tensor: Tensor) -> None:
+    """Tell those that watch of a storage that was given or taken memory without an operation."""
+    for one in _WATCHING:
+        one.resized(tensor)
+
+
+def local(tensor: Tensor) -> Tensor:
+    """The part of a sharded tensor that is in this process; it may have more memory than its rows, which are then fewer than another's."""
+    return getattr(tensor, "_local_tensor", tensor)
 
 
 def multiplied(flops: int) -> None:

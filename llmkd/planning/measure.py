@@ -17,8 +17,10 @@ from ..models.quantization import DTYPES
 from .build import build
 from .fakes import fake_tensors
 from .find import Found
+from .live_memory import Phase
 from .models import Depth, depth_of, full_depth, layer_sizes
-from .step import BACKWARD, LOSS, TEACHER, watched_step
+from .ranks import fake_ranks
+from .step import BACKWARD, BUCKETS, LOSS, TEACHER, Ready, watched_step
 
 _KEPT, _RECOMPUTED, _OF_TEACHER = 4, 3, 2  # layers that are run of a deeper model
 ROUND_ON_GPU = 512  # bytes: the allocator of CUDA
@@ -39,10 +41,13 @@ class Measured:
         return max(self.phases, key=lambda name: sum(self.phases[name].values()))
 
 
-def measure(recipes: Sequence[Recipe], found: Found, batch: Batch, gradients: bool, memory: float | None, gpu: bool) -> Measured:
+def measure(
+    recipes: Sequence[Recipe], found: Found, batch: Batch, gradients: bool, memory: float | None, gpu: bool, ranks: int = 1
+) -> Measured:
     """A step of one micro-batch at the models' full depth, extended from fewer layers where they are deep and all alike.
 
     gradients   whether those of micro-batches before it are there
+    ranks       processes that hold the models as the recipe says; the first one's memory is measured
     """
     recipe = recipes[0]
     whole = full_depth(found.student.config, recipe.student.recomputed, "student.model")
@@ -52,7 +57,7 @@ def measure(recipes: Sequence[Recipe], found: Found, batch: Batch, gradients: bo
     configs = [("student.model", found.student), *live]
     alike = [len(set(layer_sizes(config.config, name))) == 1 for name, config in configs]
     few = tuple(n if same else have for n, have, same in zip(few, full, [alike[0], *alike], strict=True))
-    once = lambda counts: _measure(recipes, found, batch, gradients, counts, memory, gpu)  # noqa: E731
+    once = lambda counts: _measure(recipes, found, batch, gradients, counts, memory, gpu, ranks)  # noqa: E731
     if sum(full) <= sum(few) + 1 or any(one.loss.features or one.loss.attention for one in recipes):  # these name layers
         return once(full)
     return extended(few, full, once)
@@ -77,16 +82,29 @@ def extended(few: Sequence[int], full: Sequence[int], measured: Callable[[Sequen
 
 
 def _measure(
-    recipes: Sequence[Recipe], found: Found, batch: Batch, gradients: bool, counts: Sequence[int], memory: float | None, gpu: bool
+    recipes: Sequence[Recipe],
+    found: Found,
+    batch: Batch,
+    gradients: bool,
+    counts: Sequence[int],
+    memory: float | None,
+    gpu: bool,
+    ranks: int,
 ) -> Measured:
     depth, of_teachers = Depth(counts[0] + counts[1], counts[1]), list(counts[2:])
     recipe = recipes[0]
-    with fake_tensors(gpu):
-        ready = build(recipes, found, depth, of_teachers, memory, gpu)
-        phases = watched_step(ready, batch, gradients, round_to=ROUND_ON_GPU if gpu else 1)
+    with fake_ranks(ranks) as accelerator, fake_tensors(gpu):
+        ready = build(recipes, found, depth, of_teachers, memory, gpu, accelerator)
+        phases = watched_step(ready, batch, gradients, accelerator, ROUND_ON_GPU if gpu else 1)
+        if ranks > 1:
+            _add_buckets(phases, ready)
         parameters = [p for state in ready.students for p in state.parameters.values()]
         state = [x for one in ready.students for held in one.optimizer.state.values() for x in held.values()]
-        less = sum(x.nbytes for x in state if isinstance(x, torch.Tensor)) - state_bytes(recipe.optim, parameters, gpu)
+        less = (
+            0
+            if recipe.optim.name == "adamw"
+            else sum(x.nbytes for x in state if isinstance(x, torch.Tensor)) - state_bytes(recipe.optim, parameters, gpu)
+        )
     found_phases: dict[str, dict[str, float]] = {}
     flops: Counter = Counter()
     for name, phase in phases.items():
@@ -100,6 +118,15 @@ def _measure(
     if TEACHER in found_phases:
         _add_offloaded(found_phases[TEACHER], found, recipe)
     return Measured(found_phases, dict(flops))
+
+
+def _add_buckets(phases: dict[str, Phase], ready: Ready) -> None:
+    """DDP exchanges gradients in buffers of its own, which hold a copy of them all."""
+    whole = [state for state in ready.students if state.strategy.alone]
+    size = sum(p.nbytes for state in whole for p in state.parameters.values())
+    for phase in phases.values() if size else ():
+        phase.peak += size
+        phase.parts[BUCKETS] = size
 
 
 def _corner(name: str, depth: Depth) -> str | None:

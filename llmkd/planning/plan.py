@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ..config.recipe import LayerChoice, Recipe, distils
+from ..config.sharding import sharded_student
 from ..model_folder.files import loaded_dtype
 from .find import Found
 from .measure import measure
@@ -14,14 +15,16 @@ from .work import Work, work_of
 
 @dataclass(frozen=True)
 class Plan:
-    """What a run of a recipe on one process needs.
+    """What a run of a recipe needs, on each process.
 
     parts          bytes of allocated memory at the peak, by part
     at             the phase of the step in which the peak is
     flops          of one micro-batch, the largest: see `Measured.flops`
     layer_passes   passes through a layer that one micro-batch takes: each costs time, however small it is
     dtypes         of the matrix products of student and teacher
+    work           of all processes together, but for the largest micro-batch
     notes          what was assumed, and what a formula stands for
+    ranks          the number of processes
     """
 
     parts: dict[str, float]
@@ -31,6 +34,7 @@ class Plan:
     dtypes: dict[str, str]
     work: Work
     notes: list[str]
+    ranks: int = 1
 
     @property
     def peak(self) -> float:
@@ -50,10 +54,10 @@ class Plan:
         return {name: count * (by_target if name == LOSS else by_token) for name, count in self.flops.items()}
 
     def seconds(self, rate: Callable[[str], float], per_layer: float, whole: bool) -> float | None:
-        """Time of the whole run, or of a step, at those operations per second. `per_layer`: the least time of a pass through a layer."""
+        """Time of the whole run, or of a step, at those operations per second of each process. `per_layer`: the least time of a pass through a layer."""
         if self.total_flops is None:
             return None if whole else self.seconds_of_micro_batch(rate, per_layer)
-        seconds = max(self._computing(self.total_flops, rate), per_layer * self.layer_passes * self.work.micro_batches)
+        seconds = max(self._computing(self.total_flops, rate), per_layer * self.layer_passes * self.work.micro_batches) / self.ranks
         return seconds if whole else seconds / self.work.steps
 
     def seconds_of_micro_batch(self, rate: Callable[[str], float], per_layer: float) -> float:
@@ -64,15 +68,16 @@ class Plan:
         return sum(count / rate(self.dtypes["teacher" if name == TEACHER else "student"]) for name, count in flops.items())
 
 
-def plan(recipes: Sequence[Recipe], found: Found, memory: float | None, gpu: bool) -> Plan:
+def plan(recipes: Sequence[Recipe], found: Found, memory: float | None, gpu: bool, ranks: int = 1) -> Plan:
     """The plan of a recipe, or of several whose students train side by side before the first one's teacher.
 
     memory   bytes of the device, which choose the head's chunks as a run does; None for plenty
     gpu      as on a GPU, or as on a CPU
+    ranks    processes, each with such a device; the plan is of the one with the largest micro-batch
     """
     recipe = recipes[0]
-    work = work_of(found.data, recipe)
-    measured = [measure(recipes, found, batch, gradients, memory, gpu) for batch, gradients in work.cases]
+    work = work_of(found.data, recipe, ranks)
+    measured = [measure(recipes, found, batch, gradients, memory, gpu, ranks) for batch, gradients in work.cases]
     largest = max(measured, key=lambda one: sum(one.phases[one.peak].values()))
     at = largest.peak
     parts = {name: largest.phases[at][name] for name in PARTS if largest.phases[at].get(name, 0) > 0}
@@ -84,10 +89,19 @@ def plan(recipes: Sequence[Recipe], found: Found, memory: float | None, gpu: boo
     layers += sum(depth_of(config.config, f"{name}.model") for name, _, config in found.live) if any(map(distils, recipes)) else 0
     dtype = "bfloat16" if student.mixed_precision == "bf16" else loaded_dtype(found.student.config, student.dtype)
     of_teacher = next((loaded_dtype(config.config, one.dtype) for _, one, config in found.teachers if config), dtype)
-    return Plan(parts, at, measured[0].flops, layers, {"student": dtype, "teacher": of_teacher}, work, list(_notes(recipe, found, gpu)))
+    return Plan(
+        parts,
+        at,
+        measured[0].flops,
+        layers,
+        {"student": dtype, "teacher": of_teacher},
+        work,
+        list(_notes(recipe, found, gpu, ranks)),
+        ranks,
+    )
 
 
-def _notes(recipe: Recipe, found: Found, gpu: bool) -> Iterator[str]:
+def _notes(recipe: Recipe, found: Found, gpu: bool, ranks: int) -> Iterator[str]:
     if found.data.assumed:
         yield found.data.assumed
     for name, config in (("student.model", found.student), *((f"{name}.model", config) for name, _, config in found.teachers if config)):
@@ -107,5 +121,7 @@ def _notes(recipe: Recipe, found: Found, gpu: bool) -> Iterator[str]:
         yield "student.layers: which ones is measured when the run starts; planned are as many others"
     if any(one.device for _, one, _ in found.teachers):
         yield "teacher.device: its weights are on another device; of an offloaded teacher two layers are here, by formula"
+    if ranks > 1 and not sharded_student(recipe.train):
+        yield "by formula: the buffers in which DDP exchanges gradients, as large as these"
     if gpu:
         yield "by formula: what FlashAttention and the Triton kernel of the loss hold; both are taken to run on the GPU"

@@ -4,6 +4,7 @@ The loop, its students and its teacher are those of a run. On fake tensors this 
 """
 
 import contextlib
+import copy
 import functools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -14,20 +15,24 @@ import torch
 from torch import Tensor, nn
 
 from ..batch import Batch
+from ..config.recipe import Recipe
 from ..data.batch_source import Step
 from ..models.families import layers_of
 from ..models.language_model import LanguageModel
 from ..signals import Signal, Teacher
 from ..training.loop import StepHooks, StudentState, train, unwrap
-from .live_memory import LiveMemory, Phase
+from ..training.parallel import REPLICATED, Replicated
+from .live_memory import LiveMemory, Phase, local
 
 TEACHER, FORWARD, LOSS, BACKWARD, OPTIMIZER = "teacher's pass", "student's pass", "loss", "backward pass", "optimizer step"
+BUCKETS = "exchange of gradients"
 #: What memory consists of, in the order in which it is told.
 PARTS = (
     "student's weights",
     "trained",
     "teacher's weights",
     "gradients",
+    BUCKETS,
     "optimizer",
     "activations",
     "teacher's pass",
@@ -44,6 +49,13 @@ class OneProcess:
     def __init__(self, device: torch.device | str):
         self.device = torch.device(device)
 
+    def strategy(self, recipe: Recipe) -> Replicated:
+        """How the processes hold the students."""
+        return REPLICATED
+
+    def shard_teacher(self, recipe: Recipe, setting: str, model: LanguageModel) -> None:
+        """Shard a teacher where the recipe says so and there are others."""
+
     def prepare_model(self, model: nn.Module) -> nn.Module:
         return model
 
@@ -52,6 +64,9 @@ class OneProcess:
 
     def backward(self, loss: Tensor) -> None:
         loss.backward()
+
+
+ON_CPU = OneProcess("cpu")
 
 
 @dataclass(frozen=True)
@@ -83,13 +98,19 @@ class OneStep:
 
 
 def watched_step(
-    ready: Ready, batch: Batch, gradients: bool, device="cpu", round_to: int = 1, before: Callable[[], None] = lambda: None
+    ready: Ready,
+    batch: Batch,
+    gradients: bool,
+    accelerator: OneProcess = ON_CPU,
+    round_to: int = 1,
+    before: Callable[[], None] = lambda: None,
 ) -> dict[str, Phase]:
     """The phases of a step of one micro-batch, with the optimizer's state there, as in every step after the first.
 
     gradients   those of micro-batches before it in its step are there
     before      called when all is there and the step begins
 
+    Of a sharded student the gradients of earlier micro-batches are whole: the step then has two micro-batches.
     Those of the backward pass are by the layer that it is in: "backward pass 3"; the last layer's is called "backward pass".
     """
     memory = LiveMemory(round_to)
@@ -102,17 +123,18 @@ def watched_step(
     with contextlib.ExitStack() as stack:
         for state in ready.students:
             for parameter in state.parameters.values():
-                memory.rename(parameter, "trained")
+                memory.rename(local(parameter), "trained")
+        twice = gradients and not all(state.strategy.alone for state in ready.students)
         with memory:
             for state in ready.students:
-                _have_state(memory, state, gradients)
+                _have_state(memory, state, gradients and not twice)
         for state in ready.students:
             for hook in _hooks(memory, state):
                 stack.callback(hook.remove)
         for number, layer in enumerate(layers_of(ready.student_models[0].base_model) or []):  # those of all students
             stack.callback(layer.register_forward_pre_hook(functools.partial(_note_layer, memory, number)).remove)
         teacher = ready.teacher and functools.partial(_asked, memory, ready.teacher)
-        accelerator, source = _Watched(memory, device), OneStep([batch])
+        accelerator, source = _watched(accelerator, memory), OneStep([batch] * (1 + twice))
         memory.forget()
         before()
         with (
@@ -128,7 +150,7 @@ def _have_state(memory: LiveMemory, state: StudentState, gradients: bool) -> Non
     memory.enter(OPTIMIZER, "optimizer")
     for parameter in state.parameters.values():
         parameter.grad = torch.zeros_like(parameter)
-        memory.rename(parameter.grad, "gradients")
+        memory.rename(local(parameter.grad), "gradients")
     state.optimizer.step()
     if not gradients:
         state.optimizer.zero_grad(set_to_none=True)
@@ -140,17 +162,19 @@ def _never(step: int) -> bool:
 
 def _add(memory: LiveMemory, model: nn.Module, part: str, elsewhere: bool = False) -> None:
     for tensor in (*model.parameters(), *model.buffers()):
-        memory.add(tensor, part, elsewhere)
+        memory.add(local(tensor), part, elsewhere)
 
 
-class _Watched(OneProcess):
-    def __init__(self, memory: LiveMemory, device):
-        super().__init__(device)
-        self.memory = memory
+def _watched(accelerator: OneProcess, memory: LiveMemory) -> OneProcess:
+    """The same, which tells when the backward pass begins."""
+    watched = copy.copy(accelerator)
 
-    def backward(self, loss: Tensor) -> None:
-        self.memory.enter(BACKWARD, BACKWARD)
-        loss.backward()
+    def backward(loss: Tensor) -> None:
+        memory.enter(BACKWARD, BACKWARD)
+        accelerator.backward(loss)
+
+    watched.backward = backward
+    return watched
 
 
 def _asked(memory: LiveMemory, teacher: Teacher, batch: Batch) -> Signal:
@@ -166,7 +190,7 @@ def _hooks(memory: LiveMemory, state: StudentState) -> Iterator[torch.utils.hook
         yield term.register_forward_pre_hook(lambda *_: memory.enter(LOSS, "head and loss"))
     distiller.student.set_active_adapter()  # others require no gradient while they wait
     for parameter in state.parameters.values():
-        yield parameter.register_post_accumulate_grad_hook(lambda p: memory.rename(p.grad, "gradients"))
+        yield parameter.register_post_accumulate_grad_hook(lambda p: memory.rename(local(p.grad), "gradients"))
     yield state.optimizer.register_step_pre_hook(lambda *_: memory.enter(OPTIMIZER, "optimizer"))
 
 

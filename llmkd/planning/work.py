@@ -110,8 +110,8 @@ def assumed_examples(count: int, length: int) -> Examples:
     return Examples(np.zeros(count * length, np.int32), np.ones(count * length, bool), offsets, np.arange(count))
 
 
-def work_of(known: KnownData, recipe: Recipe) -> Work:
-    """The largest micro-batch as the recipe cuts its steps, and the sums of the whole run."""
+def work_of(known: KnownData, recipe: Recipe, ranks: int = 1) -> Work:
+    """The largest micro-batch as the recipe cuts its steps among so many processes, and the sums of the whole run over all of them."""
     examples, train, data = known.examples, recipe.train, recipe.data
     order = batching(train, recipe.seed, data.packing)
     pad = getattr(known.tokenizer, "eos_token_id", None) or 0
@@ -124,7 +124,7 @@ def work_of(known: KnownData, recipe: Recipe) -> Work:
         share = total / len(steps)
     else:
         steps, total, share = [list(range(min(train.batch_size, len(examples))))], train.max_steps, train.max_steps
-    cut = [make_micro_batches(step, lengths, size) for step in steps]
+    cut = [make_micro_batches(step, lengths, size, rank, ranks) for step in steps for rank in range(ranks)]
     weigh = {id(micro): (_tokens(lengths[micro], data.packing), int(targets[micro].sum())) for step in cut for micro in step}
     largest = max((micro for step in cut for micro in step), key=lambda micro: weigh[id(micro)])
     later = max((micro for step in cut for micro in step[1:]), key=lambda micro: weigh[id(micro)], default=None)

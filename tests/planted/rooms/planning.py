@@ -3,6 +3,7 @@
 from tests.planted.fault import in_file
 
 PLAN, HELD, COMMAND = "planning/test_plan.py", "planning/test_held_to_measurement.py", "commands/test_plan.py"
+RANKS = "planning/test_ranks.py"
 
 FAULTS = [
     *in_file(
@@ -103,5 +104,20 @@ FAULTS = [
             "",
             "training/test_step_result.py::test_the_host_waits_for_the_device_only_where_somebody_asks",
         ),
+    ),
+    *in_file(
+        "llmkd/planning/exchange.py",
+        (
+            "once-each-way",
+            "a sharded student's layers come together once",
+            "(2 * sizes.layers + sizes.rest)",
+            "(sizes.layers + sizes.rest)",
+            RANKS,
+        ),
+        ("all-parts", "a rank sends its own part to itself, too", "(ranks - 1) / ranks * (", "1.0 * (", RANKS),
+    ),
+    *in_file(
+        "llmkd/planning/ranks.py",
+        ("taken-unseen", "what FSDP2 frees stays counted", "        live_memory.resized(tensor)\n", "        pass\n", RANKS),
     ),
 ]

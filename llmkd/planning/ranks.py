@@ -1,0 +1,82 @@
+"""Several processes in one: a step of one rank, whose exchanges with the others have their sizes and move nothing."""
+
+import contextlib
+import warnings
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from ..config.recipe import Recipe, used_teachers
+from ..config.sharding import sharded_student, sharded_teacher
+from ..errors import UserError
+from ..training import parallel
+from . import live_memory
+from .step import OneProcess
+
+
+class Ranks(OneProcess):
+    """The first of `num_processes` ranks."""
+
+    def __init__(self, device: torch.device | str, count: int, mesh=None):
+        super().__init__(device)
+        self.num_processes, self.mesh = count, mesh
+
+    def reduce(self, tensor: Tensor, how: str) -> Tensor:
+        return tensor
+
+    def strategy(self, recipe: Recipe) -> parallel.Replicated:
+        """How the ranks hold the students."""
+        return parallel.Sharded(self.mesh) if self.mesh and sharded_student(recipe.train) else parallel.REPLICATED
+
+    def shard_teacher(self, recipe: Recipe, setting: str, model) -> None:
+        """Shard a teacher where the recipe says so."""
+        one = dict(used_teachers(recipe))[setting]
+        if self.mesh and sharded_teacher(recipe.train, one):
+            parallel.shard(model, self.mesh, f"{setting}.shard")
+
+
+@contextlib.contextmanager
+def fake_ranks(count: int) -> Iterator[Ranks]:
+    """The first of so many ranks, outside of a fake mode."""
+    if count == 1:
+        yield Ranks("cpu", 1)
+        return
+    import torch.distributed as dist
+    from torch.distributed.fsdp._fully_shard import _fsdp_param, _fsdp_param_group
+
+    # Oddity: torch has its process group without others for its own tests; it is the only one that needs no others.
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    if dist.is_initialized():
+        raise UserError("--processes: a plan is made by one process, and this one is among several; start it without a launcher")
+    dist.init_process_group("fake", rank=0, world_size=count, store=FakeStore())
+    changes = [(parallel, "info", lambda text: None)]
+    for name in ("alloc_storage", "free_storage"):  # what FSDP2 gives and takes without an operation
+        changes += [(owner, name, _told(getattr(_fsdp_param, name))) for owner in (_fsdp_param, _fsdp_param_group) if hasattr(owner, name)]
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(warnings.catch_warnings())
+        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # by a copy of the model's outline
+        stack.callback(dist.destroy_process_group)
+        ranks = Ranks("cpu", count)
+        ranks.mesh = parallel.mesh_of(ranks)
+        for owner, name, new in changes:
+            stack.callback(setattr, owner, name, getattr(owner, name))
+            setattr(owner, name, new)
+        yield ranks
+
+
+def _told(own):
+    def resize(tensor: Tensor) -> None:
+        own(tensor)
+        live_memory.resized(tensor)
+
+    return resize
+
+
+def strategies(recipe: Recipe) -> Iterator[dict[str, str]]:
+    """The ways to hold the models, as settings: the teacher's where one is loaded."""
+    loaded = [setting for setting, one in used_teachers(recipe) if one.cache is None and not one.server]
+    for student in ("none", "full"):
+        for teacher in ("none", "full") if loaded else (None,):
+            yield {"train.shard": student} | ({f"{setting}.shard": teacher for setting in loaded} if teacher else {})
