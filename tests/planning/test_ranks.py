@@ -12,6 +12,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmkd.config import loader
+from llmkd.models.parts import local
 from llmkd.output.run_folder import RunFolder
 from llmkd.planning.build import build
 from llmkd.planning.devices import Device
@@ -26,7 +27,6 @@ from llmkd.planning.work import work_of
 from llmkd.training.build import build_setup
 from llmkd.training.launch import start
 from llmkd.training.loop import train, unwrap
-from llmkd.training.parts import local
 from llmkd.training.prepare import prepare
 from tests.conftest import plain_recipe
 from tests.kit.processes import launch
