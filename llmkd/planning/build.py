@@ -61,8 +61,8 @@ def build(
         models.append(model)
         live[setting] = model
     students = build_students([one.student for one in recipes], found.students, found.vocab, depth, packing, base)
-    for setting, model in live.items():
-        accelerator.shard_teacher(recipe, setting, model)
+    for setting, model in [*live.items(), *(("student", one) for one in students)]:
+        accelerator.shard(recipe, setting, model)
     strategy = accelerator.strategy(recipe)
     strategy.hold(students)
     chunk = None

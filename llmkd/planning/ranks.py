@@ -10,6 +10,8 @@ from torch import Tensor
 from ..config.recipe import Recipe, used_teachers
 from ..config.sharding import sharded_student, sharded_teacher
 from ..errors import UserError
+from ..models import sharding
+from ..models.language_model import LanguageModel
 from ..training import parallel
 from . import live_memory
 from .step import OneProcess
@@ -29,11 +31,11 @@ class Ranks(OneProcess):
         """How the ranks hold the students."""
         return parallel.Sharded(self.mesh) if self.mesh and sharded_student(recipe.train) else parallel.REPLICATED
 
-    def shard_teacher(self, recipe: Recipe, setting: str, model) -> None:
-        """Shard a teacher where the recipe says so."""
-        one = dict(used_teachers(recipe))[setting]
-        if self.mesh and sharded_teacher(recipe.train, one):
-            parallel.shard(model, self.mesh, f"{setting}.shard")
+    def shard(self, recipe: Recipe, setting: str, model: LanguageModel) -> None:
+        one = dict(used_teachers(recipe)).get(setting)
+        asked = sharded_teacher(recipe.train, one) if one else sharded_student(recipe.train)
+        if self.mesh and asked and not sharding.is_sharded(model.model):
+            sharding.shard(model.model, self.mesh, setting)
 
 
 @contextlib.contextmanager
@@ -51,12 +53,12 @@ def fake_ranks(count: int) -> Iterator[Ranks]:
     if dist.is_initialized():
         raise UserError("--processes: a plan is made by one process, and this one is among several; start it without a launcher")
     dist.init_process_group("fake", rank=0, world_size=count, store=FakeStore())
-    changes = [(parallel, "info", lambda text: None)]
+    changes = [(sharding, "info", lambda text: None)]
     for name in ("alloc_storage", "free_storage"):  # what FSDP2 gives and takes without an operation
         changes += [(owner, name, _told(getattr(_fsdp_param, name))) for owner in (_fsdp_param, _fsdp_param_group) if hasattr(owner, name)]
     with contextlib.ExitStack() as stack:
         stack.enter_context(warnings.catch_warnings())
-        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")  # by a copy of the model's outline
+        warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
         stack.callback(dist.destroy_process_group)
         ranks = Ranks("cpu", count)
         ranks.mesh = parallel.mesh_of(ranks)

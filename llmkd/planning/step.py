@@ -53,8 +53,8 @@ class OneProcess:
         """How the processes hold the students."""
         return REPLICATED
 
-    def shard_teacher(self, recipe: Recipe, setting: str, model: LanguageModel) -> None:
-        """Shard a teacher where the recipe says so and there are others."""
+    def shard(self, recipe: Recipe, setting: str, model: LanguageModel) -> None:
+        """Shard a student or teacher where the recipe says so, there are others, and it is not sharded yet."""
 
     def prepare_model(self, model: nn.Module) -> nn.Module:
         return model
