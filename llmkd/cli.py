@@ -67,6 +67,8 @@ def dispatch(argv: list[str]) -> None:
         with json_results(getattr(options, "json", None)) as write:
             write(COMMANDS[command](options, overrides))
     else:
+        if command.startswith("-"):
+            raise UserError(f"{command}: not understood; name the command first, such as llmkd train {' '.join(argv)} (see llmkd --help)")
         hint = did_you_mean(command, COMMANDS)
         raise UserError(f"{command}: no such command{hint or ';'} there are {', '.join(COMMANDS)} (see llmkd --help)")
 

@@ -100,6 +100,7 @@ def _parse(command: str, words: list[str]) -> tuple[argparse.Namespace, dict[str
                 raise UserError(f"{name}: {command} has no such option{hint}")
         if hasattr(options, "places"):
             options.places, rest = [*options.places, *rest], settings
+        _refuse_stray(words, rest)
         if rest and not rest[0].startswith("-") and not options.config:
             raise UserError(f"{rest[0]}: not understood; the recipe is given by --config {rest[0]} (see llmkd {command} --help)")
         return options, parse_overrides(rest, ())
@@ -113,6 +114,23 @@ def _parse(command: str, words: list[str]) -> tuple[argparse.Namespace, dict[str
     if rest:  # positional arguments behind an option, which argparse leaves
         options.places = [*options.places, *rest]
     return options, {}
+
+
+_DASHES = "\u2010\u2011\u2012\u2013\u2014\u2212"  # that text processors write in place of two hyphens
+
+
+def _refuse_stray(words: list[str], rest: list[str]) -> None:
+    """UserError for words that are neither options nor values, with what was meant."""
+    for word in rest:
+        if word[0] in _DASHES:
+            raise UserError(f"{word}: begins with a dash that is no hyphen; write --{word.lstrip(_DASHES + '-')}")
+        before = words[words.index(word) - 1] if word in words[1:] else ""
+        if before == "--resume" and not word.startswith("-"):
+            raise UserError(
+                f"--resume: found {word}, and it takes no value: a run goes on from the newest whole checkpoint of its output_dir; leave {word} out"
+            )
+        if word in ("-c", "--recipe", "--cfg", "--conf", "--yaml"):
+            raise UserError(f"{word}: not understood; the recipe is given by --config FILE")
 
 
 def _apart(parser: Parser, words: list[str]) -> tuple[list[str], list[str]]:

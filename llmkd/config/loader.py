@@ -10,7 +10,7 @@ from pathlib import Path
 import yaml
 
 from ..errors import UserError, fix_of
-from ..files import read_file
+from ..files import NotAFile, read_file
 from . import paths
 from .dotted import flatten
 from .fields import as_tuple, with_setting_names
@@ -56,6 +56,8 @@ def read(path: str | Path) -> tuple[dict, dict[tuple, int], list[str]]:
     """The data of a file, the line of each setting, and the problems found. UserError if it cannot be read or is no mapping."""
     try:
         raw = read_file(path)
+    except NotAFile:
+        raise UserError(f"--config {path}: is a pipe or a device, and a recipe is read more than once; write it to a file") from None
     except OSError as error:
         raise UserError(
             f"--config {path}: {error.strerror or error}; {fix_of(error, 'name a recipe, such as recipes/quickstart.yaml')}"

@@ -18,6 +18,10 @@ from .sweep import Sweep, sweep_contradictions
 from .yaml_loader import is_number
 
 LARGEST = 2**53  #: whole numbers up to this one are exact in JSON, and fit into 64 bits after a little arithmetic
+_OPENING, _CLOSING = (
+    "\u201c\u201d\u201e\u2018\u2019\u201a\u00ab\u00bb",
+    "\u201c\u201d\u2018\u2019\u00ab\u00bb",
+)  # quotation marks that YAML does not know
 #: Limits of numbers with a fraction: beyond them float32 has 0 or infinity, for the number or for its product with another.
 SMALLEST_FRACTION, LARGEST_FRACTION = 1e-30, 1e30
 #: Names of settings in other trainers, for the hint at an unknown name.
@@ -124,6 +128,11 @@ def check(kind, data: dict, name: str, lines: dict, problems: list[str], changed
     """
     adapter, where = TypeAdapter(kind), locator(name, lines, changed)
     broken: list[tuple] = []
+    for path, text in _texts_in(data):
+        if len(text) > 1 and text[0] in _OPENING and text[-1] in _CLOSING and not {"where", "fields", "roles"} & set(path):
+            problems.append(f'{where(path)}: found {text}, in quotation marks of a text processor; write "{text[1:-1]}"')
+            broken.append(path)
+            _remove(data, path)
     for path, text in _not_utf8(data):
         problems.append(f"{where(path)}: found {text!r}, which is not UTF-8; rename the file, or set a locale with UTF-8 (LC_ALL=C.UTF-8)")
         broken.append(path)
@@ -164,19 +173,23 @@ def check(kind, data: dict, name: str, lines: dict, problems: list[str], changed
     return result
 
 
-def _not_utf8(data: dict) -> list[tuple[tuple, str]]:
-    """Texts, with their settings, that hold halves of characters: Python's way to show what is not UTF-8 of a file's name or an argument."""
+def _texts_in(data: dict) -> list[tuple[tuple, str]]:
+    """All texts, and names, with their settings."""
 
     def found(value, path: tuple) -> Iterator[tuple[tuple, str]]:
         if isinstance(value, str):
-            if value != value.encode(errors="ignore").decode():
-                yield path, value
+            yield path, value
         elif isinstance(value, dict | list):
             for key, inner in value.items() if isinstance(value, dict) else enumerate(value):
                 yield from found(key, (*path, key)) if isinstance(key, str) else ()
                 yield from found(inner, (*path, key))
 
-    return list(dict(found(data, ())).items())
+    return list(found(data, ()))
+
+
+def _not_utf8(data: dict) -> list[tuple[tuple, str]]:
+    """Texts, with their settings, that hold halves of characters: Python's way to show what is not UTF-8 of a file's name or an argument."""
+    return list(dict((path, text) for path, text in _texts_in(data) if text != text.encode(errors="ignore").decode()).items())
 
 
 def _out_of_range(value, path: tuple = ()) -> Iterator[tuple[tuple, float, str]]:
@@ -272,6 +285,11 @@ def _explain(kind, path: tuple, item: dict) -> str:
     hint = _number_hint(found) if isinstance(found, str) and expected.startswith(("a number", "a whole number")) else ""
     if isinstance(found, str) and expected.startswith("a list of "):
         hint = _list_hint(expected, found)
+    if path[-1] == "path" and isinstance(found, list) and found and all(isinstance(one, str) for one in found):
+        several = ", ".join(f"{{path: {one}}}" for one in found[:3])
+        hint = (
+            f"; for several files write a list of sources, {'.'.join(map(str, path[:-1]))}: [{several}{', ...' if len(found) > 3 else ''}]"
+        )
     if expected.startswith("a mapping") and isinstance(found, list) and found and isinstance(found[0], dict):
         hint = "; give each a name, as in {one: {...}, other: {...}}"
     beyond = expected.startswith("a number") and not isinstance(found, str)  # out of its range, and so it would be in a mapping
@@ -283,6 +301,8 @@ def _explain(kind, path: tuple, item: dict) -> str:
 def _section_hint(section, found: str | float) -> str:
     """What to write where a section has a single value: that of the setting that names the section's file, model or kind, or its number."""
     fields = {field.name for field in dataclasses.fields(section)} if section else set()
+    if isinstance(found, str) and {"train", "validation"} <= fields:
+        return f"; did you mean {{train: {{path: {found}}}}}?"
     text = ("server",) * str(found).startswith(("http://", "https://")) + ("path", "model", "by", "type", "repo")
     name = next((name for name in (text if isinstance(found, str) else ("weight", "rank", "share", "count")) if name in fields), None)
     return f"; did you mean {{{name}: {found}}}?" if name and not isinstance(found, bool) else ""
@@ -290,6 +310,9 @@ def _section_hint(section, found: str | float) -> str:
 
 def _list_hint(expected: str, found: str) -> str:
     """What to write where a list of texts has a single one."""
+    numbers = re.split(r"[,\s]+", found.strip("()[] "))
+    if re.match(r"a list of \d+ numbers", expected) and len(numbers) > 1 and all(is_number(one) for one in numbers):
+        return f"; write [{', '.join(numbers)}]"
     options = re.split(", | or ", expected.removeprefix("a list of "))
     return f"; write [{found}]" if expected.startswith("a list of texts") or found in options else ""
 

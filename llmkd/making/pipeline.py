@@ -113,6 +113,7 @@ class Pipeline:
         if self.dry_run or getattr(stage, "chooses", False):
             return
         if counted.candidates > _FEW and counted.rejected > self.make.max_rejected * counted.candidates:
+            (self.folder / SUMMARY).unlink(missing_ok=True)
             self._write_rejected()
             raise UserError(
                 f"{counted.stage}: {counted.rejected:,} of {counted.candidates:,} candidates are rejected: {self._reasons(counted)}; "
@@ -181,6 +182,7 @@ class Pipeline:
     # ---- what is left
 
     def _write(self, rows: list[Row]) -> None:
+        (self.folder / SUMMARY).unlink(missing_ok=True)  # until all is written again: it says what the other files are
         write_atomic(self.folder / TRAIN, "".join(_line(row.as_json()) for row in rows))
         self._write_rejected()
         write_atomic(self.folder / SETTINGS, dump_make(self.settings, self.folder))

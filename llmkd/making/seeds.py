@@ -1,6 +1,8 @@
 """The rows that `llmkd make` begins with, read as those of `data.train`. No torch."""
 
+import json
 from collections import Counter
+from typing import Any
 
 from ..config import data as config
 from ..config.data import Source
@@ -51,7 +53,12 @@ def _rows_of(source: Source, setting: str) -> list[tuple[tuple[Message, ...], di
             problems.add(f"{place}: {error}")
             continue
         mapped = {source.fields.get(name, name) for name in config.FORMATS[source.format].columns}
-        out.append((messages, {name: value for name, value in row.items() if name not in {*_SAID, MADE, *mapped, *source.ignore}}))
+        columns = {name: value for name, value in row.items() if name not in {*_SAID, MADE, *mapped, *source.ignore}}
+        if bad_column := next((name for name, value in columns.items() if not _is_json(value)), None):
+            fix = f"set ignore: [{', '.join([*source.ignore, bad_column])}] to leave it out"
+            problems.add(f"{place}: {bad_column} holds what JSON has no form for; {fix}", alike=f"{bad_column} is no JSON")
+            continue
+        out.append((messages, columns))
     problems.raise_if_any()
     if not count:
         raise no_rows(source, setting)
@@ -75,7 +82,9 @@ def conversation_of(row: dict, row_format: str, answered: bool) -> tuple[Message
         messages = messages[:-1]
     if row.get("system") and messages[0]["role"] not in ("system", "developer"):
         messages = [_says("system", row["system"]), *messages]
-    messages = [_says(one["role"], _text(one)) for one in messages]
+    messages = [{**one, "content": _text(one)} for one in messages]
+    if not _is_json(messages):
+        raise ValueError("its messages hold what JSON has no form for")
     asked = messages[:-1] if messages[-1]["role"] == "assistant" else messages
     if not asked or asked[-1]["role"] != "user" or not asked[-1]["content"].strip():
         raise ValueError("nothing is asked: the last turn before the answer is not the user's, or is empty")
@@ -88,6 +97,14 @@ def _text(message: Message) -> str:
     if message["role"] == "tool" or message.get("tool_calls"):
         raise ValueError("it has calls of tools, and stages of llmkd make write none; leave the row out")
     return message["content"] or ""
+
+
+def _is_json(value: Any) -> bool:
+    try:
+        json.dumps(value, allow_nan=False, ensure_ascii=False).encode()
+        return True
+    except (TypeError, ValueError):  # a date, NaN, half of a surrogate pair
+        return False
 
 
 def _says(role: str, content: str) -> Message:

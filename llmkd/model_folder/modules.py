@@ -1,5 +1,6 @@
 """The modules of a model by its weight files and its family's source in transformers, neither of which is run. No torch."""
 
+import contextlib
 import difflib
 import importlib.util
 import re
@@ -37,6 +38,26 @@ def refuse_missing_modules(folder: Path, config: dict, targets: str | Sequence[s
                 )
 
 
+def refuse_large_rank(folder: Path, rank: int) -> None:
+    """UserError for a rank of student.lora beyond every dimension of the model's matrices."""
+    largest = max((max(one["shape"]) for one in headers(folder, "student.model").values() if len(one["shape"]) == 2), default=rank)
+    if rank > largest:
+        raise UserError(
+            f"student.lora.rank: found {rank}, and the model's largest matrix has {largest} rows or columns; lower it, or use method: full"
+        )
+
+
+def refuse_unknown_family(architecture: dict) -> None:
+    """UserError for a model_type of student.architecture that is nearly one of transformers' families, and none."""
+    family, models, text = architecture.get("model_type"), _models(), ""
+    for name in ("auto_mappings.py", "configuration_auto.py") if models else ():
+        with contextlib.suppress(OSError, ValueError):
+            text += (models / "auto" / name).read_text(encoding="utf-8")
+    listed = set(re.findall(r'"([\w.-]+)"', text))
+    if isinstance(family, str) and family not in listed and (near := difflib.get_close_matches(family, listed, 1, 0.6)):
+        raise UserError(f"student.architecture.model_type: found {family}, which transformers does not know; did you mean {near[0]}?")
+
+
 def _names_in(text: str, whole: set[str], known: set[str]) -> list[str]:
     """The names in a text that is no regular expression; none in one that is, or that matches a module.
 
@@ -54,12 +75,16 @@ def _names_in(text: str, whole: set[str], known: set[str]) -> list[str]:
     return names
 
 
+def _models() -> Path | None:
+    """The folder of the families in transformers, which is not imported."""
+    spec = importlib.util.find_spec("transformers")
+    return Path(spec.submodule_search_locations[0]) / "models" if spec and spec.submodule_search_locations else None
+
+
 def _source(config: dict) -> str:
     """The text of the files in which transformers defines the families of a configuration; empty unless all of them are found."""
-    spec = importlib.util.find_spec("transformers")
-    if not spec or not spec.submodule_search_locations:
+    if not (models := _models()):
         return ""
-    models = Path(spec.submodule_search_locations[0]) / "models"
     families = [one.get("model_type") for one in (config, *config.values()) if isinstance(one, dict) and "model_type" in one]
     folders = [next((models / name for name in _folder_names(family) if (models / name).is_dir()), None) for family in families]
     texts = [_text_of(folder) if folder else "" for folder in folders]

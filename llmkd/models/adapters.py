@@ -91,7 +91,7 @@ def _attach(model: nn.Module, files: ModelFiles, setting: str, trainable: bool, 
         if hint := more_tokens(model, weights, files, setting) or other_width(error, files, setting):
             raise hint from error
         raise UserError(
-            f"{setting}: the adapter {files.adapter} cannot be loaded ({brief(error)}); check its files, or train it again"
+            f"{setting}: the adapter {files.adapter} cannot be loaded ({brief(error)}); check its adapter_config.json and weights, or train it again"
         ) from error
 
 

@@ -57,10 +57,21 @@ class Server:
     timeout      seconds that one request may take
     patience     seconds for which a request is repeated
     connections  kept open at once
+    again        what is said of a server that is given up: how the command goes on
     """
 
-    def __init__(self, address: str, setting: str, key_env: str | None = None, timeout=300.0, patience=600.0, connections: int = 8):
+    def __init__(
+        self,
+        address: str,
+        setting: str,
+        key_env: str | None = None,
+        timeout=300.0,
+        patience=600.0,
+        connections: int = 8,
+        again: str = "with --resume a run goes on from its last checkpoint",
+    ):
         self.address, self.setting, self.timeout, self.patience = base_address(address), setting, timeout, patience
+        self._again = again
         self._key = _key(key_env, f"{setting.removesuffix('.server')}.api_key_env") if key_env else None
         self._pool = _pool(self.address, connections)
         self._ended, self._gone = threading.Event(), threading.Event()
@@ -108,7 +119,7 @@ class Server:
                 wait = min(_LONGEST_WAIT, 0.5 * 2**attempt) * random.uniform(0.5, 1) if error.wait is None else error.wait
                 if self._ended.is_set() or time.monotonic() + wait > until:
                     tried = f" (tried {attempt + 1} times)" if attempt else ""
-                    resume = "; with --resume a run goes on from its last checkpoint" if patience else ""
+                    resume = f"; {self._again}" if patience else ""
                     raise ServerFailed(f"{self.setting}: {self.address} {error}{tried}; start it, or correct the address{resume}") from None
                 if attempt == 1 and not self._gone.is_set():
                     self._gone.set()

@@ -3,6 +3,7 @@
 A model on the hub is checked when its files are there, and everything once more on what is loaded.
 """
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,8 +12,8 @@ from ..config.fields import OneOrMany
 from ..config.recipe import Loss, Student
 from ..config.teacher import OFFLOAD, Teacher
 from ..errors import UserError
-from ..model_folder.files import ModelFiles, find, layers_of, loaded_dtype, width_of
-from ..model_folder.modules import refuse_missing_modules
+from ..model_folder.files import TOKENIZER, ModelFiles, find, layers_of, loaded_dtype, locate, refuse_mistyped_folder, width_of
+from ..model_folder.modules import refuse_large_rank, refuse_missing_modules, refuse_unknown_family
 from ..model_folder.quantised import refuse_quantised
 from ..model_folder.weights import modules_are_named, read_json
 from ..process.devices import why_missing
@@ -32,6 +33,13 @@ def refuse_early(student: Student, loss: Loss, teacher: OneOrMany[Teacher], teac
     files = {"student.model": local_files(student, "student.model")}
     files |= {f"{setting}.model": local_files(one, f"{setting}.model") for setting, one in teachers if not one.server}
     mine = files["student.model"]
+    if student.tokenizer and not student.tokenizer.startswith("builtin:"):
+        if is_offline():
+            locate(student.tokenizer, "student.tokenizer", wanted=TOKENIZER)
+        else:
+            refuse_mistyped_folder(student.tokenizer, "student.tokenizer")
+    if student.architecture:
+        refuse_unknown_family(student.architecture)
     refuse_types(student, mine, [setting for setting, one in teachers if one.ema is not None])
     for setting, quantization in [("student", student.quantization), *((setting, one.quantization) for setting, one in teachers)]:
         if found := files.get(f"{setting}.model"):
@@ -41,6 +49,7 @@ def refuse_early(student: Student, loss: Loss, teacher: OneOrMany[Teacher], teac
         configs |= {"student.model": student.architecture} if student.architecture else {}
         refuse_layers(loss, configs, feature_teacher(loss.features, teacher), teachers)
     if mine and not mine.adapter and student.lora:
+        refuse_large_rank(mine.base, student.lora.rank)
         refuse_missing_modules(mine.base, mine.config, student.lora.target_modules, student.lora.modules_to_save)
         if not modules_are_named(mine.base, student.lora.target_modules, student.lora.modules_to_save):
             from ..models.lora import refuse_missing_modules as by_the_model
@@ -56,15 +65,25 @@ def refuse_missing_device(setting: str, teacher: Teacher) -> None:
 
 
 def local_files(settings: Student | Teacher, setting: str) -> ModelFiles | None:
-    """The files of a model whose folders are on this machine; None for any other."""
-    folder = settings.model and Path(settings.model).expanduser()
-    if not folder or not folder.is_dir():
+    """The files of a model that is on this machine; None for one that the hub may have. UserError where neither can be."""
+    if not settings.model:
+        return None
+    folder = Path(settings.model).expanduser()
+    if not folder.is_dir() and not is_offline():
+        refuse_mistyped_folder(settings.model, setting)
         return None
     if (folder / "adapter_config.json").is_file():
         base = settings.base or read_json(folder / "adapter_config.json", setting).get("base_model_name_or_path")
-        if not isinstance(base, str) or not Path(base).expanduser().is_dir():
+        if not isinstance(base, str) or not (Path(base).expanduser().is_dir() or is_offline()):
             return None
     return find(settings.model, setting, settings.revision, settings.base)
+
+
+def is_offline() -> bool:
+    """Whether the hub's library is told to fetch nothing."""
+    return any(
+        os.environ.get(name, "").strip().upper() in ("1", "ON", "YES", "TRUE") for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
+    )
 
 
 def refuse_types(student: Student, files: ModelFiles | None, averages: list[str]) -> None:

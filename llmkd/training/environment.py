@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from ..console import info
 from ..errors import UserError
 from .fsdp_variables import ASKED, OPTIONS, fsdp2_asked
+from .launch_variables import refuse_broken_launch
 
 REFUSED, SAID, HARMLESS = "refused", "said", "harmless"
 _OFF = ("0", "false", "no", "off", "n", "f")
@@ -323,6 +324,7 @@ def check_environment(variables: Mapping[str, str] = os.environ, shards: bool = 
 
     shards  the command can shard models, so FSDP2 is not refused
     """
+    refuse_broken_launch(variables)
     if shards and fsdp2_asked(variables):
         variables = {name: value for name, value in variables.items() if name != ASKED}
     refused = [line for rule, line in _effective(variables) if rule.kind == REFUSED]

@@ -87,6 +87,12 @@ BAD = [
     case("optim: {lr: 1e999}", "r.yaml:5: optim.lr: ", "found Infinity"),
     case("optim: {lr: [1]}", "r.yaml:5: optim.lr: ", "found [1]", "a number"),
     case("optim: {betas: 0.9}", "r.yaml:5: optim.betas: ", "a list of 2 numbers"),
+    case("optim: {betas: '0.9, 0.95'}", "r.yaml:5: optim.betas: ", "a list of 2 numbers; write [0.9, 0.95]"),
+    case(
+        "optim: {schedule: \u201ccosine\u201d}",
+        "r.yaml:5: optim.schedule: ",
+        'found \u201ccosine\u201d, in quotation marks of a text processor; write "cosine"',
+    ),
     case("optim: {betas: [0.9, 0.9, 0.9]}", "r.yaml:5: optim.betas: ", "a list of 2 numbers"),
     case("optim: {betas: [0.9, 1.5]}", "r.yaml:5: optim.betas.1: ", "found 1.5", "less than 1"),
     case("optim: {schedule: cosin}", "r.yaml:5: optim.schedule: ", "cosine, linear or constant", "did you mean cosine?"),
@@ -690,6 +696,12 @@ def test_what_a_stream_cannot_do_is_named(refused, train):
     found(refused(text), ("r.yaml:4: data.train: ", "data.streaming"))
 
 
+def test_data_in_one_word_and_several_files_in_one_source(refused):
+    assert refused(BASE, {"data": "rows.jsonl"})[0].endswith("a mapping of settings; did you mean {train: {path: rows.jsonl}}?")
+    (line,) = refused(BASE, {"data.train.path": ["a.jsonl", "b.jsonl"]})
+    assert line.endswith("write a list of sources, data.train: [{path: a.jsonl}, {path: b.jsonl}]")
+
+
 def test_sources_on_the_command_line(load, refused):
     several = SOURCES.replace("FORMAT", "weight: 2")
     recipe = load(several)
@@ -769,6 +781,19 @@ def test_asking_for_help_is_no_failure(capsys, argv, text):
         (["train", "--config", "nope.yaml"], ["--config nope.yaml: No such file"]),
         (["train", "--config", "."], ["--config .: Is a directory"]),
         (["train", "nope.yaml"], ["nope.yaml: not understood"]),
+        (["train", "\u2013config", "BAD"], ["\u2013config: begins with a dash that is no hyphen; write --config"]),
+        (["train", "--config", "BAD", "\u2014resume"], ["\u2014resume: begins with a dash that is no hyphen; write --resume"]),
+        (
+            ["train", "--config", "BAD", "--resume", "out/checkpoints/step-2"],
+            ["--resume: found out/checkpoints/step-2, and it takes no value"],
+        ),
+        (["train", "-c", "BAD"], ["-c: not understood; the recipe is given by --config FILE"]),
+        (["train", "--recipe", "BAD"], ["--recipe: not understood; the recipe is given by --config FILE"]),
+        (
+            ["train", "--config", "/dev/null"],
+            ["--config /dev/null: is a pipe or a device, and a recipe is read more than once; write it to a file"],
+        ),
+        (["--config", "r.yaml"], ["--config: not understood; name the command first, such as llmkd train --config r.yaml"]),
         (
             ["trian"],
             [

@@ -20,6 +20,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from safetensors.torch import load_file
+
 SMALL = 4096  # bytes of a file of which each is flipped
 LARGE = 240  # flips of a larger one
 
@@ -42,7 +44,7 @@ class Reading:
 
 
 def content(*names: str) -> Callable[[Path, str], dict]:
-    """What files hold: of JSON lines without what differs from run to run, of all else every byte."""
+    """What files hold: of weights the tensors, of JSON lines all but what differs from run to run, of all else every byte."""
 
     def go(victim: Path, out: str) -> dict:
         found = [path for name in names for path in sorted(victim.glob(name)) if path.is_file()]
@@ -55,6 +57,10 @@ _OWN = ("targets_per_s", "peak_memory", "seconds", "versions", "created", "time"
 
 
 def _comparable(path: Path) -> object:
+    if path.suffix == ".safetensors":
+        return {name: (value.dtype, value.shape, value.numpy().tobytes()) for name, value in load_file(path).items()}
+    if path.suffix == ".json":  # which version of transformers wrote the student is copied, and read by nobody
+        return {name: value for name, value in json.loads(path.read_text()).items() if name != "transformers_version"}
     if path.suffix != ".jsonl":
         return hashlib.sha256(path.read_bytes()).hexdigest()
     rows = [json.loads(line) for line in path.read_text().splitlines()]
@@ -159,7 +165,8 @@ class Bench:
     """Runs commands on copies of what `build` made."""
 
     def __init__(self, root: Path):
-        self.root, self.victim, self._clean = root, root / "victim", {}
+        self.root, self.victim, self._clean, self._opened = root, root / "victim", {}, set()
+        sys.addaudithook(lambda event, given: self._opened.add(str(given[0])) if event == "open" else None)
 
     def copy(self, name: str) -> Path:
         shutil.rmtree(self.victim, ignore_errors=True)
@@ -168,8 +175,14 @@ class Bench:
         return self.victim
 
     def files(self, name: str) -> list[str]:
-        victim = self.copy(name)
-        return sorted(str(path.relative_to(victim)) for path in victim.rglob("*") if path.is_file() and path.stat().st_size)
+        """Those that the command opens; of safetensors files all, since Python does not see who maps them."""
+        self.clean(name)
+        self.copy(name)
+        self._opened.clear()
+        self.call(name)
+        opened, victim = set(self._opened), self.copy(name)
+        found = [path for path in victim.rglob("*") if path.is_file() and path.stat().st_size]
+        return sorted(str(path.relative_to(victim)) for path in found if path.suffix == ".safetensors" or str(path) in opened)
 
     def call(self, name: str) -> tuple[int, str, list[str], object]:
         """Exit code, stdout, lines of stderr, and the result of a command."""

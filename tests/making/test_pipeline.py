@@ -1,12 +1,14 @@
 """`llmkd make`: counts that add up, nothing asked twice, a file that a kill does not change, and limits that hold."""
 
 import json
+import math
 
 import pytest
 
 from llmkd.config.make import load_make
 from llmkd.config.make_stages import STAGES as SETTINGS
 from llmkd.errors import UserError
+from llmkd.making import pipeline
 from llmkd.making.asks import Answer
 from llmkd.making.pipeline import report
 from llmkd.making.registry import STAGES
@@ -16,15 +18,15 @@ from tests.kit.making import Function, lines, run_make, write_make
 ANSWER = [{"do": "answer"}]
 
 
-def adds_up(pipeline) -> bool:
+def adds_up(done) -> bool:
     """Of every stage: what it was given and what it made is what it hands on and what it rejects, which stands in the file."""
-    given = pipeline.counts[0].rows
-    for one in pipeline.counts:
+    given = done.counts[0].rows
+    for one in done.counts:
         if one.rows != given or one.passed + one.candidates - one.rejected != one.out or sum(one.reasons.values()) != one.rejected:
             return False
         given = one.out
-    out = pipeline.folder
-    return given == len(lines(out / "train.jsonl")) and sum(one.rejected for one in pipeline.counts) == len(lines(out / "rejected.jsonl"))
+    out = done.folder
+    return given == len(lines(out / "train.jsonl")) and sum(one.rejected for one in done.counts) == len(lines(out / "rejected.jsonl"))
 
 
 def test_every_stage_has_settings_and_every_setting_a_stage():
@@ -123,6 +125,42 @@ def test_a_stage_that_rejects_nearly_all_stops_with_its_reasons(tmp_path):
     with pytest.raises(UserError, match="1_answer: 30 of 30 candidates are rejected: empty 30; look at .*rejected.jsonl"):
         run_make(path, Function(lambda ask: " "))
     assert len(lines(tmp_path / "out" / "rejected.jsonl")) == 30
+
+
+def test_a_run_that_ends_between_its_files_or_with_too_many_rejections_is_gone_on_with(tmp_path, monkeypatch):
+    path, out = write_make(tmp_path, ANSWER, 30), tmp_path / "out"
+    run_make(path)
+    for left in range(5):
+        calls, real = iter(range(99)), pipeline.write_atomic
+
+        def write(file, content, calls=calls, real=real, left=left):
+            if next(calls) == left:
+                raise KeyboardInterrupt
+            real(file, content)
+
+        with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(pipeline, "write_atomic", write)
+            patch.setattr(pipeline, "write_sealed", lambda file, content, write=write: write(file, str(content)))
+            run_make(path, writer__max_new_tokens=9 + left)
+    run_make(path, writer__max_new_tokens=20)
+    with pytest.raises(UserError, match="30 of 30 candidates are rejected"):
+        run_make(path, Function(lambda ask: ""), writer__max_new_tokens=21)
+    assert adds_up(run_make(path)) and (out / "make.json").exists()
+
+
+def test_columns_that_json_cannot_hold_are_refused_before_anything_is_asked(tmp_path):
+    import datetime
+
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    columns = {"instruction": ["A?", "B?"], "day": [datetime.date(2026, 1, 2)] * 2, "score": [1.0, math.nan], "kind": ["k", None]}
+    pq.write_table(pa.table(columns), tmp_path / "s.parquet")
+    path, writer = write_make(tmp_path, ANSWER, seeds={"path": str(tmp_path / "s.parquet")}), Function()
+    with pytest.raises(UserError, match=r"s.parquet:1: day holds what JSON has no form for; set ignore: \[day\] to leave it out"):
+        run_make(path, writer)
+    run_make(path, writer, seeds__ignore=["day", "score"])
+    assert [row.get("kind") for row in lines(tmp_path / "out" / "train.jsonl")] == ["k", None] and len(writer.asked) == 2
 
 
 def test_a_stage_that_is_to_choose_may_leave_out_nearly_all(tmp_path):

@@ -185,6 +185,9 @@ def test_a_program_answers_in_json_lines_and_its_end_is_told(tmp_path):
         with pytest.raises(UserError, match=message):
             written(one, asks(1, one, text=text))
     one.close()
+    deaf = writer(command=("sleep", "60"), timeout=0.2)
+    with pytest.raises(UserError, match="sleep has written nothing for 0.2 seconds; raise writer.timeout"):
+        written(deaf, asks(2, deaf, text="x" * 200_000 + "{}"))
     with pytest.raises(UserError, match="writer.command: /no/such cannot be started"):
         written(absent := writer(command=("/no/such",)), asks(1, absent))
 

@@ -45,6 +45,13 @@ def first(world, tmp_path, capsys, monkeypatch):
             {"student.lora.modules_to_save": ["lm_haed"]},
             "student.lora.modules_to_save: the model has no module 'lm_haed'; did you mean lm_head? ",
         ),
+        ({"student.lora.rank": 10**6}, "student.lora.rank: found 1000000, and the model's largest matrix has 640 rows or columns"),
+        ({"student.tokenizer": "nobody/nothing"}, "student.tokenizer: nobody/nothing is no folder here and could not be downloaded"),
+        ({"student.tokenizer": "./nothing"}, "student.tokenizer: there is no folder "),
+        (
+            {"student": {"architecture": {"model_type": "lama"}, "method": "full", "tokenizer": "builtin:skills"}, "teacher": None},
+            "student.architecture.model_type: found lama, which transformers does not know; did you mean llama?",
+        ),
         ({"teacher.device": "gpu"}, "teacher.device: found gpu, which is no name of a device (did you mean cuda?); name one"),
         ({"teacher.device": "cuda:-1"}, "teacher.device: found cuda:-1, which is no name of a device; name one"),
         ({"loss.features": {"layers": [[3, 1]]}}, "loss.features.layers: found layer 3 of the student, which has 2 layers"),

@@ -25,9 +25,9 @@ class ServedWriter:
     def __init__(self, settings: Settings, stop: Callable[[], bool]):
         self.settings, self.stop = settings, stop
         requests = settings.of_server("requests")
-        self.server = Server(
-            settings.server, "writer.server", settings.api_key_env, settings.of_server("timeout"), settings.of_server("patience"), requests
-        )
+        numbers = (settings.of_server("timeout"), settings.of_server("patience"), requests)
+        again = "what is written is kept, and the same command goes on"
+        self.server = Server(settings.server, "writer.server", settings.api_key_env, *numbers, again)
         self.requests, self._workers = requests, Workers(requests)
         self.identity: dict[str, Any] = {"api": settings.model}
         self.label = settings.model

@@ -30,6 +30,7 @@ class ProgramWriter:
         self.identity: dict[str, Any] = {"model": settings.model} if settings.model else {"command": self.command}
         self._process: subprocess.Popen | None = None
         self._lines: queue.SimpleQueue = queue.SimpleQueue()
+        self._asks: queue.SimpleQueue = queue.SimpleQueue()
         self._said: deque[str] = deque(maxlen=1)
 
     def check(self) -> None:
@@ -60,6 +61,8 @@ class ProgramWriter:
                 until = time.monotonic() + timeout
                 yield ask, answer
         except BaseException:
+            if self._process is not None:
+                self._process.terminate()
             self.close()
             raise
 
@@ -67,10 +70,10 @@ class ProgramWriter:
         process, self._process = self._process, None
         if process is None:
             return
+        self._asks.put(None)
         try:
-            process.stdin.close()
             process.wait(5)
-        except (OSError, subprocess.TimeoutExpired):
+        except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
 
@@ -83,7 +86,8 @@ class ProgramWriter:
             process = subprocess.Popen(self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         except OSError as error:
             raise UserError(f"writer.command: {self._name} cannot be started ({error.strerror}); check its name and its rights") from error
-        lines = self._lines = queue.SimpleQueue()  # without what an earlier process has left
+        lines, asks = queue.SimpleQueue(), queue.SimpleQueue()  # without what an earlier process has left
+        self._lines, self._asks = lines, asks
         said = self._said = deque(maxlen=1)
 
         def read_answers() -> None:
@@ -92,13 +96,22 @@ class ProgramWriter:
                     lines.put(line)
             lines.put(None)
 
+        def write_asks() -> None:
+            try:
+                with process.stdin:
+                    while (line := asks.get()) is not None:
+                        process.stdin.write(line)
+                        process.stdin.flush()
+            except OSError:  # it has ended, which its stdout says
+                pass
+
         def read_messages() -> None:
             with process.stderr:
                 for line in process.stderr:
                     said.append(printable(line.decode("utf-8", "replace").rstrip())[:300])
 
-        for read in (read_answers, read_messages):
-            threading.Thread(target=read, name="llmkd-command", daemon=True).start()
+        for work in (read_answers, read_messages, write_asks):
+            threading.Thread(target=work, name="llmkd-command", daemon=True).start()
         return process
 
     def _send(self, ask: Ask) -> None:
@@ -115,11 +128,7 @@ class ProgramWriter:
             "min_p": sampling.min_p,
             "seed": sampling.seed,
         }
-        try:
-            self._process.stdin.write(json.dumps(line).encode() + b"\n")
-            self._process.stdin.flush()
-        except OSError:
-            raise self._ended() from None
+        self._asks.put(json.dumps(line).encode() + b"\n")  # a program that does not read must not stop this one
 
     def _read(self, line: bytes | None, running: dict[str, Ask]) -> tuple[Ask, Answer]:
         if line is None:

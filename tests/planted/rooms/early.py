@@ -55,6 +55,16 @@ FAULTS = [
         ("names-as-expression", "names are taken for a regular expression", "    if known & set(names):\n", "    if False:\n", EARLY),
     ),
     *in_file(
+        "llmkd/training/launch_variables.py",
+        (
+            "rank-beyond",
+            "a rank beyond the processes is taken, and says nothing",
+            ">= count:",
+            "> 10 + count:",
+            "training/test_environment.py",
+        ),
+    ),
+    *in_file(
         "llmkd/process/devices.py",
         ("hidden-gpus", "GPUs that are hidden from the process are counted", "number < min(counts)", "number < max(counts)", EARLY),
     ),
