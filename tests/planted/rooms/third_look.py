@@ -44,8 +44,8 @@ FAULTS = [
         (
             "not-utf8",
             "a name that is not UTF-8 ends in pydantic's words",
-            'if value != value.encode(errors="ignore").decode():',
-            "if False:",
+            'if text != text.encode(errors="ignore").decode()',
+            "if False",
             "config/test_settings.py::test_a_file_name_that_is_not_utf8_is_refused_in_one_line",
         ),
     ),
