@@ -74,8 +74,6 @@ def test_text_arguments_are_objects_wherever_the_template_takes_them():
     assert '"arguments": 3 * 18' in said(calling("3 * 18"), HEAD + CALLS["verbatim"] + TAIL)[0]
     assert '"arguments": {}' in said(calling(""), HEAD + CALLS["tojson"] + TAIL)[0]  # no arguments, in OpenAI's way
     assert '"arguments": {}' in said(calling("{}"), HEAD + CALLS["tojson"] + TAIL)[0]
-    assert '"arguments": {}' in said(calling(None), HEAD + CALLS["verbatim"] + TAIL)[0]  # not Python's None
-    assert '"arguments": null' in said(calling(None), HEAD + CALLS["tojson"] + TAIL)[0]
 
 
 @pytest.mark.parametrize(
@@ -172,9 +170,16 @@ def test_what_is_no_matter_of_spelling_is_refused_as_ever(call_values):
         assert other.value.problems == plain.value.problems
 
 
-@pytest.mark.parametrize("also", [None, '{"a": 3}'])
-def test_null_arguments_are_an_empty_object_to_a_template_that_wants_one(also):
-    assert said(calling(None, *[also] * bool(also)), HEAD + STRINGS + TAIL)[0].startswith("mul" + "mul<a>3</a>" * bool(also))
+@pytest.mark.parametrize("call", [{"arguments": None}, {}, {"arguments": "null"}, {"arguments": {}}], ids=str)
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_a_call_whose_arguments_are_null_or_absent_has_none(read, call, wrapped):
+    """None are {} in every template: not null, and not Python's None. A parquet file has no other way to say so."""
+    row, call = calling({}), {"name": "mul", **call}
+    row["messages"][1]["tool_calls"] = [{"type": "function", "function": call} if wrapped else call]
+    rows = read(json.dumps(row), format="chat")
+    for name in ("tojson", "verbatim", "joined", "either"):
+        texts = kept(encode(rows, "chat", Data(), tiny(HEAD + CALLS[name] + TAIL)), tiny())
+        assert texts[0].startswith('{"name": "mul", "arguments": {}}' + END)
 
 
 MISTRAL = (
@@ -425,7 +430,10 @@ def test_parts_that_are_no_text_are_refused(read, content, words):
         ({"tool_calls": {"name": "f"}}, "tool_calls is an object, expected a list of objects"),
         ({"tool_calls": [{"function": {"arguments": "{}"}}]}, "tool_calls[0] is an object without the name of a function"),
         ({"tool_calls": ["f"]}, "tool_calls[0] is text without the name of a function"),
-        ({"function_call": {"name": "f"}}, "function_call[0] has no key 'arguments', expected {function: {name, arguments}}"),
+        ({"tool_calls": [{"name": "f", "arguments": 3}]}, "tool_calls[0] has a number for its 'arguments', expected an object"),
+        ({"tool_calls": [{"name": "f", "arguments": [3]}]}, "tool_calls[0] has a list for its 'arguments', expected an object"),
+        ({"tool_calls": [{"function": {"name": "f"}, "arguments": {}}]}, "tool_calls[0] has its 'arguments' outside 'function'; put them"),
+        ({"tool_calls": [{"function": {"name": "f"}, "input": {}}]}, "tool_calls[0] has its arguments under 'input'; rename the key"),
         ({"content": "x", "toolCalls": "f(x)"}, "toolCalls is text that is not JSON, expected a list of objects"),
         (
             {"content": "x", "function_call": {"name": "f", "arguments": "{}"}, "tool_calls": [{"name": "f", "arguments": {}}]},
@@ -445,8 +453,8 @@ def test_parts_that_are_no_text_are_refused(read, content, words):
         ),
         ({"tool_calls": [{"name": "f", "arguments": None, "args": "{}"}]}, "tool_calls[0] has its arguments under 'args'; rename"),
         (
-            {"tool_calls": [{"name": "f"}]},
-            "tool_calls[0] has no key 'arguments', expected {function: {name, arguments}}; write {} for none",
+            {"tool_calls": [{"name": "f", "argumets": {"a": 3}}]},
+            "tool_calls[0] has no key 'arguments', and others (argumets), expected {function: {name, arguments}}; write {} for none",
         ),
     ],
 )

@@ -23,12 +23,12 @@ def shaped(call: dict, form: str) -> dict:
     """A call, {name, arguments}, with its arguments in a form: "" as the row has them, "objects", "text", or "values", which is objects with the
     values that are neither text nor numbers as JSON text."""
     given = call.get("arguments")
-    if form in ("objects", "values") and (given is None or isinstance(given, str)):
-        given = _object(given or "", call)
+    if form in ("objects", "values") and isinstance(given, str):
+        given = _object(given, call)
     if form == "values" and isinstance(given, dict):
         given = {key: json.dumps(value, ensure_ascii=False) if _in_words(value) else value for key, value in given.items()}
     if form == "text" and not isinstance(given, str):
-        given = json.dumps({} if given is None else given, ensure_ascii=False)
+        given = json.dumps(given, ensure_ascii=False)
     return call if given is call.get("arguments") else call | {"arguments": given}
 
 
@@ -69,9 +69,7 @@ def refuse_arguments(i: int, call: dict, neutral: str, as_json: bool) -> None:
     for value in _containers(given) if as_json else ():
         if str(value) in neutral and str(value) != json.dumps(value, ensure_ascii=False):
             raise ValueError(f"the chat template writes {where} as Python does ({str(value)[:40]}), not as JSON; {_FIX}")
-    if as_json and given is None and "None" in neutral and "null" not in neutral:
-        raise ValueError(f"the chat template writes {where}, null, as Python does; write {{}} for none")
-    if given is None or any(json.dumps(given, ensure_ascii=ascii) in neutral for ascii in (False, True)):
+    if any(json.dumps(given, ensure_ascii=ascii) in neutral for ascii in (False, True)):
         return
     lost = next((leaf for leaf in _leaves(given) if not any(form in neutral for form in spellings(leaf))), None)
     if lost is not None:

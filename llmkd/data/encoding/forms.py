@@ -158,7 +158,6 @@ def _attempts(template: str, messages: list[dict], call_values: str, null: bool)
     given = [function_of(call).get("arguments") for call in calls]
     texts = [isinstance(one, str) for one in given]
     arguments = [*(["objects"] if any(texts) else []), "", *([] if all(texts) else ["text"])]
-    arguments += ["objects"] if None in given and not any(texts) else []
     forms = [(form, True) for form in arguments]
     forms += {"template": [(form, False) for form in arguments], "json": [("values", True)]}.get(call_values, []) if calls else []
     for parts in itertools.chain([known], (known | some for some in others if not some <= known)):

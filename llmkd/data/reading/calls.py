@@ -16,6 +16,8 @@ from .values import kind, parsed, surrogate
 _CALLS = set("functioncall functioncalls toolcall toolcalls tooluse tooluses toolinvocation toolinvocations".split())
 #: Other names for a call's arguments.
 _ARGUMENTS = ("parameters", "params", "args", "kwargs", "input", "inputs", "argument", "parameter")
+#: Keys that say nothing of a call's arguments.
+_OF_CALL = {"name", "id", "type", "index", "function", "call_id", "tool_call_id", "arguments"}
 
 
 def is_call(name: str) -> bool:
@@ -58,7 +60,10 @@ def with_calls(message: dict, role: str, source: Source, where: str, problems: E
 
 
 def read_calls(calls: Any, where: str, problems: ErrorCollector) -> list[dict] | None:
-    """The calls of a turn: a list of objects with a name, or of {function: {name, arguments}}; the same as JSON text, as in many tables."""
+    """The calls of a turn: a list of objects with a name, or of {function: {name, arguments}}; the same as JSON text, as in many tables.
+
+    Arguments that are null or absent are none, {}: a function without parameters is called so, and columnar files have no empty object.
+    """
     if isinstance(calls, str):
         try:
             calls = json.loads(calls) if calls.strip() else None
@@ -68,24 +73,34 @@ def read_calls(calls: Any, where: str, problems: ErrorCollector) -> list[dict] |
     if calls is not None and not isinstance(calls, list):
         problems.add(f"{where} is {kind(calls)}, expected a list of objects")
         return None
+    calls = calls and [*calls]
     for j, call in enumerate(calls or []):
         function = call.get("function") if isinstance(call, dict) and isinstance(call.get("function"), dict) else call
         if not isinstance(function, dict) or not isinstance(function.get("name"), str) or not function["name"]:
             problems.add(f"{where}[{j}] is {kind(call)} without the name of a function, expected {{function: {{name, arguments}}}}")
             return None
-        if function.get("arguments") is None and (other := next((key for key in _ARGUMENTS if function.get(key) is not None), None)):
-            problems.add(
-                f"{where}[{j}] has its arguments under {other!r}; rename the key to 'arguments'",
-                alike=f"calls with {other!r} for 'arguments'",
-            )
+        if problem := _no_arguments(call, function):
+            problems.add(f"{where}[{j}] {problem}", alike=f"calls that {problem}")
             return None
-        if "arguments" not in function:
-            problems.add(
-                f"{where}[{j}] has no key 'arguments', expected {{function: {{name, arguments}}}}; write {{}} for none",
-                alike="calls without 'arguments'",
-            )
-            return None
+        if function.get("arguments") in (None, "null"):
+            function = function | {"arguments": {}}
+            calls[j] = call | {"function": function} if isinstance(call.get("function"), dict) else function
     return calls or None
+
+
+def _no_arguments(call: dict, function: dict) -> str | None:
+    """What is wrong with the arguments of a call; None where they are there, or it has none and nothing that may be some."""
+    given, outside = function.get("arguments"), {} if call is function else call
+    if given is not None:
+        return None if isinstance(given, dict | str) else f"has {kind(given)} for its 'arguments', expected an object, or the same as JSON text"
+    if outside.get("arguments") is not None:
+        return "has its 'arguments' outside 'function'; put them into it"
+    others = {key: value for key, value in {**outside, **function}.items() if value is not None and key not in _OF_CALL}
+    if other := next((key for key in _ARGUMENTS if key in others), None):
+        return f"has its arguments under {other!r}; rename the key to 'arguments'"
+    if others:
+        return f"has no key 'arguments', and others ({', '.join(others)}), expected {{function: {{name, arguments}}}}; write {{}} for none"
+    return None
 
 
 def read_tools(tools: Any, name: str, place: str, problems: ErrorCollector) -> Any:
