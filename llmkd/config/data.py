@@ -123,7 +123,7 @@ class Source:
     )
     fields: dict[str, str] = fixed(
         default_factory=dict,
-        description="The file's own names for the format's columns: {messages: conversations, role: from, content: value}.",
+        description="The file's own names for the format's columns: {messages: conversations, role: from, content: value}; of what is inside an object its path, translation.de.",
     )
     roles: dict[str, str] = fixed(
         default_factory=dict,

@@ -31,7 +31,7 @@ BAD_LINES = [
     ('{"instruction": "a", "output": "b", "input": 1}', "input is a number, expected text"),
     ('{"instruction": "a"}', "no column 'output'; found 'instruction'"),
     ('{"instrction": "a", "output": "b"}', "no column 'instruction'; did you mean 'instrction'?"),
-    ('{"instruction": "a", "inputs": "x", "output": "b"}', "did you mean 'inputs'?"),
+    ('{"instruction": "a", "inputs": "x", "output": "b"}', "set fields: {input: inputs}, or set ignore: [inputs]"),
     ('{"instruction": "a", "output": "b", "n": ' + "9" * 5000 + "}", "not valid JSON (a number of 5000 digits)"),
     ("[1]", "found a list, expected an object"),
     ("null", "found null, expected an object"),

@@ -62,6 +62,7 @@ ROWS = [
     ("alpaca", {"talk": json.dumps(MESSAGES)}, "format: chat, fields: {messages: talk}"),
     ("alpaca", {"article": "d", "highlights": "s"}, "format: prompt_completion, fields: {prompt: article, completion: highlights}"),
     ("prompt_completion", {"human": "q", "gpt": "a"}, "fields: {prompt: human, completion: gpt}"),
+    ("alpaca", {"row": {"instruction": "a", "output": "b"}}, "fields: {instruction: row.instruction, output: row.output}"),
 ]
 
 
@@ -92,7 +93,11 @@ def test_a_parquet_file_of_another_shape_is_recognised_too(read, refused, tmp_pa
             {"conversations": [*SHAREGPT, {"from": "function_call", "value": "f"}]},
             f"; the nearest is format: chat, {NAMES}",
         ),
-        ("alpaca", {"row": {"instruction": "a", "output": "b"}}, "; the columns are inside 'row': write what it holds as the row"),
+        (
+            "alpaca",
+            {"log": {"row": {"instruction": "a", "output": "b"}}},
+            "; set fields: {instruction: NAME, output: NAME} if the file has other names",
+        ),
         (
             "chat",
             {"data": [{"messages": MESSAGES}], "n": 1},
@@ -132,11 +137,6 @@ def test_a_parquet_file_of_another_shape_is_recognised_too(read, refused, tmp_pa
             "chat",
             {"messages": str(MESSAGES)},
             "; it is a list as Python writes it: write it as JSON, in a .jsonl, .json or .parquet file",
-        ),
-        (
-            "chat",
-            {"input": {"messages": MESSAGES[:1]}, "preferred_output": MESSAGES[1:]},
-            "; the columns are inside 'input': write what it holds as the row",
         ),
         (
             "alpaca",

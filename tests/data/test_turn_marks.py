@@ -195,8 +195,9 @@ ROWS = [
     ({"labels": [-100, 5]}, "labels may say which parts"),
     ({"meta": {"loss_mask": [0, 1]}}, "meta.loss_mask may say which parts"),
     ({"metadata": {"info": [{"train": False}]}}, "metadata.info.train may say which parts"),
+    ({"skip": "True"}, "skip is 'True': it may mark a row that is not to be used"),
     ({"skip": True}, "skip is True: it may mark a row that is not to be used"),
-    ({"is_valid": 0}, "is_valid is 0: it may mark a row that is not to be used"),
+    ({"is_valid": 0}, "is_valid is 0: it may say that the answer is a bad one"),
 ]
 
 

@@ -31,7 +31,7 @@ SHAREGPT = {
         ({}, ANSWER | {"document": "c"}, "set fields: {input: document}, or set ignore: [document]"),
         ({"format": "prompt_completion"}, PAIR | {"passage": "c"}, "write it into the prompt, or use format: alpaca with"),
         ({"format": "prompt_completion"}, PAIR | {"bad_output": "c"}, "llmkd does not train on preferences; set ignore: [bad_output]"),
-        (SHAREGPT, TALK | {"conversation_b": [{}]}, "llmkd does not train on preferences; set ignore: [conversation_b]"),
+        (SHAREGPT, TALK | {"conversation_b": ["c"]}, "llmkd does not train on preferences; set ignore: [conversation_b]"),
         ({"format": "prompt_completion"}, PAIR | {"response_1": "b"}, "llmkd does not train on preferences; set ignore: [response_1]"),
         (SHAREGPT, TALK | {"context": "c"}, "it may hold what the answers rely on; write it into a message, or set ignore: [context]"),
         (SHAREGPT, TALK | {"developer_prompt": "s"}, "content: value, system: developer_prompt}, or set ignore: [developer_prompt]"),
@@ -49,7 +49,7 @@ SHAREGPT = {
         (
             {"format": "prompt_completion"},
             PAIR | {"label": False},
-            "set where: {label: true} to train on the good ones alone, or set ignore: [label]",
+            "set where: {label: true} to train on the others alone, or set ignore: [label]",
         ),
         (
             {"format": "prompt_completion"},

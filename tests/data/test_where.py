@@ -154,8 +154,8 @@ def test_a_csv_value_is_read_as_what_it_is_compared_with(tmp_path):
 def test_a_mark_of_a_row_is_no_longer_refused_where_it_is_chosen_by(tmp_path):
     path = write(tmp_path / "t.jsonl", [ROWS[i] | {"is_valid": i % 2 == 0, "label": i != 2} for i in range(4)])
     lines = problems(path)
-    assert any("leave such rows out by where: {is_valid: true}" in line for line in lines)
-    assert any("set where: {label: true} to train on the good ones alone" in line for line in lines)
+    assert any("set where: {is_valid: true} to train on the others alone" in line for line in lines)
+    assert any("set where: {label: true} to train on the others alone" in line for line in lines)
     assert [row["instruction"] for row in read(path, where={"is_valid": True, "label": True}).rows] == ["q 0"]
     write(path, [ROWS[i] | {"train": i != 2} for i in range(4)])
     assert all(row["train"] is False for row in read(path, where={"train": False}).rows)  # chosen, and still not trained on

@@ -24,8 +24,8 @@ from ..reading.sources import Rows
 from .encode import encode
 from .formats import refuse_without_template
 
-#: Raise it when encoding makes other tokens of the same rows, or an entry's files change. 10: counts of marked rows and of turns written as text.
-VERSION = 11
+#: Raise it when the same files give other tokens, or an entry's files change. 12: arguments of tool calls that are null are none.
+VERSION = 12
 
 _READ = ("ids", "loss_mask", "offsets")  # the arrays of Examples that a model reads
 

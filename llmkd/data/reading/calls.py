@@ -9,8 +9,7 @@ from typing import Any
 
 from ...config.data import Source
 from .problems import ErrorCollector
-from .turn_marks import plain
-from .values import kind, parsed, surrogate
+from .values import as_yaml, kind, parsed, plain, surrogate
 
 #: Names of a turn, or of a message's key, that calls tools.
 _CALLS = set("functioncall functioncalls toolcall toolcalls tooluse tooluses toolinvocation toolinvocations".split())
@@ -50,7 +49,7 @@ def with_calls(message: dict, role: str, source: Source, where: str, problems: E
     if role != "assistant" or len(given) > 1:
         why = f"{' and '.join(given)} both hold calls" if role == "assistant" else "calls are an assistant's"
         problems.add(
-            f"{where}.{given[-1]} is a call that the model would not see: {why}; set ignore: [{', '.join([*source.ignore, given[-1]])}] to train without it",
+            f"{where}.{given[-1]} is a call that the model would not see: {why}; set ignore: {as_yaml([*source.ignore, given[-1]])} to train without it",
             alike=f"{given[-1]} of a turn of role {role}",
         )
         return None
@@ -92,7 +91,11 @@ def _no_arguments(call: dict, function: dict) -> str | None:
     """What is wrong with the arguments of a call; None where they are there, or it has none and nothing that may be some."""
     given, outside = function.get("arguments"), {} if call is function else call
     if given is not None:
-        return None if isinstance(given, dict | str) else f"has {kind(given)} for its 'arguments', expected an object, or the same as JSON text"
+        return (
+            None
+            if isinstance(given, dict | str)
+            else f"has {kind(given)} for its 'arguments', expected an object, or the same as JSON text"
+        )
     if outside.get("arguments") is not None:
         return "has its 'arguments' outside 'function'; put them into it"
     others = {key: value for key, value in {**outside, **function}.items() if value is not None and key not in _OF_CALL}
@@ -101,6 +104,12 @@ def _no_arguments(call: dict, function: dict) -> str | None:
     if others:
         return f"has no key 'arguments', and others ({', '.join(others)}), expected {{function: {{name, arguments}}}}; write {{}} for none"
     return None
+
+
+def are_tools(value: Any) -> bool:
+    """Whether `read_tools` takes a value for functions: a list of objects, each of them or all as JSON text."""
+    tools = parsed(value)
+    return isinstance(tools, list) and bool(tools) and all(isinstance(parsed(tool), dict) for tool in tools)
 
 
 def read_tools(tools: Any, name: str, place: str, problems: ErrorCollector) -> Any:

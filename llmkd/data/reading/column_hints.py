@@ -1,12 +1,15 @@
 """What to write in the recipe, or to change in the file, where a row does not have the columns of its format."""
 
 import difflib
+import itertools
 import re
 from typing import Any
 
 from ...config.data import FORMATS, Source
-from .recognise import ONE_ROW, ROLE_KEYS, Check, is_read, is_turn, settings_for
-from .turn_marks import plain
+from .meanings import ONE_ROW, meaning_of
+from .names import ANSWERS, PROMPTS, ROLE_KEYS, named
+from .recognise import Check, is_read, is_turn, settings_for
+from .values import as_yaml, kind, parsed, plain
 
 
 def column_hint(
@@ -23,7 +26,7 @@ def column_hint(
         return f"{_found(row)}; {settings}", True
     if is_turn(row):
         return f"{_found(row)}; a row is one turn: {ONE_ROW}", False
-    if near := difflib.get_close_matches(theirs[columns[0]], row, 1, 0.6):
+    if near := difflib.get_close_matches(theirs[columns[0]], row, 1, 0.8):
         return f"; did you mean {near[0]!r}?", False
     return f"{_found(row)}{_described(columns, row, theirs, source, check, csv)}", False
 
@@ -36,21 +39,38 @@ def _answered(row: dict[str, Any], source: Source) -> dict[str, Any]:
 
 
 def _found(row: dict[str, Any]) -> str:
-    return f"; found {', '.join(map(repr, row)) or 'none'}"
+    """The names of the columns, the first ones of many: what follows must not be cut off."""
+    shown = [name for name, end in zip(row, itertools.accumulate(len(name) + 4 for name in row), strict=True) if end < 200]
+    more = f" and {len(row) - len(shown)} more" if len(shown) < len(row) else ""
+    return f"; found {', '.join(map(repr, shown)) or 'none'}{more}"
 
 
 def _described(columns: list[str], row: dict[str, Any], theirs: dict[str, str], source: Source, check: Check, csv: bool) -> str:
     """What a row is that no known settings read."""
-    if inner := next((name for name, value in row.items() if isinstance(value, dict) and is_read(value, source, check)), None):
-        return f"; the columns are inside {inner!r}: write what it holds as the row"
     if rows := next((name for name, value in row.items() if is_rows(value) and is_read(value[0], source, check)), None):
         return f"; {rows!r} is a list of objects with columns: write each as a row of its own, or a talk as messages of role and content"
-    if turns := next((name for name, value in row.items() if turns_hint(value)), None):
+    if calls := next((name for name, value in row.items() if isinstance(value, str) and _are_calls(parsed(value))), None):
+        return f"; {calls!r} holds tool calls: write messages (format: chat) with tool_calls"
+    choices = {name for name, value in row.items() if isinstance(value, list) and meaning_of(name, value, "alpaca")}
+    if turns := next((name for name, value in row.items() if turns_hint(value) and name not in choices), None):
         return f"; in {turns!r} {turns_hint(row[turns])}"
+    if named(row, PROMPTS) and (answer := next((name for name in named(row, ANSWERS) if not isinstance(row[name], str)), None)):
+        return f"; {answer!r} is {kind(row[answer])}, expected text: write the answer to train on as text"
     unused = [name for name in row if name not in theirs.values() and not (columns == ["messages"] and isinstance(row[name], str | dict))]
-    wanted = ", ".join(f"{column}: {unused[0] if len(unused) == len(columns) == 1 else 'NAME'}" for column in columns)
+    asked = next((name for name in named(row, PROMPTS) if name in unused and isinstance(row[name], str)), "NAME")
+    names = [asked if column in ("instruction", "prompt") else "NAME" for column in columns]
+    names = unused if len(unused) == len(columns) == 1 else names
+    wanted = ", ".join(f"{column}: {as_yaml(name)}" for column, name in zip(columns, names, strict=True))
     header = "; the first line of a .csv file is its header" if csv and len(columns) > 1 else ""
     return header + (f"; set fields: {{{wanted}}} if the file has other names" if unused else "")
+
+
+#: Where a turn begins in a conversation that is one text.
+_TURN = re.compile(r"(?:^|\n)\W*(user|human|assistant|system|gpt|bot|ai)\W*:", re.I)
+
+
+def _are_calls(value: Any) -> bool:
+    return is_rows(value) and all("name" in one and one.keys() & {"arguments", "parameters"} for one in value)
 
 
 def is_rows(value: Any) -> bool:
@@ -77,7 +97,7 @@ def messages_hint(value: Any) -> str:
 
 
 def turns_hint(value: Any) -> str:
-    """What is wrong with turns that are no list of objects: texts in turn, pairs of texts, or a list for each key; "" for anything else."""
+    """What is wrong with turns that are no list of objects: one text, texts in turn, pairs of texts, or a list for each key; "" for anything else."""
     fix = "write a list of {role, content} (format: chat)"
     if (
         isinstance(value, dict)
@@ -86,5 +106,7 @@ def turns_hint(value: Any) -> str:
         and all(isinstance(one, list) for one in value.values())
     ):
         return f"the turns are a list for each of {', '.join(map(repr, value))}: {fix}"
+    if isinstance(value, str) and len({turn.lower() for turn in _TURN.findall(value)}) > 1:
+        return f"the turns are one text: {fix}"
     flat = [text for one in value for text in (one if isinstance(one, list) else [one])] if isinstance(value, list) else []
     return f"the turns are texts without roles: {fix}" if len(flat) > 1 and all(isinstance(text, str) for text in flat) else ""

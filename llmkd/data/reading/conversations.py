@@ -9,7 +9,7 @@ from .calls import is_call, read_call_turn, with_calls
 from .column_hints import messages_hint
 from .problems import ErrorCollector
 from .recognise import Check, role_hint, settings_for
-from .turn_marks import mark_of
+from .turn_marks import ignoring, mark_of
 from .values import check_text, kind, parsed, surrogate
 
 
@@ -60,7 +60,7 @@ def read_messages(row: dict, name: str, source: Source, place: str, problems: Er
             problems.add(f"{where}{_no_content(message, role_name, content_name)}")
             continue
         rest = {k: v for k, v in message.items() if k not in (role_name, content_name, *source.ignore) and v is not None}
-        trained, marks = mark_of(rest, source.fields.get("train"), where, problems)
+        trained, marks = mark_of(rest, source, where, problems, roles[role] == "assistant")
         taken = {k for k in ("role", "content", "train") if k in rest and k not in marks}  # the file's own, beside those named in `fields`
         left_out |= taken
         rest = {k: v for k, v in rest.items() if k not in taken | marks}
@@ -71,6 +71,19 @@ def read_messages(row: dict, name: str, source: Source, place: str, problems: Er
         out.append({"role": roles[role], "content": content or "", **rest, **mark})
     unread.update(key if key.startswith(name) else f"{name}[].{key}" for key in left_out)
     return out
+
+
+def read_system(value: dict | list, name: str, place: str, problems: ErrorCollector, unread: Counter) -> str | None:
+    """The text of a system message that is a message or a list of parts, as Gemini's and Anthropic's rows have it; None if it is refused."""
+    key = next((key for key in ("content", "parts") if isinstance(value, dict) and key in value), None)
+    content, where = (value[key], f"{name}.{key}") if key else (value, name)
+    if isinstance(content, list):
+        left_out: set[str] = set()
+        content = _text_of_parts(content, f"{place}: {where}", f"{where}[]", problems, left_out, None)
+        unread.update(left_out)
+    elif not isinstance(content, str):
+        problems.add(f"{place}: {where} is {kind(content)}, expected text")
+    return content
 
 
 def _no_content(message: dict, role_name: str, content_name: str) -> str:
@@ -101,11 +114,11 @@ def _text_of_parts(parts: list, where: str, name: str, problems: ErrorCollector,
         left_out |= {f"{name}.{key}" for key in rest}
         if marked:
             of_mark = {key: value for key, value in rest.items() if key not in marked.ignore}
-            trained, keys = mark_of(of_mark, marked.fields.get("train"), f"{where}[{j}]", problems)
+            trained, keys = mark_of(of_mark, marked, f"{where}[{j}]", problems, True)
             if trained is False:
                 problems.add(
                     f"{where}[{j}] is marked as not trained on ({', '.join(sorted(keys))}), and llmkd supervises whole turns; write train: false "
-                    f"for the turn, or set ignore: [{', '.join([*marked.ignore, *sorted(keys)])}]",
+                    f"for the turn, or set {ignoring(marked, *sorted(keys))}",
                     alike="a part that is marked as not trained on",
                 )
                 return None

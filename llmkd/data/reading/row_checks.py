@@ -11,12 +11,13 @@ from typing import Any
 from ...config.data import FORMATS, Source
 from .calls import read_tools
 from .column_hints import column_hint, row_hint
-from .conversations import read_messages
+from .conversations import read_messages, read_system
+from .meanings import is_about
 from .problems import ErrorCollector
 from .token_columns import HOW_MASKED, read_tokens
-from .turn_marks import HOW_MARKED, row_mark
+from .turn_marks import HOW_MARKED, ignoring, row_mark
 from .unread import count_unread
-from .values import TOO_DEEP, check_text, kind, surrogate, too_deep
+from .values import TOO_DEEP, check_text, kind, opened, surrogate, too_deep
 
 
 def check_row(row: Any, place: str, source: Source, problems: ErrorCollector, choices: bool = False, unread: Counter | None = None) -> Any:
@@ -46,20 +47,21 @@ def _checked(row: Any, place: str, source: Source, problems: ErrorCollector, cho
     claimed = {name for column, name in source.fields.items() if column not in ("role", "content", "train", name)}
     absent = {c for c in columns if columns[c].optional and c not in source.fields and (c in claimed or c in source.ignore)}
     theirs = {column: source.fields.get(column, column) for column in columns if column not in absent}
+    row = opened(row, theirs.values())
     asked = {c: source.fields.get(c, c) for c in ("choices", "answer")} if choices else {}
     read = {*theirs.values(), *asked.values()}
     lacking = [c for c, name in theirs.items() if name not in row and not (columns[c].optional and c == name)]
     if lacking and _missing(lacking, row, theirs, source, place, problems, choices):
         return row  # what else is wrong follows from it
     how = HOW_MARKED if row_format.is_text else HOW_MASKED
-    trained, marks = row_mark(row, {*read, *source.ignore}, place, problems, source.where.keys(), how)
-    count_unread(row, read | marks | source.where.keys(), source, place, problems, unread)
+    trained, marks = row_mark(row, read, source, place, problems, how)
+    lost = count_unread(row, read | marks | source.where.keys(), source, place, problems, unread)
     hidden = absent | (marks | set(source.ignore)) - read
     found = {c: value for c, value in row.items() if c not in hidden} | {c: row[name] for c, name in asked.items() if name in row}
     for column, name in theirs.items():
         if name not in row:
             if column not in lacking:
-                _slip(name, row, theirs, source, place, problems, columns[column].kind == "numbers")
+                _slip(name, row, {*theirs.values(), *lost}, source, place, problems, columns[column].kind == "numbers")
             continue
         value, value_kind = row[name], columns[column].kind
         if value is None and columns[column].optional:  # a null field is an absent one: parquet has them in every row
@@ -67,6 +69,8 @@ def _checked(row: Any, place: str, source: Source, problems: ErrorCollector, cho
             continue
         if value_kind == "messages" or (value_kind == "text or messages" and isinstance(value, list)):
             value = read_messages(row, name, source, place, problems, unread, check_row)
+        elif column == "system" and isinstance(value, dict | list):
+            value = read_system(value, name, place, problems, unread)
         elif value_kind == "tools":
             value = read_tools(value, name, place, problems)
         elif value_kind == "numbers":
@@ -99,7 +103,9 @@ def _checked(row: Any, place: str, source: Source, problems: ErrorCollector, cho
     if trained is False:
         found["train"] = False
         if choices:
-            problems.add(f"{place}: the question is marked as not trained on, and questions are only scored; set ignore: {sorted(marks)}")
+            problems.add(
+                f"{place}: the question is marked as not trained on, and questions are only scored; set {ignoring(source, *sorted(marks))}"
+            )
     return found
 
 
@@ -111,7 +117,7 @@ def _check_system(row: dict, theirs: dict[str, str], source: Source, place: str,
         if (name := theirs.get(column)) and what:
             problems.add(
                 f"{place}: {name} is {what}, for which a prompt without a chat template has no place; set chat_template: true, "
-                f"or ignore: [{name}] to train without it",
+                f"or {ignoring(source, name)} to train without it",
                 alike=f"{name} is {what}",
             )
     if (
@@ -122,7 +128,7 @@ def _check_system(row: dict, theirs: dict[str, str], source: Source, place: str,
         and first[0].get("role") in ("system", "developer")
         and first[0].get("content") != system
     ):
-        problems.add(f"{place}: {name} and the first message are two system messages; keep one, or set ignore: [{name}]")
+        problems.add(f"{place}: {name} and the first message are two system messages; keep one, or set {ignoring(source, name)}")
 
 
 def _missing(
@@ -138,9 +144,9 @@ def _missing(
     return other_shape
 
 
-def _slip(name: str, row: dict, theirs: dict, source: Source, place: str, problems: ErrorCollector, numbers: bool) -> None:
+def _slip(name: str, row: dict, known: set[str], source: Source, place: str, problems: ErrorCollector, numbers: bool) -> None:
     """A problem where an optional column is missing, and another one has nearly its name. `numbers`: the column is a list of them."""
-    others = row.keys() - {*theirs.values(), *source.ignore, *source.where}
+    others = {other for other in row.keys() - {*known, *source.ignore, *source.where} if not is_about(other)}
     near = _near(name, frozenset(other for other in others if not numbers or isinstance(row[other], list)))
     if near:
         problems.add(f"{place}: no column {name!r}; did you mean {near!r}?")

@@ -1,16 +1,18 @@
 """Marks that say whether a turn of a conversation, or a whole row, is trained on: `weight: 0`, `train: false`, `masked: true`, ...
 
-A mark is honoured exactly or refused: a value between 0 and 1, and a key that may mean either, cannot be. Null is no mark, since parquet
+Of a good or a bad answer see `verdicts.py`. A mark is honoured exactly or refused: a value between 0 and 1, and a key that may mean either, cannot be. Null is no mark, since parquet
 gives every message all the keys that any has.
 """
 
 import functools
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Iterator
 from typing import Any
 
+from ...config.data import Source
 from .problems import ErrorCollector
-from .values import kind
+from .values import as_yaml, kind, plain, words_of
+from .verdicts import bad_marks, has_sense
 
 #: True or 1: trained on; false or 0: context only. Spellings of OpenAI, Mistral, axolotl, ms-swift, tinker and others.
 TRAINED = set(
@@ -37,40 +39,26 @@ _ABOUT_TRAINING = re.compile(r"(train|loss|mask|weight|supervis)")
 #: Words of a message's key that may be a mark if its value is true, false, 0 or 1.
 _MAY_MARK = re.compile(
     "(predict|backprop|grad|gradient|finetune|tune|sft|optimi[sz]e|imitate|teach|contribute|label|target|context|prompt|input|output|completion|"
-    "history|include|exclude|use|active|enable|valid|good|bad|correct|wrong|reject|accept|approve|delete|hidden|omit|drop|keep|kept|coef|coefficient|"
+    "history|include|exclude|use|active|enable|delete|hidden|omit|drop|keep|kept|coef|coefficient|"
     "multiplier|importance|generate|generation|gen|frozen|only)(s|d|ed)?"
 )
 #: Words of a number that counts or names something, and marks nothing.
 _COUNTS = set("id ids idx index count num number size len length tokens token time epoch step version order rank position pos".split())
 #: Columns with which files mark rows that are not to be used: by true or 1, and by false or 0.
-_LEFT_OUT = UNCLEAR - {"mask", "lossmask"} | set(
-    "drop dropped deleted isdeleted holdout heldout isholdout isbad invalid isinvalid isrejected".split()
-)
-_KEPT = set(
-    "include included keep kept use used usable valid isvalid active enabled approved isapproved isaccepted iscorrect correct".split()
-)
+_LEFT_OUT = UNCLEAR - {"mask", "lossmask"} | set("drop dropped deleted isdeleted holdout heldout isholdout".split())
+_KEPT = set("include included keep kept use used active enabled".split())
 #: In words of an error: how a row says which of its parts are trained on.
 HOW_MARKED = "write train: true or false into messages (format: chat)"
 _ELSEWHERE = ("tool_calls", "function_call", "tools", "functions")  # objects whose keys are a function's
 
 
-@functools.lru_cache(4096)  # every row of a file has the same names
-def plain(name: str) -> str:
-    """A name without case, spaces, dashes and underscores: isTrainable and is_trainable are one."""
-    return re.sub(r"[\W_]+", "", name).lower()
-
-
-@functools.lru_cache(4096)
-def _words(name: str) -> list[str]:
-    return [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name)]
-
-
-def mark_of(message: dict, own: str | None, where: str, problems: ErrorCollector) -> tuple[bool | None, set[str]]:
+def mark_of(message: dict, source: Source, where: str, problems: ErrorCollector, answer: bool) -> tuple[bool | None, set[str]]:
     """Whether a message says that it is trained on (None: it does not say), and the keys that say so.
 
-    `own` is the file's own name for the key, whose truth is "trained on". What cannot be honoured is added to `problems`.
+    The source's own name for the key is `fields.train`; its truth is "trained on". `answer`: it is an assistant's, which is refused where it
+    says of itself that it is a bad one. What cannot be honoured is added to `problems`.
     """
-    said, keys = {}, set()
+    said, keys, own = {}, set(), source.fields.get("train")
     for key, value in message.items():
         name = plain(key)
         if key == own or name in TRAINED or name in UNTRAINED:
@@ -81,8 +69,16 @@ def mark_of(message: dict, own: str | None, where: str, problems: ErrorCollector
             keys.add(key)
             problems.add(
                 f"{where}.{inner}: it may mark what is trained on, and llmkd does not read it; write train: true or false for a whole turn, "
-                f"or set ignore: [{key}]",
+                f"or set ignore: {as_yaml([*source.ignore, key])}",
                 alike=f"{key} in messages",
+            )
+        elif answer and (bad := next(bad_marks({key: value}, _ELSEWHERE), None)):
+            keys.add(key)
+            mark = f"set fields: {as_yaml(source.fields | {'train': key})}" if not own and _is_flag(value) and not value else ""
+            problems.add(
+                f"{where}.{bad[0]} is {bad[1]!r}: it may say that the answer is a bad one, which llmkd would learn; "
+                f"{mark or 'write train: false'} to read such turns as context, or set ignore: {as_yaml([*source.ignore, key])}",
+                alike=f"{bad[0]} is {bad[1]!r} in messages",
             )
     if len(set(said.values())) > 1:
         problems.add(f"{where}: {' and '.join(said)} contradict each other; keep one")
@@ -90,17 +86,18 @@ def mark_of(message: dict, own: str | None, where: str, problems: ErrorCollector
 
 
 def row_mark(
-    row: dict, read: set[str], place: str, problems: ErrorCollector, chosen_by: Collection[str] = (), how: str = HOW_MARKED
+    row: dict, read: set[str], source: Source, place: str, problems: ErrorCollector, how: str = HOW_MARKED
 ) -> tuple[bool | None, set[str]]:
     """The same of a whole row, whose columns named in `read` are the format's. Of a row marked false nothing is trained on.
 
-    `chosen_by`: the columns by which the row was chosen, so that they are no mark of a row that is not to be used. `how`: in words, how rows
+    Columns by which rows are chosen are no mark of a row that is not to be used. `how`: in words, how rows
     of the format say which of their parts are trained on; {} is the column's name.
     """
-    said, keys = {}, set()
+    said, keys, read = {}, set(), {*read, *source.ignore}
     for key, value in _columns(row, read, TRAINED | UNTRAINED):
         keys.add(key)
-        if (truth := _truth(value, f"{place}: {key}", problems, f"; set ignore: [{key}] if it is something else")) is not None:
+        fix = f"; set {ignoring(source, key)} if it is something else"
+        if (truth := _truth(value, f"{place}: {key}", problems, fix)) is not None:
             said[key] = truth != (plain(key) in UNTRAINED)
     for key, value in row.items():
         if key in read or key in keys or value in (None, "", [], {}):
@@ -109,38 +106,68 @@ def row_mark(
             keys.add(key)
             problems.add(
                 f"{place}: {inner} may say which parts of the row are trained on, and llmkd does not read it; {how.format(key)}, "
-                f"or set ignore: [{key}]",
+                f"or set {ignoring(source, key)}",
                 alike=f"{inner}, which llmkd does not read",
             )
-        elif _is_flag(value) and plain(key) in (_LEFT_OUT if value else _KEPT) and key not in chosen_by:
+        elif key not in source.where and (found := _not_used(key, value)):
+            inner, bad, why = found
+            keys.add(key)
+            others = f"set where: {as_yaml(source.where | {key: _other(bad)})} to train on the others alone"
             problems.add(
-                f"{place}: {key} is {value!r}: it may mark a row that is not to be used, and llmkd does not read it; leave such rows out by where: "
-                f"{{{key}: {_other(value)}}}, or set ignore: [{key}]",
-                alike=f"{key}, which llmkd does not read",
+                f"{place}: {inner} is {bad!r}: it may {why}; {others if inner == key else 'take such rows out of the file'}, "
+                f"or set {ignoring(source, key)}",
+                alike=f"{inner} is {bad!r}",
             )
     if len(set(said.values())) > 1:
         problems.add(f"{place}: {' and '.join(said)} contradict each other; keep one")
     return next(iter(said.values()), None), keys
 
 
+def rows_to_use(row: dict, read: set[str]) -> dict[str, Any]:
+    """The `where` that leaves out rows that are marked as this one is: not to be used, or with a bad answer."""
+    found = ((key, _not_used(key, value)) for key, value in row.items() if key not in read and value is not None)
+    return {key: _other(mark[1]) for key, mark in found if mark and mark[0] == key}
+
+
+def _not_used(key: str, value: Any) -> tuple[str, Any, str] | None:
+    """The path at which a column marks its row as one that is not to be used, the value there, and what it may say; None where it does not."""
+    truth = _truth_of(value)
+    if truth is not None and plain(key) in (_LEFT_OUT if truth else _KEPT):
+        return key, value, "mark a row that is not to be used, and llmkd does not read it"
+    bad = next(bad_marks({key: value}, _ELSEWHERE), None)
+    return bad and (*bad, "say that the answer is a bad one, which llmkd would learn")
+
+
+def _truth_of(value: Any) -> bool | None:
+    """The truth of a flag, also of one that a table has as text; None of anything else."""
+    return bool(value) if _is_flag(value) else {"true": True, "false": False}.get(value.strip().lower()) if isinstance(value, str) else None
+
+
+def ignoring(source: Source, *names: str) -> str:
+    """The setting that ignores these columns too."""
+    return f"ignore: {as_yaml([*source.ignore, *names])}"
+
+
 def _unclear(key: str, value: Any) -> str | None:
     """The key, or one inside its value, that may mark a turn and cannot be honoured; None where there is none."""
     if plain(key) in UNCLEAR or _about_training(key):
         return key
-    if _is_flag(value) and _is_mark(value, _words(key)) and any(map(_MAY_MARK.fullmatch, _words(key))):
+    if has_sense(key, value):
+        return None  # see `verdicts.bad_marks`
+    if _is_flag(value) and _is_mark(value, words_of(key)) and any(map(_MAY_MARK.fullmatch, words_of(key))):
         return key
     return _inside(key, value)
 
 
 @functools.lru_cache(4096)
 def _about_training(key: str) -> bool:
-    return any(map(_ABOUT_TRAINING.match, _words(key)))
+    return any(map(_ABOUT_TRAINING.match, words_of(key)))
 
 
 def _mask(key: str, value: Any) -> str | None:
     """The column, or a key inside its value, that may say which parts of a row are trained on; None where there is none."""
     name, several = plain(key), isinstance(value, list | dict) or (isinstance(value, str) and plain(value) in _WHICH)
-    if name in MASKS or (_about_training(key) and (several or _is_mark(value, _words(key)))):
+    if name in MASKS or (_about_training(key) and (several or _is_mark(value, words_of(key)))):
         return key
     if name in ("labels", "tokenlabels") and isinstance(value, list) and all(type(one) is int for one in value):
         return key
@@ -172,8 +199,9 @@ def _is_flag(value: Any) -> bool:
     return isinstance(value, bool | int | float) and value in (0, 1)
 
 
-def _other(value: Any) -> str:
-    return str(not value).lower() if isinstance(value, bool) else str(int(not value))
+def _other(value: Any) -> Any:
+    """The condition of `where` for the rows that do not have a value."""
+    return {"not": value} if isinstance(value, str) else not value if isinstance(value, bool) else int(not value)
 
 
 def _columns(row: dict, read: set[str], names: set[str]) -> Iterator[tuple[str, Any]]:

@@ -1,7 +1,24 @@
 """Values of a row: their types in words, and texts that are none."""
 
+import functools
 import json
+import re
+from collections.abc import Iterable
 from typing import Any
+
+import yaml
+
+
+@functools.lru_cache(4096)  # every row of a file has the same names
+def plain(name: str) -> str:
+    """A name without case, spaces, dashes and underscores: isTrainable and is_trainable are one."""
+    return re.sub(r"[\W_]+", "", name).lower()
+
+
+@functools.lru_cache(4096)
+def words_of(name: str) -> list[str]:
+    """The words of a name in small letters, without digits: isTrainable2 is [is, trainable]."""
+    return [word.lower() for word in re.findall(r"[A-Z]?[a-z]+|[A-Z]+", name)]
 
 
 def check_text(text: str, where: str, problems) -> None:
@@ -54,3 +71,24 @@ def kind(value: Any) -> str:
     """The type of a value, in the words of JSON rather than Python."""
     names = {dict: "an object", list: "a list", str: "text", bool: "true or false", int: "a number", float: "a number", bytes: "bytes"}
     return "null" if value is None else names.get(type(value), f"a {type(value).__name__}")
+
+
+def opened(row: dict, names: Iterable[str]) -> dict:
+    """The row with what its objects hold as columns of their own, where one of `names` is a path into them: translation.de."""
+    for name in names:
+        while name not in row and (outer := next((one for one in row if name.startswith(f"{one}.") and isinstance(row[one], dict)), None)):
+            inner = {f"{outer}.{key}": value for key, value in row[outer].items()}
+            row = {column: value for column, value in row.items() if column != outer} | inner
+    return row
+
+
+def as_yaml(value: Any) -> str:
+    """A setting as a line of a recipe: names in quotes where they have to be."""
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{as_yaml(key)}: {as_yaml(inner)}' for key, inner in value.items())}}}"
+    if isinstance(value, tuple | list):
+        return f"[{', '.join(map(as_yaml, value))}]"
+    if not isinstance(value, str):
+        return json.dumps(value)
+    plain = re.fullmatch(r"[A-Za-z_][\w.-]*( [\w.-]+)*", value) and yaml.safe_load(value) == value
+    return value if plain else json.dumps(value, ensure_ascii=False)

@@ -602,13 +602,6 @@ FAULTS = [
             'else "x" if str(value) == str(literal) else',
             SHOWN,
         ),
-        (
-            "null-objects",
-            "null arguments never become an object",
-            "(given is None or isinstance(given, str))",
-            "isinstance(given, str)",
-            SHOWN,
-        ),
         ("lost-arguments", "arguments may be left out", "    if lost is not None:", "    if False:", SHOWN),
         ("python-kept", "values stay as Python writes them though they are to be JSON", 'if form == "values" and', "if False and", SHOWN),
         (
@@ -736,8 +729,22 @@ FAULTS = [
             SHOWN,
         ),
         ("empty-calls", "calls that are empty are passed on", "if key in source.ignore or not is_call(key)}", "}", SHOWN),
-        ("calls-without-arguments", "a call needs no arguments", 'if "arguments" not in function:', "if False:", SHOWN),
-        ("other-arguments", "null arguments hide those under another key", 'if function.get("arguments") is None and (', "if (", SHOWN),
+        ("calls-without-arguments", "a slip in the name of arguments is read as none", "    if others:\n", "    if False:\n", SHOWN),
+        (
+            "other-arguments",
+            "null arguments hide those under another key",
+            "key in _ARGUMENTS if key in others",
+            "key in () if key in others",
+            SHOWN,
+        ),
+        ("null-arguments", "null arguments are shown as null", 'if function.get("arguments") in (None, "null"):', "if False:", SHOWN),
+        (
+            "arguments-outside",
+            "arguments outside of their function are lost",
+            'if outside.get("arguments") is not None:',
+            "if False:",
+            SHOWN,
+        ),
         ("tools-as-texts", "tools that are each a text are refused", "tools = [parsed(tool) for tool in tools]", "pass", SHOWN),
     ),
     *in_file(

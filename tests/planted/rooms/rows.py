@@ -4,6 +4,7 @@ from tests.planted.fault import in_file
 
 ENDS, STOPS, SAME = "data/test_end_tokens.py", "models/test_generation.py", "data/test_same_tokenizer.py"
 SHAPES, LONG, MARKS = "data/test_recognise.py", "data/test_long_texts.py", "data/test_turn_marks.py"
+LAYOUTS = "data/test_public_layouts.py"
 
 
 FAULTS = [
@@ -72,9 +73,15 @@ FAULTS = [
     ),
     *in_file(
         "llmkd/data/reading/recognise.py",
-        ("no-documents", "a document and its summary are not proposed", "_PROMPTS + _INPUTS)", "_PROMPTS)", SHAPES),
-        ("turns-as-texts", "rows of one turn are proposed as texts", "if not is_turn(row) and not _named", "if not _named", SHAPES),
-        ("roles-forgotten", "the hint for a role drops the others", "_shown(source.roles | {ours: role})", "_shown({ours: role})", SHAPES),
+        ("no-documents", "a document and its summary are not proposed", "PROMPTS + _DOCUMENTS)", "PROMPTS)", SHAPES),
+        ("turns-as-texts", "rows of one turn are proposed as texts", "if not is_turn(row) and not named", "if not named", SHAPES),
+        (
+            "roles-forgotten",
+            "the hint for a role drops the others",
+            "as_yaml(source.roles | {ours: role})",
+            "as_yaml({ours: role})",
+            SHAPES,
+        ),
         ("first-proposal", "a proposal that does not read the row wins", "rank < best[0]", "False", SHAPES),
         (
             "unanswered-first",
@@ -86,15 +93,15 @@ FAULTS = [
         ("without-a-question", "an answer without its question is proposed as a conversation", 'if "user" in roles and (', "if (", SHAPES),
         (
             "answers-ignored",
-            "both halves of a preference are to be ignored",
-            'if "chosen" in taken and row.get("rejected")',
-            'if row.get("chosen") and row.get("rejected")',
+            "of a preference without a better half one is proposed, and the other ignored",
+            "if better or one.what != PREFERENCE or is_worse(name)}",
+            "}",
             SHAPES,
         ),
         (
             "prompt-of-an-answer",
             "a conversation that is answered is proposed as a prompt",
-            'if answer and plain(last[fields["role"]]) in _ROLE_NAMES["user"]:',
+            'if answer and plain(last[fields["role"]]) in ROLE_NAMES["user"]:',
             "if answer:",
             SHAPES,
         ),
@@ -112,7 +119,6 @@ FAULTS = [
             "name != source.format",
             SHAPES,
         ),
-        ("unquoted-names", "a name that is no plain YAML is not quoted", "and yaml.safe_load(name) == name", "", SHAPES),
         (
             "unseen-role",
             "ShareGPT's answers are not expected where the first row has none",
@@ -122,10 +128,78 @@ FAULTS = [
         ),
         (
             "one-half",
-            "of a pair of answers the rejected one stays",
-            "ignore = tuple(dict.fromkeys((",
-            "ignore = tuple(dict.fromkeys(()and(",
-            SHAPES,
+            "a proposal leaves columns with a meaning to be refused",
+            "ignore=(*source.ignore, *lost)",
+            "ignore=source.ignore",
+            LAYOUTS,
+        ),
+        (
+            "losses-unsaid",
+            "a proposal does not say what it leaves out",
+            "*([others] if others else []), *losses]",
+            "*([others] if others else [])]",
+            LAYOUTS,
+        ),
+        ("one-answer", "of several answers one is proposed", "if answer not in fields or asked:", "if True:", LAYOUTS),
+        (
+            "calls-as-text",
+            "a list of calls is proposed as the text of an answer",
+            'calls = parsed(value) if isinstance(value, str) and value[:1] == "[" else None',
+            "calls = None",
+            LAYOUTS,
+        ),
+        (
+            "worse-half",
+            "the rejected answers are proposed",
+            "if any(map(is_worse, fields.values())):",
+            "if False:",
+            LAYOUTS,
+        ),
+    ),
+    *in_file(
+        "llmkd/data/reading/values.py",
+        ("unquoted-names", "a name that is no plain YAML is not quoted", "and yaml.safe_load(value) == value", "", SHAPES),
+        (
+            "inner-columns",
+            "what else an object holds is lost without a word",
+            "if column != outer} | inner",
+            "if column != outer} | {name: inner[name]}",
+            LAYOUTS,
+        ),
+    ),
+    *in_file(
+        "llmkd/data/reading/meanings.py",
+        ("about-it", "the number of tools is taken for tools", "and not about)", ")", LAYOUTS),
+        ("whole-names", "a persona under a longer name is not seen", "not self.words.isdisjoint(words_of(name)) or", "", LAYOUTS),
+        ("stems", "a schema of tools under a longer name is not seen", "any(stem in plain(name) for stem in self.stems)", "False", LAYOUTS),
+        ("modes", "reasoning: on is taken for a text", "plain(value) not in _MODES", "True", LAYOUTS),
+        ("short-copies", "a short text is a copy wherever it occurs", "len(text) >= _LONG and any", "any", LAYOUTS),
+        (
+            "no-copies",
+            "a copy of what is read is refused",
+            "return bool(texts) and (isinstance(value, str)",
+            "return False and (isinstance(value, str)",
+            LAYOUTS,
+        ),
+        ("empties", "a column that is empty is refused", "and not is_empty(value)", "", "data/test_unread.py"),
+    ),
+    *in_file(
+        "llmkd/data/reading/verdicts.py",
+        ("good-is-bad", "an answer that is marked as good is refused", "return value == (not good)", "return value in (0, 1)", LAYOUTS),
+        (
+            "verdicts-in-words",
+            "a status of rejected is learnt",
+            "in_a_word = said in _VERDICTS or",
+            "in_a_word =",
+            LAYOUTS,
+        ),
+        ("truths-as-text", "the text False of a table is learnt", "said in {True: _NO, False: _YES}.get(good, ())", "False", LAYOUTS),
+        (
+            "counts-are-verdicts",
+            "a count of correct answers of 0 is refused",
+            "if not words or _ABOUT.intersection(words):",
+            "if not words:",
+            LAYOUTS,
         ),
     ),
     *in_file(
@@ -285,7 +359,10 @@ FAULTS = [
             "_is_flag(value)",
             MARKS,
         ),
-        ("kept-rows", "a row that is to be used is refused", "(_LEFT_OUT if value else _KEPT)", "(_LEFT_OUT | _KEPT)", MARKS),
+        ("kept-rows", "a row that is to be used is refused", "(_LEFT_OUT if truth else _KEPT)", "(_LEFT_OUT | _KEPT)", MARKS),
+        ("bad-questions", "a user's turn is refused for what is said of it", "elif answer and (bad := ", "elif (bad := ", LAYOUTS),
+        ("marks-of-bad-answers", "the proposed mark drops the other fields", "source.fields | {'train': key}", "{'train': key}", LAYOUTS),
+        ("ignored-before", "a proposal drops what is ignored already", "[*source.ignore, *names]", "[*names]", LAYOUTS),
         ("labels-are-masks", "labels of a text are taken for a mask", "all(type(one) is int for one in value)", "True", MARKS),
     ),
 ]

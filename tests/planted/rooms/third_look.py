@@ -144,7 +144,6 @@ FAULTS = [
     *in_file(
         "llmkd/data/reading/unread.py",
         ("ignored-refused", "a column that is to be ignored is refused", "or name in source.ignore or", "or", UNREAD),
-        ("empty-refused", "a column that is empty is refused", "if meaning and value not in _EMPTY:", "if meaning:", UNREAD),
     ),
     *in_file(
         "llmkd/losses/target_weights.py",

@@ -1,0 +1,78 @@
+"""Marks that say of an answer, or of a row, whether it is a good one: accepted: false, status: rejected, is_correct: "no".
+
+Those that clearly say that it is bad are refused, since a model would learn from it. Numbers, such as a score of 0, are left alone: each scale is its own.
+"""
+
+import functools
+from collections.abc import Iterator
+from typing import Any
+
+from .values import plain, words_of
+
+#: Words of a key whose truth is good, and of one whose truth is bad.
+_GOOD = set(
+    "valid correct accepted accept approved approve usable good passed pass safe solved thumbsup helpful liked acceptable success successful succeeded ok correctness upvoted preferred".split()
+)
+_BAD = set(
+    "bad wrong rejected reject incorrect invalid failed unsafe harmful toxic broken corrupt corrupted spam buggy erroneous hallucinated hallucination error failure".split()
+)
+#: Values that say so of a key that names a verdict.
+_VERDICTS = _BAD | set(
+    "rejection disapproved unaccepted unacceptable discard discarded declined fail failing failure poor verybad terrible unusable dislike disliked"
+    " downvote downvoted thumbsdown notaccepted notapproved notcorrect notvalid inaccurate lowquality veryunsafe remove removed delete deleted"
+    " exclude excluded skip skipped ignore ignored".split()
+) - {"toxic", "spam", "harmful"}  # classes of texts
+_ASKS = set(
+    "status quality label labels rating verdict judgement judgment judge grade feedback result evaluation eval review state outcome decision tag"
+    " flag annotation correctness score reward validity approval moderation assessment vote correct accepted acceptance good valid preference".split()
+)
+_LABELS = set("label kttag kototag ktotag".split())
+_NO, _YES = {"false", "no", "n"}, {"true", "yes", "y"}
+#: Words that make a key the number or the name of something.
+_ABOUT = set(
+    "id ids count num number rate ratio score scores reason reasons explanation index total n percent fraction type by at date".split()
+)
+
+
+def has_sense(key: str, value: Any) -> bool:
+    """Whether a key's truth says whether something is good or bad. Of KTO's labels a number is a class."""
+    return _sense(key)[1] is not None and not (_sense(key)[2] and not isinstance(value, bool | str))
+
+
+def is_bad(key: str, value: Any) -> bool:
+    """Whether a key says by its value that an answer is bad: by true or false (also as text, as in tables, or as 1 and 0), or by a word."""
+    asks, good, label = _sense(key)
+    if isinstance(value, str):
+        if not asks and good is None or len(value) > 40:
+            return False
+        said = plain(value)
+        in_a_word = said in _VERDICTS or (said == "low" and "quality" in words_of(key))
+        return (asks and in_a_word) or said in {True: _NO, False: _YES}.get(good, ())
+    if good is None or not isinstance(value, bool | int | float) or (label and not isinstance(value, bool)):
+        return False
+    return value == (not good)
+
+
+@functools.lru_cache(4096)  # every row of a file has the same keys
+def _sense(key: str) -> tuple[bool, bool | None, bool]:
+    """Whether a key asks for a verdict; whether its truth is good (None: it is about something else, as in correct_option); whether it is KTO's label."""
+    words = words_of(key)
+    if not words or _ABOUT.intersection(words):
+        return False, None, False
+    label, of_being = plain(key) in _LABELS, words[0] in ("is", "was")
+    names = {words[-1], plain(key), *(words[1:2] if of_being else ()), plain(key).removeprefix("is")}
+    good = True if label or _GOOD & names else False if _BAD & names else None
+    if good is not None and {"not", "non"} & set(words):
+        good = not good
+    return bool((_ASKS | _GOOD).intersection(words)), good, label
+
+
+def bad_marks(values: dict, skip: tuple[str, ...] = (), depth: int = 2) -> Iterator[tuple[str, Any]]:
+    """The paths at which an object, or one inside it, says that something is bad, with their values."""
+    for key, value in values.items():
+        if key in skip:
+            continue
+        if is_bad(key, value):
+            yield key, value
+        elif isinstance(value, dict) and depth:
+            yield from ((f"{key}.{inner}", bad) for inner, bad in bad_marks(value, skip, depth - 1))
