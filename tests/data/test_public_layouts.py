@@ -128,7 +128,12 @@ def test_columns_that_say_nothing_to_the_model_are_counted_only(format):
 
 def test_a_copy_of_what_is_read_loses_nothing():
     """Such as UltraChat's prompt, which is the first message, and a preference's better half where messages are the same."""
-    copies = {"prompt": ASKED, "instruction": ASKED, "chosen": MESSAGES, "history": json.dumps(MESSAGES[:1])}
+    copies = {
+        "prompt": ASKED.upper(),
+        "instruction": f"{ASKED} \n".replace(" a ", "  a "),
+        "chosen": MESSAGES,
+        "history": json.dumps(MESSAGES[:1]),
+    }
     _, problems, unread = checked(ROWS["chat"] | copies, format="chat")
     assert problems == [] and unread == dict.fromkeys(copies, 1)
     for name, value in (("prompt", ASKED + " Now."), ("history", [["river", "Tana"]]), ("rejected", MESSAGES), ("context", "Kenya")):

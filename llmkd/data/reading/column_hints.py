@@ -7,7 +7,7 @@ from typing import Any
 
 from ...config.data import FORMATS, Source
 from .meanings import ONE_ROW, meaning_of
-from .names import ANSWERS, PROMPTS, ROLE_KEYS, named
+from .names import ANSWERS, ASKING, PROMPTS, ROLE_KEYS, named
 from .recognise import Check, is_read, is_turn, settings_for
 from .values import as_yaml, kind, parsed, plain
 
@@ -26,7 +26,8 @@ def column_hint(
         return f"{_found(row)}; {settings}", True
     if is_turn(row):
         return f"{_found(row)}; a row is one turn: {ONE_ROW}", False
-    if near := difflib.get_close_matches(theirs[columns[0]], row, 1, 0.8):
+    alike = [name for name, value in row.items() if isinstance(value, str) or FORMATS[source.format].columns[columns[0]].kind != "text"]
+    if near := difflib.get_close_matches(theirs[columns[0]], alike, 1, 0.8):
         return f"; did you mean {near[0]!r}?", False
     return f"{_found(row)}{_described(columns, row, theirs, source, check, csv)}", False
 
@@ -57,7 +58,7 @@ def _described(columns: list[str], row: dict[str, Any], theirs: dict[str, str], 
     if named(row, PROMPTS) and (answer := next((name for name in named(row, ANSWERS) if not isinstance(row[name], str)), None)):
         return f"; {answer!r} is {kind(row[answer])}, expected text: write the answer to train on as text"
     unused = [name for name in row if name not in theirs.values() and not (columns == ["messages"] and isinstance(row[name], str | dict))]
-    asked = next((name for name in named(row, PROMPTS) if name in unused and isinstance(row[name], str)), "NAME")
+    asked = next((name for name in named(row, ASKING) if name in unused and isinstance(row[name], str)), "NAME")
     names = [asked if column in ("instruction", "prompt") else "NAME" for column in columns]
     names = unused if len(unused) == len(columns) == 1 else names
     wanted = ", ".join(f"{column}: {as_yaml(name)}" for column, name in zip(columns, names, strict=True))

@@ -7,12 +7,14 @@ from .values import plain, words_of
 
 PROMPTS = (
     "instruction prompt question query problem input inputs inputspretokenized user human questions prompts source request task q message"
-    " usermessage userprompt userquery"
+    " usermessage userprompt userquery inputtext sourcetext src srctext problemstatement docstring nl original"
 ).split()
+#: Of these a column that is next to a text says something else: where it is from, who wrote it.
+ASKING = [name for name in PROMPTS if name not in "source user human task message original src".split()]
 #: What one trains on comes before what one checks it by: a solution before an answer.
 ANSWERS = (
     "output response completion solution answer target reply assistant bot generation chosen responses answers completions targets"
-    " targetspretokenized outputs expectedoutput modeloutput modelresponse goldanswer finalanswer summary highlights gpt attempt preferredoutput preferredresponse code a"
+    " targetspretokenized outputs expectedoutput modeloutput modelresponse goldanswer finalanswer summary highlights gpt attempt preferredoutput preferredresponse outputtext targettext tgt tgttext sql patch rewritten code a"
 ).split()
 DEFINITIONS = "definition taskdefinition taskdescription taskinstruction".split()  # of what is to be done with each input
 INPUTS = "input context document passage article background dialogue dialog".split()
@@ -69,7 +71,7 @@ def languages(row: dict) -> list[str]:
 def _is_language(name: str) -> bool:
     words = words_of(name)
     coded = bool(words) and words[0] in _CODES and (len(words) == 1 or (len(words) == 2 and name[-2:].isupper()))
-    coded = coded or (len(words) == 2 and words[1] in _CODES - {"id", "is", "it", "no"})
+    coded = coded or (len(words) == 2 and bool({words[0], words[1]} & (_CODES - {"id", "is", "it", "no"})))
     return coded or bool(_LANGUAGES.intersection(words))
 
 

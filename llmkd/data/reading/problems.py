@@ -16,6 +16,10 @@ class ErrorCollector:
         self.found: list[str] = []
         self._alike: dict[str, int] = {}
 
+    def has(self, alike: str) -> bool:
+        """Whether there is an error like these: others are counted, and their words are not needed."""
+        return alike in self._alike
+
     def add(self, problem: str, alike: str = "") -> None:
         """Add an error as one line: characters that do not print are escaped, and the rest after 600 characters is cut off.
 

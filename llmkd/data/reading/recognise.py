@@ -13,6 +13,7 @@ from .calls import are_tools
 from .meanings import BETTER, PREFERENCE, is_empty, is_worse, meaning_of
 from .names import (
     ANSWERS,
+    ASKING,
     CONTENT_KEYS,
     DEFINITIONS,
     IDS,
@@ -46,6 +47,7 @@ class Proposal:
     source: Source
     whole: Source  # the same with what it leaves out
     lost: tuple[str, ...]  # the columns that it leaves out, or chooses rows by
+    taken: set[str]  # the columns that it reads
     notes: str  # what else may be set, and what may be lost
 
 
@@ -67,7 +69,7 @@ def settings_for(row: dict, source: Source, check: Check) -> str | None:
     if best is None:
         return None
     (unanswered, problems, lost), proposal = best
-    nearest = problems or (unanswered and lost)
+    nearest = problems or (unanswered and (lost or any(name not in proposal.taken for name in named(row, ANSWERS))))
     said = _changes(proposal.source if nearest else proposal.whole, source)
     return said and (f"the nearest is {said}" if nearest else f"set {said}{proposal.notes}")
 
@@ -143,7 +145,7 @@ def _with_losses(row: dict, source: Source, taken: set[str], others: str) -> Pro
     what = {meaning.what: [repr(name) for name in lost if lost[name] is meaning] for meaning in lost.values() if meaning.what != PREFERENCE}
     losses = [f"{', '.join(names)} may hold {held}" for held, names in what.items()]
     notes = "; ".join([*([others] if others else []), *losses])
-    return Proposal(source, whole, (*lost, *where), f" ({notes})" if notes else "")
+    return Proposal(source, whole, (*lost, *where), taken, f" ({notes})" if notes else "")
 
 
 Found = Iterator[tuple[dict[str, str], dict[str, str]]]
@@ -162,7 +164,8 @@ def _message_keys(value: Any) -> dict[str, str]:
     if not isinstance(value, list) or not value or not all(isinstance(message, dict) for message in value):
         return {}
     found, kinds = {}, {"role": str, "content": str | list | None}
-    for ours, names in (("role", ROLE_KEYS), ("content", CONTENT_KEYS)):
+    typed = ["type"] if all(is_role(message.get("type")) for message in value) else []  # LangChain's
+    for ours, names in (("role", [*ROLE_KEYS, *typed]), ("content", CONTENT_KEYS)):
         there = [
             key for name in names for key in value[0] if plain(key) == name and all(isinstance(one.get(key), kinds[ours]) for one in value)
         ]
@@ -216,7 +219,8 @@ def _pairs(row: dict, prompt: str, answer: str, prompts: list[str] = PROMPTS) ->
     found = []
     for own, names in ((prompt, prompts), (answer, ANSWERS)):
         texts = [own, *named(row, names), *ending_in(row, names)]
-        found += [name for name in texts if name in row and _is_text(row[name]) and name not in found][:1]
+        inner = [f"{name}.{key}" for name in texts if isinstance(row.get(name), dict) for key in CONTENT_KEYS]
+        found += [name for name in [*texts, *inner] if name in row and _is_text(row[name]) and name not in found][:1]
     if len(found) == 2:
         yield found
 
@@ -236,7 +240,7 @@ def is_turn(row: dict) -> bool:
 
 def _text(row: dict) -> Found:
     known = named(row, TEXTS)[:1] or list(row)[: len(row) == 1]
-    if not is_turn(row) and not named(row, PROMPTS) and not [name for name in named(row, ANSWERS) if name not in known]:
+    if not is_turn(row) and not named(row, ASKING) and not [name for name in named(row, ANSWERS) if name not in known]:
         yield from (({"text": name}, {}) for name in known if isinstance(row[name], str))
 
 

@@ -137,10 +137,13 @@ def _missing(
     """One problem that names the columns that the row lacks, and the settings that read it. True if the row is of another shape throughout."""
     named = f"column{'s' * (len(lacking) > 1)} {' and '.join(repr(theirs[column]) for column in lacking)}"
     file = place.rpartition(":")[0]
-    csv = file.endswith(".csv")
+    csv, alike = file.endswith(".csv"), f"no {named} in {file}"
+    if problems.has(alike):
+        problems.add("", alike)
+        return True
     hint, known = column_hint(lacking, row, theirs, source, check_row, csv, choices) if problems.hints else ("", False)
     other_shape = known or not any(name in row for name in theirs.values())
-    problems.add(f"{place}: no {named}{hint}", alike=f"no {named} in {file}" if other_shape else "")
+    problems.add(f"{place}: no {named}{hint}", alike=alike if other_shape else "")
     return other_shape
 
 

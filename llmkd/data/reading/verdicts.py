@@ -16,12 +16,12 @@ _GOOD = set(
 _BAD = set(
     "bad wrong rejected reject incorrect invalid failed unsafe harmful toxic broken corrupt corrupted spam buggy erroneous hallucinated hallucination error failure".split()
 )
-#: Values that say so of a key that names a verdict.
-_VERDICTS = _BAD | set(
+#: Values that say so of a key that names a verdict; spam is a class of texts.
+_VERDICTS = (_BAD - {"toxic", "spam", "harmful"}) | set(
     "rejection disapproved unaccepted unacceptable discard discarded declined fail failing failure poor verybad terrible unusable dislike disliked"
     " downvote downvoted thumbsdown notaccepted notapproved notcorrect notvalid inaccurate lowquality veryunsafe remove removed delete deleted"
     " exclude excluded skip skipped ignore ignored".split()
-) - {"toxic", "spam", "harmful"}  # classes of texts
+)
 _ASKS = set(
     "status quality label labels rating verdict judgement judgment judge grade feedback result evaluation eval review state outcome decision tag"
     " flag annotation correctness score reward validity approval moderation assessment vote correct accepted acceptance good valid preference".split()
