@@ -78,8 +78,6 @@ def train(options: argparse.Namespace, overrides: dict) -> Any:
     kind = loader.file_kind(config)
     if kind == "sweep":
         return run_sweep(config, overrides, options.resume)
-    if kind == "make":
-        raise UserError(f"--config {config}: is a file of llmkd make; run it by llmkd make, and train on the train.jsonl that it writes")
     if kind == "pipeline":
         from .commands.pipeline import run_pipeline
 
@@ -93,7 +91,8 @@ def train(options: argparse.Namespace, overrides: dict) -> Any:
 def sweep(options: argparse.Namespace, overrides: dict) -> Any:
     config = _config(options)
     if loader.file_kind(config) != "sweep":
-        raise UserError(f"--config {config}: is not a sweep (it has neither grid: nor arms:); run it by llmkd train")
+        by = "make" if loader.file_kind(config) == "make" else "train"
+        raise UserError(f"--config {config}: is not a sweep (it has neither grid: nor arms:); run it by llmkd {by}")
     return run_sweep(config, overrides, options.resume)
 
 
@@ -353,7 +352,7 @@ def _config(options: argparse.Namespace) -> str:
 def _recipe(options: argparse.Namespace) -> str:
     """The recipe that is named. UserError for a pipeline or a sweep, with the recipes of its runs."""
     config = _config(options)
-    if (kind := loader.file_kind(config)) != "recipe":
+    if (kind := loader.file_kind(config)) not in ("recipe", "make"):  # load_recipe refuses the latter
         file = loader.read(config)[0]
         stages = file["stages"].values() if isinstance(file.get("stages"), dict) else []
         named = [

@@ -101,6 +101,10 @@ def load_recipe(
     What a recipe reads is relative to its own file; what it writes (`output_dir`, `teacher.cache.path`, `data.cache_dir`) and what
     `overrides` names are relative to the working folder, and so is a path that begins with `{cwd}`. See `paths`.
     """
+    if file_kind(path) == "make":
+        raise UserError(
+            f"{path}: is a file of llmkd make, and no recipe; run it by llmkd make, and train on the train.jsonl that it writes"
+        )
     data, lines, problems = read(path)
     changed = override(data, overrides or {}, problems)
     place_paths(Recipe, data, path, locator(str(path), lines, changed), changed, problems)

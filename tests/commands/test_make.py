@@ -75,7 +75,7 @@ def test_the_command_tells_a_file_of_stages_from_a_recipe(files, tmp_path, capsy
     found = json.loads((tmp_path / "found.json").read_text())
     assert (found["file"], found["stages"][0]["asks"], found["stages"][0]["tokens"]) == (None, 6, 36) and not (tmp_path / "made").exists()
     for words, message in (
-        (["train", "--config", config], "is a file of llmkd make; run it by llmkd make"),
+        (["train", "--config", config], "is a file of llmkd make, and no recipe; run it by llmkd make"),
         (["make", "--config", str(tmp_path / "recipe.yaml")], "is a recipe, and holds no list of stages"),
         (["make", "--config", config, "--resume"], "--resume: make has no such option"),
         (["make", "--config", config, "--writer.model", "./no"], "writer.model: there is no folder"),

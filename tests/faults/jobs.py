@@ -48,7 +48,13 @@ def make_inputs(root: Path) -> None:
         "grid": {"loss.kd_ratio": [0, 0.5], "optim.lr": [1e-2, 3e-3]},
         "set": {"train.epochs": 2},
     }
-    for name, content in (("train", base), ("cache", cache), ("sweep", sweep)):
+    make = {
+        "output_dir": "made",
+        "writer": {"model": str(root / "adapter"), "temperature": 1.0, "max_new_tokens": 24, "batch_size": 4},
+        "seeds": {"path": str(root / "train.jsonl")},
+        "stages": [{"do": "explain", "samples": 4}, {"do": "answer", "samples": 2}, {"do": "keep", "near_duplicate": 0.9}],
+    }
+    for name, content in (("train", base), ("cache", cache), ("sweep", sweep), ("make", make)):
         (root / f"{name}.json").write_text(json.dumps(content))
     (root / "tasks").mkdir()
     questions = [{"question": f"Say {i}", "choices": ["Yes.", "No!", "Perhaps."], "answer": i % 3} for i in range(24)]
@@ -91,6 +97,7 @@ def jobs(inputs: Path, finished: Path) -> list[Job]:
         Job("eval on two processes", TWO + evaluate, of_a_run, eval_result),
         Job("export", [*LLMKD, "export", "out"], of_a_run, export_result),
         Job("roll", LLMKD + roll, nothing, roll_result),
+        Job("make", [*LLMKD, "make", "--config", str(inputs / "make.json")], nothing, make_result),
     ]
 
 
@@ -130,6 +137,13 @@ def export_result(folder: Path) -> dict[str, str]:
 
 def roll_result(folder: Path) -> dict[str, str]:
     return {"files": " ".join(path.name for path in sorted(folder.glob("rolled*")))} | hashes(folder, "rolled*")
+
+
+def make_result(folder: Path) -> dict[str, str]:
+    """The data to the byte; of the answers what they say, in whatever order they came."""
+    answers = [json.loads(line) for line in (folder / "made/answers.jsonl").read_bytes().splitlines()]
+    said = json.dumps(sorted([one["key"], one["text"], one["finish"]] for one in answers))
+    return {"answers": said, "made: files": names(folder / "made")} | hashes(folder, "made/train.jsonl", "made/rejected.jsonl")
 
 
 def hashes(folder: Path, *patterns: str) -> dict[str, str]:

@@ -88,6 +88,7 @@ def test_the_commands_that_last_are_all_disturbed(tmp_path):
         "eval",
         "export",
         "roll",
+        "make",
     }
 
 
