@@ -90,8 +90,8 @@ class Watch:
             return []
         self.said |= {"unlikely", "random"}
         return [
-            f"warning: on_policy: at the start the teacher finds what the student writes almost as unlikely as random tokens ({spread + apart:.2f} of at most {most:.2f} "
-            "nats a token), and at such prefixes it says little; train the student on the data first, or let on_policy.share grow from 0"
+            f"warning: on_policy: at the start the teacher finds what the student writes almost as unlikely as random tokens ({spread + apart:.2f} nats a token; "
+            f"if all were alike {most:.2f}), and at such prefixes it says little; train the student on the data first, or let on_policy.share grow from 0"
         ]
 
     def add(self, answers: Sequence[Completion]) -> list[str]:

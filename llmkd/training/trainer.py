@@ -159,7 +159,9 @@ class Trainer:
             shown = {name: f"{value:.4f}" for name, value in progress.terms[0].items() if not metrics.is_count(name)}
             shown |= {"lr": f"{rates[0]:.1e}"}
             if "written" in measured:
-                shown |= {"written": f"{measured['written_length']:.0f} tokens", "finished": f"{measured['written_finished']:.0%}"}
+                shown |= {"written": f"{measured['written_length']:.0f} tokens, {measured['written_tokens_per_s']:.0f}/s"}
+                shown |= {"entropy": f"{measured['written_entropy']:.2f}"} if "written_entropy" in measured else {}
+                shown |= {"finished": f"{measured['written_finished']:.0%}"}
                 shown |= {"writing": f"{writing:.1f} s of {writing + self.display.seconds:.1f} s"}
         else:
             losses = [progress.terms[k]["loss"] for k in going] or [math.nan]

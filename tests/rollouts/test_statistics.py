@@ -80,7 +80,9 @@ def test_text_that_the_teacher_finds_as_unlikely_as_random_tokens_is_warned_of()
     watch = Watch(50, 100)
     assert watch.validated({"ce": 1.0}) == watch.validated({"own_entropy": sure} | likely) == []
     (text,) = watch.validated({"own_entropy": sure} | unlikely)
-    assert "the teacher finds what the student writes almost as unlikely as random tokens (3.68 of at most 4.61" in text
+    assert (
+        "the teacher finds what the student writes almost as unlikely as random tokens (3.68 nats a token; if all were alike 4.61)" in text
+    )
     assert watch.validated({"own_entropy": sure} | unlikely) == [], "once"
     watch = Watch(50, 100)
     watch.add(answers(5))

@@ -1,6 +1,7 @@
 """Validation of an on-policy run: the student's own text on held-out prompts against plain forward passes, and a training that it does not change."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -19,11 +20,12 @@ from tests.kit.models import load_student
 SETTINGS = {"on_policy__share": 0.5, "on_policy__max_new_tokens": 6, "train__max_steps": 2, "validation__teacher_check": 0}
 
 
-def test_the_metrics_are_those_of_the_text_that_the_student_writes(trained, make_recipe, world, tmp_path):
+def test_the_metrics_are_those_of_the_text_that_the_student_writes(trained, make_recipe, world, tmp_path, caplog):
     held = {"data__validation__path": str(world / "held.jsonl"), "on_policy__validation_prompts": 5}
     with_text = trained("with", **SETTINGS, **held)
     without = trained("without", **SETTINGS, **held | {"on_policy__validation_prompts": 0})
     assert distance(with_text, without) == 0
+    assert re.search(r"written \d+ tokens, \d+/s  entropy \d\.\d\d  finished \d+%  writing \d\.\d s of \d\.\d s", caplog.text)
     recorded = [json.loads(line) for line in (tmp_path / "with" / "metrics.jsonl").read_text().splitlines()]
     assert all(0 < one["teacher_seconds"] < one["training_seconds"] for one in recorded if "loss" in one)
     first, last = (record["validation"] for record in recorded if "validation" in record)
