@@ -271,8 +271,6 @@ def group_arms(
 def why_alone(recipe: Recipe, files: ModelFiles | None) -> str | None:
     if recipe.student.method == "full":
         return "full fine-tuning changes the base"
-    if recipe.train.shard == "full":
-        return "its student is sharded"
     if writes(recipe.on_policy):
         return "a part of its data is written while it trains"
     if any(one.ema is not None for one in as_tuple(recipe.teacher)):

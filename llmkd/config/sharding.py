@@ -27,7 +27,7 @@ def sharding_contradictions(recipe) -> Iterator[tuple[tuple[str, ...], str]]:
         if one.shard == "full" and (path, one) not in loaded:
             yield (f"{path}.shard", f"{path}.model"), "found full, and no model is loaded for this teacher; leave it out"
     for path, one in teachers:
-        for name, value in (("device", one.device), ("quantization", one.quantization and one.quantization.type)):
+        for name, value in (("device", one.device), ("quantization.type", _uncut(one.quantization))):
             if value is not None:
                 yield (
                     (f"{path}.{name}", *_asked(path, one)),
@@ -40,27 +40,35 @@ def sharding_contradictions(recipe) -> Iterator[tuple[tuple[str, ...], str]]:
     else:
         return
     both = [
-        ("train.compile", train.compile, "compiled layers are not sharded"),
+        ("train.compile", train.compile, "a compiled layer inside the hooks of a sharded one is untried"),
         (
             "train.micro_batch_tokens",
             train.micro_batch_tokens == "auto" and "auto",
-            "the processes would measure different sizes, and wait",
+            "memory that runs out on one process leaves the others waiting",
         ),
-        ("on_policy", recipe.on_policy and "settings", "the processes write different numbers of tokens, and would wait for each other"),
+        (
+            "on_policy.engine",
+            recipe.on_policy and recipe.on_policy.engine != "local" and "settings",
+            "one process alone pushes the adapter and asks the models",
+        ),
     ]
     own = [
         *(
             (f"{path}.ema", one.ema, "an average of sharded weights is not there")
             for path, one in with_setting_names(recipe.teacher, "teacher")
         ),
-        ("validation.samples", recipe.validation.samples, "one process alone writes samples"),
-        ("student.quantization", student.quantization and student.quantization.type, "quantised weights are not sharded"),
+        ("student.quantization.type", _uncut(student.quantization), "the scales of 8-bit weights are not cut with them; use nf4"),
         ("optim.name", recipe.optim.name != "adamw" and recipe.optim.name, "bitsandbytes takes whole weights; use adamw"),
     ]
     for path, value, why in [*both, *(own if sharded_student(train) else ())]:
         if value:
             found = "true" if value is True else value
             yield (path, where), f"found {found} with {where}: full, where {why}; leave one of them out"
+
+
+def _uncut(quantization) -> str | None:
+    """The type of quantised weights that cannot be sharded; those in 4 bit can."""
+    return quantization.type if quantization and quantization.type not in ("nf4", "fp4") else None
 
 
 def _asked(path: str, teacher) -> tuple[str, ...]:

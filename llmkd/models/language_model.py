@@ -91,6 +91,7 @@ class LanguageModel(nn.Module):
     def set_active_adapter(self) -> None:
         """Of several adapters in `model`, this one alone is used and requires a gradient."""
         if self.adapter and self.model.active_adapter != self.adapter:
+            reshard(self.model)
             self.model.set_adapter(self.adapter)
 
     @property
@@ -152,13 +153,13 @@ class LanguageModel(nn.Module):
         cache   of the tokens before; None for none
         """
         self.set_active_adapter()
-        body = self.base_model if self.capabilities.own_forward else decoder_of(self.base_model)
-        known = inspect.signature(body.forward).parameters
+        own = self.capabilities.own_forward
+        known = inspect.signature((self.base_model if own else decoder_of(self.base_model)).forward).parameters
         inputs = {name: value for name, value in inputs.items() if name in known or name == "input_ids"}
-        last = {"logits_to_keep": 1} if self.capabilities.own_forward and "logits_to_keep" in known else {}
+        last = {"logits_to_keep": 1} if own and "logits_to_keep" in known else {}
         before = {} if cache is None else {"past_key_values": cache}
         with torch.autocast(self.device.type, self.autocast, enabled=self.autocast is not None):
-            out = body(**inputs, **before, **last, use_cache=use_cache)
+            out = (self.base_model if own else body_of(self.base_model))(**inputs, **before, **last, use_cache=use_cache)
             logits_BV = self.head.logits(out[0][:, -1])
         return logits_BV, out.get("past_key_values") if use_cache else None
 

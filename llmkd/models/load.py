@@ -55,8 +55,8 @@ class LoadContext:
     sharded: Mapping[str, object] = field(default_factory=dict)
 
     def loads_mapped(self, setting: str, settings: Student | Teacher) -> bool:
-        """Whether the model's weights stay mapped from their files until they are sharded. What is merged or converted is loaded whole."""
-        return setting in self.sharded and not getattr(settings, "is_transformed", False)
+        """Whether the model's weights stay mapped from their files until they are sharded. What is merged or quantised is loaded whole."""
+        return setting in self.sharded and not settings.quantization and not getattr(settings, "is_transformed", False)
 
 
 def checked(model: LanguageModel, setting: str, packing: int = 0, implementation: str = "auto") -> LanguageModel:
@@ -90,7 +90,7 @@ def load_teacher(
         model = model if mapped else model.to(held)
     teacher = LanguageModel(model, _checked_vocab(model, context.vocab, name))
     teacher.requires_grad_(False).eval()
-    if mapped:
+    if setting in context.sharded and not settings.is_transformed:
         _shard(model, setting, context, casts)
     if settings.device == OFFLOAD:
         teacher = teacher.replaced(head=head_on(teacher.head, torch.device(device)), input_device=torch.device(device))
@@ -147,7 +147,7 @@ def load_students(
         model = _with_adapters(model, found, many, names, context.seed)
         model = model if mapped else model.to(device)
     _checked_vocab(model, context.vocab, "student.model")
-    if mapped:
+    if "student" in context.sharded:
         _shard(model, "student", context, casts, keep_outline=True)
     students = []
     for k, (name, own) in enumerate(zip(names, many, strict=True)):

@@ -9,7 +9,7 @@ for a body that is called without its head.
 import copy
 import types
 import weakref
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -48,13 +48,10 @@ def shard(model: nn.Module, mesh, setting: str, casts: Mapping[str, torch.dtype]
         found = " and ".join(sorted(str(dtype).removeprefix("torch.") for dtype in trained))
         raise UserError(f"{asked}, and the {setting} trains tensors in {found}; set {setting}.dtype: float32, or train.shard: none")
     if keep_outline:
-        empty = {
-            id(p): nn.Parameter(p.new_empty(p.shape, device="meta", dtype=types_of[id(p)]), p.requires_grad) for p in model.parameters()
-        }
-        _OUTLINES[base] = copy.deepcopy(model, empty)
+        _OUTLINES[base] = copy.deepcopy(model, dict(_without_values(model, types_of)))
     for unit in (*layers, base):
         for p in unit.parameters():
-            if id(p) in types_of:  # of the root's unit the layers' are cut already
+            if p.dtype != types_of.get(id(p), p.dtype):  # of the root's unit the layers' are cut already
                 p.data = p.data.to(types_of[id(p)])
         fully_shard(unit, mesh=mesh, reshard_after_forward=unit is not base)
     setattr(base, BODY, types.MethodType(lambda base, **inputs: decoder_of(base)(**inputs), base))
@@ -62,6 +59,15 @@ def shard(model: nn.Module, mesh, setting: str, casts: Mapping[str, torch.dtype]
     parameters = list(model.parameters())
     held, every = (sum(size(p).nbytes for p in parameters) / 1e6 for size in (local, Tensor.detach))
     info(f"{setting}: sharded over {mesh.size()} processes, of which each holds {held:,.1f} of {every:,.1f} MB of weights")
+
+
+def _without_values(model: nn.Module, types_of: Mapping[int, torch.dtype]) -> Iterator[tuple[int, object]]:
+    """What stands in a copy for the parameters; the quantisation state of weights in 4 bit is the same object there."""
+    for p in model.parameters():
+        yield id(p), nn.Parameter(torch.empty(p.shape, device="meta", dtype=types_of[id(p)]), p.requires_grad)
+    for module in model.modules():
+        if state := getattr(module, "quant_state", None):
+            yield id(state), state
 
 
 def base_of(model: nn.Module) -> nn.Module:

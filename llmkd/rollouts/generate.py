@@ -12,6 +12,7 @@ from ..errors import UserError
 from ..model_folder.files import positions
 from ..model_folder.generation import stops_at
 from ..models.language_model import LanguageModel
+from ..models.sharding import is_sharded
 from .draw import choose, entropy
 from .sampling import Sampling
 from .way import Inputs, way_of
@@ -92,11 +93,12 @@ def generate(
     with contextlib.ExitStack() as modes:
         for one in models:
             modes.enter_context(eval_mode(one))
-        ways = [way_of(one) for one in models]
+        ways, together = [way_of(one) for one in models], _Together(models)
         for batch in progress(_batches([len(prompt) for prompt in prompts], batch_size, all(way.padded for way in ways))):
             asked = {i: prompts[i] for i in batch}
             texts = [_Text(one, list(asked.values()), way.cached) for one, way in zip(models, ways, strict=True)]
-            found |= _completions(texts, mix, asked, [keys[i] for i in batch], sampling, frozenset(end_ids))
+            found |= _completions(together, texts, mix, asked, [keys[i] for i in batch], sampling, frozenset(end_ids))
+        together.finish()
     return [found[i] for i in range(len(prompts))]
 
 
@@ -117,6 +119,26 @@ def eval_mode(model: LanguageModel) -> Iterator[None]:
             yield
     finally:
         model.train(training)
+
+
+class _Together:
+    """Keeps processes in step that hold parts of a model: all make equally many passes, those with nothing left to write of one token."""
+
+    def __init__(self, models: list[LanguageModel]):
+        self.models, self.needed = models, any(is_sharded(one.model) for one in models)
+
+    def goes_on(self, here: bool) -> bool:
+        """Before each pass: whether this process, or any other, has something to write."""
+        if not self.needed:
+            return here
+        any_has = torch.tensor(int(here), device=self.models[0].device)
+        torch.distributed.all_reduce(any_has, torch.distributed.ReduceOp.MAX)
+        return bool(any_has)
+
+    def finish(self) -> None:
+        while self.goes_on(False):
+            for one in self.models:
+                one.next_logits(Inputs.of([[0]], one.device).columns(slice(None)), use_cache=False)
 
 
 class _Text:
@@ -140,6 +162,7 @@ class _Text:
 
 
 def _completions(
+    together: "_Together",
     texts: list[_Text],
     mix: Mix | None,
     prompts: dict[int, Sequence[int]],
@@ -156,6 +179,7 @@ def _completions(
     written: dict[int, list[int]] = {i: [] for i in prompts}
     entropies = dict.fromkeys(prompts, 0.0)
     while going := [i for i in prompts if len(written[i]) < room[i] and not end_ids.intersection(written[i][-1:])]:
+        together.goes_on(True)
         own_BV, *others = [text.logits() for text in texts]
         drawn_BV = mix.combine([own_BV, *(one.to(own_BV.device) for one in others)]) if mix else own_BV
         chosen_B = choose(drawn_BV, [(key, len(written[i])) for key, i in zip(keys, prompts, strict=True)], sampling)

@@ -6,6 +6,7 @@ from typing import Protocol
 
 from ..errors import UserError
 from ..models.language_model import LanguageModel
+from ..models.sharding import is_sharded
 from ..process.machine_errors import is_out_of_memory
 from .generate import Completion, Mix, generate
 from .sampling import Sampling
@@ -39,7 +40,8 @@ class LocalWriter:
             try:
                 return generate(self.model, prompts, sampling, self.end_ids, self.batch_size, keys=keys, mix=self.mix)
             except Exception as error:
-                if not is_out_of_memory(error) or self.batch_size == 1 or len(prompts) < 2:
+                sharded = any(is_sharded(one.model) for one in (self.model, *(self.mix.models if self.mix else ())))
+                if not is_out_of_memory(error) or self.batch_size == 1 or len(prompts) < 2 or sharded:  # others are in the midst of a pass
                     raise
             self.batch_size = min(self.batch_size, len(prompts)) // 2  # here, where the exception no longer holds on to what it interrupted
 

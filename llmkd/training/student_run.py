@@ -64,8 +64,8 @@ class StudentRun:
         if self.main:
             self.record.write({"step": step, "validation": values})
             self.write_held_out(held_out)
-            if self.recipe.validation.samples:
-                self.samples_hash = write_samples(self.folder.path, step, self.model, self.prepared, self.recipe.validation)
+        if self.recipe.validation.samples and (self.main or not self.state.strategy.alone):
+            self.samples_hash = write_samples(self.folder.path, step, self.model, self.prepared, self.recipe.validation, self.main)
         if by and step and not math.isnan(values[by]):
             sign = -1 if by == "top1_agreement" else 1
             if self.best is None or self.best["by"] != by or sign * values[by] < sign * self.best["value"]:

@@ -13,8 +13,13 @@ from ..rollouts.sampling import Sampling
 from .prepare import Prepared
 
 
-def write_samples(folder: Path, step: int, model: LanguageModel, prepared: Prepared, settings: Validation) -> str:
-    """Add the answers at this step, always the most likely tokens. Returns the file's hash."""
+def write_samples(
+    folder: Path, step: int, model: LanguageModel, prepared: Prepared, settings: Validation, first: bool = True
+) -> str | None:
+    """Add the answers at this step, always the most likely tokens. Returns the file's hash.
+
+    first   False for a process that only takes its part in a sharded model's passes; it returns None
+    """
     tokenizer = prepared.tokenizer
     prompts = held_out_prompts(prepared.validation, prepared.validation_places, settings.samples, tokenizer)
     ends = {tokenizer.eos_token_id, *stops_of(model), *prepared.end_tokens}
@@ -23,7 +28,7 @@ def write_samples(folder: Path, step: int, model: LanguageModel, prepared: Prepa
     records = [
         _record(step, prompt.place, prompt.ids, prompt.reference, one, tokenizer) for prompt, one in zip(prompts, found, strict=True)
     ]
-    return add_samples(folder, step, records)
+    return add_samples(folder, step, records) if first else None
 
 
 def write_training_samples(folder: Path, step: int, texts: Sequence[WrittenText], tokenizer) -> str:

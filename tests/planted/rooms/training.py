@@ -45,8 +45,8 @@ FAULTS = [
         (
             "moments-of-gathered-weights",
             "a checkpoint after a validation lacks the optimizer's state of embeddings and head",
-            "        reshard(self.model)\n",
-            "",
+            "        reshard(self.model)\n        own = re",
+            "        own = re",
             "training/test_parallel.py::test_a_checkpoint_is_the_same_file_and_is_resumed_by_any_strategy",
         ),
     ),
