@@ -138,6 +138,7 @@ def _numbers(planned: Plan, wanted: Wanted) -> dict:
             "targets": work.batch.num_targets,
             "flops": planned.flops,
         },
+        "writing": planned.writing and vars(planned.writing),
         "run": {
             "steps": work.steps,
             "examples": work.examples,
@@ -170,9 +171,14 @@ def _amount(size: float, unit: str) -> str:
 
 
 def _work_text(planned: Plan) -> str:
-    work, flops = planned.work, sum(planned.flops.values())
+    work, flops, writing = planned.work, sum(planned.flops.values()), planned.writing
     shape = " x ".join(f"{n:,}" for n in work.batch.student.inputs["input_ids"].shape)
     text = f"largest micro-batch: {shape} tokens, {work.batch.num_targets:,} targets, {flops / 1e12:,.3g} TFLOP"
+    if writing:
+        text += (
+            f"\nwriting: up to {writing.batches * writing.answers:,} answers of {writing.new:,} tokens a step and process, {writing.answers:,} at a time, "
+            f"after prompts of up to {writing.prompt:,}; {writing.peak / 1e9:,.2f} GB are then in memory"
+        )
     if work.tokens is None:
         return f"{text}\nthe run: its data is not known, so times are of one such micro-batch"
     total = sum(planned.total_flops.values())
@@ -201,6 +207,10 @@ def _this_machine() -> Device:
 def _row(planned: Plan, wanted: Wanted, device: Device) -> dict:
     rate = _rate(wanted, device)
     step, whole = (planned.seconds(rate, PER_LAYER, whole) for whole in (False, True))
+    if planned.writing:
+        dtype = planned.dtypes["student"]
+        writing = planned.writing.seconds(rate(dtype), device.bandwidth, PER_LAYER, 2 if dtype in ("bfloat16", "float16") else 4)
+        step, whole = step + writing, None if whole is None else whole + planned.work.steps * writing
     room = device.memory if device.measured or not wanted.memory else wanted.memory
     fits = _needed(planned, wanted) <= room if room else None
     unit = "a step" if planned.total_flops else "a micro-batch"

@@ -17,6 +17,7 @@ class Device:
     half     operations per second of dense products in bfloat16, summed in float32
     single   of products in float32, without TF32
     link     bytes a second to another GPU of the machine, in one direction: NVLink, or PCIe 4
+    bandwidth   bytes a second from its memory; None where it is not known
     measured   whether the rates were measured here, and not stated
     """
 
@@ -25,6 +26,7 @@ class Device:
     half: float
     single: float
     link: float = 32e9
+    bandwidth: float | None = None
     measured: bool = False
 
     def rate(self, dtype: str) -> float:
@@ -36,12 +38,12 @@ class Device:
 GPUS = {
     one.name.lower(): one
     for one in (
-        Device("L4", 24e9, 121e12, 30.3e12),
-        Device("4090", 24e9, 165.2e12, 82.6e12),
-        Device("A100-40GB", 40e9, 312e12, 19.5e12, 300e9),
-        Device("A100", 80e9, 312e12, 19.5e12, 300e9),
-        Device("H100", 80e9, 989e12, 67e12, 450e9),
-        Device("H200", 141e9, 989e12, 67e12, 450e9),
+        Device("L4", 24e9, 121e12, 30.3e12, bandwidth=300e9),
+        Device("4090", 24e9, 165.2e12, 82.6e12, bandwidth=1008e9),
+        Device("A100-40GB", 40e9, 312e12, 19.5e12, 300e9, 1555e9),
+        Device("A100", 80e9, 312e12, 19.5e12, 300e9, 2039e9),
+        Device("H100", 80e9, 989e12, 67e12, 450e9, 3.35e12),
+        Device("H200", 141e9, 989e12, 67e12, 450e9, 4.8e12),
     )
 }
 

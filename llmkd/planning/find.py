@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
 
-from ..config.on_policy import writes
 from ..config.recipe import Recipe, Teacher, used_teachers
 from ..data.encoding.tokenizer import shared_vocab
 from ..errors import UserError, attribute_to_student
@@ -71,7 +70,6 @@ def find(recipes: Sequence[Recipe], recipe_folder: Path, coming: Coming = Mappin
 
 def refuse_unplanned(recipe: Recipe) -> None:
     for setting, given, what in (
-        ("on_policy", recipe.on_policy if writes(recipe.on_policy) else None, "a student that writes"),
         *((f"{setting}.ema", one.ema, "a teacher that is an average of the student") for setting, one in used_teachers(recipe)),
     ):
         if given is not None:

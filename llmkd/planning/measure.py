@@ -20,7 +20,8 @@ from .find import Found
 from .live_memory import Phase
 from .models import Depth, depth_of, full_depth, layer_sizes
 from .ranks import fake_ranks
-from .step import BACKWARD, BUCKETS, LOSS, TEACHER, Ready, watched_step
+from .step import BACKWARD, BUCKETS, LOSS, TEACHER, WRITING, Ready, watched_step
+from .writing import watched_writing, writing_of
 
 _KEPT, _RECOMPUTED, _OF_TEACHER = 4, 3, 2  # layers that are run of a deeper model
 ROUND_ON_GPU = 512  # bytes: the allocator of CUDA
@@ -98,6 +99,8 @@ def _measure(
         phases = watched_step(ready, batch, gradients, accelerator, ROUND_ON_GPU if gpu else 1)
         if ranks > 1:
             _add_buckets(phases, ready)
+        if writing := writing_of(recipe.on_policy, recipe.train, found.data.examples, ranks):
+            phases[WRITING] = watched_writing(ready, writing, recipe.on_policy, ROUND_ON_GPU if gpu else 1)
         parameters = [p for state in ready.students for p in state.parameters.values()]
         state = [x for one in ready.students for held in one.optimizer.state.values() for x in held.values()]
         less = (

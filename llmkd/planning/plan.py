@@ -1,16 +1,19 @@
 """A plan: what a recipe's run needs and computes, found by one step of the training loop on fake tensors."""
 
+import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
+from ..config.on_policy import writes
 from ..config.recipe import LayerChoice, Recipe, distils
 from ..config.sharding import sharded_student
 from ..model_folder.files import loaded_dtype
 from .find import Found
 from .measure import measure
 from .models import depth_of, full_depth
-from .step import LOSS, PARTS, TEACHER
+from .step import LOSS, PARTS, TEACHER, WRITING
 from .work import Work, work_of
+from .writing import Writing, writing_of
 
 
 @dataclass(frozen=True)
@@ -25,6 +28,7 @@ class Plan:
     work           of all processes together, but for the largest micro-batch
     notes          what was assumed, and what a formula stands for
     ranks          the number of processes
+    writing        what is written while it trains; its time is not in `seconds`
     """
 
     parts: dict[str, float]
@@ -35,6 +39,7 @@ class Plan:
     work: Work
     notes: list[str]
     ranks: int = 1
+    writing: Writing | None = None
 
     @property
     def peak(self) -> float:
@@ -89,16 +94,15 @@ def plan(recipes: Sequence[Recipe], found: Found, memory: float | None, gpu: boo
     layers += sum(depth_of(config.config, f"{name}.model") for name, _, config in found.live) if any(map(distils, recipes)) else 0
     dtype = "bfloat16" if student.mixed_precision == "bf16" else loaded_dtype(found.student.config, student.dtype)
     of_teacher = next((loaded_dtype(config.config, one.dtype) for _, one, config in found.teachers if config), dtype)
-    return Plan(
-        parts,
-        at,
-        measured[0].flops,
-        layers,
-        {"student": dtype, "teacher": of_teacher},
-        work,
-        list(_notes(recipe, found, gpu, ranks)),
-        ranks,
-    )
+    notes = list(_notes(recipe, found, gpu, ranks))
+    writing = writing_of(recipe.on_policy, recipe.train, found.data.examples, ranks)
+    if writing:
+        parameters = sum(
+            parts.get(name, 0) for name in ("student's weights", "trained", *(["teacher's weights"] if writing.models > 1 else []))
+        )
+        writing = dataclasses.replace(writing, weights=parameters, layers=depth_of(found.student.config, "student.model"))
+        writing = dataclasses.replace(writing, peak=max(sum(one.phases[WRITING].values()) for one in measured))
+    return Plan(parts, at, measured[0].flops, layers, {"student": dtype, "teacher": of_teacher}, work, notes, ranks, writing)
 
 
 def _notes(recipe: Recipe, found: Found, gpu: bool, ranks: int) -> Iterator[str]:
@@ -113,6 +117,11 @@ def _notes(recipe: Recipe, found: Found, gpu: bool, ranks: int) -> Iterator[str]
         yield "by formula: what bitsandbytes holds of a quantised matrix, and makes for a product with it"
     if recipe.optim.name != "adamw":
         yield f"by formula: the state of {recipe.optim.name}"
+    if writes(recipe.on_policy):
+        if recipe.on_policy.engine != "local":
+            yield "on_policy.engine: the server's time is not known"
+        if recipe.on_policy.long_horizon:
+            yield "on_policy.long_horizon: its term is not planned, which computes both heads once more"
     if recipe.train.compile:
         yield "train.compile: planned as not compiled, which holds more activations"
     if recipe.loss.features or recipe.loss.attention:

@@ -25,7 +25,7 @@ from ..training.parallel import REPLICATED, Replicated
 from .live_memory import LiveMemory, Phase, local
 
 TEACHER, FORWARD, LOSS, BACKWARD, OPTIMIZER = "teacher's pass", "student's pass", "loss", "backward pass", "optimizer step"
-BUCKETS = "exchange of gradients"
+BUCKETS, WRITING = "exchange of gradients", "writing"
 #: What memory consists of, in the order in which it is told.
 PARTS = (
     "student's weights",
@@ -38,6 +38,7 @@ PARTS = (
     "teacher's pass",
     "head and loss",
     "backward pass",
+    WRITING,
 )
 
 
@@ -113,17 +114,8 @@ def watched_step(
     Of a sharded student the gradients of earlier micro-batches are whole: the step then has two micro-batches.
     Those of the backward pass are by the layer that it is in: "backward pass 3"; the last layer's is called "backward pass".
     """
-    memory = LiveMemory(round_to)
-    for model in ready.teacher_models:
-        _add(memory, model, "teacher's weights", id(model) in ready.elsewhere)
-    for model in ready.student_models:
-        _add(memory, model, "student's weights")
-    for state in ready.students:
-        _add(memory, unwrap(state), "student's weights")
+    memory = all_there(ready, round_to)
     with contextlib.ExitStack() as stack:
-        for state in ready.students:
-            for parameter in state.parameters.values():
-                memory.rename(local(parameter), "trained")
         twice = gradients and not all(state.strategy.alone for state in ready.students)
         with memory:
             for state in ready.students:
@@ -143,6 +135,22 @@ def watched_step(
         ):
             next(steps)
         return memory.phases
+
+
+def all_there(ready: Ready, round_to: int = 1) -> LiveMemory:
+    """With the weights of all models, and what optimizers have of state."""
+    memory = LiveMemory(round_to)
+    for model in ready.teacher_models:
+        _add(memory, model, "teacher's weights", id(model) in ready.elsewhere)
+    for model in ready.student_models:
+        _add(memory, model, "student's weights")
+    for state in ready.students:
+        _add(memory, unwrap(state), "student's weights")
+        for parameter in state.parameters.values():
+            memory.rename(local(parameter), "trained")
+        for tensor in (x for held in state.optimizer.state.values() for x in held.values() if isinstance(x, Tensor)):
+            memory.add(local(tensor), "optimizer")
+    return memory
 
 
 def _have_state(memory: LiveMemory, state: StudentState, gradients: bool) -> None:

@@ -1,5 +1,6 @@
 """What a run has to compute: its largest micro-batch, and the tokens and targets of all of it, from the data or from a stated assumption."""
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,6 +9,7 @@ import numpy as np
 
 from ..batch import Batch
 from ..config.fields import as_tuple
+from ..config.on_policy import writes
 from ..config.paths import is_local
 from ..config.recipe import Data, Recipe
 from ..data.batch_source import Collator
@@ -18,6 +20,7 @@ from ..data.examples import Examples
 from ..errors import UserError
 from ..training.prepare import batch_plan, batching, encode_data
 from .model_configs import ModelConfig
+from .writing import as_written
 
 _ANY = 1 << 31  # entries of a vocabulary: whether the models have a row for each token is seen when the run starts
 ASSUMED = 64  # examples of assumed data: micro-batches of more are planned with as many as they hold
@@ -69,6 +72,16 @@ class Work:
 
 
 def known_data(recipe: Recipe, student: ModelConfig) -> KnownData:
+    """The data of a recipe; where answers are written while it trains, they are taken to be as long as they may be."""
+    known = _known_data(recipe, student)
+    if not writes(recipe.on_policy):
+        return known
+    written = as_written(known.examples, recipe.on_policy, recipe.data.max_length)
+    assumed = f"on_policy: written answers are taken to have {recipe.on_policy.max_new_tokens:,} tokens (on_policy.max_new_tokens), where there is room"
+    return dataclasses.replace(known, examples=written, assumed="; ".join(filter(None, (known.assumed, assumed))))
+
+
+def _known_data(recipe: Recipe, student: ModelConfig) -> KnownData:
     """The recipe's training data as examples, if it and a tokenizer are on this machine; otherwise examples as long as data.max_length."""
     sources = as_tuple(recipe.data.train)
     remote = [source.path for source in sources if not is_local(source.path, "data") and not source.path.startswith("builtin:")]

@@ -5,25 +5,34 @@ import json
 import shutil
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 
 from llmkd.config import loader
+from llmkd.config.on_policy import OnPolicy
 from llmkd.config.recipe import Lora, Optim, Quantization
+from llmkd.data.examples import Examples
 from llmkd.errors import UserError
 from llmkd.planning import fit
+from llmkd.planning.build import build
 from llmkd.planning.devices import bytes_in, held_on_gpu
 from llmkd.planning.fakes import fake_tensors
 from llmkd.planning.find import find
 from llmkd.planning.known_models import KNOWN
+from llmkd.planning.live_memory import LiveMemory
 from llmkd.planning.measure import Measured, extended, state_bytes
 from llmkd.planning.model_configs import find_config
-from llmkd.planning.models import empty_model
+from llmkd.planning.models import Depth, empty_model
 from llmkd.planning.plan import Plan, plan
 from llmkd.planning.quantized import bytes_of
-from llmkd.planning.step import LOSS, TEACHER, _have_state
+from llmkd.planning.step import LOSS, TEACHER, WRITING, _have_state
 from llmkd.planning.work import assumed_examples, known_data, work_of
+from llmkd.planning.writing import Writing, as_written, watched_writing, writing_of
+from llmkd.rollouts.generate import generate
+from llmkd.rollouts.sampling import Sampling
 from tests.conftest import plain_recipe
+from tests.kit.models import load_student
 
 #: The number of parameters that each model's page on the hub gives; tied weights once, Gemma 3 4B with its vision tower.
 PARAMETERS = {
@@ -169,8 +178,41 @@ def test_a_model_that_is_not_here_is_named(tmp_path, name, words):
 
 
 def test_what_a_plan_does_not_know_is_refused_by_name(make_recipe, tmp_path):
-    with pytest.raises(UserError, match="^on_policy: set, and a plan does not know"):
-        find([make_recipe(on_policy={"share": 0.5, "max_new_tokens": 8})], tmp_path)
+    with pytest.raises(UserError, match="^teacher.ema: set, and a plan does not know"):
+        recipe = make_recipe()
+        find([dataclasses.replace(recipe, teacher=dataclasses.replace(recipe.teacher, ema=0.9))], tmp_path)
+
+
+def test_a_written_answer_is_as_long_as_it_may_be():
+    """Prompts of 4 and 9 tokens and one that is supervised throughout; room for 12 tokens, answers of 6: the second prompt has none."""
+    masks = [[False] * 4 + [True] * 2, [False] * 9 + [True], [True] * 8]
+    offsets = np.cumsum([0, *map(len, masks)])
+    examples = Examples(np.zeros(offsets[-1], np.int32), np.concatenate(masks), offsets, np.arange(3))
+    written = as_written(examples, OnPolicy(max_new_tokens=6), 12)
+    assert written.lengths.tolist() == [10, 10, 8] and written.num_targets.tolist() == [6, 1, 6]
+    settings = OnPolicy(share=0.5, max_new_tokens=6, batch_size=3)
+    planned = writing_of(settings, SimpleNamespace(batch_size=10, max_steps=4), written, 2)
+    assert (planned.answers, planned.batches, planned.prompt, planned.new, planned.models) == (3, 1, 9, 6, 1)
+    known = dataclasses.replace(planned, weights=100.0, layers=2)
+    assert known.seconds(rate=60.0, bandwidth=50.0, per_layer=0.1, bytes_each=2) == 6 * 2 * 50 * 3 / 60
+    assert known.seconds(1e9, 50.0, 0.1, 2) == 6 * 2 and known.seconds(1e9, None, 0.1, 2) == pytest.approx(6 * 0.2)
+
+
+@pytest.mark.parametrize("prompt", [4, 90])
+def test_memory_of_writing_is_that_of_a_model_that_writes(make_recipe, tmp_path, prompt):
+    """Eight answers of 100 tokens: after short prompts their keys and values are most, after long ones reading these is."""
+    recipe = make_recipe(on_policy={"share": 1, "max_new_tokens": 100})
+    found = find([recipe], tmp_path)
+    with fake_tensors(False):
+        ready = build([recipe], found, Depth(2), [2], None, False)
+        planned = watched_writing(ready, Writing(8, 1, prompt, 100, 1), recipe.on_policy).parts[WRITING]
+    student, memory = load_student(recipe.student, found.vocab, "cpu", 0), LiveMemory()
+    for tensor in (*student.parameters(), *student.buffers()):
+        memory.add(tensor)
+    weights = memory.now
+    with memory:
+        generate(student, [[5] * prompt] * 8, Sampling(1.0, 100), [], 8)
+    assert memory.phases["load"].peak - weights == pytest.approx(planned, rel=0.05)
 
 
 def test_the_largest_micro_batches_are_those_that_a_run_cuts(make_recipe, tmp_path):

@@ -120,4 +120,14 @@ FAULTS = [
         "llmkd/planning/ranks.py",
         ("taken-unseen", "what FSDP2 frees stays counted", "        live_memory.resized(tensor)\n", "        pass\n", RANKS),
     ),
+    *in_file(
+        "llmkd/planning/writing.py",
+        (
+            "short-answers",
+            "of an answer half is in memory when its last token is written",
+            "writing.prompt + writing.new - 1)[1]",
+            "writing.prompt + writing.new // 2)[1]",
+            f"{PLAN}::test_memory_of_writing_is_that_of_a_model_that_writes",
+        ),
+    ),
 ]
