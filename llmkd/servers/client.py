@@ -43,9 +43,10 @@ class Refused(Exception):
 
 
 class _Passing(Exception):
-    """A failure that may pass. Its text goes on from the server's address; `wait`: the seconds that the server named."""
+    """A failure that may pass. Its text goes on from the server's address; `wait`: the seconds that the server named; `answered`: it has said something."""
 
     wait: float | None = None
+    answered = False
 
 
 class Server:
@@ -87,6 +88,14 @@ class Server:
     def tell(self, path: str, content: dict, patience: float | None = None) -> None:
         """`post`, where what the server says to it is of no interest, and may be no JSON."""
         self._asked("POST", path, json.dumps(content).encode(), patience, lambda body: None)
+
+    def reach(self, path: str) -> None:
+        """Whether somebody answers at all, whatever it is. ServerFailed otherwise; Refused where it is no."""
+        try:
+            self._once("GET", path, None, lambda body: None, self.timeout)
+        except _Passing as error:
+            if not error.answered:
+                raise ServerFailed(f"{self.setting}: {self.address} {error}; start it, or correct the address") from None
 
     def holds_key(self, text: str) -> bool:
         """Whether the key stands in a text, which then must not be written anywhere."""
@@ -164,13 +173,14 @@ class Server:
             if status in _AGAIN:
                 passing = _Passing(f"answers {status}{': ' + text if text else ''}")
                 passing.wait = _seconds(response.headers.get("Retry-After"))
+                passing.answered = True
                 raise passing
             if 300 <= status < 400:
                 text = f"sends the request elsewhere ({printable(response.headers.get('Location', ''))[:120]}); name that address"
             raise Refused(status, text)
         try:
             return parse(body)
-        except ValueError:
+        except (ValueError, RecursionError):
             raise _Passing(f"gives an answer that is no whole JSON ({len(body):,} bytes)") from None
 
     def _without_key(self, text: str) -> str:
@@ -219,7 +229,7 @@ def _told(body: bytes) -> str:
         for name in ("error", "message", "detail"):
             found = found.get(name, found) if isinstance(found, dict) else found
         text = found if isinstance(found, str) else json.dumps(found)
-    except ValueError:
+    except (ValueError, RecursionError):
         pass
     return printable(" ".join(text.split()))[:300]
 

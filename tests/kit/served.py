@@ -21,6 +21,7 @@ class FakeServer:
     asked       the contents of the requests for log-probabilities, in the order of their arrival
     max_logprobs, positions, parents, key    as a real server's settings; `parents` by name of an adapter
     chat        from the content of a request for chat completions to its answer; None: it has no such page
+    broken_list  whether its list of models fails
     load        from a folder of an adapter to its function, see `AdapterHost`; None: it loads no adapters while it runs
     loaded      the names of those that were loaded, in order
     misbehave   called with each answer (a dict) and its number from 0; returns what is sent in its place: another dict, bytes, a status
@@ -34,6 +35,7 @@ class FakeServer:
         self.max_logprobs, self.positions, self.parents, self.key = 10_000, 4096, {}, None
         self.load: Callable | None = None
         self.chat: Callable[[dict], dict] | None = None
+        self.broken_list = False
         self.loaded: list[str] = []
         self.misbehave: Callable = lambda answer, number: answer
         self.most_at_once, self._at_once, self._lock = 0, 0, threading.Lock()
@@ -121,6 +123,8 @@ class FakeServer:
     def _answer(self, request: BaseHTTPRequestHandler, content: dict):
         if self.key and request.headers.get("Authorization") != f"Bearer {self.key}":
             return (401, {"body": {"error": {"message": f"wrong key {request.headers.get('Authorization')}"}}})
+        if request.path == "/v1/models" and self.broken_list:
+            return 500
         if request.path == "/v1/models":
             return {"data": [{"id": name, "parent": self.parents.get(name), "max_model_len": self.positions} for name in self.models]}
         if request.path == "/v1/completions":

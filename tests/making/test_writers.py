@@ -56,7 +56,15 @@ def with_choice(**changes) -> dict:
 
 
 def test_a_server_that_is_busy_broken_or_cut_short_is_asked_again_and_each_answer_comes_once(fake):
-    bad = [(429, {"Retry-After": "0"}), (500, {"Retry-After": "0"}), (503, {"Retry-After": "0"}), b'{"choices": [{"mess', b"", b"\xff\xfe"]
+    bad = [
+        (429, {"Retry-After": "0"}),
+        (500, {"Retry-After": "0"}),
+        (503, {"Retry-After": "0"}),
+        b'{"choices": [{"mess',
+        b"",
+        b"\xff\xfe",
+        b"[" * 99_999,
+    ]
     fake.misbehave = lambda answer, number: bad[number] if number < len(bad) else answer
     one = writer(server=fake.url, model="m", requests=3, patience=60.0)
     found = written(one, wanted := asks(5, one))
@@ -118,6 +126,8 @@ def test_what_concerns_every_ask_ends_the_command(fake, monkeypatch):
     with pytest.raises(UserError, match="answers 422: max_tokens is not known; check the settings of the writer"):
         written(one, asks(50, one))
     assert len([ask for ask in fake.asked if ask]) < 20
+    fake.broken_list = True
+    writer(server=fake.url, model="m").check()  # a list of models that fails says nothing of chat
     fake.stop()
     one = writer(server=fake.url, model="m", patience=0.0)
     with pytest.raises(UserError, match="refuses the connection"):

@@ -35,7 +35,7 @@ class ServedWriter:
 
     def check(self) -> None:
         try:
-            self.server.get("/v1/models", patience=0)
+            self.server.reach("/v1/models")
         except Refused as error:
             if error.status in (401, 403):
                 raise self._explained(error) from None  # others have no such page
