@@ -115,7 +115,7 @@ BENIGN = {
     "operating_system": "Linux",
     "status": "done",
     "quality": "good",
-    "label": "negative",
+    "label": "no",
     "moderation": [{"flagged": False}],
 }
 
@@ -142,7 +142,8 @@ def test_a_copy_of_what_is_read_loses_nothing():
 
 BAD = [
     *({name: False} for name in "accepted is_correct isValid approved passed answer_is_correct label kto_tag is_safe helpful".split()),
-    *({name: "False"} for name in ("is_correct", "accepted", "label")),  # as a table has it
+    *({name: "False"} for name in ("is_correct", "accepted", "label")),
+    {"is_correct": "0"},  # as a table has it
     *({name: True} for name in "rejected is_bad wrong incorrect toxic invalid".split()),
     {"correct": 0},
     {"solution_is_valid": "No"},
@@ -221,6 +222,21 @@ def test_a_system_message_may_be_parts_or_a_message(system):
     assert found["system"] == "Be brief." and problems == []
     assert len(checked(ROWS["chat"] | {"system": {"parts": [{"image": "x"}]}}, format="chat")[1]) == 1
     assert len(checked(ROWS["chat"] | {"system": {"text": "x"}}, format="chat")[1]) == 1
+
+
+def test_an_optional_column_that_is_null_in_the_first_row_is_proposed_too():
+    rows = [{"question": ASKED, "context": context, "answer": TOLD} for context in (None, "", "some words")]
+    talks = [{"conversations": MESSAGES, "system_prompt": system} for system in (None, "", "Be brief.")]
+    for first, *others in (rows, talks):
+        (settings,) = proposed(checked(first)[1][0])
+        assert [checked(row, **settings)[1] for row in others] == [[], []]
+
+
+def test_the_choice_of_rows_that_is_proposed_works_in_a_table(read, refused):
+    table = "instruction,output,is_correct\nq,a,True\nq,b,False\n"
+    (problem,) = refused(table, "t.csv")
+    (settings,) = proposed(problem)
+    assert [row["output"] for row in read(table, "t.csv", **settings).rows] == ["a"]
 
 
 def test_a_line_of_many_columns_still_ends_with_its_proposal():

@@ -47,9 +47,9 @@ _LANGUAGES = set(
 )
 
 
-def named(row: dict, names: list[str]) -> list[str]:
-    """The columns that have one of these names, in the names' order. Of a path, such as translation.de, the last name counts."""
-    return [column for name in names for column in row if plain(column.rpartition(".")[2]) == name and row[column] is not None]
+def named(row: dict, names: list[str], empty: bool = False) -> list[str]:
+    """The columns that have one of these names, in the names' order. Of a path, such as translation.de, the last name counts. `empty`: also where they are null."""
+    return [column for name in names for column in row if plain(column.rpartition(".")[2]) == name and (empty or row[column] is not None)]
 
 
 def ending_in(row: dict, names: list[str]) -> list[str]:

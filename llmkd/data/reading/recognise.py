@@ -194,7 +194,8 @@ def _alpaca(row: dict) -> Found:
     for prompt, answer in _pairs(row, "instruction", "output"):
         if (task := named(row, DEFINITIONS)[:1]) and isinstance(row[task[0]], str):
             yield {"instruction": task[0], "input": prompt, "output": answer, **_system(row)}, {}
-        given = next((name for name in named(row, INPUTS) if name not in (prompt, answer) and isinstance(row[name], str)), None)
+        inputs = [name for name in named(row, INPUTS, empty=True) if name not in (prompt, answer)]
+        given = next((name for name in inputs if isinstance(row[name], str | None)), None)
         yield {"instruction": prompt, **({"input": given} if given else {}), "output": answer, **_system(row)}, {}
 
 
@@ -260,7 +261,7 @@ def is_numbers(value: Any) -> bool:
 
 
 def _system(row: dict) -> dict[str, str]:
-    names = [name for name in named(row, SYSTEMS) if not is_empty(row[name])]
+    names = sorted(named(row, SYSTEMS, empty=True), key=lambda name: is_empty(row[name]))  # it may be empty in this row
     return {"system": names[0]} if names else {}
 
 

@@ -140,7 +140,13 @@ def _not_used(key: str, value: Any) -> tuple[str, Any, str] | None:
 
 def _truth_of(value: Any) -> bool | None:
     """The truth of a flag, also of one that a table has as text; None of anything else."""
-    return bool(value) if _is_flag(value) else {"true": True, "false": False}.get(value.strip().lower()) if isinstance(value, str) else None
+    return (
+        bool(value)
+        if _is_flag(value)
+        else {"true": True, "false": False, "1": True, "0": False}.get(value.strip().lower())
+        if isinstance(value, str)
+        else None
+    )
 
 
 def ignoring(source: Source, *names: str) -> str:

@@ -27,7 +27,7 @@ _ASKS = set(
     " flag annotation correctness score reward validity approval moderation assessment vote correct accepted acceptance good valid preference".split()
 )
 _LABELS = set("label kttag kototag ktotag".split())
-_NO, _YES = {"false", "no", "n"}, {"true", "yes", "y"}
+_NO, _YES = {"false", "no", "n", "0"}, {"true", "yes", "y", "1"}
 #: Words that make a key the number or the name of something.
 _ABOUT = set(
     "id ids count num number rate ratio score scores reason reasons explanation index total n percent fraction type by at date".split()
@@ -35,7 +35,7 @@ _ABOUT = set(
 
 
 def has_sense(key: str, value: Any) -> bool:
-    """Whether a key's truth says whether something is good or bad. Of KTO's labels a number is a class."""
+    """Whether a key's truth says whether something is good or bad. Of KTO's labels a number or a word is a class."""
     return _sense(key)[1] is not None and not (_sense(key)[2] and not isinstance(value, bool | str))
 
 
@@ -47,7 +47,7 @@ def is_bad(key: str, value: Any) -> bool:
             return False
         said = plain(value)
         in_a_word = said in _VERDICTS or (said == "low" and "quality" in words_of(key))
-        return (asks and in_a_word) or said in {True: _NO, False: _YES}.get(good, ())
+        return (asks and in_a_word) or said in ({"false"} if label else {True: _NO, False: _YES}.get(good, ()))
     if good is None or not isinstance(value, bool | int | float) or (label and not isinstance(value, bool)):
         return False
     return value == (not good)

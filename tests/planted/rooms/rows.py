@@ -193,7 +193,7 @@ FAULTS = [
             "in_a_word =",
             LAYOUTS,
         ),
-        ("truths-as-text", "the text False of a table is learnt", "said in {True: _NO, False: _YES}.get(good, ())", "False", LAYOUTS),
+        ("truths-as-text", "the text False of a table is learnt", "{True: _NO, False: _YES}.get(good, ())", "()", LAYOUTS),
         (
             "counts-are-verdicts",
             "a count of correct answers of 0 is refused",
