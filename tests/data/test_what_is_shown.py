@@ -170,7 +170,7 @@ def test_what_is_no_matter_of_spelling_is_refused_as_ever(call_values):
         assert other.value.problems == plain.value.problems
 
 
-@pytest.mark.parametrize("call", [{"arguments": None}, {}, {"arguments": "null"}, {"arguments": {}}], ids=str)
+@pytest.mark.parametrize("call", [{"arguments": None}, {}, {"arguments": "null"}, {"arguments": " "}, {"arguments": {}}], ids=str)
 @pytest.mark.parametrize("wrapped", [True, False])
 def test_a_call_whose_arguments_are_null_or_absent_has_none(read, call, wrapped):
     """None are {} in every template: not null, and not Python's None. A parquet file has no other way to say so."""
@@ -412,6 +412,7 @@ def test_rows_with_parts_are_the_rows_with_their_text(read):
             [part("q"), {"type": "image", "image": "x"}],
             "messages[0].content[1] is a part of type 'image', expected {type: text, text: ...}; llmkd reads",
         ),
+        ([{"functionCall": {}}], "messages[0].content[0] is a part with 'functionCall', expected {type: text, text: ...}"),
         ([{"type": "text"}], "messages[0].content[0] is a part of type 'text', expected {type: text, text: ...}"),
         ([3], "messages[0].content[0] is a number"),
         ([part("q"), part("r")], "messages[0].content is 2 texts without white space between them"),

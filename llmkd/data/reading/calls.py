@@ -81,7 +81,8 @@ def read_calls(calls: Any, where: str, problems: ErrorCollector) -> list[dict] |
         if problem := _no_arguments(call, function):
             problems.add(f"{where}[{j}] {problem}", alike=f"calls that {problem}")
             return None
-        if function.get("arguments") in (None, "null"):
+        given = function.get("arguments")
+        if given is None or (isinstance(given, str) and given.strip() in ("", "null")):
             function = function | {"arguments": {}}
             calls[j] = call | {"function": function} if isinstance(call.get("function"), dict) else function
     return calls or None

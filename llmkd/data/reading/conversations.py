@@ -106,7 +106,8 @@ def _text_of_parts(parts: list, where: str, name: str, problems: ErrorCollector,
         part = {"text": part} if isinstance(part, str) else part
         part_kind = part.get("type") or "text" if isinstance(part, dict) else None
         if part_kind not in ("text", "input_text", "output_text") or not isinstance(part.get("text"), str):
-            found = f"a part of type {part_kind!r}" if part_kind else kind(part)
+            keys = ", ".join(map(repr, part)) if isinstance(part, dict) and not part.get("type") else ""
+            found = f"a part with {keys}" if keys else f"a part of type {part_kind!r}" if part_kind else kind(part)
             problems.add(f"{where}[{j}] is {found}, expected {{type: text, text: ...}}; llmkd reads text only")
             return None
         part = {key: value for key, value in part.items() if value is not None}  # a null in parquet is an absent key

@@ -737,7 +737,13 @@ FAULTS = [
             "key in () if key in others",
             SHOWN,
         ),
-        ("null-arguments", "null arguments are shown as null", 'if function.get("arguments") in (None, "null"):', "if False:", SHOWN),
+        (
+            "null-arguments",
+            "null arguments are shown as null",
+            'if given is None or (isinstance(given, str) and given.strip() in ("", "null")):',
+            "if False:",
+            SHOWN,
+        ),
         (
             "arguments-outside",
             "arguments outside of their function are lost",
