@@ -157,7 +157,7 @@ class Source:
     revision: str | None = fixed(None, description="Revision of a hub data set.")
     where: dict[str, Any] = fixed(
         default_factory=dict,
-        description="Rows to use, chosen by the file's columns before any limit: a value, a list of values, or above, at_least, below, at_most "
+        description="Rows to use, chosen by the file's columns (inside an object: meta.score) before any limit: a value, a list of values, or above, at_least, below, at_most "
         "and not; several conditions are joined by and: {clean: true, lang: [en, de], score: {above: 0.5}}.",
     )
     noise: float = fixed(

@@ -152,6 +152,7 @@ BAD = [
     {"quality": "bad"},
     {"verdict": "incorrect"},
     {"feedback": "thumbs_down"},
+    {"meta": {"review": {"accepted": False}}},
 ]
 
 
@@ -165,14 +166,15 @@ def _refused_with_the_others(format, mark):
     row = ROWS[format] | mark
     _, (problem,), _ = checked(row, format=format)
     ((name, value),) = mark.items()
-    assert problem.startswith(f"t.jsonl:1: {name} is {value!r}: it may say that the answer is a bad one") and f"ignore: [{name}]" in problem
+    path, value = (name, value) if name != "meta" else ("meta.review.accepted", False)
+    assert problem.startswith(f"t.jsonl:1: {path} is {value!r}: it may say that the answer is a bad one") and f"ignore: [{name}]" in problem
     (settings,) = proposed(problem)
-    assert settings["where"].keys() == mark.keys() and checked(row, format=format, **settings)[1] == []
+    assert settings["where"].keys() == {path} and checked(row, format=format, **settings)[1] == []
     assert checked(row, format=format, ignore=[name])[1] == []
 
 
 @pytest.mark.parametrize(
-    "mark", [*BAD[:-5], {"meta": {"accepted": False}}, {"status": "rejected"}, {"quality": "bad"}, {"rating": "poor"}], ids=str
+    "mark", [*BAD[:-6], {"meta": {"accepted": False}}, {"status": "rejected"}, {"quality": "bad"}, {"rating": "poor"}], ids=str
 )
 def test_a_turn_that_says_it_is_bad_is_refused(mark):
     ((name, value),) = mark.items()
@@ -230,6 +232,14 @@ def test_an_optional_column_that_is_null_in_the_first_row_is_proposed_too():
     for first, *others in (rows, talks):
         (settings,) = proposed(checked(first)[1][0])
         assert [checked(row, **settings)[1] for row in others] == [[], []]
+
+
+def test_the_choice_of_rows_inside_an_object_works(read, refused):
+    lines = "".join(json.dumps({"meta": {"q": ASKED, "accepted": good}, "answer": str(good)}) + "\n" for good in (False, True))
+    fields = {"instruction": "meta.q", "output": "answer"}
+    (problem,) = refused(lines, fields=fields)
+    (settings,) = proposed(problem)
+    assert [row["output"] for row in read(lines, fields=fields, **settings).rows] == ["True"]
 
 
 def test_the_choice_of_rows_that_is_proposed_works_in_a_table(read, refused):

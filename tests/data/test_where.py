@@ -103,8 +103,16 @@ def test_what_cannot_be_compared_is_refused_with_its_place(tmp_path):
     assert "score is 'high' (text), and data.train.where compares it with a number" in problems(csv, where={"score": {"above": 0}})[0]
     renamed = write(tmp_path / "n.jsonl", [{"q": "x", "output": "a"}])
     assert "the file's own name for it is 'q'" in problems(renamed, where={"instruction": "x"}, fields={"instruction": "q"})[0]
-    inner = write(tmp_path / "i.jsonl", [ROWS[0] | {"meta": {"clean": True}}])
-    assert "only whole columns can be compared" in problems(inner, where={"meta.clean": True})[0]
+
+
+@pytest.mark.parametrize("name", ["t.jsonl", "t.parquet"])
+def test_what_is_inside_an_object_is_compared_by_its_path(tmp_path, name):
+    path = write(tmp_path / name, [ROWS[i] | {"meta": {"of": {"clean": clean}, "n": 1}} for i, clean in enumerate((True, False, None))])
+    assert [row["instruction"] for row in read(path, where={"meta.of.clean": True}).rows] == ["q 0"]
+    assert [row["instruction"] for row in read(path, where={"meta.of.clean": None}).rows] == ["q 2"]
+    assert "meta.of.clean is true (1), false (1), null (1)" in problems(path, where={"meta.of.clean": [True], "meta.n": 2})[0]
+    write(tmp_path / "i.jsonl", [ROWS[0] | {"meta": "text"}])
+    assert "no column 'meta.clean', which data.train.where reads" in problems(tmp_path / "i.jsonl", where={"meta.clean": True})[0]
 
 
 def test_where_no_row_is_chosen_the_values_are_named(tmp_path):

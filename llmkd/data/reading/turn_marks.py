@@ -6,7 +6,7 @@ gives every message all the keys that any has.
 
 import functools
 import re
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from typing import Any
 
 from ...config.data import Source
@@ -109,13 +109,12 @@ def row_mark(
                 f"or set {ignoring(source, key)}",
                 alike=f"{inner}, which llmkd does not read",
             )
-        elif key not in source.where and (found := _not_used(key, value)):
+        elif key not in source.where and (found := _not_used(key, value, source.where)):
             inner, bad, why = found
             keys.add(key)
-            others = f"set where: {as_yaml(source.where | {key: _other(bad)})} to train on the others alone"
             problems.add(
-                f"{place}: {inner} is {bad!r}: it may {why}; {others if inner == key else 'take such rows out of the file'}, "
-                f"or set {ignoring(source, key)}",
+                f"{place}: {inner} is {bad!r}: it may {why}; set where: {as_yaml(source.where | {inner: _other(bad)})} to train on the others "
+                f"alone, or set {ignoring(source, key)}",
                 alike=f"{inner} is {bad!r}",
             )
     if len(set(said.values())) > 1:
@@ -125,16 +124,16 @@ def row_mark(
 
 def rows_to_use(row: dict, read: set[str]) -> dict[str, Any]:
     """The `where` that leaves out rows that are marked as this one is: not to be used, or with a bad answer."""
-    found = ((key, _not_used(key, value)) for key, value in row.items() if key not in read and value is not None)
-    return {key: _other(mark[1]) for key, mark in found if mark and mark[0] == key}
+    found = (_not_used(key, value, read) for key, value in row.items() if key not in read and value is not None)
+    return {mark[0]: _other(mark[1]) for mark in found if mark}
 
 
-def _not_used(key: str, value: Any) -> tuple[str, Any, str] | None:
+def _not_used(key: str, value: Any, chosen_by: Container[str]) -> tuple[str, Any, str] | None:
     """The path at which a column marks its row as one that is not to be used, the value there, and what it may say; None where it does not."""
     truth = _truth_of(value)
     if truth is not None and plain(key) in (_LEFT_OUT if truth else _KEPT):
         return key, value, "mark a row that is not to be used, and llmkd does not read it"
-    bad = next(bad_marks({key: value}, _ELSEWHERE), None)
+    bad = next((mark for mark in bad_marks({key: value}, _ELSEWHERE) if mark[0] not in chosen_by), None)
     return bad and (*bad, "say that the answer is a bad one, which llmkd would learn")
 
 

@@ -16,7 +16,7 @@ from ...config.where import is_number, value_words, where_words
 from ...console import count, info
 from ...errors import UserError
 from .files import BadRow, Records
-from .values import kind
+from .values import kind, opened
 
 _NUMBER = re.compile(r"[-+]?(\d+\.?\d*|\.\d+)([eE][-+]?\d+)?", re.ASCII)
 _MOST = 1000  # different values of a column that are remembered, to be named where none is the right one
@@ -60,6 +60,8 @@ class Chosen:
     def _holds(self, row: dict, place: str) -> bool:
         """Whether a row fulfils all conditions. BadRow where one of them cannot be compared."""
         from_csv = place.rpartition(":")[0].lower().endswith(".csv")
+        absent = {one: None for one in self.where if isinstance(row.get(one.partition(".")[0]), dict)}  # as columnar files have null inside
+        row = absent | opened(row, self.where)
         return all([self._one(row, column, asked, from_csv) for column, asked in self.where.items()])
 
     def _one(self, row: dict, column: str, asked: Any, from_csv: bool) -> bool:
@@ -88,8 +90,6 @@ class Chosen:
         own = self.source.fields.get(column)
         if own in row:
             return f"; the file's own name for it is {own!r}: write that"
-        if isinstance(row.get(column.partition(".")[0]), dict):
-            return "; only whole columns can be compared, not what is inside one"
         near = difflib.get_close_matches(column, row, 1, 0.7)
         return f"; did you mean {near[0]!r}?" if near else "; name a column that every row has"
 

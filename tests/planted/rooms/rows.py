@@ -184,6 +184,16 @@ FAULTS = [
         ("empties", "a column that is empty is refused", "and not is_empty(value)", "", "data/test_unread.py"),
     ),
     *in_file(
+        "llmkd/data/reading/where.py",
+        (
+            "inner-nulls",
+            "a null inside an object is a column that is not there",
+            "absent | opened(row, self.where)",
+            "opened(row, self.where)",
+            "data/test_where.py",
+        ),
+    ),
+    *in_file(
         "llmkd/data/reading/verdicts.py",
         ("good-is-bad", "an answer that is marked as good is refused", "return value == (not good)", "return value in (0, 1)", LAYOUTS),
         (
