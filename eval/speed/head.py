@@ -37,6 +37,7 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from eval.speed.head_cases import Case, Problem, cases, problem  # noqa: E402
+from llmkd.training.launch import keep_freed_memory  # noqa: E402
 
 
 def exact(p: Problem, divergence: str, kd_ratio: float, trains: bool, weighted: float = 0.0, block: int = 64) -> tuple[float, list[Tensor]]:
@@ -132,6 +133,7 @@ def main() -> None:
     options.dtype = options.dtype or ("float32" if options.device == "cpu" else "bfloat16")
     warnings.simplefilter("ignore")
     torch.set_num_threads(options.threads)
+    keep_freed_memory()  # as a run does
     if options.peers:
         sys.path.append(options.peers)
     p, known = problem(options), [case for case in cases(options) if case.lower_bound or options.only in case.name]

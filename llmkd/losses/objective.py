@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..errors import ArgumentError
 from ..signals import Divergence
+from . import ratio
 from .closed_form import Closed, closed_form
 from .divergences import forward_kl
 
@@ -92,6 +93,10 @@ class Objective:
         if "ce" in by_row:
             by_row["ce"] = shares["ce"] * by_row["ce"]
         ce, kd = by_row.get("ce", shares.get("ce")), shares.get("kd")  # [n, 1], or a number for all rows
+        if log_p_nV is not None and ratio.applies(self.divergence, T, logits_nV):
+            each = kd * by_row["kd"] if "kd" in by_row else kd
+            if found := ratio.loss_and_grad(logits_nV, labels_n, tile, grad_nV, log_p_nV, ce, each):
+                return found
         hard = _softmax(logits_nV, tile("q"))
         terms = {"ce": hard.cross_entropy(logits_nV, labels_n)}
         slope = None

@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from .. import batch, head
 from ..batch import PackedLayout
-from ..losses import fused
+from ..losses import fused, ratio
 from ..models import attention, attention_taps, startup_checks
 from ..training import loop
 from .live_memory import attention_flops, multiplied
@@ -26,6 +26,7 @@ def fake_tensors(gpu: bool) -> Iterator[None]:
     """Inside, every new tensor is a fake one, on the CPU. `gpu`: attention and loss allocate what they do on a GPU in half precision."""
     changes = [(nn.Module, "_apply", _apply), (loop, "read_step_metrics", lambda *_: ({}, {})), (fused, "log_backend", lambda how: None)]
     changes += [(batch, "by_pattern", lambda none: {})]  # no target is left out
+    changes += [(ratio, "in_range", lambda x_nV: True)]
     changes += [(loop, "read_masses", lambda masses, accelerator: dict.fromkeys(masses, 1.0))]
     # what the layers of a model hold and compute with is taken as its family says: whether they do is seen when the run starts
     changes += [(module, "relative_gap", lambda these, those: 0.0) for module in (startup_checks, attention_taps)]

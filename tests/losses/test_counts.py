@@ -125,11 +125,13 @@ def test_peak(divergence, temperature):
     of_chunk, of_block = TILES[divergence]
     block = math.floor((1 << 20) * torch.get_num_threads() / (4 * V))
     softened = temperature != 1 and divergence is not None  # both softmaxes of the student are held
+    if divergence == "forward_kl" and temperature == 1:  # `losses/ratio.py`
+        of_block = 3
     assert small.peak == large.peak == 4 * V * (of_chunk * CHUNK + (of_block + softened) * block)
 
 
 #: Passes over a tile by operations other than products, for each row. These may only go down.
-VISITS = {None: 5, "forward_kl": 26, "reverse_kl": 26, "generalized_jsd": 32, "skewed_reverse_kl": 44}
+VISITS = {None: 5, "forward_kl": 15, "reverse_kl": 26, "generalized_jsd": 32, "skewed_reverse_kl": 44}
 
 
 @pytest.mark.parametrize("divergence", VISITS)
@@ -166,7 +168,7 @@ def language_model(adapted: bool) -> LanguageModel:
 
 
 #: Of a step of a Llama of two layers with LoRA, taught by one without, eight of 24 positions supervised. These may only go down.
-KERNELS = {"teacher": 102, "student": 158, "loss": 54, "backward": 199, "clip": 4, "AdamW": 10, "figures": 15}
+KERNELS = {"teacher": 94, "student": 150, "loss": 51, "backward": 199, "clip": 4, "AdamW": 10, "figures": 15}
 
 
 def test_kernels_of_a_step():

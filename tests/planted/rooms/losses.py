@@ -6,6 +6,30 @@ DEFINED, CLOSED, FUSED = "losses/test_divergences.py::test_equals_its_definition
 
 FAULTS = [
     *in_file(
+        "llmkd/losses/ratio.py",
+        (
+            "ratio-without-the-rest",
+            "a KL has the rounding of the mean difference",
+            "(log_sum_n1 - rest_n1)",
+            "log_sum_n1",
+            "losses/test_ratio.py",
+        ),
+        (
+            "ratio-everywhere",
+            "the form is used where probabilities have underflowed",
+            "_MOST = 40.0",
+            "_MOST = 1e9",
+            "losses/test_ratio.py",
+        ),
+        (
+            "ratio-not-normalised",
+            "the gradient's share of q is not divided by the sum",
+            "(ce + kd) / (1 + s_n1)",
+            "(ce + kd) / 1",
+            "losses/test_ratio.py",
+        ),
+    ),
+    *in_file(
         "llmkd/losses/features.py",
         (
             "features-sum-of-pairs",

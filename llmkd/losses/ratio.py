@@ -1,0 +1,55 @@
+"""Cross-entropy and forward KL at temperature 1 from the ratio of both models' probabilities: half the passes over [n, V] of the general form.
+
+With p the teacher's probabilities, x = z - y the difference of the logits less its mean under p, and e = exp(x) - 1, let s = sum p e. Then
+q = p (1 + e) / (1 + s) and KL(p || q) = log(1 + s) - sum p x, where the last sum is 0 but for rounding. So the student's softmax is never
+computed, nothing is subtracted that is nearly equal, and where the models agree everything is as small as their difference.
+"""
+
+import torch
+from torch import Tensor
+
+from ..signals import Divergence
+from .divergences import builtin_name
+
+#: x up to which p e is right although p may have underflowed: what is lost is a probability below exp(40 - 87).
+_MOST = 40.0
+
+
+def applies(divergence: Divergence, temperature: float, logits_nV: Tensor) -> bool:
+    """On a GPU the host would wait for `in_range`; there the Triton kernel does it all."""
+    return temperature == 1 and builtin_name(divergence) == "forward_kl" and not logits_nV.is_cuda
+
+
+def in_range(x_nV: Tensor) -> bool:
+    """Whether the form is accurate: not where a student finds likely what its teacher rules out, and not with infinite logits or NaN."""
+    return bool(x_nV.amax() <= _MOST)
+
+
+def loss_and_grad(
+    logits_nV: Tensor,
+    labels_n: Tensor,
+    tile,
+    grad_nV: Tensor | None,
+    log_p_nV: Tensor,
+    ce: float | Tensor,
+    kd: float | Tensor,
+) -> dict[str, Tensor] | None:
+    """As `Objective.loss_and_grad`; None where the form is not `in_range`. ce, kd: factors of the terms in the gradient, numbers or [n, 1]."""
+    label = labels_n[:, None]
+    p_nV = torch.softmax(log_p_nV, -1, out=tile("p"))
+    x_nV, product = torch.sub(logits_nV, log_p_nV, out=tile("d")), tile("q")
+    x_nV.sub_(torch.mul(p_nV, x_nV, out=product).sum(-1, keepdim=True))
+    if not in_range(x_nV):
+        return None
+    rest_n1 = torch.mul(p_nV, x_nV, out=product).sum(-1, keepdim=True)
+    log_p_label = (log_p_nV.gather(-1, label) - log_p_nV.amax(-1, keepdim=True)) + p_nV.amax(-1, keepdim=True).log_()
+    x_label = x_nV.gather(-1, label)
+    of_p_nV = x_nV.expm1_().mul_(p_nV)
+    s_n1 = of_p_nV.sum(-1, keepdim=True)
+    log_sum_n1 = s_n1.log1p()
+    terms = {"ce": (log_sum_n1 - x_label - log_p_label)[:, 0], "kd": (log_sum_n1 - rest_n1).clamp_min_(0)[:, 0]}
+    if grad_nV is not None:  # ce (q - [label]) + kd (q - p)
+        total_nV = of_p_nV.mul_((ce + kd) / (1 + s_n1))
+        total_nV.scatter_add_(-1, label, -ce if isinstance(ce, Tensor) else torch.full_like(x_label, -ce))
+        torch.addcmul(total_nV, p_nV, (ce - kd * s_n1) / (1 + s_n1), out=grad_nV)
+    return terms
