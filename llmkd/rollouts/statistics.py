@@ -78,19 +78,14 @@ class Watch:
     def validated(self, metrics: dict[str, float]) -> list[str]:
         """What to say after a validation; nothing where answers have been trained on before it. The teacher's cross-entropy of what the student
         writes is the student's entropy and KL(q || p), each of a token."""
-        spread, apart, most = metrics.get("own_entropy"), metrics.get("own_reverse_kl"), math.log(self.vocab)
-        if (
-            self.first is not None
-            or self.window
-            or spread is None
-            or apart is None
-            or spread + apart <= RANDOM * most
-            or "unlikely" in self.said
-        ):
+        if self.first is not None or self.window or "unlikely" in self.said or not {"own_entropy", "own_reverse_kl"} <= metrics.keys():
+            return []
+        unlikely, most = metrics["own_entropy"] + metrics["own_reverse_kl"], math.log(self.vocab)
+        if unlikely <= RANDOM * most:
             return []
         self.said |= {"unlikely", "random"}
         return [
-            f"warning: on_policy: at the start the teacher finds what the student writes almost as unlikely as random tokens ({spread + apart:.2f} nats a token; "
+            f"warning: on_policy: at the start the teacher finds what the student writes almost as unlikely as random tokens ({unlikely:.2f} nats a token; "
             f"if all were alike {most:.2f}), and at such prefixes it says little; train the student on the data first, or let on_policy.share grow from 0"
         ]
 
