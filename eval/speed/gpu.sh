@@ -1,30 +1,66 @@
 #!/bin/sh
-# On a machine with one H100 or H200, within ten minutes: the tests that need a GPU, then every table of speed. Not yet run on one.
-#   [OUT=FOLDER] eval/speed/gpu.sh [PEERS]     PEERS: the folder that eval/speed/peers.sh filled; without it llmkd is measured alone
-# Each part may take the seconds that stand before it, 590 in all, and one that fails or is cut off stops no other; tables are written to
-# OUT, by default eval/speed/results. What is expected: tests 60; head 70, of which compiling Liger's loss 30; llama 140 (loading 40,
-# compiling 30, steps of 16k tokens 1 to 2 s each); qwen 90; epoch 60; profile 45.
-mkdir -p "${OUT:=$(dirname "$0")/results}"
-out=$(cd "$OUT" && pwd) peers=${1:+--peers $(cd "$1" && pwd)} failed=0
-cd "$(dirname "$0")/../.." || exit 1
+# On a machine with one GPU (an H100 or H200), within eight minutes: facts first, then tests, then tables of speed. Not yet run on one.
+#   [OUT=FOLDER] [WHEELS=FOLDER] [SECONDS_IN_ALL=480] sh eval/speed/gpu.sh [PEERS]
+# OUT     logs and tables, by default eval/speed/results; the last lines printed are one table of all parts and facts
+# WHEELS  packages that the machine lacks, such as pydantic with the pydantic-core that it names, pytest and bitsandbytes. Where there is a network:
+#         python3 -m pip download --no-deps --only-binary :all: --python-version 3.12 --platform manylinux_2_28_x86_64 --dest FOLDER \
+#             pydantic pydantic-core annotated-types typing-inspection pytest pluggy iniconfig bitsandbytes
+# PEERS   the folder that eval/speed/peers.sh filled; without it llmkd is measured alone
+# Each part may take the seconds before its name, or those that are left; one that fails or is cut off stops no other, and for what no time is
+# left is left out. Without a GPU everything runs on the CPU, in small, to see that it runs.
+set -u
+here=$(cd "$(dirname "$0")" && pwd)
+mkdir -p "${OUT:=$here/results}"
+out=$(cd "$OUT" && pwd) peers=${1:+--peers $(cd "$1" && pwd)} all=${SECONDS_IN_ALL:-480} failed=0
+export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 TQDM_DISABLE=1
+cd "$here/../.." || exit 1
+begun=$(date +%s)
+: >"$out/parts.tsv"
+if [ -n "${WHEELS:-}" ]; then
+    site=$(mktemp -d)
+    python3 -m pip install -q --no-index --no-deps --no-compile --target "$site" "$WHEELS"/*.whl
+    export PYTHONPATH="$site:$PWD${PYTHONPATH:+:$PYTHONPATH}"
+fi
 
-part() { # seconds, name, command: its time and how it ended, to stderr
-    seconds=$1 name=$2 begun=$(date +%s)
+part() { # seconds, name, command: its output to OUT/NAME.log, how it ended to OUT/parts.tsv
+    limit=$1 name=$2 since=$(date +%s)
     shift 2
-    timeout -k 5 "$seconds" "$@"
+    left=$((all - since + begun))
+    [ "$limit" -le "$left" ] || limit=$left
+    if [ "$limit" -lt 5 ]; then
+        printf '%s\tskipped\t0\t0\n' "$name" >>"$out/parts.tsv"
+        return
+    fi
+    timeout -k 3 "$limit" "$@" >"$out/$name.log" 2>&1
     code=$?
     [ $code -eq 0 ] || failed=1
-    echo "$name: exit code $code after $(($(date +%s) - begun)) s of $seconds" >&2
+    took=$(($(date +%s) - since))
+    printf '%s\t%s\t%s\t%s\n' "$name" "$code" "$took" "$limit" >>"$out/parts.tsv"
+    echo "$name: exit code $code after $took s of $limit" >&2
+    [ $code -eq 0 ] || tail -n 15 "$out/$name.log" | cut -c 1-300 >&2
 }
 
-step="python eval/speed/step.py --batch 128 --tokens 16384 --steps 3 --repeats 2 --compile --float8 $peers"
-part 80 tests python -m pytest -q -m gpu
+facts="python3 eval/speed/gpu_facts.py" tests="python3 -m pytest -q -p no:cacheprovider -m gpu"
+if python3 -c "import sys, torch; sys.exit(not torch.cuda.is_available())" 2>/dev/null; then
+    head="--vocab 128256 --rows 8192 --width 2048 --teacher_width 4096 --rounds 3"
+    step="--batch 128 --tokens 16384 --steps 2 --repeats 1 --float8"
+    llama="--shapes llama" qwen="--shapes qwen"
+else
+    head="--vocab 2048 --rows 64 --width 32 --teacher_width 64 --rounds 1"
+    step="--hidden 32 --layers 1 --vocab 211 --batch 4 --tokens 512 --steps 1 --repeats 1"
+    llama="" qwen="--family qwen2"
+fi
 # shellcheck disable=SC2086
-head="python eval/speed/head.py --rounds 3 --vocab 128256 --rows 8192 --width 2048 --teacher_width 4096 $peers"
-part 60 head $head --supervised 1 --out "$out/head_gpu.md"
-part 60 half $head --supervised 0.5 --out "$out/head_half_gpu.md"
-part 190 llama $step --shapes llama --out "$out/step_llama_gpu.md"
-part 100 qwen $step --shapes qwen --out "$out/step_qwen_gpu.md"
-part 50 epoch sh -c 'python eval/speed/epoch.py --steps 6 --rounds 2 --students 1 4 > "$0.part" && mv "$0.part" "$0"' "$out/epoch_gpu.md"
-part 50 profile python eval/speed/profile_step.py --packed --compile --shapes llama --batch 128 --tokens 16384 --out "$out/profile_gpu.md"
+{
+    part 60 imports $facts imports
+    part 60 primitives $facts primitives
+    part 110 plan $facts plan
+    part 90 tests $tests tests/test_gpu.py tests/models/test_float8.py -k "not qlora and not compiled"
+    part 60 head python3 eval/speed/head.py $head --supervised 0.5 $peers --out "$out/head_gpu.md"
+    part 70 slower_tests $tests tests/test_gpu.py tests/models/test_teacher_transforms.py -k "qlora or compiled or transforms"
+    part 100 qwen python3 eval/speed/step.py $step $qwen $peers --out "$out/step_qwen_gpu.md"
+    part 120 llama python3 eval/speed/step.py $step $llama $peers --out "$out/step_llama_gpu.md"
+    part 50 profile python3 eval/speed/profile_step.py --packed $step $llama --out "$out/profile_gpu.md"
+}
+python3 eval/speed/gpu_facts.py table "$out"
 exit $failed

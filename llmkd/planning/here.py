@@ -67,10 +67,11 @@ def real_steps(recipes: Sequence[Recipe], work: Work) -> RealSteps:
         torch.cuda.reset_peak_memory_stats()
     watched = [watched_step(ready, batch.to(device), gradients, OneProcess(device)) for batch, gradients in work.cases]
     peak = torch.cuda.max_memory_allocated() if device.type == "cuda" else max(one.peak for phases in watched for one in phases.values())
-    return RealSteps(peak, min(_times(ready, work.batch.to(device), device)))
+    return RealSteps(peak, min(times(ready, work.batch.to(device), device)))
 
 
-def _times(ready: Ready, batch: Batch, device: torch.device) -> Iterator[float]:
+def times(ready: Ready, batch: Batch, device: torch.device) -> Iterator[float]:
+    """The seconds of some steps of one micro-batch, each waited for."""
     hooks = StepHooks(wants_metrics=lambda step: True)  # so that each step is waited for
     with contextlib.closing(train(_Again(batch), ready.students, ready.teacher, OneProcess(device), hooks=hooks)) as steps:
         before = time.perf_counter()

@@ -9,7 +9,7 @@ import torch
 
 sys.path.append(str(Path(__file__).parents[2]))
 
-from eval.speed import head, head_cases, plots, profile_step, step, step_cases, terms
+from eval.speed import gpu_facts, head, head_cases, plots, profile_step, step, step_cases, terms
 from eval.speed.step_setup import Setup
 from llmkd.training.launch import start
 
@@ -189,3 +189,21 @@ def test_a_peer_may_fail_and_llmkd_may_only_run_out_of_memory(setup):
 def test_a_round_that_ran_fewer_steps_than_it_was_to_is_an_error():
     with pytest.raises(ValueError, match="1 steps ran, and 2 were to"):
         step_cases.Measurement([1.0], [5, 5], [3, 3])
+
+
+def test_what_a_gpu_found_is_one_table(tmp_path, capsys):
+    """Of a part that ended, one that was cut off, and one for which no time was left."""
+    (tmp_path / "parts.tsv").write_text("primitives\t0\t12\t60\ntests\t124\t90\t90\nqwen\tskipped\t0\t0\n")
+    (tmp_path / "primitives.log").write_text("noise\nFACT kernel\tFails: a|b\t0.1 s\n")
+    (tmp_path / "tests.log").write_text("..\n3 passed, 1 failed in 4 s\n")
+    assert gpu_facts.table(str(tmp_path))
+    assert capsys.readouterr().out.splitlines()[2:] == [
+        "| primitives | well | 12 of 60 | | |",
+        "| | | | kernel | Fails: a/b |",
+        "| tests | cut off | 90 of 90 | | |",
+        "| | | | tests | 3 passed, 1 failed in 4 s |",
+        "| qwen | left out | 0 of 0 | | |",
+    ]
+    script = Path(gpu_facts.__file__).with_name("gpu.sh").read_text()
+    limits = [int(line.split()[1]) for line in script.splitlines() if line.strip().startswith("part ")]
+    assert len(limits) == 9 and sum(limits[:5]) <= 480  # what comes first has its time, whatever the others take
