@@ -20,6 +20,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 SMALL = 4096  # bytes of a file of which each is flipped
@@ -58,7 +59,9 @@ _OWN = ("targets_per_s", "peak_memory", "seconds", "versions", "created", "time"
 
 def _comparable(path: Path) -> object:
     if path.suffix == ".safetensors":
-        return {name: (value.dtype, value.shape, value.numpy().tobytes()) for name, value in load_file(path).items()}
+        with contextlib.suppress(SafetensorError):
+            return {name: (value.dtype, value.shape, value.numpy().tobytes()) for name, value in load_file(path).items()}
+        return "damaged"
     if path.suffix == ".json":  # which version of transformers wrote the student is copied, and read by nobody
         return {name: value for name, value in json.loads(path.read_text()).items() if name != "transformers_version"}
     if path.suffix != ".jsonl":
@@ -90,7 +93,7 @@ READINGS = {
     "export": Reading("run", "export {victim} --to {victim}/whole", MODEL, spared=_CARD),
     "best": Reading("run", "export {victim} --to {victim}/whole --checkpoint best", MODEL, spared=_CARD),
     "compare": Reading("run", "compare {root}/other {victim}", said),
-    "sweep": Reading("sweep", "sweep --config {root}/sweep.yaml --resume --output_dir {victim}", content("arms/*/adapter/*.safetensors")),
+    "sweep": Reading("sweep", "sweep --config {root}/sweep.yaml --resume --output_dir {victim}", said),
     "report": Reading("sweep", "report {victim}", content("report.html")),
     "cache": Reading(
         "cache", f"train --config {{root}}/run.yaml --teacher.cache.path {{victim}} {OUT}", content("out/adapter/*.safetensors")

@@ -207,6 +207,16 @@ FILES = [
         "models/test_adapters.py::test_an_adapter_that_was_changed_since_it_was_trained_is_refused_by_all model_folder/test_weights.py::test_what_llmkd_wrote_is_refused_when_any_file_of_it_has_changed",
     ),
     Row(
+        "one bit of a byte of any small file of a run, a sweep, a cache or an evaluation flipped",
+        "named in one line, or nothing that is read differs (python -m tests.faults.flips flips bits of all files that commands read)",
+        "output/test_damaged_files.py::test_one_bit_of_a_byte_of_a_small_file",
+    ),
+    Row(
+        "an error in the middle of a run: memory runs out, a bug",
+        "one line says from which step --resume goes on",
+        "training/test_run.py::test_an_error_in_the_middle_says_what_is_saved",
+    ),
+    Row(
         "a model file rewritten while a run uses it",
         "the run saves a checkpoint, names the file and ends",
         "training/test_resume.py::test_a_model_file_that_is_rewritten_under_a_run_ends_it_with_all_that_it_has_learnt",

@@ -21,9 +21,10 @@ from llmkd.config import loader
 from llmkd.errors import UserError
 from llmkd.files import Damaged, read_sealed, sha256_file, write_sealed
 from llmkd.model_folder import weights as weight_files
-from llmkd.output.run_files import read_run_file
-from llmkd.teachers.cache.shards import TeacherCache
+from llmkd.output.run_files import read_identity, read_run_file, read_summary
+from llmkd.teachers.cache.shards import TeacherCache, read_header
 from tests.conftest import plain_recipe, said, weights
+from tests.faults.flips import flip
 
 
 def flipped(path: Path) -> None:
@@ -294,3 +295,30 @@ def test_a_damaged_file_of_an_evaluation_is_named(tmp_path, name):
             with pytest.raises(UserError, match=f"{name}: .*evaluate") as refused:
                 read(tmp_path / "b", "quiz")
             assert len(refused.value.problems) == 1, kind
+
+
+def test_one_bit_of_a_byte_of_a_small_file(runs, caches, tmp_path):
+    """It is named, or nothing that is read differs. A few bytes of each; what commands make of flips in all files: python -m tests.faults.flips."""
+    items = [{"id": i, "hash": f"h{i}", "metrics": {"acc": i % 2}} for i in range(4)]
+    record = {"task": "quiz", "version": 1, "n": 4, "metrics": {"acc": {"value": 0.5, "higher_is_better": True}}}
+    record_files.write_task(tmp_path / "evaluated/eval", record, items)
+    readers = {
+        runs / "run/summary.json": lambda path: read_summary(path.parent, "do so"),
+        runs / "run/identity.json": lambda path: read_identity(path.parent),
+        runs / "sweep/sweep.json": lambda path: read_run_file(path, "do so"),
+        caches / "topk/cache.json": lambda path: read_header(path.parent),
+        tmp_path / "evaluated/eval/quiz.json": lambda path: record_files.read_items(path.parent, "quiz"),
+        tmp_path / "evaluated/eval/quiz.jsonl": lambda path: record_files.read_items(path.parent, "quiz"),
+    }
+    for place, read in readers.items():
+        shutil.rmtree(tmp_path / "copy", ignore_errors=True)
+        shutil.copytree(place.parent, tmp_path / "copy", ignore=shutil.ignore_patterns("*.safetensors", "checkpoints", "arms", "adapter"))
+        path = tmp_path / "copy" / place.name
+        whole, expected = path.read_bytes(), read(path)
+        for offset in range(0, len(whole), 17):
+            path.write_bytes(whole)
+            done = flip(path, offset)
+            try:
+                assert read(path) == expected, f"{place.name}: {done}"
+            except UserError as error:
+                assert len(error.problems) == 1 and place.name in error.problems[0], (done, error.problems)
