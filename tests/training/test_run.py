@@ -69,10 +69,13 @@ def test_each_target_is_trained_exactly_once_an_epoch(make_recipe, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("step", "line"), [(1, "no checkpoint was written yet; --resume begins at step 1"), (3, "--resume goes on after step 2")]
+    ("error", "step", "line"),
+    [
+        (RuntimeError("a bug"), 1, "no checkpoint was written yet; --resume begins at step 1"),
+        (MemoryError("2 GB"), 3, "--resume goes on after step 2"),
+    ],
 )
-@pytest.mark.parametrize("error", [MemoryError("2 GB"), RuntimeError("a bug")], ids=lambda error: type(error).__name__)
-def test_an_error_in_the_middle_says_what_is_saved(command, monkeypatch, tmp_path, step, line, error):
+def test_an_error_in_the_middle_says_what_is_saved(command, monkeypatch, tmp_path, error, step, line):
     """Memory that runs out, or a bug: nothing more is written, and the line is true."""
     real, count = loop.optimizer_step, []
 
