@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..config.fields import as_tuple
 from ..config.loader import file_kind, load_recipe, load_sweep
 from ..config.recipe import Recipe, Student
-from ..config.sweep import expand
+from ..config.sweep import Sweep, expand
+from ..errors import UserError
 from ..model_folder.files import ModelFiles
 from ..planning.find import Found, find
 from ..planning.model_configs import Coming, student_config
@@ -58,6 +60,7 @@ def _of_sweep(config: str, overrides: dict[str, Any]) -> list[Runs]:
         return SweepRecipes(sweep, Path(config), {spec.name: spec for spec in expand(sweep)}).recipes()
 
     sweep, arms = load_sweep(config, overrides), recipes({})
+    _refuse_unmade(sweep, arms)
     stages = SweepRecipes(sweep, Path(config), {}).stages()
     coming = {Path(os.path.abspath(one.output_dir)): (Path(sweep.stages[name].recipe), one.student) for name, one in stages.items()}
     folder, out = Path(sweep.recipe).parent, []
@@ -68,6 +71,18 @@ def _of_sweep(config: str, overrides: dict[str, Any]) -> list[Runs]:
         found = find([arms[name] for name in group.arms], folder, coming)
         out.append(Runs(f"{config} [{number}/{len(groups)}] {many} ({', '.join(group.arms)})", group.arms, load, found))
     return out
+
+
+def _refuse_unmade(sweep: Sweep, arms: dict[str, Recipe]) -> None:
+    """UserError where an arm trains on data that a stage has not made yet: their lengths are not known."""
+    made = {Path(sweep.output_dir, "stages", name): name for name, stage in sweep.stages.items() if stage.make}
+    for arm, recipe in arms.items():
+        for source in as_tuple(recipe.data.train):
+            path = Path(source.path)
+            if (stage := made.get(path.parent)) and not path.exists():
+                raise UserError(
+                    f"arm {arm}: {path} is made by the stage {stage}, which has not run yet; start the sweep, then plan what is left"
+                )
 
 
 def _files(student: Student, folder: Path, coming: Coming) -> ModelFiles | None:

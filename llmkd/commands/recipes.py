@@ -139,7 +139,9 @@ def _texts(value) -> Iterator[str]:
 
 
 def _command(entries: list[Entry], folder: Path) -> str:
-    """The command of the first file that is run, for where it is now: a pipeline's or sweep's, or else the first stage's."""
-    whole = next((e for e in entries if e.path.stem in (e.path.parts[0].removesuffix(".yaml"), "pipeline", "sweep")), entries[0])
+    """The command of the first file that is run, for where it is now: a pipeline's or sweep's, or else the first stage's. Where a file makes
+    data, that of the sweep that has it as a stage."""
+    wholes = {"pipeline", "sweep"} | ({"study"} if entries[0].command.startswith("llmkd make ") else set())
+    whole = next((e for e in entries if e.path.stem in (e.path.parts[0].removesuffix(".yaml"), *wholes)), entries[0])
     path = (folder / whole.path).as_posix()
     return f"llmkd train --config {path}" if whole.command.startswith("llmkd ") else whole.command.replace(f"recipes/{whole.path}", path)

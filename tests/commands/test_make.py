@@ -6,6 +6,8 @@ import pytest
 
 from llmkd.cli import main
 from llmkd.commands.pipeline import stage_makes, stage_recipes
+from llmkd.commands.plan_runs import runs_of
+from llmkd.commands.recipes import copy_recipe
 from llmkd.commands.sweep import run_sweep
 from llmkd.config import loader
 from llmkd.errors import UserError
@@ -37,6 +39,8 @@ def test_a_sweep_makes_its_data_and_trains_on_them(files, tmp_path, capsys):
     config = files(
         "sweep", output_dir=str(tmp_path / "sweep"), recipe="recipe.yaml", stages={"data": stage}, arms={"seqkd": answered, "data": {}}
     )
+    with pytest.raises(UserError, match="arm seqkd: .* is made by the stage data, which has not run yet"):
+        runs_of(config, {"train.max_steps": 1})
     folder = run_sweep(config, {"train.max_steps": 1}, False)
     assert len(lines(folder / "stages/data/train.jsonl")) == 6
     said = capsys.readouterr().err
@@ -67,6 +71,10 @@ def test_a_pipeline_checks_the_files_of_all_its_stages_first_and_gives_each_its_
     )
     with pytest.raises(UserError, match="stage data: .*did you mean writer.model"):
         stage_makes(bad, tmp_path / "pipe.yaml", {})
+
+
+def test_a_copied_recipe_begins_with_the_sweep_that_makes_its_data(tmp_path):
+    assert copy_recipe("evolve", tmp_path)[1] == f"llmkd train --config {tmp_path}/evolve/study.yaml"
 
 
 def test_the_command_tells_a_file_of_stages_from_a_recipe(files, tmp_path, capsys):
