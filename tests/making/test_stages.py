@@ -155,7 +155,7 @@ def test_expansion_shows_new_questions_too_and_says_why_others_are_left_out(tmp_
     said = iter(
         [
             "1. Name three birds of prey.\n2. What\n3. question 0 OF THE seeds\n4. How do owls hunt at",
-            "1. Why do rivers bend?\n2. Name three birds of prey!",
+            "1. Why do rivers bend?\n2. Name three birds of prey!\n3. What is a delta?\n\nI hope that these help.",
             "no list",
             *(f"1. Fresh question number {i}?" for i in range(9)),
         ]
@@ -171,7 +171,7 @@ def test_expansion_shows_new_questions_too_and_says_why_others_are_left_out(tmp_
     path = write_make(tmp_path, [{"do": "expand"} | settings, {"do": "answer"}], PAIRS)
     done = run_make(path, writer := Function(says))
     assert adds_up(done)
-    assert done.counts[0].reasons == {"too_short": 1, "duplicate": 2, "cut_off": 1, "marks_missing": 1}
+    assert done.counts[0].reasons == {"too_short": 1, "duplicate": 2, "cut_off": 1, "trailing_text": 1, "marks_missing": 1}
     new = [row["messages"][0]["content"] for row in lines(tmp_path / "out" / "train.jsonl")][4:]
     assert new == ["Name three birds of prey.", "Why do rivers bend?", "Fresh question number 0?"]
     asked = [ask.messages[-1]["content"] for ask in writer.asked if "Write 4" in ask.messages[-1]["content"]]

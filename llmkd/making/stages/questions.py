@@ -27,8 +27,11 @@ class Questions:
         except Unreadable as error:
             return self._reject((error.reason, error.detail), answer.text, parents, columns, number)
         for place, text in enumerate(items):
-            if place == len(items) - 1 and answer.finish == CUT:
+            last = place == len(items) - 1
+            if last and answer.finish == CUT:
                 self._reject(("cut_off", ""), text, parents, columns, (number, place))
+            elif last and place and _has_paragraphs(text) and not any(map(_has_paragraphs, items[:place])):
+                self._reject(("trailing_text", "what follows the list may belong to it or not"), text, parents, columns, (number, place))
             elif place >= wanted:
                 self._reject(("more_than_asked", ""), text, parents, columns, (number, place))
             elif problem := self._problem(text):
@@ -51,6 +54,10 @@ class Questions:
 
     def _reject(self, problem: tuple[str, str], text: str, parents: Sequence[str], columns: Mapping[str, Any], number: Any) -> None:
         self.outcome.rejected.append(Rejected(self._row(text, parents, columns, number), *problem))
+
+
+def _has_paragraphs(text: str) -> bool:
+    return bool(re.search(r"\n[ \t]*\n", text))
 
 
 def plain_words(text: str) -> str:

@@ -113,8 +113,15 @@ FAULTS = [
         (
             "cut-question-passes",
             "a question that was cut off is kept",
-            "if place == len(items) - 1 and answer.finish == CUT:",
+            "if last and answer.finish == CUT:",
             "if False:",
+            STAGES,
+        ),
+        (
+            "trailing-text-passes",
+            "what follows a list is a part of its last question",
+            "elif last and place and _has_paragraphs(text)",
+            "elif False and _has_paragraphs(text)",
             STAGES,
         ),
     ),
