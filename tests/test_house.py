@@ -95,6 +95,7 @@ TAKE_RECIPES += (
     "planning.here",
     "planning.measure",
     "planning.ranks",
+    "planning.caching",
     "planning.exchange",
     "planning.step",
     "planning.plan",

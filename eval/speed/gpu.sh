@@ -1,7 +1,7 @@
 #!/bin/sh
 # On a machine with one GPU (an H100 or H200), within eight minutes: facts first, then tests, then tables of speed. Not yet run on one.
 #   [OUT=FOLDER] [WHEELS=FOLDER] [SECONDS_IN_ALL=480] sh eval/speed/gpu.sh [PEERS]
-# OUT     logs and tables, by default eval/speed/results; the last lines printed are one table of all parts and facts
+# OUT     logs and tables, by default eval/speed/results/gpu; the last lines printed are one table of all parts and facts
 # WHEELS  packages that the machine lacks, such as pydantic with the pydantic-core that it names, pytest and bitsandbytes. Where there is a network:
 #         python3 -m pip download --no-deps --only-binary :all: --python-version 3.12 --platform manylinux_2_28_x86_64 --dest FOLDER \
 #             pydantic pydantic-core annotated-types typing-inspection pytest pluggy iniconfig bitsandbytes
@@ -10,7 +10,7 @@
 # left is left out. Without a GPU everything runs on the CPU, in small, to see that it runs.
 set -u
 here=$(cd "$(dirname "$0")" && pwd)
-mkdir -p "${OUT:=$here/results}"
+mkdir -p "${OUT:=$here/results/gpu}"
 out=$(cd "$OUT" && pwd) peers=${1:+--peers $(cd "$1" && pwd)} all=${SECONDS_IN_ALL:-480} failed=0
 export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false HF_HUB_OFFLINE=1 TQDM_DISABLE=1
 cd "$here/../.." || exit 1

@@ -9,6 +9,7 @@ from ..config.recipe import Recipe
 from ..console import duration, table
 from ..output.plots import plot_speeds
 from ..planning import devices, fit
+from ..planning.caching import Caching, cachings
 from ..planning.devices import GPUS, Device
 from ..planning.here import real_steps
 from ..planning.plan import Plan
@@ -72,6 +73,8 @@ def _tell(runs: Runs, wanted: Wanted) -> dict:
     print("\n" + _work_text(first) + "\n\n" + table([{k: v for k, v in row.items() if not k.startswith("_")} for row in rows]))
     numbers["devices"] = [row["_numbers"] for row in rows]
     print("\n" + _rates_text(wanted, first))
+    if caches := cachings(runs.recipes({})[0], runs.found, not wanted.cpu):
+        numbers["caches"] = [_cache_numbers(one, rows, wanted) for one in caches]
     if wanted.processes:
         numbers["ways_to_hold"] = ways_to_hold(runs, needs, wanted.room)
         device = rows[-1]["_device"] if wanted.cpu else wanted.gpu or GPUS["h100"]
@@ -85,6 +88,22 @@ def _tell(runs: Runs, wanted: Wanted) -> dict:
     for note in first.notes:
         print(f"- {note}")
     return numbers | {"notes": first.notes}
+
+
+def _cache_numbers(cache: Caching, rows: list[dict], wanted: Wanted) -> dict:
+    """Print what `llmkd cache` takes for a teacher, and return the numbers. `rows`: of the devices."""
+    needed = cache.peak if wanted.cpu else devices.held_on_gpu(cache.peak, cache.parts.get("teacher's weights", 0.0))
+    numbers = {"setting": cache.setting, "memory": cache.parts, "needed": needed, "bytes_of_target": cache.width, "devices": []}
+    text = f"\nllmkd cache writes {cache.width:,} bytes a target ({cache.setting}.cache), and needs {_amount(needed, 'GB')} GB"
+    if cache.targets is not None:
+        numbers |= {"targets": cache.targets, "bytes": cache.targets * cache.width}
+        for device in (row["_device"] for row in rows):
+            seconds = max(cache.flops / _rate(wanted, device)(cache.dtype), PER_LAYER * cache.layers * cache.batches)
+            numbers["devices"].append({"device": device.name, "seconds": seconds})
+        times = ", ".join(f"{duration(one['seconds'])} on {one['device']}" for one in numbers["devices"])
+        text += f"; {cache.targets:,} targets, {cache.targets * cache.width / 1e9:,.3g} GB on disk; {times}, without reading and writing"
+    print(text)
+    return numbers
 
 
 def _measured(runs: Runs, first: Plan, wanted: Wanted, here: Device) -> dict:

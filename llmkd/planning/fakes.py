@@ -17,6 +17,7 @@ from .. import batch, head
 from ..batch import PackedLayout
 from ..losses import fused, ratio
 from ..models import attention, attention_taps, startup_checks
+from ..teachers.cache import records
 from ..training import loop
 from .live_memory import attention_flops, multiplied
 
@@ -30,6 +31,7 @@ def fake_tensors(gpu: bool) -> Iterator[None]:
     changes += [(loop, "read_masses", lambda masses, accelerator: dict.fromkeys(masses, 1.0))]
     # what the layers of a model hold and compute with is taken as its family says: whether they do is seen when the run starts
     changes += [(module, "relative_gap", lambda these, those: 0.0) for module in (startup_checks, attention_taps)]
+    changes += [(records, "decode_ids", _ids)]
     if gpu:
         changes += [(F, "scaled_dot_product_attention", _sdpa(F.scaled_dot_product_attention))]
         changes += [(attention, "by_segment", _by_segment(attention.by_segment))]
@@ -105,6 +107,11 @@ def _by_segment(own):
         return own(query, key, value, packed, dropout, scale, groups, window)
 
     return attend
+
+
+def _ids(bytes_NB: Tensor, count: int, vocab: int) -> Tensor:
+    """`codec.decode_ids`, which looks for the bits that are set."""
+    return torch.empty(len(bytes_NB), count, dtype=torch.int64, device=bytes_NB.device)
 
 
 def _kernel(objective, logits_nV, labels_n, grad_nV, teacher_nV, shares=None, weights=None) -> dict[str, Tensor]:

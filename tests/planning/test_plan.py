@@ -16,6 +16,7 @@ from llmkd.data.examples import Examples
 from llmkd.errors import UserError
 from llmkd.planning import fit
 from llmkd.planning.build import build
+from llmkd.planning.caching import cachings
 from llmkd.planning.devices import bytes_in, held_on_gpu
 from llmkd.planning.fakes import fake_tensors
 from llmkd.planning.find import find
@@ -31,6 +32,8 @@ from llmkd.planning.work import assumed_examples, known_data, work_of
 from llmkd.planning.writing import Writing, as_written, watched_writing, writing_of
 from llmkd.rollouts.generate import generate
 from llmkd.rollouts.sampling import Sampling
+from llmkd.teachers.cache.records import make_record_format
+from llmkd.teachers.cache.shards import read_header
 from tests.conftest import plain_recipe
 from tests.kit.models import load_student
 
@@ -213,6 +216,26 @@ def test_memory_of_writing_is_that_of_a_model_that_writes(make_recipe, tmp_path,
     with memory:
         generate(student, [[5] * prompt] * 8, Sampling(1.0, 100), [], 8)
     assert memory.phases["load"].peak - weights == pytest.approx(planned, rel=0.05)
+
+
+def test_a_cache_to_be_written(make_recipe, caches, tmp_path):
+    """Of bfloat16 hidden states: two bytes for each of 24 numbers; of the eight most likely tokens the bytes of a record of that kind. The teacher's
+    weights and the operations of its pass by hand: two for each weight of its matrices and adapter, and token."""
+    recipe = make_recipe(teacher__cache={"path": str(tmp_path / "none"), "kind": "hidden", "hidden_dtype": "bfloat16"})
+    found = find([recipe], tmp_path)
+    (cache,) = cachings(recipe, found, gpu=False)
+    examples = found.data.examples
+    assert cache.width == 2 * 24 and cache.targets == examples.num_targets.sum() and cache.layers == 2
+    assert cache.batches == -(-len(examples) // recipe.validation.micro_batch_size)
+    matrices = 2 * (4 * 24 * 24 + 3 * 24 * 48 + 4 * (4 * 48 + 3 * 72))
+    products = 2 * matrices * examples.max_lengths.sum()
+    assert products < cache.flops < 1.6 * products  # and attention
+    narrow = make_recipe(teacher__cache={"path": str(tmp_path / "none"), "kind": "topk", "k": 8})
+    (other,) = cachings(narrow, find([narrow], tmp_path), gpu=False)
+    written = read_header(caches / "narrow", "x")
+    assert other.width == make_record_format(narrow.teacher.cache, found.vocab).bytes and written["kind"]["k"] == 8
+    assert other.peak > cache.peak  # by the probabilities
+    assert not plan([narrow], find([narrow], tmp_path), None, gpu=False).flops.get(TEACHER)  # a run from it multiplies nothing there
 
 
 def test_the_largest_micro_batches_are_those_that_a_run_cuts(make_recipe, tmp_path):

@@ -1,0 +1,98 @@
+"""What `llmkd cache` needs and costs for a teacher: memory of its passes, operations, and the size of what it writes."""
+
+from dataclasses import dataclass
+
+import torch
+
+from ..config.recipe import Recipe, Teacher
+from ..data.batch_source import Collator
+from ..losses.fused import default_chunk
+from ..model_folder.files import loaded_dtype
+from ..signals import Dense
+from ..teachers.live import LiveTeacher
+from .cached import format_of
+from .fakes import fake_tensors
+from .find import Found
+from .live_memory import LiveMemory
+from .measure import ROUND_ON_GPU, Measured, extended
+from .model_configs import ModelConfig
+from .models import build_teacher, depth_of, layer_sizes
+from .step import TEACHER
+from .work import KnownData
+
+_FEW = 2  # layers that are run of a deeper teacher
+
+
+@dataclass(frozen=True)
+class Caching:
+    """Of one teacher, in one process.
+
+    setting   of the teacher
+    parts     bytes in memory at the peak, by part
+    flops     of all passes; None where the data is not known
+    dtype     of the products
+    targets   that are written; None where the data is not known
+    width     bytes of each
+    batches   of the teacher's passes; None where the data is not known
+    layers    of the teacher
+    """
+
+    setting: str
+    parts: dict[str, float]
+    flops: float | None
+    dtype: str
+    targets: int | None
+    width: int
+    batches: int | None
+    layers: int
+
+    @property
+    def peak(self) -> float:
+        return sum(self.parts.values())
+
+
+def cachings(recipe: Recipe, found: Found, gpu: bool) -> list[Caching]:
+    """Of each teacher with a cache whose model is known."""
+    return [_caching(recipe, found, setting, one, config, gpu) for setting, one, config in found.teachers if one.cache and config]
+
+
+def _caching(recipe: Recipe, found: Found, setting: str, one: Teacher, config: ModelConfig, gpu: bool) -> Caching:
+    size, known = recipe.validation.micro_batch_size, found.data
+    with fake_tensors(gpu):
+        width = format_of(one, setting, found.vocab, config).bytes
+    hidden = one.cache.kind == "hidden"
+    longest = sorted(range(len(known.examples)), key=lambda i: -known.examples.max_lengths[i])[:size]
+    batch = Collator(0)(known.examples, longest)
+
+    def passed(counts) -> Measured:
+        with fake_tensors(gpu):
+            model = build_teacher(one, config, setting, found.vocab, counts[0], 0)
+            memory = LiveMemory(ROUND_ON_GPU if gpu else 1)
+            for tensor in (*model.parameters(), *model.buffers()):
+                memory.add(tensor, "teacher's weights")
+            with memory, torch.no_grad():
+                memory.enter(TEACHER, TEACHER)
+                signal = LiveTeacher(model)(batch)
+                if not hidden:
+                    _probabilities(signal, gpu)
+        return Measured({TEACHER: dict(memory.phases[TEACHER].parts)}, {TEACHER: memory.phases[TEACHER].flops})
+
+    whole = depth_of(config.config, f"{setting}.model")
+    alike = len(set(layer_sizes(config.config, f"{setting}.model"))) == 1
+    measured = extended((min(_FEW, whole),), (whole,), passed) if alike and whole > _FEW + 1 else passed((whole,))
+    targets, batches, flops = _all(known, size, batch.num_targets, batch.teacher.inputs["input_ids"].numel(), measured.flops[TEACHER])
+    return Caching(setting, measured.phases[TEACHER], flops, loaded_dtype(config.config, one.dtype), targets, width, batches, whole)
+
+
+def _probabilities(signal: Dense, gpu: bool) -> None:
+    """What a record other than a hidden state is made of, for the rows that are made at a time."""
+    rows = slice(0, min(len(signal.hidden_NH), default_chunk(signal.head.vocab, "cuda" if gpu else "cpu")))
+    signal.log_probs(rows).sort(-1)
+
+
+def _all(known: KnownData, size: int, targets: int, tokens: int, flops: int) -> tuple[int | None, int | None, float | None]:
+    """Targets, batches and operations of all data, by those of one batch."""
+    if not known.complete:
+        return None, None, None
+    examples = known.examples
+    return int(examples.num_targets.sum()), -(-len(examples) // size), flops * int(examples.max_lengths.sum()) / tokens
