@@ -114,6 +114,7 @@ BENIGN = {
     "meta": {"persona_id": 3, "split": "train"},
     "operating_system": "Linux",
     "status": "done",
+    "selected": 0,
     "quality": "good",
     "label": "no",
     "moderation": [{"flagged": False}],
@@ -141,10 +142,13 @@ def test_a_copy_of_what_is_read_loses_nothing():
 
 
 BAD = [
-    *({name: False} for name in "accepted is_correct isValid approved passed answer_is_correct label kto_tag is_safe helpful".split()),
+    *(
+        {name: False}
+        for name in "accepted is_correct isValid approved passed answer_is_correct label kto_tag is_safe helpful chosen selected upvoted".split()
+    ),
     *({name: "False"} for name in ("is_correct", "accepted", "label")),
     {"is_correct": "0"},  # as a table has it
-    *({name: True} for name in "rejected is_bad wrong incorrect toxic invalid".split()),
+    *({name: True} for name in "rejected is_bad wrong incorrect toxic invalid discarded".split()),
     {"correct": 0},
     {"solution_is_valid": "No"},
     {"status": "rejected"},

@@ -11,10 +11,10 @@ from .values import plain, words_of
 
 #: Words of a key whose truth is good, and of one whose truth is bad.
 _GOOD = set(
-    "valid correct accepted accept approved approve usable good passed pass safe solved thumbsup helpful liked acceptable success successful succeeded ok correctness upvoted preferred".split()
+    "valid correct accepted accept approved approve usable good passed pass safe solved thumbsup helpful liked acceptable success successful succeeded ok correctness upvote upvoted like".split()
 )
 _BAD = set(
-    "bad wrong rejected reject incorrect invalid failed unsafe harmful toxic broken corrupt corrupted spam buggy erroneous hallucinated hallucination error failure".split()
+    "bad wrong rejected reject incorrect invalid failed unsafe harmful toxic broken corrupt corrupted spam buggy erroneous hallucinated hallucination error failure discard discarded dislike disliked downvote downvoted".split()
 )
 #: Values that say so of a key that names a verdict; spam is a class of texts.
 _VERDICTS = (_BAD - {"toxic", "spam", "harmful"}) | set(
@@ -26,7 +26,7 @@ _ASKS = set(
     "status quality label labels rating verdict judgement judgment judge grade feedback result evaluation eval review state outcome decision tag"
     " flag annotation correctness score reward validity approval moderation assessment vote correct accepted acceptance good valid preference".split()
 )
-_LABELS = set("label kttag kototag ktotag".split())
+_LABELS = set("label kttag kototag ktotag chosen preferred selected best".split())
 _NO, _YES = {"false", "no", "n", "0"}, {"true", "yes", "y", "1"}
 #: Words that make a key the number or the name of something.
 _ABOUT = set(
@@ -35,7 +35,7 @@ _ABOUT = set(
 
 
 def has_sense(key: str, value: Any) -> bool:
-    """Whether a key's truth says whether something is good or bad. Of KTO's labels a number or a word is a class."""
+    """Whether a key's truth says whether something is good or bad. Of KTO's labels and their like a number or a word is something else, such as a class."""
     return _sense(key)[1] is not None and not (_sense(key)[2] and not isinstance(value, bool | str))
 
 
@@ -46,7 +46,9 @@ def is_bad(key: str, value: Any) -> bool:
         if not asks and good is None or len(value) > 40:
             return False
         said = plain(value)
-        in_a_word = said in _VERDICTS or (said == "low" and "quality" in words_of(key))
+        in_a_word = (
+            said in _VERDICTS or (said == "low" and "quality" in words_of(key)) or (said == "negative" and "feedback" in words_of(key))
+        )
         return (asks and in_a_word) or said in ({"false"} if label else {True: _NO, False: _YES}.get(good, ()))
     if good is None or not isinstance(value, bool | int | float) or (label and not isinstance(value, bool)):
         return False
@@ -55,7 +57,7 @@ def is_bad(key: str, value: Any) -> bool:
 
 @functools.lru_cache(4096)  # every row of a file has the same keys
 def _sense(key: str) -> tuple[bool, bool | None, bool]:
-    """Whether a key asks for a verdict; whether its truth is good (None: it is about something else, as in correct_option); whether it is KTO's label."""
+    """Whether a key asks for a verdict; whether its truth is good (None: it is about something else, as in correct_option); whether it is KTO's label or its like."""
     words = words_of(key)
     if not words or _ABOUT.intersection(words):
         return False, None, False

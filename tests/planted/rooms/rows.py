@@ -153,7 +153,7 @@ FAULTS = [
             "the rejected answers are proposed",
             "if any(map(is_worse, fields.values())):",
             "if False:",
-            LAYOUTS,
+            SHAPES,
         ),
     ),
     *in_file(
