@@ -154,6 +154,7 @@ BAD = [
     {"status": "rejected"},
     {"review_status": "Rejected"},
     {"quality": "bad"},
+    {"quality": "low"},
     {"verdict": "incorrect"},
     {"feedback": "thumbs_down"},
     {"meta": {"review": {"accepted": False}}},
@@ -178,7 +179,7 @@ def _refused_with_the_others(format, mark):
 
 
 @pytest.mark.parametrize(
-    "mark", [*BAD[:-6], {"meta": {"accepted": False}}, {"status": "rejected"}, {"quality": "bad"}, {"rating": "poor"}], ids=str
+    "mark", [*BAD[:-7], {"meta": {"accepted": False}}, {"status": "rejected"}, {"quality": "bad"}, {"rating": "poor"}], ids=str
 )
 def test_a_turn_that_says_it_is_bad_is_refused(mark):
     ((name, value),) = mark.items()

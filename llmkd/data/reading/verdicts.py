@@ -27,6 +27,7 @@ _ASKS = set(
     " flag annotation correctness score reward validity approval moderation assessment vote correct accepted acceptance good valid preference".split()
 )
 _LABELS = set("label kttag kototag ktotag chosen preferred selected best".split())
+_OF_A_KEY = {"low": "quality", "negative": "feedback"}  # verdicts of these keys alone
 _NO, _YES = {"false", "no", "n", "0"}, {"true", "yes", "y", "1"}
 #: Words that make a key the number or the name of something.
 _ABOUT = set(
@@ -46,10 +47,8 @@ def is_bad(key: str, value: Any) -> bool:
         if not asks and good is None or len(value) > 40:
             return False
         said = plain(value)
-        in_a_word = (
-            said in _VERDICTS or (said == "low" and "quality" in words_of(key)) or (said == "negative" and "feedback" in words_of(key))
-        )
-        return (asks and in_a_word) or said in ({"false"} if label else {True: _NO, False: _YES}.get(good, ()))
+        in_a_word = asks and (said in _VERDICTS or _OF_A_KEY.get(said) in words_of(key))
+        return in_a_word or said in ({"false"} if label else {True: _NO, False: _YES}.get(good, ()))
     if good is None or not isinstance(value, bool | int | float) or (label and not isinstance(value, bool)):
         return False
     return value == (not good)

@@ -199,8 +199,8 @@ FAULTS = [
         (
             "verdicts-in-words",
             "a status of rejected is learnt",
-            "in_a_word = said in _VERDICTS or",
-            "in_a_word =",
+            "said in _VERDICTS or",
+            "",
             LAYOUTS,
         ),
         ("truths-as-text", "the text False of a table is learnt", "{True: _NO, False: _YES}.get(good, ())", "()", LAYOUTS),
