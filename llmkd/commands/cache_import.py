@@ -1,5 +1,6 @@
 """`llmkd cache --import`: a teacher cache from log-probabilities that were computed elsewhere."""
 
+import hashlib
 from pathlib import Path
 
 from ..config.recipe import Recipe
@@ -8,6 +9,7 @@ from ..console import info, progress_bar
 from ..errors import UserError, fix_of
 from ..files import sha256_file
 from ..teachers import resolve
+from ..teachers.cache import distillkit
 from ..teachers.resolve import TeacherSource
 from ..training.prepare import Prepared
 from .cache_selection import shard_plan, teacher_examples
@@ -34,6 +36,7 @@ def import_cache(recipe: Recipe, prepared: Prepared, sources: list[TeacherSource
         "unknown_tokens": "strings match no single token and were counted as tail mass",
         "unknown_targets": "last targets have no log-probabilities and add nothing to the loss",
         "unused": "lines are about rows that have no example",
+        "rounded": "targets have probabilities that add up to more than 1, by at most 5 %, and were scaled to 1",
     }
     told = [f"{counts[name]:,} {words}" for name, words in notes.items() if counts.get(name)]
     info("; ".join([f"{folder} is complete: {len(examples):,} examples", *told]))
@@ -41,7 +44,9 @@ def import_cache(recipe: Recipe, prepared: Prepared, sources: list[TeacherSource
 
 
 def _hash_of(file: str) -> str:
+    files = distillkit.ParquetSet(Path(file)).parts if Path(file).is_dir() or file.endswith(".parquet") else [file]
     try:
-        return sha256_file(file)
+        hashes = [sha256_file(one) for one in files]
+        return hashes[0] if len(hashes) == 1 else hashlib.sha256(" ".join(hashes).encode()).hexdigest()
     except OSError as error:
         raise UserError(f"--import: {file}: {error.strerror}; {fix_of(error, 'name the file of log-probabilities')}") from error

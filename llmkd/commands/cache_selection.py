@@ -37,10 +37,8 @@ def select_teachers(
     for setting, teacher in named:
         if teacher.cache and wanted(teacher):
             check_cache_settings(teacher.cache, f"{setting}.cache")
-    if import_file and not Path(import_file).is_file():
-        raise UserError(
-            f"--import: {import_file}: {'is a folder' if Path(import_file).is_dir() else 'no such file'}; name the file of log-probabilities"
-        )
+    if import_file and not Path(import_file).exists():
+        raise UserError(f"--import: {import_file}: no such file; name the file of log-probabilities, or a folder of Parquet files")
     if import_file:
         check_import([(f"{setting}.cache", teacher.cache) for setting, teacher in named if wanted(teacher)], Path(import_file))
     prepared = prepare(recipe, open_caches=False)

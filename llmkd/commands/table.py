@@ -99,7 +99,11 @@ COMMANDS = (
         (
             _CONFIG,
             Switch("--check", "measure the error of a quantised teacher, or of a cache, on training examples"),
-            Option("--import", "FILE", "write the cache from log-probabilities in FILE (JSON lines) instead of a model"),
+            Option(
+                "--import",
+                "FILE",
+                "write the cache from log-probabilities in FILE (JSON lines, Parquet, or a folder of Parquet files) instead of a model",
+            ),
             _JSON,
         ),
         Recipe,

@@ -1,5 +1,6 @@
 """The stages score and select: columns with fingerprints, nothing computed twice, rows without a score, the versions of a row."""
 
+import dataclasses
 import math
 import shutil
 
@@ -88,7 +89,7 @@ def test_rows_without_a_score_are_rejected_with_their_reason_or_stop_the_stage(s
     assert not list(tmp_path.iterdir())  # before anything is computed
 
 
-def test_nothing_is_computed_twice_and_a_kill_changes_nothing(scored, monkeypatch, tmp_path):
+def test_nothing_is_computed_twice_and_a_kill_changes_nothing(scored, world, monkeypatch, tmp_path):
     outcome, one, folder = scored
     shutil.copytree(folder, tmp_path / "copy")
     file = tmp_path / "copy" / "2_score" / NAME
@@ -102,6 +103,9 @@ def test_nothing_is_computed_twice_and_a_kill_changes_nothing(scored, monkeypatc
         assert stage.Score(one).run(ROWS, work(tmp_path / "copy")) == outcome
         with pytest.raises(AssertionError, match="is loaded"):
             stage.Score(one).run(ROWS[:1], work(tmp_path / "copy"))  # other rows
+    other = dataclasses.replace(one, student=ScoringModel(model=str(world / "stranger")))
+    for row, before in zip(stage.Score(other).run(ROWS, work(tmp_path / "copy")).kept, outcome.kept, strict=True):
+        assert row.columns["ifd"] != before.columns["ifd"] and row.columns["teacher_ce"] == before.columns["teacher_ce"]
     file.write_bytes(whole[: len(whole) // 2])
     assert stage.Score(one).run(ROWS, work(tmp_path / "copy")) == outcome and file.read_bytes() == whole
     file.write_bytes(whole.replace(b'"ifd": ', b'"ifd": 1'))

@@ -101,6 +101,11 @@ def test_a_version_that_could_not_be_made_is_not_taken():
     )
 
 
+def test_the_reflected_response_is_compared_with_the_response_to_the_chosen_instruction():
+    scores = {"original": (0.4, 0.9), "instruction": (0.5, 0.7), "response": (0.4, 0.1), "both": (0.6, 0.8)}
+    assert reflection(scores, True) == ("instruction", None)
+
+
 def test_limits_themselves_do_not_pass_the_rule():
     assert reflection({"original": (1.0, 0.5)}, True)[1] == ("ifd_not_below_1", "1")
     assert reflection({"original": (0.5, 1.0)}, True)[1] == ("rifd_not_below_1", "1")

@@ -188,7 +188,7 @@ WRONG = [
     ("ours", ("top", 0), 7, "expected a list of"),
     ("ours", ("top",), None, "expected lists as labels and top"),
     ("ours", ("row",), "x", "row: found 'x'"),
-    ("ours", ("row",), 1, "row 1 is also in line 1; remove one of them"),
+    ("ours", ("row",), 1, "row 1 is also in answers.jsonl:1; remove one of them"),
     ("vllm", ("prompt_token_ids", 4), 3, r":2: token 5 is 3 .* here, and \d+ "),
     ("vllm", ("prompt_logprobs",), [None], "expected lists of one length"),
     ("vllm", ("prompt_logprobs", -3), {"a": 1}, 'prompt_logprobs: expected {"id"'),

@@ -7,21 +7,42 @@ from pathlib import Path
 from ...data.reading.problems import ErrorCollector
 from ...errors import UserError, fix_of
 from ...files import open_file
+from .distillkit import ParquetSet
 
 SLACK = 1e-3  # how far rounding may put a log-probability above 0, or a sum of probabilities above 1
 
 
-def lines_of(path: Path) -> Iterator[tuple[int, int, bytes]]:
-    """Number, place in bytes and content of each line that is not empty."""
-    start = 0
-    try:
-        with open_file(path) as file:
-            for number, content in enumerate(file, 1):
-                if content.strip():
-                    yield number, start, content
-                start += len(content)
-    except OSError as error:
-        raise UserError(f"{path}: cannot be read ({error.strerror}); {fix_of(error, 'copy it again')}") from error
+class JsonLines:
+    """A file of JSON lines."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def rows(self) -> Iterator[tuple[str, int, bytes]]:
+        """Place (file:line), position and content of each line that is not empty."""
+        start = 0
+        try:
+            with open_file(self.path) as file:
+                for number, content in enumerate(file, 1):
+                    if content.strip():
+                        yield f"{self.path}:{number}", start, content
+                    start += len(content)
+        except OSError as error:
+            raise UserError(f"{self.path}: cannot be read ({error.strerror}); {fix_of(error, 'copy it again')}") from error
+
+    def at(self, position: int) -> dict:
+        """The line at a position."""
+        with open(self.path, "rb") as file:
+            file.seek(position)
+            return self.parsed(file.readline())
+
+    def parsed(self, content: bytes) -> dict:
+        return parsed(content)
+
+
+def rows_in(path: Path) -> JsonLines | ParquetSet:
+    """The rows of a file, or of a folder of Parquet files."""
+    return ParquetSet(path) if path.is_dir() or path.suffix == ".parquet" else JsonLines(path)
 
 
 def parsed(content: bytes) -> dict:
@@ -39,7 +60,7 @@ def parsed(content: bytes) -> dict:
 def entries_of(line: dict) -> list[dict] | None:
     """The id and log-probability of each listed token, target by target, of a line with `top`; None for another form. ValueError for no known one."""
     if "top" not in line:
-        if "prompt_logprobs" not in line and not isinstance(line.get("logprobs"), dict):
+        if "prompt_logprobs" not in line and "listed" not in line and not isinstance(line.get("logprobs"), dict | list):
             raise ValueError("found neither top, prompt_logprobs nor logprobs.content")
         return None
     if not isinstance(line.get("labels"), list) or not isinstance(line["top"], list):
@@ -56,8 +77,10 @@ def entries_of(line: dict) -> list[dict] | None:
 
 def refuse_unreadable(path: Path) -> None:
     """UserError for lines that no example can belong to, all at once: no JSON, no known form, or what is no log-probability."""
-    problems, empty = ErrorCollector(), True
-    for number, _, content in lines_of(path):
+    problems, empty, found = ErrorCollector(), True, rows_in(path)
+    if isinstance(found, ParquetSet):
+        return found.refuse_unreadable()
+    for place, _, content in found.rows():
         empty = False
         try:
             for n, entry in enumerate(entries_of(parsed(content)) or (), 1):
@@ -65,7 +88,7 @@ def refuse_unreadable(path: Path) -> None:
                     if type(value) not in (int, float) or not value <= SLACK:
                         raise ValueError(f"target {n}: found {value!r} for token {token}, expected a log-probability (at most 0)")
         except ValueError as error:
-            problems.add(f"{path}:{number}: {error}")
+            problems.add(f"{place}: {error}")
     problems.raise_if_any()
     if empty:
         raise UserError(f"{path}: holds no lines; name the file of log-probabilities")

@@ -1,13 +1,16 @@
-"""Write a teacher cache from top-k log-probabilities that were computed elsewhere: by vLLM, an OpenAI-style API, or in our own format.
+"""Write a teacher cache from top-k log-probabilities that were computed elsewhere: by vLLM, an OpenAI-style API, DistillKit, axolotl, or in our own format.
 
-The file is JSON lines: one line for each example, in the order of the examples, or with "row", the number of the data's row (from 1).
-A line has one of these forms:
+The file is JSON lines, or Parquet (a file, or a folder of them): one line or row for each example, in the order of the examples, or with "row", the
+number of the data's row (from 1). It has one of these forms:
 
     {"labels": [5, 7], "top": [[[5, -0.1], [9, -3.2]], [[7, -0.02]]]}                    ids and log-probabilities, target by target
     {"prompt_token_ids": [1, 5, 7], "prompt_logprobs": [null, {"5": {"logprob": -0.1}, ...}, ...]}      vLLM, the whole text; each has its own token
     {"logprobs": {"content": [{"token": " so", "logprob": -0.1, "top_logprobs": [{"token": ..., "logprob": ...}, ...]}, ...]}}
+    {"logprobs": [[{"token": "token_id:5", "logprob": -0.1}, ...], ...]}       axolotl: a list for each token at the end of the text, or in two columns:
+    {"logprobs": [[-0.1, ...], ...], "target_token_ids": [[5, ...], ...]}      half of all targets at least must be in their own lists
+    input_ids, and one of DistillKit's three forms, in Parquet (`distillkit.py`)
 
-(the last also inside "choices", as the API returns it; only for examples with one answer). Log-probabilities are natural logarithms of
+(the third also inside "choices", as the API returns it; only for examples with one answer). Log-probabilities are natural logarithms of
 the model's own distribution at temperature 1. Tokens that are not listed form the tail, and so do tokens below exp(-100) and strings that
 match no token or several. Every target is compared with the example's own label. The last target of an example may have no entry
 (APIs seldom return one for the end of the turn): it then adds nothing to the loss.
@@ -17,6 +20,7 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -26,17 +30,19 @@ from ...data.reading.problems import ErrorCollector
 from ...errors import UserError
 from .. import listed
 from ..sparse import TopK
-from .import_lines import SLACK, entries_of, lines_of, parsed
+from .import_lines import SLACK, entries_of, rows_in
 from .records import TopKFormat
 from .shards import Writer
+
+_MOST_ROUNDED = 1.05  # sum of probabilities that were packed with few bits
 
 Entry = dict[int, float]  # for one target: token id to log-probability
 
 
 @dataclass(frozen=True)
 class Line:
-    number: int
-    start: int  # in bytes
+    place: str  # as file:line
+    position: Any  # in its file
     example: int
 
 
@@ -66,27 +72,34 @@ def write(path: str | Path, encoded: Examples, tokenizer, writer: Writer, progre
 class AnswersReader:
     def __init__(self, path: Path, encoded: Examples, tokenizer, record_format: TopKFormat):
         self.path, self.encoded, self.tokenizer, self.format = path, encoded, tokenizer, record_format
-        self.counts = Counter(unknown_tokens=0, unknown_targets=0, unused=0)
+        self.counts = Counter(unknown_tokens=0, unknown_targets=0, unused=0, rounded=0)
+        self.file = rows_in(path) if path else None
+        self.targets = self.own = 0  # of lists without ids: all targets, and those that are in their own lists
         self._texts: list[str] | None = None
         self.ids_of_strings: dict[str, int] = {}
 
     def lines(self, progress) -> dict[int, Line]:
         """The line of each example, after reading and checking all lines."""
         problems, found = ErrorCollector(), {}
-        for before, (number, start, content) in enumerate(progress(lines_of(self.path))):
+        for before, (place, position, content) in enumerate(progress(self.file.rows())):
             try:
-                line = parsed(content)
+                line = self.file.parsed(content)
                 i = self._example(line, before)
                 if i is None:
                     self.counts["unused"] += 1
                     continue
                 if i in found:
-                    raise ValueError(f"row {int(self.encoded.row[i]) + 1} is also in line {found[i].number}; remove one of them")
+                    raise ValueError(f"row {int(self.encoded.row[i]) + 1} is also in {found[i].place}; remove one of them")
                 self._targets(line, i, self.counts)
-                found[i] = Line(number, start, i)
+                found[i] = Line(place, position, i)
             except ValueError as error:
-                problems.add(f"{self.path}:{number}: {error}")
+                problems.add(f"{place}: {error}")
         problems.raise_if_any()
+        if self.targets and self.own < self.targets / 2:
+            raise UserError(
+                f"{self.path}: only {self.own:,} of {self.targets:,} targets are in their own lists of tokens; the lists are another text's, or shifted: their last "
+                "one is to be about the example's last token"
+            )
         if len(found) < len(self.encoded):
             lacking = next(i for i in range(len(self.encoded)) if i not in found)
             raise UserError(
@@ -95,9 +108,7 @@ class AnswersReader:
         return found
 
     def records(self, line: Line) -> np.ndarray:
-        with open(self.path, "rb") as file:
-            file.seek(line.start)
-            return self.format.encode(self._known(self._targets(parsed(file.readline()), line.example, Counter()))).numpy()
+        return self.format.encode(self._known(self._targets(self.file.at(line.position), line.example, Counter()))).numpy()
 
     def _example(self, line: dict, before: int) -> int | None:
         """The index of a line's example: by its row, or by the number of lines before it. None for a row without an example."""
@@ -118,8 +129,12 @@ class AnswersReader:
         entries = entries_of(line)
         if entries is not None:
             self._same(line["labels"], labels)
+        elif "listed" in line:
+            entries = self._distillkit(line, ids, marks, counts)
         elif "prompt_logprobs" in line:
             entries = self._vllm(line, ids, marks)
+        elif isinstance(line["logprobs"], list):
+            entries = self._axolotl(line, ids, marks)
         else:
             entries = self._openai(line["logprobs"].get("content"), labels, counts)
         if len(entries) == len(labels) - 1:
@@ -134,6 +149,45 @@ class AnswersReader:
             self._check(entry, n)
         counts["unknown_targets"] += not entries[-1]
         return list(zip(entries, labels, strict=True))
+
+    def _distillkit(self, line: dict, ids: np.ndarray, marks: np.ndarray, counts: Counter) -> list[Entry]:
+        places, given, (ids_LK, log_p_LK) = np.flatnonzero(marks), line["input_ids"], line["listed"]
+        read = slice(0, int(places[-1]) + 1)
+        self._same(given[read], ids[read].tolist(), "token")
+        if len(ids_LK) not in (len(given), len(given) - 1):
+            raise ValueError(f"has {len(ids_LK)} lists of tokens for {len(given)} tokens, expected one for each that follows another")
+        entries = []
+        for t in places - 1:  # a place's list is about the token after it
+            known = log_p_LK[t] != -math.inf
+            entry = dict(zip(ids_LK[t, known].tolist(), log_p_LK[t, known].tolist(), strict=True))
+            if len(entry) != known.sum():
+                raise ValueError(f"names a token twice at token {t + 1}")
+            total = math.fsum(math.exp(min(value, 1.0)) for value in entry.values())
+            if 1 + SLACK < total <= _MOST_ROUNDED:  # rounded when it was packed
+                entry = {token: value - math.log(total) for token, value in entry.items()}
+                counts["rounded"] += 1
+            entries.append(entry)
+        return entries
+
+    def _axolotl(self, line: dict, ids: np.ndarray, marks: np.ndarray) -> list[Entry]:
+        lists, tokens = line["logprobs"], line.get("target_token_ids")
+        if len(lists) > len(ids) or (tokens is not None and len(tokens) != len(lists)):
+            raise ValueError(f"has {len(lists)} lists of log-probabilities, and the example {len(ids)} tokens")
+        entries = []
+        try:
+            for t in np.flatnonzero(marks) - (len(ids) - len(lists)):  # lists are about the last tokens
+                if tokens is None:
+                    pairs = [(int(one["token"].removeprefix("token_id:")), one["logprob"]) for one in (lists[t] if t >= 0 else ()) or ()]
+                else:
+                    pairs = list(zip(tokens[t] or (), lists[t] or (), strict=True)) if t >= 0 else []
+                entries.append({int(token): value for token, value in pairs if value != -math.inf})
+        except (AttributeError, KeyError, TypeError, ValueError):
+            raise ValueError(
+                'logprobs: expected [{"token": "token_id:5", "logprob": x}, ...] for each token, or numbers with target_token_ids'
+            ) from None
+        self.targets += len(entries)
+        self.own += sum(label in entry for label, entry in zip(ids[marks].tolist(), entries, strict=True))
+        return entries
 
     def _vllm(self, line: dict, ids: np.ndarray, marks: np.ndarray) -> list[Entry]:
         given, top = line.get("prompt_token_ids"), line["prompt_logprobs"]
