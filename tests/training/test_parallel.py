@@ -71,6 +71,7 @@ RUNS = {
     },
     "more": {
         "student.lora.dora": True,
+        "student.lora.dropout": 0.3,
         "student.lora.target_modules": ["q_proj", "down_proj", "lm_head"],
         "student.lora.modules_to_save": ["norm"],
         "student.gradient_checkpointing": True,
