@@ -274,6 +274,7 @@ REFUSED = [
         {
             "on_policy.long_horizon.gamma": (0.9, 1.0),
             "on_policy.long_horizon.length_normalized": (True, False),
+            "on_policy.long_horizon.rewards": ("sampled", "exact"),
             "on_policy.long_horizon.teacher_mix": (0.0, 0.2),
         },
     ),
