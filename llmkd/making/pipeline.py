@@ -246,11 +246,13 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def _most_tokens(ask: Ask) -> int:
-    return estimated_tokens(*(one["content"] for one in ask.messages)) + ask.sampling.max_new_tokens
+    """No token is less than a byte; a chat template adds a few."""
+    return sum(len(one["content"].encode()) + 8 for one in ask.messages) + ask.sampling.max_new_tokens
 
 
 def _pretended(ask: Ask) -> Answer:
-    return Answer(ask.pretend or "Text.", tokens=ask.sampling.max_new_tokens, prompt_tokens=_most_tokens(ask) - ask.sampling.max_new_tokens)
+    read = estimated_tokens(*(one["content"] for one in ask.messages))
+    return Answer(ask.pretend or "Text.", tokens=ask.sampling.max_new_tokens, prompt_tokens=read)
 
 
 def report(counts: Sequence[StageCount], dry_run: bool) -> str:

@@ -38,8 +38,8 @@ FAULTS = [
         (
             "limit-is-passed",
             "the answers' length does not count toward the limit",
-            "for one in ask.messages)) + ask.sampling.max_new_tokens",
-            "for one in ask.messages)) + 0",
+            "+ 8 for one in ask.messages) + ask.sampling.max_new_tokens",
+            "+ 8 for one in ask.messages) + 0",
             PIPELINE,
         ),
         ("failures-are-kept", "an ask that failed is not asked again", "if said.problem is None:", "if True:", PIPELINE),
