@@ -24,7 +24,11 @@ def sharding_contradictions(recipe) -> Iterator[tuple[tuple[str, ...], str]]:
     loaded = [(path, one) for path, one in with_setting_names(recipe.teacher, "teacher") if one.model_path and not one.cache]
     teachers = [(path, one) for path, one in loaded if sharded_teacher(train, one)]
     for path, one in with_setting_names(recipe.teacher, "teacher"):
-        if one.shard == "full" and (path, one) not in loaded:
+        if one.ema is not None:
+            if one.shard not in (None, train.shard):
+                found = f"found {one.shard} with train.shard: {train.shard}, and the average of a student is held as the student is"
+                yield (f"{path}.shard", "train.shard"), f"{found}; leave it out"
+        elif one.shard == "full" and (path, one) not in loaded:
             yield (f"{path}.shard", f"{path}.model"), "found full, and no model is loaded for this teacher; leave it out"
     for path, one in teachers:
         for name, value in (("device", one.device), ("quantization.type", _uncut(one.quantization))):
@@ -53,10 +57,6 @@ def sharding_contradictions(recipe) -> Iterator[tuple[tuple[str, ...], str]]:
         ),
     ]
     own = [
-        *(
-            (f"{path}.ema", one.ema, "an average of sharded weights is not there")
-            for path, one in with_setting_names(recipe.teacher, "teacher")
-        ),
         ("student.quantization.type", _uncut(student.quantization), "the scales of 8-bit weights are not cut with them; use nf4"),
         ("optim.name", recipe.optim.name != "adamw" and recipe.optim.name, "bitsandbytes takes whole weights; use adamw"),
     ]

@@ -7,6 +7,8 @@ from torch import Tensor
 
 from ..errors import UserError
 from .language_model import LanguageModel
+from .parts import local
+from .sharding import is_sharded, reshard, sharded_copy
 from .shared_weights import copy_sharing_weights
 
 
@@ -19,7 +21,10 @@ def copy_of(student: LanguageModel, setting: str) -> LanguageModel:
             f"{setting}: {len(narrow)} tensors, such as {narrow[0]}, train in 16 bit, where an average loses small steps; set student.dtype: float32, with "
             "student.mixed_precision: bf16 for speed"
         )
-    model = copy_sharing_weights(student.model, trained=False)
+    if is_sharded(student.model):
+        model = sharded_copy(student.model, setting.removesuffix(".ema"))
+    else:
+        model = copy_sharing_weights(student.model, trained=False)
     return LanguageModel(model, student.head.vocab, student.adapter, autocast=student.autocast).requires_grad_(False).eval()
 
 
@@ -27,9 +32,10 @@ class Average:
     """Updates a copy of the student after each step of its optimizer: average <- decay average + (1 - decay) student."""
 
     def __init__(self, student: LanguageModel, copy: LanguageModel, decay: float):
+        reshard(copy.model)  # which the checks of it have left whole
         theirs = dict(copy.model.named_parameters())
         self.pairs = {name: (p, theirs[name]) for name, p in student.trainable().items()}
-        self.decay = decay
+        self.copy, self.decay = copy, decay
 
     @property
     def weights(self) -> dict[str, Tensor]:
@@ -43,6 +49,7 @@ class Average:
     @torch.no_grad()
     def _update(self, found_inf: Tensor | None) -> None:
         """`found_inf`: on the device, 1 where a fused optimizer has skipped its step."""
-        for own, average in self.pairs.values():
+        reshard(self.copy.model)
+        for own, average in ((local(p), local(q)) for p, q in self.pairs.values()):
             new = 1 - self.decay if found_inf is None else ((1 - self.decay) * (1 - found_inf.double())).to(average.device, average.dtype)
             average.lerp_(own, new)

@@ -14,7 +14,7 @@ from ..config.recipe import Quantization
 from ..config.recipe import Student as StudentSettings
 from ..console import info
 from ..errors import UserError, brief
-from ..model_folder.files import attention_of, check_config
+from ..model_folder.files import attention_of, check_config, loaded_dtype
 from ..model_folder.identity import unchanged, verify
 from ..model_folder.quantised import refuse_quantised
 from ..model_folder.weights import headers, read_json
@@ -99,10 +99,11 @@ def load_as_stored(folder: Path, setting: str, dtype: str, attention: str) -> tu
     verify(folder, None, setting)
     _refuse_missing_attention(folder, setting, attention)
     stored = {one["dtype"] for one in headers(folder, setting).values()} & STORED.keys()
-    wanted = DTYPES.get(dtype, "auto")
-    if len(stored) == 1 and STORED[one := stored.pop()] != wanted:
+    config = read_json(folder / "config.json", setting)
+    cast = len(stored) == 1 and "quantization_config" not in config
+    if cast and STORED[one := stored.pop()] != DTYPES[loaded_dtype(config, dtype)]:
         renaming = _unwrapping(folder, setting) or None
-        shapes = _read(folder, setting, wanted, attention, key_mapping=renaming, device_map={"": "meta"})
+        shapes = _read(folder, setting, DTYPES.get(dtype, "auto"), attention, key_mapping=renaming, device_map={"": "meta"})
         types = {name: p.dtype for name, p in shapes.named_parameters()}
         if set(types.values()) != {STORED[one]}:
             model = load_pretrained(folder, setting, str(STORED[one]).removeprefix("torch."), attention, None)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..console import info
 from ..errors import UserError
 from .families import BODY, decoder_of, layers_of
-from .parts import local
+from .parts import is_part, local
 
 #: Of each sharded transformers model that trains: the same modules, with PEFT's wrapper, on torch's meta device, to be filled and saved.
 _OUTLINES: "weakref.WeakKeyDictionary[nn.Module, nn.Module]" = weakref.WeakKeyDictionary()
@@ -77,6 +77,20 @@ def base_of(model: nn.Module) -> nn.Module:
 def outline_of(model: nn.Module) -> nn.Module:
     """The model as it was before it was sharded, without the values of its parameters."""
     return _OUTLINES[base_of(model)]
+
+
+def sharded_copy(model: nn.Module, setting: str) -> nn.Module:
+    """A frozen copy of a sharded model that trains: what trains is copied, and what is frozen the same parts. `setting`: see `shard`."""
+    reshard(model)
+    own, made = dict(model.named_parameters(remove_duplicate=False)), {}
+    found = copy.deepcopy(outline_of(model)).requires_grad_(False)
+    shard(found, next(p for p in own.values() if is_part(p)).device_mesh, setting)
+    for where, module in found.named_modules():
+        for name in module._parameters:
+            if (p := own.get(f"{where}.{name}".lstrip("."))) is not None:
+                value = p.detach().clone() if p.requires_grad else p.detach()
+                module._parameters[name] = made.setdefault(id(p), nn.Parameter(value, requires_grad=False))
+    return found
 
 
 def is_sharded(model: nn.Module) -> bool:

@@ -74,7 +74,7 @@ RUNS = {
         "student.lora.dropout": 0.3,
         "student.lora.target_modules": ["q_proj", "down_proj", "lm_head"],
         "student.lora.modules_to_save": ["norm"],
-        "student.gradient_checkpointing": True,
+        "student.gradient_checkpointing": "offload",
         "teacher": [{"model": "adapter", "merge_adapter": True}, {"model": "stranger"}],
         "loss.keep": {"share": 0.5, "by": "divergence"},  # weights that the models' outputs tell, by a pass more
         "loss.normalize": "weights",
@@ -88,6 +88,14 @@ RUNS = {
         "data.validation.path": "held.jsonl",
     },
     "nf4": QUANTISED,
+    "average": {
+        "teacher": {"ema": 0.7},
+        "student.model": "tied",
+        "student.dtype": "float64",
+        "student.method": "full",
+        **SAVED,
+        "train.max_steps": 3,
+    },
 }
 
 
@@ -102,7 +110,7 @@ def words(world: Path, root: Path, name: str, **more) -> list[str]:
     ]
 
 
-RESUMED = {"lora": "full", "tied": "none"}  # how each is resumed
+RESUMED = {"lora": 2, "tied": 4}  # of one process's run, by so many
 #: Runs side by side on one base: another rank, an adapter on the head, maps; with several micro-batches, and a validation between.
 ARMS = {
     "kd": {},
@@ -204,11 +212,12 @@ def runs(world, tmp_path_factory) -> tuple[Path, Path]:
         run(loader.load_recipe(one / "r.yaml", loader.parse_overrides(words(world, one, name)[2:])))
     run_sweep(write_sweep(world, one, "none"), {}, False)
     write_sweep(world, two, "full")
-    resumed = [begun(world, one / name, two / f"resumed_{name}_{shard}", shard) for name, shard in RESUMED.items()]
-    done = launch(
-        2, train_and_weigh, [*(words(world, two, name) for name in RUNS), *resumed], str(two), limit=500
-    )  # one that waits for ever is ended
-    assert done.returncode == 0 and done.stderr.count("resuming after step 2 of 5") == len(resumed), done.stderr[-3000:]
+    resumed = {name: begun(world, one / name, two / f"resumed_{name}", "full") for name in RESUMED}
+    mine = [*(words(world, two, name) for name in RUNS), resumed["lora"]]
+    done = launch(2, train_and_weigh, mine, str(two), limit=500)  # one that waits for ever is ended
+    assert done.returncode == 0 and "resuming after step 2 of 5" in done.stderr, done.stderr[-3000:]
+    done = launch(4, train_each, [resumed["tied"]], limit=500)
+    assert done.returncode == 0 and "resuming after step 2 of 5" in done.stderr, done.stderr[-3000:]
     return one, two
 
 
@@ -236,6 +245,9 @@ def test_sharded_models_train_as_whole_ones(runs, name):
     assert distance(weights(two), weights(one)) < bound
     for a, b in zip(map(flat, comparable(one)), map(flat, comparable(two)), strict=True):
         assert b == pytest.approx(a, rel=relative, abs=1e-12)
+    for file in ("checkpoints/step-2/student.safetensors",) if "checkpoint.every" in RUNS[name] else ():
+        kept = [load_file(root / file) for root in (one, two)]
+        assert kept[0].keys() == kept[1].keys() and distance(*kept) < BOUND
     texts = [(root / "samples.jsonl").read_text() if "validation.samples" in RUNS[name] else "" for root in (one, two)]
     assert texts[0] == texts[1] and bool(texts[0]) == ("validation.samples" in RUNS[name])
 
@@ -248,7 +260,7 @@ def test_a_checkpoint_is_the_same_file_and_is_resumed_by_any_strategy(world, run
         whole, gathered = (load_file(root / name / "checkpoints/step-2" / file) for root in runs)
         assert {key: value.shape for key, value in whole.items()} == {key: value.shape for key, value in gathered.items()}
         assert distance(whole, gathered) < BOUND
-    assert distance(weights(two / f"resumed_{name}_{RESUMED[name]}"), weights(one / name)) < BOUND  # by two processes, of one process's
+    assert distance(weights(two / f"resumed_{name}"), weights(one / name)) < BOUND  # by other numbers of processes, of one process's
     words = begun(world, two / name, tmp_path / "back", "none")  # by one process, of a sharded run's
     run(loader.load_recipe(tmp_path / "r.yaml", loader.parse_overrides(words[2:-1])), resume=True)
     assert "resuming after step 2 of 5" in capsys.readouterr().err
@@ -281,9 +293,7 @@ def test_each_process_holds_its_rows_and_no_more(world, runs):
         assert found["tied"] == part(student) | {"moments": 2 * sum(part(student).values()), "teacher": every}
         bytes_of = {key: value.nbytes for key, value in whole.items()}
         assert found["unsharded"] == bytes_of | {"moments": 2 * sum(bytes_of.values()), "teacher": sum(part(teacher).values())}
-        trained = load_file(
-            one / "lora/checkpoints/step-4/student.safetensors"
-        )  # the adapter and the maps of hidden states, and their scales
+        trained = load_file(one / "lora/checkpoints/step-4/student.safetensors")  # the adapter, and maps of hidden states and their scales
         assert found["lora"]["moments"] == 2 * sum(size for name, size in part(trained).items() if not name.endswith(".scales"))
 
 
@@ -303,7 +313,7 @@ REFUSED = {
     "on_policy": {"share": 0.5, "engine": {"server": "http://localhost:1"}},
     "student.quantization": {"type": "int8"},
     "optim.name": "adamw_8bit",
-    "teacher": {"ema": 0.9},
+    "teacher": {"ema": 0.9, "shard": "none"},
     "teacher.device": "cpu",
     "teacher.quantization": {"type": "int8"},
 }
@@ -315,7 +325,7 @@ def test_what_does_not_go_with_sharded_models_is_refused_by_name(make_recipe, se
     make_recipe(**given)
     with pytest.raises(UserError) as info:
         make_recipe(train__shard="full", **given)
-    named = [f"{setting}{more}: found" for more in ("", ".type", ".ema", ".engine")]
+    named = [f"{setting}{more}: found" for more in ("", ".type", ".shard", ".engine")]
     assert any(name in line for line in info.value.problems for name in named), info.value.problems
 
 
