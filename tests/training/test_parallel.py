@@ -183,7 +183,7 @@ def train_and_weigh(runs: list[list[str]], out: str) -> int:
         real(self)
 
     Trainer.finish = finish
-    code = train_each(runs) or main(["sweep", "--config", f"{out}/sweep.yaml"])
+    code = train_each(runs)
     Path(out, f"bytes-{os.environ['RANK']}.json").write_text(json.dumps(found))
     return code
 
@@ -211,11 +211,12 @@ def runs(world, tmp_path_factory) -> tuple[Path, Path]:
     for name in RUNS:
         run(loader.load_recipe(one / "r.yaml", loader.parse_overrides(words(world, one, name)[2:])))
     run_sweep(write_sweep(world, one, "none"), {}, False)
-    write_sweep(world, two, "full")
     resumed = {name: begun(world, one / name, two / f"resumed_{name}", "full") for name in RESUMED}
     mine = [*(words(world, two, name) for name in RUNS), resumed["lora"]]
     done = launch(2, train_and_weigh, mine, str(two), limit=500)  # one that waits for ever is ended
     assert done.returncode == 0 and "resuming after step 2 of 5" in done.stderr, done.stderr[-3000:]
+    done = launch(2, main, ["sweep", "--config", str(write_sweep(world, two, "full"))], limit=500)
+    assert done.returncode == 0, done.stderr[-3000:]
     done = launch(4, train_each, [resumed["tied"]], limit=500)
     assert done.returncode == 0 and "resuming after step 2 of 5" in done.stderr, done.stderr[-3000:]
     return one, two
