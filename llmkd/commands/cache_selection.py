@@ -14,7 +14,7 @@ from ..output.run_folder import refuse_unwritable
 from ..teachers import resolve
 from ..teachers.cache.import_lines import refuse_unreadable
 from ..teachers.resolve import TeacherSource
-from ..training.prepare import Prepared, prepare
+from ..training.prepare import Prepared, check_early, prepare
 
 
 def select_teachers(
@@ -41,6 +41,7 @@ def select_teachers(
         raise UserError(f"--import: {import_file}: no such file; name the file of log-probabilities, or a folder of Parquet files")
     if import_file:
         check_import([(f"{setting}.cache", teacher.cache) for setting, teacher in named if wanted(teacher)], Path(import_file))
+    check_early(recipe)
     prepared = prepare(recipe, open_caches=False)
     sources = [source for source in prepared.teachers if wanted(source.settings)]
     for source in sources:

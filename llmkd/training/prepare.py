@@ -120,7 +120,6 @@ def prepare(recipe: Recipe, open_caches: bool = True, layers: tuple[int, ...] | 
     Without `open_caches` these are left alone, being yet to be written. `layers`: those that were measured before, where a run is resumed.
     """
     check_packages(recipe.student, recipe.optim, with_setting_names(recipe.teacher, "teacher"))
-    refuse_early(recipe.student, recipe.loss, recipe.teacher, used_teachers(recipe))
     report_large_micro_batch(recipe.train)
     refuse_absent(used_teachers(recipe), recipe.data)
     rows = read_data(recipe.data)
@@ -158,6 +157,11 @@ def prepare(recipe: Recipe, open_caches: bool = True, layers: tuple[int, ...] | 
             held_out = data.validation, data.validation_places, recipe.data.max_length
             found["validation_prompts"] = held_out_prompts_for(recipe.on_policy, *held_out)
     return Prepared(tokenizer=tokenizer, vocab=vocab, **found, **parts)
+
+
+def check_early(recipe: Recipe) -> None:
+    """UserError for what this machine and the files of local models tell of a recipe, before its data are read. It takes less than a second."""
+    refuse_early(recipe.student, recipe.loss, recipe.teacher, used_teachers(recipe))
 
 
 def check_terms(recipe: Recipe, configs: dict[str, dict], train: Examples) -> None:

@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 
-from ..config.recipe import Recipe, used_teachers
+from ..config.recipe import Recipe
 from ..config.sharding import sharding_contradictions
 from ..console import first_process, info
 from ..errors import NonFinite, Stopped, UserError, attribute_to_student, say_what_is_saved
@@ -11,11 +11,10 @@ from ..model_folder.identity import verify
 from ..output import hub_upload, trackers
 from ..output.run_files import recorded_layers
 from ..output.run_folder import RunFolder
-from .early_checks import refuse_early
 from .environment import check_environment
 from .fsdp_variables import fsdp2_asked, unseen
 from .launch import start
-from .prepare import prepare
+from .prepare import check_early, prepare
 from .process_state import check_process_state
 from .recipe_checks import refuse_long_schedules
 from .shutdown import ShutdownRequest
@@ -59,7 +58,7 @@ def train_together(recipes: list[Recipe], folders: list[RunFolder], stop: Shutdo
     with unseen():
         for k, recipe in enumerate(recipes):
             with attribute_to_student(k):
-                refuse_early(recipe.student, recipe.loss, recipe.teacher, used_teachers(recipe))
+                check_early(recipe)
         prepared = prepare(recipes[0], layers=recorded_layers(folders[0].path) if folders[0].resume else None)
         for k, recipe in enumerate(recipes):
             with attribute_to_student(k):

@@ -9,10 +9,18 @@ from typing import Any
 from ...config.recipe import Student
 from ...console import warn
 from ...errors import UserError
+from ...files import read_file
 from ...model_folder.files import TOKENIZER, locate
 from ...model_folder.identity import TOKENIZER_FILES
 from ...model_folder.weights import read_json
 from ..reading import skills
+
+
+def _refuse_other_than_text(path: Path, setting: str) -> None:
+    try:
+        read_file(path).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{setting}: {path} cannot be read ({error}); copy it again") from None
 
 
 def load_tokenizer(name: str, setting: str, revision: str | None = None) -> Any:
@@ -28,6 +36,8 @@ def load_tokenizer(name: str, setting: str, revision: str | None = None) -> Any:
         for one in ("config.json", *TOKENIZER_FILES):
             if one.endswith(".json") and (folder / one).is_file():
                 read_json(folder / one, setting)  # a damaged one is named
+            elif one.endswith(".jinja") and (folder / one).is_file():
+                _refuse_other_than_text(folder / one, setting)
         where = folder / "tokenizer.json" if type(error) is Exception else name  # so are all errors of the package tokenizers
         raise UserError(
             f"{setting}: no tokenizer could be loaded from {where} ({type(error).__name__}: {(str(error).splitlines() or [''])[0][:160]}); name a folder that has one"
