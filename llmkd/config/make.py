@@ -23,7 +23,9 @@ from .yaml_loader import Dumper
 
 #: The settings of the writer that belong to one kind of it alone.
 _LOADED = ("revision", "base", "quantization", "dtype", "attention", "batch_size")
-_SERVED = ("api_key_env", "requests", "timeout", "patience")
+_SERVED = ("api_key_env", "requests", "timeout", "patience", "body")
+#: Fields of a request that are settings of the writer, or that llmkd relies on.
+_OWN_FIELDS = ("model", "messages", "temperature", "top_p", "top_k", "min_p", "seed", "n", "stream", "logprobs", "tools")
 
 
 @config_dataclass
@@ -58,6 +60,11 @@ class Writer:
     timeout: Annotated[float, Field(gt=0)] | None = Field(None, description="server, command: seconds that one answer may take (300).")
     patience: Annotated[float, Field(ge=0)] | None = Field(
         None, description="server: seconds for which a request is repeated while the server is gone or busy (600)."
+    )
+    body: dict[str, Any] = Field(
+        default_factory=dict,
+        description="server: further fields of each request, such as {chat_template_kwargs: {enable_thinking: false}}, or {max_tokens: null, "
+        "max_completion_tokens: 512} where a server wants another name; null leaves a field out.",
     )
     temperature: float = Field(0.0, ge=0, description="Temperature of sampling; 0: always the most likely token.")
     top_p: float = Field(1.0, gt=0, le=1, description="Sample from the fewest tokens that have this share of the probability.")
@@ -218,6 +225,16 @@ def _of_writer(writer: Writer) -> Iterator[tuple[str, str]]:
             right_here = right or (writer.command is not None and name in ("requests", "timeout"))
             if getattr(writer, name) != getattr(defaults, name) and not right_here:
                 yield name, f"set, but it belongs to {belong}; leave it out"
+    for name in writer.body:
+        if name in _OWN_FIELDS or (name == "max_tokens" and writer.body[name] is not None):
+            own = {"max_tokens": "max_new_tokens"}.get(name, name)
+            yield (
+                "body",
+                f"has {name}; "
+                + (f"set writer.{own}" if hasattr(writer, own) else "llmkd sends it itself, or reads no such answer; leave it out"),
+            )
+        elif "key" in name.lower() or "authorization" in name.lower():
+            yield "body", "has what may be a key (not shown), which would be written into files; name its variable in writer.api_key_env"
     for name in ("top_p", "top_k", "min_p"):
         if writer.temperature == 0 and getattr(writer, name) != getattr(defaults, name):
             yield name, "set with temperature 0, which always takes the most likely token; leave it out, or raise the temperature"

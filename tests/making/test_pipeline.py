@@ -212,6 +212,11 @@ def test_settings_that_are_wrong_are_named_with_their_line(tmp_path):
     secret = problems(writer={"server": "http://me:hunter2@h:1", "model": "m", "api_key_env": "sk-123-456"})
     assert "writer.server: holds a name or a password" in secret and "writer.api_key_env: is no name" in secret
     assert "hunter2" not in secret and "sk-123" not in secret
+    served = {"server": "http://h:1", "model": "m"}
+    assert "writer.body: has temperature; set writer.temperature" in problems(writer=served | {"body": {"temperature": 1}})
+    assert "writer.body: has max_tokens; set writer.max_new_tokens" in problems(writer=served | {"body": {"max_tokens": 1}})
+    hidden = problems(writer=served | {"body": {"api_key": "sk-123"}})
+    assert "writer.body: has what may be a key (not shown)" in hidden and "sk-123" not in hidden
     assert "writer.top_p: set with temperature 0" in problems(writer={"model": "m", "top_p": 0.5})
     assert "writer.requests: set, but it belongs to writer.server" in problems(writer={"model": "m", "requests": 2})
     assert "writer.dtype: set, but it belongs to a model that llmkd loads" in problems(

@@ -110,6 +110,15 @@ def test_what_was_cut_off_is_marked_and_what_is_not_counted_is_estimated(fake):
     assert (plain_one.tokens, plain_one.prompt_tokens, plain_one.model) == (5, 7, "m-2026")  # 4 and 11 bytes
 
 
+def test_further_fields_of_a_request_are_sent_and_are_a_part_of_the_key(fake):
+    body = {"max_tokens": None, "max_completion_tokens": 12, "chat_template_kwargs": {"enable_thinking": False}}
+    one, other = writer(server=fake.url, model="m", body=body), writer(server=fake.url, model="m")
+    written(one, asks(1, one))
+    fields = {"model": "m", "messages": [{"role": "user", "content": "Question 0?"}], "temperature": 0.0, "max_completion_tokens": 12}
+    assert fake.asked[0] == fields | {"chat_template_kwargs": {"enable_thinking": False}}
+    assert asks(1, one)[0].key != asks(1, other)[0].key
+
+
 def test_what_concerns_every_ask_ends_the_command(fake, monkeypatch):
     fake.key = KEY
     one = writer(server=fake.url, model="m")

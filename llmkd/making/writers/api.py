@@ -29,7 +29,7 @@ class ServedWriter:
         again = "what is written is kept, and the same command goes on"
         self.server = Server(settings.server, "writer.server", settings.api_key_env, *numbers, again)
         self.requests, self._workers = requests, Workers(requests)
-        self.identity: dict[str, Any] = {"api": settings.model}
+        self.identity: dict[str, Any] = {"api": settings.model} | ({"body": settings.body} if settings.body else {})
         self.label = settings.model
         self._answered = self._refused = 0
 
@@ -75,6 +75,7 @@ class ServedWriter:
             content["top_k"] = sampling.top_k
         if sampling.min_p:
             content["min_p"] = sampling.min_p
+        content = {name: value for name, value in (content | self.settings.body).items() if value is not None}
         try:
             answer = self._read(self.server.post("/v1/chat/completions", content), ask)
         except Refused as error:
