@@ -172,8 +172,17 @@ def unchanged(folders: Sequence[Path], setting: str) -> Iterator[None]:
                 raise ChangedFiles(f"{setting}: {path} was changed while it was being loaded; start again when it is whole")
 
 
-def _verify_files(folder: Path, record: dict, setting: str) -> None:
-    hint = f"copy it again; if you have changed it yourself, delete {folder / RECORD}"
+def verify_small_files(folder: Path, setting: str) -> None:
+    """UserError unless the configurations and the tokenizer's files of a student that llmkd wrote are what it wrote. Weights are not read."""
+    if record := record_of(folder, setting):
+        _verify_small_files(folder, record, setting)
+
+
+def _hint(folder: Path) -> str:
+    return f"copy it again; if you have changed it yourself, delete {folder / RECORD}"
+
+
+def _verify_small_files(folder: Path, record: dict, setting: str) -> None:
     files = record.get("files") or {}
     if record.get("student") == "adapter" and not (folder / "adapter_config.json").is_file():
         raise UserError(f"{setting}: {folder} has no adapter_config.json, which was written with it; copy it again")
@@ -183,11 +192,17 @@ def _verify_files(folder: Path, record: dict, setting: str) -> None:
         if not (folder / name).is_file():
             _note(f"note: {folder} lacks {name}, which was written with it; copy it again unless you have removed it")
         elif _file_hash(folder / name, setting) != expected:
-            raise UserError(f"{setting}: {folder / name} has changed since llmkd wrote it; {hint}")
+            raise UserError(f"{setting}: {folder / name} has changed since llmkd wrote it; {_hint(folder)}")
+
+
+def _verify_files(folder: Path, record: dict, setting: str) -> None:
+    _verify_small_files(folder, record, setting)
     weights = record.get("weights")
     if weights and weights != fingerprint(folder, setting):
         named: Sequence[str] = [path.name for path in weight_files(folder, setting)]
-        raise UserError(f"{setting}: {folder / named[0]}{' or another file' if named[1:] else ''} has changed since llmkd wrote it; {hint}")
+        raise UserError(
+            f"{setting}: {folder / named[0]}{' or another file' if named[1:] else ''} has changed since llmkd wrote it; {_hint(folder)}"
+        )
 
 
 @functools.cache

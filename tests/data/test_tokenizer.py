@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, normalizers
 
 from llmkd.data.encoding.tokenizer import load_tokenizer, save_tokenizer, tokenizer_differences, vocab_size
 from llmkd.errors import UserError
+from llmkd.model_folder.identity import write_record
 from tests.kit.data import END, tiny
 
 
@@ -196,3 +197,25 @@ def test_a_damaged_file_of_a_tokenizer_is_named(world, tmp_path, name, content, 
     with pytest.raises(UserError, match=f"^student.model: .*{said}.*; ") as refused:
         load_tokenizer(str(tmp_path), "student.model")
     assert len(refused.value.problems) == 1
+
+
+@pytest.mark.parametrize("name", ["tokenizer_config.json", "chat_template.jinja", "config.json"])
+def test_files_that_llmkd_wrote_are_compared_before_a_tokenizer_is_made_of_them(world, tmp_path, name):
+    """Else a token that is spelled otherwise is looked for in the data, and a damaged file is called no tokenizer."""
+    shutil.copytree(world / "student", tmp_path / "m")
+    (tmp_path / "m/chat_template.jinja").write_text("{{ messages }}")
+    write_record(tmp_path / "m", "m", student="merged")
+    load_tokenizer(str(tmp_path / "m"), "student.model")
+    text = (tmp_path / "m" / name).read_bytes()
+    (tmp_path / "m" / name).write_bytes(
+        text.replace(b"<|end|>", b"<|end|.").replace(b"messages", b"messages\xbe").replace(b"num_a", b"nem_a")
+    )
+    with pytest.raises(UserError, match=f"student.model: .*{name} has changed since llmkd wrote it; copy it again"):
+        load_tokenizer(str(tmp_path / "m"), "student.model")
+
+
+def test_a_chat_template_that_is_no_text_is_named(world, tmp_path):
+    shutil.copytree(world / "student", tmp_path / "m")
+    (tmp_path / "m/chat_template.jinja").write_bytes(b"{{ messages }}\xbe")
+    with pytest.raises(UserError, match="student.model: .*chat_template.jinja cannot be read .*; copy it again"):
+        load_tokenizer(str(tmp_path / "m"), "student.model")

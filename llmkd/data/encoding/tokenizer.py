@@ -11,7 +11,7 @@ from ...console import warn
 from ...errors import UserError
 from ...files import read_file
 from ...model_folder.files import TOKENIZER, locate
-from ...model_folder.identity import TOKENIZER_FILES
+from ...model_folder.identity import TOKENIZER_FILES, verify_small_files
 from ...model_folder.weights import read_json
 from ..reading import skills
 
@@ -30,6 +30,7 @@ def load_tokenizer(name: str, setting: str, revision: str | None = None) -> Any:
     from transformers import AutoTokenizer
 
     folder = locate(name, setting, revision, TOKENIZER)
+    verify_small_files(folder, setting)
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:

@@ -65,6 +65,16 @@ FAULTS = [
         ),
     ),
     *in_file(
+        "llmkd/data/encoding/tokenizer.py",
+        (
+            "compared-late",
+            "a tokenizer is made of files that have changed",
+            "    verify_small_files(folder, setting)\n",
+            "",
+            "data/test_tokenizer.py",
+        ),
+    ),
+    *in_file(
         "llmkd/process/devices.py",
         ("hidden-gpus", "GPUs that are hidden from the process are counted", "number < min(counts)", "number < max(counts)", EARLY),
     ),
