@@ -9,7 +9,7 @@ import pytest
 from llmkd.config.make import Writer as Settings
 from llmkd.errors import Stopped, UserError
 from llmkd.making.asks import Answer, Ask, key_of, plain
-from llmkd.making.writers import api
+from llmkd.making.writers import outside
 from llmkd.making.writers.writer import writer_of
 from llmkd.rollouts.sampling import Sampling
 from tests.kit.making import Function, lines, run_make, write_make
@@ -148,7 +148,7 @@ def test_a_server_that_hangs_is_given_up_and_a_stop_is_followed(fake, monkeypatc
     one = writer(server=fake.url, model="m", timeout=0.2, patience=0.0)
     with pytest.raises(UserError, match="has not answered within 0.2 seconds"):
         written(one, asks(1, one))
-    monkeypatch.setattr(api, "GRACE", 0.1)
+    monkeypatch.setattr(outside, "GRACE", 0.1)
     released = threading.Event()
     fake.misbehave = lambda answer, number: released.wait(10) and answer
     one = writer(server=fake.url, model="m", stop=lambda: True)

@@ -1,22 +1,20 @@
 """A writer on a server with OpenAI's chat completions: vLLM, llama.cpp's server, Ollama, vendors. Written from their documents. No torch."""
 
-import math
-import time
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any
 
 from ...config.make import Writer as Settings
-from ...errors import Stopped, UserError
+from ...errors import UserError
 from ...servers.client import Refused, Server
 from ...servers.workers import Workers
-from ..asks import Answer, Ask, estimated_tokens, failed
+from ..asks import Answer, Ask, failed
+from .outside import Ending, bad_text, counted
 
 #: Statuses by which no ask would be answered: a wrong key, a path or a model that is not there.
 _FOR_ALL = (401, 403, 404, 405)
 #: So many asks in a row, the first ones, are refused for whatever reason: then no other one is made.
 _FIRST = 8
-GRACE = 10.0
 
 
 class ServedWriter:
@@ -109,36 +107,7 @@ class ServedWriter:
         if problem := bad_text(text) or ("the server's answer holds the key" if self.server.holds_key(text) else None):
             return failed(problem)
         usage = found.get("usage") if isinstance(found.get("usage"), dict) else {}
-        counts = [usage.get(name) for name in ("completion_tokens", "prompt_tokens")]
-        own = [estimated_tokens(text), estimated_tokens(*(one["content"] for one in ask.messages))]
-        tokens, read = (a if type(a) is int and a >= 0 else b for a, b in zip(counts, own, strict=True))
+        tokens, read = counted(ask, text, usage.get("completion_tokens"), usage.get("prompt_tokens"))
         model = found.get("model")
         other = model if isinstance(model, str) and model != self.settings.model and not self.server.holds_key(model) else None
         return Answer(text, finish[:40], tokens, read, model=other and other[:200])
-
-
-class Ending:
-    """Of a writer that is asked to stop: nothing more is asked, and what is being written has `GRACE` seconds to be kept."""
-
-    def __init__(self, stop: Callable[[], bool], setting: str):
-        self._stop, self._setting, self._until = stop, setting, math.inf
-
-    @property
-    def asked(self) -> bool:
-        if self._until == math.inf and self._stop():
-            self._until = time.monotonic() + GRACE
-        return self._until < math.inf
-
-    def follow(self, running: int) -> None:
-        """Stopped, if it is asked to stop and nothing more is written, or the time is over."""
-        if self.asked and (not running or time.monotonic() > self._until):
-            raise Stopped(f"stopped by a signal while {self._setting} was asked; what is written is kept, and the same command goes on")
-
-
-def bad_text(text: str) -> str | None:
-    """Why a text is none; None if it is one."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return "the text has half of a surrogate pair, which is not a character"
-    return None

@@ -12,8 +12,8 @@ from typing import Any
 from ...config.make import Writer as Settings
 from ...console import printable
 from ...errors import UserError
-from ..asks import STOP, Answer, Ask, estimated_tokens, failed
-from .api import Ending, bad_text
+from ..asks import STOP, Answer, Ask, failed
+from .outside import Ending, bad_text, counted
 
 _LONGEST = 64 << 20  # bytes of a line
 
@@ -146,9 +146,7 @@ class ProgramWriter:
         text = found.get("text")
         if not isinstance(text, str) or bad_text(text):
             return ask, failed(bad_text(text) if isinstance(text, str) else "the program's answer has no text")
-        counts = [found.get("tokens"), found.get("prompt_tokens")]
-        own = [estimated_tokens(text), estimated_tokens(*(one["content"] for one in ask.messages))]
-        tokens, read = (a if type(a) is int and a >= 0 else b for a, b in zip(counts, own, strict=True))
+        tokens, read = counted(ask, text, found.get("tokens"), found.get("prompt_tokens"))
         finish = found.get("finish", STOP)
         return ask, Answer(text, finish[:40] if isinstance(finish, str) else STOP, tokens, read)
 
