@@ -19,7 +19,6 @@ FULL = {"student__method": "full", "student__lora": None}
 INSIDE = {"loss__features": {"layers": [[1, 2]], "init": "xavier", "scale": "none"}, "loss__attention": {"layers": "last"}}
 
 RECIPES = {
-    "full": FULL | LESS_LOSS,
     "checkpointed": {"student__gradient_checkpointing": True} | LESS_LOSS,
     "packed": {"data__packing": True} | LESS_LOSS,
     "without a teacher, one micro-batch a step": {"teacher": None, "train__micro_batch_size": 8} | FULL,
