@@ -272,3 +272,13 @@ def test_what_a_recipe_says_already_stays_in_what_is_proposed(given):
         for settings in proposed(problem):
             assert checked(base | {name: value}, **{**given, **settings})[1] == []
             assert "fields" not in settings or settings["fields"].items() >= given.get("fields", {}).items()
+
+
+def test_fields_and_conditions_of_a_recipe_stay_in_what_is_proposed_for_marks():
+    settings = {"format": "chat", "fields": {"messages": "talk"}, "where": {"lang": "en"}}
+    row = {"talk": [MESSAGES[0], MESSAGES[1] | {"is_correct": False}], "lang": "en"}
+    (said,) = proposed(checked(row, **settings)[1][0])
+    assert said == {"fields": {"messages": "talk", "train": "is_correct"}} and checked(row, **{**settings, **said})[1] == []
+    row = {"talk": MESSAGES, "lang": "en", "is_correct": False}
+    (said,) = proposed(checked(row, **settings)[1][0])
+    assert said == {"where": {"lang": "en", "is_correct": True}}
