@@ -26,7 +26,7 @@ from .reading.problems import ErrorCollector
 from .reading.row_checks import check_row
 from .reading.sources import open_source
 from .reading.unread import note_unread
-from .reading.values import kind
+from .reading.values import kind, opened
 
 #: A row without the columns of the run's data may have one of these.
 GENERAL = ("prompt", "messages", "instruction")
@@ -113,7 +113,8 @@ def _row_of(row: Any, sources: Sequence[Source], has_turns: Callable[[], bool]) 
 
 def asks(row: Any, source: Source) -> bool:
     """Whether a row has the columns of a source without which it asks nothing."""
-    return isinstance(row, dict) and all(name in row for name in _asked(source))
+    names = _asked(source)
+    return isinstance(row, dict) and opened(row, names).keys() >= {*names}
 
 
 def _asked(source: Source) -> list[str]:
@@ -124,7 +125,7 @@ def _asked(source: Source) -> list[str]:
 
 def with_some_answer(row: dict, source: Source) -> tuple[dict, bool]:
     """The row with something in the place of a missing answer, and whether it had one."""
-    answer = config.FORMATS[source.format].answer
+    answer, row = config.FORMATS[source.format].answer, opened(row, source.fields.values())
     theirs = source.fields.get(answer, answer)
     if answer is None or row.get(theirs) is not None:
         return row, True
@@ -162,7 +163,8 @@ def _has_turns(source: Source, setting: str) -> bool:
     """Whether the prompts of the run's own rows are lists of messages, by the first of them."""
     try:
         row = next(get() for _, get in open_source(source, "data.train").records)
-        return isinstance(row[source.fields.get("prompt", "prompt")], list)
+        name = source.fields.get("prompt", "prompt")
+        return isinstance(opened(row, [name])[name], list)
     except (UserError, BadRow, StopIteration, KeyError, TypeError) as error:
         raise UserError(
             f"{setting}: whether the run's prompts are texts or conversations is not known, since its training data cannot be read ({error}); "

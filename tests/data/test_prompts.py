@@ -183,3 +183,13 @@ def test_files_that_are_none_are_refused(tmp_path, ask):
         read_prompts(tmp_path / "q.txt", [source("alpaca")], DATA, tiny())
     with pytest.raises(UserError, match="p.txt:1: starts with a byte order mark"):
         ask("\ufeffowl\n", source("alpaca"), name="p.txt")
+
+
+def test_columns_inside_an_object_ask_too_with_and_without_an_answer(ask):
+    inside = source("prompt_completion", fields={"prompt": "translation.en", "completion": "translation.de"})
+    rows = [{"translation": {"en": "Where is the owl? ", "de": "in the garden"}}, {"translation": {"en": "Where is the owl? "}}]
+    answered, alone = ask(rows, inside)
+    assert shown(answered).strip() == shown(alone).strip() == "Where is the owl?" and (answered.reference, alone.reference) == (
+        "in the garden",
+        None,
+    )

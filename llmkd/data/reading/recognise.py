@@ -108,8 +108,6 @@ def _proposals(row: dict, source: Source) -> Iterator[Proposal]:
                 for ours, theirs in source.fields.items()
                 if ours not in fields and (ours in ("choices", "answer") or (name == source.format and theirs in columns))
             }
-            if any(map(is_worse, fields.values())):
-                continue
             others = _other_answers(row, fields, FORMATS[name].answer, bool(asked))
             fields = kept | {ours: theirs for ours, theirs in fields.items() if ours != theirs}
             taken = {fields.get(column, column) for column in (*FORMATS[name].columns, *asked)}

@@ -148,13 +148,6 @@ FAULTS = [
             "calls = None",
             LAYOUTS,
         ),
-        (
-            "worse-half",
-            "the rejected answers are proposed",
-            "if any(map(is_worse, fields.values())):",
-            "if False:",
-            SHAPES,
-        ),
     ),
     *in_file(
         "llmkd/data/reading/values.py",
