@@ -9,7 +9,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet
 import pytest
+from transformers import AutoTokenizer
 
+from llmkd.cli import main
 from llmkd.data.collate import collate
 from llmkd.errors import UserError
 from llmkd.teachers.cache import import_logprobs as foreign
@@ -18,6 +20,7 @@ from llmkd.teachers.cache.distillkit_codec import decoded
 from llmkd.teachers.cache.import_lines import refuse_unreadable
 from llmkd.teachers.cache.shards import ShardPlan, TeacherCache, Writer
 from llmkd.teachers.cached import CachedTeacher
+from tests.conftest import plain_recipe
 from tests.teachers.test_import_logprobs import K, World, entries
 
 
@@ -157,8 +160,14 @@ def test_probabilities_that_add_up_to_a_little_more_than_1_are_scaled_and_counte
 
 
 WRONG = [
-    ({"input_ids": lambda x: [*x[:4], 3, *x[5:]]}, r"data_10.parquet:1: token 5 is 3 .* here, and \d+ .* in the example"),
-    ({"input_ids": lambda x: x[:3]}, r":1: has 3 tokens, and the example \d+"),
+    (
+        {"input_ids": lambda x: [*x[:4], 3, *x[5:]]},
+        r"has lines for 2 of 3 examples; the first one missing is that of row 2; add them \(1 lines are about other texts or token ids\)",
+    ),
+    (
+        {"input_ids": lambda x: x[:3]},
+        r"has lines for 2 of 3 examples; the first one missing is that of row 2; add them \(1 lines are about other texts or token ids\)",
+    ),
     ({"token_ids": lambda x: [[99999 + n for n in range(K)] for _ in x]}, r"token 99999 is not one of the vocabulary's"),
     ({"token_ids": lambda x: [[5] * K for _ in x]}, r"names a token twice at token \d+"),
     ({"top_values": lambda x: [[math.nan] * K for _ in x]}, r"found nan for token"),
@@ -225,5 +234,24 @@ def test_settings_as_distillkits_own_recipes_have_them(tmp_path):
 def test_rows_are_found_again_in_any_order(sets):
     found = ParquetSet(sets.written([sets.row(i, "raw") for i in (0, 1, 2)]))
     every = [(position, found.parsed(row)["input_ids"]) for _, position, row in found.rows()]
-    assert [ids for _, ids in every] == [sets.ids(i) for i in range(3)]  # data_9 before data_10
+    assert sorted(ids for _, ids in every) == sorted(sets.ids(i) for i in range(3))
     assert all(found.at(position)["input_ids"] == ids for position, ids in [every[2], every[0], every[1], every[1]])
+
+
+def test_a_set_is_data_and_answers_of_one_run(world, tmp_path, capsys):
+    """The folder of a set as data.train and as --import: no other file is needed. Texts that are the same, or too long, do not shift the others."""
+    texts = Sets(tmp_path, AutoTokenizer.from_pretrained(world / "student"))
+    folder = texts.written([texts.row(i, "bits") for i in (0, 1, 1, 2)], "bits")
+    longest = max(len(texts.ids(i)) for i in range(3))
+    recipe = plain_recipe(world, tmp_path / "out")
+    recipe["data"] = {"train": {"path": str(folder), "format": "tokens"}, "train_on_input": True, "max_length": longest - 1}
+    recipe["teacher"] = {"cache": {"path": str(tmp_path / "made"), "kind": "topk", "k": K, "value_bits": 16}}
+    made = {}
+    for too_long in ("drop", "truncate"):
+        recipe["data"]["too_long"], recipe["teacher"]["cache"]["path"] = too_long, str(tmp_path / too_long)
+        (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+        assert main(["cache", "--config", str(tmp_path / "recipe.yaml"), "--import", str(folder)]) == 0
+        made[too_long] = capsys.readouterr().err
+    assert "4 examples" in made["truncate"] and "are about rows" not in made["truncate"]
+    fit = sum(len(texts.ids(i)) < longest for i in (0, 1, 1, 2))
+    assert f"{fit} examples; {4 - fit} lines are about rows that have no example" in made["drop"] and 0 < fit < 4

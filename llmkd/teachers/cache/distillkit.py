@@ -7,7 +7,6 @@ How the last two are packed is in compression_config.yaml next to the files, as 
 """
 
 import dataclasses
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -61,11 +60,11 @@ class Polynomials:
 
 
 class ParquetSet:
-    """The rows of a Parquet file, or of all in a folder, in the order of their numbers."""
+    """The rows of a Parquet file, or of all in a folder, in the order of their names."""
 
     def __init__(self, path: Path):
         self.path = path
-        self.files = sorted(path.glob("*.parquet"), key=_numbered) if path.is_dir() else [path]
+        self.files = sorted(path.glob("*.parquet")) if path.is_dir() else [path]
         if not self.files:
             raise UserError(
                 f"--import: {path}: is a folder that holds no .parquet file; name a file of log-probabilities, or a folder of such files"
@@ -145,11 +144,6 @@ class ParquetSet:
 
 def _damaged(file: Path, error: Exception) -> UserError:
     return UserError(f"{file}: cannot be read ({(str(error).splitlines() or [''])[0][:160]}); {fix_of(error, 'copy it again')}")
-
-
-def _numbered(path: Path) -> list[Any]:
-    """data_2 before data_10."""
-    return [int(part) if part.isdigit() else part for part in re.split(r"(\d+)", path.name)]
 
 
 def _matrix(lists: Any, name: str) -> np.ndarray:

@@ -8,7 +8,7 @@ number of the data's row (from 1). It has one of these forms:
     {"logprobs": {"content": [{"token": " so", "logprob": -0.1, "top_logprobs": [{"token": ..., "logprob": ...}, ...]}, ...]}}
     {"logprobs": [[{"token": "token_id:5", "logprob": -0.1}, ...], ...]}       axolotl: a list for each token at the end of the text, or in two columns:
     {"logprobs": [[-0.1, ...], ...], "target_token_ids": [[5, ...], ...]}      half of all targets at least must be in their own lists
-    input_ids, and one of DistillKit's three forms, in Parquet (`distillkit.py`)
+    input_ids, and one of DistillKit's three forms, in Parquet (`distillkit.py`): in any order, since the ids name the example
 
 (the third also inside "choices", as the API returns it; only for examples with one answer). Log-probabilities are natural logarithms of
 the model's own distribution at temperature 1. Tokens that are not listed form the tail, and so do tokens below exp(-100) and strings that
@@ -74,6 +74,7 @@ class AnswersReader:
         self.path, self.encoded, self.tokenizer, self.format = path, encoded, tokenizer, record_format
         self.counts = Counter(unknown_tokens=0, unknown_targets=0, unused=0, rounded=0)
         self.file = rows_in(path) if path else None
+        self.by_ids: dict[bytes, list[int]] = {}  # examples by their token ids, for lines that have these
         self.targets = self.own = 0  # of lists without ids: all targets, and those that are in their own lists
         self._texts: list[str] | None = None
         self.ids_of_strings: dict[str, int] = {}
@@ -104,6 +105,7 @@ class AnswersReader:
             lacking = next(i for i in range(len(self.encoded)) if i not in found)
             raise UserError(
                 f"{self.path}: has lines for {len(found)} of {len(self.encoded)} examples; the first one missing is that of row {int(self.encoded.row[lacking]) + 1}; add them"
+                + (f" ({self.counts['unused']} lines are about other texts or token ids)" if self.counts["unused"] else "")
             )
         return found
 
@@ -113,6 +115,8 @@ class AnswersReader:
     def _example(self, line: dict, before: int) -> int | None:
         """The index of a line's example: by its row, or by the number of lines before it. None for a row without an example."""
         row = line.get("row")
+        if row is None and "listed" in line:
+            return self._of_ids(line["input_ids"])
         if row is None:
             if before >= len(self.encoded):
                 raise ValueError(f"there are {len(self.encoded)} examples, and this is line {before + 1}; give every line its row")
@@ -122,6 +126,17 @@ class AnswersReader:
             raise ValueError(f"row: found {row!r}, which makes {len(of_row)} examples; leave row out, and give a line for each")
         return int(of_row[0]) if len(of_row) else None
 
+    def _of_ids(self, ids: list[int]) -> int | None:
+        """The index of the example with these token ids, or with the first of them where it was cut; of several the first that is left."""
+        if not self.by_ids:
+            for i in reversed(range(len(self.encoded))):
+                self.by_ids.setdefault(self.encoded.example(i)[0].tobytes(), []).append(i)
+        given = np.asarray(ids, np.int64).astype(self.encoded.ids.dtype)
+        for key in (given.tobytes(), given[: int(self.encoded.lengths.max(initial=0))].tobytes()):
+            if self.by_ids.get(key):
+                return self.by_ids[key].pop()
+        return None
+
     def _targets(self, line: dict, i: int, counts: Counter) -> list[tuple[Entry, int]]:
         """The entry and label of each target. ValueError where the line is not about this example."""
         ids, marks = self.encoded.example(i)
@@ -130,7 +145,7 @@ class AnswersReader:
         if entries is not None:
             self._same(line["labels"], labels)
         elif "listed" in line:
-            entries = self._distillkit(line, ids, marks, counts)
+            entries = self._distillkit(line, marks, counts)
         elif "prompt_logprobs" in line:
             entries = self._vllm(line, ids, marks)
         elif isinstance(line["logprobs"], list):
@@ -150,14 +165,11 @@ class AnswersReader:
         counts["unknown_targets"] += not entries[-1]
         return list(zip(entries, labels, strict=True))
 
-    def _distillkit(self, line: dict, ids: np.ndarray, marks: np.ndarray, counts: Counter) -> list[Entry]:
-        places, given, (ids_LK, log_p_LK) = np.flatnonzero(marks), line["input_ids"], line["listed"]
-        read = slice(0, int(places[-1]) + 1)
-        self._same(given[read], ids[read].tolist(), "token")
-        if len(ids_LK) not in (len(given), len(given) - 1):
-            raise ValueError(f"has {len(ids_LK)} lists of tokens for {len(given)} tokens, expected one for each that follows another")
-        entries = []
-        for t in places - 1:  # a place's list is about the token after it
+    def _distillkit(self, line: dict, marks: np.ndarray, counts: Counter) -> list[Entry]:
+        given, (ids_LK, log_p_LK), entries = len(line["input_ids"]), line["listed"], []
+        if len(ids_LK) not in (given, given - 1):
+            raise ValueError(f"has {len(ids_LK)} lists of tokens for {given} tokens, expected one for each that follows another")
+        for t in np.flatnonzero(marks) - 1:  # a place's list is about the token after it
             known = log_p_LK[t] != -math.inf
             entry = dict(zip(ids_LK[t, known].tolist(), log_p_LK[t, known].tolist(), strict=True))
             if len(entry) != known.sum():
