@@ -75,6 +75,16 @@ def test_a_number_beyond_its_range_is_refused_in_one_line(path):
             assert len(found) == 1, (value, found)
 
 
+@pytest.mark.parametrize("option", ["alpha", "beta"])
+def test_a_mixture_holds_none_of_a_distribution_or_so_much_that_float32_tells(option):
+    """With a share of 1e-9 the skewed divergences and the JSD of distributions far apart are infinite in float32."""
+    path = f"loss.divergence_options.{option}"
+    for value in (1e-30, 1e-9, 9e-4):
+        (line,) = problems(path, value)
+        assert line == f"r.yaml: {path}: found {value!r}, expected 0, 1, or a share from 0.001 to 0.999, which float32 tells from them"
+    assert problems(path, 0.0) == problems(path, 1e-3) == problems(path, 0.9) == []
+
+
 def test_numbers_of_the_users_rows_are_as_they_are():
     assert problems("data.train.where.score", 1e-300) == problems("data.train.where.score", 1e300) == []
 
