@@ -70,6 +70,7 @@ RUNS = {
         "on_policy": {"share": 0.7, "max_new_tokens": 5},
     },
     "more": {
+        "train.max_steps": 3,
         "student.lora.dora": True,
         "student.lora.dropout": 0.3,
         "student.lora.target_modules": ["q_proj", "down_proj", "lm_head"],
@@ -81,6 +82,7 @@ RUNS = {
         "loss.target_weights": {"by": "divergence", "power": 0.5, "terms": ["ce", "kd"]},
     },
     "unsharded": {
+        "train.max_steps": 3,
         "train.shard": "none",
         "teacher.shard": "full",
         "student.method": "full",
