@@ -90,7 +90,8 @@ def test_a_packed_row_holds_at_most_a_step_and_at_least_an_example(make_recipe, 
 
 @pytest.mark.parametrize(("by", "kept"), [("ce", 1), ("top1_agreement", 2)])
 def test_the_best_step_has_the_lowest_cross_entropy_or_the_highest_agreement(by, kept):
-    run = SimpleNamespace(recipe=SimpleNamespace(checkpoint=SimpleNamespace(best_by=by)), main=False, best=None, validated=None)
+    recipe = SimpleNamespace(checkpoint=SimpleNamespace(best_by=by), validation=SimpleNamespace(samples=0))
+    run = SimpleNamespace(recipe=recipe, main=False, best=None, validated=None)
     for step, value in ((1, 0.2), (2, 0.5), (3, 0.4)):
         StudentRun.record_validation(run, step, SimpleNamespace(metrics=lambda value=value: {by: value}))
     assert (run.best["step"], run.validated) == (kept, 3)
