@@ -66,7 +66,10 @@ class Keep:
         None, min_length=1, description="With refusals: phrases by which they are known, in the place of llmkd's own, which are English."
     )
     echo: float | None = Field(
-        None, gt=0, le=1, description="Leave out answers that are their question, or begin with it: least Jaccard index, such as 0.8."
+        None,
+        gt=0,
+        le=1,
+        description="Leave out answers that are their question, or begin with it: least Jaccard index, such as 0.9 (at 0.8 answers that take up the question's words are lost).",
     )
     repetition: float | None = Field(
         None,
