@@ -33,6 +33,7 @@ def fake_tensors(gpu: bool) -> Iterator[None]:
     changes += [(module, "relative_gap", lambda these, those: 0.0) for module in (startup_checks, attention_taps)]
     changes += [(records, "decode_ids", _ids)]
     if gpu:
+        changes += [(ratio, "applies", lambda *_: False)]
         changes += [(F, "scaled_dot_product_attention", _sdpa(F.scaled_dot_product_attention))]
         changes += [(attention, "by_segment", _by_segment(attention.by_segment))]
         changes += [(head, "_product", _product), (head, "_product_back", _product_back), (head, "_add_outer", _add_outer)]
