@@ -81,9 +81,8 @@ def local_files(settings: Student | Teacher, setting: str) -> ModelFiles | None:
 
 def is_offline() -> bool:
     """Whether the hub's library is told to fetch nothing."""
-    return any(
-        os.environ.get(name, "").strip().upper() in ("1", "ON", "YES", "TRUE") for name in ("HF_HUB_OFFLINE", "TRANSFORMERS_OFFLINE")
-    )
+    value = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or ""
+    return value.lower() in ("1", "on", "yes", "true")
 
 
 def refuse_types(student: Student, files: ModelFiles | None, averages: list[str]) -> None:

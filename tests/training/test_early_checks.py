@@ -11,7 +11,7 @@ from llmkd.cli import main
 from llmkd.errors import UserError
 from llmkd.model_folder.modules import refuse_missing_modules
 from llmkd.process import devices
-from llmkd.training import prepare
+from llmkd.training import early_checks, prepare
 from tests.conftest import plain_recipe, said
 
 FULL = {"student.method": "full", "student.lora": None}
@@ -169,3 +169,23 @@ def test_a_bad_line_of_imported_log_probabilities(world, tmp_path, capsys, monke
     assert main(arguments) == 2
     assert f"told.jsonl{line}" in (found := said(capsys)) and found.count("\n") == 1, found
     assert not (tmp_path / "c").exists()
+
+
+@pytest.mark.parametrize(
+    ("hub", "transformers", "offline"),
+    [
+        (None, None, False),
+        ("1", None, True),
+        ("on", None, True),
+        (None, "YES", True),
+        ("", "true", True),
+        ("0", "1", False),
+        ("auto", None, False),
+    ],
+)
+def test_offline_is_what_the_hubs_library_takes_for_it(hub, transformers, offline, monkeypatch):
+    for name, value in (("HF_HUB_OFFLINE", hub), ("TRANSFORMERS_OFFLINE", transformers)):
+        monkeypatch.delenv(name, raising=False)
+        if value is not None:
+            monkeypatch.setenv(name, value)
+    assert early_checks.is_offline() is offline
