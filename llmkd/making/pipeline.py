@@ -66,6 +66,7 @@ class Pipeline:
         self.rows: list[Row] = []
         self.counts: list[StageCount] = []
         self.rejected: list[tuple[str, Rejected]] = []
+        self.unanswered = 0  # asks that got no answer in this run
 
     def run(self) -> list[StageCount]:
         """All stages. UserError for what a user can correct; Stopped where a signal arrived: what was written is kept, and the same call goes on."""
@@ -91,7 +92,7 @@ class Pipeline:
             rows = outcome.rows
             self._count(counted, outcome, stage)
             if not rows and not self.dry_run:
-                raise UserError(f"stages.{one.number - 1} ({one.do}): no row is left; {self._reasons(counted)}")
+                raise self._too_few(f"stages.{one.number - 1} ({one.do}): no row is left: {self._reasons(counted)}")
         return self._with_answers(rows)
 
     def _with_answers(self, rows: list[Row]) -> list[Row]:
@@ -101,7 +102,7 @@ class Pipeline:
             outcome.take(row, row if has_answer(row) or self.dry_run else Rejected(row, "no_answer", "no stage has answered it"))
         self._count(counted, outcome, None)
         if not outcome.kept and not self.dry_run:
-            raise UserError("stages: no row has an answer to train on; add the stage answer, as in {do: answer}")
+            raise self._too_few("stages: no row has an answer to train on; add the stage answer, as in {do: answer}")
         return outcome.kept
 
     def _count(self, counted: StageCount, outcome: Outcome, stage: Stage | None) -> None:
@@ -113,15 +114,24 @@ class Pipeline:
         if self.dry_run or getattr(stage, "chooses", False):
             return
         if counted.candidates > _FEW and counted.rejected > self.make.max_rejected * counted.candidates:
-            (self.folder / SUMMARY).unlink(missing_ok=True)
-            self._write_rejected()
-            raise UserError(
-                f"{counted.stage}: {counted.rejected:,} of {counted.candidates:,} candidates are rejected: {self._reasons(counted)}; "
-                f"look at {self.folder / REJECTED}, or raise max_rejected ({self.make.max_rejected:g})"
+            raise self._too_few(
+                f"{counted.stage}: {counted.rejected:,} of {counted.candidates:,} candidates are rejected (max_rejected is "
+                f"{self.make.max_rejected:g}): {self._reasons(counted)}"
             )
 
+    def _too_few(self, problem: str) -> UserError:
+        """What stops the command, with the rejected rows on the disk."""
+        (self.folder / SUMMARY).unlink(missing_ok=True)
+        self._write_rejected()
+        return UserError(f"{problem}; {self.folder / REJECTED} has each with its reason")
+
     def _reasons(self, counted: StageCount) -> str:
-        return ", ".join(f"{reason} {number:,}" for reason, number in counted.reasons.items()) or "it had none to begin with"
+        """How many for which reason, each with its most frequent detail."""
+        out = []
+        for reason, number in counted.reasons.items():
+            details = Counter(one.detail for stage, one in self.rejected if stage == counted.stage and one.reason == reason and one.detail)
+            out.append(f"{reason} {number:,}" + (f" ({details.most_common(1)[0][0]})" if details else ""))
+        return ", ".join(out) or "it had none to begin with"
 
     # ---- asking
 
@@ -160,6 +170,7 @@ class Pipeline:
                 else:
                     found[ask.key] = said
             missing = [ask for ask in missing if ask.key not in known and ask.key not in found]
+        self.unanswered += sum(said.problem is not None for said in found.values())
         answers = [known.get(ask.key) or found[ask.key] for ask in asks]
         per_key = {ask.key: said for ask, said in zip(asks, answers, strict=True)}
         counted.prompt_tokens += sum(said.prompt_tokens for said in per_key.values())
@@ -197,11 +208,6 @@ class Pipeline:
             why = {"stage": stage, "reason": one.reason} | ({"detail": one.detail} if one.detail else {})
             lines.append(_line(why | ({} if one.answer is None else {"answer": one.answer}) | one.row.as_json()))
         write_atomic(self.folder / REJECTED, "".join(lines))
-
-    @property
-    def unanswered(self) -> int:
-        """Asks that got no answer in this run."""
-        return sum(one.reason == "no_answer" for stage, one in self.rejected if stage != "train")
 
 
 def refuse_foreign(folder: Path) -> None:

@@ -105,7 +105,10 @@ def unusable(answer: Answer, cut: bool = True) -> tuple[str, str] | None:
     if answer.problem is not None:
         return "no_answer", answer.problem
     if not answer.text.strip():
-        return "empty", ""
+        return (
+            "empty",
+            "cut off by max_new_tokens before its first word; a model that reasons first needs more" if answer.finish == CUT else "",
+        )
     if cut and answer.finish == CUT:
         return "cut_off", ""
     return None

@@ -26,6 +26,8 @@ from ..errors import UserError
 _AGAIN = (408, 425, 429, 500, 502, 503, 504)
 _CONNECT = 10.0  # seconds within which a connection is accepted
 _LONGEST_WAIT = 30.0  # seconds between two attempts, unless the server names more
+_SHORTEST_WAIT = 0.1  # even where it names less
+_LARGEST = 1 << 30  # bytes of an answer
 
 
 class ServerFailed(UserError):
@@ -125,7 +127,9 @@ class Server:
                     warn(f"note: {self.setting}: {self.address} answers again")
                 return answer
             except _Passing as error:
-                wait = min(_LONGEST_WAIT, 0.5 * 2**attempt) * random.uniform(0.5, 1) if error.wait is None else error.wait
+                wait = (
+                    min(_LONGEST_WAIT, 0.5 * 2**attempt) * random.uniform(0.5, 1) if error.wait is None else max(_SHORTEST_WAIT, error.wait)
+                )
                 if self._ended.is_set() or time.monotonic() + wait > until:
                     tried = f" (tried {attempt + 1} times)" if attempt else ""
                     resume = f"; {self._again}" if patience else ""
@@ -152,10 +156,13 @@ class Server:
                 redirect=False,
                 preload_content=False,
             )
-            parts = []
+            parts, size = [], 0
             try:
                 while part := response.read1(1 << 20):
                     parts.append(part)
+                    size += len(part)
+                    if size > _LARGEST:
+                        raise Refused(response.status, f"more than {_LARGEST >> 20:,} MiB")
                     if time.monotonic() > until:
                         raise TimeoutError
             except BaseException:
@@ -169,19 +176,33 @@ class Server:
     def _read(self, response, body: bytes, parse: Callable[[bytes], Any]) -> Any:
         status = response.status
         if status != 200:
-            text = self._without_key(_told(body))
+            text = self._told(body)
             if status in _AGAIN:
                 passing = _Passing(f"answers {status}{': ' + text if text else ''}")
                 passing.wait = _seconds(response.headers.get("Retry-After"))
                 passing.answered = True
                 raise passing
             if 300 <= status < 400:
-                text = f"sends the request elsewhere ({printable(response.headers.get('Location', ''))[:120]}); name that address"
+                to = printable(self._without_key(response.headers.get("Location", "")))[:120]
+                text = f"sends the request elsewhere ({to}); name that address"
             raise Refused(status, text)
         try:
             return parse(body)
         except (ValueError, RecursionError):
-            raise _Passing(f"gives an answer that is no whole JSON ({len(body):,} bytes)") from None
+            begins = f": {start[:60]!r}" if (start := self._told(body)) else ""
+            raise _Passing(f"gives an answer that is no whole JSON ({len(body):,} bytes{begins})") from None
+
+    def _told(self, body: bytes) -> str:
+        """The message in an error's body, in one line, without the key: it is taken out before anything is cut, so that no half of it stays."""
+        text = body[:65536].decode("utf-8", "replace")
+        try:
+            found = json.loads(text)
+            for name in ("error", "message", "detail"):
+                found = found.get(name, found) if isinstance(found, dict) else found
+            text = found if isinstance(found, str) else json.dumps(found)
+        except (ValueError, RecursionError):
+            pass
+        return printable(" ".join(self._without_key(text).split()))[:300]
 
     def _without_key(self, text: str) -> str:
         return text.replace(self._key, "(the key)") if self._key else text
@@ -221,24 +242,11 @@ def _in_words(error: Exception, timeout: float) -> str:
     return "closed the connection before its answer was whole"
 
 
-def _told(body: bytes) -> str:
-    """The message in an error's body, in one line."""
-    text = body[:65536].decode("utf-8", "replace")
-    try:
-        found = json.loads(text)
-        for name in ("error", "message", "detail"):
-            found = found.get(name, found) if isinstance(found, dict) else found
-        text = found if isinstance(found, str) else json.dumps(found)
-    except (ValueError, RecursionError):
-        pass
-    return printable(" ".join(text.split()))[:300]
-
-
 def _seconds(header: str | None) -> float | None:
     """Of Retry-After: a number of seconds, or a date."""
     if not header:
         return None
-    if header.strip().isdigit():
+    if header.strip().isdecimal():
         return float(header)
     try:
         then = email.utils.parsedate_to_datetime(header)

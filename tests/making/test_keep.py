@@ -122,7 +122,9 @@ def test_shares_hold_of_what_the_other_filters_leave(tmp_path):
     assert Counter(one.reason for one in outcome.rejected) == {"empty": 15, "too_many_of_its_kind": 19}
     with pytest.raises(UserError, match="found 0.2, and the 35 rows are of 3 kinds"):
         kept(rows, tmp_path, balance={"column": "kind", "max_share": 0.2})
-    with pytest.raises(UserError, match="has no sort; give every row one"):
+    with pytest.raises(
+        UserError, match="35 rows of 35 have no text or number as sort, the first made by seeds: .question 1 x.; give every seed one"
+    ):
         kept(rows, tmp_path, balance={"column": "sort", "max_share": 0.4})
 
 

@@ -9,7 +9,7 @@ from llmkd.config.make import load_make
 from llmkd.config.make_stages import STAGES as SETTINGS
 from llmkd.errors import UserError
 from llmkd.making import pipeline
-from llmkd.making.asks import Answer
+from llmkd.making.asks import Answer, failed
 from llmkd.making.pipeline import report
 from llmkd.making.registry import STAGES
 from llmkd.making.rows import Row, from_json
@@ -86,8 +86,6 @@ def test_the_same_question_is_paid_once_and_samples_are_asked_with_seeds_of_thei
 
 
 def test_an_ask_without_an_answer_is_rejected_with_its_reason_and_asked_again_by_the_next_run(tmp_path, capsys):
-    from llmkd.making.asks import failed
-
     path = write_make(tmp_path, ANSWER)
     says = {0: failed("too busy"), 1: "", 2: Answer("cut", "length", 5, 1)}
     done = run_make(path, Function(lambda ask: says[int(ask.messages[-1]["content"][9])]))
@@ -97,6 +95,12 @@ def test_an_ask_without_an_answer_is_rejected_with_its_reason_and_asked_again_by
     assert lines(tmp_path / "out" / "train.jsonl")[0]["made"]["finish"] == "length"
     again = Function(lambda ask: "now")
     assert run_make(path, again).unanswered == 0 and len(again.asked) == 1
+    (tmp_path / "same").mkdir()
+    same = run_make(
+        write_make(tmp_path / "same", ANSWER, [{"instruction": f"{i // 2}?"} for i in range(4)]),
+        Function(lambda ask: says[ask.messages[-1]["content"] == "1?"] or "text"),
+    )
+    assert same.counts[0].reasons == {"no_answer": 2} and same.unanswered == 1  # one ask for two rows
 
 
 def test_a_limit_is_never_exceeded_and_the_same_command_goes_on_with_a_higher_one(tmp_path):
@@ -116,15 +120,32 @@ def test_a_dry_run_asks_and_writes_nothing_and_says_the_most_that_it_costs(tmp_p
     assert not writer.asked and not (tmp_path / "out").exists()
     assert (dry.counts[0].asks, dry.counts[0].new, dry.counts[0].tokens) == (5, 5, 250)
     assert "5 asks are not answered yet" in report(dry.counts, True)
+    new = [{"do": "topics", "topics": ["a", "b"]}, {"do": "expand", "count": 20}, {"do": "expand", "count": 9}]
+    assert [one.rejected for one in run_make(write_make(tmp_path, new), dry_run=True).counts] == [
+        0,
+        4,
+        7,
+        0,
+    ]  # those that are more than wanted
+    path = write_make(tmp_path, ANSWER, 5)
     run_make(path, writer, writer__max_new_tokens=50)
     assert run_make(path, writer, dry_run=True, writer__max_new_tokens=50).counts[0].new == 0
 
 
 def test_a_stage_that_rejects_nearly_all_stops_with_its_reasons(tmp_path):
     path = write_make(tmp_path, ANSWER, 30)
-    with pytest.raises(UserError, match="1_answer: 30 of 30 candidates are rejected: empty 30; look at .*rejected.jsonl"):
+    with pytest.raises(UserError, match=r"1_answer: 30 of 30 candidates are rejected \(max_rejected is 0.95\): empty 30; .*rejected.jsonl"):
         run_make(path, Function(lambda ask: " "))
     assert len(lines(tmp_path / "out" / "rejected.jsonl")) == 30
+    (tmp_path / "few").mkdir()
+    with pytest.raises(
+        UserError, match=r"no row is left: no_answer 2 \(busy\), empty 1 \(cut off by max_new_tokens .*rejected.jsonl has each"
+    ) as caught:
+        run_make(
+            write_make(tmp_path / "few", ANSWER, 3),
+            Function(lambda ask: Answer("", "length") if "0" in ask.messages[-1]["content"] else failed("busy")),
+        )
+    assert "\n" not in str(caught.value) and len(lines(tmp_path / "few" / "out" / "rejected.jsonl")) == 3
 
 
 def test_a_run_that_ends_between_its_files_or_with_too_many_rejections_is_gone_on_with(tmp_path, monkeypatch):

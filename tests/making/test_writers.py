@@ -86,11 +86,15 @@ def test_a_server_that_is_busy_broken_or_cut_short_is_asked_again_and_each_answe
         (with_choice(message=None), "no text"),
         (with_choice(message={"content": None, "tool_calls": []}), "no text"),
         (with_choice(message={"content": ["text"]}), "no text"),
+        (with_choice(message={"content": "Let me look.", "tool_calls": [{"type": "function"}]}), "calls a tool"),
+        (with_choice(message={"content": "", "function_call": {"name": "f"}}), "calls a tool"),
+        (with_choice(finish_reason=KEY), "holds the key"),
         (with_choice(finish_reason=None), "does not say how it ended"),
         (with_choice(message={"content": "half \ud800"}), "half of a surrogate pair"),
         (with_choice(message={"content": f"my key is {KEY}"}), "holds the key"),
         ((400, {"body": {"error": {"message": "content filtered"}}}), "answers 400: content filtered"),
-        ((302, {"Location": "http://elsewhere"}), "sends the request elsewhere"),
+        ((400, {"body": "x" * 290 + KEY}), "xx(the key)"),
+        ((302, {"Location": f"http://elsewhere?{KEY}"}), "?(the key)); name that address"),
     ],
 )
 def test_an_answer_of_another_shape_is_no_answer_of_that_ask_alone(fake, monkeypatch, answer, problem):
@@ -98,11 +102,19 @@ def test_an_answer_of_another_shape_is_no_answer_of_that_ask_alone(fake, monkeyp
     fake.misbehave = lambda right, number: answer if "1?" in fake.asked[number]["messages"][0]["content"] else right
     one = writer(server=fake.url, model="m", requests=1, api_key_env="THE_KEY")
     found = written(one, asks(3, one))
-    assert problem in found[1].problem and found[1].text == "" and [a.problem for a in (found[0], found[2])] == [None, None]
+    assert (
+        problem in found[1].problem
+        and KEY[:5] not in found[1].problem
+        and found[1].text == ""
+        and [a.problem for a in (found[0], found[2])] == [None, None]
+    )
 
 
 def test_what_was_cut_off_is_marked_and_what_is_not_counted_is_estimated(fake):
-    replies = [with_choice(finish_reason="length"), with_choice() | {"usage": {"prompt_tokens": -1}, "model": "m-2026"}]
+    replies = [
+        with_choice(finish_reason="length"),
+        with_choice() | {"usage": {"prompt_tokens": -1, "completion_tokens": 10**30}, "model": "m-2026"},
+    ]
     fake.misbehave = lambda answer, number: replies[number]
     one = writer(server=fake.url, model="m", requests=1)
     cut, plain_one = written(one, asks(2, one))

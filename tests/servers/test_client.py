@@ -56,7 +56,7 @@ def test_what_is_said_while_a_server_is_gone_is_said_once_and_then_that_it_is_ba
     [
         (503, "teacher.server: URL answers 503: status 503; start it, or correct the address"),
         ((429, {"Retry-After": "7", "body": {"detail": "slow\ndown"}}), "URL answers 429: slow down"),
-        (b'{"choices": [', "gives an answer that is no whole JSON (13 bytes)"),
+        (b'{"choices": [', "gives an answer that is no whole JSON (13 bytes: '{\"choices\": [')"),
         (b"", "gives an answer that is no whole JSON (0 bytes)"),
         ((400, {"body": {"error": {"message": "no such thing"}}}), "answers 400: no such thing"),
         ((422, {"body": b"\x1b[31m<html>" + b"x" * 900}), "answers 422: \\x1b[31m<html>xxx"),
@@ -81,6 +81,11 @@ def test_the_first_question_to_a_server_that_never_answers_has_a_limit_of_its_ow
 def test_what_no_repeating_would_change_is_asked_once(fake):
     told(fake, 404, patience=5)
     assert len(fake.asked) == 1
+
+
+def test_an_answer_that_does_not_end_is_not_kept_in_memory(fake, monkeypatch):
+    monkeypatch.setattr(client, "_LARGEST", 3 << 20)
+    assert told(fake, (200, {"body": b" " * (5 << 20)}), patience=5) == "answers 200: more than 3 MiB" and len(fake.asked) == 1
 
 
 def test_a_server_that_hangs_and_one_that_drips(fake):
@@ -127,7 +132,7 @@ def test_the_servers_own_wait_is_kept_and_one_beyond_the_patience_ends_at_once(f
     started = time.monotonic()
     Server(fake.url, "teacher.server", patience=5).post("/x", {})
     assert 0.9 < time.monotonic() - started < 3
-    assert client._seconds("120") == 120 and client._seconds("nonsense") is None
+    assert client._seconds("120") == 120 and client._seconds("nonsense") is client._seconds("\xb2") is None
     assert client._seconds("Wed, 21 Oct 2015 07:28:00 GMT") == 0
 
 

@@ -28,7 +28,9 @@ class Expand:
         while len(made.outcome.kept) < own.count and asked < most:
             left = -(-(own.count - len(made.outcome.kept)) // own.per_ask)
             shown = [self._shown(rows, made.outcome.kept, work, asked + n) for n in range(min(left, _ROUND, most - asked))]
-            asks = [work.ask(self._messages(some, work), pretend=_pretend(own.per_ask, asked + n)) for n, some in enumerate(shown)]
+            asks = [
+                work.ask(self._messages(some, work), pretend=_pretend(work.label, own.per_ask, asked + n)) for n, some in enumerate(shown)
+            ]
             for some, answer in zip(shown, work.answer(asks), strict=True):
                 made.read(answer, [row.id for row in some], {}, asked, own.per_ask)
                 asked += 1
@@ -57,5 +59,5 @@ class Expand:
         return work.prompts.messages(tasks=tasks, count=str(self.settings.per_ask))
 
 
-def _pretend(count: int, number: int) -> str:
-    return "\n".join(f"{place}. A new question, number {number} {place}" for place in range(1, count + 1))
+def _pretend(label: str, count: int, number: int) -> str:
+    return "\n".join(f"{place}. A new question of {label}, number {number} {place}" for place in range(1, count + 1))

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from ...config.fields import with_setting_names
 from ...config.make_keep import CLUSTERS, Balance
 from ...config.make_keep import Keep as Settings
+from ...console import count
 from ...data.reading.problems import ErrorCollector
 from ...data.reading.sources import open_source, some_rows
 from ...errors import UserError
@@ -144,7 +145,7 @@ class _Kinds:
 
     def of(self, rows: list[Row], work: Work) -> list[str]:
         if self.settings.column:
-            return [_kind(row, self.settings.column) for row in rows]
+            return _kinds_of(rows, self.settings.column, f"{work.label}: balance.column")
         texts, clusters = [row.instruction for row in rows], self.settings.clusters or CLUSTERS
         if self.scorer is None:
             return _numbered(by_words(texts, clusters, work.draw("clusters")))
@@ -162,10 +163,12 @@ def _numbered(labels: Iterable[int]) -> list[str]:
     return [f"cluster {label}" for label in labels]
 
 
-def _kind(row: Row, column: str) -> str:
-    kind = row.columns.get(column)
-    if not isinstance(kind, str | int | bool):
+def _kinds_of(rows: Sequence[Row], column: str, setting: str) -> list[str]:
+    kinds = [row.columns.get(column) for row in rows]
+    if lacking := [row for row, kind in zip(rows, kinds, strict=True) if not isinstance(kind, str | int | bool)]:
+        first = lacking[0]
         raise UserError(
-            f"balance.column: the row {row.id} has {'no' if kind is None else 'no text as'} {column}; give every row one, or name another column"
+            f"{setting}: {count(len(lacking), 'row')} of {len(rows):,} have no text or number as {column}, the first made by {first.stage}: "
+            f"{first.instruction[:60]!r}; give every seed one, name another column, or leave column out"
         )
-    return str(kind)
+    return list(map(str, kinds))

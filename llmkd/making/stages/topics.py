@@ -27,7 +27,7 @@ class Topics:
         asks = [
             work.ask(
                 work.prompts.messages(topic=topic, persona=persona or _ANYBODY, count=str(own.per_topic)),
-                pretend=_pretend(own.per_topic, number),
+                pretend=_pretend(work.label, own.per_topic, number),
             )
             for number, (topic, persona) in enumerate(wanted)
         ]
@@ -40,7 +40,7 @@ class Topics:
         """The leaves with the narrower topics that the writer names; where it names none, that is counted, and the leaf stays."""
         count, out = self.settings.subtopics, []
         asks = [
-            work.ask(work.prompts.messages("subtopics", topic=leaf, count=str(count)), pretend=_pretend(count, number))
+            work.ask(work.prompts.messages("subtopics", topic=leaf, count=str(count)), pretend=_pretend(work.label, count, number))
             for number, leaf in enumerate(leaves)
         ]
         for leaf, answer in zip(leaves, work.answer(asks), strict=True):
@@ -65,5 +65,5 @@ def paths_of(tree: Any, above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]
         yield from ((*above, name) for name in tree)
 
 
-def _pretend(count: int, number: int) -> str:
-    return "\n".join(f"{place}. A new question, number {number} {place}" for place in range(1, count + 1))
+def _pretend(label: str, count: int, number: int) -> str:
+    return "\n".join(f"{place}. A new question of {label}, number {number} {place}" for place in range(1, count + 1))

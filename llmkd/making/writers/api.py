@@ -99,12 +99,15 @@ class ServedWriter:
         if not isinstance(choices, list) or len(choices) != 1 or not isinstance(choices[0], dict):
             return failed("the server's answer has not one choice")
         message, finish = choices[0].get("message"), choices[0].get("finish_reason")
-        text = message.get("content") if isinstance(message, dict) else None
+        message = message if isinstance(message, dict) else {}
+        text = message.get("content")
+        if message.get("tool_calls") or message.get("function_call"):
+            return failed("the server's answer calls a tool")
         if not isinstance(text, str):
             return failed("the server's answer has no text")
         if not isinstance(finish, str):
             return failed("the server's answer does not say how it ended (finish_reason)")
-        if problem := bad_text(text) or ("the server's answer holds the key" if self.server.holds_key(text) else None):
+        if problem := bad_text(text) or ("the server's answer holds the key" if self.server.holds_key(f"{text}\n{finish}") else None):
             return failed(problem)
         usage = found.get("usage") if isinstance(found.get("usage"), dict) else {}
         tokens, read = counted(ask, text, usage.get("completion_tokens"), usage.get("prompt_tokens"))

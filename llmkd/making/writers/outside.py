@@ -10,6 +10,7 @@ from ..asks import Ask, estimated_tokens
 
 #: Seconds in which what is being written may be finished, after a signal.
 GRACE = 10.0
+_MOST_TOKENS = 1 << 31  # that one answer may be said to have
 
 
 class Ending:
@@ -43,5 +44,5 @@ def counted(ask: Ask, text: str, tokens: Any, prompt_tokens: Any) -> tuple[int, 
     """Tokens written and read, as they were told; estimated, where that is no count."""
     own = (estimated_tokens(text), estimated_tokens(*(one["content"] for one in ask.messages)))
     told = (tokens, prompt_tokens)
-    written, read = (a if type(a) is int and a >= 0 else b for a, b in zip(told, own, strict=True))
+    written, read = (a if type(a) is int and 0 <= a < _MOST_TOKENS else b for a, b in zip(told, own, strict=True))
     return written, read

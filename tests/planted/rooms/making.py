@@ -47,7 +47,7 @@ FAULTS = [
     ),
     *in_file(
         "llmkd/making/writers/api.py",
-        ("key-in-an-answer", "an answer that holds the key is kept", "self.server.holds_key(text)", "False", WRITERS),
+        ("key-in-an-answer", "an answer that holds the key is kept", 'self.server.holds_key(f"{text}\\n{finish}")', "False", WRITERS),
         ("no-end-of-asking", "a stop is not followed", "and not end.asked", "and True", WRITERS),
         ("cut-is-not-said", "how an answer ended is not kept", "Answer(text, finish[:40], tokens", 'Answer(text, "stop", tokens', WRITERS),
     ),
