@@ -68,6 +68,46 @@ def test_a_module_imports_only_from_lower_layers(name):
             assert LAYER[unit(other)] < LAYER[unit(name)], f"{name} imports {other}"
 
 
+def top_names(path: Path) -> set[str]:
+    """What a module's own text names outside its functions and classes."""
+    found, open_ = set(), [*ast.parse(path.read_text(encoding="utf-8")).body]
+    while open_:
+        node = open_.pop()
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.add(node.name)
+            continue
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            found |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.Name):
+            found.add(node.id)
+        open_ += ast.iter_child_nodes(node)
+    return found
+
+
+def test_programs_outside_the_package_import_names_that_are_there():
+    """Many of these imports stand in functions of programs that no test runs whole."""
+    wrong, known = [], {}
+    for path in sorted(one for folder in ("recipes", "eval", "docs", "examples") for one in (PACKAGE.parent / folder).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.ImportFrom) or node.level or (node.module or "").split(".")[0] != "llmkd":
+                continue
+            module = next((one for one in (node.module, f"{node.module}.__init__") if one in MODULES), None)
+            if module and module not in known:
+                stub = MODULES[module].with_suffix(".pyi")
+                known[module] = top_names(MODULES[module]) | (top_names(stub) if stub.exists() else set())
+            inner = {
+                name
+                for alias in node.names
+                if (name := alias.name) and f"{node.module}.{name}" in {*MODULES, *(m.removesuffix(".__init__") for m in MODULES)}
+            }
+            wrong += [
+                f"{path}:{node.lineno}: {node.module}.{alias.name}"
+                for alias in node.names
+                if alias.name not in known.get(module, set()) | inner
+            ]
+    assert known and not wrong
+
+
 def test_only_the_command_line_loads_the_evaluation_and_only_when_asked():
     users = {name for name in MODULES for other in imports(name) if other.split(".")[0] in ("eval", "llmkd_eval")}
     assert users <= {"llmkd.cli"}

@@ -72,7 +72,7 @@ def measured(student, teacher, prepared, evaluator, right: list[str]) -> dict[st
     from llmkd.data.written import answered
     from llmkd.rollouts.sampling import Sampling
     from llmkd.rollouts.writer import text_key
-    from llmkd.training.build import local_writer
+    from llmkd.training.writing import local_writer
 
     data, prompts, every = prepared.validation, prepared.validation_prompts, list(range(len(right)))
     if len(data) != len(right) or not prompts.may.all():
