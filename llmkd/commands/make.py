@@ -6,8 +6,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-from ..config.make import Make, MakeSettings, load_make
-from ..config.paths import place_changes
+from ..config.make import MakeSettings, load_make
+from ..config.make_changes import place_make_changes
 from ..config.sweep import Stage
 from ..errors import UserError
 from ..making.pipeline import StageCount, report
@@ -42,7 +42,7 @@ def make_of_stage(stage: Stage, config: Path, output_dir: str, folder: str, over
     config      the pipeline's or sweep's file
     output_dir  its folder, which `{output_dir}` in `set:` stands for
     """
-    changes = place_changes(stage.set, str(config.parent), output_dir, Make) | overrides | {"output_dir": folder}
+    changes = place_make_changes(stage.set, stage.make, str(config.parent), output_dir) | overrides | {"output_dir": folder}
     return load_make(stage.make, changes, check_inputs=check_inputs, written_later=output_dir)
 
 

@@ -14,7 +14,7 @@ from ..errors import UserError
 from . import loader, paths
 from .data import FORMATS, Source
 from .fields import Count, OneOrMany, Seed, as_tuple, config_dataclass, path_to, with_setting_names
-from .make_stages import STAGES, stage_contradictions
+from .make_stages import STAGES, WITHOUT_WRITER, stage_contradictions
 from .overrides import override
 from .served import SERVER_DEFAULTS, address_problem, env_name_problem
 from .teacher import Attention, Dtype, Quantization, Teacher
@@ -100,7 +100,7 @@ class Make:
     """Data that a model writes: stages over rows, one after another. What remains is train.jsonl, of format chat."""
 
     output_dir: str = path_to("output", min_length=1, description="Folder of train.jsonl, rejected.jsonl, answers.jsonl and the data card.")
-    writer: Writer = Field()
+    writer: Writer | None = Field(None, description="Who writes; null: nobody, and no stage asks for text.")
     seed: Seed = Field(0, description="Seed of all that is drawn.")
     seeds: OneOrMany[Source] = Field(
         None, description="Rows to begin with, as of data.train: one source, or a list of sources. Their answers may be missing."
@@ -175,7 +175,7 @@ def _stage(index: int, found: Any, path, lines: dict, changed: set[tuple], probl
         )
         return None
     here = {key[2:]: number for key, number in lines.items() if key[:2] == ("stages", index) and len(key) > 2}
-    mine = {key[2:] for key in changed if key[:2] == ("stages", index)}
+    mine = {key[2:] for key in changed if key[:2] == ("stages", index)[: len(key)]}
     loader.place_paths(STAGES[do], given, path, locator(str(path), here, mine), mine, problems)
     try:
         return StageSettings(index + 1, do, check(STAGES[do], given, str(path), here, [], mine))
@@ -186,7 +186,13 @@ def _stage(index: int, found: Any, path, lines: dict, changed: set[tuple], probl
 
 def _contradictions(make: Make, stages: tuple[StageSettings, ...]) -> Iterator[tuple[tuple, str]]:
     """Settings that are each valid, but not together: (the keys of one of them, problem and fix)."""
-    yield from ((("writer", name), problem) for name, problem in _of_writer(make.writer))
+    if make.writer is not None:
+        yield from ((("writer", name), problem) for name, problem in _of_writer(make.writer))
+    elif asking := next((stage for stage in stages if stage.do not in WITHOUT_WRITER), None):
+        yield (
+            ("writer",),
+            f"not given, and the stage {asking.do} asks it; name the model that writes, or its server, a command, or a file of recorded answers",
+        )
     for setting, source in with_setting_names(make.seeds, "seeds"):
         if not FORMATS[source.format].is_text or source.format == "text":
             yield (
@@ -197,7 +203,7 @@ def _contradictions(make: Make, stages: tuple[StageSettings, ...]) -> Iterator[t
             yield (*setting.split("."), "weight"), f"found {source.weight:g}, and every seed is used once; leave it out"
     known = False
     for stage in stages:
-        for name, problem in stage_contradictions(stage.do, stage.settings, make.writer.temperature):
+        for name, problem in stage_contradictions(stage.do, stage.settings, make.writer and make.writer.temperature):
             yield ("stages", stage.number - 1, *name.split(".")), problem
         if not known and not as_tuple(make.seeds) and stage.do != "topics":
             yield ("seeds",), f"not given, and the stage {stage.do} begins with rows; name them, or begin with the stage topics"
@@ -243,7 +249,7 @@ def _of_writer(writer: Writer) -> Iterator[tuple[str, str]]:
 def _missing(make: Make, path, where, written_later: str) -> list[str]:
     problems = []
     data = {key: value for key, value in json.loads(json.dumps(dataclasses.asdict(make))).items() if key != "stages"}
-    if make.writer.kind != "local":
+    if make.writer and make.writer.kind != "local":
         data["writer"] = {"recorded": make.writer.recorded}
     for mapping, key, keys, what in paths.paths_in(Make, data):
         later = written_later and Path(mapping[key]).absolute().is_relative_to(Path(written_later).absolute())

@@ -126,11 +126,14 @@ STAGES: dict[str, type] = {
     "select": Select,
 }
 
+#: Those that ask for no text.
+WITHOUT_WRITER = ("keep", "score", "select")
+
 _CONTRADICTIONS = {"keep": keep_contradictions, "score": score_contradictions, "select": select_contradictions}
 
 
-def stage_contradictions(do: str, settings: Any, temperature: float) -> Iterator[tuple[str, str]]:
-    """Settings of a stage that are each valid, but not together: (setting, problem and fix)."""
+def stage_contradictions(do: str, settings: Any, temperature: float | None) -> Iterator[tuple[str, str]]:
+    """Settings of a stage that are each valid, but not together: (setting, problem and fix). `temperature`: the writer's, if there is one."""
     if do in _CONTRADICTIONS:
         yield from _CONTRADICTIONS[do](settings)
     if temperature == 0 and do in ("answer", "paraphrase") and settings.samples > 1:

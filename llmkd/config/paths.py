@@ -96,7 +96,7 @@ def relative_to(text: str, what: PathKind, folder: str | Path | None) -> str:
     return relative if relative.startswith("..") else os.path.join(".", relative)
 
 
-def place_changes(changes: dict[str, Any], folder: str, output_dir: str = "", kind: type = Recipe) -> dict[str, Any]:
+def place_changes(changes: dict[str, Any], folder: str, output_dir: str = "", kind: type | None = Recipe) -> dict[str, Any]:
     """The `set:` of a pipeline or a sweep, or an arm's changes, with its paths placed: `{output_dir}` is the folder that it writes.
 
     kind   of the settings that are changed

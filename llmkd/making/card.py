@@ -26,17 +26,19 @@ def data_card(
 ) -> str:
     """Markdown with the header that the hub reads. It is a function of the settings and the answers: a second run writes the same."""
     make = settings.make
-    header = {"pretty_name": f"Text by {writer.label}", "tags": ["synthetic", "llmkd"]}
+    own, title = make.writer, f"Text by {writer.label}" if make.writer else "Rows that were selected"
+    header = {"pretty_name": title, "tags": ["synthetic", "llmkd"] if own else ["llmkd"]}
     lines = ["---", *(f"{name}: {json.dumps(value, ensure_ascii=False)}" for name, value in header.items()), "---", ""]
-    lines += [f"# Text by {_plain(writer.label)}", ""]
+    lines += [f"# {_plain(title)}", ""]
     lines += [
-        f"{rows:,} rows that `llmkd make` (llmkd {__version__}) made, of format chat. `rejected.jsonl` has what was left out, and why.",
+        f"{rows:,} rows that `llmkd make` (llmkd {__version__}) {'made' if own else 'kept'}, of format chat. `rejected.jsonl` has what was left out, and why.",
         "",
     ]
-    own = make.writer
-    sampling = f"temperature {own.temperature:g}, top_p {own.top_p:g}, at most {own.max_new_tokens} tokens, seed {make.seed}"
-    lines += ["| | |", "|---|---|", f"| writer | {_plain(writer.label)} ({own.kind}) |", f"| sampling | {sampling} |"]
-    lines.append(f"| licence of what it writes | {_plain(own.license) if own.license else 'not given (`writer.license`)'} |")
+    lines += ["| | |", "|---|---|"]
+    if own:
+        sampling = f"temperature {own.temperature:g}, top_p {own.top_p:g}, at most {own.max_new_tokens} tokens, seed {make.seed}"
+        lines += [f"| writer | {_plain(writer.label)} ({own.kind}) |", f"| sampling | {sampling} |"]
+        lines.append(f"| licence of what it writes | {_plain(own.license) if own.license else 'not given (`writer.license`)'} |")
     if served := Counter(one.model for one in answers.known.values() if one.model):
         lines.append(
             f"| names that the server gave | {', '.join(f'{_plain(name)} ({number:,})' for name, number in served.most_common())} |"

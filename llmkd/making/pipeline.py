@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..config.make import MakeSettings, StageSettings, dump_make
+from ..config.make import Writer as WriterSettings
 from ..console import count, info, progress_bar, table, warn
 from ..errors import UserError
 from ..files import sha256_file, write_atomic, write_sealed
@@ -136,7 +137,7 @@ class Pipeline:
     # ---- asking
 
     def _work(self, one: StageSettings, prompts: Prompts, counted: StageCount) -> Work:
-        writer = self.make.writer
+        writer = self.make.writer or WriterSettings()
         sampling = Sampling(writer.temperature, writer.max_new_tokens, 0, writer.top_p, writer.top_k, writer.min_p)
 
         def answer(asks: Sequence[Ask]) -> list[Answer]:

@@ -5,11 +5,13 @@ import json
 import pytest
 
 from llmkd.cli import main
+from llmkd.commands.make import make_of_stage
 from llmkd.commands.pipeline import stage_makes, stage_recipes
 from llmkd.commands.plan_runs import runs_of
 from llmkd.commands.recipes import copy_recipe
 from llmkd.commands.sweep import run_sweep
 from llmkd.config import loader
+from llmkd.config.sweep import Stage
 from llmkd.errors import UserError
 from tests.conftest import plain_recipe
 from tests.kit.making import lines
@@ -71,6 +73,32 @@ def test_a_pipeline_checks_the_files_of_all_its_stages_first_and_gives_each_its_
     )
     with pytest.raises(UserError, match="stage data: .*did you mean writer.model"):
         stage_makes(bad, tmp_path / "pipe.yaml", {})
+
+
+def test_paths_of_stages_in_a_studys_changes_are_relative_to_the_study(tmp_path):
+    """As all others there; those of the file of make to that, and of the command line to the working folder."""
+    (tmp_path / "recipes").mkdir()
+    stages = [{"do": "evolve", "prompt": "own.txt"}, {"do": "keep", "refusals": True}]
+    (tmp_path / "recipes" / "make.yaml").write_text(
+        json.dumps({"output_dir": "o", "writer": {"model": "m"}, "seeds": {"path": "s.jsonl"}, "stages": stages})
+    )
+
+    def loaded(changes: dict, overrides: dict | None = None):
+        stage = Stage(make=str(tmp_path / "recipes" / "make.yaml"), set=changes)
+        return [one.settings for one in make_of_stage(stage, tmp_path / "study.yaml", "runs/s", "runs/s/d", overrides or {}, False).stages]
+
+    evolve = {"do": "evolve", "prompt": "p.txt"}
+    assert loaded({})[0].prompt == str(tmp_path / "recipes/own.txt")
+    assert loaded({"stages": [evolve]})[0].prompt == loaded({"stages.0.prompt": "p.txt"})[0].prompt == str(tmp_path / "p.txt")
+    assert loaded({"stages.0": evolve})[0].prompt == str(tmp_path / "p.txt")
+    rows = {"do": "keep", "contamination": {"path": "{output_dir}/stages/a/train.jsonl"}}
+    assert loaded({"stages": [rows]})[0].contamination.path == "runs/s/stages/a/train.jsonl"
+    assert loaded({"stages.1.contamination": {"path": "t.jsonl"}})[1].contamination.path == str(tmp_path / "t.jsonl")
+    assert loaded({}, {"stages": [evolve]})[0].prompt == loaded({}, {"stages.0.prompt": "p.txt"})[0].prompt == "p.txt"
+    with pytest.raises(UserError, match="names no stage"):
+        loaded({"stages": ["evolve"]})
+    with pytest.raises(UserError, match="NO_SUCH is not set"):
+        loaded({"stages": [{"do": "evolve", "prompt": "$NO_SUCH/p.txt"}]})
 
 
 def test_a_copied_recipe_begins_with_the_sweep_that_makes_its_data(tmp_path):

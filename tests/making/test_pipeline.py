@@ -7,12 +7,14 @@ import pytest
 
 from llmkd.config.make import load_make
 from llmkd.config.make_stages import STAGES as SETTINGS
+from llmkd.config.make_stages import WITHOUT_WRITER
 from llmkd.errors import UserError
 from llmkd.making import pipeline
 from llmkd.making.asks import Answer, failed
 from llmkd.making.pipeline import report
 from llmkd.making.registry import STAGES
 from llmkd.making.rows import Row, from_json
+from llmkd.making.writers.writer import writer_of
 from tests.kit.making import Function, lines, run_make, write_make
 
 ANSWER = [{"do": "answer"}]
@@ -208,6 +210,23 @@ def test_what_others_wrote_or_changed_is_left_alone(tmp_path):
         (out / "answers.jsonl").write_bytes(other)
         with pytest.raises(UserError, match=message):
             run_make(path)
+
+
+def test_stages_that_ask_for_nothing_need_no_writer(tmp_path):
+    """And one that asks is refused in one line; the card then names no writer."""
+    assert {name for name, stage in STAGES.items() if not stage.asks} == set(WITHOUT_WRITER)
+    rows = [{"instruction": f"Question {i}?", "output": f"Answer {i}." if i else "Text... "} for i in range(3)]
+    keep = [{"do": "keep", "min_words": 2}]
+    path = write_make(tmp_path, keep, rows, writer=None)
+    found = pipeline.make(load_make(path, check_inputs=True), lambda: writer_of(load_make(path).make.writer, None, None))
+    assert (found["rows"], found["answers"]) == (2, 0) and len(lines(tmp_path / "out" / "rejected.jsonl")) == 1
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "synthetic" not in card and "| writer |" not in card and "2 rows that `llmkd make`" in card and "licence" not in card
+    assert load_make(tmp_path / "out" / "make.yaml").make.writer is None
+    samples = {"do": "answer", "samples": 2}
+    with pytest.raises(UserError, match="writer: not given, and the stage answer asks it; name the model") as caught:
+        load_make(write_make(tmp_path, [*keep, samples, {"do": "evolve"}], rows, writer=None))
+    assert len(caught.value.problems) == 1
 
 
 def test_settings_that_are_wrong_are_named_with_their_line(tmp_path):

@@ -26,12 +26,30 @@ class Writer(Protocol):
         """End what it has started."""
 
 
-def writer_of(settings: Settings, device: Callable[[], Any], stop: Callable[[], bool]) -> Writer:
+class Nobody:
+    """The writer of a pipeline without one, whose stages ask nothing."""
+
+    identity: dict[str, Any] = {}
+    label = "nobody"
+
+    def check(self) -> None:
+        pass
+
+    def write(self, asks: Sequence[Ask], known: Collection[str]) -> Iterator[tuple[Ask, Answer]]:
+        raise AssertionError("a stage asks, and config/make_stages.py says that it does not")
+
+    def close(self) -> None:
+        pass
+
+
+def writer_of(settings: Settings | None, device: Callable[[], Any], stop: Callable[[], bool]) -> Writer:
     """The writer that settings name.
 
     device   gives the device of a model in this process, when it is loaded
     stop     whether the command is asked to stop
     """
+    if settings is None:
+        return Nobody()
     if settings.kind == "api":
         from .api import ServedWriter
 

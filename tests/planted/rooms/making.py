@@ -149,4 +149,24 @@ FAULTS = [
         "llmkd/making/stages/expand.py",
         ("new-ones-are-not-shown", "new questions are in no context", "min(len(made), self.settings.made_in_context)", "0", STAGES),
     ),
+    *in_file(
+        "llmkd/config/make_changes.py",
+        (
+            "stages-of-a-study-as-they-are",
+            "paths of stages in a study's changes are relative to the file of make",
+            "return placed(one, _kind(one)) if isinstance(one, dict) else one",
+            "return one",
+            "commands/test_make.py",
+        ),
+    ),
+    *in_file(
+        "llmkd/config/make.py",
+        (
+            "asking-without-a-writer",
+            "a stage that asks passes without a writer",
+            "elif asking := next((stage for stage in stages if stage.do not in WITHOUT_WRITER), None):",
+            "elif asking := None:",
+            PIPELINE,
+        ),
+    ),
 ]
