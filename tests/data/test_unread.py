@@ -133,6 +133,16 @@ def test_keys_of_messages_beside_those_that_fields_names_are_listed(read):
     assert rows.unread == {"conversations[].content": 1, "conversations[].role": 1}
 
 
+def test_what_a_message_holds_beside_text_is_refused(read, refused):
+    talk = [{"role": "user", "content": "q", "images": ["x.png"], "audio": None}, {"role": "assistant", "content": "a", "audio": {}}]
+    row = json.dumps({"messages": talk})
+    (line,) = refused(row, format="chat")
+    assert line.endswith(
+        "messages[0].images: it may hold something else than text, and llmkd reads text only; set ignore: [images] to train without it"
+    )
+    assert "images" not in str(read(row, format="chat", ignore=("images",)).rows)
+
+
 def test_a_stream_lists_them_too_and_new_ones_when_they_come(tmp_path, capsys):
     rows = [ANSWER | {"id": 1}] * 4 + [ANSWER | {"late": 1}] * 4
     source = Source(path=str(write(tmp_path / "t.jsonl", rows)))

@@ -309,6 +309,20 @@ def test_what_a_template_does_not_show_of_a_message_is_counted():
     assert "tools" not in notes(row, shows + template)[0]
 
 
+def test_what_a_template_does_not_show_of_a_call_is_counted():
+    row, plain = calling({"a": 3}), HEAD + CALLS["tojson"] + TAIL
+    call = row["messages"][1]["tool_calls"][0]
+    call |= {"id": "1", "index": 0, "thought_signature": "s", "extra": None}
+    call["function"]["strict"] = True
+    listed = "messages[].tool_calls[].function.strict (1), messages[].tool_calls[].thought_signature (1)"
+    assert notes(row, plain) == ["note: not shown by the chat template, with the rows that have it, of 1 row: " + listed]
+    shows = plain.replace("{{ c.function.name }}", "{{ c.function.name }} {{ c.thought_signature }}")
+    assert notes(row, shows)[0].endswith("of 1 row: messages[].tool_calls[].function.strict (1)")
+    assert "strict" not in "".join(notes(row, HEAD + CALLS["whole"] + TAIL))
+    call["function"]["strict"] = None
+    assert notes(row, shows) == []
+
+
 def test_a_content_that_is_cut_or_changed_is_counted():
     row = talk("s  be\tkind ", 'u say "a\n b"', "a one")
     assert (

@@ -16,6 +16,8 @@ from .template import REASONING, render
 
 #: Keys of a message that are read elsewhere, or tie a tool's answer to its call: they mean nothing to the model beyond that.
 _OTHERWISE = {"role", "content", *REASONING, "tool_calls", "tool_call_id", "id"}
+#: The same of a call. A call's name and arguments are looked for by themselves.
+_OF_CALL = {"name", "arguments", "function", "id", "call_id", "tool_call_id", "type", "index"}
 _WHO = {"system": "a system message", "developer": "a system message", "tool": "a tool's answer", "user": "a user's turn"}
 #: What was learned of a template: the roles whose content it shows as parts only, whether it shows tools, and see `_wants_null`.
 _PARTS: dict[str, frozenset[str]] = {}
@@ -95,6 +97,7 @@ def settle(
     forms, probe, text, lacking = found
     _PARTS[template] = forms.parts
     lacking += _unused_keys(messages, text, probe.render)
+    lacking += _unused_keys_of_calls(messages, text, probe.render)
     lacking += [(i, "content, whole and unchanged") for i in _changed(messages, text)]
     if tools and not _shows_tools(template, messages, tools, text, probe.render):
         lacking.append((-1, "tools"))
@@ -200,6 +203,36 @@ def _unused_keys(messages: list[dict], text: str, program: Callable[..., str]) -
 
     unused = (keys if not shown(*keys) else {key for key in keys if not shown(key)}) if keys else set()
     return [(i, key) for i, message in enumerate(messages) for key in message.keys() & unused]
+
+
+def _unused_keys_of_calls(messages: list[dict], text: str, program: Callable[..., str]) -> list[tuple[int, str]]:
+    """The same of other keys of calls, and of the `function` inside a call."""
+
+    def others(call: dict) -> set[str]:
+        inside = call["function"] if isinstance(call.get("function"), dict) else {}
+        paths = call | {f"function.{key}": value for key, value in inside.items()}
+        return {path for path, value in paths.items() if value is not None and path.removeprefix("function.") not in _OF_CALL}
+
+    def shown(path: str) -> bool:
+        return _differs(text, program, [_without(message, path) for message in messages])
+
+    of = {i: set().union(*map(others, message.get("tool_calls") or ())) for i, message in enumerate(messages)}
+    unused = {path for path in set().union(*of.values()) if not shown(path)}
+    return [(i, f"tool_calls[].{path}") for i, paths in of.items() for path in paths & unused]
+
+
+def _without(message: dict, path: str) -> dict:
+    """The message whose calls lack a key, such as `strict`, or `function.strict`."""
+    if not message.get("tool_calls"):
+        return message
+    inside, key = path.startswith("function."), path.removeprefix("function.")
+
+    def left(call: dict) -> dict:
+        if inside and isinstance(call.get("function"), dict):
+            return call | {"function": {name: value for name, value in call["function"].items() if name != key}}
+        return call if inside else {name: value for name, value in call.items() if name != key}
+
+    return message | {"tool_calls": [left(call) for call in message["tool_calls"]]}
 
 
 def _shows_tools(template: str, messages: list[dict], tools: list[dict], text: str, program: Callable[..., str]) -> bool:

@@ -7,6 +7,7 @@ from typing import Any
 from ...config.data import ROLES, Source
 from .calls import is_call, read_call_turn, with_calls
 from .column_hints import messages_hint
+from .meanings import NO_TEXT, meaning_of
 from .problems import ErrorCollector
 from .recognise import Check, role_hint, settings_for
 from .turn_marks import ignoring, mark_of
@@ -64,6 +65,11 @@ def read_messages(row: dict, name: str, source: Source, place: str, problems: Er
         taken = {k for k in ("role", "content", "train") if k in rest and k not in marks}  # the file's own, beside those named in `fields`
         left_out |= taken
         rest = {k: v for k, v in rest.items() if k not in taken | marks}
+        for key in rest:
+            if (meaning := meaning_of(key, rest[key], "chat")) and meaning.what == NO_TEXT:
+                problems.add(
+                    f"{where}.{key}: it may hold {NO_TEXT}; set {ignoring(source, key)} to train without it", alike=f"{key} in messages"
+                )
         if surrogate(rest) is not None:
             problems.add(f"{where} contains half of a surrogate pair, which is not a character; fix the file's encoding")
         check_text(content or "", f"{where}.{content_name}", problems)

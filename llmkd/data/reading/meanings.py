@@ -16,6 +16,7 @@ from .values import parsed, plain, words_of
 #: What to do with rows that are turns.
 ONE_ROW = "write the turns of each conversation as one row, {messages: [{role, content}, ...]} (format: chat)"
 PREFERENCE = "one half of a preference, and llmkd does not train on preferences"
+NO_TEXT = "something else than text, and llmkd reads text only"
 #: Columns that hold the better half.
 BETTER = set(
     "chosen chosenresponse responsechosen chosenoutput outputchosen chosenanswer chosenmessages preferredoutput preferredresponse".split()
@@ -216,7 +217,7 @@ MEANINGS = (
     Meaning(
         _names("media frames speech wav pixelvalues imagepath imagepaths imageurl imageurls videopath videourl audiopath audiourl"),
         tuple(FORMATS),
-        "something else than text, and llmkd reads text only",
+        NO_TEXT,
         words=_names("image images img imgs picture pictures photo photos video videos audio audios screenshot screenshots"),
         unless=_names("caption captions description descriptions alt text prompt"),
     ),

@@ -546,6 +546,13 @@ FAULTS = [
             SHOWN,
         ),
         ("unused-keys", "keys that the template does not show are not listed", "lacking += _unused_keys(", "_unused_keys(", SHOWN),
+        (
+            "unused-call-keys",
+            "keys of calls that it does not show are not listed",
+            "lacking += _unused_keys_of_calls(",
+            "_unused_keys_of_calls(",
+            SHOWN,
+        ),
         ("tools-by-name", "tools count as shown where a call has their name", "if template not in _SHOWS_TOOLS:", "if False:", SHOWN),
     ),
     *in_file(
