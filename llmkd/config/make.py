@@ -3,6 +3,7 @@
 import dataclasses
 import difflib
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,7 +15,8 @@ from ..errors import UserError
 from . import loader, paths
 from .data import FORMATS, Source
 from .fields import Count, OneOrMany, Seed, as_tuple, config_dataclass, path_to, with_setting_names
-from .make_stages import STAGES, WITHOUT_WRITER, stage_contradictions
+from .make_score import SCORES
+from .make_stages import STAGES, WITHOUT_WRITER, read_scores, stage_contradictions
 from .overrides import override
 from .served import SERVER_DEFAULTS, address_problem, env_name_problem
 from .teacher import Attention, Dtype, Quantization, Teacher
@@ -26,6 +28,10 @@ _LOADED = ("revision", "base", "quantization", "dtype", "attention", "batch_size
 _SERVED = ("api_key_env", "requests", "timeout", "patience", "body")
 #: Fields of a request that are settings of the writer, or that llmkd relies on.
 _OWN_FIELDS = ("model", "messages", "temperature", "top_p", "top_k", "min_p", "seed", "n", "stream", "logprobs", "tools")
+
+#: Names under which a secret may stand; and such an argument of a program, which ends so or has the secret behind an equals sign.
+_SECRET = re.compile(r"key|authorization|secret|password|(^|[-_])token$", re.IGNORECASE)
+_SECRET_ARGUMENT = re.compile(r"^-.*(api[-_]?key|secret|password|[-_](auth|access|api|hf)[-_]?token)(=|$)|^authorization:", re.IGNORECASE)
 
 
 @config_dataclass
@@ -201,13 +207,21 @@ def _contradictions(make: Make, stages: tuple[StageSettings, ...]) -> Iterator[t
             )
         if source.weight != 1:
             yield (*setting.split("."), "weight"), f"found {source.weight:g}, and every seed is used once; leave it out"
-    known = False
+    known, unscored, scored = False, "", set()
     for stage in stages:
         for name, problem in stage_contradictions(stage.do, stage.settings, make.writer and make.writer.temperature):
             yield ("stages", stage.number - 1, *name.split(".")), problem
         if not known and not as_tuple(make.seeds) and stage.do != "topics":
             yield ("seeds",), f"not given, and the stage {stage.do} begins with rows; name them, or begin with the stage topics"
         known = True
+        if stage.do == "score":
+            scored |= {column for score in stage.settings.scores for column in SCORES[score]}
+        elif stage.do not in WITHOUT_WRITER:
+            unscored, scored = stage.do, set()
+        for name, column in read_scores(stage.do, stage.settings) if unscored else ():
+            if column not in scored:
+                fix = "add a stage score between"
+                yield ("stages", stage.number - 1, name), f"reads {column}, which the rows that {unscored} makes do not have; {fix}"
 
 
 def _of_writer(writer: Writer) -> Iterator[tuple[str, str]]:
@@ -239,11 +253,25 @@ def _of_writer(writer: Writer) -> Iterator[tuple[str, str]]:
                 f"has {name}; "
                 + (f"set writer.{own}" if hasattr(writer, own) else "llmkd sends it itself, or reads no such answer; leave it out"),
             )
-        elif "key" in name.lower() or "authorization" in name.lower():
-            yield "body", "has what may be a key (not shown), which would be written into files; name its variable in writer.api_key_env"
+    if _holds_secret(writer.body):
+        yield "body", "has what may be a key (not shown), which would be written into files; name its variable in writer.api_key_env"
+    if any(_SECRET_ARGUMENT.search(argument) for argument in writer.command or ()):
+        yield (
+            "command",
+            "has what may be a key (not shown), which would be written into files; let the program read it from the environment",
+        )
     for name in ("top_p", "top_k", "min_p"):
         if writer.temperature == 0 and getattr(writer, name) != getattr(defaults, name):
             yield name, "set with temperature 0, which always takes the most likely token; leave it out, or raise the temperature"
+
+
+def _holds_secret(found: Any, name: str = "") -> bool:
+    """Whether a text in it has a name as keys have."""
+    if isinstance(found, dict):
+        return any(_holds_secret(value, str(name)) for name, value in found.items())
+    if isinstance(found, list | tuple):
+        return any(_holds_secret(one, name) for one in found)
+    return isinstance(found, str) and bool(_SECRET.search(name))
 
 
 def _missing(make: Make, path, where, written_later: str) -> list[str]:

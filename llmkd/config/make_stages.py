@@ -7,7 +7,7 @@ from pydantic import Field
 
 from .fields import Count, config_dataclass, path_to
 from .make_keep import Keep, keep_contradictions
-from .make_score import Score, Select, score_contradictions, select_contradictions
+from .make_score import SCORES, Score, Select, score_contradictions, select_contradictions
 
 OPERATIONS = ("add_constraint", "deepen", "concretise", "reasoning", "broaden")
 
@@ -128,6 +128,17 @@ STAGES: dict[str, type] = {
 
 #: Those that ask for no text.
 WITHOUT_WRITER = ("keep", "score", "select")
+
+
+def read_scores(do: str, settings: Any) -> Iterator[tuple[str, str]]:
+    """(setting, column) of each score that a stage reads."""
+    if do == "keep" and settings.teacher_ce is not None:
+        yield "teacher_ce", "teacher_ce"
+    if do == "select" and settings.rule == "reflection":
+        yield from (("rule", "ifd"), ("rule", "rifd"))
+    elif do == "select" and any(settings.by in columns for columns in SCORES.values()):
+        yield "by", settings.by
+
 
 _CONTRADICTIONS = {"keep": keep_contradictions, "score": score_contradictions, "select": select_contradictions}
 

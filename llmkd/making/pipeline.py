@@ -4,10 +4,11 @@ Nothing is stateful but the file of answers: stages are computed anew from them 
 nothing, and a changed prompt asks for what depends on it alone.
 """
 
+import contextlib
 import dataclasses
 import json
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,8 @@ class Pipeline:
         for one, stage, prompts in zip(self.stages, self.made, self.prompts, strict=True):
             counted = StageCount(one.label, len(rows))
             work = self._work(one, prompts, counted)
-            outcome = Outcome(list(rows)) if self.dry_run and not stage.asks else stage.run(rows, work)
+            with contextlib.nullcontext() if stage.asks else _named(one):  # what a writer refuses is no matter of its stage
+                outcome = Outcome(list(rows)) if self.dry_run and not stage.asks else stage.run(rows, work)
             rows = outcome.rows
             self._count(counted, outcome, stage)
             if not rows and not self.dry_run:
@@ -242,8 +244,15 @@ def _prompts_of(one: StageSettings) -> Prompts:
 
 def _stage_of(one: StageSettings) -> Stage:
     """A stage, which checks what it needs (files, models, packages) before anything is asked. UserError names it."""
-    try:
+    with _named(one):
         return STAGES[one.do](one.settings)
+
+
+@contextlib.contextmanager
+def _named(one: StageSettings) -> Iterator[None]:
+    """Problems of a stage, with its name before them."""
+    try:
+        yield
     except UserError as error:
         raise UserError(*(f"stages.{one.number - 1} ({one.do}): {problem}" for problem in error.problems)) from None
 

@@ -28,6 +28,7 @@ _CONNECT = 10.0  # seconds within which a connection is accepted
 _LONGEST_WAIT = 30.0  # seconds between two attempts, unless the server names more
 _SHORTEST_WAIT = 0.1  # even where it names less
 _LARGEST = 1 << 30  # bytes of an answer
+_SHORTEST_SECRET = 8  # characters: a shorter key (EMPTY, x) hides nothing, and stands in many a text
 
 
 class ServerFailed(UserError):
@@ -76,6 +77,7 @@ class Server:
         self.address, self.setting, self.timeout, self.patience = base_address(address), setting, timeout, patience
         self._again = again
         self._key = _key(key_env, f"{setting.removesuffix('.server')}.api_key_env") if key_env else None
+        self._secret = self._key if self._key and len(self._key) >= _SHORTEST_SECRET else None
         self._pool = _pool(self.address, connections)
         self._ended, self._gone = threading.Event(), threading.Event()
 
@@ -101,7 +103,7 @@ class Server:
 
     def holds_key(self, text: str) -> bool:
         """Whether the key stands in a text, which then must not be written anywhere."""
-        return bool(self._key) and self._key in text
+        return self._secret is not None and self._secret in text
 
     def end(self) -> None:
         """Let requests that wait for the server fail."""
@@ -205,7 +207,7 @@ class Server:
         return printable(" ".join(self._without_key(text).split()))[:300]
 
     def _without_key(self, text: str) -> str:
-        return text.replace(self._key, "(the key)") if self._key else text
+        return text.replace(self._secret, "(the key)") if self._secret else text
 
 
 def _pool(address: str, connections: int) -> urllib3.PoolManager:

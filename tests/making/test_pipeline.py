@@ -257,6 +257,21 @@ def test_settings_that_are_wrong_are_named_with_their_line(tmp_path):
     assert "writer.body: has max_tokens; set writer.max_new_tokens" in problems(writer=served | {"body": {"max_tokens": 1}})
     hidden = problems(writer=served | {"body": {"api_key": "sk-123"}})
     assert "writer.body: has what may be a key (not shown)" in hidden and "sk-123" not in hidden
+    hidden = problems(writer=served | {"body": {"metadata": [{"token": "sk-123"}]}}) + problems(
+        writer={"command": ["a", "--api-key=sk-123"]}
+    )
+    assert "writer.body: has what" in hidden and "writer.command: has what may be a key (not shown)" in hidden and "sk-123" not in hidden
+    harmless = {"max_tokens": None, "max_completion_tokens": 9, "response_format": {"properties": {"key": {"type": "string"}}}}
+    load_make(write_make(tmp_path, ANSWER, writer=served | {"body": harmless}))
+    load_make(write_make(tmp_path, ANSWER, writer={"command": ["a", "--api-key-env", "KEY", "--max-tokens=9"]}))
+    by = {"do": "select", "by": "ifd", "top": 0.5}
+    score = {"do": "score", "student": {"model": "m"}}
+    for stages in ([*ANSWER, by], [score, *ANSWER, by], [*ANSWER, score | {"scores": ["ce"]}, by]):
+        assert "by: reads ifd, which the rows that answer makes do not have; add a stage score between" in problems(stages=stages)
+    assert "rule: reads rifd, which" in problems(stages=[{"do": "reflect_response"}, score, {"do": "select", "rule": "reflection"}])
+    assert "teacher_ce: reads teacher_ce, which" in problems(stages=[*ANSWER, {"do": "keep", "teacher_ce": 0.9}])
+    for stages in ([*ANSWER, score, by], [by, *ANSWER], [*ANSWER, by | {"by": "stars"}]):
+        load_make(write_make(tmp_path, stages))
     assert "writer.top_p: set with temperature 0" in problems(writer={"model": "m", "top_p": 0.5})
     assert "writer.requests: set, but it belongs to writer.server" in problems(writer={"model": "m", "requests": 2})
     assert "writer.dtype: set, but it belongs to a model that llmkd loads" in problems(

@@ -110,6 +110,17 @@ def test_an_answer_of_another_shape_is_no_answer_of_that_ask_alone(fake, monkeyp
     )
 
 
+def test_a_key_that_is_no_secret_may_stand_in_a_text_and_one_that_is_may_not_stand_in_settings(fake, monkeypatch):
+    monkeypatch.setenv("THE_KEY", "EMPTY")
+    fake.misbehave = lambda answer, number: with_choice(message={"content": "The list is EMPTY."})
+    one = writer(server=fake.url, model="m", api_key_env="THE_KEY")
+    assert written(one, asks(1, one))[0].text == "The list is EMPTY."
+    monkeypatch.setenv("THE_KEY", KEY)
+    with pytest.raises(UserError, match="writer: a setting holds the key that is in THE_KEY") as caught:
+        writer(server=fake.url, model="m", api_key_env="THE_KEY", body={"user": f"me:{KEY}"})
+    assert KEY not in str(caught.value)
+
+
 def test_what_was_cut_off_is_marked_and_what_is_not_counted_is_estimated(fake):
     replies = [
         with_choice(finish_reason="length"),

@@ -113,7 +113,7 @@ class Keep:
         stay = balanced(kinds, [row.id for row in rows], most, work.draw("balance"))
         if not any(stay):
             raise UserError(
-                f"{work.label}: balance.max_share: found {most:g}, and the {len(rows)} rows are of {len(set(kinds))} kinds, so that each cannot be so small a share; raise it"
+                f"balance.max_share: found {most:g}, and the {len(rows)} rows are of {len(set(kinds))} kinds, so that each cannot be so small a share; raise it"
             )
         return [None if one else ("too_many_of_its_kind", kind) for kind, one in zip(kinds, stay, strict=True)]
 
@@ -145,7 +145,7 @@ class _Kinds:
 
     def of(self, rows: list[Row], work: Work) -> list[str]:
         if self.settings.column:
-            return _kinds_of(rows, self.settings.column, f"{work.label}: balance.column")
+            return _kinds_of(rows, self.settings.column, "balance.column")
         texts, clusters = [row.instruction for row in rows], self.settings.clusters or CLUSTERS
         if self.scorer is None:
             return _numbered(by_words(texts, clusters, work.draw("clusters")))

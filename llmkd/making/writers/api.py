@@ -1,5 +1,7 @@
 """A writer on a server with OpenAI's chat completions: vLLM, llama.cpp's server, Ollama, vendors. Written from their documents. No torch."""
 
+import dataclasses
+import json
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any
@@ -29,6 +31,10 @@ class ServedWriter:
         self.requests, self._workers = requests, Workers(requests)
         self.identity: dict[str, Any] = {"api": settings.model} | ({"body": settings.body} if settings.body else {})
         self.label = settings.model
+        if self.server.holds_key(json.dumps(dataclasses.asdict(settings))):
+            raise UserError(
+                f"writer: a setting holds the key that is in {settings.api_key_env}, and would be written into files; take it out"
+            )
         self._answered = self._refused = 0
 
     def check(self) -> None:

@@ -6,6 +6,16 @@ PIPELINE, WRITERS, STAGES = "making/test_pipeline.py", "making/test_writers.py",
 
 FAULTS = [
     *in_file(
+        "llmkd/config/make.py",
+        ("scores-of-parents", "scores are looked for only when all is paid", "if column not in scored:", "if False:", PIPELINE),
+        ("nested-secret", "a key inside of a field is written into files", "any(_holds_secret(value, str(name))", "any(False", PIPELINE),
+    ),
+    *in_file(
+        "llmkd/servers/client.py",
+        ("endless-answer", "an answer without an end fills the memory", "if size > _LARGEST:", "if False:", "servers/test_client.py"),
+        ("half-a-key", "half of a key stays where a message is cut", "self._without_key(text).split())", "text.split())", WRITERS),
+    ),
+    *in_file(
         "llmkd/making/asks.py",
         (
             "key-without-sampling",

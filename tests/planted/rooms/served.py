@@ -17,7 +17,7 @@ FAULTS = [
         "llmkd/servers/client.py",
         ("never-again", "a server that is busy is not asked again", "if status in _AGAIN:", "if False:", CLIENT),
         ("again-for-ever", "a refusal is repeated", "raise Refused(status, text)", "raise _Passing(text)", CLIENT),
-        ("key-in-messages", "a server's message shows the key", 'text.replace(self._key, "(the key)")', "text", CLIENT),
+        ("key-in-messages", "a server's message shows the key", 'text.replace(self._secret, "(the key)")', "text", CLIENT),
         (
             "drips",
             "an answer may come for ever",
