@@ -10,6 +10,9 @@ from .console import first_process, printable
 from .process import rank_messages
 from .process.machine_errors import MachineError, machine_error
 
+#: How the texts of errors say it.
+_RESUME = "continue with --resume"
+
 
 class UserError(Exception):
     """A mistake the user can fix. Each problem is one line: the setting or file:line, what was found, what to do."""
@@ -150,11 +153,18 @@ def exit_code(action, *, debug: bool = False, again: str = "start it again") -> 
         traceback.print_exception(caught)
     text, code = _in_words(caught, again)
     if (saved := getattr(caught, "saved", None)) is not None:
-        text += f"\n--resume goes on after step {saved}" if saved else "\nno checkpoint was written yet; --resume begins at step 1"
+        text = _with_last_checkpoint(text, saved)
     alike = isinstance(caught, NonFinite | Stopped | KeyboardInterrupt) and not getattr(caught, "any_rank", False)
     for line in text.splitlines() if (first_process() if alike else rank_messages.is_first_to_say(text, caught)) else ():
         print(f"llmkd: {printable(line)}", file=sys.stderr)
     return code
+
+
+def _with_last_checkpoint(text: str, step: int) -> str:
+    """The text of an error in the middle of a run, with the step of its last checkpoint, 0 where there is none: where --resume goes on."""
+    if _RESUME in text:
+        return text.replace(_RESUME, f"{_RESUME} ({f'after step {step}' if step else 'from step 1: no checkpoint was written yet'})", 1)
+    return text + (f"\n--resume goes on after step {step}" if step else "\nno checkpoint was written yet; --resume begins at step 1")
 
 
 def of_the_machine(error: BaseException) -> MachineError | None:

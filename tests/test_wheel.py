@@ -46,8 +46,9 @@ def test_init_copies_a_recipe_with_what_it_refers_to(name, tmp_path, monkeypatch
     for path in written:
         if path.suffix == ".yaml":
             file = yaml.safe_load(path.read_text())
-            for part in (file, *(file.get("stages") or {}).values()):
-                assert "recipe" not in part or (path.parent / part["recipe"]).is_file()
+            stages = file.get("stages") or {}  # of a file of `llmkd make` a list, without recipes
+            for part in (file, *(stages.values() if isinstance(stages, dict) else ())):
+                assert all((path.parent / part[kind]).is_file() for kind in ("recipe", "make") if kind in part)
 
 
 def test_init_overwrites_nothing(tmp_path, capsys):

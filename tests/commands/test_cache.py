@@ -177,9 +177,16 @@ def test_a_process_that_finds_damage_in_its_share_says_so(damaged, make_recipe, 
     head = folder / "head.safetensors"  # the last of the files
     head.write_bytes(head.read_bytes()[:-1])
     config = Path(make_recipe(teacher={"cache": {"path": str(folder)}}).output_dir).parent / "recipe.yaml"
-    monkeypatch.setenv("RANK", "1")
-    monkeypatch.setenv("LOCAL_RANK", "1")
-    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    launched = {
+        "WORLD_SIZE": "2",
+        "RANK": "1",
+        "LOCAL_RANK": "1",
+        "LOCAL_WORLD_SIZE": "2",
+        "MASTER_ADDR": "localhost",
+        "MASTER_PORT": "29999",
+    }
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
     assert main(["train", "--config", str(config), "--teacher", json.dumps({"cache": {"path": str(folder)}})]) == 2
     assert "head.safetensors is damaged" in capsys.readouterr().err
 

@@ -47,6 +47,7 @@ def test_a_file_that_may_not_grow_is_said_in_one_line_and_nothing_half_written_s
         assert main(words[command]) == 1
     lines = [line for line in said(capsys).splitlines() if line.startswith("llmkd: ")]
     assert len(lines) == 1 and "bug" not in lines[0] and ("disk" in lines[0] or "too large" in lines[0].lower()), lines
+    assert command != "train" or lines[0].endswith("then continue with --resume (from step 1: no checkpoint was written yet)")
     assert ".tmp-" not in names(tmp_path)
     if command == "export":
         assert names(tmp_path) == before

@@ -64,6 +64,7 @@ def test_a_folder_that_is_moved_under_its_run_ends_it_with_one_line_and_is_not_m
     code, lines = command("--checkpoint.every", "1")
     assert code == 1 and len(lines) == 1
     assert lines[0].startswith("llmkd: a file or folder is gone (") and f"{out}/.lock" in lines[0]
+    assert lines[0].endswith("put it back, then continue with --resume (after step 1)")
     left = sorted(str(path.relative_to(out)) for path in out.rglob("*")) if out.exists() else []
     assert left == ([".lock", "checkpoints", "metrics.jsonl"] if done == "replaced" else [])
     if done == "renamed":

@@ -72,7 +72,7 @@ def test_a_best_step_that_is_the_last_is_not_mentioned(make_recipe, world, capsy
 
 @pytest.mark.parametrize("by", VALUES)
 def test_a_value_that_is_no_number_is_not_the_best(by):
-    recipe = SimpleNamespace(checkpoint=SimpleNamespace(best_by=by))
+    recipe = SimpleNamespace(checkpoint=SimpleNamespace(best_by=by), validation=SimpleNamespace(samples=0))
     student = SimpleNamespace(recipe=recipe, best=None, validated=None, main=False)
     for step, value in enumerate((math.nan, 0.5, math.nan, 0.5), 1):
         StudentRun.record_validation(student, step, SimpleNamespace(metrics=lambda value=value: {by: value}))

@@ -71,8 +71,9 @@ def test_each_target_is_trained_exactly_once_an_epoch(make_recipe, monkeypatch):
 @pytest.mark.parametrize(
     ("error", "step", "line"),
     [
-        (RuntimeError("a bug"), 1, "no checkpoint was written yet; --resume begins at step 1"),
-        (MemoryError("2 GB"), 3, "--resume goes on after step 2"),
+        (RuntimeError("a bug"), 1, "llmkd: no checkpoint was written yet; --resume begins at step 1"),
+        (RuntimeError("a bug"), 3, "llmkd: --resume goes on after step 2"),
+        (MemoryError("2 GB"), 3, "free some memory, then continue with --resume (after step 2)"),
     ],
 )
 def test_an_error_in_the_middle_says_what_is_saved(command, monkeypatch, tmp_path, error, step, line):
@@ -88,7 +89,7 @@ def test_an_error_in_the_middle_says_what_is_saved(command, monkeypatch, tmp_pat
     monkeypatch.setattr(loop, "optimizer_step", step_of)
     short = ["--train.max_steps", "4", "--checkpoint.every", "2", "--validation.teacher_check", "0"]
     code, lines = command(*short)
-    assert code == 1 and len(lines) == 2 and lines[1] == f"llmkd: {line}", lines
+    assert code == 1 and lines[-1].endswith(line) and len(lines) == 2 - isinstance(error, MemoryError), lines
     assert [one.name for one in sorted((tmp_path / "out/checkpoints").glob("*"))] == (["step-2"] if step == 3 else [])
 
 
@@ -289,6 +290,8 @@ def test_a_launch_that_starts_fewer_processes_is_refused(command, monkeypatch):
 
 def test_a_launch_with_port_0_is_refused_instead_of_waiting(command, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("MASTER_ADDR", "localhost")
     monkeypatch.setenv("MASTER_PORT", "0")
     code, lines = command()
     assert code == 2 and "--standalone" in lines[0]
