@@ -16,7 +16,7 @@ from torch.nn import functional as F
 from .. import batch, head
 from ..batch import PackedLayout
 from ..losses import fused, ratio
-from ..models import attention, attention_taps, startup_checks
+from ..models import activation_offload, attention, attention_taps, startup_checks
 from ..teachers.cache import records
 from ..training import loop
 from .live_memory import attention_flops, multiplied
@@ -33,7 +33,7 @@ def fake_tensors(gpu: bool) -> Iterator[None]:
     changes += [(module, "relative_gap", lambda these, those: 0.0) for module in (startup_checks, attention_taps)]
     changes += [(records, "decode_ids", _ids)]
     if gpu:
-        changes += [(ratio, "applies", lambda *_: False)]
+        changes += [(ratio, "applies", lambda *_: False), (activation_offload, "Kept", InHostMemory)]
         changes += [(F, "scaled_dot_product_attention", _sdpa(F.scaled_dot_product_attention))]
         changes += [(attention, "by_segment", _by_segment(attention.by_segment))]
         changes += [(head, "_product", _product), (head, "_product_back", _product_back), (head, "_add_outer", _add_outer)]
@@ -108,6 +108,25 @@ def _by_segment(own):
         return own(query, key, value, packed, dropout, scale, groups, window)
 
     return attend
+
+
+class InHostMemory(activation_offload.Kept):
+    """An offloaded input on a GPU: not in its memory until the backward pass takes it, when the one before it is on its way too."""
+
+    def __init__(self, x: Tensor, before: "InHostMemory | None", stream):
+        super().__init__(torch.empty_like(x, device="meta"), before, None)
+        self.device = x.device
+
+    def fetch(self) -> None:
+        if self.back is None:
+            self.back = torch.empty_like(self.host, device=self.device)
+
+    def take(self) -> Tensor:
+        self.fetch()
+        back, self.back = self.back, None
+        if self.before is not None and (before := self.before()) is not None:
+            before.fetch()
+        return back
 
 
 def _ids(bytes_NB: Tensor, count: int, vocab: int) -> Tensor:

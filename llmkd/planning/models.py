@@ -107,7 +107,7 @@ def build_students(
         for parameter in non_text_parameters(model):
             parameter.requires_grad_(False)
     if depth.recomputed:
-        activation_checkpointing.enable(model, True)
+        activation_checkpointing.enable(model, True, first.gradient_checkpointing == "offload")
         for number, layer in enumerate(layers_of(model) or []):
             layer.gradient_checkpointing = number < depth.recomputed
     names: list[str | None] = [None]

@@ -8,8 +8,10 @@ from ..config.on_policy import writes
 from ..config.recipe import LayerChoice, Recipe, distils
 from ..config.sharding import sharded_student
 from ..model_folder.files import loaded_dtype
+from ..models.quantization import DTYPES
 from .find import Found
 from .measure import measure
+from .model_configs import transformers_config
 from .models import depth_of, full_depth
 from .step import LOSS, PARTS, TEACHER, WRITING
 from .work import Work, work_of
@@ -95,6 +97,10 @@ def plan(recipes: Sequence[Recipe], found: Found, memory: float | None, gpu: boo
     dtype = "bfloat16" if student.mixed_precision == "bf16" else loaded_dtype(found.student.config, student.dtype)
     of_teacher = next((loaded_dtype(config.config, one.dtype) for _, one, config in found.teachers if config), dtype)
     notes = list(_notes(recipe, found, gpu, ranks))
+    if gpu and student.gradient_checkpointing == "offload":
+        notes.append(
+            f"student.gradient_checkpointing: {in_host_memory(recipe, found, work.batch_tokens) / 1e9:.2g} GB wait in the host's memory, by formula"
+        )
     writing = writing_of(recipe.on_policy, recipe.train, found.data.examples, ranks)
     if writing:
         parameters = sum(
@@ -103,6 +109,14 @@ def plan(recipes: Sequence[Recipe], found: Found, memory: float | None, gpu: boo
         writing = dataclasses.replace(writing, weights=parameters, layers=depth_of(found.student.config, "student.model"))
         writing = dataclasses.replace(writing, peak=max(sum(one.phases[WRITING].values()) for one in measured))
     return Plan(parts, at, measured[0].flops, layers, {"student": dtype, "teacher": of_teacher}, work, notes, ranks, writing)
+
+
+def in_host_memory(recipe: Recipe, found: Found, tokens: int) -> int:
+    """Bytes of the inputs of recomputed layers, [tokens, width] each, in the type of the weights, which that of the embeddings is."""
+    config = found.student.config
+    width = transformers_config(config, "student.model").get_text_config().hidden_size
+    layers = full_depth(config, recipe.student.recomputed, "student.model").recomputed
+    return layers * tokens * width * DTYPES[loaded_dtype(config, recipe.student.dtype)].itemsize
 
 
 def _notes(recipe: Recipe, found: Found, gpu: bool, ranks: int) -> Iterator[str]:

@@ -22,10 +22,10 @@ from llmkd.planning.fakes import fake_tensors
 from llmkd.planning.find import find
 from llmkd.planning.known_models import KNOWN
 from llmkd.planning.live_memory import LiveMemory
-from llmkd.planning.measure import Measured, extended, state_bytes
+from llmkd.planning.measure import Measured, extended, measure, state_bytes
 from llmkd.planning.model_configs import find_config
 from llmkd.planning.models import Depth, empty_model
-from llmkd.planning.plan import Plan, plan
+from llmkd.planning.plan import Plan, in_host_memory, plan
 from llmkd.planning.quantized import bytes_of
 from llmkd.planning.step import LOSS, TEACHER, WRITING, _have_state
 from llmkd.planning.work import assumed_examples, known_data, work_of
@@ -145,6 +145,24 @@ def test_a_deep_model_is_planned_from_few_layers_as_it_is_in_full(configs_only, 
     whole = plan([recipe], found, None, gpu=True)
     assert short.peak == pytest.approx(whole.peak, rel=0.005) and short.at == whole.at
     assert short.flops == pytest.approx(whole.flops, rel=1e-9)
+
+
+def test_offloaded_inputs_of_layers_are_in_the_hosts_memory(configs_only):
+    """Before the backward pass a GPU has less by one input, [tokens, width], for each recomputed layer. Of a frozen base the first stays: it is a leaf."""
+    path = configs_only.parent / "student" / "config.json"
+    config = json.loads(path.read_text()) | {"num_hidden_layers": 5}
+    path.write_text(json.dumps(config))
+    for method, inputs in ({"student.method": "full", "student.lora": None}, 4), ({}, 3):
+        kept = {}
+        for how in (True, "offload"):
+            changes = {"student.gradient_checkpointing": how, "teacher": None, "loss.kd_ratio": 0, "data.max_length": 32}
+            recipe = loader.load_recipe(configs_only, changes | method)
+            found = find([recipe], configs_only.parent)
+            batch, gradients = work_of(found.data, recipe, 1).cases[0]
+            kept[how] = measure([recipe], found, batch, gradients, None, True).phases[LOSS]["activations"]
+        one = batch.student.inputs["input_ids"].numel() * config["hidden_size"] * 8
+        assert kept[True] - kept["offload"] == inputs * -(-one // 512) * 512
+    assert in_host_memory(recipe, found, 7) == 4 * 7 * config["hidden_size"] * 8
 
 
 def test_what_a_quantised_matrix_and_an_optimizers_state_take():

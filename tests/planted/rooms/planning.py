@@ -130,4 +130,14 @@ FAULTS = [
             f"{PLAN}::test_memory_of_writing_is_that_of_a_model_that_writes",
         ),
     ),
+    *in_file(
+        "llmkd/planning/fakes.py",
+        (
+            "offloaded-inputs-stay",
+            "the inputs of layers that wait in the host's memory are planned on the GPU",
+            'super().__init__(torch.empty_like(x, device="meta"), before, None)',
+            "super().__init__(x, before, None)",
+            f"{PLAN}::test_offloaded_inputs_of_layers_are_in_the_hosts_memory",
+        ),
+    ),
 ]
