@@ -9,7 +9,6 @@ from torch import Tensor
 
 from ..data.encoding.tokenizer import load_tokenizer, vocab_size
 from ..models.language_model import LanguageModel
-from ..teachers.resolve import TeacherSource
 from ..training.teacher_check import ADVICE
 from ..training.validate import Evaluator
 from .check import BUG, Check, Result, failed, not_asked, passed, short, warned
@@ -25,7 +24,7 @@ def vocabularies(setup: Setup) -> Result:
     for source in prepared.teachers:
         if not source.files:
             continue
-        theirs = load_tokenizer(str(_tokenizer_folder(source)), f"{source.setting}.model")
+        theirs = load_tokenizer(str(source.files.with_tokenizer), f"{source.setting}.model")
         other = [token for token, i in ours.get_vocab().items() if theirs.get_vocab().get(token, i) != i]
         if other:
             problems.append(f"{source.setting}: {len(other)} tokens, such as {other[0]!r}, have another id than the student's")
@@ -45,11 +44,6 @@ def vocabularies(setup: Setup) -> Result:
         return failed("; ".join(problems), "use a teacher and a student of one tokenizer family, each with its own model's tokenizer")
     alike = "; the teacher's tokenizer is the same" if compared == 1 else f"; {compared} teachers' are the same" if compared else ""
     return passed(f"{vocab_size(ours):,} entries, of which all models know {prepared.vocab:,}{alike}")
-
-
-def _tokenizer_folder(source: TeacherSource):
-    files = source.files
-    return files.adapter if files.adapter and (files.adapter / "tokenizer.json").exists() else files.base
 
 
 def own_logits(setup: Setup) -> Result:

@@ -36,6 +36,11 @@ class ModelFiles:
         """See `saved_dtype`."""
         return saved_dtype(self.config)
 
+    @property
+    def with_tokenizer(self) -> Path:
+        """The folder that has the tokenizer: the adapter's where it has one of its own, else the base's."""
+        return self.adapter if self.adapter and (self.adapter / "tokenizer.json").exists() else self.base
+
 
 def saved_dtype(config: dict) -> str | None:
     """The type of a model's weights on disk by its config.json, for every version of transformers; None if it is not recorded."""

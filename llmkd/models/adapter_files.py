@@ -15,6 +15,7 @@ from ..files import temporary_folder
 from ..model_folder.files import ModelFiles
 from ..model_folder.weights import ADAPTER, read_json
 from .adapter_names import layer_of, regular_module, regular_names
+from .families import base_of
 
 
 @contextlib.contextmanager
@@ -52,7 +53,7 @@ def as_peft_names_it(model: nn.Module, folder: Path, weights: dict[str, Tensor],
 
 def _own_modules(model: nn.Module) -> list[str]:
     """The names of the base's modules, without those that adapters on it have added."""
-    modules = list((model.get_base_model() if hasattr(model, "get_base_model") else model).named_modules())
+    modules = list(base_of(model).named_modules())
     put_on = tuple(f"{name}." for name, module in modules if hasattr(module, "base_layer") or hasattr(module, "original_module"))
     return [name for name, _ in modules if not (put_on and name.startswith(put_on))]
 
@@ -116,7 +117,7 @@ def other_width(error: Exception, files: ModelFiles, setting: str) -> UserError 
 def more_tokens(model: nn.Module, weights: dict[str, Tensor], files: ModelFiles, setting: str) -> UserError | None:
     """The error for an adapter that was trained after tokens were added to its base; None for any other."""
     try:
-        rows = (model.get_base_model() if hasattr(model, "get_base_model") else model).get_input_embeddings().weight.shape[0]
+        rows = base_of(model).get_input_embeddings().weight.shape[0]
     except Exception:  # PEFT has left it half made
         return None
     for name, value in weights.items():

@@ -18,6 +18,11 @@ _DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
 _SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap", "logit_softcap")
 
 
+def base_of(model: nn.Module) -> nn.Module:
+    """The transformers model, with an adapter's layers in it but without PEFT's wrapper."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def decoder_of(model: nn.Module) -> nn.Module:
     """The body: from token ids to last hidden states."""
     decoder = model.get_decoder()
@@ -26,7 +31,7 @@ def decoder_of(model: nn.Module) -> nn.Module:
     return getattr(model, "model", model) if decoder is model else decoder
 
 
-#: Under this name `training/parallel.py` puts a method on a model that it shards: its decoder, called through the hooks of the whole model.
+#: Under this name `sharding.shard` puts a method on a model that it cuts: its decoder, called through the hooks of the whole model.
 BODY = "llmkd_body"
 
 

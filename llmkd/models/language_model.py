@@ -11,7 +11,7 @@ from ..batch import View
 from ..head import Head
 from ..signals import NO_TAPS, AttentionInputs, Taps
 from .dropout import masks_of
-from .families import body_of, decoder_of, head_of
+from .families import base_of, body_of, decoder_of, head_of
 from .last_layer import LastLayer, at_rows
 from .masks import rows_are_told
 from .sharding import reshard
@@ -97,7 +97,7 @@ class LanguageModel(nn.Module):
     @property
     def base_model(self) -> nn.Module:
         """The transformers model, with the adapter's layers in it but without PEFT's wrapper."""
-        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+        return base_of(self.model)
 
     @property
     def device(self) -> torch.device:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..console import info
 from ..errors import UserError
-from .families import BODY, decoder_of, layers_of
+from .families import BODY, base_of, decoder_of, layers_of
 from .parts import is_part, local
 
 #: Of each sharded transformers model that trains: the same modules, with PEFT's wrapper, on torch's meta device, to be filled and saved.
@@ -68,10 +68,6 @@ def _without_values(model: nn.Module, types_of: Mapping[int, torch.dtype]) -> It
     for module in model.modules():
         if state := getattr(module, "quant_state", None):
             yield id(state), state
-
-
-def base_of(model: nn.Module) -> nn.Module:
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def outline_of(model: nn.Module) -> nn.Module:

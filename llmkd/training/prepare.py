@@ -369,7 +369,6 @@ def _tokenizer(student: Student, files: ModelFiles | None):
 
 def check_same_tokenizer(tokenizer, teacher: TeacherSource, sources: list[tuple[str, Source, Rows | None]]) -> None:
     files, setting = teacher.files, f"{teacher.setting}.model"
-    with_tokenizer = files.adapter if files.adapter and (files.adapter / "tokenizer.json").exists() else files.base
-    theirs = load_tokenizer(str(with_tokenizer), setting)
+    theirs = load_tokenizer(str(files.with_tokenizer), setting)
     refuse_other_tokens(tokenizer, theirs, setting, "the student's tokenizer", f"{teacher.settings.model}'s")
-    refuse_other_ends(tokenizer, theirs, setting, with_tokenizer, sources)
+    refuse_other_ends(tokenizer, theirs, setting, files.with_tokenizer, sources)
