@@ -19,7 +19,7 @@ from .make_score import SCORES
 from .make_stages import STAGES, WITHOUT_WRITER, read_scores, stage_contradictions
 from .overrides import override
 from .served import SERVER_DEFAULTS, address_problem, env_name_problem
-from .teacher import Attention, Dtype, Quantization, Teacher
+from .teacher import Attention, Dtype, Quantization, Teacher, loaded_by
 from .validation import check, locator
 from .yaml_loader import Dumper
 
@@ -86,14 +86,7 @@ class Writer:
     @property
     def loaded(self) -> Teacher:
         """How a model that llmkd loads is loaded."""
-        return Teacher(
-            model=self.model,
-            revision=self.revision,
-            base=self.base,
-            quantization=self.quantization,
-            dtype=self.dtype,
-            attention=self.attention,
-        )
+        return loaded_by(self)
 
     def of_server(self, name: str) -> Any:
         """A setting of a server or a program, or its default."""

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from .fields import Count, config_dataclass, path_to
-from .teacher import Attention, Dtype, Quantization, Teacher
+from .teacher import Attention, Dtype, Quantization, Teacher, loaded_by
 
 #: A score, and the columns of a row that have it.
 SCORES = {"ce": ("ce",), "ifd": ("ce", "ce_alone", "ifd"), "rifd": ("rifd",), "teacher_ce": ("teacher_ce",), "kl": ("kl",)}
@@ -29,14 +29,7 @@ class ScoringModel:
     @property
     def loaded(self) -> Teacher:
         """How it is loaded."""
-        return Teacher(
-            model=self.model,
-            revision=self.revision,
-            base=self.base,
-            quantization=self.quantization,
-            dtype=self.dtype,
-            attention=self.attention,
-        )
+        return loaded_by(self)
 
 
 @config_dataclass

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
@@ -182,6 +182,12 @@ class Mixture:
     weights: Literal["fixed", "confidence"] = fixed(
         "fixed", description="fixed: teacher.weight; confidence: teacher.weight times the teacher's probability of the target."
     )
+
+
+def loaded_by(settings: Any) -> Teacher:
+    """How a model is loaded, by settings that have some of a teacher's names."""
+    names = ("model", "revision", "base", "quantization", "dtype", "attention")
+    return Teacher(**{name: getattr(settings, name) for name in names})
 
 
 def teacher_contradictions(setting: Teacher | tuple[Teacher, ...] | None, data: Data) -> Iterator[tuple[tuple[str, ...], str]]:

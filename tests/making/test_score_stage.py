@@ -114,8 +114,8 @@ def test_nothing_is_computed_twice_and_a_kill_changes_nothing(scored, world, mon
 
 
 def test_another_model_has_another_fingerprint(scored, world):
-    one, other = (scores_model.Scorer(ScoringModel(model=str(world / name)), "student") for name in ("student", "stranger"))
-    in_another_type = scores_model.Scorer(ScoringModel(model=str(world / "student"), dtype="float32"), "student")
+    one, other = (scores_model.Scorer(ScoringModel(model=str(world / name)).loaded, "student") for name in ("student", "stranger"))
+    in_another_type = scores_model.Scorer(ScoringModel(model=str(world / "student"), dtype="float32").loaded, "student")
     assert len({stage.fingerprint(model) for model in (one, other, in_another_type)}) == 3
     assert f"student:{stage.fingerprint(one)}" == scored[0].kept[0].columns[stage.BY]["ifd"]
 
@@ -128,7 +128,10 @@ def test_what_cannot_be_scored_is_refused_before_a_model_is_loaded(world, tmp_pa
 
 
 def test_mean_hidden_states_are_those_of_a_loop(world):
-    scorer, texts = scores_model.Scorer(ScoringModel(model=str(world / "student")), "model"), ["Say 1", "Why the owl?", "Yes. It is so."]
+    scorer, texts = (
+        scores_model.Scorer(ScoringModel(model=str(world / "student")).loaded, "model"),
+        ["Say 1", "Why the owl?", "Yes. It is so."],
+    )
     found = mean_states(scorer, texts, 2)
     model, begin = AutoModelForCausalLM.from_pretrained(world / "student", dtype="float64"), scorer.tokenizer.eos_token_id
     for text, state in zip(texts, found, strict=True):

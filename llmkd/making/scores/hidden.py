@@ -12,7 +12,8 @@ from ...data.examples import Examples
 from ...errors import UserError
 from ...model_folder.files import positions
 from ...training.launch import start
-from .model import Scorer, forget, vocabulary
+from ..model import forget
+from .model import Scorer, vocabulary
 from .views import start_token
 
 _MOST = 512  # tokens of a text that are read

@@ -141,7 +141,7 @@ class _Kinds:
         if settings.model is not None:
             from ..scores.model import Scorer
 
-            self.scorer = Scorer(settings.model, "balance.model")
+            self.scorer = Scorer(settings.model.loaded, "balance.model")
 
     def of(self, rows: list[Row], work: Work) -> list[str]:
         if self.settings.column:

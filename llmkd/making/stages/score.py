@@ -26,9 +26,9 @@ class Score:
 
     def __init__(self, settings: Settings):
         self.settings = settings
-        self.models = {"student": Scorer(settings.student, "student")}
+        self.models = {"student": Scorer(settings.student.loaded, "student")}
         if settings.teacher is not None:
-            self.models["teacher"] = Scorer(settings.teacher, "teacher")
+            self.models["teacher"] = Scorer(settings.teacher.loaded, "teacher")
             self.models["student"].refuse_other(self.models["teacher"])
         for one in self.models.values():
             one.check(settings.format, settings.max_length)

@@ -1,6 +1,5 @@
 """A writer that is a model in this process: any that llmkd loads, adapters included. torch is loaded with the first ask that needs it."""
 
-import gc
 from collections.abc import Callable, Collection, Iterator, Sequence
 from itertools import groupby
 from typing import Any
@@ -8,16 +7,15 @@ from typing import Any
 from ...config.make import Writer as Settings
 from ...config.recipe import Data, Source
 from ...data.encoding import template_process
-from ...data.encoding.token_rows import vocabulary_hash
-from ...data.encoding.tokenizer import load_tokenizer, shared_vocab
+from ...data.encoding.tokenizer import shared_vocab
 from ...data.prompt_files import prompt_of
 from ...data.prompts import Prompt, decoded
 from ...errors import Stopped, UserError
-from ...model_folder.files import find, loaded_dtype, positions, rows_of
+from ...model_folder.files import positions, rows_of
 from ...model_folder.generation import generation_settings, stops_at
-from ...model_folder.identity import verify, weights_of
 from ...rollouts.batches import by_length
 from ..asks import CUT, STOP, Answer, Ask, failed
+from ..model import ModelToLoad, forget
 from ..rows import Message
 
 _BATCH = 32
@@ -34,24 +32,14 @@ class ModelWriter:
     def __init__(self, settings: Settings, device: Callable[[], Any], stop: Callable[[], bool]):
         self.settings, self.device, self.stop = settings, device, stop
         self.label = settings.model
-        loaded = settings.loaded
-        self.files = find(loaded.model, "writer.model", loaded.revision, loaded.base)
-        verify(self.files.base, self.files.adapter, "writer.model")
-        own = self.files.adapter and (self.files.adapter / "tokenizer.json").exists()
-        self.tokenizer = load_tokenizer(str(self.files.adapter if own else self.files.base), "writer.model")
+        self.model = ModelToLoad(settings.loaded, "writer")
+        self.files, self.tokenizer = self.model.files, self.model.tokenizer
         if not self.tokenizer.chat_template:
             raise UserError(f"writer.model: {settings.model} has no chat template, by which it would be asked; name a model that has one")
         self.vocab = shared_vocab(self.tokenizer, {"writer.model": rows_of(self.files.config)})
         stops = stops_at(generation_settings(self.files.config, (self.files.adapter, self.files.base), "writer.model"))
         self.ends = {self.tokenizer.eos_token_id, *stops, *self._rendered(_PROBE).ends}
-        self.identity: dict[str, Any] = {
-            "weights": weights_of(self.files.base, self.files.adapter, "writer.model"),
-            "dtype": loaded_dtype(self.files.config, loaded.dtype),
-            "quantization": loaded.quantization and loaded.quantization.type,
-            "tokenizer": vocabulary_hash(self.tokenizer),
-            "template": self.tokenizer.chat_template,
-            "end tokens": sorted(self.ends),
-        }
+        self.identity: dict[str, Any] = self.model.fingerprint | {"end tokens": sorted(self.ends)}
         self._writer = None
 
     def check(self) -> None:
@@ -104,21 +92,15 @@ class ModelWriter:
 
     def _loaded(self):
         if self._writer is None:
-            from ...models.load import LoadContext, load_teacher
             from ...rollouts.writer import LocalWriter
 
-            model = load_teacher(self.settings.loaded, LoadContext(self.vocab, self.device()), "writer", self.files)
-            self._writer = LocalWriter(model, self.ends, self.settings.batch_size or _BATCH)
+            self._writer = LocalWriter(self.model.load(self.device(), self.vocab), self.ends, self.settings.batch_size or _BATCH)
         return self._writer
 
     def close(self) -> None:
         if self._writer is not None:
-            import torch
-
             self._writer = None
-            gc.collect()
-            if torch.cuda.is_available():
-                torch.cuda.empty_cache()
+            forget()
 
 
 def _of_key(ask: Ask) -> tuple:
