@@ -59,10 +59,10 @@ def key_of(messages: tuple[Message, ...], sampling: Sampling, identity: Mapping[
 
 def asked_of(messages: tuple[Message, ...], sampling: Sampling) -> str:
     """The same of whatever writer: by this a recorded answer is found."""
-    return _hash({"messages": list(messages), "sampling": dataclasses.asdict(plain(sampling))})
+    return _hash({"messages": list(messages), "sampling": dataclasses.asdict(canonical(sampling))})
 
 
-def plain(sampling: Sampling) -> Sampling:
+def canonical(sampling: Sampling) -> Sampling:
     """Without what does not count: the most likely tokens depend on no seed."""
     return Sampling(0.0, sampling.max_new_tokens) if sampling.temperature == 0 else sampling
 

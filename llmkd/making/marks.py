@@ -2,6 +2,9 @@
 
 import re
 
+from .asks import Answer
+from .stage import unusable
+
 _NUMBER = re.compile(r"^[ \t]*\**[ \t]*(\d{1,3})[.):][ \t]*\**[ \t]*", re.MULTILINE)
 
 
@@ -30,6 +33,13 @@ def marked(text: str, *names: str) -> tuple[str, ...]:
         found.append(inside)
         at = stop + len(closing)
     return tuple(found)
+
+
+def marked_answer(answer: Answer, *names: str) -> tuple[str, ...]:
+    """The same of an answer. Unreadable also where it has no text of use, or was cut off."""
+    if problem := unusable(answer):
+        raise Unreadable(*problem)
+    return marked(answer.text, *names)
 
 
 def numbered(text: str) -> list[str]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from ..rollouts.sampling import Sampling
-from .asks import CUT, Answer, Ask, key_of, plain
+from .asks import CUT, Answer, Ask, canonical, key_of
 from .prompts import Prompts
 from .rows import Message, Row, row_id
 
@@ -91,7 +91,7 @@ class Work:
 
     def ask(self, messages: Sequence[Message], sample: int = 0, pretend: str = "", **sampling: Any) -> Ask:
         """An ask for one text. `sample`: of several to the same messages the number; `sampling`: changes to the writer's."""
-        chosen = plain(dataclasses.replace(self.sampling, **sampling, seed=self.draw("sample", sample)))
+        chosen = canonical(dataclasses.replace(self.sampling, **sampling, seed=self.draw("sample", sample)))
         said = tuple({"role": one["role"], "content": one["content"]} for one in messages)
         return Ask(key_of(said, chosen, self.identity), said, chosen, sample, pretend)
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 
 from ...config.make_stages import Evolve as Settings
-from ..marks import Unreadable, marked
+from ..marks import Unreadable, marked_answer
 from ..rows import Row
 from ..stage import Outcome, Rejected, Work, unusable
 from .questions import plain_words
@@ -60,9 +60,7 @@ class Evolve:
         for row, name, answer in zip(now, names, work.answer(asks), strict=True):
             notes = {"operation": name, "round": round_}
             try:
-                if problem := unusable(answer):
-                    raise Unreadable(*problem)
-                (text,) = marked(answer.text, "task")
+                (text,) = marked_answer(answer, "task")
                 if plain_words(text) == plain_words(row.instruction):
                     raise Unreadable("unchanged")
                 if copied := next(

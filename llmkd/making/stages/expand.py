@@ -10,7 +10,7 @@ from ...config.make_stages import Expand as Settings
 from ...console import warn
 from ..rows import Row
 from ..stage import Outcome, Rejected, Work
-from .questions import Questions
+from .questions import Questions, pretended_list
 
 _ROUND = 16  # asks that are made at one time: the questions of a round are shown in the next one
 _MOST = 4  # times as many asks as would do, if every item were new
@@ -29,7 +29,8 @@ class Expand:
             left = -(-(own.count - len(made.outcome.kept)) // own.per_ask)
             shown = [self._shown(rows, made.outcome.kept, work, asked + n) for n in range(min(left, _ROUND, most - asked))]
             asks = [
-                work.ask(self._messages(some, work), pretend=_pretend(work.label, own.per_ask, asked + n)) for n, some in enumerate(shown)
+                work.ask(self._messages(some, work), pretend=pretended_list(work.label, own.per_ask, asked + n))
+                for n, some in enumerate(shown)
             ]
             for some, answer in zip(shown, work.answer(asks), strict=True):
                 made.read(answer, [row.id for row in some], {}, asked, own.per_ask)
@@ -57,7 +58,3 @@ class Expand:
     def _messages(self, some: Sequence[Row], work: Work):
         tasks = "\n".join(f"{number}. {row.instruction}" for number, row in enumerate(some, 1))
         return work.prompts.messages(tasks=tasks, count=str(self.settings.per_ask))
-
-
-def _pretend(label: str, count: int, number: int) -> str:
-    return "\n".join(f"{place}. A new question of {label}, number {number} {place}" for place in range(1, count + 1))

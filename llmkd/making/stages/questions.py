@@ -56,6 +56,11 @@ class Questions:
         self.outcome.rejected.append(Rejected(self._row(text, parents, columns, number), *problem))
 
 
+def pretended_list(label: str, count: int, number: int) -> str:
+    """A list of so many questions, for the ask of that number of a stage in a dry run."""
+    return "\n".join(f"{place}. A new question of {label}, number {number} {place}" for place in range(1, count + 1))
+
+
 def _has_paragraphs(text: str) -> bool:
     return bool(re.search(r"\n[ \t]*\n", text))
 

@@ -7,10 +7,10 @@ the id of the row that it is a version of: one of up to four is chosen by the st
 import dataclasses
 from collections.abc import Sequence
 
-from ..marks import Unreadable, marked
+from ..marks import Unreadable, marked_answer
 from ..rows import Row, has_answer
 from ..selection import BOTH, INSTRUCTION, ORIGINAL, RESPONSE, VERSIONS
-from ..stage import Outcome, Rejected, Work, unusable
+from ..stage import Outcome, Rejected, Work
 
 
 class _Reflect:
@@ -42,9 +42,7 @@ class _Reflect:
         ]
         for row, answer in zip(wanted, work.answer(asks), strict=True):
             try:
-                if problem := unusable(answer):
-                    raise Unreadable(*problem)
-                found = marked(answer.text, *self.marks)
+                found = marked_answer(answer, *self.marks)
             except Unreadable as error:
                 outcome.rejected.append(Rejected(row, error.reason, error.detail, answer.text))
                 continue

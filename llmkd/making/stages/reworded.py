@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from ...config.make_stages import BackTranslate as BackTranslateSettings
 from ...config.make_stages import Paraphrase as ParaphraseSettings
 from ..asks import Answer
-from ..marks import Unreadable, marked
+from ..marks import Unreadable, marked_answer
 from ..rows import Row
-from ..stage import Outcome, Rejected, Work, unusable
+from ..stage import Outcome, Rejected, Work
 from .questions import plain_words
 
 
@@ -52,9 +52,7 @@ class BackTranslate:
 def text_of(row: Row, answer: Answer, outcome: Outcome) -> str | None:
     """What the answer has between its marks; None where it is rejected."""
     try:
-        if problem := unusable(answer):
-            raise Unreadable(*problem)
-        return marked(answer.text, "text")[0]
+        return marked_answer(answer, "text")[0]
     except Unreadable as error:
         outcome.rejected.append(Rejected(row, error.reason, error.detail, answer.text))
         return None

@@ -7,7 +7,7 @@ from ...config.make_stages import Topics as Settings
 from ..marks import Unreadable, numbered
 from ..rows import Row, made_row
 from ..stage import Outcome, Rejected, Work, unusable
-from .questions import Questions
+from .questions import Questions, pretended_list
 
 _ANYBODY = "anybody"
 
@@ -27,7 +27,7 @@ class Topics:
         asks = [
             work.ask(
                 work.prompts.messages(topic=topic, persona=persona or _ANYBODY, count=str(own.per_topic)),
-                pretend=_pretend(work.label, own.per_topic, number),
+                pretend=pretended_list(work.label, own.per_topic, number),
             )
             for number, (topic, persona) in enumerate(wanted)
         ]
@@ -40,18 +40,18 @@ class Topics:
         """The leaves with the narrower topics that the writer names; where it names none, that is counted, and the leaf stays."""
         count, out = self.settings.subtopics, []
         asks = [
-            work.ask(work.prompts.messages("subtopics", topic=leaf, count=str(count)), pretend=_pretend(work.label, count, number))
+            work.ask(work.prompts.messages("subtopics", topic=leaf, count=str(count)), pretend=pretended_list(work.label, count, number))
             for number, leaf in enumerate(leaves)
         ]
         for leaf, answer in zip(leaves, work.answer(asks), strict=True):
-            problem = unusable(answer)
             try:
-                names = [] if problem else [" ".join(name.split()) for name in numbered(answer.text)[:count]]
+                if problem := unusable(answer):
+                    raise Unreadable(*problem)
+                names = [" ".join(name.split()) for name in numbered(answer.text)[:count]]
             except Unreadable as error:
-                problem, names = (error.reason, error.detail), []
-            if problem:
                 row = made_row(work.label, work.writer, ({"role": "user", "content": answer.text},), columns={"topic": leaf})
-                outcome.rejected.append(Rejected(row, *problem))
+                outcome.rejected.append(Rejected(row, error.reason, error.detail))
+                names = []
             out += [f"{leaf} / {name}" for name in dict.fromkeys(names) if name] or [leaf]
         return out
 
@@ -63,7 +63,3 @@ def paths_of(tree: Any, above: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]
             yield from paths_of(below, (*above, name)) if below else [(*above, name)]
     else:
         yield from ((*above, name) for name in tree)
-
-
-def _pretend(label: str, count: int, number: int) -> str:
-    return "\n".join(f"{place}. A new question of {label}, number {number} {place}" for place in range(1, count + 1))

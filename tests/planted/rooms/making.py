@@ -20,7 +20,7 @@ FAULTS = [
         (
             "key-without-sampling",
             "the key leaves out the sampling",
-            '"sampling": dataclasses.asdict(plain(sampling))',
+            '"sampling": dataclasses.asdict(canonical(sampling))',
             '"sampling": 0',
             PIPELINE,
         ),
