@@ -69,8 +69,9 @@ def find(recipes: Sequence[Recipe], recipe_folder: Path, coming: Coming = Mappin
 
 
 def refuse_unplanned(recipe: Recipe) -> None:
-    for setting, given, what in (
-        *((f"{setting}.ema", one.ema, "a teacher that is an average of the student") for setting, one in used_teachers(recipe)),
-    ):
-        if given is not None:
-            raise UserError(f"{setting}: set, and a plan does not know {what} yet; leave it out for a plan")
+    """UserError for what a plan does not know."""
+    for setting, one in used_teachers(recipe):
+        if one.ema is not None:
+            raise UserError(
+                f"{setting}.ema: set, and a plan does not know a teacher that is an average of the student yet; leave it out for a plan"
+            )

@@ -58,7 +58,10 @@ def measure(
     configs = [("student.model", found.student), *live]
     alike = [len(set(layer_sizes(config.config, name))) == 1 for name, config in configs]
     few = tuple(n if same else have for n, have, same in zip(few, full, [alike[0], *alike], strict=True))
-    once = lambda counts: _measure(recipes, found, batch, gradients, counts, memory, gpu, ranks)  # noqa: E731
+
+    def once(counts: Sequence[int]) -> Measured:
+        return _measure(recipes, found, batch, gradients, counts, memory, gpu, ranks)
+
     if sum(full) <= sum(few) + 1 or any(one.loss.features or one.loss.attention for one in recipes):  # these name layers
         return once(full)
     return extended(few, full, once)
@@ -101,13 +104,7 @@ def _measure(
             _add_buckets(phases, ready)
         if writing := writing_of(recipe.on_policy, recipe.train, found.data.examples, ranks):
             phases[WRITING] = watched_writing(ready, writing, recipe.on_policy, ROUND_ON_GPU if gpu else 1)
-        parameters = [p for state in ready.students for p in state.parameters.values()]
-        state = [x for one in ready.students for held in one.optimizer.state.values() for x in held.values()]
-        less = (
-            0
-            if recipe.optim.name == "adamw"
-            else sum(x.nbytes for x in state if isinstance(x, torch.Tensor)) - state_bytes(recipe.optim, parameters, gpu)
-        )
+        less = _less_than_adamw(ready, recipe.optim, gpu)
     found_phases: dict[str, dict[str, float]] = {}
     flops: Counter = Counter()
     for name, phase in phases.items():
@@ -115,9 +112,8 @@ def _measure(
         corner = _corner(name, depth)
         if corner and (corner not in found_phases or sum(found_phases[corner].values()) < phase.peak):
             found_phases[corner] = dict(phase.parts)
-    if recipe.optim.name != "adamw":
-        for parts in found_phases.values():
-            parts["optimizer"] = parts.get("optimizer", 0) - less
+    for parts in found_phases.values() if less else ():
+        parts["optimizer"] = parts.get("optimizer", 0) - less
     if TEACHER in found_phases:
         _add_offloaded(found_phases[TEACHER], found, recipe)
     return Measured(found_phases, dict(flops))
@@ -142,6 +138,15 @@ def _corner(name: str, depth: Depth) -> str | None:
         return f"{BACKWARD}, layer {layer}"
     ends = {depth.layers - 2: "last but one", depth.recomputed: "last kept", depth.recomputed - 1: "first recomputed"}
     return f"{BACKWARD}, {ends[layer]}" if layer in ends else None
+
+
+def _less_than_adamw(ready: Ready, optim: Optim, gpu: bool) -> float:
+    """Bytes by which the state of a recipe's optimizer is smaller than that of AdamW, which stands in for every other in a plan."""
+    if optim.name == "adamw":
+        return 0.0
+    parameters = [p for one in ready.students for p in one.parameters.values()]
+    state = [x for one in ready.students for held in one.optimizer.state.values() for x in held.values()]
+    return sum(x.nbytes for x in state if isinstance(x, torch.Tensor)) - state_bytes(optim, parameters, gpu)
 
 
 def state_bytes(optim: Optim, parameters: Sequence[nn.Parameter], gpu: bool) -> float:
