@@ -242,26 +242,7 @@ def _explain(kind, path: tuple, item: dict) -> str:
         parent = section_of(parent, key)
         parent_path.append(str(key))
     if item["type"] in ("unexpected_keyword_argument", "extra_forbidden") and dataclasses.is_dataclass(parent):
-        if new := renamed(kind, path):
-            return f"is now {new}"
-        if str(path[-1]) in {part for dotted, *_ in describe(kind) for part in (dotted, dotted.rpartition(".")[0])} and "." in str(
-            path[-1]
-        ):
-            return (
-                f"unknown setting; in a file sections are nested: {str(path[-1]).replace('.', ': {')}: ...{'}' * str(path[-1]).count('.')}"
-            )
-        if found is None and re.search(r"[/=.\\ ]", str(path[-1])):
-            return "unknown setting; a comma inside { } begins the next setting: put a text that has a comma in quotes"
-        here = [f.name for f in dataclasses.fields(parent)]
-        near = difflib.get_close_matches(str(path[-1]), here, 1, 0.8 if path[-1] in _ELSEWHERE else 0.6)
-        if near:
-            return f"unknown setting; did you mean {'.'.join([*parent_path, near[0]])}?"
-        leaves = dict(_ELSEWHERE)
-        for dotted, *_ in sorted(describe(kind), key=lambda setting: setting[0].count(".")):  # optim.lr before loss.features.lr
-            for part in (dotted, dotted.rpartition(".")[0]):
-                leaves.setdefault(part.rsplit(".", 1)[-1], part)
-        near = difflib.get_close_matches(str(path[-1]), [leaf for leaf in leaves if leaf], 1, 0.75)
-        return f"unknown setting; did you mean {leaves[near[0]]}?" if near else f"unknown setting; known here: {', '.join(here)}"
+        return _explain_unknown(kind, path, found, parent, parent_path)
     if item["type"] == "missing":
         return "not given, and it has no default"
     if isinstance(found, str) and "expected" in item.get("ctx", {}):
@@ -296,6 +277,26 @@ def _explain(kind, path: tuple, item: dict) -> str:
     if "a mapping of settings" in expected and isinstance(found, str | int | float) and not beyond:
         hint = _section_hint(section_of(parent, path[-1]), found)
     return f"found {json.dumps(found, ensure_ascii=False)[:80]}, expected {expected}{hint}"
+
+
+def _explain_unknown(kind, path: tuple, found, parent, parent_path: list[str]) -> str:
+    """The message for a setting that its section, `parent`, does not have."""
+    if new := renamed(kind, path):
+        return f"is now {new}"
+    if str(path[-1]) in {part for dotted, *_ in describe(kind) for part in (dotted, dotted.rpartition(".")[0])} and "." in str(path[-1]):
+        return f"unknown setting; in a file sections are nested: {str(path[-1]).replace('.', ': {')}: ...{'}' * str(path[-1]).count('.')}"
+    if found is None and re.search(r"[/=.\\ ]", str(path[-1])):
+        return "unknown setting; a comma inside { } begins the next setting: put a text that has a comma in quotes"
+    here = [f.name for f in dataclasses.fields(parent)]
+    near = difflib.get_close_matches(str(path[-1]), here, 1, 0.8 if path[-1] in _ELSEWHERE else 0.6)
+    if near:
+        return f"unknown setting; did you mean {'.'.join([*parent_path, near[0]])}?"
+    leaves = dict(_ELSEWHERE)
+    for dotted, *_ in sorted(describe(kind), key=lambda setting: setting[0].count(".")):  # optim.lr before loss.features.lr
+        for part in (dotted, dotted.rpartition(".")[0]):
+            leaves.setdefault(part.rsplit(".", 1)[-1], part)
+    near = difflib.get_close_matches(str(path[-1]), [leaf for leaf in leaves if leaf], 1, 0.75)
+    return f"unknown setting; did you mean {leaves[near[0]]}?" if near else f"unknown setting; known here: {', '.join(here)}"
 
 
 def _section_hint(section, found: str | float) -> str:
