@@ -21,7 +21,7 @@ from eval.speed.step_cases import Clock, learning  # noqa: E402
 from eval.speed.step_setup import Setup  # noqa: E402
 from eval.speed.terms import report  # noqa: E402
 from llmkd.data.batching import TokenBudget  # noqa: E402
-from llmkd.models.dropout import follow_examples, masks_of  # noqa: E402
+from llmkd.models.dropout import dropout_masks_of, follow_examples  # noqa: E402
 from llmkd.teachers.live import LiveTeacher  # noqa: E402
 from llmkd.training.launch import start  # noqa: E402
 from llmkd.training.loop import train  # noqa: E402
@@ -68,7 +68,7 @@ def put_on(setup: Setup, row: str) -> None:
             module.lora_dropout[name] = ROWS[row]().train()
     if row == "dropout by the example":
         follow_examples(setup.student.model)
-    setup.student.masks = masks_of(setup.student.model)
+    setup.student.dropout_masks = dropout_masks_of(setup.student.model)
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ class ExampleDropout(nn.Dropout):
     """Dropout of a module's inputs [..., F] by the keys of their positions.
 
     where   the module's name, of which its masks are a function
-    number  of the model's `Masks`
+    number  of the model's `DropoutMasks`
 
     Inputs that are neither all positions nor the view's rows nor a chunk of them (an expert's, say) get ordinary dropout.
     """
@@ -84,7 +84,7 @@ def _mix_(words: Tensor) -> Tensor:
     return words.add_(words >> 16)
 
 
-class Masks:
+class DropoutMasks:
     """What a model's `ExampleDropout` modules are told before they compute."""
 
     def __init__(self, number: int):
@@ -105,10 +105,10 @@ class Masks:
         _COMPUTED[self.number].chunk = rows
 
 
-def masks_of(model: nn.Module) -> Masks | None:
+def dropout_masks_of(model: nn.Module) -> DropoutMasks | None:
     """Those of a model with dropout in its adapters; None for another."""
     found = next((one for one in model.modules() if isinstance(one, ExampleDropout)), None)
-    return found and Masks(found.number)
+    return found and DropoutMasks(found.number)
 
 
 def follow_examples(model: nn.Module) -> None:

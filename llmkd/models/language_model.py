@@ -10,10 +10,10 @@ from torch import Tensor, nn
 from ..batch import View
 from ..head import Head
 from ..signals import NO_TAPS, AttentionInputs, Taps
-from .dropout import masks_of
+from .dropout import dropout_masks_of
 from .families import base_of, body_of, decoder_of, head_of
 from .last_layer import LastLayer, at_rows
-from .masks import rows_are_told
+from .packing_detection import no_packing_detection
 from .sharding import reshard
 from .taps import attention_tapped, tapped
 
@@ -78,9 +78,9 @@ class LanguageModel(nn.Module):
         self.autocast, self.input_device = autocast, input_device
         self.capabilities, self.fidelity = capabilities or Capabilities(), fidelity or {}
         self.head = Head(nn.Identity(), vocab) if self.capabilities.own_forward else head or head_of(self.base_model, vocab, adapter)
-        self.masks = masks_of(model)
-        if self.masks:
-            self.head.choose = self.masks.choose
+        self.dropout_masks = dropout_masks_of(model)
+        if self.dropout_masks:
+            self.head.choose = self.dropout_masks.choose
 
     def replaced(self, **changes) -> "LanguageModel":
         """Another one on the same modules, with other arguments than this one's for those in `changes`."""
@@ -122,12 +122,12 @@ class LanguageModel(nn.Module):
     def outputs(self, view: View, taps: Taps = NO_TAPS) -> ModelOutputs:
         """One forward pass: the last hidden states at the view's rows, and what `taps` ask for."""
         self.set_active_adapter()
-        if self.masks:
-            self.masks.begin(view)
+        if self.dropout_masks:
+            self.dropout_masks.begin(view)
         autocast = torch.autocast(view.rows_N.device.type, self.autocast, enabled=self.autocast is not None)
         base, last = self.base_model, None if taps.queries else self.capabilities.last_layer
         within = at_rows(last, view), tapped(base, taps.layers, view.rows_N), attention_tapped(base, taps.attention)
-        with autocast, rows_are_told(view), within[0], within[1] as layers, within[2] as attention:
+        with autocast, no_packing_detection(view), within[0], within[1] as layers, within[2] as attention:
             if self.capabilities.own_forward:
                 return ModelOutputs(self._logits(view), layers, attention)
             hidden_BTH = body_of(self.base_model)(**self.model_inputs(view), use_cache=False)[0]

@@ -17,7 +17,7 @@ from ..training.attention import attention_terms, enable_attention
 from ..training.auto_batch import chunk_rows
 from ..training.build import build_student, longest_row, teacher_taps
 from ..training.features import feature_terms
-from .cached import RecordsWithoutValues, format_of
+from .cache_records import RecordsWithoutValues, format_of
 from .devices import CONTEXT
 from .find import Found
 from .live_memory import local

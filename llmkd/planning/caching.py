@@ -10,7 +10,7 @@ from ..losses.fused import default_chunk
 from ..model_folder.files import loaded_dtype
 from ..signals import Dense
 from ..teachers.live import LiveTeacher
-from .cached import format_of
+from .cache_records import format_of
 from .fakes import fake_tensors
 from .find import Found
 from .live_memory import LiveMemory

@@ -17,8 +17,8 @@ from llmkd.errors import UserError
 from llmkd.making.computed import NAME
 from llmkd.making.prompts import load_prompts
 from llmkd.making.rows import Row, made_row
-from llmkd.making.scores import model as scores_model
 from llmkd.making.scores.hidden import mean_states
+from llmkd.making.scores.scorer import Scorer
 from llmkd.making.stage import Work
 from llmkd.making.stages import score as stage
 from llmkd.making.stages.select import Select as SelectStage
@@ -99,7 +99,7 @@ def test_nothing_is_computed_twice_and_a_kill_changes_nothing(scored, world, mon
         raise AssertionError("a model is loaded")
 
     with monkeypatch.context() as patch:
-        patch.setattr(scores_model.Scorer, "load", refuse)
+        patch.setattr(Scorer, "load", refuse)
         assert stage.Score(one).run(ROWS, work(tmp_path / "copy")) == outcome
         with pytest.raises(AssertionError, match="is loaded"):
             stage.Score(one).run(ROWS[:1], work(tmp_path / "copy"))  # other rows
@@ -114,8 +114,8 @@ def test_nothing_is_computed_twice_and_a_kill_changes_nothing(scored, world, mon
 
 
 def test_another_model_has_another_fingerprint(scored, world):
-    one, other = (scores_model.Scorer(ScoringModel(model=str(world / name)).loaded, "student") for name in ("student", "stranger"))
-    in_another_type = scores_model.Scorer(ScoringModel(model=str(world / "student"), dtype="float32").loaded, "student")
+    one, other = (Scorer(ScoringModel(model=str(world / name)).loaded, "student") for name in ("student", "stranger"))
+    in_another_type = Scorer(ScoringModel(model=str(world / "student"), dtype="float32").loaded, "student")
     assert len({stage.fingerprint(model) for model in (one, other, in_another_type)}) == 3
     assert f"student:{stage.fingerprint(one)}" == scored[0].kept[0].columns[stage.BY]["ifd"]
 
@@ -129,7 +129,7 @@ def test_what_cannot_be_scored_is_refused_before_a_model_is_loaded(world, tmp_pa
 
 def test_mean_hidden_states_are_those_of_a_loop(world):
     scorer, texts = (
-        scores_model.Scorer(ScoringModel(model=str(world / "student")).loaded, "model"),
+        Scorer(ScoringModel(model=str(world / "student")).loaded, "model"),
         ["Say 1", "Why the owl?", "Yes. It is so."],
     )
     found = mean_states(scorer, texts, 2)

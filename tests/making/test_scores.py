@@ -10,7 +10,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from llmkd.errors import UserError
-from llmkd.making.scores.measure import instruction_following_difficulty, mean_per_target, refuse_unknown
+from llmkd.making.scores.cross_entropy import instruction_following_difficulty, mean_per_target, refuse_unknown
 from llmkd.making.scores.views import alone, in_context, start_token
 from llmkd.models.language_model import LanguageModel
 from llmkd.teachers.live import LiveTeacher

@@ -13,7 +13,7 @@ from ...errors import UserError
 from ...model_folder.files import positions
 from ...training.launch import start
 from ..model import forget
-from .model import Scorer, vocabulary
+from .scorer import Scorer, vocabulary
 from .views import start_token
 
 _MOST = 512  # tokens of a text that are read

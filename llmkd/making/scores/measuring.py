@@ -11,8 +11,8 @@ from ...teachers.live import LiveTeacher
 from ...training.launch import start
 from ...training.validate import Evaluator
 from ..rows import Message, Row
-from .measure import instruction_following_difficulty, mean_per_target, refuse_unknown
-from .model import Scorer, vocabulary
+from .cross_entropy import instruction_following_difficulty, mean_per_target, refuse_unknown
+from .scorer import Scorer, vocabulary
 from .views import in_context, start_token
 
 

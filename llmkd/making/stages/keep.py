@@ -139,7 +139,7 @@ class _Kinds:
     def __init__(self, settings: Balance):
         self.settings, self.scorer = settings, None
         if settings.model is not None:
-            from ..scores.model import Scorer
+            from ..scores.scorer import Scorer
 
             self.scorer = Scorer(settings.model.loaded, "balance.model")
 

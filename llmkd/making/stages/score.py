@@ -13,7 +13,7 @@ from ...errors import UserError
 from ..computed import Computed, key_of
 from ..prompts import Prompts
 from ..rows import Message, Row
-from ..scores.model import Scorer
+from ..scores.scorer import Scorer
 from ..scores.views import in_context
 from ..stage import Outcome, Rejected, Work
 

@@ -55,7 +55,7 @@ FAULTS = [
         ("numbers-of-the-rest", "scores are of the rows that are left, by their place", "np.array(numbers, np.int64)[examples.row]", "examples.row", SCORES),
     ),
     *in_file(
-        "llmkd/making/scores/measure.py",
+        "llmkd/making/scores/cross_entropy.py",
         ("ratio-of-losses", "IFD is the ratio of the cross-entropies", "np.exp(ce - ce_alone)", "ce / ce_alone", SCORES),
         ("nan-passes", "a score that is no number passes", "np.flatnonzero(~np.isfinite(values))", "np.flatnonzero(np.isinf(values))", SCORES),
         ("sums-not-means", "scores are sums over the targets", "sums / held_out.targets", "sums", SCORES),

@@ -96,7 +96,7 @@ FAULTS = [
         ),
     ),
     *in_file(
-        "llmkd/models/masks.py",
+        "llmkd/models/packing_detection.py",
         (
             "asked-each-pass",
             "transformers reads positions in every pass",

@@ -10,7 +10,7 @@ _ASKS = "find_packed_sequence_indices"
 
 
 @contextlib.contextmanager
-def rows_are_told(view: View) -> Iterator[None]:
+def no_packing_detection(view: View) -> Iterator[None]:
     """For one forward pass: rows without position_ids hold one example each, which transformers would find by reading positions that it has
     just made, on the device, before its first layer."""
     # Oddity: a function of transformers is replaced while its model runs. A mask in its place would keep FlashAttention from being used, and
