@@ -73,15 +73,8 @@ def _checked(row: Any, place: str, source: Source, problems: ErrorCollector, cho
             value = read_system(value, name, place, problems, unread)
         elif value_kind == "tools":
             value = read_tools(value, name, place, problems)
-        elif value_kind == "numbers":
-            pass  # read together, below
-        elif not isinstance(value, str):
-            fix = ', use "" for an empty one' if value is None else ""
-            if type(value) in (int, float):
-                fix = f'; put it in quotes: "{value}"'
-            problems.add(f"{place}: {name} is {kind(value)}, expected text{fix}")
-        else:
-            check_text(value, f"{place}: {name}", problems)
+        elif value_kind != "numbers":  # those are read together, below
+            _check_is_text(value, f"{place}: {name}", problems)
         found[column] = value
     if not row_format.is_text:
         found |= read_tokens(found, theirs, place, problems)
@@ -90,13 +83,10 @@ def _checked(row: Any, place: str, source: Source, problems: ErrorCollector, cho
     mixed = [c for c in theirs if columns[c].kind == "text or messages" and c in found]
     if len({isinstance(found[c], list) for c in mixed}) > 1:
         problems.add(f"{place}: {' and '.join(mixed)} are of two kinds; give both as text, or the prompt as a list of messages")
-    if unnamed := [repr(name) for name in asked.values() if name not in row]:
-        columns = f"column{'s' * (len(unnamed) > 1)} {' and '.join(unnamed)}"
-        fields = ", ".join(f"{c}: NAME" for c, name in asked.items() if name not in row)
-        problems.add(
-            f"{place}: no {columns}; found {', '.join(map(repr, row))}; set fields: {{{fields}}} if the file has other names",
-            alike=f"no {columns}",
-        )
+    if unnamed := {c: name for c, name in asked.items() if name not in row}:
+        columns = f"column{'s' * (len(unnamed) > 1)} {' and '.join(map(repr, unnamed.values()))}"
+        fix = f"set fields: {{{', '.join(f'{c}: NAME' for c in unnamed)}}} if the file has other names"
+        problems.add(f"{place}: no {columns}; found {', '.join(map(repr, row))}; {fix}", alike=f"no {columns}")
     elif choices:
         _check_choices(found, source, place, problems)
     _check_system(found, theirs, source, place, problems)
@@ -107,6 +97,15 @@ def _checked(row: Any, place: str, source: Source, problems: ErrorCollector, cho
                 f"{place}: the question is marked as not trained on, and questions are only scored; set {ignoring(source, *sorted(marks))}"
             )
     return found
+
+
+def _check_is_text(value: Any, where: str, problems: ErrorCollector) -> None:
+    if isinstance(value, str):
+        return check_text(value, where, problems)
+    fix = ', use "" for an empty one' if value is None else ""
+    if type(value) in (int, float):
+        fix = f'; put it in quotes: "{value}"'
+    problems.add(f"{where} is {kind(value)}, expected text{fix}")
 
 
 def _check_system(row: dict, theirs: dict[str, str], source: Source, place: str, problems: ErrorCollector) -> None:
