@@ -8,7 +8,7 @@ import pytest
 
 from llmkd.config.make import Writer as Settings
 from llmkd.errors import Stopped, UserError
-from llmkd.making.asks import Answer, Ask, key_of, plain
+from llmkd.making.asks import Answer, Ask, canonical, key_of
 from llmkd.making.writers import outside
 from llmkd.making.writers.writer import writer_of
 from llmkd.rollouts.sampling import Sampling
@@ -26,7 +26,7 @@ def asks(count: int, one, temperature: float = 0.0, text: str = "Question {}?") 
     out = []
     for i in range(count):
         said = ({"role": "user", "content": text.format(i)},)
-        sampling = plain(Sampling(temperature, 12, seed=i))
+        sampling = canonical(Sampling(temperature, 12, seed=i))
         out.append(Ask(key_of(said, sampling, one.identity), said, sampling))
     return out
 
