@@ -16,6 +16,7 @@ from ..config.recipe import Lora, Student, Teacher
 from ..console import info, warn
 from ..errors import UserError, attribute_to_student
 from ..model_folder.files import ModelFiles, find
+from ..model_folder.trainable import refuse_untrainable
 from . import activation_checkpointing, adapters, attention, average, pretrained, sharding, shared_weights, startup_checks
 from .depth import find_student
 from .dropout import follow_examples
@@ -188,15 +189,8 @@ def _student(model: nn.Module, name: str | None, settings: Student, context: Loa
 
 
 def _check_full(model: nn.Module, files: ModelFiles | None) -> None:
-    if files and files.adapter:
-        raise UserError(
-            f"student.method: found full, and {files.adapter} is an adapter; merge it first (llmkd export), or use method: lora"
-        )
-    if getattr(model, "is_quantized", False):
-        raise UserError(f"student.method: found full, and {files.base} is quantised; quantised weights cannot be trained, use method: lora")
     dtype = next(model.parameters()).dtype
-    if dtype == torch.float16:
-        raise UserError("student.dtype: float16 weights cannot be trained in full; set float32, with mixed_precision: bf16 for speed")
+    refuse_untrainable(files, getattr(model, "is_quantized", False), str(dtype).removeprefix("torch."))
     if dtype == torch.bfloat16:
         warn("note: bfloat16 weights lose updates below 1/256 of a weight; dtype: float32 with mixed_precision: bf16 keeps them")
 

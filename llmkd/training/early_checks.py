@@ -15,6 +15,7 @@ from ..errors import UserError
 from ..model_folder.files import TOKENIZER, ModelFiles, find, layers_of, loaded_dtype, locate, refuse_mistyped_folder, width_of
 from ..model_folder.modules import refuse_large_rank, refuse_missing_modules, refuse_unknown_family
 from ..model_folder.quantised import refuse_quantised
+from ..model_folder.trainable import refuse_untrainable
 from ..model_folder.weights import modules_are_named, read_json
 from ..process.devices import why_missing
 from .layer_pairs import refuse_attention, refuse_features
@@ -88,21 +89,14 @@ def is_offline() -> bool:
 def refuse_types(student: Student, files: ModelFiles | None, averages: list[str]) -> None:
     """UserError for weights that are to train in a type in which they cannot, or whose average could not move. `averages`: the teachers that are one."""
     full, copies = student.method == "full", bool(student.lora and student.lora.modules_to_save)
-    if files and full:
-        if files.adapter:
-            raise UserError(
-                f"student.method: found full, and {files.adapter} is an adapter; merge it first (llmkd export), or use method: lora"
-            )
-        if files.config.get("quantization_config"):
-            raise UserError(
-                f"student.method: found full, and {files.base} is quantised; quantised weights cannot be trained, use method: lora"
-            )
     if not full and not copies or not (files or student.architecture):
         return
-    dtype = loaded_dtype(files.config if files else {}, student.dtype)
-    if dtype == "float16":
-        what = "float16 weights cannot be trained in full" if full else "modules_to_save would train in float16"
-        raise UserError(f"student.dtype: {what}; set float32, with mixed_precision: bf16 for speed")
+    config = files.config if files else {}
+    dtype = loaded_dtype(config, student.dtype)
+    if full:
+        refuse_untrainable(files, bool(config.get("quantization_config")), dtype)
+    elif dtype == "float16":
+        raise UserError("student.dtype: modules_to_save would train in float16; set float32, with mixed_precision: bf16 for speed")
     if averages and dtype in NARROW:
         what = "the student's weights" if full else "student.lora.modules_to_save"
         raise UserError(
