@@ -20,7 +20,7 @@ from ..errors import UserError
 from ..files import sha256_file, write_atomic, write_sealed
 from ..rollouts.sampling import Sampling
 from .answers import NAME, Answers
-from .asks import Answer, Ask, estimated_tokens
+from .asks import CUT, Answer, Ask, estimated_tokens
 from .card import data_card
 from .prompts import NO_PROMPTS, Prompts, has_prompts, load_prompts
 from .registry import STAGES
@@ -292,6 +292,11 @@ def say_end(pipeline: Pipeline) -> None:
         f"{pipeline.folder / TRAIN}: {count(done.out, 'row')}; {count(pipeline.answers.new, 'new answer')} of {len(pipeline.answers.known):,}, "
         f"{pipeline.answers.tokens:,} tokens in all"
     )
+    if cut := sum(row.notes.get("finish") == CUT for row in pipeline.rows):
+        warn(
+            f"note: {count(cut, 'answer')} of {done.out:,} ended at writer.max_new_tokens; training gives them an end token all the same: "
+            "{do: keep, finish: stop} leaves them out"
+        )
     if pipeline.unanswered:
         warn(f"note: {count(pipeline.unanswered, 'ask')} got no answer ({REJECTED} says why); the same command asks for these again")
 

@@ -11,7 +11,7 @@ from llmkd.config.make_stages import WITHOUT_WRITER
 from llmkd.errors import UserError
 from llmkd.making import pipeline
 from llmkd.making.asks import Answer, failed
-from llmkd.making.pipeline import report
+from llmkd.making.pipeline import report, say_end
 from llmkd.making.registry import STAGES
 from llmkd.making.rows import Row, from_json
 from llmkd.making.writers.writer import writer_of
@@ -95,6 +95,9 @@ def test_an_ask_without_an_answer_is_rejected_with_its_reason_and_asked_again_by
     assert [row["reason"] for row in lines(tmp_path / "out" / "rejected.jsonl")] == ["no_answer", "empty"]
     assert lines(tmp_path / "out" / "rejected.jsonl")[0]["detail"] == "too busy"
     assert lines(tmp_path / "out" / "train.jsonl")[0]["made"]["finish"] == "length"
+    say_end(done)
+    said = capsys.readouterr().err
+    assert "note: 1 answer of 1 ended at writer.max_new_tokens" in said and "note: 1 ask got no answer" in said
     again = Function(lambda ask: "now")
     assert run_make(path, again).unanswered == 0 and len(again.asked) == 1
     (tmp_path / "same").mkdir()
