@@ -285,7 +285,10 @@ LAYERS = (
     (("teachers/", "live, cached, served, mixture; the cache on disk"), ("rollouts/", "text that a model writes")),
     (("models/", "load, adapters, attention"), ("data/", "files to examples to batches"), ("servers/", "requests to vLLM, SGLang")),
     (("config/", "settings"), ("losses/", "divergences, fused head"), ("model_folder/", "files, weights, hashes")),
-    (("batch.py  signals.py  head.py", "the nouns"), ("console.py  errors.py  files.py", "messages, exit codes, files")),
+    (
+        ("batch.py  signals.py  head.py", "the nouns"),
+        ("console.py  errors.py  files.py  process/", "messages, exit codes, files, what befalls a process"),
+    ),
 )
 
 
