@@ -1,31 +1,45 @@
 """What transformers asks of every row: whether several examples are packed in it. llmkd knows, so that no pass waits for the device."""
 
 import contextlib
+import functools
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from contextvars import ContextVar
 
 from ..batch import View
 
 _ASKS = "find_packed_sequence_indices"
+_ONE_EXAMPLE = ContextVar("the rows of this pass hold one example each", default=False)
+_LOCK = threading.Lock()
 
 
 @contextlib.contextmanager
 def no_packing_detection(view: View) -> Iterator[None]:
     """For one forward pass: rows without position_ids hold one example each, which transformers would find by reading positions that it has
-    just made, on the device, before its first layer."""
-    # Oddity: a function of transformers is replaced while its model runs. A mask in its place would keep FlashAttention from being used, and
-    # positions would be read all the same.
-    masks = sys.modules.get("transformers.masking_utils")
-    own = getattr(masks, _ASKS, None)
-    if own is None or "position_ids" in view.inputs:
-        yield
-        return
-    setattr(masks, _ASKS, _apart)
+    just made, on the device, before its first layer. Passes of other threads at the same time are not affected."""
+    _wrap()
+    token = _ONE_EXAMPLE.set("position_ids" not in view.inputs)
     try:
         yield
     finally:
-        setattr(masks, _ASKS, own)
+        _ONE_EXAMPLE.reset(token)
 
 
-def _apart(position_ids) -> None:
-    """As transformers answers for rows of one example."""
+def _wrap() -> None:
+    # Oddity: a function of transformers is wrapped, once. A mask in its place would keep FlashAttention from being used, and positions would be
+    # read all the same.
+    masks = sys.modules.get("transformers.masking_utils")
+    with _LOCK:
+        own = getattr(masks, _ASKS, None)
+        if own is not None and not hasattr(own, "of_transformers"):
+            setattr(masks, _ASKS, _answering(own))
+
+
+def _answering(own: Callable) -> Callable:
+    @functools.wraps(own)
+    def asked(*given, **named):
+        return None if _ONE_EXAMPLE.get() else own(*given, **named)  # None: one example
+
+    asked.of_transformers = own
+    return asked

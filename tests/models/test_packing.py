@@ -1,10 +1,13 @@
 """Packed rows: the same logits, losses and gradients as the same examples apart, in training mode too."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
 from torch.testing import assert_close
 
+from llmkd.batch import View
 from llmkd.data.collate import collate
 from llmkd.data.examples import Examples
 from llmkd.errors import UserError
@@ -13,6 +16,7 @@ from llmkd.losses.fused import fused_loss
 from llmkd.losses.objective import Objective
 from llmkd.models.language_model import LanguageModel
 from llmkd.models.load import checked
+from llmkd.models.packing_detection import no_packing_detection
 from llmkd.signals import Dense
 from tests.conftest import distance
 from tests.kit.families import tiny
@@ -96,3 +100,24 @@ def test_a_packed_row_is_no_longer_than_a_model_takes():
         checked(LanguageModel(tiny(family), 90), "student.model", tokens)
     with pytest.raises(UserError, match=r"\(gpt_neo\) a packed row may hold 128 tokens, and this run's up to 129 .*; lower that"):
         checked(LanguageModel(tiny("gpt_neo"), 90), "student.model", 129)
+
+
+def test_a_pass_of_another_thread_does_not_change_what_transformers_is_told():
+    """Passes that overlap: neither ends the other's, and packed rows are found while and after rows of one example are read."""
+    from transformers import masking_utils
+
+    rows, packed = (
+        View({"input_ids": torch.ones(1, 2)} | more, torch.tensor([0])) for more in ({}, {"position_ids": torch.tensor([[0, 0]])})
+    )
+    found = lambda: masking_utils.find_packed_sequence_indices(torch.tensor([[0, 0]]))  # noqa: E731
+    first, second = no_packing_detection(rows), no_packing_detection(rows)
+    with ThreadPoolExecutor(1) as pool:
+        first.__enter__()
+        pool.submit(second.__enter__).result()
+        with no_packing_detection(packed):
+            assert found() is not None
+        assert found() is None and pool.submit(found).result() is None
+        first.__exit__(None, None, None)
+        assert found() is not None
+        pool.submit(second.__exit__, None, None, None).result()
+        assert found() is not None and pool.submit(found).result() is not None

@@ -100,9 +100,16 @@ FAULTS = [
         (
             "asked-each-pass",
             "transformers reads positions in every pass",
-            "    setattr(masks, _ASKS, _apart)\n",
-            "",
+            "return None if _ONE_EXAMPLE.get() else own(",
+            "return own(",
             "training/test_step_result.py::test_the_host_waits_for_the_device_only_where_somebody_asks",
+        ),
+        (
+            "told-to-all-threads",
+            "a pass changes what transformers is told in other threads",
+            "        _ONE_EXAMPLE.reset(token)\n",
+            "        pass\n",
+            "models/test_packing.py",
         ),
     ),
     *in_file(
