@@ -402,12 +402,12 @@ DATA = [
     Row(
         "text with the characters of a control token",
         "stays characters",
-        "data/test_masks.py::test_the_characters_of_a_control_token_in_chat_stay_characters data/test_masks.py::test_no_key_of_a_message_smuggles_a_control_token_in",
+        "data/test_control_tokens.py::test_the_characters_of_a_control_token_in_chat_stay_characters data/test_control_tokens.py::test_no_key_of_a_message_smuggles_a_control_token_in",
     ),
     Row(
         "a template that fails, or drops what an answer says",
         "refused with the row",
-        "data/test_masks.py::test_a_template_that_fails_is_named_with_the_row data/test_masks.py::test_tool_calls_that_the_template_does_not_show_are_refused",
+        "data/test_template_tricks.py::test_a_template_that_fails_is_named_with_the_row data/test_template_tricks.py::test_tool_calls_that_the_template_does_not_show_are_refused",
     ),
     Row(
         "a template that leaves out a message, a call or an argument",

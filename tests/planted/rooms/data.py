@@ -319,7 +319,7 @@ FAULTS = [
             "a token across the border of prompt and answer is not supervised",
             "(first < stop) & (last > begin)",
             "(first >= begin) & (last <= stop)",
-            "data/test_masks.py data/test_encode.py data/test_templates.py",
+            "data/test_template_tricks.py data/test_encode.py data/test_templates.py",
         ),
         (
             "split-loses-a-token",
@@ -406,7 +406,7 @@ FAULTS = [
             "any tag is taken for markup that an assistant writes",
             'return bool(name) and {f"<{name[1]}>", f"</{name[1]}>"} <= every',
             "return bool(name)",
-            "data/test_templates.py data/test_masks.py",
+            "data/test_templates.py data/test_template_tricks.py",
         ),
     ),
     *in_file(
@@ -484,7 +484,7 @@ FAULTS = [
             "calls that the template leaves out are not noticed",
             'if messages[i].get("tool_calls") and (i, "tool_calls") not in probe.found:',
             "if False:",
-            f"{SHOWN} data/test_masks.py",
+            f"{SHOWN} data/test_template_tricks.py",
         ),
     ),
     *in_file(
