@@ -1,14 +1,12 @@
 """Chat templates of model families, and artificial ones with worse tricks: the answer is located, or the row is refused."""
 
-import copy
-
 import pytest
 from tokenizers import AddedToken
 
 from llmkd.config.recipe import Data
 from llmkd.data.encoding.control_tokens import controls
 from llmkd.errors import UserError
-from tests.kit.data import END, encode, kept, real, rows_of, shown, talk, tiny
+from tests.kit.data import END, encode, kept, made, real, rows_of, shown, talk
 
 CHATML = "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
 PROMPT = "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
@@ -130,15 +128,6 @@ SPECIAL = [
     *"[SYSTEM_PROMPT] [/SYSTEM_PROMPT] <|endoftext|> <|end|> <|user|> <|assistant|> <|system|> <|start_of_role|> <|end_of_role|> <|START_OF_TURN_TOKEN|>".split(),
     *"<|END_OF_TURN_TOKEN|> <|CHATBOT_TOKEN|> <|USER_TOKEN|> <|SYSTEM_TOKEN|> <|start|> <|message|> <|channel|> <|return|> <|call|> <｜end▁of▁sentence｜>".split(),
 ]
-
-
-def made(template: str, end: str = END, special=(), plain=(), bos: str = "<s>"):
-    """The tiny tokenizer with a template and control tokens, some of which are not marked special."""
-    tokenizer = copy.deepcopy(tiny())
-    tokenizer.add_special_tokens({"additional_special_tokens": [*special]})
-    tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in plain])
-    tokenizer.bos_token, tokenizer.eos_token, tokenizer.chat_template = bos, end, template
-    return tokenizer
 
 
 def family(name: str):

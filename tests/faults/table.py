@@ -412,13 +412,13 @@ DATA = [
     Row(
         "a template that leaves out a message, a call or an argument",
         "refused with the row; other keys, reasoning and tools are listed",
-        "data/test_what_is_shown.py::test_a_message_that_the_template_does_not_show_is_refused data/test_what_is_shown.py::test_arguments_that_do_not_come_out_are_refused "
+        "data/test_what_is_shown.py::test_a_message_that_the_template_does_not_show_is_refused data/test_call_arguments.py::test_arguments_that_do_not_come_out_are_refused "
         "data/test_what_is_shown.py::test_what_a_template_does_not_show_of_a_message_is_counted",
     ),
     Row(
         "tool calls whose arguments are text where the template wants objects, or the reverse",
         "given as the template wants them",
-        "data/test_what_is_shown.py::test_arguments_are_the_json_that_the_template_means",
+        "data/test_call_arguments.py::test_arguments_are_the_json_that_the_template_means",
     ),
     Row(
         "a template with an endless loop, or that writes gigabytes",
@@ -433,7 +433,7 @@ DATA = [
     Row(
         "texts that a chat template has rendered already",
         "warned of where most rows are",
-        "data/test_what_is_shown.py::test_texts_that_were_rendered_already_are_warned_of_where_most_are",
+        "data/test_rendered_text.py::test_texts_that_were_rendered_already_are_warned_of_where_most_are",
     ),
     Row(
         "an example longer than max_length",

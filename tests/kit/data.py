@@ -1,10 +1,11 @@
 """Shared by the tests of data: a small tokenizer, rows, and examples as text."""
 
+import copy
 import functools
 from pathlib import Path
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from llmkd.config.recipe import Data, Source
 from llmkd.data.collate import collate
@@ -45,6 +46,15 @@ def tiny(template: str | None = PLAIN, pad: str = "<|pad|>", seen: str = ""):
     backend.train_from_iterator([ALPACA, "the owl flies at night, the wren in the garden", seen, "\n\n\n" * 9] * 3, trainer)
     named = {"eos_token": END, "pad_token": pad, "additional_special_tokens": ["<|im_start|>"]}
     return PreTrainedTokenizerFast(tokenizer_object=backend, chat_template=template, clean_up_tokenization_spaces=False, **named)
+
+
+def made(template: str, end: str = END, special=(), plain=(), bos: str = "<s>"):
+    """The tiny tokenizer with a template and control tokens, some of which are not marked special."""
+    tokenizer = copy.deepcopy(tiny())
+    tokenizer.add_special_tokens({"additional_special_tokens": [*special]})
+    tokenizer.add_tokens([AddedToken(t, special=False, normalized=False) for t in plain])
+    tokenizer.bos_token, tokenizer.eos_token, tokenizer.chat_template = bos, end, template
+    return tokenizer
 
 
 skills_tokenizer = skills.tokenizer
