@@ -281,7 +281,7 @@ LAYERS = (
         ("making/", "data that a model writes: stages"),
     ),
     (("training/", "run, trainer, loop, checkpoint, validation"),),
-    (("output/", "run folder, metrics, model card, hub"),),
+    (("output/", "run folder, metrics, model card, hub"), ("tasks/", "what a model is trained for")),
     (("teachers/", "live, cached, served, mixture; the cache on disk"), ("rollouts/", "text that a model writes")),
     (("models/", "load, adapters, attention"), ("data/", "files to examples to batches"), ("servers/", "requests to vLLM, SGLang")),
     (("config/", "settings"), ("losses/", "divergences, fused head"), ("model_folder/", "files, weights, hashes")),

@@ -20,7 +20,7 @@ LAYERS = (
     "config model_folder",
     "losses models data servers",
     "teachers rollouts",
-    "output",
+    "output tasks",
     "training",
     "doctor planning making",
     "api commands",
