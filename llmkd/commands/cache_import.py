@@ -9,7 +9,7 @@ from ..console import info, progress_bar
 from ..errors import UserError, fix_of
 from ..files import sha256_file
 from ..teachers import resolve
-from ..teachers.cache import distillkit
+from ..teachers.cache.import_lines import rows_in
 from ..teachers.resolve import TeacherSource
 from ..training.prepare import Prepared
 from .cache_selection import shard_plan, teacher_examples
@@ -44,9 +44,8 @@ def import_cache(recipe: Recipe, prepared: Prepared, sources: list[TeacherSource
 
 
 def _hash_of(file: str) -> str:
-    files = distillkit.ParquetSet(Path(file)).parts if Path(file).is_dir() or file.endswith(".parquet") else [file]
     try:
-        hashes = [sha256_file(one) for one in files]
+        hashes = [sha256_file(one) for one in rows_in(Path(file)).parts]
         return hashes[0] if len(hashes) == 1 else hashlib.sha256(" ".join(hashes).encode()).hexdigest()
     except OSError as error:
         raise UserError(f"--import: {file}: {error.strerror}; {fix_of(error, 'name the file of log-probabilities')}") from error

@@ -3,9 +3,10 @@
 A model on the hub is checked when its files are there, and everything once more on what is loaded.
 """
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
+
+from huggingface_hub import is_offline_mode
 
 from ..config.features import feature_teacher
 from ..config.fields import OneOrMany
@@ -35,7 +36,7 @@ def refuse_early(student: Student, loss: Loss, teacher: OneOrMany[Teacher], teac
     files |= {f"{setting}.model": local_files(one, f"{setting}.model") for setting, one in teachers if not one.server}
     mine = files["student.model"]
     if student.tokenizer and not student.tokenizer.startswith("builtin:"):
-        if is_offline():
+        if is_offline_mode():
             locate(student.tokenizer, "student.tokenizer", wanted=TOKENIZER)
         else:
             refuse_mistyped_folder(student.tokenizer, "student.tokenizer")
@@ -70,20 +71,14 @@ def local_files(settings: Student | Teacher, setting: str) -> ModelFiles | None:
     if not settings.model:
         return None
     folder = Path(settings.model).expanduser()
-    if not folder.is_dir() and not is_offline():
+    if not folder.is_dir() and not is_offline_mode():
         refuse_mistyped_folder(settings.model, setting)
         return None
     if (folder / "adapter_config.json").is_file():
         base = settings.base or read_json(folder / "adapter_config.json", setting).get("base_model_name_or_path")
-        if not isinstance(base, str) or not (Path(base).expanduser().is_dir() or is_offline()):
+        if not isinstance(base, str) or not (Path(base).expanduser().is_dir() or is_offline_mode()):
             return None
     return find(settings.model, setting, settings.revision, settings.base)
-
-
-def is_offline() -> bool:
-    """Whether the hub's library is told to fetch nothing."""
-    value = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or ""
-    return value.lower() in ("1", "on", "yes", "true")
 
 
 def refuse_types(student: Student, files: ModelFiles | None, averages: list[str]) -> None:

@@ -1,5 +1,6 @@
 """Published log-probabilities in DistillKit's forms and in axolotl's columns, packed here by hand: what is read, and what is refused."""
 
+import hashlib
 import json
 import math
 import re
@@ -12,6 +13,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from llmkd.cli import main
+from llmkd.commands import cache_import
 from llmkd.data.collate import collate
 from llmkd.errors import UserError
 from llmkd.teachers.cache import import_logprobs as foreign
@@ -30,15 +32,17 @@ def bits(numbers: list[int], width: int) -> bytes:
     return bytes(int(text[i : i + 8].ljust(8, "0"), 2) for i in range(0, len(text), 8))
 
 
-@pytest.mark.parametrize("delta", [False, True])
-def test_bit_packed_numbers_by_hand(delta):
-    form = Packed(300, 6, 2, (Bin("float16", 3, 2), Bin("float32", 1, 1)), "float32", (0, "sqrt"), "float32", delta)
+@pytest.mark.parametrize(("delta", "last"), [(False, 3), (True, 3), (True, 1)])
+def test_bit_packed_numbers_by_hand(delta, last):
+    """The places of the polynomial are 0, 1, 2, 3, or `normalize_t` between 0 and 1."""
+    form = Packed(300, 6, 2, (Bin("float16", 3, 2), Bin("float32", 1, 1)), "float32", (0, "sqrt"), "float32", delta, False, last == 1)
     ids = [299, 0, 7, 256, 31, 1]
     row = struct.pack("<ff", -0.5, -1.25) + struct.pack("<ff", -2.0, -0.5)  # exact values; a + b sqrt(j)
     row += struct.pack("<e", 0.25) + bits([1, 7], 3) + struct.pack("<f", 0.125) + bits([1], 1)  # 1 - 4 and 7 - 4 quarters; plus an eighth
     columns = {"compressed_logprobs": np.frombuffer(row, np.uint8)[None], "bytepacked_indices": np.frombuffer(bits(ids, 9), np.uint8)[None]}
     found_ids, found = decoded(form, columns)
-    values = [-0.5, -1.25, -2 - 0.75, -2 - 0.5 + 0.75, -2 - 0.5 * math.sqrt(2) + 0.125, -2 - 0.5 * math.sqrt(3)]
+    roots = [math.sqrt(j * last / 3) for j in range(4)]
+    values = [-0.5, -1.25, -2 - 0.75, -2 - 0.5 * roots[1] + 0.75, -2 - 0.5 * roots[2] + 0.125, -2 - 0.5 * roots[3]]
     assert found_ids.tolist() == [ids] and found[0] == pytest.approx(np.cumsum(values) if delta else values, abs=1e-6)
     for more, said in ((b"\0", "1 bytes more"), (None, "fewer bytes")):
         changed = row + more if more else row[:-1]
@@ -143,6 +147,9 @@ def test_axolotls_columns_end_with_the_text(sets, columns):
         sets.write(shifted, name="other")
     with pytest.raises(UserError, match=r"answers.jsonl:1: logprobs: expected \[\{"):
         sets.write([{"logprobs": [7] * len(lines[0]["logprobs"])}, *lines[1:]], name="other")
+    for tokens in (5, [[math.inf]] * len(lines[0]["logprobs"])):
+        with pytest.raises(UserError, match=r"answers.jsonl:1: logprobs: expected \[\{"):
+            sets.write([{"logprobs": [[-0.1]] * len(lines[0]["logprobs"]), "target_token_ids": tokens}, *lines[1:]], name="other")
     with pytest.raises(UserError, match=r"answers.jsonl:1: has 99 lists of log-probabilities, and the example \d+ tokens"):
         sets.write([{"logprobs": [[]] * 99}, *lines[1:]], name="other")
 
@@ -229,6 +236,20 @@ def test_settings_as_distillkits_own_recipes_have_them(tmp_path):
         "{d: 300, k: 4, exact_k: 1, polynomial_terms: [0, exp], residual_bins: [{scale_dtype: float16, element_bits: 2, num_elements: 3}]}"
     )
     assert read_config(path) == Packed(300, 4, 1, (Bin("float16", 2, 3),), polynomial_terms=(0, "exp"))
+
+
+def test_the_hash_of_a_set_is_of_all_that_its_numbers_depend_on(sets):
+    folder = sets.written([sets.row(i, "bits") for i in (0, 1)], "bits")
+    hashes = [cache_import._hash_of(str(folder))]
+    (folder / CONFIG).write_text(json.dumps(sets.config("bits") | {"delta_encoding": True}))
+    hashes.append(cache_import._hash_of(str(folder)))
+    pa.parquet.write_table(pa.Table.from_pylist([sets.row(2, "bits")]), folder / "data_10.parquet")
+    hashes.append(cache_import._hash_of(str(folder)))
+    assert len(set(hashes)) == 3
+    (path := sets.folder / "one.jsonl").write_text("{}")
+    assert cache_import._hash_of(str(path)) == hashlib.sha256(b"{}").hexdigest()
+    with pytest.raises(UserError, match="--import: .*: No such file"):
+        cache_import._hash_of(str(sets.folder / "none.jsonl"))
 
 
 def test_rows_are_found_again_in_any_order(sets):

@@ -3,11 +3,13 @@
 import json
 import shutil
 import struct
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
 from llmkd.cli import main
+from llmkd.config.teacher import Teacher
 from llmkd.errors import UserError
 from llmkd.model_folder.modules import refuse_missing_modules
 from llmkd.process import devices
@@ -171,21 +173,15 @@ def test_a_bad_line_of_imported_log_probabilities(world, tmp_path, capsys, monke
     assert not (tmp_path / "c").exists()
 
 
-@pytest.mark.parametrize(
-    ("hub", "transformers", "offline"),
-    [
-        (None, None, False),
-        ("1", None, True),
-        ("on", None, True),
-        (None, "YES", True),
-        ("", "true", True),
-        ("0", "1", False),
-        ("auto", None, False),
-    ],
-)
-def test_offline_is_what_the_hubs_library_takes_for_it(hub, transformers, offline, monkeypatch):
-    for name, value in (("HF_HUB_OFFLINE", hub), ("TRANSFORMERS_OFFLINE", transformers)):
-        monkeypatch.delenv(name, raising=False)
-        if value is not None:
-            monkeypatch.setenv(name, value)
-    assert early_checks.is_offline() is offline
+def test_a_model_of_the_hub_is_looked_for_early_where_nothing_can_be_fetched(world, tmp_path, monkeypatch):
+    """Else the hub may have it: what is not here is found out when it is fetched."""
+    adapter = tmp_path / "adapter"
+    shutil.copytree(world / "adapter", adapter)
+    saved = json.loads((adapter / "adapter_config.json").read_text()) | {"base_model_name_or_path": "nobody/nothing"}
+    (adapter / "adapter_config.json").write_text(json.dumps(saved))
+    for offline in (True, False):
+        monkeypatch.setattr(early_checks, "is_offline_mode", lambda offline=offline: offline)
+        for name in ("nobody/nothing", str(adapter)):
+            expected = pytest.raises(UserError, match="could not be downloaded") if offline else nullcontext()
+            with expected:
+                assert early_checks.local_files(Teacher(model=name), "teacher.model") is None

@@ -10,14 +10,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
+from ..reading.calls import OF_CALL
 from .call_arguments import NoObject, function_of, refuse_arguments, refuse_python_words, refuse_quoted_values, shaped, spellings
 from .locate import NotShown, TemplateProbe, no_spaces
 from .template import REASONING, render
 
 #: Keys of a message that are read elsewhere, or tie a tool's answer to its call: they mean nothing to the model beyond that.
 _OTHERWISE = {"role", "content", *REASONING, "tool_calls", "tool_call_id", "id"}
-#: The same of a call. A call's name and arguments are looked for by themselves.
-_OF_CALL = {"name", "arguments", "function", "id", "call_id", "tool_call_id", "type", "index"}
 _WHO = {"system": "a system message", "developer": "a system message", "tool": "a tool's answer", "user": "a user's turn"}
 #: What was learned of a template: the roles whose content it shows as parts only, whether it shows tools, and see `_wants_null`.
 _PARTS: dict[str, frozenset[str]] = {}
@@ -211,7 +210,7 @@ def _unused_keys_of_calls(messages: list[dict], text: str, program: Callable[...
     def others(call: dict) -> set[str]:
         inside = call["function"] if isinstance(call.get("function"), dict) else {}
         paths = call | {f"function.{key}": value for key, value in inside.items()}
-        return {path for path, value in paths.items() if value is not None and path.removeprefix("function.") not in _OF_CALL}
+        return {path for path, value in paths.items() if value is not None and path.removeprefix("function.") not in OF_CALL}
 
     def shown(path: str) -> bool:
         return _differs(text, program, [_without(message, path) for message in messages])

@@ -15,8 +15,8 @@ from .values import as_yaml, kind, parsed, plain, surrogate
 _CALLS = set("functioncall functioncalls toolcall toolcalls tooluse tooluses toolinvocation toolinvocations".split())
 #: Other names for a call's arguments.
 _ARGUMENTS = ("parameters", "params", "args", "kwargs", "input", "inputs", "argument", "parameter")
-#: Keys that say nothing of a call's arguments.
-_OF_CALL = {"name", "id", "type", "index", "function", "call_id", "tool_call_id", "arguments"}
+#: Keys of a call that hold no further content: its name, its arguments, and what ties them to an answer.
+OF_CALL = {"name", "id", "type", "index", "function", "call_id", "tool_call_id", "arguments"}
 
 
 def is_call(name: str) -> bool:
@@ -99,7 +99,7 @@ def _no_arguments(call: dict, function: dict) -> str | None:
         )
     if outside.get("arguments") is not None:
         return "has its 'arguments' outside 'function'; put them into it"
-    others = {key: value for key, value in {**outside, **function}.items() if value is not None and key not in _OF_CALL}
+    others = {key: value for key, value in {**outside, **function}.items() if value is not None and key not in OF_CALL}
     if other := next((key for key in _ARGUMENTS if key in others), None):
         return f"has its arguments under {other!r}; rename the key to 'arguments'"
     if others:

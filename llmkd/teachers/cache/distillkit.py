@@ -170,7 +170,7 @@ def read_config(path: Path) -> Packed | Polynomials:
         if kind is Packed:
             found["residual_bins"] = tuple(Bin(**one) for one in found.get("residual_bins") or ())
         form = kind(**found)
-        types = [getattr(form, name.name) for name in dataclasses.fields(form) if name.name.endswith("_dtype")]
+        types = [getattr(form, field.name) for field in dataclasses.fields(form) if field.name.endswith("_dtype")]
         types += [one.scale_dtype for one in getattr(form, "residual_bins", ())]
         if not set(types) <= set(TYPES) or not 0 <= form.exact_k <= form.k:
             raise ValueError("an unknown type, or exact_k above k")

@@ -7,9 +7,8 @@ from pathlib import Path
 from ...data.reading.problems import ErrorCollector
 from ...errors import UserError, fix_of
 from ...files import open_file
+from ...servers.logprobs import SLACK
 from .distillkit import ParquetSet
-
-SLACK = 1e-3  # how far rounding may put a log-probability above 0, or a sum of probabilities above 1
 
 
 class JsonLines:
@@ -17,6 +16,11 @@ class JsonLines:
 
     def __init__(self, path: Path):
         self.path = path
+
+    @property
+    def parts(self) -> list[Path]:
+        """All files that the rows depend on."""
+        return [self.path]
 
     def rows(self) -> Iterator[tuple[str, int, bytes]]:
         """Place (file:line), position and content of each line that is not empty."""

@@ -28,9 +28,10 @@ from ...config.teacher import LISTED_EXPONENTS
 from ...data.examples import Examples
 from ...data.reading.problems import ErrorCollector
 from ...errors import UserError
+from ...servers.logprobs import SLACK
 from .. import listed
 from ..sparse import TopK
-from .import_lines import SLACK, entries_of, rows_in
+from .import_lines import entries_of, rows_in
 from .records import TopKFormat
 from .shards import Writer
 
@@ -183,7 +184,7 @@ class AnswersReader:
 
     def _axolotl(self, line: dict, ids: np.ndarray, marks: np.ndarray) -> list[Entry]:
         lists, tokens = line["logprobs"], line.get("target_token_ids")
-        if len(lists) > len(ids) or (tokens is not None and len(tokens) != len(lists)):
+        if len(lists) > len(ids) or (isinstance(tokens, list) and len(tokens) != len(lists)):
             raise ValueError(f"has {len(lists)} lists of log-probabilities, and the example {len(ids)} tokens")
         entries = []
         try:
@@ -193,7 +194,7 @@ class AnswersReader:
                 else:
                     pairs = list(zip(tokens[t] or (), lists[t] or (), strict=True)) if t >= 0 else []
                 entries.append({int(token): value for token, value in pairs if value != -math.inf})
-        except (AttributeError, KeyError, TypeError, ValueError):
+        except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
             raise ValueError(
                 'logprobs: expected [{"token": "token_id:5", "logprob": x}, ...] for each token, or numbers with target_token_ids'
             ) from None
