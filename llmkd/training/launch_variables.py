@@ -15,6 +15,8 @@ def refuse_broken_launch(variables: Mapping[str, str]) -> None:
         if not (value.isascii() and value.isdigit()):
             raise UserError(f"{name}: found {value} in the environment, expected a whole number; {_FIX}")
     count = int(given.get("WORLD_SIZE", "1"))
+    if count < 1:
+        raise UserError(f"WORLD_SIZE: found {count} in the environment, expected at least 1; {_FIX}")
     if int(given.get("RANK", "0")) >= count:
         raise UserError(f"RANK: found {given['RANK']} in the environment, and the launch has {count} (WORLD_SIZE); {_FIX}")
     if lacking := [name for name in ("RANK", "MASTER_ADDR", "MASTER_PORT") if count > 1 and not variables.get(name, "").strip()]:
