@@ -18,7 +18,7 @@ from .overrides import override
 from .recipe import MICRO_BATCH_SIZE, Lora, Recipe, Teacher, uses_teacher
 from .schema import describe
 from .served import key_problem
-from .sweep import Pipeline, Sweep
+from .sweep import Pipeline, Stage, Sweep
 from .validation import check, locator, renamed
 from .yaml_loader import Dumper, parse_yaml
 
@@ -77,7 +77,10 @@ def read(path: str | Path) -> tuple[dict, dict[tuple, int], list[str]]:
 
 def file_kind(path: str | Path) -> str:
     """The kind of a file: "recipe", "pipeline", "sweep" or "make"."""
-    data = read(path)[0]
+    return _kind_of(read(path)[0])
+
+
+def _kind_of(data: dict) -> str:
     if isinstance(data.get("stages"), list) and "recipe" not in data:
         return "make"
     return "sweep" if data.keys() & {"grid", "arms"} else "pipeline" if "stages" in data else "recipe"
@@ -101,11 +104,11 @@ def load_recipe(
     What a recipe reads is relative to its own file; what it writes (`output_dir`, `teacher.cache.path`, `data.cache_dir`) and what
     `overrides` names are relative to the working folder, and so is a path that begins with `{cwd}`. See `paths`.
     """
-    if file_kind(path) == "make":
+    data, lines, problems = read(path)
+    if _kind_of(data) == "make":
         raise UserError(
             f"{path}: is a file of llmkd make, and no recipe; run it by llmkd make, and train on the train.jsonl that it writes"
         )
-    data, lines, problems = read(path)
     changed = override(data, overrides or {}, problems)
     place_paths(Recipe, data, path, locator(str(path), lines, changed), changed, problems)
     recipe = resolve(check(Recipe, data, str(path), lines, problems, changed))
@@ -196,18 +199,16 @@ def _refuse_missing_recipes(loaded: Pipeline | Sweep, where: typing.Callable) ->
 
 
 def _bad_stages(pipeline: Pipeline | Sweep, path: str | Path, lines: dict) -> list[str]:
-    out = []
-    for name, stage in pipeline.stages.items():
-        if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", name):
-            out.append("a stage's name has letters, digits, '.', '_' and '-' only")
-        elif (stage.recipe is None) == (stage.make is None):
-            out.append(
-                "a stage has a recipe, or a file of llmkd make in its place (make:); " + ("give one" if not stage.make else "keep one")
-            )
-        else:
-            continue
-        out[-1] = f"{path}:{lines['stages', name]}: stages.{name}: {out[-1]}"
-    return out
+    found = {name: _bad_stage(name, stage) for name, stage in pipeline.stages.items()}
+    return [f"{path}:{lines['stages', name]}: stages.{name}: {problem}" for name, problem in found.items() if problem]
+
+
+def _bad_stage(name: str, stage: Stage) -> str | None:
+    if not re.fullmatch(r"[A-Za-z0-9_-][A-Za-z0-9._-]*", name):
+        return "a stage's name has letters, digits, '.', '_' and '-' only"
+    if (stage.recipe is None) == (stage.make is None):
+        return "a stage has a recipe, or a file of llmkd make in its place (make:); " + ("give one" if not stage.make else "keep one")
+    return None
 
 
 def load_sweep(path: str | Path, overrides: dict[str, typing.Any] | None = None) -> Sweep:
