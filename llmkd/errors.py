@@ -10,7 +10,7 @@ from .console import first_process, printable
 from .process import rank_messages
 from .process.machine_errors import MachineError, machine_error
 
-#: How the texts of errors say it.
+#: In the texts of errors the words after which the step belongs.
 _RESUME = "continue with --resume"
 
 
@@ -85,10 +85,12 @@ def report_from_any_rank():
 
 
 @contextlib.contextmanager
-def say_what_is_saved(step: Callable[[], int]):
-    """Let what is said of an exception raised in here end with the step from which --resume goes on; what names it itself stays as it is.
+def name_last_checkpoint(step: Callable[[], int]):
+    """Give an exception raised in here the step of the last checkpoint: its attribute `saved`, which `exit_code` prints.
 
-    step   that of the last checkpoint; 0 before the first
+    The texts of NonFinite, Stopped and ChangedFiles say themselves how the run goes on: these stay as they are.
+
+    step   of the last checkpoint when it is called; 0 before the first
     """
     try:
         yield
@@ -161,7 +163,7 @@ def exit_code(action, *, debug: bool = False, again: str = "start it again") -> 
 
 
 def _with_last_checkpoint(text: str, step: int) -> str:
-    """The text of an error in the middle of a run, with the step of its last checkpoint, 0 where there is none: where --resume goes on."""
+    """The text of an error with the step after which --resume goes on. `step`: of the last checkpoint; 0 before the first."""
     if _RESUME in text:
         return text.replace(_RESUME, f"{_RESUME} ({f'after step {step}' if step else 'from step 1: no checkpoint was written yet'})", 1)
     return text + (f"\n--resume goes on after step {step}" if step else "\nno checkpoint was written yet; --resume begins at step 1")
@@ -176,7 +178,7 @@ def of_the_machine(error: BaseException) -> MachineError | None:
 
 
 def _in_words(error: BaseException, again: str) -> tuple[str, int]:
-    """What is said of an exception, and the exit code."""
+    """The text that is printed for an exception, and the exit code."""
     if isinstance(error, KeyboardInterrupt):
         return str(error) or f"interrupted; {again}", Stopped.exit_code
     if failed := of_the_machine(error):

@@ -6,7 +6,7 @@ import dataclasses
 from ..config.recipe import Recipe
 from ..config.sharding import sharding_contradictions
 from ..console import first_process, info
-from ..errors import NonFinite, Stopped, UserError, attribute_to_student, say_what_is_saved
+from ..errors import NonFinite, Stopped, UserError, attribute_to_student, name_last_checkpoint
 from ..model_folder.identity import verify
 from ..output import hub_upload, trackers
 from ..output.run_files import recorded_layers
@@ -72,7 +72,7 @@ def train_together(recipes: list[Recipe], folders: list[RunFolder], stop: Shutdo
             accelerator = start()
             setup, first = build_setup(recipes, prepared, folders, accelerator, stop), recipes[0]
             trainer = Trainer(setup, TrainerSettings(first.train, first.validation, first.checkpoint), accelerator, stop)
-            with say_what_is_saved(lambda: trainer.written):
+            with name_last_checkpoint(lambda: trainer.written):
                 trainer.train()
                 trainer.finish()
             return [student.failure for student in trainer.students]
