@@ -61,7 +61,7 @@ class Server:
     timeout      seconds that one request may take
     patience     seconds for which a request is repeated
     connections  kept open at once
-    again        what is said of a server that is given up: how the command goes on
+    again        the end of the error about a server that is given up: how the command goes on
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class Server:
         self._asked("POST", path, json.dumps(content).encode(), patience, lambda body: None)
 
     def reach(self, path: str) -> None:
-        """Whether somebody answers at all, whatever it is. ServerFailed otherwise; Refused where it is no."""
+        """Ask once. ServerFailed where no answer comes at all; Refused where it is an error that does not pass."""
         try:
             self._once("GET", path, None, lambda body: None, self.timeout)
         except _Passing as error:

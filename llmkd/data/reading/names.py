@@ -1,4 +1,4 @@
-"""The names that public data sets give to columns, keys of messages and roles, without case and punctuation (`turn_marks.plain`)."""
+"""The names that public data sets give to columns, keys of messages and roles, without case and punctuation (`values.plain`)."""
 
 from collections.abc import Iterator
 from typing import Any

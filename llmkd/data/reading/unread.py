@@ -43,7 +43,7 @@ def _advice(meaning: Meaning, name: str, row: dict, source: Source) -> str:
     if settings := reading_settings(meaning, name, row, source):
         ways.append(f"set {settings}")
     elif meaning.fix:
-        ways.append(meaning.fix.format(name))
+        ways.append(meaning.fix.format(as_yaml(name)))
     ways.append(f"set ignore: {as_yaml([*source.ignore, name])} to train without it")
     return f"it may hold {meaning.what}; {', or '.join(ways)}"
 
