@@ -147,7 +147,7 @@ def test_axolotls_columns_end_with_the_text(sets, columns):
         sets.write(shifted, name="other")
     with pytest.raises(UserError, match=r"answers.jsonl:1: logprobs: expected \[\{"):
         sets.write([{"logprobs": [7] * len(lines[0]["logprobs"])}, *lines[1:]], name="other")
-    for tokens in (5, [[math.inf]] * len(lines[0]["logprobs"])):
+    for tokens in (5, "", [[math.inf]] * len(lines[0]["logprobs"])):
         with pytest.raises(UserError, match=r"answers.jsonl:1: logprobs: expected \[\{"):
             sets.write([{"logprobs": [[-0.1]] * len(lines[0]["logprobs"]), "target_token_ids": tokens}, *lines[1:]], name="other")
     with pytest.raises(UserError, match=r"answers.jsonl:1: has 99 lists of log-probabilities, and the example \d+ tokens"):

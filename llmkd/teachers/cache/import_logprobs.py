@@ -194,7 +194,7 @@ class AnswersReader:
                 else:
                     pairs = list(zip(tokens[t] or (), lists[t] or (), strict=True)) if t >= 0 else []
                 entries.append({int(token): value for token, value in pairs if value != -math.inf})
-        except (AttributeError, KeyError, TypeError, ValueError, OverflowError):
+        except (AttributeError, LookupError, TypeError, ValueError, OverflowError):
             raise ValueError(
                 'logprobs: expected [{"token": "token_id:5", "logprob": x}, ...] for each token, or numbers with target_token_ids'
             ) from None
